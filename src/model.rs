@@ -1,0 +1,21 @@
+//! Decoder-only language models, trainable and cached by one code path.
+//!
+//! A model works on a flat row of `T` tokens, with no batch dimension: everything but attention is a function
+//! of one token, and attention is given from outside as an [`Attend`]. A training pass hands it a
+//! [`pack::Pack`] (a group's prompt once, its completions after it), a decode step hands it a cache.
+//! Because both run the same layers, the log-probabilities of generation and of training agree by construction.
+
+pub mod attention;
+pub mod cache;
+pub mod config;
+pub mod export;
+pub mod llama;
+pub mod pack;
+pub mod weights;
+
+pub use attention::{Attend, PackedAttention};
+pub use cache::KvCache;
+pub use config::ModelConfig;
+pub use llama::Llama;
+pub use pack::Pack;
+pub use weights::Weights;

@@ -1,0 +1,212 @@
+//! The shape of a model, read from `config.json` or from GGUF metadata.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use candle_core::quantized::gguf_file::Value;
+use serde_json::{Value as Json, json};
+
+/// Architectures that can be trained, by the name `config.json` gives them.
+pub const SUPPORTED: &[&str] = &["LlamaForCausalLM"];
+
+/// Hyper-parameters of a Llama-family decoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// Width of the residual stream, `D`.
+    pub hidden_size: usize,
+    /// Width of the gated feed-forward layer.
+    pub intermediate_size: usize,
+    /// Number of decoder layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Rows of the embedding, `V`.
+    pub vocab_size: usize,
+    /// Longest sequence the model was made for, in tokens.
+    pub context: usize,
+    /// Epsilon under the root of RMSNorm.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Whether the head is the embedding, transposed.
+    pub tied: bool,
+    /// First token of a document, if the model has one.
+    pub bos: Option<u32>,
+    /// Tokens that end a completion.
+    pub eos: Vec<u32>,
+}
+
+impl ModelConfig {
+    /// Reads a Hugging Face `config.json`.
+    ///
+    /// # Errors
+    /// Names the file and the key; an unsupported architecture is refused by name.
+    pub fn from_directory(dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("cannot read {}; a model directory needs a config.json", path.display()))?;
+        let json: Json = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+        Self::from_json(&json).with_context(|| format!("in {}", path.display()))
+    }
+
+    fn from_json(json: &Json) -> Result<Self> {
+        let architecture = json["architectures"][0].as_str().unwrap_or("none named");
+        if !SUPPORTED.contains(&architecture) {
+            bail!("architecture {architecture} is not supported; these are: {}", SUPPORTED.join(", "));
+        }
+        for key in ["attention_bias", "mlp_bias"] {
+            if json[key].as_bool() == Some(true) {
+                bail!("{key} = true is not supported yet; use a model without biases");
+            }
+        }
+        let rope = if json["rope_parameters"].is_object() { &json["rope_parameters"] } else { &json["rope_scaling"] };
+        let kind = rope["rope_type"].as_str().or_else(|| rope["type"].as_str()).unwrap_or("default");
+        if kind != "default" {
+            bail!("RoPE scaling of type {kind} is not supported yet; use a model with default RoPE");
+        }
+        let need = |key: &str| {
+            json[key].as_u64().map(|n| n as usize).with_context(|| format!("{key} is missing or no whole number"))
+        };
+        let hidden_size = need("hidden_size")?;
+        let heads = need("num_attention_heads")?;
+        let config = Self {
+            hidden_size,
+            intermediate_size: need("intermediate_size")?,
+            layers: need("num_hidden_layers")?,
+            heads,
+            kv_heads: json["num_key_value_heads"].as_u64().map_or(heads, |n| n as usize),
+            head_dim: json["head_dim"].as_u64().map_or(hidden_size / heads.max(1), |n| n as usize),
+            vocab_size: need("vocab_size")?,
+            context: json["max_position_embeddings"].as_u64().unwrap_or(2048) as usize,
+            rms_norm_eps: json["rms_norm_eps"].as_f64().unwrap_or(1e-6),
+            rope_theta: json["rope_theta"].as_f64().or_else(|| rope["rope_theta"].as_f64()).unwrap_or(10_000.0),
+            tied: json["tie_word_embeddings"].as_bool().unwrap_or(false),
+            bos: json["bos_token_id"].as_u64().map(|n| n as u32),
+            eos: match &json["eos_token_id"] {
+                Json::Array(list) => list.iter().filter_map(Json::as_u64).map(|n| n as u32).collect(),
+                one => one.as_u64().map(|n| n as u32).into_iter().collect(),
+            },
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Reads the metadata of a GGUF file; `tied` is true when the file holds no `output.weight`.
+    ///
+    /// # Errors
+    /// Names the key that is missing, or the architecture that is not supported.
+    pub fn from_gguf(metadata: &HashMap<String, Value>, tied: bool, vocab_size: usize) -> Result<Self> {
+        let architecture = text(metadata, "general.architecture")?;
+        if architecture != "llama" {
+            bail!("GGUF architecture {architecture} is not supported; these are: llama");
+        }
+        let number = |key: &str| -> Result<usize> {
+            let value = metadata.get(&format!("llama.{key}")).with_context(|| format!("GGUF key llama.{key} is missing"))?;
+            Ok(value.to_u64().or_else(|_| value.to_u32().map(u64::from))? as usize)
+        };
+        let float = |key: &str| -> Option<f64> {
+            metadata.get(&format!("llama.{key}")).and_then(|value| value.to_f32().ok()).map(f64::from)
+        };
+        if let Ok(kind) = text(metadata, "llama.rope.scaling.type")
+            && kind != "none"
+        {
+            bail!("RoPE scaling of type {kind} is not supported yet; use a model with default RoPE");
+        }
+        let id = |key: &str| {
+            metadata.get(&format!("tokenizer.ggml.{key}_token_id")).and_then(|value| value.to_u32().ok())
+        };
+        let hidden_size = number("embedding_length")?;
+        let heads = number("attention.head_count")?;
+        let config = Self {
+            hidden_size,
+            intermediate_size: number("feed_forward_length")?,
+            layers: number("block_count")?,
+            heads,
+            kv_heads: number("attention.head_count_kv").unwrap_or(heads),
+            head_dim: number("attention.key_length").unwrap_or(hidden_size / heads.max(1)),
+            vocab_size,
+            context: number("context_length")?,
+            rms_norm_eps: float("attention.layer_norm_rms_epsilon").context("GGUF key for the norm's epsilon is missing")?,
+            rope_theta: float("rope.freq_base").unwrap_or(10_000.0),
+            tied,
+            bos: id("bos"),
+            eos: id("eos").into_iter().collect(),
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks that the sizes fit together.
+    ///
+    /// # Errors
+    /// Names the sizes that do not.
+    pub fn validate(&self) -> Result<()> {
+        if self.heads == 0 || self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
+            bail!("{} heads cannot share {} key/value heads; the first must be a multiple", self.heads, self.kv_heads);
+        }
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
+            bail!("head_dim = {} must be even and above zero", self.head_dim);
+        }
+        for (name, size) in [
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("layers", self.layers),
+            ("vocab_size", self.vocab_size),
+            ("context", self.context),
+        ] {
+            if size == 0 {
+                bail!("{name} must be above zero");
+            }
+        }
+        Ok(())
+    }
+
+    /// Query heads per key/value head.
+    pub fn repeats(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Number of trainable parameters.
+    pub fn parameters(&self) -> usize {
+        let (d, q, kv) = (self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let layer = d * q * 2 + d * kv * 2 + 3 * d * self.intermediate_size + 2 * d;
+        let head = if self.tied { 0 } else { self.vocab_size * d };
+        self.vocab_size * d + self.layers * layer + d + head
+    }
+
+    /// The `config.json` that `transformers` opens.
+    pub fn to_json(&self) -> Json {
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": { "rope_type": "default", "rope_theta": self.rope_theta },
+            "tie_word_embeddings": self.tied,
+            "hidden_act": "silu",
+            "attention_bias": false,
+            "mlp_bias": false,
+            "bos_token_id": self.bos,
+            "eos_token_id": match self.eos.as_slice() { [] => Json::Null, [one] => json!(one), many => json!(many) },
+            "dtype": "float32",
+            "torch_dtype": "float32",
+        })
+    }
+}
+
+fn text<'a>(metadata: &'a HashMap<String, Value>, key: &str) -> Result<&'a str> {
+    Ok(metadata.get(key).with_context(|| format!("GGUF key {key} is missing"))?.to_string()?.as_str())
+}

@@ -1,0 +1,49 @@
+//! Writing a model so that `transformers` opens it.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::DType;
+use serde_json::json;
+
+use super::{ModelConfig, Weights};
+
+/// Writes `config.json`, `generation_config.json` and `model.safetensors` into `dir`, which must exist.
+/// The files reach the disk before this returns.
+///
+/// # Errors
+/// Names the file that cannot be written.
+pub fn write(dir: &Path, config: &ModelConfig, weights: &Weights, dtype: DType) -> Result<()> {
+    let mut description = config.to_json();
+    let dtype_name = if dtype == DType::BF16 { "bfloat16" } else { "float32" };
+    description["dtype"] = json!(dtype_name);
+    description["torch_dtype"] = json!(dtype_name);
+    write_json(&dir.join("config.json"), &description)?;
+    write_json(
+        &dir.join("generation_config.json"),
+        &json!({ "bos_token_id": config.bos, "eos_token_id": config.eos, "do_sample": false }),
+    )?;
+    let tensors: Vec<(&String, candle_core::Tensor)> =
+        weights.0.iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?))).collect::<Result<_>>()?;
+    let path = dir.join("model.safetensors");
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize_to_file(tensors, Some(metadata), &path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    sync(&path)
+}
+
+/// Writes pretty JSON and waits until it is on the disk.
+///
+/// # Errors
+/// Names the file that cannot be written.
+pub fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
+    std::fs::write(path, serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", path.display()))?;
+    sync(path)
+}
+
+fn sync(path: &Path) -> Result<()> {
+    std::fs::File::open(path)
+        .and_then(|file| file.sync_all())
+        .with_context(|| format!("cannot sync {}", path.display()))
+}

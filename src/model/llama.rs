@@ -1,0 +1,168 @@
+//! The Llama family: pre-norm decoder, rotary positions, grouped queries, gated feed-forward
+//! (Touvron et al. 2023; Llama 2/3 and SmolLM2 share it).
+
+use candle_core::{Device, Result, Tensor};
+
+use super::attention::{Attend, PackedAttention};
+use super::config::ModelConfig;
+use super::pack::Pack;
+use super::weights::Weights;
+use crate::ops;
+
+/// A decoder over borrowed storage: building one from [`Weights`] copies nothing.
+#[derive(Debug, Clone)]
+pub struct Llama {
+    config: ModelConfig,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    head: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Weights,
+}
+
+#[derive(Debug, Clone)]
+struct Layer {
+    attention_norm: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    feed_forward_norm: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+}
+
+impl Llama {
+    /// Builds the model from weights under their Hugging Face names.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing or has the wrong shape.
+    pub fn new(config: &ModelConfig, weights: &Weights) -> anyhow::Result<Self> {
+        let (d, hd) = (config.hidden_size, config.head_dim);
+        let (q, kv, ffn) = (config.heads * hd, config.kv_heads * hd, config.intermediate_size);
+        let layers = (0..config.layers)
+            .map(|i| {
+                let get = |name: &str, shape: &[usize]| weights.get(&format!("model.layers.{i}.{name}.weight"), shape);
+                Ok(Layer {
+                    attention_norm: get("input_layernorm", &[d])?,
+                    q: get("self_attn.q_proj", &[q, d])?,
+                    k: get("self_attn.k_proj", &[kv, d])?,
+                    v: get("self_attn.v_proj", &[kv, d])?,
+                    o: get("self_attn.o_proj", &[d, q])?,
+                    feed_forward_norm: get("post_attention_layernorm", &[d])?,
+                    gate: get("mlp.gate_proj", &[ffn, d])?,
+                    up: get("mlp.up_proj", &[ffn, d])?,
+                    down: get("mlp.down_proj", &[d, ffn])?,
+                })
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let embedding = weights.get("model.embed_tokens.weight", &[config.vocab_size, d])?;
+        let head =
+            if config.tied { embedding.clone() } else { weights.get("lm_head.weight", &[config.vocab_size, d])? };
+        let (cos, sin) = rotary_tables(config, embedding.device())?;
+        Ok(Self {
+            norm: weights.get("model.norm.weight", &[d])?,
+            config: config.clone(),
+            embedding,
+            layers,
+            head,
+            cos,
+            sin,
+            weights: weights.clone(),
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The tensors that the model runs on, by name.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
+    /// The head `[V, D]`.
+    pub fn head(&self) -> &Tensor {
+        &self.head
+    }
+
+    /// Final hidden states `[T, D]` of `ids` at `positions`, normed, ready for the head.
+    ///
+    /// # Errors
+    /// A position beyond the context, or shapes that do not fit.
+    pub fn hidden(&self, ids: &[u32], positions: &[u32], attend: &mut dyn Attend) -> Result<Tensor> {
+        if let Some(last) = positions.iter().max()
+            && *last as usize >= self.config.context
+        {
+            candle_core::bail!("position {last} is beyond the model's context of {} tokens", self.config.context);
+        }
+        let (t, config) = (ids.len(), &self.config);
+        let positions = Tensor::new(positions, self.device())?;
+        let cos = self.cos.index_select(&positions, 0)?;
+        let sin = self.sin.index_select(&positions, 0)?;
+        let mut x = self.embedding.index_select(&Tensor::new(ids, self.device())?, 0)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let h = ops::rms_norm(&x, &layer.attention_norm, config.rms_norm_eps)?;
+            let q = linear(&h, &layer.q)?.reshape((t, config.heads, config.head_dim))?;
+            let k = linear(&h, &layer.k)?.reshape((t, config.kv_heads, config.head_dim))?;
+            let v = linear(&h, &layer.v)?.reshape((t, config.kv_heads, config.head_dim))?;
+            let (q, k) = (ops::rope(&q, &cos, &sin)?, ops::rope(&k, &cos, &sin)?);
+            x = (x + linear(&attend.attend(i, &q, &k, &v)?, &layer.o)?)?;
+            let h = ops::rms_norm(&x, &layer.feed_forward_norm, config.rms_norm_eps)?;
+            let h = ops::swiglu(&linear(&h, &layer.gate)?, &linear(&h, &layer.up)?)?;
+            x = (x + linear(&h, &layer.down)?)?;
+        }
+        ops::rms_norm(&x, &self.norm, config.rms_norm_eps)
+    }
+
+    /// Logits `[N, V]` of hidden states `[N, D]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        linear(hidden, &self.head)
+    }
+
+    /// Hidden states `[N, D]` that predict the targets of `pack`.
+    ///
+    /// # Errors
+    /// As [`Self::hidden`].
+    pub fn predicting(&self, pack: &Pack) -> Result<Tensor> {
+        let mut attention = PackedAttention::new(pack, self.device())?;
+        let hidden = self.hidden(&pack.ids, &pack.positions, &mut attention)?;
+        hidden.index_select(&Tensor::new(pack.rows.as_slice(), self.device())?, 0)
+    }
+
+    /// Log-probability `[N]` of each target of `pack`, and entropy `[N]` of the distribution that
+    /// predicted it, at `temperature`.
+    ///
+    /// # Errors
+    /// As [`Self::hidden`].
+    pub fn logprobs(&self, pack: &Pack, temperature: f64) -> Result<(Tensor, Tensor)> {
+        ops::linear_logprobs(&self.predicting(pack)?, &self.head, &pack.targets, temperature)
+    }
+}
+
+fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    x.matmul(&weight.t()?)
+}
+
+/// cos and sin `[context, hd/2]` of position · θ^(−2i/hd) (Su et al. 2021, eq. 15).
+fn rotary_tables(config: &ModelConfig, device: &Device) -> Result<(Tensor, Tensor)> {
+    let half = config.head_dim / 2;
+    let frequencies: Vec<f32> =
+        (0..half).map(|i| (1.0 / config.rope_theta.powf(2.0 * i as f64 / config.head_dim as f64)) as f32).collect();
+    let angles: Vec<f32> =
+        (0..config.context).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f)).collect();
+    let angles = Tensor::from_vec(angles, (config.context, half), device)?;
+    Ok((angles.cos()?, angles.sin()?))
+}

@@ -1,0 +1,120 @@
+//! One row of tokens that holds a shared prefix once and several continuations after it.
+
+use std::ops::Range;
+
+use candle_core::{Device, Result, Tensor};
+
+/// A prefix and its continuations, laid end to end: `[prefix | c₁ | c₂ | …]`.
+///
+/// A continuation sees the prefix and itself; positions restart after the prefix for each. So a group's
+/// prompt is computed once, forward and backward, and there is no padding. The last token of a continuation
+/// is predicted but never fed: nothing reads what would follow it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pack {
+    /// Tokens fed, length `T`.
+    pub ids: Vec<u32>,
+    /// Position of each fed token in its own sequence.
+    pub positions: Vec<u32>,
+    /// Row of the output that predicts each target, length `N`.
+    pub rows: Vec<u32>,
+    /// Predicted tokens: all tokens of all continuations, in order, length `N`.
+    pub targets: Vec<u32>,
+    /// Where each continuation lies in `targets`.
+    pub spans: Vec<Range<usize>>,
+    prefix: usize,
+    fed: Vec<Range<usize>>,
+}
+
+impl Pack {
+    /// Packs `continuations` behind `prefix`.
+    ///
+    /// # Panics
+    /// When the prefix is empty: nothing would predict the first tokens.
+    pub fn new<S: AsRef<[u32]>>(prefix: &[u32], continuations: &[S]) -> Self {
+        assert!(!prefix.is_empty(), "a pack needs at least one token of prefix to predict from");
+        let p = prefix.len();
+        let mut pack = Self {
+            ids: prefix.to_vec(),
+            positions: (0..p as u32).collect(),
+            rows: Vec::new(),
+            targets: Vec::new(),
+            spans: Vec::new(),
+            prefix: p,
+            fed: Vec::new(),
+        };
+        for continuation in continuations {
+            let tokens = continuation.as_ref();
+            let (start, first) = (pack.ids.len(), pack.targets.len());
+            let fed = tokens.len().saturating_sub(1);
+            pack.ids.extend_from_slice(&tokens[..fed]);
+            pack.positions.extend((0..fed).map(|i| (p + i) as u32));
+            pack.rows.extend((0..tokens.len()).map(|i| if i == 0 { p - 1 } else { start + i - 1 } as u32));
+            pack.targets.extend_from_slice(tokens);
+            pack.spans.push(first..pack.targets.len());
+            pack.fed.push(start..start + fed);
+        }
+        pack
+    }
+
+    /// A row with nothing after its prefix: a prefill.
+    pub fn prefill(prompt: &[u32]) -> Self {
+        Self::new::<&[u32]>(prompt, &[])
+    }
+
+    /// Number of fed tokens, `T`.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Always false: a pack holds at least one token.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// Additive mask `[T, T]`: 0 where a row may look, −∞ elsewhere.
+    ///
+    /// # Errors
+    /// When it cannot be put on the device.
+    pub fn mask(&self, device: &Device) -> Result<Tensor> {
+        let t = self.len();
+        let mut mask = vec![f32::NEG_INFINITY; t * t];
+        for row in 0..self.prefix {
+            mask[row * t..row * t + row + 1].fill(0.0);
+        }
+        for segment in &self.fed {
+            for row in segment.clone() {
+                mask[row * t..row * t + self.prefix].fill(0.0);
+                mask[row * t + segment.start..row * t + row + 1].fill(0.0);
+            }
+        }
+        Tensor::from_vec(mask, (t, t), device)
+    }
+
+    /// Cuts per-target values into one list per continuation.
+    ///
+    /// # Panics
+    /// When `values` has not one value per target.
+    pub fn split(&self, values: &[f32]) -> Vec<Vec<f32>> {
+        assert_eq!(values.len(), self.targets.len(), "one value per target");
+        self.spans.iter().map(|span| values[span.clone()].to_vec()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lays_out_prefix_and_continuations() {
+        let pack = Pack::new(&[7, 8], &[vec![1, 2, 3], vec![4], vec![5, 6]]);
+        assert_eq!(pack.ids, [7, 8, 1, 2, 5]);
+        assert_eq!(pack.positions, [0, 1, 2, 3, 2]);
+        assert_eq!(pack.targets, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(pack.rows, [1, 2, 3, 1, 1, 4]);
+        assert_eq!(pack.spans, [0..3, 3..4, 4..6]);
+        let mask = pack.mask(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        let seen: Vec<Vec<usize>> =
+            mask.iter().map(|row| row.iter().enumerate().filter(|(_, m)| **m == 0.0).map(|(i, _)| i).collect()).collect();
+        assert_eq!(seen, [vec![0], vec![0, 1], vec![0, 1, 2], vec![0, 1, 2, 3], vec![0, 1, 4]]);
+    }
+}

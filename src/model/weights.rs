@@ -1,0 +1,223 @@
+//! Named tensors of a model, and where they come from.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::quantized::gguf_file::Content;
+use candle_core::{DType, Device, Tensor};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::config::ModelConfig;
+use crate::seed::{self, mix};
+
+/// A model's tensors in f32 under their Hugging Face names.
+#[derive(Debug, Clone, Default)]
+pub struct Weights(pub BTreeMap<String, Tensor>);
+
+impl Weights {
+    /// The tensor called `name`, whose shape must be `shape`.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing or misshapen.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.0.get(name).with_context(|| format!("the model has no tensor {name}"))?;
+        ensure!(tensor.dims() == shape, "tensor {name} is {:?}, the configuration says {shape:?}", tensor.dims());
+        Ok(tensor.clone())
+    }
+
+    /// Reads a GGUF file: every tensor dequantised to f32, query and key rows put back from GGUF's
+    /// interleaved rotary order into the rotate-half order of Hugging Face.
+    ///
+    /// # Errors
+    /// Names the file, and the key or tensor at fault.
+    pub fn from_gguf(path: &Path, device: &Device) -> Result<(ModelConfig, Self)> {
+        let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        let content =
+            Content::read(&mut file).with_context(|| format!("{} is not a readable GGUF file", path.display()))?;
+        let tied = !content.tensor_infos.contains_key("output.weight");
+        let embedding = content.tensor_infos.get("token_embd.weight").context("GGUF tensor token_embd.weight is missing")?;
+        let config = ModelConfig::from_gguf(&content.metadata, tied, embedding.shape.dims()[0])?;
+        let mut weights = BTreeMap::new();
+        for name in content.tensor_infos.keys() {
+            let Some(target) = hugging_face_name(name) else { bail!("GGUF tensor {name} is not part of a Llama model") };
+            let tensor = content
+                .tensor(&mut file, name, device)
+                .and_then(|tensor| tensor.dequantize(device))
+                .with_context(|| format!("cannot read tensor {name} of {}", path.display()))?
+                .to_dtype(DType::F32)?;
+            let tensor = match target.rsplit_once('.').map_or("", |(stem, _)| stem) {
+                stem if stem.ends_with("q_proj") => unpermute(&tensor, config.heads)?,
+                stem if stem.ends_with("k_proj") => unpermute(&tensor, config.kv_heads)?,
+                _ => tensor,
+            };
+            weights.insert(target, tensor);
+        }
+        Ok((config, Self(weights)))
+    }
+
+    /// Reads a Hugging Face directory: `model.safetensors`, or the shards of `model.safetensors.index.json`.
+    ///
+    /// # Errors
+    /// Names the file at fault.
+    pub fn from_directory(dir: &Path, device: &Device) -> Result<(ModelConfig, Self)> {
+        let config = ModelConfig::from_directory(dir)?;
+        let index = dir.join("model.safetensors.index.json");
+        let mut files: Vec<String> = if index.exists() {
+            let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&index)?)
+                .with_context(|| format!("{} is not JSON", index.display()))?;
+            let map = json["weight_map"].as_object().with_context(|| format!("{} has no weight_map", index.display()))?;
+            map.values().filter_map(|file| file.as_str().map(str::to_owned)).collect()
+        } else {
+            vec!["model.safetensors".to_owned()]
+        };
+        files.sort();
+        files.dedup();
+        let mut weights = BTreeMap::new();
+        for file in files {
+            let path = dir.join(file);
+            let tensors = candle_core::safetensors::load(&path, device)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            for (name, tensor) in tensors {
+                weights.insert(name, tensor.to_dtype(DType::F32)?);
+            }
+        }
+        if config.tied {
+            weights.remove("lm_head.weight");
+        }
+        Ok((config, Self(weights)))
+    }
+
+    /// Fresh weights: matrices normal with deviation `std`, norms at one. A function of `seed` alone.
+    ///
+    /// # Errors
+    /// When a tensor cannot be put on the device.
+    pub fn scratch(config: &ModelConfig, std: f64, seed: u64, device: &Device) -> Result<Self> {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut weights = BTreeMap::new();
+        for (name, shape) in shapes(config) {
+            let count = shape.iter().product();
+            let values: Vec<f32> = if shape.len() == 1 {
+                vec![1.0; count]
+            } else {
+                (0..count).map(|_| (normal(&mut rng) * std) as f32).collect()
+            };
+            weights.insert(name, Tensor::from_vec(values, shape, device)?);
+        }
+        Ok(Self(weights))
+    }
+
+    /// A copy with storage of its own: nothing done to `self` afterwards can be seen in it.
+    ///
+    /// # Errors
+    /// When memory for the copy cannot be had.
+    pub fn snapshot(&self) -> Result<Self> {
+        Ok(Self(
+            self.0.iter().map(|(name, tensor)| Ok((name.clone(), tensor.copy()?.detach()))).collect::<Result<_>>()?,
+        ))
+    }
+
+    /// A number that tells these weights from others: a hash over up to 256 values of each tensor, evenly spread,
+    /// and the tensors' names. An optimizer step moves every value that has a gradient, so it moves this too.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read.
+    pub fn fingerprint(&self) -> Result<u64> {
+        const SAMPLED: usize = 256;
+        let mut hash = self.0.len() as u64;
+        for (name, tensor) in &self.0 {
+            hash = mix(hash ^ seed::text(name));
+            let flat = tensor.flatten_all()?;
+            let count = flat.elem_count();
+            let picked: Vec<u32> = (0..SAMPLED.min(count)).map(|i| (i * count / SAMPLED.min(count)) as u32).collect();
+            let picked = Tensor::new(picked, tensor.device())?;
+            for value in flat.index_select(&picked, 0)?.to_vec1::<f32>()? {
+                hash = mix(hash ^ u64::from(value.to_bits()));
+            }
+        }
+        Ok(hash)
+    }
+
+    /// Number of values in all tensors.
+    pub fn parameters(&self) -> usize {
+        self.0.values().map(Tensor::elem_count).sum()
+    }
+}
+
+/// One draw from the standard normal distribution (Box–Muller).
+fn normal(rng: &mut impl Rng) -> f64 {
+    let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
+    (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+}
+
+/// Every tensor of a model of this shape.
+fn shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (d, hd, ffn) = (config.hidden_size, config.head_dim, config.intermediate_size);
+    let (q, kv) = (config.heads * hd, config.kv_heads * hd);
+    let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, d])];
+    for i in 0..config.layers {
+        for (name, shape) in [
+            ("input_layernorm", vec![d]),
+            ("self_attn.q_proj", vec![q, d]),
+            ("self_attn.k_proj", vec![kv, d]),
+            ("self_attn.v_proj", vec![kv, d]),
+            ("self_attn.o_proj", vec![d, q]),
+            ("post_attention_layernorm", vec![d]),
+            ("mlp.gate_proj", vec![ffn, d]),
+            ("mlp.up_proj", vec![ffn, d]),
+            ("mlp.down_proj", vec![d, ffn]),
+        ] {
+            all.push((format!("model.layers.{i}.{name}.weight"), shape));
+        }
+    }
+    all.push(("model.norm.weight".to_owned(), vec![d]));
+    if !config.tied {
+        all.push(("lm_head.weight".to_owned(), vec![config.vocab_size, d]));
+    }
+    all
+}
+
+fn hugging_face_name(gguf: &str) -> Option<String> {
+    match gguf {
+        "token_embd.weight" => return Some("model.embed_tokens.weight".into()),
+        "output_norm.weight" => return Some("model.norm.weight".into()),
+        "output.weight" => return Some("lm_head.weight".into()),
+        _ => {}
+    }
+    let (layer, name) = gguf.strip_prefix("blk.")?.split_once('.')?;
+    let name = match name {
+        "attn_norm.weight" => "input_layernorm",
+        "attn_q.weight" => "self_attn.q_proj",
+        "attn_k.weight" => "self_attn.k_proj",
+        "attn_v.weight" => "self_attn.v_proj",
+        "attn_output.weight" => "self_attn.o_proj",
+        "ffn_norm.weight" => "post_attention_layernorm",
+        "ffn_gate.weight" => "mlp.gate_proj",
+        "ffn_up.weight" => "mlp.up_proj",
+        "ffn_down.weight" => "mlp.down_proj",
+        _ => return None,
+    };
+    Some(format!("model.layers.{layer}.{name}.weight"))
+}
+
+/// Undoes GGUF's reordering of a projection's rows: within each head, row `2i + j` goes back to `j·hd/2 + i`.
+fn unpermute(weight: &Tensor, heads: usize) -> Result<Tensor> {
+    let (rows, columns) = weight.dims2()?;
+    let half = rows / heads / 2;
+    Ok(weight.reshape((heads, half, 2, columns))?.transpose(1, 2)?.contiguous()?.reshape((rows, columns))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unpermute_restores_rotate_half_order() {
+        // Two heads of width 4: GGUF keeps rows as pairs (0,2), (1,3).
+        let stored = Tensor::new(&[[0f32], [2.], [1.], [3.], [4.], [6.], [5.], [7.]], &Device::Cpu).unwrap();
+        let rows = unpermute(&stored, 2).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(rows, [0., 1., 2., 3., 4., 5., 6., 7.]);
+    }
+}

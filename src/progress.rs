@@ -1,0 +1,54 @@
+//! What a person sees while it runs: a bar on a terminal, plain lines elsewhere.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Progress of the training phase. Lines of finished steps stay; the bar below them moves.
+pub struct Progress {
+    bar: ProgressBar,
+    terminal: bool,
+}
+
+impl Progress {
+    /// For a run of `units` units of work (groups).
+    pub fn new(units: u64) -> Self {
+        let terminal = console_is_terminal();
+        let target = if terminal { ProgressDrawTarget::stderr_with_hz(4) } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(Some(units), target);
+        let style = ProgressStyle::with_template("{spinner} training [{bar:30}] {pos}/{len} groups  {elapsed} elapsed, {eta} left  {msg}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        if terminal {
+            bar.enable_steady_tick(Duration::from_millis(250));
+        }
+        Self { bar, terminal }
+    }
+
+    /// A line that stays.
+    pub fn line(&self, text: &str) {
+        if self.terminal {
+            self.bar.println(text);
+        } else {
+            eprintln!("{text}");
+        }
+    }
+
+    /// Where the bar stands.
+    pub fn at(&self, units: u64) {
+        self.bar.set_position(units);
+    }
+
+    /// What the bar says beside itself.
+    pub fn message(&self, text: String) {
+        self.bar.set_message(text);
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+fn console_is_terminal() -> bool {
+    std::io::IsTerminal::is_terminal(&std::io::stderr())
+}

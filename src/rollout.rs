@@ -1,0 +1,165 @@
+//! What travels through the graph: prompts, groups of completions, feedback, rewards.
+//!
+//! A leaf: it knows no model and no actor. Token ids go from end to end; text is for judges and people.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+/// One prompt, tokenised once.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Prompt {
+    /// Place in the run's order of groups; the group's identity everywhere.
+    pub seq: u64,
+    /// How often the data set had been gone through before.
+    pub epoch: u64,
+    /// Line of the data set, from zero.
+    pub row: usize,
+    /// The text as the data set has it, for judges.
+    pub text: Arc<str>,
+    /// What the policy is fed.
+    pub ids: Arc<[u32]>,
+    /// The same instruction about an empty text: the context in which likelihood is "without the prompt".
+    pub blank: Arc<[u32]>,
+}
+
+/// Why a completion ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// The model said so: the last id is an end token.
+    Eos,
+    /// The limit of new tokens was reached.
+    Length,
+}
+
+/// One sampled answer. The three lists have one entry per token.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Completion {
+    /// Sampled tokens, the end token included.
+    pub ids: Vec<u32>,
+    /// Log-probability of each in the distribution it was sampled from (temperature included), in nats.
+    pub logprobs: Vec<f32>,
+    /// Version of the weights that produced each.
+    pub versions: Vec<u64>,
+    /// Why it ended.
+    pub finish: Finish,
+    /// The decoded text, special tokens left out.
+    pub text: String,
+}
+
+impl Completion {
+    /// Oldest version that any of its tokens came from.
+    pub fn oldest_version(&self) -> u64 {
+        self.versions.iter().copied().min().unwrap_or(0)
+    }
+}
+
+/// `k` completions of one prompt.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Group {
+    /// What was asked.
+    pub prompt: Prompt,
+    /// What was answered, in sampling order.
+    pub completions: Vec<Completion>,
+}
+
+/// What a labeler says of one completion. A failure never becomes a number.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// A score on the labeler's own scale.
+    Label(f64),
+    /// The labeler could be asked but would not decide, and why.
+    Abstention(String),
+    /// The labeler could not be asked, and why.
+    Failure(String),
+}
+
+impl Verdict {
+    /// The score, if there is one.
+    pub fn label(&self) -> Option<f64> {
+        match self {
+            Self::Label(score) => Some(*score),
+            Self::Abstention(_) | Self::Failure(_) => None,
+        }
+    }
+
+    /// `label`, `abstention` or `failure`, as the metrics name it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Label(_) => "label",
+            Self::Abstention(_) => "abstention",
+            Self::Failure(_) => "failure",
+        }
+    }
+}
+
+/// Feedback on a group with its provenance.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Feedback {
+    /// Which kind of labeler spoke.
+    pub labeler: String,
+    /// Identity of the frozen model it ran (fingerprint of its weights).
+    pub model: u64,
+    /// Hash of the prompt template; zero where none was used.
+    pub template: u64,
+    /// One verdict per completion.
+    pub verdicts: Vec<Verdict>,
+    /// Per token log-probabilities of the completions under the labeler's model at the rollout's temperature,
+    /// where the labeler had them anyway; they serve as the reference's when it is the same model.
+    pub logprobs: Option<Vec<Vec<f32>>>,
+}
+
+/// A group with what the judge said.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Labeled {
+    /// The group.
+    pub group: Group,
+    /// The feedback.
+    pub feedback: Feedback,
+}
+
+/// A group ready to be learned from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Rewarded {
+    /// The group.
+    pub group: Group,
+    /// The feedback that the rewards stem from.
+    pub feedback: Feedback,
+    /// Reward of each completion, KL not included; empty when the group is masked.
+    pub rewards: Vec<f64>,
+    /// Per token log-probabilities under the reference, at the rollout's temperature.
+    pub reference: Vec<Vec<f32>>,
+    /// Why the group must not be learned from, if it must not.
+    pub masked: Option<String>,
+    /// Statistics of the reward's scale after this group, so that the learner can keep them with the weights.
+    pub scale: RewardScale,
+}
+
+/// Running mean and variance of the labeler's scores (Welford).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct RewardScale {
+    /// Scores seen.
+    pub count: u64,
+    /// Their mean.
+    pub mean: f64,
+    /// Sum of squared deviations.
+    pub m2: f64,
+}
+
+impl RewardScale {
+    /// Takes in one score.
+    pub fn add(&mut self, score: f64) {
+        self.count += 1;
+        let delta = score - self.mean;
+        self.mean += delta / self.count as f64;
+        self.m2 += delta * (score - self.mean);
+    }
+
+    /// Sample standard deviation; one while fewer than two scores are known or all are equal.
+    pub fn std(&self) -> f64 {
+        let variance = if self.count > 1 { self.m2 / (self.count - 1) as f64 } else { 0.0 };
+        if variance > 0.0 { variance.sqrt() } else { 1.0 }
+    }
+}

@@ -1,0 +1,385 @@
+//! The composition root of a training run: files, server, graph, signals, the last checkpoint.
+
+pub mod files;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use candle_core::DType;
+use preceptor_actors::{
+    GraphEvent, GraphHandle, GraphOptions, Outcome, RestartPolicy, SnapshotCell, WatchdogPolicy, spawn_graph,
+};
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoints;
+use crate::config::{Config, WeightDtype};
+use crate::learn::stage::Observer;
+use crate::learn::{StepRecord, TrainState};
+use crate::ops::AdamWConfig;
+use crate::prepare::prepare;
+use crate::progress::Progress;
+use crate::rollout::Rewarded;
+use crate::serve::{NodeState, serve};
+use crate::telemetry;
+use crate::topology::{Node, needs_values};
+use files::RunFiles;
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Summary {
+    /// Learner steps taken.
+    pub steps: u64,
+    /// The last checkpoint.
+    pub checkpoint: PathBuf,
+    /// Whether it was interrupted before its last step.
+    pub interrupted: bool,
+}
+
+/// Trains as `config` says, into `run_dir` or the configured directory.
+///
+/// # Errors
+/// One error that names what went wrong. Whatever steps were finished before it are in the checkpoint that the
+/// error, or the lines before it, name.
+pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> {
+    let files = RunFiles::create(&config, run_dir)?;
+    let metrics = telemetry::install()?;
+    let node_state = NodeState::new(&config.run.name, metrics);
+    if config.serve.enabled {
+        let bound = serve(config.serve.listen, Arc::clone(&node_state)).await?;
+        eprintln!("serving   http://{bound}/metrics  /status  /healthz  /readyz");
+    }
+    eprintln!("run       {}", files.dir().display());
+
+    node_state.phase("loading models and data");
+    let began = Instant::now();
+    let (config, prepared) = tokio::task::spawn_blocking(move || {
+        let prepared = prepare(&config, true)?;
+        anyhow::Ok((config, prepared))
+    })
+    .await??;
+    eprintln!(
+        "policy    {} ({:.1} M parameters), {} prompts, ready in {:.1} s",
+        prepared.origin,
+        prepared.policy.weights().parameters() as f64 / 1e6,
+        prepared.data.len(),
+        began.elapsed().as_secs_f64()
+    );
+
+    let checkpoints = Checkpoints::new(
+        files.dir(),
+        prepared.tokenizer.clone(),
+        if config.checkpoint.dtype == WeightDtype::Bf16 { DType::BF16 } else { DType::F32 },
+        config.checkpoint.keep,
+    );
+    let state = TrainState::new(&prepared.policy, adam(&config), needs_values(&config))?;
+    let cell = Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy)));
+    let stop = Arc::new(AtomicBool::new(false));
+    let watcher = Arc::new(Mutex::new(Watcher {
+        files,
+        checkpoints,
+        every: config.checkpoint.every_steps,
+        steps: config.run.steps,
+        batch_groups: config.learner.batch_groups,
+        node: Arc::clone(&node_state),
+        progress: Arc::new(Progress::new(config.run.steps * config.learner.batch_groups)),
+        graph: Arc::new(OnceLock::new()),
+        stop: Arc::clone(&stop),
+        began: Instant::now(),
+        step: 0,
+        scores: Vec::new(),
+    }));
+    let node = Arc::new(Node {
+        prepared,
+        state: Arc::new(Mutex::new(state)),
+        cell: Arc::clone(&cell),
+        observer: watcher.clone(),
+        config,
+    });
+
+    let wiring = Arc::clone(&node);
+    let graph = spawn_graph(graph_options(&node.config), move |builder| wiring.wire(builder));
+    let (progress, shared) = {
+        let watcher = lock(&watcher);
+        (Arc::clone(&watcher.progress), Arc::clone(&watcher.graph))
+    };
+    // Set once, here; an error would mean that it is set already.
+    let _ = shared.set(graph.clone());
+    let _ = node_state.graph.set(graph.clone());
+    let _ = node_state.weights.set(cell);
+    node_state.phase("training");
+    let outcome = supervise(&graph, &stop, &progress).await;
+    progress.finish();
+    node_state.phase("writing the last checkpoint");
+    conclude(outcome, &node, &watcher, &stop)
+}
+
+/// Waits for the end; the first Ctrl-C (or SIGTERM) lets the step finish, the second does not.
+async fn supervise(graph: &GraphHandle, stop: &AtomicBool, progress: &Progress) -> Outcome {
+    let mut events = graph.subscribe();
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
+    let mut show = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        let terminated = async {
+            match &mut terminate {
+                Some(signal) => signal.recv().await.map(|()| ()),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            outcome = graph.wait() => return outcome,
+            _ = tokio::signal::ctrl_c() => interrupt(graph, stop, progress),
+            Some(()) = terminated => interrupt(graph, stop, progress),
+            Ok(event) = events.recv() => tell(&event, progress),
+            _ = show.tick() => {
+                let report = graph.report();
+                if let Some(bottleneck) = &report.bottleneck {
+                    progress.message(format!("limit: {}", bottleneck.role));
+                }
+            }
+        }
+    }
+}
+
+fn interrupt(graph: &GraphHandle, stop: &AtomicBool, progress: &Progress) {
+    if stop.swap(true, Ordering::SeqCst) {
+        progress.line("stopping now; the last finished step is kept");
+        graph.halt();
+    } else {
+        progress.line("stopping after this step; press Ctrl-C again to stop at once");
+    }
+}
+
+fn tell(event: &GraphEvent, progress: &Progress) {
+    match event {
+        GraphEvent::StageFailed { stage, error, .. } => progress.line(&format!("stage {stage} failed: {error}")),
+        GraphEvent::Restarting { incarnation, backoff } => progress.line(&format!(
+            "restarting the graph from the last finished step in {:.1} s (incarnation {incarnation})",
+            backoff.as_secs_f64()
+        )),
+        GraphEvent::Stalled { stage, state, for_ } => {
+            progress.line(&format!("no progress for {:.0} s: {stage} holds the run ({state})", for_.as_secs_f64()));
+        }
+        GraphEvent::Recovered { stage } => progress.line(&format!("{stage} goes on")),
+        GraphEvent::Started { .. } | GraphEvent::Ended(_) => {}
+    }
+}
+
+/// Writes the last checkpoint, whatever the outcome, and says how it went.
+fn conclude(outcome: Outcome, node: &Node, watcher: &Mutex<Watcher>, stop: &AtomicBool) -> Result<Summary> {
+    let state = node.state.try_lock().map_err(|_| anyhow!("the learner did not stop and still holds the weights"));
+    let state = match state {
+        Ok(state) => state,
+        // A panic elsewhere in the learner leaves the weights whole; `stepping` tells when it does not.
+        Err(_) if node.state.is_poisoned() => lock(&node.state),
+        Err(error) => return Err(error),
+    };
+    let watcher = lock(watcher);
+    let written = if state.stepping {
+        Err(anyhow!("the weights are half updated and are not saved; the last checkpoint before stands"))
+    } else if state.step == 0 {
+        Err(anyhow!("no step was finished, so there is nothing to save"))
+    } else {
+        watcher.checkpoints.write(&state)
+    };
+    if let Ok(path) = &written {
+        eprintln!("checkpoint {}", path.display());
+    }
+    match outcome {
+        Outcome::Failed { stage, error, restarts, .. } => {
+            if let Err(error) = written {
+                eprintln!("{error:#}");
+            }
+            bail!("the run ended at step {} since {stage} failed ({restarts} restarts): {error}", state.step)
+        }
+        Outcome::Finished | Outcome::Drained | Outcome::Halted => {
+            let interrupted = stop.load(Ordering::SeqCst) && state.step < node.config.run.steps;
+            if !interrupted {
+                watcher.rise();
+            }
+            Ok(Summary { steps: state.step, checkpoint: written?, interrupted })
+        }
+    }
+}
+
+fn graph_options(config: &Config) -> GraphOptions {
+    let supervision = &config.supervision;
+    GraphOptions {
+        restart: RestartPolicy {
+            max_restarts: supervision.max_restarts,
+            initial_backoff: Duration::from_secs_f64(supervision.backoff_s),
+            max_backoff: Duration::from_secs_f64(supervision.max_backoff_s),
+            ..RestartPolicy::default()
+        },
+        watchdog: WatchdogPolicy {
+            stall_after: Duration::from_secs_f64(supervision.stall_after_s),
+            restart_after: Some(Duration::from_secs_f64(supervision.restart_after_s)),
+        },
+        halt_grace: Duration::from_secs_f64(supervision.halt_grace_s),
+        ..GraphOptions::default()
+    }
+}
+
+fn adam(config: &Config) -> AdamWConfig {
+    AdamWConfig {
+        beta1: config.learner.adam_beta1,
+        beta2: config.learner.adam_beta2,
+        eps: config.learner.adam_eps,
+        weight_decay: config.learner.weight_decay,
+    }
+}
+
+/// Told of every step: writes files, sets metrics, moves the bar, stops the graph when asked to.
+struct Watcher {
+    files: RunFiles,
+    checkpoints: Checkpoints,
+    every: u64,
+    steps: u64,
+    batch_groups: u64,
+    node: Arc<NodeState>,
+    progress: Arc<Progress>,
+    graph: Arc<OnceLock<GraphHandle>>,
+    stop: Arc<AtomicBool>,
+    began: Instant,
+    step: u64,
+    scores: Vec<f64>,
+}
+
+impl Observer for Watcher {
+    fn group(&mut self, done: u64, _of: u64) {
+        self.progress.at(self.step * self.batch_groups + done);
+    }
+
+    fn step(&mut self, record: &StepRecord, batch: &[Rewarded], state: &mut TrainState) -> Result<()> {
+        self.step = state.step;
+        let mut record = record.clone();
+        record.time("run_seconds", self.began.elapsed().as_secs_f64());
+        if let Some(bytes) = crate::serve::resident_bytes() {
+            record.time("resident_bytes", bytes as f64);
+        }
+        telemetry::step(&record);
+        self.files.step(&record, batch)?;
+        self.node.stepped(Value::Object(record.0.clone()));
+        self.scores.push(record.get("score/mean"));
+        self.progress.line(&line(&record, self.steps));
+        if self.every > 0 && state.step.is_multiple_of(self.every) && state.step < self.steps {
+            // Training goes on without it: the next one is tried, and the end of the run insists.
+            match self.checkpoints.write(state) {
+                Ok(path) => self.progress.line(&format!("checkpoint {}", path.display())),
+                Err(error) => self.progress.line(&format!("{error:#}; training goes on")),
+            }
+        }
+        if self.stop.load(Ordering::SeqCst)
+            && let Some(graph) = self.graph.get()
+        {
+            graph.halt();
+        }
+        Ok(())
+    }
+
+    fn nonfinite(&mut self, step: u64, batch: &[Rewarded]) {
+        let text = match self.files.nonfinite(step, batch) {
+            Ok(path) => format!("its batch is in {}", path.display()),
+            Err(error) => format!("its batch could not be saved: {error:#}"),
+        };
+        self.progress.line(&format!("step {step}: loss or gradient is not finite; the weights stay as they were; {text}"));
+    }
+}
+
+impl Watcher {
+    /// Says whether the judged score rose: the first quarter of the run against the last, with standard errors.
+    fn rise(&self) {
+        let quarter = self.scores.len() / 4;
+        if quarter < 2 {
+            return;
+        }
+        let (first, last) = (moments(&self.scores[..quarter]), moments(&self.scores[self.scores.len() - quarter..]));
+        let error = first.1.hypot(last.1);
+        eprintln!(
+            "score     first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
+            first.0,
+            first.1,
+            last.0,
+            last.1,
+            last.0 - first.0
+        );
+    }
+}
+
+/// Mean and its standard error.
+fn moments(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    (mean, (variance / n).sqrt())
+}
+
+fn line(record: &StepRecord, steps: u64) -> String {
+    format!(
+        "step {:>3}/{steps}  score {:+.3}  reward {:+.3}  kl {:.3}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s",
+        record.get("step"),
+        record.get("score/mean"),
+        record.get("reward/mean"),
+        record.get("kl/mean"),
+        record.get("length/mean"),
+        record.get("entropy/mean"),
+        record.get("gradient/norm"),
+        record.get("staleness/mean"),
+        record.get("time/step_seconds"),
+    )
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Checks all that [`train`] would, and trains nothing. Returns lines to print.
+///
+/// # Errors
+/// As [`train`], before its first step.
+pub fn check(config: &Config) -> Result<Vec<String>> {
+    let prepared = prepare(config, true)?;
+    let shape = prepared.policy.config();
+    let parameters = shape.parameters() as f64;
+    let copies = 1 + 1 + 1 + 1 + 2 + 2; // reference, policy, batch gradient, step gradient, Adam's two, snapshots
+    let judge = if config.labeler.model.is_some() { prepared.judge.model.config().parameters() as f64 } else { 0.0 };
+    let weights = 4.0 * (parameters * f64::from(copies) + judge);
+    let tokens = prepared.data.longest() + config.rollout.group_size * config.rollout.max_new_tokens;
+    let activations = 4.0
+        * tokens as f64
+        * (shape.layers * (12 * shape.hidden_size + 4 * shape.intermediate_size + 2 * shape.heads * tokens)) as f64;
+    let free = prepared.data.len() as f64;
+    let groups = config.run.steps * config.learner.batch_groups;
+    Ok(vec![
+        format!("policy      {} ({:.1} M parameters)", prepared.origin, parameters / 1e6),
+        format!("data        {} prompts, longest {} tokens", prepared.data.len(), prepared.data.longest()),
+        format!("work        {groups} groups of {}, {:.2} epochs", config.rollout.group_size, groups as f64 / free),
+        format!(
+            "memory      about {:.2} GiB: {:.2} weights and optimizer, up to {:.2} activations",
+            (weights + activations) / f64::from(1 << 30),
+            weights / f64::from(1 << 30),
+            activations / f64::from(1 << 30)
+        ),
+        format!(
+            "staleness   η = {}: a token is at most {} versions old when it is trained",
+            config.learner.eta, config.learner.eta
+        ),
+    ])
+}
+
+/// The path that the reference resolves under, for messages of `generate` and `score`.
+///
+/// # Errors
+/// When the text is neither a path nor a TOML value that names a model.
+pub fn model_argument(text: &str) -> Result<crate::source::ModelRef> {
+    let value: toml::Value = text
+        .parse::<toml::Table>()
+        .map(toml::Value::Table)
+        .or_else(|_| format!("v = {text}").parse::<toml::Table>().map(|mut table| table.remove("v").unwrap_or(toml::Value::Boolean(false))))
+        .unwrap_or_else(|_| toml::Value::String(text.to_owned()));
+    crate::source::ModelRef::from_toml(&value)
+        .map_err(|error| anyhow!(error))
+        .with_context(|| format!("{text} does not name a model: give a path, or {{ pip = \"name==version\" }}, or {{ hub = \"owner/name\" }}"))
+}

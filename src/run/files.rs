@@ -1,0 +1,105 @@
+//! The directory of a run: resolved configuration, `metrics.jsonl`, `samples.jsonl`.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::config::Config;
+use crate::learn::StepRecord;
+use crate::rollout::Rewarded;
+
+/// Files that a run appends to.
+pub struct RunFiles {
+    dir: PathBuf,
+    metrics: File,
+    samples: File,
+}
+
+impl RunFiles {
+    /// Makes the directory and writes the resolved configuration into it. Without `given`, the configured
+    /// directory is used, or the first of `-2`, `-3`, … that is free.
+    ///
+    /// # Errors
+    /// A given directory that holds a run already, or one that cannot be written.
+    pub fn create(config: &Config, given: Option<PathBuf>) -> Result<Self> {
+        let explicit = given.or_else(|| config.run.dir.clone());
+        let dir = match explicit {
+            Some(dir) => {
+                ensure!(
+                    !dir.join("metrics.jsonl").exists(),
+                    "{} holds a run already; give another --run-dir, or remove it",
+                    dir.display()
+                );
+                dir
+            }
+            None => free(Path::new("runs"), &config.run.name),
+        };
+        std::fs::create_dir_all(&dir).with_context(|| format!("cannot make the run directory {}", dir.display()))?;
+        let path = dir.join("config.toml");
+        std::fs::write(&path, config.to_toml()).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self { metrics: append(&dir.join("metrics.jsonl"))?, samples: append(&dir.join("samples.jsonl"))?, dir })
+    }
+
+    /// The run's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Appends a step's figures, and its first group to read.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn step(&mut self, record: &StepRecord, batch: &[Rewarded]) -> Result<()> {
+        let mut lines = String::new();
+        for group in batch.iter().take(1) {
+            for (i, completion) in group.group.completions.iter().enumerate() {
+                let line = json!({
+                    "step": record.0["step"],
+                    "group": group.group.prompt.seq,
+                    "row": group.group.prompt.row,
+                    "prompt": group.group.prompt.text,
+                    "completion": completion.text,
+                    "finish": completion.finish,
+                    "tokens": completion.ids.len(),
+                    "versions": [completion.oldest_version(), completion.versions.iter().max()],
+                    "labeler": group.feedback.labeler,
+                    "verdict": group.feedback.verdicts.get(i),
+                    "reward": group.rewards.get(i),
+                    "masked": group.masked,
+                });
+                lines.push_str(&line.to_string());
+                lines.push('\n');
+            }
+        }
+        self.samples.write_all(lines.as_bytes()).with_context(|| self.cannot("samples.jsonl"))?;
+        let line = serde_json::to_string(record)? + "\n";
+        self.metrics.write_all(line.as_bytes()).with_context(|| self.cannot("metrics.jsonl"))
+    }
+
+    /// Saves a batch whose gradient was not finite, for study.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn nonfinite(&self, step: u64, batch: &[Rewarded]) -> Result<PathBuf> {
+        let path = self.dir.join(format!("nonfinite-step-{step}.json"));
+        std::fs::write(&path, serde_json::to_vec(batch)?).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
+    }
+
+    fn cannot(&self, file: &str) -> String {
+        format!("cannot write {}", self.dir.join(file).display())
+    }
+}
+
+fn free(parent: &Path, name: &str) -> PathBuf {
+    let candidates = std::iter::once(name.to_owned()).chain((2..).map(|n| format!("{name}-{n}")));
+    let mut free = candidates.map(|name| parent.join(name)).filter(|dir| !dir.exists());
+    free.next().expect("the candidates never end")
+}
+
+fn append(path: &Path) -> Result<File> {
+    OpenOptions::new().create(true).append(true).open(path).with_context(|| format!("cannot open {}", path.display()))
+}

@@ -1,0 +1,63 @@
+//! What the tests share.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+pub fn config(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(name)
+}
+
+pub fn max_abs_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// The program, about to be started in `dir`.
+pub fn preceptor(dir: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_preceptor"));
+    command.current_dir(dir);
+    command
+}
+
+/// A small offline training run in `dir/run` with a few overrides, no server.
+pub fn train(dir: &Path, overrides: &[&str]) -> Output {
+    let mut command = preceptor(dir);
+    command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
+    command.args(overrides.iter().flat_map(|one| ["--set", one])).output().unwrap()
+}
+
+/// Overrides that make the offline run a matter of seconds.
+pub fn small() -> impl Iterator<Item = &'static str> {
+    [
+        "run.steps=4",
+        "serve.enabled=false",
+        "learner.batch_groups=4",
+        "rollout.group_size=4",
+        "rollout.groups_per_call=2",
+        "rollout.max_new_tokens=12",
+    ]
+    .into_iter()
+    .flat_map(|one| ["--set", one])
+}
+
+/// Steps of a run's `metrics.jsonl`, clock figures left out.
+pub fn metrics(run: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines()
+        .map(|line| {
+            let mut step: Value = serde_json::from_str(line).unwrap();
+            step.as_object_mut().unwrap().retain(|name, _| !name.starts_with("time/"));
+            step
+        })
+        .collect()
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}

@@ -1,0 +1,174 @@
+//! The decoder against reference values from an independent implementation (tests/fixtures/README.md), and
+//! against itself in its other modes.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor, Var};
+use preceptor::generate::sampler::Sampling;
+use preceptor::generate::{Fixed, Request, generate};
+use preceptor::model::{Llama, ModelConfig, Pack, PackedAttention, Weights};
+
+use crate::common::{fixture, max_abs_difference};
+
+struct Reference {
+    config: ModelConfig,
+    weights: Weights,
+    model: Llama,
+    values: HashMap<String, Tensor>,
+}
+
+fn reference() -> Reference {
+    let dir = fixture("llama");
+    let (config, weights) = Weights::from_directory(&dir, &Device::Cpu).unwrap();
+    let model = Llama::new(&config, &weights).unwrap();
+    let values = candle_core::safetensors::load(dir.join("ref.safetensors"), &Device::Cpu).unwrap();
+    Reference { config, weights, model, values }
+}
+
+/// Tokens and positions of row `b`, padding left out, and which columns they stand in.
+fn row(values: &HashMap<String, Tensor>, side: &str, b: usize) -> (Vec<u32>, Vec<u32>, Vec<usize>) {
+    let column = |name: &str| values[&format!("{side}.{name}")].get(b).unwrap().to_vec1::<i64>().unwrap();
+    let kept: Vec<usize> = (0..24).filter(|t| column("attention_mask")[*t] == 1).collect();
+    let pick = |name: &str| kept.iter().map(|t| column(name)[*t] as u32).collect();
+    (pick("input_ids"), if side == "left" { pick("position_ids") } else { (0..kept.len() as u32).collect() }, kept)
+}
+
+#[test]
+fn logits_and_logprobs_agree_with_the_reference() {
+    let r = reference();
+    for side in ["right", "left"] {
+        for b in 0..4 {
+            let (ids, positions, columns) = row(&r.values, side, b);
+            let pack = Pack::prefill(&ids);
+            let mut attention = PackedAttention::new(&pack, &Device::Cpu).unwrap();
+            let hidden = r.model.hidden(&ids, &positions, &mut attention).unwrap();
+            let logits = r.model.logits(&hidden).unwrap().to_vec2::<f32>().unwrap();
+            let expected = r.values[&format!("{side}.logits")].get(b).unwrap().to_vec2::<f32>().unwrap();
+            for (i, t) in columns.iter().enumerate() {
+                let worst = max_abs_difference(&logits[i], &expected[*t]);
+                assert!(worst < 1e-4, "{side} row {b} column {t}: logits differ by {worst}");
+            }
+            let pack = Pack::new(&ids[..1], &[&ids[1..]]);
+            let (logprobs, entropy) = r.model.logprobs(&pack, 1.0).unwrap();
+            for (name, ours) in [("logprobs", logprobs), ("entropy", entropy)] {
+                let theirs = r.values[&format!("{side}.{name}")].get(b).unwrap().to_vec1::<f32>().unwrap();
+                let theirs: Vec<f32> = columns[1..].iter().map(|t| theirs[*t]).collect();
+                let worst = max_abs_difference(&ours.to_vec1().unwrap(), &theirs);
+                assert!(worst < 1e-4, "{side} row {b}: {name} differ by {worst}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_agree_with_the_reference() {
+    let r = reference();
+    let vars: HashMap<String, Var> =
+        r.weights.0.iter().map(|(name, tensor)| (name.clone(), Var::from_tensor(tensor).unwrap())).collect();
+    let weights = Weights(vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
+    let model = Llama::new(&r.config, &weights).unwrap();
+    let (mut total, mut count) = (Tensor::new(0f32, &Device::Cpu).unwrap(), 0);
+    for b in 0..4 {
+        let (ids, _, _) = row(&r.values, "right", b);
+        let pack = Pack::new(&ids[..1], &[&ids[1..]]);
+        count += pack.targets.len();
+        total = (total + model.logprobs(&pack, 1.0).unwrap().0.sum_all().unwrap()).unwrap();
+    }
+    let nll = (total.neg().unwrap() / count as f64).unwrap();
+    let expected = r.values["right.nll"].flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
+    assert!((nll.to_scalar::<f32>().unwrap() - expected).abs() < 1e-5);
+    let store = nll.backward().unwrap();
+    let theirs = candle_core::safetensors::load(fixture("llama").join("grads_all.safetensors"), &Device::Cpu).unwrap();
+    for (name, var) in &vars {
+        let ours = store.get(var.as_tensor()).unwrap_or_else(|| panic!("{name} receives no gradient"));
+        let key = [name.clone(), format!("grad.{name}")].into_iter().find(|key| theirs.contains_key(key));
+        let theirs = &theirs[&key.unwrap_or_else(|| panic!("no reference gradient for {name}"))];
+        let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let norm = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        let (ours, theirs) = (flat(&ours.contiguous().unwrap()), flat(theirs));
+        let gap: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| a - b).collect();
+        let error = norm(&gap) / norm(&theirs);
+        assert!(error < 1e-4, "{name}: relative gradient error {error}");
+    }
+}
+
+#[test]
+fn greedy_generation_agrees_with_the_reference() {
+    let r = reference();
+    let prompts = r.values["gen.prompt"].to_vec2::<i64>().unwrap();
+    let expected = r.values["gen.greedy"].to_vec2::<i64>().unwrap();
+    let prompts: Vec<Vec<u32>> = prompts.iter().map(|row| row.iter().map(|id| *id as u32).collect()).collect();
+    let requests: Vec<Request> = prompts.iter().map(|prompt| Request { prompt, seeds: vec![0] }).collect();
+    let sampling = Sampling { temperature: 0.0, max_new_tokens: 16, eos: r.config.eos.clone() };
+    let sampled = generate(&mut Fixed(Arc::new(r.model)), &requests, &sampling).unwrap();
+    for (sampled, expected) in sampled.iter().zip(expected) {
+        // The reference may hold the prompt before the new tokens, and padding after an end token.
+        let expected: Vec<u32> = expected[expected.len() - 16..].iter().map(|id| *id as u32).collect();
+        assert_eq!(sampled[0].ids, expected[..sampled[0].ids.len()]);
+    }
+}
+
+fn ragged() -> (Vec<u32>, Vec<Vec<u32>>) {
+    let token = |i: u32| (i * 37 + 11) % 512;
+    ((0..9).map(token).collect(), [5usize, 1, 8].iter().map(|n| (20..20 + *n as u32).map(token).collect()).collect())
+}
+
+#[test]
+fn a_pack_scores_as_its_sequences_do_alone() {
+    let r = reference();
+    let (prompt, completions) = ragged();
+    let pack = Pack::new(&prompt, &completions);
+    let together = pack.split(&r.model.logprobs(&pack, 0.7).unwrap().0.to_vec1().unwrap());
+    for (completion, together) in completions.iter().zip(together) {
+        let alone = Pack::new(&prompt, &[completion]);
+        let alone = r.model.logprobs(&alone, 0.7).unwrap().0.to_vec1::<f32>().unwrap();
+        assert!(max_abs_difference(&alone, &together) < 1e-5);
+    }
+}
+
+#[test]
+fn behaviour_logprobs_are_those_of_a_full_forward() {
+    let r = reference();
+    let model = Arc::new(r.model);
+    let (long, others) = ragged();
+    let requests = [
+        Request { prompt: &long, seeds: vec![1, 2, 3] },
+        Request { prompt: &others[0], seeds: vec![4] },
+        Request { prompt: &others[2], seeds: vec![5, 6] },
+    ];
+    let sampling = Sampling { temperature: 0.8, max_new_tokens: 12, eos: (0..40).collect() };
+    let sampled = generate(&mut Fixed(Arc::clone(&model)), &requests, &sampling).unwrap();
+    let lengths: std::collections::HashSet<usize> = sampled.iter().flatten().map(|one| one.ids.len()).collect();
+    assert!(lengths.len() > 1, "the test wants ragged completions, all have {lengths:?} tokens");
+    for (request, sampled) in requests.iter().zip(&sampled) {
+        let ids: Vec<&[u32]> = sampled.iter().map(|one| one.ids.as_slice()).collect();
+        let pack = Pack::new(request.prompt, &ids);
+        let now = pack.split(&model.logprobs(&pack, 0.8).unwrap().0.to_vec1().unwrap());
+        for (one, now) in sampled.iter().zip(now) {
+            assert!(max_abs_difference(&one.logprobs, &now) < 1e-4);
+        }
+    }
+}
+
+#[test]
+fn an_export_reads_back_as_the_same_model() {
+    let r = reference();
+    let dir = tempfile::tempdir().unwrap();
+    preceptor::model::export::write(dir.path(), &r.config, &r.weights, candle_core::DType::F32).unwrap();
+    let (config, weights) = Weights::from_directory(Path::new(dir.path()), &Device::Cpu).unwrap();
+    assert_eq!(config, r.config);
+    assert_eq!(weights.fingerprint().unwrap(), r.weights.fingerprint().unwrap());
+}
+
+#[test]
+fn the_fingerprint_tells_versions_apart() {
+    let r = reference();
+    let before = r.weights.fingerprint().unwrap();
+    let mut moved = r.weights.snapshot().unwrap();
+    assert_eq!(moved.fingerprint().unwrap(), before);
+    let norm = moved.0.get_mut("model.norm.weight").unwrap();
+    *norm = (norm.clone() + 1e-6).unwrap();
+    assert_ne!(moved.fingerprint().unwrap(), before);
+}

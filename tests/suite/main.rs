@@ -1,0 +1,1 @@
+mod algorithms; mod common; mod llama;

@@ -1,0 +1,166 @@
+//! The whole node: runs of the real program on the offline configuration.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::common::{config, metrics, preceptor, small, stderr, train};
+
+#[test]
+fn a_synchronous_run_is_a_function_of_its_configuration() {
+    let (a, b, c) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let one = train(a.path(), &["learner.eta=0"]);
+    assert!(one.status.success(), "{}", stderr(&one));
+    // More actors finish in another order; the figures must not notice.
+    let many = ["learner.eta=0", "rollout.workers=2", "labeler.workers=2"];
+    for (dir, overrides) in [(&b, &["learner.eta=0"][..]), (&c, &many[..])] {
+        let other = train(dir.path(), overrides);
+        assert!(other.status.success(), "{}", stderr(&other));
+        assert_eq!(metrics(&a.path().join("run")), metrics(&dir.path().join("run")));
+    }
+    let steps = metrics(&a.path().join("run"));
+    assert_eq!(steps.len(), 4);
+    for step in &steps {
+        let ratio = step["ratio/max"].as_f64().unwrap();
+        assert!(ratio < 1.0 + 1e-4, "on-policy, yet the ratio of learner to behaviour reaches {ratio}");
+        assert_eq!(step["staleness/max"], 0);
+    }
+    let other_seed = tempfile::tempdir().unwrap();
+    assert!(train(other_seed.path(), &["learner.eta=0", "run.seed=1"]).status.success());
+    assert_ne!(steps, metrics(&other_seed.path().join("run")));
+}
+
+#[test]
+fn an_asynchronous_run_stays_within_its_bound_and_drops_nothing() {
+    for (update, eta) in [("in-flight", 1), ("between-groups", 3)] {
+        let dir = tempfile::tempdir().unwrap();
+        let overrides =
+            [&format!("learner.eta={eta}"), &format!("rollout.update={update}"), "rollout.workers=2", "run.steps=8"];
+        let output = train(dir.path(), &overrides.map(|one| one as &str));
+        assert!(output.status.success(), "{}", stderr(&output));
+        let steps = metrics(&dir.path().join("run"));
+        let trained: u64 = steps.iter().map(|step| step["completions"].as_u64().unwrap()).sum();
+        assert_eq!(trained, 8 * 4 * 4, "every completion is trained on once");
+        let stalest = steps.iter().map(|step| step["staleness/max"].as_u64().unwrap()).max().unwrap();
+        assert!((1..=eta).contains(&stalest), "staleness of {stalest} under a bound of {eta}");
+    }
+}
+
+#[test]
+fn the_paper_s_algorithm_and_the_direct_labeler_run_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = train(dir.path(), &["labeler.type=direct", "learner.algorithm=rloo", "run.steps=2"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let samples = std::fs::read_to_string(dir.path().join("run/samples.jsonl")).unwrap();
+    for line in samples.lines() {
+        let sample: Value = serde_json::from_str(line).unwrap();
+        let score = sample["verdict"]["label"].as_f64();
+        // A random judge may also give the ratings no weight at all, which is an abstention and masks the group.
+        assert!(score.is_some_and(|s| (-1.0..=1.0).contains(&s)) || sample["verdict"]["abstention"].is_string(), "{line}");
+        assert_eq!(sample["labeler"], "direct");
+    }
+}
+
+#[test]
+fn the_last_checkpoint_generates_and_scores() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = train(dir.path(), &["run.steps=2"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let checkpoint = dir.path().join("run/checkpoints/step-000002");
+    assert!(stderr(&output).contains("run/checkpoints/step-000002"), "{}", stderr(&output));
+    for file in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "value_head.safetensors"] {
+        assert!(checkpoint.join(file).exists(), "{file} is missing");
+    }
+    let ask = |arguments: &[&str]| -> Value {
+        let output = preceptor(dir.path()).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let model = checkpoint.to_str().unwrap();
+    let generated =
+        ask(&["generate", model, "--prompt-ids", "72,101,108", "--greedy", "--max-new-tokens", "7", "--json"]);
+    let ids: Vec<String> = generated["ids"].as_array().unwrap().iter().map(Value::to_string).collect();
+    assert!(!ids.is_empty() && ids.len() <= 7);
+    // What generation says of its tokens, scoring says too.
+    let scored =
+        ask(&["score", model, "--prompt-ids", "72,101,108", "--completion-ids", &ids.join(","), "--json"]);
+    assert_eq!(scored["ids"], generated["ids"]);
+    let list = |value: &Value| -> Vec<f64> { value["logprobs"].as_array().unwrap().iter().map(|p| p.as_f64().unwrap()).collect() };
+    for (a, b) in list(&scored).into_iter().zip(list(&generated)) {
+        assert!((a - b).abs() < 1e-4);
+    }
+}
+
+#[test]
+fn the_node_answers_and_an_interrupt_keeps_what_was_learned() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = preceptor(dir.path())
+        .arg("train")
+        .arg(config("offline.toml"))
+        .args(["--run-dir", "run"])
+        .args(small())
+        .args(["--set", "run.steps=100000", "--set", "serve.enabled=true", "--set", "serve.listen=127.0.0.1:0"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut errors = child.stderr.take().unwrap();
+    let (sender, lines) = std::sync::mpsc::sync_channel(10_000);
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = errors.read(&mut buffer) {
+            text.push_str(&String::from_utf8_lossy(&buffer[..n]));
+            // The receiver may have seen enough.
+            let _ = sender.try_send(text.clone());
+        }
+        text
+    });
+    let wait = |what: &str| -> String {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let text = lines.recv_timeout(deadline.saturating_duration_since(Instant::now())).expect(what);
+            if text.contains(what) {
+                return text;
+            }
+        }
+    };
+    let text = wait("step   2/");
+    let address = text.split("http://").nth(1).unwrap().split('/').next().unwrap().to_owned();
+    let get = |path: &str| -> String {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200"), "{path}: {text}");
+        text.split_once("\r\n\r\n").unwrap().1.to_owned()
+    };
+    let scraped = get("/metrics");
+    for name in ["preceptor_step ", "preceptor_stage_busy_seconds_total{stage=\"learn\"", "preceptor_weight_lag{worker=\"rollout-0\"}"] {
+        assert!(scraped.contains(name), "{name} is not in\n{scraped}");
+    }
+    assert!(scraped.contains("preceptor_weight_fingerprint_ok{worker=\"rollout-0\"} 1"), "{scraped}");
+    get("/healthz");
+    get("/readyz");
+    let status: Value = serde_json::from_str(&get("/status")).unwrap();
+    assert_eq!(status["phase"], "training");
+    let spans = status["graph"]["timeline"].as_array().unwrap();
+    let of = |stage: &str| -> Vec<(f64, f64)> {
+        let spans = spans.iter().filter(|span| span["stage"] == stage);
+        spans.map(|span| (span["start_s"].as_f64().unwrap(), span["end_s"].as_f64().unwrap())).collect()
+    };
+    let overlap = of("learn").iter().any(|l| of("rollout-0").iter().any(|r| r.0 < l.1 && l.0 < r.1));
+    assert!(overlap, "at η = 1 generation overlaps learning");
+
+    let interrupted = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(interrupted.success());
+    let ended = child.wait().unwrap();
+    let text = reader.join().unwrap();
+    assert!(ended.success(), "{text}");
+    let checkpoint = text.lines().find_map(|line| line.strip_prefix("checkpoint ")).expect("the checkpoint is named");
+    assert!(dir.path().join(checkpoint).join("model.safetensors").exists());
+    let steps = metrics(&dir.path().join("run")).len();
+    assert!(checkpoint.ends_with(&format!("step-{steps:06}")), "{checkpoint} after {steps} steps");
+}

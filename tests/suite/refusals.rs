@@ -1,0 +1,112 @@
+//! Bad input: one clear error, before compute is spent, and never a hang.
+
+use crate::common::{config, preceptor, small, stderr, train};
+
+/// Trains with `overrides` and expects to be refused with all of `words` in the error.
+#[track_caller]
+fn refused(overrides: &[&str], words: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    let output = train(dir.path(), overrides);
+    let text = stderr(&output);
+    assert!(!output.status.success(), "it should have been refused");
+    assert!(words.iter().all(|word| text.contains(word)), "{words:?} are not all in: {text}");
+    assert!(!text.contains("step   1/"), "compute was spent: {text}");
+    assert!(!text.contains("panicked"), "{text}");
+}
+
+#[test]
+fn a_missing_model_is_named() {
+    refused(&["policy.model=\"no/such/model.gguf\""], &["no/such/model.gguf"]);
+}
+
+#[test]
+fn three_mistakes_are_three_lines_in_one_report() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("wrong.toml");
+    let text = std::fs::read_to_string(config("offline.toml")).unwrap();
+    let data = config("data/posts.jsonl");
+    let text = text
+        .replace("\"data/posts.jsonl\"", &format!("\"{}\"", data.display()))
+        .replace("temperature = 0.9", "temprature = 0.9")
+        .replace("steps = 60", "steps = \"sixty\"")
+        .replace("eta = 1", "eta = -1");
+    std::fs::write(&path, text).unwrap();
+    let output = preceptor(dir.path()).arg("train").arg(&path).output().unwrap();
+    let text = stderr(&output);
+    assert!(!output.status.success());
+    for word in ["temprature", "temperature", "run.steps", "learner.eta"] {
+        assert!(text.contains(word), "{word} is not in: {text}");
+    }
+    assert_eq!(text.matches("wrong.toml:").count(), 3, "{text}");
+}
+
+#[test]
+fn off_policy_learning_without_correction_is_refused() {
+    refused(&["learner.eta=2", "learner.correction=\"none\""], &["learner.correction"]);
+}
+
+#[test]
+fn a_prompt_beyond_the_context_is_named_with_its_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("long.jsonl");
+    std::fs::write(&path, format!("{{\"prompt\": \"short\"}}\n{{\"prompt\": \"{}\"}}\n", "long ".repeat(500))).unwrap();
+    let set = format!("data.path=\"{}\"", path.display());
+    refused(&[&set, "data.max_prompt_tokens=100000"], &["long.jsonl:2", "tokens"]);
+}
+
+#[test]
+fn a_line_that_is_no_json_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("broken.jsonl");
+    std::fs::write(&path, "{\"prompt\": \"fine\"}\nnot json\n{\"text\": \"other field\"}\n").unwrap();
+    let set = format!("data.path=\"{}\"", path.display());
+    refused(&[&set], &["broken.jsonl:2", "not JSON", "broken.jsonl:3", "data.prompt_field"]);
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let set = format!("serve.listen=\"{}\"", listener.local_addr().unwrap());
+    refused(&["serve.enabled=true", &set], &["serve.listen"]);
+}
+
+#[test]
+fn a_run_directory_is_not_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(train(dir.path(), &["run.steps=1"]).status.success());
+    let again = train(dir.path(), &["run.steps=1"]);
+    assert!(!again.status.success());
+    assert!(stderr(&again).contains("--run-dir"), "{}", stderr(&again));
+}
+
+#[test]
+fn ids_beyond_the_vocabulary_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(train(dir.path(), &["run.steps=1"]).status.success());
+    let output =
+        preceptor(dir.path()).args(["generate", "run/checkpoints/step-000001", "--prompt-ids", "99999"]).output().unwrap();
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains("99999"), "{}", stderr(&output));
+}
+
+/// A limit on the size of a file stands in for a full disk: writing the weights fails half way.
+#[test]
+fn a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_nothing_half_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut arguments: Vec<String> =
+        ["train", config("offline.toml").to_str().unwrap(), "--run-dir", "run"].map(str::to_owned).to_vec();
+    arguments.extend(small().map(str::to_owned));
+    arguments.extend(["--set", "run.steps=3", "--set", "checkpoint.every_steps=1"].map(str::to_owned));
+    let output = std::process::Command::new("bash")
+        .args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_preceptor")])
+        .args(arguments)
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let text = stderr(&output);
+    assert!(!output.status.success(), "{text}");
+    assert!(text.contains("training goes on"), "a periodic checkpoint that fails does not end the run: {text}");
+    assert!(text.contains("error: the checkpoint of step 3 was not written"), "{text}");
+    let left: Vec<_> = std::fs::read_dir(dir.path().join("run/checkpoints")).into_iter().flatten().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
