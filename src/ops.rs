@@ -1,31 +1,241 @@
-//! temporary composite
-use candle_core::{D, Result, Tensor, Var, backprop::GradStore};
-pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
-    let ms = x.sqr()?.mean_keepdim(D::Minus1)?;
-    x.broadcast_div(&(ms + eps)?.sqrt()?)?.broadcast_mul(w)
+//! Differentiable operations fused for CPU `f32`, each with a backward of its own.
+//!
+//! On another device or dtype each falls back to a composite of candle operations that keeps the gradient. (Candle's
+//! own fused `rms_norm`, `softmax_last_dim` and `rope` return no gradient and no error, which is why these exist.)
+//! Work is split by rows over the rayon pool that the caller runs in, and every result is the same for any number of
+//! threads. An argument that is no part of a graph gets no gradient computed.
+
+mod accumulate;
+mod adamw;
+mod logprobs;
+mod rms_norm;
+mod rope;
+mod softmax;
+mod swiglu;
+mod vector;
+
+pub use accumulate::Gradients;
+pub use adamw::{AdamW, AdamWConfig};
+pub use logprobs::{linear_logprobs, row_logsumexp, token_logprobs};
+pub use rms_norm::rms_norm;
+pub use rope::rope;
+pub use softmax::masked_softmax;
+pub use swiglu::swiglu;
+
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+use rayon::prelude::*;
+
+/// Elements below which a split over threads costs more than it saves.
+const PARALLEL_FROM: usize = 1 << 14;
+
+/// Whether the fused path holds for this tensor.
+fn is_fused(tensor: &Tensor) -> bool {
+    tensor.device().is_cpu() && tensor.dtype() == DType::F32
 }
-pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let h = x.dim(2)? / 2;
-    let (a, b) = (x.narrow(2, 0, h)?, x.narrow(2, h, h)?);
-    let (c, s) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
-    Tensor::cat(&[(a.broadcast_mul(&c)? - b.broadcast_mul(&s)?)?, (b.broadcast_mul(&c)? + a.broadcast_mul(&s)?)?], 2)
+
+/// Half precision is raised to `f32` for the composites; other dtypes stay.
+fn composite_dtype(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
 }
-pub fn swiglu(g: &Tensor, u: &Tensor) -> Result<Tensor> { g.silu()? * u }
-pub fn masked_softmax(s: &Tensor, m: Option<&Tensor>, scale: f64) -> Result<Tensor> {
-    let mut s = (s * scale)?;
-    if let Some(m) = m { s = s.broadcast_add(m)?; }
-    candle_nn::ops::softmax(&s, D::Minus1)
+
+/// The elements of a contiguous CPU `f32` storage under `layout`.
+fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("a fused operation was given a tensor that is not contiguous")
+    };
+    Ok(&storage.as_slice::<f32>()?[start..end])
 }
-pub fn token_logprobs(l: &Tensor, t: &[u32], temp: f64) -> Result<(Tensor, Tensor)> {
-    let lp = candle_nn::ops::log_softmax(&(l / temp)?, D::Minus1)?;
-    let e = (lp.exp()? * &lp)?.sum(D::Minus1)?.neg()?;
-    let t = Tensor::new(t, l.device())?.unsqueeze(1)?;
-    Ok((lp.gather(&t, 1)?.squeeze(1)?, e))
+
+/// As [`elements`], for a storage on whichever device.
+fn tensor_elements<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
+    match storage {
+        Storage::Cpu(storage) => elements(storage, layout),
+        _ => bail!("a fused operation was given a tensor that is not on the cpu"),
+    }
 }
-pub fn linear_logprobs(h: &Tensor, w: &Tensor, t: &[u32], temp: f64) -> Result<(Tensor, Tensor)> {
-    token_logprobs(&h.matmul(&w.t()?)?, t, temp)
+
+/// The mutable elements of a contiguous CPU `f32` storage under `layout`.
+fn elements_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("an in-place operation was given a tensor that is not contiguous")
+    };
+    match storage {
+        CpuStorage::F32(values) => Ok(&mut values[start..end]),
+        _ => bail!("an in-place operation was given a tensor that is not f32"),
+    }
 }
-pub fn row_logsumexp(row: &[f32], inv: f32) -> f32 {
-    let m = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    row.iter().map(|x| ((x - m) * inv).exp()).sum::<f32>().ln() + m * inv
+
+/// Rows per task: one task when the work is small or the pool has one thread, else a few tasks a thread.
+fn rows_per_task(rows: usize, width: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    if threads == 1 || rows * width < PARALLEL_FROM {
+        return rows.max(1);
+    }
+    let smallest = (PARALLEL_FROM / 4).div_ceil(width.max(1));
+    rows.div_ceil(threads * 4).max(smallest).max(1)
+}
+
+/// Fills `out`, rows of `width`, by calling `fill(first_row, rows)` on disjoint runs of rows.
+fn fill_rows(out: &mut [f32], width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) {
+    if out.is_empty() || width == 0 {
+        return;
+    }
+    let run = rows_per_task(out.len() / width, width);
+    if run * width >= out.len() {
+        return fill(0, out);
+    }
+    out.par_chunks_mut(run * width).enumerate().for_each(|(task, rows)| fill(task * run, rows));
+}
+
+/// As [`fill_rows`] for two outputs of one shape.
+fn fill_rows2(a: &mut [f32], b: &mut [f32], width: usize, fill: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) {
+    if a.is_empty() || width == 0 {
+        return;
+    }
+    let run = rows_per_task(a.len() / width, width);
+    if run * width >= a.len() {
+        return fill(0, a, b);
+    }
+    a.par_chunks_mut(run * width)
+        .zip(b.par_chunks_mut(run * width))
+        .enumerate()
+        .for_each(|(task, (a, b))| fill(task * run, a, b));
+}
+
+/// An in-place change of a contiguous CPU `f32` tensor.
+struct InPlace<F>(F);
+
+impl<F: Fn(&mut [f32])> InplaceOp1 for InPlace<F> {
+    fn name(&self) -> &'static str {
+        "in-place"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        self.0(elements_mut(storage, layout)?);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod testing {
+    //! Checks that compare a fused operation in `f32` with its composite in `f64`.
+    use super::*;
+    use candle_core::{Device, Var};
+
+    /// Reproducible values in about [-2, 2].
+    pub fn values(seed: u64, shape: &[usize]) -> Tensor {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let count = shape.iter().product();
+        let data: Vec<f32> = (0..count)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                ((state >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 4.0
+            })
+            .collect();
+        Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
+    }
+
+    pub fn flat(tensor: &Tensor) -> Vec<f64> {
+        tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
+        assert_eq!(got.dims(), want.dims(), "{what}");
+        let (got, want) = (flat(got), flat(want));
+        let size = want.iter().fold(1e-3, |a: f64, b| a.max(b.abs()));
+        for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+            assert!((g - w).abs() <= tolerance * (size * 0.1 + w.abs()), "{what}[{i}]: {g} against {w}");
+        }
+    }
+
+    /// Runs `op` in `f32` and in `f64` on the same inputs and compares the output and every input's gradient under
+    /// a loss that weighs each output differently.
+    pub fn check(inputs: &[Tensor], op: impl Fn(&[Tensor]) -> Result<Tensor>) {
+        let run = |dtype: DType| {
+            let vars: Vec<Var> =
+                inputs.iter().map(|t| Var::from_tensor(&t.to_dtype(dtype).unwrap()).unwrap()).collect();
+            let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+            let out = op(&tensors).unwrap();
+            let weights = values(99, out.dims()).to_dtype(dtype).unwrap();
+            let grads = (&out * weights).unwrap().sum_all().unwrap().backward().unwrap();
+            let grads: Vec<Tensor> = vars.iter().map(|v| grads.get(v).expect("the gradient was cut").clone()).collect();
+            (out, grads)
+        };
+        let (out, grads) = run(DType::F32);
+        let (want, want_grads) = run(DType::F64);
+        assert_close("output", &out, &want, 1e-5);
+        for (i, (g, w)) in grads.iter().zip(&want_grads).enumerate() {
+            assert!(flat(w).iter().any(|v| v.abs() > 1e-6), "reference gradient {i} is zero");
+            assert_close(&format!("gradient {i}"), g, w, 1e-5);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{flat, values};
+    use super::*;
+    use candle_core::Var;
+
+    type Op = fn(&[Tensor]) -> Result<Tensor>;
+
+    /// Half precision takes the composites: the gradient arrives, near that of `f32`.
+    #[test]
+    fn half_precision_keeps_the_gradient() {
+        let ops: [(&str, &[&[usize]], Op); 6] = [
+            ("rms_norm", &[&[5, 12], &[12]], |t| rms_norm(&t[0], &t[1], 1e-5)),
+            ("swiglu", &[&[5, 12], &[5, 12]], |t| swiglu(&t[0], &t[1])),
+            ("rope", &[&[5, 2, 12]], |t| {
+                let angle = values(7, &[5, 6]);
+                rope(&t[0], &angle.cos()?.to_dtype(t[0].dtype())?, &angle.sin()?.to_dtype(t[0].dtype())?)
+            }),
+            ("masked_softmax", &[&[5, 12]], |t| masked_softmax(&t[0], None, 0.5)),
+            ("token_logprobs", &[&[5, 12]], |t| {
+                let (logprob, entropy) = token_logprobs(&t[0], &[0, 3, 11, 5, 5], 0.7)?;
+                logprob + entropy
+            }),
+            ("linear_logprobs", &[&[5, 8], &[12, 8]], |t| {
+                let (logprob, entropy) = linear_logprobs(&t[0], &t[1], &[0, 3, 11, 5, 5], 0.7)?;
+                logprob + entropy
+            }),
+        ];
+        for (name, shapes, op) in ops {
+            let run = |dtype: DType| -> Vec<Tensor> {
+                let inputs = shapes.iter().enumerate().map(|(i, shape)| values(i as u64 + 1, shape));
+                let vars: Vec<Var> = inputs.map(|t| Var::from_tensor(&t.to_dtype(dtype).unwrap()).unwrap()).collect();
+                let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+                let out = op(&tensors).unwrap().to_dtype(DType::F32).unwrap();
+                let grads = (&out * values(9, out.dims())).unwrap().sum_all().unwrap().backward().unwrap();
+                vars.iter().map(|v| grads.get(v).unwrap_or_else(|| panic!("{name} cut the gradient")).clone()).collect()
+            };
+            for (half, single) in run(DType::BF16).iter().zip(run(DType::F32)) {
+                let (half, single) = (flat(half), flat(&single));
+                let distance: f64 = half.iter().zip(&single).map(|(a, b)| (a - b).powi(2)).sum();
+                let size: f64 = single.iter().map(|v| v * v).sum();
+                assert!(distance < 1e-3 * size, "{name}: relative distance {}", (distance / size).sqrt());
+            }
+        }
+    }
+
+    #[test]
+    fn results_do_not_depend_on_the_number_of_threads() {
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let x = Var::from_tensor(&values(1, &[301, 127])).unwrap();
+                let weight = Var::from_tensor(&values(2, &[127])).unwrap();
+                let y = rms_norm(&x, &weight, 1e-5).unwrap();
+                let y = masked_softmax(&swiglu(&y, &x).unwrap(), None, 0.5).unwrap();
+                let (logprob, entropy) = token_logprobs(&y, &[3; 301], 0.1).unwrap();
+                let grads = (logprob + entropy).unwrap().sum_all().unwrap().backward().unwrap();
+                [flat(grads.get(&x).unwrap()), flat(grads.get(&weight).unwrap())]
+            })
+        };
+        assert_eq!(run(1), run(3));
+    }
 }

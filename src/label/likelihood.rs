@@ -34,9 +34,9 @@ impl Labeler for Likelihood {
         let model = &self.judge.model;
         let given = Pack::new(&group.prompt.ids, &completions);
         let hidden = model.predicting(&given)?;
+        let logits = model.logits(&hidden)?;
         let at = |temperature: f64| -> Result<Vec<Vec<f32>>> {
-            let (logprobs, _) =
-                crate::ops::linear_logprobs(&hidden, model.head(), &given.targets, temperature)?;
+            let (logprobs, _) = crate::ops::token_logprobs(&logits, &given.targets, temperature)?;
             Ok(given.split(&logprobs.to_vec1()?))
         };
         let with = at(1.0)?;

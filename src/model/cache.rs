@@ -93,14 +93,7 @@ impl Attend for StepAttention<'_> {
 }
 
 /// softmax(q·Kᵀ/√hd)·V of one head over the prompt's and the sequence's own part.
-fn attend_one(
-    q: &[f32],
-    parts: &[&Slab; 2],
-    width: usize,
-    offset: usize,
-    scores: &mut Vec<f32>,
-    out: &mut [f32],
-) {
+fn attend_one(q: &[f32], parts: &[&Slab; 2], width: usize, offset: usize, scores: &mut Vec<f32>, out: &mut [f32]) {
     let hd = q.len();
     let scale = 1.0 / (hd as f32).sqrt();
     scores.clear();

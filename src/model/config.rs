@@ -106,20 +106,21 @@ impl ModelConfig {
             bail!("GGUF architecture {architecture} is not supported; these are: llama");
         }
         let number = |key: &str| -> Result<usize> {
-            let value = metadata.get(&format!("llama.{key}")).with_context(|| format!("GGUF key llama.{key} is missing"))?;
+            let value =
+                metadata.get(&format!("llama.{key}")).with_context(|| format!("GGUF key llama.{key} is missing"))?;
             Ok(value.to_u64().or_else(|_| value.to_u32().map(u64::from))? as usize)
         };
         let float = |key: &str| -> Option<f64> {
-            metadata.get(&format!("llama.{key}")).and_then(|value| value.to_f32().ok()).map(f64::from)
+            // Through its decimal form: the f32 nearest to 1e-5 means 1e-5.
+            metadata.get(&format!("llama.{key}")).and_then(|value| value.to_f32().ok()?.to_string().parse().ok())
         };
         if let Ok(kind) = text(metadata, "llama.rope.scaling.type")
             && kind != "none"
         {
             bail!("RoPE scaling of type {kind} is not supported yet; use a model with default RoPE");
         }
-        let id = |key: &str| {
-            metadata.get(&format!("tokenizer.ggml.{key}_token_id")).and_then(|value| value.to_u32().ok())
-        };
+        let id =
+            |key: &str| metadata.get(&format!("tokenizer.ggml.{key}_token_id")).and_then(|value| value.to_u32().ok());
         let hidden_size = number("embedding_length")?;
         let heads = number("attention.head_count")?;
         let config = Self {
@@ -131,7 +132,8 @@ impl ModelConfig {
             head_dim: number("attention.key_length").unwrap_or(hidden_size / heads.max(1)),
             vocab_size,
             context: number("context_length")?,
-            rms_norm_eps: float("attention.layer_norm_rms_epsilon").context("GGUF key for the norm's epsilon is missing")?,
+            rms_norm_eps: float("attention.layer_norm_rms_epsilon")
+                .context("GGUF key for the norm's epsilon is missing")?,
             rope_theta: float("rope.freq_base").unwrap_or(10_000.0),
             tied,
             bos: id("bos"),

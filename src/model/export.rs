@@ -38,7 +38,8 @@ pub fn write(dir: &Path, config: &ModelConfig, weights: &Weights, dtype: DType) 
 /// # Errors
 /// Names the file that cannot be written.
 pub fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
-    std::fs::write(path, serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", path.display()))?;
+    std::fs::write(path, serde_json::to_vec_pretty(value)?)
+        .with_context(|| format!("cannot write {}", path.display()))?;
     sync(path)
 }
 

@@ -113,8 +113,10 @@ mod tests {
         assert_eq!(pack.rows, [1, 2, 3, 1, 1, 4]);
         assert_eq!(pack.spans, [0..3, 3..4, 4..6]);
         let mask = pack.mask(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
-        let seen: Vec<Vec<usize>> =
-            mask.iter().map(|row| row.iter().enumerate().filter(|(_, m)| **m == 0.0).map(|(i, _)| i).collect()).collect();
+        let seen: Vec<Vec<usize>> = mask
+            .iter()
+            .map(|row| row.iter().enumerate().filter(|(_, m)| **m == 0.0).map(|(i, _)| i).collect())
+            .collect();
         assert_eq!(seen, [vec![0], vec![0, 1], vec![0, 1, 2], vec![0, 1, 2, 3], vec![0, 1, 4]]);
     }
 }

@@ -38,11 +38,14 @@ impl Weights {
         let content =
             Content::read(&mut file).with_context(|| format!("{} is not a readable GGUF file", path.display()))?;
         let tied = !content.tensor_infos.contains_key("output.weight");
-        let embedding = content.tensor_infos.get("token_embd.weight").context("GGUF tensor token_embd.weight is missing")?;
+        let embedding =
+            content.tensor_infos.get("token_embd.weight").context("GGUF tensor token_embd.weight is missing")?;
         let config = ModelConfig::from_gguf(&content.metadata, tied, embedding.shape.dims()[0])?;
         let mut weights = BTreeMap::new();
         for name in content.tensor_infos.keys() {
-            let Some(target) = hugging_face_name(name) else { bail!("GGUF tensor {name} is not part of a Llama model") };
+            let Some(target) = hugging_face_name(name) else {
+                bail!("GGUF tensor {name} is not part of a Llama model")
+            };
             let tensor = content
                 .tensor(&mut file, name, device)
                 .and_then(|tensor| tensor.dequantize(device))
@@ -68,7 +71,8 @@ impl Weights {
         let mut files: Vec<String> = if index.exists() {
             let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&index)?)
                 .with_context(|| format!("{} is not JSON", index.display()))?;
-            let map = json["weight_map"].as_object().with_context(|| format!("{} has no weight_map", index.display()))?;
+            let map =
+                json["weight_map"].as_object().with_context(|| format!("{} has no weight_map", index.display()))?;
             map.values().filter_map(|file| file.as_str().map(str::to_owned)).collect()
         } else {
             vec!["model.safetensors".to_owned()]

@@ -14,7 +14,10 @@ fn load(name: &str) -> HashMap<String, Tensor> {
 fn rows(values: &HashMap<String, Tensor>, name: &str) -> Vec<Vec<f32>> {
     let mask = values["completion_mask"].to_vec2::<i64>().unwrap();
     let all = values[name].to_vec2::<f32>().unwrap();
-    all.iter().zip(mask).map(|(row, mask)| row.iter().zip(mask).filter(|(_, m)| *m == 1).map(|(v, _)| *v).collect()).collect()
+    all.iter()
+        .zip(mask)
+        .map(|(row, mask)| row.iter().zip(mask).filter(|(_, m)| *m == 1).map(|(v, _)| *v).collect())
+        .collect()
 }
 
 /// Reward minus β times the sequence's KL, against the mean of the rest of the group of four.
@@ -24,9 +27,8 @@ fn leave_one_out_advantages_agree_with_the_reference() {
         let values = load(name);
         let rewards = values["rewards0"].to_vec1::<f32>().unwrap();
         let (old, reference) = (rows(&values, "old_logps_tok"), rows(&values, "ref_logps_tok"));
-        let returns: Vec<f64> = (0..rewards.len())
-            .map(|i| f64::from(rewards[i]) - beta * sequence_kl(&old[i], &reference[i]))
-            .collect();
+        let returns: Vec<f64> =
+            (0..rewards.len()).map(|i| f64::from(rewards[i]) - beta * sequence_kl(&old[i], &reference[i])).collect();
         let ours: Vec<f32> = returns.chunks(4).flat_map(leave_one_out).map(|a| a as f32).collect();
         let worst = max_abs_difference(&ours, &values["advantages"].to_vec1().unwrap());
         assert!(worst < 1e-5, "{name}: advantages differ by {worst}");

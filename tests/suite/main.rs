@@ -1,1 +1,4 @@
-mod algorithms; mod common; mod llama;
+mod algorithms;
+mod common;
+mod llama;
+mod smol_tmp;

@@ -1,0 +1,291 @@
+//! Wiring one incarnation: edges, and stages ready to be started.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::clock::Clock;
+use crate::control::Control;
+use crate::edge::{Account, Inlet, Outlet, edge};
+use crate::pulse::{Pulse, State};
+use crate::report::{EdgeReport, Span, StageReport};
+use crate::stage::{Emitter, Source, Stage, StageContext, StageError, StageResult, StageSpec};
+
+/// Spans that the timeline keeps.
+const TIMELINE: usize = 256;
+
+/// How a stage's thread ended.
+pub(crate) struct StageEnd {
+    pub(crate) stage: String,
+    pub(crate) failure: Option<StageFailure>,
+}
+
+/// A stage's failure, on its way to the supervisor.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{error}")]
+pub(crate) struct StageFailure {
+    pub(crate) stage: String,
+    pub(crate) error: String,
+    pub(crate) panicked: bool,
+    pub(crate) fatal: bool,
+}
+
+/// The work of a stage's thread, start to end.
+pub(crate) type Work = Box<dyn FnOnce() -> StageEnd + Send>;
+
+pub(crate) struct Planned {
+    pub(crate) spec: StageSpec,
+    pub(crate) work: Work,
+}
+
+/// What outside eyes look at.
+pub(crate) struct View {
+    pub(crate) incarnation: u64,
+    pub(crate) clock: Clock,
+    pub(crate) began: Duration,
+    pub(crate) control: Arc<Control>,
+    stages: Vec<(StageSpec, Arc<Pulse>)>,
+    edges: Vec<(Arc<Account>, Vec<String>, Vec<String>)>,
+    timeline: Arc<Mutex<VecDeque<Span>>>,
+}
+
+/// Collects the stages and edges of one incarnation.
+pub struct GraphBuilder {
+    view: View,
+    planned: Vec<Planned>,
+}
+
+impl GraphBuilder {
+    pub(crate) fn new(incarnation: u64, clock: Clock) -> Self {
+        let control = Arc::new(Control::new(clock.simulation().cloned()));
+        let view = View {
+            incarnation,
+            began: clock.now(),
+            clock,
+            control,
+            stages: Vec::new(),
+            edges: Vec::new(),
+            timeline: Arc::default(),
+        };
+        Self { view, planned: Vec::new() }
+    }
+
+    /// Which incarnation this is, from zero.
+    pub fn incarnation(&self) -> u64 {
+        self.view.incarnation
+    }
+
+    /// A bounded edge that holds `capacity` items (at least one) and then makes its senders wait.
+    ///
+    /// Clone the ends for several producers or consumers, and drop those that no stage was given: an edge drains
+    /// when its last producer has gone.
+    pub fn edge<T>(&mut self, name: &str, capacity: usize) -> (Outlet<T>, Inlet<T>) {
+        let (outlet, inlet) = edge(name, capacity, self.view.incarnation, self.view.clock.simulation());
+        self.view.edges.push((Arc::clone(&outlet.account), Vec::new(), Vec::new()));
+        (outlet, inlet)
+    }
+
+    /// A stage that only gives.
+    pub fn source<S: Source>(&mut self, spec: StageSpec, mut source: S, outlet: Outlet<S::Out>) {
+        let (ctx, timeline) = self.join(&spec, None, Some(&outlet.account));
+        self.plan(spec, ctx, move |ctx, pool| {
+            let out = Emitter { outlet: Some(&outlet), ctx };
+            while !ctx.halted() {
+                ctx.enter(State::Busy);
+                let start = ctx.clock.now();
+                let Some(item) = pool.run(|| source.next(ctx))? else { break };
+                let (seq, version) = (item.seq, item.version);
+                keep(&timeline, ctx, seq, version, start);
+                out.emit(item)?;
+            }
+            Ok(())
+        });
+    }
+
+    /// A stage between two edges.
+    pub fn stage<S: Stage>(&mut self, spec: StageSpec, stage: S, inlet: Inlet<S::In>, outlet: Outlet<S::Out>) {
+        self.add(spec, stage, inlet, Some(outlet));
+    }
+
+    /// A stage at the end of the graph.
+    pub fn sink<S: Stage<Out = ()>>(&mut self, spec: StageSpec, stage: S, inlet: Inlet<S::In>) {
+        self.add(spec, stage, inlet, None);
+    }
+
+    fn add<S: Stage>(&mut self, spec: StageSpec, mut stage: S, inlet: Inlet<S::In>, outlet: Option<Outlet<S::Out>>) {
+        let (ctx, timeline) = self.join(&spec, Some(&inlet.account), outlet.as_ref().map(|outlet| &outlet.account));
+        self.plan(spec, ctx, move |ctx, pool| {
+            let out = Emitter { outlet: outlet.as_ref(), ctx };
+            ctx.enter(State::Busy);
+            pool.run(|| stage.start(ctx))?;
+            loop {
+                let item = match inlet.recv(ctx) {
+                    Ok(item) => item,
+                    Err(crate::Ended::Drained) => break,
+                    Err(crate::Ended::Halted) => return Ok(()),
+                };
+                ctx.beat();
+                let (seq, version, start) = (item.seq, item.version, ctx.clock.now());
+                pool.run(|| stage.process(item, &out))?;
+                ctx.beat();
+                ctx.pulse.items_in.fetch_add(1, Relaxed);
+                keep(&timeline, ctx, seq, version, start);
+            }
+            pool.run(|| stage.finish(&out))
+        });
+    }
+
+    fn join(
+        &mut self,
+        spec: &StageSpec,
+        inlet: Option<&Arc<Account>>,
+        outlet: Option<&Arc<Account>>,
+    ) -> (StageContext, Arc<Mutex<VecDeque<Span>>>) {
+        for (account, from, to) in &mut self.view.edges {
+            if outlet.is_some_and(|outlet| Arc::ptr_eq(outlet, account)) {
+                from.push(spec.name.clone());
+            }
+            if inlet.is_some_and(|inlet| Arc::ptr_eq(inlet, account)) {
+                to.push(spec.name.clone());
+            }
+        }
+        let pulse = Arc::new(Pulse::default());
+        let now = self.view.clock.now();
+        pulse.enter(State::Starting, now);
+        pulse.beat(now);
+        self.view.stages.push((spec.clone(), Arc::clone(&pulse)));
+        let ctx = StageContext {
+            name: spec.name.as_str().into(),
+            incarnation: self.view.incarnation,
+            clock: self.view.clock.clone(),
+            control: Arc::clone(&self.view.control),
+            pulse,
+        };
+        (ctx, Arc::clone(&self.view.timeline))
+    }
+
+    fn plan(
+        &mut self,
+        spec: StageSpec,
+        ctx: StageContext,
+        body: impl FnOnce(&StageContext, &Pool) -> StageResult<()> + Send + 'static,
+    ) {
+        let threads = spec.threads;
+        let name = spec.name.clone();
+        let work = move || {
+            let ended = catch_unwind(AssertUnwindSafe(|| {
+                let pool = Pool::new(&ctx.name, threads)?;
+                body(&ctx, &pool)
+            }));
+            ctx.enter(State::Ended);
+            if let Some(simulation) = ctx.clock.simulation() {
+                simulation.leave();
+            }
+            StageEnd { failure: failure(&name, ended), stage: name }
+        };
+        self.planned.push(Planned { spec, work: Box::new(work) });
+    }
+
+    pub(crate) fn finish(self) -> (View, Vec<Planned>) {
+        (self.view, self.planned)
+    }
+}
+
+/// What the end of a thread means. The end of an edge is no failure.
+fn failure(stage: &str, ended: std::thread::Result<StageResult<()>>) -> Option<StageFailure> {
+    let (error, panicked, fatal) = match ended {
+        Ok(Ok(())) => return None,
+        Ok(Err(error)) if error.ended().is_some() => return None,
+        Ok(Err(error)) => (error.to_string(), false, error.is_fatal()),
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+            (format!("panicked: {}", text.unwrap_or_else(|| "no message".into())), true, false)
+        }
+    };
+    Some(StageFailure { stage: stage.to_owned(), error, panicked, fatal })
+}
+
+fn keep(timeline: &Mutex<VecDeque<Span>>, ctx: &StageContext, seq: u64, version: u64, start: Duration) {
+    let span = Span {
+        stage: ctx.name.to_string(),
+        seq,
+        version,
+        start_s: start.as_secs_f64(),
+        end_s: ctx.clock.now().as_secs_f64(),
+    };
+    let mut timeline = timeline.lock().unwrap_or_else(PoisonError::into_inner);
+    if timeline.len() == TIMELINE {
+        timeline.pop_front();
+    }
+    timeline.push_back(span);
+}
+
+/// Where a stage computes.
+struct Pool(Option<rayon::ThreadPool>);
+
+impl Pool {
+    fn new(name: &str, threads: Option<usize>) -> StageResult<Self> {
+        let Some(threads) = threads else { return Ok(Self(None)) };
+        let name = name.to_owned();
+        let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        let pool = builder.thread_name(move |i| format!("{name}.{i}")).build().map_err(StageError::new)?;
+        Ok(Self(Some(pool)))
+    }
+
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match &self.0 {
+            Some(pool) => pool.install(work),
+            None => work(),
+        }
+    }
+}
+
+impl View {
+    pub(crate) fn stages(&self) -> Vec<StageReport> {
+        let now = self.clock.now();
+        let report = |(spec, pulse): &(StageSpec, Arc<Pulse>)| {
+            let spent = |state| pulse.spent(state, now).as_secs_f64();
+            StageReport {
+                name: spec.name.clone(),
+                role: spec.role.clone(),
+                state: pulse.state(),
+                note: pulse.read_note(),
+                since_s: pulse.in_state(now).as_secs_f64(),
+                items_in: pulse.items_in.load(Relaxed),
+                items_out: pulse.items_out.load(Relaxed),
+                busy_s: spent(State::Busy),
+                idle_s: spent(State::Input),
+                blocked_s: spent(State::Output),
+                admission_s: spent(State::Admission),
+                last_beat_s: pulse.since_beat(now).as_secs_f64(),
+            }
+        };
+        self.stages.iter().map(report).collect()
+    }
+
+    pub(crate) fn edges(&self) -> Vec<EdgeReport> {
+        let report = |(account, from, to): &(Arc<Account>, Vec<String>, Vec<String>)| {
+            let load = |counter: &AtomicU64| counter.load(Relaxed);
+            EdgeReport {
+                name: account.name.clone(),
+                from: from.clone(),
+                to: to.clone(),
+                depth: load(&account.depth),
+                capacity: account.capacity,
+                items: load(&account.items),
+                refused: load(&account.refused),
+                send_blocked_s: Account::blocked(&account.send_blocked),
+                recv_blocked_s: Account::blocked(&account.recv_blocked),
+                high_water: load(&account.high_water),
+            }
+        };
+        self.edges.iter().map(report).collect()
+    }
+
+    pub(crate) fn timeline(&self) -> Vec<Span> {
+        self.timeline.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+}

@@ -1,0 +1,66 @@
+//! The two words that reach every stage of an incarnation: drain and halt.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+
+use crate::clock::Simulation;
+
+/// Closing a channel wakes everyone who selects on it, now and later.
+pub(crate) struct Control {
+    halt: Word,
+    drain: Word,
+    simulation: Option<Arc<Simulation>>,
+}
+
+struct Word {
+    said: AtomicBool,
+    hold: Mutex<Option<Sender<()>>>,
+    signal: Receiver<()>,
+}
+
+impl Word {
+    fn new() -> Self {
+        let (hold, signal) = bounded(0);
+        Self { said: AtomicBool::new(false), hold: Mutex::new(Some(hold)), signal }
+    }
+
+    fn say(&self) {
+        self.said.store(true, Ordering::SeqCst);
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+impl Control {
+    pub(crate) fn new(simulation: Option<Arc<Simulation>>) -> Self {
+        Self { halt: Word::new(), drain: Word::new(), simulation }
+    }
+
+    pub(crate) fn halt(&self) {
+        self.halt.say();
+        if let Some(simulation) = &self.simulation {
+            simulation.stop();
+        }
+    }
+
+    pub(crate) fn drain(&self) {
+        self.drain.say();
+    }
+
+    pub(crate) fn halted(&self) -> bool {
+        self.halt.said.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn draining(&self) -> bool {
+        self.drain.said.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn halt_signal(&self) -> &Receiver<()> {
+        &self.halt.signal
+    }
+
+    pub(crate) fn drain_signal(&self) -> &Receiver<()> {
+        &self.drain.signal
+    }
+}

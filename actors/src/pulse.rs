@@ -1,0 +1,93 @@
+//! What a stage is doing, and for how long it has done what.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+
+/// What a stage is doing now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum State {
+    /// Its thread is being started.
+    Starting,
+    /// Working.
+    Busy,
+    /// Waiting for input.
+    Input,
+    /// Waiting for room in its output.
+    Output,
+    /// Waiting for the staleness bound.
+    Admission,
+    /// Its thread has ended.
+    Ended,
+}
+
+const STATES: [State; 6] = [State::Starting, State::Busy, State::Input, State::Output, State::Admission, State::Ended];
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Busy => "busy",
+            Self::Input => "waiting for input",
+            Self::Output => "waiting for room in its output",
+            Self::Admission => "waiting for admission",
+            Self::Ended => "ended",
+        })
+    }
+}
+
+/// Counters of one stage, written by its thread and read by anyone. Times are nanoseconds of the graph's clock.
+#[derive(Default)]
+pub(crate) struct Pulse {
+    state: AtomicU8,
+    since: AtomicU64,
+    spent: [AtomicU64; 6],
+    beat: AtomicU64,
+    pub(crate) items_in: AtomicU64,
+    pub(crate) items_out: AtomicU64,
+    note: Mutex<String>,
+}
+
+impl Pulse {
+    pub(crate) fn enter(&self, state: State, now: Duration) {
+        let now = now.as_nanos() as u64;
+        let (old, since) = (self.state.swap(state as u8, Relaxed), self.since.swap(now, Relaxed));
+        self.spent[old as usize].fetch_add(now.saturating_sub(since), Relaxed);
+    }
+
+    pub(crate) fn beat(&self, now: Duration) {
+        self.beat.store(now.as_nanos() as u64, Relaxed);
+    }
+
+    pub(crate) fn note(&self, text: &str) {
+        text.clone_into(&mut self.note.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(crate) fn read_note(&self) -> String {
+        self.note.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn state(&self) -> State {
+        STATES[self.state.load(Relaxed) as usize]
+    }
+
+    /// Time spent in `state` up to `now`, the present stay included.
+    pub(crate) fn spent(&self, state: State, now: Duration) -> Duration {
+        let present = if self.state() == state { self.in_state(now) } else { Duration::ZERO };
+        Duration::from_nanos(self.spent[state as usize].load(Relaxed)) + present
+    }
+
+    /// How long it has been in its present state.
+    pub(crate) fn in_state(&self, now: Duration) -> Duration {
+        now.saturating_sub(Duration::from_nanos(self.since.load(Relaxed)))
+    }
+
+    /// How long since it last showed progress.
+    pub(crate) fn since_beat(&self, now: Duration) -> Duration {
+        now.saturating_sub(Duration::from_nanos(self.beat.load(Relaxed)))
+    }
+}

@@ -1,0 +1,179 @@
+//! What can be seen of a graph from outside.
+
+use serde::Serialize;
+
+use crate::pulse::State;
+
+/// A graph at one moment. Times are seconds.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct GraphReport {
+    /// Incarnation, from zero.
+    pub incarnation: u64,
+    /// Time since this incarnation began.
+    pub uptime_s: f64,
+    /// Restarts so far.
+    pub restarts: u32,
+    /// Every stage, in the order it was added.
+    pub stages: Vec<StageReport>,
+    /// Every edge, in the order it was made.
+    pub edges: Vec<EdgeReport>,
+    /// What limits throughput.
+    pub bottleneck: Option<Bottleneck>,
+    /// Who holds the run, when it makes no progress.
+    pub stalled: Option<Stall>,
+    /// The last few hundred spans of work.
+    pub timeline: Vec<Span>,
+}
+
+/// One stage.
+#[derive(Debug, Clone, Serialize)]
+pub struct StageReport {
+    /// Its name.
+    pub name: String,
+    /// The role it shares with other workers.
+    pub role: String,
+    /// What it is doing.
+    pub state: State,
+    /// What it says it is doing.
+    pub note: String,
+    /// How long it has been doing it.
+    pub since_s: f64,
+    /// Items it has finished.
+    pub items_in: u64,
+    /// Items it has given.
+    pub items_out: u64,
+    /// Time spent working.
+    pub busy_s: f64,
+    /// Time spent waiting for input.
+    pub idle_s: f64,
+    /// Time spent waiting for room in its output.
+    pub blocked_s: f64,
+    /// Time spent waiting for the staleness bound.
+    pub admission_s: f64,
+    /// Time since its last progress.
+    pub last_beat_s: f64,
+}
+
+/// One edge.
+#[derive(Debug, Clone, Serialize)]
+pub struct EdgeReport {
+    /// Its name.
+    pub name: String,
+    /// Stages that give to it.
+    pub from: Vec<String>,
+    /// Stages that take from it.
+    pub to: Vec<String>,
+    /// Items on it.
+    pub depth: u64,
+    /// Most items it holds.
+    pub capacity: usize,
+    /// Items that were put on it.
+    pub items: u64,
+    /// Items of another incarnation that it refused.
+    pub refused: u64,
+    /// Time that senders waited.
+    pub send_blocked_s: f64,
+    /// Time that receivers waited.
+    pub recv_blocked_s: f64,
+    /// Most items it has held.
+    pub high_water: u64,
+}
+
+/// What limits throughput.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Bottleneck {
+    /// The role that is busiest.
+    pub role: String,
+    /// Share of the time that its workers work.
+    pub busy_fraction: f64,
+    /// Why, in words.
+    pub reason: String,
+}
+
+/// Who holds a run that makes no progress.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Stall {
+    /// The stage.
+    pub stage: String,
+    /// What it is doing.
+    pub state: State,
+    /// For how long nothing has moved.
+    pub for_s: f64,
+}
+
+/// One `process` call.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Span {
+    /// The stage.
+    pub stage: String,
+    /// The item.
+    pub seq: u64,
+    /// The item's version.
+    pub version: u64,
+    /// When it began, on the graph's clock.
+    pub start_s: f64,
+    /// When it ended.
+    pub end_s: f64,
+}
+
+/// The role whose workers are busiest on average; none before anything has worked.
+pub fn bottleneck(stages: &[StageReport]) -> Option<Bottleneck> {
+    let mut roles: Vec<&str> = stages.iter().map(|stage| stage.role.as_str()).collect();
+    roles.dedup();
+    let share = |role: &str, part: &dyn Fn(&StageReport) -> f64| {
+        let of: Vec<&StageReport> = stages.iter().filter(|stage| stage.role == role).collect();
+        let total: f64 = of.iter().map(|s| s.busy_s + s.idle_s + s.blocked_s + s.admission_s).sum();
+        if total > 0.0 { of.iter().map(|s| part(s)).sum::<f64>() / total } else { 0.0 }
+    };
+    let busiest = roles.iter().copied().max_by(|a, b| share(a, &|s| s.busy_s).total_cmp(&share(b, &|s| s.busy_s)))?;
+    let busy_fraction = share(busiest, &|s| s.busy_s);
+    if busy_fraction == 0.0 {
+        return None;
+    }
+    let waits = roles.iter().filter(|role| **role != busiest).map(|role| {
+        let (idle, blocked) = (share(role, &|s| s.idle_s), share(role, &|s| s.blocked_s + s.admission_s));
+        if idle >= blocked {
+            format!("{role} waits for input {:.0} % of the time", idle * 100.0)
+        } else {
+            format!("{role} waits to go on {:.0} % of the time", blocked * 100.0)
+        }
+    });
+    let reason =
+        format!("{busiest} works {:.0} % of the time; {}", busy_fraction * 100.0, waits.collect::<Vec<_>>().join(", "));
+    Some(Bottleneck { role: busiest.to_owned(), busy_fraction, reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn stage(name: &str, role: &str, busy: f64, idle: f64, blocked: f64) -> StageReport {
+        StageReport {
+            name: name.into(),
+            role: role.into(),
+            state: State::Busy,
+            note: String::new(),
+            since_s: 0.0,
+            items_in: 0,
+            items_out: 0,
+            busy_s: busy,
+            idle_s: idle,
+            blocked_s: blocked,
+            admission_s: 0.0,
+            last_beat_s: 0.0,
+        }
+    }
+
+    #[test]
+    fn the_bottleneck_is_the_busiest_role_on_average() {
+        let stages = [
+            stage("r0", "rollout", 9.0, 0.0, 1.0),
+            stage("r1", "rollout", 5.0, 0.0, 5.0),
+            stage("l", "learn", 8.0, 2.0, 0.0),
+        ];
+        let found = bottleneck(&stages).unwrap();
+        assert_eq!(found.role, "learn");
+        assert!((found.busy_fraction - 0.8).abs() < 1e-9);
+        assert!(found.reason.contains("rollout waits to go on 30 %"), "{}", found.reason);
+    }
+}

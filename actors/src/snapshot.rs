@@ -1,0 +1,154 @@
+//! Published values: a pointer swap for the writer, a pull for the readers.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+
+/// One version of a value. Immutable; readers share it.
+#[derive(Debug)]
+pub struct Snapshot<T> {
+    /// Counts up from zero.
+    pub version: u64,
+    /// Tells this value from others; made by the publisher from the value's content.
+    pub fingerprint: u64,
+    /// The value.
+    pub value: Arc<T>,
+}
+
+impl<T> Clone for Snapshot<T> {
+    fn clone(&self) -> Self {
+        Self { version: self.version, fingerprint: self.fingerprint, value: Arc::clone(&self.value) }
+    }
+}
+
+/// What a reader says it runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Ack {
+    /// The reader.
+    pub reader: String,
+    /// Version it runs.
+    pub version: u64,
+    /// Fingerprint of what it runs, as the reader computed it.
+    pub fingerprint: u64,
+    /// Versions it is behind.
+    pub lag: u64,
+    /// Whether the fingerprint is the one that this version was published with.
+    pub fingerprint_matches: bool,
+}
+
+/// Holds the latest snapshot. Publishing never waits for a reader.
+pub struct SnapshotCell<T> {
+    inner: Mutex<Inner<T>>,
+}
+
+struct Inner<T> {
+    latest: Snapshot<T>,
+    readers: Vec<Reader>,
+}
+
+struct Reader {
+    name: String,
+    version: u64,
+    fingerprint: u64,
+    matches: bool,
+}
+
+impl<T> SnapshotCell<T> {
+    /// A cell that starts with a first snapshot.
+    pub fn new(version: u64, fingerprint: u64, value: Arc<T>) -> Self {
+        let latest = Snapshot { version, fingerprint, value };
+        Self { inner: Mutex::new(Inner { latest, readers: Vec::new() }) }
+    }
+
+    /// Makes `value` the latest. A version below the present one is ignored: a learner of an older incarnation.
+    pub fn publish(&self, version: u64, fingerprint: u64, value: Arc<T>) {
+        let mut inner = self.lock();
+        if version >= inner.latest.version {
+            // The old value is freed here unless a reader still runs it.
+            inner.latest = Snapshot { version, fingerprint, value };
+        }
+    }
+
+    /// The latest snapshot.
+    pub fn latest(&self) -> Snapshot<T> {
+        self.lock().latest.clone()
+    }
+
+    /// A reader by name; one of the same name takes the place of an earlier one.
+    pub fn reader(self: &Arc<Self>, name: &str) -> SnapshotReader<T> {
+        self.lock().readers.retain(|reader| reader.name != name);
+        SnapshotReader { cell: Arc::clone(self), name: name.to_owned(), running: None }
+    }
+
+    /// What each reader has acknowledged, by name.
+    pub fn acks(&self) -> Vec<Ack> {
+        let inner = self.lock();
+        let mut acks: Vec<Ack> = inner
+            .readers
+            .iter()
+            .map(|reader| Ack {
+                reader: reader.name.clone(),
+                version: reader.version,
+                fingerprint: reader.fingerprint,
+                lag: inner.latest.version.saturating_sub(reader.version),
+                fingerprint_matches: reader.matches,
+            })
+            .collect();
+        acks.sort_by(|a, b| a.reader.cmp(&b.reader));
+        acks
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner<T>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One reader of a cell.
+pub struct SnapshotReader<T> {
+    cell: Arc<SnapshotCell<T>>,
+    name: String,
+    running: Option<u64>,
+}
+
+impl<T> SnapshotReader<T> {
+    /// The latest snapshot, if it is newer than what this reader acknowledged last.
+    pub fn refresh(&self) -> Option<Snapshot<T>> {
+        let inner = self.cell.lock();
+        (self.running != Some(inner.latest.version)).then(|| inner.latest.clone())
+    }
+
+    /// Says that this reader now runs `snapshot`, whose fingerprint it computed to be `fingerprint`.
+    pub fn acknowledge(&mut self, snapshot: &Snapshot<T>, fingerprint: u64) {
+        self.running = Some(snapshot.version);
+        let mut inner = self.cell.lock();
+        inner.readers.retain(|reader| reader.name != self.name);
+        inner.readers.push(Reader {
+            name: self.name.clone(),
+            version: snapshot.version,
+            fingerprint,
+            matches: fingerprint == snapshot.fingerprint,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_pull_and_acknowledge() {
+        let cell = Arc::new(SnapshotCell::new(0, 10, Arc::new("zero")));
+        let (mut a, mut b) = (cell.reader("a"), cell.reader("b"));
+        let first = a.refresh().expect("a first snapshot is news");
+        a.acknowledge(&first, 10);
+        assert!(a.refresh().is_none());
+        cell.publish(2, 12, Arc::new("two"));
+        cell.publish(1, 11, Arc::new("late"));
+        let second = b.refresh().expect("newer");
+        assert_eq!((second.version, *second.value), (2, "two"));
+        b.acknowledge(&second, 99);
+        let acks = cell.acks();
+        assert_eq!((acks[0].lag, acks[0].fingerprint_matches), (2, true));
+        assert_eq!((acks[1].lag, acks[1].fingerprint_matches), (0, false));
+    }
+}

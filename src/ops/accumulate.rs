@@ -1,0 +1,176 @@
+//! Gradients summed over micro-batches in buffers that are allocated once.
+
+use super::{PARALLEL_FROM, elements, elements_mut, is_fused, tensor_elements};
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, Var};
+use rayon::prelude::*;
+use std::collections::HashMap;
+
+/// Elements whose squares are summed together; fixed, so that the norm does not depend on the thread count.
+const BLOCK: usize = 1 << 14;
+
+/// One gradient accumulator per parameter, in `f32` on the parameter's device.
+pub struct Gradients {
+    buffers: Vec<Buffer>,
+    index: HashMap<String, usize>,
+}
+
+struct Buffer {
+    param: Var,
+    sum: Tensor,
+}
+
+impl Gradients {
+    /// Zeroed accumulators for these parameters, by name.
+    pub fn new(params: &[(String, Var)]) -> Result<Self> {
+        let buffer = |(_, param): &(String, Var)| {
+            let sum = Tensor::zeros(param.shape(), DType::F32, param.device())?;
+            Ok(Buffer { param: param.clone(), sum })
+        };
+        let buffers = params.iter().map(buffer).collect::<Result<_>>()?;
+        let index = params.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
+        Ok(Self { buffers, index })
+    }
+
+    /// Sets every accumulator to zero, in place.
+    pub fn zero(&mut self) -> Result<()> {
+        self.buffers.iter().try_for_each(|buffer| buffer.sum.zero_set())
+    }
+
+    /// Adds each parameter's gradient of one backward pass and takes it out of `store`; a parameter without one gets
+    /// nothing. Returns how many parameters had a gradient.
+    pub fn add(&mut self, store: &mut GradStore) -> Result<usize> {
+        let mut found = 0;
+        for buffer in &mut self.buffers {
+            let Some(grad) = store.remove(&buffer.param) else {
+                continue;
+            };
+            found += 1;
+            if is_fused(&buffer.sum) && is_fused(&grad) {
+                add_in_place(&buffer.sum, &grad.contiguous()?)?;
+            } else {
+                buffer.sum = (&buffer.sum + grad.detach().to_dtype(DType::F32)?)?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Euclidean norm over all accumulators, summed in `f64`; not finite as soon as one element is not.
+    pub fn global_norm(&self) -> Result<f64> {
+        let mut squares = 0.0;
+        for buffer in &self.buffers {
+            squares += if is_fused(&buffer.sum) {
+                let (storage, layout) = buffer.sum.storage_and_layout();
+                sum_of_squares(tensor_elements(&storage, layout)?)
+            } else {
+                buffer.sum.sqr()?.sum_all()?.to_scalar::<f32>()? as f64
+            };
+        }
+        Ok(squares.sqrt())
+    }
+
+    /// Whether no accumulator holds a NaN or an infinity.
+    pub fn all_finite(&self) -> Result<bool> {
+        Ok(self.global_norm()?.is_finite())
+    }
+
+    /// The accumulator of a parameter, sharing its storage: the next `add` or `zero` changes what is read.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.index.get(name).map(|&i| &self.buffers[i].sum)
+    }
+}
+
+/// `sum += addend` for contiguous CPU `f32` tensors that do not share storage.
+pub(super) fn add_in_place(sum: &Tensor, addend: &Tensor) -> Result<()> {
+    sum.inplace_op2(addend, &Add)
+}
+
+struct Add;
+
+impl InplaceOp2 for Add {
+    fn name(&self) -> &'static str {
+        "add-in-place"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        let (sum, addend) = (elements_mut(s1, l1)?, elements(s2, l2)?);
+        let add = |(a, b): (&mut [f32], &[f32])| a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+        if sum.len() < PARALLEL_FROM || rayon::current_num_threads() == 1 {
+            add((sum, addend));
+        } else {
+            sum.par_chunks_mut(BLOCK).zip(addend.par_chunks(BLOCK)).for_each(add);
+        }
+        Ok(())
+    }
+}
+
+/// Blocks are summed in order whatever the thread count.
+fn sum_of_squares(values: &[f32]) -> f64 {
+    let block = |values: &[f32]| {
+        let mut lanes = [0.0f64; 8];
+        let (chunks, rest) = values.as_chunks::<8>();
+        for chunk in chunks {
+            for i in 0..8 {
+                lanes[i] += chunk[i] as f64 * chunk[i] as f64;
+            }
+        }
+        lanes.iter().sum::<f64>() + rest.iter().map(|&v| v as f64 * v as f64).sum::<f64>()
+    };
+    if values.len() < PARALLEL_FROM || rayon::current_num_threads() == 1 {
+        return values.chunks(BLOCK).map(block).sum();
+    }
+    values.par_chunks(BLOCK).map(block).collect::<Vec<f64>>().iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{assert_close, values};
+    use super::*;
+
+    fn params() -> Vec<(String, Var)> {
+        let var = |seed, shape: &[usize]| Var::from_tensor(&values(seed, shape)).unwrap();
+        vec![("a".into(), var(1, &[131, 193])), ("b".into(), var(2, &[5])), ("c".into(), var(3, &[2]))]
+    }
+
+    fn backward(params: &[(String, Var)]) -> GradStore {
+        let a = params[0].1.sqr().unwrap().sum_all().unwrap();
+        (a + (params[1].1.as_tensor() * 3.0).unwrap().sum_all().unwrap()).unwrap().backward().unwrap()
+    }
+
+    #[test]
+    fn sums_over_micro_batches_and_starts_again() {
+        let params = params();
+        let mut grads = Gradients::new(&params).unwrap();
+        for _ in 0..2 {
+            for _ in 0..3 {
+                let mut store = backward(&params);
+                assert_eq!(grads.add(&mut store).unwrap(), 2);
+                assert!(store.get(&params[0].1).is_none());
+            }
+            assert_close("a", grads.get("a").unwrap(), &(params[0].1.as_tensor() * 6.0).unwrap(), 1e-6);
+            assert_close("b", grads.get("b").unwrap(), &Tensor::full(9f32, 5, params[1].1.device()).unwrap(), 1e-6);
+            assert_close("c", grads.get("c").unwrap(), &params[2].1.zeros_like().unwrap(), 0.0);
+            assert!(grads.get("d").is_none());
+            grads.zero().unwrap();
+            assert_eq!(grads.global_norm().unwrap(), 0.0);
+        }
+    }
+
+    #[test]
+    fn the_norm_is_the_same_on_any_pool_and_shows_nan() {
+        let params = params();
+        let mut grads = Gradients::new(&params).unwrap();
+        grads.add(&mut backward(&params)).unwrap();
+        let norm = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| grads.global_norm().unwrap())
+        };
+        let want = super::super::testing::flat(&params[0].1).iter().map(|v| 4.0 * v * v).sum::<f64>() + 45.0;
+        assert!((norm(1) - want.sqrt()).abs() < 1e-6 * want.sqrt());
+        assert_eq!(norm(1), norm(3));
+        assert!(grads.all_finite().unwrap());
+        let nan = (params[1].1.as_tensor() * f64::NAN).unwrap().sum_all().unwrap();
+        grads.add(&mut nan.backward().unwrap()).unwrap();
+        assert!(!grads.all_finite().unwrap());
+    }
+}

@@ -1,0 +1,339 @@
+//! AdamW with decoupled weight decay (Loshchilov & Hutter 2019), in one pass over parameter, moments and gradient.
+
+use super::accumulate::Gradients;
+use super::vector::vectorised;
+use super::{PARALLEL_FROM, elements, elements_mut, is_fused};
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Tensor, Var, bail};
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::sync::Mutex;
+
+/// Elements a task.
+const BLOCK: usize = 1 << 14;
+/// Name of the step count in an exported state.
+const STEP: &str = "step";
+
+/// What stays fixed over a run; the learning rate is given at each step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWConfig {
+    /// Decay of the first moment, in `[0, 1)`.
+    pub beta1: f64,
+    /// Decay of the second moment, in `[0, 1)`.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled decay: each step takes `lr · weight_decay · θ` off.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
+    }
+}
+
+/// The optimizer: moments in `f32`, and an `f32` master copy of each parameter that is of another dtype.
+///
+/// A step writes into the parameters' own storage, so a tensor that shares it (a detached clone, a view) changes too;
+/// copy what must not.
+pub struct AdamW {
+    params: Vec<Param>,
+    config: AdamWConfig,
+    step: u64,
+}
+
+struct Param {
+    name: String,
+    var: Var,
+    state: State,
+}
+
+enum State {
+    /// For a contiguous CPU `f32` parameter.
+    Fused { m: Vec<f32>, v: Vec<f32> },
+    /// For any other; all three `f32` on the parameter's device.
+    Composite { master: Tensor, m: Tensor, v: Tensor },
+}
+
+/// The numbers of one step that every element shares.
+#[derive(Clone, Copy)]
+struct Step {
+    beta1: f32,
+    beta2: f32,
+    eps: f32,
+    /// `1 − lr · weight_decay`.
+    keep: f32,
+    /// `lr / (1 − β1ᵗ)`.
+    rate: f32,
+    /// `1 / sqrt(1 − β2ᵗ)`.
+    root_correction: f32,
+    clip: f32,
+}
+
+impl AdamW {
+    /// An optimizer with zero moments for these parameters, by name.
+    pub fn new(params: Vec<(String, Var)>, config: AdamWConfig) -> Result<Self> {
+        let params = params
+            .into_iter()
+            .map(|(name, var)| {
+                let state = if is_fused(&var) && var.is_contiguous() {
+                    State::Fused { m: vec![0.0; var.elem_count()], v: vec![0.0; var.elem_count()] }
+                } else {
+                    let m = Tensor::zeros(var.shape(), DType::F32, var.device())?;
+                    State::Composite { master: var.to_dtype(DType::F32)?.copy()?, v: m.copy()?, m }
+                };
+                Ok(Param { name, var, state })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { params, config, step: 0 })
+    }
+
+    /// Steps taken.
+    pub fn steps(&self) -> u64 {
+        self.step
+    }
+
+    /// One step at learning rate `lr`, each gradient first multiplied by `clip_scale` (1 for none). Every parameter
+    /// moves, one whose gradient is zero by decay and momentum. Fails, before anything moves, when `grads` lacks a
+    /// parameter or has it in another shape.
+    pub fn step(&mut self, grads: &Gradients, lr: f64, clip_scale: f64) -> Result<()> {
+        let mut sums = Vec::with_capacity(self.params.len());
+        for Param { name, var, .. } in &self.params {
+            match grads.get(name) {
+                Some(grad) if grad.dims() == var.dims() => sums.push(grad),
+                Some(grad) => bail!("adamw: the gradient of {name} has shape {:?}, not {:?}", grad.dims(), var.dims()),
+                None => bail!("adamw: no gradient accumulator for {name}; build both from the same parameters"),
+            }
+        }
+        self.step += 1;
+        let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
+        let power = |beta: f64| 1.0 - beta.powf(self.step as f64);
+        let step = Step {
+            beta1: beta1 as f32,
+            beta2: beta2 as f32,
+            eps: eps as f32,
+            keep: (1.0 - lr * weight_decay) as f32,
+            rate: (lr / power(beta1)) as f32,
+            root_correction: power(beta2).sqrt().recip() as f32,
+            clip: clip_scale as f32,
+        };
+        for (param, grad) in self.params.iter_mut().zip(sums) {
+            match &mut param.state {
+                State::Fused { m, v } => {
+                    param.var.inplace_op2(&grad.contiguous()?, &Update { step, moments: Mutex::new((m, v)) })?;
+                }
+                State::Composite { master, m, v } => {
+                    let grad = (grad.detach() * clip_scale)?;
+                    *m = ((&*m * beta1)? + (&grad * (1.0 - beta1))?)?;
+                    *v = ((&*v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
+                    let root = ((v.sqrt()? * step.root_correction as f64)? + eps)?;
+                    let change = ((&*m / root)? * step.rate as f64)?;
+                    *master = ((&*master * (1.0 - lr * weight_decay))? - change)?;
+                    param.var.set(&master.to_dtype(param.var.dtype())?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy of the state: `step` (a `u32` scalar), and for each parameter `NAME.exp_avg`, `NAME.exp_avg_sq`, and
+    /// `NAME.master` where there is a master copy. Independent of later steps.
+    pub fn export(&self) -> Result<Vec<(String, Tensor)>> {
+        let step = u32::try_from(self.step).map_err(candle_core::Error::wrap)?;
+        let mut out = vec![(STEP.to_string(), Tensor::new(step, &Device::Cpu)?)];
+        for Param { name, var, state } in &self.params {
+            let (m, v) = match state {
+                State::Fused { m, v } => {
+                    let tensor = |data: &[f32]| Tensor::from_slice(data, var.shape(), &Device::Cpu);
+                    (tensor(m)?, tensor(v)?)
+                }
+                State::Composite { master, m, v } => {
+                    out.push((format!("{name}.master"), master.clone()));
+                    (m.clone(), v.clone())
+                }
+            };
+            out.push((format!("{name}.exp_avg"), m));
+            out.push((format!("{name}.exp_avg_sq"), v));
+        }
+        Ok(out)
+    }
+
+    /// Takes up an exported state; the parameters themselves are the caller's to restore (a master copy comes from the
+    /// state). Fails, and changes nothing, when a tensor is missing or has another shape. Other names are passed over.
+    pub fn import(&mut self, state: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
+        let state: HashMap<String, Tensor> = state.into_iter().collect();
+        let find = |name: &str| match state.get(name) {
+            Some(tensor) => Ok(tensor),
+            None => bail!("adamw: the saved state has no {name}; it belongs to another model or is not complete"),
+        };
+        let step = find(STEP)?.to_dtype(DType::U32)?.to_scalar::<u32>()?;
+        let mut states = Vec::with_capacity(self.params.len());
+        for Param { name, var, state } in &self.params {
+            let load = |field: &str| {
+                let tensor = find(&format!("{name}.{field}"))?;
+                if tensor.dims() != var.dims() {
+                    bail!("adamw: {name}.{field} has shape {:?}, expected {:?}", tensor.dims(), var.dims())
+                }
+                tensor.to_dtype(DType::F32)?.to_device(var.device())
+            };
+            let (m, v) = (load("exp_avg")?, load("exp_avg_sq")?);
+            states.push(match state {
+                State::Fused { .. } => State::Fused { m: m.flatten_all()?.to_vec1()?, v: v.flatten_all()?.to_vec1()? },
+                State::Composite { .. } => State::Composite { master: load("master")?, m, v },
+            });
+        }
+        self.step = step as u64;
+        self.params.iter_mut().zip(states).for_each(|(param, state)| param.state = state);
+        Ok(())
+    }
+}
+
+struct Update<'a> {
+    step: Step,
+    /// An in-place operation changes one tensor and is shared, so the moments come by a lock; it is never contended.
+    moments: Mutex<(&'a mut Vec<f32>, &'a mut Vec<f32>)>,
+}
+
+impl InplaceOp2 for Update<'_> {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        let (theta, grad) = (elements_mut(s1, l1)?, elements(s2, l2)?);
+        let Ok(mut moments) = self.moments.lock() else { bail!("adamw: a step before this one panicked") };
+        let (m, v) = &mut *moments;
+        if theta.len() < PARALLEL_FROM || rayon::current_num_threads() == 1 {
+            update(theta, m, v, grad, self.step);
+            return Ok(());
+        }
+        theta
+            .par_chunks_mut(BLOCK)
+            .zip(m.par_chunks_mut(BLOCK))
+            .zip(v.par_chunks_mut(BLOCK))
+            .zip(grad.par_chunks(BLOCK))
+            .for_each(|(((theta, m), v), grad)| update(theta, m, v, grad, self.step));
+        Ok(())
+    }
+}
+
+vectorised! {
+fn update<FMA>(theta: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], step: Step) {
+    for (((theta, m), v), g) in theta.iter_mut().zip(m.iter_mut()).zip(v.iter_mut()).zip(grad) {
+        let g = g * step.clip;
+        *m = *m * step.beta1 + g * (1.0 - step.beta1);
+        *v = *v * step.beta2 + g * g * (1.0 - step.beta2);
+        *theta = *theta * step.keep - step.rate * *m / (v.sqrt() * step.root_correction + step.eps);
+    }
+}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{assert_close, flat, values};
+    use super::*;
+
+    const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
+
+    fn fixture(name: &str) -> HashMap<String, Tensor> {
+        let path = format!("{}/tests/fixtures/llama/{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
+        candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+    }
+
+    /// Puts `Σ θ·g` through a backward, so that the gradient is `g`.
+    fn accumulate(params: &[(String, Var)], gradient: impl Fn(&str) -> Tensor) -> Gradients {
+        let mut grads = Gradients::new(params).unwrap();
+        for (name, var) in params {
+            let loss = (var.as_tensor() * gradient(name).to_dtype(var.dtype()).unwrap()).unwrap().sum_all().unwrap();
+            grads.add(&mut loss.backward().unwrap()).unwrap();
+        }
+        grads
+    }
+
+    #[test]
+    fn one_step_is_that_of_the_reference() {
+        let (model, gradients, reference) = (fixture("model"), fixture("grads_all"), fixture("ref"));
+        let params: Vec<(String, Var)> =
+            model.iter().map(|(name, t)| (name.clone(), Var::from_tensor(t).unwrap())).collect();
+        let grads = accumulate(&params, |name| gradients[name].clone());
+        let norm = grads.global_norm().unwrap();
+        assert!((norm - flat(&reference["adamw.grad_norm"])[0]).abs() < 1e-5 * norm, "{norm}");
+        let mut adamw = AdamW::new(params.clone(), CONFIG).unwrap();
+        adamw.step(&grads, 1e-3, (1.0 / (norm + 1e-6)).min(1.0)).unwrap();
+        let mut compared = 0;
+        for (name, var) in &params {
+            let Some(want) = reference.get(&format!("adamw.{name}")) else { continue };
+            compared += 1;
+            for ((got, want), before) in flat(var).iter().zip(flat(want)).zip(flat(&model[name])) {
+                assert!((got - want).abs() < 2e-7, "{name}: {got} against {want}, from {before}");
+            }
+        }
+        assert_eq!(compared, 3);
+    }
+
+    /// The same arithmetic in f64 by loops, over several steps.
+    #[test]
+    fn several_steps_follow_the_definition_for_f32_and_for_a_master_copy() {
+        let start = values(1, &[131, 193]);
+        let single = Var::from_tensor(&start).unwrap();
+        let double = Var::from_tensor(&start.to_dtype(DType::F64).unwrap()).unwrap();
+        let params = vec![("single".to_string(), single), ("double".to_string(), double)];
+        let mut adamw = AdamW::new(params.clone(), CONFIG).unwrap();
+        let mut theta = flat(&start);
+        let (mut m, mut v) = (vec![0.0; theta.len()], vec![0.0; theta.len()]);
+        for t in 1..=5 {
+            let gradient = values(10 + t, &[131, 193]);
+            adamw.step(&accumulate(&params, |_| gradient.clone()), 1e-2, 0.5).unwrap();
+            for (i, g) in flat(&gradient).iter().enumerate() {
+                let g = g * 0.5;
+                m[i] = 0.9 * m[i] + 0.1 * g;
+                v[i] = 0.999 * v[i] + 0.001 * g * g;
+                let (m, v) = (m[i] / (1.0 - 0.9f64.powi(t as i32)), v[i] / (1.0 - 0.999f64.powi(t as i32)));
+                theta[i] -= 1e-2 * 0.01 * theta[i];
+                theta[i] -= 1e-2 * m / (v.sqrt() + 1e-8);
+            }
+        }
+        let want = Tensor::from_vec(theta, (131, 193), &Device::Cpu).unwrap();
+        assert_close("single", params[0].1.as_tensor(), &want, 1e-5);
+        assert_close("double", params[1].1.as_tensor(), &want, 1e-5);
+    }
+
+    #[test]
+    fn a_restored_state_goes_on_bit_for_bit() {
+        let params = |from: &[Tensor]| -> Vec<(String, Var)> {
+            let vars = from.iter().map(|t| Var::from_tensor(&t.copy().unwrap()).unwrap());
+            ["a", "b"].map(String::from).into_iter().zip(vars).collect()
+        };
+        let start = [values(1, &[7, 5]), values(2, &[9]).to_dtype(DType::BF16).unwrap()];
+        let first = params(&start);
+        let grads = |params: &[(String, Var)], seed| {
+            accumulate(params, |name| values(seed, if name == "a" { &[7, 5] } else { &[9] }))
+        };
+        let mut adamw = AdamW::new(first.clone(), CONFIG).unwrap();
+        for seed in 3..6 {
+            adamw.step(&grads(&first, seed), 1e-2, 1.0).unwrap();
+        }
+        let second = params(&first.iter().map(|(_, var)| var.as_tensor().clone()).collect::<Vec<_>>());
+        let mut restored = AdamW::new(second.clone(), CONFIG).unwrap();
+        restored.import(adamw.export().unwrap()).unwrap();
+        assert_eq!(restored.steps(), 3);
+        adamw.step(&grads(&first, 9), 1e-2, 1.0).unwrap();
+        restored.step(&grads(&second, 9), 1e-2, 1.0).unwrap();
+        for ((_, a), (_, b)) in first.iter().zip(&second) {
+            assert_eq!(flat(a), flat(b));
+        }
+        assert_eq!(flat(&adamw.export().unwrap()[1].1), flat(&restored.export().unwrap()[1].1));
+    }
+
+    #[test]
+    fn a_state_or_gradients_of_another_model_are_refused() {
+        let one = vec![("a".to_string(), Var::from_tensor(&values(1, &[3])).unwrap())];
+        let other = vec![("b".to_string(), Var::from_tensor(&values(1, &[3])).unwrap())];
+        let mut adamw = AdamW::new(one.clone(), CONFIG).unwrap();
+        let state = AdamW::new(other.clone(), CONFIG).unwrap().export().unwrap();
+        assert!(adamw.import(state).unwrap_err().to_string().contains("no a.exp_avg"));
+        let error = adamw.step(&Gradients::new(&other).unwrap(), 1e-3, 1.0).unwrap_err();
+        assert!(error.to_string().contains("no gradient accumulator for a"), "{error}");
+        assert_eq!(adamw.steps(), 0);
+    }
+}

@@ -1,0 +1,356 @@
+//! Log-probabilities of chosen tokens, and entropies, without a normalised copy of the logits.
+
+use super::vector::{LANES, exp, inline_max, total, vectorised};
+use super::{InPlace, composite_dtype, elements, fill_rows, is_fused, tensor_elements};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+/// Elements of the logits that [`linear_logprobs`] holds at a time (32 MiB).
+const CHUNK_ELEMENTS: usize = 1 << 23;
+/// Elements summed in `f32` before the sum is carried over to `f64`.
+const BLOCK: usize = 2048;
+
+/// Log-probability of each row's target, and each row's entropy, under `softmax(logits / temperature)`.
+///
+/// `logits` is `[N, V]`, `targets` has `N` token ids; both results are `[N]`, in nats (`f32`, or `f64` for `f64`
+/// logits). Gradients of both flow to the logits. A logit of −∞ has probability 0 and adds nothing to the entropy.
+/// Fails when the counts differ, a target is not below `V`, or the temperature is not positive.
+pub fn token_logprobs(logits: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
+    let (rows, vocabulary) = logits.dims2()?;
+    check(rows, vocabulary, targets, temperature)?;
+    if is_fused(logits) {
+        let op = TokenLogprobs { targets: targets.to_vec(), inverse: (1.0 / temperature) as f32 };
+        let stats = logits.contiguous()?.apply_op1(op)?;
+        return Ok((stats.get(0)?, stats.get(1)?));
+    }
+    let x = (logits.to_dtype(composite_dtype(logits.dtype()))? * (1.0 / temperature))?;
+    // The bound keeps 0·−∞ out of the entropy; e^−1e4 is 0 in every dtype.
+    let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?.maximum(-1e4)?;
+    let all = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)?;
+    let index = Tensor::from_slice(targets, (rows, 1), logits.device())?;
+    let entropy = (all.exp()? * &all)?.sum(D::Minus1)?.neg()?;
+    Ok((all.gather(&index, D::Minus1)?.squeeze(D::Minus1)?, entropy))
+}
+
+/// As [`token_logprobs`] of `hidden · headᵀ`, with the product inside.
+///
+/// `hidden` is `[N, D]`, `head` is `[V, D]`. The fused path makes the logits a few rows at a time, and again in the
+/// backward, so that no `[N, V]` is ever held. Gradients flow to both inputs.
+pub fn linear_logprobs(hidden: &Tensor, head: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
+    let (rows, width) = hidden.dims2()?;
+    let (vocabulary, head_width) = head.dims2()?;
+    if width != head_width {
+        bail!("linear_logprobs: hidden has shape {:?} and head {:?}, the widths differ", hidden.dims(), head.dims())
+    }
+    if !(is_fused(hidden) && is_fused(head)) {
+        return token_logprobs(&hidden.matmul(&head.t()?)?, targets, temperature);
+    }
+    check(rows, vocabulary, targets, temperature)?;
+    let (hidden, head) = (hidden.contiguous()?, head.contiguous()?);
+    let op = LinearLogprobs {
+        hidden: hidden.detach(),
+        head: head.detach(),
+        targets: targets.to_vec(),
+        inverse: (1.0 / temperature) as f32,
+        chunk: (CHUNK_ELEMENTS / vocabulary.max(1)).clamp(16, 1024),
+    };
+    let stats = hidden.apply_op2(&head, op)?;
+    Ok((stats.get(0)?, stats.get(1)?))
+}
+
+/// `ln Σ e^(row · inv_t)`, with `inv_t` the inverse temperature (positive). −∞ for a row of −∞.
+pub fn row_logsumexp(row: &[f32], inv_t: f32) -> f32 {
+    let (max, sum, _) = row_stats(row, inv_t);
+    max * inv_t + (sum.ln() as f32)
+}
+
+fn check(rows: usize, vocabulary: usize, targets: &[u32], temperature: f64) -> Result<()> {
+    if targets.len() != rows {
+        bail!("token_logprobs: {} targets for {rows} rows of logits", targets.len())
+    }
+    if let Some(target) = targets.iter().find(|&&t| t as usize >= vocabulary) {
+        bail!("token_logprobs: target {target} is outside the vocabulary of {vocabulary}")
+    }
+    if temperature.is_nan() || temperature <= 0.0 {
+        bail!("token_logprobs: temperature {temperature} must be positive")
+    }
+    Ok(())
+}
+
+/// What the backward needs of a row besides its logits.
+#[derive(Clone, Copy, Default)]
+struct Row {
+    logprob: f32,
+    entropy: f32,
+    max: f32,
+    /// `ln Σ e^((z − max) · inverse)`.
+    log_sum: f32,
+}
+
+impl Row {
+    fn of(logits: &[f32], target: u32, inverse: f32) -> Self {
+        let (max, sum, weighted) = row_stats(logits, inverse);
+        let log_sum = sum.ln();
+        let logprob = ((logits[target as usize] - max) * inverse) as f64 - log_sum;
+        let entropy = log_sum - weighted / sum;
+        Self { logprob: logprob as f32, entropy: entropy as f32, max, log_sum: log_sum as f32 }
+    }
+}
+
+/// Rows of a chunk of logits.
+fn rows_of(logits: &[f32], targets: &[u32], inverse: f32) -> Vec<Row> {
+    let width = logits.len() / targets.len().max(1);
+    let row = |(z, &t): (&[f32], &u32)| Row::of(z, t, inverse);
+    if rayon::current_num_threads() == 1 {
+        return logits.chunks_exact(width.max(1)).zip(targets).map(row).collect();
+    }
+    logits.par_chunks_exact(width.max(1)).zip(targets).map(row).collect()
+}
+
+/// `[4, N]`: log-probability, entropy, maximum, log-sum. The last two serve the backward and are not handed out.
+fn pack(rows: &[Row]) -> (CpuStorage, Shape) {
+    let fields: [fn(&Row) -> f32; 4] = [|r| r.logprob, |r| r.entropy, |r| r.max, |r| r.log_sum];
+    let data = fields.iter().flat_map(|field| rows.iter().map(field)).collect();
+    (CpuStorage::F32(data), Shape::from((4, rows.len())))
+}
+
+/// One row's saved statistics and the gradients of its log-probability and entropy.
+fn unpack(stats: &[f32], grad: &[f32], row: usize, rows: usize) -> (Row, f32, f32) {
+    let at = |i: usize| stats[i * rows + row];
+    (Row { logprob: at(0), entropy: at(1), max: at(2), log_sum: at(3) }, grad[row], grad[rows + row])
+}
+
+struct TokenLogprobs {
+    targets: Vec<u32>,
+    inverse: f32,
+}
+
+impl CustomOp1 for TokenLogprobs {
+    fn name(&self) -> &'static str {
+        "token-logprobs"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok(pack(&rows_of(elements(storage, layout)?, &self.targets, self.inverse)))
+    }
+
+    fn bwd(&self, logits: &Tensor, stats: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        let (zs, zl) = logits.storage_and_layout();
+        let (ss, sl) = stats.storage_and_layout();
+        let (gs, gl) = grad.storage_and_layout();
+        let (z, stats, grad) = (tensor_elements(&zs, zl)?, tensor_elements(&ss, sl)?, tensor_elements(&gs, gl)?);
+        let (rows, width) = logits.dims2()?;
+        let mut out = vec![0.0; z.len()];
+        fill_rows(&mut out, width, |first, out| {
+            for (r, out) in out.chunks_exact_mut(width).enumerate() {
+                let n = first + r;
+                out.copy_from_slice(&z[n * width..][..width]);
+                let (row, dlogprob, dentropy) = unpack(stats, grad, n, rows);
+                backward_row(out, row, self.inverse, dlogprob, dentropy);
+                out[self.targets[n] as usize] += dlogprob * self.inverse;
+            }
+        });
+        Tensor::from_vec(out, logits.shape(), logits.device()).map(Some)
+    }
+}
+
+struct LinearLogprobs {
+    hidden: Tensor,
+    head: Tensor,
+    targets: Vec<u32>,
+    inverse: f32,
+    /// Rows of logits made at a time.
+    chunk: usize,
+}
+
+impl LinearLogprobs {
+    fn logits(&self, first: usize, count: usize) -> Result<Tensor> {
+        self.hidden.narrow(0, first, count)?.matmul(&self.head.t()?)
+    }
+}
+
+impl CustomOp2 for LinearLogprobs {
+    fn name(&self) -> &'static str {
+        "linear-logprobs"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut rows = Vec::with_capacity(self.targets.len());
+        for (i, targets) in self.targets.chunks(self.chunk).enumerate() {
+            let logits = self.logits(i * self.chunk, targets.len())?;
+            let (storage, layout) = logits.storage_and_layout();
+            rows.extend(rows_of(tensor_elements(&storage, layout)?, targets, self.inverse));
+        }
+        Ok(pack(&rows))
+    }
+
+    fn bwd(
+        &self,
+        hidden: &Tensor,
+        head: &Tensor,
+        stats: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let (ss, sl) = stats.storage_and_layout();
+        let (gs, gl) = grad.storage_and_layout();
+        let (stats, grad) = (tensor_elements(&ss, sl)?, tensor_elements(&gs, gl)?);
+        let (rows, width) = (self.targets.len(), self.head.dim(0)?);
+        let mut dhidden = Vec::new();
+        let mut dhead: Option<Tensor> = None;
+        for (i, targets) in self.targets.chunks(self.chunk).enumerate() {
+            let start = i * self.chunk;
+            let logits = self.logits(start, targets.len())?;
+            logits.inplace_op1(&InPlace(|z: &mut [f32]| {
+                fill_rows(z, width, |first, z| {
+                    for (r, z) in z.chunks_exact_mut(width).enumerate() {
+                        let (row, dlogprob, dentropy) = unpack(stats, grad, start + first + r, rows);
+                        backward_row(z, row, self.inverse, dlogprob, dentropy);
+                        z[targets[first + r] as usize] += dlogprob * self.inverse;
+                    }
+                });
+            }))?;
+            if hidden.track_op() {
+                dhidden.push(logits.matmul(&self.head)?);
+            }
+            if head.track_op() {
+                let part = logits.t()?.matmul(&self.hidden.narrow(0, start, targets.len())?)?;
+                match &dhead {
+                    None => dhead = Some(part),
+                    Some(sum) => super::accumulate::add_in_place(sum, &part)?,
+                }
+            }
+        }
+        let dhidden = if dhidden.is_empty() { None } else { Some(Tensor::cat(&dhidden, 0)?) };
+        Ok((dhidden, dhead))
+    }
+}
+
+vectorised! {
+/// Of d = (z − max)·inverse: the maximum of z, Σ e^d and Σ d·e^d.
+fn row_stats<FMA>(logits: &[f32], inverse: f32) -> (f32, f64, f64) {
+    let max = inline_max(logits);
+    if max == f32::NEG_INFINITY && !logits.iter().any(|z| z.is_nan()) {
+        return (max, 0.0, 0.0);
+    }
+    let (mut sum, mut weighted) = (0.0f64, 0.0f64);
+    for block in logits.chunks(BLOCK) {
+        let (mut sums, mut weights) = ([0.0f32; LANES], [0.0f32; LANES]);
+        let (chunks, rest) = block.as_chunks::<LANES>();
+        for chunk in chunks {
+            for i in 0..LANES {
+                let d = bounded((chunk[i] - max) * inverse);
+                let e = exp::<FMA>(d);
+                sums[i] += e;
+                weights[i] += e * d;
+            }
+        }
+        for z in rest {
+            let d = bounded((z - max) * inverse);
+            let e = exp::<FMA>(d);
+            sums[0] += e;
+            weights[0] += e * d;
+        }
+        sum += total(sums) as f64;
+        weighted += total(weights) as f64;
+    }
+    (max, sum, weighted)
+}
+}
+
+vectorised! {
+/// Turns a row of logits into its gradient, save the target's own term:
+/// inverse · (−dlogprob·p − dentropy·p·(ln p + entropy)).
+fn backward_row<FMA>(z: &mut [f32], row: Row, inverse: f32, dlogprob: f32, dentropy: f32) {
+    for z in z {
+        let logp = bounded((*z - row.max) * inverse) - row.log_sum;
+        *z = -inverse * exp::<FMA>(logp) * (dlogprob + dentropy * (logp + row.entropy));
+    }
+}
+}
+
+/// −∞ made finite, so that its product with the probability 0 is 0. NaN stays.
+#[inline(always)]
+fn bounded(d: f32) -> f32 {
+    if d < -1e4 { -1e4 } else { d }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{assert_close, check, flat, values};
+    use super::*;
+    use candle_core::Device;
+
+    fn targets(rows: usize, vocabulary: usize) -> Vec<u32> {
+        (0..rows).map(|i| ((i * 7 + 3) % vocabulary) as u32).collect()
+    }
+
+    #[test]
+    fn matches_the_composite() {
+        for (rows, vocabulary) in [(1, 2), (5, 17), (37, 2503)] {
+            let targets = targets(rows, vocabulary);
+            let logits = (values(1, &[rows, vocabulary]) * 3.0).unwrap();
+            for temperature in [0.6, 1.0] {
+                check(std::slice::from_ref(&logits), |t| Ok(token_logprobs(&t[0], &targets, temperature)?.0));
+                check(std::slice::from_ref(&logits), |t| {
+                    let (logprob, entropy) = token_logprobs(&t[0], &targets, temperature)?;
+                    logprob + (entropy * 0.3)?
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn linear_matches_the_composite_over_several_chunks() {
+        // 2^23 / 20011 gives 419 rows a chunk: two chunks, the second not full.
+        for (rows, width, vocabulary) in [(3, 5, 11), (431, 3, 20011)] {
+            let targets = targets(rows, vocabulary);
+            check(&[values(1, &[rows, width]), values(2, &[vocabulary, width])], |t| {
+                let (logprob, entropy) = linear_logprobs(&t[0], &t[1], &targets, 0.8)?;
+                logprob + (entropy * 0.3)?
+            });
+        }
+    }
+
+    #[test]
+    fn linear_is_token_logprobs_of_the_product() {
+        let (hidden, head) = (values(1, &[7, 12]), values(2, &[31, 12]));
+        let targets = targets(7, 31);
+        let (a, ha) = linear_logprobs(&hidden, &head, &targets, 0.7).unwrap();
+        let (b, hb) = token_logprobs(&hidden.matmul(&head.t().unwrap()).unwrap(), &targets, 0.7).unwrap();
+        assert_close("logprob", &a, &b, 1e-6);
+        assert_close("entropy", &ha, &hb, 1e-6);
+    }
+
+    #[test]
+    fn a_banned_token_changes_nothing_but_its_own_probability() {
+        let banned = Tensor::new(&[[1f32, f32::NEG_INFINITY, 2.0]], &Device::Cpu).unwrap();
+        let banned = candle_core::Var::from_tensor(&banned).unwrap();
+        let two = Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap();
+        let (a, ha) = token_logprobs(&banned, &[2], 1.0).unwrap();
+        let (b, hb) = token_logprobs(&two, &[1], 1.0).unwrap();
+        assert_close("logprob", &a, &b, 1e-6);
+        assert_close("entropy", &ha, &hb, 1e-6);
+        let grads = (a + ha).unwrap().sum_all().unwrap().backward().unwrap();
+        let grad = flat(grads.get(&banned).unwrap());
+        assert!(grad.iter().all(|g| g.is_finite()) && grad[1] == 0.0, "{grad:?}");
+    }
+
+    #[test]
+    fn nan_is_not_hidden_and_wrong_arguments_are_refused() {
+        let logits = Tensor::new(&[[1f32, f32::NAN, 2.0]], &Device::Cpu).unwrap();
+        assert!(flat(&token_logprobs(&logits, &[0], 1.0).unwrap().0)[0].is_nan());
+        assert!(token_logprobs(&logits, &[3], 1.0).unwrap_err().to_string().contains("target 3"));
+        assert!(token_logprobs(&logits, &[0, 1], 1.0).unwrap_err().to_string().contains("2 targets"));
+        assert!(token_logprobs(&logits, &[0], 0.0).unwrap_err().to_string().contains("positive"));
+    }
+
+    #[test]
+    fn logsumexp_of_a_row() {
+        let row: Vec<f32> = (0..5000).map(|i| (i % 83) as f32 * 0.3).collect();
+        let want = row.iter().map(|z| (*z as f64 * 0.5).exp()).sum::<f64>().ln();
+        assert!((row_logsumexp(&row, 0.5) as f64 - want).abs() < 1e-5);
+        assert_eq!(row_logsumexp(&[f32::NEG_INFINITY; 3], 1.0), f32::NEG_INFINITY);
+    }
+}
