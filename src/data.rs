@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use minijinja::context;
-use rand::seq::SliceRandom;
 use rand::SeedableRng;
+use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 
-use crate::seed::mix;
 use crate::rollout::Prompt;
+use crate::seed::mix;
 use crate::tokens::Tokenizer;
 use crate::tokens::chat::Message;
 
@@ -83,8 +83,15 @@ impl Dataset {
     ///
     /// # Errors
     /// Names the file, and all faulty lines up to ten: not JSON, no such field, too long.
-    pub fn read(path: &Path, format: &PromptFormat, tokenizer: &Tokenizer, limit: usize, on_long: OnLong) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the data set {}", path.display()))?;
+    pub fn read(
+        path: &Path,
+        format: &PromptFormat,
+        tokenizer: &Tokenizer,
+        limit: usize,
+        on_long: OnLong,
+    ) -> Result<Self> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read the data set {}", path.display()))?;
         let (mut rows, mut faults, mut skipped) = (Vec::new(), Faults::new(path), 0);
         for (line, content) in text.lines().enumerate().filter(|(_, content)| !content.trim().is_empty()) {
             let text = match prompt_text(content, &format.field) {
@@ -109,7 +116,11 @@ impl Dataset {
             }
         }
         faults.report()?;
-        ensure!(!rows.is_empty(), "the data set {} has no usable prompt ({skipped} left out as too long)", path.display());
+        ensure!(
+            !rows.is_empty(),
+            "the data set {} has no usable prompt ({skipped} left out as too long)",
+            path.display()
+        );
         let blank = format.encode("", tokenizer)?.into();
         Ok(Self { rows, blank, seed: 0, shuffle: false, skipped })
     }

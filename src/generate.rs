@@ -1,7 +1,7 @@
 //! Sampling completions with a key/value cache, many sequences side by side.
 
 pub mod sampler;
-// pub mod stage;
+pub mod stage;
 
 use std::sync::Arc;
 

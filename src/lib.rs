@@ -1,8 +1,29 @@
-//! tmp
+//! Preceptor trains language models by reinforcement learning from AI feedback (RLAIF, Lee et al. 2023) as one
+//! asynchronous graph of actors. ARCHITECTURE.md is the map; in short:
+//!
+//! - [`rollout`] is what travels through the graph; [`config`] is what a user writes.
+//! - [`ops`] and [`model`] are the differentiable part; [`tokens`] and [`source`] bring models in.
+//! - [`generate`], [`label`], [`reward`], [`learn`] are the stages; [`algo`] is their arithmetic, without tensors.
+//! - [`topology`] wires the stages, [`run`] is the composition root, [`cli`] the command line.
+
 pub mod algo;
+pub mod checkpoint;
+pub mod cli;
+pub mod config;
+pub mod data;
 pub mod generate;
+pub mod label;
+pub mod learn;
 pub mod model;
-#[allow(missing_docs)]
 pub mod ops;
+pub mod prepare;
+pub mod progress;
+pub mod reward;
 pub mod rollout;
+pub mod run;
 pub mod seed;
+pub mod serve;
+pub mod source;
+pub mod telemetry;
+pub mod tokens;
+pub mod topology;

@@ -123,8 +123,9 @@ pub fn load(
 pub fn device(name: &str) -> Result<Device> {
     match name.strip_prefix("cuda:") {
         None => Ok(Device::Cpu),
-        Some(ordinal) => Device::new_cuda(ordinal.parse()?)
-            .with_context(|| format!("policy.device = \"{name}\" cannot be had; this build may lack CUDA: use \"cpu\"")),
+        Some(ordinal) => Device::new_cuda(ordinal.parse()?).with_context(|| {
+            format!("policy.device = \"{name}\" cannot be had; this build may lack CUDA: use \"cpu\"")
+        }),
     }
 }
 

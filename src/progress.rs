@@ -16,7 +16,9 @@ impl Progress {
         let terminal = console_is_terminal();
         let target = if terminal { ProgressDrawTarget::stderr_with_hz(4) } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(units), target);
-        let style = ProgressStyle::with_template("{spinner} training [{bar:30}] {pos}/{len} groups  {elapsed} elapsed, {eta} left  {msg}");
+        let style = ProgressStyle::with_template(
+            "{spinner} training [{bar:30}] {pos}/{len} groups  {elapsed} elapsed, {eta} left  {msg}",
+        );
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         if terminal {
             bar.enable_steady_tick(Duration::from_millis(250));

@@ -139,8 +139,7 @@ mod tests {
 
     #[test]
     fn scales_clips_and_charges_for_length() {
-        let rule =
-            RewardRule { standardise: true, clip: Some(1.0), length_penalty: 0.1, missing_eos_penalty: 0.5 };
+        let rule = RewardRule { standardise: true, clip: Some(1.0), length_penalty: 0.1, missing_eos_penalty: 0.5 };
         let mut scale = RewardScale::default();
         let group = group(&[(1, Finish::Eos), (2, Finish::Length), (3, Finish::Eos)]);
         // Scores 0, 3, 9: mean 4, sample deviation √21.

@@ -284,7 +284,8 @@ impl Observer for Watcher {
             Ok(path) => format!("its batch is in {}", path.display()),
             Err(error) => format!("its batch could not be saved: {error:#}"),
         };
-        self.progress.line(&format!("step {step}: loss or gradient is not finite; the weights stay as they were; {text}"));
+        self.progress
+            .line(&format!("step {step}: loss or gradient is not finite; the weights stay as they were; {text}"));
     }
 }
 
@@ -377,9 +378,15 @@ pub fn model_argument(text: &str) -> Result<crate::source::ModelRef> {
     let value: toml::Value = text
         .parse::<toml::Table>()
         .map(toml::Value::Table)
-        .or_else(|_| format!("v = {text}").parse::<toml::Table>().map(|mut table| table.remove("v").unwrap_or(toml::Value::Boolean(false))))
+        .or_else(|_| {
+            format!("v = {text}")
+                .parse::<toml::Table>()
+                .map(|mut table| table.remove("v").unwrap_or(toml::Value::Boolean(false)))
+        })
         .unwrap_or_else(|_| toml::Value::String(text.to_owned()));
-    crate::source::ModelRef::from_toml(&value)
-        .map_err(|error| anyhow!(error))
-        .with_context(|| format!("{text} does not name a model: give a path, or {{ pip = \"name==version\" }}, or {{ hub = \"owner/name\" }}"))
+    crate::source::ModelRef::from_toml(&value).map_err(|error| anyhow!(error)).with_context(|| {
+        format!(
+            "{text} does not name a model: give a path, or {{ pip = \"name==version\" }}, or {{ hub = \"owner/name\" }}"
+        )
+    })
 }

@@ -79,7 +79,9 @@ impl NodeState {
 /// When the address cannot be bound.
 pub async fn serve(address: SocketAddr, state: Arc<NodeState>) -> Result<SocketAddr> {
     let listener = tokio::net::TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen on {address}; another run may: set serve.listen to a free port, or serve.enabled = false")
+        format!(
+            "cannot listen on {address}; another run may: set serve.listen to a free port, or serve.enabled = false"
+        )
     })?;
     let bound = listener.local_addr()?;
     let upkeep = state.metrics.clone();
@@ -121,7 +123,11 @@ async fn healthz(State(state): State<Arc<NodeState>>) -> impl IntoResponse {
 
 /// Ready: the graph runs.
 async fn readyz(State(state): State<Arc<NodeState>>) -> impl IntoResponse {
-    if state.graph.get().is_some() { (StatusCode::OK, "ready\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "starting\n") }
+    if state.graph.get().is_some() {
+        (StatusCode::OK, "ready\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "starting\n")
+    }
 }
 
 /// Resident memory of this process, where the system tells.

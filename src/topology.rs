@@ -90,6 +90,7 @@ impl Node {
         let config = &self.config;
         Rollout {
             reader: self.cell.reader(name),
+            running: None,
             sampling: Sampling {
                 temperature: config.rollout.temperature,
                 max_new_tokens: config.rollout.max_new_tokens,

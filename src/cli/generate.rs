@@ -60,7 +60,10 @@ impl Generate {
             let text = tokenizer.decode(&sampled.ids)?;
             if self.json {
                 let finish = sampled.finish;
-                println!("{}", json!({ "ids": sampled.ids, "logprobs": sampled.logprobs, "text": text, "finish": finish }));
+                println!(
+                    "{}",
+                    json!({ "ids": sampled.ids, "logprobs": sampled.logprobs, "text": text, "finish": finish })
+                );
             } else {
                 println!("{text}");
             }

@@ -9,13 +9,15 @@ use super::sampler::Sampling;
 use super::{Request, Weighted, generate};
 use crate::model::Llama;
 use crate::rollout::{Completion, Group, Prompt};
-use crate::{seed, telemetry};
 use crate::tokens::Tokenizer;
+use crate::{seed, telemetry};
 
 /// Samples `group_size` completions of each prompt it is handed.
 pub struct Rollout {
     /// Where new weights are seen.
     pub reader: SnapshotReader<Llama>,
+    /// What it runs now.
+    pub running: Option<(u64, Arc<Llama>)>,
     /// How tokens are drawn.
     pub sampling: Sampling,
     /// Completions of one prompt.
@@ -42,7 +44,13 @@ impl Stage for Rollout {
                 seeds: (0..self.group_size).map(|k| seed::completion(self.seed, prompt.seq, k)).collect(),
             })
             .collect();
-        let mut weights = Live { reader: &mut self.reader, in_flight: self.in_flight, ctx: out.ctx(), running: None };
+        let mut weights = Live {
+            reader: &mut self.reader,
+            in_flight: self.in_flight,
+            ctx: out.ctx(),
+            running: &mut self.running,
+            pinned: false,
+        };
         let sampled = match generate(&mut weights, &requests, &self.sampling) {
             Err(_) if out.ctx().halted() => return Ok(()),
             sampled => sampled?,
@@ -78,7 +86,9 @@ struct Live<'a> {
     reader: &'a mut SnapshotReader<Llama>,
     in_flight: bool,
     ctx: &'a StageContext,
-    running: Option<(u64, Arc<Llama>)>,
+    running: &'a mut Option<(u64, Arc<Llama>)>,
+    /// Whether this call has its weights.
+    pinned: bool,
 }
 
 impl Weighted for Live<'_> {
@@ -87,18 +97,13 @@ impl Weighted for Live<'_> {
         if self.ctx.halted() {
             return Err(anyhow!("halted"));
         }
-        match &self.running {
-            Some(running) if !self.in_flight => Ok(running.clone()),
-            _ => {
-                if let Some(snapshot) = self.reader.refresh() {
-                    self.reader.acknowledge(&snapshot);
-                    self.running = Some((snapshot.version, snapshot.value));
-                } else if self.running.is_none() {
-                    let snapshot = self.reader.current();
-                    self.running = Some((snapshot.version, snapshot.value));
-                }
-                self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))
+        if self.in_flight || !std::mem::replace(&mut self.pinned, true) {
+            if let Some(snapshot) = self.reader.refresh() {
+                let fingerprint = snapshot.value.weights().fingerprint()?;
+                self.reader.acknowledge(&snapshot, fingerprint);
+                *self.running = Some((snapshot.version, snapshot.value));
             }
         }
+        self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))
     }
 }

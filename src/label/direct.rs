@@ -45,9 +45,7 @@ impl Direct {
         let hash = seed::text(&template);
         let mut environment = minijinja::Environment::new();
         environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
-        environment
-            .add_template_owned("direct", template)
-            .context("labeler.instruction is not a valid template")?;
+        environment.add_template_owned("direct", template).context("labeler.instruction is not a valid template")?;
         let prefix = judge.tokenizer.encode("SCORE:")?;
         let ratings = (1..=10)
             .map(|rating| {
@@ -136,7 +134,9 @@ fn rate(ratings: &[Vec<u32>], logprobs: &[Vec<f32>]) -> Verdict {
         return Verdict::Failure("the judge's log-probabilities are not finite".into());
     }
     if mass < LEAST_MASS {
-        return Verdict::Abstention(format!("the judge gives the ratings 1 to 10 a probability of {mass:.1e} together"));
+        return Verdict::Abstention(format!(
+            "the judge gives the ratings 1 to 10 a probability of {mass:.1e} together"
+        ));
     }
     let expected: f64 = exact.iter().enumerate().map(|(i, p)| (i + 1) as f64 * p / mass).sum();
     Verdict::Label((expected - 5.5) / 4.5)

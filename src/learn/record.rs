@@ -33,7 +33,15 @@ pub struct Tally {
 impl Tally {
     /// Takes in one trained group: its loss, log-probabilities now, entropies; `version` is that of the weights
     /// trained, `limit` the correction's bound.
-    pub fn add(&mut self, group: &Rewarded, loss: &GroupLoss, policy: &[Vec<f32>], entropy: &[f32], version: u64, limit: f64) {
+    pub fn add(
+        &mut self,
+        group: &Rewarded,
+        loss: &GroupLoss,
+        policy: &[Vec<f32>],
+        entropy: &[f32],
+        version: u64,
+        limit: f64,
+    ) {
         self.policy_loss += loss.policy;
         self.value_loss += loss.value;
         self.rewards.extend(&group.rewards);

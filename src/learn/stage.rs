@@ -164,7 +164,13 @@ impl Learn {
         Ok(())
     }
 
-    fn accumulate(&self, state: &mut TrainState, loss: &GroupLoss, logprobs: &Tensor, values: Option<&Tensor>) -> Result<()> {
+    fn accumulate(
+        &self,
+        state: &mut TrainState,
+        loss: &GroupLoss,
+        logprobs: &Tensor,
+        values: Option<&Tensor>,
+    ) -> Result<()> {
         let device = logprobs.device();
         let slopes = |slopes: &[Vec<f32>]| Tensor::from_vec(slopes.concat(), logprobs.dims(), device);
         // A group whose completions all fared alike has nothing to teach; its backward pass would add zeros.

@@ -25,7 +25,8 @@ impl ValueHead {
     pub fn new(width: usize, config: AdamWConfig, device: &Device) -> Result<Self> {
         let weight = Var::zeros((1, width), DType::F32, device)?;
         let bias = Var::zeros(1, DType::F32, device)?;
-        let params = vec![("value_head.weight".to_owned(), weight.clone()), ("value_head.bias".to_owned(), bias.clone())];
+        let params =
+            vec![("value_head.weight".to_owned(), weight.clone()), ("value_head.bias".to_owned(), bias.clone())];
         let gradients = Gradients::new(&params)?;
         let optimizer = AdamW::new(params.clone(), config)?;
         Ok(Self { weight, bias, params, gradients, optimizer })

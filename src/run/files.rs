@@ -85,7 +85,8 @@ impl RunFiles {
     /// When the file cannot be written.
     pub fn nonfinite(&self, step: u64, batch: &[Rewarded]) -> Result<PathBuf> {
         let path = self.dir.join(format!("nonfinite-step-{step}.json"));
-        std::fs::write(&path, serde_json::to_vec(batch)?).with_context(|| format!("cannot write {}", path.display()))?;
+        std::fs::write(&path, serde_json::to_vec(batch)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
 

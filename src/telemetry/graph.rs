@@ -68,7 +68,9 @@ fn stages(report: &GraphReport) -> Vec<Family> {
             "Time a stage waited for the staleness bound to admit work.",
             &|s| s.admission_s,
         ),
-        family("preceptor_stage_items_total", "counter", "Items a stage finished.", &|s| s.items_in.max(s.items_out) as f64),
+        family("preceptor_stage_items_total", "counter", "Items a stage finished.", &|s| {
+            s.items_in.max(s.items_out) as f64
+        }),
         Family {
             name: "preceptor_bottleneck",
             kind: "gauge",
@@ -116,10 +118,8 @@ fn weights(acks: &[Ack]) -> Vec<Family> {
     };
     vec![
         family("preceptor_weight_lag", "Versions that a rollout worker is behind.", &|a| a.lag as f64),
-        family(
-            "preceptor_weight_fingerprint_ok",
-            "1 when a worker runs the weights that its version names.",
-            &|a| if a.fingerprint_matches { 1.0 } else { 0.0 },
-        ),
+        family("preceptor_weight_fingerprint_ok", "1 when a worker runs the weights that its version names.", &|a| {
+            if a.fingerprint_matches { 1.0 } else { 0.0 }
+        }),
     ]
 }

@@ -1,4 +1,9 @@
+//! Integration tests of the root package, in one binary.
+
 mod algorithms;
 mod common;
 mod llama;
-mod smol_tmp;
+mod node;
+mod refusals;
+mod smollm2;
+mod tidy;

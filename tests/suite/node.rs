@@ -59,7 +59,10 @@ fn the_paper_s_algorithm_and_the_direct_labeler_run_too() {
         let sample: Value = serde_json::from_str(line).unwrap();
         let score = sample["verdict"]["label"].as_f64();
         // A random judge may also give the ratings no weight at all, which is an abstention and masks the group.
-        assert!(score.is_some_and(|s| (-1.0..=1.0).contains(&s)) || sample["verdict"]["abstention"].is_string(), "{line}");
+        assert!(
+            score.is_some_and(|s| (-1.0..=1.0).contains(&s)) || sample["verdict"]["abstention"].is_string(),
+            "{line}"
+        );
         assert_eq!(sample["labeler"], "direct");
     }
 }
@@ -71,7 +74,9 @@ fn the_last_checkpoint_generates_and_scores() {
     assert!(output.status.success(), "{}", stderr(&output));
     let checkpoint = dir.path().join("run/checkpoints/step-000002");
     assert!(stderr(&output).contains("run/checkpoints/step-000002"), "{}", stderr(&output));
-    for file in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "value_head.safetensors"] {
+    for file in
+        ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "value_head.safetensors"]
+    {
         assert!(checkpoint.join(file).exists(), "{file} is missing");
     }
     let ask = |arguments: &[&str]| -> Value {
@@ -85,10 +90,11 @@ fn the_last_checkpoint_generates_and_scores() {
     let ids: Vec<String> = generated["ids"].as_array().unwrap().iter().map(Value::to_string).collect();
     assert!(!ids.is_empty() && ids.len() <= 7);
     // What generation says of its tokens, scoring says too.
-    let scored =
-        ask(&["score", model, "--prompt-ids", "72,101,108", "--completion-ids", &ids.join(","), "--json"]);
+    let scored = ask(&["score", model, "--prompt-ids", "72,101,108", "--completion-ids", &ids.join(","), "--json"]);
     assert_eq!(scored["ids"], generated["ids"]);
-    let list = |value: &Value| -> Vec<f64> { value["logprobs"].as_array().unwrap().iter().map(|p| p.as_f64().unwrap()).collect() };
+    let list = |value: &Value| -> Vec<f64> {
+        value["logprobs"].as_array().unwrap().iter().map(|p| p.as_f64().unwrap()).collect()
+    };
     for (a, b) in list(&scored).into_iter().zip(list(&generated)) {
         assert!((a - b).abs() < 1e-4);
     }
@@ -138,7 +144,11 @@ fn the_node_answers_and_an_interrupt_keeps_what_was_learned() {
         text.split_once("\r\n\r\n").unwrap().1.to_owned()
     };
     let scraped = get("/metrics");
-    for name in ["preceptor_step ", "preceptor_stage_busy_seconds_total{stage=\"learn\"", "preceptor_weight_lag{worker=\"rollout-0\"}"] {
+    for name in [
+        "preceptor_step ",
+        "preceptor_stage_busy_seconds_total{stage=\"learn\"",
+        "preceptor_weight_lag{worker=\"rollout-0\"}",
+    ] {
         assert!(scraped.contains(name), "{name} is not in\n{scraped}");
     }
     assert!(scraped.contains("preceptor_weight_fingerprint_ok{worker=\"rollout-0\"} 1"), "{scraped}");

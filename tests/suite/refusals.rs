@@ -83,8 +83,10 @@ fn a_run_directory_is_not_overwritten() {
 fn ids_beyond_the_vocabulary_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     assert!(train(dir.path(), &["run.steps=1"]).status.success());
-    let output =
-        preceptor(dir.path()).args(["generate", "run/checkpoints/step-000001", "--prompt-ids", "99999"]).output().unwrap();
+    let output = preceptor(dir.path())
+        .args(["generate", "run/checkpoints/step-000001", "--prompt-ids", "99999"])
+        .output()
+        .unwrap();
     assert!(!output.status.success());
     assert!(stderr(&output).contains("99999"), "{}", stderr(&output));
 }

@@ -28,7 +28,8 @@ fn mentions(module: &str, words: &[&str]) -> Vec<String> {
     own.flat_map(|path| {
         let text = std::fs::read_to_string(path).unwrap();
         let lines = text.lines().enumerate();
-        let found = lines.filter(|(_, line)| !line.trim_start().starts_with("//") && words.iter().any(|word| line.contains(word)));
+        let found = lines
+            .filter(|(_, line)| !line.trim_start().starts_with("//") && words.iter().any(|word| line.contains(word)));
         found.map(|(n, line)| format!("{}:{}: {}", path.display(), n + 1, line.trim())).collect::<Vec<_>>()
     })
     .collect()
@@ -40,7 +41,10 @@ fn modules_use_only_what_they_may() {
         ("rollout", &["crate::", "candle", "preceptor_actors"][..]),
         ("seed", &["crate::"]),
         ("ops", &["crate::model", "crate::algo", "crate::learn", "crate::rollout", "preceptor_actors"]),
-        ("model", &["crate::learn", "crate::rollout", "crate::config", "crate::label", "preceptor_actors", "crate::tokens"]),
+        (
+            "model",
+            &["crate::learn", "crate::rollout", "crate::config", "crate::label", "preceptor_actors", "crate::tokens"],
+        ),
         ("algo", &["crate::", "candle", "preceptor_actors"]),
         ("config", &["candle", "preceptor_actors", "crate::run", "crate::model"]),
         ("tokens", &["preceptor_actors", "crate::model", "crate::learn"]),

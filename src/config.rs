@@ -1,0 +1,198 @@
+//! What a user writes: TOML, parsed once, strictly, validated whole.
+//!
+//! Every mistake of a file is told in one report, with its place, the key's path and the remedy. Each key is
+//! documented at its field below.
+
+mod reader;
+mod sections;
+mod write;
+
+use std::path::Path;
+
+pub use reader::{ConfigError, ConfigErrors};
+pub use sections::{
+    AlgorithmKind, Checkpoint, CorrectionKind, Data, Labeler, LabelerKind, Learner, OnLong, Policy, PolicyModel,
+    Reward, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Supervision, UpdateMode, WeightDtype,
+};
+
+use reader::Document;
+
+/// A run's configuration, valid as a whole.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The run itself.
+    pub run: Run,
+    /// The prompts.
+    pub data: Data,
+    /// The model that is trained.
+    pub policy: Policy,
+    /// Generation.
+    pub rollout: Rollout,
+    /// AI feedback.
+    pub labeler: Labeler,
+    /// From feedback to reward.
+    pub reward: Reward,
+    /// Gradient steps.
+    pub learner: Learner,
+    /// What is kept.
+    pub checkpoint: Checkpoint,
+    /// The HTTP endpoints.
+    pub serve: Serve,
+    /// What happens when something fails.
+    pub supervision: Supervision,
+}
+
+/// Reads the file at `path` with `overrides` (`section.key=value`) applied. Paths in it are relative to its folder.
+///
+/// # Errors
+/// All mistakes at once.
+pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
+    let origin = path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        ConfigErrors::one(&origin, "", &format!("cannot be read: {error}; see configs/ for files that work"))
+    })?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    // In full, so that the resolved configuration means the same from wherever it is read.
+    let folder = std::path::absolute(folder.join(".")).unwrap_or_else(|_| folder.to_owned());
+    parse(&text, &origin, &folder, overrides)
+}
+
+/// As [`load`], from text; `origin` names it in errors, `folder` is what paths are relative to.
+///
+/// # Errors
+/// All mistakes at once.
+pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
+    let mut document = Document::new(text, origin, overrides)?;
+    let config = Config {
+        run: sections::run(&mut document),
+        data: sections::data(&mut document, folder),
+        policy: sections::policy(&mut document, folder),
+        rollout: sections::rollout(&mut document),
+        labeler: sections::labeler(&mut document, folder),
+        reward: sections::reward(&mut document),
+        learner: sections::learner(&mut document),
+        checkpoint: sections::checkpoint(&mut document),
+        serve: sections::serve(&mut document),
+        supervision: sections::supervision(&mut document),
+    };
+    config.check(&mut document);
+    document.finish(config)
+}
+
+impl Config {
+    /// What no single key can tell.
+    fn check(&self, document: &mut Document) {
+        let (batch, lot) = (self.learner.batch_groups, self.rollout.groups_per_call);
+        if document.sound(&["learner.batch_groups", "rollout.groups_per_call"]) && !batch.is_multiple_of(lot) {
+            document.error(
+                "rollout.groups_per_call",
+                &format!("{lot} does not divide learner.batch_groups = {batch}; a batch must be whole calls"),
+            );
+        }
+        let uncorrected = self.learner.eta > 0 && self.learner.correction == CorrectionKind::None;
+        if document.sound(&["learner.eta", "learner.correction"]) && uncorrected {
+            document.error(
+                "learner.correction",
+                &format!(
+                    "\"none\" with learner.eta = {} would learn from tokens of older weights as if they were new; set \"tis\", or eta = 0",
+                    self.learner.eta
+                ),
+            );
+        }
+        let warmup = self.learner.warmup_steps;
+        if document.sound(&["run.steps", "learner.warmup_steps"]) && warmup > 0 && warmup >= self.run.steps {
+            document.error(
+                "learner.warmup_steps",
+                &format!("{warmup} is not below run.steps = {}: the rate would never be reached", self.run.steps),
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINIMAL: &str =
+        "[run]\nname = \"x\"\nsteps = 3\n[data]\npath = \"Cargo.toml\"\n[policy]\nmodel = { scratch = {} }\n";
+
+    fn read(text: &str, overrides: &[&str]) -> Result<Config, ConfigErrors> {
+        let overrides: Vec<String> = overrides.iter().map(|one| (*one).to_owned()).collect();
+        parse(text, "x.toml", Path::new(env!("CARGO_MANIFEST_DIR")), &overrides)
+    }
+
+    /// Parses `MINIMAL` plus `more` and expects exactly the lines that begin with each of `expected`, in order.
+    #[track_caller]
+    fn check(more: &str, expected: &[&str]) {
+        let errors = read(&format!("{MINIMAL}{more}"), &[]).expect_err("it should be refused");
+        let lines: Vec<String> = errors.0.iter().map(|e| format!("{}: {}: {}", e.place, e.key, e.message)).collect();
+        assert_eq!(lines.len(), expected.len(), "{lines:#?}");
+        for (line, expected) in lines.iter().zip(expected) {
+            assert!(line.starts_with(expected), "{line:?} does not begin with {expected:?}");
+        }
+    }
+
+    #[test]
+    fn each_mistake_is_told_with_its_place_and_remedy() {
+        check("[learner]\netta = 1\n", &["x.toml:9: learner.etta: unknown key; did you mean \"eta\"?"]);
+        check("[lerner]\neta = 1\n", &["x.toml:8: lerner: unknown section; did you mean \"learner\"?"]);
+        check("[learner]\neta = \"1\"\n", &["x.toml:9: learner.eta: \"1\" is no whole number"]);
+        check("[learner]\neta = -1\n", &["x.toml:9: learner.eta: -1 is no whole number"]);
+        check(
+            "[rollout]\ntemperature = 0\n",
+            &["x.toml:9: rollout.temperature: 0 is out of range; it must be above 0"],
+        );
+        check(
+            "[learner]\nalgorithm = \"rlo\"\n",
+            &["x.toml:9: learner.algorithm: \"rlo\" is none of rloo, reinforce; did you mean \"rloo\"?"],
+        );
+        check("[rollout]\ngroups_per_call = 3\n", &["x.toml:9: rollout.groups_per_call: 3 does not divide"]);
+        check(
+            "[learner]\n# off-policy\ncorrection = \"none\"\n",
+            &["x.toml:10: learner.correction: \"none\" with learner.eta = 1"],
+        );
+        check("[serve]\nlisten = \"0.0.0.0:1\"\n", &["x.toml:9: serve.listen: 0.0.0.0:1 can be reached"]);
+        check("[serve]\nlisten = \"here\"\n", &["x.toml:9: serve.listen: \"here\" is no address"]);
+        check("[supervision]\nbackoff_s = -1\n", &["x.toml:9: supervision.backoff_s: -1 is out of range"]);
+        check("labeler = 3\n", &["x.toml:8: policy.labeler: unknown key"]);
+    }
+
+    #[test]
+    fn all_mistakes_are_told_at_once_and_none_twice() {
+        check(
+            "[rollout]\ntemprature = 1\ngroup_size = 1\n[learner]\neta = \"zero\"\ncorrection = \"none\"\n",
+            &["x.toml:9: rollout.temprature", "x.toml:10: rollout.group_size", "x.toml:12: learner.eta"],
+        );
+        let errors = read("", &[]).expect_err("required keys are missing");
+        let keys: Vec<&str> = errors.0.iter().map(|error| error.key.as_str()).collect();
+        assert_eq!(keys, ["run.name", "run.steps", "data.path", "policy.model"]);
+        let errors = read("[run\n", &[]).expect_err("not TOML");
+        assert_eq!(errors.0[0].place, "x.toml:1");
+    }
+
+    #[test]
+    fn overrides_are_applied_before_validation() {
+        let config = read(MINIMAL, &["learner.eta=0", "learner.correction=none", "run.name=other"]).unwrap();
+        assert_eq!((config.learner.eta, config.run.name.as_str()), (0, "other"));
+        assert_eq!(read(MINIMAL, &["policy.model={ scratch = { hidden = 128 } }"]).unwrap(), {
+            read(MINIMAL, &["policy.model.scratch.hidden=128"]).unwrap()
+        });
+        for (text, expected) in [
+            ("learner.eta=-1", "--set: learner.eta"),
+            ("eta", "--set: \"eta\""),
+            ("learner.etta=1", "--set: learner.etta"),
+        ] {
+            let errors = read(MINIMAL, &[text]).expect_err("it should be refused").to_string();
+            assert!(errors.contains(expected), "{errors}");
+        }
+    }
+
+    #[test]
+    fn the_resolved_configuration_reads_back_as_itself() {
+        let more = "[labeler]\nmodel = [\"a.gguf\", { pip = \"m==1\" }, { hub = \"o/n\", revision = \"r\" }]\ninstruction = \"{{ prompt }} {{ completion }}\"\n[reward]\nclip = 0\n";
+        for text in [MINIMAL.to_owned(), format!("{MINIMAL}{more}")] {
+            let config = read(&text, &[]).unwrap();
+            assert_eq!(read(&config.to_toml(), &[]).unwrap(), config);
+        }
+    }
+}

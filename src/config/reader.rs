@@ -1,0 +1,375 @@
+//! A strict reader of TOML that goes on after a mistake.
+
+use std::fmt;
+
+use toml::{Table, Value};
+
+/// One mistake.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    /// File and line, or `--set`.
+    pub place: String,
+    /// Path of the key, such as `learner.eta`.
+    pub key: String,
+    /// What is wrong and what to do.
+    pub message: String,
+}
+
+/// All mistakes of a configuration, in the order of the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigErrors(pub Vec<ConfigError>);
+
+impl ConfigErrors {
+    pub(super) fn one(place: &str, key: &str, message: &str) -> Self {
+        Self(vec![ConfigError { place: place.into(), key: key.into(), message: message.into() }])
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let many = if self.0.len() == 1 { "a mistake" } else { "mistakes" };
+        write!(f, "the configuration has {many}:")?;
+        for ConfigError { place, key, message } in &self.0 {
+            let colon = if key.is_empty() { "" } else { ": " };
+            write!(f, "\n  {place}: {key}{colon}{message}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+/// A parsed file with overrides, and the mistakes found in it so far.
+pub(super) struct Document {
+    origin: String,
+    text: String,
+    root: Table,
+    overridden: Vec<String>,
+    sections: Vec<&'static str>,
+    errors: Vec<(usize, ConfigError)>,
+}
+
+impl Document {
+    pub(super) fn new(text: &str, origin: &str, overrides: &[String]) -> Result<Self, ConfigErrors> {
+        let root = text.parse::<Table>().map_err(|error| {
+            let line = error.span().map_or(1, |span| line_of(text, span.start));
+            ConfigErrors::one(&format!("{origin}:{line}"), "", &format!("is not TOML: {}", error.message()))
+        })?;
+        let mut document = Self {
+            origin: origin.into(),
+            text: text.into(),
+            root,
+            overridden: Vec::new(),
+            sections: Vec::new(),
+            errors: Vec::new(),
+        };
+        for text in overrides {
+            document.set(text);
+        }
+        Ok(document)
+    }
+
+    fn set(&mut self, text: &str) {
+        let parts = text.split_once('=').map(|(path, value)| (path.trim(), value.trim()));
+        let Some((path, value)) = parts.filter(|(path, _)| path.contains('.') && !path.split('.').any(str::is_empty))
+        else {
+            let message = format!("{text:?} is not section.key=value, such as learner.eta=0");
+            self.errors.push((0, ConfigError { place: "--set".into(), key: String::new(), message }));
+            return;
+        };
+        // What is no TOML value is a text: quotes are a nuisance in a shell.
+        let parsed = format!("v = {value}").parse::<Table>().ok().and_then(|mut table| table.remove("v"));
+        let value = parsed.unwrap_or_else(|| Value::String(value.to_owned()));
+        let (mut table, mut keys) = (&mut self.root, path.split('.').peekable());
+        while let Some(key) = keys.next() {
+            if keys.peek().is_none() {
+                table.insert(key.to_owned(), value);
+                break;
+            }
+            let inner = table.entry(key).or_insert_with(|| Value::Table(Table::new()));
+            if !inner.is_table() {
+                *inner = Value::Table(Table::new());
+            }
+            let Value::Table(inner) = inner else { return };
+            table = inner;
+        }
+        let key = path.split('.').take(2).collect::<Vec<_>>().join(".");
+        self.overridden.push(key);
+    }
+
+    /// Whether nothing was found wrong with any of `keys`.
+    pub(super) fn sound(&self, keys: &[&str]) -> bool {
+        !self.errors.iter().any(|(_, error)| keys.contains(&error.key.as_str()))
+    }
+
+    /// Takes a section out; an absent one reads as empty.
+    pub(super) fn section(&mut self, name: &'static str) -> Section<'_> {
+        self.sections.push(name);
+        let table = match self.root.remove(name) {
+            None => Table::new(),
+            Some(Value::Table(table)) => table,
+            Some(other) => {
+                self.error(name, &format!("is a {}, not a section; write [{name}]", other.type_str()));
+                Table::new()
+            }
+        };
+        Section { document: self, name, inside: None, table, known: Vec::new() }
+    }
+
+    /// The value of a key before its section is read.
+    pub(super) fn peek(&self, section: &str, key: &str) -> Option<&Value> {
+        self.root.get(section)?.get(key)
+    }
+
+    /// A table within a key's value, read as a section of its own. The key stays to be taken by its section.
+    pub(super) fn nested(&mut self, section: &'static str, key: &'static str, inner: &'static str) -> Section<'_> {
+        let table = self.peek(section, key).and_then(|value| value.get(inner)).and_then(Value::as_table).cloned();
+        if table.is_none() {
+            self.error(&format!("{section}.{key}"), &format!("{inner} is no table; write {inner} = {{ … }}"));
+        }
+        Section {
+            document: self,
+            name: section,
+            inside: Some((key, inner)),
+            table: table.unwrap_or_default(),
+            known: Vec::new(),
+        }
+    }
+
+    /// Notes a mistake at `key`.
+    pub(super) fn error(&mut self, key: &str, message: &str) {
+        let (line, place) = self.place(key);
+        self.errors.push((line, ConfigError { place, key: key.into(), message: message.into() }));
+    }
+
+    fn place(&self, key: &str) -> (usize, String) {
+        if self.overridden.iter().any(|overridden| overridden == key) {
+            return (0, "--set".into());
+        }
+        let (section, name) = key.split_once('.').map_or((key, None), |(section, name)| (section, Some(name)));
+        let mut inside = None;
+        for (number, line) in self.text.lines().enumerate() {
+            let line = line.trim();
+            if let Some(header) = header(line) {
+                if header == section {
+                    inside = Some(number + 1);
+                    if name.is_none() {
+                        break;
+                    }
+                    continue;
+                }
+                if inside.is_some() {
+                    break;
+                }
+            }
+            let (Some(_), Some(name)) = (inside, name) else { continue };
+            if line.strip_prefix(name).is_some_and(|rest| rest.trim_start().starts_with('=')) {
+                inside = Some(number + 1);
+                break;
+            }
+        }
+        let line = inside.unwrap_or(0);
+        (line, if line > 0 { format!("{}:{line}", self.origin) } else { self.origin.clone() })
+    }
+
+    /// The configuration, if nothing is wrong.
+    pub(super) fn finish<T>(mut self, config: T) -> Result<T, ConfigErrors> {
+        let unknown: Vec<String> = self.root.keys().cloned().collect();
+        for name in unknown {
+            let sections = self.sections.clone();
+            self.error(&name, &format!("unknown section{}", suggestion(&name, &sections)));
+        }
+        self.errors.sort_by_key(|(line, _)| *line);
+        if self.errors.is_empty() {
+            Ok(config)
+        } else {
+            Err(ConfigErrors(self.errors.into_iter().map(|(_, e)| e).collect()))
+        }
+    }
+}
+
+/// One section, read key by key.
+pub(super) struct Section<'a> {
+    document: &'a mut Document,
+    name: &'static str,
+    inside: Option<(&'static str, &'static str)>,
+    table: Table,
+    known: Vec<&'static str>,
+}
+
+impl Section<'_> {
+    /// The value of `key` as it stands, taken out.
+    pub(super) fn raw(&mut self, key: &'static str) -> Option<Value> {
+        self.known.push(key);
+        self.table.remove(key)
+    }
+
+    /// Notes a mistake at `key`.
+    pub(super) fn error(&mut self, key: &str, message: &str) {
+        match self.inside {
+            None => self.document.error(&format!("{}.{key}", self.name), message),
+            // Its place is that of the key that holds it.
+            Some((outer, inner)) => {
+                self.document.error(&format!("{}.{outer}", self.name), &format!("{inner}.{key}: {message}"));
+            }
+        }
+    }
+
+    /// The value of `key`, or `default` where it is absent or wrong.
+    pub(super) fn get<T: Read>(&mut self, key: &'static str, default: T) -> T {
+        self.optional(key).unwrap_or(default)
+    }
+
+    /// As [`Self::get`], refusing values for which `valid` does not hold; `rule` says what it asks.
+    pub(super) fn checked<T: Read + fmt::Display>(
+        &mut self,
+        key: &'static str,
+        default: T,
+        rule: &str,
+        valid: impl Fn(&T) -> bool,
+    ) -> T {
+        match self.optional::<T>(key) {
+            Some(value) if !valid(&value) => {
+                self.error(key, &format!("{value} is out of range; it must be {rule}"));
+                default
+            }
+            Some(value) => value,
+            None => default,
+        }
+    }
+
+    /// The value of `key`, which must be there.
+    pub(super) fn required<T: Read + Default>(&mut self, key: &'static str, what: &str) -> T {
+        if !self.table.contains_key(key) {
+            self.known.push(key);
+            self.error(key, &format!("is missing; give {what}"));
+            return T::default();
+        }
+        self.get(key, T::default())
+    }
+
+    /// The value of `key`, if it is there and of the right type.
+    pub(super) fn optional<T: Read>(&mut self, key: &'static str) -> Option<T> {
+        let value = self.raw(key)?;
+        match T::read(&value) {
+            Some(value) => Some(value),
+            None => {
+                self.error(key, &format!("{value} is no {}", T::EXPECTED));
+                None
+            }
+        }
+    }
+
+    /// One of a few words.
+    pub(super) fn choice<T: Copy>(&mut self, key: &'static str, default: T, choices: &[(&str, T)]) -> T {
+        let Some(word) = self.optional::<String>(key) else { return default };
+        if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == word) {
+            return *choice;
+        }
+        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+        let hint = suggestion(&word, &names);
+        self.error(key, &format!("{word:?} is none of {}{hint}", names.join(", ")));
+        default
+    }
+}
+
+impl Drop for Section<'_> {
+    /// What was not asked for is unknown.
+    fn drop(&mut self) {
+        for key in std::mem::take(&mut self.table).keys() {
+            let hint = suggestion(key, &self.known);
+            self.error(key, &format!("unknown key{hint}"));
+        }
+    }
+}
+
+/// A type that a key may have.
+pub(super) trait Read: Sized {
+    const EXPECTED: &'static str;
+    fn read(value: &Value) -> Option<Self>;
+}
+
+impl Read for bool {
+    const EXPECTED: &'static str = "true or false";
+    fn read(value: &Value) -> Option<Self> {
+        value.as_bool()
+    }
+}
+
+impl Read for String {
+    const EXPECTED: &'static str = "text in quotes";
+    fn read(value: &Value) -> Option<Self> {
+        value.as_str().map(str::to_owned)
+    }
+}
+
+impl Read for f64 {
+    const EXPECTED: &'static str = "number";
+    fn read(value: &Value) -> Option<Self> {
+        value.as_float().or_else(|| value.as_integer().map(|n| n as f64)).filter(|number| number.is_finite())
+    }
+}
+
+macro_rules! read_whole {
+    ($($type:ty),*) => {$(
+        impl Read for $type {
+            const EXPECTED: &'static str = "whole number from zero up";
+            fn read(value: &Value) -> Option<Self> {
+                value.as_integer().and_then(|n| n.try_into().ok())
+            }
+        }
+    )*};
+}
+
+read_whole!(u64, usize, u32);
+
+/// The section that a line opens; none for a line that merely begins with a bracket, inside an array.
+fn header(line: &str) -> Option<&str> {
+    let name = line.split('#').next()?.trim().strip_prefix('[')?.strip_suffix(']')?.trim();
+    name.chars().all(|c| c.is_alphanumeric() || "_-.[]".contains(c)).then_some(name)
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    text[..offset.min(text.len())].matches('\n').count() + 1
+}
+
+/// `; did you mean "…"?` with the nearest of `known`, when one is near.
+fn suggestion(word: &str, known: &[&str]) -> String {
+    let nearest = known.iter().map(|name| (distance(word, name), name)).min();
+    match nearest {
+        Some((distance, name)) if distance <= word.len().max(name.len()) / 3 + 1 => {
+            format!("; did you mean \"{name}\"?")
+        }
+        _ => format!("; known are {}", known.join(", ")),
+    }
+}
+
+/// Edit distance: insertions, deletions, substitutions (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let cost = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = cost.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn edit_distance() {
+        for (a, b, expected) in
+            [("", "abc", 3), ("kitten", "sitting", 3), ("eta", "eta", 0), ("temprature", "temperature", 1)]
+        {
+            assert_eq!(distance(a, b), expected, "{a} {b}");
+        }
+    }
+}

@@ -1,0 +1,542 @@
+//! The sections of a configuration, key by key, and how each is read.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use toml::Value;
+
+use super::reader::{Document, Section};
+use crate::source::{Candidate, ModelRef};
+
+/// `[run]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Run {
+    /// Name of the run, of small letters, digits, `-` and `_`. Required.
+    pub name: String,
+    /// Seed of everything random. Default 0.
+    pub seed: u64,
+    /// Learner steps, at least 1. Required.
+    pub steps: u64,
+    /// Where the run is written. Default: `runs/NAME`, or the first of `NAME-2`, `NAME-3`, … that is free.
+    pub dir: Option<PathBuf>,
+}
+
+/// `[data]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Data {
+    /// JSON lines, relative to the configuration's folder. Required.
+    pub path: PathBuf,
+    /// Field of a line that holds the text. Default `prompt`.
+    pub prompt_field: String,
+    /// What the policy is asked, with `{{ prompt }}` where the text goes. Default `{{ prompt }}`.
+    pub instruction: String,
+    /// Wrap the instruction as a user's message in the model's chat template. Default true.
+    pub chat: bool,
+    /// System message of that chat. Default: as the template has it.
+    pub system: Option<String>,
+    /// Go through the data in an order that the seed shuffles anew each epoch. Default true.
+    pub shuffle: bool,
+    /// Most tokens of a prompt; the model's context limits it too. Default 512.
+    pub max_prompt_tokens: usize,
+    /// What happens to a longer one: `error` (default) or `skip`.
+    pub on_long: OnLong,
+}
+
+/// What happens to a prompt that is too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnLong {
+    /// The run is refused.
+    Error,
+    /// The line is left out.
+    Skip,
+}
+
+/// `[policy]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Policy {
+    /// The model: a path, `{ path = }`, `{ pip = "name==version" }`, `{ hub = "owner/name" }`, a list of these tried
+    /// in order, or `{ scratch = { … } }`. Required.
+    pub model: PolicyModel,
+    /// `cpu` (default) or `cuda:N`.
+    pub device: String,
+    /// Seconds that each place of a list may take to answer. Default 20.
+    pub resolve_timeout_s: u64,
+}
+
+/// Where the policy comes from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PolicyModel {
+    /// An existing model.
+    Reference(ModelRef),
+    /// A new one.
+    Scratch(Scratch),
+}
+
+/// `policy.model.scratch`: a model with random weights whose tokens are bytes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scratch {
+    /// Width of the residual stream. Default 64.
+    pub hidden: usize,
+    /// Decoder layers. Default 2.
+    pub layers: usize,
+    /// Query heads. Default 4.
+    pub heads: usize,
+    /// Key and value heads. Default 2.
+    pub kv_heads: usize,
+    /// Width of the feed-forward layer. Default 176.
+    pub intermediate: usize,
+    /// Longest sequence in tokens. Default 1024.
+    pub context: usize,
+    /// Seed of the weights. Default 0.
+    pub seed: u64,
+    /// Standard deviation of the matrices. Default 0.02.
+    pub init_std: f64,
+}
+
+/// `[rollout]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rollout {
+    /// Rollout actors. Default 1.
+    pub workers: usize,
+    /// Threads of each one's pool. Default 1.
+    pub threads: usize,
+    /// Completions per prompt, at least 2. Default 8.
+    pub group_size: usize,
+    /// Prompts generated side by side in one call; divides `learner.batch_groups`. Default 1.
+    pub groups_per_call: u64,
+    /// Most tokens of a completion. Default 64.
+    pub max_new_tokens: usize,
+    /// Sampling temperature, above 0. Default 0.9.
+    pub temperature: f64,
+    /// When new weights are taken up: `in-flight` (default) between decode steps, or `between-groups`.
+    pub update: UpdateMode,
+    /// Groups that may wait for a labeler. Default 2.
+    pub capacity: usize,
+}
+
+/// When a rollout actor takes up new weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UpdateMode {
+    /// Between decode steps.
+    InFlight,
+    /// Between calls.
+    BetweenGroups,
+}
+
+/// `[labeler]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Labeler {
+    /// `likelihood` (default): log P(completion given prompt) − log P(completion). `direct`: a rating from 1 to 10.
+    pub kind: LabelerKind,
+    /// The judge, as `policy.model` names models. Default: the policy's initial weights, frozen.
+    pub model: Option<ModelRef>,
+    /// Labeler actors. Default 1.
+    pub workers: usize,
+    /// Threads of each one's pool. Default 1.
+    pub threads: usize,
+    /// For `likelihood`: mean over tokens instead of their sum. Default false.
+    pub length_normalise: bool,
+    /// For `direct`: the rating prompt, with `{{ prompt }}` and `{{ completion }}`. Default: the built-in one.
+    pub instruction: Option<String>,
+    /// How often a failed group is asked about again. Default 2.
+    pub retries: u32,
+    /// Groups that may wait for the reward actor. Default 2.
+    pub capacity: usize,
+}
+
+/// How a labeler judges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LabelerKind {
+    /// By how much more probable the prompt makes the completion.
+    Likelihood,
+    /// By a rating from 1 to 10.
+    Direct,
+}
+
+/// `[reward]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reward {
+    /// β of J = (1 − β)·r − β·KL, from 0 to 1. Default 0.05.
+    pub kl_coef: f64,
+    /// `running` (default): minus the running mean of scores, over their deviation. `none`: scores as they are.
+    pub scale: RewardScaling,
+    /// Bound on a scaled score, either way; 0 for none. Default 5.
+    pub clip: Option<f64>,
+    /// Taken off per token of a completion. Default 0.
+    pub length_penalty: f64,
+    /// Taken off when a completion ran into `max_new_tokens`. Default 0.
+    pub missing_eos_penalty: f64,
+    /// Threads of the reward actor's pool. Default 1.
+    pub threads: usize,
+    /// Groups that may wait for the learner. Default 2.
+    pub capacity: usize,
+}
+
+/// How scores are scaled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RewardScaling {
+    /// Not at all.
+    None,
+    /// By the running mean and deviation.
+    Running,
+}
+
+/// `[learner]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Learner {
+    /// `rloo` (default), or `reinforce` with a value baseline.
+    pub algorithm: AlgorithmKind,
+    /// Groups per step, at least 1. Default 4.
+    pub batch_groups: u64,
+    /// Staleness bound η, in versions; 0 is synchronous. Default 1.
+    pub eta: u64,
+    /// Threads of the learner's pool. Default 1.
+    pub threads: usize,
+    /// Peak learning rate. Default 1e-5.
+    pub lr: f64,
+    /// Steps over which the rate rises. Default 0.
+    pub warmup_steps: u64,
+    /// After that: `constant` (default), or `linear` down to zero.
+    pub schedule: Schedule,
+    /// AdamW's β₁. Default 0.9.
+    pub adam_beta1: f64,
+    /// AdamW's β₂. Default 0.999.
+    pub adam_beta2: f64,
+    /// AdamW's ε. Default 1e-8.
+    pub adam_eps: f64,
+    /// Decoupled weight decay. Default 0.
+    pub weight_decay: f64,
+    /// Bound on the gradient's global norm. Default 1.
+    pub max_grad_norm: f64,
+    /// Learning rate of the value head. Default 1e-3.
+    pub value_lr: f64,
+    /// Off-policy correction: `tis` (default), truncated importance sampling, or `none`, which asks for η = 0.
+    pub correction: CorrectionKind,
+    /// Bound C on an importance weight, at least 1. Default 2.
+    pub truncation: f64,
+    /// Steps in a row without a finite gradient that end the run. Default 3.
+    pub max_nonfinite_steps: u32,
+}
+
+/// The learner's algorithm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AlgorithmKind {
+    /// REINFORCE leave-one-out.
+    Rloo,
+    /// REINFORCE with a value baseline.
+    Reinforce,
+}
+
+/// Course of the learning rate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Schedule {
+    /// Stays.
+    Constant,
+    /// Falls to zero.
+    Linear,
+}
+
+/// Correction of off-policy tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CorrectionKind {
+    /// None.
+    None,
+    /// Truncated importance sampling.
+    Tis,
+}
+
+/// `[checkpoint]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checkpoint {
+    /// Steps between checkpoints; 0 (default) writes only the last.
+    pub every_steps: u64,
+    /// How many are kept. Default 2.
+    pub keep: usize,
+    /// `f32` (default) or `bf16`.
+    pub dtype: WeightDtype,
+}
+
+/// Type of the weights in a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightDtype {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes.
+    Bf16,
+}
+
+/// `[serve]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Serve {
+    /// Whether the node answers over HTTP. Default true.
+    pub enabled: bool,
+    /// Where; loopback only. Default 127.0.0.1:9464.
+    pub listen: SocketAddr,
+}
+
+/// `[supervision]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Supervision {
+    /// Failures in a row that are answered by a restart. Default 3.
+    pub max_restarts: u32,
+    /// Seconds before the first restart; doubles. Default 1.
+    pub backoff_s: f64,
+    /// Most seconds before a restart. Default 60.
+    pub max_backoff_s: f64,
+    /// Seconds without any progress after which the holder is named. Default 120.
+    pub stall_after_s: f64,
+    /// Seconds without any progress after which the graph is restarted. Default 600.
+    pub restart_after_s: f64,
+    /// Seconds that a stopped actor may take to come back. Default 10.
+    pub halt_grace_s: f64,
+}
+
+const WORKERS: &str = "from 1 to 1024";
+
+fn workers(section: &mut Section<'_>, key: &'static str) -> usize {
+    section.checked(key, 1, WORKERS, |n| (1..=1024).contains(n))
+}
+
+fn capacity(section: &mut Section<'_>) -> usize {
+    section.checked("capacity", 2, "at least 1", |n| *n >= 1)
+}
+
+pub(super) fn run(document: &mut Document) -> Run {
+    let mut s = document.section("run");
+    let name = s.required::<String>("name", "a name for the run");
+    if !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_') {
+        s.error("name", &format!("{name:?} may hold small letters, digits, - and _ only; it names a folder"));
+    }
+    let has_steps = s.optional::<u64>("steps");
+    let steps = has_steps.unwrap_or(1);
+    if has_steps.is_none_or(|steps| steps == 0) {
+        s.error("steps", "must be there, a whole number of learner steps from 1 up");
+    }
+    Run { name, seed: s.get("seed", 0), steps, dir: s.optional::<String>("dir").map(PathBuf::from) }
+}
+
+pub(super) fn data(document: &mut Document, folder: &Path) -> Data {
+    let mut s = document.section("data");
+    let path = folder.join(s.required::<String>("path", "a file of JSON lines"));
+    if path != folder && !path.is_file() {
+        s.error("path", &format!("there is no file {}", path.display()));
+    }
+    let instruction: String = s.get("instruction", "{{ prompt }}".to_owned());
+    if !instruction.contains("prompt") {
+        s.error("instruction", "does not mention {{ prompt }}: every prompt would be the same");
+    }
+    Data {
+        path,
+        prompt_field: s.get("prompt_field", "prompt".to_owned()),
+        instruction,
+        chat: s.get("chat", true),
+        system: s.optional("system"),
+        shuffle: s.get("shuffle", true),
+        max_prompt_tokens: s.checked("max_prompt_tokens", 512, "at least 1", |n| *n >= 1),
+        on_long: s.choice("on_long", OnLong::Error, &[("error", OnLong::Error), ("skip", OnLong::Skip)]),
+    }
+}
+
+pub(super) fn policy(document: &mut Document, folder: &Path) -> Policy {
+    let scratch =
+        matches!(document.peek("policy", "model"), Some(Value::Table(table)) if table.contains_key("scratch"));
+    let model = if scratch {
+        PolicyModel::Scratch(scratch_model(document))
+    } else {
+        let mut s = document.section("policy");
+        let model = reference(&mut s, folder);
+        if model.is_none() {
+            s.error("model", "is missing or wrong; give a path, { pip = \"name==version\" }, { hub = \"owner/name\" }, a list of these, or { scratch = { … } }");
+        }
+        return rest_of_policy(s, PolicyModel::Reference(model.unwrap_or(ModelRef(Vec::new()))));
+    };
+    let mut s = document.section("policy");
+    s.raw("model");
+    rest_of_policy(s, model)
+}
+
+fn rest_of_policy(mut s: Section<'_>, model: PolicyModel) -> Policy {
+    let device: String = s.get("device", "cpu".to_owned());
+    let ordinal = device.strip_prefix("cuda:").map(str::parse::<usize>);
+    if device != "cpu" && !matches!(ordinal, Some(Ok(_))) {
+        s.error("device", &format!("{device:?} is neither \"cpu\" nor \"cuda:N\""));
+    }
+    Policy { model, device, resolve_timeout_s: s.checked("resolve_timeout_s", 20, "at least 1", |n| *n >= 1) }
+}
+
+fn scratch_model(document: &mut Document) -> Scratch {
+    let mut s = document.nested("policy", "model", "scratch");
+    let size = |s: &mut Section<'_>, key, default| s.checked(key, default, "at least 1", |n: &usize| *n >= 1);
+    let scratch = Scratch {
+        hidden: size(&mut s, "hidden", 64),
+        layers: size(&mut s, "layers", 2),
+        heads: size(&mut s, "heads", 4),
+        kv_heads: size(&mut s, "kv_heads", 2),
+        intermediate: size(&mut s, "intermediate", 176),
+        context: size(&mut s, "context", 1024),
+        seed: s.get("seed", 0),
+        init_std: s.checked("init_std", 0.02, "above 0", |n| *n > 0.0),
+    };
+    if !scratch.heads.is_multiple_of(scratch.kv_heads) {
+        s.error("kv_heads", &format!("{} does not divide heads = {}", scratch.kv_heads, scratch.heads));
+    }
+    if !scratch.hidden.is_multiple_of(2 * scratch.heads) {
+        s.error("hidden", &format!("{} is no even multiple of heads = {}", scratch.hidden, scratch.heads));
+    }
+    scratch
+}
+
+/// The model that `model` names; paths are relative to `folder`. Says itself what is wrong with it.
+fn reference(s: &mut Section<'_>, folder: &Path) -> Option<ModelRef> {
+    let value = s.raw("model")?;
+    match ModelRef::from_toml(&value) {
+        Ok(mut reference) => {
+            for candidate in &mut reference.0 {
+                if let Candidate::Path(path) = candidate {
+                    *path = folder.join(&*path);
+                }
+            }
+            Some(reference)
+        }
+        Err(message) => {
+            s.error("model", &message);
+            Some(ModelRef(Vec::new()))
+        }
+    }
+}
+
+pub(super) fn rollout(document: &mut Document) -> Rollout {
+    let mut s = document.section("rollout");
+    Rollout {
+        workers: workers(&mut s, "workers"),
+        threads: workers(&mut s, "threads"),
+        group_size: s.checked(
+            "group_size",
+            8,
+            "at least 2: a completion is compared with the rest of its group",
+            |n| *n >= 2,
+        ),
+        groups_per_call: s.checked("groups_per_call", 1, "at least 1", |n| *n >= 1),
+        max_new_tokens: s.checked("max_new_tokens", 64, "at least 1", |n| *n >= 1),
+        temperature: s.checked("temperature", 0.9, "above 0", |n| *n > 0.0),
+        update: s.choice(
+            "update",
+            UpdateMode::InFlight,
+            &[("in-flight", UpdateMode::InFlight), ("between-groups", UpdateMode::BetweenGroups)],
+        ),
+        capacity: capacity(&mut s),
+    }
+}
+
+pub(super) fn labeler(document: &mut Document, folder: &Path) -> Labeler {
+    let mut s = document.section("labeler");
+    let model = reference(&mut s, folder);
+    Labeler {
+        kind: s.choice(
+            "type",
+            LabelerKind::Likelihood,
+            &[("likelihood", LabelerKind::Likelihood), ("direct", LabelerKind::Direct)],
+        ),
+        model,
+        workers: workers(&mut s, "workers"),
+        threads: workers(&mut s, "threads"),
+        length_normalise: s.get("length_normalise", false),
+        instruction: s.optional("instruction"),
+        retries: s.checked("retries", 2, "at most 20", |n| *n <= 20),
+        capacity: capacity(&mut s),
+    }
+}
+
+pub(super) fn reward(document: &mut Document) -> Reward {
+    let mut s = document.section("reward");
+    Reward {
+        kl_coef: s.checked("kl_coef", 0.05, "from 0 to 1", |n| (0.0..=1.0).contains(n)),
+        scale: s.choice(
+            "scale",
+            RewardScaling::Running,
+            &[("running", RewardScaling::Running), ("none", RewardScaling::None)],
+        ),
+        clip: Some(s.checked("clip", 5.0, "from 0 up", |n| *n >= 0.0)).filter(|clip| *clip > 0.0),
+        length_penalty: s.get("length_penalty", 0.0),
+        missing_eos_penalty: s.get("missing_eos_penalty", 0.0),
+        threads: workers(&mut s, "threads"),
+        capacity: capacity(&mut s),
+    }
+}
+
+pub(super) fn learner(document: &mut Document) -> Learner {
+    let mut s = document.section("learner");
+    let beta = |n: &f64| (0.0..1.0).contains(n);
+    Learner {
+        algorithm: s.choice(
+            "algorithm",
+            AlgorithmKind::Rloo,
+            &[("rloo", AlgorithmKind::Rloo), ("reinforce", AlgorithmKind::Reinforce)],
+        ),
+        batch_groups: s.checked("batch_groups", 4, "at least 1", |n| *n >= 1),
+        eta: s.get("eta", 1),
+        threads: workers(&mut s, "threads"),
+        lr: s.checked("lr", 1e-5, "above 0", |n| *n > 0.0),
+        warmup_steps: s.get("warmup_steps", 0),
+        schedule: s.choice(
+            "schedule",
+            Schedule::Constant,
+            &[("constant", Schedule::Constant), ("linear", Schedule::Linear)],
+        ),
+        adam_beta1: s.checked("adam_beta1", 0.9, "from 0 to below 1", beta),
+        adam_beta2: s.checked("adam_beta2", 0.999, "from 0 to below 1", beta),
+        adam_eps: s.checked("adam_eps", 1e-8, "above 0", |n| *n > 0.0),
+        weight_decay: s.checked("weight_decay", 0.0, "from 0 up", |n| *n >= 0.0),
+        max_grad_norm: s.checked("max_grad_norm", 1.0, "above 0", |n| *n > 0.0),
+        value_lr: s.checked("value_lr", 1e-3, "above 0", |n| *n > 0.0),
+        correction: s.choice(
+            "correction",
+            CorrectionKind::Tis,
+            &[("tis", CorrectionKind::Tis), ("none", CorrectionKind::None)],
+        ),
+        truncation: s.checked("truncation", 2.0, "at least 1", |n| *n >= 1.0),
+        max_nonfinite_steps: s.checked("max_nonfinite_steps", 3, "at least 1", |n| *n >= 1),
+    }
+}
+
+pub(super) fn checkpoint(document: &mut Document) -> Checkpoint {
+    let mut s = document.section("checkpoint");
+    Checkpoint {
+        every_steps: s.get("every_steps", 0),
+        keep: s.checked("keep", 2, "at least 1", |n| *n >= 1),
+        dtype: s.choice("dtype", WeightDtype::F32, &[("f32", WeightDtype::F32), ("bf16", WeightDtype::Bf16)]),
+    }
+}
+
+pub(super) fn serve(document: &mut Document) -> Serve {
+    let mut s = document.section("serve");
+    let default = SocketAddr::from(([127, 0, 0, 1], 9464));
+    let text: String = s.get("listen", default.to_string());
+    let listen = match text.parse::<SocketAddr>() {
+        Ok(address) if !address.ip().is_loopback() => {
+            s.error("listen", &format!("{address} can be reached from other machines, and the endpoints ask for no token yet; use 127.0.0.1"));
+            default
+        }
+        Ok(address) => address,
+        Err(_) => {
+            s.error("listen", &format!("{text:?} is no address; write it as 127.0.0.1:9464"));
+            default
+        }
+    };
+    Serve { enabled: s.get("enabled", true), listen }
+}
+
+pub(super) fn supervision(document: &mut Document) -> Supervision {
+    let mut s = document.section("supervision");
+    let mut seconds =
+        |key, default| s.checked(key, default, "above 0 seconds, and below a year", |n: &f64| *n > 0.0 && *n < 3e7);
+    let supervision = Supervision {
+        max_restarts: 0,
+        backoff_s: seconds("backoff_s", 1.0),
+        max_backoff_s: seconds("max_backoff_s", 60.0),
+        stall_after_s: seconds("stall_after_s", 120.0),
+        restart_after_s: seconds("restart_after_s", 600.0),
+        halt_grace_s: seconds("halt_grace_s", 10.0),
+    };
+    Supervision { max_restarts: s.get("max_restarts", 3), ..supervision }
+}

