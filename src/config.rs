@@ -99,13 +99,6 @@ impl Config {
                 ),
             );
         }
-        let warmup = self.learner.warmup_steps;
-        if document.sound(&["run.steps", "learner.warmup_steps"]) && warmup > 0 && warmup >= self.run.steps {
-            document.error(
-                "learner.warmup_steps",
-                &format!("{warmup} is not below run.steps = {}: the rate would never be reached", self.run.steps),
-            );
-        }
     }
 }
 

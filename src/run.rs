@@ -24,7 +24,7 @@ use crate::progress::Progress;
 use crate::rollout::Rewarded;
 use crate::serve::{NodeState, serve};
 use crate::telemetry;
-use crate::topology::{Node, needs_values};
+use crate::topology::{Node, labeler, needs_values};
 use files::RunFiles;
 
 /// How a run ended.
@@ -96,6 +96,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
         state: Arc::new(Mutex::new(state)),
         cell: Arc::clone(&cell),
         observer: watcher.clone(),
+        labelers: Box::new(labeler),
         config,
     });
 
@@ -124,7 +125,7 @@ async fn supervise(graph: &GraphHandle, stop: &AtomicBool, progress: &Progress) 
     loop {
         let terminated = async {
             match &mut terminate {
-                Some(signal) => signal.recv().await.map(|()| ()),
+                Some(signal) => signal.recv().await,
                 None => std::future::pending().await,
             }
         };

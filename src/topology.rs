@@ -19,6 +19,9 @@ use crate::model::Llama;
 use crate::prepare::Prepared;
 use crate::reward::{RewardRule, RewardStage};
 
+/// Makes a labeler.
+pub type MakeLabeler = dyn Fn(&Config, &Judge) -> anyhow::Result<Box<dyn Labeler>> + Send + Sync;
+
 /// What outlives a restart of the graph.
 pub struct Node {
     /// The configuration.
@@ -31,6 +34,8 @@ pub struct Node {
     pub cell: Arc<SnapshotCell<Llama>>,
     /// Who is told of each step.
     pub observer: Arc<Mutex<dyn Observer>>,
+    /// Makes a labeler for each labeler actor; [`labeler`] unless a test scripts one.
+    pub labelers: Box<MakeLabeler>,
 }
 
 impl Node {
@@ -64,7 +69,8 @@ impl Node {
         }
         for worker in 0..config.labeler.workers {
             let spec = StageSpec::new(format!("label-{worker}")).role("label").threads(config.labeler.threads);
-            let stage = LabelStage { labeler: labeler(config, &self.prepared.judge)?, retries: config.labeler.retries };
+            let stage =
+                LabelStage { labeler: (self.labelers)(config, &self.prepared.judge)?, retries: config.labeler.retries };
             builder.stage(spec, stage, groups.clone(), labeled_out.clone());
         }
         // The builder's own ends must go, or the edges would never drain.
@@ -109,7 +115,11 @@ pub fn admission(config: &Config) -> preceptor_actors::Admission {
     preceptor_actors::Admission { eta: config.learner.eta, batch: config.learner.batch_groups }
 }
 
-fn labeler(config: &Config, judge: &Judge) -> anyhow::Result<Box<dyn Labeler>> {
+/// The labeler that the configuration asks for.
+///
+/// # Errors
+/// A template that cannot be used.
+pub fn labeler(config: &Config, judge: &Judge) -> anyhow::Result<Box<dyn Labeler>> {
     Ok(match config.labeler.kind {
         LabelerKind::Likelihood => Box::new(Likelihood {
             judge: judge.clone(),

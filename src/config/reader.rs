@@ -204,6 +204,11 @@ impl Section<'_> {
         self.table.remove(key)
     }
 
+    /// Whether `key` is there.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.contains_key(key)
+    }
+
     /// Notes a mistake at `key`.
     pub(super) fn error(&mut self, key: &str, message: &str) {
         match self.inside {
@@ -240,7 +245,7 @@ impl Section<'_> {
 
     /// The value of `key`, which must be there.
     pub(super) fn required<T: Read + Default>(&mut self, key: &'static str, what: &str) -> T {
-        if !self.table.contains_key(key) {
+        if !self.has(key) {
             self.known.push(key);
             self.error(key, &format!("is missing; give {what}"));
             return T::default();

@@ -307,11 +307,11 @@ pub(super) fn run(document: &mut Document) -> Run {
     if !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_') {
         s.error("name", &format!("{name:?} may hold small letters, digits, - and _ only; it names a folder"));
     }
-    let has_steps = s.optional::<u64>("steps");
-    let steps = has_steps.unwrap_or(1);
-    if has_steps.is_none_or(|steps| steps == 0) {
-        s.error("steps", "must be there, a whole number of learner steps from 1 up");
-    }
+    let steps = if s.has("steps") {
+        s.checked("steps", 1, "at least 1", |n: &u64| *n >= 1)
+    } else {
+        s.required("steps", "the number of learner steps")
+    };
     Run { name, seed: s.get("seed", 0), steps, dir: s.optional::<String>("dir").map(PathBuf::from) }
 }
 

@@ -66,7 +66,7 @@ mod tests {
         let weights: Vec<f64> = logits.iter().map(|l| (f64::from(*l) / 0.7).exp()).collect();
         let total: f64 = weights.iter().sum();
         let mut counts = [0u32; 4];
-        let draws = 20_000;
+        let draws = 20_000u32;
         for seed in 0..draws {
             let (id, logprob) = Sampler::new(&sampling, u64::from(seed)).draw(&logits);
             counts[id as usize] += 1;

@@ -97,12 +97,11 @@ impl Weighted for Live<'_> {
         if self.ctx.halted() {
             return Err(anyhow!("halted"));
         }
-        if self.in_flight || !std::mem::replace(&mut self.pinned, true) {
-            if let Some(snapshot) = self.reader.refresh() {
-                let fingerprint = snapshot.value.weights().fingerprint()?;
-                self.reader.acknowledge(&snapshot, fingerprint);
-                *self.running = Some((snapshot.version, snapshot.value));
-            }
+        let due = self.in_flight || !std::mem::replace(&mut self.pinned, true);
+        if due && let Some(snapshot) = self.reader.refresh() {
+            let fingerprint = snapshot.value.weights().fingerprint()?;
+            self.reader.acknowledge(&snapshot, fingerprint);
+            *self.running = Some((snapshot.version, snapshot.value));
         }
         self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))
     }

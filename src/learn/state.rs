@@ -45,11 +45,7 @@ impl TrainState {
             .collect::<Result<Vec<_>>>()?;
         let weights = Weights(params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
         let value = if with_value {
-            Some(ValueHead::new(
-                config.hidden_size,
-                AdamWConfig { weight_decay: 0.0, ..adam.clone() },
-                initial.device(),
-            )?)
+            Some(ValueHead::new(config.hidden_size, AdamWConfig { weight_decay: 0.0, ..adam }, initial.device())?)
         } else {
             None
         };

@@ -2,6 +2,7 @@
 
 mod algorithms;
 mod common;
+mod faults;
 mod llama;
 mod node;
 mod refusals;

@@ -1,0 +1,152 @@
+//! Actors that fail: the graph is rebuilt from the last finished step, and every group is trained once.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::Result;
+use preceptor::config::Config;
+use preceptor::label::{Judge, Labeler, Labels};
+use preceptor::learn::stage::Observer;
+use preceptor::learn::{StepRecord, TrainState};
+use preceptor::ops::AdamWConfig;
+use preceptor::rollout::{Group, Rewarded, Verdict};
+use preceptor::topology::Node;
+use preceptor_actors::{GraphOptions, Outcome, RestartPolicy, SnapshotCell, spawn_graph};
+
+use crate::common::config;
+
+/// A labeler that likes short answers, and misbehaves when told to.
+struct Scripted {
+    fault: Fault,
+    struck: Arc<AtomicBool>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fault {
+    None,
+    /// Panics once, at this group.
+    Panic(u64),
+    /// Fails once at this group; the retry mends it.
+    Once(u64),
+    /// Fails at this group however often it is asked.
+    Always(u64),
+}
+
+impl Labeler for Scripted {
+    fn name(&self) -> &'static str {
+        "scripted"
+    }
+
+    fn model(&self) -> u64 {
+        0
+    }
+
+    fn label(&self, group: &Group) -> Result<Labels> {
+        let seq = group.prompt.seq;
+        match self.fault {
+            Fault::Panic(at) if at == seq && !self.struck.swap(true, Ordering::SeqCst) => panic!("the judge fell over"),
+            Fault::Once(at) if at == seq && !self.struck.swap(true, Ordering::SeqCst) => {
+                anyhow::bail!("the judge is busy")
+            }
+            Fault::Always(at) if at == seq => anyhow::bail!("the judge is gone"),
+            _ => {}
+        }
+        let verdicts = group.completions.iter().map(|one| Verdict::Label(-(one.ids.len() as f64))).collect();
+        Ok(Labels { verdicts, logprobs: None })
+    }
+}
+
+/// Remembers which groups were trained or masked at which step.
+#[derive(Default)]
+struct Seen {
+    trained: Vec<u64>,
+    masked: Vec<u64>,
+    figures: Vec<f64>,
+}
+
+struct Notes(Arc<Mutex<Seen>>);
+
+impl Observer for Notes {
+    fn group(&mut self, _done: u64, _of: u64) {}
+
+    fn step(&mut self, record: &StepRecord, batch: &[Rewarded], _state: &mut TrainState) -> Result<()> {
+        let mut seen = self.0.lock().unwrap();
+        for group in batch {
+            let list = if group.masked.is_some() { &mut seen.masked } else { &mut seen.trained };
+            list.push(group.group.prompt.seq);
+        }
+        seen.figures.push(record.get("loss/policy"));
+        Ok(())
+    }
+
+    fn nonfinite(&mut self, _step: u64, _batch: &[Rewarded]) {}
+}
+
+fn offline(dir: &Path) -> Config {
+    let data = dir.join("data.jsonl");
+    let lines: String = (0..6).map(|i| format!("{{\"prompt\": \"number {i}\"}}\n")).collect();
+    std::fs::write(&data, lines).unwrap();
+    let overrides = [
+        format!("data.path=\"{}\"", data.display()),
+        "run.steps=4".into(),
+        "learner.batch_groups=2".into(),
+        "learner.eta=0".into(),
+        "learner.warmup_steps=0".into(),
+        "rollout.group_size=3".into(),
+        "rollout.groups_per_call=1".into(),
+        "rollout.max_new_tokens=6".into(),
+    ];
+    preceptor::config::load(&config("offline.toml"), &overrides).unwrap_or_else(|errors| panic!("{errors}"))
+}
+
+/// Runs four steps of two groups with a labeler that has `fault`; returns how it ended and what was seen.
+fn run(fault: Fault) -> (Outcome, Seen, u32) {
+    let dir = tempfile::tempdir().unwrap();
+    let config = offline(dir.path());
+    let prepared = preceptor::prepare::prepare(&config, false).unwrap();
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let struck = Arc::new(AtomicBool::new(false));
+    let labelers = move |_: &Config, _: &Judge| -> Result<Box<dyn Labeler>> {
+        Ok(Box::new(Scripted { fault, struck: Arc::clone(&struck) }))
+    };
+    let node = Node {
+        state: Arc::new(Mutex::new(TrainState::new(&prepared.policy, AdamWConfig::default(), true).unwrap())),
+        cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy))),
+        observer: Arc::new(Mutex::new(Notes(Arc::clone(&seen)))),
+        labelers: Box::new(labelers),
+        prepared,
+        config,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (outcome, restarts) = runtime.block_on(async {
+        let restart = RestartPolicy { initial_backoff: Duration::from_millis(1), ..RestartPolicy::default() };
+        let graph = spawn_graph(GraphOptions { restart, ..GraphOptions::default() }, move |builder| node.wire(builder));
+        (graph.wait().await, graph.report().restarts)
+    });
+    let seen = std::mem::take(&mut *seen.lock().unwrap());
+    (outcome, seen, restarts)
+}
+
+#[test]
+fn a_panicking_labeler_costs_a_restart_and_no_group() {
+    let (whole, undisturbed, _) = run(Fault::None);
+    assert_eq!(whole, Outcome::Finished);
+    let (outcome, seen, restarts) = run(Fault::Panic(5));
+    assert_eq!(outcome, Outcome::Finished);
+    assert_eq!(restarts, 1);
+    assert_eq!(seen.trained, (0..8).collect::<Vec<_>>());
+    // From the last finished step the run goes on as if nothing had happened.
+    assert_eq!(seen.figures, undisturbed.figures);
+}
+
+#[test]
+fn a_failed_verdict_is_retried_then_masked_and_never_a_number() {
+    let (outcome, seen, restarts) = run(Fault::Once(3));
+    assert_eq!((outcome, restarts), (Outcome::Finished, 0));
+    assert_eq!((seen.trained.len(), seen.masked.len()), (8, 0));
+    let (outcome, seen, restarts) = run(Fault::Always(3));
+    assert_eq!((outcome, restarts), (Outcome::Finished, 0));
+    assert_eq!((seen.trained, seen.masked), (vec![0, 1, 2, 4, 5, 6, 7], vec![3]));
+}
