@@ -130,7 +130,8 @@ fn rate(ratings: &[Vec<u32>], logprobs: &[Vec<f32>]) -> Verdict {
         })
         .collect();
     let mass: f64 = exact.iter().sum();
-    if !mass.is_finite() {
+    // Asked of the probabilities themselves: `max` above would turn what is not a number into zero.
+    if !whole.iter().all(|p| p.is_finite()) {
         return Verdict::Failure("the judge's log-probabilities are not finite".into());
     }
     if mass < LEAST_MASS {
