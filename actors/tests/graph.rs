@@ -1,0 +1,363 @@
+//! Whole graphs of scripted stages.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use preceptor_actors::scripted::{Fault, ScriptedSink, ScriptedSource, ScriptedStage};
+use preceptor_actors::{
+    Admission, AdmissionGate, Clock, Emitter, GraphBuilder, GraphEvent, GraphHandle, GraphOptions, Item, Outcome,
+    RestartPolicy, Stage, StageError, StageResult, StageSpec, WatchdogPolicy, spawn_graph,
+};
+
+/// What a run came to.
+struct Ran {
+    outcome: Outcome,
+    events: Vec<GraphEvent>,
+    handle: GraphHandle,
+}
+
+fn quick() -> GraphOptions {
+    let restart = RestartPolicy { initial_backoff: Duration::from_millis(1), ..RestartPolicy::default() };
+    GraphOptions { restart, halt_grace: Duration::from_millis(200), ..GraphOptions::default() }
+}
+
+/// Runs a graph to its end; `meanwhile` may act on it after it has started.
+fn run(
+    options: GraphOptions,
+    build: impl FnMut(&mut GraphBuilder) -> StageResult<()> + Send + 'static,
+    meanwhile: impl FnOnce(&GraphHandle),
+) -> Ran {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let handle = spawn_graph(options, build);
+        let mut heard = handle.subscribe();
+        let mut events = Vec::new();
+        loop {
+            match heard.recv().await.unwrap() {
+                GraphEvent::Started { incarnation } => {
+                    events.push(GraphEvent::Started { incarnation });
+                    if incarnation == 0 {
+                        break;
+                    }
+                }
+                event => events.push(event),
+            }
+        }
+        meanwhile(&handle);
+        let outcome = handle.wait().await;
+        while let Ok(event) = heard.try_recv() {
+            events.push(event);
+        }
+        Ran { outcome, events, handle }
+    })
+}
+
+type Log = Arc<Mutex<Vec<(u64, u64, u64)>>>;
+
+/// source → two workers → sink in order; the log holds (item, version it began at, version it was consumed at).
+fn pipeline(
+    builder: &mut GraphBuilder,
+    count: u64,
+    eta_and_batch: Option<(u64, u64)>,
+    workers: &[ScriptedStage],
+    sink: ScriptedStage,
+    log: &Log,
+) {
+    let (eta, batch) = eta_and_batch.unwrap_or((count, count));
+    let gate = Arc::new(AdmissionGate::new(Admission { eta, batch }, 0, 0));
+    let (to_work, from_source) = builder.edge("work", 1);
+    let (to_sink, from_work) = builder.edge("done", 1);
+    let source = ScriptedSource { next: 0, end: count, gate: Some(Arc::clone(&gate)) };
+    builder.source(StageSpec::new("source"), source, to_work);
+    for (i, worker) in workers.iter().enumerate() {
+        let spec = StageSpec::new(format!("worker-{i}")).role("worker").stack(128 << 10);
+        builder.stage(spec, worker.clone(), from_source.clone(), to_sink.clone());
+    }
+    let log = Arc::clone(log);
+    let each = move |item: &Item<u64>, version| log.lock().unwrap().push((item.seq, item.version, version));
+    builder.sink(StageSpec::new("sink"), ScriptedSink::new(sink, batch, Some(gate), each), from_work);
+}
+
+fn taking(ms: u64) -> ScriptedStage {
+    ScriptedStage::taking(Duration::from_millis(ms))
+}
+
+#[test]
+fn everything_arrives_once_with_many_workers() {
+    let log = Log::default();
+    let inner = Arc::clone(&log);
+    let workers: Vec<ScriptedStage> = (0..8).map(|i| ScriptedStage::taking(Duration::from_micros(i * 37))).collect();
+    let ran = run(
+        quick(),
+        move |builder| {
+            pipeline(builder, 500, None, &workers, taking(0), &inner);
+            Ok(())
+        },
+        |_| {},
+    );
+    assert_eq!(ran.outcome, Outcome::Finished);
+    let seen: Vec<u64> = log.lock().unwrap().iter().map(|(seq, ..)| *seq).collect();
+    assert_eq!(seen, (0..500).collect::<Vec<_>>());
+    let edges = ran.handle.report().edges;
+    assert!(edges.iter().all(|edge| edge.items == 500 && edge.depth == 0), "{edges:?}");
+    assert_eq!(
+        (edges[0].from.as_slice(), edges[1].to.as_slice()),
+        (&["source".to_owned()][..], &["sink".to_owned()][..])
+    );
+}
+
+#[test]
+fn a_drain_lets_what_is_under_way_flow_out() {
+    let log = Log::default();
+    let inner = Arc::clone(&log);
+    let ran = run(
+        quick(),
+        move |builder| {
+            pipeline(builder, u64::MAX, Some((1000, 10)), &[taking(1), taking(2)], taking(0), &inner);
+            Ok(())
+        },
+        GraphHandle::drain,
+    );
+    assert_eq!(ran.outcome, Outcome::Drained);
+    let seen: Vec<u64> = log.lock().unwrap().iter().map(|(seq, ..)| *seq).collect();
+    assert_eq!(seen, (0..seen.len() as u64).collect::<Vec<_>>());
+    let edges = ran.handle.report().edges;
+    assert!(edges.iter().all(|edge| edge.items == seen.len() as u64), "{edges:?} for {} items", seen.len());
+}
+
+#[test]
+fn a_halt_ends_every_wait() {
+    // The sink hangs, so the workers are blocked on a full edge and the source behind them.
+    let log = Log::default();
+    let sink = ScriptedStage { fault: (0, Fault::Hang), ..taking(0) };
+    let ran = run(
+        quick(),
+        move |builder| {
+            pipeline(builder, 100, None, &[taking(0), taking(0)], sink.clone(), &log);
+            Ok(())
+        },
+        GraphHandle::halt,
+    );
+    assert_eq!(ran.outcome, Outcome::Halted);
+}
+
+#[test]
+fn a_panic_rebuilds_the_graph_under_a_new_incarnation() {
+    for fault in [Fault::Panic, Fault::Error] {
+        let log = Log::default();
+        let inner = Arc::clone(&log);
+        let ran = run(
+            quick(),
+            move |builder| {
+                let first = builder.incarnation() == 0;
+                inner.lock().unwrap().clear();
+                let worker = ScriptedStage { fault: (7, if first { fault } else { Fault::None }), ..taking(0) };
+                pipeline(builder, 20, None, &[worker], taking(0), &inner);
+                Ok(())
+            },
+            |_| {},
+        );
+        assert_eq!(ran.outcome, Outcome::Finished);
+        assert_eq!(log.lock().unwrap().len(), 20);
+        assert_eq!((ran.handle.report().incarnation, ran.handle.report().restarts), (1, 1));
+        let failed = ran.events.iter().find_map(|event| match event {
+            GraphEvent::StageFailed { stage, error, panicked } => Some((stage.as_str(), error.as_str(), *panicked)),
+            _ => None,
+        });
+        let (stage, error, panicked) = failed.expect("the failure is told");
+        assert_eq!((stage, panicked), ("worker-0", fault == Fault::Panic));
+        assert!(error.contains("scripted"), "{error}");
+    }
+}
+
+#[test]
+fn a_fatal_error_is_not_retried_and_a_budget_ends() {
+    for (fault, restarts) in [(Fault::Fatal, 0), (Fault::Error, 3)] {
+        let log = Log::default();
+        let worker = ScriptedStage { fault: (2, fault), ..taking(0) };
+        let ran = run(
+            quick(),
+            move |builder| {
+                pipeline(builder, 20, None, std::slice::from_ref(&worker), taking(0), &log);
+                Ok(())
+            },
+            |_| {},
+        );
+        let Outcome::Failed { stage, error, restarts: counted, fatal } = ran.outcome else {
+            panic!("{:?}", ran.outcome)
+        };
+        assert_eq!((stage.as_str(), counted, fatal), ("worker-0", restarts, fault == Fault::Fatal));
+        assert!(error.contains("scripted"), "{error}");
+    }
+}
+
+#[test]
+fn a_builder_that_fails_is_an_outcome_too() {
+    let options = GraphOptions { restart: RestartPolicy::never(), ..quick() };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let outcome = runtime.block_on(async { spawn_graph(options, |_| Err(StageError::fatal("no wires"))).wait().await });
+    let Outcome::Failed { stage, error, fatal, .. } = outcome else { panic!("{outcome:?}") };
+    assert_eq!((stage.as_str(), error.as_str(), fatal), ("the builder", "no wires", true));
+}
+
+/// Sends an item of another incarnation.
+struct Stray;
+
+impl Stage for Stray {
+    type In = u64;
+    type Out = u64;
+
+    fn process(&mut self, item: Item<u64>, out: &Emitter<'_, u64>) -> StageResult<()> {
+        Ok(out.emit(Item { incarnation: item.incarnation + 1, ..item })?)
+    }
+}
+
+#[test]
+fn an_item_of_another_incarnation_is_refused() {
+    let log = Log::default();
+    let inner = Arc::clone(&log);
+    let ran = run(
+        quick(),
+        move |builder| {
+            let (to_stray, from_source) = builder.edge("in", 1);
+            let (to_sink, from_stray) = builder.edge("out", 1);
+            builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 1, gate: None }, to_stray);
+            builder.stage(StageSpec::new("stray"), Stray, from_source, to_sink);
+            let log = Arc::clone(&inner);
+            let each = move |item: &Item<u64>, _| log.lock().unwrap().push((item.seq, 0, 0));
+            builder.sink(StageSpec::new("sink"), ScriptedSink::new(taking(0), 1, None, each), from_stray);
+            Ok(())
+        },
+        |_| {},
+    );
+    assert_eq!(ran.outcome, Outcome::Finished);
+    assert!(log.lock().unwrap().is_empty());
+    assert_eq!(ran.handle.report().edges[1].refused, 1);
+}
+
+/// Ignores a halt: it waits on a channel that the test holds.
+struct Deaf(Arc<Mutex<Receiver<()>>>, bool);
+
+impl Stage for Deaf {
+    type In = u64;
+    type Out = u64;
+
+    fn process(&mut self, item: Item<u64>, out: &Emitter<'_, u64>) -> StageResult<()> {
+        if self.1 {
+            // Ends when the test lets go of the other end.
+            let _ = self.0.lock().unwrap().recv();
+        }
+        Ok(out.emit(item)?)
+    }
+}
+
+#[test]
+fn the_watchdog_names_the_holder_and_restarts_even_past_a_deaf_stage() {
+    let (hold, wait) = sync_channel::<()>(0);
+    let wait = Arc::new(Mutex::new(wait));
+    let watchdog =
+        WatchdogPolicy { stall_after: Duration::from_millis(100), restart_after: Some(Duration::from_millis(200)) };
+    let log = Log::default();
+    let inner = Arc::clone(&log);
+    let ran = run(
+        GraphOptions { watchdog, ..quick() },
+        move |builder| {
+            let (to_deaf, from_source) = builder.edge("in", 1);
+            let (to_sink, from_deaf) = builder.edge("out", 1);
+            builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 5, gate: None }, to_deaf);
+            let deaf = Deaf(Arc::clone(&wait), builder.incarnation() == 0);
+            builder.stage(StageSpec::new("deaf"), deaf, from_source, to_sink);
+            let log = Arc::clone(&inner);
+            let each = move |item: &Item<u64>, _| log.lock().unwrap().push((item.seq, 0, 0));
+            builder.sink(StageSpec::new("sink"), ScriptedSink::new(taking(0), 1, None, each), from_deaf);
+            Ok(())
+        },
+        |_| {},
+    );
+    drop(hold);
+    assert_eq!(ran.outcome, Outcome::Finished);
+    assert_eq!(log.lock().unwrap().len(), 5);
+    let stalled = ran.events.iter().any(|event| matches!(event, GraphEvent::Stalled { stage, .. } if stage == "deaf"));
+    assert!(stalled, "{:?}", ran.events);
+    assert_eq!(ran.handle.report().incarnation, 1);
+}
+
+#[test]
+fn staleness_stays_within_the_bound_and_nothing_is_lost() {
+    for eta in [0, 1, 3] {
+        let log = Log::default();
+        let inner = Arc::clone(&log);
+        let ran = run(
+            GraphOptions { clock: Clock::simulated(), ..quick() },
+            move |builder| {
+                pipeline(builder, 240, Some((eta, 8)), &[taking(3), taking(11), taking(40)], taking(2), &inner);
+                Ok(())
+            },
+            |_| {},
+        );
+        assert_eq!(ran.outcome, Outcome::Finished);
+        let log = log.lock().unwrap();
+        assert_eq!(log.iter().map(|(seq, ..)| *seq).collect::<Vec<_>>(), (0..240).collect::<Vec<_>>());
+        let worst = log.iter().map(|(_, began, consumed)| consumed - began).max().unwrap();
+        assert!(worst <= eta, "staleness {worst} under a bound of {eta}");
+        assert_eq!(worst > 0, eta > 0, "with slack, work is ahead of the learner; without, it is not");
+    }
+}
+
+/// Virtual time of a run on simulated time, and the timeline of its last spans.
+fn simulate(
+    workers: usize,
+    count: u64,
+    eta: u64,
+    batch: u64,
+    work_ms: u64,
+    learn_ms: u64,
+) -> (f64, Vec<(String, u64, f64, f64)>) {
+    let clock = Clock::simulated();
+    let log = Log::default();
+    let stages = vec![taking(work_ms); workers];
+    let ran = run(
+        GraphOptions { clock: clock.clone(), ..quick() },
+        move |builder| {
+            pipeline(builder, count, Some((eta, batch)), &stages, taking(learn_ms), &log);
+            Ok(())
+        },
+        |_| {},
+    );
+    assert_eq!(ran.outcome, Outcome::Finished);
+    let spans = ran.handle.report().timeline.into_iter();
+    (clock.now().as_secs_f64(), spans.map(|span| (span.stage, span.seq, span.start_s, span.end_s)).collect())
+}
+
+#[test]
+fn simulated_throughput_is_the_slowest_stage_s() {
+    // Two workers of 10 ms give an item each 5 ms; the learner takes 8 ms. With slack it never waits.
+    let (took, _) = simulate(2, 400, 2, 8, 10, 8);
+    assert!((took / (400.0 * 0.008) - 1.0).abs() < 0.01, "{took}");
+    // Synchronous, each batch of 8 is first made (4 rounds of 10 ms), then learned as it arrives, the last pair at its end.
+    let (synchronous, _) = simulate(2, 400, 0, 8, 10, 8);
+    assert!(synchronous > took * 1.1, "{synchronous} against {took}");
+}
+
+#[test]
+fn simulated_time_is_reproducible() {
+    let order = |spans: Vec<(String, u64, f64, f64)>| -> BTreeMap<(u64, String), (String, String)> {
+        spans
+            .into_iter()
+            .map(|(stage, seq, start, end)| ((seq, stage), (format!("{start:.6}"), format!("{end:.6}"))))
+            .collect()
+    };
+    let (a, first) = simulate(1, 60, 1, 4, 5, 3);
+    let (b, second) = simulate(1, 60, 1, 4, 5, 3);
+    assert_eq!(a, b);
+    assert_eq!(order(first), order(second));
+}
+
+#[test]
+fn a_thousand_rollout_actors_live_in_simulated_time() {
+    // Three rounds of 10 s; in the first all finish at once, and the learner takes 5 ms for each of the thousand.
+    let (took, _) = simulate(1000, 3000, 400, 10, 10_000, 5);
+    assert!((took / 35.0 - 1.0).abs() < 0.01, "{took}");
+}

@@ -1,0 +1,139 @@
+//! The machine's own pip, so that a mirror which is set up for it just works.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::ResolveOptions;
+
+/// What pip said.
+const LOG: &str = "pip.log";
+
+/// How long Python may take to start, however short the time-out for the network is.
+const START: Duration = Duration::from_secs(20);
+
+/// Has pip fetch the wheel of `requirement` into `folder`, and gives its path.
+///
+/// # Errors
+/// No pip; what pip said when it failed; a time-out without progress, after which pip was killed.
+pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOptions) -> Result<PathBuf> {
+    let pip = find(options)?;
+    let log = File::create(folder.join(LOG))?;
+    let child = command(&pip)
+        .args(["download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input"])
+        .args(["--progress-bar", "off", "-d"])
+        .arg(folder)
+        .arg(requirement)
+        // pip writes the wheel where it can be seen growing.
+        .env("TMPDIR", folder)
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("cannot start pip")?;
+    let bar = bar(requirement, options.progress);
+    let ended = wait(child, options.timeout, || {
+        let size = folder_size(folder);
+        bar.set_position(size);
+        size
+    });
+    bar.finish_and_clear();
+    let said = std::fs::read_to_string(folder.join(LOG)).unwrap_or_default();
+    let last = said.lines().last().unwrap_or("nothing").trim();
+    // The first error is the cause, those after it are what pip makes of it.
+    let cause = said.lines().find(|line| line.contains("ERROR")).unwrap_or(last).trim();
+    match ended? {
+        Some(status) => ensure!(status.success(), "pip could not fetch it ({status}); it said: {cause}"),
+        None => bail!(
+            "pip showed no progress for {:?} and was stopped; the last it said: {last}. Raise the time-out if the network is slow",
+            options.timeout
+        ),
+    }
+    let wheels: Vec<PathBuf> = std::fs::read_dir(folder)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "whl"))
+        .collect();
+    match wheels.as_slice() {
+        [wheel] => Ok(wheel.clone()),
+        [] => bail!("pip fetched no wheel: {requirement} may be a source package"),
+        _ => bail!("pip fetched {} wheels where one was asked for", wheels.len()),
+    }
+}
+
+/// The words that start pip: the given one, or the first of the usual ones that works.
+fn find(options: &ResolveOptions) -> Result<Vec<OsString>> {
+    let usual = [&["python3", "-m", "pip"][..], &["pip3"], &["pip"]];
+    let places: Vec<Vec<OsString>> = match &options.pip {
+        Some(pip) => vec![vec![pip.into()]],
+        None => usual.iter().map(|words| words.iter().map(Into::into).collect()).collect(),
+    };
+    for pip in &places {
+        let probe = command(pip).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let Ok(child) = probe else { continue };
+        if wait(child, START, || 0)?.is_some_and(|status| status.success()) {
+            return Ok(pip.clone());
+        }
+    }
+    let tried: Vec<String> = places.iter().map(|words| words.join(OsStr::new(" ")).display().to_string()).collect();
+    bail!("no pip was found (tried {}); install Python's pip, or name the model by path or hub", tried.join(", "))
+}
+
+fn command(words: &[OsString]) -> Command {
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).stdin(Stdio::null());
+    command
+}
+
+/// Waits until the child ends, or `measure` has not changed for the time-out: then the child is killed, and there is
+/// no status.
+fn wait(mut child: Child, timeout: Duration, mut measure: impl FnMut() -> u64) -> Result<Option<ExitStatus>> {
+    let (mut seen, mut moved) = (measure(), Instant::now());
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        let now = measure();
+        if now != seen {
+            (seen, moved) = (now, Instant::now());
+        }
+        if moved.elapsed() > timeout {
+            // It may have ended just now.
+            let _ = child.kill();
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A moving bar on a terminal, one line elsewhere.
+fn bar(requirement: &str, shown: bool) -> ProgressBar {
+    let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let bar = ProgressBar::with_draw_target(None, target);
+    let style = ProgressStyle::with_template("{spinner} {msg}  {bytes} {bytes_per_sec}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    bar.set_message(format!("fetching {requirement} by pip"));
+    if !bar.is_hidden() {
+        bar.enable_steady_tick(Duration::from_millis(250));
+    } else if shown {
+        eprintln!("fetching {requirement} by pip");
+    }
+    bar
+}
+
+/// Bytes in a folder, those of folders in it included.
+fn folder_size(folder: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    entries
+        .filter_map(Result::ok)
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => folder_size(&entry.path()),
+            Ok(metadata) => metadata.len(),
+            Err(_) => 0,
+        })
+        .sum()
+}
