@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Runs every expression of the dashboards on a live Prometheus and names those that return nothing.
+
+    check_live.py [URL] [--dashboards DIR] [--names FILE] [--window 1m] [--offline]
+
+Exit status: 0 when every expression returned data, 1 when one did not (or named an unknown metric), 2 when the
+dashboards or Prometheus could not be read. Needs Python 3.8 and nothing else.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+HISTOGRAM_PARTS = ("_bucket", "_sum", "_count")
+
+
+class Unusable(Exception):
+    """A dashboard, or the answer of Prometheus, that cannot be judged."""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:9090", help="Prometheus (default: %(default)s)")
+    parser.add_argument("--dashboards", type=Path, default=Path(__file__).parent / "dashboards")
+    parser.add_argument("--names", type=Path, help="known metrics: one name a line, or a saved /metrics page")
+    parser.add_argument("--window", default="1m", help="stands for $__rate_interval (default: %(default)s)")
+    parser.add_argument("--offline", action="store_true", help="ask no Prometheus: check the files and names only")
+    options = parser.parse_args()
+    try:
+        return check(options)
+    except (Unusable, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def check(options):
+    """The exit status: 0, or 1 when any expression is at fault."""
+    files = sorted(options.dashboards.glob("*.json"))
+    if not files:
+        raise Unusable(f"no dashboard in {options.dashboards}: name the folder with --dashboards")
+    known = known_names(options.names) if options.names else None
+    faults = total = 0
+    for file in files:
+        for title, source in expressions(json.loads(file.read_text(encoding="utf-8"))):
+            total += 1
+            fault = judge(source, known, options)
+            if fault:
+                faults += 1
+                print(f"{file.name}: {title}: {fault}\n    {source}")
+    if not total:
+        raise Unusable("the dashboards hold no expression")
+    print(f"{total - faults} of {total} expressions in {len(files)} dashboard(s) are well")
+    return 1 if faults else 0
+
+
+def judge(source, known, options):
+    """What is wrong with an expression, or None."""
+    if known is not None:
+        unknown = sorted(name for name in metric_names(source) if not is_known(name, known))
+        if unknown:
+            return "unknown metric " + ", ".join(unknown)
+    query = substitute(source, options.window)
+    if "$" in query:
+        return "a variable that this script does not know"
+    if options.offline:
+        return None
+    return no_data(ask(options.url, query))
+
+
+def expressions(dashboard):
+    """(title, expression) of every target and of every variable filled by a query."""
+    for panel in panels(dashboard.get("panels", [])):
+        targets = panel.get("targets", [])
+        if not targets and panel.get("type") not in ("row", "text"):
+            raise Unusable(f"panel {panel.get('title')!r} has no target")
+        for target in targets:
+            yield f"{panel['title']} ({target['refId']})", target["expr"]
+    for variable in dashboard.get("templating", {}).get("list", []):
+        if variable["type"] == "query":
+            query = variable["query"]["query"]
+            selector = re.fullmatch(r"label_values\((.+),\s*\w+\)", query)
+            if not selector:
+                raise Unusable(f"variable {variable['name']!r}: only label_values(metric, label) is understood: {query}")
+            yield f"variable {variable['name']}", selector[1]
+
+
+def panels(listed):
+    """Every panel, those inside collapsed rows too."""
+    for panel in listed:
+        yield panel
+        yield from panels(panel.get("panels", []))
+
+
+def substitute(expression, window):
+    """The expression with Grafana's variables filled in: durations by the window, all others by 'anything'."""
+    expression = re.sub(r"\$\{?__(rate_interval|interval|range)\}?", window, expression)
+    return re.sub(r"\$\{?(instance|job|role|stage|edge|worker|labeler)(:\w+)?\b\}?", ".*", expression)
+
+
+def metric_names(expression):
+    """The metrics that an expression selects: names before a brace or bracket, and all with the project's prefix."""
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', '""', expression)
+    return set(re.findall(rf"({NAME})\s*[{{\[]", bare)) | set(re.findall(r"\bpreceptor_\w+", bare))
+
+
+def known_names(file):
+    """Names in a list or on a saved /metrics page (its TYPE lines and samples)."""
+    names = set()
+    for line in file.read_text(encoding="utf-8").splitlines():
+        found = re.match(rf"(?:# TYPE )?({NAME})", line)
+        if found:
+            names.add(found[1])
+    if not names:
+        raise Unusable(f"{file} names no metric")
+    return names
+
+
+def is_known(name, known):
+    """Whether a name, or the histogram that it is a part of, is known."""
+    bases = [name[: -len(part)] for part in HISTOGRAM_PARTS if name.endswith(part)]
+    return any(candidate in known for candidate in [name, *bases])
+
+
+def ask(url, query):
+    """The result vector of an instant query, or what Prometheus found wrong with it."""
+    address = f"{url.rstrip('/')}/api/v1/query?" + urllib.parse.urlencode({"query": query})
+    try:
+        with urllib.request.urlopen(address, timeout=10) as response:
+            return json.load(response)["data"]["result"]
+    except urllib.error.HTTPError as error:
+        body = error.read().decode(errors="replace")
+        try:
+            return str(json.loads(body)["error"])
+        except (ValueError, KeyError, TypeError):
+            raise Unusable(f"{url} answered {error.code}: is it a Prometheus?") from error
+    except urllib.error.URLError as error:
+        raise Unusable(f"cannot reach Prometheus at {url}: {error.reason}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unusable(f"{url} did not answer as Prometheus does: is it one?") from error
+
+
+def no_data(result):
+    """Why a result shows nothing on a panel, or None."""
+    if isinstance(result, str):
+        return result
+    if not result:
+        return "no data"
+    # A quantile of nothing, or 0/0, is NaN: the series is there and the panel is empty.
+    if all(math.isnan(float(sample["value"][1])) for sample in result):
+        return "only NaN: nothing was observed within the window; wait, or widen it with --window"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
