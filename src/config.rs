@@ -3,6 +3,7 @@
 //! Every mistake of a file is told in one report, with its place, the key's path and the remedy. Each key is
 //! documented at its field below.
 
+mod read;
 mod reader;
 mod sections;
 mod write;
@@ -64,16 +65,16 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
 pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
     let mut document = Document::new(text, origin, overrides)?;
     let config = Config {
-        run: sections::run(&mut document),
-        data: sections::data(&mut document, folder),
-        policy: sections::policy(&mut document, folder),
-        rollout: sections::rollout(&mut document),
-        labeler: sections::labeler(&mut document, folder),
-        reward: sections::reward(&mut document),
-        learner: sections::learner(&mut document),
-        checkpoint: sections::checkpoint(&mut document),
-        serve: sections::serve(&mut document),
-        supervision: sections::supervision(&mut document),
+        run: read::run(&mut document),
+        data: read::data(&mut document, folder),
+        policy: read::policy(&mut document, folder),
+        rollout: read::rollout(&mut document),
+        labeler: read::labeler(&mut document, folder),
+        reward: read::reward(&mut document),
+        learner: read::learner(&mut document),
+        checkpoint: read::checkpoint(&mut document),
+        serve: read::serve(&mut document),
+        supervision: read::supervision(&mut document),
     };
     config.check(&mut document);
     document.finish(config)

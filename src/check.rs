@@ -1,0 +1,40 @@
+//! What a run would take, told before it is started.
+
+use anyhow::Result;
+
+use crate::config::Config;
+use crate::prepare::prepare;
+
+/// Checks all that a run would, and trains nothing. Returns lines to print.
+///
+/// # Errors
+/// What a run would stumble over before its first step.
+pub fn check(config: &Config) -> Result<Vec<String>> {
+    let prepared = prepare(config, true)?;
+    let shape = prepared.policy.config();
+    let parameters = shape.parameters() as f64;
+    let copies = 1 + 1 + 1 + 1 + 2 + 2; // reference, policy, batch gradient, step gradient, Adam's two, snapshots
+    let judge = if config.labeler.model.is_some() { prepared.judge.model.config().parameters() as f64 } else { 0.0 };
+    let weights = 4.0 * (parameters * f64::from(copies) + judge);
+    let tokens = prepared.data.longest() + config.rollout.group_size * config.rollout.max_new_tokens;
+    let activations = 4.0
+        * tokens as f64
+        * (shape.layers * (12 * shape.hidden_size + 4 * shape.intermediate_size + 2 * shape.heads * tokens)) as f64;
+    let free = prepared.data.len() as f64;
+    let groups = config.run.steps * config.learner.batch_groups;
+    Ok(vec![
+        format!("policy      {} ({:.1} M parameters)", prepared.origin, parameters / 1e6),
+        format!("data        {} prompts, longest {} tokens", prepared.data.len(), prepared.data.longest()),
+        format!("work        {groups} groups of {}, {:.2} epochs", config.rollout.group_size, groups as f64 / free),
+        format!(
+            "memory      about {:.2} GiB: {:.2} weights and optimizer, up to {:.2} activations",
+            (weights + activations) / f64::from(1 << 30),
+            weights / f64::from(1 << 30),
+            activations / f64::from(1 << 30)
+        ),
+        format!(
+            "staleness   η = {}: a token is at most {} versions old when it is trained",
+            config.learner.eta, config.learner.eta
+        ),
+    ])
+}

@@ -1,0 +1,263 @@
+//! How each section is read: defaults, ranges, and what is said when they are not kept.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use toml::Value;
+
+use super::reader::{Document, Section};
+use super::sections::{
+    AlgorithmKind, Checkpoint, CorrectionKind, Data, Labeler, LabelerKind, Learner, OnLong, Policy, PolicyModel,
+    Reward, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Supervision, UpdateMode, WeightDtype,
+};
+use crate::source::{Candidate, ModelRef};
+
+const WORKERS: &str = "from 1 to 1024";
+
+fn workers(section: &mut Section<'_>, key: &'static str) -> usize {
+    section.checked(key, 1, WORKERS, |n| (1..=1024).contains(n))
+}
+
+fn capacity(section: &mut Section<'_>) -> usize {
+    section.checked("capacity", 2, "at least 1", |n| *n >= 1)
+}
+
+pub(super) fn run(document: &mut Document) -> Run {
+    let mut s = document.section("run");
+    let name = s.required::<String>("name", "a name for the run");
+    if !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_') {
+        s.error("name", &format!("{name:?} may hold small letters, digits, - and _ only; it names a folder"));
+    }
+    let steps = if s.has("steps") {
+        s.checked("steps", 1, "at least 1", |n: &u64| *n >= 1)
+    } else {
+        s.required("steps", "the number of learner steps")
+    };
+    Run { name, seed: s.get("seed", 0), steps, dir: s.optional::<String>("dir").map(PathBuf::from) }
+}
+
+pub(super) fn data(document: &mut Document, folder: &Path) -> Data {
+    let mut s = document.section("data");
+    let path = folder.join(s.required::<String>("path", "a file of JSON lines"));
+    if path != folder && !path.is_file() {
+        s.error("path", &format!("there is no file {}", path.display()));
+    }
+    let instruction: String = s.get("instruction", "{{ prompt }}".to_owned());
+    if !instruction.contains("prompt") {
+        s.error("instruction", "does not mention {{ prompt }}: every prompt would be the same");
+    }
+    Data {
+        path,
+        prompt_field: s.get("prompt_field", "prompt".to_owned()),
+        instruction,
+        chat: s.get("chat", true),
+        system: s.optional("system"),
+        shuffle: s.get("shuffle", true),
+        max_prompt_tokens: s.checked("max_prompt_tokens", 512, "at least 1", |n| *n >= 1),
+        on_long: s.choice("on_long", OnLong::Error, &[("error", OnLong::Error), ("skip", OnLong::Skip)]),
+    }
+}
+
+pub(super) fn policy(document: &mut Document, folder: &Path) -> Policy {
+    let scratch =
+        matches!(document.peek("policy", "model"), Some(Value::Table(table)) if table.contains_key("scratch"));
+    let model = if scratch {
+        PolicyModel::Scratch(scratch_model(document))
+    } else {
+        let mut s = document.section("policy");
+        let model = reference(&mut s, folder);
+        if model.is_none() {
+            s.error("model", "is missing or wrong; give a path, { pip = \"name==version\" }, { hub = \"owner/name\" }, a list of these, or { scratch = { … } }");
+        }
+        return rest_of_policy(s, PolicyModel::Reference(model.unwrap_or(ModelRef(Vec::new()))));
+    };
+    let mut s = document.section("policy");
+    s.raw("model");
+    rest_of_policy(s, model)
+}
+
+fn rest_of_policy(mut s: Section<'_>, model: PolicyModel) -> Policy {
+    let device: String = s.get("device", "cpu".to_owned());
+    let ordinal = device.strip_prefix("cuda:").map(str::parse::<usize>);
+    if device != "cpu" && !matches!(ordinal, Some(Ok(_))) {
+        s.error("device", &format!("{device:?} is neither \"cpu\" nor \"cuda:N\""));
+    }
+    Policy { model, device, resolve_timeout_s: s.checked("resolve_timeout_s", 20, "at least 1", |n| *n >= 1) }
+}
+
+fn scratch_model(document: &mut Document) -> Scratch {
+    let mut s = document.nested("policy", "model", "scratch");
+    let size = |s: &mut Section<'_>, key, default| s.checked(key, default, "at least 1", |n: &usize| *n >= 1);
+    let scratch = Scratch {
+        hidden: size(&mut s, "hidden", 64),
+        layers: size(&mut s, "layers", 2),
+        heads: size(&mut s, "heads", 4),
+        kv_heads: size(&mut s, "kv_heads", 2),
+        intermediate: size(&mut s, "intermediate", 176),
+        context: size(&mut s, "context", 1024),
+        seed: s.get("seed", 0),
+        init_std: s.checked("init_std", 0.02, "above 0", |n| *n > 0.0),
+    };
+    if !scratch.heads.is_multiple_of(scratch.kv_heads) {
+        s.error("kv_heads", &format!("{} does not divide heads = {}", scratch.kv_heads, scratch.heads));
+    }
+    if !scratch.hidden.is_multiple_of(2 * scratch.heads) {
+        s.error("hidden", &format!("{} is no even multiple of heads = {}", scratch.hidden, scratch.heads));
+    }
+    scratch
+}
+
+/// The model that `model` names; paths are relative to `folder`. Says itself what is wrong with it.
+fn reference(s: &mut Section<'_>, folder: &Path) -> Option<ModelRef> {
+    let value = s.raw("model")?;
+    match ModelRef::from_toml(&value) {
+        Ok(mut reference) => {
+            for candidate in &mut reference.0 {
+                if let Candidate::Path(path) = candidate {
+                    *path = folder.join(&*path);
+                }
+            }
+            Some(reference)
+        }
+        Err(message) => {
+            s.error("model", &message);
+            Some(ModelRef(Vec::new()))
+        }
+    }
+}
+
+pub(super) fn rollout(document: &mut Document) -> Rollout {
+    let mut s = document.section("rollout");
+    Rollout {
+        workers: workers(&mut s, "workers"),
+        threads: workers(&mut s, "threads"),
+        group_size: s.checked(
+            "group_size",
+            8,
+            "at least 2: a completion is compared with the rest of its group",
+            |n| *n >= 2,
+        ),
+        groups_per_call: s.checked("groups_per_call", 1, "at least 1", |n| *n >= 1),
+        max_new_tokens: s.checked("max_new_tokens", 64, "at least 1", |n| *n >= 1),
+        temperature: s.checked("temperature", 0.9, "above 0", |n| *n > 0.0),
+        update: s.choice(
+            "update",
+            UpdateMode::InFlight,
+            &[("in-flight", UpdateMode::InFlight), ("between-groups", UpdateMode::BetweenGroups)],
+        ),
+        capacity: capacity(&mut s),
+    }
+}
+
+pub(super) fn labeler(document: &mut Document, folder: &Path) -> Labeler {
+    let mut s = document.section("labeler");
+    let model = reference(&mut s, folder);
+    Labeler {
+        kind: s.choice(
+            "type",
+            LabelerKind::Likelihood,
+            &[("likelihood", LabelerKind::Likelihood), ("direct", LabelerKind::Direct)],
+        ),
+        model,
+        workers: workers(&mut s, "workers"),
+        threads: workers(&mut s, "threads"),
+        length_normalise: s.get("length_normalise", false),
+        instruction: s.optional("instruction"),
+        retries: s.checked("retries", 2, "at most 20", |n| *n <= 20),
+        capacity: capacity(&mut s),
+    }
+}
+
+pub(super) fn reward(document: &mut Document) -> Reward {
+    let mut s = document.section("reward");
+    Reward {
+        kl_coef: s.checked("kl_coef", 0.05, "from 0 to 1", |n| (0.0..=1.0).contains(n)),
+        scale: s.choice(
+            "scale",
+            RewardScaling::Running,
+            &[("running", RewardScaling::Running), ("none", RewardScaling::None)],
+        ),
+        clip: Some(s.checked("clip", 5.0, "from 0 up", |n| *n >= 0.0)).filter(|clip| *clip > 0.0),
+        length_penalty: s.get("length_penalty", 0.0),
+        missing_eos_penalty: s.get("missing_eos_penalty", 0.0),
+        threads: workers(&mut s, "threads"),
+        capacity: capacity(&mut s),
+    }
+}
+
+pub(super) fn learner(document: &mut Document) -> Learner {
+    let mut s = document.section("learner");
+    let beta = |n: &f64| (0.0..1.0).contains(n);
+    Learner {
+        algorithm: s.choice(
+            "algorithm",
+            AlgorithmKind::Rloo,
+            &[("rloo", AlgorithmKind::Rloo), ("reinforce", AlgorithmKind::Reinforce)],
+        ),
+        batch_groups: s.checked("batch_groups", 4, "at least 1", |n| *n >= 1),
+        eta: s.get("eta", 1),
+        threads: workers(&mut s, "threads"),
+        lr: s.checked("lr", 1e-5, "above 0", |n| *n > 0.0),
+        warmup_steps: s.get("warmup_steps", 0),
+        schedule: s.choice(
+            "schedule",
+            Schedule::Constant,
+            &[("constant", Schedule::Constant), ("linear", Schedule::Linear)],
+        ),
+        adam_beta1: s.checked("adam_beta1", 0.9, "from 0 to below 1", beta),
+        adam_beta2: s.checked("adam_beta2", 0.999, "from 0 to below 1", beta),
+        adam_eps: s.checked("adam_eps", 1e-8, "above 0", |n| *n > 0.0),
+        weight_decay: s.checked("weight_decay", 0.0, "from 0 up", |n| *n >= 0.0),
+        max_grad_norm: s.checked("max_grad_norm", 1.0, "above 0", |n| *n > 0.0),
+        value_lr: s.checked("value_lr", 1e-3, "above 0", |n| *n > 0.0),
+        correction: s.choice(
+            "correction",
+            CorrectionKind::Tis,
+            &[("tis", CorrectionKind::Tis), ("none", CorrectionKind::None)],
+        ),
+        truncation: s.checked("truncation", 2.0, "at least 1", |n| *n >= 1.0),
+        max_nonfinite_steps: s.checked("max_nonfinite_steps", 3, "at least 1", |n| *n >= 1),
+    }
+}
+
+pub(super) fn checkpoint(document: &mut Document) -> Checkpoint {
+    let mut s = document.section("checkpoint");
+    Checkpoint {
+        every_steps: s.get("every_steps", 0),
+        keep: s.checked("keep", 2, "at least 1", |n| *n >= 1),
+        dtype: s.choice("dtype", WeightDtype::F32, &[("f32", WeightDtype::F32), ("bf16", WeightDtype::Bf16)]),
+    }
+}
+
+pub(super) fn serve(document: &mut Document) -> Serve {
+    let mut s = document.section("serve");
+    let default = SocketAddr::from(([127, 0, 0, 1], 9464));
+    let text: String = s.get("listen", default.to_string());
+    let listen = match text.parse::<SocketAddr>() {
+        Ok(address) if !address.ip().is_loopback() => {
+            s.error("listen", &format!("{address} can be reached from other machines, and the endpoints ask for no token yet; use 127.0.0.1"));
+            default
+        }
+        Ok(address) => address,
+        Err(_) => {
+            s.error("listen", &format!("{text:?} is no address; write it as 127.0.0.1:9464"));
+            default
+        }
+    };
+    Serve { enabled: s.get("enabled", true), listen }
+}
+
+pub(super) fn supervision(document: &mut Document) -> Supervision {
+    let mut s = document.section("supervision");
+    let mut seconds =
+        |key, default| s.checked(key, default, "above 0 seconds, and below a year", |n: &f64| *n > 0.0 && *n < 3e7);
+    let supervision = Supervision {
+        max_restarts: 0,
+        backoff_s: seconds("backoff_s", 1.0),
+        max_backoff_s: seconds("max_backoff_s", 60.0),
+        stall_after_s: seconds("stall_after_s", 120.0),
+        restart_after_s: seconds("restart_after_s", 600.0),
+        halt_grace_s: seconds("halt_grace_s", 10.0),
+    };
+    Supervision { max_restarts: s.get("max_restarts", 3), ..supervision }
+}

@@ -1,0 +1,119 @@
+//! Told of every learner step: writes files, sets metrics, moves the bar, stops the graph when asked to.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use anyhow::Result;
+use preceptor_actors::GraphHandle;
+use serde_json::Value;
+
+use super::files::RunFiles;
+use crate::checkpoint::Checkpoints;
+use crate::learn::stage::Observer;
+use crate::learn::{StepRecord, TrainState};
+use crate::progress::Progress;
+use crate::rollout::Rewarded;
+use crate::serve::{NodeState, resident_bytes};
+use crate::telemetry;
+
+/// The observer of a training run.
+pub(super) struct Watcher {
+    pub(super) files: RunFiles,
+    pub(super) checkpoints: Checkpoints,
+    pub(super) every: u64,
+    pub(super) steps: u64,
+    pub(super) batch_groups: u64,
+    pub(super) node: Arc<NodeState>,
+    pub(super) progress: Arc<Progress>,
+    pub(super) graph: Arc<OnceLock<GraphHandle>>,
+    pub(super) stop: Arc<AtomicBool>,
+    pub(super) began: Instant,
+    pub(super) step: u64,
+    pub(super) scores: Vec<f64>,
+}
+
+impl Observer for Watcher {
+    fn group(&mut self, done: u64, _of: u64) {
+        self.progress.at(self.step * self.batch_groups + done);
+    }
+
+    fn step(&mut self, record: &StepRecord, batch: &[Rewarded], state: &mut TrainState) -> Result<()> {
+        self.step = state.step;
+        let mut record = record.clone();
+        record.time("run_seconds", self.began.elapsed().as_secs_f64());
+        if let Some(bytes) = resident_bytes() {
+            record.time("resident_bytes", bytes as f64);
+        }
+        telemetry::step(&record);
+        self.files.step(&record, batch)?;
+        self.node.stepped(Value::Object(record.0.clone()));
+        self.scores.push(record.get("score/mean"));
+        self.progress.line(&line(&record, self.steps));
+        if self.every > 0 && state.step.is_multiple_of(self.every) && state.step < self.steps {
+            // Training goes on without it: the next one is tried, and the end of the run insists.
+            match self.checkpoints.write(state) {
+                Ok(path) => self.progress.line(&format!("checkpoint {}", path.display())),
+                Err(error) => self.progress.line(&format!("{error:#}; training goes on")),
+            }
+        }
+        if self.stop.load(Ordering::SeqCst)
+            && let Some(graph) = self.graph.get()
+        {
+            graph.halt();
+        }
+        Ok(())
+    }
+
+    fn nonfinite(&mut self, step: u64, batch: &[Rewarded]) {
+        let text = match self.files.nonfinite(step, batch) {
+            Ok(path) => format!("its batch is in {}", path.display()),
+            Err(error) => format!("its batch could not be saved: {error:#}"),
+        };
+        self.progress
+            .line(&format!("step {step}: loss or gradient is not finite; the weights stay as they were; {text}"));
+    }
+}
+
+impl Watcher {
+    /// Says whether the judged score rose: the first quarter of the run against the last, with standard errors.
+    pub(super) fn rise(&self) {
+        let quarter = self.scores.len() / 4;
+        if quarter < 2 {
+            return;
+        }
+        let (first, last) = (moments(&self.scores[..quarter]), moments(&self.scores[self.scores.len() - quarter..]));
+        let error = first.1.hypot(last.1);
+        eprintln!(
+            "score     first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
+            first.0,
+            first.1,
+            last.0,
+            last.1,
+            last.0 - first.0
+        );
+    }
+}
+
+/// Mean and its standard error.
+fn moments(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    (mean, (variance / n).sqrt())
+}
+
+fn line(record: &StepRecord, steps: u64) -> String {
+    format!(
+        "step {:>3}/{steps}  score {:+.3}  reward {:+.3}  kl {:.3}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s",
+        record.get("step"),
+        record.get("score/mean"),
+        record.get("reward/mean"),
+        record.get("kl/mean"),
+        record.get("length/mean"),
+        record.get("entropy/mean"),
+        record.get("gradient/norm"),
+        record.get("staleness/mean"),
+        record.get("time/step_seconds"),
+    )
+}
