@@ -16,6 +16,7 @@ pub mod generate;
 pub mod label;
 pub mod learn;
 pub mod model;
+pub mod nearest;
 pub mod ops;
 pub mod prepare;
 pub mod progress;

@@ -11,6 +11,8 @@ use std::time::Duration;
 use anyhow::{Result, bail, ensure};
 use toml::Value;
 
+use crate::nearest::nearest;
+
 /// One place a model may be had from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Candidate {
@@ -102,28 +104,6 @@ fn candidate(value: &Value) -> Result<Candidate, String> {
     let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(found) };
     let hint = nearest(key, known).map_or(String::new(), |near| format!("; did you mean {near}?"));
     Err(format!("{key} is unknown beside {}, known are {}{hint}", known[0], known.join(", ")))
-}
-
-/// The name that `word` was most likely meant to be.
-fn nearest<'a>(word: &str, names: &[&'a str]) -> Option<&'a str> {
-    // By the share of the longer word that has to change, so that "sha" means "sha256" and not "pip".
-    let share = |name: &str| distance(word, name) * 100 / word.len().max(name.len());
-    names.iter().copied().min_by_key(|name| share(name)).filter(|name| share(name) <= 50)
-}
-
-/// Edits (Levenshtein) from `a` to `b`.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let changed = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 /// How models are resolved.

@@ -44,6 +44,8 @@ pub(crate) struct GraphState {
     failure: Option<StageFailure>,
     stall: Option<Stall>,
     halting: bool,
+    /// The incarnation whose grace runs.
+    graced: Option<u64>,
     draining: bool,
 }
 
@@ -66,6 +68,7 @@ impl Actor for GraphActor {
             failure: None,
             stall: None,
             halting: false,
+            graced: None,
             draining: false,
         })
     }
@@ -192,7 +195,7 @@ impl GraphActor {
             view.control.drain();
         }
         if state.halting {
-            view.control.halt();
+            self.halt(myself, state);
         }
         for Planned { spec, work } in planned {
             let name = spec.name.clone();
@@ -205,11 +208,12 @@ impl GraphActor {
         Ok(())
     }
 
-    fn halt(&self, myself: &ActorRef<GraphMessage>, state: &GraphState) {
+    /// Halts the incarnation, and gives its stages until the grace is over. The handle may have said the word already.
+    fn halt(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState) {
         let Some(view) = &state.view else { return };
-        if !view.control.halted() {
-            view.control.halt();
-            let incarnation = state.incarnation;
+        view.control.halt();
+        let incarnation = state.incarnation;
+        if state.graced.replace(incarnation) != Some(incarnation) {
             myself.send_after(self.options.halt_grace, move || GraphMessage::GraceOver(incarnation));
         }
     }

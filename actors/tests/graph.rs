@@ -285,6 +285,36 @@ fn the_watchdog_names_the_holder_and_restarts_even_past_a_deaf_stage() {
 }
 
 #[test]
+fn a_halt_does_not_wait_for_a_deaf_stage() {
+    let (hold, wait) = sync_channel::<()>(0);
+    let wait = Arc::new(Mutex::new(wait));
+    let ran = run(
+        quick(),
+        move |builder| {
+            let (to_deaf, from_source) = builder.edge("in", 1);
+            let (to_sink, from_deaf) = builder.edge("out", 1);
+            builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 5, gate: None }, to_deaf);
+            builder.stage(StageSpec::new("deaf"), Deaf(Arc::clone(&wait), true), from_source, to_sink);
+            builder.sink(StageSpec::new("sink"), ScriptedSink::new(taking(0), 1, None, |_, _| {}), from_deaf);
+            Ok(())
+        },
+        |handle| {
+            while handle
+                .report()
+                .stages
+                .iter()
+                .all(|stage| stage.name != "deaf" || stage.items_in + stage.items_out > 0)
+            {
+                std::thread::yield_now();
+            }
+            handle.halt();
+        },
+    );
+    drop(hold);
+    assert_eq!(ran.outcome, Outcome::Halted);
+}
+
+#[test]
 fn staleness_stays_within_the_bound_and_nothing_is_lost() {
     for eta in [0, 1, 3] {
         let log = Log::default();

@@ -4,6 +4,8 @@ use std::fmt;
 
 use toml::{Table, Value};
 
+use crate::nearest::nearest;
+
 /// One mistake.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
@@ -338,43 +340,10 @@ fn line_of(text: &str, offset: usize) -> usize {
     text[..offset.min(text.len())].matches('\n').count() + 1
 }
 
-/// `; did you mean "…"?` with the nearest of `known`, when one is near.
+/// `; did you mean "…"?` with the nearest of `known`, or all of them when none is near.
 fn suggestion(word: &str, known: &[&str]) -> String {
-    let nearest = known.iter().map(|name| (distance(word, name), name)).min();
-    match nearest {
-        Some((distance, name)) if distance <= word.len().max(name.len()) / 3 + 1 => {
-            format!("; did you mean \"{name}\"?")
-        }
-        _ => format!("; known are {}", known.join(", ")),
-    }
-}
-
-/// Edit distance: insertions, deletions, substitutions (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let cost = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = cost.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn edit_distance() {
-        for (a, b, expected) in
-            [("", "abc", 3), ("kitten", "sitting", 3), ("eta", "eta", 0), ("temprature", "temperature", 1)]
-        {
-            assert_eq!(distance(a, b), expected, "{a} {b}");
-        }
+    match nearest(word, known) {
+        Some(name) => format!("; did you mean \"{name}\"?"),
+        None => format!("; known are {}", known.join(", ")),
     }
 }
