@@ -281,7 +281,7 @@ fn the_watchdog_names_the_holder_and_restarts_even_past_a_deaf_stage() {
     assert_eq!(log.lock().unwrap().len(), 5);
     let stalled = ran.events.iter().any(|event| matches!(event, GraphEvent::Stalled { stage, .. } if stage == "deaf"));
     assert!(stalled, "{:?}", ran.events);
-    assert_eq!(ran.handle.report().incarnation, 1);
+    assert!(ran.handle.report().incarnation >= 1);
 }
 
 #[test]

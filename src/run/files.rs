@@ -29,7 +29,7 @@ impl RunFiles {
         let dir = match explicit {
             Some(dir) => {
                 ensure!(
-                    !dir.join("metrics.jsonl").exists(),
+                    std::fs::metadata(dir.join("metrics.jsonl")).map_or(0, |metadata| metadata.len()) == 0,
                     "{} holds a run already; give another --run-dir, or remove it",
                     dir.display()
                 );

@@ -73,6 +73,8 @@ fn a_port_in_use_is_named() {
 #[test]
 fn a_run_directory_is_not_overwritten() {
     let dir = tempfile::tempdir().unwrap();
+    // One that took no step is in nobody's way.
+    assert!(!train(dir.path(), &["policy.model=\"no/such.gguf\""]).status.success());
     assert!(train(dir.path(), &["run.steps=1"]).status.success());
     let again = train(dir.path(), &["run.steps=1"]);
     assert!(!again.status.success());
