@@ -1,8 +1,8 @@
 //! How the stages are wired: prompts → rollout ×N → label ×M → reward → learn.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
 
-use preceptor_actors::{AdmissionGate, GraphBuilder, SnapshotCell, StageResult, StageSpec};
+use preceptor_actors::{AdmissionGate, GraphBuilder, SnapshotCell, StageError, StageResult, StageSpec};
 
 use crate::algo::{Algorithm, Correction, reinforce::Reinforce, rloo::Rloo};
 use crate::config::{AlgorithmKind, Config, CorrectionKind, LabelerKind, RewardScaling, Schedule, UpdateMode};
@@ -43,11 +43,20 @@ impl Node {
     /// are issued again, from the same seeds.
     ///
     /// # Errors
-    /// A labeler's template that cannot be used.
+    /// A labeler's template that cannot be used, or a learner of an incarnation before that never stopped.
     pub fn wire(&self, builder: &mut GraphBuilder) -> StageResult<()> {
         let config = &self.config;
         let (step, scale) = {
-            let state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let state = match self.state.try_lock() {
+                Ok(state) => state,
+                // Whether it is whole, the learner asks before it starts.
+                Err(TryLockError::Poisoned(state)) => state.into_inner(),
+                Err(TryLockError::WouldBlock) => {
+                    return Err(StageError::fatal(
+                        "a learner that did not stop still holds the weights; start the run again from its last checkpoint",
+                    ));
+                }
+            };
             (state.step, state.scale)
         };
         let (next, end) = (step * config.learner.batch_groups, config.run.steps * config.learner.batch_groups);

@@ -101,32 +101,40 @@ fn offline(dir: &Path) -> Config {
     preceptor::config::load(&config("offline.toml"), &overrides).unwrap_or_else(|errors| panic!("{errors}"))
 }
 
-/// Runs four steps of two groups with a labeler that has `fault`; returns how it ended and what was seen.
-fn run(fault: Fault) -> (Outcome, Seen, u32) {
-    let dir = tempfile::tempdir().unwrap();
-    let config = offline(dir.path());
+/// A node for four steps of two groups, with a labeler that has `fault`.
+fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
+    let config = offline(dir);
     let prepared = preceptor::prepare::prepare(&config, false).unwrap();
-    let seen = Arc::new(Mutex::new(Seen::default()));
     let struck = Arc::new(AtomicBool::new(false));
     let labelers = move |_: &Config, _: &Judge| -> Result<Box<dyn Labeler>> {
         Ok(Box::new(Scripted { fault, struck: Arc::clone(&struck) }))
     };
-    let node = Node {
+    Node {
         state: Arc::new(Mutex::new(TrainState::new(&prepared.policy, AdamWConfig::default(), true).unwrap())),
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy))),
-        observer: Arc::new(Mutex::new(Notes(Arc::clone(&seen)))),
+        observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
         labelers: Box::new(labelers),
         prepared,
         config,
-    };
+    }
+}
+
+/// Runs such a node; returns how it ended, what was seen, and how often it was restarted.
+fn run(fault: Fault) -> (Outcome, Seen, u32) {
+    let dir = tempfile::tempdir().unwrap();
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let (outcome, restarts) = drive(node(dir.path(), fault, &seen));
+    let seen = std::mem::take(&mut *seen.lock().unwrap());
+    (outcome, seen, restarts)
+}
+
+fn drive(node: Node) -> (Outcome, u32) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let (outcome, restarts) = runtime.block_on(async {
+    runtime.block_on(async {
         let restart = RestartPolicy { initial_backoff: Duration::from_millis(1), ..RestartPolicy::default() };
         let graph = spawn_graph(GraphOptions { restart, ..GraphOptions::default() }, move |builder| node.wire(builder));
         (graph.wait().await, graph.report().restarts)
-    });
-    let seen = std::mem::take(&mut *seen.lock().unwrap());
-    (outcome, seen, restarts)
+    })
 }
 
 #[test]
@@ -149,4 +157,16 @@ fn a_failed_verdict_is_retried_then_masked_and_never_a_number() {
     let (outcome, seen, restarts) = run(Fault::Always(3));
     assert_eq!((outcome, restarts), (Outcome::Finished, 0));
     assert_eq!((seen.trained, seen.masked), (vec![0, 1, 2, 4, 5, 6, 7], vec![3]));
+}
+
+#[test]
+fn a_learner_that_never_stops_ends_the_run_with_its_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path(), Fault::None, &Arc::default());
+    let state = Arc::clone(&node.state);
+    // As a learner would that hangs in the middle of its work.
+    let _held = state.lock().unwrap();
+    let (outcome, _) = drive(node);
+    let Outcome::Failed { error, fatal: true, .. } = outcome else { panic!("{outcome:?}") };
+    assert!(error.contains("still holds the weights"), "{error}");
 }
