@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::control::Control;
-use crate::edge::{Account, Inlet, Outlet, edge};
+use crate::edge::{Account, Ended, Inlet, Outlet, edge};
 use crate::pulse::{Pulse, State};
 use crate::report::{EdgeReport, Span, StageReport};
 use crate::stage::{Emitter, Source, Stage, StageContext, StageError, StageResult, StageSpec};
@@ -123,8 +123,8 @@ impl GraphBuilder {
             loop {
                 let item = match inlet.recv(ctx) {
                     Ok(item) => item,
-                    Err(crate::Ended::Drained) => break,
-                    Err(crate::Ended::Halted) => return Ok(()),
+                    Err(Ended::Drained) => break,
+                    Err(ended) => return Err(ended.into()),
                 };
                 ctx.beat();
                 let (seq, version, start) = (item.seq, item.version, ctx.clock.now());
@@ -180,7 +180,8 @@ impl GraphBuilder {
                 body(&ctx, &pool)
             }));
             ctx.enter(State::Ended);
-            if let Some(simulation) = ctx.clock.simulation() {
+            // After a halt nobody counts, and an abandoned thread must not be counted out of the next incarnation.
+            if let Some(simulation) = ctx.clock.simulation().filter(|_| !ctx.halted()) {
                 simulation.leave();
             }
             StageEnd { failure: failure(&name, ended), stage: name }
@@ -193,11 +194,11 @@ impl GraphBuilder {
     }
 }
 
-/// What the end of a thread means. The end of an edge is no failure.
+/// What the end of a thread means. The end of an edge is no failure; a refused item is.
 fn failure(stage: &str, ended: std::thread::Result<StageResult<()>>) -> Option<StageFailure> {
     let (error, panicked, fatal) = match ended {
         Ok(Ok(())) => return None,
-        Ok(Err(error)) if error.ended().is_some() => return None,
+        Ok(Err(error)) if matches!(error.ended(), Some(Ended::Drained | Ended::Halted)) => return None,
         Ok(Err(error)) => (error.to_string(), false, error.is_fatal()),
         Err(panic) => {
             let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());

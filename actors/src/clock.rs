@@ -79,9 +79,11 @@ impl Simulation {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts `threads` more as running, before they are started.
-    pub(crate) fn register(&self, threads: usize) {
-        self.lock().running += threads;
+    /// Begins an incarnation of `threads` threads, which count as running before they are started. Time goes on from
+    /// where it was; waits of an incarnation before are forgotten.
+    pub(crate) fn begin(&self, threads: usize) {
+        let mut time = self.lock();
+        *time = Time { now: time.now, running: threads, ..Time::default() };
     }
 
     /// A registered thread has ended.
@@ -142,7 +144,7 @@ impl Simulation {
         slot.wait();
     }
 
-    /// Ends every wait, now and from now on: the graph halts.
+    /// Ends every wait, now and until the next incarnation begins: the graph halts.
     pub(crate) fn stop(&self) {
         let mut time = self.lock();
         time.stopped = true;

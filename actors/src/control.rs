@@ -5,13 +5,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
-use crate::clock::Simulation;
+use crate::clock::{Simulation, Slot};
 
 /// Closing a channel wakes everyone who selects on it, now and later.
 pub(crate) struct Control {
     halt: Word,
     drain: Word,
     simulation: Option<Arc<Simulation>>,
+    /// Waits in simulated time that a drain ends.
+    until_drain: Mutex<Vec<Arc<Slot>>>,
 }
 
 struct Word {
@@ -34,7 +36,7 @@ impl Word {
 
 impl Control {
     pub(crate) fn new(simulation: Option<Arc<Simulation>>) -> Self {
-        Self { halt: Word::new(), drain: Word::new(), simulation }
+        Self { halt: Word::new(), drain: Word::new(), simulation, until_drain: Mutex::default() }
     }
 
     pub(crate) fn halt(&self) {
@@ -46,6 +48,22 @@ impl Control {
 
     pub(crate) fn drain(&self) {
         self.drain.say();
+        if let Some(simulation) = &self.simulation {
+            for slot in self.until_drain.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+                simulation.wake(&slot);
+            }
+        }
+    }
+
+    /// Waits in simulated time until `slot` is woken, or until the graph drains or halts.
+    pub(crate) fn park(&self, simulation: &Simulation, slot: &Arc<Slot>) {
+        let waits = || self.until_drain.lock().unwrap_or_else(PoisonError::into_inner);
+        waits().push(Arc::clone(slot));
+        // The word is said before the list is emptied, so whoever joins the list too late sees the word here.
+        if !self.draining() {
+            simulation.park(slot);
+        }
+        waits().retain(|other| !Arc::ptr_eq(other, slot));
     }
 
     pub(crate) fn halted(&self) -> bool {

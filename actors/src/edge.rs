@@ -23,6 +23,15 @@ pub enum Ended {
     /// The graph halts.
     #[error("the graph halts")]
     Halted,
+    /// The item belongs to another incarnation. Unlike the other two this is a failure of the stage that sent it:
+    /// were it a quiet end, the stage would leave and the run would finish short of its items.
+    #[error("an item of incarnation {item} is refused by incarnation {graph}; tag it with the context's incarnation")]
+    Refused {
+        /// The item's incarnation.
+        item: u64,
+        /// The graph's incarnation.
+        graph: u64,
+    },
 }
 
 /// What is known of an edge, shared by its ends and its reader.
@@ -100,9 +109,13 @@ impl<T> Outlet<T> {
     /// Hands `item` on, waiting for room if there is none.
     ///
     /// # Errors
-    /// `Drained` when no consumer is left, `Halted` when the graph halts or the item is of another incarnation.
+    /// `Drained` when no consumer is left, `Halted` when the graph halts, `Refused` when the item is of another
+    /// incarnation.
     pub fn send(&self, ctx: &StageContext, item: Item<T>) -> Result<(), Ended> {
         let account = &*self.account;
+        if ctx.halted() {
+            return Err(Ended::Halted);
+        }
         if item.incarnation != account.incarnation {
             account.refused.fetch_add(1, Relaxed);
             tracing::warn!(
@@ -112,10 +125,7 @@ impl<T> Outlet<T> {
                 item.incarnation,
                 account.incarnation
             );
-            return Err(Ended::Halted);
-        }
-        if ctx.halted() {
-            return Err(Ended::Halted);
+            return Err(Ended::Refused { item: item.incarnation, graph: account.incarnation });
         }
         let sender = self.sender.as_ref().expect("an outlet has its sender until it is dropped");
         let sent = match &account.simulated {

@@ -64,8 +64,10 @@ impl<T> SnapshotCell<T> {
     pub fn publish(&self, version: u64, fingerprint: u64, value: Arc<T>) {
         let mut inner = self.lock();
         if version >= inner.latest.version {
-            // The old value is freed here unless a reader still runs it.
-            inner.latest = Snapshot { version, fingerprint, value };
+            let old = std::mem::replace(&mut inner.latest, Snapshot { version, fingerprint, value });
+            // Unless a reader still runs it the old value is freed here, and no reader waits for that.
+            drop(inner);
+            drop(old);
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, bounded, never, select};
+use crossbeam::channel::{Receiver, bounded, select};
 
 use crate::clock::{Clock, Simulation, Slot};
 use crate::control::Control;
@@ -16,7 +16,8 @@ use crate::pulse::{Pulse, State};
 /// What a stage's work returns.
 pub type StageResult<T> = Result<T, StageError>;
 
-/// Why a stage stopped. Any error converts into one with `?`, [`Ended`] included: that one is no failure.
+/// Why a stage stopped. Any error converts into one with `?`, [`Ended`] included: that an edge has drained or the
+/// graph halts is no failure.
 #[derive(Debug)]
 pub struct StageError {
     source: Box<dyn Error + Send + Sync>,
@@ -180,6 +181,8 @@ impl StageContext {
     /// Lets `duration` pass, or returns early when the graph halts.
     pub fn sleep(&self, duration: Duration) {
         match self.clock.simulation() {
+            // An abandoned stage must not sleep in the time of the next incarnation.
+            Some(_) if self.halted() => {}
             Some(simulation) => simulation.sleep(duration),
             None => {
                 // The channel closes on halt, which ends the wait early.
@@ -216,15 +219,12 @@ impl StageContext {
     /// Waits until woken, or until the graph halts or drains.
     pub(crate) fn wait(&self, waiting: &Waiting) {
         match (&waiting.0, self.clock.simulation()) {
-            (Ring::Simulated(slot), Some(simulation)) => simulation.park(slot),
-            (Ring::Real(ring), _) => {
-                let drain = if self.draining() { &never() } else { self.control.drain_signal() };
-                select! {
-                    recv(ring) -> _ => {}
-                    recv(drain) -> _ => {}
-                    recv(self.halt_signal()) -> _ => {}
-                }
-            }
+            (Ring::Simulated(slot), Some(simulation)) => self.control.park(simulation, slot),
+            (Ring::Real(ring), _) => select! {
+                recv(ring) -> _ => {}
+                recv(self.control.drain_signal()) -> _ => {}
+                recv(self.halt_signal()) -> _ => {}
+            },
             (Ring::Simulated(_), None) => {}
         }
     }

@@ -100,7 +100,7 @@ impl Actor for GraphActor {
             GraphMessage::Built(build, built) => {
                 state.build = Some(build);
                 match built {
-                    Ok((view, planned)) => self.start(&myself, state, view, planned).await?,
+                    Ok((view, planned)) => self.start(&myself, state, view, planned).await,
                     Err(failure) => {
                         state.failure = Some(failure);
                         self.settle(&myself, state);
@@ -136,14 +136,7 @@ impl Actor for GraphActor {
                         panicked: false,
                         fatal: false,
                     });
-                    tracing::error!(stage, "{failure}");
-                    self.shared.tell(GraphEvent::StageFailed {
-                        stage: stage.clone(),
-                        error: failure.error.clone(),
-                        panicked: failure.panicked,
-                    });
-                    state.failure.get_or_insert(failure);
-                    self.halt(&myself, state);
+                    self.fail(&myself, state, failure);
                 }
                 name
             }
@@ -180,13 +173,15 @@ impl GraphActor {
         &self,
         myself: &ActorRef<GraphMessage>,
         state: &mut GraphState,
-        view: View,
+        mut view: View,
         planned: Vec<Planned>,
-    ) -> Result<(), ActorProcessingErr> {
-        let view = Arc::new(view);
+    ) {
         if let Some(simulation) = view.clock.simulation() {
-            simulation.register(planned.len());
+            simulation.begin(planned.len());
         }
+        // Time spent building is no time lived in health.
+        view.began = view.clock.now();
+        let view = Arc::new(view);
         state.view = Some(Arc::clone(&view));
         state.stall = None;
         self.shared.show(Arc::clone(&view));
@@ -199,13 +194,31 @@ impl GraphActor {
         }
         for Planned { spec, work } in planned {
             let name = spec.name.clone();
-            let (actor, _) = Actor::spawn_linked(None, StageActor, (spec, work), myself.get_cell()).await?;
-            state.alive.insert(actor.get_id(), name);
+            match Actor::spawn_linked(None, StageActor, (spec, work), myself.get_cell()).await {
+                Ok((actor, _)) => drop(state.alive.insert(actor.get_id(), name)),
+                Err(error) => {
+                    let error = format!("its thread could not be started: {error}");
+                    let failure = StageFailure { stage: name, error, panicked: false, fatal: false };
+                    self.fail(myself, state, failure);
+                    break;
+                }
+            }
         }
         if state.alive.is_empty() {
             self.settle(myself, state);
         }
-        Ok(())
+    }
+
+    /// One failed stage takes the incarnation down; the first failure is the cause that is told in the end.
+    fn fail(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState, failure: StageFailure) {
+        tracing::error!(stage = failure.stage, "{failure}");
+        self.shared.tell(GraphEvent::StageFailed {
+            stage: failure.stage.clone(),
+            error: failure.error.clone(),
+            panicked: failure.panicked,
+        });
+        state.failure.get_or_insert(failure);
+        self.halt(myself, state);
     }
 
     /// Halts the incarnation, and gives its stages until the grace is over. The handle may have said the word already.
@@ -220,9 +233,13 @@ impl GraphActor {
 
     /// All stages have ended, or were abandoned: what now?
     fn settle(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState) {
-        let lived = state.view.as_ref().map_or(Duration::ZERO, |view| view.clock.now().saturating_sub(view.began));
+        // Taken, so that a build that fails next is not credited with the life of the incarnation before.
+        let view = state.view.take();
+        let lived = view.as_ref().map_or(Duration::ZERO, |view| view.clock.now().saturating_sub(view.began));
         let Some(failure) = state.failure.take() else {
-            let outcome = match (state.halting, state.draining) {
+            // The handle says the word to the stages itself, and they may all have ended before its message is read.
+            let halted = state.halting || view.is_some_and(|view| view.control.halted());
+            let outcome = match (halted, state.draining) {
                 (true, _) => Outcome::Halted,
                 (false, true) => Outcome::Drained,
                 (false, false) => Outcome::Finished,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use preceptor_actors::scripted::{Fault, ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{
     Admission, AdmissionGate, Clock, Emitter, GraphBuilder, GraphEvent, GraphHandle, GraphOptions, Item, Outcome,
-    RestartPolicy, Stage, StageError, StageResult, StageSpec, WatchdogPolicy, spawn_graph,
+    RestartPolicy, Stage, StageError, StageResult, StageSpec, State, WatchdogPolicy, spawn_graph,
 };
 
 /// What a run came to.
@@ -202,6 +202,49 @@ fn a_builder_that_fails_is_an_outcome_too() {
     assert_eq!((stage.as_str(), error.as_str(), fatal), ("the builder", "no wires", true));
 }
 
+#[test]
+fn builds_that_fail_after_a_healthy_incarnation_spend_the_budget() {
+    let mut options = quick();
+    options.restart = RestartPolicy { max_restarts: 2, healthy_after: Duration::from_millis(20), ..options.restart };
+    let log = Log::default();
+    let ran = run(
+        options,
+        move |builder| {
+            match builder.incarnation() {
+                0 => {}
+                // Were the budget never spent, the test would otherwise not end.
+                40 => return Err(StageError::fatal("the budget is never spent")),
+                _ => return Err(StageError::new("no wires")),
+            }
+            let worker = ScriptedStage { fault: (0, Fault::Error), ..taking(40) };
+            pipeline(builder, 5, None, &[worker], taking(0), &log);
+            Ok(())
+        },
+        |_| {},
+    );
+    let Outcome::Failed { stage, error, restarts, .. } = ran.outcome else { panic!("{:?}", ran.outcome) };
+    assert_eq!((stage.as_str(), error.as_str(), restarts), ("the builder", "no wires", 2));
+}
+
+#[test]
+fn a_thread_that_cannot_be_started_is_a_failure_of_its_stage() {
+    let ran = run(
+        GraphOptions { restart: RestartPolicy::never(), ..quick() },
+        |builder| {
+            let (to_sink, from_source) = builder.edge("in", 1);
+            builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 5, gate: None }, to_sink);
+            // More than there are addresses.
+            let spec = StageSpec::new("sink").stack(1 << 60);
+            builder.sink(spec, ScriptedSink::new(taking(0), 1, None, |_, _| {}), from_source);
+            Ok(())
+        },
+        |_| {},
+    );
+    let Outcome::Failed { stage, error, .. } = ran.outcome else { panic!("{:?}", ran.outcome) };
+    assert_eq!(stage, "sink");
+    assert!(error.contains("could not be started"), "{error}");
+}
+
 /// Sends an item of another incarnation.
 struct Stray;
 
@@ -219,7 +262,7 @@ fn an_item_of_another_incarnation_is_refused() {
     let log = Log::default();
     let inner = Arc::clone(&log);
     let ran = run(
-        quick(),
+        GraphOptions { restart: RestartPolicy::never(), ..quick() },
         move |builder| {
             let (to_stray, from_source) = builder.edge("in", 1);
             let (to_sink, from_stray) = builder.edge("out", 1);
@@ -232,7 +275,10 @@ fn an_item_of_another_incarnation_is_refused() {
         },
         |_| {},
     );
-    assert_eq!(ran.outcome, Outcome::Finished);
+    // A run that loses an item must not pass for a finished one.
+    let Outcome::Failed { stage, error, .. } = ran.outcome else { panic!("{:?}", ran.outcome) };
+    assert_eq!(stage, "stray");
+    assert!(error.contains("incarnation 1 is refused by incarnation 0"), "{error}");
     assert!(log.lock().unwrap().is_empty());
     assert_eq!(ran.handle.report().edges[1].refused, 1);
 }
@@ -386,4 +432,51 @@ fn a_thousand_rollout_actors_live_in_simulated_time() {
     // Three rounds of 10 s; in the first all finish at once, and the learner takes 5 ms for each of the thousand.
     let (took, _) = simulate(1000, 3000, 400, 10, 10_000, 5);
     assert!((took / 35.0 - 1.0).abs() < 0.01, "{took}");
+}
+
+#[test]
+fn simulated_time_goes_on_after_a_restart() {
+    let clock = Clock::simulated();
+    let (log, began) = (Log::default(), Arc::new(Mutex::new(Duration::ZERO)));
+    let (watch, noted) = (clock.clone(), Arc::clone(&began));
+    let ran = run(
+        GraphOptions { clock: clock.clone(), ..quick() },
+        move |builder| {
+            *noted.lock().unwrap() = watch.now();
+            let fault = if builder.incarnation() == 0 { Fault::Error } else { Fault::None };
+            let worker = ScriptedStage { fault: (2, fault), ..taking(1000) };
+            pipeline(builder, 10, None, &[worker], taking(0), &log);
+            Ok(())
+        },
+        |_| {},
+    );
+    assert_eq!((ran.outcome, ran.handle.report().incarnation), (Outcome::Finished, 1));
+    assert_eq!(clock.now() - *began.lock().unwrap(), Duration::from_secs(10));
+}
+
+#[test]
+fn a_drain_ends_a_wait_for_admission() {
+    for clock in [Clock::real(), Clock::simulated()] {
+        let ran = run(
+            GraphOptions { clock, ..quick() },
+            |builder| {
+                // Four items may start, and the sink never publishes a version that would let in a fifth.
+                let gate = Arc::new(AdmissionGate::new(Admission { eta: 0, batch: 4 }, 0, 0));
+                let (to_sink, from_source) = builder.edge("in", 1);
+                let source = ScriptedSource { next: 0, end: 100, gate: Some(gate) };
+                builder.source(StageSpec::new("source"), source, to_sink);
+                let sink = ScriptedSink::new(taking(0), 1000, None, |_, _| {});
+                builder.sink(StageSpec::new("sink"), sink, from_source);
+                Ok(())
+            },
+            |handle| {
+                while handle.report().stages[0].state != State::Admission {
+                    std::thread::yield_now();
+                }
+                handle.drain();
+            },
+        );
+        assert_eq!(ran.outcome, Outcome::Drained);
+        assert_eq!(ran.handle.report().edges[0].items, 4);
+    }
 }
