@@ -116,10 +116,20 @@ pub struct Span {
     pub end_s: f64,
 }
 
+/// Each role once, in the order in which it was first added.
+pub fn roles(stages: &[StageReport]) -> Vec<&str> {
+    let mut roles = Vec::new();
+    for stage in stages {
+        if !roles.contains(&stage.role.as_str()) {
+            roles.push(stage.role.as_str());
+        }
+    }
+    roles
+}
+
 /// The role whose workers are busiest on average; none before anything has worked.
 pub fn bottleneck(stages: &[StageReport]) -> Option<Bottleneck> {
-    let mut roles: Vec<&str> = stages.iter().map(|stage| stage.role.as_str()).collect();
-    roles.dedup();
+    let roles = roles(stages);
     let share = |role: &str, part: &dyn Fn(&StageReport) -> f64| {
         let of: Vec<&StageReport> = stages.iter().filter(|stage| stage.role == role).collect();
         let total: f64 = of.iter().map(|s| s.busy_s + s.idle_s + s.blocked_s + s.admission_s).sum();
@@ -162,6 +172,18 @@ mod tests {
             admission_s: 0.0,
             last_beat_s: 0.0,
         }
+    }
+
+    #[test]
+    fn a_role_is_told_once_wherever_its_workers_stand() {
+        let stages = [
+            stage("r0", "rollout", 1.0, 1.0, 0.0),
+            stage("l", "learn", 2.0, 0.0, 0.0),
+            stage("r1", "rollout", 1.0, 1.0, 0.0),
+        ];
+        assert_eq!(roles(&stages), ["rollout", "learn"]);
+        let reason = bottleneck(&stages).unwrap().reason;
+        assert_eq!(reason.matches("rollout").count(), 1, "{reason}");
     }
 
     #[test]

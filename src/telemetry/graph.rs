@@ -50,8 +50,7 @@ fn stages(report: &GraphReport) -> Vec<Family> {
             .map(|stage| (format!("{{stage=\"{}\",role=\"{}\"}}", stage.name, stage.role), value(stage)))
             .collect(),
     };
-    let mut roles: Vec<&str> = report.stages.iter().map(|stage| stage.role.as_str()).collect();
-    roles.dedup();
+    let roles = preceptor_actors::report::roles(&report.stages);
     let limiting = report.bottleneck.as_ref().map(|bottleneck| bottleneck.role.as_str());
     vec![
         family("preceptor_stage_busy_seconds_total", "counter", "Time a stage spent working.", &|s| s.busy_s),
