@@ -1,4 +1,4 @@
-//! Policy-gradient algorithms as pure functions on numbers.
+//! Learning algorithms as pure functions on numbers.
 //!
 //! An algorithm sees one group: rewards, and per token the log-probabilities under the policy that sampled
 //! (`behaviour`), the frozen reference and the policy being trained, and the values. It returns the loss of
@@ -7,6 +7,8 @@
 //! against any other implementation number by number.
 
 pub mod correction;
+pub mod online_dpo;
+pub mod preference;
 pub mod reinforce;
 pub mod rloo;
 
@@ -23,6 +25,8 @@ pub struct GroupView<'a> {
     pub reference: &'a [Vec<f32>],
     /// log π_θ(a_t), of the weights being trained.
     pub policy: &'a [Vec<f32>],
+    /// Compared completions and P(first is better); empty when the algorithm learns from rewards.
+    pub preferences: &'a [(usize, usize, f64)],
     /// V(s_t), before token t; empty when the algorithm has no value baseline.
     pub values: &'a [Vec<f32>],
 }
@@ -30,7 +34,7 @@ pub struct GroupView<'a> {
 /// Loss of one group and where it slopes. Sums over the group, not yet divided by the batch.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GroupLoss {
-    /// Policy loss, summed over the group's completions.
+    /// Policy loss, summed over the group's terms.
     pub policy: f64,
     /// Value loss, summed over the group's tokens; zero without a value baseline.
     pub value: f64,
@@ -38,14 +42,25 @@ pub struct GroupLoss {
     pub d_policy: Vec<Vec<f32>>,
     /// ∂value/∂V(s_t); empty without a value baseline.
     pub d_value: Vec<Vec<f32>>,
-    /// Advantage of each token.
+    /// Terms of the policy loss: completions, or compared pairs. The batch's gradient is divided by their number.
+    pub terms: usize,
+    /// Advantage of each token; empty when the algorithm has none.
     pub advantages: Vec<Vec<f32>>,
+    /// By how much the policy prefers the completion that the label prefers, per pair, as implicit reward.
+    pub margins: Vec<f64>,
 }
 
-/// A policy-gradient algorithm.
+/// A way to learn from a group.
 pub trait Algorithm: Send {
     /// Whether [`GroupView::values`] must be filled.
-    fn needs_values(&self) -> bool;
+    fn needs_values(&self) -> bool {
+        false
+    }
+
+    /// Whether it learns from [`GroupView::preferences`] rather than from rewards.
+    fn needs_preferences(&self) -> bool {
+        false
+    }
 
     /// Loss and slopes of one group.
     fn loss(&self, group: &GroupView<'_>) -> GroupLoss;
@@ -69,6 +84,7 @@ fn policy_gradient(group: &GroupView<'_>, advantages: Vec<Vec<f32>>, correction:
         loss.policy += policy.iter().zip(&slopes).map(|(p, slope)| f64::from(*p) * f64::from(*slope)).sum::<f64>();
         loss.d_policy.push(slopes);
     }
+    loss.terms = group.policy.len();
     loss.advantages = advantages;
     loss
 }

@@ -4,6 +4,8 @@ use anyhow::Result;
 
 use crate::config::Config;
 use crate::prepare::prepare;
+use crate::topology::labelers::Instrument;
+use crate::topology::trainer_plan;
 
 /// Checks all that a run would, and trains nothing. Returns lines to print.
 ///
@@ -14,8 +16,17 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     let shape = prepared.policy.config();
     let parameters = shape.parameters() as f64;
     let copies = 1 + 1 + 1 + 1 + 2 + 2; // reference, policy, batch gradient, step gradient, Adam's two, snapshots
-    let judge = if config.labeler.model.is_some() { prepared.judge.model.config().parameters() as f64 } else { 0.0 };
-    let weights = 4.0 * (parameters * f64::from(copies) + judge);
+    let judges: f64 = config
+        .labeler
+        .methods
+        .iter()
+        .zip(&prepared.instruments)
+        .filter(|(method, _)| method.model.is_some())
+        .map(|(_, Instrument::Model(local))| local.judge().model.config().parameters() as f64)
+        .sum();
+    // Weights, gradient, Adam's two moments.
+    let reward_model = if trainer_plan(config).is_some() { 4.0 * parameters } else { 0.0 };
+    let weights = 4.0 * (parameters * f64::from(copies) + judges + reward_model);
     let tokens = prepared.data.longest() + config.rollout.group_size * config.rollout.max_new_tokens;
     let activations = 4.0
         * tokens as f64

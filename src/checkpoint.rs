@@ -1,6 +1,7 @@
 //! A checkpoint: a Hugging Face directory that is complete or not there at all.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
@@ -8,6 +9,7 @@ use serde_json::json;
 
 use crate::learn::TrainState;
 use crate::model::export;
+use crate::reward::RewardTrainer;
 use crate::tokens::Tokenizer;
 
 /// Where a run's checkpoints go, and how.
@@ -24,18 +26,19 @@ impl Checkpoints {
         Self { dir: run_dir.join("checkpoints"), tokenizer, dtype, keep }
     }
 
-    /// Writes the state after its last step; returns the directory. Written aside, synced, then renamed, so
+    /// Writes the state after its last step, and the reward model as it stands into `reward_model/` in it; returns
+    /// the directory. Written aside, synced, then renamed, so
     /// that whatever happens in between leaves no half of one.
     ///
     /// # Errors
     /// Names what could not be written, with the room there is and the room it takes.
-    pub fn write(&self, state: &TrainState) -> Result<PathBuf> {
+    pub fn write(&self, state: &TrainState, reward_model: Option<&Mutex<RewardTrainer>>) -> Result<PathBuf> {
         let name = format!("step-{:06}", state.step);
         let (aside, done) = (self.dir.join(format!(".{name}.partial")), self.dir.join(&name));
         if done.exists() {
             return Ok(done);
         }
-        let written = self.fill(&aside, state).and_then(|()| {
+        let written = self.fill(&aside, state, reward_model).and_then(|()| {
             std::fs::rename(&aside, &done).with_context(|| format!("cannot rename {} into place", aside.display()))?;
             std::fs::File::open(&self.dir)?.sync_all().with_context(|| format!("cannot sync {}", self.dir.display()))
         });
@@ -53,7 +56,7 @@ impl Checkpoints {
         Ok(done)
     }
 
-    fn fill(&self, dir: &Path, state: &TrainState) -> Result<()> {
+    fn fill(&self, dir: &Path, state: &TrainState, reward_model: Option<&Mutex<RewardTrainer>>) -> Result<()> {
         if dir.exists() {
             std::fs::remove_dir_all(dir).with_context(|| format!("cannot clear {}", dir.display()))?;
         }
@@ -65,6 +68,10 @@ impl Checkpoints {
             let tensors = head.tensors().into_iter().collect();
             candle_core::safetensors::save(&tensors, &path)
                 .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        if let Some(trainer) = reward_model {
+            let trainer = trainer.lock().unwrap_or_else(PoisonError::into_inner);
+            trainer.model().save(&dir.join("reward_model"), &self.tokenizer, self.dtype)?;
         }
         let state = json!({ "step": state.step, "program": concat!("preceptor ", env!("CARGO_PKG_VERSION")) });
         export::write_json(&dir.join("preceptor.json"), &state)

@@ -12,8 +12,9 @@ use std::path::Path;
 
 pub use reader::{ConfigError, ConfigErrors};
 pub use sections::{
-    AlgorithmKind, Checkpoint, CorrectionKind, Data, Labeler, LabelerKind, Learner, OnLong, Policy, PolicyModel,
-    Reward, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Supervision, UpdateMode, WeightDtype,
+    AlgorithmKind, Checkpoint, CorrectionKind, Data, LabelForm, Labeler, LabelerKind, Learner, Method, Mode, OnLong,
+    Pairs, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Sft,
+    Supervision, UpdateMode, WeightDtype,
 };
 
 use reader::Document;
@@ -33,6 +34,10 @@ pub struct Config {
     pub labeler: Labeler,
     /// From feedback to reward.
     pub reward: Reward,
+    /// The reward model, where the mode has one.
+    pub reward_model: RewardModel,
+    /// Supervised fine-tuning first.
+    pub sft: Sft,
     /// Gradient steps.
     pub learner: Learner,
     /// What is kept.
@@ -71,6 +76,8 @@ pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> R
         rollout: read::rollout(&mut document),
         labeler: read::labeler(&mut document, folder),
         reward: read::reward(&mut document),
+        reward_model: read::reward_model(&mut document, folder),
+        sft: read::sft(&mut document),
         learner: read::learner(&mut document),
         checkpoint: read::checkpoint(&mut document),
         serve: read::serve(&mut document),
@@ -90,7 +97,23 @@ impl Config {
                 &format!("{lot} does not divide learner.batch_groups = {batch}; a batch must be whole calls"),
             );
         }
-        let uncorrected = self.learner.eta > 0 && self.learner.correction == CorrectionKind::None;
+        let pairs = self.learner.algorithm == AlgorithmKind::OnlineDpo;
+        if document.sound(&["run.mode", "learner.algorithm"]) && pairs != (self.run.mode == Mode::Preference) {
+            let remedy = if pairs {
+                "\"online-dpo\" learns from pairs; set run.mode = \"preference\""
+            } else {
+                "run.mode = \"preference\" has no rewards to learn from; set \"online-dpo\""
+            };
+            document.error("learner.algorithm", remedy);
+        }
+        if document.sound(&["run.mode", "reward_model.pairs"])
+            && self.run.mode == Mode::Human
+            && self.reward_model.pairs.is_none()
+        {
+            document.error("reward_model.pairs", "is missing; run.mode = \"human\" learns from a file of preferences");
+        }
+        // A preference loss is known to bear older samples (Noukhovitch et al. 2024), so it needs no correction.
+        let uncorrected = self.learner.eta > 0 && self.learner.correction == CorrectionKind::None && !pairs;
         if document.sound(&["learner.eta", "learner.correction"]) && uncorrected {
             document.error(
                 "learner.correction",
@@ -138,7 +161,7 @@ mod tests {
         );
         check(
             "[learner]\nalgorithm = \"rlo\"\n",
-            &["x.toml:9: learner.algorithm: \"rlo\" is none of rloo, reinforce; did you mean \"rloo\"?"],
+            &["x.toml:9: learner.algorithm: \"rlo\" is none of rloo, reinforce, online-dpo; did you mean \"rloo\"?"],
         );
         check("[rollout]\ngroups_per_call = 3\n", &["x.toml:9: rollout.groups_per_call: 3 does not divide"]);
         check(
@@ -148,6 +171,23 @@ mod tests {
         check("[serve]\nlisten = \"0.0.0.0:1\"\n", &["x.toml:9: serve.listen: 0.0.0.0:1 can be reached"]);
         check("[serve]\nlisten = \"here\"\n", &["x.toml:9: serve.listen: \"here\" is no address"]);
         check("[supervision]\nbackoff_s = -1\n", &["x.toml:9: supervision.backoff_s: -1 is out of range"]);
+        check(
+            "[[labeler.members]]\ntype = \"direct\"\n[labeler]\n",
+            &["x.toml:8: labeler.members: stand in a panel only"],
+        );
+        check(
+            "[labeler]\ntype = \"panel\"\n[[labeler.members]]\ntype = \"direct\"\nshot = 1\n",
+            &["x.toml:10: labeler.members: [0].shot: unknown key; did you mean \"shots\"?"],
+        );
+        check("[labeler]\ntype = \"panel\"\n", &["x.toml:8: labeler.members: is missing or empty"]);
+        check(
+            "[learner]\nalgorithm = \"online-dpo\"\n",
+            &["x.toml:9: learner.algorithm: \"online-dpo\" learns from pairs"],
+        );
+        check(
+            "[labeler]\ntemplates = \"poems\"\n",
+            &["x.toml:9: labeler.templates: \"poems\" is none of summarization"],
+        );
         check("labeler = 3\n", &["x.toml:8: policy.labeler: unknown key"]);
     }
 
@@ -183,8 +223,9 @@ mod tests {
 
     #[test]
     fn the_resolved_configuration_reads_back_as_itself() {
-        let more = "[labeler]\nmodel = [\"a.gguf\", { pip = \"m==1\" }, { hub = \"o/n\", revision = \"r\" }]\ninstruction = \"{{ prompt }} {{ completion }}\"\n[reward]\nclip = 0\n";
-        for text in [MINIMAL.to_owned(), format!("{MINIMAL}{more}")] {
+        let more = "[labeler]\nmodel = [\"a.gguf\", { pip = \"m==1\" }, { hub = \"o/n\", revision = \"r\" }]\nchat = false\n[reward]\nclip = 0\n";
+        let panel = "[labeler]\ntype = \"panel\"\npairs = \"all\"\n[[labeler.members]]\ntype = \"pairwise\"\ncot = true\n[[labeler.members]]\nweight = 2\n";
+        for text in [MINIMAL.to_owned(), format!("{MINIMAL}{more}"), format!("{MINIMAL}{panel}")] {
             let config = read(&text, &[]).unwrap();
             assert_eq!(read(&config.to_toml(), &[]).unwrap(), config);
         }

@@ -165,6 +165,7 @@ impl Dataset {
             text: Arc::clone(&row.text),
             ids: Arc::clone(&row.ids),
             blank: Arc::clone(&self.blank),
+            reference: None,
         }
     }
 }

@@ -1,39 +1,44 @@
-//! AI feedback: a frozen model says how good a completion is.
+//! AI feedback: who is asked how good a completion is, and how.
 
+pub mod backend;
+pub mod derive;
 pub mod direct;
 pub mod likelihood;
+pub mod local;
+pub mod pairwise;
+pub mod panel;
 pub mod stage;
-
-use std::sync::Arc;
+pub mod templates;
 
 use anyhow::Result;
 
-use crate::model::Llama;
-use crate::rollout::{Group, Verdict};
-use crate::tokens::Tokenizer;
+use crate::rollout::{Group, Preference, Verdict};
+use backend::{Refusal, Reply, Usage};
 
-/// A frozen model that judges.
-#[derive(Clone)]
-pub struct Judge {
-    /// The model; its weights never change.
-    pub model: Arc<Llama>,
-    /// Its tokenizer.
-    pub tokenizer: Tokenizer,
-    /// Fingerprint of its weights.
-    pub identity: u64,
-    /// Whether prompts for it go through its chat template.
-    pub chat: bool,
-}
-
-/// What a labeler returns for a group.
+/// What a labeler says of a group: scores, preferences, or both.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Labels {
-    /// One verdict per completion.
-    pub verdicts: Vec<Verdict>,
+    /// One verdict per completion, or none at all.
+    pub scores: Vec<Verdict>,
+    /// Pairs that were compared.
+    pub preferences: Vec<Preference>,
     /// Per token log-probabilities of the completions under the judge, where they fell off anyway.
     pub logprobs: Option<Vec<Vec<f32>>>,
+    /// What it took.
+    pub usage: Usage,
+    /// Pairs on which the members of a panel disagreed, and pairs that at least two of them judged.
+    pub disagreement: [u64; 2],
 }
 
-/// A way to turn a group into verdicts.
+impl Labels {
+    /// Whether any verdict is a failure, so that asking again may help.
+    pub fn failed(&self) -> bool {
+        let verdicts = self.scores.iter().chain(self.preferences.iter().map(|one| &one.verdict));
+        verdicts.into_iter().any(|verdict| matches!(verdict, Verdict::Failure(_)))
+    }
+}
+
+/// A way to turn groups into verdicts.
 pub trait Labeler: Send {
     /// The name that metrics and samples give it.
     fn name(&self) -> &'static str;
@@ -46,9 +51,53 @@ pub trait Labeler: Send {
     /// Identity of the model it runs.
     fn model(&self) -> u64;
 
-    /// Judges every completion of `group`.
+    /// Judges `group`.
     ///
     /// # Errors
-    /// When the judge could not be asked; the caller retries, then masks the group.
+    /// When the judge could not be asked at all; the caller retries, then treats every verdict as a failure.
     fn label(&self, group: &Group) -> Result<Labels>;
+
+    /// Judges several groups, which a labeler may do side by side. One result per group, in order.
+    fn label_many(&self, groups: &[&Group]) -> Vec<Result<Labels>> {
+        groups.iter().map(|group| self.label(group)).collect()
+    }
+}
+
+/// Which completions of a group are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairing {
+    /// 0 with 1, 2 with 3, …: each completion once.
+    Adjacent,
+    /// Each with each.
+    All,
+}
+
+impl Pairing {
+    /// The pairs among `n` completions.
+    pub fn pairs(self, n: usize) -> Vec<(usize, usize)> {
+        match self {
+            Self::Adjacent => (0..n / 2).map(|i| (2 * i, 2 * i + 1)).collect(),
+            Self::All => (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j))).collect(),
+        }
+    }
+}
+
+/// A reply as a verdict.
+fn verdict(reply: Reply<f64>) -> Verdict {
+    match reply {
+        Ok(score) => Verdict::Label(score),
+        Err(Refusal::Abstention(why)) => Verdict::Abstention(why),
+        Err(Refusal::Failure(why)) => Verdict::Failure(why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_neighbours_or_all() {
+        assert_eq!(Pairing::Adjacent.pairs(5), [(0, 1), (2, 3)]);
+        assert_eq!(Pairing::All.pairs(3), [(0, 1), (0, 2), (1, 2)]);
+    }
 }

@@ -25,6 +25,7 @@ pub mod rollout;
 pub mod run;
 pub mod seed;
 pub mod serve;
+pub mod sft;
 pub mod source;
 pub mod telemetry;
 pub mod tokens;

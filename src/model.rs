@@ -11,6 +11,7 @@ pub mod config;
 pub mod export;
 pub mod llama;
 pub mod pack;
+pub mod trie;
 pub mod weights;
 
 pub use attention::{Attend, PackedAttention};
@@ -18,4 +19,5 @@ pub use cache::KvCache;
 pub use config::ModelConfig;
 pub use llama::Llama;
 pub use pack::Pack;
+pub use trie::{Prefix, Trie};
 pub use weights::Weights;

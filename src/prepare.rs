@@ -4,14 +4,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 
-use crate::config::{Config, LabelerKind, PolicyModel, Scratch};
+use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
 use crate::data::{Dataset, OnLong, PromptFormat};
-use crate::label::Judge;
+use crate::label::local::{Judge, Local};
+use crate::model::config::SUPPORTED_SCORERS;
 use crate::model::{Llama, ModelConfig, Weights};
-use crate::source::{self, ModelFiles, ModelRef, ResolveOptions};
+use crate::reward::RewardModel;
+use crate::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
 use crate::tokens::Tokenizer;
+use crate::topology::labelers::Instrument;
+use crate::topology::{needs_labels, trainer_plan};
 
 /// Models and data, ready to train with.
 pub struct Prepared {
@@ -21,12 +25,30 @@ pub struct Prepared {
     pub identity: u64,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
-    /// Who judges.
-    pub judge: Judge,
+    /// What each of the labeler's methods judges with; empty where the mode asks no labeler.
+    pub instruments: Vec<Instrument>,
+    /// What the reward model starts from, where it is not the policy.
+    pub reward_start: Option<RewardStart>,
     /// The prompts.
     pub data: Arc<Dataset>,
     /// Where the policy came from, in words.
     pub origin: String,
+}
+
+/// A decoder for the reward model, and the head that came with it.
+pub struct RewardStart {
+    /// The decoder.
+    pub model: Llama,
+    /// The head `[1, D]`; absent where the model had none.
+    pub head: Option<Tensor>,
+}
+
+/// The policy's model as it was loaded.
+struct Policy {
+    model: Arc<Llama>,
+    identity: u64,
+    tokenizer: Tokenizer,
+    origin: String,
 }
 
 /// Resolves and loads all that `config` names. `progress` shows downloads.
@@ -35,36 +57,122 @@ pub struct Prepared {
 /// The first thing that is missing or does not fit, with its remedy.
 pub fn prepare(config: &Config, progress: bool) -> Result<Prepared> {
     let device = device(&config.policy.device)?;
-    let timeout = Duration::from_secs(config.policy.resolve_timeout_s);
-    let (policy, tokenizer, origin) = match &config.policy.model {
+    let policy = policy(config, &device, progress)?;
+    let asked = needs_labels(config) || (config.run.mode == Mode::Distilled && config.reward_model.pairs.is_none());
+    let instruments = if asked { instruments(config, Some(&policy), &device, progress)? } else { Vec::new() };
+    let reward_start = match &config.reward_model.model {
+        Some(reference) if trainer_plan(config).is_some() => {
+            let start =
+                reward_start(config, reference, &device, progress).context("reward_model.model cannot be loaded")?;
+            ensure!(
+                start.model.config().vocab_size == policy.model.config().vocab_size,
+                "reward_model.model has {} tokens and the policy {}; the reward model reads the policy's tokens, so it must be of its family",
+                start.model.config().vocab_size,
+                policy.model.config().vocab_size
+            );
+            Some(start)
+        }
+        _ => None,
+    };
+    let mut context = policy.model.config().context;
+    for (method, Instrument::Model(local)) in config.labeler.methods.iter().zip(&instruments) {
+        if method.kind == LabelerKind::Likelihood {
+            context = context.min(local.judge().model.config().context);
+        }
+    }
+    let data = data(config, &policy.tokenizer, context)?;
+    let Policy { model, identity, tokenizer, origin } = policy;
+    Ok(Prepared { policy: model, identity, tokenizer, instruments, reward_start, data: Arc::new(data), origin })
+}
+
+fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
+    let (model, tokenizer, origin) = match &config.policy.model {
         PolicyModel::Scratch(scratch) => {
             let tokenizer = Tokenizer::bytes();
             let shape = scratch_shape(scratch, &tokenizer);
             shape.validate().context("policy.model.scratch does not fit together")?;
-            let weights = Weights::scratch(&shape, scratch.init_std, scratch.seed, &device)?;
+            let weights = Weights::scratch(&shape, scratch.init_std, scratch.seed, device)?;
             (Llama::new(&shape, &weights)?, tokenizer, "made from scratch".to_owned())
         }
         PolicyModel::Reference(reference) => {
-            load(reference, &device, timeout, progress).context("policy.model cannot be loaded")?
+            load(reference, device, timeout(config), progress).context("policy.model cannot be loaded")?
         }
     };
-    let policy = Arc::new(policy);
-    let identity = policy.weights().fingerprint()?;
-    let judge = match &config.labeler.model {
-        None => Judge { model: Arc::clone(&policy), tokenizer: tokenizer.clone(), identity, chat: config.data.chat },
-        Some(reference) => {
-            let (model, judge_tokenizer, _) =
-                load(reference, &device, timeout, progress).context("labeler.model cannot be loaded")?;
-            ensure!(
-                config.labeler.kind != LabelerKind::Likelihood || same_vocabulary(&tokenizer, &judge_tokenizer)?,
-                "labeler.type = \"likelihood\" reads the policy's tokens, but labeler.model has another vocabulary; use a labeler of the policy's family, or labeler.type = \"direct\""
-            );
-            let identity = model.weights().fingerprint()?;
-            let chat = config.data.chat && judge_tokenizer.has_chat_template();
-            Judge { model: Arc::new(model), tokenizer: judge_tokenizer, identity, chat }
+    let identity = model.weights().fingerprint()?;
+    Ok(Policy { model: Arc::new(model), identity, tokenizer, origin })
+}
+
+fn timeout(config: &Config) -> Duration {
+    Duration::from_secs(config.policy.resolve_timeout_s)
+}
+
+/// What the labeler's methods judge with, where nothing is trained: the policy is loaded only if a method wants it.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn labeler_instruments(config: &Config, progress: bool) -> Result<Vec<Instrument>> {
+    let device = device(&config.policy.device)?;
+    let own = config.labeler.methods.iter().any(|method| method.model.is_none());
+    let policy = if own { Some(policy(config, &device, progress)?) } else { None };
+    instruments(config, policy.as_ref(), &device, progress)
+}
+
+fn instruments(config: &Config, policy: Option<&Policy>, device: &Device, progress: bool) -> Result<Vec<Instrument>> {
+    let mut made: Vec<Instrument> = Vec::new();
+    for (i, method) in config.labeler.methods.iter().enumerate() {
+        // Methods that ask the same model in the same way share it, and what it has computed.
+        let same = |other: &config::Method| (&other.model, other.chat) == (&method.model, method.chat);
+        if let Some(known) = config.labeler.methods[..i].iter().position(same) {
+            made.push(made[known].clone());
+            continue;
         }
+        made.push(Instrument::Model(Arc::new(Local::new(judge(config, method, policy, device, progress)?))));
+    }
+    Ok(made)
+}
+
+fn judge(
+    config: &Config,
+    method: &config::Method,
+    policy: Option<&Policy>,
+    device: &Device,
+    progress: bool,
+) -> Result<Judge> {
+    let chat = |tokenizer: &Tokenizer| method.chat.unwrap_or(config.data.chat && tokenizer.has_chat_template());
+    let Some(reference) = &method.model else {
+        let policy = policy.context("labeler.model is missing, and there is no policy to judge with")?;
+        return Ok(Judge {
+            model: Arc::clone(&policy.model),
+            tokenizer: policy.tokenizer.clone(),
+            identity: policy.identity,
+            chat: chat(&policy.tokenizer),
+        });
     };
-    let context = policy.config().context.min(judge.model.config().context);
+    let (model, tokenizer, _) =
+        load(reference, device, timeout(config), progress).context("labeler.model cannot be loaded")?;
+    if let Some(policy) = policy {
+        ensure!(
+            method.kind != LabelerKind::Likelihood || same_vocabulary(&policy.tokenizer, &tokenizer)?,
+            "labeler.type = \"likelihood\" reads the policy's tokens, but labeler.model has another vocabulary; use a labeler of the policy's family, or another type"
+        );
+    }
+    let identity = model.weights().fingerprint()?;
+    let chat = chat(&tokenizer);
+    Ok(Judge { model: Arc::new(model), tokenizer, identity, chat })
+}
+
+fn reward_start(config: &Config, reference: &ModelRef, device: &Device, progress: bool) -> Result<RewardStart> {
+    if let [Candidate::Path(dir)] = reference.0.as_slice()
+        && ModelConfig::from_directory_as(dir, SUPPORTED_SCORERS).is_ok()
+    {
+        let opened = RewardModel::open(dir, device)?;
+        return Ok(RewardStart { model: opened.model, head: Some(opened.head) });
+    }
+    let (model, _, _) = load(reference, device, timeout(config), progress)?;
+    Ok(RewardStart { model, head: None })
+}
+
+fn data(config: &Config, tokenizer: &Tokenizer, context: usize) -> Result<Dataset> {
     let new = config.rollout.max_new_tokens;
     ensure!(
         new < context,
@@ -76,13 +184,12 @@ pub fn prepare(config: &Config, progress: bool) -> Result<Prepared> {
         "data.chat = true, but the model has no chat template; set data.chat = false"
     );
     let limit = config.data.max_prompt_tokens.min(context - new);
-    let on_long = if config.data.on_long == crate::config::OnLong::Skip { OnLong::Skip } else { OnLong::Error };
-    let data = Dataset::read(&config.data.path, &format, &tokenizer, limit, on_long)?;
+    let on_long = if config.data.on_long == config::OnLong::Skip { OnLong::Skip } else { OnLong::Error };
+    let data = Dataset::read(&config.data.path, &format, tokenizer, limit, on_long)?;
     if data.skipped > 0 {
         tracing::warn!("{} prompts longer than {limit} tokens are left out", data.skipped);
     }
-    let data = if config.data.shuffle { data.shuffled(config.run.seed) } else { data };
-    Ok(Prepared { policy, identity, tokenizer, judge, data: Arc::new(data), origin })
+    Ok(if config.data.shuffle { data.shuffled(config.run.seed) } else { data })
 }
 
 /// How the configuration makes prompts of texts.

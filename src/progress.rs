@@ -4,21 +4,22 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Progress of the training phase. Lines of finished steps stay; the bar below them moves.
+/// Progress of one phase. Lines of finished steps stay; the bar below them moves. Clones show the same bar.
+#[derive(Clone)]
 pub struct Progress {
     bar: ProgressBar,
     terminal: bool,
 }
 
 impl Progress {
-    /// For a run of `units` units of work (groups).
-    pub fn new(units: u64) -> Self {
+    /// For a phase of `of` units of work, which are called `unit`.
+    pub fn new(phase: &str, unit: &str, of: u64) -> Self {
         let terminal = console_is_terminal();
         let target = if terminal { ProgressDrawTarget::stderr_with_hz(4) } else { ProgressDrawTarget::hidden() };
-        let bar = ProgressBar::with_draw_target(Some(units), target);
-        let style = ProgressStyle::with_template(
-            "{spinner} training [{bar:30}] {pos}/{len} groups  {elapsed} elapsed, {eta} left  {msg}",
-        );
+        let bar = ProgressBar::with_draw_target(Some(of), target);
+        let style = ProgressStyle::with_template(&format!(
+            "{{spinner}} {phase} [{{bar:30}}] {{pos}}/{{len}} {unit}  {{elapsed}} elapsed, {{eta}} left  {{msg}}",
+        ));
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         if terminal {
             bar.enable_steady_tick(Duration::from_millis(250));

@@ -21,6 +21,9 @@ pub struct Prompt {
     pub ids: Arc<[u32]>,
     /// The same instruction about an empty text: the context in which likelihood is "without the prompt".
     pub blank: Arc<[u32]>,
+    /// A good answer that the data set has, if it has one.
+    #[serde(default)]
+    pub reference: Option<Arc<str>>,
 }
 
 /// Why a completion ended.
@@ -95,7 +98,33 @@ impl Verdict {
     }
 }
 
-/// Feedback on a group with its provenance.
+/// Which of two completions of a group is better, softly.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Preference {
+    /// Index of one completion.
+    pub first: usize,
+    /// Index of the other.
+    pub second: usize,
+    /// The label is P(first is better), from 0 to 1.
+    pub verdict: Verdict,
+    /// P(first is better) as measured with `first` shown first, and with it shown second; only where a judge
+    /// read both orders.
+    pub orders: Option<[f64; 2]>,
+}
+
+impl Preference {
+    /// P(first is better), if there is a label.
+    pub fn probability(&self) -> Option<f64> {
+        self.verdict.label()
+    }
+
+    /// Whether the judge preferred the same position in both orders; `None` where it did not read both.
+    pub fn flipped(&self) -> Option<bool> {
+        self.orders.map(|[shown_first, shown_second]| (shown_first > 0.5) != (shown_second > 0.5))
+    }
+}
+
+/// Feedback on a group with its provenance. A labeler gives scores, preferences, or both.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Feedback {
     /// Which kind of labeler spoke.
@@ -104,11 +133,15 @@ pub struct Feedback {
     pub model: u64,
     /// Hash of the prompt template; zero where none was used.
     pub template: u64,
-    /// One verdict per completion.
+    /// One verdict per completion, or none at all.
     pub verdicts: Vec<Verdict>,
+    /// Compared pairs.
+    pub preferences: Vec<Preference>,
     /// Per token log-probabilities of the completions under the labeler's model at the rollout's temperature,
     /// where the labeler had them anyway; they serve as the reference's when it is the same model.
     pub logprobs: Option<Vec<Vec<f32>>>,
+    /// Money spent on it.
+    pub cost: f64,
 }
 
 /// A group with what the judge said.
@@ -116,8 +149,14 @@ pub struct Feedback {
 pub struct Labeled {
     /// The group.
     pub group: Group,
-    /// The feedback.
-    pub feedback: Feedback,
+    /// The feedback; absent where the mode asks no judge.
+    pub feedback: Option<Feedback>,
+}
+
+impl From<Group> for Labeled {
+    fn from(group: Group) -> Self {
+        Self { group, feedback: None }
+    }
 }
 
 /// A group ready to be learned from.
@@ -126,11 +165,17 @@ pub struct Rewarded {
     /// The group.
     pub group: Group,
     /// The feedback that the rewards stem from.
-    pub feedback: Feedback,
+    pub feedback: Option<Feedback>,
+    /// Score of each completion on the scale of who gave it: labeler or reward model.
+    pub scores: Vec<f64>,
     /// Reward of each completion, KL not included; empty when the group is masked.
     pub rewards: Vec<f64>,
+    /// What is learned from in preference mode: two completions and P(first is better).
+    pub preferences: Vec<(usize, usize, f64)>,
     /// Per token log-probabilities under the reference, at the rollout's temperature.
     pub reference: Vec<Vec<f32>>,
+    /// Version of the reward model that scored it, where one did.
+    pub reward_model: Option<u64>,
     /// Why the group must not be learned from, if it must not.
     pub masked: Option<String>,
     /// Statistics of the reward's scale after this group, so that the learner can keep them with the weights.

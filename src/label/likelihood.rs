@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 
-use super::{Judge, Labeler, Labels};
+use super::backend::Usage;
+use super::local::Judge;
+use super::{Labeler, Labels};
 use crate::model::Pack;
 use crate::rollout::{Group, Verdict};
 
@@ -43,8 +45,10 @@ impl Labeler for Likelihood {
         let logprobs = if self.temperature == 1.0 { with.clone() } else { at(self.temperature)? };
         let alone = Pack::new(&group.prompt.blank, &completions);
         let without = alone.split(&model.logprobs(&alone, 1.0)?.0.to_vec1()?);
-        let verdicts = with.iter().zip(&without).map(|(with, without)| self.score(with, without)).collect();
-        Ok(Labels { verdicts, logprobs: Some(logprobs) })
+        let scores = with.iter().zip(&without).map(|(with, without)| self.score(with, without)).collect();
+        let prompt_tokens = (given.len() + alone.len()) as u64;
+        let usage = Usage { requests: completions.len() as u64, prompt_tokens, ..Usage::default() };
+        Ok(Labels { scores, logprobs: Some(logprobs), usage, ..Labels::default() })
     }
 }
 

@@ -2,9 +2,40 @@
 
 use preceptor_actors::{Emitter, Item, Stage, StageResult};
 
-use super::{Labeler, Labels};
+use super::backend::Usage;
+use super::{Labeler, Labels, Pairing, derive};
 use crate::rollout::{Feedback, Group, Labeled, Verdict};
 use crate::telemetry;
+
+/// In what form the rest of the graph wants feedback.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Wants {
+    /// A score for each completion.
+    Scores,
+    /// Compared pairs.
+    Preferences {
+        /// Which.
+        pairing: Pairing,
+        /// τ of P = σ(Δscore/τ) where the labeler scores rather than compares.
+        temperature: f64,
+    },
+}
+
+impl Wants {
+    /// Adds the wanted form to `labels` where the labeler gave the other one.
+    pub fn shape(self, completions: usize, labels: &mut Labels) {
+        match self {
+            Self::Scores if labels.scores.is_empty() => {
+                labels.scores = derive::scores(completions, &labels.preferences);
+            }
+            Self::Preferences { pairing, temperature } if labels.preferences.is_empty() => {
+                let pairs = pairing.pairs(completions);
+                labels.preferences = derive::preferences(&labels.scores, &pairs, temperature);
+            }
+            Self::Scores | Self::Preferences { .. } => {}
+        }
+    }
+}
 
 /// Runs one labeler over the groups that reach it.
 pub struct LabelStage {
@@ -12,6 +43,8 @@ pub struct LabelStage {
     pub labeler: Box<dyn Labeler>,
     /// How often a group is asked about again after a failure.
     pub retries: u32,
+    /// What is made of the labeler's words.
+    pub wants: Wants,
 }
 
 impl Stage for LabelStage {
@@ -20,40 +53,40 @@ impl Stage for LabelStage {
 
     fn process(&mut self, item: Item<Group>, out: &Emitter<'_, Labeled>) -> StageResult<()> {
         let started = out.ctx().clock().now();
-        let labels = self.ask(&item.body);
-        for verdict in &labels.verdicts {
-            telemetry::labeled(self.labeler.name(), verdict.kind());
-        }
+        let group = item.body;
+        let mut labels = ask(self.labeler.as_ref(), &group, self.retries);
+        telemetry::labels(self.labeler.name(), &labels);
         telemetry::label_took(out.ctx().clock().now().saturating_sub(started));
+        self.wants.shape(group.completions.len(), &mut labels);
         let feedback = Feedback {
             labeler: self.labeler.name().to_owned(),
             model: self.labeler.model(),
             template: self.labeler.template(),
-            verdicts: labels.verdicts,
+            verdicts: labels.scores,
+            preferences: labels.preferences,
             logprobs: labels.logprobs,
+            cost: labels.usage.cost,
         };
-        let body = Labeled { group: item.body, feedback };
+        let body = Labeled { group, feedback: Some(feedback) };
         out.emit(Item { seq: item.seq, incarnation: item.incarnation, version: item.version, body })?;
         Ok(())
     }
 }
 
-impl LabelStage {
-    /// Labels of `group`: those of the first attempt without a failure, else of the last.
-    fn ask(&self, group: &Group) -> Labels {
-        let mut last = None;
-        for attempt in 0..=self.retries {
-            let labels = self.labeler.label(group).unwrap_or_else(|error| {
-                tracing::warn!(seq = group.prompt.seq, attempt, "labeler failed: {error:#}");
-                let verdict = Verdict::Failure(format!("{error:#}"));
-                Labels { verdicts: vec![verdict; group.completions.len()], logprobs: None }
-            });
-            let failed = labels.verdicts.iter().any(|verdict| matches!(verdict, Verdict::Failure(_)));
-            last = Some(labels);
-            if !failed {
-                break;
-            }
+/// Labels of `group`: those of the first attempt without a failure, else of the last. Usage is that of all.
+fn ask(labeler: &dyn Labeler, group: &Group, retries: u32) -> Labels {
+    let (mut usage, mut attempt) = (Usage::default(), 0);
+    loop {
+        let mut labels = labeler.label(group).unwrap_or_else(|error| {
+            tracing::warn!(seq = group.prompt.seq, attempt, "labeler failed: {error:#}");
+            let verdict = Verdict::Failure(format!("{error:#}"));
+            Labels { scores: vec![verdict; group.completions.len()], ..Labels::default() }
+        });
+        usage += labels.usage;
+        labels.usage = usage;
+        if attempt == retries || !labels.failed() {
+            return labels;
         }
-        last.expect("at least one attempt is made")
+        attempt += 1;
     }
 }

@@ -4,23 +4,27 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::algo::{GroupLoss, sequence_kl};
-use crate::rollout::{Finish, Rewarded, Verdict};
+use crate::rollout::{Finish, Rewarded};
 
 /// Sums over the groups of a batch as they are trained.
 #[derive(Debug, Clone, Default)]
 pub struct Tally {
     /// Completions that were learned from.
     pub completions: usize,
+    /// Terms of the policy loss: completions, or compared pairs.
+    pub terms: usize,
     /// Their tokens.
     pub tokens: usize,
     /// Groups that were masked.
     pub masked: usize,
-    /// Policy loss, a sum over completions.
+    /// Policy loss, a sum over terms.
     pub policy_loss: f64,
     /// Value loss, a sum over tokens.
     pub value_loss: f64,
     rewards: Vec<f64>,
     scores: Vec<f64>,
+    margins: Vec<f64>,
+    reward_model: Option<u64>,
     kl: f64,
     entropy: f64,
     ended: usize,
@@ -45,7 +49,10 @@ impl Tally {
         self.policy_loss += loss.policy;
         self.value_loss += loss.value;
         self.rewards.extend(&group.rewards);
-        self.scores.extend(group.feedback.verdicts.iter().filter_map(Verdict::label));
+        self.scores.extend(&group.scores);
+        self.terms += loss.terms;
+        self.margins.extend(&loss.margins);
+        self.reward_model = self.reward_model.max(group.reward_model);
         self.entropy += entropy.iter().map(|h| f64::from(*h)).sum::<f64>();
         for advantage in loss.advantages.iter().flatten() {
             self.advantage[0] += f64::from(*advantage);
@@ -93,7 +100,7 @@ impl StepRecord {
             ("entropy/mean", number(tally.entropy / tokens)),
             ("length/mean", number(tally.tokens as f64 / completions)),
             ("finish/eos", number(tally.ended as f64 / completions)),
-            ("loss/policy", number(tally.policy_loss / completions)),
+            ("loss/policy", number(tally.policy_loss / tally.terms.max(1) as f64)),
             ("loss/value", number(tally.value_loss / tokens)),
             ("advantage/std", number((tally.advantage[1] / tokens - mean_advantage.powi(2)).max(0.0).sqrt())),
             ("gradient/norm", number(gradient_norm)),
@@ -109,6 +116,15 @@ impl StepRecord {
             ("applied", json!(applied)),
         ] {
             map.insert(name.to_owned(), value);
+        }
+        if !tally.margins.is_empty() {
+            let right = tally.margins.iter().filter(|margin| **margin > 0.0).count();
+            map.insert("preference/margin".into(), number(mean(&tally.margins)));
+            map.insert("preference/accuracy".into(), number(right as f64 / tally.margins.len() as f64));
+            map.insert("preference/pairs".into(), json!(tally.margins.len()));
+        }
+        if let Some(version) = tally.reward_model {
+            map.insert("reward_model/version".into(), json!(version));
         }
         Self(map)
     }

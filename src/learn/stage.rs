@@ -153,6 +153,7 @@ impl Learn {
             rewards: &group.rewards,
             behaviour: &behaviour,
             reference: &group.reference,
+            preferences: &group.preferences,
             policy: &policy,
             values: &values.as_ref().map_or(Ok(Vec::new()), |values| values.to_vec1().map(|v| pack.split(&v)))?,
         };
@@ -188,15 +189,15 @@ impl Learn {
     fn step(&mut self, state: &mut TrainState, took: impl Fn() -> Duration) -> StageResult<()> {
         let tally = std::mem::take(&mut self.tally);
         let batch = std::mem::take(&mut self.batch);
-        let completions = tally.completions.max(1);
-        let norm = state.gradients.global_norm()? / completions as f64;
+        let terms = tally.terms.max(1);
+        let norm = state.gradients.global_norm()? / terms as f64;
         let lr = self.plan.rate(state.step);
         let finite = norm.is_finite() && (tally.policy_loss + tally.value_loss).is_finite();
         if finite {
             state.nonfinite_in_row = 0;
             let clip = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0);
-            if tally.completions > 0 {
-                state.apply(lr, clip / completions as f64)?;
+            if tally.terms > 0 {
+                state.apply(lr, clip / terms as f64)?;
                 if let Some(head) = &mut state.value {
                     head.step(tally.tokens, self.plan.value_lr)?;
                 }
@@ -224,7 +225,7 @@ impl Learn {
         self.gate.set_version(state.step);
         let published = took();
         telemetry::publish_took(published.saturating_sub(trained));
-        let mut record = StepRecord::new(state.step, &tally, norm, lr, finite && tally.completions > 0);
+        let mut record = StepRecord::new(state.step, &tally, norm, lr, finite && tally.terms > 0);
         record.time("step_seconds", published.as_secs_f64());
         record.time("publish_seconds", published.saturating_sub(trained).as_secs_f64());
         lock(&self.observer).step(&record, &batch, state).map_err(|error| StageError::fatal(anyhow!(error)))?;

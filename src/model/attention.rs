@@ -49,16 +49,22 @@ impl Attend for PackedAttention {
         if let Some(kept) = &mut self.kept {
             kept.push((k.clone(), v.clone()));
         }
-        let (t, heads, hd) = q.dims3()?;
-        let kv_heads = k.dim(1)?;
-        let repeats = heads / kv_heads;
-        // The query heads that share one key head stand below one another: one product per key head.
-        let q = q.transpose(0, 1)?.contiguous()?.reshape((kv_heads, repeats * t, hd))?;
-        let k = k.permute((1, 2, 0))?.contiguous()?; // [KV, hd, T]
-        let v = v.transpose(0, 1)?.contiguous()?; // [KV, T, hd]
-        let scores = q.matmul(&k)?.reshape((heads, t, t))?;
-        let weights = ops::masked_softmax(&scores, Some(&self.mask), 1.0 / (hd as f64).sqrt())?;
-        let mixed = weights.reshape((kv_heads, repeats * t, t))?.matmul(&v)?;
-        mixed.reshape((heads, t, hd))?.transpose(0, 1)?.contiguous()?.reshape((t, heads * hd))
+        dense(q, k, v, &self.mask)
     }
+}
+
+/// softmax(q·Kᵀ/√hd + mask)·V for queries `[T, H, hd]`, keys and values `[S, KV, hd]`, mask `[T, S]`; differentiable.
+/// Returns `[T, H·hd]`.
+pub(super) fn dense(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let (t, heads, hd) = q.dims3()?;
+    let (s, kv_heads, _) = k.dims3()?;
+    let repeats = heads / kv_heads;
+    // The query heads that share one key head stand below one another: one product per key head.
+    let q = q.transpose(0, 1)?.contiguous()?.reshape((kv_heads, repeats * t, hd))?;
+    let k = k.permute((1, 2, 0))?.contiguous()?; // [KV, hd, S]
+    let v = v.transpose(0, 1)?.contiguous()?; // [KV, S, hd]
+    let scores = q.matmul(&k)?.reshape((heads, t, s))?;
+    let weights = ops::masked_softmax(&scores, Some(mask), 1.0 / (hd as f64).sqrt())?;
+    let mixed = weights.reshape((kv_heads, repeats * t, s))?.matmul(&v)?;
+    mixed.reshape((heads, t, hd))?.transpose(0, 1)?.contiguous()?.reshape((t, heads * hd))
 }

@@ -10,6 +10,9 @@ use serde_json::{Value as Json, json};
 /// Architectures that can be trained, by the name `config.json` gives them.
 pub const SUPPORTED: &[&str] = &["LlamaForCausalLM"];
 
+/// Architectures with a scalar head that can serve as reward models.
+pub const SUPPORTED_SCORERS: &[&str] = &["LlamaForSequenceClassification"];
+
 /// Hyper-parameters of a Llama-family decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
@@ -47,17 +50,25 @@ impl ModelConfig {
     /// # Errors
     /// Names the file and the key; an unsupported architecture is refused by name.
     pub fn from_directory(dir: &Path) -> Result<Self> {
+        Self::from_directory_as(dir, SUPPORTED)
+    }
+
+    /// As [`Self::from_directory`], for one of `architectures`.
+    ///
+    /// # Errors
+    /// As [`Self::from_directory`].
+    pub fn from_directory_as(dir: &Path, architectures: &[&str]) -> Result<Self> {
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path)
             .with_context(|| format!("cannot read {}; a model directory needs a config.json", path.display()))?;
         let json: Json = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
-        Self::from_json(&json).with_context(|| format!("in {}", path.display()))
+        Self::from_json(&json, architectures).with_context(|| format!("in {}", path.display()))
     }
 
-    fn from_json(json: &Json) -> Result<Self> {
+    fn from_json(json: &Json, architectures: &[&str]) -> Result<Self> {
         let architecture = json["architectures"][0].as_str().unwrap_or("none named");
-        if !SUPPORTED.contains(&architecture) {
-            bail!("architecture {architecture} is not supported; these are: {}", SUPPORTED.join(", "));
+        if !architectures.contains(&architecture) {
+            bail!("architecture {architecture} is not supported here; these are: {}", architectures.join(", "));
         }
         for key in ["attention_bias", "mlp_bias"] {
             if json[key].as_bool() == Some(true) {

@@ -15,7 +15,31 @@ use super::{ModelConfig, Weights};
 /// # Errors
 /// Names the file that cannot be written.
 pub fn write(dir: &Path, config: &ModelConfig, weights: &Weights, dtype: DType) -> Result<()> {
+    write_described(dir, config.to_json(), config, weights, dtype)
+}
+
+/// As [`write`], for a model with a scalar head `score.weight` `[1, D]` among its weights, as
+/// `AutoModelForSequenceClassification` opens it. `pad` is the token that fills batches up there.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_scorer(dir: &Path, config: &ModelConfig, weights: &Weights, pad: Option<u32>, dtype: DType) -> Result<()> {
     let mut description = config.to_json();
+    description["architectures"] = json!(["LlamaForSequenceClassification"]);
+    // What `transformers` reads the number of outputs from: one label, so one output.
+    description["id2label"] = json!({ "0": "reward" });
+    description["label2id"] = json!({ "reward": 0 });
+    description["pad_token_id"] = json!(pad);
+    write_described(dir, description, config, weights, dtype)
+}
+
+fn write_described(
+    dir: &Path,
+    mut description: serde_json::Value,
+    config: &ModelConfig,
+    weights: &Weights,
+    dtype: DType,
+) -> Result<()> {
     let dtype_name = if dtype == DType::BF16 { "bfloat16" } else { "float32" };
     description["dtype"] = json!(dtype_name);
     description["torch_dtype"] = json!(dtype_name);

@@ -56,6 +56,21 @@ impl Pack {
         pack
     }
 
+    /// As [`Self::new`], but the last token of a continuation is fed too, and the rows are those of the last
+    /// tokens, one per continuation: for a head that reads what a whole sequence came to. No targets.
+    ///
+    /// # Panics
+    /// As [`Self::new`].
+    pub fn whole<S: AsRef<[u32]>>(prefix: &[u32], continuations: &[S]) -> Self {
+        let longer: Vec<Vec<u32>> = continuations.iter().map(|one| [one.as_ref(), &[0]].concat()).collect();
+        let mut pack = Self::new(prefix, &longer);
+        // The row that would predict the token put on above is that of the last token there is.
+        pack.rows = pack.spans.iter().map(|span| pack.rows[span.end - 1]).collect();
+        pack.targets.clear();
+        pack.spans.clear();
+        pack
+    }
+
     /// A row with nothing after its prefix: a prefill.
     pub fn prefill(prompt: &[u32]) -> Self {
         Self::new::<&[u32]>(prompt, &[])
@@ -103,6 +118,13 @@ impl Pack {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whole_sequences_are_fed_to_their_last_token() {
+        let pack = Pack::whole(&[7, 8], &[vec![1, 2, 3], vec![], vec![5]]);
+        assert_eq!(pack.ids, [7, 8, 1, 2, 3, 5]);
+        assert_eq!(pack.rows, [4, 1, 5]);
+    }
 
     #[test]
     fn lays_out_prefix_and_continuations() {

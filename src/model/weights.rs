@@ -67,6 +67,14 @@ impl Weights {
     /// Names the file at fault.
     pub fn from_directory(dir: &Path, device: &Device) -> Result<(ModelConfig, Self)> {
         let config = ModelConfig::from_directory(dir)?;
+        Ok((config.clone(), Self::read_directory(dir, &config, device)?))
+    }
+
+    /// The tensors of a Hugging Face directory whose shape is `config`.
+    ///
+    /// # Errors
+    /// As [`Self::from_directory`].
+    pub fn read_directory(dir: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
         let index = dir.join("model.safetensors.index.json");
         let mut files: Vec<String> = if index.exists() {
             let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&index)?)
@@ -91,7 +99,7 @@ impl Weights {
         if config.tied {
             weights.remove("lm_head.weight");
         }
-        Ok((config, Self(weights)))
+        Ok(Self(weights))
     }
 
     /// Fresh weights: matrices normal with deviation `std`, norms at one. A function of `seed` alone.

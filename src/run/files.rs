@@ -65,8 +65,11 @@ impl RunFiles {
                     "finish": completion.finish,
                     "tokens": completion.ids.len(),
                     "versions": [completion.oldest_version(), completion.versions.iter().max()],
-                    "labeler": group.feedback.labeler,
-                    "verdict": group.feedback.verdicts.get(i),
+                    "labeler": group.feedback.as_ref().map(|feedback| &feedback.labeler),
+                    "verdict": group.feedback.as_ref().and_then(|feedback| feedback.verdicts.get(i)),
+                    "preferences": preferences(group, i),
+                    "score": group.scores.get(i),
+                    "reward_model": group.reward_model,
                     "reward": group.rewards.get(i),
                     "masked": group.masked,
                 });
@@ -77,6 +80,15 @@ impl RunFiles {
         self.samples.write_all(lines.as_bytes()).with_context(|| self.cannot("samples.jsonl"))?;
         let line = serde_json::to_string(record)? + "\n";
         self.metrics.write_all(line.as_bytes()).with_context(|| self.cannot("metrics.jsonl"))
+    }
+
+    /// Appends figures of a phase before training to `phases.jsonl`.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn phase(&self, figures: &serde_json::Value) -> Result<()> {
+        let mut file = append(&self.dir.join("phases.jsonl"))?;
+        file.write_all(format!("{figures}\n").as_bytes()).with_context(|| self.cannot("phases.jsonl"))
     }
 
     /// Saves a batch whose gradient was not finite, for study.
@@ -93,6 +105,18 @@ impl RunFiles {
     fn cannot(&self, file: &str) -> String {
         format!("cannot write {}", self.dir.join(file).display())
     }
+}
+
+/// What the judge said of completion `i` against others: with whom it was compared, and P(it is the better one).
+fn preferences(group: &Rewarded, i: usize) -> Vec<serde_json::Value> {
+    let all = group.feedback.iter().flat_map(|feedback| &feedback.preferences);
+    let mine = all.filter(|one| one.first == i || one.second == i);
+    mine.map(|one| {
+        let with = if one.first == i { one.second } else { one.first };
+        let p = one.probability().map(|p| if one.first == i { p } else { 1.0 - p });
+        json!({ "with": with, "better": p, "flipped": one.flipped(), "refused": p.is_none().then_some(&one.verdict) })
+    })
+    .collect()
 }
 
 fn free(parent: &Path, name: &str) -> PathBuf {

@@ -1,41 +1,47 @@
 //! Told of every learner step: writes files, sets metrics, moves the bar, stops the graph when asked to.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use anyhow::Result;
 use preceptor_actors::GraphHandle;
 use serde_json::Value;
 
+use super::Stop;
 use super::files::RunFiles;
 use crate::checkpoint::Checkpoints;
 use crate::learn::stage::Observer;
 use crate::learn::{StepRecord, TrainState};
 use crate::progress::Progress;
+use crate::reward::RewardTrainer;
 use crate::rollout::Rewarded;
 use crate::serve::{NodeState, resident_bytes};
 use crate::telemetry;
 
 /// The observer of a training run.
 pub(super) struct Watcher {
-    pub(super) files: RunFiles,
+    pub(super) files: Arc<Mutex<RunFiles>>,
     pub(super) checkpoints: Checkpoints,
+    pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
     pub(super) every: u64,
     pub(super) steps: u64,
     pub(super) batch_groups: u64,
     pub(super) node: Arc<NodeState>,
-    pub(super) progress: Arc<Progress>,
+    pub(super) progress: Arc<OnceLock<Progress>>,
     pub(super) graph: Arc<OnceLock<GraphHandle>>,
-    pub(super) stop: Arc<AtomicBool>,
+    pub(super) stop: Stop,
     pub(super) began: Instant,
     pub(super) step: u64,
+    /// The figure that the mode is meant to raise, and its course.
+    pub(super) objective: &'static str,
     pub(super) scores: Vec<f64>,
 }
 
 impl Observer for Watcher {
     fn group(&mut self, done: u64, _of: u64) {
-        self.progress.at(self.step * self.batch_groups + done);
+        if let Some(progress) = self.progress.get() {
+            progress.at(self.step * self.batch_groups + done);
+        }
     }
 
     fn step(&mut self, record: &StepRecord, batch: &[Rewarded], state: &mut TrainState) -> Result<()> {
@@ -46,18 +52,18 @@ impl Observer for Watcher {
             record.time("resident_bytes", bytes as f64);
         }
         telemetry::step(&record);
-        self.files.step(&record, batch)?;
+        self.files().step(&record, batch)?;
         self.node.stepped(Value::Object(record.0.clone()));
-        self.scores.push(record.get("score/mean"));
-        self.progress.line(&line(&record, self.steps));
+        self.scores.push(record.get(self.objective));
+        self.say(&line(&record, self.steps));
         if self.every > 0 && state.step.is_multiple_of(self.every) && state.step < self.steps {
             // Training goes on without it: the next one is tried, and the end of the run insists.
-            match self.checkpoints.write(state) {
-                Ok(path) => self.progress.line(&format!("checkpoint {}", path.display())),
-                Err(error) => self.progress.line(&format!("{error:#}; training goes on")),
+            match self.checkpoints.write(state, self.reward_model.as_deref()) {
+                Ok(path) => self.say(&format!("checkpoint {}", path.display())),
+                Err(error) => self.say(&format!("{error:#}; training goes on")),
             }
         }
-        if self.stop.load(Ordering::SeqCst)
+        if self.stop.asked()
             && let Some(graph) = self.graph.get()
         {
             graph.halt();
@@ -66,17 +72,26 @@ impl Observer for Watcher {
     }
 
     fn nonfinite(&mut self, step: u64, batch: &[Rewarded]) {
-        let text = match self.files.nonfinite(step, batch) {
+        let text = match self.files().nonfinite(step, batch) {
             Ok(path) => format!("its batch is in {}", path.display()),
             Err(error) => format!("its batch could not be saved: {error:#}"),
         };
-        self.progress
-            .line(&format!("step {step}: loss or gradient is not finite; the weights stay as they were; {text}"));
+        self.say(&format!("step {step}: loss or gradient is not finite; the weights stay as they were; {text}"));
     }
 }
 
 impl Watcher {
-    /// Says whether the judged score rose: the first quarter of the run against the last, with standard errors.
+    fn files(&self) -> MutexGuard<'_, RunFiles> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn say(&self, text: &str) {
+        if let Some(progress) = self.progress.get() {
+            progress.line(text);
+        }
+    }
+
+    /// Says whether the mode's objective rose: the first quarter of the run against the last, with standard errors.
     pub(super) fn rise(&self) {
         let quarter = self.scores.len() / 4;
         if quarter < 2 {
@@ -85,7 +100,8 @@ impl Watcher {
         let (first, last) = (moments(&self.scores[..quarter]), moments(&self.scores[self.scores.len() - quarter..]));
         let error = first.1.hypot(last.1);
         eprintln!(
-            "score     first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
+            "{:<9} first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
+            self.objective.rsplit('/').next_back().unwrap_or(self.objective),
             first.0,
             first.1,
             last.0,
@@ -104,11 +120,19 @@ fn moments(values: &[f64]) -> (f64, f64) {
 }
 
 fn line(record: &StepRecord, steps: u64) -> String {
+    let goal = if record.0.contains_key("preference/margin") {
+        format!(
+            "loss {:.4}  margin {:+.3}  agrees {:.1} %",
+            record.get("loss/policy"),
+            record.get("preference/margin"),
+            100.0 * record.get("preference/accuracy"),
+        )
+    } else {
+        format!("score {:+.3}  reward {:+.3}", record.get("score/mean"), record.get("reward/mean"))
+    };
     format!(
-        "step {:>3}/{steps}  score {:+.3}  reward {:+.3}  kl {:.3}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s",
+        "step {:>3}/{steps}  {goal}  kl {:.3}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s",
         record.get("step"),
-        record.get("score/mean"),
-        record.get("reward/mean"),
         record.get("kl/mean"),
         record.get("length/mean"),
         record.get("entropy/mean"),

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use anyhow::Result;
 use preceptor::config::Config;
-use preceptor::label::{Judge, Labeler, Labels};
+use preceptor::label::{Labeler, Labels};
 use preceptor::learn::stage::Observer;
 use preceptor::learn::{StepRecord, TrainState};
 use preceptor::ops::AdamWConfig;
+use preceptor::prepare::Prepared;
 use preceptor::rollout::{Group, Rewarded, Verdict};
 use preceptor::topology::Node;
 use preceptor_actors::{GraphOptions, Outcome, RestartPolicy, SnapshotCell, spawn_graph};
@@ -53,8 +54,8 @@ impl Labeler for Scripted {
             Fault::Always(at) if at == seq => anyhow::bail!("the judge is gone"),
             _ => {}
         }
-        let verdicts = group.completions.iter().map(|one| Verdict::Label(-(one.ids.len() as f64))).collect();
-        Ok(Labels { verdicts, logprobs: None })
+        let scores = group.completions.iter().map(|one| Verdict::Label(-(one.ids.len() as f64))).collect();
+        Ok(Labels { scores, ..Labels::default() })
     }
 }
 
@@ -106,13 +107,14 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
     let config = offline(dir);
     let prepared = preceptor::prepare::prepare(&config, false).unwrap();
     let struck = Arc::new(AtomicBool::new(false));
-    let labelers = move |_: &Config, _: &Judge| -> Result<Box<dyn Labeler>> {
+    let labelers = move |_: &Config, _: &Prepared| -> Result<Box<dyn Labeler>> {
         Ok(Box::new(Scripted { fault, struck: Arc::clone(&struck) }))
     };
     Node {
         state: Arc::new(Mutex::new(TrainState::new(&prepared.policy, AdamWConfig::default(), true).unwrap())),
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
+        reward_model: None,
         labelers: Box::new(labelers),
         prepared,
         config,

@@ -1,0 +1,192 @@
+//! Many sequences in one row, whatever they share at their beginning computed once.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Result, Tensor};
+
+use super::attention::{Attend, PackedAttention, dense};
+use super::llama::Llama;
+use super::pack::Pack;
+
+/// A prefix tree of token sequences, laid out as one row: a token sees those above it.
+///
+/// Prompts that begin alike (the same instructions, the same text, several candidates) cost their common part
+/// once, at every level, without anybody saying what is common.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Trie {
+    ids: Vec<u32>,
+    positions: Vec<u32>,
+    parents: Vec<Option<usize>>,
+    /// Row of each token of each sequence, the cached prefix left out.
+    rows: Vec<Vec<u32>>,
+    cached: usize,
+}
+
+/// Keys and values of a prefix that many rows begin with.
+pub struct Prefix {
+    ids: Vec<u32>,
+    /// `[P, KV, hd]` each, by layer.
+    layers: Vec<(Tensor, Tensor)>,
+}
+
+impl Prefix {
+    /// Computes the prefix once.
+    ///
+    /// # Errors
+    /// As [`Llama::hidden`].
+    pub fn new(model: &Llama, ids: &[u32]) -> Result<Self> {
+        let pack = Pack::prefill(ids);
+        let mut attention = PackedAttention::keeping(&pack, model.device())?;
+        model.hidden(&pack.ids, &pack.positions, &mut attention)?;
+        Ok(Self { ids: ids.to_vec(), layers: attention.into_kept() })
+    }
+
+    /// The tokens.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Keys and values `[P, KV, hd]` of each layer.
+    pub fn layers(&self) -> &[(Tensor, Tensor)] {
+        &self.layers
+    }
+}
+
+impl Trie {
+    /// Lays out `sequences`, less their first `cached` tokens, which must be the same in all.
+    ///
+    /// # Panics
+    /// When a sequence has no token after the cached ones.
+    pub fn new<S: AsRef<[u32]>>(sequences: &[S], cached: usize) -> Self {
+        let mut trie = Self { ids: vec![], positions: vec![], parents: vec![], rows: vec![], cached };
+        let mut children: HashMap<(Option<usize>, u32), usize> = HashMap::new();
+        for sequence in sequences {
+            let tokens = &sequence.as_ref()[cached..];
+            assert!(!tokens.is_empty(), "a sequence needs a token after the cached prefix");
+            let mut rows = Vec::with_capacity(tokens.len());
+            let mut parent = None;
+            for (depth, token) in tokens.iter().enumerate() {
+                let node = *children.entry((parent, *token)).or_insert_with(|| {
+                    trie.ids.push(*token);
+                    trie.positions.push((cached + depth) as u32);
+                    trie.parents.push(parent);
+                    trie.ids.len() - 1
+                });
+                rows.push(node as u32);
+                parent = Some(node);
+            }
+            trie.rows.push(rows);
+        }
+        trie
+    }
+
+    /// Tokens fed, `T`.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether nothing is fed.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// The row that token `index` of `sequence` (counted with the cached ones) is fed in.
+    pub fn row(&self, sequence: usize, index: usize) -> u32 {
+        self.rows[sequence][index - self.cached]
+    }
+
+    /// Additive mask `[T, P + T]`: 0 on the cached prefix, on a token's ancestors and itself, −∞ elsewhere.
+    fn mask(&self, device: &Device) -> Result<Tensor> {
+        let (t, width) = (self.len(), self.cached + self.len());
+        let mut mask = vec![f32::NEG_INFINITY; t * width];
+        for row in 0..t {
+            match self.parents[row] {
+                Some(parent) => mask.copy_within(parent * width..(parent + 1) * width, row * width),
+                None => mask[row * width..row * width + self.cached].fill(0.0),
+            }
+            mask[row * width + self.cached + row] = 0.0;
+        }
+        Tensor::from_vec(mask, (t, width), device)
+    }
+
+    /// Final hidden states `[T, D]`; `prefix` holds the cached tokens, absent when there are none.
+    ///
+    /// # Errors
+    /// As [`Llama::hidden`].
+    pub fn hidden(&self, model: &Llama, prefix: Option<&Prefix>) -> Result<Tensor> {
+        let mut attention = TrieAttention { mask: self.mask(model.device())?, prefix };
+        model.hidden(&self.ids, &self.positions, &mut attention)
+    }
+}
+
+struct TrieAttention<'a> {
+    mask: Tensor,
+    prefix: Option<&'a Prefix>,
+}
+
+impl Attend for TrieAttention<'_> {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let Some(prefix) = self.prefix else { return dense(q, k, v, &self.mask) };
+        let (keys, values) = &prefix.layers[layer];
+        dense(q, &Tensor::cat(&[keys, k], 0)?, &Tensor::cat(&[values, v], 0)?, &self.mask)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{ModelConfig, Weights};
+
+    fn model() -> Llama {
+        let config = ModelConfig {
+            hidden_size: 32,
+            intermediate_size: 48,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+            vocab_size: 50,
+            context: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            tied: true,
+            bos: None,
+            eos: vec![],
+        };
+        Llama::new(&config, &Weights::scratch(&config, 0.2, 3, &Device::Cpu).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn what_is_shared_is_fed_once_at_every_level() {
+        let trie = Trie::new(&[vec![1, 2, 3], vec![1, 2, 4, 5], vec![6], vec![1, 2]], 0);
+        assert_eq!(trie.ids, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(trie.positions, [0, 1, 2, 2, 3, 0]);
+        assert_eq!((trie.row(1, 3), trie.row(2, 0), trie.row(3, 1)), (4, 5, 1));
+        let trie = Trie::new(&[vec![9, 9, 1], vec![9, 9, 2]], 2);
+        assert_eq!((trie.ids.as_slice(), trie.positions.as_slice()), (&[1, 2][..], &[2, 2][..]));
+        let mask = trie.mask(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(mask, [[0.0, 0.0, 0.0, f32::NEG_INFINITY], [0.0, 0.0, f32::NEG_INFINITY, 0.0]]);
+    }
+
+    #[test]
+    fn each_sequence_reads_as_if_it_were_alone() {
+        let model = model();
+        let sequences = [vec![7, 8, 1, 2, 3], vec![7, 8, 1, 4], vec![7, 8, 9, 9, 9, 2]];
+        let prefix = Prefix::new(&model, &[7, 8]).unwrap();
+        for (cached, prefix) in [(0, None), (2, Some(&prefix))] {
+            let trie = Trie::new(&sequences, cached);
+            let hidden = trie.hidden(&model, prefix).unwrap().to_vec2::<f32>().unwrap();
+            for (i, sequence) in sequences.iter().enumerate() {
+                let pack = Pack::prefill(sequence);
+                let mut attention = PackedAttention::new(&pack, &Device::Cpu).unwrap();
+                let alone = model.hidden(&pack.ids, &pack.positions, &mut attention).unwrap();
+                let alone = alone.to_vec2::<f32>().unwrap();
+                for index in cached..sequence.len() {
+                    let row = &hidden[trie.row(i, index) as usize];
+                    let worst = row.iter().zip(&alone[index]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                    assert!(worst < 1e-5, "sequence {i}, token {index}: {worst}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! A reward model: a decoder with a scalar head on its last hidden state (Lee et al. 2023, §2.2).
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
+
+use crate::model::config::SUPPORTED_SCORERS;
+use crate::model::{Llama, ModelConfig, Pack, Weights, export};
+use crate::tokens::Tokenizer;
+
+/// Name of the head's tensor, `[1, D]`, as `transformers` calls it.
+pub const HEAD: &str = "score.weight";
+
+/// r(x, y) = h·w, h the hidden state of the last token of y.
+#[derive(Debug, Clone)]
+pub struct RewardModel {
+    /// The decoder.
+    pub model: Llama,
+    /// The head `[1, D]`.
+    pub head: Tensor,
+}
+
+impl RewardModel {
+    /// Opens a Hugging Face directory as [`Self::save`] writes it.
+    ///
+    /// # Errors
+    /// Names the file or tensor at fault; a directory without a scalar head is refused by its architecture.
+    pub fn open(dir: &Path, device: &Device) -> Result<Self> {
+        let config = ModelConfig::from_directory_as(dir, SUPPORTED_SCORERS)?;
+        let mut weights = Weights::read_directory(dir, &config, device)?;
+        let head = weights.get(HEAD, &[1, config.hidden_size]).with_context(|| format!("in {}", dir.display()))?;
+        weights.0.remove(HEAD);
+        let model = Llama::new(&config, &weights).with_context(|| format!("in {}", dir.display()))?;
+        Ok(Self { model, head })
+    }
+
+    /// Scores `[k]` of `continuations` of `prefix`.
+    ///
+    /// # Errors
+    /// A sequence beyond the model's context.
+    pub fn scores<S: AsRef<[u32]>>(&self, prefix: &[u32], continuations: &[S]) -> Result<Tensor> {
+        let last = self.model.predicting(&Pack::whole(prefix, continuations))?; // [k, D]
+        Ok(last.matmul(&self.head.t()?)?.squeeze(1)?)
+    }
+
+    /// Writes a Hugging Face directory that `AutoModelForSequenceClassification` opens, tokenizer included.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn save(&self, dir: &Path, tokenizer: &Tokenizer, dtype: DType) -> Result<()> {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let mut weights = self.model.weights().clone();
+        weights.0.insert(HEAD.to_owned(), self.head.clone());
+        let pad = tokenizer.pad_id().or(tokenizer.eos_ids().first().copied());
+        export::write_scorer(dir, self.model.config(), &weights, pad, dtype)?;
+        tokenizer.save(dir)
+    }
+}

@@ -1,0 +1,239 @@
+//! Training a reward model on preferences, pair by pair.
+
+use std::collections::VecDeque;
+
+use anyhow::Result;
+use candle_core::{DType, Tensor, Var};
+
+use super::model::RewardModel;
+use crate::algo::preference::soft_label;
+use crate::model::{Llama, Weights};
+use crate::ops::{AdamW, AdamWConfig, Gradients};
+use crate::rollout::Group;
+use crate::seed::mix;
+
+/// Held-out pairs that the live accuracy looks back on.
+const WINDOW: usize = 256;
+
+/// The numbers that training depends on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainerPlan {
+    /// Learning rate of the decoder.
+    pub lr: f64,
+    /// Learning rate of the scalar head, which starts at zero.
+    pub head_lr: f64,
+    /// Pairs per optimizer step.
+    pub batch_pairs: usize,
+    /// Bound on the gradient's global norm.
+    pub max_grad_norm: f64,
+    /// Learn from who is preferred rather than from the probability; a label of exactly ½ then says nothing.
+    pub hard: bool,
+    /// Share of groups whose pairs are never trained on and measure accuracy.
+    pub holdout: f64,
+    /// Seed of the choice of what is held out.
+    pub seed: u64,
+}
+
+/// What one optimizer step came to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TrainerStep {
+    /// Version after it.
+    pub version: u64,
+    /// Mean loss over its pairs.
+    pub loss: f64,
+    /// Share of its pairs ranked as labeled, before the step.
+    pub accuracy: f64,
+    /// Norm of the gradient, before clipping.
+    pub gradient_norm: f64,
+}
+
+/// The reward model in training. The loss is that of the soft label over (r₁ − r₂) ([`soft_label`]), a mean over pairs.
+pub struct RewardTrainer {
+    plan: TrainerPlan,
+    model: RewardModel,
+    gradients: Gradients,
+    head_gradients: Gradients,
+    optimizer: AdamW,
+    head_optimizer: AdamW,
+    version: u64,
+    trained: u64,
+    /// First group of the run that was not learned from yet: what is issued again after a restart is not learned twice.
+    next: u64,
+    pending: Pending,
+    held_out: VecDeque<bool>,
+}
+
+/// Sums over the pairs of the step that is being gathered.
+#[derive(Debug, Clone, Copy, Default)]
+struct Pending {
+    pairs: usize,
+    loss: f64,
+    right: f64,
+}
+
+impl RewardTrainer {
+    /// A reward model with the decoder of `initial`, which stays as it is, and a head of zeros, or `head`.
+    ///
+    /// # Errors
+    /// When memory for the copies cannot be had.
+    pub fn new(initial: &Llama, head: Option<&Tensor>, plan: TrainerPlan, adam: AdamWConfig) -> Result<Self> {
+        let params = initial
+            .weights()
+            .0
+            .iter()
+            .filter(|(name, _)| *name != "lm_head.weight")
+            .map(|(name, tensor)| Ok((name.clone(), Var::from_tensor(&tensor.copy()?)?)))
+            .collect::<Result<Vec<_>>>()?;
+        // The language head is not used and not trained; the decoder asks for one, and the embedding serves.
+        let config = crate::model::ModelConfig { tied: true, ..initial.config().clone() };
+        let weights = Weights(params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
+        let zeros = Tensor::zeros((1, config.hidden_size), DType::F32, initial.device())?;
+        let head = Var::from_tensor(&head.unwrap_or(&zeros).copy()?)?;
+        let head_params = vec![(super::model::HEAD.to_owned(), head.clone())];
+        Ok(Self {
+            plan,
+            model: RewardModel { model: Llama::new(&config, &weights)?, head: head.as_tensor().clone() },
+            gradients: Gradients::new(&params)?,
+            head_gradients: Gradients::new(&head_params)?,
+            optimizer: AdamW::new(params, adam)?,
+            head_optimizer: AdamW::new(head_params, AdamWConfig { weight_decay: 0.0, ..adam })?,
+            version: 0,
+            trained: 0,
+            next: 0,
+            pending: Pending::default(),
+            held_out: VecDeque::new(),
+        })
+    }
+
+    /// The model as it is now; it changes with the next step.
+    pub fn model(&self) -> &RewardModel {
+        &self.model
+    }
+
+    /// Optimizer steps taken.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// Pairs trained on.
+    pub fn trained(&self) -> u64 {
+        self.trained
+    }
+
+    /// Share of the last held-out pairs that were ranked as labeled, and how many they are.
+    pub fn accuracy(&self) -> (f64, usize) {
+        let right = self.held_out.iter().filter(|right| **right).count();
+        (right as f64 / self.held_out.len().max(1) as f64, self.held_out.len())
+    }
+
+    /// Whether the pairs of group `seq` are kept from training.
+    pub fn holds_out(&self, seq: u64) -> bool {
+        let fraction = (mix(self.plan.seed ^ mix(seq)) >> 11) as f64 / (1u64 << 53) as f64;
+        fraction < self.plan.holdout
+    }
+
+    /// Scores of a group's completions by the model as it is.
+    ///
+    /// # Errors
+    /// A sequence beyond the model's context.
+    pub fn score(&self, group: &Group) -> Result<Vec<f64>> {
+        let ids: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        Ok(self.model.scores(&group.prompt.ids, &ids)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
+    }
+
+    /// As [`Self::score`], and learns from the group's `preferences` (two completions and P(first is better)) unless
+    /// it is held out or was learned from before. The scores are those of the version before any step this leads to.
+    ///
+    /// # Errors
+    /// As [`Self::score`].
+    pub fn observe(
+        &mut self,
+        group: &Group,
+        preferences: &[(usize, usize, f64)],
+    ) -> Result<(Vec<f64>, Option<TrainerStep>)> {
+        let seq = group.prompt.seq;
+        if seq < self.next {
+            return Ok((self.score(group)?, None));
+        }
+        self.next = seq + 1;
+        if self.holds_out(seq) || preferences.is_empty() {
+            let scores = self.score(group)?;
+            for (first, second, p) in preferences.iter().filter(|(_, _, p)| *p != 0.5) {
+                self.held_out.push_back((scores[*first] > scores[*second]) == (*p > 0.5));
+            }
+            while self.held_out.len() > WINDOW {
+                self.held_out.pop_front();
+            }
+            return Ok((scores, None));
+        }
+        self.learn(group, preferences)
+    }
+
+    /// Learns from `preferences` whatever came before: for pairs that are gone through several times.
+    ///
+    /// # Errors
+    /// As [`Self::score`].
+    pub fn learn(
+        &mut self,
+        group: &Group,
+        preferences: &[(usize, usize, f64)],
+    ) -> Result<(Vec<f64>, Option<TrainerStep>)> {
+        let ids: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let scores = self.model.scores(&group.prompt.ids, &ids)?;
+        let values: Vec<f64> = scores.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
+        let mut slopes = vec![0f64; values.len()];
+        for (first, second, p) in preferences {
+            if self.plan.hard && *p == 0.5 {
+                continue;
+            }
+            let p = if self.plan.hard { f64::from(u8::from(*p > 0.5)) } else { *p };
+            let margin = values[*first] - values[*second];
+            let (loss, slope) = soft_label(margin, p);
+            slopes[*first] += slope;
+            slopes[*second] -= slope;
+            self.pending.pairs += 1;
+            self.pending.loss += loss;
+            self.pending.right += if margin == 0.0 { 0.5 } else { f64::from(u8::from((margin > 0.0) == (p > 0.5))) };
+        }
+        if slopes.iter().any(|slope| *slope != 0.0) {
+            let slopes: Vec<f32> = slopes.iter().map(|slope| *slope as f32).collect();
+            let slopes = Tensor::from_vec(slopes, scores.dims(), scores.device())?;
+            let mut store = (scores * slopes)?.sum_all()?.backward()?;
+            self.gradients.add(&mut store)?;
+            self.head_gradients.add(&mut store)?;
+        }
+        let step = if self.pending.pairs >= self.plan.batch_pairs { self.step()? } else { None };
+        Ok((values, step))
+    }
+
+    /// Takes the step for whatever pairs are gathered; none where there are none, or the gradient is not finite.
+    ///
+    /// # Errors
+    /// Tensor errors only.
+    pub fn step(&mut self) -> Result<Option<TrainerStep>> {
+        let pending = std::mem::take(&mut self.pending);
+        let pairs = pending.pairs as f64;
+        if pending.pairs == 0 {
+            return Ok(None);
+        }
+        let norm = self.gradients.global_norm()?.hypot(self.head_gradients.global_norm()?) / pairs;
+        let finite = norm.is_finite() && pending.loss.is_finite();
+        if finite {
+            let scale = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / pairs;
+            self.optimizer.step(&self.gradients, self.plan.lr, scale)?;
+            self.head_optimizer.step(&self.head_gradients, self.plan.head_lr, scale)?;
+            self.version += 1;
+            self.trained += pending.pairs as u64;
+        }
+        self.gradients.zero()?;
+        self.head_gradients.zero()?;
+        let (loss, accuracy) = (pending.loss / pairs, pending.right / pairs);
+        Ok(finite.then_some(TrainerStep { version: self.version, loss, accuracy, gradient_norm: norm }))
+    }
+
+    /// The run proper begins: its groups are counted from zero again, whatever warmed the model up. What warm-up
+    /// measured stays in the live accuracy until the run's own pairs take its place.
+    pub fn begin_run(&mut self) {
+        self.next = 0;
+    }
+}

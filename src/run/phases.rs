@@ -1,0 +1,153 @@
+//! What comes before reinforcement learning: supervised fine-tuning, and warming the reward model up.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Result, bail};
+use preceptor_actors::{GraphBuilder, Outcome, StageResult, spawn_graph};
+use serde_json::{Value, json};
+
+use super::files::RunFiles;
+use super::{Stop, graph_options, supervise};
+use crate::config::Config;
+use crate::learn::TrainState;
+use crate::prepare::Prepared;
+use crate::progress::Progress;
+use crate::reward::trainer::TrainerStep;
+use crate::reward::warm_up::WarmUpObserver;
+use crate::run::adam;
+use crate::serve::NodeState;
+use crate::sft::SftObserver;
+use crate::topology::{Node, wire_fine_tuning};
+
+/// Where a phase writes and what it shows.
+pub(super) struct Notes {
+    phase: &'static str,
+    of: u64,
+    progress: Progress,
+    files: Arc<Mutex<RunFiles>>,
+}
+
+impl Notes {
+    fn new(phase: &'static str, unit: &'static str, of: u64, files: &Arc<Mutex<RunFiles>>) -> Self {
+        Self { phase, of, progress: Progress::new(phase, unit, of), files: Arc::clone(files) }
+    }
+
+    /// A line for the terminal, and one of `phases.jsonl`.
+    fn tell(&self, text: &str, mut figures: Value) {
+        self.progress.line(text);
+        figures["phase"] = json!(self.phase);
+        let written = self.files.lock().unwrap_or_else(PoisonError::into_inner).phase(&figures);
+        if let Err(error) = written {
+            // The phase's figures are not what it is run for; training goes on without them.
+            self.progress.line(&format!("{error:#}"));
+        }
+    }
+}
+
+impl SftObserver for Notes {
+    fn step(&mut self, step: u64, loss: f64, gradient_norm: f64) {
+        self.progress.at(step);
+        self.tell(
+            &format!("fine-tuning {step:>3}/{}  loss {loss:.4}  gradient {gradient_norm:.3}", self.of),
+            json!({ "step": step, "loss": loss, "gradient_norm": gradient_norm }),
+        );
+    }
+}
+
+impl WarmUpObserver for Notes {
+    fn group(&mut self, done: u64) {
+        self.progress.at(done);
+    }
+
+    fn step(&mut self, step: &TrainerStep, (accuracy, pairs): (f64, usize)) {
+        self.tell(
+            &format!(
+                "reward model step {:>3}  loss {:.4}  trained {:.1} %  held out {:.1} % of {pairs}  gradient {:.3}",
+                step.version,
+                step.loss,
+                100.0 * step.accuracy,
+                100.0 * accuracy,
+                step.gradient_norm
+            ),
+            json!({ "step": step.version, "loss": step.loss, "accuracy": step.accuracy, "held_out": accuracy,
+                "held_out_pairs": pairs, "gradient_norm": step.gradient_norm }),
+        );
+    }
+
+    fn done(&mut self, right: f64, pairs: u64) {
+        let share = right / pairs.max(1) as f64;
+        self.tell(
+            &format!("reward model ranks {:.1} % of {pairs} held-out pairs as labeled", 100.0 * share),
+            json!({ "held_out_right": right, "held_out_pairs": pairs }),
+        );
+    }
+}
+
+/// Fine-tunes the policy on the data's references; the result takes the policy's place, as π_SFT.
+pub(super) async fn fine_tune(
+    config: &Arc<Config>,
+    prepared: Prepared,
+    files: &Arc<Mutex<RunFiles>>,
+    server: &Arc<NodeState>,
+    stop: &Stop,
+) -> Result<Prepared> {
+    let state = Arc::new(Mutex::new(TrainState::new(&prepared.policy, adam(config), false)?));
+    let notes = Arc::new(Mutex::new(Notes::new("supervised fine-tuning", "steps", config.sft.steps, files)));
+    let prepared = Arc::new(prepared);
+    let (wired, trained, observer) = (Arc::clone(&prepared), Arc::clone(&state), notes.clone());
+    let settings = Arc::clone(config);
+    run(config, "supervised fine-tuning", &notes, server, stop, move |builder| {
+        let observer: Arc<Mutex<dyn SftObserver>> = observer.clone();
+        wire_fine_tuning(builder, &settings, &wired, &trained, &observer);
+        Ok(())
+    })
+    .await?;
+    let policy = state.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?;
+    let identity = policy.weights().fingerprint()?;
+    let Ok(prepared) = Arc::try_unwrap(prepared) else { bail!("supervised fine-tuning still holds the data") };
+    Ok(Prepared { policy, identity, ..prepared })
+}
+
+/// Warms the reward model up: on a file of preferences, or on what the policy writes and the labeler judges.
+pub(super) async fn warm_up(
+    node: &Arc<Node>,
+    files: &Arc<Mutex<RunFiles>>,
+    server: &Arc<NodeState>,
+    stop: &Stop,
+) -> Result<()> {
+    let Some(trainer) = node.reward_model.clone() else { return Ok(()) };
+    let units = node.config.reward_model.warm_up_groups * node.config.reward_model.epochs;
+    let notes = Arc::new(Mutex::new(Notes::new("reward model warm-up", "groups", units, files)));
+    let (wired, observer) = (Arc::clone(node), notes.clone());
+    run(&node.config, "reward model warm-up", &notes, server, stop, move |builder| {
+        let observer: Arc<Mutex<dyn WarmUpObserver>> = observer.clone();
+        wired.wire_warm_up(builder, &trainer, &observer)
+    })
+    .await
+}
+
+/// Runs a phase's graph to its end.
+async fn run(
+    config: &Config,
+    phase: &'static str,
+    notes: &Arc<Mutex<Notes>>,
+    server: &Arc<NodeState>,
+    stop: &Stop,
+    wire: impl Fn(&mut GraphBuilder) -> StageResult<()> + Send + Sync + 'static,
+) -> Result<()> {
+    server.phase(phase);
+    let graph = spawn_graph(graph_options(config), wire);
+    server.watch(graph.clone());
+    let progress = notes.lock().unwrap_or_else(PoisonError::into_inner).progress.clone();
+    let outcome = supervise(&graph, stop, &progress, true).await;
+    progress.finish();
+    match outcome {
+        _ if stop.asked() => {
+            bail!("interrupted during {phase}; no step of the run was taken, so there is nothing to save")
+        }
+        Outcome::Failed { stage, error, restarts, .. } => {
+            bail!("{phase} ended since {stage} failed ({restarts} restarts): {error}")
+        }
+        Outcome::Finished | Outcome::Drained | Outcome::Halted => Ok(()),
+    }
+}

@@ -1,0 +1,90 @@
+//! Supervised fine-tuning on references: the phase that makes π_SFT of a model before it is reinforced.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Result, anyhow};
+use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResult};
+
+use crate::learn::TrainState;
+use crate::model::Pack;
+use crate::rollout::Prompt;
+use crate::telemetry;
+use crate::tokens::Tokenizer;
+
+/// Who is told of each step.
+pub trait SftObserver: Send {
+    /// A step was taken: how many there were, the mean loss per token in nats over its references before it, and the
+    /// norm of its gradient.
+    fn step(&mut self, step: u64, loss: f64, gradient_norm: f64);
+}
+
+/// Takes lots of prompts with references; each lot is one optimizer step on −Σ log π(reference | prompt), a mean over
+/// tokens, the end token included.
+pub struct FineTune {
+    /// What training has come to; one step per lot.
+    pub state: Arc<Mutex<TrainState>>,
+    /// For the references.
+    pub tokenizer: Tokenizer,
+    /// Learning rate.
+    pub lr: f64,
+    /// Bound on the gradient's global norm.
+    pub max_grad_norm: f64,
+    /// Told of each step.
+    pub observer: Arc<Mutex<dyn SftObserver>>,
+}
+
+impl FineTune {
+    /// Adds the gradient of one reference; returns its summed loss and number of tokens.
+    fn learn(&self, state: &mut TrainState, prompt: &Prompt) -> Result<(f64, usize)> {
+        let text = prompt.reference.as_ref().ok_or_else(|| anyhow!("line {} has no reference", prompt.row + 1))?;
+        let mut ids = self.tokenizer.encode(text)?;
+        ids.extend(self.tokenizer.eos_ids().first());
+        // A reference beyond the context teaches with its beginning.
+        ids.truncate(state.config().context.saturating_sub(prompt.ids.len()));
+        let pack = Pack::new(&prompt.ids, &[ids]);
+        let (logprobs, _) = state.model.logprobs(&pack, 1.0)?;
+        let loss = -logprobs.to_vec1::<f32>()?.iter().map(|p| f64::from(*p)).sum::<f64>();
+        let mut store = logprobs.sum_all()?.neg()?.backward()?;
+        state.gradients.add(&mut store)?;
+        Ok((loss, pack.targets.len()))
+    }
+}
+
+impl Stage for FineTune {
+    type In = Vec<Prompt>;
+    type Out = ();
+
+    fn start(&mut self, _ctx: &StageContext) -> StageResult<()> {
+        Ok(self.state.lock().unwrap_or_else(PoisonError::into_inner).discard()?)
+    }
+
+    fn process(&mut self, item: Item<Vec<Prompt>>, out: &Emitter<'_, ()>) -> StageResult<()> {
+        let shared = Arc::clone(&self.state);
+        let mut state = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut loss, mut tokens) = (0.0, 0);
+        for prompt in &item.body {
+            out.ctx().beat();
+            if out.ctx().halted() {
+                return Ok(());
+            }
+            let (more, of) = self.learn(&mut state, prompt)?;
+            loss += more;
+            tokens += of;
+        }
+        let norm = state.gradients.global_norm()? / tokens.max(1) as f64;
+        let loss = loss / tokens.max(1) as f64;
+        if !norm.is_finite() || !loss.is_finite() {
+            return Err(StageError::fatal(format!(
+                "step {} of supervised fine-tuning has a loss or gradient that is not finite; lower sft.lr",
+                state.step + 1
+            )));
+        }
+        let scale = (self.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / tokens.max(1) as f64;
+        state.apply(self.lr, scale)?;
+        state.discard()?;
+        state.step += 1;
+        telemetry::fine_tuned(loss);
+        self.observer.lock().unwrap_or_else(PoisonError::into_inner).step(state.step, loss, norm);
+        Ok(())
+    }
+}

@@ -1,0 +1,92 @@
+//! The labeler that a configuration asks for, on the judges that were prepared for it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use super::pairing;
+use crate::config::{Config, LabelerKind, Method};
+use crate::label::Labeler;
+use crate::label::backend::{Backend, Decoding};
+use crate::label::direct::Direct;
+use crate::label::likelihood::Likelihood;
+use crate::label::local::Local;
+use crate::label::pairwise::{Pairwise, Thought};
+use crate::label::panel::{Member, Panel};
+use crate::label::templates::{Preamble, TemplateSet};
+use crate::prepare::Prepared;
+
+/// What a method judges with.
+#[derive(Clone)]
+pub enum Instrument {
+    /// A language model whose weights are here.
+    Model(Arc<Local>),
+}
+
+/// The configured labeler: one method, or a panel.
+///
+/// # Errors
+/// A template that cannot be used.
+pub fn labeler(config: &Config, prepared: &Prepared) -> Result<Box<dyn Labeler>> {
+    labeler_on(config, &prepared.instruments)
+}
+
+/// As [`labeler`], on `instruments`, one per method.
+///
+/// # Errors
+/// As [`labeler`].
+pub fn labeler_on(config: &Config, instruments: &[Instrument]) -> Result<Box<dyn Labeler>> {
+    let mut made = Vec::new();
+    for (i, (method, instrument)) in config.labeler.methods.iter().zip(instruments).enumerate() {
+        let place = if config.labeler.panel { format!("labeler.members[{i}]") } else { "labeler".into() };
+        made.push((method, one(config, method, instrument).with_context(|| format!("{place} cannot be used"))?));
+    }
+    if !config.labeler.panel {
+        return made.pop().map(|(_, labeler)| labeler).context("no labeler is configured");
+    }
+    let members = made.into_iter().map(|(method, labeler)| Member {
+        labeler,
+        weight: method.weight,
+        pair_temperature: method.pair_temperature,
+    });
+    Ok(Box::new(Panel { members: members.collect(), pairing: pairing(config) }))
+}
+
+fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<dyn Labeler>> {
+    let backend = |instrument: &Instrument| -> Arc<dyn Backend> {
+        match instrument {
+            Instrument::Model(local) => Arc::clone(local) as Arc<dyn Backend>,
+        }
+    };
+    Ok(match (method.kind, instrument) {
+        (LabelerKind::Likelihood, Instrument::Model(local)) => Box::new(Likelihood {
+            judge: local.judge().clone(),
+            length_normalise: method.length_normalise,
+            temperature: config.rollout.temperature,
+        }),
+        (LabelerKind::Direct, instrument) => {
+            Box::new(Direct::new(backend(instrument), TemplateSet::find(&method.templates)?)?)
+        }
+        (LabelerKind::Pairwise, instrument) => {
+            let preamble = match method.preamble.as_str() {
+                "base" => Preamble::Base,
+                "detailed" => Preamble::Detailed,
+                path => Preamble::Own(
+                    std::fs::read_to_string(Path::new(path))
+                        .with_context(|| format!("cannot read the preamble {path}"))?,
+                ),
+            };
+            let comparison = TemplateSet::find(&method.templates)?.comparison(&preamble, method.shots, method.cot)?;
+            let decoding = Decoding {
+                max_tokens: method.rationale_tokens,
+                temperature: method.rationale_temperature,
+                top_k: (method.rationale_temperature > 0.0).then_some(40),
+                seed: config.run.seed,
+            };
+            let thought = method.cot.then_some(Thought { samples: method.rationales, decoding });
+            Box::new(Pairwise::new(backend(instrument), comparison, pairing(config), method.both_orders, thought)?)
+        }
+        (LabelerKind::Embedding, _) => anyhow::bail!("type = \"embedding\" needs a sentence embedder"),
+    })
+}
