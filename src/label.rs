@@ -1,6 +1,7 @@
 //! AI feedback: who is asked how good a completion is, and how.
 
 pub mod backend;
+pub mod cache;
 pub mod derive;
 pub mod direct;
 pub mod likelihood;

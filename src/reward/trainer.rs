@@ -60,7 +60,7 @@ pub struct RewardTrainer {
     /// First group of the run that was not learned from yet: what is issued again after a restart is not learned twice.
     next: u64,
     pending: Pending,
-    held_out: VecDeque<bool>,
+    held_out: VecDeque<f64>,
 }
 
 /// Sums over the pairs of the step that is being gathered.
@@ -122,8 +122,7 @@ impl RewardTrainer {
 
     /// Share of the last held-out pairs that were ranked as labeled, and how many they are.
     pub fn accuracy(&self) -> (f64, usize) {
-        let right = self.held_out.iter().filter(|right| **right).count();
-        (right as f64 / self.held_out.len().max(1) as f64, self.held_out.len())
+        (self.held_out.iter().sum::<f64>() / self.held_out.len().max(1) as f64, self.held_out.len())
     }
 
     /// Whether the pairs of group `seq` are kept from training.
@@ -159,7 +158,7 @@ impl RewardTrainer {
         if self.holds_out(seq) || preferences.is_empty() {
             let scores = self.score(group)?;
             for (first, second, p) in preferences.iter().filter(|(_, _, p)| *p != 0.5) {
-                self.held_out.push_back((scores[*first] > scores[*second]) == (*p > 0.5));
+                self.held_out.push_back(agreement(scores[*first] - scores[*second], *p));
             }
             while self.held_out.len() > WINDOW {
                 self.held_out.pop_front();
@@ -193,7 +192,7 @@ impl RewardTrainer {
             slopes[*second] -= slope;
             self.pending.pairs += 1;
             self.pending.loss += loss;
-            self.pending.right += if margin == 0.0 { 0.5 } else { f64::from(u8::from((margin > 0.0) == (p > 0.5))) };
+            self.pending.right += agreement(margin, p);
         }
         if slopes.iter().any(|slope| *slope != 0.0) {
             let slopes: Vec<f32> = slopes.iter().map(|slope| *slope as f32).collect();
@@ -236,4 +235,9 @@ impl RewardTrainer {
     pub fn begin_run(&mut self) {
         self.next = 0;
     }
+}
+
+/// Whether a margin ranks a pair as its label does: 1 or 0, and ½ for a margin of zero, which ranks nothing.
+pub fn agreement(margin: f64, p: f64) -> f64 {
+    if margin == 0.0 { 0.5 } else { f64::from(u8::from((margin > 0.0) == (p > 0.5))) }
 }

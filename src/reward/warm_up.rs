@@ -9,7 +9,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use super::stage::labeled_pairs;
-use super::trainer::{RewardTrainer, TrainerStep};
+use super::trainer::{RewardTrainer, TrainerStep, agreement};
 use crate::rollout::{Group, Labeled};
 use crate::seed::mix;
 use crate::telemetry;
@@ -122,8 +122,7 @@ impl Stage for WarmUp {
             let scores = trainer.score(group)?;
             for (first, second, p) in preferences.iter().filter(|(_, _, p)| *p != 0.5) {
                 pairs += 1;
-                let margin = scores[*first] - scores[*second];
-                right += if margin == 0.0 { 0.5 } else { f64::from(u8::from((margin > 0.0) == (*p > 0.5))) };
+                right += agreement(scores[*first] - scores[*second], *p);
             }
         }
         trainer.begin_run();

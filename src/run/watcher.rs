@@ -101,7 +101,7 @@ impl Watcher {
         let error = first.1.hypot(last.1);
         eprintln!(
             "{:<9} first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
-            self.objective.rsplit('/').next_back().unwrap_or(self.objective),
+            if self.objective == "score/mean" { "score" } else { "margin" },
             first.0,
             first.1,
             last.0,

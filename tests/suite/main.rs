@@ -3,6 +3,7 @@
 mod algorithms;
 mod common;
 mod faults;
+mod labelers;
 mod llama;
 mod node;
 mod refusals;

@@ -174,3 +174,52 @@ fn the_node_answers_and_an_interrupt_keeps_what_was_learned() {
     let steps = metrics(&dir.path().join("run")).len();
     assert!(checkpoint.ends_with(&format!("step-{steps:06}")), "{checkpoint} after {steps} steps");
 }
+
+#[test]
+fn every_mode_runs_and_says_what_it_learned_from() {
+    let pairs = config("data/preferences-summaries.jsonl");
+    let human = format!("reward_model.pairs=\"{}\"", pairs.display());
+    let reward_model = ["reward_model.batch_pairs=4", "reward_model.warm_up_groups=6", "reward_model.holdout=0.3"];
+    let distilled = [&["run.mode=distilled"][..], &reward_model].concat();
+    let human = [&["run.mode=human", human.as_str(), "reward_model.epochs=2"][..], &reward_model].concat();
+    let preference = vec!["run.mode=preference", "learner.algorithm=online-dpo", "labeler.pairs=all"];
+    for (overrides, stages) in [(distilled, 5), (human, 4), (preference, 5)] {
+        let dir = tempfile::tempdir().unwrap();
+        let output = train(dir.path(), &overrides);
+        assert!(output.status.success(), "{overrides:?}: {}", stderr(&output));
+        let run = dir.path().join("run");
+        let checkpoint = run.join("checkpoints/step-000004");
+        let steps = metrics(&run);
+        assert_eq!(steps.len(), 4);
+        let samples = std::fs::read_to_string(run.join("samples.jsonl")).unwrap();
+        let sample: Value = serde_json::from_str(samples.lines().next().unwrap()).unwrap();
+        let phases = std::fs::read_to_string(run.join("phases.jsonl")).unwrap_or_default();
+        if overrides[0] == "run.mode=preference" {
+            assert!(steps[0]["preference/pairs"].as_u64().unwrap() == 4 * 6, "{}", steps[0]);
+            assert!(!checkpoint.join("reward_model").exists() && phases.is_empty());
+            assert_eq!(sample["preferences"].as_array().unwrap().len(), 3);
+        } else {
+            assert!(phases.contains("held_out_pairs"), "{phases}");
+            assert!(checkpoint.join("reward_model/model.safetensors").exists());
+            assert!(steps[0]["reward_model/version"].as_u64().unwrap() >= 1, "{}", steps[0]);
+            let learned = steps[3]["reward_model/version"].as_u64() > steps[0]["reward_model/version"].as_u64();
+            // What people preferred is learned before the run and stays; what a labeler prefers goes on being learned.
+            assert_eq!(learned, stages == 5, "{overrides:?}");
+            assert_eq!(sample["labeler"].is_string(), stages == 5);
+        }
+    }
+}
+
+#[test]
+fn fine_tuning_comes_first_and_makes_the_reference() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = train(dir.path(), &["sft.steps=6", "sft.batch=2", "sft.lr=3e-3", "run.steps=1"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let phases = std::fs::read_to_string(dir.path().join("run/phases.jsonl")).unwrap();
+    let losses: Vec<f64> =
+        phases.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64().unwrap()).collect();
+    assert_eq!(losses.len(), 6);
+    assert!(losses[5] < losses[0], "{losses:?}");
+    // The run starts at the fine-tuned weights, and they are what KL is measured from.
+    assert!(metrics(&dir.path().join("run"))[0]["kl/mean"].as_f64().unwrap().abs() < 1e-2);
+}
