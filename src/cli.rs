@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod generate;
+pub mod pairs;
 pub mod prompts;
 pub mod score;
 pub mod train;
@@ -36,6 +37,8 @@ enum Command {
     Check(check::Check),
     /// Samples from a model or a checkpoint.
     Generate(generate::Generate),
+    /// Makes preference pairs whose better answer is known, of prompts and references.
+    Pairs(pairs::Pairs),
     /// Log-probabilities of each token of a text, and its perplexity.
     Score(score::Score),
 }
@@ -68,6 +71,7 @@ pub fn main() -> ExitCode {
         Command::Train(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Generate(command) => command.run(),
+        Command::Pairs(command) => command.run(),
         Command::Score(command) => command.run(),
     };
     match done {

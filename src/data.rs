@@ -1,8 +1,14 @@
-//! The prompt data set: JSON lines, read whole, tokenised once, shuffled by seed.
+//! The data: prompts and preferences, read on demand, tokenised, shuffled by seed, split by content.
 
+pub mod corrupt;
+pub mod dialogue;
+pub mod pairs;
+pub mod preferences;
+pub mod rows;
 pub mod source;
+pub mod split;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -10,6 +16,7 @@ use minijinja::context;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::rollout::Prompt;
@@ -17,11 +24,18 @@ use crate::seed::mix;
 use crate::tokens::Tokenizer;
 use crate::tokens::chat::Message;
 
-/// How a line of the data set becomes a prompt.
+pub use dialogue::Dialogue;
+pub use preferences::{PreferencePair, Preferences};
+pub use rows::Rows;
+pub use split::{Part, Split};
+
+/// How a row of the data set becomes a prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptFormat {
-    /// Field of the line that holds the text.
+    /// Field of the row that holds the text or the dialogue.
     pub field: String,
+    /// Field of the row that holds a good answer, if there is one.
+    pub reference_field: String,
     /// Instruction with `{{ prompt }}` where the text goes.
     pub instruction: String,
     /// Wrap the instruction as a user's message in the model's chat template.
@@ -36,21 +50,60 @@ impl PromptFormat {
     /// # Errors
     /// A template that does not parse or cannot be filled in.
     pub fn encode(&self, text: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-        let mut environment = minijinja::Environment::new();
-        environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
-        let filled = environment
-            .render_str(&self.instruction, context! { prompt => text })
-            .context("data.instruction is not a template that takes {{ prompt }}")?;
-        if !self.chat {
-            return tokenizer.encode(&filled);
-        }
+        self.encode_dialogue(&Dialogue::single(text), tokenizer)
+    }
+
+    /// Token ids that the policy is fed for `dialogue`.
+    ///
+    /// # Errors
+    /// As [`Self::encode`], and an instruction that would have to stand around a dialogue of several turns.
+    pub fn encode_dialogue(&self, dialogue: &Dialogue, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let mut messages = Vec::new();
         if let Some(system) = &self.system {
             messages.push(Message { role: "system".into(), content: system.clone() });
         }
-        messages.push(Message { role: "user".into(), content: filled });
+        if let [one] = dialogue.turns.as_slice()
+            && one.role == "user"
+        {
+            let filled = self.fill(&one.content)?;
+            if !self.chat {
+                return tokenizer.encode(&filled);
+            }
+            messages.push(Message { role: "user".into(), content: filled });
+        } else {
+            ensure!(
+                self.instruction.trim() == "{{ prompt }}",
+                "the prompt is a dialogue of {} turns, which data.instruction cannot stand around; leave it at \"{{{{ prompt }}}}\"",
+                dialogue.turns.len()
+            );
+            if !self.chat {
+                return tokenizer.encode(&format!("{}\n\nAssistant:", dialogue.text()));
+            }
+            messages.extend(dialogue.turns.iter().cloned());
+        }
         tokenizer.encode(&tokenizer.render_chat(&messages, true)?)
     }
+
+    fn fill(&self, text: &str) -> Result<String> {
+        let mut environment = minijinja::Environment::new();
+        environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
+        environment
+            .render_str(&self.instruction, context! { prompt => text })
+            .context("data.instruction is not a template that takes {{ prompt }}")
+    }
+
+    fn dialogue(&self, row: &Value) -> Result<Dialogue> {
+        let value = field(row, &self.field).with_context(|| "set data.prompt_field")?;
+        Dialogue::from_json(value).map_err(|error| anyhow!("field {:?} {error}", self.field))
+    }
+}
+
+/// A field of a row.
+fn field<'a>(row: &'a Value, name: &str) -> Result<&'a Value> {
+    row.get(name).ok_or_else(|| {
+        let fields: Vec<&str> = row.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+        anyhow!("no field {name:?}; the row has {}", fields.join(", "))
+    })
 }
 
 /// What to do with a prompt that is too long.
@@ -62,67 +115,113 @@ pub enum OnLong {
     Skip,
 }
 
-/// The prompts of a run.
+/// How a data set is read.
+#[derive(Debug, Clone)]
+pub struct ReadOptions {
+    /// From a row to a prompt.
+    pub format: PromptFormat,
+    /// Most tokens that a prompt may have.
+    pub limit: usize,
+    /// What happens to a longer one.
+    pub on_long: OnLong,
+    /// Which rows.
+    pub split: Split,
+    /// Whether every row must have a reference.
+    pub needs_references: bool,
+}
+
+/// The prompts of a run. Only where they stand is kept in memory: a prompt is read and tokenised when its turn comes.
 pub struct Dataset {
-    rows: Vec<Row>,
+    rows: Rows,
+    usable: Vec<u32>,
+    options: ReadOptions,
+    tokenizer: Tokenizer,
     blank: Arc<[u32]>,
     seed: u64,
     shuffle: bool,
-    /// Lines left out for their length.
+    longest: usize,
+    /// Rows left out for their length.
     pub skipped: usize,
 }
 
-struct Row {
-    line: usize,
-    text: Arc<str>,
-    ids: Arc<[u32]>,
+/// What the first pass finds of a row.
+enum Found {
+    Usable(usize),
+    TooLong,
+    NotMeant,
+    Blank,
 }
 
 impl Dataset {
-    /// Reads and tokenises `path`. `limit` is the most tokens that a prompt may have.
+    /// Opens `path` and goes through every row once, so that whatever is wrong is told before compute is spent.
     ///
     /// # Errors
-    /// Names the file, and all faulty lines up to ten: not JSON, no such field, too long.
-    pub fn read(
-        path: &Path,
-        format: &PromptFormat,
-        tokenizer: &Tokenizer,
-        limit: usize,
-        on_long: OnLong,
-    ) -> Result<Self> {
-        let text =
-            std::fs::read_to_string(path).with_context(|| format!("cannot read the data set {}", path.display()))?;
-        let (mut rows, mut faults, mut skipped) = (Vec::new(), Faults::new(path), 0);
-        for (line, content) in text.lines().enumerate().filter(|(_, content)| !content.trim().is_empty()) {
-            let text = match prompt_text(content, &format.field) {
-                Ok(text) => text,
-                Err(error) => {
-                    faults.add(line, &error);
-                    continue;
+    /// Names the file, and all faulty rows up to ten: not JSON, no such field, too long.
+    pub fn read(path: &Path, options: ReadOptions, tokenizer: &Tokenizer) -> Result<Self> {
+        let rows = Rows::open(path)?;
+        ensure!(u32::try_from(rows.len()).is_ok(), "the data set {} has more than 4 billion rows", path.display());
+        let blank = options.format.encode("", tokenizer)?.into();
+        let mut data = Self {
+            rows,
+            usable: Vec::new(),
+            options,
+            tokenizer: tokenizer.clone(),
+            blank,
+            seed: 0,
+            shuffle: false,
+            longest: 0,
+            skipped: 0,
+        };
+        let mut faults = Faults::default();
+        let found: Vec<Result<Found>> = (0..data.rows.len()).into_par_iter().map(|i| data.look(i)).collect();
+        for (i, found) in found.into_iter().enumerate() {
+            match found {
+                Ok(Found::Usable(tokens)) => {
+                    data.usable.push(i as u32);
+                    data.longest = data.longest.max(tokens);
                 }
-            };
-            let ids = format.encode(&text, tokenizer)?;
-            if ids.is_empty() {
-                faults.add(line, &anyhow!("the prompt has no tokens"));
-            } else if ids.len() <= limit {
-                rows.push(Row { line, text: text.into(), ids: ids.into() });
-            } else if on_long == OnLong::Skip {
-                skipped += 1;
-            } else {
-                faults.add(line, &anyhow!(
-                    "the prompt has {} tokens, the limit is {limit}; raise data.max_prompt_tokens within the model's context, or set data.on_long = \"skip\"",
-                    ids.len()
-                ));
+                Ok(Found::TooLong) => data.skipped += 1,
+                Ok(Found::NotMeant | Found::Blank) => {}
+                Err(error) => faults.add(&data.rows.place(i), &error),
             }
         }
         faults.report()?;
         ensure!(
-            !rows.is_empty(),
-            "the data set {} has no usable prompt ({skipped} left out as too long)",
-            path.display()
+            !data.usable.is_empty(),
+            "the data set {} has no usable prompt ({} left out as too long)",
+            path.display(),
+            data.skipped
         );
-        let blank = format.encode("", tokenizer)?.into();
-        Ok(Self { rows, blank, seed: 0, shuffle: false, skipped })
+        Ok(data)
+    }
+
+    fn look(&self, i: usize) -> Result<Found> {
+        let Some(row) = self.rows.get(i)? else { return Ok(Found::Blank) };
+        let dialogue = self.options.format.dialogue(&row)?;
+        if !self.options.split.takes(&dialogue.text()) {
+            return Ok(Found::NotMeant);
+        }
+        if self.options.needs_references && self.reference(&row).is_none() {
+            let name = &self.options.format.reference_field;
+            field(&row, name).with_context(|| "set data.reference_field")?;
+            bail!("field {name:?} is no text");
+        }
+        let (tokens, limit) =
+            (self.options.format.encode_dialogue(&dialogue, &self.tokenizer)?.len(), self.options.limit);
+        ensure!(tokens > 0, "the prompt has no tokens");
+        if tokens <= limit {
+            return Ok(Found::Usable(tokens));
+        }
+        if self.options.on_long == OnLong::Skip {
+            return Ok(Found::TooLong);
+        }
+        bail!(
+            "the prompt has {tokens} tokens, the limit is {limit}; raise data.max_prompt_tokens within the model's context, or set data.on_long = \"skip\""
+        )
+    }
+
+    fn reference(&self, row: &Value) -> Option<Arc<str>> {
+        row.get(&self.options.format.reference_field).and_then(Value::as_str).map(Into::into)
     }
 
     /// The same data set, gone through in an order that `seed` shuffles anew each epoch.
@@ -132,58 +231,60 @@ impl Dataset {
 
     /// Number of prompts in one epoch.
     pub fn len(&self) -> usize {
-        self.rows.len()
+        self.usable.len()
     }
 
     /// Always false: an empty data set is refused.
     pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+        self.usable.is_empty()
     }
 
     /// Most tokens that any prompt has.
     pub fn longest(&self) -> usize {
-        self.rows.iter().map(|row| row.ids.len()).max().unwrap_or(0)
+        self.longest
     }
 
     /// Order of rows in `epoch`: a function of the seed and the epoch alone.
     pub fn order(&self, epoch: u64) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..self.rows.len()).collect();
-        if self.shuffle {
-            order.shuffle(&mut ChaCha8Rng::seed_from_u64(mix(self.seed ^ mix(epoch))));
-        }
-        order
+        order(self.usable.len(), self.shuffle.then_some(self.seed), epoch)
     }
 
     /// Prompt number `seq` of the run, given the order of its epoch.
-    fn prompt(&self, seq: u64, order: &[usize]) -> Prompt {
-        let n = self.rows.len() as u64;
-        let row = &self.rows[order[(seq % n) as usize]];
-        Prompt {
-            seq,
-            epoch: seq / n,
-            row: row.line,
-            text: Arc::clone(&row.text),
-            ids: Arc::clone(&row.ids),
-            blank: Arc::clone(&self.blank),
-            reference: None,
-        }
+    ///
+    /// # Errors
+    /// A row that was changed since the data set was opened.
+    pub fn prompt(&self, seq: u64, order: &[usize]) -> Result<Prompt> {
+        let n = self.usable.len() as u64;
+        let i = self.usable[order[(seq % n) as usize]] as usize;
+        let read = || -> Result<Prompt> {
+            let row = self.rows.get(i)?.context("the row is gone")?;
+            let dialogue = self.options.format.dialogue(&row)?;
+            Ok(Prompt {
+                seq,
+                epoch: seq / n,
+                row: i,
+                text: dialogue.text().into(),
+                ids: self.options.format.encode_dialogue(&dialogue, &self.tokenizer)?.into(),
+                blank: Arc::clone(&self.blank),
+                reference: self.reference(&row),
+            })
+        };
+        read().with_context(|| format!("{} was changed while it was in use", self.rows.place(i)))
     }
 }
 
-fn prompt_text(line: &str, field: &str) -> Result<String> {
-    let value: Value = serde_json::from_str(line).map_err(|error| anyhow!("not JSON: {error}"))?;
-    match value.get(field) {
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(_) => bail!("field {field:?} is no string"),
-        None => {
-            let fields: Vec<&str> = value.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
-            bail!("no field {field:?}; the line has {}; set data.prompt_field", fields.join(", "))
-        }
+/// The numbers below `n`, in an order that `seed` shuffles anew each epoch, or as they are without a seed.
+fn order(n: usize, seed: Option<u64>, epoch: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    if let Some(seed) = seed {
+        order.shuffle(&mut ChaCha8Rng::seed_from_u64(mix(seed ^ mix(epoch))));
     }
+    order
 }
 
+/// What is wrong with a file, the first few rows of it in full.
+#[derive(Default)]
 struct Faults {
-    path: PathBuf,
     lines: Vec<String>,
     more: usize,
 }
@@ -191,13 +292,12 @@ struct Faults {
 impl Faults {
     const SHOWN: usize = 10;
 
-    fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), lines: Vec::new(), more: 0 }
-    }
-
-    fn add(&mut self, line: usize, error: &anyhow::Error) {
+    fn add(&mut self, place: &str, error: &anyhow::Error) {
         if self.lines.len() < Self::SHOWN {
-            self.lines.push(format!("{}:{}: {error}", self.path.display(), line + 1));
+            // The remedy stands outermost in the chain, and reads better last.
+            let mut causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+            causes.reverse();
+            self.lines.push(format!("{place}: {}", causes.join("; ")));
         } else {
             self.more += 1;
         }

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 
 use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
-use crate::data::{Dataset, OnLong, PromptFormat};
+use crate::data::pairs::PairSet;
+use crate::data::{Dataset, OnLong, Part, PromptFormat, ReadOptions, Split};
 use crate::label::local::{Judge, Local};
 use crate::model::config::SUPPORTED_SCORERS;
 use crate::model::{Llama, ModelConfig, Weights};
@@ -29,6 +30,8 @@ pub struct Prepared {
     pub instruments: Vec<Instrument>,
     /// What the reward model starts from, where it is not the policy.
     pub reward_start: Option<RewardStart>,
+    /// Preferences from a file to warm the reward model up on, where the configuration names one.
+    pub pairs: Option<Arc<PairSet>>,
     /// The prompts.
     pub data: Arc<Dataset>,
     /// Where the policy came from, in words.
@@ -81,8 +84,15 @@ pub fn prepare(config: &Config, progress: bool) -> Result<Prepared> {
         }
     }
     let data = data(config, &policy.tokenizer, context)?;
+    let pairs = match &config.reward_model.pairs {
+        Some(path) if trainer_plan(config).is_some() => {
+            let (format, seed) = (prompt_format(config), config.run.seed);
+            Some(Arc::new(PairSet::read(path, &format, &policy.tokenizer, context, on_long(config), seed)?))
+        }
+        _ => None,
+    };
     let Policy { model, identity, tokenizer, origin } = policy;
-    Ok(Prepared { policy: model, identity, tokenizer, instruments, reward_start, data: Arc::new(data), origin })
+    Ok(Prepared { policy: model, identity, tokenizer, instruments, reward_start, pairs, data: Arc::new(data), origin })
 }
 
 fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
@@ -184,18 +194,29 @@ fn data(config: &Config, tokenizer: &Tokenizer, context: usize) -> Result<Datase
         "data.chat = true, but the model has no chat template; set data.chat = false"
     );
     let limit = config.data.max_prompt_tokens.min(context - new);
-    let on_long = if config.data.on_long == config::OnLong::Skip { OnLong::Skip } else { OnLong::Error };
-    let data = Dataset::read(&config.data.path, &format, tokenizer, limit, on_long)?;
+    let options = ReadOptions {
+        format,
+        limit,
+        on_long: on_long(config),
+        split: Split { holdout: config.data.holdout, part: Part::Train },
+        needs_references: config.sft.steps > 0,
+    };
+    let data = Dataset::read(&config.data.path, options, tokenizer)?;
     if data.skipped > 0 {
         tracing::warn!("{} prompts longer than {limit} tokens are left out", data.skipped);
     }
     Ok(if config.data.shuffle { data.shuffled(config.run.seed) } else { data })
 }
 
+fn on_long(config: &Config) -> OnLong {
+    if config.data.on_long == config::OnLong::Skip { OnLong::Skip } else { OnLong::Error }
+}
+
 /// How the configuration makes prompts of texts.
 pub fn prompt_format(config: &Config) -> PromptFormat {
     PromptFormat {
         field: config.data.prompt_field.clone(),
+        reference_field: config.data.reference_field.clone(),
         instruction: config.data.instruction.clone(),
         chat: config.data.chat,
         system: config.data.system.clone(),

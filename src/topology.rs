@@ -14,6 +14,7 @@ use crate::algo::{Algorithm, Correction, reinforce::Reinforce, rloo::Rloo};
 use crate::config::{
     AlgorithmKind, Config, CorrectionKind, LabelForm, Mode, Pairs, RewardScaling, Schedule, UpdateMode,
 };
+use crate::data::pairs::PairSource;
 use crate::data::source::PromptSource;
 use crate::generate::sampler::Sampling;
 use crate::generate::stage::Rollout;
@@ -112,8 +113,8 @@ impl Node {
         Ok(())
     }
 
-    /// Wires the graph that warms the reward model up on what the initial policy writes and the labeler judges:
-    /// prompts → rollout ×N → label ×M → reward.
+    /// Wires the graph that warms the reward model up, on a file of preferences (pairs → reward) or on what the initial
+    /// policy writes and the labeler judges (prompts → rollout ×N → label ×M → reward).
     ///
     /// # Errors
     /// A labeler's template that cannot be used.
@@ -124,22 +125,32 @@ impl Node {
         observer: &Arc<Mutex<dyn WarmUpObserver>>,
     ) -> StageResult<()> {
         let config = &self.config;
-        let groups_wanted = config.reward_model.warm_up_groups;
-        let (prompts_out, prompts) = builder.edge("prompts", 1);
-        let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
-        let (labeled_out, labeled) = builder.edge("labeled", config.labeler.capacity);
-        let gate = everything(groups_wanted);
-        let lot = config.rollout.groups_per_call;
-        let source = PromptSource::new(Arc::clone(&self.prepared.data), gate, lot, 0, groups_wanted);
-        builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
-        // Draws of their own: the run's first groups are not to be those that the reward model has seen.
-        self.rollouts(builder, prompts, groups_out, seed::mix(config.run.seed ^ seed::text("warm-up")));
-        self.label(builder, groups, labeled_out)?;
+        let count = self.warm_up_groups();
+        let gate = everything(count);
         let (trainer, observer) = (Arc::clone(trainer), Arc::clone(observer));
         let warm_up = WarmUp::new(trainer, observer, config.reward_model.epochs, config.run.seed);
         let spec = StageSpec::new("reward").role("reward").threads(config.reward.threads);
+        let (labeled_out, labeled) = builder.edge("labeled", config.labeler.capacity);
+        if let Some(pairs) = &self.prepared.pairs {
+            let source = PairSource::new(Arc::clone(pairs), gate);
+            builder.source(StageSpec::new("pairs").role("pairs"), source, labeled_out);
+        } else {
+            let (prompts_out, prompts) = builder.edge("prompts", 1);
+            let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
+            let source =
+                PromptSource::new(Arc::clone(&self.prepared.data), gate, config.rollout.groups_per_call, 0, count);
+            builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
+            // Draws of their own: the run's first groups are not to be those that the reward model has seen.
+            self.rollouts(builder, prompts, groups_out, seed::mix(config.run.seed ^ seed::text("warm-up")));
+            self.label(builder, groups, labeled_out)?;
+        }
         builder.sink(spec, warm_up, labeled);
         Ok(())
+    }
+
+    /// Groups that the reward model is warmed up on, in one epoch.
+    pub fn warm_up_groups(&self) -> u64 {
+        self.prepared.pairs.as_ref().map_or(self.config.reward_model.warm_up_groups, |pairs| pairs.len() as u64)
     }
 
     fn rollouts(&self, builder: &mut GraphBuilder, prompts: Inlet<Vec<Prompt>>, groups: Outlet<Group>, seed: u64) {

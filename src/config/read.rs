@@ -46,7 +46,7 @@ pub(super) fn run(document: &mut Document) -> Run {
 
 pub(super) fn data(document: &mut Document, folder: &Path) -> Data {
     let mut s = document.section("data");
-    let path = folder.join(s.required::<String>("path", "a file of JSON lines"));
+    let path = folder.join(s.required::<String>("path", "a file of JSON lines, or of parquet"));
     if path != folder && !path.is_file() {
         s.error("path", &format!("there is no file {}", path.display()));
     }
@@ -57,6 +57,8 @@ pub(super) fn data(document: &mut Document, folder: &Path) -> Data {
     Data {
         path,
         prompt_field: s.get("prompt_field", "prompt".to_owned()),
+        reference_field: s.get("reference_field", "reference".to_owned()),
+        holdout: s.checked("holdout", 0.0, "from 0 to below 1", |n| (0.0..1.0).contains(n)),
         instruction,
         chat: s.get("chat", true),
         system: s.optional("system"),

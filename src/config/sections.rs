@@ -36,10 +36,15 @@ pub enum Mode {
 /// `[data]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct Data {
-    /// JSON lines, relative to the configuration's folder. Required.
+    /// JSON lines (`.jsonl`, `.jsonl.gz`) or `.parquet`, relative to the configuration's folder. Required.
     pub path: PathBuf,
-    /// Field of a line that holds the text. Default `prompt`.
+    /// Field of a row that holds the prompt: a text, a text in `Human:`/`Assistant:` turns, or a list of messages.
+    /// Default `prompt`.
     pub prompt_field: String,
+    /// Field of a row that holds a good answer, for supervised fine-tuning and win rates. Default `reference`.
+    pub reference_field: String,
+    /// Share of prompts kept from training, chosen by what they say; `preceptor eval` reads these. Default 0.
+    pub holdout: f64,
     /// What the policy is asked, with `{{ prompt }}` where the text goes. Default `{{ prompt }}`.
     pub instruction: String,
     /// Wrap the instruction as a user's message in the model's chat template. Default true.

@@ -54,6 +54,8 @@ impl Config {
         let mut table = table([
             ("path", text(data.path.display())),
             ("prompt_field", text(&data.prompt_field)),
+            ("reference_field", text(&data.reference_field)),
+            ("holdout", Value::Float(data.holdout)),
             ("instruction", text(&data.instruction)),
             ("chat", Value::Boolean(data.chat)),
             ("shuffle", Value::Boolean(data.shuffle)),

@@ -44,7 +44,7 @@ impl Source for PromptSource {
                 self.epoch = Some((epoch, self.data.order(epoch)));
             }
             let (_, order) = self.epoch.as_ref().expect("set just above");
-            lot.push(self.data.prompt(seq, order));
+            lot.push(self.data.prompt(seq, order)?);
         }
         let seq = self.next;
         self.next += count;

@@ -116,7 +116,7 @@ pub(super) async fn warm_up(
     stop: &Stop,
 ) -> Result<()> {
     let Some(trainer) = node.reward_model.clone() else { return Ok(()) };
-    let units = node.config.reward_model.warm_up_groups * node.config.reward_model.epochs;
+    let units = node.warm_up_groups() * node.config.reward_model.epochs;
     let notes = Arc::new(Mutex::new(Notes::new("reward model warm-up", "groups", units, files)));
     let (wired, observer) = (Arc::clone(node), notes.clone());
     run(&node.config, "reward model warm-up", &notes, server, stop, move |builder| {

@@ -1,0 +1,140 @@
+//! What a policy is asked: one message, or several turns of a dialogue.
+
+use anyhow::{Result, bail, ensure};
+use serde_json::Value;
+
+use crate::tokens::chat::Message;
+
+/// Turns of a dialogue, oldest first. As a prompt it ends with the user's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dialogue {
+    /// The turns, at least one.
+    pub turns: Vec<Message>,
+}
+
+const HUMAN: &str = "\n\nHuman:";
+const ASSISTANT: &str = "\n\nAssistant:";
+
+impl Dialogue {
+    /// One message of the user's.
+    pub fn single(text: &str) -> Self {
+        Self { turns: vec![Message { role: "user".into(), content: text.into() }] }
+    }
+
+    /// From a field of a row: a text, a text in turns (`\n\nHuman: …\n\nAssistant: …`), or a list of
+    /// `{role, content}`.
+    ///
+    /// # Errors
+    /// Says what the field is instead.
+    pub fn from_json(value: &Value) -> Result<Self> {
+        match value {
+            Value::String(text) if text.starts_with(HUMAN) || text.starts_with(HUMAN.trim_start()) => {
+                Self::from_turns(text)
+            }
+            Value::String(text) => Ok(Self::single(text)),
+            Value::Array(list) => {
+                ensure!(!list.is_empty(), "is a dialogue without turns");
+                let turns = list.iter().map(message).collect::<Result<_>>()?;
+                Ok(Self { turns })
+            }
+            _ => bail!("is no text and no list of messages"),
+        }
+    }
+
+    /// From `\n\nHuman: …\n\nAssistant: …`; an empty assistant's turn at the end only opens the answer.
+    fn from_turns(text: &str) -> Result<Self> {
+        let text = if text.starts_with('\n') { text.to_owned() } else { format!("\n\n{text}") };
+        let mut turns = Vec::new();
+        let mut rest = text.as_str();
+        while !rest.is_empty() {
+            let (role, body) = match (rest.strip_prefix(HUMAN), rest.strip_prefix(ASSISTANT)) {
+                (Some(body), _) => ("user", body),
+                (_, Some(body)) => ("assistant", body),
+                (None, None) => bail!("is a dialogue that does not begin with Human: or Assistant:"),
+            };
+            let end = [HUMAN, ASSISTANT].iter().filter_map(|mark| body.find(mark)).min().unwrap_or(body.len());
+            turns.push(Message { role: role.into(), content: body[..end].trim().into() });
+            rest = &body[end..];
+        }
+        if turns.len() > 1 && turns.last().is_some_and(|turn| turn.role == "assistant" && turn.content.is_empty()) {
+            turns.pop();
+        }
+        Ok(Self { turns })
+    }
+
+    /// How a judge reads it: the message itself, or its turns, each with who speaks.
+    pub fn text(&self) -> String {
+        if let [one] = self.turns.as_slice()
+            && one.role == "user"
+        {
+            return one.content.clone();
+        }
+        let spoken = self.turns.iter().map(|turn| {
+            let who = match turn.role.as_str() {
+                "user" => "Human",
+                "assistant" => "Assistant",
+                other => other,
+            };
+            format!("{who}: {}", turn.content)
+        });
+        spoken.collect::<Vec<_>>().join("\n\n")
+    }
+
+    /// Takes the assistant's last turn off.
+    ///
+    /// # Errors
+    /// When the last turn is not the assistant's, or nothing stands before it.
+    pub fn split_answer(mut self) -> Result<(Self, String)> {
+        match self.turns.pop() {
+            Some(last) if last.role == "assistant" && !self.turns.is_empty() => Ok((self, last.content)),
+            Some(_) => bail!("does not end with the assistant's turn after another"),
+            None => bail!("is a dialogue without turns"),
+        }
+    }
+}
+
+fn message(value: &Value) -> Result<Message> {
+    match (value["role"].as_str(), value["content"].as_str()) {
+        (Some(role), Some(content)) => Ok(Message { role: role.into(), content: content.into() }),
+        _ => bail!("has a message without role or content"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn turns(value: &Value) -> Vec<(String, String)> {
+        Dialogue::from_json(value).unwrap().turns.into_iter().map(|turn| (turn.role, turn.content)).collect()
+    }
+
+    #[test]
+    fn dialogues_come_in_three_forms() {
+        let expected = [("user", "hi"), ("assistant", "hello\n\nthere"), ("user", "why?")]
+            .map(|(a, b)| (a.to_owned(), b.to_owned()));
+        assert_eq!(turns(&json!("\n\nHuman: hi\n\nAssistant: hello\n\nthere\n\nHuman: why?\n\nAssistant:")), expected);
+        assert_eq!(
+            turns(&json!([
+                { "role": "user", "content": "hi" },
+                { "role": "assistant", "content": "hello\n\nthere" },
+                { "role": "user", "content": "why?" }
+            ])),
+            expected
+        );
+        assert_eq!(turns(&json!("Human beings are odd")), [("user".to_owned(), "Human beings are odd".to_owned())]);
+        for wrong in [json!(3), json!([]), json!([{ "role": "user" }])] {
+            assert!(Dialogue::from_json(&wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_judge_reads_turns_and_an_answer_is_split_off() {
+        let dialogue = Dialogue::from_json(&json!("\n\nHuman: hi\n\nAssistant: hello")).unwrap();
+        assert_eq!(dialogue.text(), "Human: hi\n\nAssistant: hello");
+        let (before, answer) = dialogue.split_answer().unwrap();
+        assert_eq!((before.text().as_str(), answer.as_str()), ("hi", "hello"));
+        assert!(before.split_answer().is_err());
+    }
+}

@@ -1,0 +1,194 @@
+//! Rows of a file, found by number and read when they are wanted: JSON lines, plain or gzipped, and parquet.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use serde_json::Value;
+
+/// Most bytes of one row.
+const LONGEST: u64 = 64 << 20;
+
+/// An index of where each row begins; the rows themselves stay on the disk.
+pub struct Rows {
+    path: PathBuf,
+    file: File,
+    /// Where each row begins, and where the last one ends.
+    offsets: Vec<u64>,
+}
+
+impl Rows {
+    /// Opens a `.jsonl`, `.jsonl.gz` or `.parquet` file. What is compressed is unpacked once, into a temporary file
+    /// that goes away with the program.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read, and where it is damaged.
+    pub fn open(path: &Path) -> Result<Self> {
+        let cannot = || format!("cannot read the data set {}", path.display());
+        let file = File::open(path).with_context(cannot)?;
+        let name = path.to_string_lossy();
+        let file = if name.ends_with(".gz") {
+            spool(|out| {
+                std::io::copy(&mut flate2::read::MultiGzDecoder::new(BufReader::new(file)), out)?;
+                Ok(())
+            })
+            .with_context(cannot)?
+        } else if name.ends_with(".parquet") {
+            spool(|out| parquet_rows(file, out)).with_context(cannot)?
+        } else {
+            file
+        };
+        let offsets = index(&file).with_context(cannot)?;
+        Ok(Self { path: path.to_owned(), file, offsets })
+    }
+
+    /// Rows, blank lines included: a row's number is that of its line, from zero.
+    pub fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Row `i`; `None` for a blank line.
+    ///
+    /// # Errors
+    /// What is no JSON object, or can no longer be read. Does not name the place: see [`Self::place`].
+    pub fn get(&self, i: usize) -> Result<Option<Value>> {
+        let (start, end) = (self.offsets[i], self.offsets[i + 1]);
+        if end - start > LONGEST {
+            bail!("the row has {} bytes, the limit is {LONGEST}", end - start);
+        }
+        let mut bytes = vec![0; (end - start) as usize];
+        self.file.read_exact_at(&mut bytes, start).context("the row can no longer be read")?;
+        let text = std::str::from_utf8(&bytes).map_err(|_| anyhow!("not UTF-8"))?.trim();
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let value: Value = serde_json::from_str(text).map_err(|error| anyhow!("not JSON: {error}"))?;
+        if value.is_object() { Ok(Some(value)) } else { bail!("not a JSON object") }
+    }
+
+    /// Where row `i` stands, for errors.
+    pub fn place(&self, i: usize) -> String {
+        format!("{}:{}", self.path.display(), i + 1)
+    }
+}
+
+/// A temporary file without a name, filled by `fill`.
+fn spool(fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<File> {
+    let file = tempfile::tempfile().context("cannot make a temporary file to unpack it into")?;
+    let mut out = BufWriter::new(&file);
+    fill(&mut out)?;
+    out.flush()?;
+    drop(out);
+    Ok(file)
+}
+
+fn parquet_rows(file: File, out: &mut BufWriter<&File>) -> Result<()> {
+    let reader = SerializedFileReader::new(file).map_err(|error| anyhow!("not a readable parquet file: {error}"))?;
+    let rows = reader.get_row_iter(None).map_err(|error| anyhow!("its columns cannot be read: {error}"))?;
+    for (i, row) in rows.enumerate() {
+        let row = row.map_err(|error| anyhow!("row {} cannot be read: {error}", i + 1))?;
+        serde_json::to_writer(&mut *out, &row.to_json_value())?;
+        out.write_all(b"\n")?;
+    }
+    Ok(())
+}
+
+/// Where the lines of `file` begin, and where it ends.
+fn index(file: &File) -> Result<Vec<u64>> {
+    let (mut offsets, mut at) = (vec![0], 0);
+    let mut reader = BufReader::with_capacity(1 << 20, Positioned { file, at: 0 });
+    loop {
+        let buffer = reader.fill_buf()?;
+        if buffer.is_empty() {
+            break;
+        }
+        for (i, _) in buffer.iter().enumerate().filter(|(_, byte)| **byte == b'\n') {
+            offsets.push(at + i as u64 + 1);
+        }
+        let read = buffer.len();
+        at += read as u64;
+        reader.consume(read);
+    }
+    if offsets.last() != Some(&at) {
+        offsets.push(at);
+    }
+    Ok(offsets)
+}
+
+/// Reads from the beginning whatever the file's own position is.
+struct Positioned<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Read for Positioned<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.file.read_at(buffer, self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(name: &str, bytes: &[u8], expected: &[Result<Option<&str>, &str>]) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let rows = Rows::open(&path).unwrap();
+        assert_eq!(rows.len(), expected.len());
+        for (i, expected) in expected.iter().enumerate() {
+            match (rows.get(i), expected) {
+                (Ok(row), Ok(text)) => {
+                    assert_eq!(row.as_ref().map(|row| row["a"].as_str().unwrap()), *text);
+                }
+                (Err(error), Err(words)) => assert!(error.to_string().contains(words), "{error}"),
+                (got, expected) => panic!("row {i}: {got:?}, not {expected:?}"),
+            }
+        }
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        out.write_all(bytes).unwrap();
+        out.finish().unwrap()
+    }
+
+    #[test]
+    fn rows_are_read_by_number() {
+        let text = b"{\"a\": \"x\"}\n\n{\"a\": \"y\"}\nnope\n[1]\n{\"a\": \"last\"}";
+        let expected =
+            [Ok(Some("x")), Ok(None), Ok(Some("y")), Err("not JSON"), Err("not a JSON object"), Ok(Some("last"))];
+        check("plain.jsonl", text, &expected);
+        check("packed.jsonl.gz", &gzip(text), &expected);
+        check("empty.jsonl", b"", &[]);
+        check("bytes.jsonl", b"\xff\n{\"a\": \"x\"}\n", &[Err("UTF-8"), Ok(Some("x"))]);
+    }
+
+    #[test]
+    fn damaged_files_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let half = gzip(&b"{\"a\": \"x\"}\n".repeat(100));
+        for (name, bytes) in [("half.jsonl.gz", &half[..half.len() / 2]), ("no.parquet", b"PAR1 nothing".as_slice())] {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            let error = format!("{:#}", Rows::open(&path).err().unwrap());
+            assert!(error.contains(name), "{error}");
+        }
+    }
+}
