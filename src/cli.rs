@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod generate;
+pub mod label;
 pub mod pairs;
 pub mod prompts;
 pub mod score;
@@ -37,6 +38,8 @@ enum Command {
     Check(check::Check),
     /// Samples from a model or a checkpoint.
     Generate(generate::Generate),
+    /// Labels pairs of a file with the configured judge; started again, goes on where it was.
+    Label(label::Label),
     /// Makes preference pairs whose better answer is known, of prompts and references.
     Pairs(pairs::Pairs),
     /// Log-probabilities of each token of a text, and its perplexity.
@@ -71,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Train(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Generate(command) => command.run(),
+        Command::Label(command) => command.run(),
         Command::Pairs(command) => command.run(),
         Command::Score(command) => command.run(),
     };

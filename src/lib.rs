@@ -7,6 +7,7 @@
 //! - [`topology`] wires the stages, [`run`] is the composition root, [`cli`] the command line.
 
 pub mod algo;
+pub mod annotate;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;

@@ -116,15 +116,36 @@ fn timeout(config: &Config) -> Duration {
     Duration::from_secs(config.policy.resolve_timeout_s)
 }
 
-/// What the labeler's methods judge with, where nothing is trained: the policy is loaded only if a method wants it.
+/// What labeling takes where nothing is trained.
+pub struct LabelerBench {
+    /// What each method judges with.
+    pub instruments: Vec<Instrument>,
+    /// How prompts and answers become tokens for judges that read tokens.
+    pub tokenizer: Tokenizer,
+}
+
+/// Loads the judges; the policy is loaded only if a method judges with it.
 ///
 /// # Errors
 /// As [`prepare`].
-pub fn labeler_instruments(config: &Config, progress: bool) -> Result<Vec<Instrument>> {
+pub fn labeler_bench(config: &Config, progress: bool) -> Result<LabelerBench> {
     let device = device(&config.policy.device)?;
     let own = config.labeler.methods.iter().any(|method| method.model.is_none());
     let policy = if own { Some(policy(config, &device, progress)?) } else { None };
-    instruments(config, policy.as_ref(), &device, progress)
+    let instruments = instruments(config, policy.as_ref(), &device, progress)?;
+    let mut tokenizers =
+        config.labeler.methods.iter().zip(&instruments).filter_map(|(method, instrument)| match instrument {
+            Instrument::Model(local) if method.kind == LabelerKind::Likelihood => Some(&local.judge().tokenizer),
+            Instrument::Model(_) => None,
+        });
+    // Only a judge of likelihoods reads tokens; the others are given texts, and any tokenizer will do.
+    let first = tokenizers.next().cloned();
+    for other in tokenizers {
+        let same = first.as_ref().map_or(Ok(true), |first| same_vocabulary(first, other))?;
+        ensure!(same, "the panel's judges of likelihood have different vocabularies; label with each on its own");
+    }
+    let tokenizer = first.or(policy.map(|policy| policy.tokenizer)).unwrap_or_else(Tokenizer::bytes);
+    Ok(LabelerBench { instruments, tokenizer })
 }
 
 fn instruments(config: &Config, policy: Option<&Policy>, device: &Device, progress: bool) -> Result<Vec<Instrument>> {

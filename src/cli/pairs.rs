@@ -70,7 +70,10 @@ impl Pairs {
             written += 1;
         }
         out.flush()?;
-        eprintln!("{written} pairs in {} ({left_out} rows left out: nothing to spoil them with)", self.output.display());
+        eprintln!(
+            "{written} pairs in {} ({left_out} rows left out: nothing to spoil them with)",
+            self.output.display()
+        );
         Ok(())
     }
 

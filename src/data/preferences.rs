@@ -44,6 +44,10 @@ impl Preferences {
         let look = |i: usize| -> Result<bool> {
             let Some(row) = rows.get(i)? else { return Ok(false) };
             let pair = pair(i, &row)?;
+            // What a judge would not decide stands in a file of labels as null, and teaches nothing.
+            if labeled && row.get("preference").is_some_and(Value::is_null) {
+                return Ok(false);
+            }
             ensure!(!labeled || pair.preference.is_some(), "no field \"preference\" says which answer is better");
             Ok(split.takes(&pair.dialogue.text()))
         };

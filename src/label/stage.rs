@@ -2,7 +2,6 @@
 
 use preceptor_actors::{Emitter, Item, Stage, StageResult};
 
-use super::backend::Usage;
 use super::{Labeler, Labels, Pairing, derive};
 use crate::rollout::{Feedback, Group, Labeled, Verdict};
 use crate::telemetry;
@@ -54,7 +53,7 @@ impl Stage for LabelStage {
     fn process(&mut self, item: Item<Group>, out: &Emitter<'_, Labeled>) -> StageResult<()> {
         let started = out.ctx().clock().now();
         let group = item.body;
-        let mut labels = ask(self.labeler.as_ref(), &group, self.retries);
+        let mut labels = ask_many(self.labeler.as_ref(), &[&group], self.retries).pop().unwrap_or_default();
         telemetry::labels(self.labeler.name(), &labels);
         telemetry::label_took(out.ctx().clock().now().saturating_sub(started));
         self.wants.shape(group.completions.len(), &mut labels);
@@ -73,20 +72,27 @@ impl Stage for LabelStage {
     }
 }
 
-/// Labels of `group`: those of the first attempt without a failure, else of the last. Usage is that of all.
-fn ask(labeler: &dyn Labeler, group: &Group, retries: u32) -> Labels {
-    let (mut usage, mut attempt) = (Usage::default(), 0);
-    loop {
-        let mut labels = labeler.label(group).unwrap_or_else(|error| {
-            tracing::warn!(seq = group.prompt.seq, attempt, "labeler failed: {error:#}");
-            let verdict = Verdict::Failure(format!("{error:#}"));
-            Labels { scores: vec![verdict; group.completions.len()], ..Labels::default() }
-        });
-        usage += labels.usage;
-        labels.usage = usage;
-        if attempt == retries || !labels.failed() {
-            return labels;
+/// Labels of `groups`. Those with a failure are asked about again, up to `retries` times; what the last attempt says
+/// stands. Usage is that of all attempts.
+pub fn ask_many(labeler: &dyn Labeler, groups: &[&Group], retries: u32) -> Vec<Labels> {
+    let mut answers: Vec<Labels> = groups.iter().map(|_| Labels::default()).collect();
+    let mut waiting: Vec<usize> = (0..groups.len()).collect();
+    for attempt in 0..=retries {
+        let asked: Vec<&Group> = waiting.iter().map(|i| groups[*i]).collect();
+        let replies = labeler.label_many(&asked);
+        for (i, reply) in waiting.iter().zip(replies) {
+            let mut labels = reply.unwrap_or_else(|error| {
+                tracing::warn!(seq = groups[*i].prompt.seq, attempt, "labeler failed: {error:#}");
+                let verdict = Verdict::Failure(format!("{error:#}"));
+                Labels { scores: vec![verdict; groups[*i].completions.len()], ..Labels::default() }
+            });
+            labels.usage += answers[*i].usage;
+            answers[*i] = labels;
         }
-        attempt += 1;
+        waiting.retain(|i| answers[*i].failed());
+        if waiting.is_empty() {
+            break;
+        }
     }
+    answers
 }

@@ -213,3 +213,79 @@ fn render(template: &str, values: minijinja::Value) -> Result<String> {
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.render_str(template, values).context("a labeler's template cannot be filled in")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shipped_set_is_whole_and_even_handed() {
+        for (name, _) in SHIPPED {
+            let set = TemplateSet::find(name).unwrap();
+            assert_eq!((set.task.as_str(), set.inverted), (*name, *name == "harmless"));
+            let firsts = set.exemplars.iter().filter(|one| one.answer == 1).count();
+            assert_eq!((set.exemplars.len(), firsts), (4, 2), "{name}: as many examples for 1 as for 2");
+            assert!(set.rating("text", "answer").unwrap().ends_with("SCORE:"));
+        }
+    }
+
+    #[test]
+    fn a_comparison_is_laid_out_as_the_set_says() {
+        let set = TemplateSet::find("summarization").unwrap();
+        let asked = set.comparison(&Preamble::Own("Judge.".into()), 1, false).unwrap();
+        let text = asked.ask("T", "A", "B", None).unwrap();
+        let parts: Vec<&str> = text.split("\n\n").collect();
+        assert_eq!(parts[0], "Judge.");
+        assert!(parts[1].starts_with("----- example -----\nText - My neighbour"), "{text}");
+        assert_eq!(parts[2], "Preferred Summary=1\n----- end of example -----");
+        assert_eq!(parts[3], "Now judge this one in the same way.");
+        assert_eq!(parts[4..], ["Text - T\nSummary 1 - A\nSummary 2 - B", "Preferred Summary="]);
+        let thought = set.comparison(&Preamble::Base, 2, true).unwrap();
+        let think = thought.think("T", "A", "B").unwrap();
+        assert!(think.ends_with("Summary 2 - B\n\nLook at coherence, accuracy, coverage and overall quality in turn, and say in a sentence each which summary does better and why.\n\nRationale:"), "{think}");
+        assert_eq!(think.matches("Rationale:").count(), 3);
+        let ask = thought.ask("T", "A", "B", Some(" because.\n")).unwrap();
+        assert_eq!(ask, format!("{think} because.\n\nPreferred Summary="));
+    }
+
+    #[test]
+    fn what_changes_a_question_changes_its_hash() {
+        let sets = [TemplateSet::find("summarization").unwrap(), TemplateSet::find("harmless").unwrap()];
+        let mut hashes = Vec::new();
+        for set in &sets {
+            for (preamble, shots, cot) in [
+                (Preamble::Base, 0, false),
+                (Preamble::Detailed, 0, false),
+                (Preamble::Base, 2, false),
+                (Preamble::Base, 0, true),
+            ] {
+                hashes.push(set.comparison(&preamble, shots, cot).unwrap().hash());
+            }
+        }
+        let count = hashes.len();
+        hashes.sort_unstable();
+        hashes.dedup();
+        assert_eq!(hashes.len(), count);
+    }
+
+    #[test]
+    fn a_set_that_does_not_work_is_refused_with_the_reason() {
+        let text = SHIPPED[0].1;
+        for (from, to, words) in [
+            ("inverted = false", "inverted = \"no\"", "inverted"),
+            ("ending = ", "endings = ", "endings"),
+            ("answer = 2", "answer = 3", "exemplar 2 answers 3"),
+            ("{{ second }}", "two", "does not mention {{ second }}"),
+            ("{{ prompt }}", "{{ text }}", "cannot be filled in"),
+        ] {
+            let result = TemplateSet::parse(&text.replace(from, to));
+            let error = format!("{:#}", result.unwrap_err());
+            assert!(error.contains(words), "{to}: {error}");
+        }
+        let set = TemplateSet::find("helpful").unwrap();
+        assert!(set.comparison(&Preamble::Base, 5, false).unwrap_err().to_string().contains("labeler.shots = 5"));
+        assert!(
+            TemplateSet::find("no/such.toml").unwrap_err().to_string().contains("summarization, helpful, harmless")
+        );
+    }
+}

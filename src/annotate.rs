@@ -1,0 +1,212 @@
+//! Labeling files: the labeler actors of a training graph, fed from a file and read by a writer.
+
+pub mod file;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Result, bail};
+use preceptor_actors::{
+    Emitter, GraphBuilder, GraphOptions, Item, Outcome, Source, Stage, StageContext, StageResult, StageSpec,
+    WatchdogPolicy, spawn_graph,
+};
+
+use crate::config::Config;
+use crate::data::pairs::group;
+use crate::data::{Preferences, PromptFormat};
+use crate::label::stage::Wants;
+use crate::label::{Labeler, Labels};
+use crate::rollout::Group;
+use crate::telemetry;
+use crate::tokens::Tokenizer;
+
+/// What is to be labeled.
+pub trait Questions: Send + Sync {
+    /// Question `i` as a group.
+    ///
+    /// # Errors
+    /// What can no longer be read.
+    fn group(&self, i: usize) -> Result<Group>;
+}
+
+/// Pairs of a file as questions.
+pub struct PairQuestions {
+    /// The pairs.
+    pub pairs: Arc<Preferences>,
+    /// How prompts are made for judges that read tokens.
+    pub format: PromptFormat,
+    /// Their tokenizer.
+    pub tokenizer: Tokenizer,
+}
+
+impl Questions for PairQuestions {
+    fn group(&self, i: usize) -> Result<Group> {
+        group(i as u64, &self.pairs.get(i)?, &self.format, &self.tokenizer)
+    }
+}
+
+/// A labeled question.
+pub struct Annotation {
+    /// Its number.
+    pub question: usize,
+    /// What was asked.
+    pub group: Group,
+    /// What the labeler said.
+    pub labels: Labels,
+}
+
+/// Takes what was labeled, a batch at a time and once each.
+pub trait Annotations: Send {
+    /// A batch is labeled.
+    ///
+    /// # Errors
+    /// Ends the work: what must be kept could not be.
+    fn take(&mut self, batch: Vec<Annotation>) -> Result<()>;
+}
+
+/// A labeling job.
+pub struct Job {
+    /// For workers, threads, retries and the watchdog.
+    pub config: Config,
+    /// What to label.
+    pub questions: Arc<dyn Questions>,
+    /// Which of them, in order.
+    pub todo: Vec<usize>,
+    /// Questions that a labeler is given at once.
+    pub batch: usize,
+    /// In what form labels are wanted.
+    pub wants: Wants,
+    /// Makes a labeler for each labeler actor.
+    pub labelers: Box<dyn Fn() -> Result<Box<dyn Labeler>> + Send + Sync>,
+}
+
+/// Labels everything, in as many labeler actors as are configured; returns false when it was interrupted.
+///
+/// # Errors
+/// A labeler that cannot be made, or fails beyond the restart budget; what `out` reports.
+pub fn annotate(job: Job, out: Arc<Mutex<dyn Annotations>>) -> Result<bool> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let supervision = &job.config.supervision;
+    let options = GraphOptions {
+        watchdog: WatchdogPolicy {
+            stall_after: std::time::Duration::from_secs_f64(supervision.stall_after_s),
+            restart_after: Some(std::time::Duration::from_secs_f64(supervision.restart_after_s)),
+        },
+        ..GraphOptions::default()
+    };
+    let left = Arc::new(Mutex::new(job.todo.clone()));
+    let outcome = runtime.block_on(async {
+        let graph = spawn_graph(options, move |builder| wire(builder, &job, &left, &out));
+        loop {
+            tokio::select! {
+                outcome = graph.wait() => return outcome,
+                _ = tokio::signal::ctrl_c() => graph.halt(),
+            }
+        }
+    });
+    runtime.shutdown_background();
+    match outcome {
+        Outcome::Finished => Ok(true),
+        Outcome::Drained | Outcome::Halted => Ok(false),
+        Outcome::Failed { stage, error, .. } => bail!("labeling ended since {stage} failed: {error}"),
+    }
+}
+
+fn wire(
+    builder: &mut GraphBuilder,
+    job: &Job,
+    left: &Arc<Mutex<Vec<usize>>>,
+    out: &Arc<Mutex<dyn Annotations>>,
+) -> StageResult<()> {
+    let labeler = &job.config.labeler;
+    let (asked_out, asked) = builder.edge("questions", 1);
+    let (labeled_out, labeled) = builder.edge("labeled", labeler.capacity);
+    // After a restart, what was not yet taken is asked again.
+    let todo = left.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let source = Ask { questions: Arc::clone(&job.questions), todo, batch: job.batch, next: 0 };
+    builder.source(StageSpec::new("questions").role("questions"), source, asked_out);
+    for worker in 0..labeler.workers {
+        let stage = Label { labeler: (job.labelers)()?, retries: labeler.retries, wants: job.wants };
+        let spec = StageSpec::new(format!("label-{worker}")).role("label").threads(labeler.threads);
+        builder.stage(spec, stage, asked.clone(), labeled_out.clone());
+    }
+    drop((asked, labeled_out));
+    let take = Take { out: Arc::clone(out), left: Arc::clone(left) };
+    builder.sink(StageSpec::new("write").role("write"), take, labeled);
+    Ok(())
+}
+
+struct Ask {
+    questions: Arc<dyn Questions>,
+    todo: Vec<usize>,
+    batch: usize,
+    next: usize,
+}
+
+impl Source for Ask {
+    type Out = Vec<(usize, Group)>;
+
+    fn next(&mut self, ctx: &StageContext) -> StageResult<Option<Item<Self::Out>>> {
+        let end = (self.next + self.batch.max(1)).min(self.todo.len());
+        if self.next == end {
+            return Ok(None);
+        }
+        let body = self.todo[self.next..end]
+            .iter()
+            .map(|i| Ok((*i, self.questions.group(*i)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let seq = self.next as u64;
+        self.next = end;
+        Ok(Some(Item { seq, incarnation: ctx.incarnation(), version: 0, body }))
+    }
+}
+
+struct Label {
+    labeler: Box<dyn Labeler>,
+    retries: u32,
+    wants: Wants,
+}
+
+impl Stage for Label {
+    type In = Vec<(usize, Group)>;
+    type Out = Vec<Annotation>;
+
+    fn process(&mut self, item: Item<Self::In>, out: &Emitter<'_, Self::Out>) -> StageResult<()> {
+        let started = out.ctx().clock().now();
+        let groups: Vec<&Group> = item.body.iter().map(|(_, group)| group).collect();
+        let mut labels = crate::label::stage::ask_many(self.labeler.as_ref(), &groups, self.retries);
+        for (labels, group) in labels.iter_mut().zip(&groups) {
+            telemetry::labels(self.labeler.name(), labels);
+            self.wants.shape(group.completions.len(), labels);
+        }
+        telemetry::label_took(out.ctx().clock().now().saturating_sub(started));
+        let body = item
+            .body
+            .into_iter()
+            .zip(labels)
+            .map(|((question, group), labels)| Annotation { question, group, labels })
+            .collect();
+        out.emit(Item { seq: item.seq, incarnation: item.incarnation, version: 0, body })?;
+        Ok(())
+    }
+}
+
+struct Take {
+    out: Arc<Mutex<dyn Annotations>>,
+    left: Arc<Mutex<Vec<usize>>>,
+}
+
+impl Stage for Take {
+    type In = Vec<Annotation>;
+    type Out = ();
+
+    fn process(&mut self, item: Item<Self::In>, _out: &Emitter<'_, ()>) -> StageResult<()> {
+        let taken: Vec<usize> = item.body.iter().map(|one| one.question).collect();
+        self.out
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take(item.body)
+            .map_err(preceptor_actors::StageError::fatal)?;
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).retain(|i| !taken.contains(i));
+        Ok(())
+    }
+}

@@ -1,0 +1,107 @@
+//! `preceptor label`.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use super::ConfigArgs;
+use crate::annotate::file::{LabelFile, Provenance};
+use crate::annotate::{Job, PairQuestions, annotate};
+use crate::data::{Preferences, Split};
+use crate::label::Pairing;
+use crate::label::stage::Wants;
+use crate::prepare::{labeler_bench, prompt_format};
+use crate::topology::labelers::labeler_on;
+
+/// Arguments of `preceptor label`.
+#[derive(Debug, Args)]
+#[command(after_help = "Input rows: {prompt, first, second}, {prompt, chosen, rejected}, or two dialogues {chosen, \
+rejected}. Each output row has the pair, \"preference\" (the probability that the first is better), both orders' \
+probabilities, and who labeled it; it can be given to reward_model.pairs. Started again, it goes on where it was.")]
+pub struct Label {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Pairs to label: .jsonl, .jsonl.gz or .parquet.
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// Where labels are appended, as JSON lines.
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// Pairs that a labeler is given at once.
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    batch: usize,
+    /// Labels only the first N pairs.
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+}
+
+impl Label {
+    /// Labels.
+    ///
+    /// # Errors
+    /// A configuration, input or output that cannot be used; pairs that could not be labeled.
+    pub fn run(self) -> Result<()> {
+        let config = self.config.load()?;
+        let pairs = Arc::new(Preferences::read(&self.input, &Split::default(), false)?);
+        let bench = labeler_bench(&config, true)?;
+        let labeler = labeler_on(&config, &bench.instruments)?;
+        let provenance =
+            Provenance { labeler: labeler.name().to_owned(), model: labeler.model(), template: labeler.template() };
+        drop(labeler);
+        let file = LabelFile::open(&self.output, Arc::clone(&pairs), provenance)?;
+        let mut todo = file.todo();
+        todo.retain(|i| self.limit.is_none_or(|limit| *i < limit));
+        let before = pairs.len() - file.todo().len();
+        eprintln!("{} pairs, {before} labeled before, {} to do", pairs.len(), todo.len());
+        let (began, count) = (Instant::now(), todo.len());
+        let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
+        let questions = PairQuestions { pairs, format: prompt_format(&config), tokenizer: bench.tokenizer };
+        let (settings, instruments) = (config.clone(), bench.instruments);
+        let job = Job {
+            config,
+            questions: Arc::new(questions),
+            todo,
+            batch: self.batch,
+            wants: Wants::Preferences { pairing: Pairing::Adjacent, temperature },
+            labelers: Box::new(move || labeler_on(&settings, &instruments)),
+        };
+        let file = Arc::new(Mutex::new(file));
+        let whole = annotate(job, file.clone());
+        let file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.finish();
+        let totals = file.totals();
+        let seconds = began.elapsed().as_secs_f64();
+        eprintln!(
+            "labels {}, abstentions {}, failures {}; {:.2} pairs/s; {} questions to the judge, {} from the cache, {} tokens read, {} written, cost {:.4}",
+            totals.labels,
+            totals.abstentions,
+            totals.failures,
+            count as f64 / seconds.max(1e-9),
+            totals.usage.requests,
+            totals.usage.cached,
+            totals.usage.prompt_tokens,
+            totals.usage.completion_tokens,
+            totals.usage.cost,
+        );
+        if totals.orders[0] > 0 {
+            let share = 100.0 * totals.orders[1] as f64 / totals.orders[0] as f64;
+            eprintln!(
+                "the judge preferred the same position in both orders in {share:.1} % of {} pairs",
+                totals.orders[0]
+            );
+        }
+        if !whole? {
+            bail!("interrupted; run the same command again to go on");
+        }
+        match &totals.first_failure {
+            None => Ok(()),
+            Some(why) => bail!(
+                "{} pairs could not be labeled, the first since {why}; run the same command again to ask for them again",
+                totals.failures
+            ),
+        }
+    }
+}
