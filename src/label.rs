@@ -1,6 +1,7 @@
 //! AI feedback: a frozen model says how good a completion is.
 
 pub mod direct;
+pub mod embedding;
 pub mod likelihood;
 pub mod stage;
 
