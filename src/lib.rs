@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod eval;
 pub mod generate;
 pub mod label;
 pub mod learn;
