@@ -21,8 +21,11 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
         .methods
         .iter()
         .zip(&prepared.instruments)
-        .filter(|(method, _)| method.model.is_some())
-        .map(|(_, Instrument::Model(local))| local.judge().model.config().parameters() as f64)
+        .map(|(method, instrument)| match instrument {
+            Instrument::Model(local) if method.model.is_some() => local.judge().model.config().parameters() as f64,
+            Instrument::Model(_) => 0.0,
+            Instrument::Embedder(embedding) => embedding.embedder.parameters() as f64,
+        })
         .sum();
     // Weights, gradient, Adam's two moments.
     let reward_model = if trainer_plan(config).is_some() { 4.0 * parameters } else { 0.0 };

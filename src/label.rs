@@ -4,6 +4,7 @@ pub mod backend;
 pub mod cache;
 pub mod derive;
 pub mod direct;
+pub mod embedding;
 pub mod likelihood;
 pub mod local;
 pub mod pairwise;

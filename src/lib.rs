@@ -28,6 +28,7 @@ pub mod seed;
 pub mod serve;
 pub mod sft;
 pub mod source;
+pub mod statistics;
 pub mod telemetry;
 pub mod tokens;
 pub mod topology;

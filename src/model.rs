@@ -6,6 +6,7 @@
 //! Because both run the same layers, the log-probabilities of generation and of training agree by construction.
 
 pub mod attention;
+pub mod bert;
 pub mod cache;
 pub mod config;
 pub mod export;
@@ -15,6 +16,7 @@ pub mod trie;
 pub mod weights;
 
 pub use attention::{Attend, PackedAttention};
+pub use bert::{Bert, BertConfig, Embedder};
 pub use cache::KvCache;
 pub use config::ModelConfig;
 pub use llama::Llama;

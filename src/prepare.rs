@@ -9,6 +9,7 @@ use candle_core::{Device, Tensor};
 use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
 use crate::data::pairs::PairSet;
 use crate::data::{Dataset, OnLong, Part, PromptFormat, ReadOptions, Split};
+use crate::label::embedding::Embedding;
 use crate::label::local::{Judge, Local};
 use crate::model::config::SUPPORTED_SCORERS;
 use crate::model::{Llama, ModelConfig, Weights};
@@ -78,8 +79,8 @@ pub fn prepare(config: &Config, progress: bool) -> Result<Prepared> {
         _ => None,
     };
     let mut context = policy.model.config().context;
-    for (method, Instrument::Model(local)) in config.labeler.methods.iter().zip(&instruments) {
-        if method.kind == LabelerKind::Likelihood {
+    for (method, instrument) in config.labeler.methods.iter().zip(&instruments) {
+        if let (LabelerKind::Likelihood, Instrument::Model(local)) = (method.kind, instrument) {
             context = context.min(local.judge().model.config().context);
         }
     }
@@ -136,7 +137,7 @@ pub fn labeler_bench(config: &Config, progress: bool) -> Result<LabelerBench> {
     let mut tokenizers =
         config.labeler.methods.iter().zip(&instruments).filter_map(|(method, instrument)| match instrument {
             Instrument::Model(local) if method.kind == LabelerKind::Likelihood => Some(&local.judge().tokenizer),
-            Instrument::Model(_) => None,
+            Instrument::Model(_) | Instrument::Embedder(_) => None,
         });
     // Only a judge of likelihoods reads tokens; the others are given texts, and any tokenizer will do.
     let first = tokenizers.next().cloned();
@@ -152,9 +153,18 @@ fn instruments(config: &Config, policy: Option<&Policy>, device: &Device, progre
     let mut made: Vec<Instrument> = Vec::new();
     for (i, method) in config.labeler.methods.iter().enumerate() {
         // Methods that ask the same model in the same way share it, and what it has computed.
-        let same = |other: &config::Method| (&other.model, other.chat) == (&method.model, method.chat);
+        let embeds = |method: &config::Method| method.kind == LabelerKind::Embedding;
+        let same = |other: &config::Method| {
+            (&other.model, other.chat, embeds(other)) == (&method.model, method.chat, embeds(method))
+        };
         if let Some(known) = config.labeler.methods[..i].iter().position(same) {
             made.push(made[known].clone());
+            continue;
+        }
+        if let (true, Some(reference)) = (embeds(method), &method.model) {
+            let options = ResolveOptions { timeout: timeout(config), progress, ..ResolveOptions::default() };
+            let embedding = Embedding::load(reference, device, &options).context("labeler.model cannot be loaded")?;
+            made.push(Instrument::Embedder(embedding));
             continue;
         }
         made.push(Instrument::Model(Arc::new(Local::new(judge(config, method, policy, device, progress)?))));

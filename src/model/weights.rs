@@ -67,14 +67,18 @@ impl Weights {
     /// Names the file at fault.
     pub fn from_directory(dir: &Path, device: &Device) -> Result<(ModelConfig, Self)> {
         let config = ModelConfig::from_directory(dir)?;
-        Ok((config.clone(), Self::read_directory(dir, &config, device)?))
+        let mut weights = Self::read_directory(dir, device)?;
+        if config.tied {
+            weights.0.remove("lm_head.weight");
+        }
+        Ok((config, weights))
     }
 
-    /// The tensors of a Hugging Face directory whose shape is `config`.
+    /// As [`Self::from_directory`], without the configuration: every tensor in f32, whatever the model is.
     ///
     /// # Errors
-    /// As [`Self::from_directory`].
-    pub fn read_directory(dir: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
+    /// Names the file at fault.
+    pub fn read_directory(dir: &Path, device: &Device) -> Result<Self> {
         let index = dir.join("model.safetensors.index.json");
         let mut files: Vec<String> = if index.exists() {
             let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&index)?)
@@ -95,9 +99,6 @@ impl Weights {
             for (name, tensor) in tensors {
                 weights.insert(name, tensor.to_dtype(DType::F32)?);
             }
-        }
-        if config.tied {
-            weights.remove("lm_head.weight");
         }
         Ok(Self(weights))
     }

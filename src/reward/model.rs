@@ -28,9 +28,10 @@ impl RewardModel {
     /// Names the file or tensor at fault; a directory without a scalar head is refused by its architecture.
     pub fn open(dir: &Path, device: &Device) -> Result<Self> {
         let config = ModelConfig::from_directory_as(dir, SUPPORTED_SCORERS)?;
-        let mut weights = Weights::read_directory(dir, &config, device)?;
+        let mut weights = Weights::read_directory(dir, device)?;
         let head = weights.get(HEAD, &[1, config.hidden_size]).with_context(|| format!("in {}", dir.display()))?;
         weights.0.remove(HEAD);
+        weights.0.remove("lm_head.weight");
         let model = Llama::new(&config, &weights).with_context(|| format!("in {}", dir.display()))?;
         Ok(Self { model, head })
     }

@@ -3,13 +3,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::pairing;
 use crate::config::{Config, LabelerKind, Method};
 use crate::label::Labeler;
 use crate::label::backend::{Backend, Decoding};
 use crate::label::direct::Direct;
+use crate::label::embedding::Embedding;
 use crate::label::likelihood::Likelihood;
 use crate::label::local::Local;
 use crate::label::pairwise::{Pairwise, Thought};
@@ -22,6 +23,8 @@ use crate::prepare::Prepared;
 pub enum Instrument {
     /// A language model whose weights are here.
     Model(Arc<Local>),
+    /// A sentence encoder.
+    Embedder(Embedding),
 }
 
 /// The configured labeler: one method, or a panel.
@@ -54,9 +57,10 @@ pub fn labeler_on(config: &Config, instruments: &[Instrument]) -> Result<Box<dyn
 }
 
 fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<dyn Labeler>> {
-    let backend = |instrument: &Instrument| -> Arc<dyn Backend> {
+    let backend = || -> Result<Arc<dyn Backend>> {
         match instrument {
-            Instrument::Model(local) => Arc::clone(local) as Arc<dyn Backend>,
+            Instrument::Model(local) => Ok(Arc::clone(local) as Arc<dyn Backend>),
+            Instrument::Embedder(_) => bail!("a sentence embedder cannot be asked questions"),
         }
     };
     Ok(match (method.kind, instrument) {
@@ -65,10 +69,10 @@ fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<
             length_normalise: method.length_normalise,
             temperature: config.rollout.temperature,
         }),
-        (LabelerKind::Direct, instrument) => {
-            Box::new(Direct::new(backend(instrument), TemplateSet::find(&method.templates)?)?)
-        }
-        (LabelerKind::Pairwise, instrument) => {
+        (LabelerKind::Embedding, Instrument::Embedder(embedding)) => Box::new(embedding.clone()),
+        (LabelerKind::Likelihood | LabelerKind::Embedding, _) => bail!("the judge is of another kind than the method"),
+        (LabelerKind::Direct, _) => Box::new(Direct::new(backend()?, TemplateSet::find(&method.templates)?)?),
+        (LabelerKind::Pairwise, _) => {
             let preamble = match method.preamble.as_str() {
                 "base" => Preamble::Base,
                 "detailed" => Preamble::Detailed,
@@ -85,8 +89,7 @@ fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<
                 seed: config.run.seed,
             };
             let thought = method.cot.then_some(Thought { samples: method.rationales, decoding });
-            Box::new(Pairwise::new(backend(instrument), comparison, pairing(config), method.both_orders, thought)?)
+            Box::new(Pairwise::new(backend()?, comparison, pairing(config), method.both_orders, thought)?)
         }
-        (LabelerKind::Embedding, _) => anyhow::bail!("type = \"embedding\" needs a sentence embedder"),
     })
 }
