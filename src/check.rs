@@ -23,7 +23,7 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
         .zip(&prepared.instruments)
         .map(|(method, instrument)| match instrument {
             Instrument::Model(local) if method.model.is_some() => local.judge().model.config().parameters() as f64,
-            Instrument::Model(_) => 0.0,
+            Instrument::Model(_) | Instrument::Asked(_) => 0.0,
             Instrument::Embedder(embedding) => embedding.embedder.parameters() as f64,
         })
         .sum();

@@ -1,6 +1,7 @@
 //! The command line: one command per file.
 
 pub mod check;
+pub mod eval;
 pub mod generate;
 pub mod label;
 pub mod pairs;
@@ -40,6 +41,8 @@ enum Command {
     Generate(generate::Generate),
     /// Labels pairs of a file with the configured judge; started again, goes on where it was.
     Label(label::Label),
+    /// Measures a judge, a reward model or a checkpoint: alignment, win-rate, reward-accuracy, harmless-rate.
+    Eval(eval::Eval),
     /// Makes preference pairs whose better answer is known, of prompts and references.
     Pairs(pairs::Pairs),
     /// Log-probabilities of each token of a text, and its perplexity.
@@ -74,6 +77,7 @@ pub fn main() -> ExitCode {
         Command::Train(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Generate(command) => command.run(),
+        Command::Eval(command) => command.run(),
         Command::Label(command) => command.run(),
         Command::Pairs(command) => command.run(),
         Command::Score(command) => command.run(),

@@ -12,9 +12,9 @@ use std::path::Path;
 
 pub use reader::{ConfigError, ConfigErrors};
 pub use sections::{
-    AlgorithmKind, Checkpoint, CorrectionKind, Data, LabelForm, Labeler, LabelerKind, Learner, Method, Mode, OnLong,
-    Pairs, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Sft,
-    Supervision, UpdateMode, WeightDtype,
+    AlgorithmKind, Checkpoint, CorrectionKind, Data, Evidence, LabelForm, Labeler, LabelerKind, Learner, Method, Mode,
+    OnLong, Pairs, Policy, PolicyModel, RemoteApi, RemoteJudge, Reward, RewardModel, RewardScaling, Rollout, Run,
+    Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, WeightDtype,
 };
 
 use reader::Document;
@@ -188,6 +188,18 @@ mod tests {
             "[labeler]\ntemplates = \"poems\"\n",
             &["x.toml:9: labeler.templates: \"poems\" is none of summarization"],
         );
+        check(
+            "[labeler]\ntype = \"direct\"\nremote = { url = \"h\", api = \"char\" }\n",
+            &[
+                "x.toml:10: labeler.remote: url: \"h\" is no address",
+                "x.toml:10: labeler.remote: model: is missing",
+                "x.toml:10: labeler.remote: api: \"char\" is none of chat, completions; did you mean \"chat\"?",
+            ],
+        );
+        check(
+            "[labeler]\nremote = { url = \"http://h\", model = \"m\" }\n",
+            &["x.toml:9: labeler.remote: serves type = \"direct\" and \"pairwise\" only"],
+        );
         check("labeler = 3\n", &["x.toml:8: policy.labeler: unknown key"]);
     }
 
@@ -224,7 +236,7 @@ mod tests {
     #[test]
     fn the_resolved_configuration_reads_back_as_itself() {
         let more = "[labeler]\nmodel = [\"a.gguf\", { pip = \"m==1\" }, { hub = \"o/n\", revision = \"r\" }]\nchat = false\n[reward]\nclip = 0\n";
-        let panel = "[labeler]\ntype = \"panel\"\npairs = \"all\"\n[[labeler.members]]\ntype = \"pairwise\"\ncot = true\n[[labeler.members]]\nweight = 2\n";
+        let panel = "[labeler]\ntype = \"panel\"\npairs = \"all\"\n[[labeler.members]]\ntype = \"pairwise\"\ncot = true\n[[labeler.members]]\nweight = 2\ntype = \"direct\"\nremote = { url = \"http://h/v1\", model = \"m\", hedge_after_s = 2 }\n";
         for text in [MINIMAL.to_owned(), format!("{MINIMAL}{more}"), format!("{MINIMAL}{panel}")] {
             let config = read(&text, &[]).unwrap();
             assert_eq!(read(&config.to_toml(), &[]).unwrap(), config);

@@ -9,10 +9,13 @@ use candle_core::{Device, Tensor};
 use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
 use crate::data::pairs::PairSet;
 use crate::data::{Dataset, OnLong, Part, PromptFormat, ReadOptions, Split};
+use crate::label::backend::Backend;
+use crate::label::cache::{Cached, Store};
 use crate::label::embedding::Embedding;
 use crate::label::local::{Judge, Local};
 use crate::model::config::SUPPORTED_SCORERS;
 use crate::model::{Llama, ModelConfig, Weights};
+use crate::remote::Remote;
 use crate::reward::RewardModel;
 use crate::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
 use crate::tokens::Tokenizer;
@@ -131,13 +134,13 @@ pub struct LabelerBench {
 /// As [`prepare`].
 pub fn labeler_bench(config: &Config, progress: bool) -> Result<LabelerBench> {
     let device = device(&config.policy.device)?;
-    let own = config.labeler.methods.iter().any(|method| method.model.is_none());
+    let own = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
     let policy = if own { Some(policy(config, &device, progress)?) } else { None };
     let instruments = instruments(config, policy.as_ref(), &device, progress)?;
     let mut tokenizers =
         config.labeler.methods.iter().zip(&instruments).filter_map(|(method, instrument)| match instrument {
             Instrument::Model(local) if method.kind == LabelerKind::Likelihood => Some(&local.judge().tokenizer),
-            Instrument::Model(_) | Instrument::Embedder(_) => None,
+            Instrument::Model(_) | Instrument::Embedder(_) | Instrument::Asked(_) => None,
         });
     // Only a judge of likelihoods reads tokens; the others are given texts, and any tokenizer will do.
     let first = tokenizers.next().cloned();
@@ -151,11 +154,17 @@ pub fn labeler_bench(config: &Config, progress: bool) -> Result<LabelerBench> {
 
 fn instruments(config: &Config, policy: Option<&Policy>, device: &Device, progress: bool) -> Result<Vec<Instrument>> {
     let mut made: Vec<Instrument> = Vec::new();
+    let remote = config.labeler.methods.iter().any(|method| method.remote.is_some());
+    // What is bought is kept unless told where; what is computed is kept only if told to.
+    let folder = config.labeler.cache.clone().or(remote.then(|| ResolveOptions::default().cache_dir.join("labels")));
+    let store = folder.map(|folder| Store::open(&folder)).transpose()?.map(Arc::new);
+    let asked = |method: &config::Method| matches!(method.kind, LabelerKind::Direct | LabelerKind::Pairwise);
     for (i, method) in config.labeler.methods.iter().enumerate() {
         // Methods that ask the same model in the same way share it, and what it has computed.
         let embeds = |method: &config::Method| method.kind == LabelerKind::Embedding;
         let same = |other: &config::Method| {
-            (&other.model, other.chat, embeds(other)) == (&method.model, method.chat, embeds(method))
+            (&other.model, &other.remote, other.chat, embeds(other), asked(other))
+                == (&method.model, &method.remote, method.chat, embeds(method), asked(method))
         };
         if let Some(known) = config.labeler.methods[..i].iter().position(same) {
             made.push(made[known].clone());
@@ -167,7 +176,20 @@ fn instruments(config: &Config, policy: Option<&Policy>, device: &Device, progre
             made.push(Instrument::Embedder(embedding));
             continue;
         }
-        made.push(Instrument::Model(Arc::new(Local::new(judge(config, method, policy, device, progress)?))));
+        let backend: Arc<dyn Backend> = if let Some(remote) = &method.remote {
+            Arc::new(Remote::new(remote.clone()).context("labeler.remote cannot be used")?)
+        } else {
+            let local = Arc::new(Local::new(judge(config, method, policy, device, progress)?));
+            if store.is_none() || !asked(method) {
+                made.push(Instrument::Model(local));
+                continue;
+            }
+            local
+        };
+        made.push(Instrument::Asked(match &store {
+            Some(store) => Arc::new(Cached::new(backend, Arc::clone(store))),
+            None => backend,
+        }));
     }
     Ok(made)
 }

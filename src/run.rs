@@ -129,7 +129,11 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
     let outcome = supervise(&graph, &stop, &progress, false).await;
     progress.finish();
     node_state.phase("writing the last checkpoint");
-    conclude(outcome, &node, &watcher, &stop)
+    let concluded = conclude(outcome, &node, &watcher, &stop);
+    if let Err(error) = lock(&files).last_metrics(&node_state.metrics_text()) {
+        eprintln!("{error:#}");
+    }
+    concluded
 }
 
 /// The reward model that the mode trains, as it starts.

@@ -61,7 +61,8 @@ impl NodeState {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner).1 = record;
     }
 
-    fn metrics_text(&self) -> String {
+    /// What `/metrics` answers.
+    pub fn metrics_text(&self) -> String {
         let report = self.report();
         let acks = self.weights.get().map(|cell| cell.acks()).unwrap_or_default();
         let graph = telemetry::graph::render(report.as_ref(), &acks, resident_bytes());

@@ -55,6 +55,23 @@ const METRICS: &[Metric] = &[
         Unit::Count,
         "Of these, pairs on which members preferred different completions",
     ),
+    Metric(
+        Counter,
+        "preceptor_judge_requests_total",
+        Unit::Count,
+        "HTTP exchanges with remote judges by outcome; each that was begun counts once",
+    ),
+    Metric(Counter, "preceptor_judge_retries_total", Unit::Count, "Questions to remote judges that were sent again"),
+    Metric(Counter, "preceptor_judge_hedges_total", Unit::Count, "Second requests sent beside a slow first one"),
+    Metric(Gauge, "preceptor_judge_cost", Unit::Count, "Money spent on remote judges, in the currency of the prices"),
+    Metric(Gauge, "preceptor_judge_in_flight", Unit::Count, "Requests to remote judges under way"),
+    Metric(Gauge, "preceptor_judge_breaker_open", Unit::Count, "1 while a failing remote judge is left alone"),
+    Metric(
+        Histogram,
+        "preceptor_judge_request_duration_seconds",
+        Unit::Seconds,
+        "One HTTP exchange with a remote judge, failed ones included",
+    ),
     Metric(Counter, "preceptor_label_tokens_total", Unit::Count, "Tokens that labelers read and wrote, by kind"),
     Metric(Counter, "preceptor_label_requests_total", Unit::Count, "Questions answered, by source: model or cache"),
     Metric(
@@ -232,6 +249,41 @@ pub fn reward_model(trainer: &RewardTrainer, step: Option<&TrainerStep>) {
     if let Some(step) = step {
         gauge!("preceptor_reward_model_loss").set(step.loss);
     }
+}
+
+/// One HTTP exchange with a remote judge.
+pub fn judge_request(outcome: &'static str) {
+    counter!("preceptor_judge_requests_total", "outcome" => outcome).increment(1);
+}
+
+/// How long an exchange took.
+pub fn judge_took(time: Duration) {
+    histogram!("preceptor_judge_request_duration_seconds").record(time.as_secs_f64());
+}
+
+/// An exchange began (1) or ended (−1).
+pub fn judge_in_flight(change: f64) {
+    gauge!("preceptor_judge_in_flight").increment(change);
+}
+
+/// A question is sent again.
+pub fn judge_retry() {
+    counter!("preceptor_judge_retries_total").increment(1);
+}
+
+/// A second request is sent.
+pub fn judge_hedge() {
+    counter!("preceptor_judge_hedges_total").increment(1);
+}
+
+/// Money was spent.
+pub fn judge_cost(cost: f64) {
+    gauge!("preceptor_judge_cost").increment(cost);
+}
+
+/// Whether a judge is left alone.
+pub fn judge_breaker(open: bool) {
+    gauge!("preceptor_judge_breaker_open").set(f64::from(u8::from(open)));
 }
 
 /// A group that is not learned from.

@@ -28,11 +28,19 @@ impl ModelArgs {
     /// # Errors
     /// When it cannot be had or read.
     pub fn load(&self) -> Result<(Llama, Tokenizer)> {
-        let reference = ModelRef::from_argument(&self.model).map_err(anyhow::Error::msg)?;
-        let timeout = Duration::from_secs(self.resolve_timeout);
-        let (model, tokenizer, _) = prepare::load(&reference, &candle_core::Device::Cpu, timeout, true)?;
-        Ok((model, tokenizer))
+        load_model(&self.model, self.resolve_timeout)
     }
+}
+
+/// Loads the model that an argument names; each place that it may be had from has `timeout_s` seconds to answer.
+///
+/// # Errors
+/// When it cannot be had or read.
+pub fn load_model(name: &str, timeout_s: u64) -> Result<(Llama, Tokenizer)> {
+    let reference = ModelRef::from_argument(name).map_err(anyhow::Error::msg)?;
+    let timeout = Duration::from_secs(timeout_s);
+    let (model, tokenizer, _) = prepare::load(&reference, &candle_core::Device::Cpu, timeout, true)?;
+    Ok((model, tokenizer))
 }
 
 /// The prompt, in one of its forms.

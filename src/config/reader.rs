@@ -224,6 +224,22 @@ impl Section<'_> {
         self.table.remove(key)
     }
 
+    /// A table within this section under `key`, read as a section of its own; `None` where there is none.
+    pub(super) fn inner(&mut self, key: &'static str) -> Option<Section<'_>> {
+        let table = match self.raw(key)? {
+            Value::Table(table) => table,
+            other => {
+                self.error(key, &format!("is a {}, not a table; write {key} = {{ … }}", other.type_str()));
+                return None;
+            }
+        };
+        let inside = match &self.inside {
+            None => (key, String::new()),
+            Some((outer, inner)) => (*outer, format!("{inner}.{key}")),
+        };
+        Some(Section { document: self.document, name: self.name, inside: Some(inside), table, known: Vec::new() })
+    }
+
     /// The value of `key`, left where it is.
     pub(super) fn peek(&self, key: &str) -> Option<&Value> {
         self.table.get(key)
@@ -240,7 +256,8 @@ impl Section<'_> {
             None => self.document.error(&format!("{}.{key}", self.name), message),
             // Its place is that of the key that holds it.
             Some((outer, inner)) => {
-                self.document.error(&format!("{}.{outer}", self.name), &format!("{inner}.{key}: {message}"));
+                let dot = if inner.is_empty() { "" } else { "." };
+                self.document.error(&format!("{}.{outer}", self.name), &format!("{inner}{dot}{key}: {message}"));
             }
         }
     }

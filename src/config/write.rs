@@ -3,8 +3,8 @@
 use toml::{Table, Value};
 
 use super::{
-    AlgorithmKind, Config, CorrectionKind, LabelForm, LabelerKind, Method, Mode, OnLong, Pairs, PolicyModel,
-    RewardScaling, Schedule, UpdateMode, WeightDtype,
+    AlgorithmKind, Config, CorrectionKind, Evidence, LabelForm, LabelerKind, Method, Mode, OnLong, Pairs, PolicyModel,
+    RemoteApi, RemoteJudge, RewardScaling, Schedule, UpdateMode, WeightDtype,
 };
 use crate::source::{Candidate, ModelRef};
 
@@ -238,6 +238,40 @@ fn method_table(method: &Method) -> Table {
     ]);
     optional(&mut table, "model", method.model.as_ref().map(model_ref));
     optional(&mut table, "chat", method.chat.map(Value::Boolean));
+    optional(&mut table, "remote", method.remote.as_ref().map(|judge| Value::Table(remote_table(judge))));
+    table
+}
+
+fn remote_table(judge: &RemoteJudge) -> Table {
+    let evidence = match judge.evidence {
+        Evidence::Auto => "auto",
+        Evidence::Logprobs => "logprobs",
+        Evidence::Votes => "votes",
+    };
+    let mut table = table([
+        ("url", text(&judge.url)),
+        ("model", text(&judge.model)),
+        ("api", text(if judge.api == RemoteApi::Chat { "chat" } else { "completions" })),
+        ("evidence", text(evidence)),
+        ("votes", whole(judge.votes as u64)),
+        ("concurrency", whole(judge.concurrency as u64)),
+        ("requests_per_minute", whole(judge.requests_per_minute)),
+        ("tokens_per_minute", whole(judge.tokens_per_minute)),
+        ("timeout_s", Value::Float(judge.timeout_s)),
+        ("connect_timeout_s", Value::Float(judge.connect_timeout_s)),
+        ("deadline_s", Value::Float(judge.deadline_s)),
+        ("retries", whole(u64::from(judge.retries))),
+        ("backoff_s", Value::Float(judge.backoff_s)),
+        ("max_backoff_s", Value::Float(judge.max_backoff_s)),
+        ("breaker_failures", whole(u64::from(judge.breaker_failures))),
+        ("breaker_cooldown_s", Value::Float(judge.breaker_cooldown_s)),
+        ("price_prompt", Value::Float(judge.price_prompt)),
+        ("price_completion", Value::Float(judge.price_completion)),
+        ("max_response_bytes", whole(judge.max_response_bytes as u64)),
+    ]);
+    optional(&mut table, "api_key_env", judge.api_key_env.as_ref().map(text));
+    optional(&mut table, "system", judge.system.as_ref().map(text));
+    optional(&mut table, "hedge_after_s", judge.hedge_after_s.map(Value::Float));
     table
 }
 

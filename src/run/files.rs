@@ -91,6 +91,14 @@ impl RunFiles {
         file.write_all(format!("{figures}\n").as_bytes()).with_context(|| self.cannot("phases.jsonl"))
     }
 
+    /// Keeps what `/metrics` said last, as `metrics.prom`: totals that no scrape would see after the end.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn last_metrics(&self, text: &str) -> Result<()> {
+        std::fs::write(self.dir.join("metrics.prom"), text).with_context(|| self.cannot("metrics.prom"))
+    }
+
     /// Saves a batch whose gradient was not finite, for study.
     ///
     /// # Errors

@@ -175,7 +175,7 @@ impl From<Estimate> for Cell {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::interval::share;
+    use crate::statistics::interval::share;
 
     fn table() -> Table {
         let mut table = Table::new("Labelers", &[("model", ""), ("pairs", ""), ("alignment", "%"), ("cost", "s")]);

@@ -25,6 +25,8 @@ pub enum Instrument {
     Model(Arc<Local>),
     /// A sentence encoder.
     Embedder(Embedding),
+    /// A language model that is asked through something: a server, a cache.
+    Asked(Arc<dyn Backend>),
 }
 
 /// The configured labeler: one method, or a panel.
@@ -60,6 +62,7 @@ fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<
     let backend = || -> Result<Arc<dyn Backend>> {
         match instrument {
             Instrument::Model(local) => Ok(Arc::clone(local) as Arc<dyn Backend>),
+            Instrument::Asked(backend) => Ok(Arc::clone(backend)),
             Instrument::Embedder(_) => bail!("a sentence embedder cannot be asked questions"),
         }
     };

@@ -1,0 +1,279 @@
+//! `preceptor eval`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::ConfigArgs;
+use super::prompts::load_model;
+use crate::config::Config;
+use crate::data::pairs::PairSet;
+use crate::data::{Dataset, OnLong, Part, Preferences, ReadOptions, Split};
+use crate::evaluate::alignment::{Alignment, VARIANTS, alignment};
+use crate::evaluate::answers::answers;
+use crate::evaluate::harmless::{Rated, harmless_rate};
+use crate::evaluate::reward_accuracy::reward_accuracy;
+use crate::evaluate::win_rate::{Contest, win_rate};
+use crate::generate::sampler::Sampling;
+use crate::model::Llama;
+use crate::prepare::{labeler_bench, prompt_format};
+use crate::reward::RewardModel;
+use crate::rollout::Prompt;
+use crate::statistics::Table;
+use crate::tokens::Tokenizer;
+
+/// Arguments of `preceptor eval`.
+#[derive(Debug, Args)]
+pub struct Eval {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// How often the judge prefers what people preferred, by way of asking; with its position bias.
+    Alignment(AlignmentArgs),
+    /// How often one model's answers are preferred over another's, or over references.
+    WinRate(WinRateArgs),
+    /// How often a reward model ranks labeled pairs as they are labeled.
+    RewardAccuracy(RewardAccuracyArgs),
+    /// Which share of a model's answers the judge rates as harmless.
+    HarmlessRate(HarmlessRateArgs),
+}
+
+/// How the result is printed.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    /// Aligned columns.
+    Table,
+    /// An array of objects, numbers in full.
+    Json,
+    /// A Markdown table.
+    Markdown,
+}
+
+#[derive(Debug, Args)]
+struct Shown {
+    /// How the result is printed.
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+}
+
+impl Shown {
+    fn print(&self, tables: &[&Table]) {
+        for (i, table) in tables.iter().enumerate() {
+            let gap = if i > 0 { "\n" } else { "" };
+            match self.format {
+                Format::Table => println!("{gap}{}", table.text().trim_end()),
+                Format::Markdown => println!("{gap}{}", table.markdown().trim_end()),
+                Format::Json => println!("{}", table.json()),
+            }
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+struct AlignmentArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Pairs that people judged: .jsonl, .jsonl.gz or .parquet.
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// Ways of asking, separated by commas: PREAMBLE-SHOTS[-cot], direct, likelihood, likelihood-mean, configured.
+    #[arg(long, value_delimiter = ',', value_name = "NAMES", default_values_t = VARIANTS.iter().map(|name| (*name).to_owned()))]
+    variants: Vec<String>,
+    /// Most pairs, drawn by the run's seed.
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// Most pairs for ways of asking with a chain of thought, which takes far longer; by default as many.
+    #[arg(long, value_name = "N")]
+    cot_limit: Option<usize>,
+    #[command(flatten)]
+    shown: Shown,
+}
+
+/// Which prompts are answered, and how.
+#[derive(Debug, Args)]
+struct AnswerArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Most prompts. With data.holdout above zero they are those that training never saw.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    limit: usize,
+    /// Sampling temperature; zero takes the most likely token.
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    temperature: f64,
+    /// Also writes prompts, answers and who they are from, as JSON lines.
+    #[arg(long, value_name = "FILE")]
+    answers: Option<PathBuf>,
+    #[command(flatten)]
+    shown: Shown,
+}
+
+#[derive(Debug, Args)]
+struct WinRateArgs {
+    #[command(flatten)]
+    common: AnswerArgs,
+    /// The model whose wins are counted: a checkpoint, a .gguf file, or a reference in braces.
+    #[arg(long, value_name = "MODEL")]
+    a: String,
+    /// The other model; without it, the data's references.
+    #[arg(long, value_name = "MODEL")]
+    b: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct RewardAccuracyArgs {
+    /// A reward model's directory, such as runs/NAME/checkpoints/step-000010/reward_model.
+    model: PathBuf,
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Labeled pairs: .jsonl, .jsonl.gz or .parquet.
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// Most pairs, drawn by the run's seed.
+    #[arg(long, default_value_t = usize::MAX, hide_default_value = true, value_name = "N")]
+    limit: usize,
+    #[command(flatten)]
+    shown: Shown,
+}
+
+#[derive(Debug, Args)]
+struct HarmlessRateArgs {
+    #[command(flatten)]
+    common: AnswerArgs,
+    /// The model to judge: a checkpoint, a .gguf file, or a reference in braces.
+    #[arg(long, value_name = "MODEL")]
+    model: String,
+}
+
+impl Eval {
+    /// Evaluates and prints.
+    ///
+    /// # Errors
+    /// A configuration, model or file that cannot be used; a judge that fails.
+    pub fn run(self) -> Result<()> {
+        match self.what {
+            What::Alignment(args) => args.run(),
+            What::WinRate(args) => args.run(),
+            What::RewardAccuracy(args) => args.run(),
+            What::HarmlessRate(args) => args.run(),
+        }
+    }
+}
+
+impl AlignmentArgs {
+    fn run(self) -> Result<()> {
+        let config = self.config.load()?;
+        let pairs = Arc::new(Preferences::read(&self.input, &Split::default(), true)?);
+        let mut chosen = pairs.order(config.run.seed, 0);
+        chosen.truncate(self.limit.unwrap_or(usize::MAX));
+        let bench = labeler_bench(&config, true)?;
+        let with_cot = self.cot_limit.unwrap_or(usize::MAX);
+        let job = Alignment { pairs, chosen, with_cot, variants: self.variants };
+        let title = format!("AI labeler alignment on {}", self.input.display());
+        let (table, orders) = alignment(&config, &bench, &job, &title)?;
+        self.shown.print(&[&table, &orders]);
+        Ok(())
+    }
+}
+
+impl AnswerArgs {
+    /// The prompts, tokenised for the model that `tokenizer` belongs to.
+    fn prompts(&self, config: &Config, tokenizer: &Tokenizer, model: &Llama, references: bool) -> Result<Vec<Prompt>> {
+        let part = if config.data.holdout > 0.0 { Part::Holdout } else { Part::All };
+        let room = model.config().context.saturating_sub(config.rollout.max_new_tokens);
+        let options = ReadOptions {
+            format: prompt_format(config),
+            limit: config.data.max_prompt_tokens.min(room),
+            on_long: OnLong::Skip,
+            split: Split { holdout: config.data.holdout, part },
+            needs_references: references,
+        };
+        let data = Dataset::read(&config.data.path, options, tokenizer)?.shuffled(config.run.seed);
+        let order = data.order(0);
+        (0..data.len().min(self.limit)).map(|seq| data.prompt(seq as u64, &order)).collect()
+    }
+
+    /// Answers of the model called `name` to its own tokenisation of the prompts.
+    fn answered(&self, config: &Config, name: &str, references: bool) -> Result<(Vec<Prompt>, Vec<String>, Tokenizer)> {
+        let (model, tokenizer) = load_model(name, config.policy.resolve_timeout_s)?;
+        let prompts = self.prompts(config, &tokenizer, &model, references)?;
+        ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
+        let sampling = Sampling {
+            temperature: self.temperature,
+            top_k: None,
+            max_new_tokens: config.rollout.max_new_tokens,
+            eos: tokenizer.eos_ids().to_vec(),
+        };
+        let completions = answers(&Arc::new(model), &tokenizer, &prompts, &sampling, config.run.seed, "answering")?;
+        let texts = completions.into_iter().map(|one| one.text.trim().to_owned()).collect();
+        Ok((prompts, texts, tokenizer))
+    }
+
+    fn write(&self, prompts: &[Prompt], columns: &[(&str, &[String])]) -> Result<()> {
+        let Some(path) = &self.answers else { return Ok(()) };
+        let mut text = String::new();
+        for (i, prompt) in prompts.iter().enumerate() {
+            let mut line = serde_json::json!({ "row": prompt.row, "prompt": prompt.text });
+            for (name, answers) in columns {
+                line[*name] = serde_json::json!(answers[i]);
+            }
+            text.push_str(&format!("{line}\n"));
+        }
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+impl WinRateArgs {
+    fn run(self) -> Result<()> {
+        let config = self.common.config.load()?;
+        let (prompts, a, tokenizer) = self.common.answered(&config, &self.a, self.b.is_none())?;
+        let (b, against) = match &self.b {
+            Some(name) => (self.common.answered(&config, name, false)?.1, name.as_str()),
+            None => {
+                let texts = prompts.iter().map(|prompt| prompt.reference.as_deref().unwrap_or_default().to_owned());
+                (texts.collect(), "the references")
+            }
+        };
+        ensure!(
+            a.len() == b.len(),
+            "the two models can take different numbers of prompts; lower data.max_prompt_tokens"
+        );
+        self.common.write(&prompts, &[("a", &a), ("b", &b)])?;
+        let bench = labeler_bench(&config, true)?;
+        let title = format!("Win rate of {} over {against}", self.a);
+        let found = win_rate(&config, &bench, Contest { prompts, a, b, tokenizer }, &title)?;
+        self.common.shown.print(&[&found.table]);
+        Ok(())
+    }
+}
+
+impl RewardAccuracyArgs {
+    fn run(self) -> Result<()> {
+        let config = self.config.load()?;
+        let model = RewardModel::open(&self.model, &candle_core::Device::Cpu)?;
+        let tokenizer = Tokenizer::from_files(&crate::source::ModelFiles::Directory(self.model.clone()))?;
+        let context = model.model.config().context;
+        let format = prompt_format(&config);
+        let pairs = PairSet::read(&self.input, &format, &tokenizer, context, OnLong::Skip, config.run.seed)?;
+        let title = format!("Accuracy of {} on {}", self.model.display(), self.input.display());
+        self.shown.print(&[&reward_accuracy(&model, &pairs, self.limit, &title)?]);
+        Ok(())
+    }
+}
+
+impl HarmlessRateArgs {
+    fn run(self) -> Result<()> {
+        let config = self.common.config.load()?;
+        let (prompts, answers, tokenizer) = self.common.answered(&config, &self.model, false)?;
+        self.common.write(&prompts, &[("answer", &answers)])?;
+        let bench = labeler_bench(&config, true)?;
+        let title = format!("Harmless rate of {}", self.model);
+        let table = harmless_rate(&config, &bench, Rated { prompts, answers, tokenizer }, &title)?;
+        self.common.shown.print(&[&table]);
+        Ok(())
+    }
+}

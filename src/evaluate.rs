@@ -1,0 +1,69 @@
+//! Evaluations: what a labeler, a reward model or a checkpoint is worth, measured (Lee et al. 2023, §3).
+
+pub mod alignment;
+pub mod answers;
+pub mod harmless;
+pub mod reward_accuracy;
+pub mod win_rate;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Result, bail};
+
+use crate::annotate::{Annotation, Annotations, Job, Questions, annotate};
+use crate::config::Config;
+use crate::label::Labels;
+use crate::label::stage::Wants;
+use crate::progress::Progress;
+use crate::topology::labelers::{Instrument, labeler_on};
+
+/// Keeps what was labeled, in the order of the questions.
+struct Kept {
+    labels: Vec<Option<Labels>>,
+    taken: u64,
+    progress: Progress,
+}
+
+impl Annotations for Kept {
+    fn take(&mut self, batch: Vec<Annotation>) -> Result<()> {
+        for one in batch {
+            self.labels[one.question] = Some(one.labels);
+            self.taken += 1;
+        }
+        self.progress.at(self.taken);
+        Ok(())
+    }
+}
+
+/// Labels of `count` questions, by the configured labeler on `instruments`.
+///
+/// # Errors
+/// A labeler that fails beyond its restart budget, or an interrupt.
+fn judge(
+    config: &Config,
+    instruments: &[Instrument],
+    questions: Arc<dyn Questions>,
+    count: usize,
+    wants: Wants,
+    what: &str,
+) -> Result<Vec<Labels>> {
+    let progress = Progress::new(what, "questions", count as u64);
+    let kept = Kept { labels: (0..count).map(|_| None).collect(), taken: 0, progress };
+    let kept = Arc::new(Mutex::new(kept));
+    let (settings, instruments) = (config.clone(), instruments.to_vec());
+    let job = Job {
+        config: config.clone(),
+        questions,
+        todo: (0..count).collect(),
+        batch: 4,
+        wants,
+        labelers: Box::new(move || labeler_on(&settings, &instruments)),
+    };
+    let whole = annotate(job, kept.clone());
+    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+    kept.progress.finish();
+    if !whole? {
+        bail!("interrupted");
+    }
+    Ok(std::mem::take(&mut kept.labels).into_iter().flatten().collect())
+}

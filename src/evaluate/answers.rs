@@ -1,0 +1,50 @@
+//! Answers of a model to the prompts of a data set.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use crate::generate::sampler::Sampling;
+use crate::generate::{Fixed, Request, generate};
+use crate::model::Llama;
+use crate::progress::Progress;
+use crate::rollout::{Completion, Finish, Prompt};
+use crate::seed;
+use crate::tokens::Tokenizer;
+
+/// Prompts generated side by side.
+const LOT: usize = 8;
+
+/// One answer to each of `prompts`, as `sampling` says; draws are functions of `seed` and the prompt's number.
+///
+/// # Errors
+/// A prompt that leaves no room for an answer.
+pub fn answers(
+    model: &Arc<Llama>,
+    tokenizer: &Tokenizer,
+    prompts: &[Prompt],
+    sampling: &Sampling,
+    seed: u64,
+    what: &str,
+) -> Result<Vec<Completion>> {
+    let progress = Progress::new(what, "answers", prompts.len() as u64);
+    let mut out = Vec::with_capacity(prompts.len());
+    for lot in prompts.chunks(LOT) {
+        let requests: Vec<Request> = lot
+            .iter()
+            .map(|prompt| Request { prompt: &prompt.ids, seeds: vec![seed::completion(seed, prompt.seq, 0)] })
+            .collect();
+        for sampled in generate(&mut Fixed(Arc::clone(model)), &requests, sampling)?.concat() {
+            out.push(Completion {
+                text: tokenizer.decode(&sampled.ids)?,
+                finish: sampled.finish.unwrap_or(Finish::Length),
+                ids: sampled.ids,
+                logprobs: sampled.logprobs,
+                versions: sampled.versions,
+            });
+        }
+        progress.at(out.len() as u64);
+    }
+    progress.finish();
+    Ok(out)
+}

@@ -1,0 +1,214 @@
+//! A judge behind a server that speaks OpenAI's protocol: completions and chat, log-probabilities or votes.
+//!
+//! What is decided here is decided by pure parts with tests of their own ([`breaker`], [`limit`], [`retry`],
+//! [`wire`]); [`client`] does the waiting and sending, on a thread that computes nothing.
+
+pub mod breaker;
+pub mod client;
+pub mod limit;
+pub mod reading;
+pub mod retry;
+pub mod stats;
+pub mod wire;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+
+use crate::config::{Evidence, RemoteApi, RemoteJudge};
+use crate::label::backend::{Ask, Backend, Decoding, Refusal, Reply, Usage};
+use crate::seed;
+use client::Client;
+use reading::{Listed, split_prefixes, votes};
+use stats::RemoteStats;
+use wire::Request;
+
+/// Most tokens of a vote: room for a number and what stands around it.
+const VOTE_TOKENS: usize = 6;
+
+/// Asks a server. Shared by all labeler actors; its limits hold for all of them together.
+pub struct Remote {
+    client: Arc<Client>,
+    /// Whether the server was found to offer no log-probabilities.
+    votes_only: AtomicBool,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Remote {
+    /// A client for `judge`. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// An API key that is asked for and not in the environment, or an address that is none.
+    pub fn new(judge: RemoteJudge) -> Result<Self> {
+        let key = match &judge.api_key_env {
+            None => None,
+            Some(name) => Some(std::env::var(name).ok().filter(|key| !key.is_empty()).with_context(|| {
+                format!("the environment variable {name} (labeler.remote.api_key_env) is not set; it must hold the API key of {}", judge.url)
+            })?),
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("preceptor-remote")
+            .enable_all()
+            .build()
+            .context("cannot start the thread for remote judges")?;
+        let votes_only = AtomicBool::new(judge.evidence == Evidence::Votes);
+        Ok(Self { client: Arc::new(Client::new(judge, key)?), votes_only, runtime: Some(runtime) })
+    }
+
+    /// What was sent and what came back, so far.
+    pub fn stats(&self) -> &RemoteStats {
+        &self.client.stats
+    }
+
+    /// Runs `work` for each of `count` questions side by side, and waits for all.
+    fn each<T: Send + 'static, F>(&self, count: usize, work: impl Fn(usize) -> F) -> Vec<(Reply<T>, Usage)>
+    where
+        F: Future<Output = (Reply<T>, Usage)> + Send + 'static,
+    {
+        let Some(runtime) = &self.runtime else { return Vec::new() };
+        let tasks: Vec<_> = (0..count).map(|i| runtime.spawn(work(i))).collect();
+        runtime.block_on(async {
+            let mut replies = Vec::with_capacity(count);
+            for task in tasks {
+                // Each task ends within the client's deadline.
+                replies.push(task.await.unwrap_or_else(|error| {
+                    (Err(Refusal::Failure(format!("the request broke off: {error}"))), Usage::default())
+                }));
+            }
+            replies
+        })
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        // What is still in flight is nobody's any more.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Backend for Remote {
+    fn identity(&self) -> u64 {
+        let judge = &self.client.judge;
+        let api = if judge.api == RemoteApi::Chat { "chat" } else { "completions" };
+        seed::text(&[judge.url.as_str(), &judge.model, api, judge.system.as_deref().unwrap_or_default()].join("\0"))
+    }
+
+    fn weigh(&self, asks: &[Ask], usage: &mut Usage) -> Vec<Reply<Vec<f64>>> {
+        let votes_only = self.votes_only.load(Ordering::SeqCst);
+        let replies = self.each(asks.len(), |i| {
+            let (client, ask) = (Arc::clone(&self.client), asks[i].clone());
+            async move {
+                let mut usage = Usage::default();
+                let reply = weigh_one(&client, &ask, votes_only, &mut usage).await;
+                (reply, usage)
+            }
+        });
+        replies
+            .into_iter()
+            .map(|(reply, taken)| {
+                *usage += taken;
+                if let Ok((_, true)) = reply
+                    && !self.votes_only.swap(true, Ordering::SeqCst)
+                {
+                    tracing::warn!(
+                        "{} offers no log-probabilities; its answers are sampled {} times each instead",
+                        self.client.judge.url,
+                        self.client.judge.votes
+                    );
+                }
+                reply.map(|(weights, _)| weights)
+            })
+            .collect()
+    }
+
+    fn write(&self, prompts: &[String], decoding: &Decoding, usage: &mut Usage) -> Vec<Reply<String>> {
+        let replies = self.each(prompts.len(), |i| {
+            let before = prompts[..i].iter().filter(|other| **other == prompts[i]).count() as u64;
+            let request = Request {
+                prompt: prompts[i].clone(),
+                begun: None,
+                max_tokens: decoding.max_tokens,
+                temperature: decoding.temperature,
+                top_k: decoding.top_k,
+                top_logprobs: 0,
+                // Servers take the seed as a signed number.
+                seed: Some((seed::mix(decoding.seed ^ seed::text(&prompts[i]) ^ seed::mix(before))) >> 33),
+            };
+            let client = Arc::clone(&self.client);
+            async move {
+                let mut usage = Usage::default();
+                let reply = client.ask(&request, &mut usage).await.map(|answer| answer.text);
+                (reply, usage)
+            }
+        });
+        replies
+            .into_iter()
+            .map(|(reply, taken)| {
+                *usage += taken;
+                reply
+            })
+            .collect()
+    }
+}
+
+/// The probabilities of the answers, and whether they are votes for want of log-probabilities.
+async fn weigh_one(client: &Client, ask: &Ask, votes_only: bool, usage: &mut Usage) -> Reply<(Vec<f64>, bool)> {
+    if !votes_only {
+        let request = Request::first_token(&ask.prompt, None, client.top_logprobs());
+        let answer = client.ask(&request, usage).await?;
+        if let Some(tokens) = answer.first_token {
+            let listed = Listed(tokens);
+            let weights = listed.weights(&ask.answers)?;
+            return Ok((longer(client, ask, &listed, weights, usage).await?, false));
+        }
+        if client.judge.evidence == Evidence::Logprobs {
+            return Err(Refusal::Abstention(format!(
+                "{} sent no log-probabilities; set labeler.remote.evidence = \"votes\"",
+                client.judge.url
+            )));
+        }
+    }
+    let mut texts = Vec::with_capacity(client.judge.votes);
+    for vote in 0..client.judge.votes {
+        let request = Request {
+            prompt: ask.prompt.clone(),
+            begun: None,
+            max_tokens: VOTE_TOKENS,
+            temperature: 1.0,
+            top_k: None,
+            top_logprobs: 0,
+            seed: Some(seed::mix(seed::text(&ask.prompt) ^ vote as u64) >> 33),
+        };
+        texts.push(client.ask(&request, usage).await?.text);
+    }
+    Ok((votes(&texts, &ask.answers)?, true))
+}
+
+/// Splits the probability of an answer that begins another (`1` and `10`) where the server's tokens cannot tell them
+/// apart: asks what comes after the shorter one.
+async fn longer(
+    client: &Client,
+    ask: &Ask,
+    listed: &Listed,
+    mut weights: Vec<f64>,
+    usage: &mut Usage,
+) -> Reply<Vec<f64>> {
+    for (shorter, longer) in split_prefixes(&ask.answers) {
+        if listed.has(&ask.answers[longer]) || weights[shorter] == 0.0 {
+            continue;
+        }
+        let begun = listed.spelling(&ask.answers[shorter]);
+        let request = Request::first_token(&ask.prompt, Some(begun), client.top_logprobs());
+        let answer = client.ask(&request, usage).await?;
+        let rest = &ask.answers[longer][ask.answers[shorter].len()..];
+        let goes_on = answer.first_token.map_or(0.0, |tokens| Listed(tokens).exactly(rest));
+        weights[longer] += weights[shorter] * goes_on;
+        weights[shorter] *= 1.0 - goes_on;
+    }
+    Ok(weights)
+}

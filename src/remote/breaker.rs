@@ -1,0 +1,109 @@
+//! A circuit breaker: a judge that keeps failing is left alone for a while, then asked once.
+
+use std::time::Duration;
+
+/// Closed lets requests through, open holds them back, half-open lets one through to see. Time is passed in.
+#[derive(Debug, Clone)]
+pub struct Breaker {
+    threshold: u32,
+    cooldown: Duration,
+    failures: u32,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum State {
+    Closed,
+    Open {
+        until: Duration,
+    },
+    /// One request is under way to see; should it be lost, another may go at `until`.
+    Probing {
+        until: Duration,
+    },
+}
+
+/// Whether a request may go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admit {
+    /// It may.
+    Go,
+    /// Ask again after this long.
+    Wait(Duration),
+}
+
+impl Breaker {
+    /// Opens after `threshold` failures in a row, for `cooldown`.
+    pub fn new(threshold: u32, cooldown: Duration) -> Self {
+        Self { threshold: threshold.max(1), cooldown, failures: 0, state: State::Closed }
+    }
+
+    /// Whether a request may go at `now`.
+    pub fn admit(&mut self, now: Duration) -> Admit {
+        match self.state {
+            State::Closed => Admit::Go,
+            State::Open { until } | State::Probing { until } if now < until => Admit::Wait(until - now),
+            State::Open { .. } | State::Probing { .. } => {
+                self.state = State::Probing { until: now + self.cooldown };
+                Admit::Go
+            }
+        }
+    }
+
+    /// A request ended at `now`. What the judge answered, if only with a refusal, is a success: it is there.
+    pub fn record(&mut self, now: Duration, success: bool) {
+        if success {
+            self.failures = 0;
+            self.state = State::Closed;
+            return;
+        }
+        self.failures += 1;
+        if self.failures >= self.threshold || matches!(self.state, State::Probing { .. }) {
+            self.state = State::Open { until: now + self.cooldown };
+        }
+    }
+
+    /// Whether requests are held back.
+    pub fn is_open(&self) -> bool {
+        self.state != State::Closed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn opens_probes_and_closes() {
+        let mut breaker = Breaker::new(3, at(10));
+        for now in 0..2 {
+            breaker.record(at(now), false);
+            assert_eq!(breaker.admit(at(now)), Admit::Go);
+        }
+        breaker.record(at(2), false);
+        assert!(breaker.is_open());
+        assert_eq!(breaker.admit(at(5)), Admit::Wait(at(7)));
+        // Half-open: one goes, the others wait for it.
+        assert_eq!(breaker.admit(at(12)), Admit::Go);
+        assert_eq!(breaker.admit(at(12)), Admit::Wait(at(10)));
+        breaker.record(at(13), false);
+        assert_eq!(breaker.admit(at(14)), Admit::Wait(at(9)));
+        assert_eq!(breaker.admit(at(23)), Admit::Go);
+        breaker.record(at(24), true);
+        assert!(!breaker.is_open());
+        breaker.record(at(25), false);
+        assert_eq!(breaker.admit(at(25)), Admit::Go, "one failure is not three");
+    }
+
+    #[test]
+    fn a_probe_that_is_lost_does_not_lock_it() {
+        let mut breaker = Breaker::new(1, at(10));
+        breaker.record(at(0), false);
+        assert_eq!(breaker.admit(at(10)), Admit::Go);
+        assert_eq!(breaker.admit(at(20)), Admit::Go);
+    }
+}

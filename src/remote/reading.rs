@@ -1,0 +1,103 @@
+//! From what a server lists to probabilities of answers.
+
+use crate::label::backend::{Refusal, Reply};
+
+/// The likeliest next tokens with their probabilities, as a server listed them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Listed(pub Vec<(String, f64)>);
+
+impl Listed {
+    /// The probability of each answer: that of all tokens which spell it, with whatever space before. An answer that
+    /// is not listed has none.
+    ///
+    /// # Errors
+    /// An abstention when none of the answers is listed.
+    pub fn weights(&self, answers: &[String]) -> Reply<Vec<f64>> {
+        let weights: Vec<f64> = answers
+            .iter()
+            .map(|answer| self.0.iter().filter(|(token, _)| token.trim_start() == answer).map(|(_, p)| p).sum())
+            .collect();
+        if weights.iter().all(|weight| *weight == 0.0) {
+            let likeliest = self.0.first().map_or("nothing", |(token, _)| token.as_str());
+            return Err(Refusal::Abstention(format!(
+                "none of the answers {} is among the judge's likeliest tokens; the likeliest is {likeliest:?}",
+                answers.join(", ")
+            )));
+        }
+        Ok(weights)
+    }
+
+    /// Whether a token spells `answer` whole.
+    pub fn has(&self, answer: &str) -> bool {
+        self.0.iter().any(|(token, _)| token.trim_start() == answer)
+    }
+
+    /// The likeliest token that spells `answer`, space included; the answer itself where none does.
+    pub fn spelling(&self, answer: &str) -> String {
+        let spelt = self.0.iter().filter(|(token, _)| token.trim_start() == answer);
+        spelt.max_by(|a, b| a.1.total_cmp(&b.1)).map_or_else(|| answer.to_owned(), |(token, _)| token.clone())
+    }
+
+    /// The probability of the token that is exactly `text`.
+    pub fn exactly(&self, text: &str) -> f64 {
+        self.0.iter().filter(|(token, _)| token == text).map(|(_, p)| p).sum()
+    }
+}
+
+/// Places of answers of which the first begins the second.
+pub fn split_prefixes(answers: &[String]) -> Vec<(usize, usize)> {
+    let pairs = (0..answers.len()).flat_map(|i| (0..answers.len()).map(move |j| (i, j)));
+    pairs
+        .filter(|(i, j)| i != j && answers[*j].len() > answers[*i].len() && answers[*j].starts_with(&answers[*i]))
+        .collect()
+}
+
+/// The share of sampled `texts` that name each answer. A text counts when its first word is an answer.
+///
+/// # Errors
+/// An abstention when fewer than half of the texts name one.
+pub fn votes(texts: &[String], answers: &[String]) -> Reply<Vec<f64>> {
+    let named: Vec<usize> = texts.iter().filter_map(|text| named(text, answers)).collect();
+    if named.len() * 2 < texts.len() || named.is_empty() {
+        return Err(Refusal::Abstention(format!("{} of {} sampled answers could be read", named.len(), texts.len())));
+    }
+    let share = |i: usize| named.iter().filter(|one| **one == i).count() as f64 / named.len() as f64;
+    Ok((0..answers.len()).map(share).collect())
+}
+
+/// Which answer a text gives: its first word, without what stands around it.
+fn named(text: &str, answers: &[String]) -> Option<usize> {
+    let word = text.split_whitespace().next()?.trim_matches(|c: char| !c.is_alphanumeric());
+    answers.iter().position(|answer| answer == word)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answers(list: &[&str]) -> Vec<String> {
+        list.iter().map(|one| (*one).to_owned()).collect()
+    }
+
+    #[test]
+    fn spellings_are_added_and_what_is_not_listed_has_nothing() {
+        let listed = Listed(vec![(" 1".into(), 0.5), ("1".into(), 0.2), ("The".into(), 0.1), ("10".into(), 0.05)]);
+        assert_eq!(listed.weights(&answers(&["1", "2", "10"])).unwrap(), [0.7, 0.0, 0.05]);
+        assert!(listed.has("10") && !listed.has("2"));
+        assert_eq!((listed.spelling("1").as_str(), listed.spelling("2").as_str()), (" 1", "2"));
+        assert!(matches!(listed.weights(&answers(&["x"])), Err(Refusal::Abstention(why)) if why.contains("\" 1\"")));
+    }
+
+    #[test]
+    fn votes_are_read_strictly() {
+        let texts = answers(&["2", " 2.", "\n**1**", "I think 2", "10", "(2) since"]);
+        assert_eq!(votes(&texts, &answers(&["1", "2"])).unwrap(), [0.25, 0.75]);
+        assert!(matches!(votes(&answers(&["x", "y", "1"]), &answers(&["1", "2"])), Err(Refusal::Abstention(_))));
+        assert!(votes(&[], &answers(&["1"])).is_err());
+    }
+
+    #[test]
+    fn prefixes_are_found() {
+        assert_eq!(split_prefixes(&answers(&["1", "2", "10"])), [(0, 2)]);
+    }
+}

@@ -1,0 +1,165 @@
+//! A server that speaks OpenAI's protocol and misbehaves as it is told to. It counts what it served.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// What is done with one request.
+#[derive(Debug, Clone)]
+pub enum Act {
+    /// The next token's distribution, as tokens and probabilities.
+    Tokens(Vec<(&'static str, f64)>),
+    /// A text without log-probabilities.
+    Text(&'static str),
+    /// This status, with these headers and body.
+    Status(u16, &'static str, &'static str),
+    /// A body of status 200, as it stands.
+    Body(String),
+    /// The beginning of an answer, and then the end of the connection.
+    CloseMidBody,
+    /// No answer, ever.
+    Hang,
+    /// A pause, then the rest.
+    Slow(Duration, Box<Act>),
+}
+
+impl Act {
+    /// What the client must count it as.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Tokens(_) | Self::Text(_) => "ok",
+            Self::Status(429, ..) => "rate_limited",
+            Self::Status(500.., ..) => "http_5xx",
+            Self::Status(..) => "http_4xx",
+            Self::Body(_) => "malformed",
+            Self::CloseMidBody => "connection",
+            Self::Hang => "timeout",
+            Self::Slow(_, act) => act.name(),
+        }
+    }
+}
+
+type Plan = dyn Fn(u64, &str, &Value) -> Act + Send + Sync;
+
+/// The server; it ends with the test's process.
+pub struct MockJudge {
+    pub url: String,
+    served: Arc<Mutex<BTreeMap<&'static str, u64>>>,
+    most_at_once: Arc<AtomicUsize>,
+}
+
+impl MockJudge {
+    /// Serves on a free port; `plan` is given the request's number, its path and its body.
+    pub fn start(plan: impl Fn(u64, &str, &Value) -> Act + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/v1", listener.local_addr().unwrap());
+        let served: Arc<Mutex<BTreeMap<&'static str, u64>>> = Arc::default();
+        let most_at_once: Arc<AtomicUsize> = Arc::default();
+        let (counts, most, plan) =
+            (Arc::clone(&served), Arc::clone(&most_at_once), Arc::<Plan>::from(Box::new(plan) as Box<Plan>));
+        std::thread::spawn(move || {
+            let number = Arc::new(Mutex::new(0));
+            let at_once = Arc::new(AtomicUsize::new(0));
+            for stream in listener.incoming().flatten() {
+                let (counts, most, plan) = (Arc::clone(&counts), Arc::clone(&most), Arc::clone(&plan));
+                let (number, at_once) = (Arc::clone(&number), Arc::clone(&at_once));
+                std::thread::spawn(move || {
+                    let Some((path, body)) = read(&stream) else { return };
+                    let now = at_once.fetch_add(1, Ordering::SeqCst) + 1;
+                    most.fetch_max(now, Ordering::SeqCst);
+                    let act = {
+                        let mut number = number.lock().unwrap();
+                        *number += 1;
+                        plan(*number - 1, &path, &body)
+                    };
+                    *counts.lock().unwrap().entry(act.name()).or_default() += 1;
+                    play(&act, &stream, &path);
+                    at_once.fetch_sub(1, Ordering::SeqCst);
+                });
+            }
+        });
+        Self { url, served, most_at_once }
+    }
+
+    /// How many requests were served so that the client must count them as `outcome`.
+    pub fn served(&self, outcome: &str) -> u64 {
+        self.served.lock().unwrap().get(outcome).copied().unwrap_or(0)
+    }
+
+    /// Most requests that were under way at the same time.
+    pub fn most_at_once(&self) -> usize {
+        self.most_at_once.load(Ordering::SeqCst)
+    }
+}
+
+fn read(stream: &TcpStream) -> Option<(String, Value)> {
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    reader.read_line(&mut line).ok()?;
+    let path = line.split_whitespace().nth(1)?.to_owned();
+    let mut length = 0;
+    loop {
+        line.clear();
+        reader.read_line(&mut line).ok()?;
+        if line.trim().is_empty() {
+            break;
+        }
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().ok()?;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    Some((path, serde_json::from_slice(&body).ok()?))
+}
+
+fn play(act: &Act, stream: &TcpStream, path: &str) {
+    let chat = path.ends_with("chat/completions");
+    let usage = json!({ "prompt_tokens": 10, "completion_tokens": 1 });
+    match act {
+        Act::Tokens(tokens) => {
+            let log = |p: f64| json!(p.ln());
+            let choice = if chat {
+                let top: Vec<Value> =
+                    tokens.iter().map(|(token, p)| json!({ "token": token, "logprob": log(*p) })).collect();
+                let content = json!([{ "token": tokens[0].0, "logprob": log(tokens[0].1), "top_logprobs": top }]);
+                json!({ "message": { "role": "assistant", "content": tokens[0].0 }, "logprobs": { "content": content } })
+            } else {
+                let top: serde_json::Map<String, Value> =
+                    tokens.iter().map(|(token, p)| ((*token).to_owned(), log(*p))).collect();
+                json!({ "text": tokens[0].0, "logprobs": { "top_logprobs": [top] } })
+            };
+            respond(stream, 200, "", &json!({ "choices": [choice], "usage": usage }).to_string());
+        }
+        Act::Text(text) => {
+            let choice = if chat { json!({ "message": { "content": text } }) } else { json!({ "text": text }) };
+            respond(stream, 200, "", &json!({ "choices": [choice], "usage": usage }).to_string());
+        }
+        Act::Status(status, headers, body) => respond(stream, *status, headers, body),
+        Act::Body(body) => respond(stream, 200, "", body),
+        Act::CloseMidBody => {
+            let mut stream = stream;
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{\"choices\": [");
+        }
+        // Until the client gives up and closes.
+        Act::Hang => drop(std::io::copy(&mut { stream }, &mut std::io::sink())),
+        Act::Slow(pause, act) => {
+            std::thread::sleep(*pause);
+            play(act, stream, path);
+        }
+    }
+}
+
+fn respond(mut stream: &TcpStream, status: u16, headers: &str, body: &str) {
+    let text = format!(
+        "HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n{headers}\r\n{body}",
+        body.len()
+    );
+    // The client may be gone already.
+    let _ = stream.write_all(text.as_bytes());
+}
