@@ -129,6 +129,12 @@ const METRICS: &[Metric] = &[
         Unit::Count,
         "Mean judged score of the last batch, on the labeler's own scale",
     ),
+    Metric(
+        Gauge,
+        "preceptor_judge_score_mean",
+        Unit::Count,
+        "Mean of the judge's own scores in the last batch, if any",
+    ),
     Metric(Gauge, "preceptor_kl_mean", Unit::Count, "KL to the reference per completion in nats (k1), last batch"),
     Metric(
         Gauge,

@@ -52,7 +52,7 @@ impl Questions for Contest {
 }
 
 /// Judges every pair in both orders. Where the judge prefers the same position both times it has no preference between
-/// the answers, and neither wins: a tie, as is a probability of exactly ½.
+/// the answers, and neither wins: a tie, as are equal answers and a probability of exactly ½.
 ///
 /// # Errors
 /// A labeler that fails beyond its restart budget, or that gave no verdict at all.
@@ -68,7 +68,8 @@ pub fn win_rate(config: &Config, bench: &LabelerBench, contest: Contest, title: 
         let Some(preference) = labels.preferences.first() else { continue };
         match &preference.verdict {
             Verdict::Label(p) => {
-                let win = if preference.flipped() == Some(true) { 0.5 } else { outcome(*p) };
+                let tied = preference.flipped() == Some(true) || contest.a[i] == contest.b[i];
+                let win = if tied { 0.5 } else { outcome(*p) };
                 outcomes.push(win);
                 let length = |text: &str| -> Result<f64> { Ok(contest.tokenizer.encode(text)?.len().max(1) as f64) };
                 compared.push(Comparison { win, length: length(&contest.a[i])?, other: length(&contest.b[i])? });

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::algo::{GroupLoss, sequence_kl};
-use crate::rollout::{Finish, Rewarded};
+use crate::rollout::{Finish, Rewarded, Verdict};
 
 /// Sums over the groups of a batch as they are trained.
 #[derive(Debug, Clone, Default)]
@@ -23,6 +23,7 @@ pub struct Tally {
     pub value_loss: f64,
     rewards: Vec<f64>,
     scores: Vec<f64>,
+    judged: Vec<f64>,
     margins: Vec<f64>,
     reward_model: Option<u64>,
     kl: f64,
@@ -50,6 +51,7 @@ impl Tally {
         self.value_loss += loss.value;
         self.rewards.extend(&group.rewards);
         self.scores.extend(&group.scores);
+        self.judged.extend(group.feedback.iter().flat_map(|one| &one.verdicts).filter_map(Verdict::label));
         self.terms += loss.terms;
         self.margins.extend(&loss.margins);
         self.reward_model = self.reward_model.max(group.reward_model);
@@ -122,6 +124,10 @@ impl StepRecord {
             map.insert("preference/margin".into(), number(mean(&tally.margins)));
             map.insert("preference/accuracy".into(), number(right as f64 / tally.margins.len() as f64));
             map.insert("preference/pairs".into(), json!(tally.margins.len()));
+        }
+        // Where a reward model scores, the judge's own scores tell whether the two go together.
+        if !tally.judged.is_empty() {
+            map.insert("judge/mean".into(), number(mean(&tally.judged)));
         }
         if let Some(version) = tally.reward_model {
             map.insert("reward_model/version".into(), json!(version));

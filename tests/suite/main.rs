@@ -1,6 +1,7 @@
 //! Integration tests of the root package, in one binary.
 
 mod algorithms;
+mod annotate;
 mod bert;
 mod common;
 mod faults;

@@ -1,0 +1,171 @@
+//! `preceptor label`, `pairs` and `eval`, as a user runs them.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::common::{config, preceptor, stderr, train};
+use crate::mock_judge::{Act, MockJudge};
+
+fn write_pairs(path: &Path, count: usize) {
+    let lines: String = (0..count)
+        .map(|i| {
+            format!("{}\n", json!({ "prompt": format!("post {i}"), "chosen": format!("good {i}"), "rejected": "bad" }))
+        })
+        .collect();
+    std::fs::write(path, lines).unwrap();
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+fn label(dir: &Path, mock: &MockJudge) -> Command {
+    let mut command = preceptor(dir);
+    let remote = format!("labeler.remote={{ url = \"{}\", model = \"mock\", concurrency = 2 }}", mock.url);
+    command.args([
+        "label",
+        config("offline.toml").to_str().unwrap(),
+        "--input",
+        "pairs.jsonl",
+        "--output",
+        "labels.jsonl",
+    ]);
+    command.args(["--batch", "2", "--set", "labeler.type=pairwise", "--set", &remote]);
+    let cache = format!("labeler.cache=\"{}\"", dir.join("cache").display());
+    command.args(["--set", &cache]);
+    command
+}
+
+#[test]
+fn a_killed_labeling_goes_on_and_no_pair_stands_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    write_pairs(&dir.path().join("pairs.jsonl"), 30);
+    // The better one is recognised wherever it stands.
+    let mock = MockJudge::start(|_, _, body| {
+        let prompt = body["messages"][0]["content"].as_str().unwrap();
+        let first = prompt.rsplit("Summary 1 - ").next().unwrap().starts_with("good");
+        let tokens = if first { vec![("1", 0.9), ("2", 0.1)] } else { vec![("1", 0.2), ("2", 0.8)] };
+        Act::Slow(Duration::from_millis(10), Box::new(Act::Tokens(tokens)))
+    });
+    let output = dir.path().join("labels.jsonl");
+    for wanted in [4, 15] {
+        let mut child = label(dir.path(), &mock).stderr(Stdio::null()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while lines(&output).len() < wanted {
+            assert!(Instant::now() < deadline, "no labels after a minute");
+            assert!(child.try_wait().unwrap().is_none(), "it ended before it was killed");
+            std::thread::yield_now();
+        }
+        // SIGKILL: nothing is tidied up.
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    // As if the last write had been cut off in its middle.
+    let mut text = std::fs::read_to_string(&output).unwrap();
+    text.push_str("{\"pair\": 29, \"prefer");
+    std::fs::write(&output, text).unwrap();
+    let ended = label(dir.path(), &mock).output().unwrap();
+    assert!(ended.status.success(), "{}", stderr(&ended));
+    let rows = lines(&output);
+    let mut pairs: Vec<u64> = rows.iter().map(|row| row["pair"].as_u64().unwrap()).collect();
+    pairs.sort_unstable();
+    assert_eq!(pairs, (0..30).collect::<Vec<_>>());
+    for row in &rows {
+        assert!((row["preference"].as_f64().unwrap() - 0.85).abs() < 1e-9, "{row}");
+        assert_eq!(row["orders"].as_array().unwrap().len(), 2);
+    }
+    // Two questions a pair; beyond that only what was in flight at the two kills, two requests each.
+    let served = mock.served("ok");
+    assert!((60..=64).contains(&served), "{served} questions were bought");
+    // The output is a file of preferences, and a second labeler does not write into it.
+    let again = label(dir.path(), &mock).args(["--set", "labeler.preamble=detailed"]).output().unwrap();
+    assert!(stderr(&again).contains("another template") && !again.status.success(), "{}", stderr(&again));
+}
+
+#[test]
+fn pairs_that_cannot_be_labeled_are_told_and_asked_for_again() {
+    let dir = tempfile::tempdir().unwrap();
+    write_pairs(&dir.path().join("pairs.jsonl"), 4);
+    let down = MockJudge::start(|_, _, body| {
+        let prompt = body["messages"][0]["content"].as_str().unwrap();
+        if prompt.contains("post 2") { Act::Status(400, "", "no") } else { Act::Tokens(vec![("1", 0.6), ("2", 0.4)]) }
+    });
+    let output = label(dir.path(), &down).output().unwrap();
+    let text = stderr(&output);
+    assert!(
+        !output.status.success() && text.contains("1 pairs could not be labeled") && text.contains("400"),
+        "{text}"
+    );
+    assert_eq!(lines(&dir.path().join("labels.jsonl")).len(), 3);
+}
+
+fn eval(dir: &Path, arguments: &[&str]) -> Vec<Value> {
+    let output = preceptor(dir).arg("eval").args(arguments).args(["--format", "json"]).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let tables: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    tables[0].as_array().unwrap().clone()
+}
+
+#[test]
+fn every_evaluation_runs_on_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let overrides =
+        ["run.mode=distilled", "run.steps=1", "reward_model.warm_up_groups=4", "reward_model.batch_pairs=4"];
+    let output = train(dir.path(), &overrides);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let checkpoint = "run/checkpoints/step-000001";
+    let offline = config("offline.toml");
+    let offline = offline.to_str().unwrap();
+    let pairs = config("data/preferences-summaries.jsonl");
+    let pairs = pairs.to_str().unwrap();
+    let common = [offline, "--set", "rollout.max_new_tokens=8", "--limit", "6"];
+
+    let names = "base-0,detailed-2,base-0-cot,direct,likelihood";
+    let arguments = ["alignment", offline, "--input", pairs, "--limit", "6", "--cot-limit", "2", "--variants", names];
+    let quick = ["--set", "labeler.rationale_tokens=4", "--set", "policy.model.scratch.context=8192"];
+    let rows = eval(dir.path(), &[&arguments[..], &quick].concat());
+    let labelers: Vec<&str> = rows.iter().map(|row| row["labeler"].as_str().unwrap()).collect();
+    assert_eq!(labelers.join(","), names);
+    let asked: Vec<u64> = rows.iter().map(|row| row["pairs"].as_u64().unwrap()).collect();
+    assert_eq!(asked, [6, 6, 2, 6, 6]);
+
+    // A model against itself: the same answers, so nobody wins.
+    let rows = eval(dir.path(), &[&["win-rate"][..], &common, &["--a", checkpoint, "--b", checkpoint]].concat());
+    assert_eq!((&rows[0]["ties"], &rows[0]["wins"]), (&json!(6), &json!(0)), "{}", rows[0]);
+    let rows = eval(dir.path(), &[&["win-rate"][..], &common, &["--a", checkpoint, "--answers", "a.jsonl"]].concat());
+    assert_eq!(rows[0]["prompts"], 6);
+    assert_eq!(lines(&dir.path().join("a.jsonl")).len(), 6);
+
+    let reward_model = format!("{checkpoint}/reward_model");
+    let rows = eval(dir.path(), &["reward-accuracy", &reward_model, offline, "--input", pairs, "--limit", "10"]);
+    assert_eq!(rows[0]["pairs"], 10);
+
+    let direct = ["--set", "labeler.type=direct", "--set", "labeler.templates=harmless", "--model", checkpoint];
+    let rows = eval(dir.path(), &[&["harmless-rate"][..], &common, &direct].concat());
+    assert_eq!(rows[0]["answers"], 6);
+    let refused = preceptor(dir.path())
+        .args(["eval", "harmless-rate"])
+        .args(common)
+        .args(["--model", checkpoint])
+        .output()
+        .unwrap();
+    assert!(stderr(&refused).contains("labeler.type = \"direct\""), "{}", stderr(&refused));
+}
+
+#[test]
+fn pairs_are_made_by_the_rule_and_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let posts = config("data/posts.jsonl");
+    let made = preceptor(dir.path())
+        .args(["pairs", "--input", posts.to_str().unwrap(), "--output", "pairs.jsonl", "--limit", "20"])
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", stderr(&made));
+    let shipped = lines(&config("data/preferences-summaries.jsonl"));
+    assert_eq!(lines(&dir.path().join("pairs.jsonl")), shipped[..20], "the shipped file is what the command makes");
+}
