@@ -173,6 +173,7 @@ mod tests {
             "length alone tells",
         );
         refused(&[pair(1.5, 2.0, 1.0)], "comparison 0: a win of 1.5 is no probability");
+        refused(&[pair(-0.5, 2.0, 1.0)], "a win of -0.5 is no probability");
         refused(&[pair(f64::NAN, 2.0, 1.0)], "is no probability");
         refused(&[pair(1.0, 2.0, 1.0), pair(1.0, 0.0, 1.0)], "comparison 1: lengths of 0 and 1 have no ratio");
         // A single tie that lies among them is both, and so is an overlap of its own kind.

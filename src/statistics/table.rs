@@ -233,6 +233,13 @@ a|b – ü      0                  –         –
     }
 
     #[test]
+    fn a_line_does_not_end_in_spaces() {
+        let mut notes = Table::new("", &[("n", ""), ("note", "")]);
+        notes.push(vec![1usize.into(), "x".into()]);
+        assert_eq!(notes.text(), "n  note\n─  ────\n1  x\n");
+    }
+
+    #[test]
     fn numbers_have_four_significant_digits() {
         for (number, expected) in [
             (0.0, "0"),

@@ -82,6 +82,18 @@ fn the_identity_is_that_of_the_weights() {
 }
 
 #[test]
+fn states_that_are_not_finite_are_refused() {
+    let dir = copy();
+    let path = dir.path().join("model.safetensors");
+    let mut weights = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+    let bias = weights.get_mut("encoder.layer.1.output.LayerNorm.bias").unwrap();
+    *bias = (bias.clone() * f64::NAN).unwrap();
+    candle_core::safetensors::save(&weights, &path).unwrap();
+    let error = Embedder::from_directory(dir.path(), &Device::Cpu).unwrap().embed(&["a cat"]).unwrap_err().to_string();
+    assert!(error.contains("not finite"), "{error}");
+}
+
+#[test]
 fn what_cannot_embed_is_refused() {
     let refused = |file: &str, content: &str, word: &str| {
         let dir = copy();

@@ -46,6 +46,7 @@ fn modules_use_only_what_they_may() {
             &["crate::learn", "crate::rollout", "crate::config", "crate::label", "preceptor_actors", "crate::tokens"],
         ),
         ("algo", &["crate::", "candle", "preceptor_actors"]),
+        ("eval", &["candle", "preceptor_actors", "crate::model", "crate::label", "crate::learn"]),
         ("config", &["candle", "preceptor_actors", "crate::run", "crate::model"]),
         ("tokens", &["preceptor_actors", "crate::model", "crate::learn"]),
     ] {
