@@ -47,7 +47,7 @@ fn model(criterion: &mut Criterion) {
     group.bench_function("sample", |b| {
         let sampling = Sampling { temperature: 0.9, top_k: None, max_new_tokens: 64, eos: vec![] };
         b.iter(|| {
-            let request = Request { prompt: &prompt, seeds: (0..8).collect() };
+            let request = Request { prompt: &prompt, prefix: None, seeds: (0..8).collect() };
             pool.install(|| generate(&mut Fixed(Arc::clone(&model)), &[request], &sampling).expect("completions"))
         });
     });

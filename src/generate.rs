@@ -9,7 +9,8 @@ use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use crate::model::{KvCache, Llama, Pack, PackedAttention};
+use crate::model::trie::prefill;
+use crate::model::{KvCache, Llama, Prefix};
 use crate::rollout::Finish;
 use sampler::{Sampler, Sampling};
 
@@ -17,6 +18,8 @@ use sampler::{Sampler, Sampling};
 pub struct Request<'a> {
     /// Token ids of the prompt, at least one.
     pub prompt: &'a [u32],
+    /// What the prompt may begin with, computed already by the same weights.
+    pub prefix: Option<&'a Prefix>,
     /// Seed of each completion's random stream; its length is the number of completions.
     pub seeds: Vec<u64>,
 }
@@ -78,11 +81,9 @@ pub fn generate(source: &mut dyn Weighted, requests: &[Request], sampling: &Samp
         if request.seeds.is_empty() {
             continue;
         }
-        let pack = Pack::prefill(request.prompt);
-        let mut attention = PackedAttention::keeping(&pack, model.device())?;
-        let hidden = model.hidden(&pack.ids, &pack.positions, &mut attention)?;
-        let logits = model.logits(&hidden.narrow(0, pack.len() - 1, 1)?)?;
-        let first = cache.add(&attention.into_kept(), request.seeds.len())?;
+        let (hidden, layers) = prefill(&model, request.prompt, request.prefix)?;
+        let logits = model.logits(&hidden)?;
+        let first = cache.add(&layers, request.seeds.len())?;
         let logits = Arc::new(logits.flatten_all()?.to_vec1::<f32>()?);
         for (i, seed) in request.seeds.iter().enumerate() {
             let mut row = Row {

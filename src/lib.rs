@@ -4,6 +4,7 @@
 //! - [`rollout`] is what travels through the graph; [`config`] is what a user writes.
 //! - [`ops`] and [`model`] are the differentiable part; [`tokens`] and [`source`] bring models in.
 //! - [`generate`], [`label`], [`reward`], [`learn`] are the stages; [`algo`] is their arithmetic, without tensors.
+//! - [`remote`] is for judges behind servers; [`annotate`] labels files, [`evaluate`] measures, by [`statistics`].
 //! - [`topology`] wires the stages, [`run`] is the composition root, [`cli`] the command line.
 
 pub mod algo;

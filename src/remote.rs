@@ -162,7 +162,12 @@ async fn weigh_one(client: &Client, ask: &Ask, votes_only: bool, usage: &mut Usa
         let request = Request::first_token(&ask.prompt, None, client.top_logprobs());
         let answer = client.ask(&request, usage).await?;
         if let Some(tokens) = answer.first_token {
-            let listed = Listed(tokens);
+            let mut listed = Listed(tokens);
+            if let Some((space, p)) = listed.space_before(&ask.answers).map(|(space, p)| (space.to_owned(), p)) {
+                let request = Request::first_token(&ask.prompt, Some(space.clone()), client.top_logprobs());
+                let after = client.ask(&request, usage).await?;
+                listed.behind(&space, p, Listed(after.first_token.unwrap_or_default()));
+            }
             let weights = listed.weights(&ask.answers)?;
             return Ok((longer(client, ask, &listed, weights, usage).await?, false));
         }

@@ -98,8 +98,12 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
         stop: stop.clone(),
         began: Instant::now(),
         step: 0,
-        objective: if config.run.mode == Mode::Preference { "preference/margin" } else { "score/mean" },
-        scores: Vec::new(),
+        objectives: match config.run.mode {
+            Mode::Preference => &["preference/margin", "judge/mean"],
+            Mode::Distilled => &["score/mean", "judge/mean"],
+            Mode::Direct | Mode::Human => &["score/mean"],
+        },
+        records: Vec::new(),
     }));
     let node = Arc::new(Node {
         prepared,

@@ -149,6 +149,17 @@ impl Tokenizer {
         self.special.pad
     }
 
+    /// The token that stands for what the vocabulary lacks.
+    pub fn unk_id(&self) -> Option<u32> {
+        self.special.unk
+    }
+
+    /// The same tokenizer, with another token to fill up batches; texts become the same ids.
+    pub fn padded_with(mut self, pad: Option<u32>) -> Self {
+        self.special.pad = pad;
+        self
+    }
+
     /// The id of the token that is written `token`.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)

@@ -175,7 +175,7 @@ impl AlignmentArgs {
         let job = Alignment { pairs, chosen, with_cot, variants: self.variants };
         let title = format!("AI labeler alignment on {}", self.input.display());
         let (table, orders) = alignment(&config, &bench, &job, &title)?;
-        self.shown.print(&[&table, &orders]);
+        self.shown.print(&[Some(&table), orders.as_ref()].into_iter().flatten().collect::<Vec<_>>());
         Ok(())
     }
 }

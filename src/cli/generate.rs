@@ -56,7 +56,7 @@ impl Generate {
             eos,
         };
         let seeds = (0..self.samples).map(|k| seed::completion(self.seed, 0, k)).collect();
-        let request = Request { prompt: &prompt, seeds };
+        let request = Request { prompt: &prompt, prefix: None, seeds };
         for sampled in generate(&mut Fixed(Arc::new(model)), &[request], &sampling)?.concat() {
             let text = tokenizer.decode(&sampled.ids)?;
             if self.json {

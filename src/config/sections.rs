@@ -380,9 +380,9 @@ pub struct Reward {
     pub scale: RewardScaling,
     /// Bound on a scaled score, either way; 0 for none. Default 5.
     pub clip: Option<f64>,
-    /// Taken off per token of a completion. Default 0.
+    /// Taken off per token of a completion; in `preference` mode off its log-odds. Default 0.
     pub length_penalty: f64,
-    /// Taken off when a completion ran into `max_new_tokens`. Default 0.
+    /// Taken off when a completion ran into `max_new_tokens`; in `preference` mode off its log-odds. Default 0.
     pub missing_eos_penalty: f64,
     /// Threads of the reward actor's pool. Default 1.
     pub threads: usize,

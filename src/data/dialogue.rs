@@ -21,15 +21,36 @@ impl Dialogue {
         Self { turns: vec![Message { role: "user".into(), content: text.into() }] }
     }
 
-    /// From a field of a row: a text, a text in turns (`\n\nHuman: …\n\nAssistant: …`), or a list of
+    /// As [`Self::from_json`], for a whole conversation: an assistant's last turn without words is kept, as the answer
+    /// that it is.
+    ///
+    /// # Errors
+    /// As [`Self::from_json`].
+    pub fn whole_from_json(value: &Value) -> Result<Self> {
+        match value {
+            Value::String(text) if Self::in_turns(text) => Self::from_turns(text),
+            other => Self::from_json(other),
+        }
+    }
+
+    fn in_turns(text: &str) -> bool {
+        text.starts_with(HUMAN) || text.starts_with(HUMAN.trim_start())
+    }
+
+    /// From a field of a row: a text, a text in turns (where an empty assistant's turn at the end only opens the answer; `\n\nHuman: …\n\nAssistant: …`), or a list of
     /// `{role, content}`.
     ///
     /// # Errors
     /// Says what the field is instead.
     pub fn from_json(value: &Value) -> Result<Self> {
         match value {
-            Value::String(text) if text.starts_with(HUMAN) || text.starts_with(HUMAN.trim_start()) => {
-                Self::from_turns(text)
+            Value::String(text) if Self::in_turns(text) => {
+                let mut dialogue = Self::from_turns(text)?;
+                let opens = |turn: &Message| turn.role == "assistant" && turn.content.is_empty();
+                if dialogue.turns.len() > 1 && dialogue.turns.last().is_some_and(opens) {
+                    dialogue.turns.pop();
+                }
+                Ok(dialogue)
             }
             Value::String(text) => Ok(Self::single(text)),
             Value::Array(list) => {
@@ -41,7 +62,7 @@ impl Dialogue {
         }
     }
 
-    /// From `\n\nHuman: …\n\nAssistant: …`; an empty assistant's turn at the end only opens the answer.
+    /// From `\n\nHuman: …\n\nAssistant: …`.
     fn from_turns(text: &str) -> Result<Self> {
         let text = if text.starts_with('\n') { text.to_owned() } else { format!("\n\n{text}") };
         let mut turns = Vec::new();
@@ -55,9 +76,6 @@ impl Dialogue {
             let end = [HUMAN, ASSISTANT].iter().filter_map(|mark| body.find(mark)).min().unwrap_or(body.len());
             turns.push(Message { role: role.into(), content: body[..end].trim().into() });
             rest = &body[end..];
-        }
-        if turns.len() > 1 && turns.last().is_some_and(|turn| turn.role == "assistant" && turn.content.is_empty()) {
-            turns.pop();
         }
         Ok(Self { turns })
     }
@@ -80,16 +98,27 @@ impl Dialogue {
         spoken.collect::<Vec<_>>().join("\n\n")
     }
 
-    /// Takes the assistant's last turn off.
+    /// What two conversations share, and how each goes on: the assistant's answer, or where several turns follow, all of
+    /// them as text.
     ///
     /// # Errors
-    /// When the last turn is not the assistant's, or nothing stands before it.
-    pub fn split_answer(mut self) -> Result<(Self, String)> {
-        match self.turns.pop() {
-            Some(last) if last.role == "assistant" && !self.turns.is_empty() => Ok((self, last.content)),
-            Some(_) => bail!("does not end with the assistant's turn after another"),
-            None => bail!("is a dialogue without turns"),
-        }
+    /// When they do not part at an answer of the assistant's.
+    pub fn part(self, other: Self) -> Result<(Self, String, String)> {
+        let shared = self.turns.iter().zip(&other.turns).take_while(|(a, b)| a == b).count();
+        // Conversations that are the same to the end part at their last answer.
+        let shared = shared.min(self.turns.len().min(other.turns.len()).saturating_sub(1));
+        let rest = |dialogue: &Self| -> Result<String> {
+            let rest = &dialogue.turns[shared..];
+            match rest.first() {
+                Some(first) if first.role == "assistant" => {}
+                _ => bail!("do not part at an answer of the assistant's: they differ from turn {} on", shared + 1),
+            }
+            let told = Self { turns: rest.to_vec() }.text();
+            Ok(told.strip_prefix("Assistant:").unwrap_or(&told).trim().to_owned())
+        };
+        let (first, second) = (rest(&self)?, rest(&other)?);
+        ensure!(shared > 0, "have nothing in common: there is no prompt");
+        Ok((Self { turns: self.turns[..shared].to_vec() }, first, second))
     }
 }
 
@@ -133,8 +162,27 @@ mod tests {
     fn a_judge_reads_turns_and_an_answer_is_split_off() {
         let dialogue = Dialogue::from_json(&json!("\n\nHuman: hi\n\nAssistant: hello")).unwrap();
         assert_eq!(dialogue.text(), "Human: hi\n\nAssistant: hello");
-        let (before, answer) = dialogue.split_answer().unwrap();
-        assert_eq!((before.text().as_str(), answer.as_str()), ("hi", "hello"));
-        assert!(before.split_answer().is_err());
+        let parts = |a: &str, b: &str| {
+            let read = |text: &str| Dialogue::whole_from_json(&json!(text)).unwrap();
+            read(a).part(read(b)).map(|(shared, a, b)| (shared.text(), a, b))
+        };
+        let owned = |a: &str, b: &str, c: &str| (a.to_owned(), b.to_owned(), c.to_owned());
+        for (a, b, expected) in [
+            ("\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nAssistant: b", owned("hi", "a", "b")),
+            ("\n\nHuman: hi\n\nAssistant: ", "\n\nHuman: hi\n\nAssistant: b", owned("hi", "", "b")),
+            ("\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nAssistant: a", owned("hi", "a", "a")),
+            (
+                "\n\nHuman: hi\n\nAssistant: a\n\nHuman: why?\n\nAssistant: so",
+                "\n\nHuman: hi\n\nAssistant: b",
+                owned("hi", "a\n\nHuman: why?\n\nAssistant: so", "b"),
+            ),
+        ] {
+            assert_eq!(parts(a, b).unwrap(), expected);
+        }
+        for (a, b) in
+            [("\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: ho\n\nAssistant: a"), ("\n\nHuman: hi", "\n\nHuman: hi")]
+        {
+            assert!(parts(a, b).is_err(), "{a} {b}");
+        }
     }
 }

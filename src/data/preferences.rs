@@ -24,7 +24,8 @@ pub struct PreferencePair {
 }
 
 /// A file of pairs, read on demand. Forms of a row, told apart by their fields:
-/// - `chosen`, `rejected`: two whole dialogues that differ in the assistant's last turn (the form of Anthropic's HH);
+/// - `chosen`, `rejected`: two whole dialogues that part at an answer of the assistant's, mostly the last turn (the form
+///   of Anthropic's HH);
 /// - `prompt`, `chosen`, `rejected`: the prompt and two answers;
 /// - `prompt`, `first`, `second`, and where it is known `preference`, the probability that the first is better: what
 ///   `preceptor label` writes and reads.
@@ -131,14 +132,11 @@ fn pair(row: usize, value: &Value) -> Result<PreferencePair> {
             value.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
         );
     }
-    let split = |name: &str| -> Result<(Dialogue, String)> {
-        dialogue(name)?.split_answer().map_err(|error| anyhow!("field {name:?} {error}"))
+    let whole = |name: &str| -> Result<Dialogue> {
+        Dialogue::whole_from_json(field(value, name)?).map_err(|error| anyhow!("field {name:?} {error}"))
     };
-    let ((dialogue, first), (other, second)) = (split("chosen")?, split("rejected")?);
-    if let Some(turn) = dialogue.turns.iter().zip(&other.turns).position(|(a, b)| a != b) {
-        bail!("chosen and rejected differ before the last answer, at turn {}", turn + 1);
-    }
-    ensure!(dialogue.turns.len() == other.turns.len(), "chosen and rejected have different numbers of turns");
+    let parted = whole("chosen")?.part(whole("rejected")?);
+    let (dialogue, first, second) = parted.map_err(|error| anyhow!("chosen and rejected {error}"))?;
     Ok(PreferencePair { row, dialogue, first, second, preference: Some(1.0) })
 }
 
@@ -189,9 +187,9 @@ mod tests {
             (json!({ "chosen": "\n\nHuman: hi\n\nAssistant: a" }), "no field \"rejected\""),
             (
                 json!({ "chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: ho\n\nAssistant: b" }),
-                "at turn 1",
+                "from turn 1 on",
             ),
-            (json!({ "chosen": "\n\nHuman: hi", "rejected": "\n\nHuman: hi" }), "does not end with the assistant's"),
+            (json!({ "chosen": "\n\nHuman: hi", "rejected": "\n\nHuman: hi" }), "do not part at an answer"),
             (json!({ "prompt": "hi", "first": "a", "second": "b", "preference": 1.5 }), "not a probability"),
             (json!({ "prompt": "hi", "chosen": 3, "rejected": "b" }), "field \"chosen\" is no text"),
         ] {

@@ -74,11 +74,16 @@ pub fn variant(config: &Config, name: &str) -> Result<Config> {
     Ok(config)
 }
 
-/// Asks in every way; returns the table of alignments and the table of both orders.
+/// Asks in every way; returns the table of alignments, and that of both orders if any way of asking reads both.
 ///
 /// # Errors
 /// A labeler that cannot be used, or fails beyond its restart budget.
-pub fn alignment(config: &Config, bench: &LabelerBench, job: &Alignment, title: &str) -> Result<(Table, Table)> {
+pub fn alignment(
+    config: &Config,
+    bench: &LabelerBench,
+    job: &Alignment,
+    title: &str,
+) -> Result<(Table, Option<Table>)> {
     let mut table = Table::new(
         title,
         &[
@@ -99,6 +104,7 @@ pub fn alignment(config: &Config, bench: &LabelerBench, job: &Alignment, title: 
         "Position preferred with A first, then with B first",
         &[("labeler", ""), ("1, 1", ""), ("1, 2", ""), ("2, 1", ""), ("2, 2", ""), ("even", "")],
     );
+    let mut any_both = false;
     for name in &job.variants {
         let config = variant(config, name)?;
         let cot = config.labeler.methods.iter().any(|method| method.cot);
@@ -137,13 +143,14 @@ pub fn alignment(config: &Config, bench: &LabelerBench, job: &Alignment, title: 
             per_pair((usage.prompt_tokens + usage.completion_tokens) as f64),
             per_pair(seconds),
         ]);
+        any_both |= both;
         if both {
             let [[a, b], [c, d]] = found.orders;
             let counts = [a, b, c, d, found.even].map(|count| Cell::Integer(count as i64));
             orders.push([vec![Cell::Text(name.clone())], counts.to_vec()].concat());
         }
     }
-    Ok((table, orders))
+    Ok((table, any_both.then_some(orders)))
 }
 
 /// Some of the pairs of a file.

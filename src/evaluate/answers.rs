@@ -32,7 +32,11 @@ pub fn answers(
     for lot in prompts.chunks(LOT) {
         let requests: Vec<Request> = lot
             .iter()
-            .map(|prompt| Request { prompt: &prompt.ids, seeds: vec![seed::completion(seed, prompt.seq, 0)] })
+            .map(|prompt| Request {
+                prompt: &prompt.ids,
+                prefix: None,
+                seeds: vec![seed::completion(seed, prompt.seq, 0)],
+            })
             .collect();
         for sampled in generate(&mut Fixed(Arc::clone(model)), &requests, sampling)?.concat() {
             out.push(Completion {

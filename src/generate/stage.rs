@@ -41,6 +41,7 @@ impl Stage for Rollout {
             .iter()
             .map(|prompt| Request {
                 prompt: &prompt.ids,
+                prefix: None,
                 seeds: (0..self.group_size).map(|k| seed::completion(self.seed, prompt.seq, k)).collect(),
             })
             .collect();

@@ -18,6 +18,9 @@ use crate::tokens::chat::Message;
 /// Tokens that go through the model at once. More in one row saves little and costs attention over strangers.
 const ROW: usize = 1024;
 
+/// Texts written at once.
+const SIDE_BY_SIDE: usize = 32;
+
 /// A frozen model that judges.
 #[derive(Clone)]
 pub struct Judge {
@@ -178,14 +181,6 @@ impl Local {
     fn write_all(&self, prompts: &[String], decoding: &Decoding, usage: &mut Usage) -> Result<Vec<Reply<String>>> {
         let tokenizer = &self.judge.tokenizer;
         let config = self.judge.model.config();
-        let encoded = prompts.iter().map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
-        let fits = |ids: &[u32]| ids.len() + decoding.max_tokens <= config.context;
-        let requests: Vec<Request> = encoded
-            .iter()
-            .enumerate()
-            .filter(|(_, ids)| fits(ids))
-            .map(|(i, ids)| Request { prompt: ids, seeds: vec![stream(decoding.seed, prompts, i)] })
-            .collect();
         let eos = if config.eos.is_empty() { tokenizer.eos_ids().to_vec() } else { config.eos.clone() };
         let sampling = Sampling {
             temperature: decoding.temperature,
@@ -193,20 +188,49 @@ impl Local {
             max_new_tokens: decoding.max_tokens,
             eos,
         };
-        let mut written = generate(&mut Fixed(Arc::clone(&self.judge.model)), &requests, &sampling)?.into_iter();
-        encoded
-            .iter()
-            .map(|ids| {
+        let mut replies = Vec::with_capacity(prompts.len());
+        // Draws of one prompt stand next to each other and share what is computed of it.
+        let mut runs: Vec<(Vec<u32>, Vec<u64>)> = Vec::new();
+        for (i, prompt) in prompts.iter().enumerate() {
+            let seed = stream(decoding.seed, prompts, i);
+            match runs.last_mut() {
+                Some((_, seeds)) if i > 0 && prompts[i - 1] == *prompt => seeds.push(seed),
+                _ => runs.push((self.encode(prompt)?, vec![seed])),
+            }
+        }
+        let mut rest = runs.as_slice();
+        while !rest.is_empty() {
+            let mut rows = 0;
+            let end = rest.iter().take_while(|(_, seeds)| {
+                rows += seeds.len();
+                rows <= SIDE_BY_SIDE
+            });
+            let (lot, later) = rest.split_at(end.count().max(1));
+            rest = later;
+            let fits = |ids: &[u32]| ids.len() + decoding.max_tokens <= config.context;
+            let fitting: Vec<&(Vec<u32>, Vec<u64>)> = lot.iter().filter(|(ids, _)| fits(ids)).collect();
+            let prefix = self.prefix(&fitting.iter().map(|(ids, _)| ids.as_slice()).collect::<Vec<_>>());
+            let shared = prefix.as_ref().map_or(0, |prefix| prefix.ids().len());
+            let requests: Vec<Request> = fitting
+                .iter()
+                .map(|(ids, seeds)| Request { prompt: ids, prefix: prefix.as_deref(), seeds: seeds.clone() })
+                .collect();
+            let mut written = generate(&mut Fixed(Arc::clone(&self.judge.model)), &requests, &sampling)?.into_iter();
+            for (ids, seeds) in lot {
                 if !fits(ids) {
-                    return Ok(Err(too_long(ids.len() + decoding.max_tokens, config.context)));
+                    let refusal = too_long(ids.len() + decoding.max_tokens, config.context);
+                    replies.extend(seeds.iter().map(|_| Err(refusal.clone())));
+                    continue;
                 }
-                let sampled = written.next().unwrap_or_default().pop().unwrap_or_default();
-                usage.requests += 1;
-                usage.prompt_tokens += ids.len() as u64;
-                usage.completion_tokens += sampled.ids.len() as u64;
-                Ok(Ok(tokenizer.decode(&sampled.ids)?))
-            })
-            .collect()
+                usage.requests += seeds.len() as u64;
+                usage.prompt_tokens += (ids.len() - shared) as u64;
+                for sampled in written.next().unwrap_or_default() {
+                    usage.completion_tokens += sampled.ids.len() as u64;
+                    replies.push(Ok(tokenizer.decode(&sampled.ids)?));
+                }
+            }
+        }
+        Ok(replies)
     }
 }
 

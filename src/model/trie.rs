@@ -45,11 +45,19 @@ impl Prefix {
     pub fn ids(&self) -> &[u32] {
         &self.ids
     }
+}
 
-    /// Keys and values `[P, KV, hd]` of each layer.
-    pub fn layers(&self) -> &[(Tensor, Tensor)] {
-        &self.layers
-    }
+/// The final hidden state `[1, D]` of a prompt's last token, and its keys and values `[T, KV, hd]` by layer for a
+/// cache. What the prompt shares with `prefix` is not computed again.
+///
+/// # Errors
+/// As [`Llama::hidden`].
+pub fn prefill(model: &Llama, prompt: &[u32], prefix: Option<&Prefix>) -> Result<(Tensor, Vec<(Tensor, Tensor)>)> {
+    let prefix = prefix.filter(|prefix| prompt.len() > prefix.ids.len() && prompt.starts_with(&prefix.ids));
+    let trie = Trie::new(&[prompt], prefix.map_or(0, |prefix| prefix.ids.len()));
+    let mut attention = TrieAttention { mask: trie.mask(model.device())?, prefix, kept: Some(Vec::new()) };
+    let hidden = model.hidden(&trie.ids, &trie.positions, &mut attention)?;
+    Ok((hidden.narrow(0, trie.len() - 1, 1)?, attention.kept.unwrap_or_default()))
 }
 
 impl Trie {
@@ -114,7 +122,7 @@ impl Trie {
     /// # Errors
     /// As [`Llama::hidden`].
     pub fn hidden(&self, model: &Llama, prefix: Option<&Prefix>) -> Result<Tensor> {
-        let mut attention = TrieAttention { mask: self.mask(model.device())?, prefix };
+        let mut attention = TrieAttention { mask: self.mask(model.device())?, prefix, kept: None };
         model.hidden(&self.ids, &self.positions, &mut attention)
     }
 }
@@ -122,13 +130,24 @@ impl Trie {
 struct TrieAttention<'a> {
     mask: Tensor,
     prefix: Option<&'a Prefix>,
+    /// Keys and values of all that is attended to, by layer, where they are wanted.
+    kept: Option<Vec<(Tensor, Tensor)>>,
 }
 
 impl Attend for TrieAttention<'_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let Some(prefix) = self.prefix else { return dense(q, k, v, &self.mask) };
-        let (keys, values) = &prefix.layers[layer];
-        dense(q, &Tensor::cat(&[keys, k], 0)?, &Tensor::cat(&[values, v], 0)?, &self.mask)
+        let (k, v) = match self.prefix {
+            Some(prefix) => {
+                let (keys, values) = &prefix.layers[layer];
+                (Tensor::cat(&[keys, k], 0)?, Tensor::cat(&[values, v], 0)?)
+            }
+            None => (k.clone(), v.clone()),
+        };
+        let mixed = dense(q, &k, &v, &self.mask)?;
+        if let Some(kept) = &mut self.kept {
+            kept.push((k, v));
+        }
+        Ok(mixed)
     }
 }
 
@@ -166,6 +185,25 @@ mod tests {
         assert_eq!((trie.ids.as_slice(), trie.positions.as_slice()), (&[1, 2][..], &[2, 2][..]));
         let mask = trie.mask(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(mask, [[0.0, 0.0, 0.0, f32::NEG_INFINITY], [0.0, 0.0, f32::NEG_INFINITY, 0.0]]);
+    }
+
+    #[test]
+    fn a_prefill_behind_a_prefix_is_that_of_the_whole_prompt() {
+        let model = model();
+        let prompt = [7, 8, 1, 2, 3];
+        let prefix = Prefix::new(&model, &[7, 8, 1]).unwrap();
+        let (whole, layers) = prefill(&model, &prompt, None).unwrap();
+        for other in [&prefix, &Prefix::new(&model, &[9]).unwrap(), &Prefix::new(&model, &prompt).unwrap()] {
+            let (hidden, kept) = prefill(&model, &prompt, Some(other)).unwrap();
+            let worst = |a: &Tensor, b: &Tensor| {
+                assert_eq!(a.dims(), b.dims());
+                (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap()
+            };
+            assert!(worst(&whole, &hidden) < 1e-5);
+            for ((k, v), (other_k, other_v)) in layers.iter().zip(&kept) {
+                assert!(worst(k, other_k) < 1e-5 && worst(v, other_v) < 1e-5);
+            }
+        }
     }
 
     #[test]

@@ -27,6 +27,20 @@ impl Listed {
         Ok(weights)
     }
 
+    /// A space that is likelier than all of `answers` together: the answer then stands behind it, as a token of its own.
+    /// With its probability.
+    pub fn space_before(&self, answers: &[String]) -> Option<(&str, f64)> {
+        let spelt = |token: &str| answers.iter().any(|answer| token.trim_start() == answer);
+        let mass: f64 = self.0.iter().filter(|(token, _)| spelt(token)).map(|(_, p)| p).sum();
+        let (space, p) = self.0.iter().find(|(token, _)| !token.is_empty() && token.chars().all(|c| c == ' '))?;
+        (*p > mass).then_some((space.as_str(), *p))
+    }
+
+    /// Adds what is listed after `space`, which had the probability `p`, as tokens that carry the space.
+    pub fn behind(&mut self, space: &str, p: f64, after: Self) {
+        self.0.extend(after.0.into_iter().map(|(token, q)| (format!("{space}{token}"), p * q)));
+    }
+
     /// Whether a token spells `answer` whole.
     pub fn has(&self, answer: &str) -> bool {
         self.0.iter().any(|(token, _)| token.trim_start() == answer)
@@ -86,6 +100,16 @@ mod tests {
         assert!(listed.has("10") && !listed.has("2"));
         assert_eq!((listed.spelling("1").as_str(), listed.spelling("2").as_str()), (" 1", "2"));
         assert!(matches!(listed.weights(&answers(&["x"])), Err(Refusal::Abstention(why)) if why.contains("\" 1\"")));
+    }
+
+    #[test]
+    fn a_space_of_its_own_is_looked_behind() {
+        let both = answers(&["1", "2"]);
+        let mut listed = Listed(vec![("A".into(), 0.5), (" ".into(), 0.25), ("1".into(), 0.125)]);
+        assert_eq!(listed.space_before(&both), Some((" ", 0.25)));
+        listed.behind(" ", 0.25, Listed(vec![("2".into(), 0.5), ("1".into(), 0.25)]));
+        assert_eq!(listed.weights(&both).unwrap(), [0.1875, 0.125]);
+        assert_eq!(Listed(vec![(" ".into(), 0.2), ("1".into(), 0.3)]).space_before(&both), None);
     }
 
     #[test]

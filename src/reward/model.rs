@@ -53,8 +53,11 @@ impl RewardModel {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let mut weights = self.model.weights().clone();
         weights.0.insert(HEAD.to_owned(), self.head.clone());
-        let pad = tokenizer.pad_id().or(tokenizer.eos_ids().first().copied());
+        // `transformers` reads the score at the last token that is no padding. Where padding is the end token, as
+        // many models have it, that would be the token before the end.
+        let [pad, unk, bos] = [tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id()];
+        let pad = [pad, unk, bos].into_iter().flatten().find(|id| !tokenizer.eos_ids().contains(id));
         export::write_scorer(dir, self.model.config(), &weights, pad, dtype)?;
-        tokenizer.save(dir)
+        tokenizer.clone().padded_with(pad).save(dir)
     }
 }

@@ -1,6 +1,6 @@
 //! From scores to rewards: scale, bound, charge for length.
 
-use crate::rollout::{Finish, Group, RewardScale};
+use crate::rollout::{Completion, Finish, Group, RewardScale};
 
 /// How scores become rewards.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,20 +29,33 @@ impl RewardRule {
                 if let Some(clip) = self.clip {
                     reward = reward.clamp(-clip, clip);
                 }
-                reward -= self.length_penalty * completion.ids.len() as f64;
-                if completion.finish == Finish::Length {
-                    reward -= self.missing_eos_penalty;
-                }
+                reward -= self.charge(completion);
                 reward
             })
             .collect()
+    }
+
+    /// What is taken off for a completion's length and for its missing end.
+    fn charge(&self, completion: &Completion) -> f64 {
+        let cut = if completion.finish == Finish::Length { self.missing_eos_penalty } else { 0.0 };
+        self.length_penalty * completion.ids.len() as f64 + cut
+    }
+
+    /// P(first is better) once both completions are charged, the charges being log-odds.
+    pub fn preference(&self, first: &Completion, second: &Completion, p: f64) -> f64 {
+        let charge = self.charge(first) - self.charge(second);
+        if charge == 0.0 {
+            return p;
+        }
+        let p = p.clamp(1e-9, 1.0 - 1e-9);
+        1.0 / (1.0 + ((1.0 - p) / p) * charge.exp())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rollout::{Completion, Prompt};
+    use crate::rollout::Prompt;
 
     fn group(finishes: &[(usize, Finish)]) -> Group {
         let prompt = Prompt {
@@ -79,5 +92,18 @@ mod tests {
             assert!((reward - expected).abs() < 1e-12, "{rewards:?}");
         }
         assert_eq!(scale.count, 3);
+    }
+
+    #[test]
+    fn a_preference_is_charged_in_log_odds() {
+        let rule = RewardRule { standardise: true, clip: None, length_penalty: 0.5, missing_eos_penalty: 9f64.ln() };
+        let group = group(&[(2, Finish::Eos), (2, Finish::Length), (4, Finish::Eos)]);
+        let charged = |i: usize, j: usize, p: f64| rule.preference(&group.completions[i], &group.completions[j], p);
+        // Even odds, against one that did not end: 9 to 1. Two tokens more: e to 1.
+        assert!((charged(0, 1, 0.5) - 0.9).abs() < 1e-12 && (charged(1, 0, 0.5) - 0.1).abs() < 1e-12);
+        let e = 1f64.exp();
+        assert!((charged(0, 2, 0.5) - e / (1.0 + e)).abs() < 1e-12);
+        assert_eq!(charged(0, 0, 0.25), 0.25);
+        assert!(charged(1, 0, 1.0) > 0.99 && charged(1, 0, 1.0) < 1.0);
     }
 }

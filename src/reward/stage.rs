@@ -85,7 +85,10 @@ impl<I> RewardStage<I> {
             Scorer::Pairs => {
                 // The judge's own scores, where it scored, are worth seeing; nothing is learned from them.
                 out.scores = scores(feedback.as_ref(), out.group.completions.len()).unwrap_or_default();
-                out.preferences = labeled_pairs(feedback.as_ref());
+                let completions = &out.group.completions;
+                let charged =
+                    |(i, j, p): (usize, usize, f64)| (i, j, self.rule.preference(&completions[i], &completions[j], p));
+                out.preferences = labeled_pairs(feedback.as_ref()).into_iter().map(charged).collect();
                 if out.preferences.is_empty() {
                     let verdicts = feedback.iter().flat_map(|one| one.preferences.iter().map(|one| &one.verdict));
                     out.masked = Some(refusal(verdicts));

@@ -122,7 +122,8 @@ impl RewardTrainer {
 
     /// Share of the last held-out pairs that were ranked as labeled, and how many they are.
     pub fn accuracy(&self) -> (f64, usize) {
-        (self.held_out.iter().sum::<f64>() / self.held_out.len().max(1) as f64, self.held_out.len())
+        let right = self.held_out.iter().fold(0.0, |sum, one| sum + one);
+        (right / self.held_out.len().max(1) as f64, self.held_out.len())
     }
 
     /// Whether the pairs of group `seq` are kept from training.

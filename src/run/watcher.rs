@@ -32,9 +32,10 @@ pub(super) struct Watcher {
     pub(super) stop: Stop,
     pub(super) began: Instant,
     pub(super) step: u64,
-    /// The figure that the mode is meant to raise, and its course.
-    pub(super) objective: &'static str,
-    pub(super) scores: Vec<f64>,
+    /// The figures that the mode is meant to raise.
+    pub(super) objectives: &'static [&'static str],
+    /// All steps so far.
+    pub(super) records: Vec<StepRecord>,
 }
 
 impl Observer for Watcher {
@@ -54,7 +55,7 @@ impl Observer for Watcher {
         telemetry::step(&record);
         self.files().step(&record, batch)?;
         self.node.stepped(Value::Object(record.0.clone()));
-        self.scores.push(record.get(self.objective));
+        self.records.push(record.clone());
         self.say(&line(&record, self.steps));
         if self.every > 0 && state.step.is_multiple_of(self.every) && state.step < self.steps {
             // Training goes on without it: the next one is tried, and the end of the run insists.
@@ -91,23 +92,33 @@ impl Watcher {
         }
     }
 
-    /// Says whether the mode's objective rose: the first quarter of the run against the last, with standard errors.
+    /// Says whether the mode's objectives rose: the first quarter of the run against the last, with standard errors.
     pub(super) fn rise(&self) {
-        let quarter = self.scores.len() / 4;
+        let quarter = self.records.len() / 4;
         if quarter < 2 {
             return;
         }
-        let (first, last) = (moments(&self.scores[..quarter]), moments(&self.scores[self.scores.len() - quarter..]));
-        let error = first.1.hypot(last.1);
-        eprintln!(
-            "{:<9} first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
-            if self.objective == "score/mean" { "score" } else { "margin" },
-            first.0,
-            first.1,
-            last.0,
-            last.1,
-            last.0 - first.0
-        );
+        for name in self.objectives {
+            let course: Vec<f64> = self.records.iter().map(|record| record.get(name)).collect();
+            if course.iter().any(|value| !value.is_finite()) {
+                continue;
+            }
+            let (first, last) = (moments(&course[..quarter]), moments(&course[course.len() - quarter..]));
+            let error = first.1.hypot(last.1);
+            eprintln!(
+                "{:<9} first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
+                match *name {
+                    "score/mean" => "score",
+                    "judge/mean" => "judge",
+                    _ => "margin",
+                },
+                first.0,
+                first.1,
+                last.0,
+                last.1,
+                last.0 - first.0
+            );
+        }
     }
 }
 

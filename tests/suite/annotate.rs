@@ -169,3 +169,30 @@ fn pairs_are_made_by_the_rule_and_read_back() {
     let shipped = lines(&config("data/preferences-summaries.jsonl"));
     assert_eq!(lines(&dir.path().join("pairs.jsonl")), shipped[..20], "the shipped file is what the command makes");
 }
+
+#[test]
+fn parquet_files_are_read_row_by_row() {
+    use preceptor::data::{Preferences, Rows, Split};
+    let path = crate::common::fixture("parquet/pairs.parquet");
+    let rows = Rows::open(&path).unwrap();
+    assert_eq!(rows.len(), 7);
+    // In the third row group, and beyond nulls.
+    let row = rows.get(6).unwrap().unwrap();
+    assert_eq!(
+        (&row["score"], &row["note"], &rows.get(1).unwrap().unwrap()["note"]),
+        (&json!(3.0), &json!("note 6"), &Value::Null)
+    );
+    let pairs = Preferences::read(&path, &Split::default(), true).unwrap();
+    let pair = pairs.get(4).unwrap();
+    assert_eq!(pair.dialogue.text(), "Human: question 4\n\nAssistant: hm\n\nHuman: and?");
+    assert_eq!((pair.first.as_str(), pair.second.as_str(), pair.preference), ("good 4", "bad é", Some(1.0)));
+    // A file that was cut off is named, not misread.
+    let dir = tempfile::tempdir().unwrap();
+    let half = dir.path().join("half.parquet");
+    let bytes = std::fs::read(&path).unwrap();
+    for length in [bytes.len() / 2, bytes.len() - 1, 3, 0] {
+        std::fs::write(&half, &bytes[..length]).unwrap();
+        let error = format!("{:#}", Rows::open(&half).err().unwrap());
+        assert!(error.contains("half.parquet"), "{error}");
+    }
+}

@@ -97,4 +97,9 @@ fn what_a_judge_writes_depends_on_its_prompt_alone() {
     let together = write(&["one", "two", "one"]);
     assert_eq!(write(&["two"])[0], together[1]);
     assert_ne!(together[0], together[2], "equal prompts of one call are two draws");
+    // Next to each other they share a prefill, and more than go side by side are written in lots: all the same.
+    let neighbours = write(&["one", "one", "two"]);
+    assert_eq!([&neighbours[0], &neighbours[1], &neighbours[2]], [&together[0], &together[2], &together[1]]);
+    let many = write(&["two"; 40]);
+    assert_eq!(many[0], together[1]);
 }

@@ -100,7 +100,8 @@ fn greedy_generation_agrees_with_the_reference() {
     let prompts = r.values["gen.prompt"].to_vec2::<i64>().unwrap();
     let expected = r.values["gen.greedy"].to_vec2::<i64>().unwrap();
     let prompts: Vec<Vec<u32>> = prompts.iter().map(|row| row.iter().map(|id| *id as u32).collect()).collect();
-    let requests: Vec<Request> = prompts.iter().map(|prompt| Request { prompt, seeds: vec![0] }).collect();
+    let requests: Vec<Request> =
+        prompts.iter().map(|prompt| Request { prompt, prefix: None, seeds: vec![0] }).collect();
     let sampling = Sampling { temperature: 0.0, top_k: None, max_new_tokens: 16, eos: r.config.eos.clone() };
     let sampled = generate(&mut Fixed(Arc::new(r.model)), &requests, &sampling).unwrap();
     for (sampled, expected) in sampled.iter().zip(expected) {
@@ -134,9 +135,9 @@ fn behaviour_logprobs_are_those_of_a_full_forward() {
     let model = Arc::new(r.model);
     let (long, others) = ragged();
     let requests = [
-        Request { prompt: &long, seeds: vec![1, 2, 3] },
-        Request { prompt: &others[0], seeds: vec![4] },
-        Request { prompt: &others[2], seeds: vec![5, 6] },
+        Request { prompt: &long, prefix: None, seeds: vec![1, 2, 3] },
+        Request { prompt: &others[0], prefix: None, seeds: vec![4] },
+        Request { prompt: &others[2], prefix: None, seeds: vec![5, 6] },
     ];
     let sampling = Sampling { temperature: 0.8, top_k: None, max_new_tokens: 12, eos: (0..40).collect() };
     let sampled = generate(&mut Fixed(Arc::clone(&model)), &requests, &sampling).unwrap();

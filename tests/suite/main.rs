@@ -11,5 +11,6 @@ mod mock_judge;
 mod node;
 mod refusals;
 mod remote;
+mod reward_model;
 mod smollm2;
 mod tidy;

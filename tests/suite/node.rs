@@ -34,6 +34,20 @@ fn a_synchronous_run_is_a_function_of_its_configuration() {
 }
 
 #[test]
+fn a_synchronous_run_with_a_reward_model_is_one_too() {
+    let mode = ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
+    let many = [&mode[..], &["rollout.workers=2", "labeler.workers=2"]].concat();
+    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for (dir, overrides) in [(&a, &mode[..]), (&b, &many[..])] {
+        let output = train(dir.path(), overrides);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    assert_eq!(metrics(&a.path().join("run")), metrics(&b.path().join("run")));
+    let phases = |dir: &tempfile::TempDir| std::fs::read_to_string(dir.path().join("run/phases.jsonl")).unwrap();
+    assert_eq!(phases(&a), phases(&b));
+}
+
+#[test]
 fn an_asynchronous_run_stays_within_its_bound_and_drops_nothing() {
     for (update, eta) in [("in-flight", 1), ("between-groups", 3)] {
         let dir = tempfile::tempdir().unwrap();
@@ -208,6 +222,36 @@ fn every_mode_runs_and_says_what_it_learned_from() {
             assert_eq!(sample["labeler"].is_string(), stages == 5);
         }
     }
+}
+
+#[test]
+fn a_panel_of_every_kind_judges_a_run_and_says_where_it_disagrees() {
+    let dir = tempfile::tempdir().unwrap();
+    let embedder = crate::common::fixture("bert");
+    let members = format!(
+        "labeler.members=[{{ type = \"likelihood\", weight = 2 }}, {{ type = \"embedding\", model = \"{}\", pair_temperature = 0.1 }}, {{ type = \"pairwise\", shots = 1 }}]",
+        embedder.display()
+    );
+    let overrides = [
+        "run.mode=preference",
+        "learner.algorithm=online-dpo",
+        "labeler.type=panel",
+        "labeler.pairs=all",
+        &members,
+        "policy.model.scratch.context=4096",
+        "run.steps=2",
+    ];
+    let output = train(dir.path(), &overrides);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let run = dir.path().join("run");
+    let samples = std::fs::read_to_string(run.join("samples.jsonl")).unwrap();
+    assert!(samples.lines().all(|line| line.contains("\"labeler\":\"panel\"")), "{samples}");
+    let text = std::fs::read_to_string(run.join("metrics.prom")).unwrap();
+    // Two steps of four groups of four, each with each.
+    assert!(text.contains("preceptor_panel_pairs_total 48"), "{text}");
+    let disagreements = text.lines().find(|line| line.starts_with("preceptor_panel_disagreements_total ")).unwrap();
+    let count: u64 = disagreements.rsplit(' ').next().unwrap().parse().unwrap();
+    assert!((1..48).contains(&count), "{disagreements}");
 }
 
 #[test]

@@ -46,8 +46,15 @@ fn modules_use_only_what_they_may() {
             &["crate::learn", "crate::rollout", "crate::config", "crate::label", "preceptor_actors", "crate::tokens"],
         ),
         ("algo", &["crate::", "candle", "preceptor_actors"]),
-        ("eval", &["candle", "preceptor_actors", "crate::model", "crate::label", "crate::learn"]),
+        ("statistics", &["candle", "preceptor_actors", "crate::model", "crate::label", "crate::learn"]),
         ("config", &["candle", "preceptor_actors", "crate::run", "crate::model"]),
+        ("remote", &["candle", "preceptor_actors", "crate::model", "crate::topology", "crate::run"]),
+        (
+            "label",
+            &["crate::learn", "crate::topology", "crate::run", "crate::config", "crate::remote", "crate::reward"],
+        ),
+        ("reward", &["crate::learn", "crate::topology", "crate::run", "crate::config", "crate::label"]),
+        ("data", &["crate::learn", "crate::topology", "crate::run", "crate::config", "crate::label", "candle"]),
         ("tokens", &["preceptor_actors", "crate::model", "crate::learn"]),
     ] {
         let found = mentions(module, forbidden);
