@@ -3,18 +3,20 @@
 //! Every mistake of a file is told in one report, with its place, the key's path and the remedy. Each key is
 //! documented at its field below.
 
+mod labeling;
 mod read;
+mod read_labeling;
 mod reader;
 mod sections;
 mod write;
 
 use std::path::Path;
 
+pub use labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, RemoteJudge};
 pub use reader::{ConfigError, ConfigErrors};
 pub use sections::{
-    AlgorithmKind, Checkpoint, CorrectionKind, Data, Evidence, LabelForm, Labeler, LabelerKind, Learner, Method, Mode,
-    OnLong, Pairs, Policy, PolicyModel, RemoteApi, RemoteJudge, Reward, RewardModel, RewardScaling, Rollout, Run,
-    Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, WeightDtype,
+    AlgorithmKind, Checkpoint, CorrectionKind, Data, LabelForm, Learner, Mode, OnLong, Policy, PolicyModel, Reward,
+    RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, WeightDtype,
 };
 
 use reader::Document;
@@ -74,7 +76,7 @@ pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> R
         data: read::data(&mut document, folder),
         policy: read::policy(&mut document, folder),
         rollout: read::rollout(&mut document),
-        labeler: read::labeler(&mut document, folder),
+        labeler: read_labeling::labeler(&mut document, folder),
         reward: read::reward(&mut document),
         reward_model: read::reward_model(&mut document, folder),
         sft: read::sft(&mut document),

@@ -9,8 +9,8 @@ use super::model::RewardModel;
 use crate::algo::preference::soft_label;
 use crate::model::{Llama, Weights};
 use crate::ops::{AdamW, AdamWConfig, Gradients};
-use crate::rollout::Group;
-use crate::seed::mix;
+use crate::rollout::{Group, Prompt};
+use crate::seed::{self, mix};
 
 /// Held-out pairs that the live accuracy looks back on.
 const WINDOW: usize = 256;
@@ -28,7 +28,7 @@ pub struct TrainerPlan {
     pub max_grad_norm: f64,
     /// Learn from who is preferred rather than from the probability; a label of exactly ½ then says nothing.
     pub hard: bool,
-    /// Share of groups whose pairs are never trained on and measure accuracy.
+    /// Share of prompts whose pairs are never trained on and measure accuracy.
     pub holdout: f64,
     /// Seed of the choice of what is held out.
     pub seed: u64,
@@ -126,9 +126,10 @@ impl RewardTrainer {
         (right / self.held_out.len().max(1) as f64, self.held_out.len())
     }
 
-    /// Whether the pairs of group `seq` are kept from training.
-    pub fn holds_out(&self, seq: u64) -> bool {
-        let fraction = (mix(self.plan.seed ^ mix(seq)) >> 11) as f64 / (1u64 << 53) as f64;
+    /// Whether pairs about `prompt` are kept from training: a function of what it says, so that a prompt that comes again
+    /// is on the same side.
+    pub fn holds_out(&self, prompt: &Prompt) -> bool {
+        let fraction = (mix(self.plan.seed ^ seed::text(&prompt.text)) >> 11) as f64 / (1u64 << 53) as f64;
         fraction < self.plan.holdout
     }
 
@@ -156,7 +157,7 @@ impl RewardTrainer {
             return Ok((self.score(group)?, None));
         }
         self.next = seq + 1;
-        if self.holds_out(seq) || preferences.is_empty() {
+        if self.holds_out(&group.prompt) || preferences.is_empty() {
             let scores = self.score(group)?;
             for (first, second, p) in preferences.iter().filter(|(_, _, p)| *p != 0.5) {
                 self.held_out.push_back(agreement(scores[*first] - scores[*second], *p));

@@ -35,8 +35,14 @@ pub struct WarmUp {
     next: u64,
     done: u64,
     waiting: BTreeMap<u64, Labeled>,
-    kept: Vec<(Group, Vec<(usize, usize, f64)>)>,
-    held_out: Vec<(Group, Vec<(usize, usize, f64)>)>,
+    kept: Vec<Seen>,
+    held_out: Vec<Seen>,
+}
+
+/// A group with the pairs a labeler made of it, as [`crate::rollout::Feedback::preferences`] holds them.
+struct Seen {
+    group: Group,
+    pairs: Vec<(usize, usize, f64)>,
 }
 
 impl WarmUp {
@@ -74,13 +80,13 @@ impl WarmUp {
         let pairs = labeled_pairs(labeled.feedback.as_ref());
         let shared = Arc::clone(&self.trainer);
         let mut trainer = shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let held_out = trainer.holds_out(labeled.group.prompt.seq);
+        let held_out = trainer.holds_out(&labeled.group.prompt);
         let (_, step) = trainer.observe(&labeled.group, &pairs)?;
         self.tell(&trainer, step.as_ref());
         if held_out {
-            self.held_out.push((labeled.group, pairs));
+            self.held_out.push(Seen { group: labeled.group, pairs });
         } else if self.epochs > 1 && !pairs.is_empty() {
-            self.kept.push((labeled.group, pairs));
+            self.kept.push(Seen { group: labeled.group, pairs });
         }
         Ok(())
     }
@@ -110,17 +116,18 @@ impl Stage for WarmUp {
                 if out.ctx().halted() {
                     return Ok(());
                 }
-                let (_, step) = trainer.learn(&self.kept[*i].0, &self.kept[*i].1)?;
+                let Seen { group, pairs } = &self.kept[*i];
+                let (_, step) = trainer.learn(group, pairs)?;
                 self.tell(&trainer, step.as_ref());
             }
         }
         let step = trainer.step()?;
         telemetry::reward_model(&trainer, step.as_ref());
         let (mut right, mut pairs) = (0.0, 0);
-        for (group, preferences) in &self.held_out {
+        for Seen { group, pairs: labeled } in &self.held_out {
             out.ctx().beat();
             let scores = trainer.score(group)?;
-            for (first, second, p) in preferences.iter().filter(|(_, _, p)| *p != 0.5) {
+            for (first, second, p) in labeled.iter().filter(|(_, _, p)| *p != 0.5) {
                 pairs += 1;
                 right += agreement(scores[*first] - scores[*second], *p);
             }

@@ -199,14 +199,8 @@ fn a_run_on_a_failing_judge_completes_and_its_counts_are_the_judge_s() {
         "labeler.remote={{ url = \"{}\", model = \"mock\", timeout_s = 0.2, backoff_s = 0.005, max_backoff_s = 0.02, retries = 1, breaker_cooldown_s = 0.05, price_prompt = 1.0 }}",
         mock.url
     );
-    let overrides = [
-        "labeler.type=direct",
-        &remote,
-        "labeler.cache=\"labels\"",
-        "labeler.retries=1",
-        "labeler.workers=2",
-        "run.steps=6",
-    ];
+    let cache = format!("labeler.cache=\"{}\"", dir.path().join("labels").display());
+    let overrides = ["labeler.type=direct", &remote, &cache, "labeler.retries=1", "labeler.workers=2", "run.steps=6"];
     let output = train(dir.path(), &overrides);
     assert!(output.status.success(), "{}", stderr(&output));
     let run = dir.path().join("run");

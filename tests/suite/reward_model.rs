@@ -15,8 +15,15 @@ fn plan() -> TrainerPlan {
 }
 
 fn group(seq: u64, prompt: &[u32], answers: &[Vec<u32>]) -> Group {
-    let prompt =
-        Prompt { seq, epoch: 0, row: 0, text: "".into(), ids: prompt.into(), blank: [1][..].into(), reference: None };
+    let prompt = Prompt {
+        seq,
+        epoch: 0,
+        row: 0,
+        text: format!("{prompt:?} of {seq}").into(),
+        ids: prompt.into(),
+        blank: [1][..].into(),
+        reference: None,
+    };
     let completion = |ids: &Vec<u32>| Completion {
         ids: ids.clone(),
         logprobs: vec![0.0; ids.len()],
@@ -75,7 +82,7 @@ fn what_is_preferred_comes_to_score_higher_and_what_is_held_out_is_not_learned()
         let before = (trainer.version(), trainer.trained());
         let (scores, _) = trainer.observe(&group, &[(0, 1, p)]).unwrap();
         assert_eq!(scores.len(), 2);
-        if trainer.holds_out(seq) {
+        if trainer.holds_out(&group.prompt) {
             held_out += 1;
             assert_eq!((trainer.version(), trainer.trained()), before);
         }
