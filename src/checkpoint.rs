@@ -63,9 +63,9 @@ impl Checkpoints {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         export::write(dir, state.config(), state.model.weights(), self.dtype)?;
         self.tokenizer.save(dir)?;
-        if let Some(head) = &state.value {
-            let path = dir.join("value_head.safetensors");
-            let tensors = head.tensors().into_iter().collect();
+        if let Some(value) = &state.value {
+            let path = dir.join("value_model.safetensors");
+            let tensors = value.tensors().into_iter().collect();
             candle_core::safetensors::save(&tensors, &path)
                 .with_context(|| format!("cannot write {}", path.display()))?;
         }

@@ -3,6 +3,7 @@
 //! Every mistake of a file is told in one report, with its place, the key's path and the remedy. Each key is
 //! documented at its field below.
 
+mod choice;
 mod labeling;
 mod read;
 mod read_labeling;
@@ -15,8 +16,9 @@ use std::path::Path;
 pub use labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, RemoteJudge};
 pub use reader::{ConfigError, ConfigErrors};
 pub use sections::{
-    AlgorithmKind, Checkpoint, CorrectionKind, Data, LabelForm, Learner, Mode, OnLong, Policy, PolicyModel, Reward,
-    RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, WeightDtype,
+    AlgorithmKind, AverageKind, Checkpoint, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner,
+    Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Sft,
+    Supervision, UpdateMode, ValueKind, WeightDtype,
 };
 
 use reader::Document;
@@ -114,8 +116,19 @@ impl Config {
         {
             document.error("reward_model.pairs", "is missing; run.mode = \"human\" learns from a file of preferences");
         }
-        // A preference loss is known to bear older samples (Noukhovitch et al. 2024), so it needs no correction.
-        let uncorrected = self.learner.eta > 0 && self.learner.correction == CorrectionKind::None && !pairs;
+        let steps = self.learner.minibatches as u64;
+        if document.sound(&["learner.batch_groups", "learner.minibatches"]) && steps > batch {
+            document.error(
+                "learner.minibatches",
+                &format!("{steps} is more than learner.batch_groups = {batch}; a minibatch is at least a group"),
+            );
+        }
+        // A preference loss is known to bear older samples (Noukhovitch et al. 2024), so it needs no correction; a clip
+        // against the weights that sampled bounds what they do, as PPO always did.
+        let uncorrected = self.learner.eta > 0
+            && self.learner.correction == CorrectionKind::None
+            && self.learner.clip == 0.0
+            && !pairs;
         if document.sound(&["learner.eta", "learner.correction"]) && uncorrected {
             document.error(
                 "learner.correction",
@@ -163,7 +176,9 @@ mod tests {
         );
         check(
             "[learner]\nalgorithm = \"rlo\"\n",
-            &["x.toml:9: learner.algorithm: \"rlo\" is none of rloo, reinforce, online-dpo; did you mean \"rloo\"?"],
+            &[
+                "x.toml:9: learner.algorithm: \"rlo\" is none of rloo, reinforce, ppo, grpo, online-dpo; did you mean \"rloo\"?",
+            ],
         );
         check("[rollout]\ngroups_per_call = 3\n", &["x.toml:9: rollout.groups_per_call: 3 does not divide"]);
         check(

@@ -18,14 +18,14 @@ use preceptor_actors::{
 use crate::checkpoint::Checkpoints;
 use crate::config::{Config, Mode, WeightDtype};
 use crate::learn::TrainState;
-use crate::ops::AdamWConfig;
 use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
 use crate::reward::RewardTrainer;
 use crate::serve::{NodeState, serve};
 use crate::telemetry;
 use crate::topology::labelers::labeler;
-use crate::topology::{Node, needs_values, trainer_plan};
+use crate::topology::learning::{adam, value_model};
+use crate::topology::{Node, trainer_plan};
 use files::RunFiles;
 use watcher::Watcher;
 
@@ -82,7 +82,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
     } else {
         prepared
     };
-    let state = TrainState::new(&prepared.policy, adam(&config), needs_values(&config))?;
+    let state = TrainState::new(&prepared.policy, adam(&config), value_model(&config, &prepared.policy)?)?;
     let cell = Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy)));
     let reward_model = reward_model(&config, &prepared)?;
     let watcher = Arc::new(Mutex::new(Watcher {
@@ -268,15 +268,6 @@ fn graph_options(config: &Config) -> GraphOptions {
         },
         halt_grace: Duration::from_secs_f64(supervision.halt_grace_s),
         ..GraphOptions::default()
-    }
-}
-
-fn adam(config: &Config) -> AdamWConfig {
-    AdamWConfig {
-        beta1: config.learner.adam_beta1,
-        beta2: config.learner.adam_beta2,
-        eps: config.learner.adam_eps,
-        weight_decay: config.learner.weight_decay,
     }
 }
 

@@ -15,6 +15,7 @@ use crate::rollout::Preference;
 use anyhow::{Result, anyhow};
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use serde_json::Value;
 
 /// A metric's kind, name, unit and help.
 struct Metric(Kind, &'static str, Unit, &'static str);
@@ -159,6 +160,43 @@ const METRICS: &[Metric] = &[
         Unit::Count,
         "Versions between a token's weights and those trained, last batch",
     ),
+    Metric(
+        Histogram,
+        "preceptor_token_staleness",
+        Unit::Count,
+        "Versions between a token's weights and those trained, of every token trained; 16 stands for all above",
+    ),
+    Metric(
+        Gauge,
+        "preceptor_importance_ratio",
+        Unit::Count,
+        "Learner over behaviour probability, last batch, by quantile",
+    ),
+    Metric(
+        Gauge,
+        "preceptor_effective_sample_share",
+        Unit::Count,
+        "Effective sample size of the importance ratios over the number of tokens, last batch",
+    ),
+    Metric(Gauge, "preceptor_clipped_share", Unit::Count, "Share of tokens whose ratio was clipped, last batch"),
+    Metric(
+        Gauge,
+        "preceptor_reference_kl",
+        Unit::Count,
+        "KL of the weights trained to the reference in nats per token, by k3, last batch",
+    ),
+    Metric(
+        Gauge,
+        "preceptor_behaviour_kl",
+        Unit::Count,
+        "KL of the weights that sampled to those trained in nats per token, by k3, last batch",
+    ),
+    Metric(
+        Gauge,
+        "preceptor_length_drift",
+        Unit::Count,
+        "Mean length of the last batch's completions over that of the first batch's",
+    ),
     Metric(Gauge, "preceptor_build_info", Unit::Count, "Always 1; the version is in the label"),
     Metric(
         Histogram,
@@ -175,6 +213,9 @@ const METRICS: &[Metric] = &[
 const BUCKETS: &[f64] =
     &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0];
 
+/// The same in versions.
+const STALENESS_BUCKETS: &[f64] = &[0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 15.0];
+
 /// Installs the process-wide recorder and describes every metric.
 ///
 /// # Errors
@@ -182,6 +223,7 @@ const BUCKETS: &[f64] =
 pub fn install() -> Result<PrometheusHandle> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_duration_seconds".into()), BUCKETS)?
+        .set_buckets_for_metric(Matcher::Full("preceptor_token_staleness".into()), STALENESS_BUCKETS)?
         .install_recorder()
         .map_err(|error| anyhow!("cannot install the metrics recorder: {error}"))?;
     for Metric(kind, name, unit, help) in METRICS {
@@ -331,6 +373,11 @@ pub fn step(record: &StepRecord) {
         ("preceptor_learning_rate", "learning_rate"),
         ("preceptor_importance_ratio_mean", "ratio/mean"),
         ("preceptor_importance_ratio_max", "ratio/max"),
+        ("preceptor_effective_sample_share", "ratio/effective"),
+        ("preceptor_clipped_share", "ratio/clipped"),
+        ("preceptor_reference_kl", "kl/reference"),
+        ("preceptor_behaviour_kl", "kl/behaviour"),
+        ("preceptor_length_drift", "length/drift"),
     ] {
         gauge!(metric).set(record.get(figure));
     }
@@ -342,8 +389,17 @@ pub fn step(record: &StepRecord) {
         }
     }
     gauge!("preceptor_loss", "kind" => "policy").set(record.get("loss/policy"));
+    for (quantile, figure) in [("0.05", "ratio/p05"), ("0.5", "ratio/p50"), ("0.95", "ratio/p95")] {
+        gauge!("preceptor_importance_ratio", "quantile" => quantile).set(record.get(figure));
+    }
+    gauge!("preceptor_loss", "kind" => "kl").set(record.get("loss/kl"));
     gauge!("preceptor_loss", "kind" => "value").set(record.get("loss/value"));
     gauge!("preceptor_staleness", "stat" => "mean").set(record.get("staleness/mean"));
     gauge!("preceptor_staleness", "stat" => "max").set(record.get("staleness/max"));
+    let counts = record.0.get("staleness/histogram").and_then(Value::as_array);
+    for (lag, count) in counts.into_iter().flatten().enumerate() {
+        let count = count.as_u64().unwrap_or_default();
+        histogram!("preceptor_token_staleness").record_many(lag as f64, count as usize);
+    }
     histogram!("preceptor_step_duration_seconds").record(record.get("time/step_seconds"));
 }

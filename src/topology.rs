@@ -1,6 +1,7 @@
 //! How the stages are wired: prompts → rollout ×N → label ×M → reward → learn, and the graphs of the phases before.
 
 pub mod labelers;
+pub mod learning;
 
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
@@ -9,11 +10,7 @@ use preceptor_actors::{
     Admission, AdmissionGate, GraphBuilder, Inlet, Outlet, SnapshotCell, StageError, StageResult, StageSpec,
 };
 
-use crate::algo::online_dpo::OnlineDpo;
-use crate::algo::{Algorithm, Correction, reinforce::Reinforce, rloo::Rloo};
-use crate::config::{
-    AlgorithmKind, Config, CorrectionKind, LabelForm, Mode, Pairs, RewardScaling, Schedule, UpdateMode,
-};
+use crate::config::{Config, LabelForm, Mode, Pairs, RewardScaling, UpdateMode};
 use crate::data::pairs::PairSource;
 use crate::data::source::PromptSource;
 use crate::generate::sampler::Sampling;
@@ -21,7 +18,7 @@ use crate::generate::stage::Rollout;
 use crate::label::stage::{LabelStage, Wants};
 use crate::label::{Labeler, Pairing};
 use crate::learn::TrainState;
-use crate::learn::stage::{Learn, LearnPlan, Observer};
+use crate::learn::stage::{Learn, Observer};
 use crate::model::Llama;
 use crate::prepare::Prepared;
 use crate::reward::warm_up::{WarmUp, WarmUpObserver};
@@ -102,8 +99,8 @@ impl Node {
         }
         let learn = Learn::new(
             Arc::clone(&self.state),
-            algorithm(config),
-            learn_plan(config),
+            learning::algorithm(config),
+            learning::learn_plan(config),
             Arc::clone(&self.cell),
             gate,
             Arc::clone(&self.observer),
@@ -270,41 +267,5 @@ fn reward_rule(config: &Config) -> RewardRule {
         clip: config.reward.clip,
         length_penalty: config.reward.length_penalty,
         missing_eos_penalty: config.reward.missing_eos_penalty,
-    }
-}
-
-/// Whether the configured algorithm learns a value baseline.
-pub fn needs_values(config: &Config) -> bool {
-    algorithm(config).needs_values()
-}
-
-fn algorithm(config: &Config) -> Box<dyn Algorithm> {
-    let kl_coef = config.reward.kl_coef;
-    let correction = match config.learner.correction {
-        CorrectionKind::None => Correction::None,
-        CorrectionKind::Tis => Correction::Truncated { limit: config.learner.truncation as f32 },
-    };
-    match config.learner.algorithm {
-        AlgorithmKind::Rloo => Box::new(Rloo { kl_coef, correction }),
-        AlgorithmKind::Reinforce => Box::new(Reinforce { kl_coef, correction }),
-        AlgorithmKind::OnlineDpo => {
-            Box::new(OnlineDpo { beta: config.learner.dpo_beta, soft: config.learner.dpo_labels == LabelForm::Soft })
-        }
-    }
-}
-
-fn learn_plan(config: &Config) -> LearnPlan {
-    let learner = &config.learner;
-    LearnPlan {
-        batch_groups: learner.batch_groups,
-        temperature: config.rollout.temperature,
-        lr: learner.lr,
-        warmup_steps: learner.warmup_steps,
-        linear_decay: learner.schedule == Schedule::Linear,
-        steps: config.run.steps,
-        max_grad_norm: learner.max_grad_norm,
-        value_lr: learner.value_lr,
-        truncation: learner.truncation,
-        max_nonfinite_steps: learner.max_nonfinite_steps,
     }
 }

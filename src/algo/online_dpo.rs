@@ -1,16 +1,47 @@
 //! Online direct preference optimisation (Guo et al. 2024, OAIF): both completions are the policy's own, labeled now.
 
 use super::preference::soft_label;
-use super::{Algorithm, GroupLoss, GroupView};
+use super::{Algorithm, GroupLoss, GroupView, Targets};
 
 /// Δ_i = Σ_t log π(a_t)/π_ref(a_t) ; L = −p·log σ(β(Δ₁ − Δ₂)) − (1−p)·log σ(−β(Δ₁ − Δ₂)), a sum over the group's pairs
 /// (Rafailov et al. 2023, eq. 7; the soft form is that of a label with P(first is better) = p).
+///
+/// With [`Form::Ipo`], Δ_i is a mean over tokens and L = p·(Δ₁ − Δ₂ − 1/2β)² + (1−p)·(Δ₁ − Δ₂ + 1/2β)² (Azar et al.
+/// 2023, eq. 17).
 #[derive(Debug, Clone)]
 pub struct OnlineDpo {
     /// β, how firmly the policy is held to the reference.
     pub beta: f64,
     /// Learn from P itself, or from which of the two is preferred. A hard label of exactly ½ says nothing.
     pub soft: bool,
+    /// The loss of a pair.
+    pub form: Form,
+}
+
+/// The loss of a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// The logistic loss of DPO.
+    Sigmoid,
+    /// The squared loss of IPO.
+    Ipo,
+}
+
+impl OnlineDpo {
+    /// Loss and slope in `gap` = Δ₁ − Δ₂.
+    fn pair(&self, gap: f64, p: f64) -> (f64, f64) {
+        match self.form {
+            Form::Sigmoid => {
+                let (loss, slope) = soft_label(self.beta * gap, p);
+                (loss, self.beta * slope)
+            }
+            Form::Ipo => {
+                let goal = 0.5 / self.beta;
+                let loss = p * (gap - goal).powi(2) + (1.0 - p) * (gap + goal).powi(2);
+                (loss, 2.0 * (gap - (2.0 * p - 1.0) * goal))
+            }
+        }
+    }
 }
 
 impl Algorithm for OnlineDpo {
@@ -18,12 +49,20 @@ impl Algorithm for OnlineDpo {
         true
     }
 
-    fn loss(&self, group: &GroupView<'_>) -> GroupLoss {
+    fn targets(&self, batch: &[GroupView<'_>]) -> Vec<Targets> {
+        vec![Targets::default(); batch.len()]
+    }
+
+    fn loss(&self, group: &GroupView<'_>, _: &Targets) -> GroupLoss {
+        let share = |tokens: &[f32]| if self.form == Form::Ipo { 1.0 / tokens.len().max(1) as f64 } else { 1.0 };
         let gain: Vec<f64> = group
             .policy
             .iter()
             .zip(group.reference)
-            .map(|(policy, reference)| policy.iter().zip(reference).map(|(p, r)| f64::from(*p) - f64::from(*r)).sum())
+            .map(|(policy, reference)| {
+                let sum: f64 = policy.iter().zip(reference).map(|(p, r)| f64::from(*p) - f64::from(*r)).sum();
+                sum * share(policy)
+            })
             .collect();
         let mut slopes = vec![0.0; gain.len()];
         let mut out = GroupLoss::default();
@@ -32,16 +71,19 @@ impl Algorithm for OnlineDpo {
                 continue;
             }
             let p = if self.soft { *p } else { f64::from(u8::from(*p > 0.5)) };
-            let margin = self.beta * (gain[*first] - gain[*second]);
-            let (loss, slope) = soft_label(margin, p);
+            let gap = gain[*first] - gain[*second];
+            let (loss, slope) = self.pair(gap, p);
             out.policy += loss;
             out.terms += 1;
-            out.margins.push(if p > 0.5 { margin } else { -margin });
-            slopes[*first] += self.beta * slope;
-            slopes[*second] -= self.beta * slope;
+            out.margins.push(self.beta * if p > 0.5 { gap } else { -gap });
+            slopes[*first] += slope;
+            slopes[*second] -= slope;
         }
-        out.d_policy =
-            slopes.iter().zip(group.policy).map(|(slope, tokens)| vec![*slope as f32; tokens.len()]).collect();
+        out.d_policy = slopes
+            .iter()
+            .zip(group.policy)
+            .map(|(slope, tokens)| vec![(slope * share(tokens)) as f32; tokens.len()])
+            .collect();
         out
     }
 }

@@ -7,8 +7,9 @@ use toml::Value;
 
 use super::reader::{Document, Section};
 use super::sections::{
-    AlgorithmKind, Checkpoint, CorrectionKind, Data, LabelForm, Learner, Mode, OnLong, Policy, PolicyModel, Reward,
-    RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, WeightDtype,
+    AlgorithmKind, AverageKind, Checkpoint, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner,
+    Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Sft,
+    Supervision, UpdateMode, ValueKind, WeightDtype,
 };
 use crate::source::{Candidate, ModelRef};
 
@@ -33,13 +34,7 @@ pub(super) fn run(document: &mut Document) -> Run {
     } else {
         s.required("steps", "the number of learner steps")
     };
-    let modes = [
-        ("direct", Mode::Direct),
-        ("distilled", Mode::Distilled),
-        ("preference", Mode::Preference),
-        ("human", Mode::Human),
-    ];
-    let mode = s.choice("mode", Mode::Direct, &modes);
+    let mode = s.choice("mode", Mode::Direct);
     Run { name, mode, seed: s.get("seed", 0), steps, dir: s.optional::<String>("dir").map(PathBuf::from) }
 }
 
@@ -63,7 +58,7 @@ pub(super) fn data(document: &mut Document, folder: &Path) -> Data {
         system: s.optional("system"),
         shuffle: s.get("shuffle", true),
         max_prompt_tokens: s.checked("max_prompt_tokens", 512, "at least 1", |n| *n >= 1),
-        on_long: s.choice("on_long", OnLong::Error, &[("error", OnLong::Error), ("skip", OnLong::Skip)]),
+        on_long: s.choice("on_long", OnLong::Error),
     }
 }
 
@@ -149,11 +144,7 @@ pub(super) fn rollout(document: &mut Document) -> Rollout {
         groups_per_call: s.checked("groups_per_call", 1, "at least 1", |n| *n >= 1),
         max_new_tokens: s.checked("max_new_tokens", 64, "at least 1", |n| *n >= 1),
         temperature: s.checked("temperature", 0.9, "above 0", |n| *n > 0.0),
-        update: s.choice(
-            "update",
-            UpdateMode::InFlight,
-            &[("in-flight", UpdateMode::InFlight), ("between-groups", UpdateMode::BetweenGroups)],
-        ),
+        update: s.choice("update", UpdateMode::InFlight),
         capacity: capacity(&mut s),
     }
 }
@@ -174,13 +165,9 @@ pub(super) fn reward_model(document: &mut Document, folder: &Path) -> RewardMode
         head_lr: s.checked("head_lr", 1e-3, "above 0", |n| *n > 0.0),
         batch_pairs: s.checked("batch_pairs", 32, "at least 1", |n| *n >= 1),
         max_grad_norm: s.checked("max_grad_norm", 1.0, "above 0", |n| *n > 0.0),
-        labels: label_form(&mut s, "labels", LabelForm::Soft),
+        labels: s.choice("labels", LabelForm::Soft),
         holdout: s.checked("holdout", 0.1, "from 0 to below 1", |n| (0.0..1.0).contains(n)),
     }
-}
-
-fn label_form(s: &mut Section<'_>, key: &'static str, default: LabelForm) -> LabelForm {
-    s.choice(key, default, &[("soft", LabelForm::Soft), ("hard", LabelForm::Hard)])
 }
 
 pub(super) fn sft(document: &mut Document) -> Sft {
@@ -194,13 +181,12 @@ pub(super) fn sft(document: &mut Document) -> Sft {
 
 pub(super) fn reward(document: &mut Document) -> Reward {
     let mut s = document.section("reward");
+    let place = s.choice("kl", KlPlace::Reward);
     Reward {
         kl_coef: s.checked("kl_coef", 0.05, "from 0 to 1", |n| (0.0..=1.0).contains(n)),
-        scale: s.choice(
-            "scale",
-            RewardScaling::Running,
-            &[("running", RewardScaling::Running), ("none", RewardScaling::None)],
-        ),
+        kl: place,
+        kl_estimator: s.choice("kl_estimator", if place == KlPlace::Loss { KlEstimator::K3 } else { KlEstimator::K1 }),
+        scale: s.choice("scale", RewardScaling::Running),
         clip: Some(s.checked("clip", 5.0, "from 0 up", |n| *n >= 0.0)).filter(|clip| *clip > 0.0),
         length_penalty: s.get("length_penalty", 0.0),
         missing_eos_penalty: s.get("missing_eos_penalty", 0.0),
@@ -212,40 +198,51 @@ pub(super) fn reward(document: &mut Document) -> Reward {
 pub(super) fn learner(document: &mut Document) -> Learner {
     let mut s = document.section("learner");
     let beta = |n: &f64| (0.0..1.0).contains(n);
+    let share = |n: &f64| (0.0..=1.0).contains(n);
+    let algorithm = s.choice("algorithm", AlgorithmKind::Rloo);
+    let bounded = matches!(algorithm, AlgorithmKind::Ppo | AlgorithmKind::Grpo);
+    let clip = s.checked("clip", if bounded { 0.2 } else { 0.0 }, "from 0 to below 1; 0 is none", beta);
     Learner {
-        algorithm: s.choice(
-            "algorithm",
-            AlgorithmKind::Rloo,
-            &[
-                ("rloo", AlgorithmKind::Rloo),
-                ("reinforce", AlgorithmKind::Reinforce),
-                ("online-dpo", AlgorithmKind::OnlineDpo),
-            ],
+        algorithm,
+        clip,
+        clip_high: s.checked("clip_high", clip, "from 0 up", |n| *n >= 0.0),
+        average: s.choice(
+            "average",
+            match algorithm {
+                AlgorithmKind::Ppo => AverageKind::TokenMean,
+                AlgorithmKind::Grpo => AverageKind::SequenceMean,
+                AlgorithmKind::Rloo | AlgorithmKind::Reinforce | AlgorithmKind::OnlineDpo => AverageKind::SequenceSum,
+            },
         ),
+        advantage_std: s.get("advantage_std", true),
+        gamma: s.checked("gamma", 1.0, "from 0 to 1", share),
+        gae_lambda: s.checked("gae_lambda", 0.95, "from 0 to 1", share),
+        value_model: s.choice("value_model", ValueKind::Head),
+        value_clip: s.checked("value_clip", 0.2, "from 0 up; 0 is none", |n| *n >= 0.0),
+        whiten_rewards: s.get("whiten_rewards", false),
+        whiten_advantages: s.get("whiten_advantages", algorithm == AlgorithmKind::Ppo),
+        entropy_coef: s.checked("entropy_coef", 0.0, "from 0 up", |n| *n >= 0.0),
         dpo_beta: s.checked("dpo_beta", 0.1, "above 0", |n| *n > 0.0),
-        dpo_labels: label_form(&mut s, "dpo_labels", LabelForm::Hard),
+        dpo_labels: s.choice("dpo_labels", LabelForm::Hard),
+        dpo_loss: s.choice("dpo_loss", DpoLoss::Sigmoid),
         batch_groups: s.checked("batch_groups", 4, "at least 1", |n| *n >= 1),
+        epochs: s.checked("epochs", 1, "at least 1", |n| *n >= 1),
+        minibatches: s.checked("minibatches", 1, "at least 1", |n| *n >= 1),
         eta: s.get("eta", 1),
         threads: workers(&mut s, "threads"),
         lr: s.checked("lr", 1e-5, "above 0", |n| *n > 0.0),
+        min_lr: s.checked("min_lr", 0.0, "from 0 up", |n| *n >= 0.0),
         warmup_steps: s.get("warmup_steps", 0),
-        schedule: s.choice(
-            "schedule",
-            Schedule::Constant,
-            &[("constant", Schedule::Constant), ("linear", Schedule::Linear)],
-        ),
+        schedule: s.choice("schedule", Schedule::Constant),
         adam_beta1: s.checked("adam_beta1", 0.9, "from 0 to below 1", beta),
         adam_beta2: s.checked("adam_beta2", 0.999, "from 0 to below 1", beta),
         adam_eps: s.checked("adam_eps", 1e-8, "above 0", |n| *n > 0.0),
         weight_decay: s.checked("weight_decay", 0.0, "from 0 up", |n| *n >= 0.0),
         max_grad_norm: s.checked("max_grad_norm", 1.0, "above 0", |n| *n > 0.0),
         value_lr: s.checked("value_lr", 1e-3, "above 0", |n| *n > 0.0),
-        correction: s.choice(
-            "correction",
-            CorrectionKind::Tis,
-            &[("tis", CorrectionKind::Tis), ("none", CorrectionKind::None)],
-        ),
+        correction: s.choice("correction", CorrectionKind::Tis),
         truncation: s.checked("truncation", 2.0, "at least 1", |n| *n >= 1.0),
+        mask_ratio: s.checked("mask_ratio", 0.0, "above 1, or 0 for none", |n| *n == 0.0 || *n > 1.0),
         max_nonfinite_steps: s.checked("max_nonfinite_steps", 3, "at least 1", |n| *n >= 1),
     }
 }
@@ -255,7 +252,7 @@ pub(super) fn checkpoint(document: &mut Document) -> Checkpoint {
     Checkpoint {
         every_steps: s.get("every_steps", 0),
         keep: s.checked("keep", 2, "at least 1", |n| *n >= 1),
-        dtype: s.choice("dtype", WeightDtype::F32, &[("f32", WeightDtype::F32), ("bf16", WeightDtype::Bf16)]),
+        dtype: s.choice("dtype", WeightDtype::F32),
     }
 }
 

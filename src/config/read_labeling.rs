@@ -26,7 +26,7 @@ pub(super) fn labeler(document: &mut Document, folder: &Path) -> Labeler {
         panel,
         workers: workers(&mut s, "workers"),
         threads: workers(&mut s, "threads"),
-        pairs: s.choice("pairs", Pairs::Adjacent, &[("adjacent", Pairs::Adjacent), ("all", Pairs::All)]),
+        pairs: s.choice("pairs", Pairs::Adjacent),
         retries: s.checked("retries", 2, "at most 20", |n| *n <= 20),
         cache: s.optional::<String>("cache").map(|path| folder.join(path)),
         capacity: capacity(&mut s),
@@ -53,16 +53,10 @@ pub(super) fn labeler(document: &mut Document, folder: &Path) -> Labeler {
 /// How one judge is asked: the keys of `[labeler]`, or of a panel's member.
 fn method(s: &mut Section<'_>, folder: &Path) -> Method {
     let model = reference(s, folder);
-    let kinds = [
-        ("likelihood", LabelerKind::Likelihood),
-        ("direct", LabelerKind::Direct),
-        ("pairwise", LabelerKind::Pairwise),
-        ("embedding", LabelerKind::Embedding),
-    ];
     let remote = remote(s);
     let method = Method {
         remote,
-        kind: s.choice("type", LabelerKind::Likelihood, &kinds),
+        kind: s.choice("type", LabelerKind::Likelihood),
         model,
         chat: s.optional("chat"),
         weight: s.checked("weight", 1.0, "above 0", |n| *n > 0.0),
@@ -108,14 +102,10 @@ fn remote(s: &mut Section<'_>) -> Option<RemoteJudge> {
     Some(RemoteJudge {
         url,
         model: s.required("model", "the model's name on the server"),
-        api: s.choice("api", RemoteApi::Chat, &[("chat", RemoteApi::Chat), ("completions", RemoteApi::Completions)]),
+        api: s.choice("api", RemoteApi::Chat),
         api_key_env: s.optional("api_key_env"),
         system: s.optional("system"),
-        evidence: s.choice(
-            "evidence",
-            Evidence::Auto,
-            &[("auto", Evidence::Auto), ("logprobs", Evidence::Logprobs), ("votes", Evidence::Votes)],
-        ),
+        evidence: s.choice("evidence", Evidence::Auto),
         votes: whole(&mut s, "votes", default.votes),
         concurrency: whole(&mut s, "concurrency", default.concurrency),
         requests_per_minute: s.get("requests_per_minute", 0),

@@ -4,6 +4,7 @@ use std::fmt;
 
 use toml::{Table, Value};
 
+use super::choice::Choice;
 use crate::nearest::nearest;
 
 /// One mistake.
@@ -308,12 +309,12 @@ impl Section<'_> {
     }
 
     /// One of a few words.
-    pub(super) fn choice<T: Copy>(&mut self, key: &'static str, default: T, choices: &[(&str, T)]) -> T {
+    pub(super) fn choice<T: Choice>(&mut self, key: &'static str, default: T) -> T {
         let Some(word) = self.optional::<String>(key) else { return default };
-        if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == word) {
+        if let Some((_, choice)) = T::WORDS.iter().find(|(name, _)| *name == word) {
             return *choice;
         }
-        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+        let names: Vec<&str> = T::WORDS.iter().map(|(name, _)| *name).collect();
         let hint = suggestion(&word, &names);
         self.error(key, &format!("{word:?} is none of {}{hint}", names.join(", ")));
         default

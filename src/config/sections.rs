@@ -195,6 +195,11 @@ pub struct Sft {
 pub struct Reward {
     /// β of J = (1 − β)·r − β·KL, from 0 to 1. Default 0.05.
     pub kl_coef: f64,
+    /// Where the KL is charged: in the `reward` (default) as it was when the tokens were sampled, or in the `loss` as it
+    /// is now. `online-dpo` has its own, `dpo_beta`.
+    pub kl: KlPlace,
+    /// How the KL is estimated from the sampled token: `k1`, `k2` or `k3`. Default `k1` in the reward, `k3` in the loss.
+    pub kl_estimator: KlEstimator,
     /// `running` (default): minus the running mean of scores, over their deviation. `none`: scores as they are.
     pub scale: RewardScaling,
     /// Bound on a scaled score, either way; 0 for none. Default 5.
@@ -209,6 +214,26 @@ pub struct Reward {
     pub capacity: usize,
 }
 
+/// Where the KL is charged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KlPlace {
+    /// In the reward.
+    Reward,
+    /// In the loss.
+    Loss,
+}
+
+/// An estimator of the KL, with r = π_ref/π.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KlEstimator {
+    /// −log r.
+    K1,
+    /// ½·log² r.
+    K2,
+    /// (r − 1) − log r.
+    K3,
+}
+
 /// How scores are scaled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RewardScaling {
@@ -221,23 +246,58 @@ pub enum RewardScaling {
 /// `[learner]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct Learner {
-    /// `rloo` (default), `reinforce` with a value baseline, or `online-dpo`, which learns from preferences.
+    /// `rloo` (default), `reinforce` with a value baseline, `ppo` with a value model, `grpo`, or `online-dpo`, which
+    /// learns from preferences.
     pub algorithm: AlgorithmKind,
+    /// ε: the policy's ratio is held to 1 ± ε; 0 for none. Of a token in `ppo`, `grpo` and `reinforce`, of a completion in
+    /// `rloo`. Default 0.2 for `ppo` and `grpo`, else 0.
+    pub clip: f64,
+    /// ε above, where it differs from the one below. Default `clip`.
+    pub clip_high: f64,
+    /// What the sum over a batch's tokens is divided by: `sequence-sum`, the completions; `sequence-mean`, each one's
+    /// length and then the completions; `token-mean`, the tokens; `constant`, `rollout.max_new_tokens` and then the
+    /// completions (Dr.GRPO). Default `token-mean` for `ppo`, `sequence-mean` for `grpo`, else `sequence-sum`.
+    pub average: AverageKind,
+    /// For `grpo`: divide advantages by the group's deviation; Dr.GRPO does not. Default true.
+    pub advantage_std: bool,
+    /// For `ppo`: discount γ. Default 1.
+    pub gamma: f64,
+    /// For `ppo`: λ of generalised advantage estimation. Default 0.95.
+    pub gae_lambda: f64,
+    /// For `ppo` and `reinforce`: a linear `head` on the policy's features (default), or a `model` of its own, which
+    /// starts from the policy and needs as much memory again.
+    pub value_model: ValueKind,
+    /// For `ppo`: how far a value may move from that of the batch's arrival; 0 for no bound. Default 0.2.
+    pub value_clip: f64,
+    /// Bring rewards to mean 0 and variance 1 over each batch. Default false.
+    pub whiten_rewards: bool,
+    /// Bring advantages to mean 0 and variance 1 over each batch's tokens. Default true for `ppo`, else false.
+    pub whiten_advantages: bool,
+    /// Weight of an entropy bonus per token. Default 0.
+    pub entropy_coef: f64,
     /// For `online-dpo`: β, how firmly the policy is held to the reference. Default 0.1.
     pub dpo_beta: f64,
     /// For `online-dpo`: `hard` (default) learns from who is preferred, `soft` from the label's probability.
     pub dpo_labels: LabelForm,
+    /// For `online-dpo`: `sigmoid` (default) or `ipo`.
+    pub dpo_loss: DpoLoss,
     /// Groups per step, at least 1. Default 4.
     pub batch_groups: u64,
+    /// Times that a batch is gone through. Default 1.
+    pub epochs: u64,
+    /// Optimizer steps in each of these, at most `batch_groups`. Default 1.
+    pub minibatches: usize,
     /// Staleness bound η, in versions; 0 is synchronous. Default 1.
     pub eta: u64,
     /// Threads of the learner's pool. Default 1.
     pub threads: usize,
     /// Peak learning rate. Default 1e-5.
     pub lr: f64,
+    /// Learning rate that a falling schedule ends at. Default 0.
+    pub min_lr: f64,
     /// Steps over which the rate rises. Default 0.
     pub warmup_steps: u64,
-    /// After that: `constant` (default), or `linear` down to zero.
+    /// After that: `constant` (default), or `linear` or `cosine` down to `min_lr` at the last step.
     pub schedule: Schedule,
     /// AdamW's β₁. Default 0.9.
     pub adam_beta1: f64,
@@ -249,12 +309,16 @@ pub struct Learner {
     pub weight_decay: f64,
     /// Bound on the gradient's global norm. Default 1.
     pub max_grad_norm: f64,
-    /// Learning rate of the value head. Default 1e-3.
+    /// Learning rate of the value head; a value model's decoder learns at `lr`. Default 1e-3.
     pub value_lr: f64,
-    /// Off-policy correction: `tis` (default), truncated importance sampling, or `none`, which asks for η = 0.
+    /// Off-policy correction by π/μ, μ being the weights that sampled: `tis` (default) truncates it per token,
+    /// `tis-sequence` per completion, `decoupled` not at all, `none` asks for η = 0 or a clip. A clipped ratio is taken
+    /// against the weights that the batch arrived at, with `none` against μ.
     pub correction: CorrectionKind,
-    /// Bound C on an importance weight, at least 1. Default 2.
+    /// Bound C on an importance weight, at least 1; `decoupled` has none. Default 2.
     pub truncation: f64,
+    /// Tokens whose π/μ is above this or below its inverse are left out; 0 (default) leaves none out.
+    pub mask_ratio: f64,
     /// Steps in a row without a finite gradient that end the run. Default 3.
     pub max_nonfinite_steps: u32,
 }
@@ -266,8 +330,43 @@ pub enum AlgorithmKind {
     Rloo,
     /// REINFORCE with a value baseline.
     Reinforce,
+    /// Proximal policy optimisation.
+    Ppo,
+    /// Group relative policy optimisation.
+    Grpo,
     /// Online direct preference optimisation.
     OnlineDpo,
+}
+
+/// What the sum over a batch's tokens is divided by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AverageKind {
+    /// Completions.
+    SequenceSum,
+    /// Each completion's length, then completions.
+    SequenceMean,
+    /// Tokens.
+    TokenMean,
+    /// The longest length, then completions.
+    Constant,
+}
+
+/// What a value baseline stands on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ValueKind {
+    /// The policy's hidden states.
+    Head,
+    /// A model of its own.
+    Model,
+}
+
+/// The loss of a compared pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DpoLoss {
+    /// The logistic one.
+    Sigmoid,
+    /// The squared one.
+    Ipo,
 }
 
 /// Course of the learning rate.
@@ -275,8 +374,10 @@ pub enum AlgorithmKind {
 pub enum Schedule {
     /// Stays.
     Constant,
-    /// Falls to zero.
+    /// Falls in a line.
     Linear,
+    /// Falls in half a wave of a cosine.
+    Cosine,
 }
 
 /// Correction of off-policy tokens.
@@ -284,8 +385,12 @@ pub enum Schedule {
 pub enum CorrectionKind {
     /// None.
     None,
-    /// Truncated importance sampling.
+    /// Truncated importance sampling per token.
     Tis,
+    /// The same per completion.
+    TisSequence,
+    /// Importance sampling per token without a bound.
+    Decoupled,
 }
 
 /// `[checkpoint]`

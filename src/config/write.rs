@@ -2,10 +2,8 @@
 
 use toml::{Table, Value};
 
-use super::{
-    AlgorithmKind, Config, CorrectionKind, Evidence, LabelForm, LabelerKind, Method, Mode, OnLong, Pairs, PolicyModel,
-    RemoteApi, RemoteJudge, RewardScaling, Schedule, UpdateMode, WeightDtype,
-};
+use super::choice::Choice;
+use super::{Config, Method, PolicyModel, RemoteJudge};
 use crate::source::{Candidate, ModelRef};
 
 impl Config {
@@ -33,15 +31,9 @@ impl Config {
 
     fn run_table(&self) -> Table {
         let run = &self.run;
-        let mode = match run.mode {
-            Mode::Direct => "direct",
-            Mode::Distilled => "distilled",
-            Mode::Preference => "preference",
-            Mode::Human => "human",
-        };
         let mut table = table([
             ("name", text(&run.name)),
-            ("mode", text(mode)),
+            ("mode", word(run.mode)),
             ("seed", whole(run.seed)),
             ("steps", whole(run.steps)),
         ]);
@@ -60,7 +52,7 @@ impl Config {
             ("chat", Value::Boolean(data.chat)),
             ("shuffle", Value::Boolean(data.shuffle)),
             ("max_prompt_tokens", whole(data.max_prompt_tokens as u64)),
-            ("on_long", text(if data.on_long == OnLong::Skip { "skip" } else { "error" })),
+            ("on_long", word(data.on_long)),
         ]);
         optional(&mut table, "system", data.system.as_ref().map(text));
         table
@@ -92,7 +84,6 @@ impl Config {
 
     fn rollout_table(&self) -> Table {
         let rollout = &self.rollout;
-        let update = if rollout.update == UpdateMode::InFlight { "in-flight" } else { "between-groups" };
         table([
             ("workers", whole(rollout.workers as u64)),
             ("threads", whole(rollout.threads as u64)),
@@ -100,7 +91,7 @@ impl Config {
             ("groups_per_call", whole(rollout.groups_per_call)),
             ("max_new_tokens", whole(rollout.max_new_tokens as u64)),
             ("temperature", Value::Float(rollout.temperature)),
-            ("update", text(update)),
+            ("update", word(rollout.update)),
             ("capacity", whole(rollout.capacity as u64)),
         ])
     }
@@ -110,7 +101,7 @@ impl Config {
         let mut table = table([
             ("workers", whole(labeler.workers as u64)),
             ("threads", whole(labeler.threads as u64)),
-            ("pairs", text(if labeler.pairs == Pairs::All { "all" } else { "adjacent" })),
+            ("pairs", word(labeler.pairs)),
             ("retries", whole(u64::from(labeler.retries))),
             ("capacity", whole(labeler.capacity as u64)),
         ]);
@@ -135,7 +126,7 @@ impl Config {
             ("head_lr", Value::Float(model.head_lr)),
             ("batch_pairs", whole(model.batch_pairs as u64)),
             ("max_grad_norm", Value::Float(model.max_grad_norm)),
-            ("labels", label_form(model.labels)),
+            ("labels", word(model.labels)),
             ("holdout", Value::Float(model.holdout)),
         ]);
         optional(&mut table, "model", model.model.as_ref().map(model_ref));
@@ -152,7 +143,9 @@ impl Config {
         let reward = &self.reward;
         table([
             ("kl_coef", Value::Float(reward.kl_coef)),
-            ("scale", text(if reward.scale == RewardScaling::Running { "running" } else { "none" })),
+            ("kl", word(reward.kl)),
+            ("kl_estimator", word(reward.kl_estimator)),
+            ("scale", word(reward.scale)),
             ("clip", Value::Float(reward.clip.unwrap_or(0.0))),
             ("length_penalty", Value::Float(reward.length_penalty)),
             ("missing_eos_penalty", Value::Float(reward.missing_eos_penalty)),
@@ -163,29 +156,40 @@ impl Config {
 
     fn learner_table(&self) -> Table {
         let learner = &self.learner;
-        let algorithm = match learner.algorithm {
-            AlgorithmKind::Rloo => "rloo",
-            AlgorithmKind::Reinforce => "reinforce",
-            AlgorithmKind::OnlineDpo => "online-dpo",
-        };
         table([
-            ("algorithm", text(algorithm)),
+            ("algorithm", word(learner.algorithm)),
+            ("clip", Value::Float(learner.clip)),
+            ("clip_high", Value::Float(learner.clip_high)),
+            ("average", word(learner.average)),
+            ("advantage_std", Value::Boolean(learner.advantage_std)),
+            ("gamma", Value::Float(learner.gamma)),
+            ("gae_lambda", Value::Float(learner.gae_lambda)),
+            ("value_model", word(learner.value_model)),
+            ("value_clip", Value::Float(learner.value_clip)),
+            ("whiten_rewards", Value::Boolean(learner.whiten_rewards)),
+            ("whiten_advantages", Value::Boolean(learner.whiten_advantages)),
+            ("entropy_coef", Value::Float(learner.entropy_coef)),
             ("dpo_beta", Value::Float(learner.dpo_beta)),
-            ("dpo_labels", label_form(learner.dpo_labels)),
+            ("dpo_labels", word(learner.dpo_labels)),
+            ("dpo_loss", word(learner.dpo_loss)),
             ("batch_groups", whole(learner.batch_groups)),
+            ("epochs", whole(learner.epochs)),
+            ("minibatches", whole(learner.minibatches as u64)),
             ("eta", whole(learner.eta)),
             ("threads", whole(learner.threads as u64)),
             ("lr", Value::Float(learner.lr)),
+            ("min_lr", Value::Float(learner.min_lr)),
             ("warmup_steps", whole(learner.warmup_steps)),
-            ("schedule", text(if learner.schedule == Schedule::Linear { "linear" } else { "constant" })),
+            ("schedule", word(learner.schedule)),
             ("adam_beta1", Value::Float(learner.adam_beta1)),
             ("adam_beta2", Value::Float(learner.adam_beta2)),
             ("adam_eps", Value::Float(learner.adam_eps)),
             ("weight_decay", Value::Float(learner.weight_decay)),
             ("max_grad_norm", Value::Float(learner.max_grad_norm)),
             ("value_lr", Value::Float(learner.value_lr)),
-            ("correction", text(if learner.correction == CorrectionKind::Tis { "tis" } else { "none" })),
+            ("correction", word(learner.correction)),
             ("truncation", Value::Float(learner.truncation)),
+            ("mask_ratio", Value::Float(learner.mask_ratio)),
             ("max_nonfinite_steps", whole(u64::from(learner.max_nonfinite_steps))),
         ])
     }
@@ -194,7 +198,7 @@ impl Config {
         table([
             ("every_steps", whole(self.checkpoint.every_steps)),
             ("keep", whole(self.checkpoint.keep as u64)),
-            ("dtype", text(if self.checkpoint.dtype == WeightDtype::Bf16 { "bf16" } else { "f32" })),
+            ("dtype", word(self.checkpoint.dtype)),
         ])
     }
 
@@ -216,14 +220,8 @@ impl Config {
 }
 
 fn method_table(method: &Method) -> Table {
-    let kind = match method.kind {
-        LabelerKind::Likelihood => "likelihood",
-        LabelerKind::Direct => "direct",
-        LabelerKind::Pairwise => "pairwise",
-        LabelerKind::Embedding => "embedding",
-    };
     let mut table = table([
-        ("type", text(kind)),
+        ("type", word(method.kind)),
         ("weight", Value::Float(method.weight)),
         ("length_normalise", Value::Boolean(method.length_normalise)),
         ("pair_temperature", Value::Float(method.pair_temperature)),
@@ -243,16 +241,11 @@ fn method_table(method: &Method) -> Table {
 }
 
 fn remote_table(judge: &RemoteJudge) -> Table {
-    let evidence = match judge.evidence {
-        Evidence::Auto => "auto",
-        Evidence::Logprobs => "logprobs",
-        Evidence::Votes => "votes",
-    };
     let mut table = table([
         ("url", text(&judge.url)),
         ("model", text(&judge.model)),
-        ("api", text(if judge.api == RemoteApi::Chat { "chat" } else { "completions" })),
-        ("evidence", text(evidence)),
+        ("api", word(judge.api)),
+        ("evidence", word(judge.evidence)),
         ("votes", whole(judge.votes as u64)),
         ("concurrency", whole(judge.concurrency as u64)),
         ("requests_per_minute", whole(judge.requests_per_minute)),
@@ -275,8 +268,8 @@ fn remote_table(judge: &RemoteJudge) -> Table {
     table
 }
 
-fn label_form(form: LabelForm) -> Value {
-    text(if form == LabelForm::Soft { "soft" } else { "hard" })
+fn word(choice: impl Choice) -> Value {
+    text(choice.word())
 }
 
 fn table<const N: usize>(pairs: [(&str, Value); N]) -> Table {

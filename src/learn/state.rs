@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use candle_core::Var;
 
-use super::value::ValueHead;
-use crate::model::{Llama, ModelConfig, Weights};
+use super::value::ValueModel;
+use crate::model::{Llama, ModelConfig};
 use crate::ops::{AdamW, AdamWConfig, Gradients};
 use crate::rollout::RewardScale;
 
@@ -17,11 +16,13 @@ pub struct TrainState {
     /// Scale of the rewards as of the last group trained.
     pub scale: RewardScale,
     /// Value baseline, where the algorithm has one.
-    pub value: Option<ValueHead>,
+    pub value: Option<ValueModel>,
     /// True while parameters are being written: a panic then leaves them half updated.
     pub stepping: bool,
     /// Steps in a row whose loss or gradient was not finite.
     pub nonfinite_in_row: u32,
+    /// Mean length in tokens of the first batch's completions, once there was one: what drift is measured against.
+    pub first_length: Option<f64>,
     /// The trainable model; its tensors are private to the learner, only copies leave it.
     pub model: Llama,
     /// The batch's gradient so far, a sum.
@@ -35,27 +36,16 @@ impl TrainState {
     ///
     /// # Errors
     /// When memory for the copies cannot be had.
-    pub fn new(initial: &Arc<Llama>, adam: AdamWConfig, with_value: bool) -> Result<Self> {
-        let config = initial.config().clone();
-        let params = initial
-            .weights()
-            .0
-            .iter()
-            .map(|(name, tensor)| Ok((name.clone(), Var::from_tensor(&tensor.copy()?)?)))
-            .collect::<Result<Vec<_>>>()?;
-        let weights = Weights(params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
-        let value = if with_value {
-            Some(ValueHead::new(config.hidden_size, AdamWConfig { weight_decay: 0.0, ..adam }, initial.device())?)
-        } else {
-            None
-        };
+    pub fn new(initial: &Arc<Llama>, adam: AdamWConfig, value: Option<ValueModel>) -> Result<Self> {
+        let (model, params) = initial.trainable(true)?;
         Ok(Self {
             step: 0,
             scale: RewardScale::default(),
             value,
             stepping: false,
             nonfinite_in_row: 0,
-            model: Llama::new(&config, &weights)?,
+            first_length: None,
+            model,
             gradients: Gradients::new(&params)?,
             optimizer: AdamW::new(params, adam)?,
             published: Arc::clone(initial),
@@ -72,9 +62,10 @@ impl TrainState {
     /// # Errors
     /// Tensor errors only.
     pub fn apply(&mut self, lr: f64, scale: f64) -> Result<()> {
-        self.stepping = true;
+        // A batch of several steps is unfinished before this one and after it.
+        let unfinished = std::mem::replace(&mut self.stepping, true);
         self.optimizer.step(&self.gradients, lr, scale)?;
-        self.stepping = false;
+        self.stepping = unfinished;
         Ok(())
     }
 
@@ -84,7 +75,7 @@ impl TrainState {
     /// Tensor errors only.
     pub fn discard(&mut self) -> Result<()> {
         self.gradients.zero()?;
-        self.value.as_mut().map_or(Ok(()), ValueHead::discard)
+        self.value.as_mut().map_or(Ok(()), ValueModel::discard)
     }
 
     /// An immutable copy of the policy as it is now.

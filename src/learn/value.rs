@@ -1,43 +1,79 @@
-//! The value baseline: a linear head on the policy's hidden states.
+//! The value baseline: a linear head, on the policy's hidden states or on those of a decoder of its own.
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 
+use crate::model::{Llama, Pack};
 use crate::ops::{AdamW, AdamWConfig, Gradients};
 
-/// V(s) = h·w + b, on hidden states whose gradient is cut: the baseline learns from the policy's features
-/// and does not pull on them.
-pub struct ValueHead {
+/// V(s) = h·w + b. On the policy's hidden states, whose gradient is cut, the baseline learns from the policy's features
+/// and does not pull on them; with a decoder of its own it learns its features too, at the price of a second model.
+pub struct ValueModel {
+    decoder: Option<Decoder>,
     weight: Var,
     bias: Var,
+    head: Part,
+}
+
+struct Decoder {
+    model: Llama,
+    part: Part,
+}
+
+/// Parameters that learn at one rate.
+struct Part {
     params: Vec<(String, Var)>,
     gradients: Gradients,
     optimizer: AdamW,
 }
 
-impl ValueHead {
-    /// A head for hidden states of `width`, zero at first.
+impl Part {
+    fn new(params: Vec<(String, Var)>, config: AdamWConfig) -> Result<Self> {
+        Ok(Self { gradients: Gradients::new(&params)?, optimizer: AdamW::new(params.clone(), config)?, params })
+    }
+
+    /// The mean over `count`, its norm bounded.
+    fn step(&mut self, count: f64, lr: f64, max_norm: f64) -> Result<()> {
+        let norm = self.gradients.global_norm()? / count;
+        if norm.is_finite() {
+            self.optimizer.step(&self.gradients, lr, (max_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / count)?;
+        }
+        Ok(())
+    }
+}
+
+impl ValueModel {
+    /// A baseline for `policy`, zero everywhere at first; with `decoder`, on a copy of it.
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn new(width: usize, config: AdamWConfig, device: &Device) -> Result<Self> {
-        let weight = Var::zeros((1, width), DType::F32, device)?;
-        let bias = Var::zeros(1, DType::F32, device)?;
+    pub fn new(policy: &Llama, decoder: bool, adam: AdamWConfig) -> Result<Self> {
+        let weight = Var::zeros((1, policy.config().hidden_size), DType::F32, policy.device())?;
+        let bias = Var::zeros(1, DType::F32, policy.device())?;
         let params =
             vec![("value_head.weight".to_owned(), weight.clone()), ("value_head.bias".to_owned(), bias.clone())];
-        let gradients = Gradients::new(&params)?;
-        let optimizer = AdamW::new(params.clone(), config)?;
-        Ok(Self { weight, bias, params, gradients, optimizer })
+        let decoder = if decoder {
+            let (model, params) = policy.trainable(false)?;
+            Some(Decoder { model, part: Part::new(params, adam)? })
+        } else {
+            None
+        };
+        let head = Part::new(params, AdamWConfig { weight_decay: 0.0, ..adam })?;
+        Ok(Self { decoder, weight, bias, head })
     }
 
-    /// Values `[N]` of hidden states `[N, D]`.
+    /// Values `[N]` of the states before the targets of `pack`, whose hidden states in the policy are `hidden` `[N, D]`.
     ///
     /// # Errors
     /// Shapes that do not fit.
-    pub fn values(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(hidden.detach().matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?.squeeze(1)?)
+    pub fn values(&self, hidden: &Tensor, pack: &Pack) -> Result<Tensor> {
+        let features = match &self.decoder {
+            None => hidden.detach(),
+            Some(decoder) => decoder.model.predicting(pack)?,
+        };
+        Ok(features.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?.squeeze(1)?)
     }
 
     /// Adds the gradient of Σ slope·value to the batch's.
@@ -46,19 +82,23 @@ impl ValueHead {
     /// Shapes that do not fit.
     pub fn accumulate(&mut self, values: &Tensor, slopes: &Tensor) -> Result<()> {
         let mut store = (values * slopes)?.sum_all()?.backward()?;
-        self.gradients.add(&mut store)?;
+        for part in self.parts() {
+            part.gradients.add(&mut store)?;
+        }
         Ok(())
     }
 
-    /// One optimizer step on the mean over `count`, and a clean slate.
+    /// One optimizer step on the mean over `count`, the head at `head_lr`, a decoder of its own at `lr` with its gradient
+    /// bounded by `max_norm`.
     ///
     /// # Errors
     /// Tensor errors only.
-    pub fn step(&mut self, count: usize, lr: f64) -> Result<()> {
-        if self.gradients.all_finite()? {
-            self.optimizer.step(&self.gradients, lr, 1.0 / count.max(1) as f64)?;
+    pub fn step(&mut self, count: usize, lr: f64, head_lr: f64, max_norm: f64) -> Result<()> {
+        let count = count.max(1) as f64;
+        if let Some(decoder) = &mut self.decoder {
+            decoder.part.step(count, lr, max_norm)?;
         }
-        self.discard()
+        self.head.step(count, head_lr, f64::INFINITY)
     }
 
     /// Forgets the batch's gradient.
@@ -66,11 +106,16 @@ impl ValueHead {
     /// # Errors
     /// Tensor errors only.
     pub fn discard(&mut self) -> Result<()> {
-        Ok(self.gradients.zero()?)
+        self.parts().try_for_each(|part| Ok(part.gradients.zero()?))
     }
 
-    /// The head's tensors by name.
+    /// The tensors by name, those of a decoder of its own as the policy names them.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
-        self.params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect()
+        let decoder = self.decoder.iter().flat_map(|decoder| &decoder.part.params);
+        self.head.params.iter().chain(decoder).map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect()
+    }
+
+    fn parts(&mut self) -> impl Iterator<Item = &mut Part> {
+        self.decoder.as_mut().map(|decoder| &mut decoder.part).into_iter().chain([&mut self.head])
     }
 }

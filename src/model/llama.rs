@@ -1,7 +1,7 @@
 //! The Llama family: pre-norm decoder, rotary positions, grouped queries, gated feed-forward
 //! (Touvron et al. 2023; Llama 2/3 and SmolLM2 share it).
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor, Var};
 
 use super::attention::{Attend, PackedAttention};
 use super::config::ModelConfig;
@@ -73,6 +73,24 @@ impl Llama {
             sin,
             weights: weights.clone(),
         })
+    }
+
+    /// A copy whose tensors are variables, and these by name. Without `head` it is for hidden states alone: a head of its
+    /// own is left out, and the embedding stands where one is asked for.
+    ///
+    /// # Errors
+    /// When memory for the copy cannot be had.
+    pub fn trainable(&self, head: bool) -> anyhow::Result<(Self, Vec<(String, Var)>)> {
+        let config = ModelConfig { tied: self.config.tied || !head, ..self.config.clone() };
+        let params = self
+            .weights
+            .0
+            .iter()
+            .filter(|(name, _)| head || *name != "lm_head.weight")
+            .map(|(name, tensor)| Ok((name.clone(), Var::from_tensor(&tensor.copy()?)?)))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let weights = Weights(params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
+        Ok((Self::new(&config, &weights)?, params))
     }
 
     /// The model's shape.

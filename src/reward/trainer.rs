@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor, Var};
 
 use super::model::RewardModel;
 use crate::algo::preference::soft_label;
-use crate::model::{Llama, Weights};
+use crate::model::Llama;
 use crate::ops::{AdamW, AdamWConfig, Gradients};
 use crate::rollout::{Group, Prompt};
 use crate::seed::{self, mix};
@@ -77,22 +77,14 @@ impl RewardTrainer {
     /// # Errors
     /// When memory for the copies cannot be had.
     pub fn new(initial: &Llama, head: Option<&Tensor>, plan: TrainerPlan, adam: AdamWConfig) -> Result<Self> {
-        let params = initial
-            .weights()
-            .0
-            .iter()
-            .filter(|(name, _)| *name != "lm_head.weight")
-            .map(|(name, tensor)| Ok((name.clone(), Var::from_tensor(&tensor.copy()?)?)))
-            .collect::<Result<Vec<_>>>()?;
-        // The language head is not used and not trained; the decoder asks for one, and the embedding serves.
-        let config = crate::model::ModelConfig { tied: true, ..initial.config().clone() };
-        let weights = Weights(params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
-        let zeros = Tensor::zeros((1, config.hidden_size), DType::F32, initial.device())?;
+        // The language head is not used and not trained.
+        let (model, params) = initial.trainable(false)?;
+        let zeros = Tensor::zeros((1, model.config().hidden_size), DType::F32, initial.device())?;
         let head = Var::from_tensor(&head.unwrap_or(&zeros).copy()?)?;
         let head_params = vec![(super::model::HEAD.to_owned(), head.clone())];
         Ok(Self {
             plan,
-            model: RewardModel { model: Llama::new(&config, &weights)?, head: head.as_tensor().clone() },
+            model: RewardModel { model, head: head.as_tensor().clone() },
             gradients: Gradients::new(&params)?,
             head_gradients: Gradients::new(&head_params)?,
             optimizer: AdamW::new(params, adam)?,

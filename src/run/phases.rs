@@ -14,9 +14,9 @@ use crate::prepare::Prepared;
 use crate::progress::Progress;
 use crate::reward::trainer::TrainerStep;
 use crate::reward::warm_up::WarmUpObserver;
-use crate::run::adam;
 use crate::serve::NodeState;
 use crate::sft::SftObserver;
+use crate::topology::learning::adam;
 use crate::topology::{Node, wire_fine_tuning};
 
 /// Where a phase writes and what it shows.
@@ -91,7 +91,7 @@ pub(super) async fn fine_tune(
     server: &Arc<NodeState>,
     stop: &Stop,
 ) -> Result<Prepared> {
-    let state = Arc::new(Mutex::new(TrainState::new(&prepared.policy, adam(config), false)?));
+    let state = Arc::new(Mutex::new(TrainState::new(&prepared.policy, adam(config), None)?));
     let notes = Arc::new(Mutex::new(Notes::new("supervised fine-tuning", "steps", config.sft.steps, files)));
     let prepared = Arc::new(prepared);
     let (wired, trained, observer) = (Arc::clone(&prepared), Arc::clone(&state), notes.clone());

@@ -9,6 +9,7 @@ use anyhow::Result;
 use preceptor::config::Config;
 use preceptor::label::{Labeler, Labels};
 use preceptor::learn::stage::Observer;
+use preceptor::learn::value::ValueModel;
 use preceptor::learn::{StepRecord, TrainState};
 use preceptor::ops::AdamWConfig;
 use preceptor::prepare::Prepared;
@@ -106,12 +107,13 @@ fn offline(dir: &Path) -> Config {
 fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
     let config = offline(dir);
     let prepared = preceptor::prepare::prepare(&config, false).unwrap();
+    let value = ValueModel::new(&prepared.policy, false, AdamWConfig::default()).unwrap();
     let struck = Arc::new(AtomicBool::new(false));
     let labelers = move |_: &Config, _: &Prepared| -> Result<Box<dyn Labeler>> {
         Ok(Box::new(Scripted { fault, struck: Arc::clone(&struck) }))
     };
     Node {
-        state: Arc::new(Mutex::new(TrainState::new(&prepared.policy, AdamWConfig::default(), true).unwrap())),
+        state: Arc::new(Mutex::new(TrainState::new(&prepared.policy, AdamWConfig::default(), Some(value)).unwrap())),
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
         reward_model: None,

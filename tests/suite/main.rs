@@ -9,6 +9,7 @@ mod labelers;
 mod llama;
 mod mock_judge;
 mod node;
+mod optimum;
 mod refusals;
 mod remote;
 mod reward_model;

@@ -81,6 +81,45 @@ fn the_paper_s_algorithm_and_the_direct_labeler_run_too() {
     }
 }
 
+/// Algorithms, passes over a batch, corrections and baselines in all sorts of company.
+#[test]
+fn every_algorithm_trains_as_it_is_configured() {
+    for (updates, overrides) in [
+        (4, &["algorithm=ppo", "epochs=2", "minibatches=2", "value_model=model", "correction=decoupled"][..]),
+        (2, &["algorithm=grpo", "epochs=2", "clip_high=0.28", "average=token-mean", "entropy_coef=0.01"]),
+        (1, &["algorithm=grpo", "advantage_std=false", "average=constant", "mask_ratio=3", "schedule=cosine"]),
+        (3, &["algorithm=rloo", "clip=0.2", "minibatches=3", "correction=tis-sequence", "whiten_rewards=true"]),
+        (1, &["algorithm=reinforce", "value_model=model", "whiten_advantages=true"]),
+        (1, &["algorithm=ppo", "correction=none", "eta=3"]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut overrides: Vec<String> = overrides.iter().map(|one| format!("learner.{one}")).collect();
+        overrides.push(format!("reward.kl={}", if updates == 2 { "loss" } else { "reward" }));
+        overrides.push("run.steps=3".into());
+        let output = train(dir.path(), &overrides.iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(output.status.success(), "{overrides:?}: {}", stderr(&output));
+        let steps = metrics(&dir.path().join("run"));
+        assert_eq!(steps.len(), 3);
+        for step in &steps {
+            let number = |name: &str| step[name].as_f64().unwrap_or_else(|| panic!("{name} in {step}"));
+            assert_eq!(step["updates"], updates, "{overrides:?}");
+            assert!(number("gradient/norm") > 0.0 && number("loss/policy").is_finite(), "{overrides:?}: {step}");
+            assert!((0.0..=1.0 + 1e-9).contains(&number("ratio/effective")), "{step}");
+            assert!(number("ratio/p05") <= number("ratio/p50") && number("ratio/p50") <= number("ratio/p95"));
+            let histogram = step["staleness/histogram"].as_array().unwrap();
+            assert_eq!(histogram.iter().map(|count| count.as_u64().unwrap()).sum::<u64>(), step["tokens"]);
+        }
+        assert_eq!(steps[0]["length/drift"], 1.0);
+        let scraped = std::fs::read_to_string(dir.path().join("run/metrics.prom")).unwrap();
+        let tokens: u64 = steps.iter().map(|step| step["tokens"].as_u64().unwrap()).sum();
+        assert!(scraped.contains(&format!("preceptor_token_staleness_count {tokens}\n")), "{scraped}");
+        // The second pass over the first batch sees a policy that has moved from the reference.
+        if updates == 2 {
+            assert!(steps[0]["loss/kl"].as_f64().unwrap() > 0.0, "{}", steps[0]);
+        }
+    }
+}
+
 #[test]
 fn the_last_checkpoint_generates_and_scores() {
     let dir = tempfile::tempdir().unwrap();
@@ -89,7 +128,7 @@ fn the_last_checkpoint_generates_and_scores() {
     let checkpoint = dir.path().join("run/checkpoints/step-000002");
     assert!(stderr(&output).contains("run/checkpoints/step-000002"), "{}", stderr(&output));
     for file in
-        ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "value_head.safetensors"]
+        ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "value_model.safetensors"]
     {
         assert!(checkpoint.join(file).exists(), "{file} is missing");
     }

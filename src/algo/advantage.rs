@@ -1,0 +1,53 @@
+//! What actions were worth, from rewards and values.
+
+/// Generalised advantage estimation (Schulman et al. 2016, eq. 11–16) of one completion:
+/// δ_t = r_t + γ·V_{t+1} − V_t, Â_t = δ_t + γλ·Â_{t+1}, with nothing after the last token. `rewards` and `values` have
+/// one entry per token; the result is (Â, Â + V).
+pub fn gae(rewards: &[f64], values: &[f32], gamma: f64, lambda: f64) -> (Vec<f32>, Vec<f32>) {
+    let (mut next_value, mut tail) = (0.0, 0.0);
+    let mut advantages = vec![0f32; rewards.len()];
+    for t in (0..rewards.len()).rev() {
+        let value = f64::from(values[t]);
+        tail = rewards[t] + gamma * next_value - value + gamma * lambda * tail;
+        advantages[t] = tail as f32;
+        next_value = value;
+    }
+    let returns = advantages.iter().zip(values).map(|(a, v)| a + v).collect();
+    (advantages, returns)
+}
+
+/// R_i − mean of the others (Ahmadian et al. 2024); zero for a group of one, which has nothing to compare with.
+pub fn leave_one_out(returns: &[f64]) -> Vec<f64> {
+    let n = returns.len() as f64;
+    let total: f64 = returns.iter().sum();
+    returns.iter().map(|r| if n > 1.0 { r - (total - r) / (n - 1.0) } else { 0.0 }).collect()
+}
+
+/// (R_i − mean)/(std + 10⁻⁴), the sample deviation (Shao et al. 2024, §4.1.2); without `scaled`, R_i − mean (Liu et al.
+/// 2025, Dr.GRPO).
+pub fn group_normalised(returns: &[f64], scaled: bool) -> Vec<f64> {
+    let (mean, std) = moments(returns.iter().copied());
+    let divisor = if scaled { std + 1e-4 } else { 1.0 };
+    returns.iter().map(|r| (r - mean) / divisor).collect()
+}
+
+/// Shifts `values` to mean 0 and scales them to sample variance 1; leaves fewer than two, and equal ones, at 0.
+pub fn whiten<'a>(values: impl Iterator<Item = &'a mut f32>) {
+    let values: Vec<&mut f32> = values.collect();
+    let (mean, std) = moments(values.iter().map(|value| f64::from(**value)));
+    let inverse = 1.0 / (std * std + 1e-8).sqrt();
+    for value in values {
+        *value = ((f64::from(*value) - mean) * inverse) as f32;
+    }
+}
+
+/// Mean and sample deviation; the latter is zero for fewer than two.
+pub fn moments(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
+    let n = values.clone().count() as f64;
+    if n == 0.0 {
+        return (0.0, 0.0);
+    }
+    let mean = values.clone().sum::<f64>() / n;
+    let squares: f64 = values.map(|value| (value - mean).powi(2)).sum();
+    (mean, if n > 1.0 { (squares / (n - 1.0)).sqrt() } else { 0.0 })
+}

@@ -1,0 +1,43 @@
+//! Rewards and advantages brought to one scale over the batch.
+
+use super::advantage::{moments, whiten};
+use super::{Algorithm, GroupLoss, GroupView, Targets};
+
+/// An algorithm whose rewards, or advantages, have mean 0 and variance 1 over the batch. It learns from whole batches.
+pub struct Whitened {
+    /// What learns.
+    pub inner: Box<dyn Algorithm>,
+    /// Whether rewards are whitened, over completions.
+    pub rewards: bool,
+    /// Whether advantages are whitened, over tokens.
+    pub advantages: bool,
+}
+
+impl Algorithm for Whitened {
+    fn needs_values(&self) -> bool {
+        self.inner.needs_values()
+    }
+
+    fn needs_batch(&self) -> bool {
+        true
+    }
+
+    fn targets(&self, batch: &[GroupView<'_>]) -> Vec<Targets> {
+        let all = batch.iter().flat_map(|group| group.rewards).copied();
+        let (mean, std) = if self.rewards { moments(all) } else { (0.0, 1.0) };
+        let scale = if std > 0.0 { 1.0 / std } else { 1.0 };
+        let rewards: Vec<Vec<f64>> =
+            batch.iter().map(|group| group.rewards.iter().map(|r| (r - mean) * scale).collect()).collect();
+        let batch: Vec<GroupView<'_>> =
+            batch.iter().zip(&rewards).map(|(group, rewards)| GroupView { rewards, ..*group }).collect();
+        let mut targets = self.inner.targets(&batch);
+        if self.advantages {
+            whiten(targets.iter_mut().flat_map(|one| &mut one.advantages).flatten());
+        }
+        targets
+    }
+
+    fn loss(&self, group: &GroupView<'_>, targets: &Targets) -> GroupLoss {
+        self.inner.loss(group, targets)
+    }
+}

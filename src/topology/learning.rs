@@ -1,0 +1,134 @@
+//! From the configuration to what learns.
+
+use anyhow::Result;
+
+use crate::algo::Algorithm;
+use crate::algo::correction::{Correction, Level};
+use crate::algo::grpo::Grpo;
+use crate::algo::kl::{Estimator, Kl, Place};
+use crate::algo::online_dpo::{Form, OnlineDpo};
+use crate::algo::ppo::Ppo;
+use crate::algo::reinforce::Reinforce;
+use crate::algo::rloo::Rloo;
+use crate::algo::surrogate::{Average, Clip, Surrogate};
+use crate::algo::whiten::Whitened;
+use crate::config::{
+    AlgorithmKind, AverageKind, Config, CorrectionKind, DpoLoss, KlEstimator, KlPlace, LabelForm, Schedule, ValueKind,
+};
+use crate::learn::stage::{Decay, LearnPlan};
+use crate::learn::value::ValueModel;
+use crate::model::Llama;
+use crate::ops::AdamWConfig;
+
+/// The value baseline for `policy`, where the configured algorithm learns one.
+///
+/// # Errors
+/// When the device has no room.
+pub fn value_model(config: &Config, policy: &Llama) -> Result<Option<ValueModel>> {
+    let decoder = config.learner.value_model == ValueKind::Model;
+    let needed = algorithm(config).needs_values();
+    needed.then(|| ValueModel::new(policy, decoder, adam(config))).transpose()
+}
+
+/// The configured algorithm.
+pub(super) fn algorithm(config: &Config) -> Box<dyn Algorithm> {
+    let learner = &config.learner;
+    let surrogate = surrogate(config);
+    let inner: Box<dyn Algorithm> = match learner.algorithm {
+        AlgorithmKind::Rloo => Box::new(Rloo { surrogate }),
+        AlgorithmKind::Reinforce => Box::new(Reinforce { surrogate }),
+        AlgorithmKind::Grpo => Box::new(Grpo { scaled: learner.advantage_std, surrogate }),
+        AlgorithmKind::Ppo => Box::new(Ppo {
+            gamma: learner.gamma,
+            lambda: learner.gae_lambda,
+            value_clip: unless_zero(learner.value_clip),
+            surrogate,
+        }),
+        AlgorithmKind::OnlineDpo => Box::new(OnlineDpo {
+            beta: learner.dpo_beta,
+            soft: learner.dpo_labels == LabelForm::Soft,
+            form: match learner.dpo_loss {
+                DpoLoss::Sigmoid => Form::Sigmoid,
+                DpoLoss::Ipo => Form::Ipo,
+            },
+        }),
+    };
+    let (rewards, advantages) = (learner.whiten_rewards, learner.whiten_advantages);
+    if rewards || advantages { Box::new(Whitened { inner, rewards, advantages }) } else { inner }
+}
+
+/// From advantages to loss, as configured.
+fn surrogate(config: &Config) -> Surrogate {
+    let learner = &config.learner;
+    let level = if learner.algorithm == AlgorithmKind::Rloo { Level::Sequence } else { Level::Token };
+    let (correction, limit) = match learner.correction {
+        CorrectionKind::None => (Level::None, f64::INFINITY),
+        CorrectionKind::Tis => (Level::Token, learner.truncation),
+        CorrectionKind::TisSequence => (Level::Sequence, learner.truncation),
+        CorrectionKind::Decoupled => (Level::Token, f64::INFINITY),
+    };
+    Surrogate {
+        clip: (learner.clip > 0.0).then_some(Clip { low: learner.clip, high: learner.clip_high, level }),
+        correction: Correction { level: correction, limit, mask_beyond: unless_zero(learner.mask_ratio) },
+        average: match learner.average {
+            AverageKind::SequenceSum => Average::SequenceSum,
+            AverageKind::SequenceMean => Average::SequenceMean,
+            AverageKind::TokenMean => Average::TokenMean,
+            AverageKind::Constant => Average::Constant(config.rollout.max_new_tokens as f64),
+        },
+        kl: Kl {
+            coef: config.reward.kl_coef,
+            estimator: match config.reward.kl_estimator {
+                KlEstimator::K1 => Estimator::K1,
+                KlEstimator::K2 => Estimator::K2,
+                KlEstimator::K3 => Estimator::K3,
+            },
+            place: match config.reward.kl {
+                KlPlace::Reward => Place::Reward,
+                KlPlace::Loss => Place::Loss,
+            },
+        },
+        entropy: learner.entropy_coef,
+    }
+}
+
+/// A bound, where zero says that there is none.
+fn unless_zero(bound: f64) -> f64 {
+    if bound == 0.0 { f64::INFINITY } else { bound }
+}
+
+/// The numbers that a step depends on, as configured.
+pub(super) fn learn_plan(config: &Config) -> LearnPlan {
+    let learner = &config.learner;
+    LearnPlan {
+        batch_groups: learner.batch_groups,
+        temperature: config.rollout.temperature,
+        lr: learner.lr,
+        warmup_steps: learner.warmup_steps,
+        decay: match learner.schedule {
+            Schedule::Constant => Decay::None,
+            Schedule::Linear => Decay::Linear,
+            Schedule::Cosine => Decay::Cosine,
+        },
+        min_lr: learner.min_lr,
+        steps: config.run.steps,
+        max_grad_norm: learner.max_grad_norm,
+        value_lr: learner.value_lr,
+        truncation: learner.truncation,
+        epochs: learner.epochs,
+        minibatches: learner.minibatches,
+        seed: config.run.seed,
+        max_nonfinite_steps: learner.max_nonfinite_steps,
+    }
+}
+
+/// The optimizer of everything that learns.
+pub fn adam(config: &Config) -> AdamWConfig {
+    let learner = &config.learner;
+    AdamWConfig {
+        beta1: learner.adam_beta1,
+        beta2: learner.adam_beta2,
+        eps: learner.adam_eps,
+        weight_decay: learner.weight_decay,
+    }
+}
