@@ -45,7 +45,7 @@ fn model(criterion: &mut Criterion) {
     group.sample_size(10);
     group.throughput(Throughput::Elements(8 * 64));
     group.bench_function("sample", |b| {
-        let sampling = Sampling { temperature: 0.9, top_k: None, max_new_tokens: 64, eos: vec![] };
+        let sampling = Sampling { temperature: 0.9, max_new_tokens: 64, eos: vec![], ..Sampling::default() };
         b.iter(|| {
             let request = Request { prompt: &prompt, prefix: None, seeds: (0..8).collect() };
             pool.install(|| generate(&mut Fixed(Arc::clone(&model)), &[request], &sampling).expect("completions"))

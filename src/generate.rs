@@ -2,6 +2,7 @@
 
 pub mod sampler;
 pub mod stage;
+pub mod stop;
 
 use std::sync::Arc;
 
@@ -89,7 +90,7 @@ pub fn generate(source: &mut dyn Weighted, requests: &[Request], sampling: &Samp
             let mut row = Row {
                 sequence: first + i,
                 position: request.prompt.len() as u32,
-                sampler: Sampler::new(sampling, *seed),
+                sampler: Sampler::new(sampling, request.prompt, *seed),
                 sampled: Sampled::default(),
             };
             row.take(&logits, version, sampling);
@@ -147,6 +148,8 @@ impl Row {
         self.sampled.versions.push(version);
         if sampling.eos.contains(&id) {
             self.sampled.finish = Some(Finish::Eos);
+        } else if sampling.stop.as_ref().is_some_and(|stop| stop.ends(&self.sampled.ids)) {
+            self.sampled.finish = Some(Finish::Stop);
         } else if self.sampled.ids.len() >= sampling.max_new_tokens {
             self.sampled.finish = Some(Finish::Length);
         }

@@ -32,6 +32,8 @@ pub struct Prompt {
 pub enum Finish {
     /// The model said so: the last id is an end token.
     Eos,
+    /// A stop string came up; the ids hold it, the text ends before it.
+    Stop,
     /// The limit of new tokens was reached.
     Length,
 }

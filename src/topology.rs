@@ -15,6 +15,7 @@ use crate::data::pairs::PairSource;
 use crate::data::source::PromptSource;
 use crate::generate::sampler::Sampling;
 use crate::generate::stage::Rollout;
+use crate::generate::stop::Stop;
 use crate::label::stage::{LabelStage, Wants};
 use crate::label::{Labeler, Pairing};
 use crate::learn::TrainState;
@@ -26,6 +27,7 @@ use crate::reward::{RewardRule, RewardStage, RewardTrainer, Scorer, TrainerPlan}
 use crate::rollout::{Group, Labeled, Prompt};
 use crate::seed;
 use crate::sft::{FineTune, SftObserver};
+use crate::tokens::Tokenizer;
 
 /// Makes a labeler.
 pub type MakeLabeler = dyn Fn(&Config, &Prepared) -> Result<Box<dyn Labeler>> + Send + Sync;
@@ -175,17 +177,27 @@ impl Node {
         Rollout {
             reader: self.cell.reader(name),
             running: None,
-            sampling: Sampling {
-                temperature: config.rollout.temperature,
-                top_k: None,
-                max_new_tokens: config.rollout.max_new_tokens,
-                eos: self.prepared.tokenizer.eos_ids().to_vec(),
-            },
+            sampling: sampling(config, &self.prepared.tokenizer),
             group_size: config.rollout.group_size,
             in_flight: config.rollout.update == UpdateMode::InFlight,
             seed,
             tokenizer: self.prepared.tokenizer.clone(),
         }
+    }
+}
+
+/// How the policy's completions are drawn.
+fn sampling(config: &Config, tokenizer: &Tokenizer) -> Sampling {
+    let rollout = &config.rollout;
+    Sampling {
+        repetition_penalty: rollout.repetition_penalty,
+        temperature: rollout.temperature,
+        top_k: (rollout.top_k > 0).then_some(rollout.top_k),
+        top_p: (rollout.top_p < 1.0).then_some(rollout.top_p),
+        min_p: (rollout.min_p > 0.0).then_some(rollout.min_p),
+        max_new_tokens: rollout.max_new_tokens,
+        eos: tokenizer.eos_ids().iter().chain(&rollout.stop_ids).copied().collect(),
+        stop: Stop::new(&rollout.stop, tokenizer).map(Arc::new),
     }
 }
 

@@ -17,6 +17,7 @@ use crate::evaluate::harmless::{Rated, harmless_rate};
 use crate::evaluate::reward_accuracy::reward_accuracy;
 use crate::evaluate::win_rate::{Contest, win_rate};
 use crate::generate::sampler::Sampling;
+use crate::generate::stop::Stop;
 use crate::model::Llama;
 use crate::prepare::{labeler_bench, prompt_format};
 use crate::reward::RewardModel;
@@ -204,9 +205,10 @@ impl AnswerArgs {
         ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
         let sampling = Sampling {
             temperature: self.temperature,
-            top_k: None,
             max_new_tokens: config.rollout.max_new_tokens,
             eos: tokenizer.eos_ids().to_vec(),
+            stop: Stop::new(&config.rollout.stop, &tokenizer).map(Arc::new),
+            ..Sampling::default()
         };
         let completions = answers(&Arc::new(model), &tokenizer, &prompts, &sampling, config.run.seed, "answering")?;
         let texts = completions.into_iter().map(|one| one.text.trim().to_owned()).collect();

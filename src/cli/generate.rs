@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::prompts::{ModelArgs, PromptArgs};
 use crate::generate::sampler::Sampling;
+use crate::generate::stop::{self, Stop};
 use crate::generate::{Fixed, Request, generate};
 use crate::seed;
 
@@ -27,6 +28,21 @@ pub struct Generate {
     /// Takes the most likely token each time, as --temperature 0 does.
     #[arg(long, conflicts_with = "temperature")]
     greedy: bool,
+    /// Draws from the K likeliest tokens only.
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Draws from the fewest tokens that have probability P together only.
+    #[arg(long, value_name = "P")]
+    top_p: Option<f64>,
+    /// Draws from tokens with at least this share of the likeliest one's probability only.
+    #[arg(long, value_name = "SHARE")]
+    min_p: Option<f64>,
+    /// Makes tokens that came before less likely; 1 does not.
+    #[arg(long, default_value_t = 1.0, value_name = "PENALTY")]
+    repetition_penalty: f64,
+    /// A text that ends a completion; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
     /// How many completions.
     #[arg(long, default_value_t = 1, value_name = "K")]
     samples: usize,
@@ -48,17 +64,26 @@ impl Generate {
         let prompt = self.prompt.ids(&tokenizer, model.config().vocab_size)?;
         anyhow::ensure!(self.max_new_tokens > 0, "--max-new-tokens must be above zero");
         anyhow::ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
+        anyhow::ensure!(self.repetition_penalty > 0.0, "--repetition-penalty must be above zero");
+        for (name, share) in [("--top-p", self.top_p), ("--min-p", self.min_p)] {
+            anyhow::ensure!(share.is_none_or(|p| p > 0.0 && p <= 1.0), "{name} must be above 0 and at most 1");
+        }
+        anyhow::ensure!(!self.stop.iter().any(String::is_empty), "--stop must not be empty");
         let eos = if model.config().eos.is_empty() { tokenizer.eos_ids().to_vec() } else { model.config().eos.clone() };
         let sampling = Sampling {
             temperature: if self.greedy { 0.0 } else { self.temperature },
-            top_k: None,
+            repetition_penalty: self.repetition_penalty,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
             max_new_tokens: self.max_new_tokens,
             eos,
+            stop: Stop::new(&self.stop, &tokenizer).map(Arc::new),
         };
         let seeds = (0..self.samples).map(|k| seed::completion(self.seed, 0, k)).collect();
         let request = Request { prompt: &prompt, prefix: None, seeds };
         for sampled in generate(&mut Fixed(Arc::new(model)), &[request], &sampling)?.concat() {
-            let text = tokenizer.decode(&sampled.ids)?;
+            let text = stop::text(&tokenizer, &sampled.ids, sampling.stop.as_deref())?;
             if self.json {
                 let finish = sampled.finish;
                 println!(

@@ -132,6 +132,10 @@ pub(super) fn reference(s: &mut Section<'_>, folder: &Path) -> Option<ModelRef> 
 
 pub(super) fn rollout(document: &mut Document) -> Rollout {
     let mut s = document.section("rollout");
+    let stop: Vec<String> = s.get("stop", Vec::new());
+    if stop.iter().any(String::is_empty) {
+        s.error("stop", "has an empty text, which would end every completion at once");
+    }
     Rollout {
         workers: workers(&mut s, "workers"),
         threads: workers(&mut s, "threads"),
@@ -144,6 +148,12 @@ pub(super) fn rollout(document: &mut Document) -> Rollout {
         groups_per_call: s.checked("groups_per_call", 1, "at least 1", |n| *n >= 1),
         max_new_tokens: s.checked("max_new_tokens", 64, "at least 1", |n| *n >= 1),
         temperature: s.checked("temperature", 0.9, "above 0", |n| *n > 0.0),
+        top_k: s.get("top_k", 0),
+        top_p: s.checked("top_p", 1.0, "above 0, at most 1", |n| *n > 0.0 && *n <= 1.0),
+        min_p: s.checked("min_p", 0.0, "from 0 to below 1", |n| (0.0..1.0).contains(n)),
+        repetition_penalty: s.checked("repetition_penalty", 1.0, "above 0", |n| *n > 0.0),
+        stop,
+        stop_ids: s.get("stop_ids", Vec::new()),
         update: s.choice("update", UpdateMode::InFlight),
         capacity: capacity(&mut s),
     }

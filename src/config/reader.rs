@@ -358,6 +358,20 @@ impl Read for f64 {
     }
 }
 
+impl Read for Vec<String> {
+    const EXPECTED: &'static str = "list of texts";
+    fn read(value: &Value) -> Option<Self> {
+        value.as_array()?.iter().map(String::read).collect()
+    }
+}
+
+impl Read for Vec<u32> {
+    const EXPECTED: &'static str = "list of whole numbers from zero up";
+    fn read(value: &Value) -> Option<Self> {
+        value.as_array()?.iter().map(u32::read).collect()
+    }
+}
+
 macro_rules! read_whole {
     ($($type:ty),*) => {$(
         impl Read for $type {

@@ -125,6 +125,20 @@ pub struct Rollout {
     pub max_new_tokens: usize,
     /// Sampling temperature, above 0. Default 0.9.
     pub temperature: f64,
+    /// Draw from this many of the likeliest tokens only; 0 (default) draws from all. This and the next three change the
+    /// distribution that is sampled from, which is the one that log-probabilities are recorded of; the learner's own are of
+    /// the whole distribution at `temperature`, so that the correction's ratio is below 1 even for fresh tokens.
+    pub top_k: usize,
+    /// Draw from the fewest tokens that have this much probability together only; 1 (default) draws from all.
+    pub top_p: f64,
+    /// Draw from tokens with at least this share of the likeliest one's probability only; 0 (default) draws from all.
+    pub min_p: f64,
+    /// Makes tokens less likely that stand in the prompt or were drawn before; 1 (default) does not.
+    pub repetition_penalty: f64,
+    /// Texts that end a completion; judges see it without them. Default none.
+    pub stop: Vec<String>,
+    /// Tokens that end a completion besides the model's own end tokens. Default none.
+    pub stop_ids: Vec<u32>,
     /// When new weights are taken up: `in-flight` (default) between decode steps, or `between-groups`.
     pub update: UpdateMode,
     /// Groups that may wait for a labeler. Default 2.

@@ -91,6 +91,12 @@ impl Config {
             ("groups_per_call", whole(rollout.groups_per_call)),
             ("max_new_tokens", whole(rollout.max_new_tokens as u64)),
             ("temperature", Value::Float(rollout.temperature)),
+            ("top_k", whole(rollout.top_k as u64)),
+            ("top_p", Value::Float(rollout.top_p)),
+            ("min_p", Value::Float(rollout.min_p)),
+            ("repetition_penalty", Value::Float(rollout.repetition_penalty)),
+            ("stop", Value::Array(rollout.stop.iter().map(text).collect())),
+            ("stop_ids", Value::Array(rollout.stop_ids.iter().map(|id| whole(u64::from(*id))).collect())),
             ("update", word(rollout.update)),
             ("capacity", whole(rollout.capacity as u64)),
         ])

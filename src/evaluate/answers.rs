@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use crate::generate::sampler::Sampling;
-use crate::generate::{Fixed, Request, generate};
+use crate::generate::{Fixed, Request, generate, stop};
 use crate::model::Llama;
 use crate::progress::Progress;
 use crate::rollout::{Completion, Finish, Prompt};
@@ -40,7 +40,7 @@ pub fn answers(
             .collect();
         for sampled in generate(&mut Fixed(Arc::clone(model)), &requests, sampling)?.concat() {
             out.push(Completion {
-                text: tokenizer.decode(&sampled.ids)?,
+                text: stop::text(tokenizer, &sampled.ids, sampling.stop.as_deref())?,
                 finish: sampled.finish.unwrap_or(Finish::Length),
                 ids: sampled.ids,
                 logprobs: sampled.logprobs,

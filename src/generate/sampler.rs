@@ -1,46 +1,88 @@
 //! Drawing a token from logits, and saying how likely it was.
 
+use std::collections::HashSet;
+use std::sync::Arc;
+
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::stop::Stop;
 use crate::ops;
 
-/// How tokens are drawn.
-#[derive(Debug, Clone, PartialEq)]
+/// How tokens are drawn. What restricts the draw is applied in the order of the fields, as `transformers` does; the
+/// default restricts nothing.
+#[derive(Debug, Clone)]
 pub struct Sampling {
+    /// Logits of tokens that stand in the prompt or were drawn before are divided by this where they are positive, and
+    /// multiplied by it where they are not (Keskar et al. 2019, §4.1); 1 leaves them.
+    pub repetition_penalty: f64,
     /// Logits are divided by this; zero takes the most likely token.
     pub temperature: f64,
-    /// Only this many of the likeliest tokens are drawn from; absent draws from all.
+    /// Only this many of the likeliest tokens are drawn from.
     pub top_k: Option<usize>,
+    /// Only the fewest tokens that have this much probability together are drawn from (Holtzman et al. 2020, §3.1).
+    pub top_p: Option<f64>,
+    /// Only tokens with at least this share of the likeliest one's probability are drawn from (Nguyen et al. 2024).
+    pub min_p: Option<f64>,
     /// Limit of new tokens per completion, at least one.
     pub max_new_tokens: usize,
     /// Tokens that end a completion.
     pub eos: Vec<u32>,
+    /// Texts that end a completion.
+    pub stop: Option<Arc<Stop>>,
+}
+
+impl Default for Sampling {
+    /// All tokens, at temperature 1, one of them.
+    fn default() -> Self {
+        Self {
+            repetition_penalty: 1.0,
+            temperature: 1.0,
+            top_k: None,
+            top_p: None,
+            min_p: None,
+            max_new_tokens: 1,
+            eos: Vec::new(),
+            stop: None,
+        }
+    }
 }
 
 /// One completion's random stream.
 pub struct Sampler {
-    temperature: f64,
-    top_k: Option<usize>,
+    sampling: Sampling,
+    /// Tokens that a repetition penalty is for; empty without one.
+    seen: HashSet<u32>,
     rng: ChaCha8Rng,
 }
 
 impl Sampler {
-    /// A stream that is a function of `seed` alone.
-    pub fn new(sampling: &Sampling, seed: u64) -> Self {
-        Self { temperature: sampling.temperature, top_k: sampling.top_k, rng: ChaCha8Rng::seed_from_u64(seed) }
+    /// A stream that is a function of `seed` alone, for a completion of `prompt`.
+    pub fn new(sampling: &Sampling, prompt: &[u32], seed: u64) -> Self {
+        let penalised = sampling.repetition_penalty != 1.0;
+        let seen = if penalised { prompt.iter().copied().collect() } else { HashSet::new() };
+        Self { sampling: sampling.clone(), seen, rng: ChaCha8Rng::seed_from_u64(seed) }
     }
 
-    /// Draws from softmax(logits/T), over the likeliest k where k is set, and returns the token with its
-    /// log-probability in that distribution. At T = 0: the most likely token (the first of equals) and its log-probability at T = 1.
+    /// Draws a token and returns it with its log-probability in the distribution it was drawn from. At temperature 0: the
+    /// most likely token (the first of equals) and its log-probability at temperature 1.
     pub fn draw(&mut self, logits: &[f32]) -> (u32, f32) {
-        if self.temperature == 0.0 {
+        let restricted = self.restricted(logits);
+        let logits = restricted.as_deref().unwrap_or(logits);
+        let (id, logprob) = if self.sampling.temperature == 0.0 {
             let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
-            return (best as u32, logits[best] - ops::row_logsumexp(logits, 1.0));
+            (best as u32, logits[best] - ops::row_logsumexp(logits, 1.0))
+        } else {
+            self.pick(logits)
+        };
+        if self.sampling.repetition_penalty != 1.0 {
+            self.seen.insert(id);
         }
-        let kept = self.top_k.filter(|k| *k < logits.len()).map(|k| likeliest(logits, k));
-        let logits = kept.as_deref().unwrap_or(logits);
-        let inverse = (1.0 / self.temperature) as f32;
+        (id, logprob)
+    }
+
+    fn pick(&mut self, logits: &[f32]) -> (u32, f32) {
+        let inverse = (1.0 / self.sampling.temperature) as f32;
         let total = ops::row_logsumexp(logits, inverse);
         let mut left = self.rng.random::<f64>();
         let mut chosen = None;
@@ -58,19 +100,70 @@ impl Sampler {
         let chosen = chosen.unwrap_or(0);
         (chosen as u32, logits[chosen] * inverse - total)
     }
+
+    /// Logits with the repetition penalty applied and what is not drawn from at −∞; `None` where all stay as they are.
+    pub fn restricted(&self, logits: &[f32]) -> Option<Vec<f32>> {
+        let Sampling { repetition_penalty, temperature, top_k, top_p, min_p, .. } = &self.sampling;
+        let (penalty, greedy) = (*repetition_penalty as f32, *temperature == 0.0);
+        let filtered = !greedy && (top_k.is_some() || top_p.is_some() || min_p.is_some());
+        if !filtered && penalty == 1.0 {
+            return None;
+        }
+        let mut out = logits.to_vec();
+        if penalty != 1.0 {
+            for id in &self.seen {
+                if let Some(logit) = out.get_mut(*id as usize) {
+                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                }
+            }
+        }
+        if greedy {
+            return Some(out);
+        }
+        if let Some(k) = top_k.filter(|k| *k < out.len()) {
+            keep_likeliest(&mut out, k.max(1));
+        }
+        let inverse = (1.0 / temperature) as f32;
+        if let Some(p) = top_p {
+            keep_nucleus(&mut out, *p, inverse);
+        }
+        if let Some(share) = min_p {
+            let top = out.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            // p ≥ share·p_top, in logits.
+            let floor = top + (share.ln() as f32) / inverse;
+            out.iter_mut().filter(|logit| **logit < floor).for_each(|logit| *logit = f32::NEG_INFINITY);
+        }
+        Some(out)
+    }
 }
 
-/// `logits` with all but the `k` largest at −∞; of equals the first are kept.
-fn likeliest(logits: &[f32], k: usize) -> Vec<f32> {
+/// Leaves the `k` largest; of equals the first.
+fn keep_likeliest(logits: &mut [f32], k: usize) {
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let by_rank = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let k = k.max(1);
-    order.select_nth_unstable_by(k - 1, by_rank);
-    let mut kept = vec![f32::NEG_INFINITY; logits.len()];
-    for id in &order[..k] {
-        kept[*id as usize] = logits[*id as usize];
+    order.select_nth_unstable_by(k - 1, |a, b| by_rank(logits, a, b));
+    for id in &order[k..] {
+        logits[*id as usize] = f32::NEG_INFINITY;
     }
-    kept
+}
+
+/// Leaves the likeliest tokens up to and including the one with which their probability reaches `p`.
+fn keep_nucleus(logits: &mut [f32], p: f64, inverse: f32) {
+    let total = ops::row_logsumexp(logits, inverse);
+    let mut order: Vec<u32> = (0..logits.len() as u32).filter(|id| logits[*id as usize].is_finite()).collect();
+    order.sort_unstable_by(|a, b| by_rank(logits, a, b));
+    let mut mass = 0.0;
+    for id in order {
+        let logit = &mut logits[id as usize];
+        if mass >= p {
+            *logit = f32::NEG_INFINITY;
+        } else {
+            mass += f64::from((*logit * inverse - total).exp());
+        }
+    }
+}
+
+fn by_rank(logits: &[f32], a: &u32, b: &u32) -> std::cmp::Ordering {
+    logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
 }
 
 #[cfg(test)]
@@ -80,10 +173,10 @@ mod tests {
     #[test]
     fn top_k_draws_among_the_likeliest_and_says_so() {
         let logits = [0.0f32, 1.0, -2.0, 1.0, 0.5];
-        let sampling = Sampling { temperature: 1.0, top_k: Some(2), max_new_tokens: 1, eos: vec![] };
+        let sampling = Sampling { top_k: Some(2), ..Sampling::default() };
         let mut seen = [0u32; 5];
         for seed in 0..200 {
-            let (id, logprob) = Sampler::new(&sampling, seed).draw(&logits);
+            let (id, logprob) = Sampler::new(&sampling, &[], seed).draw(&logits);
             seen[id as usize] += 1;
             assert!((logprob - 0.5f32.ln()).abs() < 1e-6);
         }
@@ -93,13 +186,13 @@ mod tests {
     #[test]
     fn draws_follow_the_tempered_distribution() {
         let logits = [0.0f32, 1.0, -2.0, 0.5];
-        let sampling = Sampling { temperature: 0.7, top_k: None, max_new_tokens: 1, eos: vec![] };
+        let sampling = Sampling { temperature: 0.7, ..Sampling::default() };
         let weights: Vec<f64> = logits.iter().map(|l| (f64::from(*l) / 0.7).exp()).collect();
         let total: f64 = weights.iter().sum();
         let mut counts = [0u32; 4];
         let draws = 20_000u32;
         for seed in 0..draws {
-            let (id, logprob) = Sampler::new(&sampling, u64::from(seed)).draw(&logits);
+            let (id, logprob) = Sampler::new(&sampling, &[], u64::from(seed)).draw(&logits);
             counts[id as usize] += 1;
             assert!((f64::from(logprob) - (weights[id as usize] / total).ln()).abs() < 1e-5);
         }
@@ -112,9 +205,50 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_equals() {
-        let sampling = Sampling { temperature: 0.0, top_k: None, max_new_tokens: 1, eos: vec![] };
-        let (id, logprob) = Sampler::new(&sampling, 1).draw(&[1.0, 3.0, 3.0]);
+        let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+        let (id, logprob) = Sampler::new(&sampling, &[], 1).draw(&[1.0, 3.0, 3.0]);
         assert_eq!(id, 1);
         assert!((f64::from(logprob) - (1.0 / (2.0 + (-2f64).exp())).ln()).abs() < 1e-6);
+    }
+
+    /// What `transformers` leaves of a distribution, with every combination of restrictions.
+    #[test]
+    fn restrictions_agree_with_transformers() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/sampling/restricted.json");
+        let reference: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let cases = reference["cases"].as_array().unwrap();
+        assert_eq!(cases.len(), 72);
+        for case in cases {
+            let list = |name: &str| case[name].as_array().unwrap().iter();
+            let seen: Vec<u32> = list("seen").map(|id| id.as_u64().unwrap() as u32).collect();
+            let logits: Vec<f32> = list("logits").map(|x| x.as_f64().unwrap() as f32).collect();
+            let sampling = Sampling {
+                repetition_penalty: case["repetition_penalty"].as_f64().unwrap(),
+                temperature: case["temperature"].as_f64().unwrap(),
+                top_k: case["top_k"].as_u64().map(|k| k as usize),
+                top_p: case["top_p"].as_f64(),
+                min_p: case["min_p"].as_f64(),
+                ..Sampling::default()
+            };
+            let expected: Vec<Option<f64>> = list("logprobs").map(serde_json::Value::as_f64).collect();
+            for seed in 0..40 {
+                let (id, logprob) = Sampler::new(&sampling, &seen, seed).draw(&logits);
+                let theirs = expected[id as usize].unwrap_or_else(|| panic!("{id} was drawn with {sampling:?}"));
+                assert!((f64::from(logprob) - theirs).abs() < 1e-4, "{logprob}, {theirs} there, with {sampling:?}");
+            }
+            let kept = Sampler::new(&sampling, &seen, 0).restricted(&logits).unwrap_or(logits);
+            let ours = kept.iter().filter(|logit| logit.is_finite()).count();
+            assert_eq!(ours, expected.iter().flatten().count(), "{sampling:?}");
+        }
+    }
+
+    /// What was drawn is penalised from then on.
+    #[test]
+    fn a_drawn_token_counts_as_seen() {
+        let sampling = Sampling { temperature: 0.0, repetition_penalty: 2.0, ..Sampling::default() };
+        let mut sampler = Sampler::new(&sampling, &[2], 0);
+        let drawn: Vec<u32> = (0..3).map(|_| sampler.draw(&[1.5, 2.0, 3.5, 0.9]).0).collect();
+        // 2 counts 1.75 from the start; 1 counts 1.0 once it is drawn, and 2 stays ahead of 0.
+        assert_eq!(drawn, [1, 2, 2]);
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Result, anyhow};
 use preceptor_actors::{Emitter, Item, SnapshotReader, Stage, StageContext, StageResult};
 
 use super::sampler::Sampling;
-use super::{Request, Weighted, generate};
+use super::{Request, Weighted, generate, stop};
 use crate::model::Llama;
 use crate::rollout::{Completion, Group, Prompt};
 use crate::tokens::Tokenizer;
@@ -62,7 +62,7 @@ impl Stage for Rollout {
                 .into_iter()
                 .map(|one| {
                     Ok(Completion {
-                        text: self.tokenizer.decode(&one.ids)?,
+                        text: stop::text(&self.tokenizer, &one.ids, self.sampling.stop.as_deref())?,
                         finish: one.finish.ok_or_else(|| anyhow!("a completion ended without a reason"))?,
                         ids: one.ids,
                         logprobs: one.logprobs,

@@ -187,6 +187,7 @@ impl Local {
             top_k: decoding.top_k,
             max_new_tokens: decoding.max_tokens,
             eos,
+            ..Sampling::default()
         };
         let mut replies = Vec::with_capacity(prompts.len());
         // Draws of one prompt stand next to each other and share what is computed of it.

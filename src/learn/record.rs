@@ -75,7 +75,7 @@ impl Tally {
         for ((completion, reference), proximal) in group.group.completions.iter().zip(&group.reference).zip(proximal) {
             self.completions += 1;
             self.tokens += completion.ids.len();
-            self.ended += usize::from(completion.finish == Finish::Eos);
+            self.ended += usize::from(completion.finish != Finish::Length);
             for ((new, old), reference) in proximal.iter().zip(&completion.logprobs).zip(reference) {
                 let ratio = f64::from(new - old).exp();
                 self.ratios.push(ratio);

@@ -102,7 +102,7 @@ fn greedy_generation_agrees_with_the_reference() {
     let prompts: Vec<Vec<u32>> = prompts.iter().map(|row| row.iter().map(|id| *id as u32).collect()).collect();
     let requests: Vec<Request> =
         prompts.iter().map(|prompt| Request { prompt, prefix: None, seeds: vec![0] }).collect();
-    let sampling = Sampling { temperature: 0.0, top_k: None, max_new_tokens: 16, eos: r.config.eos.clone() };
+    let sampling = Sampling { temperature: 0.0, max_new_tokens: 16, eos: r.config.eos.clone(), ..Sampling::default() };
     let sampled = generate(&mut Fixed(Arc::new(r.model)), &requests, &sampling).unwrap();
     for (sampled, expected) in sampled.iter().zip(expected) {
         // The reference may hold the prompt before the new tokens, and padding after an end token.
@@ -139,7 +139,7 @@ fn behaviour_logprobs_are_those_of_a_full_forward() {
         Request { prompt: &others[0], prefix: None, seeds: vec![4] },
         Request { prompt: &others[2], prefix: None, seeds: vec![5, 6] },
     ];
-    let sampling = Sampling { temperature: 0.8, top_k: None, max_new_tokens: 12, eos: (0..40).collect() };
+    let sampling = Sampling { temperature: 0.8, max_new_tokens: 12, eos: (0..40).collect(), ..Sampling::default() };
     let sampled = generate(&mut Fixed(Arc::clone(&model)), &requests, &sampling).unwrap();
     let lengths: std::collections::HashSet<usize> = sampled.iter().flatten().map(|one| one.ids.len()).collect();
     assert!(lengths.len() > 1, "the test wants ragged completions, all have {lengths:?} tokens");

@@ -121,6 +121,31 @@ fn every_algorithm_trains_as_it_is_configured() {
 }
 
 #[test]
+fn a_completion_ends_where_it_is_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    // A random policy writes any byte as often as another.
+    let stop: Vec<String> = ('a'..='t').map(|c| format!("\"{c}\"")).collect();
+    let stop = format!("rollout.stop=[{}]", stop.join(", "));
+    let sampling = [&stop, "rollout.top_p=0.95", "rollout.repetition_penalty=1.1", "run.steps=2"];
+    let output = train(dir.path(), &sampling);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let samples = std::fs::read_to_string(dir.path().join("run/samples.jsonl")).unwrap();
+    let mut stopped = 0;
+    for line in samples.lines() {
+        let sample: Value = serde_json::from_str(line).unwrap();
+        let text = sample["completion"].as_str().unwrap();
+        assert!(!text.contains(|c| ('a'..='t').contains(&c)), "{line}");
+        stopped += usize::from(sample["finish"] == "stop");
+    }
+    assert!(stopped > 0, "{samples}");
+    // Restricting the draw makes what is drawn likelier than it is in the whole distribution.
+    for step in metrics(&dir.path().join("run")) {
+        let ratio = step["ratio/p50"].as_f64().unwrap();
+        assert!(ratio < 1.0, "{step}");
+    }
+}
+
+#[test]
 fn the_last_checkpoint_generates_and_scores() {
     let dir = tempfile::tempdir().unwrap();
     let output = train(dir.path(), &["run.steps=2"]);

@@ -47,7 +47,8 @@ fn smollm2_agrees_with_the_reference() {
     assert!(worst < 1e-3, "log-probabilities differ by {worst}");
 
     let new = all.len() - prompt.len();
-    let sampling = Sampling { temperature: 0.0, top_k: None, max_new_tokens: new, eos: model.config().eos.clone() };
+    let sampling =
+        Sampling { temperature: 0.0, max_new_tokens: new, eos: model.config().eos.clone(), ..Sampling::default() };
     let request = Request { prompt: &prompt, prefix: None, seeds: vec![0] };
     let sampled = generate(&mut Fixed(Arc::new(model)), &[request], &sampling).unwrap().concat().remove(0);
     assert_eq!(sampled.ids, all[prompt.len()..]);
