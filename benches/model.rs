@@ -9,7 +9,9 @@ use candle_core::{Device, Var};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
-use preceptor::model::{Llama, ModelConfig, Pack, Weights};
+use preceptor::model::family::llama::FAMILY;
+use preceptor::model::rope::Scaling;
+use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
 
 fn shape() -> ModelConfig {
     ModelConfig {
@@ -23,6 +25,9 @@ fn shape() -> ModelConfig {
         context: 512,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
+        rope_scaling: Scaling::None,
+        family: &FAMILY,
+        window: None,
         tied: true,
         bos: None,
         eos: vec![],
@@ -36,7 +41,7 @@ fn model(criterion: &mut Criterion) {
     let vars: Vec<(String, Var)> =
         weights.0.iter().map(|(name, tensor)| (name.clone(), Var::from_tensor(tensor).expect("a variable"))).collect();
     let weights = Weights(vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
-    let model = Arc::new(Llama::new(&config, &weights).expect("a model"));
+    let model = Arc::new(Decoder::new(&config, &weights).expect("a model"));
     let prompt: Vec<u32> = (0..64).collect();
     let completions: Vec<Vec<u32>> = (0..8).map(|k| (0..64).map(|i| (i * 61 + k) % 4096).collect()).collect();
     let pack = Pack::new(&prompt, &completions);

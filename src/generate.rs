@@ -11,7 +11,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use crate::model::trie::prefill;
-use crate::model::{KvCache, Llama, Prefix};
+use crate::model::{Decoder, KvCache, Prefix};
 use crate::rollout::Finish;
 use sampler::{Sampler, Sampling};
 
@@ -45,14 +45,14 @@ pub trait Weighted {
     ///
     /// # Errors
     /// Ends the generation, for a halt.
-    fn weights(&mut self) -> Result<(u64, Arc<Llama>)>;
+    fn weights(&mut self) -> Result<(u64, Arc<Decoder>)>;
 }
 
 /// Weights that never change.
-pub struct Fixed(pub Arc<Llama>);
+pub struct Fixed(pub Arc<Decoder>);
 
 impl Weighted for Fixed {
-    fn weights(&mut self) -> Result<(u64, Arc<Llama>)> {
+    fn weights(&mut self) -> Result<(u64, Arc<Decoder>)> {
         Ok((0, Arc::clone(&self.0)))
     }
 }

@@ -13,8 +13,10 @@ use crate::label::backend::Backend;
 use crate::label::cache::{Cached, Store};
 use crate::label::embedding::Embedding;
 use crate::label::local::{Judge, Local};
-use crate::model::config::SUPPORTED_SCORERS;
-use crate::model::{Llama, ModelConfig, Weights};
+use crate::model::config::Head;
+use crate::model::family::llama::FAMILY;
+use crate::model::rope::Scaling;
+use crate::model::{Decoder, ModelConfig, Weights};
 use crate::remote::Remote;
 use crate::reward::RewardModel;
 use crate::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
@@ -25,7 +27,7 @@ use crate::topology::{needs_labels, trainer_plan};
 /// Models and data, ready to train with.
 pub struct Prepared {
     /// The policy as it starts; also the reference.
-    pub policy: Arc<Llama>,
+    pub policy: Arc<Decoder>,
     /// Fingerprint of its weights.
     pub identity: u64,
     /// Its tokenizer.
@@ -45,14 +47,14 @@ pub struct Prepared {
 /// A decoder for the reward model, and the head that came with it.
 pub struct RewardStart {
     /// The decoder.
-    pub model: Llama,
+    pub model: Decoder,
     /// The head `[1, D]`; absent where the model had none.
     pub head: Option<Tensor>,
 }
 
 /// The policy's model as it was loaded.
 struct Policy {
-    model: Arc<Llama>,
+    model: Arc<Decoder>,
     identity: u64,
     tokenizer: Tokenizer,
     origin: String,
@@ -106,7 +108,7 @@ fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
             let shape = scratch_shape(scratch, &tokenizer);
             shape.validate().context("policy.model.scratch does not fit together")?;
             let weights = Weights::scratch(&shape, scratch.init_std, scratch.seed, device)?;
-            (Llama::new(&shape, &weights)?, tokenizer, "made from scratch".to_owned())
+            (Decoder::new(&shape, &weights)?, tokenizer, "made from scratch".to_owned())
         }
         PolicyModel::Reference(reference) => {
             load(reference, device, timeout(config), progress).context("policy.model cannot be loaded")?
@@ -226,7 +228,7 @@ fn judge(
 
 fn reward_start(config: &Config, reference: &ModelRef, device: &Device, progress: bool) -> Result<RewardStart> {
     if let [Candidate::Path(dir)] = reference.0.as_slice()
-        && ModelConfig::from_directory_as(dir, SUPPORTED_SCORERS).is_ok()
+        && ModelConfig::from_directory_as(dir, Head::Scalar).is_ok()
     {
         let opened = RewardModel::open(dir, device)?;
         return Ok(RewardStart { model: opened.model, head: Some(opened.head) });
@@ -285,14 +287,14 @@ pub fn load(
     device: &Device,
     timeout: Duration,
     progress: bool,
-) -> Result<(Llama, Tokenizer, String)> {
+) -> Result<(Decoder, Tokenizer, String)> {
     let options = ResolveOptions { timeout, progress, ..ResolveOptions::default() };
     let resolved = source::resolve(reference, &options)?;
     let (config, weights) = match &resolved.files {
         ModelFiles::Gguf(path) => Weights::from_gguf(path, device)?,
         ModelFiles::Directory(dir) => Weights::from_directory(dir, device)?,
     };
-    let model = Llama::new(&config, &weights).with_context(|| format!("in {}", resolved.origin))?;
+    let model = Decoder::new(&config, &weights).with_context(|| format!("in {}", resolved.origin))?;
     let tokenizer = Tokenizer::from_files(&resolved.files)?;
     Ok((model, tokenizer, resolved.origin))
 }
@@ -322,6 +324,9 @@ fn scratch_shape(scratch: &Scratch, tokenizer: &Tokenizer) -> ModelConfig {
         context: scratch.context,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
+        rope_scaling: Scaling::None,
+        family: &FAMILY,
+        window: None,
         tied: true,
         bos: tokenizer.bos_id(),
         eos: tokenizer.eos_ids().to_vec(),

@@ -13,7 +13,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use preceptor_actors::{GraphHandle, GraphReport, SnapshotCell};
 use serde_json::{Value, json};
 
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::telemetry;
 
 /// What the endpoints look at.
@@ -25,7 +25,7 @@ pub struct NodeState {
     /// The graph of the present phase, once there is one.
     graph: Mutex<Option<GraphHandle>>,
     /// The published weights, once there are any.
-    pub weights: OnceLock<Arc<SnapshotCell<Llama>>>,
+    pub weights: OnceLock<Arc<SnapshotCell<Decoder>>>,
     /// The phase in words, and the last step's figures.
     progress: Mutex<(String, Value)>,
 }

@@ -20,7 +20,7 @@ use crate::label::stage::{LabelStage, Wants};
 use crate::label::{Labeler, Pairing};
 use crate::learn::TrainState;
 use crate::learn::stage::{Learn, Observer};
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::prepare::Prepared;
 use crate::reward::warm_up::{WarmUp, WarmUpObserver};
 use crate::reward::{RewardRule, RewardStage, RewardTrainer, Scorer, TrainerPlan};
@@ -41,7 +41,7 @@ pub struct Node {
     /// What training has come to.
     pub state: Arc<Mutex<TrainState>>,
     /// The published weights.
-    pub cell: Arc<SnapshotCell<Llama>>,
+    pub cell: Arc<SnapshotCell<Decoder>>,
     /// Who is told of each step.
     pub observer: Arc<Mutex<dyn Observer>>,
     /// The reward model, in the modes that have one.

@@ -18,7 +18,7 @@ use crate::evaluate::reward_accuracy::reward_accuracy;
 use crate::evaluate::win_rate::{Contest, win_rate};
 use crate::generate::sampler::Sampling;
 use crate::generate::stop::Stop;
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::prepare::{labeler_bench, prompt_format};
 use crate::reward::RewardModel;
 use crate::rollout::Prompt;
@@ -183,7 +183,13 @@ impl AlignmentArgs {
 
 impl AnswerArgs {
     /// The prompts, tokenised for the model that `tokenizer` belongs to.
-    fn prompts(&self, config: &Config, tokenizer: &Tokenizer, model: &Llama, references: bool) -> Result<Vec<Prompt>> {
+    fn prompts(
+        &self,
+        config: &Config,
+        tokenizer: &Tokenizer,
+        model: &Decoder,
+        references: bool,
+    ) -> Result<Vec<Prompt>> {
         let part = if config.data.holdout > 0.0 { Part::Holdout } else { Part::All };
         let room = model.config().context.saturating_sub(config.rollout.max_new_tokens);
         let options = ReadOptions {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::source::ModelRef;
 use crate::tokens::Tokenizer;
 use crate::tokens::chat::Message;
@@ -27,7 +27,7 @@ impl ModelArgs {
     ///
     /// # Errors
     /// When it cannot be had or read.
-    pub fn load(&self) -> Result<(Llama, Tokenizer)> {
+    pub fn load(&self) -> Result<(Decoder, Tokenizer)> {
         load_model(&self.model, self.resolve_timeout)
     }
 }
@@ -36,7 +36,7 @@ impl ModelArgs {
 ///
 /// # Errors
 /// When it cannot be had or read.
-pub fn load_model(name: &str, timeout_s: u64) -> Result<(Llama, Tokenizer)> {
+pub fn load_model(name: &str, timeout_s: u64) -> Result<(Decoder, Tokenizer)> {
     let reference = ModelRef::from_argument(name).map_err(anyhow::Error::msg)?;
     let timeout = Duration::from_secs(timeout_s);
     let (model, tokenizer, _) = prepare::load(&reference, &candle_core::Device::Cpu, timeout, true)?;

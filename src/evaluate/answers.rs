@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::generate::sampler::Sampling;
 use crate::generate::{Fixed, Request, generate, stop};
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::progress::Progress;
 use crate::rollout::{Completion, Finish, Prompt};
 use crate::seed;
@@ -20,7 +20,7 @@ const LOT: usize = 8;
 /// # Errors
 /// A prompt that leaves no room for an answer.
 pub fn answers(
-    model: &Arc<Llama>,
+    model: &Arc<Decoder>,
     tokenizer: &Tokenizer,
     prompts: &[Prompt],
     sampling: &Sampling,

@@ -7,7 +7,7 @@ use preceptor_actors::{Emitter, Item, SnapshotReader, Stage, StageContext, Stage
 
 use super::sampler::Sampling;
 use super::{Request, Weighted, generate, stop};
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::rollout::{Completion, Group, Prompt};
 use crate::tokens::Tokenizer;
 use crate::{seed, telemetry};
@@ -15,9 +15,9 @@ use crate::{seed, telemetry};
 /// Samples `group_size` completions of each prompt it is handed.
 pub struct Rollout {
     /// Where new weights are seen.
-    pub reader: SnapshotReader<Llama>,
+    pub reader: SnapshotReader<Decoder>,
     /// What it runs now.
-    pub running: Option<(u64, Arc<Llama>)>,
+    pub running: Option<(u64, Arc<Decoder>)>,
     /// How tokens are drawn.
     pub sampling: Sampling,
     /// Completions of one prompt.
@@ -84,16 +84,16 @@ impl Stage for Rollout {
 
 /// The snapshot cell, read at decode-step boundaries.
 struct Live<'a> {
-    reader: &'a mut SnapshotReader<Llama>,
+    reader: &'a mut SnapshotReader<Decoder>,
     in_flight: bool,
     ctx: &'a StageContext,
-    running: &'a mut Option<(u64, Arc<Llama>)>,
+    running: &'a mut Option<(u64, Arc<Decoder>)>,
     /// Whether this call has its weights.
     pinned: bool,
 }
 
 impl Weighted for Live<'_> {
-    fn weights(&mut self) -> Result<(u64, Arc<Llama>)> {
+    fn weights(&mut self) -> Result<(u64, Arc<Decoder>)> {
         self.ctx.beat();
         if self.ctx.halted() {
             return Err(anyhow!("halted"));

@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use super::backend::{Ask, Backend, Decoding, Refusal, Reply, Usage};
 use crate::generate::sampler::Sampling;
 use crate::generate::{Fixed, Request, generate};
-use crate::model::{Llama, Prefix, Trie};
+use crate::model::{Decoder, Prefix, Trie};
 use crate::ops;
 use crate::seed;
 use crate::tokens::Tokenizer;
@@ -25,7 +25,7 @@ const SIDE_BY_SIDE: usize = 32;
 #[derive(Clone)]
 pub struct Judge {
     /// The model; its weights never change.
-    pub model: Arc<Llama>,
+    pub model: Arc<Decoder>,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
     /// Fingerprint of its weights.

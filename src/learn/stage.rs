@@ -14,7 +14,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use crate::algo::{Algorithm, GroupLoss, GroupView, Targets};
-use crate::model::{Llama, Pack};
+use crate::model::{Decoder, Pack};
 use crate::ops;
 use crate::rollout::Rewarded;
 use crate::seed::mix;
@@ -106,7 +106,7 @@ pub struct Learn {
     state: Arc<Mutex<TrainState>>,
     algorithm: Box<dyn Algorithm>,
     plan: LearnPlan,
-    cell: Arc<SnapshotCell<Llama>>,
+    cell: Arc<SnapshotCell<Decoder>>,
     gate: Arc<AdmissionGate>,
     observer: Arc<Mutex<dyn Observer>>,
     tally: Tally,
@@ -152,7 +152,7 @@ impl Learn {
         state: Arc<Mutex<TrainState>>,
         algorithm: Box<dyn Algorithm>,
         plan: LearnPlan,
-        cell: Arc<SnapshotCell<Llama>>,
+        cell: Arc<SnapshotCell<Decoder>>,
         gate: Arc<AdmissionGate>,
         observer: Arc<Mutex<dyn Observer>>,
     ) -> Self {
@@ -220,7 +220,7 @@ impl Learn {
     }
 
     /// Forward over one group by `model`, with a graph if its tensors have one.
-    fn forward(&self, model: &Llama, value: Option<&ValueModel>, group: &Rewarded) -> Result<Pass> {
+    fn forward(&self, model: &Decoder, value: Option<&ValueModel>, group: &Rewarded) -> Result<Pass> {
         let ids: Vec<&[u32]> = group.group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
         let pack = Pack::new(&group.group.prompt.ids, &ids);
         let hidden = model.predicting(&pack)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::value::ValueModel;
-use crate::model::{Llama, ModelConfig};
+use crate::model::{Decoder, ModelConfig};
 use crate::ops::{AdamW, AdamWConfig, Gradients};
 use crate::rollout::RewardScale;
 
@@ -24,11 +24,11 @@ pub struct TrainState {
     /// Mean length in tokens of the first batch's completions, once there was one: what drift is measured against.
     pub first_length: Option<f64>,
     /// The trainable model; its tensors are private to the learner, only copies leave it.
-    pub model: Llama,
+    pub model: Decoder,
     /// The batch's gradient so far, a sum.
     pub gradients: Gradients,
     optimizer: AdamW,
-    published: Arc<Llama>,
+    published: Arc<Decoder>,
 }
 
 impl TrainState {
@@ -36,7 +36,7 @@ impl TrainState {
     ///
     /// # Errors
     /// When memory for the copies cannot be had.
-    pub fn new(initial: &Arc<Llama>, adam: AdamWConfig, value: Option<ValueModel>) -> Result<Self> {
+    pub fn new(initial: &Arc<Decoder>, adam: AdamWConfig, value: Option<ValueModel>) -> Result<Self> {
         let (model, params) = initial.trainable(true)?;
         Ok(Self {
             step: 0,
@@ -82,13 +82,13 @@ impl TrainState {
     ///
     /// # Errors
     /// When memory for the copy cannot be had.
-    pub fn snapshot(&mut self) -> Result<Arc<Llama>> {
-        self.published = Arc::new(Llama::new(self.model.config(), &self.model.weights().snapshot()?)?);
+    pub fn snapshot(&mut self) -> Result<Arc<Decoder>> {
+        self.published = Arc::new(Decoder::new(self.model.config(), &self.model.weights().snapshot()?)?);
         Ok(Arc::clone(&self.published))
     }
 
     /// The last copy that was made; the initial weights before any.
-    pub fn published(&self) -> &Arc<Llama> {
+    pub fn published(&self) -> &Arc<Decoder> {
         &self.published
     }
 }

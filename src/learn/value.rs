@@ -5,20 +5,21 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
 
-use crate::model::{Llama, Pack};
+use crate::model::{Decoder, Pack};
 use crate::ops::{AdamW, AdamWConfig, Gradients};
 
 /// V(s) = h·w + b. On the policy's hidden states, whose gradient is cut, the baseline learns from the policy's features
 /// and does not pull on them; with a decoder of its own it learns its features too, at the price of a second model.
 pub struct ValueModel {
-    decoder: Option<Decoder>,
+    trunk: Option<Trunk>,
     weight: Var,
     bias: Var,
     head: Part,
 }
 
-struct Decoder {
-    model: Llama,
+/// A decoder of its own.
+struct Trunk {
+    model: Decoder,
     part: Part,
 }
 
@@ -49,19 +50,19 @@ impl ValueModel {
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn new(policy: &Llama, decoder: bool, adam: AdamWConfig) -> Result<Self> {
+    pub fn new(policy: &Decoder, decoder: bool, adam: AdamWConfig) -> Result<Self> {
         let weight = Var::zeros((1, policy.config().hidden_size), DType::F32, policy.device())?;
         let bias = Var::zeros(1, DType::F32, policy.device())?;
         let params =
             vec![("value_head.weight".to_owned(), weight.clone()), ("value_head.bias".to_owned(), bias.clone())];
-        let decoder = if decoder {
+        let trunk = if decoder {
             let (model, params) = policy.trainable(false)?;
-            Some(Decoder { model, part: Part::new(params, adam)? })
+            Some(Trunk { model, part: Part::new(params, adam)? })
         } else {
             None
         };
         let head = Part::new(params, AdamWConfig { weight_decay: 0.0, ..adam })?;
-        Ok(Self { decoder, weight, bias, head })
+        Ok(Self { trunk, weight, bias, head })
     }
 
     /// Values `[N]` of the states before the targets of `pack`, whose hidden states in the policy are `hidden` `[N, D]`.
@@ -69,9 +70,9 @@ impl ValueModel {
     /// # Errors
     /// Shapes that do not fit.
     pub fn values(&self, hidden: &Tensor, pack: &Pack) -> Result<Tensor> {
-        let features = match &self.decoder {
+        let features = match &self.trunk {
             None => hidden.detach(),
-            Some(decoder) => decoder.model.predicting(pack)?,
+            Some(trunk) => trunk.model.predicting(pack)?,
         };
         Ok(features.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?.squeeze(1)?)
     }
@@ -95,8 +96,8 @@ impl ValueModel {
     /// Tensor errors only.
     pub fn step(&mut self, count: usize, lr: f64, head_lr: f64, max_norm: f64) -> Result<()> {
         let count = count.max(1) as f64;
-        if let Some(decoder) = &mut self.decoder {
-            decoder.part.step(count, lr, max_norm)?;
+        if let Some(trunk) = &mut self.trunk {
+            trunk.part.step(count, lr, max_norm)?;
         }
         self.head.step(count, head_lr, f64::INFINITY)
     }
@@ -111,11 +112,11 @@ impl ValueModel {
 
     /// The tensors by name, those of a decoder of its own as the policy names them.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
-        let decoder = self.decoder.iter().flat_map(|decoder| &decoder.part.params);
-        self.head.params.iter().chain(decoder).map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect()
+        let trunk = self.trunk.iter().flat_map(|trunk| &trunk.part.params);
+        self.head.params.iter().chain(trunk).map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect()
     }
 
     fn parts(&mut self) -> impl Iterator<Item = &mut Part> {
-        self.decoder.as_mut().map(|decoder| &mut decoder.part).into_iter().chain([&mut self.head])
+        self.trunk.as_mut().map(|trunk| &mut trunk.part).into_iter().chain([&mut self.head])
     }
 }

@@ -7,15 +7,23 @@ use anyhow::{Context, Result, bail};
 use candle_core::quantized::gguf_file::Value;
 use serde_json::{Value as Json, json};
 
-/// Architectures that can be trained, by the name `config.json` gives them.
-pub const SUPPORTED: &[&str] = &["LlamaForCausalLM"];
+use super::family::{FAMILIES, Family};
+use super::rope::Scaling;
 
-/// Architectures with a scalar head that can serve as reward models.
-pub const SUPPORTED_SCORERS: &[&str] = &["LlamaForSequenceClassification"];
+/// What the last layer's hidden states are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Head {
+    /// The next token.
+    Language,
+    /// A score: the model is a reward model.
+    Scalar,
+}
 
-/// Hyper-parameters of a Llama-family decoder.
+/// Hyper-parameters of a decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
+    /// What it adds to the shared decoder.
+    pub family: &'static Family,
     /// Width of the residual stream, `D`.
     pub hidden_size: usize,
     /// Width of the gated feed-forward layer.
@@ -30,12 +38,16 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Rows of the embedding, `V`.
     pub vocab_size: usize,
-    /// Longest sequence the model was made for, in tokens.
+    /// Longest sequence the model was made for, in tokens; at most its window, within which every token sees all others.
     pub context: usize,
+    /// Tokens that a token sees where that is fewer than the positions there are, and these: kept for the export.
+    pub window: Option<[usize; 2]>,
     /// Epsilon under the root of RMSNorm.
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
+    /// How these are scaled.
+    pub rope_scaling: Scaling,
     /// Whether the head is the embedding, transposed.
     pub tied: bool,
     /// First token of a document, if the model has one.
@@ -50,42 +62,47 @@ impl ModelConfig {
     /// # Errors
     /// Names the file and the key; an unsupported architecture is refused by name.
     pub fn from_directory(dir: &Path) -> Result<Self> {
-        Self::from_directory_as(dir, SUPPORTED)
+        Self::from_directory_as(dir, Head::Language)
     }
 
-    /// As [`Self::from_directory`], for one of `architectures`.
+    /// As [`Self::from_directory`], for a model with this head.
     ///
     /// # Errors
     /// As [`Self::from_directory`].
-    pub fn from_directory_as(dir: &Path, architectures: &[&str]) -> Result<Self> {
+    pub fn from_directory_as(dir: &Path, head: Head) -> Result<Self> {
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path)
             .with_context(|| format!("cannot read {}; a model directory needs a config.json", path.display()))?;
         let json: Json = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
-        Self::from_json(&json, architectures).with_context(|| format!("in {}", path.display()))
+        Self::from_json(&json, head).with_context(|| format!("in {}", path.display()))
     }
 
-    fn from_json(json: &Json, architectures: &[&str]) -> Result<Self> {
+    fn from_json(json: &Json, head: Head) -> Result<Self> {
         let architecture = json["architectures"][0].as_str().unwrap_or("none named");
-        if !architectures.contains(&architecture) {
-            bail!("architecture {architecture} is not supported here; these are: {}", architectures.join(", "));
-        }
+        let name = |family: &Family| if head == Head::Scalar { family.scorer } else { family.architecture };
+        let Some(family) = FAMILIES.into_iter().find(|family| name(family) == architecture) else {
+            let known: Vec<&str> = FAMILIES.into_iter().map(name).collect();
+            bail!("architecture {architecture} is not supported here; these are: {}", known.join(", "));
+        };
         for key in ["attention_bias", "mlp_bias"] {
             if json[key].as_bool() == Some(true) {
-                bail!("{key} = true is not supported yet; use a model without biases");
+                bail!("{key} = true is not supported; use a model without these biases");
             }
         }
-        let rope = if json["rope_parameters"].is_object() { &json["rope_parameters"] } else { &json["rope_scaling"] };
-        let kind = rope["rope_type"].as_str().or_else(|| rope["type"].as_str()).unwrap_or("default");
-        if kind != "default" {
-            bail!("RoPE scaling of type {kind} is not supported yet; use a model with default RoPE");
+        let activation = json["hidden_act"].as_str().unwrap_or("silu");
+        if activation != "silu" {
+            bail!("hidden_act = {activation} is not supported with {architecture}; it is silu in the models there are");
         }
+        let rope = if json["rope_parameters"].is_object() { &json["rope_parameters"] } else { &json["rope_scaling"] };
         let need = |key: &str| {
             json[key].as_u64().map(|n| n as usize).with_context(|| format!("{key} is missing or no whole number"))
         };
         let hidden_size = need("hidden_size")?;
         let heads = need("num_attention_heads")?;
+        let positions = json["max_position_embeddings"].as_u64().unwrap_or(2048) as usize;
+        let window = (family.window)(json).filter(|window| *window < positions);
         let config = Self {
+            family,
             hidden_size,
             intermediate_size: need("intermediate_size")?,
             layers: need("num_hidden_layers")?,
@@ -93,9 +110,11 @@ impl ModelConfig {
             kv_heads: json["num_key_value_heads"].as_u64().map_or(heads, |n| n as usize),
             head_dim: json["head_dim"].as_u64().map_or(hidden_size / heads.max(1), |n| n as usize),
             vocab_size: need("vocab_size")?,
-            context: json["max_position_embeddings"].as_u64().unwrap_or(2048) as usize,
+            context: window.unwrap_or(positions),
+            window: window.map(|window| [window, positions]),
             rms_norm_eps: json["rms_norm_eps"].as_f64().unwrap_or(1e-6),
             rope_theta: json["rope_theta"].as_f64().or_else(|| rope["rope_theta"].as_f64()).unwrap_or(10_000.0),
+            rope_scaling: Scaling::from_json(rope)?,
             tied: json["tie_word_embeddings"].as_bool().unwrap_or(false),
             bos: json["bos_token_id"].as_u64().map(|n| n as u32),
             eos: match &json["eos_token_id"] {
@@ -113,28 +132,32 @@ impl ModelConfig {
     /// Names the key that is missing, or the architecture that is not supported.
     pub fn from_gguf(metadata: &HashMap<String, Value>, tied: bool, vocab_size: usize) -> Result<Self> {
         let architecture = text(metadata, "general.architecture")?;
-        if architecture != "llama" {
-            bail!("GGUF architecture {architecture} is not supported; these are: llama");
-        }
+        let Some(family) = FAMILIES.into_iter().find(|family| family.gguf == Some(architecture)) else {
+            let known: Vec<&str> = FAMILIES.into_iter().filter_map(|family| family.gguf).collect();
+            bail!("GGUF architecture {architecture} is not supported; these are: {}", known.join(", "));
+        };
+        let own = |key: &str| format!("{architecture}.{key}");
         let number = |key: &str| -> Result<usize> {
-            let value =
-                metadata.get(&format!("llama.{key}")).with_context(|| format!("GGUF key llama.{key} is missing"))?;
+            let value = metadata.get(&own(key)).with_context(|| format!("GGUF key {} is missing", own(key)))?;
             Ok(value.to_u64().or_else(|_| value.to_u32().map(u64::from))? as usize)
         };
         let float = |key: &str| -> Option<f64> {
             // Through its decimal form: the f32 nearest to 1e-5 means 1e-5.
-            metadata.get(&format!("llama.{key}")).and_then(|value| value.to_f32().ok()?.to_string().parse().ok())
+            metadata.get(&own(key)).and_then(|value| value.to_f32().ok()?.to_string().parse().ok())
         };
-        if let Ok(kind) = text(metadata, "llama.rope.scaling.type")
-            && kind != "none"
-        {
-            bail!("RoPE scaling of type {kind} is not supported yet; use a model with default RoPE");
-        }
+        let rope_scaling = match text(metadata, &own("rope.scaling.type")) {
+            Err(_) | Ok("none") => Scaling::None,
+            Ok("linear") => {
+                Scaling::Linear(float("rope.scaling.factor").context("linear RoPE scaling needs a factor")?)
+            }
+            Ok(kind) => bail!("RoPE scaling of type {kind} is not supported in GGUF; these are: none, linear"),
+        };
         let id =
             |key: &str| metadata.get(&format!("tokenizer.ggml.{key}_token_id")).and_then(|value| value.to_u32().ok());
         let hidden_size = number("embedding_length")?;
         let heads = number("attention.head_count")?;
         let config = Self {
+            family,
             hidden_size,
             intermediate_size: number("feed_forward_length")?,
             layers: number("block_count")?,
@@ -143,9 +166,11 @@ impl ModelConfig {
             head_dim: number("attention.key_length").unwrap_or(hidden_size / heads.max(1)),
             vocab_size,
             context: number("context_length")?,
+            window: None,
             rms_norm_eps: float("attention.layer_norm_rms_epsilon")
                 .context("GGUF key for the norm's epsilon is missing")?,
             rope_theta: float("rope.freq_base").unwrap_or(10_000.0),
+            rope_scaling,
             tied,
             bos: id("bos"),
             eos: id("eos").into_iter().collect(),
@@ -187,16 +212,23 @@ impl ModelConfig {
     /// Number of trainable parameters.
     pub fn parameters(&self) -> usize {
         let (d, q, kv) = (self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let layer = d * q * 2 + d * kv * 2 + 3 * d * self.intermediate_size + 2 * d;
+        let biases = if self.family.qkv_bias { q + 2 * kv } else { 0 };
+        let norms = if self.family.qk_norm { 2 * self.head_dim } else { 0 };
+        let layer = d * q * 2 + d * kv * 2 + 3 * d * self.intermediate_size + 2 * d + biases + norms;
         let head = if self.tied { 0 } else { self.vocab_size * d };
         self.vocab_size * d + self.layers * layer + d + head
     }
 
-    /// The `config.json` that `transformers` opens.
-    pub fn to_json(&self) -> Json {
+    /// The `config.json` that `transformers` opens, for a model with this head.
+    pub fn to_json(&self, head: Head) -> Json {
+        let mut rope = self.rope_scaling.to_json();
+        let scaling = if self.rope_scaling == Scaling::None { Json::Null } else { rope.clone() };
+        rope["rope_theta"] = json!(self.rope_theta);
+        let [window, positions] =
+            self.window.map_or([Json::Null, json!(self.context)], |sizes| sizes.map(|n| json!(n)));
         json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [if head == Head::Scalar { self.family.scorer } else { self.family.architecture }],
+            "model_type": self.family.model_type,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.layers,
@@ -204,10 +236,13 @@ impl ModelConfig {
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context,
+            "max_position_embeddings": positions,
+            "use_sliding_window": self.window.is_some(),
+            "sliding_window": window,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_parameters": { "rope_type": "default", "rope_theta": self.rope_theta },
+            "rope_scaling": scaling,
+            "rope_parameters": rope,
             "tie_word_embeddings": self.tied,
             "hidden_act": "silu",
             "attention_bias": false,

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::json;
 
+use super::config::Head;
 use super::{ModelConfig, Weights};
 
 /// Writes `config.json`, `generation_config.json` and `model.safetensors` into `dir`, which must exist.
@@ -15,7 +16,7 @@ use super::{ModelConfig, Weights};
 /// # Errors
 /// Names the file that cannot be written.
 pub fn write(dir: &Path, config: &ModelConfig, weights: &Weights, dtype: DType) -> Result<()> {
-    write_described(dir, config.to_json(), config, weights, dtype)
+    write_described(dir, config.to_json(Head::Language), config, weights, dtype)
 }
 
 /// As [`write`], for a model with a scalar head `score.weight` `[1, D]` among its weights, as
@@ -24,8 +25,7 @@ pub fn write(dir: &Path, config: &ModelConfig, weights: &Weights, dtype: DType) 
 /// # Errors
 /// As [`write`].
 pub fn write_scorer(dir: &Path, config: &ModelConfig, weights: &Weights, pad: Option<u32>, dtype: DType) -> Result<()> {
-    let mut description = config.to_json();
-    description["architectures"] = json!(["LlamaForSequenceClassification"]);
+    let mut description = config.to_json(Head::Scalar);
     // What `transformers` reads the number of outputs from: one label, so one output.
     description["id2label"] = json!({ "0": "reward" });
     description["label2id"] = json!({ "reward": 0 });

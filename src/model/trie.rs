@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use candle_core::{Device, Result, Tensor};
 
 use super::attention::{Attend, PackedAttention, dense};
-use super::llama::Llama;
+use super::decoder::Decoder;
 use super::pack::Pack;
 
 /// A prefix tree of token sequences, laid out as one row: a token sees those above it.
@@ -33,8 +33,8 @@ impl Prefix {
     /// Computes the prefix once.
     ///
     /// # Errors
-    /// As [`Llama::hidden`].
-    pub fn new(model: &Llama, ids: &[u32]) -> Result<Self> {
+    /// As [`Decoder::hidden`].
+    pub fn new(model: &Decoder, ids: &[u32]) -> Result<Self> {
         let pack = Pack::prefill(ids);
         let mut attention = PackedAttention::keeping(&pack, model.device())?;
         model.hidden(&pack.ids, &pack.positions, &mut attention)?;
@@ -51,8 +51,8 @@ impl Prefix {
 /// cache. What the prompt shares with `prefix` is not computed again.
 ///
 /// # Errors
-/// As [`Llama::hidden`].
-pub fn prefill(model: &Llama, prompt: &[u32], prefix: Option<&Prefix>) -> Result<(Tensor, Vec<(Tensor, Tensor)>)> {
+/// As [`Decoder::hidden`].
+pub fn prefill(model: &Decoder, prompt: &[u32], prefix: Option<&Prefix>) -> Result<(Tensor, Vec<(Tensor, Tensor)>)> {
     let prefix = prefix.filter(|prefix| prompt.len() > prefix.ids.len() && prompt.starts_with(&prefix.ids));
     let trie = Trie::new(&[prompt], prefix.map_or(0, |prefix| prefix.ids.len()));
     let mut attention = TrieAttention { mask: trie.mask(model.device())?, prefix, kept: Some(Vec::new()) };
@@ -120,8 +120,8 @@ impl Trie {
     /// Final hidden states `[T, D]`; `prefix` holds the cached tokens, absent when there are none.
     ///
     /// # Errors
-    /// As [`Llama::hidden`].
-    pub fn hidden(&self, model: &Llama, prefix: Option<&Prefix>) -> Result<Tensor> {
+    /// As [`Decoder::hidden`].
+    pub fn hidden(&self, model: &Decoder, prefix: Option<&Prefix>) -> Result<Tensor> {
         let mut attention = TrieAttention { mask: self.mask(model.device())?, prefix, kept: None };
         model.hidden(&self.ids, &self.positions, &mut attention)
     }
@@ -154,9 +154,11 @@ impl Attend for TrieAttention<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::family::llama::FAMILY;
+    use crate::model::rope::Scaling;
     use crate::model::{ModelConfig, Weights};
 
-    fn model() -> Llama {
+    fn model() -> Decoder {
         let config = ModelConfig {
             hidden_size: 32,
             intermediate_size: 48,
@@ -168,11 +170,14 @@ mod tests {
             context: 64,
             rms_norm_eps: 1e-5,
             rope_theta: 10_000.0,
+            rope_scaling: Scaling::None,
+            family: &FAMILY,
+            window: None,
             tied: true,
             bos: None,
             eos: vec![],
         };
-        Llama::new(&config, &Weights::scratch(&config, 0.2, 3, &Device::Cpu).unwrap()).unwrap()
+        Decoder::new(&config, &Weights::scratch(&config, 0.2, 3, &Device::Cpu).unwrap()).unwrap()
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl Weights {
         let mut weights = BTreeMap::new();
         for name in content.tensor_infos.keys() {
             let Some(target) = hugging_face_name(name) else {
-                bail!("GGUF tensor {name} is not part of a Llama model")
+                bail!("GGUF tensor {name} is not part of a model of this kind")
             };
             let tensor = content
                 .tensor(&mut file, name, device)
@@ -52,6 +52,7 @@ impl Weights {
                 .with_context(|| format!("cannot read tensor {name} of {}", path.display()))?
                 .to_dtype(DType::F32)?;
             let tensor = match target.rsplit_once('.').map_or("", |(stem, _)| stem) {
+                _ if !config.family.gguf_interleaved => tensor,
                 stem if stem.ends_with("q_proj") => unpermute(&tensor, config.heads)?,
                 stem if stem.ends_with("k_proj") => unpermute(&tensor, config.kv_heads)?,
                 _ => tensor,
@@ -112,7 +113,9 @@ impl Weights {
         let mut weights = BTreeMap::new();
         for (name, shape) in shapes(config) {
             let count = shape.iter().product();
-            let values: Vec<f32> = if shape.len() == 1 {
+            let values: Vec<f32> = if name.ends_with(".bias") {
+                vec![0.0; count]
+            } else if shape.len() == 1 {
                 vec![1.0; count]
             } else {
                 (0..count).map(|_| (normal(&mut rng) * std) as f32).collect()
@@ -184,6 +187,14 @@ fn shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
         ] {
             all.push((format!("model.layers.{i}.{name}.weight"), shape));
         }
+        for (letter, width) in [("q", q), ("k", kv), ("v", kv)] {
+            if config.family.qkv_bias {
+                all.push((format!("model.layers.{i}.self_attn.{letter}_proj.bias"), vec![width]));
+            }
+            if config.family.qk_norm && letter != "v" {
+                all.push((format!("model.layers.{i}.self_attn.{letter}_norm.weight"), vec![hd]));
+            }
+        }
     }
     all.push(("model.norm.weight".to_owned(), vec![d]));
     if !config.tied {
@@ -200,19 +211,22 @@ fn hugging_face_name(gguf: &str) -> Option<String> {
         _ => {}
     }
     let (layer, name) = gguf.strip_prefix("blk.")?.split_once('.')?;
-    let name = match name {
-        "attn_norm.weight" => "input_layernorm",
-        "attn_q.weight" => "self_attn.q_proj",
-        "attn_k.weight" => "self_attn.k_proj",
-        "attn_v.weight" => "self_attn.v_proj",
-        "attn_output.weight" => "self_attn.o_proj",
-        "ffn_norm.weight" => "post_attention_layernorm",
-        "ffn_gate.weight" => "mlp.gate_proj",
-        "ffn_up.weight" => "mlp.up_proj",
-        "ffn_down.weight" => "mlp.down_proj",
+    let (stem, kind) = name.rsplit_once('.')?;
+    let stem = match stem {
+        "attn_norm" => "input_layernorm",
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_q_norm" => "self_attn.q_norm",
+        "attn_k_norm" => "self_attn.k_norm",
+        "attn_output" => "self_attn.o_proj",
+        "ffn_norm" => "post_attention_layernorm",
+        "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" => "mlp.up_proj",
+        "ffn_down" => "mlp.down_proj",
         _ => return None,
     };
-    Some(format!("model.layers.{layer}.{name}.weight"))
+    Some(format!("model.layers.{layer}.{stem}.{kind}"))
 }
 
 /// Undoes GGUF's reordering of a projection's rows: within each head, row `2i + j` goes back to `j·hd/2 + i`.

@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 
-use crate::model::config::SUPPORTED_SCORERS;
-use crate::model::{Llama, ModelConfig, Pack, Weights, export};
+use crate::model::config::Head;
+use crate::model::{Decoder, ModelConfig, Pack, Weights, export};
 use crate::tokens::Tokenizer;
 
 /// Name of the head's tensor, `[1, D]`, as `transformers` calls it.
@@ -16,7 +16,7 @@ pub const HEAD: &str = "score.weight";
 #[derive(Debug, Clone)]
 pub struct RewardModel {
     /// The decoder.
-    pub model: Llama,
+    pub model: Decoder,
     /// The head `[1, D]`.
     pub head: Tensor,
 }
@@ -27,12 +27,12 @@ impl RewardModel {
     /// # Errors
     /// Names the file or tensor at fault; a directory without a scalar head is refused by its architecture.
     pub fn open(dir: &Path, device: &Device) -> Result<Self> {
-        let config = ModelConfig::from_directory_as(dir, SUPPORTED_SCORERS)?;
+        let config = ModelConfig::from_directory_as(dir, Head::Scalar)?;
         let mut weights = Weights::read_directory(dir, device)?;
         let head = weights.get(HEAD, &[1, config.hidden_size]).with_context(|| format!("in {}", dir.display()))?;
         weights.0.remove(HEAD);
         weights.0.remove("lm_head.weight");
-        let model = Llama::new(&config, &weights).with_context(|| format!("in {}", dir.display()))?;
+        let model = Decoder::new(&config, &weights).with_context(|| format!("in {}", dir.display()))?;
         Ok(Self { model, head })
     }
 

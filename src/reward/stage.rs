@@ -8,7 +8,7 @@ use anyhow::Result;
 use preceptor_actors::{Emitter, Item, Stage, StageResult};
 
 use super::{RewardRule, RewardTrainer};
-use crate::model::{Llama, Pack};
+use crate::model::{Decoder, Pack};
 use crate::rollout::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
 use crate::telemetry;
 
@@ -29,7 +29,7 @@ pub struct RewardStage<I> {
     scorer: Scorer,
     rule: RewardRule,
     scale: RewardScale,
-    reference: Arc<Llama>,
+    reference: Arc<Decoder>,
     reference_identity: u64,
     temperature: f64,
     next: u64,
@@ -44,7 +44,7 @@ impl<I> RewardStage<I> {
         scorer: Scorer,
         rule: RewardRule,
         scale: RewardScale,
-        reference: (Arc<Llama>, u64),
+        reference: (Arc<Decoder>, u64),
         temperature: f64,
         next: u64,
     ) -> Self {

@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor, Var};
 
 use super::model::RewardModel;
 use crate::algo::preference::soft_label;
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::ops::{AdamW, AdamWConfig, Gradients};
 use crate::rollout::{Group, Prompt};
 use crate::seed::{self, mix};
@@ -76,7 +76,7 @@ impl RewardTrainer {
     ///
     /// # Errors
     /// When memory for the copies cannot be had.
-    pub fn new(initial: &Llama, head: Option<&Tensor>, plan: TrainerPlan, adam: AdamWConfig) -> Result<Self> {
+    pub fn new(initial: &Decoder, head: Option<&Tensor>, plan: TrainerPlan, adam: AdamWConfig) -> Result<Self> {
         // The language head is not used and not trained.
         let (model, params) = initial.trainable(false)?;
         let zeros = Tensor::zeros((1, model.config().hidden_size), DType::F32, initial.device())?;

@@ -17,14 +17,14 @@ use crate::config::{
 };
 use crate::learn::stage::{Decay, LearnPlan};
 use crate::learn::value::ValueModel;
-use crate::model::Llama;
+use crate::model::Decoder;
 use crate::ops::AdamWConfig;
 
 /// The value baseline for `policy`, where the configured algorithm learns one.
 ///
 /// # Errors
 /// When the device has no room.
-pub fn value_model(config: &Config, policy: &Llama) -> Result<Option<ValueModel>> {
+pub fn value_model(config: &Config, policy: &Decoder) -> Result<Option<ValueModel>> {
     let decoder = config.learner.value_model == ValueKind::Model;
     let needed = algorithm(config).needs_values();
     needed.then(|| ValueModel::new(policy, decoder, adam(config))).transpose()

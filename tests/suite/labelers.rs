@@ -5,7 +5,9 @@ use std::sync::Arc;
 use candle_core::Device;
 use preceptor::label::backend::{Ask, Backend, Decoding, Usage};
 use preceptor::label::local::{Judge, Local};
-use preceptor::model::{Llama, ModelConfig, Pack, Weights};
+use preceptor::model::family::llama::FAMILY;
+use preceptor::model::rope::Scaling;
+use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::tokens::Tokenizer;
 
 fn judge(chat: bool) -> Judge {
@@ -21,12 +23,15 @@ fn judge(chat: bool) -> Judge {
         context: 512,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
+        rope_scaling: Scaling::None,
+        family: &FAMILY,
+        window: None,
         tied: true,
         bos: None,
         eos: tokenizer.eos_ids().to_vec(),
     };
     let weights = Weights::scratch(&config, 0.3, 5, &Device::Cpu).unwrap();
-    Judge { model: Arc::new(Llama::new(&config, &weights).unwrap()), tokenizer, identity: 1, chat }
+    Judge { model: Arc::new(Decoder::new(&config, &weights).unwrap()), tokenizer, identity: 1, chat }
 }
 
 /// P(text | prompt), by a pass of its own.

@@ -1,7 +1,7 @@
 //! The reward model against `transformers`, and what it learns.
 
 use candle_core::{DType, Device, Tensor};
-use preceptor::model::{Llama, Weights};
+use preceptor::model::{Decoder, Weights};
 use preceptor::ops::AdamWConfig;
 use preceptor::reward::{RewardModel, RewardTrainer, TrainerPlan};
 use preceptor::rollout::{Completion, Finish, Group, Prompt};
@@ -34,9 +34,9 @@ fn group(seq: u64, prompt: &[u32], answers: &[Vec<u32>]) -> Group {
     Group { prompt, completions: answers.iter().map(completion).collect() }
 }
 
-fn llama() -> Llama {
+fn llama() -> Decoder {
     let (config, weights) = Weights::from_directory(&fixture("llama"), &Device::Cpu).unwrap();
-    Llama::new(&config, &weights).unwrap()
+    Decoder::new(&config, &weights).unwrap()
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! The decoder against reference values from an independent implementation (tests/fixtures/README.md), and
-//! against itself in its other modes.
+//! The decoder of every family against reference values from an independent implementation (tests/fixtures/README.md),
+//! and against itself in its other modes.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -8,23 +8,28 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor, Var};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
-use preceptor::model::{Llama, ModelConfig, Pack, PackedAttention, Weights};
+use preceptor::model::{Decoder, ModelConfig, Pack, PackedAttention, Weights};
 
 use crate::common::{fixture, max_abs_difference};
 
+/// A folder of fixtures for each family and each way to scale rotary positions.
+const REFERENCES: [&str; 6] =
+    ["llama", "families/llama3", "families/llama-linear", "families/mistral", "families/qwen2", "families/qwen3"];
+
 struct Reference {
+    name: &'static str,
     config: ModelConfig,
     weights: Weights,
-    model: Llama,
+    model: Decoder,
     values: HashMap<String, Tensor>,
 }
 
-fn reference() -> Reference {
-    let dir = fixture("llama");
+fn reference(name: &'static str) -> Reference {
+    let dir = fixture(name);
     let (config, weights) = Weights::from_directory(&dir, &Device::Cpu).unwrap();
-    let model = Llama::new(&config, &weights).unwrap();
+    let model = Decoder::new(&config, &weights).unwrap();
     let values = candle_core::safetensors::load(dir.join("ref.safetensors"), &Device::Cpu).unwrap();
-    Reference { config, weights, model, values }
+    Reference { name, config, weights, model, values }
 }
 
 /// Tokens and positions of row `b`, padding left out, and which columns they stand in.
@@ -37,8 +42,7 @@ fn row(values: &HashMap<String, Tensor>, side: &str, b: usize) -> (Vec<u32>, Vec
 
 #[test]
 fn logits_and_logprobs_agree_with_the_reference() {
-    let r = reference();
-    for side in ["right", "left"] {
+    for (r, side) in REFERENCES.iter().flat_map(|name| ["right", "left"].map(|side| (reference(name), side))) {
         for b in 0..4 {
             let (ids, positions, columns) = row(&r.values, side, b);
             let pack = Pack::prefill(&ids);
@@ -48,7 +52,7 @@ fn logits_and_logprobs_agree_with_the_reference() {
             let expected = r.values[&format!("{side}.logits")].get(b).unwrap().to_vec2::<f32>().unwrap();
             for (i, t) in columns.iter().enumerate() {
                 let worst = max_abs_difference(&logits[i], &expected[*t]);
-                assert!(worst < 1e-4, "{side} row {b} column {t}: logits differ by {worst}");
+                assert!(worst < 1e-4, "{} {side} row {b} column {t}: logits differ by {worst}", r.name);
             }
             let pack = Pack::new(&ids[..1], &[&ids[1..]]);
             let (logprobs, entropy) = r.model.logprobs(&pack, 1.0).unwrap();
@@ -56,7 +60,7 @@ fn logits_and_logprobs_agree_with_the_reference() {
                 let theirs = r.values[&format!("{side}.{name}")].get(b).unwrap().to_vec1::<f32>().unwrap();
                 let theirs: Vec<f32> = columns[1..].iter().map(|t| theirs[*t]).collect();
                 let worst = max_abs_difference(&ours.to_vec1().unwrap(), &theirs);
-                assert!(worst < 1e-4, "{side} row {b}: {name} differ by {worst}");
+                assert!(worst < 1e-4, "{} {side} row {b}: {name} differ by {worst}", r.name);
             }
         }
     }
@@ -64,11 +68,14 @@ fn logits_and_logprobs_agree_with_the_reference() {
 
 #[test]
 fn gradients_agree_with_the_reference() {
-    let r = reference();
+    REFERENCES.map(reference).iter().for_each(check_gradients);
+}
+
+fn check_gradients(r: &Reference) {
     let vars: HashMap<String, Var> =
         r.weights.0.iter().map(|(name, tensor)| (name.clone(), Var::from_tensor(tensor).unwrap())).collect();
     let weights = Weights(vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
-    let model = Llama::new(&r.config, &weights).unwrap();
+    let model = Decoder::new(&r.config, &weights).unwrap();
     let (mut total, mut count) = (Tensor::new(0f32, &Device::Cpu).unwrap(), 0);
     for b in 0..4 {
         let (ids, _, _) = row(&r.values, "right", b);
@@ -80,9 +87,9 @@ fn gradients_agree_with_the_reference() {
     let expected = r.values["right.nll"].flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
     assert!((nll.to_scalar::<f32>().unwrap() - expected).abs() < 1e-5);
     let store = nll.backward().unwrap();
-    let theirs = candle_core::safetensors::load(fixture("llama").join("grads_all.safetensors"), &Device::Cpu).unwrap();
+    let theirs = candle_core::safetensors::load(fixture(r.name).join("grads_all.safetensors"), &Device::Cpu).unwrap();
     for (name, var) in &vars {
-        let ours = store.get(var.as_tensor()).unwrap_or_else(|| panic!("{name} receives no gradient"));
+        let ours = store.get(var.as_tensor()).unwrap_or_else(|| panic!("{name} of {} receives no gradient", r.name));
         let key = [name.clone(), format!("grad.{name}")].into_iter().find(|key| theirs.contains_key(key));
         let theirs = &theirs[&key.unwrap_or_else(|| panic!("no reference gradient for {name}"))];
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -90,13 +97,16 @@ fn gradients_agree_with_the_reference() {
         let (ours, theirs) = (flat(&ours.contiguous().unwrap()), flat(theirs));
         let gap: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| a - b).collect();
         let error = norm(&gap) / norm(&theirs);
-        assert!(error < 1e-4, "{name}: relative gradient error {error}");
+        assert!(error < 1e-4, "{name} of {}: relative gradient error {error}", r.name);
     }
 }
 
 #[test]
 fn greedy_generation_agrees_with_the_reference() {
-    let r = reference();
+    REFERENCES.map(reference).into_iter().for_each(check_greedy);
+}
+
+fn check_greedy(r: Reference) {
     let prompts = r.values["gen.prompt"].to_vec2::<i64>().unwrap();
     let expected = r.values["gen.greedy"].to_vec2::<i64>().unwrap();
     let prompts: Vec<Vec<u32>> = prompts.iter().map(|row| row.iter().map(|id| *id as u32).collect()).collect();
@@ -107,18 +117,21 @@ fn greedy_generation_agrees_with_the_reference() {
     for (sampled, expected) in sampled.iter().zip(expected) {
         // The reference may hold the prompt before the new tokens, and padding after an end token.
         let expected: Vec<u32> = expected[expected.len() - 16..].iter().map(|id| *id as u32).collect();
-        assert_eq!(sampled[0].ids, expected[..sampled[0].ids.len()]);
+        assert_eq!(sampled[0].ids, expected[..sampled[0].ids.len()], "{}", r.name);
     }
 }
 
 fn ragged() -> (Vec<u32>, Vec<Vec<u32>>) {
-    let token = |i: u32| (i * 37 + 11) % 512;
+    let token = |i: u32| (i * 37 + 11) % 96;
     ((0..9).map(token).collect(), [5usize, 1, 8].iter().map(|n| (20..20 + *n as u32).map(token).collect()).collect())
 }
 
 #[test]
 fn a_pack_scores_as_its_sequences_do_alone() {
-    let r = reference();
+    REFERENCES.map(reference).iter().for_each(check_pack);
+}
+
+fn check_pack(r: &Reference) {
     let (prompt, completions) = ragged();
     let pack = Pack::new(&prompt, &completions);
     let together = pack.split(&r.model.logprobs(&pack, 0.7).unwrap().0.to_vec1().unwrap());
@@ -131,7 +144,10 @@ fn a_pack_scores_as_its_sequences_do_alone() {
 
 #[test]
 fn behaviour_logprobs_are_those_of_a_full_forward() {
-    let r = reference();
+    REFERENCES.map(reference).into_iter().for_each(check_behaviour);
+}
+
+fn check_behaviour(r: Reference) {
     let model = Arc::new(r.model);
     let (long, others) = ragged();
     let requests = [
@@ -139,7 +155,8 @@ fn behaviour_logprobs_are_those_of_a_full_forward() {
         Request { prompt: &others[0], prefix: None, seeds: vec![4] },
         Request { prompt: &others[2], prefix: None, seeds: vec![5, 6] },
     ];
-    let sampling = Sampling { temperature: 0.8, max_new_tokens: 12, eos: (0..40).collect(), ..Sampling::default() };
+    let sampling =
+        Sampling { temperature: 0.8, max_new_tokens: 12, eos: (0..512).step_by(7).collect(), ..Sampling::default() };
     let sampled = generate(&mut Fixed(Arc::clone(&model)), &requests, &sampling).unwrap();
     let lengths: std::collections::HashSet<usize> = sampled.iter().flatten().map(|one| one.ids.len()).collect();
     assert!(lengths.len() > 1, "the test wants ragged completions, all have {lengths:?} tokens");
@@ -155,7 +172,10 @@ fn behaviour_logprobs_are_those_of_a_full_forward() {
 
 #[test]
 fn an_export_reads_back_as_the_same_model() {
-    let r = reference();
+    REFERENCES.map(reference).iter().for_each(check_export);
+}
+
+fn check_export(r: &Reference) {
     let dir = tempfile::tempdir().unwrap();
     preceptor::model::export::write(dir.path(), &r.config, &r.weights, candle_core::DType::F32).unwrap();
     let (config, weights) = Weights::from_directory(Path::new(dir.path()), &Device::Cpu).unwrap();
@@ -163,9 +183,34 @@ fn an_export_reads_back_as_the_same_model() {
     assert_eq!(weights.fingerprint().unwrap(), r.weights.fingerprint().unwrap());
 }
 
+/// Within its window a token sees all others, so that is how long a sequence may be.
+#[test]
+fn a_window_bounds_the_context() {
+    let config = reference("families/mistral").config;
+    assert_eq!((config.context, config.window), (64, Some([64, 128])));
+}
+
+#[test]
+fn an_unknown_architecture_is_refused_with_those_that_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = std::fs::read_to_string(fixture("llama").join("config.json")).unwrap();
+    for (from, to, expected) in [
+        (
+            "LlamaForCausalLM",
+            "PhiForCausalLM",
+            "PhiForCausalLM is not supported here; these are: LlamaForCausalLM, Mistral",
+        ),
+        ("\"default\"", "\"yarn\"", "RoPE scaling of type yarn is not supported; these are: default, linear, llama3"),
+    ] {
+        std::fs::write(dir.path().join("config.json"), config.replace(from, to)).unwrap();
+        let error = format!("{:#}", ModelConfig::from_directory(dir.path()).unwrap_err());
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
 #[test]
 fn the_fingerprint_tells_versions_apart() {
-    let r = reference();
+    let r = reference("llama");
     let before = r.weights.fingerprint().unwrap();
     let mut moved = r.weights.snapshot().unwrap();
     assert_eq!(moved.fingerprint().unwrap(), before);

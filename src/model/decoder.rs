@@ -1,17 +1,18 @@
-//! The Llama family: pre-norm decoder, rotary positions, grouped queries, gated feed-forward
-//! (Touvron et al. 2023; Llama 2/3 and SmolLM2 share it).
+//! The decoder that the supported families share: pre-norm, rotary positions, grouped queries, gated feed-forward
+//! (Touvron et al. 2023). What a family adds, `family/` says.
 
 use candle_core::{Device, Result, Tensor, Var};
 
 use super::attention::{Attend, PackedAttention};
 use super::config::ModelConfig;
 use super::pack::Pack;
+use super::rope;
 use super::weights::Weights;
 use crate::ops;
 
 /// A decoder over borrowed storage: building one from [`Weights`] copies nothing.
 #[derive(Debug, Clone)]
-pub struct Llama {
+pub struct Decoder {
     config: ModelConfig,
     embedding: Tensor,
     layers: Vec<Layer>,
@@ -22,12 +23,37 @@ pub struct Llama {
     weights: Weights,
 }
 
+/// What makes queries, keys or values of a hidden state.
+#[derive(Debug, Clone)]
+struct Projection {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    /// Weight of the norm over each head.
+    norm: Option<Tensor>,
+}
+
+impl Projection {
+    /// `[T, heads, hd]` of hidden states `[T, D]`.
+    fn heads(&self, x: &Tensor, heads: usize, eps: f64) -> Result<Tensor> {
+        let mut out = linear(x, &self.weight)?;
+        if let Some(bias) = &self.bias {
+            out = out.broadcast_add(bias)?;
+        }
+        let (t, width) = out.dims2()?;
+        let hd = width / heads;
+        match &self.norm {
+            None => out.reshape((t, heads, hd)),
+            Some(norm) => ops::rms_norm(&out.reshape((t * heads, hd))?, norm, eps)?.reshape((t, heads, hd)),
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Layer {
     attention_norm: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Projection,
+    k: Projection,
+    v: Projection,
     o: Tensor,
     feed_forward_norm: Tensor,
     gate: Tensor,
@@ -35,7 +61,7 @@ struct Layer {
     down: Tensor,
 }
 
-impl Llama {
+impl Decoder {
     /// Builds the model from weights under their Hugging Face names.
     ///
     /// # Errors
@@ -45,12 +71,21 @@ impl Llama {
         let (q, kv, ffn) = (config.heads * hd, config.kv_heads * hd, config.intermediate_size);
         let layers = (0..config.layers)
             .map(|i| {
-                let get = |name: &str, shape: &[usize]| weights.get(&format!("model.layers.{i}.{name}.weight"), shape);
+                let named = |name: &str, shape: &[usize]| weights.get(&format!("model.layers.{i}.{name}"), shape);
+                let get = |name: &str, shape: &[usize]| named(&format!("{name}.weight"), shape);
+                let projection = |letter: &str, width: usize| {
+                    let (bias, norm) = (config.family.qkv_bias, config.family.qk_norm && letter != "v");
+                    anyhow::Ok(Projection {
+                        weight: get(&format!("self_attn.{letter}_proj"), &[width, d])?,
+                        bias: bias.then(|| named(&format!("self_attn.{letter}_proj.bias"), &[width])).transpose()?,
+                        norm: norm.then(|| get(&format!("self_attn.{letter}_norm"), &[hd])).transpose()?,
+                    })
+                };
                 Ok(Layer {
                     attention_norm: get("input_layernorm", &[d])?,
-                    q: get("self_attn.q_proj", &[q, d])?,
-                    k: get("self_attn.k_proj", &[kv, d])?,
-                    v: get("self_attn.v_proj", &[kv, d])?,
+                    q: projection("q", q)?,
+                    k: projection("k", kv)?,
+                    v: projection("v", kv)?,
                     o: get("self_attn.o_proj", &[d, q])?,
                     feed_forward_norm: get("post_attention_layernorm", &[d])?,
                     gate: get("mlp.gate_proj", &[ffn, d])?,
@@ -62,7 +97,8 @@ impl Llama {
         let embedding = weights.get("model.embed_tokens.weight", &[config.vocab_size, d])?;
         let head =
             if config.tied { embedding.clone() } else { weights.get("lm_head.weight", &[config.vocab_size, d])? };
-        let (cos, sin) = rotary_tables(config, embedding.device())?;
+        let (cos, sin) =
+            rope::tables(config.context, config.head_dim, config.rope_theta, config.rope_scaling, embedding.device())?;
         Ok(Self {
             norm: weights.get("model.norm.weight", &[d])?,
             config: config.clone(),
@@ -123,16 +159,16 @@ impl Llama {
         {
             candle_core::bail!("position {last} is beyond the model's context of {} tokens", self.config.context);
         }
-        let (t, config) = (ids.len(), &self.config);
+        let config = &self.config;
         let positions = Tensor::new(positions, self.device())?;
         let cos = self.cos.index_select(&positions, 0)?;
         let sin = self.sin.index_select(&positions, 0)?;
         let mut x = self.embedding.index_select(&Tensor::new(ids, self.device())?, 0)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let h = ops::rms_norm(&x, &layer.attention_norm, config.rms_norm_eps)?;
-            let q = linear(&h, &layer.q)?.reshape((t, config.heads, config.head_dim))?;
-            let k = linear(&h, &layer.k)?.reshape((t, config.kv_heads, config.head_dim))?;
-            let v = linear(&h, &layer.v)?.reshape((t, config.kv_heads, config.head_dim))?;
+            let q = layer.q.heads(&h, config.heads, config.rms_norm_eps)?;
+            let k = layer.k.heads(&h, config.kv_heads, config.rms_norm_eps)?;
+            let v = layer.v.heads(&h, config.kv_heads, config.rms_norm_eps)?;
             let (q, k) = (ops::rope(&q, &cos, &sin)?, ops::rope(&k, &cos, &sin)?);
             x = (x + linear(&attend.attend(i, &q, &k, &v)?, &layer.o)?)?;
             let h = ops::rms_norm(&x, &layer.feed_forward_norm, config.rms_norm_eps)?;
@@ -172,15 +208,4 @@ impl Llama {
 
 fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
-}
-
-/// cos and sin `[context, hd/2]` of position · θ^(−2i/hd) (Su et al. 2021, eq. 15).
-fn rotary_tables(config: &ModelConfig, device: &Device) -> Result<(Tensor, Tensor)> {
-    let half = config.head_dim / 2;
-    let frequencies: Vec<f32> =
-        (0..half).map(|i| (1.0 / config.rope_theta.powf(2.0 * i as f64 / config.head_dim as f64)) as f32).collect();
-    let angles: Vec<f32> =
-        (0..config.context).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f)).collect();
-    let angles = Tensor::from_vec(angles, (config.context, half), device)?;
-    Ok((angles.cos()?, angles.sin()?))
 }

@@ -1,0 +1,15 @@
+//! Llama 2 and 3, SmolLM2 (Touvron et al. 2023; Grattafiori et al. 2024): the shared decoder as it is.
+
+use super::Family;
+
+/// Llama.
+pub const FAMILY: Family = Family {
+    architecture: "LlamaForCausalLM",
+    scorer: "LlamaForSequenceClassification",
+    model_type: "llama",
+    gguf: Some("llama"),
+    gguf_interleaved: true,
+    qkv_bias: false,
+    qk_norm: false,
+    window: |_| None,
+};

@@ -1,0 +1,15 @@
+//! Qwen2 and Qwen2.5 (Yang et al. 2024): biases on queries, keys and values.
+
+use super::{Family, optional_window};
+
+/// Qwen2.
+pub const FAMILY: Family = Family {
+    architecture: "Qwen2ForCausalLM",
+    scorer: "Qwen2ForSequenceClassification",
+    model_type: "qwen2",
+    gguf: Some("qwen2"),
+    gguf_interleaved: false,
+    qkv_bias: true,
+    qk_norm: false,
+    window: optional_window,
+};

@@ -1,0 +1,15 @@
+//! Qwen3 (Yang et al. 2025): queries and keys are normed head by head.
+
+use super::{Family, optional_window};
+
+/// Qwen3.
+pub const FAMILY: Family = Family {
+    architecture: "Qwen3ForCausalLM",
+    scorer: "Qwen3ForSequenceClassification",
+    model_type: "qwen3",
+    gguf: Some("qwen3"),
+    gguf_interleaved: false,
+    qkv_bias: false,
+    qk_norm: true,
+    window: optional_window,
+};

@@ -1,0 +1,97 @@
+//! Rotary positions (Su et al. 2021), and how models stretch them over longer texts.
+
+use anyhow::{Context, Result, bail};
+use candle_core::{Device, Tensor};
+use serde_json::{Value as Json, json};
+
+/// How the rotary frequencies θ^(−2i/hd) are scaled.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Scaling {
+    /// Not at all.
+    None,
+    /// All divided by this factor (Chen et al. 2023).
+    Linear(f64),
+    /// The slow ones divided by `factor`, the fast ones left, those in between mixed (Llama 3.1).
+    Llama3 {
+        /// What slow frequencies are divided by.
+        factor: f64,
+        /// Waves that turn fewer times than this in `original` tokens are slow.
+        low: f64,
+        /// Those that turn more often than this are fast.
+        high: f64,
+        /// Tokens of the context before it was stretched.
+        original: f64,
+    },
+}
+
+impl Scaling {
+    /// Reads `rope_parameters`, or what stood in its place before.
+    ///
+    /// # Errors
+    /// Names the kind that is not supported, or the key that is missing.
+    pub fn from_json(rope: &Json) -> Result<Self> {
+        let kind = rope["rope_type"].as_str().or_else(|| rope["type"].as_str()).unwrap_or("default");
+        let need = |key: &str| rope[key].as_f64().with_context(|| format!("RoPE scaling of type {kind} needs {key}"));
+        Ok(match kind {
+            "default" => Self::None,
+            "linear" => Self::Linear(need("factor")?),
+            "llama3" => Self::Llama3 {
+                factor: need("factor")?,
+                low: need("low_freq_factor")?,
+                high: need("high_freq_factor")?,
+                original: need("original_max_position_embeddings")?,
+            },
+            _ => bail!("RoPE scaling of type {kind} is not supported; these are: default, linear, llama3"),
+        })
+    }
+
+    /// As `config.json` has it, without θ.
+    pub fn to_json(self) -> Json {
+        match self {
+            Self::None => json!({ "rope_type": "default" }),
+            Self::Linear(factor) => json!({ "rope_type": "linear", "factor": factor }),
+            Self::Llama3 { factor, low, high, original } => json!({
+                "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                "original_max_position_embeddings": original as u64,
+            }),
+        }
+    }
+
+    fn scaled(self, frequency: f64) -> f64 {
+        match self {
+            Self::None => frequency,
+            Self::Linear(factor) => frequency / factor,
+            Self::Llama3 { factor, low, high, original } => {
+                let turns = original * frequency / std::f64::consts::TAU;
+                if turns < low {
+                    frequency / factor
+                } else if turns > high {
+                    frequency
+                } else {
+                    let fast = (turns - low) / (high - low);
+                    (1.0 - fast) * frequency / factor + fast * frequency
+                }
+            }
+        }
+    }
+}
+
+/// cos and sin `[context, hd/2]` of position · θ^(−2i/hd) (Su et al. 2021, eq. 15), scaled.
+///
+/// # Errors
+/// When the device has no room.
+pub fn tables(
+    context: usize,
+    head_dim: usize,
+    theta: f64,
+    scaling: Scaling,
+    device: &Device,
+) -> Result<(Tensor, Tensor)> {
+    let half = head_dim / 2;
+    let frequencies: Vec<f32> =
+        (0..half).map(|i| scaling.scaled(1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32).collect();
+    let angles: Vec<f32> =
+        (0..context).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f)).collect();
+    let angles = Tensor::from_vec(angles, (context, half), device)?;
+    Ok((angles.cos()?, angles.sin()?))
+}
