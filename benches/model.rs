@@ -9,8 +9,6 @@ use candle_core::{Device, Var};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
-use preceptor::model::family::llama::FAMILY;
-use preceptor::model::rope::Scaling;
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
 
 fn shape() -> ModelConfig {
@@ -23,14 +21,7 @@ fn shape() -> ModelConfig {
         head_dim: 64,
         vocab_size: 4096,
         context: 512,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: Scaling::None,
-        family: &FAMILY,
-        window: None,
-        tied: true,
-        bos: None,
-        eos: vec![],
+        ..ModelConfig::llama()
     }
 }
 

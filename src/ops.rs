@@ -7,20 +7,20 @@
 
 mod accumulate;
 mod adamw;
+mod gated;
 mod logprobs;
 mod rms_norm;
 mod rope;
 mod softmax;
-mod swiglu;
 mod vector;
 
 pub use accumulate::Gradients;
 pub use adamw::{AdamW, AdamWConfig};
-pub use logprobs::{linear_logprobs, row_logsumexp, token_logprobs};
+pub use gated::{Activation, gated};
+pub use logprobs::{linear_logprobs, row_logsumexp, softcap, token_logprobs};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use softmax::masked_softmax;
-pub use swiglu::swiglu;
 
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
@@ -189,7 +189,7 @@ mod tests {
     fn half_precision_keeps_the_gradient() {
         let ops: [(&str, &[&[usize]], Op); 6] = [
             ("rms_norm", &[&[5, 12], &[12]], |t| rms_norm(&t[0], &t[1], 1e-5)),
-            ("swiglu", &[&[5, 12], &[5, 12]], |t| swiglu(&t[0], &t[1])),
+            ("gated", &[&[5, 12], &[5, 12]], |t| gated(&t[0], &t[1], Activation::Silu)),
             ("rope", &[&[5, 2, 12]], |t| {
                 let angle = values(7, &[5, 6]);
                 rope(&t[0], &angle.cos()?.to_dtype(t[0].dtype())?, &angle.sin()?.to_dtype(t[0].dtype())?)
@@ -200,7 +200,7 @@ mod tests {
                 logprob + entropy
             }),
             ("linear_logprobs", &[&[5, 8], &[12, 8]], |t| {
-                let (logprob, entropy) = linear_logprobs(&t[0], &t[1], &[0, 3, 11, 5, 5], 0.7)?;
+                let (logprob, entropy) = linear_logprobs(&t[0], &t[1], None, &[0, 3, 11, 5, 5], 0.7)?;
                 logprob + entropy
             }),
         ];
@@ -230,7 +230,7 @@ mod tests {
                 let x = Var::from_tensor(&values(1, &[301, 127])).unwrap();
                 let weight = Var::from_tensor(&values(2, &[127])).unwrap();
                 let y = rms_norm(&x, &weight, 1e-5).unwrap();
-                let y = masked_softmax(&swiglu(&y, &x).unwrap(), None, 0.5).unwrap();
+                let y = masked_softmax(&gated(&y, &x, Activation::Silu).unwrap(), None, 0.5).unwrap();
                 let (logprob, entropy) = token_logprobs(&y, &[3; 301], 0.1).unwrap();
                 let grads = (logprob + entropy).unwrap().sum_all().unwrap().backward().unwrap();
                 [flat(grads.get(&x).unwrap()), flat(grads.get(&weight).unwrap())]

@@ -14,8 +14,6 @@ use crate::label::cache::{Cached, Store};
 use crate::label::embedding::Embedding;
 use crate::label::local::{Judge, Local};
 use crate::model::config::Head;
-use crate::model::family::llama::FAMILY;
-use crate::model::rope::Scaling;
 use crate::model::{Decoder, ModelConfig, Weights};
 use crate::remote::Remote;
 use crate::reward::RewardModel;
@@ -322,14 +320,9 @@ fn scratch_shape(scratch: &Scratch, tokenizer: &Tokenizer) -> ModelConfig {
         head_dim: scratch.hidden / scratch.heads.max(1),
         vocab_size: tokenizer.vocab_size(),
         context: scratch.context,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: Scaling::None,
-        family: &FAMILY,
-        window: None,
-        tied: true,
         bos: tokenizer.bos_id(),
         eos: tokenizer.eos_ids().to_vec(),
+        ..ModelConfig::llama()
     }
 }
 

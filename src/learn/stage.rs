@@ -15,7 +15,6 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::algo::{Algorithm, GroupLoss, GroupView, Targets};
 use crate::model::{Decoder, Pack};
-use crate::ops;
 use crate::rollout::Rewarded;
 use crate::seed::mix;
 use crate::telemetry;
@@ -224,7 +223,7 @@ impl Learn {
         let ids: Vec<&[u32]> = group.group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
         let pack = Pack::new(&group.group.prompt.ids, &ids);
         let hidden = model.predicting(&pack)?;
-        let (logprobs, entropy) = ops::linear_logprobs(&hidden, model.head(), &pack.targets, self.plan.temperature)?;
+        let (logprobs, entropy) = model.logprobs_of(&hidden, &pack.targets, self.plan.temperature)?;
         let values = value.map(|value| value.values(&hidden, &pack)).transpose()?;
         Ok(Pass { pack, logprobs, entropy, values })
     }

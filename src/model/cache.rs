@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
-use super::attention::Attend;
+use super::attention::{Attend, Scope};
 
 /// Keys and values of some prompts and of the sequences that continue them, in host memory.
 ///
@@ -63,8 +63,8 @@ pub struct StepAttention<'a> {
 }
 
 impl Attend for StepAttention<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (rows, heads, hd) = q.dims3()?;
+    fn attend(&mut self, scope: Scope, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (layer, (rows, heads, hd)) = (scope.layer, q.dims3()?);
         let kv_width = self.cache.kv_heads * self.cache.head_dim;
         let host = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>();
         let (queries, keys, values) = (host(q)?, host(k)?, host(v)?);
@@ -79,12 +79,13 @@ impl Attend for StepAttention<'_> {
         out.par_chunks_mut(heads * hd).zip(queries.par_chunks(heads * hd)).zip(self.sequences).for_each(
             |((out, queries), sequence)| {
                 let sequence = &cache.sequences[*sequence];
-                let parts = [&cache.prompts[sequence.prompt][layer], &sequence.layers[layer]];
+                let slabs = [&cache.prompts[sequence.prompt][layer], &sequence.layers[layer]];
+                let parts = last(slabs, kv_width, scope.window);
                 let mut scores = Vec::new();
                 for head in 0..heads {
                     let offset = head / repeats * hd;
                     let span = head * hd..(head + 1) * hd;
-                    attend_one(&queries[span.clone()], &parts, kv_width, offset, &mut scores, &mut out[span]);
+                    attend_one(&queries[span.clone()], parts, kv_width, offset, scope.cap, &mut scores, &mut out[span]);
                 }
             },
         );
@@ -92,13 +93,32 @@ impl Attend for StepAttention<'_> {
     }
 }
 
-/// softmax(q·Kᵀ/√hd)·V of one head over the prompt's and the sequence's own part.
-fn attend_one(q: &[f32], parts: &[&Slab; 2], width: usize, offset: usize, scores: &mut Vec<f32>, out: &mut [f32]) {
+/// Keys and values of the prompt's and the sequence's own part, as far back as the window reaches.
+fn last(slabs: [&Slab; 2], width: usize, window: Option<usize>) -> [(&[f32], &[f32]); 2] {
+    let tokens = slabs.map(|slab| slab.keys.len() / width);
+    let hidden = window.map_or(0, |window| (tokens[0] + tokens[1]).saturating_sub(window));
+    let from = [hidden.min(tokens[0]), hidden.saturating_sub(tokens[0])].map(|token| token * width);
+    [0, 1].map(|i| (&slabs[i].keys[from[i]..], &slabs[i].values[from[i]..]))
+}
+
+/// softmax(q·Kᵀ/√hd)·V of one head over both parts, the scores capped.
+fn attend_one(
+    q: &[f32],
+    parts: [(&[f32], &[f32]); 2],
+    width: usize,
+    offset: usize,
+    cap: Option<f64>,
+    scores: &mut Vec<f32>,
+    out: &mut [f32],
+) {
     let hd = q.len();
     let scale = 1.0 / (hd as f32).sqrt();
     scores.clear();
-    for part in parts {
-        scores.extend(part.keys.chunks_exact(width).map(|key| scale * dot(q, &key[offset..offset + hd])));
+    for (keys, _) in parts {
+        scores.extend(keys.chunks_exact(width).map(|key| scale * dot(q, &key[offset..offset + hd])));
+    }
+    if let Some(cap) = cap.map(|cap| cap as f32) {
+        scores.iter_mut().for_each(|score| *score = cap * (*score / cap).tanh());
     }
     let top = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut total = 0.0;
@@ -106,7 +126,7 @@ fn attend_one(q: &[f32], parts: &[&Slab; 2], width: usize, offset: usize, scores
         *score = (*score - top).exp();
         total += *score;
     }
-    let values = parts.iter().flat_map(|part| part.values.chunks_exact(width));
+    let values = parts.iter().flat_map(|(_, values)| values.chunks_exact(width));
     for (weight, value) in scores.iter().zip(values) {
         let weight = weight / total;
         for (out, value) in out.iter_mut().zip(&value[offset..offset + hd]) {

@@ -7,8 +7,9 @@ use anyhow::{Context, Result, bail};
 use candle_core::quantized::gguf_file::Value;
 use serde_json::{Value as Json, json};
 
-use super::family::{FAMILIES, Family};
+use super::family::{FAMILIES, Family, Gemma, llama};
 use super::rope::Scaling;
+use crate::ops::Activation;
 
 /// What the last layer's hidden states are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +18,15 @@ pub enum Head {
     Language,
     /// A score: the model is a reward model.
     Scalar,
+}
+
+/// Layers that see a few tokens back only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Window {
+    /// Tokens that a token sees, itself included.
+    pub size: usize,
+    /// Whether a layer is one of these, for each.
+    pub layers: Vec<bool>,
 }
 
 /// Hyper-parameters of a decoder.
@@ -38,16 +48,24 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Rows of the embedding, `V`.
     pub vocab_size: usize,
-    /// Longest sequence the model was made for, in tokens; at most its window, within which every token sees all others.
+    /// Longest sequence the model was made for, in tokens.
     pub context: usize,
-    /// Tokens that a token sees where that is fewer than the positions there are, and these: kept for the export.
-    pub window: Option<[usize; 2]>,
+    /// How far back some layers see.
+    pub window: Option<Window>,
+    /// Bound of the attention scores.
+    pub attention_cap: Option<f64>,
+    /// Bound of the logits.
+    pub logit_cap: Option<f64>,
+    /// Queries times keys are divided by the root of this, where it is not the width of a head.
+    pub query_scalar: Option<usize>,
     /// Epsilon under the root of RMSNorm.
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
     /// How these are scaled.
     pub rope_scaling: Scaling,
+    /// Base of the rotary frequencies in layers with a window, where it is another; these are not scaled.
+    pub local_rope_theta: Option<f64>,
     /// Whether the head is the embedding, transposed.
     pub tied: bool,
     /// First token of a document, if the model has one.
@@ -57,6 +75,32 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// A Llama with a tied head whose sizes are all zero: to be filled in for a model from scratch.
+    pub fn llama() -> Self {
+        Self {
+            family: &llama::FAMILY,
+            hidden_size: 0,
+            intermediate_size: 0,
+            layers: 0,
+            heads: 0,
+            kv_heads: 0,
+            head_dim: 0,
+            vocab_size: 0,
+            context: 0,
+            window: None,
+            attention_cap: None,
+            logit_cap: None,
+            query_scalar: None,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: Scaling::None,
+            local_rope_theta: None,
+            tied: true,
+            bos: None,
+            eos: vec![],
+        }
+    }
+
     /// Reads a Hugging Face `config.json`.
     ///
     /// # Errors
@@ -89,33 +133,56 @@ impl ModelConfig {
                 bail!("{key} = true is not supported; use a model without these biases");
             }
         }
-        let activation = json["hidden_act"].as_str().unwrap_or("silu");
-        if activation != "silu" {
-            bail!("hidden_act = {activation} is not supported with {architecture}; it is silu in the models there are");
+        let (key, expected) = activation(family);
+        let named = [json[key].as_str(), json["hidden_act"].as_str()].into_iter().flatten().next().unwrap_or(expected);
+        if named != expected {
+            bail!("{key} = {named} is not supported with {architecture}; it is {expected} in the models there are");
         }
         let rope = if json["rope_parameters"].is_object() { &json["rope_parameters"] } else { &json["rope_scaling"] };
+        // Where layers with a window have frequencies of their own, both may stand here by kind of layer.
+        let local = &rope["sliding_attention"];
+        let rope = if rope["full_attention"].is_object() { &rope["full_attention"] } else { rope };
         let need = |key: &str| {
             json[key].as_u64().map(|n| n as usize).with_context(|| format!("{key} is missing or no whole number"))
         };
         let hidden_size = need("hidden_size")?;
         let heads = need("num_attention_heads")?;
-        let positions = json["max_position_embeddings"].as_u64().unwrap_or(2048) as usize;
-        let window = (family.window)(json).filter(|window| *window < positions);
+        let layers = need("num_hidden_layers")?;
+        let head_dim = json["head_dim"].as_u64().map_or(hidden_size / heads.max(1), |n| n as usize);
+        let slides = |layer: usize| match json["layer_types"][layer].as_str() {
+            Some(kind) => kind == "sliding_attention",
+            None => (family.slides)(json, layer),
+        };
+        let gemma = family.gemma.as_ref();
+        // A key that is not there takes its default, one that is null says that there is none.
+        let cap = |key: &str, default: fn(&Gemma) -> Option<f64>| match json.get(key) {
+            Some(value) if gemma.is_some() => value.as_f64(),
+            _ => gemma.and_then(default),
+        };
+        let float = |value: &Json| value.as_f64();
         let config = Self {
             family,
             hidden_size,
             intermediate_size: need("intermediate_size")?,
-            layers: need("num_hidden_layers")?,
+            layers,
             heads,
             kv_heads: json["num_key_value_heads"].as_u64().map_or(heads, |n| n as usize),
-            head_dim: json["head_dim"].as_u64().map_or(hidden_size / heads.max(1), |n| n as usize),
+            head_dim,
             vocab_size: need("vocab_size")?,
-            context: window.unwrap_or(positions),
-            window: window.map(|window| [window, positions]),
+            context: json["max_position_embeddings"].as_u64().unwrap_or(2048) as usize,
+            window: (family.window)(json).map(|size| Window { size, layers: (0..layers).map(slides).collect() }),
+            attention_cap: cap("attn_logit_softcapping", |gemma| gemma.attention_cap),
+            logit_cap: cap("final_logit_softcapping", |gemma| gemma.logit_cap),
+            query_scalar: gemma.map(|_| json["query_pre_attn_scalar"].as_u64().map_or(256, |n| n as usize)),
             rms_norm_eps: json["rms_norm_eps"].as_f64().unwrap_or(1e-6),
-            rope_theta: json["rope_theta"].as_f64().or_else(|| rope["rope_theta"].as_f64()).unwrap_or(10_000.0),
+            rope_theta: float(&json["rope_theta"])
+                .or_else(|| float(&rope["rope_theta"]))
+                .unwrap_or(gemma.map_or(10_000.0, |gemma| gemma.rope_theta)),
             rope_scaling: Scaling::from_json(rope)?,
-            tied: json["tie_word_embeddings"].as_bool().unwrap_or(false),
+            local_rope_theta: gemma.and_then(|gemma| gemma.local_rope_theta).map(|default| {
+                float(&json["rope_local_base_freq"]).or_else(|| float(&local["rope_theta"])).unwrap_or(default)
+            }),
+            tied: json["tie_word_embeddings"].as_bool().unwrap_or(family.tied),
             bos: json["bos_token_id"].as_u64().map(|n| n as u32),
             eos: match &json["eos_token_id"] {
                 Json::Array(list) => list.iter().filter_map(Json::as_u64).map(|n| n as u32).collect(),
@@ -156,21 +223,37 @@ impl ModelConfig {
             |key: &str| metadata.get(&format!("tokenizer.ggml.{key}_token_id")).and_then(|value| value.to_u32().ok());
         let hidden_size = number("embedding_length")?;
         let heads = number("attention.head_count")?;
+        let layers = number("block_count")?;
+        let head_dim = number("attention.key_length").unwrap_or(hidden_size / heads.max(1));
+        let gemma = family.gemma.as_ref();
         let config = Self {
             family,
             hidden_size,
             intermediate_size: number("feed_forward_length")?,
-            layers: number("block_count")?,
+            layers,
             heads,
             kv_heads: number("attention.head_count_kv").unwrap_or(heads),
-            head_dim: number("attention.key_length").unwrap_or(hidden_size / heads.max(1)),
+            head_dim,
             vocab_size,
             context: number("context_length")?,
-            window: None,
+            window: match gemma {
+                Some(gemma) => Some(Window {
+                    size: number("attention.sliding_window")?,
+                    layers: (1..=layers).map(|nth| !nth.is_multiple_of(gemma.period)).collect(),
+                }),
+                None => None,
+            },
+            attention_cap: gemma.and_then(|_| float("attn_logit_softcapping")),
+            logit_cap: gemma.and_then(|_| float("final_logit_softcapping")),
+            query_scalar: gemma.map(|gemma| match layers == gemma.scaled_by_width {
+                true => hidden_size / heads.max(1),
+                false => head_dim,
+            }),
             rms_norm_eps: float("attention.layer_norm_rms_epsilon")
                 .context("GGUF key for the norm's epsilon is missing")?,
-            rope_theta: float("rope.freq_base").unwrap_or(10_000.0),
+            rope_theta: float("rope.freq_base").unwrap_or(gemma.map_or(10_000.0, |gemma| gemma.rope_theta)),
             rope_scaling,
+            local_rope_theta: gemma.and_then(|gemma| gemma.local_rope_theta),
             tied,
             bos: id("bos"),
             eos: id("eos").into_iter().collect(),
@@ -189,6 +272,11 @@ impl ModelConfig {
         }
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             bail!("head_dim = {} must be even and above zero", self.head_dim);
+        }
+        if let Some(window) = &self.window
+            && (window.size == 0 || window.layers.len() != self.layers)
+        {
+            bail!("a window of {} tokens in {} of {} layers", window.size, window.layers.len(), self.layers);
         }
         for (name, size) in [
             ("hidden_size", self.hidden_size),
@@ -213,8 +301,9 @@ impl ModelConfig {
     pub fn parameters(&self) -> usize {
         let (d, q, kv) = (self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let biases = if self.family.qkv_bias { q + 2 * kv } else { 0 };
+        let block_norms = if self.family.gemma.is_some() { 4 } else { 2 };
         let norms = if self.family.qk_norm { 2 * self.head_dim } else { 0 };
-        let layer = d * q * 2 + d * kv * 2 + 3 * d * self.intermediate_size + 2 * d + biases + norms;
+        let layer = d * q * 2 + d * kv * 2 + 3 * d * self.intermediate_size + block_norms * d + biases + norms;
         let head = if self.tied { 0 } else { self.vocab_size * d };
         self.vocab_size * d + self.layers * layer + d + head
     }
@@ -224,9 +313,12 @@ impl ModelConfig {
         let mut rope = self.rope_scaling.to_json();
         let scaling = if self.rope_scaling == Scaling::None { Json::Null } else { rope.clone() };
         rope["rope_theta"] = json!(self.rope_theta);
-        let [window, positions] =
-            self.window.map_or([Json::Null, json!(self.context)], |sizes| sizes.map(|n| json!(n)));
-        json!({
+        if let Some(theta) = self.local_rope_theta {
+            let local = json!({ "rope_type": "default", "rope_theta": theta });
+            rope = json!({ "full_attention": rope, "sliding_attention": local });
+        }
+        let (key, name) = activation(self.family);
+        let mut described = json!({
             "architectures": [if head == Head::Scalar { self.family.scorer } else { self.family.architecture }],
             "model_type": self.family.model_type,
             "hidden_size": self.hidden_size,
@@ -236,23 +328,48 @@ impl ModelConfig {
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
-            "max_position_embeddings": positions,
-            "use_sliding_window": self.window.is_some(),
-            "sliding_window": window,
+            "max_position_embeddings": self.context,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
             "rope_parameters": rope,
             "tie_word_embeddings": self.tied,
-            "hidden_act": "silu",
+            key: name,
             "attention_bias": false,
             "mlp_bias": false,
             "bos_token_id": self.bos,
             "eos_token_id": match self.eos.as_slice() { [] => Json::Null, [one] => json!(one), many => json!(many) },
             "dtype": "float32",
             "torch_dtype": "float32",
-        })
+        });
+        described["sliding_window"] = json!(self.window.as_ref().map(|window| window.size));
+        described["use_sliding_window"] = json!(self.window.is_some());
+        // Listed only where the family's rule does not say the same: `transformers` takes a listed Mistral for another.
+        let listed =
+            |window: &&Window| (0..self.layers).any(|i| window.layers[i] != (self.family.slides)(&Json::Null, i));
+        if let Some(window) = self.window.as_ref().filter(listed) {
+            let kind = |slides: &bool| if *slides { "sliding_attention" } else { "full_attention" };
+            described["layer_types"] = window.layers.iter().map(kind).collect();
+        }
+        if self.family.gemma.is_some() {
+            described["attn_logit_softcapping"] = json!(self.attention_cap);
+            described["final_logit_softcapping"] = json!(self.logit_cap);
+            described["query_pre_attn_scalar"] = json!(self.query_scalar);
+        }
+        if let Some(theta) = self.local_rope_theta {
+            described["rope_local_base_freq"] = json!(theta);
+        }
+        described
     }
+}
+
+/// The key that names a family's activation in `config.json`, and the name.
+fn activation(family: &Family) -> (&'static str, &'static str) {
+    let name = match family.activation {
+        Activation::Silu => "silu",
+        Activation::GeluTanh => "gelu_pytorch_tanh",
+    };
+    (if family.gemma.is_some() { "hidden_activation" } else { "hidden_act" }, name)
 }
 
 fn text<'a>(metadata: &'a HashMap<String, Value>, key: &str) -> Result<&'a str> {

@@ -3,7 +3,7 @@
 
 use candle_core::{Device, Result, Tensor, Var};
 
-use super::attention::{Attend, PackedAttention};
+use super::attention::{Attend, PackedAttention, Scope};
 use super::config::ModelConfig;
 use super::pack::Pack;
 use super::rope;
@@ -16,11 +16,22 @@ pub struct Decoder {
     config: ModelConfig,
     embedding: Tensor,
     layers: Vec<Layer>,
-    norm: Tensor,
+    final_norm: Tensor,
     head: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    rope: Rotary,
+    /// Of layers with a window, where these have frequencies of their own.
+    local_rope: Option<Rotary>,
     weights: Weights,
+}
+
+/// cos and sin `[context, hd/2]`.
+#[derive(Debug, Clone)]
+struct Rotary(Tensor, Tensor);
+
+impl Rotary {
+    fn at(&self, positions: &Tensor) -> Result<Self> {
+        Ok(Self(self.0.index_select(positions, 0)?, self.1.index_select(positions, 0)?))
+    }
 }
 
 /// What makes queries, keys or values of a hidden state.
@@ -32,33 +43,23 @@ struct Projection {
     norm: Option<Tensor>,
 }
 
-impl Projection {
-    /// `[T, heads, hd]` of hidden states `[T, D]`.
-    fn heads(&self, x: &Tensor, heads: usize, eps: f64) -> Result<Tensor> {
-        let mut out = linear(x, &self.weight)?;
-        if let Some(bias) = &self.bias {
-            out = out.broadcast_add(bias)?;
-        }
-        let (t, width) = out.dims2()?;
-        let hd = width / heads;
-        match &self.norm {
-            None => out.reshape((t, heads, hd)),
-            Some(norm) => ops::rms_norm(&out.reshape((t * heads, hd))?, norm, eps)?.reshape((t, heads, hd)),
-        }
-    }
-}
-
 #[derive(Debug, Clone)]
 struct Layer {
+    window: Option<usize>,
+    local: bool,
     attention_norm: Tensor,
     q: Projection,
     k: Projection,
     v: Projection,
     o: Tensor,
+    /// After attention, before its result joins the stream.
+    attended_norm: Option<Tensor>,
     feed_forward_norm: Tensor,
     gate: Tensor,
     up: Tensor,
     down: Tensor,
+    /// After the feed-forward layer, likewise.
+    fed_norm: Option<Tensor>,
 }
 
 impl Decoder {
@@ -81,32 +82,44 @@ impl Decoder {
                         norm: norm.then(|| get(&format!("self_attn.{letter}_norm"), &[hd])).transpose()?,
                     })
                 };
+                let slides = config.window.as_ref().filter(|window| window.layers[i]);
+                let both_sides = config.family.gemma.is_some();
+                let before = if both_sides { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+                let after = |name: &str| both_sides.then(|| get(name, &[d])).transpose();
                 Ok(Layer {
+                    window: slides.map(|window| window.size),
+                    local: slides.is_some(),
                     attention_norm: get("input_layernorm", &[d])?,
                     q: projection("q", q)?,
                     k: projection("k", kv)?,
                     v: projection("v", kv)?,
                     o: get("self_attn.o_proj", &[d, q])?,
-                    feed_forward_norm: get("post_attention_layernorm", &[d])?,
+                    attended_norm: after("post_attention_layernorm")?,
+                    feed_forward_norm: get(before, &[d])?,
                     gate: get("mlp.gate_proj", &[ffn, d])?,
                     up: get("mlp.up_proj", &[ffn, d])?,
                     down: get("mlp.down_proj", &[d, ffn])?,
+                    fed_norm: after("post_feedforward_layernorm")?,
                 })
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let embedding = weights.get("model.embed_tokens.weight", &[config.vocab_size, d])?;
         let head =
             if config.tied { embedding.clone() } else { weights.get("lm_head.weight", &[config.vocab_size, d])? };
-        let (cos, sin) =
-            rope::tables(config.context, config.head_dim, config.rope_theta, config.rope_scaling, embedding.device())?;
+        let rotary = |theta: f64, scaling: rope::Scaling| -> anyhow::Result<Rotary> {
+            let (cos, sin) = rope::tables(config.context, config.head_dim, theta, scaling, embedding.device())?;
+            Ok(Rotary(cos, sin))
+        };
+        let rope = rotary(config.rope_theta, config.rope_scaling)?;
+        let local_rope = config.local_rope_theta.map(|theta| rotary(theta, rope::Scaling::None)).transpose()?;
         Ok(Self {
-            norm: weights.get("model.norm.weight", &[d])?,
+            final_norm: weights.get("model.norm.weight", &[d])?,
             config: config.clone(),
             embedding,
             layers,
             head,
-            cos,
-            sin,
+            rope,
+            local_rope,
             weights: weights.clone(),
         })
     }
@@ -144,11 +157,6 @@ impl Decoder {
         self.embedding.device()
     }
 
-    /// The head `[V, D]`.
-    pub fn head(&self) -> &Tensor {
-        &self.head
-    }
-
     /// Final hidden states `[T, D]` of `ids` at `positions`, normed, ready for the head.
     ///
     /// # Errors
@@ -161,21 +169,53 @@ impl Decoder {
         }
         let config = &self.config;
         let positions = Tensor::new(positions, self.device())?;
-        let cos = self.cos.index_select(&positions, 0)?;
-        let sin = self.sin.index_select(&positions, 0)?;
+        let (whole, local) =
+            (self.rope.at(&positions)?, self.local_rope.as_ref().map(|rope| rope.at(&positions)).transpose()?);
         let mut x = self.embedding.index_select(&Tensor::new(ids, self.device())?, 0)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            let h = ops::rms_norm(&x, &layer.attention_norm, config.rms_norm_eps)?;
-            let q = layer.q.heads(&h, config.heads, config.rms_norm_eps)?;
-            let k = layer.k.heads(&h, config.kv_heads, config.rms_norm_eps)?;
-            let v = layer.v.heads(&h, config.kv_heads, config.rms_norm_eps)?;
-            let (q, k) = (ops::rope(&q, &cos, &sin)?, ops::rope(&k, &cos, &sin)?);
-            x = (x + linear(&attend.attend(i, &q, &k, &v)?, &layer.o)?)?;
-            let h = ops::rms_norm(&x, &layer.feed_forward_norm, config.rms_norm_eps)?;
-            let h = ops::swiglu(&linear(&h, &layer.gate)?, &linear(&h, &layer.up)?)?;
-            x = (x + linear(&h, &layer.down)?)?;
+        if config.family.gemma.is_some() {
+            x = (x * (config.hidden_size as f64).sqrt())?;
         }
-        ops::rms_norm(&x, &self.norm, config.rms_norm_eps)
+        let after = |x: Tensor, norm: &Option<Tensor>| norm.as_ref().map_or(Ok(x.clone()), |norm| self.norm(&x, norm));
+        // Attention divides by the root of the width of a head.
+        let query_scale = config.query_scalar.map(|scalar| (config.head_dim as f64 / scalar as f64).sqrt());
+        for (i, layer) in self.layers.iter().enumerate() {
+            let h = self.norm(&x, &layer.attention_norm)?;
+            let (q, k) = (self.heads(&layer.q, &h, config.heads)?, self.heads(&layer.k, &h, config.kv_heads)?);
+            let v = self.heads(&layer.v, &h, config.kv_heads)?;
+            let Rotary(cos, sin) = local.as_ref().filter(|_| layer.local).unwrap_or(&whole);
+            let (mut q, k) = (ops::rope(&q, cos, sin)?, ops::rope(&k, cos, sin)?);
+            if let Some(scale) = query_scale.filter(|scale| *scale != 1.0) {
+                q = (q * scale)?;
+            }
+            let scope = Scope { layer: i, window: layer.window, cap: config.attention_cap };
+            let h = linear(&attend.attend(scope, &q, &k, &v)?, &layer.o)?;
+            x = (x + after(h, &layer.attended_norm)?)?;
+            let h = self.norm(&x, &layer.feed_forward_norm)?;
+            let h = ops::gated(&linear(&h, &layer.gate)?, &linear(&h, &layer.up)?, config.family.activation)?;
+            x = (x + after(linear(&h, &layer.down)?, &layer.fed_norm)?)?;
+        }
+        self.norm(&x, &self.final_norm)
+    }
+
+    /// RMSNorm, by the weight or by one more than it.
+    fn norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        match self.config.family.gemma {
+            None => ops::rms_norm(x, weight, self.config.rms_norm_eps),
+            Some(_) => ops::rms_norm(x, &(weight + 1.0)?, self.config.rms_norm_eps),
+        }
+    }
+
+    /// `[T, heads, hd]` of hidden states `[T, D]`.
+    fn heads(&self, projection: &Projection, x: &Tensor, heads: usize) -> Result<Tensor> {
+        let mut out = linear(x, &projection.weight)?;
+        if let Some(bias) = &projection.bias {
+            out = out.broadcast_add(bias)?;
+        }
+        let (t, hd) = (x.dim(0)?, self.config.head_dim);
+        match &projection.norm {
+            None => out.reshape((t, heads, hd)),
+            Some(norm) => self.norm(&out.reshape((t * heads, hd))?, norm)?.reshape((t, heads, hd)),
+        }
     }
 
     /// Logits `[N, V]` of hidden states `[N, D]`.
@@ -183,7 +223,7 @@ impl Decoder {
     /// # Errors
     /// Shapes that do not fit.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        linear(hidden, &self.head)
+        ops::softcap(&linear(hidden, &self.head)?, self.config.logit_cap)
     }
 
     /// Hidden states `[N, D]` that predict the targets of `pack`.
@@ -202,7 +242,15 @@ impl Decoder {
     /// # Errors
     /// As [`Self::hidden`].
     pub fn logprobs(&self, pack: &Pack, temperature: f64) -> Result<(Tensor, Tensor)> {
-        ops::linear_logprobs(&self.predicting(pack)?, &self.head, &pack.targets, temperature)
+        self.logprobs_of(&self.predicting(pack)?, &pack.targets, temperature)
+    }
+
+    /// The same of targets `[N]` predicted by hidden states `[N, D]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn logprobs_of(&self, hidden: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
+        ops::linear_logprobs(hidden, &self.head, self.config.logit_cap, targets, temperature)
     }
 }
 

@@ -1,11 +1,15 @@
 //! The architectures that can be trained: what each adds to the shared decoder, one file each.
 
+pub mod gemma2;
+pub mod gemma3;
 pub mod llama;
 pub mod mistral;
 pub mod qwen2;
 pub mod qwen3;
 
 use serde_json::Value as Json;
+
+use crate::ops::Activation;
 
 /// What an architecture is called and what it adds to a pre-norm decoder with rotary positions, grouped queries and a
 /// gated feed-forward layer.
@@ -25,8 +29,34 @@ pub struct Family {
     pub qkv_bias: bool,
     /// Whether each head of queries and keys is normed before it is rotated.
     pub qk_norm: bool,
-    /// Tokens that a token sees, itself included, by `config.json`; absent for all.
+    /// The gate of the feed-forward layer.
+    pub activation: Activation,
+    /// What makes it a Gemma.
+    pub gemma: Option<Gemma>,
+    /// Whether the head is the embedding where `config.json` does not say.
+    pub tied: bool,
+    /// Tokens that a token sees in a layer with a window, itself included, by `config.json`; absent for all.
     pub window: fn(&Json) -> Option<usize>,
+    /// Whether the layer of this index has the window, where `config.json` does not list it.
+    pub slides: fn(&Json, usize) -> bool,
+}
+
+/// What the Gemma models have in common: norms weighted by `1 + w`, also after attention and feed-forward layer, the
+/// embedding times √D, and these where `config.json` leaves them out.
+#[derive(Debug)]
+pub struct Gemma {
+    /// Bound of the attention scores.
+    pub attention_cap: Option<f64>,
+    /// Bound of the logits.
+    pub logit_cap: Option<f64>,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// The same in layers with a window, where it is another.
+    pub local_rope_theta: Option<f64>,
+    /// In GGUF, whose layers are not listed: one layer in this many has no window, the last of them.
+    pub period: usize,
+    /// In GGUF: layers of the size whose queries are scaled by width over heads rather than by the width of a head.
+    pub scaled_by_width: usize,
 }
 
 impl PartialEq for Family {
@@ -36,10 +66,20 @@ impl PartialEq for Family {
 }
 
 /// All of them.
-pub const FAMILIES: [&Family; 4] = [&llama::FAMILY, &mistral::FAMILY, &qwen2::FAMILY, &qwen3::FAMILY];
+pub const FAMILIES: [&Family; 6] =
+    [&llama::FAMILY, &mistral::FAMILY, &qwen2::FAMILY, &qwen3::FAMILY, &gemma2::FAMILY, &gemma3::FAMILY];
 
 /// A window that is used only if another key says so.
 fn optional_window(config: &Json) -> Option<usize> {
     let used = config["use_sliding_window"].as_bool().unwrap_or(false);
-    config["sliding_window"].as_u64().filter(|_| used).map(|n| n as usize)
+    plain_window(config).filter(|_| used)
+}
+
+fn plain_window(config: &Json) -> Option<usize> {
+    config["sliding_window"].as_u64().map(|n| n as usize)
+}
+
+/// Layers from `max_window_layers` on have the window.
+fn late_layers(config: &Json, layer: usize) -> bool {
+    layer as u64 >= config["max_window_layers"].as_u64().unwrap_or(28)
 }

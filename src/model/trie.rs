@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{Device, Result, Tensor};
 
-use super::attention::{Attend, PackedAttention, dense};
+use super::attention::{Attend, Masks, PackedAttention, Scope, dense};
 use super::decoder::Decoder;
 use super::pack::Pack;
 
@@ -55,7 +55,7 @@ impl Prefix {
 pub fn prefill(model: &Decoder, prompt: &[u32], prefix: Option<&Prefix>) -> Result<(Tensor, Vec<(Tensor, Tensor)>)> {
     let prefix = prefix.filter(|prefix| prompt.len() > prefix.ids.len() && prompt.starts_with(&prefix.ids));
     let trie = Trie::new(&[prompt], prefix.map_or(0, |prefix| prefix.ids.len()));
-    let mut attention = TrieAttention { mask: trie.mask(model.device())?, prefix, kept: Some(Vec::new()) };
+    let mut attention = TrieAttention { masks: trie.masks(model.device())?, prefix, kept: Some(Vec::new()) };
     let hidden = model.hidden(&trie.ids, &trie.positions, &mut attention)?;
     Ok((hidden.narrow(0, trie.len() - 1, 1)?, attention.kept.unwrap_or_default()))
 }
@@ -117,33 +117,38 @@ impl Trie {
         Tensor::from_vec(mask, (t, width), device)
     }
 
+    fn masks(&self, device: &Device) -> Result<Masks> {
+        let columns = (0..self.cached as u32).chain(self.positions.iter().copied()).collect();
+        Ok(Masks::new(self.mask(device)?, &self.positions, columns))
+    }
+
     /// Final hidden states `[T, D]`; `prefix` holds the cached tokens, absent when there are none.
     ///
     /// # Errors
     /// As [`Decoder::hidden`].
     pub fn hidden(&self, model: &Decoder, prefix: Option<&Prefix>) -> Result<Tensor> {
-        let mut attention = TrieAttention { mask: self.mask(model.device())?, prefix, kept: None };
+        let mut attention = TrieAttention { masks: self.masks(model.device())?, prefix, kept: None };
         model.hidden(&self.ids, &self.positions, &mut attention)
     }
 }
 
 struct TrieAttention<'a> {
-    mask: Tensor,
+    masks: Masks,
     prefix: Option<&'a Prefix>,
     /// Keys and values of all that is attended to, by layer, where they are wanted.
     kept: Option<Vec<(Tensor, Tensor)>>,
 }
 
 impl Attend for TrieAttention<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn attend(&mut self, scope: Scope, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (k, v) = match self.prefix {
             Some(prefix) => {
-                let (keys, values) = &prefix.layers[layer];
+                let (keys, values) = &prefix.layers[scope.layer];
                 (Tensor::cat(&[keys, k], 0)?, Tensor::cat(&[values, v], 0)?)
             }
             None => (k.clone(), v.clone()),
         };
-        let mixed = dense(q, &k, &v, &self.mask)?;
+        let mixed = dense(q, &k, &v, self.masks.within(scope.window)?, scope.cap)?;
         if let Some(kept) = &mut self.kept {
             kept.push((k, v));
         }
@@ -154,11 +159,10 @@ impl Attend for TrieAttention<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::family::llama::FAMILY;
-    use crate::model::rope::Scaling;
+    use crate::model::config::Window;
     use crate::model::{ModelConfig, Weights};
 
-    fn model() -> Decoder {
+    fn model(window: Option<Window>) -> Decoder {
         let config = ModelConfig {
             hidden_size: 32,
             intermediate_size: 48,
@@ -168,14 +172,8 @@ mod tests {
             head_dim: 8,
             vocab_size: 50,
             context: 64,
-            rms_norm_eps: 1e-5,
-            rope_theta: 10_000.0,
-            rope_scaling: Scaling::None,
-            family: &FAMILY,
-            window: None,
-            tied: true,
-            bos: None,
-            eos: vec![],
+            window,
+            ..ModelConfig::llama()
         };
         Decoder::new(&config, &Weights::scratch(&config, 0.2, 3, &Device::Cpu).unwrap()).unwrap()
     }
@@ -194,7 +192,7 @@ mod tests {
 
     #[test]
     fn a_prefill_behind_a_prefix_is_that_of_the_whole_prompt() {
-        let model = model();
+        let model = model(None);
         let prompt = [7, 8, 1, 2, 3];
         let prefix = Prefix::new(&model, &[7, 8, 1]).unwrap();
         let (whole, layers) = prefill(&model, &prompt, None).unwrap();
@@ -213,12 +211,16 @@ mod tests {
 
     #[test]
     fn each_sequence_reads_as_if_it_were_alone() {
-        let model = model();
+        check_alone(&model(None));
+        check_alone(&model(Some(Window { size: 3, layers: vec![true, false] })));
+    }
+
+    fn check_alone(model: &Decoder) {
         let sequences = [vec![7, 8, 1, 2, 3], vec![7, 8, 1, 4], vec![7, 8, 9, 9, 9, 2]];
-        let prefix = Prefix::new(&model, &[7, 8]).unwrap();
+        let prefix = Prefix::new(model, &[7, 8]).unwrap();
         for (cached, prefix) in [(0, None), (2, Some(&prefix))] {
             let trie = Trie::new(&sequences, cached);
-            let hidden = trie.hidden(&model, prefix).unwrap().to_vec2::<f32>().unwrap();
+            let hidden = trie.hidden(model, prefix).unwrap().to_vec2::<f32>().unwrap();
             for (i, sequence) in sequences.iter().enumerate() {
                 let pack = Pack::prefill(sequence);
                 let mut attention = PackedAttention::new(&pack, &Device::Cpu).unwrap();

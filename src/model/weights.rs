@@ -11,6 +11,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::config::ModelConfig;
+use super::family::Family;
 use crate::seed::{self, mix};
 
 /// A model's tensors in f32 under their Hugging Face names.
@@ -43,7 +44,7 @@ impl Weights {
         let config = ModelConfig::from_gguf(&content.metadata, tied, embedding.shape.dims()[0])?;
         let mut weights = BTreeMap::new();
         for name in content.tensor_infos.keys() {
-            let Some(target) = hugging_face_name(name) else {
+            let Some(target) = hugging_face_name(name, config.family) else {
                 bail!("GGUF tensor {name} is not part of a model of this kind")
             };
             let tensor = content
@@ -52,6 +53,8 @@ impl Weights {
                 .with_context(|| format!("cannot read tensor {name} of {}", path.display()))?
                 .to_dtype(DType::F32)?;
             let tensor = match target.rsplit_once('.').map_or("", |(stem, _)| stem) {
+                // GGUF keeps the weight that is multiplied with, Hugging Face one less.
+                stem if config.family.gemma.is_some() && stem.ends_with("norm") => (tensor - 1.0)?,
                 _ if !config.family.gguf_interleaved => tensor,
                 stem if stem.ends_with("q_proj") => unpermute(&tensor, config.heads)?,
                 stem if stem.ends_with("k_proj") => unpermute(&tensor, config.kv_heads)?,
@@ -116,7 +119,7 @@ impl Weights {
             let values: Vec<f32> = if name.ends_with(".bias") {
                 vec![0.0; count]
             } else if shape.len() == 1 {
-                vec![1.0; count]
+                vec![if config.family.gemma.is_some() { 0.0 } else { 1.0 }; count]
             } else {
                 (0..count).map(|_| (normal(&mut rng) * std) as f32).collect()
             };
@@ -196,6 +199,13 @@ fn shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
             }
         }
     }
+    if config.family.gemma.is_some() {
+        for i in 0..config.layers {
+            for side in ["pre", "post"] {
+                all.push((format!("model.layers.{i}.{side}_feedforward_layernorm.weight"), vec![d]));
+            }
+        }
+    }
     all.push(("model.norm.weight".to_owned(), vec![d]));
     if !config.tied {
         all.push(("lm_head.weight".to_owned(), vec![config.vocab_size, d]));
@@ -203,7 +213,7 @@ fn shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     all
 }
 
-fn hugging_face_name(gguf: &str) -> Option<String> {
+fn hugging_face_name(gguf: &str, family: &Family) -> Option<String> {
     match gguf {
         "token_embd.weight" => return Some("model.embed_tokens.weight".into()),
         "output_norm.weight" => return Some("model.norm.weight".into()),
@@ -220,7 +230,9 @@ fn hugging_face_name(gguf: &str) -> Option<String> {
         "attn_q_norm" => "self_attn.q_norm",
         "attn_k_norm" => "self_attn.k_norm",
         "attn_output" => "self_attn.o_proj",
-        "ffn_norm" => "post_attention_layernorm",
+        "ffn_norm" if family.gemma.is_some() => "pre_feedforward_layernorm",
+        "post_ffw_norm" => "post_feedforward_layernorm",
+        "ffn_norm" | "post_attention_norm" => "post_attention_layernorm",
         "ffn_gate" => "mlp.gate_proj",
         "ffn_up" => "mlp.up_proj",
         "ffn_down" => "mlp.down_proj",

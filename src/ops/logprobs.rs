@@ -32,18 +32,34 @@ pub fn token_logprobs(logits: &Tensor, targets: &[u32], temperature: f64) -> Res
     Ok((all.gather(&index, D::Minus1)?.squeeze(D::Minus1)?, entropy))
 }
 
-/// As [`token_logprobs`] of `hidden · headᵀ`, with the product inside.
+/// `cap · tanh(x / cap)`: keeps values within ±`cap` (Gemma 2, section 2). `None` leaves them.
+///
+/// Composed of candle's operations; the gradient flows.
+pub fn softcap(x: &Tensor, cap: Option<f64>) -> Result<Tensor> {
+    match cap {
+        None => Ok(x.clone()),
+        Some(cap) => (x / cap)?.tanh()? * cap,
+    }
+}
+
+/// As [`token_logprobs`] of `softcap(hidden · headᵀ, cap)`, with the product inside.
 ///
 /// `hidden` is `[N, D]`, `head` is `[V, D]`. The fused path makes the logits a few rows at a time, and again in the
 /// backward, so that no `[N, V]` is ever held. Gradients flow to both inputs.
-pub fn linear_logprobs(hidden: &Tensor, head: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
+pub fn linear_logprobs(
+    hidden: &Tensor,
+    head: &Tensor,
+    cap: Option<f64>,
+    targets: &[u32],
+    temperature: f64,
+) -> Result<(Tensor, Tensor)> {
     let (rows, width) = hidden.dims2()?;
     let (vocabulary, head_width) = head.dims2()?;
     if width != head_width {
         bail!("linear_logprobs: hidden has shape {:?} and head {:?}, the widths differ", hidden.dims(), head.dims())
     }
     if !(is_fused(hidden) && is_fused(head)) {
-        return token_logprobs(&hidden.matmul(&head.t()?)?, targets, temperature);
+        return token_logprobs(&softcap(&hidden.matmul(&head.t()?)?, cap)?, targets, temperature);
     }
     check(rows, vocabulary, targets, temperature)?;
     let (hidden, head) = (hidden.contiguous()?, head.contiguous()?);
@@ -52,6 +68,7 @@ pub fn linear_logprobs(hidden: &Tensor, head: &Tensor, targets: &[u32], temperat
         head: head.detach(),
         targets: targets.to_vec(),
         inverse: (1.0 / temperature) as f32,
+        cap: cap.map(|cap| cap as f32),
         chunk: (CHUNK_ELEMENTS / vocabulary.max(1)).clamp(16, 1024),
     };
     let stats = hidden.apply_op2(&head, op)?;
@@ -160,13 +177,19 @@ struct LinearLogprobs {
     head: Tensor,
     targets: Vec<u32>,
     inverse: f32,
+    cap: Option<f32>,
     /// Rows of logits made at a time.
     chunk: usize,
 }
 
 impl LinearLogprobs {
     fn logits(&self, first: usize, count: usize) -> Result<Tensor> {
-        self.hidden.narrow(0, first, count)?.matmul(&self.head.t()?)
+        let logits = self.hidden.narrow(0, first, count)?.matmul(&self.head.t()?)?;
+        if let Some(cap) = self.cap {
+            let width = self.head.dim(0)?;
+            logits.inplace_op1(&InPlace(|z: &mut [f32]| fill_rows(z, width, |_, z| cap_in_place(z, cap))))?;
+        }
+        Ok(logits)
     }
 }
 
@@ -206,8 +229,12 @@ impl CustomOp2 for LinearLogprobs {
                 fill_rows(z, width, |first, z| {
                     for (r, z) in z.chunks_exact_mut(width).enumerate() {
                         let (row, dlogprob, dentropy) = unpack(stats, grad, start + first + r, rows);
+                        let capped = self.cap.map(|cap| (cap, z.to_vec()));
                         backward_row(z, row, self.inverse, dlogprob, dentropy);
                         z[targets[first + r] as usize] += dlogprob * self.inverse;
+                        if let Some((cap, capped)) = capped {
+                            uncap(z, &capped, cap);
+                        }
                     }
                 });
             }))?;
@@ -270,6 +297,25 @@ fn backward_row<FMA>(z: &mut [f32], row: Row, inverse: f32, dlogprob: f32, dentr
 }
 }
 
+vectorised! {
+/// tanh(x) = 1 − 2/(e^2x + 1).
+fn cap_in_place<FMA>(z: &mut [f32], cap: f32) {
+    for z in z {
+        *z = cap * (1.0 - 2.0 / (exp::<FMA>(2.0 * *z / cap) + 1.0));
+    }
+}
+}
+
+vectorised! {
+/// From the gradient by capped logits to that by logits: times 1 − tanh².
+fn uncap<FMA>(grad: &mut [f32], capped: &[f32], cap: f32) {
+    for (grad, capped) in grad.iter_mut().zip(capped) {
+        let tanh = capped / cap;
+        *grad *= 1.0 - tanh * tanh;
+    }
+}
+}
+
 /// −∞ made finite, so that its product with the probability 0 is 0. NaN stays.
 #[inline(always)]
 fn bounded(d: f32) -> f32 {
@@ -306,10 +352,12 @@ mod tests {
         // 2^23 / 20011 gives 419 rows a chunk: two chunks, the second not full.
         for (rows, width, vocabulary) in [(3, 5, 11), (431, 3, 20011)] {
             let targets = targets(rows, vocabulary);
-            check(&[values(1, &[rows, width]), values(2, &[vocabulary, width])], |t| {
-                let (logprob, entropy) = linear_logprobs(&t[0], &t[1], &targets, 0.8)?;
-                logprob + (entropy * 0.3)?
-            });
+            for cap in [None, Some(2.5)] {
+                check(&[values(1, &[rows, width]), values(2, &[vocabulary, width])], |t| {
+                    let (logprob, entropy) = linear_logprobs(&t[0], &t[1], cap, &targets, 0.8)?;
+                    logprob + (entropy * 0.3)?
+                });
+            }
         }
     }
 
@@ -317,7 +365,7 @@ mod tests {
     fn linear_is_token_logprobs_of_the_product() {
         let (hidden, head) = (values(1, &[7, 12]), values(2, &[31, 12]));
         let targets = targets(7, 31);
-        let (a, ha) = linear_logprobs(&hidden, &head, &targets, 0.7).unwrap();
+        let (a, ha) = linear_logprobs(&hidden, &head, None, &targets, 0.7).unwrap();
         let (b, hb) = token_logprobs(&hidden.matmul(&head.t().unwrap()).unwrap(), &targets, 0.7).unwrap();
         assert_close("logprob", &a, &b, 1e-6);
         assert_close("entropy", &ha, &hb, 1e-6);

@@ -5,8 +5,6 @@ use std::sync::Arc;
 use candle_core::Device;
 use preceptor::label::backend::{Ask, Backend, Decoding, Usage};
 use preceptor::label::local::{Judge, Local};
-use preceptor::model::family::llama::FAMILY;
-use preceptor::model::rope::Scaling;
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::tokens::Tokenizer;
 
@@ -21,14 +19,8 @@ fn judge(chat: bool) -> Judge {
         head_dim: 8,
         vocab_size: tokenizer.vocab_size(),
         context: 512,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: Scaling::None,
-        family: &FAMILY,
-        window: None,
-        tied: true,
-        bos: None,
         eos: tokenizer.eos_ids().to_vec(),
+        ..ModelConfig::llama()
     };
     let weights = Weights::scratch(&config, 0.3, 5, &Device::Cpu).unwrap();
     Judge { model: Arc::new(Decoder::new(&config, &weights).unwrap()), tokenizer, identity: 1, chat }

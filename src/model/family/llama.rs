@@ -1,6 +1,7 @@
 //! Llama 2 and 3, SmolLM2 (Touvron et al. 2023; Grattafiori et al. 2024): the shared decoder as it is.
 
 use super::Family;
+use crate::ops::Activation;
 
 /// Llama.
 pub const FAMILY: Family = Family {
@@ -11,5 +12,9 @@ pub const FAMILY: Family = Family {
     gguf_interleaved: true,
     qkv_bias: false,
     qk_norm: false,
+    activation: Activation::Silu,
+    gemma: None,
+    tied: false,
     window: |_| None,
+    slides: |_, _| false,
 };

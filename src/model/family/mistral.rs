@@ -1,6 +1,7 @@
 //! Mistral (Jiang et al. 2023): Llama with a sliding window. In GGUF it calls itself Llama.
 
-use super::Family;
+use super::{Family, plain_window};
+use crate::ops::Activation;
 
 /// Mistral.
 pub const FAMILY: Family = Family {
@@ -11,5 +12,9 @@ pub const FAMILY: Family = Family {
     gguf_interleaved: true,
     qkv_bias: false,
     qk_norm: false,
-    window: |config| config["sliding_window"].as_u64().map(|n| n as usize),
+    activation: Activation::Silu,
+    gemma: None,
+    tied: false,
+    window: plain_window,
+    slides: |_, _| true,
 };

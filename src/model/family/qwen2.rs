@@ -1,6 +1,7 @@
 //! Qwen2 and Qwen2.5 (Yang et al. 2024): biases on queries, keys and values.
 
-use super::{Family, optional_window};
+use super::{Family, late_layers, optional_window};
+use crate::ops::Activation;
 
 /// Qwen2.
 pub const FAMILY: Family = Family {
@@ -11,5 +12,9 @@ pub const FAMILY: Family = Family {
     gguf_interleaved: false,
     qkv_bias: true,
     qk_norm: false,
+    activation: Activation::Silu,
+    gemma: None,
+    tied: false,
     window: optional_window,
+    slides: late_layers,
 };

@@ -1,6 +1,7 @@
 //! Qwen3 (Yang et al. 2025): queries and keys are normed head by head.
 
-use super::{Family, optional_window};
+use super::{Family, late_layers, optional_window};
+use crate::ops::Activation;
 
 /// Qwen3.
 pub const FAMILY: Family = Family {
@@ -11,5 +12,9 @@ pub const FAMILY: Family = Family {
     gguf_interleaved: false,
     qkv_bias: false,
     qk_norm: true,
+    activation: Activation::Silu,
+    gemma: None,
+    tied: false,
     window: optional_window,
+    slides: late_layers,
 };

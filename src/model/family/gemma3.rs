@@ -1,0 +1,28 @@
+//! Gemma 3 for text (Gemma Team 2025): as Gemma 2, with normed queries and keys instead of caps, and five layers with a
+//! window, whose rotary frequencies are others, to one without.
+
+use super::{Family, Gemma};
+use crate::ops::Activation;
+
+/// Gemma 3.
+pub const FAMILY: Family = Family {
+    architecture: "Gemma3ForCausalLM",
+    scorer: "Gemma3TextForSequenceClassification",
+    model_type: "gemma3_text",
+    gguf: Some("gemma3"),
+    gguf_interleaved: false,
+    qkv_bias: false,
+    qk_norm: true,
+    activation: Activation::GeluTanh,
+    gemma: Some(Gemma {
+        attention_cap: None,
+        logit_cap: None,
+        rope_theta: 1_000_000.0,
+        local_rope_theta: Some(10_000.0),
+        period: 6,
+        scaled_by_width: 62,
+    }),
+    tied: true,
+    window: |config| Some(config["sliding_window"].as_u64().unwrap_or(4096) as usize),
+    slides: |config, layer| !(layer as u64 + 1).is_multiple_of(config["sliding_window_pattern"].as_u64().unwrap_or(6)),
+};

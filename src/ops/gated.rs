@@ -1,0 +1,127 @@
+//! The gates of gated feed-forward layers (Shazeer 2020).
+
+use super::vector::{exp, vectorised};
+use super::{elements, fill_rows, fill_rows2, is_fused, tensor_elements};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+
+/// What a gate lets through of itself: `g · σ(s(g))` with the logistic function σ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `s(g) = g`: SwiGLU.
+    Silu,
+    /// `s(g) = 2·√(2/π)·(g + 0.044715·g³)`: GeGLU, with the form of GELU that uses tanh (Hendrycks & Gimpel 2016).
+    GeluTanh,
+}
+
+impl Activation {
+    /// `[a, b]` of `s(g) = g·(a + b·g²)`.
+    fn slope(self) -> [f32; 2] {
+        const ROOT: f32 = 1.595_769; // 2·√(2/π)
+        match self {
+            Self::Silu => [1.0, 0.0],
+            Self::GeluTanh => [ROOT, ROOT * 0.044_715],
+        }
+    }
+}
+
+/// `activation(gate) · up`, element by element.
+///
+/// Both have one shape, which is the result's. Gradients flow to both. Fails when the shapes differ.
+pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    if gate.dims() != up.dims() {
+        bail!("gated: gate has shape {:?} and up {:?}, they must be the same", gate.dims(), up.dims())
+    }
+    if is_fused(gate) && is_fused(up) {
+        return gate.contiguous()?.apply_op2(&up.contiguous()?, Gated(activation));
+    }
+    match activation {
+        Activation::Silu => gate.silu()? * up,
+        Activation::GeluTanh => gate.gelu()? * up,
+    }
+}
+
+struct Gated(Activation);
+
+impl CustomOp2 for Gated {
+    fn name(&self) -> &'static str {
+        "gated"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (gate, up) = (elements(s1, l1)?, elements(s2, l2)?);
+        let mut out = vec![0.0; gate.len()];
+        fill_rows(&mut out, 1, |first, out| {
+            forward(out, &gate[first..][..out.len()], &up[first..][..out.len()], self.0.slope());
+        });
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    fn bwd(&self, gate: &Tensor, up: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let (gs, gl) = gate.storage_and_layout();
+        let (us, ul) = up.storage_and_layout();
+        let (ds, dl) = grad.storage_and_layout();
+        let (gv, uv, dv) = (tensor_elements(&gs, gl)?, tensor_elements(&us, ul)?, tensor_elements(&ds, dl)?);
+        let mut dgate = vec![0.0; gv.len()];
+        let mut dup = vec![0.0; gv.len()];
+        fill_rows2(&mut dgate, &mut dup, 1, |first, dgate, dup| {
+            let n = dgate.len();
+            backward(dgate, dup, &gv[first..][..n], &uv[first..][..n], &dv[first..][..n], self.0.slope());
+        });
+        let dgate = gate.track_op().then(|| Tensor::from_vec(dgate, gate.shape(), gate.device())).transpose()?;
+        let dup = up.track_op().then(|| Tensor::from_vec(dup, up.shape(), up.device())).transpose()?;
+        Ok((dgate, dup))
+    }
+}
+
+vectorised! {
+fn forward<FMA>(out: &mut [f32], gate: &[f32], up: &[f32], slope: [f32; 2]) {
+    let [a, b] = slope;
+    for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
+        *out = g / (1.0 + exp::<FMA>(-g * (a + b * g * g))) * u;
+    }
+}
+}
+
+vectorised! {
+/// With σ = σ(s(g)): dg = d·u·σ·(1 + g·s'(g)·(1 − σ)), du = d·g·σ.
+fn backward<FMA>(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32], grad: &[f32], slope: [f32; 2]) {
+    let [a, b] = slope;
+    for ((((dgate, dup), g), u), d) in dgate.iter_mut().zip(dup.iter_mut()).zip(gate).zip(up).zip(grad) {
+        let sigma = 1.0 / (1.0 + exp::<FMA>(-g * (a + b * g * g)));
+        *dgate = d * u * sigma * (1.0 + g * (a + 3.0 * b * g * g) * (1.0 - sigma));
+        *dup = d * g * sigma;
+    }
+}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{check, flat, values};
+    use super::*;
+
+    const BOTH: [Activation; 2] = [Activation::Silu, Activation::GeluTanh];
+
+    #[test]
+    fn matches_the_composite() {
+        for (shape, activation) in
+            [&[1][..], &[3, 7], &[151, 193]].into_iter().flat_map(|shape| BOTH.map(|a| (shape, a)))
+        {
+            check(&[(values(1, shape) * 3.0).unwrap(), values(2, shape)], |t| gated(&t[0], &t[1], activation));
+        }
+    }
+
+    #[test]
+    fn takes_transposed_inputs() {
+        check(&[values(1, &[5, 9]), values(2, &[5, 9])], |t| gated(&t[0].t()?, &t[1].t()?, Activation::Silu));
+    }
+
+    #[test]
+    fn is_finite_at_the_ends() {
+        let gate = Tensor::new(&[-1e4f32, -90.0, 90.0], &candle_core::Device::Cpu).unwrap();
+        for activation in BOTH {
+            let out = flat(&gated(&gate, &gate.ones_like().unwrap(), activation).unwrap());
+            assert!(out[0].abs() < 1e-30 && out[1].abs() < 1e-30 && out[2] == 90.0, "{out:?}");
+        }
+    }
+}
