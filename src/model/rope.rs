@@ -45,6 +45,31 @@ impl Scaling {
         })
     }
 
+    /// What frequencies were divided by, one by one, as GGUF keeps Llama 3's scaling in `rope_freqs.weight`.
+    ///
+    /// # Errors
+    /// When they are not of Llama 3's kind.
+    pub fn from_factors(factors: &[f32], theta: f64) -> Result<Self> {
+        // What all published models have; the rest can be read off the factors.
+        let (low, high) = (1.0, 4.0);
+        let factor = factors.iter().fold(1.0, |most: f64, factor| most.max(f64::from(*factor)));
+        let frequency = |i: usize| theta.powf(-(i as f64) / factors.len() as f64);
+        let mixed = factors.iter().position(|f| (1.001..factor * 0.999).contains(&f64::from(*f)));
+        let original = mixed.map_or(8192.0, |i| {
+            let fast = (1.0 / f64::from(factors[i]) - 1.0 / factor) / (1.0 - 1.0 / factor);
+            ((low + fast * (high - low)) * std::f64::consts::TAU / frequency(i)).round()
+        });
+        let scaling = Self::Llama3 { factor, low, high, original };
+        let fits =
+            |(i, f): (usize, &f32)| (frequency(i) / scaling.scaled(frequency(i)) / f64::from(*f) - 1.0).abs() < 1e-3;
+        if !factors.iter().enumerate().all(fits) {
+            bail!(
+                "the factors of rope_freqs.weight are not those of a Llama 3; use the model's Hugging Face directory"
+            );
+        }
+        Ok(scaling)
+    }
+
     /// As `config.json` has it, without θ.
     pub fn to_json(self) -> Json {
         match self {

@@ -12,6 +12,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::config::ModelConfig;
 use super::family::Family;
+use super::rope::Scaling;
 use crate::seed::{self, mix};
 
 /// A model's tensors in f32 under their Hugging Face names.
@@ -41,9 +42,14 @@ impl Weights {
         let tied = !content.tensor_infos.contains_key("output.weight");
         let embedding =
             content.tensor_infos.get("token_embd.weight").context("GGUF tensor token_embd.weight is missing")?;
-        let config = ModelConfig::from_gguf(&content.metadata, tied, embedding.shape.dims()[0])?;
+        let mut config = ModelConfig::from_gguf(&content.metadata, tied, embedding.shape.dims()[0])?;
         let mut weights = BTreeMap::new();
         for name in content.tensor_infos.keys() {
+            if name == "rope_freqs.weight" {
+                let factors = content.tensor(&mut file, name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+                config.rope_scaling = Scaling::from_factors(&factors.flatten_all()?.to_vec1()?, config.rope_theta)?;
+                continue;
+            }
             let Some(target) = hugging_face_name(name, config.family) else {
                 bail!("GGUF tensor {name} is not part of a model of this kind")
             };

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Pack, PackedAttention, Weights};
@@ -190,6 +190,59 @@ fn check_export(r: &Reference) {
     let (config, weights) = Weights::from_directory(Path::new(dir.path()), &Device::Cpu).unwrap();
     assert_eq!(config, r.config);
     assert_eq!(weights.fingerprint().unwrap(), r.weights.fingerprint().unwrap());
+}
+
+/// Written by llama.cpp's own package from the same weights (families/make_gguf.py).
+#[test]
+fn gguf_files_hold_the_same_models() {
+    for name in ["families/llama3", "families/qwen2", "families/qwen3", "families/gemma2", "families/gemma3"] {
+        let r = reference(name);
+        let (config, weights) = Weights::from_gguf(&fixture(name).join("model.gguf"), &Device::Cpu).unwrap();
+        let mut expected = r.config.clone();
+        if expected.family.gemma.is_some() {
+            // GGUF does not have these: the scale follows from the sizes, and one layer in so many has no window.
+            expected.query_scalar = Some(expected.head_dim);
+            let period = if name == "families/gemma2" { 2 } else { 6 };
+            expected.window.as_mut().unwrap().layers = (1..=2).map(|nth| nth % period != 0).collect();
+        }
+        assert_eq!(config, expected, "{name}");
+        assert_eq!(weights.0.keys().collect::<Vec<_>>(), r.weights.0.keys().collect::<Vec<_>>(), "{name}");
+        for (key, tensor) in &weights.0 {
+            let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let worst = max_abs_difference(&flat(tensor), &flat(&r.weights.0[key]));
+            // Qwen3's matrices are in Q8_0: a 127th of a block's largest value, half of which is lost.
+            assert!(worst < if name == "families/qwen3" { 0.003 } else { 1e-6 }, "{key} of {name} differs by {worst}");
+        }
+    }
+}
+
+/// Shards and half precision: what is read is what was written, rounded as it was when it was written.
+#[test]
+fn shards_in_half_precision_are_read() {
+    let r = reference("llama");
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(fixture("llama").join("config.json"), dir.path().join("config.json")).unwrap();
+    let mut shards: [HashMap<String, Tensor>; 3] = Default::default();
+    let dtypes = [DType::BF16, DType::F16, DType::F32];
+    for (i, (name, tensor)) in r.weights.0.iter().enumerate() {
+        shards[i % 3].insert(name.clone(), tensor.to_dtype(dtypes[i % 3]).unwrap());
+    }
+    let mut map = serde_json::Map::new();
+    for (i, shard) in shards.iter().enumerate() {
+        let file = format!("model-0000{}-of-00003.safetensors", i + 1);
+        candle_core::safetensors::save(shard, dir.path().join(&file)).unwrap();
+        map.extend(shard.keys().map(|name| (name.clone(), file.clone().into())));
+    }
+    let index = serde_json::json!({ "metadata": {}, "weight_map": map });
+    std::fs::write(dir.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
+    let (config, weights) = Weights::from_directory(dir.path(), &Device::Cpu).unwrap();
+    assert_eq!(config, r.config);
+    assert_eq!(weights.0.len(), r.weights.0.len());
+    for (i, (name, tensor)) in r.weights.0.iter().enumerate() {
+        let rounded = tensor.to_dtype(dtypes[i % 3]).unwrap().to_dtype(DType::F32).unwrap();
+        let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(flat(&weights.0[name]), flat(&rounded), "{name}");
+    }
 }
 
 #[test]
