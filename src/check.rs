@@ -5,6 +5,7 @@ use anyhow::Result;
 use crate::config::Config;
 use crate::prepare::prepare;
 use crate::topology::labelers::Instrument;
+use crate::topology::learning::lora;
 use crate::topology::trainer_plan;
 
 /// Checks all that a run would, and trains nothing. Returns lines to print.
@@ -15,7 +16,13 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     let prepared = prepare(config, true)?;
     let shape = prepared.policy.config();
     let parameters = shape.parameters() as f64;
-    let copies = 1 + 1 + 1 + 1 + 2 + 2; // reference, policy, batch gradient, step gradient, Adam's two, snapshots
+    let trained = match lora(config) {
+        None => parameters,
+        Some((lora, seed)) => {
+            lora.fresh(prepared.policy.weights(), seed, prepared.policy.device())?.parameters() as f64
+        }
+    };
+    let copies = 1 + 1 + 1 + 2 + 2; // policy, batch gradient, step gradient, Adam's two, snapshots
     let judges: f64 = config
         .labeler
         .methods
@@ -29,7 +36,8 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
         .sum();
     // Weights, gradient, Adam's two moments.
     let reward_model = if trainer_plan(config).is_some() { 4.0 * parameters } else { 0.0 };
-    let weights = 4.0 * (parameters * f64::from(copies) + judges + reward_model);
+    // The reference is there whole; of the policy, what learns.
+    let weights = 4.0 * (parameters + trained * f64::from(copies) + judges + reward_model);
     let tokens = prepared.data.longest() + config.rollout.group_size * config.rollout.max_new_tokens;
     let activations = 4.0
         * tokens as f64
@@ -37,7 +45,12 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     let free = prepared.data.len() as f64;
     let groups = config.run.steps * config.learner.batch_groups;
     Ok(vec![
-        format!("policy      {} ({:.1} M parameters)", prepared.origin, parameters / 1e6),
+        format!(
+            "policy      {} ({:.1} M parameters, {:.1} M of them learn)",
+            prepared.origin,
+            parameters / 1e6,
+            trained / 1e6
+        ),
         format!("data        {} prompts, longest {} tokens", prepared.data.len(), prepared.data.longest()),
         format!("work        {groups} groups of {}, {:.2} epochs", config.rollout.group_size, groups as f64 / free),
         format!(

@@ -61,7 +61,10 @@ impl Checkpoints {
             std::fs::remove_dir_all(dir).with_context(|| format!("cannot clear {}", dir.display()))?;
         }
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        export::write(dir, state.config(), state.model.weights(), self.dtype)?;
+        export::write(dir, state.config(), &state.model.merged()?, self.dtype)?;
+        if let Some(lora) = state.model.lora() {
+            lora.write(&dir.join("adapter"), state.model.weights())?;
+        }
         self.tokenizer.save(dir)?;
         if let Some(value) = &state.value {
             let path = dir.join("value_model.safetensors");

@@ -17,8 +17,8 @@ pub use labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, Rem
 pub use reader::{ConfigError, ConfigErrors};
 pub use sections::{
     AlgorithmKind, AverageKind, Checkpoint, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner,
-    Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Sft,
-    Supervision, UpdateMode, ValueKind, WeightDtype,
+    LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch,
+    Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
 };
 
 use reader::Document;
@@ -185,6 +185,10 @@ mod tests {
             "[learner]\n# off-policy\ncorrection = \"none\"\n",
             &["x.toml:10: learner.correction: \"none\" with learner.eta = 1"],
         );
+        check(
+            "lora = { ranks = 2, targets = [\"q\"] }\n",
+            &["x.toml:8: policy.lora: targets: \"q\" is none of q_proj", "x.toml:8: policy.lora: ranks: unknown key"],
+        );
         check("[serve]\nlisten = \"0.0.0.0:1\"\n", &["x.toml:9: serve.listen: 0.0.0.0:1 can be reached"]);
         check("[serve]\nlisten = \"here\"\n", &["x.toml:9: serve.listen: \"here\" is no address"]);
         check("[supervision]\nbackoff_s = -1\n", &["x.toml:9: supervision.backoff_s: -1 is out of range"]);
@@ -254,7 +258,9 @@ mod tests {
     fn the_resolved_configuration_reads_back_as_itself() {
         let more = "[labeler]\nmodel = [\"a.gguf\", { pip = \"m==1\" }, { hub = \"o/n\", revision = \"r\" }]\nchat = false\n[reward]\nclip = 0\n";
         let panel = "[labeler]\ntype = \"panel\"\npairs = \"all\"\n[[labeler.members]]\ntype = \"pairwise\"\ncot = true\n[[labeler.members]]\nweight = 2\ntype = \"direct\"\nremote = { url = \"http://h/v1\", model = \"m\", hedge_after_s = 2 }\n";
-        for text in [MINIMAL.to_owned(), format!("{MINIMAL}{more}"), format!("{MINIMAL}{panel}")] {
+        let lora = "lora = { rank = 4, targets = [\"v_proj\"] }\n";
+        for more in ["", lora, more, panel] {
+            let text = format!("{MINIMAL}{more}");
             let config = read(&text, &[]).unwrap();
             assert_eq!(read(&config.to_toml(), &[]).unwrap(), config);
         }

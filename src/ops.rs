@@ -7,6 +7,7 @@
 
 mod accumulate;
 mod adamw;
+mod frozen;
 mod gated;
 mod logprobs;
 mod rms_norm;
@@ -16,6 +17,7 @@ mod vector;
 
 pub use accumulate::Gradients;
 pub use adamw::{AdamW, AdamWConfig};
+pub use frozen::frozen_linear;
 pub use gated::{Activation, gated};
 pub use logprobs::{linear_logprobs, row_logsumexp, softcap, token_logprobs};
 pub use rms_norm::rms_norm;

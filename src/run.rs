@@ -24,7 +24,7 @@ use crate::reward::RewardTrainer;
 use crate::serve::{NodeState, serve};
 use crate::telemetry;
 use crate::topology::labelers::labeler;
-use crate::topology::learning::{adam, value_model};
+use crate::topology::learning::{adam, lora, value_model};
 use crate::topology::{Node, trainer_plan};
 use files::RunFiles;
 use watcher::Watcher;
@@ -82,7 +82,12 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
     } else {
         prepared
     };
-    let state = TrainState::new(&prepared.policy, adam(&config), value_model(&config, &prepared.policy)?)?;
+    let state = TrainState::new(
+        &prepared.policy,
+        adam(&config),
+        value_model(&config, &prepared.policy)?,
+        lora(&config).as_ref(),
+    )?;
     let cell = Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy)));
     let reward_model = reward_model(&config, &prepared)?;
     let watcher = Arc::new(Mutex::new(Watcher {

@@ -11,7 +11,7 @@ use super::prompts::load_model;
 use crate::config::Config;
 use crate::data::pairs::PairSet;
 use crate::data::{Dataset, OnLong, Part, Preferences, ReadOptions, Split};
-use crate::evaluate::alignment::{Alignment, VARIANTS, alignment};
+use crate::evaluate::alignment::{Alignment, alignment, default_variants};
 use crate::evaluate::answers::answers;
 use crate::evaluate::harmless::{Rated, harmless_rate};
 use crate::evaluate::reward_accuracy::reward_accuracy;
@@ -83,8 +83,9 @@ struct AlignmentArgs {
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
     /// Ways of asking, separated by commas: PREAMBLE-SHOTS[-cot], direct, likelihood, likelihood-mean, configured.
-    #[arg(long, value_delimiter = ',', value_name = "NAMES", default_values_t = VARIANTS.iter().map(|name| (*name).to_owned()))]
-    variants: Vec<String>,
+    /// By default those of the paper's tables; of an embedder, which is not asked, and of a panel, as configured.
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    variants: Option<Vec<String>>,
     /// Most pairs, drawn by the run's seed.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -173,7 +174,8 @@ impl AlignmentArgs {
         chosen.truncate(self.limit.unwrap_or(usize::MAX));
         let bench = labeler_bench(&config, true)?;
         let with_cot = self.cot_limit.unwrap_or(usize::MAX);
-        let job = Alignment { pairs, chosen, with_cot, variants: self.variants };
+        let variants = self.variants.unwrap_or_else(|| default_variants(&config));
+        let job = Alignment { pairs, chosen, with_cot, variants };
         let title = format!("AI labeler alignment on {}", self.input.display());
         let (table, orders) = alignment(&config, &bench, &job, &title)?;
         self.shown.print(&[Some(&table), orders.as_ref()].into_iter().flatten().collect::<Vec<_>>());

@@ -8,8 +8,8 @@ use toml::Value;
 use super::reader::{Document, Section};
 use super::sections::{
     AlgorithmKind, AverageKind, Checkpoint, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner,
-    Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch, Serve, Sft,
-    Supervision, UpdateMode, ValueKind, WeightDtype,
+    LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch,
+    Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
 };
 use crate::source::{Candidate, ModelRef};
 
@@ -86,7 +86,22 @@ fn rest_of_policy(mut s: Section<'_>, model: PolicyModel) -> Policy {
     if device != "cpu" && !matches!(ordinal, Some(Ok(_))) {
         s.error("device", &format!("{device:?} is neither \"cpu\" nor \"cuda:N\""));
     }
-    Policy { model, device, resolve_timeout_s: s.checked("resolve_timeout_s", 20, "at least 1", |n| *n >= 1) }
+    let resolve_timeout_s = s.checked("resolve_timeout_s", 20, "at least 1", |n| *n >= 1);
+    Policy { model, device, resolve_timeout_s, lora: lora(&mut s) }
+}
+
+fn lora(s: &mut Section<'_>) -> Option<LoraConfig> {
+    const TARGETS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+    let mut s = s.inner("lora")?;
+    let rank = s.checked("rank", 16, "at least 1", |n| *n >= 1);
+    let alpha = s.checked("alpha", 2.0 * rank as f64, "above 0", |n| *n > 0.0);
+    let targets: Vec<String> = s.get("targets", TARGETS.map(str::to_owned).to_vec());
+    match targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {
+        Some(wrong) => s.error("targets", &format!("{wrong:?} is none of {}", TARGETS.join(", "))),
+        None if targets.is_empty() => s.error("targets", "is empty; leave it out for all matrices"),
+        None => {}
+    }
+    Some(LoraConfig { rank, alpha, targets })
 }
 
 fn scratch_model(document: &mut Document) -> Scratch {

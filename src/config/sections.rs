@@ -78,6 +78,20 @@ pub struct Policy {
     pub device: String,
     /// Seconds that each place of a list may take to answer. Default 20.
     pub resolve_timeout_s: u64,
+    /// Learn through low-rank adapters and leave the model's own weights as they are. Default: all weights learn.
+    pub lora: Option<LoraConfig>,
+}
+
+/// `policy.lora`: low-rank adapters (Hu et al. 2021).
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraConfig {
+    /// Rank r. Default 16.
+    pub rank: usize,
+    /// α: what an adapter adds is scaled by α/r. Default twice the rank.
+    pub alpha: f64,
+    /// Matrices that get one: any of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`. Default
+    /// all of them.
+    pub targets: Vec<String>,
 }
 
 /// Where the policy comes from.

@@ -75,11 +75,21 @@ impl Config {
                 ])),
             )])),
         };
-        table([
+        let mut all = table([
             ("model", model),
             ("device", text(&self.policy.device)),
             ("resolve_timeout_s", whole(self.policy.resolve_timeout_s)),
-        ])
+        ]);
+        let lora = self.policy.lora.as_ref().map(|lora| {
+            let targets = lora.targets.iter().map(text).collect();
+            Value::Table(table([
+                ("rank", whole(lora.rank as u64)),
+                ("alpha", Value::Float(lora.alpha)),
+                ("targets", Value::Array(targets)),
+            ]))
+        });
+        optional(&mut all, "lora", lora);
+        all
     }
 
     fn rollout_table(&self) -> Table {

@@ -44,6 +44,14 @@ pub struct Alignment {
     pub variants: Vec<String>,
 }
 
+/// The ways of asking that make sense for the configured judge when none are named.
+pub fn default_variants(config: &Config) -> Vec<String> {
+    match config.labeler.methods.as_slice() {
+        [one] if one.kind != LabelerKind::Embedding => VARIANTS.iter().map(|name| (*name).to_owned()).collect(),
+        _ => vec!["configured".to_owned()],
+    }
+}
+
 /// The labeler's configuration for the way of asking called `name`.
 ///
 /// # Errors
@@ -53,6 +61,11 @@ pub fn variant(config: &Config, name: &str) -> Result<Config> {
         return Ok(config.clone());
     }
     let first = config.labeler.methods.first().context("no labeler is configured")?;
+    if first.kind == LabelerKind::Embedding {
+        bail!(
+            "{name}: a sentence embedder is not asked questions; give --variants configured, or configure another judge"
+        );
+    }
     let mut method = Method { cot: false, ..first.clone() };
     let parts: Vec<&str> = name.split('-').collect();
     match parts.as_slice() {
@@ -204,5 +217,10 @@ mod tests {
         for wrong in ["base", "base-x", "base-0-cots", "poem"] {
             assert!(variant(&config, wrong).is_err(), "{wrong}");
         }
+        assert_eq!(default_variants(&config), VARIANTS);
+        let mut embedding = config.clone();
+        embedding.labeler.methods[0].kind = LabelerKind::Embedding;
+        assert_eq!(default_variants(&embedding), ["configured"]);
+        assert!(format!("{:#}", variant(&embedding, "direct").unwrap_err()).contains("--variants configured"));
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::value::ValueModel;
-use crate::model::{Decoder, ModelConfig};
+use crate::model::{Decoder, Lora, ModelConfig};
 use crate::ops::{AdamW, AdamWConfig, Gradients};
 use crate::rollout::RewardScale;
 
@@ -32,12 +32,21 @@ pub struct TrainState {
 }
 
 impl TrainState {
-    /// Starts from `initial`, which stays as it is.
+    /// Starts from `initial`, which stays as it is. With adapters, made from the seed beside them, these are all that is
+    /// trained, and `initial` is shared.
     ///
     /// # Errors
     /// When memory for the copies cannot be had.
-    pub fn new(initial: &Arc<Decoder>, adam: AdamWConfig, value: Option<ValueModel>) -> Result<Self> {
-        let (model, params) = initial.trainable(true)?;
+    pub fn new(
+        initial: &Arc<Decoder>,
+        adam: AdamWConfig,
+        value: Option<ValueModel>,
+        lora: Option<&(Lora, u64)>,
+    ) -> Result<Self> {
+        let (model, params) = match lora {
+            None => initial.trainable(true)?,
+            Some((lora, seed)) => initial.adapted(lora, *seed)?,
+        };
         Ok(Self {
             step: 0,
             scale: RewardScale::default(),
@@ -83,7 +92,7 @@ impl TrainState {
     /// # Errors
     /// When memory for the copy cannot be had.
     pub fn snapshot(&mut self) -> Result<Arc<Decoder>> {
-        self.published = Arc::new(Decoder::new(self.model.config(), &self.model.weights().snapshot()?)?);
+        self.published = Arc::new(self.model.snapshot()?);
         Ok(Arc::clone(&self.published))
     }
 

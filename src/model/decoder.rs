@@ -5,6 +5,7 @@ use candle_core::{Device, Result, Tensor, Var};
 
 use super::attention::{Attend, PackedAttention, Scope};
 use super::config::ModelConfig;
+use super::lora::{Adapter, Lora, is_adapter};
 use super::pack::Pack;
 use super::rope;
 use super::weights::Weights;
@@ -22,6 +23,7 @@ pub struct Decoder {
     /// Of layers with a window, where these have frequencies of their own.
     local_rope: Option<Rotary>,
     weights: Weights,
+    lora: Option<Lora>,
 }
 
 /// cos and sin `[context, hd/2]`.
@@ -34,10 +36,27 @@ impl Rotary {
     }
 }
 
+/// A matrix `[out, in]` that rows are multiplied with, and its adapter.
+#[derive(Debug, Clone)]
+struct Linear {
+    weight: Tensor,
+    adapter: Option<Adapter>,
+}
+
+impl Linear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.adapter {
+            None if self.weight.track_op() => linear(x, &self.weight),
+            None => ops::frozen_linear(x, &self.weight),
+            Some(adapter) => adapter.add(&ops::frozen_linear(x, &self.weight)?, x),
+        }
+    }
+}
+
 /// What makes queries, keys or values of a hidden state.
 #[derive(Debug, Clone)]
 struct Projection {
-    weight: Tensor,
+    weight: Linear,
     bias: Option<Tensor>,
     /// Weight of the norm over each head.
     norm: Option<Tensor>,
@@ -51,13 +70,13 @@ struct Layer {
     q: Projection,
     k: Projection,
     v: Projection,
-    o: Tensor,
+    o: Linear,
     /// After attention, before its result joins the stream.
     attended_norm: Option<Tensor>,
     feed_forward_norm: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
     /// After the feed-forward layer, likewise.
     fed_norm: Option<Tensor>,
 }
@@ -68,16 +87,28 @@ impl Decoder {
     /// # Errors
     /// Names the tensor that is missing or has the wrong shape.
     pub fn new(config: &ModelConfig, weights: &Weights) -> anyhow::Result<Self> {
+        Self::with_adapters(config, weights, None)
+    }
+
+    /// As [`Self::new`], with the adapters of `lora` among the weights: `….q_proj.lora_A.weight` and so on.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_adapters(config: &ModelConfig, weights: &Weights, lora: Option<&Lora>) -> anyhow::Result<Self> {
         let (d, hd) = (config.hidden_size, config.head_dim);
         let (q, kv, ffn) = (config.heads * hd, config.kv_heads * hd, config.intermediate_size);
         let layers = (0..config.layers)
             .map(|i| {
                 let named = |name: &str, shape: &[usize]| weights.get(&format!("model.layers.{i}.{name}"), shape);
                 let get = |name: &str, shape: &[usize]| named(&format!("{name}.weight"), shape);
+                let matrix = |name: &str, shape: [usize; 2]| {
+                    let adapter = |lora: &Lora| lora.adapter(weights, &format!("model.layers.{i}.{name}"), shape);
+                    anyhow::Ok(Linear { weight: get(name, &shape)?, adapter: lora.map_or(Ok(None), adapter)? })
+                };
                 let projection = |letter: &str, width: usize| {
                     let (bias, norm) = (config.family.qkv_bias, config.family.qk_norm && letter != "v");
                     anyhow::Ok(Projection {
-                        weight: get(&format!("self_attn.{letter}_proj"), &[width, d])?,
+                        weight: matrix(&format!("self_attn.{letter}_proj"), [width, d])?,
                         bias: bias.then(|| named(&format!("self_attn.{letter}_proj.bias"), &[width])).transpose()?,
                         norm: norm.then(|| get(&format!("self_attn.{letter}_norm"), &[hd])).transpose()?,
                     })
@@ -93,12 +124,12 @@ impl Decoder {
                     q: projection("q", q)?,
                     k: projection("k", kv)?,
                     v: projection("v", kv)?,
-                    o: get("self_attn.o_proj", &[d, q])?,
+                    o: matrix("self_attn.o_proj", [d, q])?,
                     attended_norm: after("post_attention_layernorm")?,
                     feed_forward_norm: get(before, &[d])?,
-                    gate: get("mlp.gate_proj", &[ffn, d])?,
-                    up: get("mlp.up_proj", &[ffn, d])?,
-                    down: get("mlp.down_proj", &[d, ffn])?,
+                    gate: matrix("mlp.gate_proj", [ffn, d])?,
+                    up: matrix("mlp.up_proj", [ffn, d])?,
+                    down: matrix("mlp.down_proj", [d, ffn])?,
                     fed_norm: after("post_feedforward_layernorm")?,
                 })
             })
@@ -121,6 +152,7 @@ impl Decoder {
             rope,
             local_rope,
             weights: weights.clone(),
+            lora: lora.cloned(),
         })
     }
 
@@ -132,7 +164,7 @@ impl Decoder {
     pub fn trainable(&self, head: bool) -> anyhow::Result<(Self, Vec<(String, Var)>)> {
         let config = ModelConfig { tied: self.config.tied || !head, ..self.config.clone() };
         let params = self
-            .weights
+            .merged()?
             .0
             .iter()
             .filter(|(name, _)| head || *name != "lm_head.weight")
@@ -140,6 +172,46 @@ impl Decoder {
             .collect::<anyhow::Result<Vec<_>>>()?;
         let weights = Weights(params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
         Ok((Self::new(&config, &weights)?, params))
+    }
+
+    /// The same model whose matrices stay as they are, shared, under adapters that are variables; and these by name. They
+    /// go on from the adapters there are; else they are made from `seed` and change nothing yet.
+    ///
+    /// # Errors
+    /// Adapters of another size than those there are.
+    pub fn adapted(&self, lora: &Lora, seed: u64) -> anyhow::Result<(Self, Vec<(String, Var)>)> {
+        let mut weights = self.weights.clone();
+        if self.lora.is_none() {
+            weights.0.extend(lora.fresh(&self.weights, seed, self.device())?.0);
+        }
+        let mut params = Vec::new();
+        for (name, tensor) in weights.0.iter_mut().filter(|(name, _)| is_adapter(name)) {
+            let var = Var::from_tensor(&tensor.copy()?)?;
+            *tensor = var.as_tensor().clone();
+            params.push((name.clone(), var));
+        }
+        Ok((Self::with_adapters(&self.config, &weights, Some(lora))?, params))
+    }
+
+    /// An immutable copy of the model as it is now. What is not trained is shared.
+    ///
+    /// # Errors
+    /// When memory for the copy cannot be had.
+    pub fn snapshot(&self) -> anyhow::Result<Self> {
+        Self::with_adapters(&self.config, &self.weights.snapshot()?, self.lora.as_ref())
+    }
+
+    /// The weights without adapters: these are worked into the matrices.
+    ///
+    /// # Errors
+    /// When memory for the product cannot be had.
+    pub fn merged(&self) -> anyhow::Result<Weights> {
+        self.lora.as_ref().map_or_else(|| Ok(self.weights.clone()), |lora| lora.merge(&self.weights))
+    }
+
+    /// The adapters' sizes, if it has any.
+    pub fn lora(&self) -> Option<&Lora> {
+        self.lora.as_ref()
     }
 
     /// The model's shape.
@@ -188,11 +260,11 @@ impl Decoder {
                 q = (q * scale)?;
             }
             let scope = Scope { layer: i, window: layer.window, cap: config.attention_cap };
-            let h = linear(&attend.attend(scope, &q, &k, &v)?, &layer.o)?;
+            let h = layer.o.forward(&attend.attend(scope, &q, &k, &v)?)?;
             x = (x + after(h, &layer.attended_norm)?)?;
             let h = self.norm(&x, &layer.feed_forward_norm)?;
-            let h = ops::gated(&linear(&h, &layer.gate)?, &linear(&h, &layer.up)?, config.family.activation)?;
-            x = (x + after(linear(&h, &layer.down)?, &layer.fed_norm)?)?;
+            let h = ops::gated(&layer.gate.forward(&h)?, &layer.up.forward(&h)?, config.family.activation)?;
+            x = (x + after(layer.down.forward(&h)?, &layer.fed_norm)?)?;
         }
         self.norm(&x, &self.final_norm)
     }
@@ -207,7 +279,7 @@ impl Decoder {
 
     /// `[T, heads, hd]` of hidden states `[T, D]`.
     fn heads(&self, projection: &Projection, x: &Tensor, heads: usize) -> Result<Tensor> {
-        let mut out = linear(x, &projection.weight)?;
+        let mut out = projection.weight.forward(x)?;
         if let Some(bias) = &projection.bias {
             out = out.broadcast_add(bias)?;
         }

@@ -48,13 +48,20 @@ fn write_described(
         &dir.join("generation_config.json"),
         &json!({ "bos_token_id": config.bos, "eos_token_id": config.eos, "do_sample": false }),
     )?;
+    write_tensors(&dir.join("model.safetensors"), weights, dtype)
+}
+
+/// Writes tensors by name and waits until they are on the disk.
+///
+/// # Errors
+/// Names the file that cannot be written.
+pub fn write_tensors(path: &Path, weights: &Weights, dtype: DType) -> Result<()> {
     let tensors: Vec<(&String, candle_core::Tensor)> =
         weights.0.iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?))).collect::<Result<_>>()?;
-    let path = dir.join("model.safetensors");
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(tensors, Some(metadata), &path)
+    safetensors::serialize_to_file(tensors, Some(metadata), path)
         .with_context(|| format!("cannot write {}", path.display()))?;
-    sync(&path)
+    sync(path)
 }
 
 /// Writes pretty JSON and waits until it is on the disk.

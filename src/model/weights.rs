@@ -134,13 +134,19 @@ impl Weights {
         Ok(Self(weights))
     }
 
-    /// A copy with storage of its own: nothing done to `self` afterwards can be seen in it.
+    /// A copy in which nothing done to `self` afterwards can be seen. Variables are copied, all else is shared.
     ///
     /// # Errors
     /// When memory for the copy cannot be had.
     pub fn snapshot(&self) -> Result<Self> {
         Ok(Self(
-            self.0.iter().map(|(name, tensor)| Ok((name.clone(), tensor.copy()?.detach()))).collect::<Result<_>>()?,
+            self.0
+                .iter()
+                .map(|(name, tensor)| {
+                    let kept = if tensor.is_variable() { tensor.copy()?.detach() } else { tensor.clone() };
+                    Ok((name.clone(), kept))
+                })
+                .collect::<Result<_>>()?,
         ))
     }
 

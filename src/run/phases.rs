@@ -16,7 +16,7 @@ use crate::reward::trainer::TrainerStep;
 use crate::reward::warm_up::WarmUpObserver;
 use crate::serve::NodeState;
 use crate::sft::SftObserver;
-use crate::topology::learning::adam;
+use crate::topology::learning::{adam, lora};
 use crate::topology::{Node, wire_fine_tuning};
 
 /// Where a phase writes and what it shows.
@@ -91,7 +91,7 @@ pub(super) async fn fine_tune(
     server: &Arc<NodeState>,
     stop: &Stop,
 ) -> Result<Prepared> {
-    let state = Arc::new(Mutex::new(TrainState::new(&prepared.policy, adam(config), None)?));
+    let state = Arc::new(Mutex::new(TrainState::new(&prepared.policy, adam(config), None, lora(config).as_ref())?));
     let notes = Arc::new(Mutex::new(Notes::new("supervised fine-tuning", "steps", config.sft.steps, files)));
     let prepared = Arc::new(prepared);
     let (wired, trained, observer) = (Arc::clone(&prepared), Arc::clone(&state), notes.clone());

@@ -17,8 +17,9 @@ use crate::config::{
 };
 use crate::learn::stage::{Decay, LearnPlan};
 use crate::learn::value::ValueModel;
-use crate::model::Decoder;
+use crate::model::{Decoder, Lora};
 use crate::ops::AdamWConfig;
+use crate::seed::mix;
 
 /// The value baseline for `policy`, where the configured algorithm learns one.
 ///
@@ -120,6 +121,13 @@ pub(super) fn learn_plan(config: &Config) -> LearnPlan {
         seed: config.run.seed,
         max_nonfinite_steps: learner.max_nonfinite_steps,
     }
+}
+
+/// The policy's adapters and the seed that they are made from, if it is to learn through adapters.
+pub fn lora(config: &Config) -> Option<(Lora, u64)> {
+    let lora = config.policy.lora.as_ref()?;
+    let (rank, alpha, targets) = (lora.rank, lora.alpha, lora.targets.clone());
+    Some((Lora { rank, alpha, targets }, mix(config.run.seed ^ 0x10ad)))
 }
 
 /// The optimizer of everything that learns.

@@ -113,7 +113,9 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
         Ok(Box::new(Scripted { fault, struck: Arc::clone(&struck) }))
     };
     Node {
-        state: Arc::new(Mutex::new(TrainState::new(&prepared.policy, AdamWConfig::default(), Some(value)).unwrap())),
+        state: Arc::new(Mutex::new(
+            TrainState::new(&prepared.policy, AdamWConfig::default(), Some(value), None).unwrap(),
+        )),
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
         reward_model: None,

@@ -7,6 +7,7 @@ mod common;
 mod families;
 mod faults;
 mod labelers;
+mod lora;
 mod mock_judge;
 mod node;
 mod optimum;
