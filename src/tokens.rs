@@ -3,6 +3,7 @@
 mod bytes;
 pub mod chat;
 mod gguf;
+mod spm;
 
 use std::fmt;
 use std::io::ErrorKind;

@@ -39,18 +39,11 @@ pub(super) fn byte_level_bpe(
     added: &[Added],
     pre_tokenizer: &Value,
 ) -> Value {
-    let added: Vec<Value> = added
-        .iter()
-        .map(|Added { id, content, special }| {
-            json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": special })
-        })
-        .collect();
     json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
-        "added_tokens": added,
+        "added_tokens": added_tokens(added),
         "normalizer": null,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": null,
@@ -61,6 +54,15 @@ pub(super) fn byte_level_bpe(
             "vocab": vocab, "merges": merges,
         },
     })
+}
+
+/// The same of what the text is cut at.
+pub(super) fn added_tokens(added: &[Added]) -> Vec<Value> {
+    let one = |Added { id, content, special }: &Added| {
+        json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": special })
+    };
+    added.iter().map(one).collect()
 }
 
 /// Printable bytes stand for themselves, the others for characters from U+0100 up, in order.

@@ -10,6 +10,7 @@ use candle_core::quantized::gguf_file::{Content, Value as Gguf};
 use serde_json::{Map, Value, json};
 
 use super::bytes::{Added, byte_level_bpe};
+use super::spm::scored_bpe;
 use super::{Special, Tokenizer};
 
 /// GGUF's type of tokens that steer: recognised in text, left out of decoded text.
@@ -33,20 +34,15 @@ pub(super) fn read(path: &Path) -> Result<Tokenizer> {
 fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
     let get = |key: &str| metadata.get(key).with_context(|| format!("the key {key} is missing"));
     let model = get("tokenizer.ggml.model")?.to_string()?;
-    if model != "gpt2" {
+    if !["gpt2", "llama"].contains(&model.as_str()) {
         bail!(
-            "tokenizers of kind {model} are not supported in GGUF files, only gpt2 (byte-level BPE) is; use the model's Hugging Face directory"
+            "tokenizers of kind {model} are not supported in GGUF files; these are: gpt2 (byte-level BPE), llama (SentencePiece). Use the model's Hugging Face directory"
         );
     }
     let tokens = strings(get("tokenizer.ggml.tokens")?)?;
-    let merges = strings(get("tokenizer.ggml.merges")?)?;
     let added = added(&tokens, get("tokenizer.ggml.token_type")?)?;
     let vocab: Map<String, Value> = tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
     ensure!(vocab.len() == tokens.len(), "{} of its tokens are written twice", tokens.len() - vocab.len());
-    let Pre { cut, normalizer, ignore_merges } = pre_tokenizer(get("tokenizer.ggml.pre")?.to_string()?)?;
-    let mut description = byte_level_bpe(vocab, &merges, &added, &cut);
-    description["normalizer"] = normalizer;
-    description["model"]["ignore_merges"] = json!(ignore_merges);
     let id = |name: &str| {
         let id = metadata.get(&format!("tokenizer.ggml.{name}_token_id")).and_then(integer)?;
         u32::try_from(id).ok().filter(|id| (*id as usize) < tokens.len())
@@ -54,6 +50,19 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
     let mut eos: Vec<u32> = id("eos").into_iter().chain(id("eot")).collect();
     eos.dedup();
     let special = Special { bos: id("bos"), eos, pad: id("padding"), unk: id("unknown") };
+    let description = if model == "gpt2" {
+        let merges = strings(get("tokenizer.ggml.merges")?)?;
+        let Pre { cut, normalizer, ignore_merges } = pre_tokenizer(get("tokenizer.ggml.pre")?.to_string()?)?;
+        let mut description = byte_level_bpe(vocab, &merges, &added, &cut);
+        description["normalizer"] = normalizer;
+        description["model"]["ignore_merges"] = json!(ignore_merges);
+        description
+    } else {
+        let scores = get("tokenizer.ggml.scores")?.to_vec()?.iter().map(Gguf::to_f32).collect::<Result<Vec<_>, _>>()?;
+        ensure!(scores.len() == tokens.len(), "it has {} tokens and {} scores", tokens.len(), scores.len());
+        let prefix = metadata.get("tokenizer.ggml.add_space_prefix").map_or(Ok(true), Gguf::to_bool)?;
+        scored_bpe(&tokens, &scores, id("unknown").map(|id| &tokens[id as usize]), &added, prefix)
+    };
     let template = metadata.get("tokenizer.chat_template").map(Gguf::to_string).transpose()?.cloned();
     Tokenizer::from_json(&description, template, special)
 }
@@ -171,7 +180,7 @@ mod tests {
     fn what_is_not_supported_is_named() {
         for (key, value, word) in [
             ("tokenizer.ggml.pre", text("tekken"), "tekken is not supported; these are: smollm"),
-            ("tokenizer.ggml.model", text("llama"), "kind llama"),
+            ("tokenizer.ggml.model", text("t5"), "kind t5"),
             ("tokenizer.ggml.token_type", list(&[]), "17 tokens and 0 token types"),
             ("tokenizer.ggml.tokens", Gguf::Bool(true), "not a vec"),
             ("tokenizer.chat_template", text("{% if %}"), "chat template cannot be read"),
@@ -184,6 +193,36 @@ mod tests {
             if key != "tokenizer.chat_template" {
                 assert!(format!("{:#}", build(&metadata).unwrap_err()).contains(key));
             }
+        }
+    }
+
+    /// What sentencepiece makes of texts, against its vocabulary in GGUF's form (tests/fixtures/spm).
+    #[test]
+    fn scored_pieces_merge_as_sentencepiece_does() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/spm/reference.json");
+        let reference: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        for (name, model) in reference.as_object().unwrap() {
+            let array = |key: &str, one: fn(&Value) -> Gguf| {
+                Gguf::Array(model[key].as_array().unwrap().iter().map(one).collect())
+            };
+            let mut metadata: HashMap<String, Gguf> = HashMap::from([
+                ("tokenizer.ggml.model".into(), text("llama")),
+                ("tokenizer.ggml.tokens".into(), array("tokens", |token| text(token.as_str().unwrap()))),
+                ("tokenizer.ggml.scores".into(), array("scores", |score| Gguf::F32(score.as_f64().unwrap() as f32))),
+                ("tokenizer.ggml.token_type".into(), array("types", |kind| Gguf::I32(kind.as_i64().unwrap() as i32))),
+                ("tokenizer.ggml.unknown_token_id".into(), Gguf::U32(0)),
+                ("tokenizer.ggml.eos_token_id".into(), Gguf::U32(2)),
+            ]);
+            if name == "gemma" {
+                metadata.insert("tokenizer.ggml.add_space_prefix".into(), Gguf::Bool(false));
+            }
+            let tokenizer = build(&metadata).unwrap();
+            for case in model["cases"].as_array().unwrap() {
+                let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+                assert_eq!(tokenizer.encode(case["text"].as_str().unwrap()).unwrap(), ids, "{name}: {case}");
+                assert_eq!(tokenizer.decode(&ids).unwrap(), case["decoded"], "{name}: {case}");
+            }
+            assert_eq!(tokenizer.encode("The</s>").unwrap().last(), Some(&2));
         }
     }
 
