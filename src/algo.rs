@@ -43,22 +43,24 @@ pub struct GroupView<'a> {
 }
 
 impl GroupView<'_> {
-    /// (1−β)·r − β·KL of each completion, the second half where the reward is charged for it.
+    /// (1−β)·r − β·KL of each completion, the second half where the reward is charged for it. The distance is that of
+    /// the weights that the batch arrived at, not of older ones that sampled it: a policy held back by where it was
+    /// some versions ago swings about its optimum.
     pub fn returns(&self, kl: &Kl) -> Vec<f64> {
-        let tokens = self.behaviour.iter().zip(self.reference);
-        self.rewards.iter().zip(tokens).map(|(r, (b, reference))| kl.sequence_return(*r, b, reference)).collect()
+        let tokens = self.proximal.iter().zip(self.reference);
+        self.rewards.iter().zip(tokens).map(|(r, (now, reference))| kl.sequence_return(*r, now, reference)).collect()
     }
 
     /// The same spread over tokens: what each is charged, and the reward's share at the last.
     pub fn token_rewards(&self, kl: &Kl) -> Vec<Vec<f64>> {
-        let of = |(reward, (behaviour, reference)): (&f64, (&Vec<f32>, &Vec<f32>))| {
-            let mut rewards: Vec<f64> = behaviour.iter().zip(reference).map(|(b, r)| -kl.in_reward(*b, *r)).collect();
+        let of = |(reward, (now, reference)): (&f64, (&Vec<f32>, &Vec<f32>))| {
+            let mut rewards: Vec<f64> = now.iter().zip(reference).map(|(p, r)| -kl.in_reward(*p, *r)).collect();
             if let Some(last) = rewards.last_mut() {
                 *last += kl.share(*reward);
             }
             rewards
         };
-        self.rewards.iter().zip(self.behaviour.iter().zip(self.reference)).map(of).collect()
+        self.rewards.iter().zip(self.proximal.iter().zip(self.reference)).map(of).collect()
     }
 }
 

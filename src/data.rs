@@ -67,7 +67,7 @@ impl PromptFormat {
         {
             let filled = self.fill(&one.content)?;
             if !self.chat {
-                return tokenizer.encode(&filled);
+                return tokenizer.encode_document(&filled);
             }
             messages.push(Message { role: "user".into(), content: filled });
         } else {
@@ -77,7 +77,7 @@ impl PromptFormat {
                 dialogue.turns.len()
             );
             if !self.chat {
-                return tokenizer.encode(&format!("{}\n\nAssistant:", dialogue.text()));
+                return tokenizer.encode_document(&format!("{}\n\nAssistant:", dialogue.text()));
             }
             messages.extend(dialogue.turns.iter().cloned());
         }

@@ -22,6 +22,8 @@ pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     template: Option<Arc<Template>>,
     special: Special,
+    /// The token that the model's own tokenizer puts before a text, if it puts one.
+    opening: Option<u32>,
     vocab_size: usize,
 }
 
@@ -95,7 +97,9 @@ impl Tokenizer {
         inner.with_padding(None);
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let template = template.map(Template::new).transpose()?.map(Arc::new);
-        Ok(Self { inner: Arc::new(inner), template, special, vocab_size })
+        let opened = inner.encode_fast("", true).map_err(|error| anyhow!(error))?;
+        let opening = opened.get_ids().first().copied().filter(|id| Some(*id) == special.bos);
+        Ok(Self { inner: Arc::new(inner), template, special, opening, vocab_size })
     }
 
     /// Token ids of `text`. Special tokens in it are recognised, none are added.
@@ -105,6 +109,17 @@ impl Tokenizer {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(|error| anyhow!("cannot tokenise: {error}"))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// As [`Self::encode`], for a text that nothing stands before and that no chat template wrote: with the token that
+    /// begins a document, where the model was trained with one.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.encode(text)?;
+        let opening = self.opening.filter(|opening| ids.first() != Some(opening));
+        Ok(opening.into_iter().chain(ids).collect())
     }
 
     /// The text of `ids`, special tokens left out.

@@ -59,18 +59,17 @@ impl Kl {
         (1.0 - self.coef) * reward
     }
 
-    /// What a token is charged in the reward, having been sampled with log-probability `behaviour`; zero where the
-    /// loss is charged.
-    pub fn in_reward(&self, behaviour: f32, reference: f32) -> f64 {
+    /// What a token of log-probability `policy` is charged in the reward; zero where the loss is charged.
+    pub fn in_reward(&self, policy: f32, reference: f32) -> f64 {
         match self.place {
-            Place::Reward => self.coef * self.estimator.value(behaviour, reference),
+            Place::Reward => self.coef * self.estimator.value(policy, reference),
             Place::Loss => 0.0,
         }
     }
 
     /// Return of a whole completion: its share of the reward less what its tokens are charged.
-    pub fn sequence_return(&self, reward: f64, behaviour: &[f32], reference: &[f32]) -> f64 {
-        self.share(reward) - behaviour.iter().zip(reference).map(|(b, r)| self.in_reward(*b, *r)).sum::<f64>()
+    pub fn sequence_return(&self, reward: f64, policy: &[f32], reference: &[f32]) -> f64 {
+        self.share(reward) - policy.iter().zip(reference).map(|(p, r)| self.in_reward(*p, *r)).sum::<f64>()
     }
 }
 

@@ -88,6 +88,6 @@ impl PromptArgs {
             let messages = [Message { role: "user".into(), content: text }];
             return tokenizer.encode(&tokenizer.render_chat(&messages, true)?);
         }
-        tokenizer.encode(&text)
+        tokenizer.encode_document(&text)
     }
 }

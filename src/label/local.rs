@@ -78,7 +78,7 @@ impl Local {
     fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
         let tokenizer = &self.judge.tokenizer;
         if !self.judge.chat {
-            return tokenizer.encode(prompt);
+            return tokenizer.encode_document(prompt);
         }
         let messages = [Message { role: "user".into(), content: prompt.into() }];
         tokenizer.encode(&tokenizer.render_chat(&messages, true)?)
@@ -105,7 +105,7 @@ impl Local {
                     return Ok(vec![Path { answer: prompt.len()..tokens.len(), tokens }]);
                 }
                 let spelt = ["", " "].map(|space| {
-                    let tokens = self.judge.tokenizer.encode(&format!("{}{space}{answer}", ask.prompt))?;
+                    let tokens = self.judge.tokenizer.encode_document(&format!("{}{space}{answer}", ask.prompt))?;
                     // Where the answer merges with what stands before, it begins that much earlier.
                     let shared = prompt.iter().zip(&tokens).take_while(|(a, b)| a == b).count().max(1);
                     Ok(Path { answer: shared..tokens.len(), tokens })

@@ -60,13 +60,13 @@ impl WarmUpObserver for Notes {
     }
 
     fn step(&mut self, step: &TrainerStep, (accuracy, pairs): (f64, usize)) {
+        let held_out = if pairs == 0 { "none yet".to_owned() } else { format!("{:.1} % of {pairs}", 100.0 * accuracy) };
         self.tell(
             &format!(
-                "reward model step {:>3}  loss {:.4}  trained {:.1} %  held out {:.1} % of {pairs}  gradient {:.3}",
+                "reward model step {:>3}  loss {:.4}  trained {:.1} %  held out {held_out}  gradient {:.3}",
                 step.version,
                 step.loss,
                 100.0 * step.accuracy,
-                100.0 * accuracy,
                 step.gradient_norm
             ),
             json!({ "step": step.version, "loss": step.loss, "accuracy": step.accuracy, "held_out": accuracy,

@@ -50,7 +50,7 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
     let mut eos: Vec<u32> = id("eos").into_iter().chain(id("eot")).collect();
     eos.dedup();
     let special = Special { bos: id("bos"), eos, pad: id("padding"), unk: id("unknown") };
-    let description = if model == "gpt2" {
+    let mut description = if model == "gpt2" {
         let merges = strings(get("tokenizer.ggml.merges")?)?;
         let Pre { cut, normalizer, ignore_merges } = pre_tokenizer(get("tokenizer.ggml.pre")?.to_string()?)?;
         let mut description = byte_level_bpe(vocab, &merges, &added, &cut);
@@ -63,8 +63,31 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
         let prefix = metadata.get("tokenizer.ggml.add_space_prefix").map_or(Ok(true), Gguf::to_bool)?;
         scored_bpe(&tokens, &scores, id("unknown").map(|id| &tokens[id as usize]), &added, prefix)
     };
+    // llama.cpp's defaults, where the file does not say.
+    let opens = match metadata.get("tokenizer.ggml.add_bos_token") {
+        Some(opens) => opens.to_bool()?,
+        None => {
+            let pre = metadata.get("tokenizer.ggml.pre").and_then(|pre| pre.to_string().ok());
+            model == "llama" || pre.is_some_and(|pre| ["llama-bpe", "llama3", "llama-v3"].contains(&pre.as_str()))
+        }
+    };
+    if let Some(bos) = id("bos").filter(|_| opens) {
+        description["post_processor"] = opening(bos, &tokens[bos as usize]);
+    }
     let template = metadata.get("tokenizer.chat_template").map(Gguf::to_string).transpose()?.cloned();
     Tokenizer::from_json(&description, template, special)
+}
+
+/// Puts a token before each text, for those who ask for special tokens.
+fn opening(id: u32, token: &str) -> Value {
+    let special = json!({ "SpecialToken": { "id": token, "type_id": 0 } });
+    let text = |name: &str, kind: u32| json!({ "Sequence": { "id": name, "type_id": kind } });
+    json!({
+        "type": "TemplateProcessing",
+        "single": [special, text("A", 0)],
+        "pair": [special, text("A", 0), text("B", 1)],
+        "special_tokens": { token: { "id": token, "ids": [id], "tokens": [token] } },
+    })
 }
 
 /// The tokens that text is cut at, by GGUF's token types.
@@ -211,6 +234,7 @@ mod tests {
                 ("tokenizer.ggml.scores".into(), array("scores", |score| Gguf::F32(score.as_f64().unwrap() as f32))),
                 ("tokenizer.ggml.token_type".into(), array("types", |kind| Gguf::I32(kind.as_i64().unwrap() as i32))),
                 ("tokenizer.ggml.unknown_token_id".into(), Gguf::U32(0)),
+                ("tokenizer.ggml.bos_token_id".into(), Gguf::U32(1)),
                 ("tokenizer.ggml.eos_token_id".into(), Gguf::U32(2)),
             ]);
             if name == "gemma" {
@@ -223,6 +247,19 @@ mod tests {
                 assert_eq!(tokenizer.decode(&ids).unwrap(), case["decoded"], "{name}: {case}");
             }
             assert_eq!(tokenizer.encode("The</s>").unwrap().last(), Some(&2));
+            // Only a document begins with the token that begins documents, and with one alone; saved and read back, too.
+            let saved = tempfile::tempdir().unwrap();
+            tokenizer.save(saved.path()).unwrap();
+            let reread = Tokenizer::from_files(&ModelFiles::Directory(saved.path().to_owned())).unwrap();
+            metadata.insert("tokenizer.ggml.add_bos_token".into(), Gguf::Bool(false));
+            let plain = build(&metadata).unwrap();
+            let the = plain.encode("The").unwrap();
+            assert_eq!(plain.encode_document("The").unwrap(), the);
+            for tokenizer in [&tokenizer, &reread] {
+                assert_eq!(tokenizer.encode("The").unwrap(), the);
+                assert_eq!(tokenizer.encode_document("The").unwrap(), [&[1], the.as_slice()].concat());
+                assert_eq!(tokenizer.encode_document("<s>").unwrap(), [1]);
+            }
         }
     }
 

@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Pack, PackedAttention, Weights};
+use preceptor::ops::Gradients;
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -86,11 +87,16 @@ fn check_gradients(r: &Reference) {
     let weights = Weights(vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
     let model = Decoder::new(&r.config, &weights).unwrap();
     let (mut total, mut count) = (Tensor::new(0f32, &Device::Cpu).unwrap(), 0);
+    // Row by row, as the learner goes through a batch.
+    let params: Vec<(String, Var)> = vars.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
+    let mut accumulated = Gradients::new(&params).unwrap();
     for b in 0..4 {
         let (ids, _, _) = row(&r.values, "right", b);
         let pack = Pack::new(&ids[..1], &[&ids[1..]]);
         count += pack.targets.len();
-        total = (total + model.logprobs(&pack, 1.0).unwrap().0.sum_all().unwrap()).unwrap();
+        let sum = model.logprobs(&pack, 1.0).unwrap().0.sum_all().unwrap();
+        accumulated.add(&mut sum.neg().unwrap().backward().unwrap()).unwrap();
+        total = (total + sum).unwrap();
     }
     let nll = (total.neg().unwrap() / count as f64).unwrap();
     let expected = r.values["right.nll"].flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
@@ -103,10 +109,13 @@ fn check_gradients(r: &Reference) {
         let theirs = &theirs[&key.unwrap_or_else(|| panic!("no reference gradient for {name}"))];
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let norm = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-        let (ours, theirs) = (flat(&ours.contiguous().unwrap()), flat(theirs));
-        let gap: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| a - b).collect();
-        let error = norm(&gap) / norm(&theirs);
-        assert!(error < 1e-4, "{name} of {}: relative gradient error {error}", r.name);
+        let (whole, theirs) = (flat(&ours.contiguous().unwrap()), flat(theirs));
+        let by_rows = flat(&(accumulated.get(name).unwrap() / count as f64).unwrap());
+        for (how, ours) in [("one batch", whole), ("accumulated", by_rows)] {
+            let gap: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| a - b).collect();
+            let error = norm(&gap) / norm(&theirs);
+            assert!(error < 1e-4, "{name} of {}, {how}: relative gradient error {error}", r.name);
+        }
     }
 }
 
