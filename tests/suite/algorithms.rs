@@ -362,7 +362,8 @@ fn online_dpo_agrees_with_the_reference() {
 #[test]
 fn the_distance_in_the_reward_is_that_of_the_weights_the_batch_arrived_at() {
     let [behaviour, proximal, reference] = [-1.0, -2.0, -1.5].map(|logprob| vec![vec![logprob]]);
-    let group = GroupView { rewards: &[1.0], reference: &reference, proximal: &proximal, ..view(&behaviour, &proximal) };
+    let group =
+        GroupView { rewards: &[1.0], reference: &reference, proximal: &proximal, ..view(&behaviour, &proximal) };
     let kl = Kl { coef: 0.1, estimator: Estimator::K1, place: Place::Reward };
     assert!((group.returns(&kl)[0] - 0.95).abs() < 1e-12);
     assert!((group.token_rewards(&kl)[0][0] - 0.95).abs() < 1e-12);
