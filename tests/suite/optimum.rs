@@ -2,7 +2,7 @@
 //! find it on old ones.
 //!
 //! The policy is a table of logits, one row per place in the sequence and token before it, so that what it is worth can
-//! be summed up exactly. Samples are those of the weights exactly `eta` steps ago. The table that README shows:
+//! be summed up exactly. Samples are those of the weights exactly `eta` steps ago. The table that benches/README.md shows:
 //!
 //! ```text
 //! cargo test --release --test suite optimum -- --nocapture
