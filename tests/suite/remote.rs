@@ -165,7 +165,7 @@ fn a_judge_that_is_down_for_a_while_is_waited_for() {
 
 #[test]
 fn no_more_requests_are_in_flight_than_allowed() {
-    let mock = MockJudge::start(|_, _, _| Act::Slow(Duration::from_millis(20), Box::new(good())));
+    let mock = MockJudge::start(|_, _, _| Act::Slow(Duration::from_millis(200), Box::new(good())));
     let remote = Remote::new(RemoteJudge { concurrency: 3, ..judge(&mock) }).unwrap();
     let replies = remote.weigh(&vec![ask(&["1", "2"]); 12], &mut Usage::default());
     assert!(replies.iter().all(Result::is_ok));
