@@ -1,17 +1,30 @@
-//! Tokens per second of the model's three uses: sampling, scoring, and a gradient. A model of 4 M parameters from
-//! scratch, on one thread.
+//! Tokens per second of what a model does: sampling at several widths, scoring a group, its gradient, and an optimizer
+//! step. Random weights; the time does not depend on what they are. One thread, unless PRECEPTOR_BENCH_THREADS says
+//! otherwise.
 //!
-//!     cargo bench --bench model
+//!     cargo bench --bench model              # both sizes
+//!     cargo bench --bench model -- tiny      # 4.0 M parameters
+//!     cargo bench --bench model -- smollm2   # the shape of SmolLM2-135M
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use candle_core::{Device, Var};
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use candle_core::Device;
+use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
+use preceptor::ops::{AdamW, AdamWConfig, Gradients};
+use rayon::ThreadPool;
 
-fn shape() -> ModelConfig {
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+const GROUP: usize = 8;
+const PROMPT: usize = 64;
+const ANSWER: usize = 64;
+
+fn tiny() -> ModelConfig {
     ModelConfig {
         hidden_size: 256,
         intermediate_size: 704,
@@ -25,41 +38,79 @@ fn shape() -> ModelConfig {
     }
 }
 
-fn model(criterion: &mut Criterion) {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool of one thread");
-    let config = shape();
-    let weights = Weights::scratch(&config, 0.02, 1, &Device::Cpu).expect("weights");
-    let vars: Vec<(String, Var)> =
-        weights.0.iter().map(|(name, tensor)| (name.clone(), Var::from_tensor(tensor).expect("a variable"))).collect();
-    let weights = Weights(vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
-    let model = Arc::new(Decoder::new(&config, &weights).expect("a model"));
-    let prompt: Vec<u32> = (0..64).collect();
-    let completions: Vec<Vec<u32>> = (0..8).map(|k| (0..64).map(|i| (i * 61 + k) % 4096).collect()).collect();
+fn smollm2() -> ModelConfig {
+    ModelConfig {
+        hidden_size: 576,
+        intermediate_size: 1536,
+        layers: 30,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        vocab_size: 49_152,
+        context: 2048,
+        ..ModelConfig::llama()
+    }
+}
+
+fn benches(criterion: &mut Criterion) {
+    preceptor::process::prepare();
+    let threads = std::env::var("PRECEPTOR_BENCH_THREADS").map_or(1, |n| n.parse().expect("a number of threads"));
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+    for (name, config) in [("tiny", tiny()), ("smollm2", smollm2())] {
+        let mut group = criterion.benchmark_group(name);
+        group.sample_size(10).sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(10));
+        size(&mut group, &config, &pool);
+        group.finish();
+    }
+}
+
+fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config: &ModelConfig, pool: &ThreadPool) {
+    let weights = Weights::scratch(config, 0.02, 1, &Device::Cpu).expect("weights");
+    let frozen = Arc::new(Decoder::new(config, &weights).expect("a model"));
+    let word = |i: usize| (i * 61 % config.vocab_size) as u32;
+    let prompt: Vec<u32> = (0..PROMPT).map(word).collect();
+    let completions: Vec<Vec<u32>> =
+        (0..GROUP).map(|k| (0..ANSWER).map(|i| word(PROMPT + i * GROUP + k)).collect()).collect();
     let pack = Pack::new(&prompt, &completions);
 
-    let mut group = criterion.benchmark_group("group of 8, 64 + 64 tokens");
-    group.sample_size(10);
-    group.throughput(Throughput::Elements(8 * 64));
-    group.bench_function("sample", |b| {
-        let sampling = Sampling { temperature: 0.9, max_new_tokens: 64, eos: vec![], ..Sampling::default() };
-        b.iter(|| {
-            let request = Request { prompt: &prompt, prefix: None, seeds: (0..8).collect() };
-            pool.install(|| generate(&mut Fixed(Arc::clone(&model)), &[request], &sampling).expect("completions"))
+    for width in [1, 8, 32] {
+        group.throughput(Throughput::Elements((width * ANSWER) as u64));
+        group.bench_function(format!("sample {width}"), |b| {
+            let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
+            b.iter(|| {
+                let requests: Vec<Request> = (0..width.div_ceil(GROUP))
+                    .map(|_| Request { prompt: &prompt, prefix: None, seeds: (0..width.min(GROUP) as u64).collect() })
+                    .collect();
+                pool.install(|| generate(&mut Fixed(Arc::clone(&frozen)), &requests, &sampling).expect("completions"))
+            });
         });
-    });
+    }
+    group.throughput(Throughput::Elements((GROUP * ANSWER) as u64));
     group.bench_function("score", |b| {
-        b.iter(|| pool.install(|| model.logprobs(&pack, 1.0).expect("log-probabilities").0.to_vec1::<f32>()));
+        b.iter(|| pool.install(|| frozen.logprobs(&pack, 1.0).expect("log-probabilities").0.to_vec1::<f32>()));
     });
+    let (model, params) = frozen.trainable(true).expect("variables");
+    let mut gradients = Gradients::new(&params).expect("accumulators");
+    let mut optimizer = AdamW::new(params, AdamWConfig::default()).expect("moments");
     group.bench_function("gradient", |b| {
         b.iter(|| {
             pool.install(|| {
                 let (logprobs, _) = model.logprobs(&pack, 1.0).expect("log-probabilities");
-                logprobs.sum_all().and_then(|sum| sum.backward()).expect("a gradient")
+                let mut store = logprobs.sum_all().and_then(|sum| sum.backward()).expect("a gradient");
+                gradients.add(&mut store).expect("a sum")
             })
         });
     });
-    group.finish();
+    group.throughput(Throughput::Elements(weights.parameters() as u64));
+    group.bench_function("optimizer", |b| {
+        b.iter(|| {
+            pool.install(|| {
+                gradients.global_norm().expect("a norm");
+                optimizer.step(&gradients, 1e-6, 1.0).expect("a step");
+            })
+        });
+    });
 }
 
-criterion_group!(benches, model);
-criterion_main!(benches);
+criterion_group!(model, benches);
+criterion_main!(model);

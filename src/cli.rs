@@ -67,7 +67,7 @@ impl ConfigArgs {
 
 /// Parses the command line and runs it.
 pub fn main() -> ExitCode {
-    prepare_process();
+    crate::process::prepare();
     let cli = Cli::parse();
     if let Err(error) = start_log(&cli.log) {
         eprintln!("error: {error:#}");
@@ -87,18 +87,6 @@ pub fn main() -> ExitCode {
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
-        }
-    }
-}
-
-/// Settings that must stand before the first tensor and the first thread.
-fn prepare_process() {
-    // Elementwise operations of candle share one process-wide pool, where two actors would queue for each
-    // other; one thread each keeps them apart. Matrix products run on the pool of the actor that asks.
-    for (name, value) in [("CANDLE_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", "2")] {
-        if std::env::var_os(name).is_none() {
-            // SAFETY: no other thread runs yet.
-            unsafe { std::env::set_var(name, value) };
         }
     }
 }

@@ -22,6 +22,7 @@ pub mod model;
 pub mod nearest;
 pub mod ops;
 pub mod prepare;
+pub mod process;
 pub mod progress;
 pub mod remote;
 pub mod reward;
