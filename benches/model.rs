@@ -14,7 +14,7 @@ use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, criterion_g
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
-use preceptor::ops::{AdamW, AdamWConfig, Gradients};
+use preceptor::ops::{AdamW, AdamWConfig, Gradients, backward};
 use rayon::ThreadPool;
 
 #[global_allocator]
@@ -96,8 +96,8 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
         b.iter(|| {
             pool.install(|| {
                 let (logprobs, _) = model.logprobs(&pack, 1.0).expect("log-probabilities");
-                let mut store = logprobs.sum_all().and_then(|sum| sum.backward()).expect("a gradient");
-                gradients.add(&mut store).expect("a sum")
+                let loss = logprobs.sum_all().expect("a loss");
+                backward(&loss, &mut [&mut gradients]).expect("a gradient")
             })
         });
     });

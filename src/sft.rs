@@ -7,6 +7,7 @@ use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResu
 
 use crate::learn::TrainState;
 use crate::model::Pack;
+use crate::ops;
 use crate::rollout::Prompt;
 use crate::telemetry;
 use crate::tokens::Tokenizer;
@@ -44,8 +45,7 @@ impl FineTune {
         let pack = Pack::new(&prompt.ids, &[ids]);
         let (logprobs, _) = state.model.logprobs(&pack, 1.0)?;
         let loss = -logprobs.to_vec1::<f32>()?.iter().map(|p| f64::from(*p)).sum::<f64>();
-        let mut store = logprobs.sum_all()?.neg()?.backward()?;
-        state.gradients.add(&mut store)?;
+        ops::backward(&logprobs.sum_all()?.neg()?, &mut [&mut state.gradients])?;
         Ok((loss, pack.targets.len()))
     }
 }

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Pack, PackedAttention, Weights};
-use preceptor::ops::Gradients;
+use preceptor::ops::{Gradients, backward};
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -56,7 +56,7 @@ fn logits_and_logprobs_agree_with_the_reference() {
         for b in 0..4 {
             let (ids, positions, columns) = row(&r.values, side, b);
             let pack = Pack::prefill(&ids);
-            let mut attention = PackedAttention::new(&pack, &Device::Cpu).unwrap();
+            let mut attention = PackedAttention::new(&pack);
             let hidden = r.model.hidden(&ids, &positions, &mut attention).unwrap();
             let logits = r.model.logits(&hidden).unwrap().to_vec2::<f32>().unwrap();
             let expected = r.values[&format!("{side}.logits")].get(b).unwrap().to_vec2::<f32>().unwrap();
@@ -95,7 +95,7 @@ fn check_gradients(r: &Reference) {
         let pack = Pack::new(&ids[..1], &[&ids[1..]]);
         count += pack.targets.len();
         let sum = model.logprobs(&pack, 1.0).unwrap().0.sum_all().unwrap();
-        accumulated.add(&mut sum.neg().unwrap().backward().unwrap()).unwrap();
+        backward(&sum.neg().unwrap(), &mut [&mut accumulated]).unwrap();
         total = (total + sum).unwrap();
     }
     let nll = (total.neg().unwrap() / count as f64).unwrap();

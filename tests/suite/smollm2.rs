@@ -30,7 +30,7 @@ fn smollm2_agrees_with_the_reference() {
     let (prompt, all) = (ids("prompt_ids"), ids("greedy_ids"));
 
     let pack = Pack::prefill(&all);
-    let mut attention = PackedAttention::new(&pack, &Device::Cpu).unwrap();
+    let mut attention = PackedAttention::new(&pack);
     let hidden = model.hidden(&pack.ids, &pack.positions, &mut attention).unwrap();
     let logits = model.logits(&hidden).unwrap();
     let worst = max_abs_difference(&floats(&logits.get(all.len() - 1).unwrap()), &floats(&values["last_logits"]));
