@@ -79,9 +79,9 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
             let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
             b.iter(|| {
                 let requests: Vec<Request> = (0..width.div_ceil(GROUP))
-                    .map(|_| Request { prompt: &prompt, prefix: None, seeds: (0..width.min(GROUP) as u64).collect() })
+                    .map(|_| Request::new(&prompt, (0..width.min(GROUP) as u64).collect()))
                     .collect();
-                pool.install(|| generate(&mut Fixed(Arc::clone(&frozen)), &requests, &sampling).expect("completions"))
+                pool.install(|| generate(&mut Fixed(Arc::clone(&frozen)), requests, &sampling).expect("completions"))
             });
         });
     }

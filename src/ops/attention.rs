@@ -301,7 +301,7 @@ fn scale_and_cap<FMA>(scores: &mut [f32], scale: f32, cap: Option<f32>) {
 
 vectorised! {
 /// Turns scores into their softmax; returns ln Σ e^score.
-fn softmax<FMA>(scores: &mut [f32]) -> f32 {
+pub(super) fn softmax<FMA>(scores: &mut [f32]) -> f32 {
     let max = inline_max(scores);
     // All −∞ would give NaN below; a NaN among the scores must, and does.
     let max = if max == f32::NEG_INFINITY { 0.0 } else { max };

@@ -49,8 +49,8 @@ fn smollm2_agrees_with_the_reference() {
     let new = all.len() - prompt.len();
     let sampling =
         Sampling { temperature: 0.0, max_new_tokens: new, eos: model.config().eos.clone(), ..Sampling::default() };
-    let request = Request { prompt: &prompt, prefix: None, seeds: vec![0] };
-    let sampled = generate(&mut Fixed(Arc::new(model)), &[request], &sampling).unwrap().concat().remove(0);
+    let request = Request::new(&prompt, vec![0]);
+    let sampled = generate(&mut Fixed(Arc::new(model)), vec![request], &sampling).unwrap().concat().remove(0);
     assert_eq!(sampled.ids, all[prompt.len()..]);
 }
 
