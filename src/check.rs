@@ -39,9 +39,13 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     // The reference is there whole; of the policy, what learns.
     let weights = 4.0 * (parameters + trained * f64::from(copies) + judges + reward_model);
     let tokens = prepared.data.longest() + config.rollout.group_size * config.rollout.max_new_tokens;
-    let activations = 4.0
-        * tokens as f64
-        * (shape.layers * (12 * shape.hidden_size + 4 * shape.intermediate_size + 2 * shape.heads * tokens)) as f64;
+    let layer = 12 * shape.hidden_size + 4 * shape.intermediate_size;
+    let kept = if config.learner.activation_checkpointing {
+        shape.layers * shape.hidden_size + layer
+    } else {
+        shape.layers * layer
+    };
+    let activations = 4.0 * (tokens * kept) as f64;
     let free = prepared.data.len() as f64;
     let groups = config.run.steps * config.learner.batch_groups;
     Ok(vec![

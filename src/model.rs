@@ -12,6 +12,7 @@ pub mod config;
 pub mod decoder;
 pub mod export;
 pub mod family;
+mod layer;
 pub mod lora;
 pub mod pack;
 pub mod rope;

@@ -100,7 +100,7 @@ pub fn prepare(config: &Config, progress: bool) -> Result<Prepared> {
 }
 
 fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
-    let (model, tokenizer, origin) = match &config.policy.model {
+    let (mut model, tokenizer, origin) = match &config.policy.model {
         PolicyModel::Scratch(scratch) => {
             let tokenizer = Tokenizer::bytes();
             let shape = scratch_shape(scratch, &tokenizer);
@@ -112,6 +112,7 @@ fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
             load(reference, device, timeout(config), progress).context("policy.model cannot be loaded")?
         }
     };
+    model.checkpoint_activations(config.learner.activation_checkpointing);
     let identity = model.weights().fingerprint()?;
     Ok(Policy { model: Arc::new(model), identity, tokenizer, origin })
 }
@@ -225,14 +226,16 @@ fn judge(
 }
 
 fn reward_start(config: &Config, reference: &ModelRef, device: &Device, progress: bool) -> Result<RewardStart> {
-    if let [Candidate::Path(dir)] = reference.0.as_slice()
+    let (mut model, head) = if let [Candidate::Path(dir)] = reference.0.as_slice()
         && ModelConfig::from_directory_as(dir, Head::Scalar).is_ok()
     {
         let opened = RewardModel::open(dir, device)?;
-        return Ok(RewardStart { model: opened.model, head: Some(opened.head) });
-    }
-    let (model, _, _) = load(reference, device, timeout(config), progress)?;
-    Ok(RewardStart { model, head: None })
+        (opened.model, Some(opened.head))
+    } else {
+        (load(reference, device, timeout(config), progress)?.0, None)
+    };
+    model.checkpoint_activations(config.learner.activation_checkpointing);
+    Ok(RewardStart { model, head })
 }
 
 fn data(config: &Config, tokenizer: &Tokenizer, context: usize) -> Result<Dataset> {

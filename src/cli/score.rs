@@ -44,7 +44,7 @@ impl Score {
         let context = model.config().context;
         let length = prefix.len() + scored.len();
         ensure!(length <= context, "the text has {length} tokens, the model's context is {context}; shorten it");
-        let logprobs = model.logprobs(&Pack::new(prefix, &[scored]), 1.0)?.0.to_vec1::<f32>()?;
+        let logprobs = model.score(&Pack::new(prefix, &[scored]), &[1.0])?.concat();
         let mean = logprobs.iter().map(|p| f64::from(*p)).sum::<f64>() / logprobs.len() as f64;
         let perplexity = (-mean).exp();
         if self.json {

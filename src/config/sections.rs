@@ -349,6 +349,9 @@ pub struct Learner {
     pub mask_ratio: f64,
     /// Steps in a row without a finite gradient that end the run. Default 3.
     pub max_nonfinite_steps: u32,
+    /// Keep of the forward pass only what goes into each layer, and compute the rest again in the backward: a third more
+    /// time for a small part of the memory, for models that would not fit otherwise. Default false.
+    pub activation_checkpointing: bool,
 }
 
 /// The learner's algorithm.

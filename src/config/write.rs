@@ -207,6 +207,7 @@ impl Config {
             ("truncation", Value::Float(learner.truncation)),
             ("mask_ratio", Value::Float(learner.mask_ratio)),
             ("max_nonfinite_steps", whole(u64::from(learner.max_nonfinite_steps))),
+            ("activation_checkpointing", Value::Boolean(learner.activation_checkpointing)),
         ])
     }
 

@@ -35,16 +35,10 @@ impl Labeler for Likelihood {
         let completions: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
         let model = &self.judge.model;
         let given = Pack::new(&group.prompt.ids, &completions);
-        let hidden = model.predicting(&given)?;
-        let logits = model.logits(&hidden)?;
-        let at = |temperature: f64| -> Result<Vec<Vec<f32>>> {
-            let (logprobs, _) = crate::ops::token_logprobs(&logits, &given.targets, temperature)?;
-            Ok(given.split(&logprobs.to_vec1()?))
-        };
-        let with = at(1.0)?;
-        let logprobs = if self.temperature == 1.0 { with.clone() } else { at(self.temperature)? };
+        let [with, logprobs] = model.score(&given, &[1.0, self.temperature])?.try_into().expect("one for each");
+        let (with, logprobs) = (given.split(&with), given.split(&logprobs));
         let alone = Pack::new(&group.prompt.blank, &completions);
-        let without = alone.split(&model.logprobs(&alone, 1.0)?.0.to_vec1()?);
+        let without = alone.split(&model.score(&alone, &[1.0])?.concat());
         let scores = with.iter().zip(&without).map(|(with, without)| self.score(with, without)).collect();
         let prompt_tokens = (given.len() + alone.len()) as u64;
         let usage = Usage { requests: completions.len() as u64, prompt_tokens, ..Usage::default() };

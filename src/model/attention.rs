@@ -37,7 +37,12 @@ pub struct PackedAttention {
 impl PackedAttention {
     /// For a training or scoring pass over `pack`.
     pub fn new(pack: &Pack) -> Self {
-        Self { mask: Arc::new(pack.mask()), kept: None }
+        Self::within(&Arc::new(pack.mask()))
+    }
+
+    /// The same, given the pack's mask.
+    pub(super) fn within(mask: &Arc<TreeMask>) -> Self {
+        Self { mask: Arc::clone(mask), kept: None }
     }
 
     /// As [`Self::new`], and keeps each layer's keys and values for a cache.

@@ -4,6 +4,8 @@ use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
 use serde_json::{Value as Json, json};
 
+use super::config::ModelConfig;
+
 /// How the rotary frequencies θ^(−2i/hd) are scaled.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scaling {
@@ -101,22 +103,53 @@ impl Scaling {
     }
 }
 
-/// cos and sin `[context, hd/2]` of position · θ^(−2i/hd) (Su et al. 2021, eq. 15), scaled.
-///
-/// # Errors
-/// When the device has no room.
-pub fn tables(
-    context: usize,
-    head_dim: usize,
-    theta: f64,
-    scaling: Scaling,
-    device: &Device,
-) -> Result<(Tensor, Tensor)> {
-    let half = head_dim / 2;
-    let frequencies: Vec<f32> =
-        (0..half).map(|i| scaling.scaled(1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32).collect();
-    let angles: Vec<f32> =
-        (0..context).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f)).collect();
-    let angles = Tensor::from_vec(angles, (context, half), device)?;
-    Ok((angles.cos()?, angles.sin()?))
+/// A model's rotary frequencies.
+#[derive(Debug)]
+pub(super) struct Frequencies {
+    whole: Vec<f32>,
+    /// Of layers with a window, where these have frequencies of their own.
+    local: Option<Vec<f32>>,
+}
+
+/// cos and sin `[T, hd/2]` of some tokens' angles.
+#[derive(Debug)]
+pub(super) struct Angles {
+    whole: (Tensor, Tensor),
+    local: Option<(Tensor, Tensor)>,
+}
+
+impl Frequencies {
+    pub(super) fn new(config: &ModelConfig) -> Self {
+        let half = config.head_dim / 2;
+        let of = |theta: f64, scaling: Scaling| {
+            let frequency = |i: usize| scaling.scaled(1.0 / theta.powf(2.0 * i as f64 / config.head_dim as f64));
+            (0..half).map(|i| frequency(i) as f32).collect()
+        };
+        Self {
+            whole: of(config.rope_theta, config.rope_scaling),
+            local: config.local_rope_theta.map(|theta| of(theta, Scaling::None)),
+        }
+    }
+
+    /// position · θ^(−2i/hd) (Su et al. 2021, eq. 15), scaled, of tokens at `positions`.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub(super) fn at(&self, positions: &[u32], device: &Device) -> candle_core::Result<Angles> {
+        let of = |frequencies: &Vec<f32>| {
+            let angle = |position: &u32, f: &f32| *position as f32 * f;
+            let angles: Vec<f32> =
+                positions.iter().flat_map(|position| frequencies.iter().map(move |f| angle(position, f))).collect();
+            let angles = Tensor::from_vec(angles, (positions.len(), frequencies.len()), device)?;
+            candle_core::Result::Ok((angles.cos()?, angles.sin()?))
+        };
+        Ok(Angles { whole: of(&self.whole)?, local: self.local.as_ref().map(of).transpose()? })
+    }
+}
+
+impl Angles {
+    /// Of a layer, with a window or not.
+    pub(super) fn of(&self, windowed: bool) -> &(Tensor, Tensor) {
+        self.local.as_ref().filter(|_| windowed).unwrap_or(&self.whole)
+    }
 }

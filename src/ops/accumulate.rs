@@ -1,7 +1,8 @@
 //! Gradients summed over micro-batches in buffers that are allocated once.
 
 use super::{PARALLEL_FROM, elements, elements_mut, is_fused, tensor_elements};
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, TensorId, Var};
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, TensorId, Var, bail};
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -71,17 +72,18 @@ impl Gradients {
 pub fn backward(loss: &Tensor, accumulators: &mut [&mut Gradients]) -> Result<usize> {
     let buffers = || accumulators.iter().flat_map(|one| &one.buffers);
     let sums = buffers().filter(|one| is_fused(&one.sum)).map(|one| (one.param.id(), one.sum.clone()));
-    let open = Open::with(sums.collect());
+    let params = buffers().map(|one| one.param.clone()).collect();
+    let open = Open::with(Sinks { sums: sums.collect(), params, ..Sinks::default() });
     let mut store = loss.backward()?;
-    let reached = open.close();
-    let mut found = reached.len();
+    let Sinks { mut reached, mut absorbed, .. } = open.close();
     for buffer in accumulators.iter_mut().flat_map(|one| &mut one.buffers) {
-        if let Some(grad) = store.remove(&buffer.param) {
-            found += usize::from(!reached.contains(&buffer.param.id()));
+        let id = buffer.param.id();
+        for grad in store.remove(&buffer.param).into_iter().chain(absorbed.remove(&id).into_iter().flatten()) {
+            reached.insert(id);
             buffer.add(&grad)?;
         }
     }
-    Ok(found)
+    Ok(reached.len())
 }
 
 impl Buffer {
@@ -99,23 +101,29 @@ thread_local! {
     static SINKS: RefCell<Option<Sinks>> = const { RefCell::new(None) };
 }
 
+#[derive(Default)]
 struct Sinks {
+    /// Accumulators that can be added to in place.
     sums: HashMap<TensorId, Tensor>,
+    /// Those that something was added to.
     reached: HashSet<TensorId>,
+    /// All parameters.
+    params: Vec<Var>,
+    /// Gradients that passes within this one found, and candle was not told of.
+    absorbed: HashMap<TensorId, Vec<Tensor>>,
 }
 
 /// Accumulators that are open to operations; closed when it goes, by an error or a panic too.
 struct Open;
 
 impl Open {
-    fn with(sums: HashMap<TensorId, Tensor>) -> Self {
-        SINKS.set(Some(Sinks { sums, reached: HashSet::new() }));
+    fn with(sinks: Sinks) -> Self {
+        SINKS.set(Some(sinks));
         Self
     }
 
-    /// The parameters that something was added for.
-    fn close(self) -> HashSet<TensorId> {
-        SINKS.take().map(|sinks| sinks.reached).unwrap_or_default()
+    fn close(self) -> Sinks {
+        SINKS.take().unwrap_or_default()
     }
 }
 
@@ -123,6 +131,26 @@ impl Drop for Open {
     fn drop(&mut self) {
         SINKS.set(None);
     }
+}
+
+/// Takes the parameters' gradients out of the store of a pass that runs within [`backward`].
+pub(super) fn absorb(store: &mut GradStore) -> Result<()> {
+    SINKS.with_borrow_mut(|sinks| {
+        let Some(Sinks { sums, reached, params, absorbed }) = sinks else {
+            bail!("activation checkpointing needs ops::backward; a backward pass alone loses gradients")
+        };
+        for param in params.iter() {
+            let (Some(grad), id) = (store.remove(param), param.id()) else { continue };
+            match sums.get(&id).filter(|_| is_fused(&grad)) {
+                Some(sum) => {
+                    reached.insert(id);
+                    add_in_place(sum, &grad.contiguous()?)?;
+                }
+                None => absorbed.entry(id).or_default().push(grad.detach()),
+            }
+        }
+        Ok(())
+    })
 }
 
 /// Where an operation adds a parameter's gradient, in place.

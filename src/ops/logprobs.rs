@@ -5,7 +5,7 @@ use super::linear::AddTransposedTimes;
 use super::product::{times, times_transposed};
 use super::vector::{LANES, exp, inline_max, total, vectorised};
 use super::{composite_dtype, elements, fill_rows, is_fused, tensor_elements};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 /// Elements of the logits that [`linear_logprobs`] holds at a time (32 MiB).
@@ -66,16 +66,35 @@ pub fn linear_logprobs(
     }
     check(rows, vocabulary, targets, temperature)?;
     let (hidden, head) = (hidden.contiguous()?, head.contiguous()?);
-    let op = LinearLogprobs {
-        hidden: hidden.detach(),
-        head: head.detach(),
-        targets: targets.to_vec(),
-        inverse: (1.0 / temperature) as f32,
-        cap: cap.map(|cap| cap as f32),
-        chunk: (CHUNK_ELEMENTS / vocabulary.max(1)).clamp(16, 1024),
-    };
-    let stats = hidden.apply_op2(&head, op)?;
+    let stats = hidden.apply_op2(&head, LinearLogprobs::new(&hidden, &head, cap, targets, temperature)?)?;
     Ok((stats.get(0)?, stats.get(1)?))
+}
+
+/// The log-probabilities `[N]` of [`linear_logprobs`] at each of several temperatures, for one product; no gradient.
+pub fn linear_logprobs_at(
+    hidden: &Tensor,
+    head: &Tensor,
+    cap: Option<f64>,
+    targets: &[u32],
+    temperatures: &[f64],
+) -> Result<Vec<Vec<f32>>> {
+    let (hidden, head) = (hidden.detach(), head.detach());
+    if !(is_fused(&hidden) && is_fused(&head)) {
+        let logits = softcap(&hidden.matmul(&head.t()?)?, cap)?;
+        let at = |temperature: &f64| token_logprobs(&logits, targets, *temperature)?.0.to_dtype(DType::F32)?.to_vec1();
+        return temperatures.iter().map(at).collect();
+    }
+    let (rows, vocabulary) = (hidden.dim(0)?, head.dim(0)?);
+    temperatures.iter().try_for_each(|temperature| check(rows, vocabulary, targets, *temperature))?;
+    let op = LinearLogprobs::new(&hidden.contiguous()?, &head.contiguous()?, cap, targets, 1.0)?;
+    let mut out = vec![Vec::with_capacity(rows); temperatures.len()];
+    op.chunks(|logits, _, _, targets| {
+        for (out, temperature) in out.iter_mut().zip(temperatures) {
+            out.extend(rows_of(logits, targets, (1.0 / temperature) as f32).iter().map(|row| row.logprob));
+        }
+        Ok(())
+    })?;
+    Ok(out)
 }
 
 /// `ln Σ e^(row · inv_t)`, with `inv_t` the inverse temperature (positive). −∞ for a row of −∞.
@@ -216,6 +235,17 @@ struct LinearLogprobs {
 }
 
 impl LinearLogprobs {
+    fn new(hidden: &Tensor, head: &Tensor, cap: Option<f64>, targets: &[u32], temperature: f64) -> Result<Self> {
+        Ok(Self {
+            hidden: hidden.detach(),
+            head: head.detach(),
+            targets: targets.to_vec(),
+            inverse: (1.0 / temperature) as f32,
+            cap: cap.map(|cap| cap as f32),
+            chunk: (CHUNK_ELEMENTS / head.dim(0)?.max(1)).clamp(16, 1024),
+        })
+    }
+
     /// Calls `each` with the logits of one chunk after the other, its hidden states, its first row and its targets. All
     /// chunks share one buffer.
     fn chunks(&self, mut each: impl FnMut(&mut [f32], &[f32], usize, &[u32]) -> Result<()>) -> Result<()> {
@@ -390,6 +420,18 @@ mod tests {
 
     fn targets(rows: usize, vocabulary: usize) -> Vec<u32> {
         (0..rows).map(|i| ((i * 7 + 3) % vocabulary) as u32).collect()
+    }
+
+    #[test]
+    fn several_temperatures_share_one_product() {
+        let (hidden, head, targets) = (values(1, &[70, 12]), values(2, &[40, 12]), vec![7u32; 70]);
+        for cap in [None, Some(3.0)] {
+            let both = linear_logprobs_at(&hidden, &head, cap, &targets, &[1.0, 0.6]).unwrap();
+            for (got, temperature) in both.iter().zip([1.0, 0.6]) {
+                let (want, _) = linear_logprobs(&hidden, &head, cap, &targets, temperature).unwrap();
+                assert_eq!(*got, want.to_vec1::<f32>().unwrap(), "at {temperature}");
+            }
+        }
     }
 
     #[test]

@@ -116,7 +116,7 @@ impl<I> RewardStage<I> {
         }
         let completions: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
         let pack = Pack::new(&group.prompt.ids, &completions);
-        Ok(pack.split(&self.reference.logprobs(&pack, self.temperature)?.0.to_vec1()?))
+        Ok(pack.split(&self.reference.score(&pack, &[self.temperature])?.concat()))
     }
 }
 

@@ -89,13 +89,17 @@ fn check_gradients(r: &Reference) {
     let (mut total, mut count) = (Tensor::new(0f32, &Device::Cpu).unwrap(), 0);
     // Row by row, as the learner goes through a batch.
     let params: Vec<(String, Var)> = vars.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
-    let mut accumulated = Gradients::new(&params).unwrap();
+    let (mut accumulated, mut again) = (Gradients::new(&params).unwrap(), Gradients::new(&params).unwrap());
+    let mut checkpointed = model.clone();
+    checkpointed.checkpoint_activations(true);
     for b in 0..4 {
         let (ids, _, _) = row(&r.values, "right", b);
         let pack = Pack::new(&ids[..1], &[&ids[1..]]);
         count += pack.targets.len();
         let sum = model.logprobs(&pack, 1.0).unwrap().0.sum_all().unwrap();
-        backward(&sum.neg().unwrap(), &mut [&mut accumulated]).unwrap();
+        assert_eq!(backward(&sum.neg().unwrap(), &mut [&mut accumulated]).unwrap(), params.len());
+        let same = checkpointed.logprobs(&pack, 1.0).unwrap().0.sum_all().unwrap();
+        assert_eq!(backward(&same.neg().unwrap(), &mut [&mut again]).unwrap(), params.len());
         total = (total + sum).unwrap();
     }
     let nll = (total.neg().unwrap() / count as f64).unwrap();
@@ -110,8 +114,9 @@ fn check_gradients(r: &Reference) {
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let norm = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
         let (whole, theirs) = (flat(&ours.contiguous().unwrap()), flat(theirs));
-        let by_rows = flat(&(accumulated.get(name).unwrap() / count as f64).unwrap());
-        for (how, ours) in [("one batch", whole), ("accumulated", by_rows)] {
+        let [by_rows, again] =
+            [&accumulated, &again].map(|sums| flat(&(sums.get(name).unwrap() / count as f64).unwrap()));
+        for (how, ours) in [("one batch", whole), ("accumulated", by_rows), ("checkpointed", again)] {
             let gap: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| a - b).collect();
             let error = norm(&gap) / norm(&theirs);
             assert!(error < 1e-4, "{name} of {}, {how}: relative gradient error {error}", r.name);

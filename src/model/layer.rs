@@ -1,0 +1,152 @@
+//! One layer of a decoder: attention, then the gated feed-forward layer, each added to the stream.
+
+use candle_core::{Result, Tensor};
+use std::sync::Arc;
+
+use super::attention::{Attend, Scope};
+use super::config::ModelConfig;
+use super::lora::{Adapter, Lora};
+use super::rope::Angles;
+use super::weights::Weights;
+use crate::ops;
+
+/// A layer's tensors, and where it stands.
+#[derive(Debug)]
+pub(super) struct Layer {
+    config: Arc<ModelConfig>,
+    index: usize,
+    window: Option<usize>,
+    attention_norm: Tensor,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    o: Linear,
+    /// After attention, before its result joins the stream.
+    attended_norm: Option<Tensor>,
+    feed_forward_norm: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    /// After the feed-forward layer, likewise.
+    fed_norm: Option<Tensor>,
+}
+
+/// A matrix `[out, in]` that rows are multiplied with, and its adapter.
+#[derive(Debug)]
+struct Linear {
+    weight: Tensor,
+    adapter: Option<Adapter>,
+}
+
+/// What makes queries, keys or values of a hidden state.
+#[derive(Debug)]
+struct Projection {
+    weight: Linear,
+    bias: Option<Tensor>,
+    /// Weight of the norm over each head.
+    norm: Option<Tensor>,
+}
+
+impl Layer {
+    /// Layer `index` from weights under their Hugging Face names.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing or has the wrong shape.
+    pub(super) fn new(
+        index: usize,
+        config: &Arc<ModelConfig>,
+        weights: &Weights,
+        lora: Option<&Lora>,
+    ) -> anyhow::Result<Self> {
+        let (d, hd) = (config.hidden_size, config.head_dim);
+        let (q, kv, ffn) = (config.heads * hd, config.kv_heads * hd, config.intermediate_size);
+        let named = |name: &str, shape: &[usize]| weights.get(&format!("model.layers.{index}.{name}"), shape);
+        let get = |name: &str, shape: &[usize]| named(&format!("{name}.weight"), shape);
+        let matrix = |name: &str, shape: [usize; 2]| {
+            let adapter = |lora: &Lora| lora.adapter(weights, &format!("model.layers.{index}.{name}"), shape);
+            anyhow::Ok(Linear { weight: get(name, &shape)?, adapter: lora.map_or(Ok(None), adapter)? })
+        };
+        let projection = |letter: &str, width: usize| {
+            let (bias, norm) = (config.family.qkv_bias, config.family.qk_norm && letter != "v");
+            anyhow::Ok(Projection {
+                weight: matrix(&format!("self_attn.{letter}_proj"), [width, d])?,
+                bias: bias.then(|| named(&format!("self_attn.{letter}_proj.bias"), &[width])).transpose()?,
+                norm: norm.then(|| get(&format!("self_attn.{letter}_norm"), &[hd])).transpose()?,
+            })
+        };
+        let slides = config.window.as_ref().filter(|window| window.layers[index]);
+        let both_sides = config.family.gemma.is_some();
+        let before = if both_sides { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        let after = |name: &str| both_sides.then(|| get(name, &[d])).transpose();
+        Ok(Self {
+            config: Arc::clone(config),
+            index,
+            window: slides.map(|window| window.size),
+            attention_norm: get("input_layernorm", &[d])?,
+            q: projection("q", q)?,
+            k: projection("k", kv)?,
+            v: projection("v", kv)?,
+            o: matrix("self_attn.o_proj", [d, q])?,
+            attended_norm: after("post_attention_layernorm")?,
+            feed_forward_norm: get(before, &[d])?,
+            gate: matrix("mlp.gate_proj", [ffn, d])?,
+            up: matrix("mlp.up_proj", [ffn, d])?,
+            down: matrix("mlp.down_proj", [d, ffn])?,
+            fed_norm: after("post_feedforward_layernorm")?,
+        })
+    }
+
+    /// The stream `[T, D]` after this layer; `angles` are those of the tokens' positions.
+    pub(super) fn forward(&self, x: &Tensor, angles: &Angles, attend: &mut dyn Attend) -> Result<Tensor> {
+        let config = &*self.config;
+        let after = |x: Tensor, weight: &Option<Tensor>| {
+            weight.as_ref().map_or(Ok(x.clone()), |weight| norm(config, &x, weight))
+        };
+        let h = norm(config, x, &self.attention_norm)?;
+        let (q, k) = (self.heads(&self.q, &h, config.heads)?, self.heads(&self.k, &h, config.kv_heads)?);
+        let v = self.heads(&self.v, &h, config.kv_heads)?;
+        let (cos, sin) = angles.of(self.window.is_some());
+        let (mut q, k) = (ops::rope(&q, cos, sin)?, ops::rope(&k, cos, sin)?);
+        // Attention divides by the root of the width of a head.
+        let scale = config.query_scalar.map(|scalar| (config.head_dim as f64 / scalar as f64).sqrt());
+        if let Some(scale) = scale.filter(|scale| *scale != 1.0) {
+            q = (q * scale)?;
+        }
+        let scope = Scope { layer: self.index, window: self.window, cap: config.attention_cap };
+        let h = self.o.forward(&attend.attend(scope, &q, &k, &v)?)?;
+        let x = (x + after(h, &self.attended_norm)?)?;
+        let h = norm(config, &x, &self.feed_forward_norm)?;
+        let h = ops::gated(&self.gate.forward(&h)?, &self.up.forward(&h)?, config.family.activation)?;
+        x + after(self.down.forward(&h)?, &self.fed_norm)?
+    }
+
+    /// `[T, heads, hd]` of hidden states `[T, D]`.
+    fn heads(&self, projection: &Projection, x: &Tensor, heads: usize) -> Result<Tensor> {
+        let mut out = projection.weight.forward(x)?;
+        if let Some(bias) = &projection.bias {
+            out = out.broadcast_add(bias)?;
+        }
+        let (t, hd) = (x.dim(0)?, self.config.head_dim);
+        match &projection.norm {
+            None => out.reshape((t, heads, hd)),
+            Some(weight) => norm(&self.config, &out.reshape((t * heads, hd))?, weight)?.reshape((t, heads, hd)),
+        }
+    }
+}
+
+impl Linear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.adapter {
+            None => ops::linear(x, &self.weight),
+            Some(adapter) => adapter.add(&ops::linear(x, &self.weight)?, x),
+        }
+    }
+}
+
+/// RMSNorm, by the weight or by one more than it.
+pub(super) fn norm(config: &ModelConfig, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    match config.family.gemma {
+        None => ops::rms_norm(x, weight, config.rms_norm_eps),
+        Some(_) => ops::rms_norm(x, &(weight + 1.0)?, config.rms_norm_eps),
+    }
+}
