@@ -24,7 +24,7 @@ use preceptor::label::{Labeler, Labels};
 use preceptor::learn::stage::Observer;
 use preceptor::learn::{StepRecord, TrainState};
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
-use preceptor::ops::{AdamW, AdamWConfig, Gradients};
+use preceptor::ops::{AdamW, AdamWConfig, Gradients, backward};
 use preceptor::prepare::{Prepared, prompt_format};
 use preceptor::rollout::{Completion, Finish, Group, Prompt, Rewarded, Verdict};
 use preceptor::source::ModelFiles;
@@ -142,8 +142,7 @@ impl Subject {
         let mut optimizer = AdamW::new(params, AdamWConfig::default())?;
         repeat(repeats, units, "tokens", || {
             let (logprobs, _) = model.logprobs(&pack, 1.0)?;
-            let mut store = logprobs.mean_all()?.neg()?.backward()?;
-            gradients.add(&mut store)?;
+            backward(&logprobs.mean_all()?.neg()?, &mut [&mut gradients])?;
             let clip = (1.0 / gradients.global_norm()?).min(1.0);
             optimizer.step(&gradients, 1e-6, clip)?;
             Ok(gradients.zero()?)
@@ -275,7 +274,7 @@ impl Subject {
             cell: Arc::new(SnapshotCell::new(0, identity, Arc::clone(&policy))),
             observer: Arc::new(Mutex::new(Watch(Arc::clone(marks)))),
             reward_model: None,
-            labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(Distinct(identity)) as Box<dyn Labeler>)),
+            labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId(identity)) as Box<dyn Labeler>)),
             prepared: Prepared {
                 policy,
                 identity,
@@ -316,13 +315,14 @@ impl Run {
     }
 }
 
-/// Scores a completion by its share of distinct tokens. It also gives the tokens' log-probabilities, as if it had run the
-/// reference: with a KL coefficient of zero nobody reads them, and no forward pass is spent on them.
-struct Distinct(u64);
+/// Scores a completion by the mean of its token ids, so that no two fare alike: a group without differences costs no
+/// backward pass. It also gives the tokens' log-probabilities, as if it had run the reference: with a KL coefficient of
+/// zero nobody reads them, and no forward pass is spent on them.
+struct MeanId(u64);
 
-impl Labeler for Distinct {
+impl Labeler for MeanId {
     fn name(&self) -> &'static str {
-        "distinct"
+        "mean-id"
     }
 
     fn model(&self) -> u64 {
@@ -330,11 +330,8 @@ impl Labeler for Distinct {
     }
 
     fn label(&self, group: &Group) -> Result<Labels> {
-        let score = |ids: &[u32]| {
-            let distinct: std::collections::HashSet<&u32> = ids.iter().collect();
-            Verdict::Label(distinct.len() as f64 / ids.len() as f64)
-        };
-        let scores = group.completions.iter().map(|one| score(&one.ids)).collect();
+        let score = |ids: &[u32]| ids.iter().map(|id| f64::from(*id)).sum::<f64>() / ids.len() as f64;
+        let scores = group.completions.iter().map(|one| Verdict::Label(score(&one.ids))).collect();
         let logprobs = group.completions.iter().map(|one| one.logprobs.clone()).collect();
         Ok(Labels { scores, logprobs: Some(logprobs), ..Labels::default() })
     }
@@ -347,9 +344,10 @@ impl Observer for Watch {
     fn group(&mut self, _done: u64, _of: u64) {}
 
     fn step(&mut self, _record: &StepRecord, batch: &[Rewarded], _state: &mut TrainState) -> Result<()> {
-        for Rewarded { group, masked, .. } in batch {
+        for Rewarded { group, rewards, .. } in batch {
             let whole = group.completions.iter().all(|one| one.ids.len() == ANSWER);
-            ensure!(masked.is_none() && whole && group.prompt.ids.len() == PROMPT, "a group is not as planned");
+            let differ = rewards.iter().any(|reward| *reward != rewards[0]);
+            ensure!(whole && differ && group.prompt.ids.len() == PROMPT, "a group is not as planned");
         }
         self.0.lock().map_err(|_| anyhow!("the observer panicked"))?.push(Mark::now()?);
         Ok(())

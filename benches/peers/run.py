@@ -77,7 +77,7 @@ def arguments():
     add("--repeats", type=int, default=3, help="timed repeats in each process, after a warm-up (default: 3)")
     add("--overlap-steps", type=int, default=20, help="steps of the runs that overlap times (default: 20)")
     add("--python", help="the interpreter of an environment with what requirements.txt names; without it one is made in "
-        "target/peers, which fetches about 3 GB")
+        "target/peers, which fills 6 GB")
     add("--json", metavar="FILE", help="append what each process said, a line each")
     return parser.parse_args()
 
