@@ -14,9 +14,12 @@ side in a process of its own, in turn, and a table of medians.
 
 import argparse
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -33,7 +36,11 @@ def main():
 
     def measure(command, *rest):
         command = [*map(str, command), *map(str, rest)]
+        before = others()
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wall, used = (after - earlier for after, earlier in zip(others(), before))
+        if used > 0.1 * wall:
+            print(f"not quiet: others took {used / wall:.1f} CPUs beside {' '.join(command[1:])}", file=sys.stderr)
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
         line = json.loads(done.stdout.splitlines()[-1])
@@ -61,8 +68,9 @@ def main():
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Quiet the machine first: what else runs is measured too. Everything on both models takes hours, most of it "
-        "grpo and overlap on smollm2; `--models tiny --repeats 2 --rounds 1` looks whether all works, in minutes.",
+        epilog="Quiet the machine first: two threads that wait for each other suffer most from a third. Everything on both "
+        "models takes hours, most of it grpo and overlap on smollm2; `--models tiny --repeats 2 --rounds 1` looks whether "
+        "all works, in minutes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     listed = lambda known: lambda text: [one if one in known else parser.error(f"{one!r} is none of {', '.join(known)}")
@@ -80,6 +88,14 @@ def arguments():
         "target/peers, which fills 6 GB")
     add("--json", metavar="FILE", help="append what each process said, a line each")
     return parser.parse_args()
+
+
+def others():
+    """The clock, and the CPU seconds of the whole machine that no child of this program took."""
+    with open("/proc/stat") as stat:
+        user, nice, system = map(int, stat.readline().split()[1:4])
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.monotonic(), (user + nice + system) / os.sysconf("SC_CLK_TCK") - own.ru_utime - own.ru_stime
 
 
 def environment():
