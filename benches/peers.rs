@@ -1,0 +1,435 @@
+//! Our side of the comparison with PyTorch, transformers and TRL: one kind of work on random weights, a warm-up and then
+//! timed repeats, printed as one line of JSON. `benches/peers/run.py` runs it and its counterpart `peer.py` in turn and
+//! makes the table:
+//!
+//! ```text
+//! python3 benches/peers/run.py --help
+//! ```
+//!
+//! By hand, `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--eta E]`.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use candle_core::Device;
+use preceptor::config::{self, Config};
+use preceptor::data::{Dataset, OnLong, Part, ReadOptions, Split};
+use preceptor::generate::sampler::Sampling;
+use preceptor::generate::{Fixed, Request, generate};
+use preceptor::label::likelihood::Likelihood;
+use preceptor::label::local::Judge;
+use preceptor::label::{Labeler, Labels};
+use preceptor::learn::stage::Observer;
+use preceptor::learn::{StepRecord, TrainState};
+use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
+use preceptor::ops::{AdamW, AdamWConfig, Gradients, backward};
+use preceptor::prepare::{Prepared, prompt_format};
+use preceptor::rollout::{Completion, Finish, Group, Prompt, Rewarded, Verdict};
+use preceptor::source::ModelFiles;
+use preceptor::tokens::Tokenizer;
+use preceptor::topology::Node;
+use preceptor_actors::{GraphOptions, GraphReport, Outcome, SnapshotCell, spawn_graph};
+use serde_json::{Map, Value, json};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+const GROUP: usize = 8;
+const PROMPT: usize = 64;
+const ANSWER: usize = 64;
+const BLANK: usize = 16;
+/// Tokens of a training sequence.
+const SEQUENCE: usize = 128;
+/// Groups of a step of reinforcement learning, generated side by side.
+const BATCH: usize = 4;
+/// A repeat does its work as often as fills this many seconds, for the kernel counts CPU time in hundredths.
+const LEAST: f64 = 2.0;
+
+fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
+    let (work, mut options) = (arguments.next().unwrap_or_default(), Map::new());
+    while let (Some(name), Some(value)) = (arguments.next(), arguments.next()) {
+        options.insert(name, value.into());
+    }
+    // `cargo test --benches` and `cargo bench` name no model, and want nothing of this program.
+    let Some(model) = options.get("--model").and_then(Value::as_str) else { return Ok(()) };
+    preceptor::process::prepare();
+    let number = |name: &str, default: u64| {
+        options.get(name).and_then(Value::as_str).map_or(Ok(default), str::parse).with_context(|| name.to_owned())
+    };
+    // Side by side takes two.
+    let threads = if work == "overlap" { 2 } else { number("--threads", 1)? };
+    let repeats = number("--repeats", 3)?;
+    let subject = Subject::new(model)?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads as usize).build()?;
+    let figures = match work.as_str() {
+        "train" => pool.install(|| subject.train(repeats))?,
+        "generate-1" => pool.install(|| subject.generate(1, repeats))?,
+        "generate-8" => pool.install(|| subject.generate(8, repeats))?,
+        "generate-32" => pool.install(|| subject.generate(32, repeats))?,
+        "label" => pool.install(|| subject.label(repeats))?,
+        // Two threads are two actors side by side. With one the actors take turns.
+        "grpo" => subject.grpo(number("--eta", u64::from(threads > 1))?, repeats)?,
+        "overlap" => subject.overlap(repeats)?,
+        _ => bail!("{work:?} is none of train, generate-1, generate-8, generate-32, label, grpo, overlap"),
+    };
+    let mut line = json!({ "work": work, "model": model, "threads": threads, "peak_rss_kib": peak_rss_kib()? });
+    line.as_object_mut().context("an object")?.extend(figures);
+    println!("{line}");
+    Ok(())
+}
+
+/// A model with random weights; what it takes to run it does not depend on what they are.
+struct Subject {
+    shape: ModelConfig,
+    model: Arc<Decoder>,
+    /// Sequences of a training step.
+    sequences: usize,
+}
+
+impl Subject {
+    fn new(name: &str) -> Result<Self> {
+        let (shape, sequences) = match name {
+            "tiny" => (
+                ModelConfig {
+                    hidden_size: 256,
+                    intermediate_size: 704,
+                    layers: 4,
+                    heads: 4,
+                    kv_heads: 2,
+                    head_dim: 64,
+                    vocab_size: 4096,
+                    context: 512,
+                    ..ModelConfig::llama()
+                },
+                8,
+            ),
+            "smollm2" => (
+                ModelConfig {
+                    hidden_size: 576,
+                    intermediate_size: 1536,
+                    layers: 30,
+                    heads: 9,
+                    kv_heads: 3,
+                    head_dim: 64,
+                    vocab_size: 49_152,
+                    context: 2048,
+                    ..ModelConfig::llama()
+                },
+                4,
+            ),
+            _ => bail!("{name:?} is neither tiny nor smollm2"),
+        };
+        let model = Arc::new(Decoder::new(&shape, &Weights::scratch(&shape, 0.02, 1, &Device::Cpu)?)?);
+        Ok(Self { shape, model, sequences })
+    }
+
+    /// `length` tokens, others for each `place`.
+    fn words(&self, place: usize, length: usize) -> Vec<u32> {
+        (place * length..(place + 1) * length).map(|i| (i * 61 % self.shape.vocab_size) as u32).collect()
+    }
+
+    /// Optimizer steps on whole sequences that have nothing in common but their first token.
+    fn train(self, repeats: u64) -> Result<Map<String, Value>> {
+        let sequences: Vec<Vec<u32>> = (0..self.sequences).map(|k| self.words(k + 1, SEQUENCE - 1)).collect();
+        let pack = Pack::new(&[0], &sequences);
+        let (model, params) = self.model.trainable(true)?;
+        let units = self.sequences * SEQUENCE;
+        drop(self);
+        let mut gradients = Gradients::new(&params)?;
+        let mut optimizer = AdamW::new(params, AdamWConfig::default())?;
+        repeat(repeats, units, "tokens", || {
+            let (logprobs, _) = model.logprobs(&pack, 1.0)?;
+            backward(&logprobs.mean_all()?.neg()?, &mut [&mut gradients])?;
+            let clip = (1.0 / gradients.global_norm()?).min(1.0);
+            optimizer.step(&gradients, 1e-6, clip)?;
+            Ok(gradients.zero()?)
+        })
+    }
+
+    /// Samples `width` completions, eight of each prompt.
+    fn generate(&self, width: usize, repeats: u64) -> Result<Map<String, Value>> {
+        let prompts: Vec<Vec<u32>> = (0..width.div_ceil(GROUP)).map(|k| self.words(k, PROMPT)).collect();
+        let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
+        let requests: Vec<Request> = prompts
+            .iter()
+            .map(|prompt| Request { prompt, prefix: None, seeds: (0..width.min(GROUP) as u64).collect() })
+            .collect();
+        repeat(repeats, width * ANSWER, "tokens", || {
+            generate(&mut Fixed(Arc::clone(&self.model)), &requests, &sampling).map(drop)
+        })
+    }
+
+    /// Judges groups by likelihood, with the labeler that a run has.
+    fn label(&self, repeats: u64) -> Result<Map<String, Value>> {
+        let judge = Judge { model: Arc::clone(&self.model), tokenizer: Tokenizer::bytes(), identity: 0, chat: false };
+        let labeler = Likelihood { judge, length_normalise: false, temperature: 1.0 };
+        let groups: Vec<Group> = (0..8).map(|k| self.group(k)).collect();
+        repeat(repeats, groups.len() * GROUP, "labels", || {
+            groups.iter().try_for_each(|group| labeler.label(group).map(drop))
+        })
+    }
+
+    fn group(&self, place: usize) -> Group {
+        let completion = |k: usize| Completion {
+            ids: self.words(1 + place * GROUP + k, ANSWER),
+            logprobs: vec![],
+            versions: vec![],
+            finish: Finish::Length,
+            text: String::new(),
+        };
+        let (ids, blank) = (self.words(place, PROMPT).into(), self.words(0, BLANK).into());
+        let prompt = Prompt { seq: place as u64, epoch: 0, row: place, text: "".into(), ids, blank, reference: None };
+        Group { prompt, completions: (0..GROUP).map(completion).collect() }
+    }
+
+    /// Steps of GRPO by the node, timed from one step's end to the next one's.
+    fn grpo(&self, eta: u64, repeats: u64) -> Result<Map<String, Value>> {
+        // As many steps are left over at the end as are generated ahead, so that each timed step has its generation.
+        let run = self.run(eta, 1 + repeats + eta)?;
+        let mut figures = Figures::new(BATCH * GROUP, "samples");
+        run.steps.windows(2).take(repeats as usize).for_each(|pair| figures.add(&pair[0], &pair[1]));
+        Ok(figures.done())
+    }
+
+    /// Whole runs of `steps` with rollout and learner on a thread each: η = 1, where they work side by side, and η = 0,
+    /// where either works while the other one waits, so that its busy time is what its work takes alone.
+    fn overlap(&self, steps: u64) -> Result<Map<String, Value>> {
+        self.run(0, 1)?;
+        let (apart, beside) = (self.run(0, steps)?, self.run(1, steps)?);
+        let mut figures = Figures::new(steps as usize * BATCH * GROUP, "samples");
+        let last = beside.steps.last().context("a run has steps")?;
+        figures.add(&beside.began, last);
+        let last = apart.steps.last().context("a run has steps")?;
+        let wall = (last.at - apart.began.at).as_secs_f64();
+        let longest = apart.busy("rollout").max(apart.busy("learn"));
+        let mut figures = figures.done();
+        let ratio = figures["wall_s"][0].as_f64().unwrap_or(f64::NAN) / longest;
+        for (name, value) in [
+            ("eta0_wall_s", wall),
+            ("generation_alone_s", apart.busy("rollout")),
+            ("learning_alone_s", apart.busy("learn")),
+            ("generation_busy_s", beside.busy("rollout")),
+            ("learning_busy_s", beside.busy("learn")),
+            ("ratio", ratio),
+        ] {
+            figures.insert(name.into(), json!(value));
+        }
+        Ok(figures)
+    }
+
+    /// A run of the real node, which ends by itself.
+    fn run(&self, eta: u64, steps: u64) -> Result<Run> {
+        let dir = tempfile::tempdir()?;
+        let marks = Arc::new(Mutex::new(Vec::new()));
+        let node = self.node(dir.path(), eta, steps, &marks)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let began = Mark::now()?;
+        let (outcome, report) = runtime.block_on(async {
+            let graph = spawn_graph(GraphOptions::default(), move |builder| node.wire(builder));
+            (graph.wait().await, graph.report())
+        });
+        ensure!(outcome == Outcome::Finished && report.restarts == 0, "the run ended as {outcome:?}");
+        let steps = std::mem::take(&mut *marks.lock().map_err(|_| anyhow!("the observer panicked"))?);
+        Ok(Run { began, steps, report })
+    }
+
+    fn node(&self, dir: &Path, eta: u64, steps: u64, marks: &Arc<Mutex<Vec<Mark>>>) -> Result<Node> {
+        let tokenizer = self.tokenizer(dir)?;
+        let prompt = |k| {
+            let words: Vec<String> = self.words(k, PROMPT).iter().map(|word| format!("w{word}")).collect();
+            format!("{}\n", json!({ "prompt": words.join(" ") }))
+        };
+        let path = dir.join("prompts.jsonl");
+        std::fs::write(&path, (0..64).map(prompt).collect::<String>())?;
+        let overrides = [
+            format!("data.path={:?}", path.display().to_string()),
+            "data.instruction=\"{{ prompt }}\"".into(),
+            "data.chat=false".into(),
+            format!("run.steps={steps}"),
+            format!("learner.eta={eta}"),
+            "learner.algorithm=grpo".into(),
+            "learner.lr=1e-6".into(),
+            format!("learner.batch_groups={BATCH}"),
+            format!("rollout.groups_per_call={BATCH}"),
+            format!("rollout.group_size={GROUP}"),
+            format!("rollout.max_new_tokens={ANSWER}"),
+            "reward.kl_coef=0".into(),
+        ];
+        let offline = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/offline.toml");
+        let config = config::load(&offline, &overrides).map_err(|errors| anyhow!("{errors}"))?;
+        let options = ReadOptions {
+            format: prompt_format(&config),
+            limit: PROMPT,
+            on_long: OnLong::Error,
+            split: Split { holdout: 0.0, part: Part::Train },
+            needs_references: false,
+        };
+        let data = Arc::new(Dataset::read(&config.data.path, options, &tokenizer)?);
+        let (policy, identity) = (Arc::clone(&self.model), self.model.weights().fingerprint()?);
+        Ok(Node {
+            state: Arc::new(Mutex::new(TrainState::new(&policy, AdamWConfig::default(), None, None)?)),
+            cell: Arc::new(SnapshotCell::new(0, identity, Arc::clone(&policy))),
+            observer: Arc::new(Mutex::new(Watch(Arc::clone(marks)))),
+            reward_model: None,
+            labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId(identity)) as Box<dyn Labeler>)),
+            prepared: Prepared {
+                policy,
+                identity,
+                tokenizer,
+                instruments: vec![],
+                reward_start: None,
+                pairs: None,
+                data,
+                origin: "random".into(),
+            },
+            config,
+        })
+    }
+
+    /// Words `w0`, `w1`, … between spaces; none of them ends a completion.
+    fn tokenizer(&self, dir: &Path) -> Result<Tokenizer> {
+        let vocab: Map<String, Value> = (0..self.shape.vocab_size).map(|i| (format!("w{i}"), json!(i))).collect();
+        let model = json!({ "type": "WordLevel", "vocab": vocab, "unk_token": "w0" });
+        let description = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": { "type": "WhitespaceSplit" }, "post_processor": null, "decoder": null, "model": model,
+        });
+        std::fs::write(dir.join("tokenizer.json"), description.to_string())?;
+        Tokenizer::from_files(&ModelFiles::Directory(dir.to_owned()))
+    }
+}
+
+/// What a run left.
+struct Run {
+    began: Mark,
+    steps: Vec<Mark>,
+    report: GraphReport,
+}
+
+impl Run {
+    fn busy(&self, role: &str) -> f64 {
+        self.report.stages.iter().filter(|stage| stage.role == role).map(|stage| stage.busy_s).sum()
+    }
+}
+
+/// Scores a completion by the mean of its token ids, so that no two fare alike: a group without differences costs no
+/// backward pass. It also gives the tokens' log-probabilities, as if it had run the reference: with a KL coefficient of
+/// zero nobody reads them, and no forward pass is spent on them.
+struct MeanId(u64);
+
+impl Labeler for MeanId {
+    fn name(&self) -> &'static str {
+        "mean-id"
+    }
+
+    fn model(&self) -> u64 {
+        self.0
+    }
+
+    fn label(&self, group: &Group) -> Result<Labels> {
+        let score = |ids: &[u32]| ids.iter().map(|id| f64::from(*id)).sum::<f64>() / ids.len() as f64;
+        let scores = group.completions.iter().map(|one| Verdict::Label(score(&one.ids))).collect();
+        let logprobs = group.completions.iter().map(|one| one.logprobs.clone()).collect();
+        Ok(Labels { scores, logprobs: Some(logprobs), ..Labels::default() })
+    }
+}
+
+/// Notes when each step ended, and that it was the work that it should be.
+struct Watch(Arc<Mutex<Vec<Mark>>>);
+
+impl Observer for Watch {
+    fn group(&mut self, _done: u64, _of: u64) {}
+
+    fn step(&mut self, _record: &StepRecord, batch: &[Rewarded], _state: &mut TrainState) -> Result<()> {
+        for Rewarded { group, rewards, .. } in batch {
+            let whole = group.completions.iter().all(|one| one.ids.len() == ANSWER);
+            let differ = rewards.iter().any(|reward| *reward != rewards[0]);
+            ensure!(whole && differ && group.prompt.ids.len() == PROMPT, "a group is not as planned");
+        }
+        self.0.lock().map_err(|_| anyhow!("the observer panicked"))?.push(Mark::now()?);
+        Ok(())
+    }
+
+    fn nonfinite(&mut self, _step: u64, _batch: &[Rewarded]) {}
+}
+
+/// What the process has used up to a moment.
+struct Mark {
+    at: Instant,
+    cpu_s: f64,
+    minor_faults: u64,
+}
+
+impl Mark {
+    fn now() -> Result<Self> {
+        let stat = std::fs::read_to_string("/proc/self/stat")?;
+        // The program's name comes before, in brackets; of proc(5)'s fields the first here is the third.
+        let (_, fields) = stat.rsplit_once(") ").context("/proc/self/stat is of another form")?;
+        let fields: Vec<&str> = fields.split(' ').collect();
+        let field = |number: usize| -> Result<u64> { Ok(fields.get(number - 3).context("a field")?.parse()?) };
+        let ticks = field(14)? + field(15)?;
+        Ok(Self { at: Instant::now(), cpu_s: ticks as f64 / 100.0, minor_faults: field(10)? })
+    }
+}
+
+fn peak_rss_kib() -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM in /proc/self/status")?;
+    Ok(peak.trim().trim_end_matches(" kB").parse()?)
+}
+
+/// What the repeats took.
+struct Figures {
+    units: usize,
+    unit: &'static str,
+    wall_s: Vec<f64>,
+    cpu_s: Vec<f64>,
+    minor_faults: Vec<u64>,
+}
+
+impl Figures {
+    fn new(units: usize, unit: &'static str) -> Self {
+        Self { units, unit, wall_s: vec![], cpu_s: vec![], minor_faults: vec![] }
+    }
+
+    fn add(&mut self, from: &Mark, to: &Mark) {
+        self.wall_s.push((to.at - from.at).as_secs_f64());
+        self.cpu_s.push(to.cpu_s - from.cpu_s);
+        self.minor_faults.push(to.minor_faults - from.minor_faults);
+    }
+
+    fn done(self) -> Map<String, Value> {
+        let Self { units, unit, wall_s, cpu_s, minor_faults } = self;
+        let fields: [(&str, Value); 5] = [
+            ("units", json!(units)),
+            ("unit", json!(unit)),
+            ("wall_s", json!(wall_s)),
+            ("cpu_s", json!(cpu_s)),
+            ("minor_faults", json!(minor_faults)),
+        ];
+        fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+}
+
+/// Works twice to warm up, then `repeats` times as often as fills a measurement.
+fn repeat(
+    repeats: u64,
+    units: usize,
+    unit: &'static str,
+    mut work: impl FnMut() -> Result<()>,
+) -> Result<Map<String, Value>> {
+    work()?;
+    let warm = Instant::now();
+    work()?;
+    let times = (LEAST / warm.elapsed().as_secs_f64()).ceil() as usize;
+    let mut figures = Figures::new(units * times, unit);
+    for _ in 0..repeats {
+        let from = Mark::now()?;
+        (0..times).try_for_each(|_| work())?;
+        figures.add(&from, &Mark::now()?);
+    }
+    Ok(figures.done())
+}
