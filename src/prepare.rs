@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
 
 use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
@@ -309,10 +309,11 @@ pub fn device(name: &str) -> Result<Device> {
     );
     // One stream for all actors. Candle's default is a stream for each thread, where nothing would order what the
     // learner writes before what other actors read of it.
-    let device = Device::new_cuda_with_stream(ordinal.parse()?).with_context(|| {
-        format!(
-            "policy.device = \"{name}\" cannot be opened; see with nvidia-smi which devices there are, or use \"cpu\""
-        )
+    let device = Device::new_cuda_with_stream(ordinal.parse()?).map_err(|error| {
+        // Where backtraces are asked for, candle writes one below its message.
+        let error = error.to_string();
+        let cause = error.lines().next().unwrap_or_default();
+        anyhow!("policy.device = \"{name}\" cannot be opened ({cause}); nvidia-smi -L lists the devices there are, and \"cpu\" is always there")
     })?;
     #[cfg(feature = "cuda")]
     // SAFETY: events order what happens on different streams, and there is one.
