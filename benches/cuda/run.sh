@@ -24,7 +24,7 @@ esac
 given=${1:+$(realpath -m "$1")}
 cd "$(dirname "$0")/../.."
 bundle=${given:-target/cuda/bundle}
-if [ ! -d "$bundle" ] && [ -e target/cuda/bundle.tar.gz ]; then tar -C target/cuda -xzf target/cuda/bundle.tar.gz; fi
+if [ -z "$given" ] && [ ! -d "$bundle" ] && [ -e "$bundle.tar.gz" ]; then tar -C target/cuda -xzf "$bundle.tar.gz"; fi
 if [ ! -x "$bundle/suite" ]; then
     echo "error: $bundle has no binaries; make them with benches/cuda/build.sh" >&2
     exit 1
