@@ -14,7 +14,7 @@ use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, criterion_g
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
-use preceptor::ops::{AdamW, AdamWConfig, Gradients};
+use preceptor::ops::{AdamW, AdamWConfig, Gradients, backward};
 use rayon::ThreadPool;
 
 #[global_allocator]
@@ -79,9 +79,9 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
             let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
             b.iter(|| {
                 let requests: Vec<Request> = (0..width.div_ceil(GROUP))
-                    .map(|_| Request { prompt: &prompt, prefix: None, seeds: (0..width.min(GROUP) as u64).collect() })
+                    .map(|_| Request::new(&prompt, (0..width.min(GROUP) as u64).collect()))
                     .collect();
-                pool.install(|| generate(&mut Fixed(Arc::clone(&frozen)), &requests, &sampling).expect("completions"))
+                pool.install(|| generate(&mut Fixed(Arc::clone(&frozen)), requests, &sampling).expect("completions"))
             });
         });
     }
@@ -96,8 +96,8 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
         b.iter(|| {
             pool.install(|| {
                 let (logprobs, _) = model.logprobs(&pack, 1.0).expect("log-probabilities");
-                let mut store = logprobs.sum_all().and_then(|sum| sum.backward()).expect("a gradient");
-                gradients.add(&mut store).expect("a sum")
+                let loss = logprobs.sum_all().expect("a loss");
+                backward(&loss, &mut [&mut gradients]).expect("a gradient")
             })
         });
     });

@@ -94,13 +94,6 @@ pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> R
 impl Config {
     /// What no single key can tell.
     fn check(&self, document: &mut Document) {
-        let (batch, lot) = (self.learner.batch_groups, self.rollout.groups_per_call);
-        if document.sound(&["learner.batch_groups", "rollout.groups_per_call"]) && !batch.is_multiple_of(lot) {
-            document.error(
-                "rollout.groups_per_call",
-                &format!("{lot} does not divide learner.batch_groups = {batch}; a batch must be whole calls"),
-            );
-        }
         let pairs = self.learner.algorithm == AlgorithmKind::OnlineDpo;
         if document.sound(&["run.mode", "learner.algorithm"]) && pairs != (self.run.mode == Mode::Preference) {
             let remedy = if pairs {
@@ -117,10 +110,13 @@ impl Config {
             document.error("reward_model.pairs", "is missing; run.mode = \"human\" learns from a file of preferences");
         }
         let steps = self.learner.minibatches as u64;
-        if document.sound(&["learner.batch_groups", "learner.minibatches"]) && steps > batch {
+        if document.sound(&["learner.batch_groups", "learner.minibatches"]) && steps > self.learner.batch_groups {
             document.error(
                 "learner.minibatches",
-                &format!("{steps} is more than learner.batch_groups = {batch}; a minibatch is at least a group"),
+                &format!(
+                    "{steps} is more than learner.batch_groups = {}; a minibatch is at least a group",
+                    self.learner.batch_groups
+                ),
             );
         }
         // A preference loss is known to bear older samples (Noukhovitch et al. 2024), so it needs no correction; a clip
@@ -180,7 +176,7 @@ mod tests {
                 "x.toml:9: learner.algorithm: \"rlo\" is none of rloo, reinforce, ppo, grpo, online-dpo; did you mean \"rloo\"?",
             ],
         );
-        check("[rollout]\ngroups_per_call = 3\n", &["x.toml:9: rollout.groups_per_call: 3 does not divide"]);
+        check("[rollout]\nslots = 65\n", &["x.toml:9: rollout.slots: 65 is out of range; it must be from 1 to 64"]);
         check(
             "[learner]\n# off-policy\ncorrection = \"none\"\n",
             &["x.toml:10: learner.correction: \"none\" with learner.eta = 1"],

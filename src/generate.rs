@@ -1,28 +1,35 @@
 //! Sampling completions with a key/value cache, many sequences side by side.
 
+pub mod engine;
 pub mod sampler;
 pub mod stage;
 pub mod stop;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
-use candle_core::Tensor;
-use rayon::prelude::*;
+use anyhow::Result;
 
-use crate::model::trie::prefill;
-use crate::model::{Decoder, KvCache, Prefix};
+use crate::model::{Decoder, Prefix};
 use crate::rollout::Finish;
-use sampler::{Sampler, Sampling};
+pub use engine::{Engine, MOST_SLOTS};
+use sampler::Sampling;
 
 /// One prompt and how many completions of it are wanted.
 pub struct Request<'a> {
     /// Token ids of the prompt, at least one.
-    pub prompt: &'a [u32],
+    pub prompt: Cow<'a, [u32]>,
     /// What the prompt may begin with, computed already by the same weights.
     pub prefix: Option<&'a Prefix>,
     /// Seed of each completion's random stream; its length is the number of completions.
     pub seeds: Vec<u64>,
+}
+
+impl<'a> Request<'a> {
+    /// Completions of `prompt`, one for each seed.
+    pub fn new(prompt: impl Into<Cow<'a, [u32]>>, seeds: Vec<u64>) -> Self {
+        Self { prompt: prompt.into(), prefix: None, seeds }
+    }
 }
 
 /// A sampled token sequence; the three lists have one entry per token.
@@ -57,101 +64,21 @@ impl Weighted for Fixed {
     }
 }
 
-/// Samples all completions of all requests, in request order.
-///
-/// Each prompt is prefilled once. Weights may change between decode steps; keys and values computed before
-/// stay as they are, and each token carries the version that produced it.
+/// Samples all completions of all requests, in request order, up to [`MOST_SLOTS`] side by side.
 ///
 /// # Errors
 /// A prompt that is empty, or that leaves no room for the new tokens within the model's context.
-pub fn generate(source: &mut dyn Weighted, requests: &[Request], sampling: &Sampling) -> Result<Vec<Vec<Sampled>>> {
-    let (mut version, mut model) = source.weights()?;
-    let config = model.config().clone();
-    let mut cache = KvCache::new(config.kv_heads, config.head_dim);
-    let mut rows: Vec<Row> = Vec::new();
-    let mut owners = Vec::new();
-    for (owner, request) in requests.iter().enumerate() {
-        ensure!(!request.prompt.is_empty(), "a prompt needs at least one token");
-        ensure!(
-            request.prompt.len() + sampling.max_new_tokens <= config.context,
-            "a prompt of {} tokens and {} new ones do not fit the model's context of {}; shorten the prompt or lower max_new_tokens",
-            request.prompt.len(),
-            sampling.max_new_tokens,
-            config.context
-        );
-        if request.seeds.is_empty() {
-            continue;
-        }
-        let (hidden, layers) = prefill(&model, request.prompt, request.prefix)?;
-        let logits = model.logits(&hidden)?;
-        let first = cache.add(&layers, request.seeds.len())?;
-        let logits = Arc::new(logits.flatten_all()?.to_vec1::<f32>()?);
-        for (i, seed) in request.seeds.iter().enumerate() {
-            let mut row = Row {
-                sequence: first + i,
-                position: request.prompt.len() as u32,
-                sampler: Sampler::new(sampling, request.prompt, *seed),
-                sampled: Sampled::default(),
-            };
-            row.take(&logits, version, sampling);
-            rows.push(row);
-            owners.push(owner);
-        }
-    }
-    loop {
-        let mut active: Vec<&mut Row> = rows.iter_mut().filter(|row| row.sampled.finish.is_none()).collect();
-        if active.is_empty() {
-            break;
-        }
-        (version, model) = source.weights()?;
-        let ids: Vec<u32> = active.iter().map(|row| row.last()).collect();
-        let positions: Vec<u32> = active.iter().map(|row| row.position).collect();
-        let sequences: Vec<usize> = active.iter().map(|row| row.sequence).collect();
-        let hidden = model.hidden(&ids, &positions, &mut cache.step(&sequences))?;
-        let logits = model.logits(&hidden)?;
-        take_all(&mut active, &logits, version, sampling)?;
-    }
+pub fn generate(source: &mut dyn Weighted, requests: Vec<Request>, sampling: &Sampling) -> Result<Vec<Vec<Sampled>>> {
+    let mut engine = Engine::new(sampling, MOST_SLOTS);
     let mut out: Vec<Vec<Sampled>> = requests.iter().map(|_| Vec::new()).collect();
-    for (row, owner) in rows.into_iter().zip(owners) {
-        out[owner].push(row.sampled);
+    let config = source.weights()?.1.config().clone();
+    for (ticket, request) in requests.into_iter().enumerate() {
+        engine.submit(ticket as u64, request, &config)?;
+    }
+    while !engine.is_idle() {
+        for (ticket, sampled) in engine.step(source)? {
+            out[ticket as usize] = sampled;
+        }
     }
     Ok(out)
-}
-
-fn take_all(active: &mut [&mut Row], logits: &Tensor, version: u64, sampling: &Sampling) -> Result<()> {
-    let width = logits.dim(1)?;
-    let logits = logits.flatten_all()?.to_vec1::<f32>()?;
-    active.par_iter_mut().zip(logits.par_chunks(width)).for_each(|(row, logits)| {
-        row.position += 1;
-        row.take(logits, version, sampling);
-    });
-    Ok(())
-}
-
-struct Row {
-    sequence: usize,
-    /// Position of the last sampled token, which the next step feeds.
-    position: u32,
-    sampler: Sampler,
-    sampled: Sampled,
-}
-
-impl Row {
-    fn last(&self) -> u32 {
-        *self.sampled.ids.last().expect("a row samples its first token at prefill")
-    }
-
-    fn take(&mut self, logits: &[f32], version: u64, sampling: &Sampling) {
-        let (id, logprob) = self.sampler.draw(logits);
-        self.sampled.ids.push(id);
-        self.sampled.logprobs.push(logprob);
-        self.sampled.versions.push(version);
-        if sampling.eos.contains(&id) {
-            self.sampled.finish = Some(Finish::Eos);
-        } else if sampling.stop.as_ref().is_some_and(|stop| stop.ends(&self.sampled.ids)) {
-            self.sampled.finish = Some(Finish::Stop);
-        } else if self.sampled.ids.len() >= sampling.max_new_tokens {
-            self.sampled.finish = Some(Finish::Length);
-        }
-    }
 }

@@ -7,24 +7,33 @@
 
 mod accumulate;
 mod adamw;
-mod frozen;
+mod attention;
+mod embed;
 mod gated;
+mod linear;
 mod logprobs;
+mod product;
 mod rms_norm;
 mod rope;
+mod slab;
 mod softmax;
+mod tree_mask;
 mod vector;
 
-pub use accumulate::Gradients;
+pub use accumulate::{Gradients, backward};
 pub use adamw::{AdamW, AdamWConfig};
-pub use frozen::frozen_linear;
+pub use attention::tree_attention;
+pub use embed::embed;
 pub use gated::{Activation, gated};
-pub use logprobs::{linear_logprobs, row_logsumexp, softcap, token_logprobs};
+pub use linear::linear;
+pub use logprobs::{draw_from_row, linear_logprobs, row_logsumexp, softcap, token_logprobs};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
+pub use slab::{Slab, attend_slabs};
 pub use softmax::masked_softmax;
+pub use tree_mask::TreeMask;
 
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 /// Elements below which a split over threads costs more than it saves.
@@ -107,20 +116,6 @@ fn fill_rows2(a: &mut [f32], b: &mut [f32], width: usize, fill: impl Fn(usize, &
         .for_each(|(task, (a, b))| fill(task * run, a, b));
 }
 
-/// An in-place change of a contiguous CPU `f32` tensor.
-struct InPlace<F>(F);
-
-impl<F: Fn(&mut [f32])> InplaceOp1 for InPlace<F> {
-    fn name(&self) -> &'static str {
-        "in-place"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        self.0(elements_mut(storage, layout)?);
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod testing {
     //! Checks that compare a fused operation in `f32` with its composite in `f64`.
@@ -189,7 +184,7 @@ mod tests {
     /// Half precision takes the composites: the gradient arrives, near that of `f32`.
     #[test]
     fn half_precision_keeps_the_gradient() {
-        let ops: [(&str, &[&[usize]], Op); 6] = [
+        let ops: [(&str, &[&[usize]], Op); 7] = [
             ("rms_norm", &[&[5, 12], &[12]], |t| rms_norm(&t[0], &t[1], 1e-5)),
             ("gated", &[&[5, 12], &[5, 12]], |t| gated(&t[0], &t[1], Activation::Silu)),
             ("rope", &[&[5, 2, 12]], |t| {
@@ -201,6 +196,7 @@ mod tests {
                 let (logprob, entropy) = token_logprobs(&t[0], &[0, 3, 11, 5, 5], 0.7)?;
                 logprob + entropy
             }),
+            ("linear", &[&[5, 8], &[12, 8]], |t| linear(&t[0], &t[1])),
             ("linear_logprobs", &[&[5, 8], &[12, 8]], |t| {
                 let (logprob, entropy) = linear_logprobs(&t[0], &t[1], None, &[0, 3, 11, 5, 5], 0.7)?;
                 logprob + entropy

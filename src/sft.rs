@@ -7,6 +7,7 @@ use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResu
 
 use crate::learn::TrainState;
 use crate::model::Pack;
+use crate::ops;
 use crate::rollout::Prompt;
 use crate::telemetry;
 use crate::tokens::Tokenizer;
@@ -18,11 +19,13 @@ pub trait SftObserver: Send {
     fn step(&mut self, step: u64, loss: f64, gradient_norm: f64);
 }
 
-/// Takes lots of prompts with references; each lot is one optimizer step on −Σ log π(reference | prompt), a mean over
-/// tokens, the end token included.
+/// Takes prompts with references; each batch is one optimizer step on −Σ log π(reference | prompt), a mean over tokens, the
+/// end token included.
 pub struct FineTune {
-    /// What training has come to; one step per lot.
+    /// What training has come to; one step per batch.
     pub state: Arc<Mutex<TrainState>>,
+    /// References per step.
+    pub batch: u64,
     /// For the references.
     pub tokenizer: Tokenizer,
     /// Learning rate.
@@ -31,6 +34,16 @@ pub struct FineTune {
     pub max_grad_norm: f64,
     /// Told of each step.
     pub observer: Arc<Mutex<dyn SftObserver>>,
+    /// Of the batch so far.
+    pub gathered: Gathered,
+}
+
+/// What a batch has come to.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Gathered {
+    references: u64,
+    loss: f64,
+    tokens: usize,
 }
 
 impl FineTune {
@@ -44,33 +57,30 @@ impl FineTune {
         let pack = Pack::new(&prompt.ids, &[ids]);
         let (logprobs, _) = state.model.logprobs(&pack, 1.0)?;
         let loss = -logprobs.to_vec1::<f32>()?.iter().map(|p| f64::from(*p)).sum::<f64>();
-        let mut store = logprobs.sum_all()?.neg()?.backward()?;
-        state.gradients.add(&mut store)?;
+        ops::backward(&logprobs.sum_all()?.neg()?, &mut [&mut state.gradients])?;
         Ok((loss, pack.targets.len()))
     }
 }
 
 impl Stage for FineTune {
-    type In = Vec<Prompt>;
+    type In = Prompt;
     type Out = ();
 
     fn start(&mut self, _ctx: &StageContext) -> StageResult<()> {
         Ok(self.state.lock().unwrap_or_else(PoisonError::into_inner).discard()?)
     }
 
-    fn process(&mut self, item: Item<Vec<Prompt>>, out: &Emitter<'_, ()>) -> StageResult<()> {
+    fn process(&mut self, item: Item<Prompt>, _out: &Emitter<'_, ()>) -> StageResult<()> {
         let shared = Arc::clone(&self.state);
         let mut state = shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut loss, mut tokens) = (0.0, 0);
-        for prompt in &item.body {
-            out.ctx().beat();
-            if out.ctx().halted() {
-                return Ok(());
-            }
-            let (more, of) = self.learn(&mut state, prompt)?;
-            loss += more;
-            tokens += of;
+        let (loss, tokens) = self.learn(&mut state, &item.body)?;
+        self.gathered.references += 1;
+        self.gathered.loss += loss;
+        self.gathered.tokens += tokens;
+        if self.gathered.references < self.batch {
+            return Ok(());
         }
+        let Gathered { loss, tokens, .. } = std::mem::take(&mut self.gathered);
         let norm = state.gradients.global_norm()? / tokens.max(1) as f64;
         let loss = loss / tokens.max(1) as f64;
         if !norm.is_finite() || !loss.is_finite() {

@@ -14,7 +14,7 @@ use crate::config::{Config, LabelForm, Mode, Pairs, RewardScaling, UpdateMode};
 use crate::data::pairs::PairSource;
 use crate::data::source::PromptSource;
 use crate::generate::sampler::Sampling;
-use crate::generate::stage::Rollout;
+use crate::generate::stage::{Rollout, RolloutPlan};
 use crate::generate::stop::Stop;
 use crate::label::stage::{LabelStage, Wants};
 use crate::label::{Labeler, Pairing};
@@ -26,7 +26,7 @@ use crate::reward::warm_up::{WarmUp, WarmUpObserver};
 use crate::reward::{RewardRule, RewardStage, RewardTrainer, Scorer, TrainerPlan};
 use crate::rollout::{Group, Labeled, Prompt};
 use crate::seed;
-use crate::sft::{FineTune, SftObserver};
+use crate::sft::{FineTune, Gathered, SftObserver};
 use crate::tokens::Tokenizer;
 
 /// Makes a labeler.
@@ -78,8 +78,7 @@ impl Node {
         let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
         let (rewarded_out, rewarded) = builder.edge("rewarded", config.reward.capacity);
 
-        let lot = config.rollout.groups_per_call;
-        let source = PromptSource::new(Arc::clone(&self.prepared.data), Arc::clone(&gate), lot, next, end);
+        let source = PromptSource::new(Arc::clone(&self.prepared.data), Arc::clone(&gate), next, end);
         builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
         self.rollouts(builder, prompts, groups_out, config.run.seed);
         let reference = (Arc::clone(&self.prepared.policy), self.prepared.identity);
@@ -136,8 +135,7 @@ impl Node {
         } else {
             let (prompts_out, prompts) = builder.edge("prompts", 1);
             let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
-            let source =
-                PromptSource::new(Arc::clone(&self.prepared.data), gate, config.rollout.groups_per_call, 0, count);
+            let source = PromptSource::new(Arc::clone(&self.prepared.data), gate, 0, count);
             builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
             // Draws of their own: the run's first groups are not to be those that the reward model has seen.
             self.rollouts(builder, prompts, groups_out, seed::mix(config.run.seed ^ seed::text("warm-up")));
@@ -152,7 +150,7 @@ impl Node {
         self.prepared.pairs.as_ref().map_or(self.config.reward_model.warm_up_groups, |pairs| pairs.len() as u64)
     }
 
-    fn rollouts(&self, builder: &mut GraphBuilder, prompts: Inlet<Vec<Prompt>>, groups: Outlet<Group>, seed: u64) {
+    fn rollouts(&self, builder: &mut GraphBuilder, prompts: Inlet<Prompt>, groups: Outlet<Group>, seed: u64) {
         for worker in 0..self.config.rollout.workers {
             let name = format!("rollout-{worker}");
             let stage = self.rollout(&name, seed);
@@ -174,15 +172,14 @@ impl Node {
 
     fn rollout(&self, name: &str, seed: u64) -> Rollout {
         let config = &self.config;
-        Rollout {
-            reader: self.cell.reader(name),
-            running: None,
+        let plan = RolloutPlan {
             sampling: sampling(config, &self.prepared.tokenizer),
+            slots: config.rollout.slots,
             group_size: config.rollout.group_size,
             in_flight: config.rollout.update == UpdateMode::InFlight,
             seed,
-            tokenizer: self.prepared.tokenizer.clone(),
-        }
+        };
+        Rollout::new(self.cell.reader(name), self.prepared.tokenizer.clone(), plan)
     }
 }
 
@@ -209,13 +206,15 @@ pub fn wire_fine_tuning(
     state: &Arc<Mutex<TrainState>>,
     observer: &Arc<Mutex<dyn SftObserver>>,
 ) {
-    let (lot, steps) = (config.sft.batch, config.sft.steps);
+    let (batch, steps) = (config.sft.batch, config.sft.steps);
     let done = state.lock().unwrap_or_else(PoisonError::into_inner).step;
     let (prompts_out, prompts) = builder.edge("prompts", 1);
-    let source = PromptSource::new(Arc::clone(&prepared.data), everything(lot * steps), lot, lot * done, lot * steps);
+    let source = PromptSource::new(Arc::clone(&prepared.data), everything(batch * steps), batch * done, batch * steps);
     builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
     let learn = FineTune {
         state: Arc::clone(state),
+        batch,
+        gathered: Gathered::default(),
         tokenizer: prepared.tokenizer.clone(),
         lr: config.sft.lr,
         max_grad_norm: config.learner.max_grad_norm,

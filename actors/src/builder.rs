@@ -1,20 +1,17 @@
 //! Wiring one incarnation: edges, and stages ready to be started.
 
-use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::control::Control;
 use crate::edge::{Account, Ended, Inlet, Outlet, edge};
+use crate::pending::{Pending, Timeline};
 use crate::pulse::{Pulse, State};
 use crate::report::{EdgeReport, Span, StageReport};
 use crate::stage::{Emitter, Source, Stage, StageContext, StageError, StageResult, StageSpec};
-
-/// Spans that the timeline keeps.
-const TIMELINE: usize = 256;
 
 /// How a stage's thread ended.
 pub(crate) struct StageEnd {
@@ -48,7 +45,7 @@ pub(crate) struct View {
     pub(crate) control: Arc<Control>,
     stages: Vec<(StageSpec, Arc<Pulse>)>,
     edges: Vec<(Arc<Account>, Vec<String>, Vec<String>)>,
-    timeline: Arc<Mutex<VecDeque<Span>>>,
+    timeline: Timeline,
 }
 
 /// Collects the stages and edges of one incarnation.
@@ -89,15 +86,15 @@ impl GraphBuilder {
 
     /// A stage that only gives.
     pub fn source<S: Source>(&mut self, spec: StageSpec, mut source: S, outlet: Outlet<S::Out>) {
-        let (ctx, timeline) = self.join(&spec, None, Some(&outlet.account));
+        let (ctx, pending) = self.join(&spec, None, Some(&outlet.account));
         self.plan(spec, ctx, move |ctx, pool| {
-            let out = Emitter { outlet: Some(&outlet), ctx };
+            let out = Emitter { outlet: Some(&outlet), ctx, pending: &pending };
             while !ctx.halted() {
                 ctx.enter(State::Busy);
                 let start = ctx.clock.now();
                 let Some(item) = pool.run(|| source.next(ctx))? else { break };
-                let (seq, version) = (item.seq, item.version);
-                keep(&timeline, ctx, seq, version, start);
+                pending.begin(item.seq, item.version, start);
+                pending.end(item.seq, ctx);
                 out.emit(item)?;
             }
             Ok(())
@@ -115,23 +112,40 @@ impl GraphBuilder {
     }
 
     fn add<S: Stage>(&mut self, spec: StageSpec, mut stage: S, inlet: Inlet<S::In>, outlet: Option<Outlet<S::Out>>) {
-        let (ctx, timeline) = self.join(&spec, Some(&inlet.account), outlet.as_ref().map(|outlet| &outlet.account));
+        let (ctx, pending) = self.join(&spec, Some(&inlet.account), outlet.as_ref().map(|outlet| &outlet.account));
         self.plan(spec, ctx, move |ctx, pool| {
-            let out = Emitter { outlet: outlet.as_ref(), ctx };
+            let out = Emitter { outlet: outlet.as_ref(), ctx, pending: &pending };
             ctx.enter(State::Busy);
             pool.run(|| stage.start(ctx))?;
+            let mut drained = false;
             loop {
-                let item = match inlet.recv(ctx) {
-                    Ok(item) => item,
-                    Err(Ended::Drained) => break,
-                    Err(ended) => return Err(ended.into()),
+                let received = match stage.busy() {
+                    false if drained => break,
+                    false => inlet.recv(ctx).map(Some),
+                    true if drained || !stage.open() => Ok(None),
+                    true => inlet.try_recv(ctx),
                 };
+                match received {
+                    Ok(Some(item)) => {
+                        ctx.beat();
+                        let seq = item.seq;
+                        pending.begin(seq, item.version, ctx.clock.now());
+                        pool.run(|| stage.process(item, &out))?;
+                        ctx.pulse.items_in.fetch_add(1, Relaxed);
+                        if !stage.busy() {
+                            pending.end(seq, ctx);
+                        }
+                    }
+                    Ok(None) => {
+                        pool.run(|| stage.advance(&out))?;
+                        if !stage.busy() {
+                            pending.clear();
+                        }
+                    }
+                    Err(Ended::Drained) => drained = true,
+                    Err(ended) => return Err(ended.into()),
+                }
                 ctx.beat();
-                let (seq, version, start) = (item.seq, item.version, ctx.clock.now());
-                pool.run(|| stage.process(item, &out))?;
-                ctx.beat();
-                ctx.pulse.items_in.fetch_add(1, Relaxed);
-                keep(&timeline, ctx, seq, version, start);
             }
             pool.run(|| stage.finish(&out))
         });
@@ -142,7 +156,7 @@ impl GraphBuilder {
         spec: &StageSpec,
         inlet: Option<&Arc<Account>>,
         outlet: Option<&Arc<Account>>,
-    ) -> (StageContext, Arc<Mutex<VecDeque<Span>>>) {
+    ) -> (StageContext, Pending) {
         for (account, from, to) in &mut self.view.edges {
             if outlet.is_some_and(|outlet| Arc::ptr_eq(outlet, account)) {
                 from.push(spec.name.clone());
@@ -163,7 +177,7 @@ impl GraphBuilder {
             control: Arc::clone(&self.view.control),
             pulse,
         };
-        (ctx, Arc::clone(&self.view.timeline))
+        (ctx, Pending::new(Arc::clone(&self.view.timeline)))
     }
 
     fn plan(
@@ -207,21 +221,6 @@ fn failure(stage: &str, ended: std::thread::Result<StageResult<()>>) -> Option<S
         }
     };
     Some(StageFailure { stage: stage.to_owned(), error, panicked, fatal })
-}
-
-fn keep(timeline: &Mutex<VecDeque<Span>>, ctx: &StageContext, seq: u64, version: u64, start: Duration) {
-    let span = Span {
-        stage: ctx.name.to_string(),
-        seq,
-        version,
-        start_s: start.as_secs_f64(),
-        end_s: ctx.clock.now().as_secs_f64(),
-    };
-    let mut timeline = timeline.lock().unwrap_or_else(PoisonError::into_inner);
-    if timeline.len() == TIMELINE {
-        timeline.pop_front();
-    }
-    timeline.push_back(span);
 }
 
 /// Where a stage computes.

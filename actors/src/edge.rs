@@ -209,6 +209,30 @@ impl<T> Inlet<T> {
         received
     }
 
+    /// Takes the next item if there is one, and does not wait.
+    ///
+    /// # Errors
+    /// As [`Self::recv`].
+    pub fn try_recv(&self, ctx: &StageContext) -> Result<Option<Item<T>>, Ended> {
+        if ctx.halted() {
+            return Err(Ended::Halted);
+        }
+        let receiver = self.receiver.as_ref().expect("an inlet has its receiver until it is dropped");
+        let mut lists = self.account.simulated.as_ref().map(|waiters| (waiters, waiters.lock()));
+        let received = match receiver.try_recv() {
+            Ok(item) => Ok(Some(item)),
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Err(Ended::Drained),
+        };
+        if let (Ok(Some(_)), Some((waiters, lists))) = (&received, &mut lists)
+            && let Some(slot) = lists.senders.pop_front()
+        {
+            waiters.simulation.wake(&slot);
+        }
+        self.account.depth.store(receiver.len() as u64, Relaxed);
+        received
+    }
+
     fn recv_simulated(
         &self,
         ctx: &StageContext,

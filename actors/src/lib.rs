@@ -23,6 +23,7 @@ mod control;
 mod edge;
 mod graph;
 mod item;
+mod pending;
 mod pulse;
 pub mod report;
 pub mod scripted;

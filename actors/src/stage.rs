@@ -11,6 +11,7 @@ use crate::clock::{Clock, Simulation, Slot};
 use crate::control::Control;
 use crate::edge::{Ended, Outlet};
 use crate::item::Item;
+use crate::pending::Pending;
 use crate::pulse::{Pulse, State};
 
 /// What a stage's work returns.
@@ -85,6 +86,25 @@ pub trait Stage: Send + 'static {
     /// Ends the graph's incarnation, unless it is the end of an edge.
     fn process(&mut self, item: Item<Self::In>, out: &Emitter<'_, Self::Out>) -> StageResult<()>;
 
+    /// Whether work is begun that [`Self::advance`] goes on with. A stage that works on many items at once only begins with
+    /// each in `process`; it is then called on, and given more items as they come, until this is false.
+    fn busy(&self) -> bool {
+        false
+    }
+
+    /// Whether it takes another item now; asked while it is busy.
+    fn open(&self) -> bool {
+        true
+    }
+
+    /// Goes on with what is begun, for a moment: no item is taken meanwhile.
+    ///
+    /// # Errors
+    /// As [`Self::process`].
+    fn advance(&mut self, _out: &Emitter<'_, Self::Out>) -> StageResult<()> {
+        Ok(())
+    }
+
     /// Once, when the input has drained; not when the graph halts.
     ///
     /// # Errors
@@ -110,6 +130,7 @@ pub trait Source: Send + 'static {
 pub struct Emitter<'a, T> {
     pub(crate) outlet: Option<&'a Outlet<T>>,
     pub(crate) ctx: &'a StageContext,
+    pub(crate) pending: &'a Pending,
 }
 
 impl<T> Emitter<'_, T> {
@@ -118,9 +139,11 @@ impl<T> Emitter<'_, T> {
     /// # Errors
     /// [`Ended`] when the graph halts or nobody is left to take it; pass it on with `?`.
     pub fn emit(&self, item: Item<T>) -> Result<(), Ended> {
+        let seq = item.seq;
         if let Some(outlet) = self.outlet {
             outlet.send(self.ctx, item)?;
         }
+        self.pending.end(seq, self.ctx);
         self.ctx.pulse.items_out.fetch_add(1, Relaxed);
         self.ctx.beat();
         Ok(())

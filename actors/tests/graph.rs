@@ -8,7 +8,7 @@ use std::time::Duration;
 use preceptor_actors::scripted::{Fault, ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{
     Admission, AdmissionGate, Clock, Emitter, GraphBuilder, GraphEvent, GraphHandle, GraphOptions, Item, Outcome,
-    RestartPolicy, Stage, StageError, StageResult, StageSpec, State, WatchdogPolicy, spawn_graph,
+    RestartPolicy, Span, Stage, StageError, StageResult, StageSpec, State, WatchdogPolicy, spawn_graph,
 };
 
 /// What a run came to.
@@ -125,6 +125,74 @@ fn a_drain_lets_what_is_under_way_flow_out() {
     assert_eq!(seen, (0..seen.len() as u64).collect::<Vec<_>>());
     let edges = ran.handle.report().edges;
     assert!(edges.iter().all(|edge| edge.items == seen.len() as u64), "{edges:?} for {} items", seen.len());
+}
+
+/// Works on up to four items at once, each in three strokes.
+#[derive(Default)]
+struct Juggler {
+    under_way: Vec<(Item<u64>, u32)>,
+    most: Arc<Mutex<usize>>,
+}
+
+impl Stage for Juggler {
+    type In = u64;
+    type Out = u64;
+
+    fn process(&mut self, item: Item<u64>, _out: &Emitter<'_, u64>) -> StageResult<()> {
+        self.under_way.push((item, 3));
+        let mut most = self.most.lock().unwrap();
+        *most = most.max(self.under_way.len());
+        Ok(())
+    }
+
+    fn busy(&self) -> bool {
+        !self.under_way.is_empty()
+    }
+
+    fn open(&self) -> bool {
+        self.under_way.len() < 4
+    }
+
+    fn advance(&mut self, out: &Emitter<'_, u64>) -> StageResult<()> {
+        out.ctx().sleep(Duration::from_millis(1));
+        for (_, left) in &mut self.under_way {
+            *left -= 1;
+        }
+        let (ended, going): (Vec<_>, Vec<_>) = self.under_way.drain(..).partition(|(_, left)| *left == 0);
+        self.under_way = going;
+        ended.into_iter().try_for_each(|(item, _)| Ok(out.emit(item)?))
+    }
+}
+
+/// In real time and in simulated time: all items come through once, several at a time, none beyond what is open, and the
+/// timeline has each from its taking to its giving on.
+#[test]
+fn a_stage_may_work_on_many_items_at_once() {
+    for clock in [Clock::real(), Clock::simulated()] {
+        let (log, most) = (Log::default(), Arc::new(Mutex::new(0)));
+        let (inner, counted) = (Arc::clone(&log), Arc::clone(&most));
+        let options = GraphOptions { clock, ..quick() };
+        let build = move |builder: &mut GraphBuilder| {
+            let (to_work, work) = builder.edge("work", 2);
+            let (to_sink, done) = builder.edge("done", 1);
+            builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 50, gate: None }, to_work);
+            let juggler = Juggler { most: Arc::clone(&counted), ..Juggler::default() };
+            builder.stage(StageSpec::new("juggler"), juggler, work, to_sink);
+            let log = Arc::clone(&inner);
+            let each = move |item: &Item<u64>, version| log.lock().unwrap().push((item.seq, item.version, version));
+            builder.sink(StageSpec::new("sink"), ScriptedSink::new(taking(0), 1, None, each), done);
+            Ok(())
+        };
+        let ran = run(options, build, |_| {});
+        assert_eq!(ran.outcome, Outcome::Finished);
+        let seen: Vec<u64> = log.lock().unwrap().iter().map(|(seq, ..)| *seq).collect();
+        assert_eq!(seen, (0..50).collect::<Vec<_>>());
+        assert_eq!(*most.lock().unwrap(), 4);
+        let spans: Vec<Span> =
+            ran.handle.report().timeline.into_iter().filter(|span| span.stage == "juggler").collect();
+        assert_eq!(spans.len(), 50);
+        assert!(spans.iter().all(|span| span.end_s - span.start_s > 0.002), "{spans:?}");
+    }
 }
 
 #[test]

@@ -81,8 +81,8 @@ impl Generate {
             stop: Stop::new(&self.stop, &tokenizer).map(Arc::new),
         };
         let seeds = (0..self.samples).map(|k| seed::completion(self.seed, 0, k)).collect();
-        let request = Request { prompt: &prompt, prefix: None, seeds };
-        for sampled in generate(&mut Fixed(Arc::new(model)), &[request], &sampling)?.concat() {
+        let request = Request::new(prompt, seeds);
+        for sampled in generate(&mut Fixed(Arc::new(model)), vec![request], &sampling)?.concat() {
             let text = stop::text(&tokenizer, &sampled.ids, sampling.stop.as_deref())?;
             if self.json {
                 let finish = sampled.finish;

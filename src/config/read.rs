@@ -160,7 +160,7 @@ pub(super) fn rollout(document: &mut Document) -> Rollout {
             "at least 2: a completion is compared with the rest of its group",
             |n| *n >= 2,
         ),
-        groups_per_call: s.checked("groups_per_call", 1, "at least 1", |n| *n >= 1),
+        slots: s.checked("slots", 32, "from 1 to 64", |n| (1..=64).contains(n)),
         max_new_tokens: s.checked("max_new_tokens", 64, "at least 1", |n| *n >= 1),
         temperature: s.checked("temperature", 0.9, "above 0", |n| *n > 0.0),
         top_k: s.get("top_k", 0),

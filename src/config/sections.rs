@@ -133,8 +133,8 @@ pub struct Rollout {
     pub threads: usize,
     /// Completions per prompt, at least 2. Default 8.
     pub group_size: usize,
-    /// Prompts generated side by side in one call; divides `learner.batch_groups`. Default 1.
-    pub groups_per_call: u64,
+    /// Completions that one actor samples side by side, from 1 to 64; one that ends makes room for the next. Default 32.
+    pub slots: usize,
     /// Most tokens of a completion. Default 64.
     pub max_new_tokens: usize,
     /// Sampling temperature, above 0. Default 0.9.

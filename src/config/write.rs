@@ -98,7 +98,7 @@ impl Config {
             ("workers", whole(rollout.workers as u64)),
             ("threads", whole(rollout.threads as u64)),
             ("group_size", whole(rollout.group_size as u64)),
-            ("groups_per_call", whole(rollout.groups_per_call)),
+            ("slots", whole(rollout.slots as u64)),
             ("max_new_tokens", whole(rollout.max_new_tokens as u64)),
             ("temperature", Value::Float(rollout.temperature)),
             ("top_k", whole(rollout.top_k as u64)),

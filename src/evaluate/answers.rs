@@ -30,15 +30,9 @@ pub fn answers(
     let progress = Progress::new(what, "answers", prompts.len() as u64);
     let mut out = Vec::with_capacity(prompts.len());
     for lot in prompts.chunks(LOT) {
-        let requests: Vec<Request> = lot
-            .iter()
-            .map(|prompt| Request {
-                prompt: &prompt.ids,
-                prefix: None,
-                seeds: vec![seed::completion(seed, prompt.seq, 0)],
-            })
-            .collect();
-        for sampled in generate(&mut Fixed(Arc::clone(model)), &requests, sampling)?.concat() {
+        let requests: Vec<Request> =
+            lot.iter().map(|prompt| Request::new(&*prompt.ids, vec![seed::completion(seed, prompt.seq, 0)])).collect();
+        for sampled in generate(&mut Fixed(Arc::clone(model)), requests, sampling)?.concat() {
             out.push(Completion {
                 text: stop::text(tokenizer, &sampled.ids, sampling.stop.as_deref())?,
                 finish: sampled.finish.unwrap_or(Finish::Length),

@@ -83,22 +83,8 @@ impl Sampler {
 
     fn pick(&mut self, logits: &[f32]) -> (u32, f32) {
         let inverse = (1.0 / self.sampling.temperature) as f32;
-        let total = ops::row_logsumexp(logits, inverse);
-        let mut left = self.rng.random::<f64>();
-        let mut chosen = None;
-        for (i, logit) in logits.iter().enumerate() {
-            let probability = f64::from((logit * inverse - total).exp());
-            if probability > 0.0 {
-                chosen = Some(i);
-            }
-            left -= probability;
-            if left < 0.0 {
-                break;
-            }
-        }
-        // Rounding may leave a sliver after the last token; it falls to the last one that has any mass.
-        let chosen = chosen.unwrap_or(0);
-        (chosen as u32, logits[chosen] * inverse - total)
+        let (chosen, logprob) = ops::draw_from_row(logits, inverse, self.rng.random::<f64>());
+        (chosen as u32, logprob)
     }
 
     /// Logits with the repetition penalty applied and what is not drawn from at −∞; `None` where all stay as they are.

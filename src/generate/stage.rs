@@ -1,109 +1,183 @@
 //! The rollout actor: takes prompts, samples groups, says which weights it ran.
 
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use preceptor_actors::{Emitter, Item, SnapshotReader, Stage, StageContext, StageResult};
 
 use super::sampler::Sampling;
-use super::{Request, Weighted, generate, stop};
+use super::stop::{self, Stop};
+use super::{Engine, Request, Sampled, Weighted};
 use crate::model::Decoder;
 use crate::rollout::{Completion, Group, Prompt};
 use crate::tokens::Tokenizer;
 use crate::{seed, telemetry};
 
-/// Samples `group_size` completions of each prompt it is handed.
+/// Samples `group_size` completions of each prompt it is handed, those of several prompts side by side.
 pub struct Rollout {
-    /// Where new weights are seen.
-    pub reader: SnapshotReader<Decoder>,
-    /// What it runs now.
-    pub running: Option<(u64, Arc<Decoder>)>,
+    weights: Live,
+    engine: Engine<'static>,
+    group_size: usize,
+    seed: u64,
+    tokenizer: Tokenizer,
+    stop: Option<Arc<Stop>>,
+    /// Prompts under way, by sequence number.
+    open: HashMap<u64, Begun>,
+    /// A prompt that came while older weights than the latest had to be kept for those under way.
+    held: Option<Item<Prompt>>,
+}
+
+struct Begun {
+    prompt: Prompt,
+    incarnation: u64,
+    at: Duration,
+}
+
+/// How a rollout actor samples.
+pub struct RolloutPlan {
     /// How tokens are drawn.
     pub sampling: Sampling,
+    /// Sequences side by side.
+    pub slots: usize,
     /// Completions of one prompt.
     pub group_size: usize,
-    /// Whether weights may change between decode steps, or only between calls.
+    /// Whether weights may change between decode steps, or only when nothing is under way.
     pub in_flight: bool,
     /// The run's seed.
     pub seed: u64,
-    /// For the text that judges read.
-    pub tokenizer: Tokenizer,
+}
+
+impl Rollout {
+    /// An actor that sees new weights through `reader`; `tokenizer` is for the text that judges read.
+    pub fn new(reader: SnapshotReader<Decoder>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
+        let RolloutPlan { sampling, slots, group_size, in_flight, seed } = plan;
+        Self {
+            weights: Live { reader, in_flight, running: None, pinned: false, ctx: None },
+            engine: Engine::new(&sampling, slots),
+            group_size,
+            seed,
+            tokenizer,
+            stop: sampling.stop,
+            open: HashMap::new(),
+            held: None,
+        }
+    }
+
+    fn begin(&mut self, item: Item<Prompt>, at: Duration) -> Result<()> {
+        let Item { seq, incarnation, body: prompt, .. } = item;
+        let seeds = (0..self.group_size).map(|k| seed::completion(self.seed, seq, k)).collect();
+        let request = Request::new(prompt.ids.to_vec(), seeds);
+        if self.engine.is_idle() {
+            self.weights.pinned = false;
+        }
+        let (_, model) = self.weights.latest()?;
+        self.engine.submit(seq, request, model.config())?;
+        self.open.insert(seq, Begun { prompt, incarnation, at });
+        Ok(())
+    }
+
+    fn completion(&self, one: Sampled) -> Result<Completion> {
+        Ok(Completion {
+            text: stop::text(&self.tokenizer, &one.ids, self.stop.as_deref())?,
+            finish: one.finish.ok_or_else(|| anyhow!("a completion ended without a reason"))?,
+            ids: one.ids,
+            logprobs: one.logprobs,
+            versions: one.versions,
+        })
+    }
 }
 
 impl Stage for Rollout {
-    type In = Vec<Prompt>;
+    type In = Prompt;
     type Out = Group;
 
-    fn process(&mut self, item: Item<Vec<Prompt>>, out: &Emitter<'_, Group>) -> StageResult<()> {
-        let started = out.ctx().clock().now();
-        let requests: Vec<Request> = item
-            .body
-            .iter()
-            .map(|prompt| Request {
-                prompt: &prompt.ids,
-                prefix: None,
-                seeds: (0..self.group_size).map(|k| seed::completion(self.seed, prompt.seq, k)).collect(),
-            })
-            .collect();
-        let mut weights = Live {
-            reader: &mut self.reader,
-            in_flight: self.in_flight,
-            ctx: out.ctx(),
-            running: &mut self.running,
-            pinned: false,
-        };
-        let sampled = match generate(&mut weights, &requests, &self.sampling) {
-            Err(_) if out.ctx().halted() => return Ok(()),
-            sampled => sampled?,
-        };
-        drop(requests);
-        for (prompt, sampled) in item.body.into_iter().zip(sampled) {
-            let completions = sampled
-                .into_iter()
-                .map(|one| {
-                    Ok(Completion {
-                        text: stop::text(&self.tokenizer, &one.ids, self.sampling.stop.as_deref())?,
-                        finish: one.finish.ok_or_else(|| anyhow!("a completion ended without a reason"))?,
-                        ids: one.ids,
-                        logprobs: one.logprobs,
-                        versions: one.versions,
-                    })
-                })
-                .collect::<Result<Vec<_>>>()?;
-            let tokens: usize = completions.iter().map(|completion| completion.ids.len()).sum();
-            telemetry::generated(tokens);
-            let version = completions.iter().map(Completion::oldest_version).min().unwrap_or(0);
-            let seq = prompt.seq;
-            let body = Group { prompt, completions };
-            out.emit(Item { seq, incarnation: item.incarnation, version, body })?;
+    fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
+        self.weights.ctx = Some(ctx.clone());
+        Ok(())
+    }
+
+    fn process(&mut self, item: Item<Prompt>, out: &Emitter<'_, Group>) -> StageResult<()> {
+        // It may have been let in for weights newer than those that have to be kept for what is under way.
+        if self.weights.is_behind() && !self.engine.is_idle() {
+            self.held = Some(item);
+            return Ok(());
         }
-        telemetry::generation_took(out.ctx().clock().now().saturating_sub(started));
+        Ok(self.begin(item, out.ctx().clock().now())?)
+    }
+
+    fn busy(&self) -> bool {
+        self.held.is_some() || !self.engine.is_idle()
+    }
+
+    fn open(&self) -> bool {
+        self.held.is_none() && self.engine.free() > 0
+    }
+
+    fn advance(&mut self, out: &Emitter<'_, Group>) -> StageResult<()> {
+        let clock = out.ctx().clock();
+        if self.engine.is_idle()
+            && let Some(item) = self.held.take()
+        {
+            self.begin(item, clock.now())?;
+        }
+        let ended = match self.engine.step(&mut self.weights) {
+            Err(_) if out.ctx().halted() => return Ok(()),
+            ended => ended?,
+        };
+        for (seq, sampled) in ended {
+            let Some(Begun { prompt, incarnation, at }) = self.open.remove(&seq) else { continue };
+            let completions = sampled.into_iter().map(|one| self.completion(one)).collect::<Result<Vec<_>>>()?;
+            telemetry::generated(completions.iter().map(|completion| completion.ids.len()).sum());
+            telemetry::generation_took(clock.now().saturating_sub(at));
+            let version = completions.iter().map(Completion::oldest_version).min().unwrap_or(0);
+            out.emit(Item { seq, incarnation, version, body: Group { prompt, completions } })?;
+        }
         Ok(())
     }
 }
 
 /// The snapshot cell, read at decode-step boundaries.
-struct Live<'a> {
-    reader: &'a mut SnapshotReader<Decoder>,
+struct Live {
+    reader: SnapshotReader<Decoder>,
     in_flight: bool,
-    ctx: &'a StageContext,
-    running: &'a mut Option<(u64, Arc<Decoder>)>,
-    /// Whether this call has its weights.
+    /// What it runs now.
+    running: Option<(u64, Arc<Decoder>)>,
+    /// Whether the weights have to stay for what is under way.
     pinned: bool,
+    ctx: Option<StageContext>,
 }
 
-impl Weighted for Live<'_> {
-    fn weights(&mut self) -> Result<(u64, Arc<Decoder>)> {
-        self.ctx.beat();
-        if self.ctx.halted() {
-            return Err(anyhow!("halted"));
-        }
-        let due = self.in_flight || !std::mem::replace(&mut self.pinned, true);
-        if due && let Some(snapshot) = self.reader.refresh() {
+impl Live {
+    /// Whether there are newer weights that may not be taken up yet.
+    fn is_behind(&self) -> bool {
+        self.pinned && !self.in_flight && self.reader.refresh().is_some()
+    }
+
+    /// The weights to run, taken up if they are new and may be.
+    fn latest(&mut self) -> Result<(u64, Arc<Decoder>)> {
+        if (self.in_flight || !self.pinned)
+            && let Some(snapshot) = self.reader.refresh()
+        {
             let fingerprint = snapshot.value.weights().fingerprint()?;
             self.reader.acknowledge(&snapshot, fingerprint);
-            *self.running = Some((snapshot.version, snapshot.value));
+            self.running = Some((snapshot.version, snapshot.value));
         }
         self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))
+    }
+}
+
+impl Weighted for Live {
+    fn weights(&mut self) -> Result<(u64, Arc<Decoder>)> {
+        if let Some(ctx) = &self.ctx {
+            ctx.beat();
+            if ctx.halted() {
+                return Err(anyhow!("halted"));
+            }
+        }
+        let weights = self.latest()?;
+        self.pinned = true;
+        Ok(weights)
     }
 }

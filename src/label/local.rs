@@ -214,9 +214,9 @@ impl Local {
             let shared = prefix.as_ref().map_or(0, |prefix| prefix.ids().len());
             let requests: Vec<Request> = fitting
                 .iter()
-                .map(|(ids, seeds)| Request { prompt: ids, prefix: prefix.as_deref(), seeds: seeds.clone() })
+                .map(|(ids, seeds)| Request { prompt: ids.into(), prefix: prefix.as_deref(), seeds: seeds.clone() })
                 .collect();
-            let mut written = generate(&mut Fixed(Arc::clone(&self.judge.model)), &requests, &sampling)?.into_iter();
+            let mut written = generate(&mut Fixed(Arc::clone(&self.judge.model)), requests, &sampling)?.into_iter();
             for (ids, seeds) in lot {
                 if !fits(ids) {
                     let refusal = too_long(ids.len() + decoding.max_tokens, config.context);

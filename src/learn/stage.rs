@@ -15,6 +15,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::algo::{Algorithm, GroupLoss, GroupView, Targets};
 use crate::model::{Decoder, Pack};
+use crate::ops;
 use crate::rollout::Rewarded;
 use crate::seed::mix;
 use crate::telemetry;
@@ -375,8 +376,7 @@ fn accumulate(state: &mut TrainState, loss: &GroupLoss, pass: &Pass) -> Result<(
         if !loss.d_entropy.is_empty() {
             sum = (sum + (&pass.entropy * shaped(&loss.d_entropy)?)?.sum_all()?)?;
         }
-        let mut store = sum.backward()?;
-        state.gradients.add(&mut store)?;
+        ops::backward(&sum, &mut [&mut state.gradients])?;
     }
     if let (Some(values), Some(model)) = (&pass.values, &mut state.value) {
         model.accumulate(values, &shaped(&loss.d_value)?)?;

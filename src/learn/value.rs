@@ -6,7 +6,7 @@ use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
 
 use crate::model::{Decoder, Pack};
-use crate::ops::{AdamW, AdamWConfig, Gradients};
+use crate::ops::{self, AdamW, AdamWConfig, Gradients};
 
 /// V(s) = h·w + b. On the policy's hidden states, whose gradient is cut, the baseline learns from the policy's features
 /// and does not pull on them; with a decoder of its own it learns its features too, at the price of a second model.
@@ -82,10 +82,8 @@ impl ValueModel {
     /// # Errors
     /// Shapes that do not fit.
     pub fn accumulate(&mut self, values: &Tensor, slopes: &Tensor) -> Result<()> {
-        let mut store = (values * slopes)?.sum_all()?.backward()?;
-        for part in self.parts() {
-            part.gradients.add(&mut store)?;
-        }
+        let mut accumulators: Vec<&mut Gradients> = self.parts().map(|part| &mut part.gradients).collect();
+        ops::backward(&(values * slopes)?.sum_all()?, &mut accumulators)?;
         Ok(())
     }
 

@@ -46,9 +46,8 @@ struct Linear {
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.adapter {
-            None if self.weight.track_op() => linear(x, &self.weight),
-            None => ops::frozen_linear(x, &self.weight),
-            Some(adapter) => adapter.add(&ops::frozen_linear(x, &self.weight)?, x),
+            None => ops::linear(x, &self.weight),
+            Some(adapter) => adapter.add(&ops::linear(x, &self.weight)?, x),
         }
     }
 }
@@ -243,7 +242,7 @@ impl Decoder {
         let positions = Tensor::new(positions, self.device())?;
         let (whole, local) =
             (self.rope.at(&positions)?, self.local_rope.as_ref().map(|rope| rope.at(&positions)).transpose()?);
-        let mut x = self.embedding.index_select(&Tensor::new(ids, self.device())?, 0)?;
+        let mut x = ops::embed(&self.embedding, ids)?;
         if config.family.gemma.is_some() {
             x = (x * (config.hidden_size as f64).sqrt())?;
         }
@@ -295,7 +294,7 @@ impl Decoder {
     /// # Errors
     /// Shapes that do not fit.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        ops::softcap(&linear(hidden, &self.head)?, self.config.logit_cap)
+        ops::softcap(&ops::linear(hidden, &self.head)?, self.config.logit_cap)
     }
 
     /// Hidden states `[N, D]` that predict the targets of `pack`.
@@ -303,7 +302,7 @@ impl Decoder {
     /// # Errors
     /// As [`Self::hidden`].
     pub fn predicting(&self, pack: &Pack) -> Result<Tensor> {
-        let mut attention = PackedAttention::new(pack, self.device())?;
+        let mut attention = PackedAttention::new(pack);
         let hidden = self.hidden(&pack.ids, &pack.positions, &mut attention)?;
         hidden.index_select(&Tensor::new(pack.rows.as_slice(), self.device())?, 0)
     }
@@ -324,8 +323,4 @@ impl Decoder {
     pub fn logprobs_of(&self, hidden: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
         ops::linear_logprobs(hidden, &self.head, self.config.logit_cap, targets, temperature)
     }
-}
-
-fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.matmul(&weight.t()?)
 }

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use super::{Weights, export};
+use crate::ops;
 use crate::seed::{self, mix};
 
 /// Which matrices get an adapter, and of what size.
@@ -126,7 +127,7 @@ impl Lora {
 impl Adapter {
     /// `y + α/r · B·A·x` for rows x `[T, in]` and y `[T, out]`.
     pub(super) fn add(&self, y: &Tensor, x: &Tensor) -> candle_core::Result<Tensor> {
-        y + (x.matmul(&self.a.t()?)?.matmul(&self.b.t()?)? * self.scale)?
+        y + (ops::linear(&ops::linear(x, &self.a)?, &self.b)? * self.scale)?
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Device, Result, Tensor};
+use crate::ops::TreeMask;
 
 /// A prefix and its continuations, laid end to end: `[prefix | c₁ | c₂ | …]`.
 ///
@@ -86,23 +86,13 @@ impl Pack {
         self.ids.is_empty()
     }
 
-    /// Additive mask `[T, T]`: 0 where a row may look, −∞ elsewhere.
-    ///
-    /// # Errors
-    /// When it cannot be put on the device.
-    pub fn mask(&self, device: &Device) -> Result<Tensor> {
-        let t = self.len();
-        let mut mask = vec![f32::NEG_INFINITY; t * t];
-        for row in 0..self.prefix {
-            mask[row * t..row * t + row + 1].fill(0.0);
-        }
-        for segment in &self.fed {
-            for row in segment.clone() {
-                mask[row * t..row * t + self.prefix].fill(0.0);
-                mask[row * t + segment.start..row * t + row + 1].fill(0.0);
-            }
-        }
-        Tensor::from_vec(mask, (t, t), device)
+    /// Who may look at whom: each continuation follows the prefix's last token.
+    pub fn mask(&self) -> TreeMask {
+        let chain = |rows: Range<usize>, before: Option<usize>| {
+            rows.clone().map(move |row| if row == rows.start { before } else { Some(row - 1) })
+        };
+        let continuations = self.fed.iter().flat_map(|fed| chain(fed.clone(), Some(self.prefix - 1)));
+        TreeMask::new(0, chain(0..self.prefix, None).chain(continuations))
     }
 
     /// Cuts per-target values into one list per continuation.
@@ -134,7 +124,7 @@ mod tests {
         assert_eq!(pack.targets, [1, 2, 3, 4, 5, 6]);
         assert_eq!(pack.rows, [1, 2, 3, 1, 1, 4]);
         assert_eq!(pack.spans, [0..3, 3..4, 4..6]);
-        let mask = pack.mask(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        let mask = pack.mask().dense(None, &candle_core::Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
         let seen: Vec<Vec<usize>> = mask
             .iter()
             .map(|row| row.iter().enumerate().filter(|(_, m)| **m == 0.0).map(|(i, _)| i).collect())

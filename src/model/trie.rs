@@ -1,12 +1,14 @@
 //! Many sequences in one row, whatever they share at their beginning computed once.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::attention::{Attend, Masks, PackedAttention, Scope, dense};
+use super::attention::{Attend, PackedAttention, Scope, within};
 use super::decoder::Decoder;
 use super::pack::Pack;
+use crate::ops::TreeMask;
 
 /// A prefix tree of token sequences, laid out as one row: a token sees those above it.
 ///
@@ -36,7 +38,7 @@ impl Prefix {
     /// As [`Decoder::hidden`].
     pub fn new(model: &Decoder, ids: &[u32]) -> Result<Self> {
         let pack = Pack::prefill(ids);
-        let mut attention = PackedAttention::keeping(&pack, model.device())?;
+        let mut attention = PackedAttention::keeping(&pack);
         model.hidden(&pack.ids, &pack.positions, &mut attention)?;
         Ok(Self { ids: ids.to_vec(), layers: attention.into_kept() })
     }
@@ -55,7 +57,7 @@ impl Prefix {
 pub fn prefill(model: &Decoder, prompt: &[u32], prefix: Option<&Prefix>) -> Result<(Tensor, Vec<(Tensor, Tensor)>)> {
     let prefix = prefix.filter(|prefix| prompt.len() > prefix.ids.len() && prompt.starts_with(&prefix.ids));
     let trie = Trie::new(&[prompt], prefix.map_or(0, |prefix| prefix.ids.len()));
-    let mut attention = TrieAttention { masks: trie.masks(model.device())?, prefix, kept: Some(Vec::new()) };
+    let mut attention = TrieAttention { mask: trie.mask(), prefix, kept: Some(Vec::new()) };
     let hidden = model.hidden(&trie.ids, &trie.positions, &mut attention)?;
     Ok((hidden.narrow(0, trie.len() - 1, 1)?, attention.kept.unwrap_or_default()))
 }
@@ -103,23 +105,9 @@ impl Trie {
         self.rows[sequence][index - self.cached]
     }
 
-    /// Additive mask `[T, P + T]`: 0 on the cached prefix, on a token's ancestors and itself, −∞ elsewhere.
-    fn mask(&self, device: &Device) -> Result<Tensor> {
-        let (t, width) = (self.len(), self.cached + self.len());
-        let mut mask = vec![f32::NEG_INFINITY; t * width];
-        for row in 0..t {
-            match self.parents[row] {
-                Some(parent) => mask.copy_within(parent * width..(parent + 1) * width, row * width),
-                None => mask[row * width..row * width + self.cached].fill(0.0),
-            }
-            mask[row * width + self.cached + row] = 0.0;
-        }
-        Tensor::from_vec(mask, (t, width), device)
-    }
-
-    fn masks(&self, device: &Device) -> Result<Masks> {
-        let columns = (0..self.cached as u32).chain(self.positions.iter().copied()).collect();
-        Ok(Masks::new(self.mask(device)?, &self.positions, columns))
+    /// Who may look at whom.
+    fn mask(&self) -> Arc<TreeMask> {
+        Arc::new(TreeMask::new(self.cached, self.parents.iter().copied()))
     }
 
     /// Final hidden states `[T, D]`; `prefix` holds the cached tokens, absent when there are none.
@@ -127,13 +115,13 @@ impl Trie {
     /// # Errors
     /// As [`Decoder::hidden`].
     pub fn hidden(&self, model: &Decoder, prefix: Option<&Prefix>) -> Result<Tensor> {
-        let mut attention = TrieAttention { masks: self.masks(model.device())?, prefix, kept: None };
+        let mut attention = TrieAttention { mask: self.mask(), prefix, kept: None };
         model.hidden(&self.ids, &self.positions, &mut attention)
     }
 }
 
 struct TrieAttention<'a> {
-    masks: Masks,
+    mask: Arc<TreeMask>,
     prefix: Option<&'a Prefix>,
     /// Keys and values of all that is attended to, by layer, where they are wanted.
     kept: Option<Vec<(Tensor, Tensor)>>,
@@ -148,7 +136,7 @@ impl Attend for TrieAttention<'_> {
             }
             None => (k.clone(), v.clone()),
         };
-        let mixed = dense(q, &k, &v, self.masks.within(scope.window)?, scope.cap)?;
+        let mixed = within(&self.mask, scope, q, &k, &v)?;
         if let Some(kept) = &mut self.kept {
             kept.push((k, v));
         }
@@ -161,6 +149,7 @@ mod tests {
     use super::*;
     use crate::model::config::Window;
     use crate::model::{ModelConfig, Weights};
+    use candle_core::Device;
 
     fn model(window: Option<Window>) -> Decoder {
         let config = ModelConfig {
@@ -186,7 +175,7 @@ mod tests {
         assert_eq!((trie.row(1, 3), trie.row(2, 0), trie.row(3, 1)), (4, 5, 1));
         let trie = Trie::new(&[vec![9, 9, 1], vec![9, 9, 2]], 2);
         assert_eq!((trie.ids.as_slice(), trie.positions.as_slice()), (&[1, 2][..], &[2, 2][..]));
-        let mask = trie.mask(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        let mask = trie.mask().dense(None, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(mask, [[0.0, 0.0, 0.0, f32::NEG_INFINITY], [0.0, 0.0, f32::NEG_INFINITY, 0.0]]);
     }
 
@@ -223,7 +212,7 @@ mod tests {
             let hidden = trie.hidden(model, prefix).unwrap().to_vec2::<f32>().unwrap();
             for (i, sequence) in sequences.iter().enumerate() {
                 let pack = Pack::prefill(sequence);
-                let mut attention = PackedAttention::new(&pack, &Device::Cpu).unwrap();
+                let mut attention = PackedAttention::new(&pack);
                 let alone = model.hidden(&pack.ids, &pack.positions, &mut attention).unwrap();
                 let alone = alone.to_vec2::<f32>().unwrap();
                 for index in cached..sequence.len() {

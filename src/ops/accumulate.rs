@@ -1,10 +1,10 @@
 //! Gradients summed over micro-batches in buffers that are allocated once.
 
 use super::{PARALLEL_FROM, elements, elements_mut, is_fused, tensor_elements};
-use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, Var};
+use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, TensorId, Var};
 use rayon::prelude::*;
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
 
 /// Elements whose squares are summed together; fixed, so that the norm does not depend on the thread count.
 const BLOCK: usize = 1 << 14;
@@ -37,24 +37,6 @@ impl Gradients {
         self.buffers.iter().try_for_each(|buffer| buffer.sum.zero_set())
     }
 
-    /// Adds each parameter's gradient of one backward pass and takes it out of `store`; a parameter without one gets
-    /// nothing. Returns how many parameters had a gradient.
-    pub fn add(&mut self, store: &mut GradStore) -> Result<usize> {
-        let mut found = 0;
-        for buffer in &mut self.buffers {
-            let Some(grad) = store.remove(&buffer.param) else {
-                continue;
-            };
-            found += 1;
-            if is_fused(&buffer.sum) && is_fused(&grad) {
-                add_in_place(&buffer.sum, &grad.contiguous()?)?;
-            } else {
-                buffer.sum = (&buffer.sum + grad.detach().to_dtype(DType::F32)?)?;
-            }
-        }
-        Ok(found)
-    }
-
     /// Euclidean norm over all accumulators, summed in `f64`; not finite as soon as one element is not.
     pub fn global_norm(&self) -> Result<f64> {
         let mut squares = 0.0;
@@ -78,6 +60,104 @@ impl Gradients {
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.index.get(name).map(|&i| &self.buffers[i].sum)
     }
+}
+
+/// Runs the backward pass of `loss` and adds each parameter's gradient to its accumulator; a parameter without one gets
+/// nothing. Operations that know how add in place, so that no gradient of a large matrix is ever made for itself. Returns how
+/// many parameters had a gradient.
+///
+/// # Errors
+/// Tensor errors; the accumulators then hold a part of the pass.
+pub fn backward(loss: &Tensor, accumulators: &mut [&mut Gradients]) -> Result<usize> {
+    let buffers = || accumulators.iter().flat_map(|one| &one.buffers);
+    let sums = buffers().filter(|one| is_fused(&one.sum)).map(|one| (one.param.id(), one.sum.clone()));
+    let open = Open::with(sums.collect());
+    let mut store = loss.backward()?;
+    let reached = open.close();
+    let mut found = reached.len();
+    for buffer in accumulators.iter_mut().flat_map(|one| &mut one.buffers) {
+        if let Some(grad) = store.remove(&buffer.param) {
+            found += usize::from(!reached.contains(&buffer.param.id()));
+            buffer.add(&grad)?;
+        }
+    }
+    Ok(found)
+}
+
+impl Buffer {
+    fn add(&mut self, grad: &Tensor) -> Result<()> {
+        if is_fused(&self.sum) && is_fused(grad) {
+            return add_in_place(&self.sum, &grad.contiguous()?);
+        }
+        self.sum = (&self.sum + grad.detach().to_dtype(DType::F32)?)?;
+        Ok(())
+    }
+}
+
+thread_local! {
+    /// Accumulators of the backward pass that this thread runs, by parameter.
+    static SINKS: RefCell<Option<Sinks>> = const { RefCell::new(None) };
+}
+
+struct Sinks {
+    sums: HashMap<TensorId, Tensor>,
+    reached: HashSet<TensorId>,
+}
+
+/// Accumulators that are open to operations; closed when it goes, by an error or a panic too.
+struct Open;
+
+impl Open {
+    fn with(sums: HashMap<TensorId, Tensor>) -> Self {
+        SINKS.set(Some(Sinks { sums, reached: HashSet::new() }));
+        Self
+    }
+
+    /// The parameters that something was added for.
+    fn close(self) -> HashSet<TensorId> {
+        SINKS.take().map(|sinks| sinks.reached).unwrap_or_default()
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        SINKS.set(None);
+    }
+}
+
+/// Where an operation adds a parameter's gradient, in place.
+pub(super) enum Sum {
+    /// The parameter's accumulator: nothing is left to hand to candle.
+    Shared(Tensor),
+    /// Zeros of the parameter's shape at first.
+    Own(Tensor),
+}
+
+impl Sum {
+    /// What to add to.
+    pub(super) fn sum(&self) -> &Tensor {
+        let (Self::Shared(sum) | Self::Own(sum)) = self;
+        sum
+    }
+
+    /// What is left to hand to candle as the parameter's gradient.
+    pub(super) fn into_gradient(self) -> Option<Tensor> {
+        match self {
+            Self::Shared(_) => None,
+            Self::Own(sum) => Some(sum),
+        }
+    }
+}
+
+/// The accumulator of a parameter where [`backward`] runs on this thread; elsewhere, and for what is no parameter, zeros.
+pub(super) fn of_or_zeros(param: &Tensor) -> Result<Sum> {
+    let shared = SINKS.with_borrow_mut(|sinks| {
+        let sinks = sinks.as_mut()?;
+        let sum = sinks.sums.get(&param.id())?.clone();
+        sinks.reached.insert(param.id());
+        Some(sum)
+    });
+    shared.map_or_else(|| param.zeros_like().map(Sum::Own), |sum| Ok(Sum::Shared(sum)))
 }
 
 /// `sum += addend` for contiguous CPU `f32` tensors that do not share storage.
@@ -132,9 +212,9 @@ mod tests {
         vec![("a".into(), var(1, &[131, 193])), ("b".into(), var(2, &[5])), ("c".into(), var(3, &[2]))]
     }
 
-    fn backward(params: &[(String, Var)]) -> GradStore {
+    fn loss(params: &[(String, Var)]) -> Tensor {
         let a = params[0].1.sqr().unwrap().sum_all().unwrap();
-        (a + (params[1].1.as_tensor() * 3.0).unwrap().sum_all().unwrap()).unwrap().backward().unwrap()
+        (a + (params[1].1.as_tensor() * 3.0).unwrap().sum_all().unwrap()).unwrap()
     }
 
     #[test]
@@ -143,9 +223,7 @@ mod tests {
         let mut grads = Gradients::new(&params).unwrap();
         for _ in 0..2 {
             for _ in 0..3 {
-                let mut store = backward(&params);
-                assert_eq!(grads.add(&mut store).unwrap(), 2);
-                assert!(store.get(&params[0].1).is_none());
+                assert_eq!(backward(&loss(&params), &mut [&mut grads]).unwrap(), 2);
             }
             assert_close("a", grads.get("a").unwrap(), &(params[0].1.as_tensor() * 6.0).unwrap(), 1e-6);
             assert_close("b", grads.get("b").unwrap(), &Tensor::full(9f32, 5, params[1].1.device()).unwrap(), 1e-6);
@@ -160,7 +238,7 @@ mod tests {
     fn the_norm_is_the_same_on_any_pool_and_shows_nan() {
         let params = params();
         let mut grads = Gradients::new(&params).unwrap();
-        grads.add(&mut backward(&params)).unwrap();
+        backward(&loss(&params), &mut [&mut grads]).unwrap();
         let norm = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| grads.global_norm().unwrap())
@@ -170,7 +248,7 @@ mod tests {
         assert_eq!(norm(1), norm(3));
         assert!(grads.all_finite().unwrap());
         let nan = (params[1].1.as_tensor() * f64::NAN).unwrap().sum_all().unwrap();
-        grads.add(&mut nan.backward().unwrap()).unwrap();
+        backward(&nan, &mut [&mut grads]).unwrap();
         assert!(!grads.all_finite().unwrap());
     }
 }

@@ -1,7 +1,10 @@
 //! Log-probabilities of chosen tokens, and entropies, without a normalised copy of the logits.
 
+use super::accumulate::{self, Sum};
+use super::linear::AddTransposedTimes;
+use super::product::{times, times_transposed};
 use super::vector::{LANES, exp, inline_max, total, vectorised};
-use super::{InPlace, composite_dtype, elements, fill_rows, is_fused, tensor_elements};
+use super::{composite_dtype, elements, fill_rows, is_fused, tensor_elements};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -79,6 +82,36 @@ pub fn linear_logprobs(
 pub fn row_logsumexp(row: &[f32], inv_t: f32) -> f32 {
     let (max, sum, _) = row_stats(row, inv_t);
     max * inv_t + (sum.ln() as f32)
+}
+
+/// The place at which the running sum of `softmax(row · inv_t)` passes `share` (in `[0, 1)`), and its log-probability. A
+/// place of probability 0 is not chosen, unless there is no other.
+pub fn draw_from_row(row: &[f32], inv_t: f32, share: f64) -> (usize, f32) {
+    let max = row_max(row);
+    // Blocks first, so that only the one that the draw falls in is gone through by single places.
+    let sums: Vec<f64> = row.chunks(BLOCK).map(|block| sum_of_powers(block, max, inv_t)).collect();
+    let total: f64 = sums.iter().sum();
+    let (mut left, mut first) = (share * total, 0);
+    for (i, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        first = i * BLOCK;
+        if left < *sum {
+            break;
+        }
+        left -= sum;
+    }
+    let mut chosen = first;
+    for (i, z) in row[first..].iter().take(BLOCK).enumerate() {
+        let p = f64::from(((z - max) * inv_t).exp());
+        if p > 0.0 {
+            chosen = first + i;
+            left -= p;
+            // Rounding may leave a sliver after the last place, which this passes to the last one that has any mass.
+            if left < 0.0 {
+                break;
+            }
+        }
+    }
+    (chosen, (row[chosen] - max) * inv_t - total.ln() as f32)
 }
 
 fn check(rows: usize, vocabulary: usize, targets: &[u32], temperature: f64) -> Result<()> {
@@ -183,13 +216,24 @@ struct LinearLogprobs {
 }
 
 impl LinearLogprobs {
-    fn logits(&self, first: usize, count: usize) -> Result<Tensor> {
-        let logits = self.hidden.narrow(0, first, count)?.matmul(&self.head.t()?)?;
-        if let Some(cap) = self.cap {
-            let width = self.head.dim(0)?;
-            logits.inplace_op1(&InPlace(|z: &mut [f32]| fill_rows(z, width, |_, z| cap_in_place(z, cap))))?;
+    /// Calls `each` with the logits of one chunk after the other, its hidden states, its first row and its targets. All
+    /// chunks share one buffer.
+    fn chunks(&self, mut each: impl FnMut(&mut [f32], &[f32], usize, &[u32]) -> Result<()>) -> Result<()> {
+        let ((xs, xl), (ws, wl)) = (self.hidden.storage_and_layout(), self.head.storage_and_layout());
+        let (x, head) = (tensor_elements(&xs, xl)?, tensor_elements(&ws, wl)?);
+        let (vocabulary, width) = self.head.dims2()?;
+        let mut logits = vec![0.0; self.chunk.min(self.targets.len()) * vocabulary];
+        for (i, targets) in self.targets.chunks(self.chunk).enumerate() {
+            let first = i * self.chunk;
+            let x = &x[first * width..(first + targets.len()) * width];
+            let logits = &mut logits[..targets.len() * vocabulary];
+            times_transposed(logits, x, head, width);
+            if let Some(cap) = self.cap {
+                fill_rows(logits, vocabulary, |_, z| cap_in_place(z, cap));
+            }
+            each(logits, x, first, targets)?;
         }
-        Ok(logits)
+        Ok(())
     }
 }
 
@@ -200,11 +244,10 @@ impl CustomOp2 for LinearLogprobs {
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut rows = Vec::with_capacity(self.targets.len());
-        for (i, targets) in self.targets.chunks(self.chunk).enumerate() {
-            let logits = self.logits(i * self.chunk, targets.len())?;
-            let (storage, layout) = logits.storage_and_layout();
-            rows.extend(rows_of(tensor_elements(&storage, layout)?, targets, self.inverse));
-        }
+        self.chunks(|logits, _, _, targets| {
+            rows.extend(rows_of(logits, targets, self.inverse));
+            Ok(())
+        })?;
         Ok(pack(&rows))
     }
 
@@ -218,40 +261,57 @@ impl CustomOp2 for LinearLogprobs {
         let grad = grad.contiguous()?;
         let (ss, sl) = stats.storage_and_layout();
         let (gs, gl) = grad.storage_and_layout();
+        let (ws, wl) = head.storage_and_layout();
         let (stats, grad) = (tensor_elements(&ss, sl)?, tensor_elements(&gs, gl)?);
-        let (rows, width) = (self.targets.len(), self.head.dim(0)?);
-        let mut dhidden = Vec::new();
-        let mut dhead: Option<Tensor> = None;
-        for (i, targets) in self.targets.chunks(self.chunk).enumerate() {
-            let start = i * self.chunk;
-            let logits = self.logits(start, targets.len())?;
-            logits.inplace_op1(&InPlace(|z: &mut [f32]| {
-                fill_rows(z, width, |first, z| {
-                    for (r, z) in z.chunks_exact_mut(width).enumerate() {
-                        let (row, dlogprob, dentropy) = unpack(stats, grad, start + first + r, rows);
-                        let capped = self.cap.map(|cap| (cap, z.to_vec()));
-                        backward_row(z, row, self.inverse, dlogprob, dentropy);
-                        z[targets[first + r] as usize] += dlogprob * self.inverse;
-                        if let Some((cap, capped)) = capped {
-                            uncap(z, &capped, cap);
-                        }
+        let weights = tensor_elements(&ws, wl)?;
+        let ((vocabulary, width), rows) = (head.dims2()?, self.targets.len());
+        let mut dhidden = vec![0.0; if hidden.track_op() { rows * width } else { 0 }];
+        let dhead = if head.track_op() { Some(accumulate::of_or_zeros(head)?) } else { None };
+        self.chunks(|logits, x, start, targets| {
+            fill_rows(logits, vocabulary, |first, z| {
+                for (r, z) in z.chunks_exact_mut(vocabulary).enumerate() {
+                    let (row, dlogprob, dentropy) = unpack(stats, grad, start + first + r, rows);
+                    let capped = self.cap.map(|cap| (cap, z.to_vec()));
+                    backward_row(z, row, self.inverse, dlogprob, dentropy);
+                    z[targets[first + r] as usize] += dlogprob * self.inverse;
+                    if let Some((cap, capped)) = capped {
+                        uncap(z, &capped, cap);
                     }
-                });
-            }))?;
-            if hidden.track_op() {
-                dhidden.push(logits.matmul(&self.head)?);
-            }
-            if head.track_op() {
-                let part = logits.t()?.matmul(&self.hidden.narrow(0, start, targets.len())?)?;
-                match &dhead {
-                    None => dhead = Some(part),
-                    Some(sum) => super::accumulate::add_in_place(sum, &part)?,
                 }
+            });
+            if !dhidden.is_empty() {
+                times(&mut dhidden[start * width..(start + targets.len()) * width], logits, weights, vocabulary);
             }
-        }
-        let dhidden = if dhidden.is_empty() { None } else { Some(Tensor::cat(&dhidden, 0)?) };
-        Ok((dhidden, dhead))
+            dhead.as_ref().map_or(Ok(()), |dhead| {
+                dhead.sum().inplace_op1(&AddTransposedTimes { x: logits, w: x, rows: targets.len() })
+            })
+        })?;
+        let dhidden = hidden.track_op().then(|| Tensor::from_vec(dhidden, hidden.shape(), hidden.device()));
+        Ok((dhidden.transpose()?, dhead.and_then(Sum::into_gradient)))
     }
+}
+
+vectorised! {
+fn row_max<FMA>(row: &[f32]) -> f32 {
+    inline_max(row)
+}
+}
+
+vectorised! {
+/// Σ e^((z − max)·inverse) of at most [`BLOCK`] elements.
+fn sum_of_powers<FMA>(block: &[f32], max: f32, inverse: f32) -> f64 {
+    let mut sums = [0.0f32; LANES];
+    let (chunks, rest) = block.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            sums[i] += exp::<FMA>((chunk[i] - max) * inverse);
+        }
+    }
+    for z in rest {
+        sums[0] += exp::<FMA>((z - max) * inverse);
+    }
+    f64::from(total(sums))
+}
 }
 
 vectorised! {

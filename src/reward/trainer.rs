@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor, Var};
 use super::model::RewardModel;
 use crate::algo::preference::soft_label;
 use crate::model::Decoder;
-use crate::ops::{AdamW, AdamWConfig, Gradients};
+use crate::ops::{self, AdamW, AdamWConfig, Gradients};
 use crate::rollout::{Group, Prompt};
 use crate::seed::{self, mix};
 
@@ -191,9 +191,8 @@ impl RewardTrainer {
         if slopes.iter().any(|slope| *slope != 0.0) {
             let slopes: Vec<f32> = slopes.iter().map(|slope| *slope as f32).collect();
             let slopes = Tensor::from_vec(slopes, scores.dims(), scores.device())?;
-            let mut store = (scores * slopes)?.sum_all()?.backward()?;
-            self.gradients.add(&mut store)?;
-            self.head_gradients.add(&mut store)?;
+            let loss = (scores * slopes)?.sum_all()?;
+            ops::backward(&loss, &mut [&mut self.gradients, &mut self.head_gradients])?;
         }
         let step = if self.pending.pairs >= self.plan.batch_pairs { self.step()? } else { None };
         Ok((values, step))

@@ -39,7 +39,7 @@ pub fn small() -> impl Iterator<Item = &'static str> {
         "serve.enabled=false",
         "learner.batch_groups=4",
         "rollout.group_size=4",
-        "rollout.groups_per_call=2",
+        "rollout.slots=8",
         "rollout.max_new_tokens=12",
     ]
     .into_iter()

@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use preceptor::generate::sampler::Sampling;
-use preceptor::generate::{Fixed, Request, generate};
+use preceptor::generate::{Engine, Fixed, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Pack, PackedAttention, Weights};
-use preceptor::ops::Gradients;
+use preceptor::ops::{Gradients, backward};
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -56,7 +56,7 @@ fn logits_and_logprobs_agree_with_the_reference() {
         for b in 0..4 {
             let (ids, positions, columns) = row(&r.values, side, b);
             let pack = Pack::prefill(&ids);
-            let mut attention = PackedAttention::new(&pack, &Device::Cpu).unwrap();
+            let mut attention = PackedAttention::new(&pack);
             let hidden = r.model.hidden(&ids, &positions, &mut attention).unwrap();
             let logits = r.model.logits(&hidden).unwrap().to_vec2::<f32>().unwrap();
             let expected = r.values[&format!("{side}.logits")].get(b).unwrap().to_vec2::<f32>().unwrap();
@@ -95,7 +95,7 @@ fn check_gradients(r: &Reference) {
         let pack = Pack::new(&ids[..1], &[&ids[1..]]);
         count += pack.targets.len();
         let sum = model.logprobs(&pack, 1.0).unwrap().0.sum_all().unwrap();
-        accumulated.add(&mut sum.neg().unwrap().backward().unwrap()).unwrap();
+        backward(&sum.neg().unwrap(), &mut [&mut accumulated]).unwrap();
         total = (total + sum).unwrap();
     }
     let nll = (total.neg().unwrap() / count as f64).unwrap();
@@ -128,10 +128,9 @@ fn check_greedy(r: Reference) {
     let prompts = r.values["gen.prompt"].to_vec2::<i64>().unwrap();
     let expected = r.values["gen.greedy"].to_vec2::<i64>().unwrap();
     let prompts: Vec<Vec<u32>> = prompts.iter().map(|row| row.iter().map(|id| *id as u32).collect()).collect();
-    let requests: Vec<Request> =
-        prompts.iter().map(|prompt| Request { prompt, prefix: None, seeds: vec![0] }).collect();
+    let requests: Vec<Request> = prompts.iter().map(|prompt| Request::new(prompt, vec![0])).collect();
     let sampling = Sampling { temperature: 0.0, max_new_tokens: 16, eos: r.config.eos.clone(), ..Sampling::default() };
-    let sampled = generate(&mut Fixed(Arc::new(r.model)), &requests, &sampling).unwrap();
+    let sampled = generate(&mut Fixed(Arc::new(r.model)), requests, &sampling).unwrap();
     for (sampled, expected) in sampled.iter().zip(expected) {
         // The reference may hold the prompt before the new tokens, and padding after an end token.
         let expected: Vec<u32> = expected[expected.len() - 16..].iter().map(|id| *id as u32).collect();
@@ -168,19 +167,33 @@ fn behaviour_logprobs_are_those_of_a_full_forward() {
 fn check_behaviour(r: Reference) {
     let model = Arc::new(r.model);
     let (long, others) = ragged();
-    let requests = [
-        Request { prompt: &long, prefix: None, seeds: vec![1, 2, 3] },
-        Request { prompt: &others[0], prefix: None, seeds: vec![4] },
-        Request { prompt: &others[2], prefix: None, seeds: vec![5, 6] },
-    ];
+    let prompts = [(&long, vec![1, 2, 3]), (&others[0], vec![4]), (&others[2], vec![5, 6])];
+    let requests = || prompts.iter().map(|(prompt, seeds)| Request::new(*prompt, seeds.clone())).collect::<Vec<_>>();
     let sampling =
         Sampling { temperature: 0.8, max_new_tokens: 12, eos: (0..512).step_by(7).collect(), ..Sampling::default() };
-    let sampled = generate(&mut Fixed(Arc::clone(&model)), &requests, &sampling).unwrap();
+    let sampled = generate(&mut Fixed(Arc::clone(&model)), requests(), &sampling).unwrap();
     let lengths: std::collections::HashSet<usize> = sampled.iter().flatten().map(|one| one.ids.len()).collect();
     assert!(lengths.len() > 1, "the test wants ragged completions, all have {lengths:?} tokens");
-    for (request, sampled) in requests.iter().zip(&sampled) {
+    // To the last bit the same in one slot, in a few, and one after the other.
+    for slots in [1, 2, 4] {
+        let mut engine = Engine::new(&sampling, slots);
+        let mut again = vec![Vec::new(); prompts.len()];
+        for (ticket, request) in requests().into_iter().enumerate() {
+            engine.submit(ticket as u64, request, &r.config).unwrap();
+            for (ticket, samples) in engine.step(&mut Fixed(Arc::clone(&model))).unwrap() {
+                again[ticket as usize] = samples;
+            }
+        }
+        while !engine.is_idle() {
+            for (ticket, samples) in engine.step(&mut Fixed(Arc::clone(&model))).unwrap() {
+                again[ticket as usize] = samples;
+            }
+        }
+        assert_eq!(again, sampled, "in {slots} slots");
+    }
+    for ((prompt, _), sampled) in prompts.iter().zip(&sampled) {
         let ids: Vec<&[u32]> = sampled.iter().map(|one| one.ids.as_slice()).collect();
-        let pack = Pack::new(request.prompt, &ids);
+        let pack = Pack::new(prompt, &ids);
         let now = pack.split(&model.logprobs(&pack, 0.8).unwrap().0.to_vec1().unwrap());
         for (one, now) in sampled.iter().zip(now) {
             assert!(max_abs_difference(&one.logprobs, &now) < 1e-4);

@@ -97,7 +97,7 @@ fn offline(dir: &Path) -> Config {
         "learner.eta=0".into(),
         "learner.warmup_steps=0".into(),
         "rollout.group_size=3".into(),
-        "rollout.groups_per_call=1".into(),
+        "rollout.slots=4".into(),
         "rollout.max_new_tokens=6".into(),
     ];
     preceptor::config::load(&config("offline.toml"), &overrides).unwrap_or_else(|errors| panic!("{errors}"))

@@ -32,7 +32,7 @@ fn flat(tensor: &Tensor) -> Vec<f32> {
 
 fn logits(model: &Decoder, ids: &[u32]) -> Vec<f32> {
     let pack = Pack::prefill(ids);
-    let mut attention = PackedAttention::new(&pack, &Device::Cpu).unwrap();
+    let mut attention = PackedAttention::new(&pack);
     flat(&model.logits(&model.hidden(&pack.ids, &pack.positions, &mut attention).unwrap()).unwrap())
 }
 

@@ -30,7 +30,7 @@ fn smollm2_agrees_with_the_reference() {
     let (prompt, all) = (ids("prompt_ids"), ids("greedy_ids"));
 
     let pack = Pack::prefill(&all);
-    let mut attention = PackedAttention::new(&pack, &Device::Cpu).unwrap();
+    let mut attention = PackedAttention::new(&pack);
     let hidden = model.hidden(&pack.ids, &pack.positions, &mut attention).unwrap();
     let logits = model.logits(&hidden).unwrap();
     let worst = max_abs_difference(&floats(&logits.get(all.len() - 1).unwrap()), &floats(&values["last_logits"]));
@@ -49,8 +49,8 @@ fn smollm2_agrees_with_the_reference() {
     let new = all.len() - prompt.len();
     let sampling =
         Sampling { temperature: 0.0, max_new_tokens: new, eos: model.config().eos.clone(), ..Sampling::default() };
-    let request = Request { prompt: &prompt, prefix: None, seeds: vec![0] };
-    let sampled = generate(&mut Fixed(Arc::new(model)), &[request], &sampling).unwrap().concat().remove(0);
+    let request = Request::new(&prompt, vec![0]);
+    let sampled = generate(&mut Fixed(Arc::new(model)), vec![request], &sampling).unwrap().concat().remove(0);
     assert_eq!(sampled.ids, all[prompt.len()..]);
 }
 

@@ -1,0 +1,126 @@
+//! The product of rows with a matrix.
+
+use super::product::{add_transposed_times, times, times_transposed};
+use super::{accumulate, elements, elements_mut, is_fused, tensor_elements};
+use candle_core::{CpuStorage, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, bail};
+
+/// `x · weightᵀ` for rows `x` `[T, in]` and a `weight` `[out, in]`, as a linear layer has it.
+///
+/// Gradients flow to both, to what is part of a graph only. The weight's is added to its accumulator in place where
+/// [`backward`](super::backward) runs the backward pass; no copy of it is ever made. Up to 64 rows,
+/// a row's result does not depend on the other rows. Fails when the widths differ.
+pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let ((_, width), (_, weight_width)) = (x.dims2()?, weight.dims2()?);
+    if width != weight_width {
+        bail!("linear: x has shape {:?} and the weight {:?}, the widths differ", x.dims(), weight.dims())
+    }
+    if is_fused(x) && is_fused(weight) {
+        return x.contiguous()?.apply_op2(&weight.contiguous()?, Linear);
+    }
+    // Candle's own product makes a gradient of the weight's shape, whether or not anybody asks for it.
+    if weight.track_op() { x.matmul(&weight.t()?) } else { x.matmul(&weight.detach().t()?) }
+}
+
+struct Linear;
+
+impl CustomOp2 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, weight) = (elements(s1, l1)?, elements(s2, l2)?);
+        let (rows, width) = l1.shape().dims2()?;
+        let out_width = l2.shape().dims2()?.0;
+        let mut out = vec![0.0; rows * out_width];
+        if !out.is_empty() {
+            times_transposed(&mut out, x, weight, width);
+        }
+        Ok((CpuStorage::F32(out), Shape::from((rows, out_width))))
+    }
+
+    fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let (gs, gl) = grad.storage_and_layout();
+        let g = tensor_elements(&gs, gl)?;
+        let ((rows, width), out_width) = (x.dims2()?, weight.dim(0)?);
+        let mut dx = None;
+        if x.track_op() {
+            let (ws, wl) = weight.storage_and_layout();
+            let mut out = vec![0.0; rows * width];
+            times(&mut out, g, tensor_elements(&ws, wl)?, out_width);
+            dx = Some(Tensor::from_vec(out, (rows, width), x.device())?);
+        }
+        if !weight.track_op() {
+            return Ok((dx, None));
+        }
+        let (xs, xl) = x.storage_and_layout();
+        let dweight = accumulate::of_or_zeros(weight)?;
+        dweight.sum().inplace_op1(&AddTransposedTimes { x: g, w: tensor_elements(&xs, xl)?, rows })?;
+        Ok((dx, dweight.into_gradient()))
+    }
+}
+
+/// `sum += xᵀ · w` for `rows` rows of each.
+pub(super) struct AddTransposedTimes<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) w: &'a [f32],
+    pub(super) rows: usize,
+}
+
+impl InplaceOp1 for AddTransposedTimes<'_> {
+    fn name(&self) -> &'static str {
+        "add-transposed-times"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        add_transposed_times(elements_mut(storage, layout)?, self.x, self.w, self.rows);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{assert_close, check, values};
+    use super::super::{Gradients, backward};
+    use super::*;
+    use candle_core::Var;
+
+    #[test]
+    fn matches_the_composite() {
+        for (rows, width, out) in [(1, 3, 2), (7, 12, 31), (80, 24, 40)] {
+            check(&[values(1, &[rows, width]), values(2, &[out, width])], |t| linear(&t[0], &t[1]));
+        }
+    }
+
+    #[test]
+    fn takes_transposed_inputs() {
+        check(&[values(1, &[5, 9]), values(2, &[5, 7])], |t| linear(&t[0].t()?, &t[1].t()?));
+    }
+
+    #[test]
+    fn what_is_frozen_gets_no_gradient() {
+        let (x, weight) =
+            (Var::from_tensor(&values(1, &[3, 4])).unwrap(), Var::from_tensor(&values(2, &[5, 4])).unwrap());
+        let store = linear(&x, &weight.detach()).unwrap().sum_all().unwrap().backward().unwrap();
+        assert!(store.get(&weight).is_none());
+        let plain = x.matmul(&weight.t().unwrap()).unwrap().sum_all().unwrap().backward().unwrap();
+        assert_close("gradient", store.get(&x).unwrap(), plain.get(&x).unwrap(), 1e-6);
+    }
+
+    /// A weight that is used twice in one graph, and over two graphs.
+    #[test]
+    fn what_is_added_in_place_is_what_a_store_would_hold() {
+        let (x, weight) =
+            (Var::from_tensor(&values(1, &[3, 5])).unwrap(), Var::from_tensor(&values(2, &[5, 5])).unwrap());
+        let params = vec![("x".to_string(), x.clone()), ("weight".to_string(), weight.clone())];
+        let loss = || linear(&linear(&x, &weight).unwrap(), &weight).unwrap().sqr().unwrap().sum_all().unwrap();
+        let mut sums = Gradients::new(&params).unwrap();
+        assert_eq!(backward(&loss(), &mut [&mut sums]).unwrap(), 2);
+        backward(&loss(), &mut [&mut sums]).unwrap();
+        let store = loss().backward().unwrap();
+        for (name, var) in &params {
+            assert_close(name, sums.get(name).unwrap(), &(store.get(var).unwrap() * 2.0).unwrap(), 1e-5);
+        }
+    }
+}
