@@ -18,7 +18,7 @@ use clap::Parser;
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
-use preceptor::ops::{AdamW, AdamWConfig, Gradients};
+use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -114,6 +114,7 @@ impl Bench {
         let model = Arc::new(Decoder::new(&self.config, &weights)?);
         let word = |i: usize| (i * 61 % self.config.vocab_size) as u32;
         let prompt: Vec<u32> = (0..PROMPT).map(word).collect();
+        // Of the last, as many at a time as `generate` has slots.
         for rows in [1, 8, 32, 128] {
             self.sampling(&model, &prompt, rows)?;
         }
@@ -133,7 +134,7 @@ impl Bench {
             gradients.zero()?;
             for _ in 0..GROUPS {
                 let (logprobs, _) = model.logprobs(&pack, 1.0)?;
-                gradients.add(&mut logprobs.sum_all()?.backward()?)?;
+                ops::backward(&logprobs.sum_all()?, &mut [&mut gradients])?;
             }
             let norm = gradients.global_norm()?;
             Ok(optimizer.step(&gradients, 1e-6, 1.0 / norm)?)
@@ -147,10 +148,9 @@ impl Bench {
         let pairs = groups * seen(PROMPT) + rows * seen_behind(PROMPT);
         let operations = self.operations(groups * PROMPT + fed, groups + fed, pairs);
         let measured = self.measure(&format!("sample, {rows} rows"), (rows * ANSWER) as f64, operations, || {
-            let requests: Vec<Request> = (0..groups)
-                .map(|_| Request { prompt, prefix: None, seeds: (0..rows.min(GROUP) as u64).collect() })
-                .collect();
-            generate(&mut Fixed(Arc::clone(model)), &requests, &sampling)?;
+            let seeds = || (0..rows.min(GROUP) as u64).collect();
+            let requests = (0..groups).map(|_| Request::new(prompt, seeds())).collect();
+            generate(&mut Fixed(Arc::clone(model)), requests, &sampling)?;
             Ok(())
         });
         match measured {

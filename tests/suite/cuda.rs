@@ -11,7 +11,7 @@ use preceptor::generate::{Fixed, Request, Sampled, generate};
 use preceptor::model::config::Window;
 use preceptor::model::family::gemma2;
 use preceptor::model::{Bert, BertConfig, Decoder, Lora, ModelConfig, Pack, PackedAttention, Weights};
-use preceptor::ops::{AdamW, AdamWConfig, Gradients};
+use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
 
 /// The first device. All tests share it, as actors do.
 fn device(test: &str) -> Option<Device> {
@@ -108,7 +108,7 @@ fn pack() -> Pack {
 }
 
 fn logits(model: &Decoder, pack: &Pack) -> Result<Tensor> {
-    let mut attention = PackedAttention::new(pack, model.device())?;
+    let mut attention = PackedAttention::new(pack);
     model.logits(&model.hidden(&pack.ids, &pack.positions, &mut attention)?)
 }
 
@@ -118,7 +118,7 @@ fn backward(model: &Decoder, params: &[(String, Var)], gradients: &mut Gradients
     let (logprobs, entropy) = model.logprobs(&pack, 0.8).unwrap();
     let slopes = values(5, logprobs.dims(), 1.0).to_device(model.device()).unwrap();
     let loss = (logprobs + (entropy * 0.3).unwrap()).unwrap().mul(&slopes).unwrap().sum_all().unwrap();
-    let found = gradients.add(&mut loss.backward().unwrap()).unwrap();
+    let found = ops::backward(&loss, &mut [gradients]).unwrap();
     assert_eq!(found, params.len(), "some variables receive no gradient");
 }
 
@@ -207,10 +207,9 @@ fn adamw_steps_agree_with_the_cpu() {
 
 fn greedy(model: Decoder) -> Vec<Vec<Sampled>> {
     let prompts = [9, 3, 14].map(|n| (0..n).map(token).collect::<Vec<_>>());
-    let requests: Vec<Request> =
-        prompts.iter().map(|prompt| Request { prompt, prefix: None, seeds: vec![1, 2] }).collect();
+    let requests = prompts.into_iter().map(|prompt| Request::new(prompt, vec![1, 2])).collect();
     let sampling = Sampling { temperature: 0.0, max_new_tokens: 16, ..Sampling::default() };
-    generate(&mut Fixed(Arc::new(model)), &requests, &sampling).unwrap()
+    generate(&mut Fixed(Arc::new(model)), requests, &sampling).unwrap()
 }
 
 #[test]
