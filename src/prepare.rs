@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
 
 use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
@@ -305,12 +305,25 @@ pub fn load(
 /// # Errors
 /// When this build or this machine has no such device.
 pub fn device(name: &str) -> Result<Device> {
-    match name.strip_prefix("cuda:") {
-        None => Ok(Device::Cpu),
-        Some(ordinal) => Device::new_cuda(ordinal.parse()?).with_context(|| {
-            format!("policy.device = \"{name}\" cannot be had; this build may lack CUDA: use \"cpu\"")
-        }),
+    let Some(ordinal) = name.strip_prefix("cuda:") else { return Ok(Device::Cpu) };
+    ensure!(
+        cfg!(feature = "cuda"),
+        "policy.device = \"{name}\", but this program was built without CUDA; set it to \"cpu\", or build with benches/cuda/build.sh"
+    );
+    // One stream for all actors. Candle's default is a stream for each thread, where nothing would order what the
+    // learner writes before what other actors read of it.
+    let device = Device::new_cuda_with_stream(ordinal.parse()?).map_err(|error| {
+        // Where backtraces are asked for, candle writes one below its message.
+        let error = error.to_string();
+        let cause = error.lines().next().unwrap_or_default();
+        anyhow!("policy.device = \"{name}\" cannot be opened ({cause}); nvidia-smi -L lists the devices there are, and \"cpu\" is always there")
+    })?;
+    #[cfg(feature = "cuda")]
+    // SAFETY: events order what happens on different streams, and there is one.
+    unsafe {
+        device.as_cuda_device()?.disable_event_tracking();
     }
+    Ok(device)
 }
 
 fn scratch_shape(scratch: &Scratch, tokenizer: &Tokenizer) -> ModelConfig {

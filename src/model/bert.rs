@@ -123,9 +123,11 @@ impl Bert {
         let (q, k, v) = (split(&layer.q)?, split(&layer.k)?.transpose(1, 2)?, split(&layer.v)?);
         let mixed = spans.iter().map(|span| {
             let (at, n) = (span.start, span.len());
-            let scores = q.narrow(1, at, n)?.matmul(&k.narrow(2, at, n)?)?; // [H, n, n]
+            // On CUDA, candle's product takes no matrix with gaps between its rows.
+            let (q, k, v) = (q.narrow(1, at, n)?, k.narrow(2, at, n)?, v.narrow(1, at, n)?);
+            let scores = q.contiguous()?.matmul(&k.contiguous()?)?; // [H, n, n]
             let weights = ops::masked_softmax(&scores, None, 1.0 / (head_dim as f64).sqrt())?;
-            weights.matmul(&v.narrow(1, at, n)?)?.transpose(0, 1)?.reshape((n, d))
+            weights.matmul(&v.contiguous()?)?.transpose(0, 1)?.reshape((n, d))
         });
         Tensor::cat(&mixed.collect::<Result<Vec<_>>>()?, 0)
     }

@@ -30,7 +30,7 @@ impl Weights {
         Ok(tensor.clone())
     }
 
-    /// Reads a GGUF file: every tensor dequantised to f32, query and key rows put back from GGUF's
+    /// Reads a GGUF file: every tensor dequantised to f32 on the host, query and key rows put back from GGUF's
     /// interleaved rotary order into the rotate-half order of Hugging Face.
     ///
     /// # Errors
@@ -54,8 +54,8 @@ impl Weights {
                 bail!("GGUF tensor {name} is not part of a model of this kind")
             };
             let tensor = content
-                .tensor(&mut file, name, device)
-                .and_then(|tensor| tensor.dequantize(device))
+                .tensor(&mut file, name, &Device::Cpu)
+                .and_then(|tensor| tensor.dequantize(&Device::Cpu))
                 .with_context(|| format!("cannot read tensor {name} of {}", path.display()))?
                 .to_dtype(DType::F32)?;
             let tensor = match target.rsplit_once('.').map_or("", |(stem, _)| stem) {
@@ -66,7 +66,7 @@ impl Weights {
                 stem if stem.ends_with("k_proj") => unpermute(&tensor, config.kv_heads)?,
                 _ => tensor,
             };
-            weights.insert(target, tensor);
+            weights.insert(target, tensor.to_device(device)?);
         }
         Ok((config, Self(weights)))
     }

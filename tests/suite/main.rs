@@ -4,6 +4,8 @@ mod algorithms;
 mod annotate;
 mod bert;
 mod common;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod families;
 mod faults;
 mod labelers;

@@ -20,6 +20,13 @@ fn a_missing_model_is_named() {
 }
 
 #[test]
+fn a_device_that_the_build_lacks_is_refused_with_the_remedy() {
+    if cfg!(not(feature = "cuda")) {
+        refused(&["policy.device=\"cuda:0\""], &["policy.device = \"cuda:0\"", "without CUDA", "build.sh"]);
+    }
+}
+
+#[test]
 fn three_mistakes_are_three_lines_in_one_report() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("wrong.toml");

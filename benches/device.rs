@@ -1,0 +1,194 @@
+//! What a device makes of a model with random weights: tokens a second of sampling, scoring and training, and the share
+//! of the device's peak that these come to.
+//!
+//! ```text
+//! cargo bench --bench device -- --size tiny
+//! cargo bench --bench device --features cuda -- --device cuda:0 --dtype bf16 --peak-tflops 989
+//! ```
+//!
+//! Operations are those that the mathematics asks for: two for each weight and token, and attention over what a token
+//! may see; a training step three times as many. What is computed in vain (masked scores, say) is not counted.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use candle_core::{DType, Device};
+use clap::Parser;
+use preceptor::generate::sampler::Sampling;
+use preceptor::generate::{Fixed, Request, generate};
+use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
+use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Completions of one prompt.
+const GROUP: usize = 8;
+const PROMPT: usize = 64;
+const ANSWER: usize = 64;
+/// Groups of a training step.
+const GROUPS: usize = 4;
+
+#[derive(Parser)]
+struct Options {
+    /// `cpu` or `cuda:N`.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// `tiny` (4.0 M parameters) or `smollm2` (the shape of SmolLM2-135M).
+    #[arg(long, default_value = "smollm2")]
+    size: String,
+    /// `f32` or `bf16`.
+    #[arg(long, default_value = "f32")]
+    dtype: String,
+    /// What the device can do in this type, in 10¹² operations a second.
+    #[arg(long)]
+    peak_tflops: Option<f64>,
+    /// Seconds that each figure is measured for, at least.
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
+    /// Given by `cargo bench`; without it nothing is measured.
+    #[arg(long)]
+    bench: bool,
+}
+
+fn main() -> Result<()> {
+    preceptor::process::prepare();
+    let options = Options::parse();
+    if !options.bench {
+        return Ok(());
+    }
+    let device = preceptor::prepare::device(&options.device)?;
+    let dtype = match options.dtype.as_str() {
+        "f32" => DType::F32,
+        "bf16" => DType::BF16,
+        other => bail!("--dtype {other} is neither f32 nor bf16"),
+    };
+    let config = match options.size.as_str() {
+        "tiny" => shape([256, 704, 4, 4, 2, 4096]),
+        "smollm2" => shape([576, 1536, 30, 9, 3, 49_152]),
+        other => bail!("--size {other} is neither tiny nor smollm2"),
+    };
+    println!("{} on {}, {}\n", options.size, options.device, options.dtype);
+    println!("| what | tokens/s | TFLOP/s | share of peak |\n|---|---|---|---|");
+    Bench { config, device, dtype, options }.run()
+}
+
+fn shape([hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size]: [usize; 6]) -> ModelConfig {
+    ModelConfig {
+        hidden_size,
+        intermediate_size,
+        layers,
+        heads,
+        kv_heads,
+        head_dim: 64,
+        vocab_size,
+        context: 2048,
+        ..ModelConfig::llama()
+    }
+}
+
+/// How many tokens those of a sequence of `length` see together.
+fn seen(length: usize) -> usize {
+    length * (length + 1) / 2
+}
+
+/// The same of an answer's fed tokens behind a prompt: all but the last.
+fn seen_behind(prompt: usize) -> usize {
+    (ANSWER - 1) * prompt + seen(ANSWER - 1)
+}
+
+struct Bench {
+    config: ModelConfig,
+    device: Device,
+    dtype: DType,
+    options: Options,
+}
+
+impl Bench {
+    fn run(&self) -> Result<()> {
+        let mut weights = Weights::scratch(&self.config, 0.02, 1, &self.device)?;
+        for tensor in weights.0.values_mut() {
+            *tensor = tensor.to_dtype(self.dtype)?;
+        }
+        let model = Arc::new(Decoder::new(&self.config, &weights)?);
+        let word = |i: usize| (i * 61 % self.config.vocab_size) as u32;
+        let prompt: Vec<u32> = (0..PROMPT).map(word).collect();
+        // Of the last, as many at a time as `generate` has slots.
+        for rows in [1, 8, 32, 128] {
+            self.sampling(&model, &prompt, rows)?;
+        }
+        let completions: Vec<Vec<u32>> =
+            (0..GROUP).map(|k| (0..ANSWER).map(|i| word(PROMPT + i * GROUP + k)).collect()).collect();
+        let pack = Pack::new(&prompt, &completions);
+        let learned = (GROUP * ANSWER) as f64;
+        let forward = self.operations(pack.len(), pack.targets.len(), seen(PROMPT) + GROUP * seen_behind(PROMPT));
+        self.measure("score", learned, forward, || {
+            model.logprobs(&pack, 1.0)?.0.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            Ok(())
+        })?;
+        let (model, params) = model.trainable(true)?;
+        let mut gradients = Gradients::new(&params)?;
+        let mut optimizer = AdamW::new(params, AdamWConfig::default())?;
+        self.measure("train", learned * GROUPS as f64, forward * 3.0 * GROUPS as f64, || {
+            gradients.zero()?;
+            for _ in 0..GROUPS {
+                let (logprobs, _) = model.logprobs(&pack, 1.0)?;
+                ops::backward(&logprobs.sum_all()?, &mut [&mut gradients])?;
+            }
+            let norm = gradients.global_norm()?;
+            Ok(optimizer.step(&gradients, 1e-6, 1.0 / norm)?)
+        })
+    }
+
+    fn sampling(&self, model: &Arc<Decoder>, prompt: &[u32], rows: usize) -> Result<()> {
+        let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
+        let groups = rows.div_ceil(GROUP);
+        let fed = rows * (ANSWER - 1);
+        let pairs = groups * seen(PROMPT) + rows * seen_behind(PROMPT);
+        let operations = self.operations(groups * PROMPT + fed, groups + fed, pairs);
+        let measured = self.measure(&format!("sample, {rows} rows"), (rows * ANSWER) as f64, operations, || {
+            let seeds = || (0..rows.min(GROUP) as u64).collect();
+            let requests = (0..groups).map(|_| Request::new(prompt, seeds())).collect();
+            generate(&mut Fixed(Arc::clone(model)), requests, &sampling)?;
+            Ok(())
+        });
+        match measured {
+            // Not all that samples can do it in half precision.
+            Err(error) if self.dtype != DType::F32 => {
+                let error = error.to_string();
+                let cause = error.lines().next().unwrap_or_default();
+                println!("| sample, {rows} rows | not in this type ({cause}) | | |");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// Operations of a forward pass that feeds `fed` tokens, predicts from `predicted` of them, and in which tokens see
+    /// tokens `pairs` times.
+    fn operations(&self, fed: usize, predicted: usize, pairs: usize) -> f64 {
+        let config = &self.config;
+        let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let layer = 2 * config.hidden_size * (q + kv) + 3 * config.hidden_size * config.intermediate_size;
+        let head = config.hidden_size * config.vocab_size;
+        (2 * (config.layers * layer * fed + head * predicted) + 4 * config.layers * q * pairs) as f64
+    }
+
+    /// Does `work` once to warm up, then for as long as was asked for, and prints what came of it.
+    fn measure(&self, what: &str, tokens: f64, operations: f64, mut work: impl FnMut() -> Result<()>) -> Result<()> {
+        work()?;
+        self.device.synchronize()?;
+        let (began, mut times) = (Instant::now(), 0.0);
+        while began.elapsed() < Duration::from_secs_f64(self.options.seconds) {
+            work()?;
+            self.device.synchronize()?;
+            times += 1.0;
+        }
+        let rate = times / began.elapsed().as_secs_f64();
+        let tflops = operations * rate / 1e12;
+        let share = self.options.peak_tflops.map_or("–".to_owned(), |peak| format!("{:.1} %", 100.0 * tflops / peak));
+        println!("| {what} | {:.0} | {tflops:.3} | {share} |", tokens * rate);
+        Ok(())
+    }
+}

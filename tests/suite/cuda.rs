@@ -1,0 +1,306 @@
+//! The model on a CUDA device against the same model on the CPU. Compiled with the feature `cuda` alone. Where there is
+//! no device a test checks nothing, and says so: `benches/cuda/run.sh` counts these lines.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use preceptor::generate::sampler::Sampling;
+use preceptor::generate::{Fixed, Request, Sampled, generate};
+use preceptor::model::config::Window;
+use preceptor::model::family::gemma2;
+use preceptor::model::{Bert, BertConfig, Decoder, Lora, ModelConfig, Pack, PackedAttention, Weights};
+use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
+
+/// The first device. All tests share it, as actors do.
+fn device(test: &str) -> Option<Device> {
+    static DEVICE: OnceLock<std::result::Result<Device, String>> = OnceLock::new();
+    let opened = DEVICE.get_or_init(|| preceptor::prepare::device("cuda:0").map_err(|error| format!("{error:#}")));
+    match opened {
+        Ok(device) => Some(device.clone()),
+        Err(error) => {
+            // Past the test harness, which keeps what a passing test prints to itself.
+            let line = format!("skipped: no CUDA device, {test} checks nothing ({error})\n");
+            std::io::stderr().write_all(line.as_bytes()).unwrap();
+            None
+        }
+    }
+}
+
+struct Case {
+    name: &'static str,
+    config: ModelConfig,
+    weights: Weights,
+    lora: Option<Lora>,
+}
+
+fn tiny() -> ModelConfig {
+    ModelConfig {
+        hidden_size: 64,
+        intermediate_size: 96,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        vocab_size: 300,
+        context: 128,
+        ..ModelConfig::llama()
+    }
+}
+
+/// A Llama, the same with adapters that do something, and a Gemma 2 whose caps and window bite and whose head is its own.
+fn cases() -> [Case; 3] {
+    let llama = tiny();
+    let gemma = ModelConfig {
+        family: &gemma2::FAMILY,
+        window: Some(Window { size: 6, layers: vec![true, false] }),
+        attention_cap: Some(5.0),
+        logit_cap: Some(8.0),
+        query_scalar: Some(24),
+        tied: false,
+        ..tiny()
+    };
+    let scratch = |config: &ModelConfig| Weights::scratch(config, 0.15, 3, &Device::Cpu).unwrap();
+    let lora = Lora { rank: 4, alpha: 8.0, targets: ["q_proj", "v_proj", "down_proj"].map(str::to_owned).to_vec() };
+    let mut adapted = scratch(&llama);
+    for (i, (name, tensor)) in lora.fresh(&adapted, 7, &Device::Cpu).unwrap().0.into_iter().enumerate() {
+        // Fresh adapters have zeros in B, and then A has no gradient.
+        let tensor = if name.contains("lora_B") { values(i as u64, tensor.dims(), 0.1) } else { tensor };
+        adapted.0.insert(name, tensor);
+    }
+    [
+        Case { name: "llama", weights: scratch(&llama), config: llama.clone(), lora: None },
+        Case { name: "llama with adapters", config: llama, weights: adapted, lora: Some(lora) },
+        Case { name: "gemma 2", weights: scratch(&gemma), config: gemma, lora: None },
+    ]
+}
+
+impl Case {
+    fn model(&self, device: &Device, dtype: DType) -> Decoder {
+        let moved = |tensor: &Tensor| tensor.to_device(device).unwrap().to_dtype(dtype).unwrap();
+        let weights = Weights(self.weights.0.iter().map(|(name, tensor)| (name.clone(), moved(tensor))).collect());
+        Decoder::with_adapters(&self.config, &weights, self.lora.as_ref()).unwrap()
+    }
+
+    /// What the learner trains, and its variables.
+    fn trainable(&self, device: &Device) -> (Decoder, Vec<(String, Var)>) {
+        let model = self.model(device, DType::F32);
+        self.lora.as_ref().map_or_else(|| model.trainable(true), |lora| model.adapted(lora, 0)).unwrap()
+    }
+}
+
+/// Reproducible values within ±`size`.
+fn values(seed: u64, shape: &[usize], size: f64) -> Tensor {
+    let count: usize = shape.iter().product();
+    let value = |i: usize| (((i as f64 + 1.7) * 12.9898 + seed as f64 * 78.233).sin() * 43_758.545).fract() * size;
+    Tensor::from_vec((0..count).map(|i| value(i) as f32).collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
+}
+
+fn token(i: usize) -> u32 {
+    ((i * 37 + 11) % 300) as u32
+}
+
+/// A prompt with three completions of different lengths.
+fn pack() -> Pack {
+    let completions = [5, 1, 8].map(|n| (20..20 + n).map(token).collect::<Vec<_>>());
+    Pack::new(&(0..9).map(token).collect::<Vec<_>>(), &completions)
+}
+
+fn logits(model: &Decoder, pack: &Pack) -> Result<Tensor> {
+    let mut attention = PackedAttention::new(pack);
+    model.logits(&model.hidden(&pack.ids, &pack.positions, &mut attention)?)
+}
+
+/// A loss in which every target and every entropy has a slope of its own.
+fn backward(model: &Decoder, params: &[(String, Var)], gradients: &mut Gradients) {
+    let pack = pack();
+    let (logprobs, entropy) = model.logprobs(&pack, 0.8).unwrap();
+    let slopes = values(5, logprobs.dims(), 1.0).to_device(model.device()).unwrap();
+    let loss = (logprobs + (entropy * 0.3).unwrap()).unwrap().mul(&slopes).unwrap().sum_all().unwrap();
+    let found = ops::backward(&loss, &mut [gradients]).unwrap();
+    assert_eq!(found, params.len(), "some variables receive no gradient");
+}
+
+/// |got − want| / |want|.
+fn distance(got: &Tensor, want: &Tensor) -> f64 {
+    assert_eq!(got.dims(), want.dims());
+    let host = |tensor: &Tensor| -> Vec<f64> {
+        let tensor = tensor.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    };
+    let (got, want) = (host(got), host(want));
+    let gap: f64 = got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum();
+    let size: f64 = want.iter().map(|v| v * v).sum();
+    assert!(size > 0.0, "there is nothing to compare");
+    (gap / size).sqrt()
+}
+
+#[track_caller]
+fn close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
+    let distance = distance(got, want);
+    assert!(distance <= tolerance, "{what}: relative distance {distance:.2e}, {tolerance:.0e} is allowed");
+}
+
+#[test]
+fn forward_agrees_with_the_cpu() {
+    let Some(device) = device("forward_agrees_with_the_cpu") else { return };
+    for case in cases() {
+        let (here, there) = (case.model(&Device::Cpu, DType::F32), case.model(&device, DType::F32));
+        let pack = pack();
+        close(case.name, &logits(&there, &pack).unwrap(), &logits(&here, &pack).unwrap(), 1e-4);
+        let (logprobs, entropy) = there.logprobs(&pack, 0.8).unwrap();
+        let (want_logprobs, want_entropy) = here.logprobs(&pack, 0.8).unwrap();
+        close(&format!("{}, log-probabilities", case.name), &logprobs, &want_logprobs, 1e-4);
+        close(&format!("{}, entropies", case.name), &entropy, &want_entropy, 1e-4);
+    }
+}
+
+#[test]
+fn every_gradient_agrees_with_the_cpu() {
+    let Some(device) = device("every_gradient_agrees_with_the_cpu") else { return };
+    for case in cases() {
+        let [here, there] = [&Device::Cpu, &device].map(|device| {
+            let (model, params) = case.trainable(device);
+            let mut gradients = Gradients::new(&params).unwrap();
+            // Twice, as micro-batches add up.
+            backward(&model, &params, &mut gradients);
+            backward(&model, &params, &mut gradients);
+            (params, gradients)
+        });
+        for (name, _) in &here.0 {
+            let (got, want) = (there.1.get(name).unwrap(), here.1.get(name).unwrap());
+            close(&format!("{}, gradient of {name}", case.name), got, want, 1e-3);
+        }
+        let (got, want) = (there.1.global_norm().unwrap(), here.1.global_norm().unwrap());
+        assert!((got / want - 1.0).abs() < 1e-4, "{}: the gradient's norm is {got}, not {want}", case.name);
+    }
+}
+
+#[test]
+fn adamw_steps_agree_with_the_cpu() {
+    let Some(device) = device("adamw_steps_agree_with_the_cpu") else { return };
+    // A larger ε than usual: where a gradient is mere rounding, the step would be its sign.
+    let config = AdamWConfig { eps: 1e-3, weight_decay: 0.01, ..AdamWConfig::default() };
+    for case in cases() {
+        let [here, there] = [&Device::Cpu, &device].map(|device| {
+            let (model, params) = case.trainable(device);
+            let before: Vec<Tensor> = params.iter().map(|(_, var)| var.copy().unwrap()).collect();
+            let mut gradients = Gradients::new(&params).unwrap();
+            let mut optimizer = AdamW::new(params.clone(), config).unwrap();
+            for _ in 0..2 {
+                gradients.zero().unwrap();
+                backward(&model, &params, &mut gradients);
+                optimizer.step(&gradients, 1e-2, 0.5).unwrap();
+            }
+            let moved = params.iter().zip(before).map(|((name, var), before)| {
+                let moved = (var.as_tensor().detach() - before).unwrap();
+                (name.clone(), moved)
+            });
+            moved.collect::<BTreeMap<_, _>>()
+        });
+        for (name, want) in &here {
+            close(&format!("{}, step of {name}", case.name), &there[name], want, 1e-3);
+        }
+    }
+}
+
+fn greedy(model: Decoder) -> Vec<Vec<Sampled>> {
+    let prompts = [9, 3, 14].map(|n| (0..n).map(token).collect::<Vec<_>>());
+    let requests = prompts.into_iter().map(|prompt| Request::new(prompt, vec![1, 2])).collect();
+    let sampling = Sampling { temperature: 0.0, max_new_tokens: 16, ..Sampling::default() };
+    generate(&mut Fixed(Arc::new(model)), requests, &sampling).unwrap()
+}
+
+#[test]
+fn greedy_generation_agrees_with_the_cpu() {
+    let Some(device) = device("greedy_generation_agrees_with_the_cpu") else { return };
+    for case in cases() {
+        let [here, there] = [&Device::Cpu, &device].map(|device| greedy(case.model(device, DType::F32)));
+        for (got, want) in there.iter().flatten().zip(here.iter().flatten()) {
+            assert_eq!(got.ids, want.ids, "{}", case.name);
+            let worst = crate::common::max_abs_difference(&got.logprobs, &want.logprobs);
+            assert!(worst < 1e-3, "{}: log-probabilities differ by {worst}", case.name);
+        }
+    }
+}
+
+#[test]
+fn half_precision_is_near_single_precision() {
+    let Some(device) = device("half_precision_is_near_single_precision") else { return };
+    for case in cases() {
+        let (here, there) = (case.model(&Device::Cpu, DType::F32), case.model(&device, DType::BF16));
+        let pack = pack();
+        close(case.name, &logits(&there, &pack).unwrap(), &logits(&here, &pack).unwrap(), 0.03);
+        let (got, want) = (there.logprobs(&pack, 1.0).unwrap().0, here.logprobs(&pack, 1.0).unwrap().0);
+        close(&format!("{}, log-probabilities", case.name), &got, &want, 0.03);
+    }
+}
+
+#[test]
+fn an_encoder_agrees_with_the_cpu() {
+    let Some(device) = device("an_encoder_agrees_with_the_cpu") else { return };
+    let config = BertConfig {
+        hidden_size: 32,
+        intermediate_size: 48,
+        layers: 2,
+        heads: 4,
+        vocab_size: 300,
+        context: 40,
+        token_types: 2,
+        layer_norm_eps: 1e-12,
+    };
+    let mut tensors = BTreeMap::new();
+    let mut add = |name: String, shape: &[usize]| {
+        let tensor = values(tensors.len() as u64, shape, 0.3);
+        tensors.insert(name, tensor);
+    };
+    let (d, ffn) = (config.hidden_size, config.intermediate_size);
+    for (name, rows) in [("word", config.vocab_size), ("position", config.context), ("token_type", config.token_types)]
+    {
+        add(format!("embeddings.{name}_embeddings.weight"), &[rows, d]);
+    }
+    let mut pair = |name: String, shape: &[usize]| {
+        add(format!("{name}.weight"), shape);
+        add(format!("{name}.bias"), &shape[..1]);
+    };
+    pair("embeddings.LayerNorm".to_owned(), &[d]);
+    for layer in (0..config.layers).map(|i| format!("encoder.layer.{i}")) {
+        for name in ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"] {
+            pair(format!("{layer}.{name}"), &[d, d]);
+        }
+        pair(format!("{layer}.intermediate.dense"), &[ffn, d]);
+        pair(format!("{layer}.output.dense"), &[d, ffn]);
+        pair(format!("{layer}.attention.output.LayerNorm"), &[d]);
+        pair(format!("{layer}.output.LayerNorm"), &[d]);
+    }
+    let texts = [7, 1, 12].map(|n| (0..n).map(token).collect::<Vec<_>>());
+    let [here, there] = [&Device::Cpu, &device].map(|device| {
+        let moved = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.to_device(device).unwrap());
+        let encoder = Bert::new(&config, &Weights(tensors.iter().map(moved).collect())).unwrap();
+        encoder.hidden(&texts.each_ref().map(Vec::as_slice)).unwrap()
+    });
+    close("hidden states", &there, &here, 1e-4);
+}
+
+/// What the learner's thread writes, and hands on without waiting for the device, is what other threads read.
+#[test]
+fn a_snapshot_is_whole_in_another_thread() {
+    let Some(device) = device("a_snapshot_is_whole_in_another_thread") else { return };
+    let config = ModelConfig { hidden_size: 512, intermediate_size: 1024, head_dim: 128, layers: 4, ..tiny() };
+    let weights = Weights::scratch(&config, 0.05, 3, &device).unwrap();
+    let (model, params) = Decoder::new(&config, &weights).unwrap().trainable(true).unwrap();
+    let mut gradients = Gradients::new(&params).unwrap();
+    let mut optimizer = AdamW::new(params.clone(), AdamWConfig::default()).unwrap();
+    let read = |model: &Decoder| logits(model, &pack()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for version in 0..20 {
+        gradients.zero().unwrap();
+        backward(&model, &params, &mut gradients);
+        optimizer.step(&gradients, 1e-3, 1.0).unwrap();
+        let snapshot = model.snapshot().unwrap();
+        let theirs = std::thread::scope(|scope| scope.spawn(|| read(&snapshot)).join().unwrap());
+        let ours = read(&model);
+        let worst = crate::common::max_abs_difference(&theirs, &ours);
+        assert!(worst < 1e-5, "version {version}: another thread read other weights, logits differ by {worst}");
+    }
+}
