@@ -153,10 +153,11 @@ impl Subject {
     fn generate(&self, width: usize, repeats: u64) -> Result<Map<String, Value>> {
         let prompts: Vec<Vec<u32>> = (0..width.div_ceil(GROUP)).map(|k| self.words(k, PROMPT)).collect();
         let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
-        let requests: Vec<Request> =
-            prompts.iter().map(|prompt| Request::new(prompt, (0..width.min(GROUP) as u64).collect())).collect();
+        let requests = || -> Vec<Request> {
+            prompts.iter().map(|prompt| Request::new(prompt, (0..width.min(GROUP) as u64).collect())).collect()
+        };
         repeat(repeats, width * ANSWER, "tokens", || {
-            generate(&mut Fixed(Arc::clone(&self.model)), requests, &sampling).map(drop)
+            generate(&mut Fixed(Arc::clone(&self.model)), requests(), &sampling).map(drop)
         })
     }
 
@@ -251,7 +252,7 @@ impl Subject {
             "learner.algorithm=grpo".into(),
             "learner.lr=1e-6".into(),
             format!("learner.batch_groups={BATCH}"),
-            format!("rollout.slots={}", BATCH as usize * GROUP),
+            format!("rollout.slots={}", BATCH * GROUP),
             format!("rollout.group_size={GROUP}"),
             format!("rollout.max_new_tokens={ANSWER}"),
             "reward.kl_coef=0".into(),

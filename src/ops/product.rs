@@ -139,16 +139,25 @@ mod few {
         if threads == 1 || m * k * n < 2 * TASK {
             columns(0, n);
         } else {
-            let run = n.div_ceil(threads * 2).max(TASK / (m * k)).next_multiple_of(48);
+            let run = n.div_ceil(threads * 2).max(TASK / (m * k)).next_multiple_of(12);
             (0..n.div_ceil(run)).into_par_iter().for_each(|task| columns(task * run, ((task + 1) * run).min(n)));
         }
         true
     }
 
-    /// One instruction set's kernel: a tile of up to four rows of `x` and `$wide` rows of `w`, each pair's sum in a register.
+    /// Lines of memory that will be read next.
+    #[derive(Clone, Copy)]
+    struct Ahead {
+        start: *const f32,
+        lines: usize,
+    }
+
+    /// One instruction set's kernel: a tile of up to four rows of `x` and `$narrow`
+    /// or `$wide` rows of `w`, each pair's sum in a register.
     macro_rules! kernel {
-        ($name:ident, $features:literal, $lanes:literal, $wide:literal, $zero:ident, $load:ident, $fma:ident) => {
+        ($name:ident, $features:literal, $lanes:literal, $narrow:literal, $wide:literal, $zero:ident, $load:ident, $fma:ident) => {
             mod $name {
+                use super::Ahead;
                 use super::sum_of_four::$name as sum_of_four;
                 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch, $fma, $load, $zero};
 
@@ -166,59 +175,62 @@ mod few {
                     to: usize,
                 ) {
                     let blocks = m.div_ceil(4);
+                    // With one block of rows memory is the bound, and few streams of it are read fastest.
+                    let (width, kind) = if blocks == 1 { ($narrow, 1) } else { ($wide, 2) };
                     let mut column = from;
                     while column < to {
-                        let wide = if column + $wide <= to { $wide } else { 1 };
-                        let next = column + wide;
+                        let (width, kind) = if column + width <= to { (width, kind) } else { (1, 0) };
+                        let next = column + width;
                         let w_tile = w[column * k..].as_ptr();
                         for block in 0..blocks {
                             let row = block * 4;
-                            let x_tile = x[row * k..].as_ptr();
-                            // Each block fetches its share of the rows of `w` that come next.
-                            let ahead = if next + wide <= n {
-                                (wide * block / blocks, wide * (block + 1) / blocks)
-                            } else {
-                                (0, 0)
+                            // Each block fetches its share of the rows of `w` that come next, as they lie in memory.
+                            let lines = if next + width <= n { (width * k).div_ceil(16) } else { 0 };
+                            let first = lines * block / blocks;
+                            let ahead = Ahead {
+                                start: w_tile.wrapping_add(width * k + first * 16),
+                                lines: lines * (block + 1) / blocks - first,
                             };
+                            let tile = TILES[(m - row).min(4) - 1][kind];
                             // SAFETY: the tile lies within the sizes that the caller answers for.
-                            unsafe {
-                                let out = out.add(row * n + column);
-                                match ((m - row).min(4), wide) {
-                                    (1, 1) => tile::<1, 1>(x_tile, w_tile, k, out, n, ahead),
-                                    (2, 1) => tile::<2, 1>(x_tile, w_tile, k, out, n, ahead),
-                                    (3, 1) => tile::<3, 1>(x_tile, w_tile, k, out, n, ahead),
-                                    (_, 1) => tile::<4, 1>(x_tile, w_tile, k, out, n, ahead),
-                                    (1, _) => tile::<1, $wide>(x_tile, w_tile, k, out, n, ahead),
-                                    (2, _) => tile::<2, $wide>(x_tile, w_tile, k, out, n, ahead),
-                                    (3, _) => tile::<3, $wide>(x_tile, w_tile, k, out, n, ahead),
-                                    (_, _) => tile::<4, $wide>(x_tile, w_tile, k, out, n, ahead),
-                                }
-                            }
+                            unsafe { tile(x[row * k..].as_ptr(), w_tile, k, out.add(row * n + column), n, ahead) };
                         }
                         column = next;
                     }
                 }
 
-                /// `R` rows of `x` with `C` of `w`; fetches the rows of `w` that lie `C` and `ahead` further.
+                type Tile = unsafe fn(*const f32, *const f32, usize, *mut f32, usize, Ahead);
+
+                /// By rows of `x`, then by kind.
+                const TILES: [[Tile; 3]; 4] = [
+                    [tile::<1, 1>, tile::<1, $narrow>, tile::<1, $wide>],
+                    [tile::<2, 1>, tile::<2, $narrow>, tile::<2, $wide>],
+                    [tile::<3, 1>, tile::<3, $narrow>, tile::<3, $wide>],
+                    [tile::<4, 1>, tile::<4, $narrow>, tile::<4, $wide>],
+                ];
+
+                /// `R` rows of `x` with `C` of `w`; fetches what comes next meanwhile.
                 #[target_feature(enable = $features)]
-                #[inline]
                 unsafe fn tile<const R: usize, const C: usize>(
                     x: *const f32,
                     w: *const f32,
                     k: usize,
                     out: *mut f32,
                     n: usize,
-                    ahead: (usize, usize),
+                    ahead: Ahead,
                 ) {
                     let whole = k / $lanes * $lanes;
+                    let lines = ahead.lines.div_ceil((k / $lanes).max(1));
+                    let mut fetch = ahead.start;
                     // SAFETY: all offsets lie within `R` rows of `x`, `C` of `w`, and `R × C` places of `out`; a
                     // prefetch may point anywhere.
                     unsafe {
                         let mut sums = [[$zero(); C]; R];
                         let mut at = 0;
                         while at < whole {
-                            for c in ahead.0..ahead.1 {
-                                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add((C + c) * k + at).cast());
+                            for _ in 0..lines {
+                                _mm_prefetch::<_MM_HINT_T0>(fetch.cast());
+                                fetch = fetch.wrapping_add(16);
                             }
                             let mut xs = [$zero(); R];
                             for r in 0..R {
@@ -250,8 +262,8 @@ mod few {
         };
     }
 
-    kernel!(avx512, "avx512f", 16, 6, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_fmadd_ps);
-    kernel!(avx2, "avx2,fma", 8, 3, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_fmadd_ps);
+    kernel!(avx512, "avx512f", 16, 4, 6, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_fmadd_ps);
+    kernel!(avx2, "avx2,fma", 8, 2, 3, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_fmadd_ps);
 
     mod sum_of_four {
         //! The sums of the lanes of four registers.
