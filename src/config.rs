@@ -17,8 +17,8 @@ pub use labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, Rem
 pub use reader::{ConfigError, ConfigErrors};
 pub use sections::{
     AlgorithmKind, AverageKind, Checkpoint, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner,
-    LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch,
-    Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
+    LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights, Run,
+    Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
 };
 
 use reader::Document;
@@ -121,10 +121,17 @@ impl Config {
         }
         // A preference loss is known to bear older samples (Noukhovitch et al. 2024), so it needs no correction; a clip
         // against the weights that sampled bounds what they do, as PPO always did.
-        let uncorrected = self.learner.eta > 0
-            && self.learner.correction == CorrectionKind::None
-            && self.learner.clip == 0.0
-            && !pairs;
+        let uncorrected = self.learner.correction == CorrectionKind::None && self.learner.clip == 0.0 && !pairs;
+        if document.sound(&["rollout.weights", "learner.correction"])
+            && uncorrected
+            && self.rollout.weights == RolloutWeights::Q8
+        {
+            document.error(
+                "learner.correction",
+                "\"none\" with rollout.weights = \"q8_0\" would learn from tokens of other weights as if they were its own; set \"tis\"",
+            );
+        }
+        let uncorrected = uncorrected && self.learner.eta > 0;
         if document.sound(&["learner.eta", "learner.correction"]) && uncorrected {
             document.error(
                 "learner.correction",
@@ -180,6 +187,10 @@ mod tests {
         check(
             "[learner]\n# off-policy\ncorrection = \"none\"\n",
             &["x.toml:10: learner.correction: \"none\" with learner.eta = 1"],
+        );
+        check(
+            "[rollout]\nweights = \"q8_0\"\n[learner]\neta = 0\ncorrection = \"none\"\n",
+            &["x.toml:12: learner.correction: \"none\" with rollout.weights = \"q8_0\" would learn"],
         );
         check(
             "lora = { ranks = 2, targets = [\"q\"] }\n",

@@ -204,7 +204,12 @@ const METRICS: &[Metric] = &[
         Unit::Seconds,
         "From a batch's first group to its published weights",
     ),
-    Metric(Histogram, "preceptor_generation_duration_seconds", Unit::Seconds, "One call of a rollout actor"),
+    Metric(
+        Histogram,
+        "preceptor_generation_duration_seconds",
+        Unit::Seconds,
+        "From a prompt's arrival at a rollout actor to the end of its last completion",
+    ),
     Metric(Histogram, "preceptor_label_duration_seconds", Unit::Seconds, "Labeling of one group, retries included"),
     Metric(Histogram, "preceptor_publish_duration_seconds", Unit::Seconds, "Copying and publishing a version"),
 ];

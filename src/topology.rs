@@ -10,7 +10,7 @@ use preceptor_actors::{
     Admission, AdmissionGate, GraphBuilder, Inlet, Outlet, SnapshotCell, StageError, StageResult, StageSpec,
 };
 
-use crate::config::{Config, LabelForm, Mode, Pairs, RewardScaling, UpdateMode};
+use crate::config::{Config, LabelForm, Mode, Pairs, RewardScaling, RolloutWeights, UpdateMode};
 use crate::data::pairs::PairSource;
 use crate::data::source::PromptSource;
 use crate::generate::sampler::Sampling;
@@ -177,6 +177,7 @@ impl Node {
             slots: config.rollout.slots,
             group_size: config.rollout.group_size,
             in_flight: config.rollout.update == UpdateMode::InFlight,
+            quantised: config.rollout.weights == RolloutWeights::Q8,
             seed,
         };
         Rollout::new(self.cell.reader(name), self.prepared.tokenizer.clone(), plan)

@@ -119,6 +119,10 @@ impl GraphBuilder {
             pool.run(|| stage.start(ctx))?;
             let mut drained = false;
             loop {
+                // A stage that is busy waits nowhere, so nobody else would tell it.
+                if ctx.halted() {
+                    return Err(Ended::Halted.into());
+                }
                 let received = match stage.busy() {
                     false if drained => break,
                     false => inlet.recv(ctx).map(Some),

@@ -195,6 +195,49 @@ fn a_stage_may_work_on_many_items_at_once() {
     }
 }
 
+/// Always busy, and takes nothing more.
+struct Endless(Arc<Mutex<bool>>);
+
+impl Stage for Endless {
+    type In = u64;
+    type Out = u64;
+
+    fn process(&mut self, _item: Item<u64>, _out: &Emitter<'_, u64>) -> StageResult<()> {
+        Ok(())
+    }
+
+    fn busy(&self) -> bool {
+        true
+    }
+
+    fn open(&self) -> bool {
+        false
+    }
+}
+
+impl Drop for Endless {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap() = true;
+    }
+}
+
+#[test]
+fn a_halt_ends_a_stage_that_is_busy_and_takes_nothing() {
+    let ended = Arc::new(Mutex::new(false));
+    let seen = Arc::clone(&ended);
+    let build = move |builder: &mut GraphBuilder| {
+        let (to_work, work) = builder.edge("work", 1);
+        let (to_sink, done) = builder.edge("done", 1);
+        builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 9, gate: None }, to_work);
+        builder.stage(StageSpec::new("endless"), Endless(Arc::clone(&seen)), work, to_sink);
+        builder.sink(StageSpec::new("sink"), ScriptedSink::new(taking(0), 1, None, |_, _| ()), done);
+        Ok(())
+    };
+    let ran = run(quick(), build, GraphHandle::halt);
+    assert_eq!(ran.outcome, Outcome::Halted);
+    assert!(*ended.lock().unwrap(), "the stage was abandoned instead of ended");
+}
+
 #[test]
 fn a_halt_ends_every_wait() {
     // The sink hangs, so the workers are blocked on a full edge and the source behind them.

@@ -3,7 +3,7 @@
 use super::labeling::{Evidence, LabelerKind, Pairs, RemoteApi};
 use super::sections::{
     AlgorithmKind, AverageKind, CorrectionKind, DpoLoss, KlEstimator, KlPlace, LabelForm, Mode, OnLong, RewardScaling,
-    Schedule, UpdateMode, ValueKind, WeightDtype,
+    RolloutWeights, Schedule, UpdateMode, ValueKind, WeightDtype,
 };
 
 /// A value that is written as a word.
@@ -49,6 +49,7 @@ choices! {
     Pairs { "adjacent" => Adjacent, "all" => All }
     RemoteApi { "chat" => Chat, "completions" => Completions }
     RewardScaling { "running" => Running, "none" => None }
+    RolloutWeights { "f32" => F32, "q8_0" => Q8 }
     Schedule { "constant" => Constant, "linear" => Linear, "cosine" => Cosine }
     UpdateMode { "in-flight" => InFlight, "between-groups" => BetweenGroups }
     ValueKind { "head" => Head, "model" => Model }

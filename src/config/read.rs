@@ -8,8 +8,8 @@ use toml::Value;
 use super::reader::{Document, Section};
 use super::sections::{
     AlgorithmKind, AverageKind, Checkpoint, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner,
-    LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, Run, Schedule, Scratch,
-    Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
+    LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights, Run,
+    Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
 };
 use crate::source::{Candidate, ModelRef};
 
@@ -169,6 +169,7 @@ pub(super) fn rollout(document: &mut Document) -> Rollout {
         repetition_penalty: s.checked("repetition_penalty", 1.0, "above 0", |n| *n > 0.0),
         stop,
         stop_ids: s.get("stop_ids", Vec::new()),
+        weights: s.choice("weights", RolloutWeights::F32),
         update: s.choice("update", UpdateMode::InFlight),
         capacity: capacity(&mut s),
     }

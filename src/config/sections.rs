@@ -153,10 +153,23 @@ pub struct Rollout {
     pub stop: Vec<String>,
     /// Tokens that end a completion besides the model's own end tokens. Default none.
     pub stop_ids: Vec<u32>,
+    /// What the actors sample with: `f32` (default), or `q8_0`, the weights in eight bits, which are faster to read where few
+    /// completions are sampled side by side. What is sampled is then off-policy even when it is fresh, so the learner must
+    /// correct for it; the importance ratios tell by how much.
+    pub weights: RolloutWeights,
     /// When new weights are taken up: `in-flight` (default) between decode steps, or `between-groups`.
     pub update: UpdateMode,
     /// Groups that may wait for a labeler. Default 2.
     pub capacity: usize,
+}
+
+/// What is sampled with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RolloutWeights {
+    /// The weights as they are.
+    F32,
+    /// Blocks of 32 in eight bits.
+    Q8,
 }
 
 /// When a rollout actor takes up new weights.

@@ -107,6 +107,7 @@ impl Config {
             ("repetition_penalty", Value::Float(rollout.repetition_penalty)),
             ("stop", Value::Array(rollout.stop.iter().map(text).collect())),
             ("stop_ids", Value::Array(rollout.stop_ids.iter().map(|id| whole(u64::from(*id))).collect())),
+            ("weights", word(rollout.weights)),
             ("update", word(rollout.update)),
             ("capacity", whole(rollout.capacity as u64)),
         ])

@@ -5,7 +5,7 @@ use std::mem;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use candle_core::{Device, Storage, Tensor, bail};
+use candle_core::{DType, Device, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 use super::sampler::{Sampler, Sampling};
@@ -13,11 +13,12 @@ use super::{Request, Sampled, Weighted};
 use crate::model::cache::CachedPrompt;
 use crate::model::trie::prefill;
 use crate::model::{Decoder, KvCache, ModelConfig};
+use crate::ops;
 use crate::rollout::Finish;
 
 /// Most sequences that decode side by side. Up to here a sequence's numbers do not depend on its company, see
-/// [`ops::linear`](crate::ops::linear).
-pub const MOST_SLOTS: usize = 64;
+/// [`ops::linear`].
+pub const MOST_SLOTS: usize = ops::FEW_ROWS;
 
 /// Requests under way and waiting, over one cache.
 ///
@@ -141,7 +142,7 @@ impl<'a> Engine<'a> {
         let Waiting { ticket, request, begun, prompt } = first;
         if prompt.is_none() {
             let (hidden, layers) = prefill(model, &request.prompt, request.prefix)?;
-            let logits = model.logits(&hidden)?.flatten_all()?.to_vec1::<f32>()?;
+            let logits = model.logits(&hidden)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             *prompt = Some(Prefilled { cached: cache.prompt(&layers)?, logits, version });
         }
         let Some(prefilled) = prompt else { return Ok(false) };
@@ -189,7 +190,7 @@ impl<'a> Engine<'a> {
 /// Samples a token of each row from its logits `[N, V]`.
 fn take_all(rows: &mut [Row], logits: &Tensor, version: u64, sampling: &Sampling) -> candle_core::Result<()> {
     let width = logits.dim(1)?;
-    let logits = logits.to_device(&Device::Cpu)?.contiguous()?;
+    let logits = logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
     let (storage, layout) = logits.storage_and_layout();
     let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
         bail!("logits are not in host memory")

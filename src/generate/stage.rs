@@ -45,6 +45,8 @@ pub struct RolloutPlan {
     pub group_size: usize,
     /// Whether weights may change between decode steps, or only when nothing is under way.
     pub in_flight: bool,
+    /// Whether to sample with the weights in eight bits.
+    pub quantised: bool,
     /// The run's seed.
     pub seed: u64,
 }
@@ -52,9 +54,9 @@ pub struct RolloutPlan {
 impl Rollout {
     /// An actor that sees new weights through `reader`; `tokenizer` is for the text that judges read.
     pub fn new(reader: SnapshotReader<Decoder>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
-        let RolloutPlan { sampling, slots, group_size, in_flight, seed } = plan;
+        let RolloutPlan { sampling, slots, group_size, in_flight, quantised, seed } = plan;
         Self {
-            weights: Live { reader, in_flight, running: None, pinned: false, ctx: None },
+            weights: Live { reader, in_flight, quantised, running: None, pinned: false, ctx: None },
             engine: Engine::new(&sampling, slots),
             group_size,
             seed,
@@ -142,6 +144,7 @@ impl Stage for Rollout {
 struct Live {
     reader: SnapshotReader<Decoder>,
     in_flight: bool,
+    quantised: bool,
     /// What it runs now.
     running: Option<(u64, Arc<Decoder>)>,
     /// Whether the weights have to stay for what is under way.
@@ -162,7 +165,8 @@ impl Live {
         {
             let fingerprint = snapshot.value.weights().fingerprint()?;
             self.reader.acknowledge(&snapshot, fingerprint);
-            self.running = Some((snapshot.version, snapshot.value));
+            let model = if self.quantised { Arc::new(snapshot.value.quantised()?) } else { snapshot.value };
+            self.running = Some((snapshot.version, model));
         }
         self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))
     }

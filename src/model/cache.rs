@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::attention::{Attend, Scope};
@@ -110,10 +110,10 @@ impl Attend for StepAttention<'_> {
             let rows = out.par_chunks_mut(heads * hd).zip(queries.par_chunks(heads * hd)).zip(self.slots);
             rows.for_each_init(Vec::new, attend);
         }
-        Tensor::from_vec(out, (rows, heads * hd), q.device())
+        Tensor::from_vec(out, (rows, heads * hd), q.device())?.to_dtype(q.dtype())
     }
 }
 
 fn host(tensor: &Tensor) -> Result<Vec<f32>> {
-    tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()
+    tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()
 }

@@ -8,10 +8,10 @@ use super::config::ModelConfig;
 use super::lora::{Adapter, Lora};
 use super::rope::Angles;
 use super::weights::Weights;
-use crate::ops;
+use crate::ops::{self, Q8};
 
 /// A layer's tensors, and where it stands.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Layer {
     config: Arc<ModelConfig>,
     index: usize,
@@ -32,14 +32,16 @@ pub(super) struct Layer {
 }
 
 /// A matrix `[out, in]` that rows are multiplied with, and its adapter.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Linear {
     weight: Tensor,
+    /// The matrix in eight bits, for few rows without a gradient.
+    q8: Option<Arc<Q8>>,
     adapter: Option<Adapter>,
 }
 
 /// What makes queries, keys or values of a hidden state.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Projection {
     weight: Linear,
     bias: Option<Tensor>,
@@ -64,7 +66,7 @@ impl Layer {
         let get = |name: &str, shape: &[usize]| named(&format!("{name}.weight"), shape);
         let matrix = |name: &str, shape: [usize; 2]| {
             let adapter = |lora: &Lora| lora.adapter(weights, &format!("model.layers.{index}.{name}"), shape);
-            anyhow::Ok(Linear { weight: get(name, &shape)?, adapter: lora.map_or(Ok(None), adapter)? })
+            anyhow::Ok(Linear { weight: get(name, &shape)?, q8: None, adapter: lora.map_or(Ok(None), adapter)? })
         };
         let projection = |letter: &str, width: usize| {
             let (bias, norm) = (config.family.qkv_bias, config.family.qk_norm && letter != "v");
@@ -94,6 +96,17 @@ impl Layer {
             down: matrix("mlp.down_proj", [d, ffn])?,
             fed_norm: after("post_feedforward_layernorm")?,
         })
+    }
+
+    /// The same layer with its matrices in eight bits beside.
+    pub(super) fn quantised(&self) -> Result<Self> {
+        let mut layer = self.clone();
+        let projections = [&mut layer.q, &mut layer.k, &mut layer.v].map(|projection| &mut projection.weight);
+        let others = [&mut layer.o, &mut layer.gate, &mut layer.up, &mut layer.down];
+        for linear in projections.into_iter().chain(others) {
+            linear.q8 = Q8::of(&linear.weight)?.map(Arc::new);
+        }
+        Ok(layer)
     }
 
     /// The stream `[T, D]` after this layer; `angles` are those of the tokens' positions.
@@ -136,10 +149,16 @@ impl Layer {
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.adapter {
-            None => ops::linear(x, &self.weight),
-            Some(adapter) => adapter.add(&ops::linear(x, &self.weight)?, x),
-        }
+        let out = linear(x, &self.weight, self.q8.as_deref())?;
+        self.adapter.as_ref().map_or(Ok(out.clone()), |adapter| adapter.add(&out, x))
+    }
+}
+
+/// `x · weightᵀ`, by the matrix in eight bits where there is one and `x` is few rows.
+pub(super) fn linear(x: &Tensor, weight: &Tensor, q8: Option<&Q8>) -> Result<Tensor> {
+    match q8 {
+        Some(q8) if x.dim(0)? <= ops::FEW_ROWS && !x.track_op() => ops::q8_linear(x, q8),
+        _ => ops::linear(x, weight),
     }
 }
 

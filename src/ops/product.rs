@@ -8,7 +8,7 @@
 use gemm::Parallelism;
 
 /// Rows of input up to which the kernel for few rows is used.
-pub(super) const FEW: usize = 64;
+pub const FEW_ROWS: usize = 64;
 
 /// Multiply-adds from which a wide product is split over threads.
 const PARALLEL_FROM: usize = 1 << 21;
@@ -18,7 +18,7 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     #[cfg(target_arch = "x86_64")]
-    if m <= FEW && few::multiply(out, x, w, [m, k, n]) {
+    if m <= FEW_ROWS && few::multiply(out, x, w, [m, k, n]) {
         return;
     }
     wide_times_transposed(out, x, w, k);
@@ -376,8 +376,8 @@ mod tests {
     #[test]
     fn a_row_does_not_depend_on_its_company_or_on_threads() {
         let (k, n) = (200, 301);
-        let (x, w) = (values(FEW * k, 3), values(n * k, 4));
-        let mut together = vec![0.0; FEW * n];
+        let (x, w) = (values(FEW_ROWS * k, 3), values(n * k, 4));
+        let mut together = vec![0.0; FEW_ROWS * n];
         times_transposed(&mut together, &x, &w, k);
         for threads in [1, 3] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

@@ -196,6 +196,24 @@ fn check_behaviour(r: Reference) {
         }
         assert_eq!(again, sampled, "in {slots} slots");
     }
+    // In eight bits it samples from a distribution near by, and the slots matter as little.
+    let quantised = Arc::new(model.quantised().unwrap());
+    let [alone, together] = [1, 64].map(|slots| {
+        let mut engine = Engine::new(&sampling, slots);
+        engine.submit(0, Request::new(&long, vec![1, 2, 3]), &r.config).unwrap();
+        let mut ended = Vec::new();
+        while !engine.is_idle() {
+            ended.extend(engine.step(&mut Fixed(Arc::clone(&quantised))).unwrap());
+        }
+        ended.remove(0).1
+    });
+    assert_eq!(alone, together);
+    let ids: Vec<&[u32]> = alone.iter().map(|one| one.ids.as_slice()).collect();
+    let pack = Pack::new(&long, &ids);
+    let now = pack.split(&model.logprobs(&pack, 0.8).unwrap().0.to_vec1().unwrap());
+    let gaps: Vec<f32> = alone.iter().zip(&now).map(|(one, now)| max_abs_difference(&one.logprobs, now)).collect();
+    let worst = gaps.iter().copied().fold(0.0, f32::max);
+    assert!(worst > 0.0 && worst < 0.3, "eight bits move log-probabilities by {gaps:?}");
     for ((prompt, _), sampled) in prompts.iter().zip(&sampled) {
         let ids: Vec<&[u32]> = sampled.iter().map(|one| one.ids.as_slice()).collect();
         let pack = Pack::new(prompt, &ids);

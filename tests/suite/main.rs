@@ -16,5 +16,6 @@ mod optimum;
 mod refusals;
 mod remote;
 mod reward_model;
+mod sharing;
 mod smollm2;
 mod tidy;
