@@ -9,6 +9,9 @@
 //! Operations are those that the mathematics asks for: two for each weight and token, and attention over what a token
 //! may see; a training step three times as many. What is computed in vain (masked scores, say) is not counted.
 
+#[path = "common/shapes.rs"]
+mod shapes;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -64,28 +67,12 @@ fn main() -> Result<()> {
         "bf16" => DType::BF16,
         other => bail!("--dtype {other} is neither f32 nor bf16"),
     };
-    let config = match options.size.as_str() {
-        "tiny" => shape([256, 704, 4, 4, 2, 4096]),
-        "smollm2" => shape([576, 1536, 30, 9, 3, 49_152]),
-        other => bail!("--size {other} is neither tiny nor smollm2"),
+    let Some(config) = shapes::shape(&options.size) else {
+        bail!("--size {} is neither tiny nor smollm2", options.size)
     };
     println!("{} on {}, {}\n", options.size, options.device, options.dtype);
     println!("| what | tokens/s | TFLOP/s | share of peak |\n|---|---|---|---|");
     Bench { config, device, dtype, options }.run()
-}
-
-fn shape([hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size]: [usize; 6]) -> ModelConfig {
-    ModelConfig {
-        hidden_size,
-        intermediate_size,
-        layers,
-        heads,
-        kv_heads,
-        head_dim: 64,
-        vocab_size,
-        context: 2048,
-        ..ModelConfig::llama()
-    }
 }
 
 /// How many tokens those of a sequence of `length` see together.

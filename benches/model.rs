@@ -6,6 +6,9 @@
 //!     cargo bench --bench model -- tiny      # 4.0 M parameters
 //!     cargo bench --bench model -- smollm2   # the shape of SmolLM2-135M
 
+#[path = "common/shapes.rs"]
+mod shapes;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,39 +27,12 @@ const GROUP: usize = 8;
 const PROMPT: usize = 64;
 const ANSWER: usize = 64;
 
-fn tiny() -> ModelConfig {
-    ModelConfig {
-        hidden_size: 256,
-        intermediate_size: 704,
-        layers: 4,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 64,
-        vocab_size: 4096,
-        context: 512,
-        ..ModelConfig::llama()
-    }
-}
-
-fn smollm2() -> ModelConfig {
-    ModelConfig {
-        hidden_size: 576,
-        intermediate_size: 1536,
-        layers: 30,
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
-        vocab_size: 49_152,
-        context: 2048,
-        ..ModelConfig::llama()
-    }
-}
-
 fn benches(criterion: &mut Criterion) {
     preceptor::process::prepare();
     let threads = std::env::var("PRECEPTOR_BENCH_THREADS").map_or(1, |n| n.parse().expect("a number of threads"));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
-    for (name, config) in [("tiny", tiny()), ("smollm2", smollm2())] {
+    for name in ["tiny", "smollm2"] {
+        let config = shapes::shape(name).expect("a known shape");
         let mut group = criterion.benchmark_group(name);
         group.sample_size(10).sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(10));
         size(&mut group, &config, &pool);

@@ -8,6 +8,9 @@
 //!
 //! By hand, `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--eta E]`.
 
+#[path = "common/shapes.rs"]
+mod shapes;
+
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -91,37 +94,8 @@ struct Subject {
 
 impl Subject {
     fn new(name: &str) -> Result<Self> {
-        let (shape, sequences) = match name {
-            "tiny" => (
-                ModelConfig {
-                    hidden_size: 256,
-                    intermediate_size: 704,
-                    layers: 4,
-                    heads: 4,
-                    kv_heads: 2,
-                    head_dim: 64,
-                    vocab_size: 4096,
-                    context: 512,
-                    ..ModelConfig::llama()
-                },
-                8,
-            ),
-            "smollm2" => (
-                ModelConfig {
-                    hidden_size: 576,
-                    intermediate_size: 1536,
-                    layers: 30,
-                    heads: 9,
-                    kv_heads: 3,
-                    head_dim: 64,
-                    vocab_size: 49_152,
-                    context: 2048,
-                    ..ModelConfig::llama()
-                },
-                4,
-            ),
-            _ => bail!("{name:?} is neither tiny nor smollm2"),
-        };
+        let Some(shape) = shapes::shape(name) else { bail!("{name:?} is neither tiny nor smollm2") };
+        let sequences = if name == "tiny" { 8 } else { 4 };
         let model = Arc::new(Decoder::new(&shape, &Weights::scratch(&shape, 0.02, 1, &Device::Cpu)?)?);
         Ok(Self { shape, model, sequences })
     }

@@ -7,8 +7,9 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::product::{add_transposed_times, times, wide_times_transposed};
+use super::softmax::softmax_in_place;
 use super::tree_mask::{Run, TreeMask};
-use super::vector::{LANES, exp, inline_dot, inline_max, total, vectorised};
+use super::vector::{exp, inline_dot, vectorised};
 use super::{elements, is_fused, masked_softmax, softcap, tensor_elements};
 
 /// Rows whose scores are held at a time.
@@ -154,7 +155,7 @@ impl TreeAttention {
                 let span = self.span(&block, j);
                 row[..span.start].fill(0.0);
                 row[span.end..].fill(0.0);
-                sums.push(softmax(&mut row[span]));
+                sums.push(softmax_in_place(&mut row[span]));
             }
             let start = out.len();
             out.resize(start + block.rows.len() * self.repeats * self.width, 0.0);
@@ -296,33 +297,6 @@ fn scale_and_cap<FMA>(scores: &mut [f32], scale: f32, cap: Option<f32>) {
             }
         }
     }
-}
-}
-
-vectorised! {
-/// Turns scores into their softmax; returns ln Σ e^score.
-pub(super) fn softmax<FMA>(scores: &mut [f32]) -> f32 {
-    let max = inline_max(scores);
-    // All −∞ would give NaN below; a NaN among the scores must, and does.
-    let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
-    let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            chunk[i] = exp::<FMA>(chunk[i] - max);
-            lanes[i] += chunk[i];
-        }
-    }
-    let mut sum = total(lanes);
-    for value in rest {
-        *value = exp::<FMA>(*value - max);
-        sum += *value;
-    }
-    let inverse = 1.0 / sum;
-    for value in scores {
-        *value *= inverse;
-    }
-    max + sum.ln()
 }
 }
 

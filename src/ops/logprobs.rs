@@ -103,36 +103,6 @@ pub fn row_logsumexp(row: &[f32], inv_t: f32) -> f32 {
     max * inv_t + (sum.ln() as f32)
 }
 
-/// The place at which the running sum of `softmax(row · inv_t)` passes `share` (in `[0, 1)`), and its log-probability. A
-/// place of probability 0 is not chosen, unless there is no other.
-pub fn draw_from_row(row: &[f32], inv_t: f32, share: f64) -> (usize, f32) {
-    let max = row_max(row);
-    // Blocks first, so that only the one that the draw falls in is gone through by single places.
-    let sums: Vec<f64> = row.chunks(BLOCK).map(|block| sum_of_powers(block, max, inv_t)).collect();
-    let total: f64 = sums.iter().sum();
-    let (mut left, mut first) = (share * total, 0);
-    for (i, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
-        first = i * BLOCK;
-        if left < *sum {
-            break;
-        }
-        left -= sum;
-    }
-    let mut chosen = first;
-    for (i, z) in row[first..].iter().take(BLOCK).enumerate() {
-        let p = f64::from(((z - max) * inv_t).exp());
-        if p > 0.0 {
-            chosen = first + i;
-            left -= p;
-            // Rounding may leave a sliver after the last place, which this passes to the last one that has any mass.
-            if left < 0.0 {
-                break;
-            }
-        }
-    }
-    (chosen, (row[chosen] - max) * inv_t - total.ln() as f32)
-}
-
 fn check(rows: usize, vocabulary: usize, targets: &[u32], temperature: f64) -> Result<()> {
     if targets.len() != rows {
         bail!("token_logprobs: {} targets for {rows} rows of logits", targets.len())
@@ -319,29 +289,6 @@ impl CustomOp2 for LinearLogprobs {
         let dhidden = hidden.track_op().then(|| Tensor::from_vec(dhidden, hidden.shape(), hidden.device()));
         Ok((dhidden.transpose()?, dhead.and_then(Sum::into_gradient)))
     }
-}
-
-vectorised! {
-fn row_max<FMA>(row: &[f32]) -> f32 {
-    inline_max(row)
-}
-}
-
-vectorised! {
-/// Σ e^((z − max)·inverse) of at most [`BLOCK`] elements.
-fn sum_of_powers<FMA>(block: &[f32], max: f32, inverse: f32) -> f64 {
-    let mut sums = [0.0f32; LANES];
-    let (chunks, rest) = block.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            sums[i] += exp::<FMA>((chunk[i] - max) * inverse);
-        }
-    }
-    for z in rest {
-        sums[0] += exp::<FMA>((z - max) * inverse);
-    }
-    f64::from(total(sums))
-}
 }
 
 vectorised! {

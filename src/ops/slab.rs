@@ -1,6 +1,6 @@
 //! Keys and values of a sequence, laid out for attention by one new token at a time.
 
-use super::attention::softmax;
+use super::softmax::softmax_in_place;
 use super::vector::{LANES, exp, fused, vectorised};
 
 /// Columns of values that are summed in registers.
@@ -94,7 +94,7 @@ pub fn attend_slabs(
                 score(scores, query, slab, head, from, scale, cap.map(|cap| cap as f32));
             }
         }
-        softmax(scores);
+        softmax_in_place(scores);
         let (first, second) = scores.split_at(slabs[0].len - from[0]);
         out.fill(0.0);
         for ((slab, from), weights) in slabs.iter().zip(from).zip([first, second]) {

@@ -108,11 +108,18 @@ fn softmax<FMA>(out: &mut [f32], scores: &[f32], mask: &[f32], scale: f32) {
             *out = s * scale + m;
         }
     }
-    let max = inline_max(out);
+    softmax_in_place(out);
+}
+}
+
+vectorised! {
+/// Turns scores into their softmax, zeros where all are −∞; returns ln Σ e^score.
+pub(super) fn softmax_in_place<FMA>(scores: &mut [f32]) -> f32 {
+    let max = inline_max(scores);
     // All −∞ would give NaN below; a NaN among the scores must, and does.
     let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
     let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = out.as_chunks_mut::<LANES>();
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
     for chunk in chunks {
         for i in 0..LANES {
             chunk[i] = exp::<FMA>(chunk[i] - max);
@@ -125,9 +132,10 @@ fn softmax<FMA>(out: &mut [f32], scores: &[f32], mask: &[f32], scale: f32) {
         sum += *value;
     }
     let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
-    for value in out {
+    for value in scores {
         *value *= inverse;
     }
+    max + sum.ln()
 }
 }
 
