@@ -82,10 +82,15 @@ fn forward(model: &Decoder, shared: bool) -> (Tensor, Tensor) {
     if shared {
         return model.logprobs(&Pack::new(&PROMPT, &completions), 0.9).unwrap();
     }
-    let parts: Vec<_> =
-        completions.iter().map(|one| model.logprobs(&Pack::new(&PROMPT, &[one]), 0.9).unwrap()).collect();
+    // One sequence without a seam, of which the completion's tokens are taken.
+    let alone = |completion: &Vec<u32>| {
+        let whole = [&PROMPT[1..], completion].concat();
+        let (logprobs, entropy) = model.logprobs(&Pack::new(&PROMPT[..1], &[whole]), 0.9).unwrap();
+        [logprobs, entropy].map(|of| of.narrow(0, PROMPT.len() - 1, completion.len()).unwrap())
+    };
+    let parts: Vec<[Tensor; 2]> = completions.iter().map(alone).collect();
     let join = |parts: Vec<&Tensor>| Tensor::cat(&parts, 0).unwrap();
-    (join(parts.iter().map(|part| &part.0).collect()), join(parts.iter().map(|part| &part.1).collect()))
+    (join(parts.iter().map(|part| &part[0]).collect()), join(parts.iter().map(|part| &part[1]).collect()))
 }
 
 /// The gradient that the algorithm's loss has at each parameter.
