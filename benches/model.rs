@@ -49,15 +49,16 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
         (0..GROUP).map(|k| (0..ANSWER).map(|i| word(PROMPT + i * GROUP + k)).collect()).collect();
     let pack = Pack::new(&prompt, &completions);
 
-    for width in [1, 8, 32] {
+    let quantised = Arc::new(frozen.quantised().expect("eight bits"));
+    for (width, model, how) in [1, 8, 32].into_iter().flat_map(|n| [(n, &frozen, ""), (n, &quantised, " q8_0")]) {
         group.throughput(Throughput::Elements((width * ANSWER) as u64));
-        group.bench_function(format!("sample {width}"), |b| {
+        group.bench_function(format!("sample {width}{how}"), |b| {
             let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
             b.iter(|| {
                 let requests: Vec<Request> = (0..width.div_ceil(GROUP))
                     .map(|_| Request::new(&prompt, (0..width.min(GROUP) as u64).collect()))
                     .collect();
-                pool.install(|| generate(&mut Fixed(Arc::clone(&frozen)), requests, &sampling).expect("completions"))
+                pool.install(|| generate(&mut Fixed(Arc::clone(model)), requests, &sampling).expect("completions"))
             });
         });
     }
