@@ -57,7 +57,7 @@ impl Gradients {
         Ok(self.global_norm()?.is_finite())
     }
 
-    /// The accumulator of a parameter, sharing its storage: the next `add` or `zero` changes what is read.
+    /// The accumulator of a parameter, sharing its storage: the next backward pass or `zero` changes what is read.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.index.get(name).map(|&i| &self.buffers[i].sum)
     }

@@ -7,6 +7,8 @@
 
 use gemm::Parallelism;
 
+use super::vector::dot;
+
 /// Rows of input up to which the kernel for few rows is used.
 pub const FEW_ROWS: usize = 64;
 
@@ -17,11 +19,24 @@ const PARALLEL_FROM: usize = 1 << 21;
 pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
+    if m > FEW_ROWS {
+        return wide_times_transposed(out, x, w, k);
+    }
     #[cfg(target_arch = "x86_64")]
-    if m <= FEW_ROWS && few::multiply(out, x, w, [m, k, n]) {
+    if few::multiply(out, x, w, [m, k, n]) {
         return;
     }
-    wide_times_transposed(out, x, w, k);
+    plain_times_transposed(out, x, w, k);
+}
+
+/// The same for few rows on a processor that the kernel is not for: slower, and as independent of a row's company.
+fn plain_times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) {
+    let n = w.len() / k;
+    for (column, w) in w.chunks_exact(k).enumerate() {
+        for (row, x) in x.chunks_exact(k).enumerate() {
+            out[row * n + column] = dot(x, w);
+        }
+    }
 }
 
 /// As [`times_transposed`], whatever the number of rows: better where the inner width is small.
@@ -361,6 +376,9 @@ mod tests {
             let mut out = vec![f32::NAN; m * n];
             times_transposed(&mut out, &x, &w, k);
             check("x·wᵀ", &out);
+            out.fill(f32::NAN);
+            plain_times_transposed(&mut out, &x, &w, k);
+            check("x·wᵀ without the kernel", &out);
             out.fill(f32::NAN);
             times(&mut out, &x, &transposed(&w, n), k);
             check("x·w", &out);
