@@ -24,8 +24,9 @@ use preceptor::generate::{Fixed, Request, generate};
 use preceptor::label::likelihood::Likelihood;
 use preceptor::label::local::Judge;
 use preceptor::label::{Labeler, Labels};
-use preceptor::learn::stage::Observer;
-use preceptor::learn::{StepRecord, TrainState};
+use preceptor::learn::TrainState;
+use preceptor::learn::stage::{Done, Observer};
+use preceptor::ledger::Book;
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::ops::{AdamW, AdamWConfig, Gradients, backward};
 use preceptor::prepare::{Prepared, prompt_format};
@@ -246,6 +247,7 @@ impl Subject {
             state: Arc::new(Mutex::new(TrainState::new(&policy, AdamWConfig::default(), None, None)?)),
             cell: Arc::new(SnapshotCell::new(0, identity, Arc::clone(&policy))),
             observer: Arc::new(Mutex::new(Watch(Arc::clone(marks)))),
+            book: Book::default(),
             reward_model: None,
             labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId(identity)) as Box<dyn Labeler>)),
             prepared: Prepared {
@@ -316,8 +318,8 @@ struct Watch(Arc<Mutex<Vec<Mark>>>);
 impl Observer for Watch {
     fn group(&mut self, _done: u64, _of: u64) {}
 
-    fn step(&mut self, _record: &StepRecord, batch: &[Rewarded], _state: &mut TrainState) -> Result<()> {
-        for Rewarded { group, rewards, .. } in batch {
+    fn step(&mut self, done: Done<'_>, _state: &mut TrainState) -> Result<()> {
+        for Rewarded { group, rewards, .. } in done.batch {
             let whole = group.completions.iter().all(|one| one.ids.len() == ANSWER);
             let differ = rewards.iter().any(|reward| *reward != rewards[0]);
             ensure!(whole && differ && group.prompt.ids.len() == PROMPT, "a group is not as planned");

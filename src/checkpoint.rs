@@ -1,97 +1,121 @@
-//! A checkpoint: a Hugging Face directory that is complete or not there at all.
+//! A checkpoint: a Hugging Face directory that is complete or not there at all, with all that it takes to go on from it.
+//!
+//! ```text
+//! step-000050/
+//!   config.json, model.safetensors, tokenizer…   the policy, as `transformers` opens it; adapters merged
+//!   adapter/, value_model.safetensors, reward_model/   where there are such
+//!   preceptor.json, config.toml                  what it is, to read
+//!   resume/state.postcard                        counters, the ledger with the groups under way, lengths of the run's files
+//!   resume/….safetensors                         optimizers, gradients, and weights that the above rounds or merges
+//!   SHA256SUMS                                   of all these, as `sha256sum -c` reads it
+//! ```
 
-use std::path::{Path, PathBuf};
+pub mod read;
+pub mod shelf;
+pub mod sums;
+pub mod write;
+pub mod writer;
+
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
-use candle_core::DType;
-use serde_json::json;
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
-use crate::learn::TrainState;
-use crate::model::export;
+pub use read::Opened;
+pub use shelf::Shelf;
+pub use write::Form;
+pub use writer::Writer;
+
+use crate::learn::{TrainState, state};
+use crate::ledger::{Book, Ledger};
 use crate::reward::RewardTrainer;
-use crate::tokens::Tokenizer;
+use crate::reward::trainer;
 
-/// Where a run's checkpoints go, and how.
-pub struct Checkpoints {
-    dir: PathBuf,
-    tokenizer: Tokenizer,
-    dtype: DType,
-    keep: usize,
+/// The format that this program writes, and the only one that it reads.
+pub const FORMAT: u64 = 1;
+
+/// What a run must have in common with a checkpoint to go on from it, besides its configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Fingerprint of π_ref.
+    pub reference: u64,
+    /// That of the data, see [`crate::data::Dataset::identity`].
+    pub data: u64,
 }
 
-impl Checkpoints {
-    /// Checkpoints under `run_dir/checkpoints`, weights written as `dtype`, the last `keep` kept.
-    pub fn new(run_dir: &Path, tokenizer: Tokenizer, dtype: DType, keep: usize) -> Self {
-        Self { dir: run_dir.join("checkpoints"), tokenizer, dtype, keep }
-    }
+/// Bytes of the run's files that belong to the steps up to a checkpoint; what is beyond is of steps that are taken again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lengths {
+    /// `metrics.jsonl`
+    pub metrics: u64,
+    /// `samples.jsonl`
+    pub samples: u64,
+    /// `phases.jsonl`
+    pub phases: u64,
+    /// `journal.bin`
+    pub journal: u64,
+}
 
-    /// Writes the state after its last step, and the reward model as it stands into `reward_model/` in it; returns
-    /// the directory. Written aside, synced, then renamed, so
-    /// that whatever happens in between leaves no half of one.
+/// A run at the end of a step, to be written while it goes on.
+pub struct Snapshot {
+    /// The learner.
+    pub learner: state::Saved,
+    /// The reward model, where there is one.
+    pub reward_model: Option<trainer::Saved>,
+    /// The ledger; its rewarded groups are those that the reward model has seen.
+    pub ledger: Ledger,
+    /// Of the run's files.
+    pub lengths: Lengths,
+    /// These files, to be on the disk before the checkpoint is.
+    pub files: Vec<PathBuf>,
+    /// The figure that the best checkpoint is chosen by.
+    pub figure: Option<f64>,
+}
+
+impl Snapshot {
+    /// The run as it is. `state` is between two steps, and the caller holds it.
     ///
     /// # Errors
-    /// Names what could not be written, with the room there is and the room it takes.
-    pub fn write(&self, state: &TrainState, reward_model: Option<&Mutex<RewardTrainer>>) -> Result<PathBuf> {
-        let name = format!("step-{:06}", state.step);
-        let (aside, done) = (self.dir.join(format!(".{name}.partial")), self.dir.join(&name));
-        if done.exists() {
-            return Ok(done);
-        }
-        let written = self.fill(&aside, state, reward_model).and_then(|()| {
-            std::fs::rename(&aside, &done).with_context(|| format!("cannot rename {} into place", aside.display()))?;
-            std::fs::File::open(&self.dir)?.sync_all().with_context(|| format!("cannot sync {}", self.dir.display()))
-        });
-        if let Err(error) = written {
-            // What was written aside is of no use; if it cannot be removed either, the first error says more.
-            let _ = std::fs::remove_dir_all(&aside);
-            let need = (state.config().parameters() * self.dtype.size_in_bytes()) >> 20;
-            return Err(error.context(format!(
-                "the checkpoint of step {} was not written; it takes about {need} MiB in {}",
-                state.step,
-                self.dir.display()
-            )));
-        }
-        self.prune();
-        Ok(done)
+    /// When memory for what has to be copied cannot be had.
+    pub fn take(
+        state: &TrainState,
+        reward_model: Option<&Mutex<RewardTrainer>>,
+        book: &Book,
+        (lengths, files): (Lengths, Vec<PathBuf>),
+        figure: Option<f64>,
+    ) -> Result<Self> {
+        // The reward actor writes into the ledger while it holds its model, so the two belong together here.
+        let trainer = reward_model.map(|trainer| trainer.lock().unwrap_or_else(PoisonError::into_inner));
+        let ledger = book.copy();
+        let reward_model = trainer.map(|trainer| trainer.save()).transpose()?;
+        Ok(Self { learner: state.save()?, reward_model, ledger, lengths, files, figure })
     }
 
-    fn fill(&self, dir: &Path, state: &TrainState, reward_model: Option<&Mutex<RewardTrainer>>) -> Result<()> {
-        if dir.exists() {
-            std::fs::remove_dir_all(dir).with_context(|| format!("cannot clear {}", dir.display()))?;
-        }
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        export::write(dir, state.config(), &state.model.merged()?, self.dtype)?;
-        if let Some(lora) = state.model.lora() {
-            lora.write(&dir.join("adapter"), state.model.weights())?;
-        }
-        self.tokenizer.save(dir)?;
-        if let Some(value) = &state.value {
-            let path = dir.join("value_model.safetensors");
-            let tensors = value.tensors().into_iter().collect();
-            candle_core::safetensors::save(&tensors, &path)
-                .with_context(|| format!("cannot write {}", path.display()))?;
-        }
-        if let Some(trainer) = reward_model {
-            let trainer = trainer.lock().unwrap_or_else(PoisonError::into_inner);
-            trainer.model().save(&dir.join("reward_model"), &self.tokenizer, self.dtype)?;
-        }
-        let state = json!({ "step": state.step, "program": concat!("preceptor ", env!("CARGO_PKG_VERSION")) });
-        export::write_json(&dir.join("preceptor.json"), &state)
+    /// The step it is of.
+    pub fn step(&self) -> u64 {
+        self.learner.counters.step
     }
+}
 
-    /// Removes all but the last few. A checkpoint that cannot be removed only costs room.
-    fn prune(&self) {
-        let Ok(entries) = std::fs::read_dir(&self.dir) else { return };
-        let mut steps: Vec<PathBuf> = entries
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-")))
-            .collect();
-        steps.sort();
-        for old in steps.iter().take(steps.len().saturating_sub(self.keep.max(1))) {
-            if let Err(error) = std::fs::remove_dir_all(old) {
-                tracing::warn!("cannot remove the old checkpoint {}: {error}", old.display());
-            }
-        }
-    }
+/// What is written as `resume/state.postcard`.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    identity: Identity,
+    learner: state::Counters,
+    reward_model: Option<trainer::Counters>,
+    ledger: Ledger,
+    lengths: Lengths,
+}
+
+/// A checkpoint that was written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Written {
+    /// The directory.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// How long it took.
+    pub took: Duration,
 }

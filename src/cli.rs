@@ -6,6 +6,7 @@ pub mod generate;
 pub mod label;
 pub mod pairs;
 pub mod prompts;
+pub mod replay;
 pub mod score;
 pub mod train;
 
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
+use crate::say;
 
 /// Trains language models by reinforcement learning from AI feedback (RLAIF), asynchronously, in one process.
 #[derive(Debug, Parser)]
@@ -37,6 +39,8 @@ enum Command {
     Train(train::Train),
     /// Validates a configuration, resolves its models and data, estimates memory; trains nothing.
     Check(check::Check),
+    /// Takes a run's learner steps again from its journal, and compares the weights after each.
+    Replay(replay::Replay),
     /// Samples from a model or a checkpoint.
     Generate(generate::Generate),
     /// Labels pairs of a file with the configured judge; started again, goes on where it was.
@@ -70,12 +74,13 @@ pub fn main() -> ExitCode {
     crate::process::prepare();
     let cli = Cli::parse();
     if let Err(error) = start_log(&cli.log) {
-        eprintln!("error: {error:#}");
+        say!("error: {error:#}");
         return ExitCode::from(2);
     }
     let done = match cli.command {
         Command::Train(command) => command.run(),
         Command::Check(command) => command.run(),
+        Command::Replay(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Label(command) => command.run(),
@@ -85,7 +90,7 @@ pub fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -94,6 +99,7 @@ pub fn main() -> ExitCode {
 fn start_log(filter: &str) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .map_err(|error| anyhow::anyhow!("--log {filter} is not a log filter: {error}"))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // A reader of standard error that has gone away must not end what is logged about.
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false).init();
     Ok(())
 }

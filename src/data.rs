@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::rollout::Prompt;
-use crate::seed::mix;
+use crate::seed::{self, mix};
 use crate::tokens::Tokenizer;
 use crate::tokens::chat::Message;
 
@@ -140,13 +140,15 @@ pub struct Dataset {
     seed: u64,
     shuffle: bool,
     longest: usize,
+    identity: u64,
     /// Rows left out for their length.
     pub skipped: usize,
 }
 
 /// What the first pass finds of a row.
 enum Found {
-    Usable(usize),
+    /// Its tokens, and a hash of what it says.
+    Usable(usize, u64),
     TooLong,
     NotMeant,
     Blank,
@@ -170,14 +172,16 @@ impl Dataset {
             seed: 0,
             shuffle: false,
             longest: 0,
+            identity: 0,
             skipped: 0,
         };
         let mut faults = Faults::default();
         let found: Vec<Result<Found>> = (0..data.rows.len()).into_par_iter().map(|i| data.look(i)).collect();
         for (i, found) in found.into_iter().enumerate() {
             match found {
-                Ok(Found::Usable(tokens)) => {
+                Ok(Found::Usable(tokens, text)) => {
                     data.usable.push(i as u32);
+                    data.identity = mix(data.identity ^ mix(i as u64) ^ text);
                     data.longest = data.longest.max(tokens);
                 }
                 Ok(Found::TooLong) => data.skipped += 1,
@@ -210,7 +214,7 @@ impl Dataset {
             (self.options.format.encode_dialogue(&dialogue, &self.tokenizer)?.len(), self.options.limit);
         ensure!(tokens > 0, "the prompt has no tokens");
         if tokens <= limit {
-            return Ok(Found::Usable(tokens));
+            return Ok(Found::Usable(tokens, seed::text(&dialogue.text())));
         }
         if self.options.on_long == OnLong::Skip {
             return Ok(Found::TooLong);
@@ -237,6 +241,11 @@ impl Dataset {
     /// Always false: an empty data set is refused.
     pub fn is_empty(&self) -> bool {
         self.usable.is_empty()
+    }
+
+    /// A number that tells these prompts, in this order, from others.
+    pub fn identity(&self) -> u64 {
+        self.identity
     }
 
     /// Most tokens that any prompt has.

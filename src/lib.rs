@@ -18,6 +18,7 @@ pub mod evaluate;
 pub mod generate;
 pub mod label;
 pub mod learn;
+pub mod ledger;
 pub mod model;
 pub mod nearest;
 pub mod ops;

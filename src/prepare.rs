@@ -63,8 +63,35 @@ struct Policy {
 /// # Errors
 /// The first thing that is missing or does not fit, with its remedy.
 pub fn prepare(config: &Config, progress: bool) -> Result<Prepared> {
+    prepare_for(config, progress, true)
+}
+
+/// As [`prepare`], for steps that are taken again: no judge and no reward model.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
+    prepare_for(config, progress, false)
+}
+
+fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepared> {
     let device = device(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;
+    if !feedback {
+        let data = data(config, &policy.tokenizer, policy.model.config().context)?;
+        let Policy { model, identity, tokenizer, origin } = policy;
+        let data = Arc::new(data);
+        return Ok(Prepared {
+            policy: model,
+            identity,
+            tokenizer,
+            instruments: vec![],
+            reward_start: None,
+            pairs: None,
+            data,
+            origin,
+        });
+    }
     let asked = needs_labels(config) || (config.run.mode == Mode::Distilled && config.reward_model.pairs.is_none());
     let instruments = if asked { instruments(config, Some(&policy), &device, progress)? } else { Vec::new() };
     let reward_start = match &config.reward_model.model {

@@ -1,8 +1,20 @@
 //! What a person sees while it runs: a bar on a terminal, plain lines elsewhere.
 
+use std::io::Write;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Says a line on standard error. A reader that has gone away costs the line and nothing else, where `eprintln!` would panic.
+#[macro_export]
+macro_rules! say {
+    ($($text:tt)*) => { $crate::progress::say(format_args!($($text)*)) };
+}
+
+/// As [`say!`](crate::say).
+pub fn say(text: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
 
 /// Progress of one phase. Lines of finished steps stay; the bar below them moves. Clones show the same bar.
 #[derive(Clone)]
@@ -32,7 +44,7 @@ impl Progress {
         if self.terminal {
             self.bar.println(text);
         } else {
-            eprintln!("{text}");
+            say!("{text}");
         }
     }
 

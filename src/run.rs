@@ -1,38 +1,59 @@
-//! The composition root of a training run: files, server, graph, signals, the last checkpoint.
+//! The composition root of a training run: files, server, graph, signals, checkpoints.
 
+mod conclusion;
 pub mod files;
+pub mod journal;
+pub mod log;
 mod phases;
+mod reference;
+pub mod replay;
+pub mod resume;
+mod systemd;
 mod watcher;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use candle_core::DType;
 use preceptor_actors::{
     GraphEvent, GraphHandle, GraphOptions, Outcome, RestartPolicy, SnapshotCell, WatchdogPolicy, spawn_graph,
 };
 
-use crate::checkpoint::Checkpoints;
+use crate::checkpoint::{Form, Identity, Lengths, Opened, Shelf, Writer, Written, shelf};
 use crate::config::{Config, Mode, WeightDtype};
 use crate::learn::TrainState;
+use crate::ledger::Book;
 use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
 use crate::reward::RewardTrainer;
+use crate::say;
 use crate::serve::{NodeState, serve};
 use crate::telemetry;
 use crate::topology::labelers::labeler;
 use crate::topology::learning::{adam, lora, value_model};
 use crate::topology::{Node, trainer_plan};
-use files::RunFiles;
-use watcher::Watcher;
+use conclusion::Conclusion;
+use files::{RunDir, RunFiles};
+use watcher::{Due, Watcher};
+
+/// Where a run starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum From {
+    /// At the beginning, in a directory of its own.
+    Beginning,
+    /// At the latest checkpoint of the run, or the beginning where there is none.
+    Latest,
+    /// At this one.
+    Checkpoint(PathBuf),
+}
 
 /// How a run ended.
 #[derive(Debug)]
 pub struct Summary {
-    /// Learner steps taken.
+    /// Learner steps taken, resumed ones included.
     pub steps: u64,
     /// The last checkpoint.
     pub checkpoint: PathBuf,
@@ -45,15 +66,24 @@ pub struct Summary {
 /// # Errors
 /// One error that names what went wrong. Whatever steps were finished before it are in the checkpoint that the
 /// error, or the lines before it, name.
-pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> {
-    let files = RunFiles::create(&config, run_dir)?;
+pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Result<Summary> {
+    let Start { dir, checkpoint, shelf } = start(&config, run_dir, &from)?;
+    let changes = checkpoint.as_ref().map(|one| resume::compare(one, &config)).transpose()?.unwrap_or_default();
     let metrics = telemetry::install()?;
     let node_state = NodeState::new(&config.run.name, metrics);
     if config.serve.enabled {
         let bound = serve(config.serve.listen, Arc::clone(&node_state)).await?;
-        eprintln!("serving   http://{bound}/metrics  /status  /healthz  /readyz");
+        say!("serving   http://{bound}/metrics  /status  /healthz  /readyz");
     }
-    eprintln!("run       {}", files.dir().display());
+    say!("run       {}", dir.path().display());
+    if let Some(checkpoint) = &checkpoint {
+        say!("resuming  {}", checkpoint.path().display());
+        for change in &changes {
+            say!("changed   {}: {} → {}", change.key, change.was, change.is);
+        }
+    } else if from == From::Latest {
+        say!("resuming  no checkpoint yet; the run begins");
+    }
 
     node_state.phase("loading models and data");
     let began = Instant::now();
@@ -62,7 +92,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
         anyhow::Ok((config, prepared))
     })
     .await??;
-    eprintln!(
+    say!(
         "policy    {} ({:.1} M parameters), {} prompts, ready in {:.1} s",
         prepared.origin,
         prepared.policy.weights().parameters() as f64 / 1e6,
@@ -70,39 +100,80 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
         began.elapsed().as_secs_f64()
     );
 
-    let checkpoints = Checkpoints::new(
-        files.dir(),
-        prepared.tokenizer.clone(),
-        if config.checkpoint.dtype == WeightDtype::Bf16 { DType::BF16 } else { DType::F32 },
-        config.checkpoint.keep,
-    );
-    let (config, files, stop) = (Arc::new(config), Arc::new(Mutex::new(files)), Stop::default());
-    let prepared = if config.sft.steps > 0 {
-        phases::fine_tune(&config, prepared, &files, &node_state, &stop).await?
-    } else {
-        prepared
+    let (config, stop) = (Arc::new(config), Stop::default());
+    // What a phase wrote stays if the phase is not gone through again.
+    let fine_tuned = reference::find(&config, dir.path())?;
+    let lengths = match (&checkpoint, &fine_tuned) {
+        (Some(checkpoint), _) => checkpoint.lengths(),
+        (None, Some(reference)) => Lengths { phases: reference.phases, ..Lengths::default() },
+        (None, None) => Lengths::default(),
     };
-    let state = TrainState::new(
+    let mut files = RunFiles::open(&config, dir, lengths)?;
+    if checkpoint.is_none() || !changes.is_empty() {
+        files.configured(&config)?;
+    }
+    let files = Arc::new(Mutex::new(files));
+    let prepared = match fine_tuned {
+        Some(reference) => reference.take(&config, prepared)?,
+        None if config.sft.steps > 0 => {
+            let prepared = phases::fine_tune(&config, prepared, &files, &node_state, &stop).await?;
+            reference::keep(&prepared, &mut lock(&files))?;
+            prepared
+        }
+        None => prepared,
+    };
+    let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
+    let mut state = TrainState::new(
         &prepared.policy,
         adam(&config),
         value_model(&config, &prepared.policy)?,
         lora(&config).as_ref(),
     )?;
-    let cell = Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy)));
     let reward_model = reward_model(&config, &prepared)?;
+    let book = match &checkpoint {
+        None => Book::default(),
+        Some(checkpoint) => {
+            checkpoint.suits(&identity)?;
+            Book::new(checkpoint.restore(&mut state, reward_model.as_deref())?)
+        }
+    };
+    let resumed = checkpoint.map(|checkpoint| checkpoint.step());
+    if let Some(step) = resumed
+        && step >= config.run.steps
+    {
+        say!("the run has its {} steps already; raise run.steps to go on", config.run.steps);
+    }
+    let start = state.step;
+    let published = Arc::clone(state.published());
+    let fingerprint = published.weights().fingerprint()?;
+    let cell = Arc::new(SnapshotCell::new(start, fingerprint, published));
+    let dtype = if config.checkpoint.dtype == WeightDtype::Bf16 { DType::BF16 } else { DType::F32 };
+    let form = Arc::new(Form::new(&config, prepared.tokenizer.clone(), dtype, identity));
+    let (progress, failed) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
+    let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), announce(&progress, &failed))?;
     let watcher = Arc::new(Mutex::new(Watcher {
         files: Arc::clone(&files),
-        checkpoints,
         reward_model: reward_model.clone(),
-        every: config.checkpoint.every_steps,
+        book: book.clone(),
+        due: Due {
+            every_steps: config.checkpoint.every_steps,
+            every: Some(config.checkpoint.every_minutes)
+                .filter(|minutes| *minutes > 0.0)
+                .map(|minutes| Duration::from_secs_f64(60.0 * minutes)),
+            best: config.checkpoint.best.clone(),
+            last: Instant::now(),
+            figures: Vec::new(),
+            failed,
+        },
+        writer,
         steps: config.run.steps,
         batch_groups: config.learner.batch_groups,
         node: Arc::clone(&node_state),
-        progress: Arc::new(OnceLock::new()),
+        progress,
         graph: Arc::new(OnceLock::new()),
         stop: stop.clone(),
         began: Instant::now(),
-        step: 0,
+        step: start,
         objectives: match config.run.mode {
             Mode::Preference => &["preference/margin", "judge/mean"],
             Mode::Distilled => &["score/mean", "judge/mean"],
@@ -113,6 +184,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
     let node = Arc::new(Node {
         prepared,
         state: Arc::new(Mutex::new(state)),
+        book,
         cell: Arc::clone(&cell),
         observer: watcher.clone(),
         reward_model,
@@ -120,13 +192,20 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
         config: (*config).clone(),
     });
     let _ = node_state.weights.set(cell);
-    phases::warm_up(&node, &files, &node_state, &stop).await?;
+    if resumed.is_none() && node.reward_model.is_some() {
+        phases::warm_up(&node, &files, &node_state, &stop).await?;
+        // What the warm-up cost is not paid again.
+        let snapshot = lock(&watcher).snapshot(&lock(&node.state))?;
+        shelf.put(&form, &snapshot)?;
+    }
 
     let wiring = Arc::clone(&node);
     let progress = Progress::new("training", "groups", config.run.steps * config.learner.batch_groups);
+    progress.at(start * config.learner.batch_groups);
     let graph = {
         let mut watcher = lock(&watcher);
         watcher.began = Instant::now();
+        watcher.due.last = Instant::now();
         // Set once, here; an error would mean that it is set already.
         let _ = watcher.progress.set(progress.clone());
         let graph = spawn_graph(graph_options(&node.config), move |builder| wiring.wire(builder));
@@ -135,14 +214,92 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> 
     };
     node_state.watch(graph.clone());
     node_state.phase("training");
-    let outcome = supervise(&graph, &stop, &progress, false).await;
+    systemd::ready();
+    let drain = Duration::from_secs_f64(config.supervision.drain_s);
+    let outcome = supervise(&graph, &stop, &progress, Some(drain)).await;
     progress.finish();
+    systemd::stopping();
     node_state.phase("writing the last checkpoint");
-    let concluded = conclude(outcome, &node, &watcher, &stop);
+    let concluded = Conclusion { node: &node, watcher: &watcher, shelf: &shelf, form: &form, stop: &stop };
+    let concluded = concluded.conclude(outcome).await;
     if let Err(error) = lock(&files).last_metrics(&node_state.metrics_text()) {
-        eprintln!("{error:#}");
+        say!("{error:#}");
     }
     concluded
+}
+
+/// Where a run is written, and what it goes on from.
+struct Start {
+    dir: RunDir,
+    checkpoint: Option<Opened>,
+    shelf: Arc<Shelf>,
+}
+
+fn start(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Result<Start> {
+    let shelf = |dir: &RunDir| {
+        let keep = &config.checkpoint;
+        Arc::new(Shelf::new(dir.path(), keep.keep, keep.best.is_some()))
+    };
+    match from {
+        From::Beginning => {
+            let dir = RunDir::create(config, run_dir)?;
+            Ok(Start { shelf: shelf(&dir), checkpoint: None, dir })
+        }
+        From::Latest => {
+            let dir = RunDir::resume(config, run_dir)?;
+            let shelf = shelf(&dir);
+            let checkpoint = shelf.latest(|line| say!("{line}"))?;
+            Ok(Start { dir, checkpoint, shelf })
+        }
+        From::Checkpoint(path) => {
+            // It stands in `checkpoints` of the run that it belongs to.
+            let path = std::path::absolute(path)?;
+            let of = path.parent().filter(|dir| dir.ends_with("checkpoints")).and_then(Path::parent);
+            let of = of.filter(|_| shelf::step(&path).is_some()).with_context(|| {
+                format!("{} is no checkpoint of a run, such as runs/NAME/checkpoints/step-000050", path.display())
+            })?;
+            let dir = RunDir::resume(config, Some(run_dir.unwrap_or_else(|| of.to_owned())))?;
+            if std::path::absolute(dir.path())? != of {
+                bail!(
+                    "{} is a checkpoint of the run in {}, not in {}",
+                    path.display(),
+                    of.display(),
+                    dir.path().display()
+                );
+            }
+            let shelf = shelf(&dir);
+            let checkpoint = Opened::open(&path)?;
+            for later in shelf.supersede(checkpoint.step())? {
+                say!("set aside {}", later.display());
+            }
+            Ok(Start { dir, checkpoint: Some(checkpoint), shelf })
+        }
+    }
+}
+
+/// What is said and counted of a checkpoint that was written in the background.
+fn announce(
+    progress: &Arc<OnceLock<Progress>>,
+    failed: &Arc<AtomicBool>,
+) -> impl Fn(&Result<Written>) + Send + 'static {
+    let (progress, failed) = (Arc::clone(progress), Arc::clone(failed));
+    move |written| {
+        let text = match written {
+            Ok(written) => {
+                telemetry::checkpoint(written.took, written.bytes);
+                format!("checkpoint {}", written.path.display())
+            }
+            Err(error) => {
+                telemetry::disk_error();
+                failed.store(true, Ordering::SeqCst);
+                format!("{error:#}; training goes on, and it is tried again")
+            }
+        };
+        match progress.get() {
+            Some(progress) => progress.line(&text),
+            None => say!("{text}"),
+        }
+    }
 }
 
 /// The reward model that the mode trains, as it starts.
@@ -170,39 +327,71 @@ impl Stop {
     }
 }
 
-/// Waits for the end; the first Ctrl-C (or SIGTERM) lets the step finish unless `at_once`, the second does not.
-async fn supervise(graph: &GraphHandle, stop: &Stop, progress: &Progress, at_once: bool) -> Outcome {
-    let mut events = graph.subscribe();
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
-    let mut show = tokio::time::interval(Duration::from_secs(1));
-    loop {
+/// Ctrl-C and SIGTERM.
+struct Signals(Option<tokio::signal::unix::Signal>);
+
+impl Signals {
+    fn listen() -> Self {
+        Self(tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok())
+    }
+
+    /// The next one.
+    async fn next(&mut self) {
         let terminated = async {
-            match &mut terminate {
+            match &mut self.0 {
                 Some(signal) => signal.recv().await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            Some(()) = terminated => {}
+        }
+    }
+}
+
+/// Waits for the end. The first Ctrl-C (or SIGTERM) lets the step under way take up to `drain`, where there is one; the second
+/// does not.
+async fn supervise(graph: &GraphHandle, stop: &Stop, progress: &Progress, drain: Option<Duration>) -> Outcome {
+    let (mut events, mut signals) = (graph.subscribe(), Signals::listen());
+    let mut show = tokio::time::interval(Duration::from_secs(1));
+    let mut deadline = None;
+    loop {
+        let over = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
             outcome = graph.wait() => return outcome,
-            _ = tokio::signal::ctrl_c() => interrupt(graph, stop, progress, at_once),
-            Some(()) = terminated => interrupt(graph, stop, progress, at_once),
+            () = signals.next() => match drain {
+                Some(drain) if !stop.ask() => {
+                    progress.line("stopping after this step; press Ctrl-C again to stop at once");
+                    deadline = Some(tokio::time::Instant::now() + drain);
+                }
+                _ => {
+                    stop.ask();
+                    progress.line("stopping now; the last finished step is kept, and what is under way");
+                    graph.halt();
+                }
+            },
+            () = over => {
+                progress.line("the step takes too long (supervision.drain_s); it is left, and what it was made of is kept");
+                deadline = None;
+                graph.halt();
+            }
             Ok(event) = events.recv() => tell(&event, progress),
             _ = show.tick() => {
                 let report = graph.report();
+                if report.stalled.is_none() {
+                    systemd::alive();
+                }
                 if let Some(bottleneck) = &report.bottleneck {
                     progress.message(format!("limit: {}", bottleneck.role));
                 }
             }
         }
-    }
-}
-
-fn interrupt(graph: &GraphHandle, stop: &Stop, progress: &Progress, at_once: bool) {
-    if stop.ask() || at_once {
-        progress.line("stopping now; the last finished step is kept");
-        graph.halt();
-    } else {
-        progress.line("stopping after this step; press Ctrl-C again to stop at once");
     }
 }
 
@@ -218,43 +407,6 @@ fn tell(event: &GraphEvent, progress: &Progress) {
         }
         GraphEvent::Recovered { stage } => progress.line(&format!("{stage} goes on")),
         GraphEvent::Started { .. } | GraphEvent::Ended(_) => {}
-    }
-}
-
-/// Writes the last checkpoint, whatever the outcome, and says how it went.
-fn conclude(outcome: Outcome, node: &Node, watcher: &Mutex<Watcher>, stop: &Stop) -> Result<Summary> {
-    let state = node.state.try_lock().map_err(|_| anyhow!("the learner did not stop and still holds the weights"));
-    let state = match state {
-        Ok(state) => state,
-        // A panic elsewhere in the learner leaves the weights whole; `stepping` tells when it does not.
-        Err(_) if node.state.is_poisoned() => lock(&node.state),
-        Err(error) => return Err(error),
-    };
-    let watcher = lock(watcher);
-    let written = if state.stepping {
-        Err(anyhow!("the weights are half updated and are not saved; the last checkpoint before stands"))
-    } else if state.step == 0 {
-        Err(anyhow!("no step was finished, so there is nothing to save"))
-    } else {
-        watcher.checkpoints.write(&state, node.reward_model.as_deref())
-    };
-    if let Ok(path) = &written {
-        eprintln!("checkpoint {}", path.display());
-    }
-    match outcome {
-        Outcome::Failed { stage, error, restarts, .. } => {
-            if let Err(error) = written {
-                eprintln!("{error:#}");
-            }
-            bail!("the run ended at step {} since {stage} failed ({restarts} restarts): {error}", state.step)
-        }
-        Outcome::Finished | Outcome::Drained | Outcome::Halted => {
-            let interrupted = stop.asked() && state.step < node.config.run.steps;
-            if !interrupted {
-                watcher.rise();
-            }
-            Ok(Summary { steps: state.step, checkpoint: written?, interrupted })
-        }
     }
 }
 

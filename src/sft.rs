@@ -67,7 +67,13 @@ impl Stage for FineTune {
     type Out = ();
 
     fn start(&mut self, _ctx: &StageContext) -> StageResult<()> {
-        Ok(self.state.lock().unwrap_or_else(PoisonError::into_inner).discard()?)
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.stepping {
+            return Err(StageError::fatal(
+                "fine-tuning failed while it was writing the weights; they are half updated and cannot be used",
+            ));
+        }
+        Ok(state.discard()?)
     }
 
     fn process(&mut self, item: Item<Prompt>, _out: &Emitter<'_, ()>) -> StageResult<()> {
@@ -90,9 +96,11 @@ impl Stage for FineTune {
             )));
         }
         let scale = (self.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / tokens.max(1) as f64;
+        state.stepping = true;
         state.apply(self.lr, scale)?;
-        state.discard()?;
         state.step += 1;
+        state.stepping = false;
+        state.discard()?;
         telemetry::fine_tuned(loss);
         self.observer.lock().unwrap_or_else(PoisonError::into_inner).step(state.step, loss, norm);
         Ok(())

@@ -5,10 +5,11 @@
 
 pub mod graph;
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::label::Labels;
 use crate::learn::StepRecord;
+use crate::ledger::Count;
 use crate::reward::RewardTrainer;
 use crate::reward::trainer::TrainerStep;
 use crate::rollout::Preference;
@@ -197,6 +198,32 @@ const METRICS: &[Metric] = &[
         Unit::Count,
         "Mean length of the last batch's completions over that of the first batch's",
     ),
+    Metric(
+        Gauge,
+        "preceptor_groups",
+        Unit::Count,
+        "Groups of the run by where they stand; trained ones since it began",
+    ),
+    Metric(Gauge, "preceptor_checkpoint_bytes", Unit::Bytes, "Size of the last checkpoint"),
+    Metric(
+        Gauge,
+        "preceptor_checkpoint_timestamp_seconds",
+        Unit::Seconds,
+        "When the last checkpoint was finished, in seconds since 1970",
+    ),
+    Metric(
+        Counter,
+        "preceptor_disk_errors_total",
+        Unit::Count,
+        "Times that a file or a checkpoint could not be written; each is tried again",
+    ),
+    Metric(Histogram, "preceptor_checkpoint_duration_seconds", Unit::Seconds, "Writing one checkpoint, beside the run"),
+    Metric(
+        Histogram,
+        "preceptor_snapshot_duration_seconds",
+        Unit::Seconds,
+        "What of a checkpoint the learner waits for",
+    ),
     Metric(Gauge, "preceptor_build_info", Unit::Count, "Always 1; the version is in the label"),
     Metric(
         Histogram,
@@ -245,6 +272,7 @@ pub fn install() -> Result<PrometheusHandle> {
         "preceptor_nonfinite_steps_total",
         "preceptor_dropped_groups_total",
         "preceptor_masked_groups_total",
+        "preceptor_disk_errors_total",
     ] {
         counter!(name).absolute(0);
     }
@@ -337,6 +365,37 @@ pub fn judge_cost(cost: f64) {
 /// Whether a judge is left alone.
 pub fn judge_breaker(open: bool) {
     gauge!("preceptor_judge_breaker_open").set(f64::from(u8::from(open)));
+}
+
+/// Where the run's groups stand.
+pub fn ledger(count: &Count) {
+    for (standing, count) in [
+        ("trained", count.trained),
+        ("admitted", count.admitted),
+        ("generated", count.generated),
+        ("labeled", count.labeled),
+        ("rewarded", count.rewarded),
+    ] {
+        gauge!("preceptor_groups", "standing" => standing).set(count as f64);
+    }
+}
+
+/// A checkpoint was written.
+pub fn checkpoint(took: Duration, bytes: u64) {
+    histogram!("preceptor_checkpoint_duration_seconds").record(took.as_secs_f64());
+    gauge!("preceptor_checkpoint_bytes").set(bytes as f64);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    gauge!("preceptor_checkpoint_timestamp_seconds").set(now.as_secs_f64());
+}
+
+/// Taking a snapshot of the run for a checkpoint.
+pub fn snapshot_took(time: Duration) {
+    histogram!("preceptor_snapshot_duration_seconds").record(time.as_secs_f64());
+}
+
+/// Something could not be written.
+pub fn disk_error() {
+    counter!("preceptor_disk_errors_total").increment(1);
 }
 
 /// A group that is not learned from.

@@ -12,7 +12,7 @@ use preceptor_actors::{
 
 use crate::config::{Config, LabelForm, Mode, Pairs, RewardScaling, RolloutWeights, UpdateMode};
 use crate::data::pairs::PairSource;
-use crate::data::source::PromptSource;
+use crate::data::source::{LeftOver, PromptSource};
 use crate::generate::sampler::Sampling;
 use crate::generate::stage::{Rollout, RolloutPlan};
 use crate::generate::stop::Stop;
@@ -20,6 +20,7 @@ use crate::label::stage::{LabelStage, Wants};
 use crate::label::{Labeler, Pairing};
 use crate::learn::TrainState;
 use crate::learn::stage::{Learn, Observer};
+use crate::ledger::{Book, Entries, UnderWay};
 use crate::model::Decoder;
 use crate::prepare::Prepared;
 use crate::reward::warm_up::{WarmUp, WarmUpObserver};
@@ -40,6 +41,8 @@ pub struct Node {
     pub prepared: Prepared,
     /// What training has come to.
     pub state: Arc<Mutex<TrainState>>,
+    /// Where each group stands.
+    pub book: Book,
     /// The published weights.
     pub cell: Arc<SnapshotCell<Decoder>>,
     /// Who is told of each step.
@@ -51,11 +54,12 @@ pub struct Node {
 }
 
 impl Node {
-    /// Wires one incarnation of the graph, going on from the last finished step: groups that were under way
-    /// are issued again, from the same seeds.
+    /// Wires one incarnation of the graph, going on from the last finished step. Groups that were generated, labeled or
+    /// rewarded since go on from there; those that were not yet sampled are issued again, from the same seeds.
     ///
     /// # Errors
-    /// A labeler's template that cannot be used, or a learner of an incarnation before that never stopped.
+    /// A labeler's template that cannot be used, a learner of an incarnation before that never stopped, or a ledger that
+    /// is not that of the learner's step.
     pub fn wire(&self, builder: &mut GraphBuilder) -> StageResult<()> {
         let config = &self.config;
         let (step, scale) = {
@@ -73,14 +77,28 @@ impl Node {
         };
         let (next, end) = (step * config.learner.batch_groups, config.run.steps * config.learner.batch_groups);
         let gate = Arc::new(AdmissionGate::new(admission(config), next, step));
+        let trained = self.book.count().trained;
+        if trained != next {
+            return Err(StageError::fatal(format!(
+                "the ledger has {trained} groups trained where the learner has {next}; this is a fault of the program"
+            )));
+        }
+        let (entries, UnderWay { generated, labeled: judged, rewarded: left }) = self.book.open(builder.incarnation());
+        let scale = left.last().map_or(scale, |last| last.scale);
+        let next_reward = next + left.len() as u64;
 
         let (prompts_out, prompts) = builder.edge("prompts", 1);
         let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
         let (rewarded_out, rewarded) = builder.edge("rewarded", config.reward.capacity);
 
-        let source = PromptSource::new(Arc::clone(&self.prepared.data), Arc::clone(&gate), next, end);
+        let (data, gate_in) = (Arc::clone(&self.prepared.data), Arc::clone(&gate));
+        let source = PromptSource::new(data, gate_in, entries.clone(), next, end);
         builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
-        self.rollouts(builder, prompts, groups_out, config.run.seed);
+        if !generated.is_empty() {
+            let spec = StageSpec::new("left-generated").role("left");
+            builder.source(spec, LeftOver::new(generated), groups_out.clone());
+        }
+        self.rollouts(builder, prompts, groups_out, config.run.seed, &entries);
         let reference = (Arc::clone(&self.prepared.policy), self.prepared.identity);
         let scorer = match (&self.reward_model, config.run.mode) {
             (Some(trainer), _) => Scorer::Model(Arc::clone(trainer)),
@@ -91,11 +109,17 @@ impl Node {
         let (rule, temperature) = (reward_rule(config), config.rollout.temperature);
         if needs_labels(config) {
             let (labeled_out, labeled) = builder.edge("labeled", config.labeler.capacity);
-            self.label(builder, groups, labeled_out)?;
-            let reward = RewardStage::<Labeled>::new(scorer, rule, scale, reference, temperature, next);
+            if !judged.is_empty() {
+                let spec = StageSpec::new("left-labeled").role("left");
+                builder.source(spec, LeftOver::new(judged), labeled_out.clone());
+            }
+            self.label(builder, groups, labeled_out, &entries)?;
+            let entries = entries.clone();
+            let reward = RewardStage::<Labeled>::new(scorer, rule, scale, reference, temperature, entries, next_reward);
             builder.stage(spec, reward, labeled, rewarded_out);
         } else {
-            let reward = RewardStage::<Group>::new(scorer, rule, scale, reference, temperature, next);
+            let entries = entries.clone();
+            let reward = RewardStage::<Group>::new(scorer, rule, scale, reference, temperature, entries, next_reward);
             builder.stage(spec, reward, groups, rewarded_out);
         }
         let learn = Learn::new(
@@ -106,6 +130,7 @@ impl Node {
             gate,
             Arc::clone(&self.observer),
         );
+        let learn = learn.going_on(entries, left);
         let spec = StageSpec::new("learn").role("learn").threads(config.learner.threads);
         builder.sink(spec, learn, rewarded);
         Ok(())
@@ -135,11 +160,12 @@ impl Node {
         } else {
             let (prompts_out, prompts) = builder.edge("prompts", 1);
             let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
-            let source = PromptSource::new(Arc::clone(&self.prepared.data), gate, 0, count);
+            let source = PromptSource::new(Arc::clone(&self.prepared.data), gate, Entries::none(), 0, count);
             builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
             // Draws of their own: the run's first groups are not to be those that the reward model has seen.
-            self.rollouts(builder, prompts, groups_out, seed::mix(config.run.seed ^ seed::text("warm-up")));
-            self.label(builder, groups, labeled_out)?;
+            let seed = seed::mix(config.run.seed ^ seed::text("warm-up"));
+            self.rollouts(builder, prompts, groups_out, seed, &Entries::none());
+            self.label(builder, groups, labeled_out, &Entries::none())?;
         }
         builder.sink(spec, warm_up, labeled);
         Ok(())
@@ -150,27 +176,41 @@ impl Node {
         self.prepared.pairs.as_ref().map_or(self.config.reward_model.warm_up_groups, |pairs| pairs.len() as u64)
     }
 
-    fn rollouts(&self, builder: &mut GraphBuilder, prompts: Inlet<Prompt>, groups: Outlet<Group>, seed: u64) {
+    fn rollouts(
+        &self,
+        builder: &mut GraphBuilder,
+        prompts: Inlet<Prompt>,
+        groups: Outlet<Group>,
+        seed: u64,
+        entries: &Entries,
+    ) {
         for worker in 0..self.config.rollout.workers {
             let name = format!("rollout-{worker}");
-            let stage = self.rollout(&name, seed);
+            let stage = self.rollout(&name, seed, entries);
             let spec = StageSpec::new(name).role("rollout").threads(self.config.rollout.threads);
             builder.stage(spec, stage, prompts.clone(), groups.clone());
         }
     }
 
-    fn label(&self, builder: &mut GraphBuilder, groups: Inlet<Group>, labeled: Outlet<Labeled>) -> Result<()> {
+    fn label(
+        &self,
+        builder: &mut GraphBuilder,
+        groups: Inlet<Group>,
+        labeled: Outlet<Labeled>,
+        entries: &Entries,
+    ) -> Result<()> {
         let config = &self.config;
         for worker in 0..config.labeler.workers {
             let spec = StageSpec::new(format!("label-{worker}")).role("label").threads(config.labeler.threads);
             let labeler = (self.labelers)(config, &self.prepared)?;
-            let stage = LabelStage { labeler, retries: config.labeler.retries, wants: wants(config) };
+            let (retries, wants, entries) = (config.labeler.retries, wants(config), entries.clone());
+            let stage = LabelStage { labeler, retries, wants, entries };
             builder.stage(spec, stage, groups.clone(), labeled.clone());
         }
         Ok(())
     }
 
-    fn rollout(&self, name: &str, seed: u64) -> Rollout {
+    fn rollout(&self, name: &str, seed: u64, entries: &Entries) -> Rollout {
         let config = &self.config;
         let plan = RolloutPlan {
             sampling: sampling(config, &self.prepared.tokenizer),
@@ -179,6 +219,7 @@ impl Node {
             in_flight: config.rollout.update == UpdateMode::InFlight,
             quantised: config.rollout.weights == RolloutWeights::Q8,
             seed,
+            entries: entries.clone(),
         };
         Rollout::new(self.cell.reader(name), self.prepared.tokenizer.clone(), plan)
     }
@@ -210,7 +251,8 @@ pub fn wire_fine_tuning(
     let (batch, steps) = (config.sft.batch, config.sft.steps);
     let done = state.lock().unwrap_or_else(PoisonError::into_inner).step;
     let (prompts_out, prompts) = builder.edge("prompts", 1);
-    let source = PromptSource::new(Arc::clone(&prepared.data), everything(batch * steps), batch * done, batch * steps);
+    let (data, gate) = (Arc::clone(&prepared.data), everything(batch * steps));
+    let source = PromptSource::new(data, gate, Entries::none(), batch * done, batch * steps);
     builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
     let learn = FineTune {
         state: Arc::clone(state),
@@ -225,7 +267,7 @@ pub fn wire_fine_tuning(
 }
 
 /// A gate that lets `groups` groups in without waiting.
-fn everything(groups: u64) -> Arc<AdmissionGate> {
+pub(crate) fn everything(groups: u64) -> Arc<AdmissionGate> {
     Arc::new(AdmissionGate::new(Admission { eta: 0, batch: groups }, 0, 0))
 }
 

@@ -189,9 +189,27 @@ impl GraphHandle {
 
     /// Waits for the end.
     pub async fn wait(&self) -> Outcome {
-        let mut outcome = self.shared.outcome.subscribe();
-        let ended = outcome.wait_for(Option::is_some).await;
-        ended.ok().and_then(|outcome| outcome.clone()).unwrap_or(Outcome::Halted)
+        let (mut outcome, supervisor) = (self.shared.outcome.subscribe(), self.actor.get_cell());
+        tokio::select! {
+            ended = outcome.wait_for(Option::is_some) => {
+                return ended.ok().and_then(|outcome| outcome.clone()).unwrap_or(Outcome::Halted);
+            }
+            // That it has stopped is no more than a sign to look: it says how the graph ended before it stops.
+            _ = supervisor.wait(None) => {}
+        }
+        if let Some(outcome) = self.shared.outcome.borrow().clone() {
+            return outcome;
+        }
+        // Without a supervisor nobody would take down what is left of the graph.
+        self.halt();
+        let outcome = Outcome::Failed {
+            stage: "the supervisor".into(),
+            error: "it stopped without a word; this is a fault of the program".into(),
+            restarts: self.shared.restarts(),
+            fatal: true,
+        };
+        self.shared.finish(outcome.clone());
+        outcome
     }
 
     /// Events from now on.
@@ -215,5 +233,56 @@ impl GraphHandle {
             stalled: self.shared.stall.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             timeline: view.timeline(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::edge::Ended;
+    use crate::item::Item;
+    use crate::stage::{Emitter, Source, Stage, StageContext, StageSpec};
+
+    /// Gives nothing until the graph halts; says when it has begun and when it has ended.
+    struct Idle(std::sync::mpsc::SyncSender<()>);
+
+    impl Source for Idle {
+        type Out = u64;
+
+        fn next(&mut self, ctx: &StageContext) -> StageResult<Option<Item<u64>>> {
+            let _ = self.0.send(());
+            ctx.sleep(Duration::from_secs(60));
+            let _ = self.0.send(());
+            Err(Ended::Halted.into())
+        }
+    }
+
+    struct Nothing;
+
+    impl Stage for Nothing {
+        type In = u64;
+        type Out = ();
+
+        fn process(&mut self, _item: Item<u64>, _out: &Emitter<'_, ()>) -> StageResult<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_supervisor_that_dies_ends_the_wait_and_the_stages() {
+        let (sender, said) = std::sync::mpsc::sync_channel(2);
+        let graph = spawn_graph(GraphOptions::default(), move |builder| {
+            let (out, inlet) = builder.edge("edge", 1);
+            builder.source(StageSpec::new("source"), Idle(sender.clone()), out);
+            builder.sink(StageSpec::new("sink"), Nothing, inlet);
+            Ok(())
+        });
+        while said.try_recv().is_err() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        graph.actor.kill();
+        let Outcome::Failed { stage, fatal: true, .. } = graph.wait().await else { panic!("it did not fail") };
+        assert_eq!(stage, "the supervisor");
+        said.recv_timeout(Duration::from_secs(30)).expect("the source is told to halt");
     }
 }

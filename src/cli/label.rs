@@ -14,6 +14,7 @@ use crate::data::{Preferences, Split};
 use crate::label::Pairing;
 use crate::label::stage::Wants;
 use crate::prepare::{labeler_bench, prompt_format};
+use crate::say;
 use crate::topology::labelers::labeler_on;
 
 /// Arguments of `preceptor label`.
@@ -55,7 +56,7 @@ impl Label {
         let mut todo = file.todo();
         todo.retain(|i| self.limit.is_none_or(|limit| *i < limit));
         let before = pairs.len() - file.todo().len();
-        eprintln!("{} pairs, {before} labeled before, {} to do", pairs.len(), todo.len());
+        say!("{} pairs, {before} labeled before, {} to do", pairs.len(), todo.len());
         let (began, count) = (Instant::now(), todo.len());
         let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
         let questions = PairQuestions { pairs, format: prompt_format(&config), tokenizer: bench.tokenizer };
@@ -74,7 +75,7 @@ impl Label {
         file.finish();
         let totals = file.totals();
         let seconds = began.elapsed().as_secs_f64();
-        eprintln!(
+        say!(
             "labels {}, abstentions {}, failures {}; {:.2} pairs/s; {} questions to the judge, {} from the cache, {} tokens read, {} written, cost {:.4}",
             totals.labels,
             totals.abstentions,
@@ -88,10 +89,7 @@ impl Label {
         );
         if totals.orders[0] > 0 {
             let share = 100.0 * totals.orders[1] as f64 / totals.orders[0] as f64;
-            eprintln!(
-                "the judge preferred the same position in both orders in {share:.1} % of {} pairs",
-                totals.orders[0]
-            );
+            say!("the judge preferred the same position in both orders in {share:.1} % of {} pairs", totals.orders[0]);
         }
         if !whole? {
             bail!("interrupted; run the same command again to go on");

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::data::corrupt::corrupt;
 use crate::data::{Dialogue, Rows};
+use crate::say;
 
 /// Arguments of `preceptor pairs`.
 #[derive(Debug, Args)]
@@ -70,10 +71,7 @@ impl Pairs {
             written += 1;
         }
         out.flush()?;
-        eprintln!(
-            "{written} pairs in {} ({left_out} rows left out: nothing to spoil them with)",
-            self.output.display()
-        );
+        say!("{written} pairs in {} ({left_out} rows left out: nothing to spoil them with)", self.output.display());
         Ok(())
     }
 

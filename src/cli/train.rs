@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::ConfigArgs;
 use crate::run;
+use crate::say;
 
 /// Arguments of `preceptor train`.
 #[derive(Debug, Args)]
@@ -16,6 +17,10 @@ pub struct Train {
     /// Where the run is written; by default runs/NAME, or the first of NAME-2, NAME-3, … that is free.
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
+    /// Goes on with a run: from its latest checkpoint, or from the one given, such as
+    /// --resume=runs/NAME/checkpoints/step-000050. A run that has none yet begins.
+    #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, require_equals = true, default_missing_value = "latest")]
+    resume: Option<PathBuf>,
 }
 
 impl Train {
@@ -26,11 +31,16 @@ impl Train {
     pub fn run(self) -> Result<()> {
         let config = self.config.load()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let summary = runtime.block_on(run::train(config, self.run_dir))?;
+        let from = match self.resume {
+            None => run::From::Beginning,
+            Some(path) if path.as_os_str() == "latest" => run::From::Latest,
+            Some(path) => run::From::Checkpoint(path),
+        };
+        let summary = runtime.block_on(run::train(config, self.run_dir, from))?;
         // A stage that was abandoned must not keep the program from ending.
         runtime.shutdown_background();
         let ended = if summary.interrupted { "interrupted" } else { "done" };
-        eprintln!("{ended} after {} steps", summary.steps);
+        say!("{ended} after {} steps", summary.steps);
         Ok(())
     }
 }

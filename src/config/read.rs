@@ -277,9 +277,13 @@ pub(super) fn learner(document: &mut Document) -> Learner {
 pub(super) fn checkpoint(document: &mut Document) -> Checkpoint {
     let mut s = document.section("checkpoint");
     Checkpoint {
+        every_minutes: s.checked("every_minutes", 10.0, "from 0 up; 0 is never", |n| *n >= 0.0 && *n < 1e6),
         every_steps: s.get("every_steps", 0),
         keep: s.checked("keep", 2, "at least 1", |n| *n >= 1),
+        best: s.optional("best"),
         dtype: s.choice("dtype", WeightDtype::F32),
+        retry_s: s.checked("retry_s", 600.0, "from 0 up", |n| *n >= 0.0 && *n < 3e7),
+        journal: s.get("journal", true),
     }
 }
 
@@ -312,6 +316,7 @@ pub(super) fn supervision(document: &mut Document) -> Supervision {
         stall_after_s: seconds("stall_after_s", 120.0),
         restart_after_s: seconds("restart_after_s", 600.0),
         halt_grace_s: seconds("halt_grace_s", 10.0),
+        drain_s: seconds("drain_s", 15.0),
     };
     Supervision { max_restarts: s.get("max_restarts", 3), ..supervision }
 }

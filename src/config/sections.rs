@@ -441,12 +441,21 @@ pub enum CorrectionKind {
 /// `[checkpoint]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct Checkpoint {
-    /// Steps between checkpoints; 0 (default) writes only the last.
+    /// Minutes between checkpoints, which are written while the run goes on; 0 for none. Default 10.
+    pub every_minutes: f64,
+    /// Steps between checkpoints, besides; 0 (default) for none. The last step has one in any case.
     pub every_steps: u64,
-    /// How many are kept. Default 2.
+    /// How many of the last are kept. Default 2.
     pub keep: usize,
-    /// `f32` (default) or `bf16`.
+    /// A figure of `metrics.jsonl`, such as `score/mean`: the checkpoint before which its mean over the steps since the
+    /// one before was highest is kept too. Default none.
+    pub best: Option<String>,
+    /// Of the weights that other programs open: `f32` (default) or `bf16`. A run is resumed from `f32` in any case.
     pub dtype: WeightDtype,
+    /// Seconds for which the end of a run tries again to write its checkpoint, while somebody makes room. Default 600.
+    pub retry_s: f64,
+    /// Keep a journal of what the learner was given, for `preceptor replay`: about 16 bytes per token trained. Default true.
+    pub journal: bool,
 }
 
 /// Type of the weights in a checkpoint.
@@ -482,4 +491,7 @@ pub struct Supervision {
     pub restart_after_s: f64,
     /// Seconds that a stopped actor may take to come back. Default 10.
     pub halt_grace_s: f64,
+    /// Seconds that the step under way may take after Ctrl-C or SIGTERM before it is left; what it was made of is in the
+    /// checkpoint either way. Default 15.
+    pub drain_s: f64,
 }

@@ -213,11 +213,17 @@ impl Config {
     }
 
     fn checkpoint_table(&self) -> Table {
-        table([
-            ("every_steps", whole(self.checkpoint.every_steps)),
-            ("keep", whole(self.checkpoint.keep as u64)),
-            ("dtype", word(self.checkpoint.dtype)),
-        ])
+        let checkpoint = &self.checkpoint;
+        let mut table = table([
+            ("every_minutes", Value::Float(checkpoint.every_minutes)),
+            ("every_steps", whole(checkpoint.every_steps)),
+            ("keep", whole(checkpoint.keep as u64)),
+            ("dtype", word(checkpoint.dtype)),
+            ("retry_s", Value::Float(checkpoint.retry_s)),
+            ("journal", Value::Boolean(checkpoint.journal)),
+        ]);
+        optional(&mut table, "best", checkpoint.best.as_ref().map(text));
+        table
     }
 
     fn serve_table(&self) -> Table {
@@ -233,6 +239,7 @@ impl Config {
             ("stall_after_s", Value::Float(supervision.stall_after_s)),
             ("restart_after_s", Value::Float(supervision.restart_after_s)),
             ("halt_grace_s", Value::Float(supervision.halt_grace_s)),
+            ("drain_s", Value::Float(supervision.drain_s)),
         ])
     }
 }

@@ -10,6 +10,7 @@ use preceptor_actors::{Emitter, Item, SnapshotReader, Stage, StageContext, Stage
 use super::sampler::Sampling;
 use super::stop::{self, Stop};
 use super::{Engine, Request, Sampled, Weighted};
+use crate::ledger::Entries;
 use crate::model::Decoder;
 use crate::rollout::{Completion, Group, Prompt};
 use crate::tokens::Tokenizer;
@@ -23,6 +24,7 @@ pub struct Rollout {
     seed: u64,
     tokenizer: Tokenizer,
     stop: Option<Arc<Stop>>,
+    entries: Entries,
     /// Prompts under way, by sequence number.
     open: HashMap<u64, Begun>,
     /// A prompt that came while older weights than the latest had to be kept for those under way.
@@ -49,12 +51,14 @@ pub struct RolloutPlan {
     pub quantised: bool,
     /// The run's seed.
     pub seed: u64,
+    /// Where groups are written down once they are sampled.
+    pub entries: Entries,
 }
 
 impl Rollout {
     /// An actor that sees new weights through `reader`; `tokenizer` is for the text that judges read.
     pub fn new(reader: SnapshotReader<Decoder>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
-        let RolloutPlan { sampling, slots, group_size, in_flight, quantised, seed } = plan;
+        let RolloutPlan { sampling, slots, group_size, in_flight, quantised, seed, entries } = plan;
         Self {
             weights: Live { reader, in_flight, quantised, running: None, pinned: false, ctx: None },
             engine: Engine::new(&sampling, slots),
@@ -62,6 +66,7 @@ impl Rollout {
             seed,
             tokenizer,
             stop: sampling.stop,
+            entries,
             open: HashMap::new(),
             held: None,
         }
@@ -134,7 +139,9 @@ impl Stage for Rollout {
             telemetry::generated(completions.iter().map(|completion| completion.ids.len()).sum());
             telemetry::generation_took(clock.now().saturating_sub(at));
             let version = completions.iter().map(Completion::oldest_version).min().unwrap_or(0);
-            out.emit(Item { seq, incarnation, version, body: Group { prompt, completions } })?;
+            let body = Group { prompt, completions };
+            self.entries.generated(&body);
+            out.emit(Item { seq, incarnation, version, body })?;
         }
         Ok(())
     }

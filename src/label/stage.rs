@@ -3,6 +3,7 @@
 use preceptor_actors::{Emitter, Item, Stage, StageResult};
 
 use super::{Labeler, Labels, Pairing, derive};
+use crate::ledger::Entries;
 use crate::rollout::{Feedback, Group, Labeled, Verdict};
 use crate::telemetry;
 
@@ -44,6 +45,8 @@ pub struct LabelStage {
     pub retries: u32,
     /// What is made of the labeler's words.
     pub wants: Wants,
+    /// Where labels are written down once they are paid for.
+    pub entries: Entries,
 }
 
 impl Stage for LabelStage {
@@ -67,6 +70,7 @@ impl Stage for LabelStage {
             cost: labels.usage.cost,
         };
         let body = Labeled { group, feedback: Some(feedback) };
+        self.entries.labeled(&body);
         out.emit(Item { seq: item.seq, incarnation: item.incarnation, version: item.version, body })?;
         Ok(())
     }

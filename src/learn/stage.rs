@@ -14,6 +14,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use crate::algo::{Algorithm, GroupLoss, GroupView, Targets};
+use crate::ledger::Entries;
 use crate::model::{Decoder, Pack};
 use crate::ops;
 use crate::rollout::Rewarded;
@@ -81,18 +82,29 @@ impl LearnPlan {
     }
 }
 
+/// A step that was taken.
+#[derive(Clone, Copy)]
+pub struct Done<'a> {
+    /// Its figures.
+    pub record: &'a StepRecord,
+    /// What it learned from.
+    pub batch: &'a [Rewarded],
+    /// Of the weights that it led to.
+    pub fingerprint: u64,
+}
+
 /// Who is told of each step: files, metrics, the terminal.
 pub trait Observer: Send {
     /// A group of the batch is done; `done` of `of`.
     fn group(&mut self, done: u64, of: u64);
 
-    /// A step is done and published. `batch` is what it learned from.
+    /// A step is done and published.
     ///
     /// # Errors
     /// Ends the run: something that must be kept could not be.
-    fn step(&mut self, record: &StepRecord, batch: &[Rewarded], state: &mut TrainState) -> Result<()>;
+    fn step(&mut self, done: Done<'_>, state: &mut TrainState) -> Result<()>;
 
-    /// A step was skipped since its gradient was not finite.
+    /// A step, about to be told of, was skipped since its gradient was not finite.
     fn nonfinite(&mut self, step: u64, batch: &[Rewarded]);
 }
 
@@ -109,6 +121,9 @@ pub struct Learn {
     cell: Arc<SnapshotCell<Decoder>>,
     gate: Arc<AdmissionGate>,
     observer: Arc<Mutex<dyn Observer>>,
+    entries: Entries,
+    /// Groups that an earlier graph left rewarded, to begin with.
+    left: Vec<Arc<Rewarded>>,
     tally: Tally,
     batch: Vec<Rewarded>,
     measured: Vec<Measured>,
@@ -163,11 +178,19 @@ impl Learn {
             cell,
             gate,
             observer,
+            entries: Entries::none(),
+            left: Vec::new(),
             tally: Tally::default(),
             batch: Vec::new(),
             measured: Vec::new(),
             began: None,
         }
+    }
+
+    /// The same, which writes `entries` into the ledger, and begins with the groups `left`, the first of which is the first
+    /// of a batch.
+    pub fn going_on(self, entries: Entries, left: Vec<Arc<Rewarded>>) -> Self {
+        Self { entries, left, ..self }
     }
 }
 
@@ -175,45 +198,61 @@ impl Stage for Learn {
     type In = Rewarded;
     type Out = ();
 
-    fn start(&mut self, _ctx: &StageContext) -> StageResult<()> {
-        let mut state = lock(&self.state);
-        if state.stepping {
-            return Err(StageError::fatal(
-                "the learner failed while it was writing the weights; they are half updated and cannot be used",
-            ));
+    fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
+        {
+            let mut state = lock(&self.state);
+            if state.stepping {
+                return Err(StageError::fatal(
+                    "the learner failed while it was writing the weights; they are half updated and cannot be used",
+                ));
+            }
+            state.discard()?;
         }
-        Ok(state.discard()?)
+        for rewarded in std::mem::take(&mut self.left) {
+            if ctx.halted() {
+                break;
+            }
+            ctx.beat();
+            self.take(Arc::unwrap_or_clone(rewarded), ctx)?;
+        }
+        Ok(())
     }
 
     fn process(&mut self, item: Item<Rewarded>, out: &Emitter<'_, ()>) -> StageResult<()> {
-        let clock = out.ctx().clock();
-        self.began.get_or_insert(clock.now());
-        let shared = Arc::clone(&self.state);
-        let mut state = lock(&shared);
-        let expected = state.step * self.plan.batch_groups + self.batch.len() as u64;
-        if item.seq != expected {
-            return Err(StageError::fatal(format!("group {} reached the learner where {expected} was due", item.seq)));
-        }
-        if item.body.masked.is_some() {
-            self.tally.masked += 1;
-            telemetry::masked_group();
-        } else if self.streams() {
-            self.train_on_arrival(&mut state, &item.body)?;
-        } else {
-            let measured = self.measure(&mut state, &item.body)?;
-            self.measured.push(measured);
-        }
-        self.batch.push(item.body);
-        lock(&self.observer).group(self.batch.len() as u64, self.plan.batch_groups);
-        if self.batch.len() as u64 == self.plan.batch_groups {
-            let began = self.began.take().unwrap_or_default();
-            self.step(&mut state, out.ctx(), || clock.now().saturating_sub(began))?;
-        }
-        Ok(())
+        self.take(item.body, out.ctx())
     }
 }
 
 impl Learn {
+    /// The next group of the batch; the batch's step, when it is the last.
+    fn take(&mut self, rewarded: Rewarded, ctx: &StageContext) -> StageResult<()> {
+        let clock = ctx.clock();
+        self.began.get_or_insert(clock.now());
+        let shared = Arc::clone(&self.state);
+        let mut state = lock(&shared);
+        let expected = state.step * self.plan.batch_groups + self.batch.len() as u64;
+        let seq = rewarded.group.prompt.seq;
+        if seq != expected {
+            return Err(StageError::fatal(format!("group {seq} reached the learner where {expected} was due")));
+        }
+        if rewarded.masked.is_some() {
+            self.tally.masked += 1;
+            telemetry::masked_group();
+        } else if self.streams() {
+            self.train_on_arrival(&mut state, &rewarded)?;
+        } else {
+            let measured = self.measure(&mut state, &rewarded)?;
+            self.measured.push(measured);
+        }
+        self.batch.push(rewarded);
+        lock(&self.observer).group(self.batch.len() as u64, self.plan.batch_groups);
+        if self.batch.len() as u64 == self.plan.batch_groups {
+            let began = self.began.take().unwrap_or_default();
+            self.step(&mut state, ctx, || clock.now().saturating_sub(began))?;
+        }
+        Ok(())
+    }
+
     /// Whether a group can be trained before the rest of its batch is there.
     fn streams(&self) -> bool {
         self.plan.epochs * self.plan.minibatches as u64 == 1 && !self.algorithm.needs_batch()
@@ -266,8 +305,6 @@ impl Learn {
         }
         let mut order: Vec<usize> = (0..measured.len()).collect();
         let (count, parts) = (order.len(), self.plan.minibatches.min(order.len()));
-        // From the first step to the last the weights are those of no version.
-        state.stepping = self.plan.epochs * self.plan.minibatches as u64 > 1;
         for epoch in 0..self.plan.epochs {
             if self.plan.minibatches > 1 {
                 let seed = mix(self.plan.seed ^ mix(state.step) ^ mix(epoch + 1));
@@ -286,7 +323,6 @@ impl Learn {
                 self.apply(state)?;
             }
         }
-        state.stepping = false;
         Ok(())
     }
 
@@ -299,6 +335,8 @@ impl Learn {
         if finite && step.terms > 0 {
             let clip = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0);
             let lr = self.plan.rate(state.step);
+            // From here until the step is counted, the weights are those of no version.
+            state.stepping = true;
             state.apply(lr, clip / terms)?;
             if let Some(value) = &mut state.value {
                 value.step(step.tokens, lr, self.plan.value_lr, self.plan.max_grad_norm)?;
@@ -318,35 +356,38 @@ impl Learn {
         }
         let tally = std::mem::take(&mut self.tally);
         let lr = self.plan.rate(state.step);
+        state.step += 1;
+        if let Some(last) = batch.last() {
+            state.scale = last.scale;
+        }
+        self.entries.train(state.step * self.plan.batch_groups).map_err(StageError::fatal)?;
+        state.stepping = false;
+        let trained = took();
+        let snapshot = state.snapshot()?;
+        let fingerprint = snapshot.weights().fingerprint()?;
+        self.cell.publish(state.step, fingerprint, snapshot);
+        self.gate.set_version(state.step);
+        let published = took();
+        telemetry::publish_took(published.saturating_sub(trained));
+        let length = *state.first_length.get_or_insert(tally.mean_length());
         if tally.finite() {
             state.nonfinite_in_row = 0;
         } else {
             state.nonfinite_in_row += 1;
             telemetry::nonfinite_step();
-            lock(&self.observer).nonfinite(state.step + 1, &batch);
-            if state.nonfinite_in_row >= self.plan.max_nonfinite_steps {
-                return Err(StageError::fatal(format!(
-                    "{} steps in a row had a loss or gradient that is not finite (the last at step {}); lower learner.lr, or look at the saved batch",
-                    state.nonfinite_in_row,
-                    state.step + 1
-                )));
-            }
+            lock(&self.observer).nonfinite(state.step, &batch);
         }
-        state.step += 1;
-        if let Some(last) = batch.last() {
-            state.scale = last.scale;
-        }
-        let trained = took();
-        let snapshot = state.snapshot()?;
-        self.cell.publish(state.step, snapshot.weights().fingerprint()?, snapshot);
-        self.gate.set_version(state.step);
-        let published = took();
-        telemetry::publish_took(published.saturating_sub(trained));
-        let length = *state.first_length.get_or_insert(tally.mean_length());
         let mut record = StepRecord::new(state.step, &tally, lr, length);
         record.time("step_seconds", published.as_secs_f64());
         record.time("publish_seconds", published.saturating_sub(trained).as_secs_f64());
-        lock(&self.observer).step(&record, &batch, state).map_err(|error| StageError::fatal(anyhow!(error)))?;
+        let done = Done { record: &record, batch: &batch, fingerprint };
+        lock(&self.observer).step(done, state).map_err(|error| StageError::fatal(anyhow!(error)))?;
+        if state.nonfinite_in_row >= self.plan.max_nonfinite_steps {
+            return Err(StageError::fatal(format!(
+                "{} steps in a row had a loss or gradient that is not finite (the last at step {}); lower learner.lr, or look at the saved batch",
+                state.nonfinite_in_row, state.step
+            )));
+        }
         Ok(())
     }
 }

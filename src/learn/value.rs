@@ -1,12 +1,13 @@
 //! The value baseline: a linear head, on the policy's hidden states or on those of a decoder of its own.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
 
+use super::state::restore_params;
 use crate::model::{Decoder, Pack};
-use crate::ops::{self, AdamW, AdamWConfig, Gradients};
+use crate::ops::{self, AdamW, AdamWConfig, Frozen, Gradients};
 
 /// V(s) = h·w + b. On the policy's hidden states, whose gradient is cut, the baseline learns from the policy's features
 /// and does not pull on them; with a decoder of its own it learns its features too, at the price of a second model.
@@ -108,10 +109,45 @@ impl ValueModel {
         self.parts().try_for_each(|part| Ok(part.gradients.zero()?))
     }
 
-    /// The tensors by name, those of a decoder of its own as the policy names them.
-    pub fn tensors(&self) -> BTreeMap<String, Tensor> {
-        let trunk = self.trunk.iter().flat_map(|trunk| &trunk.part.params);
-        self.head.params.iter().chain(trunk).map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect()
+    /// Copies of the parameters by name, those of a decoder of its own as the policy names them.
+    ///
+    /// # Errors
+    /// When memory for the copies cannot be had.
+    pub fn copies(&self) -> Result<Vec<(String, Frozen)>> {
+        let params = self.shared_parts().flat_map(|part| &part.params);
+        params.map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?.detach().into()))).collect()
+    }
+
+    /// The state of the optimizers, as [`AdamW::export`]; names begin with the part's.
+    ///
+    /// # Errors
+    /// Tensor errors only.
+    pub fn export(&self) -> Result<Vec<(String, Frozen)>> {
+        let mut all = Vec::new();
+        for (part, place) in self.shared_parts().zip(["head", "trunk"]) {
+            let state = part.optimizer.export()?;
+            all.extend(state.into_iter().map(|(name, one)| (format!("{place}/{name}"), one)));
+        }
+        Ok(all)
+    }
+
+    /// Goes on from what [`Self::copies`] and [`Self::export`] gave.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing or of another shape.
+    pub fn restore(&mut self, params: &HashMap<String, Tensor>, optimizer: &HashMap<String, Tensor>) -> Result<()> {
+        let parts = std::iter::once(&mut self.head).chain(self.trunk.as_mut().map(|trunk| &mut trunk.part));
+        for (part, place) in parts.zip(["head/", "trunk/"]) {
+            restore_params(&part.params, params)?;
+            let own =
+                optimizer.iter().filter_map(|(name, one)| Some((name.strip_prefix(place)?.to_owned(), one.clone())));
+            part.optimizer.import(own.collect::<Vec<_>>())?;
+        }
+        Ok(())
+    }
+
+    fn shared_parts(&self) -> impl Iterator<Item = &Part> {
+        std::iter::once(&self.head).chain(self.trunk.as_ref().map(|trunk| &trunk.part))
     }
 
     fn parts(&mut self) -> impl Iterator<Item = &mut Part> {

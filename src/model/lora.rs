@@ -97,6 +97,20 @@ impl Lora {
         Ok(merged)
     }
 
+    /// The adapters in `dir` as [`Self::write`] left them, by name.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read.
+    pub fn read(dir: &Path, device: &Device) -> Result<Weights> {
+        let path = dir.join("adapter_model.safetensors");
+        let tensors =
+            candle_core::safetensors::load(&path, device).with_context(|| format!("cannot read {}", path.display()))?;
+        let named = |(name, tensor): (String, Tensor)| {
+            (name.strip_prefix("base_model.model.").unwrap_or(&name).to_owned(), tensor)
+        };
+        Ok(Weights(tensors.into_iter().map(named).collect()))
+    }
+
     /// Writes the adapters among `weights` into `dir` as PEFT opens them.
     ///
     /// # Errors

@@ -52,9 +52,26 @@ impl Gradients {
         Ok(squares.sqrt())
     }
 
-    /// Whether no accumulator holds a NaN or an infinity.
-    pub fn all_finite(&self) -> Result<bool> {
-        Ok(self.global_norm()?.is_finite())
+    /// A copy of every accumulator, by the parameter's name.
+    pub fn copies(&self) -> Result<Vec<(String, Tensor)>> {
+        let copy = |(name, &i): (&String, &usize)| Ok((name.clone(), self.buffers[i].sum.copy()?));
+        self.index.iter().map(copy).collect()
+    }
+
+    /// Sets the accumulators to copies that were taken before.
+    ///
+    /// # Errors
+    /// Names the parameter that there is none of, or one of another shape.
+    pub fn restore(&mut self, copies: &HashMap<String, Tensor>) -> Result<()> {
+        for (name, &i) in &self.index {
+            let sum = &mut self.buffers[i].sum;
+            match copies.get(name) {
+                Some(copy) if copy.dims() == sum.dims() => *sum = copy.to_device(sum.device())?.copy()?,
+                Some(copy) => bail!("the gradient of {name} has shape {:?}, not {:?}", copy.dims(), sum.dims()),
+                None => bail!("there is no gradient of {name}"),
+            }
+        }
+        Ok(())
     }
 
     /// The accumulator of a parameter, sharing its storage: the next backward pass or `zero` changes what is read.
@@ -274,9 +291,9 @@ mod tests {
         let want = super::super::testing::flat(&params[0].1).iter().map(|v| 4.0 * v * v).sum::<f64>() + 45.0;
         assert!((norm(1) - want.sqrt()).abs() < 1e-6 * want.sqrt());
         assert_eq!(norm(1), norm(3));
-        assert!(grads.all_finite().unwrap());
+        assert!(grads.global_norm().unwrap().is_finite());
         let nan = (params[1].1.as_tensor() * f64::NAN).unwrap().sum_all().unwrap();
         backward(&nan, &mut [&mut grads]).unwrap();
-        assert!(!grads.all_finite().unwrap());
+        assert!(!grads.global_norm().unwrap().is_finite());
     }
 }

@@ -1,12 +1,13 @@
 //! AdamW with decoupled weight decay (Loshchilov & Hutter 2019), in one pass over parameter, moments and gradient.
 
 use super::accumulate::Gradients;
+use super::frozen::Frozen;
 use super::vector::vectorised;
 use super::{PARALLEL_FROM, elements, elements_mut, is_fused};
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Tensor, Var, bail};
 use rayon::prelude::*;
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// Elements a task.
 const BLOCK: usize = 1 << 14;
@@ -50,7 +51,7 @@ struct Param {
 
 enum State {
     /// For a contiguous CPU `f32` parameter.
-    Fused { m: Vec<f32>, v: Vec<f32> },
+    Fused { m: Arc<Vec<f32>>, v: Arc<Vec<f32>> },
     /// For any other; all three `f32` on the parameter's device.
     Composite { master: Tensor, m: Tensor, v: Tensor },
 }
@@ -77,7 +78,8 @@ impl AdamW {
             .into_iter()
             .map(|(name, var)| {
                 let state = if is_fused(&var) && var.is_contiguous() {
-                    State::Fused { m: vec![0.0; var.elem_count()], v: vec![0.0; var.elem_count()] }
+                    let zeros = || Arc::new(vec![0.0; var.elem_count()]);
+                    State::Fused { m: zeros(), v: zeros() }
                 } else {
                     let m = Tensor::zeros(var.shape(), DType::F32, var.device())?;
                     State::Composite { master: var.to_dtype(DType::F32)?.copy()?, v: m.copy()?, m }
@@ -120,6 +122,8 @@ impl AdamW {
         for (param, grad) in self.params.iter_mut().zip(sums) {
             match &mut param.state {
                 State::Fused { m, v } => {
+                    // What a checkpoint still holds is left to it.
+                    let (m, v) = (Arc::make_mut(m), Arc::make_mut(v));
                     param.var.inplace_op2(&grad.contiguous()?, &Update { step, moments: Mutex::new((m, v)) })?;
                 }
                 State::Composite { master, m, v } => {
@@ -136,20 +140,25 @@ impl AdamW {
         Ok(())
     }
 
-    /// A copy of the state: `step` (a `u32` scalar), and for each parameter `NAME.exp_avg`, `NAME.exp_avg_sq`, and
-    /// `NAME.master` where there is a master copy. Independent of later steps.
-    pub fn export(&self) -> Result<Vec<(String, Tensor)>> {
+    /// The state as it is, independent of later steps: `step` (a `u32` scalar), and for each parameter `NAME.exp_avg`,
+    /// `NAME.exp_avg_sq`, and `NAME.master` where there is a master copy. On the CPU nothing is copied yet; a step that is
+    /// taken while it is held copies what it changes.
+    ///
+    /// # Errors
+    /// Tensor errors only.
+    pub fn export(&self) -> Result<Vec<(String, Frozen)>> {
         let step = u32::try_from(self.step).map_err(candle_core::Error::wrap)?;
-        let mut out = vec![(STEP.to_string(), Tensor::new(step, &Device::Cpu)?)];
+        let mut out = vec![(STEP.to_string(), Frozen::Tensor(Tensor::new(step, &Device::Cpu)?))];
         for Param { name, var, state } in &self.params {
             let (m, v) = match state {
                 State::Fused { m, v } => {
-                    let tensor = |data: &[f32]| Tensor::from_slice(data, var.shape(), &Device::Cpu);
-                    (tensor(m)?, tensor(v)?)
+                    let share =
+                        |data: &Arc<Vec<f32>>| Frozen::Host { shape: var.dims().to_vec(), data: Arc::clone(data) };
+                    (share(m), share(v))
                 }
                 State::Composite { master, m, v } => {
-                    out.push((format!("{name}.master"), master.clone()));
-                    (m.clone(), v.clone())
+                    out.push((format!("{name}.master"), master.clone().into()));
+                    (m.clone().into(), v.clone().into())
                 }
             };
             out.push((format!("{name}.exp_avg"), m));
@@ -178,7 +187,9 @@ impl AdamW {
             };
             let (m, v) = (load("exp_avg")?, load("exp_avg_sq")?);
             states.push(match state {
-                State::Fused { .. } => State::Fused { m: m.flatten_all()?.to_vec1()?, v: v.flatten_all()?.to_vec1()? },
+                State::Fused { .. } => {
+                    State::Fused { m: Arc::new(m.flatten_all()?.to_vec1()?), v: Arc::new(v.flatten_all()?.to_vec1()?) }
+                }
                 State::Composite { .. } => State::Composite { master: load("master")?, m, v },
             });
         }
@@ -239,6 +250,14 @@ mod tests {
     fn fixture(name: &str) -> HashMap<String, Tensor> {
         let path = format!("{}/tests/fixtures/llama/{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
         candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+    }
+
+    /// An exported state as it is read back.
+    fn tensors(adamw: &AdamW) -> Vec<(String, Tensor)> {
+        let frozen = adamw.export().unwrap();
+        let bytes = safetensors::serialize(frozen.iter().map(|(name, one)| (name, one)), None).unwrap();
+        let read = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
+        frozen.into_iter().map(|(name, _)| (name.clone(), read[&name].clone())).collect()
     }
 
     /// Puts `Σ θ·g` through a backward, so that the gradient is `g`.
@@ -316,14 +335,17 @@ mod tests {
         }
         let second = params(&first.iter().map(|(_, var)| var.as_tensor().clone()).collect::<Vec<_>>());
         let mut restored = AdamW::new(second.clone(), CONFIG).unwrap();
-        restored.import(adamw.export().unwrap()).unwrap();
+        let exported = tensors(&adamw);
+        restored.import(exported.clone()).unwrap();
         assert_eq!(restored.steps(), 3);
         adamw.step(&grads(&first, 9), 1e-2, 1.0).unwrap();
         restored.step(&grads(&second, 9), 1e-2, 1.0).unwrap();
         for ((_, a), (_, b)) in first.iter().zip(&second) {
             assert_eq!(flat(a), flat(b));
         }
-        assert_eq!(flat(&adamw.export().unwrap()[1].1), flat(&restored.export().unwrap()[1].1));
+        assert_eq!(flat(&tensors(&adamw)[1].1), flat(&tensors(&restored)[1].1));
+        // What was exported is what there was then, whatever steps came after.
+        assert_ne!(flat(&tensors(&adamw)[1].1), flat(&exported[1].1));
     }
 
     #[test]
@@ -331,7 +353,7 @@ mod tests {
         let one = vec![("a".to_string(), Var::from_tensor(&values(1, &[3])).unwrap())];
         let other = vec![("b".to_string(), Var::from_tensor(&values(1, &[3])).unwrap())];
         let mut adamw = AdamW::new(one.clone(), CONFIG).unwrap();
-        let state = AdamW::new(other.clone(), CONFIG).unwrap().export().unwrap();
+        let state = tensors(&AdamW::new(other.clone(), CONFIG).unwrap());
         assert!(adamw.import(state).unwrap_err().to_string().contains("no a.exp_avg"));
         let error = adamw.step(&Gradients::new(&other).unwrap(), 1e-3, 1.0).unwrap_err();
         assert!(error.to_string().contains("no gradient accumulator for a"), "{error}");

@@ -45,14 +45,20 @@ impl RewardModel {
         Ok(last.matmul(&self.head.t()?)?.squeeze(1)?)
     }
 
+    /// All its tensors by name, the head among them.
+    pub fn weights(&self) -> Weights {
+        let mut weights = self.model.weights().clone();
+        weights.0.insert(HEAD.to_owned(), self.head.clone());
+        weights
+    }
+
     /// Writes a Hugging Face directory that `AutoModelForSequenceClassification` opens, tokenizer included.
     ///
     /// # Errors
     /// Names the file that cannot be written.
     pub fn save(&self, dir: &Path, tokenizer: &Tokenizer, dtype: DType) -> Result<()> {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        let mut weights = self.model.weights().clone();
-        weights.0.insert(HEAD.to_owned(), self.head.clone());
+        let weights = self.weights();
         // `transformers` reads the score at the last token that is no padding. Where padding is the end token, as
         // many models have it, that would be the token before the end.
         let [pad, unk, bos] = [tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id()];

@@ -8,6 +8,7 @@ use anyhow::Result;
 use preceptor_actors::{Emitter, Item, Stage, StageResult};
 
 use super::{RewardRule, RewardTrainer};
+use crate::ledger::Entries;
 use crate::model::{Decoder, Pack};
 use crate::rollout::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
 use crate::telemetry;
@@ -32,6 +33,7 @@ pub struct RewardStage<I> {
     reference: Arc<Decoder>,
     reference_identity: u64,
     temperature: f64,
+    entries: Entries,
     next: u64,
     waiting: BTreeMap<u64, Item<Labeled>>,
     takes: PhantomData<fn(I)>,
@@ -46,14 +48,28 @@ impl<I> RewardStage<I> {
         scale: RewardScale,
         reference: (Arc<Decoder>, u64),
         temperature: f64,
+        entries: Entries,
         next: u64,
     ) -> Self {
         let (reference, reference_identity) = reference;
         let waiting = BTreeMap::new();
-        Self { scorer, rule, scale, reference, reference_identity, temperature, next, waiting, takes: PhantomData }
+        let takes = PhantomData;
+        Self { scorer, rule, scale, reference, reference_identity, temperature, entries, next, waiting, takes }
     }
 
-    fn reward(&mut self, labeled: Labeled) -> Result<Rewarded> {
+    /// Rewards a group, and writes it down before anybody can see the reward model that learned from it.
+    fn enter(&mut self, labeled: Labeled) -> Result<Rewarded> {
+        let trainer = match &self.scorer {
+            Scorer::Model(trainer) => Some(Arc::clone(trainer)),
+            Scorer::Labels | Scorer::Pairs => None,
+        };
+        let mut trainer = trainer.as_ref().map(|trainer| trainer.lock().unwrap_or_else(PoisonError::into_inner));
+        let rewarded = self.reward(labeled, trainer.as_deref_mut())?;
+        self.entries.rewarded(&rewarded)?;
+        Ok(rewarded)
+    }
+
+    fn reward(&mut self, labeled: Labeled, trainer: Option<&mut RewardTrainer>) -> Result<Rewarded> {
         let Labeled { group, mut feedback } = labeled;
         let mut out = Rewarded {
             group,
@@ -66,23 +82,22 @@ impl<I> RewardStage<I> {
             masked: None,
             scale: self.scale,
         };
-        match &self.scorer {
-            Scorer::Labels => match scores(feedback.as_ref(), out.group.completions.len()) {
+        match (&self.scorer, trainer) {
+            (Scorer::Labels | Scorer::Model(_), None) => match scores(feedback.as_ref(), out.group.completions.len()) {
                 Ok(scores) => out.scores = scores,
                 Err(why) => out.masked = Some(why),
             },
-            Scorer::Model(trainer) => {
-                let mut trainer = trainer.lock().unwrap_or_else(PoisonError::into_inner);
+            (_, Some(trainer)) => {
                 out.reward_model = Some(trainer.version());
                 let labeled = labeled_pairs(feedback.as_ref());
                 let (scores, step) = trainer.observe(&out.group, &labeled)?;
                 out.scores = scores;
-                telemetry::reward_model(&trainer, step.as_ref());
+                telemetry::reward_model(trainer, step.as_ref());
                 if out.scores.iter().any(|score| !score.is_finite()) {
                     out.masked = Some("the reward model's scores are not finite".into());
                 }
             }
-            Scorer::Pairs => {
+            (Scorer::Pairs, None) => {
                 // The judge's own scores, where it scored, are worth seeing; nothing is learned from them.
                 out.scores = scores(feedback.as_ref(), out.group.completions.len()).unwrap_or_default();
                 let completions = &out.group.completions;
@@ -151,7 +166,7 @@ impl<I: Into<Labeled> + Send + 'static> Stage for RewardStage<I> {
         let Item { seq, incarnation, version, body } = item;
         self.waiting.insert(seq, Item { seq, incarnation, version, body: body.into() });
         while let Some(item) = self.waiting.remove(&self.next) {
-            let body = self.reward(item.body)?;
+            let body = self.enter(item.body)?;
             out.emit(Item { seq: item.seq, incarnation: item.incarnation, version: item.version, body })?;
             self.next += 1;
         }

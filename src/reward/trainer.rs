@@ -1,14 +1,15 @@
 //! Training a reward model on preferences, pair by pair.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor, Var};
+use serde::{Deserialize, Serialize};
 
 use super::model::RewardModel;
 use crate::algo::preference::soft_label;
 use crate::model::Decoder;
-use crate::ops::{self, AdamW, AdamWConfig, Gradients};
+use crate::ops::{self, AdamW, AdamWConfig, Frozen, Gradients};
 use crate::rollout::{Group, Prompt};
 use crate::seed::{self, mix};
 
@@ -51,10 +52,19 @@ pub struct TrainerStep {
 pub struct RewardTrainer {
     plan: TrainerPlan,
     model: RewardModel,
+    params: Vec<(String, Var)>,
     gradients: Gradients,
     head_gradients: Gradients,
     optimizer: AdamW,
     head_optimizer: AdamW,
+    counters: Counters,
+    /// True while parameters are being written: a panic then leaves them half updated.
+    stepping: bool,
+}
+
+/// The numbers of a [`RewardTrainer`].
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Counters {
     version: u64,
     trained: u64,
     /// First group of the run that was not learned from yet: what is issued again after a restart is not learned twice.
@@ -64,12 +74,25 @@ pub struct RewardTrainer {
 }
 
 /// Sums over the pairs of the step that is being gathered.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 struct Pending {
     pairs: usize,
     loss: f64,
     right: f64,
 }
+
+/// A [`RewardTrainer`] between two groups, for a checkpoint to write while training goes on.
+pub struct Saved {
+    /// Its numbers.
+    pub counters: Counters,
+    /// The model.
+    pub model: RewardModel,
+    /// The optimizers' state, and the gradient of the step that is being gathered.
+    pub state: Vec<(String, Frozen)>,
+}
+
+/// What tensors of a part of the state are called before their own names.
+const PARTS: [&str; 4] = ["decoder/", "head/", "decoder_gradient/", "head_gradient/"];
 
 impl RewardTrainer {
     /// A reward model with the decoder of `initial`, which stays as it is, and a head of zeros, or `head`.
@@ -87,14 +110,63 @@ impl RewardTrainer {
             model: RewardModel { model, head: head.as_tensor().clone() },
             gradients: Gradients::new(&params)?,
             head_gradients: Gradients::new(&head_params)?,
-            optimizer: AdamW::new(params, adam)?,
-            head_optimizer: AdamW::new(head_params, AdamWConfig { weight_decay: 0.0, ..adam })?,
-            version: 0,
-            trained: 0,
-            next: 0,
-            pending: Pending::default(),
-            held_out: VecDeque::new(),
+            optimizer: AdamW::new(params.clone(), adam)?,
+            head_optimizer: AdamW::new(head_params.clone(), AdamWConfig { weight_decay: 0.0, ..adam })?,
+            params: params.into_iter().chain(head_params).collect(),
+            counters: Counters::default(),
+            stepping: false,
         })
+    }
+
+    /// The state as it is. The optimizers' moments are shared, weights and a gradient that is being gathered are copied.
+    ///
+    /// # Errors
+    /// When memory for the copies cannot be had.
+    pub fn save(&self) -> Result<Saved> {
+        let [decoder, head, decoder_gradient, head_gradient] = PARTS;
+        let named = |part: &'static str, all: Vec<(String, Frozen)>| {
+            all.into_iter().map(move |(name, one)| (format!("{part}{name}"), one))
+        };
+        let mut state: Vec<(String, Frozen)> = named(decoder, self.optimizer.export()?).collect();
+        state.extend(named(head, self.head_optimizer.export()?));
+        if self.counters.pending.pairs > 0 {
+            for (part, gradients) in [(decoder_gradient, &self.gradients), (head_gradient, &self.head_gradients)] {
+                let copies = gradients.copies()?.into_iter().map(|(name, one)| (name, one.into()));
+                state.extend(named(part, copies.collect()));
+            }
+        }
+        let model = RewardModel { model: self.model.model.snapshot()?, head: self.model.head.copy()?.detach() };
+        Ok(Saved { counters: self.counters.clone(), model, state })
+    }
+
+    /// Goes on from what [`Self::save`] gave, read back; `params` are the model's tensors, the head among them.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing or of another shape.
+    pub fn restore(
+        &mut self,
+        counters: Counters,
+        params: &HashMap<String, Tensor>,
+        state: &HashMap<String, Tensor>,
+    ) -> Result<()> {
+        for (name, var) in &self.params {
+            let tensor = params.get(name).with_context(|| format!("it has no tensor {name}"))?;
+            ensure!(tensor.dims() == var.dims(), "its {name} is {:?}, not {:?}", tensor.dims(), var.dims());
+            var.set(&tensor.to_device(var.device())?.to_dtype(var.dtype())?)?;
+        }
+        let part = |prefix: &str| -> HashMap<String, Tensor> {
+            let own = state.iter().filter_map(|(name, one)| Some((name.strip_prefix(prefix)?.to_owned(), one.clone())));
+            own.collect()
+        };
+        let [decoder, head, decoder_gradient, head_gradient] = PARTS.map(part);
+        self.optimizer.import(decoder)?;
+        self.head_optimizer.import(head)?;
+        if counters.pending.pairs > 0 {
+            self.gradients.restore(&decoder_gradient)?;
+            self.head_gradients.restore(&head_gradient)?;
+        }
+        self.counters = counters;
+        Ok(())
     }
 
     /// The model as it is now; it changes with the next step.
@@ -104,18 +176,18 @@ impl RewardTrainer {
 
     /// Optimizer steps taken.
     pub fn version(&self) -> u64 {
-        self.version
+        self.counters.version
     }
 
     /// Pairs trained on.
     pub fn trained(&self) -> u64 {
-        self.trained
+        self.counters.trained
     }
 
     /// Share of the last held-out pairs that were ranked as labeled, and how many they are.
     pub fn accuracy(&self) -> (f64, usize) {
-        let right = self.held_out.iter().fold(0.0, |sum, one| sum + one);
-        (right / self.held_out.len().max(1) as f64, self.held_out.len())
+        let right = self.counters.held_out.iter().fold(0.0, |sum, one| sum + one);
+        (right / self.counters.held_out.len().max(1) as f64, self.counters.held_out.len())
     }
 
     /// Whether pairs about `prompt` are kept from training: a function of what it says, so that a prompt that comes again
@@ -144,18 +216,22 @@ impl RewardTrainer {
         group: &Group,
         preferences: &[(usize, usize, f64)],
     ) -> Result<(Vec<f64>, Option<TrainerStep>)> {
+        ensure!(
+            !self.stepping,
+            "the reward model failed while its weights were being written; they are half updated and cannot be used"
+        );
         let seq = group.prompt.seq;
-        if seq < self.next {
+        if seq < self.counters.next {
             return Ok((self.score(group)?, None));
         }
-        self.next = seq + 1;
+        self.counters.next = seq + 1;
         if self.holds_out(&group.prompt) || preferences.is_empty() {
             let scores = self.score(group)?;
             for (first, second, p) in preferences.iter().filter(|(_, _, p)| *p != 0.5) {
-                self.held_out.push_back(agreement(scores[*first] - scores[*second], *p));
+                self.counters.held_out.push_back(agreement(scores[*first] - scores[*second], *p));
             }
-            while self.held_out.len() > WINDOW {
-                self.held_out.pop_front();
+            while self.counters.held_out.len() > WINDOW {
+                self.counters.held_out.pop_front();
             }
             return Ok((scores, None));
         }
@@ -184,9 +260,9 @@ impl RewardTrainer {
             let (loss, slope) = soft_label(margin, p);
             slopes[*first] += slope;
             slopes[*second] -= slope;
-            self.pending.pairs += 1;
-            self.pending.loss += loss;
-            self.pending.right += agreement(margin, p);
+            self.counters.pending.pairs += 1;
+            self.counters.pending.loss += loss;
+            self.counters.pending.right += agreement(margin, p);
         }
         if slopes.iter().any(|slope| *slope != 0.0) {
             let slopes: Vec<f32> = slopes.iter().map(|slope| *slope as f32).collect();
@@ -194,7 +270,7 @@ impl RewardTrainer {
             let loss = (scores * slopes)?.sum_all()?;
             ops::backward(&loss, &mut [&mut self.gradients, &mut self.head_gradients])?;
         }
-        let step = if self.pending.pairs >= self.plan.batch_pairs { self.step()? } else { None };
+        let step = if self.counters.pending.pairs >= self.plan.batch_pairs { self.step()? } else { None };
         Ok((values, step))
     }
 
@@ -203,7 +279,7 @@ impl RewardTrainer {
     /// # Errors
     /// Tensor errors only.
     pub fn step(&mut self) -> Result<Option<TrainerStep>> {
-        let pending = std::mem::take(&mut self.pending);
+        let pending = std::mem::take(&mut self.counters.pending);
         let pairs = pending.pairs as f64;
         if pending.pairs == 0 {
             return Ok(None);
@@ -211,22 +287,24 @@ impl RewardTrainer {
         let norm = self.gradients.global_norm()?.hypot(self.head_gradients.global_norm()?) / pairs;
         let finite = norm.is_finite() && pending.loss.is_finite();
         if finite {
+            self.stepping = true;
             let scale = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / pairs;
             self.optimizer.step(&self.gradients, self.plan.lr, scale)?;
             self.head_optimizer.step(&self.head_gradients, self.plan.head_lr, scale)?;
-            self.version += 1;
-            self.trained += pending.pairs as u64;
+            self.stepping = false;
+            self.counters.version += 1;
+            self.counters.trained += pending.pairs as u64;
         }
         self.gradients.zero()?;
         self.head_gradients.zero()?;
         let (loss, accuracy) = (pending.loss / pairs, pending.right / pairs);
-        Ok(finite.then_some(TrainerStep { version: self.version, loss, accuracy, gradient_norm: norm }))
+        Ok(finite.then_some(TrainerStep { version: self.counters.version, loss, accuracy, gradient_norm: norm }))
     }
 
     /// The run proper begins: its groups are counted from zero again, whatever warmed the model up. What warm-up
     /// measured stays in the live accuracy until the run's own pairs take its place.
     pub fn begin_run(&mut self) {
-        self.next = 0;
+        self.counters.next = 0;
     }
 }
 

@@ -1,94 +1,168 @@
 //! The directory of a run: resolved configuration, `metrics.jsonl`, `samples.jsonl`.
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
+use super::journal;
+use super::log::Log;
+use crate::checkpoint::Lengths;
 use crate::config::Config;
 use crate::learn::StepRecord;
+use crate::learn::stage::Done;
 use crate::rollout::Rewarded;
+
+/// A run's directory, which one process has at a time.
+pub struct RunDir {
+    path: PathBuf,
+    /// Held as long as the run lasts.
+    _lock: File,
+}
+
+impl RunDir {
+    /// The directory of a new run. Without `given`, the configured one is used, or the first of `-2`, `-3`, … that is free.
+    ///
+    /// # Errors
+    /// A directory that holds a run already, is in use, or cannot be written.
+    pub fn create(config: &Config, given: Option<PathBuf>) -> Result<Self> {
+        let explicit = given.or_else(|| config.run.dir.clone());
+        let Some(path) = explicit else { return Self::hold(free(Path::new("runs"), &config.run.name)) };
+        let dir = Self::hold(path)?;
+        ensure!(
+            !dir.is_begun(),
+            "{} holds a run already; go on with it by --resume, give another --run-dir, or remove it",
+            dir.path.display()
+        );
+        Ok(dir)
+    }
+
+    /// The directory of the run to go on with: the given one, the configured one, or the last of `NAME`, `NAME-2`, … that
+    /// there is. A run that has not begun is begun.
+    ///
+    /// # Errors
+    /// A directory that is in use, or cannot be written.
+    pub fn resume(config: &Config, given: Option<PathBuf>) -> Result<Self> {
+        let explicit = given.or_else(|| config.run.dir.clone());
+        Self::hold(explicit.unwrap_or_else(|| last(Path::new("runs"), &config.run.name)))
+    }
+
+    fn hold(path: PathBuf) -> Result<Self> {
+        std::fs::create_dir_all(&path).with_context(|| format!("cannot make the run directory {}", path.display()))?;
+        let lock = path.join("run.lock");
+        let file = File::create(&lock).with_context(|| format!("cannot write {}", lock.display()))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { path, _lock: file }),
+            Err(TryLockError::WouldBlock) => {
+                bail!("another process works on the run in {}; wait for it, or stop it", path.display())
+            }
+            Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", lock.display())),
+        }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether a run has begun in it.
+    fn is_begun(&self) -> bool {
+        std::fs::metadata(self.path.join("metrics.jsonl")).is_ok_and(|metadata| metadata.len() > 0)
+            || self.path.join("checkpoints").exists()
+    }
+}
 
 /// Files that a run appends to.
 pub struct RunFiles {
-    dir: PathBuf,
-    metrics: File,
-    samples: File,
+    dir: RunDir,
+    metrics: Log,
+    samples: Log,
+    phases: Log,
+    journal: Option<Log>,
 }
 
 impl RunFiles {
-    /// Makes the directory and writes the resolved configuration into it. Without `given`, the configured
-    /// directory is used, or the first of `-2`, `-3`, … that is free.
+    /// Opens the files in `dir`, cut off after `lengths`, and writes the resolved configuration beside them.
     ///
     /// # Errors
-    /// A given directory that holds a run already, or one that cannot be written.
-    pub fn create(config: &Config, given: Option<PathBuf>) -> Result<Self> {
-        let explicit = given.or_else(|| config.run.dir.clone());
-        let dir = match explicit {
-            Some(dir) => {
-                ensure!(
-                    std::fs::metadata(dir.join("metrics.jsonl")).map_or(0, |metadata| metadata.len()) == 0,
-                    "{} holds a run already; give another --run-dir, or remove it",
-                    dir.display()
-                );
-                dir
-            }
-            None => free(Path::new("runs"), &config.run.name),
-        };
-        std::fs::create_dir_all(&dir).with_context(|| format!("cannot make the run directory {}", dir.display()))?;
-        let path = dir.join("config.toml");
+    /// Names the file that cannot be opened or is shorter than it was.
+    pub fn open(config: &Config, dir: RunDir, lengths: Lengths) -> Result<Self> {
+        let path = dir.path.join("config.toml");
         std::fs::write(&path, config.to_toml()).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Self { metrics: append(&dir.join("metrics.jsonl"))?, samples: append(&dir.join("samples.jsonl"))?, dir })
+        let log = |name: &str, length| Log::open(&dir.path.join(name), length);
+        let journal = config.checkpoint.journal.then(|| log(journal::NAME, lengths.journal)).transpose()?;
+        Ok(Self {
+            metrics: log("metrics.jsonl", lengths.metrics)?,
+            samples: log("samples.jsonl", lengths.samples)?,
+            phases: log("phases.jsonl", lengths.phases)?,
+            journal,
+            dir,
+        })
     }
 
     /// The run's directory.
     pub fn dir(&self) -> &Path {
-        &self.dir
+        &self.dir.path
     }
 
-    /// Appends a step's figures, and its first group to read.
+    /// Notes in the journal that `config` holds from here on.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written; the entry waits for the next try.
+    pub fn configured(&mut self, config: &Config) -> Result<()> {
+        let Some(journal) = &mut self.journal else { return Ok(()) };
+        journal.append(&journal::config(&config.to_toml())?)
+    }
+
+    /// Appends a step's figures, its first group to read, and what it learned from to the journal.
+    ///
+    /// # Errors
+    /// Names the files that cannot be written; what was to be written waits for the next try.
+    pub fn step(&mut self, record: &StepRecord, done: Done<'_>) -> Result<()> {
+        let mut lines = String::new();
+        for group in done.batch.iter().take(1) {
+            lines.push_str(&samples(record, group));
+        }
+        let samples = self.samples.append(lines.as_bytes());
+        let metrics = self.metrics.append((serde_json::to_string(record)? + "\n").as_bytes());
+        let journal = match &mut self.journal {
+            None => Ok(()),
+            Some(journal) => {
+                let step = record.0["step"].as_u64().unwrap_or_default();
+                journal.append(&journal::step(step, done.fingerprint, done.batch)?)
+            }
+        };
+        samples.and(metrics).and(journal)
+    }
+
+    /// Lengths of the files, and the files, once all that waits is written.
     ///
     /// # Errors
     /// Names the file that cannot be written.
-    pub fn step(&mut self, record: &StepRecord, batch: &[Rewarded]) -> Result<()> {
-        let mut lines = String::new();
-        for group in batch.iter().take(1) {
-            for (i, completion) in group.group.completions.iter().enumerate() {
-                let line = json!({
-                    "step": record.0["step"],
-                    "group": group.group.prompt.seq,
-                    "row": group.group.prompt.row,
-                    "prompt": group.group.prompt.text,
-                    "completion": completion.text,
-                    "finish": completion.finish,
-                    "tokens": completion.ids.len(),
-                    "versions": [completion.oldest_version(), completion.versions.iter().max()],
-                    "labeler": group.feedback.as_ref().map(|feedback| &feedback.labeler),
-                    "verdict": group.feedback.as_ref().and_then(|feedback| feedback.verdicts.get(i)),
-                    "preferences": preferences(group, i),
-                    "score": group.scores.get(i),
-                    "reward_model": group.reward_model,
-                    "reward": group.rewards.get(i),
-                    "masked": group.masked,
-                });
-                lines.push_str(&line.to_string());
-                lines.push('\n');
-            }
+    pub fn lengths(&mut self) -> Result<(Lengths, Vec<PathBuf>)> {
+        let mut lengths = Lengths::default();
+        let mut paths = Vec::new();
+        for (log, length) in [
+            (Some(&mut self.metrics), &mut lengths.metrics),
+            (Some(&mut self.samples), &mut lengths.samples),
+            (Some(&mut self.phases), &mut lengths.phases),
+            (self.journal.as_mut(), &mut lengths.journal),
+        ] {
+            let Some(log) = log else { continue };
+            log.flush()?;
+            *length = log.length();
+            paths.push(log.path().to_owned());
         }
-        self.samples.write_all(lines.as_bytes()).with_context(|| self.cannot("samples.jsonl"))?;
-        let line = serde_json::to_string(record)? + "\n";
-        self.metrics.write_all(line.as_bytes()).with_context(|| self.cannot("metrics.jsonl"))
+        Ok((lengths, paths))
     }
 
     /// Appends figures of a phase before training to `phases.jsonl`.
     ///
     /// # Errors
     /// Names the file that cannot be written.
-    pub fn phase(&self, figures: &serde_json::Value) -> Result<()> {
-        let mut file = append(&self.dir.join("phases.jsonl"))?;
-        file.write_all(format!("{figures}\n").as_bytes()).with_context(|| self.cannot("phases.jsonl"))
+    pub fn phase(&mut self, figures: &serde_json::Value) -> Result<()> {
+        self.phases.append(format!("{figures}\n").as_bytes())
     }
 
     /// Keeps what `/metrics` said last, as `metrics.prom`: totals that no scrape would see after the end.
@@ -96,7 +170,7 @@ impl RunFiles {
     /// # Errors
     /// Names the file that cannot be written.
     pub fn last_metrics(&self, text: &str) -> Result<()> {
-        std::fs::write(self.dir.join("metrics.prom"), text).with_context(|| self.cannot("metrics.prom"))
+        std::fs::write(self.dir().join("metrics.prom"), text).with_context(|| self.cannot("metrics.prom"))
     }
 
     /// Saves a batch whose gradient was not finite, for study.
@@ -104,15 +178,42 @@ impl RunFiles {
     /// # Errors
     /// When the file cannot be written.
     pub fn nonfinite(&self, step: u64, batch: &[Rewarded]) -> Result<PathBuf> {
-        let path = self.dir.join(format!("nonfinite-step-{step}.json"));
+        let path = self.dir().join(format!("nonfinite-step-{step}.json"));
         std::fs::write(&path, serde_json::to_vec(batch)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
 
     fn cannot(&self, file: &str) -> String {
-        format!("cannot write {}", self.dir.join(file).display())
+        format!("cannot write {}", self.dir().join(file).display())
     }
+}
+
+/// A group's completions as lines of `samples.jsonl`.
+fn samples(record: &StepRecord, group: &Rewarded) -> String {
+    let mut lines = String::new();
+    for (i, completion) in group.group.completions.iter().enumerate() {
+        let line = json!({
+            "step": record.0["step"],
+            "group": group.group.prompt.seq,
+            "row": group.group.prompt.row,
+            "prompt": group.group.prompt.text,
+            "completion": completion.text,
+            "finish": completion.finish,
+            "tokens": completion.ids.len(),
+            "versions": [completion.oldest_version(), completion.versions.iter().max()],
+            "labeler": group.feedback.as_ref().map(|feedback| &feedback.labeler),
+            "verdict": group.feedback.as_ref().and_then(|feedback| feedback.verdicts.get(i)),
+            "preferences": preferences(group, i),
+            "score": group.scores.get(i),
+            "reward_model": group.reward_model,
+            "reward": group.rewards.get(i),
+            "masked": group.masked,
+        });
+        lines.push_str(&line.to_string());
+        lines.push('\n');
+    }
+    lines
 }
 
 /// What the judge said of completion `i` against others: with whom it was compared, and P(it is the better one).
@@ -133,6 +234,14 @@ fn free(parent: &Path, name: &str) -> PathBuf {
     free.next().expect("the candidates never end")
 }
 
-fn append(path: &Path) -> Result<File> {
-    OpenOptions::new().create(true).append(true).open(path).with_context(|| format!("cannot open {}", path.display()))
+/// The last of `NAME`, `NAME-2`, … that there is; `NAME` where there is none.
+fn last(parent: &Path, name: &str) -> PathBuf {
+    let mut last = parent.join(name);
+    for next in (2..).map(|n| parent.join(format!("{name}-{n}"))) {
+        if !next.exists() {
+            break;
+        }
+        last = next;
+    }
+    last
 }

@@ -139,11 +139,11 @@ async fn run(
     let graph = spawn_graph(graph_options(config), wire);
     server.watch(graph.clone());
     let progress = notes.lock().unwrap_or_else(PoisonError::into_inner).progress.clone();
-    let outcome = supervise(&graph, stop, &progress, true).await;
+    let outcome = supervise(&graph, stop, &progress, None).await;
     progress.finish();
     match outcome {
         _ if stop.asked() => {
-            bail!("interrupted during {phase}; no step of the run was taken, so there is nothing to save")
+            bail!("interrupted during {phase}, which is not kept by halves; --resume begins it anew")
         }
         Outcome::Failed { stage, error, restarts, .. } => {
             bail!("{phase} ended since {stage} failed ({restarts} restarts): {error}")

@@ -1,7 +1,8 @@
 //! Told of every learner step: writes files, sets metrics, moves the bar, stops the graph when asked to.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use preceptor_actors::GraphHandle;
@@ -9,21 +10,27 @@ use serde_json::Value;
 
 use super::Stop;
 use super::files::RunFiles;
-use crate::checkpoint::Checkpoints;
-use crate::learn::stage::Observer;
+use crate::checkpoint::{Snapshot, Writer};
+use crate::learn::stage::{Done, Observer};
 use crate::learn::{StepRecord, TrainState};
+use crate::ledger::Book;
 use crate::progress::Progress;
 use crate::reward::RewardTrainer;
 use crate::rollout::Rewarded;
+use crate::say;
 use crate::serve::{NodeState, resident_bytes};
 use crate::telemetry;
+
+/// How long a checkpoint that could not be written waits for its next try.
+const RETRY: Duration = Duration::from_secs(30);
 
 /// The observer of a training run.
 pub(super) struct Watcher {
     pub(super) files: Arc<Mutex<RunFiles>>,
-    pub(super) checkpoints: Checkpoints,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
-    pub(super) every: u64,
+    pub(super) book: Book,
+    pub(super) due: Due,
+    pub(super) writer: Writer,
     pub(super) steps: u64,
     pub(super) batch_groups: u64,
     pub(super) node: Arc<NodeState>,
@@ -38,6 +45,35 @@ pub(super) struct Watcher {
     pub(super) records: Vec<StepRecord>,
 }
 
+/// When the next checkpoint is due.
+pub(super) struct Due {
+    pub(super) every_steps: u64,
+    pub(super) every: Option<Duration>,
+    /// The figure that the best one is chosen by.
+    pub(super) best: Option<String>,
+    /// When the last one was taken.
+    pub(super) last: Instant,
+    /// Values of the figure since then.
+    pub(super) figures: Vec<f64>,
+    /// Whether the last one could not be written.
+    pub(super) failed: Arc<AtomicBool>,
+}
+
+impl Due {
+    fn is_due(&self, step: u64) -> bool {
+        let since = self.last.elapsed();
+        (self.every_steps > 0 && step.is_multiple_of(self.every_steps))
+            || self.every.is_some_and(|every| since >= every)
+            || (self.failed.load(Ordering::SeqCst) && since >= RETRY)
+    }
+
+    /// Mean of the figure over the steps since the last one.
+    pub(super) fn figure(&self) -> Option<f64> {
+        let n = self.figures.len() as f64;
+        Some(self.figures.iter().sum::<f64>() / n).filter(|mean| mean.is_finite())
+    }
+}
+
 impl Observer for Watcher {
     fn group(&mut self, done: u64, _of: u64) {
         if let Some(progress) = self.progress.get() {
@@ -45,24 +81,34 @@ impl Observer for Watcher {
         }
     }
 
-    fn step(&mut self, record: &StepRecord, batch: &[Rewarded], state: &mut TrainState) -> Result<()> {
+    fn step(&mut self, done: Done<'_>, state: &mut TrainState) -> Result<()> {
         self.step = state.step;
-        let mut record = record.clone();
+        let mut record = done.record.clone();
         record.time("run_seconds", self.began.elapsed().as_secs_f64());
         if let Some(bytes) = resident_bytes() {
             record.time("resident_bytes", bytes as f64);
         }
         telemetry::step(&record);
-        self.files().step(&record, batch)?;
+        telemetry::ledger(&self.book.count());
+        let written = self.files().step(&record, done);
+        if let Err(error) = written {
+            telemetry::disk_error();
+            self.say(&format!("{error:#}; training goes on"));
+        }
         self.node.stepped(Value::Object(record.0.clone()));
+        if let Some(best) = &self.due.best {
+            self.due.figures.push(record.get(best));
+        }
         self.records.push(record.clone());
         self.say(&line(&record, self.steps));
-        if self.every > 0 && state.step.is_multiple_of(self.every) && state.step < self.steps {
-            // Training goes on without it: the next one is tried, and the end of the run insists.
-            match self.checkpoints.write(state, self.reward_model.as_deref()) {
-                Ok(path) => self.say(&format!("checkpoint {}", path.display())),
-                Err(error) => self.say(&format!("{error:#}; training goes on")),
+        if self.due.is_due(state.step) && state.step < self.steps && !self.writer.is_busy() {
+            // Training goes on without it: it is tried again, and the end of the run insists.
+            if let Err(error) = self.checkpoint(state) {
+                telemetry::disk_error();
+                self.due.failed.store(true, Ordering::SeqCst);
+                self.say(&format!("no checkpoint of step {}: {error:#}; training goes on", state.step));
             }
+            self.due.last = Instant::now();
         }
         if self.stop.asked()
             && let Some(graph) = self.graph.get()
@@ -73,7 +119,8 @@ impl Observer for Watcher {
     }
 
     fn nonfinite(&mut self, step: u64, batch: &[Rewarded]) {
-        let text = match self.files().nonfinite(step, batch) {
+        let saved = self.files().nonfinite(step, batch);
+        let text = match saved {
             Ok(path) => format!("its batch is in {}", path.display()),
             Err(error) => format!("its batch could not be saved: {error:#}"),
         };
@@ -82,6 +129,24 @@ impl Observer for Watcher {
 }
 
 impl Watcher {
+    /// Hands a snapshot of the run to the writer.
+    fn checkpoint(&mut self, state: &TrainState) -> Result<()> {
+        let began = Instant::now();
+        let snapshot = self.snapshot(state)?;
+        telemetry::snapshot_took(began.elapsed());
+        self.due.failed.store(false, Ordering::SeqCst);
+        if self.writer.put(snapshot) {
+            self.due.figures.clear();
+        }
+        Ok(())
+    }
+
+    /// The run as it is; the caller holds `state`.
+    pub(super) fn snapshot(&self, state: &TrainState) -> Result<Snapshot> {
+        let files = self.files().lengths()?;
+        Snapshot::take(state, self.reward_model.as_deref(), &self.book, files, self.due.figure())
+    }
+
     fn files(&self) -> MutexGuard<'_, RunFiles> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -105,7 +170,7 @@ impl Watcher {
             }
             let (first, last) = (moments(&course[..quarter]), moments(&course[course.len() - quarter..]));
             let error = first.1.hypot(last.1);
-            eprintln!(
+            say!(
                 "{:<9} first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
                 match *name {
                     "score/mean" => "score",

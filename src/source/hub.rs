@@ -14,6 +14,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
 use super::{ModelFiles, ResolveOptions};
+use crate::say;
 
 /// How long a hub may take to show that it is there at all; a place that is not should cost seconds.
 const CONTACT: Duration = Duration::from_secs(10);
@@ -62,7 +63,7 @@ fn fetch_with(
     }
     let meter = Meter::new(options.progress);
     if options.progress && meter.bar.is_hidden() {
-        eprintln!("fetching {} from the hub", repo.url());
+        say!("fetching {} from the hub", repo.url());
     }
     let api = builder.build().context("the hub's client cannot be set up")?;
     let download = Download { cache: cache.repo(repo.clone()), repo: api.repo(repo), meter: meter.clone() };

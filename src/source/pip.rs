@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::ResolveOptions;
+use crate::say;
 
 /// What pip said.
 const LOG: &str = "pip.log";
@@ -120,7 +121,7 @@ fn bar(requirement: &str, shown: bool) -> ProgressBar {
     if !bar.is_hidden() {
         bar.enable_steady_tick(Duration::from_millis(250));
     } else if shown {
-        eprintln!("fetching {requirement} by pip");
+        say!("fetching {requirement} by pip");
     }
     bar
 }

@@ -32,7 +32,7 @@ pub fn value_model(config: &Config, policy: &Decoder) -> Result<Option<ValueMode
 }
 
 /// The configured algorithm.
-pub(super) fn algorithm(config: &Config) -> Box<dyn Algorithm> {
+pub fn algorithm(config: &Config) -> Box<dyn Algorithm> {
     let learner = &config.learner;
     let surrogate = surrogate(config);
     let inner: Box<dyn Algorithm> = match learner.algorithm {
@@ -99,7 +99,7 @@ fn unless_zero(bound: f64) -> f64 {
 }
 
 /// The numbers that a step depends on, as configured.
-pub(super) fn learn_plan(config: &Config) -> LearnPlan {
+pub fn learn_plan(config: &Config) -> LearnPlan {
     let learner = &config.learner;
     LearnPlan {
         batch_groups: learner.batch_groups,

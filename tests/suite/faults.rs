@@ -8,9 +8,10 @@ use std::time::Duration;
 use anyhow::Result;
 use preceptor::config::Config;
 use preceptor::label::{Labeler, Labels};
-use preceptor::learn::stage::Observer;
+use preceptor::learn::TrainState;
+use preceptor::learn::stage::{Done, Observer};
 use preceptor::learn::value::ValueModel;
-use preceptor::learn::{StepRecord, TrainState};
+use preceptor::ledger::Book;
 use preceptor::ops::AdamWConfig;
 use preceptor::prepare::Prepared;
 use preceptor::rollout::{Group, Rewarded, Verdict};
@@ -73,13 +74,13 @@ struct Notes(Arc<Mutex<Seen>>);
 impl Observer for Notes {
     fn group(&mut self, _done: u64, _of: u64) {}
 
-    fn step(&mut self, record: &StepRecord, batch: &[Rewarded], _state: &mut TrainState) -> Result<()> {
+    fn step(&mut self, done: Done<'_>, _state: &mut TrainState) -> Result<()> {
         let mut seen = self.0.lock().unwrap();
-        for group in batch {
+        for group in done.batch {
             let list = if group.masked.is_some() { &mut seen.masked } else { &mut seen.trained };
             list.push(group.group.prompt.seq);
         }
-        seen.figures.push(record.get("loss/policy"));
+        seen.figures.push(done.record.get("loss/policy"));
         Ok(())
     }
 
@@ -118,6 +119,7 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
         )),
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
+        book: Book::default(),
         reward_model: None,
         labelers: Box::new(labelers),
         prepared,

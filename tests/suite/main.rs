@@ -15,6 +15,7 @@ mod node;
 mod optimum;
 mod refusals;
 mod remote;
+mod resume;
 mod reward_model;
 mod sharing;
 mod smollm2;

@@ -107,7 +107,10 @@ fn a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_nothing_half_done
     let mut arguments: Vec<String> =
         ["train", config("offline.toml").to_str().unwrap(), "--run-dir", "run"].map(str::to_owned).to_vec();
     arguments.extend(small().map(str::to_owned));
-    arguments.extend(["--set", "run.steps=3", "--set", "checkpoint.every_steps=1"].map(str::to_owned));
+    arguments.extend(
+        ["--set", "run.steps=3", "--set", "checkpoint.every_steps=1", "--set", "checkpoint.retry_s=0"]
+            .map(str::to_owned),
+    );
     let output = std::process::Command::new("bash")
         .args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_preceptor")])
         .args(arguments)

@@ -1,0 +1,129 @@
+//! A file that a run appends to, and that survives a full disk and a resumed run.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+/// Bytes that wait for room on the disk before more are refused.
+const MOST_WAITING: usize = 64 << 20;
+
+/// What cannot be written, since the disk is full perhaps, waits here and is tried again with the next.
+pub struct Log {
+    path: PathBuf,
+    file: File,
+    written: u64,
+    waiting: Vec<u8>,
+    /// Appends that were refused since too much waits.
+    lost: u64,
+}
+
+impl Log {
+    /// Opens the file at `path`, made if need be, and cuts off what is beyond `length`.
+    ///
+    /// # Errors
+    /// A file that cannot be opened, or that is shorter.
+    pub fn open(path: &Path, length: u64) -> Result<Self> {
+        let mut file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path)
+            .with_context(|| format!("cannot open {}", path.display()))?;
+        let found = file.metadata()?.len();
+        ensure!(
+            found >= length,
+            "{} has {found} bytes, and the checkpoint knows of {length}; put the file back, or resume from an earlier checkpoint",
+            path.display()
+        );
+        file.set_len(length).with_context(|| format!("cannot shorten {}", path.display()))?;
+        file.seek(SeekFrom::End(0))?;
+        Ok(Self { path: path.to_owned(), file, written: length, waiting: Vec::new(), lost: 0 })
+    }
+
+    /// Appends `bytes`, after whatever waits.
+    ///
+    /// # Errors
+    /// Names the file; the bytes are kept and tried again with the next append, unless too many are.
+    pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.waiting.len() + bytes.len() > MOST_WAITING {
+            self.lost += 1;
+        } else {
+            self.waiting.extend_from_slice(bytes);
+        }
+        self.flush()
+    }
+
+    /// Writes what waits.
+    ///
+    /// # Errors
+    /// Names the file, and what becomes of what could not be written.
+    pub fn flush(&mut self) -> Result<()> {
+        let mut done = 0;
+        let result = loop {
+            if done == self.waiting.len() {
+                break Ok(());
+            }
+            match self.file.write(&self.waiting[done..]) {
+                Ok(0) => break Err(std::io::ErrorKind::WriteZero.into()),
+                Ok(n) => done += n,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => break Err(error),
+            }
+        };
+        self.waiting.drain(..done);
+        self.written += done as u64;
+        let lost = if self.lost > 0 { format!(", {} entries are lost", self.lost) } else { String::new() };
+        result.with_context(|| {
+            format!("cannot write {}; {} bytes wait for the next try{lost}", self.path.display(), self.waiting.len())
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes in the file and waiting for it.
+    pub fn length(&self) -> u64 {
+        self.written + self.waiting.len() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_goes_on_where_it_is_told_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = Log::open(&path, 0).unwrap();
+        log.append(b"one\n").unwrap();
+        let length = log.length();
+        log.append(b"two\n").unwrap();
+        drop(log);
+        let mut log = Log::open(&path, length).unwrap();
+        log.append(b"three\n").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"one\nthree\n");
+        let error = Log::open(&path, 100).err().unwrap().to_string();
+        assert!(error.contains("log has 10 bytes") && error.contains("100"), "{error}");
+    }
+
+    #[test]
+    fn what_a_full_disk_refuses_waits_and_nothing_is_written_twice() {
+        // The kernel's own full disk.
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = Log::open(&path, 0).unwrap();
+        log.file = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let error = log.append(b"one\n").unwrap_err().to_string();
+        assert!(error.contains("4 bytes wait"), "{error}");
+        assert_eq!(log.length(), 4);
+        log.file = File::create(&path).unwrap();
+        log.append(b"two\n").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"one\ntwo\n");
+        assert_eq!(log.length(), 8);
+    }
+}

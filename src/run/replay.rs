@@ -1,0 +1,205 @@
+//! Taking a run's learner steps again, from its journal: the same groups in the same order lead to the same weights, bit for
+//! bit, whatever the clock did when they were generated.
+
+use std::iter::Peekable;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, bail, ensure};
+use preceptor_actors::{GraphBuilder, Item, Outcome, SnapshotCell, Source, StageContext, StageResult, StageSpec};
+
+use super::journal::{Entry, Journal, Step};
+use super::{graph_options, reference};
+use crate::config::{self, Config};
+use crate::learn::TrainState;
+use crate::learn::stage::{Done, Learn, Observer};
+use crate::model::export;
+use crate::prepare::{Prepared, prepare_policy};
+use crate::rollout::Rewarded;
+use crate::topology::everything;
+use crate::topology::learning::{adam, algorithm, learn_plan, lora, value_model};
+
+/// What a replay came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replayed {
+    /// Steps taken again.
+    pub steps: u64,
+    /// Fingerprint of the weights after the last.
+    pub fingerprint: u64,
+}
+
+/// Takes the steps of the run in `dir` again, up to `until` or its end, and compares the weights after each with those the run
+/// had. `output` gets the weights in the end.
+///
+/// # Errors
+/// The first step that leads elsewhere; a journal that is not there or is damaged.
+pub async fn replay(
+    dir: &Path,
+    until: Option<u64>,
+    output: Option<PathBuf>,
+    tell: impl Fn(u64) + Send + Sync + 'static,
+) -> Result<Replayed> {
+    let mut journal = Journal::open(dir)?.peekable();
+    let first = configuration(&mut journal)?
+        .with_context(|| format!("the journal in {} does not begin with a configuration", dir.display()))?;
+    let mut config = first;
+    let prepared = {
+        let config = config.clone();
+        tokio::task::spawn_blocking(move || prepare_policy(&config, true)).await??
+    };
+    let prepared = match reference::find(&config, dir)? {
+        Some(reference) => reference.take(&config, prepared)?,
+        None => {
+            ensure!(config.sft.steps == 0, "the fine-tuned policy that the run began with is not in {}", dir.display());
+            prepared
+        }
+    };
+    let state = TrainState::new(
+        &prepared.policy,
+        adam(&config),
+        value_model(&config, &prepared.policy)?,
+        lora(&config).as_ref(),
+    )?;
+    let seen = Arc::new(Mutex::new(Seen { expected: None, replayed: None, tell: Box::new(tell) }));
+    let run = Again {
+        state: Arc::new(Mutex::new(state)),
+        cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy))),
+        journal: Arc::new(Mutex::new(journal)),
+        until,
+        seen: Arc::clone(&seen),
+    };
+    loop {
+        run.segment(&config).await?;
+        // It ended where the run went on under another configuration, or where there is no more.
+        match configuration(&mut run.journal.lock().unwrap_or_else(PoisonError::into_inner))? {
+            Some(next) => config = next,
+            None => break,
+        }
+    }
+    let replayed = seen.lock().unwrap_or_else(PoisonError::into_inner).replayed.clone();
+    let replayed = replayed.with_context(|| format!("the journal in {} has no steps", dir.display()))?;
+    if let Some(output) = output {
+        write(&output, &prepared, &run.state)?;
+    }
+    Ok(replayed)
+}
+
+fn write(dir: &Path, prepared: &Prepared, state: &Mutex<TrainState>) -> Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+    export::write(dir, state.config(), &state.published().merged()?, candle_core::DType::F32)?;
+    prepared.tokenizer.save(dir)
+}
+
+/// The configuration that comes next, if one does.
+fn configuration(journal: &mut Peekable<Journal>) -> Result<Option<Config>> {
+    match journal.next_if(|entry| !matches!(entry, Ok(Entry::Step(_)))) {
+        None => Ok(None),
+        Some(Ok(Entry::Config(text))) => Ok(Some(config::parse(&text, "the journal", Path::new(""), &[])?)),
+        Some(Ok(Entry::Step(_))) => bail!("a step stands where a configuration was"),
+        Some(Err(error)) => Err(error),
+    }
+}
+
+/// What outlives the graph of a segment.
+struct Again {
+    state: Arc<Mutex<TrainState>>,
+    cell: Arc<SnapshotCell<crate::model::Decoder>>,
+    journal: Arc<Mutex<Peekable<Journal>>>,
+    until: Option<u64>,
+    seen: Arc<Mutex<Seen>>,
+}
+
+impl Again {
+    /// Steps up to the next configuration.
+    async fn segment(&self, config: &Config) -> Result<()> {
+        let (state, cell, seen) = (Arc::clone(&self.state), Arc::clone(&self.cell), Arc::clone(&self.seen));
+        let (journal, until, settings) = (Arc::clone(&self.journal), self.until, config.clone());
+        let wire = move |builder: &mut GraphBuilder| -> StageResult<()> {
+            let (out, batches) = builder.edge("journal", settings.reward.capacity);
+            let source =
+                Steps { journal: Arc::clone(&journal), until, seen: Arc::clone(&seen), groups: Vec::new().into_iter() };
+            builder.source(StageSpec::new("journal"), source, out);
+            let learn = Learn::new(
+                Arc::clone(&state),
+                algorithm(&settings),
+                learn_plan(&settings),
+                Arc::clone(&cell),
+                everything(u64::MAX / 2),
+                seen.clone(),
+            );
+            builder.sink(StageSpec::new("learn").threads(settings.learner.threads), learn, batches);
+            Ok(())
+        };
+        let options = preceptor_actors::GraphOptions {
+            restart: preceptor_actors::RestartPolicy::never(),
+            ..graph_options(config)
+        };
+        match preceptor_actors::spawn_graph(options, wire).wait().await {
+            Outcome::Failed { error, .. } => bail!("{error}"),
+            Outcome::Finished | Outcome::Drained | Outcome::Halted => Ok(()),
+        }
+    }
+}
+
+/// Gives the journal's groups, one by one.
+struct Steps {
+    journal: Arc<Mutex<Peekable<Journal>>>,
+    until: Option<u64>,
+    seen: Arc<Mutex<Seen>>,
+    groups: std::vec::IntoIter<Rewarded>,
+}
+
+impl Source for Steps {
+    type Out = Rewarded;
+
+    fn next(&mut self, ctx: &StageContext) -> StageResult<Option<Item<Rewarded>>> {
+        loop {
+            if let Some(body) = self.groups.next() {
+                let seq = body.group.prompt.seq;
+                return Ok(Some(Item { seq, incarnation: ctx.incarnation(), version: 0, body }));
+            }
+            let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+            let wanted = |entry: &Result<Entry>| match entry {
+                Ok(Entry::Step(Step { step, .. })) => self.until.is_none_or(|until| *step <= until),
+                Ok(Entry::Config(_)) => false,
+                Err(_) => true,
+            };
+            match journal.next_if(wanted).transpose()? {
+                Some(Entry::Step(Step { step, fingerprint, batch })) => {
+                    let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+                    seen.expected.get_or_insert_default().push_back((step, fingerprint));
+                    self.groups = batch.into_iter();
+                }
+                Some(Entry::Config(_)) | None => return Ok(None),
+            }
+        }
+    }
+}
+
+/// Compares what the steps lead to.
+struct Seen {
+    /// Steps to come, and the fingerprints that they led to.
+    expected: Option<std::collections::VecDeque<(u64, u64)>>,
+    replayed: Option<Replayed>,
+    tell: Box<dyn Fn(u64) + Send + Sync>,
+}
+
+impl Observer for Seen {
+    fn group(&mut self, _done: u64, _of: u64) {}
+
+    fn step(&mut self, done: Done<'_>, state: &mut TrainState) -> Result<()> {
+        let (step, fingerprint) = self.expected.as_mut().and_then(|all| all.pop_front()).unwrap_or_default();
+        ensure!(step == state.step, "step {} was taken where the journal has step {step}", state.step);
+        ensure!(
+            fingerprint == done.fingerprint,
+            "step {step} leads to weights {:016x}, and led the run to {fingerprint:016x}; a bit-for-bit replay needs the program, the processor's kind and learner.threads of the run",
+            done.fingerprint
+        );
+        self.replayed = Some(Replayed { steps: step, fingerprint });
+        (self.tell)(step);
+        Ok(())
+    }
+
+    fn nonfinite(&mut self, _step: u64, _batch: &[Rewarded]) {}
+}

@@ -1,0 +1,272 @@
+//! Runs that are killed, resumed, refused, replayed: real processes.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::common::{config, metrics, preceptor, small, stderr, train};
+
+/// A small run in `dir/run` that is killed once `after` steps are in its metrics, and a checkpoint is there.
+fn killed(dir: &Path, overrides: &[&str], after: usize) {
+    let mut child = command(dir, overrides).stderr(Stdio::null()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        let steps = std::fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap_or_default().lines().count();
+        let checkpoints = std::fs::read_dir(dir.join("run/checkpoints")).into_iter().flatten().flatten();
+        let whole = checkpoints.filter(|entry| entry.file_name().to_string_lossy().starts_with("step-")).count();
+        if steps >= after && whole > 0 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "the run makes no progress");
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // SIGKILL.
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+fn command(dir: &Path, overrides: &[&str]) -> Command {
+    let mut command = preceptor(dir);
+    command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
+    command.args(overrides.iter().flat_map(|one| ["--set", one]));
+    command
+}
+
+fn resume(dir: &Path, overrides: &[&str]) -> Output {
+    command(dir, overrides).arg("--resume").output().unwrap()
+}
+
+/// Every file of tensors below `dir`, by name.
+fn tensors(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    let mut open = vec![dir.to_owned()];
+    while let Some(folder) = open.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "safetensors") {
+                all.insert(path.strip_prefix(dir).unwrap().to_owned(), std::fs::read(&path).unwrap());
+            }
+        }
+    }
+    all
+}
+
+/// Numbers of the groups that were trained, in order, as the journal has them.
+fn trained(run: &Path) -> Vec<u64> {
+    let mut seqs = Vec::new();
+    for entry in preceptor::run::journal::Journal::open(run).unwrap() {
+        if let preceptor::run::journal::Entry::Step(step) = entry.unwrap() {
+            seqs.extend(step.batch.iter().map(|group| group.group.prompt.seq));
+        }
+    }
+    seqs
+}
+
+#[test]
+fn a_killed_run_ends_as_if_it_had_not_been_at_eta_zero() {
+    let distilled = ["run.mode=distilled", "reward_model.batch_pairs=7", "reward_model.warm_up_groups=6"];
+    let preference = ["run.mode=preference", "learner.algorithm=online-dpo", "labeler.pairs=all"];
+    let ppo = ["learner.algorithm=ppo", "learner.epochs=2", "learner.minibatches=2", "learner.value_model=model"];
+    for overrides in [
+        &[][..],
+        &[&distilled[..], &["checkpoint.dtype=bf16", "rollout.workers=2", "labeler.workers=2"]].concat(),
+        &[&preference[..], &["policy.lora={ rank = 4 }"]].concat(),
+        &[&ppo[..], &["checkpoint.dtype=bf16", "reward.kl=loss", "learner.whiten_advantages=true"]].concat(),
+        &["policy.lora={ rank = 4 }", "sft.steps=3", "sft.batch=2", "sft.lr=1e-2"],
+        &["sft.steps=3", "sft.batch=2", "sft.lr=1e-3", "learner.algorithm=grpo"],
+    ] {
+        let common = ["run.steps=9", "learner.eta=0", "checkpoint.every_steps=2", "checkpoint.keep=9"];
+        let overrides = [&common[..], overrides].concat();
+        let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let output = train(whole.path(), &overrides);
+        assert!(output.status.success(), "{overrides:?}: {}", stderr(&output));
+        killed(broken.path(), &overrides, 3);
+        let output = resume(broken.path(), &overrides);
+        assert!(output.status.success(), "{overrides:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("resuming  run/checkpoints/step-00000"), "{}", stderr(&output));
+        let (whole, broken) = (whole.path().join("run"), broken.path().join("run"));
+        assert_eq!(metrics(&whole), metrics(&broken), "{overrides:?}");
+        for file in ["samples.jsonl", "phases.jsonl", "journal.bin"] {
+            let read = |run: &Path| std::fs::read(run.join(file)).unwrap();
+            assert!(read(&whole) == read(&broken), "{file} of {overrides:?}");
+        }
+        let last = "checkpoints/step-000009";
+        let (a, b) = (tensors(&whole.join(last)), tensors(&broken.join(last)));
+        assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+        for (name, bytes) in &a {
+            assert!(b[name] == *bytes, "{} differs, {overrides:?}", name.display());
+        }
+        assert_eq!(trained(&broken), (0..36).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn an_asynchronous_run_that_is_killed_trains_each_prompt_once_within_its_bound() {
+    let dir = tempfile::tempdir().unwrap();
+    let overrides = ["run.steps=12", "learner.eta=3", "checkpoint.every_steps=1", "rollout.workers=2"];
+    for after in [2, 5, 8] {
+        let mut overrides = overrides.to_vec();
+        if after > 2 {
+            // `killed` starts the program anew; it goes on with the run.
+            let mut child = command(dir.path(), &overrides).arg("--resume").stderr(Stdio::null()).spawn().unwrap();
+            while metrics_lines(dir.path()) < after {
+                assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+        } else {
+            overrides.push("checkpoint.keep=3");
+            killed(dir.path(), &overrides, after);
+        }
+    }
+    let output = resume(dir.path(), &overrides);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let run = dir.path().join("run");
+    assert_eq!(trained(&run), (0..48).collect::<Vec<_>>());
+    let steps = metrics(&run);
+    assert_eq!(steps.len(), 12);
+    for (i, step) in steps.iter().enumerate() {
+        assert_eq!(step["step"], i + 1);
+        assert!(step["staleness/max"].as_u64().unwrap() <= 3, "{step}");
+    }
+}
+
+fn metrics_lines(dir: &Path) -> usize {
+    std::fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap_or_default().lines().count()
+}
+
+#[test]
+fn a_run_is_replayed_bit_for_bit_resumed_or_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let overrides = ["run.steps=8", "learner.eta=4", "rollout.workers=2"];
+    let output = train(dir.path(), &overrides);
+    assert!(output.status.success(), "{}", stderr(&output));
+    // Longer, and by another rate: the journal knows from where on.
+    let longer = ["run.steps=12", "learner.eta=4", "rollout.workers=2", "learner.lr=5e-4"];
+    let output = resume(dir.path(), &longer);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("changed   learner.lr: 0.001 → 0.0005"), "{}", stderr(&output));
+    let about = std::fs::read_to_string(dir.path().join("run/checkpoints/step-000012/preceptor.json")).unwrap();
+    let about: Value = serde_json::from_str(&about).unwrap();
+    let expected = format!("12 steps, weights {}, as in the run\n", about["policy"].as_str().unwrap());
+    for i in 0..3 {
+        let output = preceptor(dir.path()).args(["replay", "run", "--output", &format!("again-{i}")]).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
+        let read = |path: &str| std::fs::read(dir.path().join(path).join("model.safetensors")).unwrap();
+        assert!(read(&format!("again-{i}")) == read("run/checkpoints/step-000012"));
+    }
+    let half = preceptor(dir.path()).args(["replay", "run", "--until", "5"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&half.stdout).starts_with("5 steps"), "{}", stderr(&half));
+    // A journal that says something else is found out: a bit of a reward, with the checksum made good.
+    let journal = dir.path().join("run/journal.bin");
+    let entries: Vec<_> =
+        preceptor::run::journal::Journal::open(&dir.path().join("run")).unwrap().map(Result::unwrap).collect();
+    let mut bytes = Vec::new();
+    for entry in entries {
+        use preceptor::run::journal;
+        bytes.extend(match entry {
+            journal::Entry::Config(text) => journal::config(&text).unwrap(),
+            journal::Entry::Step(mut step) => {
+                if step.step == 3 {
+                    step.batch[0].rewards[0] += 0.5;
+                }
+                journal::step(step.step, step.fingerprint, &step.batch).unwrap()
+            }
+        });
+    }
+    std::fs::write(&journal, bytes).unwrap();
+    let output = preceptor(dir.path()).args(["replay", "run"]).output().unwrap();
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains("error: step 3 leads to weights"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_run_is_not_resumed_as_another_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data.jsonl");
+    std::fs::copy(config("data/posts.jsonl"), &data).unwrap();
+    let data_path = format!("data.path=\"{}\"", data.display());
+    let overrides = ["run.steps=2", "checkpoint.every_steps=1", &data_path];
+    let refused = |overrides: &[&str], parts: &[&str]| {
+        let output = resume(dir.path(), overrides);
+        let text = stderr(&output);
+        assert!(!output.status.success() && text.matches("error: ").count() == 1, "{text}");
+        for part in parts {
+            assert!(text.contains(part), "{part:?} is not in {text}");
+        }
+    };
+    let output = train(dir.path(), &overrides);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let again = train(dir.path(), &overrides);
+    assert!(stderr(&again).contains("holds a run already; go on with it by --resume"), "{}", stderr(&again));
+    refused(
+        &[&overrides[..], &["run.seed=3", "learner.algorithm=rloo", "learner.lr=0.5"]].concat(),
+        &["run.seed: it was 0, and is 3", "learner.algorithm: it was \"reinforce\", and is \"rloo\"", "put them back"],
+    );
+    refused(&[&overrides[..], &["policy.model.scratch.seed=9"]].concat(), &["the model that the policy starts from"]);
+    let rows = std::fs::read_to_string(&data).unwrap();
+    std::fs::write(&data, rows.replacen("the", "teh", 1)).unwrap();
+    refused(&overrides, &["the data set is not the one"]);
+    std::fs::write(&data, rows).unwrap();
+
+    // Damage is named, and the checkpoint before it is used; another format is no damage.
+    let run = dir.path().join("run");
+    let weights = run.join("checkpoints/step-000002/model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    let output = resume(dir.path(), &overrides);
+    let text = stderr(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("step-000002/model.safetensors is damaged") && text.contains("step-000001\n"), "{text}");
+    assert!(run.join("checkpoints/step-000002.damaged-1").exists());
+    let about = run.join("checkpoints/step-000002/preceptor.json");
+    let text = std::fs::read_to_string(&about).unwrap();
+    std::fs::write(&about, text.replace("\"format\": 1", "\"format\": 7")).unwrap();
+    refused(&overrides, &["is in format 7, and this program reads format 1", "resume with preceptor 0.1.0"]);
+    std::fs::write(&about, text).unwrap();
+
+    // From a named one; what came after it is set aside.
+    let output = command(dir.path(), &overrides).arg("--resume=run/checkpoints/step-000001").output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(run.join("checkpoints/step-000002.superseded-1").exists(), "{}", stderr(&output));
+    assert_eq!(metrics(&run).len(), 2);
+    let output = command(dir.path(), &overrides).arg("--resume=run").output().unwrap();
+    assert!(stderr(&output).contains("is no checkpoint of a run"), "{}", stderr(&output));
+}
+
+#[test]
+fn two_processes_do_not_share_a_run_and_one_that_has_not_begun_begins() {
+    let dir = tempfile::tempdir().unwrap();
+    let overrides = ["run.steps=100000"];
+    let mut child = command(dir.path(), &overrides).arg("--resume").stderr(Stdio::piped()).spawn().unwrap();
+    while metrics_lines(dir.path()) < 1 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let other = resume(dir.path(), &overrides);
+    assert!(stderr(&other).contains("another process works on the run in run"), "{}", stderr(&other));
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let mut text = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+    assert!(child.wait().unwrap().success(), "{text}");
+    assert!(text.contains("no checkpoint yet; the run begins") && text.contains("interrupted after"), "{text}");
+}
+
+#[test]
+fn a_reader_of_standard_error_that_goes_away_costs_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = command(dir.path(), &["run.steps=6"]).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    assert!(child.wait().unwrap().success());
+    assert_eq!(metrics(&dir.path().join("run")).len(), 6);
+}
