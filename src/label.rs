@@ -15,7 +15,7 @@ pub mod templates;
 use anyhow::Result;
 
 use crate::rollout::{Group, Preference, Verdict};
-use backend::{Refusal, Reply, Usage};
+use backend::{Alive, Refusal, Reply, Usage};
 
 /// What a labeler says of a group: scores, preferences, or both.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -52,6 +52,9 @@ pub trait Labeler: Send {
 
     /// Identity of the model it runs.
     fn model(&self) -> u64;
+
+    /// As [`backend::Backend::attend`].
+    fn attend(&self, _name: &str, _alive: &Alive) {}
 
     /// Judges `group`.
     ///

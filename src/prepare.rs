@@ -185,7 +185,7 @@ fn instruments(config: &Config, policy: Option<&Policy>, device: &Device, progre
     let remote = config.labeler.methods.iter().any(|method| method.remote.is_some());
     // What is bought is kept unless told where; what is computed is kept only if told to.
     let folder = config.labeler.cache.clone().or(remote.then(|| ResolveOptions::default().cache_dir.join("labels")));
-    let store = folder.map(|folder| Store::open(&folder)).transpose()?.map(Arc::new);
+    let store = folder.map(|folder| Store::open(&folder, config.labeler.cache_entries)).transpose()?.map(Arc::new);
     let asked = |method: &config::Method| matches!(method.kind, LabelerKind::Direct | LabelerKind::Pairwise);
     for (i, method) in config.labeler.methods.iter().enumerate() {
         // Methods that ask the same model in the same way share it, and what it has computed.

@@ -6,6 +6,7 @@
 pub mod breaker;
 pub mod client;
 pub mod limit;
+pub mod outage;
 pub mod reading;
 pub mod retry;
 pub mod stats;
@@ -17,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 
 use crate::config::{Evidence, RemoteApi, RemoteJudge};
-use crate::label::backend::{Ask, Backend, Decoding, Refusal, Reply, Usage};
+use crate::label::backend::{Alive, Ask, Backend, Decoding, Refusal, Reply, Usage};
 use crate::seed;
 use client::Client;
 use reading::{Listed, split_prefixes, votes};
@@ -96,6 +97,10 @@ impl Backend for Remote {
         let judge = &self.client.judge;
         let api = if judge.api == RemoteApi::Chat { "chat" } else { "completions" };
         seed::text(&[judge.url.as_str(), &judge.model, api, judge.system.as_deref().unwrap_or_default()].join("\0"))
+    }
+
+    fn attend(&self, name: &str, alive: &Alive) {
+        self.client.attend(name, alive);
     }
 
     fn weigh(&self, asks: &[Ask], usage: &mut Usage) -> Vec<Reply<Vec<f64>>> {

@@ -76,6 +76,19 @@ const METRICS: &[Metric] = &[
     ),
     Metric(Counter, "preceptor_label_tokens_total", Unit::Count, "Tokens that labelers read and wrote, by kind"),
     Metric(Counter, "preceptor_label_requests_total", Unit::Count, "Questions answered, by source: model or cache"),
+    Metric(Gauge, "preceptor_label_cache_entries", Unit::Count, "Answers in the label cache"),
+    Metric(
+        Counter,
+        "preceptor_labels_bought_again_total",
+        Unit::Count,
+        "Answers that were asked for while they were in the label cache already",
+    ),
+    Metric(
+        Gauge,
+        "preceptor_judge_away_seconds",
+        Unit::Seconds,
+        "How long a remote judge that is waited for has not answered; 0 while it does",
+    ),
     Metric(
         Counter,
         "preceptor_nonfinite_steps_total",
@@ -312,6 +325,21 @@ pub fn labels(labeler: &'static str, labels: &Labels) {
     for (kind, count) in [("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)] {
         counter!("preceptor_label_tokens_total", "kind" => kind).increment(count);
     }
+}
+
+/// Size of the label cache.
+pub fn label_cache(entries: u64) {
+    gauge!("preceptor_label_cache_entries").set(entries as f64);
+}
+
+/// An answer came that was there.
+pub fn label_bought_again() {
+    counter!("preceptor_labels_bought_again_total").increment(1);
+}
+
+/// How long a judge has been away.
+pub fn judge_away(time: Duration) {
+    gauge!("preceptor_judge_away_seconds").set(time.as_secs_f64());
 }
 
 /// A step of supervised fine-tuning.

@@ -23,6 +23,8 @@ pub struct Labeler {
     /// Folder of the label cache, so that no label is bought twice; relative to the configuration's folder.
     /// Default: none for local judges, `labels` in the model cache's folder for remote ones.
     pub cache: Option<PathBuf>,
+    /// Answers that it keeps, a few hundred bytes each; beyond, the oldest go. Default 1000000.
+    pub cache_entries: u64,
     /// Groups that may wait for the reward actor. Default 2.
     pub capacity: usize,
 }
@@ -107,6 +109,9 @@ pub struct RemoteJudge {
     pub breaker_failures: u32,
     /// Seconds for which it is left alone. Default 15.
     pub breaker_cooldown_s: f64,
+    /// Seconds for which a server that is away is waited for: the run stands still, says so, and goes on when it is back.
+    /// After that its questions fail. Default 3600.
+    pub outage_s: f64,
     /// Price of a million tokens read, in any currency. Default 0.
     pub price_prompt: f64,
     /// Price of a million tokens written. Default 0.
@@ -137,6 +142,7 @@ impl Default for RemoteJudge {
             hedge_after_s: None,
             breaker_failures: 10,
             breaker_cooldown_s: 15.0,
+            outage_s: 3600.0,
             price_prompt: 0.0,
             price_completion: 0.0,
             max_response_bytes: 4 << 20,

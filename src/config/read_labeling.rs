@@ -29,6 +29,7 @@ pub(super) fn labeler(document: &mut Document, folder: &Path) -> Labeler {
         pairs: s.choice("pairs", Pairs::Adjacent),
         retries: s.checked("retries", 2, "at most 20", |n| *n <= 20),
         cache: s.optional::<String>("cache").map(|path| folder.join(path)),
+        cache_entries: s.checked("cache_entries", 1_000_000, "at least 1", |n| *n >= 1),
         capacity: capacity(&mut s),
     };
     drop(s);
@@ -119,6 +120,8 @@ fn remote(s: &mut Section<'_>) -> Option<RemoteJudge> {
         hedge_after_s: hedge.then(|| seconds(&mut s, "hedge_after_s", 10.0)),
         breaker_failures: s.checked("breaker_failures", default.breaker_failures, "at least 1", |n| *n >= 1),
         breaker_cooldown_s: seconds(&mut s, "breaker_cooldown_s", default.breaker_cooldown_s),
+        outage_s: s
+            .checked("outage_s", default.outage_s, "from 0 seconds up, and below a year", |n| *n >= 0.0 && *n < 3e7),
         price_prompt: price(&mut s, "price_prompt"),
         price_completion: price(&mut s, "price_completion"),
         max_response_bytes: whole(&mut s, "max_response_bytes", default.max_response_bytes),

@@ -122,6 +122,7 @@ impl Config {
             ("retries", whole(u64::from(labeler.retries))),
             ("capacity", whole(labeler.capacity as u64)),
         ]);
+        table.insert("cache_entries".into(), whole(labeler.cache_entries));
         optional(&mut table, "cache", labeler.cache.as_ref().map(|path| text(path.display())));
         if labeler.panel {
             table.insert("type".into(), text("panel"));
@@ -283,6 +284,7 @@ fn remote_table(judge: &RemoteJudge) -> Table {
         ("max_backoff_s", Value::Float(judge.max_backoff_s)),
         ("breaker_failures", whole(u64::from(judge.breaker_failures))),
         ("breaker_cooldown_s", Value::Float(judge.breaker_cooldown_s)),
+        ("outage_s", Value::Float(judge.outage_s)),
         ("price_prompt", Value::Float(judge.price_prompt)),
         ("price_completion", Value::Float(judge.price_completion)),
         ("max_response_bytes", whole(judge.max_response_bytes as u64)),

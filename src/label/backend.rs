@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::AddAssign;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -74,10 +75,16 @@ impl AddAssign for Usage {
     }
 }
 
+/// Told, while a judge is waited for, what is waited for: a sign of life of who waits.
+pub type Alive = Arc<dyn Fn(&str) + Send + Sync>;
+
 /// A language model that judges.
 pub trait Backend: Send + Sync {
     /// Tells this model from others: a fingerprint of its weights, or a hash of its address and name.
     fn identity(&self) -> u64;
+
+    /// Whom to give a sign of life, by name, while the judge is away and is waited for.
+    fn attend(&self, _name: &str, _alive: &Alive) {}
 
     /// Given prompts of one template that differ as much as its prompts will: what they begin with need be computed
     /// once only. Does nothing where there is nothing to save.

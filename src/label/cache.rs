@@ -5,14 +5,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use redb::{Database, DatabaseError, ReadableDatabase, TableDefinition};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
-use super::backend::{Ask, Backend, Decoding, Reply, Usage};
+use super::backend::{Alive, Ask, Backend, Decoding, Reply, Usage};
+use crate::telemetry;
 
 const REPLIES: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("replies");
+
+/// Keys in the order in which their answers came, so that the oldest can go.
+const ORDER: TableDefinition<u64, &[u8; 32]> = TableDefinition::new("order");
 
 type Key = [u8; 32];
 
@@ -20,14 +24,15 @@ type Key = [u8; 32];
 pub struct Store {
     database: Database,
     path: PathBuf,
+    most: u64,
 }
 
 impl Store {
-    /// Opens the cache in the folder `dir`, which is made if need be.
+    /// Opens the cache in the folder `dir`, which is made if need be. Beyond `most` answers the oldest go.
     ///
     /// # Errors
     /// A folder that cannot be written, a file that is damaged or is held by another process.
-    pub fn open(dir: &Path) -> Result<Self> {
+    pub fn open(dir: &Path, most: u64) -> Result<Self> {
         std::fs::create_dir_all(dir)
             .with_context(|| format!("cannot make the label cache's folder {}", dir.display()))?;
         let path = dir.join("labels.redb");
@@ -40,8 +45,25 @@ impl Store {
         };
         let writing = database.begin_write()?;
         writing.open_table(REPLIES)?;
+        writing.open_table(ORDER)?;
         writing.commit()?;
-        Ok(Self { database, path })
+        Ok(Self { database, path, most: most.max(1) })
+    }
+
+    /// Answers in it.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn len(&self) -> Result<u64> {
+        Ok(self.database.begin_read()?.open_table(REPLIES)?.len()?)
+    }
+
+    /// Whether there are none.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
     }
 
     fn get<T: DeserializeOwned>(&self, keys: &[Key]) -> Result<Vec<Option<T>>> {
@@ -60,10 +82,22 @@ impl Store {
     fn put<'a, T: Serialize + 'a>(&self, replies: impl Iterator<Item = (Key, &'a T)>) -> Result<()> {
         let writing = self.database.begin_write()?;
         {
-            let mut table = writing.open_table(REPLIES)?;
+            let (mut table, mut order) = (writing.open_table(REPLIES)?, writing.open_table(ORDER)?);
+            let mut next = order.last()?.map_or(0, |(last, _)| last.value() + 1);
             for (key, reply) in replies {
-                table.insert(&key, serde_json::to_vec(reply)?.as_slice())?;
+                if table.insert(&key, serde_json::to_vec(reply)?.as_slice())?.is_some() {
+                    // Two actors asked the same at the same time.
+                    telemetry::label_bought_again();
+                    continue;
+                }
+                order.insert(next, &key)?;
+                next += 1;
             }
+            while table.len()? > self.most {
+                let Some(oldest) = order.pop_first()?.map(|(_, key)| *key.value()) else { break };
+                table.remove(&oldest)?;
+            }
+            telemetry::label_cache(table.len()?);
         }
         Ok(writing.commit()?)
     }
@@ -128,6 +162,10 @@ impl Cached {
 impl Backend for Cached {
     fn identity(&self) -> u64 {
         self.inner.identity()
+    }
+
+    fn attend(&self, name: &str, alive: &Alive) {
+        self.inner.attend(name, alive);
     }
 
     fn warm(&self, examples: &[String]) -> Result<()> {
@@ -212,14 +250,14 @@ mod tests {
         let inner = Arc::new(Counting::default());
         let mut usage = Usage::default();
         {
-            let cached = Cached::new(inner.clone(), Arc::new(Store::open(dir.path()).unwrap()));
+            let cached = Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 100).unwrap()));
             let replies = cached.weigh(&asks(&["a", "fail", "a"]), &mut usage);
             assert_eq!((&replies[0], &replies[2]), (&Ok(vec![1.0]), &Ok(vec![1.0])));
             assert!(replies[1].is_err());
             assert_eq!(inner.asked.load(Ordering::SeqCst), 2);
         }
         // As another process would, later.
-        let cached = Cached::new(inner.clone(), Arc::new(Store::open(dir.path()).unwrap()));
+        let cached = Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 100).unwrap()));
         let replies = cached.weigh(&asks(&["fail", "a", "b"]), &mut usage);
         assert_eq!(replies, [Ok(vec![4.0]), Ok(vec![1.0]), Ok(vec![1.0])]);
         assert_eq!(inner.asked.load(Ordering::SeqCst), 4);
@@ -234,10 +272,31 @@ mod tests {
     }
 
     #[test]
+    fn beyond_its_bound_the_oldest_answers_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = Arc::new(Counting::default());
+        let mut usage = Usage::default();
+        for _ in 0..2 {
+            // Opened anew, as another process would: the order outlives it.
+            let store = Arc::new(Store::open(dir.path(), 3).unwrap());
+            let cached = Cached::new(inner.clone(), Arc::clone(&store));
+            for i in 0..5 {
+                cached.weigh(&asks(&[&format!("question {i}")]), &mut usage);
+                assert!(store.len().unwrap() <= 3);
+            }
+        }
+        // Of five in turn, three are kept; none is there any more when its turn comes again.
+        assert_eq!(inner.asked.load(Ordering::SeqCst), 10);
+        let cached = Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 3).unwrap()));
+        cached.weigh(&asks(&["question 4", "question 3", "question 2"]), &mut usage);
+        assert_eq!(inner.asked.load(Ordering::SeqCst), 10, "the latest three are kept");
+    }
+
+    #[test]
     fn a_store_in_use_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let _held = Store::open(dir.path()).unwrap();
-        let error = Store::open(dir.path()).err().unwrap().to_string();
+        let _held = Store::open(dir.path(), 100).unwrap();
+        let error = Store::open(dir.path(), 100).err().unwrap().to_string();
         assert!(error.contains("labels.redb") && error.contains("labeler.cache"), "{error}");
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::backend::{Ask, Backend, Refusal, Reply, Usage};
+use super::backend::{Alive, Ask, Backend, Refusal, Reply, Usage};
 use super::templates::TemplateSet;
 use super::{Labeler, Labels, verdict};
 use crate::rollout::Group;
@@ -50,6 +50,10 @@ impl Labeler for Direct {
 
     fn template(&self) -> u64 {
         self.set.rating_hash()
+    }
+
+    fn attend(&self, name: &str, alive: &Alive) {
+        self.backend.attend(name, alive);
     }
 
     fn model(&self) -> u64 {

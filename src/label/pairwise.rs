@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::backend::{Ask, Backend, Decoding, Refusal, Reply, Usage};
+use super::backend::{Alive, Ask, Backend, Decoding, Refusal, Reply, Usage};
 use super::templates::Comparison;
 use super::{Labeler, Labels, Pairing, verdict};
 use crate::rollout::{Group, Preference};
@@ -99,6 +99,10 @@ impl Labeler for Pairwise {
 
     fn template(&self) -> u64 {
         self.comparison.hash()
+    }
+
+    fn attend(&self, name: &str, alive: &Alive) {
+        self.backend.attend(name, alive);
     }
 
     fn model(&self) -> u64 {

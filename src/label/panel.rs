@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::backend::Usage;
+use super::backend::{Alive, Usage};
 use super::{Labeler, Labels, Pairing, derive};
 use crate::rollout::{Group, Preference, Verdict};
 use crate::seed;
@@ -33,6 +33,10 @@ impl Labeler for Panel {
 
     fn template(&self) -> u64 {
         self.members.iter().fold(0, |hash, member| seed::mix(hash ^ member.labeler.template()))
+    }
+
+    fn attend(&self, name: &str, alive: &Alive) {
+        self.members.iter().for_each(|member| member.labeler.attend(name, alive));
     }
 
     fn model(&self) -> u64 {

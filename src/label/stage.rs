@@ -1,7 +1,10 @@
 //! The labeler actor: asks, retries, and passes on what it could not get as a failure.
 
-use preceptor_actors::{Emitter, Item, Stage, StageResult};
+use std::sync::Arc;
 
+use preceptor_actors::{Emitter, Item, Stage, StageContext, StageResult};
+
+use super::backend::Alive;
 use super::{Labeler, Labels, Pairing, derive};
 use crate::ledger::Entries;
 use crate::rollout::{Feedback, Group, Labeled, Verdict};
@@ -53,9 +56,23 @@ impl Stage for LabelStage {
     type In = Group;
     type Out = Labeled;
 
+    fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
+        let alive = ctx.clone();
+        // A judge that is away is no stage that hangs.
+        self.labeler.attend(
+            ctx.name(),
+            &(Arc::new(move |text: &str| {
+                alive.note(text);
+                alive.beat();
+            }) as Alive),
+        );
+        Ok(())
+    }
+
     fn process(&mut self, item: Item<Group>, out: &Emitter<'_, Labeled>) -> StageResult<()> {
         let started = out.ctx().clock().now();
         let group = item.body;
+        out.ctx().note("");
         let mut labels = ask_many(self.labeler.as_ref(), &[&group], self.retries).pop().unwrap_or_default();
         telemetry::labels(self.labeler.name(), &labels);
         telemetry::label_took(out.ctx().clock().now().saturating_sub(started));

@@ -11,11 +11,12 @@ use tokio::sync::Semaphore;
 
 use super::breaker::{Admit, Breaker};
 use super::limit::Bucket;
+use super::outage::Outage;
 use super::retry::{Outcome, pause};
 use super::stats::RemoteStats;
 use super::wire::{Answer, Request, excerpt, read};
 use crate::config::{RemoteApi, RemoteJudge};
-use crate::label::backend::{Refusal, Reply, Usage};
+use crate::label::backend::{Alive, Refusal, Reply, Usage};
 use crate::seed;
 use crate::telemetry;
 
@@ -36,6 +37,7 @@ pub struct Client {
     requests: Option<Mutex<Bucket>>,
     tokens: Option<Mutex<Bucket>>,
     breaker: Mutex<Breaker>,
+    outage: Outage,
     jitter: Mutex<ChaCha8Rng>,
     top_logprobs: AtomicUsize,
 }
@@ -61,6 +63,7 @@ impl Client {
             requests: Bucket::new(judge.requests_per_minute).map(Mutex::new),
             tokens: Bucket::new(judge.tokens_per_minute).map(Mutex::new),
             breaker: Mutex::new(Breaker::new(judge.breaker_failures, seconds(judge.breaker_cooldown_s))),
+            outage: Outage::default(),
             jitter: Mutex::new(ChaCha8Rng::seed_from_u64(seed::text(&judge.url))),
             top_logprobs: AtomicUsize::new(20),
             judge,
@@ -72,16 +75,24 @@ impl Client {
         self.top_logprobs.load(Ordering::SeqCst)
     }
 
-    /// Asks until there is an answer, the retries are used up, or `deadline_s` has passed.
+    /// Whom to give a sign of life while the server is away.
+    pub fn attend(&self, name: &str, alive: &Alive) {
+        self.outage.attend(name, alive);
+    }
+
+    /// Asks until there is an answer, the retries are used up, or `deadline_s` has passed. While the circuit breaker says that
+    /// the server is away, neither counts: it is waited for, up to `outage_s`.
     ///
     /// # Errors
-    /// A failure that says what the last try came to. An open circuit breaker is waited for within the deadline.
+    /// A failure that says what the last try came to.
     pub async fn ask(&self, request: &Request, usage: &mut Usage) -> Reply<Answer> {
         let mut request = request.clone();
-        let deadline = self.began.elapsed() + seconds(self.judge.deadline_s);
+        let mut deadline = self.began.elapsed() + seconds(self.judge.deadline_s);
         let mut attempt = 0;
         loop {
-            self.admitted(deadline).await?;
+            if self.admitted().await? {
+                (attempt, deadline) = (0, self.began.elapsed() + seconds(self.judge.deadline_s));
+            }
             self.paced(&request).await;
             let (outcome, answer) = self.send(&request, usage).await;
             if let Some(answer) = answer {
@@ -98,6 +109,10 @@ impl Client {
             if !outcome.may_pass() {
                 return failed("asking again would not help");
             }
+            if self.is_away() && self.judge.outage_s > 0.0 {
+                telemetry::judge_retry();
+                continue;
+            }
             if attempt > self.judge.retries {
                 return failed(&format!("after {attempt} tries"));
             }
@@ -112,21 +127,29 @@ impl Client {
         }
     }
 
-    /// Waits while the circuit breaker is open, at most until `deadline`.
-    async fn admitted(&self, deadline: Duration) -> Reply<()> {
+    fn is_away(&self) -> bool {
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner).is_open()
+    }
+
+    /// Waits while the server is away, as long as it is waited for; says whether it had to.
+    async fn admitted(&self) -> Reply<bool> {
+        let mut waited = false;
         loop {
             let now = self.began.elapsed();
             let admit = self.breaker.lock().unwrap_or_else(PoisonError::into_inner).admit(now);
-            match admit {
-                Admit::Go => return Ok(()),
-                Admit::Wait(pause) if now + pause >= deadline => {
-                    return Err(Refusal::Failure(format!(
-                        "{} kept failing and is left alone for a while (labeler.remote.breaker_cooldown_s)",
-                        self.judge.url
-                    )));
-                }
-                Admit::Wait(pause) => tokio::time::sleep(pause).await,
+            let pause = match admit {
+                Admit::Go => return Ok(waited),
+                Admit::Wait(pause) => pause,
+            };
+            let away = self.outage.waits(now, &self.judge.url);
+            if away >= seconds(self.judge.outage_s) {
+                return Err(Refusal::Failure(format!(
+                    "{} kept failing and is left alone for a while (labeler.remote.breaker_cooldown_s); it was waited for as long as labeler.remote.outage_s says",
+                    self.judge.url
+                )));
             }
+            waited = true;
+            tokio::time::sleep(pause.min(Duration::from_secs(1))).await;
         }
     }
 
@@ -184,6 +207,9 @@ impl Client {
         let now = self.began.elapsed();
         let mut breaker = self.breaker.lock().unwrap_or_else(PoisonError::into_inner);
         breaker.record(now, outcome.alive());
+        if outcome.alive() {
+            self.outage.over(now, &self.judge.url);
+        }
         telemetry::judge_breaker(breaker.is_open());
         (outcome, answer)
     }

@@ -158,9 +158,44 @@ fn a_judge_that_is_down_for_a_while_is_waited_for() {
     assert_eq!(remote.stats().of("http_5xx"), 12);
     // Given no time, it is a failure that says so.
     let mock = MockJudge::start(|_, _, _| Act::Status(502, "", ""));
-    let settings = RemoteJudge { breaker_failures: 1, breaker_cooldown_s: 30.0, deadline_s: 1.0, ..judge(&mock) };
+    let settings = RemoteJudge { breaker_failures: 1, breaker_cooldown_s: 30.0, outage_s: 0.0, ..judge(&mock) };
     let reply = Remote::new(settings).unwrap().weigh(&[ask(&["1", "2"])], &mut Usage::default()).remove(0);
-    assert!(reply.unwrap_err().to_string().contains("left alone"), "one failure opens it, and the deadline is near");
+    assert!(reply.unwrap_err().to_string().contains("left alone"), "one failure opens it, and nobody waits");
+}
+
+/// A judge that is dead for longer than any question may take: the run stands still, says so, and loses nothing.
+#[test]
+fn a_judge_that_dies_for_a_time_stops_the_run_and_masks_no_group() {
+    let began = std::sync::OnceLock::new();
+    let mock = MockJudge::start(move |number, _, _| {
+        let since = began.get_or_init(std::time::Instant::now).elapsed();
+        if number < 40 || since > Duration::from_secs(4) { good() } else { Act::Status(503, "", "") }
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let remote = |more: &str| {
+        format!(
+            "labeler.remote={{ url = \"{}\", model = \"mock\", timeout_s = 0.2, backoff_s = 0.005, max_backoff_s = 0.02, retries = 1, deadline_s = 1, breaker_failures = 3, breaker_cooldown_s = 0.3{more} }}",
+            mock.url
+        )
+    };
+    let cache = format!("labeler.cache=\"{}\"", dir.path().join("labels").display());
+    let patient = remote("");
+    let overrides = [
+        "labeler.type=direct",
+        &patient,
+        &cache,
+        "labeler.retries=0",
+        "supervision.stall_after_s=1",
+        "supervision.restart_after_s=2",
+    ];
+    let output = train(dir.path(), &overrides);
+    let text = stderr(&output);
+    assert!(output.status.success(), "{text}");
+    let steps = metrics(&dir.path().join("run"));
+    assert!(steps.iter().all(|step| step["groups/masked"] == 0), "{text}");
+    assert!(mock.served("http_5xx") > 3, "the judge was down");
+    assert!(text.contains("the run waits for it") && text.contains("answers again"), "{text}");
+    assert!(!text.contains("restarting the graph"), "who waits for a judge does not hang: {text}");
 }
 
 #[test]

@@ -1,0 +1,106 @@
+//! One long synchronous run with a judge behind a server, killed again and again.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use preceptor::label::cache::Store;
+
+use crate::mock_judge::{Act, MockJudge};
+use crate::run::{Random, last_checkpoint, metrics, to_the_end, train, trained};
+
+/// Completions that one labeler actor asks about at a time.
+const AT_ONCE: u64 = 4;
+
+pub fn trial(count: u32, seed: u64) -> Result<String> {
+    let dir = tempfile::tempdir()?;
+    // How often each question was asked, by the run that is killed.
+    let asked: Arc<Mutex<HashMap<String, u64>>> = Arc::default();
+    let seen = Arc::clone(&asked);
+    let mock = MockJudge::start(move |_, path, body| {
+        if path.starts_with("/v1") {
+            *seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).entry(body.to_string()).or_default() += 1;
+        }
+        // A rating that depends on what is asked.
+        let p = (preceptor::seed::text(&body.to_string()) % 97) as f64 / 97.0;
+        Act::Tokens(vec![("7", 0.2 + 0.7 * p), ("2", 0.8 - 0.7 * p)])
+    });
+    let steps = 100 + 40 * u64::from(count);
+    let overrides = |name: &str| -> Vec<String> {
+        vec![
+            format!("run.steps={steps}"),
+            "learner.eta=0".into(),
+            "checkpoint.every_steps=2".into(),
+            "labeler.type=direct".into(),
+            format!("labeler.remote={{ url = \"{}\", model = \"mock\" }}", mock.url),
+            format!("labeler.cache=\"{}\"", dir.path().join(name).join("labels").display()),
+        ]
+    };
+    let whole = dir.path().join("whole");
+    to_the_end(&mut train(dir.path(), "whole", &overrides("whole")))?;
+    asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
+
+    let (run, cache) = (dir.path().join("killed"), dir.path().join("killed/labels"));
+    let mut random = Random(seed);
+    let (mut kills, mut early, mut lost, mut most_lost, mut resumed) = (0, 0u32, 0u64, 0u64, 0u32);
+    loop {
+        let mut child =
+            train(dir.path(), "killed", &overrides("killed")).arg("--resume").stderr(Stdio::null()).spawn()?;
+        if kills < count {
+            // From before the models are there to a dozen steps on.
+            std::thread::sleep(Duration::from_secs_f64(0.02 + 0.6 * random.share()));
+            if child.try_wait()?.is_none() {
+                child.kill()?;
+                child.wait()?;
+                kills += 1;
+                let here = last_checkpoint(&run).is_ok();
+                early += u32::from(!here);
+                resumed += u32::from(here);
+                // Answers that came and were not kept: the process died between the two.
+                let answers: u64 = asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).values().sum();
+                let gone = answers - kept(&cache)?;
+                most_lost = most_lost.max(gone.saturating_sub(lost));
+                lost = gone;
+                continue;
+            }
+        }
+        let status = child.wait()?;
+        ensure!(status.success(), "the run ended with {status}, after {kills} kills");
+        break;
+    }
+    ensure!(kills == count, "the run of {steps} steps was over after {kills} kills");
+
+    let seqs = trained(&run)?;
+    ensure!(seqs == (0..2 * steps).collect::<Vec<_>>(), "groups were not trained once each, in order: {seqs:?}");
+    ensure!(metrics(&run)? == metrics(&whole)?, "the figures differ from those of the run that was not killed");
+    let (a, b) = (last_checkpoint(&whole)?, last_checkpoint(&run)?);
+    for file in ["model.safetensors", "value_model.safetensors", "resume/optimizer.safetensors"] {
+        ensure!(std::fs::read(a.join(file))? == std::fs::read(b.join(file))?, "{file} differs");
+    }
+    let asked = asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let (questions, answers): (u64, u64) = (asked.len() as u64, asked.values().sum());
+    let labels = kept(&cache)?;
+    ensure!(labels == questions, "{questions} questions were asked and {labels} answers are kept");
+    // Whatever was asked again was in flight when the process died; nothing that was kept was.
+    ensure!(
+        answers - questions == lost,
+        "{} answers were bought again, {lost} were lost in kills",
+        answers - questions
+    );
+    ensure!(most_lost <= AT_ONCE, "{most_lost} answers were lost in one kill");
+    Ok(format!(
+        "kills: {kills} ({early} before the first checkpoint, {resumed} after), seed {seed}; {steps} steps, {} groups trained once each; weights, optimizer and figures those of the unbroken run; {labels} labels kept, none of them bought twice; {lost} answers were in flight when the process died and were asked for again (at most {most_lost} at a time)",
+        seqs.len()
+    ))
+}
+
+/// Answers in the label cache.
+fn kept(cache: &Path) -> Result<u64> {
+    if !cache.join("labels.redb").exists() {
+        return Ok(0);
+    }
+    Store::open(cache, u64::MAX).context("after a kill")?.len()
+}

@@ -1,0 +1,74 @@
+//! Long trials of the whole program: killed at random, replayed, soaked. Without arguments, a short round of each.
+
+mod kills;
+#[path = "../suite/mock_judge.rs"]
+#[allow(dead_code)]
+mod mock_judge;
+mod replays;
+mod run;
+mod soak;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// cargo test --release --test endurance -- COMMAND …
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Trial>,
+}
+
+#[derive(Subcommand)]
+enum Trial {
+    /// Kills one long run with SIGKILL at random instants, resumes it each time, and compares it with one that was not.
+    Kills {
+        /// Kills.
+        #[arg(long, default_value_t = 10)]
+        count: u32,
+        /// Seed of the instants.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+    /// Replays asynchronous runs from their journals.
+    Replays {
+        /// Replays of the one run.
+        #[arg(long, default_value_t = 3)]
+        count: u32,
+        /// Learner steps of the run.
+        #[arg(long, default_value_t = 20)]
+        steps: u64,
+    },
+    /// Runs the offline configuration for a long time and watches memory, handles, threads and the label cache.
+    Soak {
+        /// How long.
+        #[arg(long, default_value_t = 60.0)]
+        minutes: f64,
+    },
+}
+
+fn main() -> ExitCode {
+    // `cargo test NAME` hands NAME to every test program; nothing here is called so.
+    let asked: Vec<String> = std::env::args().skip(1).collect();
+    let known = ["kills", "replays", "soak", "help", "--help", "-h"];
+    let trials = match asked.first() {
+        None => vec![Trial::Kills { count: 10, seed: 1 }, Trial::Replays { count: 3, steps: 20 }],
+        Some(first) if known.contains(&first.as_str()) => Cli::parse().command.into_iter().collect(),
+        Some(_) => return ExitCode::SUCCESS,
+    };
+    for trial in trials {
+        let told = match trial {
+            Trial::Kills { count, seed } => kills::trial(count, seed),
+            Trial::Replays { count, steps } => replays::trial(count, steps),
+            Trial::Soak { minutes } => soak::trial(minutes),
+        };
+        match told {
+            Ok(text) => println!("{text}"),
+            Err(error) => {
+                eprintln!("failed: {error:#}");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    ExitCode::SUCCESS
+}

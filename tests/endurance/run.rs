@@ -1,0 +1,72 @@
+//! Runs of the real program.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use preceptor::run::journal::{Entry, Journal};
+use serde_json::Value;
+
+/// `preceptor train` of the offline configuration in `dir/NAME`, no server, in steps of a few hundredths of a second.
+pub fn train(dir: &Path, name: &str, overrides: &[String]) -> Command {
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/offline.toml");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_preceptor"));
+    command.current_dir(dir).arg("train").arg(config).args(["--run-dir", name]);
+    let small = [
+        "serve.enabled=false",
+        "learner.batch_groups=2",
+        "rollout.group_size=4",
+        "rollout.slots=8",
+        "rollout.max_new_tokens=8",
+    ];
+    command.args(small.into_iter().chain(overrides.iter().map(String::as_str)).flat_map(|one| ["--set", one]));
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
+/// Runs it to its end.
+pub fn to_the_end(command: &mut Command) -> Result<String> {
+    let output = command.stderr(Stdio::piped()).output()?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "the program failed: {text}");
+    Ok(text)
+}
+
+/// Numbers of the groups that a run trained, step by step, as its journal has them.
+pub fn trained(run: &Path) -> Result<Vec<u64>> {
+    let mut seqs = Vec::new();
+    for entry in Journal::open(run)? {
+        if let Entry::Step(step) = entry? {
+            seqs.extend(step.batch.iter().map(|group| group.group.prompt.seq));
+        }
+    }
+    Ok(seqs)
+}
+
+/// Steps of `metrics.jsonl`, the clock's figures left out.
+pub fn metrics(run: &Path) -> Result<Vec<Value>> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl"))?;
+    let steps = text.lines().map(|line| {
+        let mut step: Value = serde_json::from_str(line)?;
+        step.as_object_mut().context("a step is an object")?.retain(|name, _| !name.starts_with("time/"));
+        Ok(step)
+    });
+    steps.collect()
+}
+
+/// The last checkpoint of a run.
+pub fn last_checkpoint(run: &Path) -> Result<PathBuf> {
+    let shelf = preceptor::checkpoint::Shelf::new(run, 1000, false);
+    shelf.all().pop().with_context(|| format!("{} has no checkpoint", run.display()))
+}
+
+/// A generator whose course is the seed's alone.
+pub struct Random(pub u64);
+
+impl Random {
+    /// Below one.
+    pub fn share(&mut self) -> f64 {
+        self.0 = preceptor::seed::mix(self.0);
+        (self.0 >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
