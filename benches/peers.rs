@@ -25,7 +25,7 @@ use preceptor::label::likelihood::Likelihood;
 use preceptor::label::local::Judge;
 use preceptor::label::{Labeler, Labels};
 use preceptor::learn::TrainState;
-use preceptor::learn::stage::{Done, Observer};
+use preceptor::learn::{Done, Observer};
 use preceptor::ledger::Book;
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::ops::{AdamW, AdamWConfig, Gradients, backward};
@@ -318,7 +318,7 @@ struct Watch(Arc<Mutex<Vec<Mark>>>);
 impl Observer for Watch {
     fn group(&mut self, _done: u64, _of: u64) {}
 
-    fn step(&mut self, done: Done<'_>, _state: &mut TrainState) -> Result<()> {
+    fn step(&mut self, done: Done<'_>, _state: &TrainState) -> Result<()> {
         for Rewarded { group, rewards, .. } in done.batch {
             let whole = group.completions.iter().all(|one| one.ids.len() == ANSWER);
             let differ = rewards.iter().any(|reward| *reward != rewards[0]);

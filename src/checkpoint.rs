@@ -28,6 +28,7 @@ pub use shelf::Shelf;
 pub use write::Form;
 pub use writer::Writer;
 
+use crate::fault;
 use crate::learn::{TrainState, state};
 use crate::ledger::{Book, Ledger};
 use crate::reward::RewardTrainer;
@@ -86,6 +87,7 @@ impl Snapshot {
         (lengths, files): (Lengths, Vec<PathBuf>),
         figure: Option<f64>,
     ) -> Result<Self> {
+        fault::point("checkpoint.snapshot")?;
         // The reward actor writes into the ledger while it holds its model, so the two belong together here.
         let trainer = reward_model.map(|trainer| trainer.lock().unwrap_or_else(PoisonError::into_inner));
         let ledger = book.copy();

@@ -72,12 +72,13 @@ impl ConfigArgs {
 /// Parses the command line and runs it.
 pub fn main() -> ExitCode {
     crate::process::prepare();
+    crate::fault::set_up();
     let cli = Cli::parse();
     if let Err(error) = start_log(&cli.log) {
         say!("error: {error:#}");
         return ExitCode::from(2);
     }
-    let done = match cli.command {
+    let run = || match cli.command {
         Command::Train(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Replay(command) => command.run(),
@@ -87,10 +88,15 @@ pub fn main() -> ExitCode {
         Command::Pairs(command) => command.run(),
         Command::Score(command) => command.run(),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+    // What panicked has said where; a run's files are such that whatever is left of them can be gone on from.
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
             say!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+        Err(_) => {
+            say!("error: the program failed where it should not, see above; a run goes on by --resume");
             ExitCode::FAILURE
         }
     }

@@ -1,9 +1,12 @@
 //! The learner: accumulates a batch group by group, steps, publishes.
 
+mod pass;
+pub mod publish;
 pub mod record;
 pub mod stage;
 pub mod state;
 pub mod value;
 
+pub use publish::{Done, Observer};
 pub use record::{StepRecord, Tally};
 pub use state::TrainState;

@@ -15,6 +15,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod evaluate;
+pub mod fault;
 pub mod generate;
 pub mod label;
 pub mod learn;

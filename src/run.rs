@@ -30,7 +30,7 @@ use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
 use crate::reward::RewardTrainer;
 use crate::say;
-use crate::serve::{NodeState, serve};
+use crate::serve::{NodeState, serve, upkeep};
 use crate::telemetry;
 use crate::topology::labelers::labeler;
 use crate::topology::learning::{adam, lora, value_model};
@@ -70,6 +70,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     let Start { dir, checkpoint, shelf } = start(&config, run_dir, &from)?;
     let changes = checkpoint.as_ref().map(|one| resume::compare(one, &config)).transpose()?.unwrap_or_default();
     let metrics = telemetry::install()?;
+    upkeep(metrics.clone());
     let node_state = NodeState::new(&config.run.name, metrics);
     if config.serve.enabled {
         let bound = serve(config.serve.listen, Arc::clone(&node_state)).await?;
@@ -179,7 +180,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
             Mode::Distilled => &["score/mean", "judge/mean"],
             Mode::Direct | Mode::Human => &["score/mean"],
         },
-        records: Vec::new(),
+        courses: Vec::new(),
     }));
     let node = Arc::new(Node {
         prepared,
@@ -195,8 +196,15 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     if resumed.is_none() && node.reward_model.is_some() {
         phases::warm_up(&node, &files, &node_state, &stop).await?;
         // What the warm-up cost is not paid again.
-        let snapshot = lock(&watcher).snapshot(&lock(&node.state))?;
-        shelf.put(&form, &snapshot)?;
+        let snapshot = lock(&watcher).snapshot(&lock(&node.state));
+        match snapshot.and_then(|snapshot| shelf.put(&form, &snapshot)) {
+            Ok(written) => telemetry::checkpoint(written.took, written.bytes),
+            Err(error) => {
+                telemetry::disk_error();
+                lock(&watcher).due.failed.store(true, Ordering::SeqCst);
+                say!("{error:#}; training goes on, and it is tried again");
+            }
+        }
     }
 
     let wiring = Arc::clone(&node);

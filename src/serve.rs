@@ -94,20 +94,24 @@ pub async fn serve(address: SocketAddr, state: Arc<NodeState>) -> Result<SocketA
         )
     })?;
     let bound = listener.local_addr()?;
-    let upkeep = state.metrics.clone();
-    tokio::spawn(async move {
-        let mut ticks = tokio::time::interval(std::time::Duration::from_secs(5));
-        loop {
-            ticks.tick().await;
-            upkeep.run_upkeep();
-        }
-    });
     tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router(state)).await {
             tracing::error!("the HTTP server ended: {error}");
         }
     });
     Ok(bound)
+}
+
+/// Folds what histograms have gathered into their buckets, every few seconds until the program ends, whether anybody
+/// scrapes them or not: between two times they keep every sample.
+pub fn upkeep(metrics: PrometheusHandle) {
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(std::time::Duration::from_secs(5));
+        loop {
+            ticks.tick().await;
+            metrics.run_upkeep();
+        }
+    });
 }
 
 fn router(state: Arc<NodeState>) -> Router {

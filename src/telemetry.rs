@@ -230,6 +230,8 @@ const METRICS: &[Metric] = &[
         Unit::Count,
         "Times that a file or a checkpoint could not be written; each is tried again",
     ),
+    Metric(Counter, "preceptor_out_of_memory_total", Unit::Count, "Times that the learner's device ran out of memory"),
+    Metric(Gauge, "preceptor_micro_batch", Unit::Count, "Completions that the learner takes at a time since then"),
     Metric(Histogram, "preceptor_checkpoint_duration_seconds", Unit::Seconds, "Writing one checkpoint, beside the run"),
     Metric(
         Histogram,
@@ -286,6 +288,7 @@ pub fn install() -> Result<PrometheusHandle> {
         "preceptor_dropped_groups_total",
         "preceptor_masked_groups_total",
         "preceptor_disk_errors_total",
+        "preceptor_out_of_memory_total",
     ] {
         counter!(name).absolute(0);
     }
@@ -419,6 +422,12 @@ pub fn checkpoint(took: Duration, bytes: u64) {
 /// Taking a snapshot of the run for a checkpoint.
 pub fn snapshot_took(time: Duration) {
     histogram!("preceptor_snapshot_duration_seconds").record(time.as_secs_f64());
+}
+
+/// The device ran out of memory; `micro_batch` completions go through the model at a time from now on.
+pub fn out_of_memory(micro_batch: usize) {
+    counter!("preceptor_out_of_memory_total").increment(1);
+    gauge!("preceptor_micro_batch").set(micro_batch as f64);
 }
 
 /// Something could not be written.

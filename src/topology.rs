@@ -13,13 +13,15 @@ use preceptor_actors::{
 use crate::config::{Config, LabelForm, Mode, Pairs, RewardScaling, RolloutWeights, UpdateMode};
 use crate::data::pairs::PairSource;
 use crate::data::source::{LeftOver, PromptSource};
+use crate::fault;
 use crate::generate::sampler::Sampling;
 use crate::generate::stage::{Rollout, RolloutPlan};
 use crate::generate::stop::Stop;
 use crate::label::stage::{LabelStage, Wants};
 use crate::label::{Labeler, Pairing};
+use crate::learn::Observer;
 use crate::learn::TrainState;
-use crate::learn::stage::{Learn, Observer};
+use crate::learn::stage::Learn;
 use crate::ledger::{Book, Entries, UnderWay};
 use crate::model::Decoder;
 use crate::prepare::Prepared;
@@ -61,6 +63,7 @@ impl Node {
     /// A labeler's template that cannot be used, a learner of an incarnation before that never stopped, or a ledger that
     /// is not that of the learner's step.
     pub fn wire(&self, builder: &mut GraphBuilder) -> StageResult<()> {
+        fault::point("graph.build")?;
         let config = &self.config;
         let (step, scale) = {
             let state = match self.state.try_lock() {

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 
 use super::{Form, Opened, Snapshot, Written};
+use crate::fault;
 
 /// What follows the name of a checkpoint whose place a newer one of the same step takes.
 const REPLACED: &str = ".replaced";
@@ -66,12 +67,15 @@ impl Shelf {
                 let synced = File::open(file).and_then(|file| file.sync_all());
                 synced.with_context(|| format!("cannot sync {}", file.display()))?;
             }
+            fault::point("checkpoint.fill")?;
             let bytes = form.fill(&aside, snapshot)?;
+            fault::point("checkpoint.rename")?;
             let replaced = self.dir.join(format!(".{name}{REPLACED}"));
             if path.exists() {
                 std::fs::rename(&path, &replaced).with_context(|| format!("cannot rename {}", path.display()))?;
             }
             std::fs::rename(&aside, &path).with_context(|| format!("cannot rename {} into place", aside.display()))?;
+            fault::point("checkpoint.renamed")?;
             File::open(&self.dir)?.sync_all().with_context(|| format!("cannot sync {}", self.dir.display()))?;
             // If it stays, it is removed when the run is resumed.
             let _ = std::fs::remove_dir_all(replaced);

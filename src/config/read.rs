@@ -270,6 +270,7 @@ pub(super) fn learner(document: &mut Document) -> Learner {
         truncation: s.checked("truncation", 2.0, "at least 1", |n| *n >= 1.0),
         mask_ratio: s.checked("mask_ratio", 0.0, "above 1, or 0 for none", |n| *n == 0.0 || *n > 1.0),
         max_nonfinite_steps: s.checked("max_nonfinite_steps", 3, "at least 1", |n| *n >= 1),
+        micro_batch: s.get("micro_batch", 0),
         activation_checkpointing: s.get("activation_checkpointing", false),
     }
 }

@@ -363,6 +363,9 @@ pub struct Learner {
     pub mask_ratio: f64,
     /// Steps in a row without a finite gradient that end the run. Default 3.
     pub max_nonfinite_steps: u32,
+    /// Completions of a group that go through the model at a time while it learns; 0 (default) for the whole group. Fewer take
+    /// less memory and a third more time; halved by itself when a device runs out of memory.
+    pub micro_batch: usize,
     /// Keep of the forward pass only what goes into each layer, and compute the rest again in the backward: a third more
     /// time for a small part of the memory, for models that would not fit otherwise. Default false.
     pub activation_checkpointing: bool,

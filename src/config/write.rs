@@ -209,6 +209,7 @@ impl Config {
             ("truncation", Value::Float(learner.truncation)),
             ("mask_ratio", Value::Float(learner.mask_ratio)),
             ("max_nonfinite_steps", whole(u64::from(learner.max_nonfinite_steps))),
+            ("micro_batch", whole(learner.micro_batch as u64)),
             ("activation_checkpointing", Value::Boolean(learner.activation_checkpointing)),
         ])
     }

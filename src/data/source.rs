@@ -6,6 +6,7 @@ use std::vec::IntoIter;
 use preceptor_actors::{AdmissionGate, Ended, Item, Source, StageContext, StageResult};
 
 use super::Dataset;
+use crate::fault;
 use crate::ledger::Entries;
 use crate::rollout::{Completion, Group, Labeled, Prompt};
 
@@ -49,6 +50,7 @@ impl Source for PromptSource {
             self.epoch = Some((epoch, self.data.order(epoch)));
         }
         let (_, order) = self.epoch.as_ref().expect("set just above");
+        fault::point("prompts.next")?;
         let body = self.data.prompt(seq, order)?;
         Ok(Some(Item { seq, incarnation: ctx.incarnation(), version: self.gate.version(), body }))
     }

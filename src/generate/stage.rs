@@ -14,7 +14,7 @@ use crate::ledger::Entries;
 use crate::model::Decoder;
 use crate::rollout::{Completion, Group, Prompt};
 use crate::tokens::Tokenizer;
-use crate::{seed, telemetry};
+use crate::{fault, seed, telemetry};
 
 /// Samples `group_size` completions of each prompt it is handed, those of several prompts side by side.
 pub struct Rollout {
@@ -73,6 +73,7 @@ impl Rollout {
     }
 
     fn begin(&mut self, item: Item<Prompt>, at: Duration) -> Result<()> {
+        fault::point("rollout.begin")?;
         let Item { seq, incarnation, body: prompt, .. } = item;
         let seeds = (0..self.group_size).map(|k| seed::completion(self.seed, seq, k)).collect();
         let request = Request::new(prompt.ids.to_vec(), seeds);
@@ -187,6 +188,7 @@ impl Weighted for Live {
                 return Err(anyhow!("halted"));
             }
         }
+        fault::point("rollout.step")?;
         let weights = self.latest()?;
         self.pinned = true;
         Ok(weights)

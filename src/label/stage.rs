@@ -6,6 +6,7 @@ use preceptor_actors::{Emitter, Item, Stage, StageContext, StageResult};
 
 use super::backend::Alive;
 use super::{Labeler, Labels, Pairing, derive};
+use crate::fault;
 use crate::ledger::Entries;
 use crate::rollout::{Feedback, Group, Labeled, Verdict};
 use crate::telemetry;
@@ -87,6 +88,7 @@ impl Stage for LabelStage {
             cost: labels.usage.cost,
         };
         let body = Labeled { group, feedback: Some(feedback) };
+        fault::point("label.keep")?;
         self.entries.labeled(&body);
         out.emit(Item { seq: item.seq, incarnation: item.incarnation, version: item.version, body })?;
         Ok(())
@@ -100,7 +102,10 @@ pub fn ask_many(labeler: &dyn Labeler, groups: &[&Group], retries: u32) -> Vec<L
     let mut waiting: Vec<usize> = (0..groups.len()).collect();
     for attempt in 0..=retries {
         let asked: Vec<&Group> = waiting.iter().map(|i| groups[*i]).collect();
-        let replies = labeler.label_many(&asked);
+        let replies = match fault::point("label.ask") {
+            Ok(()) => labeler.label_many(&asked),
+            Err(error) => asked.iter().map(|_| Err(anyhow::anyhow!("{error:#}"))).collect(),
+        };
         for (i, reply) in waiting.iter().zip(replies) {
             let mut labels = reply.unwrap_or_else(|error| {
                 tracing::warn!(seq = groups[*i].prompt.seq, attempt, "labeler failed: {error:#}");

@@ -1,22 +1,24 @@
 //! The learner actor.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
-use candle_core::Tensor;
 use preceptor_actors::{AdmissionGate, Emitter, Item, SnapshotCell, Stage, StageContext, StageError, StageResult};
 
+use super::pass::{Measured, Pass, accumulate};
+use super::publish::{Observer, Taken, publish};
 use super::value::ValueModel;
-use super::{StepRecord, Tally, TrainState};
+use super::{Tally, TrainState};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use crate::algo::{Algorithm, GroupLoss, GroupView, Targets};
+use crate::algo::{Algorithm, GroupView, Targets};
+use crate::fault;
 use crate::ledger::Entries;
 use crate::model::{Decoder, Pack};
-use crate::ops;
 use crate::rollout::Rewarded;
 use crate::seed::mix;
 use crate::telemetry;
@@ -52,6 +54,8 @@ pub struct LearnPlan {
     pub seed: u64,
     /// Steps in a row without a finite gradient that end the run.
     pub max_nonfinite_steps: u32,
+    /// Completions that go through the model at a time; 0 for whole groups.
+    pub micro_batch: usize,
 }
 
 /// Course of the learning rate after its rise.
@@ -82,32 +86,6 @@ impl LearnPlan {
     }
 }
 
-/// A step that was taken.
-#[derive(Clone, Copy)]
-pub struct Done<'a> {
-    /// Its figures.
-    pub record: &'a StepRecord,
-    /// What it learned from.
-    pub batch: &'a [Rewarded],
-    /// Of the weights that it led to.
-    pub fingerprint: u64,
-}
-
-/// Who is told of each step: files, metrics, the terminal.
-pub trait Observer: Send {
-    /// A group of the batch is done; `done` of `of`.
-    fn group(&mut self, done: u64, of: u64);
-
-    /// A step is done and published.
-    ///
-    /// # Errors
-    /// Ends the run: something that must be kept could not be.
-    fn step(&mut self, done: Done<'_>, state: &mut TrainState) -> Result<()>;
-
-    /// A step, about to be told of, was skipped since its gradient was not finite.
-    fn nonfinite(&mut self, step: u64, batch: &[Rewarded]);
-}
-
 /// Consumes rewarded groups in order; batch `w` is groups `w·B .. (w+1)·B`, whatever the clock does.
 ///
 /// Where a batch makes one step and its groups know their own worth, a group is trained as soon as it arrives: its
@@ -128,37 +106,8 @@ pub struct Learn {
     batch: Vec<Rewarded>,
     measured: Vec<Measured>,
     began: Option<Duration>,
-}
-
-/// A group of the batch as the weights that it arrived at see it; outer length: completions, inner: tokens.
-struct Measured {
-    /// Place in the batch.
-    place: usize,
-    behaviour: Vec<Vec<f32>>,
-    proximal: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
-}
-
-impl Measured {
-    fn view<'a>(&'a self, group: &'a Rewarded) -> GroupView<'a> {
-        GroupView {
-            rewards: &group.rewards,
-            behaviour: &self.behaviour,
-            reference: &group.reference,
-            proximal: &self.proximal,
-            policy: &self.proximal,
-            preferences: &group.preferences,
-            values: &self.values,
-        }
-    }
-}
-
-/// One forward pass over a group.
-struct Pass {
-    pack: Pack,
-    logprobs: Tensor,
-    entropy: Tensor,
-    values: Option<Tensor>,
+    /// Completions that go through the model at a time. Smaller than planned once the device ran out of memory.
+    micro_batch: usize,
 }
 
 impl Learn {
@@ -171,6 +120,7 @@ impl Learn {
         gate: Arc<AdmissionGate>,
         observer: Arc<Mutex<dyn Observer>>,
     ) -> Self {
+        let micro_batch = if plan.micro_batch == 0 { usize::MAX } else { plan.micro_batch };
         Self {
             state,
             algorithm,
@@ -184,6 +134,7 @@ impl Learn {
             batch: Vec::new(),
             measured: Vec::new(),
             began: None,
+            micro_batch,
         }
     }
 
@@ -200,13 +151,16 @@ impl Stage for Learn {
 
     fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
         {
-            let mut state = lock(&self.state);
+            let shared = Arc::clone(&self.state);
+            let mut state = lock(&shared);
             if state.stepping {
                 return Err(StageError::fatal(
                     "the learner failed while it was writing the weights; they are half updated and cannot be used",
                 ));
             }
             state.discard()?;
+            // What failed after its last step was counted is made up for.
+            self.publish(&mut state)?;
         }
         for rewarded in std::mem::take(&mut self.left) {
             if ctx.halted() {
@@ -236,15 +190,16 @@ impl Learn {
             return Err(StageError::fatal(format!("group {seq} reached the learner where {expected} was due")));
         }
         if rewarded.masked.is_some() {
-            self.tally.masked += 1;
             telemetry::masked_group();
-        } else if self.streams() {
-            self.train_on_arrival(&mut state, &rewarded)?;
-        } else {
-            let measured = self.measure(&mut state, &rewarded)?;
-            self.measured.push(measured);
         }
         self.batch.push(rewarded);
+        let mut from = self.batch.len() - 1;
+        while let Err(error) = (from..self.batch.len()).try_for_each(|place| self.arrive(&mut state, place)) {
+            self.smaller(&error)?;
+            // What was gathered may hold a part of a pass that broke off: the batch is gone through again.
+            state.discard()?;
+            (self.tally, self.measured, from) = (Tally::default(), Vec::new(), 0);
+        }
         lock(&self.observer).group(self.batch.len() as u64, self.plan.batch_groups);
         if self.batch.len() as u64 == self.plan.batch_groups {
             let began = self.began.take().unwrap_or_default();
@@ -253,14 +208,59 @@ impl Learn {
         Ok(())
     }
 
+    /// Group `place` of the batch has come: it is trained, or measured until the batch is whole.
+    fn arrive(&mut self, state: &mut TrainState, place: usize) -> Result<()> {
+        let group = std::mem::take(&mut self.batch);
+        let done = if group[place].masked.is_some() {
+            self.tally.masked += 1;
+            Ok(())
+        } else if self.streams() {
+            self.train_on_arrival(state, &group[place], place)
+        } else {
+            self.measure(state, &group[place], place).map(|measured| self.measured.push(measured))
+        };
+        self.batch = group;
+        done
+    }
+
+    /// After an error for want of memory: halves what goes through the model at a time.
+    ///
+    /// # Errors
+    /// The error, where it is another one, or where a single completion was too much.
+    fn smaller(&mut self, error: &anyhow::Error) -> Result<()> {
+        let text = format!("{error:#}");
+        let words = text.to_lowercase();
+        let memory = ["out of memory", "out_of_memory"].iter().any(|sign| words.contains(sign));
+        let most = self.batch.iter().map(|one| one.group.completions.len()).max().unwrap_or(1);
+        let now = self.micro_batch.min(most);
+        if !memory || now <= 1 {
+            return Err(anyhow!("{text}"));
+        }
+        self.micro_batch = now / 2;
+        telemetry::out_of_memory(self.micro_batch);
+        tracing::warn!(
+            "the device ran out of memory with {now} completions at a time; the batch goes on with {} (learner.micro_batch): {text}",
+            self.micro_batch
+        );
+        Ok(())
+    }
+
     /// Whether a group can be trained before the rest of its batch is there.
     fn streams(&self) -> bool {
         self.plan.epochs * self.plan.minibatches as u64 == 1 && !self.algorithm.needs_batch()
     }
 
-    /// Forward over one group by `model`, with a graph if its tensors have one.
-    fn forward(&self, model: &Decoder, value: Option<&ValueModel>, group: &Rewarded) -> Result<Pass> {
-        let ids: Vec<&[u32]> = group.group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
+    /// Completions `part` of a group through `model`, with a graph if its tensors have one.
+    fn forward(
+        &self,
+        model: &Decoder,
+        value: Option<&ValueModel>,
+        group: &Rewarded,
+        part: Range<usize>,
+    ) -> Result<Pass> {
+        fault::point("learn.forward")?;
+        let completions = &group.group.completions[part];
+        let ids: Vec<&[u32]> = completions.iter().map(|completion| completion.ids.as_slice()).collect();
         let pack = Pack::new(&group.group.prompt.ids, &ids);
         let hidden = model.predicting(&pack)?;
         let (logprobs, entropy) = model.logprobs_of(&hidden, &pack.targets, self.plan.temperature)?;
@@ -268,30 +268,72 @@ impl Learn {
         Ok(Pass { pack, logprobs, entropy, values })
     }
 
+    /// The parts in which a group goes through the model.
+    fn parts(&self, group: &Rewarded) -> Vec<Range<usize>> {
+        let k = group.group.completions.len();
+        (0..k).step_by(self.micro_batch.min(k).max(1)).map(|i| i..(i.saturating_add(self.micro_batch)).min(k)).collect()
+    }
+
+    /// What a model makes of a group, without what a backward pass would need.
+    fn look(&self, model: &Decoder, value: Option<&ValueModel>, group: &Rewarded, place: usize) -> Result<Measured> {
+        let mut measured = Measured::new(place, group);
+        for part in self.parts(group) {
+            measured.add(&self.forward(model, value, group, part)?)?;
+        }
+        Ok(measured)
+    }
+
     /// Forward and backward of one group; its gradient joins the batch's.
-    fn train_on_arrival(&mut self, state: &mut TrainState, group: &Rewarded) -> Result<()> {
-        let pass = self.forward(&state.model, state.value.as_ref(), group)?;
-        let measured = pass.measured(self.batch.len(), group)?;
+    fn train_on_arrival(&mut self, state: &mut TrainState, group: &Rewarded, place: usize) -> Result<()> {
+        // What is seen in one pass is kept for its backward; of several, each is seen again.
+        let (pass, measured) = if let [part] = self.parts(group).as_slice() {
+            let pass = self.forward(&state.model, state.value.as_ref(), group, part.clone())?;
+            let mut measured = Measured::new(place, group);
+            measured.add(&pass)?;
+            (Some(pass), measured)
+        } else {
+            (None, self.look(&state.model, state.value.as_ref(), group, place)?)
+        };
         let view = measured.view(group);
         let targets = self.algorithm.targets(&[view]).pop().unwrap_or_default();
         self.tally.arrived(group, &targets, &measured.proximal, state.step, self.plan.truncation);
-        self.learn(state, &pass, &view, &targets)
+        self.learn(state, pass, group, &view, &targets)
     }
 
     /// What the weights that the batch arrives at make of a group.
-    fn measure(&mut self, state: &mut TrainState, group: &Rewarded) -> Result<Measured> {
+    fn measure(&self, state: &TrainState, group: &Rewarded, place: usize) -> Result<Measured> {
         // The published copy has these weights, and no graph that would be kept for nothing.
-        let published = Arc::clone(state.published());
         let value = state.value.as_ref().filter(|_| self.algorithm.needs_values());
-        self.forward(&published, value, group)?.measured(self.batch.len(), group)
+        self.look(state.published(), value, group, place)
     }
 
-    /// Loss of one pass over one group; its gradient joins that of the step to come.
-    fn learn(&mut self, state: &mut TrainState, pass: &Pass, view: &GroupView<'_>, targets: &Targets) -> Result<()> {
+    /// Loss of one pass over one group, whose view is `view`; its gradient joins that of the step to come. `pass` is the pass
+    /// that the view stems from, if the whole group was in one.
+    fn learn(
+        &mut self,
+        state: &mut TrainState,
+        pass: Option<Pass>,
+        group: &Rewarded,
+        view: &GroupView<'_>,
+        targets: &Targets,
+    ) -> Result<()> {
         let loss = self.algorithm.loss(view, targets);
-        accumulate(state, &loss, pass)?;
-        self.tally.passed(&loss, &pass.entropy.to_vec1()?);
-        telemetry::trained(pass.pack.targets.len());
+        let mut entropy = Vec::new();
+        match pass {
+            Some(pass) => {
+                accumulate(state, &loss, &pass, 0..group.group.completions.len())?;
+                entropy = pass.entropy.to_vec1()?;
+            }
+            None => {
+                for part in self.parts(group) {
+                    let pass = self.forward(&state.model, state.value.as_ref(), group, part.clone())?;
+                    accumulate(state, &loss, &pass, part)?;
+                    entropy.extend(pass.entropy.to_vec1::<f32>()?);
+                }
+            }
+        }
+        self.tally.passed(&loss, &entropy);
+        telemetry::trained(entropy.len());
         Ok(())
     }
 
@@ -311,19 +353,44 @@ impl Learn {
                 order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
             }
             for part in 0..parts {
-                for i in &order[count * part / parts..count * (part + 1) / parts] {
-                    ctx.beat();
-                    let group = &batch[measured[*i].place];
-                    let pass = self.forward(&state.model, state.value.as_ref(), group)?;
-                    let policy = pass.pack.split(&pass.logprobs.to_vec1()?);
-                    let values = pass.values()?;
-                    let view = GroupView { policy: &policy, values: &values, ..views[*i] };
-                    self.learn(state, &pass, &view, &targets[*i])?;
+                let part = &order[count * part / parts..count * (part + 1) / parts];
+                let before = self.tally.clone();
+                let gather = |this: &mut Self, state: &mut TrainState| -> Result<()> {
+                    for i in part {
+                        ctx.beat();
+                        this.again(state, &batch[measured[*i].place], &views[*i], &targets[*i])?;
+                    }
+                    Ok(())
+                };
+                while let Err(error) = gather(self, state) {
+                    self.smaller(&error)?;
+                    state.discard()?;
+                    self.tally = before.clone();
                 }
                 self.apply(state)?;
             }
         }
         Ok(())
+    }
+
+    /// A pass over a group that was measured when it arrived, by the weights as they are now.
+    fn again(
+        &mut self,
+        state: &mut TrainState,
+        group: &Rewarded,
+        view: &GroupView<'_>,
+        targets: &Targets,
+    ) -> Result<()> {
+        let (pass, now) = if let [part] = self.parts(group).as_slice() {
+            let pass = self.forward(&state.model, state.value.as_ref(), group, part.clone())?;
+            let mut now = Measured::new(0, group);
+            now.add(&pass)?;
+            (Some(pass), now)
+        } else {
+            (None, self.look(&state.model, state.value.as_ref(), group, 0)?)
+        };
+        let view = GroupView { policy: &now.proximal, values: &now.values, ..*view };
+        self.learn(state, pass, group, &view, targets)
     }
 
     /// An optimizer step on what is gathered, clipped; leaves the weights as they are where it is not finite.
@@ -336,8 +403,10 @@ impl Learn {
             let clip = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0);
             let lr = self.plan.rate(state.step);
             // From here until the step is counted, the weights are those of no version.
+            fault::point("learn.apply")?;
             state.stepping = true;
             state.apply(lr, clip / terms)?;
+            fault::point("learn.applied")?;
             if let Some(value) = &mut state.value {
                 value.step(step.tokens, lr, self.plan.value_lr, self.plan.max_grad_norm)?;
             }
@@ -354,34 +423,26 @@ impl Learn {
         } else {
             self.passes(state, &batch, ctx)?;
         }
-        let tally = std::mem::take(&mut self.tally);
-        let lr = self.plan.rate(state.step);
+        let (tally, lr) = (std::mem::take(&mut self.tally), self.plan.rate(state.step));
         state.step += 1;
         if let Some(last) = batch.last() {
             state.scale = last.scale;
         }
         self.entries.train(state.step * self.plan.batch_groups).map_err(StageError::fatal)?;
-        state.stepping = false;
-        let trained = took();
-        let snapshot = state.snapshot()?;
-        let fingerprint = snapshot.weights().fingerprint()?;
-        self.cell.publish(state.step, fingerprint, snapshot);
-        self.gate.set_version(state.step);
-        let published = took();
-        telemetry::publish_took(published.saturating_sub(trained));
-        let length = *state.first_length.get_or_insert(tally.mean_length());
-        if tally.finite() {
-            state.nonfinite_in_row = 0;
-        } else {
-            state.nonfinite_in_row += 1;
+        state.first_length.get_or_insert(tally.mean_length());
+        state.nonfinite_in_row = if tally.finite() { 0 } else { state.nonfinite_in_row + 1 };
+        if !tally.finite() {
             telemetry::nonfinite_step();
-            lock(&self.observer).nonfinite(state.step, &batch);
         }
-        let mut record = StepRecord::new(state.step, &tally, lr, length);
-        record.time("step_seconds", published.as_secs_f64());
-        record.time("publish_seconds", published.saturating_sub(trained).as_secs_f64());
-        let done = Done { record: &record, batch: &batch, fingerprint };
-        lock(&self.observer).step(done, state).map_err(|error| StageError::fatal(anyhow!(error)))?;
+        state.stepping = false;
+        state.unpublished = Some(Taken { tally, lr, batch, took: took() });
+        self.publish(state)
+    }
+
+    /// Publishes the step that was taken, and tells of it.
+    fn publish(&mut self, state: &mut TrainState) -> StageResult<()> {
+        publish(state, &self.cell, &self.observer)?;
+        self.gate.set_version(state.step);
         if state.nonfinite_in_row >= self.plan.max_nonfinite_steps {
             return Err(StageError::fatal(format!(
                 "{} steps in a row had a loss or gradient that is not finite (the last at step {}); lower learner.lr, or look at the saved batch",
@@ -390,39 +451,6 @@ impl Learn {
         }
         Ok(())
     }
-}
-
-impl Pass {
-    fn values(&self) -> Result<Vec<Vec<f32>>> {
-        self.values.as_ref().map_or(Ok(Vec::new()), |values| Ok(self.pack.split(&values.to_vec1()?)))
-    }
-
-    /// This pass as that of the weights that the batch arrived at; `place` is the group's in the batch.
-    fn measured(&self, place: usize, group: &Rewarded) -> Result<Measured> {
-        Ok(Measured {
-            place,
-            behaviour: group.group.completions.iter().map(|completion| completion.logprobs.clone()).collect(),
-            proximal: self.pack.split(&self.logprobs.to_vec1()?),
-            values: self.values()?,
-        })
-    }
-}
-
-/// Puts the loss's slopes at the end of the graph and adds up what comes out at the parameters.
-fn accumulate(state: &mut TrainState, loss: &GroupLoss, pass: &Pass) -> Result<()> {
-    let shaped = |slopes: &[Vec<f32>]| Tensor::from_vec(slopes.concat(), pass.logprobs.dims(), pass.logprobs.device());
-    // A group whose completions all fared alike has nothing to teach; its backward pass would add zeros.
-    if loss.d_policy.iter().chain(&loss.d_entropy).flatten().any(|slope| *slope != 0.0) {
-        let mut sum = (&pass.logprobs * shaped(&loss.d_policy)?)?.sum_all()?;
-        if !loss.d_entropy.is_empty() {
-            sum = (sum + (&pass.entropy * shaped(&loss.d_entropy)?)?.sum_all()?)?;
-        }
-        ops::backward(&sum, &mut [&mut state.gradients])?;
-    }
-    if let (Some(values), Some(model)) = (&pass.values, &mut state.value) {
-        model.accumulate(values, &shaped(&loss.d_value)?)?;
-    }
-    Ok(())
 }
 
 /// A lock that a panicking holder does not take away: what it guards says itself whether it is whole.
@@ -451,6 +479,7 @@ mod tests {
             minibatches: 1,
             seed: 0,
             max_nonfinite_steps: 1,
+            micro_batch: 0,
         };
         let rates: Vec<f64> = (0..7).map(|step| plan.rate(step)).collect();
         assert_eq!(rates, [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]);

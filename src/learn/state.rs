@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
+use super::publish::Taken;
 use super::value::ValueModel;
 use crate::model::{Decoder, Lora, ModelConfig};
 use crate::ops::{AdamW, AdamWConfig, Frozen, Gradients};
@@ -22,6 +23,8 @@ pub struct TrainState {
     pub value: Option<ValueModel>,
     /// True from the first change of a weight until the step is counted: what fails in between leaves weights of no version.
     pub stepping: bool,
+    /// The last step, until it is published.
+    pub unpublished: Option<Taken>,
     /// Steps in a row whose loss or gradient was not finite.
     pub nonfinite_in_row: u32,
     /// Mean length in tokens of the first batch's completions, once there was one: what drift is measured against.
@@ -99,6 +102,7 @@ impl TrainState {
             scale: RewardScale::default(),
             value,
             stepping: false,
+            unpublished: None,
             nonfinite_in_row: 0,
             first_length: None,
             model,

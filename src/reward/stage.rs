@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Result;
 use preceptor_actors::{Emitter, Item, Stage, StageResult};
 
+use super::trainer::Observed;
 use super::{RewardRule, RewardTrainer};
+use crate::fault;
 use crate::ledger::Entries;
 use crate::model::{Decoder, Pack};
 use crate::rollout::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
@@ -64,7 +66,9 @@ impl<I> RewardStage<I> {
             Scorer::Labels | Scorer::Pairs => None,
         };
         let mut trainer = trainer.as_ref().map(|trainer| trainer.lock().unwrap_or_else(PoisonError::into_inner));
+        fault::point("reward.enter")?;
         let rewarded = self.reward(labeled, trainer.as_deref_mut())?;
+        fault::point("reward.learn")?;
         self.entries.rewarded(&rewarded)?;
         Ok(rewarded)
     }
@@ -88,10 +92,9 @@ impl<I> RewardStage<I> {
                 Err(why) => out.masked = Some(why),
             },
             (_, Some(trainer)) => {
-                out.reward_model = Some(trainer.version());
                 let labeled = labeled_pairs(feedback.as_ref());
-                let (scores, step) = trainer.observe(&out.group, &labeled)?;
-                out.scores = scores;
+                let Observed { scores, version, step } = trainer.observe(&out.group, &labeled)?;
+                (out.scores, out.reward_model) = (scores, Some(version));
                 telemetry::reward_model(trainer, step.as_ref());
                 if out.scores.iter().any(|score| !score.is_finite()) {
                     out.masked = Some("the reward model's scores are not finite".into());

@@ -58,7 +58,7 @@ pub struct RewardTrainer {
     optimizer: AdamW,
     head_optimizer: AdamW,
     counters: Counters,
-    /// True while parameters are being written: a panic then leaves them half updated.
+    /// True while parameters or gradients are being written: what fails then leaves them half updated.
     stepping: bool,
 }
 
@@ -71,6 +71,20 @@ pub struct Counters {
     next: u64,
     pending: Pending,
     held_out: VecDeque<f64>,
+    /// The group that was observed last, the version that scored it, and its scores: should whoever asked have failed
+    /// before it was written down, it is asked again.
+    last: Option<(u64, u64, Vec<f64>)>,
+}
+
+/// What a group's observation came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Observed {
+    /// Its scores.
+    pub scores: Vec<f64>,
+    /// The version that gave them.
+    pub version: u64,
+    /// The step that it led to, if it led to one.
+    pub step: Option<TrainerStep>,
 }
 
 /// Sums over the pairs of the step that is being gathered.
@@ -211,21 +225,20 @@ impl RewardTrainer {
     ///
     /// # Errors
     /// As [`Self::score`].
-    pub fn observe(
-        &mut self,
-        group: &Group,
-        preferences: &[(usize, usize, f64)],
-    ) -> Result<(Vec<f64>, Option<TrainerStep>)> {
+    pub fn observe(&mut self, group: &Group, preferences: &[(usize, usize, f64)]) -> Result<Observed> {
         ensure!(
             !self.stepping,
             "the reward model failed while its weights were being written; they are half updated and cannot be used"
         );
-        let seq = group.prompt.seq;
+        let (seq, version) = (group.prompt.seq, self.counters.version);
+        if let Some((_, version, scores)) = self.counters.last.as_ref().filter(|(last, ..)| *last == seq) {
+            return Ok(Observed { scores: scores.clone(), version: *version, step: None });
+        }
         if seq < self.counters.next {
-            return Ok((self.score(group)?, None));
+            return Ok(Observed { scores: self.score(group)?, version, step: None });
         }
         self.counters.next = seq + 1;
-        if self.holds_out(&group.prompt) || preferences.is_empty() {
+        let (scores, step) = if self.holds_out(&group.prompt) || preferences.is_empty() {
             let scores = self.score(group)?;
             for (first, second, p) in preferences.iter().filter(|(_, _, p)| *p != 0.5) {
                 self.counters.held_out.push_back(agreement(scores[*first] - scores[*second], *p));
@@ -233,9 +246,12 @@ impl RewardTrainer {
             while self.counters.held_out.len() > WINDOW {
                 self.counters.held_out.pop_front();
             }
-            return Ok((scores, None));
-        }
-        self.learn(group, preferences)
+            (scores, None)
+        } else {
+            self.learn(group, preferences)?
+        };
+        self.counters.last = Some((seq, version, scores.clone()));
+        Ok(Observed { scores, version, step })
     }
 
     /// Learns from `preferences` whatever came before: for pairs that are gone through several times.
@@ -268,7 +284,9 @@ impl RewardTrainer {
             let slopes: Vec<f32> = slopes.iter().map(|slope| *slope as f32).collect();
             let slopes = Tensor::from_vec(slopes, scores.dims(), scores.device())?;
             let loss = (scores * slopes)?.sum_all()?;
+            self.stepping = true;
             ops::backward(&loss, &mut [&mut self.gradients, &mut self.head_gradients])?;
+            self.stepping = false;
         }
         let step = if self.counters.pending.pairs >= self.plan.batch_pairs { self.step()? } else { None };
         Ok((values, step))
@@ -305,6 +323,7 @@ impl RewardTrainer {
     /// measured stays in the live accuracy until the run's own pairs take its place.
     pub fn begin_run(&mut self) {
         self.counters.next = 0;
+        self.counters.last = None;
     }
 }
 

@@ -81,7 +81,7 @@ impl WarmUp {
         let shared = Arc::clone(&self.trainer);
         let mut trainer = shared.lock().unwrap_or_else(PoisonError::into_inner);
         let held_out = trainer.holds_out(&labeled.group.prompt);
-        let (_, step) = trainer.observe(&labeled.group, &pairs)?;
+        let step = trainer.observe(&labeled.group, &pairs)?.step;
         self.tell(&trainer, step.as_ref());
         if held_out {
             self.held_out.push(Seen { group: labeled.group, pairs });

@@ -1,7 +1,7 @@
 //! The end of a run: its last checkpoint, whatever ended it.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -10,6 +10,7 @@ use preceptor_actors::Outcome;
 use super::watcher::Watcher;
 use super::{Signals, Stop, Summary, lock};
 use crate::checkpoint::{Form, Shelf, Snapshot};
+use crate::learn::publish::publish;
 use crate::say;
 use crate::telemetry;
 use crate::topology::Node;
@@ -62,15 +63,19 @@ impl Conclusion<'_> {
 
     /// The run as it ended.
     fn snapshot(&self) -> Result<(u64, Snapshot)> {
-        let state = match self.node.state.try_lock() {
+        let mut state = match self.node.state.try_lock() {
             Ok(state) => state,
             // A panic elsewhere in the learner leaves the weights whole; `stepping` tells when it does not.
-            Err(_) if self.node.state.is_poisoned() => lock(&self.node.state),
-            Err(_) => bail!("the learner did not stop and still holds the weights; the last checkpoint before stands"),
+            Err(TryLockError::Poisoned(state)) => state.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                bail!("the learner did not stop and still holds the weights; the last checkpoint before stands")
+            }
         };
         if state.stepping {
             bail!("the weights are half updated and are not saved; the last checkpoint before stands");
         }
+        // What failed between a step and its publication leaves a step that is in no file.
+        publish(&mut state, &self.node.cell, &*self.node.observer)?;
         Ok((state.step, lock(self.watcher).snapshot(&state)?))
     }
 

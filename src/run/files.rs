@@ -10,8 +10,8 @@ use super::journal;
 use super::log::Log;
 use crate::checkpoint::Lengths;
 use crate::config::Config;
+use crate::learn::Done;
 use crate::learn::StepRecord;
-use crate::learn::stage::Done;
 use crate::rollout::Rewarded;
 
 /// A run's directory, which one process has at a time.
@@ -80,6 +80,8 @@ pub struct RunFiles {
     samples: Log,
     phases: Log,
     journal: Option<Log>,
+    /// The step that was written last, and lengths of metrics, samples and journal before it.
+    last: Option<(u64, [u64; 3])>,
 }
 
 impl RunFiles {
@@ -97,6 +99,7 @@ impl RunFiles {
             samples: log("samples.jsonl", lengths.samples)?,
             phases: log("phases.jsonl", lengths.phases)?,
             journal,
+            last: None,
             dir,
         })
     }
@@ -115,11 +118,23 @@ impl RunFiles {
         journal.append(&journal::config(&config.to_toml())?)
     }
 
-    /// Appends a step's figures, its first group to read, and what it learned from to the journal.
+    /// Appends a step's figures, its first group to read, and what it learned from to the journal. A step that is told again
+    /// takes its own place.
     ///
     /// # Errors
     /// Names the files that cannot be written; what was to be written waits for the next try.
     pub fn step(&mut self, record: &StepRecord, done: Done<'_>) -> Result<()> {
+        let step = record.0["step"].as_u64().unwrap_or_default();
+        let lengths =
+            [self.metrics.length(), self.samples.length(), self.journal.as_ref().map_or(0, |journal| journal.length())];
+        match self.last {
+            Some((last, [metrics, samples, journal])) if last == step => {
+                self.metrics.rewind(metrics)?;
+                self.samples.rewind(samples)?;
+                self.journal.as_mut().map_or(Ok(()), |log| log.rewind(journal))?;
+            }
+            _ => self.last = Some((step, lengths)),
+        }
         let mut lines = String::new();
         for group in done.batch.iter().take(1) {
             lines.push_str(&samples(record, group));
@@ -128,10 +143,7 @@ impl RunFiles {
         let metrics = self.metrics.append((serde_json::to_string(record)? + "\n").as_bytes());
         let journal = match &mut self.journal {
             None => Ok(()),
-            Some(journal) => {
-                let step = record.0["step"].as_u64().unwrap_or_default();
-                journal.append(&journal::step(step, done.fingerprint, done.batch)?)
-            }
+            Some(journal) => journal.append(&journal::step(step, done.fingerprint, done.batch)?),
         };
         samples.and(metrics).and(journal)
     }

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::fault;
+
 /// Bytes that wait for room on the disk before more are refused.
 const MOST_WAITING: usize = 64 << 20;
 
@@ -52,6 +54,7 @@ impl Log {
         } else {
             self.waiting.extend_from_slice(bytes);
         }
+        fault::point("log.append")?;
         self.flush()
     }
 
@@ -78,6 +81,21 @@ impl Log {
         result.with_context(|| {
             format!("cannot write {}; {} bytes wait for the next try{lost}", self.path.display(), self.waiting.len())
         })
+    }
+
+    /// Takes back what came after `length`.
+    ///
+    /// # Errors
+    /// Names the file that cannot be shortened.
+    pub fn rewind(&mut self, length: u64) -> Result<()> {
+        let waiting = length.saturating_sub(self.written) as usize;
+        self.waiting.truncate(waiting);
+        if length < self.written {
+            self.file.set_len(length).with_context(|| format!("cannot shorten {}", self.path.display()))?;
+            self.file.seek(SeekFrom::Start(length))?;
+            self.written = length;
+        }
+        Ok(())
     }
 
     /// Where it is.
@@ -107,8 +125,11 @@ mod tests {
         let mut log = Log::open(&path, length).unwrap();
         log.append(b"three\n").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"one\nthree\n");
+        log.rewind(length).unwrap();
+        log.append(b"four\n").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"one\nfour\n");
         let error = Log::open(&path, 100).err().unwrap().to_string();
-        assert!(error.contains("log has 10 bytes") && error.contains("100"), "{error}");
+        assert!(error.contains("log has 9 bytes") && error.contains("100"), "{error}");
     }
 
     #[test]

@@ -12,7 +12,8 @@ use super::journal::{Entry, Journal, Step};
 use super::{graph_options, reference};
 use crate::config::{self, Config};
 use crate::learn::TrainState;
-use crate::learn::stage::{Done, Learn, Observer};
+use crate::learn::stage::Learn;
+use crate::learn::{Done, Observer};
 use crate::model::export;
 use crate::prepare::{Prepared, prepare_policy};
 use crate::rollout::Rewarded;
@@ -188,7 +189,7 @@ struct Seen {
 impl Observer for Seen {
     fn group(&mut self, _done: u64, _of: u64) {}
 
-    fn step(&mut self, done: Done<'_>, state: &mut TrainState) -> Result<()> {
+    fn step(&mut self, done: Done<'_>, state: &TrainState) -> Result<()> {
         let (step, fingerprint) = self.expected.as_mut().and_then(|all| all.pop_front()).unwrap_or_default();
         ensure!(step == state.step, "step {} was taken where the journal has step {step}", state.step);
         ensure!(

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::Stop;
 use super::files::RunFiles;
 use crate::checkpoint::{Snapshot, Writer};
-use crate::learn::stage::{Done, Observer};
+use crate::learn::{Done, Observer};
 use crate::learn::{StepRecord, TrainState};
 use crate::ledger::Book;
 use crate::progress::Progress;
@@ -41,8 +41,8 @@ pub(super) struct Watcher {
     pub(super) step: u64,
     /// The figures that the mode is meant to raise.
     pub(super) objectives: &'static [&'static str],
-    /// All steps so far.
-    pub(super) records: Vec<StepRecord>,
+    /// Their course so far: one list for each.
+    pub(super) courses: Vec<Vec<f64>>,
 }
 
 /// When the next checkpoint is due.
@@ -81,7 +81,7 @@ impl Observer for Watcher {
         }
     }
 
-    fn step(&mut self, done: Done<'_>, state: &mut TrainState) -> Result<()> {
+    fn step(&mut self, done: Done<'_>, state: &TrainState) -> Result<()> {
         self.step = state.step;
         let mut record = done.record.clone();
         record.time("run_seconds", self.began.elapsed().as_secs_f64());
@@ -99,7 +99,10 @@ impl Observer for Watcher {
         if let Some(best) = &self.due.best {
             self.due.figures.push(record.get(best));
         }
-        self.records.push(record.clone());
+        self.courses.resize_with(self.objectives.len(), Vec::new);
+        for (name, course) in self.objectives.iter().zip(&mut self.courses) {
+            course.push(record.get(name));
+        }
         self.say(&line(&record, self.steps));
         if self.due.is_due(state.step) && state.step < self.steps && !self.writer.is_busy() {
             // Training goes on without it: it is tried again, and the end of the run insists.
@@ -159,13 +162,9 @@ impl Watcher {
 
     /// Says whether the mode's objectives rose: the first quarter of the run against the last, with standard errors.
     pub(super) fn rise(&self) {
-        let quarter = self.records.len() / 4;
-        if quarter < 2 {
-            return;
-        }
-        for name in self.objectives {
-            let course: Vec<f64> = self.records.iter().map(|record| record.get(name)).collect();
-            if course.iter().any(|value| !value.is_finite()) {
+        for (name, course) in self.objectives.iter().zip(&self.courses) {
+            let quarter = course.len() / 4;
+            if quarter < 2 || course.iter().any(|value| !value.is_finite()) {
                 continue;
             }
             let (first, last) = (moments(&course[..quarter]), moments(&course[course.len() - quarter..]));

@@ -120,6 +120,7 @@ pub fn learn_plan(config: &Config) -> LearnPlan {
         minibatches: learner.minibatches,
         seed: config.run.seed,
         max_nonfinite_steps: learner.max_nonfinite_steps,
+        micro_batch: learner.micro_batch,
     }
 }
 

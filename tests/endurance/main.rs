@@ -1,5 +1,6 @@
 //! Long trials of the whole program: killed at random, replayed, soaked. Without arguments, a short round of each.
 
+mod faults;
 mod kills;
 #[path = "../suite/mock_judge.rs"]
 #[allow(dead_code)]
@@ -30,6 +31,15 @@ enum Trial {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// Injects faults at every named point, at random moments and of random kinds.
+    Faults {
+        /// Faults.
+        #[arg(long, default_value_t = 34)]
+        count: u32,
+        /// Seed of the moments and kinds.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// Replays asynchronous runs from their journals.
     Replays {
         /// Replays of the one run.
@@ -50,15 +60,20 @@ enum Trial {
 fn main() -> ExitCode {
     // `cargo test NAME` hands NAME to every test program; nothing here is called so.
     let asked: Vec<String> = std::env::args().skip(1).collect();
-    let known = ["kills", "replays", "soak", "help", "--help", "-h"];
+    let known = ["kills", "faults", "replays", "soak", "help", "--help", "-h"];
     let trials = match asked.first() {
-        None => vec![Trial::Kills { count: 10, seed: 1 }, Trial::Replays { count: 3, steps: 20 }],
+        None => vec![
+            Trial::Kills { count: 10, seed: 1 },
+            Trial::Faults { count: 34, seed: 1 },
+            Trial::Replays { count: 3, steps: 20 },
+        ],
         Some(first) if known.contains(&first.as_str()) => Cli::parse().command.into_iter().collect(),
         Some(_) => return ExitCode::SUCCESS,
     };
     for trial in trials {
         let told = match trial {
             Trial::Kills { count, seed } => kills::trial(count, seed),
+            Trial::Faults { count, seed } => faults::trial(count, seed),
             Trial::Replays { count, steps } => replays::trial(count, steps),
             Trial::Soak { minutes } => soak::trial(minutes),
         };

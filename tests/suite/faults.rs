@@ -9,8 +9,8 @@ use anyhow::Result;
 use preceptor::config::Config;
 use preceptor::label::{Labeler, Labels};
 use preceptor::learn::TrainState;
-use preceptor::learn::stage::{Done, Observer};
 use preceptor::learn::value::ValueModel;
+use preceptor::learn::{Done, Observer};
 use preceptor::ledger::Book;
 use preceptor::ops::AdamWConfig;
 use preceptor::prepare::Prepared;
@@ -74,7 +74,7 @@ struct Notes(Arc<Mutex<Seen>>);
 impl Observer for Notes {
     fn group(&mut self, _done: u64, _of: u64) {}
 
-    fn step(&mut self, done: Done<'_>, _state: &mut TrainState) -> Result<()> {
+    fn step(&mut self, done: Done<'_>, _state: &TrainState) -> Result<()> {
         let mut seen = self.0.lock().unwrap();
         for group in done.batch {
             let list = if group.masked.is_some() { &mut seen.masked } else { &mut seen.trained };
@@ -177,4 +177,83 @@ fn a_learner_that_never_stops_ends_the_run_with_its_reason() {
     let (outcome, _) = drive(node);
     let Outcome::Failed { error, fatal: true, .. } = outcome else { panic!("{outcome:?}") };
     assert!(error.contains("still holds the weights"), "{error}");
+}
+
+/// Runs the program with a fault at a point of [`preceptor::fault::POINTS`].
+fn with_fault(dir: &Path, fault: &str, overrides: &[&str]) -> std::process::Output {
+    let mut command = crate::common::preceptor(dir);
+    command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(crate::common::small());
+    command.args(overrides.iter().flat_map(|one| ["--set", one])).args(["--set", "supervision.backoff_s=0.01"]);
+    command.env("FAILPOINTS", fault).output().unwrap()
+}
+
+#[test]
+fn a_device_that_runs_out_of_memory_goes_on_with_smaller_parts() {
+    // In the middle of the second step's groups; once a batch at a time, once within a batch of several steps.
+    for (overrides, fault) in [
+        (&["run.steps=3"][..], "learn.forward=6*off->2*return(CUDA_ERROR_OUT_OF_MEMORY)->off"),
+        (
+            &["run.steps=3", "learner.algorithm=ppo", "learner.epochs=2", "learner.minibatches=2"],
+            "learn.forward=15*off->1*return(out of memory)->off",
+        ),
+    ] {
+        let overrides = [overrides, &["learner.eta=0"]].concat();
+        let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let output = with_fault(dir.path(), fault, &overrides);
+        let text = crate::common::stderr(&output);
+        assert!(output.status.success(), "{text}");
+        assert!(text.contains("ran out of memory with 4 completions at a time; the batch goes on with 2"), "{text}");
+        assert!(!text.contains("restarting"), "{text}");
+        assert_eq!(text.contains("goes on with 1"), fault.contains("2*return"), "{text}");
+        assert!(crate::common::train(whole.path(), &overrides).status.success());
+        let figures = |dir: &Path| -> Vec<(f64, u64)> {
+            let steps = crate::common::metrics(&dir.join("run"));
+            let of = |step: &serde_json::Value| {
+                (step["gradient/norm"].as_f64().unwrap(), step["completions"].as_u64().unwrap())
+            };
+            steps.iter().map(of).collect()
+        };
+        let (broken, whole) = (figures(dir.path()), figures(whole.path()));
+        assert_eq!(broken.len(), 3);
+        for ((a, n), (b, m)) in broken.iter().zip(&whole).take(2) {
+            assert_eq!(n, m);
+            assert!((a - b).abs() < 1e-3 * b, "nothing is counted twice: {a} against {b}");
+        }
+    }
+    // Where a single completion is too much, it is an error like another.
+    let dir = tempfile::tempdir().unwrap();
+    let output = with_fault(dir.path(), "learn.forward=return(out of memory)", &["supervision.max_restarts=1"]);
+    let text = crate::common::stderr(&output);
+    assert!(!output.status.success() && text.contains("learn failed (1 restarts): out of memory"), "{text}");
+}
+
+#[test]
+fn a_reward_model_that_fails_between_learning_and_its_entry_learns_nothing_twice() {
+    let overrides =
+        ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
+    let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let output = with_fault(dir.path(), "reward.learn=5*off->1*return(lost)->off", &overrides);
+    let text = crate::common::stderr(&output);
+    assert!(output.status.success() && text.contains("restarting the graph"), "{text}");
+    assert!(crate::common::train(whole.path(), &overrides).status.success());
+    let metrics = |dir: &Path| crate::common::metrics(&dir.join("run"));
+    assert_eq!(metrics(dir.path()), metrics(whole.path()));
+}
+
+#[test]
+fn labels_that_are_paid_for_outlive_a_restart_of_the_graph() {
+    let dir = tempfile::tempdir().unwrap();
+    // The learner fails at the first step's end, twice; what is labeled by then is not asked about again.
+    let overrides = ["labeler.type=direct", "learner.eta=2", "run.steps=4", "checkpoint.every_steps=1"];
+    let output = with_fault(dir.path(), "learn.apply=2*return(broken)->off", &overrides);
+    let text = crate::common::stderr(&output);
+    assert!(output.status.success(), "{text}");
+    let scraped = std::fs::read_to_string(dir.path().join("run/metrics.prom")).unwrap();
+    let labels: u64 = scraped
+        .lines()
+        .filter(|line| line.starts_with("preceptor_labels_total{"))
+        .map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
+        .sum();
+    // 4 steps of 4 groups of 4. At most the group that a labeler had in hand at each restart is asked about again.
+    assert!((64..=64 + 2 * 4).contains(&labels), "{labels} labels\n{text}");
 }

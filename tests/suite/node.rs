@@ -331,3 +331,33 @@ fn fine_tuning_comes_first_and_makes_the_reference() {
     // The run starts at the fine-tuned weights, and they are what KL is measured from.
     assert!(metrics(&dir.path().join("run"))[0]["kl/mean"].as_f64().unwrap().abs() < 1e-2);
 }
+
+/// A group in parts is the same group: the first step's figures agree within rounding, for every way of going through a batch.
+#[test]
+fn a_smaller_micro_batch_changes_nothing_but_memory() {
+    let batch =
+        ["learner.algorithm=ppo", "learner.epochs=2", "learner.minibatches=2", "learner.whiten_advantages=true"];
+    let loss = ["learner.algorithm=grpo", "reward.kl=loss", "learner.entropy_coef=0.01"];
+    for overrides in [&[][..], &batch, &loss] {
+        let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let overrides = [&["learner.eta=0", "run.steps=2"], overrides].concat();
+        assert!(train(whole.path(), &overrides).status.success());
+        // Three do not divide four.
+        let output = train(parts.path(), &[&overrides[..], &["learner.micro_batch=3"]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        let (whole, parts) = (metrics(&whole.path().join("run")), metrics(&parts.path().join("run")));
+        assert_close(&whole[0], &parts[0], 1e-4);
+        assert_ne!(whole, parts, "the same to the last bit would mean that it was not done in parts");
+    }
+}
+
+#[track_caller]
+fn assert_close(a: &Value, b: &Value, tolerance: f64) {
+    for (name, value) in a.as_object().unwrap() {
+        if let (Some(a), Some(b)) = (value.as_f64(), b[name].as_f64()) {
+            assert!((a - b).abs() <= tolerance * (1.0 + a.abs()), "{name}: {a} against {b}");
+        } else {
+            assert_eq!(value, &b[name], "{name}");
+        }
+    }
+}

@@ -80,7 +80,7 @@ fn what_is_preferred_comes_to_score_higher_and_what_is_held_out_is_not_learned()
     for seq in 0..60 {
         let (group, p) = pair(seq);
         let before = (trainer.version(), trainer.trained());
-        let (scores, _) = trainer.observe(&group, &[(0, 1, p)]).unwrap();
+        let scores = trainer.observe(&group, &[(0, 1, p)]).unwrap().scores;
         assert_eq!(scores.len(), 2);
         if trainer.holds_out(&group.prompt) {
             held_out += 1;

@@ -1,0 +1,133 @@
+//! A fault at a point, at a moment, of a kind, all drawn from a seed; then the run must be finished, or have said one error
+//! and be finished by a resume, with the counts and weights of a run that nothing happened to.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use preceptor::fault::POINTS;
+
+use crate::run::{Random, last_checkpoint, metrics, to_the_end, train, trained};
+
+/// Learner steps of each run, and groups.
+const STEPS: u64 = 5;
+const GROUPS: u64 = 2 * STEPS;
+
+/// The run's watchdog restarts what stands still for this long.
+const WATCHDOG: Duration = Duration::from_secs(1);
+
+/// What a run may take: three restarts by the watchdog, with as much grace each, and a slow machine.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+pub fn trial(count: u32, seed: u64) -> Result<String> {
+    let dir = tempfile::tempdir()?;
+    let modes: [(&str, &[&str]); 2] = [
+        ("direct", &["checkpoint.every_steps=1"]),
+        ("distilled", &["run.mode=distilled", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=2"]),
+    ];
+    for (mode, overrides) in modes {
+        to_the_end(&mut train(dir.path(), &format!("whole-{mode}"), &settings(overrides)))?;
+    }
+    let mut random = Random(seed);
+    let mut ends: BTreeMap<&str, u32> = BTreeMap::new();
+    let mut struck = BTreeMap::new();
+    let mut longest = Duration::ZERO;
+    for i in 0..count {
+        let point = POINTS[i as usize % POINTS.len()];
+        let (mode, overrides) = modes[(i as usize / POINTS.len()) % modes.len()];
+        let kinds = ["1*return(injected)", "3*return(injected)", "10*return(injected)", "1*panic", "1*sleep(3000)"];
+        let kind = kinds[(random.share() * kinds.len() as f64) as usize];
+        let fault = format!("{point}={}*off->{kind}->off", (random.share() * 12.0) as u32);
+        let name = format!("fault-{i}");
+        let began = Instant::now();
+        let end = strike(dir.path(), &name, &fault, &settings(overrides))
+            .with_context(|| format!("fault {i} ({mode}): FAILPOINTS='{fault}'"))?;
+        longest = longest.max(began.elapsed());
+        *ends.entry(end).or_default() += 1;
+        *struck.entry(point).or_insert(0u32) += 1;
+        // A labeler that failed at every retry has left its pairs out, and the run is another one, rightly.
+        let same = point != "label.ask" || kind.starts_with("1*");
+        compare(&dir.path().join(&name), &dir.path().join(format!("whole-{mode}")), same)
+            .with_context(|| format!("fault {i} ({mode}): FAILPOINTS='{fault}'"))?;
+        std::fs::remove_dir_all(dir.path().join(&name))?;
+    }
+    let ends: Vec<String> = ends.iter().map(|(end, count)| format!("{count} {end}")).collect();
+    let least = struck.values().min().copied().unwrap_or_default();
+    Ok(format!(
+        "faults: {count} at {} points, at least {least} each, seed {seed}: {}; each run in the end with {GROUPS} groups trained once each and the weights and figures of an undisturbed one; the longest took {:.1} s, with a watchdog of {} s",
+        struck.len(),
+        ends.join(", "),
+        longest.as_secs_f64(),
+        WATCHDOG.as_secs(),
+    ))
+}
+
+fn settings(overrides: &[&str]) -> Vec<String> {
+    let common = [
+        format!("run.steps={STEPS}"),
+        "learner.eta=0".into(),
+        "supervision.backoff_s=0.01".into(),
+        "supervision.max_backoff_s=0.05".into(),
+        format!("supervision.stall_after_s={}", WATCHDOG.as_secs_f64() / 2.0),
+        format!("supervision.restart_after_s={}", WATCHDOG.as_secs_f64()),
+        "supervision.halt_grace_s=4".into(),
+        "checkpoint.retry_s=0".into(),
+    ];
+    common.into_iter().chain(overrides.iter().map(|one| (*one).to_owned())).collect()
+}
+
+/// Runs with the fault, and resumes without it where that ended the run. Says how it ended.
+fn strike(dir: &Path, name: &str, fault: &str, overrides: &[String]) -> Result<&'static str> {
+    let (status, text) = within(train(dir, name, overrides).env("FAILPOINTS", fault))?;
+    if status {
+        let quiet = !text.contains("restarting the graph") && !text.contains("training goes on");
+        return Ok(if quiet { "finished undisturbed" } else { "finished after restarts or retries" });
+    }
+    // A panic says a line of its own before; the error is one.
+    let errors = text.lines().filter(|line| line.starts_with("error: ")).count();
+    ensure!(errors == 1, "the run ended with {errors} errors: {text}");
+    let (status, text) = within(train(dir, name, overrides).arg("--resume"))?;
+    ensure!(status, "the run could not be resumed: {text}");
+    Ok("ended with one error and finished by a resume")
+}
+
+/// Runs `command` to its end, which must come.
+fn within(command: &mut Command) -> Result<(bool, String)> {
+    let mut child = command.stderr(Stdio::piped()).spawn()?;
+    let mut errors = child.stderr.take().context("standard error is piped")?;
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut errors, &mut text).map(|_| text)
+    });
+    let began = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            let text = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+            return Ok((status.success(), text));
+        }
+        if began.elapsed() > DEADLINE {
+            child.kill()?;
+            let text = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+            bail!("the run hung: {text}");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn compare(run: &Path, whole: &Path, same: bool) -> Result<()> {
+    let seqs = trained(run)?;
+    ensure!(seqs == (0..GROUPS).collect::<Vec<_>>(), "groups were not trained once each, in order: {seqs:?}");
+    let (a, b) = (metrics(run)?, metrics(whole)?);
+    ensure!(a.len() == b.len(), "{} steps are in the metrics", a.len());
+    if !same {
+        return Ok(());
+    }
+    ensure!(a == b, "the figures differ from those of an undisturbed run");
+    let (a, b) = (last_checkpoint(run)?, last_checkpoint(whole)?);
+    for file in ["model.safetensors", "resume/optimizer.safetensors"] {
+        ensure!(std::fs::read(a.join(file))? == std::fs::read(b.join(file))?, "{file} differs");
+    }
+    Ok(())
+}
