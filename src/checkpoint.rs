@@ -10,6 +10,7 @@
 //!   SHA256SUMS                                   of all these, as `sha256sum -c` reads it
 //! ```
 
+pub mod mirror;
 pub mod read;
 pub mod shelf;
 pub mod sums;
@@ -23,6 +24,7 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+pub use mirror::Mirror;
 pub use read::Opened;
 pub use shelf::Shelf;
 pub use write::Form;

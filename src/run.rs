@@ -22,7 +22,7 @@ use preceptor_actors::{
     GraphEvent, GraphHandle, GraphOptions, Outcome, RestartPolicy, SnapshotCell, WatchdogPolicy, spawn_graph,
 };
 
-use crate::checkpoint::{Form, Identity, Lengths, Opened, Shelf, Writer, Written, shelf};
+use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, Written, shelf};
 use crate::config::{Config, Mode, WeightDtype};
 use crate::learn::TrainState;
 use crate::ledger::Book;
@@ -244,9 +244,10 @@ struct Start {
 }
 
 fn start(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Result<Start> {
+    let mirror = config.checkpoint.mirror.as_deref().map(Mirror::open).transpose()?;
     let shelf = |dir: &RunDir| {
         let keep = &config.checkpoint;
-        Arc::new(Shelf::new(dir.path(), keep.keep, keep.best.is_some()))
+        Arc::new(Shelf::new(dir.path(), keep.keep, keep.best.is_some()).mirrored(mirror))
     };
     match from {
         From::Beginning => {
@@ -256,6 +257,9 @@ fn start(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Result<Start
         From::Latest => {
             let dir = RunDir::resume(config, run_dir)?;
             let shelf = shelf(&dir);
+            if let Some(path) = shelf.bring()? {
+                say!("brought   {}", path.display());
+            }
             let checkpoint = shelf.latest(|line| say!("{line}"))?;
             Ok(Start { dir, checkpoint, shelf })
         }

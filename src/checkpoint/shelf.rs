@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::{Form, Opened, Snapshot, Written};
+use super::{Form, Mirror, Opened, Snapshot, Written};
 use crate::fault;
 
 /// What follows the name of a checkpoint whose place a newer one of the same step takes.
@@ -19,6 +19,8 @@ pub struct Shelf {
     keep: usize,
     /// Whether the best one is, besides.
     best: bool,
+    /// Where copies go.
+    mirror: Option<Mirror>,
 }
 
 impl Shelf {
@@ -41,7 +43,12 @@ impl Shelf {
                 tracing::warn!("cannot clear {}: {error}", entry.path().display());
             }
         }
-        Self { dir, keep: keep.max(1), best }
+        Self { dir, keep: keep.max(1), best, mirror: None }
+    }
+
+    /// The same, with copies in `mirror`.
+    pub fn mirrored(self, mirror: Option<Mirror>) -> Self {
+        Self { mirror, ..self }
     }
 
     /// The folder.
@@ -96,6 +103,30 @@ impl Shelf {
                     snapshot.step(),
                     self.dir.display()
                 )))
+            }
+        }
+    }
+
+    /// Copies the checkpoint at `path` to the mirror, if there is one.
+    ///
+    /// # Errors
+    /// What could not be copied where. The next one is tried anew.
+    pub fn copy(&self, path: &Path) -> Result<()> {
+        self.mirror.as_ref().map_or(Ok(()), |mirror| mirror.put(path, self.keep))
+    }
+
+    /// Brings the mirror's latest here, if it is later than what is here.
+    ///
+    /// # Errors
+    /// A mirror that does not answer, or whose copy is damaged.
+    pub fn bring(&self) -> Result<Option<PathBuf>> {
+        let Some(mirror) = &self.mirror else { return Ok(None) };
+        let here = self.all().last().and_then(|path| step(path));
+        match mirror.latest()?.filter(|there| Some(*there) > here) {
+            None => Ok(None),
+            Some(step) => {
+                std::fs::create_dir_all(&self.dir).with_context(|| format!("cannot make {}", self.dir.display()))?;
+                mirror.fetch(step, &self.dir).map(Some)
             }
         }
     }

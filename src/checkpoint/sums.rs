@@ -57,6 +57,14 @@ pub fn verify(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// All files below `dir`.
+///
+/// # Errors
+/// A folder that cannot be listed.
+pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+    Ok(walk(dir)?.0)
+}
+
 /// The file's sum and length.
 fn sum(path: &Path) -> Result<(String, u64)> {
     let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;

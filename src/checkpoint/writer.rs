@@ -28,11 +28,16 @@ impl Writer {
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
             for snapshot in snapshots {
                 let put = std::panic::AssertUnwindSafe(|| shelf.put(&form, &snapshot));
-                let written = std::panic::catch_unwind(put)
+                let mut written = std::panic::catch_unwind(put)
                     .unwrap_or_else(|_| Err(anyhow!("writing the checkpoint of step {} panicked", snapshot.step())));
                 // What it holds of the optimizer is let go before the next step asks.
                 drop(snapshot);
                 tell(&written);
+                if let Ok(Written { path, .. }) = &mut written
+                    && let Err(error) = shelf.copy(path)
+                {
+                    tell(&Err(error));
+                }
                 working.store(false, Ordering::SeqCst);
             }
         })?;

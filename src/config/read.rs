@@ -283,6 +283,7 @@ pub(super) fn checkpoint(document: &mut Document) -> Checkpoint {
         keep: s.checked("keep", 2, "at least 1", |n| *n >= 1),
         best: s.optional("best"),
         dtype: s.choice("dtype", WeightDtype::F32),
+        mirror: s.optional("mirror"),
         retry_s: s.checked("retry_s", 600.0, "from 0 up", |n| *n >= 0.0 && *n < 3e7),
         journal: s.get("journal", true),
     }

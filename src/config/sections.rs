@@ -455,6 +455,9 @@ pub struct Checkpoint {
     pub best: Option<String>,
     /// Of the weights that other programs open: `f32` (default) or `bf16`. A run is resumed from `f32` in any case.
     pub dtype: WeightDtype,
+    /// A place for copies of checkpoints, from which a run is resumed where there is none here: `s3://bucket/folder`,
+    /// `gs://bucket/folder` or `file:///folder`, one for each run. Credentials are in the environment. Default none.
+    pub mirror: Option<String>,
     /// Seconds for which the end of a run tries again to write its checkpoint, while somebody makes room. Default 600.
     pub retry_s: f64,
     /// Keep a journal of what the learner was given, for `preceptor replay`: about 16 bytes per token trained. Default true.

@@ -225,6 +225,7 @@ impl Config {
             ("journal", Value::Boolean(checkpoint.journal)),
         ]);
         optional(&mut table, "best", checkpoint.best.as_ref().map(text));
+        optional(&mut table, "mirror", checkpoint.mirror.as_ref().map(text));
         table
     }
 

@@ -87,6 +87,10 @@ impl Conclusion<'_> {
             let error = match self.shelf.put(self.form, snapshot) {
                 Ok(written) => {
                     telemetry::checkpoint(written.took, written.bytes);
+                    if let Err(error) = self.shelf.copy(&written.path) {
+                        telemetry::disk_error();
+                        say!("{error:#}; the original is in {}", written.path.display());
+                    }
                     return Ok(written.path);
                 }
                 Err(error) => error,

@@ -22,11 +22,13 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the file at `path`, made if need be, and cuts off what is beyond `length`.
+    /// Opens the file at `path` and cuts off what is beyond `length`. One that is not there at all begins: what was before is
+    /// where the run was before.
     ///
     /// # Errors
     /// A file that cannot be opened, or that is shorter.
     pub fn open(path: &Path, length: u64) -> Result<Self> {
+        let length = if path.exists() { length } else { 0 };
         let mut file = OpenOptions::new()
             .create(true)
             .truncate(false)

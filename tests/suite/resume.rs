@@ -270,3 +270,28 @@ fn a_reader_of_standard_error_that_goes_away_costs_nothing() {
     assert!(child.wait().unwrap().success());
     assert_eq!(metrics(&dir.path().join("run")).len(), 6);
 }
+
+#[test]
+fn a_run_whose_machine_is_gone_goes_on_from_its_mirror() {
+    let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mirror = format!("checkpoint.mirror=\"file://{}/mirror\"", dir.path().display());
+    let short = ["run.steps=3", "learner.eta=0", "checkpoint.every_steps=1", &mirror];
+    let long = ["run.steps=6", "learner.eta=0", "checkpoint.every_steps=1", &mirror];
+    let output = train(dir.path(), &short);
+    assert!(output.status.success(), "{}", stderr(&output));
+    std::fs::remove_dir_all(dir.path().join("run")).unwrap();
+    let output = resume(dir.path(), &long);
+    let text = stderr(&output);
+    assert!(output.status.success() && text.contains("brought   run/checkpoints/step-000003"), "{text}");
+    assert!(train(whole.path(), &long[..3]).status.success());
+    let run = dir.path().join("run");
+    assert_eq!(metrics(&run), metrics(&whole.path().join("run"))[3..]);
+    let weights = |run: &Path| std::fs::read(run.join("checkpoints/step-000006/model.safetensors")).unwrap();
+    assert!(weights(&run) == weights(&whole.path().join("run")));
+    let output = resume(dir.path(), &["run.steps=9", "learner.eta=0", "checkpoint.mirror=ftp://host/a"]);
+    assert!(
+        stderr(&output).contains("error: checkpoint.mirror = \"ftp://host/a\" cannot be used"),
+        "{}",
+        stderr(&output)
+    );
+}
