@@ -28,13 +28,12 @@ use crate::learn::TrainState;
 use crate::ledger::Book;
 use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
-use crate::reward::RewardTrainer;
 use crate::say;
 use crate::serve::{NodeState, serve, upkeep};
 use crate::telemetry;
 use crate::topology::labelers::labeler;
 use crate::topology::learning::{adam, lora, value_model};
-use crate::topology::{Node, trainer_plan};
+use crate::topology::{Node, reward_trainer};
 use conclusion::Conclusion;
 use files::{RunDir, RunFiles};
 use watcher::{Due, Watcher};
@@ -130,7 +129,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         value_model(&config, &prepared.policy)?,
         lora(&config).as_ref(),
     )?;
-    let reward_model = reward_model(&config, &prepared)?;
+    let reward_model = reward_trainer(&config, &prepared)?.map(|trainer| Arc::new(Mutex::new(trainer)));
     let book = match &checkpoint {
         None => Book::default(),
         Some(checkpoint) => {
@@ -312,16 +311,6 @@ fn announce(
             None => say!("{text}"),
         }
     }
-}
-
-/// The reward model that the mode trains, as it starts.
-fn reward_model(config: &Config, prepared: &Prepared) -> Result<Option<Arc<Mutex<RewardTrainer>>>> {
-    let Some(plan) = trainer_plan(config) else { return Ok(None) };
-    let trainer = match &prepared.reward_start {
-        Some(start) => RewardTrainer::new(&start.model, start.head.as_ref(), plan, adam(config)),
-        None => RewardTrainer::new(&prepared.policy, None, plan, adam(config)),
-    };
-    Ok(Some(Arc::new(Mutex::new(trainer?))))
 }
 
 /// Whether somebody asked the run to stop.

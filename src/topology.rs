@@ -151,6 +151,12 @@ impl Node {
         observer: &Arc<Mutex<dyn WarmUpObserver>>,
     ) -> StageResult<()> {
         let config = &self.config;
+        // What a warm-up that failed has taught it would be taught again: it begins as it did.
+        if builder.incarnation() > 0
+            && let Some(fresh) = reward_trainer(config, &self.prepared)?
+        {
+            *trainer.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
+        }
         let count = self.warm_up_groups();
         let gate = everything(count);
         let (trainer, observer) = (Arc::clone(trainer), Arc::clone(observer));
@@ -302,6 +308,20 @@ pub fn wants(config: &Config) -> Wants {
 /// Which completions of a group are compared.
 pub fn pairing(config: &Config) -> Pairing {
     if config.labeler.pairs == Pairs::All { Pairing::All } else { Pairing::Adjacent }
+}
+
+/// The reward model that the mode trains, as it starts; none where the mode has none.
+///
+/// # Errors
+/// When memory for it cannot be had.
+pub fn reward_trainer(config: &Config, prepared: &Prepared) -> Result<Option<RewardTrainer>> {
+    let Some(plan) = trainer_plan(config) else { return Ok(None) };
+    let adam = learning::adam(config);
+    let trainer = match &prepared.reward_start {
+        Some(start) => RewardTrainer::new(&start.model, start.head.as_ref(), plan, adam),
+        None => RewardTrainer::new(&prepared.policy, None, plan, adam),
+    };
+    trainer.map(Some)
 }
 
 /// How the mode's reward model is trained; none where the mode has none.

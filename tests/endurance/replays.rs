@@ -1,11 +1,9 @@
 //! An asynchronous run with two rollout actors, replayed.
 
-use std::process::Command;
-
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::run::{last_checkpoint, metrics, to_the_end, train};
+use crate::run::{last_checkpoint, metrics, program, to_the_end, train};
 
 pub fn trial(count: u32, steps: u64) -> Result<String> {
     let dir = tempfile::tempdir()?;
@@ -17,8 +15,7 @@ pub fn trial(count: u32, steps: u64) -> Result<String> {
     let weights = about["policy"].as_str().context("a checkpoint has its policy's fingerprint")?;
     let stale = metrics(&run)?.iter().filter_map(|step| step["staleness/max"].as_u64()).max().unwrap_or_default();
     for _ in 0..count {
-        let output =
-            Command::new(env!("CARGO_BIN_EXE_preceptor")).current_dir(dir.path()).args(["replay", "run"]).output()?;
+        let output = program().current_dir(dir.path()).args(["replay", "run"]).output()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         ensure!(
             text == format!("{steps} steps, weights {weights}, as in the run\n"),

@@ -7,10 +7,16 @@ use anyhow::{Context, Result, ensure};
 use preceptor::run::journal::{Entry, Journal};
 use serde_json::Value;
 
+/// The program: the one that was built with the trial, or the one that `PRECEPTOR_PROGRAM` names, so that a long trial is
+/// not disturbed by the next build.
+pub fn program() -> Command {
+    Command::new(std::env::var_os("PRECEPTOR_PROGRAM").unwrap_or_else(|| env!("CARGO_BIN_EXE_preceptor").into()))
+}
+
 /// `preceptor train` of the offline configuration in `dir/NAME`, no server, in steps of a few hundredths of a second.
 pub fn train(dir: &Path, name: &str, overrides: &[String]) -> Command {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/offline.toml");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_preceptor"));
+    let mut command = program();
     command.current_dir(dir).arg("train").arg(config).args(["--run-dir", name]);
     let small = [
         "serve.enabled=false",

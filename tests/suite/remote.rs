@@ -174,7 +174,7 @@ fn a_judge_that_dies_for_a_time_stops_the_run_and_masks_no_group() {
     let dir = tempfile::tempdir().unwrap();
     let remote = |more: &str| {
         format!(
-            "labeler.remote={{ url = \"{}\", model = \"mock\", timeout_s = 0.2, backoff_s = 0.005, max_backoff_s = 0.02, retries = 1, deadline_s = 1, breaker_failures = 3, breaker_cooldown_s = 0.3{more} }}",
+            "labeler.remote={{ url = \"{}\", model = \"mock\", timeout_s = 0.2, backoff_s = 0.005, max_backoff_s = 0.02, retries = 0, deadline_s = 1, breaker_failures = 1, breaker_cooldown_s = 0.3{more} }}",
             mock.url
         )
     };
