@@ -197,6 +197,13 @@ mod tests {
             &["x.toml:8: policy.lora: targets: \"q\" is none of q_proj", "x.toml:8: policy.lora: ranks: unknown key"],
         );
         check("[serve]\nlisten = \"0.0.0.0:1\"\n", &["x.toml:9: serve.listen: 0.0.0.0:1 can be reached"]);
+        // What stands where a variable's name belongs may be the secret, and is not repeated.
+        let secret = "[serve]\nlisten = \"0.0.0.0:1\"\ntoken_env = \"sk-0123\"\n";
+        check(secret, &["x.toml:10: serve.token_env: is no name of an environment variable; it names the variable"]);
+        let secret = "[labeler]\ntype = \"direct\"\nremote = { url = \"http://me:sk-0@h\", model = \"m\" }\n";
+        check(secret, &["x.toml:10: labeler.remote: url: holds a user's name or a password, which would stand in logs"]);
+        let secret = "[labeler]\ntype = \"direct\"\nremote = { url = \"http://h\", model = \"m\", api_key_env = \"sk-0\" }\n";
+        check(secret, &["x.toml:10: labeler.remote: api_key_env: is no name of an environment variable; it names the"]);
         check("[serve]\nlisten = \"here\"\n", &["x.toml:9: serve.listen: \"here\" is no address"]);
         check("[supervision]\nbackoff_s = -1\n", &["x.toml:9: supervision.backoff_s: -1 is out of range"]);
         check(

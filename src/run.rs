@@ -21,7 +21,7 @@ use crate::learn::TrainState;
 use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
 use crate::reward::RewardTrainer;
-use crate::serve::{NodeState, serve};
+use crate::serve::{NodeState, Token, serve};
 use crate::telemetry;
 use crate::topology::labelers::labeler;
 use crate::topology::learning::{adam, lora, value_model};
@@ -46,11 +46,12 @@ pub struct Summary {
 /// One error that names what went wrong. Whatever steps were finished before it are in the checkpoint that the
 /// error, or the lines before it, name.
 pub async fn train(config: Config, run_dir: Option<PathBuf>) -> Result<Summary> {
+    let token = Token::from_env(&config.serve)?;
     let files = RunFiles::create(&config, run_dir)?;
     let metrics = telemetry::install()?;
     let node_state = NodeState::new(&config.run.name, metrics);
     if config.serve.enabled {
-        let bound = serve(config.serve.listen, Arc::clone(&node_state)).await?;
+        let bound = serve(config.serve.listen, token, Arc::clone(&node_state)).await?;
         eprintln!("serving   http://{bound}/metrics  /status  /healthz  /readyz");
     }
     eprintln!("run       {}", files.dir().display());

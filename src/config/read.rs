@@ -287,9 +287,11 @@ pub(super) fn serve(document: &mut Document) -> Serve {
     let mut s = document.section("serve");
     let default = SocketAddr::from(([127, 0, 0, 1], 9464));
     let text: String = s.get("listen", default.to_string());
+    let guarded = s.has("token_env");
+    let token_env = variable(&mut s, "token_env");
     let listen = match text.parse::<SocketAddr>() {
-        Ok(address) if !address.ip().is_loopback() => {
-            s.error("listen", &format!("{address} can be reached from other machines, and the endpoints ask for no token yet; use 127.0.0.1"));
+        Ok(address) if !address.ip().is_loopback() && !guarded => {
+            s.error("listen", &format!("{address} can be reached from other machines; name the environment variable that holds a bearer token in serve.token_env, or use 127.0.0.1"));
             default
         }
         Ok(address) => address,
@@ -298,7 +300,19 @@ pub(super) fn serve(document: &mut Document) -> Serve {
             default
         }
     };
-    Serve { enabled: s.get("enabled", true), listen }
+    Serve { enabled: s.get("enabled", true), listen, token_env }
+}
+
+/// The name of an environment variable that holds a secret. What is no such name may be the secret itself, so it is not
+/// repeated.
+pub(super) fn variable(s: &mut Section<'_>, key: &'static str) -> Option<String> {
+    let name: String = s.optional(key)?;
+    let letters = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    if name.is_empty() || !letters || name.starts_with(|c: char| c.is_ascii_digit()) {
+        s.error(key, "is no name of an environment variable; it names the variable that holds the secret, and is not the secret itself");
+        return None;
+    }
+    Some(name)
 }
 
 pub(super) fn supervision(document: &mut Document) -> Supervision {

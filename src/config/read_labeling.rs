@@ -5,7 +5,7 @@ use std::path::Path;
 use toml::Value;
 
 use super::labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, RemoteJudge};
-use super::read::{capacity, reference, workers};
+use super::read::{capacity, reference, variable, workers};
 use super::reader::{Document, Section};
 
 pub(super) fn labeler(document: &mut Document, folder: &Path) -> Labeler {
@@ -93,6 +93,10 @@ fn remote(s: &mut Section<'_>) -> Option<RemoteJudge> {
     if !url.is_empty() && !url.starts_with("http://") && !url.starts_with("https://") {
         s.error("url", &format!("{url:?} is no address; it begins with http:// or https://"));
     }
+    let authority = url.split("://").nth(1).unwrap_or_default().split('/').next().unwrap_or_default();
+    if authority.contains('@') {
+        s.error("url", "holds a user's name or a password, which would stand in logs and in the run's directory; give the key by api_key_env");
+    }
     let whole = |s: &mut Section<'_>, key, default| s.checked(key, default, "at least 1", |n: &usize| *n >= 1);
     let seconds = |s: &mut Section<'_>, key, default| {
         s.checked(key, default, "above 0 seconds, and at most a day", |n: &f64| *n > 0.0 && *n <= 86_400.0)
@@ -103,7 +107,7 @@ fn remote(s: &mut Section<'_>) -> Option<RemoteJudge> {
         url,
         model: s.required("model", "the model's name on the server"),
         api: s.choice("api", RemoteApi::Chat),
-        api_key_env: s.optional("api_key_env"),
+        api_key_env: variable(&mut s, "api_key_env"),
         system: s.optional("system"),
         evidence: s.choice("evidence", Evidence::Auto),
         votes: whole(&mut s, "votes", default.votes),

@@ -156,6 +156,13 @@ fn estimate(text: &str) -> u64 {
     (text.chars().count() as u64).div_ceil(4)
 }
 
+/// A body of JSON written anew, without needless escapes; `None` where it has none of them, or is no JSON.
+pub(super) fn rewritten(body: &[u8]) -> Option<Vec<u8>> {
+    let escaped = body.windows(2).any(|pair| pair == b"\\u" || pair == b"\\/");
+    let value: Value = serde_json::from_slice(body).ok().filter(|_| escaped)?;
+    serde_json::to_vec(&value).ok()
+}
+
 /// The beginning of a text, on one line.
 pub fn excerpt(text: &str) -> String {
     let line: String = text.chars().take(160).map(|c| if c.is_control() { ' ' } else { c }).collect();

@@ -16,6 +16,7 @@ mod optimum;
 mod refusals;
 mod remote;
 mod reward_model;
+mod secrets;
 mod sharing;
 mod smollm2;
 mod tidy;
