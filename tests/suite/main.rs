@@ -8,6 +8,7 @@ mod common;
 mod cuda;
 mod families;
 mod faults;
+mod hardening;
 mod labelers;
 mod lora;
 mod mock_judge;
