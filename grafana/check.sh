@@ -5,7 +5,8 @@
 #
 # Needs prometheus, promtool, curl and python3 on PATH (Debian: apt-get install prometheus curl python3).
 # PORT is where that Prometheus listens (19090), WAIT_S how long the node may take to fill every panel (120): a panel
-# of step durations has data only after a step.
+# of step durations has data only after a step. TOKEN_FILE names the file that holds the node's bearer token, where it
+# asks for one.
 set -euo pipefail
 
 node=127.0.0.1:9464
@@ -36,11 +37,19 @@ trap clean EXIT
 echo "== configuration"
 # The shipped file with this node as its target, scraped each second so that rates are there soon.
 sed -e "s/127\.0\.0\.1:9464/$node/" -e 's/\(_interval:\) 5s/\1 1s/' "$here/prometheus.yml" >"$scratch/prometheus.yml"
+bearer=()
+if [[ -n ${TOKEN_FILE:-} ]]; then
+    token_file=$(realpath "$TOKEN_FILE")
+    sed -i "s|^\( *\)- job_name: preceptor|&\n\1  authorization: { credentials_file: \"$token_file\" }|" "$scratch/prometheus.yml"
+    # Not as an argument, which other users of this machine could read.
+    printf 'Authorization: Bearer %s\n' "$(<"$token_file")" >"$scratch/header"
+    bearer=(--header "@$scratch/header")
+fi
 promtool check config "$here/prometheus.yml"
 promtool check config "$scratch/prometheus.yml" >/dev/null
 
 echo "== metrics of $node"
-curl --fail --silent --show-error --max-time 10 "http://$node/metrics" >"$scratch/metrics.txt"
+curl --fail --silent --show-error --max-time 10 "${bearer[@]}" "http://$node/metrics" >"$scratch/metrics.txt"
 promtool check metrics <"$scratch/metrics.txt"
 
 echo "== panels"
@@ -65,7 +74,7 @@ until curl --fail --silent --max-time 5 --get "$url/api/v1/query" \
 done
 
 # The page as it stands now: metrics that appear with the first step are on it too.
-until curl --fail --silent --show-error --max-time 10 "http://$node/metrics" >"$scratch/metrics.txt" &&
+until curl --fail --silent --show-error --max-time 10 "${bearer[@]}" "http://$node/metrics" >"$scratch/metrics.txt" &&
     python3 "$here/check_live.py" "$url" --names "$scratch/metrics.txt" "$@" >"$scratch/report.txt" 2>&1; do
     if ((SECONDS >= deadline)); then
         cat "$scratch/report.txt" >&2

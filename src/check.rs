@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use crate::config::Config;
 use crate::prepare::prepare;
+use crate::serve::Token;
 use crate::topology::labelers::Instrument;
 use crate::topology::learning::lora;
 use crate::topology::trainer_plan;
@@ -13,6 +14,7 @@ use crate::topology::trainer_plan;
 /// # Errors
 /// What a run would stumble over before its first step.
 pub fn check(config: &Config) -> Result<Vec<String>> {
+    Token::from_env(&config.serve)?;
     let prepared = prepare(config, true)?;
     let shape = prepared.policy.config();
     let parameters = shape.parameters() as f64;

@@ -21,6 +21,7 @@ pub use sections::{
     Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
 };
 
+use crate::bounded;
 use reader::Document;
 
 /// A run's configuration, valid as a whole.
@@ -58,7 +59,7 @@ pub struct Config {
 /// All mistakes at once.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
     let origin = path.display().to_string();
-    let text = std::fs::read_to_string(path).map_err(|error| {
+    let text = bounded::text(path, bounded::WRITTEN).map_err(|error| {
         ConfigErrors::one(&origin, "", &format!("cannot be read: {error}; see configs/ for files that work"))
     })?;
     let folder = path.parent().unwrap_or(Path::new(""));
@@ -168,6 +169,58 @@ mod tests {
     }
 
     #[test]
+    fn many_mistakes_are_counted_and_long_ones_cut() {
+        let many: String = (0..50_000).map(|i| format!("k{i} = 1\n")).collect();
+        let began = std::time::Instant::now();
+        let errors = read(&format!("{MINIMAL}[learner]\n{many}"), &[]).unwrap_err();
+        assert_eq!((errors.0.len(), errors.0[50].message.as_str()), (51, "and 49950 mistakes more"));
+        let long = "x".repeat(100_000);
+        let errors = read(&format!("{MINIMAL}[learner]\neta = \"{long}\"\n{long} = 1\n"), &[]).unwrap_err();
+        assert!(errors.to_string().len() < 3000, "{errors}");
+        let deep = format!("learner{}=1", ".a".repeat(50_000));
+        let errors = read(MINIMAL, &[&deep]).unwrap_err().to_string();
+        assert!(errors.contains("is not section.key=value") && errors.len() < 500, "{errors}");
+        assert!(
+            began.elapsed().as_secs() < 20,
+            "each mistake is looked for in the whole file, or each key in all others"
+        );
+    }
+
+    #[test]
+    fn sizes_that_no_machine_has_are_refused() {
+        for (section, key) in [
+            ("learner", "batch_groups"),
+            ("learner", "eta"),
+            ("learner", "epochs"),
+            ("learner", "minibatches"),
+            ("rollout", "capacity"),
+            ("rollout", "group_size"),
+            ("rollout", "max_new_tokens"),
+            ("reward", "capacity"),
+            ("labeler", "rationale_tokens"),
+            ("reward_model", "batch_pairs"),
+            ("reward_model", "warm_up_groups"),
+            ("sft", "steps"),
+            ("sft", "batch"),
+        ] {
+            let error = read(&format!("{MINIMAL}[{section}]\n{key} = 9223372036854775807\n"), &[]).unwrap_err();
+            let error = error.to_string();
+            assert!(error.contains(&format!("{section}.{key}: 9223372036854775807 is out of range")), "{error}");
+        }
+        for (key, set) in [
+            ("heads", "policy.model.scratch.heads=9223372036854775807"),
+            ("hidden", "policy.model.scratch.hidden=9223372036854775807"),
+            ("rank", "policy.lora.rank=9223372036854775807"),
+            ("resolve_timeout_s", "policy.resolve_timeout_s=9223372036854775807"),
+            ("steps", "run.steps=9223372036854775807"),
+            ("max_prompt_tokens", "data.max_prompt_tokens=9223372036854775807"),
+        ] {
+            let error = read(MINIMAL, &[set]).unwrap_err().to_string();
+            assert!(error.contains(&format!("{key}: 9223372036854775807 is out of range")), "{error}");
+        }
+    }
+
+    #[test]
     fn each_mistake_is_told_with_its_place_and_remedy() {
         check("[learner]\netta = 1\n", &["x.toml:9: learner.etta: unknown key; did you mean \"eta\"?"]);
         check("[lerner]\neta = 1\n", &["x.toml:8: lerner: unknown section; did you mean \"learner\"?"]);
@@ -197,6 +250,17 @@ mod tests {
             &["x.toml:8: policy.lora: targets: \"q\" is none of q_proj", "x.toml:8: policy.lora: ranks: unknown key"],
         );
         check("[serve]\nlisten = \"0.0.0.0:1\"\n", &["x.toml:9: serve.listen: 0.0.0.0:1 can be reached"]);
+        // What stands where a variable's name belongs may be the secret, and is not repeated.
+        let secret = "[serve]\nlisten = \"0.0.0.0:1\"\ntoken_env = \"sk-0123\"\n";
+        check(secret, &["x.toml:10: serve.token_env: is no name of an environment variable; it names the variable"]);
+        let secret = "[labeler]\ntype = \"direct\"\nremote = { url = \"http://me:sk-0@h\", model = \"m\" }\n";
+        check(
+            secret,
+            &["x.toml:10: labeler.remote: url: holds a user's name or a password, which would stand in logs"],
+        );
+        let secret =
+            "[labeler]\ntype = \"direct\"\nremote = { url = \"http://h\", model = \"m\", api_key_env = \"sk-0\" }\n";
+        check(secret, &["x.toml:10: labeler.remote: api_key_env: is no name of an environment variable; it names the"]);
         check("[serve]\nlisten = \"here\"\n", &["x.toml:9: serve.listen: \"here\" is no address"]);
         check("[supervision]\nbackoff_s = -1\n", &["x.toml:9: supervision.backoff_s: -1 is out of range"]);
         check(

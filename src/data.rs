@@ -21,6 +21,7 @@ use serde_json::Value;
 
 use crate::rollout::Prompt;
 use crate::seed::{self, mix};
+use crate::template;
 use crate::tokens::Tokenizer;
 use crate::tokens::chat::Message;
 
@@ -85,10 +86,7 @@ impl PromptFormat {
     }
 
     fn fill(&self, text: &str) -> Result<String> {
-        let mut environment = minijinja::Environment::new();
-        environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
-        environment
-            .render_str(&self.instruction, context! { prompt => text })
+        template::fill_text(&self.instruction, context! { prompt => text })
             .context("data.instruction is not a template that takes {{ prompt }}")
     }
 

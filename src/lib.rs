@@ -9,6 +9,7 @@
 
 pub mod algo;
 pub mod annotate;
+pub mod bounded;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;
@@ -36,5 +37,7 @@ pub mod sft;
 pub mod source;
 pub mod statistics;
 pub mod telemetry;
+pub mod template;
 pub mod tokens;
 pub mod topology;
+pub mod vetted;

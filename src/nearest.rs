@@ -1,8 +1,14 @@
 //! The name that a misspelt word was meant to be. A leaf.
 
+/// No name that is looked for is as long.
+const LONGEST: usize = 64;
+
 /// The name that `word` was most likely meant to be.
 pub fn nearest<'a>(word: &str, names: &[&'a str]) -> Option<&'a str> {
     // By the share of the longer word that has to change, so that "sha" means "sha256" and not "pip".
+    if word.len() > LONGEST {
+        return None;
+    }
     let share = |name: &str| distance(word, name) * 100 / word.len().max(name.len());
     names.iter().copied().min_by_key(|name| share(name)).filter(|name| share(name) <= 50)
 }

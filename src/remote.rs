@@ -5,6 +5,7 @@
 
 pub mod breaker;
 pub mod client;
+pub mod key;
 pub mod limit;
 pub mod outage;
 pub mod reading;
@@ -21,6 +22,7 @@ use crate::config::{Evidence, RemoteApi, RemoteJudge};
 use crate::label::backend::{Alive, Ask, Backend, Decoding, Refusal, Reply, Usage};
 use crate::seed;
 use client::Client;
+use key::Key;
 use reading::{Listed, split_prefixes, votes};
 use stats::RemoteStats;
 use wire::Request;
@@ -42,12 +44,7 @@ impl Remote {
     /// # Errors
     /// An API key that is asked for and not in the environment, or an address that is none.
     pub fn new(judge: RemoteJudge) -> Result<Self> {
-        let key = match &judge.api_key_env {
-            None => None,
-            Some(name) => Some(std::env::var(name).ok().filter(|key| !key.is_empty()).with_context(|| {
-                format!("the environment variable {name} (labeler.remote.api_key_env) is not set; it must hold the API key of {}", judge.url)
-            })?),
-        };
+        let key = judge.api_key_env.as_ref().map(|name| Key::from_env(name, &judge.url)).transpose()?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("preceptor-remote")

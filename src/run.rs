@@ -26,10 +26,10 @@ use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, 
 use crate::config::{Config, Mode, WeightDtype};
 use crate::learn::TrainState;
 use crate::ledger::Book;
-use crate::prepare::{Prepared, prepare};
+use crate::prepare::prepare;
 use crate::progress::Progress;
 use crate::say;
-use crate::serve::{NodeState, serve, upkeep};
+use crate::serve::{NodeState, Token, serve, upkeep};
 use crate::telemetry;
 use crate::topology::labelers::labeler;
 use crate::topology::learning::{adam, lora, value_model};
@@ -66,13 +66,14 @@ pub struct Summary {
 /// One error that names what went wrong. Whatever steps were finished before it are in the checkpoint that the
 /// error, or the lines before it, name.
 pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Result<Summary> {
+    let token = Token::from_env(&config.serve)?;
     let Start { dir, checkpoint, shelf } = start(&config, run_dir, &from)?;
     let changes = checkpoint.as_ref().map(|one| resume::compare(one, &config)).transpose()?.unwrap_or_default();
     let metrics = telemetry::install()?;
     upkeep(metrics.clone());
     let node_state = NodeState::new(&config.run.name, metrics);
     if config.serve.enabled {
-        let bound = serve(config.serve.listen, Arc::clone(&node_state)).await?;
+        let bound = serve(config.serve.listen, token, Arc::clone(&node_state)).await?;
         say!("serving   http://{bound}/metrics  /status  /healthz  /readyz");
     }
     say!("run       {}", dir.path().display());

@@ -1,12 +1,15 @@
-//! What the node answers over HTTP: `/metrics`, `/healthz`, `/readyz`, `/status`. Read-only.
+//! What the node answers over HTTP: `/metrics`, `/healthz`, `/readyz`, `/status`. Read-only: GET and HEAD.
+
+mod token;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context, Result};
-use axum::extract::State;
+use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -15,6 +18,10 @@ use serde_json::{Value, json};
 
 use crate::model::Decoder;
 use crate::telemetry;
+pub use token::Token;
+
+/// Answered to whoever asks: a supervisor of processes has no token, and learns no more than whether to restart.
+const OPEN: [&str; 2] = ["/healthz", "/readyz"];
 
 /// What the endpoints look at.
 pub struct NodeState {
@@ -82,12 +89,12 @@ impl NodeState {
     }
 }
 
-/// Binds `address` and serves until the program ends. Returns the address bound, whose port is chosen by the
-/// system where the configuration says 0.
+/// Binds `address` and serves until the program ends, with a `token` to those who have it. Returns the address bound,
+/// whose port is chosen by the system where the configuration says 0.
 ///
 /// # Errors
 /// When the address cannot be bound.
-pub async fn serve(address: SocketAddr, state: Arc<NodeState>) -> Result<SocketAddr> {
+pub async fn serve(address: SocketAddr, token: Option<Token>, state: Arc<NodeState>) -> Result<SocketAddr> {
     let listener = tokio::net::TcpListener::bind(address).await.with_context(|| {
         format!(
             "cannot listen on {address}; another run may: set serve.listen to a free port, or serve.enabled = false"
@@ -95,7 +102,7 @@ pub async fn serve(address: SocketAddr, state: Arc<NodeState>) -> Result<SocketA
     })?;
     let bound = listener.local_addr()?;
     tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, router(state)).await {
+        if let Err(error) = axum::serve(listener, router(state, token)).await {
             tracing::error!("the HTTP server ended: {error}");
         }
     });
@@ -114,13 +121,27 @@ pub fn upkeep(metrics: PrometheusHandle) {
     });
 }
 
-fn router(state: Arc<NodeState>) -> Router {
-    Router::new()
+fn router(state: Arc<NodeState>, token: Option<Token>) -> Router {
+    let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/status", get(async |State(state): State<Arc<NodeState>>| Json(state.status())))
-        .with_state(state)
+        .with_state(state);
+    // Around all routes and what is no route, so that nobody without the token learns which is which.
+    match token {
+        Some(token) => router.layer(from_fn_with_state(token, guard)),
+        None => router,
+    }
+}
+
+/// Lets through who carries the token, and who asks for what is open.
+async fn guard(State(token): State<Token>, request: Request, next: Next) -> Response {
+    if OPEN.contains(&request.uri().path()) || token.admits(request.headers()) {
+        return next.run(request).await;
+    }
+    let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
+    (StatusCode::UNAUTHORIZED, challenge, "this node asks for a bearer token (serve.token_env)\n").into_response()
 }
 
 async fn metrics(State(state): State<Arc<NodeState>>) -> impl IntoResponse {

@@ -13,7 +13,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
 
+use crate::bounded;
 use crate::source::ModelFiles;
+use crate::vetted;
 use chat::{Message, Template};
 
 /// A model's tokenizer. Cheap to clone.
@@ -63,8 +65,7 @@ impl Tokenizer {
 
     fn from_directory(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
+        let inner = vetted::tokenizer::read(&path)?;
         let config = optional_json(&dir.join("tokenizer_config.json"))?;
         let named = |name: &str| {
             let text = config[name].as_str().or_else(|| config[name]["content"].as_str());
@@ -86,9 +87,7 @@ impl Tokenizer {
 
     /// From the JSON form of a tokenizer.
     fn from_json(description: &Value, template: Option<String>, special: Special) -> Result<Self> {
-        let inner =
-            tokenizers::Tokenizer::from_bytes(serde_json::to_vec(description)?).map_err(|error| anyhow!(error))?;
-        Self::new(inner, template, special)
+        Self::new(vetted::tokenizer::parse(&serde_json::to_vec(description)?)?, template, special)
     }
 
     fn new(mut inner: tokenizers::Tokenizer, template: Option<String>, special: Special) -> Result<Self> {
@@ -176,6 +175,15 @@ impl Tokenizer {
         self
     }
 
+    /// The same tokenizer, with another chat template, as models carry it in `chat_template.jinja`.
+    ///
+    /// # Errors
+    /// A template that is no Jinja.
+    pub fn with_chat_template(mut self, source: String) -> Result<Self> {
+        self.template = Some(Arc::new(Template::new(source)?));
+        Ok(self)
+    }
+
     /// The id of the token that is written `token`.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
@@ -246,7 +254,7 @@ fn optional_json(path: &Path) -> Result<Value> {
 }
 
 fn optional_text(path: &Path) -> Result<Option<String>> {
-    match std::fs::read_to_string(path) {
+    match bounded::text(path, bounded::DESCRIPTION) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),

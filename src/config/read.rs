@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use toml::Value;
 
-use super::reader::{Document, Section};
+use super::reader::{Document, Read, Section};
 use super::sections::{
     AlgorithmKind, AverageKind, Checkpoint, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner,
     LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights, Run,
@@ -20,7 +20,20 @@ pub(super) fn workers(section: &mut Section<'_>, key: &'static str) -> usize {
 }
 
 pub(super) fn capacity(section: &mut Section<'_>) -> usize {
-    section.checked("capacity", 2, "at least 1", |n| *n >= 1)
+    count(section, "capacity", 2, 1 << 16)
+}
+
+/// Most tokens of anything.
+pub(super) const TOKENS: usize = 1 << 24;
+/// Most groups, pairs or passes of anything.
+const MANY: u64 = 1 << 20;
+
+/// A number from 1 to `most`: above that memory is not to be had, or sums overflow.
+pub(super) fn count<T>(section: &mut Section<'_>, key: &'static str, default: T, most: T) -> T
+where
+    T: Read + std::fmt::Display + PartialOrd + From<u8>,
+{
+    section.checked(key, default, &format!("from 1 to {most}"), |n| *n >= T::from(1) && *n <= most)
 }
 
 pub(super) fn run(document: &mut Document) -> Run {
@@ -30,7 +43,7 @@ pub(super) fn run(document: &mut Document) -> Run {
         s.error("name", &format!("{name:?} may hold small letters, digits, - and _ only; it names a folder"));
     }
     let steps = if s.has("steps") {
-        s.checked("steps", 1, "at least 1", |n: &u64| *n >= 1)
+        count(&mut s, "steps", 1, 1 << 40)
     } else {
         s.required("steps", "the number of learner steps")
     };
@@ -57,7 +70,7 @@ pub(super) fn data(document: &mut Document, folder: &Path) -> Data {
         chat: s.get("chat", true),
         system: s.optional("system"),
         shuffle: s.get("shuffle", true),
-        max_prompt_tokens: s.checked("max_prompt_tokens", 512, "at least 1", |n| *n >= 1),
+        max_prompt_tokens: count(&mut s, "max_prompt_tokens", 512, TOKENS),
         on_long: s.choice("on_long", OnLong::Error),
     }
 }
@@ -86,14 +99,14 @@ fn rest_of_policy(mut s: Section<'_>, model: PolicyModel) -> Policy {
     if device != "cpu" && !matches!(ordinal, Some(Ok(_))) {
         s.error("device", &format!("{device:?} is neither \"cpu\" nor \"cuda:N\""));
     }
-    let resolve_timeout_s = s.checked("resolve_timeout_s", 20, "at least 1", |n| *n >= 1);
+    let resolve_timeout_s = count(&mut s, "resolve_timeout_s", 20, 86_400);
     Policy { model, device, resolve_timeout_s, lora: lora(&mut s) }
 }
 
 fn lora(s: &mut Section<'_>) -> Option<LoraConfig> {
     const TARGETS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
     let mut s = s.inner("lora")?;
-    let rank = s.checked("rank", 16, "at least 1", |n| *n >= 1);
+    let rank = count(&mut s, "rank", 16, 1 << 16);
     let alpha = s.checked("alpha", 2.0 * rank as f64, "above 0", |n| *n > 0.0);
     let targets: Vec<String> = s.get("targets", TARGETS.map(str::to_owned).to_vec());
     match targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {
@@ -106,14 +119,14 @@ fn lora(s: &mut Section<'_>) -> Option<LoraConfig> {
 
 fn scratch_model(document: &mut Document) -> Scratch {
     let mut s = document.nested("policy", "model", "scratch");
-    let size = |s: &mut Section<'_>, key, default| s.checked(key, default, "at least 1", |n: &usize| *n >= 1);
+    let size = |s: &mut Section<'_>, key, default| count(s, key, default, 1 << 16);
     let scratch = Scratch {
         hidden: size(&mut s, "hidden", 64),
         layers: size(&mut s, "layers", 2),
         heads: size(&mut s, "heads", 4),
         kv_heads: size(&mut s, "kv_heads", 2),
         intermediate: size(&mut s, "intermediate", 176),
-        context: size(&mut s, "context", 1024),
+        context: count(&mut s, "context", 1024, TOKENS),
         seed: s.get("seed", 0),
         init_std: s.checked("init_std", 0.02, "above 0", |n| *n > 0.0),
     };
@@ -157,11 +170,11 @@ pub(super) fn rollout(document: &mut Document) -> Rollout {
         group_size: s.checked(
             "group_size",
             8,
-            "at least 2: a completion is compared with the rest of its group",
-            |n| *n >= 2,
+            "from 2 to 4096: a completion is compared with the rest of its group",
+            |n| (2..=4096).contains(n),
         ),
         slots: s.checked("slots", 32, "from 1 to 64", |n| (1..=64).contains(n)),
-        max_new_tokens: s.checked("max_new_tokens", 64, "at least 1", |n| *n >= 1),
+        max_new_tokens: count(&mut s, "max_new_tokens", 64, TOKENS),
         temperature: s.checked("temperature", 0.9, "above 0", |n| *n > 0.0),
         top_k: s.get("top_k", 0),
         top_p: s.checked("top_p", 1.0, "above 0, at most 1", |n| *n > 0.0 && *n <= 1.0),
@@ -184,12 +197,12 @@ pub(super) fn reward_model(document: &mut Document, folder: &Path) -> RewardMode
     RewardModel {
         model: reference(&mut s, folder),
         pairs,
-        warm_up_groups: s.checked("warm_up_groups", 16, "at least 1", |n| *n >= 1),
-        epochs: s.checked("epochs", 1, "at least 1", |n| *n >= 1),
+        warm_up_groups: count(&mut s, "warm_up_groups", 16, MANY),
+        epochs: count(&mut s, "epochs", 1, MANY),
         online: s.get("online", true),
         lr: s.checked("lr", 1e-5, "above 0", |n| *n > 0.0),
         head_lr: s.checked("head_lr", 1e-3, "above 0", |n| *n > 0.0),
-        batch_pairs: s.checked("batch_pairs", 32, "at least 1", |n| *n >= 1),
+        batch_pairs: count(&mut s, "batch_pairs", 32, 1 << 20),
         max_grad_norm: s.checked("max_grad_norm", 1.0, "above 0", |n| *n > 0.0),
         labels: s.choice("labels", LabelForm::Soft),
         holdout: s.checked("holdout", 0.1, "from 0 to below 1", |n| (0.0..1.0).contains(n)),
@@ -199,8 +212,8 @@ pub(super) fn reward_model(document: &mut Document, folder: &Path) -> RewardMode
 pub(super) fn sft(document: &mut Document) -> Sft {
     let mut s = document.section("sft");
     Sft {
-        steps: s.get("steps", 0),
-        batch: s.checked("batch", 8, "at least 1", |n| *n >= 1),
+        steps: s.checked("steps", 0, "below a trillion", |n| *n < 1 << 40),
+        batch: count(&mut s, "batch", 8, MANY),
         lr: s.checked("lr", 1e-5, "above 0", |n| *n > 0.0),
     }
 }
@@ -251,10 +264,10 @@ pub(super) fn learner(document: &mut Document) -> Learner {
         dpo_beta: s.checked("dpo_beta", 0.1, "above 0", |n| *n > 0.0),
         dpo_labels: s.choice("dpo_labels", LabelForm::Hard),
         dpo_loss: s.choice("dpo_loss", DpoLoss::Sigmoid),
-        batch_groups: s.checked("batch_groups", 4, "at least 1", |n| *n >= 1),
-        epochs: s.checked("epochs", 1, "at least 1", |n| *n >= 1),
-        minibatches: s.checked("minibatches", 1, "at least 1", |n| *n >= 1),
-        eta: s.get("eta", 1),
+        batch_groups: count(&mut s, "batch_groups", 4, MANY),
+        epochs: count(&mut s, "epochs", 1, MANY),
+        minibatches: count(&mut s, "minibatches", 1, 1 << 20),
+        eta: s.checked("eta", 1, &format!("from 0 to {MANY}"), |n| *n <= MANY),
         threads: workers(&mut s, "threads"),
         lr: s.checked("lr", 1e-5, "above 0", |n| *n > 0.0),
         min_lr: s.checked("min_lr", 0.0, "from 0 up", |n| *n >= 0.0),
@@ -293,9 +306,11 @@ pub(super) fn serve(document: &mut Document) -> Serve {
     let mut s = document.section("serve");
     let default = SocketAddr::from(([127, 0, 0, 1], 9464));
     let text: String = s.get("listen", default.to_string());
+    let guarded = s.has("token_env");
+    let token_env = variable(&mut s, "token_env");
     let listen = match text.parse::<SocketAddr>() {
-        Ok(address) if !address.ip().is_loopback() => {
-            s.error("listen", &format!("{address} can be reached from other machines, and the endpoints ask for no token yet; use 127.0.0.1"));
+        Ok(address) if !address.ip().is_loopback() && !guarded => {
+            s.error("listen", &format!("{address} can be reached from other machines; name the environment variable that holds a bearer token in serve.token_env, or use 127.0.0.1"));
             default
         }
         Ok(address) => address,
@@ -304,7 +319,19 @@ pub(super) fn serve(document: &mut Document) -> Serve {
             default
         }
     };
-    Serve { enabled: s.get("enabled", true), listen }
+    Serve { enabled: s.get("enabled", true), listen, token_env }
+}
+
+/// The name of an environment variable that holds a secret. What is no such name may be the secret itself, so it is not
+/// repeated.
+pub(super) fn variable(s: &mut Section<'_>, key: &'static str) -> Option<String> {
+    let name: String = s.optional(key)?;
+    let letters = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    if name.is_empty() || !letters || name.starts_with(|c: char| c.is_ascii_digit()) {
+        s.error(key, "is no name of an environment variable; it names the variable that holds the secret, and is not the secret itself");
+        return None;
+    }
+    Some(name)
 }
 
 pub(super) fn supervision(document: &mut Document) -> Supervision {

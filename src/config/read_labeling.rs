@@ -5,7 +5,7 @@ use std::path::Path;
 use toml::Value;
 
 use super::labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, RemoteJudge};
-use super::read::{capacity, reference, workers};
+use super::read::{TOKENS, capacity, count, reference, variable, workers};
 use super::reader::{Document, Section};
 
 pub(super) fn labeler(document: &mut Document, folder: &Path) -> Labeler {
@@ -68,7 +68,7 @@ fn method(s: &mut Section<'_>, folder: &Path) -> Method {
         shots: s.get("shots", 0),
         both_orders: s.get("both_orders", true),
         cot: s.get("cot", false),
-        rationale_tokens: s.checked("rationale_tokens", 512, "at least 1", |n| *n >= 1),
+        rationale_tokens: count(s, "rationale_tokens", 512, TOKENS),
         rationales: s.checked("rationales", 1, "from 1 to 64", |n| (1..=64).contains(n)),
         rationale_temperature: s.checked("rationale_temperature", 0.0, "from 0 up", |n| *n >= 0.0),
     };
@@ -94,7 +94,10 @@ fn remote(s: &mut Section<'_>) -> Option<RemoteJudge> {
     if !url.is_empty() && !url.starts_with("http://") && !url.starts_with("https://") {
         s.error("url", &format!("{url:?} is no address; it begins with http:// or https://"));
     }
-    let whole = |s: &mut Section<'_>, key, default| s.checked(key, default, "at least 1", |n: &usize| *n >= 1);
+    let authority = url.split("://").nth(1).unwrap_or_default().split('/').next().unwrap_or_default();
+    if authority.contains('@') {
+        s.error("url", "holds a user's name or a password, which would stand in logs and in the run's directory; give the key by api_key_env");
+    }
     let seconds = |s: &mut Section<'_>, key, default| {
         s.checked(key, default, "above 0 seconds, and at most a day", |n: &f64| *n > 0.0 && *n <= 86_400.0)
     };
@@ -104,11 +107,11 @@ fn remote(s: &mut Section<'_>) -> Option<RemoteJudge> {
         url,
         model: s.required("model", "the model's name on the server"),
         api: s.choice("api", RemoteApi::Chat),
-        api_key_env: s.optional("api_key_env"),
+        api_key_env: variable(&mut s, "api_key_env"),
         system: s.optional("system"),
         evidence: s.choice("evidence", Evidence::Auto),
-        votes: whole(&mut s, "votes", default.votes),
-        concurrency: whole(&mut s, "concurrency", default.concurrency),
+        votes: count(&mut s, "votes", default.votes, 1 << 10),
+        concurrency: count(&mut s, "concurrency", default.concurrency, 1 << 16),
         requests_per_minute: s.get("requests_per_minute", 0),
         tokens_per_minute: s.get("tokens_per_minute", 0),
         timeout_s: seconds(&mut s, "timeout_s", default.timeout_s),
@@ -124,7 +127,7 @@ fn remote(s: &mut Section<'_>) -> Option<RemoteJudge> {
             .checked("outage_s", default.outage_s, "from 0 seconds up, and below a year", |n| *n >= 0.0 && *n < 3e7),
         price_prompt: price(&mut s, "price_prompt"),
         price_completion: price(&mut s, "price_completion"),
-        max_response_bytes: whole(&mut s, "max_response_bytes", default.max_response_bytes),
+        max_response_bytes: count(&mut s, "max_response_bytes", default.max_response_bytes, 1 << 30),
     })
 }
 

@@ -7,6 +7,13 @@ use toml::{Table, Value};
 use super::choice::Choice;
 use crate::nearest::nearest;
 
+/// Most mistakes that are told one by one: a person reads no more, and each is looked for in the whole file.
+const MOST_TOLD: usize = 50;
+/// Most characters of what is said of one.
+const LONGEST: usize = 1000;
+/// Most names in the path of an override.
+const DEEPEST: usize = 8;
+
 /// One mistake.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
@@ -50,13 +57,19 @@ pub(super) struct Document {
     overridden: Vec<String>,
     sections: Vec<&'static str>,
     errors: Vec<(usize, ConfigError)>,
+    /// Mistakes that are counted and not told.
+    more: usize,
 }
 
 impl Document {
     pub(super) fn new(text: &str, origin: &str, overrides: &[String]) -> Result<Self, ConfigErrors> {
         let root = text.parse::<Table>().map_err(|error| {
             let line = error.span().map_or(1, |span| line_of(text, span.start));
-            ConfigErrors::one(&format!("{origin}:{line}"), "", &format!("is not TOML: {}", error.message()))
+            ConfigErrors::one(
+                &format!("{origin}:{line}"),
+                "",
+                &format!("is not TOML: {}", cut(error.message(), LONGEST)),
+            )
         })?;
         let mut document = Self {
             origin: origin.into(),
@@ -65,6 +78,7 @@ impl Document {
             overridden: Vec::new(),
             sections: Vec::new(),
             errors: Vec::new(),
+            more: 0,
         };
         for text in overrides {
             document.set(text);
@@ -74,9 +88,10 @@ impl Document {
 
     fn set(&mut self, text: &str) {
         let parts = text.split_once('=').map(|(path, value)| (path.trim(), value.trim()));
-        let Some((path, value)) = parts.filter(|(path, _)| path.contains('.') && !path.split('.').any(str::is_empty))
-        else {
-            let message = format!("{text:?} is not section.key=value, such as learner.eta=0");
+        let named =
+            |path: &str| (2..=DEEPEST).contains(&path.split('.').count()) && !path.split('.').any(str::is_empty);
+        let Some((path, value)) = parts.filter(|(path, _)| named(path)) else {
+            let message = format!("{:?} is not section.key=value, such as learner.eta=0", cut(text, 100));
             self.errors.push((0, ConfigError { place: "--set".into(), key: String::new(), message }));
             return;
         };
@@ -153,8 +168,12 @@ impl Document {
 
     /// Notes a mistake at `key`.
     pub(super) fn error(&mut self, key: &str, message: &str) {
+        if self.errors.len() >= MOST_TOLD {
+            self.more += 1;
+            return;
+        }
         let (line, place) = self.place(key);
-        self.errors.push((line, ConfigError { place, key: key.into(), message: message.into() }));
+        self.errors.push((line, ConfigError { place, key: cut(key, 100), message: cut(message, LONGEST) }));
     }
 
     fn place(&self, key: &str) -> (usize, String) {
@@ -200,6 +219,10 @@ impl Document {
             self.error(&name, &format!("unknown section{}", suggestion(&name, &sections)));
         }
         self.errors.sort_by_key(|(line, _)| *line);
+        if self.more > 0 {
+            let message = format!("and {} mistakes more", self.more);
+            self.errors.push((usize::MAX, ConfigError { place: self.origin.clone(), key: String::new(), message }));
+        }
         if self.errors.is_empty() {
             Ok(config)
         } else {
@@ -389,6 +412,14 @@ read_whole!(u64, usize, u32);
 fn header(line: &str) -> Option<&str> {
     let name = line.split('#').next()?.trim().strip_prefix('[')?.strip_suffix(']')?.trim();
     name.chars().all(|c| c.is_alphanumeric() || "_-.[]".contains(c)).then_some(name)
+}
+
+/// The beginning of a text, of at most so many characters.
+fn cut(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text.to_owned(),
+    }
 }
 
 fn line_of(text: &str, offset: usize) -> usize {

@@ -478,8 +478,11 @@ pub enum WeightDtype {
 pub struct Serve {
     /// Whether the node answers over HTTP. Default true.
     pub enabled: bool,
-    /// Where; loopback only. Default 127.0.0.1:9464.
+    /// Where. Default 127.0.0.1:9464. An address that other machines can reach asks for `token_env`.
     pub listen: SocketAddr,
+    /// Environment variable that holds a bearer token of at least 16 characters. Where it is named, every request but
+    /// those for `/healthz` and `/readyz` must carry the token. Default none.
+    pub token_env: Option<String>,
 }
 
 /// `[supervision]`

@@ -230,7 +230,9 @@ impl Config {
     }
 
     fn serve_table(&self) -> Table {
-        table([("enabled", Value::Boolean(self.serve.enabled)), ("listen", text(self.serve.listen))])
+        let mut table = table([("enabled", Value::Boolean(self.serve.enabled)), ("listen", text(self.serve.listen))]);
+        optional(&mut table, "token_env", self.serve.token_env.as_ref().map(text));
+        table
     }
 
     fn supervision_table(&self) -> Table {

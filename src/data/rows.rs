@@ -5,12 +5,15 @@ use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::Value;
 
 /// Most bytes of one row.
-const LONGEST: u64 = 64 << 20;
+const LONGEST: u64 = 8 << 20;
+/// Bytes that may be unpacked of one, and bytes that may be unpacked in any case: text packs ten to one, what is made to
+/// fill a disk a thousand to one.
+const MOST_UNPACKED: (u64, u64) = (200, 1 << 30);
 
 /// An index of where each row begins; the rows themselves stay on the disk.
 pub struct Rows {
@@ -31,11 +34,9 @@ impl Rows {
         let file = File::open(path).with_context(cannot)?;
         let name = path.to_string_lossy();
         let file = if name.ends_with(".gz") {
-            spool(|out| {
-                std::io::copy(&mut flate2::read::MultiGzDecoder::new(BufReader::new(file)), out)?;
-                Ok(())
-            })
-            .with_context(cannot)?
+            let (ratio, least) = MOST_UNPACKED;
+            let most = file.metadata().with_context(cannot)?.len().saturating_mul(ratio).max(least);
+            spool(|out| unpack(file, out, most)).with_context(cannot)?
         } else if name.ends_with(".parquet") {
             spool(|out| parquet_rows(file, out)).with_context(cannot)?
         } else {
@@ -67,7 +68,7 @@ impl Rows {
     pub fn get(&self, i: usize) -> Result<Option<Value>> {
         let (start, end) = (self.offsets[i], self.offsets[i + 1]);
         if end - start > LONGEST {
-            bail!("the row has {} bytes, the limit is {LONGEST}", end - start);
+            bail!("the row has {} bytes, the limit is {LONGEST}; split it, or leave it out", end - start);
         }
         let mut bytes = vec![0; (end - start) as usize];
         self.file.read_exact_at(&mut bytes, start).context("the row can no longer be read")?;
@@ -93,6 +94,16 @@ fn spool(fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<File>
     out.flush()?;
     drop(out);
     Ok(file)
+}
+
+/// Unpacks at most `most` bytes.
+fn unpack(file: File, out: &mut BufWriter<&File>, most: u64) -> Result<()> {
+    let unpacked = std::io::copy(&mut flate2::read::MultiGzDecoder::new(BufReader::new(file)).take(most + 1), out)?;
+    ensure!(
+        unpacked <= most,
+        "it unpacks to more than {most} bytes, far more than text does; if that is meant, unpack it with gunzip and name the .jsonl"
+    );
+    Ok(())
 }
 
 fn parquet_rows(file: File, out: &mut BufWriter<&File>) -> Result<()> {
@@ -178,6 +189,22 @@ mod tests {
         check("packed.jsonl.gz", &gzip(text), &expected);
         check("empty.jsonl", b"", &[]);
         check("bytes.jsonl", b"\xff\n{\"a\": \"x\"}\n", &[Err("UTF-8"), Ok(Some("x"))]);
+    }
+
+    #[test]
+    fn a_row_beyond_the_limit_is_refused_unread() {
+        let long = format!("{{\"a\": \"{}\"}}\n{{\"a\": \"x\"}}\n", "x".repeat(LONGEST as usize));
+        check("long.jsonl", long.as_bytes(), &[Err("the row has 8388618 bytes, the limit is 8388608"), Ok(Some("x"))]);
+    }
+
+    #[test]
+    fn what_is_packed_to_fill_a_disk_is_refused() {
+        let packed = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(packed.path(), gzip(&vec![b'\n'; 1 << 20])).unwrap();
+        let unpacked = |most| spool(|out| unpack(File::open(packed.path()).unwrap(), out, most));
+        let error = unpacked((1 << 20) - 1).unwrap_err().to_string();
+        assert!(error.contains("more than 1048575 bytes"), "{error}");
+        assert_eq!(unpacked(1 << 20).unwrap().metadata().unwrap().len(), 1 << 20);
     }
 
     #[test]

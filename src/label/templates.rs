@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use minijinja::{Environment, UndefinedBehavior, context};
+use minijinja::context;
 use serde::Deserialize;
 
-use crate::seed;
+use crate::{bounded, seed, template};
 
 /// The sets that come with the program.
 pub const SHIPPED: &[(&str, &str)] = &[
@@ -93,7 +93,7 @@ impl TemplateSet {
         }
         let path = Path::new(name);
         let names: Vec<&str> = SHIPPED.iter().map(|(name, _)| *name).collect();
-        let text = std::fs::read_to_string(path).with_context(|| {
+        let text = bounded::text(path, bounded::WRITTEN).with_context(|| {
             format!("labeler.templates = {name:?} is none of {} and no file that can be read", names.join(", "))
         })?;
         Self::parse(&text).with_context(|| format!("in the template set {}", path.display()))
@@ -208,10 +208,8 @@ impl Comparison {
     }
 }
 
-fn render(template: &str, values: minijinja::Value) -> Result<String> {
-    let mut environment = Environment::new();
-    environment.set_undefined_behavior(UndefinedBehavior::Strict);
-    environment.render_str(template, values).context("a labeler's template cannot be filled in")
+fn render(source: &str, values: minijinja::Value) -> Result<String> {
+    template::fill_text(source, values).context("a labeler's template cannot be filled in")
 }
 
 #[cfg(test)]

@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::Value;
 use serde_json::{Value as Json, json};
 
 use super::family::{FAMILIES, Family, Gemma, llama};
 use super::rope::Scaling;
 use crate::ops::Activation;
+use crate::{bounded, vetted};
 
 /// What the last layer's hidden states are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,7 +116,7 @@ impl ModelConfig {
     /// As [`Self::from_directory`].
     pub fn from_directory_as(dir: &Path, head: Head) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path)
+        let text = bounded::text(&path, bounded::DESCRIPTION)
             .with_context(|| format!("cannot read {}; a model directory needs a config.json", path.display()))?;
         let json: Json = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
         Self::from_json(&json, head).with_context(|| format!("in {}", path.display()))
@@ -143,12 +144,13 @@ impl ModelConfig {
         let local = &rope["sliding_attention"];
         let rope = if rope["full_attention"].is_object() { &rope["full_attention"] } else { rope };
         let need = |key: &str| {
-            json[key].as_u64().map(|n| n as usize).with_context(|| format!("{key} is missing or no whole number"))
+            within(key, json[key].as_u64().with_context(|| format!("{key} is missing or no whole number"))?)
         };
+        let optional = |key: &str, default: usize| json[key].as_u64().map_or(Ok(default), |n| within(key, n));
         let hidden_size = need("hidden_size")?;
         let heads = need("num_attention_heads")?;
-        let layers = need("num_hidden_layers")?;
-        let head_dim = json["head_dim"].as_u64().map_or(hidden_size / heads.max(1), |n| n as usize);
+        let layers = deep(need("num_hidden_layers")?)?;
+        let head_dim = optional("head_dim", hidden_size / heads.max(1))?;
         let slides = |layer: usize| match json["layer_types"][layer].as_str() {
             Some(kind) => kind == "sliding_attention",
             None => (family.slides)(json, layer),
@@ -166,14 +168,20 @@ impl ModelConfig {
             intermediate_size: need("intermediate_size")?,
             layers,
             heads,
-            kv_heads: json["num_key_value_heads"].as_u64().map_or(heads, |n| n as usize),
+            kv_heads: optional("num_key_value_heads", heads)?,
             head_dim,
             vocab_size: need("vocab_size")?,
-            context: json["max_position_embeddings"].as_u64().unwrap_or(2048) as usize,
-            window: (family.window)(json).map(|size| Window { size, layers: (0..layers).map(slides).collect() }),
+            context: optional("max_position_embeddings", 2048)?,
+            window: match (family.window)(json) {
+                Some(size) => Some(Window {
+                    size: within("sliding_window", size as u64)?,
+                    layers: (0..layers).map(slides).collect(),
+                }),
+                None => None,
+            },
             attention_cap: cap("attn_logit_softcapping", |gemma| gemma.attention_cap),
             logit_cap: cap("final_logit_softcapping", |gemma| gemma.logit_cap),
-            query_scalar: gemma.map(|_| json["query_pre_attn_scalar"].as_u64().map_or(256, |n| n as usize)),
+            query_scalar: gemma.map(|_| optional("query_pre_attn_scalar", 256)).transpose()?,
             rms_norm_eps: json["rms_norm_eps"].as_f64().unwrap_or(1e-6),
             rope_theta: float(&json["rope_theta"])
                 .or_else(|| float(&rope["rope_theta"]))
@@ -206,11 +214,17 @@ impl ModelConfig {
         let own = |key: &str| format!("{architecture}.{key}");
         let number = |key: &str| -> Result<usize> {
             let value = metadata.get(&own(key)).with_context(|| format!("GGUF key {} is missing", own(key)))?;
-            Ok(value.to_u64().or_else(|_| value.to_u32().map(u64::from))? as usize)
+            let number = match value {
+                Value::U32(n) => u64::from(*n),
+                Value::U64(n) => *n,
+                other => bail!("GGUF key {} is of type {:?}, not a whole number", own(key), other.value_type()),
+            };
+            within(&own(key), number)
         };
         let float = |key: &str| -> Option<f64> {
             // Through its decimal form: the f32 nearest to 1e-5 means 1e-5.
-            metadata.get(&own(key)).and_then(|value| value.to_f32().ok()?.to_string().parse().ok())
+            let Some(Value::F32(value)) = metadata.get(&own(key)) else { return None };
+            value.to_string().parse().ok()
         };
         let rope_scaling = match text(metadata, &own("rope.scaling.type")) {
             Err(_) | Ok("none") => Scaling::None,
@@ -219,11 +233,13 @@ impl ModelConfig {
             }
             Ok(kind) => bail!("RoPE scaling of type {kind} is not supported in GGUF; these are: none, linear"),
         };
-        let id =
-            |key: &str| metadata.get(&format!("tokenizer.ggml.{key}_token_id")).and_then(|value| value.to_u32().ok());
+        let id = |key: &str| match metadata.get(&format!("tokenizer.ggml.{key}_token_id")) {
+            Some(Value::U32(id)) => Some(*id),
+            _ => None,
+        };
         let hidden_size = number("embedding_length")?;
         let heads = number("attention.head_count")?;
-        let layers = number("block_count")?;
+        let layers = deep(number("block_count")?)?;
         let head_dim = number("attention.key_length").unwrap_or(hidden_size / heads.max(1));
         let gemma = family.gemma.as_ref();
         let config = Self {
@@ -270,8 +286,12 @@ impl ModelConfig {
         if self.heads == 0 || self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             bail!("{} heads cannot share {} key/value heads; the first must be a multiple", self.heads, self.kv_heads);
         }
+        deep(self.layers)?;
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             bail!("head_dim = {} must be even and above zero", self.head_dim);
+        }
+        for (name, heads) in [("heads", self.heads), ("kv_heads", self.kv_heads)] {
+            within(&format!("{name} times head_dim"), heads as u64 * self.head_dim as u64)?;
         }
         if let Some(window) = &self.window
             && (window.size == 0 || window.layers.len() != self.layers)
@@ -288,6 +308,7 @@ impl ModelConfig {
             if size == 0 {
                 bail!("{name} must be above zero");
             }
+            within(name, size as u64)?;
         }
         Ok(())
     }
@@ -363,6 +384,21 @@ impl ModelConfig {
     }
 }
 
+/// Most that a model's width, vocabulary or context may be. With it, no product of two sizes and the number of layers
+/// overflows; what does not fit into memory is seen when the tensors come.
+const LARGEST: u64 = 1 << 24;
+
+fn within(key: &str, size: u64) -> Result<usize> {
+    ensure!(size <= LARGEST, "{key} = {size} is more than {LARGEST}, the most that can be read");
+    Ok(size as usize)
+}
+
+/// The number of layers, which is smaller than other sizes are.
+fn deep(layers: usize) -> Result<usize> {
+    ensure!(layers <= 4096, "{layers} layers are more than 4096, the most that can be read");
+    Ok(layers)
+}
+
 /// The key that names a family's activation in `config.json`, and the name.
 fn activation(family: &Family) -> (&'static str, &'static str) {
     let name = match family.activation {
@@ -373,5 +409,31 @@ fn activation(family: &Family) -> (&'static str, &'static str) {
 }
 
 fn text<'a>(metadata: &'a HashMap<String, Value>, key: &str) -> Result<&'a str> {
-    Ok(metadata.get(key).with_context(|| format!("GGUF key {key} is missing"))?.to_string()?.as_str())
+    let value = metadata.get(key).with_context(|| format!("GGUF key {key} is missing"))?;
+    vetted::gguf::text(value).with_context(|| format!("GGUF key {key}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_beyond_any_model_are_refused_before_they_are_used() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/families/gemma3/config.json");
+        let sound: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        ModelConfig::from_json(&sound, Head::Language).unwrap();
+        for (key, size, words) in [
+            ("num_hidden_layers", 1u64 << 60, "num_hidden_layers = 1152921504606846976 is more than 16777216"),
+            ("num_hidden_layers", 5000, "5000 layers are more than 4096"),
+            ("head_dim", 1 << 24, "heads times head_dim = "),
+            ("vocab_size", u64::MAX, "vocab_size = 18446744073709551615 is more than"),
+            ("max_position_embeddings", 1 << 40, "max_position_embeddings = 1099511627776 is more than"),
+            ("sliding_window", 1 << 40, "sliding_window = 1099511627776 is more than"),
+        ] {
+            let mut json = sound.clone();
+            json[key] = json!(size);
+            let error = format!("{:#}", ModelConfig::from_json(&json, Head::Language).unwrap_err());
+            assert!(error.contains(words), "{key}: {error}");
+        }
+    }
 }

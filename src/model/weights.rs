@@ -1,11 +1,10 @@
 //! Named tensors of a model, and where they come from.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::ffi::OsStr;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::quantized::gguf_file::Content;
 use candle_core::{DType, Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -14,6 +13,7 @@ use super::config::ModelConfig;
 use super::family::Family;
 use super::rope::Scaling;
 use crate::seed::{self, mix};
+use crate::{bounded, vetted};
 
 /// A model's tensors in f32 under their Hugging Face names.
 #[derive(Debug, Clone, Default)]
@@ -36,9 +36,7 @@ impl Weights {
     /// # Errors
     /// Names the file, and the key or tensor at fault.
     pub fn from_gguf(path: &Path, device: &Device) -> Result<(ModelConfig, Self)> {
-        let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-        let content =
-            Content::read(&mut file).with_context(|| format!("{} is not a readable GGUF file", path.display()))?;
+        let (mut file, content) = vetted::gguf::read(path)?;
         let tied = !content.tensor_infos.contains_key("output.weight");
         let embedding =
             content.tensor_infos.get("token_embd.weight").context("GGUF tensor token_embd.weight is missing")?;
@@ -91,11 +89,18 @@ impl Weights {
     pub fn read_directory(dir: &Path, device: &Device) -> Result<Self> {
         let index = dir.join("model.safetensors.index.json");
         let mut files: Vec<String> = if index.exists() {
-            let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&index)?)
-                .with_context(|| format!("{} is not JSON", index.display()))?;
+            let text = bounded::text(&index, bounded::DESCRIPTION)
+                .with_context(|| format!("cannot read {}", index.display()))?;
+            let json: serde_json::Value =
+                serde_json::from_str(&text).with_context(|| format!("{} is not JSON", index.display()))?;
             let map =
                 json["weight_map"].as_object().with_context(|| format!("{} has no weight_map", index.display()))?;
-            map.values().filter_map(|file| file.as_str().map(str::to_owned)).collect()
+            let files: Vec<String> = map.values().filter_map(|file| file.as_str().map(str::to_owned)).collect();
+            let stray = files.iter().find(|file| Path::new(file).file_name() != Some(OsStr::new(file)));
+            if let Some(stray) = stray {
+                bail!("{} names {stray:?}; the parts of a model lie beside their index", index.display());
+            }
+            files
         } else {
             vec!["model.safetensors".to_owned()]
         };
@@ -104,6 +109,7 @@ impl Weights {
         let mut weights = BTreeMap::new();
         for file in files {
             let path = dir.join(file);
+            vetted::safetensors::check(&path)?;
             let tensors = candle_core::safetensors::load(&path, device)
                 .with_context(|| format!("cannot read {}", path.display()))?;
             for (name, tensor) in tensors {
@@ -263,6 +269,17 @@ fn unpermute(weight: &Tensor, heads: usize) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_index_names_only_what_lies_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        for stray in ["../model.safetensors", "/model.safetensors", "a/model.safetensors", "", ".."] {
+            let index = format!("{{\"weight_map\": {{\"w\": \"{stray}\"}}}}");
+            std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+            let error = Weights::read_directory(dir.path(), &Device::Cpu).unwrap_err().to_string();
+            assert!(error.contains(&format!("names {stray:?}; the parts of a model lie beside")), "{stray}: {error}");
+        }
+    }
 
     #[test]
     fn unpermute_restores_rotate_half_order() {

@@ -10,6 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use tokio::sync::Semaphore;
 
 use super::breaker::{Admit, Breaker};
+use super::key::Key;
 use super::limit::Bucket;
 use super::outage::Outage;
 use super::retry::{Outcome, pause};
@@ -30,8 +31,7 @@ pub struct Client {
     /// What came of it.
     pub stats: RemoteStats,
     http: reqwest::Client,
-    /// Never printed: this type has no `Debug`.
-    key: Option<String>,
+    key: Option<Key>,
     began: Instant,
     permits: Semaphore,
     requests: Option<Mutex<Bucket>>,
@@ -47,7 +47,7 @@ impl Client {
     ///
     /// # Errors
     /// When the TLS library cannot be set up.
-    pub fn new(judge: RemoteJudge, key: Option<String>) -> Result<Self> {
+    pub fn new(judge: RemoteJudge, key: Option<Key>) -> Result<Self> {
         let http = reqwest::Client::builder()
             .connect_timeout(seconds(judge.connect_timeout_s))
             .timeout(seconds(judge.timeout_s))
@@ -232,7 +232,7 @@ impl Client {
         let url = format!("{}/{path}", self.judge.url.trim_end_matches('/'));
         let mut post = self.http.post(url).header("content-type", "application/json").body(body.to_string());
         if let Some(key) = &self.key {
-            post = post.bearer_auth(key);
+            post = key.sign(post);
         }
         let mut response = post.send().await.map_err(|error| broken(&error))?;
         let status = response.status().as_u16();
@@ -247,6 +247,9 @@ impl Client {
                 }
                 break;
             }
+        }
+        if let Some(key) = &self.key {
+            bytes = key.hide(bytes);
         }
         match status {
             200..=299 => read(&bytes, request).map_err(Outcome::Malformed),

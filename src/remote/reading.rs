@@ -18,7 +18,7 @@ impl Listed {
             .map(|answer| self.0.iter().filter(|(token, _)| token.trim_start() == answer).map(|(_, p)| p).sum())
             .collect();
         if weights.iter().all(|weight| *weight == 0.0) {
-            let likeliest = self.0.first().map_or("nothing", |(token, _)| token.as_str());
+            let likeliest = self.0.first().map_or("nothing".to_owned(), |(token, _)| cut(token));
             return Err(Refusal::Abstention(format!(
                 "none of the answers {} is among the judge's likeliest tokens; the likeliest is {likeliest:?}",
                 answers.join(", ")
@@ -56,6 +56,11 @@ impl Listed {
     pub fn exactly(&self, text: &str) -> f64 {
         self.0.iter().filter(|(token, _)| token == text).map(|(_, p)| p).sum()
     }
+}
+
+/// A token as it is shown: a server may send one of any length.
+fn cut(token: &str) -> String {
+    token.chars().take(60).collect()
 }
 
 /// Places of answers of which the first begins the second.

@@ -4,6 +4,11 @@ use serde_json::{Value, json};
 
 use crate::config::{RemoteApi, RemoteJudge};
 
+/// Most tokens that one exchange may have taken.
+const MOST_TOKENS: u64 = 1 << 30;
+/// What probabilities may add up to, rounding included.
+const MOST_MASS: f64 = 1.01;
+
 /// One question to a server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
@@ -116,7 +121,8 @@ pub fn read(body: &[u8], request: &Request) -> Result<Answer, String> {
         None => return Err("choices[0] has neither message.content nor text".into()),
     };
     let first_token = if request.top_logprobs > 0 { listed(&choice["logprobs"])? } else { None };
-    let usage = |name: &str| value["usage"][name].as_u64();
+    // A count that no exchange can come to is as good as none.
+    let usage = |name: &str| value["usage"][name].as_u64().filter(|count| *count <= MOST_TOKENS);
     Ok(Answer {
         prompt_tokens: usage("prompt_tokens").unwrap_or_else(|| estimate(&request.prompt)),
         completion_tokens: usage("completion_tokens").unwrap_or_else(|| estimate(&text)),
@@ -144,9 +150,14 @@ fn listed(logprobs: &Value) -> Result<Option<Vec<(String, f64)>>, String> {
         .into_iter()
         .map(|(token, logprob)| {
             let p = logprob.as_f64().map(f64::exp).filter(|p| (0.0..=1.0 + 1e-6).contains(p));
-            p.map(|p| (token.clone(), p)).ok_or_else(|| format!("the log-probability of {token:?} is {logprob}"))
+            let words = || excerpt(&format!("the log-probability of {:?} is {logprob}", excerpt(&token)));
+            p.map(|p| (token.clone(), p)).ok_or_else(words)
         })
         .collect::<Result<Vec<_>, String>>()?;
+    let mass: f64 = read.iter().map(|(_, p)| p).sum();
+    if mass > MOST_MASS {
+        return Err(format!("the probabilities of the first token add up to {mass:.3}"));
+    }
     read.sort_by(|a, b| b.1.total_cmp(&a.1));
     Ok(Some(read))
 }
@@ -154,6 +165,13 @@ fn listed(logprobs: &Value) -> Result<Option<Vec<(String, f64)>>, String> {
 /// Four characters a token.
 fn estimate(text: &str) -> u64 {
     (text.chars().count() as u64).div_ceil(4)
+}
+
+/// A body of JSON written anew, without needless escapes; `None` where it has none of them, or is no JSON.
+pub(super) fn rewritten(body: &[u8]) -> Option<Vec<u8>> {
+    let escaped = body.windows(2).any(|pair| pair == b"\\u" || pair == b"\\/");
+    let value: Value = serde_json::from_slice(body).ok().filter(|_| escaped)?;
+    serde_json::to_vec(&value).ok()
 }
 
 /// The beginning of a text, on one line.
@@ -190,6 +208,16 @@ mod tests {
     }
 
     #[test]
+    fn a_count_that_cannot_be_is_estimated() {
+        let body = format!(
+            r#"{{"choices": [{{"text": "1"}}], "usage": {{"prompt_tokens": {}, "completion_tokens": -1}}}}"#,
+            u64::MAX
+        );
+        let answer = ask(&body).unwrap();
+        assert_eq!((answer.prompt_tokens, answer.completion_tokens), (2, 1));
+    }
+
+    #[test]
     fn what_cannot_be_read_is_said() {
         for (body, words) in [
             ("", "empty"),
@@ -205,6 +233,11 @@ mod tests {
             (
                 "{\"choices\": [{\"text\": \"1\", \"logprobs\": {\"top_logprobs\": [{\"1\": 0.5}]}}]}",
                 "log-probability of \"1\" is 0.5",
+            ),
+            // The same token over and over would make a probability above one of it, and a negative one of its rival.
+            (
+                "{\"choices\": [{\"text\": \"1\", \"logprobs\": {\"content\": [{\"top_logprobs\": [{\"token\": \"1\", \"logprob\": 0}, {\"token\": \"1\", \"logprob\": 0}]}]}}]}",
+                "add up to 2.000",
             ),
         ] {
             let error = ask(body).unwrap_err();

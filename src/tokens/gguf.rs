@@ -1,17 +1,18 @@
 //! A tokenizer rebuilt from the metadata of a GGUF file.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::BufReader;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
-use candle_core::quantized::gguf_file::{Content, Value as Gguf};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use candle_core::quantized::gguf_file::Value as Gguf;
 use serde_json::{Map, Value, json};
 
 use super::bytes::{Added, byte_level_bpe};
 use super::spm::scored_bpe;
 use super::{Special, Tokenizer};
+use crate::vetted;
+use crate::vetted::gguf::{list, text, truth};
+use crate::vetted::tokenizer::LONGEST_TOKEN;
 
 /// GGUF's type of tokens that steer: recognised in text, left out of decoded text.
 const CONTROL: i64 = 3;
@@ -26,21 +27,25 @@ const QWEN2: &str =
 
 /// Reads the file's header; tensors stay where they are.
 pub(super) fn read(path: &Path) -> Result<Tokenizer> {
-    let mut file = BufReader::new(File::open(path)?);
-    let content = Content::read(&mut file).context("it is not a readable GGUF file")?;
-    build(&content.metadata)
+    build(&vetted::gguf::read(path)?.1.metadata)
 }
 
 fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
     let get = |key: &str| metadata.get(key).with_context(|| format!("the key {key} is missing"));
-    let model = get("tokenizer.ggml.model")?.to_string()?;
-    if !["gpt2", "llama"].contains(&model.as_str()) {
+    let texts = |key: &str| strings(get(key)?).with_context(|| format!("the key {key}"));
+    let lists = |key: &str| list(get(key)?).with_context(|| format!("the key {key}"));
+    let truths = |key: &str| metadata.get(key).map(truth).transpose().with_context(|| format!("the key {key}"));
+    let model = text(get("tokenizer.ggml.model")?).context("the key tokenizer.ggml.model")?;
+    if !["gpt2", "llama"].contains(&model) {
         bail!(
             "tokenizers of kind {model} are not supported in GGUF files; these are: gpt2 (byte-level BPE), llama (SentencePiece). Use the model's Hugging Face directory"
         );
     }
-    let tokens = strings(get("tokenizer.ggml.tokens")?)?;
-    let added = added(&tokens, get("tokenizer.ggml.token_type")?)?;
+    let tokens = texts("tokenizer.ggml.tokens")?;
+    if let Some(id) = tokens.iter().position(|token| token.len() > LONGEST_TOKEN) {
+        bail!("token {id} has {} bytes, the limit is {LONGEST_TOKEN}", tokens[id].len());
+    }
+    let added = added(&tokens, lists("tokenizer.ggml.token_type")?)?;
     let vocab: Map<String, Value> = tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
     ensure!(vocab.len() == tokens.len(), "{} of its tokens are written twice", tokens.len() - vocab.len());
     let id = |name: &str| {
@@ -51,30 +56,33 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
     eos.dedup();
     let special = Special { bos: id("bos"), eos, pad: id("padding"), unk: id("unknown") };
     let mut description = if model == "gpt2" {
-        let merges = strings(get("tokenizer.ggml.merges")?)?;
-        let Pre { cut, normalizer, ignore_merges } = pre_tokenizer(get("tokenizer.ggml.pre")?.to_string()?)?;
+        let merges = texts("tokenizer.ggml.merges")?;
+        let pre = text(get("tokenizer.ggml.pre")?).context("the key tokenizer.ggml.pre")?;
+        let Pre { cut, normalizer, ignore_merges } = pre_tokenizer(pre)?;
         let mut description = byte_level_bpe(vocab, &merges, &added, &cut);
         description["normalizer"] = normalizer;
         description["model"]["ignore_merges"] = json!(ignore_merges);
         description
     } else {
-        let scores = get("tokenizer.ggml.scores")?.to_vec()?.iter().map(Gguf::to_f32).collect::<Result<Vec<_>, _>>()?;
+        let score = |score: &Gguf| match score {
+            Gguf::F32(score) => Ok(*score),
+            other => Err(anyhow!("the key tokenizer.ggml.scores holds a value of type {:?}", other.value_type())),
+        };
+        let scores = lists("tokenizer.ggml.scores")?.iter().map(score).collect::<Result<Vec<_>>>()?;
         ensure!(scores.len() == tokens.len(), "it has {} tokens and {} scores", tokens.len(), scores.len());
-        let prefix = metadata.get("tokenizer.ggml.add_space_prefix").map_or(Ok(true), Gguf::to_bool)?;
+        let prefix = truths("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
         scored_bpe(&tokens, &scores, id("unknown").map(|id| &tokens[id as usize]), &added, prefix)
     };
     // llama.cpp's defaults, where the file does not say.
-    let opens = match metadata.get("tokenizer.ggml.add_bos_token") {
-        Some(opens) => opens.to_bool()?,
-        None => {
-            let pre = metadata.get("tokenizer.ggml.pre").and_then(|pre| pre.to_string().ok());
-            model == "llama" || pre.is_some_and(|pre| ["llama-bpe", "llama3", "llama-v3"].contains(&pre.as_str()))
-        }
-    };
+    let opens = truths("tokenizer.ggml.add_bos_token")?.unwrap_or_else(|| {
+        let pre = metadata.get("tokenizer.ggml.pre").and_then(|pre| text(pre).ok());
+        model == "llama" || pre.is_some_and(|pre| ["llama-bpe", "llama3", "llama-v3"].contains(&pre))
+    });
     if let Some(bos) = id("bos").filter(|_| opens) {
         description["post_processor"] = opening(bos, &tokens[bos as usize]);
     }
-    let template = metadata.get("tokenizer.chat_template").map(Gguf::to_string).transpose()?.cloned();
+    let template = metadata.get("tokenizer.chat_template").map(text).transpose();
+    let template = template.context("the key tokenizer.chat_template")?.map(str::to_owned);
     Tokenizer::from_json(&description, template, special)
 }
 
@@ -91,8 +99,7 @@ fn opening(id: u32, token: &str) -> Value {
 }
 
 /// The tokens that text is cut at, by GGUF's token types.
-fn added(tokens: &[String], types: &Gguf) -> Result<Vec<Added>> {
-    let types = types.to_vec()?;
+fn added(tokens: &[String], types: &[Gguf]) -> Result<Vec<Added>> {
     ensure!(types.len() == tokens.len(), "it has {} tokens and {} token types", tokens.len(), types.len());
     let one = |((id, content), kind): ((u32, &String), &Gguf)| match integer(kind) {
         Some(kind @ (CONTROL | USER_DEFINED)) => Some(Added { id, content: content.clone(), special: kind == CONTROL }),
@@ -133,17 +140,24 @@ fn pre_tokenizer(name: &str) -> Result<Pre> {
 }
 
 fn strings(value: &Gguf) -> Result<Vec<String>> {
-    value.to_vec()?.iter().map(|one| Ok(one.to_string()?.clone())).collect()
+    list(value)?.iter().map(|one| Ok(text(one)?.to_owned())).collect()
 }
 
 fn integer(value: &Gguf) -> Option<i64> {
-    let signed = value.to_i32().map(i64::from).or_else(|_| value.to_i64());
-    signed.ok().or_else(|| value.to_u64().ok().and_then(|n| i64::try_from(n).ok()))
+    match value {
+        Gguf::I32(n) => Some(i64::from(*n)),
+        Gguf::I64(n) => Some(*n),
+        Gguf::U64(n) => i64::try_from(*n).ok(),
+        Gguf::U32(n) => Some(i64::from(*n)),
+        Gguf::U16(n) => Some(i64::from(*n)),
+        Gguf::U8(n) => Some(i64::from(*n)),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{Gguf, HashMap, Tokenizer, Value, build};
     use crate::source::{Candidate, ModelFiles, ModelRef, ResolveOptions, resolve};
     use crate::tokens::chat::Message;
 
@@ -205,7 +219,9 @@ mod tests {
             ("tokenizer.ggml.pre", text("tekken"), "tekken is not supported; these are: smollm"),
             ("tokenizer.ggml.model", text("t5"), "kind t5"),
             ("tokenizer.ggml.token_type", list(&[]), "17 tokens and 0 token types"),
-            ("tokenizer.ggml.tokens", Gguf::Bool(true), "not a vec"),
+            ("tokenizer.ggml.tokens", Gguf::Bool(true), "the key tokenizer.ggml.tokens: is of type Bool, not a list"),
+            ("tokenizer.ggml.model", list(&["gpt2"]), "the key tokenizer.ggml.model: is of type Array, not a text"),
+            ("tokenizer.ggml.merges", list(&["4 4"]), "merge 1 of its model makes Some(\"44\"), which is no token"),
             ("tokenizer.chat_template", text("{% if %}"), "chat template cannot be read"),
         ] {
             let mut metadata = metadata("smollm");

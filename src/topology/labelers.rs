@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 
 use super::pairing;
+use crate::bounded;
 use crate::config::{Config, LabelerKind, Method};
 use crate::label::Labeler;
 use crate::label::backend::{Backend, Decoding};
@@ -80,7 +81,7 @@ fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<
                 "base" => Preamble::Base,
                 "detailed" => Preamble::Detailed,
                 path => Preamble::Own(
-                    std::fs::read_to_string(Path::new(path))
+                    bounded::text(Path::new(path), bounded::WRITTEN)
                         .with_context(|| format!("cannot read the preamble {path}"))?,
                 ),
             };

@@ -78,6 +78,30 @@ fn a_port_in_use_is_named() {
 }
 
 #[test]
+fn a_bearer_token_that_is_missing_or_weak_is_refused_without_being_told() {
+    let set = ["serve.enabled=true", "serve.listen=127.0.0.1:0", "serve.token_env=PRECEPTOR_TEST_TOKEN"];
+    for (token, words) in [
+        (None, &["PRECEPTOR_TEST_TOKEN", "serve.token_env", "is not set"][..]),
+        (Some("tooshort"), &["PRECEPTOR_TEST_TOKEN", "8 characters", "at least 16"]),
+        (Some("a token with spaces"), &["PRECEPTOR_TEST_TOKEN", "spaces"]),
+    ] {
+        for command in ["train", "check"] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut program = preceptor(dir.path());
+            program.arg(command).arg(config("offline.toml")).args(set.iter().flat_map(|one| ["--set", one]));
+            program.envs(token.map(|token| ("PRECEPTOR_TEST_TOKEN", token)));
+            let output = program.output().unwrap();
+            let text = stderr(&output);
+            assert!(!output.status.success(), "{command} should have been refused");
+            assert!(words.iter().all(|word| text.contains(word)), "{words:?} are not all in: {text}");
+            assert!(token.is_none_or(|token| !text.contains(token)), "{text}");
+            assert_eq!(text.lines().count(), 1, "{text}");
+            assert!(!dir.path().join("runs").exists(), "a directory was made for a run that cannot start");
+        }
+    }
+}
+
+#[test]
 fn a_run_directory_is_not_overwritten() {
     let dir = tempfile::tempdir().unwrap();
     // One that took no step is in nobody's way.

@@ -40,6 +40,9 @@ fn modules_use_only_what_they_may() {
     for (module, forbidden) in [
         ("rollout", &["crate::", "candle", "preceptor_actors"][..]),
         ("seed", &["crate::"]),
+        ("bounded", &["crate::", "candle"]),
+        ("template", &["crate::", "candle"]),
+        ("vetted", &["crate::model", "crate::tokens", "crate::config", "preceptor_actors"]),
         ("ops", &["crate::model", "crate::algo", "crate::learn", "crate::rollout", "preceptor_actors"]),
         (
             "model",

@@ -5,6 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::bounded;
+
 /// Architectures whose encoder can be read, by the name `config.json` gives them; a `model_type` of `bert` will do
 /// as well.
 pub const SUPPORTED: &[&str] = &["BertModel"];
@@ -38,7 +40,7 @@ impl BertConfig {
     /// by name.
     pub fn from_directory(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path)
+        let text = bounded::text(&path, bounded::DESCRIPTION)
             .with_context(|| format!("cannot read {}; a model directory needs a config.json", path.display()))?;
         let json: Value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
         Self::from_json(&json).with_context(|| format!("in {}", path.display()))
@@ -62,7 +64,7 @@ impl BertConfig {
         ensure!(json["is_decoder"].as_bool() != Some(true), "is_decoder = true is not supported; use an encoder");
         let need = |key: &str| {
             let size = json[key].as_u64().with_context(|| format!("{key} is missing or no whole number"))?;
-            ensure!(size > 0, "{key} must be above zero");
+            ensure!((1..=1 << 24).contains(&size), "{key} = {size} must be above zero, and at most {}", 1 << 24);
             Ok(size as usize)
         };
         let config = Self {
@@ -105,7 +107,8 @@ mod tests {
             (json!({ "position_embedding_type": "relative_key" }), "this works: absolute"),
             (json!({ "is_decoder": true }), "use an encoder"),
             (json!({ "vocab_size": "200" }), "vocab_size is missing or no whole number"),
-            (json!({ "num_attention_heads": 0 }), "num_attention_heads must be above zero"),
+            (json!({ "num_attention_heads": 0 }), "num_attention_heads = 0 must be above zero"),
+            (json!({ "num_hidden_layers": 1u64 << 60 }), "num_hidden_layers = 1152921504606846976 must be"),
             (json!({ "num_attention_heads": 5 }), "a multiple of num_attention_heads = 5"),
             // These are as good.
             (json!({ "architectures": ["BertForMaskedLM"] }), ""),

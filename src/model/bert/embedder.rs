@@ -9,6 +9,7 @@ use tokenizers::{PostProcessor, TruncationParams};
 
 use super::{Bert, BertConfig};
 use crate::model::Weights;
+use crate::{bounded, vetted};
 
 /// Tokens that go through the encoder at once: enough to fill its matrix products, few enough to stay near the cache.
 const ROW: usize = 512;
@@ -40,8 +41,7 @@ impl Embedder {
         let weights = Weights::read_directory(dir, device)?;
         let model = Bert::new(&config, &weights).with_context(|| format!("in {}", dir.display()))?;
         let path = dir.join("tokenizer.json");
-        let mut tokenizer = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
+        let mut tokenizer = vetted::tokenizer::read(&path)?;
         let limit = limit(dir, config.context)?;
         let added = tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
         ensure!(
@@ -116,7 +116,7 @@ fn optional_json(path: &Path) -> Result<Value> {
     if !path.exists() {
         return Ok(Value::Null);
     }
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = bounded::text(path, bounded::DESCRIPTION).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))
 }
 

@@ -1,0 +1,365 @@
+//! The header of a GGUF file, read with bounds. Candle's own reader divides by an alignment of zero, lets shapes
+//! overflow and values take thirty times the file's size; so this one reads, and makes what candle's would have made.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use candle_core::Shape;
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value, VersionedMagic};
+
+/// Most entries of metadata, and most tensors; models have some dozens and some thousands.
+const MOST_ENTRIES: u64 = 1 << 16;
+/// Most values of all entries together, those of lists counted one by one; the largest vocabularies have a million.
+const MOST_VALUES: u64 = 1 << 24;
+/// Most bytes of one text.
+const LONGEST_TEXT: u64 = 16 << 20;
+/// Lists within lists.
+const DEEPEST: usize = 4;
+
+/// Opens the file and reads its header; every tensor that it lists lies in the file, whole and for itself.
+///
+/// # Errors
+/// Says what is wrong, with which entry or tensor, and at which byte.
+pub fn read(path: &Path) -> Result<(BufReader<File>, Content)> {
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let size = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
+    let mut header = Header { file: BufReader::new(file), at: 0, size, values: MOST_VALUES, wide: true };
+    let content = header
+        .content()
+        .with_context(|| format!("{} is not a readable GGUF file; was it downloaded whole?", path.display()))?;
+    Ok((header.file, content))
+}
+
+/// A text. Unlike candle's own accessors, this and the next say what a value is without printing all of it.
+///
+/// # Errors
+/// Says what the value is instead.
+pub fn text(value: &Value) -> Result<&str> {
+    match value {
+        Value::String(text) => Ok(text),
+        other => bail!("is of type {:?}, not a text", other.value_type()),
+    }
+}
+
+/// A list.
+///
+/// # Errors
+/// Says what the value is instead.
+pub fn list(value: &Value) -> Result<&[Value]> {
+    match value {
+        Value::Array(list) => Ok(list),
+        other => bail!("is of type {:?}, not a list", other.value_type()),
+    }
+}
+
+/// True or false.
+///
+/// # Errors
+/// Says what the value is instead.
+pub fn truth(value: &Value) -> Result<bool> {
+    match value {
+        Value::Bool(truth) => Ok(*truth),
+        other => bail!("is of type {:?}, not true or false", other.value_type()),
+    }
+}
+
+struct Header {
+    file: BufReader<File>,
+    at: u64,
+    size: u64,
+    /// How many values may still come.
+    values: u64,
+    /// Whether lengths have eight bytes, as they have from version 2 on.
+    wide: bool,
+}
+
+impl Header {
+    fn content(&mut self) -> Result<Content> {
+        ensure!(&self.array::<4>()? == b"GGUF", "it does not begin with the letters GGUF");
+        let magic = match self.u32()? {
+            1 => VersionedMagic::GgufV1,
+            2 => VersionedMagic::GgufV2,
+            3 => VersionedMagic::GgufV3,
+            other => bail!("its version is {other}; these can be read: 1, 2, 3"),
+        };
+        self.wide = magic != VersionedMagic::GgufV1;
+        let (tensors, entries) = (self.length()?, self.length()?);
+        for (what, count) in [("tensors", tensors), ("entries of metadata", entries)] {
+            ensure!(count <= MOST_ENTRIES, "it claims {count} {what}, and {MOST_ENTRIES} are the most there may be");
+        }
+        let mut metadata = HashMap::new();
+        for i in 0..entries {
+            let key = self.text().with_context(|| format!("in the name of metadata entry {i}"))?;
+            let value = self.u32().and_then(|kind| self.value(kind, 0));
+            let value = value.with_context(|| format!("in the metadata entry {}", shown(&key)))?;
+            ensure!(metadata.insert(key.clone(), value).is_none(), "the metadata entry {} is there twice", shown(&key));
+        }
+        let mut tensor_infos = HashMap::new();
+        for i in 0..tensors {
+            let name = self.text().with_context(|| format!("in the name of tensor {i}"))?;
+            let info = self.tensor().with_context(|| format!("in the tensor {}", shown(&name)))?;
+            ensure!(tensor_infos.insert(name.clone(), info).is_none(), "the tensor {} is there twice", shown(&name));
+        }
+        let alignment = match metadata.get("general.alignment") {
+            None => 32,
+            Some(Value::U32(n)) if n.is_power_of_two() && *n <= 1 << 16 => u64::from(*n),
+            Some(Value::U32(n)) => bail!("general.alignment = {n} is no power of two up to {}", 1 << 16),
+            Some(other) => bail!("general.alignment is of type {:?}, not U32", other.value_type()),
+        };
+        let tensor_data_offset = self.at.div_ceil(alignment) * alignment;
+        self.placed(&tensor_infos, tensor_data_offset)?;
+        Ok(Content { magic, metadata, tensor_infos, tensor_data_offset })
+    }
+
+    /// Checks that all tensors lie in the file, and each in bytes of its own: so memory stays in proportion to the file.
+    fn placed(&self, tensors: &HashMap<String, TensorInfo>, data: u64) -> Result<()> {
+        let mut places: Vec<(u64, u64, &String)> = Vec::with_capacity(tensors.len());
+        for (name, info) in tensors {
+            let bytes = bytes(info).with_context(|| format!("in the tensor {}", shown(name)))?;
+            let start = data.checked_add(info.offset);
+            let end = start.and_then(|start| start.checked_add(bytes));
+            match (start, end) {
+                (Some(start), Some(end)) if end <= self.size => places.push((start, end, name)),
+                _ => bail!(
+                    "the tensor {} takes {bytes} bytes from byte {} on, and the file ends at byte {}",
+                    shown(name),
+                    start.unwrap_or(u64::MAX),
+                    self.size
+                ),
+            }
+        }
+        places.sort_unstable();
+        match places.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+            Some(pair) => bail!("the tensors {} and {} lie in the same bytes", shown(pair[0].2), shown(pair[1].2)),
+            None => Ok(()),
+        }
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        self.room(N as u64)?;
+        let mut bytes = [0; N];
+        self.file.read_exact(&mut bytes)?;
+        self.at += N as u64;
+        Ok(bytes)
+    }
+
+    /// Checks that so many bytes follow.
+    fn room(&self, bytes: u64) -> Result<()> {
+        ensure!(
+            bytes <= self.size.saturating_sub(self.at),
+            "{bytes} bytes should follow at byte {}, and the file ends at byte {}",
+            self.at,
+            self.size
+        );
+        Ok(())
+    }
+
+    fn u32(&mut self) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    fn length(&mut self) -> Result<u64> {
+        if self.wide { self.u64() } else { Ok(u64::from(self.u32()?)) }
+    }
+
+    fn text(&mut self) -> Result<String> {
+        let length = self.length()?;
+        ensure!(length <= LONGEST_TEXT, "a text claims {length} bytes, and {LONGEST_TEXT} are the most there may be");
+        self.room(length)?;
+        let mut bytes = vec![0; length as usize];
+        self.file.read_exact(&mut bytes)?;
+        self.at += length;
+        // Some files end their texts with zeros, and some have a few bytes that are no text.
+        while bytes.last() == Some(&0) {
+            bytes.pop();
+        }
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    fn value(&mut self, kind: u32, depth: usize) -> Result<Value> {
+        self.values = self
+            .values
+            .checked_sub(1)
+            .with_context(|| format!("the metadata has more than {MOST_VALUES} values, the most there may be"))?;
+        Ok(match kind {
+            0 => Value::U8(u8::from_le_bytes(self.array()?)),
+            1 => Value::I8(i8::from_le_bytes(self.array()?)),
+            2 => Value::U16(u16::from_le_bytes(self.array()?)),
+            3 => Value::I16(i16::from_le_bytes(self.array()?)),
+            4 => Value::U32(self.u32()?),
+            5 => Value::I32(i32::from_le_bytes(self.array()?)),
+            6 => Value::F32(f32::from_le_bytes(self.array()?)),
+            7 => match self.array::<1>()? {
+                [0] => Value::Bool(false),
+                [1] => Value::Bool(true),
+                [other] => bail!("{other} is neither true (1) nor false (0)"),
+            },
+            8 => Value::String(self.text()?),
+            9 => {
+                ensure!(depth < DEEPEST, "lists lie more than {DEEPEST} deep in each other");
+                let (kind, length) = (self.u32()?, self.length()?);
+                ensure!(
+                    length <= self.values,
+                    "a list claims {length} values, and {MOST_VALUES} in all are the most there may be"
+                );
+                // One byte is the least that a value takes.
+                self.room(length)?;
+                Value::Array((0..length).map(|_| self.value(kind, depth + 1)).collect::<Result<_>>()?)
+            }
+            10 => Value::U64(self.u64()?),
+            11 => Value::I64(i64::from_le_bytes(self.array()?)),
+            12 => Value::F64(f64::from_le_bytes(self.array()?)),
+            other => bail!("there is no kind of value with the number {other}"),
+        })
+    }
+
+    fn tensor(&mut self) -> Result<TensorInfo> {
+        let rank = self.u32()?;
+        ensure!((1..=4).contains(&rank), "it has {rank} dimensions; from 1 to 4 can be read");
+        let mut shape = (0..rank).map(|_| Ok(usize::try_from(self.length()?)?)).collect::<Result<Vec<_>>>()?;
+        // GGUF writes the innermost first.
+        shape.reverse();
+        let ggml_dtype = kind(self.u32()?)?;
+        let offset = self.u64()?;
+        Ok(TensorInfo { ggml_dtype, shape: Shape::from(shape), offset })
+    }
+}
+
+/// The types of values that candle reads back.
+fn kind(number: u32) -> Result<GgmlDType> {
+    Ok(match number {
+        0 => GgmlDType::F32,
+        1 => GgmlDType::F16,
+        2 => GgmlDType::Q4_0,
+        3 => GgmlDType::Q4_1,
+        6 => GgmlDType::Q5_0,
+        7 => GgmlDType::Q5_1,
+        8 => GgmlDType::Q8_0,
+        10 => GgmlDType::Q2K,
+        11 => GgmlDType::Q3K,
+        12 => GgmlDType::Q4K,
+        13 => GgmlDType::Q5K,
+        14 => GgmlDType::Q6K,
+        30 => GgmlDType::BF16,
+        other => bail!(
+            "values of type {other} cannot be read; these can: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K. Take the model's file of one of these types"
+        ),
+    })
+}
+
+/// How many bytes a tensor takes.
+fn bytes(info: &TensorInfo) -> Result<u64> {
+    let (dims, block) = (info.shape.dims(), info.ggml_dtype.block_size());
+    let row = *dims.last().unwrap_or(&0);
+    ensure!(dims.iter().all(|size| *size > 0), "its shape {dims:?} has no values");
+    ensure!(row.is_multiple_of(block), "its rows of {row} values are no multiple of a block's {block}");
+    let values = dims.iter().try_fold(1usize, |all, size| all.checked_mul(*size));
+    // Dequantised, a value takes four bytes.
+    let values = values.filter(|values| *values < isize::MAX as usize / 4);
+    let values = values.ok_or_else(|| anyhow!("its shape {dims:?} has more values than memory can hold"))?;
+    (values / block)
+        .checked_mul(info.ggml_dtype.type_size())
+        .map(|bytes| bytes as u64)
+        .ok_or_else(|| anyhow!("its shape {dims:?} has more values than memory can hold"))
+}
+
+/// A name for an error: on one line, and not longer than can be read.
+fn shown(name: &str) -> String {
+    let short: String = name.chars().take(80).collect();
+    format!("{short:?}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file of version 3: its counts, then `body`.
+    fn file(tensors: u64, entries: u64, body: &[&[u8]]) -> Vec<u8> {
+        let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+        bytes.extend([tensors.to_le_bytes(), entries.to_le_bytes()].concat());
+        bytes.extend(body.concat());
+        bytes
+    }
+
+    fn text(text: &str) -> Vec<u8> {
+        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+    }
+
+    fn tensor(name: &str, shape: &[u64], kind: u32, offset: u64) -> Vec<u8> {
+        let shape_bytes: Vec<u8> = shape.iter().flat_map(|size| size.to_le_bytes()).collect();
+        [&text(name), &(shape.len() as u32).to_le_bytes()[..], &shape_bytes, &kind.to_le_bytes(), &offset.to_le_bytes()]
+            .concat()
+    }
+
+    fn entry(name: &str, kind: u32, value: &[u8]) -> Vec<u8> {
+        [&text(name), &kind.to_le_bytes()[..], value].concat()
+    }
+
+    #[track_caller]
+    fn check(bytes: &[u8], expected: &str) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.gguf");
+        std::fs::write(&path, bytes).unwrap();
+        let error = format!("{:#}", read(&path).expect_err("it should be refused"));
+        assert!(error.contains(expected) && error.contains("x.gguf"), "{error}");
+    }
+
+    #[test]
+    fn what_a_header_claims_is_held_against_the_file() {
+        let list = |kind: u32, length: u64| [&kind.to_le_bytes()[..], &length.to_le_bytes()].concat();
+        check(b"GGML\x03\0\0\0", "letters GGUF");
+        check(b"GGUF\x09\0\0\0", "its version is 9");
+        check(b"GGUF\x03\0\0\0", "8 bytes should follow at byte 8, and the file ends at byte 8");
+        check(&file(1 << 40, 0, &[]), "claims 1099511627776 tensors, and 65536");
+        check(&file(0, u64::MAX, &[]), "entries of metadata");
+        check(&file(0, 1, &[&u64::MAX.to_le_bytes()]), "a text claims 18446744073709551615 bytes");
+        check(&file(0, 1, &[&1000u64.to_le_bytes()]), "1000 bytes should follow at byte 32");
+        check(&file(0, 1, &[&entry("a", 13, &[])]), "in the metadata entry \"a\": there is no kind of value");
+        check(&file(0, 1, &[&entry("a", 7, &[2])]), "2 is neither true");
+        check(&file(0, 1, &[&entry("a", 9, &list(0, 1 << 30))]), "a list claims 1073741824 values");
+        check(&file(0, 1, &[&entry("a", 9, &list(0, 1 << 20))]), "1048576 bytes should follow");
+        let deep: Vec<u8> = (0..8).flat_map(|_| list(9, 1)).collect();
+        check(&file(0, 1, &[&entry("a", 9, &[&deep[..], &[0; 8]].concat())]), "lists lie more than 4 deep");
+        check(&file(0, 2, &[&entry("a", 7, &[1]), &entry("a", 7, &[1])]), "\"a\" is there twice");
+        check(&file(0, 1, &[&entry("general.alignment", 0, &[0])]), "of type U8");
+        for wrong in [0u32, 3, 1 << 20] {
+            check(&file(0, 1, &[&entry("general.alignment", 4, &wrong.to_le_bytes())]), "no power of two");
+        }
+    }
+
+    #[test]
+    fn a_tensor_lies_in_the_file_and_for_itself() {
+        check(&file(1, 0, &[&tensor("w", &[], 0, 0)]), "in the tensor \"w\": it has 0 dimensions");
+        check(&file(1, 0, &[&tensor("w", &[1; 5], 0, 0)]), "it has 5 dimensions");
+        check(&file(1, 0, &[&tensor("w", &[4], 99, 0)]), "values of type 99 cannot be read");
+        check(&file(1, 0, &[&tensor("w", &[0, 4], 0, 0)]), "has no values");
+        check(&file(1, 0, &[&tensor("w", &[33], 2, 0)]), "rows of 33 values are no multiple of a block's 32");
+        check(&file(1, 0, &[&tensor("w", &[1 << 32, 1 << 32], 0, 0)]), "more values than memory can hold");
+        check(&file(1, 0, &[&tensor("w", &[1 << 40], 0, 0)]), "takes 4398046511104 bytes from byte 64 on");
+        check(&file(1, 0, &[&tensor("w", &[4], 0, u64::MAX)]), "takes 16 bytes from byte 18446744073709551615 on");
+        let twice = file(2, 0, &[&tensor("v", &[4], 0, 0), &tensor("w", &[4], 0, 8), &[0; 64]]);
+        check(&twice, "the tensors \"v\" and \"w\" lie in the same bytes");
+    }
+
+    #[test]
+    fn what_is_sound_is_read_as_candle_reads_it() {
+        let body = [entry("a", 9, &[&5u32.to_le_bytes()[..], &1u64.to_le_bytes(), &7i32.to_le_bytes()].concat())];
+        let bytes = file(1, 1, &[&body[0], &tensor("w", &[2, 3], 0, 0), &[0; 64]]);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.gguf");
+        std::fs::write(&path, &bytes).unwrap();
+        let (_, ours) = read(&path).unwrap();
+        let theirs = Content::read(&mut std::io::Cursor::new(&bytes)).unwrap();
+        assert_eq!(format!("{:?}", ours.metadata), format!("{:?}", theirs.metadata));
+        assert_eq!(format!("{:?}", ours.tensor_infos), format!("{:?}", theirs.tensor_infos));
+        assert_eq!(ours.tensor_data_offset, theirs.tensor_data_offset);
+    }
+}

@@ -1,0 +1,241 @@
+//! What is given to a fuzzer, one function for each kind of input. Included by the fuzz targets and by the test that
+//! replays their corpora. Whatever the bytes are, a function comes back, soon and without much memory, and says whether
+//! they were of use: what the program refuses is no finding, a panic is.
+#![allow(dead_code, reason = "each target uses one of these")]
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use preceptor::config;
+use preceptor::data::{Dataset, Dialogue, OnLong, Preferences, PromptFormat, ReadOptions, Rows, Split};
+use preceptor::label::templates::TemplateSet;
+use preceptor::model::bert::BertConfig;
+use preceptor::model::config::Head;
+use preceptor::model::{Decoder, ModelConfig, Weights};
+use preceptor::remote::reading::{Listed, split_prefixes, votes};
+use preceptor::remote::wire::{self, Request};
+use preceptor::source::ModelFiles;
+use preceptor::tokens::Tokenizer;
+use preceptor::tokens::chat::Message;
+
+/// Takes bytes, and says whether they were of use.
+pub type Entry = fn(&[u8]) -> bool;
+
+/// Every target, by the name of its corpus.
+pub const ALL: [(&str, Entry); 8] = [
+    ("config", config),
+    ("rows", rows),
+    ("gguf", gguf),
+    ("safetensors", safetensors),
+    ("model_config", model_config),
+    ("tokenizer", tokenizer),
+    ("template", template),
+    ("judge", judge),
+];
+
+/// A run's configuration, and after each NUL an override. What is valid is written out and read back as itself.
+pub fn config(data: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(data);
+    let mut parts = text.split('\0');
+    let (toml, overrides) = (parts.next().unwrap_or_default(), parts.map(str::to_owned).collect::<Vec<_>>());
+    // A folder that holds a Cargo.toml, which can stand in for data.
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let _ = TemplateSet::parse(toml);
+    match config::parse(toml, "fuzz.toml", folder, &overrides) {
+        Ok(config) => {
+            let written = config.to_toml();
+            let again = config::parse(&written, "fuzz.toml", folder, &[]);
+            assert_eq!(again.as_ref(), Ok(&config), "{written}");
+            true
+        }
+        Err(errors) => {
+            assert!(errors.to_string().len() < 100_000, "an error that nobody will read");
+            false
+        }
+    }
+}
+
+/// A data set: JSON lines, gzipped where the bytes say so.
+pub fn rows(data: &[u8]) -> bool {
+    let gzipped = data.starts_with(&[0x1f, 0x8b]);
+    let file = Scratch::new(&[(if gzipped { "rows.jsonl.gz" } else { "rows.jsonl" }, data)]);
+    let path = file.only();
+    let mut used = false;
+    if let Ok(rows) = Rows::open(&path) {
+        for i in 0..rows.len() {
+            let Ok(Some(row)) = rows.get(i) else { continue };
+            let whole = |field: &str| Dialogue::whole_from_json(&row[field]);
+            if let (Ok(chosen), Ok(rejected)) = (whole("chosen"), whole("rejected")) {
+                let _ = chosen.part(rejected);
+            }
+            let _ = Dialogue::from_json(&row["prompt"]).map(|dialogue| dialogue.text());
+        }
+    }
+    for labeled in [true, false] {
+        let split = Split { holdout: 0.5, ..Split::default() };
+        let Ok(pairs) = Preferences::read(&path, &split, labeled) else { continue };
+        for i in 0..pairs.len() {
+            let pair = pairs.get(i).expect("a pair that was read is read again");
+            assert!(pair.preference.is_none_or(|p| (0.0..=1.0).contains(&p)));
+            used = true;
+        }
+    }
+    let format = PromptFormat {
+        field: "prompt".into(),
+        reference_field: "reference".into(),
+        instruction: "{{ prompt }}".into(),
+        chat: data.len().is_multiple_of(2),
+        system: None,
+    };
+    let options =
+        ReadOptions { format, limit: 64, on_long: OnLong::Skip, split: Split::default(), needs_references: false };
+    if let Ok(data) = Dataset::read(&path, options, &BYTES.with(Tokenizer::clone)) {
+        let order = data.order(0);
+        for seq in 0..data.len() {
+            assert!(data.prompt(seq as u64, &order).expect("a prompt that was read is read again").ids.len() <= 64);
+            used = true;
+        }
+    }
+    used
+}
+
+/// A GGUF file: header, tensors, tokenizer.
+pub fn gguf(data: &[u8]) -> bool {
+    let file = Scratch::new(&[("model.gguf", data)]);
+    let path = file.only();
+    let mut used = false;
+    if let Ok((config, weights)) = Weights::from_gguf(&path, &Device::Cpu) {
+        used = Decoder::new(&config, &weights).is_ok();
+        let _ = config.parameters();
+        let _ = config.to_json(Head::Language);
+    }
+    if let Ok(tokenizer) = Tokenizer::from_files(&ModelFiles::Gguf(path)) {
+        exercise(&tokenizer);
+        used = true;
+    }
+    used
+}
+
+/// A `model.safetensors`.
+pub fn safetensors(data: &[u8]) -> bool {
+    let dir = Scratch::new(&[("model.safetensors", data)]);
+    let Ok(weights) = Weights::read_directory(&dir.path, &Device::Cpu) else { return false };
+    let _ = weights.parameters();
+    weights.fingerprint().is_ok()
+}
+
+/// A model's `config.json`, which must do for its shape to be worked with; and the same bytes as the index of a model
+/// in several parts.
+pub fn model_config(data: &[u8]) -> bool {
+    let dir = Scratch::new(&[("config.json", data), ("model.safetensors.index.json", data)]);
+    let mut used = BertConfig::from_directory(&dir.path).is_ok();
+    for head in [Head::Language, Head::Scalar] {
+        if let Ok(config) = ModelConfig::from_directory_as(&dir.path, head) {
+            let _ = config.parameters();
+            let _ = config.to_json(head);
+            let _ = Decoder::new(&config, &Weights::default());
+            used = true;
+        }
+    }
+    let _ = Weights::read_directory(&dir.path, &Device::Cpu);
+    used
+}
+
+/// A `tokenizer.json`, and after a NUL a `tokenizer_config.json`.
+pub fn tokenizer(data: &[u8]) -> bool {
+    let mut parts = data.splitn(2, |byte| *byte == 0);
+    let mut files = vec![("tokenizer.json", parts.next().unwrap_or_default())];
+    files.extend(parts.next().map(|config| ("tokenizer_config.json", config)));
+    let dir = Scratch::new(&files);
+    let Ok(tokenizer) = Tokenizer::from_files(&ModelFiles::Directory(dir.path.clone())) else { return false };
+    exercise(&tokenizer);
+    true
+}
+
+/// A chat template, and after each NUL what is said, by turns.
+pub fn template(data: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(data);
+    let mut parts = text.split('\0');
+    let source = parts.next().unwrap_or_default().to_owned();
+    let Ok(tokenizer) = BYTES.with(Tokenizer::clone).with_chat_template(source) else { return false };
+    let mut messages: Vec<Message> = parts
+        .enumerate()
+        .map(|(i, content)| Message {
+            role: ["system", "user", "assistant"][if i == 0 { 0 } else { 2 - i % 2 }].into(),
+            content: content.into(),
+        })
+        .collect();
+    if messages.is_empty() {
+        messages.push(Message { role: "user".into(), content: "Hi <b>".into() });
+    }
+    [false, true].map(|answer| tokenizer.render_chat(&messages, answer).is_ok()) == [true, true]
+}
+
+/// What a judge's server answers.
+pub fn judge(data: &[u8]) -> bool {
+    let answers = ["1", "2", "10"].map(str::to_owned);
+    let mut used = false;
+    for top_logprobs in [5, 0] {
+        let request = Request::first_token("which?", None, top_logprobs);
+        let Ok(answer) = wire::read(data, &request) else { continue };
+        used = true;
+        let (sum, overflowed) = answer.prompt_tokens.overflowing_add(answer.completion_tokens);
+        assert!(!overflowed && sum < 1 << 40, "no server reads or writes {sum} tokens");
+        let _ = votes(&[answer.text], &answers);
+        let Some(tokens) = answer.first_token else { continue };
+        let mut listed = Listed(tokens.clone());
+        if let Some((space, p)) = listed.space_before(&answers).map(|(space, p)| (space.to_owned(), p)) {
+            listed.behind(&space, p, Listed(tokens));
+        }
+        let Ok(weights) = listed.weights(&answers) else { continue };
+        assert!(weights.iter().all(|weight| (0.0..=1.1).contains(weight)), "{weights:?}");
+        for (shorter, longer) in split_prefixes(&answers) {
+            let rest = &answers[longer][listed.spelling(&answers[shorter]).trim_start().len()..];
+            assert!((0.0..=1.1).contains(&listed.exactly(rest)));
+        }
+    }
+    used
+}
+
+/// Uses a tokenizer that could be read.
+fn exercise(tokenizer: &Tokenizer) {
+    for text in ["", "Hello, world 123", " <s>naïve\u{301} — 漢字 🎉\n\t</s>", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab"]
+    {
+        let Ok(ids) = tokenizer.encode_document(text) else { continue };
+        let _ = tokenizer.decode(&ids);
+    }
+    let some: Vec<u32> = (0..40).chain([u32::MAX]).collect();
+    let _ = tokenizer.decode(&some);
+    let messages = [Message { role: "user".into(), content: "Hi".into() }];
+    let _ = tokenizer.render_chat(&messages, true);
+    let dir = Scratch::new(&[]);
+    let _ = tokenizer.save(&dir.path);
+}
+
+thread_local! {
+    static BYTES: Tokenizer = Tokenizer::bytes();
+}
+
+/// A folder with files in it, in memory where the system has a place for that. It goes away with its owner.
+struct Scratch {
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Scratch {
+    fn new(files: &[(&str, &[u8])]) -> Self {
+        let memory = Path::new("/dev/shm");
+        let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+        let dir = tempfile::tempdir_in(parent).expect("there is room for a folder");
+        for (name, bytes) in files {
+            std::fs::write(dir.path().join(name), bytes).expect("there is room for a file");
+        }
+        Self { path: dir.path().to_owned(), _dir: dir }
+    }
+
+    /// The one file of this folder.
+    fn only(&self) -> PathBuf {
+        let entry = std::fs::read_dir(&self.path).expect("the folder is there").next();
+        entry.expect("a file is in it").expect("it can be looked at").path()
+    }
+}

@@ -1,0 +1,9 @@
+//! Fuzzes [`entries::template`].
+#![no_main]
+
+#[path = "../entries.rs"]
+mod entries;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    entries::template(data);
+});
