@@ -5,7 +5,7 @@
 #   tests/fuzz/run.sh [SECONDS [TARGET…]]
 #
 # What is found lies in tests/fuzz/artifacts/TARGET, and is run again with
-# tests/fuzz/target/x86_64-unknown-linux-gnu/release/TARGET FILE. The corpus grows in tests/fuzz/work/TARGET; what is in
+# tests/fuzz/target/HOST/release/TARGET FILE. The corpus grows in tests/fuzz/work/TARGET; what is in
 # tests/fuzz/corpus is read, never written. With a nightly toolchain and cargo-fuzz,
 # `cargo fuzz run --fuzz-dir tests/fuzz TARGET` does the same with the address sanitizer.
 set -euo pipefail

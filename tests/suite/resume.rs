@@ -295,3 +295,56 @@ fn a_run_whose_machine_is_gone_goes_on_from_its_mirror() {
         stderr(&output)
     );
 }
+
+/// A step that takes longer than a service manager waits: it is left, and what it was made of is in the checkpoint.
+#[test]
+fn a_step_that_outlasts_the_deadline_is_left_and_nothing_of_it_is_lost() {
+    let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let overrides = ["run.steps=3", "learner.eta=0", "supervision.drain_s=0.3"];
+    let mut child = command(dir.path(), &overrides)
+        // From the second step's third group on, each takes a second and a half.
+        .env("FAILPOINTS", "learn.forward=6*off->sleep(1500)")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while metrics_lines(dir.path()) < 1 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let mut text = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+    assert!(child.wait().unwrap().success(), "{text}");
+    assert!(text.contains("the step takes too long") && text.contains("interrupted after 1 steps"), "{text}");
+    let about = std::fs::read_to_string(dir.path().join("run/checkpoints/step-000001/preceptor.json")).unwrap();
+    let groups = &serde_json::from_str::<Value>(&about).unwrap()["groups"];
+    assert!(groups["rewarded"].as_u64().unwrap() >= 2, "the step's groups are kept: {groups}");
+    let output = resume(dir.path(), &overrides);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(train(whole.path(), &overrides).status.success());
+    assert_eq!(metrics(&dir.path().join("run")), metrics(&whole.path().join("run")));
+}
+
+#[test]
+fn a_service_manager_is_told_when_the_run_is_ready_alive_and_stopping() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut child =
+        command(dir.path(), &["run.steps=100000"]).env("NOTIFY_SOCKET", &path).stderr(Stdio::null()).spawn().unwrap();
+    let (mut said, mut asked) = (Vec::new(), false);
+    let mut buffer = [0; 4096];
+    while !said.iter().any(|line| line == "STOPPING=1") {
+        let n = socket.recv(&mut buffer).expect("the run says something within a minute");
+        said.extend(String::from_utf8_lossy(&buffer[..n]).lines().map(str::to_owned));
+        if said.iter().any(|line| line == "WATCHDOG=1") {
+            if !asked {
+                assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+                asked = true;
+            }
+        }
+    }
+    assert_eq!(said[0], "READY=1");
+    assert!(child.wait().unwrap().success());
+}
