@@ -106,7 +106,7 @@ impl Mirror {
             let from = self.key(&name, Path::new(""));
             let mut listed = self.store.list(Some(&from));
             while let Some(object) = listed.next().await {
-                let object = object.with_context(|| format!("{} cannot be listed", self.url))?;
+                let object = object.map_err(flat).with_context(|| format!("{} cannot be listed", self.url))?;
                 let parts = object.location.prefix_match(&from).with_context(|| "a listed name is another one")?;
                 let file = parts.fold(aside.clone(), |path, part| path.join(part.as_ref()));
                 self.download(&object.location, &file)
@@ -131,14 +131,14 @@ impl Mirror {
     /// Steps of the whole copies, in order.
     async fn steps(&self) -> Result<Vec<u64>> {
         let cannot = || format!("{} cannot be listed", self.url);
-        let listed = self.store.list_with_delimiter(Some(&self.prefix)).await.with_context(cannot)?;
+        let listed = self.store.list_with_delimiter(Some(&self.prefix)).await.map_err(flat).with_context(cannot)?;
         let mut steps = Vec::new();
         for folder in listed.common_prefixes {
             let Some(step) = folder.filename().and_then(|name| shelf::step(Path::new(name))) else { continue };
             match self.store.head(&folder.clone().join(sums::NAME)).await {
                 Ok(_) => steps.push(step),
                 Err(object_store::Error::NotFound { .. }) => {}
-                Err(error) => return Err(error).with_context(cannot),
+                Err(error) => return Err(flat(error)).with_context(cannot),
             }
         }
         steps.sort_unstable();
@@ -148,10 +148,14 @@ impl Mirror {
     /// Its mark first: what is left of it is no checkpoint.
     async fn remove(&self, name: &str) -> Result<()> {
         let cannot = || format!("the old copy of {name} in {} cannot be removed", self.url);
-        self.store.delete(&self.key(name, Path::new(sums::NAME))).await.with_context(cannot)?;
+        self.store.delete(&self.key(name, Path::new(sums::NAME))).await.map_err(flat).with_context(cannot)?;
         let mut listed = self.store.list(Some(&self.key(name, Path::new(""))));
         while let Some(object) = listed.next().await {
-            self.store.delete(&object.with_context(cannot)?.location).await.with_context(cannot)?;
+            self.store
+                .delete(&object.map_err(flat).with_context(cannot)?.location)
+                .await
+                .map_err(flat)
+                .with_context(cannot)?;
         }
         Ok(())
     }
@@ -165,20 +169,20 @@ impl Mirror {
         let mut open = tokio::fs::File::open(file).await?;
         if open.metadata().await?.len() <= PART as u64 {
             let bytes = tokio::fs::read(file).await?;
-            self.store.put(key, PutPayload::from(bytes)).await?;
+            self.store.put(key, PutPayload::from(bytes)).await.map_err(flat)?;
             return Ok(());
         }
-        let mut parts = WriteMultipart::new_with_chunk_size(self.store.put_multipart(key).await?, PART);
+        let mut parts = WriteMultipart::new_with_chunk_size(self.store.put_multipart(key).await.map_err(flat)?, PART);
         let mut buffer = vec![0; 1 << 20];
         loop {
             let n = open.read(&mut buffer).await?;
             if n == 0 {
                 break;
             }
-            parts.wait_for_capacity(PARTS_AT_ONCE).await?;
+            parts.wait_for_capacity(PARTS_AT_ONCE).await.map_err(flat)?;
             parts.write(&buffer[..n]);
         }
-        parts.finish().await?;
+        parts.finish().await.map_err(flat)?;
         Ok(())
     }
 
@@ -187,13 +191,18 @@ impl Mirror {
             tokio::fs::create_dir_all(folder).await?;
         }
         let mut to = tokio::fs::File::create(file).await?;
-        let mut from = self.store.get(key).await?.into_stream();
+        let mut from = self.store.get(key).await.map_err(flat)?.into_stream();
         while let Some(bytes) = from.next().await {
-            to.write_all(&bytes?).await?;
+            to.write_all(&bytes.map_err(flat)?).await?;
         }
         to.sync_all().await?;
         Ok(())
     }
+}
+
+/// A store's error says all that its causes say, and is told once.
+fn flat(error: object_store::Error) -> anyhow::Error {
+    anyhow!("{error}")
 }
 
 impl Drop for Mirror {
