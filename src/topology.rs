@@ -21,6 +21,7 @@ use crate::label::stage::{LabelStage, Wants};
 use crate::label::{Labeler, Pairing};
 use crate::learn::Observer;
 use crate::learn::TrainState;
+use crate::learn::publish::publish;
 use crate::learn::stage::Learn;
 use crate::ledger::{Book, Entries, UnderWay};
 use crate::model::Decoder;
@@ -66,7 +67,7 @@ impl Node {
         fault::point("graph.build")?;
         let config = &self.config;
         let (step, scale) = {
-            let state = match self.state.try_lock() {
+            let mut state = match self.state.try_lock() {
                 Ok(state) => state,
                 // Whether it is whole, the learner asks before it starts.
                 Err(TryLockError::Poisoned(state)) => state.into_inner(),
@@ -76,6 +77,8 @@ impl Node {
                     ));
                 }
             };
+            // A step that was counted and not published: before anything is let in for its version, its weights are there.
+            publish(&mut state, &self.cell, &*self.observer)?;
             (state.step, state.scale)
         };
         let (next, end) = (step * config.learner.batch_groups, config.run.steps * config.learner.batch_groups);

@@ -151,16 +151,13 @@ impl Stage for Learn {
 
     fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
         {
-            let shared = Arc::clone(&self.state);
-            let mut state = lock(&shared);
+            let mut state = lock(&self.state);
             if state.stepping {
                 return Err(StageError::fatal(
                     "the learner failed while it was writing the weights; they are half updated and cannot be used",
                 ));
             }
             state.discard()?;
-            // What failed after its last step was counted is made up for.
-            self.publish(&mut state)?;
         }
         for rewarded in std::mem::take(&mut self.left) {
             if ctx.halted() {
