@@ -338,11 +338,9 @@ fn a_service_manager_is_told_when_the_run_is_ready_alive_and_stopping() {
     while !said.iter().any(|line| line == "STOPPING=1") {
         let n = socket.recv(&mut buffer).expect("the run says something within a minute");
         said.extend(String::from_utf8_lossy(&buffer[..n]).lines().map(str::to_owned));
-        if said.iter().any(|line| line == "WATCHDOG=1") {
-            if !asked {
-                assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
-                asked = true;
-            }
+        if !asked && said.iter().any(|line| line == "WATCHDOG=1") {
+            assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+            asked = true;
         }
     }
     assert_eq!(said[0], "READY=1");
