@@ -310,7 +310,7 @@ fn a_step_that_outlasts_the_deadline_is_left_and_nothing_of_it_is_lost() {
     while metrics_lines(dir.path()) < 1 {
         std::thread::sleep(Duration::from_millis(2));
     }
-    std::thread::sleep(Duration::from_millis(300));
+    std::thread::sleep(Duration::from_millis(900));
     assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
     let mut text = String::new();
     child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
