@@ -5,7 +5,7 @@
 #   tests/fuzz/run.sh [SECONDS [TARGET…]]
 #
 # What is found lies in tests/fuzz/artifacts/TARGET, and is run again with
-# tests/fuzz/target/HOST/release/TARGET FILE. The corpus grows in tests/fuzz/work/TARGET; what is in
+# tests/fuzz/target/HOST/release/TARGET FILE. The corpus grows in tests/fuzz/grown/TARGET; what is in
 # tests/fuzz/corpus is read, never written. With a nightly toolchain and cargo-fuzz,
 # `cargo fuzz run --fuzz-dir tests/fuzz TARGET` does the same with the address sanitizer.
 set -euo pipefail
@@ -27,15 +27,15 @@ cargo build --release --target "$host" --bins
 
 status=0
 for target in "${targets[@]}"; do
-    mkdir -p "work/$target" "artifacts/$target"
-    log="work/$target.log"
+    mkdir -p "grown/$target" "artifacts/$target"
+    log="grown/$target.log"
     words=()
     if [ -f "dictionaries/$target" ]; then
         words=("-dict=dictionaries/$target")
     fi
     # One thread of each pool, so that a run of a target is a function of its input.
     found=0
-    RAYON_NUM_THREADS=1 "target/$host/release/$target" "work/$target" "corpus/$target" \
+    RAYON_NUM_THREADS=1 "target/$host/release/$target" "grown/$target" "corpus/$target" \
         "${words[@]}" -max_total_time="$seconds" -max_len=4096 -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 \
         -artifact_prefix="artifacts/$target/" >"$log" 2>&1 || found=$?
     executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log" | tail -n 1)
