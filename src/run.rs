@@ -135,7 +135,12 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         None => Book::default(),
         Some(checkpoint) => {
             checkpoint.suits(&identity)?;
-            Book::new(checkpoint.restore(&mut state, reward_model.as_deref())?)
+            let ledger = checkpoint.restore(&mut state, reward_model.as_deref())?;
+            // Only now that nothing can refuse it any more.
+            for later in shelf.supersede(checkpoint.step())? {
+                say!("set aside {}", later.display());
+            }
+            Book::new(ledger)
         }
     };
     let resumed = checkpoint.map(|checkpoint| checkpoint.step());
@@ -281,9 +286,6 @@ fn start(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Result<Start
             }
             let shelf = shelf(&dir);
             let checkpoint = Opened::open(&path)?;
-            for later in shelf.supersede(checkpoint.step())? {
-                say!("set aside {}", later.display());
-            }
             Ok(Start { dir, checkpoint: Some(checkpoint), shelf })
         }
     }

@@ -236,7 +236,10 @@ fn a_run_is_not_resumed_as_another_one() {
     refused(&overrides, &["is in format 7, and this program reads format 1", "resume with preceptor 0.1.0"]);
     std::fs::write(&about, text).unwrap();
 
-    // From a named one; what came after it is set aside.
+    // From a named one; what came after it is set aside, and not before the run is let go on.
+    let other = [&overrides[..], &["run.seed=3"]].concat();
+    let output = command(dir.path(), &other).arg("--resume=run/checkpoints/step-000001").output().unwrap();
+    assert!(!output.status.success() && run.join("checkpoints/step-000002").exists(), "{}", stderr(&output));
     let output = command(dir.path(), &overrides).arg("--resume=run/checkpoints/step-000001").output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(run.join("checkpoints/step-000002.superseded-1").exists(), "{}", stderr(&output));
