@@ -18,6 +18,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::Device;
 use preceptor::config::{self, Config};
+use preceptor::controller::Knobs;
 use preceptor::data::{Dataset, OnLong, Part, ReadOptions, Split};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
@@ -248,9 +249,10 @@ impl Subject {
             cell: Arc::new(SnapshotCell::new(0, identity, Arc::clone(&policy))),
             observer: Arc::new(Mutex::new(Watch(Arc::clone(marks)))),
             book: Book::default(),
+            knobs: Knobs::default(),
             reward_model: None,
             labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId(identity)) as Box<dyn Labeler>)),
-            prepared: Prepared {
+            prepared: Arc::new(Prepared {
                 policy,
                 identity,
                 tokenizer,
@@ -258,8 +260,9 @@ impl Subject {
                 reward_start: None,
                 pairs: None,
                 data,
+                held_out: None,
                 origin: "random".into(),
-            },
+            }),
             config,
         })
     }

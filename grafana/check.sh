@@ -1,27 +1,40 @@
 #!/usr/bin/env bash
-# Checks metrics and dashboards against a running node, with a Prometheus of its own that lives as long as the check.
+# Checks metrics, alerts and dashboards.
 #
-#   grafana/check.sh [NODE] [arguments of check_live.py]      NODE is host:port, 127.0.0.1:9464 when left out
+#   grafana/check.sh offline                                       the files alone; no node is needed
+#   grafana/check.sh live [NODE]… [arguments of check_live.py]     beside running nodes, with a Prometheus of its own
+#   grafana/check.sh [NODE]… [arguments of check_live.py]          both
 #
-# Needs prometheus, promtool, curl and python3 on PATH (Debian: apt-get install prometheus curl python3).
-# PORT is where that Prometheus listens (19090), WAIT_S how long the node may take to fill every panel (120): a panel
-# of step durations has data only after a step. TOKEN_FILE names the file that holds the node's bearer token, where it
-# asks for one.
+# NODE is host:port, 127.0.0.1:9464 when left out. Of several nodes each panel needs one that fills it; live.sh starts
+# nodes that fill all of them.
+#
+# Needs promtool and python3 on PATH; offline also node 20 and npm, live also prometheus and curl (Debian: apt-get install
+# prometheus curl python3). PORT is where that Prometheus listens (19090), WAIT_S how long the nodes may take to fill every
+# panel (120): a panel of step durations has data only after a step. TOKEN_FILE names the file that holds the nodes' bearer
+# token, where they ask for one.
 set -euo pipefail
 
-node=127.0.0.1:9464
-if [[ $# -gt 0 && $1 != -* ]]; then
-    node=$1
+what=both
+if [[ ${1:-} == offline || ${1:-} == live ]]; then
+    what=$1
     shift
 fi
+nodes=()
+while [[ $# -gt 0 && $1 != -* ]]; do
+    nodes+=("$1")
+    shift
+done
+[[ ${#nodes[@]} -gt 0 ]] || nodes=(127.0.0.1:9464)
 port=${PORT:-19090}
 wait_s=${WAIT_S:-120}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 url=http://127.0.0.1:$port
 
-for tool in prometheus promtool curl python3; do
-    command -v "$tool" >/dev/null || { echo "error: $tool is not on PATH: install it and try again" >&2; exit 2; }
-done
+need() {
+    for tool in "$@"; do
+        command -v "$tool" >/dev/null || { echo "error: $tool is not on PATH: install it and try again" >&2; exit 2; }
+    done
+}
 
 scratch=$(mktemp -d)
 prometheus=
@@ -34,52 +47,89 @@ clean() {
 }
 trap clean EXIT
 
-echo "== configuration"
-# The shipped file with this node as its target, scraped each second so that rates are there soon.
-sed -e "s/127\.0\.0\.1:9464/$node/" -e 's/\(_interval:\) 5s/\1 1s/' "$here/prometheus.yml" >"$scratch/prometheus.yml"
-bearer=()
-if [[ -n ${TOKEN_FILE:-} ]]; then
-    token_file=$(realpath "$TOKEN_FILE")
-    sed -i "s|^\( *\)- job_name: preceptor|&\n\1  authorization: { credentials_file: \"$token_file\" }|" "$scratch/prometheus.yml"
-    # Not as an argument, which other users of this machine could read.
-    printf 'Authorization: Bearer %s\n' "$(<"$token_file")" >"$scratch/header"
-    bearer=(--header "@$scratch/header")
-fi
-promtool check config "$here/prometheus.yml"
-promtool check config "$scratch/prometheus.yml" >/dev/null
+offline() {
+    need promtool python3 node npm
+    echo "== configuration and alerts"
+    promtool check config "$here/prometheus.yml"
+    promtool check rules "$here/alerts.yml"
+    promtool test rules "$here/alerts_test.yml"
 
-echo "== metrics of $node"
-curl --fail --silent --show-error --max-time 10 "${bearer[@]}" "http://$node/metrics" >"$scratch/metrics.txt"
-promtool check metrics <"$scratch/metrics.txt"
+    echo "== names"
+    # Every metric that the program knows, from its source.
+    grep -hoE '"(preceptor|process)_[a-z0-9_]+"' "$here"/../src/telemetry.rs "$here"/../src/telemetry/*.rs |
+        tr -d '"' | sort -u >"$scratch/names.txt"
+    python3 "$here/check_live.py" --offline --names "$scratch/names.txt" --rules "$here/alerts.yml"
+    python3 "$here/check/settings.py"
 
-echo "== panels"
-prometheus --config.file="$scratch/prometheus.yml" --storage.tsdb.path="$scratch/data" \
-    --web.listen-address="127.0.0.1:$port" --log.level=error 2>"$scratch/prometheus.log" &
-prometheus=$!
+    echo "== dashboards against Grafana's schema"
+    [[ -d $here/schema/node_modules ]] || npm ci --prefix "$here/schema" --no-audit --no-fund --silent
+    node "$here/schema/check.mjs"
+}
 
-deadline=$((SECONDS + wait_s))
-# A rate needs two samples; the query is empty until both are in.
-until curl --fail --silent --max-time 5 --get "$url/api/v1/query" \
-    --data-urlencode 'query=count_over_time(preceptor_build_info[1m]) >= 2' 2>/dev/null | grep -q '"metric"'; do
-    if ! kill -0 "$prometheus" 2>/dev/null; then
-        echo "error: prometheus ended; is port $port taken? set PORT to another" >&2
-        cat "$scratch/prometheus.log" >&2
-        exit 2
+page() {
+    curl --fail --silent --show-error --max-time 10 "${bearer[@]}" "http://$1/metrics"
+}
+
+pages() {
+    for node in "${nodes[@]}"; do
+        page "$node" || return 1
+    done
+}
+
+live() {
+    need prometheus promtool curl python3
+    # The shipped file with these nodes as its targets, scraped each second so that rates are there soon.
+    targets=$(printf '"%s", ' "${nodes[@]}")
+    sed -e "s/\"127\.0\.0\.1:9464\"/${targets%, }/" -e 's/\(_interval:\) 5s/\1 1s/' \
+        -e "s|^  - alerts.yml|  - $here/alerts.yml|" "$here/prometheus.yml" >"$scratch/prometheus.yml"
+    bearer=()
+    if [[ -n ${TOKEN_FILE:-} ]]; then
+        token_file=$(realpath "$TOKEN_FILE")
+        sed -i "s|^\( *\)- job_name: preceptor|&\n\1  authorization: { credentials_file: \"$token_file\" }|" "$scratch/prometheus.yml"
+        # Not as an argument, which other users of this machine could read.
+        printf 'Authorization: Bearer %s\n' "$(<"$token_file")" >"$scratch/header"
+        bearer=(--header "@$scratch/header")
     fi
-    if ((SECONDS >= deadline)); then
-        echo "error: $node was not scraped twice within $wait_s s" >&2
-        exit 2
-    fi
-    sleep 1
-done
+    promtool check config "$scratch/prometheus.yml" >/dev/null
 
-# The page as it stands now: metrics that appear with the first step are on it too.
-until curl --fail --silent --show-error --max-time 10 "${bearer[@]}" "http://$node/metrics" >"$scratch/metrics.txt" &&
-    python3 "$here/check_live.py" "$url" --names "$scratch/metrics.txt" "$@" >"$scratch/report.txt" 2>&1; do
-    if ((SECONDS >= deadline)); then
-        cat "$scratch/report.txt" >&2
-        exit 1
-    fi
-    sleep 2
-done
-cat "$scratch/report.txt"
+    echo "== panels and alerts"
+    prometheus --config.file="$scratch/prometheus.yml" --storage.tsdb.path="$scratch/data" \
+        --web.listen-address="127.0.0.1:$port" --log.level=error 2>"$scratch/prometheus.log" &
+    prometheus=$!
+
+    deadline=$((SECONDS + wait_s))
+    # A rate needs two samples; the query is empty until both are in.
+    until curl --fail --silent --max-time 5 --get "$url/api/v1/query" \
+        --data-urlencode "query=count(count_over_time(preceptor_build_info[1m]) >= 2) == ${#nodes[@]}" 2>/dev/null | grep -q '"value"'; do
+        if ! kill -0 "$prometheus" 2>/dev/null; then
+            echo "error: prometheus ended; is port $port taken? set PORT to another" >&2
+            cat "$scratch/prometheus.log" >&2
+            exit 2
+        fi
+        if ((SECONDS >= deadline)); then
+            echo "error: ${nodes[*]} were not scraped twice within $wait_s s" >&2
+            exit 2
+        fi
+        sleep 1
+    done
+
+    # The pages as they stand now: metrics that appear with the first step are on them too.
+    until pages >"$scratch/metrics.txt" &&
+        python3 "$here/check_live.py" "$url" --names "$scratch/metrics.txt" --rules "$here/alerts.yml" "$@" >"$scratch/report.txt" 2>&1; do
+        if ((SECONDS >= deadline)); then
+            cat "$scratch/report.txt" >&2
+            exit 1
+        fi
+        sleep 2
+    done
+    cat "$scratch/report.txt"
+
+    # Now that they are full: what comes with a step can be at fault as well.
+    for node in "${nodes[@]}"; do
+        echo "== metrics of $node"
+        page "$node" | promtool check metrics
+    done
+}
+
+[[ $what == live ]] || offline
+[[ $what == offline ]] || live "$@"

@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Runs every expression of the dashboards on a live Prometheus and names those that return nothing.
 
-    check_live.py [URL] [--dashboards DIR] [--names FILE] [--window 1m] [--offline]
+    check_live.py [URL] [--dashboards DIR] [--rules FILE] [--names FILE] [--window 1m] [--offline]
+
+With the rules it also asks for every series that an alert reads, and whether Prometheus could evaluate the alert. What
+a healthy node without a GPU cannot show is listed in ABSENT with the reason; if it is missing, that is told, not counted.
 
 Exit status: 0 when every expression returned data, 1 when one did not (or named an unknown metric), 2 when the
 dashboards or Prometheus could not be read. Needs Python 3.8 and nothing else.
@@ -18,7 +21,19 @@ import urllib.request
 from pathlib import Path
 
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+PREFIXED = r"\b(?:preceptor|process)_\w+"
+NO_DATA = "no data"
 HISTOGRAM_PARTS = ("_bucket", "_sum", "_count")
+# Made by Prometheus itself.
+BUILT_IN = {"up", "ALERTS"}
+# Metrics that may be missing, and why.
+ABSENT = {
+    "ALERTS": "only while an alert is pending or fires",
+    "preceptor_labels_bought_again_total": "only when two labelers ask the same at the same time",
+    "preceptor_micro_batch": "only after the learner's device ran out of memory",
+    "preceptor_stage_failures_total": "only after a stage failed",
+    "preceptor_stalled": "only while a stage holds the run",
+}
 
 
 class Unusable(Exception):
@@ -29,6 +44,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:9090", help="Prometheus (default: %(default)s)")
     parser.add_argument("--dashboards", type=Path, default=Path(__file__).parent / "dashboards")
+    parser.add_argument("--rules", type=Path, help="alerts.yml, to check what its alerts read, too")
     parser.add_argument("--names", type=Path, help="known metrics: one name a line, or a saved /metrics page")
     parser.add_argument("--window", default="1m", help="stands for $__rate_interval (default: %(default)s)")
     parser.add_argument("--offline", action="store_true", help="ask no Prometheus: check the files and names only")
@@ -42,22 +58,53 @@ def main():
 
 def check(options):
     """The exit status: 0, or 1 when any expression is at fault."""
-    files = sorted(options.dashboards.glob("*.json"))
-    if not files:
-        raise Unusable(f"no dashboard in {options.dashboards}: name the folder with --dashboards")
     known = known_names(options.names) if options.names else None
-    faults = total = 0
-    for file in files:
-        for title, source in expressions(json.loads(file.read_text(encoding="utf-8"))):
-            total += 1
-            fault = judge(source, known, options)
-            if fault:
-                faults += 1
-                print(f"{file.name}: {title}: {fault}\n    {source}")
-    if not total:
-        raise Unusable("the dashboards hold no expression")
-    print(f"{total - faults} of {total} expressions in {len(files)} dashboard(s) are well")
+    asked = list(dashboards(options.dashboards)) + (list(alerts(options)) if options.rules else [])
+    well, absent, faults = 0, [], []
+    for title, source, may_be_empty in asked:
+        fault = judge(source, known, options)
+        # What may be missing on a node has to be in the program's list all the same.
+        reason = None if options.offline else fault and excuse(source, known)
+        if not fault or (may_be_empty and fault == NO_DATA):
+            well += 1
+        elif reason:
+            absent.append(f"not looked at: {title}: {reason}")
+        else:
+            faults.append(f"{title}: {fault}\n    {source}")
+    print("\n".join(absent + faults), end="\n" if absent or faults else "")
+    print(f"{well} of {len(asked)} expressions are well, {len(absent)} not looked at, {len(faults)} at fault")
     return 1 if faults else 0
+
+
+def dashboards(folder):
+    """(title, expression, whether it may be empty) of everything that the dashboards ask for."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise Unusable(f"no dashboard in {folder}: name the folder with --dashboards")
+    for file in files:
+        dashboard = json.loads(file.read_text(encoding="utf-8"))
+        for title, source in expressions(dashboard):
+            yield f"{file.name}: {title}", source, False
+        # Events: there may be none, but Prometheus has to understand the question.
+        for annotation in dashboard.get("annotations", {}).get("list", []):
+            yield f"{file.name}: annotation {annotation['name']}", annotation["expr"], True
+
+
+def alerts(options):
+    """The same of every series that an alert reads; without a Prometheus, of every metric that the file names."""
+    if options.offline:
+        for name in sorted(set(re.findall(PREFIXED, options.rules.read_text(encoding="utf-8")))):
+            yield options.rules.name, name, False
+        return
+    groups = fetch(f"{options.url.rstrip('/')}/api/v1/rules?type=alert")["groups"]
+    listed = [rule for group in groups for rule in group["rules"]]
+    if not listed:
+        raise Unusable(f"{options.url} has loaded no alert: does its configuration name alerts.yml?")
+    for rule in listed:
+        # As a whole it should be empty: nothing is to fire.
+        yield f"alert {rule['name']}", rule["query"], True
+        for selector in sorted(set(re.findall(rf"(?:{PREFIXED}|\bup\b)(?:\{{[^}}]*\}})?", rule["query"]))):
+            yield f"alert {rule['name']}", selector, False
 
 
 def judge(source, known, options):
@@ -72,6 +119,14 @@ def judge(source, known, options):
     if options.offline:
         return None
     return no_data(ask(options.url, query))
+
+
+def excuse(source, known):
+    """Why an expression may be empty, or None: one of its metrics may be missing, and is."""
+    for name in sorted(metric_names(source)):
+        if name in ABSENT and (name in BUILT_IN or known is None or not is_known(name, known)):
+            return ABSENT[name]
+    return None
 
 
 def expressions(dashboard):
@@ -107,7 +162,7 @@ def substitute(expression, window):
 def metric_names(expression):
     """The metrics that an expression selects: names before a brace or bracket, and all with the project's prefix."""
     bare = re.sub(r'"(?:[^"\\]|\\.)*"', '""', expression)
-    return set(re.findall(rf"({NAME})\s*[{{\[]", bare)) | set(re.findall(r"\bpreceptor_\w+", bare))
+    return set(re.findall(rf"({NAME})\s*[{{\[]", bare)) | set(re.findall(PREFIXED, bare))
 
 
 def known_names(file):
@@ -124,26 +179,33 @@ def known_names(file):
 
 def is_known(name, known):
     """Whether a name, or the histogram that it is a part of, is known."""
+    if name in BUILT_IN:
+        return True
     bases = [name[: -len(part)] for part in HISTOGRAM_PARTS if name.endswith(part)]
     return any(candidate in known for candidate in [name, *bases])
 
 
 def ask(url, query):
     """The result vector of an instant query, or what Prometheus found wrong with it."""
-    address = f"{url.rstrip('/')}/api/v1/query?" + urllib.parse.urlencode({"query": query})
+    answer = fetch(f"{url.rstrip('/')}/api/v1/query?" + urllib.parse.urlencode({"query": query}))
+    return answer if isinstance(answer, str) else answer["result"]
+
+
+def fetch(address):
+    """What Prometheus answers under "data", or its error in words."""
     try:
         with urllib.request.urlopen(address, timeout=10) as response:
-            return json.load(response)["data"]["result"]
+            return json.load(response)["data"]
     except urllib.error.HTTPError as error:
         body = error.read().decode(errors="replace")
         try:
             return str(json.loads(body)["error"])
         except (ValueError, KeyError, TypeError):
-            raise Unusable(f"{url} answered {error.code}: is it a Prometheus?") from error
+            raise Unusable(f"{address} answered {error.code}: is it a Prometheus?") from error
     except urllib.error.URLError as error:
-        raise Unusable(f"cannot reach Prometheus at {url}: {error.reason}") from error
+        raise Unusable(f"cannot reach Prometheus: {error.reason}: {address}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise Unusable(f"{url} did not answer as Prometheus does: is it one?") from error
+        raise Unusable(f"no answer of Prometheus: {address}") from error
 
 
 def no_data(result):
@@ -151,7 +213,7 @@ def no_data(result):
     if isinstance(result, str):
         return result
     if not result:
-        return "no data"
+        return NO_DATA
     # A quantile of nothing, or 0/0, is NaN: the series is there and the panel is empty.
     if all(math.isnan(float(sample["value"][1])) for sample in result):
         return "only NaN: nothing was observed within the window; wait, or widen it with --window"

@@ -8,7 +8,9 @@ pub mod pairs;
 pub mod prompts;
 pub mod replay;
 pub mod score;
+pub mod top;
 pub mod train;
+pub mod tune;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,7 +28,8 @@ use crate::say;
     after_help = "Start here:\n  preceptor train configs/offline.toml       a tiny model, no network, a minute or two\n  preceptor train configs/quickstart.toml    SmolLM2-135M learns to summarise posts"
 )]
 struct Cli {
-    /// What to log: error, warn, info, debug, or a filter such as preceptor=debug.
+    /// What to log: error, warn, info, debug, or a filter such as preceptor=debug. `json`, alone or before a filter (json,info),
+    /// makes every line on standard error a JSON object.
     #[arg(long, global = true, default_value = "warn", value_name = "FILTER")]
     log: String,
     #[command(subcommand)]
@@ -39,6 +42,10 @@ enum Command {
     Train(train::Train),
     /// Validates a configuration, resolves its models and data, estimates memory; trains nothing.
     Check(check::Check),
+    /// Measures how the machine is best divided among the actors, and writes the configuration that is fastest.
+    Tune(tune::Tune),
+    /// Shows a running node in the terminal: what limits it, its actors, its curves.
+    Top(top::Top),
     /// Takes a run's learner steps again from its journal, and compares the weights after each.
     Replay(replay::Replay),
     /// Samples from a model or a checkpoint.
@@ -81,6 +88,8 @@ pub fn main() -> ExitCode {
     let run = || match cli.command {
         Command::Train(command) => command.run(),
         Command::Check(command) => command.run(),
+        Command::Tune(command) => command.run(),
+        Command::Top(command) => command.run(),
         Command::Replay(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Eval(command) => command.run(),
@@ -103,9 +112,20 @@ pub fn main() -> ExitCode {
 }
 
 fn start_log(filter: &str) -> anyhow::Result<()> {
+    let (json, filter) = match filter.strip_prefix("json") {
+        Some("") => (true, "warn"),
+        Some(rest) if rest.starts_with(',') => (true, &rest[1..]),
+        _ => (false, filter),
+    };
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .map_err(|error| anyhow::anyhow!("--log {filter} is not a log filter: {error}"))?;
     // A reader of standard error that has gone away must not end what is logged about.
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
+    if json {
+        crate::progress::for_machines();
+        log.json().flatten_event(true).with_current_span(false).with_span_list(false).init();
+    } else {
+        log.init();
+    }
     Ok(())
 }

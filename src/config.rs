@@ -13,12 +13,13 @@ mod write;
 
 use std::path::Path;
 
+pub use choice::Choice;
 pub use labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, RemoteJudge};
 pub use reader::{ConfigError, ConfigErrors};
 pub use sections::{
-    AlgorithmKind, AverageKind, Checkpoint, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner,
-    LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights, Run,
-    Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
+    AlgorithmKind, AverageKind, Checkpoint, Control, CorrectionKind, Data, DpoLoss, Evaluation, KlEstimator, KlPlace,
+    LabelForm, Learner, LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout,
+    RolloutWeights, Run, Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
 };
 
 use crate::bounded;
@@ -45,6 +46,10 @@ pub struct Config {
     pub sft: Sft,
     /// Gradient steps.
     pub learner: Learner,
+    /// Win rates while it learns.
+    pub evaluation: Evaluation,
+    /// How much is under way at once, while it runs.
+    pub controller: Control,
     /// What is kept.
     pub checkpoint: Checkpoint,
     /// The HTTP endpoints.
@@ -84,6 +89,8 @@ pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> R
         reward_model: read::reward_model(&mut document, folder),
         sft: read::sft(&mut document),
         learner: read::learner(&mut document),
+        evaluation: read::evaluation(&mut document),
+        controller: read::controller(&mut document),
         checkpoint: read::checkpoint(&mut document),
         serve: read::serve(&mut document),
         supervision: read::supervision(&mut document),
@@ -109,6 +116,15 @@ impl Config {
             && self.reward_model.pairs.is_none()
         {
             document.error("reward_model.pairs", "is missing; run.mode = \"human\" learns from a file of preferences");
+        }
+        if self.evaluation.every_steps > 0 && document.sound(&["evaluation.every_steps", "data.holdout", "run.mode"]) {
+            if self.data.holdout == 0.0 {
+                let remedy = "needs prompts that are not learned from; set data.holdout, to 0.05 perhaps";
+                document.error("evaluation.every_steps", remedy);
+            }
+            if self.run.mode == Mode::Human {
+                document.error("evaluation.every_steps", "needs a labeler, and run.mode = \"human\" has none");
+            }
         }
         let steps = self.learner.minibatches as u64;
         if document.sound(&["learner.batch_groups", "learner.minibatches"]) && steps > self.learner.batch_groups {
@@ -241,6 +257,7 @@ mod tests {
             "[learner]\n# off-policy\ncorrection = \"none\"\n",
             &["x.toml:10: learner.correction: \"none\" with learner.eta = 1"],
         );
+        check("[evaluation]\nevery_steps = 5\n", &["x.toml:9: evaluation.every_steps: needs prompts that are not"]);
         check(
             "[rollout]\nweights = \"q8_0\"\n[learner]\neta = 0\ncorrection = \"none\"\n",
             &["x.toml:12: learner.correction: \"none\" with rollout.weights = \"q8_0\" would learn"],

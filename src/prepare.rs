@@ -38,6 +38,8 @@ pub struct Prepared {
     pub pairs: Option<Arc<PairSet>>,
     /// The prompts.
     pub data: Arc<Dataset>,
+    /// Prompts that are not learned from, where they are evaluated on.
+    pub held_out: Option<Arc<Dataset>>,
     /// Where the policy came from, in words.
     pub origin: String,
 }
@@ -78,7 +80,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
     let device = device(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;
     if !feedback {
-        let data = data(config, &policy.tokenizer, policy.model.config().context)?;
+        let data = data(config, &policy.tokenizer, policy.model.config().context, Part::Train)?;
         let Policy { model, identity, tokenizer, origin } = policy;
         let data = Arc::new(data);
         return Ok(Prepared {
@@ -89,10 +91,13 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
             reward_start: None,
             pairs: None,
             data,
+            held_out: None,
             origin,
         });
     }
-    let asked = needs_labels(config) || (config.run.mode == Mode::Distilled && config.reward_model.pairs.is_none());
+    let asked = needs_labels(config)
+        || config.evaluation.every_steps > 0
+        || (config.run.mode == Mode::Distilled && config.reward_model.pairs.is_none());
     let instruments = if asked { instruments(config, Some(&policy), &device, progress)? } else { Vec::new() };
     let reward_start = match &config.reward_model.model {
         Some(reference) if trainer_plan(config).is_some() => {
@@ -114,7 +119,9 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
             context = context.min(local.judge().model.config().context);
         }
     }
-    let data = data(config, &policy.tokenizer, context)?;
+    let evaluates = config.evaluation.every_steps > 0;
+    let held_out = evaluates.then(|| data(config, &policy.tokenizer, context, Part::Holdout)).transpose()?;
+    let data = data(config, &policy.tokenizer, context, Part::Train)?;
     let pairs = match &config.reward_model.pairs {
         Some(path) if trainer_plan(config).is_some() => {
             let (format, seed) = (prompt_format(config), config.run.seed);
@@ -123,7 +130,8 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
         _ => None,
     };
     let Policy { model, identity, tokenizer, origin } = policy;
-    Ok(Prepared { policy: model, identity, tokenizer, instruments, reward_start, pairs, data: Arc::new(data), origin })
+    let (data, held_out) = (Arc::new(data), held_out.map(Arc::new));
+    Ok(Prepared { policy: model, identity, tokenizer, instruments, reward_start, pairs, data, held_out, origin })
 }
 
 fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
@@ -265,7 +273,7 @@ fn reward_start(config: &Config, reference: &ModelRef, device: &Device, progress
     Ok(RewardStart { model, head })
 }
 
-fn data(config: &Config, tokenizer: &Tokenizer, context: usize) -> Result<Dataset> {
+fn data(config: &Config, tokenizer: &Tokenizer, context: usize, part: Part) -> Result<Dataset> {
     let new = config.rollout.max_new_tokens;
     ensure!(
         new < context,
@@ -281,7 +289,7 @@ fn data(config: &Config, tokenizer: &Tokenizer, context: usize) -> Result<Datase
         format,
         limit,
         on_long: on_long(config),
-        split: Split { holdout: config.data.holdout, part: Part::Train },
+        split: Split { holdout: config.data.holdout, part },
         needs_references: config.sft.steps > 0,
     };
     let data = Dataset::read(&config.data.path, options, tokenizer)?;

@@ -1,4 +1,7 @@
-//! Settings of the process that must stand before the first tensor and the first thread.
+//! The process: settings that must stand before the first tensor and the first thread, and what it uses.
+
+use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// `mi_option_purge_delay` of mimalloc.h, which the crate does not name.
 const PURGE_DELAY: std::ffi::c_int = 15;
@@ -21,4 +24,66 @@ pub fn prepare() {
         // SAFETY: sets a number in the allocator's options; no other thread runs yet.
         unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, 10_000) };
     }
+}
+
+/// What the process uses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Usage {
+    /// Processor time, user and system, in seconds.
+    pub cpu_s: f64,
+    /// Resident memory.
+    pub resident_bytes: u64,
+    /// Open file descriptors.
+    pub open_fds: usize,
+    /// Threads.
+    pub threads: usize,
+    /// When it began, in seconds since 1970.
+    pub started_s: f64,
+}
+
+/// Resident memory of this process, where the system tells.
+pub fn resident_bytes() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * 4096)
+}
+
+/// What this process uses, where the system tells (Linux, by `proc(5)`).
+pub fn usage() -> Option<Usage> {
+    /// Linux counts processor time in hundredths of a second, on every architecture it tells it to programs.
+    const TICKS: f64 = 100.0;
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The name in parentheses may hold anything.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    // Counted from the third field of the manual, which is the first here.
+    let field = |number: usize| fields.get(number - 3)?.parse::<f64>().ok();
+    // Once: told from two clocks, it would be another one each time.
+    static STARTED: OnceLock<f64> = OnceLock::new();
+    let started_s = match STARTED.get() {
+        Some(started) => *started,
+        None => {
+            let uptime: f64 = std::fs::read_to_string("/proc/uptime").ok()?.split_whitespace().next()?.parse().ok()?;
+            let since_boot = field(22)? / TICKS;
+            *STARTED.get_or_init(|| unix_seconds() - uptime + since_boot)
+        }
+    };
+    Some(Usage {
+        cpu_s: (field(14)? + field(15)?) / TICKS,
+        resident_bytes: resident_bytes()?,
+        open_fds: std::fs::read_dir("/proc/self/fd").ok()?.count(),
+        threads: field(20)? as usize,
+        started_s,
+    })
+}
+
+/// The time in seconds since 1970.
+pub fn unix_seconds() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// Memory that may be taken without swapping, where the system tells.
+pub fn available_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(1024 * line.split_whitespace().next()?.parse::<u64>().ok()?)
 }

@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 
 use crate::config::{Evidence, RemoteApi, RemoteJudge};
+use crate::knob::Knob;
 use crate::label::backend::{Alive, Ask, Backend, Decoding, Refusal, Reply, Usage};
 use crate::seed;
 use client::Client;
@@ -98,6 +99,10 @@ impl Backend for Remote {
 
     fn attend(&self, name: &str, alive: &Alive) {
         self.client.attend(name, alive);
+    }
+
+    fn knob(&self) -> Option<Arc<Knob>> {
+        Some(Arc::clone(&self.client.knob))
     }
 
     fn weigh(&self, asks: &[Ask], usage: &mut Usage) -> Vec<Reply<Vec<f64>>> {

@@ -1,6 +1,7 @@
 //! The composition root of a training run: files, server, graph, signals, checkpoints.
 
 mod conclusion;
+mod evaluation;
 pub mod files;
 pub mod journal;
 pub mod log;
@@ -9,6 +10,7 @@ mod reference;
 pub mod replay;
 pub mod resume;
 mod systemd;
+mod tensorboard;
 mod watcher;
 
 use std::path::{Path, PathBuf};
@@ -24,17 +26,21 @@ use preceptor_actors::{
 
 use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, Written, shelf};
 use crate::config::{Config, Mode, WeightDtype};
+use crate::controller::{Controller, Knobs};
+use crate::knob::Knob;
 use crate::learn::TrainState;
 use crate::ledger::Book;
-use crate::prepare::prepare;
+use crate::monitor::Monitor;
+use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
 use crate::say;
-use crate::serve::{NodeState, Token, serve, upkeep};
+use crate::serve::{Token, serve, upkeep};
 use crate::telemetry;
-use crate::topology::labelers::labeler;
+use crate::topology::labelers::{Instrument, labeler};
 use crate::topology::learning::{adam, lora, value_model};
 use crate::topology::{Node, reward_trainer};
 use conclusion::Conclusion;
+use evaluation::{Evaluated, Evaluator};
 use files::{RunDir, RunFiles};
 use watcher::{Due, Watcher};
 
@@ -69,12 +75,12 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     let token = Token::from_env(&config.serve)?;
     let Start { dir, checkpoint, shelf } = start(&config, run_dir, &from)?;
     let changes = checkpoint.as_ref().map(|one| resume::compare(one, &config)).transpose()?.unwrap_or_default();
-    let metrics = telemetry::install()?;
-    upkeep(metrics.clone());
-    let node_state = NodeState::new(&config.run.name, metrics);
+    let monitor = Monitor::new(&config, telemetry::install()?);
+    monitor.trace()?;
+    upkeep(Arc::clone(&monitor));
     if config.serve.enabled {
-        let bound = serve(config.serve.listen, token, Arc::clone(&node_state)).await?;
-        say!("serving   http://{bound}/metrics  /status  /healthz  /readyz");
+        let bound = serve(config.serve.listen, token, Arc::clone(&monitor)).await?;
+        say!("serving   http://{bound}/  /metrics  /status  /healthz  /readyz");
     }
     say!("run       {}", dir.path().display());
     if let Some(checkpoint) = &checkpoint {
@@ -86,7 +92,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         say!("resuming  no checkpoint yet; the run begins");
     }
 
-    node_state.phase("loading models and data");
+    monitor.phase("loading models and data");
     let began = Instant::now();
     let (config, prepared) = tokio::task::spawn_blocking(move || {
         let prepared = prepare(&config, true)?;
@@ -110,6 +116,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         (None, None) => Lengths::default(),
     };
     let mut files = RunFiles::open(&config, dir, lengths)?;
+    monitor.recall(files.metrics()?);
     if checkpoint.is_none() || !changes.is_empty() {
         files.configured(&config)?;
     }
@@ -117,7 +124,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     let prepared = match fine_tuned {
         Some(reference) => reference.take(&config, prepared)?,
         None if config.sft.steps > 0 => {
-            let prepared = phases::fine_tune(&config, prepared, &files, &node_state, &stop).await?;
+            let prepared = phases::fine_tune(&config, prepared, &files, &monitor, &stop).await?;
             reference::keep(&prepared, &mut lock(&files))?;
             prepared
         }
@@ -156,9 +163,15 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     let dtype = if config.checkpoint.dtype == WeightDtype::Bf16 { DType::BF16 } else { DType::F32 };
     let form = Arc::new(Form::new(&config, prepared.tokenizer.clone(), dtype, identity));
     let (progress, failed) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
-    let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), announce(&progress, &failed))?;
+    let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), announce(&progress, &failed, &monitor))?;
+    let evaluator = {
+        let (progress, monitor) = (Arc::clone(&progress), Arc::clone(&monitor));
+        let dir = lock(&files).dir().to_owned();
+        Evaluator::start(&config, &prepared, &dir, start, move |told| announce_evaluation(told, &progress, &monitor))?
+    };
     let watcher = Arc::new(Mutex::new(Watcher {
         files: Arc::clone(&files),
+        evaluator,
         reward_model: reward_model.clone(),
         book: book.clone(),
         due: Due {
@@ -174,7 +187,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         writer,
         steps: config.run.steps,
         batch_groups: config.learner.batch_groups,
-        node: Arc::clone(&node_state),
+        monitor: Arc::clone(&monitor),
         progress,
         graph: Arc::new(OnceLock::new()),
         stop: stop.clone(),
@@ -187,23 +200,25 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         },
         courses: Vec::new(),
     }));
+    let knobs = if config.controller.enabled { knobs(&config, &prepared) } else { Knobs::default() };
     let node = Arc::new(Node {
-        prepared,
+        prepared: Arc::new(prepared),
         state: Arc::new(Mutex::new(state)),
         book,
         cell: Arc::clone(&cell),
         observer: watcher.clone(),
         reward_model,
         labelers: Box::new(labeler),
+        knobs: knobs.clone(),
         config: (*config).clone(),
     });
-    let _ = node_state.weights.set(cell);
+    monitor.training(cell, node.book.clone());
     if resumed.is_none() && node.reward_model.is_some() {
-        phases::warm_up(&node, &files, &node_state, &stop).await?;
+        phases::warm_up(&node, &files, &monitor, &stop).await?;
         // What the warm-up cost is not paid again.
         let snapshot = lock(&watcher).snapshot(&lock(&node.state));
         match snapshot.and_then(|snapshot| shelf.put(&form, &snapshot)) {
-            Ok(written) => telemetry::checkpoint(written.took, written.bytes),
+            Ok(written) => monitor.checkpointed(written.took, written.bytes),
             Err(error) => {
                 telemetry::disk_error();
                 lock(&watcher).due.failed.store(true, Ordering::SeqCst);
@@ -225,17 +240,22 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         let _ = watcher.graph.set(graph.clone());
         graph
     };
-    node_state.watch(graph.clone());
-    node_state.phase("training");
+    monitor.watch(graph.clone());
+    monitor.phase("training");
     systemd::ready();
     let drain = Duration::from_secs_f64(config.supervision.drain_s);
-    let outcome = supervise(&graph, &stop, &progress, Some(drain)).await;
+    if config.controller.enabled {
+        let every = Duration::from_secs_f64(config.controller.every_s);
+        monitor.controlled(Controller::new(knobs, every, config.rollout.group_size));
+    }
+    let outcome = supervise(&graph, &stop, &progress, &monitor, Some(drain)).await;
     progress.finish();
     systemd::stopping();
-    node_state.phase("writing the last checkpoint");
-    let concluded = Conclusion { node: &node, watcher: &watcher, shelf: &shelf, form: &form, stop: &stop };
+    monitor.phase("writing the last checkpoint");
+    let concluded =
+        Conclusion { node: &node, watcher: &watcher, shelf: &shelf, form: &form, stop: &stop, monitor: &monitor };
     let concluded = concluded.conclude(outcome).await;
-    if let Err(error) = lock(&files).last_metrics(&node_state.metrics_text()) {
+    if let Err(error) = lock(&files).last_metrics(&monitor.metrics_text()) {
         say!("{error:#}");
     }
     concluded
@@ -291,16 +311,27 @@ fn start(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Result<Start
     }
 }
 
+/// What an online controller turns: sequences side by side from a group up, requests to the first server that judges.
+fn knobs(config: &Config, prepared: &Prepared) -> Knobs {
+    let asked = prepared.instruments.iter().find_map(|instrument| match instrument {
+        Instrument::Asked(backend) => backend.knob(),
+        Instrument::Model(_) | Instrument::Embedder(_) => None,
+    });
+    let rollout = Knob::new(config.rollout.group_size, config.rollout.slots);
+    Knobs { rollout: Some(Arc::new(rollout)), labeler: asked }
+}
+
 /// What is said and counted of a checkpoint that was written in the background.
 fn announce(
     progress: &Arc<OnceLock<Progress>>,
     failed: &Arc<AtomicBool>,
+    monitor: &Arc<Monitor>,
 ) -> impl Fn(&Result<Written>) + Send + 'static {
-    let (progress, failed) = (Arc::clone(progress), Arc::clone(failed));
+    let (progress, failed, monitor) = (Arc::clone(progress), Arc::clone(failed), Arc::clone(monitor));
     move |written| {
         let text = match written {
             Ok(written) => {
-                telemetry::checkpoint(written.took, written.bytes);
+                monitor.checkpointed(written.took, written.bytes);
                 format!("checkpoint {}", written.path.display())
             }
             Err(error) => {
@@ -313,6 +344,32 @@ fn announce(
             Some(progress) => progress.line(&text),
             None => say!("{text}"),
         }
+    }
+}
+
+/// What is said and shown of an evaluation.
+fn announce_evaluation(told: Result<Evaluated>, progress: &OnceLock<Progress>, monitor: &Monitor) {
+    let text = match told {
+        Ok(Evaluated { step, win_rate, lengths }) => match win_rate.value {
+            Some(rate) => {
+                monitor.evaluated(step, rate);
+                format!(
+                    "win rate of step {step} over the first weights: {:.1} % ({:.1} to {:.1}) of {} held-out prompts, in {:.1} tokens for {:.1}",
+                    100.0 * rate,
+                    100.0 * win_rate.low,
+                    100.0 * win_rate.high,
+                    win_rate.count,
+                    lengths[0],
+                    lengths[1]
+                )
+            }
+            None => format!("step {step} is not evaluated: the labeler gave no verdict on any held-out prompt"),
+        },
+        Err(error) => format!("{error:#}; training goes on"),
+    };
+    match progress.get() {
+        Some(progress) => progress.line(&text),
+        None => say!("{text}"),
     }
 }
 
@@ -356,7 +413,13 @@ impl Signals {
 
 /// Waits for the end. The first Ctrl-C (or SIGTERM) lets the step under way take up to `drain`, where there is one; the second
 /// does not.
-async fn supervise(graph: &GraphHandle, stop: &Stop, progress: &Progress, drain: Option<Duration>) -> Outcome {
+async fn supervise(
+    graph: &GraphHandle,
+    stop: &Stop,
+    progress: &Progress,
+    monitor: &Monitor,
+    drain: Option<Duration>,
+) -> Outcome {
     let (mut events, mut signals) = (graph.subscribe(), Signals::listen());
     let mut show = tokio::time::interval(Duration::from_secs(1));
     let mut deadline = None;
@@ -387,12 +450,12 @@ async fn supervise(graph: &GraphHandle, stop: &Stop, progress: &Progress, drain:
             }
             Ok(event) = events.recv() => tell(&event, progress),
             _ = show.tick() => {
-                let report = graph.report();
-                if report.stalled.is_none() {
+                if graph.report().stalled.is_none() {
                     systemd::alive();
                 }
-                if let Some(bottleneck) = &report.bottleneck {
-                    progress.message(format!("limit: {}", bottleneck.role));
+                progress.message(monitor.line());
+                for one in monitor.control() {
+                    progress.line(&one.line());
                 }
             }
         }
@@ -401,7 +464,10 @@ async fn supervise(graph: &GraphHandle, stop: &Stop, progress: &Progress, drain:
 
 fn tell(event: &GraphEvent, progress: &Progress) {
     match event {
-        GraphEvent::StageFailed { stage, error, .. } => progress.line(&format!("stage {stage} failed: {error}")),
+        GraphEvent::StageFailed { stage, error, .. } => {
+            telemetry::stage_failed(stage);
+            progress.line(&format!("stage {stage} failed: {error}"));
+        }
         GraphEvent::Restarting { incarnation, backoff } => progress.line(&format!(
             "restarting the graph from the last finished step in {:.1} s (incarnation {incarnation})",
             backoff.as_secs_f64()

@@ -1,9 +1,11 @@
-//! What the node answers over HTTP: `/metrics`, `/healthz`, `/readyz`, `/status`. Read-only: GET and HEAD.
+//! What the node answers over HTTP: the live page, what it reads, `/metrics`, `/healthz`, `/readyz`. Read-only: GET and HEAD.
 
+mod page;
 mod token;
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use axum::extract::{Request, State};
@@ -12,89 +14,21 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use metrics_exporter_prometheus::PrometheusHandle;
-use preceptor_actors::{GraphHandle, GraphReport, SnapshotCell};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::model::Decoder;
-use crate::telemetry;
+use crate::monitor::Monitor;
 pub use token::Token;
 
-/// Answered to whoever asks: a supervisor of processes has no token, and learns no more than whether to restart.
-const OPEN: [&str; 2] = ["/healthz", "/readyz"];
-
-/// What the endpoints look at.
-pub struct NodeState {
-    /// Name of the run.
-    pub run: String,
-    /// Renders the counted metrics.
-    pub metrics: PrometheusHandle,
-    /// The graph of the present phase, once there is one.
-    graph: Mutex<Option<GraphHandle>>,
-    /// The published weights, once there are any.
-    pub weights: OnceLock<Arc<SnapshotCell<Decoder>>>,
-    /// The phase in words, and the last step's figures.
-    progress: Mutex<(String, Value)>,
-}
-
-impl NodeState {
-    /// A node that is starting.
-    pub fn new(run: &str, metrics: PrometheusHandle) -> Arc<Self> {
-        Arc::new(Self {
-            run: run.to_owned(),
-            metrics,
-            graph: Mutex::new(None),
-            weights: OnceLock::new(),
-            progress: Mutex::new(("starting".into(), Value::Null)),
-        })
-    }
-
-    /// Says what the node is doing.
-    pub fn phase(&self, phase: &str) {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner).0 = phase.to_owned();
-    }
-
-    /// The graph to look at from now on.
-    pub fn watch(&self, graph: GraphHandle) {
-        *self.graph.lock().unwrap_or_else(PoisonError::into_inner) = Some(graph);
-    }
-
-    fn report(&self) -> Option<GraphReport> {
-        self.graph.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(GraphHandle::report)
-    }
-
-    /// Keeps the figures of the last step.
-    pub fn stepped(&self, record: Value) {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner).1 = record;
-    }
-
-    /// What `/metrics` answers.
-    pub fn metrics_text(&self) -> String {
-        let report = self.report();
-        let acks = self.weights.get().map(|cell| cell.acks()).unwrap_or_default();
-        let graph = telemetry::graph::render(report.as_ref(), &acks, resident_bytes());
-        format!("{}{graph}", self.metrics.render())
-    }
-
-    fn status(&self) -> Value {
-        let (phase, step) = self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        json!({
-            "run": self.run,
-            "program": concat!("preceptor ", env!("CARGO_PKG_VERSION")),
-            "phase": phase,
-            "last_step": step,
-            "weights": self.weights.get().map(|cell| cell.acks()),
-            "graph": self.report(),
-        })
-    }
-}
+/// Answered to whoever asks: a supervisor of processes has no token, and learns no more than whether to restart; the page
+/// holds nothing of the run, and asks for the token that it reads the rest with.
+const OPEN: [&str; 3] = ["/healthz", "/readyz", "/"];
 
 /// Binds `address` and serves until the program ends, with a `token` to those who have it. Returns the address bound,
 /// whose port is chosen by the system where the configuration says 0.
 ///
 /// # Errors
 /// When the address cannot be bound.
-pub async fn serve(address: SocketAddr, token: Option<Token>, state: Arc<NodeState>) -> Result<SocketAddr> {
+pub async fn serve(address: SocketAddr, token: Option<Token>, monitor: Arc<Monitor>) -> Result<SocketAddr> {
     let listener = tokio::net::TcpListener::bind(address).await.with_context(|| {
         format!(
             "cannot listen on {address}; another run may: set serve.listen to a free port, or serve.enabled = false"
@@ -102,32 +36,39 @@ pub async fn serve(address: SocketAddr, token: Option<Token>, state: Arc<NodeSta
     })?;
     let bound = listener.local_addr()?;
     tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, router(state, token)).await {
+        if let Err(error) = axum::serve(listener, router(monitor, token)).await {
             tracing::error!("the HTTP server ended: {error}");
         }
     });
     Ok(bound)
 }
 
-/// Folds what histograms have gathered into their buckets, every few seconds until the program ends, whether anybody
-/// scrapes them or not: between two times they keep every sample.
-pub fn upkeep(metrics: PrometheusHandle) {
+/// Looks at the graph every second and folds histograms every few, until the program ends, whether anybody asks or not.
+pub fn upkeep(monitor: Arc<Monitor>) {
     tokio::spawn(async move {
-        let mut ticks = tokio::time::interval(std::time::Duration::from_secs(5));
-        loop {
+        let mut ticks = tokio::time::interval(Duration::from_secs(1));
+        for tick in 0u64.. {
             ticks.tick().await;
-            metrics.run_upkeep();
+            monitor.look();
+            if tick.is_multiple_of(5) {
+                monitor.upkeep();
+            }
         }
     });
 }
 
-fn router(state: Arc<NodeState>, token: Option<Token>) -> Router {
+type Node = State<Arc<Monitor>>;
+
+fn router(monitor: Arc<Monitor>, token: Option<Token>) -> Router {
     let router = Router::new()
+        .route("/", get(page::page))
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
-        .route("/status", get(async |State(state): State<Arc<NodeState>>| Json(state.status())))
-        .with_state(state);
+        .route("/status", get(async |State(monitor): Node| Json(monitor.status())))
+        .route("/history", get(async |State(monitor): Node| Json(monitor.history())))
+        .route("/samples", get(async |State(monitor): Node| Json(monitor.samples())))
+        .with_state(monitor);
     // Around all routes and what is no route, so that nobody without the token learns which is which.
     match token {
         Some(token) => router.layer(from_fn_with_state(token, guard)),
@@ -144,26 +85,23 @@ async fn guard(State(token): State<Token>, request: Request, next: Next) -> Resp
     (StatusCode::UNAUTHORIZED, challenge, "this node asks for a bearer token (serve.token_env)\n").into_response()
 }
 
-async fn metrics(State(state): State<Arc<NodeState>>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.metrics_text())
+async fn metrics(State(monitor): Node) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], monitor.metrics_text())
 }
 
 /// Alive: no stage holds the run beyond the watchdog's patience.
-async fn healthz(State(state): State<Arc<NodeState>>) -> impl IntoResponse {
-    match state.report().and_then(|report| report.stalled) {
+async fn healthz(State(monitor): Node) -> impl IntoResponse {
+    match monitor.report().and_then(|report| report.stalled) {
         Some(stalled) => (StatusCode::SERVICE_UNAVAILABLE, format!("stalled: {}\n", json!(stalled))),
         None => (StatusCode::OK, "ok\n".to_owned()),
     }
 }
 
 /// Ready: the graph runs.
-async fn readyz(State(state): State<Arc<NodeState>>) -> impl IntoResponse {
-    if state.report().is_some() { (StatusCode::OK, "ready\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "starting\n") }
-}
-
-/// Resident memory of this process, where the system tells.
-pub fn resident_bytes() -> Option<u64> {
-    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
-    Some(pages * 4096)
+async fn readyz(State(monitor): Node) -> impl IntoResponse {
+    if monitor.report().is_some() {
+        (StatusCode::OK, "ready\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "starting\n")
+    }
 }

@@ -1,260 +1,25 @@
-//! Every metric that the node exports: names, help and units in one place.
+//! The metrics that the node exports; [`catalogue`] has their names.
 //!
 //! What happens is counted as it happens, through the `metrics` facade. What merely is (stages, edges, weights,
 //! memory) is read when Prometheus asks, by [`graph`]: it is always fresh, and seconds keep their fractions.
 
+pub mod catalogue;
 pub mod graph;
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use crate::label::Labels;
 use crate::learn::StepRecord;
 use crate::ledger::Count;
+use crate::process::unix_seconds;
 use crate::reward::RewardTrainer;
 use crate::reward::trainer::TrainerStep;
-use crate::rollout::Preference;
+use crate::rollout::{Completion, Finish, Preference};
 use anyhow::{Result, anyhow};
-use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{Gauge, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use serde_json::Value;
-
-/// A metric's kind, name, unit and help.
-struct Metric(Kind, &'static str, Unit, &'static str);
-
-enum Kind {
-    Counter,
-    Gauge,
-    Histogram,
-}
-
-use Kind::{Counter, Gauge, Histogram};
-
-const METRICS: &[Metric] = &[
-    Metric(Counter, "preceptor_generated_tokens_total", Unit::Count, "Tokens sampled by the rollout actors"),
-    Metric(
-        Counter,
-        "preceptor_trained_tokens_total",
-        Unit::Count,
-        "Completion tokens that gradients were computed for",
-    ),
-    Metric(Counter, "preceptor_labels_total", Unit::Count, "Verdicts by labeler and kind: label, abstention, failure"),
-    Metric(
-        Counter,
-        "preceptor_position_pairs_total",
-        Unit::Count,
-        "Pairs that a judge read in both orders, by labeler",
-    ),
-    Metric(
-        Counter,
-        "preceptor_position_flips_total",
-        Unit::Count,
-        "Of these, pairs where it preferred the same position both times",
-    ),
-    Metric(Counter, "preceptor_panel_pairs_total", Unit::Count, "Pairs that two or more members of a panel judged"),
-    Metric(
-        Counter,
-        "preceptor_panel_disagreements_total",
-        Unit::Count,
-        "Of these, pairs on which members preferred different completions",
-    ),
-    Metric(
-        Counter,
-        "preceptor_judge_requests_total",
-        Unit::Count,
-        "HTTP exchanges with remote judges by outcome; each that was begun counts once",
-    ),
-    Metric(Counter, "preceptor_judge_retries_total", Unit::Count, "Questions to remote judges that were sent again"),
-    Metric(Counter, "preceptor_judge_hedges_total", Unit::Count, "Second requests sent beside a slow first one"),
-    Metric(Gauge, "preceptor_judge_cost", Unit::Count, "Money spent on remote judges, in the currency of the prices"),
-    Metric(Gauge, "preceptor_judge_in_flight", Unit::Count, "Requests to remote judges under way"),
-    Metric(Gauge, "preceptor_judge_breaker_open", Unit::Count, "1 while a failing remote judge is left alone"),
-    Metric(
-        Histogram,
-        "preceptor_judge_request_duration_seconds",
-        Unit::Seconds,
-        "One HTTP exchange with a remote judge, failed ones included",
-    ),
-    Metric(Counter, "preceptor_label_tokens_total", Unit::Count, "Tokens that labelers read and wrote, by kind"),
-    Metric(Counter, "preceptor_label_requests_total", Unit::Count, "Questions answered, by source: model or cache"),
-    Metric(Gauge, "preceptor_label_cache_entries", Unit::Count, "Answers in the label cache"),
-    Metric(
-        Counter,
-        "preceptor_labels_bought_again_total",
-        Unit::Count,
-        "Answers that were asked for while they were in the label cache already",
-    ),
-    Metric(
-        Gauge,
-        "preceptor_judge_away_seconds",
-        Unit::Seconds,
-        "How long a remote judge that is waited for has not answered; 0 while it does",
-    ),
-    Metric(
-        Counter,
-        "preceptor_nonfinite_steps_total",
-        Unit::Count,
-        "Steps skipped since loss or gradient was not finite",
-    ),
-    Metric(
-        Counter,
-        "preceptor_dropped_groups_total",
-        Unit::Count,
-        "Groups dropped for their age; stays at zero by design",
-    ),
-    Metric(
-        Counter,
-        "preceptor_masked_groups_total",
-        Unit::Count,
-        "Groups not learned from since a verdict was missing",
-    ),
-    Metric(Counter, "preceptor_sft_steps_total", Unit::Count, "Steps of supervised fine-tuning"),
-    Metric(Gauge, "preceptor_sft_loss", Unit::Count, "Loss of its last step in nats per token"),
-    Metric(Counter, "preceptor_reward_model_pairs_total", Unit::Count, "Pairs that the reward model was trained on"),
-    Metric(Gauge, "preceptor_reward_model_version", Unit::Count, "Optimizer steps of the reward model"),
-    Metric(
-        Gauge,
-        "preceptor_reward_model_loss",
-        Unit::Count,
-        "Loss of the reward model's last step, a mean over pairs",
-    ),
-    Metric(
-        Gauge,
-        "preceptor_reward_model_accuracy",
-        Unit::Count,
-        "Share of the last held-out pairs, up to 256, that the reward model ranks as labeled",
-    ),
-    Metric(Gauge, "preceptor_preference_margin", Unit::Count, "Mean implicit reward margin of the labels, last batch"),
-    Metric(
-        Gauge,
-        "preceptor_preference_accuracy",
-        Unit::Count,
-        "Share of pairs that the policy ranks as labeled, last batch",
-    ),
-    Metric(Gauge, "preceptor_step", Unit::Count, "Learner steps taken"),
-    Metric(Gauge, "preceptor_version", Unit::Count, "Version of the weights last published"),
-    Metric(
-        Gauge,
-        "preceptor_reward_mean",
-        Unit::Count,
-        "Mean reward of the last batch, after scaling, KL not included",
-    ),
-    Metric(
-        Gauge,
-        "preceptor_score_mean",
-        Unit::Count,
-        "Mean judged score of the last batch, on the labeler's own scale",
-    ),
-    Metric(
-        Gauge,
-        "preceptor_judge_score_mean",
-        Unit::Count,
-        "Mean of the judge's own scores in the last batch, if any",
-    ),
-    Metric(Gauge, "preceptor_kl_mean", Unit::Count, "KL to the reference per completion in nats (k1), last batch"),
-    Metric(
-        Gauge,
-        "preceptor_entropy_mean",
-        Unit::Count,
-        "Entropy per token in nats at the rollout temperature, last batch",
-    ),
-    Metric(Gauge, "preceptor_completion_length_mean", Unit::Count, "Tokens per completion, last batch"),
-    Metric(Gauge, "preceptor_loss", Unit::Count, "Loss of the last step by kind"),
-    Metric(Gauge, "preceptor_gradient_norm", Unit::Count, "Global norm of the last gradient, before clipping"),
-    Metric(Gauge, "preceptor_learning_rate", Unit::Count, "Learning rate of the last step"),
-    Metric(
-        Gauge,
-        "preceptor_importance_ratio_mean",
-        Unit::Count,
-        "Mean of learner over behaviour probability, last batch",
-    ),
-    Metric(Gauge, "preceptor_importance_ratio_max", Unit::Count, "Largest ratio either way, last batch"),
-    Metric(
-        Gauge,
-        "preceptor_staleness",
-        Unit::Count,
-        "Versions between a token's weights and those trained, last batch",
-    ),
-    Metric(
-        Histogram,
-        "preceptor_token_staleness",
-        Unit::Count,
-        "Versions between a token's weights and those trained, of every token trained; 16 stands for all above",
-    ),
-    Metric(
-        Gauge,
-        "preceptor_importance_ratio",
-        Unit::Count,
-        "Learner over behaviour probability, last batch, by quantile",
-    ),
-    Metric(
-        Gauge,
-        "preceptor_effective_sample_share",
-        Unit::Count,
-        "Effective sample size of the importance ratios over the number of tokens, last batch",
-    ),
-    Metric(Gauge, "preceptor_clipped_share", Unit::Count, "Share of tokens whose ratio was clipped, last batch"),
-    Metric(
-        Gauge,
-        "preceptor_reference_kl",
-        Unit::Count,
-        "KL of the weights trained to the reference in nats per token, by k3, last batch",
-    ),
-    Metric(
-        Gauge,
-        "preceptor_behaviour_kl",
-        Unit::Count,
-        "KL of the weights that sampled to those trained in nats per token, by k3, last batch",
-    ),
-    Metric(
-        Gauge,
-        "preceptor_length_drift",
-        Unit::Count,
-        "Mean length of the last batch's completions over that of the first batch's",
-    ),
-    Metric(
-        Gauge,
-        "preceptor_groups",
-        Unit::Count,
-        "Groups of the run by where they stand; trained ones since it began",
-    ),
-    Metric(Gauge, "preceptor_checkpoint_bytes", Unit::Bytes, "Size of the last checkpoint"),
-    Metric(
-        Gauge,
-        "preceptor_checkpoint_timestamp_seconds",
-        Unit::Seconds,
-        "When the last checkpoint was finished, in seconds since 1970",
-    ),
-    Metric(
-        Counter,
-        "preceptor_disk_errors_total",
-        Unit::Count,
-        "Times that a file or a checkpoint could not be written; each is tried again",
-    ),
-    Metric(Counter, "preceptor_out_of_memory_total", Unit::Count, "Times that the learner's device ran out of memory"),
-    Metric(Gauge, "preceptor_micro_batch", Unit::Count, "Completions that the learner takes at a time since then"),
-    Metric(Histogram, "preceptor_checkpoint_duration_seconds", Unit::Seconds, "Writing one checkpoint, beside the run"),
-    Metric(
-        Histogram,
-        "preceptor_snapshot_duration_seconds",
-        Unit::Seconds,
-        "What of a checkpoint the learner waits for",
-    ),
-    Metric(Gauge, "preceptor_build_info", Unit::Count, "Always 1; the version is in the label"),
-    Metric(
-        Histogram,
-        "preceptor_step_duration_seconds",
-        Unit::Seconds,
-        "From a batch's first group to its published weights",
-    ),
-    Metric(
-        Histogram,
-        "preceptor_generation_duration_seconds",
-        Unit::Seconds,
-        "From a prompt's arrival at a rollout actor to the end of its last completion",
-    ),
-    Metric(Histogram, "preceptor_label_duration_seconds", Unit::Seconds, "Labeling of one group, retries included"),
-    Metric(Histogram, "preceptor_publish_duration_seconds", Unit::Seconds, "Copying and publishing a version"),
-];
 
 /// Upper bounds of the histograms' buckets, in seconds.
 const BUCKETS: &[f64] =
@@ -262,6 +27,68 @@ const BUCKETS: &[f64] =
 
 /// The same in versions.
 const STALENESS_BUCKETS: &[f64] = &[0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 15.0];
+
+/// The same in tokens.
+const LENGTH_BUCKETS: &[f64] =
+    &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
+
+/// What the process has counted so far; a recorder cannot be read.
+#[derive(Debug, Default)]
+pub struct Totals {
+    /// Tokens sampled.
+    pub generated: AtomicU64,
+    /// Completion tokens trained on.
+    pub trained: AtomicU64,
+    /// Completions sampled.
+    pub completions: AtomicU64,
+    /// Steps without a finite gradient.
+    pub nonfinite: AtomicU64,
+    /// Groups not learned from.
+    pub masked: AtomicU64,
+    /// Files that could not be written.
+    pub disk_errors: AtomicU64,
+    /// Exchanges with remote judges that ended well.
+    pub judged: AtomicU64,
+    /// And those that did not.
+    pub refused: AtomicU64,
+}
+
+/// The process's own.
+pub static TOTALS: Totals = Totals {
+    generated: AtomicU64::new(0),
+    trained: AtomicU64::new(0),
+    completions: AtomicU64::new(0),
+    nonfinite: AtomicU64::new(0),
+    masked: AtomicU64::new(0),
+    disk_errors: AtomicU64::new(0),
+    judged: AtomicU64::new(0),
+    refused: AtomicU64::new(0),
+};
+
+/// What a run is, for its labels and its plan.
+pub struct RunInfo<'a> {
+    /// Its name.
+    pub run: &'a str,
+    /// Its mode, by its name in the configuration.
+    pub mode: &'a str,
+    /// The learner's algorithm, likewise.
+    pub algorithm: &'a str,
+    /// The labeler's type, likewise.
+    pub labeler: &'a str,
+    /// Steps to take.
+    pub steps: u64,
+    /// η.
+    pub eta: u64,
+}
+
+/// Tells what the run is.
+pub fn run(info: &RunInfo<'_>) {
+    gauge!("preceptor_run_info", "run" => info.run.to_owned(), "mode" => info.mode.to_owned(),
+        "algorithm" => info.algorithm.to_owned(), "labeler" => info.labeler.to_owned())
+    .set(1.0);
+    gauge!("preceptor_steps_planned").set(info.steps as f64);
+    gauge!("preceptor_staleness_bound").set(info.eta as f64);
+}
 
 /// Installs the process-wide recorder and describes every metric.
 ///
@@ -271,19 +98,16 @@ pub fn install() -> Result<PrometheusHandle> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_duration_seconds".into()), BUCKETS)?
         .set_buckets_for_metric(Matcher::Full("preceptor_token_staleness".into()), STALENESS_BUCKETS)?
+        .set_buckets_for_metric(Matcher::Full("preceptor_completion_tokens".into()), LENGTH_BUCKETS)?
         .install_recorder()
         .map_err(|error| anyhow!("cannot install the metrics recorder: {error}"))?;
-    for Metric(kind, name, unit, help) in METRICS {
-        match kind {
-            Counter => describe_counter!(*name, *unit, *help),
-            Gauge => describe_gauge!(*name, *unit, *help),
-            Histogram => describe_histogram!(*name, *unit, *help),
-        }
-    }
+    catalogue::describe();
     gauge!("preceptor_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     for name in [
         "preceptor_generated_tokens_total",
+        "preceptor_prompt_tokens_total",
         "preceptor_trained_tokens_total",
+        "preceptor_trained_completions_total",
         "preceptor_nonfinite_steps_total",
         "preceptor_dropped_groups_total",
         "preceptor_masked_groups_total",
@@ -295,14 +119,56 @@ pub fn install() -> Result<PrometheusHandle> {
     Ok(handle)
 }
 
-/// Tokens sampled.
-pub fn generated(tokens: usize) {
-    counter!("preceptor_generated_tokens_total").increment(tokens as u64);
+/// A group was sampled after a prompt of `prompt` tokens.
+pub fn generated(prompt: usize, completions: &[Completion]) {
+    counter!("preceptor_prompt_tokens_total").increment(prompt as u64);
+    let lengths = histogram!("preceptor_completion_tokens");
+    let mut tokens = 0;
+    for completion in completions {
+        tokens += completion.ids.len() as u64;
+        lengths.record(completion.ids.len() as f64);
+        let finish = match completion.finish {
+            Finish::Eos => "eos",
+            Finish::Stop => "stop",
+            Finish::Length => "length",
+        };
+        counter!("preceptor_completions_total", "finish" => finish).increment(1);
+    }
+    counter!("preceptor_generated_tokens_total").increment(tokens);
+    TOTALS.generated.fetch_add(tokens, Relaxed);
+    TOTALS.completions.fetch_add(completions.len() as u64, Relaxed);
+}
+
+/// How many of a rollout actor's slots are used. Held by the actor: it tells after every step.
+pub struct Slots {
+    used: Gauge,
+    free: Gauge,
+    of: usize,
+}
+
+impl Slots {
+    /// Of an actor with room for `of` sequences.
+    pub fn new(worker: &str, of: usize) -> Self {
+        let gauge = |state| gauge!("preceptor_rollout_slots", "worker" => worker.to_owned(), "state" => state);
+        Self { used: gauge("used"), free: gauge("free"), of }
+    }
+
+    /// `used` of them are.
+    pub fn set(&self, used: usize) {
+        self.used.set(used as f64);
+        self.free.set(self.of.saturating_sub(used) as f64);
+    }
+}
+
+/// A stage failed.
+pub fn stage_failed(stage: &str) {
+    counter!("preceptor_stage_failures_total", "stage" => stage.to_owned()).increment(1);
 }
 
 /// Completion tokens trained on.
 pub fn trained(tokens: usize) {
     counter!("preceptor_trained_tokens_total").increment(tokens as u64);
+    TOTALS.trained.fetch_add(tokens as u64, Relaxed);
 }
 
 /// What a labeler said of a group, and what it took.
@@ -328,6 +194,11 @@ pub fn labels(labeler: &'static str, labels: &Labels) {
     for (kind, count) in [("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)] {
         counter!("preceptor_label_tokens_total", "kind" => kind).increment(count);
     }
+}
+
+/// The present weights were judged against the first ones.
+pub fn win_rate(rate: f64) {
+    gauge!("preceptor_win_rate").set(rate);
 }
 
 /// Size of the label cache.
@@ -363,8 +234,28 @@ pub fn reward_model(trainer: &RewardTrainer, step: Option<&TrainerStep>) {
     }
 }
 
+/// The online controller has a knob, which stands here.
+pub fn controller_begins(knob: &'static str, value: usize) {
+    for direction in ["up", "down"] {
+        counter!("preceptor_controller_moves_total", "knob" => knob, "direction" => direction).absolute(0);
+    }
+    gauge!("preceptor_concurrency", "knob" => knob).set(value as f64);
+}
+
+/// The online controller turned a knob.
+pub fn controller_move(knob: &'static str, up: bool, to: usize) {
+    let direction = if up { "up" } else { "down" };
+    counter!("preceptor_controller_moves_total", "knob" => knob, "direction" => direction).increment(1);
+    gauge!("preceptor_concurrency", "knob" => knob).set(to as f64);
+}
+
 /// One HTTP exchange with a remote judge.
 pub fn judge_request(outcome: &'static str) {
+    let count = if outcome == "ok" { &TOTALS.judged } else { &TOTALS.refused };
+    // One that another one overtook says nothing of the server.
+    if outcome != "hedged_away" {
+        count.fetch_add(1, Relaxed);
+    }
     counter!("preceptor_judge_requests_total", "outcome" => outcome).increment(1);
 }
 
@@ -415,8 +306,7 @@ pub fn ledger(count: &Count) {
 pub fn checkpoint(took: Duration, bytes: u64) {
     histogram!("preceptor_checkpoint_duration_seconds").record(took.as_secs_f64());
     gauge!("preceptor_checkpoint_bytes").set(bytes as f64);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    gauge!("preceptor_checkpoint_timestamp_seconds").set(now.as_secs_f64());
+    gauge!("preceptor_checkpoint_timestamp_seconds").set(unix_seconds());
 }
 
 /// Taking a snapshot of the run for a checkpoint.
@@ -433,16 +323,19 @@ pub fn out_of_memory(micro_batch: usize) {
 /// Something could not be written.
 pub fn disk_error() {
     counter!("preceptor_disk_errors_total").increment(1);
+    TOTALS.disk_errors.fetch_add(1, Relaxed);
 }
 
 /// A group that is not learned from.
 pub fn masked_group() {
     counter!("preceptor_masked_groups_total").increment(1);
+    TOTALS.masked.fetch_add(1, Relaxed);
 }
 
 /// A step that was skipped.
 pub fn nonfinite_step() {
     counter!("preceptor_nonfinite_steps_total").increment(1);
+    TOTALS.nonfinite.fetch_add(1, Relaxed);
 }
 
 /// One call of a rollout actor.
@@ -479,19 +372,30 @@ pub fn step(record: &StepRecord) {
         ("preceptor_reference_kl", "kl/reference"),
         ("preceptor_behaviour_kl", "kl/behaviour"),
         ("preceptor_length_drift", "length/drift"),
+        ("preceptor_score_std", "score/std"),
+        ("preceptor_reward_std", "reward/std"),
+        ("preceptor_advantage_std", "advantage/std"),
+        ("preceptor_truncated_share", "ratio/truncated"),
+        ("preceptor_finished_share", "finish/eos"),
+        ("preceptor_repetition_share", "repetition/mean"),
     ] {
         gauge!(metric).set(record.get(figure));
     }
-    for (metric, figure) in
-        [("preceptor_preference_margin", "preference/margin"), ("preceptor_preference_accuracy", "preference/accuracy")]
-    {
+    for (metric, figure) in [
+        ("preceptor_preference_margin", "preference/margin"),
+        ("preceptor_preference_accuracy", "preference/accuracy"),
+        ("preceptor_judge_score_mean", "judge/mean"),
+    ] {
         if record.0.contains_key(figure) {
             gauge!(metric).set(record.get(figure));
         }
     }
+    if let Some(completions) = record.0.get("completions").and_then(Value::as_u64) {
+        counter!("preceptor_trained_completions_total").increment(completions);
+    }
     gauge!("preceptor_loss", "kind" => "policy").set(record.get("loss/policy"));
-    for (quantile, figure) in [("0.05", "ratio/p05"), ("0.5", "ratio/p50"), ("0.95", "ratio/p95")] {
-        gauge!("preceptor_importance_ratio", "quantile" => quantile).set(record.get(figure));
+    for (rank, figure) in [("5", "ratio/p05"), ("50", "ratio/p50"), ("95", "ratio/p95")] {
+        gauge!("preceptor_importance_ratio", "rank" => rank).set(record.get(figure));
     }
     gauge!("preceptor_loss", "kind" => "kl").set(record.get("loss/kl"));
     gauge!("preceptor_loss", "kind" => "value").set(record.get("loss/value"));

@@ -11,6 +11,7 @@ use preceptor_actors::{
 };
 
 use crate::config::{Config, LabelForm, Mode, Pairs, RewardScaling, RolloutWeights, UpdateMode};
+use crate::controller::Knobs;
 use crate::data::pairs::PairSource;
 use crate::data::source::{LeftOver, PromptSource};
 use crate::fault;
@@ -41,7 +42,7 @@ pub struct Node {
     /// The configuration.
     pub config: Config,
     /// Models and data.
-    pub prepared: Prepared,
+    pub prepared: Arc<Prepared>,
     /// What training has come to.
     pub state: Arc<Mutex<TrainState>>,
     /// Where each group stands.
@@ -52,6 +53,8 @@ pub struct Node {
     pub observer: Arc<Mutex<dyn Observer>>,
     /// The reward model, in the modes that have one.
     pub reward_model: Option<Arc<Mutex<RewardTrainer>>>,
+    /// What the online controller turns; nothing where there is none.
+    pub knobs: Knobs,
     /// Makes a labeler for each labeler actor; [`labelers::labeler`] unless a test scripts one.
     pub labelers: Box<MakeLabeler>,
 }
@@ -227,6 +230,7 @@ impl Node {
         let plan = RolloutPlan {
             sampling: sampling(config, &self.prepared.tokenizer),
             slots: config.rollout.slots,
+            knob: self.knobs.rollout.clone(),
             group_size: config.rollout.group_size,
             in_flight: config.rollout.update == UpdateMode::InFlight,
             quantised: config.rollout.weights == RolloutWeights::Q8,
@@ -238,7 +242,7 @@ impl Node {
 }
 
 /// How the policy's completions are drawn.
-fn sampling(config: &Config, tokenizer: &Tokenizer) -> Sampling {
+pub fn sampling(config: &Config, tokenizer: &Tokenizer) -> Sampling {
     let rollout = &config.rollout;
     Sampling {
         repetition_penalty: rollout.repetition_penalty,

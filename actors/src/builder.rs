@@ -271,6 +271,7 @@ impl View {
     }
 
     pub(crate) fn edges(&self) -> Vec<EdgeReport> {
+        let now = self.clock.now();
         let report = |(account, from, to): &(Arc<Account>, Vec<String>, Vec<String>)| {
             let load = |counter: &AtomicU64| counter.load(Relaxed);
             EdgeReport {
@@ -281,15 +282,19 @@ impl View {
                 capacity: account.capacity,
                 items: load(&account.items),
                 refused: load(&account.refused),
-                send_blocked_s: Account::blocked(&account.send_blocked),
-                recv_blocked_s: Account::blocked(&account.recv_blocked),
+                send_blocked_s: Account::seconds(&account.send_blocked),
+                recv_blocked_s: Account::seconds(&account.recv_blocked),
                 high_water: load(&account.high_water),
+                age_s: account.age(now).as_secs_f64(),
+                waited_s: Account::seconds(&account.waited),
             }
         };
         self.edges.iter().map(report).collect()
     }
 
     pub(crate) fn timeline(&self) -> Vec<Span> {
-        self.timeline.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+        let began = self.began.as_secs_f64();
+        let since = |span: &Span| Span { start_s: span.start_s - began, end_s: span.end_s - began, ..span.clone() };
+        self.timeline.lock().unwrap_or_else(PoisonError::into_inner).iter().map(since).collect()
     }
 }

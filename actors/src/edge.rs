@@ -45,7 +45,18 @@ pub(crate) struct Account {
     pub(crate) recv_blocked: AtomicU64,
     pub(crate) high_water: AtomicU64,
     pub(crate) depth: AtomicU64,
+    /// Time that items spent on the edge, those that were taken.
+    pub(crate) waited: AtomicU64,
+    aboard: Mutex<Aboard>,
     simulated: Option<Waiters>,
+}
+
+/// When the items on an edge came, oldest first.
+#[derive(Default)]
+struct Aboard {
+    since: VecDeque<Duration>,
+    /// Items that were taken before their sender had noted them.
+    owed: usize,
 }
 
 /// Threads that wait at this edge in simulated time.
@@ -100,6 +111,8 @@ pub(crate) fn edge<T>(
         recv_blocked: AtomicU64::new(0),
         high_water: AtomicU64::new(0),
         depth: AtomicU64::new(0),
+        waited: AtomicU64::new(0),
+        aboard: Mutex::default(),
         simulated,
     });
     (Outlet { sender: Some(sender), account: Arc::clone(&account) }, Inlet { receiver: Some(receiver), account })
@@ -142,6 +155,7 @@ impl<T> Outlet<T> {
             },
         };
         if sent.is_ok() {
+            account.came(ctx.clock().now());
             account.items.fetch_add(1, Relaxed);
             let depth = sender.len() as u64;
             account.depth.store(depth, Relaxed);
@@ -206,6 +220,9 @@ impl<T> Inlet<T> {
             },
         };
         self.account.depth.store(receiver.len() as u64, Relaxed);
+        if received.is_ok() {
+            self.account.went(ctx.clock().now());
+        }
         received
     }
 
@@ -230,6 +247,10 @@ impl<T> Inlet<T> {
             waiters.simulation.wake(&slot);
         }
         self.account.depth.store(receiver.len() as u64, Relaxed);
+        drop(lists);
+        if matches!(received, Ok(Some(_))) {
+            self.account.went(ctx.clock().now());
+        }
         received
     }
 
@@ -294,7 +315,42 @@ impl Account {
         }
     }
 
-    pub(crate) fn blocked(total: &AtomicU64) -> f64 {
+    fn aboard(&self) -> MutexGuard<'_, Aboard> {
+        self.aboard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An item was put on the edge.
+    fn came(&self, now: Duration) {
+        if cfg!(feature = "unobserved") {
+            return;
+        }
+        let mut aboard = self.aboard();
+        match aboard.owed.checked_sub(1) {
+            Some(owed) => aboard.owed = owed,
+            None => aboard.since.push_back(now),
+        }
+    }
+
+    /// The oldest item was taken.
+    fn went(&self, now: Duration) {
+        if cfg!(feature = "unobserved") {
+            return;
+        }
+        let mut aboard = self.aboard();
+        match aboard.since.pop_front() {
+            Some(since) => {
+                self.waited.fetch_add(now.saturating_sub(since).as_nanos() as u64, Relaxed);
+            }
+            None => aboard.owed += 1,
+        }
+    }
+
+    /// How long the oldest item has been on the edge; zero where there is none.
+    pub(crate) fn age(&self, now: Duration) -> Duration {
+        self.aboard().since.front().map_or(Duration::ZERO, |since| now.saturating_sub(*since))
+    }
+
+    pub(crate) fn seconds(total: &AtomicU64) -> f64 {
         Duration::from_nanos(total.load(Relaxed)).as_secs_f64()
     }
 }

@@ -32,11 +32,17 @@ impl Pending {
 
     /// The stage turns to an item.
     pub(crate) fn begin(&self, seq: u64, version: u64, start: Duration) {
+        if cfg!(feature = "unobserved") {
+            return;
+        }
         self.begun().push(Begun { seq, version, start });
     }
 
     /// It is done with it; nothing happens where that is known, or the item was never begun.
     pub(crate) fn end(&self, seq: u64, ctx: &StageContext) {
+        if cfg!(feature = "unobserved") {
+            return;
+        }
         let mut begun = self.begun();
         let Some(at) = begun.iter().position(|one| one.seq == seq) else { return };
         let Begun { seq, version, start } = begun.swap_remove(at);

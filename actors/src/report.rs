@@ -77,6 +77,10 @@ pub struct EdgeReport {
     pub recv_blocked_s: f64,
     /// Most items it has held.
     pub high_water: u64,
+    /// How long the oldest item has been on it.
+    pub age_s: f64,
+    /// Time that the items taken from it had spent on it, together.
+    pub waited_s: f64,
 }
 
 /// What limits throughput.
@@ -110,7 +114,7 @@ pub struct Span {
     pub seq: u64,
     /// The item's version.
     pub version: u64,
-    /// When it began, on the graph's clock.
+    /// When it began, in seconds since its incarnation did.
     pub start_s: f64,
     /// When it ended.
     pub end_s: f64,
@@ -127,30 +131,64 @@ pub fn roles(stages: &[StageReport]) -> Vec<&str> {
     roles
 }
 
-/// The role whose workers are busiest on average; none before anything has worked.
-pub fn bottleneck(stages: &[StageReport]) -> Option<Bottleneck> {
-    let roles = roles(stages);
-    let share = |role: &str, part: &dyn Fn(&StageReport) -> f64| {
+/// How the workers of a role spent their time; the shares add up to one.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RoleShare {
+    /// The role.
+    pub role: String,
+    /// Its workers.
+    pub workers: usize,
+    /// Working.
+    pub busy: f64,
+    /// Waiting for input.
+    pub idle: f64,
+    /// Waiting for room in their output.
+    pub blocked: f64,
+    /// Waiting for the staleness bound.
+    pub admission: f64,
+    /// Items that they finished, together.
+    pub items_per_s: f64,
+}
+
+/// How each role's workers spent their time between `earlier` and `stages`, two reports of one incarnation; since it
+/// began where `earlier` is empty. A role whose workers did nothing yet is left out.
+pub fn shares(stages: &[StageReport], earlier: &[StageReport]) -> Vec<RoleShare> {
+    let share = |role: &str| {
         let of: Vec<&StageReport> = stages.iter().filter(|stage| stage.role == role).collect();
-        let total: f64 = of.iter().map(|s| s.busy_s + s.idle_s + s.blocked_s + s.admission_s).sum();
-        if total > 0.0 { of.iter().map(|s| part(s)).sum::<f64>() / total } else { 0.0 }
+        let sum = |part: &dyn Fn(&StageReport) -> f64| -> f64 {
+            let before = |stage: &StageReport| earlier.iter().find(|one| one.name == stage.name).map_or(0.0, part);
+            of.iter().map(|stage| (part(stage) - before(stage)).max(0.0)).sum()
+        };
+        let parts = [sum(&|s| s.busy_s), sum(&|s| s.idle_s), sum(&|s| s.blocked_s), sum(&|s| s.admission_s)];
+        let total: f64 = parts.iter().sum();
+        let [busy, idle, blocked, admission] = parts.map(|part| part / total);
+        (total > 0.0).then(|| RoleShare {
+            role: role.to_owned(),
+            workers: of.len(),
+            busy,
+            idle,
+            blocked,
+            admission,
+            items_per_s: sum(&|s| s.items_in.max(s.items_out) as f64) * of.len() as f64 / total,
+        })
     };
-    let busiest = roles.iter().copied().max_by(|a, b| share(a, &|s| s.busy_s).total_cmp(&share(b, &|s| s.busy_s)))?;
-    let busy_fraction = share(busiest, &|s| s.busy_s);
-    if busy_fraction == 0.0 {
-        return None;
-    }
-    let waits = roles.iter().filter(|role| **role != busiest).map(|role| {
-        let (idle, blocked) = (share(role, &|s| s.idle_s), share(role, &|s| s.blocked_s + s.admission_s));
+    roles(stages).into_iter().filter_map(share).collect()
+}
+
+/// The role whose workers are busiest on average; none before anything has worked.
+pub fn bottleneck(shares: &[RoleShare]) -> Option<Bottleneck> {
+    let busiest = shares.iter().max_by(|a, b| a.busy.total_cmp(&b.busy)).filter(|share| share.busy > 0.0)?;
+    let waits = shares.iter().filter(|share| share.role != busiest.role).map(|share| {
+        let (role, idle, blocked) = (&share.role, share.idle, share.blocked + share.admission);
         if idle >= blocked {
             format!("{role} waits for input {:.0} % of the time", idle * 100.0)
         } else {
             format!("{role} waits to go on {:.0} % of the time", blocked * 100.0)
         }
     });
-    let reason =
-        format!("{busiest} works {:.0} % of the time; {}", busy_fraction * 100.0, waits.collect::<Vec<_>>().join(", "));
-    Some(Bottleneck { role: busiest.to_owned(), busy_fraction, reason })
+    let waits = waits.collect::<Vec<_>>().join(", ");
+    let reason = format!("{} works {:.0} % of the time; {waits}", busiest.role, busiest.busy * 100.0);
+    Some(Bottleneck { role: busiest.role.clone(), busy_fraction: busiest.busy, reason })
 }
 
 #[cfg(test)]
@@ -182,8 +220,18 @@ mod tests {
             stage("r1", "rollout", 1.0, 1.0, 0.0),
         ];
         assert_eq!(roles(&stages), ["rollout", "learn"]);
-        let reason = bottleneck(&stages).unwrap().reason;
+        let reason = bottleneck(&shares(&stages, &[])).unwrap().reason;
         assert_eq!(reason.matches("rollout").count(), 1, "{reason}");
+    }
+
+    #[test]
+    fn shares_are_those_of_the_time_between_two_reports() {
+        let earlier = [stage("r0", "rollout", 100.0, 0.0, 0.0), stage("l", "learn", 0.0, 0.0, 0.0)];
+        let mut now = [stage("r0", "rollout", 101.0, 3.0, 0.0), stage("l", "learn", 0.0, 0.0, 0.0)];
+        now[0].items_in = 8;
+        let [share] = &shares(&now, &earlier)[..] else { panic!("a role that has done nothing has no shares") };
+        assert_eq!((share.busy, share.idle, share.blocked), (0.25, 0.75, 0.0));
+        assert_eq!(share.items_per_s, 2.0);
     }
 
     #[test]
@@ -193,7 +241,7 @@ mod tests {
             stage("r1", "rollout", 5.0, 0.0, 5.0),
             stage("l", "learn", 8.0, 2.0, 0.0),
         ];
-        let found = bottleneck(&stages).unwrap();
+        let found = bottleneck(&shares(&stages, &[])).unwrap();
         assert_eq!(found.role, "learn");
         assert!((found.busy_fraction - 0.8).abs() < 1e-9);
         assert!(found.reason.contains("rollout waits to go on 30 %"), "{}", found.reason);

@@ -95,6 +95,8 @@ mod tests {
             send_blocked_s: 0.0,
             recv_blocked_s: 0.0,
             high_water: 0,
+            age_s: 0.0,
+            waited_s: 0.0,
         }
     }
 

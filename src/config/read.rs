@@ -7,9 +7,9 @@ use toml::Value;
 
 use super::reader::{Document, Read, Section};
 use super::sections::{
-    AlgorithmKind, AverageKind, Checkpoint, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner,
-    LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights, Run,
-    Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
+    AlgorithmKind, AverageKind, Checkpoint, Control, CorrectionKind, Data, DpoLoss, Evaluation, KlEstimator, KlPlace,
+    LabelForm, Learner, LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout,
+    RolloutWeights, Run, Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
 };
 use crate::source::{Candidate, ModelRef};
 
@@ -48,7 +48,8 @@ pub(super) fn run(document: &mut Document) -> Run {
         s.required("steps", "the number of learner steps")
     };
     let mode = s.choice("mode", Mode::Direct);
-    Run { name, mode, seed: s.get("seed", 0), steps, dir: s.optional::<String>("dir").map(PathBuf::from) }
+    let tensorboard = s.get("tensorboard", true);
+    Run { name, mode, seed: s.get("seed", 0), steps, tensorboard, dir: s.optional::<String>("dir").map(PathBuf::from) }
 }
 
 pub(super) fn data(document: &mut Document, folder: &Path) -> Data {
@@ -286,6 +287,21 @@ pub(super) fn learner(document: &mut Document) -> Learner {
         micro_batch: s.get("micro_batch", 0),
         activation_checkpointing: s.get("activation_checkpointing", false),
     }
+}
+
+pub(super) fn evaluation(document: &mut Document) -> Evaluation {
+    let mut s = document.section("evaluation");
+    Evaluation {
+        every_steps: s.get("every_steps", 0),
+        prompts: count(&mut s, "prompts", 32, 1 << 16),
+        threads: workers(&mut s, "threads"),
+    }
+}
+
+pub(super) fn controller(document: &mut Document) -> Control {
+    let mut s = document.section("controller");
+    let every_s = s.checked("every_s", 10.0, "from 1 up", |n| *n >= 1.0 && *n < 1e6);
+    Control { enabled: s.get("enabled", false), every_s }
 }
 
 pub(super) fn checkpoint(document: &mut Document) -> Checkpoint {

@@ -16,6 +16,8 @@ pub struct Run {
     pub mode: Mode,
     /// Learner steps, at least 1. Required.
     pub steps: u64,
+    /// Write TensorBoard's event files, into `tensorboard` in the run's folder. Default true.
+    pub tensorboard: bool,
     /// Where the run is written. Default: `runs/NAME`, or the first of `NAME-2`, `NAME-3`, … that is free.
     pub dir: Option<PathBuf>,
 }
@@ -439,6 +441,28 @@ pub enum CorrectionKind {
     TisSequence,
     /// Importance sampling per token without a bound.
     Decoupled,
+}
+
+/// `[evaluation]`: the present weights against the first ones, by the labeler, on held-out prompts, while the run goes on
+#[derive(Debug, Clone, PartialEq)]
+pub struct Evaluation {
+    /// Steps between evaluations; 0 (default) for none. Needs `data.holdout`. One that is due while the one before is under
+    /// way is left out.
+    pub every_steps: u64,
+    /// Held-out prompts that both answer, greedily; the first so many. Default 32.
+    pub prompts: usize,
+    /// Threads of its pool, beside those of the actors. Default 1.
+    pub threads: usize,
+}
+
+/// `[controller]`: moves how much is under way at once while the run goes on, by the pressure in the queues
+#[derive(Debug, Clone, PartialEq)]
+pub struct Control {
+    /// Whether it does: `rollout.slots` and `labeler.remote.concurrency` are then the most, and it stays between
+    /// them and a group, or one request. Default false.
+    pub enabled: bool,
+    /// Seconds between two looks. Default 10.
+    pub every_s: f64,
 }
 
 /// `[checkpoint]`

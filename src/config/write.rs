@@ -20,6 +20,8 @@ impl Config {
             ("reward_model", self.reward_model_table()),
             ("sft", self.sft_table()),
             ("learner", self.learner_table()),
+            ("evaluation", self.evaluation_table()),
+            ("controller", self.controller_table()),
             ("checkpoint", self.checkpoint_table()),
             ("serve", self.serve_table()),
             ("supervision", self.supervision_table()),
@@ -36,6 +38,7 @@ impl Config {
             ("mode", word(run.mode)),
             ("seed", whole(run.seed)),
             ("steps", whole(run.steps)),
+            ("tensorboard", Value::Boolean(run.tensorboard)),
         ]);
         optional(&mut table, "dir", run.dir.as_ref().map(|dir| text(dir.display())));
         table
@@ -212,6 +215,20 @@ impl Config {
             ("micro_batch", whole(learner.micro_batch as u64)),
             ("activation_checkpointing", Value::Boolean(learner.activation_checkpointing)),
         ])
+    }
+
+    fn evaluation_table(&self) -> Table {
+        let evaluation = &self.evaluation;
+        table([
+            ("every_steps", whole(evaluation.every_steps)),
+            ("prompts", whole(evaluation.prompts as u64)),
+            ("threads", whole(evaluation.threads as u64)),
+        ])
+    }
+
+    fn controller_table(&self) -> Table {
+        let controller = &self.controller;
+        table([("enabled", Value::Boolean(controller.enabled)), ("every_s", Value::Float(controller.every_s))])
     }
 
     fn checkpoint_table(&self) -> Table {

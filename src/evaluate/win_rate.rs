@@ -10,7 +10,7 @@ use crate::config::Config;
 use crate::label::Pairing;
 use crate::label::stage::Wants;
 use crate::prepare::LabelerBench;
-use crate::rollout::{Completion, Finish, Group, Prompt, Verdict};
+use crate::rollout::{Completion, Finish, Group, Preference, Prompt, Verdict};
 use crate::statistics::length_control::{Comparison, length_controlled};
 use crate::statistics::table::Cell;
 use crate::statistics::{Table, interval};
@@ -68,8 +68,7 @@ pub fn win_rate(config: &Config, bench: &LabelerBench, contest: Contest, title: 
         let Some(preference) = labels.preferences.first() else { continue };
         match &preference.verdict {
             Verdict::Label(p) => {
-                let tied = preference.flipped() == Some(true) || contest.a[i] == contest.b[i];
-                let win = if tied { 0.5 } else { outcome(*p) };
+                let win = outcome(preference, *p, contest.a[i] == contest.b[i]);
                 outcomes.push(win);
                 let length = |text: &str| -> Result<f64> { Ok(contest.tokenizer.encode(text)?.len().max(1) as f64) };
                 compared.push(Comparison { win, length: length(&contest.a[i])?, other: length(&contest.b[i])? });
@@ -116,6 +115,8 @@ pub fn win_rate(config: &Config, bench: &LabelerBench, contest: Contest, title: 
     Ok(WinRate { outcomes, table })
 }
 
-fn outcome(p: f64) -> f64 {
-    if p == 0.5 { 0.5 } else { f64::from(u8::from(p > 0.5)) }
+/// 1 for a win of the first, 0 for a loss, ½ for a tie: the same text, a judge that prefers the same position in both
+/// orders, or one for whom both are as good.
+pub fn outcome(preference: &Preference, p: f64, same: bool) -> f64 {
+    if same || preference.flipped() == Some(true) || p == 0.5 { 0.5 } else { f64::from(u8::from(p > 0.5)) }
 }

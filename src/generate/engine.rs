@@ -28,6 +28,8 @@ pub const MOST_SLOTS: usize = ops::FEW_ROWS;
 pub struct Engine<'a> {
     sampling: Sampling,
     slots: usize,
+    /// Of these, those that are used for now.
+    limit: usize,
     cache: Option<KvCache>,
     rows: Vec<Row>,
     waiting: VecDeque<Waiting<'a>>,
@@ -75,6 +77,7 @@ impl<'a> Engine<'a> {
         Self {
             sampling: sampling.clone(),
             slots: slots.clamp(1, MOST_SLOTS),
+            limit: MOST_SLOTS,
             cache: None,
             rows: Vec::new(),
             waiting: VecDeque::new(),
@@ -108,10 +111,29 @@ impl<'a> Engine<'a> {
         self.rows.is_empty() && self.waiting.is_empty()
     }
 
+    /// Sequences side by side at most.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Has no more than `limit` sequences begin beside others from now on; those that have begun go on.
+    pub fn limit(&mut self, limit: usize) {
+        self.limit = limit.max(1);
+    }
+
+    fn usable(&self) -> usize {
+        self.slots.min(self.limit)
+    }
+
+    /// Slots that a sequence is in.
+    pub fn used(&self) -> usize {
+        self.rows.len()
+    }
+
     /// Slots that nobody has or waits for.
     pub fn free(&self) -> usize {
         let wanted: usize = self.waiting.iter().map(|one| one.request.seeds.len() - one.begun).sum();
-        self.slots.saturating_sub(self.rows.len() + wanted)
+        self.usable().saturating_sub(self.rows.len() + wanted)
     }
 
     /// Fills free slots from the queue and samples one token of every sequence. Returns the requests that have ended.
@@ -130,7 +152,7 @@ impl<'a> Engine<'a> {
             take_all(&mut self.rows, &model.logits(&hidden)?, version, &self.sampling)?;
         }
         self.sweep(&mut ended);
-        while self.rows.len() < self.slots && self.begin(&model, version)? {
+        while self.rows.len() < self.usable() && self.begin(&model, version)? {
             self.sweep(&mut ended);
         }
         Ok(ended)
@@ -138,6 +160,7 @@ impl<'a> Engine<'a> {
 
     /// Begins sequences of the first request that waits, as many as there are slots; says whether there was one.
     fn begin(&mut self, model: &Arc<Decoder>, version: u64) -> Result<bool> {
+        let room = self.usable() - self.rows.len();
         let (Some(first), Some(cache)) = (self.waiting.front_mut(), &mut self.cache) else { return Ok(false) };
         let Waiting { ticket, request, begun, prompt } = first;
         if prompt.is_none() {
@@ -146,7 +169,7 @@ impl<'a> Engine<'a> {
             *prompt = Some(Prefilled { cached: cache.prompt(&layers)?, logits, version });
         }
         let Some(prefilled) = prompt else { return Ok(false) };
-        for (index, seed) in request.seeds.iter().enumerate().skip(*begun).take(self.slots - self.rows.len()) {
+        for (index, seed) in request.seeds.iter().enumerate().skip(*begun).take(room) {
             let mut row = Row {
                 ticket: *ticket,
                 index,

@@ -10,6 +10,7 @@ use preceptor_actors::{Emitter, Item, SnapshotReader, Stage, StageContext, Stage
 use super::sampler::Sampling;
 use super::stop::{self, Stop};
 use super::{Engine, Request, Sampled, Weighted};
+use crate::knob::Knob;
 use crate::ledger::Entries;
 use crate::model::Decoder;
 use crate::rollout::{Completion, Group, Prompt};
@@ -20,6 +21,7 @@ use crate::{fault, seed, telemetry};
 pub struct Rollout {
     weights: Live,
     engine: Engine<'static>,
+    knob: Option<Arc<Knob>>,
     group_size: usize,
     seed: u64,
     tokenizer: Tokenizer,
@@ -29,6 +31,8 @@ pub struct Rollout {
     open: HashMap<u64, Begun>,
     /// A prompt that came while older weights than the latest had to be kept for those under way.
     held: Option<Item<Prompt>>,
+    /// Where it tells how many of its slots are used, once it has begun.
+    slots: Option<telemetry::Slots>,
 }
 
 struct Begun {
@@ -43,6 +47,8 @@ pub struct RolloutPlan {
     pub sampling: Sampling,
     /// Sequences side by side.
     pub slots: usize,
+    /// How many of these are used for now, where somebody decides.
+    pub knob: Option<Arc<Knob>>,
     /// Completions of one prompt.
     pub group_size: usize,
     /// Whether weights may change between decode steps, or only when nothing is under way.
@@ -58,10 +64,11 @@ pub struct RolloutPlan {
 impl Rollout {
     /// An actor that sees new weights through `reader`; `tokenizer` is for the text that judges read.
     pub fn new(reader: SnapshotReader<Decoder>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
-        let RolloutPlan { sampling, slots, group_size, in_flight, quantised, seed, entries } = plan;
+        let RolloutPlan { sampling, slots, knob, group_size, in_flight, quantised, seed, entries } = plan;
         Self {
             weights: Live { reader, in_flight, quantised, running: None, pinned: false, ctx: None },
             engine: Engine::new(&sampling, slots),
+            knob,
             group_size,
             seed,
             tokenizer,
@@ -69,6 +76,7 @@ impl Rollout {
             entries,
             open: HashMap::new(),
             held: None,
+            slots: None,
         }
     }
 
@@ -103,6 +111,7 @@ impl Stage for Rollout {
 
     fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
         self.weights.ctx = Some(ctx.clone());
+        self.slots = Some(telemetry::Slots::new(ctx.name(), self.engine.slots()));
         Ok(())
     }
 
@@ -130,14 +139,20 @@ impl Stage for Rollout {
         {
             self.begin(item, clock.now())?;
         }
+        if let Some(knob) = &self.knob {
+            self.engine.limit(knob.get());
+        }
         let ended = match self.engine.step(&mut self.weights) {
             Err(_) if out.ctx().halted() => return Ok(()),
             ended => ended?,
         };
+        if let Some(slots) = &self.slots {
+            slots.set(self.engine.used());
+        }
         for (seq, sampled) in ended {
             let Some(Begun { prompt, incarnation, at }) = self.open.remove(&seq) else { continue };
             let completions = sampled.into_iter().map(|one| self.completion(one)).collect::<Result<Vec<_>>>()?;
-            telemetry::generated(completions.iter().map(|completion| completion.ids.len()).sum());
+            telemetry::generated(prompt.ids.len(), &completions);
             telemetry::generation_took(clock.now().saturating_sub(at));
             let version = completions.iter().map(Completion::oldest_version).min().unwrap_or(0);
             let body = Group { prompt, completions };

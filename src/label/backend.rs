@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::knob::Knob;
+
 /// One question with a closed set of answers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Ask {
@@ -85,6 +87,11 @@ pub trait Backend: Send + Sync {
 
     /// Whom to give a sign of life, by name, while the judge is away and is waited for.
     fn attend(&self, _name: &str, _alive: &Alive) {}
+
+    /// How many exchanges may be under way at once, where it is a server that is asked.
+    fn knob(&self) -> Option<Arc<Knob>> {
+        None
+    }
 
     /// Given prompts of one template that differ as much as its prompts will: what they begin with need be computed
     /// once only. Does nothing where there is nothing to save.

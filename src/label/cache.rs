@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
 use super::backend::{Alive, Ask, Backend, Decoding, Reply, Usage};
+use crate::knob::Knob;
 use crate::telemetry;
 
 const REPLIES: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("replies");
@@ -166,6 +167,10 @@ impl Backend for Cached {
 
     fn attend(&self, name: &str, alive: &Alive) {
         self.inner.attend(name, alive);
+    }
+
+    fn knob(&self) -> Option<Arc<Knob>> {
+        self.inner.knob()
     }
 
     fn warm(&self, examples: &[String]) -> Result<()> {

@@ -1,5 +1,7 @@
 //! What is known of one learner step: one line of `metrics.jsonl`.
 
+use std::collections::HashSet;
+
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -23,6 +25,7 @@ pub struct Tally {
     reward_model: Option<u64>,
     kl: f64,
     ended: usize,
+    repetition: f64,
     advantage: [f64; 2],
     /// Importance ratios π_prox/μ, one per token.
     ratios: Vec<f64>,
@@ -76,6 +79,7 @@ impl Tally {
             self.completions += 1;
             self.tokens += completion.ids.len();
             self.ended += usize::from(completion.finish != Finish::Length);
+            self.repetition += repetition(&completion.ids);
             for ((new, old), reference) in proximal.iter().zip(&completion.logprobs).zip(reference) {
                 let ratio = f64::from(new - old).exp();
                 self.ratios.push(ratio);
@@ -178,6 +182,7 @@ impl StepRecord {
             ("length/mean", number(tally.mean_length())),
             ("length/drift", number(tally.mean_length() / first_length)),
             ("finish/eos", number(tally.ended as f64 / completions)),
+            ("repetition/mean", number(tally.repetition / completions)),
             ("loss/policy", number(passes.policy / terms)),
             ("loss/kl", number(passes.kl / terms)),
             ("loss/value", number(passes.value / seen)),
@@ -230,7 +235,30 @@ impl StepRecord {
     }
 }
 
+/// Share of the runs of four tokens that stood in the text before; 0 for one that is shorter.
+fn repetition(ids: &[u32]) -> f64 {
+    const RUN: usize = 4;
+    let mut seen = HashSet::new();
+    let runs = ids.len().saturating_sub(RUN - 1);
+    let again = ids.windows(RUN).filter(|run| !seen.insert(*run)).count();
+    again as f64 / runs.max(1) as f64
+}
+
 /// JSON has no NaN: what is not finite is written as null.
 fn number(value: f64) -> Value {
     serde_json::Number::from_f64(value).map_or(Value::Null, Value::Number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repetition_is_the_share_of_runs_of_four_that_came_before() {
+        assert_eq!(repetition(&[1, 2, 3]), 0.0);
+        assert_eq!(repetition(&[1, 2, 3, 4, 5, 6, 7, 8]), 0.0);
+        // Runs 1234 2341 3412 4123 1234: the fifth came before.
+        assert_eq!(repetition(&[1, 2, 3, 4, 1, 2, 3, 4]), 0.2);
+        assert_eq!(repetition(&[7; 13]), 0.9);
+    }
 }

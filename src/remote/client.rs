@@ -1,13 +1,12 @@
 //! Sending questions to a server: limits, time-outs, retries, hedging, and what it costs.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tokio::sync::Semaphore;
 
 use super::breaker::{Admit, Breaker};
 use super::key::Key;
@@ -17,6 +16,7 @@ use super::retry::{Outcome, pause};
 use super::stats::RemoteStats;
 use super::wire::{Answer, Request, excerpt, read};
 use crate::config::{RemoteApi, RemoteJudge};
+use crate::knob::Knob;
 use crate::label::backend::{Alive, Refusal, Reply, Usage};
 use crate::seed;
 use crate::telemetry;
@@ -33,7 +33,8 @@ pub struct Client {
     http: reqwest::Client,
     key: Option<Key>,
     began: Instant,
-    permits: Semaphore,
+    /// Exchanges that may be under way at once.
+    pub knob: Arc<Knob>,
     requests: Option<Mutex<Bucket>>,
     tokens: Option<Mutex<Bucket>>,
     breaker: Mutex<Breaker>,
@@ -59,7 +60,7 @@ impl Client {
             http,
             key,
             began: Instant::now(),
-            permits: Semaphore::new(judge.concurrency),
+            knob: Arc::new(Knob::new(1, judge.concurrency)),
             requests: Bucket::new(judge.requests_per_minute).map(Mutex::new),
             tokens: Bucket::new(judge.tokens_per_minute).map(Mutex::new),
             breaker: Mutex::new(Breaker::new(judge.breaker_failures, seconds(judge.breaker_cooldown_s))),
@@ -216,8 +217,7 @@ impl Client {
 
     /// One HTTP exchange, counted once whatever becomes of it.
     async fn exchange(&self, request: &Request) -> (Outcome, Option<Answer>) {
-        // The semaphore is never closed; were it, the request would go unlimited.
-        let _permit = self.permits.acquire().await.ok();
+        let _under_way = self.knob.enter().await;
         let counted = Counted::new(&self.stats);
         let (outcome, answer) = match self.post(request).await {
             Ok(answer) => (Outcome::Ok, Some(answer)),

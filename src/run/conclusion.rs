@@ -11,6 +11,7 @@ use super::watcher::Watcher;
 use super::{Signals, Stop, Summary, lock};
 use crate::checkpoint::{Form, Shelf, Snapshot};
 use crate::learn::publish::publish;
+use crate::monitor::Monitor;
 use crate::say;
 use crate::telemetry;
 use crate::topology::Node;
@@ -25,6 +26,7 @@ pub(super) struct Conclusion<'a> {
     pub(super) shelf: &'a Shelf,
     pub(super) form: &'a Form,
     pub(super) stop: &'a Stop,
+    pub(super) monitor: &'a Monitor,
 }
 
 impl Conclusion<'_> {
@@ -86,7 +88,7 @@ impl Conclusion<'_> {
         loop {
             let error = match self.shelf.put(self.form, snapshot) {
                 Ok(written) => {
-                    telemetry::checkpoint(written.took, written.bytes);
+                    self.monitor.checkpointed(written.took, written.bytes);
                     if let Err(error) = self.shelf.copy(&written.path) {
                         telemetry::disk_error();
                         say!("{error:#}; the original is in {}", written.path.display());

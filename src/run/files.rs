@@ -1,17 +1,20 @@
 //! The directory of a run: resolved configuration, `metrics.jsonl`, `samples.jsonl`.
 
 use std::fs::{File, TryLockError};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::json;
+use serde_json::{Map, Value};
 
 use super::journal;
 use super::log::Log;
+use super::tensorboard::Events;
 use crate::checkpoint::Lengths;
 use crate::config::Config;
 use crate::learn::Done;
 use crate::learn::StepRecord;
+use crate::monitor::samples;
 use crate::rollout::Rewarded;
 
 /// A run's directory, which one process has at a time.
@@ -80,8 +83,9 @@ pub struct RunFiles {
     samples: Log,
     phases: Log,
     journal: Option<Log>,
-    /// The step that was written last, and lengths of metrics, samples and journal before it.
-    last: Option<(u64, [u64; 3])>,
+    events: Option<Events>,
+    /// The step that was written last, and lengths of metrics, samples, journal and events before it.
+    last: Option<(u64, [u64; 4])>,
 }
 
 impl RunFiles {
@@ -94,11 +98,14 @@ impl RunFiles {
         std::fs::write(&path, config.to_toml()).with_context(|| format!("cannot write {}", path.display()))?;
         let log = |name: &str, length| Log::open(&dir.path.join(name), length);
         let journal = config.checkpoint.journal.then(|| log(journal::NAME, lengths.journal)).transpose()?;
+        let metrics = log("metrics.jsonl", lengths.metrics)?;
+        let events = config.run.tensorboard.then(|| Events::open(&dir.path, records(metrics.path())?)).transpose()?;
         Ok(Self {
-            metrics: log("metrics.jsonl", lengths.metrics)?,
+            metrics,
             samples: log("samples.jsonl", lengths.samples)?,
             phases: log("phases.jsonl", lengths.phases)?,
             journal,
+            events,
             last: None,
             dir,
         })
@@ -125,19 +132,27 @@ impl RunFiles {
     /// Names the files that cannot be written; what was to be written waits for the next try.
     pub fn step(&mut self, record: &StepRecord, done: Done<'_>) -> Result<()> {
         let step = record.0["step"].as_u64().unwrap_or_default();
-        let lengths =
-            [self.metrics.length(), self.samples.length(), self.journal.as_ref().map_or(0, |journal| journal.length())];
+        let (journal, events) = (self.journal.as_ref(), self.events.as_ref());
+        let lengths = [
+            self.metrics.length(),
+            self.samples.length(),
+            journal.map_or(0, Log::length),
+            events.map_or(0, |events| events.log().length()),
+        ];
         match self.last {
-            Some((last, [metrics, samples, journal])) if last == step => {
+            Some((last, [metrics, samples, journal, events])) if last == step => {
                 self.metrics.rewind(metrics)?;
                 self.samples.rewind(samples)?;
                 self.journal.as_mut().map_or(Ok(()), |log| log.rewind(journal))?;
+                self.events.as_mut().map_or(Ok(()), |log| log.rewind(events))?;
             }
             _ => self.last = Some((step, lengths)),
         }
         let mut lines = String::new();
         for group in done.batch.iter().take(1) {
-            lines.push_str(&samples(record, group));
+            for line in samples::lines(&record.0["step"], group) {
+                lines.push_str(&format!("{line}\n"));
+            }
         }
         let samples = self.samples.append(lines.as_bytes());
         let metrics = self.metrics.append((serde_json::to_string(record)? + "\n").as_bytes());
@@ -145,7 +160,16 @@ impl RunFiles {
             None => Ok(()),
             Some(journal) => journal.append(&journal::step(step, done.fingerprint, done.batch)?),
         };
-        samples.and(metrics).and(journal)
+        let events = self.events.as_mut().map_or(Ok(()), |events| events.step(&record.0));
+        samples.and(metrics).and(journal).and(events)
+    }
+
+    /// The figures of the steps that `metrics.jsonl` has.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read.
+    pub fn metrics(&self) -> Result<impl Iterator<Item = Map<String, Value>>> {
+        records(self.metrics.path())
     }
 
     /// Lengths of the files, and the files, once all that waits is written.
@@ -201,43 +225,11 @@ impl RunFiles {
     }
 }
 
-/// A group's completions as lines of `samples.jsonl`.
-fn samples(record: &StepRecord, group: &Rewarded) -> String {
-    let mut lines = String::new();
-    for (i, completion) in group.group.completions.iter().enumerate() {
-        let line = json!({
-            "step": record.0["step"],
-            "group": group.group.prompt.seq,
-            "row": group.group.prompt.row,
-            "prompt": group.group.prompt.text,
-            "completion": completion.text,
-            "finish": completion.finish,
-            "tokens": completion.ids.len(),
-            "versions": [completion.oldest_version(), completion.versions.iter().max()],
-            "labeler": group.feedback.as_ref().map(|feedback| &feedback.labeler),
-            "verdict": group.feedback.as_ref().and_then(|feedback| feedback.verdicts.get(i)),
-            "preferences": preferences(group, i),
-            "score": group.scores.get(i),
-            "reward_model": group.reward_model,
-            "reward": group.rewards.get(i),
-            "masked": group.masked,
-        });
-        lines.push_str(&line.to_string());
-        lines.push('\n');
-    }
-    lines
-}
-
-/// What the judge said of completion `i` against others: with whom it was compared, and P(it is the better one).
-fn preferences(group: &Rewarded, i: usize) -> Vec<serde_json::Value> {
-    let all = group.feedback.iter().flat_map(|feedback| &feedback.preferences);
-    let mine = all.filter(|one| one.first == i || one.second == i);
-    mine.map(|one| {
-        let with = if one.first == i { one.second } else { one.first };
-        let p = one.probability().map(|p| if one.first == i { p } else { 1.0 - p });
-        json!({ "with": with, "better": p, "flipped": one.flipped(), "refused": p.is_none().then_some(&one.verdict) })
-    })
-    .collect()
+/// The objects of a file of JSON lines, one at a time.
+fn records(path: &Path) -> Result<impl Iterator<Item = Map<String, Value>> + use<>> {
+    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let lines = BufReader::new(file).lines().map_while(Result::ok);
+    Ok(lines.filter_map(|line| serde_json::from_str(&line).ok()))
 }
 
 fn free(parent: &Path, name: &str) -> PathBuf {

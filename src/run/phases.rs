@@ -10,11 +10,11 @@ use super::files::RunFiles;
 use super::{Stop, graph_options, supervise};
 use crate::config::Config;
 use crate::learn::TrainState;
+use crate::monitor::Monitor;
 use crate::prepare::Prepared;
 use crate::progress::Progress;
 use crate::reward::trainer::TrainerStep;
 use crate::reward::warm_up::WarmUpObserver;
-use crate::serve::NodeState;
 use crate::sft::SftObserver;
 use crate::topology::learning::{adam, lora};
 use crate::topology::{Node, wire_fine_tuning};
@@ -88,17 +88,17 @@ pub(super) async fn fine_tune(
     config: &Arc<Config>,
     prepared: Prepared,
     files: &Arc<Mutex<RunFiles>>,
-    server: &Arc<NodeState>,
+    monitor: &Arc<Monitor>,
     stop: &Stop,
 ) -> Result<Prepared> {
     let state = Arc::new(Mutex::new(TrainState::new(&prepared.policy, adam(config), None, lora(config).as_ref())?));
     let notes = Arc::new(Mutex::new(Notes::new("supervised fine-tuning", "steps", config.sft.steps, files)));
     let prepared = Arc::new(prepared);
-    let (wired, trained, observer) = (Arc::clone(&prepared), Arc::clone(&state), notes.clone());
+    let (wired, trained, obmonitor) = (Arc::clone(&prepared), Arc::clone(&state), notes.clone());
     let settings = Arc::clone(config);
-    run(config, "supervised fine-tuning", &notes, server, stop, move |builder| {
-        let observer: Arc<Mutex<dyn SftObserver>> = observer.clone();
-        wire_fine_tuning(builder, &settings, &wired, &trained, &observer);
+    run(config, "supervised fine-tuning", &notes, monitor, stop, move |builder| {
+        let obmonitor: Arc<Mutex<dyn SftObserver>> = obmonitor.clone();
+        wire_fine_tuning(builder, &settings, &wired, &trained, &obmonitor);
         Ok(())
     })
     .await?;
@@ -112,16 +112,16 @@ pub(super) async fn fine_tune(
 pub(super) async fn warm_up(
     node: &Arc<Node>,
     files: &Arc<Mutex<RunFiles>>,
-    server: &Arc<NodeState>,
+    monitor: &Arc<Monitor>,
     stop: &Stop,
 ) -> Result<()> {
     let Some(trainer) = node.reward_model.clone() else { return Ok(()) };
     let units = node.warm_up_groups() * node.config.reward_model.epochs;
     let notes = Arc::new(Mutex::new(Notes::new("reward model warm-up", "groups", units, files)));
-    let (wired, observer) = (Arc::clone(node), notes.clone());
-    run(&node.config, "reward model warm-up", &notes, server, stop, move |builder| {
-        let observer: Arc<Mutex<dyn WarmUpObserver>> = observer.clone();
-        wired.wire_warm_up(builder, &trainer, &observer)
+    let (wired, obmonitor) = (Arc::clone(node), notes.clone());
+    run(&node.config, "reward model warm-up", &notes, monitor, stop, move |builder| {
+        let obmonitor: Arc<Mutex<dyn WarmUpObserver>> = obmonitor.clone();
+        wired.wire_warm_up(builder, &trainer, &obmonitor)
     })
     .await
 }
@@ -131,15 +131,15 @@ async fn run(
     config: &Config,
     phase: &'static str,
     notes: &Arc<Mutex<Notes>>,
-    server: &Arc<NodeState>,
+    monitor: &Arc<Monitor>,
     stop: &Stop,
     wire: impl Fn(&mut GraphBuilder) -> StageResult<()> + Send + Sync + 'static,
 ) -> Result<()> {
-    server.phase(phase);
+    monitor.phase(phase);
     let graph = spawn_graph(graph_options(config), wire);
-    server.watch(graph.clone());
+    monitor.watch(graph.clone());
     let progress = notes.lock().unwrap_or_else(PoisonError::into_inner).progress.clone();
-    let outcome = supervise(&graph, stop, &progress, None).await;
+    let outcome = supervise(&graph, stop, &progress, monitor, None).await;
     progress.finish();
     match outcome {
         _ if stop.asked() => {

@@ -9,16 +9,18 @@ use preceptor_actors::GraphHandle;
 use serde_json::Value;
 
 use super::Stop;
+use super::evaluation::Evaluator;
 use super::files::RunFiles;
 use crate::checkpoint::{Snapshot, Writer};
 use crate::learn::{Done, Observer};
 use crate::learn::{StepRecord, TrainState};
 use crate::ledger::Book;
+use crate::monitor::Monitor;
+use crate::process::{resident_bytes, unix_seconds};
 use crate::progress::Progress;
 use crate::reward::RewardTrainer;
 use crate::rollout::Rewarded;
 use crate::say;
-use crate::serve::{NodeState, resident_bytes};
 use crate::telemetry;
 
 /// How long a checkpoint that could not be written waits for its next try.
@@ -31,9 +33,11 @@ pub(super) struct Watcher {
     pub(super) book: Book,
     pub(super) due: Due,
     pub(super) writer: Writer,
+    /// Evaluates, where the run asks for it.
+    pub(super) evaluator: Option<Evaluator>,
     pub(super) steps: u64,
     pub(super) batch_groups: u64,
-    pub(super) node: Arc<NodeState>,
+    pub(super) monitor: Arc<Monitor>,
     pub(super) progress: Arc<OnceLock<Progress>>,
     pub(super) graph: Arc<OnceLock<GraphHandle>>,
     pub(super) stop: Stop,
@@ -85,17 +89,18 @@ impl Observer for Watcher {
         self.step = state.step;
         let mut record = done.record.clone();
         record.time("run_seconds", self.began.elapsed().as_secs_f64());
+        record.time("unix_seconds", unix_seconds());
         if let Some(bytes) = resident_bytes() {
             record.time("resident_bytes", bytes as f64);
         }
         telemetry::step(&record);
         telemetry::ledger(&self.book.count());
+        self.monitor.stepped(Value::Object(record.0.clone()), done.batch);
         let written = self.files().step(&record, done);
         if let Err(error) = written {
             telemetry::disk_error();
             self.say(&format!("{error:#}; training goes on"));
         }
-        self.node.stepped(Value::Object(record.0.clone()));
         if let Some(best) = &self.due.best {
             self.due.figures.push(record.get(best));
         }
@@ -103,7 +108,14 @@ impl Observer for Watcher {
         for (name, course) in self.objectives.iter().zip(&mut self.courses) {
             course.push(record.get(name));
         }
-        self.say(&line(&record, self.steps));
+        if let Some(progress) = self.progress.get() {
+            progress.step(&line(&record, self.steps), &Value::Object(record.0.clone()));
+        }
+        if let Some(evaluator) = &self.evaluator
+            && evaluator.put(state.step, state.published())
+        {
+            self.say(&format!("step {} is not evaluated: the evaluation before is still under way", state.step));
+        }
         if self.due.is_due(state.step) && state.step < self.steps && !self.writer.is_busy() {
             // Training goes on without it: it is tried again, and the end of the run insists.
             if let Err(error) = self.checkpoint(state) {

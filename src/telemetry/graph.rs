@@ -1,124 +1,103 @@
-//! The state of the graph in Prometheus' text format, made at scrape time.
+//! The state of graph and process in Prometheus' text format, made at scrape time.
 
 use std::fmt::Write;
 
-use preceptor_actors::{Ack, GraphReport};
+use preceptor_actors::{Ack, EdgeReport, GraphReport, RoleShare, StageReport};
 
-/// One family of samples.
-struct Family {
-    name: &'static str,
-    kind: &'static str,
-    help: &'static str,
-    samples: Vec<(String, f64)>,
-}
+use super::catalogue;
+use crate::process::Usage;
 
-/// Renders stages, edges, weights and memory.
-pub fn render(report: Option<&GraphReport>, acks: &[Ack], resident_bytes: Option<u64>) -> String {
-    let mut families = Vec::new();
-    if let Some(report) = report {
-        families.extend(stages(report));
-        families.extend(edges(report));
-    }
-    families.extend(weights(acks));
-    if let Some(bytes) = resident_bytes {
-        families.push(Family {
-            name: "preceptor_process_resident_memory_bytes",
-            kind: "gauge",
-            help: "Resident memory of the process.",
-            samples: vec![(String::new(), bytes as f64)],
-        });
-    }
-    let mut text = String::new();
-    for family in families.iter().filter(|family| !family.samples.is_empty()) {
+/// Collects families of samples.
+#[derive(Default)]
+struct Page(String);
+
+impl Page {
+    /// One family; without samples it is left out.
+    fn family(&mut self, name: &str, samples: impl IntoIterator<Item = (String, f64)>) {
+        let mut samples = samples.into_iter().peekable();
+        let (Some(metric), Some(_)) = (catalogue::find(name), samples.peek()) else { return };
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "# HELP {} {}\n# TYPE {} {}", family.name, family.help, family.name, family.kind);
-        for (labels, value) in &family.samples {
-            let _ = writeln!(text, "{}{labels} {value}", family.name);
+        let _ = writeln!(self.0, "# HELP {name} {}\n# TYPE {name} {}", metric.help, metric.kind.name());
+        for (labels, value) in samples {
+            let _ = writeln!(self.0, "{name}{labels} {value}");
         }
     }
-    text
+
+    fn single(&mut self, name: &str, value: f64) {
+        self.family(name, [(String::new(), value)]);
+    }
 }
 
-fn stages(report: &GraphReport) -> Vec<Family> {
-    let family = |name, kind, help, value: &dyn Fn(&preceptor_actors::StageReport) -> f64| Family {
-        name,
-        kind,
-        help,
-        samples: report
-            .stages
-            .iter()
-            .map(|stage| (format!("{{stage=\"{}\",role=\"{}\"}}", stage.name, stage.role), value(stage)))
-            .collect(),
-    };
-    let roles = preceptor_actors::report::roles(&report.stages);
-    let limiting = report.bottleneck.as_ref().map(|bottleneck| bottleneck.role.as_str());
-    vec![
-        family("preceptor_stage_busy_seconds_total", "counter", "Time a stage spent working.", &|s| s.busy_s),
-        family("preceptor_stage_idle_seconds_total", "counter", "Time a stage waited for input.", &|s| s.idle_s),
-        family(
-            "preceptor_stage_blocked_seconds_total",
-            "counter",
-            "Time a stage waited for room in its output.",
-            &|s| s.blocked_s,
-        ),
-        family(
-            "preceptor_stage_admission_seconds_total",
-            "counter",
-            "Time a stage waited for the staleness bound to admit work.",
-            &|s| s.admission_s,
-        ),
-        family("preceptor_stage_items_total", "counter", "Items a stage finished.", &|s| {
-            s.items_in.max(s.items_out) as f64
-        }),
-        Family {
-            name: "preceptor_bottleneck",
-            kind: "gauge",
-            help: "1 for the role that limits throughput now.",
-            samples: roles
-                .iter()
-                .map(|role| (format!("{{role=\"{role}\"}}"), if limiting == Some(*role) { 1.0 } else { 0.0 }))
-                .collect(),
-        },
-        Family {
-            name: "preceptor_restarts_total",
-            kind: "counter",
-            help: "Restarts of the whole graph after a failure.",
-            samples: vec![(String::new(), f64::from(report.restarts))],
-        },
-    ]
+/// Renders stages, edges, weights and the process. `shares` are those of the last minute, `limiting` is the role that
+/// limits.
+pub fn render(
+    report: Option<&GraphReport>,
+    shares: &[RoleShare],
+    limiting: Option<&str>,
+    acks: &[Ack],
+    usage: Option<Usage>,
+) -> String {
+    let mut page = Page::default();
+    if let Some(report) = report {
+        stages(&mut page, report);
+        edges(&mut page, report);
+    }
+    roles(&mut page, shares, limiting);
+    weights(&mut page, acks);
+    if let Some(usage) = usage {
+        page.single("process_cpu_seconds_total", usage.cpu_s);
+        page.single("process_resident_memory_bytes", usage.resident_bytes as f64);
+        page.single("process_open_fds", usage.open_fds as f64);
+        page.single("process_threads", usage.threads as f64);
+        page.single("process_start_time_seconds", usage.started_s);
+    }
+    page.0
 }
 
-fn edges(report: &GraphReport) -> Vec<Family> {
-    let family = |name, kind, help, value: &dyn Fn(&preceptor_actors::EdgeReport) -> f64| Family {
-        name,
-        kind,
-        help,
-        samples: report.edges.iter().map(|edge| (format!("{{edge=\"{}\"}}", edge.name), value(edge))).collect(),
+fn stages(page: &mut Page, report: &GraphReport) {
+    let mut family = |name, value: fn(&StageReport) -> f64| {
+        let labels = |stage: &StageReport| format!("{{stage=\"{}\",role=\"{}\"}}", stage.name, stage.role);
+        page.family(name, report.stages.iter().map(|stage| (labels(stage), value(stage))));
     };
-    vec![
-        family("preceptor_edge_items_total", "counter", "Items that passed an edge.", &|e| e.items as f64),
-        family(
-            "preceptor_edge_send_blocked_seconds_total",
-            "counter",
-            "Time senders waited for room on an edge.",
-            &|e| e.send_blocked_s,
-        ),
-        family("preceptor_edge_depth", "gauge", "Items waiting on an edge.", &|e| e.depth as f64),
-        family("preceptor_edge_capacity", "gauge", "Most items an edge holds.", &|e| e.capacity as f64),
-    ]
+    family("preceptor_stage_busy_seconds_total", |s| s.busy_s);
+    family("preceptor_stage_idle_seconds_total", |s| s.idle_s);
+    family("preceptor_stage_blocked_seconds_total", |s| s.blocked_s);
+    family("preceptor_stage_admission_seconds_total", |s| s.admission_s);
+    family("preceptor_stage_items_total", |s| s.items_in.max(s.items_out) as f64);
+    page.single("preceptor_stalled_seconds", report.stalled.as_ref().map_or(0.0, |stalled| stalled.for_s));
+    let stalled = report.stalled.iter().map(|stalled| (format!("{{stage=\"{}\"}}", stalled.stage), 1.0));
+    page.family("preceptor_stalled", stalled);
+    page.single("preceptor_restarts_total", f64::from(report.restarts));
 }
 
-fn weights(acks: &[Ack]) -> Vec<Family> {
-    let family = |name, help, value: &dyn Fn(&Ack) -> f64| Family {
-        name,
-        kind: "gauge",
-        help,
-        samples: acks.iter().map(|ack| (format!("{{worker=\"{}\"}}", ack.reader), value(ack))).collect(),
+fn edges(page: &mut Page, report: &GraphReport) {
+    let mut family = |name, value: fn(&EdgeReport) -> f64| {
+        page.family(name, report.edges.iter().map(|edge| (format!("{{edge=\"{}\"}}", edge.name), value(edge))));
     };
-    vec![
-        family("preceptor_weight_lag", "Versions that a rollout worker is behind.", &|a| a.lag as f64),
-        family("preceptor_weight_fingerprint_ok", "1 when a worker runs the weights that its version names.", &|a| {
-            if a.fingerprint_matches { 1.0 } else { 0.0 }
-        }),
-    ]
+    family("preceptor_edge_items_total", |e| e.items as f64);
+    family("preceptor_edge_send_blocked_seconds_total", |e| e.send_blocked_s);
+    family("preceptor_edge_wait_seconds_total", |e| e.waited_s);
+    family("preceptor_edge_depth", |e| e.depth as f64);
+    family("preceptor_edge_capacity", |e| e.capacity as f64);
+    family("preceptor_edge_age_seconds", |e| e.age_s);
+}
+
+fn roles(page: &mut Page, shares: &[RoleShare], limiting: Option<&str>) {
+    let states = shares.iter().flat_map(|share| {
+        let parts =
+            [("busy", share.busy), ("input", share.idle), ("output", share.blocked), ("admission", share.admission)];
+        parts.map(|(state, value)| (format!("{{role=\"{}\",state=\"{state}\"}}", share.role), value))
+    });
+    page.family("preceptor_role_share", states);
+    let limits = |role: &str| if limiting == Some(role) { 1.0 } else { 0.0 };
+    let bottleneck = shares.iter().map(|share| (format!("{{role=\"{}\"}}", share.role), limits(&share.role)));
+    page.family("preceptor_bottleneck", bottleneck);
+}
+
+fn weights(page: &mut Page, acks: &[Ack]) {
+    let mut family = |name, value: fn(&Ack) -> f64| {
+        page.family(name, acks.iter().map(|ack| (format!("{{worker=\"{}\"}}", ack.reader), value(ack))));
+    };
+    family("preceptor_weight_lag", |ack| ack.lag as f64);
+    family("preceptor_weight_fingerprint_ok", |ack| f64::from(u8::from(ack.fingerprint_matches)));
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use preceptor::config::Config;
+use preceptor::controller::Knobs;
 use preceptor::label::{Labeler, Labels};
 use preceptor::learn::TrainState;
 use preceptor::learn::value::ValueModel;
@@ -120,9 +121,10 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
         book: Book::default(),
+        knobs: Knobs::default(),
         reward_model: None,
         labelers: Box::new(labelers),
-        prepared,
+        prepared: Arc::new(prepared),
         config,
     }
 }

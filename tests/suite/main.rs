@@ -22,3 +22,5 @@ mod secrets;
 mod sharing;
 mod smollm2;
 mod tidy;
+mod tune;
+mod watching;

@@ -1,0 +1,31 @@
+//! `preceptor top`.
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::top::{Node, top};
+
+/// Arguments of `preceptor top`.
+#[derive(Debug, Args)]
+pub struct Top {
+    /// Where the node listens.
+    #[arg(default_value = "http://127.0.0.1:9464", value_name = "URL")]
+    url: String,
+    /// Environment variable that holds the node's bearer token, if it asks for one (its serve.token_env).
+    #[arg(long, value_name = "NAME")]
+    token_env: Option<String>,
+    /// Prints one picture as text and ends.
+    #[arg(long)]
+    once: bool,
+}
+
+impl Top {
+    /// Shows the node.
+    ///
+    /// # Errors
+    /// As [`top`].
+    pub fn run(self) -> Result<()> {
+        let token = self.token_env.map(|name| std::env::var(&name).with_context(|| format!("{name} is not set")));
+        top(Node::at(&self.url, token.transpose()?)?, self.once)
+    }
+}

@@ -1,0 +1,115 @@
+//! `preceptor tune`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use toml_edit::{DocumentMut, Item, Table, value};
+
+use super::ConfigArgs;
+use crate::prepare::prepare;
+use crate::say;
+use crate::statistics::Table as Report;
+use crate::statistics::table::Cell;
+use crate::tune::live::Live;
+use crate::tune::plan::Plan;
+use crate::tune::{Machine, NOTICEABLE, Tuned, tune};
+
+/// Arguments of `preceptor tune`.
+#[derive(Debug, Args)]
+pub struct Tune {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Seconds that each division of the machine is measured for, at least.
+    #[arg(long, default_value_t = 15.0)]
+    seconds: f64,
+    /// Divisions that are tried at most, besides the configured one.
+    #[arg(long, default_value_t = 4)]
+    trials: usize,
+    /// Where the tuned configuration is written; by default beside the given one, as NAME.tuned.toml.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+impl Tune {
+    /// Tunes, and writes the configuration.
+    ///
+    /// # Errors
+    /// As `preceptor train` before its first step; a file that cannot be written.
+    pub fn run(self) -> Result<()> {
+        ensure!(self.seconds > 0.0 && self.seconds < 86_400.0, "--seconds is a time above 0");
+        let config = self.config.load()?;
+        let output = self.output.unwrap_or_else(|| self.config.config.with_extension("tuned.toml"));
+        let priced = config.labeler.methods.iter().any(|method| method.remote.is_some());
+        if priced {
+            say!(
+                "note      labels are asked of the remote judge while it is measured; they are kept in the label cache"
+            );
+        }
+        let prepared = prepare(&config, true)?;
+        let mut machine = Live::new(&config, prepared, Duration::from_secs_f64(self.seconds))?;
+        let facts = machine.facts();
+        let configured = Plan::of(&config);
+        say!("machine   {} cores; {}", facts.cores, configured.describe(&facts));
+        let tuned = tune(&mut machine, &configured, self.trials, |text| say!("measuring {text}"))?;
+        let mut table = Report::new(
+            "groups per second",
+            &[("division", ""), ("predicted", ""), ("measured", ""), ("against configured", "")],
+        );
+        for one in &tuned.tried {
+            table.push(vec![
+                Cell::Text(one.plan.describe(&facts)),
+                Cell::Number(one.predicted),
+                Cell::Number(one.measured),
+                Cell::Text(format!("{:.2}×", one.measured / tuned.before.measured)),
+            ]);
+        }
+        print!("{}", table.text());
+        println!("{}", asynchronous(&tuned, &configured));
+        if !tuned.is_better() {
+            println!(
+                "The configuration stays as it is: nothing that was tried is more than {:.0} % faster.",
+                100.0 * NOTICEABLE
+            );
+            return Ok(());
+        }
+        let changes = tuned.best.plan.changes(&configured);
+        for (key, was, is) in &changes {
+            println!("{key} = {was} → {is}");
+        }
+        write(&self.config.config, &output, &changes)?;
+        println!(
+            "{:.2} times as fast as configured. Written to {}; overrides by --set are not in it.",
+            tuned.best.measured / tuned.before.measured,
+            output.display()
+        );
+        Ok(())
+    }
+}
+
+/// Whether several versions at once pay.
+fn asynchronous(tuned: &Tuned, configured: &Plan) -> String {
+    let gain = tuned.synchronous.1;
+    if tuned.is_asynchronous_worth_it() {
+        format!("Asynchronous (η ≥ 1) is expected to be {gain:.2} times as fast as the best synchronous division.")
+    } else {
+        let advice =
+            if configured.eta > 0 { " Set learner.eta = 0 for fresh samples and exact repetition." } else { "" };
+        format!(
+            "Asynchronous is not worth it here: {gain:.2} times the best synchronous division by the model.{advice}"
+        )
+    }
+}
+
+/// Writes the configuration at `from` with `changes` to `to`; comments and order stay.
+fn write(from: &Path, to: &Path, changes: &[(&str, u64, u64)]) -> Result<()> {
+    let text = crate::bounded::text(from, crate::bounded::WRITTEN)?;
+    let mut document: DocumentMut = text.parse().with_context(|| format!("cannot read {}", from.display()))?;
+    for (key, _, is) in changes {
+        let (section, key) = key.split_once('.').context("a key has a section")?;
+        let section = document.entry(section).or_insert(Item::Table(Table::new()));
+        section[key] = value(i64::try_from(*is)?);
+    }
+    std::fs::write(to, document.to_string()).with_context(|| format!("cannot write {}", to.display()))
+}

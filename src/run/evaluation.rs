@@ -1,0 +1,187 @@
+//! Win rates while a run learns: the present weights against the first ones, on held-out prompts, judged by the labeler.
+//!
+//! A reward that rises while these fall is being gamed. A thread of its own answers and asks; the learner hands weights over
+//! and goes on. What came of it is one line of `evaluations.jsonl`.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, anyhow};
+use crossbeam::channel::{Sender, TrySendError, bounded};
+use serde_json::{Value, json};
+
+use super::log::Log;
+use crate::config::Config;
+use crate::evaluate::win_rate::outcome;
+use crate::generate::sampler::Sampling;
+use crate::generate::{Fixed, Request, generate, stop};
+use crate::label::stage::{Wants, ask_many};
+use crate::label::{Labeler, Pairing};
+use crate::model::Decoder;
+use crate::prepare::Prepared;
+use crate::rollout::{Completion, Finish, Group, Prompt, Verdict};
+use crate::statistics::interval::{self, Estimate};
+use crate::tokens::Tokenizer;
+use crate::topology::labelers::labeler;
+use crate::topology::sampling;
+
+/// Name of its file in the run's directory.
+const NAME: &str = "evaluations.jsonl";
+
+/// Prompts that are answered side by side.
+const LOT: usize = 8;
+
+/// What one evaluation came to.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Evaluated {
+    pub(super) step: u64,
+    /// Share of prompts on which the present answer is the better one, ties counting half.
+    pub(super) win_rate: Estimate,
+    /// Mean length of the answers in tokens, of the present weights and of the first ones.
+    pub(super) lengths: [f64; 2],
+}
+
+/// A thread that evaluates.
+pub(super) struct Evaluator {
+    every: u64,
+    jobs: Option<Sender<(u64, Arc<Decoder>)>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Evaluator {
+    /// As `config` says, on what is `prepared`; none where it asks for none. What `dir` has of steps after `step` is taken
+    /// again. `tell` hears of each evaluation.
+    ///
+    /// # Errors
+    /// A file that cannot be written, a labeler's template that cannot be used.
+    pub(super) fn start(
+        config: &Config,
+        prepared: &Prepared,
+        dir: &Path,
+        step: u64,
+        tell: impl Fn(Result<Evaluated>) + Send + 'static,
+    ) -> Result<Option<Self>> {
+        let every = config.evaluation.every_steps;
+        let Some(data) = prepared.held_out.as_ref().filter(|_| every > 0) else { return Ok(None) };
+        let order = data.order(0);
+        let count = config.evaluation.prompts.min(data.len()) as u64;
+        let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
+        let mut contest = Contest {
+            prompts: (0..count).map(|seq| data.prompt(seq, &order)).collect::<Result<_>>()?,
+            first: Vec::new(),
+            model: Arc::clone(&prepared.policy),
+            tokenizer: prepared.tokenizer.clone(),
+            sampling: Sampling { top_k: Some(1), ..sampling(config, &prepared.tokenizer) },
+            labeler: labeler(config, prepared)?,
+            retries: config.labeler.retries,
+            wants: Wants::Preferences { pairing: Pairing::Adjacent, temperature },
+        };
+        let mut log = open(dir, step)?;
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(config.evaluation.threads).build()?;
+        let (jobs, todo) = bounded::<(u64, Arc<Decoder>)>(0);
+        let thread = std::thread::Builder::new().name("evaluation".into()).spawn(move || {
+            for (step, model) in todo {
+                let evaluated = pool.install(|| contest.hold(step, &model));
+                if let Ok(evaluated) = &evaluated
+                    && let Err(error) = log.append(format!("{}\n", evaluated.to_json()).as_bytes())
+                {
+                    tell(Err(error));
+                }
+                tell(evaluated.with_context(|| format!("step {step} could not be evaluated")));
+            }
+        })?;
+        Ok(Some(Self { every, jobs: Some(jobs), thread: Some(thread) }))
+    }
+
+    /// Hands over the weights of `step` if they are due and nobody is being evaluated; says whether they were left out.
+    pub(super) fn put(&self, step: u64, model: &Arc<Decoder>) -> bool {
+        let Some(jobs) = self.jobs.as_ref().filter(|_| step.is_multiple_of(self.every)) else { return false };
+        matches!(jobs.try_send((step, Arc::clone(model))), Err(TrySendError::Full(_)))
+    }
+}
+
+impl Drop for Evaluator {
+    /// Waits for the one that is under way.
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if let Some(thread) = self.thread.take() {
+            // What panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The file, without what comes after `step`.
+fn open(dir: &Path, step: u64) -> Result<Log> {
+    let path = dir.join(NAME);
+    let before = if path.exists() { std::fs::read_to_string(&path)? } else { String::new() };
+    let of = |line: &&str| serde_json::from_str::<Value>(line).is_ok_and(|one| one["step"].as_u64() <= Some(step));
+    let kept: usize = before.lines().take_while(of).map(|line| line.len() + 1).sum();
+    Log::open(&path, kept as u64)
+}
+
+impl Evaluated {
+    fn to_json(&self) -> Value {
+        json!({
+            "step": self.step, "win_rate": self.win_rate.value, "low": self.win_rate.low, "high": self.win_rate.high,
+            "verdicts": self.win_rate.count, "length": self.lengths[0], "length_first": self.lengths[1],
+        })
+    }
+}
+
+/// The held-out prompts, and what the first weights answer.
+struct Contest {
+    prompts: Vec<Prompt>,
+    /// Answers of the first weights, once there are some.
+    first: Vec<Completion>,
+    model: Arc<Decoder>,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    labeler: Box<dyn Labeler>,
+    retries: u32,
+    wants: Wants,
+}
+
+impl Contest {
+    fn hold(&mut self, step: u64, model: &Arc<Decoder>) -> Result<Evaluated> {
+        if self.first.is_empty() {
+            self.first = self.answer(&Arc::clone(&self.model))?;
+        }
+        let present = self.answer(model)?;
+        let mean = |answers: &[Completion]| {
+            answers.iter().map(|answer| answer.ids.len() as f64).sum::<f64>() / answers.len() as f64
+        };
+        let lengths = [mean(&present), mean(&self.first)];
+        let mut outcomes = Vec::new();
+        for (prompt, answers) in self.prompts.iter().zip(present.into_iter().zip(&self.first)) {
+            let same = answers.0.text == answers.1.text;
+            let group = Group { prompt: prompt.clone(), completions: vec![answers.0, answers.1.clone()] };
+            let mut labels = ask_many(self.labeler.as_ref(), &[&group], self.retries).pop().unwrap_or_default();
+            self.wants.shape(2, &mut labels);
+            if let Some(preference) = labels.preferences.first()
+                && let Verdict::Label(p) = &preference.verdict
+            {
+                outcomes.push(outcome(preference, *p, same));
+            }
+        }
+        Ok(Evaluated { step, win_rate: interval::mean(&outcomes), lengths })
+    }
+
+    fn answer(&self, model: &Arc<Decoder>) -> Result<Vec<Completion>> {
+        let mut out = Vec::with_capacity(self.prompts.len());
+        for lot in self.prompts.chunks(LOT) {
+            let requests = lot.iter().map(|prompt| Request::new(&*prompt.ids, vec![0])).collect();
+            for sampled in generate(&mut Fixed(Arc::clone(model)), requests, &self.sampling)?.concat() {
+                out.push(Completion {
+                    text: stop::text(&self.tokenizer, &sampled.ids, self.sampling.stop.as_deref())?,
+                    finish: sampled.finish.unwrap_or(Finish::Length),
+                    ids: sampled.ids,
+                    logprobs: sampled.logprobs,
+                    versions: sampled.versions,
+                });
+            }
+        }
+        if out.is_empty() { Err(anyhow!("there is no held-out prompt")) } else { Ok(out) }
+    }
+}

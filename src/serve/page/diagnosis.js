@@ -1,0 +1,60 @@
+// The bottleneck in words, with the setting that would relieve it.
+
+let announced = null;
+
+function showDiagnosis(status) {
+  const diagnosis = status.diagnosis;
+  const headline = diagnosis ? held(diagnosis.headline) : unmeasured(status);
+  setText(byId("headline"), headline);
+  byId("limits").dataset.known = Boolean(diagnosis?.role);
+  setOptional(byId("detail"), held(diagnosis?.detail ?? ""));
+  setOptional(byId("gain"), diagnosis ? gainWords(diagnosis) : null);
+  showSettings(diagnosis?.settings ?? []);
+  showController(status.controller ?? []);
+  announce(`${diagnosis?.role}/${status.phase}`, headline);
+}
+
+/** Keeps a figure and its percent sign on one line. */
+function held(text) {
+  return text.replaceAll(/(\d) %/g, `$1${SPACE}%`);
+}
+
+function unmeasured(status) {
+  if (status.graph) {
+    return "This is being measured: the node says what limits once its actors have worked for a while.";
+  }
+  return `There is nothing to measure yet: the node is at “${status.phase}”, and its actors start after that.`;
+}
+
+function gainWords(diagnosis) {
+  const { gain, next, role } = diagnosis;
+  if (!role || !(gain > 1.005)) return null;
+  const until = next ? `then ${next} would limit` : "no other actor would limit before that";
+  return `Relieved, the run could go up to ${gain.toFixed(gain < 10 ? 1 : 0)} times as fast; ${until}.`;
+}
+
+function showSettings(settings) {
+  setShown(byId("settings"), settings.length > 0);
+  if (settings.length === 0) return;
+  byId("settings-rows").replaceChildren(...settings.map((setting) =>
+    element("tr", {},
+      element("th", { scope: "row" }, element("code", {}, setting.key)),
+      element("td", { "data-name": "now" }, element("code", {}, String(setting.now))),
+      element("td", { "data-name": "try" }, element("code", {}, String(setting.try))),
+      element("td", { "data-name": "why" }, setting.why))));
+  setText(byId("settings-example"), `--resume --set ${settings[0].key}=${settings[0].try}`);
+}
+
+function showController(knobs) {
+  setShown(byId("controller"), knobs.length > 0);
+  byId("controller-knobs").replaceChildren(...knobs.map((knob) =>
+    element("li", {}, element("strong", {}, `${knob.knob} ${knob.value}`),
+      ` of ${knob.low} to ${knob.high}${knob.last_move ? `; last move ${knob.last_move}` : ""}`)));
+}
+
+/** Says `words` aloud when `about` has changed, and not each time that a percentage moves. */
+function announce(about, words) {
+  if (about === announced) return;
+  announced = about;
+  setText(byId("announcer"), words);
+}

@@ -1,0 +1,89 @@
+// Elements. Text comes in as text nodes alone: what a policy wrote is never read as markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+function furnish(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+function element(tag, attributes = {}, ...children) {
+  return furnish(document.createElement(tag), attributes, children);
+}
+
+function drawn(tag, attributes = {}, ...children) {
+  return furnish(document.createElementNS(SVG, tag), attributes, children);
+}
+
+const ruler = document.createElement("canvas").getContext("2d");
+
+function textWidth(text, font = "12px") {
+  ruler.font = `${font} ${getComputedStyle(document.documentElement).fontFamily}`;
+  return ruler.measureText(text).width;
+}
+
+/** Drawn text, cut to what fits into `width`; then it is whole as a tooltip. */
+function label(text, x, y, width, kind = "") {
+  const font = kind.includes("actor-role") ? "650 14px" : kind.includes("strong-text") ? "600 12px" : "12px";
+  let shown = text;
+  while (shown.length > 1 && textWidth(shown, font) > width) shown = `${shown.slice(0, Math.min(shown.length - 2, 200))}…`;
+  return drawn("text", { x, y, class: kind }, shown === text ? null : drawn("title", {}, text), shown);
+}
+
+/** Touches the page only where something changes, so that a selection or a reader's place is kept. */
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function setShown(node, shown) {
+  if (node.hidden === shown) node.hidden = !shown;
+}
+
+/** Fills `node` with `text`, or hides it where there is none. */
+function setOptional(node, text) {
+  setText(node, text || "");
+  setShown(node, Boolean(text));
+}
+
+function table(caption, head, rows) {
+  return element("table", {},
+    element("caption", {}, caption),
+    element("thead", {}, element("tr", {}, ...head.map((cell) => element("th", { scope: "col" }, cell)))),
+    element("tbody", {}, ...rows.map(([first, ...rest]) =>
+      element("tr", {}, element("th", { scope: "row" }, first), ...rest.map((cell) => element("td", {}, cell))))));
+}
+
+/** Calls `act` when `node` is as wide as it was not before; what `act` does to its height calls nobody. */
+function onWidth(node, act) {
+  let last = node.clientWidth;
+  new ResizeObserver(() => {
+    if (node.clientWidth === last) return;
+    last = node.clientWidth;
+    act();
+  }).observe(node);
+}
+
+/** Storage that may be forbidden, full or absent: then nothing is remembered. */
+function remembered(storage, key) {
+  try {
+    return window[storage].getItem(key);
+  } catch {
+    return null;
+  }
+}
+
+function remember(storage, key, value) {
+  try {
+    if (value === null) window[storage].removeItem(key);
+    else window[storage].setItem(key, value);
+  } catch {
+    // The page works without.
+  }
+}

@@ -1,0 +1,120 @@
+// The top of the page: what runs, how far it is, whether the node answers; and the figures of the moment.
+
+const LAST_PHASE = "writing the last checkpoint";
+
+function showHeader(status, rows) {
+  const plan = status.plan;
+  const step = status.last_step?.step ?? 0;
+  setText(byId("run"), status.run);
+  setOptional(byId("phase"), status.phase);
+  setText(byId("program"), status.program);
+  setText(byId("plan"), plan ? planWords(plan) : "");
+  setShown(byId("progress"), Boolean(plan));
+  document.title = plan ? `${step}/${plan.steps} ${status.run}` : status.run;
+  if (!plan) return;
+  setText(byId("step"), `step ${figure(step)} of ${figure(plan.steps)}`);
+  setText(byId("remaining"), remainingWords(status, rows, step));
+  const track = byId("track");
+  track.setAttribute("aria-valuemax", plan.steps);
+  track.setAttribute("aria-valuenow", step);
+  byId("track-fill").style.width = `${Math.min(100, (100 * step) / Math.max(1, plan.steps))}%`;
+}
+
+function planWords(plan) {
+  const parts = [`${plan.mode} mode`, plan.algorithm, `η${SPACE}=${SPACE}${plan.eta}`];
+  if (plan.batch_groups) parts.push(`${plan.batch_groups} groups of ${plan.group_size} a step`);
+  return parts.join(" · ");
+}
+
+function remainingWords(status, rows, step) {
+  const left = status.plan.steps - step;
+  if (left <= 0) return "· all steps done";
+  const each = secondsPerStep(rows);
+  return each === null ? "" : `· ${duration(left * each)} left · ${duration(each)} a step`;
+}
+
+/** Over the last twenty steps of the history; null before there are two. */
+function secondsPerStep(rows) {
+  const seen = rows.filter((row) => isFigure(row.step) && isFigure(row["time/run_seconds"])).slice(-21);
+  const [first, last] = [seen[0], seen[seen.length - 1]];
+  if (!first || last.step <= first.step) return null;
+  const each = (last["time/run_seconds"] - first["time/run_seconds"]) / (last.step - first.step);
+  return each > 0 ? each : null;
+}
+
+function showVitals(status) {
+  const [faults, warns] = faultWords(status.faults);
+  const vitals = [
+    ...(warns ? [["faults", faults, true]] : []),
+    ["generated", tokens(status.rates?.generated_tokens_per_s)],
+    ["trained", tokens(status.rates?.trained_tokens_per_s)],
+    ["completions", perSecond(status.rates?.completions_per_s)],
+    ["groups on the way", wayWords(status.ledger)],
+    ["memory", byteCount(status.memory?.resident_bytes)],
+    ...(status.memory?.device ?? []).map((device, i) => [`device ${device.device ?? i}`, deviceWords(device)]),
+    ["checkpoint", checkpointWords(status.checkpoint)],
+    ["node up since", clockTime(status.incarnation_started * 1000)],
+    ...(warns ? [] : [["faults", faults]]),
+  ];
+  byId("vitals").replaceChildren(...vitals.map(([name, words, warns]) =>
+    element("div", { "data-warns": Boolean(warns) }, element("dt", {}, name), element("dd", {}, words))));
+}
+
+function tokens(rate) {
+  return isFigure(rate) ? `${figure(rate)}${SPACE}tokens/s` : NONE;
+}
+
+function wayWords(ledger) {
+  if (!ledger) return NONE;
+  const places = ["admitted", "generated", "labeled", "rewarded"].filter((place) => ledger[place] > 0);
+  return places.length ? places.map((place) => `${ledger[place]}${SPACE}${place}`).join(", ") : "none";
+}
+
+function deviceWords(device) {
+  const { used_bytes: used, free_bytes: free } = device;
+  return isFigure(used) && isFigure(free) ? `${byteCount(used)} of ${byteCount(used + free)}` : byteCount(used);
+}
+
+function checkpointWords(checkpoint) {
+  if (!checkpoint) return "none yet";
+  return `${duration(checkpoint.age_s)} ago, ${byteCount(checkpoint.bytes)} in ${duration(checkpoint.took_s)}`;
+}
+
+/** What went wrong, and whether anything did. */
+function faultWords(faults) {
+  const names = [
+    ["restarts", "restart", "restarts"],
+    ["nonfinite_steps", "step not finite", "steps not finite"],
+    ["masked_groups", "masked group", "masked groups"],
+    ["disk_errors", "disk error", "disk errors"],
+  ];
+  const words = names.filter(([key]) => faults?.[key] > 0).map(([key, one, many]) => counted(faults[key], one, many));
+  return words.length ? [`\u26a0 ${words.join(", ")}`, true] : ["none", false];
+}
+
+/** `state` is live, lost, token or asking. */
+function showConnection(state, words) {
+  const connection = byId("connection");
+  connection.dataset.state = state;
+  setText(connection, words);
+}
+
+/** The node has not answered since `since` (null: never); `last` is the last status it gave. */
+function showLost(since, reason, last) {
+  const at = since === null ? null : clockTime(since);
+  showConnection("lost", at ? `no answer since ${at}` : "no answer");
+  const sentences = [at ? `The node has not answered since ${at}.` : "The node does not answer."];
+  if (last && (last.phase === LAST_PHASE || last.last_step?.step >= last.plan?.steps)) {
+    sentences.push("It was at the end of its run, so it has probably finished.");
+  }
+  sentences.push(`The page keeps asking (${reason}).${at ? " What stands below is what it said last." : ""}`);
+  setOptional(byId("lost"), sentences.join(" "));
+  if (last) document.title = `\u26a0 ${last.run} does not answer`;
+}
+
+function showStalled(stalled, run) {
+  setOptional(byId("stalled"), stalled
+    ? `\u26a0 The run stands still: ${stalled.stage} (${stateWords(stalled.state)}) holds it, and nothing has moved for ${duration(stalled.for_s)}.`
+    : null);
+  if (stalled) document.title = `\u26a0 ${run} stands still`;
+}

@@ -1,0 +1,127 @@
+//! `preceptor top`: the live page for a terminal. Asks a node as the page does, and draws what it says.
+
+mod view;
+
+use std::io::IsTerminal;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+use ratatui::{TerminalOptions, Viewport};
+use reqwest::StatusCode;
+use serde_json::Value;
+use url::Url;
+
+/// Between two questions to the node.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// What a node last said.
+#[derive(Default)]
+struct Said {
+    status: Value,
+    history: Value,
+    /// Why it does not answer, if it does not.
+    silence: Option<String>,
+}
+
+/// Where the node is, and how to ask it.
+pub struct Node {
+    url: Url,
+    token: Option<String>,
+}
+
+impl Node {
+    /// The node at `url`, such as `http://127.0.0.1:9464`; `http://` may be left out. `token` is its bearer token.
+    ///
+    /// # Errors
+    /// What is no address.
+    pub fn at(url: &str, token: Option<String>) -> Result<Self> {
+        let full = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let url = Url::parse(&full).with_context(|| format!("{url} is no address, such as http://127.0.0.1:9464"))?;
+        Ok(Self { url, token })
+    }
+
+    async fn ask(&self, client: &reqwest::Client, path: &str) -> Result<Value> {
+        let mut request = client.get(self.url.join(path)?);
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token);
+        }
+        let answer = request.send().await.with_context(|| format!("{} does not answer", self.url))?;
+        match answer.status() {
+            StatusCode::UNAUTHORIZED => bail!("{} asks for a bearer token; name its variable by --token-env", self.url),
+            status if !status.is_success() => bail!("{} answers {status}; is it a node?", self.url),
+            _ => {}
+        }
+        let bytes = answer.bytes().await?;
+        serde_json::from_slice(&bytes).with_context(|| format!("{} does not answer as a node does", self.url))
+    }
+
+    async fn look(&self, client: &reqwest::Client, before: &Said) -> Result<Said> {
+        let status = self.ask(client, "status").await?;
+        let new = status["last_step"] != before.status["last_step"] || before.history.is_null();
+        let history = if new { self.ask(client, "history").await? } else { before.history.clone() };
+        Ok(Said { status, history, silence: None })
+    }
+}
+
+/// Shows the node until `q`; one picture as text if `once`, or where there is no terminal.
+///
+/// # Errors
+/// A node that does not answer the first time; a terminal that cannot be used.
+pub fn top(node: Node, once: bool) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let client = reqwest::Client::builder().timeout(Duration::from_secs(5)).build()?;
+    let first = runtime.block_on(node.look(&client, &Said::default()))?;
+    if once || !std::io::stdout().is_terminal() {
+        print!("{}", view::text(&first.status, &first.history, 100));
+        return Ok(());
+    }
+    let (sender, said) = channel();
+    std::thread::spawn(move || {
+        let mut before = Said::default();
+        loop {
+            match runtime.block_on(node.look(&client, &before)) {
+                Ok(said) => before = said,
+                Err(error) => before.silence = Some(format!("{error:#}")),
+            }
+            let Said { status, history, silence } = &before;
+            let now = Said { status: status.clone(), history: history.clone(), silence: silence.clone() };
+            if sender.send(now).is_err() {
+                return;
+            }
+            std::thread::sleep(PAUSE);
+        }
+    });
+    let terminal = ratatui::try_init_with_options(TerminalOptions { viewport: Viewport::Fullscreen })
+        .context("this terminal cannot be drawn on; use --once")?;
+    let shown = show(terminal, first, &said);
+    ratatui::restore();
+    shown
+}
+
+fn show(mut terminal: ratatui::DefaultTerminal, first: Said, said: &Receiver<Said>) -> Result<()> {
+    let (mut now, mut scroll) = (first, 0u16);
+    loop {
+        match said.try_recv() {
+            Ok(next) => now = next,
+            Err(TryRecvError::Empty) => {}
+            Err(TryRecvError::Disconnected) => bail!("nobody asks the node any more; this is a fault of the program"),
+        }
+        terminal.draw(|frame| view::draw(frame, &now.status, &now.history, now.silence.as_deref(), scroll))?;
+        if !event::poll(Duration::from_millis(200))? {
+            continue;
+        }
+        let Event::Key(key) = event::read()? else { continue };
+        if key.kind == KeyEventKind::Release {
+            continue;
+        }
+        match key.code {
+            KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
+            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Ok(()),
+            KeyCode::Down | KeyCode::Char('j') => scroll = scroll.saturating_add(1),
+            KeyCode::Up | KeyCode::Char('k') => scroll = scroll.saturating_sub(1),
+            _ => {}
+        }
+    }
+}

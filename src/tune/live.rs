@@ -1,0 +1,155 @@
+//! This machine, measured by running the configured graph itself, for a while, without writing anything.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use preceptor_actors::{GraphHandle, GraphOptions, Outcome, RestartPolicy, SnapshotCell, StageReport, spawn_graph};
+
+use super::{Facts, Machine, Measured, Role, Trial};
+use crate::config::Config;
+use crate::controller::Knobs;
+use crate::generate::MOST_SLOTS;
+use crate::learn::{Done, Observer, TrainState};
+use crate::ledger::Book;
+use crate::prepare::Prepared;
+use crate::rollout::Rewarded;
+use crate::topology::labelers::labeler;
+use crate::topology::learning::{adam, lora, value_model};
+use crate::topology::{Node, needs_labels, reward_trainer};
+
+/// Steps that are measured at least.
+const LEAST_STEPS: usize = 2;
+
+/// This machine.
+pub struct Live {
+    config: Config,
+    prepared: Arc<Prepared>,
+    least: Duration,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Live {
+    /// For `config`, whose models and data are `prepared`; each trial is measured for `least`, and some steps.
+    ///
+    /// # Errors
+    /// When the threads for it cannot be had.
+    pub fn new(config: &Config, prepared: Prepared, least: Duration) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { config: config.clone(), prepared: Arc::new(prepared), least, runtime })
+    }
+}
+
+impl Machine for Live {
+    fn facts(&self) -> Facts {
+        let methods = &self.config.labeler.methods;
+        Facts {
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            group_size: self.config.rollout.group_size,
+            batch: self.config.learner.batch_groups,
+            labels_here: methods.iter().any(|method| method.remote.is_none()),
+            labels: needs_labels(&self.config),
+            most_slots: MOST_SLOTS,
+        }
+    }
+
+    fn measure(&mut self, trial: &Trial) -> Result<Measured> {
+        let mut config = self.config.clone();
+        trial.plan.put(&mut config);
+        config.learner.batch_groups = trial.batch;
+        // It is halted when enough was seen.
+        config.run.steps = u64::MAX / 2 / trial.batch;
+        let prepared = &self.prepared;
+        let value = value_model(&config, &prepared.policy)?;
+        let state = TrainState::new(&prepared.policy, adam(&config), value, lora(&config).as_ref())?;
+        let published = Arc::clone(state.published());
+        let cell = SnapshotCell::new(0, published.weights().fingerprint()?, published);
+        // Those that are under way in the first steps began before there were others beside them.
+        let skip = 1 + trial.plan.eta as usize;
+        let watch = Watch { skip, least: self.least, graph: OnceLock::new(), marks: Vec::new(), seen: None };
+        let watch = Arc::new(Mutex::new(watch));
+        let node = Node {
+            state: Arc::new(Mutex::new(state)),
+            cell: Arc::new(cell),
+            observer: watch.clone(),
+            book: Book::default(),
+            knobs: Knobs::default(),
+            reward_model: reward_trainer(&config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer))),
+            labelers: Box::new(labeler),
+            prepared: Arc::clone(prepared),
+            config,
+        };
+        let options = GraphOptions { restart: RestartPolicy::never(), ..GraphOptions::default() };
+        let outcome = self.runtime.block_on(async {
+            // Held until the handle is in its place: no step is told of before.
+            let watching = watch.lock().unwrap_or_else(PoisonError::into_inner);
+            let graph = spawn_graph(options, move |builder| node.wire(builder));
+            let _ = watching.graph.set(graph.clone());
+            drop(watching);
+            tokio::select! {
+                outcome = graph.wait() => Ok(outcome),
+                _ = tokio::signal::ctrl_c() => {
+                    graph.halt();
+                    graph.wait().await;
+                    Err(anyhow::anyhow!("interrupted; nothing was changed"))
+                }
+            }
+        })?;
+        if let Outcome::Failed { stage, error, .. } = outcome {
+            bail!("{stage} failed while it was measured: {error}");
+        }
+        let watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
+        watch.measured(trial.batch)
+    }
+}
+
+/// Notes when steps end, and halts the graph after enough of them.
+struct Watch {
+    skip: usize,
+    least: Duration,
+    graph: OnceLock<GraphHandle>,
+    marks: Vec<Instant>,
+    /// Stages when measuring began and when it ended.
+    seen: Option<(Vec<StageReport>, Vec<StageReport>)>,
+}
+
+impl Watch {
+    fn measured(&self, batch: u64) -> Result<Measured> {
+        let Some((first, last)) = &self.seen else { bail!("no step ended while it was measured") };
+        let steps = self.marks.len() - self.skip;
+        let seconds = (self.marks[self.marks.len() - 1] - self.marks[self.skip - 1]).as_secs_f64();
+        ensure!(seconds > 0.0, "the clock stands still");
+        let groups = steps as f64 * batch as f64;
+        let work = |role: Role| {
+            let busy = |stages: &[StageReport]| -> f64 {
+                stages.iter().filter(|stage| stage.role == role.name()).map(|stage| stage.busy_s).sum()
+            };
+            (busy(last) - busy(first)) / groups
+        };
+        Ok(Measured { groups_per_s: groups / seconds, work_s: Role::ALL.map(work) })
+    }
+}
+
+impl Observer for Watch {
+    fn group(&mut self, _done: u64, _of: u64) {}
+
+    fn step(&mut self, _done: Done<'_>, _state: &TrainState) -> Result<()> {
+        let Some(graph) = self.graph.get() else { return Ok(()) };
+        self.marks.push(Instant::now());
+        let stages = graph.report().stages;
+        if self.marks.len() <= self.skip {
+            self.seen = Some((stages, Vec::new()));
+            return Ok(());
+        }
+        let long = self.marks[self.skip - 1].elapsed() >= self.least && self.marks.len() >= self.skip + LEAST_STEPS;
+        if let Some((_, last)) = &mut self.seen {
+            *last = stages;
+        }
+        if long {
+            graph.halt();
+        }
+        Ok(())
+    }
+
+    fn nonfinite(&mut self, _step: u64, _batch: &[Rewarded]) {}
+}

@@ -1,0 +1,129 @@
+//! What is expected of a plan: the time of each stage for a group, by threads and company, and what limits the whole.
+
+use super::plan::Plan;
+use super::{Facts, Measured, Role};
+
+/// How long a stage works on a group.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Cost {
+    /// Seconds that more threads do not shorten.
+    serial: f64,
+    /// Seconds that they share (Amdahl 1967).
+    shared: f64,
+}
+
+impl Cost {
+    fn with(self, threads: usize) -> f64 {
+        self.serial + self.shared / threads as f64
+    }
+}
+
+/// Fitted to what a machine was seen to do.
+#[derive(Debug, Clone)]
+pub struct Model {
+    facts: Facts,
+    costs: [Cost; 4],
+    /// Share of a group's sampling time that groups side by side have in common: reading the weights.
+    common: f64,
+    /// Measured over predicted, of the plans that were tried as a whole.
+    corrections: Vec<(Plan, f64)>,
+}
+
+impl Model {
+    /// Of stages that were measured `alone` with one thread, with all of them, and of sampling that many groups at once.
+    pub(super) fn fit(
+        facts: Facts,
+        alone: &Measured,
+        threaded: Option<&Measured>,
+        crowded: Option<(usize, &Measured)>,
+    ) -> Self {
+        let cost = |role: Role| {
+            let one = alone.work_s[role as usize];
+            let many = threaded.map_or(one, |seen| seen.work_s[role as usize]).min(one);
+            // serial + shared = one, serial + shared / cores = many.
+            let shared = if facts.cores > 1 { (one - many) / (1.0 - 1.0 / facts.cores as f64) } else { 0.0 };
+            let shared = shared.clamp(0.0, one);
+            Cost { serial: one - shared, shared }
+        };
+        // One group alone takes `common + own`, n together take `common + n · own`.
+        let common = crowded.map_or(0.0, |(n, seen)| {
+            let (one, each) = (alone.work_s[0], seen.work_s[0]);
+            ((one - each) / one / (1.0 - 1.0 / n as f64)).clamp(0.0, 1.0)
+        });
+        Self { facts, costs: Role::ALL.map(cost), common, corrections: Vec::new() }
+    }
+
+    /// Takes in what a plan did in fact: those like it are expected to be off by as much.
+    pub(super) fn correct(&mut self, plan: &Plan, seen: &Measured) {
+        let ratio = seen.groups_per_s / self.uncorrected(plan);
+        if ratio.is_finite() && ratio > 0.0 {
+            self.corrections.push((plan.clone(), ratio));
+        }
+    }
+
+    /// Groups a second.
+    pub fn predict(&self, plan: &Plan) -> f64 {
+        let mut weights = 0.0;
+        let mut logs = 0.0;
+        for (tried, ratio) in &self.corrections {
+            let weight = (-distance(plan, tried)).exp2();
+            weights += weight;
+            logs += weight * ratio.ln();
+        }
+        let correction = if weights > 0.0 { (logs / weights).exp() } else { 1.0 };
+        correction * self.uncorrected(plan)
+    }
+
+    /// Groups a second by the stages' costs alone.
+    fn uncorrected(&self, plan: &Plan) -> f64 {
+        let Facts { cores, batch, group_size, .. } = self.facts;
+        let work = Role::ALL.map(|role| self.work(role, plan));
+        // Time between two groups that leave a role.
+        let pace: [f64; 4] = std::array::from_fn(|i| work[i] / plan.workers[i] as f64);
+        // All that is computed here shares the cores, however it is divided.
+        let shared: f64 = Role::ALL
+            .into_iter()
+            .filter(|role| *role != Role::Label || self.facts.labels_here)
+            .map(|role| {
+                self.costs[role as usize].with(1) * if role == Role::Rollout { self.company(plan) } else { 1.0 }
+            })
+            .sum();
+        let least = (shared / cores as f64).max(pace.iter().copied().fold(0.0, f64::max));
+        if plan.eta > 0 {
+            return 1.0 / least;
+        }
+        // A step samples its batch side by side, so that groups end together; what follows them overlaps among itself.
+        let side_by_side = (plan.slots / group_size).max(1) * plan.workers[0];
+        let rounds = (batch as f64 / side_by_side as f64).ceil().max(1.0);
+        let sampled = (pace[0] * batch as f64).max(work[0] * rounds.min(batch as f64) / rounds);
+        let after = pace[1..].iter().copied().fold(0.0, f64::max);
+        let first: f64 = work[1..].iter().sum();
+        let overlapped = if rounds > 1.0 { after * batch as f64 / rounds } else { after * batch as f64 };
+        let step = sampled + overlapped + (first - after).max(0.0);
+        1.0 / (step / batch as f64).max(least)
+    }
+
+    /// Seconds that one worker works on a group.
+    fn work(&self, role: Role, plan: &Plan) -> f64 {
+        let cost = self.costs[role as usize].with(plan.threads[role as usize]);
+        if role == Role::Rollout { cost * self.company(plan) } else { cost }
+    }
+
+    /// What a group's sampling costs in company, as a share of what it costs alone.
+    fn company(&self, plan: &Plan) -> f64 {
+        let Facts { group_size, batch, .. } = self.facts;
+        let room = plan.slots as f64 / group_size as f64;
+        // No more are under way than the staleness bound admits.
+        let admitted = (plan.eta + 1) as f64 * batch as f64 / plan.workers[0] as f64;
+        let beside = room.min(admitted).max(room.min(1.0));
+        self.common / beside + (1.0 - self.common)
+    }
+}
+
+/// How unlike two plans are: doublings between them.
+fn distance(a: &Plan, b: &Plan) -> f64 {
+    let doublings = |a: usize, b: usize| (a as f64 / b as f64).log2().abs();
+    let pairs = a.workers.iter().zip(&b.workers).chain(a.threads.iter().zip(&b.threads));
+    let sum: f64 = pairs.map(|(a, b)| doublings(*a, *b)).sum();
+    sum + doublings(a.slots, b.slots) / 2.0 + doublings(1 + a.eta as usize, 1 + b.eta as usize)
+}

@@ -1,0 +1,63 @@
+// Drives the live page in headless Chromium and looks at what a person would see.
+//
+//   cd tests/page && npm ci && node check.mjs          against a node that pretends (node.mjs)
+//   node check.mjs URL                                 the part that applies to a real node, while it trains
+//   node check.mjs … --screenshots DIR                 pictures as well; --only WORD runs the checks whose name has it
+//
+// CHROMIUM names the browser (/usr/bin/chromium); PRECEPTOR_TOKEN is the token where a real node asks for one.
+
+import { chromium } from "playwright-core";
+import { mkdirSync } from "node:fs";
+import { parseArgs } from "node:util";
+import { CHECKS } from "./checks.mjs";
+import { REAL_CHECKS } from "./real.mjs";
+import { Visit } from "./visit.mjs";
+import { SCENARIOS, startNode } from "./node.mjs";
+
+const { values: options, positionals: [url] } = parseArgs({
+  allowPositionals: true,
+  options: { screenshots: { type: "string" }, only: { type: "string", default: "" } },
+});
+
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
+  args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
+});
+
+let failed = 0;
+for (const [name, check] of Object.entries(url ? REAL_CHECKS : CHECKS)) {
+  if (!name.includes(options.only)) continue;
+  const visits = new Visit(browser, url);
+  try {
+    await check(visits);
+    await visits.assertClean();
+    console.log(`ok      ${name}`);
+  } catch (error) {
+    failed += 1;
+    console.log(`FAILED  ${name}\n        ${String(error.message).replaceAll("\n", "\n        ")}`);
+  } finally {
+    await visits.end();
+  }
+}
+if (options.screenshots) await takeScreenshots(options.screenshots);
+await browser.close();
+console.log(failed ? `${failed} failed` : "all passed");
+process.exitCode = failed ? 1 : 0;
+
+async function takeScreenshots(folder) {
+  mkdirSync(folder, { recursive: true });
+  const sizes = { desktop: { width: 1280, height: 900 }, phone: { width: 360, height: 740 } };
+  for (const scenario of url ? ["real"] : Object.keys(SCENARIOS)) {
+    const node = url ? { url, stop: () => {} } : await startNode(SCENARIOS[scenario]);
+    for (const [size, viewport] of Object.entries(sizes)) {
+      for (const colorScheme of ["light", "dark"]) {
+        const visit = new Visit(browser, url);
+        const page = await visit.open(node.url, { viewport, colorScheme });
+        await page.waitForTimeout(2600);
+        await page.screenshot({ path: `${folder}/${scenario}-${size}-${colorScheme}.png`, fullPage: true });
+        await visit.end();
+      }
+    }
+    await node.stop();
+  }
+}

@@ -1,0 +1,150 @@
+//! Tuning on machines whose rates are known: scripted stages in simulated time, under the runtime's own edges and
+//! staleness bound. What is found is held against a bound that no division of the machine can exceed.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::Result;
+use preceptor::tune::plan::Plan;
+use preceptor::tune::{Facts, Machine, Measured, Role, Trial, tune};
+use preceptor_actors::scripted::{ScriptedSink, ScriptedSource, ScriptedStage};
+use preceptor_actors::{Admission, AdmissionGate, Clock, GraphBuilder, GraphOptions, Outcome, StageSpec, spawn_graph};
+
+/// A machine, by what a group takes of each stage with one thread, alone.
+struct Scripted {
+    facts: Facts,
+    /// Seconds that threads do not shorten.
+    serial: [f64; 4],
+    /// Seconds that threads share.
+    shared: [f64; 4],
+    /// Share of sampling that groups side by side have in common.
+    common: f64,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Scripted {
+    fn new(facts: Facts, serial: [f64; 4], shared: [f64; 4], common: f64) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        Self { facts, serial, shared, common, runtime }
+    }
+
+    fn alone(&self, role: usize, threads: usize) -> f64 {
+        self.serial[role] + self.shared[role] / threads as f64
+    }
+
+    /// Core seconds that a group costs with `beside` groups side by side.
+    fn cores(&self, beside: usize) -> f64 {
+        let here = |role: &usize| *role != Role::Label as usize || self.facts.labels_here;
+        let company = self.common / beside as f64 + 1.0 - self.common;
+        (0..4).filter(here).map(|role| self.alone(role, 1) * if role == 0 { company } else { 1.0 }).sum()
+    }
+
+    /// More groups a second than any division can have: cores shared without loss, and each stage on all of them.
+    fn bound(&self) -> f64 {
+        let Facts { cores, most_slots, group_size, labels_here, .. } = self.facts;
+        let beside = (most_slots / group_size).max(1);
+        let single = (2..4).map(|role| 1.0 / self.alone(role, cores)).fold(f64::MAX, f64::min);
+        let labels = if labels_here { cores } else { 32 } as f64 / self.alone(1, 1);
+        (cores as f64 / self.cores(beside)).min(single).min(labels)
+    }
+}
+
+impl Machine for Scripted {
+    fn facts(&self) -> Facts {
+        self.facts
+    }
+
+    fn measure(&mut self, trial: &Trial) -> Result<Measured> {
+        let Trial { plan, batch } = trial.clone();
+        let groups = 48 * batch;
+        let beside = (plan.slots / self.facts.group_size).max(1);
+        // A worker that samples several groups side by side is as many that take that much longer.
+        let sampling = self.alone(0, plan.threads[0]) * (self.common + (1.0 - self.common) * beside as f64);
+        let taking = |seconds: f64| ScriptedStage::taking(Duration::from_secs_f64(seconds));
+        let label = taking(self.alone(1, plan.threads[1]));
+        let [reward, learn] = [2, 3].map(|role| taking(self.alone(role, plan.threads[role])));
+        let clock = Clock::simulated();
+        let options = GraphOptions { clock: clock.clone(), ..GraphOptions::default() };
+        let workers = [plan.workers[0] * beside, plan.workers[1]];
+        let admission = Admission { eta: plan.eta, batch };
+        let wire = move |builder: &mut GraphBuilder| {
+            let gate = Arc::new(AdmissionGate::new(admission, 0, 0));
+            let (prompts_out, prompts) = builder.edge("prompts", 1);
+            let (groups_out, sampled) = builder.edge("groups", 2);
+            let (labeled_out, labeled) = builder.edge("labeled", 2);
+            let (rewarded_out, rewarded) = builder.edge("rewarded", 2);
+            let spec = |role: &str, n: usize| StageSpec::new(format!("{role}-{n}")).role(role).stack(1 << 17);
+            let source = ScriptedSource { next: 0, end: groups, gate: Some(Arc::clone(&gate)) };
+            builder.source(spec("prompts", 0), source, prompts_out);
+            for n in 0..workers[0] {
+                builder.stage(spec("rollout", n), taking(sampling), prompts.clone(), groups_out.clone());
+            }
+            for n in 0..workers[1] {
+                builder.stage(spec("label", n), label.clone(), sampled.clone(), labeled_out.clone());
+            }
+            builder.stage(spec("reward", 0), reward.clone(), labeled, rewarded_out);
+            builder.sink(spec("learn", 0), ScriptedSink::new(learn.clone(), batch, Some(gate), |_, _| {}), rewarded);
+            Ok(())
+        };
+        let report = self.runtime.block_on(async {
+            let graph = spawn_graph(options, wire);
+            assert_eq!(graph.wait().await, Outcome::Finished);
+            graph.report()
+        });
+        let rate = groups as f64 / clock.now().as_secs_f64();
+        // Who has too few cores for all that works at once is slower by as much, everywhere.
+        let slower = (rate * self.cores(beside) / self.facts.cores as f64).max(1.0);
+        let work = |role: Role| {
+            let stages = report.stages.iter().filter(|stage| stage.role == role.name());
+            let lanes = if role == Role::Rollout { beside as f64 } else { 1.0 };
+            stages.map(|stage| stage.busy_s).sum::<f64>() / groups as f64 / lanes * slower
+        };
+        Ok(Measured { groups_per_s: rate / slower, work_s: Role::ALL.map(work) })
+    }
+}
+
+fn facts(cores: usize) -> Facts {
+    Facts { cores, group_size: 8, batch: 4, labels_here: true, labels: true, most_slots: 64 }
+}
+
+#[test]
+fn the_planted_optimum_is_found_on_five_machines() {
+    let mis_set = Plan { workers: [1; 4], threads: [1; 4], slots: 8, eta: 0 };
+    for (name, mut machine) in [
+        ("a learner that wants threads", Scripted::new(facts(8), [0.1; 4], [0.8, 0.4, 0.2, 7.0], 0.3)),
+        (
+            "a server that judges slowly",
+            Scripted::new(Facts { labels_here: false, ..facts(4) }, [0.02, 4.0, 0.01, 0.05], [0.4, 0.0, 0.1, 0.5], 0.5),
+        ),
+        (
+            "sampling that is cheap in company",
+            Scripted::new(facts(2), [0.1, 0.02, 0.02, 0.1], [4.0, 0.1, 0.1, 0.3], 0.9),
+        ),
+        ("two halves that overlap", Scripted::new(facts(2), [1.0, 0.02, 0.02, 1.0], [0.0; 4], 0.0)),
+        (
+            "a large machine that judges most",
+            Scripted::new(facts(16), [0.2, 0.2, 0.05, 0.1], [2.0, 12.0, 0.2, 2.0], 0.6),
+        ),
+    ] {
+        let bound = machine.bound();
+        let told = Mutex::new(Vec::new());
+        let tuned = tune(&mut machine, &mis_set, 6, |text| told.lock().unwrap().push(text.to_owned())).unwrap();
+        let found = tuned.best.measured;
+        let plan = tuned.best.plan.describe(&machine.facts);
+        println!("{name}: {:.3} → {found:.3} of at most {bound:.3} ({plan})", tuned.before.measured);
+        assert!(tuned.before.measured < 0.7 * bound, "{name}: nothing to find");
+        assert!(found >= 0.9 * bound, "{name}: {found} of {bound} by {plan}\n{:?}", told.lock().unwrap());
+        assert!(tuned.is_better() && tuned.is_asynchronous_worth_it(), "{name}: {tuned:?}");
+        // What was expected of it came.
+        assert!((tuned.best.predicted / found - 1.0).abs() < 0.25, "{name}: {tuned:?}");
+    }
+}
+
+#[test]
+fn where_all_share_one_core_asynchronous_is_not_worth_it_and_nothing_is_changed() {
+    let mut machine = Scripted::new(facts(1), [1.0, 0.5, 0.2, 1.0], [0.0; 4], 0.0);
+    let configured = Plan { workers: [1; 4], threads: [1; 4], slots: 8, eta: 0 };
+    let tuned = tune(&mut machine, &configured, 6, |_| {}).unwrap();
+    assert!(!tuned.is_better() && !tuned.is_asynchronous_worth_it(), "{tuned:?}");
+    assert_eq!(tuned.best.plan, configured);
+}
