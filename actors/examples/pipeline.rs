@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use preceptor_actors::report::shares;
 use preceptor_actors::scripted::{ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{
     Admission, AdmissionGate, Clock, GraphBuilder, GraphOptions, Item, Outcome, StageSpec, spawn_graph,
@@ -117,8 +118,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         stale.iter().max().unwrap_or(&0),
         options.eta
     );
-    if let Some(bottleneck) = report.bottleneck {
-        println!("bottleneck  {}", bottleneck.reason);
+    let shares = shares(&report.stages, &[]);
+    if let Some(busiest) = shares.iter().max_by(|a, b| a.busy.total_cmp(&b.busy)) {
+        println!("limit       {} works {:.0} % of the time", busiest.role, 100.0 * busiest.busy);
     }
     if options.simulated {
         let each = took.as_secs_f64() * 1e6 / log.len() as f64;

@@ -12,7 +12,7 @@ use crate::backoff::RestartPolicy;
 use crate::builder::{GraphBuilder, View};
 use crate::clock::Clock;
 use crate::pulse::State;
-use crate::report::{GraphReport, Stall, bottleneck, shares};
+use crate::report::{GraphReport, Stall};
 use crate::stage::StageResult;
 use crate::supervisor::{GraphActor, GraphMessage};
 use crate::watchdog::WatchdogPolicy;
@@ -227,7 +227,6 @@ impl GraphHandle {
             incarnation: view.incarnation,
             uptime_s: view.clock.now().saturating_sub(view.began).as_secs_f64(),
             restarts,
-            bottleneck: bottleneck(&shares(&stages, &[])),
             stages,
             edges: view.edges(),
             stalled: self.shared.stall.lock().unwrap_or_else(PoisonError::into_inner).clone(),

@@ -17,8 +17,6 @@ pub struct GraphReport {
     pub stages: Vec<StageReport>,
     /// Every edge, in the order it was made.
     pub edges: Vec<EdgeReport>,
-    /// What limits throughput.
-    pub bottleneck: Option<Bottleneck>,
     /// Who holds the run, when it makes no progress.
     pub stalled: Option<Stall>,
     /// The last few hundred spans of work.
@@ -81,17 +79,6 @@ pub struct EdgeReport {
     pub age_s: f64,
     /// Time that the items taken from it had spent on it, together.
     pub waited_s: f64,
-}
-
-/// What limits throughput.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Bottleneck {
-    /// The role that is busiest.
-    pub role: String,
-    /// Share of the time that its workers work.
-    pub busy_fraction: f64,
-    /// Why, in words.
-    pub reason: String,
 }
 
 /// Who holds a run that makes no progress.
@@ -175,22 +162,6 @@ pub fn shares(stages: &[StageReport], earlier: &[StageReport]) -> Vec<RoleShare>
     roles(stages).into_iter().filter_map(share).collect()
 }
 
-/// The role whose workers are busiest on average; none before anything has worked.
-pub fn bottleneck(shares: &[RoleShare]) -> Option<Bottleneck> {
-    let busiest = shares.iter().max_by(|a, b| a.busy.total_cmp(&b.busy)).filter(|share| share.busy > 0.0)?;
-    let waits = shares.iter().filter(|share| share.role != busiest.role).map(|share| {
-        let (role, idle, blocked) = (&share.role, share.idle, share.blocked + share.admission);
-        if idle >= blocked {
-            format!("{role} waits for input {:.0} % of the time", idle * 100.0)
-        } else {
-            format!("{role} waits to go on {:.0} % of the time", blocked * 100.0)
-        }
-    });
-    let waits = waits.collect::<Vec<_>>().join(", ");
-    let reason = format!("{} works {:.0} % of the time; {waits}", busiest.role, busiest.busy * 100.0);
-    Some(Bottleneck { role: busiest.role.clone(), busy_fraction: busiest.busy, reason })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -220,8 +191,6 @@ mod tests {
             stage("r1", "rollout", 1.0, 1.0, 0.0),
         ];
         assert_eq!(roles(&stages), ["rollout", "learn"]);
-        let reason = bottleneck(&shares(&stages, &[])).unwrap().reason;
-        assert_eq!(reason.matches("rollout").count(), 1, "{reason}");
     }
 
     #[test]
@@ -232,18 +201,5 @@ mod tests {
         let [share] = &shares(&now, &earlier)[..] else { panic!("a role that has done nothing has no shares") };
         assert_eq!((share.busy, share.idle, share.blocked), (0.25, 0.75, 0.0));
         assert_eq!(share.items_per_s, 2.0);
-    }
-
-    #[test]
-    fn the_bottleneck_is_the_busiest_role_on_average() {
-        let stages = [
-            stage("r0", "rollout", 9.0, 0.0, 1.0),
-            stage("r1", "rollout", 5.0, 0.0, 5.0),
-            stage("l", "learn", 8.0, 2.0, 0.0),
-        ];
-        let found = bottleneck(&shares(&stages, &[])).unwrap();
-        assert_eq!(found.role, "learn");
-        assert!((found.busy_fraction - 0.8).abs() < 1e-9);
-        assert!(found.reason.contains("rollout waits to go on 30 %"), "{}", found.reason);
     }
 }

@@ -109,6 +109,40 @@ fn everything_arrives_once_with_many_workers() {
 }
 
 #[test]
+fn an_edge_knows_how_long_its_items_wait() {
+    let build = |builder: &mut GraphBuilder| {
+        let (out, inlet) = builder.edge("edge", 4);
+        builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 4, gate: None }, out);
+        builder.sink(StageSpec::new("sink"), ScriptedSink::new(taking(2000), 4, None, |_, _| {}), inlet);
+        Ok(())
+    };
+    let ran = run(GraphOptions { clock: Clock::simulated(), ..quick() }, build, |_| {});
+    assert_eq!(ran.outcome, Outcome::Finished);
+    let edge = &ran.handle.report().edges[0];
+    // All four came at once; the first was taken at once, the others after 2, 4 and 6 seconds.
+    assert_eq!((edge.items, edge.waited_s, edge.age_s), (4, 12.0, 0.0));
+    // In real time: what is on the edge grows old while its consumer hangs.
+    let build = |builder: &mut GraphBuilder| {
+        let (out, inlet) = builder.edge("edge", 4);
+        builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 4, gate: None }, out);
+        let hangs = ScriptedStage { fault: (0, Fault::Hang), ..ScriptedStage::default() };
+        builder.sink(StageSpec::new("sink"), ScriptedSink::new(hangs, 4, None, |_, _| {}), inlet);
+        Ok(())
+    };
+    let ran = run(quick(), build, |handle| {
+        let age = || handle.report().edges[0].age_s;
+        while age() == 0.0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let before = age();
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(age() >= before + 0.02, "{} after {before}", age());
+        handle.halt();
+    });
+    assert_eq!(ran.outcome, Outcome::Halted);
+}
+
+#[test]
 fn a_drain_lets_what_is_under_way_flow_out() {
     let log = Log::default();
     let inner = Arc::clone(&log);

@@ -89,18 +89,19 @@ impl Model {
             })
             .sum();
         let least = (shared / cores as f64).max(pace.iter().copied().fold(0.0, f64::max));
-        if plan.eta > 0 {
-            return 1.0 / least;
-        }
-        // A step samples its batch side by side, so that groups end together; what follows them overlaps among itself.
+        // A step samples its batch in rounds of groups that end together. What follows overlaps with later rounds: the
+        // first round and all that follows it, or all rounds and what follows the last.
         let side_by_side = (plan.slots / group_size).max(1) * plan.workers[0];
         let rounds = (batch as f64 / side_by_side as f64).ceil().max(1.0);
-        let sampled = (pace[0] * batch as f64).max(work[0] * rounds.min(batch as f64) / rounds);
-        let after = pace[1..].iter().copied().fold(0.0, f64::max);
+        let sampled = work[0] * (batch as f64 / plan.workers[0] as f64).max(1.0);
+        // The first group goes through all that follows, the others come out behind it at the pace of the slowest stage.
         let first: f64 = work[1..].iter().sum();
-        let overlapped = if rounds > 1.0 { after * batch as f64 / rounds } else { after * batch as f64 };
-        let step = sampled + overlapped + (first - after).max(0.0);
-        1.0 / (step / batch as f64).max(least)
+        let slowest = pace[1..].iter().copied().fold(0.0, f64::max);
+        let after = |groups: f64| first + slowest * (groups - 1.0).max(0.0);
+        let batch = batch as f64;
+        let step = (sampled / rounds + after(batch)).max(sampled + after(batch / rounds));
+        // No more batches are under way than the staleness bound admits, each for as long as that (Little 1961).
+        1.0 / (step / batch / (plan.eta + 1) as f64).max(least)
     }
 
     /// Seconds that one worker works on a group.

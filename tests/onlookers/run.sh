@@ -42,8 +42,8 @@ kill -INT "$node" && wait "$node"
 node=
 python3 -m venv "$scratch/python"
 "$scratch/python/bin/pip" install --quiet --disable-pip-version-check tensorboard==2.20.0
-"$scratch/python/bin/python" tests/onlookers/tensorboard.py "$scratch/run"
+"$scratch/python/bin/python" tests/onlookers/read_events.py "$scratch/run"
 steps=$(wc -l <"$scratch/run/metrics.jsonl")
 "$program" train configs/offline.toml --run-dir "$scratch/run" --resume --set "run.steps=$((steps + 5))" \
     --set serve.enabled=false 2>>"$scratch/node.log"
-"$scratch/python/bin/python" tests/onlookers/tensorboard.py "$scratch/run"
+"$scratch/python/bin/python" tests/onlookers/read_events.py "$scratch/run"

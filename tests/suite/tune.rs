@@ -41,11 +41,14 @@ impl Scripted {
 
     /// More groups a second than any division can have: cores shared without loss, and each stage on all of them.
     fn bound(&self) -> f64 {
-        let Facts { cores, most_slots, group_size, labels_here, .. } = self.facts;
+        let Facts { cores, batch, most_slots, group_size, labels_here, .. } = self.facts;
         let beside = (most_slots / group_size).max(1);
         let single = (2..4).map(|role| 1.0 / self.alone(role, cores)).fold(f64::MAX, f64::min);
         let labels = if labels_here { cores } else { 32 } as f64 / self.alone(1, 1);
-        (cores as f64 / self.cores(beside)).min(single).min(labels)
+        // Of five batches, as many as η = 4 admits, each takes at least one group's way to the learner and all its learning.
+        let way: f64 = (0..3).map(|role| self.alone(role, cores)).sum();
+        let admitted = 5.0 * batch as f64 / (way + batch as f64 * self.alone(3, cores));
+        (cores as f64 / self.cores(beside)).min(single).min(labels).min(admitted)
     }
 }
 
@@ -132,11 +135,19 @@ fn the_planted_optimum_is_found_on_five_machines() {
         let found = tuned.best.measured;
         let plan = tuned.best.plan.describe(&machine.facts);
         println!("{name}: {:.3} → {found:.3} of at most {bound:.3} ({plan})", tuned.before.measured);
-        assert!(tuned.before.measured < 0.7 * bound, "{name}: nothing to find");
+        assert!(tuned.before.measured < 0.85 * bound, "{name}: nothing to find");
         assert!(found >= 0.9 * bound, "{name}: {found} of {bound} by {plan}\n{:?}", told.lock().unwrap());
-        assert!(tuned.is_better() && tuned.is_asynchronous_worth_it(), "{name}: {tuned:?}");
-        // What was expected of it came.
-        assert!((tuned.best.predicted / found - 1.0).abs() < 0.25, "{name}: {tuned:?}");
+        assert!(tuned.is_better(), "{name}: {tuned:?}");
+        // What was expected came, of the best and of the best that is synchronous.
+        assert!((tuned.best.predicted / found - 1.0).abs() < 0.15, "{name}: {tuned:?}");
+        let (plan, gain) = tuned.synchronous.clone();
+        let synchronous = machine.measure(&Trial { plan, batch: machine.facts.batch }).unwrap().groups_per_s;
+        println!("    asynchronous: {gain:.3} times expected, {:.3} measured", found / synchronous);
+        assert!(
+            (gain / (found / synchronous) - 1.0).abs() < 0.15,
+            "{name}: {gain}, {}: {tuned:?}",
+            found / synchronous
+        );
     }
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Reads a run's event file with TensorBoard's own reader and compares it with the run's metrics.jsonl.
 
-    tensorboard.py RUN
+    read_events.py RUN
 
 Needs the PyPI package tensorboard. Exit status 0 when every figure of every step is there, once, as it was.
 """
