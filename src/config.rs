@@ -5,6 +5,7 @@
 
 mod choice;
 mod labeling;
+mod operation;
 mod read;
 mod read_labeling;
 mod reader;
@@ -15,11 +16,12 @@ use std::path::Path;
 
 pub use choice::Choice;
 pub use labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, RemoteJudge};
+pub use operation::{Checkpoint, Control, Evaluation, Serve, Supervision, WeightDtype};
 pub use reader::{ConfigError, ConfigErrors};
 pub use sections::{
-    AlgorithmKind, AverageKind, Checkpoint, Control, CorrectionKind, Data, DpoLoss, Evaluation, KlEstimator, KlPlace,
-    LabelForm, Learner, LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout,
-    RolloutWeights, Run, Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
+    AlgorithmKind, AverageKind, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner, LoraConfig,
+    Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights, Run, Schedule,
+    Scratch, Sft, UpdateMode, ValueKind,
 };
 
 use crate::bounded;

@@ -9,6 +9,7 @@ mod phases;
 mod reference;
 pub mod replay;
 pub mod resume;
+mod supervise;
 mod systemd;
 mod tensorboard;
 mod watcher;
@@ -20,9 +21,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
-use preceptor_actors::{
-    GraphEvent, GraphHandle, GraphOptions, Outcome, RestartPolicy, SnapshotCell, WatchdogPolicy, spawn_graph,
-};
+use preceptor_actors::{SnapshotCell, spawn_graph};
 
 use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, Written, shelf};
 use crate::config::{Config, Mode, WeightDtype};
@@ -42,6 +41,7 @@ use crate::topology::{Node, reward_trainer};
 use conclusion::Conclusion;
 use evaluation::{Evaluated, Evaluator};
 use files::{RunDir, RunFiles};
+use supervise::{Stop, graph_options, supervise};
 use watcher::{Due, Watcher};
 
 /// Where a run starts.
@@ -370,131 +370,6 @@ fn announce_evaluation(told: Result<Evaluated>, progress: &OnceLock<Progress>, m
     match progress.get() {
         Some(progress) => progress.line(&text),
         None => say!("{text}"),
-    }
-}
-
-/// Whether somebody asked the run to stop.
-#[derive(Debug, Clone, Default)]
-struct Stop(Arc<AtomicBool>);
-
-impl Stop {
-    fn asked(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
-    }
-
-    /// Asks; says whether somebody had asked before.
-    fn ask(&self) -> bool {
-        self.0.swap(true, Ordering::SeqCst)
-    }
-}
-
-/// Ctrl-C and SIGTERM.
-struct Signals(Option<tokio::signal::unix::Signal>);
-
-impl Signals {
-    fn listen() -> Self {
-        Self(tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok())
-    }
-
-    /// The next one.
-    async fn next(&mut self) {
-        let terminated = async {
-            match &mut self.0 {
-                Some(signal) => signal.recv().await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
-            Some(()) = terminated => {}
-        }
-    }
-}
-
-/// Waits for the end. The first Ctrl-C (or SIGTERM) lets the step under way take up to `drain`, where there is one; the second
-/// does not.
-async fn supervise(
-    graph: &GraphHandle,
-    stop: &Stop,
-    progress: &Progress,
-    monitor: &Monitor,
-    drain: Option<Duration>,
-) -> Outcome {
-    let (mut events, mut signals) = (graph.subscribe(), Signals::listen());
-    let mut show = tokio::time::interval(Duration::from_secs(1));
-    let mut deadline = None;
-    loop {
-        let over = async {
-            match deadline {
-                Some(deadline) => tokio::time::sleep_until(deadline).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            outcome = graph.wait() => return outcome,
-            () = signals.next() => match drain {
-                Some(drain) if !stop.ask() => {
-                    progress.line("stopping after this step; press Ctrl-C again to stop at once");
-                    deadline = Some(tokio::time::Instant::now() + drain);
-                }
-                _ => {
-                    stop.ask();
-                    progress.line("stopping now; the last finished step is kept, and what is under way");
-                    graph.halt();
-                }
-            },
-            () = over => {
-                progress.line("the step takes too long (supervision.drain_s); it is left, and what it was made of is kept");
-                deadline = None;
-                graph.halt();
-            }
-            Ok(event) = events.recv() => tell(&event, progress),
-            _ = show.tick() => {
-                if graph.report().stalled.is_none() {
-                    systemd::alive();
-                }
-                progress.message(monitor.line());
-                for one in monitor.control() {
-                    progress.line(&one.line());
-                }
-            }
-        }
-    }
-}
-
-fn tell(event: &GraphEvent, progress: &Progress) {
-    match event {
-        GraphEvent::StageFailed { stage, error, .. } => {
-            telemetry::stage_failed(stage);
-            progress.line(&format!("stage {stage} failed: {error}"));
-        }
-        GraphEvent::Restarting { incarnation, backoff } => progress.line(&format!(
-            "restarting the graph from the last finished step in {:.1} s (incarnation {incarnation})",
-            backoff.as_secs_f64()
-        )),
-        GraphEvent::Stalled { stage, state, for_ } => {
-            progress.line(&format!("no progress for {:.0} s: {stage} holds the run ({state})", for_.as_secs_f64()));
-        }
-        GraphEvent::Recovered { stage } => progress.line(&format!("{stage} goes on")),
-        GraphEvent::Started { .. } | GraphEvent::Ended(_) => {}
-    }
-}
-
-fn graph_options(config: &Config) -> GraphOptions {
-    let supervision = &config.supervision;
-    GraphOptions {
-        restart: RestartPolicy {
-            max_restarts: supervision.max_restarts,
-            initial_backoff: Duration::from_secs_f64(supervision.backoff_s),
-            max_backoff: Duration::from_secs_f64(supervision.max_backoff_s),
-            ..RestartPolicy::default()
-        },
-        watchdog: WatchdogPolicy {
-            stall_after: Duration::from_secs_f64(supervision.stall_after_s),
-            restart_after: Some(Duration::from_secs_f64(supervision.restart_after_s)),
-        },
-        halt_grace: Duration::from_secs_f64(supervision.halt_grace_s),
-        ..GraphOptions::default()
     }
 }
 

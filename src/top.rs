@@ -3,10 +3,10 @@
 mod view;
 
 use std::io::IsTerminal;
-use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use crossbeam::channel::{Receiver, TryRecvError, bounded};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::{TerminalOptions, Viewport};
 use reqwest::StatusCode;
@@ -77,7 +77,7 @@ pub fn top(node: Node, once: bool) -> Result<()> {
         print!("{}", view::text(&first.status, &first.history, 100));
         return Ok(());
     }
-    let (sender, said) = channel();
+    let (sender, said) = bounded(1);
     std::thread::spawn(move || {
         let mut before = Said::default();
         loop {

@@ -1,9 +1,10 @@
 //! Keys whose value is one of a few words.
 
 use super::labeling::{Evidence, LabelerKind, Pairs, RemoteApi};
+use super::operation::WeightDtype;
 use super::sections::{
     AlgorithmKind, AverageKind, CorrectionKind, DpoLoss, KlEstimator, KlPlace, LabelForm, Mode, OnLong, RewardScaling,
-    RolloutWeights, Schedule, UpdateMode, ValueKind, WeightDtype,
+    RolloutWeights, Schedule, UpdateMode, ValueKind,
 };
 
 /// A value that is written as a word.

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 
 use toml::Value;
 
+use super::operation::{Checkpoint, Control, Evaluation, Serve, Supervision, WeightDtype};
 use super::reader::{Document, Read, Section};
 use super::sections::{
-    AlgorithmKind, AverageKind, Checkpoint, Control, CorrectionKind, Data, DpoLoss, Evaluation, KlEstimator, KlPlace,
-    LabelForm, Learner, LoraConfig, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout,
-    RolloutWeights, Run, Schedule, Scratch, Serve, Sft, Supervision, UpdateMode, ValueKind, WeightDtype,
+    AlgorithmKind, AverageKind, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner, LoraConfig,
+    Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights, Run, Schedule,
+    Scratch, Sft, UpdateMode, ValueKind,
 };
 use crate::source::{Candidate, ModelRef};
 

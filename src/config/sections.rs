@@ -1,6 +1,5 @@
 //! The sections of a configuration, key by key.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::source::ModelRef;
@@ -441,90 +440,4 @@ pub enum CorrectionKind {
     TisSequence,
     /// Importance sampling per token without a bound.
     Decoupled,
-}
-
-/// `[evaluation]`: the present weights against the first ones, by the labeler, on held-out prompts, while the run goes on
-#[derive(Debug, Clone, PartialEq)]
-pub struct Evaluation {
-    /// Steps between evaluations; 0 (default) for none. Needs `data.holdout`. One that is due while the one before is under
-    /// way is left out.
-    pub every_steps: u64,
-    /// Held-out prompts that both answer, greedily; the first so many. Default 32.
-    pub prompts: usize,
-    /// Threads of its pool, beside those of the actors. Default 1.
-    pub threads: usize,
-}
-
-/// `[controller]`: moves how much is under way at once while the run goes on, by the pressure in the queues
-#[derive(Debug, Clone, PartialEq)]
-pub struct Control {
-    /// Whether it does: `rollout.slots` and `labeler.remote.concurrency` are then the most, and it stays between
-    /// them and a group, or one request. Default false.
-    pub enabled: bool,
-    /// Seconds between two looks. Default 10.
-    pub every_s: f64,
-}
-
-/// `[checkpoint]`
-#[derive(Debug, Clone, PartialEq)]
-pub struct Checkpoint {
-    /// Minutes between checkpoints, which are written while the run goes on; 0 for none. Default 10.
-    pub every_minutes: f64,
-    /// Steps between checkpoints, besides; 0 (default) for none. The last step has one in any case.
-    pub every_steps: u64,
-    /// How many of the last are kept. Default 2.
-    pub keep: usize,
-    /// A figure of `metrics.jsonl`, such as `score/mean`: the checkpoint before which its mean over the steps since the
-    /// one before was highest is kept too. Default none.
-    pub best: Option<String>,
-    /// Of the weights that other programs open: `f32` (default) or `bf16`. A run is resumed from `f32` in any case.
-    pub dtype: WeightDtype,
-    /// A place for copies of checkpoints, from which a run is resumed where there is none here: `s3://bucket/folder`,
-    /// `gs://bucket/folder` or `file:///folder`, one for each run. Credentials are in the environment. Default none.
-    pub mirror: Option<String>,
-    /// Seconds for which the end of a run tries again to write its checkpoint, while somebody makes room. Default 600.
-    pub retry_s: f64,
-    /// Keep a journal of what the learner was given, for `preceptor replay`: about 16 bytes per token trained. Default true.
-    pub journal: bool,
-}
-
-/// Type of the weights in a checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WeightDtype {
-    /// 4 bytes.
-    F32,
-    /// 2 bytes.
-    Bf16,
-}
-
-/// `[serve]`
-#[derive(Debug, Clone, PartialEq)]
-pub struct Serve {
-    /// Whether the node answers over HTTP. Default true.
-    pub enabled: bool,
-    /// Where. Default 127.0.0.1:9464. An address that other machines can reach asks for `token_env`.
-    pub listen: SocketAddr,
-    /// Environment variable that holds a bearer token of at least 16 characters. Where it is named, every request but
-    /// those for `/healthz` and `/readyz` must carry the token. Default none.
-    pub token_env: Option<String>,
-}
-
-/// `[supervision]`
-#[derive(Debug, Clone, PartialEq)]
-pub struct Supervision {
-    /// Failures in a row that are answered by a restart. Default 3.
-    pub max_restarts: u32,
-    /// Seconds before the first restart; doubles. Default 1.
-    pub backoff_s: f64,
-    /// Most seconds before a restart. Default 60.
-    pub max_backoff_s: f64,
-    /// Seconds without any progress after which the holder is named. Default 120.
-    pub stall_after_s: f64,
-    /// Seconds without any progress after which the graph is restarted. Default 600.
-    pub restart_after_s: f64,
-    /// Seconds that a stopped actor may take to come back. Default 10.
-    pub halt_grace_s: f64,
-    /// Seconds that the step under way may take after Ctrl-C or SIGTERM before it is left; what it was made of is in the
-    /// checkpoint either way. Default 15.
-    pub drain_s: f64,
 }

@@ -167,16 +167,9 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
                 );
             }
         }
-        "reward" => {
-            if spare > 0 {
-                let threads = config.reward.threads;
-                more(
-                    "reward.threads",
-                    threads,
-                    threads + spare,
-                    "the reference and the reward model have more threads",
-                );
-            }
+        "reward" if spare > 0 => {
+            let threads = config.reward.threads;
+            more("reward.threads", threads, threads + spare, "the reference and the reward model have more threads");
         }
         "learn" => {
             if learner.activation_checkpointing {

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use preceptor_actors::Outcome;
 
+use super::supervise::{Signals, Stop};
 use super::watcher::Watcher;
-use super::{Signals, Stop, Summary, lock};
+use super::{Summary, lock};
 use crate::checkpoint::{Form, Shelf, Snapshot};
 use crate::learn::publish::publish;
 use crate::monitor::Monitor;

@@ -7,7 +7,7 @@ use preceptor_actors::{GraphBuilder, Outcome, StageResult, spawn_graph};
 use serde_json::{Value, json};
 
 use super::files::RunFiles;
-use super::{Stop, graph_options, supervise};
+use super::supervise::{Stop, graph_options, supervise};
 use crate::config::Config;
 use crate::learn::TrainState;
 use crate::monitor::Monitor;

@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail, ensure};
 use preceptor_actors::{GraphBuilder, Item, Outcome, SnapshotCell, Source, StageContext, StageResult, StageSpec};
 
 use super::journal::{Entry, Journal, Step};
-use super::{graph_options, reference};
+use super::reference;
+use super::supervise::graph_options;
 use crate::config::{self, Config};
 use crate::learn::TrainState;
 use crate::learn::stage::Learn;

@@ -8,9 +8,9 @@ use anyhow::Result;
 use preceptor_actors::GraphHandle;
 use serde_json::Value;
 
-use super::Stop;
 use super::evaluation::Evaluator;
 use super::files::RunFiles;
+use super::supervise::Stop;
 use crate::checkpoint::{Snapshot, Writer};
 use crate::learn::{Done, Observer};
 use crate::learn::{StepRecord, TrainState};

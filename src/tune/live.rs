@@ -80,12 +80,15 @@ impl Machine for Live {
             config,
         };
         let options = GraphOptions { restart: RestartPolicy::never(), ..GraphOptions::default() };
-        let outcome = self.runtime.block_on(async {
+        let graph = {
             // Held until the handle is in its place: no step is told of before.
             let watching = watch.lock().unwrap_or_else(PoisonError::into_inner);
+            let _runtime = self.runtime.enter();
             let graph = spawn_graph(options, move |builder| node.wire(builder));
             let _ = watching.graph.set(graph.clone());
-            drop(watching);
+            graph
+        };
+        let outcome = self.runtime.block_on(async {
             tokio::select! {
                 outcome = graph.wait() => Ok(outcome),
                 _ = tokio::signal::ctrl_c() => {
