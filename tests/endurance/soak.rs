@@ -43,20 +43,24 @@ pub fn trial(minutes: f64) -> Result<String> {
     let mut child = train(dir.path(), "run", &overrides).stderr(Stdio::null()).spawn()?;
     let began = Instant::now();
     let minute = |n: f64| Duration::from_secs_f64(60.0 * n);
-    // The tenth minute of sixty; in a shorter trial, the sixth of it.
-    let early_at = minute(minutes / 6.0);
-    let mut early = None;
-    let mut last = None;
+    // The tenth minute of sixty and the last one; in a shorter trial, as large parts of it. Within a minute memory rises by what
+    // a checkpoint takes and falls when the allocator gives it back, so medians are compared, not instants.
+    let (early_at, part) = (minutes / 6.0, minutes / 60.0);
+    let (mut early, mut last) = (Vec::new(), Vec::new());
     while began.elapsed() < minute(minutes) {
-        std::thread::sleep(Duration::from_secs(1).min(minute(minutes / 20.0)));
+        std::thread::sleep(Duration::from_secs(1).min(minute(minutes / 200.0)));
         ensure!(child.try_wait()?.is_none(), "the run ended");
-        let now = held(child.id(), &cache)?;
-        if early.is_none() && began.elapsed() >= early_at {
-            early = Some(now);
-        }
-        last = Some(now);
+        let now = began.elapsed();
+        let of = if now >= minute(minutes - part) {
+            &mut last
+        } else if now >= minute(early_at - part / 2.0) && now < minute(early_at + part / 2.0) {
+            &mut early
+        } else {
+            continue;
+        };
+        of.push(held(child.id(), &cache)?);
     }
-    let (early, last) = early.zip(last).context("the trial was too short to look twice")?;
+    let (early, last) = median(early).zip(median(last)).context("the trial was too short to look twice")?;
     ensure!(std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status()?.success(), "no kill");
     let status = child.wait()?;
     ensure!(status.success(), "the run ended with {status}");
@@ -82,6 +86,20 @@ pub fn trial(minutes: f64) -> Result<String> {
     );
     ensure!(last.cache <= 2 * early.cache.max(1 << 22), "the label cache grew: {text}");
     Ok(text)
+}
+
+/// Each figure's median.
+fn median(mut seen: Vec<Held>) -> Option<Held> {
+    let mut middle = |figure: fn(&Held) -> u64| {
+        seen.sort_unstable_by_key(figure);
+        seen.get(seen.len() / 2).map(figure)
+    };
+    Some(Held {
+        resident: middle(|held| held.resident)?,
+        handles: middle(|held| held.handles as u64)? as usize,
+        threads: middle(|held| held.threads as u64)? as usize,
+        cache: middle(|held| held.cache)?,
+    })
 }
 
 fn held(pid: u32, cache: &Path) -> Result<Held> {
