@@ -1,6 +1,7 @@
 //! What the runtime itself costs.
 //!
-//!     cargo bench -p preceptor-actors
+//!     cargo bench -p preceptor-actors                          # with its accounts
+//!     cargo bench -p preceptor-actors --features unobserved    # without
 
 use std::time::{Duration, Instant};
 
@@ -49,6 +50,14 @@ fn pipeline(criterion: &mut Criterion) {
             b.iter_custom(|rounds| (0..rounds).map(|_| run(Clock::real(), ITEMS, layers, 1, Duration::ZERO)).sum());
         });
     }
+    // Items that are short for a stage that computes.
+    const FEW: u64 = 1000;
+    group.throughput(Throughput::Elements(FEW));
+    group.bench_function("three edges, items of 200 µs", |b| {
+        let short = Duration::from_micros(200);
+        b.iter_custom(|rounds| (0..rounds).map(|_| run(Clock::real(), FEW, 2, 1, short)).sum());
+    });
+    group.throughput(Throughput::Elements(ITEMS));
     group.bench_function("1,000 rollout actors, simulated time", |b| {
         let second = Duration::from_secs(1);
         b.iter_custom(|rounds| (0..rounds).map(|_| run(Clock::simulated(), ITEMS, 1, 1000, second)).sum());
