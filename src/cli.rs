@@ -40,7 +40,7 @@ struct Cli {
 enum Command {
     /// Runs the training node until its last step, or until Ctrl-C.
     Train(train::Train),
-    /// Validates a configuration, resolves its models and data, estimates memory; trains nothing.
+    /// Validates a configuration, resolves its models and data, tells memory, disk, tokens and the judge's cost; trains nothing.
     Check(check::Check),
     /// Measures how the machine is best divided among the actors, and writes the configuration that is fastest.
     Tune(tune::Tune),

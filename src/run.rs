@@ -44,6 +44,9 @@ use files::{RunDir, RunFiles};
 use supervise::{Stop, graph_options, supervise};
 use watcher::{Due, Watcher};
 
+/// How long the end of a run waits for an evaluation that is under way.
+const LAST_EVALUATION: Duration = Duration::from_secs(60);
+
 /// Where a run starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum From {
@@ -255,6 +258,10 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     let concluded =
         Conclusion { node: &node, watcher: &watcher, shelf: &shelf, form: &form, stop: &stop, monitor: &monitor };
     let concluded = concluded.conclude(outcome).await;
+    let evaluator = lock(&watcher).evaluator.take();
+    if let Some(evaluator) = evaluator {
+        evaluator.finish(if stop.asked() { Duration::ZERO } else { LAST_EVALUATION });
+    }
     if let Err(error) = lock(&files).last_metrics(&monitor.metrics_text()) {
         say!("{error:#}");
     }

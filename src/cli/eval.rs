@@ -20,6 +20,7 @@ use crate::generate::sampler::Sampling;
 use crate::generate::stop::Stop;
 use crate::model::Decoder;
 use crate::prepare::{device, labeler_bench, prompt_format};
+use crate::progress::Progress;
 use crate::reward::RewardModel;
 use crate::rollout::Prompt;
 use crate::statistics::Table;
@@ -218,7 +219,10 @@ impl AnswerArgs {
             stop: Stop::new(&config.rollout.stop, &tokenizer).map(Arc::new),
             ..Sampling::default()
         };
-        let completions = answers(&Arc::new(model), &tokenizer, &prompts, &sampling, config.run.seed, "answering")?;
+        let (model, seed) = (Arc::new(model), config.run.seed);
+        let progress = Progress::new("answering", "answers", prompts.len() as u64);
+        let completions = answers(&model, &tokenizer, &prompts, &sampling, seed, |done| progress.at(done))?;
+        progress.finish();
         let texts = completions.into_iter().map(|one| one.text.trim().to_owned()).collect();
         Ok((prompts, texts, tokenizer))
     }

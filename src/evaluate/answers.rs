@@ -7,7 +7,6 @@ use anyhow::Result;
 use crate::generate::sampler::Sampling;
 use crate::generate::{Fixed, Request, generate, stop};
 use crate::model::Decoder;
-use crate::progress::Progress;
 use crate::rollout::{Completion, Finish, Prompt};
 use crate::seed;
 use crate::tokens::Tokenizer;
@@ -15,7 +14,8 @@ use crate::tokens::Tokenizer;
 /// Prompts generated side by side.
 const LOT: usize = 8;
 
-/// One answer to each of `prompts`, as `sampling` says; draws are functions of `seed` and the prompt's number.
+/// One answer to each of `prompts`, as `sampling` says; draws are functions of `seed` and the prompt's number. `told`
+/// hears how many there are.
 ///
 /// # Errors
 /// A prompt that leaves no room for an answer.
@@ -25,9 +25,8 @@ pub fn answers(
     prompts: &[Prompt],
     sampling: &Sampling,
     seed: u64,
-    what: &str,
+    mut told: impl FnMut(u64),
 ) -> Result<Vec<Completion>> {
-    let progress = Progress::new(what, "answers", prompts.len() as u64);
     let mut out = Vec::with_capacity(prompts.len());
     for lot in prompts.chunks(LOT) {
         let requests: Vec<Request> =
@@ -41,8 +40,7 @@ pub fn answers(
                 versions: sampled.versions,
             });
         }
-        progress.at(out.len() as u64);
+        told(out.len() as u64);
     }
-    progress.finish();
     Ok(out)
 }

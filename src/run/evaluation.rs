@@ -6,21 +6,22 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use crossbeam::channel::{Sender, TrySendError, bounded};
 use serde_json::{Value, json};
 
 use super::log::Log;
 use crate::config::Config;
+use crate::evaluate::answers::answers;
 use crate::evaluate::win_rate::outcome;
 use crate::generate::sampler::Sampling;
-use crate::generate::{Fixed, Request, generate, stop};
 use crate::label::stage::{Wants, ask_many};
 use crate::label::{Labeler, Pairing};
 use crate::model::Decoder;
 use crate::prepare::Prepared;
-use crate::rollout::{Completion, Finish, Group, Prompt, Verdict};
+use crate::rollout::{Completion, Group, Prompt, Verdict};
 use crate::statistics::interval::{self, Estimate};
 use crate::tokens::Tokenizer;
 use crate::topology::labelers::labeler;
@@ -28,9 +29,6 @@ use crate::topology::sampling;
 
 /// Name of its file in the run's directory.
 const NAME: &str = "evaluations.jsonl";
-
-/// Prompts that are answered side by side.
-const LOT: usize = 8;
 
 /// What one evaluation came to.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,7 +44,7 @@ pub(super) struct Evaluated {
 pub(super) struct Evaluator {
     every: u64,
     jobs: Option<Sender<(u64, Arc<Decoder>)>>,
-    thread: Option<JoinHandle<()>>,
+    thread: JoinHandle<()>,
 }
 
 impl Evaluator {
@@ -91,7 +89,7 @@ impl Evaluator {
                 tell(evaluated.with_context(|| format!("step {step} could not be evaluated")));
             }
         })?;
-        Ok(Some(Self { every, jobs: Some(jobs), thread: Some(thread) }))
+        Ok(Some(Self { every, jobs: Some(jobs), thread }))
     }
 
     /// Hands over the weights of `step` if they are due and nobody is being evaluated; says whether they were left out.
@@ -99,15 +97,14 @@ impl Evaluator {
         let Some(jobs) = self.jobs.as_ref().filter(|_| step.is_multiple_of(self.every)) else { return false };
         matches!(jobs.try_send((step, Arc::clone(model))), Err(TrySendError::Full(_)))
     }
-}
 
-impl Drop for Evaluator {
-    /// Waits for the one that is under way.
-    fn drop(&mut self) {
+    /// Takes no more, and waits up to `patience` for the one that is under way: a judge that is away must not keep a run from
+    /// ending.
+    pub(super) fn finish(mut self, patience: Duration) {
         drop(self.jobs.take());
-        if let Some(thread) = self.thread.take() {
-            // What panicked has said so.
-            let _ = thread.join();
+        let began = Instant::now();
+        while !self.thread.is_finished() && began.elapsed() < patience {
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }
@@ -169,19 +166,7 @@ impl Contest {
     }
 
     fn answer(&self, model: &Arc<Decoder>) -> Result<Vec<Completion>> {
-        let mut out = Vec::with_capacity(self.prompts.len());
-        for lot in self.prompts.chunks(LOT) {
-            let requests = lot.iter().map(|prompt| Request::new(&*prompt.ids, vec![0])).collect();
-            for sampled in generate(&mut Fixed(Arc::clone(model)), requests, &self.sampling)?.concat() {
-                out.push(Completion {
-                    text: stop::text(&self.tokenizer, &sampled.ids, self.sampling.stop.as_deref())?,
-                    finish: sampled.finish.unwrap_or(Finish::Length),
-                    ids: sampled.ids,
-                    logprobs: sampled.logprobs,
-                    versions: sampled.versions,
-                });
-            }
-        }
-        if out.is_empty() { Err(anyhow!("there is no held-out prompt")) } else { Ok(out) }
+        // The likeliest token each time: the seed draws nothing.
+        answers(model, &self.tokenizer, &self.prompts, &self.sampling, 0, |_| {})
     }
 }

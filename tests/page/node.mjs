@@ -154,7 +154,6 @@ function graphOf(world) {
       edge("labeled", [...names(left).slice(1), ...names(labelers)], ["reward"], 0, 4, 0),
       edge("rewarded", ["reward"], ["learn"], 2, 8, 6.4),
     ],
-    bottleneck: { role: "label", busy_fraction: 0.97, reason: "label works 97 % of the time" },
     stalled: world.stalled ? { stage: "label-0", state: "busy", for_s: 130 } : null,
     timeline: timeline(world, up, rollouts, labelers),
   };
