@@ -61,7 +61,7 @@ fn main() -> Result<()> {
     if !options.bench {
         return Ok(());
     }
-    let device = preceptor::prepare::device(&options.device)?;
+    let device = preceptor::device::open(&options.device)?;
     let dtype = match options.dtype.as_str() {
         "f32" => DType::F32,
         "bf16" => DType::BF16,

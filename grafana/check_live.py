@@ -29,6 +29,7 @@ BUILT_IN = {"up", "ALERTS"}
 # Metrics that may be missing, and why.
 ABSENT = {
     "ALERTS": "only while an alert is pending or fires",
+    "preceptor_device_memory_used_bytes": "only where the policy is on a card",
     "preceptor_labels_bought_again_total": "only when two labelers ask the same at the same time",
     "preceptor_micro_batch": "only after the learner's device ran out of memory",
     "preceptor_stage_failures_total": "only after a stage failed",

@@ -1,12 +1,13 @@
 //! What a run would take, told before it is started.
 
 use anyhow::Result;
+use candle_core::Device;
 
 use crate::config::{Config, CorrectionKind, LabelerKind, Method, Mode, RolloutWeights, ValueKind, WeightDtype};
+use crate::device;
 use crate::label::Pairing;
 use crate::label::templates::{Preamble, TemplateSet};
 use crate::prepare::{Prepared, prepare};
-use crate::process;
 use crate::serve::Token;
 use crate::topology::labelers::Instrument;
 use crate::topology::learning::lora;
@@ -51,7 +52,7 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
             config.policy.device,
             gib(weights),
             gib(activations),
-            available(config, weights + activations),
+            available(prepared.policy.device(), weights + activations),
         ),
         disk(config, &sizes),
         tokens(config, mean_prompt(data)?),
@@ -59,6 +60,15 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     lines.extend(judges(config, mean_prompt(data)?)?);
     lines.extend(staleness(config));
     Ok(lines)
+}
+
+/// Bytes that a run takes, about: weights, optimizer, and most activations.
+///
+/// # Errors
+/// Adapters that do not suit the model.
+pub(crate) fn memory_bytes(config: &Config, prepared: &Prepared) -> Result<f64> {
+    let sizes = Sizes::of(config, prepared)?;
+    Ok(sizes.weights_bytes(config) + sizes.activation_bytes(config, prepared))
 }
 
 /// Parameters of what a run holds.
@@ -126,12 +136,9 @@ fn gib(bytes: f64) -> String {
     if gib < 0.1 { format!("{:.2} MiB", 1024.0 * gib) } else { format!("{gib:.2} GiB") }
 }
 
-/// What the machine has, and a warning where it is not enough.
-fn available(config: &Config, bytes: f64) -> String {
-    if config.policy.device != "cpu" {
-        return String::new();
-    }
-    match process::available_bytes() {
+/// What there is, and a warning where it is not enough.
+fn available(device: &Device, bytes: f64) -> String {
+    match device::available_bytes(device) {
         Some(there) if bytes > there as f64 => format!(
             "; only {} are free: set learner.activation_checkpointing = true, learner.micro_batch, or policy.lora",
             gib(there as f64)
@@ -186,7 +193,7 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
         let set = TemplateSet::find(&method.templates)?;
         let (questions, read, written) = match method.kind {
             LabelerKind::Pairwise => {
-                let comparison = set.comparison(&preamble(method), method.shots, method.cot)?;
+                let comparison = set.comparison(&Preamble::find(&method.preamble)?, method.shots, method.cot)?;
                 let asked = comparison.ask("", "", "", None)?.chars().count() as f64;
                 let read = asked / CHARACTERS + prompt as f64 + 2.0 * completion;
                 let thoughts = if method.cot { method.rationales } else { 0 };
@@ -218,13 +225,6 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
         ));
     }
     Ok(lines)
-}
-
-fn preamble(method: &Method) -> Preamble {
-    match method.preamble.as_str() {
-        "detailed" => Preamble::Detailed,
-        _ => Preamble::Base,
-    }
 }
 
 /// What is off-policy, and whether it is corrected for. What would be learned from without either a correction or a clip

@@ -10,6 +10,7 @@ use anyhow::Result;
 pub const POINTS: &[&str] = &[
     "graph.build",
     "prompts.next",
+    "sft.step",
     "rollout.begin",
     "rollout.step",
     "label.ask",

@@ -16,6 +16,7 @@ pub mod cli;
 pub mod config;
 pub mod controller;
 pub mod data;
+pub mod device;
 pub mod evaluate;
 pub mod fault;
 pub mod generate;

@@ -12,17 +12,21 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::Result;
+use candle_core::Device;
 use metrics_exporter_prometheus::PrometheusHandle;
 use preceptor_actors::{GraphHandle, GraphReport, SnapshotCell};
 use serde_json::{Map, Value, json};
 
 use crate::config::{Choice, Config};
 use crate::controller::{Controller, Move, Pressure};
+use crate::device::{self, Memory};
 use crate::ledger::Book;
 use crate::model::Decoder;
 use crate::process;
 use crate::rollout::Rewarded;
 use crate::telemetry::{self, RunInfo, TOTALS};
+use crate::traces::Tracer;
 use diagnosis::{Diagnosis, diagnose};
 use history::History;
 use samples::Samples;
@@ -35,6 +39,7 @@ pub struct Monitor {
     began: SystemTime,
     /// The graph of the present phase, once there is one.
     graph: Mutex<Option<GraphHandle>>,
+    device: OnceLock<Device>,
     weights: OnceLock<Arc<SnapshotCell<Decoder>>>,
     book: OnceLock<Book>,
     phase: Mutex<String>,
@@ -44,8 +49,7 @@ pub struct Monitor {
     samples: Mutex<Samples>,
     checkpoint: Mutex<Option<Checkpointed>>,
     controller: Mutex<Option<Controlled>>,
-    #[cfg(feature = "otel")]
-    tracer: Mutex<Option<crate::traces::Tracer>>,
+    tracer: Mutex<Option<Tracer>>,
 }
 
 /// The online controller, and what was seen since it looked last.
@@ -71,6 +75,7 @@ impl Monitor {
             metrics,
             began: SystemTime::now(),
             graph: Mutex::default(),
+            device: OnceLock::new(),
             weights: OnceLock::new(),
             book: OnceLock::new(),
             phase: Mutex::new("starting".into()),
@@ -80,7 +85,6 @@ impl Monitor {
             samples: Mutex::default(),
             checkpoint: Mutex::default(),
             controller: Mutex::default(),
-            #[cfg(feature = "otel")]
             tracer: Mutex::default(),
         };
         telemetry::run(&RunInfo {
@@ -110,7 +114,17 @@ impl Monitor {
     /// The graph to look at from now on.
     pub fn watch(&self, graph: GraphHandle) {
         lock(&self.window).clear();
-        *lock(&self.graph) = Some(graph);
+        let mut tracer = lock(&self.tracer);
+        let before = lock(&self.graph).replace(graph);
+        if let (Some(tracer), Some(before)) = (tracer.as_mut(), before) {
+            tracer.ended(&before);
+        }
+    }
+
+    /// The device that the policy is on; told once.
+    pub fn on(&self, device: &Device) {
+        // Told twice, the first holds.
+        let _ = self.device.set(device.clone());
     }
 
     /// The published weights, and where the run's groups stand; told once.
@@ -150,12 +164,14 @@ impl Monitor {
 
     /// Looks at the graph; to be called about once a second.
     pub fn look(&self) {
-        let Some(report) = self.report() else { return };
-        #[cfg(feature = "otel")]
-        if let Some(tracer) = lock(&self.tracer).as_mut() {
-            tracer.see(&report);
+        // Held until the graph is looked at, so that none is looked at after it was taken leave of.
+        let mut tracer = lock(&self.tracer);
+        let Some(graph) = lock(&self.graph).clone() else { return };
+        if let Some(tracer) = tracer.as_mut() {
+            tracer.see(&graph);
         }
-        let seen = Seen::now(report);
+        drop(tracer);
+        let seen = Seen::now(graph.report());
         if let Some(controlled) = lock(&self.controller).as_mut() {
             controlled.window.push(seen.clone());
         }
@@ -166,24 +182,20 @@ impl Monitor {
     ///
     /// # Errors
     /// A collector that cannot be used.
-    #[cfg(feature = "otel")]
-    pub fn trace(&self) -> anyhow::Result<()> {
-        if crate::traces::is_wanted() {
-            *lock(&self.tracer) = Some(crate::traces::Tracer::start(&self.config.run.name)?);
-        }
+    pub fn trace(&self) -> Result<()> {
+        *lock(&self.tracer) = Tracer::start(&self.config.run.name)?;
         Ok(())
     }
 
-    /// Says that this program sends none, where somebody named a collector.
-    ///
-    /// # Errors
-    /// None.
-    #[cfg(not(feature = "otel"))]
-    pub fn trace(&self) -> anyhow::Result<()> {
-        if crate::traces::is_wanted() {
-            crate::say!("note      a collector of traces is named, and this program was built without --features otel");
+    /// Sends what is left to send; to be called once the last graph has ended.
+    pub async fn finish(&self) {
+        let tracer = lock(&self.tracer).take();
+        if let Some(mut tracer) = tracer {
+            if let Some(graph) = &*lock(&self.graph) {
+                tracer.ended(graph);
+            }
+            tracer.finish().await;
         }
-        Ok(())
     }
 
     /// Has this controller look from now on.
@@ -235,7 +247,8 @@ impl Monitor {
         let acks = self.weights.get().map(|cell| cell.acks()).unwrap_or_default();
         let shares = lock(&self.window).shares();
         let limiting = diagnose(&shares, &self.config, cores()).and_then(|diagnosis| diagnosis.role);
-        let graph = telemetry::graph::render(report.as_ref(), &shares, limiting.as_deref(), &acks, process::usage());
+        let process = telemetry::graph::Process { usage: process::usage(), card: self.card() };
+        let graph = telemetry::graph::render(report.as_ref(), &shares, limiting.as_deref(), &acks, process);
         format!("{}{graph}", self.metrics.render())
     }
 
@@ -276,8 +289,16 @@ impl Monitor {
                 "age_s": last.at.elapsed().as_secs_f64(), "took_s": last.took.as_secs_f64(), "bytes": last.bytes,
             })),
             "controller": lock(&self.controller).as_ref().map(|controlled| controlled.controller.to_json()),
-            "memory": { "resident_bytes": process::resident_bytes() },
+            "memory": {
+                "resident_bytes": process::resident_bytes(),
+                "device": self.card().into_iter().collect::<Vec<_>>(),
+            },
         })
+    }
+
+    /// Memory of the card that the policy is on, if it is on one.
+    fn card(&self) -> Option<Memory> {
+        self.device.get().and_then(device::memory)
     }
 
     /// What `/history` answers.

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 
 use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
 use crate::data::pairs::PairSet;
 use crate::data::{Dataset, OnLong, Part, PromptFormat, ReadOptions, Split};
+use crate::device;
 use crate::label::backend::Backend;
 use crate::label::cache::{Cached, Store};
 use crate::label::embedding::Embedding;
@@ -77,7 +78,7 @@ pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
 }
 
 fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepared> {
-    let device = device(&config.policy.device)?;
+    let device = device::open(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;
     if !feedback {
         let data = data(config, &policy.tokenizer, policy.model.config().context, Part::Train)?;
@@ -169,7 +170,7 @@ pub struct LabelerBench {
 /// # Errors
 /// As [`prepare`].
 pub fn labeler_bench(config: &Config, progress: bool) -> Result<LabelerBench> {
-    let device = device(&config.policy.device)?;
+    let device = device::open(&config.policy.device)?;
     let own = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
     let policy = if own { Some(policy(config, &device, progress)?) } else { None };
     let instruments = instruments(config, policy.as_ref(), &device, progress)?;
@@ -333,32 +334,6 @@ pub fn load(
     let model = Decoder::new(&config, &weights).with_context(|| format!("in {}", resolved.origin))?;
     let tokenizer = Tokenizer::from_files(&resolved.files)?;
     Ok((model, tokenizer, resolved.origin))
-}
-
-/// The device that `name` means.
-///
-/// # Errors
-/// When this build or this machine has no such device.
-pub fn device(name: &str) -> Result<Device> {
-    let Some(ordinal) = name.strip_prefix("cuda:") else { return Ok(Device::Cpu) };
-    ensure!(
-        cfg!(feature = "cuda"),
-        "policy.device = \"{name}\", but this program was built without CUDA; set it to \"cpu\", or build with benches/cuda/build.sh"
-    );
-    // One stream for all actors. Candle's default is a stream for each thread, where nothing would order what the
-    // learner writes before what other actors read of it.
-    let device = Device::new_cuda_with_stream(ordinal.parse()?).map_err(|error| {
-        // Where backtraces are asked for, candle writes one below its message.
-        let error = error.to_string();
-        let cause = error.lines().next().unwrap_or_default();
-        anyhow!("policy.device = \"{name}\" cannot be opened ({cause}); nvidia-smi -L lists the devices there are, and \"cpu\" is always there")
-    })?;
-    #[cfg(feature = "cuda")]
-    // SAFETY: events order what happens on different streams, and there is one.
-    unsafe {
-        device.as_cuda_device()?.disable_event_tracking();
-    }
-    Ok(device)
 }
 
 fn scratch_shape(scratch: &Scratch, tokenizer: &Tokenizer) -> ModelConfig {

@@ -44,9 +44,6 @@ use files::{RunDir, RunFiles};
 use supervise::{Stop, graph_options, supervise};
 use watcher::{Due, Watcher};
 
-/// How long the end of a run waits for an evaluation that is under way.
-const LAST_EVALUATION: Duration = Duration::from_secs(60);
-
 /// Where a run starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum From {
@@ -91,7 +88,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         for change in &changes {
             say!("changed   {}: {} → {}", change.key, change.was, change.is);
         }
-    } else if from == From::Latest {
+    } else if from == From::Latest && !phases::is_under_way(dir.path()) {
         say!("resuming  no checkpoint yet; the run begins");
     }
 
@@ -110,13 +107,18 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         began.elapsed().as_secs_f64()
     );
 
+    monitor.on(prepared.policy.device());
     let (config, stop) = (Arc::new(config), Stop::default());
     // What a phase wrote stays if the phase is not gone through again.
-    let fine_tuned = reference::find(&config, dir.path())?;
-    let lengths = match (&checkpoint, &fine_tuned) {
-        (Some(checkpoint), _) => checkpoint.lengths(),
-        (None, Some(reference)) => Lengths { phases: reference.phases, ..Lengths::default() },
-        (None, None) => Lengths::default(),
+    let base = Identity { reference: prepared.identity, data: prepared.data.identity() };
+    let fine_tuned = reference::find(&config, &base, dir.path())?;
+    let half_tuned = if fine_tuned.is_none() { phases::half_tuned(&config, dir.path())? } else { None };
+    let of_phases = |phases| Lengths { phases, ..Lengths::default() };
+    let lengths = match (&checkpoint, &fine_tuned, &half_tuned) {
+        (Some(checkpoint), _, _) => checkpoint.lengths(),
+        (None, Some(reference), _) => of_phases(reference.phases),
+        (None, None, Some(half)) => of_phases(half.lengths().phases),
+        (None, None, None) => Lengths::default(),
     };
     let mut files = RunFiles::open(&config, dir, lengths)?;
     monitor.recall(files.metrics()?);
@@ -127,12 +129,18 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     let prepared = match fine_tuned {
         Some(reference) => reference.take(&config, prepared)?,
         None if config.sft.steps > 0 => {
-            let prepared = phases::fine_tune(&config, prepared, &files, &monitor, &stop).await?;
-            reference::keep(&prepared, &mut lock(&files))?;
+            let prepared = phases::fine_tune(&config, prepared, half_tuned, &files, &monitor, &stop).await?;
+            reference::keep(&config, &base, &prepared, &mut lock(&files))?;
             prepared
         }
         None => prepared,
     };
+    if config.sft.steps > 0 {
+        phases::tuned(lock(&files).dir());
+        let (dir, shelf) = (lock(&files).dir().to_owned(), Arc::clone(&shelf));
+        // While the run goes on. Nobody waits for it: its end looks whether it is there.
+        tokio::task::spawn_blocking(move || reference::copy(&dir, &shelf));
+    }
     let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
     let mut state = TrainState::new(
         &prepared.policy,
@@ -177,16 +185,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         evaluator,
         reward_model: reward_model.clone(),
         book: book.clone(),
-        due: Due {
-            every_steps: config.checkpoint.every_steps,
-            every: Some(config.checkpoint.every_minutes)
-                .filter(|minutes| *minutes > 0.0)
-                .map(|minutes| Duration::from_secs_f64(60.0 * minutes)),
-            best: config.checkpoint.best.clone(),
-            last: Instant::now(),
-            figures: Vec::new(),
-            failed,
-        },
+        due: Due::new(&config, failed),
         writer,
         steps: config.run.steps,
         batch_groups: config.learner.batch_groups,
@@ -255,13 +254,11 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     progress.finish();
     systemd::stopping();
     monitor.phase("writing the last checkpoint");
-    let concluded =
-        Conclusion { node: &node, watcher: &watcher, shelf: &shelf, form: &form, stop: &stop, monitor: &monitor };
-    let concluded = concluded.conclude(outcome).await;
-    let evaluator = lock(&watcher).evaluator.take();
-    if let Some(evaluator) = evaluator {
-        evaluator.finish(if stop.asked() { Duration::ZERO } else { LAST_EVALUATION });
-    }
+    let written = Arc::default();
+    let conclusion =
+        Conclusion { node, watcher, shelf, form, stop: stop.clone(), monitor: Arc::clone(&monitor), written };
+    let concluded = conclusion.conclude(outcome).await;
+    monitor.finish().await;
     if let Err(error) = lock(&files).last_metrics(&monitor.metrics_text()) {
         say!("{error:#}");
     }
@@ -289,8 +286,14 @@ fn start(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Result<Start
         From::Latest => {
             let dir = RunDir::resume(config, run_dir)?;
             let shelf = shelf(&dir);
-            if let Some(path) = shelf.bring()? {
-                say!("brought   {}", path.display());
+            // What is being fine-tuned here has no use for what came of it elsewhere.
+            let reference = if phases::is_under_way(dir.path()) {
+                None
+            } else {
+                shelf.bring_beside(&reference::place(dir.path()))?
+            };
+            for brought in shelf.bring()?.into_iter().chain(reference) {
+                say!("brought   {}", brought.display());
             }
             let checkpoint = shelf.latest(|line| say!("{line}"))?;
             Ok(Start { dir, checkpoint, shelf })
@@ -302,6 +305,9 @@ fn start(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Result<Start
             let of = of.filter(|_| shelf::step(&path).is_some()).with_context(|| {
                 format!("{} is no checkpoint of a run, such as runs/NAME/checkpoints/step-000050", path.display())
             })?;
+            if of.ends_with(phases::FINE_TUNING) {
+                bail!("{} is a checkpoint of fine-tuning under way, with which --resume alone goes on", path.display());
+            }
             let dir = RunDir::resume(config, Some(run_dir.unwrap_or_else(|| of.to_owned())))?;
             if std::path::absolute(dir.path())? != of {
                 bail!(

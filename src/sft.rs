@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Result, anyhow};
 use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResult};
 
+use crate::fault;
 use crate::learn::TrainState;
 use crate::model::Pack;
 use crate::ops;
@@ -14,9 +15,9 @@ use crate::tokens::Tokenizer;
 
 /// Who is told of each step.
 pub trait SftObserver: Send {
-    /// A step was taken: how many there were, the mean loss per token in nats over its references before it, and the
-    /// norm of its gradient.
-    fn step(&mut self, step: u64, loss: f64, gradient_norm: f64);
+    /// A step was taken that led to `state`: the mean loss per token in nats over its references before it, and the norm
+    /// of its gradient.
+    fn step(&mut self, state: &TrainState, loss: f64, gradient_norm: f64);
 }
 
 /// Takes prompts with references; each batch is one optimizer step on −Σ log π(reference | prompt), a mean over tokens, the
@@ -95,6 +96,7 @@ impl Stage for FineTune {
                 state.step + 1
             )));
         }
+        fault::point("sft.step")?;
         let scale = (self.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / tokens.max(1) as f64;
         state.stepping = true;
         state.apply(self.lr, scale)?;
@@ -102,7 +104,7 @@ impl Stage for FineTune {
         state.stepping = false;
         state.discard()?;
         telemetry::fine_tuned(loss);
-        self.observer.lock().unwrap_or_else(PoisonError::into_inner).step(state.step, loss, norm);
+        self.observer.lock().unwrap_or_else(PoisonError::into_inner).step(&state, loss, norm);
         Ok(())
     }
 }

@@ -1,56 +1,138 @@
 //! OpenTelemetry traces: one for each prompt group, from its admission to its gradient, with a span for each stage that had
 //! it. Built with the feature `otel`; the collector is named by `OTEL_EXPORTER_OTLP_ENDPOINT`, as OpenTelemetry has it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, SystemTime};
 
-use preceptor_actors::{GraphReport, Span};
+use anyhow::Result;
+use preceptor_actors::{GraphHandle, Span, SpansSeen};
+
+use export::Exports;
 
 /// Groups whose spans are kept while they are under way.
-#[cfg(feature = "otel")]
 const MOST_OPEN: usize = 4096;
 
 /// The variables that name a collector.
 const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
 
-/// Whether somebody named a collector.
-pub fn is_wanted() -> bool {
-    ENDPOINTS.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()))
+/// Sends traces of one graph after another to a collector.
+pub struct Tracer {
+    gather: Gather,
+    seen: SpansSeen,
+    /// Spans whose loss was told.
+    told: u64,
+    /// The incarnation that was seen last, and when it began.
+    began: Option<Incarnation>,
+    exports: Exports,
+}
+
+/// Which one, and when it began.
+type Incarnation = (u64, SystemTime);
+
+impl Tracer {
+    /// Of the run called `run`, where somebody named a collector.
+    ///
+    /// # Errors
+    /// An endpoint that is no address.
+    pub fn start(run: &str) -> Result<Option<Self>> {
+        if !ENDPOINTS.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty())) {
+            return Ok(None);
+        }
+        let tracer =
+            |exports| Self { gather: Gather::default(), seen: SpansSeen::default(), told: 0, began: None, exports };
+        Ok(Exports::open(run)?.map(tracer))
+    }
+
+    /// Sends the groups that were trained before the last look; within a tokio runtime.
+    pub fn see(&mut self, graph: &GraphHandle) {
+        let report = graph.report();
+        let now = SystemTime::now();
+        let began = now.checked_sub(Duration::from_secs_f64(report.uptime_s)).unwrap_or(now);
+        let began = (report.incarnation, began);
+        let before = *self.began.get_or_insert(began);
+        if before.0 != began.0 {
+            // What the incarnation before had trained when it ended.
+            self.exports.send(before, self.gather.take(Vec::new()));
+            self.gather = Gather::default();
+        }
+        self.began = Some(began);
+        self.exports.send(began, self.gather.take(graph.spans(&mut self.seen)));
+        if self.seen.lost() > self.told {
+            let lost = self.seen.lost() - self.told;
+            tracing::warn!("{lost} spans were not sent: more items came than a stage keeps between two looks");
+            self.told = self.seen.lost();
+        }
+    }
+
+    /// Sends what is left of a graph that has ended.
+    pub fn ended(&mut self, graph: &GraphHandle) {
+        // The second look gives what was trained until the first.
+        self.see(graph);
+        self.see(graph);
+        (self.gather, self.seen, self.told, self.began) = Default::default();
+    }
+
+    /// Waits a few seconds for what is on its way.
+    pub async fn finish(self) {
+        self.exports.finish().await;
+    }
 }
 
 /// Puts the spans of a graph's stages together, group by group.
 #[derive(Debug, Default)]
-pub struct Gather {
-    incarnation: u64,
-    /// End of the last span that was taken in.
-    last_s: f64,
+struct Gather {
     open: BTreeMap<u64, Vec<Span>>,
+    /// Groups that were trained when it last looked. A stage writes its span down after it has given the group on, so a span
+    /// may come after those of the stages that follow: the group waits for one look more.
+    trained: BTreeSet<u64>,
 }
 
 impl Gather {
-    /// Takes in what is new in a report; gives the groups that are trained, each with its spans.
-    pub fn take(&mut self, report: &GraphReport, most_open: usize) -> Vec<Vec<Span>> {
-        if report.incarnation != self.incarnation || report.uptime_s < self.last_s {
-            *self = Self { incarnation: report.incarnation, ..Self::default() };
-        }
-        let mut done = Vec::new();
-        let before = self.last_s;
-        for span in report.timeline.iter().filter(|span| span.end_s > before) {
-            self.last_s = self.last_s.max(span.end_s);
-            let spans = self.open.entry(span.seq).or_default();
-            spans.push(span.clone());
+    /// Takes in what is new; gives the groups that were trained at the last look, each with its spans in their order.
+    fn take(&mut self, news: Vec<Span>) -> Vec<Vec<Span>> {
+        let due = std::mem::take(&mut self.trained);
+        for span in news {
             if span.stage == "learn" {
-                done.extend(self.open.remove(&span.seq));
+                self.trained.insert(span.seq);
             }
+            self.open.entry(span.seq).or_default().push(span);
         }
-        while self.open.len() > most_open {
+        let mut done: Vec<Vec<Span>> = due.into_iter().filter_map(|seq| self.open.remove(&seq)).collect();
+        for spans in &mut done {
+            spans.sort_by(|a, b| a.start_s.total_cmp(&b.start_s));
+        }
+        while self.open.len() > MOST_OPEN {
             self.open.pop_first();
         }
         done
     }
 }
 
-#[cfg(feature = "otel")]
-pub use export::Tracer;
+#[cfg(not(feature = "otel"))]
+mod export {
+    use anyhow::Result;
+    use preceptor_actors::Span;
+
+    use super::Incarnation;
+
+    /// This program sends nothing.
+    pub(super) enum Exports {}
+
+    impl Exports {
+        pub(super) fn open(_run: &str) -> Result<Option<Self>> {
+            crate::say!("note      a collector of traces is named, and this program was built without --features otel");
+            Ok(None)
+        }
+
+        pub(super) fn send(&mut self, _of: Incarnation, _groups: Vec<Vec<Span>>) {
+            match *self {}
+        }
+
+        pub(super) async fn finish(self) {
+            match self {}
+        }
+    }
+}
 
 #[cfg(feature = "otel")]
 mod export {
@@ -63,47 +145,52 @@ mod export {
     use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig};
     use opentelemetry_sdk::Resource;
     use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanExporter as _, SpanLinks};
-    use preceptor_actors::{GraphReport, Span};
+    use preceptor_actors::Span;
+    use tokio::task::JoinSet;
 
-    use super::{Gather, MOST_OPEN};
+    use super::Incarnation;
     use crate::seed;
 
-    /// Sends traces to a collector.
-    pub struct Tracer {
+    /// How long the end of a run waits for the collector.
+    const PATIENCE: Duration = Duration::from_secs(5);
+
+    /// What is on its way to a collector.
+    pub(super) struct Exports {
         run: u64,
-        gather: Gather,
         exporter: Arc<SpanExporter>,
+        under_way: JoinSet<()>,
     }
 
-    impl Tracer {
-        /// Of the run called `run`.
-        ///
-        /// # Errors
-        /// An endpoint that is no address.
-        pub fn start(run: &str) -> Result<Self> {
+    impl Exports {
+        pub(super) fn open(run: &str) -> Result<Option<Self>> {
             let exporter = SpanExporter::builder().with_http().with_protocol(Protocol::HttpJson).build();
             let mut exporter = exporter.context("OTEL_EXPORTER_OTLP_ENDPOINT cannot be used")?;
             let resource = Resource::builder().with_service_name("preceptor");
             exporter.set_resource(&resource.with_attribute(KeyValue::new("preceptor.run", run.to_owned())).build());
-            Ok(Self { run: seed::text(run), gather: Gather::default(), exporter: Arc::new(exporter) })
+            Ok(Some(Self { run: seed::text(run), exporter: Arc::new(exporter), under_way: JoinSet::new() }))
         }
 
-        /// Sends what is done in a report; within a tokio runtime.
-        pub fn see(&mut self, report: &GraphReport) {
-            let now = SystemTime::now();
-            let began = now.checked_sub(Duration::from_secs_f64(report.uptime_s)).unwrap_or(now);
-            let done = self.gather.take(report, MOST_OPEN);
+        pub(super) fn send(&mut self, (incarnation, began): Incarnation, groups: Vec<Vec<Span>>) {
+            // Those that have ended.
+            while self.under_way.try_join_next().is_some() {}
             let batch: Vec<SpanData> =
-                done.iter().flat_map(|spans| trace(self.run, report.incarnation, began, spans)).collect();
+                groups.iter().flat_map(|spans| trace(self.run, incarnation, began, spans)).collect();
             if batch.is_empty() {
                 return;
             }
             let exporter = Arc::clone(&self.exporter);
-            tokio::spawn(async move {
+            self.under_way.spawn(async move {
                 if let Err(error) = exporter.export(batch).await {
                     tracing::warn!("traces were not taken by the collector: {error}");
                 }
             });
+        }
+
+        pub(super) async fn finish(mut self) {
+            let all = async { while self.under_way.join_next().await.is_some() {} };
+            if tokio::time::timeout(PATIENCE, all).await.is_err() {
+                tracing::warn!("the last traces were not taken by the collector within {PATIENCE:?}");
+            }
         }
     }
 
@@ -147,7 +234,7 @@ mod export {
 mod tests {
     use super::*;
 
-    fn report(incarnation: u64, spans: &[(&str, u64, f64)]) -> GraphReport {
+    fn spans(of: &[(&str, u64, f64)]) -> Vec<Span> {
         let span = |(stage, seq, end_s): &(&str, u64, f64)| Span {
             stage: (*stage).into(),
             seq: *seq,
@@ -155,27 +242,22 @@ mod tests {
             start_s: end_s - 0.5,
             end_s: *end_s,
         };
-        GraphReport {
-            incarnation,
-            uptime_s: 100.0,
-            timeline: spans.iter().map(span).collect(),
-            ..GraphReport::default()
-        }
+        of.iter().map(span).collect()
     }
 
     #[test]
     fn a_group_is_told_once_it_is_trained_with_every_stage_that_had_it() {
         let mut gather = Gather::default();
-        let begun = [("prompts", 0, 1.0), ("rollout-0", 0, 2.0), ("prompts", 1, 2.5)];
-        assert!(gather.take(&report(0, &begun), 10).is_empty());
-        // What was seen before comes again, as long as the timeline has it.
-        let done = gather.take(&report(0, &[&begun[..], &[("label-0", 0, 3.0), ("learn", 0, 4.0)]].concat()), 10);
+        assert!(gather.take(spans(&[("rollout-0", 0, 2.0), ("prompts", 0, 1.0), ("prompts", 1, 2.5)])).is_empty());
+        // The label's span comes late: it was written down after the learner's.
+        assert!(gather.take(spans(&[("learn", 0, 4.0)])).is_empty());
+        let done = gather.take(spans(&[("label-0", 0, 3.0), ("rollout-0", 1, 4.5)]));
         let stages: Vec<&str> = done[0].iter().map(|span| span.stage.as_str()).collect();
         assert_eq!((done.len(), &stages[..]), (1, &["prompts", "rollout-0", "label-0", "learn"][..]));
-        // Another incarnation begins anew.
-        let done = gather.take(&report(1, &[("learn", 1, 0.7)]), 10);
-        assert_eq!(done[0].len(), 1);
-        gather.take(&report(1, &[("prompts", 5, 5.0), ("prompts", 6, 5.1), ("prompts", 7, 5.2)]), 2);
-        assert_eq!(gather.open.keys().copied().collect::<Vec<_>>(), [6, 7]);
+        assert!(gather.take(Vec::new()).is_empty(), "it is told once");
+        let mut gather = Gather::default();
+        let many: Vec<(&str, u64, f64)> = (0..MOST_OPEN as u64 + 2).map(|seq| ("prompts", seq, 5.0)).collect();
+        gather.take(spans(&many));
+        assert_eq!((gather.open.len(), gather.open.first_key_value().map(|(seq, _)| *seq)), (MOST_OPEN, Some(2)));
     }
 }

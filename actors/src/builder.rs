@@ -1,17 +1,20 @@
 //! Wiring one incarnation: edges, and stages ready to be started.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::control::Control;
 use crate::edge::{Account, Ended, Inlet, Outlet, edge};
-use crate::pending::{Pending, Timeline};
+use crate::pending::{KEPT, Pending, Work as Done};
 use crate::pulse::{Pulse, State};
-use crate::report::{EdgeReport, Span, StageReport};
+use crate::report::{EdgeReport, Span, SpansSeen, StageReport};
 use crate::stage::{Emitter, Source, Stage, StageContext, StageError, StageResult, StageSpec};
+
+/// Spans that a report's timeline has.
+const TIMELINE: usize = 256;
 
 /// How a stage's thread ended.
 pub(crate) struct StageEnd {
@@ -43,9 +46,15 @@ pub(crate) struct View {
     pub(crate) clock: Clock,
     pub(crate) began: Duration,
     pub(crate) control: Arc<Control>,
-    stages: Vec<(StageSpec, Arc<Pulse>)>,
+    stages: Vec<Watched>,
     edges: Vec<(Arc<Account>, Vec<String>, Vec<String>)>,
-    timeline: Timeline,
+}
+
+/// One stage, as outside eyes see it.
+struct Watched {
+    spec: StageSpec,
+    pulse: Arc<Pulse>,
+    pending: Arc<Pending>,
 }
 
 /// Collects the stages and edges of one incarnation.
@@ -57,15 +66,7 @@ pub struct GraphBuilder {
 impl GraphBuilder {
     pub(crate) fn new(incarnation: u64, clock: Clock) -> Self {
         let control = Arc::new(Control::new(clock.simulation().cloned()));
-        let view = View {
-            incarnation,
-            began: clock.now(),
-            clock,
-            control,
-            stages: Vec::new(),
-            edges: Vec::new(),
-            timeline: Arc::default(),
-        };
+        let view = View { incarnation, began: clock.now(), clock, control, stages: Vec::new(), edges: Vec::new() };
         Self { view, planned: Vec::new() }
     }
 
@@ -89,12 +90,12 @@ impl GraphBuilder {
         let (ctx, pending) = self.join(&spec, None, Some(&outlet.account));
         self.plan(spec, ctx, move |ctx, pool| {
             let out = Emitter { outlet: Some(&outlet), ctx, pending: &pending };
+            ctx.enter(State::Busy);
             while !ctx.halted() {
-                ctx.enter(State::Busy);
                 let start = ctx.clock.now();
                 let Some(item) = pool.run(|| source.next(ctx))? else { break };
                 pending.begin(item.seq, item.version, start);
-                pending.end(item.seq, ctx);
+                pending.end(item.seq, || ctx.clock.now());
                 out.emit(item)?;
             }
             Ok(())
@@ -125,19 +126,18 @@ impl GraphBuilder {
                 }
                 let received = match stage.busy() {
                     false if drained => break,
-                    false => inlet.recv(ctx).map(Some),
                     true if drained || !stage.open() => Ok(None),
-                    true => inlet.try_recv(ctx),
+                    busy => inlet.next(ctx, !busy),
                 };
                 match received {
-                    Ok(Some(item)) => {
-                        ctx.beat();
+                    Ok(Some((item, now))) => {
+                        ctx.pulse.beat(now);
                         let seq = item.seq;
-                        pending.begin(seq, item.version, ctx.clock.now());
+                        pending.begin(seq, item.version, now);
                         pool.run(|| stage.process(item, &out))?;
                         ctx.pulse.items_in.fetch_add(1, Relaxed);
                         if !stage.busy() {
-                            pending.end(seq, ctx);
+                            pending.end(seq, || ctx.clock.now());
                         }
                     }
                     Ok(None) => {
@@ -145,11 +145,11 @@ impl GraphBuilder {
                         if !stage.busy() {
                             pending.clear();
                         }
+                        ctx.beat();
                     }
                     Err(Ended::Drained) => drained = true,
                     Err(ended) => return Err(ended.into()),
                 }
-                ctx.beat();
             }
             pool.run(|| stage.finish(&out))
         });
@@ -160,7 +160,7 @@ impl GraphBuilder {
         spec: &StageSpec,
         inlet: Option<&Arc<Account>>,
         outlet: Option<&Arc<Account>>,
-    ) -> (StageContext, Pending) {
+    ) -> (StageContext, Arc<Pending>) {
         for (account, from, to) in &mut self.view.edges {
             if outlet.is_some_and(|outlet| Arc::ptr_eq(outlet, account)) {
                 from.push(spec.name.clone());
@@ -173,7 +173,9 @@ impl GraphBuilder {
         let now = self.view.clock.now();
         pulse.enter(State::Starting, now);
         pulse.beat(now);
-        self.view.stages.push((spec.clone(), Arc::clone(&pulse)));
+        let pending = Pending::shared();
+        let watched = Watched { spec: spec.clone(), pulse: Arc::clone(&pulse), pending: Arc::clone(&pending) };
+        self.view.stages.push(watched);
         let ctx = StageContext {
             name: spec.name.as_str().into(),
             incarnation: self.view.incarnation,
@@ -181,7 +183,7 @@ impl GraphBuilder {
             control: Arc::clone(&self.view.control),
             pulse,
         };
-        (ctx, Pending::new(Arc::clone(&self.view.timeline)))
+        (ctx, pending)
     }
 
     fn plan(
@@ -250,7 +252,7 @@ impl Pool {
 impl View {
     pub(crate) fn stages(&self) -> Vec<StageReport> {
         let now = self.clock.now();
-        let report = |(spec, pulse): &(StageSpec, Arc<Pulse>)| {
+        let report = |Watched { spec, pulse, .. }: &Watched| {
             let spent = |state| pulse.spent(state, now).as_secs_f64();
             StageReport {
                 name: spec.name.clone(),
@@ -278,23 +280,49 @@ impl View {
                 name: account.name.clone(),
                 from: from.clone(),
                 to: to.clone(),
-                depth: load(&account.depth),
+                depth: account.depth(),
                 capacity: account.capacity,
-                items: load(&account.items),
-                refused: load(&account.refused),
-                send_blocked_s: Account::seconds(&account.send_blocked),
-                recv_blocked_s: Account::seconds(&account.recv_blocked),
-                high_water: load(&account.high_water),
+                items: load(&account.put.items),
+                refused: load(&account.put.refused),
+                send_blocked_s: Account::seconds(&account.put.blocked),
+                recv_blocked_s: Account::seconds(&account.taken.blocked),
+                high_water: load(&account.put.high_water),
                 age_s: account.age(now).as_secs_f64(),
-                waited_s: Account::seconds(&account.waited),
+                waited_s: Account::seconds(&account.taken.waited),
             }
         };
         self.edges.iter().map(report).collect()
     }
 
+    /// The last spans of all stages, in the order in which they ended.
     pub(crate) fn timeline(&self) -> Vec<Span> {
-        let began = self.began.as_secs_f64();
-        let since = |span: &Span| Span { start_s: span.start_s - began, end_s: span.end_s - began, ..span.clone() };
-        self.timeline.lock().unwrap_or_else(PoisonError::into_inner).iter().map(since).collect()
+        let last = |stage: &'_ Watched| stage.pending.since(0, TIMELINE).0;
+        let all = self.stages.iter().flat_map(|stage| last(stage).into_iter().map(move |done| (stage, done)));
+        let mut all: Vec<(&Watched, Done)> = all.collect();
+        all.sort_by_key(|(_, done)| done.end);
+        let left_out = all.len().saturating_sub(TIMELINE);
+        all.into_iter().skip(left_out).map(|(stage, done)| self.span(stage, done)).collect()
+    }
+
+    /// The spans that `seen` does not know of, and takes note of now; stage by stage, from the last to the first: what one has
+    /// given on, those before it have given too, and are asked later.
+    pub(crate) fn news(&self, seen: &mut SpansSeen) -> Vec<Span> {
+        if seen.incarnation != Some(self.incarnation) {
+            *seen = SpansSeen { incarnation: Some(self.incarnation), counts: Vec::new(), lost: seen.lost };
+        }
+        seen.counts.resize(self.stages.len(), 0);
+        let mut news = Vec::new();
+        for (stage, before) in self.stages.iter().zip(&mut seen.counts).rev() {
+            let (done, count) = stage.pending.since(*before, KEPT);
+            seen.lost += count.saturating_sub(*before).saturating_sub(done.len() as u64);
+            *before = count;
+            news.extend(done.into_iter().map(|one| self.span(stage, one)));
+        }
+        news
+    }
+
+    fn span(&self, stage: &Watched, Done { seq, version, start, end }: Done) -> Span {
+        let since = |at: u64| Duration::from_nanos(at).saturating_sub(self.began).as_secs_f64();
+        Span { stage: stage.spec.name.clone(), seq, version, start_s: since(start), end_s: since(end) }
     }
 }

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvError, Sender, TryRecvError, TrySendError, select};
+use crossbeam::channel::{Receiver, Select, Sender, TryRecvError, TrySendError};
+use crossbeam::utils::CachePadded;
 
 use crate::clock::{Simulation, Slot};
 use crate::item::Item;
@@ -34,29 +35,40 @@ pub enum Ended {
     },
 }
 
-/// What is known of an edge, shared by its ends and its reader.
+/// What is known of an edge, shared by its ends and its reader. What either side counts lies apart from what the other does:
+/// both write with every item.
 pub(crate) struct Account {
     pub(crate) name: String,
     pub(crate) capacity: usize,
     pub(crate) incarnation: u64,
-    pub(crate) items: AtomicU64,
-    pub(crate) refused: AtomicU64,
-    pub(crate) send_blocked: AtomicU64,
-    pub(crate) recv_blocked: AtomicU64,
-    pub(crate) high_water: AtomicU64,
-    pub(crate) depth: AtomicU64,
-    /// Time that items spent on the edge, those that were taken.
-    pub(crate) waited: AtomicU64,
-    aboard: Mutex<Aboard>,
+    pub(crate) put: CachePadded<Put>,
+    pub(crate) taken: CachePadded<Taken>,
     simulated: Option<Waiters>,
 }
 
-/// When the items on an edge came, oldest first.
+/// What the senders count. Times are in nanoseconds.
+pub(crate) struct Put {
+    pub(crate) items: AtomicU64,
+    pub(crate) refused: AtomicU64,
+    pub(crate) blocked: AtomicU64,
+    pub(crate) high_water: AtomicU64,
+    /// When each of the last items was put, by its number.
+    since: Box<[AtomicU64]>,
+}
+
+/// What the receivers count.
 #[derive(Default)]
-struct Aboard {
-    since: VecDeque<Duration>,
-    /// Items that were taken before their sender had noted them.
-    owed: usize,
+pub(crate) struct Taken {
+    items: AtomicU64,
+    pub(crate) blocked: AtomicU64,
+    /// Time that items spent on the edge, those that were taken.
+    pub(crate) waited: AtomicU64,
+}
+
+/// An item on the edge.
+struct Aboard<T> {
+    since: Duration,
+    item: Item<T>,
 }
 
 /// Threads that wait at this edge in simulated time.
@@ -72,6 +84,15 @@ struct Lists {
     ends: [usize; 2],
 }
 
+impl Lists {
+    /// A wait of one more in `waiting`.
+    fn join(waiting: &mut VecDeque<Arc<Slot>>) -> Arc<Slot> {
+        let slot = Simulation::slot();
+        waiting.push_back(Arc::clone(&slot));
+        slot
+    }
+}
+
 impl Waiters {
     fn lock(&self) -> MutexGuard<'_, Lists> {
         self.lists.lock().unwrap_or_else(PoisonError::into_inner)
@@ -80,13 +101,13 @@ impl Waiters {
 
 /// The producers' end; a clone for each producer.
 pub struct Outlet<T> {
-    sender: Option<Sender<Item<T>>>,
+    sender: Option<Sender<Aboard<T>>>,
     pub(crate) account: Arc<Account>,
 }
 
 /// The consumers' end; a clone for each consumer, each item goes to one of them.
 pub struct Inlet<T> {
-    receiver: Option<Receiver<Item<T>>>,
+    receiver: Option<Receiver<Aboard<T>>>,
     pub(crate) account: Arc<Account>,
 }
 
@@ -101,36 +122,38 @@ pub(crate) fn edge<T>(
         simulation: Arc::clone(simulation),
         lists: Mutex::new(Lists { ends: [1, 1], ..Lists::default() }),
     });
-    let account = Arc::new(Account {
-        name: name.to_owned(),
-        capacity: capacity.max(1),
-        incarnation,
+    let capacity = capacity.max(1);
+    let put = Put {
         items: AtomicU64::new(0),
         refused: AtomicU64::new(0),
-        send_blocked: AtomicU64::new(0),
-        recv_blocked: AtomicU64::new(0),
+        blocked: AtomicU64::new(0),
         high_water: AtomicU64::new(0),
-        depth: AtomicU64::new(0),
-        waited: AtomicU64::new(0),
-        aboard: Mutex::default(),
+        since: (0..capacity).map(|_| AtomicU64::new(0)).collect(),
+    };
+    let account = Arc::new(Account {
+        name: name.to_owned(),
+        capacity,
+        incarnation,
+        put: put.into(),
+        taken: Taken::default().into(),
         simulated,
     });
     (Outlet { sender: Some(sender), account: Arc::clone(&account) }, Inlet { receiver: Some(receiver), account })
 }
 
 impl<T> Outlet<T> {
-    /// Hands `item` on, waiting for room if there is none.
+    /// Hands `item` on, waiting for room if there is none; says when it was put on the edge.
     ///
     /// # Errors
     /// `Drained` when no consumer is left, `Halted` when the graph halts, `Refused` when the item is of another
     /// incarnation.
-    pub fn send(&self, ctx: &StageContext, item: Item<T>) -> Result<(), Ended> {
+    pub(crate) fn send(&self, ctx: &StageContext, item: Item<T>) -> Result<Duration, Ended> {
         let account = &*self.account;
         if ctx.halted() {
             return Err(Ended::Halted);
         }
         if item.incarnation != account.incarnation {
-            account.refused.fetch_add(1, Relaxed);
+            account.put.refused.fetch_add(1, Relaxed);
             tracing::warn!(
                 edge = account.name,
                 "item {} of incarnation {} is refused by incarnation {}",
@@ -141,158 +164,106 @@ impl<T> Outlet<T> {
             return Err(Ended::Refused { item: item.incarnation, graph: account.incarnation });
         }
         let sender = self.sender.as_ref().expect("an outlet has its sender until it is dropped");
-        let sent = match &account.simulated {
-            Some(waiters) => self.send_simulated(ctx, item, sender, waiters),
-            None => match sender.try_send(item) {
-                Ok(()) => Ok(()),
-                Err(TrySendError::Disconnected(_)) => Err(Ended::Drained),
-                Err(TrySendError::Full(item)) => timed(ctx, State::Output, &account.send_blocked, || {
-                    select! {
-                        send(sender, item) -> sent => sent.map_err(|_| Ended::Drained),
-                        recv(ctx.halt_signal()) -> _ => Err(Ended::Halted),
-                    }
-                }),
-            },
-        };
-        if sent.is_ok() {
-            account.came(ctx.clock().now());
-            account.items.fetch_add(1, Relaxed);
-            let depth = sender.len() as u64;
-            account.depth.store(depth, Relaxed);
-            account.high_water.fetch_max(depth, Relaxed);
-        }
-        sent
-    }
-
-    fn send_simulated(
-        &self,
-        ctx: &StageContext,
-        mut item: Item<T>,
-        sender: &Sender<Item<T>>,
-        waiters: &Waiters,
-    ) -> Result<(), Ended> {
+        let mut now = ctx.clock().now();
+        let mut aboard = Aboard { since: now, item };
         loop {
-            let slot = {
-                let mut lists = waiters.lock();
-                match sender.try_send(item) {
-                    Ok(()) => {
-                        if let Some(slot) = lists.receivers.pop_front() {
-                            waiters.simulation.wake(&slot);
-                        }
-                        return Ok(());
-                    }
-                    Err(TrySendError::Disconnected(_)) => return Err(Ended::Drained),
-                    Err(TrySendError::Full(back)) => item = back,
+            let mut lists = account.simulated.as_ref().map(Waiters::lock);
+            match sender.try_send(aboard) {
+                Ok(()) => {
+                    account.wake(lists.as_mut().and_then(|lists| lists.receivers.pop_front()));
+                    break;
                 }
-                let slot = Simulation::slot();
-                lists.senders.push_back(Arc::clone(&slot));
-                slot
-            };
-            timed(ctx, State::Output, &self.account.send_blocked, || waiters.simulation.park(&slot));
-            if ctx.halted() {
+                Err(TrySendError::Disconnected(_)) => return Err(Ended::Drained),
+                Err(TrySendError::Full(back)) => aboard = back,
+            }
+            let blocked = &account.put.blocked;
+            if let (Some(waiters), Some(mut lists)) = (&account.simulated, lists) {
+                let slot = Lists::join(&mut lists.senders);
+                drop(lists);
+                ((), now) = timed(ctx, State::Output, blocked, || waiters.simulation.park(&slot));
+                if ctx.halted() {
+                    return Err(Ended::Halted);
+                }
+                aboard.since = now;
+                continue;
+            }
+            let mut either = Select::new();
+            let room = either.send(sender);
+            either.recv(ctx.halt_signal());
+            let selected;
+            (selected, now) = timed(ctx, State::Output, blocked, || either.select());
+            if selected.index() != room {
+                // Nothing is ever said there: it closes.
+                let _ = selected.recv(ctx.halt_signal());
                 return Err(Ended::Halted);
             }
+            aboard.since = now;
+            selected.send(sender, aboard).map_err(|_| Ended::Drained)?;
+            break;
         }
+        account.came(now);
+        Ok(now)
     }
 }
 
 impl<T> Inlet<T> {
-    /// Takes the next item, waiting for it if there is none.
+    /// Takes the next item, and says when. Where there is none it waits for it if it `waits`, and gives none if not.
     ///
     /// # Errors
     /// `Drained` when all producers have finished and nothing is left, `Halted` when the graph halts.
-    pub fn recv(&self, ctx: &StageContext) -> Result<Item<T>, Ended> {
+    pub(crate) fn next(&self, ctx: &StageContext, waits: bool) -> Result<Option<(Item<T>, Duration)>, Ended> {
+        let account = &*self.account;
+        let receiver = self.receiver.as_ref().expect("an inlet has its receiver until it is dropped");
         if ctx.halted() {
             return Err(Ended::Halted);
         }
-        let receiver = self.receiver.as_ref().expect("an inlet has its receiver until it is dropped");
-        let received = match &self.account.simulated {
-            Some(waiters) => self.recv_simulated(ctx, receiver, waiters),
-            None => match receiver.try_recv() {
-                Ok(item) => Ok(item),
-                Err(TryRecvError::Disconnected) => Err(Ended::Drained),
-                Err(TryRecvError::Empty) => timed(ctx, State::Input, &self.account.recv_blocked, || {
-                    select! {
-                        recv(receiver) -> item => item.map_err(|RecvError| Ended::Drained),
-                        recv(ctx.halt_signal()) -> _ => Err(Ended::Halted),
-                    }
-                }),
-            },
-        };
-        self.account.depth.store(receiver.len() as u64, Relaxed);
-        if received.is_ok() {
-            self.account.went(ctx.clock().now());
-        }
-        received
-    }
-
-    /// Takes the next item if there is one, and does not wait.
-    ///
-    /// # Errors
-    /// As [`Self::recv`].
-    pub fn try_recv(&self, ctx: &StageContext) -> Result<Option<Item<T>>, Ended> {
-        if ctx.halted() {
-            return Err(Ended::Halted);
-        }
-        let receiver = self.receiver.as_ref().expect("an inlet has its receiver until it is dropped");
-        let mut lists = self.account.simulated.as_ref().map(|waiters| (waiters, waiters.lock()));
-        let received = match receiver.try_recv() {
-            Ok(item) => Ok(Some(item)),
-            Err(TryRecvError::Empty) => Ok(None),
-            Err(TryRecvError::Disconnected) => Err(Ended::Drained),
-        };
-        if let (Ok(Some(_)), Some((waiters, lists))) = (&received, &mut lists)
-            && let Some(slot) = lists.senders.pop_front()
-        {
-            waiters.simulation.wake(&slot);
-        }
-        self.account.depth.store(receiver.len() as u64, Relaxed);
-        drop(lists);
-        if matches!(received, Ok(Some(_))) {
-            self.account.went(ctx.clock().now());
-        }
-        received
-    }
-
-    fn recv_simulated(
-        &self,
-        ctx: &StageContext,
-        receiver: &Receiver<Item<T>>,
-        waiters: &Waiters,
-    ) -> Result<Item<T>, Ended> {
         loop {
-            let slot = {
-                let mut lists = waiters.lock();
-                match receiver.try_recv() {
-                    Ok(item) => {
-                        if let Some(slot) = lists.senders.pop_front() {
-                            waiters.simulation.wake(&slot);
-                        }
-                        return Ok(item);
-                    }
-                    Err(TryRecvError::Disconnected) => return Err(Ended::Drained),
-                    Err(TryRecvError::Empty) => {}
+            let mut lists = account.simulated.as_ref().map(Waiters::lock);
+            match receiver.try_recv() {
+                Ok(aboard) => {
+                    account.wake(lists.as_mut().and_then(|lists| lists.senders.pop_front()));
+                    drop(lists);
+                    return Ok(Some(account.went(aboard, ctx.clock().now())));
                 }
-                let slot = Simulation::slot();
-                lists.receivers.push_back(Arc::clone(&slot));
-                slot
-            };
-            timed(ctx, State::Input, &self.account.recv_blocked, || waiters.simulation.park(&slot));
-            if ctx.halted() {
+                Err(TryRecvError::Disconnected) => return Err(Ended::Drained),
+                Err(TryRecvError::Empty) if !waits => return Ok(None),
+                Err(TryRecvError::Empty) => {}
+            }
+            let blocked = &account.taken.blocked;
+            if let (Some(waiters), Some(mut lists)) = (&account.simulated, lists) {
+                let slot = Lists::join(&mut lists.receivers);
+                drop(lists);
+                timed(ctx, State::Input, blocked, || waiters.simulation.park(&slot));
+                if ctx.halted() {
+                    return Err(Ended::Halted);
+                }
+                continue;
+            }
+            let mut either = Select::new();
+            let item = either.recv(receiver);
+            either.recv(ctx.halt_signal());
+            let (selected, now) = timed(ctx, State::Input, blocked, || either.select());
+            if selected.index() != item {
+                // As above.
+                let _ = selected.recv(ctx.halt_signal());
                 return Err(Ended::Halted);
             }
+            let aboard = selected.recv(receiver).map_err(|_| Ended::Drained)?;
+            return Ok(Some(account.went(aboard, now)));
         }
     }
 }
 
-/// Runs a wait in state `state`, adding its length to `total`.
-fn timed<R>(ctx: &StageContext, state: State, total: &AtomicU64, wait: impl FnOnce() -> R) -> R {
+/// Runs a wait in `state`, adding its length to `total`; says when it was over.
+fn timed<R>(ctx: &StageContext, state: State, total: &AtomicU64, wait: impl FnOnce() -> R) -> (R, Duration) {
     let before = ctx.clock().now();
-    let back = ctx.enter(state);
+    let back = ctx.pulse.state();
+    ctx.pulse.enter(state, before);
     let result = wait();
-    ctx.enter(back);
-    total.fetch_add(ctx.clock().now().saturating_sub(before).as_nanos() as u64, Relaxed);
-    result
+    let after = ctx.clock().now();
+    ctx.pulse.enter(back, after);
+    total.fetch_add(after.saturating_sub(before).as_nanos() as u64, Relaxed);
+    (result, after)
 }
 
 impl Account {
@@ -315,8 +286,11 @@ impl Account {
         }
     }
 
-    fn aboard(&self) -> MutexGuard<'_, Aboard> {
-        self.aboard.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Ends a wait in simulated time, if somebody waits.
+    fn wake(&self, slot: Option<Arc<Slot>>) {
+        if let (Some(waiters), Some(slot)) = (&self.simulated, slot) {
+            waiters.simulation.wake(&slot);
+        }
     }
 
     /// An item was put on the edge.
@@ -324,30 +298,37 @@ impl Account {
         if cfg!(feature = "unobserved") {
             return;
         }
-        let mut aboard = self.aboard();
-        match aboard.owed.checked_sub(1) {
-            Some(owed) => aboard.owed = owed,
-            None => aboard.since.push_back(now),
-        }
+        let number = self.put.items.fetch_add(1, Relaxed);
+        self.put.since[number as usize % self.capacity].store(now.as_nanos() as u64, Relaxed);
+        self.put.high_water.fetch_max(self.depth(), Relaxed);
     }
 
-    /// The oldest item was taken.
-    fn went(&self, now: Duration) {
-        if cfg!(feature = "unobserved") {
-            return;
+    /// An item was taken.
+    fn went<T>(&self, Aboard { since, item }: Aboard<T>, now: Duration) -> (Item<T>, Duration) {
+        if !cfg!(feature = "unobserved") {
+            self.taken.items.fetch_add(1, Relaxed);
+            self.taken.waited.fetch_add(now.saturating_sub(since).as_nanos() as u64, Relaxed);
         }
-        let mut aboard = self.aboard();
-        match aboard.since.pop_front() {
-            Some(since) => {
-                self.waited.fetch_add(now.saturating_sub(since).as_nanos() as u64, Relaxed);
-            }
-            None => aboard.owed += 1,
-        }
+        (item, now)
+    }
+
+    /// Items on it, as far as both sides have counted.
+    pub(crate) fn depth(&self) -> u64 {
+        let taken = self.taken.items.load(Relaxed);
+        self.put.items.load(Relaxed).saturating_sub(taken).min(self.capacity as u64)
     }
 
     /// How long the oldest item has been on the edge; zero where there is none.
     pub(crate) fn age(&self, now: Duration) -> Duration {
-        self.aboard().since.front().map_or(Duration::ZERO, |since| now.saturating_sub(*since))
+        if self.depth() == 0 {
+            return Duration::ZERO;
+        }
+        let oldest = self.taken.items.load(Relaxed) as usize % self.capacity;
+        match self.put.since[oldest].load(Relaxed) {
+            // Its sender has counted it and is about to note when.
+            0 => Duration::ZERO,
+            since => now.saturating_sub(Duration::from_nanos(since)),
+        }
     }
 
     pub(crate) fn seconds(total: &AtomicU64) -> f64 {

@@ -12,7 +12,7 @@ use crate::backoff::RestartPolicy;
 use crate::builder::{GraphBuilder, View};
 use crate::clock::Clock;
 use crate::pulse::State;
-use crate::report::{GraphReport, Stall};
+use crate::report::{GraphReport, Span, SpansSeen, Stall};
 use crate::stage::StageResult;
 use crate::supervisor::{GraphActor, GraphMessage};
 use crate::watchdog::WatchdogPolicy;
@@ -215,6 +215,12 @@ impl GraphHandle {
     /// Events from now on.
     pub fn subscribe(&self) -> broadcast::Receiver<GraphEvent> {
         self.shared.events.subscribe()
+    }
+
+    /// The spans of this incarnation that `seen` does not know of yet, the last stage's first; each stage keeps its last thousand.
+    pub fn spans(&self, seen: &mut SpansSeen) -> Vec<Span> {
+        let view = self.shared.view.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        view.map(|view| view.news(seen)).unwrap_or_default()
     }
 
     /// The graph as it is; empty before the first incarnation is built. Reads counters alone: any thread may ask.

@@ -1,66 +1,78 @@
-//! What a stage has taken and not yet given on, and the timeline of what was.
+//! What a stage has taken and not yet given on, and the last that it gave.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::report::Span;
-use crate::stage::StageContext;
+/// Spans that a stage keeps, until they are read or the next ones need their room.
+pub(crate) const KEPT: usize = 1024;
 
-/// Spans that the timeline keeps.
-const SPANS: usize = 256;
+/// One stage's items: those under way, and those it is done with. Each stage has its own, so that none waits for another to
+/// write.
+#[derive(Default)]
+pub(crate) struct Pending(Mutex<Items>);
 
-/// The last spans of a graph.
-pub(crate) type Timeline = Arc<Mutex<VecDeque<Span>>>;
-
-/// One stage's items under way.
-pub(crate) struct Pending {
-    timeline: Timeline,
-    begun: Mutex<Vec<Begun>>,
+#[derive(Default)]
+struct Items {
+    begun: Vec<Work>,
+    done: VecDeque<Work>,
+    /// Items it was ever done with.
+    count: u64,
 }
 
-struct Begun {
-    seq: u64,
-    version: u64,
-    start: Duration,
+/// An item in a stage, in nanoseconds of the graph's clock.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Work {
+    pub(crate) seq: u64,
+    pub(crate) version: u64,
+    pub(crate) start: u64,
+    pub(crate) end: u64,
 }
 
 impl Pending {
-    pub(crate) fn new(timeline: Timeline) -> Self {
-        Self { timeline, begun: Mutex::default() }
+    pub(crate) fn shared() -> Arc<Self> {
+        Arc::default()
     }
 
     /// The stage turns to an item.
-    pub(crate) fn begin(&self, seq: u64, version: u64, start: Duration) {
+    pub(crate) fn begin(&self, seq: u64, version: u64, now: Duration) {
         if cfg!(feature = "unobserved") {
             return;
         }
-        self.begun().push(Begun { seq, version, start });
+        let start = now.as_nanos() as u64;
+        self.lock().begun.push(Work { seq, version, start, end: start });
     }
 
     /// It is done with it; nothing happens where that is known, or the item was never begun.
-    pub(crate) fn end(&self, seq: u64, ctx: &StageContext) {
+    pub(crate) fn end(&self, seq: u64, now: impl FnOnce() -> Duration) {
         if cfg!(feature = "unobserved") {
             return;
         }
-        let mut begun = self.begun();
-        let Some(at) = begun.iter().position(|one| one.seq == seq) else { return };
-        let Begun { seq, version, start } = begun.swap_remove(at);
-        drop(begun);
-        let (start_s, end_s) = (start.as_secs_f64(), ctx.clock().now().as_secs_f64());
-        let mut timeline = self.timeline.lock().unwrap_or_else(PoisonError::into_inner);
-        if timeline.len() == SPANS {
-            timeline.pop_front();
+        let mut items = self.lock();
+        let Some(at) = items.begun.iter().position(|one| one.seq == seq) else { return };
+        let begun = items.begun.swap_remove(at);
+        if items.done.len() == KEPT {
+            items.done.pop_front();
         }
-        timeline.push_back(Span { stage: ctx.name().to_owned(), seq, version, start_s, end_s });
+        items.done.push_back(Work { end: now().as_nanos() as u64, ..begun });
+        items.count += 1;
     }
 
     /// Nothing is under way any more.
     pub(crate) fn clear(&self) {
-        self.begun().clear();
+        self.lock().begun.clear();
     }
 
-    fn begun(&self) -> MutexGuard<'_, Vec<Begun>> {
-        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What was done since `seen` items were, oldest first, at most the last `most`; and the items done by now. Where fewer come
+    /// than were done, the others' room was needed before anybody read them.
+    pub(crate) fn since(&self, seen: u64, most: usize) -> (Vec<Work>, u64) {
+        let items = self.lock();
+        let new = usize::try_from(items.count.saturating_sub(seen)).unwrap_or(usize::MAX);
+        let skipped = items.done.len().saturating_sub(new.min(most));
+        (items.done.iter().skip(skipped).copied().collect(), items.count)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Items> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -53,6 +53,7 @@ pub(crate) struct Pulse {
 }
 
 impl Pulse {
+    /// From now on it is in `state`; that it got there is progress.
     pub(crate) fn enter(&self, state: State, now: Duration) {
         if cfg!(feature = "unobserved") {
             return;
@@ -60,6 +61,7 @@ impl Pulse {
         let now = now.as_nanos() as u64;
         let (old, since) = (self.state.swap(state as u8, Relaxed), self.since.swap(now, Relaxed));
         self.spent[old as usize].fetch_add(now.saturating_sub(since), Relaxed);
+        self.beat.store(now, Relaxed);
     }
 
     pub(crate) fn beat(&self, now: Duration) {

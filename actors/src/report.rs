@@ -107,6 +107,21 @@ pub struct Span {
     pub end_s: f64,
 }
 
+/// Which spans a reader has had, so that it is given each once.
+#[derive(Debug, Clone, Default)]
+pub struct SpansSeen {
+    pub(crate) incarnation: Option<u64>,
+    pub(crate) counts: Vec<u64>,
+    pub(crate) lost: u64,
+}
+
+impl SpansSeen {
+    /// Spans that came and went between two readings, since this reader began.
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+}
+
 /// Each role once, in the order in which it was first added.
 pub fn roles(stages: &[StageReport]) -> Vec<&str> {
     let mut roles = Vec::new();

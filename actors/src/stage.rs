@@ -140,12 +140,13 @@ impl<T> Emitter<'_, T> {
     /// [`Ended`] when the graph halts or nobody is left to take it; pass it on with `?`.
     pub fn emit(&self, item: Item<T>) -> Result<(), Ended> {
         let seq = item.seq;
-        if let Some(outlet) = self.outlet {
-            outlet.send(self.ctx, item)?;
-        }
-        self.pending.end(seq, self.ctx);
+        let sent = match self.outlet {
+            Some(outlet) => outlet.send(self.ctx, item)?,
+            None => self.ctx.clock.now(),
+        };
+        self.pending.end(seq, || sent);
         self.ctx.pulse.items_out.fetch_add(1, Relaxed);
-        self.ctx.beat();
+        self.ctx.pulse.beat(sent);
         Ok(())
     }
 

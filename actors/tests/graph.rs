@@ -8,7 +8,7 @@ use std::time::Duration;
 use preceptor_actors::scripted::{Fault, ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{
     Admission, AdmissionGate, Clock, Emitter, GraphBuilder, GraphEvent, GraphHandle, GraphOptions, Item, Outcome,
-    RestartPolicy, Span, Stage, StageError, StageResult, StageSpec, State, WatchdogPolicy, spawn_graph,
+    RestartPolicy, Span, SpansSeen, Stage, StageError, StageResult, StageSpec, State, WatchdogPolicy, spawn_graph,
 };
 
 /// What a run came to.
@@ -142,6 +142,36 @@ fn an_edge_knows_how_long_its_items_wait() {
         handle.halt();
     });
     assert_eq!(ran.outcome, Outcome::Halted);
+}
+
+#[test]
+fn spans_are_given_once_and_those_that_nobody_read_in_time_are_counted() {
+    let build = |builder: &mut GraphBuilder| {
+        let (out, inlet) = builder.edge("edge", 4);
+        builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 1500, gate: None }, out);
+        builder.sink(StageSpec::new("sink"), ScriptedSink::new(taking(1), 1500, None, |_, _| {}), inlet);
+        Ok(())
+    };
+    let (mut seen, mut early) = (SpansSeen::default(), Vec::new());
+    let reads = |handle: &GraphHandle| {
+        while early.len() < 100 {
+            early.extend(handle.spans(&mut seen));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let ran = run(quick(), build, reads);
+    assert_eq!(ran.outcome, Outcome::Finished);
+    // A second reader is none of the first one's business.
+    let mut other = SpansSeen::default();
+    assert_eq!((ran.handle.spans(&mut other).len(), other.lost()), (2 * 1024, 2 * (1500 - 1024)));
+    early.extend(ran.handle.spans(&mut seen));
+    assert!(ran.handle.spans(&mut seen).is_empty());
+    assert_eq!(early.len() as u64 + seen.lost(), 2 * 1500);
+    for stage in ["source", "sink"] {
+        let seqs: Vec<u64> = early.iter().filter(|span| span.stage == stage).map(|span| span.seq).collect();
+        assert!(seqs.windows(2).all(|pair| pair[0] < pair[1]), "{stage} gives each once and in its order: {seqs:?}");
+    }
+    assert_eq!(ran.handle.report().timeline.len(), 256);
 }
 
 #[test]

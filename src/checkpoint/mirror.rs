@@ -60,30 +60,55 @@ impl Mirror {
         Ok(Self { store, prefix, url: url.to_owned(), runtime: Some(runtime) })
     }
 
-    /// Copies the checkpoint in `dir`, and then removes copies beyond the last `keep` that have no original beside `dir` any
-    /// more.
+    /// Copies the sealed folder `dir` under its name.
     ///
     /// # Errors
-    /// Names the file and the store. What was copied of it is no checkpoint yet.
-    pub fn put(&self, dir: &Path, keep: usize) -> Result<()> {
-        let name = shelf::step(dir).map(shelf::name).context("only checkpoints are copied")?;
+    /// Names the file and the store. What was copied of it is not there yet.
+    pub fn copy(&self, dir: &Path) -> Result<()> {
+        let name = dir.file_name().context("a folder has a name")?.to_string_lossy();
         let mut files = sums::files(dir)?;
         // The mark of a whole one goes last.
         files.sort_by_key(|path| path.ends_with(sums::NAME));
         self.wait(async {
             for file in &files {
-                let inside = file.strip_prefix(dir)?;
-                let key = self.key(&name, inside);
+                let key = self.key(&name, file.strip_prefix(dir)?);
                 self.upload(file, &key)
                     .await
                     .with_context(|| format!("{} cannot be copied to {}", file.display(), self.url))?;
             }
+            Ok(())
+        })
+    }
+
+    /// Copies the checkpoint in `dir`, and then removes copies beyond the last `keep` that have no original beside `dir` any
+    /// more.
+    ///
+    /// # Errors
+    /// As [`Self::copy`].
+    pub fn put(&self, dir: &Path, keep: usize) -> Result<()> {
+        shelf::step(dir).context("only checkpoints are kept by their number")?;
+        self.copy(dir)?;
+        self.wait(async {
             let steps = self.steps().await?;
             let old = steps.iter().rev().skip(keep).filter(|step| !dir.with_file_name(shelf::name(**step)).exists());
             for step in old {
                 self.remove(&shelf::name(*step)).await?;
             }
             Ok(())
+        })
+    }
+
+    /// Whether there is a whole copy called `name`.
+    ///
+    /// # Errors
+    /// A store that does not answer.
+    pub fn has(&self, name: &str) -> Result<bool> {
+        self.wait(async {
+            match self.store.head(&self.key(name, Path::new(sums::NAME))).await {
+                Ok(_) => Ok(true),
+                Err(object_store::Error::NotFound { .. }) => Ok(false),
+                Err(error) => Err(flat(error)).with_context(|| format!("{} cannot be read", self.url)),
+            }
         })
     }
 
@@ -95,15 +120,17 @@ impl Mirror {
         self.wait(async { Ok(self.steps().await?.pop()) })
     }
 
-    /// Brings the copy of `step` into the folder `into`, whole or not at all.
+    /// Brings the copy called `name` into the folder `into`, whole or not at all.
     ///
     /// # Errors
     /// What cannot be read or written; a copy that is damaged.
-    pub fn fetch(&self, step: u64, into: &Path) -> Result<PathBuf> {
-        let name = shelf::name(step);
-        let (aside, path) = (into.join(format!(".{name}.partial")), into.join(&name));
+    pub fn fetch(&self, name: &str, into: &Path) -> Result<PathBuf> {
+        let (aside, path) = (into.join(format!(".{name}.partial")), into.join(name));
+        if aside.exists() {
+            std::fs::remove_dir_all(&aside).with_context(|| format!("cannot clear {}", aside.display()))?;
+        }
         self.wait(async {
-            let from = self.key(&name, Path::new(""));
+            let from = self.key(name, Path::new(""));
             let mut listed = self.store.list(Some(&from));
             while let Some(object) = listed.next().await {
                 let object = object.map_err(flat).with_context(|| format!("{} cannot be listed", self.url))?;
@@ -242,9 +269,19 @@ mod tests {
         std::fs::remove_dir_all(here.path().join(shelf::name(5))).unwrap();
         mirror.put(&checkpoint(here.path(), 20), 2).unwrap();
         assert_eq!(mirror.wait(mirror.steps()).unwrap(), [10, 15, 20]);
-        let path = mirror.fetch(20, there.path()).unwrap();
+        let path = mirror.fetch(&shelf::name(20), there.path()).unwrap();
         sums::verify(&path).unwrap();
         assert_eq!(std::fs::read_to_string(path.join("resume/state.postcard")).unwrap(), "20");
+        // What stands beside the checkpoints is none of them, and is whole or not there as they are.
+        let beside = here.path().join("reference");
+        std::fs::create_dir_all(&beside).unwrap();
+        std::fs::write(beside.join("model.safetensors"), "first").unwrap();
+        sums::seal(&beside).unwrap();
+        assert!(!mirror.has("reference").unwrap());
+        mirror.copy(&beside).unwrap();
+        assert!(mirror.has("reference").unwrap() && mirror.latest().unwrap() == Some(20));
+        let path = mirror.fetch("reference", there.path()).unwrap();
+        assert_eq!(std::fs::read_to_string(path.join("model.safetensors")).unwrap(), "first");
         // Without its mark it is not there.
         let mark = mirror.key(&shelf::name(20), Path::new(sums::NAME));
         mirror.wait(mirror.store.delete(&mark)).unwrap();
@@ -252,7 +289,7 @@ mod tests {
         // A damaged copy is found out and leaves nothing that looks like a checkpoint.
         let file = mirror.key(&shelf::name(15), Path::new("resume/state.postcard"));
         mirror.wait(mirror.store.put(&file, PutPayload::from_static(b"51"))).unwrap();
-        let error = format!("{:#}", mirror.fetch(15, there.path()).unwrap_err());
+        let error = format!("{:#}", mirror.fetch(&shelf::name(15), there.path()).unwrap_err());
         assert!(error.contains("state.postcard is damaged"), "{error}");
         assert!(!there.path().join(shelf::name(15)).exists());
     }

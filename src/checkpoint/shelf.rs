@@ -126,9 +126,31 @@ impl Shelf {
             None => Ok(None),
             Some(step) => {
                 std::fs::create_dir_all(&self.dir).with_context(|| format!("cannot make {}", self.dir.display()))?;
-                mirror.fetch(step, &self.dir).map(Some)
+                mirror.fetch(&name(step), &self.dir).map(Some)
             }
         }
+    }
+
+    /// Copies what belongs to the run beside its checkpoints, sealed as they are, to the mirror, if there is one and it has
+    /// no such copy yet.
+    ///
+    /// # Errors
+    /// What could not be copied where.
+    pub fn copy_beside(&self, path: &Path) -> Result<()> {
+        let (Some(mirror), Some(name)) = (&self.mirror, path.file_name()) else { return Ok(()) };
+        if mirror.has(&name.to_string_lossy())? { Ok(()) } else { mirror.copy(path) }
+    }
+
+    /// Brings what stands in the mirror as `path` does here, if it is there and not here.
+    ///
+    /// # Errors
+    /// A mirror that does not answer, or whose copy is damaged.
+    pub fn bring_beside(&self, path: &Path) -> Result<Option<PathBuf>> {
+        let (Some(mirror), Some(name), Some(into)) = (&self.mirror, path.file_name(), path.parent()) else {
+            return Ok(None);
+        };
+        let name = name.to_string_lossy();
+        if path.exists() || !mirror.has(&name)? { Ok(None) } else { mirror.fetch(&name, into).map(Some) }
     }
 
     /// All that are complete, oldest first.

@@ -11,6 +11,7 @@ use super::prompts::load_model;
 use crate::config::Config;
 use crate::data::pairs::PairSet;
 use crate::data::{Dataset, OnLong, Part, Preferences, ReadOptions, Split};
+use crate::device;
 use crate::evaluate::alignment::{Alignment, alignment, default_variants};
 use crate::evaluate::answers::answers;
 use crate::evaluate::harmless::{Rated, harmless_rate};
@@ -19,7 +20,7 @@ use crate::evaluate::win_rate::{Contest, win_rate};
 use crate::generate::sampler::Sampling;
 use crate::generate::stop::Stop;
 use crate::model::Decoder;
-use crate::prepare::{device, labeler_bench, prompt_format};
+use crate::prepare::{labeler_bench, prompt_format};
 use crate::progress::Progress;
 use crate::reward::RewardModel;
 use crate::rollout::Prompt;
@@ -209,7 +210,8 @@ impl AnswerArgs {
 
     /// Answers of the model called `name` to its own tokenisation of the prompts.
     fn answered(&self, config: &Config, name: &str, references: bool) -> Result<(Vec<Prompt>, Vec<String>, Tokenizer)> {
-        let (model, tokenizer) = load_model(name, config.policy.resolve_timeout_s, &device(&config.policy.device)?)?;
+        let (model, tokenizer) =
+            load_model(name, config.policy.resolve_timeout_s, &device::open(&config.policy.device)?)?;
         let prompts = self.prompts(config, &tokenizer, &model, references)?;
         ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
         let sampling = Sampling {
@@ -268,7 +270,7 @@ impl WinRateArgs {
 impl RewardAccuracyArgs {
     fn run(self) -> Result<()> {
         let config = self.config.load()?;
-        let model = RewardModel::open(&self.model, &device(&config.policy.device)?)?;
+        let model = RewardModel::open(&self.model, &device::open(&config.policy.device)?)?;
         let tokenizer = Tokenizer::from_files(&crate::source::ModelFiles::Directory(self.model.clone()))?;
         let context = model.model.config().context;
         let format = prompt_format(&config);

@@ -36,9 +36,10 @@ impl Train {
             Some(path) if path.as_os_str() == "latest" => run::From::Latest,
             Some(path) => run::From::Checkpoint(path),
         };
-        let summary = runtime.block_on(run::train(config, self.run_dir, from))?;
-        // A stage that was abandoned must not keep the program from ending.
+        let summary = runtime.block_on(run::train(config, self.run_dir, from));
+        // A stage that was abandoned, or a checkpoint that was left, must not keep the program from ending.
         runtime.shutdown_background();
+        let summary = summary?;
         let ended = if summary.interrupted { "interrupted" } else { "done" };
         say!("{ended} after {} steps", summary.steps);
         Ok(())

@@ -14,7 +14,7 @@ use crate::statistics::Table as Report;
 use crate::statistics::table::Cell;
 use crate::tune::live::Live;
 use crate::tune::plan::Plan;
-use crate::tune::{Machine, NOTICEABLE, Tuned, tune};
+use crate::tune::{Machine, NOTICEABLE, Reach, Tuned, tune};
 
 /// Arguments of `preceptor tune`.
 #[derive(Debug, Args)]
@@ -27,6 +27,9 @@ pub struct Tune {
     /// Divisions that are tried at most, besides the configured one.
     #[arg(long, default_value_t = 4)]
     trials: usize,
+    /// Try larger steps too, more groups or larger ones: they change what is learned.
+    #[arg(long)]
+    sizes: bool,
     /// Where the tuned configuration is written; by default beside the given one, as NAME.tuned.toml.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -52,17 +55,18 @@ impl Tune {
         let facts = machine.facts();
         let configured = Plan::of(&config);
         say!("machine   {} cores; {}", facts.cores, configured.describe(&facts));
-        let tuned = tune(&mut machine, &configured, self.trials, |text| say!("measuring {text}"))?;
+        let reach = Reach { trials: self.trials, sizes: self.sizes };
+        let tuned = tune(&mut machine, &configured, reach, |text| say!("measuring {text}"))?;
         let mut table = Report::new(
-            "groups per second",
+            "completions per second",
             &[("division", ""), ("predicted", ""), ("measured", ""), ("against configured", "")],
         );
         for one in &tuned.tried {
             table.push(vec![
                 Cell::Text(one.plan.describe(&facts)),
-                Cell::Number(one.predicted),
-                Cell::Number(one.measured),
-                Cell::Text(format!("{:.2}×", one.measured / tuned.before.measured)),
+                Cell::Number(one.predicted * one.plan.group_size as f64),
+                Cell::Number(one.completions_per_s()),
+                Cell::Text(format!("{:.2}×", one.completions_per_s() / tuned.before.completions_per_s())),
             ]);
         }
         print!("{}", table.text());
@@ -78,10 +82,16 @@ impl Tune {
         for (key, was, is) in &changes {
             println!("{key} = {was} → {is}");
         }
+        let (larger, usual) = (tuned.best.plan.completions(), configured.completions());
+        if larger != usual {
+            println!(
+                "A step now learns from {larger} completions instead of {usual}: fewer run.steps see as many, and learner.lr may have to change."
+            );
+        }
         write(&self.config.config, &output, &changes)?;
         println!(
             "{:.2} times as fast as configured. Written to {}; overrides by --set are not in it.",
-            tuned.best.measured / tuned.before.measured,
+            tuned.gain(),
             output.display()
         );
         Ok(())

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use parquet::column::page::Page;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::Value;
 
@@ -33,12 +34,12 @@ impl Rows {
         let cannot = || format!("cannot read the data set {}", path.display());
         let file = File::open(path).with_context(cannot)?;
         let name = path.to_string_lossy();
+        let (ratio, least) = MOST_UNPACKED;
+        let most = file.metadata().with_context(cannot)?.len().saturating_mul(ratio).max(least);
         let file = if name.ends_with(".gz") {
-            let (ratio, least) = MOST_UNPACKED;
-            let most = file.metadata().with_context(cannot)?.len().saturating_mul(ratio).max(least);
             spool(|out| unpack(file, out, most)).with_context(cannot)?
         } else if name.ends_with(".parquet") {
-            spool(|out| parquet_rows(file, out)).with_context(cannot)?
+            spool(|out| parquet_rows(file, out, most)).with_context(cannot)?
         } else {
             file
         };
@@ -99,22 +100,50 @@ fn spool(fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<File>
 /// Unpacks at most `most` bytes.
 fn unpack(file: File, out: &mut BufWriter<&File>, most: u64) -> Result<()> {
     let unpacked = std::io::copy(&mut flate2::read::MultiGzDecoder::new(BufReader::new(file)).take(most + 1), out)?;
-    ensure!(
-        unpacked <= most,
-        "it unpacks to more than {most} bytes, far more than text does; if that is meant, unpack it with gunzip and name the .jsonl"
-    );
+    ensure!(unpacked <= most, "{}", too_much(most));
     Ok(())
 }
 
-fn parquet_rows(file: File, out: &mut BufWriter<&File>) -> Result<()> {
-    let reader = SerializedFileReader::new(file).map_err(|error| anyhow!("not a readable parquet file: {error}"))?;
-    let rows = reader.get_row_iter(None).map_err(|error| anyhow!("its columns cannot be read: {error}"))?;
-    for (i, row) in rows.enumerate() {
-        let row = row.map_err(|error| anyhow!("row {} cannot be read: {error}", i + 1))?;
-        serde_json::to_writer(&mut *out, &row.to_json_value())?;
-        out.write_all(b"\n")?;
-    }
-    Ok(())
+fn too_much(most: u64) -> String {
+    format!(
+        "it unpacks to more than {most} bytes, far more than text does; if that is meant, unpack it and name the .jsonl"
+    )
+}
+
+/// Writes at most `most` bytes of rows. The parquet crate believes what a file says of itself, and panics where that cannot be.
+fn parquet_rows(file: File, out: &mut BufWriter<&File>, most: u64) -> Result<()> {
+    let read = || -> Result<()> {
+        let reader =
+            SerializedFileReader::new(file).map_err(|error| anyhow!("not a readable parquet file: {error}"))?;
+        let refused = |error| anyhow!("not a readable parquet file: {error}");
+        for group in 0..reader.num_row_groups() {
+            let group = reader.get_row_group(group).map_err(refused)?;
+            for column in 0..group.num_columns() {
+                let first = group.get_column_page_reader(column).and_then(|mut pages| pages.get_next_page());
+                // Room for so many values is made before any is read.
+                if let Some(Page::DictionaryPage { buf, num_values, .. }) = first.map_err(refused)? {
+                    ensure!(
+                        num_values as usize <= buf.len(),
+                        "a dictionary of {} bytes says that it has {num_values} values",
+                        buf.len()
+                    );
+                }
+            }
+        }
+        let rows = reader.get_row_iter(None).map_err(|error| anyhow!("its columns cannot be read: {error}"))?;
+        let mut written = 0;
+        for (i, row) in rows.enumerate() {
+            let row = row.map_err(|error| anyhow!("row {} cannot be read: {error}", i + 1))?;
+            let line = serde_json::to_vec(&row.to_json_value())?;
+            written += line.len() as u64 + 1;
+            ensure!(written <= most, "{}", too_much(most));
+            out.write_all(&line)?;
+            out.write_all(b"\n")?;
+        }
+        Ok(())
+    };
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read))
+        .unwrap_or_else(|_| Err(anyhow!("not a readable parquet file: its parts contradict each other")))
 }
 
 /// Where the lines of `file` begin, and where it ends.
@@ -155,6 +184,12 @@ impl Read for Positioned<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use parquet::data_type::{ByteArray, ByteArrayType};
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+
     use super::*;
 
     fn check(name: &str, bytes: &[u8], expected: &[Result<Option<&str>, &str>]) {
@@ -205,6 +240,46 @@ mod tests {
         let error = unpacked((1 << 20) - 1).unwrap_err().to_string();
         assert!(error.contains("more than 1048575 bytes"), "{error}");
         assert_eq!(unpacked(1 << 20).unwrap().metadata().unwrap().len(), 1 << 20);
+    }
+
+    /// A parquet file with one column `a`, the same in each of `rows`.
+    fn parquet_file(text: &str, rows: usize) -> Vec<u8> {
+        let schema = parse_message_type("message rows { required binary a (utf8); }").unwrap();
+        let mut writer = SerializedFileWriter::new(Vec::new(), Arc::new(schema), Arc::default()).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&vec![ByteArray::from(text); rows], None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    #[test]
+    fn parquet_that_is_packed_to_fill_a_disk_is_refused() {
+        let packed = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(packed.path(), parquet_file("many times", 1 << 16)).unwrap();
+        assert!(packed.path().metadata().unwrap().len() < 4096);
+        let unpacked = |most| spool(|out| parquet_rows(File::open(packed.path()).unwrap(), out, most));
+        let line = r#"{"a":"many times"}"#.len() as u64 + 1;
+        let error = unpacked((line << 16) - 1).unwrap_err().to_string();
+        assert!(error.contains("it unpacks to more than"), "{error}");
+        assert_eq!(unpacked(line << 16).unwrap().metadata().unwrap().len(), line << 16);
+    }
+
+    /// Each byte of a sound file changed in turn: it is read, or refused with one error.
+    #[test]
+    fn a_damaged_parquet_file_is_refused_and_nothing_panics() {
+        let sound = parquet_file("x", 3);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.parquet");
+        let mut refused = 0;
+        for (i, flip) in (0..sound.len()).flat_map(|i| [0x01, 0x40, 0xff].map(|flip| (i, flip))) {
+            let mut bytes = sound.clone();
+            bytes[i] ^= flip;
+            std::fs::write(&path, bytes).unwrap();
+            refused += u32::from(Rows::open(&path).is_err());
+        }
+        assert!(refused > 100, "{refused}");
     }
 
     #[test]

@@ -82,6 +82,23 @@ pub enum Preamble {
     Own(String),
 }
 
+impl Preamble {
+    /// The one called `name`, or the text of the file at `name`.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn find(name: &str) -> Result<Self> {
+        Ok(match name {
+            "base" => Self::Base,
+            "detailed" => Self::Detailed,
+            path => {
+                let text = bounded::text(Path::new(path), bounded::WRITTEN);
+                Self::Own(text.with_context(|| format!("cannot read the preamble {path}"))?)
+            }
+        })
+    }
+}
+
 impl TemplateSet {
     /// The set called `name`, or the one in the file at `name`.
     ///

@@ -7,8 +7,9 @@ use super::vector::{LANES, exp, inline_max, total, vectorised};
 use super::{composite_dtype, elements, fill_rows, is_fused, tensor_elements};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Elements of the logits that [`linear_logprobs`] holds at a time (32 MiB).
+/// Elements of the logits that [`linear_logprobs`] makes at a time, and of those that it keeps (32 MiB).
 const CHUNK_ELEMENTS: usize = 1 << 23;
 /// Elements summed in `f32` before the sum is carried over to `f64`.
 const BLOCK: usize = 2048;
@@ -48,7 +49,8 @@ pub fn softcap(x: &Tensor, cap: Option<f64>) -> Result<Tensor> {
 /// As [`token_logprobs`] of `softcap(hidden · headᵀ, cap)`, with the product inside.
 ///
 /// `hidden` is `[N, D]`, `head` is `[V, D]`. The fused path makes the logits a few rows at a time, and again in the
-/// backward, so that no `[N, V]` is ever held. Gradients flow to both inputs.
+/// backward, so that no large `[N, V]` is ever held; the first rows' are kept for it, up to 32 MiB. Gradients flow to both
+/// inputs.
 pub fn linear_logprobs(
     hidden: &Tensor,
     head: &Tensor,
@@ -88,7 +90,7 @@ pub fn linear_logprobs_at(
     temperatures.iter().try_for_each(|temperature| check(rows, vocabulary, targets, *temperature))?;
     let op = LinearLogprobs::new(&hidden.contiguous()?, &head.contiguous()?, cap, targets, 1.0)?;
     let mut out = vec![Vec::with_capacity(rows); temperatures.len()];
-    op.chunks(|logits, _, _, targets| {
+    op.chunks(None, |logits, _, _, targets| {
         for (out, temperature) in out.iter_mut().zip(temperatures) {
             out.extend(rows_of(logits, targets, (1.0 / temperature) as f32).iter().map(|row| row.logprob));
         }
@@ -202,6 +204,10 @@ struct LinearLogprobs {
     cap: Option<f32>,
     /// Rows of logits made at a time.
     chunk: usize,
+    /// Whether a backward will ask for them again.
+    asked_again: bool,
+    /// The first chunk, from the forward to the backward.
+    kept: Mutex<Option<Vec<f32>>>,
 }
 
 impl LinearLogprobs {
@@ -213,27 +219,44 @@ impl LinearLogprobs {
             inverse: (1.0 / temperature) as f32,
             cap: cap.map(|cap| cap as f32),
             chunk: (CHUNK_ELEMENTS / head.dim(0)?.max(1)).clamp(16, 1024),
+            asked_again: hidden.track_op() || head.track_op(),
+            kept: Mutex::default(),
         })
     }
 
-    /// Calls `each` with the logits of one chunk after the other, its hidden states, its first row and its targets. All
-    /// chunks share one buffer.
-    fn chunks(&self, mut each: impl FnMut(&mut [f32], &[f32], usize, &[u32]) -> Result<()>) -> Result<()> {
+    /// Calls `each` with the logits of one chunk after the other, its hidden states, its first row and its targets. The
+    /// first chunk may be `known`. Chunks share a buffer, save the first where it is to be kept; returns what that one has.
+    fn chunks(
+        &self,
+        known: Option<Vec<f32>>,
+        mut each: impl FnMut(&mut [f32], &[f32], usize, &[u32]) -> Result<()>,
+    ) -> Result<Vec<f32>> {
         let ((xs, xl), (ws, wl)) = (self.hidden.storage_and_layout(), self.head.storage_and_layout());
         let (x, head) = (tensor_elements(&xs, xl)?, tensor_elements(&ws, wl)?);
         let (vocabulary, width) = self.head.dims2()?;
-        let mut logits = vec![0.0; self.chunk.min(self.targets.len()) * vocabulary];
+        let size = |rows: usize| rows.min(self.chunk) * vocabulary;
+        let is_known = known.is_some();
+        let mut head_chunk = known.unwrap_or_else(|| vec![0.0; size(self.targets.len())]);
+        let others = if self.asked_again { self.targets.len().saturating_sub(self.chunk) } else { 0 };
+        let mut others = vec![0.0; size(others)];
         for (i, targets) in self.targets.chunks(self.chunk).enumerate() {
             let first = i * self.chunk;
             let x = &x[first * width..(first + targets.len()) * width];
-            let logits = &mut logits[..targets.len() * vocabulary];
-            times_transposed(logits, x, head, width);
-            if let Some(cap) = self.cap {
-                fill_rows(logits, vocabulary, |_, z| cap_in_place(z, cap));
+            let buffer = if i == 0 || !self.asked_again { &mut head_chunk } else { &mut others };
+            let logits = &mut buffer[..targets.len() * vocabulary];
+            if i > 0 || !is_known {
+                times_transposed(logits, x, head, width);
+                if let Some(cap) = self.cap {
+                    fill_rows(logits, vocabulary, |_, z| cap_in_place(z, cap));
+                }
             }
             each(logits, x, first, targets)?;
         }
-        Ok(())
+        Ok(head_chunk)
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Option<Vec<f32>>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -244,10 +267,13 @@ impl CustomOp2 for LinearLogprobs {
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut rows = Vec::with_capacity(self.targets.len());
-        self.chunks(|logits, _, _, targets| {
+        let first = self.chunks(None, |logits, _, _, targets| {
             rows.extend(rows_of(logits, targets, self.inverse));
             Ok(())
         })?;
+        if self.asked_again {
+            *self.kept() = Some(first);
+        }
         Ok(pack(&rows))
     }
 
@@ -267,7 +293,9 @@ impl CustomOp2 for LinearLogprobs {
         let ((vocabulary, width), rows) = (head.dims2()?, self.targets.len());
         let mut dhidden = vec![0.0; if hidden.track_op() { rows * width } else { 0 }];
         let dhead = if head.track_op() { Some(accumulate::of_or_zeros(head)?) } else { None };
-        self.chunks(|logits, x, start, targets| {
+        // Taken: it becomes its own gradient. Who goes backward a second time makes it anew.
+        let known = self.kept().take();
+        self.chunks(known, |logits, x, start, targets| {
             fill_rows(logits, vocabulary, |first, z| {
                 for (r, z) in z.chunks_exact_mut(vocabulary).enumerate() {
                     let (row, dlogprob, dentropy) = unpack(stats, grad, start + first + r, rows);
@@ -406,6 +434,21 @@ mod tests {
                     let (logprob, entropy) = linear_logprobs(&t[0], &t[1], cap, &targets, 0.8)?;
                     logprob + (entropy * 0.3)?
                 });
+            }
+        }
+    }
+
+    /// What the forward kept is used up by the first backward; the second makes it anew.
+    #[test]
+    fn a_second_backward_gives_the_same() {
+        for (rows, vocabulary) in [(9, 31), (431, 20011)] {
+            let var = |seed, shape: &[usize]| candle_core::Var::from_tensor(&values(seed, shape)).unwrap();
+            let (hidden, head, targets) = (var(1, &[rows, 3]), var(2, &[vocabulary, 3]), targets(rows, vocabulary));
+            let (logprob, _) = linear_logprobs(&hidden, &head, Some(2.5), &targets, 0.8).unwrap();
+            let loss = logprob.sum_all().unwrap();
+            let (first, second) = (loss.backward().unwrap(), loss.backward().unwrap());
+            for var in [&hidden, &head] {
+                assert_eq!(flat(first.get(var).unwrap()), flat(second.get(var).unwrap()));
             }
         }
     }

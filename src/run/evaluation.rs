@@ -170,3 +170,36 @@ impl Contest {
         answers(model, &self.tokenizer, &self.prompts, &self.sampling, 0, |_| {})
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    fn evaluator(work: impl FnOnce() + Send + 'static) -> Evaluator {
+        Evaluator { every: 1, jobs: None, thread: std::thread::spawn(work) }
+    }
+
+    #[test]
+    fn the_end_waits_for_an_evaluation_and_not_for_ever() {
+        let done = Arc::new(AtomicBool::new(false));
+        let sets = Arc::clone(&done);
+        let short = move || {
+            std::thread::sleep(Duration::from_millis(100));
+            sets.store(true, Ordering::SeqCst);
+        };
+        evaluator(short).finish(Duration::from_secs(60));
+        assert!(done.load(Ordering::SeqCst), "it did not wait");
+        let (_held, never) = bounded::<()>(0);
+        let (ends, ended) = bounded(1);
+        std::thread::spawn(move || {
+            let away = move || {
+                let _ = never.recv();
+            };
+            evaluator(away).finish(Duration::from_millis(50));
+            ends.send(())
+        });
+        ended.recv_timeout(Duration::from_secs(30)).expect("it waits for a judge that is away");
+    }
+}

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::journal;
 use super::log::Log;
+use super::phases;
 use super::tensorboard::Events;
 use crate::checkpoint::Lengths;
 use crate::config::Config;
@@ -72,7 +73,7 @@ impl RunDir {
     /// Whether a run has begun in it.
     fn is_begun(&self) -> bool {
         std::fs::metadata(self.path.join("metrics.jsonl")).is_ok_and(|metadata| metadata.len() > 0)
-            || self.path.join("checkpoints").exists()
+            || ["checkpoints", phases::FINE_TUNING].iter().any(|name| self.path.join(name).exists())
     }
 }
 

@@ -1,56 +1,55 @@
 //! What comes before reinforcement learning: supervised fine-tuning, and warming the reward model up.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
+use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
+use candle_core::DType;
 use preceptor_actors::{GraphBuilder, Outcome, StageResult, spawn_graph};
 use serde_json::{Value, json};
 
 use super::files::RunFiles;
-use super::supervise::{Stop, graph_options, supervise};
+use super::supervise::{Stop, graph_options, supervise, unless_left};
+use super::watcher::Due;
+use super::{announce, lock, resume};
+use crate::checkpoint::{Form, Identity, Opened, Shelf, Snapshot, Writer};
 use crate::config::Config;
 use crate::learn::TrainState;
+use crate::ledger::Book;
 use crate::monitor::Monitor;
 use crate::prepare::Prepared;
 use crate::progress::Progress;
 use crate::reward::trainer::TrainerStep;
 use crate::reward::warm_up::WarmUpObserver;
+use crate::say;
 use crate::sft::SftObserver;
+use crate::telemetry;
 use crate::topology::learning::{adam, lora};
 use crate::topology::{Node, wire_fine_tuning};
 
 /// Where a phase writes and what it shows.
 pub(super) struct Notes {
     phase: &'static str,
-    of: u64,
     progress: Progress,
     files: Arc<Mutex<RunFiles>>,
 }
 
 impl Notes {
     fn new(phase: &'static str, unit: &'static str, of: u64, files: &Arc<Mutex<RunFiles>>) -> Self {
-        Self { phase, of, progress: Progress::new(phase, unit, of), files: Arc::clone(files) }
+        Self { phase, progress: Progress::new(phase, unit, of), files: Arc::clone(files) }
     }
 
     /// A line for the terminal, and one of `phases.jsonl`.
     fn tell(&self, text: &str, mut figures: Value) {
         self.progress.line(text);
         figures["phase"] = json!(self.phase);
-        let written = self.files.lock().unwrap_or_else(PoisonError::into_inner).phase(&figures);
+        let written = lock(&self.files).phase(&figures);
         if let Err(error) = written {
             // The phase's figures are not what it is run for; training goes on without them.
             self.progress.line(&format!("{error:#}"));
         }
-    }
-}
-
-impl SftObserver for Notes {
-    fn step(&mut self, step: u64, loss: f64, gradient_norm: f64) {
-        self.progress.at(step);
-        self.tell(
-            &format!("fine-tuning {step:>3}/{}  loss {loss:.4}  gradient {gradient_norm:.3}", self.of),
-            json!({ "step": step, "loss": loss, "gradient_norm": gradient_norm }),
-        );
     }
 }
 
@@ -83,26 +82,157 @@ impl WarmUpObserver for Notes {
     }
 }
 
-/// Fine-tunes the policy on the data's references; the result takes the policy's place, as π_SFT.
+/// The directory, in the run's, of fine-tuning that is not done: checkpoints of their own.
+pub(super) const FINE_TUNING: &str = "fine-tuning";
+
+/// Whether fine-tuning was begun in `run`, and is not done.
+pub(super) fn is_under_way(run: &Path) -> bool {
+    run.join(FINE_TUNING).exists()
+}
+
+/// How far fine-tuning was when it was broken off, where the configuration asks for it.
+///
+/// # Errors
+/// Checkpoints of it of which none can be used, or which are of another configuration.
+pub(super) fn half_tuned(config: &Config, run: &Path) -> Result<Option<Opened>> {
+    if config.sft.steps == 0 {
+        return Ok(None);
+    }
+    let half = shelf(run).latest(|line| say!("{line}"))?;
+    if let Some(half) = &half {
+        say!("resuming  {}", half.path().display());
+        let place = run.join(FINE_TUNING);
+        let changes = resume::compare(half, config)
+            .map_err(|error| anyhow!("{error:#}; or remove {} to fine-tune from the beginning", place.display()))?;
+        for change in changes {
+            say!("changed   {}: {} → {}", change.key, change.was, change.is);
+        }
+    }
+    Ok(half)
+}
+
+/// Fine-tuning is done, and its result is kept in `run`: what was half of it is of no use any more.
+pub(super) fn tuned(run: &Path) {
+    let path = run.join(FINE_TUNING);
+    if path.exists()
+        && let Err(error) = std::fs::remove_dir_all(&path)
+    {
+        tracing::warn!("cannot remove {}: {error}", path.display());
+    }
+}
+
+fn shelf(run: &Path) -> Shelf {
+    Shelf::new(&run.join(FINE_TUNING), 1, false)
+}
+
+/// Fine-tuning under way: told of each step, it shows it, and writes checkpoints when they are due.
+struct Tuning {
+    notes: Notes,
+    due: Due,
+    writer: Writer,
+    steps: u64,
+}
+
+impl SftObserver for Tuning {
+    fn step(&mut self, state: &TrainState, loss: f64, gradient_norm: f64) {
+        let (step, of) = (state.step, self.steps);
+        self.notes.progress.at(step);
+        self.notes.tell(
+            &format!("fine-tuning {step:>3}/{of}  loss {loss:.4}  gradient {gradient_norm:.3}"),
+            json!({ "step": step, "loss": loss, "gradient_norm": gradient_norm }),
+        );
+        if step < of && self.due.is_due(step) && !self.writer.is_busy() {
+            self.due.failed.store(false, Ordering::SeqCst);
+            match self.snapshot(state) {
+                Ok(snapshot) => drop(self.writer.put(snapshot)),
+                Err(error) => self.failed(&error),
+            }
+            self.due.last = Instant::now();
+        }
+    }
+}
+
+impl Tuning {
+    /// Fine-tuning as it is; the caller holds `state`.
+    fn snapshot(&self, state: &TrainState) -> Result<Snapshot> {
+        let files = lock(&self.notes.files).lengths()?;
+        Snapshot::take(state, None, &Book::default(), files, None)
+    }
+
+    /// Writes how far it came, unless the weights are half updated or held by a learner that did not stop.
+    fn keep(&self, state: &Mutex<TrainState>, shelf: &Shelf, form: &Form) -> Option<PathBuf> {
+        let state = match state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(state)) => state.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        if state.step == 0 || state.stepping {
+            return None;
+        }
+        match self.snapshot(&state).and_then(|snapshot| shelf.put(form, &snapshot)) {
+            Ok(written) => Some(written.path),
+            Err(error) => {
+                telemetry::disk_error();
+                say!("{error:#}");
+                None
+            }
+        }
+    }
+
+    fn failed(&self, error: &anyhow::Error) {
+        telemetry::disk_error();
+        self.due.failed.store(true, Ordering::SeqCst);
+        self.notes.progress.line(&format!("no checkpoint of fine-tuning: {error:#}; it goes on"));
+    }
+}
+
+/// Fine-tunes the policy on the data's references, from the beginning or from `half` of it; the result takes the policy's
+/// place, as π_SFT.
 pub(super) async fn fine_tune(
     config: &Arc<Config>,
     prepared: Prepared,
+    half: Option<Opened>,
     files: &Arc<Mutex<RunFiles>>,
     monitor: &Arc<Monitor>,
     stop: &Stop,
 ) -> Result<Prepared> {
-    let state = Arc::new(Mutex::new(TrainState::new(&prepared.policy, adam(config), None, lora(config).as_ref())?));
-    let notes = Arc::new(Mutex::new(Notes::new("supervised fine-tuning", "steps", config.sft.steps, files)));
+    let mut state = TrainState::new(&prepared.policy, adam(config), None, lora(config).as_ref())?;
+    let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
+    if let Some(half) = half {
+        half.suits(&identity)?;
+        half.restore(&mut state, None)?;
+    }
+    let state = Arc::new(Mutex::new(state));
+    let notes = Notes::new("supervised fine-tuning", "steps", config.sft.steps, files);
+    let (shelf, progress) = (Arc::new(shelf(lock(files).dir())), notes.progress.clone());
+    let form = Arc::new(Form::new(config, prepared.tokenizer.clone(), DType::F32, identity));
+    let failed = Arc::new(AtomicBool::new(false));
+    let told = announce(&Arc::new(OnceLock::from(progress.clone())), &failed, monitor);
+    let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), told)?;
+    let tuning = Tuning { notes, due: Due::new(config, failed), writer, steps: config.sft.steps };
+    let tuning = Arc::new(Mutex::new(tuning));
     let prepared = Arc::new(prepared);
-    let (wired, trained, obmonitor) = (Arc::clone(&prepared), Arc::clone(&state), notes.clone());
+    let (wired, trained, observer) = (Arc::clone(&prepared), Arc::clone(&state), Arc::clone(&tuning));
     let settings = Arc::clone(config);
-    run(config, "supervised fine-tuning", &notes, monitor, stop, move |builder| {
-        let obmonitor: Arc<Mutex<dyn SftObserver>> = obmonitor.clone();
-        wire_fine_tuning(builder, &settings, &wired, &trained, &obmonitor);
+    let ended = run(config, "supervised fine-tuning", &progress, monitor, stop, move |builder| {
+        let observer: Arc<Mutex<dyn SftObserver>> = observer.clone();
+        wire_fine_tuning(builder, &settings, &wired, &trained, &observer);
         Ok(())
     })
+    .await;
+    let (last, failed) = ((Arc::clone(&tuning), Arc::clone(&state)), ended.is_err());
+    let kept = unless_left(stop, move || {
+        lock(&last.0).writer.finish();
+        if failed { lock(&last.0).keep(&last.1, &shelf, &form) } else { None }
+    })
     .await?;
-    let policy = state.lock().unwrap_or_else(PoisonError::into_inner).snapshot()?;
+    match (ended, kept) {
+        (Ok(()), Some(_)) => {}
+        (Err(error), Some(Some(path))) => bail!("{error:#}; --resume goes on from {}", path.display()),
+        (Err(error), _) => bail!("{error:#}; --resume goes on from its last checkpoint, or begins it anew"),
+        (Ok(()), None) => bail!("left before fine-tuning was kept; --resume goes on from its last checkpoint"),
+    }
+    let policy = lock(&state).snapshot()?;
     let identity = policy.weights().fingerprint()?;
     let Ok(prepared) = Arc::try_unwrap(prepared) else { bail!("supervised fine-tuning still holds the data") };
     Ok(Prepared { policy, identity, ..prepared })
@@ -117,20 +247,22 @@ pub(super) async fn warm_up(
 ) -> Result<()> {
     let Some(trainer) = node.reward_model.clone() else { return Ok(()) };
     let units = node.warm_up_groups() * node.config.reward_model.epochs;
-    let notes = Arc::new(Mutex::new(Notes::new("reward model warm-up", "groups", units, files)));
-    let (wired, obmonitor) = (Arc::clone(node), notes.clone());
-    run(&node.config, "reward model warm-up", &notes, monitor, stop, move |builder| {
-        let obmonitor: Arc<Mutex<dyn WarmUpObserver>> = obmonitor.clone();
-        wired.wire_warm_up(builder, &trainer, &obmonitor)
+    let notes = Notes::new("reward model warm-up", "groups", units, files);
+    let (wired, progress) = (Arc::clone(node), notes.progress.clone());
+    let observer = Arc::new(Mutex::new(notes));
+    run(&node.config, "reward model warm-up", &progress, monitor, stop, move |builder| {
+        let observer: Arc<Mutex<dyn WarmUpObserver>> = observer.clone();
+        wired.wire_warm_up(builder, &trainer, &observer)
     })
     .await
+    .map_err(|error| anyhow!("{error:#}; --resume begins it anew, and asks for no label again that was kept"))
 }
 
 /// Runs a phase's graph to its end.
 async fn run(
     config: &Config,
     phase: &'static str,
-    notes: &Arc<Mutex<Notes>>,
+    progress: &Progress,
     monitor: &Arc<Monitor>,
     stop: &Stop,
     wire: impl Fn(&mut GraphBuilder) -> StageResult<()> + Send + Sync + 'static,
@@ -138,13 +270,10 @@ async fn run(
     monitor.phase(phase);
     let graph = spawn_graph(graph_options(config), wire);
     monitor.watch(graph.clone());
-    let progress = notes.lock().unwrap_or_else(PoisonError::into_inner).progress.clone();
-    let outcome = supervise(&graph, stop, &progress, monitor, None).await;
+    let outcome = supervise(&graph, stop, progress, monitor, None).await;
     progress.finish();
     match outcome {
-        _ if stop.asked() => {
-            bail!("interrupted during {phase}, which is not kept by halves; --resume begins it anew")
-        }
+        _ if stop.asked() => bail!("interrupted during {phase}"),
         Outcome::Failed { stage, error, restarts, .. } => {
             bail!("{phase} ended since {stage} failed ({restarts} restarts): {error}")
         }

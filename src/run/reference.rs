@@ -4,16 +4,17 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use serde_json::{Value, json};
 
 use super::files::RunFiles;
-use crate::checkpoint::sums;
+use crate::checkpoint::{Identity, Shelf, sums};
 use crate::config::Config;
 use crate::model::{Decoder, Lora, Weights, export};
 use crate::prepare::Prepared;
 use crate::say;
+use crate::telemetry;
 use crate::topology::learning::lora;
 
 /// Its directory in the run's.
@@ -29,28 +30,51 @@ pub(super) struct Reference {
     pub(super) phases: u64,
 }
 
-/// The one in the run's directory, where the configuration asks for fine-tuning and it is done.
+/// Where it stands in the run's directory.
+pub(super) fn place(run: &Path) -> PathBuf {
+    run.join(NAME)
+}
+
+/// What it is made of, to be compared: the model and the data that it was tuned from and on, and how.
+fn origin(config: &Config, base: &Identity) -> Result<Value> {
+    let config: toml::Table = config.to_toml().parse()?;
+    Ok(json!({
+        "model": format!("{:016x}", base.reference),
+        "data": format!("{:016x}", base.data),
+        "sft": config.get("sft"),
+    }))
+}
+
+/// The one in the run's directory, where the configuration asks for fine-tuning and it is done; `base` is what it is tuned
+/// from and on.
 ///
 /// # Errors
-/// One that is damaged.
-pub(super) fn find(config: &Config, run: &Path) -> Result<Option<Reference>> {
-    let path = run.join(NAME);
+/// One that is damaged, or of another origin.
+pub(super) fn find(config: &Config, base: &Identity, run: &Path) -> Result<Option<Reference>> {
+    let path = place(run);
     if config.sft.steps == 0 || !path.exists() {
         return Ok(None);
     }
     sums::verify(&path).with_context(|| format!("remove {} to fine-tune again", path.display()))?;
     let text = std::fs::read_to_string(path.join("preceptor.json"))?;
-    let phases = serde_json::from_str::<Value>(&text)?["phases_bytes"].as_u64().unwrap_or_default();
-    Ok(Some(Reference { path, phases }))
+    let about: Value = serde_json::from_str(&text)?;
+    let origin = origin(config, base)?;
+    ensure!(
+        about["origin"] == origin,
+        "{} was fine-tuned otherwise: it is of {}, and the run asks for {origin}; put that back, or remove it to fine-tune again",
+        path.display(),
+        about["origin"]
+    );
+    Ok(Some(Reference { path, phases: about["phases_bytes"].as_u64().unwrap_or_default() }))
 }
 
-/// Keeps the fine-tuned policy: the whole directory or none.
+/// Keeps the fine-tuned policy, tuned from and on `base`: the whole directory or none.
 ///
 /// # Errors
 /// Names what cannot be written.
-pub(super) fn keep(prepared: &Prepared, files: &mut RunFiles) -> Result<()> {
+pub(super) fn keep(config: &Config, base: &Identity, prepared: &Prepared, files: &mut RunFiles) -> Result<()> {
     let (lengths, _) = files.lengths()?;
-    let (aside, path) = (files.dir().join(format!(".{NAME}.partial")), files.dir().join(NAME));
+    let (aside, path) = (files.dir().join(format!(".{NAME}.partial")), place(files.dir()));
     if aside.exists() {
         std::fs::remove_dir_all(&aside).with_context(|| format!("cannot clear {}", aside.display()))?;
     }
@@ -60,10 +84,22 @@ pub(super) fn keep(prepared: &Prepared, files: &mut RunFiles) -> Result<()> {
     if let Some(lora) = prepared.policy.lora() {
         lora.write(&aside.join(ADAPTER), prepared.policy.weights())?;
     }
-    export::write_json(&aside.join("preceptor.json"), &json!({ "phases_bytes": lengths.phases }))?;
+    let about = json!({ "phases_bytes": lengths.phases, "origin": origin(config, base)? });
+    export::write_json(&aside.join("preceptor.json"), &about)?;
     sums::seal(&aside)?;
     std::fs::rename(&aside, &path).with_context(|| format!("cannot rename {} into place", aside.display()))?;
     File::open(files.dir())?.sync_all().with_context(|| format!("cannot sync {}", files.dir().display()))
+}
+
+/// Copies what `run` has of it to the mirror of `shelf`, if there is one that has no copy yet.
+pub(super) fn copy(run: &Path, shelf: &Shelf) {
+    let path = place(run);
+    if path.exists()
+        && let Err(error) = shelf.copy_beside(&path)
+    {
+        telemetry::disk_error();
+        say!("{error:#}; the original is in {}, and the end of the run tries again", path.display());
+    }
 }
 
 impl Reference {

@@ -11,6 +11,7 @@ use preceptor_actors::{GraphBuilder, Item, Outcome, SnapshotCell, Source, StageC
 use super::journal::{Entry, Journal, Step};
 use super::reference;
 use super::supervise::graph_options;
+use crate::checkpoint::Identity;
 use crate::config::{self, Config};
 use crate::learn::TrainState;
 use crate::learn::stage::Learn;
@@ -49,7 +50,8 @@ pub async fn replay(
         let config = config.clone();
         tokio::task::spawn_blocking(move || prepare_policy(&config, true)).await??
     };
-    let prepared = match reference::find(&config, dir)? {
+    let base = Identity { reference: prepared.identity, data: prepared.data.identity() };
+    let prepared = match reference::find(&config, &base, dir)? {
         Some(reference) => reference.take(&config, prepared)?,
         None => {
             ensure!(config.sft.steps == 0, "the fine-tuned policy that the run began with is not in {}", dir.display());

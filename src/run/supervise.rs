@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use anyhow::Result;
 use preceptor_actors::{GraphEvent, GraphHandle, GraphOptions, Outcome, RestartPolicy, WatchdogPolicy};
 
 use super::systemd;
 use crate::config::Config;
 use crate::monitor::Monitor;
 use crate::progress::Progress;
+use crate::say;
 use crate::telemetry;
 
 /// Whether somebody asked the run to stop.
@@ -99,6 +101,32 @@ pub(super) async fn supervise(
             }
         }
     }
+}
+
+/// Does what may wait for a disk on a thread of its own: whoever asks how the run is gets an answer meanwhile, and the second
+/// signal leaves it. None where it was left.
+///
+/// # Errors
+/// When it panicked.
+pub(super) async fn unless_left<T: Send + 'static>(
+    stop: &Stop,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<Option<T>> {
+    tokio::select! {
+        done = tokio::task::spawn_blocking(work) => Ok(Some(done?)),
+        () = leaves(stop) => Ok(None),
+    }
+}
+
+/// Until somebody asks twice that a run which ends leaves what it still writes. Who waits for a disk gives up by itself first.
+async fn leaves(stop: &Stop) {
+    const GRACE: Duration = Duration::from_secs(2);
+    let mut signals = Signals::listen();
+    signals.next().await;
+    stop.ask();
+    say!("the last checkpoint is being written; press Ctrl-C again to leave it, and the steps since the one before");
+    signals.next().await;
+    tokio::time::sleep(GRACE).await;
 }
 
 fn tell(event: &GraphEvent, progress: &Progress) {

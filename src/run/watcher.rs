@@ -12,6 +12,7 @@ use super::evaluation::Evaluator;
 use super::files::RunFiles;
 use super::supervise::Stop;
 use crate::checkpoint::{Snapshot, Writer};
+use crate::config::Config;
 use crate::learn::{Done, Observer};
 use crate::learn::{StepRecord, TrainState};
 use crate::ledger::Book;
@@ -51,20 +52,33 @@ pub(super) struct Watcher {
 
 /// When the next checkpoint is due.
 pub(super) struct Due {
-    pub(super) every_steps: u64,
-    pub(super) every: Option<Duration>,
+    every_steps: u64,
+    every: Option<Duration>,
     /// The figure that the best one is chosen by.
-    pub(super) best: Option<String>,
+    best: Option<String>,
     /// When the last one was taken.
     pub(super) last: Instant,
     /// Values of the figure since then.
-    pub(super) figures: Vec<f64>,
+    figures: Vec<f64>,
     /// Whether the last one could not be written.
     pub(super) failed: Arc<AtomicBool>,
 }
 
 impl Due {
-    fn is_due(&self, step: u64) -> bool {
+    /// As `config` says, counted from now; `failed` is set by whoever writes them.
+    pub(super) fn new(config: &Config, failed: Arc<AtomicBool>) -> Self {
+        let minutes = config.checkpoint.every_minutes;
+        Self {
+            every_steps: config.checkpoint.every_steps,
+            every: (minutes > 0.0).then(|| Duration::from_secs_f64(60.0 * minutes)),
+            best: config.checkpoint.best.clone(),
+            last: Instant::now(),
+            figures: Vec::new(),
+            failed,
+        }
+    }
+
+    pub(super) fn is_due(&self, step: u64) -> bool {
         let since = self.last.elapsed();
         (self.every_steps > 0 && step.is_multiple_of(self.every_steps))
             || self.every.is_some_and(|every| since >= every)

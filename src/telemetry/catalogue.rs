@@ -462,6 +462,18 @@ pub const METRICS: &[(&str, &[Metric])] = &[
             metric(Gauge, "process_open_fds", &[], "Open file descriptors of the process"),
             metric(Gauge, "process_threads", &[], "Threads of the process"),
             metric(Gauge, "process_start_time_seconds", &[], "When the process began, in seconds since 1970"),
+            metric(
+                Gauge,
+                "preceptor_device_memory_used_bytes",
+                &["device"],
+                "Memory of the card that the policy is on which is taken, by this process and by others",
+            ),
+            metric(
+                Gauge,
+                "preceptor_device_memory_free_bytes",
+                &["device"],
+                "Memory of the card that the policy is on which is free",
+            ),
         ],
     ),
 ];

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use preceptor_actors::{Ack, EdgeReport, GraphReport, RoleShare, StageReport};
 
 use super::catalogue;
+use crate::device::Memory;
 use crate::process::Usage;
 
 /// Collects families of samples.
@@ -28,6 +29,14 @@ impl Page {
     }
 }
 
+/// What the process uses, where the system tells.
+pub struct Process {
+    /// Processors and memory.
+    pub usage: Option<Usage>,
+    /// Memory of the card that the policy is on, if it is on one.
+    pub card: Option<Memory>,
+}
+
 /// Renders stages, edges, weights and the process. `shares` are those of the last minute, `limiting` is the role that
 /// limits.
 pub fn render(
@@ -35,7 +44,7 @@ pub fn render(
     shares: &[RoleShare],
     limiting: Option<&str>,
     acks: &[Ack],
-    usage: Option<Usage>,
+    process: Process,
 ) -> String {
     let mut page = Page::default();
     if let Some(report) = report {
@@ -44,12 +53,19 @@ pub fn render(
     }
     roles(&mut page, shares, limiting);
     weights(&mut page, acks);
-    if let Some(usage) = usage {
+    if let Some(usage) = process.usage {
         page.single("process_cpu_seconds_total", usage.cpu_s);
         page.single("process_resident_memory_bytes", usage.resident_bytes as f64);
         page.single("process_open_fds", usage.open_fds as f64);
         page.single("process_threads", usage.threads as f64);
         page.single("process_start_time_seconds", usage.started_s);
+    }
+    if let Some(Memory { device, used_bytes, free_bytes }) = process.card {
+        for (name, bytes) in
+            [("preceptor_device_memory_used_bytes", used_bytes), ("preceptor_device_memory_free_bytes", free_bytes)]
+        {
+            page.family(name, [(format!("{{device=\"{device}\"}}"), bytes as f64)]);
+        }
     }
     page.0
 }

@@ -91,7 +91,7 @@ fn header(area: Rect, buffer: &mut Buffer, status: &Value) {
             plan["eta"],
             figure(&rates["trained_tokens_per_s"]),
             figure(&rates["generated_tokens_per_s"]),
-            bytes(figure(&status["memory"]["resident_bytes"])),
+            memory(&status["memory"]),
         )),
     ])
     .render(line, buffer);
@@ -228,6 +228,13 @@ fn figure(value: &Value) -> f64 {
     value.as_f64().unwrap_or(0.0)
 }
 
+/// Of the process, and of the cards it computes on.
+fn memory(memory: &Value) -> String {
+    let cards = memory["device"].as_array().into_iter().flatten();
+    let cards = cards.map(|card| format!("   {} {}", word(&card["device"]), bytes(figure(&card["used_bytes"]))));
+    format!("{}{}", bytes(figure(&memory["resident_bytes"])), cards.collect::<String>())
+}
+
 fn bytes(bytes: f64) -> String {
     format!("{:.2} GiB", bytes / f64::from(1 << 30))
 }
@@ -275,9 +282,10 @@ mod tests {
                 "settings": [{ "key": "labeler.workers", "now": "1", "try": "2", "why": "another one" }],
             },
             "faults": { "restarts": 1 },
+            "memory": { "resident_bytes": 1u64 << 30, "device": [{ "device": "cuda:0", "used_bytes": 3u64 << 30 }] },
         });
         let history = json!({ "columns": ["step", "score/mean"], "rows": [[1, 0.5], [2, 0.75]] });
-        let shown = text(&status, &history, 100);
+        let shown = text(&status, &history, 120);
         for words in [
             "quickstart",
             "step 5 of 20, 30 s left",
@@ -292,6 +300,7 @@ mod tests {
             "3.2 s",
             "score 0.750",
             "1 restarts",
+            "1.00 GiB   cuda:0 3.00 GiB",
         ] {
             assert!(shown.contains(words), "{words} is not in\n{shown}");
         }

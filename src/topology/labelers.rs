@@ -1,12 +1,10 @@
 //! The labeler that a configuration asks for, on the judges that were prepared for it.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
 use super::pairing;
-use crate::bounded;
 use crate::config::{Config, LabelerKind, Method};
 use crate::label::Labeler;
 use crate::label::backend::{Backend, Decoding};
@@ -77,14 +75,7 @@ fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<
         (LabelerKind::Likelihood | LabelerKind::Embedding, _) => bail!("the judge is of another kind than the method"),
         (LabelerKind::Direct, _) => Box::new(Direct::new(backend()?, TemplateSet::find(&method.templates)?)?),
         (LabelerKind::Pairwise, _) => {
-            let preamble = match method.preamble.as_str() {
-                "base" => Preamble::Base,
-                "detailed" => Preamble::Detailed,
-                path => Preamble::Own(
-                    bounded::text(Path::new(path), bounded::WRITTEN)
-                        .with_context(|| format!("cannot read the preamble {path}"))?,
-                ),
-            };
+            let preamble = Preamble::find(&method.preamble)?;
             let comparison = TemplateSet::find(&method.templates)?.comparison(&preamble, method.shots, method.cot)?;
             let decoding = Decoding {
                 max_tokens: method.rationale_tokens,

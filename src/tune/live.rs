@@ -6,9 +6,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use preceptor_actors::{GraphHandle, GraphOptions, Outcome, RestartPolicy, SnapshotCell, StageReport, spawn_graph};
 
-use super::{Facts, Machine, Measured, Role, Trial};
+use super::plan::Plan;
+use super::{Facts, Machine, Measured, Role};
+use crate::check;
 use crate::config::Config;
 use crate::controller::Knobs;
+use crate::device;
 use crate::generate::MOST_SLOTS;
 use crate::learn::{Done, Observer, TrainState};
 use crate::ledger::Book;
@@ -21,11 +24,16 @@ use crate::topology::{Node, needs_labels, reward_trainer};
 /// Steps that are measured at least.
 const LEAST_STEPS: usize = 2;
 
+/// Share of the free memory that a plan may be expected to take: what is expected is no more than about right.
+const SHARE: f64 = 0.8;
+
 /// This machine.
 pub struct Live {
     config: Config,
     prepared: Arc<Prepared>,
     least: Duration,
+    /// Bytes that were free before anything was measured, where that is known.
+    room: Option<u64>,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -36,7 +44,16 @@ impl Live {
     /// When the threads for it cannot be had.
     pub fn new(config: &Config, prepared: Prepared, least: Duration) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { config: config.clone(), prepared: Arc::new(prepared), least, runtime })
+        let room = device::available_bytes(prepared.policy.device());
+        Ok(Self { config: config.clone(), prepared: Arc::new(prepared), least, room, runtime })
+    }
+
+    /// Most completions that there is memory for in the learner at a time.
+    fn micro_batch(&self) -> usize {
+        let configured = Plan::of(&self.config);
+        let halves = std::iter::successors(Some(configured.group_size / 2), |n| Some(n / 2));
+        let mut sizes = std::iter::once(0).chain(halves.take_while(|n| *n > 0));
+        sizes.find(|n| self.fits(&Plan { micro_batch: *n, ..configured.clone() })).unwrap_or(configured.micro_batch)
     }
 }
 
@@ -50,22 +67,31 @@ impl Machine for Live {
             labels_here: methods.iter().any(|method| method.remote.is_none()),
             labels: needs_labels(&self.config),
             most_slots: MOST_SLOTS,
+            micro_batch: self.micro_batch(),
         }
     }
 
-    fn measure(&mut self, trial: &Trial) -> Result<Measured> {
+    fn fits(&self, plan: &Plan) -> bool {
         let mut config = self.config.clone();
-        trial.plan.put(&mut config);
-        config.learner.batch_groups = trial.batch;
+        plan.put(&mut config);
+        match (self.room, check::memory_bytes(&config, &self.prepared)) {
+            (Some(room), Ok(bytes)) => bytes <= SHARE * room as f64,
+            _ => true,
+        }
+    }
+
+    fn measure(&mut self, plan: &Plan) -> Result<Measured> {
+        let mut config = self.config.clone();
+        plan.put(&mut config);
         // It is halted when enough was seen.
-        config.run.steps = u64::MAX / 2 / trial.batch;
+        config.run.steps = u64::MAX / 2 / plan.batch;
         let prepared = &self.prepared;
         let value = value_model(&config, &prepared.policy)?;
         let state = TrainState::new(&prepared.policy, adam(&config), value, lora(&config).as_ref())?;
         let published = Arc::clone(state.published());
         let cell = SnapshotCell::new(0, published.weights().fingerprint()?, published);
         // Those that are under way in the first steps began before there were others beside them.
-        let skip = 1 + trial.plan.eta as usize;
+        let skip = 1 + plan.eta as usize;
         let watch = Watch { skip, least: self.least, graph: OnceLock::new(), marks: Vec::new(), seen: None };
         let watch = Arc::new(Mutex::new(watch));
         let node = Node {
@@ -102,7 +128,7 @@ impl Machine for Live {
             bail!("{stage} failed while it was measured: {error}");
         }
         let watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
-        watch.measured(trial.batch)
+        watch.measured(plan.batch)
     }
 }
 

@@ -25,6 +25,10 @@ pub struct Model {
     costs: [Cost; 4],
     /// Share of a group's sampling time that groups side by side have in common: reading the weights.
     common: f64,
+    /// Share of learning from a step of one group that is the step's: the optimizer, a new version of the weights.
+    step: f64,
+    /// Share of a group's time in each stage that does not grow with its completions: the prompt's.
+    prompt: [f64; 4],
     /// Measured over predicted, of the plans that were tried as a whole.
     corrections: Vec<(Plan, f64)>,
 }
@@ -45,12 +49,23 @@ impl Model {
             let shared = shared.clamp(0.0, one);
             Cost { serial: one - shared, shared }
         };
-        // One group alone takes `common + own`, n together take `common + n · own`.
-        let common = crowded.map_or(0.0, |(n, seen)| {
-            let (one, each) = (alone.work_s[0], seen.work_s[0]);
-            ((one - each) / one / (1.0 - 1.0 / n as f64)).clamp(0.0, 1.0)
-        });
-        Self { facts, costs: Role::ALL.map(cost), common, corrections: Vec::new() }
+        // One group alone takes `common + own`, n together take `common + n · own`; of both, learning takes a step.
+        let in_common = |role: Role| {
+            crowded.map_or(0.0, |(n, seen)| {
+                let (one, each) = (alone.work_s[role as usize], seen.work_s[role as usize]);
+                shared_part(one, each, n as f64)
+            })
+        };
+        let (common, step) = (in_common(Role::Rollout), in_common(Role::Learn));
+        Self { facts, costs: Role::ALL.map(cost), common, step, prompt: [0.0; 4], corrections: Vec::new() }
+    }
+
+    /// Takes in what a group `times` as large took alone, beside one of the usual size.
+    pub(super) fn sized(&mut self, alone: &Measured, larger: &Measured, times: f64) {
+        // `prompt + completions` is one and `prompt + times · completions` the other. Where pairs are judged it grows faster
+        // than the group does, which is a share below zero.
+        let share = |one: f64, larger: f64| if one > 0.0 { (times - larger / one) / (times - 1.0) } else { 0.0 };
+        self.prompt = std::array::from_fn(|i| share(alone.work_s[i], larger.work_s[i]).min(1.0));
     }
 
     /// Takes in what a plan did in fact: those like it are expected to be off by as much.
@@ -76,7 +91,8 @@ impl Model {
 
     /// Groups a second by the stages' costs alone.
     fn uncorrected(&self, plan: &Plan) -> f64 {
-        let Facts { cores, batch, group_size, .. } = self.facts;
+        let cores = self.facts.cores;
+        let Plan { batch, group_size, .. } = *plan;
         let work = Role::ALL.map(|role| self.work(role, plan));
         // Time between two groups that leave a role.
         let pace: [f64; 4] = std::array::from_fn(|i| work[i] / plan.workers[i] as f64);
@@ -84,9 +100,7 @@ impl Model {
         let shared: f64 = Role::ALL
             .into_iter()
             .filter(|role| *role != Role::Label || self.facts.labels_here)
-            .map(|role| {
-                self.costs[role as usize].with(1) * if role == Role::Rollout { self.company(plan) } else { 1.0 }
-            })
+            .map(|role| self.costs[role as usize].with(1) * self.scale(role, plan))
             .sum();
         let least = (shared / cores as f64).max(pace.iter().copied().fold(0.0, f64::max));
         // A step samples its batch in rounds of groups that end together. What follows overlaps with later rounds: the
@@ -106,19 +120,32 @@ impl Model {
 
     /// Seconds that one worker works on a group.
     fn work(&self, role: Role, plan: &Plan) -> f64 {
-        let cost = self.costs[role as usize].with(plan.threads[role as usize]);
-        if role == Role::Rollout { cost * self.company(plan) } else { cost }
+        self.costs[role as usize].with(plan.threads[role as usize]) * self.scale(role, plan)
     }
 
-    /// What a group's sampling costs in company, as a share of what it costs alone.
-    fn company(&self, plan: &Plan) -> f64 {
-        let Facts { group_size, batch, .. } = self.facts;
-        let room = plan.slots as f64 / group_size as f64;
-        // No more are under way than the staleness bound admits.
-        let admitted = (plan.eta + 1) as f64 * batch as f64 / plan.workers[0] as f64;
-        let beside = room.min(admitted).max(room.min(1.0));
-        self.common / beside + (1.0 - self.common)
+    /// What a group of this plan takes of a stage, as a share of one of the usual size alone in its step.
+    fn scale(&self, role: Role, plan: &Plan) -> f64 {
+        let prompt = self.prompt[role as usize];
+        let size = prompt + (1.0 - prompt) * plan.group_size as f64 / self.facts.group_size as f64;
+        match role {
+            Role::Rollout => (size - self.common).max(0.0) + self.common / self.company(plan),
+            Role::Learn => self.step / plan.batch as f64 + (size - self.step).max(0.0),
+            Role::Label | Role::Reward => size,
+        }
     }
+
+    /// Groups that an actor samples side by side.
+    fn company(&self, plan: &Plan) -> f64 {
+        let room = plan.slots as f64 / plan.group_size as f64;
+        // No more are under way than the staleness bound admits.
+        let admitted = (plan.eta + 1) as f64 * plan.batch as f64 / plan.workers[0] as f64;
+        room.min(admitted).max(room.min(1.0))
+    }
+}
+
+/// Of a time `one`, the part that `n` together have in common, of whom each takes `each`, as a share of it.
+fn shared_part(one: f64, each: f64, n: f64) -> f64 {
+    if one > 0.0 { ((one - each) / one / (1.0 - 1.0 / n)).clamp(0.0, 1.0) } else { 0.0 }
 }
 
 /// How unlike two plans are: doublings between them.
@@ -126,5 +153,10 @@ fn distance(a: &Plan, b: &Plan) -> f64 {
     let doublings = |a: usize, b: usize| (a as f64 / b as f64).log2().abs();
     let pairs = a.workers.iter().zip(&b.workers).chain(a.threads.iter().zip(&b.threads));
     let sum: f64 = pairs.map(|(a, b)| doublings(*a, *b)).sum();
-    sum + doublings(a.slots, b.slots) / 2.0 + doublings(1 + a.eta as usize, 1 + b.eta as usize)
+    let at_a_time = |plan: &Plan| if plan.micro_batch == 0 { plan.group_size } else { plan.micro_batch };
+    let sizes = doublings(a.batch as usize, b.batch as usize) + doublings(a.group_size, b.group_size);
+    sum + sizes
+        + doublings(at_a_time(a), at_a_time(b))
+        + doublings(a.slots, b.slots) / 2.0
+        + doublings(1 + a.eta as usize, 1 + b.eta as usize)
 }

@@ -1,9 +1,9 @@
-//! One division of a machine among the actors.
+//! One division of a machine among the actors, and what a step is made of.
 
 use super::{Facts, Role};
 use crate::config::Config;
 
-/// Workers and threads of each role, sequences side by side, and the staleness bound.
+/// Workers and threads of each role, sequences side by side, the staleness bound, and the sizes of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// Workers, in the order of [`Role::ALL`]; reward and learner have one each.
@@ -14,12 +14,18 @@ pub struct Plan {
     pub slots: usize,
     /// η.
     pub eta: u64,
+    /// Groups per step. One, with η = 0, lets one group through at a time, so that each stage works alone.
+    pub batch: u64,
+    /// Completions of a prompt.
+    pub group_size: usize,
+    /// Completions that the learner takes at a time; zero is a whole group.
+    pub micro_batch: usize,
 }
 
 impl Plan {
-    /// One worker and one thread everywhere, one group at a time.
+    /// One worker and one thread everywhere, one group at a time, in steps of one.
     pub fn single(group_size: usize) -> Self {
-        Self { workers: [1; 4], threads: [1; 4], slots: group_size, eta: 0 }
+        Self { workers: [1; 4], threads: [1; 4], slots: group_size, eta: 0, batch: 1, group_size, micro_batch: 0 }
     }
 
     /// What a configuration has.
@@ -30,6 +36,9 @@ impl Plan {
             threads: [rollout.threads, labeler.threads, reward.threads, learner.threads],
             slots: rollout.slots,
             eta: learner.eta,
+            batch: learner.batch_groups,
+            group_size: rollout.group_size,
+            micro_batch: learner.micro_batch,
         }
     }
 
@@ -46,10 +55,13 @@ impl Plan {
         [rollout.threads, labeler.threads, reward.threads, learner.threads] = self.threads;
         rollout.slots = self.slots;
         learner.eta = self.eta;
+        learner.batch_groups = self.batch;
+        rollout.group_size = self.group_size;
+        learner.micro_batch = self.micro_batch;
     }
 
     /// Keys of the configuration with this plan's values.
-    pub fn keys(&self) -> [(&'static str, u64); 8] {
+    pub fn keys(&self) -> [(&'static str, u64); 11] {
         [
             ("rollout.workers", self.workers[0] as u64),
             ("rollout.threads", self.threads[0] as u64),
@@ -59,6 +71,9 @@ impl Plan {
             ("reward.threads", self.threads[2] as u64),
             ("learner.threads", self.threads[3] as u64),
             ("learner.eta", self.eta),
+            ("learner.batch_groups", self.batch),
+            ("rollout.group_size", self.group_size as u64),
+            ("learner.micro_batch", self.micro_batch as u64),
         ]
     }
 
@@ -76,7 +91,28 @@ impl Plan {
         };
         let roles = Role::ALL.into_iter().filter(|one| *one != Role::Label || facts.labels);
         let roles: Vec<String> = roles.map(role).collect();
-        format!("{}, {} slots, η = {}", roles.join(", "), self.slots, self.eta)
+        let sizes = if (self.batch, self.group_size) == (facts.batch, facts.group_size) {
+            String::new()
+        } else {
+            format!(", {} groups of {}", self.batch, self.group_size)
+        };
+        let at_a_time = if self.micro_batch == 0 { String::new() } else { format!(", {} at a time", self.micro_batch) };
+        format!("{}, {} slots, η = {}{sizes}{at_a_time}", roles.join(", "), self.slots, self.eta)
+    }
+
+    /// Completions of a step.
+    pub fn completions(&self) -> u64 {
+        self.batch * self.group_size as u64
+    }
+
+    /// Steps that are larger, up to four times the groups of twice the size, smallest first; this one among them.
+    pub(super) fn larger(&self) -> Vec<Self> {
+        let sizes = [1, 2, 4].into_iter().flat_map(|n| [(n, 1), (n, 2)]);
+        let larger =
+            |(n, m): (u64, usize)| Self { batch: n * self.batch, group_size: m * self.group_size, ..self.clone() };
+        let mut plans: Vec<Self> = sizes.map(larger).collect();
+        plans.sort_by_key(Self::completions);
+        plans
     }
 
     /// What it takes, for choices among equals: threads, then slots and staleness.
@@ -127,6 +163,9 @@ impl Plan {
                                 threads: [rollout.1, label.1, reward, learn],
                                 slots: *slots,
                                 eta: *eta,
+                                batch: facts.batch,
+                                group_size: facts.group_size,
+                                micro_batch: facts.micro_batch,
                             });
                         }
                     }

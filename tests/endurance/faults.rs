@@ -24,7 +24,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 pub fn trial(count: u32, seed: u64) -> Result<String> {
     let dir = tempfile::tempdir()?;
     let modes: [(&str, &[&str]); 2] = [
-        ("direct", &["checkpoint.every_steps=1"]),
+        ("direct", &["checkpoint.every_steps=1", "sft.steps=4", "sft.batch=2", "sft.lr=1e-3"]),
         ("distilled", &["run.mode=distilled", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=2"]),
     ];
     for (mode, overrides) in modes {

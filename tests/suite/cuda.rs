@@ -16,7 +16,7 @@ use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
 /// The first device. All tests share it, as actors do.
 fn device(test: &str) -> Option<Device> {
     static DEVICE: OnceLock<std::result::Result<Device, String>> = OnceLock::new();
-    let opened = DEVICE.get_or_init(|| preceptor::prepare::device("cuda:0").map_err(|error| format!("{error:#}")));
+    let opened = DEVICE.get_or_init(|| preceptor::device::open("cuda:0").map_err(|error| format!("{error:#}")));
     match opened {
         Ok(device) => Some(device.clone()),
         Err(error) => {
@@ -140,6 +140,18 @@ fn distance(got: &Tensor, want: &Tensor) -> f64 {
 fn close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
     let distance = distance(got, want);
     assert!(distance <= tolerance, "{what}: relative distance {distance:.2e}, {tolerance:.0e} is allowed");
+}
+
+#[test]
+fn the_memory_of_the_card_is_told() {
+    assert_eq!(preceptor::device::memory(&Device::Cpu), None);
+    let Some(device) = device("the_memory_of_the_card_is_told") else { return };
+    let held = Tensor::zeros(1 << 28, DType::F32, &device).unwrap();
+    device.synchronize().unwrap();
+    let memory = preceptor::device::memory(&device).unwrap();
+    assert_eq!(memory.device, "cuda:0");
+    assert!(memory.used_bytes >= 1 << 30 && memory.free_bytes > 0, "{memory:?}");
+    assert!(preceptor::device::available_bytes(held.device()).is_some());
 }
 
 #[test]

@@ -278,20 +278,22 @@ fn a_reader_of_standard_error_that_goes_away_costs_nothing() {
 fn a_run_whose_machine_is_gone_goes_on_from_its_mirror() {
     let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mirror = format!("checkpoint.mirror=\"file://{}/mirror\"", dir.path().display());
-    let short = ["run.steps=3", "learner.eta=0", "checkpoint.every_steps=1", &mirror];
-    let long = ["run.steps=6", "learner.eta=0", "checkpoint.every_steps=1", &mirror];
+    let tuned = ["learner.eta=0", "checkpoint.every_steps=1", "sft.steps=3", "sft.batch=2", "sft.lr=1e-3"];
+    let short = [&tuned[..], &["run.steps=3", &mirror]].concat();
+    let long = [&tuned[..], &["run.steps=6", &mirror]].concat();
     let output = train(dir.path(), &short);
     assert!(output.status.success(), "{}", stderr(&output));
     std::fs::remove_dir_all(dir.path().join("run")).unwrap();
     let output = resume(dir.path(), &long);
     let text = stderr(&output);
     assert!(output.status.success() && text.contains("brought   run/checkpoints/step-000003"), "{text}");
-    assert!(train(whole.path(), &long[..3]).status.success());
+    assert!(text.contains("brought   run/reference") && !text.contains("fine-tuning"), "it is not tuned again: {text}");
+    assert!(train(whole.path(), &long[..long.len() - 1]).status.success());
     let run = dir.path().join("run");
     assert_eq!(metrics(&run), metrics(&whole.path().join("run"))[3..]);
     let weights = |run: &Path| std::fs::read(run.join("checkpoints/step-000006/model.safetensors")).unwrap();
     assert!(weights(&run) == weights(&whole.path().join("run")));
-    let output = resume(dir.path(), &["run.steps=9", "learner.eta=0", "checkpoint.mirror=ftp://host/a"]);
+    let output = resume(dir.path(), &[&tuned[..], &["run.steps=9", "checkpoint.mirror=ftp://host/a"]].concat());
     assert!(
         stderr(&output).contains("error: checkpoint.mirror = \"ftp://host/a\" cannot be used"),
         "{}",
@@ -326,6 +328,97 @@ fn a_step_that_outlasts_the_deadline_is_left_and_nothing_of_it_is_lost() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(train(whole.path(), &overrides).status.success());
     assert_eq!(metrics(&dir.path().join("run")), metrics(&whole.path().join("run")));
+}
+
+/// Killed, and then asked to stop, while it is fine-tuned: what was done of it is not done again, and nothing differs.
+#[test]
+fn fine_tuning_that_was_broken_off_goes_on_as_if_it_had_not_been() {
+    for adapters in [&[][..], &["policy.lora={ rank = 4 }"]] {
+        let tuned = ["sft.steps=60", "sft.batch=2", "sft.lr=1e-3", "run.steps=2", "learner.eta=0"];
+        let overrides = [&tuned[..], &["checkpoint.every_steps=1"], adapters].concat();
+        let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let output = train(whole.path(), &overrides);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let run = broken.path().join("run");
+        let far = |steps: usize| {
+            let lines = std::fs::read_to_string(run.join("phases.jsonl")).unwrap_or_default().lines().count();
+            let whole = |entry: std::io::Result<std::fs::DirEntry>| {
+                entry.unwrap().file_name().to_string_lossy().starts_with("step-")
+            };
+            lines >= steps && run.join("fine-tuning/checkpoints").read_dir().is_ok_and(|mut all| all.any(whole))
+        };
+        let broken_off = |how: &str, steps: usize, resumes: bool| -> String {
+            let mut command = command(broken.path(), &overrides);
+            if resumes {
+                command.arg("--resume");
+            }
+            // A step takes a while, so that it is broken off where it should be.
+            let mut child = command.env("FAILPOINTS", "sft.step=sleep(20)").stderr(Stdio::piped()).spawn().unwrap();
+            while !far(steps) {
+                assert!(child.try_wait().unwrap().is_none(), "it ended before it was broken off");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            assert!(Command::new("kill").args([how, &child.id().to_string()]).status().unwrap().success());
+            let output = child.wait_with_output().unwrap();
+            assert!(!output.status.success() && !run.join("reference").exists(), "{}", stderr(&output));
+            stderr(&output)
+        };
+        broken_off("-KILL", 8, false);
+        let text = broken_off("-TERM", 20, true);
+        assert!(text.contains("resuming  run/fine-tuning/checkpoints/step-0000"), "{text}");
+        assert!(
+            text.contains("interrupted during supervised fine-tuning; --resume goes on from run/fine-tuning"),
+            "{text}"
+        );
+        let again = train(broken.path(), &overrides);
+        assert!(stderr(&again).contains("run holds a run already"), "{}", stderr(&again));
+        let output = resume(broken.path(), &overrides);
+        let text = stderr(&output);
+        assert!(output.status.success() && text.contains("resuming  run/fine-tuning/checkpoints/step-0000"), "{text}");
+        assert!(run.join("reference").exists() && !run.join("fine-tuning").exists());
+        let whole = whole.path().join("run");
+        for file in ["phases.jsonl", "reference/model.safetensors", "checkpoints/step-000002/model.safetensors"] {
+            let read = |run: &Path| std::fs::read(run.join(file)).unwrap();
+            assert!(read(&whole) == read(&run), "{file} {adapters:?}");
+        }
+        assert_eq!(metrics(&whole), metrics(&run));
+    }
+}
+
+/// A disk that does not come back: the second signal leaves it, though a checkpoint is under way.
+#[test]
+fn a_checkpoint_that_never_ends_is_left_when_it_is_asked_for_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let overrides = ["run.steps=3", "learner.eta=0", "checkpoint.every_steps=1"];
+    let mut child = command(dir.path(), &overrides)
+        .env("FAILPOINTS", "checkpoint.fill=1*off->sleep(3600000)")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut errors = child.stderr.take().unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        errors.read_to_string(&mut text).map(|_| text).unwrap()
+    });
+    while metrics_lines(dir.path()) < 3 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before its last checkpoint");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let mut asked = 0;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        asked += 1;
+        assert!(asked < 120, "it still waits for its disk");
+        assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+        std::thread::sleep(Duration::from_millis(500));
+    };
+    let text = reader.join().unwrap();
+    assert!(!status.success() && text.contains("left before its last checkpoint was written"), "{text}");
+    let output = resume(dir.path(), &overrides);
+    assert!(output.status.success() && stderr(&output).contains("step-000001"), "{}", stderr(&output));
+    assert_eq!(metrics(&dir.path().join("run")).len(), 3);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use preceptor::tune::plan::Plan;
-use preceptor::tune::{Facts, Machine, Measured, Role, Trial, tune};
+use preceptor::tune::{Facts, Machine, Measured, Reach, Role, tune};
 use preceptor_actors::scripted::{ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{Admission, AdmissionGate, Clock, GraphBuilder, GraphOptions, Outcome, StageSpec, spawn_graph};
 
@@ -19,17 +19,26 @@ struct Scripted {
     shared: [f64; 4],
     /// Share of sampling that groups side by side have in common.
     common: f64,
+    /// Seconds of a learner's step, whatever its groups.
+    step: f64,
+    /// Share of each stage's time that does not grow with a group's completions.
+    prompt: f64,
     runtime: tokio::runtime::Runtime,
 }
 
 impl Scripted {
     fn new(facts: Facts, serial: [f64; 4], shared: [f64; 4], common: f64) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        Self { facts, serial, shared, common, runtime }
+        Self { facts, serial, shared, common, step: 0.0, prompt: 0.0, runtime }
     }
 
     fn alone(&self, role: usize, threads: usize) -> f64 {
         self.serial[role] + self.shared[role] / threads as f64
+    }
+
+    /// How much longer a plan's groups take than those of the usual size.
+    fn size(&self, plan: &Plan) -> f64 {
+        self.prompt + (1.0 - self.prompt) * plan.group_size as f64 / self.facts.group_size as f64
     }
 
     /// Core seconds that a group costs with `beside` groups side by side.
@@ -57,15 +66,22 @@ impl Machine for Scripted {
         self.facts
     }
 
-    fn measure(&mut self, trial: &Trial) -> Result<Measured> {
-        let Trial { plan, batch } = trial.clone();
+    fn fits(&self, plan: &Plan) -> bool {
+        plan.group_size <= 2 * self.facts.group_size
+    }
+
+    fn measure(&mut self, plan: &Plan) -> Result<Measured> {
+        let plan = plan.clone();
+        let batch = plan.batch;
         let groups = 48 * batch;
-        let beside = (plan.slots / self.facts.group_size).max(1);
+        let size = self.size(&plan);
+        let beside = (plan.slots / plan.group_size).max(1);
         // A worker that samples several groups side by side is as many that take that much longer.
-        let sampling = self.alone(0, plan.threads[0]) * (self.common + (1.0 - self.common) * beside as f64);
+        let sampling = size * self.alone(0, plan.threads[0]) * (self.common + (1.0 - self.common) * beside as f64);
         let taking = |seconds: f64| ScriptedStage::taking(Duration::from_secs_f64(seconds));
-        let label = taking(self.alone(1, plan.threads[1]));
-        let [reward, learn] = [2, 3].map(|role| taking(self.alone(role, plan.threads[role])));
+        let label = taking(size * self.alone(1, plan.threads[1]));
+        let reward = taking(size * self.alone(2, plan.threads[2]));
+        let learn = taking(size * self.alone(3, plan.threads[3]) + self.step / batch as f64);
         let clock = Clock::simulated();
         let options = GraphOptions { clock: clock.clone(), ..GraphOptions::default() };
         let workers = [plan.workers[0] * beside, plan.workers[1]];
@@ -96,7 +112,8 @@ impl Machine for Scripted {
         });
         let rate = groups as f64 / clock.now().as_secs_f64();
         // Who has too few cores for all that works at once is slower by as much, everywhere.
-        let slower = (rate * self.cores(beside) / self.facts.cores as f64).max(1.0);
+        let cores = size * self.cores(beside) + self.step / batch as f64;
+        let slower = (rate * cores / self.facts.cores as f64).max(1.0);
         let work = |role: Role| {
             let stages = report.stages.iter().filter(|stage| stage.role == role.name());
             let lanes = if role == Role::Rollout { beside as f64 } else { 1.0 };
@@ -107,12 +124,18 @@ impl Machine for Scripted {
 }
 
 fn facts(cores: usize) -> Facts {
-    Facts { cores, group_size: 8, batch: 4, labels_here: true, labels: true, most_slots: 64 }
+    Facts { cores, group_size: 8, batch: 4, labels_here: true, labels: true, most_slots: 64, micro_batch: 0 }
 }
+
+/// One of everything, and nothing at once.
+fn mis_set() -> Plan {
+    Plan { batch: 4, ..Plan::single(8) }
+}
+
+const REACH: Reach = Reach { trials: 6, sizes: false };
 
 #[test]
 fn the_planted_optimum_is_found_on_five_machines() {
-    let mis_set = Plan { workers: [1; 4], threads: [1; 4], slots: 8, eta: 0 };
     for (name, mut machine) in [
         ("a learner that wants threads", Scripted::new(facts(8), [0.1; 4], [0.8, 0.4, 0.2, 7.0], 0.3)),
         (
@@ -131,7 +154,7 @@ fn the_planted_optimum_is_found_on_five_machines() {
     ] {
         let bound = machine.bound();
         let told = Mutex::new(Vec::new());
-        let tuned = tune(&mut machine, &mis_set, 6, |text| told.lock().unwrap().push(text.to_owned())).unwrap();
+        let tuned = tune(&mut machine, &mis_set(), REACH, |text| told.lock().unwrap().push(text.to_owned())).unwrap();
         let found = tuned.best.measured;
         let plan = tuned.best.plan.describe(&machine.facts);
         println!("{name}: {:.3} → {found:.3} of at most {bound:.3} ({plan})", tuned.before.measured);
@@ -141,7 +164,7 @@ fn the_planted_optimum_is_found_on_five_machines() {
         // What was expected came, of the best and of the best that is synchronous.
         assert!((tuned.best.predicted / found - 1.0).abs() < 0.15, "{name}: {tuned:?}");
         let (plan, gain) = tuned.synchronous.clone();
-        let synchronous = machine.measure(&Trial { plan, batch: machine.facts.batch }).unwrap().groups_per_s;
+        let synchronous = machine.measure(&plan).unwrap().groups_per_s;
         println!("    asynchronous: {gain:.3} times expected, {:.3} measured", found / synchronous);
         assert!(
             (gain / (found / synchronous) - 1.0).abs() < 0.15,
@@ -154,8 +177,43 @@ fn the_planted_optimum_is_found_on_five_machines() {
 #[test]
 fn where_all_share_one_core_asynchronous_is_not_worth_it_and_nothing_is_changed() {
     let mut machine = Scripted::new(facts(1), [1.0, 0.5, 0.2, 1.0], [0.0; 4], 0.0);
-    let configured = Plan { workers: [1; 4], threads: [1; 4], slots: 8, eta: 0 };
-    let tuned = tune(&mut machine, &configured, 6, |_| {}).unwrap();
+    let tuned = tune(&mut machine, &mis_set(), REACH, |_| {}).unwrap();
     assert!(!tuned.is_better() && !tuned.is_asynchronous_worth_it(), "{tuned:?}");
-    assert_eq!(tuned.best.plan, configured);
+    assert_eq!(tuned.best.plan, mis_set());
+}
+
+#[test]
+fn larger_steps_are_proposed_where_they_are_asked_for_and_pay() {
+    let sizes = Reach { sizes: true, ..REACH };
+    let machine = |step: f64, prompt: f64| {
+        let machine = Scripted::new(facts(1), [0.2, 0.1, 0.1, 0.2], [0.0; 4], 0.0);
+        Scripted { step, prompt, ..machine }
+    };
+    let chosen = |machine: &mut Scripted, reach: Reach| {
+        let tuned = tune(machine, &mis_set(), reach, |_| {}).unwrap();
+        // What was expected of the larger step came.
+        assert!((tuned.best.predicted / tuned.best.measured - 1.0).abs() < 0.1, "{tuned:?}");
+        (tuned.best.plan.batch, tuned.best.plan.group_size, tuned.gain())
+    };
+    // Four groups take 2.4 s and the step 4 s more: sixteen take 9.6 s and 4 s.
+    let (batch, group, gain) = chosen(&mut machine(4.0, 0.0), sizes);
+    assert_eq!((batch, group), (16, 16));
+    assert!((gain / (6.4 / ((19.2 + 4.0) / 8.0)) - 1.0).abs() < 0.05, "{gain}");
+    assert_eq!(chosen(&mut machine(4.0, 0.0), REACH), (4, 8, 1.0), "it was not asked for");
+    // Half of a group's time is its prompt's: twice the completions take 1.5 times as long.
+    let (batch, group, gain) = chosen(&mut machine(0.0, 0.5), sizes);
+    assert_eq!((batch, group), (4, 16));
+    assert!((gain - 2.0 / 1.5).abs() < 0.07, "{gain}");
+    assert_eq!(chosen(&mut machine(0.0, 0.0), sizes), (4, 8, 1.0), "larger steps are not faster here");
+}
+
+#[test]
+fn a_learner_that_takes_few_at_a_time_is_given_all_that_there_is_memory_for() {
+    let configured = Plan { micro_batch: 1, ..mis_set() };
+    let mut machine = Scripted::new(facts(2), [0.2, 0.1, 0.1, 0.2], [0.0; 4], 0.0);
+    let tuned = tune(&mut machine, &configured, REACH, |_| {}).unwrap();
+    assert!(tuned.tried[1..].iter().all(|one| one.plan.micro_batch == 0), "{tuned:?}");
+    machine.facts.micro_batch = 2;
+    let tuned = tune(&mut machine, &configured, REACH, |_| {}).unwrap();
+    assert!(tuned.tried[1..].iter().all(|one| one.plan.micro_batch == 2), "{tuned:?}");
 }

@@ -247,16 +247,20 @@ fn a_collector_is_sent_a_trace_of_each_group() {
     let bodies = bodies.lock().unwrap();
     let all = |body: &Value| body["resourceSpans"][0]["scopeSpans"][0]["spans"].as_array().unwrap().clone();
     let spans: Vec<Value> = bodies.iter().flat_map(all).collect();
-    let group = spans.iter().find(|span| span["name"] == "group").expect("a group was trained");
-    let of: Vec<&Value> = spans.iter().filter(|span| span["traceId"] == group["traceId"]).collect();
-    let mut names: Vec<&str> = of.iter().map(|span| span["name"].as_str().unwrap()).collect();
-    names.sort_unstable();
-    assert_eq!(names, ["group", "label-0", "learn", "prompts", "reward", "rollout-0"]);
-    assert!(of.iter().all(|span| span["name"] == "group" || span["parentSpanId"] == group["spanId"]), "{of:?}");
+    let groups: Vec<&Value> = spans.iter().filter(|span| span["name"] == "group").collect();
+    let trained = metrics(&dir.path().join("run")).len() * 4;
+    assert_eq!((groups.len(), trained), (400, 400), "each group that was trained is told, once");
     let nanos = |span: &Value, end: &str| span[end].as_str().unwrap().parse::<u64>().unwrap();
-    for span in &of {
-        assert!(nanos(span, "startTimeUnixNano") >= nanos(group, "startTimeUnixNano"), "{span}");
-        assert!(nanos(span, "endTimeUnixNano") <= nanos(group, "endTimeUnixNano"), "{span}");
+    for group in groups {
+        let of: Vec<&Value> = spans.iter().filter(|span| span["traceId"] == group["traceId"]).collect();
+        let mut names: Vec<&str> = of.iter().map(|span| span["name"].as_str().unwrap()).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["group", "label-0", "learn", "prompts", "reward", "rollout-0"]);
+        assert!(of.iter().all(|span| span["name"] == "group" || span["parentSpanId"] == group["spanId"]), "{of:?}");
+        for span in &of {
+            assert!(nanos(span, "startTimeUnixNano") >= nanos(group, "startTimeUnixNano"), "{span}");
+            assert!(nanos(span, "endTimeUnixNano") <= nanos(group, "endTimeUnixNano"), "{span}");
+        }
     }
     let service = &bodies[0]["resourceSpans"][0]["resource"]["attributes"];
     assert!(service.to_string().contains("preceptor"), "{service}");
@@ -326,6 +330,24 @@ fn check_tells_what_a_run_will_take() {
     ] {
         assert!(text.contains(words), "{words} is not in\n{text}");
     }
+    // A preamble of one's own is read with each question.
+    let own = dir.path().join("preamble.txt");
+    std::fs::write(&own, "Judge well. ".repeat(1000)).unwrap();
+    let read = |preamble: &str| -> f64 {
+        let preamble = format!("labeler.preamble=\"{preamble}\"");
+        let mut command = preceptor(dir.path());
+        command.arg("check").arg(config("offline.toml"));
+        let output =
+            command.args(["--set", "labeler.type=pairwise", "--set", judge, "--set", &preamble]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let number = |before: &str, after: &str| -> f64 {
+            let (start, _) = text.split_once(after).unwrap_or_else(|| panic!("{text}{}", stderr(&output)));
+            start.rsplit(before).next().unwrap().parse().unwrap()
+        };
+        number("about ", " tokens read") / number("server: ", " questions a step")
+    };
+    let more = read(own.to_str().unwrap()) - read("base");
+    assert!((2500.0..3100.0).contains(&more), "12,000 characters more, and {more} tokens");
     // What is said of the disk is what a checkpoint takes.
     let output = train(dir.path(), &[]);
     assert!(output.status.success(), "{}", stderr(&output));
