@@ -173,7 +173,7 @@ impl GraphBuilder {
         let now = self.view.clock.now();
         pulse.enter(State::Starting, now);
         pulse.beat(now);
-        let pending = Pending::shared();
+        let pending = Arc::<Pending>::default();
         let watched = Watched { spec: spec.clone(), pulse: Arc::clone(&pulse), pending: Arc::clone(&pending) };
         self.view.stages.push(watched);
         let ctx = StageContext {
@@ -296,9 +296,10 @@ impl View {
 
     /// The last spans of all stages, in the order in which they ended.
     pub(crate) fn timeline(&self) -> Vec<Span> {
-        let last = |stage: &'_ Watched| stage.pending.since(0, TIMELINE).0;
-        let all = self.stages.iter().flat_map(|stage| last(stage).into_iter().map(move |done| (stage, done)));
-        let mut all: Vec<(&Watched, Done)> = all.collect();
+        let mut all: Vec<(&Watched, Done)> = Vec::new();
+        for stage in &self.stages {
+            all.extend(stage.pending.since(0, TIMELINE).0.into_iter().map(|done| (stage, done)));
+        }
         all.sort_by_key(|(_, done)| done.end);
         let left_out = all.len().saturating_sub(TIMELINE);
         all.into_iter().skip(left_out).map(|(stage, done)| self.span(stage, done)).collect()

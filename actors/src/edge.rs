@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Select, Sender, TryRecvError, TrySendError};
+use crossbeam::channel::{Receiver, Select, SelectedOperation, Sender, TryRecvError, TrySendError};
 use crossbeam::utils::CachePadded;
 
 use crate::clock::{Simulation, Slot};
@@ -47,6 +47,7 @@ pub(crate) struct Account {
 }
 
 /// What the senders count. Times are in nanoseconds.
+#[derive(Default)]
 pub(crate) struct Put {
     pub(crate) items: AtomicU64,
     pub(crate) refused: AtomicU64,
@@ -123,13 +124,7 @@ pub(crate) fn edge<T>(
         lists: Mutex::new(Lists { ends: [1, 1], ..Lists::default() }),
     });
     let capacity = capacity.max(1);
-    let put = Put {
-        items: AtomicU64::new(0),
-        refused: AtomicU64::new(0),
-        blocked: AtomicU64::new(0),
-        high_water: AtomicU64::new(0),
-        since: (0..capacity).map(|_| AtomicU64::new(0)).collect(),
-    };
+    let put = Put { since: (0..capacity).map(|_| AtomicU64::new(0)).collect(), ..Put::default() };
     let account = Arc::new(Account {
         name: name.to_owned(),
         capacity,
@@ -187,16 +182,8 @@ impl<T> Outlet<T> {
                 aboard.since = now;
                 continue;
             }
-            let mut either = Select::new();
-            let room = either.send(sender);
-            either.recv(ctx.halt_signal());
             let selected;
-            (selected, now) = timed(ctx, State::Output, blocked, || either.select());
-            if selected.index() != room {
-                // Nothing is ever said there: it closes.
-                let _ = selected.recv(ctx.halt_signal());
-                return Err(Ended::Halted);
-            }
+            (selected, now) = select(ctx, State::Output, blocked, |either| either.send(sender))?;
             aboard.since = now;
             selected.send(sender, aboard).map_err(|_| Ended::Drained)?;
             break;
@@ -239,19 +226,30 @@ impl<T> Inlet<T> {
                 }
                 continue;
             }
-            let mut either = Select::new();
-            let item = either.recv(receiver);
-            either.recv(ctx.halt_signal());
-            let (selected, now) = timed(ctx, State::Input, blocked, || either.select());
-            if selected.index() != item {
-                // As above.
-                let _ = selected.recv(ctx.halt_signal());
-                return Err(Ended::Halted);
-            }
+            let (selected, now) = select(ctx, State::Input, blocked, |either| either.recv(receiver))?;
             let aboard = selected.recv(receiver).map_err(|_| Ended::Drained)?;
             return Ok(Some(account.went(aboard, now)));
         }
     }
+}
+
+/// Waits in `state` until what `arm` names can be done, and says when; adds the wait's length to `total`.
+fn select<'a>(
+    ctx: &'a StageContext,
+    state: State,
+    total: &AtomicU64,
+    arm: impl FnOnce(&mut Select<'a>) -> usize,
+) -> Result<(SelectedOperation<'a>, Duration), Ended> {
+    let mut either = Select::new();
+    let wanted = arm(&mut either);
+    either.recv(ctx.halt_signal());
+    let (selected, now) = timed(ctx, state, total, || either.select());
+    if selected.index() == wanted {
+        return Ok((selected, now));
+    }
+    // Nothing is ever said there: it closes.
+    let _ = selected.recv(ctx.halt_signal());
+    Err(Ended::Halted)
 }
 
 /// Runs a wait in `state`, adding its length to `total`; says when it was over.
@@ -320,15 +318,11 @@ impl Account {
 
     /// How long the oldest item has been on the edge; zero where there is none.
     pub(crate) fn age(&self, now: Duration) -> Duration {
-        if self.depth() == 0 {
-            return Duration::ZERO;
-        }
         let oldest = self.taken.items.load(Relaxed) as usize % self.capacity;
-        match self.put.since[oldest].load(Relaxed) {
-            // Its sender has counted it and is about to note when.
-            0 => Duration::ZERO,
-            since => now.saturating_sub(Duration::from_nanos(since)),
-        }
+        let since = self.put.since[oldest].load(Relaxed);
+        // Zero until its sender, which has counted it, has noted when.
+        let waits = self.depth() > 0 && since > 0;
+        if waits { now.saturating_sub(Duration::from_nanos(since)) } else { Duration::ZERO }
     }
 
     pub(crate) fn seconds(total: &AtomicU64) -> f64 {

@@ -1,7 +1,7 @@
 //! What a stage has taken and not yet given on, and the last that it gave.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Spans that a stage keeps, until they are read or the next ones need their room.
@@ -30,10 +30,6 @@ pub(crate) struct Work {
 }
 
 impl Pending {
-    pub(crate) fn shared() -> Arc<Self> {
-        Arc::default()
-    }
-
     /// The stage turns to an item.
     pub(crate) fn begin(&self, seq: u64, version: u64, now: Duration) {
         if cfg!(feature = "unobserved") {
