@@ -80,7 +80,8 @@ impl Model {
     pub fn predict(&self, plan: &Plan) -> f64 {
         let mut weights = 0.0;
         let mut logs = 0.0;
-        for (tried, ratio) in &self.corrections {
+        // Of learning in parts nothing is known but what was seen of it, which says nothing of other parts.
+        for (tried, ratio) in self.corrections.iter().filter(|(tried, _)| tried.micro_batch == plan.micro_batch) {
             let weight = (-distance(plan, tried)).exp2();
             weights += weight;
             logs += weight * ratio.ln();
@@ -153,10 +154,6 @@ fn distance(a: &Plan, b: &Plan) -> f64 {
     let doublings = |a: usize, b: usize| (a as f64 / b as f64).log2().abs();
     let pairs = a.workers.iter().zip(&b.workers).chain(a.threads.iter().zip(&b.threads));
     let sum: f64 = pairs.map(|(a, b)| doublings(*a, *b)).sum();
-    let at_a_time = |plan: &Plan| if plan.micro_batch == 0 { plan.group_size } else { plan.micro_batch };
     let sizes = doublings(a.batch as usize, b.batch as usize) + doublings(a.group_size, b.group_size);
-    sum + sizes
-        + doublings(at_a_time(a), at_a_time(b))
-        + doublings(a.slots, b.slots) / 2.0
-        + doublings(1 + a.eta as usize, 1 + b.eta as usize)
+    sum + sizes + doublings(a.slots, b.slots) / 2.0 + doublings(1 + a.eta as usize, 1 + b.eta as usize)
 }

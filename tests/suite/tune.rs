@@ -81,7 +81,10 @@ impl Machine for Scripted {
         let taking = |seconds: f64| ScriptedStage::taking(Duration::from_secs_f64(seconds));
         let label = taking(size * self.alone(1, plan.threads[1]));
         let reward = taking(size * self.alone(2, plan.threads[2]));
-        let learn = taking(size * self.alone(3, plan.threads[3]) + self.step / batch as f64);
+        // In parts, the prompt is computed with each.
+        let parts = if plan.micro_batch == 0 { 1 } else { plan.group_size / plan.micro_batch };
+        let learn = size * self.alone(3, plan.threads[3]) * (1.0 + (parts - 1) as f64 / 2.0);
+        let learn = taking(learn + self.step / batch as f64);
         let clock = Clock::simulated();
         let options = GraphOptions { clock: clock.clone(), ..GraphOptions::default() };
         let workers = [plan.workers[0] * beside, plan.workers[1]];
@@ -213,6 +216,7 @@ fn a_learner_that_takes_few_at_a_time_is_given_all_that_there_is_memory_for() {
     let mut machine = Scripted::new(facts(2), [0.2, 0.1, 0.1, 0.2], [0.0; 4], 0.0);
     let tuned = tune(&mut machine, &configured, REACH, |_| {}).unwrap();
     assert!(tuned.tried[1..].iter().all(|one| one.plan.micro_batch == 0), "{tuned:?}");
+    assert!(tuned.gain() > 1.2 && (tuned.best.predicted / tuned.best.measured - 1.0).abs() < 0.1, "{tuned:?}");
     machine.facts.micro_batch = 2;
     let tuned = tune(&mut machine, &configured, REACH, |_| {}).unwrap();
     assert!(tuned.tried[1..].iter().all(|one| one.plan.micro_batch == 2), "{tuned:?}");
