@@ -82,7 +82,7 @@ impl Machine for Scripted {
         let label = taking(size * self.alone(1, plan.threads[1]));
         let reward = taking(size * self.alone(2, plan.threads[2]));
         // In parts, the prompt is computed with each.
-        let parts = if plan.micro_batch == 0 { 1 } else { plan.group_size / plan.micro_batch };
+        let parts = plan.group_size.checked_div(plan.micro_batch).unwrap_or(1);
         let learn = size * self.alone(3, plan.threads[3]) * (1.0 + (parts - 1) as f64 / 2.0);
         let learn = taking(learn + self.step / batch as f64);
         let clock = Clock::simulated();
