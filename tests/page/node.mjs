@@ -140,7 +140,7 @@ function graphOf(world) {
   if (world.hostile) labelers[0].note = "asks http://judge.example/v1 again in 4 s: <b>503</b> " + "x".repeat(90);
   if (world.stalled) labelers[0].since_s = 130;
   const edge = (name, from, to, depth, capacity, age_s) => ({
-    name, from, to, depth, capacity, items: Math.floor(up * 0.63), refused: 0, send_blocked_s: 0.61 * up, recv_blocked_s: 0.1 * up,
+    name, from, to, depth, capacity, items: Math.floor(up * 40), refused: 0, send_blocked_s: 0.61 * up, recv_blocked_s: 0.1 * up,
     high_water: capacity, age_s, waited_s: 2.1 * up,
   });
   const names = (stages) => stages.map((each) => each.name);
