@@ -13,14 +13,15 @@
 mod shapes;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use candle_core::{DType, Device};
 use clap::Parser;
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
-use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
+use preceptor::model::{Copies, Decoder, ModelConfig, Pack, Weights};
 use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
 
 #[global_allocator]
@@ -114,18 +115,67 @@ impl Bench {
             model.logprobs(&pack, 1.0)?.0.to_dtype(DType::F32)?.to_vec1::<f32>()?;
             Ok(())
         })?;
-        let (model, params) = model.trainable(true)?;
+        let (trained, params) = model.trainable(true)?;
         let mut gradients = Gradients::new(&params)?;
         let mut optimizer = AdamW::new(params, AdamWConfig::default())?;
-        self.measure("train", learned * GROUPS as f64, forward * 3.0 * GROUPS as f64, || {
+        let mut train = || {
             gradients.zero()?;
             for _ in 0..GROUPS {
-                let (logprobs, _) = model.logprobs(&pack, 1.0)?;
+                let (logprobs, _) = trained.logprobs(&pack, 1.0)?;
                 ops::backward(&logprobs.sum_all()?, &mut [&mut gradients])?;
             }
             let norm = gradients.global_norm()?;
             Ok(optimizer.step(&gradients, 1e-6, 1.0 / norm)?)
-        })
+        };
+        let tokens = learned * GROUPS as f64;
+        self.measure("train", tokens, forward * 3.0 * GROUPS as f64, &mut train)?;
+        // As a run's actors are: on one stream, where they take turns, and on a stream each.
+        self.beside("on one stream", &model, &prompt, tokens, &mut train)?;
+        let own = preceptor::device::open(&self.options.device)?;
+        if own.same_device(&self.device) {
+            return Ok(());
+        }
+        self.beside("on a stream each", &Copies::new(own).of(&model)?, &prompt, tokens, &mut train)
+    }
+
+    /// Training, and beside it sampling of 32 rows with `model`: what becomes of the one and of the other.
+    fn beside(
+        &self,
+        how: &str,
+        model: &Arc<Decoder>,
+        prompt: &[u32],
+        tokens: f64,
+        train: &mut impl FnMut() -> Result<()>,
+    ) -> Result<()> {
+        const ROWS: usize = 32;
+        let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
+        let stop = AtomicBool::new(false);
+        let (trained, sampled) = std::thread::scope(|scope| {
+            let sampler = scope.spawn(|| {
+                let (began, mut times) = (Instant::now(), 0.0);
+                while !stop.load(Ordering::Relaxed) {
+                    let requests = (0..ROWS / GROUP).map(|_| Request::new(prompt, (0..GROUP as u64).collect()));
+                    generate(&mut Fixed(Arc::clone(model)), requests.collect(), &sampling)?;
+                    times += (ROWS * ANSWER) as f64;
+                }
+                anyhow::Ok(times / began.elapsed().as_secs_f64())
+            });
+            let (began, mut times) = (Instant::now(), 0.0);
+            let done = loop {
+                let done = train().and_then(|()| Ok(self.device.synchronize()?));
+                times += tokens;
+                if done.is_err() || began.elapsed() >= Duration::from_secs_f64(self.options.seconds) {
+                    break done;
+                }
+            };
+            let rate = times / began.elapsed().as_secs_f64();
+            stop.store(true, Ordering::Relaxed);
+            let sampled = sampler.join().map_err(|_| anyhow!("the sampling thread panicked"))??;
+            done.map(|()| (rate, sampled))
+        })?;
+        println!("| train beside sampling, {how} | {trained:.0} | | |");
+        println!("| sample, {ROWS} rows, beside training, {how} | {sampled:.0} | | |");
+        Ok(())
     }
 
     fn sampling(&self, model: &Arc<Decoder>, prompt: &[u32], rows: usize) -> Result<()> {

@@ -30,7 +30,7 @@ use preceptor::learn::{Done, Observer};
 use preceptor::ledger::Book;
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::ops::{AdamW, AdamWConfig, Gradients, backward};
-use preceptor::prepare::{Prepared, prompt_format};
+use preceptor::prepare::{Devices, Prepared, prompt_format};
 use preceptor::rollout::{Completion, Finish, Group, Prompt, Rewarded, Verdict};
 use preceptor::source::ModelFiles;
 use preceptor::tokens::Tokenizer;
@@ -262,6 +262,7 @@ impl Subject {
                 data,
                 held_out: None,
                 origin: "random".into(),
+                devices: Devices::one(&Device::Cpu),
             }),
             config,
         })

@@ -26,7 +26,6 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     let sizes = Sizes::of(config, &prepared)?;
     let (rollout, learner) = (&config.rollout, &config.learner);
     let groups = config.run.steps * learner.batch_groups;
-    let (weights, activations) = (sizes.weights_bytes(config), sizes.activation_bytes(config, &prepared));
     let data = &prepared.data;
     let mut lines = vec![
         format!(
@@ -46,29 +45,21 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
             rollout.group_size,
             groups as f64 / data.len() as f64
         ),
-        format!(
-            "memory      about {} on {}: {} weights and optimizer, up to {} activations{}",
-            gib(weights + activations),
-            config.policy.device,
-            gib(weights),
-            gib(activations),
-            available(prepared.policy.device(), weights + activations),
-        ),
-        disk(config, &sizes),
-        tokens(config, mean_prompt(data)?),
     ];
+    lines.extend(sizes.loads(config, &prepared).iter().map(|load| load.line(config)));
+    lines.extend([disk(config, &sizes), tokens(config, mean_prompt(data)?)]);
     lines.extend(judges(config, mean_prompt(data)?)?);
     lines.extend(staleness(config));
     Ok(lines)
 }
 
-/// Bytes that a run takes, about: weights, optimizer, and most activations.
+/// Bytes that a run takes where the policy is, about: weights, optimizer, and most activations.
 ///
 /// # Errors
 /// Adapters that do not suit the model.
 pub(crate) fn memory_bytes(config: &Config, prepared: &Prepared) -> Result<f64> {
     let sizes = Sizes::of(config, prepared)?;
-    Ok(sizes.weights_bytes(config) + sizes.activation_bytes(config, prepared))
+    Ok(sizes.loads(config, prepared).first().map_or(0.0, |load| load.weights + load.activations))
 }
 
 /// Parameters of what a run holds.
@@ -106,12 +97,47 @@ impl Sizes {
         Ok(Self { parameters, trained, judges, reward_model, value_model })
     }
 
-    /// The reference and the judges are there once; of what learns, weights, a batch's gradient, a group's, AdamW's two
-    /// moments, and two published copies of the policy.
-    fn weights_bytes(&self, config: &Config) -> f64 {
+    /// What each device has to hold, the policy's first.
+    fn loads(&self, config: &Config, prepared: &Prepared) -> Vec<Load> {
+        let each = bytes(config);
+        // In f32: a batch's gradient, AdamW's two moments, and the weights once more where they are computed with in
+        // another type.
+        let exact = 4.0 * if config.policy.dtype == WeightDtype::F32 { 3.0 } else { 4.0 };
         let quantised = if config.rollout.weights == RolloutWeights::Q8 { 1.1 * self.parameters } else { 0.0 };
-        let learn = 7.0 * self.trained + 5.0 * self.value_model + 4.0 * self.reward_model;
-        4.0 * (self.parameters + self.judges + learn) + quantised
+        let (home, devices) = (&config.policy.device, &prepared.devices);
+        let policy = prepared.policy.device();
+        // The reference once; of what learns, weights, a group's gradient, and two published copies of the policy.
+        let learner = each * (self.parameters + 4.0 * self.trained + 2.0 * self.value_model)
+            + exact * (self.trained + self.value_model);
+        let mut loads = vec![Load {
+            name: home.clone(),
+            device: policy.clone(),
+            weights: learner,
+            activations: self.activation_bytes(config, prepared),
+        }];
+        let mut add = |name: &Option<String>, device: &Device, weights: f64| {
+            let name = name.as_ref().unwrap_or(home);
+            match loads.iter_mut().find(|load| load.name == *name) {
+                Some(load) => load.weights += weights,
+                None => {
+                    loads.push(Load { name: name.clone(), device: device.clone(), weights, activations: 0.0 });
+                }
+            }
+        };
+        let own_judge = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
+        let copy = if own_judge && config.labeler.device.is_some() && *home != "cpu" { self.parameters } else { 0.0 };
+        add(&config.labeler.device, &devices.labeler, each * (self.judges + copy));
+        add(&config.reward_model.device, &devices.reward_model, (each + exact) * self.reward_model);
+        if config.rollout.devices.is_empty() {
+            add(&None, policy, quantised * config.rollout.workers as f64);
+        }
+        for (worker, name) in (0..config.rollout.workers).zip(config.rollout.devices.iter().cycle()) {
+            // The weights that are sampled with, and those that will be.
+            let device = devices.rollout(worker);
+            let copies = if device.same_device(policy) { 0.0 } else { 2.0 * each * self.parameters };
+            add(&Some(name.clone()), device, copies + quantised);
+        }
+        loads
     }
 
     fn activation_bytes(&self, config: &Config, prepared: &Prepared) -> f64 {
@@ -127,7 +153,52 @@ impl Sizes {
         } else {
             shape.layers * layer
         };
-        4.0 * (tokens * kept) as f64
+        bytes(config) * (tokens * kept) as f64
+    }
+}
+
+/// Of a number that is computed with.
+fn bytes(config: &Config) -> f64 {
+    match config.policy.dtype {
+        WeightDtype::F32 => 4.0,
+        WeightDtype::Bf16 => 2.0,
+    }
+}
+
+/// What a device has to hold, in bytes.
+struct Load {
+    /// As the configuration calls it.
+    name: String,
+    device: Device,
+    weights: f64,
+    activations: f64,
+}
+
+impl Load {
+    fn line(&self, config: &Config) -> String {
+        let whole = self.weights + self.activations;
+        format!(
+            "memory      about {} on {}: {} weights and optimizer, up to {} activations{}",
+            gib(whole),
+            place(&self.name, config),
+            gib(self.weights),
+            gib(self.activations),
+            available(&self.device, whole),
+        )
+    }
+}
+
+/// The device, and what is computed in where that is not what one expects there.
+fn place(device: &str, config: &Config) -> String {
+    match (device, config.policy.dtype) {
+        ("cpu", WeightDtype::F32) => device.to_owned(),
+        ("cpu", WeightDtype::Bf16) => {
+            "cpu in bf16 (which is slow there: policy.dtype = \"f32\" computes as a CPU likes to)".into()
+        }
+        (_, WeightDtype::F32) => {
+            format!("{device} in f32 (policy.dtype = \"bf16\" takes less and is faster on a card)")
+        }
+        (_, WeightDtype::Bf16) => format!("{device} in bf16"),
     }
 }
 
@@ -152,8 +223,9 @@ fn available(device: &Device, bytes: f64) -> String {
 fn disk(config: &Config, sizes: &Sizes) -> String {
     let keep = &config.checkpoint;
     let exact = if keep.dtype == WeightDtype::Bf16 { 2.0 } else { 0.0 };
-    let policy = (4.0 + exact) * sizes.parameters.max(sizes.trained) + 8.0 * sizes.trained;
-    let each = policy + 12.0 * (sizes.value_model + sizes.reward_model);
+    let master = if config.policy.dtype == WeightDtype::F32 { 0.0 } else { 4.0 };
+    let policy = (4.0 + exact) * sizes.parameters.max(sizes.trained) + (8.0 + master) * sizes.trained;
+    let each = policy + (12.0 + master) * (sizes.value_model + sizes.reward_model);
     // The one that is being written stands beside those that are kept.
     let kept = keep.keep + usize::from(keep.best.is_some()) + 1;
     format!("disk        about {} a checkpoint; {kept} at a time at most, {}", gib(each), gib(kept as f64 * each))

@@ -1,31 +1,49 @@
-//! The device that models live on.
+//! The device that models live on, and what they compute in there.
 
 use anyhow::{Result, anyhow, ensure};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use serde::Serialize;
 
+use crate::config::WeightDtype;
 use crate::process;
 
-/// The device that `name` means, as `policy.device` has it.
+/// As candle calls it.
+pub fn dtype(dtype: WeightDtype) -> DType {
+    match dtype {
+        WeightDtype::F32 => DType::F32,
+        WeightDtype::Bf16 => DType::BF16,
+    }
+}
+
+/// The device that `name` means, as `policy.device` has it: a stream of its own on a card.
 ///
 /// # Errors
 /// When this build or this machine has no such device.
 pub fn open(name: &str) -> Result<Device> {
+    open_as("policy.device", name)
+}
+
+/// As [`open`], for what `key` of the configuration names.
+///
+/// # Errors
+/// As [`open`], naming the key.
+pub fn open_as(key: &str, name: &str) -> Result<Device> {
     let Some(ordinal) = name.strip_prefix("cuda:") else { return Ok(Device::Cpu) };
     ensure!(
         cfg!(feature = "cuda"),
-        "policy.device = \"{name}\", but this program was built without CUDA; set it to \"cpu\", or build with benches/cuda/build.sh"
+        "{key} = \"{name}\", but this program was built without CUDA; set it to \"cpu\", or build with benches/cuda/build.sh"
     );
-    // One stream for all actors. Candle's default is a stream for each thread, where nothing would order what the
+    // One stream for all that shares it. Candle's default is a stream for each thread, where nothing would order what the
     // learner writes before what other actors read of it.
     let device = Device::new_cuda_with_stream(ordinal.parse()?).map_err(|error| {
         // Where backtraces are asked for, candle writes one below its message.
         let error = error.to_string();
         let cause = error.lines().next().unwrap_or_default();
-        anyhow!("policy.device = \"{name}\" cannot be opened ({cause}); nvidia-smi -L lists the devices there are, and \"cpu\" is always there")
+        anyhow!("{key} = \"{name}\" cannot be opened ({cause}); nvidia-smi -L lists the devices there are, and \"cpu\" is always there")
     })?;
     #[cfg(feature = "cuda")]
-    // SAFETY: events order what happens on different streams, and there is one.
+    // SAFETY: events order what happens to a tensor on different streams. Here a tensor stays on its own; what passes from
+    // one to another is a copy, see `model::Copies`.
     unsafe {
         device.as_cuda_device()?.disable_event_tracking();
     }

@@ -15,7 +15,7 @@ use crate::label::cache::{Cached, Store};
 use crate::label::embedding::Embedding;
 use crate::label::local::{Judge, Local};
 use crate::model::config::Head;
-use crate::model::{Decoder, ModelConfig, Weights};
+use crate::model::{Copies, Decoder, ModelConfig, Weights};
 use crate::remote::Remote;
 use crate::reward::RewardModel;
 use crate::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
@@ -43,6 +43,46 @@ pub struct Prepared {
     pub held_out: Option<Arc<Dataset>>,
     /// Where the policy came from, in words.
     pub origin: String,
+    /// Where what is computed.
+    pub devices: Devices,
+}
+
+/// The devices of the actors besides the learner, which is where the policy is.
+#[derive(Debug, Clone)]
+pub struct Devices {
+    /// Of judges with weights here.
+    pub labeler: Device,
+    /// Of the reward model.
+    pub reward_model: Device,
+    /// Of the rollout actors, one after the other and around again.
+    rollout: Vec<Device>,
+}
+
+impl Devices {
+    /// One for all.
+    pub fn one(device: &Device) -> Self {
+        Self { labeler: device.clone(), reward_model: device.clone(), rollout: vec![device.clone()] }
+    }
+
+    /// Those that `config` names, each with a stream of its own; `policy` where it names none.
+    fn open(config: &Config, policy: &Device) -> Result<Self> {
+        let own = |key: &str, name: &Option<String>| {
+            name.as_ref().map_or_else(|| Ok(policy.clone()), |name| device::open_as(key, name))
+        };
+        let (rollout, names) = (&config.rollout, &config.rollout.devices);
+        let workers = names.iter().cycle().take(if names.is_empty() { 0 } else { rollout.workers });
+        let opened = workers.map(|name| device::open_as("rollout.devices", name)).collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            labeler: own("labeler.device", &config.labeler.device)?,
+            reward_model: own("reward_model.device", &config.reward_model.device)?,
+            rollout: if opened.is_empty() { vec![policy.clone()] } else { opened },
+        })
+    }
+
+    /// Of rollout actor `worker`.
+    pub fn rollout(&self, worker: usize) -> &Device {
+        &self.rollout[worker % self.rollout.len()]
+    }
 }
 
 /// A decoder for the reward model, and the head that came with it.
@@ -83,7 +123,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
     if !feedback {
         let data = data(config, &policy.tokenizer, policy.model.config().context, Part::Train)?;
         let Policy { model, identity, tokenizer, origin } = policy;
-        let data = Arc::new(data);
+        let (data, devices) = (Arc::new(data), Devices::one(&device));
         return Ok(Prepared {
             policy: model,
             identity,
@@ -94,16 +134,18 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
             data,
             held_out: None,
             origin,
+            devices,
         });
     }
+    let devices = Devices::open(config, &device)?;
     let asked = needs_labels(config)
         || config.evaluation.every_steps > 0
         || (config.run.mode == Mode::Distilled && config.reward_model.pairs.is_none());
-    let instruments = if asked { instruments(config, Some(&policy), &device, progress)? } else { Vec::new() };
+    let instruments = if asked { instruments(config, Some(&policy), &devices.labeler, progress)? } else { Vec::new() };
     let reward_start = match &config.reward_model.model {
         Some(reference) if trainer_plan(config).is_some() => {
-            let start =
-                reward_start(config, reference, &device, progress).context("reward_model.model cannot be loaded")?;
+            let start = reward_start(config, reference, &devices.reward_model, progress)
+                .context("reward_model.model cannot be loaded")?;
             ensure!(
                 start.model.config().vocab_size == policy.model.config().vocab_size,
                 "reward_model.model has {} tokens and the policy {}; the reward model reads the policy's tokens, so it must be of its family",
@@ -132,7 +174,18 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
     };
     let Policy { model, identity, tokenizer, origin } = policy;
     let (data, held_out) = (Arc::new(data), held_out.map(Arc::new));
-    Ok(Prepared { policy: model, identity, tokenizer, instruments, reward_start, pairs, data, held_out, origin })
+    Ok(Prepared {
+        policy: model,
+        identity,
+        tokenizer,
+        instruments,
+        reward_start,
+        pairs,
+        data,
+        held_out,
+        origin,
+        devices,
+    })
 }
 
 fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
@@ -148,6 +201,7 @@ fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
             load(reference, device, timeout(config), progress).context("policy.model cannot be loaded")?
         }
     };
+    model = model.to_dtype(device::dtype(config.policy.dtype))?;
     model.checkpoint_activations(config.learner.activation_checkpointing);
     let identity = model.weights().fingerprint()?;
     Ok(Policy { model: Arc::new(model), identity, tokenizer, origin })
@@ -170,10 +224,13 @@ pub struct LabelerBench {
 /// # Errors
 /// As [`prepare`].
 pub fn labeler_bench(config: &Config, progress: bool) -> Result<LabelerBench> {
-    let device = device::open(&config.policy.device)?;
+    let policy_device = device::open(&config.policy.device)?;
+    let labeler_device =
+        config.labeler.device.as_ref().map(|name| device::open_as("labeler.device", name)).transpose()?;
     let own = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
-    let policy = if own { Some(policy(config, &device, progress)?) } else { None };
-    let instruments = instruments(config, policy.as_ref(), &device, progress)?;
+    let policy = if own { Some(policy(config, &policy_device, progress)?) } else { None };
+    let device = labeler_device.as_ref().unwrap_or(&policy_device);
+    let instruments = instruments(config, policy.as_ref(), device, progress)?;
     let mut tokenizers =
         config.labeler.methods.iter().zip(&instruments).filter_map(|(method, instrument)| match instrument {
             Instrument::Model(local) if method.kind == LabelerKind::Likelihood => Some(&local.judge().tokenizer),
@@ -242,7 +299,7 @@ fn judge(
     let Some(reference) = &method.model else {
         let policy = policy.context("labeler.model is missing, and there is no policy to judge with")?;
         return Ok(Judge {
-            model: Arc::clone(&policy.model),
+            model: Copies::new(device.clone()).of(&policy.model)?,
             tokenizer: policy.tokenizer.clone(),
             identity: policy.identity,
             chat: chat(&policy.tokenizer),
@@ -250,6 +307,7 @@ fn judge(
     };
     let (model, tokenizer, _) =
         load(reference, device, timeout(config), progress).context("labeler.model cannot be loaded")?;
+    let model = model.to_dtype(device::dtype(config.policy.dtype))?;
     if let Some(policy) = policy {
         ensure!(
             method.kind != LabelerKind::Likelihood || same_vocabulary(&policy.tokenizer, &tokenizer)?,
@@ -270,6 +328,7 @@ fn reward_start(config: &Config, reference: &ModelRef, device: &Device, progress
     } else {
         (load(reference, device, timeout(config), progress)?.0, None)
     };
+    model = model.to_dtype(device::dtype(config.policy.dtype))?;
     model.checkpoint_activations(config.learner.activation_checkpointing);
     Ok(RewardStart { model, head })
 }

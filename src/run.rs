@@ -20,12 +20,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use candle_core::DType;
 use preceptor_actors::{SnapshotCell, spawn_graph};
 
 use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, Written, shelf};
-use crate::config::{Config, Mode, WeightDtype};
+use crate::config::{Config, Mode};
 use crate::controller::{Controller, Knobs};
+use crate::device;
 use crate::knob::Knob;
 use crate::learn::TrainState;
 use crate::ledger::Book;
@@ -171,7 +171,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     let published = Arc::clone(state.published());
     let fingerprint = published.weights().fingerprint()?;
     let cell = Arc::new(SnapshotCell::new(start, fingerprint, published));
-    let dtype = if config.checkpoint.dtype == WeightDtype::Bf16 { DType::BF16 } else { DType::F32 };
+    let dtype = device::dtype(config.checkpoint.dtype);
     let form = Arc::new(Form::new(&config, prepared.tokenizer.clone(), dtype, identity));
     let (progress, failed) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
     let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), announce(&progress, &failed, &monitor))?;

@@ -25,7 +25,7 @@ use crate::learn::TrainState;
 use crate::learn::publish::publish;
 use crate::learn::stage::Learn;
 use crate::ledger::{Book, Entries, UnderWay};
-use crate::model::Decoder;
+use crate::model::{Copies, Decoder};
 use crate::prepare::Prepared;
 use crate::reward::warm_up::{WarmUp, WarmUpObserver};
 use crate::reward::{RewardRule, RewardStage, RewardTrainer, Scorer, TrainerPlan};
@@ -201,7 +201,7 @@ impl Node {
     ) {
         for worker in 0..self.config.rollout.workers {
             let name = format!("rollout-{worker}");
-            let stage = self.rollout(&name, seed, entries);
+            let stage = self.rollout(worker, &name, seed, entries);
             let spec = StageSpec::new(name).role("rollout").threads(self.config.rollout.threads);
             builder.stage(spec, stage, prompts.clone(), groups.clone());
         }
@@ -225,7 +225,7 @@ impl Node {
         Ok(())
     }
 
-    fn rollout(&self, name: &str, seed: u64, entries: &Entries) -> Rollout {
+    fn rollout(&self, worker: usize, name: &str, seed: u64, entries: &Entries) -> Rollout {
         let config = &self.config;
         let plan = RolloutPlan {
             sampling: sampling(config, &self.prepared.tokenizer),
@@ -234,6 +234,7 @@ impl Node {
             group_size: config.rollout.group_size,
             in_flight: config.rollout.update == UpdateMode::InFlight,
             quantised: config.rollout.weights == RolloutWeights::Q8,
+            device: self.prepared.devices.rollout(worker).clone(),
             seed,
             entries: entries.clone(),
         };
@@ -326,7 +327,10 @@ pub fn reward_trainer(config: &Config, prepared: &Prepared) -> Result<Option<Rew
     let adam = learning::adam(config);
     let trainer = match &prepared.reward_start {
         Some(start) => RewardTrainer::new(&start.model, start.head.as_ref(), plan, adam),
-        None => RewardTrainer::new(&prepared.policy, None, plan, adam),
+        None => {
+            let initial = Copies::new(prepared.devices.reward_model.clone()).of(&prepared.policy)?;
+            RewardTrainer::new(&initial, None, plan, adam)
+        }
     };
     trainer.map(Some)
 }

@@ -212,6 +212,7 @@ impl AnswerArgs {
     fn answered(&self, config: &Config, name: &str, references: bool) -> Result<(Vec<Prompt>, Vec<String>, Tokenizer)> {
         let (model, tokenizer) =
             load_model(name, config.policy.resolve_timeout_s, &device::open(&config.policy.device)?)?;
+        let model = model.to_dtype(device::dtype(config.policy.dtype))?;
         let prompts = self.prompts(config, &tokenizer, &model, references)?;
         ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
         let sampling = Sampling {
@@ -270,7 +271,8 @@ impl WinRateArgs {
 impl RewardAccuracyArgs {
     fn run(self) -> Result<()> {
         let config = self.config.load()?;
-        let model = RewardModel::open(&self.model, &device::open(&config.policy.device)?)?;
+        let mut model = RewardModel::open(&self.model, &device::open(&config.policy.device)?)?;
+        model.model = model.model.to_dtype(device::dtype(config.policy.dtype))?;
         let tokenizer = Tokenizer::from_files(&crate::source::ModelFiles::Directory(self.model.clone()))?;
         let context = model.model.config().context;
         let format = prompt_format(&config);

@@ -12,6 +12,9 @@ pub struct Labeler {
     pub methods: Vec<Method>,
     /// Whether several methods are heard as one.
     pub panel: bool,
+    /// Where judges with weights here compute: as `policy.device`, and where it is named a stream of its own even on the same
+    /// card, for a copy of the weights if the policy judges. Default: where the policy is, in turn with it.
+    pub device: Option<String>,
     /// Labeler actors. Default 1.
     pub workers: usize,
     /// Threads of each one's pool. Default 1.

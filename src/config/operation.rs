@@ -47,7 +47,7 @@ pub struct Checkpoint {
     pub journal: bool,
 }
 
-/// Type of the weights in a checkpoint.
+/// Type of weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightDtype {
     /// 4 bytes.

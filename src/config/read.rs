@@ -96,13 +96,27 @@ pub(super) fn policy(document: &mut Document, folder: &Path) -> Policy {
 }
 
 fn rest_of_policy(mut s: Section<'_>, model: PolicyModel) -> Policy {
-    let device: String = s.get("device", "cpu".to_owned());
-    let ordinal = device.strip_prefix("cuda:").map(str::parse::<usize>);
-    if device != "cpu" && !matches!(ordinal, Some(Ok(_))) {
-        s.error("device", &format!("{device:?} is neither \"cpu\" nor \"cuda:N\""));
-    }
+    let device = device(&mut s).unwrap_or_else(|| "cpu".to_owned());
+    let dtype = s.choice("dtype", WeightDtype::F32);
     let resolve_timeout_s = count(&mut s, "resolve_timeout_s", 20, 86_400);
-    Policy { model, device, resolve_timeout_s, lora: lora(&mut s) }
+    Policy { model, device, dtype, resolve_timeout_s, lora: lora(&mut s) }
+}
+
+/// The section's key `device`.
+pub(super) fn device(s: &mut Section<'_>) -> Option<String> {
+    let named = s.optional::<String>("device");
+    if let Some(name) = named.as_ref().filter(|name| !is_device(name)) {
+        s.error("device", &no_device(name));
+    }
+    named
+}
+
+fn is_device(name: &str) -> bool {
+    name == "cpu" || matches!(name.strip_prefix("cuda:").map(str::parse::<usize>), Some(Ok(_)))
+}
+
+fn no_device(name: &str) -> String {
+    format!("{name:?} is neither \"cpu\" nor \"cuda:N\"")
 }
 
 fn lora(s: &mut Section<'_>) -> Option<LoraConfig> {
@@ -166,8 +180,13 @@ pub(super) fn rollout(document: &mut Document) -> Rollout {
     if stop.iter().any(String::is_empty) {
         s.error("stop", "has an empty text, which would end every completion at once");
     }
+    let devices: Vec<String> = s.get("devices", Vec::new());
+    if let Some(name) = devices.iter().find(|name| !is_device(name)) {
+        s.error("devices", &no_device(name));
+    }
     Rollout {
         workers: workers(&mut s, "workers"),
+        devices,
         threads: workers(&mut s, "threads"),
         group_size: s.checked(
             "group_size",
@@ -198,6 +217,7 @@ pub(super) fn reward_model(document: &mut Document, folder: &Path) -> RewardMode
     }
     RewardModel {
         model: reference(&mut s, folder),
+        device: device(&mut s),
         pairs,
         warm_up_groups: count(&mut s, "warm_up_groups", 16, MANY),
         epochs: count(&mut s, "epochs", 1, MANY),

@@ -5,7 +5,7 @@ use std::path::Path;
 use toml::Value;
 
 use super::labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, RemoteJudge};
-use super::read::{TOKENS, capacity, count, reference, variable, workers};
+use super::read::{TOKENS, capacity, count, device, reference, variable, workers};
 use super::reader::{Document, Section};
 
 pub(super) fn labeler(document: &mut Document, folder: &Path) -> Labeler {
@@ -24,6 +24,7 @@ pub(super) fn labeler(document: &mut Document, folder: &Path) -> Labeler {
     let labeler = Labeler {
         methods: own,
         panel,
+        device: device(&mut s),
         workers: workers(&mut s, "workers"),
         threads: workers(&mut s, "threads"),
         pairs: s.choice("pairs", Pairs::Adjacent),

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::operation::WeightDtype;
 use crate::source::ModelRef;
 
 /// `[run]`
@@ -77,6 +78,9 @@ pub struct Policy {
     pub model: PolicyModel,
     /// `cpu` (default) or `cuda:N`.
     pub device: String,
+    /// What it computes in: `f32` (default) or `bf16`, which is for cards. Of what learns, the optimizer keeps `f32` besides.
+    /// The models on the same device (judges, the reward model) do likewise.
+    pub dtype: WeightDtype,
     /// Seconds that each place of a list may take to answer. Default 20.
     pub resolve_timeout_s: u64,
     /// Learn through low-rank adapters and leave the model's own weights as they are. Default: all weights learn.
@@ -130,6 +134,9 @@ pub struct Scratch {
 pub struct Rollout {
     /// Rollout actors. Default 1.
     pub workers: usize,
+    /// Where they sample, one after the other and around again: `["cuda:1", "cuda:2"]`. Each has a stream of its own, even on
+    /// the policy's card, for a copy of the weights. Default: where the policy is, in turn with the learner.
+    pub devices: Vec<String>,
     /// Threads of each one's pool. Default 1.
     pub threads: usize,
     /// Completions per prompt, at least 2. Default 8.
@@ -189,6 +196,8 @@ pub struct RewardModel {
     /// What it starts from: a model as `policy.model` names them, or a reward model's directory. Default: the policy,
     /// after supervised fine-tuning if there is one.
     pub model: Option<ModelRef>,
+    /// Where it is, as `labeler.device`. Default: where the policy is.
+    pub device: Option<String>,
     /// Preference pairs to warm it up on. Required in `human` mode; in `distilled` mode they take the place of
     /// `warm_up_groups`.
     pub pairs: Option<PathBuf>,

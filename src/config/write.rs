@@ -81,6 +81,7 @@ impl Config {
         let mut all = table([
             ("model", model),
             ("device", text(&self.policy.device)),
+            ("dtype", word(self.policy.dtype)),
             ("resolve_timeout_s", whole(self.policy.resolve_timeout_s)),
         ]);
         let lora = self.policy.lora.as_ref().map(|lora| {
@@ -99,6 +100,7 @@ impl Config {
         let rollout = &self.rollout;
         table([
             ("workers", whole(rollout.workers as u64)),
+            ("devices", Value::Array(rollout.devices.iter().map(text).collect())),
             ("threads", whole(rollout.threads as u64)),
             ("group_size", whole(rollout.group_size as u64)),
             ("slots", whole(rollout.slots as u64)),
@@ -126,6 +128,7 @@ impl Config {
             ("capacity", whole(labeler.capacity as u64)),
         ]);
         table.insert("cache_entries".into(), whole(labeler.cache_entries));
+        optional(&mut table, "device", labeler.device.as_ref().map(text));
         optional(&mut table, "cache", labeler.cache.as_ref().map(|path| text(path.display())));
         if labeler.panel {
             table.insert("type".into(), text("panel"));
@@ -150,6 +153,7 @@ impl Config {
             ("labels", word(model.labels)),
             ("holdout", Value::Float(model.holdout)),
         ]);
+        optional(&mut table, "device", model.device.as_ref().map(text));
         optional(&mut table, "model", model.model.as_ref().map(model_ref));
         optional(&mut table, "pairs", model.pairs.as_ref().map(|path| text(path.display())));
         table

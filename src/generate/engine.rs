@@ -142,13 +142,16 @@ impl<'a> Engine<'a> {
     /// Those of the source of weights, and tensor errors.
     pub fn step(&mut self, source: &mut dyn Weighted) -> Result<Vec<(u64, Vec<Sampled>)>> {
         let (version, model) = source.weights()?;
-        let cache = self.cache.get_or_insert_with(|| KvCache::new(model.config(), self.sampling.max_new_tokens));
+        let cache = match &mut self.cache {
+            Some(cache) => cache,
+            none => none.insert(KvCache::new(&model, self.sampling.max_new_tokens)?),
+        };
         let mut ended = Vec::new();
         if !self.rows.is_empty() {
             let ids: Vec<u32> = self.rows.iter().map(Row::last).collect();
             let positions: Vec<u32> = self.rows.iter().map(|row| row.position).collect();
             let slots: Vec<usize> = self.rows.iter().map(|row| row.slot).collect();
-            let hidden = model.hidden(&ids, &positions, &mut cache.step(&slots))?;
+            let hidden = model.hidden(&ids, &positions, &mut *cache.step(&slots)?)?;
             take_all(&mut self.rows, &model.logits(&hidden)?, version, &self.sampling)?;
         }
         self.sweep(&mut ended);

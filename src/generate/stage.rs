@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
+use candle_core::Device;
 use preceptor_actors::{Emitter, Item, SnapshotReader, Stage, StageContext, StageResult};
 
 use super::sampler::Sampling;
@@ -12,7 +13,7 @@ use super::stop::{self, Stop};
 use super::{Engine, Request, Sampled, Weighted};
 use crate::knob::Knob;
 use crate::ledger::Entries;
-use crate::model::Decoder;
+use crate::model::{Copies, Decoder};
 use crate::rollout::{Completion, Group, Prompt};
 use crate::tokens::Tokenizer;
 use crate::{fault, seed, telemetry};
@@ -55,6 +56,8 @@ pub struct RolloutPlan {
     pub in_flight: bool,
     /// Whether to sample with the weights in eight bits.
     pub quantised: bool,
+    /// Where to sample.
+    pub device: Device,
     /// The run's seed.
     pub seed: u64,
     /// Where groups are written down once they are sampled.
@@ -64,9 +67,17 @@ pub struct RolloutPlan {
 impl Rollout {
     /// An actor that sees new weights through `reader`; `tokenizer` is for the text that judges read.
     pub fn new(reader: SnapshotReader<Decoder>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
-        let RolloutPlan { sampling, slots, knob, group_size, in_flight, quantised, seed, entries } = plan;
+        let RolloutPlan { sampling, slots, knob, group_size, in_flight, quantised, device, seed, entries } = plan;
         Self {
-            weights: Live { reader, in_flight, quantised, running: None, pinned: false, ctx: None },
+            weights: Live {
+                reader,
+                in_flight,
+                quantised,
+                copies: Copies::new(device),
+                running: None,
+                pinned: false,
+                ctx: None,
+            },
             engine: Engine::new(&sampling, slots),
             knob,
             group_size,
@@ -168,6 +179,8 @@ struct Live {
     reader: SnapshotReader<Decoder>,
     in_flight: bool,
     quantised: bool,
+    /// The weights where it samples.
+    copies: Copies,
     /// What it runs now.
     running: Option<(u64, Arc<Decoder>)>,
     /// Whether the weights have to stay for what is under way.
@@ -186,9 +199,10 @@ impl Live {
         if (self.in_flight || !self.pinned)
             && let Some(snapshot) = self.reader.refresh()
         {
-            let fingerprint = snapshot.value.weights().fingerprint()?;
-            self.reader.acknowledge(&snapshot, fingerprint);
-            let model = if self.quantised { Arc::new(snapshot.value.quantised()?) } else { snapshot.value };
+            // What a publisher told a fingerprint of is computed.
+            let model = self.copies.of(&snapshot.value)?;
+            self.reader.acknowledge(&snapshot, model.weights().fingerprint()?);
+            let model = if self.quantised { Arc::new(model.quantised()?) } else { model };
             self.running = Some((snapshot.version, model));
         }
         self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))

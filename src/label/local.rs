@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, ensure};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::backend::{Ask, Backend, Decoding, Refusal, Reply, Usage};
 use crate::generate::sampler::Sampling;
@@ -130,7 +130,7 @@ impl Local {
         rows.sort_unstable();
         rows.dedup();
         let picked = hidden.index_select(&Tensor::new(rows.as_slice(), hidden.device())?, 0)?;
-        let logits = self.judge.model.logits(&picked)?.to_vec2::<f32>()?;
+        let logits = self.judge.model.logits(&picked)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         let totals: Vec<f32> = logits.iter().map(|row| ops::row_logsumexp(row, 1.0)).collect();
         let probability = |path: usize| -> f64 {
             let log: f64 = wanted(path)

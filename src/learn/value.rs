@@ -75,6 +75,7 @@ impl ValueModel {
             None => hidden.detach(),
             Some(trunk) => trunk.model.predicting(pack)?,
         };
+        let features = features.to_dtype(DType::F32)?;
         Ok(features.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?.squeeze(1)?)
     }
 

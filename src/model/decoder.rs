@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 
 use super::attention::{Attend, PackedAttention};
 use super::config::ModelConfig;
@@ -69,6 +69,19 @@ impl Decoder {
         })
     }
 
+    /// The same model with its weights in `dtype`; shared where they are in it already.
+    ///
+    /// # Errors
+    /// When memory for the copy cannot be had.
+    pub fn to_dtype(&self, dtype: DType) -> anyhow::Result<Self> {
+        self.with_weights(&self.weights.to_dtype(dtype)?)
+    }
+
+    /// A model like this one that runs on `weights`.
+    pub(super) fn with_weights(&self, weights: &Weights) -> anyhow::Result<Self> {
+        Ok(self.alike(Self::build(&self.config, weights, self.lora.as_ref())?))
+    }
+
     /// A copy whose tensors are variables, and these by name. Without `head` it is for hidden states alone: a head of its
     /// own is left out, and the embedding stands where one is asked for.
     ///
@@ -111,7 +124,7 @@ impl Decoder {
     /// # Errors
     /// When memory for the copy cannot be had.
     pub fn snapshot(&self) -> anyhow::Result<Self> {
-        Ok(self.alike(Self::build(&self.config, &self.weights.snapshot()?, self.lora.as_ref())?))
+        self.with_weights(&self.weights.snapshot()?)
     }
 
     /// The same model, shared, with its matrices in eight bits beside (Q8_0): for sampling, where a step of few rows is
@@ -155,6 +168,11 @@ impl Decoder {
     /// Where the weights are.
     pub fn device(&self) -> &Device {
         self.embedding.device()
+    }
+
+    /// What it computes in.
+    pub fn dtype(&self) -> DType {
+        self.embedding.dtype()
     }
 
     /// Activation checkpointing (Chen et al. 2016): keeps of a pass over a pack only what goes into each layer, and computes

@@ -71,8 +71,8 @@ impl Lora {
             let bound = 1.0 / (width as f32).sqrt();
             let values: Vec<f32> = (0..self.rank * width).map(|_| rng.random_range(-bound..bound)).collect();
             let a = Tensor::from_vec(values, (self.rank, width), device)?;
-            all.0.insert(format!("{name}.lora_A.weight"), a);
-            all.0.insert(format!("{name}.lora_B.weight"), Tensor::zeros((out, self.rank), DType::F32, device)?);
+            all.0.insert(format!("{name}.lora_A.weight"), a.to_dtype(weight.dtype())?);
+            all.0.insert(format!("{name}.lora_B.weight"), Tensor::zeros((out, self.rank), weight.dtype(), device)?);
         }
         Ok(all)
     }

@@ -15,7 +15,7 @@ use super::rope::Scaling;
 use crate::seed::{self, mix};
 use crate::{bounded, vetted};
 
-/// A model's tensors in f32 under their Hugging Face names.
+/// A model's tensors under their Hugging Face names, in f32 as they are read.
 #[derive(Debug, Clone, Default)]
 pub struct Weights(pub BTreeMap<String, Tensor>);
 
@@ -156,6 +156,15 @@ impl Weights {
         ))
     }
 
+    /// The same weights in `dtype`; shared where they are in it already.
+    ///
+    /// # Errors
+    /// When memory for the copies cannot be had.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        let turned = self.0.iter().map(|(name, tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?)));
+        turned.collect::<Result<_>>().map(Self)
+    }
+
     /// A number that tells these weights from others: a hash over up to 256 values of each tensor, evenly spread,
     /// and the tensors' names. An optimizer step moves every value that has a gradient, so it moves this too.
     ///
@@ -170,7 +179,7 @@ impl Weights {
             let count = flat.elem_count();
             let picked: Vec<u32> = (0..SAMPLED.min(count)).map(|i| (i * count / SAMPLED.min(count)) as u32).collect();
             let picked = Tensor::new(picked, tensor.device())?;
-            for value in flat.index_select(&picked, 0)?.to_vec1::<f32>()? {
+            for value in flat.index_select(&picked, 0)?.to_dtype(DType::F32)?.to_vec1::<f32>()? {
                 hash = mix(hash ^ u64::from(value.to_bits()));
             }
         }

@@ -318,6 +318,21 @@ mod tests {
         assert_close("double", params[1].1.as_tensor(), &want, 1e-5);
     }
 
+    /// Steps that are less than half precision can tell add up in the master copy.
+    #[test]
+    fn small_steps_move_a_parameter_in_half_precision() {
+        let ones = Tensor::ones(4, DType::BF16, &Device::Cpu).unwrap();
+        let params = vec![("a".to_string(), Var::from_tensor(&ones).unwrap())];
+        let mut adamw = AdamW::new(params.clone(), AdamWConfig { weight_decay: 0.0, ..CONFIG }).unwrap();
+        let grads = accumulate(&params, |_| Tensor::ones(4, DType::F32, &Device::Cpu).unwrap());
+        for step in 1..=200 {
+            adamw.step(&grads, 1e-4, 1.0).unwrap();
+            // Between 0.5 and 1 half precision tells 1/256.
+            let (got, want) = (flat(&params[0].1)[0], 1.0 - 1e-4 * f64::from(step));
+            assert!((got - want).abs() <= 1.0 / 512.0, "after {step} steps: {got} against {want}");
+        }
+    }
+
     #[test]
     fn a_restored_state_goes_on_bit_for_bit() {
         let params = |from: &[Tensor]| -> Vec<(String, Var)> {

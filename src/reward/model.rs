@@ -42,7 +42,7 @@ impl RewardModel {
     /// A sequence beyond the model's context.
     pub fn scores<S: AsRef<[u32]>>(&self, prefix: &[u32], continuations: &[S]) -> Result<Tensor> {
         let last = self.model.predicting(&Pack::whole(prefix, continuations))?; // [k, D]
-        Ok(last.matmul(&self.head.t()?)?.squeeze(1)?)
+        Ok(last.to_dtype(DType::F32)?.matmul(&self.head.t()?)?.squeeze(1)?)
     }
 
     /// All its tensors by name, the head among them.

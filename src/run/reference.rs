@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::files::RunFiles;
 use crate::checkpoint::{Identity, Shelf, sums};
 use crate::config::Config;
+use crate::device;
 use crate::model::{Decoder, Lora, Weights, export};
 use crate::prepare::Prepared;
 use crate::say;
@@ -120,6 +121,7 @@ impl Reference {
                 Decoder::with_adapters(prepared.policy.config(), &weights, Some(&lora))?
             }
         };
+        policy = policy.to_dtype(device::dtype(config.policy.dtype))?;
         policy.checkpoint_activations(config.learner.activation_checkpointing);
         let identity = policy.weights().fingerprint()?;
         say!("reference {}", self.path.display());

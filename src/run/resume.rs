@@ -24,7 +24,7 @@ const FIXED: &[(&str, &[&str])] = &[
             "on_long",
         ],
     ),
-    ("policy", &["lora"]),
+    ("policy", &["dtype", "lora"]),
     ("rollout", &["group_size", "temperature"]),
     (
         "labeler",
@@ -87,7 +87,11 @@ fn absent(text: &str) -> &str {
 }
 
 fn changes(was: &str, is: &str) -> Result<Vec<Change>> {
-    let (was, is): (Table, Table) = (was.parse()?, is.parse()?);
+    let (mut was, is): (Table, Table) = (was.parse()?, is.parse()?);
+    // Checkpoints from before there was the key.
+    if let Some(policy) = was.get_mut("policy").and_then(Value::as_table_mut) {
+        policy.entry("dtype").or_insert_with(|| "f32".into());
+    }
     // A rate that falls until the last step would be bent by another last step.
     let falls =
         is.get("learner").and_then(|learner| learner.get("schedule")).and_then(Value::as_str) != Some("constant");
@@ -140,6 +144,10 @@ mod tests {
             [("data.path".to_owned(), true), ("data.system".to_owned(), false)]
         );
         assert_eq!(keys("steps = 3", "steps = 4"), [("run.steps".to_owned(), true)]);
+        let with = |policy: &str| format!("{CONFIG}[policy]\ndevice = \"cpu\"\n{policy}");
+        assert_eq!(changes(&with(""), &with("dtype = \"f32\"\n")).unwrap(), []);
+        let turned = changes(&with(""), &with("dtype = \"bf16\"\n")).unwrap();
+        assert_eq!((turned[0].key.as_str(), turned[0].allowed), ("policy.dtype", false));
         let falling = CONFIG.replace("constant", "linear");
         let changes = changes(&falling, &falling.replace("steps = 3", "steps = 4")).unwrap();
         assert!(!changes[0].allowed);

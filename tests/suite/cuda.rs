@@ -10,7 +10,7 @@ use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, Sampled, generate};
 use preceptor::model::config::Window;
 use preceptor::model::family::gemma2;
-use preceptor::model::{Bert, BertConfig, Decoder, Lora, ModelConfig, Pack, PackedAttention, Weights};
+use preceptor::model::{Bert, BertConfig, Copies, Decoder, Lora, ModelConfig, Pack, PackedAttention, Weights};
 use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
 
 /// The first device. All tests share it, as actors do.
@@ -314,5 +314,65 @@ fn a_snapshot_is_whole_in_another_thread() {
         let ours = read(&model);
         let worst = crate::common::max_abs_difference(&theirs, &ours);
         assert!(worst < 1e-5, "version {version}: another thread read other weights, logits differ by {worst}");
+    }
+}
+
+/// What passes to a stream of its own is a copy: whole, and the learner's next steps do not show in it.
+#[test]
+fn a_copy_on_another_stream_is_whole() {
+    let Some(device) = device("a_copy_on_another_stream_is_whole") else { return };
+    let other = preceptor::device::open("cuda:0").unwrap();
+    let config = ModelConfig { hidden_size: 512, intermediate_size: 1024, head_dim: 128, layers: 4, ..tiny() };
+    let weights = Weights::scratch(&config, 0.05, 3, &device).unwrap();
+    let (model, params) = Decoder::new(&config, &weights).unwrap().trainable(true).unwrap();
+    let mut gradients = Gradients::new(&params).unwrap();
+    let mut optimizer = AdamW::new(params.clone(), AdamWConfig::default()).unwrap();
+    let mut copies = Copies::new(other.clone());
+    let read = |model: &Decoder| logits(model, &pack()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for version in 0..20 {
+        let snapshot = Arc::new(model.snapshot().unwrap());
+        let ours = read(&snapshot);
+        let theirs = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let copy = copies.of(&snapshot).unwrap();
+                assert!(copy.device().same_device(&other) && !copy.device().same_device(&device));
+                (0..5).map(|_| read(&copy)).collect::<Vec<_>>()
+            });
+            gradients.zero().unwrap();
+            backward(&model, &params, &mut gradients);
+            optimizer.step(&gradients, 1e-3, 1.0).unwrap();
+            reader.join().unwrap()
+        });
+        for theirs in theirs {
+            let worst = crate::common::max_abs_difference(&theirs, &ours);
+            assert!(worst < 1e-5, "version {version}: the copy has other weights, logits differ by {worst}");
+        }
+    }
+}
+
+/// Steps in half precision, with the optimizer's copy in single precision.
+#[test]
+fn steps_in_half_precision_are_near_those_in_single_precision() {
+    let Some(device) = device("steps_in_half_precision_are_near_those_in_single_precision") else { return };
+    for case in cases() {
+        let [half, single] = [(&device, DType::BF16), (&Device::Cpu, DType::F32)].map(|(device, dtype)| {
+            let model = case.model(device, DType::F32).to_dtype(dtype).unwrap();
+            let (model, params) =
+                case.lora.as_ref().map_or_else(|| model.trainable(true), |lora| model.adapted(lora, 0)).unwrap();
+            let mut gradients = Gradients::new(&params).unwrap();
+            backward(&model, &params, &mut gradients);
+            let norm = gradients.global_norm().unwrap();
+            AdamW::new(params.clone(), AdamWConfig::default()).unwrap().step(&gradients, 1e-4, 1.0).unwrap();
+            (model, norm)
+        });
+        assert!(
+            (half.1 / single.1 - 1.0).abs() < 0.05,
+            "{}: the gradient's norm is {}, not {}",
+            case.name,
+            half.1,
+            single.1
+        );
+        let (got, want) = (half.0.logprobs(&pack(), 1.0).unwrap().0, single.0.logprobs(&pack(), 1.0).unwrap().0);
+        close(&format!("{}, log-probabilities", case.name), &got, &want, 0.03);
     }
 }

@@ -34,6 +34,47 @@ fn a_synchronous_run_is_a_function_of_its_configuration() {
 }
 
 #[test]
+fn a_run_in_half_precision_is_near_one_in_single_precision() {
+    let mode = ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
+    let (single, half) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for (dir, dtype) in [(&single, "policy.dtype=f32"), (&half, "policy.dtype=bf16")] {
+        let output = train(dir.path(), &[&mode[..], &[dtype]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    let weights = |dir: &tempfile::TempDir| -> Vec<u32> {
+        let path = dir.path().join("run/checkpoints/step-000004/model.safetensors");
+        let tensors = candle_core::safetensors::load(path, &candle_core::Device::Cpu).unwrap();
+        let values = tensors.values().flat_map(|tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        values.map(f32::to_bits).collect()
+    };
+    // Single precision has bits where half precision has none.
+    assert!(weights(&single).iter().any(|bits| bits & 0xffff != 0));
+    assert!(weights(&half).iter().all(|bits| bits & 0xffff == 0));
+    let [single, half] = [single, half].map(|dir| metrics(&dir.path().join("run")));
+    let of = |step: &Value, name: &str| step[name].as_f64().unwrap_or_else(|| panic!("no {name} in {step}"));
+    for (single, half) in single.iter().zip(&half) {
+        // What is sampled and what is learned from are computed in two ways, in half precision.
+        let (ratio, farthest) = (of(half, "ratio/mean"), of(half, "ratio/max"));
+        assert!((ratio - 1.0).abs() < 0.02 && farthest < 1.2, "ratios are {ratio} in the mean, up to {farthest}");
+        let (got, want) = (of(half, "entropy/mean"), of(single, "entropy/mean"));
+        assert!((got / want - 1.0).abs() < 0.05, "entropy {got} against {want}");
+        assert!(of(half, "gradient/norm") > 0.0);
+    }
+}
+
+#[test]
+fn actors_that_are_placed_where_the_policy_is_change_nothing() {
+    let mode = ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
+    let placed = ["rollout.workers=2", "rollout.devices=[\"cpu\"]", "labeler.device=cpu", "reward_model.device=cpu"];
+    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for (dir, overrides) in [(&a, &mode[..]), (&b, &[&mode[..], &placed].concat())] {
+        let output = train(dir.path(), overrides);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    assert_eq!(metrics(&a.path().join("run")), metrics(&b.path().join("run")));
+}
+
+#[test]
 fn a_synchronous_run_with_a_reward_model_is_one_too() {
     let mode = ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
     let many = [&mode[..], &["rollout.workers=2", "labeler.workers=2"]].concat();

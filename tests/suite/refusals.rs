@@ -22,7 +22,26 @@ fn a_missing_model_is_named() {
 #[test]
 fn a_device_that_the_build_lacks_is_refused_with_the_remedy() {
     if cfg!(not(feature = "cuda")) {
-        refused(&["policy.device=\"cuda:0\""], &["policy.device = \"cuda:0\"", "without CUDA", "build.sh"]);
+        for (key, set) in [
+            ("policy.device", "policy.device=cuda:0"),
+            ("rollout.devices", "rollout.devices=[\"cuda:0\"]"),
+            ("labeler.device", "labeler.device=cuda:0"),
+            ("reward_model.device", "reward_model.device=cuda:0"),
+        ] {
+            refused(&[set], &[&format!("{key} = \"cuda:0\""), "without CUDA", "build.sh"]);
+        }
+    }
+}
+
+#[test]
+fn what_is_no_device_is_refused_by_its_key() {
+    for (key, set) in [
+        ("policy.device", "policy.device=gpu"),
+        ("rollout.devices", "rollout.devices=[\"cpu\", \"gpu\"]"),
+        ("labeler.device", "labeler.device=gpu"),
+        ("reward_model.device", "reward_model.device=gpu"),
+    ] {
+        refused(&[set], &[key, "\"gpu\" is neither \"cpu\" nor \"cuda:N\""]);
     }
 }
 
