@@ -193,7 +193,7 @@ mod tests {
     /// Half precision takes the composites: the gradient arrives, near that of `f32`.
     #[test]
     fn half_precision_keeps_the_gradient() {
-        let ops: [(&str, &[&[usize]], Op); 7] = [
+        let ops: [(&str, &[&[usize]], Op); 8] = [
             ("rms_norm", &[&[5, 12], &[12]], |t| rms_norm(&t[0], &t[1], 1e-5)),
             ("gated", &[&[5, 12], &[5, 12]], |t| gated(&t[0], &t[1], Activation::Silu)),
             ("rope", &[&[5, 2, 12]], |t| {
@@ -208,6 +208,10 @@ mod tests {
             ("linear", &[&[5, 8], &[12, 8]], |t| linear(&t[0], &t[1])),
             ("linear_logprobs", &[&[5, 8], &[12, 8]], |t| {
                 let (logprob, entropy) = linear_logprobs(&t[0], &t[1], None, &[0, 3, 11, 5, 5], 0.7)?;
+                logprob + entropy
+            }),
+            ("linear_logprobs in two chunks", &[&[431, 8], &[20011, 8]], |t| {
+                let (logprob, entropy) = linear_logprobs(&t[0], &t[1], Some(2.5), &[7; 431], 0.7)?;
                 logprob + entropy
             }),
         ];

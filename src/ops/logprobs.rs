@@ -1,11 +1,13 @@
 //! Log-probabilities of chosen tokens, and entropies, without a normalised copy of the logits.
 
+mod composite;
+
 use super::accumulate::{self, Sum};
 use super::linear::AddTransposedTimes;
 use super::product::{times, times_transposed};
 use super::vector::{LANES, exp, inline_max, total, vectorised};
-use super::{composite_dtype, elements, fill_rows, is_fused, tensor_elements};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
+use super::{elements, fill_rows, is_fused, tensor_elements};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -27,13 +29,7 @@ pub fn token_logprobs(logits: &Tensor, targets: &[u32], temperature: f64) -> Res
         let stats = logits.contiguous()?.apply_op1(op)?;
         return Ok((stats.get(0)?, stats.get(1)?));
     }
-    let x = (logits.to_dtype(composite_dtype(logits.dtype()))? * (1.0 / temperature))?;
-    // The bound keeps 0·−∞ out of the entropy; e^−1e4 is 0 in every dtype.
-    let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?.maximum(-1e4)?;
-    let all = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)?;
-    let index = Tensor::from_slice(targets, (rows, 1), logits.device())?;
-    let entropy = (all.exp()? * &all)?.sum(D::Minus1)?.neg()?;
-    Ok((all.gather(&index, D::Minus1)?.squeeze(D::Minus1)?, entropy))
+    composite::token_logprobs(logits, targets, temperature)
 }
 
 /// `cap · tanh(x / cap)`: keeps values within ±`cap` (Gemma 2, section 2). `None` leaves them.
@@ -48,8 +44,8 @@ pub fn softcap(x: &Tensor, cap: Option<f64>) -> Result<Tensor> {
 
 /// As [`token_logprobs`] of `softcap(hidden · headᵀ, cap)`, with the product inside.
 ///
-/// `hidden` is `[N, D]`, `head` is `[V, D]`. The fused path makes the logits a few rows at a time, and again in the
-/// backward, so that no large `[N, V]` is ever held; the first rows' are kept for it, up to 32 MiB. Gradients flow to both
+/// `hidden` is `[N, D]`, `head` is `[V, D]`. The logits are made a few rows at a time, and again in the backward, so that no
+/// large `[N, V]` is ever held; on the fused path the first rows' are kept for it, up to 32 MiB. Gradients flow to both
 /// inputs.
 pub fn linear_logprobs(
     hidden: &Tensor,
@@ -63,10 +59,10 @@ pub fn linear_logprobs(
     if width != head_width {
         bail!("linear_logprobs: hidden has shape {:?} and head {:?}, the widths differ", hidden.dims(), head.dims())
     }
-    if !(is_fused(hidden) && is_fused(head)) {
-        return token_logprobs(&softcap(&hidden.matmul(&head.t()?)?, cap)?, targets, temperature);
-    }
     check(rows, vocabulary, targets, temperature)?;
+    if !(is_fused(hidden) && is_fused(head)) {
+        return composite::linear_logprobs(hidden, head, cap, targets, temperature);
+    }
     let (hidden, head) = (hidden.contiguous()?, head.contiguous()?);
     let stats = hidden.apply_op2(&head, LinearLogprobs::new(&hidden, &head, cap, targets, temperature)?)?;
     Ok((stats.get(0)?, stats.get(1)?))
@@ -81,15 +77,20 @@ pub fn linear_logprobs_at(
     temperatures: &[f64],
 ) -> Result<Vec<Vec<f32>>> {
     let (hidden, head) = (hidden.detach(), head.detach());
-    if !(is_fused(&hidden) && is_fused(&head)) {
-        let logits = softcap(&hidden.matmul(&head.t()?)?, cap)?;
-        let at = |temperature: &f64| token_logprobs(&logits, targets, *temperature)?.0.to_dtype(DType::F32)?.to_vec1();
-        return temperatures.iter().map(at).collect();
-    }
     let (rows, vocabulary) = (hidden.dim(0)?, head.dim(0)?);
     temperatures.iter().try_for_each(|temperature| check(rows, vocabulary, targets, *temperature))?;
-    let op = LinearLogprobs::new(&hidden.contiguous()?, &head.contiguous()?, cap, targets, 1.0)?;
     let mut out = vec![Vec::with_capacity(rows); temperatures.len()];
+    if !(is_fused(&hidden) && is_fused(&head)) {
+        composite::each_chunk(&hidden, &head, cap, targets, |logits, targets| {
+            for (out, temperature) in out.iter_mut().zip(temperatures) {
+                let (logprobs, _) = composite::token_logprobs(logits, targets, *temperature)?;
+                out.extend(logprobs.to_dtype(DType::F32)?.to_vec1::<f32>()?);
+            }
+            Ok(())
+        })?;
+        return Ok(out);
+    }
+    let op = LinearLogprobs::new(&hidden.contiguous()?, &head.contiguous()?, cap, targets, 1.0)?;
     op.chunks(None, |logits, _, _, targets| {
         for (out, temperature) in out.iter_mut().zip(temperatures) {
             out.extend(rows_of(logits, targets, (1.0 / temperature) as f32).iter().map(|row| row.logprob));
