@@ -11,6 +11,7 @@ mod attention;
 mod checkpoint;
 mod draw;
 mod embed;
+mod feed_forward;
 mod frozen;
 mod gated;
 mod linear;
@@ -19,6 +20,7 @@ mod product;
 mod q8;
 mod rms_norm;
 mod rope;
+mod self_attention;
 mod slab;
 mod softmax;
 mod tree_mask;
@@ -30,6 +32,7 @@ pub use attention::tree_attention;
 pub use checkpoint::{Segment, checkpoint};
 pub use draw::draw_from_row;
 pub use embed::embed;
+pub use feed_forward::{FeedForward, feed_forward};
 pub use frozen::Frozen;
 pub use gated::{Activation, gated};
 pub use linear::linear;
@@ -38,6 +41,7 @@ pub use product::FEW_ROWS;
 pub use q8::{Q8, q8_linear};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
+pub use self_attention::{SelfAttention, self_attention};
 pub use slab::{Slab, attend_slabs};
 pub use softmax::masked_softmax;
 pub use tree_mask::TreeMask;
@@ -75,6 +79,28 @@ fn tensor_elements<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32
         Storage::Cpu(storage) => elements(storage, layout),
         _ => bail!("a fused operation was given a tensor that is not on the cpu"),
     }
+}
+
+/// Calls `f` with the elements of tensors that are [fused](is_fused) and contiguous.
+fn with_elements<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> Result<R>) -> Result<R> {
+    let held = tensors.map(Tensor::storage_and_layout);
+    let mut all = [&[][..]; N];
+    for (elements, (storage, layout)) in all.iter_mut().zip(&held) {
+        *elements = tensor_elements(storage, layout)?;
+    }
+    f(all)
+}
+
+/// Whether one operation may stand for a block of a layer that begins with `x` and has these weights: what is trained among
+/// them learns only where the gradient goes through `x`.
+fn is_block(x: &Tensor, weights: &[&Tensor]) -> bool {
+    let fused = |tensor: &&Tensor| is_fused(tensor) && tensor.is_contiguous();
+    weights.iter().chain(&[x]).all(fused) && (x.track_op() || !weights.iter().any(|weight| weight.track_op()))
+}
+
+/// Adds `product` to the accumulator of a captured weight, where it has one.
+fn accumulate_product(weight: &Tensor, x: &[f32], w: &[f32], rows: usize) -> Result<()> {
+    accumulate::of_captured(weight)?.map_or(Ok(()), |sum| sum.inplace_op1(&linear::AddTransposedTimes { x, w, rows }))
 }
 
 /// The mutable elements of a contiguous CPU `f32` storage under `layout`.

@@ -26,6 +26,11 @@ pub trait Attend {
     /// # Errors
     /// Shapes that do not fit.
     fn attend(&mut self, scope: Scope, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
+
+    /// The mask, where nothing but the tokens of one row see each other and nobody wants their keys and values.
+    fn mask(&self) -> Option<&Arc<TreeMask>> {
+        None
+    }
 }
 
 /// Attention over the row of a [`Pack`]; differentiable.
@@ -62,6 +67,10 @@ impl Attend for PackedAttention {
             kept.push((k.clone(), v.clone()));
         }
         within(&self.mask, scope, q, k, v)
+    }
+
+    fn mask(&self) -> Option<&Arc<TreeMask>> {
+        self.kept.is_none().then_some(&self.mask)
     }
 }
 

@@ -111,14 +111,38 @@ impl Layer {
 
     /// The stream `[T, D]` after this layer; `angles` are those of the tokens' positions.
     pub(super) fn forward(&self, x: &Tensor, angles: &Angles, attend: &mut dyn Attend) -> Result<Tensor> {
+        self.feed_forward(&self.attention(x, angles, attend)?)
+    }
+
+    /// What the layer adds after its norm, or before where the family has none there.
+    fn after(&self, x: Tensor, weight: &Option<Tensor>) -> Result<Tensor> {
+        weight.as_ref().map_or(Ok(x.clone()), |weight| norm(&self.config, &x, weight))
+    }
+
+    fn attention(&self, x: &Tensor, angles: &Angles, attend: &mut dyn Attend) -> Result<Tensor> {
         let config = &*self.config;
-        let after = |x: Tensor, weight: &Option<Tensor>| {
-            weight.as_ref().map_or(Ok(x.clone()), |weight| norm(config, &x, weight))
-        };
+        let (cos, sin) = angles.of(self.window.is_some());
+        if let (Some(mask), true) = (attend.mask(), self.attention_is_plain()) {
+            let weight = |projection: &Projection| projection.weight.weight.clone();
+            let block = ops::SelfAttention {
+                norm: self.attention_norm.clone(),
+                eps: config.rms_norm_eps,
+                q: weight(&self.q),
+                k: weight(&self.k),
+                v: weight(&self.v),
+                o: self.o.weight.clone(),
+                cos: cos.clone(),
+                sin: sin.clone(),
+                head_dim: config.head_dim,
+                mask: Arc::clone(mask),
+                window: self.window,
+                cap: config.attention_cap,
+            };
+            return ops::self_attention(x, &block);
+        }
         let h = norm(config, x, &self.attention_norm)?;
         let (q, k) = (self.heads(&self.q, &h, config.heads)?, self.heads(&self.k, &h, config.kv_heads)?);
         let v = self.heads(&self.v, &h, config.kv_heads)?;
-        let (cos, sin) = angles.of(self.window.is_some());
         let (mut q, k) = (ops::rope(&q, cos, sin)?, ops::rope(&k, cos, sin)?);
         // Attention divides by the root of the width of a head.
         let scale = config.query_scalar.map(|scalar| (config.head_dim as f64 / scalar as f64).sqrt());
@@ -127,10 +151,43 @@ impl Layer {
         }
         let scope = Scope { layer: self.index, window: self.window, cap: config.attention_cap };
         let h = self.o.forward(&attend.attend(scope, &q, &k, &v)?)?;
-        let x = (x + after(h, &self.attended_norm)?)?;
-        let h = norm(config, &x, &self.feed_forward_norm)?;
+        x + self.after(h, &self.attended_norm)?
+    }
+
+    fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
+        let config = &*self.config;
+        if self.feed_forward_is_plain(x)? {
+            let block = ops::FeedForward {
+                norm: self.feed_forward_norm.clone(),
+                eps: config.rms_norm_eps,
+                gate: self.gate.weight.clone(),
+                up: self.up.weight.clone(),
+                down: self.down.weight.clone(),
+                activation: config.family.activation,
+            };
+            return ops::feed_forward(x, &block);
+        }
+        let h = norm(config, x, &self.feed_forward_norm)?;
         let h = ops::gated(&self.gate.forward(&h)?, &self.up.forward(&h)?, config.family.activation)?;
-        x + after(self.down.forward(&h)?, &self.fed_norm)?
+        x + self.after(self.down.forward(&h)?, &self.fed_norm)?
+    }
+
+    /// Whether nothing but what [`ops::self_attention`] knows stands between the stream and the stream.
+    fn attention_is_plain(&self) -> bool {
+        let plain = |projection: &Projection| {
+            projection.bias.is_none() && projection.norm.is_none() && projection.weight.adapter.is_none()
+        };
+        [&self.q, &self.k, &self.v].into_iter().all(plain)
+            && self.o.adapter.is_none()
+            && self.config.family.gemma.is_none()
+            && self.config.query_scalar.is_none()
+    }
+
+    /// Likewise for [`ops::feed_forward`]; few rows go by the matrices in eight bits, where there are any.
+    fn feed_forward_is_plain(&self, x: &Tensor) -> Result<bool> {
+        let few = x.dim(0)? <= ops::FEW_ROWS;
+        let plain = |linear: &Linear| linear.adapter.is_none() && !(few && linear.q8.is_some());
+        Ok(self.config.family.gemma.is_none() && [&self.gate, &self.up, &self.down].into_iter().all(plain))
     }
 
     /// `[T, heads, hd]` of hidden states `[T, D]`.

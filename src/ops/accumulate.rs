@@ -205,6 +205,27 @@ pub(super) fn of_or_zeros(param: &Tensor) -> Result<Sum> {
     shared.map_or_else(|| param.zeros_like().map(Sum::Own), |sum| Ok(Sum::Shared(sum)))
 }
 
+/// The accumulator of a parameter that is captured by an operation and no input of it; none where it is not trained, or
+/// nobody asked.
+///
+/// # Errors
+/// A backward pass that candle runs alone: it has no place for such a gradient.
+pub(super) fn of_captured(param: &Tensor) -> Result<Option<Tensor>> {
+    if !param.track_op() {
+        return Ok(None);
+    }
+    SINKS.with_borrow_mut(|sinks| {
+        let Some(sinks) = sinks else {
+            bail!("a fused block's weights learn by ops::backward; a backward pass alone loses gradients")
+        };
+        let sum = sinks.sums.get(&param.id()).cloned();
+        if sum.is_some() {
+            sinks.reached.insert(param.id());
+        }
+        Ok(sum)
+    })
+}
+
 /// `sum += addend` for contiguous CPU `f32` tensors that do not share storage.
 pub(super) fn add_in_place(sum: &Tensor, addend: &Tensor) -> Result<()> {
     sum.inplace_op2(addend, &Add)

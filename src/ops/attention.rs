@@ -48,16 +48,8 @@ pub fn tree_attention(
     }
     let repeats = heads / kv_heads;
     if is_fused(q) && is_fused(k) && is_fused(v) {
-        let op = TreeAttention {
-            mask: Arc::clone(mask),
-            repeats,
-            kv_heads,
-            width,
-            scale: scale as f32,
-            window: window.unwrap_or(usize::MAX),
-            cap: cap.map(|cap| cap as f32),
-            logsumexp: OnceLock::new(),
-        };
+        let tree = Tree::new(mask, [heads, kv_heads, width], scale, window, cap);
+        let op = TreeAttention { tree, logsumexp: OnceLock::new() };
         return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
     }
     // The query heads that share one key head stand below one another: one product per key head.
@@ -75,6 +67,13 @@ pub fn tree_attention(
 }
 
 struct TreeAttention {
+    tree: Tree,
+    /// Left by the forward for the backward.
+    logsumexp: OnceLock<Vec<f32>>,
+}
+
+/// Attention within a mask, on slices.
+pub(super) struct Tree {
     mask: Arc<TreeMask>,
     /// Query heads that share a key head.
     repeats: usize,
@@ -83,8 +82,6 @@ struct TreeAttention {
     scale: f32,
     window: usize,
     cap: Option<f32>,
-    /// `[KV, T, repeats]`: ln Σ e^score of each row and head, left by the forward for the backward.
-    logsumexp: OnceLock<Vec<f32>>,
 }
 
 /// Some rows of a run, and the positions that they may look at.
@@ -97,7 +94,55 @@ struct Block {
     first: usize,
 }
 
-impl TreeAttention {
+impl Tree {
+    /// For `[query heads, key heads, width of a head]`.
+    pub(super) fn new(
+        mask: &Arc<TreeMask>,
+        [heads, kv_heads, width]: [usize; 3],
+        scale: f64,
+        window: Option<usize>,
+        cap: Option<f64>,
+    ) -> Self {
+        Self {
+            mask: Arc::clone(mask),
+            repeats: heads / kv_heads,
+            kv_heads,
+            width,
+            scale: scale as f32,
+            window: window.unwrap_or(usize::MAX),
+            cap: cap.map(|cap| cap as f32),
+        }
+    }
+
+    /// What rows with queries `[T, H, hd]` read of keys and values `[S, KV, hd]`: `[T, H·hd]`, and `[KV, T, repeats]`,
+    /// ln Σ e^score of each row and head, which the backward asks for.
+    pub(super) fn forward(&self, inputs: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
+        let (rows, span) = (self.mask.rows(), self.repeats * self.width);
+        let tasks: Vec<(&Run, usize)> =
+            self.mask.runs().iter().flat_map(|run| (0..self.kv_heads).map(move |head| (run, head))).collect();
+        let parts = each(&tasks, |(run, head)| self.attend(inputs, run, *head));
+        let mut out = vec![0.0; rows * self.kv_heads * span];
+        let mut logsumexp = vec![0.0; self.kv_heads * rows * self.repeats];
+        for ((run, head), (part, sums)) in tasks.iter().zip(parts) {
+            scatter(&mut out, &part, *head, self.kv_heads, run.rows.start, span);
+            logsumexp[(head * rows + run.rows.start) * self.repeats..][..sums.len()].copy_from_slice(&sums);
+        }
+        (out, logsumexp)
+    }
+
+    /// Gradients of queries, keys and values, given these, what the rows read, and its gradient.
+    pub(super) fn backward(&self, inputs: [&[f32]; 5], logsumexp: &[f32]) -> [Vec<f32>; 3] {
+        let heads: Vec<usize> = (0..self.kv_heads).collect();
+        let parts = each(&heads, |head| self.pull_back(inputs, logsumexp, *head));
+        let [mut dq, mut dk, mut dv] = [0, 1, 2].map(|i| vec![0.0; inputs[i].len()]);
+        for (head, [q, k, v]) in parts.into_iter().enumerate() {
+            scatter(&mut dq, &q, head, self.kv_heads, 0, self.repeats * self.width);
+            scatter(&mut dk, &k, head, self.kv_heads, 0, self.width);
+            scatter(&mut dv, &v, head, self.kv_heads, 0, self.width);
+        }
+        [dq, dk, dv]
+    }
+
     fn blocks(&self, run: &Run) -> impl Iterator<Item = Block> {
         let (run, window) = (run.clone(), self.window);
         run.rows.clone().step_by(BLOCK).map(move |start| {
@@ -165,9 +210,8 @@ impl TreeAttention {
     }
 
     /// One key head's gradients: `[T · repeats, hd]` for its queries, `[S, hd]` for its keys and for its values.
-    fn pull_back(&self, [q, k, v, out, grad]: [&[f32]; 5], head: usize) -> [Vec<f32>; 3] {
+    fn pull_back(&self, [q, k, v, out, grad]: [&[f32]; 5], sums: &[f32], head: usize) -> [Vec<f32>; 3] {
         let (rows, width) = (self.mask.rows(), self.width);
-        let sums = self.logsumexp.get().map_or(&[][..], Vec::as_slice);
         let mut dq = vec![0.0; rows * self.repeats * width];
         let mut dk = vec![0.0; (self.mask.cached() + rows) * width];
         let mut dv = dk.clone();
@@ -239,20 +283,11 @@ impl CustomOp3 for TreeAttention {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let inputs = [elements(s1, l1)?, elements(s2, l2)?, elements(s3, l3)?];
-        let (rows, span) = (self.mask.rows(), self.repeats * self.width);
-        let tasks: Vec<(&Run, usize)> =
-            self.mask.runs().iter().flat_map(|run| (0..self.kv_heads).map(move |head| (run, head))).collect();
-        let parts = each(&tasks, |(run, head)| self.attend(inputs, run, *head));
-        let mut out = vec![0.0; rows * self.kv_heads * span];
-        let mut logsumexp = vec![0.0; self.kv_heads * rows * self.repeats];
-        for ((run, head), (part, sums)) in tasks.iter().zip(parts) {
-            scatter(&mut out, &part, *head, self.kv_heads, run.rows.start, span);
-            logsumexp[(head * rows + run.rows.start) * self.repeats..][..sums.len()].copy_from_slice(&sums);
-        }
+        let (out, logsumexp) = self.tree.forward([elements(s1, l1)?, elements(s2, l2)?, elements(s3, l3)?]);
+        let shape = Shape::from((self.tree.mask.rows(), out.len() / self.tree.mask.rows().max(1)));
         // A forward runs once; were it to run again it would find the same.
         let _ = self.logsumexp.set(logsumexp);
-        Ok((CpuStorage::F32(out), Shape::from((rows, self.kv_heads * span))))
+        Ok((CpuStorage::F32(out), shape))
     }
 
     fn bwd(
@@ -273,14 +308,8 @@ impl CustomOp3 for TreeAttention {
             tensor_elements(&os, ol)?,
             tensor_elements(&gs, gl)?,
         ];
-        let heads: Vec<usize> = (0..self.kv_heads).collect();
-        let parts = each(&heads, |head| self.pull_back(inputs, *head));
-        let [mut dq, mut dk, mut dv] = [q, k, v].map(|input| vec![0.0; input.elem_count()]);
-        for (head, [q, k, v]) in parts.into_iter().enumerate() {
-            scatter(&mut dq, &q, head, self.kv_heads, 0, self.repeats * self.width);
-            scatter(&mut dk, &k, head, self.kv_heads, 0, self.width);
-            scatter(&mut dv, &v, head, self.kv_heads, 0, self.width);
-        }
+        let sums = self.logsumexp.get().map_or(&[][..], Vec::as_slice);
+        let [dq, dk, dv] = self.tree.backward(inputs, sums);
         let tensor = |data, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device()).map(Some);
         Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
     }

@@ -49,10 +49,7 @@ impl CustomOp2 for Gated {
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (elements(s1, l1)?, elements(s2, l2)?);
-        let mut out = vec![0.0; gate.len()];
-        fill_rows(&mut out, 1, |first, out| {
-            forward(out, &gate[first..][..out.len()], &up[first..][..out.len()], self.0.slope());
-        });
+        let out = let_through(gate, up, self.0);
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -63,15 +60,29 @@ impl CustomOp2 for Gated {
         let (ds, dl) = grad.storage_and_layout();
         let (gv, uv, dv) = (tensor_elements(&gs, gl)?, tensor_elements(&us, ul)?, tensor_elements(&ds, dl)?);
         let mut dgate = vec![0.0; gv.len()];
-        let mut dup = vec![0.0; gv.len()];
-        fill_rows2(&mut dgate, &mut dup, 1, |first, dgate, dup| {
-            let n = dgate.len();
-            backward(dgate, dup, &gv[first..][..n], &uv[first..][..n], &dv[first..][..n], self.0.slope());
-        });
+        let mut dup = dv.to_vec();
+        pull_back(&mut dgate, &mut dup, gv, uv, self.0);
         let dgate = gate.track_op().then(|| Tensor::from_vec(dgate, gate.shape(), gate.device())).transpose()?;
         let dup = up.track_op().then(|| Tensor::from_vec(dup, up.shape(), up.device())).transpose()?;
         Ok((dgate, dup))
     }
+}
+
+/// `activation(gate) · up`.
+pub(super) fn let_through(gate: &[f32], up: &[f32], activation: Activation) -> Vec<f32> {
+    let mut out = vec![0.0; gate.len()];
+    fill_rows(&mut out, 1, |first, out| {
+        forward(out, &gate[first..][..out.len()], &up[first..][..out.len()], activation.slope());
+    });
+    out
+}
+
+/// Gradients of gate and up; `dup` holds that of what was let through.
+pub(super) fn pull_back(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32], activation: Activation) {
+    fill_rows2(dgate, dup, 1, |first, dgate, dup| {
+        let n = dgate.len();
+        backward(dgate, dup, &gate[first..][..n], &up[first..][..n], activation.slope());
+    });
 }
 
 vectorised! {
@@ -84,10 +95,11 @@ fn forward<FMA>(out: &mut [f32], gate: &[f32], up: &[f32], slope: [f32; 2]) {
 }
 
 vectorised! {
-/// With σ = σ(s(g)): dg = d·u·σ·(1 + g·s'(g)·(1 − σ)), du = d·g·σ.
-fn backward<FMA>(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32], grad: &[f32], slope: [f32; 2]) {
+/// With σ = σ(s(g)): dg = d·u·σ·(1 + g·s'(g)·(1 − σ)), du = d·g·σ, the latter in d's place.
+fn backward<FMA>(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32], slope: [f32; 2]) {
     let [a, b] = slope;
-    for ((((dgate, dup), g), u), d) in dgate.iter_mut().zip(dup.iter_mut()).zip(gate).zip(up).zip(grad) {
+    for (((dgate, dup), g), u) in dgate.iter_mut().zip(dup.iter_mut()).zip(gate).zip(up) {
+        let d = *dup;
         let sigma = 1.0 / (1.0 + exp::<FMA>(-g * (a + b * g * g)));
         *dgate = d * u * sigma * (1.0 + g * (a + 3.0 * b * g * g) * (1.0 - sigma));
         *dup = d * g * sigma;

@@ -1,6 +1,6 @@
 //! The product of rows with a matrix.
 
-use super::product::{add_transposed_times, times, times_transposed};
+use super::product::{add_transposed_times, plain_product, transposed_product};
 use super::{accumulate, elements, elements_mut, is_fused, tensor_elements};
 use candle_core::{CpuStorage, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
@@ -32,10 +32,11 @@ impl CustomOp2 for Linear {
         let (x, weight) = (elements(s1, l1)?, elements(s2, l2)?);
         let (rows, width) = l1.shape().dims2()?;
         let out_width = l2.shape().dims2()?.0;
-        let mut out = vec![0.0; rows * out_width];
-        if !out.is_empty() {
-            times_transposed(&mut out, x, weight, width);
-        }
+        let out = if x.is_empty() || weight.is_empty() {
+            vec![0.0; rows * out_width]
+        } else {
+            transposed_product(x, weight, width)
+        };
         Ok((CpuStorage::F32(out), Shape::from((rows, out_width))))
     }
 
@@ -47,8 +48,7 @@ impl CustomOp2 for Linear {
         let mut dx = None;
         if x.track_op() {
             let (ws, wl) = weight.storage_and_layout();
-            let mut out = vec![0.0; rows * width];
-            times(&mut out, g, tensor_elements(&ws, wl)?, out_width);
+            let out = plain_product(g, tensor_elements(&ws, wl)?, out_width);
             dx = Some(Tensor::from_vec(out, (rows, width), x.device())?);
         }
         if !weight.track_op() {

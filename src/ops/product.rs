@@ -15,6 +15,44 @@ pub const FEW_ROWS: usize = 64;
 /// Multiply-adds from which a wide product is split over threads.
 const PARALLEL_FROM: usize = 1 << 21;
 
+/// `x [m, k] · w [n, k]ᵀ`, `[m, n]`.
+pub(super) fn transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
+    let (m, n) = (x.len() / k, w.len() / k);
+    if m <= FEW_ROWS {
+        let mut out = vec![0.0; m * n];
+        times_transposed(&mut out, x, w, k);
+        return out;
+    }
+    assert_eq!((x.len(), w.len()), (m * k, n * k), "sizes of a product");
+    let (k_, n_) = (k as isize, n as isize);
+    // SAFETY: the strides cover the slices and the room, whose sizes were checked.
+    unsafe { made([m, k, n], |out| product(out, [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_))) }
+}
+
+/// `x [m, k] · w [k, n]`, `[m, n]`.
+pub(super) fn plain_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
+    let (m, n) = (x.len() / k, w.len() / k);
+    assert_eq!((x.len(), w.len()), (m * k, n * k), "sizes of a product");
+    let (k_, n_) = (k as isize, n as isize);
+    // SAFETY: as above.
+    unsafe { made([m, k, n], |out| product(out, [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), n_, 1))) }
+}
+
+/// What `fill` writes into room for `[m, n]`: to fill it with zeros before would cost as much as many a layer's norm.
+///
+/// # Safety
+/// `fill` must write all of it.
+unsafe fn made([m, k, n]: [usize; 3], fill: impl FnOnce(*mut f32)) -> Vec<f32> {
+    if k == 0 {
+        return vec![0.0; m * n];
+    }
+    let mut out = Vec::with_capacity(m * n);
+    fill(out.as_mut_ptr());
+    // SAFETY: there is room for as many, and all are written.
+    unsafe { out.set_len(m * n) };
+    out
+}
+
 /// `out [m, n] = x [m, k] · w [n, k]ᵀ`.
 pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
@@ -27,6 +65,28 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
         return;
     }
     plain_times_transposed(out, x, w, k);
+}
+
+/// `sum [m, n] += x [m, k] · w [n, k]ᵀ`.
+pub(super) fn add_times_transposed(sum: &mut [f32], x: &[f32], w: &[f32], k: usize) {
+    let (m, n) = (x.len() / k, w.len() / k);
+    assert_eq!((x.len(), w.len(), sum.len()), (m * k, n * k, m * n), "sizes of a product");
+    if m <= FEW_ROWS {
+        let product = transposed_product(x, w, k);
+        return sum.iter_mut().zip(product).for_each(|(sum, part)| *sum += part);
+    }
+    let (k_, n_) = (k as isize, n as isize);
+    // SAFETY: as above.
+    unsafe { product(sum.as_mut_ptr(), [m, k, n], n_, true, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_)) }
+}
+
+/// `sum [m, n] += x [m, k] · w [k, n]`.
+pub(super) fn add_times(sum: &mut [f32], x: &[f32], w: &[f32], k: usize) {
+    let (m, n) = (x.len() / k, w.len() / k);
+    assert_eq!((x.len(), w.len(), sum.len()), (m * k, n * k, m * n), "sizes of a product");
+    let (k_, n_) = (k as isize, n as isize);
+    // SAFETY: as above.
+    unsafe { product(sum.as_mut_ptr(), [m, k, n], n_, true, (x.as_ptr(), k_, 1), (w.as_ptr(), n_, 1)) }
 }
 
 /// The same for few rows on a processor that the kernel is not for: slower, and as independent of a row's company.
@@ -387,6 +447,12 @@ mod tests {
             check("xᵀ·w", &out);
             add_transposed_times(&mut out, &transposed(&x, m), &transposed(&w, n), k);
             check("twice", &out.iter().map(|sum| sum / 2.0).collect::<Vec<_>>());
+            check("new x·wᵀ", &transposed_product(&x, &w, k));
+            check("new x·w", &plain_product(&x, &transposed(&w, n), k));
+            out.fill(0.0);
+            add_times_transposed(&mut out, &x, &w, k);
+            add_times(&mut out, &x, &transposed(&w, n), k);
+            check("x·wᵀ and x·w", &out.iter().map(|sum| sum / 2.0).collect::<Vec<_>>());
         }
     }
 

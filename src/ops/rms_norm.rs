@@ -31,64 +31,74 @@ struct RmsNorm {
     width: usize,
 }
 
-impl RmsNorm {
-    fn inverse(&self, row: &[f32]) -> f32 {
-        1.0 / (dot(row, row) / self.width as f32 + self.eps).sqrt()
-    }
-}
-
 impl CustomOp2 for RmsNorm {
     fn name(&self) -> &'static str {
         "rms-norm"
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, weight, width) = (elements(s1, l1)?, elements(s2, l2)?, self.width);
-        let mut out = vec![0.0; x.len()];
-        fill_rows(&mut out, width, |first, rows| {
-            let x = &x[first * width..][..rows.len()];
-            for (out, x) in rows.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                scale_row(out, x, weight, self.inverse(x));
-            }
-        });
+        let out = normed(elements(s1, l1)?, elements(s2, l2)?, self.eps);
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let width = self.width;
         let grad = grad.contiguous()?;
         let (xs, xl) = x.storage_and_layout();
         let (ws, wl) = weight.storage_and_layout();
         let (gs, gl) = grad.storage_and_layout();
-        let (xv, wv, gv) = (tensor_elements(&xs, xl)?, tensor_elements(&ws, wl)?, tensor_elements(&gs, gl)?);
-        let mut dx = vec![0.0; xv.len()];
-        let rows = xv.len() / width.max(1);
-        let mut partial = vec![0.0; rows.div_ceil(BLOCK) * width];
-        let work = |block: usize, dx: &mut [f32], dw: &mut [f32]| {
-            let at = block * BLOCK * width;
-            let (x, g) = (&xv[at..][..dx.len()], &gv[at..][..dx.len()]);
-            for ((dx, x), g) in dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(g.chunks_exact(width)) {
-                backward_row(dx, dw, x, g, wv, self.inverse(x));
-            }
-        };
-        if rows_per_task(rows, width) >= rows {
-            for (block, (dx, dw)) in dx.chunks_mut(BLOCK * width).zip(partial.chunks_mut(width)).enumerate() {
-                work(block, dx, dw);
-            }
-        } else {
-            dx.par_chunks_mut(BLOCK * width)
-                .zip(partial.par_chunks_mut(width))
-                .enumerate()
-                .for_each(|(block, (dx, dw))| work(block, dx, dw));
-        }
-        let mut dw = vec![0.0f32; width];
-        for block in partial.chunks_exact(width) {
-            dw.iter_mut().zip(block).for_each(|(a, b)| *a += b);
-        }
+        let inputs = [tensor_elements(&xs, xl)?, tensor_elements(&ws, wl)?, tensor_elements(&gs, gl)?];
+        let (dx, dw) = pull_back(inputs, self.eps);
         let dx = x.track_op().then(|| Tensor::from_vec(dx, x.shape(), x.device())).transpose()?;
-        let dw = weight.track_op().then(|| Tensor::from_vec(dw, width, x.device())).transpose()?;
+        let dw = weight.track_op().then(|| Tensor::from_vec(dw, self.width, x.device())).transpose()?;
         Ok((dx, dw))
     }
+}
+
+fn inverse(row: &[f32], eps: f32) -> f32 {
+    1.0 / (dot(row, row) / row.len() as f32 + eps).sqrt()
+}
+
+/// Rows `x`, normed, times `weight`.
+pub(super) fn normed(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let width = weight.len();
+    let mut out = vec![0.0; x.len()];
+    fill_rows(&mut out, width, |first, rows| {
+        let x = &x[first * width..][..rows.len()];
+        for (out, x) in rows.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+            scale_row(out, x, weight, inverse(x, eps));
+        }
+    });
+    out
+}
+
+/// Gradients of rows `x` and of the weight, given that of the normed rows.
+pub(super) fn pull_back([x, weight, grad]: [&[f32]; 3], eps: f32) -> (Vec<f32>, Vec<f32>) {
+    let width = weight.len();
+    let mut dx = vec![0.0; x.len()];
+    let rows = x.len() / width.max(1);
+    let mut partial = vec![0.0; rows.div_ceil(BLOCK) * width];
+    let work = |block: usize, dx: &mut [f32], dw: &mut [f32]| {
+        let at = block * BLOCK * width;
+        let (x, g) = (&x[at..][..dx.len()], &grad[at..][..dx.len()]);
+        for ((dx, x), g) in dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(g.chunks_exact(width)) {
+            backward_row(dx, dw, x, g, weight, inverse(x, eps));
+        }
+    };
+    if rows_per_task(rows, width) >= rows {
+        for (block, (dx, dw)) in dx.chunks_mut(BLOCK * width).zip(partial.chunks_mut(width)).enumerate() {
+            work(block, dx, dw);
+        }
+    } else {
+        dx.par_chunks_mut(BLOCK * width)
+            .zip(partial.par_chunks_mut(width))
+            .enumerate()
+            .for_each(|(block, (dx, dw))| work(block, dx, dw));
+    }
+    let mut dw = vec![0.0f32; width];
+    for block in partial.chunks_exact(width) {
+        dw.iter_mut().zip(block).for_each(|(a, b)| *a += b);
+    }
+    (dx, dw)
 }
 
 vectorised! {

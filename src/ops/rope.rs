@@ -50,16 +50,7 @@ impl CustomOp1 for Rope {
         let (cs, cl) = self.cos.storage_and_layout();
         let (ss, sl) = self.sin.storage_and_layout();
         let (cos, sin) = (tensor_elements(&cs, cl)?, tensor_elements(&ss, sl)?);
-        let (half, width) = (self.half, self.half * 2);
-        let token = self.heads * width;
-        let mut out = vec![0.0; x.len()];
-        fill_rows(&mut out, token, |first, rows| {
-            let x = &x[first * token..][..rows.len()];
-            for (t, (out, x)) in rows.chunks_exact_mut(token).zip(x.chunks_exact(token)).enumerate() {
-                let at = (first + t) * half;
-                rotate(out, x, &cos[at..][..half], &sin[at..][..half], self.direction);
-            }
-        });
+        let out = rotated(x, cos, sin, [self.heads, self.half], self.direction);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
@@ -68,6 +59,20 @@ impl CustomOp1 for Rope {
         let inverse = Rope { cos, sin, heads: self.heads, half: self.half, direction: -self.direction };
         grad.contiguous()?.apply_op1_no_bwd(&inverse).map(Some)
     }
+}
+
+/// Heads `[T, H, 2·half]`, each pair turned by its token's angle, forward or (`direction` −1) back.
+pub(super) fn rotated(x: &[f32], cos: &[f32], sin: &[f32], [heads, half]: [usize; 2], direction: f32) -> Vec<f32> {
+    let token = heads * half * 2;
+    let mut out = vec![0.0; x.len()];
+    fill_rows(&mut out, token, |first, rows| {
+        let x = &x[first * token..][..rows.len()];
+        for (t, (out, x)) in rows.chunks_exact_mut(token).zip(x.chunks_exact(token)).enumerate() {
+            let at = (first + t) * half;
+            rotate(out, x, &cos[at..][..half], &sin[at..][..half], direction);
+        }
+    });
+    out
 }
 
 vectorised! {
