@@ -147,7 +147,7 @@ impl Sizes {
             some => some.min(config.rollout.group_size),
         };
         let tokens = prepared.data.longest() + completions * config.rollout.max_new_tokens;
-        let layer = 12 * shape.hidden_size + 4 * shape.intermediate_size;
+        let layer = shape.kept(config.policy.lora.is_none() && config.policy.dtype == WeightDtype::F32);
         let kept = if config.learner.activation_checkpointing {
             shape.layers * shape.hidden_size + layer
         } else {

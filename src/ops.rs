@@ -48,6 +48,7 @@ pub use tree_mask::TreeMask;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Elements below which a split over threads costs more than it saves.
 const PARALLEL_FROM: usize = 1 << 14;
@@ -125,7 +126,7 @@ fn rows_per_task(rows: usize, width: usize) -> usize {
 }
 
 /// Fills `out`, rows of `width`, by calling `fill(first_row, rows)` on disjoint runs of rows.
-fn fill_rows(out: &mut [f32], width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) {
+fn fill_rows<T: Send>(out: &mut [T], width: usize, fill: impl Fn(usize, &mut [T]) + Sync) {
     if out.is_empty() || width == 0 {
         return;
     }
@@ -134,6 +135,21 @@ fn fill_rows(out: &mut [f32], width: usize, fill: impl Fn(usize, &mut [f32]) + S
         return fill(0, out);
     }
     out.par_chunks_mut(run * width).enumerate().for_each(|(task, rows)| fill(task * run, rows));
+}
+
+/// `len` elements as [`fill_rows`] fills them; to zero them first would cost as much as many a layer's norm.
+///
+/// # Safety
+/// `fill` must write all that it is given.
+unsafe fn filled(len: usize, width: usize, fill: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync) -> Vec<f32> {
+    if width == 0 {
+        return vec![0.0; len];
+    }
+    let mut out = Vec::with_capacity(len);
+    fill_rows(&mut out.spare_capacity_mut()[..len], width, fill);
+    // SAFETY: there is room for as many, and `fill` has written them.
+    unsafe { out.set_len(len) };
+    out
 }
 
 /// As [`fill_rows`] for two outputs of one shape.

@@ -329,6 +329,15 @@ impl ModelConfig {
         self.vocab_size * d + self.layers * layer + d + head
     }
 
+    /// Numbers that a pass keeps of each token in each layer for its backward, about; `blocks` where a layer is two operations
+    /// (see `ops::self_attention`), which families with more in a layer, adapters and types other than `f32` rule
+    /// out.
+    pub fn kept(&self, blocks: bool) -> usize {
+        let (d, q, kv) = (self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let plain = self.family.gemma.is_none() && !self.family.qkv_bias && !self.family.qk_norm;
+        if blocks && plain { 2 * (d + q + kv + self.intermediate_size) } else { 12 * d + 4 * self.intermediate_size }
+    }
+
     /// The `config.json` that `transformers` opens, for a model with this head.
     pub fn to_json(&self, head: Head) -> Json {
         let mut rope = self.rope_scaling.to_json();

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::product::{add_transposed_times, times, wide_times_transposed};
+use super::product::{add_transposed_times, times, wide_transposed_product};
 use super::softmax::softmax_in_place;
 use super::tree_mask::{Run, TreeMask};
 use super::vector::{exp, inline_dot, vectorised};
@@ -179,8 +179,7 @@ impl Tree {
 
     /// Scores of a block against keys by position, scaled and capped: `[rows · repeats, positions]`.
     fn scores(&self, block: &Block, queries: &[f32], keys: &[f32]) -> Vec<f32> {
-        let mut scores = vec![0.0; queries.len() / self.width * block.positions.len()];
-        wide_times_transposed(&mut scores, queries, self.at(keys, block), self.width);
+        let mut scores = wide_transposed_product(queries, self.at(keys, block), self.width);
         scale_and_cap(&mut scores, self.scale, self.cap);
         scores
     }
@@ -224,8 +223,7 @@ impl Tree {
                 let sums = &sums[(head * rows + block.rows.start) * self.repeats..];
                 let seen = block.positions.len();
                 let mut weights = self.scores(&block, &queries, &keys);
-                let mut dscores = vec![0.0; weights.len()];
-                wide_times_transposed(&mut dscores, &grad, self.at(&values, &block), width);
+                let mut dscores = wide_transposed_product(&grad, self.at(&values, &block), width);
                 let pairs = weights.chunks_exact_mut(seen).zip(dscores.chunks_exact_mut(seen));
                 for (j, (weights, dscores)) in pairs.enumerate() {
                     let span = self.span(&block, j);

@@ -1,7 +1,9 @@
 //! The gates of gated feed-forward layers (Shazeer 2020).
 
+use std::mem::MaybeUninit;
+
 use super::vector::{exp, vectorised};
-use super::{elements, fill_rows, fill_rows2, is_fused, tensor_elements};
+use super::{elements, fill_rows2, filled, is_fused, tensor_elements};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 /// What a gate lets through of itself: `g · σ(s(g))` with the logistic function σ.
@@ -70,11 +72,11 @@ impl CustomOp2 for Gated {
 
 /// `activation(gate) · up`.
 pub(super) fn let_through(gate: &[f32], up: &[f32], activation: Activation) -> Vec<f32> {
-    let mut out = vec![0.0; gate.len()];
-    fill_rows(&mut out, 1, |first, out| {
+    let through = |first: usize, out: &mut [MaybeUninit<f32>]| {
         forward(out, &gate[first..][..out.len()], &up[first..][..out.len()], activation.slope());
-    });
-    out
+    };
+    // SAFETY: each element is written; were `up` shorter it would have panicked.
+    unsafe { filled(gate.len(), 1, through) }
 }
 
 /// Gradients of gate and up; `dup` holds that of what was let through.
@@ -86,10 +88,10 @@ pub(super) fn pull_back(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[
 }
 
 vectorised! {
-fn forward<FMA>(out: &mut [f32], gate: &[f32], up: &[f32], slope: [f32; 2]) {
+fn forward<FMA>(out: &mut [MaybeUninit<f32>], gate: &[f32], up: &[f32], slope: [f32; 2]) {
     let [a, b] = slope;
     for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
-        *out = g / (1.0 + exp::<FMA>(-g * (a + b * g * g))) * u;
+        out.write(g / (1.0 + exp::<FMA>(-g * (a + b * g * g))) * u);
     }
 }
 }

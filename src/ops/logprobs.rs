@@ -4,7 +4,7 @@ mod composite;
 
 use super::accumulate::{self, Sum};
 use super::linear::AddTransposedTimes;
-use super::product::{times, times_transposed};
+use super::product::{times, times_transposed, transposed_product};
 use super::vector::{LANES, exp, inline_max, total, vectorised};
 use super::{elements, fill_rows, is_fused, tensor_elements};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
@@ -92,8 +92,19 @@ pub fn linear_logprobs_at(
     }
     let op = LinearLogprobs::new(&hidden.contiguous()?, &head.contiguous()?, cap, targets, 1.0)?;
     op.chunks(None, |logits, _, _, targets| {
-        for (out, temperature) in out.iter_mut().zip(temperatures) {
-            out.extend(rows_of(logits, targets, (1.0 / temperature) as f32).iter().map(|row| row.logprob));
+        for (i, temperature) in temperatures.iter().enumerate() {
+            // Often the same is asked for twice.
+            match temperatures[..i].iter().position(|before| before == temperature) {
+                Some(known) => {
+                    let at = out[i].len();
+                    let again = out[known][at..].to_vec();
+                    out[i].extend(again);
+                }
+                None => {
+                    let rows = rows_of(logits, targets, (1.0 / temperature) as f32);
+                    out[i].extend(rows.iter().map(|row| row.logprob));
+                }
+            }
         }
         Ok(())
     })?;
@@ -236,8 +247,13 @@ impl LinearLogprobs {
         let (x, head) = (tensor_elements(&xs, xl)?, tensor_elements(&ws, wl)?);
         let (vocabulary, width) = self.head.dims2()?;
         let size = |rows: usize| rows.min(self.chunk) * vocabulary;
-        let is_known = known.is_some();
-        let mut head_chunk = known.unwrap_or_else(|| vec![0.0; size(self.targets.len())]);
+        let made = |x: &[f32]| {
+            let mut logits = transposed_product(x, head, width);
+            self.cap_all(&mut logits, vocabulary);
+            logits
+        };
+        let first_rows = self.targets.len().min(self.chunk) * width;
+        let mut head_chunk = known.unwrap_or_else(|| made(&x[..first_rows]));
         let others = if self.asked_again { self.targets.len().saturating_sub(self.chunk) } else { 0 };
         let mut others = vec![0.0; size(others)];
         for (i, targets) in self.targets.chunks(self.chunk).enumerate() {
@@ -245,15 +261,19 @@ impl LinearLogprobs {
             let x = &x[first * width..(first + targets.len()) * width];
             let buffer = if i == 0 || !self.asked_again { &mut head_chunk } else { &mut others };
             let logits = &mut buffer[..targets.len() * vocabulary];
-            if i > 0 || !is_known {
+            if i > 0 {
                 times_transposed(logits, x, head, width);
-                if let Some(cap) = self.cap {
-                    fill_rows(logits, vocabulary, |_, z| cap_in_place(z, cap));
-                }
+                self.cap_all(logits, vocabulary);
             }
             each(logits, x, first, targets)?;
         }
         Ok(head_chunk)
+    }
+
+    fn cap_all(&self, logits: &mut [f32], vocabulary: usize) {
+        if let Some(cap) = self.cap {
+            fill_rows(logits, vocabulary, |_, z| cap_in_place(z, cap));
+        }
     }
 
     fn kept(&self) -> MutexGuard<'_, Option<Vec<f32>>> {

@@ -23,6 +23,12 @@ pub(super) fn transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
         times_transposed(&mut out, x, w, k);
         return out;
     }
+    wide_transposed_product(x, w, k)
+}
+
+/// The same, whatever the number of rows: better where the inner width is small.
+pub(super) fn wide_transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
+    let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len()), (m * k, n * k), "sizes of a product");
     let (k_, n_) = (k as isize, n as isize);
     // SAFETY: the strides cover the slices and the room, whose sizes were checked.
@@ -58,7 +64,9 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     if m > FEW_ROWS {
-        return wide_times_transposed(out, x, w, k);
+        let (k_, n_) = (k as isize, n as isize);
+        // SAFETY: the strides cover the slices, whose sizes were checked.
+        return unsafe { product(out.as_mut_ptr(), [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_)) };
     }
     #[cfg(target_arch = "x86_64")]
     if few::multiply(out, x, w, [m, k, n]) {
@@ -97,15 +105,6 @@ fn plain_times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) {
             out[row * n + column] = dot(x, w);
         }
     }
-}
-
-/// As [`times_transposed`], whatever the number of rows: better where the inner width is small.
-pub(super) fn wide_times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) {
-    let (m, n) = (x.len() / k, w.len() / k);
-    assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
-    let (k_, n_) = (k as isize, n as isize);
-    // SAFETY: the strides cover the slices, whose sizes were checked.
-    unsafe { product(out.as_mut_ptr(), [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_)) }
 }
 
 /// `out [m, n] = x [m, k] · w [k, n]`.

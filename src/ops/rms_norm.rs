@@ -1,9 +1,10 @@
 //! Root-mean-square normalisation (Zhang & Sennrich 2019).
 
 use super::vector::{dot, vectorised};
-use super::{composite_dtype, elements, fill_rows, is_fused, rows_per_task, tensor_elements};
+use super::{composite_dtype, elements, filled, is_fused, rows_per_task, tensor_elements};
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Rows whose weight gradients are summed together; fixed, so that the sum does not depend on the thread count.
 const BLOCK: usize = 64;
@@ -61,14 +62,15 @@ fn inverse(row: &[f32], eps: f32) -> f32 {
 /// Rows `x`, normed, times `weight`.
 pub(super) fn normed(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
-    let mut out = vec![0.0; x.len()];
-    fill_rows(&mut out, width, |first, rows| {
+    assert!(x.is_empty() || width > 0 && x.len().is_multiple_of(width), "whole rows");
+    let scale = |first: usize, rows: &mut [MaybeUninit<f32>]| {
         let x = &x[first * width..][..rows.len()];
         for (out, x) in rows.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
             scale_row(out, x, weight, inverse(x, eps));
         }
-    });
-    out
+    };
+    // SAFETY: the rows are whole, and each element of one is written.
+    unsafe { filled(x.len(), width, scale) }
 }
 
 /// Gradients of rows `x` and of the weight, given that of the normed rows.
@@ -102,9 +104,9 @@ pub(super) fn pull_back([x, weight, grad]: [&[f32]; 3], eps: f32) -> (Vec<f32>, 
 }
 
 vectorised! {
-fn scale_row<FMA>(out: &mut [f32], x: &[f32], weight: &[f32], inverse: f32) {
+fn scale_row<FMA>(out: &mut [MaybeUninit<f32>], x: &[f32], weight: &[f32], inverse: f32) {
     for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * inverse * w;
+        out.write(x * inverse * w);
     }
 }
 }

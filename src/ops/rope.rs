@@ -1,7 +1,9 @@
 //! Rotary position embedding (Su et al. 2021), in the form that rotates the first half against the second.
 
+use std::mem::MaybeUninit;
+
 use super::vector::vectorised;
-use super::{elements, fill_rows, is_fused, tensor_elements};
+use super::{elements, filled, is_fused, tensor_elements};
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 
 /// Rotates each pair `(x[i], x[i + hd/2])` by its position's angle.
@@ -64,20 +66,21 @@ impl CustomOp1 for Rope {
 /// Heads `[T, H, 2·half]`, each pair turned by its token's angle, forward or (`direction` −1) back.
 pub(super) fn rotated(x: &[f32], cos: &[f32], sin: &[f32], [heads, half]: [usize; 2], direction: f32) -> Vec<f32> {
     let token = heads * half * 2;
-    let mut out = vec![0.0; x.len()];
-    fill_rows(&mut out, token, |first, rows| {
+    assert!(x.is_empty() || token > 0 && x.len().is_multiple_of(token), "whole tokens");
+    let turn = |first: usize, rows: &mut [MaybeUninit<f32>]| {
         let x = &x[first * token..][..rows.len()];
         for (t, (out, x)) in rows.chunks_exact_mut(token).zip(x.chunks_exact(token)).enumerate() {
             let at = (first + t) * half;
             rotate(out, x, &cos[at..][..half], &sin[at..][..half], direction);
         }
-    });
-    out
+    };
+    // SAFETY: the tokens are whole, and both halves of each head of one are written.
+    unsafe { filled(x.len(), token, turn) }
 }
 
 vectorised! {
 /// One token's heads.
-fn rotate<FMA>(out: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32], direction: f32) {
+fn rotate<FMA>(out: &mut [MaybeUninit<f32>], x: &[f32], cos: &[f32], sin: &[f32], direction: f32) {
     let half = cos.len();
     for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
         let (first, second) = out.split_at_mut(half);
@@ -86,8 +89,8 @@ fn rotate<FMA>(out: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32], direction: 
             first.iter_mut().zip(second.iter_mut()).zip(a).zip(b).zip(cos).zip(sin)
         {
             let s = s * direction;
-            *first = a * c - b * s;
-            *second = b * c + a * s;
+            first.write(a * c - b * s);
+            second.write(b * c + a * s);
         }
     }
 }
