@@ -3,8 +3,8 @@
 /// Lanes of a running sum; enough independent chains to hide the latency of an addition.
 pub(super) const LANES: usize = 16;
 
-/// Defines a function compiled twice, for AVX2 with FMA and for the baseline, chosen at run time. The body may use
-/// the named constant to tell which; it must be plain loops over slices.
+/// Defines a function compiled three times, for AVX-512, for AVX2 with FMA and for the baseline, chosen at run time. The body
+/// may use the named constant to tell whether there is FMA; it must be plain loops over slices.
 macro_rules! vectorised {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<$fma:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
@@ -19,6 +19,20 @@ macro_rules! vectorised {
                 #[allow(clippy::too_many_arguments)]
                 fn wide($($arg: $ty),*) $(-> $ret)? {
                     body::<true>($($arg),*)
+                }
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn widest($($arg: $ty),*) $(-> $ret)? {
+                    body::<true>($($arg),*)
+                }
+                if std::arch::is_x86_feature_detected!("avx512f")
+                    && std::arch::is_x86_feature_detected!("avx512bw")
+                    && std::arch::is_x86_feature_detected!("avx512dq")
+                    && std::arch::is_x86_feature_detected!("avx512vl")
+                    && std::arch::is_x86_feature_detected!("fma")
+                {
+                    // SAFETY: the processor has the features, as just asked, and with AVX-512 it has AVX2.
+                    return unsafe { widest($($arg),*) };
                 }
                 if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
                     // SAFETY: the processor has both features, as just asked.
