@@ -6,7 +6,8 @@
 //! python3 benches/peers/run.py --help
 //! ```
 //!
-//! By hand, `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--eta E]`.
+//! By hand, `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--eta E]
+//! [--learner-threads N]`.
 
 #[path = "common/shapes.rs"]
 mod shapes;
@@ -75,8 +76,10 @@ fn main() -> Result<()> {
         "generate-8" => pool.install(|| subject.generate(8, repeats))?,
         "generate-32" => pool.install(|| subject.generate(32, repeats))?,
         "label" => pool.install(|| subject.label(repeats))?,
-        // Two threads are two actors side by side. With one the actors take turns.
-        "grpo" => subject.grpo(number("--eta", u64::from(threads > 1))?, repeats)?,
+        // Two threads are two actors side by side, the learner on both, for it has more to do. With one they take turns.
+        "grpo" => {
+            subject.grpo(number("--eta", u64::from(threads > 1))?, number("--learner-threads", threads)?, repeats)?
+        }
         "overlap" => subject.overlap(repeats)?,
         _ => bail!("{work:?} is none of train, generate-1, generate-8, generate-32, label, grpo, overlap"),
     };
@@ -161,9 +164,9 @@ impl Subject {
     }
 
     /// Steps of GRPO by the node, timed from one step's end to the next one's.
-    fn grpo(&self, eta: u64, repeats: u64) -> Result<Map<String, Value>> {
+    fn grpo(&self, eta: u64, learner_threads: u64, repeats: u64) -> Result<Map<String, Value>> {
         // As many steps are left over at the end as are generated ahead, so that each timed step has its generation.
-        let run = self.run(eta, 1 + repeats + eta)?;
+        let run = self.run(eta, learner_threads, 1 + repeats + eta)?;
         let mut figures = Figures::new(BATCH * GROUP, "samples");
         run.steps.windows(2).take(repeats as usize).for_each(|pair| figures.add(&pair[0], &pair[1]));
         Ok(figures.done())
@@ -172,8 +175,8 @@ impl Subject {
     /// Whole runs of `steps` with rollout and learner on a thread each: η = 1, where they work side by side, and η = 0,
     /// where either works while the other one waits, so that its busy time is what its work takes alone.
     fn overlap(&self, steps: u64) -> Result<Map<String, Value>> {
-        self.run(0, 1)?;
-        let (apart, beside) = (self.run(0, steps)?, self.run(1, steps)?);
+        self.run(0, 1, 1)?;
+        let (apart, beside) = (self.run(0, 1, steps)?, self.run(1, 1, steps)?);
         let mut figures = Figures::new(steps as usize * BATCH * GROUP, "samples");
         let last = beside.steps.last().context("a run has steps")?;
         figures.add(&beside.began, last);
@@ -196,10 +199,10 @@ impl Subject {
     }
 
     /// A run of the real node, which ends by itself.
-    fn run(&self, eta: u64, steps: u64) -> Result<Run> {
+    fn run(&self, eta: u64, learner_threads: u64, steps: u64) -> Result<Run> {
         let dir = tempfile::tempdir()?;
         let marks = Arc::new(Mutex::new(Vec::new()));
-        let node = self.node(dir.path(), eta, steps, &marks)?;
+        let node = self.node(dir.path(), eta, learner_threads, steps, &marks)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let began = Mark::now()?;
         let (outcome, report) = runtime.block_on(async {
@@ -211,7 +214,14 @@ impl Subject {
         Ok(Run { began, steps, report })
     }
 
-    fn node(&self, dir: &Path, eta: u64, steps: u64, marks: &Arc<Mutex<Vec<Mark>>>) -> Result<Node> {
+    fn node(
+        &self,
+        dir: &Path,
+        eta: u64,
+        learner_threads: u64,
+        steps: u64,
+        marks: &Arc<Mutex<Vec<Mark>>>,
+    ) -> Result<Node> {
         let tokenizer = self.tokenizer(dir)?;
         let prompt = |k| {
             let words: Vec<String> = self.words(k, PROMPT).iter().map(|word| format!("w{word}")).collect();
@@ -225,6 +235,7 @@ impl Subject {
             "data.chat=false".into(),
             format!("run.steps={steps}"),
             format!("learner.eta={eta}"),
+            format!("learner.threads={learner_threads}"),
             "learner.algorithm=grpo".into(),
             "learner.lr=1e-6".into(),
             format!("learner.batch_groups={BATCH}"),

@@ -100,61 +100,75 @@ impl Sizes {
     /// What each device has to hold, the policy's first.
     fn loads(&self, config: &Config, prepared: &Prepared) -> Vec<Load> {
         let each = bytes(config);
-        // In f32: a batch's gradient, AdamW's two moments, and the weights once more where they are computed with in
-        // another type.
-        let exact = 4.0 * if config.policy.dtype == WeightDtype::F32 { 3.0 } else { 4.0 };
+        // In f32: a batch's gradient, AdamW's two moments, and but for f32 on the CPU the weights once more.
+        let exact = |device: &Device| if is_fused(config, device) { 12.0 } else { 16.0 };
         let quantised = if config.rollout.weights == RolloutWeights::Q8 { 1.1 * self.parameters } else { 0.0 };
         let (home, devices) = (&config.policy.device, &prepared.devices);
         let policy = prepared.policy.device();
         // The reference once; of what learns, weights, a group's gradient, and two published copies of the policy.
         let learner = each * (self.parameters + 4.0 * self.trained + 2.0 * self.value_model)
-            + exact * (self.trained + self.value_model);
+            + exact(policy) * (self.trained + self.value_model);
         let mut loads = vec![Load {
             name: home.clone(),
             device: policy.clone(),
             weights: learner,
-            activations: self.activation_bytes(config, prepared),
+            activations: self.activation_bytes(config, prepared, policy),
         }];
-        let mut add = |name: &Option<String>, device: &Device, weights: f64| {
+        let mut add = |name: &Option<String>, device: &Device, weights: f64, activations: f64| {
             let name = name.as_ref().unwrap_or(home);
             match loads.iter_mut().find(|load| load.name == *name) {
-                Some(load) => load.weights += weights,
-                None => {
-                    loads.push(Load { name: name.clone(), device: device.clone(), weights, activations: 0.0 });
+                Some(load) => {
+                    load.weights += weights;
+                    load.activations += activations;
                 }
+                None => loads.push(Load { name: name.clone(), device: device.clone(), weights, activations }),
             }
         };
-        let own_judge = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
-        let copy = if own_judge && config.labeler.device.is_some() && *home != "cpu" { self.parameters } else { 0.0 };
-        add(&config.labeler.device, &devices.labeler, each * (self.judges + copy));
-        add(&config.reward_model.device, &devices.reward_model, (each + exact) * self.reward_model);
+        let own = |method: &Method| method.model.is_none() && method.remote.is_none();
+        let own_judge = !prepared.instruments.is_empty() && config.labeler.methods.iter().any(own);
+        let copy = if own_judge && !devices.labeler.same_device(policy) { self.parameters } else { 0.0 };
+        add(&config.labeler.device, &devices.labeler, each * (self.judges + copy), 0.0);
+        let scorer = &devices.reward_model;
+        // Beside the learner it has activations of its own; in turn with it, mostly the learner's room.
+        let beside = self.reward_model > 0.0 && !scorer.same_device(policy);
+        let activations = if beside { self.activation_bytes(config, prepared, scorer) } else { 0.0 };
+        add(&config.reward_model.device, scorer, (each + exact(scorer)) * self.reward_model, activations);
         if config.rollout.devices.is_empty() {
-            add(&None, policy, quantised * config.rollout.workers as f64);
+            add(&None, policy, quantised * config.rollout.workers as f64, 0.0);
         }
         for (worker, name) in (0..config.rollout.workers).zip(config.rollout.devices.iter().cycle()) {
             // The weights that are sampled with, and those that will be.
             let device = devices.rollout(worker);
-            let copies = if device.same_device(policy) { 0.0 } else { 2.0 * each * self.parameters };
-            add(&Some(name.clone()), device, copies + quantised);
+            let shared = if config.policy.lora.is_some() { self.parameters } else { 0.0 };
+            let copies = each * (shared + 2.0 * self.trained);
+            let copies = if device.same_device(policy) { 0.0 } else { copies };
+            add(&Some(name.clone()), device, copies + quantised, 0.0);
         }
         loads
     }
 
-    fn activation_bytes(&self, config: &Config, prepared: &Prepared) -> f64 {
+    fn activation_bytes(&self, config: &Config, prepared: &Prepared, device: &Device) -> f64 {
         let shape = prepared.policy.config();
         let completions = match config.learner.micro_batch {
             0 => config.rollout.group_size,
             some => some.min(config.rollout.group_size),
         };
         let tokens = prepared.data.longest() + completions * config.rollout.max_new_tokens;
-        let layer = shape.kept(config.policy.lora.is_none() && config.policy.dtype == WeightDtype::F32);
-        let kept = if config.learner.activation_checkpointing {
-            shape.layers * shape.hidden_size + layer
-        } else {
-            shape.layers * layer
-        };
-        bytes(config) * (tokens * kept) as f64
+        let (each, stream) = (bytes(config), shape.hidden_size as f64);
+        let mut layer = each * shape.kept(config.policy.lora.is_none() && is_fused(config, device)) as f64;
+        if !is_fused(config, device) {
+            // Candle's operations keep what they are composed of: norms raised to f32, and every score several times.
+            layer += 32.0 * stream + (24 * shape.heads * tokens) as f64;
+        }
+        let layers = shape.layers as f64;
+        let checkpointed = config.learner.activation_checkpointing;
+        tokens as f64 * if checkpointed { layers * each * stream + layer } else { layers * layer }
     }
+}
+
+/// Whether the fused operations are what computes there.
+fn is_fused(config: &Config, device: &Device) -> bool {
+    device.is_cpu() && config.policy.dtype == WeightDtype::F32
 }
 
 /// Of a number that is computed with.
@@ -183,7 +197,7 @@ impl Load {
             place(&self.name, config),
             gib(self.weights),
             gib(self.activations),
-            available(&self.device, whole),
+            available(&self.device, whole, self.activations > 0.0),
         )
     }
 }
@@ -208,11 +222,16 @@ fn gib(bytes: f64) -> String {
 }
 
 /// What there is, and a warning where it is not enough.
-fn available(device: &Device, bytes: f64) -> String {
+fn available(device: &Device, bytes: f64, learns: bool) -> String {
     match device::available_bytes(device) {
         Some(there) if bytes > there as f64 => format!(
-            "; only {} are free: set learner.activation_checkpointing = true, learner.micro_batch, or policy.lora",
-            gib(there as f64)
+            "; only {} are free: {}",
+            gib(there as f64),
+            if learns {
+                "set learner.activation_checkpointing = true, learner.micro_batch, or policy.lora"
+            } else {
+                "place fewer actors there"
+            }
         ),
         Some(there) => format!("; {} are free", gib(there as f64)),
         None => String::new(),
@@ -223,7 +242,8 @@ fn available(device: &Device, bytes: f64) -> String {
 fn disk(config: &Config, sizes: &Sizes) -> String {
     let keep = &config.checkpoint;
     let exact = if keep.dtype == WeightDtype::Bf16 { 2.0 } else { 0.0 };
-    let master = if config.policy.dtype == WeightDtype::F32 { 0.0 } else { 4.0 };
+    let fused = config.policy.dtype == WeightDtype::F32 && config.policy.device == "cpu";
+    let master = if fused { 0.0 } else { 4.0 };
     let policy = (4.0 + exact) * sizes.parameters.max(sizes.trained) + (8.0 + master) * sizes.trained;
     let each = policy + (12.0 + master) * (sizes.value_model + sizes.reward_model);
     // The one that is being written stands beside those that are kept.

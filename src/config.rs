@@ -151,6 +151,28 @@ impl Config {
             );
         }
         let uncorrected = uncorrected && self.learner.eta > 0;
+        let (policy, rollout) = (&self.policy, &self.rollout);
+        let places = if rollout.devices.is_empty() { std::slice::from_ref(&policy.device) } else { &rollout.devices };
+        let elsewhere = policy.dtype != WeightDtype::F32 || places.iter().any(|place| place != "cpu");
+        if document.sound(&["rollout.weights", "rollout.devices", "policy.device", "policy.dtype"])
+            && rollout.weights == RolloutWeights::Q8
+            && elsewhere
+        {
+            document.error(
+                "rollout.weights",
+                "\"q8_0\" samples on the CPU beside weights in f32; set it to \"f32\", which samples with the weights as they are",
+            );
+        }
+        if document.sound(&["rollout.workers", "rollout.devices"]) && rollout.devices.len() > rollout.workers {
+            document.error(
+                "rollout.devices",
+                &format!(
+                    "names {} places for {} rollout.workers; the last would have nothing to do",
+                    rollout.devices.len(),
+                    rollout.workers
+                ),
+            );
+        }
         if document.sound(&["learner.eta", "learner.correction"]) && uncorrected {
             document.error(
                 "learner.correction",

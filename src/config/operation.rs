@@ -36,7 +36,8 @@ pub struct Checkpoint {
     /// A figure of `metrics.jsonl`, such as `score/mean`: the checkpoint before which its mean over the steps since the
     /// one before was highest is kept too. Default none.
     pub best: Option<String>,
-    /// Of the weights that other programs open: `f32` (default) or `bf16`. A run is resumed from `f32` in any case.
+    /// Of the weights that other programs open: `f32` (default) or `bf16`. A run is resumed from what it
+    /// learned in, whatever this says.
     pub dtype: WeightDtype,
     /// A place for copies of checkpoints, from which a run is resumed where there is none here: `s3://bucket/folder`,
     /// `gs://bucket/folder` or `file:///folder`, one for each run. Credentials are in the environment. Default none.

@@ -79,7 +79,7 @@ pub struct Policy {
     /// `cpu` (default) or `cuda:N`.
     pub device: String,
     /// What it computes in: `f32` (default) or `bf16`, which is for cards. Of what learns, the optimizer keeps `f32` besides.
-    /// The models on the same device (judges, the reward model) do likewise.
+    /// Judges and the reward model do likewise, wherever they are.
     pub dtype: WeightDtype,
     /// Seconds that each place of a list may take to answer. Default 20.
     pub resolve_timeout_s: u64,

@@ -22,8 +22,8 @@ pub const MOST_SLOTS: usize = ops::FEW_ROWS;
 
 /// Requests under way and waiting, over one cache.
 ///
-/// What is sampled is a function of the weights, the prompt and the seed; not of what is sampled beside it, nor of when it
-/// began. Each prompt is prefilled once. Weights may change between steps; keys and values computed before stay as they
+/// What is sampled in `f32` on the CPU is a function of the weights, the prompt and the seed; not of what is sampled beside
+/// it, nor of when it began. Each prompt is prefilled once. Weights may change between steps; keys and values computed before stay as they
 /// are, and each token carries the version that produced it.
 pub struct Engine<'a> {
     sampling: Sampling,

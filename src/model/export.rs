@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use candle_core::DType;
+use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 
 use super::config::Head;
@@ -56,8 +56,10 @@ fn write_described(
 /// # Errors
 /// Names the file that cannot be written.
 pub fn write_tensors(path: &Path, weights: &Weights, dtype: DType) -> Result<()> {
-    let tensors: Vec<(&String, candle_core::Tensor)> =
-        weights.0.iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?))).collect::<Result<_>>()?;
+    // On the host first: a card has no room for a second model.
+    let turned = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.to_dtype(dtype);
+    let tensors: Vec<(&String, Tensor)> =
+        weights.0.iter().map(|(name, tensor)| Ok((name, turned(tensor)?))).collect::<Result<_>>()?;
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(tensors, Some(metadata), path)
         .with_context(|| format!("cannot write {}", path.display()))?;

@@ -1,6 +1,6 @@
 //! One layer of a decoder: attention, then the gated feed-forward layer, each added to the stream.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
 
 use super::attention::{Attend, Scope};
@@ -122,7 +122,7 @@ impl Layer {
     fn attention(&self, x: &Tensor, angles: &Angles, attend: &mut dyn Attend) -> Result<Tensor> {
         let config = &*self.config;
         let (cos, sin) = angles.of(self.window.is_some());
-        if let (Some(mask), true) = (attend.mask(), self.attention_is_plain()) {
+        if let (Some(mask), true) = (attend.mask(), self.attention_is_plain(x)?) {
             let weight = |projection: &Projection| projection.weight.weight.clone();
             let block = ops::SelfAttention {
                 norm: self.attention_norm.clone(),
@@ -173,21 +173,19 @@ impl Layer {
     }
 
     /// Whether nothing but what [`ops::self_attention`] knows stands between the stream and the stream.
-    fn attention_is_plain(&self) -> bool {
-        let plain = |projection: &Projection| {
-            projection.bias.is_none() && projection.norm.is_none() && projection.weight.adapter.is_none()
-        };
-        [&self.q, &self.k, &self.v].into_iter().all(plain)
-            && self.o.adapter.is_none()
+    fn attention_is_plain(&self, x: &Tensor) -> Result<bool> {
+        let bare = |projection: &&Projection| projection.bias.is_none() && projection.norm.is_none();
+        let projections = [&self.q, &self.k, &self.v];
+        let matrices = projections.iter().map(|projection| &projection.weight).chain([&self.o]);
+        Ok(projections.iter().all(bare)
+            && are_plain(x, matrices)?
             && self.config.family.gemma.is_none()
-            && self.config.query_scalar.is_none()
+            && self.config.query_scalar.is_none())
     }
 
-    /// Likewise for [`ops::feed_forward`]; few rows go by the matrices in eight bits, where there are any.
+    /// Likewise for [`ops::feed_forward`].
     fn feed_forward_is_plain(&self, x: &Tensor) -> Result<bool> {
-        let few = x.dim(0)? <= ops::FEW_ROWS;
-        let plain = |linear: &Linear| linear.adapter.is_none() && !(few && linear.q8.is_some());
-        Ok(self.config.family.gemma.is_none() && [&self.gate, &self.up, &self.down].into_iter().all(plain))
+        Ok(self.config.family.gemma.is_none() && are_plain(x, [&self.gate, &self.up, &self.down])?)
     }
 
     /// `[T, heads, hd]` of hidden states `[T, D]`.
@@ -202,6 +200,12 @@ impl Layer {
             Some(weight) => norm(&self.config, &out.reshape((t * heads, hd))?, weight)?.reshape((t, heads, hd)),
         }
     }
+}
+
+/// Whether rows `x` go by the matrices alone: few go by those in eight bits, where there are any.
+fn are_plain<'a>(x: &Tensor, matrices: impl IntoIterator<Item = &'a Linear>) -> Result<bool> {
+    let few = x.dim(0)? <= ops::FEW_ROWS;
+    Ok(matrices.into_iter().all(|linear| linear.adapter.is_none() && !(few && linear.q8.is_some())))
 }
 
 impl Linear {
@@ -223,6 +227,10 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, q8: Option<&Q8>) -> Result<Ten
 pub(super) fn norm(config: &ModelConfig, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     match config.family.gemma {
         None => ops::rms_norm(x, weight, config.rms_norm_eps),
-        Some(_) => ops::rms_norm(x, &(weight + 1.0)?, config.rms_norm_eps),
+        Some(_) => {
+            // One more than a small number has no bits left for it in half precision.
+            let wide = if weight.dtype() == DType::BF16 { weight.to_dtype(DType::F32)? } else { weight.clone() };
+            ops::rms_norm(x, &(wide + 1.0)?, config.rms_norm_eps)
+        }
     }
 }

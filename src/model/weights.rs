@@ -166,7 +166,9 @@ impl Weights {
     }
 
     /// A number that tells these weights from others: a hash over up to 256 values of each tensor, evenly spread,
-    /// and the tensors' names. An optimizer step moves every value that has a gradient, so it moves this too.
+    /// and the tensors' names. An optimizer step moves every value that has a gradient, so it moves this too; in half
+    /// precision a small step may move none of those that are looked at. Weights that were rounded to half precision are others
+    /// than the same numbers in `f32`, for they compute otherwise.
     ///
     /// # Errors
     /// When a tensor cannot be read.
@@ -175,6 +177,9 @@ impl Weights {
         let mut hash = self.0.len() as u64;
         for (name, tensor) in &self.0 {
             hash = mix(hash ^ seed::text(name));
+            if tensor.dtype() != DType::F32 {
+                hash = mix(hash ^ seed::text(tensor.dtype().as_str()));
+            }
             let flat = tensor.flatten_all()?;
             let count = flat.elem_count();
             let picked: Vec<u32> = (0..SAMPLED.min(count)).map(|i| (i * count / SAMPLED.min(count)) as u32).collect();

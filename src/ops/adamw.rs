@@ -170,8 +170,8 @@ impl AdamW {
     /// Takes up an exported state; the parameters themselves are the caller's to restore (a master copy comes from the
     /// state). Fails, and changes nothing, when a tensor is missing or has another shape. Other names are passed over.
     pub fn import(&mut self, state: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
-        let state: HashMap<String, Tensor> = state.into_iter().collect();
-        let find = |name: &str| match state.get(name) {
+        let saved: HashMap<String, Tensor> = state.into_iter().collect();
+        let find = |name: &str| match saved.get(name) {
             Some(tensor) => Ok(tensor),
             None => bail!("adamw: the saved state has no {name}; it belongs to another model or is not complete"),
         };
@@ -189,6 +189,12 @@ impl AdamW {
             states.push(match state {
                 State::Fused { .. } => {
                     State::Fused { m: Arc::new(m.flatten_all()?.to_vec1()?), v: Arc::new(v.flatten_all()?.to_vec1()?) }
+                }
+                // Of an f32 parameter that learned on the CPU there is none: it is its own.
+                State::Composite { .. }
+                    if var.dtype() == DType::F32 && !saved.contains_key(&format!("{name}.master")) =>
+                {
+                    State::Composite { master: var.as_tensor().copy()?.detach(), m, v }
                 }
                 State::Composite { .. } => State::Composite { master: load("master")?, m, v },
             });
@@ -361,6 +367,21 @@ mod tests {
         assert_eq!(flat(&tensors(&adamw)[1].1), flat(&tensors(&restored)[1].1));
         // What was exported is what there was then, whatever steps came after.
         assert_ne!(flat(&tensors(&adamw)[1].1), flat(&exported[1].1));
+    }
+
+    /// As of a run that learned on the CPU and goes on where the optimizer keeps a copy.
+    #[test]
+    fn a_state_without_a_master_copy_goes_on_from_the_parameter() {
+        let wide = vec![("a".to_string(), Var::from_tensor(&values(1, &[6])).unwrap())];
+        let mut elsewhere = AdamW::new(wide.clone(), CONFIG).unwrap();
+        let zeros = Tensor::zeros(6, DType::F32, &Device::Cpu).unwrap();
+        elsewhere.params[0].state = State::Composite { master: zeros.clone(), m: zeros.clone(), v: zeros };
+        elsewhere.import(tensors(&AdamW::new(wide.clone(), CONFIG).unwrap())).unwrap();
+        let before = flat(&wide[0].1);
+        elsewhere.step(&Gradients::new(&wide).unwrap(), 1e-3, 1.0).unwrap();
+        for (got, before) in flat(&wide[0].1).iter().zip(before) {
+            assert!((got - before * (1.0 - 1e-3 * 0.01)).abs() < 1e-6, "{got} after {before}");
+        }
     }
 
     #[test]

@@ -28,7 +28,9 @@ impl CustomOp1 for Checkpoint {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = (self.segment)(&self.x)?.contiguous()?;
+        // A variable, as in the backward, so that both take the same path.
+        let x = Var::from_tensor(&self.x)?;
+        let out = (self.segment)(&x)?.contiguous()?;
         let (storage, layout) = out.storage_and_layout();
         match &*storage {
             Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
@@ -37,7 +39,9 @@ impl CustomOp1 for Checkpoint {
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        let out = (self.segment)(&self.x)?.contiguous()?;
+        // A variable, as in the backward, so that both take the same path.
+        let x = Var::from_tensor(&self.x)?;
+        let out = (self.segment)(&x)?.contiguous()?;
         let (storage, layout) = out.storage_and_layout();
         match &*storage {
             Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),

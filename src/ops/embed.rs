@@ -1,7 +1,8 @@
 //! Rows of a table by index.
 
-use super::{accumulate, elements, elements_mut, is_fused, tensor_elements};
-use candle_core::{CpuStorage, CustomOp1, InplaceOp1, Layout, Result, Shape, Tensor, bail};
+use super::{accumulate, composite_dtype, elements, elements_mut, is_fused, tensor_elements};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
 
 /// Rows `[T, D]` of `table` `[V, D]`.
 ///
@@ -15,7 +16,49 @@ pub fn embed(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
     if is_fused(table) {
         return table.contiguous()?.apply_op1(Embed { ids: ids.to_vec() });
     }
-    table.index_select(&Tensor::new(ids, table.device())?, 0)
+    let ids = Tensor::new(ids, table.device())?;
+    if !table.track_op() {
+        return table.index_select(&ids, 0);
+    }
+    table.apply_op1(Picked { table: table.detach(), ids })
+}
+
+/// Rows by candle's operations. In half precision the sum over a token that occurs often would stop growing, so it is made
+/// in a wider type.
+struct Picked {
+    table: Tensor,
+    ids: Tensor,
+}
+
+impl CustomOp1 for Picked {
+    fn name(&self) -> &'static str {
+        "embed-picked"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = self.table.index_select(&self.ids, 0)?;
+        let (storage, layout) = out.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
+            _ => bail!("embed left the cpu"),
+        }
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let out = self.table.index_select(&self.ids, 0)?;
+        let (storage, layout) = out.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
+            _ => bail!("embed left the cuda device"),
+        }
+    }
+
+    fn bwd(&self, table: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let wide = composite_dtype(table.dtype());
+        let zeros = Tensor::zeros(table.shape(), wide, table.device())?;
+        let sum = zeros.index_add(&self.ids, &grad.detach().to_dtype(wide)?.contiguous()?, 0)?;
+        sum.to_dtype(table.dtype()).map(Some)
+    }
 }
 
 struct Embed {
@@ -67,12 +110,23 @@ impl InplaceOp1 for AddRows<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{check, values};
+    use super::super::testing::{check, flat, values};
     use super::*;
+    use candle_core::{DType, Var};
 
     #[test]
     fn matches_the_composite() {
         check(&[values(1, &[7, 5])], |t| embed(&t[0], &[3, 0, 6, 3]));
+    }
+
+    /// A running sum in half precision stops at 256 of these.
+    #[test]
+    fn a_token_that_occurs_often_gets_all_of_its_gradient_in_half_precision() {
+        let table = Var::from_tensor(&values(1, &[3, 4]).to_dtype(DType::BF16).unwrap()).unwrap();
+        let grads =
+            embed(&table, &[1; 1000]).unwrap().to_dtype(DType::F32).unwrap().sum_all().unwrap().backward().unwrap();
+        let sums = flat(grads.get(&table).unwrap());
+        assert!(sums[4..8].iter().all(|sum| (sum / 1000.0 - 1.0).abs() < 0.005), "{sums:?}");
     }
 
     #[test]

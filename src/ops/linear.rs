@@ -2,7 +2,10 @@
 
 use super::product::{add_transposed_times, plain_product, transposed_product};
 use super::{accumulate, elements, elements_mut, is_fused, tensor_elements};
-use candle_core::{CpuStorage, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail,
+};
 
 /// `x · weightᵀ` for rows `x` `[T, in]` and a `weight` `[out, in]`, as a linear layer has it.
 ///
@@ -18,7 +21,44 @@ pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         return x.contiguous()?.apply_op2(&weight.contiguous()?, Linear);
     }
     // Candle's own product makes a gradient of the weight's shape, whether or not anybody asks for it.
-    if weight.track_op() { x.matmul(&weight.t()?) } else { x.matmul(&weight.detach().t()?) }
+    if x.track_op() && !weight.track_op() {
+        return x.contiguous()?.apply_op1(Frozen { x: x.detach(), weight: weight.detach() });
+    }
+    x.matmul(&weight.t()?)
+}
+
+/// A product with a matrix that does not learn, by candle's operations.
+struct Frozen {
+    x: Tensor,
+    weight: Tensor,
+}
+
+impl CustomOp1 for Frozen {
+    fn name(&self) -> &'static str {
+        "linear-frozen"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = self.x.matmul(&self.weight.t()?)?.contiguous()?;
+        let (storage, layout) = out.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
+            _ => bail!("linear left the cpu"),
+        }
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let out = self.x.matmul(&self.weight.t()?)?.contiguous()?;
+        let (storage, layout) = out.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
+            _ => bail!("linear left the cuda device"),
+        }
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        grad.detach().matmul(&self.weight).map(Some)
+    }
 }
 
 struct Linear;
@@ -84,7 +124,7 @@ mod tests {
     use super::super::testing::{assert_close, check, values};
     use super::super::{Gradients, backward};
     use super::*;
-    use candle_core::Var;
+    use candle_core::{DType, Var};
 
     #[test]
     fn matches_the_composite() {
@@ -104,6 +144,13 @@ mod tests {
             (Var::from_tensor(&values(1, &[3, 4])).unwrap(), Var::from_tensor(&values(2, &[5, 4])).unwrap());
         let store = linear(&x, &weight.detach()).unwrap().sum_all().unwrap().backward().unwrap();
         assert!(store.get(&weight).is_none());
+        // Nor does it by candle's operations, which would make one.
+        let [wide_x, wide] = [&x, &weight].map(|t| Var::from_tensor(&t.to_dtype(DType::F64).unwrap()).unwrap());
+        let frozen = wide.detach();
+        let store_wide = linear(&wide_x, &frozen).unwrap().sum_all().unwrap().backward().unwrap();
+        assert!(store_wide.get(&frozen).is_none() && store_wide.get(&wide).is_none());
+        assert_eq!(store_wide.get_ids().count(), 1, "of x alone");
+        assert_close("gradient", store.get(&x).unwrap(), store_wide.get(&wide_x).unwrap(), 1e-6);
         let plain = x.matmul(&weight.t().unwrap()).unwrap().sum_all().unwrap().backward().unwrap();
         assert_close("gradient", store.get(&x).unwrap(), plain.get(&x).unwrap(), 1e-6);
     }

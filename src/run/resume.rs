@@ -92,6 +92,9 @@ fn changes(was: &str, is: &str) -> Result<Vec<Change>> {
     if let Some(policy) = was.get_mut("policy").and_then(Value::as_table_mut) {
         policy.entry("dtype").or_insert_with(|| "f32".into());
     }
+    if let Some(rollout) = was.get_mut("rollout").and_then(Value::as_table_mut) {
+        rollout.entry("devices").or_insert_with(|| Value::Array(Vec::new()));
+    }
     // A rate that falls until the last step would be bent by another last step.
     let falls =
         is.get("learner").and_then(|learner| learner.get("schedule")).and_then(Value::as_str) != Some("constant");

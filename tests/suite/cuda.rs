@@ -332,10 +332,14 @@ fn a_copy_on_another_stream_is_whole() {
     for version in 0..20 {
         let snapshot = Arc::new(model.snapshot().unwrap());
         let ours = read(&snapshot);
+        let copies = &mut copies;
         let theirs = std::thread::scope(|scope| {
-            let reader = scope.spawn(|| {
+            let (other, device) = (&other, &device);
+            let reader = scope.spawn(move || {
                 let copy = copies.of(&snapshot).unwrap();
-                assert!(copy.device().same_device(&other) && !copy.device().same_device(&device));
+                // Its memory is free for the learner's next step.
+                drop(snapshot);
+                assert!(copy.device().same_device(other) && !copy.device().same_device(device));
                 (0..5).map(|_| read(&copy)).collect::<Vec<_>>()
             });
             gradients.zero().unwrap();
@@ -362,9 +366,12 @@ fn steps_in_half_precision_are_near_those_in_single_precision() {
             let mut gradients = Gradients::new(&params).unwrap();
             backward(&model, &params, &mut gradients);
             let norm = gradients.global_norm().unwrap();
-            AdamW::new(params.clone(), AdamWConfig::default()).unwrap().step(&gradients, 1e-4, 1.0).unwrap();
-            (model, norm)
+            let before = model.logprobs(&pack(), 1.0).unwrap().0.detach();
+            AdamW::new(params.clone(), AdamWConfig::default()).unwrap().step(&gradients, 1e-2, 1.0).unwrap();
+            (model, norm, before)
         });
+        let moved = distance(&single.0.logprobs(&pack(), 1.0).unwrap().0, &single.2);
+        assert!(moved > 0.06, "{}: the step moves too little to be seen, {moved}", case.name);
         assert!(
             (half.1 / single.1 - 1.0).abs() < 0.05,
             "{}: the gradient's norm is {}, not {}",

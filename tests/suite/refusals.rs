@@ -34,10 +34,16 @@ fn a_device_that_the_build_lacks_is_refused_with_the_remedy() {
 }
 
 #[test]
+fn what_a_place_or_a_type_rules_out_is_refused() {
+    refused(&["rollout.weights=q8_0", "policy.dtype=bf16"], &["rollout.weights", "samples on the CPU"]);
+    refused(&["rollout.devices=[\"cpu\", \"cpu\"]"], &["rollout.devices", "2 places for 1 rollout.workers"]);
+}
+
+#[test]
 fn what_is_no_device_is_refused_by_its_key() {
     for (key, set) in [
         ("policy.device", "policy.device=gpu"),
-        ("rollout.devices", "rollout.devices=[\"cpu\", \"gpu\"]"),
+        ("rollout.devices", "rollout.devices=[\"gpu\"]"),
         ("labeler.device", "labeler.device=gpu"),
         ("reward_model.device", "reward_model.device=gpu"),
     ] {

@@ -81,7 +81,7 @@ fn a_killed_run_ends_as_if_it_had_not_been_at_eta_zero() {
         &[&ppo[..], &["checkpoint.dtype=bf16", "reward.kl=loss", "learner.whiten_advantages=true"]].concat(),
         &["policy.lora={ rank = 4 }", "sft.steps=3", "sft.batch=2", "sft.lr=1e-2"],
         &["sft.steps=3", "sft.batch=2", "sft.lr=1e-3", "learner.algorithm=grpo"],
-        &[&distilled[..], &ppo[..], &["policy.dtype=bf16", "policy.lora={ rank = 4 }", "rollout.slots=4"]].concat(),
+        &[&distilled[..], &ppo[..], &["policy.dtype=bf16", "policy.lora={ rank = 4 }", "rollout.slots=1"]].concat(),
     ] {
         let common = ["run.steps=9", "learner.eta=0", "checkpoint.every_steps=2", "checkpoint.keep=9"];
         let overrides = [&common[..], overrides].concat();

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, D, DType, Layout, Result, Shape, Storage, Tensor, Var, bail};
 
 use super::{CHUNK_ELEMENTS, softcap};
-use crate::ops::composite_dtype;
+use crate::ops::{composite_dtype, linear};
 
 /// Log-probability and entropy `[N]` of each row of `logits` `[N, V]`.
 pub(super) fn token_logprobs(logits: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
@@ -24,7 +24,8 @@ pub(super) fn linear_logprobs(
     targets: &[u32],
     temperature: f64,
 ) -> Result<(Tensor, Tensor)> {
-    let chunk = (CHUNK_ELEMENTS / head.dim(0)?.max(1)).clamp(16, 1024);
+    // Of large vocabularies few chunks, for each one's backward makes the head's gradient.
+    let chunk = (CHUNK_ELEMENTS / head.dim(0)?.max(1)).clamp(16, 1024).max(targets.len().div_ceil(4));
     let rows = Rows { cap, targets: targets.to_vec(), temperature };
     if targets.len() <= chunk {
         return rows.of(hidden, head, 0);
@@ -59,7 +60,7 @@ struct Rows {
 impl Rows {
     /// Of the rows of `hidden`, which begin with row `first`.
     fn of(&self, hidden: &Tensor, head: &Tensor, first: usize) -> Result<(Tensor, Tensor)> {
-        let logits = softcap(&hidden.matmul(&head.t()?)?, self.cap)?;
+        let logits = softcap(&linear(hidden, head)?, self.cap)?;
         token_logprobs(&logits, &self.targets[first..first + hidden.dim(0)?], self.temperature)
     }
 }
