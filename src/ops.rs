@@ -46,7 +46,8 @@ pub use slab::{Slab, attend_slabs};
 pub use softmax::masked_softmax;
 pub use tree_mask::TreeMask;
 
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
@@ -79,6 +80,26 @@ fn tensor_elements<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32
     match storage {
         Storage::Cpu(storage) => elements(storage, layout),
         _ => bail!("a fused operation was given a tensor that is not on the cpu"),
+    }
+}
+
+/// What an operation that is made of candle's gives its `cpu_fwd`.
+fn on_cpu(out: &Tensor) -> Result<(CpuStorage, Shape)> {
+    let out = out.contiguous()?;
+    let (storage, layout) = out.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
+        _ => bail!("an operation left the cpu"),
+    }
+}
+
+/// Likewise its `cuda_fwd`.
+fn on_cuda(out: &Tensor) -> Result<(CudaStorage, Shape)> {
+    let out = out.contiguous()?;
+    let (storage, layout) = out.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
+        _ => bail!("an operation left the cuda device"),
     }
 }
 

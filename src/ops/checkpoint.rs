@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use super::accumulate;
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, Var, bail};
+use super::{accumulate, on_cpu, on_cuda};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, Var};
 
 /// A part of a model, from one tensor to one.
 pub type Segment = Arc<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
@@ -30,23 +29,13 @@ impl CustomOp1 for Checkpoint {
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         // A variable, as in the backward, so that both take the same path.
         let x = Var::from_tensor(&self.x)?;
-        let out = (self.segment)(&x)?.contiguous()?;
-        let (storage, layout) = out.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
-            _ => bail!("a checkpointed segment left the cpu"),
-        }
+        on_cpu(&(self.segment)(&x)?)
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         // A variable, as in the backward, so that both take the same path.
         let x = Var::from_tensor(&self.x)?;
-        let out = (self.segment)(&x)?.contiguous()?;
-        let (storage, layout) = out.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
-            _ => bail!("a checkpointed segment left the cuda device"),
-        }
+        on_cuda(&(self.segment)(&x)?)
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

@@ -1,8 +1,7 @@
 //! Rows of a table by index.
 
-use super::{accumulate, composite_dtype, elements, elements_mut, is_fused, tensor_elements};
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
+use super::{accumulate, composite_dtype, elements, elements_mut, is_fused, on_cpu, on_cuda, tensor_elements};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
 /// Rows `[T, D]` of `table` `[V, D]`.
 ///
@@ -36,21 +35,11 @@ impl CustomOp1 for Picked {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = self.table.index_select(&self.ids, 0)?;
-        let (storage, layout) = out.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
-            _ => bail!("embed left the cpu"),
-        }
+        on_cpu(&self.table.index_select(&self.ids, 0)?)
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        let out = self.table.index_select(&self.ids, 0)?;
-        let (storage, layout) = out.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
-            _ => bail!("embed left the cuda device"),
-        }
+        on_cuda(&self.table.index_select(&self.ids, 0)?)
     }
 
     fn bwd(&self, table: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

@@ -1,11 +1,8 @@
 //! The product of rows with a matrix.
 
 use super::product::{add_transposed_times, plain_product, transposed_product};
-use super::{accumulate, elements, elements_mut, is_fused, tensor_elements};
-use candle_core::backend::BackendStorage;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail,
-};
+use super::{accumulate, elements, elements_mut, is_fused, on_cpu, on_cuda, tensor_elements};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
 /// `x · weightᵀ` for rows `x` `[T, in]` and a `weight` `[out, in]`, as a linear layer has it.
 ///
@@ -39,21 +36,11 @@ impl CustomOp1 for Frozen {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = self.x.matmul(&self.weight.t()?)?.contiguous()?;
-        let (storage, layout) = out.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
-            _ => bail!("linear left the cpu"),
-        }
+        on_cpu(&self.x.matmul(&self.weight.t()?)?)
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        let out = self.x.matmul(&self.weight.t()?)?.contiguous()?;
-        let (storage, layout) = out.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
-            _ => bail!("linear left the cuda device"),
-        }
+        on_cuda(&self.x.matmul(&self.weight.t()?)?)
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

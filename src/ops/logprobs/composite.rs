@@ -1,9 +1,9 @@
 //! Log-probabilities and entropies by candle's operations: of any type, on any device.
 
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, D, DType, Layout, Result, Shape, Storage, Tensor, Var, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, Var};
 
 use super::{CHUNK_ELEMENTS, softcap};
-use crate::ops::{composite_dtype, linear};
+use crate::ops::{composite_dtype, linear, on_cpu, on_cuda};
 
 /// Log-probability and entropy `[N]` of each row of `logits` `[N, V]`.
 pub(super) fn token_logprobs(logits: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
@@ -96,23 +96,11 @@ impl CustomOp2 for Chunks {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        let out = self.forward()?;
-        let (storage, layout) = out.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
-            _ => bail!("log-probabilities left the cpu"),
-        }
+        on_cpu(&self.forward()?)
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        let out = self.forward()?;
-        let (storage, layout) = out.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, out.shape().clone())),
-            _ => bail!("log-probabilities left the cuda device"),
-        }
+        on_cuda(&self.forward()?)
     }
 
     fn bwd(
