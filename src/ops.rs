@@ -125,6 +125,12 @@ fn accumulate_product(weight: &Tensor, x: &[f32], w: &[f32], rows: usize) -> Res
     accumulate::of_captured(weight)?.map_or(Ok(()), |sum| sum.inplace_op1(&linear::AddTransposedTimes { x, w, rows }))
 }
 
+/// Adds the gradient of a captured vector to its accumulator, where it has one.
+fn accumulate_vector(weight: &Tensor, gradient: Vec<f32>) -> Result<()> {
+    let Some(sum) = accumulate::of_captured(weight)? else { return Ok(()) };
+    accumulate::add_in_place(&sum, &Tensor::from_vec(gradient, weight.shape(), weight.device())?)
+}
+
 /// The mutable elements of a contiguous CPU `f32` storage under `layout`.
 fn elements_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
     let Some((start, end)) = layout.contiguous_offsets() else {

@@ -4,12 +4,11 @@ use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
-use super::accumulate::{add_in_place, of_captured};
 use super::gated::{Activation, gated, let_through, pull_back};
 use super::linear::linear;
 use super::product::{add_times, add_times_transposed, plain_product, transposed_product};
 use super::rms_norm::{self, normed, rms_norm};
-use super::{accumulate_product, elements, is_block, tensor_elements, with_elements};
+use super::{accumulate_product, accumulate_vector, elements, is_block, tensor_elements, with_elements};
 
 /// Norm, gate and two matrices on the way up, one on the way down (Shazeer 2020).
 #[derive(Debug, Clone)]
@@ -87,17 +86,11 @@ impl FeedForward {
             let mut dh = plain_product(&dgate, gate, f);
             add_times(&mut dh, &dup, up, f);
             let (mut dx, dnorm) = rms_norm::pull_back([x, norm, &dh], eps);
-            add_to(&self.norm, dnorm)?;
+            accumulate_vector(&self.norm, dnorm)?;
             dx.iter_mut().zip(grad).for_each(|(dx, grad)| *dx += grad);
             Ok(dx)
         })
     }
-}
-
-/// Adds the gradient of a captured vector to its accumulator, where it has one.
-pub(super) fn add_to(weight: &Tensor, gradient: Vec<f32>) -> Result<()> {
-    let Some(sum) = of_captured(weight)? else { return Ok(()) };
-    add_in_place(&sum, &Tensor::from_vec(gradient, weight.shape(), weight.device())?)
 }
 
 struct Op {

@@ -5,13 +5,12 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::attention::{Tree, tree_attention};
-use super::feed_forward::add_to;
 use super::linear::linear;
 use super::product::{add_times, add_times_transposed, plain_product, transposed_product};
 use super::rms_norm::{self, normed, rms_norm};
 use super::rope::{rope, rotated};
 use super::tree_mask::TreeMask;
-use super::{accumulate_product, elements, is_block, tensor_elements, with_elements};
+use super::{accumulate_product, accumulate_vector, elements, is_block, tensor_elements, with_elements};
 
 /// Norm, queries, keys and values with rotary positions, attention within a tree, and a matrix after it.
 #[derive(Debug, Clone)]
@@ -106,19 +105,21 @@ impl SelfAttention {
         Ok(Tree::new(&self.mask, heads, 1.0 / (hd as f64).sqrt(), self.window, self.cap))
     }
 
+    /// Heads, turned by their tokens' angles, forward or (`direction` −1) back.
+    fn turned(&self, x: &[f32], direction: f32) -> Result<Vec<f32>> {
+        with_elements([&self.cos, &self.sin], |[cos, sin]| {
+            let heads = x.len() / (cos.len() * 2).max(1);
+            Ok(rotated(x, cos, sin, [heads, self.head_dim / 2], direction))
+        })
+    }
+
     fn forward(&self, x: &[f32]) -> Result<(Vec<f32>, Kept)> {
-        let (weights, angles) = ([&self.norm, &self.q, &self.k, &self.v, &self.o], [&self.cos, &self.sin]);
-        let (d, half) = (self.norm.elem_count(), self.head_dim / 2);
+        let weights = [&self.norm, &self.q, &self.k, &self.v, &self.o];
+        let d = self.norm.elem_count();
         with_elements(weights, |[norm, q, k, v, o]| {
             let h = normed(x, norm, self.eps as f32);
             let [q, k, v] = [q, k, v].map(|weight| transposed_product(&h, weight, d));
-            let (q, k) = with_elements(angles, |[cos, sin]| {
-                let turned = |x: Vec<f32>| {
-                    let heads = x.len() / (cos.len() * 2).max(1);
-                    rotated(&x, cos, sin, [heads, half], 1.0)
-                };
-                Ok((turned(q), turned(k)))
-            })?;
+            let (q, k) = (self.turned(&q, 1.0)?, self.turned(&k, 1.0)?);
             let (read, logsumexp) = self.tree()?.forward([&q, &k, &v]);
             let mut out = x.to_vec();
             add_times_transposed(&mut out, &read, o, o.len() / d);
@@ -129,18 +130,12 @@ impl SelfAttention {
     /// The gradient of `x`; those of the weights go to their accumulators.
     fn backward(&self, x: &[f32], kept: &Kept, grad: &[f32]) -> Result<Vec<f32>> {
         let Kept { q, k, v, read, logsumexp } = kept;
-        let (d, half, eps) = (self.norm.elem_count(), self.head_dim / 2, self.eps as f32);
+        let (d, eps) = (self.norm.elem_count(), self.eps as f32);
         let rows = x.len() / d;
         accumulate_product(&self.o, grad, read, rows)?;
         let dread = with_elements([&self.o], |[o]| Ok(plain_product(grad, o, d)))?;
         let [dq, dk, dv] = self.tree()?.backward([q, k, v, read, &dread], logsumexp);
-        let (dq, dk) = with_elements([&self.cos, &self.sin], |[cos, sin]| {
-            let turned = |x: Vec<f32>| {
-                let heads = x.len() / (cos.len() * 2).max(1);
-                rotated(&x, cos, sin, [heads, half], -1.0)
-            };
-            Ok((turned(dq), turned(dk)))
-        })?;
+        let (dq, dk) = (self.turned(&dq, -1.0)?, self.turned(&dk, -1.0)?);
         with_elements([&self.norm, &self.q, &self.k, &self.v], |[norm, wq, wk, wv]| {
             let h = normed(x, norm, eps);
             for (weight, slope) in [(&self.q, &dq), (&self.k, &dk), (&self.v, &dv)] {
@@ -150,7 +145,7 @@ impl SelfAttention {
             add_times(&mut dh, &dk, wk, wk.len() / d);
             add_times(&mut dh, &dv, wv, wv.len() / d);
             let (mut dx, dnorm) = rms_norm::pull_back([x, norm, &dh], eps);
-            add_to(&self.norm, dnorm)?;
+            accumulate_vector(&self.norm, dnorm)?;
             dx.iter_mut().zip(grad).for_each(|(dx, grad)| *dx += grad);
             Ok(dx)
         })
