@@ -1,9 +1,15 @@
-//! Matrix products on slices of `f32`, row-major: candle's `gemm` for wide ones, a kernel of our own for few rows.
+//! Matrix products on slices of `f32`, row-major: the processor's tile unit or candle's `gemm` for wide ones, a kernel of our
+//! own for few rows.
 //!
 //! Decoding multiplies few rows with large matrices, which is bound by reading the matrix. The kernel reads each of its
 //! rows once, for all rows of the input together, and fetches the next ones while it computes. It sums in an order that
 //! depends on nothing but the inner width: a row's result is the same to the last bit whatever rows it is computed
 //! beside, and on however many threads.
+
+#[cfg(target_arch = "x86_64")]
+mod few;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use gemm::Parallelism;
 
@@ -125,7 +131,7 @@ pub(super) fn add_transposed_times(sum: &mut [f32], x: &[f32], w: &[f32], k: usi
     unsafe { product(sum.as_mut_ptr(), [m, k, n], n_, true, (x.as_ptr(), 1, m_), (w.as_ptr(), n_, 1)) }
 }
 
-/// A row-major product of operands given as (start, stride of rows, stride of columns).
+/// A row-major product of operands given as (start, stride of rows, stride of columns), one stride of each being 1.
 ///
 /// # Safety
 /// All that the sizes and strides reach must be there.
@@ -138,8 +144,15 @@ unsafe fn product(
     w: (*const f32, isize, isize),
 ) {
     let threads = rayon::current_num_threads();
-    let parallelism =
-        if threads > 1 && m * k * n >= PARALLEL_FROM { Parallelism::Rayon(threads) } else { Parallelism::None };
+    let split = threads > 1 && m * k * n >= PARALLEL_FROM;
+    #[cfg(target_arch = "x86_64")]
+    if tiles::pays([m, k, n]) && tiles::available() {
+        let left = tiles::Operand { start: x.0, lanes: m, lane: x.1, depth: x.2 };
+        let right = tiles::Operand { start: w.0, lanes: n, lane: w.2, depth: w.1 };
+        // SAFETY: the caller's; the unit is there.
+        return unsafe { tiles::multiply((out, stride as usize), k, add, [left, right], split) };
+    }
+    let parallelism = if split { Parallelism::Rayon(threads) } else { Parallelism::None };
     let alpha = if add { 1.0 } else { 0.0 };
     // SAFETY: the caller's.
     unsafe {
@@ -164,247 +177,6 @@ unsafe fn product(
             false,
             parallelism,
         );
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod few {
-    //! The kernel for few rows.
-
-    use rayon::prelude::*;
-
-    /// Multiply-adds that are worth a task of their own.
-    const TASK: usize = 1 << 20;
-
-    /// Where results go; tasks write disjoint columns.
-    #[derive(Clone, Copy)]
-    struct Out(*mut f32);
-    // SAFETY: the pointer is only used for writing columns that no other task writes.
-    unsafe impl Send for Out {}
-    // SAFETY: likewise.
-    unsafe impl Sync for Out {}
-
-    impl Out {
-        fn start(self) -> *mut f32 {
-            self.0
-        }
-    }
-
-    /// `out = x · wᵀ` of sizes `[m, k, n]`; false, and nothing done, on a processor without the instructions.
-    pub(super) fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) -> bool {
-        let v4 = std::arch::is_x86_feature_detected!("avx512f");
-        let v3 = std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma");
-        if !(v3 || v4) {
-            return false;
-        }
-        let out = Out(out.as_mut_ptr());
-        let columns = |from: usize, to: usize| {
-            // SAFETY: the processor has the instructions; `x`, `w` and `out` have the sizes given, and each call writes
-            // the columns `from..to` alone.
-            unsafe {
-                if v4 {
-                    avx512::columns(x, w, out.start(), [m, k, n], from, to);
-                } else {
-                    avx2::columns(x, w, out.start(), [m, k, n], from, to);
-                }
-            }
-        };
-        let threads = rayon::current_num_threads();
-        if threads == 1 || m * k * n < 2 * TASK {
-            columns(0, n);
-        } else {
-            let run = n.div_ceil(threads * 2).max(TASK / (m * k)).next_multiple_of(12);
-            (0..n.div_ceil(run)).into_par_iter().for_each(|task| columns(task * run, ((task + 1) * run).min(n)));
-        }
-        true
-    }
-
-    /// Lines of memory that will be read next.
-    #[derive(Clone, Copy)]
-    struct Ahead {
-        start: *const f32,
-        lines: usize,
-    }
-
-    /// One instruction set's kernel: a tile of up to four rows of `x` and `$narrow`
-    /// or `$wide` rows of `w`, each pair's sum in a register.
-    macro_rules! kernel {
-        ($name:ident, $features:literal, $lanes:literal, $narrow:literal, $wide:literal, $zero:ident, $load:ident, $fma:ident) => {
-            mod $name {
-                use super::Ahead;
-                use super::sum_of_four::$name as sum_of_four;
-                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch, $fma, $load, $zero};
-
-                /// Columns `from..to` of `out = x · wᵀ`.
-                ///
-                /// # Safety
-                /// The processor must have the instructions, and the slices the sizes `[m, k, n]`.
-                #[target_feature(enable = $features)]
-                pub(super) unsafe fn columns(
-                    x: &[f32],
-                    w: &[f32],
-                    out: *mut f32,
-                    [m, k, n]: [usize; 3],
-                    from: usize,
-                    to: usize,
-                ) {
-                    let blocks = m.div_ceil(4);
-                    // With one block of rows memory is the bound, and few streams of it are read fastest.
-                    let (width, kind) = if blocks == 1 { ($narrow, 1) } else { ($wide, 2) };
-                    let mut column = from;
-                    while column < to {
-                        let (width, kind) = if column + width <= to { (width, kind) } else { (1, 0) };
-                        let next = column + width;
-                        let w_tile = w[column * k..].as_ptr();
-                        for block in 0..blocks {
-                            let row = block * 4;
-                            // Each block fetches its share of the rows of `w` that come next, as they lie in memory.
-                            let lines = if next + width <= n { (width * k).div_ceil(16) } else { 0 };
-                            let first = lines * block / blocks;
-                            let ahead = Ahead {
-                                start: w_tile.wrapping_add(width * k + first * 16),
-                                lines: lines * (block + 1) / blocks - first,
-                            };
-                            let tile = TILES[(m - row).min(4) - 1][kind];
-                            // SAFETY: the tile lies within the sizes that the caller answers for.
-                            unsafe { tile(x[row * k..].as_ptr(), w_tile, k, out.add(row * n + column), n, ahead) };
-                        }
-                        column = next;
-                    }
-                }
-
-                type Tile = unsafe fn(*const f32, *const f32, usize, *mut f32, usize, Ahead);
-
-                /// By rows of `x`, then by kind.
-                const TILES: [[Tile; 3]; 4] = [
-                    [tile::<1, 1>, tile::<1, $narrow>, tile::<1, $wide>],
-                    [tile::<2, 1>, tile::<2, $narrow>, tile::<2, $wide>],
-                    [tile::<3, 1>, tile::<3, $narrow>, tile::<3, $wide>],
-                    [tile::<4, 1>, tile::<4, $narrow>, tile::<4, $wide>],
-                ];
-
-                /// `R` rows of `x` with `C` of `w`; fetches what comes next meanwhile.
-                #[target_feature(enable = $features)]
-                unsafe fn tile<const R: usize, const C: usize>(
-                    x: *const f32,
-                    w: *const f32,
-                    k: usize,
-                    out: *mut f32,
-                    n: usize,
-                    ahead: Ahead,
-                ) {
-                    let whole = k / $lanes * $lanes;
-                    let lines = ahead.lines.div_ceil((k / $lanes).max(1));
-                    let mut fetch = ahead.start;
-                    // SAFETY: all offsets lie within `R` rows of `x`, `C` of `w`, and `R × C` places of `out`; a
-                    // prefetch may point anywhere.
-                    unsafe {
-                        let mut sums = [[$zero(); C]; R];
-                        let mut at = 0;
-                        while at < whole {
-                            for _ in 0..lines {
-                                _mm_prefetch::<_MM_HINT_T0>(fetch.cast());
-                                fetch = fetch.wrapping_add(16);
-                            }
-                            let mut xs = [$zero(); R];
-                            for r in 0..R {
-                                xs[r] = $load(x.add(r * k + at));
-                            }
-                            for c in 0..C {
-                                let w = $load(w.add(c * k + at));
-                                for r in 0..R {
-                                    sums[r][c] = $fma(xs[r], w, sums[r][c]);
-                                }
-                            }
-                            at += $lanes;
-                        }
-                        let of = |i: usize| if i < R * C { sums[i / C][i % C] } else { $zero() };
-                        for first in (0..R * C).step_by(4) {
-                            let four = sum_of_four([of(first), of(first + 1), of(first + 2), of(first + 3)]);
-                            for (i, sum) in (first..R * C).zip(four) {
-                                let (r, c) = (i / C, i % C);
-                                let mut sum = sum;
-                                for rest in whole..k {
-                                    sum += *x.add(r * k + rest) * *w.add(c * k + rest);
-                                }
-                                *out.add(r * n + c) = sum;
-                            }
-                        }
-                    }
-                }
-            }
-        };
-    }
-
-    kernel!(avx512, "avx512f", 16, 4, 6, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_fmadd_ps);
-    kernel!(avx2, "avx2,fma", 8, 2, 3, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_fmadd_ps);
-
-    mod sum_of_four {
-        //! The sums of the lanes of four registers.
-        use std::arch::x86_64::*;
-
-        #[target_feature(enable = "avx2")]
-        #[inline]
-        pub(super) fn avx2([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
-            let halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-            four(_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves)))
-        }
-
-        #[target_feature(enable = "avx512f")]
-        #[inline]
-        pub(super) fn avx512([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
-            let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-            let (ab, cd) = (pair(a, b), pair(c, d));
-            let lanes = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xEE>(ab, cd));
-            let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(lanes)));
-            let half = _mm256_add_ps(_mm512_castps512_ps256(lanes), upper);
-            four(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half)))
-        }
-
-        #[target_feature(enable = "sse")]
-        #[inline]
-        fn four(sums: __m128) -> [f32; 4] {
-            let mut out = [0.0; 4];
-            // SAFETY: four floats have room for four floats.
-            unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
-            out
-        }
-    }
-
-    #[cfg(test)]
-    mod tests {
-        use super::*;
-
-        type Columns = unsafe fn(&[f32], &[f32], *mut f32, [usize; 3], usize, usize);
-
-        /// Both instruction sets, where the processor has them, against sums in `f64`.
-        #[test]
-        fn every_kernel_is_right_for_every_shape() {
-            let value = |i: usize| ((i * 37 + 11) % 101) as f32 / 50.0 - 1.0;
-            for (m, k, n) in [(1, 16, 1), (1, 7, 9), (2, 40, 13), (3, 33, 6), (5, 64, 25), (8, 100, 7), (13, 129, 31)] {
-                let x: Vec<f32> = (0..m * k).map(value).collect();
-                let w: Vec<f32> = (0..n * k).map(|i| value(i * 3 + 1)).collect();
-                let check = |name: &str, out: Vec<f32>| {
-                    for (i, got) in out.iter().enumerate() {
-                        let (r, c) = (i / n, i % n);
-                        let want: f64 = (0..k).map(|j| f64::from(x[r * k + j]) * f64::from(w[c * k + j])).sum();
-                        assert!((f64::from(*got) - want).abs() < 1e-4, "{name} {m}x{k}x{n} at {r},{c}: {got}, {want}");
-                    }
-                };
-                let run = |columns: Columns| {
-                    let mut out = vec![f32::NAN; m * n];
-                    // SAFETY: the sizes are right, and the features were asked for.
-                    unsafe { columns(&x, &w, out.as_mut_ptr(), [m, k, n], 0, n) };
-                    out
-                };
-                if std::arch::is_x86_feature_detected!("avx512f") {
-                    check("avx512", run(avx512::columns));
-                }
-                if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-                    check("avx2", run(avx2::columns));
-                }
-            }
-        }
     }
 }
 

@@ -1,0 +1,260 @@
+//! Wide products in the tile unit that some processors have (Intel AMX), as exact as those of `f32` instructions.
+//!
+//! The unit multiplies `bf16` alone, many times as fast as the vector instructions multiply `f32`. A value of `f32` is the
+//! sum of three of `bf16`, exactly: its significand has 24 bits, theirs have eight each. Of the nine products of parts the
+//! six greatest are summed, in `f32`; the others are below 2⁻²³ of the whole, of either sign (Henry, Tang and Heinecke 2019,
+//! "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations").
+//!
+//! What is not finite is not finite in the result: an infinity may become NaN, and a value within 2⁻⁹ of the greatest one an
+//! infinity.
+
+mod kernel;
+mod pack;
+
+use rayon::prelude::*;
+
+use kernel::{Unit, multiply_block};
+use pack::{Form, Line, PANEL, Room, STEP, pack};
+
+pub(super) use kernel::available;
+pub(super) use pack::Operand;
+
+/// Inner width that is packed at a time.
+const DEPTH: usize = 576;
+/// Columns of the right operand that are packed at a time: two megabytes hold them.
+const COLUMNS: usize = 384;
+/// Rows of the left operand likewise.
+const ROWS: usize = 64;
+
+/// Where results go; tasks write disjoint rows.
+#[derive(Clone, Copy)]
+struct Out {
+    start: *mut f32,
+    stride: usize,
+}
+// SAFETY: the pointer is only used for rows that no other task reads or writes.
+unsafe impl Send for Out {}
+// SAFETY: likewise.
+unsafe impl Sync for Out {}
+
+/// Whether a product of these sizes is faster here than by vector instructions. Packing takes a quarter of a nanosecond an
+/// element, whatever there is to be computed with it; numbers are of a Xeon of the sixth generation.
+pub(super) fn pays([m, k, n]: [usize; 3]) -> bool {
+    let whole = |lanes: usize| lanes.next_multiple_of(PANEL) as f64;
+    // Nanoseconds for each step of the inner width.
+    let vectors = (m * n) as f64 / 90.0;
+    let tiles = whole(m) * whole(n) / 210.0 + (whole(m) + whole(n)) / 4.0;
+    k >= PANEL && tiles < vectors
+}
+
+/// `out [m, n] = left · right`, or `out += left · right` where `add`; `split` over the threads of the pool.
+///
+/// An element's result depends on its row, its column and nothing else.
+///
+/// # Safety
+/// The unit must be [available]; all that the operands and `out`, rows of `stride`, reach must be there.
+pub(super) unsafe fn multiply(
+    (out, stride): (*mut f32, usize),
+    k: usize,
+    add: bool,
+    [left, right]: [Operand; 2],
+    split: bool,
+) {
+    let (m, n) = (left.lanes, right.lanes);
+    let (depth, columns) = (share(k, DEPTH), share(n, COLUMNS));
+    let out = Out { start: out, stride };
+    let mut packed = Room::right(columns.div_ceil(PANEL) * depth.div_ceil(PANEL) * STEP);
+    for first in (0..n).step_by(columns) {
+        for from in (0..k).step_by(depth) {
+            let inner = from..(from + depth).min(k);
+            let panel = inner.len().div_ceil(PANEL) * STEP;
+            let packed = packed.lines(columns.min(n - first).div_ceil(PANEL) * panel);
+            let fill = |(at, lines): (usize, &mut [Line])| {
+                // SAFETY: the operand's sizes are the caller's; the panel has room for as many steps.
+                unsafe { pack(lines, right, Form::Pairs, first + at * PANEL, inner.clone()) }
+            };
+            let block = |packed: &[Line], row: usize| {
+                let rows = row..(row + ROWS).min(m);
+                // SAFETY: the unit and the sizes are the caller's.
+                unsafe { rows_of(out, rows, left, (packed, panel), first..n, &inner, add || from > 0) }
+            };
+            let blocks = m.div_ceil(ROWS);
+            if split {
+                packed.par_chunks_mut(panel / Line::BYTES).enumerate().for_each(fill);
+                let packed = &*packed;
+                (0..blocks).into_par_iter().for_each(|at| block(packed, at * ROWS));
+            } else {
+                packed.chunks_mut(panel / Line::BYTES).enumerate().for_each(fill);
+                (0..blocks).for_each(|at| block(packed, at * ROWS));
+            }
+        }
+    }
+}
+
+/// Shares of a length, as even as they can be, none above `most`.
+fn share(length: usize, most: usize) -> usize {
+    length.div_ceil(length.div_ceil(most)).next_multiple_of(PANEL)
+}
+
+/// Some rows of the result, for the packed panels of columns from the first of `columns` on.
+///
+/// # Safety
+/// As of [`multiply`].
+unsafe fn rows_of(
+    out: Out,
+    rows: std::ops::Range<usize>,
+    left: Operand,
+    (right, panel): (&[Line], usize),
+    columns: std::ops::Range<usize>,
+    inner: &std::ops::Range<usize>,
+    add: bool,
+) {
+    let mut packed = Room::left(ROWS / PANEL * panel);
+    let packed = packed.lines(rows.len().div_ceil(PANEL) * panel);
+    for (at, lines) in packed.chunks_mut(panel / Line::BYTES).enumerate() {
+        // SAFETY: the operand's sizes are the caller's; the panel has room for as many steps.
+        unsafe { pack(lines, left, Form::Rows, rows.start + at * PANEL, inner.clone()) };
+    }
+    let mut unit = Unit::enter();
+    for (right, column) in right.chunks(panel / Line::BYTES).zip(columns.clone().step_by(PANEL)) {
+        for (left, row) in packed.chunks(panel / Line::BYTES).zip(rows.clone().step_by(PANEL)) {
+            let place = out.start.wrapping_add(row * out.stride + column);
+            let sizes = [(rows.end - row).min(PANEL), (columns.end - column).min(PANEL)];
+            // SAFETY: both panels have as many steps, and the block's rows and columns are there.
+            unsafe { multiply_block(&mut unit, left, right, (place, out.stride), sizes, add) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reproducible values of either sign over eight powers of ten, with all bits of their significands in use.
+    fn values(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut value = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let size = 10f32.powi((state % 9) as i32 - 4);
+            ((state >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * size
+        };
+        (0..count).map(|_| value()).collect()
+    }
+
+    /// The operand of `lanes` lanes that lie one after another, or, `across`, side by side.
+    fn operand(values: &[f32], lanes: usize, across: bool) -> Operand {
+        let depth = values.len() / lanes;
+        let (lane, depth) = if across { (1, lanes as isize) } else { (depth as isize, 1) };
+        Operand { start: values.as_ptr(), lanes, lane, depth }
+    }
+
+    fn run(m: usize, k: usize, n: usize, across: [bool; 2], sum: &[f32], split: bool) -> Vec<f32> {
+        let (x, w) = (values(m * k, 1), values(n * k, 2));
+        let mut out = if sum.is_empty() { vec![f32::NAN; m * n] } else { sum.to_vec() };
+        let operands = [operand(&x, m, across[0]), operand(&w, n, across[1])];
+        // SAFETY: the sizes are right, and the caller has asked for the unit.
+        unsafe { multiply((out.as_mut_ptr(), n), k, !sum.is_empty(), operands, split) };
+        out
+    }
+
+    /// Says so where the unit is not there: the product then never uses what is tested here.
+    fn is_there() -> bool {
+        let there = available();
+        if !there {
+            eprintln!("this processor has no tile unit that may be used: nothing to test");
+        }
+        there
+    }
+
+    /// A product of two values is off by a rounding and by what the products of small parts come to, less than another; cut
+    /// off instead of rounded, parts would leave out four times as much.
+    #[test]
+    fn a_product_is_off_by_two_roundings_at_most() {
+        if !is_there() {
+            return;
+        }
+        let (m, n) = (200, 300);
+        let (x, w) = (values(m, 1), values(n, 2));
+        for (at, got) in run(m, 1, n, [false, true], &[], false).iter().enumerate() {
+            let want = f64::from(x[at / n]) * f64::from(w[at % n]);
+            let error = ((f64::from(*got) - want) / want).abs();
+            assert!(error < 2f64.powi(-24) + 2f64.powi(-23), "{got} against {want}, {error:e}");
+        }
+    }
+
+    /// Sums have the error that sums of `f32` have: `gemm`'s is up to 8e-7 for such values.
+    #[test]
+    fn every_shape_and_layout_is_as_exact_as_f32() {
+        if !is_there() {
+            return;
+        }
+        for (m, k, n) in [(1, 1, 1), (32, 32, 32), (33, 31, 15), (70, 33, 19), (65, 700, 401), (17, 64, 800)] {
+            for across in [[false, false], [false, true], [true, false], [true, true]] {
+                let (x, w) = (values(m * k, 1), values(n * k, 2));
+                let of = |a: &[f32], lanes: usize, across: bool, lane: usize, at: usize| {
+                    f64::from(if across { a[at * lanes + lane] } else { a[lane * k + at] })
+                };
+                for sum in [vec![], values(m * n, 3)] {
+                    let out = run(m, k, n, across, &sum, false);
+                    for (at, got) in out.iter().enumerate() {
+                        let product = |l| of(&x, m, across[0], at / n, l) * of(&w, n, across[1], at % n, l);
+                        let before = sum.get(at).map_or(0.0, |v| f64::from(*v));
+                        let want = before + (0..k).map(product).sum::<f64>();
+                        let size = before.abs() + (0..k).map(|l| product(l).abs()).sum::<f64>();
+                        let error = (f64::from(*got) - want).abs() / size;
+                        assert!(error < 1e-6, "{m}x{k}x{n} {across:?} at {at}: {got} against {want}, {error:e}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_element_does_not_depend_on_its_company_or_on_threads() {
+        if !is_there() {
+            return;
+        }
+        let (m, k, n) = (150, 600, 500);
+        let whole = run(m, k, n, [false, false], &[], false);
+        let (x, w) = (values(m * k, 1), values(n * k, 2));
+        let mut part = vec![0f32; 40 * 20];
+        let operands = [operand(&x[70 * k..110 * k], 40, false), operand(&w[333 * k..353 * k], 20, false)];
+        // SAFETY: the sizes are right, and the unit is there.
+        unsafe { multiply((part.as_mut_ptr(), 20), k, false, operands, false) };
+        for (at, got) in part.iter().enumerate() {
+            assert_eq!(*got, whole[(70 + at / 20) * n + 333 + at % 20], "at {at}");
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        assert_eq!(pool.install(|| run(m, k, n, [false, false], &[], true)), whole);
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        if !is_there() {
+            return;
+        }
+        let (k, w) = (40, [1.0; 80]);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7f80_0001)] {
+            let mut x = values(3 * k, 1);
+            x[k + 7] = bad;
+            let mut out = [0f32; 6];
+            let operands = [operand(&x, 3, false), operand(&w, 2, false)];
+            // SAFETY: the sizes are right, and the unit is there.
+            unsafe { multiply((out.as_mut_ptr(), 2), k, false, operands, false) };
+            let finite = out.map(f32::is_finite);
+            assert_eq!(finite, [true, true, false, false, true, true], "{bad}: {out:?}");
+        }
+    }
+
+    #[test]
+    fn it_pays_where_both_sides_are_wide() {
+        for sizes in [[512, 256, 704], [128, 256, 256], [64, 64, 512], [1024, 576, 49_152]] {
+            assert!(pays(sizes), "{sizes:?}");
+        }
+        for sizes in [[65, 600, 1100], [70, 33, 19], [130, 64, 50], [512, 16, 512], [64, 64, 64]] {
+            assert!(!pays(sizes), "{sizes:?}");
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! The unit itself: whether it may be used, and what is computed with it.
+
+use std::arch::asm;
+use std::sync::OnceLock;
+
+use super::pack::{Line, PANEL, STEP, TILE, TILE_BYTES};
+
+/// Whether the processor has the unit, and the system lets this process use it; asked once.
+pub fn available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| std::arch::is_x86_feature_detected!("avx512f") && has_unit() && is_permitted())
+}
+
+/// Tiles and their products of `bf16` (Intel's manual, CPUID leaf 7).
+fn has_unit() -> bool {
+    let wanted = 1 << 22 | 1 << 24;
+    std::arch::x86_64::__cpuid(0).eax >= 7 && std::arch::x86_64::__cpuid_count(7, 0).edx & wanted == wanted
+}
+
+/// Linux keeps room for the tiles of a process that has asked for it; other systems are not known to.
+#[cfg(target_os = "linux")]
+fn is_permitted() -> bool {
+    /// `ARCH_REQ_XCOMP_PERM` and `XFEATURE_XTILEDATA`, of the kernel's `x86/xstate.rst`.
+    const REQUEST: (libc::c_int, libc::c_ulong) = (0x1023, 18);
+    // SAFETY: the call takes two numbers and touches no memory of ours.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST.0, REQUEST.1) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_permitted() -> bool {
+    false
+}
+
+/// A thread's tiles, eight of 16 lines of 64 bytes, for as long as this lives.
+pub(super) struct Unit {
+    /// Where a tile is stored that nobody reads, see [`square`].
+    awake: [Line; TILE],
+}
+
+impl Unit {
+    /// # Panics
+    /// Where the unit is not [available].
+    pub(super) fn enter() -> Self {
+        assert!(available(), "the tile unit is not there");
+        let mut palette = Line([0; Line::BYTES]);
+        palette.0[0] = 1;
+        for tile in 0..8 {
+            palette.0[16 + 2 * tile] = Line::BYTES as u8;
+            palette.0[48 + tile] = TILE as u8;
+        }
+        // SAFETY: the unit is there, and the palette is a valid one.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) palette.0.as_ptr(), options(nostack, readonly)) };
+        Self { awake: [Line([0; Line::BYTES]); TILE] }
+    }
+}
+
+impl Drop for Unit {
+    fn drop(&mut self) {
+        // SAFETY: the unit is there, as it was to be entered.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
+/// The first `[rows, columns]` of the product of two packed panels, stored at or (`add`) added to what is at the place
+/// given, rows of its stride.
+///
+/// # Safety
+/// The place must have those rows and columns.
+pub(super) unsafe fn multiply_block(
+    unit: &mut Unit,
+    left: &[Line],
+    right: &[Line],
+    (out, stride): (*mut f32, usize),
+    [rows, columns]: [usize; 2],
+    add: bool,
+) {
+    let steps = left.len() * Line::BYTES / STEP;
+    assert!(steps > 0 && left.len() == right.len(), "two panels of as many steps");
+    let operands = [left.as_ptr().cast(), right.as_ptr().cast()];
+    if (rows, columns) == (PANEL, PANEL) {
+        // SAFETY: the panels have as many steps; the place has all rows and columns.
+        return unsafe { square(unit, operands, steps, (out, stride), add) };
+    }
+    let mut whole = [[0f32; PANEL]; PANEL];
+    for (row, whole) in whole.iter_mut().enumerate().take(if add { rows } else { 0 }) {
+        // SAFETY: the place has these columns of the row.
+        unsafe { out.add(row * stride).copy_to_nonoverlapping(whole.as_mut_ptr(), columns) };
+    }
+    // SAFETY: likewise.
+    unsafe { square(unit, operands, steps, (whole.as_mut_ptr().cast(), PANEL), add) };
+    for (row, whole) in whole.iter().enumerate().take(rows) {
+        // SAFETY: likewise.
+        unsafe { out.add(row * stride).copy_from_nonoverlapping(whole.as_ptr(), columns) };
+    }
+}
+
+/// 32 rows and columns of a product, in four tiles of sums.
+///
+/// Parts are taken in an order in which each step brings but one side anew: (1, 3), (1, 2), (2, 2), (2, 1), (1, 1), (3, 1).
+/// After some 0.7 µs without a store of a tile the next one takes a quarter of a microsecond, so one that nobody reads goes
+/// with each step: with it a sum of eight steps takes 1.1 µs, without it 1.4.
+///
+/// # Safety
+/// The operands must be panels of `steps` steps, one at least, and the place must have 32 rows and columns.
+unsafe fn square(
+    unit: &mut Unit,
+    [left, right]: [*const u8; 2],
+    steps: usize,
+    (out, stride): (*mut f32, usize),
+    add: bool,
+) {
+    // SAFETY: all that is read and written is the caller's; tiles are configured while there is a `Unit`, and nobody but
+    // this block uses them.
+    unsafe {
+        asm!(
+            "test {add}, {add}",
+            "jz 2f",
+            "tileloadd tmm0, [{out} + {stride}*1]",
+            "tileloadd tmm1, [{out} + {stride}*1 + 64]",
+            "tileloadd tmm2, [{lower} + {stride}*1]",
+            "tileloadd tmm3, [{lower} + {stride}*1 + 64]",
+            "jmp 3f",
+            "2:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "3:",
+            "tileloadd tmm4, [{left} + {line}*1]",
+            "tileloadd tmm6, [{right} + {line}*1 + 4*{tile}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{right} + {line}*1 + 5*{tile}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tileloadd tmm6, [{right} + {line}*1 + 2*{tile}]",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm7, [{right} + {line}*1 + 3*{tile}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm4, [{left} + {line}*1 + 2*{tile}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm5, [{left} + {line}*1 + 3*{tile}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tileloadd tmm6, [{right} + {line}*1]",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm7, [{right} + {line}*1 + {tile}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm4, [{left} + {line}*1]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm4, [{left} + {line}*1 + 4*{tile}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm5, [{left} + {line}*1 + 5*{tile}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tilestored [{awake} + {line}*1], tmm7",
+            "add {left}, {step}",
+            "add {right}, {step}",
+            "dec {steps}",
+            "jnz 3b",
+            "tilestored [{out} + {stride}*1], tmm0",
+            "tilestored [{out} + {stride}*1 + 64], tmm1",
+            "tilestored [{lower} + {stride}*1], tmm2",
+            "tilestored [{lower} + {stride}*1 + 64], tmm3",
+            add = in(reg) usize::from(add),
+            out = in(reg) out,
+            lower = in(reg) out.wrapping_add(TILE * stride),
+            stride = in(reg) stride * size_of::<f32>(),
+            left = inout(reg) left => _,
+            right = inout(reg) right => _,
+            steps = inout(reg) steps => _,
+            awake = in(reg) unit.awake.as_mut_ptr(),
+            line = in(reg) Line::BYTES,
+            tile = const TILE_BYTES,
+            step = const STEP,
+            options(nostack),
+        );
+    }
+}

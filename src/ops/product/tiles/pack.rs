@@ -1,0 +1,271 @@
+//! Operands cut into the parts and the order in which the unit reads them.
+//!
+//! A tile is 16 lines of 64 bytes. Of the left operand a line is a lane and 32 steps of the inner width; of the right one it
+//! is a pair of such steps and 16 lanes. Either way two `bf16` of one lane stand side by side; the unit does not care which
+//! steps they are, as long as both operands agree, and here they are sixteen apart: their halves meet by one shift, whether
+//! lanes lie along the memory or across it.
+
+use std::arch::x86_64::*;
+use std::cell::Cell;
+use std::ops::Range;
+
+/// Lanes, and lines, of a tile.
+pub(super) const TILE: usize = 16;
+/// Lanes of a panel, which is two tiles; also the inner steps of a tile.
+pub(super) const PANEL: usize = 2 * TILE;
+/// Bytes of a tile.
+pub(super) const TILE_BYTES: usize = TILE * Line::BYTES;
+/// Bytes of a panel for 32 inner steps: three parts of two tiles.
+pub(super) const STEP: usize = 6 * TILE_BYTES;
+
+/// A line of memory, as the unit likes it aligned.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line(pub(super) [u8; Line::BYTES]);
+
+impl Line {
+    pub(super) const BYTES: usize = 64;
+}
+
+/// Lanes (rows of the left operand, columns of the right one) of an inner width.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand {
+    /// Of the first lane.
+    pub start: *const f32,
+    /// How many there are.
+    pub lanes: usize,
+    /// From a lane to the next.
+    pub lane: isize,
+    /// From an inner step to the next; this or `lane` is 1.
+    pub depth: isize,
+}
+// SAFETY: it is read from alone.
+unsafe impl Send for Operand {}
+// SAFETY: likewise.
+unsafe impl Sync for Operand {}
+
+/// How a tile holds an operand.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Form {
+    /// A line is a lane: the left operand.
+    Rows,
+    /// A line is a pair of steps of 16 lanes: the right operand.
+    Pairs,
+}
+
+thread_local! {
+    static LEFT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    static RIGHT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
+
+/// Room for a packed operand, which the thread keeps for the next one.
+pub(super) struct Room {
+    lines: Vec<Line>,
+    home: &'static std::thread::LocalKey<Cell<Vec<Line>>>,
+}
+
+impl Room {
+    /// For `bytes` of a left operand.
+    pub(super) fn left(bytes: usize) -> Self {
+        Self::of(&LEFT, bytes)
+    }
+
+    /// For `bytes` of a right operand.
+    pub(super) fn right(bytes: usize) -> Self {
+        Self::of(&RIGHT, bytes)
+    }
+
+    fn of(home: &'static std::thread::LocalKey<Cell<Vec<Line>>>, bytes: usize) -> Self {
+        let mut lines = home.take();
+        if lines.len() < bytes / Line::BYTES {
+            lines = vec![Line([0; Line::BYTES]); bytes / Line::BYTES];
+        }
+        Self { lines, home }
+    }
+
+    /// The first `bytes` of it.
+    pub(super) fn lines(&mut self, bytes: usize) -> &mut [Line] {
+        &mut self.lines[..bytes / Line::BYTES]
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.home.set(std::mem::take(&mut self.lines));
+    }
+}
+
+/// Packs 32 lanes from `first` on and the `inner` steps into `dest`, zeros for what is not there.
+///
+/// # Safety
+/// The processor must have AVX-512, and the operand's lanes and steps must be there.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn pack(dest: &mut [Line], operand: Operand, form: Form, first: usize, inner: Range<usize>) {
+    let along = operand.depth == 1;
+    let stride = if along { operand.lane } else { operand.depth };
+    for (step, from) in dest.chunks_exact_mut(STEP / Line::BYTES).zip(inner.clone().step_by(PANEL)) {
+        let depth = (inner.end - from).min(PANEL);
+        for half in 0..2 {
+            let lane = first + half * TILE;
+            let lanes = operand.lanes.saturating_sub(lane).min(TILE);
+            let start = operand.start.wrapping_offset(lane as isize * operand.lane + from as isize * operand.depth);
+            let tile = Source { start, stride, lanes, depth };
+            let dest = &mut step[half * TILE..];
+            // SAFETY: the lanes and steps that the source counts are there.
+            unsafe {
+                match (along, form, lanes == TILE && depth == PANEL) {
+                    (true, Form::Rows, true) => as_it_lies::<true, true>(dest, tile),
+                    (true, Form::Rows, false) => as_it_lies::<true, false>(dest, tile),
+                    (false, Form::Pairs, true) => as_it_lies::<false, true>(dest, tile),
+                    (false, Form::Pairs, false) => as_it_lies::<false, false>(dest, tile),
+                    (true, Form::Pairs, true) => turned::<true, true>(dest, tile),
+                    (true, Form::Pairs, false) => turned::<true, false>(dest, tile),
+                    (false, Form::Rows, true) => turned::<false, true>(dest, tile),
+                    (false, Form::Rows, false) => turned::<false, false>(dest, tile),
+                }
+            }
+        }
+    }
+}
+
+/// Up to 16 lanes and 32 inner steps of an operand, in lines of which the first `lanes`, or (across) the first `depth`, are
+/// there.
+#[derive(Clone, Copy)]
+struct Source {
+    start: *const f32,
+    stride: isize,
+    lanes: usize,
+    depth: usize,
+}
+
+impl Source {
+    /// Where lanes lie `ALONG` the memory: steps 0 to 15 of lane `at`, and steps 16 to 31. Else step `at` of all lanes, and
+    /// step `at + 16`. Nothing is masked where the source is `WHOLE`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn line<const ALONG: bool, const WHOLE: bool>(self, at: usize) -> [__m512; 2] {
+        let first = self.start.wrapping_offset(at as isize * self.stride);
+        let second = match ALONG {
+            true => first.wrapping_add(TILE),
+            false => first.wrapping_offset(TILE as isize * self.stride),
+        };
+        if WHOLE {
+            // SAFETY: all lanes and steps are there, as the caller says.
+            return unsafe { [_mm512_loadu_ps(first), _mm512_loadu_ps(second)] };
+        }
+        let up_to = |count: usize| ((1u32 << count.min(TILE)) - 1) as u16;
+        let masks = match ALONG {
+            true if at < self.lanes => [up_to(self.depth), up_to(self.depth.saturating_sub(TILE))],
+            true => [0, 0],
+            false => [at, at + TILE].map(|step| if step < self.depth { up_to(self.lanes) } else { 0 }),
+        };
+        // SAFETY: what is masked is not read, and the rest is there.
+        unsafe { [_mm512_maskz_loadu_ps(masks[0], first), _mm512_maskz_loadu_ps(masks[1], second)] }
+    }
+}
+
+/// The upper halves of pairs, which as `bf16` are what they stand for cut off.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn halves([first, second]: [__m512i; 2]) -> __m512i {
+    let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+    // first | (second & upper)
+    _mm512_ternarylogic_epi32::<0xf8>(_mm512_srli_epi32::<16>(first), second, upper)
+}
+
+/// A line's next part, and what it leaves of the line: exactly, and with the third part nothing.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn part_of(line: [__m512; 2]) -> (__m512i, [__m512; 2]) {
+    let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+    // To the nearest: cut off, the parts that are left out would all have the sign of the whole.
+    let nearest = |value| _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
+    let near = [nearest(line[0]), nearest(line[1])];
+    let rest = |value, near| _mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_and_si512(near, upper)));
+    (halves(near), [rest(line[0], near[0]), rest(line[1], near[1])])
+}
+
+/// A line's third part, which has eight bits left.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn last_of(line: [__m512; 2]) -> __m512i {
+    halves([_mm512_castps_si512(line[0]), _mm512_castps_si512(line[1])])
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(dest: &mut [Line], part: usize, at: usize, line: __m512i) {
+    let dest = &mut dest[part * 2 * TILE + at];
+    // SAFETY: a line has room for a register and is aligned as one.
+    unsafe { _mm512_store_si512(dest.0.as_mut_ptr().cast(), line) }
+}
+
+/// A tile's parts where a line of it is a line of the source.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn as_it_lies<const ALONG: bool, const WHOLE: bool>(dest: &mut [Line], source: Source) {
+    assert!(dest.len() >= 5 * TILE);
+    for at in 0..TILE {
+        // SAFETY: the caller's.
+        let line = unsafe { source.line::<ALONG, WHOLE>(at) };
+        let (first, line) = part_of(line);
+        let (second, line) = part_of(line);
+        for (part, line) in [first, second, last_of(line)].into_iter().enumerate() {
+            store(dest, part, at, line);
+        }
+    }
+}
+
+/// A tile's parts where a line of it is a column of the source.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn turned<const ALONG: bool, const WHOLE: bool>(dest: &mut [Line], source: Source) {
+    assert!(dest.len() >= 5 * TILE);
+    let mut rests = [[_mm512_setzero_ps(); 2]; TILE];
+    for part in 0..3 {
+        let mut tile = [_mm512_setzero_si512(); TILE];
+        for at in 0..TILE {
+            let line = match part {
+                // SAFETY: the caller's.
+                0 => unsafe { source.line::<ALONG, WHOLE>(at) },
+                _ => rests[at],
+            };
+            (tile[at], rests[at]) = if part < 2 { part_of(line) } else { (last_of(line), line) };
+        }
+        for (at, line) in transposed(tile).into_iter().enumerate() {
+            store(dest, part, at, line);
+        }
+    }
+}
+
+/// Sixteen rows of sixteen pairs, rows and columns exchanged.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transposed(rows: [__m512i; TILE]) -> [__m512i; TILE] {
+    let mut a = rows;
+    for i in 0..8 {
+        a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    let mut b = a;
+    for i in 0..4 {
+        for j in 0..2 {
+            b[4 * i + 2 * j] = _mm512_unpacklo_epi64(a[4 * i + j], a[4 * i + j + 2]);
+            b[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(a[4 * i + j], a[4 * i + j + 2]);
+        }
+    }
+    // Now a register has four rows of one column in each quarter.
+    for i in 0..4 {
+        a[i] = _mm512_shuffle_i32x4::<0x88>(b[i], b[4 + i]);
+        a[4 + i] = _mm512_shuffle_i32x4::<0xdd>(b[i], b[4 + i]);
+        a[8 + i] = _mm512_shuffle_i32x4::<0x88>(b[8 + i], b[12 + i]);
+        a[12 + i] = _mm512_shuffle_i32x4::<0xdd>(b[8 + i], b[12 + i]);
+    }
+    for i in 0..4 {
+        b[i] = _mm512_shuffle_i32x4::<0x88>(a[i], a[8 + i]);
+        b[4 + i] = _mm512_shuffle_i32x4::<0x88>(a[4 + i], a[12 + i]);
+        b[8 + i] = _mm512_shuffle_i32x4::<0xdd>(a[i], a[8 + i]);
+        b[12 + i] = _mm512_shuffle_i32x4::<0xdd>(a[4 + i], a[12 + i]);
+    }
+    b
+}
