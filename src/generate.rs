@@ -69,7 +69,19 @@ impl Weighted for Fixed {
 /// # Errors
 /// A prompt that is empty, or that leaves no room for the new tokens within the model's context.
 pub fn generate(source: &mut dyn Weighted, requests: Vec<Request>, sampling: &Sampling) -> Result<Vec<Vec<Sampled>>> {
-    let mut engine = Engine::new(sampling, MOST_SLOTS);
+    let wanted = requests.iter().map(|request| request.seeds.len()).sum();
+    generate_with(Engine::new(sampling, wanted), source, requests)
+}
+
+/// The same with an engine that has nothing to do.
+///
+/// # Errors
+/// As of [`generate`].
+pub fn generate_with<'a>(
+    mut engine: Engine<'a>,
+    source: &mut dyn Weighted,
+    requests: Vec<Request<'a>>,
+) -> Result<Vec<Vec<Sampled>>> {
     let mut out: Vec<Vec<Sampled>> = requests.iter().map(|_| Vec::new()).collect();
     let config = source.weights()?.1.config().clone();
     for (ticket, request) in requests.into_iter().enumerate() {

@@ -37,7 +37,7 @@ pub use frozen::Frozen;
 pub use gated::{Activation, gated};
 pub use linear::linear;
 pub use logprobs::{linear_logprobs, linear_logprobs_at, row_logsumexp, softcap, token_logprobs};
-pub use product::FEW_ROWS;
+pub use product::{CROWD, FEW_ROWS, crowded};
 pub use q8::{Q8, q8_linear};
 pub use rms_norm::rms_norm;
 pub use rope::rope;

@@ -23,11 +23,13 @@ pub const MOST_SLOTS: usize = ops::FEW_ROWS;
 /// Requests under way and waiting, over one cache.
 ///
 /// What is sampled in `f32` on the CPU is a function of the weights, the prompt and the seed; not of what is sampled beside
-/// it, nor of when it began. Each prompt is prefilled once. Weights may change between steps; keys and values computed before stay as they
+/// it, nor of when it began. (Its last bits are those of [`ops::crowded`] in an engine of more than [`ops::CROWD`] slots.) Each prompt is prefilled once. Weights may change between steps; keys and values computed before stay as they
 /// are, and each token carries the version that produced it.
 pub struct Engine<'a> {
     sampling: Sampling,
     slots: usize,
+    /// Whether a step usually has many rows.
+    crowded: bool,
     /// Of these, those that are used for now.
     limit: usize,
     cache: Option<KvCache>,
@@ -77,12 +79,18 @@ impl<'a> Engine<'a> {
         Self {
             sampling: sampling.clone(),
             slots: slots.clamp(1, MOST_SLOTS),
+            crowded: slots > ops::CROWD,
             limit: MOST_SLOTS,
             cache: None,
             rows: Vec::new(),
             waiting: VecDeque::new(),
             open: HashMap::new(),
         }
+    }
+
+    /// The same engine for sequences that are few at most times, whatever the slots.
+    pub fn sparse(self) -> Self {
+        Self { crowded: false, ..self }
     }
 
     /// Puts a request at the end of the queue; its samples come back under `ticket`, which is nobody else's.
@@ -151,8 +159,9 @@ impl<'a> Engine<'a> {
             let ids: Vec<u32> = self.rows.iter().map(Row::last).collect();
             let positions: Vec<u32> = self.rows.iter().map(|row| row.position).collect();
             let slots: Vec<usize> = self.rows.iter().map(|row| row.slot).collect();
-            let hidden = model.hidden(&ids, &positions, &mut *cache.step(&slots)?)?;
-            take_all(&mut self.rows, &model.logits(&hidden)?, version, &self.sampling)?;
+            let mut step = || model.logits(&model.hidden(&ids, &positions, &mut *cache.step(&slots)?)?);
+            let logits = if self.crowded { ops::crowded(&mut step) } else { step() }?;
+            take_all(&mut self.rows, &logits, version, &self.sampling)?;
         }
         self.sweep(&mut ended);
         while self.rows.len() < self.usable() && self.begin(&model, version)? {

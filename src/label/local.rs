@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 
 use super::backend::{Ask, Backend, Decoding, Refusal, Reply, Usage};
 use crate::generate::sampler::Sampling;
-use crate::generate::{Fixed, Request, generate};
+use crate::generate::{Engine, Fixed, MOST_SLOTS, Request, generate_with};
 use crate::model::{Decoder, Prefix, Trie};
 use crate::ops;
 use crate::seed;
@@ -216,7 +216,10 @@ impl Local {
                 .iter()
                 .map(|(ids, seeds)| Request { prompt: ids.into(), prefix: prefix.as_deref(), seeds: seeds.clone() })
                 .collect();
-            let mut written = generate(&mut Fixed(Arc::clone(&self.judge.model)), requests, &sampling)?.into_iter();
+            // What is written must not depend on how many prompts came together.
+            let engine = Engine::new(&sampling, MOST_SLOTS).sparse();
+            let mut judge = Fixed(Arc::clone(&self.judge.model));
+            let mut written = generate_with(engine, &mut judge, requests)?.into_iter();
             for (ids, seeds) in lot {
                 if !fits(ids) {
                     let refusal = too_long(ids.len() + decoding.max_tokens, config.context);

@@ -11,12 +11,37 @@ mod few;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
+use std::cell::Cell;
+
 use gemm::Parallelism;
 
 use super::vector::dot;
 
 /// Rows of input up to which the kernel for few rows is used.
 pub const FEW_ROWS: usize = 64;
+
+/// Rows of input above which, were they always as many, few of them would go to the tile unit. (Where there are fewer, to
+/// pack the matrix takes longer than vector instructions take for all.)
+pub const CROWD: usize = 16;
+
+thread_local! {
+    static CROWDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls `f`; the products with few rows that this thread begins meanwhile go to the tile unit, if there is one.
+///
+/// For a caller that usually has more than [`CROWD`] of them. The last bits of a result are not those that it has elsewhere,
+/// so such a caller has to do it however many there are at the time: then a row's result does not depend on its company.
+pub fn crowded<R>(f: impl FnOnce() -> R) -> R {
+    struct Before(bool);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            CROWDED.set(self.0);
+        }
+    }
+    let _before = Before(CROWDED.replace(true));
+    f()
+}
 
 /// Multiply-adds from which a wide product is split over threads.
 const PARALLEL_FROM: usize = 1 << 21;
@@ -73,6 +98,10 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
         let (k_, n_) = (k as isize, n as isize);
         // SAFETY: the strides cover the slices, whose sizes were checked.
         return unsafe { product(out.as_mut_ptr(), [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_)) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if CROWDED.get() && tiles::available() && m * k * n > 0 {
+        return tiles::multiply_few(out, x, w, [m, k, n]);
     }
     #[cfg(target_arch = "x86_64")]
     if few::multiply(out, x, w, [m, k, n]) {
@@ -230,6 +259,12 @@ mod tests {
     /// What lets sequences be generated beside any others.
     #[test]
     fn a_row_does_not_depend_on_its_company_or_on_threads() {
+        check_company();
+        crowded(check_company);
+        assert!(!CROWDED.get());
+    }
+
+    fn check_company() {
         let (k, n) = (200, 301);
         let (x, w) = (values(FEW_ROWS * k, 3), values(n * k, 4));
         let mut together = vec![0.0; FEW_ROWS * n];
@@ -238,7 +273,13 @@ mod tests {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             for (first, rows) in [(0, 1), (5, 2), (9, 7), (30, 34)] {
                 let mut out = vec![0.0; rows * n];
-                pool.install(|| times_transposed(&mut out, &x[first * k..(first + rows) * k], &w, k));
+                let mut times = || times_transposed(&mut out, &x[first * k..(first + rows) * k], &w, k);
+                // Within the pool another thread begins the product.
+                if CROWDED.get() {
+                    pool.install(|| crowded(times))
+                } else {
+                    pool.install(&mut times)
+                }
                 assert_eq!(out, together[first * n..(first + rows) * n], "{rows} rows on {threads} threads");
             }
         }

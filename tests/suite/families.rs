@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use preceptor::generate::sampler::Sampling;
-use preceptor::generate::{Engine, Fixed, Request, generate};
+use preceptor::generate::{Engine, Fixed, MOST_SLOTS, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Pack, PackedAttention, Weights};
-use preceptor::ops::{Gradients, backward};
+use preceptor::ops::{self, Gradients, backward};
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -179,8 +179,7 @@ fn check_behaviour(r: Reference) {
     let sampled = generate(&mut Fixed(Arc::clone(&model)), requests(), &sampling).unwrap();
     let lengths: std::collections::HashSet<usize> = sampled.iter().flatten().map(|one| one.ids.len()).collect();
     assert!(lengths.len() > 1, "the test wants ragged completions, all have {lengths:?} tokens");
-    // To the last bit the same in one slot, in a few, and one after the other.
-    for slots in [1, 2, 4] {
+    let beside = |slots: usize| {
         let mut engine = Engine::new(&sampling, slots);
         let mut again = vec![Vec::new(); prompts.len()];
         for (ticket, request) in requests().into_iter().enumerate() {
@@ -194,11 +193,17 @@ fn check_behaviour(r: Reference) {
                 again[ticket as usize] = samples;
             }
         }
-        assert_eq!(again, sampled, "in {slots} slots");
+        again
+    };
+    // To the last bit the same in one slot, in a few, and one after the other; and in as many as make a crowd.
+    for slots in [1, 2, 4, ops::CROWD] {
+        assert_eq!(beside(slots), sampled, "in {slots} slots");
     }
+    let crowded = beside(ops::CROWD + 1);
+    assert_eq!(beside(MOST_SLOTS), crowded);
     // In eight bits it samples from a distribution near by, and the slots matter as little.
     let quantised = Arc::new(model.quantised().unwrap());
-    let [alone, together] = [1, 64].map(|slots| {
+    let [alone, together] = [1, ops::CROWD].map(|slots| {
         let mut engine = Engine::new(&sampling, slots);
         engine.submit(0, Request::new(&long, vec![1, 2, 3]), &r.config).unwrap();
         let mut ended = Vec::new();
@@ -214,7 +219,7 @@ fn check_behaviour(r: Reference) {
     let gaps: Vec<f32> = alone.iter().zip(&now).map(|(one, now)| max_abs_difference(&one.logprobs, now)).collect();
     let worst = gaps.iter().copied().fold(0.0, f32::max);
     assert!(worst > 0.0 && worst < 0.3, "eight bits move log-probabilities by {gaps:?}");
-    for ((prompt, _), sampled) in prompts.iter().zip(&sampled) {
+    for ((prompt, _), sampled) in prompts.iter().zip(&sampled).chain(prompts.iter().zip(&crowded)) {
         let ids: Vec<&[u32]> = sampled.iter().map(|one| one.ids.as_slice()).collect();
         let pack = Pack::new(prompt, &ids);
         let now = pack.split(&model.logprobs(&pack, 0.8).unwrap().0.to_vec1().unwrap());

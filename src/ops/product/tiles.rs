@@ -8,6 +8,7 @@
 //! What is not finite is not finite in the result: an infinity may become NaN, and a value within 2⁻⁹ of the greatest one an
 //! infinity.
 
+mod few;
 mod kernel;
 mod pack;
 
@@ -16,6 +17,7 @@ use rayon::prelude::*;
 use kernel::{Unit, multiply_block};
 use pack::{Form, Line, PANEL, Room, STEP, pack};
 
+pub(super) use few::multiply as multiply_few;
 pub(super) use kernel::available;
 pub(super) use pack::Operand;
 
@@ -228,6 +230,32 @@ mod tests {
         }
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
         assert_eq!(pool.install(|| run(m, k, n, [false, false], &[], true)), whole);
+    }
+
+    #[test]
+    fn few_rows_are_what_they_are_among_many() {
+        if !is_there() {
+            return;
+        }
+        for (k, n) in [(33, 19), (64, 64), (200, 301), (130, 700)] {
+            let (x, w) = (values(64 * k, 1), values(n * k, 2));
+            let mut all = vec![f32::NAN; 64 * n];
+            multiply_few(&mut all, &x, &w, [64, k, n]);
+            for (at, got) in all.iter().enumerate() {
+                let product = |l| f64::from(x[at / n * k + l]) * f64::from(w[at % n * k + l]);
+                let (want, size) = ((0..k).map(product).sum::<f64>(), (0..k).map(|l| product(l).abs()).sum::<f64>());
+                assert!((f64::from(*got) - want).abs() < 1e-6 * size, "{k}x{n} at {at}: {got} against {want}");
+            }
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                for (first, rows) in [(0, 1), (5, 2), (9, 16), (2, 33), (30, 34)] {
+                    let mut out = vec![f32::NAN; rows * n];
+                    let x = &x[first * k..(first + rows) * k];
+                    pool.install(|| multiply_few(&mut out, x, &w, [rows, k, n]));
+                    assert_eq!(out, all[first * n..(first + rows) * n], "{rows} rows of {k}x{n} on {threads} threads");
+                }
+            }
+        }
     }
 
     #[test]

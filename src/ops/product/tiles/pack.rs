@@ -238,7 +238,33 @@ unsafe fn turned<const ALONG: bool, const WHOLE: bool>(dest: &mut [Line], source
     }
 }
 
-/// Sixteen rows of sixteen pairs, rows and columns exchanged.
+/// Writes the first `[rows, columns]` of what `sums` holds by columns to the place given, rows of its stride.
+///
+/// # Safety
+/// The processor must have AVX-512, and the place those rows and columns.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn turn_out(
+    sums: &[[f32; PANEL]; PANEL],
+    (out, stride): (*mut f32, usize),
+    [rows, columns]: [usize; 2],
+) {
+    for column in (0..columns).step_by(TILE) {
+        let mask = ((1u32 << (columns - column).min(TILE)) - 1) as u16;
+        for row in (0..rows).step_by(TILE) {
+            let tile = std::array::from_fn(|at| {
+                let sums = &sums[column + at][row..row + TILE];
+                // SAFETY: sixteen values are there.
+                unsafe { _mm512_loadu_si512(sums.as_ptr().cast()) }
+            });
+            for (at, line) in transposed(tile).into_iter().enumerate().take(rows - row) {
+                // SAFETY: the place has this row, and what is masked is not written.
+                unsafe { _mm512_mask_storeu_epi32(out.add((row + at) * stride + column).cast(), mask, line) };
+            }
+        }
+    }
+}
+
+/// Sixteen rows of sixteen values of 32 bits, rows and columns exchanged.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn transposed(rows: [__m512i; TILE]) -> [__m512i; TILE] {

@@ -1,0 +1,107 @@
+//! Few rows times a matrix, which is packed as it is read: the matrix's rows are the left operand, in portions that stay in
+//! the nearest cache.
+//!
+//! Packing takes as long for one row as for 32, so that this is faster than vector instructions from about 16 rows on. A
+//! row's result depends on nothing but the row and the matrix, as there; the last bits are others.
+
+use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::kernel::{Unit, multiply_block};
+use super::pack::{Form, Line, Operand, PANEL, Room, STEP, pack, turn_out};
+
+/// Rows of the matrix in a portion.
+const ROWS: usize = 2 * PANEL;
+/// Its inner width in a portion.
+const DEPTH: usize = 2 * PANEL;
+/// Multiply-adds that are worth a task of their own.
+const TASK: usize = 1 << 20;
+
+/// Where results go; tasks write disjoint columns.
+#[derive(Clone, Copy)]
+struct Out(*mut f32);
+// SAFETY: the pointer is only used for writing columns that no other task writes.
+unsafe impl Send for Out {}
+// SAFETY: likewise.
+unsafe impl Sync for Out {}
+
+/// `out [m, n] = x [m, k] · w [n, k]ᵀ`.
+///
+/// # Panics
+/// Where the unit is not [available](super::available) or the sizes do not fit.
+pub fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) {
+    assert!(super::available(), "the tile unit is not there");
+    assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
+    let lanes = |values: &[f32], lanes| Operand { start: values.as_ptr(), lanes, lane: k as isize, depth: 1 };
+    let (x, w, out) = (lanes(x, m), lanes(w, n), Out(out.as_mut_ptr()));
+    let panel = k.div_ceil(PANEL) * STEP;
+    let mut room = Room::right(m.div_ceil(PANEL) * panel);
+    let packed = room.lines(m.div_ceil(PANEL) * panel);
+    for (at, lines) in packed.chunks_mut(panel / Line::BYTES).enumerate() {
+        // SAFETY: the operand has the sizes that were checked; with the unit there is AVX-512.
+        unsafe { pack(lines, x, Form::Pairs, at * PANEL, 0..k) };
+    }
+    let packed = &*packed;
+    // SAFETY: the operands have the sizes that were checked, and each call writes its columns alone.
+    let columns = |from: usize, to: usize| unsafe { columns(out, (packed, m), w, k, from..to) };
+    let threads = rayon::current_num_threads();
+    if threads == 1 || m * k * n < 2 * TASK {
+        return columns(0, n);
+    }
+    let run = n.div_ceil(threads * 2).max(TASK / (m * k)).next_multiple_of(ROWS);
+    (0..n.div_ceil(run)).into_par_iter().for_each(|task| columns(task * run, ((task + 1) * run).min(n)));
+}
+
+/// Some columns of the result, for the packed rows of `x`.
+///
+/// # Safety
+/// The matrix must have an inner width of `k`, and `out` room for `m` rows of as many columns as it has rows; nobody else
+/// may use these columns.
+unsafe fn columns(out: Out, (x, m): (&[Line], usize), w: Operand, k: usize, range: Range<usize>) {
+    let mut unit = Unit::enter();
+    let mut room = Room::left(ROWS / PANEL * DEPTH / PANEL * STEP);
+    // For each panel of rows of `x`, and each of the matrix; by rows of the latter.
+    let mut sums = [[[[0f32; PANEL]; PANEL]; ROWS / PANEL]; 2];
+    let panels = m.div_ceil(PANEL);
+    for row in range.clone().step_by(ROWS) {
+        for from in (0..k).step_by(DEPTH) {
+            let inner = from..(from + DEPTH).min(k);
+            let size = inner.len().div_ceil(PANEL) * STEP;
+            let portion = room.lines(ROWS / PANEL * size);
+            for (at, lines) in portion.chunks_mut(size / Line::BYTES).enumerate() {
+                // SAFETY: the operand's sizes are the caller's; the panel has room for as many steps.
+                unsafe { pack(lines, w, Form::Rows, row + at * PANEL, inner.clone()) };
+            }
+            fetch(w, if inner.end < k { row } else { row + ROWS }, inner.end % k);
+            for (x, sums) in x.chunks(x.len() / panels).zip(&mut sums) {
+                let x = &x[from / PANEL * STEP / Line::BYTES..][..size / Line::BYTES];
+                for (portion, sums) in portion.chunks(size / Line::BYTES).zip(sums) {
+                    let place = (sums.as_mut_ptr().cast(), PANEL);
+                    // SAFETY: the sums have all rows and columns.
+                    unsafe { multiply_block(&mut unit, portion, x, place, [PANEL, PANEL], from > 0) };
+                }
+            }
+        }
+        for (at, sums) in sums.iter().enumerate().take(panels) {
+            for (half, sums) in sums.iter().enumerate() {
+                let (first, column) = (at * PANEL, row + half * PANEL);
+                let sizes = [(m - first).min(PANEL), range.end.saturating_sub(column).min(PANEL)];
+                // SAFETY: `out` has these rows and columns, which are this call's.
+                unsafe { turn_out(sums, (out.0.wrapping_add(first * w.lanes + column), w.lanes), sizes) };
+            }
+        }
+    }
+}
+
+/// Has the portion of the rows from `first` on and of an inner step on brought nearer.
+fn fetch(w: Operand, first: usize, from: usize) {
+    for row in first..(first + ROWS).min(w.lanes) {
+        let start = w.start.wrapping_offset(row as isize * w.lane).wrapping_add(from);
+        for line in 0..DEPTH * size_of::<f32>() / Line::BYTES {
+            // SAFETY: a prefetch may point anywhere.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(line * Line::BYTES / size_of::<f32>()).cast()) };
+        }
+    }
+}
