@@ -68,19 +68,21 @@ fn main() -> Result<()> {
     // Side by side takes two.
     let threads = if work == "overlap" { 2 } else { number("--threads", 1)? };
     let repeats = number("--repeats", 3)?;
-    let subject = Subject::new(model)?;
+    let (subject, weights) = Subject::new(model)?;
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads as usize).build()?;
     let figures = match work.as_str() {
-        "train" => pool.install(|| subject.train(repeats))?,
-        "generate-1" => pool.install(|| subject.generate(1, repeats))?,
-        "generate-8" => pool.install(|| subject.generate(8, repeats))?,
-        "generate-32" => pool.install(|| subject.generate(32, repeats))?,
-        "label" => pool.install(|| subject.label(repeats))?,
+        "train" => pool.install(|| subject.train(weights, repeats))?,
+        "generate-1" => pool.install(|| subject.generate(&weights, 1, repeats))?,
+        "generate-8" => pool.install(|| subject.generate(&weights, 8, repeats))?,
+        "generate-32" => pool.install(|| subject.generate(&weights, 32, repeats))?,
+        "label" => pool.install(|| subject.label(weights, repeats))?,
         // Two threads are two actors side by side, the learner on both, for it has more to do. With one they take turns.
         "grpo" => {
-            subject.grpo(number("--eta", u64::from(threads > 1))?, number("--learner-threads", threads)?, repeats)?
+            let (eta, learner_threads) =
+                (number("--eta", u64::from(threads > 1))?, number("--learner-threads", threads)?);
+            subject.grpo(weights, eta, learner_threads, repeats)?
         }
-        "overlap" => subject.overlap(repeats)?,
+        "overlap" => subject.overlap(&weights, repeats)?,
         _ => bail!("{work:?} is none of train, generate-1, generate-8, generate-32, label, grpo, overlap"),
     };
     let mut line = json!({ "work": work, "model": model, "threads": threads, "peak_rss_kib": peak_rss_kib()? });
@@ -89,20 +91,20 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// A model with random weights; what it takes to run it does not depend on what they are.
+/// The shape of a model; what it takes to run it does not depend on what its weights are.
 struct Subject {
     shape: ModelConfig,
-    model: Arc<Decoder>,
     /// Sequences of a training step.
     sequences: usize,
 }
 
 impl Subject {
-    fn new(name: &str) -> Result<Self> {
+    /// With random weights for it.
+    fn new(name: &str) -> Result<(Self, Arc<Decoder>)> {
         let Some(shape) = shapes::shape(name) else { bail!("{name:?} is neither tiny nor smollm2") };
         let sequences = if name == "tiny" { 8 } else { 4 };
         let model = Arc::new(Decoder::new(&shape, &Weights::scratch(&shape, 0.02, 1, &Device::Cpu)?)?);
-        Ok(Self { shape, model, sequences })
+        Ok((Self { shape, sequences }, model))
     }
 
     /// `length` tokens, others for each `place`.
@@ -111,12 +113,12 @@ impl Subject {
     }
 
     /// Optimizer steps on whole sequences that have nothing in common but their first token.
-    fn train(self, repeats: u64) -> Result<Map<String, Value>> {
+    fn train(&self, weights: Arc<Decoder>, repeats: u64) -> Result<Map<String, Value>> {
         let sequences: Vec<Vec<u32>> = (0..self.sequences).map(|k| self.words(k + 1, SEQUENCE - 1)).collect();
         let pack = Pack::new(&[0], &sequences);
-        let (model, params) = self.model.trainable(true)?;
+        let (model, params) = weights.trainable(true)?;
         let units = self.sequences * SEQUENCE;
-        drop(self);
+        drop(weights);
         let mut gradients = Gradients::new(&params)?;
         let mut optimizer = AdamW::new(params, AdamWConfig::default())?;
         repeat(repeats, units, "tokens", || {
@@ -129,20 +131,20 @@ impl Subject {
     }
 
     /// Samples `width` completions, eight of each prompt.
-    fn generate(&self, width: usize, repeats: u64) -> Result<Map<String, Value>> {
+    fn generate(&self, weights: &Arc<Decoder>, width: usize, repeats: u64) -> Result<Map<String, Value>> {
         let prompts: Vec<Vec<u32>> = (0..width.div_ceil(GROUP)).map(|k| self.words(k, PROMPT)).collect();
         let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
         let requests = || -> Vec<Request> {
             prompts.iter().map(|prompt| Request::new(prompt, (0..width.min(GROUP) as u64).collect())).collect()
         };
         repeat(repeats, width * ANSWER, "tokens", || {
-            generate(&mut Fixed(Arc::clone(&self.model)), requests(), &sampling).map(drop)
+            generate(&mut Fixed(Arc::clone(weights)), requests(), &sampling).map(drop)
         })
     }
 
     /// Judges groups by likelihood, with the labeler that a run has.
-    fn label(&self, repeats: u64) -> Result<Map<String, Value>> {
-        let judge = Judge { model: Arc::clone(&self.model), tokenizer: Tokenizer::bytes(), identity: 0, chat: false };
+    fn label(&self, weights: Arc<Decoder>, repeats: u64) -> Result<Map<String, Value>> {
+        let judge = Judge { model: weights, tokenizer: Tokenizer::bytes(), identity: 0, chat: false };
         let labeler = Likelihood { judge, length_normalise: false, temperature: 1.0 };
         let groups: Vec<Group> = (0..8).map(|k| self.group(k)).collect();
         repeat(repeats, groups.len() * GROUP, "labels", || {
@@ -164,9 +166,9 @@ impl Subject {
     }
 
     /// Steps of GRPO by the node, timed from one step's end to the next one's.
-    fn grpo(&self, eta: u64, learner_threads: u64, repeats: u64) -> Result<Map<String, Value>> {
+    fn grpo(&self, weights: Arc<Decoder>, eta: u64, learner_threads: u64, repeats: u64) -> Result<Map<String, Value>> {
         // As many steps are left over at the end as are generated ahead, so that each timed step has its generation.
-        let run = self.run(eta, learner_threads, 1 + repeats + eta)?;
+        let run = self.run(weights, eta, learner_threads, 1 + repeats + eta)?;
         let mut figures = Figures::new(BATCH * GROUP, "samples");
         run.steps.windows(2).take(repeats as usize).for_each(|pair| figures.add(&pair[0], &pair[1]));
         Ok(figures.done())
@@ -174,9 +176,10 @@ impl Subject {
 
     /// Whole runs of `steps` with rollout and learner on a thread each: η = 1, where they work side by side, and η = 0,
     /// where either works while the other one waits, so that its busy time is what its work takes alone.
-    fn overlap(&self, steps: u64) -> Result<Map<String, Value>> {
-        self.run(0, 1, 1)?;
-        let (apart, beside) = (self.run(0, 1, steps)?, self.run(1, 1, steps)?);
+    fn overlap(&self, weights: &Arc<Decoder>, steps: u64) -> Result<Map<String, Value>> {
+        let run = |eta, steps| self.run(Arc::clone(weights), eta, 1, steps);
+        run(0, 1)?;
+        let (apart, beside) = (run(0, steps)?, run(1, steps)?);
         let mut figures = Figures::new(steps as usize * BATCH * GROUP, "samples");
         let last = beside.steps.last().context("a run has steps")?;
         figures.add(&beside.began, last);
@@ -199,10 +202,10 @@ impl Subject {
     }
 
     /// A run of the real node, which ends by itself.
-    fn run(&self, eta: u64, learner_threads: u64, steps: u64) -> Result<Run> {
+    fn run(&self, weights: Arc<Decoder>, eta: u64, learner_threads: u64, steps: u64) -> Result<Run> {
         let dir = tempfile::tempdir()?;
         let marks = Arc::new(Mutex::new(Vec::new()));
-        let node = self.node(dir.path(), eta, learner_threads, steps, &marks)?;
+        let node = self.node(weights, dir.path(), [eta, learner_threads, steps], &marks)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let began = Mark::now()?;
         let (outcome, report) = runtime.block_on(async {
@@ -216,10 +219,9 @@ impl Subject {
 
     fn node(
         &self,
+        weights: Arc<Decoder>,
         dir: &Path,
-        eta: u64,
-        learner_threads: u64,
-        steps: u64,
+        [eta, learner_threads, steps]: [u64; 3],
         marks: &Arc<Mutex<Vec<Mark>>>,
     ) -> Result<Node> {
         let tokenizer = self.tokenizer(dir)?;
@@ -243,6 +245,7 @@ impl Subject {
             format!("rollout.group_size={GROUP}"),
             format!("rollout.max_new_tokens={ANSWER}"),
             "reward.kl_coef=0".into(),
+            "reward.reference=false".into(),
         ];
         let offline = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/offline.toml");
         let config = config::load(&offline, &overrides).map_err(|errors| anyhow!("{errors}"))?;
@@ -254,17 +257,17 @@ impl Subject {
             needs_references: false,
         };
         let data = Arc::new(Dataset::read(&config.data.path, options, &tokenizer)?);
-        let (policy, identity) = (Arc::clone(&self.model), self.model.weights().fingerprint()?);
+        let identity = weights.weights().fingerprint()?;
         Ok(Node {
-            state: Arc::new(Mutex::new(TrainState::new(&policy, AdamWConfig::default(), None, None)?)),
-            cell: Arc::new(SnapshotCell::new(0, identity, Arc::clone(&policy))),
+            state: Arc::new(Mutex::new(TrainState::new(&weights, AdamWConfig::default(), None, None)?)),
+            cell: Arc::new(SnapshotCell::new(0, identity, weights)),
             observer: Arc::new(Mutex::new(Watch(Arc::clone(marks)))),
             book: Book::default(),
             knobs: Knobs::default(),
             reward_model: None,
-            labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId(identity)) as Box<dyn Labeler>)),
+            labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId) as Box<dyn Labeler>)),
             prepared: Arc::new(Prepared {
-                policy,
+                policy: None,
                 identity,
                 tokenizer,
                 instruments: vec![],
@@ -306,9 +309,8 @@ impl Run {
 }
 
 /// Scores a completion by the mean of its token ids, so that no two fare alike: a group without differences costs no
-/// backward pass. It also gives the tokens' log-probabilities, as if it had run the reference: with a KL coefficient of
-/// zero nobody reads them, and no forward pass is spent on them.
-struct MeanId(u64);
+/// backward pass.
+struct MeanId;
 
 impl Labeler for MeanId {
     fn name(&self) -> &'static str {
@@ -316,14 +318,13 @@ impl Labeler for MeanId {
     }
 
     fn model(&self) -> u64 {
-        self.0
+        0
     }
 
     fn label(&self, group: &Group) -> Result<Labels> {
         let score = |ids: &[u32]| ids.iter().map(|id| f64::from(*id)).sum::<f64>() / ids.len() as f64;
         let scores = group.completions.iter().map(|one| Verdict::Label(score(&one.ids))).collect();
-        let logprobs = group.completions.iter().map(|one| one.logprobs.clone()).collect();
-        Ok(Labels { scores, logprobs: Some(logprobs), ..Labels::default() })
+        Ok(Labels { scores, ..Labels::default() })
     }
 }
 

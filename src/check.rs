@@ -78,11 +78,11 @@ struct Sizes {
 
 impl Sizes {
     fn of(config: &Config, prepared: &Prepared) -> Result<Self> {
-        let parameters = prepared.policy.config().parameters() as f64;
+        let parameters = prepared.policy().config().parameters() as f64;
         let trained = match lora(config) {
             None => parameters,
             Some((lora, seed)) => {
-                lora.fresh(prepared.policy.weights(), seed, prepared.policy.device())?.parameters() as f64
+                lora.fresh(prepared.policy().weights(), seed, prepared.policy().device())?.parameters() as f64
             }
         };
         let of = |(method, instrument): (&Method, &Instrument)| match instrument {
@@ -104,9 +104,10 @@ impl Sizes {
         let exact = |device: &Device| if is_fused(config, device) { 12.0 } else { 16.0 };
         let quantised = if config.rollout.weights == RolloutWeights::Q8 { 1.1 * self.parameters } else { 0.0 };
         let (home, devices) = (&config.policy.device, &prepared.devices);
-        let policy = prepared.policy.device();
-        // The reference once; of what learns, weights, a group's gradient, and two published copies of the policy.
-        let learner = each * (self.parameters + 4.0 * self.trained + 2.0 * self.value_model)
+        let policy = prepared.policy().device();
+        // The reference once, which adapters learn beside; of what learns, weights, a group's gradient, and two published copies of the policy.
+        let kept = config.reward.reference || config.policy.lora.is_some();
+        let learner = each * (if kept { self.parameters } else { 0.0 } + 4.0 * self.trained + 2.0 * self.value_model)
             + exact(policy) * (self.trained + self.value_model);
         let mut loads = vec![Load {
             name: home.clone(),
@@ -148,7 +149,7 @@ impl Sizes {
     }
 
     fn activation_bytes(&self, config: &Config, prepared: &Prepared, device: &Device) -> f64 {
-        let shape = prepared.policy.config();
+        let shape = prepared.policy().config();
         let completions = match config.learner.micro_batch {
             0 => config.rollout.group_size,
             some => some.min(config.rollout.group_size),

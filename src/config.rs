@@ -163,6 +163,17 @@ impl Config {
                 "\"q8_0\" samples on the CPU beside weights in f32; set it to \"f32\", which samples with the weights as they are",
             );
         }
+        if document.sound(&["reward.reference", "reward.kl_coef", "learner.algorithm"]) && !self.reward.reference {
+            let charged = match pairs {
+                true => Some("learner.algorithm = \"online-dpo\" learns by it".to_owned()),
+                false => (self.reward.kl_coef > 0.0)
+                    .then(|| format!("reward.kl_coef = {} charges for it", self.reward.kl_coef)),
+            };
+            if let Some(why) = charged {
+                document
+                    .error("reward.reference", &format!("must be true: {why}; set reward.kl_coef = 0 to do without"));
+            }
+        }
         if document.sound(&["rollout.workers", "rollout.devices"]) && rollout.devices.len() > rollout.workers {
             document.error(
                 "rollout.devices",
@@ -285,6 +296,10 @@ mod tests {
         check(
             "[rollout]\nweights = \"q8_0\"\n[learner]\neta = 0\ncorrection = \"none\"\n",
             &["x.toml:12: learner.correction: \"none\" with rollout.weights = \"q8_0\" would learn"],
+        );
+        check(
+            "[reward]\nreference = false\n",
+            &["x.toml:9: reward.reference: must be true: reward.kl_coef = 0.05 charges for it; set reward.kl_coef = 0"],
         );
         check(
             "lora = { ranks = 2, targets = [\"q\"] }\n",

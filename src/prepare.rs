@@ -15,7 +15,7 @@ use crate::label::cache::{Cached, Store};
 use crate::label::embedding::Embedding;
 use crate::label::local::{Judge, Local};
 use crate::model::config::Head;
-use crate::model::{Copies, Decoder, ModelConfig, Weights};
+use crate::model::{Copies, Decoder, ModelConfig, Onto, Weights};
 use crate::remote::Remote;
 use crate::reward::RewardModel;
 use crate::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
@@ -25,8 +25,8 @@ use crate::topology::{needs_labels, trainer_plan};
 
 /// Models and data, ready to train with.
 pub struct Prepared {
-    /// The policy as it starts; also the reference.
-    pub policy: Arc<Decoder>,
+    /// The policy as it starts; also the reference. None once nobody needs it any more.
+    pub policy: Option<Arc<Decoder>>,
     /// Fingerprint of its weights.
     pub identity: u64,
     /// Its tokenizer.
@@ -45,6 +45,16 @@ pub struct Prepared {
     pub origin: String,
     /// Where what is computed.
     pub devices: Devices,
+}
+
+impl Prepared {
+    /// The policy as it starts.
+    ///
+    /// # Panics
+    /// Once it was let go of.
+    pub fn policy(&self) -> &Arc<Decoder> {
+        self.policy.as_ref().expect("the policy that it starts from was let go of")
+    }
 }
 
 /// The devices of the actors besides the learner, which is where the policy is.
@@ -125,7 +135,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
         let Policy { model, identity, tokenizer, origin } = policy;
         let (data, devices) = (Arc::new(data), Devices::one(&device));
         return Ok(Prepared {
-            policy: model,
+            policy: Some(model),
             identity,
             tokenizer,
             instruments: vec![],
@@ -175,7 +185,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
     let Policy { model, identity, tokenizer, origin } = policy;
     let (data, held_out) = (Arc::new(data), held_out.map(Arc::new));
     Ok(Prepared {
-        policy: model,
+        policy: Some(model),
         identity,
         tokenizer,
         instruments,
@@ -195,16 +205,20 @@ fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
             let shape = scratch_shape(scratch, &tokenizer);
             shape.validate().context("policy.model.scratch does not fit together")?;
             let weights = Weights::scratch(&shape, scratch.init_std, scratch.seed, device)?;
+            let weights = weights.to_dtype(device::dtype(config.policy.dtype))?;
             (Decoder::new(&shape, &weights)?, tokenizer, "made from scratch".to_owned())
         }
         PolicyModel::Reference(reference) => {
-            load(reference, device, timeout(config), progress).context("policy.model cannot be loaded")?
+            load(reference, onto(config, device), timeout(config), progress).context("policy.model cannot be loaded")?
         }
     };
-    model = model.to_dtype(device::dtype(config.policy.dtype))?;
     model.checkpoint_activations(config.learner.activation_checkpointing);
     let identity = model.weights().fingerprint()?;
     Ok(Policy { model: Arc::new(model), identity, tokenizer, origin })
+}
+
+fn onto<'a>(config: &Config, device: &'a Device) -> Onto<'a> {
+    Onto { device, dtype: device::dtype(config.policy.dtype) }
 }
 
 fn timeout(config: &Config) -> Duration {
@@ -306,8 +320,7 @@ fn judge(
         });
     };
     let (model, tokenizer, _) =
-        load(reference, device, timeout(config), progress).context("labeler.model cannot be loaded")?;
-    let model = model.to_dtype(device::dtype(config.policy.dtype))?;
+        load(reference, onto(config, device), timeout(config), progress).context("labeler.model cannot be loaded")?;
     if let Some(policy) = policy {
         ensure!(
             method.kind != LabelerKind::Likelihood || same_vocabulary(&policy.tokenizer, &tokenizer)?,
@@ -326,7 +339,7 @@ fn reward_start(config: &Config, reference: &ModelRef, device: &Device, progress
         let opened = RewardModel::open(dir, device)?;
         (opened.model, Some(opened.head))
     } else {
-        (load(reference, device, timeout(config), progress)?.0, None)
+        (load(reference, onto(config, device), timeout(config), progress)?.0, None)
     };
     model = model.to_dtype(device::dtype(config.policy.dtype))?;
     model.checkpoint_activations(config.learner.activation_checkpointing);
@@ -374,21 +387,21 @@ pub fn prompt_format(config: &Config) -> PromptFormat {
     }
 }
 
-/// Finds, reads and builds the model that `reference` names; also tells where it came from.
+/// Finds, reads and builds the model that `reference` names, where and as `onto` says; also tells where it came from.
 ///
 /// # Errors
 /// When no candidate can be had, or what was found cannot be read.
 pub fn load(
     reference: &ModelRef,
-    device: &Device,
+    onto: Onto<'_>,
     timeout: Duration,
     progress: bool,
 ) -> Result<(Decoder, Tokenizer, String)> {
     let options = ResolveOptions { timeout, progress, ..ResolveOptions::default() };
     let resolved = source::resolve(reference, &options)?;
     let (config, weights) = match &resolved.files {
-        ModelFiles::Gguf(path) => Weights::from_gguf(path, device)?,
-        ModelFiles::Directory(dir) => Weights::from_directory(dir, device)?,
+        ModelFiles::Gguf(path) => Weights::from_gguf(path, onto)?,
+        ModelFiles::Directory(dir) => Weights::from_directory(dir, onto)?,
     };
     let model = Decoder::new(&config, &weights).with_context(|| format!("in {}", resolved.origin))?;
     let tokenizer = Tokenizer::from_files(&resolved.files)?;

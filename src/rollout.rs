@@ -174,7 +174,7 @@ pub struct Rewarded {
     pub rewards: Vec<f64>,
     /// What is learned from in preference mode: two completions and P(first is better).
     pub preferences: Vec<(usize, usize, f64)>,
-    /// Per token log-probabilities under the reference, at the rollout's temperature.
+    /// Per token log-probabilities under the reference, at the rollout's temperature; of no completion where none is kept.
     pub reference: Vec<Vec<f32>>,
     /// Version of the reward model that scored it, where one did.
     pub reward_model: Option<u64>,

@@ -102,12 +102,12 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     say!(
         "policy    {} ({:.1} M parameters), {} prompts, ready in {:.1} s",
         prepared.origin,
-        prepared.policy.weights().parameters() as f64 / 1e6,
+        prepared.policy().weights().parameters() as f64 / 1e6,
         prepared.data.len(),
         began.elapsed().as_secs_f64()
     );
 
-    monitor.on(prepared.policy.device());
+    monitor.on(prepared.policy().device());
     let (config, stop) = (Arc::new(config), Stop::default());
     // What a phase wrote stays if the phase is not gone through again.
     let base = Identity { reference: prepared.identity, data: prepared.data.identity() };
@@ -143,9 +143,9 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     }
     let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
     let mut state = TrainState::new(
-        &prepared.policy,
+        prepared.policy(),
         adam(&config),
-        value_model(&config, &prepared.policy)?,
+        value_model(&config, prepared.policy())?,
         lora(&config).as_ref(),
     )?;
     let reward_model = reward_trainer(&config, &prepared)?.map(|trainer| Arc::new(Mutex::new(trainer)));
@@ -203,6 +203,11 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         courses: Vec::new(),
     }));
     let knobs = if config.controller.enabled { knobs(&config, &prepared) } else { Knobs::default() };
+    let mut prepared = prepared;
+    if !config.reward.reference {
+        // What it starts from is gone with the first version that follows it.
+        prepared.policy = None;
+    }
     let node = Arc::new(Node {
         prepared: Arc::new(prepared),
         state: Arc::new(Mutex::new(state)),

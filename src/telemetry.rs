@@ -360,7 +360,6 @@ pub fn step(record: &StepRecord) {
         ("preceptor_version", "version"),
         ("preceptor_reward_mean", "reward/mean"),
         ("preceptor_score_mean", "score/mean"),
-        ("preceptor_kl_mean", "kl/mean"),
         ("preceptor_entropy_mean", "entropy/mean"),
         ("preceptor_completion_length_mean", "length/mean"),
         ("preceptor_gradient_norm", "gradient/norm"),
@@ -369,7 +368,6 @@ pub fn step(record: &StepRecord) {
         ("preceptor_importance_ratio_max", "ratio/max"),
         ("preceptor_effective_sample_share", "ratio/effective"),
         ("preceptor_clipped_share", "ratio/clipped"),
-        ("preceptor_reference_kl", "kl/reference"),
         ("preceptor_behaviour_kl", "kl/behaviour"),
         ("preceptor_length_drift", "length/drift"),
         ("preceptor_score_std", "score/std"),
@@ -385,8 +383,10 @@ pub fn step(record: &StepRecord) {
         ("preceptor_preference_margin", "preference/margin"),
         ("preceptor_preference_accuracy", "preference/accuracy"),
         ("preceptor_judge_score_mean", "judge/mean"),
+        ("preceptor_kl_mean", "kl/mean"),
+        ("preceptor_reference_kl", "kl/reference"),
     ] {
-        if record.0.contains_key(figure) {
+        if record.0.get(figure).is_some_and(Value::is_number) {
             gauge!(metric).set(record.get(figure));
         }
     }

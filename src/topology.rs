@@ -108,7 +108,8 @@ impl Node {
             builder.source(spec, LeftOver::new(generated), groups_out.clone());
         }
         self.rollouts(builder, prompts, groups_out, config.run.seed, &entries);
-        let reference = (Arc::clone(&self.prepared.policy), self.prepared.identity);
+        let kept = || (Arc::clone(self.prepared.policy()), self.prepared.identity);
+        let reference = config.reward.reference.then(kept);
         let scorer = match (&self.reward_model, config.run.mode) {
             (Some(trainer), _) => Scorer::Model(Arc::clone(trainer)),
             (None, Mode::Preference) => Scorer::Pairs,
@@ -328,7 +329,7 @@ pub fn reward_trainer(config: &Config, prepared: &Prepared) -> Result<Option<Rew
     let trainer = match &prepared.reward_start {
         Some(start) => RewardTrainer::new(&start.model, start.head.as_ref(), plan, adam),
         None => {
-            let initial = Copies::new(prepared.devices.reward_model.clone()).of(&prepared.policy)?;
+            let initial = Copies::new(prepared.devices.reward_model.clone()).of(prepared.policy())?;
             RewardTrainer::new(&initial, None, plan, adam)
         }
     };

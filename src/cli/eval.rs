@@ -19,7 +19,7 @@ use crate::evaluate::reward_accuracy::reward_accuracy;
 use crate::evaluate::win_rate::{Contest, win_rate};
 use crate::generate::sampler::Sampling;
 use crate::generate::stop::Stop;
-use crate::model::Decoder;
+use crate::model::{Decoder, Onto};
 use crate::prepare::{labeler_bench, prompt_format};
 use crate::progress::Progress;
 use crate::reward::RewardModel;
@@ -210,9 +210,9 @@ impl AnswerArgs {
 
     /// Answers of the model called `name` to its own tokenisation of the prompts.
     fn answered(&self, config: &Config, name: &str, references: bool) -> Result<(Vec<Prompt>, Vec<String>, Tokenizer)> {
-        let (model, tokenizer) =
-            load_model(name, config.policy.resolve_timeout_s, &device::open(&config.policy.device)?)?;
-        let model = model.to_dtype(device::dtype(config.policy.dtype))?;
+        let device = device::open(&config.policy.device)?;
+        let onto = Onto { device: &device, dtype: device::dtype(config.policy.dtype) };
+        let (model, tokenizer) = load_model(name, config.policy.resolve_timeout_s, onto)?;
         let prompts = self.prompts(config, &tokenizer, &model, references)?;
         ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
         let sampling = Sampling {

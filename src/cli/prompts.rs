@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use clap::Args;
 
-use crate::model::Decoder;
+use crate::model::{Decoder, Onto};
 use crate::source::ModelRef;
 use crate::tokens::Tokenizer;
 use crate::tokens::chat::Message;
@@ -29,18 +29,18 @@ impl ModelArgs {
     /// # Errors
     /// When it cannot be had or read.
     pub fn load(&self) -> Result<(Decoder, Tokenizer)> {
-        load_model(&self.model, self.resolve_timeout, &Device::Cpu)
+        load_model(&self.model, self.resolve_timeout, (&Device::Cpu).into())
     }
 }
 
-/// Loads the model that an argument names onto `device`; each place that it may be had from has `timeout_s` seconds to answer.
+/// Loads the model that an argument names; each place that it may be had from has `timeout_s` seconds to answer.
 ///
 /// # Errors
 /// When it cannot be had or read.
-pub fn load_model(name: &str, timeout_s: u64, device: &Device) -> Result<(Decoder, Tokenizer)> {
+pub fn load_model(name: &str, timeout_s: u64, onto: Onto<'_>) -> Result<(Decoder, Tokenizer)> {
     let reference = ModelRef::from_argument(name).map_err(anyhow::Error::msg)?;
     let timeout = Duration::from_secs(timeout_s);
-    let (model, tokenizer, _) = prepare::load(&reference, device, timeout, true)?;
+    let (model, tokenizer, _) = prepare::load(&reference, onto, timeout, true)?;
     Ok((model, tokenizer))
 }
 

@@ -247,6 +247,7 @@ pub(super) fn reward(document: &mut Document) -> Reward {
         kl_coef: s.checked("kl_coef", 0.05, "from 0 to 1", |n| (0.0..=1.0).contains(n)),
         kl: place,
         kl_estimator: s.choice("kl_estimator", if place == KlPlace::Loss { KlEstimator::K3 } else { KlEstimator::K1 }),
+        reference: s.get("reference", true),
         scale: s.choice("scale", RewardScaling::Running),
         clip: Some(s.checked("clip", 5.0, "from 0 up", |n| *n >= 0.0)).filter(|clip| *clip > 0.0),
         length_penalty: s.get("length_penalty", 0.0),

@@ -252,6 +252,10 @@ pub struct Reward {
     pub kl: KlPlace,
     /// How the KL is estimated from the sampled token: `k1`, `k2` or `k3`. Default `k1` in the reward, `k3` in the loss.
     pub kl_estimator: KlEstimator,
+    /// Whether completions are scored by the policy as it started, π_ref, which the KL is measured against. Default true.
+    /// `false`, where nothing is charged (`kl_coef = 0`), saves a forward pass of each group and a copy of the weights;
+    /// the KL to the start is then not measured either.
+    pub reference: bool,
     /// `running` (default): minus the running mean of scores, over their deviation. `none`: scores as they are.
     pub scale: RewardScaling,
     /// Bound on a scaled score, either way; 0 for none. Default 5.

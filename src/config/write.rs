@@ -170,6 +170,7 @@ impl Config {
             ("kl_coef", Value::Float(reward.kl_coef)),
             ("kl", word(reward.kl)),
             ("kl_estimator", word(reward.kl_estimator)),
+            ("reference", Value::Boolean(reward.reference)),
             ("scale", word(reward.scale)),
             ("clip", Value::Float(reward.clip.unwrap_or(0.0))),
             ("length_penalty", Value::Float(reward.length_penalty)),

@@ -40,7 +40,8 @@ impl Measured {
         GroupView {
             rewards: &group.rewards,
             behaviour: &self.behaviour,
-            reference: &group.reference,
+            // Without one nothing is charged: the KL to what sampled stands for it and counts for nothing.
+            reference: if group.reference.is_empty() { &self.behaviour } else { &group.reference },
             proximal: &self.proximal,
             policy: &self.proximal,
             preferences: &group.preferences,

@@ -24,6 +24,8 @@ pub struct Tally {
     judged: Vec<f64>,
     reward_model: Option<u64>,
     kl: f64,
+    /// Whether there was a reference to measure it against.
+    referenced: bool,
     ended: usize,
     repetition: f64,
     advantage: [f64; 2],
@@ -75,18 +77,22 @@ impl Tally {
             self.advantage[0] += f64::from(*advantage);
             self.advantage[1] += f64::from(*advantage).powi(2);
         }
-        for ((completion, reference), proximal) in group.group.completions.iter().zip(&group.reference).zip(proximal) {
+        self.referenced |= !group.reference.is_empty();
+        for (at, (completion, proximal)) in group.group.completions.iter().zip(proximal).enumerate() {
             self.completions += 1;
             self.tokens += completion.ids.len();
             self.ended += usize::from(completion.finish != Finish::Length);
             self.repetition += repetition(&completion.ids);
-            for ((new, old), reference) in proximal.iter().zip(&completion.logprobs).zip(reference) {
+            for (new, old) in proximal.iter().zip(&completion.logprobs) {
                 let ratio = f64::from(new - old).exp();
                 self.ratios.push(ratio);
                 self.truncated += usize::from(ratio > limit);
-                self.kl += Estimator::K1.value(*old, *reference);
                 self.behaviour_kl += Estimator::K3.value(*old, *new);
-                self.reference_kl += ratio * Estimator::K3.value(*new, *reference);
+            }
+            let reference = group.reference.get(at).into_iter().flatten();
+            for ((new, old), reference) in proximal.iter().zip(&completion.logprobs).zip(reference) {
+                self.kl += Estimator::K1.value(*old, *reference);
+                self.reference_kl += f64::from(new - old).exp() * Estimator::K3.value(*new, *reference);
             }
             for produced in &completion.versions {
                 let lag = version.saturating_sub(*produced);
@@ -174,9 +180,9 @@ impl StepRecord {
             ("score/std", number(scores.1)),
             ("reward/mean", some(rewards.0, !tally.rewards.is_empty())),
             ("reward/std", number(rewards.1)),
-            ("kl/mean", number(tally.kl / completions)),
-            ("kl/token", number(tally.kl / tokens)),
-            ("kl/reference", number(tally.reference_kl / tokens)),
+            ("kl/mean", some(tally.kl / completions, tally.referenced)),
+            ("kl/token", some(tally.kl / tokens, tally.referenced)),
+            ("kl/reference", some(tally.reference_kl / tokens, tally.referenced)),
             ("kl/behaviour", number(tally.behaviour_kl / tokens)),
             ("entropy/mean", number(passes.entropy / seen)),
             ("length/mean", number(tally.mean_length())),

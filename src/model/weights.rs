@@ -15,7 +15,23 @@ use super::rope::Scaling;
 use crate::seed::{self, mix};
 use crate::{bounded, vetted};
 
-/// A model's tensors under their Hugging Face names, in f32 as they are read.
+/// Where tensors are read to, and in which dtype.
+#[derive(Debug, Clone, Copy)]
+pub struct Onto<'a> {
+    /// The device.
+    pub device: &'a Device,
+    /// Each tensor is turned into it as it is read, so that no second copy of the model is ever held.
+    pub dtype: DType,
+}
+
+impl<'a> From<&'a Device> for Onto<'a> {
+    /// In f32.
+    fn from(device: &'a Device) -> Self {
+        Self { device, dtype: DType::F32 }
+    }
+}
+
+/// A model's tensors under their Hugging Face names.
 #[derive(Debug, Clone, Default)]
 pub struct Weights(pub BTreeMap<String, Tensor>);
 
@@ -35,7 +51,8 @@ impl Weights {
     ///
     /// # Errors
     /// Names the file, and the key or tensor at fault.
-    pub fn from_gguf(path: &Path, device: &Device) -> Result<(ModelConfig, Self)> {
+    pub fn from_gguf<'a>(path: &Path, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
+        let onto = onto.into();
         let (mut file, content) = vetted::gguf::read(path)?;
         let tied = !content.tensor_infos.contains_key("output.weight");
         let embedding =
@@ -64,7 +81,7 @@ impl Weights {
                 stem if stem.ends_with("k_proj") => unpermute(&tensor, config.kv_heads)?,
                 _ => tensor,
             };
-            weights.insert(target, tensor.to_device(device)?);
+            weights.insert(target, tensor.to_dtype(onto.dtype)?.to_device(onto.device)?);
         }
         Ok((config, Self(weights)))
     }
@@ -73,20 +90,21 @@ impl Weights {
     ///
     /// # Errors
     /// Names the file at fault.
-    pub fn from_directory(dir: &Path, device: &Device) -> Result<(ModelConfig, Self)> {
+    pub fn from_directory<'a>(dir: &Path, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
         let config = ModelConfig::from_directory(dir)?;
-        let mut weights = Self::read_directory(dir, device)?;
+        let mut weights = Self::read_directory(dir, onto)?;
         if config.tied {
             weights.0.remove("lm_head.weight");
         }
         Ok((config, weights))
     }
 
-    /// As [`Self::from_directory`], without the configuration: every tensor in f32, whatever the model is.
+    /// As [`Self::from_directory`], without the configuration: every tensor, whatever the model is.
     ///
     /// # Errors
     /// Names the file at fault.
-    pub fn read_directory(dir: &Path, device: &Device) -> Result<Self> {
+    pub fn read_directory<'a>(dir: &Path, onto: impl Into<Onto<'a>>) -> Result<Self> {
+        let Onto { device, dtype } = onto.into();
         let index = dir.join("model.safetensors.index.json");
         let mut files: Vec<String> = if index.exists() {
             let text = bounded::text(&index, bounded::DESCRIPTION)
@@ -113,7 +131,7 @@ impl Weights {
             let tensors = candle_core::safetensors::load(&path, device)
                 .with_context(|| format!("cannot read {}", path.display()))?;
             for (name, tensor) in tensors {
-                weights.insert(name, tensor.to_dtype(DType::F32)?);
+                weights.insert(name, tensor.to_dtype(dtype)?);
             }
         }
         Ok(Self(weights))

@@ -32,8 +32,7 @@ pub struct RewardStage<I> {
     scorer: Scorer,
     rule: RewardRule,
     scale: RewardScale,
-    reference: Arc<Decoder>,
-    reference_identity: u64,
+    reference: Option<(Arc<Decoder>, u64)>,
     temperature: f64,
     entries: Entries,
     next: u64,
@@ -42,21 +41,20 @@ pub struct RewardStage<I> {
 }
 
 impl<I> RewardStage<I> {
-    /// A stage whose first group is `next` and whose scale so far is `scale`. `reference` is π_SFT with its
-    /// fingerprint; `temperature` is that of the rollouts.
+    /// A stage whose first group is `next` and whose scale so far is `scale`. `reference` is π_SFT with its fingerprint, if
+    /// there is one; `temperature` is that of the rollouts.
     pub fn new(
         scorer: Scorer,
         rule: RewardRule,
         scale: RewardScale,
-        reference: (Arc<Decoder>, u64),
+        reference: Option<(Arc<Decoder>, u64)>,
         temperature: f64,
         entries: Entries,
         next: u64,
     ) -> Self {
-        let (reference, reference_identity) = reference;
         let waiting = BTreeMap::new();
         let takes = PhantomData;
-        Self { scorer, rule, scale, reference, reference_identity, temperature, entries, next, waiting, takes }
+        Self { scorer, rule, scale, reference, temperature, entries, next, waiting, takes }
     }
 
     /// Rewards a group, and writes it down before anybody can see the reward model that learned from it.
@@ -124,17 +122,19 @@ impl<I> RewardStage<I> {
         Ok(out)
     }
 
-    /// Log-probabilities under π_ref: the labeler's, where it ran the same weights, or computed here.
+    /// Log-probabilities under π_ref: the labeler's, where it ran the same weights, or computed here; of no completion
+    /// where there is no reference.
     fn reference(&self, group: &Group, feedback: Option<&mut Feedback>) -> Result<Vec<Vec<f32>>> {
+        let Some((reference, identity)) = &self.reference else { return Ok(vec![]) };
         if let Some(feedback) = feedback
             && let Some(logprobs) = feedback.logprobs.take()
-            && feedback.model == self.reference_identity
+            && feedback.model == *identity
         {
             return Ok(logprobs);
         }
         let completions: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
         let pack = Pack::new(&group.prompt.ids, &completions);
-        Ok(pack.split(&self.reference.score(&pack, &[self.temperature])?.concat()))
+        Ok(pack.split(&reference.score(&pack, &[self.temperature])?.concat()))
     }
 }
 

@@ -68,7 +68,7 @@ impl Evaluator {
         let mut contest = Contest {
             prompts: (0..count).map(|seq| data.prompt(seq, &order)).collect::<Result<_>>()?,
             first: Vec::new(),
-            model: Arc::clone(&prepared.policy),
+            model: Arc::clone(prepared.policy()),
             tokenizer: prepared.tokenizer.clone(),
             sampling: Sampling { top_k: Some(1), ..sampling(config, &prepared.tokenizer) },
             labeler: labeler(config, prepared)?,

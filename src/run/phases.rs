@@ -196,7 +196,7 @@ pub(super) async fn fine_tune(
     monitor: &Arc<Monitor>,
     stop: &Stop,
 ) -> Result<Prepared> {
-    let mut state = TrainState::new(&prepared.policy, adam(config), None, lora(config).as_ref())?;
+    let mut state = TrainState::new(prepared.policy(), adam(config), None, lora(config).as_ref())?;
     let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
     if let Some(half) = half {
         half.suits(&identity)?;
@@ -235,7 +235,7 @@ pub(super) async fn fine_tune(
     let policy = lock(&state).snapshot()?;
     let identity = policy.weights().fingerprint()?;
     let Ok(prepared) = Arc::try_unwrap(prepared) else { bail!("supervised fine-tuning still holds the data") };
-    Ok(Prepared { policy, identity, ..prepared })
+    Ok(Prepared { policy: Some(policy), identity, ..prepared })
 }
 
 /// Warms the reward model up: on a file of preferences, or on what the policy writes and the labeler judges.

@@ -12,7 +12,7 @@ use super::files::RunFiles;
 use crate::checkpoint::{Identity, Shelf, sums};
 use crate::config::Config;
 use crate::device;
-use crate::model::{Decoder, Lora, Weights, export};
+use crate::model::{Decoder, Lora, Onto, Weights, export};
 use crate::prepare::Prepared;
 use crate::say;
 use crate::telemetry;
@@ -80,10 +80,10 @@ pub(super) fn keep(config: &Config, base: &Identity, prepared: &Prepared, files:
         std::fs::remove_dir_all(&aside).with_context(|| format!("cannot clear {}", aside.display()))?;
     }
     std::fs::create_dir_all(&aside).with_context(|| format!("cannot make {}", aside.display()))?;
-    export::write(&aside, prepared.policy.config(), &prepared.policy.merged()?, DType::F32)?;
+    export::write(&aside, prepared.policy().config(), &prepared.policy().merged()?, DType::F32)?;
     prepared.tokenizer.save(&aside)?;
-    if let Some(lora) = prepared.policy.lora() {
-        lora.write(&aside.join(ADAPTER), prepared.policy.weights())?;
+    if let Some(lora) = prepared.policy().lora() {
+        lora.write(&aside.join(ADAPTER), prepared.policy().weights())?;
     }
     let about = json!({ "phases_bytes": lengths.phases, "origin": origin(config, base)? });
     export::write_json(&aside.join("preceptor.json"), &about)?;
@@ -111,20 +111,21 @@ impl Reference {
     pub(super) fn take(&self, config: &Config, prepared: Prepared) -> Result<Prepared> {
         let mut policy = match lora(config) {
             None => {
-                let (shape, weights) = Weights::from_directory(&self.path, prepared.policy.device())?;
+                let onto = Onto { device: prepared.policy().device(), dtype: device::dtype(config.policy.dtype) };
+                let (shape, weights) = Weights::from_directory(&self.path, onto)?;
                 Decoder::new(&shape, &weights)?
             }
             // Beside the matrices that they were tuned beside, which training goes on to share.
             Some((lora, _)) => {
-                let mut weights = prepared.policy.weights().clone();
-                weights.0.extend(Lora::read(&self.path.join(ADAPTER), prepared.policy.device())?.0);
-                Decoder::with_adapters(prepared.policy.config(), &weights, Some(&lora))?
+                let mut weights = prepared.policy().weights().clone();
+                weights.0.extend(Lora::read(&self.path.join(ADAPTER), prepared.policy().device())?.0);
+                Decoder::with_adapters(prepared.policy().config(), &weights, Some(&lora))?
             }
         };
         policy = policy.to_dtype(device::dtype(config.policy.dtype))?;
         policy.checkpoint_activations(config.learner.activation_checkpointing);
         let identity = policy.weights().fingerprint()?;
         say!("reference {}", self.path.display());
-        Ok(Prepared { policy: Arc::new(policy), identity, ..prepared })
+        Ok(Prepared { policy: Some(Arc::new(policy)), identity, ..prepared })
     }
 }

@@ -59,15 +59,15 @@ pub async fn replay(
         }
     };
     let state = TrainState::new(
-        &prepared.policy,
+        prepared.policy(),
         adam(&config),
-        value_model(&config, &prepared.policy)?,
+        value_model(&config, prepared.policy())?,
         lora(&config).as_ref(),
     )?;
     let seen = Arc::new(Mutex::new(Seen { expected: None, replayed: None, tell: Box::new(tell) }));
     let run = Again {
         state: Arc::new(Mutex::new(state)),
-        cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy))),
+        cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(prepared.policy()))),
         journal: Arc::new(Mutex::new(journal)),
         until,
         seen: Arc::clone(&seen),

@@ -42,6 +42,7 @@ const FIXED: &[(&str, &[&str])] = &[
             "length_normalise",
         ],
     ),
+    ("reward", &["reference"]),
     ("reward_model", &["model", "pairs", "warm_up_groups", "epochs", "online", "holdout"]),
     ("sft", &["steps", "batch", "lr"]),
     ("learner", &["algorithm", "value_model", "batch_groups"]),
@@ -94,6 +95,9 @@ fn changes(was: &str, is: &str) -> Result<Vec<Change>> {
     }
     if let Some(rollout) = was.get_mut("rollout").and_then(Value::as_table_mut) {
         rollout.entry("devices").or_insert_with(|| Value::Array(Vec::new()));
+    }
+    if let Some(reward) = was.get_mut("reward").and_then(Value::as_table_mut) {
+        reward.entry("reference").or_insert(Value::Boolean(true));
     }
     // A rate that falls until the last step would be bent by another last step.
     let falls =
@@ -151,6 +155,9 @@ mod tests {
         assert_eq!(changes(&with(""), &with("dtype = \"f32\"\n")).unwrap(), []);
         let turned = changes(&with(""), &with("dtype = \"bf16\"\n")).unwrap();
         assert_eq!((turned[0].key.as_str(), turned[0].allowed), ("policy.dtype", false));
+        let with = |reward: &str| format!("{CONFIG}[reward]\nkl_coef = 0.0\n{reward}");
+        assert_eq!(changes(&with(""), &with("reference = true\n")).unwrap(), []);
+        assert!(!changes(&with(""), &with("reference = false\n")).unwrap()[0].allowed);
         let falling = CONFIG.replace("constant", "linear");
         let changes = changes(&falling, &falling.replace("steps = 3", "steps = 4")).unwrap();
         assert!(!changes[0].allowed);

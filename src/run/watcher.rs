@@ -231,10 +231,11 @@ fn line(record: &StepRecord, steps: u64) -> String {
     } else {
         format!("score {:+.3}  reward {:+.3}", record.get("score/mean"), record.get("reward/mean"))
     };
+    let kl = record.get("kl/mean");
+    let kl = if kl.is_nan() { String::new() } else { format!("  kl {kl:.3}") };
     format!(
-        "step {:>3}/{steps}  {goal}  kl {:.3}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s",
+        "step {:>3}/{steps}  {goal}{kl}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s",
         record.get("step"),
-        record.get("kl/mean"),
         record.get("length/mean"),
         record.get("entropy/mean"),
         record.get("gradient/norm"),

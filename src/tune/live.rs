@@ -44,7 +44,7 @@ impl Live {
     /// When the threads for it cannot be had.
     pub fn new(config: &Config, prepared: Prepared, least: Duration) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let room = device::available_bytes(prepared.policy.device());
+        let room = device::available_bytes(prepared.policy().device());
         Ok(Self { config: config.clone(), prepared: Arc::new(prepared), least, room, runtime })
     }
 
@@ -86,8 +86,8 @@ impl Machine for Live {
         // It is halted when enough was seen.
         config.run.steps = u64::MAX / 2 / plan.batch;
         let prepared = &self.prepared;
-        let value = value_model(&config, &prepared.policy)?;
-        let state = TrainState::new(&prepared.policy, adam(&config), value, lora(&config).as_ref())?;
+        let value = value_model(&config, prepared.policy())?;
+        let state = TrainState::new(prepared.policy(), adam(&config), value, lora(&config).as_ref())?;
         let published = Arc::clone(state.published());
         let cell = SnapshotCell::new(0, published.weights().fingerprint()?, published);
         // Those that are under way in the first steps began before there were others beside them.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Engine, Fixed, MOST_SLOTS, Request, generate};
-use preceptor::model::{Decoder, ModelConfig, Pack, PackedAttention, Weights};
+use preceptor::model::{Decoder, ModelConfig, Onto, Pack, PackedAttention, Weights};
 use preceptor::ops::{self, Gradients, backward};
 
 use crate::common::{fixture, max_abs_difference};
@@ -172,7 +172,7 @@ fn behaviour_logprobs_are_those_of_a_full_forward() {
 fn check_behaviour(r: Reference) {
     let model = Arc::new(r.model);
     let (long, others) = ragged();
-    let prompts = [(&long, vec![1, 2, 3]), (&others[0], vec![4]), (&others[2], vec![5, 6])];
+    let prompts = [(&long, (1..13).collect::<Vec<u64>>()), (&others[0], vec![13]), (&others[2], (14..24).collect())];
     let requests = || prompts.iter().map(|(prompt, seeds)| Request::new(*prompt, seeds.clone())).collect::<Vec<_>>();
     let sampling =
         Sampling { temperature: 0.8, max_new_tokens: 12, eos: (0..512).step_by(7).collect(), ..Sampling::default() };
@@ -195,15 +195,18 @@ fn check_behaviour(r: Reference) {
         }
         again
     };
-    // To the last bit the same in one slot, in a few, and one after the other; and in as many as make a crowd.
-    for slots in [1, 2, 4, ops::CROWD] {
+    // To the last bit the same in one slot, in a few, and one after the other; and again in as many as make a crowd, of
+    // which ever fewer are left.
+    let alone = beside(1);
+    for slots in [2, 4, ops::CROWD] {
+        assert_eq!(beside(slots), alone, "in {slots} slots");
+    }
+    for slots in [ops::CROWD + 1, 20, MOST_SLOTS] {
         assert_eq!(beside(slots), sampled, "in {slots} slots");
     }
-    let crowded = beside(ops::CROWD + 1);
-    assert_eq!(beside(MOST_SLOTS), crowded);
     // In eight bits it samples from a distribution near by, and the slots matter as little.
     let quantised = Arc::new(model.quantised().unwrap());
-    let [alone, together] = [1, ops::CROWD].map(|slots| {
+    let [single, together] = [1, ops::CROWD].map(|slots| {
         let mut engine = Engine::new(&sampling, slots);
         engine.submit(0, Request::new(&long, vec![1, 2, 3]), &r.config).unwrap();
         let mut ended = Vec::new();
@@ -212,14 +215,14 @@ fn check_behaviour(r: Reference) {
         }
         ended.remove(0).1
     });
-    assert_eq!(alone, together);
-    let ids: Vec<&[u32]> = alone.iter().map(|one| one.ids.as_slice()).collect();
+    assert_eq!(single, together);
+    let ids: Vec<&[u32]> = single.iter().map(|one| one.ids.as_slice()).collect();
     let pack = Pack::new(&long, &ids);
     let now = pack.split(&model.logprobs(&pack, 0.8).unwrap().0.to_vec1().unwrap());
-    let gaps: Vec<f32> = alone.iter().zip(&now).map(|(one, now)| max_abs_difference(&one.logprobs, now)).collect();
+    let gaps: Vec<f32> = single.iter().zip(&now).map(|(one, now)| max_abs_difference(&one.logprobs, now)).collect();
     let worst = gaps.iter().copied().fold(0.0, f32::max);
     assert!(worst > 0.0 && worst < 0.3, "eight bits move log-probabilities by {gaps:?}");
-    for ((prompt, _), sampled) in prompts.iter().zip(&sampled).chain(prompts.iter().zip(&crowded)) {
+    for ((prompt, _), sampled) in prompts.iter().zip(&sampled).chain(prompts.iter().zip(&alone)) {
         let ids: Vec<&[u32]> = sampled.iter().map(|one| one.ids.as_slice()).collect();
         let pack = Pack::new(prompt, &ids);
         let now = pack.split(&model.logprobs(&pack, 0.8).unwrap().0.to_vec1().unwrap());
@@ -293,6 +296,15 @@ fn shards_in_half_precision_are_read() {
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(flat(&weights.0[name]), flat(&rounded), "{name}");
     }
+    // Turned as they are read, they are what turning them afterwards gives.
+    let onto = Onto { device: &Device::Cpu, dtype: DType::BF16 };
+    let half = Weights::from_directory(dir.path(), onto).unwrap().1;
+    assert!(half.0.values().all(|tensor| tensor.dtype() == DType::BF16));
+    assert_eq!(half.fingerprint().unwrap(), weights.to_dtype(DType::BF16).unwrap().fingerprint().unwrap());
+    let file = fixture("families/llama3").join("model.gguf");
+    let [half, whole] = [onto, (&Device::Cpu).into()].map(|onto| Weights::from_gguf(&file, onto).unwrap().1);
+    assert!(half.0.values().all(|tensor| tensor.dtype() == DType::BF16));
+    assert_eq!(half.fingerprint().unwrap(), whole.to_dtype(DType::BF16).unwrap().fingerprint().unwrap());
 }
 
 #[test]

@@ -109,16 +109,16 @@ fn offline(dir: &Path) -> Config {
 fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
     let config = offline(dir);
     let prepared = preceptor::prepare::prepare(&config, false).unwrap();
-    let value = ValueModel::new(&prepared.policy, false, AdamWConfig::default()).unwrap();
+    let value = ValueModel::new(prepared.policy(), false, AdamWConfig::default()).unwrap();
     let struck = Arc::new(AtomicBool::new(false));
     let labelers = move |_: &Config, _: &Prepared| -> Result<Box<dyn Labeler>> {
         Ok(Box::new(Scripted { fault, struck: Arc::clone(&struck) }))
     };
     Node {
         state: Arc::new(Mutex::new(
-            TrainState::new(&prepared.policy, AdamWConfig::default(), Some(value), None).unwrap(),
+            TrainState::new(prepared.policy(), AdamWConfig::default(), Some(value), None).unwrap(),
         )),
-        cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(&prepared.policy))),
+        cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(prepared.policy()))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
         book: Book::default(),
         knobs: Knobs::default(),

@@ -109,7 +109,7 @@ fn a_run_learns_through_adapters() {
     assert!(merged.keys().all(|name| !name.contains("lora")));
     let start =
         preceptor::prepare::prepare(&preceptor::config::load(&config("offline.toml"), &[]).unwrap(), false).unwrap();
-    let start = &start.policy.weights().0;
+    let start = &start.policy().weights().0;
     for (name, tensor) in &merged {
         let adapter = |letter: char| {
             let stem = name.strip_suffix(".weight").unwrap();

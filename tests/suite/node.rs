@@ -74,6 +74,27 @@ fn actors_that_are_placed_where_the_policy_is_change_nothing() {
     assert_eq!(metrics(&a.path().join("run")), metrics(&b.path().join("run")));
 }
 
+/// Where nothing is charged, a run without a reference learns the same and measures no KL to it.
+#[test]
+fn without_a_reference_nothing_else_changes() {
+    let mode = ["learner.eta=0", "learner.algorithm=grpo", "reward.kl_coef=0"];
+    let [with, without] = ["reward.reference=true", "reward.reference=false"].map(|reference| {
+        let dir = tempfile::tempdir().unwrap();
+        let output = train(dir.path(), &[&mode[..], &[reference]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(stderr(&output).contains("  kl "), reference.ends_with("true"), "{}", stderr(&output));
+        metrics(&dir.path().join("run"))
+    });
+    assert_eq!(with.len(), without.len());
+    for (mut with, without) in with.into_iter().zip(without) {
+        for name in ["kl/mean", "kl/token", "kl/reference"] {
+            assert!(with[name].is_number() && without[name].is_null(), "{name}: {with} and {without}");
+            with[name] = serde_json::Value::Null;
+        }
+        assert_eq!(with, without);
+    }
+}
+
 #[test]
 fn a_synchronous_run_with_a_reward_model_is_one_too() {
     let mode = ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
