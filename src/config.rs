@@ -167,11 +167,10 @@ impl Config {
             let charged = match pairs {
                 true => Some("learner.algorithm = \"online-dpo\" learns by it".to_owned()),
                 false => (self.reward.kl_coef > 0.0)
-                    .then(|| format!("reward.kl_coef = {} charges for it", self.reward.kl_coef)),
+                    .then(|| format!("reward.kl_coef = {} charges for it; set it to 0", self.reward.kl_coef)),
             };
             if let Some(why) = charged {
-                document
-                    .error("reward.reference", &format!("must be true: {why}; set reward.kl_coef = 0 to do without"));
+                document.error("reward.reference", &format!("must be true: {why}"));
             }
         }
         if document.sound(&["rollout.workers", "rollout.devices"]) && rollout.devices.len() > rollout.workers {
@@ -299,7 +298,7 @@ mod tests {
         );
         check(
             "[reward]\nreference = false\n",
-            &["x.toml:9: reward.reference: must be true: reward.kl_coef = 0.05 charges for it; set reward.kl_coef = 0"],
+            &["x.toml:9: reward.reference: must be true: reward.kl_coef = 0.05 charges for it; set it to 0"],
         );
         check(
             "lora = { ranks = 2, targets = [\"q\"] }\n",
