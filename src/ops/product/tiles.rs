@@ -28,13 +28,13 @@ const COLUMNS: usize = 384;
 /// Rows of the left operand likewise.
 const ROWS: usize = 64;
 
-/// Where results go; tasks write disjoint rows.
+/// Where results go; tasks write disjoint rows or columns.
 #[derive(Clone, Copy)]
 struct Out {
     start: *mut f32,
     stride: usize,
 }
-// SAFETY: the pointer is only used for rows that no other task reads or writes.
+// SAFETY: the pointer is only used for places that no other task reads or writes.
 unsafe impl Send for Out {}
 // SAFETY: likewise.
 unsafe impl Sync for Out {}

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::Out;
 use super::kernel::{Unit, multiply_block};
 use super::pack::{Form, Line, Operand, PANEL, Room, STEP, pack, turn_out};
 
@@ -19,14 +20,6 @@ const DEPTH: usize = 2 * PANEL;
 /// Multiply-adds that are worth a task of their own.
 const TASK: usize = 1 << 20;
 
-/// Where results go; tasks write disjoint columns.
-#[derive(Clone, Copy)]
-struct Out(*mut f32);
-// SAFETY: the pointer is only used for writing columns that no other task writes.
-unsafe impl Send for Out {}
-// SAFETY: likewise.
-unsafe impl Sync for Out {}
-
 /// `out [m, n] = x [m, k] · w [n, k]ᵀ`.
 ///
 /// # Panics
@@ -35,7 +28,7 @@ pub fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) {
     assert!(super::available(), "the tile unit is not there");
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     let lanes = |values: &[f32], lanes| Operand { start: values.as_ptr(), lanes, lane: k as isize, depth: 1 };
-    let (x, w, out) = (lanes(x, m), lanes(w, n), Out(out.as_mut_ptr()));
+    let (x, w, out) = (lanes(x, m), lanes(w, n), Out { start: out.as_mut_ptr(), stride: n });
     let panel = k.div_ceil(PANEL) * STEP;
     let mut room = Room::right(m.div_ceil(PANEL) * panel);
     let packed = room.lines(m.div_ceil(PANEL) * panel);
@@ -89,7 +82,7 @@ unsafe fn columns(out: Out, (x, m): (&[Line], usize), w: Operand, k: usize, rang
                 let (first, column) = (at * PANEL, row + half * PANEL);
                 let sizes = [(m - first).min(PANEL), range.end.saturating_sub(column).min(PANEL)];
                 // SAFETY: `out` has these rows and columns, which are this call's.
-                unsafe { turn_out(sums, (out.0.wrapping_add(first * w.lanes + column), w.lanes), sizes) };
+                unsafe { turn_out(sums, (out.start.wrapping_add(first * out.stride + column), out.stride), sizes) };
             }
         }
     }
