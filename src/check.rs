@@ -105,9 +105,16 @@ impl Sizes {
         let quantised = if config.rollout.weights == RolloutWeights::Q8 { 1.1 * self.parameters } else { 0.0 };
         let (home, devices) = (&config.policy.device, &prepared.devices);
         let policy = prepared.policy().device();
-        // The reference once, which adapters learn beside; of what learns, weights, a group's gradient, and two published copies of the policy.
-        let kept = config.reward.reference || config.policy.lora.is_some();
-        let learner = each * (if kept { self.parameters } else { 0.0 } + 4.0 * self.trained + 2.0 * self.value_model)
+        let own = |method: &Method| method.model.is_none() && method.remote.is_none();
+        let own_judge = !prepared.instruments.is_empty() && config.labeler.methods.iter().any(own);
+        // What the policy starts from stays for whoever needs it: the KL, adapters, a judge, evaluations.
+        let start_stays = config.reward.reference
+            || config.policy.lora.is_some()
+            || config.evaluation.every_steps > 0
+            || (own_judge && devices.labeler.same_device(policy));
+        let start = if start_stays { self.parameters } else { 0.0 };
+        // Of what learns, weights, a group's gradient, and two published copies of the policy.
+        let learner = each * (start + 4.0 * self.trained + 2.0 * self.value_model)
             + exact(policy) * (self.trained + self.value_model);
         let mut loads = vec![Load {
             name: home.clone(),
@@ -125,8 +132,6 @@ impl Sizes {
                 None => loads.push(Load { name: name.clone(), device: device.clone(), weights, activations }),
             }
         };
-        let own = |method: &Method| method.model.is_none() && method.remote.is_none();
-        let own_judge = !prepared.instruments.is_empty() && config.labeler.methods.iter().any(own);
         let copy = if own_judge && !devices.labeler.same_device(policy) { self.parameters } else { 0.0 };
         add(&config.labeler.device, &devices.labeler, each * (self.judges + copy), 0.0);
         let scorer = &devices.reward_model;
