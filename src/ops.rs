@@ -16,6 +16,7 @@ mod frozen;
 mod gated;
 mod linear;
 mod logprobs;
+mod matrix;
 mod product;
 mod q8;
 mod rms_norm;
@@ -37,6 +38,7 @@ pub use frozen::Frozen;
 pub use gated::{Activation, gated};
 pub use linear::linear;
 pub use logprobs::{linear_logprobs, linear_logprobs_at, row_logsumexp, softcap, token_logprobs};
+pub use matrix::{Adapter, Matrix};
 pub use product::{CROWD, FEW_ROWS, crowded};
 pub use q8::{Q8, q8_linear};
 pub use rms_norm::rms_norm;
@@ -115,9 +117,9 @@ fn with_elements<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32
 
 /// Whether one operation may stand for a block of a layer that begins with `x` and has these weights: what is trained among
 /// them learns only where the gradient goes through `x`.
-fn is_block(x: &Tensor, weights: &[&Tensor]) -> bool {
-    let fused = |tensor: &&Tensor| is_fused(tensor) && tensor.is_contiguous();
-    weights.iter().chain(&[x]).all(fused) && (x.track_op() || !weights.iter().any(|weight| weight.track_op()))
+fn is_block<'a>(x: &Tensor, mut weights: impl Iterator<Item = &'a Tensor>) -> bool {
+    let fused = |tensor: &Tensor| is_fused(tensor) && tensor.is_contiguous();
+    fused(x) && weights.all(|weight| fused(weight) && (x.track_op() || !weight.track_op()))
 }
 
 /// Adds `product` to the accumulator of a captured weight, where it has one.

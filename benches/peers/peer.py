@@ -108,6 +108,8 @@ def grpo(model, repeats, args):
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    # Completions that are learned from at once.
+    rows = BATCH * GROUP if args.work == "grpo-whole" else GROUP
     vocab = {f"w{i}": i for i in range(model.config.vocab_size)}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -127,8 +129,8 @@ def grpo(model, repeats, args):
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.0, num_iterations=1,
-            num_generations=GROUP, per_device_train_batch_size=args.rows,
-            gradient_accumulation_steps=BATCH * GROUP // args.rows, max_completion_length=ANSWER, temperature=0.9,
+            num_generations=GROUP, per_device_train_batch_size=rows,
+            gradient_accumulation_steps=BATCH * GROUP // rows, max_completion_length=ANSWER, temperature=0.9,
             # An end token is never drawn.
             generation_kwargs={"min_new_tokens": ANSWER}, learning_rate=1e-6, max_steps=1 + repeats,
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
@@ -181,13 +183,11 @@ def peak_rss_kib():
 def main():
     parser = argparse.ArgumentParser()
     works = {"train": train, "generate-1": generate, "generate-8": generate, "generate-32": generate, "label": label,
-             "grpo": grpo}
+             "grpo": grpo, "grpo-whole": grpo}
     parser.add_argument("work", choices=works)
     parser.add_argument("--model", choices=SHAPES, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=8,
-                        help="grpo: completions that are learned from at once; 8 is faster than 32, in half the memory")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     figures = works[args.work](build(args.model), args.repeats, args)

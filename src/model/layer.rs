@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use super::attention::{Attend, Scope};
 use super::config::ModelConfig;
-use super::lora::{Adapter, Lora};
+use super::lora::Lora;
 use super::rope::Angles;
 use super::weights::Weights;
-use crate::ops::{self, Q8};
+use crate::ops::{self, Matrix, Q8};
 
 /// A layer's tensors, and where it stands.
 #[derive(Debug, Clone)]
@@ -31,20 +31,18 @@ pub(super) struct Layer {
     fed_norm: Option<Tensor>,
 }
 
-/// A matrix `[out, in]` that rows are multiplied with, and its adapter.
+/// A matrix that rows are multiplied with.
 #[derive(Debug, Clone)]
 struct Linear {
-    weight: Tensor,
-    /// The matrix in eight bits, for few rows without a gradient.
+    matrix: Matrix,
+    /// Its weight in eight bits, for few rows without a gradient.
     q8: Option<Arc<Q8>>,
-    adapter: Option<Adapter>,
 }
 
 /// What makes queries, keys or values of a hidden state.
 #[derive(Debug, Clone)]
 struct Projection {
-    weight: Linear,
-    bias: Option<Tensor>,
+    linear: Linear,
     /// Weight of the norm over each head.
     norm: Option<Tensor>,
 }
@@ -66,13 +64,15 @@ impl Layer {
         let get = |name: &str, shape: &[usize]| named(&format!("{name}.weight"), shape);
         let matrix = |name: &str, shape: [usize; 2]| {
             let adapter = |lora: &Lora| lora.adapter(weights, &format!("model.layers.{index}.{name}"), shape);
-            anyhow::Ok(Linear { weight: get(name, &shape)?, q8: None, adapter: lora.map_or(Ok(None), adapter)? })
+            let adapter = lora.map_or(Ok(None), adapter)?;
+            anyhow::Ok(Linear { matrix: Matrix { adapter, ..get(name, &shape)?.into() }, q8: None })
         };
         let projection = |letter: &str, width: usize| {
             let (bias, norm) = (config.family.qkv_bias, config.family.qk_norm && letter != "v");
+            let mut linear = matrix(&format!("self_attn.{letter}_proj"), [width, d])?;
+            linear.matrix.bias = bias.then(|| named(&format!("self_attn.{letter}_proj.bias"), &[width])).transpose()?;
             anyhow::Ok(Projection {
-                weight: matrix(&format!("self_attn.{letter}_proj"), [width, d])?,
-                bias: bias.then(|| named(&format!("self_attn.{letter}_proj.bias"), &[width])).transpose()?,
+                linear,
                 norm: norm.then(|| get(&format!("self_attn.{letter}_norm"), &[hd])).transpose()?,
             })
         };
@@ -101,10 +101,10 @@ impl Layer {
     /// The same layer with its matrices in eight bits beside.
     pub(super) fn quantised(&self) -> Result<Self> {
         let mut layer = self.clone();
-        let projections = [&mut layer.q, &mut layer.k, &mut layer.v].map(|projection| &mut projection.weight);
+        let projections = [&mut layer.q, &mut layer.k, &mut layer.v].map(|projection| &mut projection.linear);
         let others = [&mut layer.o, &mut layer.gate, &mut layer.up, &mut layer.down];
         for linear in projections.into_iter().chain(others) {
-            linear.q8 = Q8::of(&linear.weight)?.map(Arc::new);
+            linear.q8 = Q8::of(&linear.matrix.weight)?.map(Arc::new);
         }
         Ok(layer)
     }
@@ -123,14 +123,15 @@ impl Layer {
         let config = &*self.config;
         let (cos, sin) = angles.of(self.window.is_some());
         if let (Some(mask), true) = (attend.mask(), self.attention_is_plain(x)?) {
-            let weight = |projection: &Projection| projection.weight.weight.clone();
+            let matrix = |projection: &Projection| projection.linear.matrix.clone();
             let block = ops::SelfAttention {
                 norm: self.attention_norm.clone(),
                 eps: config.rms_norm_eps,
-                q: weight(&self.q),
-                k: weight(&self.k),
-                v: weight(&self.v),
-                o: self.o.weight.clone(),
+                q: matrix(&self.q),
+                k: matrix(&self.k),
+                v: matrix(&self.v),
+                o: self.o.matrix.clone(),
+                head_norms: self.q.norm.clone().zip(self.k.norm.clone()).map(Into::into),
                 cos: cos.clone(),
                 sin: sin.clone(),
                 head_dim: config.head_dim,
@@ -160,9 +161,9 @@ impl Layer {
             let block = ops::FeedForward {
                 norm: self.feed_forward_norm.clone(),
                 eps: config.rms_norm_eps,
-                gate: self.gate.weight.clone(),
-                up: self.up.weight.clone(),
-                down: self.down.weight.clone(),
+                gate: self.gate.matrix.clone(),
+                up: self.up.matrix.clone(),
+                down: self.down.matrix.clone(),
                 activation: config.family.activation,
             };
             return ops::feed_forward(x, &block);
@@ -174,13 +175,8 @@ impl Layer {
 
     /// Whether nothing but what [`ops::self_attention`] knows stands between the stream and the stream.
     fn attention_is_plain(&self, x: &Tensor) -> Result<bool> {
-        let bare = |projection: &&Projection| projection.bias.is_none() && projection.norm.is_none();
-        let projections = [&self.q, &self.k, &self.v];
-        let matrices = projections.iter().map(|projection| &projection.weight).chain([&self.o]);
-        Ok(projections.iter().all(bare)
-            && are_plain(x, matrices)?
-            && self.config.family.gemma.is_none()
-            && self.config.query_scalar.is_none())
+        let linears = [&self.q.linear, &self.k.linear, &self.v.linear, &self.o];
+        Ok(are_plain(x, linears)? && self.config.family.gemma.is_none() && self.config.query_scalar.is_none())
     }
 
     /// Likewise for [`ops::feed_forward`].
@@ -190,10 +186,7 @@ impl Layer {
 
     /// `[T, heads, hd]` of hidden states `[T, D]`.
     fn heads(&self, projection: &Projection, x: &Tensor, heads: usize) -> Result<Tensor> {
-        let mut out = projection.weight.forward(x)?;
-        if let Some(bias) = &projection.bias {
-            out = out.broadcast_add(bias)?;
-        }
+        let out = projection.linear.forward(x)?;
         let (t, hd) = (x.dim(0)?, self.config.head_dim);
         match &projection.norm {
             None => out.reshape((t, heads, hd)),
@@ -202,16 +195,15 @@ impl Layer {
     }
 }
 
-/// Whether rows `x` go by the matrices alone: few go by those in eight bits, where there are any.
-fn are_plain<'a>(x: &Tensor, matrices: impl IntoIterator<Item = &'a Linear>) -> Result<bool> {
+/// Whether rows `x` go by the matrices as they are: few go by those in eight bits, where there are any.
+fn are_plain<'a>(x: &Tensor, linears: impl IntoIterator<Item = &'a Linear>) -> Result<bool> {
     let few = x.dim(0)? <= ops::FEW_ROWS;
-    Ok(matrices.into_iter().all(|linear| linear.adapter.is_none() && !(few && linear.q8.is_some())))
+    Ok(linears.into_iter().all(|linear| !(few && linear.q8.is_some())))
 }
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let out = linear(x, &self.weight, self.q8.as_deref())?;
-        self.adapter.as_ref().map_or(Ok(out.clone()), |adapter| adapter.add(&out, x))
+        self.matrix.beside(linear(x, &self.matrix.weight, self.q8.as_deref())?, x)
     }
 }
 

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use super::{Weights, export};
-use crate::ops;
+use crate::ops::Adapter;
 use crate::seed::{self, mix};
 
 /// Which matrices get an adapter, and of what size.
@@ -21,16 +21,6 @@ pub struct Lora {
     pub alpha: f64,
     /// Last parts of the names of the matrices, such as `q_proj`.
     pub targets: Vec<String>,
-}
-
-/// What an adapter adds to a matrix `[out, in]`.
-#[derive(Debug, Clone)]
-pub(super) struct Adapter {
-    /// A, `[r, in]`.
-    a: Tensor,
-    /// B, `[out, r]`.
-    b: Tensor,
-    scale: f64,
 }
 
 impl Lora {
@@ -135,13 +125,6 @@ impl Lora {
             "inference_mode": true,
         });
         export::write_json(&dir.join("adapter_config.json"), &description)
-    }
-}
-
-impl Adapter {
-    /// `y + α/r · B·A·x` for rows x `[T, in]` and y `[T, out]`.
-    pub(super) fn add(&self, y: &Tensor, x: &Tensor) -> candle_core::Result<Tensor> {
-        y + (ops::linear(&ops::linear(x, &self.a)?, &self.b)? * self.scale)?
     }
 }
 

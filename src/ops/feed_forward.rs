@@ -5,10 +5,9 @@ use std::sync::OnceLock;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::gated::{Activation, gated, let_through, pull_back};
-use super::linear::linear;
-use super::product::{add_times, add_times_transposed, plain_product, transposed_product};
+use super::matrix::Matrix;
 use super::rms_norm::{self, normed, rms_norm};
-use super::{accumulate_product, accumulate_vector, elements, is_block, tensor_elements, with_elements};
+use super::{accumulate_vector, elements, is_block, tensor_elements, with_elements};
 
 /// Norm, gate and two matrices on the way up, one on the way down (Shazeer 2020).
 #[derive(Debug, Clone)]
@@ -18,11 +17,11 @@ pub struct FeedForward {
     /// Added to the mean square.
     pub eps: f64,
     /// `[F, D]`.
-    pub gate: Tensor,
+    pub gate: Matrix,
     /// `[F, D]`.
-    pub up: Tensor,
+    pub up: Matrix,
     /// `[D, F]`.
-    pub down: Tensor,
+    pub down: Matrix,
     /// Of the gate.
     pub activation: Activation,
 }
@@ -34,19 +33,20 @@ pub struct FeedForward {
 /// keeps what stands before the gate and nothing else. Fails when the shapes do not fit.
 pub fn feed_forward(x: &Tensor, block: &FeedForward) -> Result<Tensor> {
     let FeedForward { norm, eps, gate, up, down, activation } = block;
-    if !is_block(x, &[norm, gate, up, down]) || x.dims2().is_err() {
+    let matrices = [gate, up, down];
+    if !is_block(x, [norm].into_iter().chain(matrices.into_iter().flat_map(Matrix::tensors))) || x.dims2().is_err() {
         let h = rms_norm(x, norm, *eps)?;
-        return x + linear(&gated(&linear(&h, gate)?, &linear(&h, up)?, *activation)?, down)?;
+        return x + down.apply(&gated(&gate.apply(&h)?, &up.apply(&h)?, *activation)?)?;
     }
-    let (d, f) = (x.dim(1)?, gate.dim(0)?);
-    if norm.dims() != [d] || gate.dims() != [f, d] || up.dims() != [f, d] || down.dims() != [d, f] {
+    let (d, f) = (x.dim(1)?, gate.weight.dim(0)?);
+    if norm.dims() != [d] || !gate.makes(f, d) || !up.makes(f, d) || !down.makes(d, f) {
         candle_core::bail!(
-            "feed_forward: x has shape {:?}, norm {:?}, gate {:?}, up {:?} and down {:?}, they do not fit",
+            "feed_forward: x has shape {:?}, norm {:?}, gate {}, up {} and down {}, they do not fit",
             x.dims(),
             norm.dims(),
-            gate.dims(),
-            up.dims(),
-            down.dims()
+            gate.shapes(),
+            up.shapes(),
+            down.shapes()
         )
     }
     if x.track_op() {
@@ -59,32 +59,25 @@ pub fn feed_forward(x: &Tensor, block: &FeedForward) -> Result<Tensor> {
 impl FeedForward {
     /// The result, and what stands before the gate: `h·gateᵀ` and `h·upᵀ`.
     fn forward(&self, x: &[f32]) -> Result<(Vec<f32>, [Vec<f32>; 2])> {
-        with_elements([&self.norm, &self.gate, &self.up, &self.down], |[norm, gate, up, down]| {
-            let h = normed(x, norm, self.eps as f32);
-            let before = [gate, up].map(|weight| transposed_product(&h, weight, norm.len()));
-            let mut out = x.to_vec();
-            let through = let_through(&before[0], &before[1], self.activation);
-            add_times_transposed(&mut out, &through, down, down.len() / norm.len());
-            Ok((out, before))
-        })
+        let h = with_elements([&self.norm], |[norm]| Ok(normed(x, norm, self.eps as f32)))?;
+        let before = [self.gate.forward(&h)?, self.up.forward(&h)?];
+        let mut out = x.to_vec();
+        self.down.add_forward(&mut out, &let_through(&before[0], &before[1], self.activation))?;
+        Ok((out, before))
     }
 
     /// The gradient of `x`; those of the weights go to their accumulators.
     fn backward(&self, x: &[f32], [g, u]: [&[f32]; 2], grad: &[f32]) -> Result<Vec<f32>> {
-        with_elements([&self.norm, &self.gate, &self.up, &self.down], |[norm, gate, up, down]| {
-            let (d, eps) = (norm.len(), self.eps as f32);
-            let (rows, f) = (x.len() / d, gate.len() / d);
-            let mut through = let_through(g, u, self.activation);
-            accumulate_product(&self.down, grad, &through, rows)?;
-            let mut dup = plain_product(grad, down, d);
-            // In the place of what was let through, which is not needed any more.
-            pull_back(&mut through, &mut dup, g, u, self.activation);
-            let dgate = through;
+        let mut through = let_through(g, u, self.activation);
+        let mut dup = self.down.pull_back(grad, &through, None)?;
+        // In the place of what was let through, which is not needed any more.
+        pull_back(&mut through, &mut dup, g, u, self.activation);
+        let dgate = through;
+        with_elements([&self.norm], |[norm]| {
+            let eps = self.eps as f32;
             let h = normed(x, norm, eps);
-            accumulate_product(&self.gate, &dgate, &h, rows)?;
-            accumulate_product(&self.up, &dup, &h, rows)?;
-            let mut dh = plain_product(&dgate, gate, f);
-            add_times(&mut dh, &dup, up, f);
+            let dh = self.gate.pull_back(&dgate, &h, None)?;
+            let dh = self.up.pull_back(&dup, &h, Some(dh))?;
             let (mut dx, dnorm) = rms_norm::pull_back([x, norm, &dh], eps);
             accumulate_vector(&self.norm, dnorm)?;
             dx.iter_mut().zip(grad).for_each(|(dx, grad)| *dx += grad);
@@ -126,20 +119,34 @@ mod tests {
     use candle_core::{DType, Var};
 
     use super::super::testing::{assert_close, flat, values};
-    use super::super::{Gradients, backward};
+    use super::super::{Adapter, Gradients, backward};
     use super::*;
 
-    const NAMES: [&str; 5] = ["x", "norm", "gate", "up", "down"];
+    /// The last ones stand beside matrices.
+    const NAMES: [&str; 8] = ["x", "norm", "gate", "up", "down", "gate bias", "down A", "down B"];
 
     fn params(rows: usize, d: usize, f: usize, dtype: DType) -> Vec<(String, Var)> {
-        let shapes: [&[usize]; 5] = [&[rows, d], &[d], &[f, d], &[f, d], &[d, f]];
+        let shapes: [&[usize]; 8] = [&[rows, d], &[d], &[f, d], &[f, d], &[d, f], &[f], &[3, f], &[d, 3]];
         let var = |i: usize| Var::from_tensor(&values(i as u64 + 1, shapes[i]).to_dtype(dtype).unwrap()).unwrap();
         NAMES.iter().enumerate().map(|(i, name)| ((*name).to_owned(), var(i))).collect()
     }
 
-    fn block(params: &[(String, Var)], activation: Activation) -> FeedForward {
-        let [_, norm, gate, up, down] = [0, 1, 2, 3, 4].map(|i| params[i].1.as_tensor().clone());
-        FeedForward { norm, eps: 0.1, gate, up, down, activation }
+    fn block(params: &[Tensor], activation: Activation) -> FeedForward {
+        let [_, norm, gate, up, down, bias, a, b] = params.to_vec().try_into().unwrap();
+        let adapter = Adapter { a, b, scale: 0.5 };
+        let gate = Matrix { bias: Some(bias), ..gate.into() };
+        FeedForward {
+            norm,
+            eps: 0.1,
+            gate,
+            up: up.into(),
+            down: Matrix { adapter: Some(adapter), ..down.into() },
+            activation,
+        }
+    }
+
+    fn tensors(params: &[(String, Var)]) -> Vec<Tensor> {
+        params.iter().map(|(_, var)| var.as_tensor().clone()).collect()
     }
 
     /// Few rows and many, against the composite in `f64`.
@@ -148,7 +155,7 @@ mod tests {
         for (rows, activation) in [(3, Activation::Silu), (70, Activation::GeluTanh), (131, Activation::Silu)] {
             let run = |dtype| {
                 let params = params(rows, 12, 20, dtype);
-                let out = feed_forward(&params[0].1, &block(&params, activation)).unwrap();
+                let out = feed_forward(&params[0].1, &block(&tensors(&params), activation)).unwrap();
                 let mut sums = Gradients::new(&params).unwrap();
                 let loss = (&out * values(9, out.dims()).to_dtype(dtype).unwrap()).unwrap().sum_all().unwrap();
                 assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), NAMES.len());
@@ -165,9 +172,9 @@ mod tests {
     #[test]
     fn without_a_gradient_it_is_the_same() {
         let params = params(70, 12, 20, DType::F32);
-        let (x, trained) = (&params[0].1, block(&params, Activation::Silu));
-        let [norm, gate, up, down] = [&trained.norm, &trained.gate, &trained.up, &trained.down].map(Tensor::detach);
-        let frozen = FeedForward { norm, gate, up, down, ..trained.clone() };
+        let (x, trained) = (&params[0].1, block(&tensors(&params), Activation::Silu));
+        let detached: Vec<Tensor> = tensors(&params).iter().map(Tensor::detach).collect();
+        let frozen = block(&detached, Activation::Silu);
         let plain = feed_forward(&x.detach(), &frozen).unwrap();
         assert!(!plain.track_op());
         assert_eq!(flat(&plain), flat(&feed_forward(x, &trained).unwrap()));
@@ -177,13 +184,30 @@ mod tests {
         assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), 1);
         // Where nothing would lead back to the weights, the composite does.
         let loss = feed_forward(&x.detach(), &trained).unwrap().sum_all().unwrap();
-        assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), 4);
+        assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), NAMES.len() - 1);
+    }
+
+    /// As with adapters, where the rest is frozen.
+    #[test]
+    fn what_learns_alone_learns_the_same() {
+        let params = params(70, 12, 20, DType::F32);
+        let run = |tensors: &[Tensor]| {
+            let mut sums = Gradients::new(&params).unwrap();
+            let loss = feed_forward(&params[0].1, &block(tensors, Activation::Silu)).unwrap().sqr().unwrap();
+            let reached = backward(&loss.sum_all().unwrap(), &mut [&mut sums]).unwrap();
+            (reached, ["x", "down A", "down B"].map(|name| flat(sums.get(name).unwrap())))
+        };
+        let all = tensors(&params);
+        let some: Vec<Tensor> =
+            all.iter().enumerate().map(|(i, t)| if i < 6 { t.detach() } else { t.clone() }).collect();
+        let ((reached, got), (_, want)) = (run(&some), run(&all));
+        assert_eq!((reached, got), (3, want));
     }
 
     #[test]
     fn a_backward_pass_that_would_lose_gradients_fails() {
         let params = params(3, 12, 20, DType::F32);
-        let loss = feed_forward(&params[0].1, &block(&params, Activation::Silu)).unwrap().sum_all().unwrap();
+        let loss = feed_forward(&params[0].1, &block(&tensors(&params), Activation::Silu)).unwrap().sum_all().unwrap();
         assert!(loss.backward().unwrap_err().to_string().contains("ops::backward"));
     }
 }

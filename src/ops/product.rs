@@ -7,6 +7,8 @@
 //! beside, and on however many threads.
 
 #[cfg(target_arch = "x86_64")]
+mod crowd;
+#[cfg(target_arch = "x86_64")]
 mod few;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -42,6 +44,17 @@ pub fn crowded<R>(f: impl FnOnce() -> R) -> R {
     let _before = Before(CROWDED.replace(true));
     f()
 }
+
+/// Where the results of a product go, rows of `stride`; tasks write disjoint places.
+#[derive(Clone, Copy)]
+pub(super) struct Places {
+    pub(super) start: *mut f32,
+    pub(super) stride: usize,
+}
+// SAFETY: the pointer is only used for places that no other task reads or writes.
+unsafe impl Send for Places {}
+// SAFETY: likewise.
+unsafe impl Sync for Places {}
 
 /// Multiply-adds from which a wide product is split over threads.
 const PARALLEL_FROM: usize = 1 << 21;
@@ -100,8 +113,13 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
         return unsafe { product(out.as_mut_ptr(), [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_)) };
     }
     #[cfg(target_arch = "x86_64")]
-    if CROWDED.get() && tiles::available() && m * k * n > 0 {
-        return tiles::multiply_few(out, x, w, [m, k, n]);
+    if CROWDED.get() && m * k * n > 0 {
+        if tiles::available() {
+            return tiles::multiply_few(out, x, w, [m, k, n]);
+        }
+        if crowd::multiply(out, x, w, [m, k, n]) {
+            return;
+        }
     }
     #[cfg(target_arch = "x86_64")]
     if few::multiply(out, x, w, [m, k, n]) {

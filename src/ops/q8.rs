@@ -1,23 +1,42 @@
-//! Matrices in eight bits, for sampling with few rows, which is bound by reading the matrix.
+//! Matrices in eight bits, for sampling: a step of few rows is bound by reading the matrix, and one of many by arithmetic,
+//! which whole numbers of eight bits need a third of.
 
-use super::product::FEW_ROWS;
+mod kernels;
+
+use super::product::{FEW_ROWS, Places};
+use super::vector::vectorised;
 use super::{is_fused, tensor_elements};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// Columns that share a scale.
 const BLOCK: usize = 32;
+/// Rows of the matrix that lie interleaved.
+const PANEL: usize = 16;
+/// Columns of a row that lie beside each other in a panel.
+const GROUP: usize = 4;
 /// Multiply-adds that are worth a task of their own.
 const TASK: usize = 1 << 20;
 
+/// Four columns of each row of a panel; one more than 127 each, since processors multiply numbers without a sign by such
+/// with one.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+struct Lanes([u8; PANEL * GROUP]);
+
+/// What zero is among [`Lanes`].
+const ZERO: u8 = 128;
+
 /// A matrix `[out, in]` in GGML's Q8_0: blocks of 32 columns, each a scale and 32 whole numbers of eight bits. The scale is
-/// kept in `f32`.
+/// kept in `f32`. Panels of 16 rows lie interleaved, so that a register holds a place of all of them.
 #[derive(Debug)]
 pub struct Q8 {
+    rows: usize,
     width: usize,
-    values: Vec<i8>,
-    /// `[out, in / 32]`.
-    scales: Vec<f32>,
+    /// `[panels, in / 4]`.
+    values: Vec<Lanes>,
+    /// `[panels, in / 32, 16]`.
+    scales: Vec<[f32; PANEL]>,
 }
 
 impl Q8 {
@@ -27,40 +46,78 @@ impl Q8 {
     /// # Errors
     /// Tensor errors only.
     pub fn of(weight: &Tensor) -> Result<Option<Self>> {
-        let width = weight.dim(1)?;
-        if !is_fused(weight) || !width.is_multiple_of(BLOCK) {
+        let (rows, width) = weight.dims2()?;
+        if !is_fused(weight) || !width.is_multiple_of(BLOCK) || rows * width == 0 {
             return Ok(None);
         }
         let weight = weight.detach().contiguous()?;
         let (storage, layout) = weight.storage_and_layout();
         let weight = tensor_elements(&storage, layout)?;
-        let mut values = vec![0i8; weight.len()];
-        let mut scales = vec![0f32; weight.len() / BLOCK];
-        let blocks = values.par_chunks_mut(BLOCK).zip(weight.par_chunks(BLOCK)).zip(&mut scales);
-        blocks.with_min_len(1024).for_each(|((values, weight), scale)| {
-            let most = weight.iter().fold(0f32, |most, w| most.max(w.abs()));
-            *scale = most / 127.0;
-            let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
-            for (value, w) in values.iter_mut().zip(weight) {
-                *value = (w * inverse).round() as i8;
+        let (panels, groups, blocks) = (rows.div_ceil(PANEL), width / GROUP, width / BLOCK);
+        let mut values = vec![Lanes([ZERO; PANEL * GROUP]); panels * groups];
+        let mut scales = vec![[0.0; PANEL]; panels * blocks];
+        let panels =
+            weight.par_chunks(PANEL * width).zip(values.par_chunks_mut(groups)).zip(scales.par_chunks_mut(blocks));
+        panels.for_each(|((rows, values), scales)| {
+            let (mut near, mut scale) = (vec![0i8; width], vec![0.0; blocks]);
+            for (lane, row) in rows.chunks_exact(width).enumerate() {
+                quantise(&mut near, &mut scale, row);
+                for (values, near) in values.iter_mut().zip(near.chunks_exact(GROUP)) {
+                    for (value, near) in values.0[lane * GROUP..][..GROUP].iter_mut().zip(near) {
+                        *value = near.wrapping_add_unsigned(ZERO) as u8;
+                    }
+                }
+                scales.iter_mut().zip(&scale).for_each(|(lanes, scale)| lanes[lane] = *scale);
             }
         });
-        Ok(Some(Self { width, values, scales }))
-    }
-
-    fn rows(&self) -> usize {
-        self.values.len() / self.width
-    }
-
-    /// Row `row` and its scales.
-    fn row(&self, row: usize) -> (&[i8], &[f32]) {
-        let blocks = self.width / BLOCK;
-        (&self.values[row * self.width..][..self.width], &self.scales[row * blocks..][..blocks])
+        Ok(Some(Self { rows, width, values, scales }))
     }
 }
 
-/// `x · weightᵀ` for up to 64 rows `x` `[T, in]`, which are no part of a graph. A row's result does not depend on the other
-/// rows. Fails when the widths differ, when there are more rows, or when a gradient would be lost.
+vectorised! {
+/// The nearest numbers of eight bits to `row` under a scale for each block. Where a block has a number that is not finite the
+/// scale is none either, so that it is seen in what is computed.
+fn quantise<FMA>(values: &mut [i8], scales: &mut [f32], row: &[f32]) {
+    // As a number that the compiler does not know: told it, it takes several blocks at once and gathers their numbers.
+    let block = (row.len() / scales.len().max(1)).max(1);
+    let blocks = values.chunks_exact_mut(block).zip(row.chunks_exact(block));
+    for ((values, row), scale) in blocks.zip(scales) {
+        // As whole numbers they have the same order, infinity after them and NaN last.
+        let most = f32::from_bits(row.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0));
+        *scale = most / 127.0;
+        let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+        for (value, x) in values.iter_mut().zip(row) {
+            // Adding it leaves the nearest whole number in the low bits of the significand.
+            *value = (x * inverse + 12_582_912.0).to_bits() as i8;
+        }
+    }
+}
+}
+
+/// Rows in eight bits, likewise, as they lie.
+struct Rows {
+    width: usize,
+    /// `[T, in]`.
+    values: Vec<i8>,
+    /// `[T, in / 32]`.
+    scales: Vec<f32>,
+    /// `[T, in / 32]`: what a block's sum begins with, since all of the matrix's values are [`ZERO`] too great.
+    starts: Vec<i32>,
+}
+
+impl Rows {
+    fn of(x: &[f32], width: usize) -> Self {
+        let (mut values, mut scales) = (vec![0i8; x.len()], vec![0.0; x.len() / BLOCK]);
+        quantise(&mut values, &mut scales, x);
+        let start = |block: &[i8; BLOCK]| -i32::from(ZERO) * block.iter().map(|value| i32::from(*value)).sum::<i32>();
+        let starts = values.as_chunks::<BLOCK>().0.iter().map(start).collect();
+        Self { width, values, scales, starts }
+    }
+}
+
+/// `x · weightᵀ` for up to 64 rows `x` `[T, in]`, which are no part of a graph. The rows are brought into eight bits as well,
+/// 32 columns at a time, so that the products are of whole numbers. A row's result does not depend on the other rows. Fails
+/// when the widths differ, when there are more rows, or when a gradient would be lost.
 pub fn q8_linear(x: &Tensor, weight: &Q8) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     if width != weight.width || rows > FEW_ROWS || x.track_op() || !is_fused(x) {
@@ -72,136 +129,33 @@ pub fn q8_linear(x: &Tensor, weight: &Q8) -> Result<Tensor> {
     }
     let x = x.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
-    let (values, columns) = (tensor_elements(&storage, layout)?, weight.rows());
-    // Made transposed, `[out, T]`, so that tasks write what is theirs alone.
-    let mut out = vec![0f32; rows * columns];
-    let run = match rayon::current_num_threads() {
-        1 => columns,
-        threads => columns.div_ceil(threads * 2).max(TASK / (rows * width).max(1)).max(1),
-    };
-    if rows > 0 {
-        out.par_chunks_mut(run * rows).enumerate().for_each(|(task, out)| {
-            multiply(out, values, weight, rows, task * run);
-        });
-    }
+    let near = Rows::of(tensor_elements(&storage, layout)?, width);
     drop(storage);
-    Tensor::from_vec(out, (columns, rows), x.device())?.t()?.contiguous()
+    let mut out = vec![0f32; rows * weight.rows];
+    multiply(&mut out, &near, weight, kernels::best());
+    Tensor::from_vec(out, (rows, weight.rows), x.device())
 }
 
-/// Rows of the matrix from `first` on, times all rows of `x`, into `out` `[…, T]`.
-fn multiply(out: &mut [f32], x: &[f32], weight: &Q8, rows: usize, first: usize) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if std::arch::is_x86_feature_detected!("avx512f") {
-            // SAFETY: the processor has the instructions.
-            return unsafe { avx512::multiply(out, x, weight, rows, first) };
-        }
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-            // SAFETY: likewise.
-            return unsafe { avx2::multiply(out, x, weight, rows, first) };
-        }
-    }
-    plain(out, x, weight, rows, first);
-}
-
-fn plain(out: &mut [f32], x: &[f32], weight: &Q8, rows: usize, first: usize) {
-    for (i, out) in out.chunks_exact_mut(rows).enumerate() {
-        let (values, scales) = weight.row(first + i);
-        for (out, x) in out.iter_mut().zip(x.chunks_exact(weight.width)) {
-            let blocks = x.chunks_exact(BLOCK).zip(values.chunks_exact(BLOCK)).zip(scales);
-            let block = |((x, values), scale): ((&[f32], &[i8]), &f32)| {
-                scale * x.iter().zip(values).map(|(x, w)| x * f32::from(*w)).sum::<f32>()
-            };
-            *out = blocks.map(block).sum();
-        }
-    }
-}
-
-/// One instruction set's kernel: up to `$rows` rows of `x` with one of the matrix, which is widened once for all of them.
-macro_rules! kernel {
-    ($name:ident, $features:literal, $lanes:literal, $rows:literal, $zero:ident, $load:ident, $fma:ident, $mul:ident,
-     $set:ident, $widen:expr, $sum:expr) => {
-        #[cfg(target_arch = "x86_64")]
-        mod $name {
-            use super::{BLOCK, Q8};
-            use std::arch::x86_64::*;
-
-            #[target_feature(enable = $features)]
-            pub(super) fn multiply(out: &mut [f32], x: &[f32], weight: &Q8, rows: usize, first: usize) {
-                for (i, out) in out.chunks_exact_mut(rows).enumerate() {
-                    let row = weight.row(first + i);
-                    let width = weight.width;
-                    for (out, x) in out.chunks_mut($rows).zip(x.chunks($rows * width)) {
-                        match out.len() {
-                            1 => tile::<1>(out, x, row, width),
-                            2 => tile::<2>(out, x, row, width),
-                            3 => tile::<3>(out, x, row, width),
-                            4 => tile::<4>(out, x, row, width),
-                            5 => tile::<5>(out, x, row, width),
-                            6 => tile::<6>(out, x, row, width),
-                            7 => tile::<7>(out, x, row, width),
-                            _ => tile::<8>(out, x, row, width),
-                        }
-                    }
-                }
-            }
-
-            #[target_feature(enable = $features)]
-            fn tile<const R: usize>(out: &mut [f32], x: &[f32], (values, scales): (&[i8], &[f32]), width: usize) {
-                assert!(out.len() == R && x.len() == R * width && values.len() == width);
-                let mut sums = [[$zero(); 2]; R];
-                for (block, scale) in scales.iter().enumerate() {
-                    let scale = $set(*scale);
-                    for part in 0..BLOCK / $lanes {
-                        let at = block * BLOCK + part * $lanes;
-                        // SAFETY: `at` and the lanes after it lie within a row of `width` values.
-                        let w = unsafe { $mul($widen(values.as_ptr().add(at)), scale) };
-                        for r in 0..R {
-                            // SAFETY: likewise, within row `r` of `x`.
-                            let x = unsafe { $load(x.as_ptr().add(r * width + at)) };
-                            sums[r][part % 2] = $fma(x, w, sums[r][part % 2]);
-                        }
-                    }
-                }
-                for r in 0..R {
-                    out[r] = $sum(sums[r]);
-                }
-            }
+/// All rows of `x` with all of the matrix, into `out` `[T, out]`.
+fn multiply(out: &mut [f32], x: &Rows, weight: &Q8, kernel: kernels::Kernel) {
+    let (rows, panels) = (out.len() / weight.rows, weight.rows.div_ceil(PANEL));
+    let out = Places { start: out.as_mut_ptr(), stride: weight.rows };
+    let run = match rayon::current_num_threads() {
+        1 => panels,
+        threads => panels.div_ceil(threads * 2).max(TASK / (rows * weight.width * PANEL).max(1)).max(1),
+    };
+    let some = |first: usize| {
+        for panel in first..(first + run).min(panels) {
+            // SAFETY: `out` has room for all rows of all panels, and each call writes the columns of its panel alone.
+            unsafe { kernel(out, x, weight, panel) };
         }
     };
-}
-
-kernel!(
-    avx512,
-    "avx512f",
-    16,
-    8,
-    _mm512_setzero_ps,
-    _mm512_loadu_ps,
-    _mm512_fmadd_ps,
-    _mm512_mul_ps,
-    _mm512_set1_ps,
-    |at: *const i8| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()))),
-    |[a, b]: [__m512; 2]| _mm512_reduce_add_ps(_mm512_add_ps(a, b))
-);
-kernel!(
-    avx2,
-    "avx2,fma",
-    8,
-    4,
-    _mm256_setzero_ps,
-    _mm256_loadu_ps,
-    _mm256_fmadd_ps,
-    _mm256_mul_ps,
-    _mm256_set1_ps,
-    |at: *const i8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast()))),
-    |[a, b]: [__m256; 2]| {
-        let whole = _mm256_add_ps(a, b);
-        let half = _mm_add_ps(_mm256_castps256_ps128(whole), _mm256_extractf128_ps::<1>(whole));
-        let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-        _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)))
+    if run >= panels {
+        some(0);
+    } else {
+        (0..panels.div_ceil(run)).into_par_iter().for_each(|task| some(task * run));
     }
-);
+}
 
 #[cfg(test)]
 mod tests {
@@ -209,30 +163,61 @@ mod tests {
     use super::*;
     use candle_core::{Device, Var};
 
+    /// Element `[row, column]` of the matrix, and its scale.
+    fn element(weight: &Q8, row: usize, column: usize) -> (f64, f64) {
+        let (panel, lane) = (row / PANEL, row % PANEL);
+        let scale = f64::from(weight.scales[panel * (weight.width / BLOCK) + column / BLOCK][lane]);
+        let value = weight.values[panel * (weight.width / GROUP) + column / GROUP].0[lane * GROUP + column % GROUP];
+        ((f64::from(value) - f64::from(ZERO)) * scale, scale)
+    }
+
+    /// Every kernel that the processor has, against sums in `f64` of the nearest numbers, which are as near as they can be.
     #[test]
-    fn the_product_is_that_of_the_nearest_matrix() {
-        for (rows, width, columns) in [(1, 32, 5), (7, 96, 13), (64, 160, 40)] {
-            let (x, weight) = (values(1, &[rows, width]), values(2, &[columns, width]));
-            let quantised = Q8::of(&weight).unwrap().unwrap();
-            let near: Vec<f32> = (0..columns)
-                .flat_map(|row| {
-                    let (values, scales) = quantised.row(row);
-                    values.iter().enumerate().map(|(i, w)| f32::from(*w) * scales[i / BLOCK]).collect::<Vec<_>>()
-                })
-                .collect();
-            for (i, (near, w)) in near.iter().zip(flat(&weight)).enumerate() {
-                assert!((f64::from(*near) - w).abs() <= f64::from(quantised.scales[i / BLOCK]) * 0.501, "{near}, {w}");
+    fn the_product_is_that_of_the_nearest_numbers() {
+        for (rows, width, columns) in [(1, 32, 5), (7, 96, 16), (13, 64, 33), (64, 160, 40)] {
+            let (x, weight) = (flat(&values(1, &[rows, width])), values(2, &[columns, width]));
+            let near = Q8::of(&weight).unwrap().unwrap();
+            for (i, w) in flat(&weight).iter().enumerate() {
+                let (value, scale) = element(&near, i / width, i % width);
+                assert!((value - w).abs() <= scale * 0.501, "{i}: {value} for {w}");
             }
-            let near = Tensor::from_vec(near, (columns, width), &Device::Cpu).unwrap();
-            let want = flat(&x.matmul(&near.t().unwrap()).unwrap());
-            let got = flat(&q8_linear(&x, &quantised).unwrap());
-            let mut without = vec![0f32; rows * columns];
-            plain(&mut without, &x.flatten_all().unwrap().to_vec1::<f32>().unwrap(), &quantised, rows, 0);
-            for (i, want) in want.iter().enumerate() {
-                assert!((got[i] - want).abs() < 1e-3, "{i}: {} against {want}", got[i]);
-                let without = without[i % columns * rows + i / columns];
-                assert!((f64::from(without) - want).abs() < 1e-3, "{i}: {without} against {want}");
+            let x: Vec<f32> = x.iter().map(|x| *x as f32).collect();
+            let x_near = Rows::of(&x, width);
+            let value = |i: usize| f64::from(x_near.values[i]) * f64::from(x_near.scales[i / BLOCK]);
+            for (i, x) in x.iter().enumerate() {
+                let bound = f64::from(x_near.scales[i / BLOCK]) * 0.501;
+                assert!((value(i) - f64::from(*x)).abs() <= bound, "{i}: {} for {x}", value(i));
             }
+            let run = |kernel| {
+                let mut out = vec![f32::NAN; rows * columns];
+                multiply(&mut out, &x_near, &near, kernel);
+                out
+            };
+            let plain = run(kernels::plain);
+            for (i, got) in plain.iter().enumerate() {
+                let (row, column) = (i / columns, i % columns);
+                let want: f64 = (0..width).map(|at| value(row * width + at) * element(&near, column, at).0).sum();
+                assert!((f64::from(*got) - want).abs() < 1e-5, "{row}, {column}: {got} against {want}");
+            }
+            assert_eq!(run(kernels::best()), plain);
+            #[cfg(target_arch = "x86_64")]
+            if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+                assert_eq!(run(kernels::avx2::multiply), plain);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_seen() {
+        for wrong in [f32::NAN, f32::INFINITY] {
+            let mut x = vec![0.5; 64];
+            x[40] = wrong;
+            let x = Tensor::from_vec(x, (1, 64), &Device::Cpu).unwrap();
+            let weight = values(2, &[20, 64]);
+            let out = flat(&q8_linear(&x, &Q8::of(&weight).unwrap().unwrap()).unwrap());
+            assert!(out.iter().all(|out| !out.is_finite()), "{out:?}");
+            let out = flat(&q8_linear(&values(1, &[2, 64]), &Q8::of(&x).unwrap().unwrap()).unwrap());
+            assert!(out.iter().all(|out| !out.is_finite()), "{out:?}");
         }
     }
 

@@ -5,12 +5,11 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::attention::{Tree, tree_attention};
-use super::linear::linear;
-use super::product::{add_times, add_times_transposed, plain_product, transposed_product};
+use super::matrix::Matrix;
 use super::rms_norm::{self, normed, rms_norm};
 use super::rope::{rope, rotated};
 use super::tree_mask::TreeMask;
-use super::{accumulate_product, accumulate_vector, elements, is_block, tensor_elements, with_elements};
+use super::{accumulate_vector, elements, is_block, tensor_elements, with_elements};
 
 /// Norm, queries, keys and values with rotary positions, attention within a tree, and a matrix after it.
 #[derive(Debug, Clone)]
@@ -20,13 +19,15 @@ pub struct SelfAttention {
     /// Added to the mean square.
     pub eps: f64,
     /// `[H·hd, D]`.
-    pub q: Tensor,
+    pub q: Matrix,
     /// `[KV·hd, D]`.
-    pub k: Tensor,
+    pub k: Matrix,
     /// `[KV·hd, D]`.
-    pub v: Tensor,
+    pub v: Matrix,
     /// `[D, H·hd]`.
-    pub o: Tensor,
+    pub o: Matrix,
+    /// Weights `[hd]` of the norms over each head of the queries and of the keys, before they are turned.
+    pub head_norms: Option<[Tensor; 2]>,
     /// `[T, hd/2]`, of the tokens' angles.
     pub cos: Tensor,
     /// `[T, hd/2]`.
@@ -43,26 +44,32 @@ pub struct SelfAttention {
 
 /// `x + attention(h)·oᵀ` with `h = rms_norm(x)`, for rows `x` `[T, D]`; scores are divided by √hd.
 ///
-/// Gradients as of [`feed_forward`](super::feed_forward). For the backward it keeps rotated queries and keys, values, what
-/// was read, and a number for each row and head. Fails when the shapes do not fit.
+/// Gradients as of [`feed_forward`](super::feed_forward). For the backward it keeps turned queries and keys (or, where they
+/// have norms, what stands before these), values, what was read, and a number for each row and head. Fails when the shapes do not fit.
 pub fn self_attention(x: &Tensor, block: &SelfAttention) -> Result<Tensor> {
-    let SelfAttention { norm, eps, q, k, v, o, cos, sin, head_dim: hd, mask, window, cap } = block;
+    let SelfAttention { norm, eps, q, k, v, o, head_norms, cos, sin, head_dim: hd, mask, window, cap } = block;
     let (t, d) = x.dims2()?;
-    let (heads, kv_heads) = (q.dim(0)? / hd, k.dim(0)? / hd);
-    if !is_block(x, &[norm, q, k, v, o, cos, sin]) {
+    let (heads, kv_heads) = (q.weight.dim(0)? / hd, k.weight.dim(0)? / hd);
+    let matrices = [q, k, v, o].into_iter().flat_map(Matrix::tensors);
+    if !is_block(x, [norm, cos, sin].into_iter().chain(matrices).chain(head_norms.iter().flatten())) {
         let h = rms_norm(x, norm, *eps)?;
-        let of = |weight: &Tensor, heads: usize| linear(&h, weight)?.reshape((t, heads, *hd));
-        let (queries, keys) = (rope(&of(q, heads)?, cos, sin)?, rope(&of(k, kv_heads)?, cos, sin)?);
+        let of = |matrix: &Matrix, heads: usize| matrix.apply(&h)?.reshape((t, heads, *hd));
+        let (mut queries, mut keys) = (of(q, heads)?, of(k, kv_heads)?);
+        if let Some([q, k]) = head_norms {
+            (queries, keys) = (rms_norm(&queries, q, *eps)?, rms_norm(&keys, k, *eps)?);
+        }
+        let (queries, keys) = (rope(&queries, cos, sin)?, rope(&keys, cos, sin)?);
         let scale = 1.0 / (*hd as f64).sqrt();
         let read = tree_attention(&queries, &keys, &of(v, kv_heads)?, mask, scale, *window, *cap)?;
-        return x + linear(&read, o)?;
+        return x + o.apply(&read)?;
     }
     let (wide, narrow) = (heads * hd, kv_heads * hd);
     let fits = norm.dims() == [d]
-        && q.dims() == [wide, d]
-        && k.dims() == [narrow, d]
-        && v.dims() == [narrow, d]
-        && o.dims() == [d, wide]
+        && q.makes(wide, d)
+        && k.makes(narrow, d)
+        && v.makes(narrow, d)
+        && o.makes(d, wide)
+        && head_norms.iter().flatten().all(|norm| norm.dims() == [*hd])
         && cos.dims() == [t, hd / 2]
         && sin.dims() == [t, hd / 2]
         && (mask.cached(), mask.rows()) == (0, t)
@@ -70,13 +77,14 @@ pub fn self_attention(x: &Tensor, block: &SelfAttention) -> Result<Tensor> {
         && heads.is_multiple_of(kv_heads);
     if !fits {
         candle_core::bail!(
-            "self_attention: x has shape {:?}, norm {:?}, q {:?}, k {:?}, v {:?}, o {:?}, angles {:?}, heads are {hd} wide and the mask is for {} rows after {} cached ones; they do not fit",
+            "self_attention: x has shape {:?}, norm {:?}, q {}, k {}, v {}, o {}, norms of heads {:?}, angles {:?}, heads are {hd} wide and the mask is for {} rows after {} cached ones; they do not fit",
             x.dims(),
             norm.dims(),
-            q.dims(),
-            k.dims(),
-            v.dims(),
-            o.dims(),
+            q.shapes(),
+            k.shapes(),
+            v.shapes(),
+            o.shapes(),
+            head_norms.iter().flatten().map(Tensor::dims).collect::<Vec<_>>(),
             cos.dims(),
             mask.rows(),
             mask.cached()
@@ -91,6 +99,7 @@ pub fn self_attention(x: &Tensor, block: &SelfAttention) -> Result<Tensor> {
 
 /// What the forward leaves for the backward.
 struct Kept {
+    /// Turned; where there are norms over heads, as they are before these, of which the rest is made anew.
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -101,7 +110,7 @@ struct Kept {
 impl SelfAttention {
     fn tree(&self) -> Result<Tree> {
         let hd = self.head_dim;
-        let heads = [self.q.dim(0)? / hd, self.k.dim(0)? / hd, hd];
+        let heads = [self.q.weight.dim(0)? / hd, self.k.weight.dim(0)? / hd, hd];
         Ok(Tree::new(&self.mask, heads, 1.0 / (hd as f64).sqrt(), self.window, self.cap))
     }
 
@@ -113,37 +122,59 @@ impl SelfAttention {
         })
     }
 
+    /// Heads, normed and turned.
+    fn placed(&self, x: &[f32], norm: &Tensor) -> Result<Vec<f32>> {
+        self.turned(&with_elements([norm], |[norm]| Ok(normed(x, norm, self.eps as f32)))?, 1.0)
+    }
+
     fn forward(&self, x: &[f32]) -> Result<(Vec<f32>, Kept)> {
-        let weights = [&self.norm, &self.q, &self.k, &self.v, &self.o];
-        let d = self.norm.elem_count();
-        with_elements(weights, |[norm, q, k, v, o]| {
-            let h = normed(x, norm, self.eps as f32);
-            let [q, k, v] = [q, k, v].map(|weight| transposed_product(&h, weight, d));
-            let (q, k) = (self.turned(&q, 1.0)?, self.turned(&k, 1.0)?);
-            let (read, logsumexp) = self.tree()?.forward([&q, &k, &v]);
-            let mut out = x.to_vec();
-            add_times_transposed(&mut out, &read, o, o.len() / d);
-            Ok((out, Kept { q, k, v, read, logsumexp }))
-        })
+        let h = with_elements([&self.norm], |[norm]| Ok(normed(x, norm, self.eps as f32)))?;
+        let (q, k, v) = (self.q.forward(&h)?, self.k.forward(&h)?, self.v.forward(&h)?);
+        let (q, k, read, logsumexp) = match &self.head_norms {
+            None => {
+                let (q, k) = (self.turned(&q, 1.0)?, self.turned(&k, 1.0)?);
+                let (read, logsumexp) = self.tree()?.forward([&q, &k, &v]);
+                (q, k, read, logsumexp)
+            }
+            Some([q_norm, k_norm]) => {
+                let (read, logsumexp) =
+                    self.tree()?.forward([&self.placed(&q, q_norm)?, &self.placed(&k, k_norm)?, &v]);
+                (q, k, read, logsumexp)
+            }
+        };
+        let mut out = x.to_vec();
+        self.o.add_forward(&mut out, &read)?;
+        Ok((out, Kept { q, k, v, read, logsumexp }))
     }
 
     /// The gradient of `x`; those of the weights go to their accumulators.
     fn backward(&self, x: &[f32], kept: &Kept, grad: &[f32]) -> Result<Vec<f32>> {
         let Kept { q, k, v, read, logsumexp } = kept;
-        let (d, eps) = (self.norm.elem_count(), self.eps as f32);
-        let rows = x.len() / d;
-        accumulate_product(&self.o, grad, read, rows)?;
-        let dread = with_elements([&self.o], |[o]| Ok(plain_product(grad, o, d)))?;
-        let [dq, dk, dv] = self.tree()?.backward([q, k, v, read, &dread], logsumexp);
-        let (dq, dk) = (self.turned(&dq, -1.0)?, self.turned(&dk, -1.0)?);
-        with_elements([&self.norm, &self.q, &self.k, &self.v], |[norm, wq, wk, wv]| {
-            let h = normed(x, norm, eps);
-            for (weight, slope) in [(&self.q, &dq), (&self.k, &dk), (&self.v, &dv)] {
-                accumulate_product(weight, slope, &h, rows)?;
+        let eps = self.eps as f32;
+        let dread = self.o.pull_back(grad, read, None)?;
+        let tree = self.tree()?;
+        let (dq, dk, dv) = match &self.head_norms {
+            None => {
+                let [dq, dk, dv] = tree.backward([q, k, v, read, &dread], logsumexp);
+                (self.turned(&dq, -1.0)?, self.turned(&dk, -1.0)?, dv)
             }
-            let mut dh = plain_product(&dq, wq, wq.len() / d);
-            add_times(&mut dh, &dk, wk, wk.len() / d);
-            add_times(&mut dh, &dv, wv, wv.len() / d);
+            Some([q_norm, k_norm]) => {
+                let (placed_q, placed_k) = (self.placed(q, q_norm)?, self.placed(k, k_norm)?);
+                let [dq, dk, dv] = tree.backward([&placed_q, &placed_k, v, read, &dread], logsumexp);
+                let before = |d: &[f32], raw: &[f32], norm: &Tensor| {
+                    let d = self.turned(d, -1.0)?;
+                    let (d, dnorm) = with_elements([norm], |[norm]| Ok(rms_norm::pull_back([raw, norm, &d], eps)))?;
+                    accumulate_vector(norm, dnorm)?;
+                    Ok::<_, candle_core::Error>(d)
+                };
+                (before(&dq, q, q_norm)?, before(&dk, k, k_norm)?, dv)
+            }
+        };
+        with_elements([&self.norm], |[norm]| {
+            let h = normed(x, norm, eps);
+            let dh = self.q.pull_back(&dq, &h, None)?;
+            let dh = self.k.pull_back(&dk, &h, Some(dh))?;
+            let dh = self.v.pull_back(&dv, &h, Some(dh))?;
             let (mut dx, dnorm) = rms_norm::pull_back([x, norm, &dh], eps);
             accumulate_vector(&self.norm, dnorm)?;
             dx.iter_mut().zip(grad).for_each(|(dx, grad)| *dx += grad);
@@ -182,15 +213,31 @@ mod tests {
     use candle_core::{DType, Var};
 
     use super::super::testing::{assert_close, flat, values};
-    use super::super::{Gradients, backward};
+    use super::super::{Adapter, Gradients, backward};
     use super::*;
 
-    const NAMES: [&str; 6] = ["x", "norm", "q", "k", "v", "o"];
+    /// The last ones stand beside matrices, or between them and the attention.
+    const NAMES: [&str; 13] =
+        ["x", "norm", "q", "k", "v", "o", "q bias", "v bias", "k A", "k B", "o A", "o B", "q norm"];
     const HD: usize = 6;
 
     fn params(rows: usize, dtype: DType) -> Vec<(String, Var)> {
-        let d = 16;
-        let shapes: [&[usize]; 6] = [&[rows, d], &[d], &[4 * HD, d], &[2 * HD, d], &[2 * HD, d], &[d, 4 * HD]];
+        let (d, q, kv) = (16, 4 * HD, 2 * HD);
+        let shapes: [&[usize]; 13] = [
+            &[rows, d],
+            &[d],
+            &[q, d],
+            &[kv, d],
+            &[kv, d],
+            &[d, q],
+            &[q],
+            &[kv],
+            &[3, d],
+            &[kv, 3],
+            &[3, q],
+            &[d, 3],
+            &[HD],
+        ];
         // Scores of a size at which a softmax still tells its columns apart.
         let value = |i: usize| (values(i as u64 + 1, shapes[i]) * 0.4).unwrap().to_dtype(dtype).unwrap();
         let var = |i: usize| Var::from_tensor(&value(i)).unwrap();
@@ -207,28 +254,42 @@ mod tests {
         Arc::new(TreeMask::new(0, (0..rows).map(parent)))
     }
 
-    fn block(params: &[(String, Var)], window: Option<usize>, cap: Option<f64>) -> SelfAttention {
-        let [x, norm, q, k, v, o] = [0, 1, 2, 3, 4, 5].map(|i| params[i].1.as_tensor().clone());
+    /// Bare, or with all that may stand beside; one norm for the heads of queries and of keys.
+    fn block(params: &[Tensor], bare: bool, window: Option<usize>, cap: Option<f64>) -> SelfAttention {
+        let [x, norm, q, k, v, o, q_bias, v_bias, k_a, k_b, o_a, o_b, head_norm] = params.to_vec().try_into().unwrap();
         let angle = values(7, &[x.dim(0).unwrap(), HD / 2]).to_dtype(x.dtype()).unwrap();
         let (cos, sin, mask) = (angle.cos().unwrap(), angle.sin().unwrap(), mask(x.dim(0).unwrap()));
-        SelfAttention { norm, eps: 0.1, q, k, v, o, cos, sin, head_dim: HD, mask, window, cap }
+        let [mut q, mut k, mut v, mut o] = [q, k, v, o].map(Matrix::from);
+        if !bare {
+            (q.bias, v.bias) = (Some(q_bias), Some(v_bias));
+            k.adapter = Some(Adapter { a: k_a, b: k_b, scale: 2.0 });
+            o.adapter = Some(Adapter { a: o_a, b: o_b, scale: 0.5 });
+        }
+        let head_norms = (!bare).then(|| [head_norm.clone(), head_norm]);
+        SelfAttention { norm, eps: 0.1, q, k, v, o, head_norms, cos, sin, head_dim: HD, mask, window, cap }
+    }
+
+    fn tensors(params: &[(String, Var)]) -> Vec<Tensor> {
+        params.iter().map(|(_, var)| var.as_tensor().clone()).collect()
     }
 
     /// Few rows and many, against the composite in `f64`.
     #[test]
     fn matches_the_composite() {
-        for (rows, window, cap) in [(11, None, None), (90, Some(4), Some(3.0)), (131, None, None)] {
+        let cases = [(11, None, None), (90, Some(4), Some(3.0)), (131, None, None)];
+        for ((rows, window, cap), bare) in cases.into_iter().flat_map(|case| [(case, true), (case, false)]) {
+            let names = if bare { &NAMES[..6] } else { &NAMES };
             let run = |dtype| {
                 let params = params(rows, dtype);
-                let out = self_attention(&params[0].1, &block(&params, window, cap)).unwrap();
+                let out = self_attention(&params[0].1, &block(&tensors(&params), bare, window, cap)).unwrap();
                 let mut sums = Gradients::new(&params).unwrap();
                 let loss = (&out * values(9, out.dims()).to_dtype(dtype).unwrap()).unwrap().sum_all().unwrap();
-                assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), NAMES.len());
+                assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), names.len());
                 (out.detach(), sums)
             };
             let ((out, sums), (want, want_sums)) = (run(DType::F32), run(DType::F64));
             assert_close("output", &out, &want, 1e-5);
-            for name in NAMES {
+            for name in names {
                 assert_close(name, sums.get(name).unwrap(), want_sums.get(name).unwrap(), 5e-5);
             }
         }
@@ -237,9 +298,9 @@ mod tests {
     #[test]
     fn without_a_gradient_it_is_the_same() {
         let params = params(90, DType::F32);
-        let (x, trained) = (&params[0].1, block(&params, None, None));
-        let [norm, q, k, v, o] = [&trained.norm, &trained.q, &trained.k, &trained.v, &trained.o].map(Tensor::detach);
-        let frozen = SelfAttention { norm, q, k, v, o, ..trained.clone() };
+        let (x, trained) = (&params[0].1, block(&tensors(&params), false, None, None));
+        let detached: Vec<Tensor> = tensors(&params).iter().map(Tensor::detach).collect();
+        let frozen = block(&detached, false, None, None);
         let plain = self_attention(&x.detach(), &frozen).unwrap();
         assert!(!plain.track_op());
         assert_eq!(flat(&plain), flat(&self_attention(x, &trained).unwrap()));
@@ -248,7 +309,7 @@ mod tests {
     #[test]
     fn shapes_that_do_not_fit_are_refused() {
         let params = params(11, DType::F32);
-        let wrong = SelfAttention { mask: mask(12), ..block(&params, None, None) };
+        let wrong = SelfAttention { mask: mask(12), ..block(&tensors(&params), true, None, None) };
         assert!(self_attention(&params[0].1, &wrong).unwrap_err().to_string().contains("the mask is for 12 rows"));
     }
 }

@@ -2,22 +2,10 @@
 
 use rayon::prelude::*;
 
+use super::Places;
+
 /// Multiply-adds that are worth a task of their own.
 const TASK: usize = 1 << 20;
-
-/// Where results go; tasks write disjoint columns.
-#[derive(Clone, Copy)]
-struct Out(*mut f32);
-// SAFETY: the pointer is only used for writing columns that no other task writes.
-unsafe impl Send for Out {}
-// SAFETY: likewise.
-unsafe impl Sync for Out {}
-
-impl Out {
-    fn start(self) -> *mut f32 {
-        self.0
-    }
-}
 
 /// `out = x · wᵀ` of sizes `[m, k, n]`; false, and nothing done, on a processor without the instructions.
 pub(super) fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) -> bool {
@@ -26,15 +14,15 @@ pub(super) fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize;
     if !(v3 || v4) {
         return false;
     }
-    let out = Out(out.as_mut_ptr());
+    let out = Places { start: out.as_mut_ptr(), stride: n };
     let columns = |from: usize, to: usize| {
         // SAFETY: the processor has the instructions; `x`, `w` and `out` have the sizes given, and each call writes
         // the columns `from..to` alone.
         unsafe {
             if v4 {
-                avx512::columns(x, w, out.start(), [m, k, n], from, to);
+                avx512::columns(x, w, out, [m, k, n], from, to);
             } else {
-                avx2::columns(x, w, out.start(), [m, k, n], from, to);
+                avx2::columns(x, w, out, [m, k, n], from, to);
             }
         }
     };
@@ -60,8 +48,8 @@ struct Ahead {
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $narrow:literal, $wide:literal, $zero:ident, $load:ident, $fma:ident) => {
         mod $name {
-            use super::Ahead;
             use super::sum_of_four::$name as sum_of_four;
+            use super::{Ahead, Places};
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch, $fma, $load, $zero};
 
             /// Columns `from..to` of `out = x · wᵀ`.
@@ -72,7 +60,7 @@ macro_rules! kernel {
             pub(super) unsafe fn columns(
                 x: &[f32],
                 w: &[f32],
-                out: *mut f32,
+                out: Places,
                 [m, k, n]: [usize; 3],
                 from: usize,
                 to: usize,
@@ -96,7 +84,16 @@ macro_rules! kernel {
                         };
                         let tile = TILES[(m - row).min(4) - 1][kind];
                         // SAFETY: the tile lies within the sizes that the caller answers for.
-                        unsafe { tile(x[row * k..].as_ptr(), w_tile, k, out.add(row * n + column), n, ahead) };
+                        unsafe {
+                            tile(
+                                x[row * k..].as_ptr(),
+                                w_tile,
+                                k,
+                                out.start.add(row * out.stride + column),
+                                out.stride,
+                                ahead,
+                            )
+                        };
                     }
                     column = next;
                 }
@@ -204,7 +201,7 @@ mod sum_of_four {
 mod tests {
     use super::*;
 
-    type Columns = unsafe fn(&[f32], &[f32], *mut f32, [usize; 3], usize, usize);
+    type Columns = unsafe fn(&[f32], &[f32], Places, [usize; 3], usize, usize);
 
     /// Both instruction sets, where the processor has them, against sums in `f64`.
     #[test]
@@ -223,7 +220,7 @@ mod tests {
             let run = |columns: Columns| {
                 let mut out = vec![f32::NAN; m * n];
                 // SAFETY: the sizes are right, and the features were asked for.
-                unsafe { columns(&x, &w, out.as_mut_ptr(), [m, k, n], 0, n) };
+                unsafe { columns(&x, &w, Places { start: out.as_mut_ptr(), stride: n }, [m, k, n], 0, n) };
                 out
             };
             if std::arch::is_x86_feature_detected!("avx512f") {

@@ -14,6 +14,7 @@ mod pack;
 
 use rayon::prelude::*;
 
+use super::Places;
 use kernel::{Unit, multiply_block};
 use pack::{Form, Line, PANEL, Room, STEP, pack};
 
@@ -27,17 +28,6 @@ const DEPTH: usize = 576;
 const COLUMNS: usize = 384;
 /// Rows of the left operand likewise.
 const ROWS: usize = 64;
-
-/// Where results go; tasks write disjoint rows or columns.
-#[derive(Clone, Copy)]
-struct Out {
-    start: *mut f32,
-    stride: usize,
-}
-// SAFETY: the pointer is only used for places that no other task reads or writes.
-unsafe impl Send for Out {}
-// SAFETY: likewise.
-unsafe impl Sync for Out {}
 
 /// Whether a product of these sizes is faster here than by vector instructions. Packing takes a quarter of a nanosecond an
 /// element, whatever there is to be computed with it; numbers are of a Xeon of the sixth generation.
@@ -64,7 +54,7 @@ pub(super) unsafe fn multiply(
 ) {
     let (m, n) = (left.lanes, right.lanes);
     let (depth, columns) = (share(k, DEPTH), share(n, COLUMNS));
-    let out = Out { start: out, stride };
+    let out = Places { start: out, stride };
     let mut packed = Room::right(columns.div_ceil(PANEL) * depth.div_ceil(PANEL) * STEP);
     for first in (0..n).step_by(columns) {
         for from in (0..k).step_by(depth) {
@@ -103,7 +93,7 @@ fn share(length: usize, most: usize) -> usize {
 /// # Safety
 /// As of [`multiply`].
 unsafe fn rows_of(
-    out: Out,
+    out: Places,
     rows: std::ops::Range<usize>,
     left: Operand,
     (right, panel): (&[Line], usize),

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::Out;
+use super::Places;
 use super::kernel::{Unit, multiply_block};
 use super::pack::{Form, Line, Operand, PANEL, Room, STEP, pack, turn_out};
 
@@ -28,7 +28,7 @@ pub fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) {
     assert!(super::available(), "the tile unit is not there");
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     let lanes = |values: &[f32], lanes| Operand { start: values.as_ptr(), lanes, lane: k as isize, depth: 1 };
-    let (x, w, out) = (lanes(x, m), lanes(w, n), Out { start: out.as_mut_ptr(), stride: n });
+    let (x, w, out) = (lanes(x, m), lanes(w, n), Places { start: out.as_mut_ptr(), stride: n });
     let panel = k.div_ceil(PANEL) * STEP;
     let mut room = Room::right(m.div_ceil(PANEL) * panel);
     let packed = room.lines(m.div_ceil(PANEL) * panel);
@@ -52,7 +52,7 @@ pub fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) {
 /// # Safety
 /// The matrix must have an inner width of `k`, and `out` room for `m` rows of as many columns as it has rows; nobody else
 /// may use these columns.
-unsafe fn columns(out: Out, (x, m): (&[Line], usize), w: Operand, k: usize, range: Range<usize>) {
+unsafe fn columns(out: Places, (x, m): (&[Line], usize), w: Operand, k: usize, range: Range<usize>) {
     let mut unit = Unit::enter();
     let mut room = Room::left(ROWS / PANEL * DEPTH / PANEL * STEP);
     // For each panel of rows of `x`, and each of the matrix; by rows of the latter.

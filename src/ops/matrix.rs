@@ -1,0 +1,155 @@
+//! A matrix of a layer with what stands beside it.
+
+use candle_core::{Result, Tensor};
+
+use super::linear::linear;
+use super::product::{add_times, add_times_transposed, plain_product, transposed_product};
+use super::{accumulate_product, accumulate_vector, with_elements};
+
+/// `W·x + b + s·B·A·x`, of which all but the first may be left out.
+#[derive(Debug, Clone)]
+pub struct Matrix {
+    /// W, `[out, in]`.
+    pub weight: Tensor,
+    /// b, `[out]`.
+    pub bias: Option<Tensor>,
+    /// A, B and s.
+    pub adapter: Option<Adapter>,
+}
+
+/// What a low-rank adapter (Hu et al. 2021) adds to a matrix `[out, in]`.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// A, `[r, in]`.
+    pub a: Tensor,
+    /// B, `[out, r]`.
+    pub b: Tensor,
+    /// s.
+    pub scale: f64,
+}
+
+impl From<Tensor> for Matrix {
+    fn from(weight: Tensor) -> Self {
+        Self { weight, bias: None, adapter: None }
+    }
+}
+
+impl Matrix {
+    /// The result `[T, out]` for rows `x` `[T, in]`, by operations of their own; gradients flow to all. Fails when the shapes
+    /// do not fit.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        self.beside(linear(x, &self.weight)?, x)
+    }
+
+    /// The result when `x · Wᵀ` is there already.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    pub fn beside(&self, mut product: Tensor, x: &Tensor) -> Result<Tensor> {
+        if let Some(Adapter { a, b, scale }) = &self.adapter {
+            product = (product + (linear(&linear(x, a)?, b)? * *scale)?)?;
+        }
+        self.bias.as_ref().map_or(Ok(product.clone()), |bias| product.broadcast_add(bias))
+    }
+
+    /// All tensors in it.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let adapter = self.adapter.iter().flat_map(|adapter| [&adapter.a, &adapter.b]);
+        [&self.weight].into_iter().chain(&self.bias).chain(adapter)
+    }
+
+    /// Whether it makes rows of `out` from rows of `width`.
+    pub(super) fn makes(&self, out: usize, width: usize) -> bool {
+        self.weight.dims() == [out, width]
+            && self.bias.as_ref().is_none_or(|bias| bias.dims() == [out])
+            && self.adapter.as_ref().is_none_or(|Adapter { a, b, .. }| {
+                let rank = a.dims()[0];
+                a.dims() == [rank, width] && b.dims() == [out, rank]
+            })
+    }
+
+    /// Its shape, and those of what stands beside it, for an error.
+    pub(super) fn shapes(&self) -> String {
+        let shapes: Vec<String> = self.tensors().map(|tensor| format!("{:?}", tensor.dims())).collect();
+        shapes.join(" with ")
+    }
+
+    /// The result for rows `x`.
+    pub(super) fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let width = self.weight.dim(1)?;
+        let mut out = with_elements([&self.weight], |[weight]| Ok(transposed_product(x, weight, width)))?;
+        self.add_rest(&mut out, x)?;
+        Ok(out)
+    }
+
+    /// Adds the result for rows `x` to `out`.
+    pub(super) fn add_forward(&self, out: &mut [f32], x: &[f32]) -> Result<()> {
+        let width = self.weight.dim(1)?;
+        with_elements([&self.weight], |[weight]| {
+            add_times_transposed(out, x, weight, width);
+            Ok(())
+        })?;
+        self.add_rest(out, x)
+    }
+
+    fn add_rest(&self, out: &mut [f32], x: &[f32]) -> Result<()> {
+        if let Some(bias) = &self.bias {
+            with_elements([bias], |[bias]| {
+                for row in out.chunks_exact_mut(bias.len()) {
+                    row.iter_mut().zip(bias).for_each(|(out, b)| *out += b);
+                }
+                Ok(())
+            })?;
+        }
+        if let Some(Adapter { b, .. }) = &self.adapter {
+            let within = self.within(x)?;
+            let rank = b.dim(1)?;
+            with_elements([b], |[b]| {
+                add_times_transposed(out, &within, b, rank);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// `s·A·x` `[T, r]`; nothing without an adapter.
+    fn within(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let Some(Adapter { a, scale, .. }) = &self.adapter else { return Ok(Vec::new()) };
+        let width = a.dim(1)?;
+        let mut within = with_elements([a], |[a]| Ok(transposed_product(x, a, width)))?;
+        within.iter_mut().for_each(|value| *value *= *scale as f32);
+        Ok(within)
+    }
+
+    /// The gradient of rows `x`, given that of the result, added to `dx` if there is one; those of what is in it go to their
+    /// accumulators.
+    pub(super) fn pull_back(&self, grad: &[f32], x: &[f32], dx: Option<Vec<f32>>) -> Result<Vec<f32>> {
+        let (out, width) = self.weight.dims2()?;
+        let rows = x.len() / width;
+        accumulate_product(&self.weight, grad, x, rows)?;
+        if let Some(bias) = self.bias.as_ref().filter(|bias| bias.track_op()) {
+            let mut dbias = vec![0.0; out];
+            for row in grad.chunks_exact(out) {
+                dbias.iter_mut().zip(row).for_each(|(sum, grad)| *sum += grad);
+            }
+            accumulate_vector(bias, dbias)?;
+        }
+        let mut dx = with_elements([&self.weight], |[weight]| {
+            let Some(mut dx) = dx else { return Ok(plain_product(grad, weight, out)) };
+            add_times(&mut dx, grad, weight, out);
+            Ok(dx)
+        })?;
+        if let Some(Adapter { a, b, scale }) = &self.adapter {
+            accumulate_product(b, grad, &self.within(x)?, rows)?;
+            let mut dwithin = with_elements([b], |[b]| Ok(plain_product(grad, b, out)))?;
+            dwithin.iter_mut().for_each(|value| *value *= *scale as f32);
+            accumulate_product(a, &dwithin, x, rows)?;
+            let rank = a.dim(0)?;
+            with_elements([a], |[a]| {
+                add_times(&mut dx, &dwithin, a, rank);
+                Ok(())
+            })?;
+        }
+        Ok(dx)
+    }
+}

@@ -1,0 +1,180 @@
+//! Rows as many as a register has lanes, times a matrix: each lane sums for one of them, in the order in which the matrix's
+//! rows lie, so that nothing of it is packed and no lanes are summed at the end.
+//!
+//! It takes as long for one row as for a register full, so that this is faster than [`few`](super::few) from about 16 rows on.
+//! A row's result depends on nothing but the row and the matrix, as there; the last bits are others.
+
+use rayon::prelude::*;
+
+use super::Places;
+
+/// Multiply-adds that are worth a task of their own.
+const TASK: usize = 1 << 20;
+
+/// `out = x · wᵀ` of sizes `[m, k, n]`; false, and nothing done, on a processor without the instructions.
+pub(super) fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) -> bool {
+    assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
+    let (columns, lanes): (Columns, usize) = if std::arch::is_x86_feature_detected!("avx512f") {
+        (avx512::columns, 16)
+    } else if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        (avx2::columns, 8)
+    } else {
+        return false;
+    };
+    let out = Places { start: out.as_mut_ptr(), stride: n };
+    let threads = rayon::current_num_threads();
+    for first in (0..m).step_by(MOST * lanes) {
+        let rows = (m - first).min(MOST * lanes);
+        let x = Crowd { rows, lanes: rows.next_multiple_of(lanes), k, turned: turned(&x[first * k..], rows, lanes, k) };
+        // SAFETY: within the room for `m` rows of `n`.
+        let out = Places { start: unsafe { out.start.add(first * n) }, ..out };
+        // SAFETY: the processor has the instructions, the sizes were checked, and each call writes its columns alone.
+        let some = |from: usize, to: usize| unsafe { columns(out, &x, w, from, to) };
+        if threads == 1 || rows * k * n < 2 * TASK {
+            some(0, n);
+        } else {
+            let run = n.div_ceil(threads * 2).max(TASK / (rows * k)).next_multiple_of(12);
+            (0..n.div_ceil(run)).into_par_iter().for_each(|task| some(task * run, ((task + 1) * run).min(n)));
+        }
+    }
+    true
+}
+
+/// Registers that lanes of rows may take.
+const MOST: usize = 4;
+
+type Columns = unsafe fn(Places, &Crowd, &[f32], usize, usize);
+
+/// Rows of the input, turned so that an element of all of them is a register's.
+struct Crowd {
+    rows: usize,
+    /// As many as whole registers have.
+    lanes: usize,
+    k: usize,
+    /// `[k, lanes]`.
+    turned: Vec<f32>,
+}
+
+fn turned(x: &[f32], rows: usize, lanes: usize, k: usize) -> Vec<f32> {
+    let width = rows.next_multiple_of(lanes);
+    let mut turned = vec![0.0; k * width];
+    for (row, x) in x.chunks_exact(k).take(rows).enumerate() {
+        for (lanes, x) in turned.chunks_exact_mut(width).zip(x) {
+            lanes[row] = *x;
+        }
+    }
+    turned
+}
+
+/// One instruction set's kernel: by registers of rows, tiles of `$columns` rows of the matrix; sums stay in registers.
+macro_rules! kernel {
+    ($name:ident, $features:literal, $lanes:literal, $columns:expr, $zero:ident, $load:ident, $store:ident, $set:ident,
+     $fma:ident) => {
+        mod $name {
+            use super::{Crowd, MOST, Places};
+            use std::arch::x86_64::*;
+
+            /// Rows of the matrix in a tile, by registers of rows of the input.
+            const COLUMNS: [usize; MOST] = $columns;
+
+            /// Columns `from..to` of `out = x · wᵀ`.
+            ///
+            /// # Safety
+            /// The processor must have the instructions, and `out` and `w` the sizes of the product.
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn columns(out: Places, x: &Crowd, w: &[f32], from: usize, to: usize) {
+                let registers = x.lanes / $lanes - 1;
+                let mut column = from;
+                while column < to {
+                    let whole = column + COLUMNS[registers] <= to;
+                    let tile = TILES[registers][usize::from(whole)];
+                    // SAFETY: the tile lies within the sizes that the caller answers for.
+                    unsafe { tile(out, x, w, column) };
+                    column += if whole { COLUMNS[registers] } else { 1 };
+                }
+            }
+
+            type Tile = unsafe fn(Places, &Crowd, &[f32], usize);
+
+            /// By registers, then one column or a whole tile.
+            const TILES: [[Tile; 2]; MOST] = [
+                [tile::<1, 1>, tile::<1, { COLUMNS[0] }>],
+                [tile::<2, 1>, tile::<2, { COLUMNS[1] }>],
+                [tile::<3, 1>, tile::<3, { COLUMNS[2] }>],
+                [tile::<4, 1>, tile::<4, { COLUMNS[3] }>],
+            ];
+
+            /// `V` registers of rows with `C` rows of the matrix from `column` on; fetches what comes next meanwhile.
+            #[target_feature(enable = $features)]
+            unsafe fn tile<const V: usize, const C: usize>(out: Places, x: &Crowd, w: &[f32], column: usize) {
+                const LINE: usize = 16;
+                let k = x.k;
+                let w = w[column * k..(column + C) * k].as_ptr();
+                let turned = x.turned[..k * V * $lanes].as_ptr();
+                let mut sums = [[$zero(); V]; C];
+                // SAFETY: all that is read lies within the slices that were just taken; a prefetch may point anywhere.
+                unsafe {
+                    let mut step = |at: usize| {
+                        let mut xs = [$zero(); V];
+                        for v in 0..V {
+                            xs[v] = $load(turned.add((at * V + v) * $lanes));
+                        }
+                        for c in 0..C {
+                            let w = $set(*w.add(c * k + at));
+                            for v in 0..V {
+                                sums[c][v] = $fma(xs[v], w, sums[c][v]);
+                            }
+                        }
+                    };
+                    for line in 0..k / LINE {
+                        for c in 0..C {
+                            _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add((C + c) * k + line * LINE).cast());
+                        }
+                        for at in line * LINE..(line + 1) * LINE {
+                            step(at);
+                        }
+                    }
+                    for at in k / LINE * LINE..k {
+                        step(at);
+                    }
+                }
+                let mut lanes = [[0f32; MOST * $lanes]; C];
+                for c in 0..C {
+                    for v in 0..V {
+                        // SAFETY: there is room for the lanes of as many registers.
+                        unsafe { $store(lanes[c].as_mut_ptr().add(v * $lanes), sums[c][v]) };
+                    }
+                }
+                for row in 0..x.rows {
+                    for c in 0..C {
+                        // SAFETY: the caller's: there is room for these columns of each row.
+                        unsafe { *out.start.add(row * out.stride + column + c) = lanes[c][row] };
+                    }
+                }
+            }
+        }
+    };
+}
+
+kernel!(
+    avx512,
+    "avx512f",
+    16,
+    [12, 12, 8, 6],
+    _mm512_setzero_ps,
+    _mm512_loadu_ps,
+    _mm512_storeu_ps,
+    _mm512_set1_ps,
+    _mm512_fmadd_ps
+);
+kernel!(
+    avx2,
+    "avx2,fma",
+    8,
+    [6, 6, 4, 3],
+    _mm256_setzero_ps,
+    _mm256_loadu_ps,
+    _mm256_storeu_ps,
+    _mm256_set1_ps,
+    _mm256_fmadd_ps
+);
