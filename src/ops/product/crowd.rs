@@ -25,7 +25,7 @@ pub(super) fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize;
     let threads = rayon::current_num_threads();
     for first in (0..m).step_by(MOST * lanes) {
         let rows = (m - first).min(MOST * lanes);
-        let x = Crowd { rows, lanes: rows.next_multiple_of(lanes), k, turned: turned(&x[first * k..], rows, lanes, k) };
+        let x = Crowd::of(&x[first * k..][..rows * k], rows, lanes, k);
         // SAFETY: within the room for `m` rows of `n`.
         let out = Places { start: unsafe { out.start.add(first * n) }, ..out };
         // SAFETY: the processor has the instructions, the sizes were checked, and each call writes its columns alone.
@@ -55,15 +55,17 @@ struct Crowd {
     turned: Vec<f32>,
 }
 
-fn turned(x: &[f32], rows: usize, lanes: usize, k: usize) -> Vec<f32> {
-    let width = rows.next_multiple_of(lanes);
-    let mut turned = vec![0.0; k * width];
-    for (row, x) in x.chunks_exact(k).take(rows).enumerate() {
-        for (lanes, x) in turned.chunks_exact_mut(width).zip(x) {
-            lanes[row] = *x;
+impl Crowd {
+    fn of(x: &[f32], rows: usize, lanes: usize, k: usize) -> Self {
+        let lanes = rows.next_multiple_of(lanes);
+        let mut turned = vec![0.0; k * lanes];
+        for (row, x) in x.chunks_exact(k).enumerate() {
+            for (lanes, x) in turned.chunks_exact_mut(lanes).zip(x) {
+                lanes[row] = *x;
+            }
         }
+        Self { rows, lanes, k, turned }
     }
-    turned
 }
 
 /// One instruction set's kernel: by registers of rows, tiles of `$columns` rows of the matrix; sums stay in registers.
@@ -178,3 +180,47 @@ kernel!(
     _mm256_set1_ps,
     _mm256_fmadd_ps
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both instruction sets, where the processor has them, against sums in `f64`, for every number of registers.
+    #[test]
+    fn every_kernel_is_right_for_every_shape() {
+        let value = |i: usize| ((i * 37 + 11) % 101) as f32 / 50.0 - 1.0;
+        let kernels = [
+            ("avx512", avx512::columns as Columns, 16, std::arch::is_x86_feature_detected!("avx512f")),
+            (
+                "avx2",
+                avx2::columns as Columns,
+                8,
+                std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma"),
+            ),
+        ];
+        for (m, k, n) in [(1, 16, 1), (3, 7, 13), (17, 40, 25), (32, 33, 11), (33, 64, 17), (64, 100, 7)] {
+            let x: Vec<f32> = (0..m * k).map(value).collect();
+            let w: Vec<f32> = (0..n * k).map(|i| value(i * 3 + 1)).collect();
+            let check = |name: &str, out: &[f32], rows: usize| {
+                for (i, got) in out[..rows * n].iter().enumerate() {
+                    let (r, c) = (i / n, i % n);
+                    let want: f64 = (0..k).map(|j| f64::from(x[r * k + j]) * f64::from(w[c * k + j])).sum();
+                    assert!((f64::from(*got) - want).abs() < 1e-4, "{name} {m}x{k}x{n} at {r},{c}: {got}, {want}");
+                }
+            };
+            for (name, columns, lanes, _) in kernels.iter().filter(|kernel| kernel.3) {
+                let rows = m.min(MOST * lanes);
+                let crowd = Crowd::of(&x[..rows * k], rows, *lanes, k);
+                let mut out = vec![f32::NAN; m * n];
+                // SAFETY: the sizes are right, and the features were asked for.
+                unsafe { columns(Places { start: out.as_mut_ptr(), stride: n }, &crowd, &w, 0, n) };
+                check(name, &out, rows);
+                assert!(out[rows * n..].iter().all(|out| out.is_nan()), "{name} wrote beyond its rows");
+            }
+            let mut out = vec![f32::NAN; m * n];
+            if multiply(&mut out, &x, &w, [m, k, n]) {
+                check("the best", &out, m);
+            }
+        }
+    }
+}
