@@ -31,7 +31,7 @@ pub use accumulate::{Gradients, backward};
 pub use adamw::{AdamW, AdamWConfig};
 pub use attention::tree_attention;
 pub use checkpoint::{Segment, checkpoint};
-pub use draw::draw_from_row;
+pub use draw::{draw_from_row, draw_from_rows};
 pub use embed::embed;
 pub use feed_forward::{FeedForward, feed_forward};
 pub use frozen::Frozen;

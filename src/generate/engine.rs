@@ -176,8 +176,12 @@ impl<'a> Engine<'a> {
         let (Some(first), Some(cache)) = (self.waiting.front_mut(), &mut self.cache) else { return Ok(false) };
         let Waiting { ticket, request, begun, prompt } = first;
         if prompt.is_none() {
-            let (hidden, layers) = prefill(model, &request.prompt, request.prefix)?;
-            let logits = model.logits(&hidden)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let begin = || {
+                let (hidden, layers) = prefill(model, &request.prompt, request.prefix)?;
+                Ok::<_, anyhow::Error>((model.logits(&hidden)?, layers))
+            };
+            let (logits, layers) = if self.crowded { ops::crowded(begin) } else { begin() }?;
+            let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             *prompt = Some(Prefilled { cached: cache.prompt(&layers)?, logits, version });
         }
         let Some(prefilled) = prompt else { return Ok(false) };
@@ -225,6 +229,16 @@ impl<'a> Engine<'a> {
 /// Samples a token of each row from its logits `[N, V]`.
 fn take_all(rows: &mut [Row], logits: &Tensor, version: u64, sampling: &Sampling) -> candle_core::Result<()> {
     let width = logits.dim(1)?;
+    // Logits in a device's memory stay there, where nothing of a draw is done on the host.
+    if !logits.device().is_cpu() && sampling.is_plain() {
+        let shares: Vec<f64> = rows.iter_mut().map(|row| row.sampler.share()).collect();
+        let draws = ops::draw_from_rows(logits, sampling.inverse_temperature(), &shares)?;
+        for (row, (id, logprob)) in rows.iter_mut().zip(draws) {
+            row.position += 1;
+            row.push(id as u32, logprob, version, sampling);
+        }
+        return Ok(());
+    }
     let logits = logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
     let (storage, layout) = logits.storage_and_layout();
     let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
@@ -250,6 +264,10 @@ impl Row {
 
     fn take(&mut self, logits: &[f32], version: u64, sampling: &Sampling) {
         let (id, logprob) = self.sampler.draw(logits);
+        self.push(id, logprob, version, sampling);
+    }
+
+    fn push(&mut self, id: u32, logprob: f32, version: u64, sampling: &Sampling) {
         self.sampled.ids.push(id);
         self.sampled.logprobs.push(logprob);
         self.sampled.versions.push(version);

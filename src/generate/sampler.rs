@@ -48,6 +48,18 @@ impl Default for Sampling {
     }
 }
 
+impl Sampling {
+    /// Whether a draw needs no more than a temperature and the logits.
+    pub(super) fn is_plain(&self) -> bool {
+        let whole = self.top_k.is_none() && self.top_p.is_none() && self.min_p.is_none();
+        whole && self.repetition_penalty == 1.0 && self.temperature != 0.0
+    }
+
+    pub(super) fn inverse_temperature(&self) -> f32 {
+        (1.0 / self.temperature) as f32
+    }
+}
+
 /// One completion's random stream.
 pub struct Sampler {
     sampling: Sampling,
@@ -82,9 +94,13 @@ impl Sampler {
     }
 
     fn pick(&mut self, logits: &[f32]) -> (u32, f32) {
-        let inverse = (1.0 / self.sampling.temperature) as f32;
-        let (chosen, logprob) = ops::draw_from_row(logits, inverse, self.rng.random::<f64>());
+        let (chosen, logprob) = ops::draw_from_row(logits, self.sampling.inverse_temperature(), self.share());
         (chosen as u32, logprob)
+    }
+
+    /// The share of the distribution, counted from the first token, at which the next draw falls.
+    pub(super) fn share(&mut self) -> f64 {
+        self.rng.random()
     }
 
     /// Logits with the repetition penalty applied and what is not drawn from at −∞; `None` where all stay as they are.

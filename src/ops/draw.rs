@@ -1,4 +1,6 @@
-//! Drawing from a row of logits.
+//! Drawing from rows of logits.
+
+use candle_core::{D, DType, Result, Tensor};
 
 use super::vector::{LANES, exp, inline_max, total, vectorised};
 
@@ -12,27 +14,69 @@ pub fn draw_from_row(row: &[f32], inv_t: f32, share: f64) -> (usize, f32) {
     // Blocks first, so that only the one that the draw falls in is gone through by single places.
     let sums: Vec<f64> = row.chunks(BLOCK).map(|block| sum_of_powers(block, max, inv_t)).collect();
     let total: f64 = sums.iter().sum();
-    let (mut left, mut first) = (share * total, 0);
+    let (block, left) = passing(&sums, share * total);
+    let first = block * BLOCK;
+    let powers = row[first..].iter().take(BLOCK).map(|z| f64::from(((z - max) * inv_t).exp()));
+    let chosen = first + passing_place(powers, left);
+    (chosen, (row[chosen] - max) * inv_t - total.ln() as f32)
+}
+
+/// As [`draw_from_row`] for each of several rows `[N, V]` with a share of its own, on whatever device they are: what comes to
+/// the host is a sum for each block and the one block that the draw falls in, not the logits.
+///
+/// # Errors
+/// Tensor errors only.
+pub fn draw_from_rows(rows: &Tensor, inv_t: f32, shares: &[f64]) -> Result<Vec<(usize, f32)>> {
+    /// Both what is summed and what is fetched are short: a row of 50,000 is a hundred of these.
+    const BLOCK: usize = 512;
+    let (n, width) = rows.dims2()?;
+    let rows = rows.to_dtype(DType::F32)?;
+    let powers = (rows.broadcast_sub(&rows.max_keepdim(D::Minus1)?)? * f64::from(inv_t))?.exp()?;
+    let blocks = width.div_ceil(BLOCK);
+    let powers = powers.pad_with_zeros(1, 0, blocks * BLOCK - width)?.reshape((n, blocks, BLOCK))?;
+    let sums = powers.sum(2)?.to_vec2::<f32>()?;
+    let mut totals = Vec::with_capacity(n);
+    let mut found = Vec::with_capacity(n);
+    for (sums, share) in sums.iter().zip(shares) {
+        let sums: Vec<f64> = sums.iter().map(|sum| f64::from(*sum)).collect();
+        totals.push(sums.iter().sum::<f64>());
+        found.push(passing(&sums, share * sums.iter().sum::<f64>()));
+    }
+    let at: Vec<u32> = found.iter().enumerate().map(|(row, (block, _))| (row * blocks + block) as u32).collect();
+    let at = Tensor::new(at, powers.device())?;
+    let powers = powers.reshape((n * blocks, BLOCK))?.index_select(&at, 0)?.to_vec2::<f32>()?;
+    let draws = powers.iter().zip(found).zip(totals).map(|((powers, (block, left)), total)| {
+        let place = passing_place(powers.iter().map(|p| f64::from(*p)), left);
+        (block * BLOCK + place, (f64::from(powers[place]) / total).ln() as f32)
+    });
+    Ok(draws.collect())
+}
+
+/// The block at which the running sum passes `left`, and what is left of it there.
+fn passing(sums: &[f64], mut left: f64) -> (usize, f64) {
+    let mut block = 0;
     for (i, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
-        first = i * BLOCK;
+        block = i;
         if left < *sum {
             break;
         }
         left -= sum;
     }
-    let mut chosen = first;
-    for (i, z) in row[first..].iter().take(BLOCK).enumerate() {
-        let p = f64::from(((z - max) * inv_t).exp());
-        if p > 0.0 {
-            chosen = first + i;
-            left -= p;
-            // Rounding may leave a sliver after the last place, which this passes to the last one that has any mass.
-            if left < 0.0 {
-                break;
-            }
+    (block, left)
+}
+
+/// Likewise the place within a block; one of no mass is not chosen.
+fn passing_place(powers: impl Iterator<Item = f64>, mut left: f64) -> usize {
+    let mut chosen = 0;
+    for (i, p) in powers.enumerate().filter(|(_, p)| *p > 0.0) {
+        chosen = i;
+        left -= p;
+        // Rounding may leave a sliver after the last place, which this passes to the last one that has any mass.
+        if left < 0.0 {
+            break;
         }
     }
-    (chosen, (row[chosen] - max) * inv_t - total.ln() as f32)
+    chosen
 }
 
 vectorised! {
@@ -60,6 +104,8 @@ fn sum_of_powers<FMA>(block: &[f32], max: f32, inverse: f32) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
 
     /// Rows of one block and of several, with places and whole blocks that have no mass.
@@ -81,6 +127,14 @@ mod tests {
                     "{share} fell to {before}..{after} of {width}"
                 );
                 assert!((f64::from(logprob) - (powers[place] / total).ln()).abs() < 1e-5);
+            }
+            // The same of several rows at once, each with its share.
+            let shares = [0.05, 0.5, 0.98];
+            let rows = Tensor::new([&row[..]; 3].concat(), &Device::Cpu).unwrap().reshape((3, width)).unwrap();
+            let draws = draw_from_rows(&rows, 0.7, &shares).unwrap();
+            for ((place, logprob), share) in draws.into_iter().zip(shares) {
+                let (alone, logprob_alone) = draw_from_row(&row, 0.7, share);
+                assert!(place == alone && (logprob - logprob_alone).abs() < 1e-5, "{share}: {place} for {alone}");
             }
         }
     }
