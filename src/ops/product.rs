@@ -1,7 +1,7 @@
-//! Matrix products on slices of `f32`, row-major: the processor's tile unit or candle's `gemm` for wide ones, a kernel of our
-//! own for few rows.
+//! Matrix products on slices of `f32`, row-major: the processor's tile unit or candle's `gemm` for wide ones, kernels
+//! of our own for few rows.
 //!
-//! Decoding multiplies few rows with large matrices, which is bound by reading the matrix. The kernel reads each of its
+//! Decoding multiplies few rows with large matrices, which is bound by reading the matrix. The kernel for few reads each of its
 //! rows once, for all rows of the input together, and fetches the next ones while it computes. It sums in an order that
 //! depends on nothing but the inner width: a row's result is the same to the last bit whatever rows it is computed
 //! beside, and on however many threads.
@@ -22,15 +22,15 @@ use super::vector::dot;
 /// Rows of input up to which the kernel for few rows is used.
 pub const FEW_ROWS: usize = 64;
 
-/// Rows of input above which, were they always as many, few of them would go to the tile unit. (Where there are fewer, to
-/// pack the matrix takes longer than vector instructions take for all.)
+/// Rows of input above which, were they always as many, they go by the kernels for crowds: with a lane for each row, or in
+/// the tile unit. (Either takes as long for one row as for these.)
 pub const CROWD: usize = 16;
 
 thread_local! {
     static CROWDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Calls `f`; the products with few rows that this thread begins meanwhile go to the tile unit, if there is one.
+/// Calls `f`; the products with few rows that this thread begins meanwhile go by the kernels for crowds.
 ///
 /// For a caller that usually has more than [`CROWD`] of them. The last bits of a result are not those that it has elsewhere,
 /// so such a caller has to do it however many there are at the time: then a row's result does not depend on its company.
