@@ -7,7 +7,7 @@
 //! ```
 //!
 //! By hand, `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--eta E]
-//! [--learner-threads N]`.
+//! [--learner-threads N] [--precision highest|high|medium]`.
 
 #[path = "common/shapes.rs"]
 mod shapes;
@@ -18,7 +18,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::Device;
-use preceptor::config::{self, Config};
+use preceptor::config::{self, Choice, Config, MatmulPrecision};
 use preceptor::controller::Knobs;
 use preceptor::data::{Dataset, OnLong, Part, ReadOptions, Split};
 use preceptor::generate::sampler::Sampling;
@@ -65,6 +65,9 @@ fn main() -> Result<()> {
     let number = |name: &str, default: u64| {
         options.get(name).and_then(Value::as_str).map_or(Ok(default), str::parse).with_context(|| name.to_owned())
     };
+    let precision = options.get("--precision").and_then(Value::as_str).unwrap_or("highest");
+    let found = MatmulPrecision::WORDS.iter().find(|(word, _)| *word == precision);
+    preceptor::device::set_precision(found.with_context(|| format!("no precision {precision:?}"))?.1);
     // Side by side takes two.
     let threads = if work == "overlap" { 2 } else { number("--threads", 1)? };
     let repeats = number("--repeats", 3)?;

@@ -3,8 +3,9 @@
 use anyhow::Result;
 use candle_core::Device;
 
-use crate::config::{Config, CorrectionKind, LabelerKind, Method, Mode, RolloutWeights, ValueKind, WeightDtype};
-use crate::device;
+use crate::config::{
+    Config, CorrectionKind, LabelerKind, MatmulPrecision, Method, Mode, RolloutWeights, ValueKind, WeightDtype,
+};
 use crate::label::Pairing;
 use crate::label::templates::{Preamble, TemplateSet};
 use crate::prepare::{Prepared, prepare};
@@ -12,6 +13,7 @@ use crate::serve::Token;
 use crate::topology::labelers::Instrument;
 use crate::topology::learning::lora;
 use crate::topology::{needs_labels, pairing, trainer_plan};
+use crate::{device, ops};
 
 /// Characters of a text per token, roughly, of texts that only a server counts.
 const CHARACTERS: f64 = 4.0;
@@ -211,7 +213,14 @@ impl Load {
 /// The device, and what is computed in where that is not what one expects there.
 fn place(device: &str, config: &Config) -> String {
     match (device, config.policy.dtype) {
-        ("cpu", WeightDtype::F32) => device.to_owned(),
+        ("cpu", WeightDtype::F32) => match config.policy.matmul_precision {
+            MatmulPrecision::Highest => device.to_owned(),
+            lower if ops::has_tile_unit() => {
+                let bits = if lower == MatmulPrecision::High { 16 } else { 8 };
+                format!("{device}, in products {bits} bits of a value's significand (policy.matmul_precision)")
+            }
+            _ => format!("{device} (which has no tile unit: policy.matmul_precision changes nothing)"),
+        },
         ("cpu", WeightDtype::Bf16) => {
             "cpu in bf16 (which is slow there: policy.dtype = \"f32\" computes as a CPU likes to)".into()
         }
@@ -347,6 +356,10 @@ fn staleness(config: &Config) -> Vec<String> {
     for (there, what) in [
         (cut, "what is drawn is of a cut distribution (rollout.top_k, top_p, min_p, repetition_penalty)"),
         (rollout.weights == RolloutWeights::Q8, "what is drawn is of weights in eight bits (rollout.weights)"),
+        (
+            config.policy.matmul_precision == MatmulPrecision::Medium,
+            "what is drawn and what is learned from differ by the rounding of products (policy.matmul_precision)",
+        ),
         (learner.epochs > 1, "later epochs learn from what the first version of the step drew (learner.epochs)"),
     ] {
         if there {

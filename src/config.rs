@@ -20,8 +20,8 @@ pub use operation::{Checkpoint, Control, Evaluation, Serve, Supervision, WeightD
 pub use reader::{ConfigError, ConfigErrors};
 pub use sections::{
     AlgorithmKind, AverageKind, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner, LoraConfig,
-    Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights, Run, Schedule,
-    Scratch, Sft, UpdateMode, ValueKind,
+    MatmulPrecision, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights,
+    Run, Schedule, Scratch, Sft, UpdateMode, ValueKind,
 };
 
 use crate::bounded;

@@ -4,8 +4,8 @@ use anyhow::{Result, anyhow, ensure};
 use candle_core::{DType, Device};
 use serde::Serialize;
 
-use crate::config::WeightDtype;
-use crate::process;
+use crate::config::{MatmulPrecision, WeightDtype};
+use crate::{ops, process};
 
 /// As candle calls it.
 pub fn dtype(dtype: WeightDtype) -> DType {
@@ -13,6 +13,16 @@ pub fn dtype(dtype: WeightDtype) -> DType {
         WeightDtype::F32 => DType::F32,
         WeightDtype::Bf16 => DType::BF16,
     }
+}
+
+/// Has the process take products of `f32` as exactly as `precision` says from now on.
+pub fn set_precision(precision: MatmulPrecision) {
+    candle_core::cuda::set_gemm_reduced_precision_f32(precision != MatmulPrecision::Highest);
+    ops::set_parts(match precision {
+        MatmulPrecision::Highest => 3,
+        MatmulPrecision::High => 2,
+        MatmulPrecision::Medium => 1,
+    });
 }
 
 /// The device that `name` means, as `policy.device` has it: a stream of its own on a card.

@@ -39,7 +39,7 @@ pub use gated::{Activation, gated};
 pub use linear::linear;
 pub use logprobs::{linear_logprobs, linear_logprobs_at, row_logsumexp, softcap, token_logprobs};
 pub use matrix::{Adapter, Matrix};
-pub use product::{CROWD, FEW_ROWS, crowded};
+pub use product::{CROWD, FEW_ROWS, crowded, has_tile_unit, set_parts};
 pub use q8::{Q8, q8_linear};
 pub use rms_norm::rms_norm;
 pub use rope::rope;

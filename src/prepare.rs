@@ -128,6 +128,7 @@ pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
 }
 
 fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepared> {
+    device::set_precision(config.policy.matmul_precision);
     let device = device::open(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;
     if !feedback {
@@ -238,6 +239,7 @@ pub struct LabelerBench {
 /// # Errors
 /// As [`prepare`].
 pub fn labeler_bench(config: &Config, progress: bool) -> Result<LabelerBench> {
+    device::set_precision(config.policy.matmul_precision);
     let policy_device = device::open(&config.policy.device)?;
     let labeler_device =
         config.labeler.device.as_ref().map(|name| device::open_as("labeler.device", name)).transpose()?;

@@ -56,14 +56,15 @@ def main():
             for threads in args.threads if work != "overlap" else []:
                 ours, theirs = [], []
                 for _ in range(args.rounds):
-                    rest = [work, "--model", model, "--threads", threads, "--repeats", args.repeats]
+                    rest = [work, "--model", model, "--threads", threads, "--repeats", args.repeats,
+                            "--precision", args.precision]
                     ours.append(measure([binary], work.removesuffix("-whole"), *rest[1:]))
                     theirs.append(measure([python, HERE / "peer.py"], *rest))
                 print(row(work, model, threads, ours, theirs), flush=True)
     if "overlap" in args.works:
         print(f"\n{OVERLAP_HEAD}", flush=True)
         for model in args.models:
-            rest = ["overlap", "--model", model, "--repeats", args.overlap_steps]
+            rest = ["overlap", "--model", model, "--repeats", args.overlap_steps, "--precision", args.precision]
             print(overlap_row(model, [measure([binary], *rest) for _ in range(args.rounds)]), flush=True)
 
 
@@ -85,6 +86,9 @@ def arguments():
     add("--threads", type=numbers, default=[1, 2], metavar="N,M", help="threads of either side (default: 1,2)")
     add("--rounds", type=int, default=3, help="times that the two sides take turns (default: 3)")
     add("--repeats", type=int, default=3, help="timed repeats in each process, after a warm-up (default: 3)")
+    add("--precision", choices=["highest", "high", "medium"], default="highest",
+        help="of products of f32 on either side: policy.matmul_precision and torch.set_float32_matmul_precision "
+        "(default: highest)")
     add("--overlap-steps", type=int, default=20, help="steps of the runs that overlap times (default: 20)")
     add("--python", help="the interpreter of an environment with what requirements.txt names; without it one is made in "
         "target/peers, which fills 6 GB")

@@ -3,8 +3,8 @@
 use super::labeling::{Evidence, LabelerKind, Pairs, RemoteApi};
 use super::operation::WeightDtype;
 use super::sections::{
-    AlgorithmKind, AverageKind, CorrectionKind, DpoLoss, KlEstimator, KlPlace, LabelForm, Mode, OnLong, RewardScaling,
-    RolloutWeights, Schedule, UpdateMode, ValueKind,
+    AlgorithmKind, AverageKind, CorrectionKind, DpoLoss, KlEstimator, KlPlace, LabelForm, MatmulPrecision, Mode,
+    OnLong, RewardScaling, RolloutWeights, Schedule, UpdateMode, ValueKind,
 };
 
 /// A value that is written as a word.
@@ -45,6 +45,7 @@ choices! {
     LabelerKind {
         "likelihood" => Likelihood, "direct" => Direct, "pairwise" => Pairwise, "embedding" => Embedding
     }
+    MatmulPrecision { "highest" => Highest, "high" => High, "medium" => Medium }
     Mode { "direct" => Direct, "distilled" => Distilled, "preference" => Preference, "human" => Human }
     OnLong { "error" => Error, "skip" => Skip }
     Pairs { "adjacent" => Adjacent, "all" => All }

@@ -9,8 +9,8 @@ use super::operation::{Checkpoint, Control, Evaluation, Serve, Supervision, Weig
 use super::reader::{Document, Read, Section};
 use super::sections::{
     AlgorithmKind, AverageKind, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner, LoraConfig,
-    Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights, Run, Schedule,
-    Scratch, Sft, UpdateMode, ValueKind,
+    MatmulPrecision, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights,
+    Run, Schedule, Scratch, Sft, UpdateMode, ValueKind,
 };
 use crate::source::{Candidate, ModelRef};
 
@@ -98,8 +98,9 @@ pub(super) fn policy(document: &mut Document, folder: &Path) -> Policy {
 fn rest_of_policy(mut s: Section<'_>, model: PolicyModel) -> Policy {
     let device = device(&mut s).unwrap_or_else(|| "cpu".to_owned());
     let dtype = s.choice("dtype", WeightDtype::F32);
+    let matmul_precision = s.choice("matmul_precision", MatmulPrecision::Highest);
     let resolve_timeout_s = count(&mut s, "resolve_timeout_s", 20, 86_400);
-    Policy { model, device, dtype, resolve_timeout_s, lora: lora(&mut s) }
+    Policy { model, device, dtype, matmul_precision, resolve_timeout_s, lora: lora(&mut s) }
 }
 
 /// The section's key `device`.

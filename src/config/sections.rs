@@ -81,10 +81,25 @@ pub struct Policy {
     /// What it computes in: `f32` (default) or `bf16`, which is for cards. Of what learns, the optimizer keeps `f32` besides.
     /// Judges and the reward model do likewise, wherever they are.
     pub dtype: WeightDtype,
+    /// How exact products of `f32` are, in all models, where the hardware takes less exact ones faster: `highest` (default),
+    /// as `f32`; `high` or `medium`, on a card TF32, in a CPU's tile unit (Intel AMX) 16 or 8 bits of a value's significand.
+    /// Sums, weights and the optimizer stay `f32`.
+    pub matmul_precision: MatmulPrecision,
     /// Seconds that each place of a list may take to answer. Default 20.
     pub resolve_timeout_s: u64,
     /// Learn through low-rank adapters and leave the model's own weights as they are. Default: all weights learn.
     pub lora: Option<LoraConfig>,
+}
+
+/// Exactness of products of `f32`, in the words of PyTorch's `set_float32_matmul_precision`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MatmulPrecision {
+    /// That of `f32`.
+    Highest,
+    /// TF32, or two parts of `bf16` for a value.
+    High,
+    /// TF32, or one part.
+    Medium,
 }
 
 /// `policy.lora`: low-rank adapters (Hu et al. 2021).

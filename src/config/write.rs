@@ -82,6 +82,7 @@ impl Config {
             ("model", model),
             ("device", text(&self.policy.device)),
             ("dtype", word(self.policy.dtype)),
+            ("matmul_precision", word(self.policy.matmul_precision)),
             ("resolve_timeout_s", whole(self.policy.resolve_timeout_s)),
         ]);
         let lora = self.policy.lora.as_ref().map(|lora| {

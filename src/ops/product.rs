@@ -14,6 +14,7 @@ mod few;
 mod tiles;
 
 use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use gemm::Parallelism;
 
@@ -25,6 +26,27 @@ pub const FEW_ROWS: usize = 64;
 /// Rows of input above which, were they always as many, they go by the kernels for crowds: with a lane for each row, or in
 /// the tile unit. (Either takes as long for one row as for these.)
 pub const CROWD: usize = 16;
+
+/// Parts of `bf16` that a value of `f32` is taken as in the tile unit.
+static PARTS: AtomicUsize = AtomicUsize::new(3);
+
+/// Has the process take a value of `f32` as that many parts of `bf16` in products for which it uses the processor's tile
+/// unit: three, as at first, which is exact; two, 16 bits of its significand; or one, eight bits. Sums are of `f32`.
+///
+/// # Panics
+/// With any other number.
+pub fn set_parts(parts: usize) {
+    assert!((1..=3).contains(&parts), "a value of f32 has from one to three parts of bf16");
+    PARTS.store(parts, Relaxed);
+}
+
+/// Whether this processor has a tile unit (Intel AMX) that the process may use.
+pub fn has_tile_unit() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return tiles::available();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
 
 thread_local! {
     static CROWDED: Cell<bool> = const { Cell::new(false) };
@@ -115,7 +137,11 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
     #[cfg(target_arch = "x86_64")]
     if CROWDED.get() && m * k * n > 0 {
         if tiles::available() {
-            return tiles::multiply_few(out, x, w, [m, k, n]);
+            return match PARTS.load(Relaxed) {
+                1 => tiles::multiply_few::<1>(out, x, w, [m, k, n]),
+                2 => tiles::multiply_few::<2>(out, x, w, [m, k, n]),
+                _ => tiles::multiply_few::<3>(out, x, w, [m, k, n]),
+            };
         }
         if crowd::multiply(out, x, w, [m, k, n]) {
             return;
@@ -193,11 +219,18 @@ unsafe fn product(
     let threads = rayon::current_num_threads();
     let split = threads > 1 && m * k * n >= PARALLEL_FROM;
     #[cfg(target_arch = "x86_64")]
-    if tiles::pays([m, k, n]) && tiles::available() {
+    if tiles::pays([m, k, n], PARTS.load(Relaxed)) && tiles::available() {
         let left = tiles::Operand { start: x.0, lanes: m, lane: x.1, depth: x.2 };
         let right = tiles::Operand { start: w.0, lanes: n, lane: w.2, depth: w.1 };
+        let out = (out, stride as usize);
         // SAFETY: the caller's; the unit is there.
-        return unsafe { tiles::multiply((out, stride as usize), k, add, [left, right], split) };
+        return unsafe {
+            match PARTS.load(Relaxed) {
+                1 => tiles::multiply::<1>(out, k, add, [left, right], split),
+                2 => tiles::multiply::<2>(out, k, add, [left, right], split),
+                _ => tiles::multiply::<3>(out, k, add, [left, right], split),
+            }
+        };
     }
     let parallelism = if split { Parallelism::Rayon(threads) } else { Parallelism::None };
     let alpha = if add { 1.0 } else { 0.0 };

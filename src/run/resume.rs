@@ -92,6 +92,7 @@ fn changes(was: &str, is: &str) -> Result<Vec<Change>> {
     // Checkpoints from before there was the key.
     if let Some(policy) = was.get_mut("policy").and_then(Value::as_table_mut) {
         policy.entry("dtype").or_insert_with(|| "f32".into());
+        policy.entry("matmul_precision").or_insert_with(|| "highest".into());
     }
     if let Some(rollout) = was.get_mut("rollout").and_then(Value::as_table_mut) {
         rollout.entry("devices").or_insert_with(|| Value::Array(Vec::new()));

@@ -5,6 +5,8 @@
 //! six greatest are summed, in `f32`; the others are below 2⁻²³ of the whole, of either sign (Henry, Tang and Heinecke 2019,
 //! "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations").
 //!
+//! Where less exactness will do, a value is two parts, 16 bits, of which three products are summed, or one part.
+//!
 //! What is not finite is not finite in the result: an infinity may become NaN, and a value within 2⁻⁹ of the greatest one an
 //! infinity.
 
@@ -16,7 +18,7 @@ use rayon::prelude::*;
 
 use super::Places;
 use kernel::{Unit, multiply_block};
-use pack::{Form, Line, PANEL, Room, STEP, pack};
+use pack::{Form, Line, PANEL, Room, pack, step};
 
 pub(super) use few::multiply as multiply_few;
 pub(super) use kernel::available;
@@ -29,13 +31,15 @@ const COLUMNS: usize = 384;
 /// Rows of the left operand likewise.
 const ROWS: usize = 64;
 
-/// Whether a product of these sizes is faster here than by vector instructions. Packing takes a quarter of a nanosecond an
-/// element, whatever there is to be computed with it; numbers are of a Xeon of the sixth generation.
-pub(super) fn pays([m, k, n]: [usize; 3]) -> bool {
+/// Whether a product of these sizes and so many parts is faster here than by vector instructions. Packing takes a quarter of
+/// a nanosecond an element of three parts, whatever there is to be computed with it; numbers are of a Xeon of the sixth
+/// generation.
+pub(super) fn pays([m, k, n]: [usize; 3], parts: usize) -> bool {
     let whole = |lanes: usize| lanes.next_multiple_of(PANEL) as f64;
     // Nanoseconds for each step of the inner width.
     let vectors = (m * n) as f64 / 90.0;
-    let tiles = whole(m) * whole(n) / 210.0 + (whole(m) + whole(n)) / 4.0;
+    let (products, packing) = [(600.0, 9.0), (350.0, 6.0), (210.0, 4.0)][parts - 1];
+    let tiles = whole(m) * whole(n) / products + (whole(m) + whole(n)) / packing;
     k >= PANEL && tiles < vectors
 }
 
@@ -45,7 +49,7 @@ pub(super) fn pays([m, k, n]: [usize; 3]) -> bool {
 ///
 /// # Safety
 /// The unit must be [available]; all that the operands and `out`, rows of `stride`, reach must be there.
-pub(super) unsafe fn multiply(
+pub(super) unsafe fn multiply<const PARTS: usize>(
     (out, stride): (*mut f32, usize),
     k: usize,
     add: bool,
@@ -55,20 +59,20 @@ pub(super) unsafe fn multiply(
     let (m, n) = (left.lanes, right.lanes);
     let (depth, columns) = (share(k, DEPTH), share(n, COLUMNS));
     let out = Places { start: out, stride };
-    let mut packed = Room::right(columns.div_ceil(PANEL) * depth.div_ceil(PANEL) * STEP);
+    let mut packed = Room::right(columns.div_ceil(PANEL) * depth.div_ceil(PANEL) * step(PARTS));
     for first in (0..n).step_by(columns) {
         for from in (0..k).step_by(depth) {
             let inner = from..(from + depth).min(k);
-            let panel = inner.len().div_ceil(PANEL) * STEP;
+            let panel = inner.len().div_ceil(PANEL) * step(PARTS);
             let packed = packed.lines(columns.min(n - first).div_ceil(PANEL) * panel);
             let fill = |(at, lines): (usize, &mut [Line])| {
                 // SAFETY: the operand's sizes are the caller's; the panel has room for as many steps.
-                unsafe { pack(lines, right, Form::Pairs, first + at * PANEL, inner.clone()) }
+                unsafe { pack::<PARTS>(lines, right, Form::Pairs, first + at * PANEL, inner.clone()) }
             };
             let block = |packed: &[Line], row: usize| {
                 let rows = row..(row + ROWS).min(m);
                 // SAFETY: the unit and the sizes are the caller's.
-                unsafe { rows_of(out, rows, left, (packed, panel), first..n, &inner, add || from > 0) }
+                unsafe { rows_of::<PARTS>(out, rows, left, (packed, panel), first..n, &inner, add || from > 0) }
             };
             let blocks = m.div_ceil(ROWS);
             if split {
@@ -92,7 +96,7 @@ fn share(length: usize, most: usize) -> usize {
 ///
 /// # Safety
 /// As of [`multiply`].
-unsafe fn rows_of(
+unsafe fn rows_of<const PARTS: usize>(
     out: Places,
     rows: std::ops::Range<usize>,
     left: Operand,
@@ -105,7 +109,7 @@ unsafe fn rows_of(
     let packed = packed.lines(rows.len().div_ceil(PANEL) * panel);
     for (at, lines) in packed.chunks_mut(panel / Line::BYTES).enumerate() {
         // SAFETY: the operand's sizes are the caller's; the panel has room for as many steps.
-        unsafe { pack(lines, left, Form::Rows, rows.start + at * PANEL, inner.clone()) };
+        unsafe { pack::<PARTS>(lines, left, Form::Rows, rows.start + at * PANEL, inner.clone()) };
     }
     let mut unit = Unit::enter();
     for (right, column) in right.chunks(panel / Line::BYTES).zip(columns.clone().step_by(PANEL)) {
@@ -113,7 +117,7 @@ unsafe fn rows_of(
             let place = out.start.wrapping_add(row * out.stride + column);
             let sizes = [(rows.end - row).min(PANEL), (columns.end - column).min(PANEL)];
             // SAFETY: both panels have as many steps, and the block's rows and columns are there.
-            unsafe { multiply_block(&mut unit, left, right, (place, out.stride), sizes, add) };
+            unsafe { multiply_block::<PARTS>(&mut unit, left, right, (place, out.stride), sizes, add) };
         }
     }
 }
@@ -143,11 +147,15 @@ mod tests {
     }
 
     fn run(m: usize, k: usize, n: usize, across: [bool; 2], sum: &[f32], split: bool) -> Vec<f32> {
+        run_in::<3>([m, k, n], across, sum, split)
+    }
+
+    fn run_in<const PARTS: usize>([m, k, n]: [usize; 3], across: [bool; 2], sum: &[f32], split: bool) -> Vec<f32> {
         let (x, w) = (values(m * k, 1), values(n * k, 2));
         let mut out = if sum.is_empty() { vec![f32::NAN; m * n] } else { sum.to_vec() };
         let operands = [operand(&x, m, across[0]), operand(&w, n, across[1])];
         // SAFETY: the sizes are right, and the caller has asked for the unit.
-        unsafe { multiply((out.as_mut_ptr(), n), k, !sum.is_empty(), operands, split) };
+        unsafe { multiply::<PARTS>((out.as_mut_ptr(), n), k, !sum.is_empty(), operands, split) };
         out
     }
 
@@ -173,6 +181,47 @@ mod tests {
             let want = f64::from(x[at / n]) * f64::from(w[at % n]);
             let error = ((f64::from(*got) - want) / want).abs();
             assert!(error < 2f64.powi(-24) + 2f64.powi(-23), "{got} against {want}, {error:e}");
+        }
+    }
+
+    /// A part has eight bits, so that a value is off by 2⁻⁸ of itself at most where it is one, and by 2⁻¹⁶ where it is two,
+    /// of whose products one more is left out.
+    #[test]
+    fn fewer_parts_are_off_by_the_bits_that_they_lack() {
+        fn check<const PARTS: usize>(bound: f64) {
+            for across in [[false, false], [false, true], [true, false], [true, true]] {
+                for (m, k, n) in [(200, 1, 300), (65, 700, 401), (33, 31, 15)] {
+                    let (x, w) = (values(m * k, 1), values(n * k, 2));
+                    let of = |a: &[f32], lanes: usize, across: bool, lane: usize, at: usize| {
+                        f64::from(if across { a[at * lanes + lane] } else { a[lane * k + at] })
+                    };
+                    let mut most = 0f64;
+                    for (at, got) in run_in::<PARTS>([m, k, n], across, &[], false).iter().enumerate() {
+                        let product = |l| of(&x, m, across[0], at / n, l) * of(&w, n, across[1], at % n, l);
+                        let want = (0..k).map(product).sum::<f64>();
+                        let size = (0..k).map(|l| product(l).abs()).sum::<f64>();
+                        most = most.max((f64::from(*got) - want).abs() / size);
+                    }
+                    assert!(most < bound, "{PARTS} parts, {m}x{k}x{n} {across:?}: off by {most:e}");
+                    assert!(k > 1 || most > bound / 4.0, "{PARTS} parts, yet off by no more than {most:e}");
+                }
+            }
+            let (m, k, n) = (64, 130, 700);
+            let (x, w) = (values(m * k, 1), values(n * k, 2));
+            let mut few = vec![f32::NAN; m * n];
+            multiply_few::<PARTS>(&mut few, &x, &w, [m, k, n]);
+            for (at, got) in few.iter().enumerate() {
+                let product = |l| f64::from(x[at / n * k + l]) * f64::from(w[at % n * k + l]);
+                let (want, size) = ((0..k).map(product).sum::<f64>(), (0..k).map(|l| product(l).abs()).sum::<f64>());
+                assert!(
+                    (f64::from(*got) - want).abs() < bound * size,
+                    "{PARTS} parts, few at {at}: {got} against {want}"
+                );
+            }
+        }
+        if is_there() {
+            check::<1>(2.0 * 2f64.powi(-8) + 2f64.powi(-16));
+            check::<2>(3.0 * 2f64.powi(-16) + 2f64.powi(-23));
         }
     }
 
@@ -214,7 +263,7 @@ mod tests {
         let mut part = vec![0f32; 40 * 20];
         let operands = [operand(&x[70 * k..110 * k], 40, false), operand(&w[333 * k..353 * k], 20, false)];
         // SAFETY: the sizes are right, and the unit is there.
-        unsafe { multiply((part.as_mut_ptr(), 20), k, false, operands, false) };
+        unsafe { multiply::<3>((part.as_mut_ptr(), 20), k, false, operands, false) };
         for (at, got) in part.iter().enumerate() {
             assert_eq!(*got, whole[(70 + at / 20) * n + 333 + at % 20], "at {at}");
         }
@@ -230,7 +279,7 @@ mod tests {
         for (k, n) in [(33, 19), (64, 64), (200, 301), (130, 700)] {
             let (x, w) = (values(64 * k, 1), values(n * k, 2));
             let mut all = vec![f32::NAN; 64 * n];
-            multiply_few(&mut all, &x, &w, [64, k, n]);
+            multiply_few::<3>(&mut all, &x, &w, [64, k, n]);
             for (at, got) in all.iter().enumerate() {
                 let product = |l| f64::from(x[at / n * k + l]) * f64::from(w[at % n * k + l]);
                 let (want, size) = ((0..k).map(product).sum::<f64>(), (0..k).map(|l| product(l).abs()).sum::<f64>());
@@ -241,7 +290,7 @@ mod tests {
                 for (first, rows) in [(0, 1), (5, 2), (9, 16), (2, 33), (30, 34)] {
                     let mut out = vec![f32::NAN; rows * n];
                     let x = &x[first * k..(first + rows) * k];
-                    pool.install(|| multiply_few(&mut out, x, &w, [rows, k, n]));
+                    pool.install(|| multiply_few::<3>(&mut out, x, &w, [rows, k, n]));
                     assert_eq!(out, all[first * n..(first + rows) * n], "{rows} rows of {k}x{n} on {threads} threads");
                 }
             }
@@ -250,9 +299,14 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_stays_so() {
-        if !is_there() {
-            return;
+        if is_there() {
+            check_not_finite::<1>();
+            check_not_finite::<2>();
+            check_not_finite::<3>();
         }
+    }
+
+    fn check_not_finite<const PARTS: usize>() {
         let (k, w) = (40, [1.0; 80]);
         for bits in [0x7fc0_0000, 0x7f80_0000, 0xff80_0000, 0x7f80_0001, 0x7fff_ffff, 0xffff_ffff] {
             let bad = f32::from_bits(bits);
@@ -261,19 +315,19 @@ mod tests {
             let mut out = [0f32; 6];
             let operands = [operand(&x, 3, false), operand(&w, 2, false)];
             // SAFETY: the sizes are right, and the unit is there.
-            unsafe { multiply((out.as_mut_ptr(), 2), k, false, operands, false) };
+            unsafe { multiply::<PARTS>((out.as_mut_ptr(), 2), k, false, operands, false) };
             let finite = out.map(f32::is_finite);
-            assert_eq!(finite, [true, true, false, false, true, true], "{bits:x}: {out:?}");
+            assert_eq!(finite, [true, true, false, false, true, true], "{bits:x} in {PARTS} parts: {out:?}");
         }
     }
 
     #[test]
     fn it_pays_where_both_sides_are_wide() {
         for sizes in [[512, 256, 704], [128, 256, 256], [64, 64, 512], [1024, 576, 49_152]] {
-            assert!(pays(sizes), "{sizes:?}");
+            assert!((1..=3).all(|parts| pays(sizes, parts)), "{sizes:?}");
         }
         for sizes in [[65, 600, 1100], [70, 33, 19], [130, 64, 50], [512, 16, 512], [64, 64, 64]] {
-            assert!(!pays(sizes), "{sizes:?}");
+            assert!(!pays(sizes, 3), "{sizes:?}");
         }
     }
 }

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::Places;
 use super::kernel::{Unit, multiply_block};
-use super::pack::{Form, Line, Operand, PANEL, Room, STEP, pack, turn_out};
+use super::pack::{Form, Line, Operand, PANEL, Room, pack, step, turn_out};
 
 /// Rows of the matrix in a portion.
 const ROWS: usize = 2 * PANEL;
@@ -24,21 +24,21 @@ const TASK: usize = 1 << 20;
 ///
 /// # Panics
 /// Where the unit is not [available](super::available) or the sizes do not fit.
-pub fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) {
+pub fn multiply<const PARTS: usize>(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) {
     assert!(super::available(), "the tile unit is not there");
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     let lanes = |values: &[f32], lanes| Operand { start: values.as_ptr(), lanes, lane: k as isize, depth: 1 };
     let (x, w, out) = (lanes(x, m), lanes(w, n), Places { start: out.as_mut_ptr(), stride: n });
-    let panel = k.div_ceil(PANEL) * STEP;
+    let panel = k.div_ceil(PANEL) * step(PARTS);
     let mut room = Room::right(m.div_ceil(PANEL) * panel);
     let packed = room.lines(m.div_ceil(PANEL) * panel);
     for (at, lines) in packed.chunks_mut(panel / Line::BYTES).enumerate() {
         // SAFETY: the operand has the sizes that were checked; with the unit there is AVX-512.
-        unsafe { pack(lines, x, Form::Pairs, at * PANEL, 0..k) };
+        unsafe { pack::<PARTS>(lines, x, Form::Pairs, at * PANEL, 0..k) };
     }
     let packed = &*packed;
     // SAFETY: the operands have the sizes that were checked, and each call writes its columns alone.
-    let columns = |from: usize, to: usize| unsafe { columns(out, (packed, m), w, k, from..to) };
+    let columns = |from: usize, to: usize| unsafe { columns::<PARTS>(out, (packed, m), w, k, from..to) };
     let threads = rayon::current_num_threads();
     if threads == 1 || m * k * n < 2 * TASK {
         return columns(0, n);
@@ -52,28 +52,34 @@ pub fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) {
 /// # Safety
 /// The matrix must have an inner width of `k`, and `out` room for `m` rows of as many columns as it has rows; nobody else
 /// may use these columns.
-unsafe fn columns(out: Places, (x, m): (&[Line], usize), w: Operand, k: usize, range: Range<usize>) {
+unsafe fn columns<const PARTS: usize>(
+    out: Places,
+    (x, m): (&[Line], usize),
+    w: Operand,
+    k: usize,
+    range: Range<usize>,
+) {
     let mut unit = Unit::enter();
-    let mut room = Room::left(ROWS / PANEL * DEPTH / PANEL * STEP);
+    let mut room = Room::left(ROWS / PANEL * DEPTH / PANEL * step(PARTS));
     // For each panel of rows of `x`, and each of the matrix; by rows of the latter.
     let mut sums = [[[[0f32; PANEL]; PANEL]; ROWS / PANEL]; 2];
     let panels = m.div_ceil(PANEL);
     for row in range.clone().step_by(ROWS) {
         for from in (0..k).step_by(DEPTH) {
             let inner = from..(from + DEPTH).min(k);
-            let size = inner.len().div_ceil(PANEL) * STEP;
+            let size = inner.len().div_ceil(PANEL) * step(PARTS);
             let portion = room.lines(ROWS / PANEL * size);
             for (at, lines) in portion.chunks_mut(size / Line::BYTES).enumerate() {
                 // SAFETY: the operand's sizes are the caller's; the panel has room for as many steps.
-                unsafe { pack(lines, w, Form::Rows, row + at * PANEL, inner.clone()) };
+                unsafe { pack::<PARTS>(lines, w, Form::Rows, row + at * PANEL, inner.clone()) };
             }
             fetch(w, if inner.end < k { row } else { row + ROWS }, inner.end % k);
             for (x, sums) in x.chunks(x.len() / panels).zip(&mut sums) {
-                let x = &x[from / PANEL * STEP / Line::BYTES..][..size / Line::BYTES];
+                let x = &x[from / PANEL * step(PARTS) / Line::BYTES..][..size / Line::BYTES];
                 for (portion, sums) in portion.chunks(size / Line::BYTES).zip(sums) {
                     let place = (sums.as_mut_ptr().cast(), PANEL);
                     // SAFETY: the sums have all rows and columns.
-                    unsafe { multiply_block(&mut unit, portion, x, place, [PANEL, PANEL], from > 0) };
+                    unsafe { multiply_block::<PARTS>(&mut unit, portion, x, place, [PANEL, PANEL], from > 0) };
                 }
             }
         }

@@ -3,12 +3,18 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
-use super::pack::{Line, PANEL, STEP, TILE, TILE_BYTES};
+use super::pack::{Line, PANEL, TILE, TILE_BYTES, step};
 
 /// Whether the processor has the unit, and the system lets this process use it; asked once.
 pub fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| std::arch::is_x86_feature_detected!("avx512f") && has_unit() && is_permitted())
+    *AVAILABLE.get_or_init(|| has_avx512() && has_unit() && is_permitted())
+}
+
+/// What operands are packed with.
+fn has_avx512() -> bool {
+    use std::arch::is_x86_feature_detected as has;
+    has!("avx512f") && has!("avx512bw") && has!("avx512bf16")
 }
 
 /// Tiles and their products of `bf16` (Intel's manual, CPUID leaf 7).
@@ -66,7 +72,7 @@ impl Drop for Unit {
 ///
 /// # Safety
 /// The place must have those rows and columns.
-pub(super) unsafe fn multiply_block(
+pub(super) unsafe fn multiply_block<const PARTS: usize>(
     unit: &mut Unit,
     left: &[Line],
     right: &[Line],
@@ -74,12 +80,12 @@ pub(super) unsafe fn multiply_block(
     [rows, columns]: [usize; 2],
     add: bool,
 ) {
-    let steps = left.len() * Line::BYTES / STEP;
+    let steps = left.len() * Line::BYTES / step(PARTS);
     assert!(steps > 0 && left.len() == right.len(), "two panels of as many steps");
     let operands = [left.as_ptr().cast(), right.as_ptr().cast()];
     if (rows, columns) == (PANEL, PANEL) {
         // SAFETY: the panels have as many steps; the place has all rows and columns.
-        return unsafe { square(unit, operands, steps, (out, stride), add) };
+        return unsafe { square::<PARTS>(unit, operands, steps, (out, stride), add) };
     }
     let mut whole = [[0f32; PANEL]; PANEL];
     for (row, whole) in whole.iter_mut().enumerate().take(if add { rows } else { 0 }) {
@@ -87,32 +93,16 @@ pub(super) unsafe fn multiply_block(
         unsafe { out.add(row * stride).copy_to_nonoverlapping(whole.as_mut_ptr(), columns) };
     }
     // SAFETY: likewise.
-    unsafe { square(unit, operands, steps, (whole.as_mut_ptr().cast(), PANEL), add) };
+    unsafe { square::<PARTS>(unit, operands, steps, (whole.as_mut_ptr().cast(), PANEL), add) };
     for (row, whole) in whole.iter().enumerate().take(rows) {
         // SAFETY: likewise.
         unsafe { out.add(row * stride).copy_from_nonoverlapping(whole.as_ptr(), columns) };
     }
 }
 
-/// 32 rows and columns of a product, in four tiles of sums.
-///
-/// Parts are taken in an order in which each step brings but one side anew: (1, 3), (1, 2), (2, 2), (2, 1), (1, 1), (3, 1).
-/// After some 0.6 µs without a store of a tile the next one takes a quarter of a microsecond, as long as two steps take, so
-/// one that nobody reads goes with each step: with it a sum of eight steps takes 1.1 µs, without it 1.4. (Loads and products
-/// fall asleep likewise, but while there are sums they never pause for so long.)
-///
-/// # Safety
-/// The operands must be panels of `steps` steps, one at least, and the place must have 32 rows and columns.
-unsafe fn square(
-    unit: &mut Unit,
-    [left, right]: [*const u8; 2],
-    steps: usize,
-    (out, stride): (*mut f32, usize),
-    add: bool,
-) {
-    // SAFETY: all that is read and written is the caller's; tiles are configured while there is a `Unit`, and nobody but
-    // this block uses them.
-    unsafe {
+/// A loop over steps of the inner width, between the sums as they begin and as they are stored.
+macro_rules! sums {
+    ($parts:literal: [$unit:ident, $left:ident, $right:ident, $steps:ident, $out:ident, $stride:ident, $add:ident], $($line:literal),*) => {
         asm!(
             "test {add}, {add}",
             "jz 2f",
@@ -127,45 +117,7 @@ unsafe fn square(
             "tilezero tmm2",
             "tilezero tmm3",
             "3:",
-            "tileloadd tmm4, [{left} + {line}*1]",
-            "tileloadd tmm6, [{right} + {line}*1 + 4*{tile}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{right} + {line}*1 + 5*{tile}]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tileloadd tmm6, [{right} + {line}*1 + 2*{tile}]",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tileloadd tmm7, [{right} + {line}*1 + 3*{tile}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm4, [{left} + {line}*1 + 2*{tile}]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tileloadd tmm5, [{left} + {line}*1 + 3*{tile}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tileloadd tmm6, [{right} + {line}*1]",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tileloadd tmm7, [{right} + {line}*1 + {tile}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm4, [{left} + {line}*1]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm4, [{left} + {line}*1 + 4*{tile}]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tileloadd tmm5, [{left} + {line}*1 + 5*{tile}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tilestored [{awake} + {line}*1], tmm7",
+            $($line,)*
             "add {left}, {step}",
             "add {right}, {step}",
             "dec {steps}",
@@ -174,18 +126,119 @@ unsafe fn square(
             "tilestored [{out} + {stride}*1 + 64], tmm1",
             "tilestored [{lower} + {stride}*1], tmm2",
             "tilestored [{lower} + {stride}*1 + 64], tmm3",
-            add = in(reg) usize::from(add),
-            out = in(reg) out,
-            lower = in(reg) out.wrapping_add(TILE * stride),
-            stride = in(reg) stride * size_of::<f32>(),
-            left = inout(reg) left => _,
-            right = inout(reg) right => _,
-            steps = inout(reg) steps => _,
-            awake = in(reg) unit.awake.as_mut_ptr(),
+            add = in(reg) usize::from($add),
+            out = in(reg) $out,
+            lower = in(reg) $out.wrapping_add(TILE * $stride),
+            stride = in(reg) $stride * size_of::<f32>(),
+            left = inout(reg) $left => _,
+            right = inout(reg) $right => _,
+            steps = inout(reg) $steps => _,
+            awake = in(reg) $unit.awake.as_mut_ptr(),
             line = in(reg) Line::BYTES,
             tile = const TILE_BYTES,
-            step = const STEP,
+            step = const step($parts),
             options(nostack),
-        );
+        )
+    };
+}
+
+/// 32 rows and columns of a product, in four tiles of sums.
+///
+/// Parts are taken in an order in which each step brings but one side anew: (1, 3), (1, 2), (2, 2), (2, 1), (1, 1), (3, 1);
+/// of two (1, 2), (1, 1), (2, 1). After some 0.6 µs without a store of a tile the next one takes a quarter of a microsecond, as long as two steps take, so
+/// one that nobody reads goes with each step: with it a sum of eight steps takes 1.1 µs, without it 1.4. (Loads and products
+/// fall asleep likewise, but while there are sums they never pause for so long. Of one part a step takes so little that a
+/// sum is stored in time.)
+///
+/// # Safety
+/// The operands must be panels of `steps` steps, one at least, and the place must have 32 rows and columns.
+unsafe fn square<const PARTS: usize>(
+    unit: &mut Unit,
+    [left, right]: [*const u8; 2],
+    steps: usize,
+    (out, stride): (*mut f32, usize),
+    add: bool,
+) {
+    // SAFETY: all that is read and written is the caller's; tiles are configured while there is a `Unit`, and nobody but
+    // this block uses them.
+    unsafe {
+        match PARTS {
+            1 => sums!(1: [unit, left, right, steps, out, stride, add],
+                    "tileloadd tmm4, [{left} + {line}*1]",
+                    "tileloadd tmm6, [{right} + {line}*1]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{right} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "# {awake}"
+            ),
+            2 => sums!(2: [unit, left, right, steps, out, stride, add],
+                    "tileloadd tmm4, [{left} + {line}*1]",
+                    "tileloadd tmm6, [{right} + {line}*1 + 2*{tile}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{right} + {line}*1 + 3*{tile}]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tileloadd tmm6, [{right} + {line}*1]",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm7, [{right} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm4, [{left} + {line}*1 + 2*{tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + 3*{tile}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tilestored [{awake} + {line}*1], tmm7"
+            ),
+            3 => sums!(3: [unit, left, right, steps, out, stride, add],
+                    "tileloadd tmm4, [{left} + {line}*1]",
+                    "tileloadd tmm6, [{right} + {line}*1 + 4*{tile}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{right} + {line}*1 + 5*{tile}]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tileloadd tmm6, [{right} + {line}*1 + 2*{tile}]",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm7, [{right} + {line}*1 + 3*{tile}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm4, [{left} + {line}*1 + 2*{tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + 3*{tile}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tileloadd tmm6, [{right} + {line}*1]",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm7, [{right} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm4, [{left} + {line}*1]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm4, [{left} + {line}*1 + 4*{tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + 5*{tile}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tilestored [{awake} + {line}*1], tmm7"
+            ),
+            _ => unreachable!("one part, two or three"),
+        }
     }
 }

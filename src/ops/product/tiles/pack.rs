@@ -15,8 +15,11 @@ pub(super) const TILE: usize = 16;
 pub(super) const PANEL: usize = 2 * TILE;
 /// Bytes of a tile.
 pub(super) const TILE_BYTES: usize = TILE * Line::BYTES;
-/// Bytes of a panel for 32 inner steps: three parts of two tiles.
-pub(super) const STEP: usize = 6 * TILE_BYTES;
+
+/// Bytes of a panel for 32 inner steps: two tiles of each part.
+pub(super) const fn step(parts: usize) -> usize {
+    parts * 2 * TILE_BYTES
+}
 
 /// A line of memory, as the unit likes it aligned.
 #[derive(Debug, Clone, Copy)]
@@ -95,33 +98,39 @@ impl Drop for Room {
     }
 }
 
-/// Packs 32 lanes from `first` on and the `inner` steps into `dest`, zeros for what is not there.
+/// Packs the `PARTS` of 32 lanes from `first` on and the `inner` steps into `dest`, zeros for what is not there.
 ///
 /// # Safety
-/// The processor must have AVX-512, and the operand's lanes and steps must be there.
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn pack(dest: &mut [Line], operand: Operand, form: Form, first: usize, inner: Range<usize>) {
+/// The processor must have AVX-512 with `bf16`, and the operand's lanes and steps must be there.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) unsafe fn pack<const PARTS: usize>(
+    dest: &mut [Line],
+    operand: Operand,
+    form: Form,
+    first: usize,
+    inner: Range<usize>,
+) {
     let along = operand.depth == 1;
     let stride = if along { operand.lane } else { operand.depth };
-    for (step, from) in dest.chunks_exact_mut(STEP / Line::BYTES).zip(inner.clone().step_by(PANEL)) {
+    for (panel, from) in dest.chunks_exact_mut(step(PARTS) / Line::BYTES).zip(inner.clone().step_by(PANEL)) {
         let depth = (inner.end - from).min(PANEL);
         for half in 0..2 {
             let lane = first + half * TILE;
             let lanes = operand.lanes.saturating_sub(lane).min(TILE);
             let start = operand.start.wrapping_offset(lane as isize * operand.lane + from as isize * operand.depth);
             let tile = Source { start, stride, lanes, depth };
-            let dest = &mut step[half * TILE..];
+            let dest = &mut panel[half * TILE..];
             // SAFETY: the lanes and steps that the source counts are there.
             unsafe {
                 match (along, form, lanes == TILE && depth == PANEL) {
-                    (true, Form::Rows, true) => as_it_lies::<true, true>(dest, tile),
-                    (true, Form::Rows, false) => as_it_lies::<true, false>(dest, tile),
-                    (false, Form::Pairs, true) => as_it_lies::<false, true>(dest, tile),
-                    (false, Form::Pairs, false) => as_it_lies::<false, false>(dest, tile),
-                    (true, Form::Pairs, true) => turned::<true, true>(dest, tile),
-                    (true, Form::Pairs, false) => turned::<true, false>(dest, tile),
-                    (false, Form::Rows, true) => turned::<false, true>(dest, tile),
-                    (false, Form::Rows, false) => turned::<false, false>(dest, tile),
+                    (true, Form::Rows, true) => as_it_lies::<true, true, PARTS>(dest, tile),
+                    (true, Form::Rows, false) => as_it_lies::<true, false, PARTS>(dest, tile),
+                    (false, Form::Pairs, true) => as_it_lies::<false, true, PARTS>(dest, tile),
+                    (false, Form::Pairs, false) => as_it_lies::<false, false, PARTS>(dest, tile),
+                    (true, Form::Pairs, true) => turned::<true, true, PARTS>(dest, tile),
+                    (true, Form::Pairs, false) => turned::<true, false, PARTS>(dest, tile),
+                    (false, Form::Rows, true) => turned::<false, true, PARTS>(dest, tile),
+                    (false, Form::Rows, false) => turned::<false, false, PARTS>(dest, tile),
                 }
             }
         }
@@ -185,11 +194,18 @@ fn part_of(line: [__m512; 2]) -> (__m512i, [__m512; 2]) {
     (halves(near), [rest(line[0], near[0]), rest(line[1], near[1])])
 }
 
-/// A line's third part, which has eight bits left.
+/// A line's last part: of three, what has eight bits left; of fewer, what is left to the nearest, NaN where it is NaN.
 #[inline]
-#[target_feature(enable = "avx512f")]
-fn last_of(line: [__m512; 2]) -> __m512i {
-    halves([_mm512_castps_si512(line[0]), _mm512_castps_si512(line[1])])
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn last_of<const PARTS: usize>(line: [__m512; 2]) -> __m512i {
+    if PARTS == 3 {
+        return halves([_mm512_castps_si512(line[0]), _mm512_castps_si512(line[1])]);
+    }
+    // SAFETY: both are 512 bits.
+    let side_by_side: __m512i = unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(line[1], line[0])) };
+    let order: [u16; 2 * TILE] = std::array::from_fn(|at| (at / 2 + at % 2 * TILE) as u16);
+    // SAFETY: as many bits are there.
+    _mm512_permutexvar_epi16(unsafe { _mm512_loadu_si512(order.as_ptr().cast()) }, side_by_side)
 }
 
 #[inline]
@@ -202,27 +218,28 @@ fn store(dest: &mut [Line], part: usize, at: usize, line: __m512i) {
 
 /// A tile's parts where a line of it is a line of the source.
 #[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn as_it_lies<const ALONG: bool, const WHOLE: bool>(dest: &mut [Line], source: Source) {
-    assert!(dest.len() >= 5 * TILE);
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn as_it_lies<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(dest: &mut [Line], source: Source) {
+    assert!(dest.len() >= (2 * PARTS - 1) * TILE);
     for at in 0..TILE {
         // SAFETY: the caller's.
-        let line = unsafe { source.line::<ALONG, WHOLE>(at) };
-        let (first, line) = part_of(line);
-        let (second, line) = part_of(line);
-        for (part, line) in [first, second, last_of(line)].into_iter().enumerate() {
-            store(dest, part, at, line);
+        let mut line = unsafe { source.line::<ALONG, WHOLE>(at) };
+        for number in 0..PARTS - 1 {
+            let (part, rest) = part_of(line);
+            store(dest, number, at, part);
+            line = rest;
         }
+        store(dest, PARTS - 1, at, last_of::<PARTS>(line));
     }
 }
 
 /// A tile's parts where a line of it is a column of the source.
 #[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn turned<const ALONG: bool, const WHOLE: bool>(dest: &mut [Line], source: Source) {
-    assert!(dest.len() >= 5 * TILE);
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn turned<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(dest: &mut [Line], source: Source) {
+    assert!(dest.len() >= (2 * PARTS - 1) * TILE);
     let mut rests = [[_mm512_setzero_ps(); 2]; TILE];
-    for part in 0..3 {
+    for part in 0..PARTS {
         let mut tile = [_mm512_setzero_si512(); TILE];
         for at in 0..TILE {
             let line = match part {
@@ -230,7 +247,7 @@ unsafe fn turned<const ALONG: bool, const WHOLE: bool>(dest: &mut [Line], source
                 0 => unsafe { source.line::<ALONG, WHOLE>(at) },
                 _ => rests[at],
             };
-            (tile[at], rests[at]) = if part < 2 { part_of(line) } else { (last_of(line), line) };
+            (tile[at], rests[at]) = if part + 1 < PARTS { part_of(line) } else { (last_of::<PARTS>(line), line) };
         }
         for (at, line) in transposed(tile).into_iter().enumerate() {
             store(dest, part, at, line);
