@@ -153,9 +153,13 @@ mod tests {
         );
         assert_eq!(keys("steps = 3", "steps = 4"), [("run.steps".to_owned(), true)]);
         let with = |policy: &str| format!("{CONFIG}[policy]\ndevice = \"cpu\"\n{policy}");
-        assert_eq!(changes(&with(""), &with("dtype = \"f32\"\n")).unwrap(), []);
-        let turned = changes(&with(""), &with("dtype = \"bf16\"\n")).unwrap();
-        assert_eq!((turned[0].key.as_str(), turned[0].allowed), ("policy.dtype", false));
+        let numbers = |dtype: &str, precision: &str| {
+            let is = with(&format!("dtype = \"{dtype}\"\nmatmul_precision = \"{precision}\"\n"));
+            changes(&with(""), &is).unwrap().into_iter().map(|change| (change.key, change.allowed)).collect::<Vec<_>>()
+        };
+        assert_eq!(numbers("f32", "highest"), []);
+        assert_eq!(numbers("bf16", "highest"), [("policy.dtype".to_owned(), false)]);
+        assert_eq!(numbers("f32", "medium"), [("policy.matmul_precision".to_owned(), true)]);
         let with = |reward: &str| format!("{CONFIG}[reward]\nkl_coef = 0.0\n{reward}");
         assert_eq!(changes(&with(""), &with("reference = true\n")).unwrap(), []);
         assert!(!changes(&with(""), &with("reference = false\n")).unwrap()[0].allowed);

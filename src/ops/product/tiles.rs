@@ -14,6 +14,8 @@ mod few;
 mod kernel;
 mod pack;
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::Places;
@@ -26,8 +28,8 @@ pub(super) use pack::Operand;
 
 /// Inner width that is packed at a time.
 const DEPTH: usize = 576;
-/// Columns of the right operand that are packed at a time: two megabytes hold them.
-const COLUMNS: usize = 384;
+/// Bytes of the right operand that are packed at a time, about: two megabytes hold them.
+const RIGHT: usize = 1300 << 10;
 /// Rows of the left operand likewise.
 const ROWS: usize = 64;
 
@@ -57,31 +59,33 @@ pub(super) unsafe fn multiply<const PARTS: usize>(
     split: bool,
 ) {
     let (m, n) = (left.lanes, right.lanes);
-    let (depth, columns) = (share(k, DEPTH), share(n, COLUMNS));
+    let depth = share(k, DEPTH);
+    let columns = share(n, RIGHT / bytes::<PARTS>(PANEL, depth) * PANEL);
     let out = Places { start: out, stride };
-    let mut packed = Room::right(columns.div_ceil(PANEL) * depth.div_ceil(PANEL) * step(PARTS));
+    let mut packed = Room::right(bytes::<PARTS>(columns, depth));
     for first in (0..n).step_by(columns) {
+        let columns = first..(first + columns).min(n);
         for from in (0..k).step_by(depth) {
             let inner = from..(from + depth).min(k);
-            let panel = inner.len().div_ceil(PANEL) * step(PARTS);
-            let packed = packed.lines(columns.min(n - first).div_ceil(PANEL) * panel);
-            let fill = |(at, lines): (usize, &mut [Line])| {
-                // SAFETY: the operand's sizes are the caller's; the panel has room for as many steps.
-                unsafe { pack::<PARTS>(lines, right, Form::Pairs, first + at * PANEL, inner.clone()) }
-            };
-            let block = |packed: &[Line], row: usize| {
-                let rows = row..(row + ROWS).min(m);
+            let packed = packed.lines(bytes::<PARTS>(columns.len(), inner.len()));
+            // SAFETY: the operand's sizes are the caller's; with the unit there is AVX-512.
+            unsafe { pack_panels::<PARTS>(packed, right, Form::Pairs, columns.clone(), &inner, split) };
+            let packed = &*packed;
+            let block = |at: usize| {
+                let rows = at * ROWS..((at + 1) * ROWS).min(m);
+                let size = bytes::<PARTS>(rows.len(), inner.len());
+                let mut room = Room::left(size);
+                let lines = room.lines(size);
+                // SAFETY: as above.
+                unsafe { pack_panels::<PARTS>(lines, left, Form::Rows, rows.clone(), &inner, false) };
+                let (operands, add) = ([&*lines, packed], add || from > 0);
                 // SAFETY: the unit and the sizes are the caller's.
-                unsafe { rows_of::<PARTS>(out, rows, left, (packed, panel), first..n, &inner, add || from > 0) }
+                unsafe { rows_of::<PARTS>(out, rows, columns.clone(), operands, inner.len(), add) };
             };
-            let blocks = m.div_ceil(ROWS);
             if split {
-                packed.par_chunks_mut(panel / Line::BYTES).enumerate().for_each(fill);
-                let packed = &*packed;
-                (0..blocks).into_par_iter().for_each(|at| block(packed, at * ROWS));
+                (0..m.div_ceil(ROWS)).into_par_iter().for_each(block);
             } else {
-                packed.chunks_mut(panel / Line::BYTES).enumerate().for_each(fill);
-                (0..blocks).for_each(|at| block(packed, at * ROWS));
+                (0..m.div_ceil(ROWS)).for_each(block);
             }
         }
     }
@@ -92,28 +96,52 @@ fn share(length: usize, most: usize) -> usize {
     length.div_ceil(length.div_ceil(most)).next_multiple_of(PANEL)
 }
 
-/// Some rows of the result, for the packed panels of columns from the first of `columns` on.
+/// Of the panels of so many lanes and inner steps.
+fn bytes<const PARTS: usize>(lanes: usize, inner: usize) -> usize {
+    lanes.div_ceil(PANEL) * inner.div_ceil(PANEL) * step(PARTS)
+}
+
+/// Packs the panels of some lanes, one after another, for the `inner` steps.
+///
+/// # Safety
+/// As of [`pack`].
+unsafe fn pack_panels<const PARTS: usize>(
+    lines: &mut [Line],
+    operand: Operand,
+    form: Form,
+    lanes: Range<usize>,
+    inner: &Range<usize>,
+    split: bool,
+) {
+    let lines = &mut lines[..bytes::<PARTS>(lanes.len(), inner.len()) / Line::BYTES];
+    let panel = bytes::<PARTS>(PANEL, inner.len()) / Line::BYTES;
+    let fill = |(at, lines): (usize, &mut [Line])| {
+        // SAFETY: the caller's; the panel has room for as many steps.
+        unsafe { pack::<PARTS>(lines, operand, form, lanes.start + at * PANEL, inner.clone()) }
+    };
+    if split {
+        lines.par_chunks_mut(panel).enumerate().for_each(fill);
+    } else {
+        lines.chunks_mut(panel).enumerate().for_each(fill);
+    }
+}
+
+/// Some rows and columns of the result, of whose operands `inner` steps are packed.
 ///
 /// # Safety
 /// As of [`multiply`].
 unsafe fn rows_of<const PARTS: usize>(
     out: Places,
-    rows: std::ops::Range<usize>,
-    left: Operand,
-    (right, panel): (&[Line], usize),
-    columns: std::ops::Range<usize>,
-    inner: &std::ops::Range<usize>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    [left, right]: [&[Line]; 2],
+    inner: usize,
     add: bool,
 ) {
-    let mut packed = Room::left(ROWS / PANEL * panel);
-    let packed = packed.lines(rows.len().div_ceil(PANEL) * panel);
-    for (at, lines) in packed.chunks_mut(panel / Line::BYTES).enumerate() {
-        // SAFETY: the operand's sizes are the caller's; the panel has room for as many steps.
-        unsafe { pack::<PARTS>(lines, left, Form::Rows, rows.start + at * PANEL, inner.clone()) };
-    }
+    let panel = bytes::<PARTS>(PANEL, inner) / Line::BYTES;
     let mut unit = Unit::enter();
-    for (right, column) in right.chunks(panel / Line::BYTES).zip(columns.clone().step_by(PANEL)) {
-        for (left, row) in packed.chunks(panel / Line::BYTES).zip(rows.clone().step_by(PANEL)) {
+    for (right, column) in right.chunks(panel).zip(columns.clone().step_by(PANEL)) {
+        for (left, row) in left.chunks(panel).zip(rows.clone().step_by(PANEL)) {
             let place = out.start.wrapping_add(row * out.stride + column);
             let sizes = [(rows.end - row).min(PANEL), (columns.end - column).min(PANEL)];
             // SAFETY: both panels have as many steps, and the block's rows and columns are there.
