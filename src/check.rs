@@ -357,7 +357,8 @@ fn staleness(config: &Config) -> Vec<String> {
         (cut, "what is drawn is of a cut distribution (rollout.top_k, top_p, min_p, repetition_penalty)"),
         (rollout.weights == RolloutWeights::Q8, "what is drawn is of weights in eight bits (rollout.weights)"),
         (
-            config.policy.matmul_precision == MatmulPrecision::Medium,
+            config.policy.matmul_precision == MatmulPrecision::Medium
+                && (config.policy.device != "cpu" || ops::has_tile_unit()),
             "what is drawn and what is learned from differ by the rounding of products (policy.matmul_precision)",
         ),
         (learner.epochs > 1, "later epochs learn from what the first version of the step drew (learner.epochs)"),

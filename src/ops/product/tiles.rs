@@ -96,7 +96,7 @@ fn share(length: usize, most: usize) -> usize {
     length.div_ceil(length.div_ceil(most)).next_multiple_of(PANEL)
 }
 
-/// Of the panels of so many lanes and inner steps.
+/// Bytes of the panels of so many lanes and inner steps.
 fn bytes<const PARTS: usize>(lanes: usize, inner: usize) -> usize {
     lanes.div_ceil(PANEL) * inner.div_ceil(PANEL) * step(PARTS)
 }
