@@ -17,7 +17,7 @@ use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, criterion_g
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
-use preceptor::ops::{AdamW, AdamWConfig, Gradients, backward};
+use preceptor::ops::{AdamW, AdamWConfig, Format, Gradients, backward};
 use rayon::ThreadPool;
 
 #[global_allocator]
@@ -49,8 +49,10 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
         (0..GROUP).map(|k| (0..ANSWER).map(|i| word(PROMPT + i * GROUP + k)).collect()).collect();
     let pack = Pack::new(&prompt, &completions);
 
-    let quantised = Arc::new(frozen.quantised().expect("eight bits"));
-    for (width, model, how) in [1, 8, 32].into_iter().flat_map(|n| [(n, &frozen, ""), (n, &quantised, " q8_0")]) {
+    let [half, eight] =
+        [Format::Bf16, Format::Q8].map(|format| Arc::new(frozen.narrowed(format).expect("fewer bits")));
+    let models = [(&frozen, ""), (&half, " bf16"), (&eight, " q8_0")];
+    for (width, (model, how)) in [1, 8, 32].into_iter().flat_map(|n| models.map(|model| (n, model))) {
         group.throughput(Throughput::Elements((width * ANSWER) as u64));
         group.bench_function(format!("sample {width}{how}"), |b| {
             let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };

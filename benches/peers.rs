@@ -7,7 +7,7 @@
 //! ```
 //!
 //! By hand, `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--eta E]
-//! [--learner-threads N] [--precision highest|high|medium]`.
+//! [--learner-threads N] [--precision highest|high|medium] [--weights f32|bf16|q8_0]`, the last of `generate` and `grpo`.
 
 #[path = "common/shapes.rs"]
 mod shapes;
@@ -30,7 +30,7 @@ use preceptor::learn::TrainState;
 use preceptor::learn::{Done, Observer};
 use preceptor::ledger::Book;
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
-use preceptor::ops::{AdamW, AdamWConfig, Gradients, backward};
+use preceptor::ops::{AdamW, AdamWConfig, Format, Gradients, backward};
 use preceptor::prepare::{Devices, Prepared, prompt_format};
 use preceptor::rollout::{Completion, Finish, Group, Prompt, Rewarded, Verdict};
 use preceptor::source::ModelFiles;
@@ -71,7 +71,8 @@ fn main() -> Result<()> {
     // Side by side takes two.
     let threads = if work == "overlap" { 2 } else { number("--threads", 1)? };
     let repeats = number("--repeats", 3)?;
-    let (subject, weights) = Subject::new(model)?;
+    let rollout_weights = options.get("--weights").and_then(Value::as_str).unwrap_or("f32").to_owned();
+    let (subject, weights) = Subject::new(model, rollout_weights)?;
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads as usize).build()?;
     let figures = match work.as_str() {
         "train" => pool.install(|| subject.train(weights, repeats))?,
@@ -99,15 +100,17 @@ struct Subject {
     shape: ModelConfig,
     /// Sequences of a training step.
     sequences: usize,
+    /// What it samples with.
+    rollout_weights: String,
 }
 
 impl Subject {
     /// With random weights for it.
-    fn new(name: &str) -> Result<(Self, Arc<Decoder>)> {
+    fn new(name: &str, rollout_weights: String) -> Result<(Self, Arc<Decoder>)> {
         let Some(shape) = shapes::shape(name) else { bail!("{name:?} is neither tiny nor smollm2") };
         let sequences = if name == "tiny" { 8 } else { 4 };
         let model = Arc::new(Decoder::new(&shape, &Weights::scratch(&shape, 0.02, 1, &Device::Cpu)?)?);
-        Ok((Self { shape, sequences }, model))
+        Ok((Self { shape, sequences, rollout_weights }, model))
     }
 
     /// `length` tokens, others for each `place`.
@@ -135,6 +138,13 @@ impl Subject {
 
     /// Samples `width` completions, eight of each prompt.
     fn generate(&self, weights: &Arc<Decoder>, width: usize, repeats: u64) -> Result<Map<String, Value>> {
+        let format = match self.rollout_weights.as_str() {
+            "f32" => None,
+            "bf16" => Some(Format::Bf16),
+            "q8_0" => Some(Format::Q8),
+            other => bail!("{other:?} is none of f32, bf16, q8_0"),
+        };
+        let weights = &format.map_or(Ok(Arc::clone(weights)), |format| weights.narrowed(format).map(Arc::new))?;
         let prompts: Vec<Vec<u32>> = (0..width.div_ceil(GROUP)).map(|k| self.words(k, PROMPT)).collect();
         let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
         let requests = || -> Vec<Request> {
@@ -247,6 +257,7 @@ impl Subject {
             format!("rollout.slots={}", BATCH * GROUP),
             format!("rollout.group_size={GROUP}"),
             format!("rollout.max_new_tokens={ANSWER}"),
+            format!("rollout.weights={}", self.rollout_weights),
             "reward.kl_coef=0".into(),
             "reward.reference=false".into(),
         ];

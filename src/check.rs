@@ -104,7 +104,11 @@ impl Sizes {
         let each = bytes(config);
         // In f32: a batch's gradient, AdamW's two moments, and but for f32 on the CPU the weights once more.
         let exact = |device: &Device| if is_fused(config, device) { 12.0 } else { 16.0 };
-        let quantised = if config.rollout.weights == RolloutWeights::Q8 { 1.1 * self.parameters } else { 0.0 };
+        let narrow = match config.rollout.weights {
+            RolloutWeights::F32 => 0.0,
+            RolloutWeights::Bf16 => 2.0 * self.parameters,
+            RolloutWeights::Q8 => 1.1 * self.parameters,
+        };
         let (home, devices) = (&config.policy.device, &prepared.devices);
         let policy = prepared.policy().device();
         let own = |method: &Method| method.model.is_none() && method.remote.is_none();
@@ -142,7 +146,7 @@ impl Sizes {
         let activations = if beside { self.activation_bytes(config, prepared, scorer) } else { 0.0 };
         add(&config.reward_model.device, scorer, (each + exact(scorer)) * self.reward_model, activations);
         if config.rollout.devices.is_empty() {
-            add(&None, policy, quantised * config.rollout.workers as f64, 0.0);
+            add(&None, policy, narrow * config.rollout.workers as f64, 0.0);
         }
         for (worker, name) in (0..config.rollout.workers).zip(config.rollout.devices.iter().cycle()) {
             // The weights that are sampled with, and those that will be.
@@ -150,7 +154,7 @@ impl Sizes {
             let shared = if config.policy.lora.is_some() { self.parameters } else { 0.0 };
             let copies = each * (shared + 2.0 * self.trained);
             let copies = if device.same_device(policy) { 0.0 } else { copies };
-            add(&Some(name.clone()), device, copies + quantised, 0.0);
+            add(&Some(name.clone()), device, copies + narrow, 0.0);
         }
         loads
     }
@@ -355,6 +359,7 @@ fn staleness(config: &Config) -> Vec<String> {
     let cut = rollout.top_k > 0 || rollout.top_p < 1.0 || rollout.min_p > 0.0 || rollout.repetition_penalty != 1.0;
     for (there, what) in [
         (cut, "what is drawn is of a cut distribution (rollout.top_k, top_p, min_p, repetition_penalty)"),
+        (rollout.weights == RolloutWeights::Bf16, "what is drawn is of weights in 16 bits (rollout.weights)"),
         (rollout.weights == RolloutWeights::Q8, "what is drawn is of weights in eight bits (rollout.weights)"),
         (
             config.policy.matmul_precision == MatmulPrecision::Medium

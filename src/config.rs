@@ -143,11 +143,14 @@ impl Config {
         let uncorrected = self.learner.correction == CorrectionKind::None && self.learner.clip == 0.0 && !pairs;
         if document.sound(&["rollout.weights", "learner.correction"])
             && uncorrected
-            && self.rollout.weights == RolloutWeights::Q8
+            && self.rollout.weights != RolloutWeights::F32
         {
             document.error(
                 "learner.correction",
-                "\"none\" with rollout.weights = \"q8_0\" would learn from tokens of other weights as if they were its own; set \"tis\"",
+                &format!(
+                    "\"none\" with rollout.weights = \"{}\" would learn from tokens of other weights as if they were its own; set \"tis\"",
+                    self.rollout.weights.word()
+                ),
             );
         }
         let uncorrected = uncorrected && self.learner.eta > 0;
@@ -155,12 +158,15 @@ impl Config {
         let places = if rollout.devices.is_empty() { std::slice::from_ref(&policy.device) } else { &rollout.devices };
         let elsewhere = policy.dtype != WeightDtype::F32 || places.iter().any(|place| place != "cpu");
         if document.sound(&["rollout.weights", "rollout.devices", "policy.device", "policy.dtype"])
-            && rollout.weights == RolloutWeights::Q8
+            && rollout.weights != RolloutWeights::F32
             && elsewhere
         {
             document.error(
                 "rollout.weights",
-                "\"q8_0\" samples on the CPU beside weights in f32; set it to \"f32\", which samples with the weights as they are",
+                &format!(
+                    "\"{}\" samples on the CPU beside weights in f32; set it to \"f32\", which samples with the weights as they are",
+                    rollout.weights.word()
+                ),
             );
         }
         if document.sound(&["reward.reference", "reward.kl_coef", "learner.algorithm"]) && !self.reward.reference {

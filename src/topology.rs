@@ -26,6 +26,7 @@ use crate::learn::publish::publish;
 use crate::learn::stage::Learn;
 use crate::ledger::{Book, Entries, UnderWay};
 use crate::model::{Copies, Decoder};
+use crate::ops::Format;
 use crate::prepare::Prepared;
 use crate::reward::warm_up::{WarmUp, WarmUpObserver};
 use crate::reward::{RewardRule, RewardStage, RewardTrainer, Scorer, TrainerPlan};
@@ -234,7 +235,11 @@ impl Node {
             knob: self.knobs.rollout.clone(),
             group_size: config.rollout.group_size,
             in_flight: config.rollout.update == UpdateMode::InFlight,
-            quantised: config.rollout.weights == RolloutWeights::Q8,
+            format: match config.rollout.weights {
+                RolloutWeights::F32 => None,
+                RolloutWeights::Bf16 => Some(Format::Bf16),
+                RolloutWeights::Q8 => Some(Format::Q8),
+            },
             device: self.prepared.devices.rollout(worker).clone(),
             seed,
             entries: entries.clone(),

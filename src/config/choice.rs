@@ -51,7 +51,7 @@ choices! {
     Pairs { "adjacent" => Adjacent, "all" => All }
     RemoteApi { "chat" => Chat, "completions" => Completions }
     RewardScaling { "running" => Running, "none" => None }
-    RolloutWeights { "f32" => F32, "q8_0" => Q8 }
+    RolloutWeights { "f32" => F32, "bf16" => Bf16, "q8_0" => Q8 }
     Schedule { "constant" => Constant, "linear" => Linear, "cosine" => Cosine }
     UpdateMode { "in-flight" => InFlight, "between-groups" => BetweenGroups }
     ValueKind { "head" => Head, "model" => Model }

@@ -193,6 +193,8 @@ pub struct Rollout {
 pub enum RolloutWeights {
     /// The weights as they are.
     F32,
+    /// In 16 bits.
+    Bf16,
     /// Blocks of 32 in eight bits.
     Q8,
 }

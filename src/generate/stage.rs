@@ -14,6 +14,7 @@ use super::{Engine, Request, Sampled, Weighted};
 use crate::knob::Knob;
 use crate::ledger::Entries;
 use crate::model::{Copies, Decoder};
+use crate::ops::Format;
 use crate::rollout::{Completion, Group, Prompt};
 use crate::tokens::Tokenizer;
 use crate::{fault, seed, telemetry};
@@ -54,8 +55,8 @@ pub struct RolloutPlan {
     pub group_size: usize,
     /// Whether weights may change between decode steps, or only when nothing is under way.
     pub in_flight: bool,
-    /// Whether to sample with the weights in eight bits.
-    pub quantised: bool,
+    /// What to sample with the matrices in, if not as they are.
+    pub format: Option<Format>,
     /// Where to sample.
     pub device: Device,
     /// The run's seed.
@@ -67,12 +68,12 @@ pub struct RolloutPlan {
 impl Rollout {
     /// An actor that sees new weights through `reader`; `tokenizer` is for the text that judges read.
     pub fn new(reader: SnapshotReader<Decoder>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
-        let RolloutPlan { sampling, slots, knob, group_size, in_flight, quantised, device, seed, entries } = plan;
+        let RolloutPlan { sampling, slots, knob, group_size, in_flight, format, device, seed, entries } = plan;
         Self {
             weights: Live {
                 reader,
                 in_flight,
-                quantised,
+                format,
                 copies: Copies::new(device),
                 running: None,
                 pinned: false,
@@ -178,7 +179,7 @@ impl Stage for Rollout {
 struct Live {
     reader: SnapshotReader<Decoder>,
     in_flight: bool,
-    quantised: bool,
+    format: Option<Format>,
     /// The weights where it samples.
     copies: Copies,
     /// What it runs now.
@@ -202,7 +203,7 @@ impl Live {
             // What a publisher told a fingerprint of is computed.
             let model = self.copies.of(&snapshot.value)?;
             self.reader.acknowledge(&snapshot, model.weights().fingerprint()?);
-            let model = if self.quantised { Arc::new(model.quantised()?) } else { model };
+            let model = self.format.map_or(Ok(model.clone()), |format| model.narrowed(format).map(Arc::new))?;
             self.running = Some((snapshot.version, model));
         }
         self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))

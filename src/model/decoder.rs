@@ -12,7 +12,7 @@ use super::lora::{Lora, is_adapter};
 use super::pack::Pack;
 use super::rope::{Angles, Frequencies};
 use super::weights::Weights;
-use crate::ops::{self, Q8};
+use crate::ops::{self, Format, Narrow};
 
 /// A decoder over borrowed storage: building one from [`Weights`] copies nothing.
 #[derive(Debug, Clone)]
@@ -22,8 +22,8 @@ pub struct Decoder {
     layers: Vec<Arc<Layer>>,
     final_norm: Tensor,
     head: Tensor,
-    /// The head in eight bits, for sampling.
-    head_q8: Option<Arc<Q8>>,
+    /// The head in fewer bits, for sampling.
+    narrow_head: Option<Arc<Narrow>>,
     frequencies: Arc<Frequencies>,
     weights: Weights,
     lora: Option<Lora>,
@@ -61,7 +61,7 @@ impl Decoder {
             embedding,
             layers,
             head,
-            head_q8: None,
+            narrow_head: None,
             frequencies: Arc::new(Frequencies::new(config)),
             weights: weights.clone(),
             lora: lora.cloned(),
@@ -127,14 +127,14 @@ impl Decoder {
         self.with_weights(&self.weights.snapshot()?)
     }
 
-    /// The same model, shared, with its matrices in eight bits beside (Q8_0): for sampling, where a step of few rows is
-    /// bound by reading them. Products of more rows, and all that has a gradient, stay as they are.
+    /// The same model, shared, with its matrices in `format` beside: for sampling, where a step of few rows is bound by
+    /// reading them. Products of more rows, and all that has a gradient, stay as they are.
     ///
     /// # Errors
     /// Tensor errors only.
-    pub fn quantised(&self) -> Result<Self> {
-        let layers = self.layers.iter().map(|layer| layer.quantised().map(Arc::new)).collect::<Result<_>>()?;
-        Ok(Self { layers, head_q8: Q8::of(&self.head)?.map(Arc::new), ..self.clone() })
+    pub fn narrowed(&self, format: Format) -> Result<Self> {
+        let layers = self.layers.iter().map(|layer| layer.narrowed(format).map(Arc::new)).collect::<Result<_>>()?;
+        Ok(Self { layers, narrow_head: Narrow::of(&self.head, format)?.map(Arc::new), ..self.clone() })
     }
 
     /// `copy`, which runs as this one does.
@@ -225,7 +225,7 @@ impl Decoder {
     /// # Errors
     /// Shapes that do not fit.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        ops::softcap(&layer::linear(hidden, &self.head, self.head_q8.as_deref())?, self.config.logit_cap)
+        ops::softcap(&layer::linear(hidden, &self.head, self.narrow_head.as_deref())?, self.config.logit_cap)
     }
 
     /// Hidden states `[N, D]` that predict the targets of `pack`.

@@ -8,7 +8,7 @@ use super::config::ModelConfig;
 use super::lora::Lora;
 use super::rope::Angles;
 use super::weights::Weights;
-use crate::ops::{self, Matrix, Q8};
+use crate::ops::{self, Format, Matrix, Narrow};
 
 /// A layer's tensors, and where it stands.
 #[derive(Debug, Clone)]
@@ -35,8 +35,8 @@ pub(super) struct Layer {
 #[derive(Debug, Clone)]
 struct Linear {
     matrix: Matrix,
-    /// Its weight in eight bits, for few rows without a gradient.
-    q8: Option<Arc<Q8>>,
+    /// Its weight in fewer bits, for few rows without a gradient.
+    narrow: Option<Arc<Narrow>>,
 }
 
 /// What makes queries, keys or values of a hidden state.
@@ -65,7 +65,7 @@ impl Layer {
         let matrix = |name: &str, shape: [usize; 2]| {
             let adapter = |lora: &Lora| lora.adapter(weights, &format!("model.layers.{index}.{name}"), shape);
             let adapter = lora.map_or(Ok(None), adapter)?;
-            anyhow::Ok(Linear { matrix: Matrix { adapter, ..get(name, &shape)?.into() }, q8: None })
+            anyhow::Ok(Linear { matrix: Matrix { adapter, ..get(name, &shape)?.into() }, narrow: None })
         };
         let projection = |letter: &str, width: usize| {
             let (bias, norm) = (config.family.qkv_bias, config.family.qk_norm && letter != "v");
@@ -98,13 +98,13 @@ impl Layer {
         })
     }
 
-    /// The same layer with its matrices in eight bits beside.
-    pub(super) fn quantised(&self) -> Result<Self> {
+    /// The same layer with its matrices in `format` beside.
+    pub(super) fn narrowed(&self, format: Format) -> Result<Self> {
         let mut layer = self.clone();
         let projections = [&mut layer.q, &mut layer.k, &mut layer.v].map(|projection| &mut projection.linear);
         let others = [&mut layer.o, &mut layer.gate, &mut layer.up, &mut layer.down];
         for linear in projections.into_iter().chain(others) {
-            linear.q8 = Q8::of(&linear.matrix.weight)?.map(Arc::new);
+            linear.narrow = Narrow::of(&linear.matrix.weight, format)?.map(Arc::new);
         }
         Ok(layer)
     }
@@ -195,22 +195,22 @@ impl Layer {
     }
 }
 
-/// Whether rows `x` go by the matrices as they are: few go by those in eight bits, where there are any.
+/// Whether rows `x` go by the matrices as they are: few go by those in fewer bits, where there are any.
 fn are_plain<'a>(x: &Tensor, linears: impl IntoIterator<Item = &'a Linear>) -> Result<bool> {
     let few = x.dim(0)? <= ops::FEW_ROWS;
-    Ok(linears.into_iter().all(|linear| !(few && linear.q8.is_some())))
+    Ok(linears.into_iter().all(|linear| !(few && linear.narrow.is_some())))
 }
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.matrix.beside(linear(x, &self.matrix.weight, self.q8.as_deref())?, x)
+        self.matrix.beside(linear(x, &self.matrix.weight, self.narrow.as_deref())?, x)
     }
 }
 
-/// `x · weightᵀ`, by the matrix in eight bits where there is one and `x` is few rows.
-pub(super) fn linear(x: &Tensor, weight: &Tensor, q8: Option<&Q8>) -> Result<Tensor> {
-    match q8 {
-        Some(q8) if x.dim(0)? <= ops::FEW_ROWS && !x.track_op() => ops::q8_linear(x, q8),
+/// `x · weightᵀ`, by the matrix in fewer bits where there is one and `x` is few rows.
+pub(super) fn linear(x: &Tensor, weight: &Tensor, narrow: Option<&Narrow>) -> Result<Tensor> {
+    match narrow {
+        Some(narrow) if x.dim(0)? <= ops::FEW_ROWS && !x.track_op() => narrow.linear(x),
         _ => ops::linear(x, weight),
     }
 }

@@ -73,10 +73,26 @@ pub(super) struct Places {
     pub(super) start: *mut f32,
     pub(super) stride: usize,
 }
+impl Places {
+    /// The place of row `row` and column `column`; wherever that is.
+    pub(super) fn at(self, row: usize, column: usize) -> *mut f32 {
+        self.start.wrapping_add(row * self.stride + column)
+    }
+}
+
 // SAFETY: the pointer is only used for places that no other task reads or writes.
 unsafe impl Send for Places {}
 // SAFETY: likewise.
 unsafe impl Sync for Places {}
+
+/// A line of memory, aligned as processors like it.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line(pub(super) [u8; Line::BYTES]);
+
+impl Line {
+    pub(super) const BYTES: usize = 64;
+}
 
 /// Multiply-adds from which a wide product is split over threads.
 const PARALLEL_FROM: usize = 1 << 21;
@@ -152,6 +168,23 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
         return;
     }
     plain_times_transposed(out, x, w, k);
+}
+
+/// `out [m, n] = x [m, k] · w [n, k]ᵀ` for few rows and a matrix in `bf16` that lies as the tile unit takes it: panels of 32
+/// rows, steps of 32 columns, two halves of the rows, pairs of columns 16 apart. False, and nothing done, where this thread's
+/// products do not go by the [crowds'](crowded) kernels or there is no such unit.
+pub(super) fn multiply_packed(out: &mut [f32], x: &[f32], w: &[Line], sizes: [usize; 3]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if CROWDED.get() && tiles::available() {
+        match PARTS.load(Relaxed) {
+            1 => tiles::multiply_packed::<1>(out, x, w, sizes),
+            2 => tiles::multiply_packed::<2>(out, x, w, sizes),
+            _ => tiles::multiply_packed::<3>(out, x, w, sizes),
+        }
+        return true;
+    }
+    let _ = (out, x, w, sizes);
+    false
 }
 
 /// `sum [m, n] += x [m, k] · w [n, k]ᵀ`.

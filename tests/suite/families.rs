@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Engine, Fixed, MOST_SLOTS, Request, generate};
 use preceptor::model::{Decoder, ModelConfig, Onto, Pack, PackedAttention, Weights};
-use preceptor::ops::{self, Gradients, backward};
+use preceptor::ops::{self, Format, Gradients, backward};
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -204,24 +204,29 @@ fn check_behaviour(r: Reference) {
     for slots in [ops::CROWD + 1, 20, MOST_SLOTS] {
         assert_eq!(beside(slots), sampled, "in {slots} slots");
     }
-    // In eight bits it samples from a distribution near by, and the slots matter as little.
-    let quantised = Arc::new(model.quantised().unwrap());
-    let [single, together] = [1, ops::CROWD].map(|slots| {
-        let mut engine = Engine::new(&sampling, slots);
-        engine.submit(0, Request::new(&long, vec![1, 2, 3]), &r.config).unwrap();
-        let mut ended = Vec::new();
-        while !engine.is_idle() {
-            ended.extend(engine.step(&mut Fixed(Arc::clone(&quantised))).unwrap());
+    // In fewer bits it samples from a distribution near by, and the slots matter as little.
+    for (format, bound) in [(Format::Bf16, 0.02), (Format::Q8, 0.3)] {
+        let narrow = Arc::new(model.narrowed(format).unwrap());
+        let alone = |slots: usize| {
+            let mut engine = Engine::new(&sampling, slots);
+            engine.submit(0, Request::new(&long, vec![1, 2, 3]), &r.config).unwrap();
+            let mut ended = Vec::new();
+            while !engine.is_idle() {
+                ended.extend(engine.step(&mut Fixed(Arc::clone(&narrow))).unwrap());
+            }
+            ended.remove(0).1
+        };
+        assert_eq!(alone(1), alone(ops::CROWD));
+        for single in [alone(1), alone(ops::CROWD + 1)] {
+            let ids: Vec<&[u32]> = single.iter().map(|one| one.ids.as_slice()).collect();
+            let pack = Pack::new(&long, &ids);
+            let now = pack.split(&model.logprobs(&pack, 0.8).unwrap().0.to_vec1().unwrap());
+            let gaps: Vec<f32> =
+                single.iter().zip(&now).map(|(one, now)| max_abs_difference(&one.logprobs, now)).collect();
+            let worst = gaps.iter().copied().fold(0.0, f32::max);
+            assert!(worst > 1e-4 && worst < bound, "{format:?} moves log-probabilities by {gaps:?}");
         }
-        ended.remove(0).1
-    });
-    assert_eq!(single, together);
-    let ids: Vec<&[u32]> = single.iter().map(|one| one.ids.as_slice()).collect();
-    let pack = Pack::new(&long, &ids);
-    let now = pack.split(&model.logprobs(&pack, 0.8).unwrap().0.to_vec1().unwrap());
-    let gaps: Vec<f32> = single.iter().zip(&now).map(|(one, now)| max_abs_difference(&one.logprobs, now)).collect();
-    let worst = gaps.iter().copied().fold(0.0, f32::max);
-    assert!(worst > 0.0 && worst < 0.3, "eight bits move log-probabilities by {gaps:?}");
+    }
     for ((prompt, _), sampled) in prompts.iter().zip(&sampled).chain(prompts.iter().zip(&alone)) {
         let ids: Vec<&[u32]> = sampled.iter().map(|one| one.ids.as_slice()).collect();
         let pack = Pack::new(prompt, &ids);

@@ -150,7 +150,7 @@ macro_rules! kernel {
                 for row in 0..x.rows {
                     for c in 0..C {
                         // SAFETY: the caller's: there is room for these columns of each row.
-                        unsafe { *out.start.add(row * out.stride + column + c) = lanes[c][row] };
+                        unsafe { *out.at(row, column + c) = lanes[c][row] };
                     }
                 }
             }

@@ -13,18 +13,20 @@
 mod few;
 mod kernel;
 mod pack;
+mod packed;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::Places;
+use super::{Line, Places};
 use kernel::{Unit, multiply_block};
-use pack::{Form, Line, PANEL, Room, pack, step};
+use pack::{Form, PANEL, Room, pack, step};
 
 pub(super) use few::multiply as multiply_few;
 pub(super) use kernel::available;
 pub(super) use pack::Operand;
+pub(super) use packed::multiply as multiply_packed;
 
 /// Inner width that is packed at a time.
 const DEPTH: usize = 576;
@@ -142,10 +144,10 @@ unsafe fn rows_of<const PARTS: usize>(
     let mut unit = Unit::enter();
     for (right, column) in right.chunks(panel).zip(columns.clone().step_by(PANEL)) {
         for (left, row) in left.chunks(panel).zip(rows.clone().step_by(PANEL)) {
-            let place = out.start.wrapping_add(row * out.stride + column);
+            let place = out.at(row, column);
             let sizes = [(rows.end - row).min(PANEL), (columns.end - column).min(PANEL)];
             // SAFETY: both panels have as many steps, and the block's rows and columns are there.
-            unsafe { multiply_block::<PARTS>(&mut unit, left, right, (place, out.stride), sizes, add) };
+            unsafe { multiply_block::<PARTS, PARTS>(&mut unit, left, right, (place, out.stride), sizes, add) };
         }
     }
 }

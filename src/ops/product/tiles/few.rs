@@ -9,9 +9,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::Places;
+use super::{Line, Places};
 use super::kernel::{Unit, multiply_block};
-use super::pack::{Form, Line, Operand, PANEL, Room, pack, step, turn_out};
+use super::pack::{Form, Operand, PANEL, Room, pack, step, turn_out};
 
 /// Rows of the matrix in a portion.
 const ROWS: usize = 2 * PANEL;
@@ -79,7 +79,7 @@ unsafe fn columns<const PARTS: usize>(
                 for (portion, sums) in portion.chunks(size / Line::BYTES).zip(sums) {
                     let place = (sums.as_mut_ptr().cast(), PANEL);
                     // SAFETY: the sums have all rows and columns.
-                    unsafe { multiply_block::<PARTS>(&mut unit, portion, x, place, [PANEL, PANEL], from > 0) };
+                    unsafe { multiply_block::<PARTS, PARTS>(&mut unit, portion, x, place, [PANEL, PANEL], from > 0) };
                 }
             }
         }
@@ -88,7 +88,7 @@ unsafe fn columns<const PARTS: usize>(
                 let (first, column) = (at * PANEL, row + half * PANEL);
                 let sizes = [(m - first).min(PANEL), range.end.saturating_sub(column).min(PANEL)];
                 // SAFETY: `out` has these rows and columns, which are this call's.
-                unsafe { turn_out(sums, (out.start.wrapping_add(first * out.stride + column), out.stride), sizes) };
+                unsafe { turn_out(sums, (out.at(first, column), out.stride), sizes) };
             }
         }
     }

@@ -3,7 +3,8 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
-use super::pack::{Line, PANEL, TILE, TILE_BYTES, step};
+use super::Line;
+use super::pack::{PANEL, TILE, TILE_BYTES, step};
 
 /// Whether the processor has the unit, and the system lets this process use it; asked once.
 pub fn available() -> bool {
@@ -67,12 +68,12 @@ impl Drop for Unit {
     }
 }
 
-/// The first `[rows, columns]` of the product of two packed panels, stored at or (`add`) added to what is at the place
-/// given, rows of its stride.
+/// The first `[rows, columns]` of the product of two packed panels, of `PARTS` and of `RIGHT` parts, stored at or (`add`) added
+/// to what is at the place given, rows of its stride.
 ///
 /// # Safety
 /// The place must have those rows and columns.
-pub(super) unsafe fn multiply_block<const PARTS: usize>(
+pub(super) unsafe fn multiply_block<const PARTS: usize, const RIGHT: usize>(
     unit: &mut Unit,
     left: &[Line],
     right: &[Line],
@@ -81,11 +82,12 @@ pub(super) unsafe fn multiply_block<const PARTS: usize>(
     add: bool,
 ) {
     let steps = left.len() * Line::BYTES / step(PARTS);
-    assert!(steps > 0 && left.len() == right.len(), "two panels of as many steps");
+    let right_steps = right.len() * Line::BYTES / step(RIGHT);
+    assert!(steps > 0 && steps == right_steps, "two panels of as many steps");
     let operands = [left.as_ptr().cast(), right.as_ptr().cast()];
     if (rows, columns) == (PANEL, PANEL) {
         // SAFETY: the panels have as many steps; the place has all rows and columns.
-        return unsafe { square::<PARTS>(unit, operands, steps, (out, stride), add) };
+        return unsafe { square::<PARTS, RIGHT>(unit, operands, steps, (out, stride), add) };
     }
     let mut whole = [[0f32; PANEL]; PANEL];
     for (row, whole) in whole.iter_mut().enumerate().take(if add { rows } else { 0 }) {
@@ -93,7 +95,7 @@ pub(super) unsafe fn multiply_block<const PARTS: usize>(
         unsafe { out.add(row * stride).copy_to_nonoverlapping(whole.as_mut_ptr(), columns) };
     }
     // SAFETY: likewise.
-    unsafe { square::<PARTS>(unit, operands, steps, (whole.as_mut_ptr().cast(), PANEL), add) };
+    unsafe { square::<PARTS, RIGHT>(unit, operands, steps, (whole.as_mut_ptr().cast(), PANEL), add) };
     for (row, whole) in whole.iter().enumerate().take(rows) {
         // SAFETY: likewise.
         unsafe { out.add(row * stride).copy_from_nonoverlapping(whole.as_ptr(), columns) };
@@ -102,7 +104,7 @@ pub(super) unsafe fn multiply_block<const PARTS: usize>(
 
 /// A loop over steps of the inner width, between the sums as they begin and as they are stored.
 macro_rules! sums {
-    ($parts:literal: [$unit:ident, $left:ident, $right:ident, $steps:ident, $out:ident, $stride:ident, $add:ident], $($line:literal),*) => {
+    ([$parts:literal, $right_parts:literal]: [$unit:ident, $left:ident, $right:ident, $steps:ident, $out:ident, $stride:ident, $add:ident], $($line:literal),*) => {
         asm!(
             "test {add}, {add}",
             "jz 2f",
@@ -118,8 +120,8 @@ macro_rules! sums {
             "tilezero tmm3",
             "3:",
             $($line,)*
-            "add {left}, {step}",
-            "add {right}, {step}",
+            "add {left}, {left_step}",
+            "add {right}, {right_step}",
             "dec {steps}",
             "jnz 3b",
             "tilestored [{out} + {stride}*1], tmm0",
@@ -136,7 +138,8 @@ macro_rules! sums {
             awake = in(reg) $unit.awake.as_mut_ptr(),
             line = in(reg) Line::BYTES,
             tile = const TILE_BYTES,
-            step = const step($parts),
+            left_step = const step($parts),
+            right_step = const step($right_parts),
             options(nostack),
         )
     };
@@ -145,14 +148,14 @@ macro_rules! sums {
 /// 32 rows and columns of a product, in four tiles of sums.
 ///
 /// Parts are taken in an order in which each step brings but one side anew: (1, 3), (1, 2), (2, 2), (2, 1), (1, 1), (3, 1);
-/// of two (1, 2), (1, 1), (2, 1). After some 0.6 µs without a store of a tile the next one takes a quarter of a microsecond, as long as two steps take, so
+/// of two (1, 2), (1, 1), (2, 1). Where the right one has but one part, the least of the left one is first. After some 0.6 µs without a store of a tile the next one takes a quarter of a microsecond, as long as two steps take, so
 /// one that nobody reads goes with each step: with it a sum of eight steps takes 1.1 µs, without it 1.4. (Loads and products
 /// fall asleep likewise, but while there are sums they never pause for so long. Of one part a step takes so little that a
 /// sum is stored in time.)
 ///
 /// # Safety
 /// The operands must be panels of `steps` steps, one at least, and the place must have 32 rows and columns.
-unsafe fn square<const PARTS: usize>(
+unsafe fn square<const PARTS: usize, const RIGHT: usize>(
     unit: &mut Unit,
     [left, right]: [*const u8; 2],
     steps: usize,
@@ -162,8 +165,8 @@ unsafe fn square<const PARTS: usize>(
     // SAFETY: all that is read and written is the caller's; tiles are configured while there is a `Unit`, and nobody but
     // this block uses them.
     unsafe {
-        match PARTS {
-            1 => sums!(1: [unit, left, right, steps, out, stride, add],
+        match (PARTS, RIGHT) {
+            (1, 1) => sums!([1, 1]: [unit, left, right, steps, out, stride, add],
                     "tileloadd tmm4, [{left} + {line}*1]",
                     "tileloadd tmm6, [{right} + {line}*1]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
@@ -174,7 +177,7 @@ unsafe fn square<const PARTS: usize>(
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "# {awake}"
             ),
-            2 => sums!(2: [unit, left, right, steps, out, stride, add],
+            (2, 2) => sums!([2, 2]: [unit, left, right, steps, out, stride, add],
                     "tileloadd tmm4, [{left} + {line}*1]",
                     "tileloadd tmm6, [{right} + {line}*1 + 2*{tile}]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
@@ -197,7 +200,7 @@ unsafe fn square<const PARTS: usize>(
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "tilestored [{awake} + {line}*1], tmm7"
             ),
-            3 => sums!(3: [unit, left, right, steps, out, stride, add],
+            (3, 3) => sums!([3, 3]: [unit, left, right, steps, out, stride, add],
                     "tileloadd tmm4, [{left} + {line}*1]",
                     "tileloadd tmm6, [{right} + {line}*1 + 4*{tile}]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
@@ -238,7 +241,47 @@ unsafe fn square<const PARTS: usize>(
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "tilestored [{awake} + {line}*1], tmm7"
             ),
-            _ => unreachable!("one part, two or three"),
+            (2, 1) => sums!([2, 1]: [unit, left, right, steps, out, stride, add],
+                    "tileloadd tmm4, [{left} + {line}*1 + 2*{tile}]",
+                    "tileloadd tmm6, [{right} + {line}*1]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{right} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + 3*{tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm4, [{left} + {line}*1]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tilestored [{awake} + {line}*1], tmm7"
+            ),
+            (3, 1) => sums!([3, 1]: [unit, left, right, steps, out, stride, add],
+                    "tileloadd tmm4, [{left} + {line}*1 + 4*{tile}]",
+                    "tileloadd tmm6, [{right} + {line}*1]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{right} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + 5*{tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm4, [{left} + {line}*1 + 2*{tile}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + 3*{tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm4, [{left} + {line}*1]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tilestored [{awake} + {line}*1], tmm7"
+            ),
+            _ => unreachable!("from one part to three, of the right operand as many or one"),
         }
     }
 }

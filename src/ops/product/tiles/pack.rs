@@ -9,6 +9,8 @@ use std::arch::x86_64::*;
 use std::cell::Cell;
 use std::ops::Range;
 
+use super::Line;
+
 /// Lanes, and lines, of a tile.
 pub(super) const TILE: usize = 16;
 /// Lanes of a panel, which is two tiles; also the inner steps of a tile.
@@ -19,15 +21,6 @@ pub(super) const TILE_BYTES: usize = TILE * Line::BYTES;
 /// Bytes of a panel for 32 inner steps: two tiles of each part.
 pub(super) const fn step(parts: usize) -> usize {
     parts * 2 * TILE_BYTES
-}
-
-/// A line of memory, as the unit likes it aligned.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct Line(pub(super) [u8; Line::BYTES]);
-
-impl Line {
-    pub(super) const BYTES: usize = 64;
 }
 
 /// Lanes (rows of the left operand, columns of the right one) of an inner width.

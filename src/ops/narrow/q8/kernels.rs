@@ -1,7 +1,7 @@
 //! Rows of whole numbers times a panel of the matrix, by instruction set. All sum in one order: their results are the same to
 //! the last bit.
 
-use super::super::product::Places;
+use super::super::super::product::Places;
 use super::{BLOCK, GROUP, PANEL, Q8, Rows};
 
 /// All rows of `x` with one panel of the matrix.
@@ -49,7 +49,7 @@ pub(super) unsafe fn plain(out: Places, x: &Rows, weight: &Q8, panel: usize) {
         let columns = panel * PANEL..((panel + 1) * PANEL).min(weight.rows);
         for (column, sum) in columns.zip(sums) {
             // SAFETY: the caller's.
-            unsafe { out.start.add(row * out.stride + column).write(sum) };
+            unsafe { out.at(row, column).write(sum) };
         }
     }
 }
@@ -140,10 +140,7 @@ macro_rules! kernel {
                         unsafe { $store(lanes.as_mut_ptr().add(part * $lanes), *sum) };
                     }
                     // SAFETY: the caller's: there is room for the panel's columns of each row.
-                    unsafe {
-                        let out = out.start.add((row + r) * out.stride + panel * PANEL);
-                        out.copy_from_nonoverlapping(lanes.as_ptr(), columns);
-                    }
+                    unsafe { out.at(row + r, panel * PANEL).copy_from_nonoverlapping(lanes.as_ptr(), columns) };
                 }
             }
         }

@@ -1,13 +1,13 @@
-//! Matrices in eight bits, for sampling: a step of few rows is bound by reading the matrix, and one of many by arithmetic,
-//! which whole numbers of eight bits need a third of.
+//! Matrices in eight bits: a step of few rows has a quarter to read, and one of many a third of the arithmetic, which whole
+//! numbers of eight bits need.
 
 mod kernels;
 
-use super::product::{FEW_ROWS, Places};
-use super::vector::vectorised;
-use super::{is_fused, tensor_elements};
-use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
+
+use super::super::product::Places;
+use super::super::vector::vectorised;
+use super::by_panels;
 
 /// Columns that share a scale.
 const BLOCK: usize = 32;
@@ -15,8 +15,6 @@ const BLOCK: usize = 32;
 const PANEL: usize = 16;
 /// Columns of a row that lie beside each other in a panel.
 const GROUP: usize = 4;
-/// Multiply-adds that are worth a task of their own.
-const TASK: usize = 1 << 20;
 
 /// Four columns of each row of a panel; one more than 127 each, since processors multiply numbers without a sign by such
 /// with one.
@@ -30,9 +28,9 @@ const ZERO: u8 = 128;
 /// A matrix `[out, in]` in GGML's Q8_0: blocks of 32 columns, each a scale and 32 whole numbers of eight bits. The scale is
 /// kept in `f32`. Panels of 16 rows lie interleaved, so that a register holds a place of all of them.
 #[derive(Debug)]
-pub struct Q8 {
-    rows: usize,
-    width: usize,
+pub(super) struct Q8 {
+    pub(super) rows: usize,
+    pub(super) width: usize,
     /// `[panels, in / 4]`.
     values: Vec<Lanes>,
     /// `[panels, in / 32, 16]`.
@@ -40,19 +38,9 @@ pub struct Q8 {
 }
 
 impl Q8 {
-    /// The nearest of such matrices to `weight`; none where its width is no multiple of 32, or it is not `f32` in host
-    /// memory.
-    ///
-    /// # Errors
-    /// Tensor errors only.
-    pub fn of(weight: &Tensor) -> Result<Option<Self>> {
-        let (rows, width) = weight.dims2()?;
-        if !is_fused(weight) || !width.is_multiple_of(BLOCK) || rows * width == 0 {
-            return Ok(None);
-        }
-        let weight = weight.detach().contiguous()?;
-        let (storage, layout) = weight.storage_and_layout();
-        let weight = tensor_elements(&storage, layout)?;
+    /// The nearest of such matrices to the rows of `width` given, at least one.
+    pub(super) fn of(weight: &[f32], width: usize) -> Self {
+        let rows = weight.len() / width;
         let (panels, groups, blocks) = (rows.div_ceil(PANEL), width / GROUP, width / BLOCK);
         let mut values = vec![Lanes([ZERO; PANEL * GROUP]); panels * groups];
         let mut scales = vec![[0.0; PANEL]; panels * blocks];
@@ -70,7 +58,13 @@ impl Q8 {
                 scales.iter_mut().zip(&scale).for_each(|(lanes, scale)| lanes[lane] = *scale);
             }
         });
-        Ok(Some(Self { rows, width, values, scales }))
+        Self { rows, width, values, scales }
+    }
+
+    /// `out = x · weightᵀ`. The rows are brought into eight bits as well, 32 columns at a time, so that the products are of
+    /// whole numbers.
+    pub(super) fn multiply(&self, out: &mut [f32], x: &[f32]) {
+        multiply(out, &Rows::of(x, self.width), self, kernels::best());
     }
 }
 
@@ -115,53 +109,18 @@ impl Rows {
     }
 }
 
-/// `x · weightᵀ` for up to 64 rows `x` `[T, in]`, which are no part of a graph. The rows are brought into eight bits as well,
-/// 32 columns at a time, so that the products are of whole numbers. A row's result does not depend on the other rows. Fails
-/// when the widths differ, when there are more rows, or when a gradient would be lost.
-pub fn q8_linear(x: &Tensor, weight: &Q8) -> Result<Tensor> {
-    let (rows, width) = x.dims2()?;
-    if width != weight.width || rows > FEW_ROWS || x.track_op() || !is_fused(x) {
-        bail!(
-            "q8_linear: x has shape {:?}; it must have at most {FEW_ROWS} rows of {} in f32 on the cpu, and no gradient",
-            x.dims(),
-            weight.width
-        )
-    }
-    let x = x.contiguous()?;
-    let (storage, layout) = x.storage_and_layout();
-    let near = Rows::of(tensor_elements(&storage, layout)?, width);
-    drop(storage);
-    let mut out = vec![0f32; rows * weight.rows];
-    multiply(&mut out, &near, weight, kernels::best());
-    Tensor::from_vec(out, (rows, weight.rows), x.device())
-}
-
 /// All rows of `x` with all of the matrix, into `out` `[T, out]`.
 fn multiply(out: &mut [f32], x: &Rows, weight: &Q8, kernel: kernels::Kernel) {
     let (rows, panels) = (out.len() / weight.rows, weight.rows.div_ceil(PANEL));
     let out = Places { start: out.as_mut_ptr(), stride: weight.rows };
-    let run = match rayon::current_num_threads() {
-        1 => panels,
-        threads => panels.div_ceil(threads * 2).max(TASK / (rows * weight.width * PANEL).max(1)).max(1),
-    };
-    let some = |first: usize| {
-        for panel in first..(first + run).min(panels) {
-            // SAFETY: `out` has room for all rows of all panels, and each call writes the columns of its panel alone.
-            unsafe { kernel(out, x, weight, panel) };
-        }
-    };
-    if run >= panels {
-        some(0);
-    } else {
-        (0..panels.div_ceil(run)).into_par_iter().for_each(|task| some(task * run));
-    }
+    // SAFETY: `out` has room for all rows of all panels, and each call writes the columns of its panel alone.
+    by_panels(panels, rows * weight.width * PANEL, |panel| unsafe { kernel(out, x, weight, panel) });
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{flat, values};
+    use super::super::super::testing::{flat, values};
     use super::*;
-    use candle_core::{Device, Var};
 
     /// Element `[row, column]` of the matrix, and its scale.
     fn element(weight: &Q8, row: usize, column: usize) -> (f64, f64) {
@@ -175,11 +134,12 @@ mod tests {
     #[test]
     fn the_product_is_that_of_the_nearest_numbers() {
         for (rows, width, columns) in [(1, 32, 5), (7, 96, 16), (13, 64, 33), (64, 160, 40)] {
-            let (x, weight) = (flat(&values(1, &[rows, width])), values(2, &[columns, width]));
-            let near = Q8::of(&weight).unwrap().unwrap();
-            for (i, w) in flat(&weight).iter().enumerate() {
+            let [x, weight] = [values(1, &[rows, width]), values(2, &[columns, width])].map(|t| flat(&t));
+            let weight: Vec<f32> = weight.iter().map(|w| *w as f32).collect();
+            let near = Q8::of(&weight, width);
+            for (i, w) in weight.iter().enumerate() {
                 let (value, scale) = element(&near, i / width, i % width);
-                assert!((value - w).abs() <= scale * 0.501, "{i}: {value} for {w}");
+                assert!((value - f64::from(*w)).abs() <= scale * 0.501, "{i}: {value} for {w}");
             }
             let x: Vec<f32> = x.iter().map(|x| *x as f32).collect();
             let x_near = Rows::of(&x, width);
@@ -205,40 +165,5 @@ mod tests {
                 assert_eq!(run(kernels::avx2::multiply), plain);
             }
         }
-    }
-
-    #[test]
-    fn what_is_not_finite_is_seen() {
-        for wrong in [f32::NAN, f32::INFINITY] {
-            let mut x = vec![0.5; 64];
-            x[40] = wrong;
-            let x = Tensor::from_vec(x, (1, 64), &Device::Cpu).unwrap();
-            let weight = values(2, &[20, 64]);
-            let out = flat(&q8_linear(&x, &Q8::of(&weight).unwrap().unwrap()).unwrap());
-            assert!(out.iter().all(|out| !out.is_finite()), "{out:?}");
-            let out = flat(&q8_linear(&values(1, &[2, 64]), &Q8::of(&x).unwrap().unwrap()).unwrap());
-            assert!(out.iter().all(|out| !out.is_finite()), "{out:?}");
-        }
-    }
-
-    #[test]
-    fn a_row_does_not_depend_on_its_company_or_on_threads() {
-        let (x, weight) = (values(1, &[13, 64]), Q8::of(&values(2, &[700, 64])).unwrap().unwrap());
-        let all = flat(&q8_linear(&x, &weight).unwrap());
-        for threads in [1, 3] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            for row in 0..13 {
-                let one = pool.install(|| flat(&q8_linear(&x.narrow(0, row, 1).unwrap(), &weight).unwrap()));
-                assert_eq!(one, all[row * 700..(row + 1) * 700], "row {row} on {threads} threads");
-            }
-        }
-    }
-
-    #[test]
-    fn what_cannot_be_done_is_refused() {
-        assert!(Q8::of(&values(1, &[3, 33])).unwrap().is_none());
-        let weight = Q8::of(&values(1, &[3, 32])).unwrap().unwrap();
-        assert!(q8_linear(&values(2, &[65, 32]), &weight).is_err());
-        assert!(q8_linear(&Var::from_tensor(&values(2, &[2, 32])).unwrap(), &weight).is_err());
     }
 }

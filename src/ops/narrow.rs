@@ -1,0 +1,154 @@
+//! Matrices in fewer bits than `f32`, for sampling, where a step of few rows is bound by reading them.
+
+mod half;
+mod q8;
+
+use candle_core::{Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::product::FEW_ROWS;
+use super::{is_fused, tensor_elements};
+use half::Half;
+use q8::Q8;
+
+/// What a matrix is kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// `bf16`; rows that it is multiplied with stay as exact as products in `f32` take them.
+    Bf16,
+    /// GGML's Q8_0: blocks of 32 columns, each a scale and 32 whole numbers of eight bits. Rows are brought into it too.
+    Q8,
+}
+
+/// A matrix `[out, in]` in a [`Format`], its values the nearest to those that it was made of.
+#[derive(Debug)]
+pub struct Narrow(Kept);
+
+#[derive(Debug)]
+enum Kept {
+    Half(Half),
+    Q8(Q8),
+}
+
+impl Narrow {
+    /// `weight` in `format`; none where its width is no multiple of 32, or it is not `f32` in host memory.
+    ///
+    /// # Errors
+    /// Tensor errors only.
+    pub fn of(weight: &Tensor, format: Format) -> Result<Option<Self>> {
+        let (rows, width) = weight.dims2()?;
+        if !is_fused(weight) || !width.is_multiple_of(32) || rows * width == 0 {
+            return Ok(None);
+        }
+        let weight = weight.detach().contiguous()?;
+        let (storage, layout) = weight.storage_and_layout();
+        let weight = tensor_elements(&storage, layout)?;
+        Ok(Some(Self(match format {
+            Format::Bf16 => Kept::Half(Half::of(weight, width)),
+            Format::Q8 => Kept::Q8(Q8::of(weight, width)),
+        })))
+    }
+
+    /// `x · weightᵀ` for up to 64 rows `x` `[T, in]`, which are no part of a graph. A row's result does not depend on the other
+    /// rows. Fails when the widths differ, when there are more rows, or when a gradient would be lost.
+    pub fn linear(&self, x: &Tensor) -> Result<Tensor> {
+        let (rows, width) = x.dims2()?;
+        let (columns, own_width) = match &self.0 {
+            Kept::Half(weight) => (weight.rows, weight.width),
+            Kept::Q8(weight) => (weight.rows, weight.width),
+        };
+        if width != own_width || rows > FEW_ROWS || x.track_op() || !is_fused(x) {
+            bail!(
+                "a product with a matrix for sampling: x has shape {:?}; it must have at most {FEW_ROWS} rows of {own_width} in f32 on the cpu, and no gradient",
+                x.dims()
+            )
+        }
+        let x = x.contiguous()?;
+        let (storage, layout) = x.storage_and_layout();
+        let rows_of_x = tensor_elements(&storage, layout)?;
+        let mut out = vec![0f32; rows * columns];
+        match &self.0 {
+            Kept::Half(weight) => weight.multiply(&mut out, rows_of_x),
+            Kept::Q8(weight) => weight.multiply(&mut out, rows_of_x),
+        }
+        Tensor::from_vec(out, (rows, columns), x.device())
+    }
+}
+
+/// Multiply-adds that are worth a task of their own.
+const TASK: usize = 1 << 20;
+
+/// Calls `f` for each of a matrix's panels, in tasks of several where there are threads; `work` is a panel's multiply-adds.
+fn by_panels(panels: usize, work: usize, f: impl Fn(usize) + Sync) {
+    let run = match rayon::current_num_threads() {
+        1 => panels,
+        threads => panels.div_ceil(threads * 2).max(TASK / work.max(1)).max(1),
+    };
+    if run >= panels {
+        return (0..panels).for_each(f);
+    }
+    let some = |task: usize| (task * run..((task + 1) * run).min(panels)).for_each(&f);
+    (0..panels.div_ceil(run)).into_par_iter().for_each(some);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{flat, values};
+    use super::*;
+    use candle_core::{Device, Var};
+
+    const FORMATS: [Format; 2] = [Format::Bf16, Format::Q8];
+
+    fn narrow(weight: &Tensor, format: Format) -> Narrow {
+        Narrow::of(weight, format).unwrap().unwrap()
+    }
+
+    #[test]
+    fn what_is_not_finite_is_seen() {
+        for (format, wrong) in FORMATS.into_iter().flat_map(|format| [(format, f32::NAN), (format, f32::INFINITY)]) {
+            let mut x = vec![0.5; 64];
+            x[40] = wrong;
+            let x = Tensor::from_vec(x, (1, 64), &Device::Cpu).unwrap();
+            let weight = values(2, &[20, 64]);
+            for crowded in [false, true] {
+                let linear = |weight: &Tensor, x: &Tensor| {
+                    let weight = narrow(weight, format);
+                    flat(&if crowded { super::super::crowded(|| weight.linear(x)) } else { weight.linear(x) }.unwrap())
+                };
+                let out = linear(&weight, &x);
+                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {crowded}: {out:?}");
+                let out = linear(&x, &values(1, &[2, 64]));
+                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {crowded}: {out:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_its_company_or_on_threads() {
+        let (x, weight) = (values(1, &[40, 64]), values(2, &[700, 64]));
+        for (format, crowded) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
+            let weight = narrow(&weight, format);
+            let linear = |x: &Tensor| {
+                flat(&if crowded { super::super::crowded(|| weight.linear(x)) } else { weight.linear(x) }.unwrap())
+            };
+            let all = linear(&x);
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                for row in 0..40 {
+                    let one = pool.install(|| linear(&x.narrow(0, row, 1).unwrap()));
+                    assert_eq!(one, all[row * 700..(row + 1) * 700], "{format:?}: row {row} on {threads} threads");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_done_is_refused() {
+        for format in FORMATS {
+            assert!(Narrow::of(&values(1, &[3, 33]), format).unwrap().is_none());
+            let weight = narrow(&values(1, &[3, 32]), format);
+            assert!(weight.linear(&values(2, &[65, 32])).is_err());
+            assert!(weight.linear(&Var::from_tensor(&values(2, &[2, 32])).unwrap()).is_err());
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Rows of `f32` times a panel of the matrix, by instruction set. All sum in one order: their results are the same to the last
+//! bit.
+
+use super::super::super::product::Places;
+use super::{APART, HALF, Half, PAIR, PANEL, STEP};
+
+/// All rows of `x` with one panel of the matrix.
+///
+/// # Safety
+/// The processor must have the kernel's instructions, and the result room for the panel's columns of all rows.
+pub(super) type Kernel = unsafe fn(Places, &[f32], &Half, usize);
+
+/// The fastest that the processor has.
+pub(super) fn best() -> Kernel {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            return avx512::multiply;
+        }
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+            return avx2::multiply;
+        }
+    }
+    plain
+}
+
+/// Without instructions of the kind.
+///
+/// # Safety
+/// As of [`Kernel`].
+pub(super) unsafe fn plain(out: Places, x: &[f32], weight: &Half, panel: usize) {
+    let columns = (weight.rows - panel * PANEL).min(PANEL);
+    for (row, x) in x.chunks_exact(weight.width).enumerate() {
+        let mut sums = [0f32; PANEL];
+        for (x, lines) in x.chunks_exact(STEP).zip(weight.panel(panel).chunks_exact(2 * APART)) {
+            for (at, line) in lines.iter().enumerate() {
+                let (half, at) = (at / APART, at % APART);
+                for (sum, pair) in sums[half * HALF..].iter_mut().zip(line.0.as_chunks::<PAIR>().0) {
+                    let pair = u32::from_le_bytes(*pair);
+                    *sum = x[at].mul_add(f32::from_bits(pair << 16), *sum);
+                    *sum = x[at + APART].mul_add(f32::from_bits(pair & 0xffff_0000), *sum);
+                }
+            }
+        }
+        for (column, sum) in sums[..columns].iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { out.at(row, panel * PANEL + column).write(*sum) };
+        }
+    }
+}
+
+/// One instruction set's kernel, of registers of `$lanes` rows of the matrix, two at a time, and up to `$most` rows of `x`, for
+/// which the matrix is loaded once. Each such tile fetches its part of the panel that comes next.
+macro_rules! kernel {
+    ($name:ident, $features:literal, $lanes:literal, $most:literal, [$($rows:literal),*], $zero:ident, $set:ident,
+     $fma:ident, $store:ident, $load:ident, $shift:ident, $and:ident, $all:ident, $float:ident) => {
+        #[cfg(target_arch = "x86_64")]
+        pub(super) mod $name {
+            use super::{APART, HALF, Half, PAIR, PANEL, Places, STEP};
+            use std::arch::x86_64::*;
+
+            /// Rows of the matrix in a tile.
+            const TILE: usize = 2 * $lanes;
+
+            /// # Safety
+            /// As of [`Kernel`](super::Kernel).
+            #[target_feature(enable = $features)]
+            pub(in super::super) unsafe fn multiply(out: Places, x: &[f32], weight: &Half, panel: usize) {
+                let rows = x.len() / weight.width;
+                for lane in (0..(weight.rows - panel * PANEL).min(PANEL)).step_by(TILE) {
+                    for row in (0..rows).step_by($most) {
+                        let part = (row / $most, rows.div_ceil($most));
+                        match (rows - row).min($most) {
+                            $($rows => tile::<$rows>(out, x, weight, (row, panel, lane), part),)*
+                            _ => unreachable!("a tile has up to {} rows", $most),
+                        }
+                    }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            fn tile<const R: usize>(
+                out: Places,
+                x: &[f32],
+                weight: &Half,
+                (row, panel, lane): (usize, usize, usize),
+                (part, parts): (usize, usize),
+            ) {
+                let width = weight.width;
+                let x = x[row * width..(row + R) * width].as_ptr();
+                let lines = weight.panel(panel);
+                let next = lines.as_ptr().wrapping_add(lines.len());
+                let mut sums = [[$zero(); 2]; R];
+                for step in 0..width / STEP {
+                    for at in 0..APART {
+                        let line = |register: usize| {
+                            let lane = lane + register * $lanes;
+                            (step * 2 * APART + lane / HALF * APART + at, lane % HALF * PAIR)
+                        };
+                        if at % parts == part {
+                            for register in (0..2).step_by(HALF / $lanes) {
+                                _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line(register).0).cast());
+                            }
+                        }
+                        // SAFETY: a panel has all lines of a step, and `x` all columns of as many rows, as was just seen.
+                        unsafe {
+                            let pairs: [_; 2] = std::array::from_fn(|register| {
+                                let (line, byte) = line(register);
+                                $load(lines.get_unchecked(line).0.as_ptr().add(byte).cast())
+                            });
+                            let first = pairs.map(|pairs| $float($shift::<16>(pairs)));
+                            let second = pairs.map(|pairs| $float($and(pairs, $all(0xffff_0000_u32.cast_signed()))));
+                            for r in 0..R {
+                                let x = x.add(r * width + step * STEP + at);
+                                let x = [$set(*x), $set(*x.add(APART))];
+                                for register in 0..2 {
+                                    let sum = $fma(x[0], first[register], sums[r][register]);
+                                    sums[r][register] = $fma(x[1], second[register], sum);
+                                }
+                            }
+                        }
+                    }
+                }
+                let first = panel * PANEL + lane;
+                let columns = (weight.rows - first).min(TILE);
+                for (r, sums) in sums.iter().enumerate() {
+                    let mut lanes = [0f32; TILE];
+                    for (register, sum) in sums.iter().enumerate() {
+                        // SAFETY: there is room for two registers.
+                        unsafe { $store(lanes.as_mut_ptr().add(register * $lanes), *sum) };
+                    }
+                    // SAFETY: the caller's: there is room for the panel's columns of each row.
+                    unsafe { out.at(row + r, first).copy_from_nonoverlapping(lanes.as_ptr(), columns) };
+                }
+            }
+        }
+    };
+}
+
+kernel!(
+    avx512,
+    "avx512f",
+    16,
+    12,
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+    _mm512_setzero_ps,
+    _mm512_set1_ps,
+    _mm512_fmadd_ps,
+    _mm512_storeu_ps,
+    _mm512_loadu_si512,
+    _mm512_slli_epi32,
+    _mm512_and_si512,
+    _mm512_set1_epi32,
+    _mm512_castsi512_ps
+);
+kernel!(
+    avx2,
+    "avx2,fma",
+    8,
+    4,
+    [1, 2, 3, 4],
+    _mm256_setzero_ps,
+    _mm256_set1_ps,
+    _mm256_fmadd_ps,
+    _mm256_storeu_ps,
+    _mm256_loadu_si256,
+    _mm256_slli_epi32,
+    _mm256_and_si256,
+    _mm256_set1_epi32,
+    _mm256_castsi256_ps
+);
