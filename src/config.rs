@@ -102,6 +102,23 @@ pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> R
 }
 
 impl Config {
+    /// Whether the learner makes up for tokens that were drawn by other weights than it has, or bears them. A preference loss
+    /// is known to bear older samples (Noukhovitch et al. 2024); a clip against the weights that sampled bounds what they do,
+    /// as PPO always did.
+    pub fn bears_other_weights(&self) -> bool {
+        let learner = &self.learner;
+        learner.correction != CorrectionKind::None
+            || learner.clip > 0.0
+            || learner.algorithm == AlgorithmKind::OnlineDpo
+    }
+
+    /// Whether all that samples does so on the CPU, in what it computes in best.
+    pub fn samples_as_a_cpu_likes(&self) -> bool {
+        let (policy, devices) = (&self.policy, &self.rollout.devices);
+        let places = if devices.is_empty() { std::slice::from_ref(&policy.device) } else { devices };
+        policy.dtype == WeightDtype::F32 && places.iter().all(|place| place == "cpu")
+    }
+
     /// What no single key can tell.
     fn check(&self, document: &mut Document) {
         let pairs = self.learner.algorithm == AlgorithmKind::OnlineDpo;
@@ -138,9 +155,7 @@ impl Config {
                 ),
             );
         }
-        // A preference loss is known to bear older samples (Noukhovitch et al. 2024), so it needs no correction; a clip
-        // against the weights that sampled bounds what they do, as PPO always did.
-        let uncorrected = self.learner.correction == CorrectionKind::None && self.learner.clip == 0.0 && !pairs;
+        let uncorrected = !self.bears_other_weights();
         if document.sound(&["rollout.weights", "learner.correction"])
             && uncorrected
             && self.rollout.weights != RolloutWeights::F32
@@ -154,18 +169,15 @@ impl Config {
             );
         }
         let uncorrected = uncorrected && self.learner.eta > 0;
-        let (policy, rollout) = (&self.policy, &self.rollout);
-        let places = if rollout.devices.is_empty() { std::slice::from_ref(&policy.device) } else { &rollout.devices };
-        let elsewhere = policy.dtype != WeightDtype::F32 || places.iter().any(|place| place != "cpu");
         if document.sound(&["rollout.weights", "rollout.devices", "policy.device", "policy.dtype"])
-            && rollout.weights != RolloutWeights::F32
-            && elsewhere
+            && self.rollout.weights != RolloutWeights::F32
+            && !self.samples_as_a_cpu_likes()
         {
             document.error(
                 "rollout.weights",
                 &format!(
                     "\"{}\" samples on the CPU beside weights in f32; set it to \"f32\", which samples with the weights as they are",
-                    rollout.weights.word()
+                    self.rollout.weights.word()
                 ),
             );
         }
@@ -179,6 +191,7 @@ impl Config {
                 document.error("reward.reference", &format!("must be true: {why}"));
             }
         }
+        let rollout = &self.rollout;
         if document.sound(&["rollout.workers", "rollout.devices"]) && rollout.devices.len() > rollout.workers {
             document.error(
                 "rollout.devices",

@@ -3,7 +3,7 @@
 use preceptor_actors::RoleShare;
 use serde::Serialize;
 
-use crate::config::Config;
+use crate::config::{Choice, Config, RolloutWeights};
 use crate::generate::MOST_SLOTS;
 
 /// A role limits when its workers work at least this share of the time.
@@ -194,6 +194,15 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
         }
         _ => {}
     }
+    let may_narrow = config.bears_other_weights() && config.samples_as_a_cpu_likes();
+    if share.role == "rollout" && rollout.weights == RolloutWeights::F32 && may_narrow {
+        settings.push(Setting {
+            key: "rollout.weights",
+            now: RolloutWeights::F32.word().into(),
+            attempt: RolloutWeights::Bf16.word().into(),
+            why: "each decode step has half as much to read; importance ratios tell what it changes".into(),
+        });
+    }
     if spare == 0 && !(share.role == "label" && is_remote(config)) {
         let key = match share.role.as_str() {
             "rollout" => "rollout.threads",
@@ -271,7 +280,7 @@ mod tests {
         // Two of two cores are used: more actors would only share them.
         let full = diagnose(&[share("rollout", 0.95, 0.0, 0.0), share("learn", 0.9, 0.0, 0.0)], &config(&[]), 2);
         let keys: Vec<&str> = full.unwrap().settings.iter().map(|setting| setting.key).collect();
-        assert_eq!(keys, ["rollout.slots", "rollout.threads"]);
+        assert_eq!(keys, ["rollout.slots", "rollout.weights", "rollout.threads"]);
     }
 
     #[test]

@@ -9,9 +9,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Line, Places};
 use super::kernel::{Unit, multiply_block};
 use super::pack::{Form, Operand, PANEL, Room, pack, step, turn_out};
+use super::{Line, Places};
 
 /// Rows of the matrix in a portion.
 const ROWS: usize = 2 * PANEL;
