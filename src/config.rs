@@ -311,10 +311,12 @@ mod tests {
             &["x.toml:10: learner.correction: \"none\" with learner.eta = 1"],
         );
         check("[evaluation]\nevery_steps = 5\n", &["x.toml:9: evaluation.every_steps: needs prompts that are not"]);
-        check(
-            "[rollout]\nweights = \"q8_0\"\n[learner]\neta = 0\ncorrection = \"none\"\n",
-            &["x.toml:12: learner.correction: \"none\" with rollout.weights = \"q8_0\" would learn"],
-        );
+        for weights in ["bf16", "q8_0"] {
+            check(
+                &format!("[rollout]\nweights = \"{weights}\"\n[learner]\neta = 0\ncorrection = \"none\"\n"),
+                &[&format!("x.toml:12: learner.correction: \"none\" with rollout.weights = \"{weights}\" would learn")],
+            );
+        }
         check(
             "[reward]\nreference = false\n",
             &["x.toml:9: reward.reference: must be true: reward.kl_coef = 0.05 charges for it; set it to 0"],

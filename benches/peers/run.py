@@ -58,13 +58,14 @@ def main():
                 for _ in range(args.rounds):
                     rest = [work, "--model", model, "--threads", threads, "--repeats", args.repeats,
                             "--precision", args.precision]
-                    ours.append(measure([binary], work.removesuffix("-whole"), *rest[1:]))
+                    ours.append(measure([binary], work.removesuffix("-whole"), *rest[1:], "--weights", args.weights))
                     theirs.append(measure([python, HERE / "peer.py"], *rest))
                 print(row(work, model, threads, ours, theirs), flush=True)
     if "overlap" in args.works:
         print(f"\n{OVERLAP_HEAD}", flush=True)
         for model in args.models:
-            rest = ["overlap", "--model", model, "--repeats", args.overlap_steps, "--precision", args.precision]
+            rest = ["overlap", "--model", model, "--repeats", args.overlap_steps, "--precision", args.precision,
+                    "--weights", args.weights]
             print(overlap_row(model, [measure([binary], *rest) for _ in range(args.rounds)]), flush=True)
 
 
@@ -89,6 +90,8 @@ def arguments():
     add("--precision", choices=["highest", "high", "medium"], default="highest",
         help="of products of f32 on either side: policy.matmul_precision and torch.set_float32_matmul_precision "
         "(default: highest)")
+    add("--weights", choices=["f32", "bf16", "q8_0"], default="f32",
+        help="what the node samples with, its rollout.weights; the peers sample with their own (default: f32)")
     add("--overlap-steps", type=int, default=20, help="steps of the runs that overlap times (default: 20)")
     add("--python", help="the interpreter of an environment with what requirements.txt names; without it one is made in "
         "target/peers, which fills 6 GB")

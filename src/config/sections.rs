@@ -176,10 +176,11 @@ pub struct Rollout {
     pub stop: Vec<String>,
     /// Tokens that end a completion besides the model's own end tokens. Default none.
     pub stop_ids: Vec<u32>,
-    /// What the actors sample with: `f32` (default), or `q8_0`, products of eight bits: three and a half times as fast with
-    /// one slot, two and a half times with 32, on a processor with instructions for them (AVX-512 VNNI); elsewhere up to a
-    /// dozen slots or so. What is sampled is then off-policy even when it is fresh, so the learner must correct for it; the
-    /// importance ratios tell by how much.
+    /// What the actors sample with: `f32` (default); `bf16`, half as much to read: up to twice as fast, and more with more
+    /// than 16 slots on a CPU with a tile unit (Intel AMX); or `q8_0`, products of eight bits: three and a half times as
+    /// fast with one slot, two and a half times with 32, on a processor with instructions for them (AVX-512 VNNI);
+    /// elsewhere up to a dozen slots or so. What is sampled is then off-policy even when it is fresh, `q8_0` by more, so the
+    /// learner must correct for it; the importance ratios tell by how much.
     pub weights: RolloutWeights,
     /// When new weights are taken up: `in-flight` (default) between decode steps, or `between-groups`: an
     /// actor for whom there are new ones then finishes what it has before it begins more.

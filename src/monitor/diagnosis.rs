@@ -281,6 +281,11 @@ mod tests {
         let full = diagnose(&[share("rollout", 0.95, 0.0, 0.0), share("learn", 0.9, 0.0, 0.0)], &config(&[]), 2);
         let keys: Vec<&str> = full.unwrap().settings.iter().map(|setting| setting.key).collect();
         assert_eq!(keys, ["rollout.slots", "rollout.weights", "rollout.threads"]);
+        // What the configuration would refuse is not proposed, nor what it has.
+        for set in ["learner.correction=none", "policy.dtype=bf16", "rollout.weights=q8_0"] {
+            let settings = diagnose(&[share("rollout", 0.95, 0.0, 0.0)], &config(&["learner.eta=0", set]), 2).unwrap();
+            assert!(settings.settings.iter().all(|setting| setting.key != "rollout.weights"), "{set}");
+        }
     }
 
     #[test]

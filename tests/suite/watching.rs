@@ -312,8 +312,15 @@ fn check_tells_what_a_run_will_take() {
         "labeler.remote={ url = \"http://127.0.0.1:9/v1\", model = \"m\", price_prompt = 10, price_completion = 20 }";
     let mut command = preceptor(dir.path());
     command.arg("check").arg(config("offline.toml"));
-    let cut =
-        ["labeler.type=direct", judge, "rollout.top_k=5", "learner.epochs=2", "learner.algorithm=ppo", "learner.eta=3"];
+    let cut = [
+        "labeler.type=direct",
+        judge,
+        "rollout.top_k=5",
+        "rollout.weights=bf16",
+        "learner.epochs=2",
+        "learner.algorithm=ppo",
+        "learner.eta=3",
+    ];
     let output = command.args(cut.iter().flat_map(|one| ["--set", one])).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{text}{}", stderr(&output));
@@ -326,6 +333,7 @@ fn check_tells_what_a_run_will_take() {
         "a step, ",
         "η = 3: a token is at most 3 versions old",
         "off-policy  what is drawn is of a cut distribution",
+        "off-policy  what is drawn is of weights in 16 bits",
         "off-policy  later epochs",
     ] {
         assert!(text.contains(words), "{words} is not in\n{text}");
