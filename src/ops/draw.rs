@@ -4,8 +4,8 @@ use candle_core::{D, DType, Result, Tensor};
 
 use super::vector::{LANES, exp, inline_max, total, vectorised};
 
-/// Places whose mass is summed before the draw is looked for among them.
-const BLOCK: usize = 2048;
+/// Places whose mass is summed before the draw is looked for among them, one by one.
+const BLOCK: usize = 256;
 
 /// The place at which the running sum of `softmax(row · inv_t)` passes `share` (in `[0, 1)`), and its log-probability. A
 /// place of probability 0 is not chosen, unless there is no other.
@@ -111,9 +111,9 @@ mod tests {
     /// Rows of one block and of several, with places and whole blocks that have no mass.
     #[test]
     fn the_place_is_that_of_the_running_sum() {
-        for width in [1, 37, BLOCK, 3 * BLOCK + 11] {
+        for width in [1, 37, BLOCK, 6 * BLOCK + 11] {
             let value = |i: usize| ((i * 7919 + 13) % 1009) as f32 / 150.0 - 3.0;
-            let hidden = |i: usize| i % 5 == 3 || (BLOCK..2 * BLOCK).contains(&i);
+            let hidden = |i: usize| i % 5 == 3 || (2 * BLOCK..4 * BLOCK).contains(&i);
             let row: Vec<f32> = (0..width).map(|i| if hidden(i) { f32::NEG_INFINITY } else { value(i) }).collect();
             let powers: Vec<f64> = row.iter().map(|z| (f64::from(*z) * 0.7).exp()).collect();
             let total: f64 = powers.iter().sum();
