@@ -14,6 +14,7 @@ mod few;
 mod tiles;
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use gemm::Parallelism;
@@ -101,9 +102,8 @@ const PARALLEL_FROM: usize = 1 << 21;
 pub(super) fn transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
     let (m, n) = (x.len() / k, w.len() / k);
     if m <= FEW_ROWS {
-        let mut out = vec![0.0; m * n];
-        times_transposed(&mut out, x, w, k);
-        return out;
+        // SAFETY: all of it is written.
+        return unsafe { made([m, k, n], |out| few_times_transposed(room(out, m * n), x, w, k)) };
     }
     wide_transposed_product(x, w, k)
 }
@@ -141,6 +141,21 @@ unsafe fn made([m, k, n]: [usize; 3], fill: impl FnOnce(*mut f32)) -> Vec<f32> {
     out
 }
 
+/// `count` places from `start` on, which may hold anything.
+///
+/// # Safety
+/// They must be there, and nobody else may use them meanwhile.
+unsafe fn room<'a>(start: *mut f32, count: usize) -> &'a mut [MaybeUninit<f32>] {
+    // SAFETY: the caller's; no bits are wrong.
+    unsafe { std::slice::from_raw_parts_mut(start.cast(), count) }
+}
+
+/// Values as places that may hold anything, for one who writes values alone.
+pub(super) fn as_room(out: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+    // SAFETY: they are there and borrowed; the products of this module write nothing but values.
+    unsafe { room(out.as_mut_ptr(), out.len()) }
+}
+
 /// `out [m, n] = x [m, k] · w [n, k]ᵀ`.
 pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
@@ -150,6 +165,13 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
         // SAFETY: the strides cover the slices, whose sizes were checked.
         return unsafe { product(out.as_mut_ptr(), [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_)) };
     }
+    few_times_transposed(as_room(out), x, w, k);
+}
+
+/// The same for up to [`FEW_ROWS`], all of which it writes.
+fn few_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: usize) {
+    let (m, n) = (x.len() / k, w.len() / k);
+    assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     #[cfg(target_arch = "x86_64")]
     if CROWDED.get() && m * k * n > 0 {
         if tiles::available() {
@@ -173,7 +195,7 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
 /// `out [m, n] = x [m, k] · w [n, k]ᵀ` for few rows and a matrix in `bf16` that lies as the tile unit takes it: panels of 32
 /// rows, steps of 32 columns, two halves of the rows, pairs of columns 16 apart. False, and nothing done, where this thread's
 /// products do not go by the [crowds'](crowded) kernels or there is no such unit.
-pub(super) fn multiply_packed(out: &mut [f32], x: &[f32], w: &[Line], sizes: [usize; 3]) -> bool {
+pub(super) fn multiply_packed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[Line], sizes: [usize; 3]) -> bool {
     #[cfg(target_arch = "x86_64")]
     if CROWDED.get() && tiles::available() {
         match PARTS.load(Relaxed) {
@@ -210,11 +232,11 @@ pub(super) fn add_times(sum: &mut [f32], x: &[f32], w: &[f32], k: usize) {
 }
 
 /// The same for few rows on a processor that the kernel is not for: slower, and as independent of a row's company.
-fn plain_times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) {
+fn plain_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: usize) {
     let n = w.len() / k;
     for (column, w) in w.chunks_exact(k).enumerate() {
         for (row, x) in x.chunks_exact(k).enumerate() {
-            out[row * n + column] = dot(x, w);
+            out[row * n + column].write(dot(x, w));
         }
     }
 }
@@ -321,7 +343,7 @@ mod tests {
             times_transposed(&mut out, &x, &w, k);
             check("x·wᵀ", &out);
             out.fill(f32::NAN);
-            plain_times_transposed(&mut out, &x, &w, k);
+            plain_times_transposed(as_room(&mut out), &x, &w, k);
             check("x·wᵀ without the kernel", &out);
             out.fill(f32::NAN);
             times(&mut out, &x, &transposed(&w, n), k);

@@ -3,6 +3,8 @@
 
 mod kernels;
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
 use super::super::product::{Line, Places, multiply_packed};
@@ -50,7 +52,7 @@ impl Half {
     }
 
     /// `out = x · weightᵀ`, up to rounding: of what the tile unit takes of `x`, or of `f32`.
-    pub(super) fn multiply(&self, out: &mut [f32], x: &[f32]) {
+    pub(super) fn multiply(&self, out: &mut [MaybeUninit<f32>], x: &[f32]) {
         if !multiply_packed(out, x, &self.lines, [x.len() / self.width, self.width, self.rows]) {
             multiply(out, x, self, kernels::best());
         }
@@ -81,16 +83,17 @@ fn round<FMA>(pairs: &mut [u32], row: &[f32]) {
 }
 
 /// All rows of `x` with all of the matrix, into `out` `[T, out]`.
-fn multiply(out: &mut [f32], x: &[f32], weight: &Half, kernel: kernels::Kernel) {
+fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], weight: &Half, kernel: kernels::Kernel) {
     let rows = x.len() / weight.width;
     assert_eq!((x.len(), out.len()), (rows * weight.width, rows * weight.rows), "sizes of a product");
-    let out = Places { start: out.as_mut_ptr(), stride: weight.rows };
+    let out = Places { start: out.as_mut_ptr().cast(), stride: weight.rows };
     // SAFETY: `out` has room for all rows of all panels, and each call writes the columns of its panel alone.
     by_panels(weight.rows.div_ceil(PANEL), x.len() * PANEL, |panel| unsafe { kernel(out, x, weight, panel) });
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::product::as_room;
     use super::super::super::testing::{flat, values};
     use super::super::super::{crowded, has_tile_unit};
     use super::*;
@@ -121,7 +124,7 @@ mod tests {
             }
             let run = |kernel| {
                 let mut out = vec![f32::NAN; rows * columns];
-                multiply(&mut out, &x, &half, kernel);
+                multiply(as_room(&mut out), &x, &half, kernel);
                 out
             };
             let check = |out: &[f32]| {
@@ -141,7 +144,7 @@ mod tests {
                 assert_eq!(run(kernels::avx2::multiply), plain);
             }
             let mut out = vec![f32::NAN; rows * columns];
-            crowded(|| half.multiply(&mut out, &x));
+            crowded(|| half.multiply(as_room(&mut out), &x));
             check(&out);
             assert!(width < 64 || (out != plain) == has_tile_unit(), "the tile unit sums in another order");
         }

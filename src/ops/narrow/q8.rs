@@ -3,6 +3,8 @@
 
 mod kernels;
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
 use super::super::product::Places;
@@ -63,7 +65,7 @@ impl Q8 {
 
     /// `out = x · weightᵀ`. The rows are brought into eight bits as well, 32 columns at a time, so that the products are of
     /// whole numbers.
-    pub(super) fn multiply(&self, out: &mut [f32], x: &[f32]) {
+    pub(super) fn multiply(&self, out: &mut [MaybeUninit<f32>], x: &[f32]) {
         multiply(out, &Rows::of(x, self.width), self, kernels::best());
     }
 }
@@ -110,15 +112,16 @@ impl Rows {
 }
 
 /// All rows of `x` with all of the matrix, into `out` `[T, out]`.
-fn multiply(out: &mut [f32], x: &Rows, weight: &Q8, kernel: kernels::Kernel) {
+fn multiply(out: &mut [MaybeUninit<f32>], x: &Rows, weight: &Q8, kernel: kernels::Kernel) {
     let (rows, panels) = (out.len() / weight.rows, weight.rows.div_ceil(PANEL));
-    let out = Places { start: out.as_mut_ptr(), stride: weight.rows };
+    let out = Places { start: out.as_mut_ptr().cast(), stride: weight.rows };
     // SAFETY: `out` has room for all rows of all panels, and each call writes the columns of its panel alone.
     by_panels(panels, rows * weight.width * PANEL, |panel| unsafe { kernel(out, x, weight, panel) });
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::product::as_room;
     use super::super::super::testing::{flat, values};
     use super::*;
 
@@ -150,7 +153,7 @@ mod tests {
             }
             let run = |kernel| {
                 let mut out = vec![f32::NAN; rows * columns];
-                multiply(&mut out, &x_near, &near, kernel);
+                multiply(as_room(&mut out), &x_near, &near, kernel);
                 out
             };
             let plain = run(kernels::plain);

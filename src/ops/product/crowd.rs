@@ -4,6 +4,8 @@
 //! It takes as long for one row as for a register full, so that this is faster than [`few`](super::few) from about 16 rows on.
 //! A row's result depends on nothing but the row and the matrix, as there; the last bits are others.
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
 use super::Places;
@@ -12,7 +14,7 @@ use super::Places;
 const TASK: usize = 1 << 20;
 
 /// `out = x · wᵀ` of sizes `[m, k, n]`; false, and nothing done, on a processor without the instructions.
-pub(super) fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) -> bool {
+pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) -> bool {
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     let (columns, lanes): (Columns, usize) = if std::arch::is_x86_feature_detected!("avx512f") {
         (avx512::columns, 16)
@@ -21,7 +23,7 @@ pub(super) fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize;
     } else {
         return false;
     };
-    let out = Places { start: out.as_mut_ptr(), stride: n };
+    let out = Places { start: out.as_mut_ptr().cast(), stride: n };
     let threads = rayon::current_num_threads();
     for first in (0..m).step_by(MOST * lanes) {
         let rows = (m - first).min(MOST * lanes);
@@ -218,7 +220,7 @@ mod tests {
                 assert!(out[rows * n..].iter().all(|out| out.is_nan()), "{name} wrote beyond its rows");
             }
             let mut out = vec![f32::NAN; m * n];
-            if multiply(&mut out, &x, &w, [m, k, n]) {
+            if multiply(super::super::as_room(&mut out), &x, &w, [m, k, n]) {
                 check("the best", &out, m);
             }
         }

@@ -1,5 +1,7 @@
 //! The kernel for few rows.
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
 use super::Places;
@@ -8,13 +10,13 @@ use super::Places;
 const TASK: usize = 1 << 20;
 
 /// `out = x · wᵀ` of sizes `[m, k, n]`; false, and nothing done, on a processor without the instructions.
-pub(super) fn multiply(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) -> bool {
+pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) -> bool {
     let v4 = std::arch::is_x86_feature_detected!("avx512f");
     let v3 = std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma");
     if !(v3 || v4) {
         return false;
     }
-    let out = Places { start: out.as_mut_ptr(), stride: n };
+    let out = Places { start: out.as_mut_ptr().cast(), stride: n };
     let columns = |from: usize, to: usize| {
         // SAFETY: the processor has the instructions; `x`, `w` and `out` have the sizes given, and each call writes
         // the columns `from..to` alone.

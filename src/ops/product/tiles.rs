@@ -154,6 +154,7 @@ unsafe fn rows_of<const PARTS: usize>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::as_room;
     use super::*;
 
     /// Reproducible values of either sign over eight powers of ten, with all bits of their significands in use.
@@ -239,7 +240,7 @@ mod tests {
             let (m, k, n) = (64, 130, 700);
             let (x, w) = (values(m * k, 1), values(n * k, 2));
             let mut few = vec![f32::NAN; m * n];
-            multiply_few::<PARTS>(&mut few, &x, &w, [m, k, n]);
+            multiply_few::<PARTS>(as_room(&mut few), &x, &w, [m, k, n]);
             for (at, got) in few.iter().enumerate() {
                 let product = |l| f64::from(x[at / n * k + l]) * f64::from(w[at % n * k + l]);
                 let (want, size) = ((0..k).map(product).sum::<f64>(), (0..k).map(|l| product(l).abs()).sum::<f64>());
@@ -309,7 +310,7 @@ mod tests {
         for (k, n) in [(33, 19), (64, 64), (200, 301), (130, 700)] {
             let (x, w) = (values(64 * k, 1), values(n * k, 2));
             let mut all = vec![f32::NAN; 64 * n];
-            multiply_few::<3>(&mut all, &x, &w, [64, k, n]);
+            multiply_few::<3>(as_room(&mut all), &x, &w, [64, k, n]);
             for (at, got) in all.iter().enumerate() {
                 let product = |l| f64::from(x[at / n * k + l]) * f64::from(w[at % n * k + l]);
                 let (want, size) = ((0..k).map(product).sum::<f64>(), (0..k).map(|l| product(l).abs()).sum::<f64>());
@@ -320,7 +321,7 @@ mod tests {
                 for (first, rows) in [(0, 1), (5, 2), (9, 16), (2, 33), (30, 34)] {
                     let mut out = vec![f32::NAN; rows * n];
                     let x = &x[first * k..(first + rows) * k];
-                    pool.install(|| multiply_few::<3>(&mut out, x, &w, [rows, k, n]));
+                    pool.install(|| multiply_few::<3>(as_room(&mut out), x, &w, [rows, k, n]));
                     assert_eq!(out, all[first * n..(first + rows) * n], "{rows} rows of {k}x{n} on {threads} threads");
                 }
             }

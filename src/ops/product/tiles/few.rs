@@ -5,6 +5,7 @@
 //! row's result depends on nothing but the row and the matrix, as there; the last bits are others.
 
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -24,11 +25,11 @@ const TASK: usize = 1 << 20;
 ///
 /// # Panics
 /// Where the unit is not [available](super::available) or the sizes do not fit.
-pub fn multiply<const PARTS: usize>(out: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) {
+pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) {
     assert!(super::available(), "the tile unit is not there");
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     let lanes = |values: &[f32], lanes| Operand { start: values.as_ptr(), lanes, lane: k as isize, depth: 1 };
-    let (x, w, out) = (lanes(x, m), lanes(w, n), Places { start: out.as_mut_ptr(), stride: n });
+    let (x, w, out) = (lanes(x, m), lanes(w, n), Places { start: out.as_mut_ptr().cast(), stride: n });
     let panel = k.div_ceil(PANEL) * step(PARTS);
     let mut room = Room::right(m.div_ceil(PANEL) * panel);
     let packed = room.lines(m.div_ceil(PANEL) * panel);

@@ -1,5 +1,7 @@
 //! Few rows times a matrix that lies packed already, in one part.
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
 use super::kernel::{Unit, multiply_block};
@@ -13,7 +15,7 @@ const TASK: usize = 1 << 20;
 ///
 /// # Panics
 /// Where the unit is not [available](super::available) or the sizes do not fit.
-pub fn multiply<const PARTS: usize>(out: &mut [f32], x: &[f32], w: &[Line], [m, k, n]: [usize; 3]) {
+pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[Line], [m, k, n]: [usize; 3]) {
     assert!(super::available(), "the tile unit is not there");
     assert_eq!((x.len(), out.len()), (m * k, m * n), "sizes of a product");
     assert_eq!(w.len() * Line::BYTES, bytes::<1>(n, k), "size of a packed matrix");
@@ -24,7 +26,7 @@ pub fn multiply<const PARTS: usize>(out: &mut [f32], x: &[f32], w: &[Line], [m, 
     // SAFETY: the operand has the sizes that were checked; with the unit there is AVX-512.
     unsafe { pack_panels::<PARTS>(packed, x, Form::Rows, 0..m, &(0..k), false) };
     let packed = &*packed;
-    let out = Places { start: out.as_mut_ptr(), stride: n };
+    let out = Places { start: out.as_mut_ptr().cast(), stride: n };
     let steps = k.div_ceil(PANEL);
     let some = |first: usize, panels: &[Line]| {
         let mut unit = Unit::enter();
