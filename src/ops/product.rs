@@ -74,6 +74,7 @@ pub(super) struct Places {
     pub(super) start: *mut f32,
     pub(super) stride: usize,
 }
+
 impl Places {
     /// The place of row `row` and column `column`; wherever that is.
     pub(super) fn at(self, row: usize, column: usize) -> *mut f32 {
