@@ -3,6 +3,7 @@
 mod conclusion;
 mod evaluation;
 pub mod files;
+mod guard;
 pub mod journal;
 pub mod log;
 mod phases;
@@ -26,11 +27,12 @@ use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, 
 use crate::config::{Config, Mode};
 use crate::controller::{Controller, Knobs};
 use crate::device;
+use crate::exit::Ended;
 use crate::knob::Knob;
 use crate::learn::TrainState;
 use crate::ledger::Book;
 use crate::monitor::Monitor;
-use crate::prepare::{Prepared, prepare};
+use crate::prepare::{Prepared, budget, prepare_within};
 use crate::progress::Progress;
 use crate::say;
 use crate::serve::{Token, serve, upkeep};
@@ -41,8 +43,12 @@ use crate::topology::{Node, reward_trainer};
 use conclusion::Conclusion;
 use evaluation::{Evaluated, Evaluator};
 use files::{RunDir, RunFiles};
+use guard::Guard;
 use supervise::{Stop, graph_options, supervise};
 use watcher::{Due, Watcher};
+
+/// File of a run's directory that holds what was spent on remote judges so far, where `labeler.max_cost` bounds it.
+const JUDGE_COST: &str = "judge-cost.txt";
 
 /// Where a run starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,9 +78,11 @@ pub struct Summary {
 /// One error that names what went wrong. Whatever steps were finished before it are in the checkpoint that the
 /// error, or the lines before it, name.
 pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Result<Summary> {
-    let token = Token::from_env(&config.serve)?;
-    let Start { dir, checkpoint, shelf } = start(&config, run_dir, &from)?;
-    let changes = checkpoint.as_ref().map(|one| resume::compare(one, &config)).transpose()?.unwrap_or_default();
+    let token = Token::from_env(&config.serve).map_err(refused)?;
+    let Start { dir, checkpoint, shelf } = start(&config, run_dir, &from).map_err(refused)?;
+    let changes = checkpoint.as_ref().map(|one| resume::compare(one, &config)).transpose().map_err(refused)?;
+    let changes = changes.unwrap_or_default();
+    let budget = budget(&config, Some(dir.path().join(JUDGE_COST)))?;
     let monitor = Monitor::new(&config, telemetry::install()?);
     monitor.trace()?;
     upkeep(Arc::clone(&monitor));
@@ -95,10 +103,11 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     monitor.phase("loading models and data");
     let began = Instant::now();
     let (config, prepared) = tokio::task::spawn_blocking(move || {
-        let prepared = prepare(&config, true)?;
+        let prepared = prepare_within(&config, true, budget)?;
         anyhow::Ok((config, prepared))
     })
-    .await??;
+    .await?
+    .map_err(refused)?;
     say!(
         "policy    {} ({:.1} M parameters), {} prompts, ready in {:.1} s",
         prepared.origin,
@@ -121,7 +130,8 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         (None, None, None) => Lengths::default(),
     };
     let mut files = RunFiles::open(&config, dir, lengths)?;
-    monitor.recall(files.metrics()?);
+    let mut guard = Guard::new(config.guard.clone(), config.learner.batch_groups);
+    monitor.recall(files.metrics()?.inspect(|record| guard.recall(record)));
     if checkpoint.is_none() || !changes.is_empty() {
         files.configured(&config)?;
     }
@@ -195,6 +205,8 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         stop: stop.clone(),
         began: Instant::now(),
         step: start,
+        guard,
+        stopped: None,
         objectives: match config.run.mode {
             Mode::Preference => &["preference/margin", "judge/mean"],
             Mode::Distilled => &["score/mean", "judge/mean"],
@@ -268,6 +280,11 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         say!("{error:#}");
     }
     concluded
+}
+
+/// An error from before the first step: the run was refused.
+fn refused(error: anyhow::Error) -> anyhow::Error {
+    Ended::Refused(error).into()
 }
 
 /// Where a run is written, and what it goes on from.
