@@ -48,6 +48,13 @@ pub fn resident_bytes() -> Option<u64> {
     Some(pages * 4096)
 }
 
+/// Processor time of the calling thread in seconds: a measure of work that does not depend on how busy the machine is.
+#[cfg(test)]
+pub(crate) fn thread_seconds() -> f64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    text.split_whitespace().next().unwrap().parse::<f64>().unwrap() / 1e9
+}
+
 /// What this process uses, where the system tells (Linux, by `proc(5)`).
 pub fn usage() -> Option<Usage> {
     /// Linux counts processor time in hundredths of a second, on every architecture it tells it to programs.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use preceptor_actors::scripted::{Fault, ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{
@@ -18,9 +18,25 @@ struct Ran {
     handle: GraphHandle,
 }
 
+/// Restarts at once, and gives a stage on a busy machine a minute to end.
 fn quick() -> GraphOptions {
     let restart = RestartPolicy { initial_backoff: Duration::from_millis(1), ..RestartPolicy::default() };
-    GraphOptions { restart, halt_grace: Duration::from_millis(200), ..GraphOptions::default() }
+    GraphOptions { restart, halt_grace: Duration::from_secs(60), ..GraphOptions::default() }
+}
+
+/// For graphs with a stage that never ends, so that nothing depends on how long it is waited for.
+fn impatient() -> GraphOptions {
+    GraphOptions { halt_grace: Duration::from_millis(200), ..quick() }
+}
+
+/// Waits until `holds` is true.
+#[track_caller]
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited two minutes for this: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Runs a graph to its end; `meanwhile` may act on it after it has started.
@@ -130,15 +146,10 @@ fn an_edge_knows_how_long_its_items_wait() {
         Ok(())
     };
     let ran = run(quick(), build, |handle| {
-        let age = || handle.report().edges[0].age_s;
-        let tries = (0..5000).find(|_| {
-            std::thread::sleep(Duration::from_millis(1));
-            age() > 0.0
-        });
-        assert!(tries.is_some(), "nothing on the edge grows old");
-        let before = age();
-        std::thread::sleep(Duration::from_millis(20));
-        assert!(age() >= before + 0.02, "{} after {before}", age());
+        let edge = || handle.report().edges[0].clone();
+        wait_until("the sink holds one of four items", || (edge().items, edge().depth) == (4, 3));
+        let before = edge().age_s;
+        wait_until("the oldest item on the edge grows older", || edge().age_s >= before + 0.02);
         handle.halt();
     });
     assert_eq!(ran.outcome, Outcome::Halted);
@@ -154,10 +165,10 @@ fn spans_are_given_once_and_those_that_nobody_read_in_time_are_counted() {
     };
     let (mut seen, mut early) = (SpansSeen::default(), Vec::new());
     let reads = |handle: &GraphHandle| {
-        while early.len() < 100 {
+        wait_until("a hundred spans", || {
             early.extend(handle.spans(&mut seen));
-            std::thread::sleep(Duration::from_millis(1));
-        }
+            early.len() >= 100
+        });
     };
     let ran = run(quick(), build, reads);
     assert_eq!(ran.outcome, Outcome::Finished);
@@ -234,7 +245,7 @@ impl Stage for Juggler {
 /// timeline has each from its taking to its giving on.
 #[test]
 fn a_stage_may_work_on_many_items_at_once() {
-    for clock in [Clock::real(), Clock::simulated()] {
+    for (clock, simulated) in [(Clock::real(), false), (Clock::simulated(), true)] {
         let (log, most) = (Log::default(), Arc::new(Mutex::new(0)));
         let (inner, counted) = (Arc::clone(&log), Arc::clone(&most));
         let options = GraphOptions { clock, ..quick() };
@@ -253,7 +264,9 @@ fn a_stage_may_work_on_many_items_at_once() {
         assert_eq!(ran.outcome, Outcome::Finished);
         let seen: Vec<u64> = log.lock().unwrap().iter().map(|(seq, ..)| *seq).collect();
         assert_eq!(seen, (0..50).collect::<Vec<_>>());
-        assert_eq!(*most.lock().unwrap(), 4);
+        // In real time a busy machine may let the source deliver too slowly for four at once.
+        let most = *most.lock().unwrap();
+        assert!(if simulated { most == 4 } else { most <= 4 }, "{most} items at once");
         let spans: Vec<Span> =
             ran.handle.report().timeline.into_iter().filter(|span| span.stage == "juggler").collect();
         assert_eq!(spans.len(), 50);
@@ -481,12 +494,15 @@ fn the_watchdog_names_the_holder_and_restarts_even_past_a_deaf_stage() {
     let (hold, wait) = sync_channel::<()>(0);
     let wait = Arc::new(Mutex::new(wait));
     let watchdog =
-        WatchdogPolicy { stall_after: Duration::from_millis(100), restart_after: Some(Duration::from_millis(200)) };
+        WatchdogPolicy { stall_after: Duration::from_millis(500), restart_after: Some(Duration::from_secs(2)) };
+    // A machine so busy that a later incarnation stalls, too, costs another restart and nothing else.
+    let restart = RestartPolicy { max_restarts: 100, ..impatient().restart };
     let log = Log::default();
     let inner = Arc::clone(&log);
     let ran = run(
-        GraphOptions { watchdog, ..quick() },
+        GraphOptions { watchdog, restart, ..impatient() },
         move |builder| {
+            inner.lock().unwrap().clear();
             let (to_deaf, from_source) = builder.edge("in", 1);
             let (to_sink, from_deaf) = builder.edge("out", 1);
             builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 5, gate: None }, to_deaf);
@@ -512,7 +528,7 @@ fn a_halt_does_not_wait_for_a_deaf_stage() {
     let (hold, wait) = sync_channel::<()>(0);
     let wait = Arc::new(Mutex::new(wait));
     let ran = run(
-        quick(),
+        impatient(),
         move |builder| {
             let (to_deaf, from_source) = builder.edge("in", 1);
             let (to_sink, from_deaf) = builder.edge("out", 1);
@@ -523,9 +539,7 @@ fn a_halt_does_not_wait_for_a_deaf_stage() {
         },
         |handle| {
             // Two items on an edge for one: the first has been taken, so the deaf stage is at work.
-            while handle.report().edges[0].items < 2 {
-                std::thread::yield_now();
-            }
+            wait_until("the deaf stage is at work", || handle.report().edges[0].items >= 2);
             handle.halt();
         },
     );
@@ -647,9 +661,7 @@ fn a_drain_ends_a_wait_for_admission() {
                 Ok(())
             },
             |handle| {
-                while handle.report().stages[0].state != State::Admission {
-                    std::thread::yield_now();
-                }
+                wait_until("the source waits", || handle.report().stages[0].state == State::Admission);
                 handle.drain();
             },
         );

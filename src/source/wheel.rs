@@ -244,7 +244,6 @@ impl Drop for Scratch {
 #[cfg(all(test, unix))]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
     use std::time::Duration;
 
     /// A wheel with these files, and a pip that "fetches" it by copying.
@@ -272,8 +271,12 @@ mod tests {
         let text = format!(
             "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\nwhile [ \"$1\" != -d ]; do shift; done\nDEST=\"$2\"\n{body}\n"
         );
-        std::fs::write(&script, text).unwrap();
-        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+        // By a process of its own: another test's child could inherit a handle that is open for writing, and then the system
+        // refuses to run the file.
+        let mut shell = std::process::Command::new("sh");
+        let written =
+            shell.args(["-c", "printf %s \"$1\" > \"$2\" && chmod 755 \"$2\"", "sh", &text]).arg(&script).status();
+        assert!(written.unwrap().success());
         ResolveOptions {
             cache_dir: dir.join("cache"),
             timeout: Duration::from_secs(60),

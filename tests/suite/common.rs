@@ -2,8 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
+
+/// How long a test waits for something that must come. No assertion depends on how soon it comes.
+pub const PATIENCE: Duration = Duration::from_secs(180);
 
 pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -56,6 +60,16 @@ pub fn metrics(run: &Path) -> Vec<Value> {
             step
         })
         .collect()
+}
+
+/// Waits until `holds` is true, for as long as a busy machine may need.
+#[track_caller]
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for this: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 pub fn stderr(output: &Output) -> String {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -26,6 +26,8 @@ pub enum Act {
     Hang,
     /// A pause, then the rest.
     Slow(Duration, Box<Act>),
+    /// A wait until as many requests are under way as the barrier says, then the rest.
+    Meet(Arc<Barrier>, Box<Act>),
 }
 
 impl Act {
@@ -39,7 +41,7 @@ impl Act {
             Self::Body(_) => "malformed",
             Self::CloseMidBody => "connection",
             Self::Hang => "timeout",
-            Self::Slow(_, act) => act.name(),
+            Self::Slow(_, act) | Self::Meet(_, act) => act.name(),
         }
     }
 }
@@ -78,9 +80,18 @@ impl MockJudge {
                         plan(*number - 1, &path, &body)
                     };
                     *counts.lock().unwrap().entry(act.name()).or_default() += 1;
-                    while let Act::Slow(pause, then) = act {
-                        std::thread::sleep(pause);
-                        act = *then;
+                    loop {
+                        act = match act {
+                            Act::Slow(pause, then) => {
+                                std::thread::sleep(pause);
+                                *then
+                            }
+                            Act::Meet(barrier, then) => {
+                                barrier.wait();
+                                *then
+                            }
+                            other => break act = other,
+                        };
                     }
                     // Before the answer: a client that has it may ask again at once.
                     at_once.fetch_sub(1, Ordering::SeqCst);
@@ -153,7 +164,7 @@ fn play(act: &Act, stream: &TcpStream, path: &str) {
         }
         // Until the client gives up and closes.
         Act::Hang => drop(std::io::copy(&mut { stream }, &mut std::io::sink())),
-        Act::Slow(..) => unreachable!("the pause is over"),
+        Act::Slow(..) | Act::Meet(..) => unreachable!("the wait is over"),
     }
 }
 

@@ -3,11 +3,11 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::Value;
 
-use crate::common::{config, metrics, preceptor, small, stderr, train};
+use crate::common::{PATIENCE, config, metrics, preceptor, small, stderr, train, wait_until};
 
 #[test]
 fn a_synchronous_run_is_a_function_of_its_configuration() {
@@ -293,7 +293,7 @@ fn the_node_answers_and_an_interrupt_keeps_what_was_learned() {
         text
     });
     let wait = |what: &str| -> String {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let text = lines.recv_timeout(deadline.saturating_duration_since(Instant::now())).expect(what);
             if text.contains(what) {
@@ -324,13 +324,15 @@ fn the_node_answers_and_an_interrupt_keeps_what_was_learned() {
     get("/readyz");
     let status: Value = serde_json::from_str(&get("/status")).unwrap();
     assert_eq!(status["phase"], "training");
-    let spans = status["graph"]["timeline"].as_array().unwrap();
-    let of = |stage: &str| -> Vec<(f64, f64)> {
-        let spans = spans.iter().filter(|span| span["stage"] == stage);
-        spans.map(|span| (span["start_s"].as_f64().unwrap(), span["end_s"].as_f64().unwrap())).collect()
-    };
-    let overlap = of("learn").iter().any(|l| of("rollout-0").iter().any(|r| r.0 < l.1 && l.0 < r.1));
-    assert!(overlap, "at η = 1 generation overlaps learning");
+    wait_until("at η = 1 generation overlaps learning", || {
+        let status: Value = serde_json::from_str(&get("/status")).unwrap();
+        let spans = status["graph"]["timeline"].as_array().unwrap();
+        let of = |stage: &str| -> Vec<(f64, f64)> {
+            let spans = spans.iter().filter(|span| span["stage"] == stage);
+            spans.map(|span| (span["start_s"].as_f64().unwrap(), span["end_s"].as_f64().unwrap())).collect()
+        };
+        of("learn").iter().any(|l| of("rollout-0").iter().any(|r| r.0 < l.1 && l.0 < r.1))
+    });
 
     let interrupted = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(interrupted.success());

@@ -4,27 +4,25 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::common::{config, metrics, preceptor, small, stderr, train, trained};
+use crate::common::{PATIENCE, config, metrics, preceptor, small, stderr, train, trained, wait_until};
 
-/// A small run in `dir/run` that is killed once `after` steps are in its metrics, and a checkpoint is there.
+/// A small run in `dir/run` that is killed once `after` steps are in its metrics, and a checkpoint is there. Its source of
+/// prompts hangs after four steps or more, so that the run cannot end before it is killed.
 fn killed(dir: &Path, overrides: &[&str], after: usize) {
-    let mut child = command(dir, overrides).stderr(Stdio::null()).spawn().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(120);
-    loop {
+    let mut command = command(dir, overrides);
+    command.env("FAILPOINTS", "prompts.next=24*off->sleep(3600000)");
+    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+    wait_until("steps and a checkpoint", || {
         let steps = std::fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap_or_default().lines().count();
         let checkpoints = std::fs::read_dir(dir.join("run/checkpoints")).into_iter().flatten().flatten();
         let whole = checkpoints.filter(|entry| entry.file_name().to_string_lossy().starts_with("step-")).count();
-        if steps >= after && whole > 0 {
-            break;
-        }
-        assert!(Instant::now() < deadline, "the run makes no progress");
         assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+        steps >= after && whole > 0
+    });
     // SIGKILL.
     child.kill().unwrap();
     child.wait().unwrap();
@@ -105,11 +103,14 @@ fn an_asynchronous_run_that_is_killed_trains_each_prompt_once_within_its_bound()
         let mut overrides = overrides.to_vec();
         if after > 2 {
             // `killed` starts the program anew; it goes on with the run.
-            let mut child = command(dir.path(), &overrides).arg("--resume").stderr(Stdio::null()).spawn().unwrap();
-            while metrics_lines(dir.path()) < after {
+            let mut command = command(dir.path(), &overrides);
+            // A step takes more than half a second, so that seconds are left when it is killed.
+            command.arg("--resume").env("FAILPOINTS", "prompts.next=sleep(150)");
+            let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+            wait_until("steps of the resumed run", || {
                 assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
-                std::thread::sleep(Duration::from_millis(1));
-            }
+                metrics_lines(dir.path()) >= after
+            });
             child.kill().unwrap();
             child.wait().unwrap();
         } else {
@@ -243,9 +244,7 @@ fn two_processes_do_not_share_a_run_and_one_that_has_not_begun_begins() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=100000"];
     let mut child = command(dir.path(), &overrides).arg("--resume").stderr(Stdio::piped()).spawn().unwrap();
-    while metrics_lines(dir.path()) < 1 {
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_until("the first step", || metrics_lines(dir.path()) >= 1);
     let other = resume(dir.path(), &overrides);
     assert!(stderr(&other).contains("another process works on the run in run"), "{}", stderr(&other));
     assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
@@ -295,17 +294,15 @@ fn a_run_whose_machine_is_gone_goes_on_from_its_mirror() {
 #[test]
 fn a_step_that_outlasts_the_deadline_is_left_and_nothing_of_it_is_lost() {
     let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let overrides = ["run.steps=3", "learner.eta=0", "supervision.drain_s=0.3"];
+    // The step cannot end before the deadline, and the deadline leaves time to reach the third of the step's groups.
+    let overrides = ["run.steps=3", "learner.eta=0", "supervision.drain_s=4", "supervision.halt_grace_s=60"];
     let mut child = command(dir.path(), &overrides)
-        // From the second step's third group on, each takes a second and a half.
-        .env("FAILPOINTS", "learn.forward=6*off->sleep(1500)")
+        // From the second step's third group on, each takes eight seconds.
+        .env("FAILPOINTS", "learn.forward=6*off->sleep(8000)")
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    while metrics_lines(dir.path()) < 1 {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    std::thread::sleep(Duration::from_millis(900));
+    wait_until("the first step", || metrics_lines(dir.path()) >= 1);
     assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
     let mut text = String::new();
     child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
@@ -342,19 +339,20 @@ fn fine_tuning_that_was_broken_off_goes_on_as_if_it_had_not_been() {
             if resumes {
                 command.arg("--resume");
             }
-            // A step takes a while, so that it is broken off where it should be.
-            let mut child = command.env("FAILPOINTS", "sft.step=sleep(20)").stderr(Stdio::piped()).spawn().unwrap();
-            while !far(steps) {
+            // After some steps each takes half a second, so that half a minute is left to break it off.
+            let command = command.env("FAILPOINTS", "sft.step=8*off->sleep(500)");
+            let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+            wait_until("steps of fine-tuning", || {
                 assert!(child.try_wait().unwrap().is_none(), "it ended before it was broken off");
-                std::thread::sleep(Duration::from_millis(2));
-            }
+                far(steps)
+            });
             assert!(Command::new("kill").args([how, &child.id().to_string()]).status().unwrap().success());
             let output = child.wait_with_output().unwrap();
             assert!(!output.status.success() && !run.join("reference").exists(), "{}", stderr(&output));
             stderr(&output)
         };
         broken_off("-KILL", 8, false);
-        let text = broken_off("-TERM", 20, true);
+        let text = broken_off("-TERM", 12, true);
         assert!(text.contains("resuming  run/fine-tuning/checkpoints/step-0000"), "{text}");
         assert!(
             text.contains("interrupted during supervised fine-tuning; --resume goes on from run/fine-tuning"),
@@ -390,10 +388,10 @@ fn a_checkpoint_that_never_ends_is_left_when_it_is_asked_for_again() {
         let mut text = String::new();
         errors.read_to_string(&mut text).map(|_| text).unwrap()
     });
-    while metrics_lines(dir.path()) < 3 {
+    wait_until("the third step", || {
         assert!(child.try_wait().unwrap().is_none(), "it ended before its last checkpoint");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+        metrics_lines(dir.path()) >= 3
+    });
     let mut asked = 0;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
@@ -419,13 +417,13 @@ fn a_service_manager_is_told_when_the_run_is_ready_alive_and_stopping() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notify");
     let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut child =
         command(dir.path(), &["run.steps=100000"]).env("NOTIFY_SOCKET", &path).stderr(Stdio::null()).spawn().unwrap();
     let (mut said, mut asked) = (Vec::new(), false);
     let mut buffer = [0; 4096];
     while !said.iter().any(|line| line == "STOPPING=1") {
-        let n = socket.recv(&mut buffer).expect("the run says something within a minute");
+        let n = socket.recv(&mut buffer).expect("the run says something");
         said.extend(String::from_utf8_lossy(&buffer[..n]).lines().map(str::to_owned));
         if !asked && said.iter().any(|line| line == "WATCHDOG=1") {
             assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());

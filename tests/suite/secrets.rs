@@ -131,14 +131,9 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 
 /// Waits until `path` holds `words`, and returns all of it.
 fn wait(path: &Path, words: &str) -> String {
-    for _ in 0..600 {
-        let text = std::fs::read_to_string(path).unwrap();
-        if text.contains(words) {
-            return text;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
-    panic!("{words:?} did not come: {}", std::fs::read_to_string(path).unwrap())
+    let text = || std::fs::read_to_string(path).unwrap();
+    crate::common::wait_until(words, || text().contains(words));
+    text()
 }
 
 fn ask(address: &str, method: &str, path: &str, header: &str) -> String {

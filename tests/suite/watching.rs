@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use preceptor::telemetry::catalogue::{self, METRICS};
 use serde_json::Value;
 
-use crate::common::{config, metrics, preceptor, small, stderr, train};
+use crate::common::{PATIENCE, config, metrics, preceptor, small, stderr, train, wait_until};
 use crate::mock_judge::{Act, MockJudge};
 
 /// A node that runs until it is dropped.
@@ -46,7 +46,7 @@ impl Node {
     }
 
     fn wait(&self, what: &str) -> String {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let line = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())).expect(what);
             if line.contains(what) {
@@ -72,7 +72,7 @@ impl Node {
 
     /// `/status` once it satisfies `enough`.
     fn status(&self, what: &str, enough: impl Fn(&Value) -> bool) -> Value {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let status = self.json("/status");
             if enough(&status) {
@@ -208,20 +208,21 @@ fn the_page_is_open_and_all_that_it_reads_asks_for_the_token() {
 fn a_labeler_that_is_slow_is_named_with_the_setting_that_helps() {
     let dir = tempfile::tempdir().unwrap();
     let mock = MockJudge::start(|_, _, _| {
-        Act::Slow(Duration::from_millis(100), Box::new(Act::Tokens(vec![("7", 0.6), ("2", 0.4)])))
+        Act::Slow(Duration::from_millis(250), Box::new(Act::Tokens(vec![("7", 0.6), ("2", 0.4)])))
     });
     let remote = format!("labeler.remote={{ url = \"{}\", model = \"mock\", concurrency = 2 }}", mock.url);
     let cache = format!("labeler.cache=\"{}\"", dir.path().join("labels").display());
     let slow = ["labeler.type=direct", remote.as_str(), &cache, "learner.eta=2"];
     let controlled = ["controller.enabled=true", "controller.every_s=1", "rollout.group_size=2"];
     let node = Node::start(dir.path(), &[&slow[..], &controlled].concat(), None);
-    let status = node.status("label limits", |status| status["diagnosis"]["role"] == "label");
+    let clearly = |found: &Value| found["share"].as_f64() > Some(0.6) && found["gain"].as_f64() > Some(1.2);
+    let status =
+        node.status("label limits", |status| status["diagnosis"]["role"] == "label" && clearly(&status["diagnosis"]));
     let found = &status["diagnosis"];
-    assert!(found["share"].as_f64() > Some(0.6) && found["gain"].as_f64() > Some(1.2), "{found}");
     assert!(found["headline"].as_str().unwrap().contains("label limits"), "{found}");
     let keys: Vec<&Value> = found["settings"].as_array().unwrap().iter().map(|setting| &setting["key"]).collect();
     assert_eq!(keys, ["labeler.workers", "labeler.remote.concurrency"]);
-    assert!(node.get("/metrics", None).1.contains("preceptor_bottleneck{role=\"label\"} 1"));
+    wait_until("the metric", || node.get("/metrics", None).1.contains("preceptor_bottleneck{role=\"label\"} 1"));
     // What nobody takes is not sampled in such numbers.
     let told = node.wait("controller: rollout concurrency 8 → 6");
     assert!(told.contains("waits for room"), "{told}");
@@ -241,7 +242,7 @@ fn a_collector_is_sent_a_trace_of_each_group() {
     });
     let mut command = preceptor(dir.path());
     command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
-    command.args(["--set", "run.steps=100"]).env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url.trim_end_matches("/v1"));
+    command.args(["--set", "run.steps=40"]).env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url.trim_end_matches("/v1"));
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     let bodies = bodies.lock().unwrap();
@@ -249,7 +250,7 @@ fn a_collector_is_sent_a_trace_of_each_group() {
     let spans: Vec<Value> = bodies.iter().flat_map(all).collect();
     let groups: Vec<&Value> = spans.iter().filter(|span| span["name"] == "group").collect();
     let trained = metrics(&dir.path().join("run")).len() * 4;
-    assert_eq!((groups.len(), trained), (400, 400), "each group that was trained is told, once");
+    assert_eq!((groups.len(), trained), (160, 160), "each group that was trained is told, once");
     let nanos = |span: &Value, end: &str| span[end].as_str().unwrap().parse::<u64>().unwrap();
     for group in groups {
         let of: Vec<&Value> = spans.iter().filter(|span| span["traceId"] == group["traceId"]).collect();
@@ -299,10 +300,11 @@ fn win_rates_are_taken_while_it_learns_and_a_policy_ties_with_itself() {
     let still = evaluated("still", &["learner.lr=1e-12", "learner.value_lr=1e-12"]);
     assert!(!still.is_empty() && still.iter().all(|one| one["win_rate"] == 0.5 && one["verdicts"] == 6), "{still:?}");
     assert!(still.iter().all(|one| one["length"] == one["length_first"]), "{still:?}");
-    let moved = evaluated("moved", &["learner.lr=0.01"]);
+    // Once, at the last step: whether there was time for an earlier one depends on the machine.
+    let moved = evaluated("moved", &["learner.lr=0.01", "evaluation.every_steps=4"]);
     let last = &moved[moved.len() - 1];
     assert!(last["win_rate"].as_f64().is_some_and(|rate| (0.0..=1.0).contains(&rate) && rate != 0.5), "{moved:?}");
-    assert!(moved.iter().all(|one| one["step"].as_u64().is_some_and(|step| step % 2 == 0)), "{moved:?}");
+    assert!(moved.len() == 1 && last["step"] == 4, "{moved:?}");
 }
 
 #[test]
