@@ -15,7 +15,8 @@ pub enum Outcome {
     Malformed(String),
     /// 429, with what the server said of when to come back.
     RateLimited(Option<Duration>),
-    /// Another status from 400 to 499, with the beginning of the body.
+    /// Another status from 400 to 499, with the beginning of the body; or one from 300 to 399, with the address that the
+    /// server redirects to. No redirect is followed.
     Refused(u16, String),
     /// A status from 500 up.
     Server(u16),
@@ -32,6 +33,7 @@ impl Outcome {
             Self::Connection(_) => "connection",
             Self::Malformed(_) => "malformed",
             Self::RateLimited(_) => "rate_limited",
+            Self::Refused(300..=399, _) => "http_3xx",
             Self::Refused(..) => "http_4xx",
             Self::Server(_) => "http_5xx",
             Self::HedgedAway => "hedged_away",
@@ -39,8 +41,8 @@ impl Outcome {
     }
 
     /// All names.
-    pub const NAMES: [&str; 8] =
-        ["ok", "timeout", "connection", "malformed", "rate_limited", "http_4xx", "http_5xx", "hedged_away"];
+    pub const NAMES: [&str; 9] =
+        ["ok", "timeout", "connection", "malformed", "rate_limited", "http_3xx", "http_4xx", "http_5xx", "hedged_away"];
 
     /// Whether asking again may help.
     pub fn may_pass(&self) -> bool {
@@ -66,6 +68,11 @@ impl Outcome {
             Self::RateLimited(_) => "limits the rate of requests (429)".into(),
             Self::Refused(status @ (401 | 403), _) => {
                 format!("refused the key ({status}); check the variable that labeler.remote.api_key_env names")
+            }
+            Self::Refused(status @ 300..=399, target) => {
+                format!(
+                    "redirects to {target} (status {status}); redirects are not followed, since they would take prompts and the API key to an address that is not configured; if that address is right, set labeler.remote.url to it"
+                )
             }
             Self::Refused(404, body) => {
                 format!("knows no such address or model (404: {body}); check labeler.remote.url and model")
@@ -110,6 +117,7 @@ mod tests {
             (Outcome::Server(503), true),
             (Outcome::RateLimited(None), true),
             (Outcome::Malformed("empty".into()), true),
+            (Outcome::Refused(307, String::new()), false),
             (Outcome::Refused(400, String::new()), false),
             (Outcome::Refused(401, String::new()), false),
             (Outcome::Refused(408, String::new()), true),

@@ -22,5 +22,6 @@ mod secrets;
 mod sharing;
 mod smollm2;
 mod tidy;
+mod trust;
 mod tune;
 mod watching;
