@@ -71,6 +71,12 @@ pub const METRICS: &[(&str, &[Metric])] = &[
             ),
             metric(Histogram, "preceptor_publish_duration_seconds", &[], "Copying and publishing a version"),
             metric(
+                Gauge,
+                "preceptor_guard_exceeded",
+                &["bound"],
+                "1 while a bound of [guard] has been exceeded for guard.steps steps in a row: kl, entropy, masked",
+            ),
+            metric(
                 Counter,
                 "preceptor_nonfinite_steps_total",
                 &[],
