@@ -13,7 +13,7 @@ use reqwest::StatusCode;
 use serde_json::Value;
 use url::Url;
 
-use crate::http;
+use crate::{http, out};
 
 /// Between two questions to the node.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -99,8 +99,7 @@ pub fn top(node: Node, once: bool) -> Result<()> {
     let client = http::builder().timeout(Duration::from_secs(5)).build()?;
     let first = runtime.block_on(node.look(&client, &Said::default()))?;
     if once || !std::io::stdout().is_terminal() {
-        print!("{}", view::text(&first.status, &first.history, 100));
-        return Ok(());
+        return out!("{}", view::text(&first.status, &first.history, 100).trim_end());
     }
     let (sender, said) = bounded(1);
     std::thread::spawn(move || {
