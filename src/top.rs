@@ -65,6 +65,10 @@ impl Node {
         let answer = request.send().await.with_context(|| format!("{} does not answer", self.url))?;
         match answer.status() {
             StatusCode::UNAUTHORIZED => bail!("{} asks for a bearer token; name its variable by --token-env", self.url),
+            StatusCode::MISDIRECTED_REQUEST => bail!(
+                "{} does not answer to that name; ask it by its IP address, or add the name to its serve.hosts",
+                self.url
+            ),
             status if status.is_redirection() => {
                 let token = self.token.as_deref().unwrap_or_default().to_ascii_lowercase();
                 let is_secret = |text: &str| !token.is_empty() && text.to_ascii_lowercase().contains(&token);

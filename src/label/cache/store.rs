@@ -23,6 +23,9 @@ const PAUSE: Duration = Duration::from_millis(250);
 /// The longest pause between two tries to write.
 const MOST_PAUSE: Duration = Duration::from_secs(15);
 
+/// How long answers that wait keep a program from ending.
+const LAST: Duration = Duration::from_secs(30);
+
 /// How often a failure that persists is logged.
 const REPEAT: Duration = Duration::from_secs(60);
 
@@ -310,8 +313,18 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        self.write_waiting(&lock(&self.writing), true);
-        let left = lock(&self.waiting).order.len();
+        let began = Instant::now();
+        let writing = lock(&self.writing);
+        self.write_waiting(&writing, true);
+        let mut left = lock(&self.waiting).order.len();
+        if left > 0 {
+            tracing::warn!("{left} answers wait for the label cache {}, for {LAST:?} at most", self.path.display());
+        }
+        while left > 0 && began.elapsed() < LAST {
+            std::thread::sleep(PAUSE);
+            self.write_waiting(&writing, true);
+            left = lock(&self.waiting).order.len();
+        }
         if left > 0 {
             tracing::error!(
                 "{left} answers could not be written into the label cache {}; they are bought again",
