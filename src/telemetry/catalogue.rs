@@ -281,6 +281,12 @@ pub const METRICS: &[(&str, &[Metric])] = &[
             metric(Gauge, "preceptor_label_cache_entries", &[], "Answers in the label cache"),
             metric(
                 Counter,
+                "preceptor_label_cache_damaged_total",
+                &[],
+                "Times that an entry or the file of the label cache was found damaged; each label is asked for again",
+            ),
+            metric(
+                Counter,
                 "preceptor_labels_bought_again_total",
                 &[],
                 "Answers that were asked for while they were in the label cache already",
