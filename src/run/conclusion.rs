@@ -99,6 +99,11 @@ impl Conclusion {
                     ))
                     .into());
                 }
+                if step >= self.node.config.run.steps
+                    && let Some(why) = lock(&self.watcher).guard.learned_nothing()
+                {
+                    return Err(Ended::Stopped(format!("the run learned nothing: {why}")).into());
+                }
                 let interrupted = self.stop.asked() && step < self.node.config.run.steps;
                 if !interrupted {
                     lock(&self.watcher).rise();
