@@ -61,6 +61,8 @@ struct Evidence {
     answered: Option<Duration>,
     /// When the control question was last sent in vain.
     in_vain: Option<Duration>,
+    /// The model of the first answer, by the name that the server reported.
+    model: Option<String>,
 }
 
 impl Evidence {
@@ -492,13 +494,20 @@ impl Client {
             bytes = key.hide(bytes);
         }
         match status {
-            200..=299 => read(&bytes, request).map_err(Outcome::Malformed),
+            200..=299 => read(&bytes, request).map_err(Outcome::Malformed).and_then(|answer| self.of_the_judge(answer)),
             402 => Err(Outcome::Quota(status, sentence(&bytes))),
             429 if reports_quota(&bytes) => Err(Outcome::Quota(status, sentence(&bytes))),
             429 => Err(Outcome::RateLimited(wait, sentence(&bytes))),
             500.. => Err(Outcome::Server(status, wait, sentence(&bytes))),
             _ => Err(Outcome::Refused(status, sentence(&bytes))),
         }
+    }
+
+    /// Lets an answer through that is of the same model as the first one: a server may be started again with another.
+    fn of_the_judge(&self, answer: Answer) -> Result<Answer, Outcome> {
+        let Some(is) = answer.model.clone().filter(|_| !self.judge.any_model) else { return Ok(answer) };
+        let was = self.lock(&self.evidence).model.get_or_insert_with(|| is.clone()).clone();
+        if was == is { Ok(answer) } else { Err(Outcome::OtherModel(was, is)) }
     }
 
     /// Whether the server refused the number of log-probabilities, and may give fewer.

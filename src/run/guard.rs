@@ -149,8 +149,12 @@ impl Guard {
             let text = format!("{words}, for {steps} steps in a row: {remedy}");
             match self.bounds.action {
                 GuardAction::Stop => drop(finding.stop.get_or_insert(format!("{text} (guard.action = \"stop\")"))),
-                // Once, and again each time that as many steps have passed.
-                GuardAction::Warn if steps.is_multiple_of(self.bounds.steps) => finding.warnings.push(text),
+                // Once, and again when twice as many steps have passed.
+                GuardAction::Warn
+                    if (*steps / self.bounds.steps).is_power_of_two() && steps.is_multiple_of(self.bounds.steps) =>
+                {
+                    finding.warnings.push(text);
+                }
                 GuardAction::Warn => {}
             }
         }
@@ -208,8 +212,8 @@ mod tests {
             let found = warned.step(&bad, &[]);
             assert!(found.warnings.len() == 1 && found.warnings[0].contains(words), "{found:?}");
             assert_eq!(found.stop, None);
-            assert_eq!(warned.step(&bad, &[]).warnings.len(), 0, "not at every step");
-            assert_eq!(warned.step(&bad, &[]).warnings.len(), 1);
+            let later: Vec<usize> = (3..=9).map(|_| warned.step(&bad, &[]).warnings.len()).collect();
+            assert_eq!(later, [0, 1, 0, 0, 0, 1, 0], "steps 3 to 9: after 4 and 8, not at every step");
             let mut stopped = guard(GuardAction::Stop);
             stopped.recall(&bad);
             assert!(stopped.step(&bad, &[]).stop.unwrap().contains(words), "steps of an earlier process count");

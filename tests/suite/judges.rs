@@ -335,6 +335,36 @@ fn a_run_stops_with_a_checkpoint_before_it_exceeds_its_budget() {
 }
 
 #[test]
+fn answers_of_another_model_than_the_first_are_no_labels() {
+    let answer = |model: &str| {
+        let top = "[{\"token\": \"1\", \"logprob\": -0.1}]";
+        Act::Body(format!(
+            "{{\"model\": \"{model}\", \"choices\": [{{\"message\": {{\"content\": \"1\"}}, \"logprobs\": {{\"content\": [{{\"top_logprobs\": {top}}}]}}}}]}}"
+        ))
+    };
+    let mock = MockJudge::start(move |number, _, _| answer(if number < 2 { "first" } else { "second" }));
+    let settings = |any_model| RemoteJudge {
+        url: mock.url.clone(),
+        model: "mock".into(),
+        outage_s: 0.0,
+        any_model,
+        ..RemoteJudge::default()
+    };
+    let judge = Remote::new(settings(false)).unwrap();
+    for expected in [true, true, false] {
+        let reply = judge.weigh(&[question("a")], &mut Usage::default()).remove(0);
+        assert_eq!(reply.is_ok(), expected, "{reply:?}");
+        if let Err(refusal) = reply {
+            let why = refusal.to_string();
+            assert!(matches!(refusal, Refusal::Failure(_)) && why.contains("\"second\" now"), "{why}");
+        }
+    }
+    assert!(judge.stats().of("other_model") > 0);
+    let any = Remote::new(settings(true)).unwrap();
+    assert!(any.weigh(&[question("a")], &mut Usage::default())[0].is_ok());
+}
+
+#[test]
 fn labeling_a_file_ends_with_the_cause_when_the_judge_stays_away() {
     let (mock, mended) = refusing(4, &Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"));
     let dir = tempfile::tempdir().unwrap();
