@@ -135,7 +135,8 @@ impl Client {
     ///
     /// A failure of the server or the network is tried again up to `retries` times within `deadline_s`; a rate limit is
     /// waited for and counts as no try. Then, or at once after a refusal, the client finds out whether the server answers
-    /// other questions. If it does, this question is given up. If it does not, the server is away: all questions wait for
+    /// other questions. If it does, this question is asked as often once more and then given up; after a refusal that is
+    /// about the question itself (400, 413, 422), at once. If it does not, the server is away: all questions wait for
     /// it, up to `outage_s` from the first failure on, and are asked again once it answers.
     ///
     /// # Errors
@@ -145,10 +146,11 @@ impl Client {
     pub async fn ask(&self, request: &Request, usage: &mut Usage) -> Reply<Answer> {
         let mut request = request.clone();
         let mut tries = self.tries();
-        let mut asked = false;
+        // Whether the server was seen to answer other questions when the tries began.
+        let (mut asked, mut answering) = (false, false);
         loop {
             if self.admitted(asked).await? {
-                tries = self.tries();
+                (answering, tries) = (false, self.tries());
             }
             self.paced(&request).await?;
             let (outcome, answer) = self.send(&request, usage).await?;
@@ -177,16 +179,18 @@ impl Client {
                 continue;
             }
             if self.answers_others(ended, usage).await? {
-                if refuses || spent {
-                    return Err(Refusal::Abstention(format!(
-                        "{words}; it answers other questions (this one was asked {} times)",
-                        tries.failed
-                    )));
+                // The tries so far may have met the end of an outage. Those that begin now are held against the question.
+                if outcome.is_about_the_question() || (answering && (refuses || spent)) {
+                    return Err(Refusal::Abstention(format!("{words}; it answers other questions")));
+                }
+                if !answering && (refuses || spent) {
+                    (answering, tries) = (true, self.tries());
                 }
                 telemetry::judge_retry();
                 self.rest(again).await?;
                 continue;
             }
+            answering = false;
             self.lock(&self.breaker).trip(self.now());
             if self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
                 return Err(self.gave_up());

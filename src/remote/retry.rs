@@ -84,6 +84,11 @@ impl Outcome {
         }
     }
 
+    /// Returns whether the server refuses this question, by the meaning of the status, rather than all of its client's.
+    pub fn is_about_the_question(&self) -> bool {
+        matches!(self, Self::Refused(400 | 413 | 414 | 422 | 431 | 451, _))
+    }
+
     /// Returns whether the circuit breaker counts the exchange as a success: the server is reachable and works.
     pub fn alive(&self) -> bool {
         match self {

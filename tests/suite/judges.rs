@@ -157,9 +157,9 @@ fn each_prompt_is_trained_once_across_an_outage_in_an_asynchronous_run() {
 fn a_question_that_fails_while_others_are_answered_is_an_abstention() {
     for (act, asked) in [
         (Act::Status(400, "", "{\"error\": {\"message\": \"too long\"}}"), 1),
-        (Act::Status(403, "", "moderated"), 1),
-        (Act::Status(500, "", "cannot"), 3),
-        (Act::Body("<html>".into()), 3),
+        (Act::Status(403, "", "moderated"), 2),
+        (Act::Status(500, "", "cannot"), 6),
+        (Act::Body("<html>".into()), 6),
     ] {
         let bad = act.clone();
         let asked_bad = Arc::new(AtomicU64::new(0));
