@@ -255,12 +255,12 @@ fn idle_connections_stop_neither_checkpoints_nor_scrapes() {
         };
         idle.push(stream);
     }
+    assert!(node.metric("process_open_fds") < 512.0);
     let written = || node.metric("preceptor_checkpoint_duration_seconds_count");
     let before = written();
     until(|| if written() >= before + 3.0 { Ok(()) } else { Err(node.said()) });
     assert_eq!(node.metric("preceptor_disk_errors_total"), 0.0, "{}", node.said());
     assert!(node.get("/healthz", "localhost").starts_with("HTTP/1.1 200"));
-    assert!(node.metric("process_open_fds") < 512.0);
     drop(idle);
 }
 
