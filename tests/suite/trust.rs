@@ -427,3 +427,15 @@ fn a_label_cache_that_cannot_be_written_for_a_time_keeps_every_label() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(mock.served("ok"), before, "labels were bought again");
 }
+
+#[test]
+fn a_hub_without_a_home_directory_for_its_models_is_refused_with_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut program = preceptor(dir.path());
+    // A home that is no absolute path is none.
+    program.args(["generate", "{ hub = \"owner/name\" }", "a"]).env("HOME", "nowhere").env_remove("HF_HOME");
+    let output = program.output().unwrap();
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("HF_HOME") && text.contains("HOME,") && !text.contains("panicked"), "{text}");
+}
