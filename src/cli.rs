@@ -125,8 +125,9 @@ fn start_log(filter: &str) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .map_err(|error| anyhow::anyhow!("--log {filter} is not a log filter: {error}"))?;
     // A reader of standard error that has gone away must not end what is logged about.
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
-    let log = log.with_ansi(terminal::colours());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false);
+    let lines = terminal::LogLines { json, colours: terminal::colours() };
+    let log = log.with_ansi(lines.colours).with_writer(move || lines);
     if json {
         crate::progress::for_machines();
         log.json().flatten_event(true).with_current_span(false).with_span_list(false).init();
