@@ -8,13 +8,14 @@ pub mod win_rate;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::annotate::{Annotation, Annotations, Job, Questions, annotate};
 use crate::config::Config;
 use crate::label::Labels;
 use crate::label::stage::Wants;
 use crate::progress::Progress;
+use crate::signals::Interrupted;
 use crate::topology::labelers::{Instrument, labeler_on};
 
 /// Keeps what was labeled, in the order of the questions.
@@ -63,7 +64,7 @@ fn judge(
     let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
     kept.progress.finish();
     if !whole? {
-        bail!("interrupted");
+        return Err(Interrupted::new("interrupted before all questions were answered").into());
     }
     Ok(std::mem::take(&mut kept.labels).into_iter().flatten().collect())
 }

@@ -10,6 +10,7 @@ use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
 use crate::data::pairs::PairSet;
 use crate::data::{Dataset, OnLong, Part, PromptFormat, ReadOptions, Split};
 use crate::device;
+use crate::fault;
 use crate::label::backend::Backend;
 use crate::label::cache::{Cached, Store};
 use crate::label::embedding::Embedding;
@@ -128,6 +129,7 @@ pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
 }
 
 fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepared> {
+    fault::point("prepare.load")?;
     device::set_precision(config.policy.matmul_precision);
     let device = device::open(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;

@@ -30,7 +30,8 @@ impl Train {
     /// As [`run::train`].
     pub fn run(self) -> Result<()> {
         let config = self.config.load()?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        // The server's tasks run on the worker, and answer while this thread is busy.
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let from = match self.resume {
             None => run::From::Beginning,
             Some(path) if path.as_os_str() == "latest" => run::From::Latest,
@@ -40,7 +41,7 @@ impl Train {
         // A stage that was abandoned, or a checkpoint that was left, must not keep the program from ending.
         runtime.shutdown_background();
         let summary = summary?;
-        let ended = if summary.interrupted { "interrupted" } else { "done" };
+        let ended = if summary.interrupted.is_some() { "interrupted" } else { "done" };
         say!("{ended} after {} steps", summary.steps);
         Ok(())
     }

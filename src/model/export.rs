@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::config::Head;
 use super::{ModelConfig, Weights};
+use crate::disk;
 
 /// Writes `config.json`, `generation_config.json` and `model.safetensors` into `dir`, which must exist.
 /// The files reach the disk before this returns.
@@ -63,6 +64,7 @@ pub fn write_tensors(path: &Path, weights: &Weights, dtype: DType) -> Result<()>
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(tensors, Some(metadata), path)
         .with_context(|| format!("cannot write {}", path.display()))?;
+    disk::open_to_umask(path)?;
     sync(path)
 }
 

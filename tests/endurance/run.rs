@@ -63,7 +63,7 @@ pub fn metrics(run: &Path) -> Result<Vec<Value>> {
 /// The last checkpoint of a run.
 pub fn last_checkpoint(run: &Path) -> Result<PathBuf> {
     let shelf = preceptor::checkpoint::Shelf::new(run, 1000, false);
-    shelf.all().pop().with_context(|| format!("{} has no checkpoint", run.display()))
+    shelf.all()?.pop().with_context(|| format!("{} has no checkpoint", run.display()))
 }
 
 /// A generator whose course is the seed's alone.

@@ -24,4 +24,5 @@ mod sharing;
 mod smollm2;
 mod tidy;
 mod tune;
+mod verified;
 mod watching;
