@@ -100,6 +100,29 @@ pub fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|error| cannot("sync", path, error))
 }
 
+/// As [`sync`], of many at a time: a disk that is slow to answer answers them together.
+///
+/// # Errors
+/// Names a path that cannot be synced.
+pub fn sync_all(paths: &[PathBuf]) -> Result<()> {
+    /// Threads at most; they wait and do nothing else.
+    const MOST: usize = 32;
+    let each = |paths: &[PathBuf]| paths.iter().try_for_each(|path| sync(path));
+    std::thread::scope(|scope| {
+        let parts = paths.chunks(paths.len().div_ceil(MOST).max(1));
+        let started: Vec<_> = parts
+            .map(|part| {
+                // Where no thread can be started, the caller's has to do.
+                std::thread::Builder::new().spawn_scoped(scope, move || each(part)).map_err(|_| part)
+            })
+            .collect();
+        started.into_iter().try_for_each(|one| match one {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(part) => each(part),
+        })
+    })
+}
+
 /// Gives the file at `path`, which a library made for its owner alone, the permissions that the umask leaves to new files.
 ///
 /// # Errors

@@ -11,6 +11,7 @@ use super::sums::Damage;
 use super::{Form, Mirror, Opened, Snapshot, Written};
 use crate::disk;
 use crate::fault;
+use crate::say;
 
 /// What follows the name of a checkpoint whose place a newer one of the same step takes.
 const REPLACED: &str = ".replaced";
@@ -84,9 +85,7 @@ impl Shelf {
                 std::fs::remove_dir_all(&aside).with_context(|| format!("cannot clear {}", aside.display()))?;
             }
             std::fs::create_dir_all(&aside).map_err(|error| disk::cannot("make", &aside, error))?;
-            for file in &snapshot.files {
-                sync_log(file)?;
-            }
+            sync_logs(&snapshot.files)?;
             fault::point("checkpoint.fill")?;
             let bytes = form.fill(&aside, snapshot)?;
             fault::point("checkpoint.rename")?;
@@ -242,19 +241,18 @@ fn remove(path: &Path) -> std::io::Result<()> {
     std::fs::remove_dir_all(aside)
 }
 
-/// Waits until the log at `path` is on the disk. Where its folder was removed or moved during the run, the checkpoint is all
-/// that is left, and is written all the same.
-fn sync_log(path: &Path) -> Result<()> {
-    match File::open(path).and_then(|file| file.sync_all()) {
-        Err(error) if disk::is_absence(&error) => {
-            tracing::warn!(
-                "{} was removed or moved away during the run; the checkpoint is written without it",
-                path.display()
-            );
-            Ok(())
+/// Waits until the logs at `paths` are on the disk. Where one was removed or moved away during the run, the checkpoint is
+/// written all the same: it is all that is left.
+fn sync_logs(paths: &[PathBuf]) -> Result<()> {
+    let mut there = Vec::new();
+    for path in paths {
+        if disk::exists(path)? {
+            there.push(path.clone());
+        } else {
+            say!("{} was removed or moved away during the run; the checkpoint is written without it", path.display());
         }
-        synced => synced.map_err(|error| disk::cannot("sync", path, error)),
     }
+    disk::sync_all(&there)
 }
 
 /// Paths of what is in the folder `dir`; none where there is no such folder.

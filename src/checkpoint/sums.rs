@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use sha2::{Digest, Sha256};
 
 use crate::disk;
@@ -18,20 +18,19 @@ pub const NAME: &str = "SHA256SUMS";
 /// Names the file that cannot be read or synced.
 pub fn seal(dir: &Path) -> Result<u64> {
     let mut text = String::new();
-    let (files, folders) = walk(dir)?;
+    let (mut files, folders) = walk(dir)?;
+    files.retain(|path| *path != dir.join(NAME));
     let mut bytes = 0;
     for path in &files {
         let (sum, length) = sum(path)?;
         bytes += length;
-        File::open(path)?.sync_all().with_context(|| format!("cannot sync {}", path.display()))?;
         let name = path.strip_prefix(dir)?.display();
         text.push_str(&format!("{sum}  {name}\n"));
     }
     let path = dir.join(NAME);
-    std::fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
-    for path in folders.iter().chain([&path, &dir.to_owned()]) {
-        File::open(path)?.sync_all().with_context(|| format!("cannot sync {}", path.display()))?;
-    }
+    std::fs::write(&path, &text).map_err(|error| disk::cannot("write", &path, error))?;
+    files.extend(folders.into_iter().chain([path, dir.to_owned()]));
+    disk::sync_all(&files)?;
     Ok(bytes + text.len() as u64)
 }
 

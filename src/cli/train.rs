@@ -18,7 +18,7 @@ pub struct Train {
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
     /// Goes on with a run: from its latest checkpoint, or from the one given, such as
-    /// --resume=runs/NAME/checkpoints/step-000050. A run that has none yet begins.
+    /// --resume=runs/NAME/checkpoints/step-000050. A run that never had one begins.
     #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, require_equals = true, default_missing_value = "latest")]
     resume: Option<PathBuf>,
 }

@@ -253,6 +253,9 @@ fn a_checkpoint_that_was_set_aside_is_resumed_with_its_own_steps() {
     assert!(output.status.success(), "{}", stderr(&output));
 }
 
+/// Spoils the checkpoint that it is given.
+type Spoil<'a> = &'a dyn Fn(&Path);
+
 #[test]
 fn only_a_wrong_checksum_is_damage() {
     let sound = stepwise(&[]);
@@ -267,7 +270,7 @@ fn only_a_wrong_checksum_is_damage() {
         std::fs::write(&path, change(std::fs::read_to_string(&path).unwrap())).unwrap();
     };
     // Damage of every kind, found by the checksums: the checkpoint before is used.
-    let damage: [(&str, &dyn Fn(&Path)); 7] = [
+    let damage: [(&str, Spoil<'_>); 7] = [
         ("empty", &|at| about(at, &|_| String::new())),
         ("half", &|at| about(at, &|text| text[..text.len() / 2].to_owned())),
         ("another format by one bit", &|at| about(at, &|text| text.replace("\"format\": 1", "\"format\": 5"))),
@@ -409,39 +412,70 @@ fn fine_tuning_that_is_interrupted_on_a_full_disk_is_kept_once_there_is_room() {
     assert!(text.contains("--resume goes on from run/fine-tuning/checkpoints/step-0000"), "{text}");
 }
 
+/// A phase that is held for a while at a point of failure, and what comes of a signal then.
+struct Held {
+    point: &'static str,
+    fault: &'static str,
+    overrides: &'static [&'static str],
+    /// Said before the signal is sent.
+    line: &'static str,
+    /// Said of the end.
+    end: &'static str,
+    /// Said when the run is resumed.
+    next: &'static str,
+}
+
+const TUNED: &[&str] = &["sft.steps=3", "sft.batch=2", "sft.lr=1e-3"];
+
+const HELD: [Held; 5] = [
+    Held {
+        point: "prepare.load",
+        fault: "sleep(3600000)",
+        overrides: &[],
+        line: "run       run",
+        end: "while loading models and data",
+        next: "the run begins",
+    },
+    Held {
+        point: "sft.step",
+        fault: "sleep(50)",
+        overrides: TUNED,
+        line: "fine-tuning   1/3",
+        end: "interrupted during supervised fine-tuning",
+        next: "resuming  run/fine-tuning",
+    },
+    Held {
+        point: "reference.fill",
+        fault: "1*sleep(3000)->off",
+        overrides: TUNED,
+        line: "fine-tuning   3/3",
+        end: "interrupted after supervised fine-tuning; --resume goes on from run/reference",
+        next: "reference run/reference",
+    },
+    Held {
+        point: "checkpoint.fill",
+        fault: "1*sleep(3000)->off",
+        overrides: &["run.mode=distilled", "reward_model.warm_up_groups=2", "reward_model.batch_pairs=2"],
+        line: "reward model ranks",
+        end: "interrupted after 0 steps",
+        next: "step-000000",
+    },
+    Held {
+        point: "learn.forward",
+        fault: "sleep(20)",
+        overrides: &[],
+        line: "step   1/4",
+        end: "interrupted after",
+        next: "run/checkpoints/step-00000",
+    },
+];
+
 #[test]
 fn signals_are_heard_in_every_phase() {
-    // The point at which the phase is held for a while, what is said of the end, and where --resume continues.
-    let tuned = ["sft.steps=3", "sft.batch=2", "sft.lr=1e-3"];
-    let distilled = ["run.mode=distilled", "reward_model.warm_up_groups=2", "reward_model.batch_pairs=2"];
-    let hours = "sleep(3600000)";
-    let seconds = "1*sleep(3000)->off";
-    let cases: [(&str, &str, &[&str], &str, &str, &str); 5] = [
-        ("prepare.load", hours, &[], "run       run", "while loading models and data", "the run begins"),
-        (
-            "sft.step",
-            "sleep(50)",
-            &tuned,
-            "fine-tuning   1/3",
-            "interrupted during supervised fine-tuning",
-            "resuming  run/fine-tuning",
-        ),
-        (
-            "reference.fill",
-            seconds,
-            &tuned,
-            "fine-tuning   3/3",
-            "interrupted after supervised fine-tuning; --resume goes on from run/reference",
-            "reference run/reference",
-        ),
-        ("checkpoint.fill", seconds, &distilled, "reward model ranks", "interrupted after 0 steps", "step-000000"),
-        ("learn.forward", "sleep(20)", &[], "step   1/4", "interrupted after", "run/checkpoints/step-00000"),
-    ];
-    for (i, (point, fault, overrides, line, end, next)) in cases.into_iter().enumerate() {
-        let signal = ["-TERM", "-HUP", "-INT"][i % 3];
+    for (i, Held { point, fault, overrides, line, end, next }) in HELD.into_iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();
-        let overrides =
-            [overrides, &["checkpoint.every_minutes=0", "serve.enabled=true", "serve.listen=127.0.0.1:0"]].concat();
+        let served = ["checkpoint.every_minutes=0", "serve.enabled=true", "serve.listen=127.0.0.1:0"];
+        let overrides = [overrides, &served].concat();
         let mut held = command(dir.path(), &overrides);
         held.env("FAILPOINTS", format!("{point}={fault}"));
         let mut running = Running::start(held);
@@ -450,7 +484,7 @@ fn signals_are_heard_in_every_phase() {
         running.says(line);
         // The server answers while the phase is held.
         assert!(healthy(&address), "{point}");
-        running.signal(signal);
+        running.signal(["-TERM", "-HUP", "-INT"][i % 3]);
         let (status, text) = running.end();
         assert!(text.contains(end), "{point}: {text}");
         assert!(status.code().is_some(), "{point}: it was killed by the signal: {text}");
