@@ -317,10 +317,12 @@ async fn run(
     let outcome = supervise(&graph, stop, progress, monitor, None).await;
     progress.finish();
     match outcome {
+        // A phase that is complete is kept, though a signal came meanwhile.
+        Outcome::Finished => Ok(()),
         _ if stop.asked() => Err(Interrupted::new(format!("interrupted during {phase}")).into()),
         Outcome::Failed { stage, error, restarts, .. } => {
             bail!("{phase} ended since {stage} failed ({restarts} restarts): {error}")
         }
-        Outcome::Finished | Outcome::Drained | Outcome::Halted => Ok(()),
+        Outcome::Drained | Outcome::Halted => Ok(()),
     }
 }

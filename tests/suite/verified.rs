@@ -419,6 +419,8 @@ struct Held {
     overrides: &'static [&'static str],
     /// Said before the signal is sent.
     line: &'static str,
+    /// In the run's directory once the phase is held.
+    file: &'static str,
     /// Said of the end.
     end: &'static str,
     /// Said when the run is resumed.
@@ -433,6 +435,7 @@ const HELD: [Held; 5] = [
         fault: "sleep(3600000)",
         overrides: &[],
         line: "run       run",
+        file: "run.lock",
         end: "while loading models and data",
         next: "the run begins",
     },
@@ -441,6 +444,7 @@ const HELD: [Held; 5] = [
         fault: "sleep(50)",
         overrides: TUNED,
         line: "fine-tuning   1/3",
+        file: "phases.jsonl",
         end: "interrupted during supervised fine-tuning",
         next: "resuming  run/fine-tuning",
     },
@@ -449,6 +453,7 @@ const HELD: [Held; 5] = [
         fault: "1*sleep(3000)->off",
         overrides: TUNED,
         line: "fine-tuning   3/3",
+        file: ".reference.partial",
         end: "interrupted after supervised fine-tuning; --resume goes on from run/reference",
         next: "reference run/reference",
     },
@@ -457,6 +462,7 @@ const HELD: [Held; 5] = [
         fault: "1*sleep(3000)->off",
         overrides: &["run.mode=distilled", "reward_model.warm_up_groups=2", "reward_model.batch_pairs=2"],
         line: "reward model ranks",
+        file: "checkpoints/.step-000000.partial",
         end: "interrupted after 0 steps",
         next: "step-000000",
     },
@@ -465,6 +471,7 @@ const HELD: [Held; 5] = [
         fault: "sleep(20)",
         overrides: &[],
         line: "step   1/4",
+        file: "metrics.jsonl",
         end: "interrupted after",
         next: "run/checkpoints/step-00000",
     },
@@ -472,7 +479,7 @@ const HELD: [Held; 5] = [
 
 #[test]
 fn signals_are_heard_in_every_phase() {
-    for (i, Held { point, fault, overrides, line, end, next }) in HELD.into_iter().enumerate() {
+    for (i, Held { point, fault, overrides, line, file, end, next }) in HELD.into_iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();
         let served = ["checkpoint.every_minutes=0", "serve.enabled=true", "serve.listen=127.0.0.1:0"];
         let overrides = [overrides, &served].concat();
@@ -482,6 +489,7 @@ fn signals_are_heard_in_every_phase() {
         let serving = running.says("serving   http://");
         let address = serving.split("http://").nth(1).unwrap().split('/').next().unwrap().to_owned();
         running.says(line);
+        running.until("it is not held", || dir.path().join("run").join(file).exists());
         // The server answers while the phase is held.
         assert!(healthy(&address), "{point}");
         running.signal(["-TERM", "-HUP", "-INT"][i % 3]);
