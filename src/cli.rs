@@ -20,6 +20,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::config::Config;
 use crate::exit;
 use crate::say;
+use crate::signals::Interrupted;
 use crate::terminal::{self, Closed};
 
 /// Trains language models by reinforcement learning from AI feedback (RLAIF), asynchronously, in one process.
@@ -82,6 +83,7 @@ impl ConfigArgs {
 pub fn main() -> ExitCode {
     crate::process::prepare();
     crate::descriptors::raise_limit();
+    crate::signals::listen();
     crate::fault::set_up();
     let cli = Cli::parse();
     if let Err(error) = start_log(&cli.log) {
@@ -106,7 +108,9 @@ pub fn main() -> ExitCode {
         // Its reader has what it wanted.
         Ok(Err(error)) if error.is::<Closed>() => ExitCode::from(terminal::CLOSED),
         Ok(Err(error)) => {
-            say!("error: {error:#}");
+            // A signal that somebody sent is no error.
+            let kind = if error.is::<Interrupted>() { "" } else { "error: " };
+            say!("{kind}{error:#}");
             ExitCode::from(exit::status(&error))
         }
         Err(_) => {
