@@ -41,6 +41,7 @@ use crate::topology::{Node, reward_trainer};
 use conclusion::Conclusion;
 use evaluation::{Evaluated, Evaluator};
 use files::{RunDir, RunFiles};
+use resume::Accepted;
 use supervise::{Stop, graph_options, supervise};
 use watcher::{Due, Watcher};
 
@@ -71,10 +72,11 @@ pub struct Summary {
 /// # Errors
 /// One error that names what went wrong. Whatever steps were finished before it are in the checkpoint that the
 /// error, or the lines before it, name.
-pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Result<Summary> {
+pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepted: Accepted) -> Result<Summary> {
     let token = Token::from_env(&config.serve)?;
     let Start { dir, checkpoint, shelf } = start(&config, run_dir, &from)?;
-    let changes = checkpoint.as_ref().map(|one| resume::compare(one, &config)).transpose()?.unwrap_or_default();
+    let compared = checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose()?;
+    let mut changes = compared.unwrap_or_default();
     let monitor = Monitor::new(&config, telemetry::install()?);
     monitor.trace()?;
     upkeep(Arc::clone(&monitor));
@@ -86,7 +88,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     if let Some(checkpoint) = &checkpoint {
         say!("resuming  {}", checkpoint.path().display());
         for change in &changes {
-            say!("changed   {}: {} → {}", change.key, change.was, change.is);
+            say!("{}", change.line());
         }
     } else if from == From::Latest && !phases::is_under_way(dir.path()) {
         say!("resuming  no checkpoint yet; the run begins");
@@ -107,12 +109,22 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         began.elapsed().as_secs_f64()
     );
 
+    let judge = resume::judge_contents(&config, &prepared.instruments)?;
+    if let Some(checkpoint) = &checkpoint {
+        for change in resume::compare_judge(checkpoint, &judge, &accepted)? {
+            say!("{}", change.line());
+            changes.push(change);
+        }
+        for key in accepted.unused(&changes) {
+            say!("accepted  {key}: nothing to accept, it is as it was");
+        }
+    }
     monitor.on(prepared.policy().device());
     let (config, stop) = (Arc::new(config), Stop::default());
     // What a phase wrote stays if the phase is not gone through again.
     let base = Identity { reference: prepared.identity, data: prepared.data.identity() };
     let fine_tuned = reference::find(&config, &base, dir.path())?;
-    let half_tuned = if fine_tuned.is_none() { phases::half_tuned(&config, dir.path())? } else { None };
+    let half_tuned = if fine_tuned.is_none() { phases::half_tuned(&config, dir.path(), &accepted)? } else { None };
     let of_phases = |phases| Lengths { phases, ..Lengths::default() };
     let lengths = match (&checkpoint, &fine_tuned, &half_tuned) {
         (Some(checkpoint), _, _) => checkpoint.lengths(),
@@ -122,6 +134,9 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     };
     let mut files = RunFiles::open(&config, dir, lengths)?;
     monitor.recall(files.metrics()?);
+    if let Some(checkpoint) = &checkpoint {
+        files.accepted(checkpoint.step(), &changes)?;
+    }
     if checkpoint.is_none() || !changes.is_empty() {
         files.configured(&config)?;
     }
@@ -172,7 +187,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     let fingerprint = published.weights().fingerprint()?;
     let cell = Arc::new(SnapshotCell::new(start, fingerprint, published));
     let dtype = device::dtype(config.checkpoint.dtype);
-    let form = Arc::new(Form::new(&config, prepared.tokenizer.clone(), dtype, identity));
+    let form = Arc::new(Form::new(&config, prepared.tokenizer.clone(), dtype, identity, judge));
     let (progress, failed) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
     let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), announce(&progress, &failed, &monitor))?;
     let evaluator = {

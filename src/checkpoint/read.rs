@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-use super::{FORMAT, Identity, Lengths, Stored, shelf, sums};
+use super::{FORMAT, Identity, JudgeContents, Lengths, Stored, shelf, sums};
 use crate::learn::TrainState;
 use crate::learn::state::Restored;
 use crate::ledger::Ledger;
@@ -18,6 +18,7 @@ use crate::reward::RewardTrainer;
 pub struct Opened {
     path: PathBuf,
     config: String,
+    judge: JudgeContents,
     stored: Stored,
 }
 
@@ -64,7 +65,9 @@ impl Opened {
             stored.learner.step
         );
         let config = std::fs::read_to_string(path.join("config.toml"))?;
-        Ok(Self { path: path.to_owned(), config, stored })
+        // Checkpoints from before it was noted have none.
+        let judge = serde_json::from_value(description["judge"].clone()).unwrap_or_default();
+        Ok(Self { path: path.to_owned(), config, judge, stored })
     }
 
     /// Where it is.
@@ -80,6 +83,11 @@ impl Opened {
     /// The configuration that it was written under.
     pub fn config(&self) -> &str {
         &self.config
+    }
+
+    /// Hashes of what its labeler used; empty where the program that wrote it did not note them.
+    pub fn judge(&self) -> &JudgeContents {
+        &self.judge
     }
 
     /// Bytes of the run's files that belong to it.

@@ -21,6 +21,10 @@ pub struct Train {
     /// --resume=runs/NAME/checkpoints/step-000050. A run that has none yet begins.
     #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, require_equals = true, default_missing_value = "latest")]
     resume: Option<PathBuf>,
+    /// Goes on although KEY of the judge, such as labeler.remote.model, differs from the checkpoint's; the keys below KEY are
+    /// included. May be given several times. The change is logged and written into the journal.
+    #[arg(long = "accept-change", value_name = "KEY", requires = "resume")]
+    accept_change: Vec<String>,
 }
 
 impl Train {
@@ -30,13 +34,14 @@ impl Train {
     /// As [`run::train`].
     pub fn run(self) -> Result<()> {
         let config = self.config.load()?;
+        let accepted = run::resume::Accepted::new(self.accept_change)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let from = match self.resume {
             None => run::From::Beginning,
             Some(path) if path.as_os_str() == "latest" => run::From::Latest,
             Some(path) => run::From::Checkpoint(path),
         };
-        let summary = runtime.block_on(run::train(config, self.run_dir, from));
+        let summary = runtime.block_on(run::train(config, self.run_dir, from, accepted));
         // A stage that was abandoned, or a checkpoint that was left, must not keep the program from ending.
         runtime.shutdown_background();
         let summary = summary?;

@@ -5,11 +5,12 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::journal;
 use super::log::Log;
 use super::phases;
+use super::resume::Change;
 use super::tensorboard::Events;
 use crate::checkpoint::Lengths;
 use crate::config::Config;
@@ -124,6 +125,23 @@ impl RunFiles {
     pub fn configured(&mut self, config: &Config) -> Result<()> {
         let Some(journal) = &mut self.journal else { return Ok(()) };
         journal.append(&journal::config(&config.to_toml())?)
+    }
+
+    /// Notes in the journal and in `phases.jsonl` which changes of the judge were accepted at `step`.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written; the entry waits for the next try.
+    pub fn accepted(&mut self, step: u64, changes: &[Change]) -> Result<()> {
+        let changes: Vec<_> = changes.iter().filter(|change| change.is_accepted()).collect();
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let figures: Map<String, Value> =
+            changes.iter().map(|one| (one.key.clone(), json!({ "was": one.was, "is": one.is }))).collect();
+        self.phase(&json!({ "phase": "resume", "step": step, "accepted": figures }))?;
+        let Some(journal) = &mut self.journal else { return Ok(()) };
+        let changes = changes.iter().map(|one| (one.key.clone(), one.was.clone(), one.is.clone())).collect();
+        journal.append(&journal::accepted(&journal::Accepted { step, changes })?)
     }
 
     /// Appends a step's figures, its first group to read, and what it learned from to the journal. A step that is told again

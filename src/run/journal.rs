@@ -25,6 +25,17 @@ pub enum Entry {
     Config(String),
     /// A learner step.
     Step(Step),
+    /// The run was resumed with a judge that differs from the one before.
+    Accepted(Accepted),
+}
+
+/// Changes of the judge that a person accepted when the run was resumed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    /// The step of the checkpoint that the run was resumed from.
+    pub step: u64,
+    /// The keys with their old and new values.
+    pub changes: Vec<(String, String, String)>,
 }
 
 /// What a step learned from, and what it led to.
@@ -43,6 +54,7 @@ pub struct Step {
 enum Borrowed<'a> {
     Config(&'a str),
     Step(BorrowedStep<'a>),
+    Accepted(&'a Accepted),
 }
 
 #[derive(Serialize)]
@@ -58,6 +70,14 @@ struct BorrowedStep<'a> {
 /// When it is beyond a gigabyte.
 pub fn config(config: &str) -> Result<Vec<u8>> {
     frame(&Borrowed::Config(config))
+}
+
+/// The bytes of an entry that says which changes of the judge were accepted.
+///
+/// # Errors
+/// When it is beyond a gigabyte.
+pub fn accepted(accepted: &Accepted) -> Result<Vec<u8>> {
+    frame(&Borrowed::Accepted(accepted))
 }
 
 /// The bytes of a step's entry.

@@ -11,10 +11,11 @@ use preceptor_actors::{GraphBuilder, Outcome, StageResult, spawn_graph};
 use serde_json::{Value, json};
 
 use super::files::RunFiles;
+use super::resume::Accepted;
 use super::supervise::{Stop, graph_options, supervise, unless_left};
 use super::watcher::Due;
 use super::{announce, lock, resume};
-use crate::checkpoint::{Form, Identity, Opened, Shelf, Snapshot, Writer};
+use crate::checkpoint::{Form, Identity, JudgeContents, Opened, Shelf, Snapshot, Writer};
 use crate::config::Config;
 use crate::learn::TrainState;
 use crate::ledger::Book;
@@ -94,7 +95,7 @@ pub(super) fn is_under_way(run: &Path) -> bool {
 ///
 /// # Errors
 /// Checkpoints of it of which none can be used, or which are of another configuration.
-pub(super) fn half_tuned(config: &Config, run: &Path) -> Result<Option<Opened>> {
+pub(super) fn half_tuned(config: &Config, run: &Path, accepted: &Accepted) -> Result<Option<Opened>> {
     if config.sft.steps == 0 {
         return Ok(None);
     }
@@ -102,10 +103,10 @@ pub(super) fn half_tuned(config: &Config, run: &Path) -> Result<Option<Opened>> 
     if let Some(half) = &half {
         say!("resuming  {}", half.path().display());
         let place = run.join(FINE_TUNING);
-        let changes = resume::compare(half, config)
+        let changes = resume::compare(half, config, accepted)
             .map_err(|error| anyhow!("{error:#}; or remove {} to fine-tune from the beginning", place.display()))?;
         for change in changes {
-            say!("changed   {}: {} → {}", change.key, change.was, change.is);
+            say!("{}", change.line());
         }
     }
     Ok(half)
@@ -205,7 +206,9 @@ pub(super) async fn fine_tune(
     let state = Arc::new(Mutex::new(state));
     let notes = Notes::new("supervised fine-tuning", "steps", config.sft.steps, files);
     let (shelf, progress) = (Arc::new(shelf(lock(files).dir())), notes.progress.clone());
-    let form = Arc::new(Form::new(config, prepared.tokenizer.clone(), DType::F32, identity));
+    // No label has been bought yet.
+    let form = Form::new(config, prepared.tokenizer.clone(), DType::F32, identity, JudgeContents::new());
+    let form = Arc::new(form);
     let failed = Arc::new(AtomicBool::new(false));
     let told = announce(&Arc::new(OnceLock::from(progress.clone())), &failed, monitor);
     let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), told)?;
