@@ -16,6 +16,7 @@ use crate::generate::MOST_SLOTS;
 use crate::learn::{Done, Observer, TrainState};
 use crate::ledger::Book;
 use crate::prepare::Prepared;
+use crate::process;
 use crate::rollout::Rewarded;
 use crate::topology::labelers::labeler;
 use crate::topology::learning::{adam, lora, value_model};
@@ -61,7 +62,7 @@ impl Machine for Live {
     fn facts(&self) -> Facts {
         let methods = &self.config.labeler.methods;
         Facts {
-            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            cores: process::cores(),
             group_size: self.config.rollout.group_size,
             batch: self.config.learner.batch_groups,
             labels_here: methods.iter().any(|method| method.remote.is_none()),
