@@ -2,6 +2,7 @@
 
 pub mod file;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, bail};
@@ -13,7 +14,7 @@ use preceptor_actors::{
 use crate::config::Config;
 use crate::data::pairs::group;
 use crate::data::{Preferences, PromptFormat};
-use crate::label::stage::Wants;
+use crate::label::stage::{Wants, ask_many, sign_of_life};
 use crate::label::{Labeler, Labels};
 use crate::rollout::Group;
 use crate::telemetry;
@@ -77,6 +78,8 @@ pub struct Job {
     pub wants: Wants,
     /// Makes a labeler for each labeler actor.
     pub labelers: Box<dyn Fn() -> Result<Box<dyn Labeler>> + Send + Sync>,
+    /// Set when a judge was waited for in vain: no further question is asked then.
+    pub gave_up: Arc<AtomicBool>,
 }
 
 /// Labels everything, in as many labeler actors as are configured; returns false when it was interrupted.
@@ -122,10 +125,12 @@ fn wire(
     let (labeled_out, labeled) = builder.edge("labeled", labeler.capacity);
     // After a restart, what was not yet taken is asked again.
     let todo = left.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let source = Ask { questions: Arc::clone(&job.questions), todo, batch: job.batch, next: 0 };
+    let gave_up = || Arc::clone(&job.gave_up);
+    let source = Ask { questions: Arc::clone(&job.questions), todo, batch: job.batch, next: 0, gave_up: gave_up() };
     builder.source(StageSpec::new("questions").role("questions"), source, asked_out);
     for worker in 0..labeler.workers {
-        let stage = Label { labeler: (job.labelers)()?, retries: labeler.retries, wants: job.wants };
+        let stage =
+            Label { labeler: (job.labelers)()?, retries: labeler.retries, wants: job.wants, gave_up: gave_up() };
         let spec = StageSpec::new(format!("label-{worker}")).role("label").threads(labeler.threads);
         builder.stage(spec, stage, asked.clone(), labeled_out.clone());
     }
@@ -140,6 +145,7 @@ struct Ask {
     todo: Vec<usize>,
     batch: usize,
     next: usize,
+    gave_up: Arc<AtomicBool>,
 }
 
 impl Source for Ask {
@@ -147,7 +153,7 @@ impl Source for Ask {
 
     fn next(&mut self, ctx: &StageContext) -> StageResult<Option<Item<Self::Out>>> {
         let end = (self.next + self.batch.max(1)).min(self.todo.len());
-        if self.next == end {
+        if self.next == end || self.gave_up.load(Ordering::SeqCst) {
             return Ok(None);
         }
         let body = self.todo[self.next..end]
@@ -164,16 +170,25 @@ struct Label {
     labeler: Box<dyn Labeler>,
     retries: u32,
     wants: Wants,
+    gave_up: Arc<AtomicBool>,
 }
 
 impl Stage for Label {
     type In = Vec<(usize, Group)>;
     type Out = Vec<Annotation>;
 
+    fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
+        self.labeler.attend(ctx.name(), &sign_of_life(ctx));
+        Ok(())
+    }
+
     fn process(&mut self, item: Item<Self::In>, out: &Emitter<'_, Self::Out>) -> StageResult<()> {
         let started = out.ctx().clock().now();
         let groups: Vec<&Group> = item.body.iter().map(|(_, group)| group).collect();
-        let mut labels = crate::label::stage::ask_many(self.labeler.as_ref(), &groups, self.retries);
+        let mut labels = ask_many(self.labeler.as_ref(), &groups, self.retries);
+        if self.labeler.waits() && labels.iter().any(|labels| labels.failure().is_some()) {
+            self.gave_up.store(true, Ordering::SeqCst);
+        }
         for (labels, group) in labels.iter_mut().zip(&groups) {
             telemetry::labels(self.labeler.name(), labels);
             self.wants.shape(group.completions.len(), labels);

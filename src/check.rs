@@ -6,7 +6,6 @@ use candle_core::Device;
 use crate::config::{
     Config, CorrectionKind, LabelerKind, MatmulPrecision, Method, Mode, RolloutWeights, ValueKind, WeightDtype,
 };
-use crate::label::Pairing;
 use crate::label::templates::{Preamble, TemplateSet};
 use crate::prepare::{Prepared, prepare};
 use crate::serve::Token;
@@ -332,7 +331,7 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
     let completion = config.rollout.max_new_tokens as f64;
     let mut lines = Vec::new();
     for method in &config.labeler.methods {
-        let pairs = if pairing(config) == Pairing::All { size * (size - 1) / 2 } else { size / 2 };
+        let pairs = pairing(config).pairs(size).len();
         let orders = if method.both_orders { 2 } else { 1 };
         let set = TemplateSet::find(&method.templates)?;
         let (questions, read, written) = match method.kind {

@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
+use crate::exit;
 use crate::say;
 
 /// Trains language models by reinforcement learning from AI feedback (RLAIF), asynchronously, in one process.
@@ -102,7 +103,7 @@ pub fn main() -> ExitCode {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
             say!("error: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(exit::status(&error))
         }
         Err(_) => {
             say!("error: the program failed where it should not, see above; a run goes on by --resume");

@@ -16,7 +16,7 @@ use std::path::Path;
 
 pub use choice::Choice;
 pub use labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, RemoteJudge};
-pub use operation::{Checkpoint, Control, Evaluation, Serve, Supervision, WeightDtype};
+pub use operation::{Checkpoint, Control, Evaluation, Guard, GuardAction, Serve, Supervision, WeightDtype};
 pub use reader::{ConfigError, ConfigErrors};
 pub use sections::{
     AlgorithmKind, AverageKind, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner, LoraConfig,
@@ -52,6 +52,8 @@ pub struct Config {
     pub evaluation: Evaluation,
     /// How much is under way at once, while it runs.
     pub controller: Control,
+    /// Bounds within which the run is healthy.
+    pub guard: Guard,
     /// What is kept.
     pub checkpoint: Checkpoint,
     /// The HTTP endpoints.
@@ -93,6 +95,7 @@ pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> R
         learner: read::learner(&mut document),
         evaluation: read::evaluation(&mut document),
         controller: read::controller(&mut document),
+        guard: read::guard(&mut document),
         checkpoint: read::checkpoint(&mut document),
         serve: read::serve(&mut document),
         supervision: read::supervision(&mut document),
@@ -143,6 +146,15 @@ impl Config {
             }
             if self.run.mode == Mode::Human {
                 document.error("evaluation.every_steps", "needs a labeler, and run.mode = \"human\" has none");
+            }
+        }
+        if document.sound(&["labeler.max_cost"]) && self.labeler.max_cost > 0.0 {
+            let priced = |judge: &RemoteJudge| judge.price_prompt > 0.0 || judge.price_completion > 0.0;
+            if !self.labeler.methods.iter().filter_map(|method| method.remote.as_ref()).any(priced) {
+                document.error(
+                    "labeler.max_cost",
+                    "bounds nothing: no remote judge has a price; set price_prompt and price_completion in labeler.remote",
+                );
             }
         }
         let steps = self.learner.minibatches as u64;

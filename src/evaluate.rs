@@ -6,6 +6,7 @@ pub mod harmless;
 pub mod reward_accuracy;
 pub mod win_rate;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, bail};
@@ -51,7 +52,9 @@ fn judge(
     let kept = Kept { labels: (0..count).map(|_| None).collect(), taken: 0, progress };
     let kept = Arc::new(Mutex::new(kept));
     let (settings, instruments) = (config.clone(), instruments.to_vec());
+    let gave_up = Arc::new(AtomicBool::new(false));
     let job = Job {
+        gave_up: Arc::clone(&gave_up),
         config: config.clone(),
         questions,
         todo: (0..count).collect(),
@@ -65,5 +68,10 @@ fn judge(
     if !whole? {
         bail!("interrupted");
     }
-    Ok(std::mem::take(&mut kept.labels).into_iter().flatten().collect())
+    let labels: Vec<Labels> = std::mem::take(&mut kept.labels).into_iter().flatten().collect();
+    if gave_up.load(Ordering::SeqCst) {
+        let why = labels.iter().find_map(Labels::failure).unwrap_or("the judge gave no answer");
+        bail!("{what} ended: {why}");
+    }
+    Ok(labels)
 }

@@ -33,10 +33,13 @@ pub struct Labels {
 }
 
 impl Labels {
-    /// Whether any verdict is a failure, so that asking again may help.
-    pub fn failed(&self) -> bool {
-        let verdicts = self.scores.iter().chain(self.preferences.iter().map(|one| &one.verdict));
-        verdicts.into_iter().any(|verdict| matches!(verdict, Verdict::Failure(_)))
+    /// Returns the reason of a verdict that is a failure, if there is one; asking again may then help.
+    pub fn failure(&self) -> Option<&str> {
+        let mut verdicts = self.scores.iter().chain(self.preferences.iter().map(|one| &one.verdict));
+        verdicts.find_map(|verdict| match verdict {
+            Verdict::Failure(why) => Some(why.as_str()),
+            Verdict::Label(_) | Verdict::Abstention(_) => None,
+        })
     }
 }
 
@@ -56,6 +59,11 @@ pub trait Labeler: Send {
     /// As [`backend::Backend::attend`].
     fn attend(&self, _name: &str, _alive: &Alive) {}
 
+    /// As [`backend::Backend::waits`].
+    fn waits(&self) -> bool {
+        false
+    }
+
     /// Judges `group`.
     ///
     /// # Errors
@@ -71,7 +79,8 @@ pub trait Labeler: Send {
 /// Which completions of a group are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pairing {
-    /// 0 with 1, 2 with 3, …: each completion once.
+    /// 0 with 1, 2 with 3, …: each completion once. Of an odd number, the last is compared with the first, which is then
+    /// in two pairs.
     Adjacent,
     /// Each with each.
     All,
@@ -81,7 +90,10 @@ impl Pairing {
     /// The pairs among `n` completions.
     pub fn pairs(self, n: usize) -> Vec<(usize, usize)> {
         match self {
-            Self::Adjacent => (0..n / 2).map(|i| (2 * i, 2 * i + 1)).collect(),
+            Self::Adjacent => {
+                let round = (n > 1 && n % 2 == 1).then(|| (n - 1, 0));
+                (0..n / 2).map(|i| (2 * i, 2 * i + 1)).chain(round).collect()
+            }
             Self::All => (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j))).collect(),
         }
     }
@@ -102,7 +114,10 @@ mod tests {
 
     #[test]
     fn pairs_are_neighbours_or_all() {
-        assert_eq!(Pairing::Adjacent.pairs(5), [(0, 1), (2, 3)]);
+        assert_eq!(Pairing::Adjacent.pairs(4), [(0, 1), (2, 3)]);
+        assert_eq!(Pairing::Adjacent.pairs(5), [(0, 1), (2, 3), (4, 0)], "none is left out");
+        assert_eq!(Pairing::Adjacent.pairs(3), [(0, 1), (2, 0)]);
+        assert_eq!(Pairing::Adjacent.pairs(1), []);
         assert_eq!(Pairing::All.pairs(3), [(0, 1), (0, 2), (1, 2)]);
     }
 }

@@ -143,6 +143,14 @@ impl Ledger {
     /// Forgets who was only admitted, and gives what a new graph goes on with.
     pub fn resume(&mut self) -> UnderWay {
         self.groups.retain(|_, standing| !matches!(standing, Standing::Admitted));
+        for standing in self.groups.values_mut() {
+            // An earlier program handed groups on that got no verdict. They are asked about again.
+            if let Standing::Labeled(labeled) = standing
+                && labeled.failed()
+            {
+                *standing = Standing::Generated(Arc::new(labeled.group.clone()));
+            }
+        }
         let mut under_way = UnderWay::default();
         for standing in self.groups.values() {
             match standing {
@@ -263,7 +271,7 @@ impl Entries {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rollout::{Prompt, RewardScale};
+    use crate::rollout::{Feedback, Prompt, RewardScale, Verdict};
 
     fn group(seq: u64) -> Group {
         let prompt = Prompt {
@@ -290,6 +298,36 @@ mod tests {
             masked: None,
             scale: RewardScale::default(),
         }
+    }
+
+    #[test]
+    fn a_group_that_an_earlier_program_labeled_with_a_failure_is_labeled_again() {
+        let labeled = |seq, verdict| Labeled {
+            group: group(seq),
+            feedback: Some(Feedback {
+                labeler: "direct".into(),
+                model: 0,
+                template: 0,
+                verdicts: vec![verdict],
+                preferences: vec![],
+                logprobs: None,
+                cost: 0.0,
+            }),
+        };
+        let mut ledger = Ledger::default();
+        for (seq, verdict) in [
+            (0, Verdict::Label(1.0)),
+            (1, Verdict::Failure("gone".into())),
+            (2, Verdict::Abstention("cannot say".into())),
+        ] {
+            ledger.admit(seq);
+            ledger.labeled(&labeled(seq, verdict));
+        }
+        let under_way = ledger.resume();
+        assert_eq!(under_way.generated.iter().map(|group| group.prompt.seq).collect::<Vec<_>>(), [1]);
+        assert_eq!(under_way.labeled.len(), 2);
+        ledger.labeled(&labeled(1, Verdict::Label(0.5)));
+        assert_eq!((ledger.count().generated, ledger.count().labeled), (0, 3));
     }
 
     /// A small system with a random scheduler: actors work in any order, die in between, and are built anew from the

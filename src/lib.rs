@@ -18,6 +18,7 @@ pub mod controller;
 pub mod data;
 pub mod device;
 pub mod evaluate;
+pub mod exit;
 pub mod fault;
 pub mod generate;
 pub mod knob;

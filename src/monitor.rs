@@ -32,6 +32,9 @@ use history::History;
 use samples::Samples;
 use window::{Seen, Window};
 
+/// Most reasons for masked groups that `/status` lists.
+const MOST_REASONS: usize = 5;
+
 /// A node, looked at.
 pub struct Monitor {
     config: Config,
@@ -48,6 +51,7 @@ pub struct Monitor {
     history: Mutex<History>,
     samples: Mutex<Samples>,
     checkpoint: Mutex<Option<Checkpointed>>,
+    health: Mutex<Health>,
     controller: Mutex<Option<Controlled>>,
     tracer: Mutex<Option<Tracer>>,
 }
@@ -58,6 +62,15 @@ struct Controlled {
     window: Window,
     /// Exchanges with remote judges until then.
     exchanges: [u64; 2],
+}
+
+/// What keeps a run from learning.
+#[derive(Default)]
+struct Health {
+    /// Why groups were masked, the most frequent reason first.
+    masked: Vec<(String, u64)>,
+    /// Bounds of `[guard]` that are exceeded.
+    exceeded: Vec<&'static str>,
 }
 
 /// The last checkpoint.
@@ -84,6 +97,7 @@ impl Monitor {
             history: Mutex::default(),
             samples: Mutex::default(),
             checkpoint: Mutex::default(),
+            health: Mutex::default(),
             controller: Mutex::default(),
             tracer: Mutex::default(),
         };
@@ -160,6 +174,12 @@ impl Monitor {
     pub fn checkpointed(&self, took: Duration, bytes: u64) {
         telemetry::checkpoint(took, bytes);
         *lock(&self.checkpoint) = Some(Checkpointed { at: Instant::now(), took, bytes });
+    }
+
+    /// Takes in why groups were masked so far, with how many of them, and which bounds of `[guard]` are exceeded.
+    pub fn health(&self, masked: Vec<(&str, u64)>, exceeded: impl Iterator<Item = &'static str>) {
+        let masked = masked.into_iter().take(MOST_REASONS).map(|(why, count)| (why.to_owned(), count)).collect();
+        *lock(&self.health) = Health { masked, exceeded: exceeded.collect() };
     }
 
     /// Looks at the graph; to be called about once a second.
@@ -279,6 +299,14 @@ impl Monitor {
                 "nonfinite_steps": count(&TOTALS.nonfinite),
                 "masked_groups": count(&TOTALS.masked),
                 "disk_errors": count(&TOTALS.disk_errors),
+            },
+            "judges_away": telemetry::judges_away().into_iter().map(|(url, time, why, refuses)| json!({
+                "url": url, "seconds": time.as_secs(), "why": why, "refuses": refuses,
+            })).collect::<Vec<_>>(),
+            "health": {
+                "masked": lock(&self.health).masked.iter()
+                    .map(|(why, count)| json!({ "why": why, "groups": count })).collect::<Vec<_>>(),
+                "exceeded": lock(&self.health).exceeded,
             },
             "graph": report,
             "window_s": window_s,

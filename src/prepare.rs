@@ -1,5 +1,6 @@
 //! Everything that can go wrong before compute is spent: models, tokenizers, data, lengths.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use crate::label::local::{Judge, Local};
 use crate::model::config::Head;
 use crate::model::{Copies, Decoder, ModelConfig, Onto, Weights};
 use crate::remote::Remote;
+use crate::remote::budget::Budget;
 use crate::reward::RewardModel;
 use crate::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
 use crate::tokens::Tokenizer;
@@ -45,6 +47,8 @@ pub struct Prepared {
     pub origin: String,
     /// Where what is computed.
     pub devices: Devices,
+    /// What remote judges may spend, where that is bounded.
+    pub budget: Option<Arc<Budget>>,
 }
 
 impl Prepared {
@@ -116,7 +120,24 @@ struct Policy {
 /// # Errors
 /// The first thing that is missing or does not fit, with its remedy.
 pub fn prepare(config: &Config, progress: bool) -> Result<Prepared> {
-    prepare_for(config, progress, true)
+    prepare_within(config, progress, budget(config, None)?)
+}
+
+/// As [`prepare`]; remote judges spend no more than `budget` allows.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn prepare_within(config: &Config, progress: bool, budget: Option<Arc<Budget>>) -> Result<Prepared> {
+    prepare_for(config, progress, true, budget)
+}
+
+/// The budget that `labeler.max_cost` sets, of which what `file` says is spent already; none where it sets none.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn budget(config: &Config, file: Option<PathBuf>) -> Result<Option<Arc<Budget>>> {
+    let limit = config.labeler.max_cost;
+    (limit > 0.0).then(|| Budget::open(limit, file)).transpose()
 }
 
 /// As [`prepare`], for steps that are taken again: no judge and no reward model.
@@ -124,10 +145,10 @@ pub fn prepare(config: &Config, progress: bool) -> Result<Prepared> {
 /// # Errors
 /// As [`prepare`].
 pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
-    prepare_for(config, progress, false)
+    prepare_for(config, progress, false, None)
 }
 
-fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepared> {
+fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<Arc<Budget>>) -> Result<Prepared> {
     device::set_precision(config.policy.matmul_precision);
     let device = device::open(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;
@@ -146,13 +167,18 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
             held_out: None,
             origin,
             devices,
+            budget,
         });
     }
     let devices = Devices::open(config, &device)?;
     let asked = needs_labels(config)
         || config.evaluation.every_steps > 0
         || (config.run.mode == Mode::Distilled && config.reward_model.pairs.is_none());
-    let instruments = if asked { instruments(config, Some(&policy), &devices.labeler, progress)? } else { Vec::new() };
+    let instruments = if asked {
+        instruments(config, Some(&policy), &devices.labeler, progress, budget.clone())?
+    } else {
+        Vec::new()
+    };
     let reward_start = match &config.reward_model.model {
         Some(reference) if trainer_plan(config).is_some() => {
             let start = reward_start(config, reference, &devices.reward_model, progress)
@@ -196,6 +222,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool) -> Result<Prepar
         held_out,
         origin,
         devices,
+        budget,
     })
 }
 
@@ -234,11 +261,12 @@ pub struct LabelerBench {
     pub tokenizer: Tokenizer,
 }
 
-/// Loads the judges; the policy is loaded only if a method judges with it.
+/// Loads the judges; the policy is loaded only if a method judges with it. Remote judges spend no more than `budget`
+/// allows.
 ///
 /// # Errors
 /// As [`prepare`].
-pub fn labeler_bench(config: &Config, progress: bool) -> Result<LabelerBench> {
+pub fn labeler_bench(config: &Config, progress: bool, budget: Option<Arc<Budget>>) -> Result<LabelerBench> {
     device::set_precision(config.policy.matmul_precision);
     let policy_device = device::open(&config.policy.device)?;
     let labeler_device =
@@ -246,7 +274,7 @@ pub fn labeler_bench(config: &Config, progress: bool) -> Result<LabelerBench> {
     let own = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
     let policy = if own { Some(policy(config, &policy_device, progress)?) } else { None };
     let device = labeler_device.as_ref().unwrap_or(&policy_device);
-    let instruments = instruments(config, policy.as_ref(), device, progress)?;
+    let instruments = instruments(config, policy.as_ref(), device, progress, budget)?;
     let mut tokenizers =
         config.labeler.methods.iter().zip(&instruments).filter_map(|(method, instrument)| match instrument {
             Instrument::Model(local) if method.kind == LabelerKind::Likelihood => Some(&local.judge().tokenizer),
@@ -262,7 +290,13 @@ pub fn labeler_bench(config: &Config, progress: bool) -> Result<LabelerBench> {
     Ok(LabelerBench { instruments, tokenizer })
 }
 
-fn instruments(config: &Config, policy: Option<&Policy>, device: &Device, progress: bool) -> Result<Vec<Instrument>> {
+fn instruments(
+    config: &Config,
+    policy: Option<&Policy>,
+    device: &Device,
+    progress: bool,
+    budget: Option<Arc<Budget>>,
+) -> Result<Vec<Instrument>> {
     let mut made: Vec<Instrument> = Vec::new();
     let remote = config.labeler.methods.iter().any(|method| method.remote.is_some());
     // What is bought is kept unless told where; what is computed is kept only if told to.
@@ -287,7 +321,13 @@ fn instruments(config: &Config, policy: Option<&Policy>, device: &Device, progre
             continue;
         }
         let backend: Arc<dyn Backend> = if let Some(remote) = &method.remote {
-            Arc::new(Remote::new(remote.clone()).context("labeler.remote cannot be used")?)
+            let judge = Remote::within(remote.clone(), budget.clone()).context("labeler.remote cannot be used")?;
+            if remote.probe
+                && let Some(warning) = judge.probe()?
+            {
+                tracing::warn!("{warning}");
+            }
+            Arc::new(judge)
         } else {
             let local = Arc::new(Local::new(judge(config, method, policy, device, progress)?));
             if store.is_none() || !asked(method) {

@@ -4,6 +4,7 @@
 //! [`wire`]); [`client`] does the waiting and sending, on a thread that computes nothing.
 
 pub mod breaker;
+pub mod budget;
 pub mod client;
 pub mod key;
 pub mod limit;
@@ -15,6 +16,7 @@ pub mod wire;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -22,14 +24,12 @@ use crate::config::{Evidence, RemoteApi, RemoteJudge};
 use crate::knob::Knob;
 use crate::label::backend::{Alive, Ask, Backend, Decoding, Refusal, Reply, Usage};
 use crate::seed;
+use budget::Budget;
 use client::Client;
 use key::Key;
 use reading::{Listed, split_prefixes, votes};
 use stats::RemoteStats;
 use wire::Request;
-
-/// Most tokens of a vote: room for a number and what stands around it.
-const VOTE_TOKENS: usize = 6;
 
 /// Asks a server. Shared by all labeler actors; its limits hold for all of them together.
 pub struct Remote {
@@ -40,11 +40,19 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// A client for `judge`. Nothing is sent yet.
+    /// A client for `judge` without a bound on what it may spend. Nothing is sent yet.
     ///
     /// # Errors
     /// An API key that is asked for and not in the environment, or an address that is none.
     pub fn new(judge: RemoteJudge) -> Result<Self> {
+        Self::within(judge, None)
+    }
+
+    /// A client for `judge` that spends no more than `budget` allows. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// As [`Remote::new`].
+    pub fn within(judge: RemoteJudge, budget: Option<Arc<Budget>>) -> Result<Self> {
         let key = judge.api_key_env.as_ref().map(|name| Key::from_env(name, &judge.url)).transpose()?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -53,7 +61,48 @@ impl Remote {
             .build()
             .context("cannot start the thread for remote judges")?;
         let votes_only = AtomicBool::new(judge.evidence == Evidence::Votes);
-        Ok(Self { client: Arc::new(Client::new(judge, key)?), votes_only, runtime: Some(runtime) })
+        Ok(Self { client: Arc::new(Client::new(judge, key, budget)?), votes_only, runtime: Some(runtime) })
+    }
+
+    /// Asks the judge one simple question, so that a run does not begin on a judge that refuses or cannot be reached.
+    /// Returns a warning where it answers with something else than what was asked for.
+    ///
+    /// # Errors
+    /// The judge refuses, or does not answer within half a minute; see [`Unusable`].
+    pub fn probe(&self) -> Result<Option<String>, Unusable> {
+        const PATIENCE: Duration = Duration::from_secs(30);
+        let judge = &self.client.judge;
+        let answers = ["1".to_owned(), "2".to_owned()];
+        let prompt = "Which number is larger, 1 or 2? Answer with the number and nothing else.\nAnswer:";
+        let votes = judge.evidence == Evidence::Votes;
+        let request = if votes {
+            Request::vote(prompt, 0)
+        } else {
+            Request::first_token(prompt, None, self.client.top_logprobs())
+        };
+        let Some(runtime) = &self.runtime else { return Ok(None) };
+        let answer = runtime
+            .block_on(self.client.probe(&request, PATIENCE))
+            .map_err(|cause| Unusable { words: cause.words, refuses: cause.refuses })?;
+        let read = match answer.first_token {
+            Some(tokens) => Listed(tokens).weights(&answers).map(drop),
+            None if judge.evidence == Evidence::Logprobs => {
+                let words = format!(
+                    "{} sends no log-probabilities, which labeler.remote.evidence = \"logprobs\" asks for; set it to \"auto\" or \"votes\"",
+                    judge.url
+                );
+                return Err(Unusable { words, refuses: true });
+            }
+            // One token is too little for some models to answer in words; votes are read from more.
+            None if !votes => Ok(()),
+            None => reading::votes(&[answer.text], &answers).map(drop),
+        };
+        Ok(read.err().map(|refusal| {
+            format!(
+                "the judge at {} did not answer a simple question as asked, and may abstain from all: {refusal}",
+                judge.url
+            )
+        }))
     }
 
     /// What was sent and what came back, so far.
@@ -81,6 +130,16 @@ impl Remote {
     }
 }
 
+/// A judge that cannot be used: what came of the question that it was asked before the run.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the judge cannot be used: {words}")]
+pub struct Unusable {
+    /// The address asked, the status, and the server's own sentence.
+    pub words: String,
+    /// Whether the judge refuses, so that a person has to change something; otherwise it may recover by itself.
+    pub refuses: bool,
+}
+
 impl Drop for Remote {
     fn drop(&mut self) {
         // What is still in flight is nobody's any more.
@@ -99,6 +158,10 @@ impl Backend for Remote {
 
     fn attend(&self, name: &str, alive: &Alive) {
         self.client.attend(name, alive);
+    }
+
+    fn waits(&self) -> bool {
+        true
     }
 
     fn knob(&self) -> Option<Arc<Knob>> {
@@ -187,16 +250,7 @@ async fn weigh_one(client: &Client, ask: &Ask, votes_only: bool, usage: &mut Usa
     }
     let mut texts = Vec::with_capacity(client.judge.votes);
     for vote in 0..client.judge.votes {
-        let request = Request {
-            prompt: ask.prompt.clone(),
-            begun: None,
-            max_tokens: VOTE_TOKENS,
-            temperature: 1.0,
-            top_k: None,
-            top_logprobs: 0,
-            seed: Some(seed::mix(seed::text(&ask.prompt) ^ vote as u64) >> 33),
-        };
-        texts.push(client.ask(&request, usage).await?.text);
+        texts.push(client.ask(&Request::vote(&ask.prompt, vote as u64), usage).await?.text);
     }
     Ok((votes(&texts, &ask.answers)?, true))
 }

@@ -155,6 +155,17 @@ pub struct Labeled {
     pub feedback: Option<Feedback>,
 }
 
+impl Labeled {
+    /// Returns whether any verdict is a failure: the judge could not be asked.
+    pub fn failed(&self) -> bool {
+        let verdicts = self
+            .feedback
+            .iter()
+            .flat_map(|feedback| feedback.verdicts.iter().chain(feedback.preferences.iter().map(|one| &one.verdict)));
+        verdicts.into_iter().any(|verdict| matches!(verdict, Verdict::Failure(_)))
+    }
+}
+
 impl From<Group> for Labeled {
     fn from(group: Group) -> Self {
         Self { group, feedback: None }

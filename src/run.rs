@@ -3,6 +3,7 @@
 mod conclusion;
 mod evaluation;
 pub mod files;
+mod guard;
 pub mod journal;
 pub mod log;
 mod phases;
@@ -26,11 +27,12 @@ use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, 
 use crate::config::{Config, Mode};
 use crate::controller::{Controller, Knobs};
 use crate::device;
+use crate::exit::Ended;
 use crate::knob::Knob;
 use crate::learn::TrainState;
 use crate::ledger::Book;
 use crate::monitor::Monitor;
-use crate::prepare::{Prepared, prepare};
+use crate::prepare::{Prepared, budget, prepare_within};
 use crate::progress::Progress;
 use crate::say;
 use crate::serve::{Token, serve, upkeep};
@@ -41,9 +43,13 @@ use crate::topology::{Node, reward_trainer};
 use conclusion::Conclusion;
 use evaluation::{Evaluated, Evaluator};
 use files::{RunDir, RunFiles};
+use guard::Guard;
 use resume::Accepted;
 use supervise::{Stop, graph_options, supervise};
 use watcher::{Due, Watcher};
+
+/// File of a run's directory that holds what was spent on remote judges so far, where `labeler.max_cost` bounds it.
+const JUDGE_COST: &str = "judge-cost.txt";
 
 /// Where a run starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,10 +79,11 @@ pub struct Summary {
 /// One error that names what went wrong. Whatever steps were finished before it are in the checkpoint that the
 /// error, or the lines before it, name.
 pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepted: Accepted) -> Result<Summary> {
-    let token = Token::from_env(&config.serve)?;
-    let Start { dir, checkpoint, shelf } = start(&config, run_dir, &from)?;
-    let compared = checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose()?;
-    let mut changes = compared.unwrap_or_default();
+    let token = Token::from_env(&config.serve).map_err(refused)?;
+    let Start { dir, checkpoint, shelf } = start(&config, run_dir, &from).map_err(refused)?;
+    let compared = checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose();
+    let mut changes = compared.map_err(refused)?.unwrap_or_default();
+    let budget = budget(&config, Some(dir.path().join(JUDGE_COST)))?;
     let monitor = Monitor::new(&config, telemetry::install()?);
     monitor.trace()?;
     upkeep(Arc::clone(&monitor));
@@ -97,10 +104,11 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     monitor.phase("loading models and data");
     let began = Instant::now();
     let (config, prepared) = tokio::task::spawn_blocking(move || {
-        let prepared = prepare(&config, true)?;
+        let prepared = prepare_within(&config, true, budget)?;
         anyhow::Ok((config, prepared))
     })
-    .await??;
+    .await?
+    .map_err(refused)?;
     say!(
         "policy    {} ({:.1} M parameters), {} prompts, ready in {:.1} s",
         prepared.origin,
@@ -111,7 +119,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
 
     let judge = resume::judge_contents(&config, &prepared.instruments)?;
     if let Some(checkpoint) = &checkpoint {
-        for change in resume::compare_judge(checkpoint, &judge, &accepted)? {
+        for change in resume::compare_judge(checkpoint, &judge, &accepted).map_err(refused)? {
             say!("{}", change.line());
             changes.push(change);
         }
@@ -133,7 +141,8 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         (None, None, None) => Lengths::default(),
     };
     let mut files = RunFiles::open(&config, dir, lengths)?;
-    monitor.recall(files.metrics()?);
+    let mut guard = Guard::new(config.guard.clone(), config.learner.batch_groups);
+    monitor.recall(files.metrics()?.inspect(|record| guard.recall(record)));
     if let Some(checkpoint) = &checkpoint {
         files.accepted(checkpoint.step(), &changes)?;
     }
@@ -210,6 +219,8 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         stop: stop.clone(),
         began: Instant::now(),
         step: start,
+        guard,
+        stopped: None,
         objectives: match config.run.mode {
             Mode::Preference => &["preference/margin", "judge/mean"],
             Mode::Distilled => &["score/mean", "judge/mean"],
@@ -283,6 +294,11 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         say!("{error:#}");
     }
     concluded
+}
+
+/// An error from before the first step: the run was refused.
+fn refused(error: anyhow::Error) -> anyhow::Error {
+    Ended::Refused(error).into()
 }
 
 /// Where a run is written, and what it goes on from.

@@ -17,6 +17,7 @@ use axum::{Json, Router};
 use serde_json::json;
 
 use crate::monitor::Monitor;
+use crate::telemetry;
 pub use token::Token;
 
 /// Answered to whoever asks: a supervisor of processes has no token, and learns no more than whether to restart; the page
@@ -97,11 +98,17 @@ async fn healthz(State(monitor): Node) -> impl IntoResponse {
     }
 }
 
-/// Ready: the graph runs.
+/// Ready: the graph runs, and no judge is waited for.
 async fn readyz(State(monitor): Node) -> impl IntoResponse {
-    if monitor.report().is_some() {
-        (StatusCode::OK, "ready\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "starting\n")
+    if monitor.report().is_none() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "starting\n".to_owned());
     }
+    let away = telemetry::judges_away();
+    if away.is_empty() {
+        return (StatusCode::OK, "ready\n".to_owned());
+    }
+    let lines = away
+        .iter()
+        .map(|(url, time, why, _)| format!("waits for the judge at {url}, away for {} s: {why}\n", time.as_secs()));
+    (StatusCode::SERVICE_UNAVAILABLE, lines.collect())
 }

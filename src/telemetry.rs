@@ -6,7 +6,9 @@
 pub mod catalogue;
 pub mod graph;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::label::Labels;
@@ -211,9 +213,42 @@ pub fn label_bought_again() {
     counter!("preceptor_labels_bought_again_total").increment(1);
 }
 
-/// How long a judge has been away.
-pub fn judge_away(time: Duration) {
-    gauge!("preceptor_judge_away_seconds").set(time.as_secs_f64());
+/// An outage of a remote judge that is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Away<'a> {
+    /// Time since it answered no question.
+    pub time: Duration,
+    /// What the last exchange came to.
+    pub why: &'a str,
+    /// Whether it refuses, so that a person has to act.
+    pub refuses: bool,
+}
+
+/// Outages by the judge's address, for readers within the process.
+static AWAY: Mutex<BTreeMap<String, (Duration, String, bool)>> = Mutex::new(BTreeMap::new());
+
+/// Publishes that the judge at `url` is waited for, or with `None` that it answers again.
+pub fn judge_away(url: &str, away: Option<Away<'_>>) {
+    let mut known = AWAY.lock().unwrap_or_else(PoisonError::into_inner);
+    match away {
+        Some(Away { time, why, refuses }) => known.insert(url.to_owned(), (time, why.to_owned(), refuses)),
+        None => known.remove(url),
+    };
+    let longest = known.values().map(|(time, ..)| *time).max().unwrap_or_default();
+    gauge!("preceptor_judge_away_seconds").set(longest.as_secs_f64());
+    let refuses = known.values().any(|(_, _, refuses)| *refuses);
+    gauge!("preceptor_judge_refuses").set(f64::from(u8::from(refuses)));
+}
+
+/// Returns the remote judges that are waited for: address, time, cause, and whether it refuses.
+pub fn judges_away() -> Vec<(String, Duration, String, bool)> {
+    let known = AWAY.lock().unwrap_or_else(PoisonError::into_inner);
+    known.iter().map(|(url, (time, why, refuses))| (url.clone(), *time, why.clone(), *refuses)).collect()
+}
+
+/// Sets whether the bound `name` of `[guard]` is exceeded.
+pub fn guard(name: &'static str, exceeded: bool) {
+    gauge!("preceptor_guard_exceeded", "bound" => name).set(f64::from(u8::from(exceeded)));
 }
 
 /// A step of supervised fine-tuning.

@@ -20,7 +20,7 @@ use crate::evaluate::win_rate::{Contest, win_rate};
 use crate::generate::sampler::Sampling;
 use crate::generate::stop::Stop;
 use crate::model::{Decoder, Onto};
-use crate::prepare::{labeler_bench, prompt_format};
+use crate::prepare::{budget, labeler_bench, prompt_format};
 use crate::progress::Progress;
 use crate::reward::RewardModel;
 use crate::rollout::Prompt;
@@ -174,7 +174,7 @@ impl AlignmentArgs {
         let pairs = Arc::new(Preferences::read(&self.input, &Split::default(), true)?);
         let mut chosen = pairs.order(config.run.seed, 0);
         chosen.truncate(self.limit.unwrap_or(usize::MAX));
-        let bench = labeler_bench(&config, true)?;
+        let bench = labeler_bench(&config, true, budget(&config, None)?)?;
         let with_cot = self.cot_limit.unwrap_or(usize::MAX);
         let variants = self.variants.unwrap_or_else(|| default_variants(&config));
         let job = Alignment { pairs, chosen, with_cot, variants };
@@ -260,7 +260,7 @@ impl WinRateArgs {
             "the two models can take different numbers of prompts; lower data.max_prompt_tokens"
         );
         self.common.write(&prompts, &[("a", &a), ("b", &b)])?;
-        let bench = labeler_bench(&config, true)?;
+        let bench = labeler_bench(&config, true, budget(&config, None)?)?;
         let title = format!("Win rate of {} over {against}", self.a);
         let found = win_rate(&config, &bench, Contest { prompts, a, b, tokenizer }, &title)?;
         self.common.shown.print(&[&found.table]);
@@ -288,7 +288,7 @@ impl HarmlessRateArgs {
         let config = self.common.config.load()?;
         let (prompts, answers, tokenizer) = self.common.answered(&config, &self.model, false)?;
         self.common.write(&prompts, &[("answer", &answers)])?;
-        let bench = labeler_bench(&config, true)?;
+        let bench = labeler_bench(&config, true, budget(&config, None)?)?;
         let title = format!("Harmless rate of {}", self.model);
         let table = harmless_rate(&config, &bench, Rated { prompts, answers, tokenizer }, &title)?;
         self.common.shown.print(&[&table]);

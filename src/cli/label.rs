@@ -13,7 +13,7 @@ use crate::annotate::{Job, PairQuestions, annotate};
 use crate::data::{Preferences, Split};
 use crate::label::Pairing;
 use crate::label::stage::Wants;
-use crate::prepare::{labeler_bench, prompt_format};
+use crate::prepare::{budget, labeler_bench, prompt_format};
 use crate::say;
 use crate::topology::labelers::labeler_on;
 
@@ -47,7 +47,9 @@ impl Label {
     pub fn run(self) -> Result<()> {
         let config = self.config.load()?;
         let pairs = Arc::new(Preferences::read(&self.input, &Split::default(), false)?);
-        let bench = labeler_bench(&config, true)?;
+        // What labeling this output has cost is kept beside it, so that the bound holds for all its processes together.
+        let cost = self.output.with_extension("cost.txt");
+        let bench = labeler_bench(&config, true, budget(&config, Some(cost))?)?;
         let labeler = labeler_on(&config, &bench.instruments)?;
         let provenance =
             Provenance { labeler: labeler.name().to_owned(), model: labeler.model(), template: labeler.template() };
@@ -68,6 +70,7 @@ impl Label {
             batch: self.batch,
             wants: Wants::Preferences { pairing: Pairing::Adjacent, temperature },
             labelers: Box::new(move || labeler_on(&settings, &instruments)),
+            gave_up: Arc::default(),
         };
         let file = Arc::new(Mutex::new(file));
         let whole = annotate(job, file.clone());
@@ -97,8 +100,8 @@ impl Label {
         match &totals.first_failure {
             None => Ok(()),
             Some(why) => bail!(
-                "{} pairs could not be labeled, the first since {why}; run the same command again to ask for them again",
-                totals.failures
+                "{} of {count} pairs are not labeled: {why}; run the same command again to ask for them",
+                file.todo().iter().filter(|i| self.limit.is_none_or(|limit| **i < limit)).count()
             ),
         }
     }

@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::ConfigArgs;
+use crate::exit::Ended;
 use crate::run;
 use crate::say;
 
@@ -34,7 +35,7 @@ impl Train {
     /// As [`run::train`].
     pub fn run(self) -> Result<()> {
         let config = self.config.load()?;
-        let accepted = run::resume::Accepted::new(self.accept_change)?;
+        let accepted = run::resume::Accepted::new(self.accept_change).map_err(Ended::Refused)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let from = match self.resume {
             None => run::From::Beginning,

@@ -1,7 +1,7 @@
 //! Keys whose value is one of a few words.
 
 use super::labeling::{Evidence, LabelerKind, Pairs, RemoteApi};
-use super::operation::WeightDtype;
+use super::operation::{GuardAction, WeightDtype};
 use super::sections::{
     AlgorithmKind, AverageKind, CorrectionKind, DpoLoss, KlEstimator, KlPlace, LabelForm, MatmulPrecision, Mode,
     OnLong, RewardScaling, RolloutWeights, Schedule, UpdateMode, ValueKind,
@@ -39,6 +39,7 @@ choices! {
     }
     DpoLoss { "sigmoid" => Sigmoid, "ipo" => Ipo }
     Evidence { "auto" => Auto, "logprobs" => Logprobs, "votes" => Votes }
+    GuardAction { "warn" => Warn, "stop" => Stop }
     KlEstimator { "k1" => K1, "k2" => K2, "k3" => K3 }
     KlPlace { "reward" => Reward, "loss" => Loss }
     LabelForm { "soft" => Soft, "hard" => Hard }

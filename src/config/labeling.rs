@@ -23,6 +23,9 @@ pub struct Labeler {
     pub pairs: Pairs,
     /// How often a failed group is asked about again. Default 2.
     pub retries: u32,
+    /// Most that the run may spend on remote judges, over all its processes, in the currency of their prices; 0 (default)
+    /// for no bound. A question that could exceed it is not asked: the run ends with a checkpoint and exit status 3.
+    pub max_cost: f64,
     /// Folder of the label cache, so that no label is bought twice; relative to the configuration's folder.
     /// Default: none for local judges, `labels` in the model cache's folder for remote ones.
     pub cache: Option<PathBuf>,
@@ -85,6 +88,9 @@ pub struct RemoteJudge {
     /// How an answer's probability is known: `auto` (default) by log-probabilities, or by votes where the server has
     /// none; `logprobs`; `votes`.
     pub evidence: Evidence,
+    /// Whether `train`, `check`, `label` and `eval` ask the judge one question before anything else, and refuse to begin
+    /// where it gives no answer. Default true.
+    pub probe: bool,
     /// Answers sampled per question where there are no log-probabilities. Default 5.
     pub votes: usize,
     /// Most requests in flight, of all labeler actors together. Default 8.
@@ -97,7 +103,8 @@ pub struct RemoteJudge {
     pub timeout_s: f64,
     /// Seconds that a connection may take. Default 10.
     pub connect_timeout_s: f64,
-    /// Seconds after which a question is given up, tries and pauses together. Default 300.
+    /// Seconds that the tries of a question and the pauses between them may take, while the server answers others. Default
+    /// 300.
     pub deadline_s: f64,
     /// Tries after the first. Default 4.
     pub retries: u32,
@@ -108,12 +115,13 @@ pub struct RemoteJudge {
     /// Seconds after which a second request is sent for a question that is not answered; the first answer counts.
     /// Default: never.
     pub hedge_after_s: Option<f64>,
-    /// Failures in a row after which the server is left alone. Default 10.
+    /// Failures in a row after which the server is asked one question at a time. Default 10.
     pub breaker_failures: u32,
-    /// Seconds for which it is left alone. Default 15.
+    /// Seconds between two questions to a server that answers none. Default 15.
     pub breaker_cooldown_s: f64,
-    /// Seconds for which a server that is away is waited for: the run stands still, says so, and goes on when it is back.
-    /// After that its questions fail. Default 3600.
+    /// Seconds for which a server that answers no question is waited for, whether it is away, limits the rate or refuses:
+    /// the run stands still, logs the cause, and continues when the server answers. Then the run ends with a checkpoint,
+    /// and `--resume` asks again. Default 3600.
     pub outage_s: f64,
     /// Price of a million tokens read, in any currency. Default 0.
     pub price_prompt: f64,
@@ -132,6 +140,7 @@ impl Default for RemoteJudge {
             api_key_env: None,
             system: None,
             evidence: Evidence::Auto,
+            probe: true,
             votes: 5,
             concurrency: 8,
             requests_per_minute: 0,

@@ -24,6 +24,34 @@ pub struct Control {
     pub every_s: f64,
 }
 
+/// `[guard]`: bounds within which a run is healthy
+#[derive(Debug, Clone, PartialEq)]
+pub struct Guard {
+    /// What happens when a bound is exceeded for `steps` steps in a row: `warn` (default) logs it, and `stop` ends the run
+    /// with a checkpoint and exit status 3. Either way the page and the metric `preceptor_guard_exceeded` show it.
+    pub action: GuardAction,
+    /// Highest KL of the policy to its start, in nats per token (`kl/token`); 0 for no bound. Default 0.5.
+    pub max_kl: f64,
+    /// Lowest entropy of the policy, in nats per token (`entropy/mean`); 0 for no bound. Default 0.05.
+    pub min_entropy: f64,
+    /// Highest share of a step's groups that are masked, from 0 to 1; 1 for no bound. Default 0.5.
+    pub max_masked: f64,
+    /// Steps in a row beyond a bound after which `action` is taken. Default 3.
+    pub steps: u64,
+    /// Steps in a row in which the labeler gave no label at all that end the run with exit status 3, whatever `action`
+    /// says. Default 3.
+    pub unlabeled_steps: u64,
+}
+
+/// What happens to a run that exceeds a bound of `[guard]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuardAction {
+    /// It is logged.
+    Warn,
+    /// The run ends.
+    Stop,
+}
+
 /// `[checkpoint]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct Checkpoint {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use toml::Value;
 
-use super::operation::{Checkpoint, Control, Evaluation, Serve, Supervision, WeightDtype};
+use super::operation::{Checkpoint, Control, Evaluation, Guard, GuardAction, Serve, Supervision, WeightDtype};
 use super::reader::{Document, Read, Section};
 use super::sections::{
     AlgorithmKind, AverageKind, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner, LoraConfig,
@@ -325,6 +325,18 @@ pub(super) fn controller(document: &mut Document) -> Control {
     let mut s = document.section("controller");
     let every_s = s.checked("every_s", 10.0, "from 1 up", |n| *n >= 1.0 && *n < 1e6);
     Control { enabled: s.get("enabled", false), every_s }
+}
+
+pub(super) fn guard(document: &mut Document) -> Guard {
+    let mut s = document.section("guard");
+    Guard {
+        action: s.choice("action", GuardAction::Warn),
+        max_kl: s.checked("max_kl", 0.5, "from 0 up; 0 is no bound", |n| *n >= 0.0),
+        min_entropy: s.checked("min_entropy", 0.05, "from 0 up; 0 is no bound", |n| *n >= 0.0),
+        max_masked: s.checked("max_masked", 0.5, "from 0 to 1; 1 is no bound", |n| (0.0..=1.0).contains(n)),
+        steps: count(&mut s, "steps", 3, MANY),
+        unlabeled_steps: count(&mut s, "unlabeled_steps", 3, MANY),
+    }
 }
 
 pub(super) fn checkpoint(document: &mut Document) -> Checkpoint {

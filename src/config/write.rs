@@ -22,6 +22,7 @@ impl Config {
             ("learner", self.learner_table()),
             ("evaluation", self.evaluation_table()),
             ("controller", self.controller_table()),
+            ("guard", self.guard_table()),
             ("checkpoint", self.checkpoint_table()),
             ("serve", self.serve_table()),
             ("supervision", self.supervision_table()),
@@ -126,6 +127,7 @@ impl Config {
             ("threads", whole(labeler.threads as u64)),
             ("pairs", word(labeler.pairs)),
             ("retries", whole(u64::from(labeler.retries))),
+            ("max_cost", Value::Float(labeler.max_cost)),
             ("capacity", whole(labeler.capacity as u64)),
         ]);
         table.insert("cache_entries".into(), whole(labeler.cache_entries));
@@ -237,6 +239,18 @@ impl Config {
         table([("enabled", Value::Boolean(controller.enabled)), ("every_s", Value::Float(controller.every_s))])
     }
 
+    fn guard_table(&self) -> Table {
+        let guard = &self.guard;
+        table([
+            ("action", word(guard.action)),
+            ("max_kl", Value::Float(guard.max_kl)),
+            ("min_entropy", Value::Float(guard.min_entropy)),
+            ("max_masked", Value::Float(guard.max_masked)),
+            ("steps", whole(guard.steps)),
+            ("unlabeled_steps", whole(guard.unlabeled_steps)),
+        ])
+    }
+
     fn checkpoint_table(&self) -> Table {
         let checkpoint = &self.checkpoint;
         let mut table = table([
@@ -307,6 +321,7 @@ fn remote_table(judge: &RemoteJudge) -> Table {
         ("connect_timeout_s", Value::Float(judge.connect_timeout_s)),
         ("deadline_s", Value::Float(judge.deadline_s)),
         ("retries", whole(u64::from(judge.retries))),
+        ("probe", Value::Boolean(judge.probe)),
         ("backoff_s", Value::Float(judge.backoff_s)),
         ("max_backoff_s", Value::Float(judge.max_backoff_s)),
         ("breaker_failures", whole(u64::from(judge.breaker_failures))),

@@ -77,8 +77,9 @@ impl AddAssign for Usage {
     }
 }
 
-/// Told, while a judge is waited for, what is waited for: a sign of life of who waits.
-pub type Alive = Arc<dyn Fn(&str) + Send + Sync>;
+/// Called with a note while a judge is waited for, as a sign of life of the actor that waits. Returns whether the actor
+/// still wants the answer: not once its graph was halted.
+pub type Alive = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 /// A language model that judges.
 pub trait Backend: Send + Sync {
@@ -87,6 +88,11 @@ pub trait Backend: Send + Sync {
 
     /// Whom to give a sign of life, by name, while the judge is away and is waited for.
     fn attend(&self, _name: &str, _alive: &Alive) {}
+
+    /// Whether a failure was waited for already, so that asking again at once does not help: the model is behind a server.
+    fn waits(&self) -> bool {
+        false
+    }
 
     /// How many exchanges may be under way at once, where it is a server that is asked.
     fn knob(&self) -> Option<Arc<Knob>> {

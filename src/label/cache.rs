@@ -169,6 +169,10 @@ impl Backend for Cached {
         self.inner.attend(name, alive);
     }
 
+    fn waits(&self) -> bool {
+        self.inner.waits()
+    }
+
     fn knob(&self) -> Option<Arc<Knob>> {
         self.inner.knob()
     }

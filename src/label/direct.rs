@@ -56,6 +56,10 @@ impl Labeler for Direct {
         self.backend.attend(name, alive);
     }
 
+    fn waits(&self) -> bool {
+        self.backend.waits()
+    }
+
     fn model(&self) -> u64 {
         self.backend.identity()
     }

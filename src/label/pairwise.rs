@@ -105,6 +105,10 @@ impl Labeler for Pairwise {
         self.backend.attend(name, alive);
     }
 
+    fn waits(&self) -> bool {
+        self.backend.waits()
+    }
+
     fn model(&self) -> u64 {
         self.backend.identity()
     }

@@ -39,6 +39,10 @@ impl Labeler for Panel {
         self.members.iter().for_each(|member| member.labeler.attend(name, alive));
     }
 
+    fn waits(&self) -> bool {
+        self.members.iter().any(|member| member.labeler.waits())
+    }
+
     fn model(&self) -> u64 {
         self.members.iter().fold(0, |hash, member| seed::mix(hash ^ member.labeler.model()))
     }

@@ -1,8 +1,9 @@
-//! The labeler actor: asks, retries, and passes on what it could not get as a failure.
+//! The labeler actor: asks, retries, and fails where it gets no verdict. A failure never leaves the stage: the group stays
+//! generated in the ledger, and is labeled when the run goes on.
 
 use std::sync::Arc;
 
-use preceptor_actors::{Emitter, Item, Stage, StageContext, StageResult};
+use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResult};
 
 use super::backend::Alive;
 use super::{Labeler, Labels, Pairing, derive};
@@ -58,15 +59,7 @@ impl Stage for LabelStage {
     type Out = Labeled;
 
     fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
-        let alive = ctx.clone();
-        // A judge that is away is no stage that hangs.
-        self.labeler.attend(
-            ctx.name(),
-            &(Arc::new(move |text: &str| {
-                alive.note(text);
-                alive.beat();
-            }) as Alive),
-        );
+        self.labeler.attend(ctx.name(), &sign_of_life(ctx));
         Ok(())
     }
 
@@ -76,6 +69,14 @@ impl Stage for LabelStage {
         out.ctx().note("");
         let mut labels = ask_many(self.labeler.as_ref(), &[&group], self.retries).pop().unwrap_or_default();
         telemetry::labels(self.labeler.name(), &labels);
+        if let Some(why) = labels.failure() {
+            if out.ctx().halted() {
+                return Ok(());
+            }
+            let text = format!("group {} got no verdict: {why}", group.prompt.seq);
+            // A server was waited for already; a judge here may do better in a graph that is built anew.
+            return Err(if self.labeler.waits() { StageError::fatal(text) } else { anyhow::anyhow!(text).into() });
+        }
         telemetry::label_took(out.ctx().clock().now().saturating_sub(started));
         self.wants.shape(group.completions.len(), &mut labels);
         let feedback = Feedback {
@@ -95,8 +96,18 @@ impl Stage for LabelStage {
     }
 }
 
-/// Labels of `groups`. Those with a failure are asked about again, up to `retries` times; what the last attempt says
-/// stands. Usage is that of all attempts.
+/// Returns the sign of life of the stage `ctx` while it waits for a judge: a judge that is away is no stage that hangs.
+pub fn sign_of_life(ctx: &StageContext) -> Alive {
+    let stage = ctx.clone();
+    Arc::new(move |text: &str| {
+        stage.note(text);
+        stage.beat();
+        !stage.halted()
+    })
+}
+
+/// Labels of `groups`. Those with a failure are asked about again, up to `retries` times, unless the labeler has waited
+/// already; the verdicts of the last attempt count. Usage is that of all attempts.
 pub fn ask_many(labeler: &dyn Labeler, groups: &[&Group], retries: u32) -> Vec<Labels> {
     let mut answers: Vec<Labels> = groups.iter().map(|_| Labels::default()).collect();
     let mut waiting: Vec<usize> = (0..groups.len()).collect();
@@ -115,8 +126,8 @@ pub fn ask_many(labeler: &dyn Labeler, groups: &[&Group], retries: u32) -> Vec<L
             labels.usage += answers[*i].usage;
             answers[*i] = labels;
         }
-        waiting.retain(|i| answers[*i].failed());
-        if waiting.is_empty() {
+        waiting.retain(|i| answers[*i].failure().is_some());
+        if waiting.is_empty() || labeler.waits() {
             break;
         }
     }

@@ -186,6 +186,13 @@ impl Learn {
         if seq != expected {
             return Err(StageError::fatal(format!("group {seq} reached the learner where {expected} was due")));
         }
+        let newest = rewarded.group.completions.iter().flat_map(|one| &one.versions).max();
+        if let Some(newest) = newest.filter(|newest| **newest > state.step) {
+            return Err(StageError::fatal(format!(
+                "group {seq} has a token of version {newest}, and the learner is at version {}; its probabilities are of weights that the learner does not have",
+                state.step
+            )));
+        }
         if rewarded.masked.is_some() {
             telemetry::masked_group();
         }
@@ -426,7 +433,9 @@ impl Learn {
             state.scale = last.scale;
         }
         self.entries.train(state.step * self.plan.batch_groups).map_err(StageError::fatal)?;
-        state.first_length.get_or_insert(tally.mean_length());
+        if tally.mean_length() > 0.0 {
+            state.first_length.get_or_insert(tally.mean_length());
+        }
         state.nonfinite_in_row = if tally.finite() { 0 } else { state.nonfinite_in_row + 1 };
         if !tally.finite() {
             telemetry::nonfinite_step();

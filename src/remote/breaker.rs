@@ -50,7 +50,7 @@ impl Breaker {
         }
     }
 
-    /// A request ended at `now`. What the judge answered, if only with a refusal, is a success: it is there.
+    /// A request ended at `now`, with an answer or with a failure of the server or the network.
     pub fn record(&mut self, now: Duration, success: bool) {
         if success {
             self.failures = 0;
@@ -60,6 +60,20 @@ impl Breaker {
         self.failures += 1;
         if self.failures >= self.threshold || matches!(self.state, State::Probing { .. }) {
             self.state = State::Open { until: now + self.cooldown };
+        }
+    }
+
+    /// Holds requests back from `now` on: the judge was found not to answer any question.
+    pub fn trip(&mut self, now: Duration) {
+        self.state = State::Open { until: now + self.cooldown };
+    }
+
+    /// The server refused a request at `now`. It is there, which is no failure; but the one request that was let through to
+    /// see has not been answered, so the others are held back on.
+    pub fn refused(&mut self, now: Duration) {
+        self.failures = 0;
+        if matches!(self.state, State::Probing { .. }) {
+            self.trip(now);
         }
     }
 
@@ -97,6 +111,20 @@ mod tests {
         assert!(!breaker.is_open());
         breaker.record(at(25), false);
         assert_eq!(breaker.admit(at(25)), Admit::Go, "one failure is not three");
+    }
+
+    #[test]
+    fn a_refusal_does_not_open_it_and_does_not_close_it() {
+        let mut breaker = Breaker::new(2, at(10));
+        for now in 0..5 {
+            breaker.refused(at(now));
+            assert_eq!(breaker.admit(at(now)), Admit::Go);
+        }
+        breaker.trip(at(5));
+        assert_eq!(breaker.admit(at(6)), Admit::Wait(at(9)));
+        assert_eq!(breaker.admit(at(15)), Admit::Go);
+        breaker.refused(at(16));
+        assert_eq!(breaker.admit(at(17)), Admit::Wait(at(9)));
     }
 
     #[test]

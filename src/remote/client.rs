@@ -1,20 +1,21 @@
 //! Sending questions to a server: limits, time-outs, retries, hedging, and what it costs.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::breaker::{Admit, Breaker};
+use super::budget::{Budget, Reserved};
 use super::key::Key;
 use super::limit::Bucket;
-use super::outage::Outage;
-use super::retry::{Outcome, pause};
+use super::outage::{Cause, Outage};
+use super::retry::{Nature, Outcome, pause, retry_after};
 use super::stats::RemoteStats;
-use super::wire::{Answer, Request, excerpt, read};
+use super::wire::{Answer, Request, excerpt, read, reports_quota, sentence};
 use crate::config::{RemoteApi, RemoteJudge};
 use crate::knob::Knob;
 use crate::label::backend::{Alive, Refusal, Reply, Usage};
@@ -37,18 +38,59 @@ pub struct Client {
     pub knob: Arc<Knob>,
     requests: Option<Mutex<Bucket>>,
     tokens: Option<Mutex<Bucket>>,
+    budget: Option<Arc<Budget>>,
     breaker: Mutex<Breaker>,
     outage: Outage,
+    /// Until when the server asked everybody to wait.
+    hold: Mutex<Duration>,
+    evidence: Mutex<Evidence>,
+    /// Held by the question that finds out whether the server answers any.
+    turn: tokio::sync::Mutex<()>,
     jitter: Mutex<ChaCha8Rng>,
     top_logprobs: AtomicUsize,
 }
 
+/// What is known of whether the server answers questions at all.
+#[derive(Default)]
+struct Evidence {
+    /// A short question that the server has answered: whether it answers this one tells a question that cannot be answered
+    /// from a server that answers none.
+    control: Option<Request>,
+    /// When the latest question was sent that was answered.
+    answered: Option<Duration>,
+    /// When the control question was last sent in vain.
+    in_vain: Option<Duration>,
+}
+
+impl Evidence {
+    /// Returns whether the server answers questions that were sent at `since` or later; `None` if that is not known.
+    fn of(&self, since: Duration) -> Option<bool> {
+        let after = |sent: Option<Duration>| sent.is_some_and(|sent| sent >= since);
+        if after(self.answered) { Some(true) } else { after(self.in_vain).then_some(false) }
+    }
+
+    /// Notes that `request`, sent at `sent`, was answered.
+    fn answered(&mut self, request: &Request, sent: Duration) {
+        self.answered = self.answered.max(Some(sent));
+        if self.control.as_ref().is_none_or(|known| request.prompt.len() < known.prompt.len()) {
+            self.control = Some(Request { max_tokens: 1, ..request.clone() });
+        }
+    }
+}
+
+/// The tries of one question since it was last let through to the server.
+struct Tries {
+    failed: u32,
+    limited: u32,
+    deadline: Duration,
+}
+
 impl Client {
-    /// A client that has sent nothing yet.
+    /// A client that has sent nothing yet, and spends no more than `budget` allows.
     ///
     /// # Errors
     /// When the TLS library cannot be set up.
-    pub fn new(judge: RemoteJudge, key: Option<Key>) -> Result<Self> {
+    pub fn new(judge: RemoteJudge, key: Option<Key>, budget: Option<Arc<Budget>>) -> Result<Self> {
         let http = reqwest::Client::builder()
             .connect_timeout(seconds(judge.connect_timeout_s))
             .timeout(seconds(judge.timeout_s))
@@ -63,8 +105,12 @@ impl Client {
             knob: Arc::new(Knob::new(1, judge.concurrency)),
             requests: Bucket::new(judge.requests_per_minute).map(Mutex::new),
             tokens: Bucket::new(judge.tokens_per_minute).map(Mutex::new),
+            budget,
             breaker: Mutex::new(Breaker::new(judge.breaker_failures, seconds(judge.breaker_cooldown_s))),
             outage: Outage::default(),
+            hold: Mutex::default(),
+            evidence: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
             jitter: Mutex::new(ChaCha8Rng::seed_from_u64(seed::text(&judge.url))),
             top_logprobs: AtomicUsize::new(20),
             judge,
@@ -81,103 +127,256 @@ impl Client {
         self.outage.attend(name, alive);
     }
 
-    /// Asks until there is an answer, the retries are used up, or `deadline_s` has passed. While the circuit breaker says that
-    /// the server is away, neither counts: it is waited for, up to `outage_s`.
+    /// Asks until there is an answer.
+    ///
+    /// A failure of the server or the network is tried again up to `retries` times within `deadline_s`; a rate limit is
+    /// waited for and counts as no try. Then, or at once after a refusal, the client finds out whether the server answers
+    /// other questions. If it does, this question is given up. If it does not, the server is away: all questions wait for
+    /// it, up to `outage_s` from the first failure on, and are asked again once it answers.
     ///
     /// # Errors
-    /// A failure that says what the last try came to.
+    /// An abstention when the server answers other questions but not this one; a failure when it answered none for
+    /// `outage_s`, when the budget is used up, or when nobody wants the answer any more. Both name the address, and quote
+    /// the server.
     pub async fn ask(&self, request: &Request, usage: &mut Usage) -> Reply<Answer> {
         let mut request = request.clone();
-        let mut deadline = self.began.elapsed() + seconds(self.judge.deadline_s);
-        let mut attempt = 0;
+        let mut tries = self.tries();
+        let mut asked = false;
         loop {
-            if self.admitted().await? {
-                (attempt, deadline) = (0, self.began.elapsed() + seconds(self.judge.deadline_s));
+            if self.admitted(asked).await? {
+                tries = self.tries();
             }
-            self.paced(&request).await;
-            let (outcome, answer) = self.send(&request, usage).await;
+            self.paced(&request).await?;
+            let (outcome, answer) = self.send(&request, usage).await?;
+            asked = true;
             if let Some(answer) = answer {
                 return Ok(answer);
             }
             if self.fewer_logprobs(&outcome, &mut request) {
                 continue;
             }
-            attempt += 1;
-            let failed = |why: &str| {
-                let url = &self.judge.url;
-                Err(Refusal::Failure(format!("{url} {} ({why})", outcome.words())))
-            };
-            if !outcome.may_pass() {
-                return failed("asking again would not help");
-            }
-            if self.is_away() && self.judge.outage_s > 0.0 {
-                telemetry::judge_retry();
+            let ended = self.now();
+            let refuses = outcome.nature() == Nature::Refusal;
+            let words = format!("{} {}", self.address(), outcome.words());
+            self.outage.failed(ended, Cause { words: words.clone(), refuses });
+            if outcome.nature() == Nature::Limited {
+                tries.limited += 1;
+                self.limited(&outcome, tries.limited).await?;
                 continue;
             }
-            if attempt > self.judge.retries {
-                return failed(&format!("after {attempt} tries"));
+            tries.failed += 1;
+            let again = self.pause(&outcome, tries.failed);
+            let spent = tries.failed > self.judge.retries || ended + again >= tries.deadline;
+            if !refuses && !spent && !self.is_open() {
+                telemetry::judge_retry();
+                self.rest(again).await?;
+                continue;
             }
-            let uniform = self.jitter.lock().unwrap_or_else(PoisonError::into_inner).random::<f64>();
-            let (base, most) = (seconds(self.judge.backoff_s), seconds(self.judge.max_backoff_s));
-            let pause = pause(&outcome, attempt, base, most, uniform);
-            if self.began.elapsed() + pause >= deadline {
-                return failed(&format!("the deadline of {} s has passed", self.judge.deadline_s));
+            if self.answers_others(ended, usage).await? {
+                if refuses || spent {
+                    return Err(Refusal::Abstention(format!(
+                        "{words}; it answers other questions (this one was asked {} times)",
+                        tries.failed
+                    )));
+                }
+                telemetry::judge_retry();
+                self.rest(again).await?;
+                continue;
+            }
+            self.lock(&self.breaker).trip(self.now());
+            if self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
+                return Err(self.gave_up());
             }
             telemetry::judge_retry();
-            tokio::time::sleep(pause).await;
         }
     }
 
-    fn is_away(&self) -> bool {
-        self.breaker.lock().unwrap_or_else(PoisonError::into_inner).is_open()
+    /// Asks `request` once, or a few times while the server or the network fails, for at most `patience`.
+    ///
+    /// # Errors
+    /// What the last try came to.
+    pub async fn probe(&self, request: &Request, patience: Duration) -> Result<Answer, Cause> {
+        let mut request = request.clone();
+        let until = self.now() + patience;
+        for attempt in 1.. {
+            let refused = |refusal: Refusal| Cause { words: refusal.to_string(), refuses: true };
+            let (outcome, answer) = self.send(&request, &mut Usage::default()).await.map_err(refused)?;
+            if let Some(answer) = answer {
+                return Ok(answer);
+            }
+            if self.fewer_logprobs(&outcome, &mut request) {
+                continue;
+            }
+            let refuses = outcome.nature() == Nature::Refusal;
+            let pause = self.pause(&outcome, attempt);
+            if refuses || attempt > self.judge.retries || self.now() + pause >= until {
+                return Err(Cause { words: format!("{} {}", self.address(), outcome.words()), refuses });
+            }
+            tokio::time::sleep(pause).await;
+        }
+        Err(Cause { words: format!("{} did not answer", self.address()), refuses: false })
     }
 
-    /// Waits while the server is away, as long as it is waited for; says whether it had to.
-    async fn admitted(&self) -> Reply<bool> {
+    fn tries(&self) -> Tries {
+        Tries { failed: 0, limited: 0, deadline: self.now() + seconds(self.judge.deadline_s) }
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// The address that is asked, as errors show it: without a query, which may hold a key.
+    fn address(&self) -> String {
+        let url = self.judge.url.split(['?', '#']).next().unwrap_or_default().trim_end_matches('/');
+        let path = if self.judge.api == RemoteApi::Completions { "completions" } else { "chat/completions" };
+        format!("{url}/{path}")
+    }
+
+    fn pause(&self, outcome: &Outcome, attempt: u32) -> Duration {
+        let uniform = self.lock(&self.jitter).random::<f64>();
+        pause(outcome, attempt, seconds(self.judge.backoff_s), seconds(self.judge.max_backoff_s), uniform)
+    }
+
+    fn is_open(&self) -> bool {
+        self.lock(&self.breaker).is_open()
+    }
+
+    fn gave_up(&self) -> Refusal {
+        let cause = self.outage.cause().map_or_else(|| "it gave no answer".into(), |cause| cause.words);
+        Refusal::Failure(format!(
+            "{cause}; no question was answered for {} s, and it is not waited for any longer (labeler.remote.outage_s = {})",
+            self.outage.away(self.now()).as_secs(),
+            self.judge.outage_s
+        ))
+    }
+
+    /// Returns whether the server answers other questions than one that failed at `since`: from an answer to one that was
+    /// sent later, or by asking one that it has answered before.
+    ///
+    /// # Errors
+    /// As [`Client::paced`].
+    async fn answers_others(&self, since: Duration, usage: &mut Usage) -> Reply<bool> {
+        let _turn = self.turn.lock().await;
+        let control = {
+            let evidence = self.lock(&self.evidence);
+            if let Some(known) = evidence.of(since) {
+                return Ok(known);
+            }
+            evidence.control.clone()
+        };
+        let Some(control) = control else { return Ok(false) };
+        self.paced(&control).await?;
+        let sent = self.now();
+        let (outcome, answer) = self.send(&control, usage).await?;
+        if answer.is_none() {
+            let words = format!("{} {}", self.address(), outcome.words());
+            self.outage.failed(self.now(), Cause { words, refuses: outcome.nature() == Nature::Refusal });
+            self.lock(&self.evidence).in_vain = Some(sent);
+        }
+        Ok(answer.is_some())
+    }
+
+    /// Waits while the server is away, as long as it is waited for; returns whether it had to. A question that was not
+    /// `asked` yet is let through when the wait is over, so that none fails unasked.
+    ///
+    /// # Errors
+    /// The server was away for `outage_s`, or nobody wants the answer any more.
+    async fn admitted(&self, asked: bool) -> Reply<bool> {
         let mut waited = false;
         loop {
-            let now = self.began.elapsed();
-            let admit = self.breaker.lock().unwrap_or_else(PoisonError::into_inner).admit(now);
-            let pause = match admit {
+            let now = self.now();
+            let pause = match self.lock(&self.breaker).admit(now) {
                 Admit::Go => return Ok(waited),
                 Admit::Wait(pause) => pause,
             };
-            let away = self.outage.waits(now, &self.judge.url);
-            if away >= seconds(self.judge.outage_s) {
-                return Err(Refusal::Failure(format!(
-                    "{} kept failing and is left alone for a while (labeler.remote.breaker_cooldown_s); it was waited for as long as labeler.remote.outage_s says",
-                    self.judge.url
-                )));
+            if self.waiting()? >= seconds(self.judge.outage_s) {
+                return if asked { Err(self.gave_up()) } else { Ok(true) };
             }
             waited = true;
             tokio::time::sleep(pause.min(Duration::from_secs(1))).await;
         }
     }
 
-    /// Waits for the rate limits.
-    async fn paced(&self, request: &Request) {
+    /// Gives a sign of life of who waits for the server; returns for how long it has answered nothing.
+    ///
+    /// # Errors
+    /// Nobody wants the answer any more.
+    fn waiting(&self) -> Reply<Duration> {
+        let waited = self.outage.wait(self.now(), &self.judge.url, seconds(self.judge.outage_s));
+        if waited.wanted {
+            return Ok(waited.away);
+        }
+        let cause = self.outage.cause().map_or_else(String::new, |cause| format!(": {}", cause.words));
+        Err(Refusal::Failure(format!("the run ended while it waited for the judge at {}{cause}", self.judge.url)))
+    }
+
+    /// Waits `pause`, with signs of life where that is long.
+    ///
+    /// # Errors
+    /// As [`Client::waiting`].
+    async fn rest(&self, pause: Duration) -> Reply<()> {
+        const SLICE: Duration = Duration::from_secs(1);
+        let until = self.now() + pause;
+        while let Some(left) = until.checked_sub(self.now()).filter(|left| *left > Duration::ZERO) {
+            if left > SLICE {
+                self.waiting()?;
+            }
+            tokio::time::sleep(left.min(SLICE)).await;
+        }
+        Ok(())
+    }
+
+    /// Waits for a server that limits the rate; all questions wait with this one.
+    ///
+    /// # Errors
+    /// No question was answered for `outage_s`, or nobody wants the answer any more.
+    async fn limited(&self, outcome: &Outcome, attempt: u32) -> Reply<()> {
+        if attempt > self.judge.retries && self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
+            return Err(self.gave_up());
+        }
+        telemetry::judge_retry();
+        let pause = self.pause(outcome, attempt);
+        let until = self.now() + pause;
+        {
+            let mut hold = self.lock(&self.hold);
+            *hold = (*hold).max(self.now() + outcome.wait().unwrap_or_default());
+        }
+        self.rest(until.saturating_sub(self.now())).await
+    }
+
+    /// Waits for the rate limits: those of the configuration, and what the server asked for.
+    ///
+    /// # Errors
+    /// As [`Client::waiting`].
+    async fn paced(&self, request: &Request) -> Reply<()> {
         for (bucket, amount) in [(&self.requests, 1.0), (&self.tokens, request.estimate() as f64)] {
             if let Some(bucket) = bucket {
-                let now = self.began.elapsed();
-                let pause = bucket.lock().unwrap_or_else(PoisonError::into_inner).take(now, amount);
+                let pause = self.lock(bucket).take(self.now(), amount);
                 if pause > Duration::ZERO {
                     tokio::time::sleep(pause).await;
                 }
             }
         }
+        let hold = *self.lock(&self.hold);
+        self.rest(hold.saturating_sub(self.now())).await
     }
 
     /// One try: one exchange, or two where the first lets itself be waited for.
-    async fn send(&self, request: &Request, usage: &mut Usage) -> (Outcome, Option<Answer>) {
-        let first = self.exchange(request);
-        let Some(after) = self.judge.hedge_after_s else { return self.settle(first.await, usage) };
+    ///
+    /// # Errors
+    /// The budget does not allow it.
+    async fn send(&self, request: &Request, usage: &mut Usage) -> Reply<(Outcome, Option<Answer>)> {
+        let sent = self.now();
+        let first = self.exchange(request, self.reserve(request)?);
+        let Some(after) = self.judge.hedge_after_s else { return Ok(self.settle(first.await, request, sent, usage)) };
         tokio::pin!(first);
         tokio::select! {
-            done = &mut first => return self.settle(done, usage),
+            done = &mut first => return Ok(self.settle(done, request, sent, usage)),
             () = tokio::time::sleep(seconds(after)) => {}
         }
+        let Ok(reserved) = self.reserve(request) else { return Ok(self.settle(first.await, request, sent, usage)) };
         telemetry::judge_hedge();
-        let second = self.exchange(request);
+        let second = self.exchange(request, reserved);
         tokio::pin!(second);
         // Who answers first wins; who merely fails first leaves it to the other.
         let (done, other) = tokio::select! {
@@ -185,38 +384,64 @@ impl Client {
             done = &mut second => (done, false),
         };
         if done.1.is_some() {
-            return self.settle(done, usage);
+            return Ok(self.settle(done, request, sent, usage));
         }
-        let _ = self.settle(done, usage);
+        let _ = self.settle(done, request, sent, usage);
         let last = if other { second.await } else { first.await };
-        self.settle(last, usage)
+        Ok(self.settle(last, request, sent, usage))
     }
 
-    /// Notes what an exchange cost and how the server is.
-    fn settle(&self, done: (Outcome, Option<Answer>), usage: &mut Usage) -> (Outcome, Option<Answer>) {
+    /// Sets the most that an exchange may cost aside.
+    ///
+    /// # Errors
+    /// A failure that names `labeler.max_cost` where that is more than is left.
+    fn reserve(&self, request: &Request) -> Reply<Option<Reserved>> {
+        let Some(budget) = &self.budget else { return Ok(None) };
+        let most = self.cost(request.most_prompt_tokens(), request.max_tokens as u64);
+        budget.reserve(most).map(Some).map_err(Refusal::Failure)
+    }
+
+    fn cost(&self, prompt_tokens: u64, completion_tokens: u64) -> f64 {
+        (prompt_tokens as f64 * self.judge.price_prompt + completion_tokens as f64 * self.judge.price_completion) / 1e6
+    }
+
+    /// Notes what an exchange cost and how the server is; `request` was sent at `sent`.
+    fn settle(
+        &self,
+        done: (Outcome, Option<Answer>),
+        request: &Request,
+        sent: Duration,
+        usage: &mut Usage,
+    ) -> (Outcome, Option<Answer>) {
         let (outcome, answer) = done;
         usage.requests += 1;
         if let Some(answer) = &answer {
-            let cost = (answer.prompt_tokens as f64 * self.judge.price_prompt
-                + answer.completion_tokens as f64 * self.judge.price_completion)
-                / 1e6;
+            let cost = self.cost(answer.prompt_tokens, answer.completion_tokens);
             usage.prompt_tokens += answer.prompt_tokens;
             usage.completion_tokens += answer.completion_tokens;
             usage.cost += cost;
             telemetry::judge_cost(cost);
+            self.lock(&self.evidence).answered(request, sent);
         }
-        let now = self.began.elapsed();
-        let mut breaker = self.breaker.lock().unwrap_or_else(PoisonError::into_inner);
-        breaker.record(now, outcome.alive());
-        if outcome.alive() {
+        let now = self.now();
+        let mut breaker = self.lock(&self.breaker);
+        match outcome.nature() {
+            Nature::Refusal => breaker.refused(now),
+            Nature::Limited | Nature::Passing => breaker.record(now, outcome.alive()),
+        }
+        if answer.is_some() {
             self.outage.over(now, &self.judge.url);
         }
         telemetry::judge_breaker(breaker.is_open());
         (outcome, answer)
     }
 
+    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
+        mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// One HTTP exchange, counted once whatever becomes of it.
-    async fn exchange(&self, request: &Request) -> (Outcome, Option<Answer>) {
+    async fn exchange(&self, request: &Request, reserved: Option<Reserved>) -> (Outcome, Option<Answer>) {
         let _under_way = self.knob.enter().await;
         let counted = Counted::new(&self.stats);
         let (outcome, answer) = match self.post(request).await {
@@ -224,6 +449,12 @@ impl Client {
             Err(outcome) => (outcome, None),
         };
         counted.end(&outcome);
+        if let Some(reserved) = reserved {
+            let cost = answer.as_ref().map(|answer| self.cost(answer.prompt_tokens, answer.completion_tokens));
+            // A server that broke off or was not waited for may charge for it all the same.
+            let unknown = matches!(outcome, Outcome::Timeout | Outcome::Connection(_) | Outcome::Malformed(_));
+            reserved.settle(if unknown { None } else { Some(cost.unwrap_or(0.0)) });
+        }
         (outcome, answer)
     }
 
@@ -236,7 +467,8 @@ impl Client {
         }
         let mut response = post.send().await.map_err(|error| broken(&error))?;
         let status = response.status().as_u16();
-        let wait = response.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse::<f64>().ok());
+        let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let wait = retry_after(header("retry-after"), header("retry-after-ms"), SystemTime::now());
         let mut bytes = Vec::new();
         let most = if status == 200 { self.judge.max_response_bytes } else { 4096 };
         while let Some(chunk) = response.chunk().await.map_err(|error| broken(&error))? {
@@ -253,9 +485,11 @@ impl Client {
         }
         match status {
             200..=299 => read(&bytes, request).map_err(Outcome::Malformed),
-            429 => Err(Outcome::RateLimited(wait.filter(|s| (0.0..1e6).contains(s)).map(Duration::from_secs_f64))),
-            500.. => Err(Outcome::Server(status)),
-            _ => Err(Outcome::Refused(status, excerpt(&String::from_utf8_lossy(&bytes)))),
+            402 => Err(Outcome::Quota(status, sentence(&bytes))),
+            429 if reports_quota(&bytes) => Err(Outcome::Quota(status, sentence(&bytes))),
+            429 => Err(Outcome::RateLimited(wait, sentence(&bytes))),
+            500.. => Err(Outcome::Server(status, wait, sentence(&bytes))),
+            _ => Err(Outcome::Refused(status, sentence(&bytes))),
         }
     }
 

@@ -1,6 +1,6 @@
-//! Which failures are worth another try, and when.
+//! What came of an exchange with a judge, which failures are worth another try, and when.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// How an HTTP exchange ended, as it is counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,79 +13,130 @@ pub enum Outcome {
     Connection(String),
     /// An answer that could not be read.
     Malformed(String),
-    /// 429, with what the server said of when to come back.
-    RateLimited(Option<Duration>),
-    /// Another status from 400 to 499, with the beginning of the body.
+    /// 429 for the rate of requests, with the time that the server asked for and its sentence.
+    RateLimited(Option<Duration>, String),
+    /// 402, or a 429 that reports an exhausted quota, with the server's sentence.
+    Quota(u16, String),
+    /// Another status from 300 to 499, with the server's sentence.
     Refused(u16, String),
-    /// A status from 500 up.
-    Server(u16),
-    /// Its twin answered first.
+    /// A status from 500 up, with the time that the server asked for and its sentence.
+    Server(u16, Option<Duration>, String),
+    /// A second request for the same question was answered first.
     HedgedAway,
 }
 
+/// What an exchange without an answer says about asking again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nature {
+    /// The server or the network failed; asking again may help.
+    Passing,
+    /// The server limits the rate; asking again later helps.
+    Limited,
+    /// The server refuses; asking the same again does not help until a person changes something.
+    Refusal,
+}
+
 impl Outcome {
-    /// As metrics name it.
+    /// Returns the outcome's name in metrics.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::Timeout => "timeout",
             Self::Connection(_) => "connection",
             Self::Malformed(_) => "malformed",
-            Self::RateLimited(_) => "rate_limited",
+            Self::RateLimited(..) => "rate_limited",
+            Self::Quota(..) => "quota",
             Self::Refused(..) => "http_4xx",
-            Self::Server(_) => "http_5xx",
+            Self::Server(..) => "http_5xx",
             Self::HedgedAway => "hedged_away",
         }
     }
 
     /// All names.
-    pub const NAMES: [&str; 8] =
-        ["ok", "timeout", "connection", "malformed", "rate_limited", "http_4xx", "http_5xx", "hedged_away"];
+    pub const NAMES: [&str; 9] =
+        ["ok", "timeout", "connection", "malformed", "rate_limited", "quota", "http_4xx", "http_5xx", "hedged_away"];
 
-    /// Whether asking again may help.
-    pub fn may_pass(&self) -> bool {
+    /// Returns what the outcome says about asking again.
+    pub fn nature(&self) -> Nature {
         match self {
-            Self::Timeout | Self::Connection(_) | Self::Malformed(_) | Self::RateLimited(_) | Self::Server(_) => true,
-            Self::Refused(status, _) => matches!(status, 408 | 409),
-            Self::Ok | Self::HedgedAway => false,
+            Self::RateLimited(..) => Nature::Limited,
+            Self::Refused(408 | 409 | 425, _) => Nature::Passing,
+            // Not implemented: the server will not learn it by itself.
+            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Quota(..) => Nature::Refusal,
+            Self::Ok | Self::HedgedAway | Self::Timeout | Self::Connection(_) | Self::Malformed(_) => Nature::Passing,
+            Self::Server(..) => Nature::Passing,
         }
     }
 
-    /// Whether the server is there and working: what a circuit breaker counts as a success.
+    /// Returns whether the circuit breaker counts the exchange as a success: the server is reachable and works.
     pub fn alive(&self) -> bool {
-        matches!(self, Self::Ok | Self::Refused(..) | Self::RateLimited(_) | Self::HedgedAway)
+        match self {
+            Self::Ok | Self::HedgedAway => true,
+            Self::Timeout | Self::Connection(_) | Self::Malformed(_) | Self::Server(..) => false,
+            Self::RateLimited(..) | Self::Quota(..) | Self::Refused(..) => true,
+        }
     }
 
-    /// In words.
+    /// Returns the time that the server asked to be left alone.
+    pub fn wait(&self) -> Option<Duration> {
+        match self {
+            Self::RateLimited(wait, _) | Self::Server(_, wait, _) => *wait,
+            _ => None,
+        }
+    }
+
+    /// Describes the outcome, with the server's own sentence and the setting to look at.
     pub fn words(&self) -> String {
         match self {
             Self::Ok => "answered".into(),
             Self::Timeout => "did not answer in time".into(),
             Self::Connection(why) => format!("could not be reached: {why}"),
             Self::Malformed(why) => format!("sent an answer that cannot be read: {why}"),
-            Self::RateLimited(_) => "limits the rate of requests (429)".into(),
-            Self::Refused(status @ (401 | 403), _) => {
-                format!("refused the key ({status}); check the variable that labeler.remote.api_key_env names")
+            Self::RateLimited(_, why) => format!("limits the rate of requests ({})", with("429", why)),
+            Self::Quota(status, why) => format!(
+                "has no quota left ({}); add credit to the account, or change labeler.remote",
+                with(&status.to_string(), why)
+            ),
+            Self::Refused(status @ (401 | 403), why) => format!(
+                "refused the key ({}); check the variable that labeler.remote.api_key_env names",
+                with(&status.to_string(), why)
+            ),
+            Self::Refused(404, why) => {
+                format!("knows no such address or model ({}); check labeler.remote.url and model", with("404", why))
             }
-            Self::Refused(404, body) => {
-                format!("knows no such address or model (404: {body}); check labeler.remote.url and model")
-            }
-            Self::Refused(status, body) => format!("refused the request ({status}: {body})"),
-            Self::Server(status) => format!("failed ({status})"),
+            Self::Refused(status, why) => format!("refused the request ({})", with(&status.to_string(), why)),
+            Self::Server(status, _, why) => format!("failed ({})", with(&status.to_string(), why)),
             Self::HedgedAway => "was overtaken".into(),
         }
     }
 }
 
-/// How long to wait before try number `attempt` (the first retry is 1): up to `base`·2^(attempt−1), at most `most`,
-/// drawn by `uniform` in [0, 1) so that many clients do not come back at once; never before the server asked for.
+fn with(status: &str, sentence: &str) -> String {
+    if sentence.is_empty() { status.to_owned() } else { format!("{status}: {sentence}") }
+}
+
+/// Returns how long to wait before try number `attempt` (the first retry is 1): up to `base`·2^(attempt−1), at most
+/// `most`, drawn by `uniform` in [0, 1) so that many clients do not come back at once; never less than the server asked
+/// for.
 pub fn pause(outcome: &Outcome, attempt: u32, base: Duration, most: Duration, uniform: f64) -> Duration {
-    let ceiling = base.saturating_mul(1 << (attempt - 1).min(16)).min(most);
-    let drawn = ceiling.mul_f64(uniform);
-    match outcome {
-        Outcome::RateLimited(Some(asked)) => (*asked).min(most) + drawn,
-        _ => drawn,
+    let ceiling = base.saturating_mul(1 << (attempt.max(1) - 1).min(16)).min(most);
+    outcome.wait().unwrap_or_default() + ceiling.mul_f64(uniform)
+}
+
+/// Reads how long a server asks to be left alone: `retry-after-ms`, or `retry-after` as seconds or as an HTTP date, which
+/// is compared with `now`. A time of more than a day is taken for a day.
+pub fn retry_after(seconds: Option<&str>, milliseconds: Option<&str>, now: SystemTime) -> Option<Duration> {
+    const MOST: f64 = 86_400.0;
+    let bounded = |s: f64| (s >= 0.0).then(|| Duration::from_secs_f64(s.min(MOST)));
+    if let Some(ms) = milliseconds.and_then(|text| text.trim().parse::<f64>().ok()) {
+        return bounded(ms / 1000.0);
     }
+    let text = seconds?.trim();
+    if let Ok(s) = text.parse::<f64>() {
+        return bounded(s);
+    }
+    let at = httpdate::parse_http_date(text).ok()?;
+    bounded(at.duration_since(now).unwrap_or_default().as_secs_f64())
 }
 
 #[cfg(test)]
@@ -99,22 +150,39 @@ mod tests {
             (1..8).map(|attempt| pause(&Outcome::Timeout, attempt, base, most, 1.0).as_millis()).collect();
         assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 8000, 8000]);
         assert_eq!(pause(&Outcome::Timeout, 3, base, most, 0.25).as_millis(), 500);
-        let limited = Outcome::RateLimited(Some(Duration::from_secs(3)));
-        assert_eq!(pause(&limited, 1, base, most, 0.5).as_millis(), 3250);
+        let limited = Outcome::RateLimited(Some(Duration::from_secs(45)), String::new());
+        assert_eq!(pause(&limited, 1, base, most, 0.5).as_millis(), 45_250, "the server's time is not cut");
     }
 
     #[test]
-    fn only_what_may_pass_is_tried_again() {
-        for (outcome, again) in [
-            (Outcome::Timeout, true),
-            (Outcome::Server(503), true),
-            (Outcome::RateLimited(None), true),
-            (Outcome::Malformed("empty".into()), true),
-            (Outcome::Refused(400, String::new()), false),
-            (Outcome::Refused(401, String::new()), false),
-            (Outcome::Refused(408, String::new()), true),
+    fn retry_after_is_read_as_seconds_as_a_date_and_as_milliseconds() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_770);
+        let read = |seconds: &str| retry_after(Some(seconds), None, now);
+        assert_eq!(read("7"), Some(Duration::from_secs(7)));
+        assert_eq!(read(" 1.5 "), Some(Duration::from_millis(1500)));
+        assert_eq!(read("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::from_secs(7)));
+        assert_eq!(read("Sun, 06 Nov 1994 08:00:00 GMT"), Some(Duration::ZERO));
+        assert_eq!((read("soon"), read("-1"), read("1e9")), (None, None, Some(Duration::from_secs(86_400))));
+        assert_eq!(retry_after(Some("7"), Some("250"), now), Some(Duration::from_millis(250)));
+        assert_eq!(retry_after(None, None, now), None);
+    }
+
+    #[test]
+    fn failures_are_told_apart_by_whether_asking_again_may_help() {
+        let none = String::new;
+        for (outcome, nature) in [
+            (Outcome::Timeout, Nature::Passing),
+            (Outcome::Server(503, None, none()), Nature::Passing),
+            (Outcome::Server(501, None, none()), Nature::Refusal),
+            (Outcome::RateLimited(None, none()), Nature::Limited),
+            (Outcome::Malformed("empty".into()), Nature::Passing),
+            (Outcome::Quota(429, none()), Nature::Refusal),
+            (Outcome::Refused(400, none()), Nature::Refusal),
+            (Outcome::Refused(401, none()), Nature::Refusal),
+            (Outcome::Refused(307, none()), Nature::Refusal),
+            (Outcome::Refused(408, none()), Nature::Passing),
         ] {
-            assert_eq!(outcome.may_pass(), again, "{outcome:?}");
+            assert_eq!(outcome.nature(), nature, "{outcome:?}");
             assert!(Outcome::NAMES.contains(&outcome.name()));
         }
     }

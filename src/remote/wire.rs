@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::config::{RemoteApi, RemoteJudge};
+use crate::seed;
 
 /// Most tokens that one exchange may have taken.
 const MOST_TOKENS: u64 = 1 << 30;
@@ -39,6 +40,22 @@ impl Request {
             top_k: None,
             top_logprobs,
             seed: None,
+        }
+    }
+
+    /// Asks for sampled answer number `vote` to a question.
+    pub fn vote(prompt: &str, vote: u64) -> Self {
+        /// Room for a number and what stands around it.
+        const TOKENS: usize = 6;
+        Self {
+            prompt: prompt.to_owned(),
+            begun: None,
+            max_tokens: TOKENS,
+            temperature: 1.0,
+            top_k: None,
+            top_logprobs: 0,
+            // Servers take the seed as a signed number.
+            seed: Some(seed::mix(seed::text(prompt) ^ vote) >> 33),
         }
     }
 
@@ -79,6 +96,12 @@ impl Request {
             body["top_logprobs"] = json!(self.top_logprobs);
         }
         ("chat/completions", body)
+    }
+
+    /// Most tokens that the prompt can have: a token is at least a byte, and a chat template adds a few.
+    pub fn most_prompt_tokens(&self) -> u64 {
+        const TEMPLATE: u64 = 64;
+        (self.prompt.len() + self.begun.as_ref().map_or(0, String::len)) as u64 + TEMPLATE
     }
 
     /// Tokens that the question will cost, roughly: four characters each, and the answer in full.
@@ -172,6 +195,25 @@ pub(super) fn rewritten(body: &[u8]) -> Option<Vec<u8>> {
     let escaped = body.windows(2).any(|pair| pair == b"\\u" || pair == b"\\/");
     let value: Value = serde_json::from_slice(body).ok().filter(|_| escaped)?;
     serde_json::to_vec(&value).ok()
+}
+
+/// The server's own sentence in the body of a refusal: the message of an error in JSON, or the beginning of the body.
+pub fn sentence(body: &[u8]) -> String {
+    let value: Value = serde_json::from_slice(body).unwrap_or(Value::Null);
+    let error = &value["error"];
+    let told = [&error["message"], error, &value["message"], &value["detail"]].into_iter().find_map(Value::as_str);
+    excerpt(told.unwrap_or(&String::from_utf8_lossy(body)))
+}
+
+/// Whether the body of a 429 reports an exhausted quota, which waiting does not bring back, rather than a rate limit.
+pub fn reports_quota(body: &[u8]) -> bool {
+    let value: Value = serde_json::from_slice(body).unwrap_or(Value::Null);
+    let error = &value["error"];
+    let named = ["code", "type"].into_iter().filter_map(|key| error[key].as_str());
+    named
+        .into_iter()
+        .any(|name| ["insufficient_quota", "billing_hard_limit_reached", "credits_exhausted"].contains(&name))
+        || sentence(body).to_lowercase().contains("exceeded your current quota")
 }
 
 /// The beginning of a text, on one line.

@@ -10,6 +10,7 @@ use preceptor_actors::{Emitter, Item, Stage, StageResult};
 use super::trainer::Observed;
 use super::{RewardRule, RewardTrainer};
 use crate::fault;
+use crate::label::derive::leave_uncompared_out;
 use crate::ledger::Entries;
 use crate::model::{Decoder, Pack};
 use crate::rollout::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
@@ -72,7 +73,10 @@ impl<I> RewardStage<I> {
     }
 
     fn reward(&mut self, labeled: Labeled, trainer: Option<&mut RewardTrainer>) -> Result<Rewarded> {
-        let Labeled { group, mut feedback } = labeled;
+        let Labeled { mut group, mut feedback } = labeled;
+        if let (Scorer::Labels, Some(feedback)) = (&self.scorer, &mut feedback) {
+            leave_uncompared_out(&mut group, feedback);
+        }
         let mut out = Rewarded {
             group,
             feedback: None,
@@ -146,7 +150,7 @@ fn scores(feedback: Option<&Feedback>, completions: usize) -> Result<Vec<f64>, S
 }
 
 /// The first verdict that is no label, in words.
-fn refusal<'a>(verdicts: impl IntoIterator<Item = &'a Verdict>) -> String {
+pub(super) fn refusal<'a>(verdicts: impl IntoIterator<Item = &'a Verdict>) -> String {
     let reason = verdicts.into_iter().find_map(|verdict| match verdict {
         Verdict::Label(_) => None,
         Verdict::Abstention(why) => Some(format!("the labeler abstained: {why}")),

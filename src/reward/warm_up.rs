@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use preceptor_actors::{Emitter, Item, Stage, StageResult};
+use preceptor_actors::{Emitter, Item, Stage, StageError, StageResult};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use super::stage::labeled_pairs;
+use super::stage::{labeled_pairs, refusal};
 use super::trainer::{RewardTrainer, TrainerStep, agreement};
 use crate::rollout::{Group, Labeled};
 use crate::seed::mix;
@@ -37,6 +37,9 @@ pub struct WarmUp {
     waiting: BTreeMap<u64, Labeled>,
     kept: Vec<Seen>,
     held_out: Vec<Seen>,
+    /// Labeled pairs so far, and why the first one without a label has none.
+    labeled: usize,
+    unlabeled: Option<String>,
 }
 
 /// A group with the pairs a labeler made of it, as [`crate::rollout::Feedback::preferences`] holds them.
@@ -63,6 +66,8 @@ impl WarmUp {
             waiting: BTreeMap::new(),
             kept: Vec::new(),
             held_out: Vec::new(),
+            labeled: 0,
+            unlabeled: None,
         }
     }
 
@@ -78,6 +83,11 @@ impl WarmUp {
 
     fn take(&mut self, labeled: Labeled) -> anyhow::Result<()> {
         let pairs = labeled_pairs(labeled.feedback.as_ref());
+        self.labeled += pairs.len();
+        if pairs.is_empty() && self.unlabeled.is_none() {
+            let verdicts = labeled.feedback.iter().flat_map(|one| one.preferences.iter().map(|one| &one.verdict));
+            self.unlabeled = Some(refusal(verdicts));
+        }
         let shared = Arc::clone(&self.trainer);
         let mut trainer = shared.lock().unwrap_or_else(PoisonError::into_inner);
         let held_out = trainer.holds_out(&labeled.group.prompt);
@@ -123,6 +133,17 @@ impl Stage for WarmUp {
         }
         let step = trainer.step()?;
         telemetry::reward_model(&trainer, step.as_ref());
+        if trainer.version() == 0 {
+            let why = match &self.unlabeled {
+                _ if self.labeled > 0 => {
+                    "all labeled pairs are of held-out prompts; lower reward_model.holdout, or warm up on more groups"
+                        .into()
+                }
+                Some(why) => format!("of {} groups none has a labeled pair, the first since {why}", self.next),
+                None => "no pair was given to it".to_owned(),
+            };
+            return Err(StageError::fatal(format!("the reward model learned from nothing in its warm-up: {why}")));
+        }
         let (mut right, mut pairs) = (0.0, 0);
         for Seen { group, pairs: labeled } in &self.held_out {
             out.ctx().beat();

@@ -12,6 +12,7 @@ use super::supervise::{Signals, Stop, unless_left};
 use super::watcher::Watcher;
 use super::{Summary, lock, reference};
 use crate::checkpoint::{Form, Shelf, Snapshot};
+use crate::exit::Ended;
 use crate::learn::publish::publish;
 use crate::monitor::Monitor;
 use crate::say;
@@ -77,17 +78,40 @@ impl Conclusion {
                 if let Err(error) = written {
                     say!("{error:#}");
                 }
+                self.tell_masked();
+                if self.node.prepared.budget.as_ref().is_some_and(|budget| budget.exhausted()) {
+                    return Err(Ended::Stopped(format!(
+                        "the run stopped at step {step}: {error}; --resume continues it, and asks for no label again that it has"
+                    ))
+                    .into());
+                }
                 bail!(
                     "the run ended at step {step} since {stage} failed ({restarts} restarts): {error}; once that is mended, --resume goes on"
                 )
             }
             Outcome::Finished | Outcome::Drained | Outcome::Halted => {
+                self.tell_masked();
+                if let Some(why) = lock(&self.watcher).stopped.take().filter(|_| step < self.node.config.run.steps) {
+                    let path = written?;
+                    return Err(Ended::Stopped(format!(
+                        "the run stopped at step {step}: {why}; {} is its checkpoint, and --resume continues it",
+                        path.display()
+                    ))
+                    .into());
+                }
                 let interrupted = self.stop.asked() && step < self.node.config.run.steps;
                 if !interrupted {
                     lock(&self.watcher).rise();
                 }
                 Ok(Summary { steps: step, checkpoint: written?, interrupted })
             }
+        }
+    }
+
+    /// Tells how many groups were masked and why, if any was.
+    fn tell_masked(&self) {
+        if let Some(summary) = lock(&self.watcher).guard.summary() {
+            say!("{summary}");
         }
     }
 

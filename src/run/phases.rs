@@ -17,6 +17,7 @@ use super::watcher::Due;
 use super::{announce, lock, resume};
 use crate::checkpoint::{Form, Identity, JudgeContents, Opened, Shelf, Snapshot, Writer};
 use crate::config::Config;
+use crate::exit::Ended;
 use crate::learn::TrainState;
 use crate::ledger::Book;
 use crate::monitor::Monitor;
@@ -75,11 +76,12 @@ impl WarmUpObserver for Notes {
     }
 
     fn done(&mut self, right: f64, pairs: u64) {
-        let share = right / pairs.max(1) as f64;
-        self.tell(
-            &format!("reward model ranks {:.1} % of {pairs} held-out pairs as labeled", 100.0 * share),
-            json!({ "held_out_right": right, "held_out_pairs": pairs }),
-        );
+        let text = if pairs == 0 {
+            "reward model is warmed up; no labeled pair was held out to measure it (reward_model.holdout)".to_owned()
+        } else {
+            format!("reward model ranks {:.1} % of {pairs} held-out pairs as labeled", 100.0 * right / pairs as f64)
+        };
+        self.tell(&text, json!({ "held_out_right": right, "held_out_pairs": pairs }));
     }
 }
 
@@ -258,7 +260,11 @@ pub(super) async fn warm_up(
         wired.wire_warm_up(builder, &trainer, &observer)
     })
     .await
-    .map_err(|error| anyhow!("{error:#}; --resume begins it anew, and asks for no label again that was kept"))
+    .map_err(|error| {
+        let text = format!("{error:#}; --resume begins it again, and asks for no label again that was kept");
+        let stopped = node.prepared.budget.as_ref().is_some_and(|budget| budget.exhausted());
+        if stopped { Ended::Stopped(text).into() } else { anyhow!(text) }
+    })
 }
 
 /// Runs a phase's graph to its end.

@@ -89,7 +89,11 @@ const CLASSES: &[(&str, Class, &[&str])] = &[
             "rationale_temperature",
         ],
     ),
-    ("labeler", Class::Free, &["device", "workers", "threads", "retries", "cache", "cache_entries", "capacity"]),
+    (
+        "labeler",
+        Class::Free,
+        &["device", "workers", "threads", "retries", "cache", "cache_entries", "capacity", "max_cost"],
+    ),
     ("labeler.remote", Class::Judge, &["url", "model", "api", "system", "evidence", "votes"]),
     (
         "labeler.remote",
@@ -112,6 +116,7 @@ const CLASSES: &[(&str, Class, &[&str])] = &[
             "price_prompt",
             "price_completion",
             "max_response_bytes",
+            "probe",
         ],
     ),
     ("reward", Class::Kept, &["reference"]),
@@ -180,7 +185,8 @@ const CLASSES: &[(&str, Class, &[&str])] = &[
         Class::Free,
         &["every_minutes", "every_steps", "keep", "best", "dtype", "mirror", "retry_s", "journal"],
     ),
-    ("serve", Class::Free, &["enabled", "listen", "token_env"]),
+    ("guard", Class::Free, &["action", "max_kl", "min_entropy", "max_masked", "steps", "unlabeled_steps"]),
+    ("serve", Class::Free, &["enabled", "listen", "token_env", "hosts"]),
     (
         "supervision",
         Class::Free,

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::evaluation::Evaluator;
 use super::files::RunFiles;
+use super::guard::Guard;
 use super::supervise::Stop;
 use crate::checkpoint::{Snapshot, Writer};
 use crate::config::Config;
@@ -44,6 +45,10 @@ pub(super) struct Watcher {
     pub(super) stop: Stop,
     pub(super) began: Instant,
     pub(super) step: u64,
+    /// Whether the run is healthy.
+    pub(super) guard: Guard,
+    /// Why a bound of the configuration stopped the run, if one did.
+    pub(super) stopped: Option<String>,
     /// The figures that the mode is meant to raise.
     pub(super) objectives: &'static [&'static str],
     /// Their course so far: one list for each.
@@ -115,6 +120,7 @@ impl Observer for Watcher {
             telemetry::disk_error();
             self.say(&format!("{error:#}; training goes on"));
         }
+        self.judge_health(&record, done.batch);
         if let Some(best) = &self.due.best {
             self.due.figures.push(record.get(best));
         }
@@ -123,7 +129,8 @@ impl Observer for Watcher {
             course.push(record.get(name));
         }
         if let Some(progress) = self.progress.get() {
-            progress.step(&line(&record, self.steps), &Value::Object(record.0.clone()));
+            let text = line(&record, self.steps, done.batch);
+            progress.step(&text, &Value::Object(record.0.clone()));
         }
         if let Some(evaluator) = &self.evaluator
             && evaluator.put(state.step, state.published())
@@ -139,7 +146,7 @@ impl Observer for Watcher {
             }
             self.due.last = Instant::now();
         }
-        if self.stop.asked()
+        if (self.stop.asked() || self.stopped.is_some())
             && let Some(graph) = self.graph.get()
         {
             graph.halt();
@@ -158,6 +165,19 @@ impl Observer for Watcher {
 }
 
 impl Watcher {
+    /// Holds a step against the bounds of `[guard]`: logs warnings, sets the metrics, and notes why the run has to stop.
+    fn judge_health(&mut self, record: &StepRecord, batch: &[Rewarded]) {
+        let found = self.guard.step(&record.0, batch);
+        for name in Guard::NAMES {
+            telemetry::guard(name, self.guard.exceeded(name));
+        }
+        self.monitor.health(self.guard.reasons(), Guard::NAMES.into_iter().filter(|name| self.guard.exceeded(name)));
+        for warning in &found.warnings {
+            self.say(&format!("warning: {warning}"));
+        }
+        self.stopped = found.stop.or_else(|| self.stopped.take());
+    }
+
     /// Hands a snapshot of the run to the writer.
     fn checkpoint(&mut self, state: &TrainState) -> Result<()> {
         let began = Instant::now();
@@ -220,7 +240,17 @@ fn moments(values: &[f64]) -> (f64, f64) {
     (mean, (variance / n).sqrt())
 }
 
-fn line(record: &StepRecord, steps: u64) -> String {
+fn line(record: &StepRecord, steps: u64, batch: &[Rewarded]) -> String {
+    let reasons = || batch.iter().filter_map(|group| group.masked.as_deref());
+    let (masked, of) = (reasons().count(), batch.len());
+    if masked == of
+        && let Some(why) = reasons().next()
+    {
+        return format!(
+            "step {:>3}/{steps}  learned nothing: all {of} groups are masked, the first since {why}",
+            record.get("step")
+        );
+    }
     let goal = if record.0.contains_key("preference/margin") {
         format!(
             "loss {:.4}  margin {:+.3}  agrees {:.1} %",
@@ -233,8 +263,9 @@ fn line(record: &StepRecord, steps: u64) -> String {
     };
     let kl = record.get("kl/mean");
     let kl = if kl.is_nan() { String::new() } else { format!("  kl {kl:.3}") };
+    let left_out = if masked > 0 { format!("  masked {masked} of {of}") } else { String::new() };
     format!(
-        "step {:>3}/{steps}  {goal}{kl}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s",
+        "step {:>3}/{steps}  {goal}{kl}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s{left_out}",
         record.get("step"),
         record.get("length/mean"),
         record.get("entropy/mean"),

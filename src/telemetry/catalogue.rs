@@ -285,6 +285,12 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 &[],
                 "How long a remote judge that is waited for has not answered; 0 while it does",
             ),
+            metric(
+                Gauge,
+                "preceptor_judge_refuses",
+                &[],
+                "1 while a remote judge that is waited for refuses (key, address, model, quota), so that a person has to act",
+            ),
             metric(Histogram, "preceptor_label_duration_seconds", &[], "Labeling of one group, retries included"),
         ],
     ),

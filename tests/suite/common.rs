@@ -75,3 +75,28 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
 pub fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
+
+/// Copies the directory `from` to `to`, which is made.
+pub fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let to = to.join(path.file_name().unwrap());
+        if path.is_dir() {
+            copy(&path, &to);
+        } else {
+            std::fs::copy(&path, &to).unwrap();
+        }
+    }
+}
+
+/// Numbers of the groups that were trained, in order, as the journal of `run` has them.
+pub fn trained(run: &Path) -> Vec<u64> {
+    let mut seqs = Vec::new();
+    for entry in preceptor::run::journal::Journal::open(run).unwrap() {
+        if let preceptor::run::journal::Entry::Step(step) = entry.unwrap() {
+            seqs.extend(step.batch.iter().map(|group| group.group.prompt.seq));
+        }
+    }
+    seqs
+}

@@ -8,6 +8,7 @@ mod common;
 mod cuda;
 mod families;
 mod faults;
+mod formats;
 mod hardening;
 mod labelers;
 mod lora;

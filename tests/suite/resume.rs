@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::common::{PATIENCE, config, metrics, preceptor, small, stderr, train, wait_until};
+use crate::common::{PATIENCE, config, metrics, preceptor, small, stderr, train, trained, wait_until};
 use crate::mock_judge::{Act, MockJudge};
 
 /// A small run in `dir/run` that is killed once `after` steps are in its metrics, and a checkpoint is there. Its source of
@@ -55,17 +55,6 @@ fn tensors(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         }
     }
     all
-}
-
-/// Numbers of the groups that were trained, in order, as the journal has them.
-fn trained(run: &Path) -> Vec<u64> {
-    let mut seqs = Vec::new();
-    for entry in preceptor::run::journal::Journal::open(run).unwrap() {
-        if let preceptor::run::journal::Entry::Step(step) = entry.unwrap() {
-            seqs.extend(step.batch.iter().map(|group| group.group.prompt.seq));
-        }
-    }
-    seqs
 }
 
 #[test]

@@ -1,0 +1,210 @@
+//! Whether a run is healthy: bounds of `[guard]` on its figures, and steps from which nothing is learned.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+
+use crate::config::{Guard as Bounds, GuardAction};
+use crate::rollout::{Rewarded, Verdict};
+
+/// Most different reasons that are kept; the rest is counted together.
+const MOST_REASONS: usize = 64;
+
+/// Watches the steps of a run. Pure: it is given figures and says what to log and whether to stop.
+pub(super) struct Guard {
+    bounds: Bounds,
+    batch_groups: u64,
+    /// Steps in a row beyond each bound, by name.
+    beyond: BTreeMap<&'static str, u64>,
+    /// Steps in a row without a single label.
+    unlabeled: u64,
+    /// Why groups were masked in this process, with how many of them.
+    reasons: BTreeMap<String, u64>,
+}
+
+/// What a step says of the run's health.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Finding {
+    /// Bounds that were exceeded often enough just now, in words.
+    pub(super) warnings: Vec<String>,
+    /// Why the run has to stop, if it has to.
+    pub(super) stop: Option<String>,
+}
+
+/// A bound, and what exceeded it.
+struct Bound {
+    name: &'static str,
+    exceeded: bool,
+    words: String,
+    remedy: &'static str,
+}
+
+impl Guard {
+    /// Watches a run of batches of `batch_groups` groups.
+    pub(super) fn new(bounds: Bounds, batch_groups: u64) -> Self {
+        let beyond = Self::NAMES.map(|name| (name, 0)).into();
+        Self { bounds, batch_groups, beyond, unlabeled: 0, reasons: BTreeMap::new() }
+    }
+
+    /// Names of the bounds, as metrics give them.
+    pub(super) const NAMES: [&'static str; 3] = ["entropy", "kl", "masked"];
+
+    /// Takes in the `record` of a step of an earlier process.
+    pub(super) fn recall(&mut self, record: &Map<String, Value>) {
+        let _ = self.take(record, self.masked(record) == 1.0);
+    }
+
+    /// Takes in a step with its figures and what it was learned from.
+    pub(super) fn step(&mut self, record: &Map<String, Value>, batch: &[Rewarded]) -> Finding {
+        for why in batch.iter().filter_map(|group| group.masked.as_ref()) {
+            let known = self.reasons.len() < MOST_REASONS || self.reasons.contains_key(why);
+            let why = if known { why.clone() } else { "other reasons".to_owned() };
+            *self.reasons.entry(why).or_default() += 1;
+        }
+        self.take(record, is_unlabeled(batch))
+    }
+
+    /// Returns whether the bound `name` is exceeded for as many steps as the configuration asks for.
+    pub(super) fn exceeded(&self, name: &str) -> bool {
+        self.beyond.get(name).is_some_and(|steps| *steps >= self.bounds.steps)
+    }
+
+    /// Returns the most frequent reasons for which groups were masked, with how often each came up.
+    pub(super) fn reasons(&self) -> Vec<(&str, u64)> {
+        let mut reasons: Vec<_> = self.reasons.iter().map(|(why, count)| (why.as_str(), *count)).collect();
+        reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        reasons
+    }
+
+    /// Returns how many groups were masked in this process, and why, or nothing where none was.
+    pub(super) fn summary(&self) -> Option<String> {
+        let total: u64 = self.reasons.values().sum();
+        let listed: Vec<String> =
+            self.reasons().into_iter().take(3).map(|(why, count)| format!("{count} × {why}")).collect();
+        (total > 0).then(|| format!("{total} groups were masked and not learned from: {}", listed.join("; ")))
+    }
+
+    fn masked(&self, record: &Map<String, Value>) -> f64 {
+        record.get("groups/masked").and_then(Value::as_f64).unwrap_or(0.0) / self.batch_groups.max(1) as f64
+    }
+
+    fn bounds(&self, record: &Map<String, Value>) -> [Bound; 3] {
+        let figure = |name: &str| record.get(name).and_then(Value::as_f64);
+        let (entropy, kl, masked) = (figure("entropy/mean"), figure("kl/token"), self.masked(record));
+        let Bounds { max_kl, min_entropy, max_masked, .. } = self.bounds;
+        // A step from which nothing was learned has no entropy.
+        let measured = entropy.filter(|_| masked < 1.0);
+        [
+            Bound {
+                name: "entropy",
+                exceeded: min_entropy > 0.0 && measured.is_some_and(|entropy| entropy < min_entropy),
+                words: format!(
+                    "the policy's entropy of {:.3} nats a token is below guard.min_entropy = {min_entropy}",
+                    entropy.unwrap_or(0.0)
+                ),
+                remedy: "it has almost stopped varying its answers; lower learner.lr, raise reward.kl_coef, or set learner.entropy_coef",
+            },
+            Bound {
+                name: "kl",
+                exceeded: max_kl > 0.0 && kl.is_some_and(|kl| kl > max_kl),
+                words: format!(
+                    "the policy's KL to its start of {:.3} nats a token is above guard.max_kl = {max_kl}",
+                    kl.unwrap_or(0.0)
+                ),
+                remedy: "it may please the judge rather than improve; raise reward.kl_coef or lower learner.lr",
+            },
+            Bound {
+                name: "masked",
+                exceeded: max_masked < 1.0 && masked > max_masked,
+                words: format!(
+                    "{:.0} % of the step's groups are masked, above guard.max_masked = {max_masked}",
+                    100.0 * masked
+                ),
+                remedy: "samples.jsonl has each group's reason",
+            },
+        ]
+    }
+
+    fn take(&mut self, record: &Map<String, Value>, unlabeled: bool) -> Finding {
+        let mut finding = Finding::default();
+        for Bound { name, exceeded, words, remedy } in self.bounds(record) {
+            let steps = self.beyond.entry(name).or_default();
+            *steps = if exceeded { *steps + 1 } else { 0 };
+            if *steps < self.bounds.steps {
+                continue;
+            }
+            let text = format!("{words}, for {steps} steps in a row: {remedy}");
+            match self.bounds.action {
+                GuardAction::Stop => drop(finding.stop.get_or_insert(format!("{text} (guard.action = \"stop\")"))),
+                // Once, and again each time that as many steps have passed.
+                GuardAction::Warn if steps.is_multiple_of(self.bounds.steps) => finding.warnings.push(text),
+                GuardAction::Warn => {}
+            }
+        }
+        self.unlabeled = if unlabeled { self.unlabeled + 1 } else { 0 };
+        if self.unlabeled >= self.bounds.unlabeled_steps {
+            let why = self.reasons().first().map_or(String::new(), |(why, _)| format!(": {why}"));
+            finding.stop = Some(format!(
+                "the labeler gave no label in {} steps in a row (guard.unlabeled_steps), so that nothing is learned{why}; samples.jsonl has each group's reason",
+                self.unlabeled
+            ));
+        }
+        finding
+    }
+}
+
+/// Whether the labeler was asked about the batch and gave no label at all.
+fn is_unlabeled(batch: &[Rewarded]) -> bool {
+    let verdicts = || {
+        batch
+            .iter()
+            .flat_map(|group| &group.feedback)
+            .flat_map(|feedback| feedback.verdicts.iter().chain(feedback.preferences.iter().map(|one| &one.verdict)))
+    };
+    verdicts().next().is_some() && !verdicts().any(|verdict| matches!(verdict, Verdict::Label(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn guard(action: GuardAction) -> Guard {
+        let bounds = Bounds { action, max_kl: 0.5, min_entropy: 0.1, max_masked: 0.5, steps: 2, unlabeled_steps: 3 };
+        Guard::new(bounds, 4)
+    }
+
+    fn record(kl: f64, entropy: f64, masked: u64) -> Map<String, Value> {
+        let value = json!({ "kl/token": kl, "entropy/mean": entropy, "groups/masked": masked });
+        value.as_object().cloned().unwrap()
+    }
+
+    #[test]
+    fn a_bound_that_is_exceeded_in_a_row_is_warned_about_or_stops_the_run() {
+        for (bad, words) in [
+            (record(0.6, 1.0, 0), "guard.max_kl = 0.5"),
+            (record(0.0, 0.05, 0), "guard.min_entropy = 0.1"),
+            (record(0.0, 1.0, 3), "guard.max_masked = 0.5"),
+        ] {
+            let good = record(0.4, 0.2, 2);
+            let mut warned = guard(GuardAction::Warn);
+            assert_eq!(warned.step(&bad, &[]), Finding::default());
+            assert_eq!(warned.step(&good, &[]), Finding::default());
+            assert_eq!(warned.step(&bad, &[]), Finding::default(), "the good step between counts");
+            let found = warned.step(&bad, &[]);
+            assert!(found.warnings.len() == 1 && found.warnings[0].contains(words), "{found:?}");
+            assert_eq!(found.stop, None);
+            assert_eq!(warned.step(&bad, &[]).warnings.len(), 0, "not at every step");
+            assert_eq!(warned.step(&bad, &[]).warnings.len(), 1);
+            let mut stopped = guard(GuardAction::Stop);
+            stopped.recall(&bad);
+            assert!(stopped.step(&bad, &[]).stop.unwrap().contains(words), "steps of an earlier process count");
+        }
+        let off = Bounds { max_kl: 0.0, min_entropy: 0.0, max_masked: 1.0, ..guard(GuardAction::Stop).bounds };
+        let mut off = Guard::new(off, 4);
+        for _ in 0..9 {
+            assert_eq!(off.step(&record(99.0, 0.0, 4), &[]), Finding::default());
+        }
+    }
+}

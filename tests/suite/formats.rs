@@ -1,0 +1,170 @@
+//! Runs that an earlier program wrote (tests/fixtures/formats) are resumed to their end and replayed, and its label cache
+//! answers.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::sync::OnceLock;
+
+use tempfile::TempDir;
+
+use crate::common::{copy, fixture, metrics, preceptor, stderr, trained};
+
+/// Learner steps of each run, except that of `fine-tuning`.
+const STEPS: u64 = 24;
+
+/// Groups of a step.
+const BATCH: u64 = 2;
+
+/// A directory with the model, the data, and the run called `name`, if it is not empty, as `run`.
+fn laid_out(name: &str) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let formats = fixture("formats");
+    copy(&formats.join("model"), &dir.path().join("model"));
+    for file in ["data.jsonl", "pairs.jsonl"] {
+        std::fs::copy(formats.join(file), dir.path().join(file)).unwrap();
+    }
+    if !name.is_empty() {
+        copy(&formats.join(name), &dir.path().join("run"));
+    }
+    dir
+}
+
+/// Trains in `dir/RUN` as the fixture's own resolved configuration says.
+fn train(dir: &Path, name: &str, run: &str, resume: bool) -> Output {
+    let mut command = preceptor(dir);
+    command.arg("train").arg(fixture("formats").join(name).join("config.toml")).args(["--run-dir", run]);
+    command.args(resume.then_some("--resume")).output().unwrap()
+}
+
+fn replay(dir: &Path, more: &[&str]) -> Output {
+    preceptor(dir).args(["replay", "run"]).args(more).output().unwrap()
+}
+
+/// Whether this machine and this program compute the bits that the fixtures were computed with. Another kind of processor, or
+/// another kernel, need not; then steps that are compared must both be taken here.
+fn computes_the_same_bits() -> bool {
+    static SAME: OnceLock<bool> = OnceLock::new();
+    *SAME.get_or_init(|| {
+        let dir = laid_out("direct");
+        let output = replay(dir.path(), &["--until", "1"]);
+        let text = stderr(&output);
+        assert!(output.status.success() || text.contains("error: step 1 leads to weights"), "{text}");
+        output.status.success()
+    })
+}
+
+/// The checkpoints of `run`, oldest first.
+fn checkpoints(run: &Path) -> Vec<PathBuf> {
+    let mut all: Vec<PathBuf> =
+        std::fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    all.sort();
+    all
+}
+
+/// Resumes the run called `name` to its end of `steps` steps and replays it. At η = 0 the end is that of a run which this
+/// program took in one piece.
+fn is_read(name: &str, steps: u64, synchronous: bool) {
+    let dir = laid_out(name);
+    let run = dir.path().join("run");
+    let before = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let output = train(dir.path(), name, "run", true);
+    let text = stderr(&output);
+    assert!(output.status.success(), "{name}: {text}");
+    assert!(text.contains("resuming  run/") && !text.contains("the run begins"), "{name}: {text}");
+    assert_eq!(trained(&run), (0..BATCH * steps).collect::<Vec<_>>(), "{name}");
+    let after = metrics(&run);
+    assert_eq!(after.len() as u64, steps, "{name}");
+    for (i, step) in after.iter().enumerate() {
+        assert_eq!(step["step"], i + 1, "{name}");
+    }
+    // The lines of the steps up to the checkpoint are the earlier program's, the times in them included.
+    let whole = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let from: usize = text
+        .lines()
+        .find_map(|line| line.strip_prefix("resuming  run/checkpoints/step-"))
+        .map_or(0, |step| step.parse().unwrap());
+    let lines = |text: &str| text.lines().take(from).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(lines(&whole), lines(&before), "{name}");
+
+    let output = replay(dir.path(), &[]);
+    let (said, error) = (String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output));
+    if computes_the_same_bits() {
+        assert!(output.status.success() && said.starts_with(&format!("{steps} steps, weights ")), "{name}: {error}");
+    } else {
+        assert!(output.status.success() || error.contains("leads to weights"), "{name}: {error}");
+    }
+    if synchronous && computes_the_same_bits() {
+        let output = train(dir.path(), name, "whole", false);
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+        let whole = dir.path().join("whole");
+        assert_eq!(after, metrics(&whole), "{name}");
+        let last = |run: &Path| checkpoints(run).pop().unwrap();
+        for file in ["model.safetensors", "resume/optimizer.safetensors"] {
+            let read = |run: &Path| std::fs::read(last(run).join(file)).unwrap();
+            assert!(read(&run) == read(&whole), "{file} of {name} differs from that of an unbroken run");
+        }
+    }
+}
+
+#[test]
+fn an_earlier_asynchronous_run_with_groups_under_way_is_read() {
+    is_read("direct", STEPS, false);
+    let run = fixture("formats/direct");
+    // Otherwise the fixture is not what it is meant to be.
+    let about = std::fs::read_to_string(checkpoints(&run).pop().unwrap().join("preceptor.json")).unwrap();
+    let about: serde_json::Value = serde_json::from_str(&about).unwrap();
+    assert!(about["groups"]["generated"].as_u64() > Some(0) && about["groups"]["labeled"].as_u64() > Some(0));
+}
+
+#[test]
+fn an_earlier_run_with_a_reward_model_is_read() {
+    is_read("distilled", STEPS, true);
+}
+
+#[test]
+fn earlier_fine_tuning_under_way_and_its_result_are_read() {
+    is_read("fine-tuning", 3, true);
+    is_read("reference", STEPS, true);
+}
+
+#[test]
+fn earlier_runs_with_a_value_model_and_of_preferences_are_read() {
+    is_read("ppo", STEPS, true);
+    is_read("preference", STEPS, true);
+}
+
+#[test]
+fn an_earlier_run_goes_on_from_its_earlier_checkpoint() {
+    let dir = laid_out("preference");
+    let run = dir.path().join("run");
+    let first = checkpoints(&run).remove(0);
+    let config = fixture("formats/preference/config.toml");
+    let mut command = preceptor(dir.path());
+    command.arg("train").arg(config).arg(format!("--resume={}", first.display()));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(trained(&run), (0..BATCH * STEPS).collect::<Vec<_>>());
+}
+
+#[test]
+fn labels_of_an_earlier_cache_are_not_asked_for_again() {
+    let dir = laid_out("");
+    let cache = dir.path().join("cache");
+    std::fs::create_dir(&cache).unwrap();
+    let packed = std::fs::File::open(fixture("formats/labels/labels.redb.gz")).unwrap();
+    let mut bytes = Vec::new();
+    flate2::read::GzDecoder::new(packed).read_to_end(&mut bytes).unwrap();
+    std::fs::write(cache.join("labels.redb"), bytes).unwrap();
+    let mut command = preceptor(dir.path());
+    command.arg("label").arg(fixture("formats/tiny.toml"));
+    command.args(["--input", "pairs.jsonl", "--output", "labels.jsonl"]);
+    for set in ["type=pairwise", "model=/proc/self/cwd/model", "cache=/proc/self/cwd/cache"] {
+        command.args(["--set", &format!("labeler.{set}")]);
+    }
+    let output = command.output().unwrap();
+    let text = stderr(&output);
+    assert!(output.status.success() && text.contains("0 questions to the judge, 6 from the cache"), "{text}");
+    let read = |path: &Path| std::fs::read_to_string(path).unwrap();
+    assert_eq!(read(&dir.path().join("labels.jsonl")), read(&fixture("formats/labels/labels.jsonl")));
+}
