@@ -104,7 +104,7 @@ fn run(watched: bool, time: Duration) -> (f64, Vec<f64>) {
 
 fn get(address: &str, path: &str) {
     let Ok(mut stream) = TcpStream::connect(address) else { return };
-    let asked = write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
+    let asked = write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     let mut answer = Vec::new();
     // A node that is stopping answers no more.
     let _ = asked.and_then(|()| stream.read_to_end(&mut answer));

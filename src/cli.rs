@@ -80,6 +80,7 @@ impl ConfigArgs {
 /// Parses the command line and runs it.
 pub fn main() -> ExitCode {
     crate::process::prepare();
+    crate::descriptors::raise_limit();
     crate::fault::set_up();
     let cli = Cli::parse();
     if let Err(error) = start_log(&cli.log) {

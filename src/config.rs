@@ -349,6 +349,10 @@ mod tests {
         let secret =
             "[labeler]\ntype = \"direct\"\nremote = { url = \"http://h\", model = \"m\", api_key_env = \"sk-0\" }\n";
         check(secret, &["x.toml:10: labeler.remote: api_key_env: is no name of an environment variable; it names the"]);
+        check(
+            "[serve]\nhosts = [\"http://a.test\"]\n",
+            &["x.toml:9: serve.hosts: \"http://a.test\" is no name of a host"],
+        );
         check("[serve]\nlisten = \"here\"\n", &["x.toml:9: serve.listen: \"here\" is no address"]);
         check("[supervision]\nbackoff_s = -1\n", &["x.toml:9: supervision.backoff_s: -1 is out of range"]);
         check(

@@ -88,7 +88,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     monitor.trace()?;
     upkeep(Arc::clone(&monitor));
     if config.serve.enabled {
-        let bound = serve(config.serve.listen, token, Arc::clone(&monitor)).await?;
+        let bound = serve(&config.serve, token, Arc::clone(&monitor)).await?;
         say!("serving   http://{bound}/  /metrics  /status  /healthz  /readyz");
     }
     say!("run       {}", dir.path().display());

@@ -1,5 +1,7 @@
 //! What the node answers over HTTP: the live page, what it reads, `/metrics`, `/healthz`, `/readyz`. Read-only: GET and HEAD.
 
+mod connections;
+mod hosts;
 mod page;
 mod token;
 
@@ -16,31 +18,33 @@ use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::json;
 
+use crate::config::Serve;
 use crate::monitor::Monitor;
 use crate::telemetry;
+use hosts::Hosts;
 pub use token::Token;
 
-/// Answered to whoever asks: a supervisor of processes has no token, and learns no more than whether to restart; the page
-/// holds nothing of the run, and asks for the token that it reads the rest with.
-const OPEN: [&str; 3] = ["/healthz", "/readyz", "/"];
+/// Probes of supervisors, which have no token and ask by whatever name; the answers say no more than whether to restart.
+const PROBES: [&str; 2] = ["/healthz", "/readyz"];
 
-/// Binds `address` and serves until the program ends, with a `token` to those who have it. Returns the address bound,
-/// whose port is chosen by the system where the configuration says 0.
+/// The page, which anybody may load: it holds nothing of the run, and asks for the token that it reads the rest with.
+const PAGE: &str = "/";
+
+/// Binds the configured address and serves until the program ends; where there is a `token`, to those who have it.
+/// Returns the address bound, whose port is chosen by the system where the configuration says 0.
 ///
 /// # Errors
 /// When the address cannot be bound.
-pub async fn serve(address: SocketAddr, token: Option<Token>, monitor: Arc<Monitor>) -> Result<SocketAddr> {
+pub async fn serve(config: &Serve, token: Option<Token>, monitor: Arc<Monitor>) -> Result<SocketAddr> {
+    let address = config.listen;
     let listener = tokio::net::TcpListener::bind(address).await.with_context(|| {
         format!(
             "cannot listen on {address}; another run may: set serve.listen to a free port, or serve.enabled = false"
         )
     })?;
     let bound = listener.local_addr()?;
-    tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, router(monitor, token)).await {
-            tracing::error!("the HTTP server ended: {error}");
-        }
-    });
+    let router = router(monitor, token, Hosts::new(&config.hosts));
+    tokio::spawn(connections::accept(listener, router, connections::most()));
     Ok(bound)
 }
 
@@ -60,7 +64,7 @@ pub fn upkeep(monitor: Arc<Monitor>) {
 
 type Node = State<Arc<Monitor>>;
 
-fn router(monitor: Arc<Monitor>, token: Option<Token>) -> Router {
+fn router(monitor: Arc<Monitor>, token: Option<Token>, hosts: Hosts) -> Router {
     let router = Router::new()
         .route("/", get(page::page))
         .route("/metrics", get(metrics))
@@ -71,15 +75,17 @@ fn router(monitor: Arc<Monitor>, token: Option<Token>) -> Router {
         .route("/samples", get(async |State(monitor): Node| Json(monitor.samples())))
         .with_state(monitor);
     // Around all routes and what is no route, so that nobody without the token learns which is which.
-    match token {
+    let router = match token {
         Some(token) => router.layer(from_fn_with_state(token, guard)),
         None => router,
-    }
+    };
+    router.layer(from_fn_with_state(hosts, hosts::guard))
 }
 
 /// Lets through who carries the token, and who asks for what is open.
 async fn guard(State(token): State<Token>, request: Request, next: Next) -> Response {
-    if OPEN.contains(&request.uri().path()) || token.admits(request.headers()) {
+    let path = request.uri().path();
+    if path == PAGE || PROBES.contains(&path) || token.admits(request.headers()) {
         return next.run(request).await;
     }
     let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];

@@ -5,7 +5,7 @@ mod view;
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use crossbeam::channel::{Receiver, TryRecvError, bounded};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::{TerminalOptions, Viewport};
@@ -13,8 +13,13 @@ use reqwest::StatusCode;
 use serde_json::Value;
 use url::Url;
 
+use crate::http;
+
 /// Between two questions to the node.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// Most bytes of an answer: a node's history is some hundred kilobytes.
+const MOST: usize = 8 << 20;
 
 /// What a node last said.
 #[derive(Default)]
@@ -35,10 +40,20 @@ impl Node {
     /// The node at `url`, such as `http://127.0.0.1:9464`; `http://` may be left out. `token` is its bearer token.
     ///
     /// # Errors
-    /// What is no address.
+    /// An address that is not valid, is not of HTTP, or has a user name or password in it.
     pub fn at(url: &str, token: Option<String>) -> Result<Self> {
         let full = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
         let url = Url::parse(&full).with_context(|| format!("{url} is no address, such as http://127.0.0.1:9464"))?;
+        ensure!(
+            matches!(url.scheme(), "http" | "https") && url.has_host(),
+            "{} is no address of a node, such as http://127.0.0.1:9464",
+            http::shown(&url, |_| false)
+        );
+        ensure!(
+            url.username().is_empty() && url.password().is_none(),
+            "the address of {} has a user name or a password in it; a node asks for a bearer token: name the environment variable that holds it by --token-env",
+            http::shown(&url, |_| false)
+        );
         Ok(Self { url, token })
     }
 
@@ -50,10 +65,20 @@ impl Node {
         let answer = request.send().await.with_context(|| format!("{} does not answer", self.url))?;
         match answer.status() {
             StatusCode::UNAUTHORIZED => bail!("{} asks for a bearer token; name its variable by --token-env", self.url),
+            status if status.is_redirection() => {
+                let token = self.token.as_deref().unwrap_or_default().to_ascii_lowercase();
+                let is_secret = |text: &str| !token.is_empty() && text.to_ascii_lowercase().contains(&token);
+                bail!(
+                    "{} redirects to {} ({status}); redirects are not followed, so that the bearer token stays with the address that was given; if that address is right, give it instead",
+                    self.url,
+                    http::redirect_target(&answer, is_secret)
+                )
+            }
             status if !status.is_success() => bail!("{} answers {status}; is it a node?", self.url),
             _ => {}
         }
-        let bytes = answer.bytes().await?;
+        let bytes =
+            http::body(answer, MOST).await.with_context(|| format!("{} does not answer as a node does", self.url))?;
         serde_json::from_slice(&bytes).with_context(|| format!("{} does not answer as a node does", self.url))
     }
 
@@ -71,7 +96,7 @@ impl Node {
 /// A node that does not answer the first time; a terminal that cannot be used.
 pub fn top(node: Node, once: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let client = reqwest::Client::builder().timeout(Duration::from_secs(5)).build()?;
+    let client = http::builder().timeout(Duration::from_secs(5)).build()?;
     let first = runtime.block_on(node.look(&client, &Said::default()))?;
     if once || !std::io::stdout().is_terminal() {
         print!("{}", view::text(&first.status, &first.history, 100));

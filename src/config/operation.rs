@@ -95,6 +95,10 @@ pub struct Serve {
     /// Environment variable that holds a bearer token of at least 16 characters. Where it is named, every request but
     /// those for `/healthz` and `/readyz` must carry the token. Default none.
     pub token_env: Option<String>,
+    /// Names that the node answers to, besides IP addresses and `localhost`; without ports. Requests for other names, but
+    /// for `/healthz` and `/readyz`, are refused, so that a web page whose name resolves to this machine cannot read the
+    /// node. Default none.
+    pub hosts: Vec<String>,
 }
 
 /// `[supervision]`

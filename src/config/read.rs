@@ -370,7 +370,19 @@ pub(super) fn serve(document: &mut Document) -> Serve {
             default
         }
     };
-    Serve { enabled: s.get("enabled", true), listen, token_env }
+    let hosts: Vec<String> = s.get("hosts", Vec::new());
+    for name in &hosts {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+            s.error(
+                "hosts",
+                &format!("{name:?} is no name of a host; write it without scheme and port, as node.example"),
+            );
+        }
+    }
+    // A name may be written with the dot of the root at its end.
+    let hosts = hosts.iter().map(|name| name.trim_end_matches('.').to_ascii_lowercase()).collect();
+    Serve { enabled: s.get("enabled", true), listen, token_env, hosts }
 }
 
 /// The name of an environment variable that holds a secret. What is no such name may be the secret itself, so it is not

@@ -269,6 +269,7 @@ impl Config {
     fn serve_table(&self) -> Table {
         let mut table = table([("enabled", Value::Boolean(self.serve.enabled)), ("listen", text(self.serve.listen))]);
         optional(&mut table, "token_env", self.serve.token_env.as_ref().map(text));
+        table.insert("hosts".into(), Value::Array(self.serve.hosts.iter().map(text).collect()));
         table
     }
 

@@ -17,6 +17,7 @@ use super::retry::{Nature, Outcome, pause, retry_after};
 use super::stats::RemoteStats;
 use super::wire::{Answer, Request, excerpt, read, reports_quota, sentence};
 use crate::config::{RemoteApi, RemoteJudge};
+use crate::http;
 use crate::knob::Knob;
 use crate::label::backend::{Alive, Refusal, Reply, Usage};
 use crate::seed;
@@ -91,7 +92,8 @@ impl Client {
     /// # Errors
     /// When the TLS library cannot be set up.
     pub fn new(judge: RemoteJudge, key: Option<Key>, budget: Option<Arc<Budget>>) -> Result<Self> {
-        let http = reqwest::Client::builder()
+        // A redirect would take the question, and after a second one the key, to an address that nobody configured.
+        let http = http::builder()
             .connect_timeout(seconds(judge.connect_timeout_s))
             .timeout(seconds(judge.timeout_s))
             .pool_max_idle_per_host(judge.concurrency)
@@ -467,6 +469,10 @@ impl Client {
         }
         let mut response = post.send().await.map_err(|error| broken(&error))?;
         let status = response.status().as_u16();
+        if (300..400).contains(&status) {
+            let is_secret = |text: &str| self.key.as_ref().is_some_and(|key| key.is_in(text));
+            return Err(Outcome::Refused(status, http::redirect_target(&response, is_secret)));
+        }
         let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
         let wait = retry_after(header("retry-after"), header("retry-after-ms"), SystemTime::now());
         let mut bytes = Vec::new();

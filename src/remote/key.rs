@@ -63,6 +63,12 @@ impl Key {
         }
     }
 
+    /// Whether `text` contains the key, in whatever case: an address has its host in lower case.
+    pub(super) fn is_in(&self, text: &str) -> bool {
+        let text = text.to_ascii_lowercase();
+        self.spellings.iter().any(|spelling| text.contains(&spelling.to_ascii_lowercase()))
+    }
+
     fn replace(&self, mut body: Vec<u8>) -> Vec<u8> {
         for spelling in &self.spellings {
             let spelling = spelling.as_bytes();

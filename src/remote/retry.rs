@@ -17,7 +17,8 @@ pub enum Outcome {
     RateLimited(Option<Duration>, String),
     /// 402, or a 429 that reports an exhausted quota, with the server's sentence.
     Quota(u16, String),
-    /// Another status from 300 to 499, with the server's sentence.
+    /// Another status from 400 to 499, with the server's sentence; or one from 300 to 399, with the address that the server
+    /// redirects to. No redirect is followed.
     Refused(u16, String),
     /// A status from 500 up, with the time that the server asked for and its sentence.
     Server(u16, Option<Duration>, String),
@@ -46,6 +47,7 @@ impl Outcome {
             Self::Malformed(_) => "malformed",
             Self::RateLimited(..) => "rate_limited",
             Self::Quota(..) => "quota",
+            Self::Refused(300..=399, _) => "http_3xx",
             Self::Refused(..) => "http_4xx",
             Self::Server(..) => "http_5xx",
             Self::HedgedAway => "hedged_away",
@@ -53,8 +55,18 @@ impl Outcome {
     }
 
     /// All names.
-    pub const NAMES: [&str; 9] =
-        ["ok", "timeout", "connection", "malformed", "rate_limited", "quota", "http_4xx", "http_5xx", "hedged_away"];
+    pub const NAMES: [&str; 10] = [
+        "ok",
+        "timeout",
+        "connection",
+        "malformed",
+        "rate_limited",
+        "quota",
+        "http_3xx",
+        "http_4xx",
+        "http_5xx",
+        "hedged_away",
+    ];
 
     /// Returns what the outcome says about asking again.
     pub fn nature(&self) -> Nature {
@@ -103,6 +115,11 @@ impl Outcome {
             ),
             Self::Refused(404, why) => {
                 format!("knows no such address or model ({}); check labeler.remote.url and model", with("404", why))
+            }
+            Self::Refused(status @ 300..=399, target) => {
+                format!(
+                    "redirects to {target} (status {status}); redirects are not followed, since they would take prompts and the API key to an address that is not configured; if that address is right, set labeler.remote.url to it"
+                )
             }
             Self::Refused(status, why) => format!("refused the request ({})", with(&status.to_string(), why)),
             Self::Server(status, _, why) => format!("failed ({})", with(&status.to_string(), why)),

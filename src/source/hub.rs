@@ -1,30 +1,48 @@
-//! Models from a hub, through the `hf-hub` crate: its cache, `HF_HOME`, `HF_ENDPOINT` and `HF_TOKEN` are honoured.
+//! Models from a hub, in the cache that Hugging Face's own libraries use: `HF_HOME`, `HF_ENDPOINT` and `HF_TOKEN` are
+//! honoured.
 
-use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+mod cache;
+mod client;
+
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use hf_hub::api::Progress;
-use hf_hub::api::sync::{ApiBuilder, ApiRepo};
-use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use anyhow::{Context, Result, anyhow, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
 use super::{ModelFiles, ResolveOptions};
 use crate::bounded;
 use crate::say;
-
-/// How long a hub may take to show that it is there at all; a place that is not should cost seconds.
-const CONTACT: Duration = Duration::from_secs(10);
+use cache::{Cache, is_inside};
+use client::Client;
 
 const INDEX: &str = "model.safetensors.index.json";
 const WEIGHTS: &str = "model.safetensors";
 const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
 const OPTIONAL: [&str; 4] =
     ["tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"];
+
+/// Most names of files that an error lists.
+const LISTED: usize = 20;
+
+/// Where a hub is and what is known on this machine of it.
+struct Hub {
+    endpoint: String,
+    home: PathBuf,
+    token: Option<String>,
+}
+
+impl Hub {
+    fn from_env() -> Result<Self> {
+        let variable = |name| std::env::var(name).ok().filter(|value: &String| !value.trim().is_empty());
+        let home = cache::home()?;
+        let token = variable("HF_TOKEN").or_else(|| bounded::text(&home.join("token"), bounded::WRITTEN).ok());
+        let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
+        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
+        Ok(Self { endpoint, home, token })
+    }
+}
 
 /// The model in `repo`: its safetensors, or the one GGUF `file`. What the cache holds whole is not asked for again.
 pub(super) fn fetch(
@@ -33,75 +51,55 @@ pub(super) fn fetch(
     file: Option<&str>,
     options: &ResolveOptions,
 ) -> Result<ModelFiles> {
-    let token = std::env::var("HF_TOKEN").ok().filter(|token| !token.is_empty());
-    let mut builder = ApiBuilder::from_env();
-    if token.is_some() {
-        builder = builder.with_token(token);
-    }
-    fetch_with(builder, &Cache::from_env(), repo, revision, file, options)
+    fetch_from(Hub::from_env()?, repo, revision, file, options)
 }
 
-fn fetch_with(
-    builder: ApiBuilder,
-    cache: &Cache,
+fn fetch_from(
+    hub: Hub,
     repo: &str,
     revision: Option<&str>,
     file: Option<&str>,
     options: &ResolveOptions,
 ) -> Result<ModelFiles> {
-    let parts: Vec<&str> = repo.split('/').collect();
-    ensure!(parts.len() == 2 && parts.iter().all(|p| plain(p)), "{repo:?} is no repository; write it as owner/name");
     if let Some(file) = file {
         ensure!(
-            file.ends_with(".gguf") && plain(file),
+            file.ends_with(".gguf") && is_inside(file),
             "file = {file:?} is no .gguf; leave it out for the safetensors"
         );
     }
     let revision = revision.unwrap_or("main");
-    let repo = Repo::with_revision(repo.to_owned(), RepoType::Model, revision.to_owned());
-    if let Some(files) = cached(&cache.repo(repo.clone()), file) {
+    let cache = Cache::new(&hub.home, repo, revision)?;
+    if let Some(files) = cached(&cache, file) {
         return Ok(files);
     }
-    let meter = Meter::new(options.progress);
-    if options.progress && meter.bar.is_hidden() {
-        say!("fetching {} from the hub", repo.url());
+    let client = Client::new(&hub.endpoint, hub.token, repo, revision, options.timeout)?;
+    let bar = bar(options.progress);
+    if options.progress && bar.is_hidden() {
+        say!("fetching {repo} from the hub");
     }
-    let api = builder.build().context("the hub's client cannot be set up")?;
-    let download = Download { cache: cache.repo(repo.clone()), repo: api.repo(repo), meter: meter.clone() };
-    let file = file.map(str::to_owned);
-    let found = watched(options.timeout, &meter.moved, move || download.all(file.as_deref()));
-    meter.bar.finish_and_clear();
+    let download = Download { cache, client, bar: bar.clone() };
+    let found = on_a_thread(|| download.all(file));
+    bar.finish_and_clear();
     found
 }
 
-/// Runs `work` on a thread of its own and gives up on it when `moved` stands still: hf-hub knows no time-out. A thread
-/// that is given up on ends with the program or with its connection.
-fn watched<T: Send + 'static>(
-    timeout: Duration,
-    moved: &AtomicU64,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let (said, heard) = sync_channel(1);
-    // The listener may have given up.
-    std::thread::Builder::new().name("hub".into()).spawn(move || drop(said.send(work())))?;
-    let mut seen = 0;
-    let mut patience = timeout.min(CONTACT);
-    loop {
-        match heard.recv_timeout(patience) {
-            Ok(result) => return result,
-            Err(RecvTimeoutError::Disconnected) => bail!("the hub's client broke down"),
-            Err(RecvTimeoutError::Timeout) => {
-                let now = moved.load(Ordering::Relaxed);
-                ensure!(now != 0, "the hub did not answer within {patience:?}");
-                ensure!(now != seen, "the hub sent nothing for {patience:?}; try again, what has come is kept");
-                (seen, patience) = (now, timeout);
-            }
-        }
-    }
+/// Runs `work` to its end on a thread of its own, which may wait where the caller's may not.
+fn on_a_thread<T: Send, F: Future<Output = Result<T>>>(work: impl FnOnce() -> F + Send) -> Result<T> {
+    let body = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let done = runtime.block_on(work());
+        // Looking up a name cannot be interrupted.
+        runtime.shutdown_background();
+        done
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("hub".into()).spawn_scoped(scope, body)?;
+        thread.join().map_err(|_| anyhow!("the hub's client failed; see the message above"))?
+    })
 }
 
 /// The model, if all of it is in the cache.
-fn cached(cache: &CacheRepo, file: Option<&str>) -> Option<ModelFiles> {
+fn cached(cache: &Cache, file: Option<&str>) -> Option<ModelFiles> {
     if let Some(file) = file {
         return cache.get(file).map(ModelFiles::Gguf);
     }
@@ -124,99 +122,87 @@ fn shards(index: &Path) -> Result<Vec<String>> {
     let mut shards: Vec<String> = map.values().filter_map(Value::as_str).map(str::to_owned).collect();
     shards.sort_unstable();
     shards.dedup();
-    ensure!(shards.iter().all(|shard| plain(shard)), "{INDEX} names files outside of the model");
+    ensure!(shards.iter().all(|shard| is_inside(shard)), "{INDEX} names files outside of the model");
     Ok(shards)
 }
 
-/// A relative path that stays where it is put.
-fn plain(path: &str) -> bool {
-    !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
+/// Most bytes of the file `name` of a model; weights may have any number.
+fn most(name: &str) -> u64 {
+    let described = [".json", ".jinja"].iter().any(|end| name.ends_with(end));
+    if described { bounded::TOKENIZER } else { u64::MAX }
 }
 
 /// Files of one repository on their way.
 struct Download {
-    cache: CacheRepo,
-    repo: ApiRepo,
-    meter: Meter,
+    cache: Cache,
+    client: Client,
+    bar: ProgressBar,
 }
 
 impl Download {
     /// The weights come last, so that a cache which has them has the rest.
-    fn all(&self, file: Option<&str>) -> Result<ModelFiles> {
-        let info = self.repo.info().map_err(|error| {
-            let said = error.to_string();
-            // The hub's answers to who may not know whether it is there.
-            let closed = ["401", "403", "404"].iter().any(|status| said.contains(status));
-            let hint = if closed { "; a private or gated repository needs HF_TOKEN" } else { "" };
-            anyhow!("the hub does not list it: {said}{hint}")
-        })?;
-        self.meter.moved.fetch_add(1, Ordering::Relaxed);
-        let names: Vec<&str> = info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
+    async fn all(&self, file: Option<&str>) -> Result<ModelFiles> {
+        let names = self.client.files().await?;
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
         if let Some(file) = file {
-            let others: Vec<&str> = names.iter().copied().filter(|name| name.ends_with(".gguf")).collect();
+            let others = names.iter().copied().filter(|name| name.ends_with(".gguf"));
+            let others: Vec<&str> = others.take(LISTED).collect();
             ensure!(names.contains(&file), "it has no {file}; its GGUF files: {}", others.join(", "));
-            return Ok(ModelFiles::Gguf(self.one(file)?));
+            return Ok(ModelFiles::Gguf(self.one(file).await?));
         }
         for name in REQUIRED {
             ensure!(names.contains(&name), "it has no {name}");
         }
         for name in OPTIONAL.iter().chain(&REQUIRED).filter(|name| names.contains(name)) {
-            self.one(name)?;
+            self.one(name).await?;
         }
         if names.contains(&WEIGHTS) {
-            self.one(WEIGHTS)?;
+            self.one(WEIGHTS).await?;
         } else {
             ensure!(names.contains(&INDEX), "it has no {WEIGHTS}; name one of its GGUF files by file, if it has any");
-            for shard in shards(&self.one(INDEX)?)? {
-                self.one(&shard)?;
+            for shard in shards(&self.one(INDEX).await?)? {
+                self.one(&shard).await?;
             }
         }
         cached(&self.cache, None).context("the hub's cache lost the model after it came; is its folder writable?")
     }
 
-    fn one(&self, name: &str) -> Result<PathBuf> {
-        if let Some(path) = self.cache.get(name) {
-            return Ok(path);
+    async fn one(&self, name: &str) -> Result<PathBuf> {
+        match self.cache.get(name) {
+            Some(path) => Ok(path),
+            None => self.fetch(name).await.with_context(|| format!("{name} cannot be fetched")),
         }
-        self.repo.download_with_progress(name, self.meter.clone()).with_context(|| format!("{name} cannot be fetched"))
     }
-}
 
-/// Counts what comes, for the watch and for the person who waits.
-#[derive(Clone)]
-struct Meter {
-    moved: Arc<AtomicU64>,
-    bar: ProgressBar,
-}
-
-impl Meter {
-    fn new(shown: bool) -> Self {
-        let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let bar = ProgressBar::with_draw_target(None, target);
-        let style = ProgressStyle::with_template("{spinner} {msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.set_message("asking the hub");
-        if shown {
-            bar.enable_steady_tick(Duration::from_millis(250));
+    async fn fetch(&self, name: &str) -> Result<PathBuf> {
+        let metadata = self.client.metadata(name).await?;
+        let most = most(name);
+        ensure!(metadata.size <= most, "it has {} bytes, and at most {most} are taken", metadata.size);
+        let _held = self.cache.lock(&metadata.etag)?;
+        let blob = self.cache.blob(&metadata.etag)?;
+        if std::fs::metadata(&blob).map(|blob| blob.len()).ok() != Some(metadata.size) {
+            let partial = blob.with_file_name(format!("{}.part", metadata.etag));
+            self.bar.reset();
+            self.bar.set_length(metadata.size);
+            self.bar.set_message(format!("fetching {name}"));
+            self.client.fetch(name, &metadata, &partial, |bytes| self.bar.inc(bytes)).await?;
+            std::fs::rename(&partial, &blob).with_context(|| format!("cannot write {}", blob.display()))?;
         }
-        Self { moved: Arc::default(), bar }
+        self.cache.keep(&metadata.etag, &metadata.commit, name)
     }
 }
 
-impl Progress for Meter {
-    fn init(&mut self, size: usize, name: &str) {
-        self.moved.fetch_add(1, Ordering::Relaxed);
-        self.bar.reset();
-        self.bar.set_length(size as u64);
-        self.bar.set_message(format!("fetching {name}"));
+/// A moving bar for the person who waits.
+fn bar(shown: bool) -> ProgressBar {
+    let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let bar = ProgressBar::with_draw_target(None, target);
+    let style = ProgressStyle::with_template("{spinner} {msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_message("asking the hub");
+    if shown {
+        bar.enable_steady_tick(Duration::from_millis(250));
     }
-
-    fn update(&mut self, size: usize) {
-        self.moved.fetch_add(size as u64, Ordering::Relaxed);
-        self.bar.inc(size as u64);
-    }
-
-    fn finish(&mut self) {}
+    bar
 }
 
 #[cfg(test)]
@@ -268,10 +254,8 @@ mod tests {
     }
 
     fn get(endpoint: &str, home: &Path, repo: &str, file: Option<&str>) -> Result<ModelFiles> {
-        let cache = Cache::new(home.to_owned());
-        let builder = ApiBuilder::from_cache(cache.clone()).with_endpoint(endpoint.to_owned());
-        let options = ResolveOptions { timeout: Duration::from_secs(60), progress: false, ..ResolveOptions::default() };
-        fetch_with(builder, &cache, repo, None, file, &options)
+        let hub = Hub { endpoint: endpoint.to_owned(), home: home.to_owned(), token: None };
+        fetch_from(hub, repo, None, file, &patient(Duration::from_secs(60)))
     }
 
     #[test]
@@ -320,22 +304,166 @@ mod tests {
         }
     }
 
+    fn patient(timeout: Duration) -> ResolveOptions {
+        ResolveOptions { timeout, progress: false, ..ResolveOptions::default() }
+    }
+
     #[test]
     fn a_hub_that_stands_still_is_given_up_on() {
-        // It takes connections, and never answers.
+        // It accepts connections, and never answers.
         let silent = TcpListener::bind("127.0.0.1:0").unwrap();
         let home = tempfile::tempdir().unwrap();
-        let cache = Cache::new(home.path().to_owned());
         let endpoint = format!("http://{}", silent.local_addr().unwrap());
-        let builder = ApiBuilder::from_cache(cache.clone()).with_endpoint(endpoint);
-        let options =
-            ResolveOptions { timeout: Duration::from_millis(50), progress: false, ..ResolveOptions::default() };
-        let error = fetch_with(builder, &cache, "o/n", None, None, &options).unwrap_err();
+        let hub = Hub { endpoint, home: home.path().to_owned(), token: None };
+        let error = fetch_from(hub, "o/n", None, None, &patient(Duration::from_millis(50))).unwrap_err();
         assert!(error.to_string().contains("did not answer within 50ms"), "{error:#}");
-        // One that did answer, and then fell silent.
-        let moved = Arc::new(AtomicU64::new(1));
-        let (_open, closed) = sync_channel::<()>(0);
-        let error = watched(Duration::from_millis(20), &moved, move || Ok(closed.recv()?)).unwrap_err();
-        assert!(error.to_string().contains("sent nothing for 20ms"), "{error:#}");
+        // A part of a file is waited for in the same way.
+        let client = || {
+            Client::new(
+                &format!("http://{}", silent.local_addr().unwrap()),
+                None,
+                "o/n",
+                "main",
+                Duration::from_millis(50),
+            )
+        };
+        let asked = on_a_thread(|| async move { client()?.metadata("a.gguf").await });
+        let error = asked.unwrap_err();
+        assert!(error.to_string().contains("sent nothing for 50ms"), "{error:#}");
+    }
+
+    /// A server that gives each request, by its path and its head, to `answer`.
+    fn answers(answer: impl Fn(&str, &str) -> String + Send + 'static) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+                let head: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
+                let path = head.first().and_then(|line| line.split(' ').nth(1)).unwrap_or_default();
+                let text = answer(path, &head.join("\n").to_lowercase());
+                // The client may be gone already.
+                let _ = stream.write_all(text.as_bytes());
+            }
+        });
+        address
+    }
+
+    fn ok(headers: &str, body: &str) -> String {
+        format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n{body}", body.len())
+    }
+
+    fn found(location: &str) -> String {
+        let commit = "X-Repo-Commit: c0ffee\r\nX-Linked-ETag: \"abc\"\r\n";
+        format!("HTTP/1.1 302 Found\r\nConnection: close\r\nContent-Length: 0\r\n{commit}Location: {location}\r\n\r\n")
+    }
+
+    /// A hub of one file, `a.gguf`, which it answers as `file` says.
+    fn with_file(file: impl Fn(&str) -> String + Send + 'static, heads: HeadLog) -> String {
+        answers(move |path, head| {
+            heads.lock().unwrap().push(head.to_owned());
+            let listed = r#"{"siblings":[{"rfilename":"a.gguf"},{"rfilename":"../../evil"}]}"#;
+            if path.starts_with("/api/") { ok("", listed) } else { file(path) }
+        })
+    }
+
+    type HeadLog = std::sync::Arc<std::sync::Mutex<Vec<String>>>;
+
+    fn with_token(endpoint: String, home: &Path) -> Result<ModelFiles> {
+        let hub = Hub { endpoint, home: home.to_owned(), token: Some("hf_secret0123456789".into()) };
+        fetch_from(hub, "o/n", None, Some("a.gguf"), &patient(Duration::from_secs(60)))
+    }
+
+    #[test]
+    fn the_token_stays_with_the_hub_over_several_redirects() {
+        let (away, home_heads) = (HeadLog::default(), HeadLog::default());
+        let log = away.clone();
+        let store = answers(move |path, head| {
+            log.lock().unwrap().push(head.to_owned());
+            if path == "/x" { found("/y") } else { ok("", "weights") }
+        });
+        // The same host at another port, and the same port by another name; each redirects once more.
+        for target in [format!("{store}/x"), store.replace("127.0.0.1", "localhost") + "/x"] {
+            let home = tempfile::tempdir().unwrap();
+            // A redirect within the hub comes first.
+            let file = move |path: &str| if path == "/moved" { found(&target) } else { found("/moved") };
+            let found = with_token(with_file(file, home_heads.clone()), home.path()).unwrap();
+            let ModelFiles::Gguf(path) = found else { panic!("no GGUF") };
+            assert_eq!(std::fs::read_to_string(path).unwrap(), "weights");
+        }
+        let away = away.lock().unwrap();
+        assert!(away.len() >= 8 && away.iter().all(|head| !head.contains("hf_secret")), "{away:?}");
+        let heads = home_heads.lock().unwrap();
+        assert!(heads.iter().all(|head| head.contains("bearer hf_secret")), "{heads:?}");
+    }
+
+    #[test]
+    fn a_redirect_without_end_or_to_another_kind_of_address_is_refused() {
+        for (location, words) in [
+            ("/o/n/resolve/main/a.gguf", "more than 10 times"),
+            ("file:///etc/passwd", "not as well protected"),
+            ("http://[", "redirects to an address that is not valid"),
+            ("http://u:p@127.0.0.1:1/hf_SECRET0123456789", "cannot be reached"),
+        ] {
+            let home = tempfile::tempdir().unwrap();
+            let endpoint = with_file(move |_| found(location), HeadLog::default());
+            let error = format!("{:#}", with_token(endpoint, home.path()).unwrap_err());
+            assert!(error.contains(words) && !error.to_lowercase().contains("hf_secret"), "{location}: {error}");
+        }
+    }
+
+    /// Every file below `dir`.
+    fn files(dir: &Path) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(dir).into_iter().flatten().map(|entry| entry.unwrap().path());
+        entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+    }
+
+    #[test]
+    fn a_header_that_is_no_name_is_refused_and_writes_nothing() {
+        let outside = tempfile::tempdir().unwrap();
+        let victim = outside.path().join("victim");
+        std::fs::write(&victim, "precious").unwrap();
+        let absolute = victim.to_str().unwrap();
+        for value in ["../../../../victim", absolute, "..", "a/b", "a\\b", &"x".repeat(500), ""] {
+            for header in ["ETag", "X-Linked-ETag", "X-Repo-Commit"] {
+                let home = outside.path().join("a/b/home");
+                let line = |name: &str, sound: &str| {
+                    let value = if name == header { value } else { sound };
+                    let quote = if name == "X-Repo-Commit" { "" } else { "\"" };
+                    format!("{name}: {quote}{value}{quote}\r\n")
+                };
+                let mut all = line("ETag", "abc") + &line("X-Repo-Commit", "c0ffee");
+                if header == "X-Linked-ETag" {
+                    all += &line(header, "");
+                }
+                let endpoint = with_file(move |_| ok(&all, "weights"), HeadLog::default());
+                let error = format!("{:#}", with_token(endpoint.clone(), &home).unwrap_err());
+                let named = if header == "X-Repo-Commit" { header } else { "ETag" };
+                assert!(error.contains(&endpoint) && error.contains(named), "{header}: {value:?}: {error}");
+                assert_eq!(files(outside.path()), [victim.clone()], "{header}: {value:?}");
+                assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
+            }
+        }
+    }
+
+    #[test]
+    fn content_that_is_not_what_the_hub_named_is_refused() {
+        for (etag, sent, words) in [
+            ("0".repeat(64), "weights", "its sha256 is"),
+            ("abc".to_owned(), "weights and more", "more than the 7 bytes"),
+            ("abc".to_owned(), "weigh", "5 bytes of the 7"),
+        ] {
+            let home = tempfile::tempdir().unwrap();
+            let times = std::sync::atomic::AtomicU64::new(0);
+            let file = move |_: &str| {
+                let headers = format!("ETag: {etag}\r\nX-Repo-Commit: c0ffee\r\n");
+                let first = times.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == 0;
+                ok(&headers, if first { "weights" } else { sent })
+            };
+            let error = format!("{:#}", with_token(with_file(file, HeadLog::default()), home.path()).unwrap_err());
+            assert!(error.contains(words), "{error}");
+            assert!(!files(home.path()).iter().any(|path| path.ends_with("a.gguf")), "it counts as fetched");
+        }
     }
 }

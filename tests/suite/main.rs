@@ -23,5 +23,6 @@ mod secrets;
 mod sharing;
 mod smollm2;
 mod tidy;
+mod trust;
 mod tune;
 mod watching;

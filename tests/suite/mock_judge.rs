@@ -37,6 +37,7 @@ impl Act {
             Self::Tokens(_) | Self::Text(_) => "ok",
             Self::Status(429, ..) => "rate_limited",
             Self::Status(500.., ..) => "http_5xx",
+            Self::Status(300..=399, ..) => "http_3xx",
             Self::Status(..) => "http_4xx",
             Self::Body(_) => "malformed",
             Self::CloseMidBody => "connection",

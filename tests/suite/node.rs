@@ -305,7 +305,7 @@ fn the_node_answers_and_an_interrupt_keeps_what_was_learned() {
     let address = text.split("http://").nth(1).unwrap().split('/').next().unwrap().to_owned();
     let get = |path: &str| -> String {
         let mut stream = TcpStream::connect(&address).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();
         assert!(text.starts_with("HTTP/1.1 200"), "{path}: {text}");

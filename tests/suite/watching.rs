@@ -59,7 +59,7 @@ impl Node {
     fn get(&self, path: &str, token: Option<&str>) -> (String, String) {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let token = token.map_or(String::new(), |token| format!("Authorization: Bearer {token}\r\n"));
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\n{token}Connection: close\r\n\r\n").unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n{token}Connection: close\r\n\r\n").unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
