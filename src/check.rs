@@ -1,5 +1,7 @@
 //! What a run would take, told before it is started.
 
+mod growth;
+
 use anyhow::Result;
 use candle_core::Device;
 
@@ -50,6 +52,7 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     lines.extend(sizes.loads(config, &prepared).iter().map(|load| load.line(config)));
     lines.push(threads(config));
     lines.extend([disk(config, &sizes), tokens(config, mean_prompt(data)?)]);
+    lines.extend(growth::growth(config, data)?);
     lines.extend(judges(config, mean_prompt(data)?)?);
     lines.extend(staleness(config));
     Ok(lines)
@@ -62,6 +65,18 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
 pub(crate) fn memory_bytes(config: &Config, prepared: &Prepared) -> Result<f64> {
     let sizes = Sizes::of(config, prepared)?;
     Ok(sizes.loads(config, prepared).first().map_or(0.0, |load| load.weights + load.activations))
+}
+
+/// Lines about devices that have less free memory than a run needs.
+///
+/// # Errors
+/// As [`memory_bytes`].
+pub(crate) fn shortages(config: &Config, prepared: &Prepared) -> Result<Vec<String>> {
+    let loads = Sizes::of(config, prepared)?.loads(config, prepared);
+    let short = |load: &&Load| {
+        device::available_bytes(&load.device).is_some_and(|there| load.weights + load.activations > there as f64)
+    };
+    Ok(loads.iter().filter(short).map(|load| load.line(config)).collect())
 }
 
 /// Parameters of what a run holds.
@@ -286,7 +301,7 @@ fn threads(config: &Config) -> String {
         [] => String::new(),
         wide => format!("; {} is more than the cores: lower it, or run preceptor tune", wide.join(", ")),
     };
-    format!("threads     {all} of all stages on {cores} cores{quota}{advice}")
+    format!("threads     {all} of all stages on {cores} {}{quota}{advice}", if cores == 1 { "core" } else { "cores" })
 }
 
 /// Weights in the form of other programs, and what a resumed run needs beside them.

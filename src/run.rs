@@ -10,6 +10,7 @@ mod phases;
 mod reference;
 pub mod replay;
 pub mod resume;
+mod rotating;
 mod supervise;
 mod systemd;
 mod tensorboard;
@@ -24,6 +25,7 @@ use anyhow::{Context, Result, bail};
 use preceptor_actors::{SnapshotCell, spawn_graph};
 
 use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, Written, shelf};
+use crate::check;
 use crate::config::{Config, Mode};
 use crate::controller::{Controller, Knobs};
 use crate::device;
@@ -117,6 +119,9 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         began.elapsed().as_secs_f64()
     );
 
+    for line in check::shortages(&config, &prepared)? {
+        say!("{line}");
+    }
     let judge = resume::judge_contents(&config, &prepared.instruments)?;
     if let Some(checkpoint) = &checkpoint {
         for change in resume::compare_judge(checkpoint, &judge, &accepted).map_err(refused)? {
@@ -140,7 +145,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         (None, None, Some(half)) => of_phases(half.lengths().phases),
         (None, None, None) => Lengths::default(),
     };
-    let mut files = RunFiles::open(&config, dir, lengths)?;
+    let mut files = RunFiles::open(&config, dir, lengths, checkpoint.as_ref().map_or(0, Opened::step))?;
     let mut guard = Guard::new(config.guard.clone(), config.learner.batch_groups);
     monitor.recall(files.metrics()?.inspect(|record| guard.recall(record)));
     if let Some(checkpoint) = &checkpoint {

@@ -26,7 +26,7 @@ enum Class {
 const CLASSES: &[(&str, Class, &[&str])] = &[
     ("run", Class::Kept, &["seed", "mode"]),
     // The number of steps is kept where the learning rate falls towards the last one.
-    ("run", Class::Free, &["name", "steps", "tensorboard", "dir"]),
+    ("run", Class::Free, &["name", "steps", "tensorboard", "dir", "samples_max_bytes", "samples_keep"]),
     (
         "data",
         Class::Kept,
@@ -183,7 +183,7 @@ const CLASSES: &[(&str, Class, &[&str])] = &[
     (
         "checkpoint",
         Class::Free,
-        &["every_minutes", "every_steps", "keep", "best", "dtype", "mirror", "retry_s", "journal"],
+        &["every_minutes", "every_steps", "keep", "best", "dtype", "mirror", "retry_s", "journal", "journal_max_bytes"],
     ),
     ("guard", Class::Free, &["action", "max_kl", "min_entropy", "max_masked", "steps", "unlabeled_steps"]),
     ("serve", Class::Free, &["enabled", "listen", "token_env", "hosts"]),

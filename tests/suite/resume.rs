@@ -168,6 +168,7 @@ fn a_run_is_replayed_bit_for_bit_resumed_or_not() {
         bytes.extend(match entry {
             journal::Entry::Config(text) => journal::config(&text).unwrap(),
             journal::Entry::Accepted(accepted) => journal::accepted(&accepted).unwrap(),
+            journal::Entry::Closed(step) => journal::closed(u64::from_le_bytes(step)).unwrap(),
             journal::Entry::Step(mut step) => {
                 if step.step == 3 {
                     step.batch[0].rewards[0] += 0.5;
@@ -321,6 +322,64 @@ fn a_changed_judge_is_refused_until_it_is_accepted_and_the_journal_is_replayed_o
     let output = preceptor(dir.path()).args(["replay", "run"]).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("10 steps"), "{output:?}");
+}
+
+/// Bounds on files: samples are rotated, a full journal is closed and replays up to there, and a resumed run cuts both where
+/// they belong to later steps.
+#[test]
+fn bounded_files_stay_bounded_and_are_cut_by_a_resumed_run() {
+    let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let bounds = ["run.samples_max_bytes=6000", "run.samples_keep=2", "checkpoint.journal_max_bytes=9000"];
+    let common = ["learner.eta=0", "checkpoint.every_steps=1", "checkpoint.keep=20"];
+    let bounded = |steps: &'static str| [&common[..], &bounds, &[steps]].concat();
+    let output = train(dir.path(), &bounded("run.steps=12"));
+    let text = stderr(&output);
+    assert!(output.status.success() && text.contains("checkpoint.journal_max_bytes = 9000: step"), "{text}");
+    let run = dir.path().join("run");
+    let samples = |run: &Path| -> Vec<(u64, String)> {
+        let names = ["samples.jsonl.2", "samples.jsonl.1", "samples.jsonl"];
+        let texts = names.map(|name| std::fs::read_to_string(run.join(name)).unwrap_or_default());
+        let lines = texts.iter().flat_map(|text| text.lines());
+        let step = |line: &str| serde_json::from_str::<Value>(line).unwrap()["step"].as_u64().unwrap();
+        lines.map(|line| (step(line), line.to_owned())).collect()
+    };
+    for name in ["samples.jsonl", "samples.jsonl.1", "samples.jsonl.2"] {
+        let size = std::fs::metadata(run.join(name)).unwrap().len();
+        assert!(size < 6000 + 4000, "{name} has {size} bytes");
+    }
+    assert!(!run.join("samples.jsonl.3").exists());
+    let closed = std::fs::metadata(run.join("journal.bin")).unwrap().len();
+    let output = preceptor(dir.path()).args(["replay", "run"]).output().unwrap();
+    let steps: u64 = String::from_utf8_lossy(&output.stdout).split(' ').next().unwrap().parse().unwrap();
+    assert!(output.status.success() && (1..12).contains(&steps), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains(&format!("step {} and later ones are not in it", steps + 1)),
+        "{}",
+        stderr(&output)
+    );
+
+    // From the last checkpoint the journal stays closed, even if its bound is raised.
+    let longer = [&bounded("run.steps=14")[..], &["checkpoint.journal_max_bytes=0"]].concat();
+    let output = resume(dir.path(), &longer);
+    assert!(output.status.success() && stderr(&output).contains("journal   was full before"), "{}", stderr(&output));
+    assert_eq!(std::fs::metadata(run.join("journal.bin")).unwrap().len(), closed);
+
+    // From a checkpoint before all that, it ends as a run that was not broken off.
+    let early = ["--resume=run/checkpoints/step-000002"];
+    let output = command(dir.path(), &bounded("run.steps=12")).args(early).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let output = train(whole.path(), &bounded("run.steps=12"));
+    assert!(output.status.success(), "{}", stderr(&output));
+    let other = whole.path().join("run");
+    assert_eq!(metrics(&run), metrics(&other));
+    let (cut, whole) = (samples(&run), samples(&other));
+    assert_eq!(cut.last(), whole.last());
+    assert!(cut.iter().all(|line| line.0 <= 2 || whole.contains(line)), "{cut:?}");
+    let mut steps: Vec<u64> = cut.iter().map(|(step, _)| *step).collect();
+    steps.dedup();
+    assert!(steps.windows(2).all(|pair| pair[0] < pair[1]), "{steps:?}");
+    let output = preceptor(dir.path()).args(["replay", "run"]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
 }
 
 #[test]
