@@ -24,8 +24,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use preceptor_actors::{SnapshotCell, spawn_graph};
 
-use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, Written, shelf};
 use crate::check;
+use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, Written, shelf};
 use crate::config::{Config, Mode};
 use crate::controller::{Controller, Knobs};
 use crate::device;

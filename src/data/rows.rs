@@ -10,6 +10,8 @@ use parquet::column::page::Page;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::Value;
 
+use crate::quiet;
+
 /// Most bytes of one row.
 const LONGEST: u64 = 8 << 20;
 /// Bytes that may be unpacked of one, and bytes that may be unpacked in any case: text packs ten to one, what is made to
@@ -142,8 +144,7 @@ fn parquet_rows(file: File, out: &mut BufWriter<&File>, most: u64) -> Result<()>
         }
         Ok(())
     };
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read))
-        .unwrap_or_else(|_| Err(anyhow!("not a readable parquet file: its parts contradict each other")))
+    quiet::catch(read).unwrap_or_else(|| Err(anyhow!("not a readable parquet file: its parts contradict each other")))
 }
 
 /// Where the lines of `file` begin, and where it ends.

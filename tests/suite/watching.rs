@@ -310,8 +310,7 @@ fn win_rates_are_taken_while_it_learns_and_a_policy_ties_with_itself() {
 #[test]
 fn check_tells_what_a_run_will_take() {
     let dir = tempfile::tempdir().unwrap();
-    let judge =
-        "labeler.remote={ url = \"http://127.0.0.1:9/v1\", model = \"m\", price_prompt = 10, price_completion = 20, probe = false }";
+    let judge = "labeler.remote={ url = \"http://127.0.0.1:9/v1\", model = \"m\", price_prompt = 10, price_completion = 20, probe = false }";
     let mut command = preceptor(dir.path());
     command.arg("check").arg(config("offline.toml"));
     let cut = [
