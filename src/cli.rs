@@ -20,6 +20,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::config::Config;
 use crate::exit;
 use crate::say;
+use crate::terminal::{self, Closed};
 
 /// Trains language models by reinforcement learning from AI feedback (RLAIF), asynchronously, in one process.
 #[derive(Debug, Parser)]
@@ -102,6 +103,8 @@ pub fn main() -> ExitCode {
     // What panicked has said where; a run's files are such that whatever is left of them can be gone on from.
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
+        // Its reader has what it wanted.
+        Ok(Err(error)) if error.is::<Closed>() => ExitCode::from(terminal::CLOSED),
         Ok(Err(error)) => {
             say!("error: {error:#}");
             ExitCode::from(exit::status(&error))
@@ -123,6 +126,7 @@ fn start_log(filter: &str) -> anyhow::Result<()> {
         .map_err(|error| anyhow::anyhow!("--log {filter} is not a log filter: {error}"))?;
     // A reader of standard error that has gone away must not end what is logged about.
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
+    let log = log.with_ansi(terminal::colours());
     if json {
         crate::progress::for_machines();
         log.json().flatten_event(true).with_current_span(false).with_span_list(false).init();

@@ -46,6 +46,7 @@ pub mod source;
 pub mod statistics;
 pub mod telemetry;
 pub mod template;
+pub mod terminal;
 pub mod tokens;
 pub mod top;
 pub mod topology;

@@ -239,6 +239,11 @@ impl Monitor {
         controller.look(Pressure { shares: &shares, exchanges: since })
     }
 
+    /// Returns whether reading what the node knows takes a token.
+    pub fn is_guarded(&self) -> bool {
+        self.config.serve.token_env.is_some()
+    }
+
     /// The graph as it is.
     pub fn report(&self) -> Option<GraphReport> {
         lock(&self.graph).as_ref().map(GraphHandle::report)

@@ -7,6 +7,8 @@ use std::time::{Duration, SystemTime};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 
+use crate::terminal::{plain, plain_json};
+
 /// Says a line on standard error. A reader that has gone away costs the line and nothing else, where `eprintln!` would panic.
 #[macro_export]
 macro_rules! say {
@@ -29,14 +31,14 @@ pub fn say(text: std::fmt::Arguments<'_>) {
 
 /// A line that says that something happened, of a kind, with its figures for machines.
 fn tell(event: &str, text: &str, figures: Option<&Value>) {
-    let mut line = text.to_owned();
+    let mut line = plain(text).into_owned();
     if MACHINES.load(Ordering::Relaxed) {
         let timestamp = humantime::format_rfc3339_micros(SystemTime::now()).to_string();
         let mut object = json!({ "timestamp": timestamp, "level": "INFO", "event": event, "message": text });
         if let Some(figures) = figures {
             object["figures"] = figures.clone();
         }
-        line = object.to_string();
+        line = plain_json(&object.to_string()).into_owned();
     }
     let _ = writeln!(std::io::stderr(), "{line}");
 }
@@ -76,7 +78,7 @@ impl Progress {
 
     fn put(&self, event: &str, text: &str, figures: Option<&Value>) {
         if self.terminal {
-            self.bar.println(text);
+            self.bar.println(plain(text));
         } else {
             tell(event, text, figures);
         }
@@ -89,7 +91,7 @@ impl Progress {
 
     /// What the bar says beside itself.
     pub fn message(&self, text: String) {
-        self.bar.set_message(text);
+        self.bar.set_message(plain(&text).into_owned());
     }
 
     /// Takes the bar away.

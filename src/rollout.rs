@@ -155,7 +155,33 @@ pub struct Labeled {
     pub feedback: Option<Feedback>,
 }
 
+/// Why a completion has no score that stands in no pair.
+pub const UNCOMPARED: &str = "the completion was compared with no other";
+
 impl Labeled {
+    /// Returns the group without the completions that were compared with no other ([`UNCOMPARED`]), where others of it
+    /// were: they have no score, and the rest is learned from without them.
+    pub fn without_uncompared(self) -> Self {
+        let Self { mut group, feedback: Some(mut feedback) } = self else { return self };
+        let uncompared = |verdict: &Verdict| matches!(verdict, Verdict::Abstention(why) if why == UNCOMPARED);
+        let verdicts = &feedback.verdicts;
+        let kept: Vec<usize> = (0..verdicts.len()).filter(|i| !uncompared(&verdicts[*i])).collect();
+        let some_left = !kept.is_empty() && kept.len() < verdicts.len();
+        if verdicts.len() != group.completions.len() || !some_left {
+            return Self { group, feedback: Some(feedback) };
+        }
+        let place = |i: usize| kept.iter().position(|one| *one == i);
+        group.completions = kept.iter().map(|i| group.completions[*i].clone()).collect();
+        feedback.verdicts = kept.iter().map(|i| feedback.verdicts[*i].clone()).collect();
+        let logprobs = feedback.logprobs.take();
+        feedback.logprobs = logprobs.map(|all| kept.iter().filter_map(|i| all.get(*i).cloned()).collect());
+        let renumbered = std::mem::take(&mut feedback.preferences)
+            .into_iter()
+            .filter_map(|one| Some(Preference { first: place(one.first)?, second: place(one.second)?, ..one }));
+        feedback.preferences = renumbered.collect();
+        Self { group, feedback: Some(feedback) }
+    }
+
     /// Returns whether any verdict is a failure: the judge could not be asked.
     pub fn failed(&self) -> bool {
         let verdicts = self
@@ -219,5 +245,59 @@ impl RewardScale {
     pub fn std(&self) -> f64 {
         let variance = if self.count > 1 { self.m2 / (self.count - 1) as f64 } else { 0.0 };
         if variance > 0.0 { variance.sqrt() } else { 1.0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_completion_that_was_compared_with_no_other_is_left_out_alone() {
+        let completion = |text: &str| Completion {
+            ids: vec![1],
+            logprobs: vec![0.0],
+            versions: vec![0],
+            finish: Finish::Eos,
+            text: text.into(),
+        };
+        let prompt = Prompt {
+            seq: 0,
+            epoch: 0,
+            row: 0,
+            text: "".into(),
+            ids: [1][..].into(),
+            blank: [1][..].into(),
+            reference: None,
+        };
+        let labeled = |uncompared: &[usize]| {
+            let verdict = |i: usize| match uncompared.contains(&i) {
+                true => Verdict::Abstention(UNCOMPARED.into()),
+                false => Verdict::Label(i as f64),
+            };
+            Labeled {
+                group: Group { prompt: prompt.clone(), completions: ["a", "b", "c"].map(completion).into() },
+                feedback: Some(Feedback {
+                    labeler: "pairwise".into(),
+                    model: 0,
+                    template: 0,
+                    verdicts: (0..3).map(verdict).collect(),
+                    preferences: vec![Preference { first: 1, second: 2, verdict: Verdict::Label(0.5), orders: None }],
+                    logprobs: Some(vec![vec![0.0], vec![1.0], vec![2.0]]),
+                    cost: 0.0,
+                }),
+            }
+        };
+        let texts = |labeled: &Labeled| -> String {
+            labeled.group.completions.iter().map(|completion| completion.text.as_str()).collect()
+        };
+        let left = labeled(&[0]).without_uncompared();
+        assert_eq!(texts(&left), "bc");
+        let feedback = left.feedback.unwrap();
+        assert_eq!(feedback.verdicts, [Verdict::Label(1.0), Verdict::Label(2.0)]);
+        assert_eq!(feedback.logprobs, Some(vec![vec![1.0], vec![2.0]]));
+        assert_eq!((feedback.preferences[0].first, feedback.preferences[0].second), (0, 1));
+        assert_eq!(texts(&labeled(&[]).without_uncompared()), "abc");
+        assert_eq!(texts(&labeled(&[0, 1, 2]).without_uncompared()), "abc", "nothing would be left");
     }
 }

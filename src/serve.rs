@@ -113,8 +113,13 @@ async fn readyz(State(monitor): Node) -> impl IntoResponse {
     if away.is_empty() {
         return (StatusCode::OK, "ready\n".to_owned());
     }
-    let lines = away
-        .iter()
-        .map(|(url, time, why, _)| format!("waits for the judge at {url}, away for {} s: {why}\n", time.as_secs()));
+    let guarded = monitor.is_guarded();
+    let lines = away.iter().map(|(url, time, why, _)| {
+        if guarded {
+            // Probes have no token, and what the judge said is for those who have it.
+            return format!("waits for a judge, away for {} s; /status has the cause\n", time.as_secs());
+        }
+        format!("waits for the judge at {url}, away for {} s: {why}\n", time.as_secs())
+    });
     (StatusCode::SERVICE_UNAVAILABLE, lines.collect())
 }

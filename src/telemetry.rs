@@ -114,6 +114,7 @@ pub fn install() -> Result<PrometheusHandle> {
         "preceptor_dropped_groups_total",
         "preceptor_masked_groups_total",
         "preceptor_disk_errors_total",
+        "preceptor_label_cache_damaged_total",
         "preceptor_out_of_memory_total",
     ] {
         counter!(name).absolute(0);
@@ -206,6 +207,11 @@ pub fn win_rate(rate: f64) {
 /// Size of the label cache.
 pub fn label_cache(entries: u64) {
     gauge!("preceptor_label_cache_entries").set(entries as f64);
+}
+
+/// An entry of the label cache, or all of its file, was found damaged.
+pub fn label_cache_damaged() {
+    counter!("preceptor_label_cache_damaged_total").increment(1);
 }
 
 /// An answer came that was there.

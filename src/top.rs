@@ -13,7 +13,7 @@ use reqwest::StatusCode;
 use serde_json::Value;
 use url::Url;
 
-use crate::http;
+use crate::{http, out};
 
 /// Between two questions to the node.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -65,6 +65,10 @@ impl Node {
         let answer = request.send().await.with_context(|| format!("{} does not answer", self.url))?;
         match answer.status() {
             StatusCode::UNAUTHORIZED => bail!("{} asks for a bearer token; name its variable by --token-env", self.url),
+            StatusCode::MISDIRECTED_REQUEST => bail!(
+                "{} does not answer to that name; ask it by its IP address, or add the name to its serve.hosts",
+                self.url
+            ),
             status if status.is_redirection() => {
                 let token = self.token.as_deref().unwrap_or_default().to_ascii_lowercase();
                 let is_secret = |text: &str| !token.is_empty() && text.to_ascii_lowercase().contains(&token);
@@ -99,8 +103,7 @@ pub fn top(node: Node, once: bool) -> Result<()> {
     let client = http::builder().timeout(Duration::from_secs(5)).build()?;
     let first = runtime.block_on(node.look(&client, &Said::default()))?;
     if once || !std::io::stdout().is_terminal() {
-        print!("{}", view::text(&first.status, &first.history, 100));
-        return Ok(());
+        return out!("{}", view::text(&first.status, &first.history, 100).trim_end());
     }
     let (sender, said) = bounded(1);
     std::thread::spawn(move || {

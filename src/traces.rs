@@ -142,7 +142,7 @@ mod export {
     use anyhow::{Context, Result};
     use opentelemetry::trace::{SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState};
     use opentelemetry::{InstrumentationScope, KeyValue};
-    use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig};
+    use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig, WithHttpConfig};
     use opentelemetry_sdk::Resource;
     use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanExporter as _, SpanLinks};
     use preceptor_actors::Span;
@@ -163,7 +163,10 @@ mod export {
 
     impl Exports {
         pub(super) fn open(run: &str) -> Result<Option<Self>> {
-            let exporter = SpanExporter::builder().with_http().with_protocol(Protocol::HttpJson).build();
+            // OTEL_EXPORTER_OTLP_HEADERS may hold a secret, which a redirect must not take elsewhere.
+            let http = crate::http::builder().build().context("the client of traces cannot be set up")?;
+            let exporter = SpanExporter::builder().with_http().with_http_client(http);
+            let exporter = exporter.with_protocol(Protocol::HttpJson).build();
             let mut exporter = exporter.context("OTEL_EXPORTER_OTLP_ENDPOINT cannot be used")?;
             let resource = Resource::builder().with_service_name("preceptor");
             exporter.set_resource(&resource.with_attribute(KeyValue::new("preceptor.run", run.to_owned())).build());

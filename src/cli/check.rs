@@ -5,6 +5,7 @@ use clap::Args;
 
 use super::ConfigArgs;
 use crate::check::check;
+use crate::out;
 
 /// Arguments of `preceptor check`.
 #[derive(Debug, Args)]
@@ -24,12 +25,11 @@ impl Check {
     pub fn run(self) -> Result<()> {
         let config = self.config.load()?;
         if self.print {
-            println!("{}", config.to_toml());
+            out!("{}", config.to_toml())?;
         }
         for line in check(&config)? {
-            println!("{line}");
+            out!("{line}")?;
         }
-        println!("ok");
-        Ok(())
+        out!("ok")
     }
 }

@@ -26,6 +26,7 @@ use crate::reward::RewardModel;
 use crate::rollout::Prompt;
 use crate::statistics::Table;
 use crate::tokens::Tokenizer;
+use crate::{out, out_json};
 
 /// Arguments of `preceptor eval`.
 #[derive(Debug, Args)]
@@ -65,15 +66,16 @@ struct Shown {
 }
 
 impl Shown {
-    fn print(&self, tables: &[&Table]) {
+    fn print(&self, tables: &[&Table]) -> Result<()> {
         for (i, table) in tables.iter().enumerate() {
             let gap = if i > 0 { "\n" } else { "" };
             match self.format {
-                Format::Table => println!("{gap}{}", table.text().trim_end()),
-                Format::Markdown => println!("{gap}{}", table.markdown().trim_end()),
-                Format::Json => println!("{}", table.json()),
+                Format::Table => out!("{gap}{}", table.text().trim_end())?,
+                Format::Markdown => out!("{gap}{}", table.markdown().trim_end())?,
+                Format::Json => out_json!(table.json())?,
             }
         }
+        Ok(())
     }
 }
 
@@ -180,8 +182,7 @@ impl AlignmentArgs {
         let job = Alignment { pairs, chosen, with_cot, variants };
         let title = format!("AI labeler alignment on {}", self.input.display());
         let (table, orders) = alignment(&config, &bench, &job, &title)?;
-        self.shown.print(&[Some(&table), orders.as_ref()].into_iter().flatten().collect::<Vec<_>>());
-        Ok(())
+        self.shown.print(&[Some(&table), orders.as_ref()].into_iter().flatten().collect::<Vec<_>>())
     }
 }
 
@@ -264,8 +265,7 @@ impl WinRateArgs {
         let bench = labeler_bench(&config, true, budget(&config, None)?)?;
         let title = format!("Win rate of {} over {against}", self.a);
         let found = win_rate(&config, &bench, Contest { prompts, a, b, tokenizer }, &title)?;
-        self.common.shown.print(&[&found.table]);
-        Ok(())
+        self.common.shown.print(&[&found.table])
     }
 }
 
@@ -279,8 +279,7 @@ impl RewardAccuracyArgs {
         let format = prompt_format(&config);
         let pairs = PairSet::read(&self.input, &format, &tokenizer, context, OnLong::Skip, config.run.seed)?;
         let title = format!("Accuracy of {} on {}", self.model.display(), self.input.display());
-        self.shown.print(&[&reward_accuracy(&model, &pairs, self.limit, &title)?]);
-        Ok(())
+        self.shown.print(&[&reward_accuracy(&model, &pairs, self.limit, &title)?])
     }
 }
 
@@ -292,7 +291,6 @@ impl HarmlessRateArgs {
         let bench = labeler_bench(&config, true, budget(&config, None)?)?;
         let title = format!("Harmless rate of {}", self.model);
         let table = harmless_rate(&config, &bench, Rated { prompts, answers, tokenizer }, &title)?;
-        self.common.shown.print(&[&table]);
-        Ok(())
+        self.common.shown.print(&[&table])
     }
 }

@@ -10,7 +10,7 @@ use super::prompts::{ModelArgs, PromptArgs};
 use crate::generate::sampler::Sampling;
 use crate::generate::stop::{self, Stop};
 use crate::generate::{Fixed, Request, generate};
-use crate::seed;
+use crate::{out, out_json, seed};
 
 /// Arguments of `preceptor generate`.
 #[derive(Debug, Args)]
@@ -86,12 +86,10 @@ impl Generate {
             let text = stop::text(&tokenizer, &sampled.ids, sampling.stop.as_deref())?;
             if self.json {
                 let finish = sampled.finish;
-                println!(
-                    "{}",
-                    json!({ "ids": sampled.ids, "logprobs": sampled.logprobs, "text": text, "finish": finish })
-                );
+                let ids = &sampled.ids;
+                out_json!(json!({ "ids": ids, "logprobs": sampled.logprobs, "text": text, "finish": finish }))?;
             } else {
-                println!("{text}");
+                out!("{text}")?;
             }
         }
         Ok(())

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::run::replay::replay;
-use crate::say;
+use crate::{out, say};
 
 /// Arguments of `preceptor replay`.
 #[derive(Debug, Args)]
@@ -34,7 +34,6 @@ impl Replay {
             }
         };
         let replayed = runtime.block_on(replay(&self.run, self.until, self.output, tell))?;
-        println!("{} steps, weights {:016x}, as in the run", replayed.steps, replayed.fingerprint);
-        Ok(())
+        out!("{} steps, weights {:016x}, as in the run", replayed.steps, replayed.fingerprint)
     }
 }

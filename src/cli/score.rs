@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::prompts::{ModelArgs, PromptArgs};
 use crate::model::Pack;
+use crate::{out, out_json};
 
 /// Arguments of `preceptor score`.
 #[derive(Debug, Args)]
@@ -49,13 +50,12 @@ impl Score {
         let perplexity = (-mean).exp();
         if self.json {
             let text = tokenizer.decode(scored)?;
-            println!("{}", json!({ "ids": scored, "logprobs": logprobs, "text": text, "perplexity": perplexity }));
-            return Ok(());
+            let scored = json!({ "ids": scored, "logprobs": logprobs, "text": text, "perplexity": perplexity });
+            return out_json!(scored);
         }
         for (id, logprob) in scored.iter().zip(&logprobs) {
-            println!("{logprob:>9.4}  {id:>6}  {:?}", tokenizer.decode(&[*id])?);
+            out!("{logprob:>9.4}  {id:>6}  {:?}", tokenizer.decode(&[*id])?)?;
         }
-        println!("mean {mean:.4} nats per token, perplexity {perplexity:.3}");
-        Ok(())
+        out!("mean {mean:.4} nats per token, perplexity {perplexity:.3}")
     }
 }

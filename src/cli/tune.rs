@@ -8,6 +8,7 @@ use clap::Args;
 use toml_edit::{DocumentMut, Item, Table, value};
 
 use super::ConfigArgs;
+use crate::out;
 use crate::prepare::prepare;
 use crate::say;
 use crate::statistics::Table as Report;
@@ -69,32 +70,33 @@ impl Tune {
                 Cell::Text(format!("{:.2}×", one.completions_per_s() / tuned.before.completions_per_s())),
             ]);
         }
-        print!("{}", table.text());
-        println!("{}", asynchronous(&tuned, &configured));
+        let changes = tuned.best.plan.changes(&configured);
+        if tuned.is_better() {
+            // Before anything is printed: who reads that may have gone away.
+            write(&self.config.config, &output, &changes)?;
+        }
+        out!("{}", table.text().trim_end())?;
+        out!("{}", asynchronous(&tuned, &configured))?;
         if !tuned.is_better() {
-            println!(
+            return out!(
                 "The configuration stays as it is: nothing that was tried is more than {:.0} % faster.",
                 100.0 * NOTICEABLE
             );
-            return Ok(());
         }
-        let changes = tuned.best.plan.changes(&configured);
         for (key, was, is) in &changes {
-            println!("{key} = {was} → {is}");
+            out!("{key} = {was} → {is}")?;
         }
         let (larger, usual) = (tuned.best.plan.completions(), configured.completions());
         if larger != usual {
-            println!(
+            out!(
                 "A step now learns from {larger} completions instead of {usual}: fewer run.steps see as many, and learner.lr may have to change."
-            );
+            )?;
         }
-        write(&self.config.config, &output, &changes)?;
-        println!(
+        out!(
             "{:.2} times as fast as configured. Written to {}; overrides by --set are not in it.",
             tuned.gain(),
             output.display()
-        );
-        Ok(())
+        )
     }
 }
 

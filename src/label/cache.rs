@@ -1,108 +1,22 @@
 //! Labels on disk, found again by what was asked: no label is bought twice.
 
+mod database;
+mod entry;
+mod store;
+
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use anyhow::Result;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
 use super::backend::{Alive, Ask, Backend, Decoding, Reply, Usage};
 use crate::knob::Knob;
-use crate::telemetry;
-
-const REPLIES: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("replies");
-
-/// Keys in the order in which their answers came, so that the oldest can go.
-const ORDER: TableDefinition<u64, &[u8; 32]> = TableDefinition::new("order");
+pub use store::Store;
 
 type Key = [u8; 32];
-
-/// The file that answers are kept in. One process has it open at a time.
-pub struct Store {
-    database: Database,
-    path: PathBuf,
-    most: u64,
-}
-
-impl Store {
-    /// Opens the cache in the folder `dir`, which is made if need be. Beyond `most` answers the oldest go.
-    ///
-    /// # Errors
-    /// A folder that cannot be written, a file that is damaged or is held by another process.
-    pub fn open(dir: &Path, most: u64) -> Result<Self> {
-        std::fs::create_dir_all(dir)
-            .with_context(|| format!("cannot make the label cache's folder {}", dir.display()))?;
-        let path = dir.join("labels.redb");
-        let database = match Database::create(&path) {
-            Err(DatabaseError::DatabaseAlreadyOpen) => anyhow::bail!(
-                "the label cache {} is in use by another run; give this one another labeler.cache",
-                path.display()
-            ),
-            other => other.with_context(|| format!("cannot open the label cache {}", path.display()))?,
-        };
-        let writing = database.begin_write()?;
-        writing.open_table(REPLIES)?;
-        writing.open_table(ORDER)?;
-        writing.commit()?;
-        Ok(Self { database, path, most: most.max(1) })
-    }
-
-    /// Answers in it.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub fn len(&self) -> Result<u64> {
-        Ok(self.database.begin_read()?.open_table(REPLIES)?.len()?)
-    }
-
-    /// Whether there are none.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub fn is_empty(&self) -> Result<bool> {
-        Ok(self.len()? == 0)
-    }
-
-    fn get<T: DeserializeOwned>(&self, keys: &[Key]) -> Result<Vec<Option<T>>> {
-        let reading = self.database.begin_read()?;
-        let table = reading.open_table(REPLIES)?;
-        keys.iter()
-            .map(|key| {
-                let found = table.get(key)?;
-                // What cannot be read, of another version perhaps, is asked again.
-                Ok(found.and_then(|value| serde_json::from_slice(value.value()).ok()))
-            })
-            .collect()
-    }
-
-    /// Keeps answers; they are on the disk when this returns.
-    fn put<'a, T: Serialize + 'a>(&self, replies: impl Iterator<Item = (Key, &'a T)>) -> Result<()> {
-        let writing = self.database.begin_write()?;
-        {
-            let (mut table, mut order) = (writing.open_table(REPLIES)?, writing.open_table(ORDER)?);
-            let mut next = order.last()?.map_or(0, |(last, _)| last.value() + 1);
-            for (key, reply) in replies {
-                if table.insert(&key, serde_json::to_vec(reply)?.as_slice())?.is_some() {
-                    // Two actors asked the same at the same time.
-                    telemetry::label_bought_again();
-                    continue;
-                }
-                order.insert(next, &key)?;
-                next += 1;
-            }
-            while table.len()? > self.most {
-                let Some(oldest) = order.pop_first()?.map(|(_, key)| *key.value()) else { break };
-                table.remove(&oldest)?;
-            }
-            telemetry::label_cache(table.len()?);
-        }
-        Ok(writing.commit()?)
-    }
-}
 
 /// A backend whose answers are looked up first. Answers are kept, refusals are not.
 pub struct Cached {
@@ -123,21 +37,16 @@ impl Cached {
         usage: &mut Usage,
         ask: impl FnOnce(&[usize], &mut Usage) -> Vec<Reply<T>>,
     ) -> Vec<Reply<T>> {
-        // A cache that fails costs money and no label: the judge is asked, and the fault is told.
-        let known = self.store.get::<T>(keys).unwrap_or_else(|error| {
-            tracing::error!("the label cache {} cannot be read: {error:#}", self.store.path.display());
-            keys.iter().map(|_| None).collect()
-        });
+        // A cache that fails costs money and no label: the judge is asked, and the fault is logged.
+        let known = self.store.get::<T>(keys);
         let mut first: HashMap<Key, usize> = HashMap::new();
         let missing: Vec<usize> = (0..keys.len())
             .filter(|i| known[*i].is_none() && !first.contains_key(&keys[*i]) && first.insert(keys[*i], *i).is_none())
             .collect();
         let replies = if missing.is_empty() { Vec::new() } else { ask(&missing, usage) };
         let new = missing.iter().zip(&replies).filter_map(|(i, reply)| Some((keys[*i], reply.as_ref().ok()?)));
-        if !replies.is_empty()
-            && let Err(error) = self.store.put(new)
-        {
-            tracing::error!("the label cache {} cannot be written: {error:#}", self.store.path.display());
+        if !replies.is_empty() {
+            self.store.put(new);
         }
         usage.cached += (keys.len() - missing.len()) as u64;
         let asked: HashMap<Key, Reply<T>> = missing.iter().map(|i| keys[*i]).zip(replies).collect();
@@ -299,6 +208,116 @@ mod tests {
         let cached = Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 3).unwrap()));
         cached.weigh(&asks(&["question 4", "question 3", "question 2"]), &mut usage);
         assert_eq!(inner.asked.load(Ordering::SeqCst), 10, "the latest three are kept");
+    }
+
+    fn database(dir: &std::path::Path) -> std::path::PathBuf {
+        dir.join("labels.redb")
+    }
+
+    /// Questions of many lengths, and the answers that `Counting` gives them.
+    fn questions() -> (Vec<Ask>, Vec<Reply<Vec<f64>>>) {
+        let prompts: Vec<String> = (0..200).map(|i| format!("{i} {}", "x".repeat(i * 7 % 50))).collect();
+        let asks = prompts.iter().map(|prompt| Ask { prompt: prompt.clone(), answers: vec!["1".into()] }).collect();
+        (asks, prompts.iter().map(|prompt| Ok(vec![prompt.len() as f64])).collect())
+    }
+
+    /// Whatever bits flip and whatever parts are lost, a cache is refused with the remedy, or its answers are right or
+    /// asked for again.
+    #[test]
+    fn damage_is_refused_or_counts_as_missing_and_never_becomes_an_answer() {
+        use rand::{Rng, SeedableRng};
+        let home = tempfile::tempdir().unwrap();
+        let (asks, answers) = questions();
+        let inner = Arc::new(Counting::default());
+        let cached = Cached::new(inner.clone(), Arc::new(Store::open(home.path(), 10_000).unwrap()));
+        cached.weigh(&asks, &mut Usage::default());
+        drop(cached);
+        let sound = std::fs::read(database(home.path())).unwrap();
+        let used = sound.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+        let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(5);
+        let mut damaged: Vec<(String, Vec<u8>)> = (0..300)
+            .map(|i| {
+                let mut bytes = sound.clone();
+                for _ in 0..[1, 1, 4, 30][i % 4] {
+                    bytes[random.random_range(0..used)] ^= 1 << random.random_range(0..8);
+                }
+                (format!("flips {i}"), bytes)
+            })
+            .collect();
+        let zeroed = |from: usize, to: usize| {
+            let mut bytes = sound.clone();
+            bytes[from..to].fill(0);
+            bytes
+        };
+        damaged.extend((0..used.div_ceil(4096)).map(|page| {
+            let end = ((page + 1) * 4096).min(sound.len());
+            (format!("page {page} of zeros"), zeroed(page * 4096, end))
+        }));
+        damaged.extend([
+            ("zeros".into(), zeroed(0, sound.len())),
+            ("zeros after the header".into(), zeroed(4096, sound.len())),
+            ("half".into(), sound[..sound.len() / 2].to_vec()),
+            ("all but a byte".into(), sound[..sound.len() - 1].to_vec()),
+            ("text".into(), b"hello\n".repeat(1000)),
+        ]);
+        let (mut refused, mut again) = (0, 0);
+        for (name, bytes) in damaged {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(database(dir.path()), &bytes).unwrap();
+            let store = match Store::open(dir.path(), 10_000) {
+                Ok(store) => store,
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(error.contains("labels.redb") && error.contains("remove it"), "{name}: {error}");
+                    refused += 1;
+                    continue;
+                }
+            };
+            let before = inner.asked.load(Ordering::SeqCst);
+            let cached = Cached::new(inner.clone(), Arc::new(store));
+            assert_eq!(cached.weigh(&asks, &mut Usage::default()), answers, "{name}");
+            again += u64::from(inner.asked.load(Ordering::SeqCst) > before);
+            drop(cached);
+        }
+        assert!(refused > 5 && again > 50, "{refused} were refused, {again} asked again");
+    }
+
+    #[test]
+    fn a_changed_answer_is_asked_for_again_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = Arc::new(Counting::default());
+        let open = || Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 100).unwrap()));
+        let question = asks(&["what is it?"]);
+        open().weigh(&question, &mut Usage::default());
+        let mut bytes = std::fs::read(database(dir.path())).unwrap();
+        let at = bytes.windows(6).position(|window| window == b"[11.0]").unwrap();
+        bytes[at + 2] ^= 1;
+        std::fs::write(database(dir.path()), bytes).unwrap();
+        for asked in [2, 2] {
+            assert_eq!(open().weigh(&question, &mut Usage::default()), [Ok(vec![11.0])]);
+            assert_eq!(inner.asked.load(Ordering::SeqCst), asked);
+        }
+    }
+
+    /// As earlier versions wrote them: plain JSON, without a checksum.
+    #[test]
+    fn a_cache_of_an_earlier_version_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = Arc::new(Counting::default());
+        let key =
+            Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 100).unwrap())).key("weigh", &["old", "1"]);
+        {
+            let database = redb::Database::create(database(dir.path())).unwrap();
+            let writing = database.begin_write().unwrap();
+            let replies: redb::TableDefinition<&[u8; 32], &[u8]> = redb::TableDefinition::new("replies");
+            let order: redb::TableDefinition<u64, &[u8; 32]> = redb::TableDefinition::new("order");
+            writing.open_table(replies).unwrap().insert(&key, b"[42.5]".as_slice()).unwrap();
+            writing.open_table(order).unwrap().insert(0, &key).unwrap();
+            writing.commit().unwrap();
+        }
+        let cached = Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 100).unwrap()));
+        assert_eq!(cached.weigh(&asks(&["old"]), &mut Usage::default()), [Ok(vec![42.5])]);
+        assert_eq!(inner.asked.load(Ordering::SeqCst), 0);
     }
 
     #[test]

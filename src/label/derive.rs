@@ -1,9 +1,6 @@
 //! Scores from preferences and preferences from scores, so that any labeler serves any mode.
 
-use crate::rollout::{Feedback, Group, Preference, Verdict};
-
-/// Why a completion has no score that stands in no pair.
-const UNCOMPARED: &str = "the completion was compared with no other";
+use crate::rollout::{Preference, UNCOMPARED, Verdict};
 
 /// P(first is better) = σ((s₁ − s₂)/τ) of each pair (Bradley and Terry 1952), `temperature` being τ on the labeler's
 /// own scale. A pair with a completion that has no score has none either.
@@ -46,25 +43,6 @@ pub fn scores(completions: usize, preferences: &[Preference]) -> Vec<Verdict> {
             }
         })
         .collect()
-}
-
-/// Leaves the completions out that were compared with no other, where others of the group were: they have no score, and
-/// the others are learned from without them.
-pub fn leave_uncompared_out(group: &mut Group, feedback: &mut Feedback) {
-    let uncompared = |verdict: &Verdict| matches!(verdict, Verdict::Abstention(why) if why == UNCOMPARED);
-    let kept: Vec<usize> = (0..feedback.verdicts.len()).filter(|i| !uncompared(&feedback.verdicts[*i])).collect();
-    if kept.is_empty() || kept.len() == group.completions.len() || feedback.verdicts.len() != group.completions.len() {
-        return;
-    }
-    let place = |i: usize| kept.iter().position(|one| *one == i);
-    group.completions = kept.iter().map(|i| group.completions[*i].clone()).collect();
-    feedback.verdicts = kept.iter().map(|i| feedback.verdicts[*i].clone()).collect();
-    feedback.logprobs =
-        feedback.logprobs.take().map(|logprobs| kept.iter().filter_map(|i| logprobs.get(*i).cloned()).collect());
-    feedback.preferences = std::mem::take(&mut feedback.preferences)
-        .into_iter()
-        .filter_map(|one| Some(Preference { first: place(one.first)?, second: place(one.second)?, ..one }))
-        .collect();
 }
 
 /// 1/(1 + e^−x), without overflow.

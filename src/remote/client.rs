@@ -193,11 +193,13 @@ impl Client {
         }
     }
 
-    /// Asks `request` once, or a few times while the server or the network fails, for at most `patience`.
+    /// Asks `request` once, or a few times while the server or the network fails, for about `patience` at most.
     ///
     /// # Errors
     /// What the last try came to.
     pub async fn probe(&self, request: &Request, patience: Duration) -> Result<Answer, Cause> {
+        /// As many as tell a server that fails now and then from one that is away.
+        const TRIES: u32 = 5;
         let mut request = request.clone();
         let until = self.now() + patience;
         for attempt in 1.. {
@@ -211,7 +213,7 @@ impl Client {
             }
             let refuses = outcome.nature() == Nature::Refusal;
             let pause = self.pause(&outcome, attempt);
-            if refuses || attempt > self.judge.retries || self.now() + pause >= until {
+            if refuses || attempt > self.judge.retries.max(TRIES) || self.now() + pause >= until {
                 return Err(Cause { words: format!("{} {}", self.address(), outcome.words()), refuses });
             }
             tokio::time::sleep(pause).await;

@@ -10,7 +10,6 @@ use preceptor_actors::{Emitter, Item, Stage, StageResult};
 use super::trainer::Observed;
 use super::{RewardRule, RewardTrainer};
 use crate::fault;
-use crate::label::derive::leave_uncompared_out;
 use crate::ledger::Entries;
 use crate::model::{Decoder, Pack};
 use crate::rollout::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
@@ -73,10 +72,8 @@ impl<I> RewardStage<I> {
     }
 
     fn reward(&mut self, labeled: Labeled, trainer: Option<&mut RewardTrainer>) -> Result<Rewarded> {
-        let Labeled { mut group, mut feedback } = labeled;
-        if let (Scorer::Labels, Some(feedback)) = (&self.scorer, &mut feedback) {
-            leave_uncompared_out(&mut group, feedback);
-        }
+        let labeled = if let Scorer::Labels = self.scorer { labeled.without_uncompared() } else { labeled };
+        let Labeled { group, mut feedback } = labeled;
         let mut out = Rewarded {
             group,
             feedback: None,

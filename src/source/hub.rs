@@ -5,7 +5,7 @@ mod cache;
 mod client;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -77,7 +77,7 @@ fn fetch_from(
     if options.progress && bar.is_hidden() {
         say!("fetching {repo} from the hub");
     }
-    let download = Download { cache, client, bar: bar.clone() };
+    let download = Download { cache, client, bar: bar.clone(), patience: options.timeout };
     let found = on_a_thread(|| download.all(file));
     bar.finish_and_clear();
     found
@@ -137,6 +137,8 @@ struct Download {
     cache: Cache,
     client: Client,
     bar: ProgressBar,
+    /// How long another process that fetches the same may stand still.
+    patience: Duration,
 }
 
 impl Download {
@@ -178,10 +180,10 @@ impl Download {
         let metadata = self.client.metadata(name).await?;
         let most = most(name);
         ensure!(metadata.size <= most, "it has {} bytes, and at most {most} are taken", metadata.size);
-        let _held = self.cache.lock(&metadata.etag)?;
         let blob = self.cache.blob(&metadata.etag)?;
+        let partial = blob.with_file_name(format!("{}.part", metadata.etag));
+        let _held = self.held(&metadata.etag, &partial).await?;
         if std::fs::metadata(&blob).map(|blob| blob.len()).ok() != Some(metadata.size) {
-            let partial = blob.with_file_name(format!("{}.part", metadata.etag));
             self.bar.reset();
             self.bar.set_length(metadata.size);
             self.bar.set_message(format!("fetching {name}"));
@@ -189,6 +191,25 @@ impl Download {
             std::fs::rename(&partial, &blob).with_context(|| format!("cannot write {}", blob.display()))?;
         }
         self.cache.keep(&metadata.etag, &metadata.commit, name)
+    }
+
+    /// The right to write the content with this ETag; waits for another process that writes it, as long as `partial` grows.
+    async fn held(&self, etag: &str, partial: &Path) -> Result<std::fs::File> {
+        let size = || std::fs::metadata(partial).map_or(0, |file| file.len());
+        let (mut seen, mut moved) = (size(), Instant::now());
+        loop {
+            if let Some(held) = self.cache.lock(etag)? {
+                return Ok(held);
+            }
+            if size() != seen {
+                (seen, moved) = (size(), Instant::now());
+            }
+            ensure!(
+                moved.elapsed() < self.patience,
+                "another process is fetching it, and makes no progress; end that process, and try again"
+            );
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
     }
 }
 

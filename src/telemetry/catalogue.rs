@@ -71,6 +71,12 @@ pub const METRICS: &[(&str, &[Metric])] = &[
             ),
             metric(Histogram, "preceptor_publish_duration_seconds", &[], "Copying and publishing a version"),
             metric(
+                Gauge,
+                "preceptor_guard_exceeded",
+                &["bound"],
+                "1 while a bound of [guard] has been exceeded for guard.steps steps in a row: kl, entropy, masked",
+            ),
+            metric(
                 Counter,
                 "preceptor_nonfinite_steps_total",
                 &[],
@@ -273,6 +279,12 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 "Questions answered, by source: model or cache",
             ),
             metric(Gauge, "preceptor_label_cache_entries", &[], "Answers in the label cache"),
+            metric(
+                Counter,
+                "preceptor_label_cache_damaged_total",
+                &[],
+                "Times that an entry or the file of the label cache was found damaged; each label is asked for again",
+            ),
             metric(
                 Counter,
                 "preceptor_labels_bought_again_total",

@@ -66,7 +66,10 @@ fn render(area: Rect, buffer: &mut Buffer, status: &Value, history: &Value, sile
     sparklines(curves, buffer, history);
     let foot_line = match silence {
         Some(text) => Line::from(format!(" {text}; asking again")).reversed(),
-        None => Line::from(format!(" {}   q quits, arrows scroll", faults(status))).dim(),
+        None => match waiting(status) {
+            Some(text) => Line::from(format!(" {text}")).reversed(),
+            None => Line::from(format!(" {}   q quits, arrows scroll", faults(status))).dim(),
+        },
     };
     foot_line.render(foot, buffer);
 }
@@ -202,6 +205,13 @@ fn squeeze(course: &[f64], width: usize) -> Vec<f64> {
     course.chunks(each).map(|part| part.iter().sum::<f64>() / part.len() as f64).collect()
 }
 
+/// The judge that the run waits for, with the cause.
+fn waiting(status: &Value) -> Option<String> {
+    let away = status["judges_away"].get(0)?;
+    let seconds = time(figure(&away["seconds"]));
+    Some(format!("waits for the judge at {}, away for {seconds}: {}", word(&away["url"]), word(&away["why"])))
+}
+
 fn faults(status: &Value) -> String {
     let told = [
         ("restarts", "restarts"),
@@ -305,6 +315,11 @@ mod tests {
             assert!(shown.contains(words), "{words} is not in\n{shown}");
         }
         assert!(!shown.contains("KL"), "a figure that the run does not have\n{shown}");
+        let mut waits = status.clone();
+        waits["judges_away"] = json!([{ "url": "http://j/v1", "seconds": 130.0, "why": "refused the key (401)" }]);
+        assert!(
+            text(&waits, &history, 100).contains("waits for the judge at http://j/v1, away for 2 min: refused the key")
+        );
         let mut stalled = status;
         stalled["graph"]["stalled"] = json!({ "stage": "label-0", "state": "busy", "for_s": 130.0 });
         assert!(text(&stalled, &history, 100).contains("label-0 has held the run for 2 min (busy)"));

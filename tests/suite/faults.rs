@@ -160,13 +160,21 @@ fn a_panicking_labeler_costs_a_restart_and_no_group() {
 }
 
 #[test]
-fn a_failed_verdict_is_retried_then_masked_and_never_a_number() {
+fn a_failed_verdict_is_retried_and_never_leaves_the_labeler() {
     let (outcome, seen, restarts) = run(Fault::Once(3));
     assert_eq!((outcome, restarts), (Outcome::Finished, 0));
     assert_eq!((seen.trained.len(), seen.masked.len()), (8, 0));
-    let (outcome, seen, restarts) = run(Fault::Always(3));
-    assert_eq!((outcome, restarts), (Outcome::Finished, 0));
-    assert_eq!((seen.trained, seen.masked), (vec![0, 1, 2, 4, 5, 6, 7], vec![3]));
+    let dir = tempfile::tempdir().unwrap();
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let node = node(dir.path(), Fault::Always(3), &seen);
+    let book = node.book.clone();
+    let (outcome, restarts) = drive(node);
+    let Outcome::Failed { error, .. } = outcome else { panic!("{outcome:?}") };
+    assert!(error.contains("group 3 got no verdict: the judge is gone"), "{error}");
+    assert!(restarts > 0, "a judge here may do better in a graph that is built again");
+    let seen = seen.lock().unwrap();
+    assert_eq!((&seen.trained[..], &seen.masked[..]), (&[0, 1][..], &[][..]), "the batch of the failed group waits");
+    assert_eq!(book.count().generated, 1, "the failed group keeps its completions");
 }
 
 #[test]

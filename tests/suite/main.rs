@@ -10,6 +10,7 @@ mod families;
 mod faults;
 mod formats;
 mod hardening;
+mod judges;
 mod labelers;
 mod lora;
 mod mock_judge;

@@ -105,20 +105,33 @@ fn what_does_not_pass_is_a_failure_with_its_reason_and_never_the_key() {
         (Act::Status(401, "", "bad key sesame"), 1, "api_key_env"),
         (Act::Status(404, "", "no such model"), 1, "labeler.remote.url"),
         (Act::Status(400, "", "{\"error\": \"prompt too long\"}"), 1, "prompt too long"),
-        (Act::Status(500, "", ""), 3, "after 3 tries"),
+        (Act::Status(402, "", "{\"error\": {\"message\": \"no credit\"}}"), 1, "no quota left (402: no credit)"),
+        (
+            Act::Status(429, "", "{\"error\": {\"code\": \"insufficient_quota\", \"message\": \"pay first\"}}"),
+            1,
+            "no quota left (429: pay first)",
+        ),
+        (Act::Status(500, "", "{\"detail\": \"out of memory\"}"), 3, "failed (500: out of memory)"),
+        (Act::Status(429, "", "slow down"), 3, "limits the rate of requests (429: slow down)"),
         (Act::Hang, 3, "did not answer in time"),
     ] {
         let always = act.clone();
         let mock = MockJudge::start(move |_, _, _| always.clone());
         // Only a server that never answers may be given up on soon.
         let timeout_s = if matches!(act, Act::Hang) { 0.1 } else { 120.0 };
-        let settings =
-            RemoteJudge { api_key_env: Some("PRECEPTOR_TEST_KEY".into()), retries: 2, timeout_s, ..judge(&mock) };
+        let settings = RemoteJudge {
+            api_key_env: Some("PRECEPTOR_TEST_KEY".into()),
+            retries: 2,
+            timeout_s,
+            outage_s: 0.0,
+            ..judge(&mock)
+        };
         let remote = Remote::new(settings).unwrap();
         let mut usage = Usage::default();
         let reply = remote.weigh(&[ask(&["1", "2"])], &mut usage).remove(0);
         let Err(Refusal::Failure(why)) = reply else { panic!("{act:?}: {reply:?}") };
         assert!(why.contains(words) && !why.contains("sesame-0815"), "{act:?}: {why}");
+        assert!(why.contains(&format!("{}/chat/completions", mock.url)), "the address asked is named: {why}");
         assert_eq!(usage.requests, tries, "{act:?}");
     }
     let missing = RemoteJudge { api_key_env: Some("PRECEPTOR_NO_SUCH_KEY".into()), ..RemoteJudge::default() };
@@ -165,7 +178,8 @@ fn a_judge_that_is_down_for_a_while_is_waited_for() {
     let mock = MockJudge::start(|_, _, _| Act::Status(502, "", ""));
     let settings = RemoteJudge { breaker_failures: 1, breaker_cooldown_s: 30.0, outage_s: 0.0, ..judge(&mock) };
     let reply = Remote::new(settings).unwrap().weigh(&[ask(&["1", "2"])], &mut Usage::default()).remove(0);
-    assert!(reply.unwrap_err().to_string().contains("left alone"), "one failure opens it, and nobody waits");
+    let why = reply.unwrap_err().to_string();
+    assert!(why.contains("failed (502)") && why.contains("outage_s = 0"), "nobody waits, and the cause is told: {why}");
 }
 
 /// A judge that is dead for longer than any question may take: the run stands still, says so, and loses nothing.
@@ -277,7 +291,8 @@ fn a_run_on_a_failing_judge_completes_and_its_counts_are_the_judge_s() {
                 labeled += 1;
                 assert!(expected.iter().any(|one| (one - label).abs() < 1e-9), "{line}");
             }
-            None => assert!(verdict["failure"].is_string() && sample["reward"].is_null(), "{line}"),
+            // A question that failed twice while others were answered.
+            None => assert!(verdict["abstention"].is_string() && sample["reward"].is_null(), "{line}"),
         }
     }
     assert!(labeled > 0);

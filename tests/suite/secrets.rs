@@ -39,7 +39,7 @@ fn secrets_open_what_they_guard_and_stand_nowhere() {
     let dir = tempfile::tempdir().unwrap();
     let mock = indiscreet();
     let remote = format!(
-        "labeler.remote={{ url = \"{}\", model = \"m\", api = \"completions\", evidence = \"logprobs\", api_key_env = \"PRECEPTOR_TEST_KEY\", retries = 0, concurrency = 1 }}",
+        "labeler.remote={{ url = \"{}\", model = \"m\", api = \"completions\", evidence = \"logprobs\", api_key_env = \"PRECEPTOR_TEST_KEY\", retries = 0, concurrency = 1, probe = false, outage_s = 0 }}",
         mock.url
     );
     let cache = format!("labeler.cache={}", dir.path().join("labels").display());

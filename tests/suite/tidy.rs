@@ -41,6 +41,9 @@ fn modules_use_only_what_they_may() {
         ("rollout", &["crate::", "candle", "preceptor_actors"][..]),
         ("seed", &["crate::"]),
         ("bounded", &["crate::", "candle"]),
+        ("http", &["crate::", "candle", "preceptor_actors"]),
+        ("terminal", &["candle", "preceptor_actors", "use crate::"]),
+        ("descriptors", &["crate::", "candle"]),
         ("template", &["crate::", "candle"]),
         ("vetted", &["crate::model", "crate::tokens", "crate::config", "preceptor_actors"]),
         ("ops", &["crate::model", "crate::algo", "crate::learn", "crate::rollout", "preceptor_actors"]),
@@ -95,5 +98,43 @@ fn every_configuration_is_valid() {
             let config = preceptor::config::load(&path, &[]).unwrap_or_else(|errors| panic!("{errors}"));
             assert!(config.run.steps > 0);
         }
+    }
+}
+
+/// Pairs of a file and the functions that `text` names after it, as in `` `a.rs`: `one`, `two`; `b.rs`: `three` ``.
+fn named_tests(text: &str) -> Vec<(String, Vec<String>)> {
+    let mut found: Vec<(String, Vec<String>)> = Vec::new();
+    for line in text.lines().filter(|line| line.starts_with("| ") && line.contains(".rs`: `")) {
+        let cell = line.trim_end_matches([' ', '|']).rsplit(" | ").next().unwrap_or_default();
+        for word in cell.split('`').skip(1).step_by(2) {
+            match found.last_mut() {
+                _ if word.ends_with(".rs") => found.push((word.to_owned(), Vec::new())),
+                Some((_, names)) => names.push(word.to_owned()),
+                None => panic!("{word} is named before any file: {line}"),
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn every_guarantee_of_security_md_names_a_test_that_exists() {
+    let text = std::fs::read_to_string(root().join("SECURITY.md")).unwrap();
+    let named = named_tests(&text);
+    assert!(named.len() >= 20, "only {} were found", named.len());
+    for (file, names) in named {
+        let code = std::fs::read_to_string(root().join(&file)).unwrap_or_else(|error| panic!("{file}: {error}"));
+        assert!(!names.is_empty(), "{file} is named without a test");
+        for name in names {
+            let place = code.find(&format!("fn {name}()")).unwrap_or_else(|| panic!("{file} has no test {name}"));
+            let before = code[..place].rsplit("\n\n").next().unwrap_or_default();
+            assert!(before.contains("#[test]"), "{name} in {file} is no test");
+        }
+    }
+    // Each row of the second part has one.
+    let guarantees = text.split("## What it guarantees").nth(1).unwrap().lines();
+    let rows = guarantees.filter(|line| line.starts_with("| ") && !line.starts_with("| guarantee"));
+    for row in rows {
+        assert!(row.contains(".rs`: `"), "no test is named: {row}");
     }
 }

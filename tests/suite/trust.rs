@@ -9,7 +9,7 @@ use preceptor::config::RemoteJudge;
 use preceptor::label::backend::{Ask, Backend, Refusal, Usage};
 use preceptor::remote::Remote;
 
-use crate::common::{preceptor, stderr};
+use crate::common::{config, preceptor, small, stderr, train};
 use crate::mock_judge::{Act, MockJudge};
 
 const KEY: &str = "sk-trust-0123456789-abcdef";
@@ -157,11 +157,273 @@ fn top_reads_a_bounded_answer_and_shows_no_control_characters() {
 }
 
 /// One request to `address`, and the whole answer.
-pub fn ask(address: &str, head: &str) -> String {
+fn ask(address: &str, head: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     let _ = write!(stream, "{head}\r\n\r\n");
     let mut text = Vec::new();
     // A connection that is reset has said what it had to say.
     let _ = stream.read_to_end(&mut text);
     String::from_utf8_lossy(&text).into_owned()
+}
+
+/// A node in a process of its own, which ends with the test.
+struct Node {
+    child: std::process::Child,
+    address: String,
+    stderr: std::path::PathBuf,
+}
+
+impl Node {
+    /// Starts the offline run without an end, with at most `files` open files.
+    fn start(dir: &std::path::Path, files: u64, sets: &[&str]) -> Self {
+        let stderr = dir.join("stderr.txt");
+        let mut program = std::process::Command::new("bash");
+        program.args([
+            "-c",
+            &format!("trap '' XFSZ; ulimit -n {files}; exec \"$0\" \"$@\""),
+            env!("CARGO_BIN_EXE_preceptor"),
+        ]);
+        program.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
+        let own = ["serve.enabled=true", "serve.listen=127.0.0.1:0", "run.steps=1000000"];
+        program.args(own.iter().chain(sets).flat_map(|one| ["--set", one]));
+        program.current_dir(dir).stdout(std::process::Stdio::null());
+        let child = program.stderr(std::fs::File::create(&stderr).unwrap()).spawn().unwrap();
+        let mut node = Self { child, address: String::new(), stderr };
+        let text = node.wait(|text| text.contains("step   2/").then(|| text.to_owned()));
+        let address = text.split("http://").find(|part| part.contains("/metrics")).unwrap();
+        node.address = address.split('/').next().unwrap().to_owned();
+        node
+    }
+
+    fn said(&self) -> String {
+        std::fs::read_to_string(&self.stderr).unwrap()
+    }
+
+    /// Waits until `what` finds in standard error what it looks for.
+    fn wait<T>(&self, what: impl Fn(&str) -> Option<T>) -> T {
+        until(|| what(&self.said()).ok_or_else(|| self.said()))
+    }
+
+    /// GETs `path` by the name `host`.
+    fn get(&self, path: &str, host: &str) -> String {
+        ask(&self.address, &format!("GET {path} HTTP/1.1\r\nHost: {host}"))
+    }
+
+    /// The value of a metric without labels.
+    fn metric(&self, name: &str) -> f64 {
+        until(|| {
+            let text = self.get("/metrics", "localhost");
+            let line = text.lines().find(|line| line.starts_with(&format!("{name} ")));
+            line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).ok_or(text)
+        })
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Tries until there is a value, for two minutes at most.
+fn until<T>(mut what: impl FnMut() -> Result<T, String>) -> T {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
+    loop {
+        match what() {
+            Ok(value) => return value,
+            Err(why) => assert!(std::time::Instant::now() < deadline, "it did not come: {why}"),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn idle_connections_stop_neither_checkpoints_nor_scrapes() {
+    preceptor::descriptors::raise_limit();
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), 1024, &["checkpoint.every_steps=20", "checkpoint.keep=2"]);
+    let mut idle = Vec::new();
+    for i in 0..2000 {
+        let mut stream = until(|| TcpStream::connect(&node.address).map_err(|error| error.to_string()));
+        // Half of them send a part of a head, and some a whole one without reading the answer.
+        let _ = match i % 4 {
+            0 => stream.write_all(b"GET /metrics HT"),
+            1 => stream.write_all(b"GET /samples HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+            _ => Ok(()),
+        };
+        idle.push(stream);
+    }
+    let written = || node.metric("preceptor_checkpoint_duration_seconds_count");
+    let before = written();
+    until(|| if written() >= before + 3.0 { Ok(()) } else { Err(node.said()) });
+    assert_eq!(node.metric("preceptor_disk_errors_total"), 0.0, "{}", node.said());
+    assert!(node.get("/healthz", "localhost").starts_with("HTTP/1.1 200"));
+    assert!(node.metric("process_open_fds") < 512.0);
+    drop(idle);
+}
+
+#[test]
+fn a_node_answers_to_its_own_names_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), 4096, &["serve.hosts=[\"node.example\"]"]);
+    for host in [&node.address as &str, "localhost:1", "[::1]", "10.1.2.3", "node.example", "NODE.example:9464"] {
+        for path in ["/", "/metrics", "/status", "/healthz"] {
+            assert!(node.get(path, host).starts_with("HTTP/1.1 200"), "{host}{path}");
+        }
+    }
+    for host in ["rebind.test", "rebind.test:9464", "node.example.rebind.test", "127.0.0.1.rebind.test"] {
+        for path in ["/", "/metrics", "/status", "/history", "/samples", "/no/such/page"] {
+            let answer = node.get(path, host);
+            assert!(answer.starts_with("HTTP/1.1 421") && answer.contains("serve.hosts"), "{host}{path}: {answer}");
+        }
+        for path in ["/healthz", "/readyz"] {
+            assert!(node.get(path, host).starts_with("HTTP/1.1 200"), "{host}{path}");
+        }
+    }
+    let both = ask(&node.address, "GET http://rebind.test/status HTTP/1.1\r\nHost: localhost");
+    assert!(both.starts_with("HTTP/1.1 421"), "{both}");
+}
+
+#[test]
+fn a_node_speaks_http_1_and_waits_for_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), 4096, &[]);
+    let mut slow = TcpStream::connect(&node.address).unwrap();
+    slow.write_all(b"GET /metrics HTTP/1.1\r\nHost: loc").unwrap();
+    let mut preface = TcpStream::connect(&node.address).unwrap();
+    preface.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00").unwrap();
+    let mut answer = Vec::new();
+    let _ = preface.read_to_end(&mut answer);
+    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 400"), "{answer:?}");
+    assert!(node.get("/metrics", "localhost").to_lowercase().contains("\r\nconnection: close\r\n"));
+    // Ends when the node has closed the connection; the test would hang otherwise.
+    let _ = slow.read_to_end(&mut answer);
+    let long = format!("GET /metrics HTTP/1.1\r\nHost: localhost\r\nX: {}", "x".repeat(100_000));
+    assert!(!ask(&node.address, &long).starts_with("HTTP/1.1 200"));
+}
+
+/// Runs the program in `dir` with standard output given to `sink`, a shell's redirection or pipe. Returns the exit status
+/// of the program and what it wrote on standard error.
+fn into(dir: &std::path::Path, arguments: &[&str], sink: &str) -> (i32, String) {
+    let mut shell = std::process::Command::new("bash");
+    shell.args(["-c", &format!("\"$0\" \"$@\" {sink}; exit ${{PIPESTATUS[0]}}"), env!("CARGO_BIN_EXE_preceptor")]);
+    let output = shell.args(arguments).current_dir(dir).output().unwrap();
+    (output.status.code().unwrap(), stderr(&output))
+}
+
+#[test]
+fn a_closed_pipe_ends_a_command_quietly_and_a_full_disk_with_one_error() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(train(dir.path(), &["run.steps=1"]).status.success());
+    let model = "run/checkpoints/step-000001";
+    let config = config("offline.toml");
+    let config = config.to_str().unwrap();
+    // Far more than a pipe holds, so that the program writes after its reader has gone, however fast it is.
+    let many = ["--max-new-tokens", "100", "--samples", "3000", "--temperature", "3"];
+    let generate = [&["generate", model, "a"][..], &many].concat();
+    for arguments in [&generate, &[&generate[..], &["--json"]].concat()] {
+        let (status, text) = into(dir.path(), arguments, "| head -c 1 > /dev/null");
+        assert_eq!((status, text.as_str()), (141, ""), "{arguments:?}");
+    }
+    for arguments in [
+        &["check", config, "--print"][..],
+        &["check", config],
+        &["generate", model, "a"],
+        &["generate", model, "a", "--json"],
+        &["score", model, "abc"],
+        &["score", model, "abc", "--json"],
+    ] {
+        // Whether the reader has gone before the program writes is a matter of chance here.
+        let (status, text) = into(dir.path(), arguments, "| true");
+        assert!([0, 141].contains(&status) && text.is_empty(), "{arguments:?}: {status}: {text}");
+        let (status, text) = into(dir.path(), arguments, "> /dev/full");
+        assert_eq!(status, 1, "{arguments:?}: {text}");
+        assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
+        assert!(text.starts_with("error: cannot write to standard output: No space left"), "{arguments:?}: {text}");
+    }
+}
+
+#[test]
+fn what_a_model_writes_reaches_the_terminal_without_control_characters() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(train(dir.path(), &["run.steps=1"]).status.success());
+    let generate = |more: &[&str]| {
+        let mut program = preceptor(dir.path());
+        program
+            .args(["generate", "run/checkpoints/step-000001", "a", "--samples", "60", "--temperature", "5"])
+            .args(more);
+        let output = program.output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = generate(&[]);
+    assert!(text.contains("\\u{1b}"), "the model writes no escape, so that nothing was tried: {text}");
+    assert!(text.chars().all(|c| c == '\n' || c == '\t' || !c.is_control()), "{text:?}");
+    let json = generate(&["--json"]);
+    assert!(json.chars().all(|c| c == '\n' || !c.is_control()), "{json:?}");
+    let texts = json.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["text"].clone());
+    assert!(texts.into_iter().any(|text| text.as_str().unwrap().contains('\u{1b}')), "JSON has what the model wrote");
+}
+
+#[test]
+fn a_log_that_is_no_terminal_has_no_colours() {
+    let mock = MockJudge::start(|_, _, _| Act::Status(500, "", ""));
+    let dir = tempfile::tempdir().unwrap();
+    let remote = format!(
+        "labeler.remote={{ url = \"{}\", model = \"m\", retries = 0, outage_s = 0, breaker_failures = 1, breaker_cooldown_s = 0.01 }}",
+        mock.url
+    );
+    let mut program = preceptor(dir.path());
+    program.args(["--log", "debug", "train"]).arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
+    program.args([
+        "--set",
+        "labeler.type=direct",
+        "--set",
+        "run.steps=1",
+        "--set",
+        &remote,
+        "--set",
+        "labeler.retries=0",
+    ]);
+    let text = stderr(&program.env_remove("NO_COLOR").output().unwrap());
+    assert!(text.contains("DEBUG") || text.contains("WARN"), "nothing was logged: {text}");
+    assert!(!text.contains('\u{1b}'), "{text:?}");
+}
+
+/// A disk that fails for a time: here a limit on the size of files, which is raised again.
+#[test]
+fn a_label_cache_that_cannot_be_written_for_a_time_keeps_every_label() {
+    let mock = MockJudge::start(|number, _, _| {
+        let rating = if number % 2 == 0 { 0.25 } else { 0.05 };
+        Act::Slow(std::time::Duration::from_millis(2), Box::new(Act::Tokens(vec![("7", 0.5), ("1", rating)])))
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let remote = format!("labeler.remote={{ url = \"{}\", model = \"m\" }}", mock.url);
+    let cache = format!("labeler.cache=\"{}\"", dir.path().join("labels").display());
+    let sets = ["labeler.type=direct", "learner.eta=0", "checkpoint.every_minutes=0", &remote, &cache];
+    let node = Node::start(dir.path(), 4096, &sets);
+    let limit = |bytes: u64| {
+        let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: `limit` is a valid rlimit, and nothing is read back.
+        let done = unsafe {
+            libc::prlimit(node.child.id() as libc::pid_t, libc::RLIMIT_FSIZE, &raw const limit, std::ptr::null_mut())
+        };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    };
+    limit(64 << 10);
+    node.wait(|text| text.contains("labels.redb cannot be written").then_some(()));
+    assert!(node.metric("preceptor_disk_errors_total") > 0.0);
+    limit(libc::RLIM_INFINITY);
+    node.wait(|text| text.contains("is written again").then_some(()));
+    let step = node.wait(|text| text.rsplit("step ").next()?.trim().split('/').next()?.trim().parse::<u64>().ok());
+    drop(node);
+    // The same questions again, in another run: every answer is there.
+    let before = mock.served("ok");
+    let again = tempfile::tempdir().unwrap();
+    let steps = format!("run.steps={step}");
+    let output = train(again.path(), &[&sets[..], &[&steps]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(mock.served("ok"), before, "labels were bought again");
 }

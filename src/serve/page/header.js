@@ -118,3 +118,27 @@ function showStalled(stalled, run) {
     : null);
   if (stalled) document.title = `\u26a0 ${run} stands still`;
 }
+
+/** Judges that the run waits for, each with the cause. */
+function showWaiting(judges, run) {
+  const sentences = judges.map(({ url, seconds, why, refuses }) =>
+    `\u26a0 The run waits for the judge at ${url}, which has answered nothing for ${duration(seconds)}: ${why}. ` +
+    (refuses ? "It refuses, so somebody has to act; the run continues once it answers." : "The run continues once it answers."));
+  setOptional(byId("waiting"), sentences.length ? sentences.join(" ") : null);
+  if (sentences.length) document.title = `\u26a0 ${run} waits for its judge`;
+}
+
+const BOUNDS = {
+  kl: "the policy is further from its start than guard.max_kl",
+  entropy: "the policy's entropy is below guard.min_entropy",
+  masked: "more groups are masked than guard.max_masked",
+};
+
+/** Bounds of [guard] that are exceeded, and why groups were masked. */
+function showUnhealthy(health) {
+  const exceeded = health?.exceeded ?? [];
+  if (exceeded.length === 0) return setOptional(byId("unhealthy"), null);
+  const reasons = exceeded.includes("masked")
+    ? (health.masked ?? []).slice(0, 3).map(({ why, groups }) => `${counted(groups, "group", "groups")}: ${why}`) : [];
+  setOptional(byId("unhealthy"), `\u26a0 ${[exceeded.map((name) => BOUNDS[name] ?? name).join("; "), ...reasons].join(". ")}.`);
+}

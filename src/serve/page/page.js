@@ -54,6 +54,8 @@ class Page {
     this.part("vitals", () => showVitals(status));
     this.part("diagnosis", () => showDiagnosis(status));
     this.part("stalled", () => showStalled(status.graph?.stalled, status.run));
+    this.part("waiting", () => showWaiting(status.judges_away ?? [], status.run));
+    this.part("unhealthy", () => showUnhealthy(status.health));
     this.drawActors();
   }
 
@@ -75,6 +77,8 @@ class Page {
     this.part("header", () => showHeader(status, rows));
     this.part("samples", () => this.samples.show(groups));
     this.part("stalled", () => showStalled(status.graph?.stalled, status.run));
+    this.part("waiting", () => showWaiting(status.judges_away ?? [], status.run));
+    this.part("unhealthy", () => showUnhealthy(status.health));
   }
 
   /** Says what is wrong; after how long to ask again, null for not before the reader has done something. */

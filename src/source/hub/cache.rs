@@ -1,7 +1,7 @@
 //! The hub's cache on disk, laid out as Hugging Face's own libraries lay it out: `blobs` by ETag, `snapshots` by commit,
 //! `refs` by revision. Every name that comes from a server is checked before it becomes part of a path.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -82,18 +82,21 @@ impl Cache {
         Ok(self.folder.join("blobs").join(etag))
     }
 
-    /// Takes the right to write the content with this ETag; it is given back with the file.
+    /// Takes the right to write the content with this ETag, unless another process has it; it is given back with the file.
     ///
     /// # Errors
-    /// A folder that cannot be written; another process that holds it.
-    pub(super) fn lock(&self, etag: &str) -> Result<File> {
+    /// A folder that cannot be written.
+    pub(super) fn lock(&self, etag: &str) -> Result<Option<File>> {
         let path = self.blob(etag)?;
         let parent = path.parent().context("a file is in a folder")?;
         std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
         let path = parent.join(format!("{etag}.lock"));
         let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-        ensure!(file.try_lock().is_ok(), "another process is fetching it ({} is locked)", path.display());
-        Ok(file)
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+        }
     }
 
     /// Makes the content with this ETag the file `name` of `commit`, and `commit` what the revision stands for.

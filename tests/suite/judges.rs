@@ -1,0 +1,382 @@
+//! Runs whose judge refuses, is away, abstains or costs too much: none learns nothing in silence, and none loses a group.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use preceptor::config::RemoteJudge;
+use preceptor::label::backend::{Ask, Backend, Refusal, Usage};
+use preceptor::remote::Remote;
+use preceptor::seed;
+use serde_json::Value;
+
+use crate::common::{config, metrics, preceptor, small, stderr, train, trained, wait_until};
+use crate::mock_judge::{Act, MockJudge};
+
+/// A rating that is a function of the question.
+fn rating(body: &Value) -> Act {
+    let p = 0.1 + 0.8 * (seed::text(&body["messages"].to_string()) % 1000) as f64 / 1000.0;
+    Act::Tokens(vec![("9", p), ("1", 1.0 - p)])
+}
+
+/// `--set` for a judge at `url` that is asked without pauses, with `more` keys.
+fn remote(url: &str, more: &str) -> String {
+    format!(
+        "labeler.remote={{ url = \"{url}\", model = \"mock\", backoff_s = 0.005, max_backoff_s = 0.02, retries = 1, breaker_cooldown_s = 0.05{more} }}"
+    )
+}
+
+fn cache(dir: &Path) -> String {
+    format!("labeler.cache=\"{}\"", dir.join("labels").display())
+}
+
+/// The small run in `dir/run`, resumed.
+fn resume(dir: &Path, overrides: &[&str]) -> Output {
+    let mut command = preceptor(dir);
+    command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run", "--resume"]).args(small());
+    command.args(overrides.iter().flat_map(|one| ["--set", one])).output().unwrap()
+}
+
+fn question(prompt: &str) -> Ask {
+    Ask { prompt: prompt.into(), answers: vec!["1".into(), "9".into()] }
+}
+
+#[test]
+fn training_and_check_refuse_a_judge_that_refuses_and_quote_it() {
+    for (act, words) in [
+        (Act::Status(401, "", "{\"error\": {\"message\": \"bad key\"}}"), "refused the key (401: bad key)"),
+        (Act::Status(403, "", "no entry"), "403: no entry"),
+        (Act::Status(404, "", "{\"detail\": \"Not Found\"}"), "knows no such address or model (404: Not Found)"),
+        (Act::Status(400, "", "{\"error\": {\"message\": \"Unsupported parameter\"}}"), "400: Unsupported parameter"),
+        (Act::Status(422, "", "{\"message\": \"logprobs?\"}"), "422: logprobs?"),
+        (Act::Status(501, "", "not here"), "501: not here"),
+        (Act::Status(302, "Location: http://other.test/v1\r\n", ""), "http://other.test/v1"),
+        (Act::Status(429, "", "{\"error\": {\"type\": \"insufficient_quota\", \"message\": \"pay\"}}"), "429: pay"),
+    ] {
+        let always = act.clone();
+        let mock = MockJudge::start(move |_, _, _| always.clone());
+        let dir = tempfile::tempdir().unwrap();
+        let overrides = ["labeler.type=direct", &remote(&mock.url, ""), &cache(dir.path())];
+        let output = train(dir.path(), &overrides);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{act:?}: {text}");
+        assert!(text.contains(words) && text.contains(&format!("{}/chat/completions", mock.url)), "{act:?}: {text}");
+        assert!(metrics_of(&dir.path().join("run")).is_empty(), "no step was taken: {text}");
+        let mut check = preceptor(dir.path());
+        check.arg("check").arg(config("offline.toml")).args(overrides.iter().flat_map(|one| ["--set", one]));
+        let output = check.output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{act:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(words), "{act:?}: {}", stderr(&output));
+    }
+}
+
+fn metrics_of(run: &Path) -> Vec<Value> {
+    if run.join("metrics.jsonl").exists() { metrics(run) } else { Vec::new() }
+}
+
+#[test]
+fn a_judge_that_cannot_be_reached_at_the_start_is_a_failure_that_may_pass() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", listener.local_addr().unwrap());
+    drop(listener);
+    let dir = tempfile::tempdir().unwrap();
+    let output = train(dir.path(), &["labeler.type=direct", &remote(&url, ""), &cache(dir.path())]);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("could not be reached") && text.contains(&url), "{text}");
+    // With `probe = false` the question is left out; the run then waits for the judge in its first step.
+    let settings = remote(&url, ", probe = false, outage_s = 0.3");
+    let output = train(dir.path(), &["labeler.type=direct", &settings, &cache(dir.path())]);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("the run waits for it") && text.contains("could not be reached"), "{text}");
+}
+
+/// From request number `from` on the judge refuses until `mended`; what it answers is a function of the question.
+fn refusing(from: u64, act: &Act) -> (MockJudge, Arc<AtomicBool>) {
+    let mended = Arc::new(AtomicBool::new(false));
+    let (seen, act) = (Arc::clone(&mended), act.clone());
+    let mock = MockJudge::start(
+        move |number, _, body| {
+            if number < from || seen.load(Ordering::SeqCst) { rating(body) } else { act.clone() }
+        },
+    );
+    (mock, mended)
+}
+
+#[test]
+fn a_run_whose_judge_refuses_ends_with_its_groups_kept_and_resumes_as_if_it_never_had() {
+    let sound = MockJudge::start(|_, _, body| rating(body));
+    let whole = tempfile::tempdir().unwrap();
+    let output =
+        train(whole.path(), &["labeler.type=direct", "learner.eta=0", &remote(&sound.url, ""), &cache(whole.path())]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    for (act, words) in [
+        (Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"), "401: key revoked"),
+        (Act::Status(503, "", "down"), "failed (503: down)"),
+        (Act::Status(429, "", "slow"), "limits the rate of requests (429: slow)"),
+    ] {
+        let (mock, mended) = refusing(25, &act);
+        let dir = tempfile::tempdir().unwrap();
+        let settings = remote(&mock.url, ", outage_s = 0.3");
+        let overrides = ["labeler.type=direct", "learner.eta=0", &settings, &cache(dir.path())];
+        let output = train(dir.path(), &overrides);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{act:?}: {text}");
+        assert!(text.contains(words) && text.contains("got no verdict"), "the cause is told: {text}");
+        let run = dir.path().join("run");
+        let before = metrics(&run);
+        assert!(before.len() < 4 && before.iter().all(|step| step["groups/masked"] == 0), "nothing is spent: {text}");
+        mended.store(true, Ordering::SeqCst);
+        let output = resume(dir.path(), &overrides);
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(metrics(&run), metrics(&whole.path().join("run")), "{act:?}");
+        let weights = |dir: &Path| std::fs::read(dir.join("run/checkpoints/step-000004/model.safetensors")).unwrap();
+        assert!(weights(dir.path()) == weights(whole.path()), "{act:?}: other weights than without the refusal");
+    }
+}
+
+#[test]
+fn each_prompt_is_trained_once_across_an_outage_in_an_asynchronous_run() {
+    let (mock, mended) = refusing(25, &Act::Status(403, "", "no"));
+    let dir = tempfile::tempdir().unwrap();
+    let settings = remote(&mock.url, ", outage_s = 0.3");
+    let overrides = ["labeler.type=direct", "learner.eta=4", "labeler.workers=2", &settings, &cache(dir.path())];
+    assert_eq!(train(dir.path(), &overrides).status.code(), Some(1));
+    mended.store(true, Ordering::SeqCst);
+    let output = resume(dir.path(), &overrides);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(trained(&dir.path().join("run")), (0..16).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_question_that_fails_while_others_are_answered_is_an_abstention() {
+    for (act, asked) in [
+        (Act::Status(400, "", "{\"error\": {\"message\": \"too long\"}}"), 1),
+        (Act::Status(403, "", "moderated"), 1),
+        (Act::Status(500, "", "cannot"), 3),
+        (Act::Body("<html>".into()), 3),
+    ] {
+        let bad = act.clone();
+        let asked_bad = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&asked_bad);
+        let mock = MockJudge::start(move |_, _, body| {
+            if body["messages"].to_string().contains("poison") {
+                count.fetch_add(1, Ordering::SeqCst);
+                return bad.clone();
+            }
+            rating(body)
+        });
+        // Were it taken for an outage, the test would wait for an hour.
+        let settings = RemoteJudge {
+            url: mock.url.clone(),
+            model: "mock".into(),
+            retries: 2,
+            backoff_s: 0.005,
+            breaker_failures: 2,
+            breaker_cooldown_s: 0.05,
+            ..RemoteJudge::default()
+        };
+        let judge = Remote::new(settings).unwrap();
+        let first = judge.weigh(&[question("a"), question("b")], &mut Usage::default());
+        assert!(first.iter().all(Result::is_ok), "{first:?}");
+        let mut usage = Usage::default();
+        let replies = judge.weigh(&[question("poison"), question("c")], &mut usage);
+        assert!(replies[1].is_ok(), "{act:?}: a good question is answered: {replies:?}");
+        let Err(Refusal::Abstention(why)) = &replies[0] else { panic!("{act:?}: {replies:?}") };
+        assert!(why.contains("it answers other questions"), "{why}");
+        assert_eq!(asked_bad.load(Ordering::SeqCst), asked, "{act:?}");
+        // Alone, too: the client asks one that was answered before, to see whether the judge answers any.
+        let alone = judge.weigh(&[question("poison")], &mut Usage::default());
+        assert!(matches!(&alone[0], Err(Refusal::Abstention(_))), "{act:?}: {alone:?}");
+    }
+}
+
+#[test]
+fn a_rate_limit_masks_no_group() {
+    // Of each three requests two are refused for their rate, without a word of when to come back.
+    let mock = MockJudge::start(|number, _, body| {
+        if number % 3 == 0 { rating(body) } else { Act::Status(429, "", "{\"error\": {\"message\": \"slow down\"}}") }
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let output = train(dir.path(), &["labeler.type=direct", &remote(&mock.url, ""), &cache(dir.path())]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let steps = metrics(&dir.path().join("run"));
+    assert!(steps.len() == 4 && steps.iter().all(|step| step["groups/masked"] == 0), "{}", stderr(&output));
+}
+
+#[test]
+fn an_outage_and_its_cause_are_on_the_page_in_the_metrics_and_in_readyz() {
+    let (mock, mended) = refusing(20, &Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"));
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = preceptor(dir.path());
+    command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
+    for one in ["labeler.type=direct", "serve.enabled=true", "serve.listen=\"127.0.0.1:0\"", &remote(&mock.url, "")] {
+        command.args(["--set", one]);
+    }
+    let log = dir.path().join("log");
+    command.args(["--set", &cache(dir.path())]).stderr(std::fs::File::create(&log).unwrap()).stdout(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let read = || std::fs::read_to_string(&log).unwrap();
+    let mut address = String::new();
+    wait_until("the address", || {
+        let found = read().lines().find_map(|line| Some(line.split_once("http://")?.1.split_once('/')?.0.to_owned()));
+        address = found.unwrap_or_default();
+        !address.is_empty()
+    });
+    let get = |path: &str| {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    wait_until("the outage in /readyz", || get("/readyz").contains("401: key revoked"));
+    let ready = get("/readyz");
+    assert!(ready.starts_with("HTTP/1.1 503") && ready.contains(&mock.url), "{ready}");
+    assert!(get("/metrics").contains("\npreceptor_judge_refuses 1\n"));
+    let status = get("/status");
+    let status: Value = serde_json::from_str(status.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let away = &status["judges_away"][0];
+    assert!(away["why"].as_str().unwrap().contains("key revoked") && away["refuses"] == true, "{away}");
+    mended.store(true, Ordering::SeqCst);
+    assert!(child.wait().unwrap().success(), "{}", read());
+    assert!(read().contains("answers again"), "{}", read());
+}
+
+#[test]
+fn a_run_that_gets_no_label_stops_with_the_reasons_after_three_steps() {
+    let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("I", 0.9), ("The", 0.1)]));
+    let dir = tempfile::tempdir().unwrap();
+    let overrides = ["labeler.type=direct", "run.steps=9", &remote(&mock.url, ""), &cache(dir.path())];
+    let output = train(dir.path(), &overrides);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert_eq!(metrics(&dir.path().join("run")).len(), 3);
+    for words in
+        ["did not answer a simple question", "learned nothing", "guard.unlabeled_steps", "the likeliest is \"I\""]
+    {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    assert!(dir.path().join("run/checkpoints/step-000003").is_dir());
+    let output = resume(dir.path(), &overrides);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert_eq!(metrics(&dir.path().join("run")).len(), 4, "steps of the process before count: {}", stderr(&output));
+}
+
+#[test]
+fn a_warm_up_without_labels_is_an_error_and_no_reward_model() {
+    let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("I", 0.9), ("The", 0.1)]));
+    let dir = tempfile::tempdir().unwrap();
+    let overrides = [
+        "run.mode=distilled",
+        "labeler.type=pairwise",
+        "reward_model.warm_up_groups=4",
+        &remote(&mock.url, ""),
+        &cache(dir.path()),
+    ];
+    let output = train(dir.path(), &overrides);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("learned from nothing") && text.contains("the likeliest is \"I\""), "{text}");
+    assert!(!text.contains("0.0 % of 0"), "{text}");
+    assert!(metrics_of(&dir.path().join("run")).is_empty(), "{text}");
+}
+
+#[test]
+fn all_completions_of_an_odd_group_are_compared_and_learned_from() {
+    let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("1", 0.6), ("2", 0.4)]));
+    let dir = tempfile::tempdir().unwrap();
+    let output = train(
+        dir.path(),
+        &["labeler.type=pairwise", "rollout.group_size=3", &remote(&mock.url, ""), &cache(dir.path())],
+    );
+    assert!(output.status.success(), "{}", stderr(&output));
+    let run = dir.path().join("run");
+    assert!(metrics(&run).iter().all(|step| step["groups/masked"] == 0 && step["applied"] == true));
+}
+
+#[test]
+fn a_run_stops_with_a_checkpoint_before_it_exceeds_its_budget() {
+    let mock = MockJudge::start(|_, _, body| rating(body));
+    let dir = tempfile::tempdir().unwrap();
+    // The mock counts 10 tokens read and 1 written in each answer: 0.000015 an answer.
+    let judge = remote(&mock.url, ", price_prompt = 1.0, price_completion = 5.0");
+    let overrides = |limit| {
+        let limit = format!("labeler.max_cost={limit}");
+        vec!["labeler.type=direct".to_owned(), judge.clone(), cache(dir.path()), limit]
+    };
+    let first = overrides("0.002");
+    let output = train(dir.path(), &first.iter().map(String::as_str).collect::<Vec<_>>());
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(text.contains("labeler.max_cost = 0.002 is used up") && text.contains("checkpoint"), "{text}");
+    let spent = mock.served("ok") as f64 * 0.000_015;
+    assert!(spent > 0.0 && spent <= 0.002, "{spent}");
+    let kept: f64 = std::fs::read_to_string(dir.path().join("run/judge-cost.txt")).unwrap().trim().parse().unwrap();
+    assert!(kept <= spent + 1e-12 && kept > 0.0, "{kept} of {spent}");
+    // The same bound holds for the processes of a run together.
+    let served = mock.served("ok");
+    let output = resume(dir.path(), &first.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!((mock.served("ok") - served) as f64 * 0.000_015 + kept <= 0.002 + 0.000_03);
+    let output = resume(dir.path(), &overrides("1").iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(trained(&dir.path().join("run")), (0..16).collect::<Vec<_>>());
+    // A bound without a price bounds nothing, and is refused.
+    let free = [overrides("1")[0].clone(), remote(&mock.url, ""), "labeler.max_cost=1".into()];
+    let output = train(dir.path(), &free.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("labeler.max_cost: bounds nothing"), "{}", stderr(&output));
+}
+
+#[test]
+fn labeling_a_file_ends_with_the_cause_when_the_judge_stays_away() {
+    let (mock, mended) = refusing(4, &Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"));
+    let dir = tempfile::tempdir().unwrap();
+    let pairs: String =
+        (0..400).map(|i| format!("{{\"prompt\": \"p{i}\", \"first\": \"a{i}\", \"second\": \"b{i}\"}}\n")).collect();
+    std::fs::write(dir.path().join("pairs.jsonl"), pairs).unwrap();
+    let label = || {
+        let mut command = preceptor(dir.path());
+        command.arg("label").arg(config("offline.toml")).args(["--input", "pairs.jsonl", "--output", "out.jsonl"]);
+        for one in ["labeler.type=pairwise", &remote(&mock.url, ", outage_s = 0.2"), &cache(dir.path())] {
+            command.args(["--set", one]);
+        }
+        command.output().unwrap()
+    };
+    let output = label();
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("401: key revoked") && text.contains("run the same command again"), "{text}");
+    let refused = mock.served("http_4xx");
+    assert!(refused < 200, "no further question is asked once the judge was waited for: {refused}");
+    mended.store(true, Ordering::SeqCst);
+    let output = label();
+    // The mock's ratings are no choices between 1 and 2, so that all are labels of `1` or abstentions; none is lost.
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(std::fs::read_to_string(dir.path().join("out.jsonl")).unwrap().lines().count(), 400);
+}
+
+#[test]
+fn time_in_which_nobody_asked_is_no_outage() {
+    // A judge that was idle for longer than `outage_s` has not been away.
+    let mock = MockJudge::start(|number, _, body| if number == 1 { Act::Status(503, "", "") } else { rating(body) });
+    let settings = RemoteJudge {
+        url: mock.url.clone(),
+        model: "mock".into(),
+        retries: 0,
+        outage_s: 0.5,
+        breaker_cooldown_s: 0.01,
+        ..RemoteJudge::default()
+    };
+    let judge = Remote::new(settings).unwrap();
+    assert!(judge.weigh(&[question("a")], &mut Usage::default())[0].is_ok());
+    std::thread::sleep(Duration::from_secs(1));
+    let replies = judge.weigh(&[question("b")], &mut Usage::default());
+    assert!(!matches!(replies[0], Err(Refusal::Failure(_))), "{replies:?}");
+}
