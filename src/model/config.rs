@@ -250,35 +250,48 @@ impl ModelConfig {
             bail!("GGUF architecture {architecture} is not supported; these are: {}", known.join(", "));
         };
         let own = |key: &str| format!("{architecture}.{key}");
-        let number = |key: &str| -> Result<usize> {
-            let value = metadata.get(&own(key)).with_context(|| format!("GGUF key {} is missing", own(key)))?;
-            let number = match value {
-                Value::U32(n) => u64::from(*n),
-                Value::U64(n) => *n,
-                other => bail!("GGUF key {} is of type {:?}, not a whole number", own(key), other.value_type()),
+        let optional = |key: &str| -> Result<Option<usize>> {
+            let number = match metadata.get(&own(key)) {
+                None => return Ok(None),
+                Some(Value::U32(n)) => u64::from(*n),
+                Some(Value::U64(n)) => *n,
+                Some(other) => bail!("GGUF key {} is of type {:?}, not a whole number", own(key), other.value_type()),
             };
-            within(&own(key), number)
+            within(&own(key), number).map(Some)
         };
-        let float = |key: &str| -> Option<f64> {
-            // Through its decimal form: the f32 nearest to 1e-5 means 1e-5.
-            let Some(Value::F32(value)) = metadata.get(&own(key)) else { return None };
-            value.to_string().parse().ok()
+        let number = |key: &str| -> Result<usize> {
+            optional(key)?.with_context(|| format!("GGUF key {} is missing", own(key)))
         };
-        let rope_scaling = match text(metadata, &own("rope.scaling.type")) {
-            Err(_) | Ok("none") => Scaling::None,
-            Ok("linear") => {
-                Scaling::Linear(float("rope.scaling.factor").context("linear RoPE scaling needs a factor")?)
+        let float = |key: &str| -> Result<Option<f64>> {
+            match metadata.get(&own(key)) {
+                None => Ok(None),
+                // Through its decimal form: the f32 nearest to 1e-5 means 1e-5.
+                Some(Value::F32(value)) => Ok(Some(value.to_string().parse()?)),
+                Some(Value::F64(value)) => Ok(Some(*value)),
+                Some(other) => bail!("GGUF key {} is of type {:?}, not a number", own(key), other.value_type()),
             }
-            Ok(kind) => bail!("RoPE scaling of type {kind} is not supported in GGUF; these are: none, linear"),
         };
-        let id = |key: &str| match metadata.get(&format!("tokenizer.ggml.{key}_token_id")) {
-            Some(Value::U32(id)) => Some(*id),
-            _ => None,
+        let kind = own("rope.scaling.type");
+        let kind = metadata.contains_key(&kind).then(|| text(metadata, &kind)).transpose()?;
+        let rope_scaling = match kind {
+            None | Some("none") => Scaling::None,
+            Some("linear") => {
+                Scaling::Linear(float("rope.scaling.factor")?.context("linear RoPE scaling needs a factor")?)
+            }
+            Some(kind) => bail!("RoPE scaling of type {kind} is not supported in GGUF; these are: none, linear"),
+        };
+        let id = |key: &str| {
+            let key = format!("tokenizer.ggml.{key}_token_id");
+            match metadata.get(&key) {
+                None => Ok(None),
+                Some(Value::U32(id)) => Ok(Some(*id)),
+                Some(other) => bail!("GGUF key {key} is of type {:?}, not a token's id", other.value_type()),
+            }
         };
         let hidden_size = number("embedding_length")?;
         let heads = number("attention.head_count")?;
         let layers = deep(number("block_count")?)?;
-        let head_dim = number("attention.key_length").unwrap_or(hidden_size / heads.max(1));
+        let head_dim = optional("attention.key_length")?.unwrap_or(hidden_size / heads.max(1));
         let gemma = family.gemma.as_ref();
         let config = Self {
             family,
@@ -286,7 +299,7 @@ impl ModelConfig {
             intermediate_size: number("feed_forward_length")?,
             layers,
             heads,
-            kv_heads: number("attention.head_count_kv").unwrap_or(heads),
+            kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
             vocab_size,
             context: number("context_length")?,
@@ -297,20 +310,20 @@ impl ModelConfig {
                 }),
                 None => None,
             },
-            attention_cap: gemma.and_then(|_| float("attn_logit_softcapping")),
-            logit_cap: gemma.and_then(|_| float("final_logit_softcapping")),
+            attention_cap: gemma.map_or(Ok(None), |_| float("attn_logit_softcapping"))?,
+            logit_cap: gemma.map_or(Ok(None), |_| float("final_logit_softcapping"))?,
             query_scalar: gemma.map(|gemma| match layers == gemma.scaled_by_width {
                 true => hidden_size / heads.max(1),
                 false => head_dim,
             }),
-            rms_norm_eps: float("attention.layer_norm_rms_epsilon")
+            rms_norm_eps: float("attention.layer_norm_rms_epsilon")?
                 .context("GGUF key for the norm's epsilon is missing")?,
-            rope_theta: float("rope.freq_base").unwrap_or(gemma.map_or(10_000.0, |gemma| gemma.rope_theta)),
+            rope_theta: float("rope.freq_base")?.unwrap_or(gemma.map_or(10_000.0, |gemma| gemma.rope_theta)),
             rope_scaling,
             local_rope_theta: gemma.and_then(|gemma| gemma.local_rope_theta),
             tied,
-            bos: id("bos"),
-            eos: id("eos").into_iter().collect(),
+            bos: id("bos")?,
+            eos: id("eos")?.into_iter().collect(),
         };
         config.validate()?;
         Ok(config)
@@ -497,6 +510,38 @@ mod tests {
         assert!(error("rope_parameters", rope).contains("factor is \"8\", and must be a number"));
         let rope = json!({ "rope_type": "linear", "factor": 0 });
         assert!(error("rope_parameters", rope).contains("factor = 0 must be above zero"));
+    }
+
+    #[test]
+    fn a_value_of_another_type_in_a_gguf_is_refused() {
+        let sound: HashMap<String, Value> = [
+            ("general.architecture", Value::String("llama".into())),
+            ("llama.embedding_length", Value::U32(8)),
+            ("llama.attention.head_count", Value::U32(2)),
+            ("llama.block_count", Value::U32(1)),
+            ("llama.feed_forward_length", Value::U32(16)),
+            ("llama.context_length", Value::U32(64)),
+            ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+        ]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into();
+        assert_eq!(ModelConfig::from_gguf(&sound, true, 32).unwrap().rope_theta, 10_000.0);
+        for (key, wrong) in [
+            ("llama.rope.freq_base", Value::String("500000".into())),
+            ("llama.rope.scaling.type", Value::U32(1)),
+            ("llama.attention.head_count_kv", Value::F32(1.0)),
+            ("llama.attention.key_length", Value::String("4".into())),
+            ("tokenizer.ggml.eos_token_id", Value::String("2".into())),
+        ] {
+            let mut metadata = sound.clone();
+            metadata.insert(key.to_owned(), wrong);
+            let error = format!("{:#}", ModelConfig::from_gguf(&metadata, true, 32).unwrap_err());
+            assert!(error.contains(key), "{key}: {error}");
+        }
+        let mut metadata = sound;
+        metadata.insert("llama.rope.freq_base".into(), Value::F32(0.0));
+        let error = ModelConfig::from_gguf(&metadata, true, 32).unwrap_err().to_string();
+        assert!(error.contains("rope_theta = 0 must be a number above zero"), "{error}");
     }
 
     #[test]
