@@ -1,5 +1,7 @@
 //! What a run would take, told before it is started.
 
+mod growth;
+
 use anyhow::Result;
 use candle_core::Device;
 
@@ -12,7 +14,7 @@ use crate::serve::Token;
 use crate::topology::labelers::Instrument;
 use crate::topology::learning::lora;
 use crate::topology::{needs_labels, pairing, trainer_plan};
-use crate::{device, ops};
+use crate::{device, ops, process};
 
 /// Characters of a text per token, roughly, of texts that only a server counts.
 const CHARACTERS: f64 = 4.0;
@@ -48,7 +50,9 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
         ),
     ];
     lines.extend(sizes.loads(config, &prepared).iter().map(|load| load.line(config)));
+    lines.push(threads(config));
     lines.extend([disk(config, &sizes), tokens(config, mean_prompt(data)?)]);
+    lines.extend(growth::growth(config, data)?);
     lines.extend(judges(config, mean_prompt(data)?)?);
     lines.extend(staleness(config));
     Ok(lines)
@@ -61,6 +65,18 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
 pub(crate) fn memory_bytes(config: &Config, prepared: &Prepared) -> Result<f64> {
     let sizes = Sizes::of(config, prepared)?;
     Ok(sizes.loads(config, prepared).first().map_or(0.0, |load| load.weights + load.activations))
+}
+
+/// Lines about devices that have less free memory than a run needs.
+///
+/// # Errors
+/// As [`memory_bytes`].
+pub(crate) fn shortages(config: &Config, prepared: &Prepared) -> Result<Vec<String>> {
+    let loads = Sizes::of(config, prepared)?.loads(config, prepared);
+    let short = |load: &&Load| {
+        device::available_bytes(&load.device).is_some_and(|there| load.weights + load.activations > there as f64)
+    };
+    Ok(loads.iter().filter(short).map(|load| load.line(config)).collect())
 }
 
 /// Parameters of what a run holds.
@@ -243,17 +259,49 @@ fn gib(bytes: f64) -> String {
 fn available(device: &Device, bytes: f64, learns: bool) -> String {
     match device::available_bytes(device) {
         Some(there) if bytes > there as f64 => format!(
-            "; only {} are free: {}",
+            "; only {} are free{}: {}",
             gib(there as f64),
+            limited(device),
             if learns {
                 "set learner.activation_checkpointing = true, learner.micro_batch, or policy.lora"
             } else {
                 "place fewer actors there"
             }
         ),
-        Some(there) => format!("; {} are free", gib(there as f64)),
+        Some(there) => format!("; {} are free{}", gib(there as f64), limited(device)),
         None => String::new(),
     }
+}
+
+/// The limit of the control group on memory, where it may be what counts.
+fn limited(device: &Device) -> String {
+    let limit = if device.is_cpu() { process::memory_limit() } else { None };
+    limit.map_or(String::new(), |limit| format!(" within the control group's limit of {}", gib(limit as f64)))
+}
+
+/// Threads of the stages that compute here, and the cores for them.
+fn threads(config: &Config) -> String {
+    let labels_here = needs_labels(config) && config.labeler.methods.iter().any(|method| method.remote.is_none());
+    let stages = [
+        ("rollout", config.rollout.workers, config.rollout.threads),
+        ("labeler", if labels_here { config.labeler.workers } else { 0 }, config.labeler.threads),
+        ("reward", 1, config.reward.threads),
+        ("learner", 1, config.learner.threads),
+    ];
+    let cores = process::cores();
+    let all: usize = stages.iter().map(|(_, workers, threads)| workers * threads).sum();
+    let quota = process::core_quota()
+        .map_or(String::new(), |quota| format!(" (the control group has a quota of {quota:.2} cores)"));
+    let wide: Vec<String> = stages
+        .iter()
+        .filter(|(_, workers, threads)| *workers > 0 && *threads > cores)
+        .map(|(name, _, threads)| format!("{name}.threads = {threads}"))
+        .collect();
+    let advice = match wide.as_slice() {
+        [] => String::new(),
+        wide => format!("; {} is more than the cores: lower it, or run preceptor tune", wide.join(", ")),
+    };
+    format!("threads     {all} of all stages on {cores} {}{quota}{advice}", if cores == 1 { "core" } else { "cores" })
 }
 
 /// Weights in the form of other programs, and what a resumed run needs beside them.

@@ -17,6 +17,7 @@ pub mod sums;
 pub mod write;
 pub mod writer;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -47,6 +48,9 @@ pub struct Identity {
     /// That of the data, see [`crate::data::Dataset::identity`].
     pub data: u64,
 }
+
+/// Hashes of the contents behind the names in `[labeler]` (template files, preamble files, weights), by key.
+pub type JudgeContents = BTreeMap<String, String>;
 
 /// Bytes of the run's files that belong to the steps up to a checkpoint; what is beyond is of steps that are taken again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

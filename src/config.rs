@@ -411,6 +411,11 @@ mod tests {
             ("learner.eta=-1", "--set: learner.eta"),
             ("eta", "--set: \"eta\""),
             ("learner.etta=1", "--set: learner.etta"),
+            ("learner.eta=1\nlr=2", "--set: learner.eta: its value is followed by another line"),
+            ("learner.eta=1\n[learner]\nlr = 2", "--set: learner.eta: its value is followed by another line"),
+            ("learner.eta=1 # one", "--set: learner.eta: its value is followed by a comment"),
+            ("run.steps.x=1", "--set: run.steps: run.steps has the type integer and no keys below it"),
+            ("run.name=", "--set: run.name"),
         ] {
             let errors = read(MINIMAL, &[text]).expect_err("it should be refused").to_string();
             assert!(errors.contains(expected), "{errors}");

@@ -8,6 +8,7 @@ pub mod rows;
 pub mod source;
 pub mod split;
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -120,6 +121,8 @@ pub struct ReadOptions {
     pub format: PromptFormat,
     /// Most tokens that a prompt may have.
     pub limit: usize,
+    /// The change of the configuration that raises the limit.
+    pub remedy: String,
     /// What happens to a longer one.
     pub on_long: OnLong,
     /// Which rows.
@@ -141,6 +144,17 @@ pub struct Dataset {
     identity: u64,
     /// Rows left out for their length.
     pub skipped: usize,
+}
+
+/// Runs `look` for the numbers below `count` side by side, and `take` for each in order: in parts, so that a file of many
+/// short lines takes little more memory than the places of its lines.
+fn in_parts<T: Send>(count: usize, look: impl Fn(usize) -> T + Sync, mut take: impl FnMut(usize, T)) {
+    const PART: usize = 1 << 16;
+    for start in (0..count).step_by(PART) {
+        let part = start..(start + PART).min(count);
+        let found: Vec<T> = part.clone().into_par_iter().map(&look).collect();
+        part.zip(found).for_each(|(i, found)| take(i, found));
+    }
 }
 
 /// What the first pass finds of a row.
@@ -174,19 +188,26 @@ impl Dataset {
             skipped: 0,
         };
         let mut faults = Faults::default();
-        let found: Vec<Result<Found>> = (0..data.rows.len()).into_par_iter().map(|i| data.look(i)).collect();
-        for (i, found) in found.into_iter().enumerate() {
-            match found {
+        let (mut usable, mut identity, mut longest, mut skipped, mut exhausted) = (Vec::new(), 0, 0, 0, None);
+        in_parts(
+            data.rows.len(),
+            |i| data.look(i),
+            |i, found| match found {
                 Ok(Found::Usable(tokens, text)) => {
-                    data.usable.push(i as u32);
-                    data.identity = mix(data.identity ^ mix(i as u64) ^ text);
-                    data.longest = data.longest.max(tokens);
+                    usable.push(i as u32);
+                    identity = mix(identity ^ mix(i as u64) ^ text);
+                    longest = longest.max(tokens);
                 }
-                Ok(Found::TooLong) => data.skipped += 1,
+                Ok(Found::TooLong) => skipped += 1,
                 Ok(Found::NotMeant | Found::Blank) => {}
+                Err(error) if is_exhaustion(&error) => exhausted = Some(error),
                 Err(error) => faults.add(&data.rows.place(i), &error),
-            }
+            },
+        );
+        if let Some(error) = exhausted {
+            return Err(error.context(format!("cannot read the data set {}", path.display())));
         }
+        (data.usable, data.identity, data.longest, data.skipped) = (usable, identity, longest, skipped);
         faults.report()?;
         ensure!(
             !data.usable.is_empty(),
@@ -208,8 +229,17 @@ impl Dataset {
             field(&row, name).with_context(|| "set data.reference_field")?;
             bail!("field {name:?} is no text");
         }
-        let (tokens, limit) =
-            (self.options.format.encode_dialogue(&dialogue, &self.tokenizer)?.len(), self.options.limit);
+        let limit = self.options.limit;
+        let bytes = dialogue.turns.iter().map(|turn| turn.content.len()).sum();
+        if surely_longer(bytes, limit) {
+            if self.options.on_long == OnLong::Skip {
+                return Ok(Found::TooLong);
+            }
+            bail!(
+                "the prompt has {bytes} bytes, and the limit of {limit} tokens is far below that; shorten it, or set data.on_long = \"skip\""
+            );
+        }
+        let tokens = self.options.format.encode_dialogue(&dialogue, &self.tokenizer)?.len();
         ensure!(tokens > 0, "the prompt has no tokens");
         if tokens <= limit {
             return Ok(Found::Usable(tokens, seed::text(&dialogue.text())));
@@ -218,7 +248,8 @@ impl Dataset {
             return Ok(Found::TooLong);
         }
         bail!(
-            "the prompt has {tokens} tokens, the limit is {limit}; raise data.max_prompt_tokens within the model's context, or set data.on_long = \"skip\""
+            "the prompt has {tokens} tokens, the limit is {limit}; {}, or set data.on_long = \"skip\"",
+            self.options.remedy
         )
     }
 
@@ -263,9 +294,14 @@ impl Dataset {
     pub fn prompt(&self, seq: u64, order: &[usize]) -> Result<Prompt> {
         let n = self.usable.len() as u64;
         let i = self.usable[order[(seq % n) as usize]] as usize;
-        let read = || -> Result<Prompt> {
+        // The row was sound when the file was opened.
+        let read = || {
             let row = self.rows.get(i)?.context("the row is gone")?;
-            let dialogue = self.options.format.dialogue(&row)?;
+            anyhow::Ok((self.options.format.dialogue(&row)?, row))
+        };
+        let (dialogue, row) =
+            read().with_context(|| format!("{} was changed while it was in use", self.rows.place(i)))?;
+        let fill = || -> Result<Prompt> {
             Ok(Prompt {
                 seq,
                 epoch: seq / n,
@@ -276,8 +312,22 @@ impl Dataset {
                 reference: self.reference(&row),
             })
         };
-        read().with_context(|| format!("{} was changed while it was in use", self.rows.place(i)))
+        fill().with_context(|| format!("no prompt can be made of {}", self.rows.place(i)))
     }
+}
+
+/// Whether the machine lacks threads or memory, which is no fault of a row.
+fn is_exhaustion(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    io.is_some_and(|error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::OutOfMemory))
+}
+
+/// Whether a text of `bytes` has more than `limit` tokens without a doubt, so that it need not be tokenised, which takes a
+/// hundred times its size. No tokenizer comes near this many bytes a token over a whole text.
+pub(crate) fn surely_longer(bytes: usize, limit: usize) -> bool {
+    const MOST_BYTES_PER_TOKEN: usize = 32;
+    const SHORT: usize = 64 << 10;
+    bytes > SHORT && bytes / MOST_BYTES_PER_TOKEN > limit
 }
 
 /// The numbers below `n`, in an order that `seed` shuffles anew each epoch, or as they are without a seed.

@@ -35,6 +35,7 @@ pub mod ops;
 pub mod prepare;
 pub mod process;
 pub mod progress;
+pub mod quiet;
 pub mod remote;
 pub mod reward;
 pub mod rollout;

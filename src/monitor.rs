@@ -251,7 +251,7 @@ impl Monitor {
 
     /// What limits the run now, from what was seen of the last minute.
     pub fn diagnosis(&self) -> Option<Diagnosis> {
-        diagnose(&lock(&self.window).shares(), &self.config, cores())
+        diagnose(&lock(&self.window).shares(), &self.config, process::cores())
     }
 
     /// The rate and what limits, in a few words.
@@ -260,7 +260,7 @@ impl Monitor {
             let window = lock(&self.window);
             (window.shares(), window.rates())
         };
-        let Some(found) = diagnose(&shares, &self.config, cores()) else { return String::new() };
+        let Some(found) = diagnose(&shares, &self.config, process::cores()) else { return String::new() };
         let limit =
             found.role.map_or_else(|| "nothing alone".into(), |role| format!("{role} {:.0} %", 100.0 * found.share));
         format!("{:.0} tokens/s, limit: {limit}", rates.trained_tokens_per_s)
@@ -271,7 +271,7 @@ impl Monitor {
         let report = self.report();
         let acks = self.weights.get().map(|cell| cell.acks()).unwrap_or_default();
         let shares = lock(&self.window).shares();
-        let limiting = diagnose(&shares, &self.config, cores()).and_then(|diagnosis| diagnosis.role);
+        let limiting = diagnose(&shares, &self.config, process::cores()).and_then(|diagnosis| diagnosis.role);
         let process = telemetry::graph::Process { usage: process::usage(), card: self.card() };
         let graph = telemetry::graph::render(report.as_ref(), &shares, limiting.as_deref(), &acks, process);
         format!("{}{graph}", self.metrics.render())
@@ -315,7 +315,7 @@ impl Monitor {
             },
             "graph": report,
             "window_s": window_s,
-            "diagnosis": diagnose(&shares, &self.config, cores()),
+            "diagnosis": diagnose(&shares, &self.config, process::cores()),
             "roles": shares,
             "rates": rates,
             "checkpoint": lock(&self.checkpoint).as_ref().map(|last| json!({
@@ -353,11 +353,6 @@ impl Monitor {
 /// Exchanges with remote judges so far that ended well, and those that did not.
 fn exchanges() -> [u64; 2] {
     [TOTALS.judged.load(Relaxed), TOTALS.refused.load(Relaxed)]
-}
-
-/// Cores that this process may use.
-fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

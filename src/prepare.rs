@@ -401,10 +401,19 @@ fn data(config: &Config, tokenizer: &Tokenizer, context: usize, part: Part) -> R
         !format.chat || tokenizer.has_chat_template(),
         "data.chat = true, but the model has no chat template; set data.chat = false"
     );
-    let limit = config.data.max_prompt_tokens.min(context - new);
+    let (configured, room) = (config.data.max_prompt_tokens, context - new);
+    let limit = configured.min(room);
+    let remedy = if room < configured {
+        format!(
+            "lower rollout.max_new_tokens = {new}, which leaves {room} tokens of the model's context of {context} to the prompt"
+        )
+    } else {
+        format!("raise data.max_prompt_tokens, to at most {room} within the model's context")
+    };
     let options = ReadOptions {
         format,
         limit,
+        remedy,
         on_long: on_long(config),
         split: Split { holdout: config.data.holdout, part },
         needs_references: config.sft.steps > 0,

@@ -1,5 +1,7 @@
 //! The process: settings that must stand before the first tensor and the first thread, and what it uses.
 
+mod cgroup;
+
 use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,7 +16,8 @@ const PURGE_DELAY: std::ffi::c_int = 15;
 /// touching fresh pages costs more than the arithmetic between; what a checkpoint or an evaluation took once goes
 /// back. Variables of the environment have the last word on all of it.
 pub fn prepare() {
-    for (name, value) in [("CANDLE_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", "2")] {
+    let pool = if cores() == 1 { "1" } else { "2" };
+    for (name, value) in [("CANDLE_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", pool)] {
         if std::env::var_os(name).is_none() {
             // SAFETY: no other thread runs yet.
             unsafe { std::env::set_var(name, value) };
@@ -88,9 +91,34 @@ pub fn unix_seconds() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// Memory that may be taken without swapping, where the system tells.
+/// Memory that may be taken without swapping and within the limits of this process's control groups, where the system tells.
 pub fn available_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(1024 * line.split_whitespace().next()?.parse::<u64>().ok()?)
+    let machine = || -> Option<u64> {
+        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        Some(1024 * line.split_whitespace().next()?.parse::<u64>().ok()?)
+    };
+    let group = cgroup::limits().memory.map(|memory| memory.free);
+    [machine(), group].into_iter().flatten().min()
+}
+
+/// The memory limit of this process's control groups in bytes, where there is one.
+pub fn memory_limit() -> Option<u64> {
+    cgroup::limits().memory.map(|memory| memory.limit)
+}
+
+/// The processor quota of this process's control groups, such as 1.5 cores, where there is one.
+pub fn core_quota() -> Option<f64> {
+    cgroup::limits().cores
+}
+
+/// Cores that this process may use, at least one: those that it may run on, within the quota of its control groups.
+pub fn cores() -> usize {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| {
+        let machine = std::thread::available_parallelism().map_or(1, usize::from);
+        // A fraction of a core is no place for a thread of its own.
+        let quota = core_quota().map_or(machine, |quota| quota.floor() as usize);
+        machine.min(quota).max(1)
+    })
 }

@@ -14,6 +14,7 @@ mod reference;
 pub mod replay;
 pub mod resume;
 mod rewind;
+mod rotating;
 mod supervise;
 mod systemd;
 mod tensorboard;
@@ -27,6 +28,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use preceptor_actors::{Outcome, SnapshotCell, spawn_graph};
 
+use crate::check;
 use crate::checkpoint::{Form, Identity, Opened, Shelf, Writer, Written};
 use crate::config::{Config, Mode};
 use crate::controller::{Controller, Knobs};
@@ -46,6 +48,7 @@ use conclusion::Conclusion;
 use evaluation::{Evaluated, Evaluator};
 use guard::Guard;
 use open::Learning;
+use resume::Accepted;
 use supervise::{Stop, graph_options, supervise, unless_interrupted, unless_left};
 use watcher::{Due, Watcher};
 
@@ -79,7 +82,7 @@ pub struct Summary {
 /// # Errors
 /// One error that names what went wrong. Whatever steps were finished before it are in the checkpoint that the
 /// error, or the lines before it, name.
-pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Result<Summary> {
+pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepted: Accepted) -> Result<Summary> {
     let _deferred = signals::defer();
     let token = Token::from_env(&config.serve).map_err(refused)?;
     let stop = Stop::default();
@@ -96,12 +99,14 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     monitor.phase("opening the run");
     let settings = config.clone();
     let begins = from == From::Latest;
-    let start = unless_interrupted("opening the run", move || open::open(&settings, dir, &from)).await?;
-    let changes = start.checkpoint.as_ref().map(|one| resume::compare(one, &config)).transpose()?.unwrap_or_default();
+    let start =
+        unless_interrupted("opening the run", move || open::open(&settings, dir, &from)).await.map_err(refused)?;
+    let compared = start.checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose();
+    let mut changes = compared.map_err(refused)?.unwrap_or_default();
     if let Some(checkpoint) = &start.checkpoint {
         say!("resuming  {}", checkpoint.path().display());
         for change in &changes {
-            say!("changed   {}: {} → {}", change.key, change.was, change.is);
+            say!("{}", change.line());
         }
     } else if begins && !phases::is_under_way(start.dir.path())? {
         say!("resuming  no checkpoint yet; the run begins");
@@ -123,13 +128,26 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
         began.elapsed().as_secs_f64()
     );
 
+    for line in check::shortages(&config, &prepared)? {
+        say!("{line}");
+    }
+    let judge = resume::judge_contents(&config, &prepared.instruments)?;
+    if let Some(checkpoint) = &start.checkpoint {
+        for change in resume::compare_judge(checkpoint, &judge, &accepted).map_err(refused)? {
+            say!("{}", change.line());
+            changes.push(change);
+        }
+        for key in accepted.unused(&changes) {
+            say!("accepted  {key}: nothing to accept, it is as it was");
+        }
+    }
     monitor.on(prepared.policy().device());
     let config = Arc::new(config);
     let base = Identity { reference: prepared.identity, data: prepared.data.identity() };
     // Whatever can refuse the run does so before its directory is changed.
     let (settings, origin) = (Arc::clone(&config), base.clone());
     let (start, tuned, prepared, restored) = unless_interrupted("restoring the run", move || {
-        let tuned = open::tuned(&settings, &origin, &start)?;
+        let tuned = open::tuned(&settings, &origin, &start, &accepted)?;
         let prepared = match &tuned.reference {
             Some(reference) => reference.take(&settings, prepared)?,
             None => prepared,
@@ -144,6 +162,9 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     let mut files = start.files(&config, &tuned)?;
     let mut guard = Guard::new(config.guard.clone(), config.learner.batch_groups);
     monitor.recall(files.metrics()?.inspect(|record| guard.recall(record)));
+    if let Some(step) = resumed {
+        files.accepted(step, &changes)?;
+    }
     if resumed.is_none() || !changes.is_empty() {
         files.configured(&config)?;
     }
@@ -175,7 +196,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From) -> Resu
     let fingerprint = published.weights().fingerprint()?;
     let cell = Arc::new(SnapshotCell::new(start, fingerprint, published));
     let dtype = device::dtype(config.checkpoint.dtype);
-    let form = Arc::new(Form::new(&config, prepared.tokenizer.clone(), dtype, identity));
+    let form = Arc::new(Form::new(&config, prepared.tokenizer.clone(), dtype, identity, judge));
     let (progress, failed) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
     let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), announce(&progress, &failed, &monitor))?;
     let evaluator = {

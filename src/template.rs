@@ -14,8 +14,10 @@ use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior,
 pub const LONGEST: usize = 64 << 10;
 /// Longest message of an error, which a template may have written.
 const LONGEST_ERROR: usize = 500;
-/// A step can put a value into another one, and minijinja walks them by recursion. Pages that are not used are not taken.
-const STACK: usize = 512 << 20;
+/// A step can put a value into another one, and minijinja walks them by recursion: it takes up to 512 bytes of stack for each,
+/// and several steps put one into another. Pages that are not used are not taken, but count for a limit on address space.
+const STACK_PER_STEP: usize = 512;
+const STACK: std::ops::RangeInclusive<usize> = 16 << 20..=512 << 20;
 /// How long a template is waited for, in moments: what minijinja does not charge for ends here. A thread that is given up
 /// on ends with the program, which this is the end of. Moments, since a program that was stopped and goes on has not waited.
 const PATIENCE: usize = 50;
@@ -78,14 +80,18 @@ pub fn fill_text(source: &str, values: Value) -> Result<String> {
 /// # Errors
 /// What the template stumbles over, or that it does not come to an end.
 pub fn fill(environment: Environment<'static>, name: &'static str, values: Value) -> Result<String> {
+    let steps = environment.fuel().and_then(|steps| usize::try_from(steps).ok()).unwrap_or(usize::MAX);
+    let stack = steps.saturating_mul(STACK_PER_STEP).clamp(*STACK.start(), *STACK.end());
     let (said, heard) = sync_channel(1);
     // The listener may have given up.
     let work = move || drop(said.send(render(&environment, name, values)));
     std::thread::Builder::new()
         .name("template".into())
-        .stack_size(STACK)
+        .stack_size(stack)
         .spawn(work)
-        .context("cannot start a thread")?;
+        .with_context(|| {
+            format!("cannot start a thread with a stack of {} MiB; raise the limit on threads (ulimit -u) or on address space (ulimit -v)", stack >> 20)
+        })?;
     for _ in 0..PATIENCE {
         match heard.recv_timeout(MOMENT) {
             Ok(filled) => return filled,

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use crate::bounded;
 use crate::source::ModelFiles;
 use crate::vetted;
+use crate::vetted::types::{self, Type};
 use chat::{Message, Template};
 
 /// A model's tokenizer. Cheap to clone.
@@ -72,9 +73,16 @@ impl Tokenizer {
             text.and_then(|text| inner.token_to_id(text))
         };
         // A chat model's turns end with the tokenizer's token, its documents with the model's: both end a completion.
-        let mut eos = ids(&optional_json(&dir.join("generation_config.json"))?["eos_token_id"]);
+        let ends = |name: &str| -> Result<Vec<u32>> {
+            let path = dir.join(name);
+            let config = optional_json(&path)?;
+            let keys = [("eos_token_id", Type::Ids)];
+            types::check(&config, &keys).with_context(|| format!("in {}", path.display()))?;
+            Ok(ids(&config["eos_token_id"]))
+        };
+        let mut eos = ends("generation_config.json")?;
         if eos.is_empty() {
-            eos = ids(&optional_json(&dir.join("config.json"))?["eos_token_id"]);
+            eos = ends("config.json")?;
         }
         if let Some(token) = named("eos_token") {
             eos.retain(|id| *id != token);
@@ -310,6 +318,18 @@ mod tests {
             (vec![("tokenizer_config.json", json!({})), ("config.json", json!({ "eos_token_id": null }))], vec![]),
         ] {
             assert_eq!(open(&directory(&files)).unwrap().eos_ids(), expected, "{files:?}");
+        }
+    }
+
+    #[test]
+    fn an_end_of_another_type_is_refused() {
+        for name in ["config.json", "generation_config.json"] {
+            let error = open(&directory(&[(name, json!({ "eos_token_id": ["7"] }))])).err().unwrap();
+            let error = format!("{error:#}");
+            assert!(
+                error.contains(name) && error.contains("eos_token_id is [\"7\"], and must be a token id"),
+                "{error}"
+            );
         }
     }
 

@@ -4,3 +4,4 @@
 pub mod gguf;
 pub mod safetensors;
 pub mod tokenizer;
+pub mod types;

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use super::sums::Damage;
-use super::{FORMAT, Identity, Lengths, Stored, shelf, sums};
+use super::{FORMAT, Identity, JudgeContents, Lengths, Stored, shelf, sums};
 use crate::disk;
 use crate::learn::TrainState;
 use crate::learn::state::Restored;
@@ -20,6 +20,7 @@ use crate::reward::RewardTrainer;
 pub struct Opened {
     path: PathBuf,
     config: String,
+    judge: JudgeContents,
     stored: Stored,
 }
 
@@ -67,7 +68,9 @@ impl Opened {
         );
         let config = path.join("config.toml");
         let config = std::fs::read_to_string(&config).map_err(|error| disk::cannot("read", &config, error))?;
-        Ok(Self { path: path.to_owned(), config, stored })
+        // Checkpoints from before it was noted have none.
+        let judge = serde_json::from_value(description["judge"].clone()).unwrap_or_default();
+        Ok(Self { path: path.to_owned(), config, judge, stored })
     }
 
     /// Where it is.
@@ -83,6 +86,11 @@ impl Opened {
     /// The configuration that it was written under.
     pub fn config(&self) -> &str {
         &self.config
+    }
+
+    /// Hashes of what its labeler used; empty where the program that wrote it did not note them.
+    pub fn judge(&self) -> &JudgeContents {
+        &self.judge
     }
 
     /// Bytes of the run's files that belong to it.

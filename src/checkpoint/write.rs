@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::json;
 
-use super::{FORMAT, Identity, Snapshot, Stored, sums};
+use super::{FORMAT, Identity, JudgeContents, Snapshot, Stored, sums};
 use crate::config::Config;
 use crate::disk;
 use crate::model::export;
@@ -23,14 +23,16 @@ pub struct Form {
     pub config: String,
     /// What the run is about.
     pub identity: Identity,
+    /// Hashes of what the labeler uses, by key.
+    pub judge: JudgeContents,
     /// Name of the figure that the best checkpoint is chosen by.
     pub best: Option<String>,
 }
 
 impl Form {
     /// The form of the checkpoints of a run of `config`.
-    pub fn new(config: &Config, tokenizer: Tokenizer, dtype: DType, identity: Identity) -> Self {
-        Self { tokenizer, dtype, config: config.to_toml(), identity, best: config.checkpoint.best.clone() }
+    pub fn new(config: &Config, tokenizer: Tokenizer, dtype: DType, identity: Identity, judge: JudgeContents) -> Self {
+        Self { tokenizer, dtype, config: config.to_toml(), identity, judge, best: config.checkpoint.best.clone() }
     }
 
     /// Fills `dir`, which is there and empty. Returns the size of what it wrote.
@@ -90,6 +92,7 @@ impl Form {
             "policy": format!("{:016x}", snapshot.learner.policy.weights().fingerprint()?),
             "reference": format!("{:016x}", self.identity.reference),
             "data": format!("{:016x}", self.identity.data),
+            "judge": self.judge,
             "config_sha256": sums::hex(&Sha256::digest(&self.config)),
             "groups": snapshot.ledger.count(),
             "best": self.best.as_ref().map(|name| json!({ "figure": name, "value": snapshot.figure })),

@@ -200,6 +200,7 @@ impl AnswerArgs {
         let options = ReadOptions {
             format: prompt_format(config),
             limit: config.data.max_prompt_tokens.min(room),
+            remedy: "lower rollout.max_new_tokens".to_owned(),
             on_long: OnLong::Skip,
             split: Split { holdout: config.data.holdout, part },
             needs_references: references,

@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::ConfigArgs;
+use crate::exit::Ended;
 use crate::run;
 use crate::say;
 use crate::signals::Interrupted;
@@ -22,6 +23,10 @@ pub struct Train {
     /// --resume=runs/NAME/checkpoints/step-000050. A run that never had one begins.
     #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, require_equals = true, default_missing_value = "latest")]
     resume: Option<PathBuf>,
+    /// Goes on although KEY of the judge, such as labeler.remote.model, differs from the checkpoint's; the keys below KEY are
+    /// included. May be given several times. The change is logged and written into the journal.
+    #[arg(long = "accept-change", value_name = "KEY", requires = "resume")]
+    accept_change: Vec<String>,
 }
 
 impl Train {
@@ -31,6 +36,7 @@ impl Train {
     /// As [`run::train`].
     pub fn run(self) -> Result<()> {
         let config = self.config.load()?;
+        let accepted = run::resume::Accepted::new(self.accept_change).map_err(Ended::Refused)?;
         // The server's tasks run on the worker, and answer while this thread is busy.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let from = match self.resume {
@@ -38,7 +44,7 @@ impl Train {
             Some(path) if path.as_os_str() == "latest" => run::From::Latest,
             Some(path) => run::From::Checkpoint(path),
         };
-        let summary = runtime.block_on(run::train(config, self.run_dir, from));
+        let summary = runtime.block_on(run::train(config, self.run_dir, from, accepted));
         // A stage that was abandoned, or a checkpoint that was left, must not keep the program from ending.
         runtime.shutdown_background();
         let summary = summary?;

@@ -74,6 +74,9 @@ pub struct Checkpoint {
     pub retry_s: f64,
     /// Keep a journal of what the learner was given, for `preceptor replay`: about 16 bytes per token trained. Default true.
     pub journal: bool,
+    /// Size beyond which the journal takes no more steps, which is logged: a replay then ends there. 0 for no bound.
+    /// Default 17179869184.
+    pub journal_max_bytes: u64,
 }
 
 /// Type of weights.

@@ -54,7 +54,16 @@ pub(super) fn run(document: &mut Document) -> Run {
     };
     let mode = s.choice("mode", Mode::Direct);
     let tensorboard = s.get("tensorboard", true);
-    Run { name, mode, seed: s.get("seed", 0), steps, tensorboard, dir: s.optional::<String>("dir").map(PathBuf::from) }
+    Run {
+        name,
+        mode,
+        seed: s.get("seed", 0),
+        steps,
+        tensorboard,
+        samples_max_bytes: s.get("samples_max_bytes", 256 << 20),
+        samples_keep: s.checked("samples_keep", 3, "at most 1000", |n| *n <= 1000),
+        dir: s.optional::<String>("dir").map(PathBuf::from),
+    }
 }
 
 pub(super) fn data(document: &mut Document, folder: &Path) -> Data {
@@ -354,6 +363,7 @@ pub(super) fn checkpoint(document: &mut Document) -> Checkpoint {
         mirror: s.optional("mirror"),
         retry_s: s.checked("retry_s", 600.0, "from 0 up", |n| *n >= 0.0 && *n < 3e7),
         journal: s.get("journal", true),
+        journal_max_bytes: s.get("journal_max_bytes", 16 << 30),
     }
 }
 

@@ -95,23 +95,34 @@ impl Document {
             self.errors.push((0, ConfigError { place: "--set".into(), key: String::new(), message }));
             return;
         };
-        // What is no TOML value is a text: quotes are a nuisance in a shell.
-        let parsed = format!("v = {value}").parse::<Table>().ok().and_then(|mut table| table.remove("v"));
-        let value = parsed.unwrap_or_else(|| Value::String(value.to_owned()));
+        let key = path.split('.').take(2).collect::<Vec<_>>().join(".");
+        let value = match overriding(value) {
+            Ok(value) => value,
+            Err(message) => {
+                self.errors.push((0, ConfigError { place: "--set".into(), key: cut(&key, 100), message }));
+                return;
+            }
+        };
         let (mut table, mut keys) = (&mut self.root, path.split('.').peekable());
-        while let Some(key) = keys.next() {
+        let mut above = Vec::new();
+        while let Some(name) = keys.next() {
             if keys.peek().is_none() {
-                table.insert(key.to_owned(), value);
+                table.insert(name.to_owned(), value);
                 break;
             }
-            let inner = table.entry(key).or_insert_with(|| Value::Table(Table::new()));
-            if !inner.is_table() {
-                *inner = Value::Table(Table::new());
-            }
-            let Value::Table(inner) = inner else { return };
+            above.push(name);
+            let inner = table.entry(name).or_insert_with(|| Value::Table(Table::new()));
+            let kind = inner.type_str();
+            let Value::Table(inner) = inner else {
+                let message = format!(
+                    "{} has the type {kind} and no keys below it; override it as a whole",
+                    cut(&above.join("."), 100)
+                );
+                self.errors.push((0, ConfigError { place: "--set".into(), key: cut(&key, 100), message }));
+                return;
+            };
             table = inner;
         }
-        let key = path.split('.').take(2).collect::<Vec<_>>().join(".");
         self.overridden.push(key);
     }
 
@@ -228,6 +239,24 @@ impl Document {
         } else {
             Err(ConfigErrors(self.errors.into_iter().map(|(_, e)| e).collect()))
         }
+    }
+}
+
+/// The value that an override gives a key.
+fn overriding(text: &str) -> Result<Value, String> {
+    let document = || format!("v = {text}").parse::<Table>().ok();
+    match (text.parse::<toml_edit::Value>(), document()) {
+        (Ok(_), Some(mut table)) if table.len() == 1 => Ok(table.remove("v").unwrap_or(Value::Boolean(false))),
+        // A document, but not one value: the rest would be ignored.
+        (_, Some(table)) if table.len() > 1 => {
+            Err("its value is followed by another line, which would be ignored; give each key a --set of its own"
+                .into())
+        }
+        (Err(_), Some(_)) => {
+            Err("its value is followed by a comment, which would be ignored; put a text with # in quotes".into())
+        }
+        // What is no TOML value is a text: quotes are a nuisance in a shell.
+        _ => Ok(Value::String(text.to_owned())),
     }
 }
 

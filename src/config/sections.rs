@@ -18,6 +18,10 @@ pub struct Run {
     pub steps: u64,
     /// Write TensorBoard's event files, into `tensorboard` in the run's folder. Default true.
     pub tensorboard: bool,
+    /// Size of `samples.jsonl` beyond which it becomes `samples.jsonl.1` and a new one begins; 0 for never. Default 268435456.
+    pub samples_max_bytes: u64,
+    /// Such older files that are kept. Default 3.
+    pub samples_keep: usize,
     /// Where the run is written. Default: `runs/NAME`, or the first of `NAME-2`, `NAME-3`, … that is free.
     pub dir: Option<PathBuf>,
 }

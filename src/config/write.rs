@@ -40,6 +40,8 @@ impl Config {
             ("seed", whole(run.seed)),
             ("steps", whole(run.steps)),
             ("tensorboard", Value::Boolean(run.tensorboard)),
+            ("samples_max_bytes", whole(run.samples_max_bytes)),
+            ("samples_keep", whole(run.samples_keep as u64)),
         ]);
         optional(&mut table, "dir", run.dir.as_ref().map(|dir| text(dir.display())));
         table
@@ -260,6 +262,7 @@ impl Config {
             ("dtype", word(checkpoint.dtype)),
             ("retry_s", Value::Float(checkpoint.retry_s)),
             ("journal", Value::Boolean(checkpoint.journal)),
+            ("journal_max_bytes", whole(checkpoint.journal_max_bytes)),
         ]);
         optional(&mut table, "best", checkpoint.best.as_ref().map(text));
         optional(&mut table, "mirror", checkpoint.mirror.as_ref().map(text));

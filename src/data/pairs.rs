@@ -7,7 +7,7 @@ use anyhow::{Result, bail, ensure};
 use preceptor_actors::{AdmissionGate, Ended, Item, Source, StageContext, StageResult};
 use rayon::prelude::*;
 
-use super::{Faults, OnLong, PreferencePair, Preferences, PromptFormat, Split};
+use super::{Faults, OnLong, PreferencePair, Preferences, PromptFormat, Split, surely_longer};
 use crate::rollout::{Completion, Feedback, Finish, Group, Labeled, Preference, Prompt, Verdict};
 use crate::tokens::Tokenizer;
 
@@ -40,7 +40,16 @@ impl PairSet {
         let lengths: Vec<Result<usize>> = (0..set.preferences.len())
             .into_par_iter()
             .map(|i| {
-                let group = set.group(i as u64, &set.preferences.get(i)?)?;
+                let pair = set.preferences.get(i)?;
+                let bytes = pair.dialogue.text().len() + pair.first.len().max(pair.second.len());
+                if surely_longer(bytes, limit) {
+                    ensure!(
+                        on_long == OnLong::Skip,
+                        "prompt and answer have {bytes} bytes, and the model's context of {limit} tokens is far below that; set data.on_long = \"skip\""
+                    );
+                    return Ok(usize::MAX);
+                }
+                let group = set.group(i as u64, &pair)?;
                 let longest = group.completions.iter().map(|one| one.ids.len()).max().unwrap_or(0);
                 Ok(group.prompt.ids.len() + longest)
             })

@@ -3,10 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use rayon::prelude::*;
 use serde_json::Value;
 
-use super::{Dialogue, Faults, Rows, Split, field, order};
+use super::{Dialogue, Faults, Rows, Split, field, in_parts, order};
 
 /// Two answers to one prompt.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,15 +51,12 @@ impl Preferences {
             ensure!(!labeled || pair.preference.is_some(), "no field \"preference\" says which answer is better");
             Ok(split.takes(&pair.dialogue.text()))
         };
-        let found: Vec<Result<bool>> = (0..rows.len()).into_par_iter().map(look).collect();
         let (mut usable, mut faults) = (Vec::new(), Faults::default());
-        for (i, found) in found.into_iter().enumerate() {
-            match found {
-                Ok(true) => usable.push(i as u32),
-                Ok(false) => {}
-                Err(error) => faults.add(&rows.place(i), &error),
-            }
-        }
+        in_parts(rows.len(), look, |i, found| match found {
+            Ok(true) => usable.push(i as u32),
+            Ok(false) => {}
+            Err(error) => faults.add(&rows.place(i), &error),
+        });
         faults.report()?;
         ensure!(!usable.is_empty(), "{} has no pair to read", path.display());
         Ok(Self { rows, usable })

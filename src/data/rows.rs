@@ -10,6 +10,8 @@ use parquet::column::page::Page;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::Value;
 
+use crate::quiet;
+
 /// Most bytes of one row.
 const LONGEST: u64 = 8 << 20;
 /// Bytes that may be unpacked of one, and bytes that may be unpacked in any case: text packs ten to one, what is made to
@@ -21,7 +23,30 @@ pub struct Rows {
     path: PathBuf,
     file: File,
     /// Where each row begins, and where the last one ends.
-    offsets: Vec<u64>,
+    offsets: Offsets,
+}
+
+/// Numbers in blocks: a list that doubles when it is full would take three times their size for a moment.
+struct Offsets(Vec<Vec<u64>>);
+
+impl Offsets {
+    const BLOCK: usize = 1 << 16;
+
+    fn push(&mut self, offset: u64) {
+        match self.0.last_mut() {
+            Some(block) if block.len() < Self::BLOCK => block.push(offset),
+            _ => self.0.push(vec![offset]),
+        }
+    }
+
+    fn len(&self) -> usize {
+        let last = self.0.last().map_or(0, Vec::len);
+        self.0.len().saturating_sub(1) * Self::BLOCK + last
+    }
+
+    fn get(&self, i: usize) -> u64 {
+        self.0[i / Self::BLOCK][i % Self::BLOCK]
+    }
 }
 
 impl Rows {
@@ -67,7 +92,7 @@ impl Rows {
     /// # Errors
     /// What is no JSON object, or can no longer be read. Does not name the place: see [`Self::place`].
     pub fn get(&self, i: usize) -> Result<Option<Value>> {
-        let (start, end) = (self.offsets[i], self.offsets[i + 1]);
+        let (start, end) = (self.offsets.get(i), self.offsets.get(i + 1));
         if end - start > LONGEST {
             bail!("the row has {} bytes, the limit is {LONGEST}; split it, or leave it out", end - start);
         }
@@ -142,13 +167,12 @@ fn parquet_rows(file: File, out: &mut BufWriter<&File>, most: u64) -> Result<()>
         }
         Ok(())
     };
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read))
-        .unwrap_or_else(|_| Err(anyhow!("not a readable parquet file: its parts contradict each other")))
+    quiet::catch(read).unwrap_or_else(|| Err(anyhow!("not a readable parquet file: its parts contradict each other")))
 }
 
 /// Where the lines of `file` begin, and where it ends.
-fn index(file: &File) -> Result<Vec<u64>> {
-    let (mut offsets, mut at) = (vec![0], 0);
+fn index(file: &File) -> Result<Offsets> {
+    let (mut offsets, mut at) = (Offsets(vec![vec![0]]), 0);
     let mut reader = BufReader::with_capacity(1 << 20, Positioned { file, at: 0 });
     loop {
         let buffer = reader.fill_buf()?;
@@ -162,7 +186,7 @@ fn index(file: &File) -> Result<Vec<u64>> {
         at += read as u64;
         reader.consume(read);
     }
-    if offsets.last() != Some(&at) {
+    if offsets.get(offsets.len() - 1) != at {
         offsets.push(at);
     }
     Ok(offsets)
@@ -213,6 +237,20 @@ mod tests {
         let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
         out.write_all(bytes).unwrap();
         out.finish().unwrap()
+    }
+
+    #[test]
+    fn rows_beyond_a_block_are_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("many.jsonl");
+        let count = 2 * Offsets::BLOCK + 1;
+        let text: String = (0..count).map(|i| format!("{{\"a\": {i}}}\n")).collect();
+        std::fs::write(&path, text).unwrap();
+        let rows = Rows::open(&path).unwrap();
+        assert_eq!(rows.len(), count);
+        for i in [0, Offsets::BLOCK - 2, Offsets::BLOCK - 1, Offsets::BLOCK, Offsets::BLOCK + 1, count - 1] {
+            assert_eq!(rows.get(i).unwrap().unwrap()["a"], i);
+        }
     }
 
     #[test]

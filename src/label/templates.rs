@@ -116,6 +116,20 @@ impl TemplateSet {
         Self::parse(&text).with_context(|| format!("in the template set {}", path.display()))
     }
 
+    /// Hash of the content of the set called `name`, or of the one in the file at `name`; comments and layout do not count.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub fn content_hash(name: &str) -> Result<u64> {
+        Self::find(name)?;
+        let shipped = SHIPPED.iter().find(|(shipped, _)| *shipped == name).map(|(_, text)| (*text).to_owned());
+        let text = match shipped {
+            Some(text) => text,
+            None => bounded::text(Path::new(name), bounded::WRITTEN)?,
+        };
+        Ok(seed::text(&text.parse::<toml::Table>()?.to_string()))
+    }
+
     /// A set from its TOML.
     ///
     /// # Errors

@@ -8,9 +8,43 @@ use candle_core::quantized::gguf_file::Value;
 use serde_json::{Value as Json, json};
 
 use super::family::{FAMILIES, Family, Gemma, llama};
-use super::rope::Scaling;
+use super::rope::{self, Scaling};
 use crate::ops::Activation;
+use crate::vetted::types::{self, Type};
 use crate::{bounded, vetted};
+
+/// The keys of a `config.json` that are read.
+const KEYS: &[(&str, Type)] = &[
+    ("architectures", Type::Texts),
+    ("attention_bias", Type::Boolean),
+    ("mlp_bias", Type::Boolean),
+    ("hidden_act", Type::Text),
+    ("hidden_activation", Type::Text),
+    ("rope_parameters", Type::Object),
+    ("rope_scaling", Type::Object),
+    ("hidden_size", Type::Whole),
+    ("num_attention_heads", Type::Whole),
+    ("num_hidden_layers", Type::Whole),
+    ("head_dim", Type::Whole),
+    ("layer_types", Type::Texts),
+    ("intermediate_size", Type::Whole),
+    ("num_key_value_heads", Type::Whole),
+    ("vocab_size", Type::Whole),
+    ("max_position_embeddings", Type::Whole),
+    ("sliding_window", Type::Whole),
+    ("use_sliding_window", Type::Boolean),
+    ("max_window_layers", Type::Whole),
+    ("sliding_window_pattern", Type::Whole),
+    ("attn_logit_softcapping", Type::Number),
+    ("final_logit_softcapping", Type::Number),
+    ("query_pre_attn_scalar", Type::Whole),
+    ("rms_norm_eps", Type::Number),
+    ("rope_theta", Type::Number),
+    ("rope_local_base_freq", Type::Number),
+    ("tie_word_embeddings", Type::Boolean),
+    ("bos_token_id", Type::Whole),
+    ("eos_token_id", Type::Ids),
+];
 
 /// What the last layer's hidden states are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +157,7 @@ impl ModelConfig {
     }
 
     fn from_json(json: &Json, head: Head) -> Result<Self> {
+        types::check(json, KEYS)?;
         let architecture = json["architectures"][0].as_str().unwrap_or("none named");
         let name = |family: &Family| if head == Head::Scalar { family.scorer } else { family.architecture };
         let Some(family) = FAMILIES.into_iter().find(|family| name(family) == architecture) else {
@@ -143,6 +178,9 @@ impl ModelConfig {
         // Where layers with a window have frequencies of their own, both may stand here by kind of layer.
         let local = &rope["sliding_attention"];
         let rope = if rope["full_attention"].is_object() { &rope["full_attention"] } else { rope };
+        for (name, rope) in [("full_attention", rope), ("sliding_attention", local)] {
+            types::check(rope, rope::KEYS).with_context(|| format!("in the rotary parameters ({name})"))?;
+        }
         let need = |key: &str| {
             within(key, json[key].as_u64().with_context(|| format!("{key} is missing or no whole number"))?)
         };
@@ -212,35 +250,48 @@ impl ModelConfig {
             bail!("GGUF architecture {architecture} is not supported; these are: {}", known.join(", "));
         };
         let own = |key: &str| format!("{architecture}.{key}");
-        let number = |key: &str| -> Result<usize> {
-            let value = metadata.get(&own(key)).with_context(|| format!("GGUF key {} is missing", own(key)))?;
-            let number = match value {
-                Value::U32(n) => u64::from(*n),
-                Value::U64(n) => *n,
-                other => bail!("GGUF key {} is of type {:?}, not a whole number", own(key), other.value_type()),
+        let optional = |key: &str| -> Result<Option<usize>> {
+            let number = match metadata.get(&own(key)) {
+                None => return Ok(None),
+                Some(Value::U32(n)) => u64::from(*n),
+                Some(Value::U64(n)) => *n,
+                Some(other) => bail!("GGUF key {} is of type {:?}, not a whole number", own(key), other.value_type()),
             };
-            within(&own(key), number)
+            within(&own(key), number).map(Some)
         };
-        let float = |key: &str| -> Option<f64> {
-            // Through its decimal form: the f32 nearest to 1e-5 means 1e-5.
-            let Some(Value::F32(value)) = metadata.get(&own(key)) else { return None };
-            value.to_string().parse().ok()
+        let number = |key: &str| -> Result<usize> {
+            optional(key)?.with_context(|| format!("GGUF key {} is missing", own(key)))
         };
-        let rope_scaling = match text(metadata, &own("rope.scaling.type")) {
-            Err(_) | Ok("none") => Scaling::None,
-            Ok("linear") => {
-                Scaling::Linear(float("rope.scaling.factor").context("linear RoPE scaling needs a factor")?)
+        let float = |key: &str| -> Result<Option<f64>> {
+            match metadata.get(&own(key)) {
+                None => Ok(None),
+                // Through its decimal form: the f32 nearest to 1e-5 means 1e-5.
+                Some(Value::F32(value)) => Ok(Some(value.to_string().parse()?)),
+                Some(Value::F64(value)) => Ok(Some(*value)),
+                Some(other) => bail!("GGUF key {} is of type {:?}, not a number", own(key), other.value_type()),
             }
-            Ok(kind) => bail!("RoPE scaling of type {kind} is not supported in GGUF; these are: none, linear"),
         };
-        let id = |key: &str| match metadata.get(&format!("tokenizer.ggml.{key}_token_id")) {
-            Some(Value::U32(id)) => Some(*id),
-            _ => None,
+        let kind = own("rope.scaling.type");
+        let kind = metadata.contains_key(&kind).then(|| text(metadata, &kind)).transpose()?;
+        let rope_scaling = match kind {
+            None | Some("none") => Scaling::None,
+            Some("linear") => {
+                Scaling::Linear(float("rope.scaling.factor")?.context("linear RoPE scaling needs a factor")?)
+            }
+            Some(kind) => bail!("RoPE scaling of type {kind} is not supported in GGUF; these are: none, linear"),
+        };
+        let id = |key: &str| {
+            let key = format!("tokenizer.ggml.{key}_token_id");
+            match metadata.get(&key) {
+                None => Ok(None),
+                Some(Value::U32(id)) => Ok(Some(*id)),
+                Some(other) => bail!("GGUF key {key} is of type {:?}, not a token's id", other.value_type()),
+            }
         };
         let hidden_size = number("embedding_length")?;
         let heads = number("attention.head_count")?;
         let layers = deep(number("block_count")?)?;
-        let head_dim = number("attention.key_length").unwrap_or(hidden_size / heads.max(1));
+        let head_dim = optional("attention.key_length")?.unwrap_or(hidden_size / heads.max(1));
         let gemma = family.gemma.as_ref();
         let config = Self {
             family,
@@ -248,7 +299,7 @@ impl ModelConfig {
             intermediate_size: number("feed_forward_length")?,
             layers,
             heads,
-            kv_heads: number("attention.head_count_kv").unwrap_or(heads),
+            kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
             vocab_size,
             context: number("context_length")?,
@@ -259,20 +310,20 @@ impl ModelConfig {
                 }),
                 None => None,
             },
-            attention_cap: gemma.and_then(|_| float("attn_logit_softcapping")),
-            logit_cap: gemma.and_then(|_| float("final_logit_softcapping")),
+            attention_cap: gemma.map_or(Ok(None), |_| float("attn_logit_softcapping"))?,
+            logit_cap: gemma.map_or(Ok(None), |_| float("final_logit_softcapping"))?,
             query_scalar: gemma.map(|gemma| match layers == gemma.scaled_by_width {
                 true => hidden_size / heads.max(1),
                 false => head_dim,
             }),
-            rms_norm_eps: float("attention.layer_norm_rms_epsilon")
+            rms_norm_eps: float("attention.layer_norm_rms_epsilon")?
                 .context("GGUF key for the norm's epsilon is missing")?,
-            rope_theta: float("rope.freq_base").unwrap_or(gemma.map_or(10_000.0, |gemma| gemma.rope_theta)),
+            rope_theta: float("rope.freq_base")?.unwrap_or(gemma.map_or(10_000.0, |gemma| gemma.rope_theta)),
             rope_scaling,
             local_rope_theta: gemma.and_then(|gemma| gemma.local_rope_theta),
             tied,
-            bos: id("bos"),
-            eos: id("eos").into_iter().collect(),
+            bos: id("bos")?,
+            eos: id("eos")?.into_iter().collect(),
         };
         config.validate()?;
         Ok(config)
@@ -292,6 +343,20 @@ impl ModelConfig {
         }
         for (name, heads) in [("heads", self.heads), ("kv_heads", self.kv_heads)] {
             within(&format!("{name} times head_dim"), heads as u64 * self.head_dim as u64)?;
+        }
+        for (name, value) in [
+            ("rope_theta", Some(self.rope_theta)),
+            ("rope_theta of layers with a window", self.local_rope_theta),
+            ("attn_logit_softcapping", self.attention_cap),
+            ("final_logit_softcapping", self.logit_cap),
+            ("query_pre_attn_scalar", self.query_scalar.map(|scalar| scalar as f64)),
+        ] {
+            if let Some(value) = value.filter(|value| !(value.is_finite() && *value > 0.0)) {
+                bail!("{name} = {value} must be a number above zero");
+            }
+        }
+        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
+            bail!("rms_norm_eps = {} must be a number from zero up", self.rms_norm_eps);
         }
         if let Some(window) = &self.window
             && (window.size == 0 || window.layers.len() != self.layers)
@@ -425,6 +490,80 @@ fn text<'a>(metadata: &'a HashMap<String, Value>, key: &str) -> Result<&'a str> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_value_of_another_type_is_refused_instead_of_replaced_by_a_default() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/families/gemma3/config.json");
+        let sound: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let error = |key: &str, value: Json| {
+            let mut json = sound.clone();
+            json[key] = value;
+            format!("{:#}", ModelConfig::from_json(&json, Head::Language).unwrap_err())
+        };
+        for (key, expected) in KEYS {
+            let wrong = if *expected == Type::Object { json!("a") } else { json!({ "a": 1 }) };
+            let error = error(key, wrong);
+            assert!(error.contains(&format!("{key} is ")) && error.contains("and must be"), "{error}");
+        }
+        assert!(error("rope_theta", json!("500000")).contains("rope_theta is \"500000\", and must be a number"));
+        let rope = json!({ "rope_type": "linear", "factor": "8" });
+        assert!(error("rope_parameters", rope).contains("factor is \"8\", and must be a number"));
+        let rope = json!({ "rope_type": "linear", "factor": 0 });
+        assert!(error("rope_parameters", rope).contains("factor = 0 must be above zero"));
+    }
+
+    #[test]
+    fn a_value_of_another_type_in_a_gguf_is_refused() {
+        let sound: HashMap<String, Value> = [
+            ("general.architecture", Value::String("llama".into())),
+            ("llama.embedding_length", Value::U32(8)),
+            ("llama.attention.head_count", Value::U32(2)),
+            ("llama.block_count", Value::U32(1)),
+            ("llama.feed_forward_length", Value::U32(16)),
+            ("llama.context_length", Value::U32(64)),
+            ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+        ]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into();
+        assert_eq!(ModelConfig::from_gguf(&sound, true, 32).unwrap().rope_theta, 10_000.0);
+        for (key, wrong) in [
+            ("llama.rope.freq_base", Value::String("500000".into())),
+            ("llama.rope.scaling.type", Value::U32(1)),
+            ("llama.attention.head_count_kv", Value::F32(1.0)),
+            ("llama.attention.key_length", Value::String("4".into())),
+            ("tokenizer.ggml.eos_token_id", Value::String("2".into())),
+        ] {
+            let mut metadata = sound.clone();
+            metadata.insert(key.to_owned(), wrong);
+            let error = format!("{:#}", ModelConfig::from_gguf(&metadata, true, 32).unwrap_err());
+            assert!(error.contains(key), "{key}: {error}");
+        }
+        let mut metadata = sound;
+        metadata.insert("llama.rope.freq_base".into(), Value::F32(0.0));
+        let error = ModelConfig::from_gguf(&metadata, true, 32).unwrap_err().to_string();
+        assert!(error.contains("rope_theta = 0 must be a number above zero"), "{error}");
+    }
+
+    #[test]
+    fn numbers_that_make_a_model_compute_nothing_are_refused() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/families/gemma3/config.json");
+        let mut json: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        json.as_object_mut().unwrap().remove("rope_parameters");
+        for (key, value) in [
+            ("rope_theta", json!(0)),
+            ("rope_theta", json!(-10000.0)),
+            ("rope_local_base_freq", json!(0.0)),
+            ("attn_logit_softcapping", json!(0)),
+            ("final_logit_softcapping", json!(-1)),
+            ("query_pre_attn_scalar", json!(0)),
+            ("rms_norm_eps", json!(-1e-6)),
+        ] {
+            let mut json = json.clone();
+            json[key] = value;
+            let error = format!("{:#}", ModelConfig::from_json(&json, Head::Language).unwrap_err());
+            assert!(error.contains("must be a number"), "{key}: {error}");
+        }
+    }
 
     #[test]
     fn sizes_beyond_any_model_are_refused_before_they_are_used() {

@@ -1,10 +1,22 @@
 //! Rotary positions (Su et al. 2021), and how models stretch them over longer texts.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use serde_json::{Value as Json, json};
 
 use super::config::ModelConfig;
+use crate::vetted::types::Type;
+
+/// The keys of rotary parameters that are read.
+pub(super) const KEYS: &[(&str, Type)] = &[
+    ("rope_type", Type::Text),
+    ("type", Type::Text),
+    ("rope_theta", Type::Number),
+    ("factor", Type::Number),
+    ("low_freq_factor", Type::Number),
+    ("high_freq_factor", Type::Number),
+    ("original_max_position_embeddings", Type::Number),
+];
 
 /// How the rotary frequencies θ^(−2i/hd) are scaled.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,7 +45,11 @@ impl Scaling {
     /// Names the kind that is not supported, or the key that is missing.
     pub fn from_json(rope: &Json) -> Result<Self> {
         let kind = rope["rope_type"].as_str().or_else(|| rope["type"].as_str()).unwrap_or("default");
-        let need = |key: &str| rope[key].as_f64().with_context(|| format!("RoPE scaling of type {kind} needs {key}"));
+        let need = |key: &str| {
+            let number = rope[key].as_f64().with_context(|| format!("RoPE scaling of type {kind} needs {key}"))?;
+            ensure!(number > 0.0, "{key} = {number} must be above zero");
+            Ok(number)
+        };
         Ok(match kind {
             "default" => Self::None,
             "linear" => Self::Linear(need("factor")?),

@@ -81,7 +81,9 @@ impl Weights {
                 stem if stem.ends_with("k_proj") => unpermute(&tensor, config.kv_heads)?,
                 _ => tensor,
             };
-            weights.insert(target, tensor.to_dtype(onto.dtype)?.to_device(onto.device)?);
+            let tensor = tensor.to_dtype(onto.dtype)?.to_device(onto.device)?;
+            finite(&target, &tensor).with_context(|| format!("in {}", path.display()))?;
+            weights.insert(target, tensor);
         }
         Ok((config, Self(weights)))
     }
@@ -131,7 +133,9 @@ impl Weights {
             let tensors = candle_core::safetensors::load(&path, device)
                 .with_context(|| format!("cannot read {}", path.display()))?;
             for (name, tensor) in tensors {
-                weights.insert(name, tensor.to_dtype(dtype)?);
+                let tensor = tensor.to_dtype(dtype)?;
+                finite(&name, &tensor).with_context(|| format!("in {}", path.display()))?;
+                weights.insert(name, tensor);
             }
         }
         Ok(Self(weights))
@@ -213,6 +217,20 @@ impl Weights {
     pub fn parameters(&self) -> usize {
         self.0.values().map(Tensor::elem_count).sum()
     }
+}
+
+/// Checks that every value of a tensor of floats is finite: one that is not makes all that is computed with it no number.
+fn finite(name: &str, tensor: &Tensor) -> Result<()> {
+    if !tensor.dtype().is_float() || tensor.elem_count() == 0 {
+        return Ok(());
+    }
+    // Zero times a number is zero, and not so for what is no number or infinite.
+    let sum = tensor.affine(0.0, 0.0)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+    ensure!(
+        sum == 0.0,
+        "tensor {name} has a value that is not finite (NaN or infinite); the file is damaged, or the model diverged when it was trained"
+    );
+    Ok(())
 }
 
 /// One draw from the standard normal distribution (Box–Muller).
@@ -310,6 +328,25 @@ mod tests {
             std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
             let error = Weights::read_directory(dir.path(), &Device::Cpu).unwrap_err().to_string();
             assert!(error.contains(&format!("names {stray:?}; the parts of a model lie beside")), "{stray}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_is_refused_by_its_tensor() {
+        for (value, sound) in [(1.5f32, true), (f32::MAX, true), (f32::NAN, false), (f32::NEG_INFINITY, false)] {
+            let dir = tempfile::tempdir().unwrap();
+            let tensor = |values: [f32; 3]| Tensor::new(&values, &Device::Cpu).unwrap();
+            let tensors = [("a".to_owned(), tensor([0.0; 3])), ("b".to_owned(), tensor([f32::MAX, value, -2.0]))];
+            let path = dir.path().join("model.safetensors");
+            candle_core::safetensors::save(&tensors.into_iter().collect(), path).unwrap();
+            for dtype in [DType::F32, DType::BF16] {
+                // Rounded to sixteen bits, the largest number is beyond the largest.
+                let expected = sound && (dtype == DType::F32);
+                let read = Weights::read_directory(dir.path(), Onto { device: &Device::Cpu, dtype });
+                let error = read.err().map_or(String::new(), |error| format!("{error:#}"));
+                assert_eq!(error.is_empty(), expected, "{value} {dtype:?}: {error}");
+                assert!(expected || (error.contains("tensor b has") && error.contains("model.safetensors")), "{error}");
+            }
         }
     }
 

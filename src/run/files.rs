@@ -5,12 +5,14 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::begin;
 use super::journal;
 use super::log::Log;
 use super::phases;
+use super::resume::Change;
+use super::rotating::{Bounds, Rotating};
 use super::tensorboard::Events;
 use crate::checkpoint::Lengths;
 use crate::config::Config;
@@ -20,6 +22,10 @@ use crate::learn::Done;
 use crate::learn::StepRecord;
 use crate::monitor::samples;
 use crate::rollout::Rewarded;
+use crate::say;
+
+/// The file of samples to read, in a run's directory.
+pub(super) const SAMPLES: &str = "samples.jsonl";
 
 /// A run's directory, which one process has at a time.
 pub struct RunDir {
@@ -94,31 +100,43 @@ impl RunDir {
 pub struct RunFiles {
     dir: RunDir,
     metrics: Log,
-    samples: Log,
+    samples: Rotating,
     phases: Log,
     journal: Option<Log>,
+    /// Size beyond which the journal takes no more steps; 0 for none.
+    journal_most: u64,
+    journal_closed: bool,
     events: Option<Events>,
     /// The step that was written last, and lengths of metrics, samples, journal and events before it.
     last: Option<(u64, [u64; 4])>,
 }
 
 impl RunFiles {
-    /// Opens the files in `dir`, cut off after `lengths`, and writes the resolved configuration beside them.
+    /// Opens the files in `dir`, cut off after `lengths` and `step`, and writes the resolved configuration beside them.
     ///
     /// # Errors
     /// Names the file that cannot be opened or is shorter than it was.
-    pub fn open(config: &Config, dir: RunDir, lengths: Lengths) -> Result<Self> {
+    pub fn open(config: &Config, dir: RunDir, lengths: Lengths, step: u64) -> Result<Self> {
         let path = dir.path.join("config.toml");
         disk::replace(&path, config.to_toml().as_bytes())?;
         let log = |name: &str, length| Log::open(&dir.path.join(name), length);
+        let closed = journal::closed_before(&dir.path.join(journal::NAME), lengths.journal)?;
         let journal = config.checkpoint.journal.then(|| log(journal::NAME, lengths.journal)).transpose()?;
+        if let (Some(_), Some(step)) = (&journal, closed) {
+            say!(
+                "journal   was full before step {step} (checkpoint.journal_max_bytes); no later step is written into it"
+            );
+        }
+        let bounds = Bounds { most_bytes: config.run.samples_max_bytes, keep: config.run.samples_keep };
         let metrics = log("metrics.jsonl", lengths.metrics)?;
         let events = config.run.tensorboard.then(|| Events::open(&dir.path, records(metrics.path())?)).transpose()?;
         Ok(Self {
             metrics,
-            samples: log("samples.jsonl", lengths.samples)?,
+            samples: Rotating::open(&dir.path.join(SAMPLES), step, bounds)?,
             phases: log("phases.jsonl", lengths.phases)?,
             journal,
+            journal_most: config.checkpoint.journal_max_bytes,
+            journal_closed: closed.is_some(),
             events,
             last: None,
             dir,
@@ -135,8 +153,25 @@ impl RunFiles {
     /// # Errors
     /// Names the file that cannot be written; the entry waits for the next try.
     pub fn configured(&mut self, config: &Config) -> Result<()> {
-        let Some(journal) = &mut self.journal else { return Ok(()) };
+        let Some(journal) = self.journal.as_mut().filter(|_| !self.journal_closed) else { return Ok(()) };
         journal.append(&journal::config(&config.to_toml())?)
+    }
+
+    /// Notes in the journal and in `phases.jsonl` which changes of the judge were accepted at `step`.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written; the entry waits for the next try.
+    pub fn accepted(&mut self, step: u64, changes: &[Change]) -> Result<()> {
+        let changes: Vec<_> = changes.iter().filter(|change| change.is_accepted()).collect();
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let figures: Map<String, Value> =
+            changes.iter().map(|one| (one.key.clone(), json!({ "was": one.was, "is": one.is }))).collect();
+        self.phase(&json!({ "phase": "resume", "step": step, "accepted": figures }))?;
+        let Some(journal) = self.journal.as_mut().filter(|_| !self.journal_closed) else { return Ok(()) };
+        let changes = changes.iter().map(|one| (one.key.clone(), one.was.clone(), one.is.clone())).collect();
+        journal.append(&journal::accepted(&journal::Accepted { step, changes })?)
     }
 
     /// Appends a step's figures, its first group to read, and what it learned from to the journal. A step that is told again
@@ -157,7 +192,12 @@ impl RunFiles {
             Some((last, [metrics, samples, journal, events])) if last == step => {
                 self.metrics.rewind(metrics)?;
                 self.samples.rewind(samples)?;
-                self.journal.as_mut().map_or(Ok(()), |log| log.rewind(journal))?;
+                if let Some(log) = &mut self.journal
+                    && log.length() > journal
+                {
+                    log.rewind(journal)?;
+                    self.journal_closed = false;
+                }
                 self.events.as_mut().map_or(Ok(()), |log| log.rewind(events))?;
             }
             _ => self.last = Some((step, lengths)),
@@ -170,12 +210,24 @@ impl RunFiles {
         }
         let samples = self.samples.append(lines.as_bytes());
         let metrics = self.metrics.append((serde_json::to_string(record)? + "\n").as_bytes());
-        let journal = match &mut self.journal {
-            None => Ok(()),
-            Some(journal) => journal.append(&journal::step(step, done.fingerprint, done.batch)?),
-        };
+        let journal = self.record(step, &done);
         let events = self.events.as_mut().map_or(Ok(()), |events| events.step(&record.0));
         samples.and(metrics).and(journal).and(events)
+    }
+
+    /// Writes a step into the journal, or its end where it is full.
+    fn record(&mut self, step: u64, done: &Done<'_>) -> Result<()> {
+        let Some(journal) = self.journal.as_mut().filter(|_| !self.journal_closed) else { return Ok(()) };
+        if self.journal_most == 0 || journal.length() < self.journal_most {
+            return journal.append(&journal::step(step, done.fingerprint, done.batch)?);
+        }
+        self.journal_closed = true;
+        tracing::warn!(
+            "{} has reached checkpoint.journal_max_bytes = {}: step {step} and later ones are not written into it and cannot be replayed; the run goes on",
+            journal.path().display(),
+            self.journal_most
+        );
+        journal.append(&journal::closed(step)?)
     }
 
     /// The figures of the steps that `metrics.jsonl` has.
@@ -193,9 +245,10 @@ impl RunFiles {
     pub fn lengths(&mut self) -> Result<(Lengths, Vec<PathBuf>)> {
         let mut lengths = Lengths::default();
         let mut paths = Vec::new();
+        paths.extend(self.samples.flush()?);
+        lengths.samples = self.samples.length();
         for (log, length) in [
             (Some(&mut self.metrics), &mut lengths.metrics),
-            (Some(&mut self.samples), &mut lengths.samples),
             (Some(&mut self.phases), &mut lengths.phases),
             (self.journal.as_mut(), &mut lengths.journal),
         ] {

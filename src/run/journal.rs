@@ -4,7 +4,7 @@
 //! entry that a dying program did not finish is at the end, and is found by its length or checksum.
 
 use std::fs::File;
-use std::io::{BufReader, ErrorKind, Read};
+use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -25,6 +25,20 @@ pub enum Entry {
     Config(String),
     /// A learner step.
     Step(Step),
+    /// The run was resumed with a judge that differs from the one before.
+    Accepted(Accepted),
+    /// The journal is full: the run's steps from this one on are not in it. The step has a fixed width (little-endian), so that
+    /// the entry is found from the end of the file.
+    Closed([u8; 8]),
+}
+
+/// Changes of the judge that a person accepted when the run was resumed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    /// The step of the checkpoint that the run was resumed from.
+    pub step: u64,
+    /// The keys with their old and new values.
+    pub changes: Vec<(String, String, String)>,
 }
 
 /// What a step learned from, and what it led to.
@@ -43,6 +57,8 @@ pub struct Step {
 enum Borrowed<'a> {
     Config(&'a str),
     Step(BorrowedStep<'a>),
+    Accepted(&'a Accepted),
+    Closed([u8; 8]),
 }
 
 #[derive(Serialize)]
@@ -58,6 +74,43 @@ struct BorrowedStep<'a> {
 /// When it is beyond a gigabyte.
 pub fn config(config: &str) -> Result<Vec<u8>> {
     frame(&Borrowed::Config(config))
+}
+
+/// The bytes of an entry that says which changes of the judge were accepted.
+///
+/// # Errors
+/// When it is beyond a gigabyte.
+pub fn accepted(accepted: &Accepted) -> Result<Vec<u8>> {
+    frame(&Borrowed::Accepted(accepted))
+}
+
+/// The bytes of an entry that says that the journal ends before `step`.
+///
+/// # Errors
+/// When it cannot be encoded.
+pub fn closed(step: u64) -> Result<Vec<u8>> {
+    frame(&Borrowed::Closed(step.to_le_bytes()))
+}
+
+/// The step before which the journal at `path` was closed, if the entry that ends at `length` says so.
+///
+/// # Errors
+/// Names the file that cannot be read.
+pub fn closed_before(path: &Path, length: u64) -> Result<Option<u64>> {
+    let size = closed(0)?.len();
+    let Some(start) = length.checked_sub(size as u64) else { return Ok(None) };
+    let cannot = || format!("cannot read {}", path.display());
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        opened => opened.with_context(cannot)?,
+    };
+    let mut bytes = vec![0; size];
+    match file.seek(SeekFrom::Start(start)).and_then(|_| file.read_exact(&mut bytes)) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
+        read => read.with_context(cannot)?,
+    }
+    let step = bytes.last_chunk().map_or(0, |step| u64::from_le_bytes(*step));
+    Ok((bytes == closed(step)?).then_some(step))
 }
 
 /// The bytes of a step's entry.
@@ -179,6 +232,22 @@ mod tests {
             masked: Some("x".into()),
             scale: RewardScale { count: 3, mean: 1.0 / 7.0, m2: 1e300 },
         }]
+    }
+
+    #[test]
+    fn a_full_journal_says_so_at_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(NAME);
+        let open = step(1, 42, &batch()).unwrap();
+        let full = [open.clone(), closed(2).unwrap()].concat();
+        std::fs::write(&path, &full).unwrap();
+        assert_eq!(closed_before(&path, full.len() as u64).unwrap(), Some(2));
+        assert_eq!(closed_before(&path, open.len() as u64).unwrap(), None);
+        assert_eq!(closed_before(&path, 3).unwrap(), None);
+        assert_eq!(closed_before(&path, 1 << 40).unwrap(), None, "a file that is shorter is the opener's business");
+        assert_eq!(closed_before(&dir.path().join("none"), 100).unwrap(), None);
+        let last = Journal::open(dir.path()).unwrap().last().unwrap().unwrap();
+        assert!(matches!(last, Entry::Closed(step) if u64::from_le_bytes(step) == 2), "{last:?}");
     }
 
     #[test]

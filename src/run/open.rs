@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::files::{RunDir, RunFiles};
+use super::files::{RunDir, RunFiles, SAMPLES};
+use super::resume::Accepted;
 use super::rewind::{self, Ends, SetAside};
-use super::{From, begin, evaluation, journal, phases, reference};
+use super::{From, begin, evaluation, journal, phases, reference, rotating};
 use crate::checkpoint::{Identity, Lengths, Mirror, Opened, Shelf, shelf};
 use crate::config::Config;
 use crate::disk;
@@ -146,7 +147,8 @@ impl Start {
             std::fs::rename(path, &to).map_err(|error| disk::cannot("rename", path, error))?;
             say!("set aside {}", to.display());
         }
-        RunFiles::open(config, self.dir, lengths)
+        let step = self.checkpoint.as_ref().map_or(0, Opened::step);
+        RunFiles::open(config, self.dir, lengths, step)
     }
 }
 
@@ -162,11 +164,11 @@ pub(super) struct Tuned {
 ///
 /// # Errors
 /// What is damaged or of another origin; a checkpoint whose fine-tuned policy is missing.
-pub(super) fn tuned(config: &Config, base: &Identity, start: &Start) -> Result<Tuned> {
+pub(super) fn tuned(config: &Config, base: &Identity, start: &Start, accepted: &Accepted) -> Result<Tuned> {
     let run = start.dir.path();
     let reference = reference::find(config, base, run)?;
     let (half, damaged) = match &reference {
-        None if config.sft.steps > 0 => phases::half_tuned(config, base, run)?,
+        None if config.sft.steps > 0 => phases::half_tuned(config, base, run, accepted)?,
         _ => (None, Vec::new()),
     };
     if let Some(checkpoint) = start.checkpoint.as_ref().filter(|_| config.sft.steps > 0 && reference.is_none()) {
@@ -210,7 +212,7 @@ pub(super) fn learning(config: &Config, prepared: &Prepared, checkpoint: Option<
 fn ends(config: &Config, run: &Path, lengths: Lengths, step: u64) -> Result<Ends> {
     let mut ends = Ends::from([
         ("metrics.jsonl".to_owned(), lengths.metrics),
-        ("samples.jsonl".to_owned(), lengths.samples),
+        (SAMPLES.to_owned(), rotating::end_of(&run.join(SAMPLES), step)?),
         ("phases.jsonl".to_owned(), lengths.phases),
         (evaluation::NAME.to_owned(), evaluation::length(&run.join(evaluation::NAME), step)?),
     ]);
@@ -225,5 +227,7 @@ fn ends_aside(config: &Config, run: &Path, lengths: Lengths, step: u64, aside: &
     let mut ends = ends(config, run, lengths, step)?;
     let evaluated = evaluation::length(&aside.end(run, evaluation::NAME), step)?;
     ends.insert(evaluation::NAME.to_owned(), aside.base(evaluation::NAME) + evaluated);
+    let sampled = rotating::end_of(&aside.end(run, SAMPLES), step)?;
+    ends.insert(SAMPLES.to_owned(), aside.base(SAMPLES) + sampled);
     Ok(ends)
 }

@@ -12,11 +12,12 @@ use serde_json::{Value, json};
 
 use super::files::RunFiles;
 use super::insist::insist;
+use super::resume::Accepted;
 use super::supervise::{Stop, graph_options, supervise, unless_left};
 use super::watcher::Due;
 use super::{announce, lock, reference, resume};
 use crate::checkpoint::shelf::Latest;
-use crate::checkpoint::{Form, Identity, Opened, Shelf, Snapshot, Writer};
+use crate::checkpoint::{Form, Identity, JudgeContents, Opened, Shelf, Snapshot, Writer};
 use crate::config::Config;
 use crate::disk;
 use crate::exit::Ended;
@@ -103,16 +104,21 @@ pub(super) fn is_under_way(run: &Path) -> Result<bool> {
 ///
 /// # Errors
 /// Checkpoints of it of which none can be used, or which are of another configuration, model or data.
-pub(super) fn half_tuned(config: &Config, base: &Identity, run: &Path) -> Result<(Option<Opened>, Vec<PathBuf>)> {
+pub(super) fn half_tuned(
+    config: &Config,
+    base: &Identity,
+    run: &Path,
+    accepted: &Accepted,
+) -> Result<(Option<Opened>, Vec<PathBuf>)> {
     let Latest { checkpoint: half, damaged } = shelf(run).latest(|line| say!("{line}"))?;
     if let Some(half) = &half {
         half.suits(base)?;
         say!("resuming  {}", half.path().display());
         let place = run.join(FINE_TUNING);
-        let changes = resume::compare(half, config)
+        let changes = resume::compare(half, config, accepted)
             .map_err(|error| anyhow!("{error:#}; or remove {} to fine-tune from the beginning", place.display()))?;
         for change in changes {
-            say!("changed   {}: {} → {}", change.key, change.was, change.is);
+            say!("{}", change.line());
         }
     }
     Ok((half, damaged))
@@ -210,7 +216,9 @@ pub(super) async fn fine_tune(
     let state = Arc::new(Mutex::new(state));
     let notes = Notes::new("supervised fine-tuning", "steps", config.sft.steps, files);
     let (shelf, progress) = (Arc::new(shelf(lock(files).dir())), notes.progress.clone());
-    let form = Arc::new(Form::new(config, prepared.tokenizer.clone(), DType::F32, identity));
+    // No label has been bought yet.
+    let form = Form::new(config, prepared.tokenizer.clone(), DType::F32, identity, JudgeContents::new());
+    let form = Arc::new(form);
     let failed = Arc::new(AtomicBool::new(false));
     let told = announce(&Arc::new(OnceLock::from(progress.clone())), &failed, monitor);
     let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), told)?;

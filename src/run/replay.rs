@@ -97,10 +97,21 @@ fn write(dir: &Path, prepared: &Prepared, state: &Mutex<TrainState>) -> Result<(
 
 /// The configuration that comes next, if one does.
 fn configuration(journal: &mut Peekable<Journal>) -> Result<Option<Config>> {
+    // The labels are in the journal, so that another judge changes nothing for a replay.
+    while let Some(Ok(entry)) = journal.next_if(|entry| matches!(entry, Ok(Entry::Accepted(_) | Entry::Closed(_)))) {
+        if let Entry::Closed(step) = entry {
+            let step = u64::from_le_bytes(step);
+            tracing::warn!(
+                "the journal was full (checkpoint.journal_max_bytes): step {step} and later ones are not in it"
+            );
+        }
+    }
     match journal.next_if(|entry| !matches!(entry, Ok(Entry::Step(_)))) {
         None => Ok(None),
         Some(Ok(Entry::Config(text))) => Ok(Some(config::parse(&text, "the journal", Path::new(""), &[])?)),
-        Some(Ok(Entry::Step(_))) => bail!("a step stands where a configuration was"),
+        Some(Ok(Entry::Step(_) | Entry::Accepted(_) | Entry::Closed(_))) => {
+            bail!("the journal has no configuration where one is due")
+        }
         Some(Err(error)) => Err(error),
     }
 }
@@ -166,7 +177,7 @@ impl Source for Steps {
             let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
             let wanted = |entry: &Result<Entry>| match entry {
                 Ok(Entry::Step(Step { step, .. })) => self.until.is_none_or(|until| *step <= until),
-                Ok(Entry::Config(_)) => false,
+                Ok(Entry::Config(_) | Entry::Accepted(_) | Entry::Closed(_)) => false,
                 Err(_) => true,
             };
             match journal.next_if(wanted).transpose()? {
@@ -175,7 +186,7 @@ impl Source for Steps {
                     seen.expected.get_or_insert_default().push_back((step, fingerprint));
                     self.groups = batch.into_iter();
                 }
-                Some(Entry::Config(_)) | None => return Ok(None),
+                Some(Entry::Config(_) | Entry::Accepted(_) | Entry::Closed(_)) | None => return Ok(None),
             }
         }
     }

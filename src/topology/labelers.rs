@@ -28,6 +28,17 @@ pub enum Instrument {
     Asked(Arc<dyn Backend>),
 }
 
+impl Instrument {
+    /// Tells the judge from others: a fingerprint of its weights, or a hash of the server and the model there.
+    pub fn identity(&self) -> u64 {
+        match self {
+            Self::Model(local) => local.judge().identity,
+            Self::Embedder(embedding) => embedding.identity,
+            Self::Asked(backend) => backend.identity(),
+        }
+    }
+}
+
 /// The configured labeler: one method, or a panel.
 ///
 /// # Errors

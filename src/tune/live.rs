@@ -16,6 +16,7 @@ use crate::generate::MOST_SLOTS;
 use crate::learn::{Done, Observer, TrainState};
 use crate::ledger::Book;
 use crate::prepare::Prepared;
+use crate::process;
 use crate::rollout::Rewarded;
 use crate::signals::{self, Interrupted};
 use crate::topology::labelers::labeler;
@@ -62,7 +63,7 @@ impl Machine for Live {
     fn facts(&self) -> Facts {
         let methods = &self.config.labeler.methods;
         Facts {
-            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            cores: process::cores(),
             group_size: self.config.rollout.group_size,
             batch: self.config.learner.batch_groups,
             labels_here: methods.iter().any(|method| method.remote.is_none()),

@@ -87,8 +87,14 @@ pub fn rows(data: &[u8]) -> bool {
         chat: data.len().is_multiple_of(2),
         system: None,
     };
-    let options =
-        ReadOptions { format, limit: 64, on_long: OnLong::Skip, split: Split::default(), needs_references: false };
+    let options = ReadOptions {
+        format,
+        limit: 64,
+        remedy: String::new(),
+        on_long: OnLong::Skip,
+        split: Split::default(),
+        needs_references: false,
+    };
     if let Ok(data) = Dataset::read(&path, options, &BYTES.with(Tokenizer::clone)) {
         let order = data.order(0);
         for seq in 0..data.len() {

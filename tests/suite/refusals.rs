@@ -54,6 +54,75 @@ fn what_is_no_device_is_refused_by_its_key() {
     }
 }
 
+/// The message names the key whose change helps.
+#[test]
+fn a_prompt_that_does_not_fit_names_the_key_to_change() {
+    let long = ["data.max_prompt_tokens=100"];
+    refused(&long, &["the limit is 100", "raise data.max_prompt_tokens, to at most 1012 within"]);
+    let new = ["rollout.max_new_tokens=1000", "policy.model.scratch.context=1024"];
+    refused(
+        &new,
+        &["the limit is 24", "lower rollout.max_new_tokens = 1000, which leaves 24 tokens of the model's context"],
+    );
+}
+
+/// A prompt of millions of bytes is not tokenised, which would take a hundred times its size in memory.
+#[test]
+fn a_prompt_of_megabytes_is_refused_or_left_out_without_being_tokenised() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("long.jsonl");
+    let short = std::fs::read_to_string(config("data/posts.jsonl")).unwrap();
+    std::fs::write(&path, format!("{{\"prompt\": \"{}\"}}\n{short}", "x".repeat(7_000_000))).unwrap();
+    let data = format!("data.path=\"{}\"", path.display());
+    refused(&[&data], &["long.jsonl:1", "has 7000000 bytes", "data.on_long = \"skip\""]);
+    let output = train(dir.path(), &[&data, "data.on_long=skip", "run.steps=1"]);
+    assert!(output.status.success() && stderr(&output).contains("100 prompts"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_damaged_parquet_file_is_one_error_and_no_panic_is_printed() {
+    let dir = tempfile::tempdir().unwrap();
+    let sound = std::fs::read(crate::common::fixture("parquet/pairs.parquet")).unwrap();
+    let path = dir.path().join("damaged.parquet");
+    let mut panicked = 0;
+    for i in (0..sound.len()).step_by(3) {
+        let mut bytes = sound.clone();
+        bytes[i] ^= 0xff;
+        std::fs::write(&path, bytes).unwrap();
+        let Err(error) = preceptor::data::Rows::open(&path) else { continue };
+        if !format!("{error:#}").contains("its parts contradict each other") {
+            continue;
+        }
+        panicked += 1;
+        refused(&[&format!("data.path=\"{}\"", path.display())], &["damaged.parquet", "contradict each other"]);
+        break;
+    }
+    assert!(panicked > 0, "no damage makes the library panic any more, so that nothing was tried");
+}
+
+#[test]
+fn a_model_with_a_value_that_is_not_finite_is_refused_by_its_tensor() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = train(dir.path(), &["run.steps=1"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let model = dir.path().join("run/checkpoints/step-000001");
+    let weights = model.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&weights, bytes).unwrap();
+    let named = format!("policy.model=\"{}\"", model.display());
+    refused(&[&named], &["tensor ", "not finite", "model.safetensors"]);
+    for arguments in [&["generate", model.to_str().unwrap(), "hi"][..], &["score", model.to_str().unwrap(), "hi you"]] {
+        let output = preceptor(dir.path()).args(arguments).output().unwrap();
+        assert!(!output.status.success() && stderr(&output).contains("not finite"), "{}", stderr(&output));
+    }
+    let mut check = preceptor(dir.path());
+    check.arg("check").arg(config("offline.toml")).args(["--set", &named]);
+    let output = check.output().unwrap();
+    assert!(!output.status.success() && stderr(&output).contains("not finite"), "{}", stderr(&output));
+}
+
 #[test]
 fn three_mistakes_are_three_lines_in_one_report() {
     let dir = tempfile::tempdir().unwrap();

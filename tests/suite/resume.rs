@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::common::{PATIENCE, config, metrics, preceptor, small, stderr, train, trained, wait_until};
+use crate::mock_judge::{Act, MockJudge};
 
 /// A small run in `dir/run` that is killed once `after` steps are in its metrics, and a checkpoint is there. Its source of
 /// prompts hangs after four steps or more, so that the run cannot end before it is killed.
@@ -166,6 +167,8 @@ fn a_run_is_replayed_bit_for_bit_resumed_or_not() {
         use preceptor::run::journal;
         bytes.extend(match entry {
             journal::Entry::Config(text) => journal::config(&text).unwrap(),
+            journal::Entry::Accepted(accepted) => journal::accepted(&accepted).unwrap(),
+            journal::Entry::Closed(step) => journal::closed(u64::from_le_bytes(step)).unwrap(),
             journal::Entry::Step(mut step) => {
                 if step.step == 3 {
                     step.batch[0].rewards[0] += 0.5;
@@ -241,6 +244,146 @@ fn a_run_is_not_resumed_as_another_one() {
     assert_eq!(metrics(&run).len(), 2);
     let output = command(dir.path(), &overrides).arg("--resume=run").output().unwrap();
     assert!(stderr(&output).contains("is no checkpoint of a run"), "{}", stderr(&output));
+}
+
+/// Labels after the checkpoint must come from the judge before it, unless the person who resumes says otherwise.
+#[test]
+fn a_changed_judge_is_refused_until_it_is_accepted_and_the_journal_is_replayed_over_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("7", 0.6), ("2", 0.4)]));
+    let templates = dir.path().join("templates.toml");
+    let set = include_str!("../../src/label/templates/summarization.toml");
+    std::fs::write(&templates, set).unwrap();
+    let settings = |model: &str, steps: u64| -> Vec<String> {
+        let remote = format!("labeler.remote={{ url = \"{}\", model = \"{model}\" }}", mock.url);
+        let own = format!("labeler.templates=\"{}\"", templates.display());
+        let cache = format!("labeler.cache=\"{}\"", dir.path().join("labels").display());
+        vec!["labeler.type=direct".into(), remote, own, cache, format!("run.steps={steps}")]
+    };
+    let run = |model: &str, steps: u64, more: &[&str]| -> Output {
+        let settings = settings(model, steps);
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+        command(dir.path(), &settings).args(more).output().unwrap()
+    };
+    let refused = |output: &Output, parts: &[&str]| {
+        let text = stderr(output);
+        assert!(!output.status.success(), "{text}");
+        for part in parts {
+            assert!(text.contains(part), "{part:?} is not in {text}");
+        }
+    };
+    let output = run("a", 2, &[]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let whole = std::fs::read(dir.path().join("run/journal.bin")).unwrap();
+
+    // Another model on the server.
+    let output = run("b", 4, &["--resume"]);
+    let key = "labeler.remote.model";
+    refused(&output, &[&format!("{key}: it was \"a\", and is \"b\""), &format!("--accept-change {key}")]);
+    refused(&run("b", 4, &["--resume", "--accept-change", "labeler.remote.url"]), &[key]);
+    refused(&run("b", 4, &["--resume", "--accept-change", "run.seed"]), &["run.seed", "cannot be accepted"]);
+    refused(&run("b", 4, &["--accept-change", key]), &["--resume"]);
+    assert_eq!(std::fs::read(dir.path().join("run/journal.bin")).unwrap(), whole, "a refusal changes nothing");
+    let output = run("b", 4, &["--resume", "--accept-change", key, "--accept-change", "labeler.shots"]);
+    let text = stderr(&output);
+    assert!(output.status.success() && text.contains(&format!("accepted  {key}: \"a\" → \"b\"")), "{text}");
+    assert!(text.contains("labeler.shots: nothing to accept"), "{text}");
+
+    // The same file with another content, and with another comment only.
+    std::fs::write(&templates, format!("# A note.\n{set}")).unwrap();
+    let output = run("b", 6, &["--resume"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    std::fs::write(&templates, set.replace("SCORE:", "MARK:")).unwrap();
+    refused(&run("b", 8, &["--resume"]), &["labeler.templates: it was content", "--accept-change labeler.templates"]);
+    let output = run("b", 8, &["--resume", "--accept-change", "labeler"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+
+    // A checkpoint of a program that did not note the contents is gone on from.
+    std::fs::write(&templates, set).unwrap();
+    let checkpoint = dir.path().join("run/checkpoints/step-000008");
+    let about = checkpoint.join("preceptor.json");
+    let mut description: Value = serde_json::from_str(&std::fs::read_to_string(&about).unwrap()).unwrap();
+    assert!(description.as_object_mut().unwrap().remove("judge").is_some());
+    std::fs::write(&about, description.to_string()).unwrap();
+    std::fs::remove_file(checkpoint.join("SHA256SUMS")).unwrap();
+    preceptor::checkpoint::sums::seal(&checkpoint).unwrap();
+    let output = run("b", 10, &["--resume"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+
+    let run = dir.path().join("run");
+    let noted: Vec<(u64, Vec<String>)> = preceptor::run::journal::Journal::open(&run)
+        .unwrap()
+        .filter_map(|entry| match entry.unwrap() {
+            preceptor::run::journal::Entry::Accepted(one) => {
+                Some((one.step, one.changes.into_iter().map(|(key, ..)| key).collect()))
+            }
+            _ => None,
+        })
+        .collect();
+    assert_eq!(noted, [(2, vec![key.to_owned()]), (6, vec!["labeler.templates".to_owned()])]);
+    let phases = std::fs::read_to_string(run.join("phases.jsonl")).unwrap();
+    assert_eq!(phases.matches("\"accepted\"").count(), 2, "{phases}");
+    let output = preceptor(dir.path()).args(["replay", "run"]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("10 steps"), "{output:?}");
+}
+
+/// Bounds on files: samples are rotated, a full journal is closed and replays up to there, and a resumed run cuts both where
+/// they belong to later steps.
+#[test]
+fn bounded_files_stay_bounded_and_are_cut_by_a_resumed_run() {
+    let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let bounds = ["run.samples_max_bytes=6000", "run.samples_keep=2", "checkpoint.journal_max_bytes=9000"];
+    let common = ["learner.eta=0", "checkpoint.every_steps=1", "checkpoint.keep=20"];
+    let bounded = |steps: &'static str| [&common[..], &bounds, &[steps]].concat();
+    let output = train(dir.path(), &bounded("run.steps=12"));
+    let text = stderr(&output);
+    assert!(output.status.success() && text.contains("checkpoint.journal_max_bytes = 9000: step"), "{text}");
+    let run = dir.path().join("run");
+    let samples = |run: &Path| -> Vec<(u64, String)> {
+        let names = ["samples.jsonl.2", "samples.jsonl.1", "samples.jsonl"];
+        let texts = names.map(|name| std::fs::read_to_string(run.join(name)).unwrap_or_default());
+        let lines = texts.iter().flat_map(|text| text.lines());
+        let step = |line: &str| serde_json::from_str::<Value>(line).unwrap()["step"].as_u64().unwrap();
+        lines.map(|line| (step(line), line.to_owned())).collect()
+    };
+    for name in ["samples.jsonl", "samples.jsonl.1", "samples.jsonl.2"] {
+        let size = std::fs::metadata(run.join(name)).unwrap().len();
+        assert!(size < 6000 + 4000, "{name} has {size} bytes");
+    }
+    assert!(!run.join("samples.jsonl.3").exists());
+    let closed = std::fs::metadata(run.join("journal.bin")).unwrap().len();
+    let output = preceptor(dir.path()).args(["replay", "run"]).output().unwrap();
+    let steps: u64 = String::from_utf8_lossy(&output.stdout).split(' ').next().unwrap().parse().unwrap();
+    assert!(output.status.success() && (1..12).contains(&steps), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains(&format!("step {} and later ones are not in it", steps + 1)),
+        "{}",
+        stderr(&output)
+    );
+
+    // From the last checkpoint the journal stays closed, even if its bound is raised.
+    let longer = [&bounded("run.steps=14")[..], &["checkpoint.journal_max_bytes=0"]].concat();
+    let output = resume(dir.path(), &longer);
+    assert!(output.status.success() && stderr(&output).contains("journal   was full before"), "{}", stderr(&output));
+    assert_eq!(std::fs::metadata(run.join("journal.bin")).unwrap().len(), closed);
+
+    // From a checkpoint before all that, it ends as a run that was not broken off.
+    let early = ["--resume=run/checkpoints/step-000001"];
+    let output = command(dir.path(), &bounded("run.steps=12")).args(early).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let output = train(whole.path(), &bounded("run.steps=12"));
+    assert!(output.status.success(), "{}", stderr(&output));
+    let other = whole.path().join("run");
+    assert_eq!(metrics(&run), metrics(&other));
+    let (cut, whole) = (samples(&run), samples(&other));
+    assert_eq!(cut.last(), whole.last());
+    assert!(cut.iter().all(|line| line.0 <= 1 || whole.contains(line)), "{cut:?}");
+    let mut steps: Vec<u64> = cut.iter().map(|(step, _)| *step).collect();
+    steps.dedup();
+    assert!(steps.windows(2).all(|pair| pair[0] < pair[1]), "{steps:?}");
+    let output = preceptor(dir.path()).args(["replay", "run"]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
 }
 
 #[test]

@@ -328,7 +328,10 @@ fn check_tells_what_a_run_will_take() {
     for words in [
         "memory      about",
         "are free",
+        "threads     ",
         "disk        about",
+        "growth      at most about",
+        "bounds      journal.bin at most 16.0 GiB (checkpoint.journal_max_bytes)",
         "writes up to 1536 in 64 completions",
         "direct, server: 64 questions a step",
         "a step, ",
@@ -367,6 +370,15 @@ fn check_tells_what_a_run_will_take() {
     let told = text.split("disk        about ").nth(1).unwrap().split_once(" MiB").unwrap().0.parse::<f64>().unwrap();
     let taken = taken as f64 / f64::from(1 << 20);
     assert!((told / taken - 1.0).abs() < 0.1, "{told} MiB were told, and {taken} taken");
+    // The figures of growth bound the files of a run, and are not far above them.
+    let growth = text.lines().find(|line| line.starts_with("growth")).unwrap();
+    for (name, least) in [("journal.bin", 0.4), ("samples.jsonl", 0.4), ("metrics.jsonl", 0.6), ("tensorboard", 0.6)] {
+        let (size, unit) = growth.split_once(&format!("{name} ")).unwrap().1.split_once(' ').unwrap();
+        let told = size.parse::<f64>().unwrap() * if unit.starts_with("KiB") { 1024.0 } else { 1.0 };
+        let path = dir.path().join("run").join(name);
+        let taken = if path.is_dir() { walk(&path) } else { path.metadata().unwrap().len() } as f64 / 4.0;
+        assert!((least..1.2).contains(&(taken / told)), "{name}: {told} bytes a step were told, and {taken} taken");
+    }
 }
 
 fn walk(dir: &Path) -> u64 {

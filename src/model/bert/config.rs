@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::bounded;
+use crate::vetted::types::{self, Type};
 
 /// Architectures whose encoder can be read, by the name `config.json` gives them; a `model_type` of `bert` will do
 /// as well.
@@ -32,6 +33,16 @@ pub struct BertConfig {
     pub layer_norm_eps: f64,
 }
 
+/// The keys that are read and may be absent; the sizes are required.
+const KEYS: &[(&str, Type)] = &[
+    ("architectures", Type::Texts),
+    ("model_type", Type::Text),
+    ("hidden_act", Type::Text),
+    ("position_embedding_type", Type::Text),
+    ("is_decoder", Type::Boolean),
+    ("layer_norm_eps", Type::Number),
+];
+
 impl BertConfig {
     /// Reads a Hugging Face `config.json`.
     ///
@@ -47,6 +58,7 @@ impl BertConfig {
     }
 
     fn from_json(json: &Value) -> Result<Self> {
+        types::check(json, KEYS)?;
         let architecture = json["architectures"][0].as_str();
         let kind = json["model_type"].as_str();
         if !architecture.is_some_and(|name| SUPPORTED.contains(&name)) && kind != Some("bert") {
@@ -103,6 +115,8 @@ mod tests {
             (json!({ "architectures": ["MPNetModel"], "model_type": "mpnet" }), "MPNetModel is not supported"),
             (json!({ "architectures": null, "model_type": "roberta" }), "roberta is not supported"),
             (json!({ "architectures": null, "model_type": null }), "these are: BertModel"),
+            (json!({ "layer_norm_eps": "1e-12" }), "layer_norm_eps is \"1e-12\", and must be a number"),
+            (json!({ "is_decoder": "true" }), "is_decoder is \"true\", and must be true or false"),
             (json!({ "hidden_act": "gelu_new" }), "hidden_act = gelu_new"),
             (json!({ "position_embedding_type": "relative_key" }), "this works: absolute"),
             (json!({ "is_decoder": true }), "use an encoder"),
