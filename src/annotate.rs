@@ -17,6 +17,7 @@ use crate::data::{Preferences, PromptFormat};
 use crate::label::stage::{Wants, ask_many, sign_of_life};
 use crate::label::{Labeler, Labels};
 use crate::rollout::Group;
+use crate::signals;
 use crate::telemetry;
 use crate::tokens::Tokenizer;
 
@@ -97,12 +98,17 @@ pub fn annotate(job: Job, out: Arc<Mutex<dyn Annotations>>) -> Result<bool> {
         ..GraphOptions::default()
     };
     let left = Arc::new(Mutex::new(job.todo.clone()));
+    let _deferred = signals::defer();
+    let mut handled = 0;
     let outcome = runtime.block_on(async {
         let graph = spawn_graph(options, move |builder| wire(builder, &job, &left, &out));
         loop {
             tokio::select! {
                 outcome = graph.wait() => return outcome,
-                _ = tokio::signal::ctrl_c() => graph.halt(),
+                _ = signals::after(handled) => {
+                    handled = signals::count();
+                    graph.halt();
+                }
             }
         }
     });

@@ -20,6 +20,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::config::Config;
 use crate::exit;
 use crate::say;
+use crate::signals::Interrupted;
 use crate::terminal::{self, Closed};
 
 /// Trains language models by reinforcement learning from AI feedback (RLAIF), asynchronously, in one process.
@@ -82,6 +83,7 @@ impl ConfigArgs {
 pub fn main() -> ExitCode {
     crate::process::prepare();
     crate::descriptors::raise_limit();
+    crate::signals::listen();
     crate::fault::set_up();
     let cli = Cli::parse();
     if let Err(error) = start_log(&cli.log) {
@@ -106,7 +108,9 @@ pub fn main() -> ExitCode {
         // Its reader has what it wanted.
         Ok(Err(error)) if error.is::<Closed>() => ExitCode::from(terminal::CLOSED),
         Ok(Err(error)) => {
-            say!("error: {error:#}");
+            // A signal that somebody sent is no error.
+            let kind = if error.is::<Interrupted>() { "" } else { "error: " };
+            say!("{kind}{error:#}");
             ExitCode::from(exit::status(&error))
         }
         Err(_) => {
@@ -125,8 +129,9 @@ fn start_log(filter: &str) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .map_err(|error| anyhow::anyhow!("--log {filter} is not a log filter: {error}"))?;
     // A reader of standard error that has gone away must not end what is logged about.
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
-    let log = log.with_ansi(terminal::colours());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false);
+    let lines = terminal::LogLines { json, colours: terminal::colours() };
+    let log = log.with_ansi(lines.colours).with_writer(move || lines);
     if json {
         crate::progress::for_machines();
         log.json().flatten_event(true).with_current_span(false).with_span_list(false).init();

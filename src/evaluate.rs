@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::label::Labels;
 use crate::label::stage::Wants;
 use crate::progress::Progress;
+use crate::signals::Interrupted;
 use crate::topology::labelers::{Instrument, labeler_on};
 
 /// Keeps what was labeled, in the order of the questions.
@@ -66,7 +67,7 @@ fn judge(
     let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
     kept.progress.finish();
     if !whole? {
-        bail!("interrupted");
+        return Err(Interrupted::new("interrupted before all questions were answered").into());
     }
     let labels: Vec<Labels> = std::mem::take(&mut kept.labels).into_iter().flatten().collect();
     if gave_up.load(Ordering::SeqCst) {

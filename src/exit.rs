@@ -12,6 +12,7 @@ use std::fmt;
 
 use crate::config::ConfigErrors;
 use crate::remote::Unusable;
+use crate::signals::Interrupted;
 
 /// Status of a command that failed in its work.
 pub const FAILED: u8 = 1;
@@ -27,8 +28,6 @@ pub enum Ended {
     Refused(anyhow::Error),
     /// A bound of its own configuration stopped the run.
     Stopped(String),
-    /// A signal of this number interrupted the command.
-    Interrupted(i32, String),
 }
 
 impl fmt::Display for Ended {
@@ -36,7 +35,7 @@ impl fmt::Display for Ended {
         match self {
             // With its causes: nothing below prints them.
             Self::Refused(error) => write!(f, "{error:#}"),
-            Self::Stopped(text) | Self::Interrupted(_, text) => f.write_str(text),
+            Self::Stopped(text) => f.write_str(text),
         }
     }
 }
@@ -50,7 +49,6 @@ pub fn status(error: &anyhow::Error) -> u8 {
             return match ended {
                 Ended::Refused(error) => refused(error),
                 Ended::Stopped(_) => STOPPED,
-                Ended::Interrupted(signal, _) => interrupted(*signal),
             };
         }
     }
@@ -77,6 +75,9 @@ fn by_cause(error: &anyhow::Error) -> Option<u8> {
         if cause.is::<ConfigErrors>() {
             return Some(REFUSED);
         }
+        if let Some(Interrupted { signal, .. }) = cause.downcast_ref::<Interrupted>() {
+            return Some(interrupted(*signal));
+        }
         let unusable = cause.downcast_ref::<Unusable>()?;
         Some(if unusable.refuses { REFUSED } else { FAILED })
     })
@@ -94,7 +95,8 @@ mod tests {
         assert_eq!(status(&anyhow!("a fault")), FAILED);
         assert_eq!(status(&Ended::Refused(anyhow!("no such key")).into()), REFUSED);
         assert_eq!(status(&anyhow::Error::from(Ended::Stopped("kl".into())).context("the run")), STOPPED);
-        assert_eq!(status(&Ended::Interrupted(15, String::new()).into()), 143);
+        let interrupted = Interrupted { signal: 15, text: String::new() };
+        assert_eq!(status(&anyhow::Error::from(interrupted)), 143);
         assert_eq!(status(&anyhow::Error::from(judge(true)).context("labeler")), REFUSED);
         assert_eq!(status(&anyhow::Error::from(judge(false))), FAILED);
         assert_eq!(status(&Ended::Refused(judge(false).into()).into()), FAILED, "it may be reached later");

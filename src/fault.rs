@@ -8,6 +8,7 @@ use anyhow::Result;
 
 /// All points, by the actor or file that they are in.
 pub const POINTS: &[&str] = &[
+    "prepare.load",
     "graph.build",
     "prompts.next",
     "sft.step",
@@ -21,11 +22,16 @@ pub const POINTS: &[&str] = &[
     "learn.apply",
     "learn.applied",
     "learn.publish",
+    "reference.fill",
     "log.append",
+    "files.flush",
     "checkpoint.snapshot",
     "checkpoint.fill",
     "checkpoint.rename",
     "checkpoint.renamed",
+    "rewind.commit",
+    "rewind.renamed",
+    "rewind.cut",
 ];
 
 /// Passes the point called `name`, one of [`POINTS`].

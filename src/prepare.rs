@@ -11,6 +11,7 @@ use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
 use crate::data::pairs::PairSet;
 use crate::data::{Dataset, OnLong, Part, PromptFormat, ReadOptions, Split};
 use crate::device;
+use crate::fault;
 use crate::label::backend::Backend;
 use crate::label::cache::{Cached, Store};
 use crate::label::embedding::Embedding;
@@ -149,6 +150,7 @@ pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
 }
 
 fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<Arc<Budget>>) -> Result<Prepared> {
+    fault::point("prepare.load")?;
     device::set_precision(config.policy.matmul_precision);
     let device = device::open(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;

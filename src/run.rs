@@ -1,53 +1,55 @@
 //! The composition root of a training run: files, server, graph, signals, checkpoints.
 
+mod begin;
 mod conclusion;
 mod evaluation;
 pub mod files;
 mod guard;
+mod insist;
 pub mod journal;
 pub mod log;
+mod open;
 mod phases;
 mod reference;
 pub mod replay;
 pub mod resume;
+mod rewind;
 mod rotating;
 mod supervise;
 mod systemd;
 mod tensorboard;
 mod watcher;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use preceptor_actors::{SnapshotCell, spawn_graph};
+use anyhow::Result;
+use preceptor_actors::{Outcome, SnapshotCell, spawn_graph};
 
 use crate::check;
-use crate::checkpoint::{Form, Identity, Lengths, Mirror, Opened, Shelf, Writer, Written, shelf};
+use crate::checkpoint::{Form, Identity, Opened, Shelf, Writer, Written};
 use crate::config::{Config, Mode};
 use crate::controller::{Controller, Knobs};
 use crate::device;
 use crate::exit::Ended;
 use crate::knob::Knob;
-use crate::learn::TrainState;
-use crate::ledger::Book;
 use crate::monitor::Monitor;
 use crate::prepare::{Prepared, budget, prepare_within};
 use crate::progress::Progress;
 use crate::say;
 use crate::serve::{Token, serve, upkeep};
+use crate::signals::{self, Interrupted};
 use crate::telemetry;
+use crate::topology::Node;
 use crate::topology::labelers::{Instrument, labeler};
-use crate::topology::learning::{adam, lora, value_model};
-use crate::topology::{Node, reward_trainer};
 use conclusion::Conclusion;
 use evaluation::{Evaluated, Evaluator};
-use files::{RunDir, RunFiles};
 use guard::Guard;
+use open::Learning;
 use resume::Accepted;
-use supervise::{Stop, graph_options, supervise};
+use supervise::{Stop, graph_options, supervise, unless_interrupted, unless_left};
 use watcher::{Due, Watcher};
 
 /// File of a run's directory that holds what was spent on remote judges so far, where `labeler.max_cost` bounds it.
@@ -71,8 +73,8 @@ pub struct Summary {
     pub steps: u64,
     /// The last checkpoint.
     pub checkpoint: PathBuf,
-    /// Whether it was interrupted before its last step.
-    pub interrupted: bool,
+    /// The number of the signal that interrupted it before its last step.
+    pub interrupted: Option<i32>,
 }
 
 /// Trains as `config` says, into `run_dir` or the configured directory.
@@ -81,10 +83,10 @@ pub struct Summary {
 /// One error that names what went wrong. Whatever steps were finished before it are in the checkpoint that the
 /// error, or the lines before it, name.
 pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepted: Accepted) -> Result<Summary> {
+    let _deferred = signals::defer();
     let token = Token::from_env(&config.serve).map_err(refused)?;
-    let Start { dir, checkpoint, shelf } = start(&config, run_dir, &from).map_err(refused)?;
-    let compared = checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose();
-    let mut changes = compared.map_err(refused)?.unwrap_or_default();
+    let stop = Stop::default();
+    let dir = open::hold(&config, run_dir, &from).map_err(refused)?;
     let budget = budget(&config, Some(dir.path().join(JUDGE_COST)))?;
     let monitor = Monitor::new(&config, telemetry::install()?);
     monitor.trace()?;
@@ -94,22 +96,29 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         say!("serving   http://{bound}/  /metrics  /status  /healthz  /readyz");
     }
     say!("run       {}", dir.path().display());
-    if let Some(checkpoint) = &checkpoint {
+    monitor.phase("opening the run");
+    let settings = config.clone();
+    let begins = from == From::Latest;
+    let start =
+        unless_interrupted("opening the run", move || open::open(&settings, dir, &from)).await.map_err(refused)?;
+    let compared = start.checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose();
+    let mut changes = compared.map_err(refused)?.unwrap_or_default();
+    if let Some(checkpoint) = &start.checkpoint {
         say!("resuming  {}", checkpoint.path().display());
         for change in &changes {
             say!("{}", change.line());
         }
-    } else if from == From::Latest && !phases::is_under_way(dir.path()) {
+    } else if begins && !phases::is_under_way(start.dir.path())? {
         say!("resuming  no checkpoint yet; the run begins");
     }
 
     monitor.phase("loading models and data");
     let began = Instant::now();
-    let (config, prepared) = tokio::task::spawn_blocking(move || {
+    let (config, prepared) = unless_interrupted("loading models and data", move || {
         let prepared = prepare_within(&config, true, budget)?;
-        anyhow::Ok((config, prepared))
+        Ok((config, prepared))
     })
-    .await?
+    .await
     .map_err(refused)?;
     say!(
         "policy    {} ({:.1} M parameters), {} prompts, ready in {:.1} s",
@@ -123,7 +132,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         say!("{line}");
     }
     let judge = resume::judge_contents(&config, &prepared.instruments)?;
-    if let Some(checkpoint) = &checkpoint {
+    if let Some(checkpoint) = &start.checkpoint {
         for change in resume::compare_judge(checkpoint, &judge, &accepted).map_err(refused)? {
             say!("{}", change.line());
             changes.push(change);
@@ -133,36 +142,38 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         }
     }
     monitor.on(prepared.policy().device());
-    let (config, stop) = (Arc::new(config), Stop::default());
-    // What a phase wrote stays if the phase is not gone through again.
+    let config = Arc::new(config);
     let base = Identity { reference: prepared.identity, data: prepared.data.identity() };
-    let fine_tuned = reference::find(&config, &base, dir.path())?;
-    let half_tuned = if fine_tuned.is_none() { phases::half_tuned(&config, dir.path(), &accepted)? } else { None };
-    let of_phases = |phases| Lengths { phases, ..Lengths::default() };
-    let lengths = match (&checkpoint, &fine_tuned, &half_tuned) {
-        (Some(checkpoint), _, _) => checkpoint.lengths(),
-        (None, Some(reference), _) => of_phases(reference.phases),
-        (None, None, Some(half)) => of_phases(half.lengths().phases),
-        (None, None, None) => Lengths::default(),
-    };
-    let mut files = RunFiles::open(&config, dir, lengths, checkpoint.as_ref().map_or(0, Opened::step))?;
+    // Whatever can refuse the run does so before its directory is changed.
+    let (settings, origin) = (Arc::clone(&config), base.clone());
+    let (start, tuned, prepared, restored) = unless_interrupted("restoring the run", move || {
+        let tuned = open::tuned(&settings, &origin, &start, &accepted)?;
+        let prepared = match &tuned.reference {
+            Some(reference) => reference.take(&settings, prepared)?,
+            None => prepared,
+        };
+        let restores = |checkpoint: &Opened| open::learning(&settings, &prepared, Some(checkpoint));
+        let restored = start.checkpoint.as_ref().map(restores).transpose()?;
+        Ok((start, tuned, prepared, restored))
+    })
+    .await
+    .map_err(refused)?;
+    let (shelf, resumed) = (Arc::clone(&start.shelf), start.checkpoint.as_ref().map(Opened::step));
+    let mut files = start.files(&config, &tuned)?;
     let mut guard = Guard::new(config.guard.clone(), config.learner.batch_groups);
     monitor.recall(files.metrics()?.inspect(|record| guard.recall(record)));
-    if let Some(checkpoint) = &checkpoint {
-        files.accepted(checkpoint.step(), &changes)?;
+    if let Some(step) = resumed {
+        files.accepted(step, &changes)?;
     }
-    if checkpoint.is_none() || !changes.is_empty() {
+    if resumed.is_none() || !changes.is_empty() {
         files.configured(&config)?;
     }
     let files = Arc::new(Mutex::new(files));
-    let prepared = match fine_tuned {
-        Some(reference) => reference.take(&config, prepared)?,
-        None if config.sft.steps > 0 => {
-            let prepared = phases::fine_tune(&config, prepared, half_tuned, &files, &monitor, &stop).await?;
-            reference::keep(&config, &base, &prepared, &mut lock(&files))?;
-            prepared
-        }
-        None => prepared,
+    let prepared = if config.sft.steps > 0 && tuned.reference.is_none() {
+        let tuned = phases::fine_tune(&config, prepared, tuned.half, &files, &monitor, &stop).await?;
+        phases::keep(&config, base, tuned, &files, &stop).await?
+    } else {
+        prepared
     };
     if config.sft.steps > 0 {
         phases::tuned(lock(&files).dir());
@@ -171,26 +182,10 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         tokio::task::spawn_blocking(move || reference::copy(&dir, &shelf));
     }
     let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
-    let mut state = TrainState::new(
-        prepared.policy(),
-        adam(&config),
-        value_model(&config, prepared.policy())?,
-        lora(&config).as_ref(),
-    )?;
-    let reward_model = reward_trainer(&config, &prepared)?.map(|trainer| Arc::new(Mutex::new(trainer)));
-    let book = match &checkpoint {
-        None => Book::default(),
-        Some(checkpoint) => {
-            checkpoint.suits(&identity)?;
-            let ledger = checkpoint.restore(&mut state, reward_model.as_deref())?;
-            // Only now that nothing can refuse it any more.
-            for later in shelf.supersede(checkpoint.step())? {
-                say!("set aside {}", later.display());
-            }
-            Book::new(ledger)
-        }
+    let Learning { state, reward_model, book } = match restored {
+        Some(restored) => restored,
+        None => open::learning(&config, &prepared, None)?,
     };
-    let resumed = checkpoint.map(|checkpoint| checkpoint.step());
     if let Some(step) = resumed
         && step >= config.run.steps
     {
@@ -251,18 +246,18 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         config: (*config).clone(),
     });
     monitor.training(cell, node.book.clone());
+    let written: Arc<OnceLock<PathBuf>> = Arc::default();
     if resumed.is_none() && node.reward_model.is_some() {
         phases::warm_up(&node, &files, &monitor, &stop).await?;
         // What the warm-up cost is not paid again.
-        let snapshot = lock(&watcher).snapshot(&lock(&node.state));
-        match snapshot.and_then(|snapshot| shelf.put(&form, &snapshot)) {
-            Ok(written) => monitor.checkpointed(written.took, written.bytes),
-            Err(error) => {
-                telemetry::disk_error();
-                lock(&watcher).due.failed.store(true, Ordering::SeqCst);
-                say!("{error:#}; training goes on, and it is tried again");
-            }
-        }
+        let (watcher, node, shelf, form) = (watcher.clone(), Arc::clone(&node), Arc::clone(&shelf), Arc::clone(&form));
+        let (written, failing) = (Arc::clone(&written), Arc::clone(&monitor));
+        let work = move || warmed_up(&watcher, &node, &shelf, &form, &failing).map(|path| written.set(path));
+        unless_left(&stop, "the checkpoint of the warm-up", work).await?;
+    }
+    if stop.asked() {
+        let conclusion = Conclusion { node, watcher, shelf, form, stop, monitor: Arc::clone(&monitor), written };
+        return before_training(conclusion, resumed).await;
     }
 
     let wiring = Arc::clone(&node);
@@ -281,6 +276,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     monitor.watch(graph.clone());
     monitor.phase("training");
     systemd::ready();
+    let written: Arc<OnceLock<PathBuf>> = Arc::default();
     let drain = Duration::from_secs_f64(config.supervision.drain_s);
     if config.controller.enabled {
         let every = Duration::from_secs_f64(config.controller.every_s);
@@ -290,7 +286,6 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     progress.finish();
     systemd::stopping();
     monitor.phase("writing the last checkpoint");
-    let written = Arc::default();
     let conclusion =
         Conclusion { node, watcher, shelf, form, stop: stop.clone(), monitor: Arc::clone(&monitor), written };
     let concluded = conclusion.conclude(outcome).await;
@@ -301,68 +296,38 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     concluded
 }
 
-/// An error from before the first step: the run was refused.
+/// An error from before the first step: the run was refused, unless a signal interrupted it.
 fn refused(error: anyhow::Error) -> anyhow::Error {
-    Ended::Refused(error).into()
+    if error.is::<Interrupted>() { error } else { Ended::Refused(error).into() }
 }
 
-/// Where a run is written, and what it goes on from.
-struct Start {
-    dir: RunDir,
-    checkpoint: Option<Opened>,
-    shelf: Arc<Shelf>,
-}
-
-fn start(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Result<Start> {
-    let mirror = config.checkpoint.mirror.as_deref().map(Mirror::open).transpose()?;
-    let shelf = |dir: &RunDir| {
-        let keep = &config.checkpoint;
-        Arc::new(Shelf::new(dir.path(), keep.keep, keep.best.is_some()).mirrored(mirror))
-    };
-    match from {
-        From::Beginning => {
-            let dir = RunDir::create(config, run_dir)?;
-            Ok(Start { shelf: shelf(&dir), checkpoint: None, dir })
+/// Writes the checkpoint of a reward model that was warmed up. Training goes on without it, and tries it again.
+fn warmed_up(watcher: &Mutex<Watcher>, node: &Node, shelf: &Shelf, form: &Form, monitor: &Monitor) -> Option<PathBuf> {
+    let snapshot = lock(watcher).snapshot(&lock(&node.state));
+    match snapshot.and_then(|snapshot| shelf.put(form, &snapshot)) {
+        Ok(written) => {
+            monitor.checkpointed(written.took, written.bytes);
+            Some(written.path)
         }
-        From::Latest => {
-            let dir = RunDir::resume(config, run_dir)?;
-            let shelf = shelf(&dir);
-            // What is being fine-tuned here has no use for what came of it elsewhere.
-            let reference = if phases::is_under_way(dir.path()) {
-                None
-            } else {
-                shelf.bring_beside(&reference::place(dir.path()))?
-            };
-            for brought in shelf.bring()?.into_iter().chain(reference) {
-                say!("brought   {}", brought.display());
-            }
-            let checkpoint = shelf.latest(|line| say!("{line}"))?;
-            Ok(Start { dir, checkpoint, shelf })
-        }
-        From::Checkpoint(path) => {
-            // It stands in `checkpoints` of the run that it belongs to.
-            let path = std::path::absolute(path)?;
-            let of = path.parent().filter(|dir| dir.ends_with("checkpoints")).and_then(Path::parent);
-            let of = of.filter(|_| shelf::step(&path).is_some()).with_context(|| {
-                format!("{} is no checkpoint of a run, such as runs/NAME/checkpoints/step-000050", path.display())
-            })?;
-            if of.ends_with(phases::FINE_TUNING) {
-                bail!("{} is a checkpoint of fine-tuning under way, with which --resume alone goes on", path.display());
-            }
-            let dir = RunDir::resume(config, Some(run_dir.unwrap_or_else(|| of.to_owned())))?;
-            if std::path::absolute(dir.path())? != of {
-                bail!(
-                    "{} is a checkpoint of the run in {}, not in {}",
-                    path.display(),
-                    of.display(),
-                    dir.path().display()
-                );
-            }
-            let shelf = shelf(&dir);
-            let checkpoint = Opened::open(&path)?;
-            Ok(Start { dir, checkpoint: Some(checkpoint), shelf })
+        Err(error) => {
+            telemetry::disk_error();
+            lock(watcher).due.failed.store(true, Ordering::SeqCst);
+            say!("{error:#}; training goes on, and it is tried again");
+            None
         }
     }
+}
+
+/// Ends a run that was interrupted before its graph started. Only a warm-up leaves something to keep.
+async fn before_training(conclusion: Conclusion, resumed: Option<u64>) -> Result<Summary> {
+    if resumed.is_none() && conclusion.node.reward_model.is_some() {
+        return conclusion.conclude(Outcome::Halted).await;
+    }
+    let kept = match resumed {
+        Some(step) => format!("its checkpoint of step {step} stands, and --resume goes on from it"),
+        None => "there is nothing to keep yet, and --resume begins the run".to_owned(),
+    };
+    Err(Interrupted::new(format!("interrupted before training; {kept}")).into())
 }
 
 /// What an online controller turns: sequences side by side from a group up, requests to the first server that judges.

@@ -38,7 +38,12 @@ impl std::error::Error for Closed {}
 
 /// `text` as a terminal may be given it: control characters, but for line feeds and tabs, become escapes such as `\\u{1b}`.
 pub fn plain(text: &str) -> Cow<'_, str> {
-    let harmful = |c: char| c.is_control() && c != '\n' && c != '\t';
+    escaped(text, |c| c == '\n' || c == '\t')
+}
+
+/// `text` with its control characters escaped, but for those that `keep` names.
+fn escaped(text: &str, keep: impl Fn(char) -> bool) -> Cow<'_, str> {
+    let harmful = |c: char| c.is_control() && !keep(c);
     if !text.contains(harmful) {
         return Cow::Borrowed(text);
     }
@@ -87,6 +92,30 @@ fn write(text: &str) -> Result<()> {
     }
 }
 
+/// Standard error for log lines, without the control characters of what they tell.
+#[derive(Debug, Clone, Copy)]
+pub struct LogLines {
+    /// Whether lines are JSON.
+    pub json: bool,
+    /// Whether the log has colours of its own. The library that makes them escapes those that it is given.
+    pub colours: bool,
+}
+
+impl Write for LogLines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let text = String::from_utf8_lossy(bytes);
+        let safe = match (self.json, self.colours) {
+            (true, _) => plain_json(&text),
+            (_, colours) => escaped(&text, |c| c == '\n' || c == '\t' || (colours && c == '\u{1b}')),
+        };
+        std::io::stderr().lock().write_all(safe.as_bytes()).map(|()| bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
+}
+
 /// Whether standard error may be coloured: it is a terminal, and `NO_COLOR` is not set.
 pub fn colours() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
@@ -98,6 +127,11 @@ mod tests {
 
     #[test]
     fn control_characters_become_escapes_and_text_stays() {
+        assert_eq!(
+            escaped("\u{1b}[2ma\r\u{1b}[0m", |c| c == '\u{1b}'),
+            "\u{1b}[2ma\\r\u{1b}[0m",
+            "a log's own colours"
+        );
         let text = "a\tb\nä – 漢\u{a0}";
         assert_eq!(plain(text), text);
         assert_eq!(plain("\u{1b}[31m\u{9b}2J\r\u{7f}\0\u{85}"), "\\u{1b}[31m\\u{9b}2J\\r\\u{7f}\\u{0}\\u{85}");

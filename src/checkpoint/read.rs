@@ -8,7 +8,9 @@ use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
+use super::sums::Damage;
 use super::{FORMAT, Identity, JudgeContents, Lengths, Stored, shelf, sums};
+use crate::disk;
 use crate::learn::TrainState;
 use crate::learn::state::Restored;
 use crate::ledger::Ledger;
@@ -31,40 +33,41 @@ impl Opened {
     /// Opens the checkpoint at `path`, once all its checksums are found right.
     ///
     /// # Errors
-    /// Names the file that is damaged; [`Unreadable`] where it was written in another format.
+    /// [`Damage`] names the file that is not as it was written; [`Unreadable`] says that the checkpoint is of another format.
+    /// Any other error says that a file could not be read, and nothing about the checkpoint.
     pub fn open(path: &Path) -> Result<Self> {
+        let found = disk::exists(path)?;
+        ensure!(found, "{} does not exist{}", path.display(), shelf::set_aside_as(path));
         let about = path.join("preceptor.json");
-        let text = std::fs::read_to_string(&about).with_context(|| {
-            format!("{} cannot be read; {} is no checkpoint of a run", about.display(), path.display())
-        })?;
-        let description: Value = serde_json::from_str(&text).unwrap_or_default();
-        match description["format"].as_u64() {
-            Some(FORMAT) => {}
-            other => {
-                let (written, program) = match other {
-                    None => ("an older format".to_owned(), "another version of this program".to_owned()),
-                    Some(n) => (format!("format {n}"), description["program"].as_str().unwrap_or_default().to_owned()),
-                };
-                return Err(Unreadable(format!(
-                    "{} is in {written}, and this program reads format {FORMAT}; resume with {program}, or start a new run from its weights with policy.model = \"{}\"",
-                    path.display(),
-                    path.display()
-                ))
-                .into());
+        if let Err(error) = sums::verify(path) {
+            // Another format may have no checksums, or others.
+            if error.downcast_ref::<Damage>().is_some() && !disk::exists(&path.join(sums::NAME))? {
+                let text = std::fs::read_to_string(&about).unwrap_or_default();
+                let other: Value = serde_json::from_str(&text).unwrap_or_default();
+                if other["format"].as_u64().is_some_and(|format| format != FORMAT) {
+                    return Err(unreadable(path, &other).into());
+                }
             }
+            return Err(error);
         }
-        sums::verify(path)?;
+        let text = std::fs::read_to_string(&about).map_err(|error| disk::cannot("read", &about, error))?;
+        let description: Value = serde_json::from_str(&text).unwrap_or_default();
+        if description["format"].as_u64() != Some(FORMAT) {
+            return Err(unreadable(path, &description).into());
+        }
         let state = path.join("resume/state.postcard");
-        let stored = std::fs::read(&state).with_context(|| format!("cannot read {}", state.display()))?;
+        let stored = std::fs::read(&state).map_err(|error| disk::cannot("read", &state, error))?;
         let stored: Stored = postcard::from_bytes(&stored)
             .map_err(|error| anyhow!("{} cannot be understood: {error}", state.display()))?;
         ensure!(
             shelf::step(path).is_none_or(|step| step == stored.learner.step),
-            "{} is the checkpoint of step {}, not of the one that it is named after",
+            "{} is the checkpoint of step {}, not of the one that it is named after; rename it to {} or move it away",
             path.display(),
-            stored.learner.step
+            stored.learner.step,
+            shelf::name(stored.learner.step)
         );
-        let config = std::fs::read_to_string(path.join("config.toml"))?;
+        let config = path.join("config.toml");
+        let config = std::fs::read_to_string(&config).map_err(|error| disk::cannot("read", &config, error))?;
         // Checkpoints from before it was noted have none.
         let judge = serde_json::from_value(description["judge"].clone()).unwrap_or_default();
         Ok(Self { path: path.to_owned(), config, judge, stored })
@@ -148,6 +151,19 @@ impl Opened {
         }
         Ok(self.stored.ledger.clone())
     }
+}
+
+/// The error of a checkpoint whose `description` names another format.
+fn unreadable(path: &Path, description: &Value) -> Unreadable {
+    let (written, program) = match description["format"].as_u64() {
+        None => ("an older format".to_owned(), "another version of this program".to_owned()),
+        Some(n) => (format!("format {n}"), description["program"].as_str().unwrap_or_default().to_owned()),
+    };
+    Unreadable(format!(
+        "{} is in {written}, and this program reads format {FORMAT}; resume with {program}, or start a new run from its weights with policy.model = \"{}\"",
+        path.display(),
+        path.display()
+    ))
 }
 
 fn load(path: &Path) -> Result<HashMap<String, Tensor>> {

@@ -6,11 +6,26 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 
+use super::read::Unreadable;
+use super::sums::Damage;
 use super::{Form, Mirror, Opened, Snapshot, Written};
+use crate::disk;
 use crate::fault;
+use crate::say;
 
 /// What follows the name of a checkpoint whose place a newer one of the same step takes.
 const REPLACED: &str = ".replaced";
+
+/// Names the file in a run's directory that says that the run has had no checkpoint yet, so that it may be begun again.
+pub const PENDING: &str = "first-checkpoint.pending";
+
+/// The checkpoint to resume from.
+pub struct Latest {
+    /// The latest one that is complete and undamaged; none where the folder has no checkpoint.
+    pub checkpoint: Option<Opened>,
+    /// Later ones that are damaged.
+    pub damaged: Vec<PathBuf>,
+}
 
 /// A run's `checkpoints` folder.
 pub struct Shelf {
@@ -69,11 +84,8 @@ impl Shelf {
             if aside.exists() {
                 std::fs::remove_dir_all(&aside).with_context(|| format!("cannot clear {}", aside.display()))?;
             }
-            std::fs::create_dir_all(&aside).with_context(|| format!("cannot make {}", aside.display()))?;
-            for file in &snapshot.files {
-                let synced = File::open(file).and_then(|file| file.sync_all());
-                synced.with_context(|| format!("cannot sync {}", file.display()))?;
-            }
+            std::fs::create_dir_all(&aside).map_err(|error| disk::cannot("make", &aside, error))?;
+            sync_logs(&snapshot.files)?;
             fault::point("checkpoint.fill")?;
             let bytes = form.fill(&aside, snapshot)?;
             fault::point("checkpoint.rename")?;
@@ -84,8 +96,9 @@ impl Shelf {
             std::fs::rename(&aside, &path).with_context(|| format!("cannot rename {} into place", aside.display()))?;
             fault::point("checkpoint.renamed")?;
             File::open(&self.dir)?.sync_all().with_context(|| format!("cannot sync {}", self.dir.display()))?;
-            // If it stays, it is removed when the run is resumed.
+            // If one of them stays, it is removed when the run is resumed.
             let _ = std::fs::remove_dir_all(replaced);
+            let _ = std::fs::remove_file(self.dir.with_file_name(PENDING));
             Ok(bytes)
         };
         match write() {
@@ -121,7 +134,7 @@ impl Shelf {
     /// A mirror that does not answer, or whose copy is damaged.
     pub fn bring(&self) -> Result<Option<PathBuf>> {
         let Some(mirror) = &self.mirror else { return Ok(None) };
-        let here = self.all().last().and_then(|path| step(path));
+        let here = self.all()?.last().and_then(|path| step(path));
         match mirror.latest()?.filter(|there| Some(*there) > here) {
             None => Ok(None),
             Some(step) => {
@@ -150,54 +163,65 @@ impl Shelf {
             return Ok(None);
         };
         let name = name.to_string_lossy();
-        if path.exists() || !mirror.has(&name)? { Ok(None) } else { mirror.fetch(&name, into).map(Some) }
+        if disk::exists(path)? || !mirror.has(&name)? { Ok(None) } else { mirror.fetch(&name, into).map(Some) }
     }
 
     /// All that are complete, oldest first.
-    pub fn all(&self) -> Vec<PathBuf> {
-        let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
-        let mut all: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| step(path).is_some()).collect();
-        all.sort_by_key(|path| step(path));
-        all
-    }
-
-    /// The latest that is whole. Those after it that are damaged are told, and set aside.
     ///
     /// # Errors
-    /// There are some, and none can be used.
-    pub fn latest(&self, mut tell: impl FnMut(&str)) -> Result<Option<Opened>> {
-        let all = self.all();
+    /// A folder that is there and cannot be listed.
+    pub fn all(&self) -> Result<Vec<PathBuf>> {
+        let mut all: Vec<PathBuf> = list(&self.dir)?.into_iter().filter(|path| step(path).is_some()).collect();
+        all.sort_by_key(|path| step(path));
+        Ok(all)
+    }
+
+    /// The latest that is undamaged. Those after it that are damaged are told, and stay where they are.
+    ///
+    /// # Errors
+    /// There are some, and all are damaged; one of another format; one that could not be read, which is no damage.
+    pub fn latest(&self, mut tell: impl FnMut(&str)) -> Result<Latest> {
+        let mut damaged = Vec::new();
         let mut last = None;
-        for path in all.iter().rev() {
-            match Opened::open(path) {
-                Ok(opened) => return Ok(Some(opened)),
-                // What this program cannot read is no damage, and the one before is of the same kind.
-                Err(error) if error.downcast_ref::<super::read::Unreadable>().is_some() => return Err(error),
+        for path in self.all()?.into_iter().rev() {
+            match Opened::open(&path) {
+                Ok(opened) => return Ok(Latest { checkpoint: Some(opened), damaged }),
+                // The ones before are of the same format, and a file that cannot be read now can perhaps be read later.
+                Err(error) if error.downcast_ref::<Damage>().is_none() => {
+                    let other = error.downcast_ref::<Unreadable>().is_some();
+                    let kept = if other { "" } else { "; nothing was changed: mend that, and resume again" };
+                    return Err(anyhow!("{error:#}{kept}"));
+                }
                 Err(error) => {
                     tell(&format!("{error:#}; the checkpoint before it is used"));
-                    set_aside(path, "damaged")?;
+                    damaged.push(path);
                     last = Some(error);
                 }
             }
         }
         match last {
-            None => Ok(None),
-            Some(error) => Err(error.context(format!("no checkpoint in {} can be used", self.dir.display()))),
+            None => Ok(Latest { checkpoint: None, damaged }),
+            Some(error) => Err(error.context(format!(
+                "no checkpoint in {} can be used, and nothing was changed; put an undamaged copy back, or move the run's directory away to begin again",
+                self.dir.display()
+            ))),
         }
     }
 
-    /// Sets aside what comes after `step`: the run goes on from there on another way.
+    /// The ones after `step`, oldest first.
     ///
     /// # Errors
-    /// Names the directory that cannot be renamed.
-    pub fn supersede(&self, after: u64) -> Result<Vec<PathBuf>> {
-        let later: Vec<PathBuf> = self.all().into_iter().filter(|path| step(path) > Some(after)).collect();
-        later.iter().map(|path| set_aside(path, "superseded")).collect()
+    /// As [`Self::all`].
+    pub fn later(&self, than: u64) -> Result<Vec<PathBuf>> {
+        Ok(self.all()?.into_iter().filter(|path| step(path) > Some(than)).collect())
     }
 
     /// Removes all but the last few and the best. One that cannot be removed only costs room.
     fn prune(&self) {
-        let all = self.all();
+        let all = match self.all() {
+            Ok(all) => all,
+            Err(error) => return tracing::warn!("{error:#}; no old checkpoint is removed"),
+        };
         let old = &all[..all.len().saturating_sub(self.keep)];
         let figures: Vec<Option<f64>> = all.iter().map(|path| figure(path)).collect();
         let best = self.best.then(|| best(&figures)).flatten();
@@ -217,12 +241,63 @@ fn remove(path: &Path) -> std::io::Result<()> {
     std::fs::remove_dir_all(aside)
 }
 
-fn set_aside(path: &Path, why: &str) -> Result<PathBuf> {
+/// Waits until the logs at `paths` are on the disk. Where one was removed or moved away during the run, the checkpoint is
+/// written all the same: it is all that is left.
+fn sync_logs(paths: &[PathBuf]) -> Result<()> {
+    let mut there = Vec::new();
+    for path in paths {
+        if disk::exists(path)? {
+            there.push(path.clone());
+        } else {
+            say!("{} was removed or moved away during the run; the checkpoint is written without it", path.display());
+        }
+    }
+    disk::sync_all(&there)
+}
+
+/// Paths of what is in the folder `dir`; none where there is no such folder.
+///
+/// # Errors
+/// A folder that cannot be listed.
+pub fn list(dir: &Path) -> Result<Vec<PathBuf>> {
+    let cannot = |error| disk::cannot("list", dir, error);
+    match std::fs::read_dir(dir) {
+        Ok(entries) => entries.map(|entry| Ok(entry.map_err(cannot)?.path())).collect(),
+        Err(error) if disk::is_absence(&error) => Ok(Vec::new()),
+        Err(error) => Err(cannot(error)),
+    }
+}
+
+/// A free name beside the checkpoint at `path` for what is set aside, for a reason such as "superseded".
+///
+/// # Errors
+/// A name that cannot be looked at.
+pub fn name_aside(path: &Path, why: &str) -> Result<PathBuf> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let free = (1..).map(|n| path.with_file_name(format!("{name}.{why}-{n}"))).find(|to| !to.exists());
-    let to = free.ok_or_else(|| anyhow!("no name is free beside {}", path.display()))?;
-    std::fs::rename(path, &to).with_context(|| format!("cannot set {} aside", path.display()))?;
-    Ok(to)
+    for n in 1u64.. {
+        let to = path.with_file_name(format!("{name}.{why}-{n}"));
+        if !disk::exists(&to)? {
+            return Ok(to);
+        }
+    }
+    Err(anyhow!("no name is free beside {}", path.display()))
+}
+
+/// The step of a checkpoint that was set aside, from its name.
+pub fn step_set_aside(path: &Path) -> Option<u64> {
+    let (name, why) = path.file_name()?.to_str()?.split_once('.')?;
+    let (why, n) = why.split_once('-')?;
+    let known = ["superseded", "damaged"].contains(&why) && n.parse::<u64>().is_ok();
+    known.then(|| step(Path::new(name))).flatten()
+}
+
+/// Where the checkpoint that was at `path` may be now, for an error; empty where nobody knows.
+pub(super) fn set_aside_as(path: &Path) -> String {
+    let (Some(dir), Some(own)) = (path.parent(), step(path)) else { return String::new() };
+    let aside = list(dir).unwrap_or_default().into_iter().filter(|path| step_set_aside(path) == Some(own));
+    let mut aside: Vec<String> = aside.map(|path| path.display().to_string()).collect();
+    aside.sort();
+    if aside.is_empty() { String::new() } else { format!("; it was set aside as {}", aside.join(" and as ")) }
 }
 
 /// What the checkpoint of `step` is called.
@@ -232,7 +307,8 @@ pub fn name(step: u64) -> String {
 
 /// The step of a checkpoint's directory, if it is one.
 pub fn step(path: &Path) -> Option<u64> {
-    path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
+    let digits = path.file_name()?.to_str()?.strip_prefix("step-")?;
+    digits.bytes().all(|digit| digit.is_ascii_digit()).then(|| digits.parse().ok()).flatten()
 }
 
 fn figure(path: &Path) -> Option<f64> {
@@ -261,16 +337,20 @@ mod tests {
         }
         std::fs::create_dir_all(shelf.dir().join("step-000004.damaged-1")).unwrap();
         shelf.prune();
-        let steps: Vec<u64> = shelf.all().iter().filter_map(|path| step(path)).collect();
+        let steps: Vec<u64> = shelf.all().unwrap().iter().filter_map(|path| step(path)).collect();
         assert_eq!(steps, [2, 10, 1_000_000]);
-        assert_eq!(shelf.supersede(9).unwrap().len(), 2);
-        assert_eq!(shelf.all().len(), 1);
+        assert_eq!(shelf.later(9).unwrap().len(), 2);
+        let later = shelf.dir().join(name(10));
+        std::fs::rename(&later, name_aside(&later, "superseded").unwrap()).unwrap();
         assert!(shelf.dir().join("step-000010.superseded-1").exists());
+        assert!(name_aside(&later, "superseded").unwrap().ends_with("step-000010.superseded-2"));
+        assert!(set_aside_as(&later).ends_with("step-000010.superseded-1"), "{}", set_aside_as(&later));
+        std::fs::remove_dir_all(shelf.dir().join(name(1_000_000))).unwrap();
         let plain = Shelf::new(dir.path(), 1, false);
         std::fs::create_dir_all(plain.dir().join(name(3))).unwrap();
         std::fs::create_dir_all(plain.dir().join(".step-000005.partial")).unwrap();
         plain.prune();
-        assert_eq!(plain.all(), [plain.dir().join(name(3))]);
+        assert_eq!(plain.all().unwrap(), [plain.dir().join(name(3))]);
         // A program that died while it replaced one left the old one beside, or both.
         std::fs::create_dir_all(plain.dir().join(".step-000007.replaced")).unwrap();
         std::fs::create_dir_all(plain.dir().join(".step-000003.replaced")).unwrap();
@@ -280,6 +360,9 @@ mod tests {
             .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
             .filter(|name| !name.contains("damaged") && !name.contains("superseded"))
             .collect();
-        assert!(names.len() == 2 && plain.all() == [plain.dir().join(name(3)), plain.dir().join(name(7))], "{names:?}");
+        assert!(
+            names.len() == 2 && plain.all().unwrap() == [plain.dir().join(name(3)), plain.dir().join(name(7))],
+            "{names:?}"
+        );
     }
 }

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::{FORMAT, Identity, JudgeContents, Snapshot, Stored, sums};
 use crate::config::Config;
+use crate::disk;
 use crate::model::export;
 use crate::ops::Frozen;
 use crate::tokens::Tokenizer;
@@ -102,5 +103,6 @@ impl Form {
 /// Writes tensors by name.
 fn save(path: &Path, tensors: &[(String, Frozen)]) -> Result<()> {
     safetensors::serialize_to_file(tensors.iter().map(|(name, one)| (name, one)), None, path)
-        .with_context(|| format!("cannot write {}", path.display()))
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    disk::open_to_umask(path)
 }

@@ -15,6 +15,7 @@ use crate::label::Pairing;
 use crate::label::stage::Wants;
 use crate::prepare::{budget, labeler_bench, prompt_format};
 use crate::say;
+use crate::signals::Interrupted;
 use crate::topology::labelers::labeler_on;
 
 /// Arguments of `preceptor label`.
@@ -95,7 +96,7 @@ impl Label {
             say!("the judge preferred the same position in both orders in {share:.1} % of {} pairs", totals.orders[0]);
         }
         if !whole? {
-            bail!("interrupted; run the same command again to go on");
+            return Err(Interrupted::new("interrupted; run the same command again to continue").into());
         }
         match &totals.first_failure {
             None => Ok(()),

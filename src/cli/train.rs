@@ -9,6 +9,7 @@ use super::ConfigArgs;
 use crate::exit::Ended;
 use crate::run;
 use crate::say;
+use crate::signals::Interrupted;
 
 /// Arguments of `preceptor train`.
 #[derive(Debug, Args)]
@@ -19,7 +20,7 @@ pub struct Train {
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
     /// Goes on with a run: from its latest checkpoint, or from the one given, such as
-    /// --resume=runs/NAME/checkpoints/step-000050. A run that has none yet begins.
+    /// --resume=runs/NAME/checkpoints/step-000050. A run that never had one begins.
     #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, require_equals = true, default_missing_value = "latest")]
     resume: Option<PathBuf>,
     /// Goes on although KEY of the judge, such as labeler.remote.model, differs from the checkpoint's; the keys below KEY are
@@ -36,7 +37,8 @@ impl Train {
     pub fn run(self) -> Result<()> {
         let config = self.config.load()?;
         let accepted = run::resume::Accepted::new(self.accept_change).map_err(Ended::Refused)?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        // The server's tasks run on the worker, and answer while this thread is busy.
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let from = match self.resume {
             None => run::From::Beginning,
             Some(path) if path.as_os_str() == "latest" => run::From::Latest,
@@ -46,8 +48,11 @@ impl Train {
         // A stage that was abandoned, or a checkpoint that was left, must not keep the program from ending.
         runtime.shutdown_background();
         let summary = summary?;
-        let ended = if summary.interrupted { "interrupted" } else { "done" };
-        say!("{ended} after {} steps", summary.steps);
+        if let Some(signal) = summary.interrupted {
+            let text = format!("interrupted after {} steps; --resume continues the run", summary.steps);
+            return Err(Interrupted { signal, text }.into());
+        }
+        say!("done after {} steps", summary.steps);
         Ok(())
     }
 }

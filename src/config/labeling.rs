@@ -91,6 +91,9 @@ pub struct RemoteJudge {
     /// Whether `train`, `check`, `label` and `eval` ask the judge one question before anything else, and refuse to begin
     /// where it gives no answer. Default true.
     pub probe: bool,
+    /// Whether answers of another model than that of the first answer, by the name that the server reports, are accepted.
+    /// Otherwise (default false) the judge counts as away while another model answers.
+    pub any_model: bool,
     /// Answers sampled per question where there are no log-probabilities. Default 5.
     pub votes: usize,
     /// Most requests in flight, of all labeler actors together. Default 8.
@@ -141,6 +144,7 @@ impl Default for RemoteJudge {
             system: None,
             evidence: Evidence::Auto,
             probe: true,
+            any_model: false,
             votes: 5,
             concurrency: 8,
             requests_per_minute: 0,

@@ -39,10 +39,11 @@ where
 
 pub(super) fn run(document: &mut Document) -> Run {
     let mut s = document.section("run");
-    if matches!(s.peek("name"), Some(Value::String(name)) if name.is_empty()) {
-        s.error("name", "is empty; it names a folder");
-    }
+    let named = s.has("name");
     let name = s.required::<String>("name", "a name for the run");
+    if named && name.is_empty() {
+        s.error("name", "it is empty; it names the folder that the run is written to");
+    }
     if !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_') {
         s.error("name", &format!("{name:?} may hold small letters, digits, - and _ only; it names a folder"));
     }

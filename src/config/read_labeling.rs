@@ -113,6 +113,7 @@ fn remote(s: &mut Section<'_>) -> Option<RemoteJudge> {
         system: s.optional("system"),
         evidence: s.choice("evidence", Evidence::Auto),
         probe: s.get("probe", true),
+        any_model: s.get("any_model", false),
         votes: count(&mut s, "votes", default.votes, 1 << 10),
         concurrency: count(&mut s, "concurrency", default.concurrency, 1 << 16),
         requests_per_minute: s.get("requests_per_minute", 0),

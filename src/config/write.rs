@@ -326,6 +326,7 @@ fn remote_table(judge: &RemoteJudge) -> Table {
         ("deadline_s", Value::Float(judge.deadline_s)),
         ("retries", whole(u64::from(judge.retries))),
         ("probe", Value::Boolean(judge.probe)),
+        ("any_model", Value::Boolean(judge.any_model)),
         ("backoff_s", Value::Float(judge.backoff_s)),
         ("max_backoff_s", Value::Float(judge.max_backoff_s)),
         ("breaker_failures", whole(u64::from(judge.breaker_failures))),

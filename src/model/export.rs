@@ -9,9 +9,9 @@ use serde_json::json;
 
 use super::config::Head;
 use super::{ModelConfig, Weights};
+use crate::disk;
 
 /// Writes `config.json`, `generation_config.json` and `model.safetensors` into `dir`, which must exist.
-/// The files reach the disk before this returns.
 ///
 /// # Errors
 /// Names the file that cannot be written.
@@ -51,7 +51,7 @@ fn write_described(
     write_tensors(&dir.join("model.safetensors"), weights, dtype)
 }
 
-/// Writes tensors by name and waits until they are on the disk.
+/// Writes tensors by name.
 ///
 /// # Errors
 /// Names the file that cannot be written.
@@ -63,21 +63,13 @@ pub fn write_tensors(path: &Path, weights: &Weights, dtype: DType) -> Result<()>
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(tensors, Some(metadata), path)
         .with_context(|| format!("cannot write {}", path.display()))?;
-    sync(path)
+    disk::open_to_umask(path)
 }
 
-/// Writes pretty JSON and waits until it is on the disk.
+/// Writes pretty JSON.
 ///
 /// # Errors
 /// Names the file that cannot be written.
 pub fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
-    std::fs::write(path, serde_json::to_vec_pretty(value)?)
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    sync(path)
-}
-
-fn sync(path: &Path) -> Result<()> {
-    std::fs::File::open(path)
-        .and_then(|file| file.sync_all())
-        .with_context(|| format!("cannot sync {}", path.display()))
+    std::fs::write(path, serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", path.display()))
 }

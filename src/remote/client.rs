@@ -61,6 +61,8 @@ struct Evidence {
     answered: Option<Duration>,
     /// When the control question was last sent in vain.
     in_vain: Option<Duration>,
+    /// The model of the first answer, by the name that the server reported.
+    model: Option<String>,
 }
 
 impl Evidence {
@@ -133,7 +135,8 @@ impl Client {
     ///
     /// A failure of the server or the network is tried again up to `retries` times within `deadline_s`; a rate limit is
     /// waited for and counts as no try. Then, or at once after a refusal, the client finds out whether the server answers
-    /// other questions. If it does, this question is given up. If it does not, the server is away: all questions wait for
+    /// other questions. If it does, this question is asked as often once more and then given up; after a refusal that is
+    /// about the question itself (400, 413, 422), at once. If it does not, the server is away: all questions wait for
     /// it, up to `outage_s` from the first failure on, and are asked again once it answers.
     ///
     /// # Errors
@@ -143,10 +146,11 @@ impl Client {
     pub async fn ask(&self, request: &Request, usage: &mut Usage) -> Reply<Answer> {
         let mut request = request.clone();
         let mut tries = self.tries();
-        let mut asked = false;
+        // Whether the server was seen to answer other questions when the tries began.
+        let (mut asked, mut answering) = (false, false);
         loop {
             if self.admitted(asked).await? {
-                tries = self.tries();
+                (answering, tries) = (false, self.tries());
             }
             self.paced(&request).await?;
             let (outcome, answer) = self.send(&request, usage).await?;
@@ -175,16 +179,18 @@ impl Client {
                 continue;
             }
             if self.answers_others(ended, usage).await? {
-                if refuses || spent {
-                    return Err(Refusal::Abstention(format!(
-                        "{words}; it answers other questions (this one was asked {} times)",
-                        tries.failed
-                    )));
+                // The tries so far may have met the end of an outage. Those that begin now are held against the question.
+                if outcome.is_about_the_question() || (answering && (refuses || spent)) {
+                    return Err(Refusal::Abstention(format!("{words}; it answers other questions")));
+                }
+                if !answering && (refuses || spent) {
+                    (answering, tries) = (true, self.tries());
                 }
                 telemetry::judge_retry();
                 self.rest(again).await?;
                 continue;
             }
+            answering = false;
             self.lock(&self.breaker).trip(self.now());
             if self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
                 return Err(self.gave_up());
@@ -492,13 +498,20 @@ impl Client {
             bytes = key.hide(bytes);
         }
         match status {
-            200..=299 => read(&bytes, request).map_err(Outcome::Malformed),
+            200..=299 => read(&bytes, request).map_err(Outcome::Malformed).and_then(|answer| self.of_the_judge(answer)),
             402 => Err(Outcome::Quota(status, sentence(&bytes))),
             429 if reports_quota(&bytes) => Err(Outcome::Quota(status, sentence(&bytes))),
             429 => Err(Outcome::RateLimited(wait, sentence(&bytes))),
             500.. => Err(Outcome::Server(status, wait, sentence(&bytes))),
             _ => Err(Outcome::Refused(status, sentence(&bytes))),
         }
+    }
+
+    /// Lets an answer through that is of the same model as the first one: a server may be started again with another.
+    fn of_the_judge(&self, answer: Answer) -> Result<Answer, Outcome> {
+        let Some(is) = answer.model.clone().filter(|_| !self.judge.any_model) else { return Ok(answer) };
+        let was = self.lock(&self.evidence).model.get_or_insert_with(|| is.clone()).clone();
+        if was == is { Ok(answer) } else { Err(Outcome::OtherModel(was, is)) }
     }
 
     /// Whether the server refused the number of log-probabilities, and may give fewer.

@@ -20,6 +20,8 @@ pub enum Outcome {
     /// Another status from 400 to 499, with the server's sentence; or one from 300 to 399, with the address that the server
     /// redirects to. No redirect is followed.
     Refused(u16, String),
+    /// An answer of another model than that of the first answer: the names of both.
+    OtherModel(String, String),
     /// A status from 500 up, with the time that the server asked for and its sentence.
     Server(u16, Option<Duration>, String),
     /// A second request for the same question was answered first.
@@ -47,6 +49,7 @@ impl Outcome {
             Self::Malformed(_) => "malformed",
             Self::RateLimited(..) => "rate_limited",
             Self::Quota(..) => "quota",
+            Self::OtherModel(..) => "other_model",
             Self::Refused(300..=399, _) => "http_3xx",
             Self::Refused(..) => "http_4xx",
             Self::Server(..) => "http_5xx",
@@ -55,13 +58,14 @@ impl Outcome {
     }
 
     /// All names.
-    pub const NAMES: [&str; 10] = [
+    pub const NAMES: [&str; 11] = [
         "ok",
         "timeout",
         "connection",
         "malformed",
         "rate_limited",
         "quota",
+        "other_model",
         "http_3xx",
         "http_4xx",
         "http_5xx",
@@ -74,10 +78,15 @@ impl Outcome {
             Self::RateLimited(..) => Nature::Limited,
             Self::Refused(408 | 409 | 425, _) => Nature::Passing,
             // Not implemented: the server will not learn it by itself.
-            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Quota(..) => Nature::Refusal,
+            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Quota(..) | Self::OtherModel(..) => Nature::Refusal,
             Self::Ok | Self::HedgedAway | Self::Timeout | Self::Connection(_) | Self::Malformed(_) => Nature::Passing,
             Self::Server(..) => Nature::Passing,
         }
+    }
+
+    /// Returns whether the server refuses this question, by the meaning of the status, rather than all of its client's.
+    pub fn is_about_the_question(&self) -> bool {
+        matches!(self, Self::Refused(400 | 413 | 414 | 422 | 431 | 451, _))
     }
 
     /// Returns whether the circuit breaker counts the exchange as a success: the server is reachable and works.
@@ -85,7 +94,7 @@ impl Outcome {
         match self {
             Self::Ok | Self::HedgedAway => true,
             Self::Timeout | Self::Connection(_) | Self::Malformed(_) | Self::Server(..) => false,
-            Self::RateLimited(..) | Self::Quota(..) | Self::Refused(..) => true,
+            Self::RateLimited(..) | Self::Quota(..) | Self::Refused(..) | Self::OtherModel(..) => true,
         }
     }
 
@@ -122,6 +131,9 @@ impl Outcome {
                 )
             }
             Self::Refused(status, why) => format!("refused the request ({})", with(&status.to_string(), why)),
+            Self::OtherModel(was, is) => format!(
+                "answers as model {is:?} now, and answered as {was:?} before; bring that model back, or set labeler.remote.any_model = true to accept whichever answers"
+            ),
             Self::Server(status, _, why) => format!("failed ({})", with(&status.to_string(), why)),
             Self::HedgedAway => "was overtaken".into(),
         }
@@ -197,6 +209,7 @@ mod tests {
             (Outcome::Refused(400, none()), Nature::Refusal),
             (Outcome::Refused(401, none()), Nature::Refusal),
             (Outcome::Refused(307, none()), Nature::Refusal),
+            (Outcome::OtherModel("a".into(), "b".into()), Nature::Refusal),
             (Outcome::Refused(408, none()), Nature::Passing),
         ] {
             assert_eq!(outcome.nature(), nature, "{outcome:?}");

@@ -121,6 +121,8 @@ pub struct Answer {
     pub prompt_tokens: u64,
     /// Tokens written.
     pub completion_tokens: u64,
+    /// The model that answered, by the name that the server reports.
+    pub model: Option<String>,
 }
 
 /// Reads a body. What is missing, of another type or no number is an error in words, never a guess.
@@ -149,6 +151,7 @@ pub fn read(body: &[u8], request: &Request) -> Result<Answer, String> {
     Ok(Answer {
         prompt_tokens: usage("prompt_tokens").unwrap_or_else(|| estimate(&request.prompt)),
         completion_tokens: usage("completion_tokens").unwrap_or_else(|| estimate(&text)),
+        model: value["model"].as_str().filter(|name| !name.is_empty()).map(excerpt),
         text,
         first_token,
     })

@@ -2,25 +2,22 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use preceptor_actors::Outcome;
-use tokio::runtime::Handle;
 
-use super::supervise::{Signals, Stop, unless_left};
+use super::insist::insist;
+use super::supervise::{Stop, new_signal, unless_left};
 use super::watcher::Watcher;
 use super::{Summary, lock, reference};
-use crate::checkpoint::{Form, Shelf, Snapshot};
+use crate::checkpoint::{Form, Shelf};
 use crate::exit::Ended;
 use crate::learn::publish::publish;
 use crate::monitor::Monitor;
 use crate::say;
 use crate::telemetry;
 use crate::topology::Node;
-
-/// How long the end of a run waits between two tries to write its checkpoint.
-const PAUSE: Duration = Duration::from_secs(10);
 
 /// How long the end of a run waits for an evaluation under way.
 const LAST_EVALUATION: Duration = Duration::from_secs(60);
@@ -42,7 +39,7 @@ impl Conclusion {
     /// while or until it is left.
     pub(super) async fn conclude(self, outcome: Outcome) -> Result<Summary> {
         let (stop, watcher, written) = (self.stop.clone(), Arc::clone(&self.watcher), Arc::clone(&self.written));
-        let concluded = match unless_left(&stop, move || self.checkpoint(outcome)).await? {
+        let concluded = match unless_left(&stop, "the last checkpoint", move || self.checkpoint(outcome)).await? {
             Some(concluded) => concluded,
             None => match written.get() {
                 Some(path) => bail!("left before {} was copied to checkpoint.mirror", path.display()),
@@ -56,7 +53,7 @@ impl Conclusion {
             tokio::select! {
                 // Its thread ends with the program.
                 _ = tokio::task::spawn_blocking(move || evaluator.finish(LAST_EVALUATION)) => {}
-                () = async { Signals::listen().next().await } => {}
+                () = new_signal() => {}
             }
         }
         concluded
@@ -65,11 +62,7 @@ impl Conclusion {
     /// On a thread that may wait for the disk, within a tokio runtime.
     fn checkpoint(&self, outcome: Outcome) -> Result<Summary> {
         lock(&self.watcher).writer.finish();
-        let (step, snapshot) = match self.snapshot() {
-            Ok((step, snapshot)) => (step, Ok(snapshot)),
-            Err(error) => (lock(&self.watcher).step, Err(error)),
-        };
-        let written = snapshot.and_then(|snapshot| self.put(&snapshot));
+        let (step, written) = self.write();
         if let Ok(path) = &written {
             say!("checkpoint {}", path.display());
         }
@@ -99,8 +92,13 @@ impl Conclusion {
                     ))
                     .into());
                 }
-                let interrupted = self.stop.asked() && step < self.node.config.run.steps;
-                if !interrupted {
+                if step >= self.node.config.run.steps
+                    && let Some(why) = lock(&self.watcher).guard.learned_nothing()
+                {
+                    return Err(Ended::Stopped(format!("the run learned nothing: {why}")).into());
+                }
+                let interrupted = self.stop.signal().filter(|_| step < self.node.config.run.steps);
+                if interrupted.is_none() {
                     lock(&self.watcher).rise();
                 }
                 Ok(Summary { steps: step, checkpoint: written?, interrupted })
@@ -115,58 +113,50 @@ impl Conclusion {
         }
     }
 
-    /// The run as it ended.
-    fn snapshot(&self) -> Result<(u64, Snapshot)> {
+    /// Writes the run as it ended. Returns its step, and the checkpoint.
+    fn write(&self) -> (u64, Result<PathBuf>) {
+        let known = lock(&self.watcher).step;
+        if let Some(path) = self.written.get() {
+            return (known, Ok(self.copied(path.clone())));
+        }
         let mut state = match self.node.state.try_lock() {
             Ok(state) => state,
             // A panic elsewhere in the learner leaves the weights whole; `stepping` tells when it does not.
             Err(TryLockError::Poisoned(state)) => state.into_inner(),
             Err(TryLockError::WouldBlock) => {
-                bail!("the learner did not stop and still holds the weights; the last checkpoint before stands")
+                let held = "the learner did not stop and still holds the weights; the last checkpoint before stands";
+                return (known, Err(anyhow!(held)));
             }
         };
         if state.stepping {
-            bail!("the weights are half updated and are not saved; the last checkpoint before stands");
+            let half = "the weights are half updated and are not saved; the last checkpoint before stands";
+            return (known, Err(anyhow!(half)));
         }
         // What failed between a step and its publication leaves a step that is in no file.
-        publish(&mut state, &self.node.cell, &*self.node.observer)?;
-        Ok((state.step, lock(&self.watcher).snapshot(&state)?))
+        if let Err(error) = publish(&mut state, &self.node.cell, &*self.node.observer) {
+            return (known, Err(error));
+        }
+        let written = insist(self.node.config.checkpoint.retry_s, || {
+            let snapshot = lock(&self.watcher).last_snapshot(&state)?;
+            self.shelf.put(&self.form, &snapshot)
+        });
+        let path = written.map(|written| {
+            self.monitor.checkpointed(written.took, written.bytes);
+            // It is set once, by who comes here once.
+            let _ = self.written.set(written.path.clone());
+            self.copied(written.path)
+        });
+        (state.step, path)
     }
 
-    /// Writes it, again and again if the disk is full, until the configured time is over or somebody gives up.
-    fn put(&self, snapshot: &Snapshot) -> Result<PathBuf> {
-        let until = Instant::now() + Duration::from_secs_f64(self.node.config.checkpoint.retry_s);
-        let mut signals = Handle::current().block_on(async { Signals::listen() });
-        loop {
-            let error = match self.shelf.put(&self.form, snapshot) {
-                Ok(written) => {
-                    self.monitor.checkpointed(written.took, written.bytes);
-                    // It is set once, by who comes here once.
-                    let _ = self.written.set(written.path.clone());
-                    if let Err(error) = self.shelf.copy(&written.path) {
-                        telemetry::disk_error();
-                        say!("{error:#}; the original is in {}", written.path.display());
-                    }
-                    let run = lock(&lock(&self.watcher).files).dir().to_owned();
-                    reference::copy(&run, &self.shelf);
-                    return Ok(written.path);
-                }
-                Err(error) => error,
-            };
+    /// Copies the checkpoint at `path`, and the fine-tuned policy, to the mirror.
+    fn copied(&self, path: PathBuf) -> PathBuf {
+        if let Err(error) = self.shelf.copy(&path) {
             telemetry::disk_error();
-            if Instant::now() >= until {
-                return Err(error);
-            }
-            say!("{error:#}; it is tried again in {} s; Ctrl-C gives up", PAUSE.as_secs());
-            let given_up = Handle::current().block_on(async {
-                tokio::select! {
-                    () = tokio::time::sleep(PAUSE) => false,
-                    () = signals.next() => true,
-                }
-            });
-            if given_up {
-                return Err(error);
-            }
+            say!("{error:#}; the original is in {}", path.display());
         }
+        let run = lock(&lock(&self.watcher).files).dir().to_owned();
+        reference::copy(&run, &self.shelf);
+        path
     }
 }

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::log::Log;
 use crate::config::Config;
+use crate::disk;
 use crate::evaluate::answers::answers;
 use crate::evaluate::win_rate::outcome;
 use crate::generate::sampler::Sampling;
@@ -28,7 +29,7 @@ use crate::topology::labelers::labeler;
 use crate::topology::sampling;
 
 /// Name of its file in the run's directory.
-const NAME: &str = "evaluations.jsonl";
+pub(super) const NAME: &str = "evaluations.jsonl";
 
 /// What one evaluation came to.
 #[derive(Debug, Clone, PartialEq)]
@@ -112,10 +113,23 @@ impl Evaluator {
 /// The file, without what comes after `step`.
 fn open(dir: &Path, step: u64) -> Result<Log> {
     let path = dir.join(NAME);
-    let before = if path.exists() { std::fs::read_to_string(&path)? } else { String::new() };
-    let of = |line: &&str| serde_json::from_str::<Value>(line).is_ok_and(|one| one["step"].as_u64() <= Some(step));
-    let kept: usize = before.lines().take_while(of).map(|line| line.len() + 1).sum();
-    Log::open(&path, kept as u64)
+    Log::open(&path, length(&path, step)?)
+}
+
+/// Bytes of the evaluations up to `step` that the file at `path` begins with.
+///
+/// # Errors
+/// Names the file that cannot be read.
+pub(super) fn length(path: &Path, step: u64) -> Result<u64> {
+    if disk::length(path)?.is_none() {
+        return Ok(0);
+    }
+    let before = std::fs::read(path).map_err(|error| disk::cannot("read", path, error))?;
+    let of = |line: &&[u8]| {
+        line.ends_with(b"\n")
+            && serde_json::from_slice::<Value>(line).is_ok_and(|one| one["step"].as_u64().is_some_and(|at| at <= step))
+    };
+    Ok(before.split_inclusive(|byte| *byte == b'\n').take_while(of).map(|line| line.len() as u64).sum())
 }
 
 impl Evaluated {

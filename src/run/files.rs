@@ -4,9 +4,10 @@ use std::fs::{File, TryLockError};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Map, Value, json};
 
+use super::begin;
 use super::journal;
 use super::log::Log;
 use super::phases;
@@ -15,17 +16,22 @@ use super::rotating::{Bounds, Rotating};
 use super::tensorboard::Events;
 use crate::checkpoint::Lengths;
 use crate::config::Config;
+use crate::disk;
+use crate::fault;
 use crate::learn::Done;
 use crate::learn::StepRecord;
 use crate::monitor::samples;
 use crate::rollout::Rewarded;
 use crate::say;
 
+/// The file of samples to read, in a run's directory.
+pub(super) const SAMPLES: &str = "samples.jsonl";
+
 /// A run's directory, which one process has at a time.
 pub struct RunDir {
     path: PathBuf,
     /// Held as long as the run lasts.
-    _lock: File,
+    _locks: [File; 2],
 }
 
 impl RunDir {
@@ -38,7 +44,7 @@ impl RunDir {
         let Some(path) = explicit else { return Self::hold(free(Path::new("runs"), &config.run.name)) };
         let dir = Self::hold(path)?;
         ensure!(
-            !dir.is_begun(),
+            !dir.is_begun()?,
             "{} holds a run already; go on with it by --resume, give another --run-dir, or remove it",
             dir.path.display()
         );
@@ -56,16 +62,22 @@ impl RunDir {
     }
 
     fn hold(path: PathBuf) -> Result<Self> {
-        std::fs::create_dir_all(&path).with_context(|| format!("cannot make the run directory {}", path.display()))?;
+        std::fs::create_dir_all(&path).map_err(|error| disk::cannot("make the run directory", &path, error))?;
+        let busy = || anyhow!("another process works on the run in {}; wait for it, or stop it", path.display());
         let lock = path.join("run.lock");
-        let file = File::create(&lock).with_context(|| format!("cannot write {}", lock.display()))?;
+        disk::length(&lock)?;
+        let file = File::create(&lock).map_err(|error| disk::cannot("write", &lock, error))?;
         match file.try_lock() {
-            Ok(()) => Ok(Self { path, _lock: file }),
-            Err(TryLockError::WouldBlock) => {
-                bail!("another process works on the run in {}; wait for it, or stop it", path.display())
-            }
-            Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", lock.display())),
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(busy()),
+            Err(TryLockError::Error(error)) => return Err(disk::cannot("lock", &lock, error)),
         }
+        // Somebody may remove the file. Not every file system locks a directory; then the file alone has to do.
+        let folder = File::open(&path).map_err(|error| disk::cannot("open", &path, error))?;
+        if let Err(TryLockError::WouldBlock) = folder.try_lock() {
+            return Err(busy());
+        }
+        Ok(Self { path, _locks: [file, folder] })
     }
 
     /// Where it is.
@@ -74,9 +86,13 @@ impl RunDir {
     }
 
     /// Whether a run has begun in it.
-    fn is_begun(&self) -> bool {
-        std::fs::metadata(self.path.join("metrics.jsonl")).is_ok_and(|metadata| metadata.len() > 0)
-            || ["checkpoints", phases::FINE_TUNING].iter().any(|name| self.path.join(name).exists())
+    fn is_begun(&self) -> Result<bool> {
+        for name in ["checkpoints", phases::FINE_TUNING] {
+            if disk::exists(&self.path.join(name))? {
+                return Ok(true);
+            }
+        }
+        Ok(!begin::steps(&self.path)?.is_empty())
     }
 }
 
@@ -102,7 +118,7 @@ impl RunFiles {
     /// Names the file that cannot be opened or is shorter than it was.
     pub fn open(config: &Config, dir: RunDir, lengths: Lengths, step: u64) -> Result<Self> {
         let path = dir.path.join("config.toml");
-        std::fs::write(&path, config.to_toml()).with_context(|| format!("cannot write {}", path.display()))?;
+        disk::replace(&path, config.to_toml().as_bytes())?;
         let log = |name: &str, length| Log::open(&dir.path.join(name), length);
         let closed = journal::closed_before(&dir.path.join(journal::NAME), lengths.journal)?;
         let journal = config.checkpoint.journal.then(|| log(journal::NAME, lengths.journal)).transpose()?;
@@ -116,7 +132,7 @@ impl RunFiles {
         let events = config.run.tensorboard.then(|| Events::open(&dir.path, records(metrics.path())?)).transpose()?;
         Ok(Self {
             metrics,
-            samples: Rotating::open(&dir.path.join("samples.jsonl"), step, bounds)?,
+            samples: Rotating::open(&dir.path.join(SAMPLES), step, bounds)?,
             phases: log("phases.jsonl", lengths.phases)?,
             journal,
             journal_most: config.checkpoint.journal_max_bytes,
@@ -244,6 +260,16 @@ impl RunFiles {
         Ok((lengths, paths))
     }
 
+    /// Writes what waits for any of the files, those that are made again when the run is resumed included.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn flush(&mut self) -> Result<()> {
+        fault::point("files.flush")?;
+        self.lengths()?;
+        self.events.as_mut().map_or(Ok(()), Events::flush)
+    }
+
     /// Appends figures of a phase before training to `phases.jsonl`.
     ///
     /// # Errors
@@ -257,7 +283,7 @@ impl RunFiles {
     /// # Errors
     /// Names the file that cannot be written.
     pub fn last_metrics(&self, text: &str) -> Result<()> {
-        std::fs::write(self.dir().join("metrics.prom"), text).with_context(|| self.cannot("metrics.prom"))
+        disk::replace(&self.dir().join("metrics.prom"), text.as_bytes())
     }
 
     /// Saves a batch whose gradient was not finite, for study.
@@ -269,10 +295,6 @@ impl RunFiles {
         std::fs::write(&path, serde_json::to_vec(batch)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
-    }
-
-    fn cannot(&self, file: &str) -> String {
-        format!("cannot write {}", self.dir().join(file).display())
     }
 }
 

@@ -18,6 +18,9 @@ pub(super) struct Guard {
     beyond: BTreeMap<&'static str, u64>,
     /// Steps in a row without a single label.
     unlabeled: u64,
+    /// Steps taken, and those that changed the weights, of earlier processes too.
+    steps: u64,
+    applied: u64,
     /// Why groups were masked in this process, with how many of them.
     reasons: BTreeMap<String, u64>,
 }
@@ -43,7 +46,7 @@ impl Guard {
     /// Watches a run of batches of `batch_groups` groups.
     pub(super) fn new(bounds: Bounds, batch_groups: u64) -> Self {
         let beyond = Self::NAMES.map(|name| (name, 0)).into();
-        Self { bounds, batch_groups, beyond, unlabeled: 0, reasons: BTreeMap::new() }
+        Self { bounds, batch_groups, beyond, unlabeled: 0, steps: 0, applied: 0, reasons: BTreeMap::new() }
     }
 
     /// Names of the bounds, as metrics give them.
@@ -67,6 +70,14 @@ impl Guard {
     /// Returns whether the bound `name` is exceeded for as many steps as the configuration asks for.
     pub(super) fn exceeded(&self, name: &str) -> bool {
         self.beyond.get(name).is_some_and(|steps| *steps >= self.bounds.steps)
+    }
+
+    /// Returns why the run is a failure although it took its steps: none of them changed the weights.
+    pub(super) fn learned_nothing(&self) -> Option<String> {
+        (self.steps > 0 && self.applied == 0).then(|| {
+            let why = self.summary().map_or(String::new(), |why| format!(": {why}"));
+            format!("none of {} steps changed the weights{why}", self.steps)
+        })
     }
 
     /// Returns the most frequent reasons for which groups were masked, with how often each came up.
@@ -127,6 +138,8 @@ impl Guard {
 
     fn take(&mut self, record: &Map<String, Value>, unlabeled: bool) -> Finding {
         let mut finding = Finding::default();
+        self.steps += 1;
+        self.applied += u64::from(record.get("applied") == Some(&Value::Bool(true)));
         for Bound { name, exceeded, words, remedy } in self.bounds(record) {
             let steps = self.beyond.entry(name).or_default();
             *steps = if exceeded { *steps + 1 } else { 0 };
@@ -136,8 +149,12 @@ impl Guard {
             let text = format!("{words}, for {steps} steps in a row: {remedy}");
             match self.bounds.action {
                 GuardAction::Stop => drop(finding.stop.get_or_insert(format!("{text} (guard.action = \"stop\")"))),
-                // Once, and again each time that as many steps have passed.
-                GuardAction::Warn if steps.is_multiple_of(self.bounds.steps) => finding.warnings.push(text),
+                // Once, and again when twice as many steps have passed.
+                GuardAction::Warn
+                    if (*steps / self.bounds.steps).is_power_of_two() && steps.is_multiple_of(self.bounds.steps) =>
+                {
+                    finding.warnings.push(text);
+                }
                 GuardAction::Warn => {}
             }
         }
@@ -195,12 +212,20 @@ mod tests {
             let found = warned.step(&bad, &[]);
             assert!(found.warnings.len() == 1 && found.warnings[0].contains(words), "{found:?}");
             assert_eq!(found.stop, None);
-            assert_eq!(warned.step(&bad, &[]).warnings.len(), 0, "not at every step");
-            assert_eq!(warned.step(&bad, &[]).warnings.len(), 1);
+            let later: Vec<usize> = (3..=9).map(|_| warned.step(&bad, &[]).warnings.len()).collect();
+            assert_eq!(later, [0, 1, 0, 0, 0, 1, 0], "steps 3 to 9: after 4 and 8, not at every step");
             let mut stopped = guard(GuardAction::Stop);
             stopped.recall(&bad);
             assert!(stopped.step(&bad, &[]).stop.unwrap().contains(words), "steps of an earlier process count");
         }
+        let mut idle = guard(GuardAction::Warn);
+        assert_eq!(idle.learned_nothing(), None, "no step was taken");
+        idle.recall(&record(0.0, 1.0, 4));
+        assert!(idle.learned_nothing().unwrap().contains("none of 1 steps"));
+        let mut learned = record(0.0, 1.0, 0);
+        learned.insert("applied".into(), json!(true));
+        idle.step(&learned, &[]);
+        assert_eq!(idle.learned_nothing(), None);
         let off = Bounds { max_kl: 0.0, min_entropy: 0.0, max_masked: 1.0, ..guard(GuardAction::Stop).bounds };
         let mut off = Guard::new(off, 4);
         for _ in 0..9 {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::disk;
 use crate::fault;
 
 /// Bytes that wait for room on the disk before more are refused.
@@ -28,13 +29,13 @@ impl Log {
     /// # Errors
     /// A file that cannot be opened, or that is shorter.
     pub fn open(path: &Path, length: u64) -> Result<Self> {
-        let length = if path.exists() { length } else { 0 };
+        let length = if disk::length(path)?.is_some() { length } else { 0 };
         let mut file = OpenOptions::new()
             .create(true)
             .truncate(false)
             .write(true)
             .open(path)
-            .with_context(|| format!("cannot open {}", path.display()))?;
+            .map_err(|error| disk::cannot("open", path, error))?;
         let found = file.metadata()?.len();
         ensure!(
             found >= length,

@@ -11,12 +11,15 @@ use preceptor_actors::{GraphBuilder, Outcome, StageResult, spawn_graph};
 use serde_json::{Value, json};
 
 use super::files::RunFiles;
+use super::insist::insist;
 use super::resume::Accepted;
 use super::supervise::{Stop, graph_options, supervise, unless_left};
 use super::watcher::Due;
-use super::{announce, lock, resume};
+use super::{announce, lock, reference, resume};
+use crate::checkpoint::shelf::Latest;
 use crate::checkpoint::{Form, Identity, JudgeContents, Opened, Shelf, Snapshot, Writer};
 use crate::config::Config;
+use crate::disk;
 use crate::exit::Ended;
 use crate::learn::TrainState;
 use crate::ledger::Book;
@@ -27,6 +30,7 @@ use crate::reward::trainer::TrainerStep;
 use crate::reward::warm_up::WarmUpObserver;
 use crate::say;
 use crate::sft::SftObserver;
+use crate::signals::Interrupted;
 use crate::telemetry;
 use crate::topology::learning::{adam, lora};
 use crate::topology::{Node, wire_fine_tuning};
@@ -89,20 +93,26 @@ impl WarmUpObserver for Notes {
 pub(super) const FINE_TUNING: &str = "fine-tuning";
 
 /// Whether fine-tuning was begun in `run`, and is not done.
-pub(super) fn is_under_way(run: &Path) -> bool {
-    run.join(FINE_TUNING).exists()
-}
-
-/// How far fine-tuning was when it was broken off, where the configuration asks for it.
 ///
 /// # Errors
-/// Checkpoints of it of which none can be used, or which are of another configuration.
-pub(super) fn half_tuned(config: &Config, run: &Path, accepted: &Accepted) -> Result<Option<Opened>> {
-    if config.sft.steps == 0 {
-        return Ok(None);
-    }
-    let half = shelf(run).latest(|line| say!("{line}"))?;
+/// A directory that cannot be read.
+pub(super) fn is_under_way(run: &Path) -> Result<bool> {
+    disk::exists(&run.join(FINE_TUNING))
+}
+
+/// How far fine-tuning from and on `base` was when it was broken off, and the checkpoints of it that are damaged.
+///
+/// # Errors
+/// Checkpoints of it of which none can be used, or which are of another configuration, model or data.
+pub(super) fn half_tuned(
+    config: &Config,
+    base: &Identity,
+    run: &Path,
+    accepted: &Accepted,
+) -> Result<(Option<Opened>, Vec<PathBuf>)> {
+    let Latest { checkpoint: half, damaged } = shelf(run).latest(|line| say!("{line}"))?;
     if let Some(half) = &half {
+        half.suits(base)?;
         say!("resuming  {}", half.path().display());
         let place = run.join(FINE_TUNING);
         let changes = resume::compare(half, config, accepted)
@@ -111,7 +121,7 @@ pub(super) fn half_tuned(config: &Config, run: &Path, accepted: &Accepted) -> Re
             say!("{}", change.line());
         }
     }
-    Ok(half)
+    Ok((half, damaged))
 }
 
 /// Fine-tuning is done, and its result is kept in `run`: what was half of it is of no use any more.
@@ -163,7 +173,7 @@ impl Tuning {
     }
 
     /// Writes how far it came, unless the weights are half updated or held by a learner that did not stop.
-    fn keep(&self, state: &Mutex<TrainState>, shelf: &Shelf, form: &Form) -> Option<PathBuf> {
+    fn keep(&self, state: &Mutex<TrainState>, shelf: &Shelf, form: &Form, retry_s: f64) -> Option<PathBuf> {
         let state = match state.try_lock() {
             Ok(state) => state,
             Err(TryLockError::Poisoned(state)) => state.into_inner(),
@@ -172,10 +182,9 @@ impl Tuning {
         if state.step == 0 || state.stepping {
             return None;
         }
-        match self.snapshot(&state).and_then(|snapshot| shelf.put(form, &snapshot)) {
+        match insist(retry_s, || shelf.put(form, &self.snapshot(&state)?)) {
             Ok(written) => Some(written.path),
             Err(error) => {
-                telemetry::disk_error();
                 say!("{error:#}");
                 None
             }
@@ -202,7 +211,6 @@ pub(super) async fn fine_tune(
     let mut state = TrainState::new(prepared.policy(), adam(config), None, lora(config).as_ref())?;
     let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
     if let Some(half) = half {
-        half.suits(&identity)?;
         half.restore(&mut state, None)?;
     }
     let state = Arc::new(Mutex::new(state));
@@ -226,21 +234,54 @@ pub(super) async fn fine_tune(
     })
     .await;
     let (last, failed) = ((Arc::clone(&tuning), Arc::clone(&state)), ended.is_err());
-    let kept = unless_left(stop, move || {
+    let retry_s = config.checkpoint.retry_s;
+    let kept = unless_left(stop, "the checkpoint of fine-tuning", move || {
         lock(&last.0).writer.finish();
-        if failed { lock(&last.0).keep(&last.1, &shelf, &form) } else { None }
+        if failed { lock(&last.0).keep(&last.1, &shelf, &form, retry_s) } else { None }
     })
     .await?;
     match (ended, kept) {
         (Ok(()), Some(_)) => {}
-        (Err(error), Some(Some(path))) => bail!("{error:#}; --resume goes on from {}", path.display()),
-        (Err(error), _) => bail!("{error:#}; --resume goes on from its last checkpoint, or begins it anew"),
+        (Err(error), Some(Some(path))) => {
+            return Err(with(error, &format!("--resume goes on from {}", path.display())));
+        }
+        (Err(error), _) => return Err(with(error, "--resume goes on from its last checkpoint, or begins it anew")),
         (Ok(()), None) => bail!("left before fine-tuning was kept; --resume goes on from its last checkpoint"),
     }
     let policy = lock(&state).snapshot()?;
     let identity = policy.weights().fingerprint()?;
     let Ok(prepared) = Arc::try_unwrap(prepared) else { bail!("supervised fine-tuning still holds the data") };
     Ok(Prepared { policy: Some(policy), identity, ..prepared })
+}
+
+/// Keeps the fine-tuned policy, tuned from and on `base`; where the disk is full, waits for room.
+///
+/// # Errors
+/// Names what cannot be written; an interruption, after which a resumed run begins with what was kept.
+pub(super) async fn keep(
+    config: &Arc<Config>,
+    base: Identity,
+    prepared: Prepared,
+    files: &Arc<Mutex<RunFiles>>,
+    stop: &Stop,
+) -> Result<Prepared> {
+    let (settings, shared) = (Arc::clone(config), Arc::clone(files));
+    let kept = unless_left(stop, "the fine-tuned policy", move || {
+        insist(settings.checkpoint.retry_s, || reference::keep(&settings, &base, &prepared, &mut lock(&shared)))?;
+        anyhow::Ok(prepared)
+    })
+    .await?;
+    let Some(kept) = kept else {
+        let text = "left before the fine-tuned policy was kept; --resume goes on from fine-tuning's last checkpoint, or begins it anew";
+        return Err(Interrupted::new(text).into());
+    };
+    let kept = kept?;
+    if stop.asked() {
+        let place = reference::place(lock(files).dir());
+        let text = format!("interrupted after supervised fine-tuning; --resume goes on from {}", place.display());
+        return Err(Interrupted::new(text).into());
+    }
+    Ok(kept)
 }
 
 /// Warms the reward model up: on a file of preferences, or on what the policy writes and the labeler judges.
@@ -261,10 +302,18 @@ pub(super) async fn warm_up(
     })
     .await
     .map_err(|error| {
-        let text = format!("{error:#}; --resume begins it again, and asks for no label again that was kept");
+        let more = "--resume begins it again, and asks for no label again that was kept";
         let stopped = node.prepared.budget.as_ref().is_some_and(|budget| budget.exhausted());
-        if stopped { Ended::Stopped(text).into() } else { anyhow!(text) }
+        if stopped { Ended::Stopped(format!("{error:#}; {more}")).into() } else { with(error, more) }
     })
+}
+
+/// `error` with the remedy `more`; an interruption stays one.
+fn with(error: anyhow::Error, more: &str) -> anyhow::Error {
+    match error.downcast::<Interrupted>() {
+        Ok(Interrupted { signal, text }) => Interrupted { signal, text: format!("{text}; {more}") }.into(),
+        Err(error) => anyhow!("{error:#}; {more}"),
+    }
 }
 
 /// Runs a phase's graph to its end.
@@ -282,10 +331,12 @@ async fn run(
     let outcome = supervise(&graph, stop, progress, monitor, None).await;
     progress.finish();
     match outcome {
-        _ if stop.asked() => bail!("interrupted during {phase}"),
+        // A phase that is complete is kept, though a signal came meanwhile.
+        Outcome::Finished => Ok(()),
+        _ if stop.asked() => Err(Interrupted::new(format!("interrupted during {phase}")).into()),
         Outcome::Failed { stage, error, restarts, .. } => {
             bail!("{phase} ended since {stage} failed ({restarts} restarts): {error}")
         }
-        Outcome::Finished | Outcome::Drained | Outcome::Halted => Ok(()),
+        Outcome::Drained | Outcome::Halted => Ok(()),
     }
 }

@@ -1,17 +1,19 @@
 //! The fine-tuned policy, kept beside the run: what it is reinforced from and measured against.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::DType;
 use serde_json::{Value, json};
 
 use super::files::RunFiles;
-use crate::checkpoint::{Identity, Shelf, sums};
+use crate::checkpoint::sums::{self, Damage};
+use crate::checkpoint::{Identity, Shelf};
 use crate::config::Config;
 use crate::device;
+use crate::disk;
+use crate::fault;
 use crate::model::{Decoder, Lora, Onto, Weights, export};
 use crate::prepare::Prepared;
 use crate::say;
@@ -29,6 +31,18 @@ pub(super) struct Reference {
     path: PathBuf,
     /// Bytes of `phases.jsonl` that tell how it came about.
     pub(super) phases: u64,
+}
+
+/// Removes what a process that was killed, or whose disk was full, left of it half written.
+///
+/// # Errors
+/// Names what cannot be removed.
+pub(super) fn sweep(run: &Path) -> Result<()> {
+    let aside = run.join(format!(".{NAME}.partial"));
+    match std::fs::remove_dir_all(&aside) {
+        Err(error) if !disk::is_absence(&error) => Err(disk::cannot("remove", &aside, error)),
+        _ => Ok(()),
+    }
 }
 
 /// Where it stands in the run's directory.
@@ -53,11 +67,15 @@ fn origin(config: &Config, base: &Identity) -> Result<Value> {
 /// One that is damaged, or of another origin.
 pub(super) fn find(config: &Config, base: &Identity, run: &Path) -> Result<Option<Reference>> {
     let path = place(run);
-    if config.sft.steps == 0 || !path.exists() {
+    if config.sft.steps == 0 || !disk::exists(&path)? {
         return Ok(None);
     }
-    sums::verify(&path).with_context(|| format!("remove {} to fine-tune again", path.display()))?;
-    let text = std::fs::read_to_string(path.join("preceptor.json"))?;
+    sums::verify(&path).map_err(|error| match error.downcast::<Damage>() {
+        Ok(damage) => anyhow!("{damage}; put an undamaged copy of {} back, or remove it to fine-tune again where the run has no checkpoint yet", path.display()),
+        Err(error) => error,
+    })?;
+    let about = path.join("preceptor.json");
+    let text = std::fs::read_to_string(&about).map_err(|error| disk::cannot("read", &about, error))?;
     let about: Value = serde_json::from_str(&text)?;
     let origin = origin(config, base)?;
     ensure!(
@@ -75,21 +93,30 @@ pub(super) fn find(config: &Config, base: &Identity, run: &Path) -> Result<Optio
 /// Names what cannot be written.
 pub(super) fn keep(config: &Config, base: &Identity, prepared: &Prepared, files: &mut RunFiles) -> Result<()> {
     let (lengths, _) = files.lengths()?;
-    let (aside, path) = (files.dir().join(format!(".{NAME}.partial")), place(files.dir()));
-    if aside.exists() {
-        std::fs::remove_dir_all(&aside).with_context(|| format!("cannot clear {}", aside.display()))?;
+    let run = files.dir();
+    sweep(run)?;
+    let written = write(config, base, prepared, run, lengths.phases);
+    if written.is_err() {
+        // It is of no use; the first error says more than one of this would.
+        let _ = sweep(run);
     }
-    std::fs::create_dir_all(&aside).with_context(|| format!("cannot make {}", aside.display()))?;
+    written
+}
+
+fn write(config: &Config, base: &Identity, prepared: &Prepared, run: &Path, phases: u64) -> Result<()> {
+    let (aside, path) = (run.join(format!(".{NAME}.partial")), place(run));
+    std::fs::create_dir_all(&aside).map_err(|error| disk::cannot("make", &aside, error))?;
+    fault::point("reference.fill")?;
     export::write(&aside, prepared.policy().config(), &prepared.policy().merged()?, DType::F32)?;
     prepared.tokenizer.save(&aside)?;
     if let Some(lora) = prepared.policy().lora() {
         lora.write(&aside.join(ADAPTER), prepared.policy().weights())?;
     }
-    let about = json!({ "phases_bytes": lengths.phases, "origin": origin(config, base)? });
+    let about = json!({ "phases_bytes": phases, "origin": origin(config, base)? });
     export::write_json(&aside.join("preceptor.json"), &about)?;
     sums::seal(&aside)?;
     std::fs::rename(&aside, &path).with_context(|| format!("cannot rename {} into place", aside.display()))?;
-    File::open(files.dir())?.sync_all().with_context(|| format!("cannot sync {}", files.dir().display()))
+    disk::sync(run)
 }
 
 /// Copies what `run` has of it to the mirror of `shelf`, if there is one that has no copy yet.

@@ -129,7 +129,7 @@ fn unrotate(path: &Path) -> Result<()> {
 }
 
 /// Where the complete lines of steps up to `step` end in the file at `path`; 0 where there is no file.
-fn end_of(path: &Path, step: u64) -> Result<u64> {
+pub(super) fn end_of(path: &Path, step: u64) -> Result<u64> {
     let cannot = || format!("cannot read {}", path.display());
     let mut file = match File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),

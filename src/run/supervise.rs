@@ -1,7 +1,7 @@
 //! Watching over a graph until it ends: signals, what it tells, the controller.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -12,48 +12,66 @@ use crate::config::Config;
 use crate::monitor::Monitor;
 use crate::progress::Progress;
 use crate::say;
+use crate::signals::{self, Interrupted};
 use crate::telemetry;
 
-/// Whether somebody asked the run to stop.
+/// Whether a signal asked the run to stop. All phases of a run share one.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Stop(Arc<AtomicBool>);
+pub(super) struct Stop {
+    asked: Arc<AtomicBool>,
+    /// Signals that a phase has reacted to.
+    handled: Arc<AtomicU64>,
+}
 
 impl Stop {
     pub(super) fn asked(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
+        self.asked.load(Ordering::SeqCst) || self.signal().is_some()
     }
 
-    /// Asks; says whether somebody had asked before.
+    /// Asks; returns whether the run was asked before.
     pub(super) fn ask(&self) -> bool {
-        self.0.swap(true, Ordering::SeqCst)
+        self.asked.swap(true, Ordering::SeqCst)
+    }
+
+    /// The first signal that the process received.
+    pub(super) fn signal(&self) -> Option<i32> {
+        signals::received()
+    }
+
+    /// Waits for a signal that no phase has reacted to, one received between two phases included.
+    pub(super) async fn next_signal(&self) {
+        signals::after(self.handled.load(Ordering::SeqCst)).await;
+        self.handled.fetch_add(1, Ordering::SeqCst);
     }
 }
 
-/// Ctrl-C and SIGTERM.
-pub(super) struct Signals(Option<tokio::signal::unix::Signal>);
+/// Waits for a signal received from now on.
+pub(super) async fn new_signal() {
+    signals::after(signals::count()).await;
+}
 
-impl Signals {
-    pub(super) fn listen() -> Self {
-        Self(tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok())
-    }
-
-    /// The next one.
-    pub(super) async fn next(&mut self) {
-        let terminated = async {
-            match &mut self.0 {
-                Some(signal) => signal.recv().await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
-            Some(()) = terminated => {}
+/// Does `work`, part of `phase`, on a thread that may block. A signal ends the wait for it; the program then ends while `work`
+/// may still be under way.
+///
+/// # Errors
+/// That of `work`; [`Interrupted`] by a signal.
+pub(super) async fn unless_interrupted<T: Send + 'static>(
+    phase: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::select! {
+        biased;
+        signal = signals::after(0) => Err(Interrupted {
+            signal,
+            text: format!("interrupted by {} while {phase}; the run's directory is as it was", signals::name(signal)),
         }
+        .into()),
+        done = tokio::task::spawn_blocking(work) => done?,
     }
 }
 
-/// Waits for the end. The first Ctrl-C (or SIGTERM) lets the step under way take up to `drain`, where there is one; the second
-/// does not.
+/// Waits for the end. The first Ctrl-C (or SIGTERM, or SIGHUP) lets the step under way take up to `drain`, where there is one;
+/// the second does not.
 pub(super) async fn supervise(
     graph: &GraphHandle,
     stop: &Stop,
@@ -61,7 +79,7 @@ pub(super) async fn supervise(
     monitor: &Monitor,
     drain: Option<Duration>,
 ) -> Outcome {
-    let (mut events, mut signals) = (graph.subscribe(), Signals::listen());
+    let mut events = graph.subscribe();
     let mut show = tokio::time::interval(Duration::from_secs(1));
     let mut deadline = None;
     loop {
@@ -73,7 +91,7 @@ pub(super) async fn supervise(
         };
         tokio::select! {
             outcome = graph.wait() => return outcome,
-            () = signals.next() => match drain {
+            () = stop.next_signal() => match drain {
                 Some(drain) if !stop.ask() => {
                     progress.line("stopping after this step; press Ctrl-C again to stop at once");
                     deadline = Some(tokio::time::Instant::now() + drain);
@@ -104,28 +122,28 @@ pub(super) async fn supervise(
 }
 
 /// Does what may wait for a disk on a thread of its own: whoever asks how the run is gets an answer meanwhile, and the second
-/// signal leaves it. None where it was left.
+/// signal leaves it. None where it was left. `what` names what is written.
 ///
 /// # Errors
 /// When it panicked.
 pub(super) async fn unless_left<T: Send + 'static>(
     stop: &Stop,
+    what: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<Option<T>> {
     tokio::select! {
         done = tokio::task::spawn_blocking(work) => Ok(Some(done?)),
-        () = leaves(stop) => Ok(None),
+        () = leaves(stop, what) => Ok(None),
     }
 }
 
 /// Until somebody asks twice that a run which ends leaves what it still writes. Who waits for a disk gives up by itself first.
-async fn leaves(stop: &Stop) {
+async fn leaves(stop: &Stop, what: &str) {
     const GRACE: Duration = Duration::from_secs(2);
-    let mut signals = Signals::listen();
-    signals.next().await;
+    new_signal().await;
     stop.ask();
-    say!("the last checkpoint is being written; press Ctrl-C again to leave it, and the steps since the one before");
-    signals.next().await;
+    say!("{what} is being written; press Ctrl-C again to leave it, and the steps since the one before");
+    new_signal().await;
     tokio::time::sleep(GRACE).await;
 }
 

@@ -49,6 +49,14 @@ impl Events {
         self.0.rewind(length)
     }
 
+    /// Writes what waits.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn flush(&mut self) -> Result<()> {
+        self.0.flush()
+    }
+
     /// Appends the figures of a step.
     ///
     /// # Errors

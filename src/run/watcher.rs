@@ -196,6 +196,12 @@ impl Watcher {
         Snapshot::take(state, self.reward_model.as_deref(), &self.book, files, self.due.figure())
     }
 
+    /// As [`Self::snapshot`], once everything that waits for the run's files is written.
+    pub(super) fn last_snapshot(&self, state: &TrainState) -> Result<Snapshot> {
+        self.files().flush()?;
+        self.snapshot(state)
+    }
+
     fn files(&self) -> MutexGuard<'_, RunFiles> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }

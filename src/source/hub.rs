@@ -462,7 +462,7 @@ mod tests {
                 let error = format!("{:#}", with_token(endpoint.clone(), &home).unwrap_err());
                 let named = if header == "X-Repo-Commit" { header } else { "ETag" };
                 assert!(error.contains(&endpoint) && error.contains(named), "{header}: {value:?}: {error}");
-                assert_eq!(files(outside.path()), [victim.clone()], "{header}: {value:?}");
+                assert_eq!(files(outside.path()), std::slice::from_ref(&victim), "{header}: {value:?}");
                 assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
             }
         }

@@ -18,6 +18,7 @@ use crate::ledger::Book;
 use crate::prepare::Prepared;
 use crate::process;
 use crate::rollout::Rewarded;
+use crate::signals::{self, Interrupted};
 use crate::topology::labelers::labeler;
 use crate::topology::learning::{adam, lora, value_model};
 use crate::topology::{Node, needs_labels, reward_trainer};
@@ -115,13 +116,14 @@ impl Machine for Live {
             let _ = watching.graph.set(graph.clone());
             graph
         };
+        let _deferred = signals::defer();
         let outcome = self.runtime.block_on(async {
             tokio::select! {
-                outcome = graph.wait() => Ok(outcome),
-                _ = tokio::signal::ctrl_c() => {
+                outcome = graph.wait() => anyhow::Ok(outcome),
+                _ = signals::after(0) => {
                     graph.halt();
                     graph.wait().await;
-                    Err(anyhow::anyhow!("interrupted; nothing was changed"))
+                    Err(Interrupted::new("interrupted; nothing was changed").into())
                 }
             }
         })?;

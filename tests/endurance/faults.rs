@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use preceptor::fault::POINTS;
 
-use crate::run::{Random, last_checkpoint, metrics, to_the_end, train, trained};
+use crate::run::{Random, checkpoints, fingerprint, last_checkpoint, metrics, to_the_end, train, trained};
 
 /// Learner steps of each run, and groups.
 const STEPS: u64 = 5;
@@ -39,10 +39,15 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
         let (mode, overrides) = modes[(i as usize / POINTS.len()) % modes.len()];
         let kinds = ["1*return(injected)", "3*return(injected)", "10*return(injected)", "1*panic", "1*sleep(3000)"];
         let kind = kinds[(random.share() * kinds.len() as f64) as usize];
-        let fault = format!("{point}={}*off->{kind}->off", (random.share() * 12.0) as u32);
+        // Points that are passed a few times only are struck at one of these.
+        let passes = if RARE.iter().any(|rare| point.starts_with(rare)) { 3.0 } else { 12.0 };
+        let fault = format!("{point}={}*off->{kind}->off", (random.share() * passes) as u32);
+        // A full disk at an end, waited for or not.
+        let retry = format!("checkpoint.retry_s={}", if i % 2 == 0 { 0 } else { 20 });
+        let overrides = [settings(overrides), vec![retry]].concat();
         let name = format!("fault-{i}");
         let began = Instant::now();
-        let end = strike(dir.path(), &name, &fault, &settings(overrides))
+        let end = strike(dir.path(), &name, &fault, &overrides)
             .with_context(|| format!("fault {i} ({mode}): FAILPOINTS='{fault}'"))?;
         longest = longest.max(began.elapsed());
         *ends.entry(end).or_default() += 1;
@@ -53,10 +58,16 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
             .with_context(|| format!("fault {i} ({mode}): FAILPOINTS='{fault}'"))?;
         std::fs::remove_dir_all(dir.path().join(&name))?;
     }
+    let unread = count.div_ceil(20);
+    for i in 0..unread {
+        let overrides = settings(modes[i as usize % modes.len()].1);
+        unreadable(dir.path(), "unreadable", &overrides, &mut random)
+            .with_context(|| format!("unreadable file {i}"))?;
+    }
     let ends: Vec<String> = ends.iter().map(|(end, count)| format!("{count} {end}")).collect();
     let least = struck.values().min().copied().unwrap_or_default();
     Ok(format!(
-        "faults: {count} at {} points, at least {least} each, seed {seed}: {}; each run in the end with {GROUPS} groups trained once each and the weights and figures of an undisturbed one; the longest took {:.1} s, with a watchdog of {} s",
+        "faults: {count} at {} points, at least {least} each, seed {seed}: {}; each run in the end with {GROUPS} groups trained once each and the weights and figures of an undisturbed one; the longest took {:.1} s, with a watchdog of {} s; {unread} checkpoints with an unreadable file were left as they are",
         struck.len(),
         ends.join(", "),
         longest.as_secs_f64(),
@@ -78,9 +89,44 @@ fn settings(overrides: &[&str]) -> Vec<String> {
     common.into_iter().chain(overrides.iter().map(|one| (*one).to_owned())).collect()
 }
 
+/// Points that a run passes a few times at most.
+const RARE: &[&str] = &["rewind.", "prepare.", "files.", "reference.", "checkpoint.", "graph."];
+
+/// Replaces a file of the last checkpoint by a link that leads to itself, which no user can read; `--resume` has to refuse and
+/// change nothing, as often as it is tried, and to go on when the file is back.
+fn unreadable(dir: &Path, name: &str, overrides: &[String], random: &mut Random) -> Result<()> {
+    to_the_end(&mut train(dir, name, overrides))?;
+    let run = dir.join(name);
+    let files =
+        ["model.safetensors", "preceptor.json", "SHA256SUMS", "resume/state.postcard", "resume/optimizer.safetensors"];
+    let path = last_checkpoint(&run)?.join(files[(random.share() * files.len() as f64) as usize]);
+    let aside = dir.join("aside");
+    std::fs::rename(&path, &aside)?;
+    std::os::unix::fs::symlink(path.file_name().context("a file has a name")?, &path)?;
+    let before = fingerprint(&run)?;
+    for _ in 0..2 {
+        let (status, text) = within(train(dir, name, overrides).arg("--resume"))?;
+        ensure!(!status && text.contains("nothing was changed"), "{} was not reported: {text}", path.display());
+        ensure!(fingerprint(&run)? == before, "{} cannot be read, and files were changed", path.display());
+    }
+    std::fs::remove_file(&path)?;
+    std::fs::rename(&aside, &path)?;
+    to_the_end(train(dir, name, overrides).arg("--resume"))?;
+    std::fs::remove_dir_all(&run)?;
+    Ok(())
+}
+
 /// Runs with the fault, and resumes without it where that ended the run. Says how it ended.
 fn strike(dir: &Path, name: &str, fault: &str, overrides: &[String]) -> Result<&'static str> {
-    let (status, text) = within(train(dir, name, overrides).env("FAILPOINTS", fault))?;
+    let mut struck = train(dir, name, overrides);
+    if fault.starts_with("rewind.") {
+        // It strikes while the finished run is taken back to its first checkpoint.
+        let kept = [overrides, &["checkpoint.every_steps=1".to_owned(), "checkpoint.keep=9".to_owned()]].concat();
+        to_the_end(&mut train(dir, name, &kept))?;
+        let first = checkpoints(&dir.join(name))?.into_iter().next().context("it has no checkpoint")?;
+        struck.arg(format!("--resume={name}/checkpoints/{first}"));
+    }
+    let (status, text) = within(struck.env("FAILPOINTS", fault))?;
     if status {
         let quiet = !text.contains("restarting the graph") && !text.contains("training goes on");
         return Ok(if quiet { "finished undisturbed" } else { "finished after restarts or retries" });

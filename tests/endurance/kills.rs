@@ -1,4 +1,5 @@
-//! One long synchronous run with a judge behind a server, killed again and again.
+//! One long synchronous run with a judge behind a server, killed again and again, also while it is taken back to an earlier
+//! checkpoint, and resumed in vain as another run in between.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -10,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use preceptor::label::cache::Store;
 
 use crate::mock_judge::{Act, MockJudge};
-use crate::run::{Random, last_checkpoint, metrics, to_the_end, train, trained};
+use crate::run::{Random, checkpoints, fingerprint, last_checkpoint, metrics, to_the_end, train, trained};
 
 /// Completions that one labeler actor asks about at a time.
 const AT_ONCE: u64 = 4;
@@ -46,16 +47,24 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
     let (run, cache) = (dir.path().join("killed"), dir.path().join("killed/labels"));
     let mut random = Random(seed);
     let (mut kills, mut early, mut lost, mut most_lost, mut resumed) = (0, 0u32, 0u64, 0u64, 0u32);
+    let (mut back, mut refused) = (0u32, 0u32);
     loop {
-        let mut child =
-            train(dir.path(), "killed", &overrides("killed")).arg("--resume").stderr(Stdio::null()).spawn()?;
+        // Every fourth time the run is taken back to an earlier checkpoint, and is killed sooner.
+        let older = if kills % 4 == 3 && kills < count { earlier(&run, random.share())? } else { None };
+        let from = older.as_ref().map_or("--resume".to_owned(), |name| format!("--resume=killed/checkpoints/{name}"));
+        if kills % 8 == 5 && kills < count {
+            refused += u32::from(is_refused(dir.path(), &overrides("killed"))?);
+        }
+        let mut child = train(dir.path(), "killed", &overrides("killed")).arg(&from).stderr(Stdio::null()).spawn()?;
         if kills < count {
             // From before the models are there to a dozen steps on.
-            std::thread::sleep(Duration::from_secs_f64(0.02 + 0.6 * random.share()));
+            let most = if older.is_some() { 0.15 } else { 0.6 };
+            std::thread::sleep(Duration::from_secs_f64(0.02 + most * random.share()));
             if child.try_wait()?.is_none() {
                 child.kill()?;
                 child.wait()?;
                 kills += 1;
+                back += u32::from(older.is_some());
                 let here = last_checkpoint(&run).is_ok();
                 early += u32::from(!here);
                 resumed += u32::from(here);
@@ -92,9 +101,31 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
     );
     ensure!(most_lost <= AT_ONCE, "{most_lost} answers were lost in one kill");
     Ok(format!(
-        "kills: {kills} ({early} before the first checkpoint, {resumed} after), seed {seed}; {steps} steps, {} groups trained once each; weights, optimizer and figures those of the unbroken run; {labels} labels kept, none of them bought twice; {lost} answers were in flight when the process died and were asked for again (at most {most_lost} at a time)",
+        "kills: {kills} ({early} before the first checkpoint, {resumed} after, {back} of them while or after the run was taken back), seed {seed}; {refused} resumes as another run refused without a changed file; {steps} steps, {} groups trained once each; weights, optimizer and figures those of the unbroken run; {labels} labels kept, none of them bought twice; {lost} answers were in flight when the process died and were asked for again (at most {most_lost} at a time)",
         seqs.len()
     ))
+}
+
+/// The name of a checkpoint before the latest, where there are several.
+fn earlier(run: &Path, share: f64) -> Result<Option<String>> {
+    let mut all = checkpoints(run)?;
+    all.pop();
+    let at = (share * all.len() as f64) as usize;
+    Ok(all.into_iter().nth(at))
+}
+
+/// Resumes the run as one of another seed, which must be refused and change nothing; false where it has no checkpoint.
+fn is_refused(dir: &Path, overrides: &[String]) -> Result<bool> {
+    let run = dir.join("killed");
+    // A resume that was killed is completed first, whatever is asked; so is what was left half written.
+    if checkpoints(&run)?.is_empty() || run.join(".rewind").exists() || run.join(".rewind.partial").exists() {
+        return Ok(false);
+    }
+    let (before, other) = (fingerprint(&run)?, [overrides, &["run.seed=7".to_owned()]].concat());
+    let output = train(dir, "killed", &other).arg("--resume").output()?;
+    ensure!(!output.status.success(), "the run was resumed as one of another seed");
+    ensure!(fingerprint(&run)? == before, "a refused resume changed the run's directory");
+    Ok(true)
 }
 
 /// Answers in the label cache.

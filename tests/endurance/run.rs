@@ -60,10 +60,35 @@ pub fn metrics(run: &Path) -> Result<Vec<Value>> {
     steps.collect()
 }
 
+/// A fingerprint of every file below `dir`, its name included; of a link, where it leads.
+pub fn fingerprint(dir: &Path) -> Result<u64> {
+    let (mut all, mut open) = (Vec::new(), vec![dir.to_owned()]);
+    while let Some(folder) = open.pop() {
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.is_symlink() {
+                all.push(format!("{} -> {}", path.display(), std::fs::read_link(&path)?.display()));
+            } else if path.is_dir() {
+                open.push(path);
+            } else {
+                all.push(format!("{} {:08x}", path.display(), crc32fast::hash(&std::fs::read(&path)?)));
+            }
+        }
+    }
+    all.sort();
+    Ok(preceptor::seed::text(&all.join("\n")))
+}
+
+/// Names of the checkpoints of a run, oldest first.
+pub fn checkpoints(run: &Path) -> Result<Vec<String>> {
+    let all = preceptor::checkpoint::Shelf::new(run, 1000, false).all()?;
+    Ok(all.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
+}
+
 /// The last checkpoint of a run.
 pub fn last_checkpoint(run: &Path) -> Result<PathBuf> {
     let shelf = preceptor::checkpoint::Shelf::new(run, 1000, false);
-    shelf.all().pop().with_context(|| format!("{} has no checkpoint", run.display()))
+    shelf.all()?.pop().with_context(|| format!("{} has no checkpoint", run.display()))
 }
 
 /// A generator whose course is the seed's alone.

@@ -157,9 +157,9 @@ fn each_prompt_is_trained_once_across_an_outage_in_an_asynchronous_run() {
 fn a_question_that_fails_while_others_are_answered_is_an_abstention() {
     for (act, asked) in [
         (Act::Status(400, "", "{\"error\": {\"message\": \"too long\"}}"), 1),
-        (Act::Status(403, "", "moderated"), 1),
-        (Act::Status(500, "", "cannot"), 3),
-        (Act::Body("<html>".into()), 3),
+        (Act::Status(403, "", "moderated"), 2),
+        (Act::Status(500, "", "cannot"), 6),
+        (Act::Body("<html>".into()), 6),
     ] {
         let bad = act.clone();
         let asked_bad = Arc::new(AtomicU64::new(0));
@@ -332,6 +332,36 @@ fn a_run_stops_with_a_checkpoint_before_it_exceeds_its_budget() {
     let output = train(dir.path(), &free.iter().map(String::as_str).collect::<Vec<_>>());
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains("labeler.max_cost: bounds nothing"), "{}", stderr(&output));
+}
+
+#[test]
+fn answers_of_another_model_than_the_first_are_no_labels() {
+    let answer = |model: &str| {
+        let top = "[{\"token\": \"1\", \"logprob\": -0.1}]";
+        Act::Body(format!(
+            "{{\"model\": \"{model}\", \"choices\": [{{\"message\": {{\"content\": \"1\"}}, \"logprobs\": {{\"content\": [{{\"top_logprobs\": {top}}}]}}}}]}}"
+        ))
+    };
+    let mock = MockJudge::start(move |number, _, _| answer(if number < 2 { "first" } else { "second" }));
+    let settings = |any_model| RemoteJudge {
+        url: mock.url.clone(),
+        model: "mock".into(),
+        outage_s: 0.0,
+        any_model,
+        ..RemoteJudge::default()
+    };
+    let judge = Remote::new(settings(false)).unwrap();
+    for expected in [true, true, false] {
+        let reply = judge.weigh(&[question("a")], &mut Usage::default()).remove(0);
+        assert_eq!(reply.is_ok(), expected, "{reply:?}");
+        if let Err(refusal) = reply {
+            let why = refusal.to_string();
+            assert!(matches!(refusal, Refusal::Failure(_)) && why.contains("\"second\" now"), "{why}");
+        }
+    }
+    assert!(judge.stats().of("other_model") > 0);
+    let any = Remote::new(settings(true)).unwrap();
+    assert!(any.weigh(&[question("a")], &mut Usage::default())[0].is_ok());
 }
 
 #[test]

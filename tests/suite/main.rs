@@ -26,4 +26,5 @@ mod smollm2;
 mod tidy;
 mod trust;
 mod tune;
+mod verified;
 mod watching;

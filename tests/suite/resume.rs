@@ -227,8 +227,12 @@ fn a_run_is_not_resumed_as_another_one() {
     let about = run.join("checkpoints/step-000002/preceptor.json");
     let text = std::fs::read_to_string(&about).unwrap();
     std::fs::write(&about, text.replace("\"format\": 1", "\"format\": 7")).unwrap();
+    let sums = run.join("checkpoints/step-000002/SHA256SUMS");
+    let sealed = std::fs::read(&sums).unwrap();
+    preceptor::checkpoint::sums::seal(&run.join("checkpoints/step-000002")).unwrap();
     refused(&overrides, &["is in format 7, and this program reads format 1", "resume with preceptor 0.1.0"]);
     std::fs::write(&about, text).unwrap();
+    std::fs::write(&sums, sealed).unwrap();
 
     // From a named one; what came after it is set aside, and not before the run is let go on.
     let other = [&overrides[..], &["run.seed=3"]].concat();

@@ -13,9 +13,14 @@ use crate::mock_judge::{Act, MockJudge};
 const KEY: &str = "sk-mock-0123456789-abcdefghij";
 const TOKEN: &str = "tk-mock-9876543210-zyxwvutsrq";
 
-/// A server that repeats the key in every way that servers do, and once in a while answers as it should.
+/// A server that repeats the key in every way that servers do, by what it is asked, and answers some questions as it should.
 fn indiscreet() -> MockJudge {
-    MockJudge::start(|number, _, _| {
+    MockJudge::start(|_, _, body| {
+        let prompt = body["prompt"].to_string();
+        if prompt.contains("Which number is larger") {
+            return Act::Tokens(vec![("2", 0.5), ("1", 0.25)]);
+        }
+        let number = preceptor::seed::text(&prompt);
         let long = format!("{}{KEY}", " ".repeat(150));
         let escaped = KEY.replace('k', "\\u006b");
         let odd = |token: &str| format!(r#"{{"choices":[{{"text":"1","logprobs":{{"top_logprobs":[{token}]}}}}]}}"#);
@@ -39,7 +44,7 @@ fn secrets_open_what_they_guard_and_stand_nowhere() {
     let dir = tempfile::tempdir().unwrap();
     let mock = indiscreet();
     let remote = format!(
-        "labeler.remote={{ url = \"{}\", model = \"m\", api = \"completions\", evidence = \"logprobs\", api_key_env = \"PRECEPTOR_TEST_KEY\", retries = 0, concurrency = 1, probe = false, outage_s = 0 }}",
+        "labeler.remote={{ url = \"{}\", model = \"m\", api = \"completions\", evidence = \"logprobs\", api_key_env = \"PRECEPTOR_TEST_KEY\", retries = 0, concurrency = 1, breaker_cooldown_s = 0.05 }}",
         mock.url
     );
     let cache = format!("labeler.cache={}", dir.path().join("labels").display());
@@ -49,6 +54,7 @@ fn secrets_open_what_they_guard_and_stand_nowhere() {
         "serve.token_env=PRECEPTOR_TEST_TOKEN",
         "labeler.type=direct",
         "labeler.retries=0",
+        "guard.unlabeled_steps=1000000",
         &cache,
         "learner.batch_groups=1",
         "run.steps=100000",

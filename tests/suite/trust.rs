@@ -255,12 +255,12 @@ fn idle_connections_stop_neither_checkpoints_nor_scrapes() {
         };
         idle.push(stream);
     }
+    assert!(node.metric("process_open_fds") < 512.0);
     let written = || node.metric("preceptor_checkpoint_duration_seconds_count");
     let before = written();
     until(|| if written() >= before + 3.0 { Ok(()) } else { Err(node.said()) });
     assert_eq!(node.metric("preceptor_disk_errors_total"), 0.0, "{}", node.said());
     assert!(node.get("/healthz", "localhost").starts_with("HTTP/1.1 200"));
-    assert!(node.metric("process_open_fds") < 512.0);
     drop(idle);
 }
 
@@ -426,4 +426,16 @@ fn a_label_cache_that_cannot_be_written_for_a_time_keeps_every_label() {
     let output = train(again.path(), &[&sets[..], &[&steps]].concat());
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(mock.served("ok"), before, "labels were bought again");
+}
+
+#[test]
+fn a_hub_without_a_home_directory_for_its_models_is_refused_with_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut program = preceptor(dir.path());
+    // A home that is no absolute path is none.
+    program.args(["generate", "{ hub = \"owner/name\" }", "a"]).env("HOME", "nowhere").env_remove("HF_HOME");
+    let output = program.output().unwrap();
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("HF_HOME") && text.contains("HOME,") && !text.contains("panicked"), "{text}");
 }

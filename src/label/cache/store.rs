@@ -39,11 +39,18 @@ const AT_ONCE: usize = 256;
 pub struct Store {
     path: PathBuf,
     most: u64,
-    file: RwLock<Option<File>>,
+    file: RwLock<Opened>,
     waiting: Mutex<Waiting>,
     /// Held while what waits is written, so that it is written once.
     writing: Mutex<()>,
     health: Mutex<Health>,
+}
+
+/// The file, unless a failure has closed it, and how many times it was opened.
+#[derive(Default)]
+struct Opened {
+    file: Option<File>,
+    times: u64,
 }
 
 /// Answers that are not in the file yet, in the order in which they came.
@@ -98,7 +105,7 @@ impl Store {
         let store = Self {
             path,
             most: most.max(1),
-            file: RwLock::new(Some(file)),
+            file: RwLock::new(Opened { file: Some(file), times: 1 }),
             waiting: Mutex::default(),
             writing: Mutex::default(),
             health: Mutex::default(),
@@ -216,39 +223,47 @@ impl Store {
     /// Runs `work` on the file. Where it fails, or was closed by a failure before, the file is opened again if that `may` be
     /// done, and `work` is tried once more.
     fn on_file<T>(&self, may: bool, work: impl Fn(&File) -> Result<T, Fault>) -> Result<T, Fault> {
-        let fault = {
-            let file = self.file.read().unwrap_or_else(PoisonError::into_inner);
-            match file.as_ref().map(&work) {
+        let (fault, times) = {
+            let opened = self.file.read().unwrap_or_else(PoisonError::into_inner);
+            match opened.file.as_ref().map(&work) {
                 Some(Ok(done)) => return Ok(done),
-                Some(Err(fault)) => fault,
-                None if may => Fault::Closed,
+                Some(Err(fault)) => (fault, opened.times),
+                None if may => (Fault::Closed, opened.times),
                 None => return Err(Fault::Closed),
             }
         };
-        let mut file = self.file.write().unwrap_or_else(PoisonError::into_inner);
-        if let Fault::Damaged(why) = &fault {
-            self.set_aside(&mut file, why)?;
-        } else {
-            self.reopen(&mut file)?;
+        let mut opened = self.file.write().unwrap_or_else(PoisonError::into_inner);
+        // Another thread may have met the same failure, and have opened the file again.
+        if opened.times == times {
+            match fault {
+                Fault::Damaged(why) => self.set_aside(&mut opened, &why)?,
+                _ => self.reopen(&mut opened)?,
+            }
         }
-        let done = file.as_ref().map_or(Err(Fault::Closed), work);
+        let done = opened.file.as_ref().map_or(Err(Fault::Closed), work);
         if done.is_err() {
             // What cannot be written may still be read. What it fails with is the reason that counts.
-            let _ = self.reopen(&mut file);
+            let _ = self.reopen(&mut opened);
         }
         done
     }
 
     /// Opens the file again: after one failed write the library refuses all use of an open file.
-    fn reopen(&self, file: &mut Option<File>) -> Result<(), Fault> {
-        *file = None;
-        *file = Some(File::open(&self.path)?);
-        Ok(())
+    fn reopen(&self, opened: &mut Opened) -> Result<(), Fault> {
+        opened.file = None;
+        match File::open(&self.path) {
+            Ok(file) => {
+                *opened = Opened { file: Some(file), times: opened.times + 1 };
+                Ok(())
+            }
+            Err(Fault::Damaged(why)) => self.set_aside(opened, &why),
+            Err(fault) => Err(fault),
+        }
     }
 
     /// Puts a damaged file out of the way and begins a new one.
-    fn set_aside(&self, file: &mut Option<File>, why: &str) -> Result<(), Fault> {
-        *file = None;
+    fn set_aside(&self, opened: &mut Opened, why: &str) -> Result<(), Fault> {
+        opened.file = None;
         let aside = (1..).map(|n| self.path.with_extension(format!("redb.damaged-{n}"))).find(|path| !path.exists());
         let Some(aside) = aside else { return Err(Fault::Damaged(why.to_owned())) };
         std::fs::rename(&self.path, &aside)
@@ -259,7 +274,7 @@ impl Store {
             self.path.display(),
             aside.display()
         );
-        *file = Some(File::open(&self.path)?);
+        *opened = Opened { file: Some(File::open(&self.path)?), times: opened.times + 1 };
         Ok(())
     }
 
@@ -377,7 +392,7 @@ fn free_bytes(path: &Path) -> Option<u64> {
     let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
     // SAFETY: `path` ends with a zero byte, and `stat` is a valid place to write to.
     let done = unsafe { libc::statvfs(path.as_ptr(), &raw mut stat) };
-    (done == 0).then(|| u64::from(stat.f_bavail).saturating_mul(stat.f_frsize as u64))
+    (done == 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 #[cfg(not(unix))]
