@@ -266,6 +266,7 @@ impl Subject {
         let options = ReadOptions {
             format: prompt_format(&config),
             limit: PROMPT,
+            remedy: String::new(),
             on_long: OnLong::Error,
             split: Split { holdout: 0.0, part: Part::Train },
             needs_references: false,
@@ -285,6 +286,7 @@ impl Subject {
                 identity,
                 tokenizer,
                 instruments: vec![],
+                budget: None,
                 reward_start: None,
                 pairs: None,
                 data,
