@@ -167,13 +167,13 @@ fn a_resume_that_is_refused_changes_no_file() {
     }
     refused("a typo", "does not exist", resume_from(dir.path(), &STEPWISE, "step-000077"));
     // What is longer in the checkpoint than on the disk is found before anything is cut.
-    let samples = std::fs::read(run.join("samples.jsonl")).unwrap();
-    std::fs::write(run.join("samples.jsonl"), &samples[..10]).unwrap();
+    let metrics = std::fs::read(run.join("metrics.jsonl")).unwrap();
+    std::fs::write(run.join("metrics.jsonl"), &metrics[..10]).unwrap();
     let before = tree(&run);
     let output = resume_from(dir.path(), &STEPWISE, "step-000001");
-    assert!(stderr(&output).contains("samples.jsonl has 10 bytes"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("metrics.jsonl has 10 bytes"), "{}", stderr(&output));
     assert!(differences(&before, &tree(&run)).is_empty());
-    std::fs::write(run.join("samples.jsonl"), &samples).unwrap();
+    std::fs::write(run.join("metrics.jsonl"), &metrics).unwrap();
     // Damage that is found on the way is not set aside either.
     std::fs::write(run.join("checkpoints/step-000004/preceptor.json"), "").unwrap();
     let before = tree(&run);
