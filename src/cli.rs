@@ -28,7 +28,7 @@ use crate::terminal::{self, Closed};
 #[command(
     name = "preceptor",
     version,
-    after_help = "Start here:\n  preceptor train configs/offline.toml       a tiny model, no network, a minute or two\n  preceptor train configs/quickstart.toml    SmolLM2-135M learns to summarise posts"
+    after_help = "Start here:\n  preceptor train configs/offline.toml       a tiny model, no network, seconds\n  preceptor train configs/quickstart.toml    SmolLM2-135M learns to summarise posts"
 )]
 struct Cli {
     /// What to log: error, warn, info, debug, or a filter such as preceptor=debug. `json`, alone or before a filter (json,info),

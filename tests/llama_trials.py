@@ -6,6 +6,7 @@
 Prints a line for each trial and ends with status 1 if one failed. Takes some minutes on two cores.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -95,12 +97,29 @@ class Run:
 
     def whole(self):
         steps = self.steps()
-        assert len(steps) == 6 and all(step["groups/masked"] == 0 for step in steps), steps
+        masked = [step["groups/masked"] for step in steps]
+        assert masked == [0] * 6, f"masked groups by step: {masked}"
+
+
+@contextlib.contextmanager
+def served(model):
+    server = serve(model)
+    try:
+        yield server
+    finally:
+        stop(server)
+
+
+def resumed(run):
+    """Resumes `run` beside a judge that answers, and expects all steps."""
+    with served(JUDGE):
+        again = Run(resume=True, directory=run.dir)
+        again.end(0)
+        again.whole()
 
 
 def wrong_key():
-    server = serve(JUDGE)
-    try:
+    with served(JUDGE):
         run = Run(key="wrong")
         run.end(2)
         assert "401" in run.log.read_text() and "Invalid API Key" in run.log.read_text(), run.log.read_text()
@@ -108,30 +127,29 @@ def wrong_key():
         again = Run(directory=run.dir)
         again.end(0)
         again.whole()
-    finally:
-        stop(server)
+
+
+def left_alone():
+    """A run that has taken two steps when its judge is stopped."""
+    with served(JUDGE):
+        run = Run()
+        run.until("a step", lambda: len(run.steps()) >= 2)
+    run.until("the cause", lambda: "could not be reached" in run.ready())
+    return run
 
 
 def stopped():
-    server = serve(JUDGE)
-    run = Run()
-    run.until("a step", lambda: len(run.steps()) >= 2)
-    stop(server)
-    run.until("the cause", lambda: "could not be reached" in run.ready())
+    run = left_alone()
     before = len(run.steps())
     time.sleep(5)
     assert len(run.steps()) <= before + 1, "the run stands still"
-    server = serve(JUDGE)
-    try:
+    with served(JUDGE):
         run.end(0)
         run.whole()
-    finally:
-        stop(server)
 
 
 def slowed():
-    server = serve(JUDGE)
-    try:
+    with served(JUDGE) as server:
         run = Run()
         run.until("a step", lambda: len(run.steps()) >= 2)
         server.send_signal(signal.SIGSTOP)
@@ -139,60 +157,34 @@ def slowed():
         server.send_signal(signal.SIGCONT)
         run.end(0)
         run.whole()
-    finally:
-        stop(server)
 
 
 def swapped():
-    server = serve(JUDGE)
-    run = Run()
-    run.until("a step", lambda: len(run.steps()) >= 2)
-    stop(server)
-    server = serve(OTHER)
-    run.until("the cause", lambda: "answers as model" in run.ready())
-    stop(server)
-    server = serve(JUDGE)
-    try:
+    run = left_alone()
+    with served(OTHER):
+        run.until("the cause", lambda: "answers as model" in run.ready())
+    with served(JUDGE):
         run.end(0)
         run.whole()
-    finally:
-        stop(server)
 
 
 def away_for_good():
-    server = serve(JUDGE)
-    run = Run(outage=8)
-    run.until("a step", lambda: len(run.steps()) >= 2)
-    stop(server)
+    with served(JUDGE):
+        run = Run(outage=8)
+        run.until("a step", lambda: len(run.steps()) >= 2)
     run.end(1)
     assert "checkpoint" in run.log.read_text()
-    server = serve(JUDGE)
-    try:
-        again = Run(resume=True, directory=run.dir)
-        again.end(0)
-        again.whole()
-    finally:
-        stop(server)
+    resumed(run)
 
 
 def terminated_while_it_waits():
-    server = serve(JUDGE)
-    run = Run()
-    run.until("a step", lambda: len(run.steps()) >= 2)
-    stop(server)
-    run.until("the cause", lambda: "could not be reached" in run.ready())
+    run = left_alone()
     began = time.time()
     run.process.send_signal(signal.SIGTERM)
     run.end(143)
     took = time.time() - began
     assert took < 30 and list((run.dir / "run/checkpoints").glob("step-*")), f"{took:.0f} s"
-    server = serve(JUDGE)
-    try:
-        again = Run(resume=True, directory=run.dir)
-        again.end(0)
-        again.whole()
-    finally:
-        stop(server)
+    resumed(run)
 
 
 failed = 0

@@ -454,7 +454,7 @@ impl Client {
     async fn exchange(&self, request: &Request, reserved: Option<Reserved>) -> (Outcome, Option<Answer>) {
         let _under_way = self.knob.enter().await;
         let counted = Counted::new(&self.stats);
-        let (outcome, answer) = match self.post(request).await {
+        let (outcome, answer) = match self.alive_while(self.post(request)).await {
             Ok(answer) => (Outcome::Ok, Some(answer)),
             Err(outcome) => (outcome, None),
         };
@@ -466,6 +466,19 @@ impl Client {
             reserved.settle(if unknown { None } else { Some(cost.unwrap_or(0.0)) });
         }
         (outcome, answer)
+    }
+
+    /// Waits for `work`, with signs of life: an exchange takes up to `timeout_s`, and the watchdog has less patience.
+    async fn alive_while<T>(&self, work: impl Future<Output = T>) -> T {
+        const EVERY: Duration = Duration::from_secs(10);
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                () = tokio::time::sleep(EVERY) => {}
+            }
+            self.outage.sign(&format!("waits for an answer of the judge at {}", self.judge.url));
+        }
     }
 
     async fn post(&self, request: &Request) -> Result<Answer, Outcome> {

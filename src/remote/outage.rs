@@ -84,10 +84,19 @@ impl Outage {
             );
         }
         telemetry::judge_away(url, Some(telemetry::Away { time: away, why: &cause.words, refuses: cause.refuses }));
-        let note = format!("waits for the judge at {url}, away for {} s: {}", away.as_secs(), cause.words);
-        // Every one is given the sign of life; without anybody to give it to, the caller itself wants the answer.
-        let wanted = inner.waiting.values().filter(|alive| alive(&note)).count();
-        Waited { away, wanted: wanted > 0 || inner.waiting.is_empty() }
+        drop(inner);
+        let wanted =
+            self.sign(&format!("waits for the judge at {url}, away for {} s: {}", away.as_secs(), cause.words));
+        Waited { away, wanted }
+    }
+
+    /// Gives a sign of life with `note` to the actors that wait for the judge. Returns whether any of them still wants the
+    /// answer, or there is none to ask.
+    pub fn sign(&self, note: &str) -> bool {
+        let inner = self.lock();
+        // Every one is given the sign.
+        let wanted = inner.waiting.values().filter(|alive| alive(note)).count();
+        wanted > 0 || inner.waiting.is_empty()
     }
 
     /// Ends the outage: the judge at `url` answered at `now`.

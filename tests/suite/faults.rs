@@ -12,7 +12,7 @@ use preceptor::label::{Labeler, Labels};
 use preceptor::learn::TrainState;
 use preceptor::learn::value::ValueModel;
 use preceptor::learn::{Done, Observer};
-use preceptor::ledger::Book;
+use preceptor::ledger::{Book, Ledger};
 use preceptor::ops::AdamWConfig;
 use preceptor::prepare::Prepared;
 use preceptor::rollout::{Group, Rewarded, Verdict};
@@ -68,6 +68,8 @@ struct Seen {
     trained: Vec<u64>,
     masked: Vec<u64>,
     figures: Vec<f64>,
+    /// The first group that was trained.
+    first: Option<Rewarded>,
 }
 
 struct Notes(Arc<Mutex<Seen>>);
@@ -77,6 +79,7 @@ impl Observer for Notes {
 
     fn step(&mut self, done: Done<'_>, _state: &TrainState) -> Result<()> {
         let mut seen = self.0.lock().unwrap();
+        seen.first.get_or_insert_with(|| done.batch[0].clone());
         for group in done.batch {
             let list = if group.masked.is_some() { &mut seen.masked } else { &mut seen.trained };
             list.push(group.group.prompt.seq);
@@ -175,6 +178,22 @@ fn a_failed_verdict_is_retried_and_never_leaves_the_labeler() {
     let seen = seen.lock().unwrap();
     assert_eq!((&seen.trained[..], &seen.masked[..]), (&[0, 1][..], &[][..]), "the batch of the failed group waits");
     assert_eq!(book.count().generated, 1, "the failed group keeps its completions");
+}
+
+#[test]
+fn a_token_of_weights_that_the_learner_does_not_have_is_refused() {
+    let (_, seen, _) = run(Fault::None);
+    let mut group = seen.first.unwrap();
+    group.group.completions[0].versions[0] = 7;
+    let mut ledger = Ledger::default();
+    ledger.admit(0);
+    ledger.rewarded(&group).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = node(dir.path(), Fault::None, &Arc::default());
+    node.book = Book::new(ledger);
+    let (outcome, _) = drive(node);
+    let Outcome::Failed { error, fatal: true, .. } = outcome else { panic!("{outcome:?}") };
+    assert!(error.contains("group 0 has a token of version 7, and the learner is at version 0"), "{error}");
 }
 
 #[test]
