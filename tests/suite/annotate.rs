@@ -26,8 +26,10 @@ fn lines(path: &Path) -> Vec<Value> {
 
 fn label(dir: &Path, mock: &MockJudge) -> Command {
     let mut command = preceptor(dir);
-    let remote =
-        format!("labeler.remote={{ url = \"{}\", model = \"mock\", concurrency = 2, timeout_s = 3600 }}", mock.url);
+    let remote = format!(
+        "labeler.remote={{ url = \"{}\", model = \"mock\", concurrency = 2, timeout_s = 3600, probe = false }}",
+        mock.url
+    );
     command.args([
         "label",
         config("offline.toml").to_str().unwrap(),
