@@ -135,7 +135,10 @@ impl Shelf {
     pub fn bring(&self) -> Result<Option<PathBuf>> {
         let Some(mirror) = &self.mirror else { return Ok(None) };
         let here = self.all()?.last().and_then(|path| step(path));
-        match mirror.latest()?.filter(|there| Some(*there) > here) {
+        // One that was set aside here belongs to steps that the run left.
+        let aside = list(&self.dir)?;
+        let left = |there: u64| aside.iter().any(|path| step_set_aside(path) == Some(there));
+        match mirror.latest()?.filter(|there| Some(*there) > here && !left(*there)) {
             None => Ok(None),
             Some(step) => {
                 std::fs::create_dir_all(&self.dir).with_context(|| format!("cannot make {}", self.dir.display()))?;

@@ -117,6 +117,7 @@ const CLASSES: &[(&str, Class, &[&str])] = &[
             "price_completion",
             "max_response_bytes",
             "probe",
+            "any_model",
         ],
     ),
     ("reward", Class::Kept, &["reference"]),

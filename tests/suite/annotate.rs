@@ -98,7 +98,7 @@ fn a_killed_labeling_goes_on_and_no_pair_stands_twice() {
 }
 
 #[test]
-fn pairs_that_cannot_be_labeled_are_told_and_asked_for_again() {
+fn a_pair_that_the_judge_refuses_is_an_abstention_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
     write_pairs(&dir.path().join("pairs.jsonl"), 4);
     let down = MockJudge::start(|_, _, body| {
@@ -107,11 +107,11 @@ fn pairs_that_cannot_be_labeled_are_told_and_asked_for_again() {
     });
     let output = label(dir.path(), &down).output().unwrap();
     let text = stderr(&output);
-    assert!(
-        !output.status.success() && text.contains("1 pairs could not be labeled") && text.contains("400"),
-        "{text}"
-    );
-    assert_eq!(lines(&dir.path().join("labels.jsonl")).len(), 3);
+    assert!(output.status.success() && text.contains("labels 3, abstentions 1"), "{text}");
+    let rows = lines(&dir.path().join("labels.jsonl"));
+    let without: Vec<&Value> = rows.iter().filter(|row| row["preference"].is_null()).collect();
+    assert!(rows.len() == 4 && without.len() == 1, "{rows:?}");
+    assert!(without[0]["abstention"].as_str().unwrap().contains("400: no"), "{}", without[0]);
 }
 
 fn eval(dir: &Path, arguments: &[&str]) -> Vec<Value> {

@@ -82,19 +82,13 @@ fn the_identity_is_that_of_the_weights() {
 }
 
 #[test]
-fn weights_and_states_that_are_not_finite_are_refused() {
+fn states_that_are_not_finite_are_refused() {
     let dir = copy();
     let path = dir.path().join("model.safetensors");
     let mut weights = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
     let bias = weights.get_mut("encoder.layer.1.output.LayerNorm.bias").unwrap();
-    let sound = bias.clone();
-    *bias = (sound.clone() * f64::NAN).unwrap();
-    candle_core::safetensors::save(&weights, &path).unwrap();
-    let error = format!("{:#}", Embedder::from_directory(dir.path(), &Device::Cpu).err().unwrap());
-    assert!(error.contains("tensor encoder.layer.1.output.LayerNorm.bias has a value that is not finite"), "{error}");
-    // Finite weights so large that what is computed with them is not.
-    let bias = weights.get_mut("encoder.layer.1.output.LayerNorm.bias").unwrap();
-    *bias = ((sound * 0.0).unwrap() + f64::from(f32::MAX)).unwrap();
+    // Finite weights, whose states are too large to be added up.
+    *bias = bias.zeros_like().unwrap().affine(1.0, 3e38).unwrap();
     candle_core::safetensors::save(&weights, &path).unwrap();
     let error = Embedder::from_directory(dir.path(), &Device::Cpu).unwrap().embed(&["a cat"]).unwrap_err().to_string();
     assert!(error.contains("not finite"), "{error}");

@@ -397,7 +397,7 @@ fn two_processes_do_not_share_a_run_and_one_that_has_not_begun_begins() {
     assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
     let mut text = String::new();
     child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
-    assert!(child.wait().unwrap().success(), "{text}");
+    assert_eq!(child.wait().unwrap().code(), Some(143), "{text}");
     assert!(text.contains("no checkpoint yet; the run begins") && text.contains("interrupted after"), "{text}");
 }
 
@@ -453,7 +453,7 @@ fn a_step_that_outlasts_the_deadline_is_left_and_nothing_of_it_is_lost() {
     assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
     let mut text = String::new();
     child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
-    assert!(child.wait().unwrap().success(), "{text}");
+    assert_eq!(child.wait().unwrap().code(), Some(143), "{text}");
     assert!(text.contains("the step takes too long") && text.contains("interrupted after 1 steps"), "{text}");
     let about = std::fs::read_to_string(dir.path().join("run/checkpoints/step-000001/preceptor.json")).unwrap();
     let groups = &serde_json::from_str::<Value>(&about).unwrap()["groups"];
@@ -578,5 +578,5 @@ fn a_service_manager_is_told_when_the_run_is_ready_alive_and_stopping() {
         }
     }
     assert_eq!(said[0], "READY=1");
-    assert!(child.wait().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(143), "128 + SIGTERM");
 }

@@ -107,7 +107,8 @@ fn secrets_open_what_they_guard_and_stand_nowhere() {
     }
     let told = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(told.success());
-    assert!(child.wait().unwrap().success(), "{}", std::fs::read_to_string(&errors).unwrap());
+    let status = child.wait().unwrap().code();
+    assert_eq!(status, Some(130), "{}", std::fs::read_to_string(&errors).unwrap());
 
     std::fs::write(dir.path().join("printed.txt"), [printed.stdout, printed.stderr].concat()).unwrap();
     let files = files(dir.path());

@@ -400,7 +400,7 @@ fn a_label_cache_that_cannot_be_written_for_a_time_keeps_every_label() {
         Act::Slow(std::time::Duration::from_millis(2), Box::new(Act::Tokens(vec![("7", 0.5), ("1", rating)])))
     });
     let dir = tempfile::tempdir().unwrap();
-    let remote = format!("labeler.remote={{ url = \"{}\", model = \"m\" }}", mock.url);
+    let remote = format!("labeler.remote={{ url = \"{}\", model = \"m\", probe = false }}", mock.url);
     let cache = format!("labeler.cache=\"{}\"", dir.path().join("labels").display());
     let sets = ["labeler.type=direct", "learner.eta=0", "checkpoint.every_minutes=0", &remote, &cache];
     let node = Node::start(dir.path(), 4096, &sets);

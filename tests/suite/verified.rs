@@ -167,13 +167,13 @@ fn a_resume_that_is_refused_changes_no_file() {
     }
     refused("a typo", "does not exist", resume_from(dir.path(), &STEPWISE, "step-000077"));
     // What is longer in the checkpoint than on the disk is found before anything is cut.
-    let samples = std::fs::read(run.join("samples.jsonl")).unwrap();
-    std::fs::write(run.join("samples.jsonl"), &samples[..10]).unwrap();
+    let metrics = std::fs::read(run.join("metrics.jsonl")).unwrap();
+    std::fs::write(run.join("metrics.jsonl"), &metrics[..10]).unwrap();
     let before = tree(&run);
     let output = resume_from(dir.path(), &STEPWISE, "step-000001");
-    assert!(stderr(&output).contains("samples.jsonl has 10 bytes"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("metrics.jsonl has 10 bytes"), "{}", stderr(&output));
     assert!(differences(&before, &tree(&run)).is_empty());
-    std::fs::write(run.join("samples.jsonl"), &samples).unwrap();
+    std::fs::write(run.join("metrics.jsonl"), &metrics).unwrap();
     // Damage that is found on the way is not set aside either.
     std::fs::write(run.join("checkpoints/step-000004/preceptor.json"), "").unwrap();
     let before = tree(&run);
@@ -436,7 +436,7 @@ const HELD: [Held; 5] = [
         overrides: &[],
         line: "run       run",
         file: "run.lock",
-        end: "while loading models and data",
+        end: "the run's directory is as it was",
         next: "the run begins",
     },
     Held {
@@ -604,4 +604,22 @@ fn the_marker_of_a_run_without_checkpoints_is_gone_with_the_first() {
     let last = std::fs::read_dir(dir.path().join("run/checkpoints")).unwrap().last().unwrap().unwrap().path();
     let about = std::fs::read_to_string(last.join("preceptor.json")).unwrap();
     assert!(serde_json::from_str::<Value>(&about).unwrap()["step"].as_u64() > Some(0));
+}
+
+#[test]
+fn a_mirror_does_not_bring_back_what_was_set_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    let mirror = format!("checkpoint.mirror=\"file://{}/mirror\"", dir.path().display());
+    let overrides = [&STEPWISE[..], &[&mirror]].concat();
+    let output = train(dir.path(), &overrides);
+    assert!(output.status.success(), "{}", stderr(&output));
+    // It ends before it gets as far as the checkpoint that was set aside.
+    let shorter = [&overrides[..], &["run.steps=2", "learner.schedule=constant"]].concat();
+    let output = resume_from(dir.path(), &shorter, "step-000001");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let output = resume(dir.path(), &overrides);
+    let text = stderr(&output);
+    assert!(output.status.success() && !text.contains("brought"), "{text}");
+    assert!(text.contains("resuming  run/checkpoints/step-000002"), "{text}");
+    assert_eq!(steps(dir.path()), 4);
 }
