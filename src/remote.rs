@@ -1,11 +1,12 @@
 //! A judge behind a server that speaks OpenAI's protocol: completions and chat, log-probabilities or votes.
 //!
-//! What is decided here is decided by pure parts with tests of their own ([`breaker`], [`limit`], [`retry`],
-//! [`wire`]); [`client`] does the waiting and sending, on a thread that computes nothing.
+//! What is decided here is decided by pure parts with tests of their own ([`breaker`], [`evidence`], [`limit`],
+//! [`retry`], [`wire`]); [`client`] does the waiting and sending, on a thread that computes nothing.
 
 pub mod breaker;
 pub mod budget;
 pub mod client;
+pub mod evidence;
 pub mod key;
 pub mod limit;
 pub mod outage;

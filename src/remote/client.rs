@@ -10,6 +10,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::breaker::{Admit, Breaker};
 use super::budget::{Budget, Reserved};
+use super::evidence::Evidence;
 use super::key::Key;
 use super::limit::Bucket;
 use super::outage::{Cause, Outage};
@@ -49,36 +50,6 @@ pub struct Client {
     turn: tokio::sync::Mutex<()>,
     jitter: Mutex<ChaCha8Rng>,
     top_logprobs: AtomicUsize,
-}
-
-/// What is known of whether the server answers questions at all.
-#[derive(Default)]
-struct Evidence {
-    /// A short question that the server has answered: whether it answers this one tells a question that cannot be answered
-    /// from a server that answers none.
-    control: Option<Request>,
-    /// When the latest question was sent that was answered.
-    answered: Option<Duration>,
-    /// When the control question was last sent in vain.
-    in_vain: Option<Duration>,
-    /// The model of the first answer, by the name that the server reported.
-    model: Option<String>,
-}
-
-impl Evidence {
-    /// Returns whether the server answers questions that were sent at `since` or later; `None` if that is not known.
-    fn of(&self, since: Duration) -> Option<bool> {
-        let after = |sent: Option<Duration>| sent.is_some_and(|sent| sent >= since);
-        if after(self.answered) { Some(true) } else { after(self.in_vain).then_some(false) }
-    }
-
-    /// Notes that `request`, sent at `sent`, was answered.
-    fn answered(&mut self, request: &Request, sent: Duration) {
-        self.answered = self.answered.max(Some(sent));
-        if self.control.as_ref().is_none_or(|known| request.prompt.len() < known.prompt.len()) {
-            self.control = Some(Request { max_tokens: 1, ..request.clone() });
-        }
-    }
 }
 
 /// The tries of one question since it was last let through to the server.
@@ -272,7 +243,7 @@ impl Client {
             if let Some(known) = evidence.of(since) {
                 return Ok(known);
             }
-            evidence.control.clone()
+            evidence.control()
         };
         let Some(control) = control else { return Ok(false) };
         self.paced(&control).await?;
@@ -281,7 +252,7 @@ impl Client {
         if answer.is_none() {
             let words = format!("{} {}", self.address(), outcome.words());
             self.outage.failed(self.now(), Cause { words, refuses: outcome.nature() == Nature::Refusal });
-            self.lock(&self.evidence).in_vain = Some(sent);
+            self.lock(&self.evidence).asked_in_vain(sent);
         }
         Ok(answer.is_some())
     }
@@ -523,8 +494,8 @@ impl Client {
     /// Lets an answer through that is of the same model as the first one: a server may be started again with another.
     fn of_the_judge(&self, answer: Answer) -> Result<Answer, Outcome> {
         let Some(is) = answer.model.clone().filter(|_| !self.judge.any_model) else { return Ok(answer) };
-        let was = self.lock(&self.evidence).model.get_or_insert_with(|| is.clone()).clone();
-        if was == is { Ok(answer) } else { Err(Outcome::OtherModel(was, is)) }
+        let first = self.lock(&self.evidence).first_model(&is);
+        if first == is { Ok(answer) } else { Err(Outcome::OtherModel(first, is)) }
     }
 
     /// Whether the server refused the number of log-probabilities, and may give fewer.
