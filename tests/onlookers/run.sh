@@ -38,7 +38,10 @@ node tests/page/check.mjs "http://127.0.0.1:$port"
 "$program" top --once "http://127.0.0.1:$port"
 
 echo "== metrics.jsonl and events of an interrupted and resumed run"
-kill -INT "$node" && wait "$node"
+kill -INT "$node"
+status=0
+wait "$node" || status=$?
+((status == 130)) || { echo "an interrupted run ended with status $status" >&2; exit 1; }
 node=
 python3 -m venv "$scratch/python"
 "$scratch/python/bin/pip" install --quiet --disable-pip-version-check tensorboard==2.20.0
