@@ -11,6 +11,7 @@ use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
 use crate::data::pairs::PairSet;
 use crate::data::{Dataset, OnLong, Part, PromptFormat, ReadOptions, Split};
 use crate::device;
+use crate::exit::Ended;
 use crate::fault;
 use crate::label::backend::Backend;
 use crate::label::cache::{Cached, Store};
@@ -324,10 +325,14 @@ fn instruments(
         }
         let backend: Arc<dyn Backend> = if let Some(remote) = &method.remote {
             let judge = Remote::within(remote.clone(), budget.clone()).context("labeler.remote cannot be used")?;
-            if remote.probe
-                && let Some(warning) = judge.probe()?
-            {
-                tracing::warn!("{warning}");
+            if remote.probe {
+                match judge.probe() {
+                    Ok(warning) => warning.iter().for_each(|warning| tracing::warn!("{warning}")),
+                    Err(unusable) if budget.as_ref().is_some_and(|budget| budget.exhausted()) => {
+                        return Err(Ended::Stopped(unusable.words).into());
+                    }
+                    Err(unusable) => return Err(unusable.into()),
+                }
             }
             Arc::new(judge)
         } else {

@@ -165,6 +165,10 @@ impl Backend for Remote {
         true
     }
 
+    fn reported_model(&self) -> Option<String> {
+        self.client.reported_model()
+    }
+
     fn knob(&self) -> Option<Arc<Knob>> {
         Some(Arc::clone(&self.client.knob))
     }

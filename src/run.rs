@@ -87,7 +87,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     let token = Token::from_env(&config.serve).map_err(refused)?;
     let stop = Stop::default();
     let dir = open::hold(&config, run_dir, &from).map_err(refused)?;
-    let budget = budget(&config, Some(dir.path().join(JUDGE_COST)))?;
+    let budget = budget(&config, Some(dir.path().join(JUDGE_COST))).map_err(refused)?;
     let monitor = Monitor::new(&config, telemetry::install()?);
     monitor.trace()?;
     upkeep(Arc::clone(&monitor));
@@ -298,7 +298,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
 
 /// An error from before the first step: the run was refused, unless a signal interrupted it.
 fn refused(error: anyhow::Error) -> anyhow::Error {
-    if error.is::<Interrupted>() { error } else { Ended::Refused(error).into() }
+    if error.is::<Interrupted>() || error.is::<Ended>() { error } else { Ended::Refused(error).into() }
 }
 
 /// Writes the checkpoint of a reward model that was warmed up. Training goes on without it, and tries it again.

@@ -116,9 +116,21 @@ impl Rows {
 fn spool(fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<File> {
     let file = tempfile::tempfile().context("cannot make a temporary file to unpack it into")?;
     let mut out = BufWriter::new(&file);
-    fill(&mut out)?;
-    out.flush()?;
+    let filled = fill(&mut out).and_then(|()| Ok(out.flush()?));
     drop(out);
+    filled.map_err(|error| {
+        let full = |cause: &(dyn std::error::Error + 'static)| {
+            cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::StorageFull)
+        };
+        if !error.chain().any(full) {
+            return error;
+        }
+        let place = std::env::temp_dir();
+        error.context(format!(
+            "it is unpacked into a temporary file, and {} is full; make room there, or set TMPDIR to another folder",
+            place.display()
+        ))
+    })?;
     Ok(file)
 }
 

@@ -94,6 +94,12 @@ pub trait Backend: Send + Sync {
         false
     }
 
+    /// The model that answers, by the name that its server reports; `None` where it is here, has not answered yet, or may be
+    /// any.
+    fn reported_model(&self) -> Option<String> {
+        None
+    }
+
     /// How many exchanges may be under way at once, where it is a server that is asked.
     fn knob(&self) -> Option<Arc<Knob>> {
         None

@@ -82,6 +82,10 @@ impl Backend for Cached {
         self.inner.waits()
     }
 
+    fn reported_model(&self) -> Option<String> {
+        self.inner.reported_model()
+    }
+
     fn knob(&self) -> Option<Arc<Knob>> {
         self.inner.knob()
     }

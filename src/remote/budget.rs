@@ -38,7 +38,7 @@ impl Budget {
     /// A file that is there and cannot be read as a number.
     pub fn open(limit: f64, file: Option<PathBuf>) -> anyhow::Result<Arc<Self>> {
         let settled = match file.as_ref().map(std::fs::read_to_string) {
-            Some(Ok(text)) => text.trim().parse::<f64>().ok().filter(|spent| spent.is_finite()).ok_or_else(|| {
+            Some(Ok(text)) => text.trim().parse::<f64>().ok().filter(|spent| spent.is_finite() && *spent >= 0.0).ok_or_else(|| {
                 anyhow::anyhow!(
                     "{} should hold what was spent on judges so far, as a number, but holds {:?}; write the amount into it",
                     file.iter().map(|path| path.display().to_string()).collect::<String>(),

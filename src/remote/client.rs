@@ -16,7 +16,7 @@ use super::limit::Bucket;
 use super::outage::{Cause, Outage};
 use super::retry::{Nature, Outcome, pause, retry_after};
 use super::stats::RemoteStats;
-use super::wire::{Answer, Request, excerpt, read, reports_quota, sentence};
+use super::wire::{Answer, Request, Unread, excerpt, read, reports_quota, sentence};
 use crate::config::{RemoteApi, RemoteJudge};
 use crate::http;
 use crate::knob::Knob;
@@ -26,6 +26,12 @@ use crate::telemetry;
 
 /// Log-probabilities that servers of the older protocol give at most, where they refuse more.
 const FEWEST_LOGPROBS: usize = 5;
+
+/// Tries that are refused for the rate of requests after which the client looks whether the server answers others.
+const LIMITED_TRIES: u32 = 8;
+/// Times in a row that it has to, before the question itself counts as refused: a prompt larger than a limit on tokens is
+/// reported as a rate limit by some servers.
+const LIMITED_ROUNDS: u32 = 5;
 
 /// One server, with all that its users share.
 pub struct Client {
@@ -41,6 +47,8 @@ pub struct Client {
     requests: Option<Mutex<Bucket>>,
     tokens: Option<Mutex<Bucket>>,
     budget: Option<Arc<Budget>>,
+    /// Highest ratio so far of what an exchange cost to the most that it should have; at least 1.
+    excess: Mutex<f64>,
     breaker: Mutex<Breaker>,
     outage: Outage,
     /// Until when the server asked everybody to wait.
@@ -81,6 +89,7 @@ impl Client {
             requests: Bucket::new(judge.requests_per_minute).map(Mutex::new),
             tokens: Bucket::new(judge.tokens_per_minute).map(Mutex::new),
             budget,
+            excess: Mutex::new(1.0),
             breaker: Mutex::new(Breaker::new(judge.breaker_failures, seconds(judge.breaker_cooldown_s))),
             outage: Outage::default(),
             hold: Mutex::default(),
@@ -95,6 +104,11 @@ impl Client {
     /// How many log-probabilities this server gives.
     pub fn top_logprobs(&self) -> usize {
         self.top_logprobs.load(Ordering::SeqCst)
+    }
+
+    /// The model of the first answer, by the name that the server reports, where all answers have to be of that model.
+    pub fn reported_model(&self) -> Option<String> {
+        self.lock(&self.evidence).model().filter(|_| !self.judge.any_model)
     }
 
     /// Whom to give a sign of life while the server is away.
@@ -118,7 +132,7 @@ impl Client {
         let mut request = request.clone();
         let mut tries = self.tries();
         // Whether the server was seen to answer other questions when the tries began.
-        let (mut asked, mut answering) = (false, false);
+        let (mut asked, mut answering, mut alone) = (false, false, 0);
         loop {
             if self.admitted(asked).await? {
                 (answering, tries) = (false, self.tries());
@@ -138,6 +152,15 @@ impl Client {
             self.outage.failed(ended, Cause { words: words.clone(), refuses });
             if outcome.nature() == Nature::Limited {
                 tries.limited += 1;
+                if tries.limited.is_multiple_of(LIMITED_TRIES) {
+                    alone = if self.answers_others(ended, usage).await? { alone + 1 } else { 0 };
+                    if alone >= LIMITED_ROUNDS {
+                        return Err(Refusal::Abstention(format!(
+                            "{words}, each of {} times; it answers other questions meanwhile",
+                            tries.limited
+                        )));
+                    }
+                }
                 self.limited(&outcome, tries.limited).await?;
                 continue;
             }
@@ -317,12 +340,22 @@ impl Client {
         }
         telemetry::judge_retry();
         let pause = self.pause(outcome, attempt);
-        let until = self.now() + pause;
         {
             let mut hold = self.lock(&self.hold);
             *hold = (*hold).max(self.now() + outcome.wait().unwrap_or_default());
         }
-        self.rest(until.saturating_sub(self.now())).await
+        self.held(pause).await
+    }
+
+    /// Waits `pause`, which a server asked for, but no longer than a server is waited for that answers nothing.
+    ///
+    /// # Errors
+    /// The pause is longer than that, or nobody wants the answer any more.
+    async fn held(&self, pause: Duration) -> Reply<()> {
+        let patience = seconds(self.judge.outage_s).max(seconds(self.judge.deadline_s));
+        let left = patience.saturating_sub(self.outage.away(self.now()));
+        self.rest(pause.min(left)).await?;
+        if pause > left { Err(self.gave_up()) } else { Ok(()) }
     }
 
     /// Waits for the rate limits: those of the configuration, and what the server asked for.
@@ -338,8 +371,15 @@ impl Client {
                 }
             }
         }
-        let hold = *self.lock(&self.hold);
-        self.rest(hold.saturating_sub(self.now())).await
+        let hold = self.lock(&self.hold).saturating_sub(self.now());
+        if hold == Duration::ZERO {
+            return Ok(());
+        }
+        if self.outage.cause().is_none() {
+            let words = format!("{} asked to be left alone for {} s (Retry-After)", self.address(), hold.as_secs());
+            self.outage.failed(self.now(), Cause { words, refuses: false });
+        }
+        self.held(hold).await
     }
 
     /// One try: one exchange, or two where the first lets itself be waited for.
@@ -378,8 +418,13 @@ impl Client {
     /// A failure that names `labeler.max_cost` where that is more than is left.
     fn reserve(&self, request: &Request) -> Reply<Option<Reserved>> {
         let Some(budget) = &self.budget else { return Ok(None) };
-        let most = self.cost(request.most_prompt_tokens(), request.max_tokens as u64);
+        let most = self.most(request) * *self.lock(&self.excess);
         budget.reserve(most).map(Some).map_err(Refusal::Failure)
+    }
+
+    /// The most that an exchange should cost by the length of its question and answer.
+    fn most(&self, request: &Request) -> f64 {
+        self.cost(request.most_prompt_tokens(), request.max_tokens as u64)
     }
 
     fn cost(&self, prompt_tokens: u64, completion_tokens: u64) -> f64 {
@@ -403,6 +448,8 @@ impl Client {
             usage.cost += cost;
             telemetry::judge_cost(cost);
             self.lock(&self.evidence).answered(request, sent);
+            // It answers again: others need not wait until the time that it asked for earlier.
+            *self.lock(&self.hold) = Duration::ZERO;
         }
         let now = self.now();
         let mut breaker = self.lock(&self.breaker);
@@ -432,6 +479,11 @@ impl Client {
         counted.end(&outcome);
         if let Some(reserved) = reserved {
             let cost = answer.as_ref().map(|answer| self.cost(answer.prompt_tokens, answer.completion_tokens));
+            // Some servers charge for more tokens than the question and the answer can have.
+            let excess = cost.map_or(1.0, |cost| cost / self.most(request).max(f64::MIN_POSITIVE));
+            let mut known = self.lock(&self.excess);
+            *known = known.max(excess);
+            drop(known);
             // A server that broke off or was not waited for may charge for it all the same.
             let unknown = matches!(outcome, Outcome::Timeout | Outcome::Connection(_) | Outcome::Malformed(_));
             reserved.settle(if unknown { None } else { Some(cost.unwrap_or(0.0)) });
@@ -482,7 +534,11 @@ impl Client {
             bytes = key.hide(bytes);
         }
         match status {
-            200..=299 => read(&bytes, request).map_err(Outcome::Malformed).and_then(|answer| self.of_the_judge(answer)),
+            200..=299 => match read(&bytes, request) {
+                Ok(answer) => self.of_the_judge(request, answer),
+                Err(Unread::Malformed(why)) => Err(Outcome::Malformed(why)),
+                Err(Unread::Filtered(why)) => Err(Outcome::Filtered(why)),
+            },
             402 => Err(Outcome::Quota(status, sentence(&bytes))),
             429 if reports_quota(&bytes) => Err(Outcome::Quota(status, sentence(&bytes))),
             429 => Err(Outcome::RateLimited(wait, sentence(&bytes))),
@@ -491,8 +547,12 @@ impl Client {
         }
     }
 
-    /// Lets an answer through that is of the same model as the first one: a server may be started again with another.
-    fn of_the_judge(&self, answer: Answer) -> Result<Answer, Outcome> {
+    /// Lets an answer through that is of the same model as the first one, since a server may be started again with another,
+    /// and that has log-probabilities where they were asked for and earlier answers had them.
+    fn of_the_judge(&self, request: &Request, answer: Answer) -> Result<Answer, Outcome> {
+        if request.top_logprobs > 0 && !self.lock(&self.evidence).counts(answer.first_token.is_some()) {
+            return Err(Outcome::Malformed("it has no log-probabilities; they were asked for".into()));
+        }
         let Some(is) = answer.model.clone().filter(|_| !self.judge.any_model) else { return Ok(answer) };
         let first = self.lock(&self.evidence).first_model(&is);
         if first == is { Ok(answer) } else { Err(Outcome::OtherModel(first, is)) }

@@ -16,6 +16,9 @@ pub struct Evidence {
     in_vain: Option<Duration>,
     /// The model of the first answer, by the name that the server reported.
     model: Option<String>,
+    /// Whether any answer had log-probabilities, and how many had none before.
+    listed: bool,
+    unlisted: u32,
 }
 
 impl Evidence {
@@ -43,6 +46,25 @@ impl Evidence {
         self.control.clone()
     }
 
+    /// Notes whether an answer to a question for log-probabilities had some. Returns whether the answer counts: one without
+    /// them counts only from the third on, if no answer ever had any, so that an odd one does not change how the judge is
+    /// asked.
+    pub fn counts(&mut self, has_logprobs: bool) -> bool {
+        /// Answers without log-probabilities that show that a server offers none.
+        const TELLING: u32 = 3;
+        if has_logprobs {
+            self.listed = true;
+        } else {
+            self.unlisted = self.unlisted.saturating_add(1);
+        }
+        has_logprobs || (!self.listed && self.unlisted >= TELLING)
+    }
+
+    /// Returns the model of the first answer, if there was one that named its model.
+    pub fn model(&self) -> Option<String> {
+        self.model.clone()
+    }
+
     /// Returns the model of the first answer, which is `model` if there was none before.
     pub fn first_model(&mut self, model: &str) -> String {
         self.model.get_or_insert_with(|| model.to_owned()).clone()
@@ -52,6 +74,17 @@ impl Evidence {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_odd_answer_without_log_probabilities_does_not_show_that_a_server_offers_none() {
+        let mut none = Evidence::default();
+        assert_eq!([false; 4].map(|has| none.counts(has)), [false, false, true, true]);
+        let mut some = Evidence::default();
+        assert_eq!(
+            [false, true, false, false, false, false].map(|has| some.counts(has)),
+            [false, true, false, false, false, false]
+        );
+    }
 
     #[test]
     fn only_questions_that_were_sent_later_tell_whether_the_judge_answers() {

@@ -20,6 +20,8 @@ pub enum Outcome {
     /// Another status from 400 to 499, with the server's sentence; or one from 300 to 399, with the address that the server
     /// redirects to. No redirect is followed.
     Refused(u16, String),
+    /// An answer that the server withheld from this question.
+    Filtered(String),
     /// An answer of another model than that of the first answer: the names of both.
     OtherModel(String, String),
     /// A status from 500 up, with the time that the server asked for and its sentence.
@@ -49,6 +51,7 @@ impl Outcome {
             Self::Malformed(_) => "malformed",
             Self::RateLimited(..) => "rate_limited",
             Self::Quota(..) => "quota",
+            Self::Filtered(_) => "filtered",
             Self::OtherModel(..) => "other_model",
             Self::Refused(300..=399, _) => "http_3xx",
             Self::Refused(..) => "http_4xx",
@@ -58,13 +61,14 @@ impl Outcome {
     }
 
     /// All names.
-    pub const NAMES: [&str; 11] = [
+    pub const NAMES: [&str; 12] = [
         "ok",
         "timeout",
         "connection",
         "malformed",
         "rate_limited",
         "quota",
+        "filtered",
         "other_model",
         "http_3xx",
         "http_4xx",
@@ -78,7 +82,8 @@ impl Outcome {
             Self::RateLimited(..) => Nature::Limited,
             Self::Refused(408 | 409 | 425, _) => Nature::Passing,
             // Not implemented: the server will not learn it by itself.
-            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Quota(..) | Self::OtherModel(..) => Nature::Refusal,
+            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Quota(..) => Nature::Refusal,
+            Self::Filtered(_) | Self::OtherModel(..) => Nature::Refusal,
             Self::Ok | Self::HedgedAway | Self::Timeout | Self::Connection(_) | Self::Malformed(_) => Nature::Passing,
             Self::Server(..) => Nature::Passing,
         }
@@ -86,7 +91,7 @@ impl Outcome {
 
     /// Returns whether the server refuses this question, by the meaning of the status, rather than all of its client's.
     pub fn is_about_the_question(&self) -> bool {
-        matches!(self, Self::Refused(400 | 413 | 414 | 422 | 431 | 451, _))
+        matches!(self, Self::Refused(400 | 413 | 414 | 422 | 431 | 451, _) | Self::Filtered(_))
     }
 
     /// Returns whether the circuit breaker counts the exchange as a success: the server is reachable and works.
@@ -94,7 +99,8 @@ impl Outcome {
         match self {
             Self::Ok | Self::HedgedAway => true,
             Self::Timeout | Self::Connection(_) | Self::Malformed(_) | Self::Server(..) => false,
-            Self::RateLimited(..) | Self::Quota(..) | Self::Refused(..) | Self::OtherModel(..) => true,
+            Self::RateLimited(..) | Self::Quota(..) | Self::Refused(..) => true,
+            Self::Filtered(_) | Self::OtherModel(..) => true,
         }
     }
 
@@ -131,6 +137,7 @@ impl Outcome {
                 )
             }
             Self::Refused(status, why) => format!("refused the request ({})", with(&status.to_string(), why)),
+            Self::Filtered(why) => format!("withheld the answer ({why})"),
             Self::OtherModel(was, is) => format!(
                 "answers as model {is:?} now, and answered as {was:?} before; bring that model back, or set labeler.remote.any_model = true to accept whichever answers"
             ),

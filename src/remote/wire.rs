@@ -125,19 +125,43 @@ pub struct Answer {
     pub model: Option<String>,
 }
 
-/// Reads a body. What is missing, of another type or no number is an error in words, never a guess.
+/// Why a body of status 200 is no answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unread {
+    /// It cannot be read, or reports that the server failed.
+    Malformed(String),
+    /// The server withheld the answer to this question.
+    Filtered(String),
+}
+
+impl<T: Into<String>> From<T> for Unread {
+    fn from(why: T) -> Self {
+        Self::Malformed(why.into())
+    }
+}
+
+/// Reads a body. What is missing, of another type or no number is an error in words, never a guess; so is an answer that the
+/// server itself calls failed or filtered, whatever else it holds.
 ///
 /// # Errors
 /// Says what is wrong with the body.
-pub fn read(body: &[u8], request: &Request) -> Result<Answer, String> {
+pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
     if body.iter().all(u8::is_ascii_whitespace) {
         return Err("the body is empty".into());
     }
     let value: Value = serde_json::from_slice(body).map_err(|error| format!("the body is not JSON: {error}"))?;
     if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
-        return Err(format!("an error in a body of status 200: {}", excerpt(&error.to_string())));
+        return Err(format!("an error in a body of status 200: {}", excerpt(&error.to_string())).into());
     }
     let choice = value["choices"].get(0).ok_or("there is no choices[0]")?;
+    let failed = choice["finish_reason"] == "error" || choice.get("error").is_some_and(|error| !error.is_null());
+    if failed {
+        let why = excerpt(&choice["error"].to_string());
+        return Err(format!("the server calls its answer failed (finish_reason \"error\", status 200): {why}").into());
+    }
+    if choice["finish_reason"] == "content_filter" {
+        return Err(Unread::Filtered("finish_reason \"content_filter\"".into()));
+    }
     let text = choice["message"]["content"].as_str().or_else(|| choice["text"].as_str());
     // A chat answer that is nothing but its end may come with a null text.
     let text = match text {
@@ -230,7 +254,10 @@ mod tests {
     use super::*;
 
     fn ask(body: &str) -> Result<Answer, String> {
-        read(body.as_bytes(), &Request::first_token("12345678", None, 5))
+        read(body.as_bytes(), &Request::first_token("12345678", None, 5)).map_err(|unread| match unread {
+            Unread::Malformed(why) => why,
+            Unread::Filtered(why) => format!("filtered: {why}"),
+        })
     }
 
     #[test]
@@ -271,6 +298,12 @@ mod tests {
             ("{\"choices\": []}", "choices[0]"),
             ("{\"choices\": [{}]}", "neither"),
             ("{\"error\": {\"message\": \"overloaded\"}}", "overloaded"),
+            (
+                "{\"choices\": [{\"text\": \"1\", \"finish_reason\": \"error\", \"error\": {\"code\": 502}}]}",
+                "calls its answer failed (finish_reason \"error\", status 200): {\"code\":502}",
+            ),
+            ("{\"choices\": [{\"text\": \"\", \"error\": {\"code\": 502}}]}", "calls its answer failed"),
+            ("{\"choices\": [{\"text\": \"1\", \"finish_reason\": \"content_filter\"}]}", "filtered: "),
             (
                 "{\"choices\": [{\"text\": \"1\", \"logprobs\": {\"top_logprobs\": [{\"1\": null}]}}]}",
                 "log-probability of \"1\" is null",

@@ -54,7 +54,7 @@ impl Guard {
 
     /// Takes in the `record` of a step of an earlier process.
     pub(super) fn recall(&mut self, record: &Map<String, Value>) {
-        let _ = self.take(record, self.masked(record) == 1.0);
+        let _ = self.take(record, self.masked(record) == 1.0, None);
     }
 
     /// Takes in a step with its figures and what it was learned from.
@@ -64,7 +64,8 @@ impl Guard {
             let why = if known { why.clone() } else { "other reasons".to_owned() };
             *self.reasons.entry(why).or_default() += 1;
         }
-        self.take(record, is_unlabeled(batch))
+        let why = first_reason(batch);
+        self.take(record, is_unlabeled(batch), why)
     }
 
     /// Returns whether the bound `name` is exceeded for as many steps as the configuration asks for.
@@ -136,7 +137,7 @@ impl Guard {
         ]
     }
 
-    fn take(&mut self, record: &Map<String, Value>, unlabeled: bool) -> Finding {
+    fn take(&mut self, record: &Map<String, Value>, unlabeled: bool, why: Option<&str>) -> Finding {
         let mut finding = Finding::default();
         self.steps += 1;
         self.applied += u64::from(record.get("applied") == Some(&Value::Bool(true)));
@@ -160,9 +161,9 @@ impl Guard {
         }
         self.unlabeled = if unlabeled { self.unlabeled + 1 } else { 0 };
         if self.unlabeled >= self.bounds.unlabeled_steps {
-            let why = self.reasons().first().map_or(String::new(), |(why, _)| format!(": {why}"));
+            let why = why.map_or(String::new(), |why| format!(": {why}"));
             finding.stop = Some(format!(
-                "the labeler gave no label in {} steps in a row (guard.unlabeled_steps), so that nothing is learned{why}; samples.jsonl has each group's reason",
+                "the labeler gave no label in {} steps in a row (guard.unlabeled_steps){why}; samples.jsonl has each group's reason",
                 self.unlabeled
             ));
         }
@@ -170,15 +171,24 @@ impl Guard {
     }
 }
 
+/// Why the first verdict of the batch that is no label is none.
+fn first_reason(batch: &[Rewarded]) -> Option<&str> {
+    verdicts(batch).find_map(|verdict| match verdict {
+        Verdict::Label(_) => None,
+        Verdict::Abstention(why) | Verdict::Failure(why) => Some(why.as_str()),
+    })
+}
+
+fn verdicts(batch: &[Rewarded]) -> impl Iterator<Item = &Verdict> {
+    batch
+        .iter()
+        .flat_map(|group| &group.feedback)
+        .flat_map(|feedback| feedback.verdicts.iter().chain(feedback.preferences.iter().map(|one| &one.verdict)))
+}
+
 /// Whether the labeler was asked about the batch and gave no label at all.
 fn is_unlabeled(batch: &[Rewarded]) -> bool {
-    let verdicts = || {
-        batch
-            .iter()
-            .flat_map(|group| &group.feedback)
-            .flat_map(|feedback| feedback.verdicts.iter().chain(feedback.preferences.iter().map(|one| &one.verdict)))
-    };
-    verdicts().next().is_some() && !verdicts().any(|verdict| matches!(verdict, Verdict::Label(_)))
+    verdicts(batch).next().is_some() && !verdicts(batch).any(|verdict| matches!(verdict, Verdict::Label(_)))
 }
 
 #[cfg(test)]

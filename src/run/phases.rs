@@ -85,7 +85,7 @@ impl WarmUpObserver for Notes {
         } else {
             format!("reward model ranks {:.1} % of {pairs} held-out pairs as labeled", 100.0 * right / pairs as f64)
         };
-        self.tell(&text, json!({ "held_out_right": right, "held_out_pairs": pairs }));
+        self.tell(&text, json!({ "held_out_right": (pairs > 0).then_some(right), "held_out_pairs": pairs }));
     }
 }
 

@@ -310,7 +310,8 @@ pub fn compare_judge(checkpoint: &Opened, judge: &JudgeContents, accepted: &Acce
 fn contents(was: &JudgeContents, is: &JudgeContents) -> Vec<Change> {
     let changed = is.iter().filter_map(|(key, is)| {
         let was = was.get(key).filter(|was| *was != is)?;
-        let text = |hash: &str| format!("content {hash}");
+        let named = key.ends_with(".remote.model");
+        let text = |what: &str| if named { format!("answered as {what:?}") } else { format!("content {what}") };
         Some(Change { key: key.clone(), was: text(was), is: text(is), class: Class::Judge })
     });
     changed.collect()
@@ -358,6 +359,13 @@ pub fn judge_contents(config: &Config, instruments: &[Instrument]) -> Result<Jud
             && let Preamble::Own(text) = Preamble::find(&method.preamble)?
         {
             note("preamble", crate::seed::text(text.trim_end()));
+        }
+        // The name that the server gives the model that answers: another one may be behind the same address.
+        if let Instrument::Asked(backend) = instrument
+            && let Some(name) = backend.reported_model()
+        {
+            contents.insert(format!("{place}.remote.model"), name);
+            continue;
         }
         // A server's weights are not here, and the policy's own have a fingerprint of their own in the checkpoint.
         if method.model.is_some() {

@@ -11,6 +11,7 @@ use std::time::Duration;
 use preceptor::config::RemoteJudge;
 use preceptor::label::backend::{Ask, Backend, Refusal, Usage};
 use preceptor::remote::Remote;
+use preceptor::remote::budget::Budget;
 use preceptor::seed;
 use serde_json::Value;
 
@@ -362,6 +363,135 @@ fn answers_of_another_model_than_the_first_are_no_labels() {
     assert!(judge.stats().of("other_model") > 0);
     let any = Remote::new(settings(true)).unwrap();
     assert!(any.weigh(&[question("a")], &mut Usage::default())[0].is_ok());
+}
+
+#[test]
+fn an_odd_answer_without_log_probabilities_does_not_turn_questions_into_votes() {
+    let mock = MockJudge::start(|number, _, body| if number % 10 == 4 { Act::Text("9") } else { rating(body) });
+    let settings =
+        RemoteJudge { url: mock.url.clone(), model: "mock".into(), backoff_s: 0.001, ..RemoteJudge::default() };
+    let judge = Remote::new(settings).unwrap();
+    for i in 0..40 {
+        assert!(judge.weigh(&[question(&i.to_string())], &mut Usage::default())[0].is_ok());
+    }
+    assert_eq!(judge.stats().of("ok"), 40, "each question has one answer that counts");
+    assert!(mock.served("ok") < 50, "{} questions were asked", mock.served("ok"));
+}
+
+#[test]
+fn an_answer_that_the_server_itself_calls_failed_is_no_label() {
+    let answer = |end: &str| {
+        Act::Body(format!(
+            "{{\"choices\": [{{\"message\": {{\"content\": \"1\"}}, \"logprobs\": {{\"content\": [{{\"top_logprobs\": [{{\"token\": \"1\", \"logprob\": -0.1}}]}}]}}, {end}}}]}}"
+        ))
+    };
+    for (end, outcome) in [
+        ("\"finish_reason\": \"error\", \"error\": {\"code\": 502}", "malformed"),
+        ("\"error\": {\"code\": 429}", "malformed"),
+        ("\"finish_reason\": \"content_filter\"", "filtered"),
+    ] {
+        let act = answer(end);
+        let mock = MockJudge::start(move |_, _, _| act.clone());
+        let settings = RemoteJudge {
+            url: mock.url.clone(),
+            model: "mock".into(),
+            retries: 0,
+            outage_s: 0.0,
+            ..RemoteJudge::default()
+        };
+        let judge = Remote::new(settings).unwrap();
+        let reply = judge.weigh(&[question("a")], &mut Usage::default()).remove(0);
+        assert!(matches!(reply, Err(Refusal::Failure(_))), "{end}: {reply:?}");
+        assert_eq!(judge.stats().of(outcome), 1, "{end}");
+    }
+}
+
+#[test]
+fn a_server_that_asks_for_more_patience_than_there_is_ends_the_wait() {
+    let mock = MockJudge::start(|_, _, _| Act::Status(429, "Retry-After: 36000\r\n", "later"));
+    let settings = RemoteJudge {
+        url: mock.url.clone(),
+        model: "mock".into(),
+        outage_s: 0.3,
+        deadline_s: 0.3,
+        ..RemoteJudge::default()
+    };
+    let judge = Remote::new(settings).unwrap();
+    // Were the time waited for in full, the test would take hours.
+    let replies = judge.weigh(&[question("a"), question("b")], &mut Usage::default());
+    for reply in &replies {
+        let Err(Refusal::Failure(why)) = reply else { panic!("{replies:?}") };
+        assert!(why.contains("limits the rate of requests (429: later)"), "{why}");
+    }
+}
+
+#[test]
+fn a_question_that_alone_is_refused_for_its_rate_is_an_abstention() {
+    let mock = MockJudge::start(|_, _, body| {
+        let large = body["messages"].to_string().contains("poison");
+        if large { Act::Status(429, "", "request too large for the tokens of a minute") } else { rating(body) }
+    });
+    let settings = RemoteJudge {
+        url: mock.url.clone(),
+        model: "mock".into(),
+        backoff_s: 0.001,
+        max_backoff_s: 0.002,
+        ..RemoteJudge::default()
+    };
+    let judge = Remote::new(settings).unwrap();
+    assert!(judge.weigh(&[question("a")], &mut Usage::default())[0].is_ok());
+    let reply = judge.weigh(&[question("poison")], &mut Usage::default()).remove(0);
+    let Err(Refusal::Abstention(why)) = reply else { panic!("{reply:?}") };
+    assert!(why.contains("request too large"), "{why}");
+}
+
+#[test]
+fn a_resumed_run_does_not_take_another_model_for_its_judge() {
+    let other = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&other);
+    let mock = MockJudge::start(move |_, _, _| {
+        let model = if seen.load(Ordering::SeqCst) { "second" } else { "first" };
+        let top = "[{\"token\": \"9\", \"logprob\": -0.1}, {\"token\": \"1\", \"logprob\": -3}]";
+        Act::Body(format!(
+            "{{\"model\": \"{model}\", \"choices\": [{{\"message\": {{\"content\": \"9\"}}, \"logprobs\": {{\"content\": [{{\"top_logprobs\": {top}}}]}}}}]}}"
+        ))
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let judge = remote(&mock.url, "");
+    let overrides = ["labeler.type=direct", judge.as_str(), &cache(dir.path())];
+    assert!(train(dir.path(), &[&overrides[..], &["run.steps=2"]].concat()).status.success());
+    other.store(true, Ordering::SeqCst);
+    let refused = resume(dir.path(), &overrides);
+    let text = stderr(&refused);
+    assert_eq!(refused.status.code(), Some(2), "{text}");
+    for words in ["answered as \"first\"", "answered as \"second\"", "--accept-change labeler.remote.model"] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    other.store(false, Ordering::SeqCst);
+    assert!(resume(dir.path(), &overrides).status.success());
+}
+
+#[test]
+fn a_server_that_charges_for_more_tokens_than_there_can_be_is_held_to_the_budget_from_its_first_answer_on() {
+    let mock = MockJudge::start(|_, _, _| {
+        let top = "[{\"token\": \"9\", \"logprob\": -0.1}]";
+        Act::Body(format!(
+            "{{\"usage\": {{\"prompt_tokens\": 5000, \"completion_tokens\": 500}}, \"choices\": [{{\"message\": {{\"content\": \"9\"}}, \"logprobs\": {{\"content\": [{{\"top_logprobs\": {top}}}]}}}}]}}"
+        ))
+    });
+    // 5,000 tokens read at 1 and 500 written at 10 a million: 0.01 an answer.
+    let settings = RemoteJudge {
+        url: mock.url.clone(),
+        model: "mock".into(),
+        price_prompt: 1.0,
+        price_completion: 10.0,
+        ..RemoteJudge::default()
+    };
+    let budget = Budget::open(0.1, None).unwrap();
+    let judge = Remote::within(settings, Some(Arc::clone(&budget))).unwrap();
+    let asked: usize =
+        (0..30).filter(|i| judge.weigh(&[question(&i.to_string())], &mut Usage::default())[0].is_ok()).count();
+    assert!((5..=10).contains(&asked) && budget.spent() <= 0.1 + 1e-9, "{asked} answers cost {}", budget.spent());
 }
 
 #[test]

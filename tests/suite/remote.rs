@@ -149,9 +149,9 @@ fn a_judge_without_log_probabilities_is_asked_for_votes() {
     let remote = Remote::new(judge(&mock)).unwrap();
     let first = remote.weigh(&[ask(&["1", "2"])], &mut Usage::default()).remove(0).unwrap();
     close(&first, &[0.25, 0.75]);
-    assert_eq!(mock.served("ok"), 6, "one question for log-probabilities, five votes");
+    assert_eq!(mock.served("ok"), 8, "three questions for log-probabilities, five votes");
     remote.weigh(&[ask(&["1", "2"])], &mut Usage::default());
-    assert_eq!(mock.served("ok"), 11, "what the server does not have is not asked for again");
+    assert_eq!(mock.served("ok"), 13, "what the server does not have is not asked for again");
     let strict = RemoteJudge { evidence: Evidence::Logprobs, ..judge(&mock) };
     let reply = Remote::new(strict).unwrap().weigh(&[ask(&["1", "2"])], &mut Usage::default()).remove(0);
     assert!(matches!(reply, Err(Refusal::Abstention(_))), "{reply:?}");

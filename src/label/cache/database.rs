@@ -107,6 +107,16 @@ pub(super) struct File(Option<Database>);
 impl File {
     /// Opens the file at `path`, which is made if need be.
     pub(super) fn open(path: &Path) -> Result<Self, Fault> {
+        let known = path.exists();
+        let opened = Self::open_or_make(path);
+        if opened.is_err() && !known {
+            // Half a file, of a disk that was full, would be taken for a damaged one. There is nothing in it.
+            let _ = std::fs::remove_file(path);
+        }
+        opened
+    }
+
+    fn open_or_make(path: &Path) -> Result<Self, Fault> {
         guarded(|| {
             let database = Database::create(path)?;
             let reading = database.begin_read()?;

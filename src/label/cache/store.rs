@@ -97,10 +97,11 @@ impl Store {
                 "the label cache {} is damaged: {why}; move it away or remove it, and labels are bought again, or put a sound copy in its place",
                 path.display()
             ),
-            other => anyhow!(
-                "cannot open the label cache {}: {other}; see that the file can be read and written, or set labeler.cache to another folder",
+            // As an error of the system, which may pass.
+            other => anyhow::Error::new(std::io::Error::other(other.to_string())).context(format!(
+                "cannot open the label cache {}; see that the file can be read and written, or set labeler.cache to another folder",
                 path.display()
-            ),
+            )),
         })?;
         let store = Self {
             path,
