@@ -193,6 +193,12 @@ fn parquet_files_are_read_row_by_row() {
         (&row["score"], &row["note"], &rows.get(1).unwrap().unwrap()["note"]),
         (&json!(3.0), &json!("note 6"), &Value::Null)
     );
+    for codec in ["zstd", "lz4", "brotli", "gzip", "none"] {
+        let same = Rows::open(&path.with_file_name(format!("pairs-{codec}.parquet"))).unwrap();
+        for i in 0..7 {
+            assert_eq!(same.get(i).unwrap(), rows.get(i).unwrap(), "{codec}, row {i}");
+        }
+    }
     let pairs = Preferences::read(&path, &Split::default(), true).unwrap();
     let pair = pairs.get(4).unwrap();
     assert_eq!(pair.dialogue.text(), "Human: question 4\n\nAssistant: hm\n\nHuman: and?");
