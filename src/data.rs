@@ -316,7 +316,7 @@ impl Dataset {
     }
 }
 
-/// Whether the machine lacks threads or memory, which is no fault of a row.
+/// Returns whether the machine lacks threads or memory, in which case the row is not at fault.
 fn is_exhaustion(error: &anyhow::Error) -> bool {
     let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     io.is_some_and(|error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::OutOfMemory))

@@ -17,7 +17,7 @@ pub fn cannot(verb: &str, path: &Path, error: Error) -> anyhow::Error {
     }
 }
 
-/// What a person can do about `error`.
+/// Returns the remedy for `error`, for a person to read.
 fn remedy(error: &Error) -> Option<&'static str> {
     Some(match (error.kind(), error.raw_os_error()?) {
         (ErrorKind::PermissionDenied, _) => {
@@ -44,7 +44,7 @@ pub fn exists(path: &Path) -> Result<bool> {
     path.try_exists().map_err(|error| cannot("read", path, error))
 }
 
-/// The length of the file at `path`; none where there is no such file.
+/// Returns the length of the file at `path`; `None` if it does not exist.
 ///
 /// # Errors
 /// Names the path that cannot be looked at, or is not a regular file: opening a named pipe would wait for its other end.

@@ -5,7 +5,7 @@
 //! | 0 | finished | not start it again |
 //! | 1 | failed: a fault, a full disk, a judge or a download that could not be reached | start it again with `--resume` |
 //! | 2 | refused before any work: arguments, configuration, data, or a judge that refuses | not start it again; a person has to change something |
-//! | 3 | stopped by a bound of its own configuration: `[guard]`, `labeler.max_cost` | not start it again; a person decides |
+//! | 3 | stopped by a limit in its configuration (`[guard]`, `labeler.max_cost`), or no step changed the weights | not start it again; a person decides |
 //! | 128 + n | interrupted by signal n, with a checkpoint | start it again with `--resume` if it was not stopped on purpose |
 
 use std::fmt;
@@ -60,7 +60,7 @@ pub fn interrupted(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(FAILED)
 }
 
-/// What was refused for something that may pass by itself has failed rather than been refused.
+/// Returns the status of a refused command: [`FAILED`] if the cause may pass by itself, such as a full disk.
 fn refused(error: &anyhow::Error) -> u8 {
     use std::io::ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound, PermissionDenied};
     let passes = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>()).any(|error| {

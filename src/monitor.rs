@@ -64,7 +64,7 @@ struct Controlled {
     exchanges: [u64; 2],
 }
 
-/// What keeps a run from learning.
+/// The masked groups and exceeded bounds of a run.
 #[derive(Default)]
 struct Health {
     /// Why groups were masked, the most frequent reason first.

@@ -49,7 +49,7 @@ pub struct Prepared {
     pub origin: String,
     /// Where what is computed.
     pub devices: Devices,
-    /// What remote judges may spend, where that is bounded.
+    /// The budget of the remote judges, if `labeler.max_cost` sets one.
     pub budget: Option<Arc<Budget>>,
 }
 

@@ -155,7 +155,7 @@ pub struct Labeled {
     pub feedback: Option<Feedback>,
 }
 
-/// Why a completion has no score that stands in no pair.
+/// The reason given for a completion without a score because it is in no pair.
 pub const UNCOMPARED: &str = "the completion was compared with no other";
 
 impl Labeled {

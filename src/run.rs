@@ -301,7 +301,7 @@ fn refused(error: anyhow::Error) -> anyhow::Error {
     if error.is::<Interrupted>() || error.is::<Ended>() { error } else { Ended::Refused(error).into() }
 }
 
-/// Writes the checkpoint of a reward model that was warmed up. Training goes on without it, and tries it again.
+/// Writes the checkpoint of a reward model that was warmed up. If that fails, training continues and the checkpoint is tried again.
 fn warmed_up(watcher: &Mutex<Watcher>, node: &Node, shelf: &Shelf, form: &Form, monitor: &Monitor) -> Option<PathBuf> {
     let snapshot = lock(watcher).snapshot(&lock(&node.state));
     match snapshot.and_then(|snapshot| shelf.put(form, &snapshot)) {

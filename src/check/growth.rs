@@ -15,7 +15,7 @@ use crate::topology::{needs_labels, pairing};
 /// # Errors
 /// A prompt that cannot be read.
 pub(super) fn growth(config: &Config, data: &Dataset) -> Result<Vec<String>> {
-    /// Of a line of `metrics.jsonl` and of a step's events, which hardly depend on the configuration.
+    /// Bytes of a line of `metrics.jsonl` and of a step's events, which hardly depend on the configuration.
     const METRICS: f64 = 1200.0;
     const EVENTS: f64 = 800.0;
     let group = longest_group(config, data)?;

@@ -182,7 +182,7 @@ impl Shelf {
     /// The latest that is undamaged. Those after it that are damaged are told, and stay where they are.
     ///
     /// # Errors
-    /// There are some, and all are damaged; one of another format; one that could not be read, which is no damage.
+    /// Every checkpoint is damaged; one has another format; or one cannot be read, which does not count as damage.
     pub fn latest(&self, mut tell: impl FnMut(&str)) -> Result<Latest> {
         let mut damaged = Vec::new();
         let mut last = None;
@@ -258,7 +258,7 @@ fn sync_logs(paths: &[PathBuf]) -> Result<()> {
     disk::sync_all(&there)
 }
 
-/// Paths of what is in the folder `dir`; none where there is no such folder.
+/// Returns the paths of the entries of the folder `dir`; an empty list if the folder does not exist.
 ///
 /// # Errors
 /// A folder that cannot be listed.
@@ -271,7 +271,8 @@ pub fn list(dir: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// A free name beside the checkpoint at `path` for what is set aside, for a reason such as "superseded".
+/// Returns a free name in the folder of the checkpoint at `path`, under which it can be set aside for a reason such as
+/// "superseded".
 ///
 /// # Errors
 /// A name that cannot be looked at.

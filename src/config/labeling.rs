@@ -88,7 +88,7 @@ pub struct RemoteJudge {
     /// How an answer's probability is known: `auto` (default) by log-probabilities, or by votes where the server has
     /// none; `logprobs`; `votes`.
     pub evidence: Evidence,
-    /// Whether `train`, `check`, `label` and `eval` ask the judge one question before anything else, and refuse to begin
+    /// Whether `train`, `check`, `tune`, `label` and `eval` ask the judge one question first, and refuse to begin
     /// where it gives no answer. Default true.
     pub probe: bool,
     /// Whether answers of another model than that of the first answer, by the name that the server reports, are accepted.

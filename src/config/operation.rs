@@ -43,7 +43,7 @@ pub struct Guard {
     pub unlabeled_steps: u64,
 }
 
-/// What happens to a run that exceeds a bound of `[guard]`.
+/// The reaction to a bound of `[guard]` that is exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GuardAction {
     /// It is logged.

@@ -1,5 +1,5 @@
 //! The labeler actor: asks, retries, and fails where it gets no verdict. A failure never leaves the stage: the group stays
-//! generated in the ledger, and is labeled when the run goes on.
+//! generated in the ledger, and is labeled when the run is resumed.
 
 use std::sync::Arc;
 
@@ -96,7 +96,7 @@ impl Stage for LabelStage {
     }
 }
 
-/// Returns the sign of life of the stage `ctx` while it waits for a judge: a judge that is away is no stage that hangs.
+/// Returns the callback that keeps the watchdog from taking the stage `ctx` for hung while it waits for a judge.
 pub fn sign_of_life(ctx: &StageContext) -> Alive {
     let stage = ctx.clone();
     Arc::new(move |text: &str| {

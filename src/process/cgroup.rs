@@ -126,7 +126,7 @@ impl Mount {
     }
 }
 
-/// The number in the file `name` of `dir`; none for "max" and where there is no such file.
+/// Returns the number in the file `name` of `dir`; `None` for "max" or if the file does not exist.
 fn number(dir: &Path, name: &str) -> Option<u64> {
     std::fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok()
 }

@@ -68,8 +68,8 @@ impl Breaker {
         self.state = State::Open { until: now + self.cooldown };
     }
 
-    /// The server refused a request at `now`. It is there, which is no failure; but the one request that was let through to
-    /// see has not been answered, so the others are held back on.
+    /// Records that the server refused a request at `now`. The server is up, so this does not count as a failure; but a probe
+    /// that was let through has not been answered, so the other requests stay held back.
     pub fn refused(&mut self, now: Duration) {
         self.failures = 0;
         if matches!(self.state, State::Probing { .. }) {

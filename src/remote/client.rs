@@ -196,7 +196,7 @@ impl Client {
     /// Asks `request` once, or a few times while the server or the network fails, for about `patience` at most.
     ///
     /// # Errors
-    /// What the last try came to.
+    /// The cause of the last failed try.
     pub async fn probe(&self, request: &Request, patience: Duration) -> Result<Answer, Cause> {
         /// As many as tell a server that fails now and then from one that is away.
         const TRIES: u32 = 5;

@@ -1,4 +1,4 @@
-//! What is known of whether a judge answers questions at all: it tells a question that cannot be answered from a judge that
+//! Records whether a judge answers questions at all, which distinguishes a question that cannot be answered from a judge that
 //! answers none.
 
 use std::time::Duration;

@@ -13,7 +13,7 @@ const TELL_EVERY: Duration = Duration::from_secs(60);
 /// Why a judge does not answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cause {
-    /// What the last exchange came to, with the address asked and the server's own words.
+    /// The outcome of the last exchange, with the address asked and the server's own words.
     pub words: String,
     /// Whether the server refuses, so that a person has to act; otherwise it may recover by itself.
     pub refuses: bool,
@@ -35,7 +35,7 @@ struct Inner {
     waiting: HashMap<String, Alive>,
 }
 
-/// What [`Outage::wait`] found.
+/// The result of [`Outage::wait`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waited {
     /// Time since the outage began.

@@ -1,4 +1,4 @@
-//! What came of an exchange with a judge, which failures are worth another try, and when.
+//! Outcomes of exchanges with a judge: which failures are retried, and when.
 
 use std::time::{Duration, SystemTime};
 
@@ -30,7 +30,7 @@ pub enum Outcome {
     HedgedAway,
 }
 
-/// What an exchange without an answer says about asking again.
+/// The classes of failed exchanges, by whether a retry can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Nature {
     /// The server or the network failed; asking again may help.

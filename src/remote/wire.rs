@@ -45,7 +45,7 @@ impl Request {
 
     /// Asks for sampled answer number `vote` to a question.
     pub fn vote(prompt: &str, vote: u64) -> Self {
-        /// Room for a number and what stands around it.
+        /// Enough tokens for a number with punctuation around it.
         const TOKENS: usize = 6;
         Self {
             prompt: prompt.to_owned(),
@@ -125,7 +125,7 @@ pub struct Answer {
     pub model: Option<String>,
 }
 
-/// Why a body of status 200 is no answer.
+/// The reason why a body of status 200 is not an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unread {
     /// It cannot be read, or reports that the server failed.

@@ -25,7 +25,7 @@ pub(super) struct Guard {
     reasons: BTreeMap<String, u64>,
 }
 
-/// What a step says of the run's health.
+/// The warnings that a step leads to, and the reason to stop the run.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Finding {
     /// Bounds that were exceeded often enough just now, in words.
@@ -171,7 +171,7 @@ impl Guard {
     }
 }
 
-/// Why the first verdict of the batch that is no label is none.
+/// Returns the reason of the first verdict of the batch that is not a label.
 fn first_reason(batch: &[Rewarded]) -> Option<&str> {
     verdicts(batch).find_map(|verdict| match verdict {
         Verdict::Label(_) => None,

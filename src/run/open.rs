@@ -152,7 +152,7 @@ impl Start {
     }
 }
 
-/// What was fine-tuned before, where the configuration asks for fine-tuning.
+/// The results of earlier fine-tuning, if the configuration asks for fine-tuning.
 pub(super) struct Tuned {
     pub(super) reference: Option<reference::Reference>,
     pub(super) half: Option<Opened>,
@@ -182,7 +182,7 @@ pub(super) fn tuned(config: &Config, base: &Identity, start: &Start, accepted: &
     Ok(Tuned { reference, half, damaged })
 }
 
-/// What learns, as it was in a checkpoint or at the beginning.
+/// The learner's state, reward model and ledger, restored from a checkpoint or new.
 pub(super) struct Learning {
     pub(super) state: TrainState,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,

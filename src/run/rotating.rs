@@ -128,7 +128,7 @@ fn unrotate(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where the complete lines of steps up to `step` end in the file at `path`; 0 where there is no file.
+/// Returns the offset at which the complete lines of steps up to `step` end in the file at `path`; 0 if there is no file.
 pub(super) fn end_of(path: &Path, step: u64) -> Result<u64> {
     let cannot = || format!("cannot read {}", path.display());
     let mut file = match File::open(path) {

@@ -1,5 +1,5 @@
 //! The names that a node answers to. A web page elsewhere can have its own name resolve to this machine (DNS rebinding)
-//! and then read a node's answers as its own; the `Host` header that the browser sends still bears the page's name.
+//! and then read a node's answers as its own; the `Host` header that the browser sends still carries the page's name.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
