@@ -29,11 +29,22 @@ pub fn preceptor(dir: &Path) -> Command {
     command
 }
 
-/// A small offline training run in `dir/run` with a few overrides, no server.
-pub fn train(dir: &Path, overrides: &[&str]) -> Output {
+/// The command of a small offline training run in `dir/run` with a few overrides, no server.
+pub fn training(dir: &Path, overrides: &[&str]) -> Command {
     let mut command = preceptor(dir);
     command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
-    command.args(overrides.iter().flat_map(|one| ["--set", one])).output().unwrap()
+    command.args(overrides.iter().flat_map(|one| ["--set", one]));
+    command
+}
+
+/// Such a run to its end.
+pub fn train(dir: &Path, overrides: &[&str]) -> Output {
+    training(dir, overrides).output().unwrap()
+}
+
+/// Such a run, resumed.
+pub fn resume(dir: &Path, overrides: &[&str]) -> Output {
+    training(dir, overrides).arg("--resume").output().unwrap()
 }
 
 /// Overrides that make the offline run a matter of seconds.

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Output, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,9 +13,9 @@ use preceptor::label::backend::{Ask, Backend, Refusal, Usage};
 use preceptor::remote::Remote;
 use preceptor::remote::budget::Budget;
 use preceptor::seed;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::common::{config, metrics, preceptor, small, stderr, train, trained, wait_until};
+use crate::common::{config, metrics, preceptor, resume, small, stderr, train, trained, wait_until};
 use crate::mock_judge::{Act, MockJudge};
 
 /// A rating that is a function of the question.
@@ -35,11 +35,14 @@ fn cache(dir: &Path) -> String {
     format!("labeler.cache=\"{}\"", dir.join("labels").display())
 }
 
-/// The small run in `dir/run`, resumed.
-fn resume(dir: &Path, overrides: &[&str]) -> Output {
-    let mut command = preceptor(dir);
-    command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run", "--resume"]).args(small());
-    command.args(overrides.iter().flat_map(|one| ["--set", one])).output().unwrap()
+/// A sound answer of 9, with `fields` added to the body and `ending` to its choice.
+fn answer(fields: &Value, ending: &Value) -> Act {
+    let top = json!([{ "token": "9", "logprob": -0.1 }, { "token": "1", "logprob": -3.0 }]);
+    let mut choice = json!({ "message": { "content": "9" }, "logprobs": { "content": [{ "top_logprobs": top }] } });
+    choice.as_object_mut().unwrap().extend(ending.as_object().unwrap().clone());
+    let mut body = json!({ "choices": [choice] });
+    body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    Act::Body(body.to_string())
 }
 
 fn question(prompt: &str) -> Ask {
@@ -337,13 +340,9 @@ fn a_run_stops_with_a_checkpoint_before_it_exceeds_its_budget() {
 
 #[test]
 fn answers_of_another_model_than_the_first_are_no_labels() {
-    let answer = |model: &str| {
-        let top = "[{\"token\": \"1\", \"logprob\": -0.1}]";
-        Act::Body(format!(
-            "{{\"model\": \"{model}\", \"choices\": [{{\"message\": {{\"content\": \"1\"}}, \"logprobs\": {{\"content\": [{{\"top_logprobs\": {top}}}]}}}}]}}"
-        ))
-    };
-    let mock = MockJudge::start(move |number, _, _| answer(if number < 2 { "first" } else { "second" }));
+    let mock = MockJudge::start(|number, _, _| {
+        answer(&json!({ "model": if number < 2 { "first" } else { "second" } }), &json!({}))
+    });
     let settings = |any_model| RemoteJudge {
         url: mock.url.clone(),
         model: "mock".into(),
@@ -380,17 +379,12 @@ fn an_odd_answer_without_log_probabilities_does_not_turn_questions_into_votes() 
 
 #[test]
 fn an_answer_that_the_server_itself_calls_failed_is_no_label() {
-    let answer = |end: &str| {
-        Act::Body(format!(
-            "{{\"choices\": [{{\"message\": {{\"content\": \"1\"}}, \"logprobs\": {{\"content\": [{{\"top_logprobs\": [{{\"token\": \"1\", \"logprob\": -0.1}}]}}]}}, {end}}}]}}"
-        ))
-    };
     for (end, outcome) in [
-        ("\"finish_reason\": \"error\", \"error\": {\"code\": 502}", "malformed"),
-        ("\"error\": {\"code\": 429}", "malformed"),
-        ("\"finish_reason\": \"content_filter\"", "filtered"),
+        (json!({ "finish_reason": "error", "error": { "code": 502 } }), "malformed"),
+        (json!({ "error": { "code": 429 } }), "malformed"),
+        (json!({ "finish_reason": "content_filter" }), "filtered"),
     ] {
-        let act = answer(end);
+        let act = answer(&json!({}), &end);
         let mock = MockJudge::start(move |_, _, _| act.clone());
         let settings = RemoteJudge {
             url: mock.url.clone(),
@@ -450,11 +444,7 @@ fn a_resumed_run_does_not_take_another_model_for_its_judge() {
     let other = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&other);
     let mock = MockJudge::start(move |_, _, _| {
-        let model = if seen.load(Ordering::SeqCst) { "second" } else { "first" };
-        let top = "[{\"token\": \"9\", \"logprob\": -0.1}, {\"token\": \"1\", \"logprob\": -3}]";
-        Act::Body(format!(
-            "{{\"model\": \"{model}\", \"choices\": [{{\"message\": {{\"content\": \"9\"}}, \"logprobs\": {{\"content\": [{{\"top_logprobs\": {top}}}]}}}}]}}"
-        ))
+        answer(&json!({ "model": if seen.load(Ordering::SeqCst) { "second" } else { "first" } }), &json!({}))
     });
     let dir = tempfile::tempdir().unwrap();
     let judge = remote(&mock.url, "");
@@ -473,12 +463,8 @@ fn a_resumed_run_does_not_take_another_model_for_its_judge() {
 
 #[test]
 fn a_server_that_charges_for_more_tokens_than_there_can_be_is_held_to_the_budget_from_its_first_answer_on() {
-    let mock = MockJudge::start(|_, _, _| {
-        let top = "[{\"token\": \"9\", \"logprob\": -0.1}]";
-        Act::Body(format!(
-            "{{\"usage\": {{\"prompt_tokens\": 5000, \"completion_tokens\": 500}}, \"choices\": [{{\"message\": {{\"content\": \"9\"}}, \"logprobs\": {{\"content\": [{{\"top_logprobs\": {top}}}]}}}}]}}"
-        ))
-    });
+    let usage = json!({ "usage": { "prompt_tokens": 5000, "completion_tokens": 500 } });
+    let mock = MockJudge::start(move |_, _, _| answer(&usage, &json!({})));
     // 5,000 tokens read at 1 and 500 written at 10 a million: 0.01 an answer.
     let settings = RemoteJudge {
         url: mock.url.clone(),

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::common::{PATIENCE, config, metrics, preceptor, small, stderr, train, trained, wait_until};
+use crate::common::{PATIENCE, config, metrics, preceptor, resume, stderr, train, trained, training, wait_until};
 use crate::mock_judge::{Act, MockJudge};
 
 /// A small run in `dir/run` that is killed once `after` steps are in its metrics, and a checkpoint is there. Its source of
 /// prompts hangs after four steps or more, so that the run cannot end before it is killed.
 fn killed(dir: &Path, overrides: &[&str], after: usize) {
-    let mut command = command(dir, overrides);
+    let mut command = training(dir, overrides);
     command.env("FAILPOINTS", "prompts.next=24*off->sleep(3600000)");
     let mut child = command.stderr(Stdio::null()).spawn().unwrap();
     wait_until("steps and a checkpoint", || {
@@ -27,17 +27,6 @@ fn killed(dir: &Path, overrides: &[&str], after: usize) {
     // SIGKILL.
     child.kill().unwrap();
     child.wait().unwrap();
-}
-
-fn command(dir: &Path, overrides: &[&str]) -> Command {
-    let mut command = preceptor(dir);
-    command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
-    command.args(overrides.iter().flat_map(|one| ["--set", one]));
-    command
-}
-
-fn resume(dir: &Path, overrides: &[&str]) -> Output {
-    command(dir, overrides).arg("--resume").output().unwrap()
 }
 
 /// Every file of tensors below `dir`, by name.
@@ -104,7 +93,7 @@ fn an_asynchronous_run_that_is_killed_trains_each_prompt_once_within_its_bound()
         let mut overrides = overrides.to_vec();
         if after > 2 {
             // `killed` starts the program anew; it goes on with the run.
-            let mut command = command(dir.path(), &overrides);
+            let mut command = training(dir.path(), &overrides);
             // A step takes more than half a second, so that seconds are left when it is killed.
             command.arg("--resume").env("FAILPOINTS", "prompts.next=sleep(150)");
             let mut child = command.stderr(Stdio::null()).spawn().unwrap();
@@ -236,13 +225,13 @@ fn a_run_is_not_resumed_as_another_one() {
 
     // From a named one; what came after it is set aside, and not before the run is let go on.
     let other = [&overrides[..], &["run.seed=3"]].concat();
-    let output = command(dir.path(), &other).arg("--resume=run/checkpoints/step-000001").output().unwrap();
+    let output = training(dir.path(), &other).arg("--resume=run/checkpoints/step-000001").output().unwrap();
     assert!(!output.status.success() && run.join("checkpoints/step-000002").exists(), "{}", stderr(&output));
-    let output = command(dir.path(), &overrides).arg("--resume=run/checkpoints/step-000001").output().unwrap();
+    let output = training(dir.path(), &overrides).arg("--resume=run/checkpoints/step-000001").output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(run.join("checkpoints/step-000002.superseded-1").exists(), "{}", stderr(&output));
     assert_eq!(metrics(&run).len(), 2);
-    let output = command(dir.path(), &overrides).arg("--resume=run").output().unwrap();
+    let output = training(dir.path(), &overrides).arg("--resume=run").output().unwrap();
     assert!(stderr(&output).contains("is no checkpoint of a run"), "{}", stderr(&output));
 }
 
@@ -263,7 +252,7 @@ fn a_changed_judge_is_refused_until_it_is_accepted_and_the_journal_is_replayed_o
     let run = |model: &str, steps: u64, more: &[&str]| -> Output {
         let settings = settings(model, steps);
         let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
-        command(dir.path(), &settings).args(more).output().unwrap()
+        training(dir.path(), &settings).args(more).output().unwrap()
     };
     let refused = |output: &Output, parts: &[&str]| {
         let text = stderr(output);
@@ -370,7 +359,7 @@ fn bounded_files_stay_bounded_and_are_cut_by_a_resumed_run() {
 
     // From a checkpoint before all that, it ends as a run that was not broken off.
     let early = ["--resume=run/checkpoints/step-000001"];
-    let output = command(dir.path(), &bounded("run.steps=12")).args(early).output().unwrap();
+    let output = training(dir.path(), &bounded("run.steps=12")).args(early).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     let output = train(whole.path(), &bounded("run.steps=12"));
     assert!(output.status.success(), "{}", stderr(&output));
@@ -390,7 +379,7 @@ fn bounded_files_stay_bounded_and_are_cut_by_a_resumed_run() {
 fn two_processes_do_not_share_a_run_and_one_that_has_not_begun_begins() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=100000"];
-    let mut child = command(dir.path(), &overrides).arg("--resume").stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = training(dir.path(), &overrides).arg("--resume").stderr(Stdio::piped()).spawn().unwrap();
     wait_until("the first step", || metrics_lines(dir.path()) >= 1);
     let other = resume(dir.path(), &overrides);
     assert!(stderr(&other).contains("another process works on the run in run"), "{}", stderr(&other));
@@ -404,7 +393,7 @@ fn two_processes_do_not_share_a_run_and_one_that_has_not_begun_begins() {
 #[test]
 fn a_reader_of_standard_error_that_goes_away_costs_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let mut child = command(dir.path(), &["run.steps=6"]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = training(dir.path(), &["run.steps=6"]).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stderr.take());
     assert!(child.wait().unwrap().success());
     assert_eq!(metrics(&dir.path().join("run")).len(), 6);
@@ -443,7 +432,7 @@ fn a_step_that_outlasts_the_deadline_is_left_and_nothing_of_it_is_lost() {
     let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     // The step cannot end before the deadline, and the deadline leaves time to reach the third of the step's groups.
     let overrides = ["run.steps=3", "learner.eta=0", "supervision.drain_s=4", "supervision.halt_grace_s=60"];
-    let mut child = command(dir.path(), &overrides)
+    let mut child = training(dir.path(), &overrides)
         // From the second step's third group on, each takes eight seconds.
         .env("FAILPOINTS", "learn.forward=6*off->sleep(8000)")
         .stderr(Stdio::piped())
@@ -482,7 +471,7 @@ fn fine_tuning_that_was_broken_off_goes_on_as_if_it_had_not_been() {
             lines >= steps && run.join("fine-tuning/checkpoints").read_dir().is_ok_and(|mut all| all.any(whole))
         };
         let broken_off = |how: &str, steps: usize, resumes: bool| -> String {
-            let mut command = command(broken.path(), &overrides);
+            let mut command = training(broken.path(), &overrides);
             if resumes {
                 command.arg("--resume");
             }
@@ -525,7 +514,7 @@ fn fine_tuning_that_was_broken_off_goes_on_as_if_it_had_not_been() {
 fn a_checkpoint_that_never_ends_is_left_when_it_is_asked_for_again() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=3", "learner.eta=0", "checkpoint.every_steps=1"];
-    let mut child = command(dir.path(), &overrides)
+    let mut child = training(dir.path(), &overrides)
         .env("FAILPOINTS", "checkpoint.fill=1*off->sleep(3600000)")
         .stderr(Stdio::piped())
         .spawn()
@@ -566,7 +555,7 @@ fn a_service_manager_is_told_when_the_run_is_ready_alive_and_stopping() {
     let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut child =
-        command(dir.path(), &["run.steps=100000"]).env("NOTIFY_SOCKET", &path).stderr(Stdio::null()).spawn().unwrap();
+        training(dir.path(), &["run.steps=100000"]).env("NOTIFY_SOCKET", &path).stderr(Stdio::null()).spawn().unwrap();
     let (mut said, mut asked) = (Vec::new(), false);
     let mut buffer = [0; 4096];
     while !said.iter().any(|line| line == "STOPPING=1") {

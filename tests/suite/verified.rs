@@ -10,24 +10,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::common::{config, copy, metrics, preceptor, small, stderr, train};
-
-/// Longer than any of these processes takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-fn command(dir: &Path, overrides: &[&str]) -> Command {
-    let mut command = preceptor(dir);
-    command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
-    command.args(overrides.iter().flat_map(|one| ["--set", one]));
-    command
-}
-
-fn resume(dir: &Path, overrides: &[&str]) -> Output {
-    command(dir, overrides).arg("--resume").output().unwrap()
-}
+use crate::common::{PATIENCE, config, copy, metrics, preceptor, resume, stderr, train, training};
 
 fn resume_from(dir: &Path, overrides: &[&str], checkpoint: &str) -> Output {
-    command(dir, overrides).arg(format!("--resume=run/checkpoints/{checkpoint}")).output().unwrap()
+    training(dir, overrides).arg(format!("--resume=run/checkpoints/{checkpoint}")).output().unwrap()
 }
 
 /// Every file below `dir` with its bytes; of a link, where it leads.
@@ -192,7 +178,7 @@ fn a_process_killed_while_it_takes_a_run_back_leaves_one_that_can_be_resumed() {
     for point in points {
         let killed = tempfile::tempdir().unwrap();
         copy(&whole.path().join("run"), &killed.path().join("run"));
-        let mut command = command(killed.path(), &STEPWISE);
+        let mut command = training(killed.path(), &STEPWISE);
         command.arg("--resume=run/checkpoints/step-000001").env("FAILPOINTS", format!("{point}sleep(3600000)"));
         let mut running = Running::start(command);
         running.says("policy    ");
@@ -358,7 +344,7 @@ fn a_run_whose_checkpoints_are_gone_is_not_begun_over_its_history() {
 fn a_run_killed_before_its_first_checkpoint_begins_again() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=100000", "checkpoint.every_minutes=0"];
-    let mut running = Running::start(command(dir.path(), &overrides));
+    let mut running = Running::start(training(dir.path(), &overrides));
     running.until("it makes no steps", || steps(dir.path()) >= 2);
     running.signal("-KILL");
     running.child.wait().unwrap();
@@ -374,7 +360,7 @@ fn a_disk_that_is_full_at_an_end_is_waited_for() {
     let tuned = ["sft.steps=3", "sft.batch=2", "sft.lr=1e-3", "checkpoint.every_minutes=0"];
     for point in ["files.flush", "checkpoint.fill", "reference.fill"] {
         let dir = tempfile::tempdir().unwrap();
-        let mut command = command(dir.path(), &[&["run.steps=2"][..], &tuned].concat());
+        let mut command = training(dir.path(), &[&["run.steps=2"][..], &tuned].concat());
         command.env("FAILPOINTS", format!("{point}=2*return(no room)->off"));
         let output = command.output().unwrap();
         let text = stderr(&output);
@@ -392,7 +378,7 @@ fn a_disk_that_is_full_at_an_end_is_waited_for() {
     }
     // Without patience it is an error, and nothing half written stays.
     let dir = tempfile::tempdir().unwrap();
-    let mut command = command(dir.path(), &[&["checkpoint.retry_s=0"][..], &tuned].concat());
+    let mut command = training(dir.path(), &[&["checkpoint.retry_s=0"][..], &tuned].concat());
     let output = command.env("FAILPOINTS", "reference.fill=return(no room)").output().unwrap();
     assert!(!output.status.success() && stderr(&output).contains("no room"), "{}", stderr(&output));
     assert!(!dir.path().join("run/.reference.partial").exists() && !dir.path().join("run/reference").exists());
@@ -402,7 +388,7 @@ fn a_disk_that_is_full_at_an_end_is_waited_for() {
 fn fine_tuning_that_is_interrupted_on_a_full_disk_is_kept_once_there_is_room() {
     let dir = tempfile::tempdir().unwrap();
     let tuned = ["sft.steps=60", "sft.batch=2", "sft.lr=1e-3", "checkpoint.every_minutes=0"];
-    let mut command = command(dir.path(), &tuned);
+    let mut command = training(dir.path(), &tuned);
     command.env("FAILPOINTS", "sft.step=sleep(20);checkpoint.fill=1*return(no room)->off");
     let mut running = Running::start(command);
     running.says("fine-tuning   4/60");
@@ -483,7 +469,7 @@ fn signals_are_heard_in_every_phase() {
         let dir = tempfile::tempdir().unwrap();
         let served = ["checkpoint.every_minutes=0", "serve.enabled=true", "serve.listen=127.0.0.1:0"];
         let overrides = [overrides, &served].concat();
-        let mut held = command(dir.path(), &overrides);
+        let mut held = training(dir.path(), &overrides);
         held.env("FAILPOINTS", format!("{point}={fault}"));
         let mut running = Running::start(held);
         let serving = running.says("serving   http://");
@@ -522,7 +508,7 @@ fn files_of_a_checkpoint_have_the_permissions_of_the_umask() {
         "policy.lora={ rank = 2 }",
         "checkpoint.dtype=bf16",
     ];
-    let inner = command(dir.path(), &overrides);
+    let inner = training(dir.path(), &overrides);
     let mut outer = Command::new("sh");
     outer.current_dir(dir.path()).args(["-c", "umask 027; exec \"$@\"", "sh"]);
     let output = outer.arg(inner.get_program()).args(inner.get_args()).output().unwrap();
@@ -542,7 +528,7 @@ fn files_of_a_checkpoint_have_the_permissions_of_the_umask() {
 #[test]
 fn a_run_whose_directory_is_moved_away_keeps_its_weights() {
     let dir = tempfile::tempdir().unwrap();
-    let mut running = Running::start(command(dir.path(), &["run.steps=100000", "checkpoint.every_minutes=0"]));
+    let mut running = Running::start(training(dir.path(), &["run.steps=100000", "checkpoint.every_minutes=0"]));
     running.until("it makes no steps", || steps(dir.path()) >= 1);
     std::fs::rename(dir.path().join("run"), dir.path().join("moved")).unwrap();
     running.signal("-TERM");
@@ -555,7 +541,7 @@ fn a_run_whose_directory_is_moved_away_keeps_its_weights() {
 fn a_run_whose_lock_was_removed_is_not_shared() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=100000", "checkpoint.every_minutes=0"];
-    let mut running = Running::start(command(dir.path(), &overrides));
+    let mut running = Running::start(training(dir.path(), &overrides));
     running.until("it makes no steps", || steps(dir.path()) >= 1);
     std::fs::remove_file(dir.path().join("run/run.lock")).unwrap();
     let output = resume(dir.path(), &overrides);
@@ -570,7 +556,7 @@ fn odd_files_and_names_are_refused_and_nothing_waits_for_them() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("run")).unwrap();
         assert!(Command::new("mkfifo").arg(dir.path().join("run").join(name)).status().unwrap().success());
-        let (status, text) = Running::start(command(dir.path(), &[])).end();
+        let (status, text) = Running::start(training(dir.path(), &[])).end();
         assert!(!status.success() && text.contains(&format!("{name} is not a regular file")), "{name}: {text}");
     }
     let dir = tempfile::tempdir().unwrap();
@@ -583,7 +569,7 @@ fn odd_files_and_names_are_refused_and_nothing_waits_for_them() {
 #[test]
 fn a_limit_of_the_size_of_files_is_an_error_like_a_full_disk() {
     let dir = tempfile::tempdir().unwrap();
-    let inner = command(dir.path(), &["run.steps=40", "checkpoint.retry_s=0", "checkpoint.every_minutes=0"]);
+    let inner = training(dir.path(), &["run.steps=40", "checkpoint.retry_s=0", "checkpoint.every_minutes=0"]);
     let mut outer = Command::new("sh");
     outer.current_dir(dir.path()).args(["-c", "ulimit -f 16; exec \"$@\"", "sh"]);
     let output = outer.arg(inner.get_program()).args(inner.get_args()).output().unwrap();
@@ -595,7 +581,7 @@ fn a_limit_of_the_size_of_files_is_an_error_like_a_full_disk() {
 #[test]
 fn the_marker_of_a_run_without_checkpoints_is_gone_with_the_first() {
     let dir = tempfile::tempdir().unwrap();
-    let mut running = Running::start(command(dir.path(), &["run.steps=100000", "checkpoint.every_steps=3"]));
+    let mut running = Running::start(training(dir.path(), &["run.steps=100000", "checkpoint.every_steps=3"]));
     let pending = dir.path().join("run/first-checkpoint.pending");
     running.says("checkpoint run");
     running.until("the marker stays", || !pending.exists());
