@@ -13,7 +13,7 @@ use crate::prepare::{Prepared, prepare};
 use crate::serve::Token;
 use crate::topology::labelers::Instrument;
 use crate::topology::learning::lora;
-use crate::topology::{needs_labels, pairing, trainer_plan};
+use crate::topology::{needs_labels, trainer_plan};
 use crate::{device, ops, process};
 
 /// Characters of a text per token, roughly, of texts that only a server counts.
@@ -345,8 +345,8 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
     let groups = config.learner.batch_groups as f64;
     let completion = config.rollout.max_new_tokens as f64;
     let mut lines = Vec::new();
-    for method in &config.labeler.methods {
-        let pairs = pairing(config).pairs(size).len();
+    for method in config.labeler.methods.iter() {
+        let pairs = config.labeler.pairs.pairs(size).len();
         let orders = if method.both_orders { 2 } else { 1 };
         let set = TemplateSet::find(&method.templates)?;
         let (questions, read, written) = match method.kind {

@@ -1,71 +1,115 @@
-//! What a user writes: TOML, parsed once, strictly, validated whole.
+//! The configuration of a run: TOML, read strictly, validated as a whole.
 //!
-//! Every mistake of a file is told in one report, with its place, the key's path and the remedy. Each key is
-//! documented at its field below.
+//! Each key is declared once, in [`sections`], [`learner`], [`labeling`] or [`operation`], with its type, default, range,
+//! documentation and effect on a resumed run. The reader, the writer, the comparison of a resumed run
+//! ([`Resume`]), the reference page and the schema ([`reference`]) follow from the declaration. A report lists all
+//! mistakes of a file, each with its place, the key's path and the remedy.
 
 mod choice;
+mod document;
+mod key;
 mod labeling;
+mod learner;
 mod operation;
-mod read;
-mod read_labeling;
-mod reader;
+mod overrides;
+pub mod reference;
+mod section;
 mod sections;
-mod write;
+mod types;
 
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::LazyLock;
+
+use toml::{Table, Value};
 
 pub use choice::Choice;
-pub use labeling::{Evidence, Labeler, LabelerKind, Method, Pairs, RemoteApi, RemoteJudge};
-pub use operation::{Checkpoint, Control, Evaluation, Guard, GuardAction, Serve, Supervision, WeightDtype};
-pub use reader::{ConfigError, ConfigErrors};
+pub use document::{ConfigError, ConfigErrors};
+pub use key::{Key, Resume};
+pub use labeling::{Evidence, Labeler, LabelerKind, Method, Methods, RemoteApi, RemoteJudge};
+pub use learner::{AlgorithmKind, AverageKind, CorrectionKind, Learner, Schedule, ValueKind};
+pub use operation::{Checkpoint, Control, Evaluation, Guard, GuardAction, Serve, Supervision};
 pub use sections::{
-    AlgorithmKind, AverageKind, CorrectionKind, Data, DpoLoss, KlEstimator, KlPlace, LabelForm, Learner, LoraConfig,
-    MatmulPrecision, Mode, OnLong, Policy, PolicyModel, Reward, RewardModel, RewardScaling, Rollout, RolloutWeights,
-    Run, Schedule, Scratch, Sft, UpdateMode, ValueKind,
+    Data, LabelForm, LoraConfig, MatmulPrecision, Mode, Policy, PolicyModel, Reward, RewardModel, RewardScaling,
+    Rollout, RolloutWeights, Run, Scratch, Sft, UpdateMode, WeightDtype,
 };
 
 use crate::bounded;
-use reader::Document;
+use document::{Document, Kind, suggestion};
+use key::{Reader, Section};
 
-/// A run's configuration, valid as a whole.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Config {
+/// Defines the configuration from its sections.
+macro_rules! config {
+    ($($(#[doc = $doc:literal])+ $name:ident: $type:ty,)+) => {
+        /// A run's configuration, valid as a whole.
+        #[derive(Debug, Clone, PartialEq)]
+        pub struct Config {
+            $($(#[doc = $doc])+ pub $name: $type,)+
+        }
+
+        /// The names of all sections, in the order of the documentation.
+        const SECTIONS: &[&str] = &[$(stringify!($name)),+];
+
+        impl Config {
+            fn read(document: &Document, folder: &Path) -> Self {
+                Self { $($name: read_section(document, folder, stringify!($name)),)+ }
+            }
+
+            fn sections(&self) -> Vec<(&'static str, key::Fields)> {
+                let mut all = Vec::new();
+                $(
+                    let mut fields = key::Fields::new();
+                    self.$name.write_keys(&mut fields);
+                    all.push((stringify!($name), fields));
+                )+
+                all
+            }
+
+            /// The purpose and the keys of each section.
+            fn declarations() -> Vec<(&'static str, String, Vec<Key>)> {
+                vec![$((stringify!($name), <$type as Section>::about(), <$type as Section>::keys())),+]
+            }
+        }
+    };
+}
+
+config! {
     /// The run itself.
-    pub run: Run,
+    run: Run,
     /// The prompts.
-    pub data: Data,
+    data: Data,
     /// The model that is trained.
-    pub policy: Policy,
-    /// Generation.
-    pub rollout: Rollout,
+    policy: Policy,
+    /// Generation of completions.
+    rollout: Rollout,
     /// AI feedback.
-    pub labeler: Labeler,
-    /// From feedback to reward.
-    pub reward: Reward,
+    labeler: Labeler,
+    /// The reward.
+    reward: Reward,
     /// The reward model, where the mode has one.
-    pub reward_model: RewardModel,
-    /// Supervised fine-tuning first.
-    pub sft: Sft,
+    reward_model: RewardModel,
+    /// Supervised fine-tuning before all other phases.
+    sft: Sft,
     /// Gradient steps.
-    pub learner: Learner,
-    /// Win rates while it learns.
-    pub evaluation: Evaluation,
-    /// How much is under way at once, while it runs.
-    pub controller: Control,
+    learner: Learner,
+    /// Win rates during the run.
+    evaluation: Evaluation,
+    /// Control of the amount of concurrent work.
+    controller: Control,
     /// Bounds within which the run is healthy.
-    pub guard: Guard,
-    /// What is kept.
-    pub checkpoint: Checkpoint,
+    guard: Guard,
+    /// Checkpoints and the journal.
+    checkpoint: Checkpoint,
     /// The HTTP endpoints.
-    pub serve: Serve,
-    /// What happens when something fails.
-    pub supervision: Supervision,
+    serve: Serve,
+    /// Reactions to failures and stalls.
+    supervision: Supervision,
 }
 
 /// Reads the file at `path` with `overrides` (`section.key=value`) applied. Paths in it are relative to its folder.
 ///
 /// # Errors
-/// All mistakes at once.
+/// All mistakes in one report.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
     let origin = path.display().to_string();
     let text = bounded::text(path, bounded::WRITTEN).map_err(|error| {
@@ -80,31 +124,70 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
 /// As [`load`], from text; `origin` names it in errors, `folder` is what paths are relative to.
 ///
 /// # Errors
-/// All mistakes at once.
+/// All mistakes in one report.
 pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
-    let mut document = Document::new(text, origin, overrides)?;
-    let config = Config {
-        run: read::run(&mut document),
-        data: read::data(&mut document, folder),
-        policy: read::policy(&mut document, folder),
-        rollout: read::rollout(&mut document),
-        labeler: read_labeling::labeler(&mut document, folder),
-        reward: read::reward(&mut document),
-        reward_model: read::reward_model(&mut document, folder),
-        sft: read::sft(&mut document),
-        learner: read::learner(&mut document),
-        evaluation: read::evaluation(&mut document),
-        controller: read::controller(&mut document),
-        guard: read::guard(&mut document),
-        checkpoint: read::checkpoint(&mut document),
-        serve: read::serve(&mut document),
-        supervision: read::supervision(&mut document),
-    };
-    config.check(&mut document);
+    let mut document = Document::new(text, origin)?;
+    for text in overrides {
+        overrides::apply(&mut document, text);
+    }
+    let config = Config::read(&document, folder);
+    config.check(&document);
+    if let Kind::Table(sections) = &document.root.kind {
+        for name in sections.keys().filter(|name| !SECTIONS.contains(&name.as_str())) {
+            document.error(name, &format!("unknown section{}", suggestion(name, SECTIONS)));
+        }
+    }
     document.finish(config)
 }
 
+/// Reads the section `name`; an absent one has all keys at their defaults.
+fn read_section<S: Section>(document: &Document, folder: &Path, name: &str) -> S {
+    let node = document.root.get(name).filter(|node| {
+        let table = matches!(node.kind, Kind::Table(_));
+        if !table {
+            document.error(name, &format!("is a {}, not a section; write [{name}]", node.type_name()));
+        }
+        table
+    });
+    Reader::new(document, folder, node, name).section()
+}
+
+/// All keys of a configuration by their paths, with their declarations; the keys of a table follow the table's own. The
+/// members of a panel have the keys of `labeler`.
+pub fn keys() -> &'static [(String, Key)] {
+    static KEYS: LazyLock<Vec<(String, Key)>> = LazyLock::new(|| {
+        let mut all = Vec::new();
+        for (section, _, keys) in Config::declarations() {
+            for key in keys {
+                let (path, inner) = (format!("{section}.{}", key.name), key.inner());
+                let inside: Vec<_> = inner.into_iter().map(|key| (format!("{path}.{}", key.name), key)).collect();
+                all.push((path, key));
+                all.extend(inside);
+            }
+        }
+        all
+    });
+    &KEYS
+}
+
+/// The declaration of the key at `path`, if there is one.
+pub fn key(path: &str) -> Option<&'static Key> {
+    static BY_PATH: LazyLock<HashMap<&str, &Key>> =
+        LazyLock::new(|| keys().iter().map(|(path, key)| (path.as_str(), key)).collect());
+    BY_PATH.get(path).copied()
+}
+
 impl Config {
+    /// As TOML, every key with a value included. Paths are written in full, so that the text means the same wherever it is
+    /// read, and reading it gives the same configuration.
+    pub fn to_toml(&self) -> String {
+        let fields = |fields: key::Fields| -> Table {
+            fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
+        };
+        let sections = self.sections().into_iter().map(|(name, keys)| (name.to_owned(), Value::Table(fields(keys))));
+        sections.collect::<Table>().to_string()
+    }
+
     /// Whether the learner makes up for tokens that were drawn by other weights than it has, or bears them. A preference loss
     /// is known to bear older samples (Noukhovitch et al. 2024); a clip against the weights that sampled bounds what they do,
     /// as PPO always did.
@@ -123,7 +206,7 @@ impl Config {
     }
 
     /// What no single key can tell.
-    fn check(&self, document: &mut Document) {
+    fn check(&self, document: &Document) {
         let pairs = self.learner.algorithm == AlgorithmKind::OnlineDpo;
         if document.sound(&["run.mode", "learner.algorithm"]) && pairs != (self.run.mode == Mode::Preference) {
             let remedy = if pairs {
@@ -227,210 +310,4 @@ impl Config {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const MINIMAL: &str =
-        "[run]\nname = \"x\"\nsteps = 3\n[data]\npath = \"Cargo.toml\"\n[policy]\nmodel = { scratch = {} }\n";
-
-    fn read(text: &str, overrides: &[&str]) -> Result<Config, ConfigErrors> {
-        let overrides: Vec<String> = overrides.iter().map(|one| (*one).to_owned()).collect();
-        parse(text, "x.toml", Path::new(env!("CARGO_MANIFEST_DIR")), &overrides)
-    }
-
-    /// Parses `MINIMAL` plus `more` and expects exactly the lines that begin with each of `expected`, in order.
-    #[track_caller]
-    fn check(more: &str, expected: &[&str]) {
-        let errors = read(&format!("{MINIMAL}{more}"), &[]).expect_err("it should be refused");
-        let lines: Vec<String> = errors.0.iter().map(|e| format!("{}: {}: {}", e.place, e.key, e.message)).collect();
-        assert_eq!(lines.len(), expected.len(), "{lines:#?}");
-        for (line, expected) in lines.iter().zip(expected) {
-            assert!(line.starts_with(expected), "{line:?} does not begin with {expected:?}");
-        }
-    }
-
-    #[test]
-    fn many_mistakes_are_counted_and_long_ones_cut() {
-        let many: String = (0..50_000).map(|i| format!("k{i} = 1\n")).collect();
-        let began = crate::process::thread_seconds();
-        let errors = read(&format!("{MINIMAL}[learner]\n{many}"), &[]).unwrap_err();
-        assert_eq!((errors.0.len(), errors.0[50].message.as_str()), (51, "and 49950 mistakes more"));
-        let long = "x".repeat(100_000);
-        let errors = read(&format!("{MINIMAL}[learner]\neta = \"{long}\"\n{long} = 1\n"), &[]).unwrap_err();
-        assert!(errors.to_string().len() < 3000, "{errors}");
-        let deep = format!("learner{}=1", ".a".repeat(50_000));
-        let errors = read(MINIMAL, &[&deep]).unwrap_err().to_string();
-        assert!(errors.contains("is not section.key=value") && errors.len() < 500, "{errors}");
-        assert!(
-            crate::process::thread_seconds() - began < 20.0,
-            "each mistake is looked for in the whole file, or each key in all others"
-        );
-    }
-
-    #[test]
-    fn sizes_that_no_machine_has_are_refused() {
-        for (section, key) in [
-            ("learner", "batch_groups"),
-            ("learner", "eta"),
-            ("learner", "epochs"),
-            ("learner", "minibatches"),
-            ("rollout", "capacity"),
-            ("rollout", "group_size"),
-            ("rollout", "max_new_tokens"),
-            ("reward", "capacity"),
-            ("labeler", "rationale_tokens"),
-            ("reward_model", "batch_pairs"),
-            ("reward_model", "warm_up_groups"),
-            ("sft", "steps"),
-            ("sft", "batch"),
-        ] {
-            let error = read(&format!("{MINIMAL}[{section}]\n{key} = 9223372036854775807\n"), &[]).unwrap_err();
-            let error = error.to_string();
-            assert!(error.contains(&format!("{section}.{key}: 9223372036854775807 is out of range")), "{error}");
-        }
-        for (key, set) in [
-            ("heads", "policy.model.scratch.heads=9223372036854775807"),
-            ("hidden", "policy.model.scratch.hidden=9223372036854775807"),
-            ("rank", "policy.lora.rank=9223372036854775807"),
-            ("resolve_timeout_s", "policy.resolve_timeout_s=9223372036854775807"),
-            ("steps", "run.steps=9223372036854775807"),
-            ("max_prompt_tokens", "data.max_prompt_tokens=9223372036854775807"),
-        ] {
-            let error = read(MINIMAL, &[set]).unwrap_err().to_string();
-            assert!(error.contains(&format!("{key}: 9223372036854775807 is out of range")), "{error}");
-        }
-    }
-
-    #[test]
-    fn each_mistake_is_told_with_its_place_and_remedy() {
-        check("[learner]\netta = 1\n", &["x.toml:9: learner.etta: unknown key; did you mean \"eta\"?"]);
-        check("[lerner]\neta = 1\n", &["x.toml:8: lerner: unknown section; did you mean \"learner\"?"]);
-        check("[learner]\neta = \"1\"\n", &["x.toml:9: learner.eta: \"1\" is no whole number"]);
-        check("[learner]\neta = -1\n", &["x.toml:9: learner.eta: -1 is no whole number"]);
-        check(
-            "[rollout]\ntemperature = 0\n",
-            &["x.toml:9: rollout.temperature: 0 is out of range; it must be above 0"],
-        );
-        check(
-            "[learner]\nalgorithm = \"rlo\"\n",
-            &[
-                "x.toml:9: learner.algorithm: \"rlo\" is none of rloo, reinforce, ppo, grpo, online-dpo; did you mean \"rloo\"?",
-            ],
-        );
-        check("[rollout]\nslots = 65\n", &["x.toml:9: rollout.slots: 65 is out of range; it must be from 1 to 64"]);
-        check(
-            "[learner]\n# off-policy\ncorrection = \"none\"\n",
-            &["x.toml:10: learner.correction: \"none\" with learner.eta = 1"],
-        );
-        check("[evaluation]\nevery_steps = 5\n", &["x.toml:9: evaluation.every_steps: needs prompts that are not"]);
-        for weights in ["bf16", "q8_0"] {
-            check(
-                &format!("[rollout]\nweights = \"{weights}\"\n[learner]\neta = 0\ncorrection = \"none\"\n"),
-                &[&format!("x.toml:12: learner.correction: \"none\" with rollout.weights = \"{weights}\" would learn")],
-            );
-        }
-        check(
-            "[reward]\nreference = false\n",
-            &["x.toml:9: reward.reference: must be true: reward.kl_coef = 0.05 charges for it; set it to 0"],
-        );
-        check(
-            "lora = { ranks = 2, targets = [\"q\"] }\n",
-            &["x.toml:8: policy.lora: targets: \"q\" is none of q_proj", "x.toml:8: policy.lora: ranks: unknown key"],
-        );
-        check("[serve]\nlisten = \"0.0.0.0:1\"\n", &["x.toml:9: serve.listen: 0.0.0.0:1 can be reached"]);
-        // What stands where a variable's name belongs may be the secret, and is not repeated.
-        let secret = "[serve]\nlisten = \"0.0.0.0:1\"\ntoken_env = \"sk-0123\"\n";
-        check(secret, &["x.toml:10: serve.token_env: is no name of an environment variable; it names the variable"]);
-        let secret = "[labeler]\ntype = \"direct\"\nremote = { url = \"http://me:sk-0@h\", model = \"m\" }\n";
-        check(
-            secret,
-            &["x.toml:10: labeler.remote: url: holds a user's name or a password, which would stand in logs"],
-        );
-        let secret =
-            "[labeler]\ntype = \"direct\"\nremote = { url = \"http://h\", model = \"m\", api_key_env = \"sk-0\" }\n";
-        check(secret, &["x.toml:10: labeler.remote: api_key_env: is no name of an environment variable; it names the"]);
-        check(
-            "[serve]\nhosts = [\"http://a.test\"]\n",
-            &["x.toml:9: serve.hosts: \"http://a.test\" is no name of a host"],
-        );
-        check("[serve]\nlisten = \"here\"\n", &["x.toml:9: serve.listen: \"here\" is no address"]);
-        check("[supervision]\nbackoff_s = -1\n", &["x.toml:9: supervision.backoff_s: -1 is out of range"]);
-        check(
-            "[[labeler.members]]\ntype = \"direct\"\n[labeler]\n",
-            &["x.toml:8: labeler.members: stand in a panel only"],
-        );
-        check(
-            "[labeler]\ntype = \"panel\"\n[[labeler.members]]\ntype = \"direct\"\nshot = 1\n",
-            &["x.toml:10: labeler.members: [0].shot: unknown key; did you mean \"shots\"?"],
-        );
-        check("[labeler]\ntype = \"panel\"\n", &["x.toml:8: labeler.members: is missing or empty"]);
-        check(
-            "[learner]\nalgorithm = \"online-dpo\"\n",
-            &["x.toml:9: learner.algorithm: \"online-dpo\" learns from pairs"],
-        );
-        check(
-            "[labeler]\ntemplates = \"poems\"\n",
-            &["x.toml:9: labeler.templates: \"poems\" is none of summarization"],
-        );
-        check(
-            "[labeler]\ntype = \"direct\"\nremote = { url = \"h\", api = \"char\" }\n",
-            &[
-                "x.toml:10: labeler.remote: url: \"h\" is no address",
-                "x.toml:10: labeler.remote: model: is missing",
-                "x.toml:10: labeler.remote: api: \"char\" is none of chat, completions; did you mean \"chat\"?",
-            ],
-        );
-        check(
-            "[labeler]\nremote = { url = \"http://h\", model = \"m\" }\n",
-            &["x.toml:9: labeler.remote: serves type = \"direct\" and \"pairwise\" only"],
-        );
-        check("labeler = 3\n", &["x.toml:8: policy.labeler: unknown key"]);
-    }
-
-    #[test]
-    fn all_mistakes_are_told_at_once_and_none_twice() {
-        check(
-            "[rollout]\ntemprature = 1\ngroup_size = 1\n[learner]\neta = \"zero\"\ncorrection = \"none\"\n",
-            &["x.toml:9: rollout.temprature", "x.toml:10: rollout.group_size", "x.toml:12: learner.eta"],
-        );
-        let errors = read("", &[]).expect_err("required keys are missing");
-        let keys: Vec<&str> = errors.0.iter().map(|error| error.key.as_str()).collect();
-        assert_eq!(keys, ["run.name", "run.steps", "data.path", "policy.model"]);
-        let errors = read("[run\n", &[]).expect_err("not TOML");
-        assert_eq!(errors.0[0].place, "x.toml:1");
-    }
-
-    #[test]
-    fn overrides_are_applied_before_validation() {
-        let config = read(MINIMAL, &["learner.eta=0", "learner.correction=none", "run.name=other"]).unwrap();
-        assert_eq!((config.learner.eta, config.run.name.as_str()), (0, "other"));
-        assert_eq!(read(MINIMAL, &["policy.model={ scratch = { hidden = 128 } }"]).unwrap(), {
-            read(MINIMAL, &["policy.model.scratch.hidden=128"]).unwrap()
-        });
-        for (text, expected) in [
-            ("learner.eta=-1", "--set: learner.eta"),
-            ("eta", "--set: \"eta\""),
-            ("learner.etta=1", "--set: learner.etta"),
-            ("learner.eta=1\nlr=2", "--set: learner.eta: its value is followed by another line"),
-            ("learner.eta=1\n[learner]\nlr = 2", "--set: learner.eta: its value is followed by another line"),
-            ("learner.eta=1 # one", "--set: learner.eta: its value is followed by a comment"),
-            ("run.steps.x=1", "--set: run.steps: run.steps has the type integer and no keys below it"),
-            ("run.name=", "--set: run.name"),
-        ] {
-            let errors = read(MINIMAL, &[text]).expect_err("it should be refused").to_string();
-            assert!(errors.contains(expected), "{errors}");
-        }
-    }
-
-    #[test]
-    fn the_resolved_configuration_reads_back_as_itself() {
-        let more = "[labeler]\nmodel = [\"a.gguf\", { pip = \"m==1\" }, { hub = \"o/n\", revision = \"r\" }]\nchat = false\n[reward]\nclip = 0\n";
-        let panel = "[labeler]\ntype = \"panel\"\npairs = \"all\"\n[[labeler.members]]\ntype = \"pairwise\"\ncot = true\n[[labeler.members]]\nweight = 2\ntype = \"direct\"\nremote = { url = \"http://h/v1\", model = \"m\", hedge_after_s = 2 }\n";
-        let lora = "lora = { rank = 4, targets = [\"v_proj\"] }\n";
-        for more in ["", lora, more, panel] {
-            let text = format!("{MINIMAL}{more}");
-            let config = read(&text, &[]).unwrap();
-            assert_eq!(read(&config.to_toml(), &[]).unwrap(), config);
-        }
-    }
-}
+mod tests;

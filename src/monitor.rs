@@ -115,7 +115,7 @@ impl Monitor {
     fn labeler(&self) -> &'static str {
         match &self.config.labeler.methods[..] {
             [] => "none",
-            [method] if !self.config.labeler.panel => method.kind.word(),
+            [method] if !self.config.labeler.methods.panel => method.kind.word(),
             _ => "panel",
         }
     }

@@ -1,4 +1,4 @@
-//! The name that a misspelt word was meant to be. A leaf.
+//! The name that a misspelt word was meant to be.
 
 /// No name that is looked for is as long.
 const LONGEST: usize = 64;
@@ -9,23 +9,8 @@ pub fn nearest<'a>(word: &str, names: &[&'a str]) -> Option<&'a str> {
     if word.len() > LONGEST {
         return None;
     }
-    let share = |name: &str| distance(word, name) * 100 / word.len().max(name.len());
+    let share = |name: &str| strsim::levenshtein(word, name) * 100 / word.len().max(name.len());
     names.iter().copied().min_by_key(|name| share(name)).filter(|name| share(name) <= 50)
-}
-
-/// Edits (Levenshtein) from `a` to `b`.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let changed = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
@@ -33,11 +18,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn edit_distance() {
-        for (a, b, expected) in
-            [("", "abc", 3), ("kitten", "sitting", 3), ("eta", "eta", 0), ("temprature", "temperature", 1)]
+    fn a_misspelt_name_is_the_one_with_the_smallest_share_of_edits() {
+        let names = ["pip", "sha256", "temperature"];
+        for (word, expected) in
+            [("temprature", Some("temperature")), ("sha", Some("sha256")), ("pipp", Some("pip")), ("colour", None)]
         {
-            assert_eq!(distance(a, b), expected, "{a} {b}");
+            assert_eq!(nearest(word, &names), expected, "{word}");
         }
+        assert_eq!(nearest(&"x".repeat(100), &["x"]), None);
     }
 }

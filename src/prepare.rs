@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 
 use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
 use crate::data::pairs::PairSet;
-use crate::data::{Dataset, OnLong, Part, PromptFormat, ReadOptions, Split};
+use crate::data::{Dataset, Part, PromptFormat, ReadOptions, Split};
 use crate::device;
 use crate::exit::Ended;
 use crate::fault;
@@ -208,7 +208,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
     let pairs = match &config.reward_model.pairs {
         Some(path) if trainer_plan(config).is_some() => {
             let (format, seed) = (prompt_format(config), config.run.seed);
-            Some(Arc::new(PairSet::read(path, &format, &policy.tokenizer, context, on_long(config), seed)?))
+            Some(Arc::new(PairSet::read(path, &format, &policy.tokenizer, context, config.data.on_long, seed)?))
         }
         _ => None,
     };
@@ -419,7 +419,7 @@ fn data(config: &Config, tokenizer: &Tokenizer, context: usize, part: Part) -> R
         format,
         limit,
         remedy,
-        on_long: on_long(config),
+        on_long: config.data.on_long,
         split: Split { holdout: config.data.holdout, part },
         needs_references: config.sft.steps > 0,
     };
@@ -428,10 +428,6 @@ fn data(config: &Config, tokenizer: &Tokenizer, context: usize, part: Part) -> R
         tracing::warn!("{} prompts longer than {limit} tokens are left out", data.skipped);
     }
     Ok(if config.data.shuffle { data.shuffled(config.run.seed) } else { data })
-}
-
-fn on_long(config: &Config) -> OnLong {
-    if config.data.on_long == config::OnLong::Skip { OnLong::Skip } else { OnLong::Error }
 }
 
 /// How the configuration makes prompts of texts.

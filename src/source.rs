@@ -38,6 +38,23 @@ pub enum Candidate {
     },
 }
 
+impl Candidate {
+    fn to_toml(&self) -> Value {
+        let path;
+        let (main, others): (_, &[(&str, &Option<String>)]) = match self {
+            Self::Path(at) => {
+                path = at.display().to_string();
+                (("path", &path), &[])
+            }
+            Self::Hub { repo, revision, file } => (("hub", repo), &[("revision", revision), ("file", file)]),
+            Self::Pip { requirement, sha256, file } => (("pip", requirement), &[("sha256", sha256), ("file", file)]),
+        };
+        let others = others.iter().filter_map(|(name, value)| Some((*name, value.as_ref()?)));
+        let pairs = std::iter::once(main).chain(others);
+        Value::Table(pairs.map(|(name, value)| (name.to_owned(), Value::String(value.clone()))).collect())
+    }
+}
+
 impl fmt::Display for Candidate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -49,7 +66,7 @@ impl fmt::Display for Candidate {
 }
 
 /// A model by the places it may be had from, tried in order.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ModelRef(pub Vec<Candidate>);
 
 impl ModelRef {
@@ -63,6 +80,22 @@ impl ModelRef {
             Value::Array(list) => list.iter().map(candidate).collect::<Result<_, _>>().map(Self),
             one => Ok(Self(vec![candidate(one)?])),
         }
+    }
+
+    /// In TOML, as a list; [`Self::from_toml`] reads it back.
+    pub fn to_toml(&self) -> Value {
+        Value::Array(self.0.iter().map(Candidate::to_toml).collect())
+    }
+
+    /// The same with paths relative to `folder`.
+    #[must_use]
+    pub fn relative_to(mut self, folder: &Path) -> Self {
+        for candidate in &mut self.0 {
+            if let Candidate::Path(path) = candidate {
+                *path = folder.join(&*path);
+            }
+        }
+        self
     }
 
     /// From a command line: a path, or what a configuration would write in braces or brackets.

@@ -10,7 +10,7 @@ use preceptor_actors::{
     Admission, AdmissionGate, GraphBuilder, Inlet, Outlet, SnapshotCell, StageError, StageResult, StageSpec,
 };
 
-use crate::config::{Config, LabelForm, Mode, Pairs, RewardScaling, RolloutWeights, UpdateMode};
+use crate::config::{Config, LabelForm, Mode, RewardScaling, RolloutWeights, UpdateMode};
 use crate::controller::Knobs;
 use crate::data::pairs::PairSource;
 use crate::data::source::{LeftOver, PromptSource};
@@ -18,8 +18,8 @@ use crate::fault;
 use crate::generate::sampler::Sampling;
 use crate::generate::stage::{Rollout, RolloutPlan};
 use crate::generate::stop::Stop;
+use crate::label::Labeler;
 use crate::label::stage::{LabelStage, Wants};
-use crate::label::{Labeler, Pairing};
 use crate::learn::Observer;
 use crate::learn::TrainState;
 use crate::learn::publish::publish;
@@ -313,15 +313,10 @@ pub fn wants(config: &Config) -> Wants {
     match config.run.mode {
         Mode::Direct => Wants::Scores,
         Mode::Distilled | Mode::Preference | Mode::Human => Wants::Preferences {
-            pairing: pairing(config),
+            pairing: config.labeler.pairs,
             temperature: config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature),
         },
     }
-}
-
-/// Which completions of a group are compared.
-pub fn pairing(config: &Config) -> Pairing {
-    if config.labeler.pairs == Pairs::All { Pairing::All } else { Pairing::Adjacent }
 }
 
 /// The reward model that the mode trains, as it starts; none where the mode has none.
@@ -358,7 +353,7 @@ pub fn trainer_plan(config: &Config) -> Option<TrainerPlan> {
 fn reward_rule(config: &Config) -> RewardRule {
     RewardRule {
         standardise: config.reward.scale == RewardScaling::Running,
-        clip: config.reward.clip,
+        clip: Some(config.reward.clip).filter(|clip| *clip > 0.0),
         length_penalty: config.reward.length_penalty,
         missing_eos_penalty: config.reward.missing_eos_penalty,
     }

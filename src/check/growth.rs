@@ -8,7 +8,7 @@ use crate::data::Dataset;
 use crate::monitor::samples;
 use crate::rollout::{Completion, Feedback, Finish, Group, Preference, RewardScale, Rewarded, Verdict};
 use crate::run::journal;
-use crate::topology::{needs_labels, pairing};
+use crate::topology::needs_labels;
 
 /// Growth of the files that a run appends to.
 ///
@@ -96,7 +96,7 @@ fn longest_group(config: &Config, data: &Dataset) -> Result<Rewarded> {
         verdict: Verdict::Label(0.123_456_789),
         orders: Some([0.123_456_789; 2]),
     };
-    let compared = pairing(config).pairs(size);
+    let compared = config.labeler.pairs.pairs(size);
     let feedback = Feedback {
         labeler: "pairwise".into(),
         model: u64::MAX,

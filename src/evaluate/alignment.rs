@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::judge;
 use crate::annotate::{PairQuestions, Questions};
-use crate::config::{Config, LabelerKind, Method};
+use crate::config::{Config, LabelerKind, Method, Methods};
 use crate::data::Preferences;
 use crate::label::backend::Usage;
 use crate::label::stage::Wants;
@@ -46,7 +46,7 @@ pub struct Alignment {
 
 /// The ways of asking that make sense for the configured judge when none are named.
 pub fn default_variants(config: &Config) -> Vec<String> {
-    match config.labeler.methods.as_slice() {
+    match &config.labeler.methods[..] {
         [one] if one.kind != LabelerKind::Embedding => VARIANTS.iter().map(|name| (*name).to_owned()).collect(),
         _ => vec!["configured".to_owned()],
     }
@@ -82,8 +82,7 @@ pub fn variant(config: &Config, name: &str) -> Result<Config> {
         _ => bail!("{name} is no way of asking; give configured, likelihood-mean, or one of {}", VARIANTS.join(", ")),
     }
     let mut config = config.clone();
-    config.labeler.methods = vec![method];
-    config.labeler.panel = false;
+    config.labeler.methods = Methods { list: vec![method], panel: false };
     Ok(config)
 }
 
@@ -206,7 +205,7 @@ mod tests {
     fn ways_of_asking_are_told_by_name() {
         let text = "[run]\nname = \"x\"\nsteps = 1\n[data]\npath = \"Cargo.toml\"\n[policy]\nmodel = { scratch = {} }\n[labeler]\ntemplates = \"harmless\"\n";
         let config = crate::config::parse(text, "x", std::path::Path::new(env!("CARGO_MANIFEST_DIR")), &[]).unwrap();
-        let method = |name: &str| variant(&config, name).unwrap().labeler.methods.remove(0);
+        let method = |name: &str| variant(&config, name).unwrap().labeler.methods[0].clone();
         let one = method("detailed-2-cot");
         assert_eq!((one.kind, one.preamble.as_str(), one.shots, one.cot), (LabelerKind::Pairwise, "detailed", 2, true));
         assert_eq!(one.templates, "harmless");
@@ -219,7 +218,7 @@ mod tests {
         }
         assert_eq!(default_variants(&config), VARIANTS);
         let mut embedding = config.clone();
-        embedding.labeler.methods[0].kind = LabelerKind::Embedding;
+        embedding.labeler.methods.list[0].kind = LabelerKind::Embedding;
         assert_eq!(default_variants(&embedding), ["configured"]);
         assert!(format!("{:#}", variant(&embedding, "direct").unwrap_err()).contains("--variants configured"));
     }

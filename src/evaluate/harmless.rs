@@ -43,7 +43,7 @@ impl Questions for Single {
 pub fn harmless_rate(config: &Config, bench: &LabelerBench, rated: Rated, title: &str) -> Result<Table> {
     ensure!(
         config.labeler.methods.iter().all(|method| method.kind == crate::config::LabelerKind::Direct)
-            && !config.labeler.panel,
+            && !config.labeler.methods.panel,
         "a harmless rate needs a judge that rates single answers; set labeler.type = \"direct\" and labeler.templates = \"harmless\""
     );
     let Rated { prompts, answers, tokenizer } = rated;

@@ -16,6 +16,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use crate::algo::{Algorithm, GroupView, Targets};
+use crate::config::Schedule;
 use crate::fault;
 use crate::ledger::Entries;
 use crate::model::{Decoder, Pack};
@@ -35,7 +36,7 @@ pub struct LearnPlan {
     /// Steps over which the rate rises from zero.
     pub warmup_steps: u64,
     /// How it goes on from there.
-    pub decay: Decay,
+    pub schedule: Schedule,
     /// Where it ends when it falls.
     pub min_lr: f64,
     /// Steps of the run.
@@ -58,17 +59,6 @@ pub struct LearnPlan {
     pub micro_batch: usize,
 }
 
-/// Course of the learning rate after its rise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decay {
-    /// It stays.
-    None,
-    /// In a line.
-    Linear,
-    /// In half a wave of a cosine.
-    Cosine,
-}
-
 impl LearnPlan {
     /// Learning rate of step `step`, counted from zero.
     pub fn rate(&self, step: u64) -> f64 {
@@ -77,10 +67,10 @@ impl LearnPlan {
         }
         let span = self.steps.saturating_sub(self.warmup_steps).max(1) as f64;
         let left = (self.steps.saturating_sub(step) as f64 / span).min(1.0);
-        let share = match self.decay {
-            Decay::None => 1.0,
-            Decay::Linear => left,
-            Decay::Cosine => 0.5 * (1.0 - (std::f64::consts::PI * left).cos()),
+        let share = match self.schedule {
+            Schedule::Constant => 1.0,
+            Schedule::Linear => left,
+            Schedule::Cosine => 0.5 * (1.0 - (std::f64::consts::PI * left).cos()),
         };
         self.min_lr + (self.lr - self.min_lr) * share
     }
@@ -475,7 +465,7 @@ mod tests {
             temperature: 1.0,
             lr: 1.0,
             warmup_steps: 3,
-            decay: Decay::Linear,
+            schedule: Schedule::Linear,
             min_lr: 0.0,
             steps: 7,
             max_grad_norm: 1.0,
@@ -489,7 +479,7 @@ mod tests {
         };
         let rates: Vec<f64> = (0..7).map(|step| plan.rate(step)).collect();
         assert_eq!(rates, [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]);
-        let cosine = LearnPlan { decay: Decay::Cosine, min_lr: 0.5, ..plan };
+        let cosine = LearnPlan { schedule: Schedule::Cosine, min_lr: 0.5, ..plan };
         let rates: Vec<f64> = (3..8).map(|step| (cosine.rate(step) * 1e6).round() / 1e6).collect();
         assert_eq!(rates, [1.0, 0.926_777, 0.75, 0.573_223, 0.5]);
     }

@@ -4,202 +4,14 @@ use anyhow::{Context, Result, bail};
 use toml::{Table, Value};
 
 use crate::checkpoint::{JudgeContents, Opened};
-use crate::config::{self, Config, LabelerKind};
+use crate::config::{self, Config, LabelerKind, Resume};
 use crate::label::templates::{Preamble, TemplateSet};
 use crate::nearest::nearest;
 use crate::topology::labelers::Instrument;
 
-/// The effect of a change of a key on a run that is resumed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Class {
-    /// The run is refused: the checkpoint's state belongs to the old value.
-    Kept,
-    /// The run is refused unless the change is accepted by name: the labels after it come from another judge.
-    Judge,
-    /// The run goes on, and the change is logged: it affects speed, place or caution, or is found by a checksum of its own
-    /// (the data, the model that the policy starts from).
-    Free,
-}
-
-/// All keys of a resolved configuration. A key that is a table or a list and has no keys of its own here is compared as one
-/// value. The members of a panel have the keys of `labeler`.
-const CLASSES: &[(&str, Class, &[&str])] = &[
-    ("run", Class::Kept, &["seed", "mode"]),
-    // The number of steps is kept where the learning rate falls towards the last one.
-    ("run", Class::Free, &["name", "steps", "tensorboard", "dir", "samples_max_bytes", "samples_keep"]),
-    (
-        "data",
-        Class::Kept,
-        &[
-            "prompt_field",
-            "reference_field",
-            "holdout",
-            "instruction",
-            "chat",
-            "system",
-            "shuffle",
-            "max_prompt_tokens",
-            "on_long",
-        ],
-    ),
-    ("data", Class::Free, &["path"]),
-    ("policy", Class::Kept, &["dtype", "lora"]),
-    ("policy", Class::Free, &["model", "device", "matmul_precision", "resolve_timeout_s"]),
-    ("rollout", Class::Kept, &["group_size", "temperature"]),
-    (
-        "rollout",
-        Class::Free,
-        &[
-            "workers",
-            "devices",
-            "threads",
-            "slots",
-            "max_new_tokens",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "stop",
-            "stop_ids",
-            "weights",
-            "update",
-            "capacity",
-        ],
-    ),
-    (
-        "labeler",
-        Class::Judge,
-        &[
-            "type",
-            "members",
-            "pairs",
-            "model",
-            "remote",
-            "chat",
-            "weight",
-            "length_normalise",
-            "pair_temperature",
-            "templates",
-            "preamble",
-            "shots",
-            "both_orders",
-            "cot",
-            "rationale_tokens",
-            "rationales",
-            "rationale_temperature",
-        ],
-    ),
-    (
-        "labeler",
-        Class::Free,
-        &["device", "workers", "threads", "retries", "cache", "cache_entries", "capacity", "max_cost"],
-    ),
-    ("labeler.remote", Class::Judge, &["url", "model", "api", "system", "evidence", "votes"]),
-    (
-        "labeler.remote",
-        Class::Free,
-        &[
-            "api_key_env",
-            "concurrency",
-            "requests_per_minute",
-            "tokens_per_minute",
-            "timeout_s",
-            "connect_timeout_s",
-            "deadline_s",
-            "retries",
-            "backoff_s",
-            "max_backoff_s",
-            "hedge_after_s",
-            "breaker_failures",
-            "breaker_cooldown_s",
-            "outage_s",
-            "price_prompt",
-            "price_completion",
-            "max_response_bytes",
-            "probe",
-            "any_model",
-        ],
-    ),
-    ("reward", Class::Kept, &["reference"]),
-    (
-        "reward",
-        Class::Free,
-        &[
-            "kl_coef",
-            "kl",
-            "kl_estimator",
-            "scale",
-            "clip",
-            "length_penalty",
-            "missing_eos_penalty",
-            "threads",
-            "capacity",
-        ],
-    ),
-    ("reward_model", Class::Kept, &["model", "pairs", "warm_up_groups", "epochs", "online", "holdout"]),
-    ("reward_model", Class::Free, &["device", "lr", "head_lr", "batch_pairs", "max_grad_norm", "labels"]),
-    ("sft", Class::Kept, &["steps", "batch", "lr"]),
-    ("learner", Class::Kept, &["algorithm", "value_model", "batch_groups"]),
-    (
-        "learner",
-        Class::Free,
-        &[
-            "clip",
-            "clip_high",
-            "average",
-            "advantage_std",
-            "gamma",
-            "gae_lambda",
-            "value_clip",
-            "whiten_rewards",
-            "whiten_advantages",
-            "entropy_coef",
-            "dpo_beta",
-            "dpo_labels",
-            "dpo_loss",
-            "epochs",
-            "minibatches",
-            "eta",
-            "threads",
-            "lr",
-            "min_lr",
-            "warmup_steps",
-            "schedule",
-            "adam_beta1",
-            "adam_beta2",
-            "adam_eps",
-            "weight_decay",
-            "max_grad_norm",
-            "value_lr",
-            "correction",
-            "truncation",
-            "mask_ratio",
-            "max_nonfinite_steps",
-            "micro_batch",
-            "activation_checkpointing",
-        ],
-    ),
-    ("evaluation", Class::Free, &["every_steps", "prompts", "threads"]),
-    ("controller", Class::Free, &["enabled", "every_s"]),
-    (
-        "checkpoint",
-        Class::Free,
-        &["every_minutes", "every_steps", "keep", "best", "dtype", "mirror", "retry_s", "journal", "journal_max_bytes"],
-    ),
-    ("guard", Class::Free, &["action", "max_kl", "min_entropy", "max_masked", "steps", "unlabeled_steps"]),
-    ("serve", Class::Free, &["enabled", "listen", "token_env", "hosts"]),
-    (
-        "supervision",
-        Class::Free,
-        &["max_restarts", "backoff_s", "max_backoff_s", "stall_after_s", "restart_after_s", "halt_grace_s", "drain_s"],
-    ),
-];
-
-/// The class of the key at `path`, if it is one.
-fn class(path: &str) -> Option<Class> {
-    let plain = plain(path);
-    let (section, key) = plain.rsplit_once('.')?;
-    CLASSES.iter().find(|(name, _, keys)| *name == section && keys.contains(&key)).map(|(_, class, _)| *class)
+/// The effect of a change of the key at `path`, if it is one.
+fn class(path: &str) -> Option<Resume> {
+    config::key(&plain(path)).map(|key| key.resume)
 }
 
 /// `path` with a panel's member replaced by the section whose keys it has: `labeler.members[1].cot` is `labeler.cot`.
@@ -221,20 +33,16 @@ impl Accepted {
     /// A key that does not exist, or whose change cannot be accepted or needs no acceptance.
     pub fn new(keys: Vec<String>) -> Result<Self> {
         for key in &keys {
-            let all = CLASSES
-                .iter()
-                .flat_map(|(section, class, keys)| keys.iter().map(move |key| (format!("{section}.{key}"), *class)));
-            let all: Vec<(String, Class)> = all.collect();
-            let wanted = plain(key);
+            let (all, wanted) = (config::keys(), plain(key));
             let below = |name: &str| covers(&wanted, name);
-            let found: Vec<Class> = all.iter().filter(|(name, _)| below(name)).map(|(_, class)| *class).collect();
+            let found: Vec<Resume> = all.iter().filter(|(name, _)| below(name)).map(|(_, key)| key.resume).collect();
             if found.is_empty() {
                 let names: Vec<&str> = all.iter().map(|(name, _)| name.as_str()).collect();
                 let hint = nearest(&wanted, &names).map(|name| format!("; did you mean {name}?")).unwrap_or_default();
                 bail!("--accept-change {key}: there is no such key{hint}");
             }
-            if !found.contains(&Class::Judge) {
-                let why = if found.contains(&Class::Kept) {
+            if !found.contains(&Resume::AcceptChange) {
+                let why = if found.contains(&Resume::Fixed) {
                     "a change of it cannot be accepted: the checkpoint's state belongs to the old value"
                 } else {
                     "it may change without being accepted"
@@ -272,13 +80,13 @@ pub struct Change {
     pub was: String,
     /// The value now.
     pub is: String,
-    class: Class,
+    class: Resume,
 }
 
 impl Change {
     /// Whether the run goes on only because this change was accepted.
     pub fn is_accepted(&self) -> bool {
-        self.class == Class::Judge
+        self.class == Resume::AcceptChange
     }
 
     /// The line that logs it.
@@ -312,18 +120,18 @@ fn contents(was: &JudgeContents, is: &JudgeContents) -> Vec<Change> {
         let was = was.get(key).filter(|was| *was != is)?;
         let named = key.ends_with(".remote.model");
         let text = |what: &str| if named { format!("answered as {what:?}") } else { format!("content {what}") };
-        Some(Change { key: key.clone(), was: text(was), is: text(is), class: Class::Judge })
+        Some(Change { key: key.clone(), was: text(was), is: text(is), class: Resume::AcceptChange })
     });
     changed.collect()
 }
 
 fn permit(checkpoint: &Opened, changes: Vec<Change>, accepted: &Accepted) -> Result<Vec<Change>> {
-    let of = |class: Class| {
+    let of = |class: Resume| {
         let refused =
-            move |change: &&Change| change.class == class && (class == Class::Kept || !accepted.has(&change.key));
+            move |change: &&Change| change.class == class && (class == Resume::Fixed || !accepted.has(&change.key));
         changes.iter().filter(refused).collect::<Vec<_>>()
     };
-    let (kept, judge) = (of(Class::Kept), of(Class::Judge));
+    let (kept, judge) = (of(Resume::Fixed), of(Resume::AcceptChange));
     if kept.is_empty() && judge.is_empty() {
         return Ok(changes);
     }
@@ -350,7 +158,7 @@ pub fn judge_contents(config: &Config, instruments: &[Instrument]) -> Result<Jud
     let labeler = &config.labeler;
     let mut contents = JudgeContents::new();
     for (i, (method, instrument)) in labeler.methods.iter().zip(instruments).enumerate() {
-        let place = if labeler.panel { format!("labeler.members[{i}]") } else { "labeler".to_owned() };
+        let place = if labeler.methods.panel { format!("labeler.members[{i}]") } else { "labeler".to_owned() };
         let mut note = |key: &str, hash: u64| contents.insert(format!("{place}.{key}"), format!("{hash:016x}"));
         if matches!(method.kind, LabelerKind::Direct | LabelerKind::Pairwise) {
             note("templates", TemplateSet::content_hash(&method.templates)?);
@@ -401,7 +209,7 @@ fn changes(was: &str, is: &str) -> Result<Vec<Change>> {
     changes.retain(|change| !(change.was.is_empty() && is_default(&is, &change.key)));
     for change in &mut changes {
         if falls && change.key == "run.steps" {
-            change.class = Class::Kept;
+            change.class = Resume::Fixed;
         }
     }
     Ok(changes)
@@ -437,16 +245,16 @@ fn differences(path: String, was: &Value, is: &Value, changes: &mut Vec<Change>)
     }
 }
 
-/// Whether the table at `path` is compared key by key.
+/// Whether the table at `path` is compared key by key: a section, or a table with keys of its own.
 fn has_keys(path: &str) -> bool {
     let plain = plain(path);
-    !plain.contains('.') || CLASSES.iter().any(|(section, _, _)| *section == plain)
+    !plain.contains('.') || config::key(&plain).is_some_and(|key| !key.inner().is_empty())
 }
 
 fn change(key: String, was: Option<&Value>, is: Option<&Value>) -> Change {
     let text = |value: Option<&Value>| value.map(Value::to_string).unwrap_or_default();
     // A key that has no class is of another version of the program; nobody can say that it may change.
-    let class = class(&key).unwrap_or(if is.is_none() { Class::Free } else { Class::Kept });
+    let class = class(&key).unwrap_or(if is.is_none() { Resume::Changeable } else { Resume::Fixed });
     Change { key, was: text(was), is: text(is), class }
 }
 
@@ -481,7 +289,7 @@ mod tests {
     fn what_is_learned_stays_and_how_fast_may_change() {
         let keys = |from: &str, to: &str| -> Vec<(String, bool)> {
             let changes = changes(CONFIG, &CONFIG.replace(from, to)).unwrap();
-            changes.into_iter().map(|change| (change.key, change.class == Class::Free)).collect()
+            changes.into_iter().map(|change| (change.key, change.class == Resume::Changeable)).collect()
         };
         assert_eq!(keys("", ""), []);
         assert_eq!(keys("lr = 0.1", "lr = 0.2"), [("learner.lr".to_owned(), true)]);
@@ -497,7 +305,7 @@ mod tests {
             changes(&with(""), &is)
                 .unwrap()
                 .into_iter()
-                .map(|change| (change.key, change.class == Class::Free))
+                .map(|change| (change.key, change.class == Resume::Changeable))
                 .collect::<Vec<_>>()
         };
         assert_eq!(numbers("f32", "highest"), []);
@@ -505,10 +313,10 @@ mod tests {
         assert_eq!(numbers("f32", "medium"), [("policy.matmul_precision".to_owned(), true)]);
         let with = |reward: &str| format!("{CONFIG}[reward]\nkl_coef = 0.0\n{reward}");
         assert_eq!(changes(&with(""), &with("reference = true\n")).unwrap(), []);
-        assert_eq!(changes(&with(""), &with("reference = false\n")).unwrap()[0].class, Class::Kept);
+        assert_eq!(changes(&with(""), &with("reference = false\n")).unwrap()[0].class, Resume::Fixed);
         let falling = CONFIG.replace("constant", "linear");
         let changes = changes(&falling, &falling.replace("steps = 3", "steps = 4")).unwrap();
-        assert!(changes[0].class == Class::Kept);
+        assert!(changes[0].class == Resume::Fixed);
     }
 
     /// A configuration with every optional key, and one with a panel.
@@ -525,52 +333,15 @@ mod tests {
         [single, panel].map(|text| config::parse(&text, "x.toml", folder, &[]).unwrap())
     }
 
-    fn keys_of(path: &str, value: &Value, keys: &mut Vec<String>) {
-        match value {
-            Value::Table(table) if has_keys(path) => {
-                for (key, value) in table {
-                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                    if class(&path).is_some() {
-                        keys.push(plain(&path));
-                    }
-                    keys_of(&path, value, keys);
-                }
-            }
-            Value::Array(members) if path == "labeler.members" => {
-                for (i, member) in members.iter().enumerate() {
-                    keys_of(&format!("{path}[{i}]"), member, keys);
-                }
-            }
-            _ => assert!(class(path).is_some(), "{path} has no class; give it one in CLASSES of src/run/resume.rs"),
-        }
-    }
-
-    #[test]
-    fn every_key_has_one_class_and_every_class_is_of_a_key() {
-        let mut keys = Vec::new();
-        for config in full() {
-            keys_of("", &Value::Table(config.to_toml().parse().unwrap()), &mut keys);
-        }
-        let mut seen = Vec::new();
-        for (section, _, names) in CLASSES {
-            for name in *names {
-                let path = format!("{section}.{name}");
-                assert!(keys.contains(&path), "{path} is not a key of a resolved configuration");
-                assert!(!seen.contains(&path), "{path} has two classes");
-                seen.push(path);
-            }
-        }
-    }
-
     #[test]
     fn a_changed_judge_is_found_key_by_key() {
         let [single, panel] = full().map(|config| config.to_toml());
-        let found = |was: &str, from: &str, to: &str| -> Vec<(String, Class)> {
+        let found = |was: &str, from: &str, to: &str| -> Vec<(String, Resume)> {
             assert!(was.contains(from), "{from} is not in {was}");
             let changes = changes(was, &was.replacen(from, to, 1)).unwrap();
             changes.into_iter().map(|one| (one.key, one.class)).collect()
         };
-        let judge = |key: &str| vec![(key.to_owned(), Class::Judge)];
+        let judge = |key: &str| vec![(key.to_owned(), Resume::AcceptChange)];
         assert_eq!(found(&single, "url = \"http://h\"", "url = \"http://i\""), judge("labeler.remote.url"));
         assert_eq!(found(&single, "system = \"s\"\ntime", "system = \"t\"\ntime"), judge("labeler.remote.system"));
         assert_eq!(found(&single, "votes = 5", "votes = 6"), judge("labeler.remote.votes"));
@@ -580,7 +351,7 @@ mod tests {
         );
         assert_eq!(
             found(&single, "price_prompt = 0.0", "price_prompt = 1.0"),
-            [("labeler.remote.price_prompt".to_owned(), Class::Free)]
+            [("labeler.remote.price_prompt".to_owned(), Resume::Changeable)]
         );
         assert_eq!(found(&panel, "chat = true\ncot", "chat = false\ncot"), judge("labeler.members[1].chat"));
         assert_eq!(found(&panel, "url = \"http://h\"", "url = \"http://i\""), judge("labeler.members[0].remote.url"));
@@ -591,7 +362,7 @@ mod tests {
         let is = single.replace("votes = 5", "votes = 6");
         let changed = changes(&older, &is).unwrap();
         assert_eq!((changed.len(), changed[0].key.as_str(), changed[0].was.as_str()), (1, "labeler.remote.votes", ""));
-        assert_eq!(changed[0].class, Class::Judge);
+        assert_eq!(changed[0].class, Resume::AcceptChange);
     }
 
     #[test]
@@ -625,6 +396,6 @@ mod tests {
         assert_eq!(super::contents(&contents("1"), &contents("1")), []);
         assert_eq!(super::contents(&JudgeContents::new(), &contents("1")), [], "an older program noted nothing");
         let changed = super::contents(&contents("1"), &contents("2"));
-        assert_eq!((changed.len(), changed[0].class, changed[0].was.as_str()), (1, Class::Judge, "content 1"));
+        assert_eq!((changed.len(), changed[0].class, changed[0].was.as_str()), (1, Resume::AcceptChange, "content 1"));
     }
 }

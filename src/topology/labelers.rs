@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use super::pairing;
 use crate::config::{Config, LabelerKind, Method};
 use crate::label::Labeler;
 use crate::label::backend::{Backend, Decoding};
@@ -54,10 +53,10 @@ pub fn labeler(config: &Config, prepared: &Prepared) -> Result<Box<dyn Labeler>>
 pub fn labeler_on(config: &Config, instruments: &[Instrument]) -> Result<Box<dyn Labeler>> {
     let mut made = Vec::new();
     for (i, (method, instrument)) in config.labeler.methods.iter().zip(instruments).enumerate() {
-        let place = if config.labeler.panel { format!("labeler.members[{i}]") } else { "labeler".into() };
+        let place = if config.labeler.methods.panel { format!("labeler.members[{i}]") } else { "labeler".into() };
         made.push((method, one(config, method, instrument).with_context(|| format!("{place} cannot be used"))?));
     }
-    if !config.labeler.panel {
+    if !config.labeler.methods.panel {
         return made.pop().map(|(_, labeler)| labeler).context("no labeler is configured");
     }
     let members = made.into_iter().map(|(method, labeler)| Member {
@@ -65,7 +64,7 @@ pub fn labeler_on(config: &Config, instruments: &[Instrument]) -> Result<Box<dyn
         weight: method.weight,
         pair_temperature: method.pair_temperature,
     });
-    Ok(Box::new(Panel { members: members.collect(), pairing: pairing(config) }))
+    Ok(Box::new(Panel { members: members.collect(), pairing: config.labeler.pairs }))
 }
 
 fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<dyn Labeler>> {
@@ -95,7 +94,7 @@ fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<
                 seed: config.run.seed,
             };
             let thought = method.cot.then_some(Thought { samples: method.rationales, decoding });
-            Box::new(Pairwise::new(backend()?, comparison, pairing(config), method.both_orders, thought)?)
+            Box::new(Pairwise::new(backend()?, comparison, config.labeler.pairs, method.both_orders, thought)?)
         }
     })
 }

@@ -5,17 +5,15 @@ use anyhow::Result;
 use crate::algo::Algorithm;
 use crate::algo::correction::{Correction, Level};
 use crate::algo::grpo::Grpo;
-use crate::algo::kl::{Estimator, Kl, Place};
-use crate::algo::online_dpo::{Form, OnlineDpo};
+use crate::algo::kl::Kl;
+use crate::algo::online_dpo::OnlineDpo;
 use crate::algo::ppo::Ppo;
 use crate::algo::reinforce::Reinforce;
 use crate::algo::rloo::Rloo;
 use crate::algo::surrogate::{Average, Clip, Surrogate};
 use crate::algo::whiten::Whitened;
-use crate::config::{
-    AlgorithmKind, AverageKind, Config, CorrectionKind, DpoLoss, KlEstimator, KlPlace, LabelForm, Schedule, ValueKind,
-};
-use crate::learn::stage::{Decay, LearnPlan};
+use crate::config::{AlgorithmKind, AverageKind, Config, CorrectionKind, LabelForm, ValueKind};
+use crate::learn::stage::LearnPlan;
 use crate::learn::value::ValueModel;
 use crate::model::{Decoder, Lora};
 use crate::ops::AdamWConfig;
@@ -48,10 +46,7 @@ pub fn algorithm(config: &Config) -> Box<dyn Algorithm> {
         AlgorithmKind::OnlineDpo => Box::new(OnlineDpo {
             beta: learner.dpo_beta,
             soft: learner.dpo_labels == LabelForm::Soft,
-            form: match learner.dpo_loss {
-                DpoLoss::Sigmoid => Form::Sigmoid,
-                DpoLoss::Ipo => Form::Ipo,
-            },
+            form: learner.dpo_loss,
         }),
     };
     let (rewards, advantages) = (learner.whiten_rewards, learner.whiten_advantages);
@@ -77,18 +72,7 @@ fn surrogate(config: &Config) -> Surrogate {
             AverageKind::TokenMean => Average::TokenMean,
             AverageKind::Constant => Average::Constant(config.rollout.max_new_tokens as f64),
         },
-        kl: Kl {
-            coef: config.reward.kl_coef,
-            estimator: match config.reward.kl_estimator {
-                KlEstimator::K1 => Estimator::K1,
-                KlEstimator::K2 => Estimator::K2,
-                KlEstimator::K3 => Estimator::K3,
-            },
-            place: match config.reward.kl {
-                KlPlace::Reward => Place::Reward,
-                KlPlace::Loss => Place::Loss,
-            },
-        },
+        kl: Kl { coef: config.reward.kl_coef, estimator: config.reward.kl_estimator, place: config.reward.kl },
         entropy: learner.entropy_coef,
     }
 }
@@ -106,11 +90,7 @@ pub fn learn_plan(config: &Config) -> LearnPlan {
         temperature: config.rollout.temperature,
         lr: learner.lr,
         warmup_steps: learner.warmup_steps,
-        decay: match learner.schedule {
-            Schedule::Constant => Decay::None,
-            Schedule::Linear => Decay::Linear,
-            Schedule::Cosine => Decay::Cosine,
-        },
+        schedule: learner.schedule,
         min_lr: learner.min_lr,
         steps: config.run.steps,
         max_grad_norm: learner.max_grad_norm,

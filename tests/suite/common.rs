@@ -111,3 +111,14 @@ pub fn trained(run: &Path) -> Vec<u64> {
     }
     seqs
 }
+
+/// Compares the file at `name` with `text`, which is written there where `PRECEPTOR_WRITE` is set.
+#[track_caller]
+pub fn is_generated(name: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+    if std::env::var_os("PRECEPTOR_WRITE").is_some() {
+        std::fs::write(&path, text).unwrap();
+    }
+    let there = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(there == text, "{name} is not what the program generates; write it again with PRECEPTOR_WRITE=1");
+}

@@ -4,6 +4,7 @@ mod algorithms;
 mod annotate;
 mod bert;
 mod common;
+mod configuration;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod families;

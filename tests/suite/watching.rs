@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use preceptor::telemetry::catalogue::{self, METRICS};
 use serde_json::Value;
 
-use crate::common::{PATIENCE, config, metrics, preceptor, small, stderr, train, wait_until};
+use crate::common::{PATIENCE, config, is_generated, metrics, preceptor, small, stderr, train, wait_until};
 use crate::mock_judge::{Act, MockJudge};
 
 /// A node that runs until it is dropped.
@@ -93,13 +93,7 @@ impl Drop for Node {
 
 #[test]
 fn the_reference_page_is_that_of_the_catalogue() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("grafana/METRICS.md");
-    let page = catalogue::reference();
-    if std::env::var_os("PRECEPTOR_WRITE").is_some() {
-        std::fs::write(&path, &page).unwrap();
-    }
-    let there = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(there == page, "grafana/METRICS.md is not what the catalogue says; write it anew with PRECEPTOR_WRITE=1");
+    is_generated("grafana/METRICS.md", &catalogue::reference());
 }
 
 /// Each family that `/metrics` shows is in the catalogue, of the same kind and with no other labels.

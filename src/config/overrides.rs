@@ -1,0 +1,94 @@
+//! Overrides of the command line: `--set section.key=value`.
+
+use std::collections::BTreeMap;
+
+use toml::{Table, Value};
+
+use super::document::{Document, Kind, Node, Place, cut};
+
+/// Most names in the path of an override.
+const DEEPEST: usize = 8;
+/// Most characters of a path in a message.
+const LONGEST_PATH: usize = 100;
+
+/// Puts the override `text` into the document. A member of a list is named by its number, from 0:
+/// `labeler.members.0.weight=2`.
+pub(super) fn apply(document: &mut Document, text: &str) {
+    let parts = text.split_once('=').map(|(path, value)| (path.trim(), value.trim()));
+    let steps = parts.and_then(|(path, value)| Some((steps(path)?, value)));
+    let Some((steps, value)) = steps else {
+        let message = format!("{:?} is not section.key=value, such as learner.eta=0", cut(text, LONGEST_PATH));
+        return document.error_in_override("", &message);
+    };
+    let key = steps[..2].join(".");
+    if let Err(message) = insert(&mut document.root, &steps, value_of(value)) {
+        document.error_in_override(&cut(&key, LONGEST_PATH), &message);
+    }
+}
+
+/// The names of a path; `members[1]` is the same as `members.1`.
+fn steps(path: &str) -> Option<Vec<String>> {
+    let path = path.replace('[', ".").replace(']', "");
+    let steps: Vec<String> = path.split('.').map(str::to_owned).collect();
+    ((2..=DEEPEST).contains(&steps.len()) && !steps.iter().any(String::is_empty)).then_some(steps)
+}
+
+/// The value of an override. Its text stays known, as the type of the key decides whether it is a text or TOML.
+fn value_of(text: &str) -> Node {
+    let document = format!("v = {text}").parse::<Table>();
+    let (value, fault) = match (text.parse::<toml_edit::Value>(), document) {
+        (Ok(_), Ok(mut table)) if table.len() == 1 => (table.remove("v"), None),
+        (_, Ok(table)) if table.len() > 1 => {
+            let fault =
+                "its value is followed by another line, which would be ignored; give each key a --set of its own";
+            (None, Some(fault.to_owned()))
+        }
+        (Err(_), Ok(_)) => {
+            let fault = "its value is followed by a comment, which would be ignored; put a text with # in quotes";
+            (None, Some(fault.to_owned()))
+        }
+        _ => (None, None),
+    };
+    let node = Node::set(value.unwrap_or_else(|| Value::String(text.to_owned())));
+    Node { text: Some(text.to_owned()), fault, ..node }
+}
+
+fn insert(root: &mut Node, steps: &[String], value: Node) -> Result<(), String> {
+    let mut node = root;
+    for (at, step) in steps.iter().enumerate() {
+        let above = || cut(&steps[..at].join("."), LONGEST_PATH);
+        // A list where a number follows, else a table.
+        let numbered = steps.get(at + 1).is_some_and(|next| next.parse::<usize>().is_ok());
+        let new = || {
+            let kind = if numbered { Kind::List(Vec::new()) } else { Kind::Table(BTreeMap::new()) };
+            Node { kind, place: Place::Set, text: None, fault: None }
+        };
+        let kind = node.type_name();
+        let next = match &mut node.kind {
+            Kind::Table(table) => table.entry(step.clone()).or_insert_with(new),
+            Kind::List(list) => {
+                let Ok(i) = step.parse::<usize>() else {
+                    return Err(format!("{} is a list; name its members by number, as {}.0", above(), above()));
+                };
+                if i > list.len() {
+                    return Err(format!(
+                        "{} has {} members, so that the next one is number {}",
+                        above(),
+                        list.len(),
+                        list.len()
+                    ));
+                }
+                if i == list.len() {
+                    list.push(new());
+                }
+                &mut list[i]
+            }
+            Kind::Leaf(_) => {
+                return Err(format!("{} has the type {kind} and no keys below it; override it as a whole", above()));
+            }
+        };
+        node = next;
+    }
+    *node = value;
+    Ok(())
+}

@@ -1,0 +1,267 @@
+//! The types that a key may have: how each is read, written and described.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde_json::{Value as Json, json};
+use toml::Value;
+
+use super::document::Kind;
+use super::key::{Fields, Input, Key, Reader, Section};
+use crate::source::ModelRef;
+
+/// The type of a key's value.
+pub(super) trait KeyType: Sized + Clone {
+    /// Its description.
+    fn shape() -> Shape;
+
+    /// Reads a value; a wrong one is recorded as a mistake and gives none.
+    fn read(input: &Input<'_>) -> Option<Self>;
+
+    /// The value in TOML; none where the key is absent.
+    fn write(&self) -> Option<Value>;
+
+    /// The value as a number that bounds apply to.
+    fn number(&self) -> Option<f64> {
+        None
+    }
+}
+
+/// The description of a type.
+#[derive(Debug, Clone)]
+pub(super) enum Shape {
+    Boolean,
+    Whole,
+    Number,
+    Text,
+    Texts,
+    Wholes,
+    /// Words with their meanings.
+    Word(Vec<(&'static str, &'static str)>),
+    /// A model by the places where it may be found; for the policy also a new one, with these keys.
+    Model(Option<fn() -> Vec<Key>>),
+    /// A table with these keys.
+    Table(fn() -> Vec<Key>),
+    /// A list of tables with these keys.
+    Tables(fn() -> Vec<Key>),
+}
+
+impl Shape {
+    /// The type in words, as Markdown.
+    pub(super) fn words(&self) -> String {
+        match self {
+            Self::Boolean => "`true` or `false`".into(),
+            Self::Whole => "whole number".into(),
+            Self::Number => "number".into(),
+            Self::Text => "text".into(),
+            Self::Texts => "list of texts".into(),
+            Self::Wholes => "list of whole numbers".into(),
+            Self::Word(words) => words.iter().map(|(word, _)| format!("`\"{word}\"`")).collect::<Vec<_>>().join(", "),
+            Self::Model(_) => "model".into(),
+            Self::Table(_) => "table".into(),
+            Self::Tables(_) => "list of tables".into(),
+        }
+    }
+
+    /// The type in JSON Schema. Keys of tables are added by the caller.
+    pub(super) fn schema(&self) -> Json {
+        match self {
+            Self::Boolean => json!({ "type": "boolean" }),
+            Self::Whole => json!({ "type": "integer", "minimum": 0 }),
+            Self::Number => json!({ "type": "number" }),
+            Self::Text => json!({ "type": "string" }),
+            Self::Texts => json!({ "type": "array", "items": { "type": "string" } }),
+            Self::Wholes => json!({ "type": "array", "items": { "type": "integer", "minimum": 0 } }),
+            Self::Word(words) => json!({ "enum": words.iter().map(|(word, _)| *word).collect::<Vec<_>>() }),
+            Self::Model(_) => json!({ "type": ["string", "object", "array"] }),
+            Self::Table(_) => json!({ "type": "object" }),
+            Self::Tables(_) => json!({ "type": "array", "items": { "type": "object" } }),
+        }
+    }
+}
+
+impl KeyType for bool {
+    fn shape() -> Shape {
+        Shape::Boolean
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        input.node.value().as_bool().or_else(|| input.mistyped("true or false", "true"))
+    }
+    fn write(&self) -> Option<Value> {
+        Some(Value::Boolean(*self))
+    }
+}
+
+impl KeyType for f64 {
+    fn shape() -> Shape {
+        Shape::Number
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let value = input.node.value();
+        let number = value.as_float().or_else(|| value.as_integer().map(|n| n as Self));
+        number.filter(|number| number.is_finite()).or_else(|| input.mistyped("number", "0.5"))
+    }
+    fn write(&self) -> Option<Value> {
+        Some(Value::Float(*self))
+    }
+    fn number(&self) -> Option<f64> {
+        Some(*self)
+    }
+}
+
+macro_rules! whole {
+    ($($type:ty),*) => {$(
+        impl KeyType for $type {
+            fn shape() -> Shape {
+                Shape::Whole
+            }
+            fn read(input: &Input<'_>) -> Option<Self> {
+                let whole = input.node.value().as_integer().and_then(|n| n.try_into().ok());
+                whole.or_else(|| input.mistyped("whole number from zero up", "1"))
+            }
+            fn write(&self) -> Option<Value> {
+                Some(Value::Integer(i64::try_from(*self).unwrap_or(i64::MAX)))
+            }
+            fn number(&self) -> Option<f64> {
+                Some(*self as f64)
+            }
+        }
+    )*};
+}
+
+whole!(u64, usize, u32);
+
+impl KeyType for String {
+    fn shape() -> Shape {
+        Shape::Text
+    }
+    /// What an override gives a key of this type is a text, whether or not it is quoted: `--set run.name=7`.
+    fn read(input: &Input<'_>) -> Option<Self> {
+        match (&input.node.kind, &input.node.text) {
+            (Kind::Leaf(Value::String(text)), _) | (Kind::Leaf(_), Some(text)) => Some(text.clone()),
+            _ => input.mistyped("text in quotes", "…"),
+        }
+    }
+    fn write(&self) -> Option<Value> {
+        Some(Value::String(self.clone()))
+    }
+}
+
+impl KeyType for PathBuf {
+    fn shape() -> Shape {
+        Shape::Text
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        String::read(input).map(Self::from)
+    }
+    fn write(&self) -> Option<Value> {
+        Some(Value::String(self.display().to_string()))
+    }
+}
+
+impl KeyType for SocketAddr {
+    fn shape() -> Shape {
+        Shape::Text
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let text = String::read(input)?;
+        let example = Self::from(([127, 0, 0, 1], 9464));
+        text.parse().ok().or_else(|| input.error(&format!("{text:?} is no address; write it as {example}")))
+    }
+    fn write(&self) -> Option<Value> {
+        Some(Value::String(self.to_string()))
+    }
+}
+
+impl KeyType for Vec<String> {
+    fn shape() -> Shape {
+        Shape::Texts
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let texts = input.node.value();
+        let texts = texts.as_array().and_then(|list| list.iter().map(|one| one.as_str().map(str::to_owned)).collect());
+        texts.or_else(|| input.mistyped("list of texts", "[\"a\", \"b\"]"))
+    }
+    fn write(&self) -> Option<Value> {
+        Some(Value::Array(self.iter().map(|text| Value::String(text.clone())).collect()))
+    }
+}
+
+impl KeyType for Vec<u32> {
+    fn shape() -> Shape {
+        Shape::Wholes
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let value = input.node.value();
+        let whole = |one: &Value| one.as_integer().and_then(|n| n.try_into().ok());
+        let list = value.as_array().and_then(|list| list.iter().map(whole).collect());
+        list.or_else(|| input.mistyped("list of whole numbers from zero up", "[1, 2]"))
+    }
+    fn write(&self) -> Option<Value> {
+        Some(Value::Array(self.iter().map(|n| Value::Integer(i64::from(*n))).collect()))
+    }
+}
+
+impl<T: KeyType> KeyType for Option<T> {
+    fn shape() -> Shape {
+        T::shape()
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        T::read(input).map(Some)
+    }
+    fn write(&self) -> Option<Value> {
+        self.as_ref().and_then(T::write)
+    }
+    fn number(&self) -> Option<f64> {
+        self.as_ref().and_then(T::number)
+    }
+}
+
+impl KeyType for ModelRef {
+    fn shape() -> Shape {
+        Shape::Model(None)
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let value = match (&input.node.kind, &input.node.text) {
+            (Kind::Leaf(_), Some(text)) if text.starts_with(['{', '[']) => {
+                return input.mistyped("model", "{ pip = \"name==version\" }");
+            }
+            // Any other override is a path, even one that looks like a number.
+            (Kind::Leaf(_), Some(_)) => Value::String(String::read(input)?),
+            _ => input.node.value(),
+        };
+        let model = Self::from_toml(&value);
+        model.map(|model| model.relative_to(input.folder)).map_or_else(|message| input.error(&message), Some)
+    }
+    fn write(&self) -> Option<Value> {
+        Some(self.to_toml())
+    }
+}
+
+/// A table whose keys are those of a section.
+impl<S: Section + Clone> KeyType for S {
+    fn shape() -> Shape {
+        Shape::Table(S::keys)
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let Kind::Table(_) = &input.node.kind else {
+            let name = input.path.rsplit('.').next().unwrap_or_default();
+            let mut message = format!("is a {}, not a table; write {name} = {{ … }}", input.node.type_name());
+            if let (Some(_), Some(key)) = (&input.node.text, S::keys().first()) {
+                message += &input.quoting(&format!("{{ {} = \"…\" }}", key.name));
+            }
+            return input.error(&message);
+        };
+        Some(Reader::new(input.document, input.folder, Some(input.node), &input.path).section())
+    }
+    fn write(&self) -> Option<Value> {
+        Some(Value::Table(table(self)))
+    }
+}
+
+/// The keys of a section as a table.
+pub(super) fn table(section: &impl Section) -> toml::Table {
+    let mut fields = Fields::new();
+    section.write_keys(&mut fields);
+    fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
+}
