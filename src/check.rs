@@ -55,7 +55,27 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     lines.extend(growth::growth(config, data)?);
     lines.extend(judges(config, mean_prompt(data)?)?);
     lines.extend(staleness(config));
+    lines.extend(reasoning(config, &prepared));
     Ok(lines)
+}
+
+/// Lines about models whose chat template lets them reason before they answer.
+fn reasoning(config: &Config, prepared: &Prepared) -> Vec<String> {
+    let mut lines = Vec::new();
+    if config.data.chat && prepared.tokenizer.thinks() {
+        lines.push(format!(
+            "reasoning   the policy's chat template lets it reason first: rollout.max_new_tokens = {} has to hold reasoning and answer, and judges see both",
+            config.rollout.max_new_tokens
+        ));
+    }
+    let judges = prepared.instruments.iter().filter_map(|instrument| match instrument {
+        Instrument::Model(local) => Some(local.judge()),
+        Instrument::Asked(_) | Instrument::Embedder(_) => None,
+    });
+    if judges.into_iter().any(|judge| judge.chat && judge.tokenizer.thinks()) {
+        lines.push("reasoning   the local judge's chat template lets it reason first; it is asked with enable_thinking = false".into());
+    }
+    lines
 }
 
 /// Bytes that a run takes where the policy is, about: weights, optimizer, and most activations.

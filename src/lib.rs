@@ -19,6 +19,7 @@ pub mod data;
 pub mod descriptors;
 pub mod device;
 pub mod disk;
+pub mod endpoint;
 pub mod evaluate;
 pub mod exit;
 pub mod fault;

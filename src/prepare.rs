@@ -364,7 +364,7 @@ fn judge(
         return Ok(Judge {
             model: Copies::new(device.clone()).of(&policy.model)?,
             tokenizer: policy.tokenizer.clone(),
-            identity: policy.identity,
+            identity: as_asked(policy.identity, &policy.tokenizer, chat(&policy.tokenizer)),
             chat: chat(&policy.tokenizer),
         });
     };
@@ -376,9 +376,15 @@ fn judge(
             "labeler.type = \"likelihood\" reads the policy's tokens, but labeler.model has another vocabulary; use a labeler of the policy's family, or another type"
         );
     }
-    let identity = model.weights().fingerprint()?;
     let chat = chat(&tokenizer);
+    let identity = as_asked(model.weights().fingerprint()?, &tokenizer, chat);
     Ok(Judge { model: Arc::new(model), tokenizer, identity, chat })
+}
+
+/// The identity of a judge with the weights `weights`. One that reasons is asked not to, so that its labels are not those of
+/// earlier programs, which let it begin to reason.
+fn as_asked(weights: u64, tokenizer: &Tokenizer, chat: bool) -> u64 {
+    if chat && tokenizer.thinks() { crate::seed::mix(weights ^ 0x7417) } else { weights }
 }
 
 fn reward_start(config: &Config, reference: &ModelRef, device: &Device, progress: bool) -> Result<RewardStart> {

@@ -17,7 +17,7 @@ use crate::bounded;
 use crate::source::ModelFiles;
 use crate::vetted;
 use crate::vetted::types::{self, Type};
-use chat::{Message, Template};
+use chat::{Message, OPENS_REASONING, Template};
 
 /// A model's tokenizer. Cheap to clone.
 #[derive(Clone)]
@@ -142,9 +142,34 @@ impl Tokenizer {
     /// # Errors
     /// No template, or one that cannot be filled in.
     pub fn render_chat(&self, messages: &[Message], answer: bool) -> Result<String> {
+        self.render(messages, answer, true)
+    }
+
+    /// A question as the model's own template writes it, up to where the answer begins, so that a model that reasons answers
+    /// at once: the template's switch for reasoning (`enable_thinking`) is off, and a reasoning block that the template opens
+    /// is closed without content.
+    ///
+    /// # Errors
+    /// As [`Self::render_chat`].
+    pub fn render_question(&self, messages: &[Message]) -> Result<String> {
+        let mut text = self.render(messages, true, false)?;
+        if text.trim_end().ends_with(OPENS_REASONING) {
+            text.truncate(text.trim_end().len());
+            text += "\n\n</think>\n\n";
+        }
+        Ok(text)
+    }
+
+    /// Whether the model reasons before its answers, as its chat template has it.
+    pub fn thinks(&self) -> bool {
+        self.template.as_ref().is_some_and(|template| template.thinks())
+    }
+
+    fn render(&self, messages: &[Message], answer: bool, thinking: bool) -> Result<String> {
         let template = self.template.as_ref().context("the model has no chat template")?;
         let token = |id: Option<u32>| id.and_then(|id| self.inner.id_to_token(id)).unwrap_or_default();
-        template.render(messages, answer, &token(self.special.bos), &token(self.special.eos.first().copied()))
+        let (bos, eos) = (token(self.special.bos), token(self.special.eos.first().copied()));
+        template.render(messages, answer, thinking, [&bos, &eos])
     }
 
     /// Whether the model has a chat template.
@@ -289,6 +314,23 @@ mod tests {
 
     fn hello() -> [Message; 1] {
         [Message { role: "user".into(), content: "Hé".into() }]
+    }
+
+    #[test]
+    fn a_judge_that_reasons_is_asked_to_answer_at_once() {
+        // The ends of the templates of Qwen3 and of models that always reason.
+        let switch = r"{{ messages[0].content }}|{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}";
+        let opens = r"{{ messages[0].content }}|{{ '<think>\n' }}";
+        let plain = "{{ messages[0].content }}|";
+        for (template, chat, question, thinks) in [
+            (switch, "Hé|", "Hé|<think>\n\n</think>\n\n", true),
+            (opens, "Hé|<think>\n", "Hé|<think>\n\n</think>\n\n", true),
+            (plain, "Hé|", "Hé|", false),
+        ] {
+            let tokenizer = Tokenizer::bytes().with_chat_template(template.to_owned()).unwrap();
+            assert_eq!(tokenizer.render_chat(&hello(), true).unwrap(), chat);
+            assert_eq!((tokenizer.render_question(&hello()).unwrap().as_str(), tokenizer.thinks()), (question, thinks));
+        }
     }
 
     #[test]

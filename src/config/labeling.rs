@@ -1,9 +1,10 @@
 //! The section of the labeler: the judges, how they are asked, and where they are.
 
+use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
-use toml::Value;
+use toml::{Table, Value};
 
 use super::choice::{choice, words};
 use super::document::Kind;
@@ -11,6 +12,7 @@ use super::key::{Fields, Input, Key, Reader, Resume, Section, Spec, is, required
 use super::section::section;
 use super::sections::{TOKENS, check_optional_device, check_variable, count, pool, positive, queue};
 use super::types::{KeyType, Shape, table};
+use crate::endpoint::Endpoint;
 use crate::label::Pairing;
 use crate::source::ModelRef;
 
@@ -245,7 +247,7 @@ fn seconds(default: f64) -> Spec<f64> {
 
 section! {
     /// A server with the OpenAI API.
-    pub struct RemoteJudge {
+    pub struct RemoteJudge checked by check_remote {
         /// Base URL, including the version.
         [AcceptChange] url: String =
             required("the server's address, such as http://127.0.0.1:8080/v1").example("\"http://127.0.0.1:8080/v1\"").check(|value| check_url(value)),
@@ -256,6 +258,26 @@ section! {
         /// Environment variable that holds the API key. The key itself is never part of a configuration.
         [Changeable, secret] api_key_env: Option<String> =
             unset("no key is sent").example("\"OPENAI_API_KEY\"").check(|name| check_variable(name.as_deref())),
+        /// Headers of each request, such as `{ "api-key" = "env:AZURE_KEY" }`. `env:NAME` stands for the value of an environment
+        /// variable, which is kept secret like the API key.
+        [Changeable, secret] headers: BTreeMap<String, String> =
+            is(BTreeMap::new()).example("{ \"api-key\" = \"env:AZURE_KEY\" }").check(check_headers),
+        /// Parameters of the query of each request, in addition to those of `url`, such as `{ api-version = "2024-06-01" }`.
+        [Changeable] query: BTreeMap<String, String> = is(BTreeMap::new()).example("{ api-version = \"2024-06-01\" }"),
+        /// Fields of the body of each request, in addition to those that the labeler sends.
+        [AcceptChange] extra_body: Table =
+            is(Table::new()).example("{ service_tier = \"flex\" }").check(check_extra),
+        /// Variables of the server's chat template (vLLM, SGLang, llama.cpp), such as `{ enable_thinking = false }`.
+        [AcceptChange] chat_template_kwargs: Table = is(Table::new()).example("{ enable_thinking = false }"),
+        /// Tokens that a model may spend on reasoning before its answer, where it reasons although it was asked not to. Its
+        /// answers are then sampled `votes` times, and read after the reasoning.
+        [AcceptChange] thinking_tokens: usize = count(2048, TOKENS),
+        /// File of certificates (PEM) that are trusted in addition to the system's, relative to the configuration's folder.
+        [Changeable] ca_file: Option<PathBuf> = unset("none").example("\"company-ca.pem\"").resolve(ca_file),
+        /// Proxy for requests to the server, such as `http://proxy:3128`; `none` ignores the proxies of the environment.
+        [Changeable] proxy: Option<String> =
+            unset("that of `HTTPS_PROXY`, `HTTP_PROXY` or `ALL_PROXY`, unless `NO_PROXY` names the server")
+                .example("\"none\"").check(|proxy| check_proxy(proxy.as_deref())),
         /// System message of a chat.
         [AcceptChange] system: Option<String> = unset("none").example("\"You are a careful judge.\""),
         /// Source of an answer's probability.
@@ -307,12 +329,101 @@ section! {
 }
 
 fn check_url(url: &str) -> Result<(), String> {
-    let authority = url.split("://").last().unwrap_or_default().split('/').next().unwrap_or_default();
-    if authority.contains('@') {
-        return Err("holds a user's name or a password, which would stand in logs and in the run's directory; give the key by api_key_env".into());
+    Endpoint::parse(url).map(drop)
+}
+
+fn check_remote(judge: &RemoteJudge, reader: &Reader<'_>) {
+    let named = Endpoint::parse(&judge.url).ok().and_then(|endpoint| endpoint.chat);
+    match (named, judge.api) {
+        (Some(false), RemoteApi::Chat) => {
+            reader.error("url", "ends with /completions, and api is \"chat\"; set api = \"completions\", or end it with /chat/completions");
+        }
+        (Some(true), RemoteApi::Completions) => {
+            reader.error(
+                "url",
+                "ends with /chat/completions, and api is \"completions\"; set api = \"chat\", or remove the end",
+            );
+        }
+        _ => {}
     }
-    let valid = url.starts_with("http://") || url.starts_with("https://");
-    if valid { Ok(()) } else { Err(format!("{url:?} is no address; it begins with http:// or https://")) }
+    if judge.api == RemoteApi::Completions && !judge.chat_template_kwargs.is_empty() {
+        reader.error(
+            "chat_template_kwargs",
+            "has no effect with api = \"completions\", which has no chat template; remove it",
+        );
+    }
+}
+
+/// Names of headers are tokens (RFC 9110, §5.6.2). Those that the labeler sends itself, and secrets that are given as they
+/// are, are refused.
+fn check_headers(headers: &BTreeMap<String, String>) -> Result<(), String> {
+    for (name, value) in headers {
+        let token = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c);
+        if name.is_empty() || !name.chars().all(token) {
+            return Err(format!("{name:?} is not a valid name of a header"));
+        }
+        let lower = name.to_ascii_lowercase();
+        if ["content-type", "content-length", "host", "transfer-encoding", "connection", "accept-encoding"]
+            .contains(&lower.as_str())
+        {
+            return Err(format!("{name} is set by the labeler; remove it"));
+        }
+        if let Some(variable) = value.strip_prefix("env:") {
+            check_variable(Some(variable))?;
+            continue;
+        }
+        if value.chars().any(|c| c.is_control() || !c.is_ascii()) {
+            return Err(format!("the value of {name} has a character that no header may have"));
+        }
+        if ["authorization", "key", "token", "secret", "cookie"].iter().any(|word| lower.contains(word)) {
+            return Err(format!(
+                "{name} holds a secret, which would stand in the run's directory; write {name:?} = \"env:NAME\" with the name of an environment variable that holds it"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Fields that the labeler sends itself would change what an answer means.
+fn check_extra(extra: &Table) -> Result<(), String> {
+    for (field, key) in [
+        ("model", "labeler.remote.model"),
+        ("messages", "labeler.templates and labeler.remote.system"),
+        ("prompt", "labeler.templates"),
+        ("chat_template_kwargs", "labeler.remote.chat_template_kwargs"),
+        ("temperature", "labeler.rationale_temperature"),
+        ("max_tokens", "labeler.rationale_tokens"),
+        ("max_completion_tokens", "labeler.rationale_tokens"),
+        ("n", "labeler.remote.votes"),
+        ("logprobs", "labeler.remote.evidence"),
+        ("top_logprobs", "labeler.remote.evidence"),
+    ] {
+        if extra.contains_key(field) {
+            return Err(format!("{field} is set by the labeler; change it by {key}"));
+        }
+    }
+    match ["stream", "seed", "stop", "echo"].iter().find(|field| extra.contains_key(**field)) {
+        Some(field) => Err(format!("{field} is set by the labeler; remove it")),
+        None => Ok(()),
+    }
+}
+
+fn check_proxy(proxy: Option<&str>) -> Result<(), String> {
+    let Some(proxy) = proxy.filter(|proxy| *proxy != "none") else { return Ok(()) };
+    let valid = ["http://", "https://"].iter().any(|scheme| proxy.len() > scheme.len() && proxy.starts_with(scheme));
+    if proxy.contains('@') {
+        return Err("holds a user's name or a password; give it in the environment variable HTTPS_PROXY instead".into());
+    }
+    if valid {
+        Ok(())
+    } else {
+        Err(format!("{proxy:?} is neither \"none\" nor an address that begins with http:// or https://"))
+    }
+}
+
+fn ca_file(path: Option<PathBuf>, folder: &Path) -> Result<Option<PathBuf>, String> {
+    let Some(path) = path.map(|path| folder.join(path)) else { return Ok(None) };
+    if path.is_file() { Ok(Some(path)) } else { Err(format!("there is no file {}", path.display())) }
 }
 
 choice! {

@@ -296,6 +296,8 @@ fn random(key: &Key, rng: &mut ChaCha8Rng) -> Value {
         Shape::Text => text(rng),
         Shape::Texts => Value::Array((0..rng.random_range(0..3)).map(|_| text(rng)).collect()),
         Shape::Wholes => Value::Array((0..3).map(|_| Value::Integer(rng.random_range(0..1000))).collect()),
+        Shape::NamedTexts => "v = { x-a = \"b\" }".parse::<Table>().unwrap()["v"].clone(),
+        Shape::Anything => "v = { a = [1, { b = 0.5 }], c = true }".parse::<Table>().unwrap()["v"].clone(),
         Shape::Word(words) => Value::String(words[rng.random_range(0..words.len())].0.to_owned()),
         Shape::Model(_) => {
             "v = [{ pip = \"m==1\", file = \"f\" }, { path = \"/p\" }]".parse::<Table>().unwrap()["v"].clone()
@@ -318,7 +320,7 @@ fn random(key: &Key, rng: &mut ChaCha8Rng) -> Value {
 fn a_random_configuration_is_written_and_read_back_key_by_key() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut ever = std::collections::HashSet::new();
-    for round in 0..12 {
+    for round in 0..24 {
         let mut sets: Vec<String> = match round % 3 {
             0 => vec![],
             1 => vec!["labeler.type=\"pairwise\"".into(), REMOTE.into()],

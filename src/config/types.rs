@@ -1,5 +1,6 @@
 //! The types that a key may have: how each is read, written and described.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -38,6 +39,10 @@ pub(super) enum Shape {
     Wholes,
     /// Words with their meanings.
     Word(Vec<(&'static str, &'static str)>),
+    /// A table of any names with texts.
+    NamedTexts,
+    /// A table of anything that JSON has.
+    Anything,
     /// A model by the places where it may be found; for the policy also a new one, with these keys.
     Model(Option<fn() -> Vec<Key>>),
     /// A table with these keys.
@@ -57,6 +62,8 @@ impl Shape {
             Self::Texts => "list of texts".into(),
             Self::Wholes => "list of whole numbers".into(),
             Self::Word(words) => words.iter().map(|(word, _)| format!("`\"{word}\"`")).collect::<Vec<_>>().join(", "),
+            Self::NamedTexts => "table of texts".into(),
+            Self::Anything => "table".into(),
             Self::Model(_) => "model".into(),
             Self::Table(_) => "table".into(),
             Self::Tables(_) => "list of tables".into(),
@@ -73,6 +80,8 @@ impl Shape {
             Self::Texts => json!({ "type": "array", "items": { "type": "string" } }),
             Self::Wholes => json!({ "type": "array", "items": { "type": "integer", "minimum": 0 } }),
             Self::Word(words) => json!({ "enum": words.iter().map(|(word, _)| *word).collect::<Vec<_>>() }),
+            Self::NamedTexts => json!({ "type": "object", "additionalProperties": { "type": "string" } }),
+            Self::Anything => json!({ "type": "object" }),
             Self::Model(_) => json!({ "type": ["string", "object", "array"] }),
             Self::Table(_) => json!({ "type": "object" }),
             Self::Tables(_) => json!({ "type": "array", "items": { "type": "object" } }),
@@ -199,6 +208,50 @@ impl KeyType for Vec<u32> {
     }
     fn write(&self) -> Option<Value> {
         Some(Value::Array(self.iter().map(|n| Value::Integer(i64::from(*n))).collect()))
+    }
+}
+
+impl KeyType for BTreeMap<String, String> {
+    fn shape() -> Shape {
+        Shape::NamedTexts
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let value = input.node.value();
+        let text = |(name, value): (&String, &Value)| Some((name.clone(), value.as_str()?.to_owned()));
+        let texts = value.as_table().and_then(|table| table.iter().map(text).collect());
+        texts.or_else(|| input.mistyped("table of texts", "{ name = \"text\" }"))
+    }
+    fn write(&self) -> Option<Value> {
+        let texts = self.iter().map(|(name, text)| (name.clone(), Value::String(text.clone())));
+        Some(Value::Table(texts.collect()))
+    }
+}
+
+impl KeyType for toml::Table {
+    fn shape() -> Shape {
+        Shape::Anything
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let value = input.node.value();
+        if has_date(&value) {
+            return input
+                .error("has a date, or a number that is not finite, which JSON does not have; write it as a text");
+        }
+        value.as_table().cloned().or_else(|| input.mistyped("table", "{ name = \"text\" }"))
+    }
+    fn write(&self) -> Option<Value> {
+        Some(Value::Table(self.clone()))
+    }
+}
+
+/// Whether a value has a type inside that JSON does not have.
+fn has_date(value: &Value) -> bool {
+    match value {
+        Value::Datetime(_) => true,
+        Value::Float(number) => !number.is_finite(),
+        Value::Array(list) => list.iter().any(has_date),
+        Value::Table(table) => table.values().any(has_date),
+        _ => false,
     }
 }
 

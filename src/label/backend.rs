@@ -100,6 +100,12 @@ pub trait Backend: Send + Sync {
         None
     }
 
+    /// How answers become probabilities (log-probabilities or votes), in words; `None` where the model is local or its server
+    /// has not answered yet.
+    fn evidence(&self) -> Option<String> {
+        None
+    }
+
     /// How many exchanges may be under way at once, where it is a server that is asked.
     fn knob(&self) -> Option<Arc<Knob>> {
         None

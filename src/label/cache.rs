@@ -86,6 +86,10 @@ impl Backend for Cached {
         self.inner.reported_model()
     }
 
+    fn evidence(&self) -> Option<String> {
+        self.inner.evidence()
+    }
+
     fn knob(&self) -> Option<Arc<Knob>> {
         self.inner.knob()
     }

@@ -81,7 +81,7 @@ impl Local {
             return tokenizer.encode_document(prompt);
         }
         let messages = [Message { role: "user".into(), content: prompt.into() }];
-        tokenizer.encode(&tokenizer.render_chat(&messages, true)?)
+        tokenizer.encode(&tokenizer.render_question(&messages)?)
     }
 
     /// The longest kept prefix that all of `sequences` begin with, and go beyond.

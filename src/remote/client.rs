@@ -1,31 +1,30 @@
 //! Sending questions to a server: limits, time-outs, retries, hedging, and what it costs.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::abilities::Abilities;
+use super::answer::Answer;
 use super::breaker::{Admit, Breaker};
 use super::budget::{Budget, Reserved};
 use super::evidence::Evidence;
-use super::key::Key;
 use super::limit::Bucket;
 use super::outage::{Cause, Outage};
-use super::retry::{Nature, Outcome, pause, retry_after};
+use super::retry::{Nature, Outcome, pause};
 use super::stats::RemoteStats;
-use super::wire::{Answer, Request, Unread, excerpt, read, reports_quota, sentence};
-use crate::config::{RemoteApi, RemoteJudge};
-use crate::http;
+use super::transport::Transport;
+use super::wire::Request;
+use crate::config::{Evidence as Votes, RemoteJudge};
 use crate::knob::Knob;
 use crate::label::backend::{Alive, Refusal, Reply, Usage};
 use crate::seed;
 use crate::telemetry;
-
-/// Log-probabilities that servers of the older protocol give at most, where they refuse more.
-const FEWEST_LOGPROBS: usize = 5;
 
 /// Tries that are refused for the rate of requests after which the client looks whether the server answers others.
 const LIMITED_TRIES: u32 = 8;
@@ -39,8 +38,12 @@ pub struct Client {
     pub judge: RemoteJudge,
     /// What came of it.
     pub stats: RemoteStats,
-    http: reqwest::Client,
-    key: Option<Key>,
+    transport: Transport,
+    abilities: Mutex<Abilities>,
+    /// Whether the model writes an answer as one token.
+    tokens_of_answers: Mutex<HashMap<String, bool>>,
+    /// Whether a warning of cut prompts was given.
+    cut_prompts: AtomicBool,
     began: Instant,
     /// Exchanges that may be under way at once.
     pub knob: Arc<Knob>,
@@ -57,13 +60,14 @@ pub struct Client {
     /// Held by the question that finds out whether the server answers any.
     turn: tokio::sync::Mutex<()>,
     jitter: Mutex<ChaCha8Rng>,
-    top_logprobs: AtomicUsize,
 }
 
 /// The tries of one question since it was last let through to the server.
 struct Tries {
     failed: u32,
     limited: u32,
+    /// Whether the question was sent again because a connection was closed.
+    reopened: bool,
     deadline: Duration,
 }
 
@@ -71,19 +75,15 @@ impl Client {
     /// A client that has sent nothing yet, and spends no more than `budget` allows.
     ///
     /// # Errors
-    /// When the TLS library cannot be set up.
-    pub fn new(judge: RemoteJudge, key: Option<Key>, budget: Option<Arc<Budget>>) -> Result<Self> {
-        // A redirect would take the question, and after a second one the key, to an address that nobody configured.
-        let http = http::builder()
-            .connect_timeout(seconds(judge.connect_timeout_s))
-            .timeout(seconds(judge.timeout_s))
-            .pool_max_idle_per_host(judge.concurrency)
-            .build()
-            .context("cannot set up HTTP for remote judges")?;
+    /// An address, header, certificate or environment variable that cannot be used.
+    pub fn new(judge: RemoteJudge, budget: Option<Arc<Budget>>) -> Result<Self> {
+        let transport = Transport::new(&judge)?;
         Ok(Self {
             stats: RemoteStats::default(),
-            http,
-            key,
+            transport,
+            abilities: Mutex::new(Abilities::new(&judge)),
+            tokens_of_answers: Mutex::default(),
+            cut_prompts: AtomicBool::new(false),
             began: Instant::now(),
             knob: Arc::new(Knob::new(1, judge.concurrency)),
             requests: Bucket::new(judge.requests_per_minute).map(Mutex::new),
@@ -96,19 +96,39 @@ impl Client {
             evidence: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
             jitter: Mutex::new(ChaCha8Rng::seed_from_u64(seed::text(&judge.url))),
-            top_logprobs: AtomicUsize::new(20),
             judge,
         })
     }
 
-    /// How many log-probabilities this server gives.
-    pub fn top_logprobs(&self) -> usize {
-        self.top_logprobs.load(Ordering::SeqCst)
+    /// How the server is asked, by what it has refused so far.
+    pub fn abilities(&self) -> Abilities {
+        self.lock(&self.abilities).clone()
+    }
+
+    /// Whether the model writes `answer` as one token, if that is known.
+    pub fn known_token(&self, answer: &str) -> Option<bool> {
+        self.lock(&self.tokens_of_answers).get(answer).copied()
+    }
+
+    /// Notes whether the model writes `answer` as one token.
+    pub fn note_token(&self, answer: &str, whole: bool) {
+        self.lock(&self.tokens_of_answers).insert(answer.to_owned(), whole);
+    }
+
+    /// Changes how the server is asked.
+    pub fn change(&self, change: impl FnOnce(&mut Abilities)) {
+        change(&mut self.lock(&self.abilities));
     }
 
     /// The model of the first answer, by the name that the server reports, where all answers have to be of that model.
     pub fn reported_model(&self) -> Option<String> {
         self.lock(&self.evidence).model().filter(|_| !self.judge.any_model)
+    }
+
+    /// How answers become probabilities, in words, once the server has answered.
+    pub fn evidence(&self) -> Option<String> {
+        let answered = self.lock(&self.evidence).has_answered();
+        answered.then(|| self.abilities().words(&self.judge))
     }
 
     /// Whom to give a sign of life while the server is away.
@@ -143,10 +163,25 @@ impl Client {
             if let Some(answer) = answer {
                 return Ok(answer);
             }
-            if self.fewer_logprobs(&outcome, &mut request) {
+            if self.adapted(&outcome, &mut request) {
+                if request.begun.is_some() && !self.abilities().continues() {
+                    return Err(Refusal::Abstention(format!(
+                        "{} does not continue an answer that has begun",
+                        self.address()
+                    )));
+                }
                 continue;
             }
             let ended = self.now();
+            if let Outcome::Closed(_) = outcome {
+                if !tries.reopened {
+                    // The server may have closed a connection that was idle: that is no failure.
+                    tries.reopened = true;
+                    telemetry::judge_retry();
+                    continue;
+                }
+                self.lock(&self.breaker).record(ended, false);
+            }
             let refuses = outcome.nature() == Nature::Refusal;
             let words = format!("{} {}", self.address(), outcome.words());
             self.outage.failed(ended, Cause { words: words.clone(), refuses });
@@ -208,7 +243,7 @@ impl Client {
             if let Some(answer) = answer {
                 return Ok(answer);
             }
-            if self.fewer_logprobs(&outcome, &mut request) {
+            if self.adapted(&outcome, &mut request) {
                 continue;
             }
             let refuses = outcome.nature() == Nature::Refusal;
@@ -222,18 +257,16 @@ impl Client {
     }
 
     fn tries(&self) -> Tries {
-        Tries { failed: 0, limited: 0, deadline: self.now() + seconds(self.judge.deadline_s) }
+        Tries { failed: 0, limited: 0, reopened: false, deadline: self.now() + seconds(self.judge.deadline_s) }
     }
 
     fn now(&self) -> Duration {
         self.began.elapsed()
     }
 
-    /// The address that is asked, as errors show it: without a query, which may hold a key.
+    /// The address that is asked, as errors show it.
     fn address(&self) -> String {
-        let url = self.judge.url.split(['?', '#']).next().unwrap_or_default().trim_end_matches('/');
-        let path = if self.judge.api == RemoteApi::Completions { "completions" } else { "chat/completions" };
-        format!("{url}/{path}")
+        self.transport.address(&self.judge)
     }
 
     fn pause(&self, outcome: &Outcome, attempt: u32) -> Duration {
@@ -424,7 +457,7 @@ impl Client {
 
     /// The most that an exchange should cost by the length of its question and answer.
     fn most(&self, request: &Request) -> f64 {
-        self.cost(request.most_prompt_tokens(), request.max_tokens as u64)
+        self.cost(request.most_prompt_tokens(), request.limit(&self.judge, &self.abilities()) as u64)
     }
 
     fn cost(&self, prompt_tokens: u64, completion_tokens: u64) -> f64 {
@@ -448,13 +481,18 @@ impl Client {
             usage.cost += cost;
             telemetry::judge_cost(cost);
             self.lock(&self.evidence).answered(request, sent);
+            self.watch_for_cut_prompts(request, answer);
             // It answers again: others need not wait until the time that it asked for earlier.
             *self.lock(&self.hold) = Duration::ZERO;
         }
         let now = self.now();
         let mut breaker = self.lock(&self.breaker);
         match outcome.nature() {
+            // The question may be put otherwise.
+            Nature::Refusal if matches!(outcome, Outcome::Field(..)) => breaker.record(now, true),
             Nature::Refusal => breaker.refused(now),
+            // Whether it counts as a failure depends on whether it happens again.
+            Nature::Passing if matches!(outcome, Outcome::Closed(_)) => {}
             Nature::Limited | Nature::Passing => breaker.record(now, outcome.alive()),
         }
         if answer.is_some() {
@@ -485,7 +523,14 @@ impl Client {
             *known = known.max(excess);
             drop(known);
             // A server that broke off or was not waited for may charge for it all the same.
-            let unknown = matches!(outcome, Outcome::Timeout | Outcome::Connection(_) | Outcome::Malformed(_));
+            let unknown = matches!(
+                outcome,
+                Outcome::Timeout
+                    | Outcome::Connection(_)
+                    | Outcome::Closed(_)
+                    | Outcome::BrokeOff(_)
+                    | Outcome::Malformed(_)
+            );
             reserved.settle(if unknown { None } else { Some(cost.unwrap_or(0.0)) });
         }
         (outcome, answer)
@@ -505,46 +550,9 @@ impl Client {
     }
 
     async fn post(&self, request: &Request) -> Result<Answer, Outcome> {
-        let (path, body) = request.body(&self.judge);
-        let url = format!("{}/{path}", self.judge.url.trim_end_matches('/'));
-        let mut post = self.http.post(url).header("content-type", "application/json").body(body.to_string());
-        if let Some(key) = &self.key {
-            post = key.sign(post);
-        }
-        let mut response = post.send().await.map_err(|error| broken(&error))?;
-        let status = response.status().as_u16();
-        if (300..400).contains(&status) {
-            let is_secret = |text: &str| self.key.as_ref().is_some_and(|key| key.is_in(text));
-            return Err(Outcome::Refused(status, http::redirect_target(&response, is_secret)));
-        }
-        let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
-        let wait = retry_after(header("retry-after"), header("retry-after-ms"), SystemTime::now());
-        let mut bytes = Vec::new();
-        let most = if status == 200 { self.judge.max_response_bytes } else { 4096 };
-        while let Some(chunk) = response.chunk().await.map_err(|error| broken(&error))? {
-            bytes.extend_from_slice(&chunk);
-            if bytes.len() > most {
-                if status == 200 {
-                    return Err(Outcome::Malformed(format!("the body has more than {most} bytes")));
-                }
-                break;
-            }
-        }
-        if let Some(key) = &self.key {
-            bytes = key.hide(bytes);
-        }
-        match status {
-            200..=299 => match read(&bytes, request) {
-                Ok(answer) => self.of_the_judge(request, answer),
-                Err(Unread::Malformed(why)) => Err(Outcome::Malformed(why)),
-                Err(Unread::Filtered(why)) => Err(Outcome::Filtered(why)),
-            },
-            402 => Err(Outcome::Quota(status, sentence(&bytes))),
-            429 if reports_quota(&bytes) => Err(Outcome::Quota(status, sentence(&bytes))),
-            429 => Err(Outcome::RateLimited(wait, sentence(&bytes))),
-            500.. => Err(Outcome::Server(status, wait, sentence(&bytes))),
-            _ => Err(Outcome::Refused(status, sentence(&bytes))),
-        }
+        let abilities = self.abilities();
+        let answer = self.transport.post(&self.judge, &abilities, request).await?;
+        self.of_the_judge(request, answer)
     }
 
     /// Lets an answer through that is of the same model as the first one, since a server may be started again with another,
@@ -553,20 +561,56 @@ impl Client {
         if request.top_logprobs > 0 && !self.lock(&self.evidence).counts(answer.first_token.is_some()) {
             return Err(Outcome::Malformed("it has no log-probabilities; they were asked for".into()));
         }
+        if request.top_logprobs > 0 && answer.first_token.is_none() && self.judge.evidence != Votes::Logprobs {
+            let mut abilities = self.lock(&self.abilities);
+            if abilities.top_logprobs > 0 {
+                abilities.top_logprobs = 0;
+                tracing::warn!(
+                    "{} offers no log-probabilities; its answers are sampled {} times each instead",
+                    self.judge.url,
+                    self.judge.votes
+                );
+            }
+        }
         let Some(is) = answer.model.clone().filter(|_| !self.judge.any_model) else { return Ok(answer) };
         let first = self.lock(&self.evidence).first_model(&is);
         if first == is { Ok(answer) } else { Err(Outcome::OtherModel(first, is)) }
     }
 
-    /// Whether the server refused the number of log-probabilities, and may give fewer.
-    fn fewer_logprobs(&self, outcome: &Outcome, request: &mut Request) -> bool {
-        let refused = matches!(outcome, Outcome::Refused(400 | 422, body) if body.contains("logprobs"));
-        if !refused || request.top_logprobs <= FEWEST_LOGPROBS || self.judge.api != RemoteApi::Completions {
-            return false;
+    /// Whether the server refused the form of `request` and is asked otherwise from now on; `request` then has that form.
+    fn adapted(&self, outcome: &Outcome, request: &mut Request) -> bool {
+        let change = match outcome {
+            Outcome::Field(_, _, complaint) => self.lock(&self.abilities).adapt(complaint, request, &self.judge),
+            Outcome::Refused(404 | 405, _) if !self.lock(&self.evidence).has_answered() => {
+                self.transport.add_version().then(|| "its address has no version, so that /v1 is appended to it".into())
+            }
+            _ => None,
+        };
+        let Some(change) = change else { return false };
+        if !change.is_empty() {
+            tracing::warn!("{} refused the form of a question; {change}", self.judge.url);
         }
-        self.top_logprobs.store(FEWEST_LOGPROBS, Ordering::SeqCst);
-        request.top_logprobs = FEWEST_LOGPROBS;
+        request.top_logprobs = request.top_logprobs.min(self.abilities().top_logprobs);
         true
+    }
+
+    /// Warns once of a server that counts far fewer tokens than a prompt has: it may cut prompts at their beginning.
+    fn watch_for_cut_prompts(&self, request: &Request, answer: &Answer) {
+        /// Characters of a token that no tokenizer exceeds on average over a long text.
+        const MOST_CHARACTERS: u64 = 16;
+        /// Shorter prompts may be of one long word.
+        const LONG: u64 = 2000;
+        let characters = request.prompt.chars().count() as u64;
+        let few =
+            answer.counted_prompt_tokens.filter(|counted| characters >= LONG && counted * MOST_CHARACTERS < characters);
+        if let Some(counted) = few
+            && !self.cut_prompts.swap(true, Ordering::SeqCst)
+        {
+            tracing::warn!(
+                "{} counts {counted} tokens in a prompt of {characters} characters; it may cut prompts: raise the context of the server (such as num_ctx of Ollama)",
+                self.judge.url
+            );
+        }
     }
 }
 
@@ -597,18 +641,6 @@ impl Drop for Counted<'_> {
             self.stats.count(&Outcome::HedgedAway);
         }
     }
-}
-
-fn broken(error: &reqwest::Error) -> Outcome {
-    if error.is_timeout() {
-        return Outcome::Timeout;
-    }
-    // The innermost cause says most; the outer ones repeat the address.
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    Outcome::Connection(excerpt(&cause.to_string()))
 }
 
 fn seconds(value: f64) -> Duration {

@@ -41,6 +41,11 @@ impl Evidence {
         self.in_vain = self.in_vain.max(Some(sent));
     }
 
+    /// Whether any question was answered.
+    pub fn has_answered(&self) -> bool {
+        self.answered.is_some()
+    }
+
     /// Returns the question that shows whether the judge answers any, once it has answered one: the shortest so far.
     pub fn control(&self) -> Option<Request> {
         self.control.clone()

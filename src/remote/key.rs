@@ -1,6 +1,7 @@
 //! A judge's API key, which goes into one header and nowhere else.
 
 use anyhow::{Context, Result, ensure};
+use axum::http::HeaderValue;
 
 use super::wire::rewritten;
 
@@ -19,18 +20,18 @@ pub struct Key {
 }
 
 impl Key {
-    /// The key in the environment variable `name`; `url` is for whom.
+    /// The secret in the environment variable `name`, which `place` in the configuration names; `url` is for whom.
     ///
     /// # Errors
     /// A variable that is not set, or that holds what no header may. Never repeats what it holds.
-    pub fn from_env(name: &str, url: &str) -> Result<Self> {
+    pub fn from_env(name: &str, place: &str, url: &str) -> Result<Self> {
         let value = std::env::var_os(name).filter(|value| !value.is_empty()).with_context(|| {
-            format!("the environment variable {name} (labeler.remote.api_key_env) is not set; it must hold the API key of {url}")
+            format!("the environment variable {name} ({place}) is not set; it must hold the API key of {url}")
         })?;
         let value = value.into_string().unwrap_or_default();
         ensure!(
             !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_graphic()),
-            "the environment variable {name} (labeler.remote.api_key_env) holds a space, a line's end or another character that no API key has; set it to the key alone"
+            "the environment variable {name} ({place}) holds a space, a line's end or another character that no API key has; set it to the key alone"
         );
         Ok(Self::new(value))
     }
@@ -45,9 +46,14 @@ impl Key {
         Self { value, spellings }
     }
 
-    /// `request` with the key in its header, which libraries are told not to print.
-    pub(super) fn sign(&self, request: reqwest::RequestBuilder) -> reqwest::RequestBuilder {
-        request.bearer_auth(&self.value)
+    /// The value of an `Authorization` header with the key as a bearer token. Libraries do not print it.
+    pub(super) fn bearer(&self) -> Result<HeaderValue> {
+        sensitive(&format!("Bearer {}", self.value))
+    }
+
+    /// The value of a header that is the secret itself. Libraries do not print it.
+    pub(super) fn plain(&self) -> Result<HeaderValue> {
+        sensitive(&self.value)
     }
 
     /// What a server sent, without the key where it repeats it: error texts do, and they end in logs and samples.
@@ -86,6 +92,12 @@ impl Key {
         }
         body
     }
+}
+
+fn sensitive(text: &str) -> Result<HeaderValue> {
+    let mut value = HeaderValue::from_str(text).context("a secret has a character that no header may have")?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! From what a server lists to probabilities of answers.
 
+use super::tokens;
 use crate::label::backend::{Refusal, Reply};
 
 /// The likeliest next tokens with their probabilities, as a server listed them.
@@ -17,6 +18,17 @@ impl Listed {
             .iter()
             .map(|answer| self.0.iter().filter(|(token, _)| token.trim_start() == answer).map(|(_, p)| p).sum())
             .collect();
+        if let Some(unread) = weights.iter().position(|weight| weight.is_nan()) {
+            return Err(Refusal::Abstention(format!(
+                "the log-probability of the answer {} cannot be read",
+                answers[unread]
+            )));
+        }
+        if self.0.first().is_some_and(|(token, _)| tokens::is_number(token)) {
+            return Err(Refusal::Abstention(
+                "the server sends numbers of tokens instead of their texts; start it without --return-tokens-as-token-ids".into(),
+            ));
+        }
         if weights.iter().all(|weight| *weight == 0.0) {
             let likeliest = self.0.first().map_or("nothing".to_owned(), |(token, _)| cut(token));
             return Err(Refusal::Abstention(format!(
@@ -54,7 +66,7 @@ impl Listed {
 
     /// The probability of the token that is exactly `text`.
     pub fn exactly(&self, text: &str) -> f64 {
-        self.0.iter().filter(|(token, _)| token == text).map(|(_, p)| p).sum()
+        self.0.iter().filter(|(token, p)| token == text && !p.is_nan()).map(|(_, p)| p).sum()
     }
 }
 

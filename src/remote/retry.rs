@@ -2,6 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
+use super::abilities::Complaint;
+
 /// How an HTTP exchange ended, as it is counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
@@ -11,6 +13,10 @@ pub enum Outcome {
     Timeout,
     /// No connection, or one that broke off.
     Connection(String),
+    /// A connection that the server closed before it sent anything of an answer, as servers do with idle connections.
+    Closed(String),
+    /// A connection that ended before the answer was complete.
+    BrokeOff(String),
     /// An answer that could not be read.
     Malformed(String),
     /// 429 for the rate of requests, with the time that the server asked for and its sentence.
@@ -20,6 +26,8 @@ pub enum Outcome {
     /// Another status from 400 to 499, with the server's sentence; or one from 300 to 399, with the address that the server
     /// redirects to. No redirect is followed.
     Refused(u16, String),
+    /// A status from 400 up that refuses a field of the request, with the server's sentence and the field.
+    Field(u16, String, Complaint),
     /// An answer that the server withheld from this question.
     Filtered(String),
     /// An answer of another model than that of the first answer: the names of both.
@@ -42,20 +50,32 @@ pub enum Nature {
 }
 
 impl Outcome {
+    /// The outcome of an exchange that the server reports as failed with `status`, where it asked to wait for `wait` and said
+    /// `why`; `quota` if it reports an exhausted quota.
+    pub fn of_status(status: u16, wait: Option<Duration>, why: String, quota: bool) -> Self {
+        match status {
+            402 => Self::Quota(status, why),
+            429 if quota => Self::Quota(status, why),
+            429 => Self::RateLimited(wait, why),
+            500.. => Self::Server(status, wait, why),
+            _ => Self::Refused(status, why),
+        }
+    }
+
     /// Returns the outcome's name in metrics.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::Timeout => "timeout",
-            Self::Connection(_) => "connection",
+            Self::Connection(_) | Self::Closed(_) | Self::BrokeOff(_) => "connection",
             Self::Malformed(_) => "malformed",
             Self::RateLimited(..) => "rate_limited",
             Self::Quota(..) => "quota",
             Self::Filtered(_) => "filtered",
             Self::OtherModel(..) => "other_model",
             Self::Refused(300..=399, _) => "http_3xx",
-            Self::Refused(..) => "http_4xx",
-            Self::Server(..) => "http_5xx",
+            Self::Refused(..) | Self::Field(..=499, ..) => "http_4xx",
+            Self::Server(..) | Self::Field(..) => "http_5xx",
             Self::HedgedAway => "hedged_away",
         }
     }
@@ -82,24 +102,29 @@ impl Outcome {
             Self::RateLimited(..) => Nature::Limited,
             Self::Refused(408 | 409 | 425, _) => Nature::Passing,
             // Not implemented: the server will not learn it by itself.
-            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Quota(..) => Nature::Refusal,
+            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Field(..) | Self::Quota(..) => Nature::Refusal,
             Self::Filtered(_) | Self::OtherModel(..) => Nature::Refusal,
-            Self::Ok | Self::HedgedAway | Self::Timeout | Self::Connection(_) | Self::Malformed(_) => Nature::Passing,
-            Self::Server(..) => Nature::Passing,
+            Self::Ok | Self::HedgedAway | Self::Timeout | Self::Malformed(_) => Nature::Passing,
+            Self::Connection(_) | Self::Closed(_) | Self::BrokeOff(_) | Self::Server(..) => Nature::Passing,
         }
     }
 
     /// Returns whether the server refuses this question, by the meaning of the status, rather than all of its client's.
     pub fn is_about_the_question(&self) -> bool {
-        matches!(self, Self::Refused(400 | 413 | 414 | 422 | 431 | 451, _) | Self::Filtered(_))
+        let about = [400, 413, 414, 422, 431, 451];
+        match self {
+            Self::Refused(status, _) | Self::Field(status, ..) => about.contains(status),
+            outcome => matches!(outcome, Self::Filtered(_)),
+        }
     }
 
     /// Returns whether the circuit breaker counts the exchange as a success: the server is reachable and works.
     pub fn alive(&self) -> bool {
         match self {
             Self::Ok | Self::HedgedAway => true,
-            Self::Timeout | Self::Connection(_) | Self::Malformed(_) | Self::Server(..) => false,
-            Self::RateLimited(..) | Self::Quota(..) | Self::Refused(..) => true,
+            Self::Timeout | Self::Malformed(_) | Self::Server(..) => false,
+            Self::Connection(_) | Self::Closed(_) | Self::BrokeOff(_) => false,
+            Self::RateLimited(..) | Self::Quota(..) | Self::Refused(..) | Self::Field(..) => true,
             Self::Filtered(_) | Self::OtherModel(..) => true,
         }
     }
@@ -118,6 +143,8 @@ impl Outcome {
             Self::Ok => "answered".into(),
             Self::Timeout => "did not answer in time".into(),
             Self::Connection(why) => format!("could not be reached: {why}"),
+            Self::BrokeOff(why) => format!("broke off its answer: {why}"),
+            Self::Closed(why) => format!("closed the connection without an answer: {why}"),
             Self::Malformed(why) => format!("sent an answer that cannot be read: {why}"),
             Self::RateLimited(_, why) => format!("limits the rate of requests ({})", with("429", why)),
             Self::Quota(status, why) => format!(
@@ -136,7 +163,9 @@ impl Outcome {
                     "redirects to {target} (status {status}); redirects are not followed, since they would take prompts and the API key to an address that is not configured; if that address is right, set labeler.remote.url to it"
                 )
             }
-            Self::Refused(status, why) => format!("refused the request ({})", with(&status.to_string(), why)),
+            Self::Refused(status, why) | Self::Field(status, why, _) => {
+                format!("refused the request ({})", with(&status.to_string(), why))
+            }
             Self::Filtered(why) => format!("withheld the answer ({why})"),
             Self::OtherModel(was, is) => format!(
                 "answers as model {is:?} now, and answered as {was:?} before; bring that model back, or set labeler.remote.any_model = true to accept whichever answers"

@@ -118,8 +118,11 @@ pub fn compare_judge(checkpoint: &Opened, judge: &JudgeContents, accepted: &Acce
 fn contents(was: &JudgeContents, is: &JudgeContents) -> Vec<Change> {
     let changed = is.iter().filter_map(|(key, is)| {
         let was = was.get(key).filter(|was| *was != is)?;
-        let named = key.ends_with(".remote.model");
-        let text = |what: &str| if named { format!("answered as {what:?}") } else { format!("content {what}") };
+        let text = |what: &str| match key.rsplit('.').next() {
+            Some("model") if key.ends_with(".remote.model") => format!("answered as {what:?}"),
+            Some("evidence") => format!("answered by {what}"),
+            _ => format!("content {what}"),
+        };
         Some(Change { key: key.clone(), was: text(was), is: text(is), class: Resume::AcceptChange })
     });
     changed.collect()
@@ -159,25 +162,31 @@ pub fn judge_contents(config: &Config, instruments: &[Instrument]) -> Result<Jud
     let mut contents = JudgeContents::new();
     for (i, (method, instrument)) in labeler.methods.iter().zip(instruments).enumerate() {
         let place = if labeler.methods.panel { format!("labeler.members[{i}]") } else { "labeler".to_owned() };
-        let mut note = |key: &str, hash: u64| contents.insert(format!("{place}.{key}"), format!("{hash:016x}"));
+        let mut note = |key: &str, what: String| contents.insert(format!("{place}.{key}"), what);
+        let hex = |hash: u64| format!("{hash:016x}");
         if matches!(method.kind, LabelerKind::Direct | LabelerKind::Pairwise) {
-            note("templates", TemplateSet::content_hash(&method.templates)?);
+            note("templates", hex(TemplateSet::content_hash(&method.templates)?));
         }
         if method.kind == LabelerKind::Pairwise
             && let Preamble::Own(text) = Preamble::find(&method.preamble)?
         {
-            note("preamble", crate::seed::text(text.trim_end()));
+            note("preamble", hex(crate::seed::text(text.trim_end())));
         }
         // The name that the server gives the model that answers: another one may be behind the same address.
         if let Instrument::Asked(backend) = instrument
+            && let Some(evidence) = backend.evidence()
+        {
+            note("remote.evidence", evidence);
+        }
+        if let Instrument::Asked(backend) = instrument
             && let Some(name) = backend.reported_model()
         {
-            contents.insert(format!("{place}.remote.model"), name);
+            note("remote.model", name);
             continue;
         }
         // A server's weights are not here, and the policy's own have a fingerprint of their own in the checkpoint.
         if method.model.is_some() {
-            note("model", instrument.identity());
+            note("model", hex(instrument.identity()));
         }
     }
     Ok(contents)
@@ -343,7 +352,10 @@ mod tests {
         };
         let judge = |key: &str| vec![(key.to_owned(), Resume::AcceptChange)];
         assert_eq!(found(&single, "url = \"http://h\"", "url = \"http://i\""), judge("labeler.remote.url"));
-        assert_eq!(found(&single, "system = \"s\"\ntime", "system = \"t\"\ntime"), judge("labeler.remote.system"));
+        assert_eq!(
+            found(&single, "system = \"s\"\nthinking", "system = \"t\"\nthinking"),
+            judge("labeler.remote.system")
+        );
         assert_eq!(found(&single, "votes = 5", "votes = 6"), judge("labeler.remote.votes"));
         assert_eq!(
             found(&single, "pair_temperature = 1.0", "pair_temperature = 2.0"),

@@ -38,6 +38,9 @@ impl Object for Message {
     }
 }
 
+/// The tag with which reasoning begins in most models' answers.
+pub(super) const OPENS_REASONING: &str = "<think>";
+
 /// A template, parsed once.
 pub(super) struct Template {
     /// As the model carries it.
@@ -64,14 +67,29 @@ impl Template {
         Ok(Self { source, environment })
     }
 
-    /// Fills the template in; with `answer`, up to where the model's answer begins.
+    /// Whether the model reasons before its answers as the template has it: it has a switch for that (`enable_thinking`), or
+    /// opens a reasoning block.
+    pub(super) fn thinks(&self) -> bool {
+        self.source.contains("enable_thinking") || self.source.contains(OPENS_REASONING)
+    }
+
+    /// Fills the template in; with `answer`, up to where the model's answer begins. Without `thinking`, a template with a
+    /// switch for reasoning has it off.
     ///
     /// # Errors
     /// A template that refuses the conversation, uses what is not there, or does not come to an end.
-    pub(super) fn render(&self, messages: &[Message], answer: bool, bos: &str, eos: &str) -> Result<String> {
+    pub(super) fn render(
+        &self,
+        messages: &[Message],
+        answer: bool,
+        thinking: bool,
+        [bos, eos]: [&str; 2],
+    ) -> Result<String> {
         let (count, bytes) = (messages.len(), messages.iter().map(|message| message.content.len()).sum());
         let messages: Vec<Value> = messages.iter().cloned().map(Value::from_object).collect();
-        let context = context! { messages, add_generation_prompt => answer, bos_token => bos, eos_token => eos };
+        let enable_thinking = if thinking { Value::UNDEFINED } else { Value::from(false) };
+        let context =
+            context! { messages, add_generation_prompt => answer, bos_token => bos, eos_token => eos, enable_thinking };
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(template::budget(count, bytes)));
         template::fill(environment, "chat_template", context).context("the model's chat template cannot be filled in")
@@ -190,7 +208,7 @@ mod tests {
     }
 
     fn render(template: &str, messages: &[Message], answer: bool) -> Result<String> {
-        Template::new(template.to_owned())?.render(messages, answer, "<s>", "</s>")
+        Template::new(template.to_owned())?.render(messages, answer, true, ["<s>", "</s>"])
     }
 
     #[test]

@@ -12,8 +12,9 @@ use preceptor::label::templates::TemplateSet;
 use preceptor::model::bert::BertConfig;
 use preceptor::model::config::Head;
 use preceptor::model::{Decoder, ModelConfig, Weights};
+use preceptor::remote::answer;
 use preceptor::remote::reading::{Listed, split_prefixes, votes};
-use preceptor::remote::wire::{self, Request};
+use preceptor::remote::wire::Request;
 use preceptor::source::ModelFiles;
 use preceptor::tokens::Tokenizer;
 use preceptor::tokens::chat::Message;
@@ -183,7 +184,7 @@ pub fn judge(data: &[u8]) -> bool {
     let mut used = false;
     for top_logprobs in [5, 0] {
         let request = Request::first_token("which?", None, top_logprobs);
-        let Ok(answer) = wire::read(data, &request) else { continue };
+        let Ok(answer) = answer::read(data, &request) else { continue };
         used = true;
         let (sum, overflowed) = answer.prompt_tokens.overflowing_add(answer.completion_tokens);
         assert!(!overflowed && sum < 1 << 40, "no server reads or writes {sum} tokens");

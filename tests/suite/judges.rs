@@ -380,8 +380,9 @@ fn an_odd_answer_without_log_probabilities_does_not_turn_questions_into_votes() 
 #[test]
 fn an_answer_that_the_server_itself_calls_failed_is_no_label() {
     for (end, outcome) in [
-        (json!({ "finish_reason": "error", "error": { "code": 502 } }), "malformed"),
-        (json!({ "error": { "code": 429 } }), "malformed"),
+        (json!({ "finish_reason": "error", "error": { "code": 502 } }), "http_5xx"),
+        (json!({ "finish_reason": "error" }), "malformed"),
+        (json!({ "error": { "code": 429 } }), "rate_limited"),
         (json!({ "finish_reason": "content_filter" }), "filtered"),
     ] {
         let act = answer(&json!({}), &end);

@@ -29,3 +29,4 @@ mod trust;
 mod tune;
 mod verified;
 mod watching;
+mod zoo;

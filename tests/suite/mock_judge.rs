@@ -20,6 +20,10 @@ pub enum Act {
     Status(u16, &'static str, &'static str),
     /// A body of status 200, as it stands.
     Body(String),
+    /// These bytes with status 200, as they are.
+    Bytes(Vec<u8>),
+    /// The end of the connection without an answer.
+    Close,
     /// The beginning of an answer, and then the end of the connection.
     CloseMidBody,
     /// No answer, ever.
@@ -40,7 +44,8 @@ impl Act {
             Self::Status(300..=399, ..) => "http_3xx",
             Self::Status(..) => "http_4xx",
             Self::Body(_) => "malformed",
-            Self::CloseMidBody => "connection",
+            Self::Bytes(_) => "ok",
+            Self::CloseMidBody | Self::Close => "connection",
             Self::Hang => "timeout",
             Self::Slow(_, act) | Self::Meet(_, act) => act.name(),
         }
@@ -159,6 +164,13 @@ fn play(act: &Act, stream: &TcpStream, path: &str) {
         }
         Act::Status(status, headers, body) => respond(stream, *status, headers, body),
         Act::Body(body) => respond(stream, 200, "", body),
+        Act::Bytes(body) => {
+            let mut stream = stream;
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+            let _ = stream.write_all(head.as_bytes());
+            let _ = stream.write_all(body);
+        }
+        Act::Close => {}
         Act::CloseMidBody => {
             let mut stream = stream;
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{\"choices\": [");

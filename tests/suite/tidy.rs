@@ -41,6 +41,7 @@ fn modules_use_only_what_they_may() {
         ("rollout", &["crate::", "candle", "preceptor_actors"][..]),
         ("seed", &["crate::"]),
         ("bounded", &["crate::", "candle"]),
+        ("endpoint", &["crate::", "candle", "preceptor_actors"]),
         ("http", &["crate::", "candle", "preceptor_actors"]),
         ("terminal", &["candle", "preceptor_actors", "use crate::"]),
         ("descriptors", &["crate::", "candle"]),

@@ -1,0 +1,154 @@
+//! The address of a server with the OpenAI API, in the forms that people paste.
+
+use url::{Host, Url};
+
+/// An address of a server, up to the version: `http://127.0.0.1:8080/v1`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Scheme, host, port and path without a slash at the end.
+    base: String,
+    /// Names and values of the query.
+    pub query: Vec<(String, String)>,
+    /// The API of the endpoint that the address ends with, if it names one: whether it is that of chats.
+    pub chat: Option<bool>,
+}
+
+impl Endpoint {
+    /// Reads an address. The path of an endpoint (`/chat/completions`, `/completions`) at its end is taken off, as are
+    /// slashes; a query is kept.
+    ///
+    /// # Errors
+    /// What is wrong with it. Text that may hold a password is not repeated.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let shown = if text.contains('@') { "the address".to_owned() } else { format!("{text:?}") };
+        if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
+            return Err(format!("{shown} has a space or a line's end in it"));
+        }
+        let authority = text.split("://").last().unwrap_or_default().split(['/', '?', '#']).next().unwrap_or_default();
+        if authority.contains('@') {
+            return Err("holds a user's name or a password, which would stand in logs and in the run's directory; give the key by api_key_env".into());
+        }
+        let Some((scheme, rest)) = text.split_once("://").filter(|(scheme, _)| ["http", "https"].contains(scheme))
+        else {
+            return Err(format!("{shown} is no address; it begins with http:// or https://"));
+        };
+        if rest.starts_with("http:") || rest.starts_with("https:") || rest.starts_with('/') {
+            return Err(format!("{shown} has no host after {scheme}://"));
+        }
+        let colons = authority.matches(':').count();
+        if colons > 1 && !authority.starts_with('[') {
+            return Err(format!(
+                "{shown} is no address; an IPv6 address is written in brackets, as http://[::1]:8080/v1"
+            ));
+        }
+        let url = Url::parse(text).map_err(|error| format!("{shown} is no address: {error}"))?;
+        if url.fragment().is_some() {
+            return Err(format!("{shown} has a fragment (#…), which is never sent to a server; remove it"));
+        }
+        match url.host() {
+            None => return Err(format!("{shown} has no host")),
+            Some(Host::Domain(name)) if name.is_empty() || name.starts_with('.') || name.contains("..") => {
+                return Err(format!("{shown} has no valid host"));
+            }
+            Some(_) => {}
+        }
+        let mut path: Vec<&str> = url.path().split('/').filter(|part| !part.is_empty()).collect();
+        let chat = match path.as_slice() {
+            [.., "chat", "completions"] => Some((true, 2)),
+            [.., "completions"] => Some((false, 1)),
+            [.., last @ ("models" | "embeddings" | "responses" | "messages" | "generate")] => {
+                return Err(format!(
+                    "{shown} ends with /{last}, which is another endpoint; give the address up to the version, such as http://127.0.0.1:8080/v1"
+                ));
+            }
+            _ => None,
+        };
+        path.truncate(path.len() - chat.map_or(0, |(_, parts)| parts));
+        let origin = url[..url::Position::BeforePath].to_owned();
+        let base = std::iter::once(origin.as_str()).chain(path).collect::<Vec<_>>().join("/");
+        let query = url.query_pairs().map(|(name, value)| (name.into_owned(), value.into_owned())).collect();
+        Ok(Self { base, query, chat: chat.map(|(chat, _)| chat) })
+    }
+
+    /// The address of `path` below this one, without a query.
+    pub fn join(&self, path: &str) -> String {
+        format!("{}/{path}", self.base)
+    }
+
+    /// The same address with `/v1` at its end, if it has no version and no deployment yet.
+    pub fn versioned(&self) -> Option<Self> {
+        let version =
+            |part: &str| part.len() > 1 && part.starts_with('v') && part[1..].starts_with(|c: char| c.is_ascii_digit());
+        let path = self.base.split("://").last().unwrap_or_default().split('/').skip(1);
+        let known = path.into_iter().any(|part| version(part) || part == "deployments");
+        (!known).then(|| Self { base: format!("{}/v1", self.base), ..self.clone() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_read_in_every_form_that_people_paste() {
+        for (text, base, query, chat) in [
+            ("http://h/v1", "http://h/v1", 0, None),
+            ("http://h/v1/", "http://h/v1", 0, None),
+            ("http://h:80//v1///", "http://h/v1", 0, None),
+            ("https://h:8443", "https://h:8443", 0, None),
+            ("http://h/v1/chat/completions", "http://h/v1", 0, Some(true)),
+            ("http://h/v1/chat/completions/", "http://h/v1", 0, Some(true)),
+            ("http://h/v1/completions", "http://h/v1", 0, Some(false)),
+            ("http://[::1]:8080/v1", "http://[::1]:8080/v1", 0, None),
+            ("http://127.0.0.1:8080/api/v1", "http://127.0.0.1:8080/api/v1", 0, None),
+            (
+                "https://x.openai.azure.com/openai/deployments/d/chat/completions?api-version=2024-06-01",
+                "https://x.openai.azure.com/openai/deployments/d",
+                1,
+                Some(true),
+            ),
+        ] {
+            let endpoint = Endpoint::parse(text).unwrap_or_else(|error| panic!("{text}: {error}"));
+            assert_eq!(
+                (endpoint.join("x"), endpoint.query.len(), endpoint.chat),
+                (format!("{base}/x"), query, chat),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_address_that_cannot_work_is_refused_with_the_reason() {
+        for (text, words) in [
+            ("", "begins with http://"),
+            ("localhost:8000/v1", "begins with http://"),
+            ("ftp://h/v1", "begins with http://"),
+            ("htp://h/v1", "begins with http://"),
+            ("http:/h/v1", "begins with http://"),
+            ("http://", "is no address"),
+            ("http:///v1", "has no host after http://"),
+            ("http://http://h/v1", "has no host after http://"),
+            (" http://h/v1", "has a space"),
+            ("http://h/v1 ", "has a space"),
+            ("http://h:port/v1", "invalid port"),
+            ("http://::1:8080/v1", "in brackets, as http://[::1]:8080/v1"),
+            ("http://h/v1#/chat", "has a fragment"),
+            ("http://h/v1/models", "ends with /models"),
+            ("http://me:secret@h/v1", "holds a user's name or a password"),
+            ("me:secret@h/v1", "holds a user's name or a password"),
+        ] {
+            let error = Endpoint::parse(text).unwrap_err();
+            assert!(error.contains(words) && !error.contains("secret"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_version_is_added_only_where_there_is_none() {
+        let versioned = |text: &str| Endpoint::parse(text).unwrap().versioned().map(|one| one.join("x"));
+        assert_eq!(versioned("http://h:1").as_deref(), Some("http://h:1/v1/x"));
+        assert_eq!(versioned("http://h/openai").as_deref(), Some("http://h/openai/v1/x"));
+        for text in ["http://h/v1", "https://h/v1beta/openai", "https://h/openai/deployments/d", "http://h/api/v3"] {
+            assert_eq!(versioned(text), None, "{text}");
+        }
+    }
+}
