@@ -69,6 +69,8 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
                 let here = last_checkpoint(&run).is_ok();
                 early += u32::from(!here);
                 resumed += u32::from(here);
+                // A request may have been sent and not yet heard.
+                mock.settle();
                 // Answers that came and were not kept: the process died between the two.
                 let answers: u64 = asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).values().sum();
                 let gone = answers - kept(&cache)?;

@@ -59,6 +59,8 @@ pub struct MockJudge {
     pub url: String,
     served: Arc<Mutex<BTreeMap<&'static str, u64>>>,
     most_at_once: Arc<AtomicUsize>,
+    /// Connections that were accepted and have not ended.
+    open: Arc<AtomicUsize>,
 }
 
 impl MockJudge {
@@ -68,6 +70,8 @@ impl MockJudge {
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let served: Arc<Mutex<BTreeMap<&'static str, u64>>> = Arc::default();
         let most_at_once: Arc<AtomicUsize> = Arc::default();
+        let open: Arc<AtomicUsize> = Arc::default();
+        let connections = Arc::clone(&open);
         let (counts, most, plan) =
             (Arc::clone(&served), Arc::clone(&most_at_once), Arc::<Plan>::from(Box::new(plan) as Box<Plan>));
         std::thread::spawn(move || {
@@ -76,7 +80,10 @@ impl MockJudge {
             for stream in listener.incoming().flatten() {
                 let (counts, most, plan) = (Arc::clone(&counts), Arc::clone(&most), Arc::clone(&plan));
                 let (number, at_once) = (Arc::clone(&number), Arc::clone(&at_once));
+                connections.fetch_add(1, Ordering::SeqCst);
+                let open = Open(Arc::clone(&connections));
                 std::thread::spawn(move || {
+                    let _open = open;
                     let Some((path, body)) = read(&stream) else { return };
                     let now = at_once.fetch_add(1, Ordering::SeqCst) + 1;
                     most.fetch_max(now, Ordering::SeqCst);
@@ -105,7 +112,20 @@ impl MockJudge {
                 });
             }
         });
-        Self { url, served, most_at_once }
+        Self { url, served, most_at_once, open }
+    }
+
+    /// Waits until all requests that were sent before have been counted and answered. Clients that ended must not have left
+    /// requests that are never answered.
+    pub fn settle(&self) {
+        // Connections are accepted in their order: once this one was, all earlier ones were.
+        let address = self.url.trim_start_matches("http://").trim_end_matches("/v1");
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        let _ = stream.read(&mut [0]);
+        while self.open.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
     }
 
     /// How many requests were served so that the client must count them as `outcome`.
@@ -116,6 +136,15 @@ impl MockJudge {
     /// Most requests that were under way at the same time.
     pub fn most_at_once(&self) -> usize {
         self.most_at_once.load(Ordering::SeqCst)
+    }
+}
+
+/// Counts a connection until it ends.
+struct Open(Arc<AtomicUsize>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
