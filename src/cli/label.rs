@@ -11,6 +11,7 @@ use super::ConfigArgs;
 use crate::annotate::file::{LabelFile, Provenance};
 use crate::annotate::{Job, PairQuestions, annotate};
 use crate::data::{Preferences, Split};
+use crate::exit::Ended;
 use crate::label::Pairing;
 use crate::label::stage::Wants;
 use crate::prepare::{budget, labeler_bench, prompt_format};
@@ -99,6 +100,12 @@ impl Label {
             return Err(Interrupted::new("interrupted; run the same command again to continue").into());
         }
         match &totals.first_failure {
+            None if totals.labels == 0 && totals.abstentions > 0 => Err(Ended::Stopped(format!(
+                "no pair was labeled: the judge abstained from all {}, for the reasons in {}; change how it is asked, and remove that file so that they are asked for again",
+                totals.abstentions,
+                self.output.display()
+            ))
+            .into()),
             None => Ok(()),
             Some(why) => bail!(
                 "{} of {count} pairs are not labeled: {why}; run the same command again to ask for them",

@@ -11,7 +11,9 @@ use crate::config::{Evidence, RemoteJudge};
 /// Most alternatives of a token that are asked for: OpenAI's limit.
 const MOST_LOGPROBS: usize = 20;
 /// Numbers of alternatives that are tried where a server refuses a number and names none.
-const FEWER_LOGPROBS: [usize; 2] = [5, 1];
+const FEWER_LOGPROBS: [usize; 2] = [5, 2];
+/// Fewer alternatives do not tell two answers apart.
+const FEWEST_LOGPROBS: usize = 2;
 /// Largest number that counts as a limit on tokens.
 const MOST_LEAST: u64 = 4096;
 
@@ -208,6 +210,7 @@ impl Abilities {
                     Kind::Value => fewer.unwrap_or(0),
                     Kind::Unsupported | Kind::Least(_) => 0,
                 };
+                let most = if most < FEWEST_LOGPROBS { 0 } else { most };
                 if most >= self.top_logprobs || (most == 0 && judge.evidence == Evidence::Logprobs) {
                     // Another request has found it out before; or nothing helps.
                     return (request.top_logprobs > self.top_logprobs).then(String::new);
@@ -382,7 +385,7 @@ mod tests {
         // A second request that was under way with the old number.
         assert_eq!(adapt(&mut abilities, "top_logprobs", Kind::Most(8), &first), Some(String::new()));
         let first = Request { top_logprobs: 8, ..first };
-        for expected in [5, 1, 0] {
+        for expected in [5, 2, 0] {
             let request = Request { top_logprobs: abilities.top_logprobs, ..first.clone() };
             assert!(adapt(&mut abilities, "logprobs", Kind::Value, &request).is_some());
             assert_eq!(abilities.top_logprobs, expected);

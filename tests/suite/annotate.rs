@@ -45,6 +45,17 @@ fn label(dir: &Path, mock: &MockJudge) -> Command {
 }
 
 #[test]
+fn a_judge_that_abstains_from_all_pairs_ends_a_labeling_with_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    write_pairs(&dir.path().join("pairs.jsonl"), 2);
+    let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("It", 0.9), ("The", 0.1)]));
+    let output = label(dir.path(), &mock).output().unwrap();
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(text.contains("the judge abstained from all 2") && text.contains("labels.jsonl"), "{text}");
+}
+
+#[test]
 fn a_killed_labeling_goes_on_and_no_pair_stands_twice() {
     let dir = tempfile::tempdir().unwrap();
     write_pairs(&dir.path().join("pairs.jsonl"), 30);

@@ -274,6 +274,7 @@ fn a_run_on_a_failing_judge_completes_and_its_counts_are_the_judge_s() {
         let line = text.lines().find(|line| line.starts_with(&format!("{name} ")));
         line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64)
     };
+    mock.settle();
     for outcome in preceptor::remote::retry::Outcome::NAMES {
         let counted = value(&format!("preceptor_judge_requests_total{{outcome=\"{outcome}\"}}"));
         assert_eq!(counted, mock.served(outcome), "{outcome} in\n{text}");
