@@ -100,9 +100,7 @@ pub fn variant(config: &Config, name: &str) -> Result<Config> {
     }
     let first = config.labeler.methods.first().context("no labeler is configured")?;
     if first.kind == LabelerKind::Embedding {
-        bail!(
-            "{name}: a sentence embedder is not asked questions; give --variants configured, or configure another judge"
-        );
+        bail!("a sentence embedder is not asked questions; give --variants configured, or configure another judge");
     }
     let mut method = Method { cot: false, ..first.clone() };
     let parts: Vec<&str> = name.split('-').collect();
@@ -113,20 +111,24 @@ pub fn variant(config: &Config, name: &str) -> Result<Config> {
         [preamble @ ("base" | "detailed"), shots, rest @ ..] if matches!(rest, [] | ["cot"]) => {
             method.kind = LabelerKind::Pairwise;
             method.preamble = (*preamble).to_owned();
-            method.shots = shots.parse().with_context(|| format!("{name}: {shots} is no number of exemplars"))?;
+            method.shots = shots.parse().with_context(|| format!("{shots:?} is no number of exemplars"))?;
             method.cot = rest == ["cot"];
             method.both_orders = true;
         }
-        _ => bail!("{name} is no way of asking; give configured, likelihood-mean, or one of {}", VARIANTS.join(", ")),
+        _ => {
+            bail!("there is no such way of asking; give configured, likelihood-mean, or one of {}", VARIANTS.join(", "))
+        }
     }
     let mut config = config.clone();
     config.labeler.methods = Methods { list: vec![method], panel: false };
     Ok(config)
 }
 
-/// Questions that a judge is asked about one pair.
+/// Questions that a judge is asked about one pair, at most.
 fn questions_a_pair(config: &Config) -> usize {
     let of = |method: &Method| match method.kind {
+        // A server is asked a second time if only that tells whether its 1 begins a 10.
+        LabelerKind::Direct if method.remote.is_some() => 4,
         LabelerKind::Direct => 2,
         LabelerKind::Pairwise => {
             let orders = if method.both_orders { 2 } else { 1 };
@@ -343,16 +345,22 @@ mod tests {
         let mut embedding = config.clone();
         embedding.labeler.methods.list[0].kind = LabelerKind::Embedding;
         assert_eq!(named(&variants(&embedding, None).unwrap()), ["configured"]);
-        let error = variants(&embedding, Some(&["direct".into(), "poem".into()])).unwrap_err().to_string();
-        assert!(error.contains("direct: ") && error.contains("--variants configured"), "{error}");
-        assert!(error.contains("poem is no way of asking"), "{error}");
+        let refused = |config: &Config, names: [&str; 2]| {
+            variants(config, Some(&names.map(str::to_owned))).unwrap_err().to_string()
+        };
+        assert!(refused(&embedding, ["configured", "direct"]).contains("\n  direct: a sentence embedder is not asked"));
+        let error = refused(&config, ["poem", "base-x"]);
+        assert!(error.contains("\n  poem: there is no such way of asking; give configured"), "{error}");
+        assert!(error.contains("\n  base-x: \"x\" is no number of exemplars"), "{error}");
     }
 
     #[test]
     fn ways_that_a_judge_or_its_template_does_not_serve_are_left_out_before_anything_is_loaded() {
         let dir = tempfile::tempdir().unwrap();
         let set = "inverted = false\n[preambles]\nbase = \"Judge.\"\n[pairwise]\nsample = \"{{ first }}\\n{{ second }}\"\nending = \"Best=\"\n";
-        std::fs::write(dir.path().join("own.toml"), set).unwrap();
+        for (name, text) in [("own.toml", set), ("x", "")] {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
         let text = "[run]\nname = \"x\"\nsteps = 1\n[data]\npath = \"x\"\n[policy]\nmodel = { scratch = {} }\n[labeler]\ntype = \"pairwise\"\ntemplates = \"own.toml\"\nremote = { url = \"http://127.0.0.1:1/v1\", model = \"m\" }\n";
         let config = crate::config::parse(text, "x", dir.path(), &[]).unwrap();
         let found = variants(&config, None).unwrap();
@@ -360,7 +368,8 @@ mod tests {
         let why = |name: &str| &found.left_out.iter().find(|(left, _)| left == name).unwrap().1;
         assert!(why("likelihood").contains("labeler.remote is on a server"), "{}", why("likelihood"));
         assert!(why("direct").contains("[direct] is missing"), "{}", why("direct"));
-        for part in ["preambles.detailed is missing", "[marks] is missing", "labeler.shots = 2", "rationale is missing"] {
+        for part in ["preambles.detailed is missing", "[marks] is missing", "labeler.shots = 2", "rationale is missing"]
+        {
             assert!(why("detailed-2-cot").contains(part), "{}", why("detailed-2-cot"));
         }
         assert!(variants(&config, Some(&["base-0".into(), "likelihood".into()])).is_err());

@@ -1,8 +1,6 @@
 //! Attacks on a judge: texts that a completion may hold to be judged as better than it is, and how often each of them turns a
 //! right judgement into a wrong one.
 
-use std::sync::Arc;
-
 use anyhow::Result;
 
 use crate::annotate::{PairQuestions, Questions};
@@ -142,7 +140,8 @@ pub(super) fn rows(table: &mut Table, labeler: &str, before: &[Pair], after: &[P
     let dash = || Cell::Text("–".into());
     let only = |rate: Estimate| if both { Cell::Share(rate) } else { dash() };
     let mut totals = [0; 3];
-    for (attack, after) in ATTACKS.iter().zip(after.chunks(count.max(1))) {
+    for (i, attack) in ATTACKS.iter().enumerate() {
+        let after = after.get(i * count..(i + 1) * count).unwrap_or_default();
         let rate = |order: usize| {
             let right = before.iter().zip(after).filter(|(before, _)| before.right()[order] == Some(true));
             let decided: Vec<bool> = right.filter_map(|(_, after)| after.right()[order]).collect();
@@ -199,10 +198,12 @@ mod tests {
                 let ask = |first, second| comparison.ask("text", first, second, Some("why")).unwrap();
                 [ask(answer, "good"), ask("good", answer), set.rating().unwrap().ask("text", answer).unwrap()]
             };
-            let marks = |prompt: &str| -> Vec<String> {
-                let starts = [&fields.ending, &fields.rating, &fields.names[0], &fields.names[1]];
-                let known = |line: &&str| starts.iter().any(|start| line.starts_with(start.as_str()));
-                prompt.lines().filter(known).map(|line| line.chars().take(12).collect()).collect()
+            let starts = [&fields.ending, &fields.rating, &fields.names[0], &fields.names[1]].map(String::as_str);
+            // A comparison has no line for a rating, nor a rating those of a comparison.
+            let marks = |prompt: &str| {
+                let own =
+                    if prompt.ends_with(starts[1]) { &starts[1..2] } else { &[starts[0], starts[2], starts[3]][..] };
+                prompt.lines().filter(|line| own.iter().any(|start| line.starts_with(start))).count()
             };
             let control = |prompt: &str| {
                 let message = Message { role: "user".into(), content: prompt.to_owned() };
@@ -212,7 +213,7 @@ mod tests {
             let plain = asked("bad");
             for attack in ATTACKS {
                 for (attacked, plain) in asked(&attack.on("bad", &fields)).iter().zip(&plain) {
-                    assert_eq!(marks(attacked).len(), marks(plain).len(), "{name}, {}: {attacked}", attack.name);
+                    assert_eq!(marks(attacked), marks(plain), "{name}, {}: {attacked}", attack.name);
                     assert_eq!(control(attacked), 3, "{name}, {}: {attacked}", attack.name);
                 }
             }

@@ -230,7 +230,8 @@ mod tests {
             assert_eq!(plain, expected, "{text}");
             assert!(matches!(without_control(&plain, &own), Cow::Borrowed(_)));
         }
-        for text in ["a <| b |> c", "x <|> y", "if a < b | c > d", "<p>s</p>", "[1] <|a b|>", "\n\n", "naïve ｜ <｜>"] {
+        for text in ["a <| b |> c", "x <|> y", "if a < b | c > d", "<p>s</p>", "[1] <|a b|>", "\n\n", "naïve ｜ <｜>"]
+        {
             assert!(matches!(without_control(text, &own), Cow::Borrowed(_)), "{text}");
         }
     }

@@ -227,7 +227,9 @@ impl TemplateSet {
             Question::Comparison { preamble, shots, cot } => (preamble, *shots, *cot),
         };
         match &self.pairwise {
-            None => lacking.push("[pairwise] is missing; labeler.type = \"pairwise\" needs its sample and ending".into()),
+            None => {
+                lacking.push("[pairwise] is missing; labeler.type = \"pairwise\" needs its sample and ending".into())
+            }
             Some(pairwise) if cot && pairwise.rationale.is_none() => {
                 lacking.push("pairwise.rationale is missing; labeler.cot = true needs it".into());
             }
@@ -344,7 +346,8 @@ pub struct Fields {
 
 impl Pairwise {
     fn read(section: Section<'_>, marks: Option<&Marks>) -> Self {
-        let (sample, ending, rationale) = (section.needed("sample"), section.needed("ending"), section.text("rationale"));
+        let (sample, ending, rationale) =
+            (section.needed("sample"), section.needed("ending"), section.text("rationale"));
         let mut read = Self {
             sample: sample.text.clone(),
             ending: ending.text,
@@ -371,8 +374,7 @@ impl Direct {
         let template = section.needed("template");
         let mut read = Self { template: template.text.clone(), guard: Guard::default() };
         let [prompt, completion, _] = PLACES;
-        let filled =
-            checked(section, "direct.template", &template, &["completion"], || read.fill(prompt, completion));
+        let filled = checked(section, "direct.template", &template, &["completion"], || read.fill(prompt, completion));
         read.guard.add_filled(&filled, &PLACES, true);
         read
     }
@@ -561,20 +563,28 @@ mod tests {
     #[test]
     fn a_set_that_does_not_work_is_refused_with_the_line_and_the_reason() {
         let text = SHIPPED[0].1;
-        for (from, to, words) in [
-            ("inverted = false", "inverted = \"no\"", "inverted is of the type string, and must be true or false"),
-            ("ending = ", "endings = ", "pairwise.endings is not a key of a template set; did you mean ending?"),
-            ("answer = 2", "answer = 3", "exemplar 2 answers 3"),
-            ("{{ second }}", "two", "does not mention {{ second }}"),
-            ("{{ prompt }}", "{{ text }}", "cannot be filled in"),
-            ("[marks]", "[marks", "is not TOML"),
+        for (from, to, key, words) in [
+            (
+                "inverted = false",
+                "inverted = \"no\"",
+                "inverted",
+                "inverted is of the type string, and must be true or false",
+            ),
+            (
+                "ending = ",
+                "endings = ",
+                "endings",
+                "pairwise.endings is not a key of a template set; did you mean ending?",
+            ),
+            ("answer = 2", "answer = 3", "answer = 3", "exemplar 2 answers 3"),
+            ("{{ second }}", "two", "sample", "does not mention {{ second }}"),
+            ("{{ prompt }}", "{{ text }}", "sample", "cannot be filled in"),
+            ("[marks]", "[marks", "[marks", "is not TOML"),
         ] {
             let changed = text.replace(from, to);
             let error = format!("{:#}", TemplateSet::parse(&changed).unwrap_err());
-            let line = changed.lines().take_while(|line| !line.contains(to)).count();
-            assert!(error.contains(words), "{to}: {error}");
-            // The key of a text of several lines is one line above.
-            assert!([line, line + 1].iter().any(|line| error.contains(&format!("line {line}: "))) , "{to}, {line}: {error}");
+            let line = 1 + changed.lines().take_while(|line| !line.starts_with(key)).count();
+            assert!(error.contains(words) && error.contains(&format!("line {line}: ")), "{to}, {line}: {error}");
         }
         let set = TemplateSet::find("helpful").unwrap();
         assert!(set.comparison(&Preamble::Base, 5, false).unwrap_err().to_string().contains("labeler.shots = 5"));
@@ -623,7 +633,10 @@ mod tests {
         assert!(comparing.rating().unwrap_err().to_string().contains("[direct] is missing"));
         for (text, words) in [
             ("task = \"x\"", "[pairwise] and [direct] are missing"),
-            ("[direct]\ntemplate = \"{{ completion }}\"\n[marks]\nopen = \"\"\nclose = \"\"\nfollow = \"\"", "marks belongs to comparisons"),
+            (
+                "[direct]\ntemplate = \"{{ completion }}\"\n[marks]\nopen = \"\"\nclose = \"\"\nfollow = \"\"",
+                "marks belongs to comparisons",
+            ),
         ] {
             let error = TemplateSet::parse(text).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");

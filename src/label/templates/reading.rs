@@ -118,7 +118,8 @@ impl<'a> Section<'a> {
                 None => format!("known are {}", known.join(", ")),
             };
             let line = self.reading.line(name.span().start);
-            self.reading.mistake(line, format!("{}{} is not a key of a template set; {meant}", self.prefix, name.get_ref()));
+            self.reading
+                .mistake(line, format!("{}{} is not a key of a template set; {meant}", self.prefix, name.get_ref()));
         }
     }
 
@@ -163,7 +164,9 @@ impl<'a> Section<'a> {
             return (0, 0);
         };
         match value {
-            DeValue::Integer(number) => (i64::from_str_radix(number.as_str(), number.radix()).unwrap_or(i64::MAX), line),
+            DeValue::Integer(number) => {
+                (i64::from_str_radix(number.as_str(), number.radix()).unwrap_or(i64::MAX), line)
+            }
             other => {
                 self.wrong(line, key, other, "a whole number");
                 (0, 0)
