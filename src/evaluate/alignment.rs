@@ -272,10 +272,13 @@ pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<A
     Ok(Aligned { table, orders: any_both.then_some(orders), attacks: job.attacked.then_some(attacks) })
 }
 
+/// The place of a pair in its file, and whom a person chose.
+type Place = (usize, Option<Choice>);
+
 impl Alignment {
     /// Of the first `count` pairs those with different answers, each with its place and whom a person chose; and how many
     /// have equal answers, which no judge can tell apart. Labelers do not see white space at the ends of an answer.
-    fn distinct(&self, count: usize) -> Result<(Vec<(usize, Option<Choice>)>, usize)> {
+    fn distinct(&self, count: usize) -> Result<(Vec<Place>, usize)> {
         let mut found = Vec::with_capacity(count);
         for place in &self.chosen[..count] {
             let pair = self.pairs.get(*place)?;
