@@ -2,6 +2,7 @@
 
 pub mod file;
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,7 +14,8 @@ use preceptor_actors::{
 
 use crate::config::Config;
 use crate::data::pairs::group;
-use crate::data::{Preferences, PromptFormat};
+use crate::data::{PreferencePair, Preferences, PromptFormat};
+use crate::label::guard::without_control;
 use crate::label::stage::{Wants, ask_many, sign_of_life};
 use crate::label::{Labeler, Labels};
 use crate::rollout::Group;
@@ -40,9 +42,25 @@ pub struct PairQuestions {
     pub tokenizer: Tokenizer,
 }
 
+impl PairQuestions {
+    /// `pair`, number `i` of the file, as a group. What an answer writes like a control token is plain text there.
+    ///
+    /// # Errors
+    /// A dialogue that the format cannot take.
+    pub fn ask(&self, i: usize, mut pair: PreferencePair) -> Result<Group> {
+        let control = self.tokenizer.control_tokens();
+        for text in [&mut pair.first, &mut pair.second] {
+            if let Cow::Owned(plain) = without_control(text, &control) {
+                *text = plain;
+            }
+        }
+        group(i as u64, &pair, &self.format, &self.tokenizer)
+    }
+}
+
 impl Questions for PairQuestions {
     fn group(&self, i: usize) -> Result<Group> {
-        group(i as u64, &self.pairs.get(i)?, &self.format, &self.tokenizer)
+        self.ask(i, self.pairs.get(i)?)
     }
 }
 

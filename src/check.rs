@@ -123,8 +123,10 @@ impl Sizes {
             }
         };
         let of = |(method, instrument): (&Method, &Instrument)| match instrument {
-            Instrument::Model(local) if method.model.is_some() => local.judge().model.config().parameters() as f64,
-            Instrument::Model(_) | Instrument::Asked(_) => 0.0,
+            Instrument::Model(local) | Instrument::Cached { local, .. } if method.model.is_some() => {
+                local.judge().model.config().parameters() as f64
+            }
+            Instrument::Model(_) | Instrument::Cached { .. } | Instrument::Asked(_) => 0.0,
             Instrument::Embedder(embedding) => embedding.embedder.parameters() as f64,
         };
         let judges = config.labeler.methods.iter().zip(&prepared.instruments).map(of).sum();
@@ -368,10 +370,10 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
     for method in config.labeler.methods.iter() {
         let pairs = config.labeler.pairs.pairs(size).len();
         let orders = if method.both_orders { 2 } else { 1 };
-        let set = TemplateSet::find(&method.templates)?;
+        let set = || TemplateSet::find(&method.templates);
         let (questions, read, written) = match method.kind {
             LabelerKind::Pairwise => {
-                let comparison = set.comparison(&Preamble::find(&method.preamble)?, method.shots, method.cot)?;
+                let comparison = set()?.comparison(&Preamble::find(&method.preamble)?, method.shots, method.cot)?;
                 let asked = comparison.ask("", "", "", None)?.chars().count() as f64;
                 let read = asked / CHARACTERS + prompt as f64 + 2.0 * completion;
                 let thoughts = if method.cot { method.rationales } else { 0 };
@@ -380,7 +382,7 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
                 (pairs * orders * (1 + thoughts).max(2 * thoughts), read + written / 2.0, written + 1.0)
             }
             LabelerKind::Direct => {
-                let asked = set.rating("", "")?.chars().count() as f64;
+                let asked = set()?.rating()?.ask("", "")?.chars().count() as f64;
                 (size, asked / CHARACTERS + prompt as f64 + completion, 1.0)
             }
             LabelerKind::Likelihood | LabelerKind::Embedding => (size, prompt as f64 + completion, 0.0),

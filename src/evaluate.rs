@@ -2,6 +2,7 @@
 
 pub mod alignment;
 pub mod answers;
+pub mod attacks;
 pub mod harmless;
 pub mod reward_accuracy;
 pub mod win_rate;

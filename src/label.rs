@@ -5,6 +5,7 @@ pub mod cache;
 pub mod derive;
 pub mod direct;
 pub mod embedding;
+pub mod guard;
 pub mod likelihood;
 pub mod local;
 pub mod pairwise;

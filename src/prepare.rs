@@ -271,25 +271,27 @@ pub struct LabelerBench {
 /// As [`prepare`].
 pub fn labeler_bench(config: &Config, progress: bool, budget: Option<Arc<Budget>>) -> Result<LabelerBench> {
     device::set_precision(config.policy.matmul_precision);
-    let policy_device = device::open(&config.policy.device)?;
+    // Where all judges are on servers, nothing is computed here.
+    let here = config.labeler.methods.iter().any(|method| method.remote.is_none());
+    let policy_device = if here { device::open(&config.policy.device)? } else { Device::Cpu };
     let labeler_device =
         config.labeler.device.as_ref().map(|name| device::open_as("labeler.device", name)).transpose()?;
     let own = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
     let policy = if own { Some(policy(config, &policy_device, progress)?) } else { None };
     let device = labeler_device.as_ref().unwrap_or(&policy_device);
     let instruments = instruments(config, policy.as_ref(), device, progress, budget)?;
-    let mut tokenizers =
-        config.labeler.methods.iter().zip(&instruments).filter_map(|(method, instrument)| match instrument {
-            Instrument::Model(local) if method.kind == LabelerKind::Likelihood => Some(&local.judge().tokenizer),
-            Instrument::Model(_) | Instrument::Embedder(_) | Instrument::Asked(_) => None,
-        });
-    // Only a judge of likelihoods reads tokens; the others are given texts, and any tokenizer will do.
+    let judges = || config.labeler.methods.iter().zip(&instruments);
+    let tokenizer = |(_, instrument)| Instrument::local(instrument).map(|local| &local.judge().tokenizer);
+    let mut tokenizers = judges().filter(|(method, _)| method.kind == LabelerKind::Likelihood).filter_map(tokenizer);
+    // Only a judge of likelihoods reads tokens; the others are given texts. But `eval alignment` asks any local judge for
+    // likelihoods too, so that its own tokenizer is the next choice.
     let first = tokenizers.next().cloned();
     for other in tokenizers {
         let same = first.as_ref().map_or(Ok(true), |first| same_vocabulary(first, other))?;
         ensure!(same, "the panel's judges of likelihood have different vocabularies; label with each on its own");
     }
-    let tokenizer = first.or(policy.map(|policy| policy.tokenizer)).unwrap_or_else(Tokenizer::bytes);
+    let own = first.or_else(|| judges().find_map(tokenizer).cloned());
+    let tokenizer = own.or(policy.map(|policy| policy.tokenizer)).unwrap_or_else(Tokenizer::bytes);
     Ok(LabelerBench { instruments, tokenizer })
 }
 
@@ -323,26 +325,28 @@ fn instruments(
             made.push(Instrument::Embedder(embedding));
             continue;
         }
-        let backend: Arc<dyn Backend> = if let Some(remote) = &method.remote {
-            let judge = Remote::within(remote.clone(), budget.clone()).context("labeler.remote cannot be used")?;
-            if remote.probe {
-                match judge.probe() {
-                    Ok(warning) => warning.iter().for_each(|warning| tracing::warn!("{warning}")),
-                    Err(unusable) if budget.as_ref().is_some_and(|budget| budget.exhausted()) => {
-                        return Err(Ended::Stopped(unusable.words).into());
-                    }
-                    Err(unusable) => return Err(unusable.into()),
-                }
-            }
-            Arc::new(judge)
-        } else {
+        let Some(remote) = &method.remote else {
             let local = Arc::new(Local::new(judge(config, method, policy, device, progress)?));
-            if store.is_none() || !asked(method) {
-                made.push(Instrument::Model(local));
-                continue;
-            }
-            local
+            made.push(match store.as_ref().filter(|_| asked(method)) {
+                Some(store) => {
+                    let backend = Arc::new(Cached::new(Arc::clone(&local) as Arc<dyn Backend>, Arc::clone(store)));
+                    Instrument::Cached { local, backend }
+                }
+                None => Instrument::Model(local),
+            });
+            continue;
         };
+        let judge = Remote::within(remote.clone(), budget.clone()).context("labeler.remote cannot be used")?;
+        if remote.probe {
+            match judge.probe() {
+                Ok(warning) => warning.iter().for_each(|warning| tracing::warn!("{warning}")),
+                Err(unusable) if budget.as_ref().is_some_and(|budget| budget.exhausted()) => {
+                    return Err(Ended::Stopped(unusable.words).into());
+                }
+                Err(unusable) => return Err(unusable.into()),
+            }
+        }
+        let backend: Arc<dyn Backend> = Arc::new(judge);
         made.push(Instrument::Asked(match &store {
             Some(store) => Arc::new(Cached::new(backend, Arc::clone(store))),
             None => backend,

@@ -334,7 +334,7 @@ async fn before_training(conclusion: Conclusion, resumed: Option<u64>) -> Result
 fn knobs(config: &Config, prepared: &Prepared) -> Knobs {
     let asked = prepared.instruments.iter().find_map(|instrument| match instrument {
         Instrument::Asked(backend) => backend.knob(),
-        Instrument::Model(_) | Instrument::Embedder(_) => None,
+        Instrument::Model(_) | Instrument::Cached { .. } | Instrument::Embedder(_) => None,
     });
     let rollout = Knob::new(config.rollout.group_size, config.rollout.slots);
     Knobs { rollout: Some(Arc::new(rollout)), labeler: asked }

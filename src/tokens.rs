@@ -187,6 +187,19 @@ impl Tokenizer {
         &self.special.eos
     }
 
+    /// Tokens of more than one character that structure a conversation or a document (special tokens, and those that begin or
+    /// end a text), as they are written, longest first. Where a text has one written out, [`Self::encode`] makes it that token.
+    pub fn control_tokens(&self) -> Vec<String> {
+        let added = self.inner.get_added_tokens_decoder();
+        let special = added.values().filter(|token| token.special).map(|token| token.content.clone());
+        let ends = self.special.eos.iter().chain(&self.special.bos).filter_map(|id| self.inner.id_to_token(*id));
+        let mut tokens: Vec<String> = special.chain(ends).collect();
+        tokens.retain(|token| token.chars().count() > 1 && !token.trim().is_empty());
+        tokens.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
+        tokens.dedup();
+        tokens
+    }
+
     /// The token that begins a document.
     pub fn bos_id(&self) -> Option<u32> {
         self.special.bos

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::data::pairs::PairSet;
 use crate::data::{Dataset, OnLong, Part, Preferences, ReadOptions, Split};
 use crate::device;
-use crate::evaluate::alignment::{Alignment, alignment, default_variants};
+use crate::evaluate::alignment::{Alignment, alignment, variants};
 use crate::evaluate::answers::answers;
 use crate::evaluate::harmless::{Rated, harmless_rate};
 use crate::evaluate::reward_accuracy::reward_accuracy;
@@ -26,7 +26,7 @@ use crate::reward::RewardModel;
 use crate::rollout::Prompt;
 use crate::statistics::Table;
 use crate::tokens::Tokenizer;
-use crate::{out, out_json};
+use crate::{out, out_json, say};
 
 /// Arguments of `preceptor eval`.
 #[derive(Debug, Args)]
@@ -87,7 +87,8 @@ struct AlignmentArgs {
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
     /// Ways of asking, separated by commas: PREAMBLE-SHOTS[-cot], direct, likelihood, likelihood-mean, configured.
-    /// By default those of the paper's tables; of an embedder, which is not asked, and of a panel, as configured.
+    /// By default those of the paper's tables that the judge and its templates allow; of an embedder, which is not asked, and
+    /// of a panel, as configured.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     variants: Option<Vec<String>>,
     /// Most pairs, drawn by the run's seed.
@@ -96,6 +97,11 @@ struct AlignmentArgs {
     /// Most pairs for ways of asking with a chain of thought, which takes far longer; by default as many.
     #[arg(long, value_name = "N")]
     cot_limit: Option<usize>,
+    /// Also attacks the judge: a built-in set of texts (claimed ratings, imitated templates, control tokens, instructions)
+    /// is put into the worse answer of each pair that is decided rightly, and the share that is then decided wrongly is
+    /// reported. It multiplies the number of questions, which is printed first.
+    #[arg(long)]
+    attacks: bool,
     #[command(flatten)]
     shown: Shown,
 }
@@ -173,16 +179,19 @@ impl Eval {
 impl AlignmentArgs {
     fn run(self) -> Result<()> {
         let config = self.config.load()?;
+        let variants = variants(&config, self.variants.as_deref())?;
+        for (name, why) in &variants.left_out {
+            say!("left out: {name}: {why}");
+        }
         let pairs = Arc::new(Preferences::read(&self.input, &Split::default(), true)?);
         let mut chosen = pairs.order(config.run.seed, 0);
         chosen.truncate(self.limit.unwrap_or(usize::MAX));
-        let bench = labeler_bench(&config, true, budget(&config, None)?)?;
         let with_cot = self.cot_limit.unwrap_or(usize::MAX);
-        let variants = self.variants.unwrap_or_else(|| default_variants(&config));
-        let job = Alignment { pairs, chosen, with_cot, variants };
+        let job = Alignment { pairs, chosen, with_cot, variants: variants.possible, attacked: self.attacks };
+        say!("{}", job.announcement());
+        let bench = labeler_bench(&config, true, budget(&config, None)?)?;
         let title = format!("AI labeler alignment on {}", self.input.display());
-        let (table, orders) = alignment(&config, &bench, &job, &title)?;
-        self.shown.print(&[Some(&table), orders.as_ref()].into_iter().flatten().collect::<Vec<_>>())
+        self.shown.print(&alignment(&bench, &job, &title)?.tables())
     }
 }
 

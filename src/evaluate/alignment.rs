@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use super::attacks::{self, ATTACKS, Attacked};
 use super::judge;
 use crate::annotate::{PairQuestions, Questions};
 use crate::config::{Config, LabelerKind, Method, Methods};
@@ -17,6 +18,7 @@ use crate::rollout::{Group, Verdict};
 use crate::statistics::position::{Choice, Judged, Pair, positions};
 use crate::statistics::table::Cell;
 use crate::statistics::{Estimate, Table};
+use crate::topology::labelers::possible;
 
 /// The ways of asking that a table shows unless told otherwise.
 pub const VARIANTS: &[&str] = &[
@@ -40,16 +42,52 @@ pub struct Alignment {
     pub chosen: Vec<usize>,
     /// Of these, how many are asked with a chain of thought, which takes far longer.
     pub with_cot: usize,
-    /// Ways of asking: names as in [`VARIANTS`], or `configured`.
-    pub variants: Vec<String>,
+    /// Ways of asking, in the order of the table.
+    pub variants: Vec<Variant>,
+    /// Whether the judge is attacked too (see [`attacks`]).
+    pub attacked: bool,
 }
 
-/// The ways of asking that make sense for the configured judge when none are named.
-pub fn default_variants(config: &Config) -> Vec<String> {
-    match &config.labeler.methods[..] {
+/// A way of asking.
+#[derive(Debug, Clone)]
+pub struct Variant {
+    /// Its name, as in [`VARIANTS`], or `configured`.
+    pub name: String,
+    /// The labeler's configuration for it.
+    pub config: Config,
+}
+
+/// Ways of asking that were asked for, divided before anything is loaded, asked or paid.
+#[derive(Debug, Clone)]
+pub struct Variants {
+    /// Those that the configured judge can be asked in.
+    pub possible: Vec<Variant>,
+    /// The others, each with the reason.
+    pub left_out: Vec<(String, String)>,
+}
+
+/// The ways of asking called `names`; without names, those that make sense for the configured judge.
+///
+/// # Errors
+/// Names that are none or that the configured judge cannot be asked in, all at once; of the default ones, which are left
+/// out instead, only if none is left.
+pub fn variants(config: &Config, names: Option<&[String]>) -> Result<Variants> {
+    let default: Vec<String> = match &config.labeler.methods[..] {
         [one] if one.kind != LabelerKind::Embedding => VARIANTS.iter().map(|name| (*name).to_owned()).collect(),
         _ => vec!["configured".to_owned()],
+    };
+    let mut found = Variants { possible: Vec::new(), left_out: Vec::new() };
+    for name in names.unwrap_or(&default) {
+        match variant(config, name).and_then(|config| possible(&config).map(|()| config)) {
+            Ok(config) => found.possible.push(Variant { name: name.clone(), config }),
+            Err(error) => found.left_out.push((name.clone(), format!("{error:#}"))),
+        }
     }
+    if found.possible.is_empty() || (names.is_some() && !found.left_out.is_empty()) {
+        let reasons: String = found.left_out.iter().map(|(name, why)| format!("\n  {name}: {why}")).collect();
+        bail!("the configured judge cannot be asked in these ways; leave them out of --variants:{reasons}");
+    }
+    Ok(found)
 }
 
 /// The labeler's configuration for the way of asking called `name`.
@@ -62,9 +100,7 @@ pub fn variant(config: &Config, name: &str) -> Result<Config> {
     }
     let first = config.labeler.methods.first().context("no labeler is configured")?;
     if first.kind == LabelerKind::Embedding {
-        bail!(
-            "{name}: a sentence embedder is not asked questions; give --variants configured, or configure another judge"
-        );
+        bail!("a sentence embedder is not asked questions; give --variants configured, or configure another judge");
     }
     let mut method = Method { cot: false, ..first.clone() };
     let parts: Vec<&str> = name.split('-').collect();
@@ -75,27 +111,79 @@ pub fn variant(config: &Config, name: &str) -> Result<Config> {
         [preamble @ ("base" | "detailed"), shots, rest @ ..] if matches!(rest, [] | ["cot"]) => {
             method.kind = LabelerKind::Pairwise;
             method.preamble = (*preamble).to_owned();
-            method.shots = shots.parse().with_context(|| format!("{name}: {shots} is no number of exemplars"))?;
+            method.shots = shots.parse().with_context(|| format!("{shots:?} is no number of exemplars"))?;
             method.cot = rest == ["cot"];
             method.both_orders = true;
         }
-        _ => bail!("{name} is no way of asking; give configured, likelihood-mean, or one of {}", VARIANTS.join(", ")),
+        _ => {
+            bail!("there is no such way of asking; give configured, likelihood-mean, or one of {}", VARIANTS.join(", "))
+        }
     }
     let mut config = config.clone();
     config.labeler.methods = Methods { list: vec![method], panel: false };
     Ok(config)
 }
 
-/// Asks in every way; returns the table of alignments, and that of both orders if any way of asking reads both.
+/// Questions that a judge is asked about one pair, at most.
+fn questions_a_pair(config: &Config) -> usize {
+    let of = |method: &Method| match method.kind {
+        // A server is asked a second time if only that tells whether its 1 begins a 10.
+        LabelerKind::Direct if method.remote.is_some() => 4,
+        LabelerKind::Direct => 2,
+        LabelerKind::Pairwise => {
+            let orders = if method.both_orders { 2 } else { 1 };
+            // Each rationale is a question, and the choice after it another one.
+            orders * if method.cot { 2 * method.rationales } else { 1 }
+        }
+        LabelerKind::Likelihood | LabelerKind::Embedding => 0,
+    };
+    config.labeler.methods.iter().map(of).sum()
+}
+
+impl Alignment {
+    fn count(&self, variant: &Variant) -> usize {
+        let cot = variant.config.labeler.methods.iter().any(|method| method.cot);
+        if cot { self.chosen.len().min(self.with_cot) } else { self.chosen.len() }
+    }
+
+    /// The number of questions that judges are asked, in words; at most, since answers in the label cache are not asked for
+    /// again and only pairs that are decided rightly are attacked.
+    pub fn announcement(&self) -> String {
+        let asked: Vec<usize> =
+            self.variants.iter().map(|one| self.count(one) * questions_a_pair(&one.config)).collect();
+        let (all, attacks) = (asked.iter().sum::<usize>(), ATTACKS.len());
+        let each: Vec<String> = self.variants.iter().zip(&asked).map(|(one, n)| format!("{} {n}", one.name)).collect();
+        let attacked = if self.attacked {
+            format!("; {attacks} attacks on each pair that is decided rightly: at most {} more", all * attacks)
+        } else {
+            String::new()
+        };
+        format!("questions to the judge: at most {all} ({}){attacked}", each.join(", "))
+    }
+}
+
+/// What came of asking.
+pub struct Aligned {
+    /// The alignments.
+    pub table: Table,
+    /// Positions that are preferred in both orders, if any way of asking reads both.
+    pub orders: Option<Table>,
+    /// Flip rates of attacks, if they were asked for.
+    pub attacks: Option<Table>,
+}
+
+impl Aligned {
+    /// All tables.
+    pub fn tables(&self) -> Vec<&Table> {
+        [Some(&self.table), self.orders.as_ref(), self.attacks.as_ref()].into_iter().flatten().collect()
+    }
+}
+
+/// Asks in every way. Pairs of equal answers are not asked.
 ///
 /// # Errors
 /// A labeler that cannot be used, or fails beyond its restart budget.
-pub fn alignment(
-    config: &Config,
-    bench: &LabelerBench,
-    job: &Alignment,
-    title: &str,
-) -> Result<(Table, Option<Table>)> {
+pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<Aligned> {
     let mut table = Table::new(
         title,
         &[
@@ -106,6 +194,8 @@ pub fn alignment(
             ("shown as BA", "%"),
             ("same position", "%"),
             ("of these the first", "%"),
+            ("ties", ""),
+            ("identical", ""),
             ("abstained", ""),
             ("failed", ""),
             ("tokens a pair", ""),
@@ -116,32 +206,33 @@ pub fn alignment(
         "Position preferred with A first, then with B first",
         &[("labeler", ""), ("1, 1", ""), ("1, 2", ""), ("2, 1", ""), ("2, 2", ""), ("even", "")],
     );
+    let mut attacks = attacks::table("Pairs decided rightly, and wrongly with an attack in the worse answer");
     let mut any_both = false;
-    for name in &job.variants {
-        let config = variant(config, name)?;
-        let cot = config.labeler.methods.iter().any(|method| method.cot);
-        let count = if cot { job.chosen.len().min(job.with_cot) } else { job.chosen.len() };
-        let questions = PairQuestions {
+    for variant in &job.variants {
+        let (name, config, count) = (&variant.name, &variant.config, job.count(variant));
+        let questions = || PairQuestions {
             pairs: Arc::clone(&job.pairs),
-            format: prompt_format(&config),
+            format: prompt_format(config),
             tokenizer: bench.tokenizer.clone(),
         };
-        let questions = Arc::new(Chosen { questions, chosen: job.chosen[..count].to_vec() });
+        let (asked, identical) = job.distinct(count)?;
+        let chosen = asked.iter().map(|(place, _)| *place).collect();
+        let chosen = Arc::new(Chosen { questions: questions(), chosen });
         let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
         let wants = Wants::Preferences { pairing: Pairing::Adjacent, temperature };
         let began = Instant::now();
-        let labels = judge(&config, &bench.instruments, questions, count, wants, name)?;
+        let labels = judge(config, &bench.instruments, chosen, asked.len(), wants, name)?;
         let seconds = began.elapsed().as_secs_f64();
         let mut usage = Usage::default();
         let mut read = Vec::with_capacity(count);
-        for (i, labels) in job.chosen.iter().zip(&labels) {
+        for ((_, human), labels) in asked.iter().zip(&labels) {
             usage += labels.usage;
-            read.push(Pair { judged: judged(labels), human: human(job.pairs.get(*i)?.preference) });
+            read.push(Pair { judged: judged(labels), human: *human });
         }
         let found = positions(&read);
         let both = labels.iter().flat_map(|one| &one.preferences).any(|one| one.orders.is_some());
         let only = |cell: Estimate| if both { Cell::Share(cell) } else { Cell::Text("–".into()) };
-        let per_pair = |value: f64| Cell::Number(value / count.max(1) as f64);
+        let per_pair = |value: f64| Cell::Number(value / asked.len().max(1) as f64);
         table.push(vec![
             Cell::Text(name.clone()),
             Cell::Integer(count as i64),
@@ -150,6 +241,8 @@ pub fn alignment(
             only(found.alignment_ba),
             only(found.same_position),
             only(found.first_of_same),
+            Cell::from(found.ties),
+            Cell::from(identical),
             Cell::Integer(found.abstentions as i64),
             Cell::Integer(found.failures as i64),
             per_pair((usage.prompt_tokens + usage.completion_tokens) as f64),
@@ -161,8 +254,41 @@ pub fn alignment(
             let counts = [a, b, c, d, found.even].map(|count| Cell::Integer(count as i64));
             orders.push([vec![Cell::Text(name.clone())], counts.to_vec()].concat());
         }
+        if job.attacked {
+            let right = asked.iter().zip(&read).filter(|(_, pair)| pair.right()[0] == Some(true));
+            let (pairs, before): (Vec<_>, Vec<Pair>) =
+                right.filter_map(|((place, human), pair)| Some(((*place, (*human)?), *pair))).unzip();
+            let fields = attacks::fields(config)?;
+            let attacked = Arc::new(Attacked { questions: questions(), pairs, fields });
+            let asked = attacked.len();
+            let what = format!("{name}, attacked");
+            let labels = judge(config, &bench.instruments, attacked, asked, wants, &what)?;
+            let humans = before.iter().cycle().map(|pair| pair.human);
+            let after: Vec<Pair> =
+                labels.iter().zip(humans).map(|(labels, human)| Pair { judged: judged(labels), human }).collect();
+            attacks::rows(&mut attacks, name, &before, &after, both);
+        }
     }
-    Ok((table, any_both.then_some(orders)))
+    Ok(Aligned { table, orders: any_both.then_some(orders), attacks: job.attacked.then_some(attacks) })
+}
+
+/// The place of a pair in its file, and whom a person chose.
+type Place = (usize, Option<Choice>);
+
+impl Alignment {
+    /// Of the first `count` pairs those with different answers, each with its place and whom a person chose; and how many
+    /// have equal answers, which no judge can tell apart. Labelers do not see white space at the ends of an answer.
+    fn distinct(&self, count: usize) -> Result<(Vec<Place>, usize)> {
+        let mut found = Vec::with_capacity(count);
+        for place in &self.chosen[..count] {
+            let pair = self.pairs.get(*place)?;
+            if pair.first.trim() != pair.second.trim() {
+                found.push((*place, human(pair.preference)));
+            }
+        }
+        let identical = count - found.len();
+        Ok((found, identical))
+    }
 }
 
 /// Some of the pairs of a file.
@@ -216,10 +342,39 @@ mod tests {
         for wrong in ["base", "base-x", "base-0-cots", "poem"] {
             assert!(variant(&config, wrong).is_err(), "{wrong}");
         }
-        assert_eq!(default_variants(&config), VARIANTS);
+        let named = |found: &Variants| found.possible.iter().map(|one| one.name.clone()).collect::<Vec<_>>();
+        let all = variants(&config, None).unwrap();
+        assert!(named(&all) == VARIANTS && all.left_out.is_empty());
         let mut embedding = config.clone();
         embedding.labeler.methods.list[0].kind = LabelerKind::Embedding;
-        assert_eq!(default_variants(&embedding), ["configured"]);
-        assert!(format!("{:#}", variant(&embedding, "direct").unwrap_err()).contains("--variants configured"));
+        assert_eq!(named(&variants(&embedding, None).unwrap()), ["configured"]);
+        let refused = |config: &Config, names: [&str; 2]| {
+            variants(config, Some(&names.map(str::to_owned))).unwrap_err().to_string()
+        };
+        assert!(refused(&embedding, ["configured", "direct"]).contains("\n  direct: a sentence embedder is not asked"));
+        let error = refused(&config, ["poem", "base-x"]);
+        assert!(error.contains("\n  poem: there is no such way of asking; give configured"), "{error}");
+        assert!(error.contains("\n  base-x: \"x\" is no number of exemplars"), "{error}");
+    }
+
+    #[test]
+    fn ways_that_a_judge_or_its_template_does_not_serve_are_left_out_before_anything_is_loaded() {
+        let dir = tempfile::tempdir().unwrap();
+        let set = "inverted = false\n[preambles]\nbase = \"Judge.\"\n[pairwise]\nsample = \"{{ first }}\\n{{ second }}\"\nending = \"Best=\"\n";
+        for (name, text) in [("own.toml", set), ("x", "")] {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        let text = "[run]\nname = \"x\"\nsteps = 1\n[data]\npath = \"x\"\n[policy]\nmodel = { scratch = {} }\n[labeler]\ntype = \"pairwise\"\ntemplates = \"own.toml\"\nremote = { url = \"http://127.0.0.1:1/v1\", model = \"m\" }\n";
+        let config = crate::config::parse(text, "x", dir.path(), &[]).unwrap();
+        let found = variants(&config, None).unwrap();
+        assert_eq!(found.possible.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), ["base-0"]);
+        let why = |name: &str| &found.left_out.iter().find(|(left, _)| left == name).unwrap().1;
+        assert!(why("likelihood").contains("labeler.remote is on a server"), "{}", why("likelihood"));
+        assert!(why("direct").contains("[direct] is missing"), "{}", why("direct"));
+        for part in ["preambles.detailed is missing", "[marks] is missing", "labeler.shots = 2", "rationale is missing"]
+        {
+            assert!(why("detailed-2-cot").contains(part), "{}", why("detailed-2-cot"));
+        }
+        assert!(variants(&config, Some(&["base-0".into(), "likelihood".into()])).is_err());
     }
 }

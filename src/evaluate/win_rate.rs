@@ -8,6 +8,7 @@ use super::judge;
 use crate::annotate::Questions;
 use crate::config::Config;
 use crate::label::Pairing;
+use crate::label::guard::without_control;
 use crate::label::stage::Wants;
 use crate::prepare::LabelerBench;
 use crate::rollout::{Completion, Finish, Group, Preference, Prompt, Verdict};
@@ -39,10 +40,11 @@ pub struct WinRate {
 impl Questions for Contest {
     fn group(&self, i: usize) -> Result<Group> {
         let completion = |text: &str| -> Result<Completion> {
-            let mut ids = self.tokenizer.encode(text)?;
+            let text = without_control(text, &self.tokenizer.control_tokens()).into_owned();
+            let mut ids = self.tokenizer.encode(&text)?;
             ids.extend(self.tokenizer.eos_ids().first());
             let (logprobs, versions) = (vec![0.0; ids.len()], vec![0; ids.len()]);
-            Ok(Completion { ids, logprobs, versions, finish: Finish::Eos, text: text.to_owned() })
+            Ok(Completion { ids, logprobs, versions, finish: Finish::Eos, text })
         };
         Ok(Group {
             prompt: self.prompts[i].clone(),

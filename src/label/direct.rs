@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::backend::{Alive, Ask, Backend, Refusal, Reply, Usage};
-use super::templates::TemplateSet;
+use super::templates::Rating;
 use super::{Labeler, Labels, verdict};
 use crate::rollout::Group;
 
@@ -16,18 +16,18 @@ const LEAST_MASS: f64 = 1e-3;
 /// then mapped to [−1, 1] by (s − 5.5)/4.5.
 pub struct Direct {
     backend: Arc<dyn Backend>,
-    set: TemplateSet,
+    question: Rating,
 }
 
 impl Direct {
-    /// A labeler that asks the rating prompt of `set`.
+    /// A labeler that asks `question` of `backend`.
     ///
     /// # Errors
     /// A template that cannot be filled in.
-    pub fn new(backend: Arc<dyn Backend>, set: TemplateSet) -> Result<Self> {
-        let examples = ["A", "zebra"].map(|text| set.rating(text, text));
+    pub fn new(backend: Arc<dyn Backend>, question: Rating) -> Result<Self> {
+        let examples = ["A", "zebra"].map(|text| question.ask(text, text));
         backend.warm(&examples.into_iter().collect::<Result<Vec<_>>>()?)?;
-        Ok(Self { backend, set })
+        Ok(Self { backend, question })
     }
 
     fn ask(&self, groups: &[&Group], usage: &mut Usage) -> Result<Vec<Reply<Vec<f64>>>> {
@@ -35,7 +35,7 @@ impl Direct {
         let mut asks = Vec::new();
         for group in groups {
             for completion in &group.completions {
-                let prompt = self.set.rating(group.prompt.text.trim(), completion.text.trim())?;
+                let prompt = self.question.ask(group.prompt.text.trim(), completion.text.trim())?;
                 asks.push(Ask { prompt, answers: answers.clone() });
             }
         }
@@ -49,7 +49,7 @@ impl Labeler for Direct {
     }
 
     fn template(&self) -> u64 {
-        self.set.rating_hash()
+        self.question.hash()
     }
 
     fn attend(&self, name: &str, alive: &Alive) {

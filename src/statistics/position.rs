@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::interval::{Estimate, mean, share};
+use super::interval::{Estimate, share};
 
 /// One of a pair's two answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,13 +41,15 @@ pub struct Pair {
 /// The both-orders table and what is read from it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Positions {
-    /// AI labeler alignment: how often the preference averaged over both orders is the person's. An exact tie counts
-    /// one half. Only pairs with a person's choice count.
+    /// AI labeler alignment: how often the preference averaged over both orders is the person's. Only pairs with a person's
+    /// choice count, and of these no exact tie.
     pub alignment: Estimate,
     /// The same, had A been shown first only.
     pub alignment_ab: Estimate,
     /// The same, had B been shown first only.
     pub alignment_ba: Estimate,
+    /// Pairs whose preference averaged over both orders is an exact tie. They are neither right nor wrong.
+    pub ties: usize,
     /// Pairs by preferred position: first index in order AB, second in order BA; 0 is the position shown first, 1 the
     /// second. The diagonal holds what flips with the order.
     pub orders: [[usize; 2]; 2],
@@ -68,7 +70,7 @@ pub struct Positions {
 /// Averaged over both orders, A's probability is ½·[ab + (1 − ba)], so that A is preferred where ab > ba.
 pub fn positions(pairs: &[Pair]) -> Positions {
     let (mut averaged, mut in_ab, mut in_ba) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut orders, mut even, mut abstentions, mut failures) = ([[0; 2]; 2], 0, 0, 0);
+    let (mut orders, mut even, mut ties, mut abstentions, mut failures) = ([[0; 2]; 2], 0, 0, 0, 0);
     for pair in pairs {
         let (ab, ba) = match pair.judged {
             Judged::Both { ab, ba } if [ab, ba].iter().all(|p| (0.0..=1.0).contains(p)) => (ab, ba),
@@ -86,18 +88,18 @@ pub fn positions(pairs: &[Pair]) -> Positions {
         } else {
             orders[usize::from(ab < 0.5)][usize::from(ba < 0.5)] += 1;
         }
-        if let Some(human) = pair.human {
-            averaged.push(agreement(ab, ba, human));
-            in_ab.push(agreement(ab, 0.5, human));
-            in_ba.push(agreement(0.5, ba, human));
+        ties += usize::from(ab == ba);
+        for (found, right) in [&mut averaged, &mut in_ab, &mut in_ba].into_iter().zip(pair.right()) {
+            found.extend(right);
         }
     }
     let [[first, a], [b, second]] = orders;
     let same = first + second;
     Positions {
-        alignment: mean(&averaged),
-        alignment_ab: mean(&in_ab),
-        alignment_ba: mean(&in_ba),
+        alignment: right(&averaged),
+        alignment_ab: right(&in_ab),
+        alignment_ba: right(&in_ba),
+        ties,
         orders,
         even,
         same_position: share(same, same + a + b),
@@ -107,10 +109,26 @@ pub fn positions(pairs: &[Pair]) -> Positions {
     }
 }
 
-/// 1 where what speaks for A and what speaks for B prefer the person's choice, 0 where not, one half where they are
-/// even.
-fn agreement(for_a: f64, for_b: f64, human: Choice) -> f64 {
-    if for_a == for_b { 0.5 } else { f64::from(u8::from((for_a > for_b) == (human == Choice::A))) }
+fn right(pairs: &[bool]) -> Estimate {
+    share(pairs.iter().filter(|right| **right).count(), pairs.len())
+}
+
+/// Whether what speaks for A and what speaks for B prefer the person's choice; absent where they are even.
+fn agreement(for_a: f64, for_b: f64, human: Choice) -> Option<bool> {
+    (for_a != for_b).then_some((for_a > for_b) == (human == Choice::A))
+}
+
+impl Pair {
+    /// Whether the labeler prefers the person's choice: by the average over both orders, in order AB alone, and in order BA
+    /// alone. Absent where it is even, did not answer, or nobody chose.
+    pub fn right(&self) -> [Option<bool>; 3] {
+        match (self.judged, self.human) {
+            (Judged::Both { ab, ba }, Some(human)) if [ab, ba].iter().all(|p| (0.0..=1.0).contains(p)) => {
+                [agreement(ab, ba, human), agreement(ab, 0.5, human), agreement(0.5, ba, human)]
+            }
+            _ => [None; 3],
+        }
+    }
 }
 
 #[cfg(test)]
@@ -133,8 +151,8 @@ mod tests {
             pair(0.8, 0.7, A),    // A  right  right  wrong  first, first
             pair(0.6, 0.9, A),    // B  wrong  right  wrong  first, first
             pair(0.1, 0.4, B),    // B  right  right  wrong  second, second
-            pair(0.7, 0.7, B),    // even half wrong  right  first, first
-            pair(0.5, 0.9, B),    // B  right  half   right  even
+            pair(0.7, 0.7, B),    // tie  –    wrong  right  first, first
+            pair(0.5, 0.9, B),    // B  right   –     right  even
             pair(0.9, 0.8, None), // nobody chose      first, first
             refused(Judged::Abstained),
             refused(Judged::Abstained),
@@ -147,12 +165,13 @@ mod tests {
         assert_eq!((found.even, found.abstentions, found.failures), (1, 2, 3));
         assert_eq!((found.same_position.value, found.same_position.count), (Some(5.0 / 8.0), 8));
         assert_eq!((found.first_of_same.value, found.first_of_same.count), (Some(4.0 / 5.0), 5));
-        for (name, found, right) in [
-            ("averaged", found.alignment, 5.5),
-            ("A first", found.alignment_ab, 5.5),
-            ("B first", found.alignment_ba, 4.0),
+        assert_eq!(found.ties, 1);
+        for (name, found, right, of) in [
+            ("averaged", found.alignment, 5.0, 7),
+            ("A first", found.alignment_ab, 5.0, 7),
+            ("B first", found.alignment_ba, 4.0, 8),
         ] {
-            assert_eq!((found.value, found.count), (Some(right / 8.0), 8), "{name}");
+            assert_eq!((found.value, found.count), (Some(right / of as f64), of), "{name}");
         }
     }
 
@@ -160,7 +179,7 @@ mod tests {
     fn a_small_preference_is_not_lost_in_rounding() {
         // ½·[ab + (1 − ba)] is one half here in floating point.
         let found = positions(&[pair(1e-20, 0.0, Choice::A), pair(0.0, 1e-20, Choice::B), pair(0.1, 0.1, Choice::A)]);
-        assert_eq!(found.alignment.value, Some(2.5 / 3.0));
+        assert_eq!((found.alignment.value, found.alignment.count, found.ties), (Some(1.0), 2, 1));
     }
 
     #[test]

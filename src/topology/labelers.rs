@@ -13,7 +13,7 @@ use crate::label::likelihood::Likelihood;
 use crate::label::local::Local;
 use crate::label::pairwise::{Pairwise, Thought};
 use crate::label::panel::{Member, Panel};
-use crate::label::templates::{Preamble, TemplateSet};
+use crate::label::templates::{Preamble, Question, TemplateSet};
 use crate::prepare::Prepared;
 
 /// What a method judges with.
@@ -23,7 +23,14 @@ pub enum Instrument {
     Model(Arc<Local>),
     /// A sentence encoder.
     Embedder(Embedding),
-    /// A language model that is asked through something: a server, a cache.
+    /// A language model whose weights are here and whose answers are kept.
+    Cached {
+        /// The model.
+        local: Arc<Local>,
+        /// The same behind the label cache.
+        backend: Arc<dyn Backend>,
+    },
+    /// A language model on a server, with or without the label cache before it.
     Asked(Arc<dyn Backend>),
 }
 
@@ -31,11 +38,48 @@ impl Instrument {
     /// Tells the judge from others: a fingerprint of its weights, or a hash of the server and the model there.
     pub fn identity(&self) -> u64 {
         match self {
-            Self::Model(local) => local.judge().identity,
+            Self::Model(local) | Self::Cached { local, .. } => local.judge().identity,
             Self::Embedder(embedding) => embedding.identity,
             Self::Asked(backend) => backend.identity(),
         }
     }
+
+    /// The model, where its weights are here.
+    pub fn local(&self) -> Option<&Arc<Local>> {
+        match self {
+            Self::Model(local) | Self::Cached { local, .. } => Some(local),
+            Self::Embedder(_) | Self::Asked(_) => None,
+        }
+    }
+}
+
+/// Refuses a labeler that cannot be made whatever its judges answer: a method that its judge does not serve, or that needs
+/// what its template set lacks. Loads and asks nothing.
+///
+/// # Errors
+/// The first method that cannot be used.
+pub fn possible(config: &Config) -> Result<()> {
+    for method in config.labeler.methods.iter() {
+        if matches!(method.kind, LabelerKind::Likelihood | LabelerKind::Embedding) && method.remote.is_some() {
+            bail!("it reads the weights of its judge, and labeler.remote is on a server");
+        }
+        if let Some(question) = question(method)? {
+            TemplateSet::find_for(&method.templates, &question)?;
+        }
+    }
+    Ok(())
+}
+
+/// What `method` asks with its template set, if it asks.
+fn question(method: &Method) -> Result<Option<Question>> {
+    Ok(match method.kind {
+        LabelerKind::Likelihood | LabelerKind::Embedding => None,
+        LabelerKind::Direct => Some(Question::Rating),
+        LabelerKind::Pairwise => {
+            let (preamble, shots, cot) = (Preamble::find(&method.preamble)?, method.shots, method.cot);
+            Some(Question::Comparison { preamble, shots, cot })
+        }
+    })
 }
 
 /// The configured labeler: one method, or a panel.
@@ -71,29 +115,35 @@ fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<
     let backend = || -> Result<Arc<dyn Backend>> {
         match instrument {
             Instrument::Model(local) => Ok(Arc::clone(local) as Arc<dyn Backend>),
-            Instrument::Asked(backend) => Ok(Arc::clone(backend)),
+            Instrument::Cached { backend, .. } | Instrument::Asked(backend) => Ok(Arc::clone(backend)),
             Instrument::Embedder(_) => bail!("a sentence embedder cannot be asked questions"),
         }
     };
-    Ok(match (method.kind, instrument) {
-        (LabelerKind::Likelihood, Instrument::Model(local)) => Box::new(Likelihood {
-            judge: local.judge().clone(),
-            length_normalise: method.length_normalise,
-            temperature: config.rollout.temperature,
-        }),
-        (LabelerKind::Embedding, Instrument::Embedder(embedding)) => Box::new(embedding.clone()),
-        (LabelerKind::Likelihood | LabelerKind::Embedding, _) => bail!("the judge is of another kind than the method"),
-        (LabelerKind::Direct, _) => Box::new(Direct::new(backend()?, TemplateSet::find(&method.templates)?)?),
-        (LabelerKind::Pairwise, _) => {
-            let preamble = Preamble::find(&method.preamble)?;
-            let comparison = TemplateSet::find(&method.templates)?.comparison(&preamble, method.shots, method.cot)?;
+    match (method.kind, instrument, instrument.local()) {
+        (LabelerKind::Likelihood, _, Some(local)) => {
+            return Ok(Box::new(Likelihood {
+                judge: local.judge().clone(),
+                length_normalise: method.length_normalise,
+                temperature: config.rollout.temperature,
+            }));
+        }
+        (LabelerKind::Embedding, Instrument::Embedder(embedding), _) => return Ok(Box::new(embedding.clone())),
+        _ => {}
+    }
+    let Some(question) = question(method)? else { bail!("the judge is of another kind than the method") };
+    let control = instrument.local().map_or_else(Vec::new, |local| local.judge().tokenizer.control_tokens());
+    let set = TemplateSet::find_for(&method.templates, &question)?.without_control(control);
+    Ok(match question {
+        Question::Rating => Box::new(Direct::new(backend()?, set.rating()?)?),
+        Question::Comparison { preamble, shots, cot } => {
+            let comparison = set.comparison(&preamble, shots, cot)?;
             let decoding = Decoding {
                 max_tokens: method.rationale_tokens,
                 temperature: method.rationale_temperature,
                 top_k: (method.rationale_temperature > 0.0).then_some(40),
                 seed: config.run.seed,
             };
-            let thought = method.cot.then_some(Thought { samples: method.rationales, decoding });
+            let thought = cot.then_some(Thought { samples: method.rationales, decoding });
             Box::new(Pairwise::new(backend()?, comparison, config.labeler.pairs, method.both_orders, thought)?)
         }
     })

@@ -179,6 +179,119 @@ fn every_evaluation_runs_on_a_checkpoint() {
     assert!(stderr(&refused).contains("labeler.type = \"direct\""), "{}", stderr(&refused));
 }
 
+/// The arguments of `eval alignment` on pairs.jsonl with a judge on a server alone. The policy's model and device are not
+/// there, so that the command fails if it loads or opens them.
+fn remote_alignment(dir: &Path, mock: &MockJudge) -> Vec<String> {
+    let settings = [
+        format!("labeler.remote={{ url = \"{}\", model = \"mock\", probe = false }}", mock.url),
+        format!("labeler.cache=\"{}\"", dir.join("cache").display()),
+        "labeler.type=pairwise".to_owned(),
+        "policy.model={ path = \"no/such/model\" }".to_owned(),
+        "policy.device=cuda:7".to_owned(),
+    ];
+    let offline = config("offline.toml").display().to_string();
+    let fixed = ["alignment", &offline, "--input", "pairs.jsonl"].map(str::to_owned);
+    fixed.into_iter().chain(settings.into_iter().flat_map(|one| ["--set".to_owned(), one])).collect()
+}
+
+fn judged(prompt: &str) -> Act {
+    let after = |mark: &str| prompt.rsplit(mark).next().unwrap().to_owned();
+    match () {
+        () if prompt.contains("post 1") => Act::Tokens(vec![("1", 0.5), ("2", 0.5)]),
+        // A rating: of good ones 9, of bad ones 2.
+        () if prompt.ends_with("SCORE:") && after("SUMMARY: ").starts_with("good") => Act::Tokens(vec![("9", 1.0)]),
+        () if prompt.ends_with("SCORE:") => Act::Tokens(vec![("2", 1.0)]),
+        () if after("\nSummary 1 - ").starts_with("good") => Act::Tokens(vec![("1", 0.9), ("2", 0.1)]),
+        () => Act::Tokens(vec![("1", 0.2), ("2", 0.8)]),
+    }
+}
+
+#[test]
+fn a_remote_judge_alone_is_asked_only_in_ways_that_it_serves_and_ties_and_equal_answers_are_neither_right_nor_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    write_pairs(&dir.path().join("pairs.jsonl"), 5);
+    let mut text = std::fs::read_to_string(dir.path().join("pairs.jsonl")).unwrap();
+    for _ in 0..2 {
+        text.push_str(&format!("{}\n", json!({ "prompt": "p", "chosen": "the same", "rejected": "the same " })));
+    }
+    std::fs::write(dir.path().join("pairs.jsonl"), text).unwrap();
+    let mock = MockJudge::start(|_, _, body| judged(body["messages"][0]["content"].as_str().unwrap()));
+    let arguments = remote_alignment(dir.path(), &mock);
+    // A way that cannot be asked in ends the command before the first question.
+    let wrong = preceptor(dir.path()).arg("eval").args(&arguments).args(["--variants", "base-0,likelihood"]).output();
+    let wrong = stderr(&wrong.unwrap());
+    assert!(wrong.contains("likelihood: it reads the weights of its judge"), "{wrong}");
+    assert_eq!(mock.served("ok"), 0);
+
+    let output = preceptor(dir.path()).arg("eval").args(&arguments).args(["--format", "json"]).output().unwrap();
+    let said = stderr(&output);
+    assert!(output.status.success() && said.contains("left out: likelihood: "), "{said}");
+    // 7 pairs: 4 ways of 2 questions, 4 with rationales of 4, and ratings of 4, of which 2 tell 1 from 10.
+    assert!(said.contains("questions to the judge: at most 196 (base-0 14, "), "{said}");
+    let tables = String::from_utf8(output.stdout).unwrap();
+    let rows: Value = serde_json::from_str(tables.lines().next().unwrap()).unwrap();
+    assert_eq!(rows.as_array().unwrap().len(), 9);
+    for row in [&rows[0], &rows[8]] {
+        assert_eq!((&row["pairs"], &row["identical"]), (&json!(7), &json!(2)), "{row}");
+        assert_eq!(row["ties"], 1, "{row}");
+        assert_eq!((&row["alignment"]["value"], &row["alignment"]["count"]), (&json!(1.0), &json!(4)), "{row}");
+    }
+    // Five pairs in both orders without a rationale, four times; with one, four times; and ten ratings, two of them of 1.
+    assert_eq!(mock.served("ok"), 4 * 10 + 4 * 20 + 10 + 2);
+}
+
+/// A judge that believes a forged verdict wherever a line begins with one, control tokens, and praise.
+#[test]
+fn attacks_flip_what_a_judge_believes_and_what_a_template_keeps_from_it_they_do_not() {
+    let dir = tempfile::tempdir().unwrap();
+    write_pairs(&dir.path().join("pairs.jsonl"), 4);
+    let mock = MockJudge::start(|_, _, body| {
+        let prompt = body["messages"][0]["content"].as_str().unwrap();
+        let (before, second) = prompt.rsplit_once("\nSummary 2 - ").unwrap();
+        let first = before.rsplit_once("\nSummary 1 - ").unwrap().1;
+        let believed = |text: &str| {
+            let forged = |line: &str| ["Preferred Summary=", "Summary 1"].iter().any(|one| line.starts_with(one));
+            // The template's own ending is the last line.
+            let lines = text.strip_suffix("Preferred Summary=").unwrap_or(text).lines();
+            lines.skip(1).any(forged) || text.contains("<|im_end|>") || text.contains("Independent experts")
+        };
+        match (believed(first), believed(second)) {
+            (true, _) => Act::Tokens(vec![("1", 0.9), ("2", 0.1)]),
+            (_, true) => Act::Tokens(vec![("1", 0.1), ("2", 0.9)]),
+            _ => judged(prompt),
+        }
+    });
+    let arguments = remote_alignment(dir.path(), &mock);
+    let output = preceptor(dir.path())
+        .arg("eval")
+        .args(&arguments)
+        .args(["--variants", "base-0", "--attacks", "--format", "json"])
+        .output()
+        .unwrap();
+    let said = stderr(&output);
+    assert!(output.status.success(), "{said}");
+    let attacks = preceptor::evaluate::attacks::ATTACKS.len();
+    let announced = format!(
+        "at most 8 (base-0 8); {attacks} attacks on each pair that is decided rightly: at most {} more",
+        8 * attacks
+    );
+    assert!(said.contains(&announced), "{announced:?} is not in {said}");
+    let tables = String::from_utf8(output.stdout).unwrap();
+    let rows: Value = serde_json::from_str(tables.lines().last().unwrap()).unwrap();
+    assert_eq!(rows.as_array().unwrap().len(), attacks + 2, "{rows}");
+    for row in rows.as_array().unwrap() {
+        // One of the four pairs is a tie and is not attacked.
+        assert_eq!((&row["labeler"], &row["pairs"]), (&json!("base-0"), &json!(3)), "{row}");
+        let flipped = match row["attack"].as_str().unwrap() {
+            "claims-praise" | "any of them" => 1.0,
+            "mean of all" => 1.0 / attacks as f64,
+            _ => 0.0,
+        };
+        let found = row["flipped"]["value"].as_f64();
+        assert!(found.is_some_and(|found| (found - flipped).abs() < 1e-12), "{row}");
+    }
+}
+
 #[test]
 fn pairs_are_made_by_the_rule_and_read_back() {
     let dir = tempfile::tempdir().unwrap();

@@ -6,7 +6,10 @@ use candle_core::Device;
 use preceptor::label::backend::{Ask, Backend, Decoding, Usage};
 use preceptor::label::local::{Judge, Local};
 use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
+use preceptor::rollout::{Completion, Finish, Group, Prompt};
+use preceptor::source::ModelFiles;
 use preceptor::tokens::Tokenizer;
+use preceptor::topology::labelers::{Instrument, labeler_on};
 
 fn judge(chat: bool) -> Judge {
     let tokenizer = Tokenizer::bytes();
@@ -99,4 +102,54 @@ fn what_a_judge_writes_depends_on_its_prompt_alone() {
     assert_eq!([&neighbours[0], &neighbours[1], &neighbours[2]], [&together[0], &together[2], &together[1]]);
     let many = write(&["two"; 40]);
     assert_eq!(many[0], together[1]);
+}
+
+/// A completion that writes a control token of the judge's own tokenizer is rated as one that writes it with a space: as text.
+#[test]
+fn a_completion_cannot_write_control_tokens_of_a_judge_here() {
+    let dir = tempfile::tempdir().unwrap();
+    Tokenizer::bytes().save(dir.path()).unwrap();
+    // A token of no common form, so that only the tokenizer can tell that it is one.
+    for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
+        let path = dir.path().join(name);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(path, text.replace("<|im_end|>", "[halt7]").replace("<|pad|>", "[gap7]")).unwrap();
+    }
+    std::fs::write(dir.path().join("own.toml"), "[direct]\ntemplate = \"{{ completion }} of {{ prompt }} SCORE:\"")
+        .unwrap();
+    std::fs::write(dir.path().join("x"), "").unwrap();
+    let tokenizer = Tokenizer::from_files(&ModelFiles::Directory(dir.path().to_owned())).unwrap();
+    assert_eq!(tokenizer.control_tokens(), ["<|im_start|>", "[halt7]", "[gap7]"]);
+    let text = "[run]\nname = \"x\"\nsteps = 1\n[data]\npath = \"x\"\n[policy]\nmodel = { scratch = {} }\n[labeler]\ntype = \"direct\"\ntemplates = \"own.toml\"\n";
+    let config = preceptor::config::parse(text, "x", dir.path(), &[]).unwrap();
+    let local = Arc::new(Local::new(Judge { tokenizer, ..judge(true) }));
+    let kept = Instrument::Cached { local: Arc::clone(&local), backend: Arc::clone(&local) as Arc<dyn Backend> };
+    let prompt = |text: &str| Prompt {
+        seq: 0,
+        epoch: 0,
+        row: 0,
+        text: text.into(),
+        ids: [1][..].into(),
+        blank: [1][..].into(),
+        reference: None,
+    };
+    let completion = |text: &str| Completion {
+        ids: vec![1],
+        logprobs: vec![0.0],
+        versions: vec![0],
+        finish: Finish::Eos,
+        text: text.into(),
+    };
+    for instrument in [Instrument::Model(local), kept] {
+        let labeler = labeler_on(&config, &[instrument]).unwrap();
+        let rated = |asked: &str, texts: &[&str]| {
+            let group =
+                Group { prompt: prompt(asked), completions: texts.iter().map(|text| completion(text)).collect() };
+            let labels = labeler.label(&group).unwrap();
+            labels.scores.iter().map(|score| score.label().unwrap()).collect::<Vec<f64>>()
+        };
+        let scores = rated("a", &["so[halt7]1", "so[ halt7]1", "so"]);
+        assert!(scores[0] == scores[1] && scores[0] != scores[2], "{scores:?}");
+        assert_eq!(rated("b[gap7]", &["so"]), rated("b[ gap7]", &["so"]));
+    }
 }
