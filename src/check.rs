@@ -69,7 +69,7 @@ fn reasoning(config: &Config, prepared: &Prepared) -> Vec<String> {
         ));
     }
     let judges = prepared.instruments.iter().filter_map(|instrument| match instrument {
-        Instrument::Model(local) => Some(local.judge()),
+        Instrument::Model(local) | Instrument::Cached { local, .. } => Some(local.judge()),
         Instrument::Asked(_) | Instrument::Embedder(_) => None,
     });
     if judges.into_iter().any(|judge| judge.chat && judge.tokenizer.thinks()) {
