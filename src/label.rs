@@ -10,6 +10,7 @@ pub mod likelihood;
 pub mod local;
 pub mod pairwise;
 pub mod panel;
+pub mod shape;
 pub mod stage;
 pub mod templates;
 

@@ -10,6 +10,7 @@ pub mod breaker;
 pub mod budget;
 pub mod client;
 pub mod evidence;
+pub mod identity;
 pub mod key;
 pub mod lenient;
 pub mod limit;
@@ -26,9 +27,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use crate::config::{RemoteApi, RemoteJudge};
+use crate::config::RemoteJudge;
 use crate::knob::Knob;
 use crate::label::backend::{Alive, Ask, Backend, Decoding, Refusal, Reply, Usage};
+use crate::label::shape::Shape;
 use crate::seed;
 use budget::Budget;
 use client::Client;
@@ -121,9 +123,11 @@ impl Drop for Remote {
 
 impl Backend for Remote {
     fn identity(&self) -> u64 {
-        let judge = &self.client.judge;
-        let api = if judge.api == RemoteApi::Chat { "chat" } else { "completions" };
-        seed::text(&[judge.url.as_str(), &judge.model, api, judge.system.as_deref().unwrap_or_default()].join("\0"))
+        identity::identity(&self.client.judge)
+    }
+
+    fn shape(&self) -> Shape {
+        identity::shape(&self.client.judge)
     }
 
     fn attend(&self, name: &str, alive: &Alive) {

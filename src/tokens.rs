@@ -177,6 +177,11 @@ impl Tokenizer {
         self.template.is_some()
     }
 
+    /// The source of the model's chat template, in Jinja; `None` if the model has none.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.template.as_ref().map(|template| template.source.as_str())
+    }
+
     /// One more than the highest token id, special tokens included. A model's embeddings may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size

@@ -34,10 +34,13 @@ section! {
         /// Most that the run may spend on remote judges, over all its processes, in the currency of their prices; 0 disables
         /// the limit. A question that could exceed it is not asked: the run ends with a checkpoint and exit status 3.
         [Changeable] max_cost: f64 = is(0.0).from(0).note("; 0 is no bound"),
-        /// Folder of the label cache, relative to the configuration's folder. No answer in it is paid for again.
+        /// Folder of the label cache, relative to the configuration's folder. No answer in it is paid for again. Several
+        /// processes may use one folder at the same time. Answers are kept by everything that shapes them, but not by the
+        /// server's address.
         [Changeable] cache: Option<PathBuf> =
             unset("none for local judges; for remote ones `labels` in the model cache").example("\"labels\"").resolve(in_folder),
-        /// Number of answers that the cache keeps, of a few hundred bytes each; the oldest are removed.
+        /// Number of answers that the cache keeps, of a few hundred bytes each; the oldest are removed. Of several processes
+        /// that use one folder, the smallest number holds.
         [Changeable] cache_entries: u64 = is(1_000_000).from(1),
         /// Groups that may wait for the reward actor.
         [Changeable] capacity: usize = queue(),
@@ -251,7 +254,8 @@ section! {
         /// Base URL, including the version.
         [AcceptChange] url: String =
             required("the server's address, such as http://127.0.0.1:8080/v1").example("\"http://127.0.0.1:8080/v1\"").check(|value| check_url(value)),
-        /// Name of the model on the server.
+        /// Name of the model on the server. The label cache takes two servers for the same judge if the names are equal, so
+        /// different models that share a cache need different names.
         [AcceptChange] model: String = required("the model's name on the server").example("\"judge\""),
         /// Endpoint of the API.
         [AcceptChange] api: RemoteApi = is(RemoteApi::Chat),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::shape::Shape;
 use crate::knob::Knob;
 
 /// One question with a closed set of answers.
@@ -85,6 +86,10 @@ pub type Alive = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 pub trait Backend: Send + Sync {
     /// Tells this model from others: a fingerprint of its weights, or a hash of its address and name.
     fn identity(&self) -> u64;
+
+    /// Everything besides the questions that shapes this model's answers, by which the label cache keeps them. Unlike the
+    /// identity it leaves out where the model is.
+    fn shape(&self) -> Shape;
 
     /// Whom to give a sign of life, by name, while the judge is away and is waited for.
     fn attend(&self, _name: &str, _alive: &Alive) {}

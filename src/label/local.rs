@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use candle_core::{DType, Tensor};
 
 use super::backend::{Ask, Backend, Decoding, Refusal, Reply, Usage};
+use super::shape::{Parts, Shape};
 use crate::generate::sampler::Sampling;
 use crate::generate::{Engine, Fixed, MOST_SLOTS, Request, generate_with};
 use crate::model::{Decoder, Prefix, Trie};
@@ -241,6 +242,14 @@ impl Local {
 impl Backend for Local {
     fn identity(&self) -> u64 {
         self.judge.identity
+    }
+
+    fn shape(&self) -> Shape {
+        // The text of the template, not what it makes of a prompt: that may contain the date.
+        let template = self.judge.chat.then(|| self.judge.tokenizer.chat_template().unwrap_or_default());
+        let identity = format!("{:016x}", self.judge.identity);
+        let parts = Parts::of("weights").with("model", &identity).with_some("chat template", template);
+        Shape { weighed: parts.digest(), written: parts.digest(), earlier: Some(self.judge.identity) }
     }
 
     fn warm(&self, examples: &[String]) -> Result<()> {

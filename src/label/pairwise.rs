@@ -197,6 +197,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+    use crate::label::shape::Shape;
     use crate::label::templates::{Preamble, TemplateSet};
     use crate::rollout::{Completion, Finish, Prompt, Verdict};
 
@@ -235,6 +236,10 @@ rationale = "r"
     impl Backend for Scripted {
         fn identity(&self) -> u64 {
             7
+        }
+
+        fn shape(&self) -> Shape {
+            unreachable!("no cache is in front of it")
         }
 
         fn weigh(&self, asks: &[Ask], _usage: &mut Usage) -> Vec<Reply<Vec<f64>>> {

@@ -133,7 +133,7 @@ fn is_refused(dir: &Path, overrides: &[String]) -> Result<bool> {
 
 /// Answers in the label cache.
 fn kept(cache: &Path) -> Result<u64> {
-    if !cache.join("labels.redb").exists() {
+    if !cache.join("labels.sqlite").exists() {
         return Ok(0);
     }
     Store::open(cache, u64::MAX).context("after a kill")?.len()

@@ -107,6 +107,6 @@ fn held(pid: u32, cache: &Path) -> Result<Held> {
     let count = |name: &str| -> Result<usize> { Ok(std::fs::read_dir(proc.join(name))?.count()) };
     let statm = std::fs::read_to_string(proc.join("statm"))?;
     let pages: u64 = statm.split_whitespace().nth(1).context("statm has two numbers")?.parse()?;
-    let cache = std::fs::metadata(cache.join("labels.redb")).map_or(0, |metadata| metadata.len());
+    let cache = std::fs::metadata(cache.join("labels.sqlite")).map_or(0, |metadata| metadata.len());
     Ok(Held { resident: 4096 * pages, handles: count("fd")?, threads: count("task")?, cache })
 }

@@ -3,7 +3,7 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 
 use tempfile::TempDir;
@@ -147,24 +147,66 @@ fn an_earlier_run_goes_on_from_its_earlier_checkpoint() {
     assert_eq!(trained(&run), (0..BATCH * STEPS).collect::<Vec<_>>());
 }
 
-#[test]
-fn labels_of_an_earlier_cache_are_not_asked_for_again() {
-    let dir = laid_out("");
-    let cache = dir.path().join("cache");
+/// The label cache of an earlier program, packed as `formats/PACKED`, laid out in the folder `cache` of `dir`.
+fn earlier_cache(dir: &Path, packed: &str) {
+    let cache = dir.join("cache");
     std::fs::create_dir(&cache).unwrap();
-    let packed = std::fs::File::open(fixture("formats/labels/labels.redb.gz")).unwrap();
+    let packed = std::fs::File::open(fixture("formats").join(packed)).unwrap();
     let mut bytes = Vec::new();
     flate2::read::GzDecoder::new(packed).read_to_end(&mut bytes).unwrap();
     std::fs::write(cache.join("labels.redb"), bytes).unwrap();
-    let mut command = preceptor(dir.path());
-    command.arg("label").arg(fixture("formats/tiny.toml"));
-    command.args(["--input", "pairs.jsonl", "--output", "labels.jsonl"]);
-    for set in ["type=pairwise", "model=/proc/self/cwd/model", "cache=/proc/self/cwd/cache"] {
+}
+
+/// `label` with that cache and the keys `sets` of the labeler, into the file `output`.
+fn label(dir: &Path, output: &str, sets: &[&str]) -> Command {
+    let mut command = preceptor(dir);
+    command.args(["--log", "info", "label"]).arg(fixture("formats/tiny.toml"));
+    command.args(["--input", "pairs.jsonl", "--output", output]);
+    for set in sets.iter().chain(&["type=pairwise", "cache=/proc/self/cwd/cache"]) {
         command.args(["--set", &format!("labeler.{set}")]);
     }
-    let output = command.output().unwrap();
-    let text = stderr(&output);
-    assert!(output.status.success() && text.contains("0 questions to the judge, 6 from the cache"), "{text}");
-    let read = |path: &Path| std::fs::read_to_string(path).unwrap();
-    assert_eq!(read(&dir.path().join("labels.jsonl")), read(&fixture("formats/labels/labels.jsonl")));
+    command
+}
+
+fn text(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap()
+}
+
+#[test]
+fn labels_of_an_earlier_cache_are_not_asked_for_again() {
+    let dir = laid_out("");
+    earlier_cache(dir.path(), "labels/labels.redb.gz");
+    let output = label(dir.path(), "labels.jsonl", &["model=/proc/self/cwd/model"]).output().unwrap();
+    let said = stderr(&output);
+    assert!(output.status.success() && said.contains("0 questions to the judge, 6 from the cache"), "{said}");
+    assert_eq!(text(&dir.path().join("labels.jsonl")), text(&fixture("formats/labels/labels.jsonl")));
+}
+
+/// The earlier keys have the server's address. Nobody listens there.
+#[test]
+fn labels_of_an_earlier_server_are_imported_once_by_processes_that_start_together_and_found_after_it_moved() {
+    let dir = laid_out("");
+    earlier_cache(dir.path(), "served/labels.redb.gz");
+    let before = std::fs::read(dir.path().join("cache/labels.redb")).unwrap();
+    let label = |output: &str, port: u16| {
+        let remote = format!(
+            "remote={{ url = \"http://127.0.0.1:{port}/v1\", model = \"judge\", system = \"Be fair.\", probe = false, retries = 0, deadline_s = 1, outage_s = 0 }}"
+        );
+        let mut command = label(dir.path(), output, &["cot=true", &remote]);
+        command.stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let together: Vec<Child> = (0..4).map(|i| label(&format!("{i}.jsonl"), 18327)).collect();
+    let mut imports = 0;
+    for (i, child) in together.into_iter().enumerate() {
+        let output = child.wait_with_output().unwrap();
+        let said = stderr(&output);
+        assert!(output.status.success() && said.contains("0 questions to the judge, 12 from the cache"), "{said}");
+        assert_eq!(text(&dir.path().join(format!("{i}.jsonl"))), text(&fixture("formats/served/labels.jsonl")));
+        imports += said.matches("12 labels of the earlier label cache").count();
+    }
+    assert_eq!(imports, 1);
+    let output = label("moved.jsonl", 18328).wait_with_output().unwrap();
+    let said = stderr(&output);
+    assert!(output.status.success() && said.contains("0 questions to the judge, 12 from the cache"), "{said}");
+    assert!(before == std::fs::read(dir.path().join("cache/labels.redb")).unwrap(), "the earlier file changed");
 }

@@ -12,6 +12,7 @@ mod faults;
 mod formats;
 mod hardening;
 mod judges;
+mod label_cache;
 mod labelers;
 mod lora;
 mod mock_judge;

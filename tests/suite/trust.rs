@@ -413,7 +413,7 @@ fn a_label_cache_that_cannot_be_written_for_a_time_keeps_every_label() {
         assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
     };
     limit(64 << 10);
-    node.wait(|text| text.contains("labels.redb cannot be written").then_some(()));
+    node.wait(|text| text.contains("labels.sqlite cannot be written").then_some(()));
     assert!(node.metric("preceptor_disk_errors_total") > 0.0);
     limit(libc::RLIM_INFINITY);
     node.wait(|text| text.contains("is written again").then_some(()));

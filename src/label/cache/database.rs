@@ -1,95 +1,93 @@
-//! The file of the label cache: opening it, reading, writing, and telling damage from a disk that fails.
+//! The file of the label cache, an SQLite database: opening it, reading, writing, and telling damage from a disk that fails.
+//!
+//! SQLite with a write-ahead log lets several processes read and write the same file, survives a process that is killed and a disk
+//! that is full at any write, and reads the file without mapping it into memory, so that damage is an error and not a crash.
 
-use std::cell::Cell;
 use std::fmt;
-use std::io::ErrorKind;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
-use std::sync::Once;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use redb::{
-    CommitError, Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageError,
-    TableDefinition, TableError, TransactionError,
-};
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, ffi, params};
 
 use super::Key;
 
-const REPLIES: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("replies");
+/// How long a write waits for that of another process.
+const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Keys in the order in which their answers came, so that the oldest can go.
-const ORDER: TableDefinition<u64, &[u8; 32]> = TableDefinition::new("order");
+/// Marks a database as a label cache (`PRAGMA application_id`).
+const APPLICATION: i32 = 0x5072_4c63;
+
+/// Version of the tables (`PRAGMA user_version`).
+const VERSION: i32 = 1;
+
+/// The tables and the index. An answer lies next to its key, so that whatever is damaged, a key leads to its own entry or to
+/// one whose checksum is wrong, which is then replaced. The numbers of answers rise in the order in which they came; an answer
+/// is changed in place, and removed at the lowest numbers only, so that the numbers have no gaps. `imported` has what was
+/// taken over from files of earlier programs.
+const TABLES: [&str; 3] = [
+    "CREATE INDEX ages ON answers (seq)",
+    "CREATE TABLE answers (key BLOB PRIMARY KEY, seq INTEGER NOT NULL, entry BLOB NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE imported (name TEXT PRIMARY KEY, mark TEXT NOT NULL)",
+];
 
 /// Why the file cannot be used.
 #[derive(Debug)]
 pub(super) enum Fault {
-    /// Another process has it open.
-    InUse,
+    /// Another process has written for too long.
+    Busy,
     /// Its content is not what was written.
     Damaged(String),
+    /// It is not a file of this program, which a person has to look at.
+    Foreign(String),
     /// The disk or the system failed, and may work again.
     Disk(String),
-    /// It was closed by such a failure, and it is too early to open it again.
+    /// Another file is at its path by now, or none.
+    Moved,
+    /// It could not be opened, or only for reading, and it is too early to try again.
     Closed,
 }
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::InUse => f.write_str("another process has it open"),
-            Self::Closed => f.write_str("it is closed"),
-            Self::Damaged(why) | Self::Disk(why) => f.write_str(why),
+            Self::Busy => write!(f, "another process has been writing into it for {} s", PATIENCE.as_secs()),
+            Self::Moved => f.write_str("it was moved or removed"),
+            Self::Closed => f.write_str("it is not open"),
+            Self::Damaged(why) | Self::Foreign(why) | Self::Disk(why) => f.write_str(why),
         }
     }
 }
 
-impl From<StorageError> for Fault {
-    fn from(error: StorageError) -> Self {
-        match &error {
-            StorageError::Corrupted(_) => Self::Damaged(error.to_string()),
-            // A file that is no database, or ends where a page should be.
-            StorageError::Io(io) if matches!(io.kind(), ErrorKind::InvalidData | ErrorKind::UnexpectedEof) => {
-                Self::Damaged(error.to_string())
-            }
-            _ => Self::Disk(error.to_string()),
-        }
-    }
+/// The keys that an answer may be kept under.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Keys {
+    /// Its key.
+    pub(super) key: Key,
+    /// Its key by the rules of earlier programs; `None` where they could not ask for it.
+    pub(super) earlier: Option<Key>,
 }
 
-impl From<DatabaseError> for Fault {
-    fn from(error: DatabaseError) -> Self {
-        match error {
-            DatabaseError::DatabaseAlreadyOpen => Self::InUse,
-            DatabaseError::Storage(error) => error.into(),
-            other => Self::Damaged(other.to_string()),
-        }
-    }
+/// An entry as it was found.
+#[derive(Debug, Clone)]
+pub(super) struct Kept {
+    /// Its bytes.
+    pub(super) entry: Vec<u8>,
+    /// Whether it is kept under the key of earlier programs.
+    pub(super) earlier: bool,
 }
 
-impl From<TransactionError> for Fault {
-    fn from(error: TransactionError) -> Self {
-        match error {
-            TransactionError::Storage(error) => error.into(),
-            other => Self::Disk(other.to_string()),
-        }
-    }
-}
-
-impl From<TableError> for Fault {
-    fn from(error: TableError) -> Self {
-        match error {
-            TableError::Storage(error) => error.into(),
-            other => Self::Damaged(other.to_string()),
-        }
-    }
-}
-
-impl From<CommitError> for Fault {
-    fn from(error: CommitError) -> Self {
-        match error {
-            CommitError::Storage(error) => error.into(),
-            other => Self::Disk(other.to_string()),
-        }
-    }
+/// An entry to write.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct New {
+    /// Its key.
+    pub(super) key: Key,
+    /// Its bytes.
+    pub(super) entry: Vec<u8>,
+    /// The key of earlier programs that the answer was found under, which this entry replaces.
+    pub(super) replaces: Option<Key>,
 }
 
 /// Answers that were written.
@@ -101,128 +99,375 @@ pub(super) struct Written {
     pub(super) entries: u64,
 }
 
-/// The open file.
-pub(super) struct File(Option<Database>);
+/// Takes a key and its entry into the file.
+pub(super) type Insert<'a> = dyn FnMut(&Key, &[u8]) -> Result<(), Fault> + 'a;
+
+/// Which file it is: device and inode.
+type Place = (u64, u64);
+
+fn place(path: &Path) -> Option<Place> {
+    std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
+}
+
+/// Whether the file system of `path` may be mounted by several machines. A write-ahead log needs memory that all processes
+/// share; there the older journal does, which needs locks alone.
+#[cfg(target_os = "linux")]
+fn machines_share(path: &Path) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = path.parent().unwrap_or(path);
+    let Ok(folder) = std::ffi::CString::new(folder.as_os_str().as_bytes()) else { return false };
+    // SAFETY: all zeros is a valid value of this structure of numbers.
+    let mut about: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `folder` ends with a zero byte, and `about` is a valid place to write to.
+    let done = unsafe { libc::statfs(folder.as_ptr(), &raw mut about) };
+    done == 0 && is_network(about.f_type as u32)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn machines_share(_path: &Path) -> bool {
+    false
+}
+
+/// Whether a file system of this type (`statfs(2)`) is one of a network: NFS, SMB, CIFS, SMB2, AFS, Ceph, Lustre, GPFS, 9P, or
+/// a program's own (FUSE).
+#[cfg(target_os = "linux")]
+pub(super) fn is_network(kind: u32) -> bool {
+    const KINDS: [u32; 10] = [
+        0x6969,
+        0x517b,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x5346_414f,
+        0x00c3_6400,
+        0x0bd0_0bd0,
+        0x4750_4653,
+        0x0102_1997,
+        0x6573_5546,
+    ];
+    KINDS.contains(&kind)
+}
+
+/// The open file. With a write-ahead log, reads do not wait for writes.
+pub(super) struct File {
+    path: PathBuf,
+    place: Option<Place>,
+    reader: Mutex<Connection>,
+    /// `None` where the file was opened as one that nobody writes.
+    writer: Option<Mutex<Connection>>,
+}
 
 impl File {
-    /// Opens the file at `path`, which is made if need be.
+    /// Opens the file at `path`, which is made if need be. No other process may do so at the same time.
     pub(super) fn open(path: &Path) -> Result<Self, Fault> {
-        let known = path.exists();
-        let opened = Self::open_or_make(path);
-        if opened.is_err() && !known {
-            // Half a file, of a disk that was full, would be taken for a damaged one. There is nothing in it.
-            let _ = std::fs::remove_file(path);
+        Self::open_with(path, if machines_share(path) { "delete" } else { "wal" })
+    }
+
+    /// As [`File::open`], with this journal (`PRAGMA journal_mode`).
+    pub(super) fn open_with(path: &Path, journal: &str) -> Result<Self, Fault> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let mut writer = connect(path, flags | OpenFlags::SQLITE_OPEN_CREATE)?;
+        let is_new = is_new(&mut writer)?;
+        run(&mut writer, |writer| {
+            // A file system that offers no shared memory keeps the older journal, which is as safe and slower.
+            writer.pragma_update_and_check(None, "journal_mode", journal, |_| Ok(()))?;
+            // What was committed is on the disk.
+            writer.pragma_update(None, "synchronous", "full")?;
+            writer.pragma_update(None, "journal_size_limit", 16 << 20)
+        })?;
+        if is_new {
+            make_tables(&mut writer)?;
         }
-        opened
+        let reader = connect(path, flags)?;
+        let file = Self {
+            path: path.to_owned(),
+            place: place(path),
+            reader: Mutex::new(reader),
+            writer: Some(Mutex::new(writer)),
+        };
+        file.len()?;
+        Ok(file)
     }
 
-    fn open_or_make(path: &Path) -> Result<Self, Fault> {
-        guarded(|| {
-            let database = Database::create(path)?;
-            let reading = database.begin_read()?;
-            // Opening a file that is whole writes nothing, so that a full disk can be read.
-            match (reading.open_table(REPLIES), reading.open_table(ORDER)) {
-                (Ok(replies), Ok(order)) => {
-                    replies.len()?;
-                    order.last()?;
-                }
-                (Err(TableError::TableDoesNotExist(_)), _) | (_, Err(TableError::TableDoesNotExist(_))) => {
-                    let writing = database.begin_write()?;
-                    writing.open_table(REPLIES)?;
-                    writing.open_table(ORDER)?;
-                    writing.commit()?;
-                }
-                (Err(error), _) | (_, Err(error)) => return Err(error.into()),
-            }
-            drop(reading);
-            Ok(Self(Some(database)))
-        })
+    /// Opens the file at `path` for reading only and without locks, so that it can be read where nothing can be written.
+    /// What another process writes meanwhile may be missed.
+    pub(super) fn open_unchanging(path: &Path) -> Result<Self, Fault> {
+        let disk = |error: &dyn fmt::Display| Fault::Disk(error.to_string());
+        let absolute = std::path::absolute(path).map_err(|error| disk(&error))?;
+        let mut address = url::Url::from_file_path(absolute).map_err(|()| disk(&"its path has no address"))?;
+        address.set_query(Some("immutable=1"));
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
+        let reader = connect(Path::new(address.as_str()), flags)?;
+        let file = Self { path: path.to_owned(), place: place(path), reader: Mutex::new(reader), writer: None };
+        file.len()?;
+        Ok(file)
     }
 
-    fn database(&self) -> Result<&Database, Fault> {
-        self.0.as_ref().ok_or(Fault::Closed)
+    /// Whether the file at the path is another one by now: what is written into this one would be lost.
+    pub(super) fn is_moved(&self) -> bool {
+        place(&self.path) != self.place
     }
 
     /// Answers in it.
     pub(super) fn len(&self) -> Result<u64, Fault> {
-        guarded(|| Ok(self.database()?.begin_read()?.open_table(REPLIES)?.len()?))
+        self.reading(count)
     }
 
-    /// The entries of `keys`.
-    pub(super) fn get(&self, keys: &[Key]) -> Result<Vec<Option<Vec<u8>>>, Fault> {
-        guarded(|| {
-            let table = self.database()?.begin_read()?.open_table(REPLIES)?;
-            keys.iter().map(|key| Ok(table.get(key)?.map(|value| value.value().to_vec()))).collect()
+    /// The entries of `keys`, as they are kept at one moment.
+    pub(super) fn get(&self, keys: &[Keys]) -> Result<Vec<Option<Kept>>, Fault> {
+        self.reading(|reader| {
+            let moment = reader.unchecked_transaction()?;
+            let mut find = moment.prepare("SELECT entry FROM answers WHERE key = ?1")?;
+            let mut entry = |key: &Key, earlier: bool| {
+                let found = find.query_row([key.as_slice()], |row| {
+                    // An entry of another type is a damaged one, as is an empty one.
+                    Ok(row.get_ref(0)?.as_bytes().unwrap_or_default().to_vec())
+                });
+                Ok(found.optional()?.map(|entry| Kept { entry, earlier }))
+            };
+            keys.iter()
+                .map(|keys| match (entry(&keys.key, false)?, &keys.earlier) {
+                    (None, Some(earlier)) => entry(earlier, true),
+                    (found, _) => Ok(found),
+                })
+                .collect()
         })
     }
 
-    /// Writes entries; they are on the disk when this returns. Beyond `most` entries the oldest go. An entry that is there
-    /// already counts as one that was bought again if `is_sound` says so of it.
+    /// Writes entries in one transaction; they are on the disk when this returns. Beyond `most` entries the oldest are
+    /// removed. An entry that is there already counts as one that was bought again if `is_sound` says so of it.
     pub(super) fn put(
         &self,
-        entries: &[(Key, Vec<u8>)],
+        entries: &[New],
         most: u64,
         is_sound: impl Fn(&Key, &[u8]) -> bool,
     ) -> Result<Written, Fault> {
-        guarded(|| {
-            let writing = self.database()?.begin_write()?;
+        self.writing(|writer| {
+            let writing = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let mut written = Written::default();
+            let mut added = 0;
             {
-                let (mut table, mut order) = (writing.open_table(REPLIES)?, writing.open_table(ORDER)?);
-                let mut next = order.last()?.map_or(0, |(last, _)| last.value().wrapping_add(1));
-                for (key, entry) in entries {
-                    if let Some(before) = table.insert(key, entry.as_slice())? {
-                        written.again += u64::from(is_sound(key, before.value()));
-                        continue;
+                let mut find = writing.prepare("SELECT entry FROM answers WHERE key = ?1")?;
+                let mut change = writing.prepare("UPDATE answers SET entry = ?2 WHERE key = ?1")?;
+                let mut rename = writing.prepare("UPDATE answers SET key = ?1, entry = ?2 WHERE key = ?3")?;
+                let mut insert = writing.prepare("INSERT INTO answers (key, seq, entry) VALUES (?1, ?2, ?3)")?;
+                let mut next = next(&writing)?;
+                for New { key, entry, replaces } in entries {
+                    let before = find.query_row([key.as_slice()], |row| {
+                        Ok(is_sound(key, row.get_ref(0)?.as_bytes().unwrap_or_default()))
+                    });
+                    match (before.optional()?, replaces) {
+                        // Another process has given it the new key.
+                        (Some(true), Some(_)) => {}
+                        (Some(sound), _) => {
+                            written.again += u64::from(sound);
+                            change.execute(params![key.as_slice(), entry])?;
+                        }
+                        (None, Some(earlier))
+                            if rename.execute(params![key.as_slice(), entry, earlier.as_slice()])? > 0 => {}
+                        (None, _) => {
+                            added += insert.execute(params![key.as_slice(), next, entry])? as u64;
+                            next = next.saturating_add(1);
+                        }
                     }
-                    order.insert(next, key)?;
-                    next = next.wrapping_add(1);
                 }
-                while table.len()? > most {
-                    let Some(oldest) = order.pop_first()?.map(|(_, key)| *key.value()) else { break };
-                    table.remove(&oldest)?;
-                }
-                written.entries = table.len()?;
             }
+            written.entries = trim(&writing, most, added)?;
             writing.commit()?;
             Ok(written)
         })
     }
-}
 
-impl Drop for File {
-    fn drop(&mut self) {
-        let database = self.0.take();
-        // Closing a damaged file may fail like any use of it.
-        let _ = guarded(|| {
-            drop(database);
-            Ok(())
-        });
+    /// Adds the entries that `source` gives, unless they are there, and notes that what is marked `mark` was taken over
+    /// from the file called `name` if `source` says that it was whole; all in one transaction.
+    pub(super) fn import(
+        &self,
+        name: &str,
+        mark: &str,
+        most: u64,
+        source: impl FnOnce(&mut Insert<'_>) -> Result<bool, Fault>,
+    ) -> Result<u64, Fault> {
+        let Some(writer) = &self.writer else { return Err(Fault::Closed) };
+        let mut writer = lock(writer);
+        // The index is filled in no order.
+        run(&mut writer, |writer| writer.pragma_update(None, "cache_size", -(256 << 10)))?;
+        let added = import(&mut writer, (name, mark), most, source);
+        run(&mut writer, |writer| writer.pragma_update(None, "cache_size", -(8 << 10)))?;
+        added
+    }
+
+    /// The mark of what was taken over from the file called `name`.
+    pub(super) fn imported(&self, name: &str) -> Result<Option<String>, Fault> {
+        self.reading(|reader| {
+            reader.query_row("SELECT mark FROM imported WHERE name = ?1", [name], |row| row.get(0)).optional()
+        })
+    }
+
+    fn reading<T>(&self, work: impl FnOnce(&mut Connection) -> rusqlite::Result<T>) -> Result<T, Fault> {
+        run(&mut lock(&self.reader), work).map_err(|fault| match fault {
+            // Without locks it may have been read while it changed.
+            Fault::Damaged(why) if self.writer.is_none() => Fault::Disk(why),
+            fault => fault,
+        })
+    }
+
+    fn writing<T>(&self, work: impl FnOnce(&mut Connection) -> rusqlite::Result<T>) -> Result<T, Fault> {
+        let Some(writer) = &self.writer else { return Err(Fault::Closed) };
+        run(&mut lock(writer), work)
     }
 }
 
-thread_local! {
-    /// Whether a panic on this thread is told as an error by who catches it.
-    static GUARDED: Cell<bool> = const { Cell::new(false) };
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs `work` on the database. The library panics on some kinds of damage; that becomes an error, and is not printed.
-fn guarded<T>(work: impl FnOnce() -> Result<T, Fault>) -> Result<T, Fault> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let before = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            if !GUARDED.get() {
-                before(info);
-            }
-        }));
-    });
-    let outer = GUARDED.replace(true);
-    let done = catch_unwind(AssertUnwindSafe(work));
-    GUARDED.set(outer);
-    done.unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-        Err(Fault::Damaged(format!("its content is inconsistent ({})", text.lines().next().unwrap_or_default())))
+fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, Fault> {
+    let mut connection = Connection::open_with_flags(path, flags).map_err(|error| fault(error, None))?;
+    run(&mut connection, |connection| {
+        connection.busy_timeout(PATIENCE)?;
+        // A damaged file is not to be trusted.
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+        connection.pragma_update(None, "cell_size_check", true)?;
+        connection.pragma_update(None, "cache_size", -(8 << 10))
+    })?;
+    Ok(connection)
+}
+
+/// Whether the file has nothing in it yet. Otherwise its tables are those of this program.
+fn is_new(writer: &mut Connection) -> Result<bool, Fault> {
+    let number = |writer: &Connection, name: &str| writer.pragma_query_value(None, name, |row| row.get::<_, i32>(0));
+    let tables = |writer: &Connection| -> rusqlite::Result<Vec<String>> {
+        let mut all = writer.prepare("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name")?;
+        all.query_map([], |row| row.get(0))?.collect()
+    };
+    let (application, version, found) = run(writer, |writer| {
+        Ok((number(writer, "application_id")?, number(writer, "user_version")?, tables(writer)?))
+    })?;
+    match (application, version) {
+        (0, 0) if found.is_empty() => Ok(true),
+        (APPLICATION, VERSION) if found == TABLES => Ok(false),
+        (APPLICATION, VERSION) => Err(Fault::Damaged("its tables are not those that were made".into())),
+        (APPLICATION, later) => Err(Fault::Foreign(format!("its tables have version {later}, of another program"))),
+        _ => Err(Fault::Foreign("it is a database of another program".into())),
+    }
+}
+
+fn make_tables(writer: &mut Connection) -> Result<(), Fault> {
+    run(writer, |writer| {
+        let making = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        // The index after its table.
+        for table in TABLES.iter().rev() {
+            making.execute(table, [])?;
+        }
+        making.pragma_update(None, "application_id", APPLICATION)?;
+        making.pragma_update(None, "user_version", VERSION)?;
+        making.commit()
     })
+}
+
+/// Answers in the file.
+fn count(connection: &mut Connection) -> rusqlite::Result<u64> {
+    Ok(span(connection)?.map_or(0, |(first, last)| last.abs_diff(first) + 1))
+}
+
+/// The lowest and the highest number of an answer. They are found without a walk over the answers.
+fn span(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
+    let sql = "SELECT (SELECT min(seq) FROM answers), (SELECT max(seq) FROM answers)";
+    connection.query_row(sql, [], |row| Ok(row.get::<_, Option<i64>>(0)?.zip(row.get(1)?)))
+}
+
+/// The number of the next answer.
+fn next(connection: &Connection) -> rusqlite::Result<i64> {
+    Ok(span(connection)?.map_or(0, |(_, last)| last.saturating_add(1)))
+}
+
+/// Removes the oldest answers beyond `most`, after `added` were added; returns how many are left.
+fn trim(connection: &Connection, most: u64, added: u64) -> rusqlite::Result<u64> {
+    let mut entries = span(connection)?.map_or(0, |(first, last)| last.abs_diff(first).saturating_add(1));
+    if entries > most.saturating_add(added) {
+        // A lower bound than before, or numbers that are damaged and are given anew.
+        let counted = connection.query_row("SELECT count(*) FROM answers", [], |row| row.get::<_, i64>(0))? as u64;
+        if counted != entries {
+            connection.execute_batch(
+                "REINDEX ages;
+                 UPDATE answers SET seq = new.seq
+                 FROM (SELECT key, row_number() OVER (ORDER BY seq) AS seq FROM answers) AS new
+                 WHERE answers.key = new.key",
+            )?;
+            entries = connection.query_row("SELECT count(*) FROM answers", [], |row| row.get::<_, i64>(0))? as u64;
+        }
+    }
+    let beyond = entries.saturating_sub(most);
+    if beyond > 0 {
+        let sql = "DELETE FROM answers WHERE key IN (SELECT key FROM answers ORDER BY seq LIMIT ?1)";
+        connection.execute(sql, [i64::try_from(beyond).unwrap_or(i64::MAX)])?;
+    }
+    Ok(entries - beyond)
+}
+
+fn import(
+    writer: &mut Connection,
+    (name, mark): (&str, &str),
+    most: u64,
+    source: impl FnOnce(&mut Insert<'_>) -> Result<bool, Fault>,
+) -> Result<u64, Fault> {
+    run(writer, |writer| writer.execute_batch("BEGIN IMMEDIATE"))?;
+    let mut added = 0;
+    let done = (|| {
+        let place: &Connection = writer;
+        let mut insert = place
+            .prepare("INSERT OR IGNORE INTO answers (key, seq, entry) VALUES (?1, ?2, ?3)")
+            .map_err(|error| fault(error, Some(place)))?;
+        let mut next = next(place).map_err(|error| fault(error, Some(place)))?;
+        let whole = source(&mut |key, entry| {
+            let new = insert.execute(params![key.as_slice(), next, entry]);
+            if new.map_err(|error| fault(error, Some(place)))? > 0 {
+                added += 1;
+                next = next.saturating_add(1);
+            }
+            Ok(())
+        })?;
+        let finish = || {
+            if whole {
+                place.execute("INSERT OR REPLACE INTO imported (name, mark) VALUES (?1, ?2)", [name, mark])?;
+            }
+            trim(place, most, added)?;
+            place.execute_batch("COMMIT")
+        };
+        finish().map_err(|error| fault(error, Some(place)))
+    })();
+    if done.is_err() {
+        // Some errors have rolled it back already.
+        let _ = writer.execute_batch("ROLLBACK");
+    }
+    done.map(|()| added)
+}
+
+fn run<T>(connection: &mut Connection, work: impl FnOnce(&mut Connection) -> rusqlite::Result<T>) -> Result<T, Fault> {
+    work(connection).map_err(|error| fault(error, Some(connection)))
+}
+
+/// What `error` of `connection` means.
+fn fault(error: rusqlite::Error, connection: Option<&Connection>) -> Fault {
+    let Some(code) = error.sqlite_error_code() else {
+        // A row of other types than were written.
+        return Fault::Damaged(error.to_string());
+    };
+    match code {
+        ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt => Fault::Damaged(error.to_string()),
+        ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => Fault::Busy,
+        // A table or a column that is not there, or a row against the tables' rules.
+        ErrorCode::Unknown | ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch => {
+            Fault::Damaged(error.to_string())
+        }
+        _ => {
+            // SAFETY: the connection is open, and the function reads a number from it.
+            let number = connection.map_or(0, |connection| unsafe { ffi::sqlite3_system_errno(connection.handle()) });
+            let system = (number != 0).then(|| std::io::Error::from_raw_os_error(number));
+            Fault::Disk(match system {
+                Some(system) => format!("{error}: {system}"),
+                None => error.to_string(),
+            })
+        }
+    }
 }

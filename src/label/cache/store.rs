@@ -1,16 +1,20 @@
-//! Where answers are kept: a file that is opened again after a disk has failed, and answers that wait for it.
+//! Where answers are kept: a file that processes share and that is opened again after a disk has failed, and answers that
+//! wait for it.
 
 use std::collections::{HashMap, VecDeque};
+use std::fs::TryLockError;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Key;
-use super::database::{Fault, File};
+use super::database::{Fault, File, Kept, Keys, New};
+use super::earlier;
 use super::entry::{Found, decode, encode};
 use crate::telemetry;
 
@@ -29,13 +33,13 @@ const LAST: Duration = Duration::from_secs(30);
 /// How often a failure that persists is logged.
 const REPEAT: Duration = Duration::from_secs(60);
 
-/// Free room on the disk that a write needs at least, in bytes, and for each entry, whose pages are copied.
-const ROOM: (u64, u64) = (256 << 10, 4 << 10);
+/// How long a process waits for another one that opens the cache before it says so.
+const LONG: Duration = Duration::from_secs(2);
 
 /// Most answers that are written at a time.
 const AT_ONCE: usize = 256;
 
-/// The store of answers. One process has its file open at a time.
+/// The store of answers. Any number of processes may have its file open at a time.
 pub struct Store {
     path: PathBuf,
     most: u64,
@@ -46,7 +50,7 @@ pub struct Store {
     health: Mutex<Health>,
 }
 
-/// The file, unless a failure has closed it, and how many times it was opened.
+/// The file, unless it could not be opened, and how many times it was.
 #[derive(Default)]
 struct Opened {
     file: Option<File>,
@@ -57,7 +61,7 @@ struct Opened {
 #[derive(Default)]
 struct Waiting {
     order: VecDeque<Key>,
-    entries: HashMap<Key, Vec<u8>>,
+    entries: HashMap<Key, New>,
     bytes: usize,
     /// Answers that were given up, since too many waited.
     lost: u64,
@@ -80,38 +84,35 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Store {
-    /// Opens the cache in the folder `dir`, which is made if need be. Beyond `most` answers the oldest go.
+    /// Opens the cache in the folder `dir`, which is made if need be. Beyond `most` answers the oldest are removed. Several
+    /// processes may have it open at the same time; the smallest of their bounds holds.
+    ///
+    /// A file that is damaged is set aside, and a new one begun. Where the disk fails or cannot be written, the store works
+    /// without its file, keeps answers in memory and tries again. All of that is logged.
     ///
     /// # Errors
-    /// A folder that cannot be written; a file that is damaged or is held by another process.
+    /// A file or a folder that a person has to look at: a database of another program, or a folder that is a file.
     pub fn open(dir: &Path, most: u64) -> Result<Self> {
-        std::fs::create_dir_all(dir)
-            .with_context(|| format!("cannot make the label cache's folder {}", dir.display()))?;
-        let path = dir.join("labels.redb");
-        let file = File::open(&path).map_err(|fault| match fault {
-            Fault::InUse => anyhow!(
-                "the label cache {} is in use by another run; give this one another labeler.cache",
-                path.display()
-            ),
-            Fault::Damaged(why) => anyhow!(
-                "the label cache {} is damaged: {why}; move it away or remove it, and labels are bought again, or put a sound copy in its place",
-                path.display()
-            ),
-            // As an error of the system, which may pass.
-            other => anyhow::Error::new(std::io::Error::other(other.to_string())).context(format!(
-                "cannot open the label cache {}; see that the file can be read and written, or set labeler.cache to another folder",
-                path.display()
-            )),
-        })?;
         let store = Self {
-            path,
+            path: dir.join("labels.sqlite"),
             most: most.max(1),
-            file: RwLock::new(Opened { file: Some(file), times: 1 }),
+            file: RwLock::default(),
             waiting: Mutex::default(),
             writing: Mutex::default(),
             health: Mutex::default(),
         };
-        telemetry::label_cache(store.len()?);
+        let opened = store.open_again(&mut store.file.write().unwrap_or_else(PoisonError::into_inner), None);
+        match opened {
+            Ok(()) => {}
+            Err(Fault::Foreign(why)) => bail!(
+                "the label cache {} cannot be used: {why}; move it away or remove it, or set labeler.cache to another folder",
+                store.path.display()
+            ),
+            Err(fault) => store.failed(&fault, "opened"),
+        }
+        if let Ok(entries) = store.len() {
+            telemetry::label_cache(entries);
+        }
         Ok(store)
     }
 
@@ -133,7 +134,7 @@ impl Store {
     }
 
     /// The answers to `keys`. What is damaged or cannot be read counts as missing, and is logged.
-    pub(super) fn get<T: DeserializeOwned>(&self, keys: &[Key]) -> Vec<Option<T>> {
+    pub(super) fn get<T: DeserializeOwned + Serialize>(&self, keys: &[Keys]) -> Vec<Option<T>> {
         if lock(&self.health).failing.is_some()
             && let Ok(writing) = self.writing.try_lock()
         {
@@ -143,34 +144,66 @@ impl Store {
             self.failed(&fault, "read");
             vec![None; keys.len()]
         });
-        let waiting = lock(&self.waiting);
-        let entry = |(key, found): (&Key, Option<Vec<u8>>)| {
-            let entry = waiting.entries.get(key).cloned().or(found)?;
-            match decode(key, &entry) {
-                Found::Answer(answer) => Some(answer),
-                Found::Other => None,
-                Found::Damaged => {
-                    self.entry_damaged();
-                    None
-                }
+        let mut answers = Vec::with_capacity(keys.len());
+        let mut renamed = Vec::new();
+        {
+            let waiting = lock(&self.waiting);
+            for (keys, found) in keys.iter().zip(found) {
+                let new = waiting.entries.get(&keys.key).map(|new| new.entry.clone());
+                // An entry under the key of an earlier program has the checksum of that key.
+                let (key, entry, earlier) = match (new, found) {
+                    (Some(entry), _) => (keys.key, entry, false),
+                    (None, Some(Kept { entry, earlier })) => {
+                        (keys.earlier.filter(|_| earlier).unwrap_or(keys.key), entry, earlier)
+                    }
+                    (None, None) => {
+                        answers.push(None);
+                        continue;
+                    }
+                };
+                answers.push(match decode(&key, &entry) {
+                    Found::Answer(answer) => {
+                        if earlier && let Ok(entry) = encode(&keys.key, &answer) {
+                            renamed.push(New { key: keys.key, entry, replaces: keys.earlier });
+                        }
+                        Some(answer)
+                    }
+                    Found::Other => None,
+                    Found::Damaged => {
+                        self.entry_damaged();
+                        None
+                    }
+                });
             }
-        };
-        keys.iter().zip(found).map(entry).collect()
+        }
+        // An answer of an earlier program was bought by one configuration, which the key does not name in full. It is that of
+        // the configuration that asks for it first; another one that differs in what the earlier key left out buys its own.
+        self.keep(renamed);
+        answers
     }
 
     /// Keeps answers. They are on the disk when this returns, or wait in memory for a disk that fails.
     pub(super) fn put<'a, T: Serialize + 'a>(&self, replies: impl Iterator<Item = (Key, &'a T)>) {
+        let entry = |(key, reply): (Key, &T)| match encode(&key, reply) {
+            Ok(entry) => Some(New { key, entry, replaces: None }),
+            Err(error) => {
+                tracing::error!("an answer cannot be kept in the label cache: {error}");
+                None
+            }
+        };
+        self.keep(replies.filter_map(entry).collect());
+    }
+
+    fn keep(&self, entries: Vec<New>) {
+        if entries.is_empty() {
+            return;
+        }
         {
             let mut waiting = lock(&self.waiting);
-            for (key, reply) in replies {
-                match encode(&key, reply) {
-                    Ok(entry) => {
-                        if waiting.push(key, entry) {
-                            // Two actors asked the same at the same time.
-                            telemetry::label_bought_again();
-                        }
-                    }
-                    Err(error) => tracing::error!("an answer cannot be kept in the label cache: {error}"),
+            for new in entries {
+                if waiting.push(new) {
+                    // Two actors asked the same at the same time.
+                    telemetry::label_bought_again();
                 }
             }
         }
@@ -198,9 +231,8 @@ impl Store {
         }
     }
 
-    fn write(&self, part: &[(Key, Vec<u8>)]) -> Result<(), Fault> {
+    fn write(&self, part: &[New]) -> Result<(), Fault> {
         let is_sound = |key: &Key, entry: &[u8]| !matches!(decode::<serde_json::Value>(key, entry), Found::Damaged);
-        self.room(part)?;
         let written = self.on_file(true, |file| file.put(part, self.most, is_sound))?;
         (0..written.again).for_each(|_| telemetry::label_bought_again());
         telemetry::label_cache(written.entries);
@@ -208,74 +240,135 @@ impl Store {
         Ok(())
     }
 
-    /// Makes sure that a full disk is found before the file is touched: a write that fails half way closes it, and it cannot
-    /// be read either until it is opened again.
-    fn room(&self, batch: &[(Key, Vec<u8>)]) -> Result<(), Fault> {
-        let bytes: usize = batch.iter().map(|(_, entry)| entry.len()).sum();
-        let needed = ROOM.0 + ROOM.1 * batch.len() as u64 + 2 * bytes as u64;
-        match free_bytes(&self.path) {
-            Some(free) if free < needed => {
-                Err(Fault::Disk(format!("no space left on device: {free} bytes are free, and {needed} are needed")))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Runs `work` on the file. Where it fails, or was closed by a failure before, the file is opened again if that `may` be
-    /// done, and `work` is tried once more.
+    /// Runs `work` on the file. Where the file is damaged or is no longer at its path, or where it could not be opened before
+    /// and `may` be tried again, it is opened again, and `work` is tried once more.
     fn on_file<T>(&self, may: bool, work: impl Fn(&File) -> Result<T, Fault>) -> Result<T, Fault> {
         let (fault, times) = {
             let opened = self.file.read().unwrap_or_else(PoisonError::into_inner);
-            match opened.file.as_ref().map(&work) {
-                Some(Ok(done)) => return Ok(done),
-                Some(Err(fault)) => (fault, opened.times),
-                None if may => (Fault::Closed, opened.times),
-                None => return Err(Fault::Closed),
+            let done = match &opened.file {
+                Some(file) if file.is_moved() => Err(Fault::Moved),
+                Some(file) => work(file),
+                None => Err(Fault::Closed),
+            };
+            match done {
+                Ok(done) => return Ok(done),
+                Err(fault) => (fault, opened.times),
             }
         };
+        if !(may && matches!(fault, Fault::Closed | Fault::Damaged(_) | Fault::Moved)) {
+            return Err(fault);
+        }
         let mut opened = self.file.write().unwrap_or_else(PoisonError::into_inner);
-        // Another thread may have met the same failure, and have opened the file again.
+        // Another thread may have met the same, and have opened the file again.
         if opened.times == times {
-            match fault {
-                Fault::Damaged(why) => self.set_aside(&mut opened, &why)?,
-                _ => self.reopen(&mut opened)?,
-            }
+            self.open_again(&mut opened, Some(&fault))?;
         }
-        let done = opened.file.as_ref().map_or(Err(Fault::Closed), work);
-        if done.is_err() {
-            // What cannot be written may still be read. What it fails with is the reason that counts.
-            let _ = self.reopen(&mut opened);
-        }
-        done
+        opened.file.as_ref().map_or(Err(Fault::Closed), work)
     }
 
-    /// Opens the file again: after one failed write the library refuses all use of an open file.
-    fn reopen(&self, opened: &mut Opened) -> Result<(), Fault> {
-        opened.file = None;
-        match File::open(&self.path) {
+    /// Opens the file, which could not be used because of `fault` if it was open before. Where it cannot be opened, what is in
+    /// it is read if possible.
+    fn open_again(&self, opened: &mut Opened, fault: Option<&Fault>) -> Result<(), Fault> {
+        let damaged = match fault {
+            Some(Fault::Damaged(why)) => opened.file.as_ref().map(|file| (file, why.as_str())),
+            _ => None,
+        };
+        if let Some(Fault::Moved) = fault {
+            tracing::warn!("the label cache {} was moved or removed while it was in use", self.path.display());
+        }
+        match self.open_file(damaged) {
             Ok(file) => {
                 *opened = Opened { file: Some(file), times: opened.times + 1 };
                 Ok(())
             }
-            Err(Fault::Damaged(why)) => self.set_aside(opened, &why),
-            Err(fault) => Err(fault),
+            Err(fault) => {
+                // Not again while it is open in this way: reading goes on.
+                if !matches!(fault, Fault::Foreign(_)) && opened.file.as_ref().is_none_or(File::is_moved) {
+                    *opened = Opened { file: File::open_unchanging(&self.path).ok(), times: opened.times + 1 };
+                }
+                Err(fault)
+            }
         }
     }
 
-    /// Puts a damaged file out of the way and begins a new one.
-    fn set_aside(&self, opened: &mut Opened, why: &str) -> Result<(), Fault> {
-        opened.file = None;
-        let aside = (1..).map(|n| self.path.with_extension(format!("redb.damaged-{n}"))).find(|path| !path.exists());
-        let Some(aside) = aside else { return Err(Fault::Damaged(why.to_owned())) };
-        std::fs::rename(&self.path, &aside)
-            .map_err(|error| Fault::Disk(format!("it is damaged ({why}) and cannot be set aside: {error}")))?;
+    /// Opens the file, with what earlier programs have kept, while no other process does. One that is damaged is set aside,
+    /// also that which was found to be `damaged` while it was open.
+    fn open_file(&self, damaged: Option<(&File, &str)>) -> Result<File, Fault> {
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        let disk = |what: &str, error: std::io::Error| match error.kind() {
+            ErrorKind::NotADirectory | ErrorKind::AlreadyExists => Fault::Foreign(format!("{what}: {error}")),
+            _ => Fault::Disk(format!("{what}: {error}")),
+        };
+        std::fs::create_dir_all(folder).map_err(|error| disk("its folder cannot be made", error))?;
+        let locked = self.path.with_extension("lock");
+        let lock = std::fs::File::options().create(true).truncate(false).write(true).open(locked);
+        let lock = lock.map_err(|error| disk("labels.lock in its folder cannot be written", error))?;
+        self.wait_for(&lock).map_err(|error| disk("labels.lock in its folder cannot be locked", error))?;
+        // Where another process has set it aside by now, there is a new one.
+        if let Some((file, why)) = damaged
+            && !file.is_moved()
+        {
+            self.set_aside(why)?;
+        }
+        let file = match File::open(&self.path) {
+            Err(Fault::Damaged(why)) => {
+                self.set_aside(&why)?;
+                File::open(&self.path)?
+            }
+            other => other?,
+        };
+        if let Err(fault) = earlier::import(&file, &self.path, self.most) {
+            tracing::error!(
+                "the labels of an earlier program cannot be imported into the label cache {}: {fault}; it is tried again when the cache is opened next",
+                self.path.display()
+            );
+        }
+        Ok(file)
+    }
+
+    /// Locks `lock`, and says so where that takes long.
+    fn wait_for(&self, lock: &std::fs::File) -> std::io::Result<()> {
+        let began = Instant::now();
+        while began.elapsed() < LONG {
+            match lock.try_lock() {
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(5)),
+                Err(TryLockError::Error(error)) => return Err(error),
+                Ok(()) => return Ok(()),
+            }
+        }
+        tracing::warn!(
+            "another process opens the label cache {} or imports labels of an earlier program into it; this process waits for that",
+            self.path.display()
+        );
+        lock.lock()
+    }
+
+    /// Puts a damaged file out of the way.
+    fn set_aside(&self, why: &str) -> Result<(), Fault> {
+        let name = |n: u64| self.path.with_extension(format!("sqlite.damaged-{n}"));
+        let Some(aside) = (1..).map(name).find(|path| !path.exists()) else {
+            return Err(Fault::Damaged(why.to_owned()));
+        };
+        // First what SQLite writes besides the file, so that it is never found next to another one.
+        for end in ["-wal", "-shm", "-journal", ""] {
+            let with = |path: &Path| {
+                let mut name = path.as_os_str().to_owned();
+                name.push(end);
+                PathBuf::from(name)
+            };
+            match std::fs::rename(with(&self.path), with(&aside)) {
+                Err(error) if end.is_empty() || error.kind() != ErrorKind::NotFound => {
+                    return Err(Fault::Disk(format!("it is damaged ({why}) and cannot be set aside: {error}")));
+                }
+                _ => {}
+            }
+        }
         telemetry::label_cache_damaged();
         tracing::error!(
-            "the label cache {} is damaged: {why}; it was set aside as {}, and labels that were in it are bought again unless a sound copy is put in its place",
+            "the label cache {} is damaged: {why}; it was set aside as {}, and labels that were in it are bought again. To use a sound copy of it, stop all processes that use it and put the copy in its place",
             self.path.display(),
             aside.display()
         );
-        *opened = Opened { file: Some(File::open(&self.path)?), times: opened.times + 1 };
         Ok(())
     }
 
@@ -351,52 +444,36 @@ impl Drop for Store {
 }
 
 impl Waiting {
-    /// Adds an entry, and says whether it takes the place of another.
-    fn push(&mut self, key: Key, entry: Vec<u8>) -> bool {
-        self.bytes += entry.len();
-        let before = self.entries.insert(key, entry);
+    /// Adds an entry, and says whether it takes the place of another that was bought.
+    fn push(&mut self, new: New) -> bool {
+        let (key, bought) = (new.key, new.replaces.is_none());
+        self.bytes += new.entry.len();
+        let before = self.entries.insert(key, new);
         match &before {
-            Some(before) => self.bytes -= before.len(),
+            Some(before) => self.bytes -= before.entry.len(),
             None => self.order.push_back(key),
         }
         while self.bytes > MOST_WAITING {
-            let Some(entry) = self.order.pop_front().and_then(|oldest| self.entries.remove(&oldest)) else { break };
-            self.bytes -= entry.len();
+            let Some(new) = self.order.pop_front().and_then(|oldest| self.entries.remove(&oldest)) else { break };
+            self.bytes -= new.entry.len();
             self.lost += 1;
         }
-        before.is_some()
+        bought && before.is_some()
     }
 
-    fn all(&self) -> Vec<(Key, Vec<u8>)> {
-        self.order.iter().filter_map(|key| Some((*key, self.entries.get(key)?.clone()))).collect()
+    fn all(&self) -> Vec<New> {
+        self.order.iter().filter_map(|key| self.entries.get(key).cloned()).collect()
     }
 
     /// Takes out what was written, unless another answer has come since.
-    fn written(&mut self, batch: &[(Key, Vec<u8>)]) {
-        for (key, entry) in batch {
-            if self.entries.get(key) == Some(entry) {
-                self.entries.remove(key);
-                self.bytes -= entry.len();
+    fn written(&mut self, batch: &[New]) {
+        for new in batch {
+            if self.entries.get(&new.key) == Some(new) {
+                self.entries.remove(&new.key);
+                self.bytes -= new.entry.len();
             }
         }
         let entries = &self.entries;
         self.order.retain(|key| entries.contains_key(key));
     }
-}
-
-/// Bytes that are free on the disk of `path`, where the system says.
-#[cfg(unix)]
-fn free_bytes(path: &Path) -> Option<u64> {
-    use std::os::unix::ffi::OsStrExt;
-    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
-    // SAFETY: all zeros is a valid value of this structure of numbers.
-    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: `path` ends with a zero byte, and `stat` is a valid place to write to.
-    let done = unsafe { libc::statvfs(path.as_ptr(), &raw mut stat) };
-    (done == 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-#[cfg(not(unix))]
-fn free_bytes(_path: &Path) -> Option<u64> {
-    None
 }
