@@ -3,8 +3,8 @@
 
     settings.py
 
-A setting is written with its section, `learner.eta`; the sections and their keys are read from src/config. Exit status
-0 when all are known, 1 when not. Needs Python 3.8 and nothing else.
+A setting is written with its section, `learner.eta`; the sections and their keys are read from configs/preceptor.schema.json.
+Exit status 0 when all are known, 1 when not. Needs Python 3.8 and nothing else.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 GRAFANA = Path(__file__).resolve().parent.parent
 FILES = {"json", "jsonl", "md", "mjs", "prom", "py", "sh", "toml", "ts", "yml"}
-CONFIG = GRAFANA.parent / "src/config"
+SCHEMA = GRAFANA.parent / "configs/preceptor.schema.json"
 
 
 def main():
@@ -35,16 +35,19 @@ def main():
 
 
 def read_sections():
-    """Keys by section: the public fields of each documented section, and of what stands in it."""
-    fields = {}
-    for file in sorted(CONFIG.glob("*.rs")):
-        text = file.read_text(encoding="utf-8")
-        for title, body in re.findall(r"/// `\[?([a-z_.]+)\]?`[^\n]*\n(?:#\[[^\n]*\n)*pub struct \w+ \{\n(.*?)\n\}", text, re.S):
-            fields[title] = set(re.findall(r"^    pub (\w+):", body, re.M))
-    # How one judge is asked stands in the labeler's section itself, and so do the keys that are words of the language.
-    method = re.search(r"pub struct Method \{\n(.*?)\n\}", (CONFIG / "labeling.rs").read_text(encoding="utf-8"), re.S)
-    fields["labeler"] |= set(re.findall(r"^    pub (\w+):", method[1], re.M)) | {"type", "members"}
-    return fields
+    """Keys by section, tables inside sections included (`labeler.remote`), from the JSON Schema of the configuration."""
+    sections = {}
+
+    def add(name, schema):
+        properties = schema.get("properties", {})
+        if properties:
+            sections[name] = set(properties)
+        for key, inner in properties.items():
+            add(f"{name}.{key}", inner)
+
+    for name, schema in json.loads(SCHEMA.read_text(encoding="utf-8"))["properties"].items():
+        add(name, schema)
+    return sections
 
 
 def is_setting(name, sections):
