@@ -101,6 +101,7 @@ impl Outcome {
         match self {
             Self::RateLimited(..) => Nature::Limited,
             Self::Refused(408 | 409 | 425, _) => Nature::Passing,
+            Self::Server(500, _, why) if is_too_long(why) => Nature::Refusal,
             // Not implemented: the server will not learn it by itself.
             Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Field(..) | Self::Quota(..) => Nature::Refusal,
             Self::Filtered(_) | Self::OtherModel(..) => Nature::Refusal,
@@ -114,6 +115,7 @@ impl Outcome {
         let about = [400, 413, 414, 422, 431, 451];
         match self {
             Self::Refused(status, _) | Self::Field(status, ..) => about.contains(status),
+            Self::Server(500, _, why) => is_too_long(why),
             outcome => matches!(outcome, Self::Filtered(_)),
         }
     }
@@ -176,6 +178,14 @@ impl Outcome {
     }
 }
 
+/// Whether a server says that a prompt is longer than its model takes; some say so with status 500.
+fn is_too_long(sentence: &str) -> bool {
+    let sentence = sentence.to_lowercase();
+    ["context length", "context size", "context window", "model length", "prompt is too long", "input is too long"]
+        .iter()
+        .any(|words| sentence.contains(words))
+}
+
 fn with(status: &str, sentence: &str) -> String {
     if sentence.is_empty() { status.to_owned() } else { format!("{status}: {sentence}") }
 }
@@ -217,6 +227,20 @@ mod tests {
         assert_eq!(pause(&Outcome::Timeout, 3, base, most, 0.25).as_millis(), 500);
         let limited = Outcome::RateLimited(Some(Duration::from_secs(45)), String::new());
         assert_eq!(pause(&limited, 1, base, most, 0.5).as_millis(), 45_250, "the server's time is not cut");
+    }
+
+    #[test]
+    fn a_prompt_that_is_too_long_is_about_the_question_whatever_the_status() {
+        for (status, why, about) in [
+            (500, "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens", true),
+            (500, "the request exceeds the available context size", true),
+            (500, "out of memory", false),
+            (503, "This model's maximum context length is being measured", false),
+        ] {
+            let outcome = Outcome::Server(status, None, why.into());
+            let refuses = outcome.nature() == Nature::Refusal;
+            assert_eq!((outcome.is_about_the_question(), refuses), (about, about), "{status} {why}");
+        }
     }
 
     #[test]
