@@ -286,8 +286,8 @@ section! {
         [AcceptChange] system: Option<String> = unset("none").example("\"You are a careful judge.\""),
         /// Source of an answer's probability.
         [AcceptChange] evidence: Evidence = is(Evidence::Auto),
-        /// Asks the judge one question when `train`, `check`, `tune`, `label` or `eval` starts, and refuses to start where it
-        /// gives no answer.
+        /// Asks the judge two questions when `train`, `check`, `tune`, `label` or `eval` starts, which show how it has to be
+        /// asked, and refuses to start where it gives no answer.
         [Changeable] probe: bool = is(true),
         /// Accepts answers of another model than that of the first answer, by the name that the server reports. Otherwise the
         /// judge counts as unavailable while another model answers.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
+use super::retry::is_too_long;
 use super::wire::Request;
 use super::{lenient, wire};
 use crate::config::{Evidence, RemoteJudge};
@@ -83,6 +84,10 @@ impl Complaint {
         }
         let value: Value = serde_json::from_slice(body).unwrap_or(Value::Null);
         let text = value_text(&value).unwrap_or_else(|| String::from_utf8_lossy(body).into_owned()).to_lowercase();
+        // Such a refusal names the limit on the answer's tokens too, which is not at fault.
+        if is_too_long(&text) {
+            return None;
+        }
         let sent_fields: Vec<&'static str> = FIELDS.into_iter().filter(|field| sent.get(*field).is_some()).collect();
         let param = value["error"]["param"].as_str().or_else(|| value["param"].as_str());
         let named =
@@ -258,11 +263,11 @@ impl Abilities {
     }
 
     /// What was found, in words, for the log and for the comparison of a resumed run.
-    pub fn words(&self, judge: &RemoteJudge) -> String {
+    pub fn words(&self) -> &'static str {
         match (self.top_logprobs, self.reasons) {
-            (_, true) => format!("{} votes after reasoning", judge.votes),
-            (0, _) => format!("{} votes", judge.votes),
-            _ => "log-probabilities".into(),
+            (_, true) => "votes after reasoning",
+            (0, _) => "votes",
+            _ => "log-probabilities",
         }
     }
 }
@@ -342,6 +347,14 @@ mod tests {
                 Some(("max_tokens", Kind::Least(16))),
             ),
             (400, error("max_tokens is too large: 1"), &chat, None),
+            (
+                400,
+                error(
+                    "'max_tokens' or 'max_completion_tokens' is too large: 1. This model's maximum context length is 2048 tokens and your request has 3000 input tokens",
+                ),
+                &chat,
+                None,
+            ),
             (
                 400,
                 named(

@@ -128,7 +128,7 @@ impl Client {
     /// How answers become probabilities, in words, once the server has answered.
     pub fn evidence(&self) -> Option<String> {
         let answered = self.lock(&self.evidence).has_answered();
-        answered.then(|| self.abilities().words(&self.judge))
+        answered.then(|| self.abilities().words().to_owned())
     }
 
     /// Whom to give a sign of life while the server is away.
@@ -301,7 +301,9 @@ impl Client {
             }
             evidence.control()
         };
-        let Some(control) = control else { return Ok(false) };
+        let Some(mut control) = control else { return Ok(false) };
+        // It may have been answered before the server refused its form.
+        control.top_logprobs = control.top_logprobs.min(self.abilities().top_logprobs);
         self.paced(&control).await?;
         let sent = self.now();
         let (outcome, answer) = self.send(&control, usage).await?;

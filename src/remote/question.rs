@@ -44,7 +44,7 @@ impl Client {
             );
             return Err(Unusable { words, refuses: true });
         }
-        tracing::info!("judge {}: {}", self.judge.url, self.abilities().words(&self.judge));
+        tracing::info!("judge {}: {}", self.judge.url, self.abilities().words());
         let read = match (answer.and_then(|answer| answer.first_token), vote) {
             (Some(tokens), _) => Listed(tokens).weights(&answers).map(drop),
             // One token is too little for some models to answer in words; votes are read from more.

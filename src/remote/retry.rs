@@ -179,7 +179,7 @@ impl Outcome {
 }
 
 /// Whether a server says that a prompt is longer than its model takes; some say so with status 500.
-fn is_too_long(sentence: &str) -> bool {
+pub(super) fn is_too_long(sentence: &str) -> bool {
     let sentence = sentence.to_lowercase();
     ["context length", "context size", "context window", "model length", "prompt is too long", "input is too long"]
         .iter()
