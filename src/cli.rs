@@ -68,7 +68,8 @@ enum Command {
 pub struct ConfigArgs {
     /// The configuration, a TOML file; see configs/README.md.
     config: PathBuf,
-    /// Overrides one key, for example --set learner.eta=0. May be given several times.
+    /// Overrides one key, for example --set learner.eta=0. A text needs no quotes; a member of a list is named by its number,
+    /// as labeler.members.0.weight=2. May be given several times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
 }
