@@ -6,7 +6,8 @@ use anyhow::Result;
 use candle_core::Device;
 
 use crate::config::{
-    Config, CorrectionKind, LabelerKind, MatmulPrecision, Method, Mode, RolloutWeights, ValueKind, WeightDtype,
+    Config, CorrectionKind, LabelerKind, MatmulPrecision, Method, Mode, RolloutWeights, ValueKind, WIN_RATE,
+    WeightDtype,
 };
 use crate::label::templates::{Preamble, TemplateSet};
 use crate::prepare::{Prepared, prepare};
@@ -68,11 +69,11 @@ fn reasoning(config: &Config, prepared: &Prepared) -> Vec<String> {
             config.rollout.max_new_tokens
         ));
     }
-    let judges = prepared.instruments.iter().filter_map(|instrument| match instrument {
+    let mut judges = prepared.judges(config).filter_map(|(_, instrument)| match instrument {
         Instrument::Model(local) | Instrument::Cached { local, .. } => Some(local.judge()),
         Instrument::Asked(_) | Instrument::Embedder(_) => None,
     });
-    if judges.into_iter().any(|judge| judge.chat && judge.tokenizer.thinks()) {
+    if judges.any(|judge| judge.chat && judge.tokenizer.thinks()) {
         lines.push("reasoning   the local judge's chat template lets it reason first; it is asked with enable_thinking = false".into());
     }
     lines
@@ -129,7 +130,7 @@ impl Sizes {
             Instrument::Model(_) | Instrument::Cached { .. } | Instrument::Asked(_) => 0.0,
             Instrument::Embedder(embedding) => embedding.embedder.parameters() as f64,
         };
-        let judges = config.labeler.methods.iter().zip(&prepared.instruments).map(of).sum();
+        let judges = prepared.judges(config).map(of).sum();
         let start = prepared.reward_start.as_ref().map_or(parameters, |start| start.model.config().parameters() as f64);
         let reward_model = if trainer_plan(config).is_some() { start } else { 0.0 };
         let value_model = if config.learner.value_model == ValueKind::Model { parameters } else { 0.0 };
@@ -149,7 +150,7 @@ impl Sizes {
         let (home, devices) = (&config.policy.device, &prepared.devices);
         let policy = prepared.policy().device();
         let own = |method: &Method| method.model.is_none() && method.remote.is_none();
-        let own_judge = !prepared.instruments.is_empty() && config.labeler.methods.iter().any(own);
+        let own_judge = prepared.judges(config).any(|(method, _)| own(method));
         // What the policy starts from stays for whoever needs it: the KL, adapters, a judge, evaluations.
         let start_stays = config.reward.reference
             || config.policy.lora.is_some()
@@ -335,7 +336,8 @@ fn disk(config: &Config, sizes: &Sizes) -> String {
     let policy = (4.0 + exact) * sizes.parameters.max(sizes.trained) + (8.0 + master) * sizes.trained;
     let each = policy + (12.0 + master) * (sizes.value_model + sizes.reward_model);
     // The one that is being written stands beside those that are kept.
-    let kept = keep.keep + usize::from(keep.best.is_some()) + 1;
+    let evaluated = usize::from(keep.best.as_deref() == Some(WIN_RATE));
+    let kept = keep.keep + usize::from(keep.best.is_some()) + evaluated + 1;
     format!("disk        about {} a checkpoint; {kept} at a time at most, {}", gib(each), gib(kept as f64 * each))
 }
 
@@ -358,17 +360,45 @@ fn tokens(config: &Config, prompt: usize) -> String {
     )
 }
 
-/// What each judge is asked in a step, and what it costs.
+/// What each judge is asked, and what it costs.
 fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
-    if !needs_labels(config) {
-        return Ok(vec!["judge       none is asked while the policy learns".into()]);
+    let (learner, evaluation) = (&config.learner, &config.evaluation);
+    let mut lines = if needs_labels(config) {
+        let (size, steps) = (config.rollout.group_size, config.run.steps as f64);
+        let pairs = config.labeler.pairs.pairs(size).len();
+        asked(
+            config,
+            prompt,
+            &config.labeler.methods,
+            [learner.batch_groups as usize, size, pairs],
+            ("judge", "step", steps),
+        )?
+    } else {
+        vec!["judge       none is asked while the policy learns".into()]
+    };
+    if evaluation.every_steps > 0 {
+        let times = (config.run.steps / evaluation.every_steps) as f64;
+        let (_, methods) = config.evaluation_judge();
+        lines.extend(asked(config, prompt, methods, [evaluation.prompts, 2, 1], ("win rate", "evaluation", times))?);
+    } else if evaluation.labeler.is_some() {
+        lines.push("win rate    evaluation.labeler judges for eval win-rate and eval harmless alone: evaluation.every_steps is 0".into());
     }
-    let size = config.rollout.group_size;
-    let groups = config.learner.batch_groups as f64;
+    Ok(lines)
+}
+
+/// A line for each of `methods`, which judge `groups` groups of `size` completions, `pairs` of which are compared, at a
+/// `time` that comes `times` times in the run.
+fn asked(
+    config: &Config,
+    prompt: usize,
+    methods: &[Method],
+    [groups, size, pairs]: [usize; 3],
+    (title, time, times): (&str, &str, f64),
+) -> Result<Vec<String>> {
+    let groups = groups as f64;
     let completion = config.rollout.max_new_tokens as f64;
     let mut lines = Vec::new();
-    for method in config.labeler.methods.iter() {
-        let pairs = config.labeler.pairs.pairs(size).len();
+    for method in methods {
         let orders = if method.both_orders { 2 } else { 1 };
         let set = || TemplateSet::find(&method.templates);
         let (questions, read, written) = match method.kind {
@@ -391,7 +421,7 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
         let cost = method.remote.as_ref().map_or(String::new(), |judge| {
             let price = questions * (read * judge.price_prompt + written * judge.price_completion) / 1e6;
             if price > 0.0 {
-                format!("; {price:.4} a step, {:.2} the run, at most", price * config.run.steps as f64)
+                format!("; {price:.4} a {time}, {:.2} the run, at most", price * times)
             } else {
                 "; its price is not known (labeler.remote.price_prompt, price_completion)".into()
             }
@@ -399,7 +429,7 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
         let place = if method.remote.is_some() { "server" } else { "here" };
         let kind = crate::config::Choice::word(method.kind);
         lines.push(format!(
-            "judge       {kind}, {place}: {questions:.0} questions a step, about {:.0} tokens read, {:.0} written{cost}",
+            "{title:<11} {kind}, {place}: {questions:.0} questions a {time}, about {:.0} tokens read, {:.0} written{cost}",
             questions * read,
             questions * written,
         ));

@@ -14,6 +14,7 @@ pub mod mirror;
 pub mod read;
 pub mod shelf;
 pub mod sums;
+pub mod win_rates;
 pub mod write;
 pub mod writer;
 
@@ -27,7 +28,8 @@ use serde::{Deserialize, Serialize};
 
 pub use mirror::Mirror;
 pub use read::Opened;
-pub use shelf::Shelf;
+pub use shelf::{Best, Shelf};
+pub use win_rates::WinRates;
 pub use write::Form;
 pub use writer::Writer;
 

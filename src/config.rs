@@ -38,6 +38,9 @@ use crate::bounded;
 use document::{Document, Kind, suggestion};
 use key::{Reader, Section};
 
+/// The value of `checkpoint.best` that chooses by the win rates of `[evaluation]`.
+pub const WIN_RATE: &str = "win_rate";
+
 /// Defines the configuration from its sections.
 macro_rules! config {
     ($($(#[doc = $doc:literal])+ $name:ident: $type:ty,)+) => {
@@ -158,16 +161,18 @@ pub fn keys() -> &'static [(String, Key)] {
     static KEYS: LazyLock<Vec<(String, Key)>> = LazyLock::new(|| {
         let mut all = Vec::new();
         for (section, _, keys) in Config::declarations() {
-            for key in keys {
-                let (path, inner) = (format!("{section}.{}", key.name), key.inner());
-                let inside: Vec<_> = inner.into_iter().map(|key| (format!("{path}.{}", key.name), key)).collect();
-                all.push((path, key));
-                all.extend(inside);
-            }
+            keys.into_iter().for_each(|key| push_with_inner(&mut all, section, key));
         }
         all
     });
     &KEYS
+}
+
+/// Appends `key`, whose table is at `path`, and the keys inside its value.
+fn push_with_inner(all: &mut Vec<(String, Key)>, path: &str, key: Key) {
+    let (path, inner) = (format!("{path}.{}", key.name), key.inner());
+    all.push((path.clone(), key));
+    inner.into_iter().for_each(|key| push_with_inner(all, &path, key));
 }
 
 /// The declaration of the key at `path`, if there is one.
@@ -205,6 +210,23 @@ impl Config {
         policy.dtype == WeightDtype::F32 && places.iter().all(|place| place == "cpu")
     }
 
+    /// The judge of evaluations: that of `evaluation.labeler`, else the run's labeler. The text is the path of its keys.
+    pub fn evaluation_judge(&self) -> (&'static str, &Methods) {
+        match &self.evaluation.labeler {
+            Some(judge) => ("evaluation.labeler", judge),
+            None => ("labeler", &self.labeler.methods),
+        }
+    }
+
+    /// The same configuration with the judge of evaluations as its labeler.
+    #[must_use]
+    pub fn judged_as_evaluated(mut self) -> Self {
+        if let Some(judge) = &self.evaluation.labeler {
+            self.labeler.methods = judge.clone();
+        }
+        self
+    }
+
     /// What no single key can tell.
     fn check(&self, document: &Document) {
         let pairs = self.learner.algorithm == AlgorithmKind::OnlineDpo;
@@ -227,13 +249,25 @@ impl Config {
                 let remedy = "needs prompts that are not learned from; set data.holdout, to 0.05 perhaps";
                 document.error("evaluation.every_steps", remedy);
             }
-            if self.run.mode == Mode::Human {
-                document.error("evaluation.every_steps", "needs a labeler, and run.mode = \"human\" has none");
+            if self.run.mode == Mode::Human && self.evaluation.labeler.is_none() {
+                let remedy = "needs a judge, and run.mode = \"human\" has no labeler; set evaluation.labeler";
+                document.error("evaluation.every_steps", remedy);
+            }
+        }
+        if self.evaluation.every_steps == 0 && document.sound(&["evaluation.every_steps"]) {
+            let needs = "needs the win rates of evaluations; set evaluation.every_steps";
+            if self.checkpoint.best.as_deref() == Some(WIN_RATE) {
+                document.error("checkpoint.best", &format!("\"{WIN_RATE}\" {needs}"));
+            }
+            if self.evaluation.patience > 0 {
+                document.error("evaluation.patience", needs);
             }
         }
         if document.sound(&["labeler.max_cost"]) && self.labeler.max_cost > 0.0 {
             let priced = |judge: &RemoteJudge| judge.price_prompt > 0.0 || judge.price_completion > 0.0;
-            if !self.labeler.methods.iter().filter_map(|method| method.remote.as_ref()).any(priced) {
+            let judges =
+                self.labeler.methods.iter().chain(self.evaluation.labeler.iter().flat_map(|judge| judge.iter()));
+            if !judges.filter_map(|method| method.remote.as_ref()).any(priced) {
                 document.error(
                     "labeler.max_cost",
                     "bounds nothing: no remote judge has a price; set price_prompt and price_completion in labeler.remote",

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 
-use crate::config::{self, Config, LabelerKind, Mode, PolicyModel, Scratch};
+use crate::config::{Config, LabelerKind, Method, Mode, PolicyModel, RemoteJudge, Scratch, WIN_RATE};
 use crate::data::pairs::PairSet;
 use crate::data::{Dataset, Part, PromptFormat, ReadOptions, Split};
 use crate::device;
@@ -17,8 +17,10 @@ use crate::label::backend::Backend;
 use crate::label::cache::{Cached, Store};
 use crate::label::embedding::Embedding;
 use crate::label::local::{Judge, Local};
+use crate::learn::StepRecord;
 use crate::model::config::Head;
 use crate::model::{Copies, Decoder, ModelConfig, Onto, Weights};
+use crate::nearest::nearest;
 use crate::remote::Remote;
 use crate::remote::budget::Budget;
 use crate::reward::RewardModel;
@@ -37,6 +39,8 @@ pub struct Prepared {
     pub tokenizer: Tokenizer,
     /// What each of the labeler's methods judges with; empty where the mode asks no labeler.
     pub instruments: Vec<Instrument>,
+    /// What each method of `evaluation.labeler` judges with; empty where there is none, or no evaluation.
+    pub evaluators: Vec<Instrument>,
     /// What the reward model starts from, where it is not the policy.
     pub reward_start: Option<RewardStart>,
     /// Preferences from a file to warm the reward model up on, where the configuration names one.
@@ -54,6 +58,12 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// The methods that are asked, with what each judges with: those of the labeler, then those of `evaluation.labeler`.
+    pub fn judges<'a>(&'a self, config: &'a Config) -> impl Iterator<Item = (&'a Method, &'a Instrument)> {
+        let evaluator = config.evaluation.labeler.iter().flat_map(|judge| judge.iter());
+        config.labeler.methods.iter().zip(&self.instruments).chain(evaluator.zip(&self.evaluators))
+    }
+
     /// The policy as it starts.
     ///
     /// # Panics
@@ -152,6 +162,7 @@ pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
 
 fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<Arc<Budget>>) -> Result<Prepared> {
     fault::point("prepare.load")?;
+    known_figure(config)?;
     device::set_precision(config.policy.matmul_precision);
     let device = device::open(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;
@@ -164,6 +175,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
             identity,
             tokenizer,
             instruments: vec![],
+            evaluators: vec![],
             reward_start: None,
             pairs: None,
             data,
@@ -174,14 +186,17 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
         });
     }
     let devices = Devices::open(config, &device)?;
+    let evaluates = config.evaluation.every_steps > 0;
+    let evaluator = config.evaluation.labeler.as_ref().filter(|_| evaluates);
     let asked = needs_labels(config)
-        || config.evaluation.every_steps > 0
+        || (evaluates && evaluator.is_none())
         || (config.run.mode == Mode::Distilled && config.reward_model.pairs.is_none());
-    let instruments = if asked {
-        instruments(config, Some(&policy), &devices.labeler, progress, budget.clone())?
-    } else {
-        Vec::new()
+    let judges = Judges {
+        labeler: if asked { &config.labeler.methods.list } else { &[] },
+        evaluator: evaluator.map_or(&[], |judge| &judge.list),
     };
+    let (instruments, evaluators) =
+        judges.instruments(config, Some(&policy), &devices.labeler, progress, budget.clone())?;
     let reward_start = match &config.reward_model.model {
         Some(reference) if trainer_plan(config).is_some() => {
             let start = reward_start(config, reference, &devices.reward_model, progress)
@@ -197,12 +212,11 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
         _ => None,
     };
     let mut context = policy.model.config().context;
-    for (method, instrument) in config.labeler.methods.iter().zip(&instruments) {
+    for (method, instrument) in judges.methods().zip(instruments.iter().chain(&evaluators)) {
         if let (LabelerKind::Likelihood, Instrument::Model(local)) = (method.kind, instrument) {
             context = context.min(local.judge().model.config().context);
         }
     }
-    let evaluates = config.evaluation.every_steps > 0;
     let held_out = evaluates.then(|| data(config, &policy.tokenizer, context, Part::Holdout)).transpose()?;
     let data = data(config, &policy.tokenizer, context, Part::Train)?;
     let pairs = match &config.reward_model.pairs {
@@ -219,6 +233,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
         identity,
         tokenizer,
         instruments,
+        evaluators,
         reward_start,
         pairs,
         data,
@@ -227,6 +242,21 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
         devices,
         budget,
     })
+}
+
+/// Refuses a name of `checkpoint.best` that no figure has.
+fn known_figure(config: &Config) -> Result<()> {
+    let Some(name) = config.checkpoint.best.as_deref().filter(|name| *name != WIN_RATE) else { return Ok(()) };
+    let names = StepRecord::names();
+    if names.iter().any(|known| known == name) {
+        return Ok(());
+    }
+    let known: Vec<&str> = names.iter().map(String::as_str).chain([WIN_RATE]).collect();
+    let near = nearest(name, &known);
+    bail!(
+        "checkpoint.best = {name:?} is not a figure of metrics.jsonl{}",
+        near.map_or(String::new(), |near| format!("; did you mean {near:?}?"))
+    )
 }
 
 fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
@@ -279,7 +309,8 @@ pub fn labeler_bench(config: &Config, progress: bool, budget: Option<Arc<Budget>
     let own = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
     let policy = if own { Some(policy(config, &policy_device, progress)?) } else { None };
     let device = labeler_device.as_ref().unwrap_or(&policy_device);
-    let instruments = instruments(config, policy.as_ref(), device, progress, budget)?;
+    let judges = Judges { labeler: &config.labeler.methods.list, evaluator: &[] };
+    let (instruments, _) = judges.instruments(config, policy.as_ref(), device, progress, budget)?;
     let judges = || config.labeler.methods.iter().zip(&instruments);
     let tokenizer = |(_, instrument)| Instrument::local(instrument).map(|local| &local.judge().tokenizer);
     let mut tokenizers = judges().filter(|(method, _)| method.kind == LabelerKind::Likelihood).filter_map(tokenizer);
@@ -295,76 +326,123 @@ pub fn labeler_bench(config: &Config, progress: bool, budget: Option<Arc<Budget>
     Ok(LabelerBench { instruments, tokenizer })
 }
 
-fn instruments(
+/// The methods that a program asks.
+struct Judges<'a> {
+    /// Of the labeler.
+    labeler: &'a [Method],
+    /// Of `evaluation.labeler`.
+    evaluator: &'a [Method],
+}
+
+impl Judges<'_> {
+    /// Those of the labeler, then those of evaluations.
+    fn methods(&self) -> impl Iterator<Item = &Method> {
+        self.labeler.iter().chain(self.evaluator)
+    }
+
+    /// Loads what each method judges with: for the labeler and for evaluations.
+    fn instruments(
+        &self,
+        config: &Config,
+        policy: Option<&Policy>,
+        device: &Device,
+        progress: bool,
+        budget: Option<Arc<Budget>>,
+    ) -> Result<(Vec<Instrument>, Vec<Instrument>)> {
+        let mut made: Vec<Instrument> = Vec::new();
+        let remote = self.methods().any(|method| method.remote.is_some());
+        // What is bought is kept unless told where; what is computed is kept only if told to.
+        let folder =
+            config.labeler.cache.clone().or(remote.then(|| ResolveOptions::default().cache_dir.join("labels")));
+        let store = folder.map(|folder| Store::open(&folder, config.labeler.cache_entries)).transpose()?.map(Arc::new);
+        let embeds = |method: &Method| method.kind == LabelerKind::Embedding;
+        for (i, method) in self.methods().enumerate() {
+            // Methods that ask the same model in the same way share it, and what it has computed.
+            let same = |other: &Method| {
+                (&other.model, &other.remote, other.chat, embeds(other), asks(other))
+                    == (&method.model, &method.remote, method.chat, embeds(method), asks(method))
+            };
+            if let Some(known) = self.methods().take(i).position(same) {
+                made.push(made[known].clone());
+                continue;
+            }
+            let key = if i < self.labeler.len() { "labeler" } else { "evaluation.labeler" };
+            let one = match &method.remote {
+                Some(remote) => asked(key, remote, store.as_ref(), budget.clone())?,
+                None => here(config, (key, method), policy, device, progress, store.as_ref())?,
+            };
+            made.push(one);
+        }
+        let evaluators = made.split_off(self.labeler.len());
+        Ok((made, evaluators))
+    }
+}
+
+/// Whether `method` asks questions.
+fn asks(method: &Method) -> bool {
+    matches!(method.kind, LabelerKind::Direct | LabelerKind::Pairwise)
+}
+
+/// Loads what `method`, whose key is `key`, judges with on this machine.
+fn here(
     config: &Config,
+    (key, method): (&str, &Method),
     policy: Option<&Policy>,
     device: &Device,
     progress: bool,
-    budget: Option<Arc<Budget>>,
-) -> Result<Vec<Instrument>> {
-    let mut made: Vec<Instrument> = Vec::new();
-    let remote = config.labeler.methods.iter().any(|method| method.remote.is_some());
-    // What is bought is kept unless told where; what is computed is kept only if told to.
-    let folder = config.labeler.cache.clone().or(remote.then(|| ResolveOptions::default().cache_dir.join("labels")));
-    let store = folder.map(|folder| Store::open(&folder, config.labeler.cache_entries)).transpose()?.map(Arc::new);
-    let asked = |method: &config::Method| matches!(method.kind, LabelerKind::Direct | LabelerKind::Pairwise);
-    for (i, method) in config.labeler.methods.iter().enumerate() {
-        // Methods that ask the same model in the same way share it, and what it has computed.
-        let embeds = |method: &config::Method| method.kind == LabelerKind::Embedding;
-        let same = |other: &config::Method| {
-            (&other.model, &other.remote, other.chat, embeds(other), asked(other))
-                == (&method.model, &method.remote, method.chat, embeds(method), asked(method))
-        };
-        if let Some(known) = config.labeler.methods[..i].iter().position(same) {
-            made.push(made[known].clone());
-            continue;
-        }
-        if let (true, Some(reference)) = (embeds(method), &method.model) {
-            let options = ResolveOptions { timeout: timeout(config), progress, ..ResolveOptions::default() };
-            let embedding = Embedding::load(reference, device, &options).context("labeler.model cannot be loaded")?;
-            made.push(Instrument::Embedder(embedding));
-            continue;
-        }
-        let Some(remote) = &method.remote else {
-            let local = Arc::new(Local::new(judge(config, method, policy, device, progress)?));
-            made.push(match store.as_ref().filter(|_| asked(method)) {
-                Some(store) => {
-                    let backend = Arc::new(Cached::new(Arc::clone(&local) as Arc<dyn Backend>, Arc::clone(store)));
-                    Instrument::Cached { local, backend }
-                }
-                None => Instrument::Model(local),
-            });
-            continue;
-        };
-        let judge = Remote::within(remote.clone(), budget.clone()).context("labeler.remote cannot be used")?;
-        if remote.probe {
-            match judge.probe() {
-                Ok(warning) => warning.iter().for_each(|warning| tracing::warn!("{warning}")),
-                Err(unusable) if budget.as_ref().is_some_and(|budget| budget.exhausted()) => {
-                    return Err(Ended::Stopped(unusable.words).into());
-                }
-                Err(unusable) => return Err(unusable.into()),
-            }
-        }
-        let backend: Arc<dyn Backend> = Arc::new(judge);
-        made.push(Instrument::Asked(match &store {
-            Some(store) => Arc::new(Cached::new(backend, Arc::clone(store))),
-            None => backend,
-        }));
+    store: Option<&Arc<Store>>,
+) -> Result<Instrument> {
+    if let (LabelerKind::Embedding, Some(reference)) = (method.kind, &method.model) {
+        let options = ResolveOptions { timeout: timeout(config), progress, ..ResolveOptions::default() };
+        let embedding =
+            Embedding::load(reference, device, &options).with_context(|| format!("{key}.model cannot be loaded"))?;
+        return Ok(Instrument::Embedder(embedding));
     }
-    Ok(made)
+    let local = Arc::new(Local::new(judge(config, (key, method), policy, device, progress)?));
+    Ok(match store.filter(|_| asks(method)) {
+        Some(store) => {
+            let backend = Arc::new(Cached::new(Arc::clone(&local) as Arc<dyn Backend>, Arc::clone(store)));
+            Instrument::Cached { local, backend }
+        }
+        None => Instrument::Model(local),
+    })
+}
+
+/// A judge on a server, which is asked its first questions if the configuration says so; `key` is that of its labeler.
+fn asked(
+    key: &str,
+    remote: &RemoteJudge,
+    store: Option<&Arc<Store>>,
+    budget: Option<Arc<Budget>>,
+) -> Result<Instrument> {
+    let judge = Remote::within(remote.clone(), budget.clone());
+    let judge = judge.with_context(|| format!("{key}.remote cannot be used"))?;
+    if remote.probe {
+        match judge.probe() {
+            Ok(warning) => warning.iter().for_each(|warning| tracing::warn!("{warning}")),
+            Err(unusable) if budget.as_ref().is_some_and(|budget| budget.exhausted()) => {
+                return Err(Ended::Stopped(unusable.words).into());
+            }
+            Err(unusable) => return Err(unusable.into()),
+        }
+    }
+    let backend: Arc<dyn Backend> = Arc::new(judge);
+    Ok(Instrument::Asked(match store {
+        Some(store) => Arc::new(Cached::new(backend, Arc::clone(store))),
+        None => backend,
+    }))
 }
 
 fn judge(
     config: &Config,
-    method: &config::Method,
+    (key, method): (&str, &Method),
     policy: Option<&Policy>,
     device: &Device,
     progress: bool,
 ) -> Result<Judge> {
     let chat = |tokenizer: &Tokenizer| method.chat.unwrap_or(config.data.chat && tokenizer.has_chat_template());
     let Some(reference) = &method.model else {
-        let policy = policy.context("labeler.model is missing, and there is no policy to judge with")?;
+        let policy = policy.with_context(|| format!("{key}.model is missing, and there is no policy to judge with"))?;
         return Ok(Judge {
             model: Copies::new(device.clone()).of(&policy.model)?,
             tokenizer: policy.tokenizer.clone(),
@@ -372,12 +450,12 @@ fn judge(
             chat: chat(&policy.tokenizer),
         });
     };
-    let (model, tokenizer, _) =
-        load(reference, onto(config, device), timeout(config), progress).context("labeler.model cannot be loaded")?;
+    let (model, tokenizer, _) = load(reference, onto(config, device), timeout(config), progress)
+        .with_context(|| format!("{key}.model cannot be loaded"))?;
     if let Some(policy) = policy {
         ensure!(
             method.kind != LabelerKind::Likelihood || same_vocabulary(&policy.tokenizer, &tokenizer)?,
-            "labeler.type = \"likelihood\" reads the policy's tokens, but labeler.model has another vocabulary; use a labeler of the policy's family, or another type"
+            "{key}.type = \"likelihood\" reads the policy's tokens, but {key}.model has another vocabulary; use a judge of the policy's family, or another type"
         );
     }
     let chat = chat(&tokenizer);

@@ -29,7 +29,7 @@ use anyhow::Result;
 use preceptor_actors::{Outcome, SnapshotCell, spawn_graph};
 
 use crate::check;
-use crate::checkpoint::{Form, Identity, Opened, Shelf, Writer, Written};
+use crate::checkpoint::{Form, Identity, Opened, Shelf, WinRates, Writer, Written};
 use crate::config::{Config, Mode};
 use crate::controller::{Controller, Knobs};
 use crate::device;
@@ -97,10 +97,11 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     }
     say!("run       {}", dir.path().display());
     monitor.phase("opening the run");
-    let settings = config.clone();
+    let (settings, win_rates) = (config.clone(), WinRates::default());
     let begins = from == From::Latest;
-    let start =
-        unless_interrupted("opening the run", move || open::open(&settings, dir, &from)).await.map_err(refused)?;
+    let course = win_rates.clone();
+    let open = move || open::open(&settings, dir, &from, course);
+    let start = unless_interrupted("opening the run", open).await.map_err(refused)?;
     let compared = start.checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose();
     let mut changes = compared.map_err(refused)?.unwrap_or_default();
     if let Some(checkpoint) = &start.checkpoint {
@@ -131,7 +132,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     for line in check::shortages(&config, &prepared)? {
         say!("{line}");
     }
-    let judge = resume::judge_contents(&config, &prepared.instruments)?;
+    let judge = resume::judge_contents(&config, &prepared)?;
     if let Some(checkpoint) = &start.checkpoint {
         for change in resume::compare_judge(checkpoint, &judge, &accepted).map_err(refused)? {
             say!("{}", change.line());
@@ -202,8 +203,11 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     let evaluator = {
         let (progress, monitor) = (Arc::clone(&progress), Arc::clone(&monitor));
         let dir = lock(&files).dir().to_owned();
-        Evaluator::start(&config, &prepared, &dir, start, move |told| announce_evaluation(told, &progress, &monitor))?
+        let tell = move |told| announce_evaluation(told, &progress, &monitor);
+        Evaluator::start(&config, &prepared, &dir, start, win_rates.clone(), tell)?
     };
+    win_rates.known().into_iter().for_each(|(step, rate)| monitor.evaluated(step, rate));
+    let unimproved = win_rates.exhausted(config.evaluation.patience).filter(|_| start < config.run.steps);
     let watcher = Arc::new(Mutex::new(Watcher {
         files: Arc::clone(&files),
         evaluator,
@@ -221,6 +225,9 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         step: start,
         guard,
         stopped: None,
+        win_rates,
+        patience: config.evaluation.patience,
+        unimproved,
         objectives: match config.run.mode {
             Mode::Preference => &["preference/margin", "judge/mean"],
             Mode::Distilled => &["score/mean", "judge/mean"],
@@ -255,9 +262,14 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         let work = move || warmed_up(&watcher, &node, &shelf, &form, &failing).map(|path| written.set(path));
         unless_left(&stop, "the checkpoint of the warm-up", work).await?;
     }
-    if stop.asked() {
+    let ended = lock(&watcher).unimproved.is_some();
+    if stop.asked() || ended {
         let conclusion = Conclusion { node, watcher, shelf, form, stop, monitor: Arc::clone(&monitor), written };
-        return before_training(conclusion, resumed).await;
+        return if ended {
+            conclusion.conclude(Outcome::Finished).await
+        } else {
+            before_training(conclusion, resumed).await
+        };
     }
 
     let wiring = Arc::clone(&node);
@@ -369,21 +381,28 @@ fn announce(
 /// What is said and shown of an evaluation.
 fn announce_evaluation(told: Result<Evaluated>, progress: &OnceLock<Progress>, monitor: &Monitor) {
     let text = match told {
-        Ok(Evaluated { step, win_rate, lengths }) => match win_rate.value {
-            Some(rate) => {
-                monitor.evaluated(step, rate);
-                format!(
-                    "win rate of step {step} over the first weights: {:.1} % ({:.1} to {:.1}) of {} held-out prompts, in {:.1} tokens for {:.1}",
-                    100.0 * rate,
-                    100.0 * win_rate.low,
-                    100.0 * win_rate.high,
-                    win_rate.count,
-                    lengths[0],
-                    lengths[1]
-                )
+        Ok(Evaluated { step, win_rate, lengths, without: [abstained, failed], failure }) => {
+            let why = failure.map_or(String::new(), |failure| format!(": {failure}"));
+            let without = match (abstained, failed) {
+                (0, 0) => String::new(),
+                _ => format!("; the judge abstained on {abstained} more and failed on {failed}{why}"),
+            };
+            match win_rate.value {
+                Some(rate) => {
+                    monitor.evaluated(step, rate);
+                    format!(
+                        "win rate of step {step} over the first weights: {:.1} % ({:.1} to {:.1}) of {} held-out prompts, with {:.1} tokens against {:.1}{without}",
+                        100.0 * rate,
+                        100.0 * win_rate.low,
+                        100.0 * win_rate.high,
+                        win_rate.count,
+                        lengths[0],
+                        lengths[1]
+                    )
+                }
+                None => format!("step {step} has no win rate: no verdict on any held-out prompt{without}"),
             }
-            None => format!("step {step} is not evaluated: the labeler gave no verdict on any held-out prompt"),
-        },
+        }
         Err(error) => format!("{error:#}; training goes on"),
     };
     match progress.get() {

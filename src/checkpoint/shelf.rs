@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow};
 
 use super::read::Unreadable;
 use super::sums::Damage;
-use super::{Form, Mirror, Opened, Snapshot, Written};
+use super::{Form, Mirror, Opened, Snapshot, WinRates, Written};
 use crate::disk;
 use crate::fault;
 use crate::say;
@@ -27,21 +27,32 @@ pub struct Latest {
     pub damaged: Vec<PathBuf>,
 }
 
+/// Which checkpoint is kept besides the latest ones.
+#[derive(Debug, Clone)]
+pub enum Best {
+    /// None.
+    None,
+    /// The one with the highest figure in its `preceptor.json`.
+    Figure,
+    /// The one with the highest win rate.
+    WinRate(WinRates),
+}
+
 /// A run's `checkpoints` folder.
 pub struct Shelf {
     dir: PathBuf,
     /// The last ones that are kept.
     keep: usize,
-    /// Whether the best one is, besides.
-    best: bool,
+    /// The one that is kept besides.
+    best: Best,
     /// Where copies go.
     mirror: Option<Mirror>,
 }
 
 impl Shelf {
-    /// Checkpoints under `run_dir/checkpoints`, the last `keep` kept, and the `best` if there is one. Of one that was never
+    /// Checkpoints under `run_dir/checkpoints`, of which the last `keep` are kept, and the `best`. Of one that was never
     /// finished, nothing is left.
-    pub fn new(run_dir: &Path, keep: usize, best: bool) -> Self {
+    pub fn new(run_dir: &Path, keep: usize, best: Best) -> Self {
         let dir = run_dir.join("checkpoints");
         for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -226,10 +237,17 @@ impl Shelf {
             Err(error) => return tracing::warn!("{error:#}; no old checkpoint is removed"),
         };
         let old = &all[..all.len().saturating_sub(self.keep)];
-        let figures: Vec<Option<f64>> = all.iter().map(|path| figure(path)).collect();
-        let best = self.best.then(|| best(&figures)).flatten();
-        for (i, path) in old.iter().enumerate().filter(|(i, _)| Some(*i) != best) {
-            tracing::debug!("checkpoint {i} is no longer kept");
+        let steps: Vec<u64> = all.iter().filter_map(|path| step(path)).collect();
+        let kept = match &self.best {
+            Best::None => Vec::new(),
+            Best::Figure => {
+                let figures: Vec<Option<f64>> = all.iter().map(|path| figure(path)).collect();
+                best(&figures).map(|i| steps[i]).into_iter().collect()
+            }
+            Best::WinRate(win_rates) => win_rates.kept(&steps),
+        };
+        for path in old.iter().filter(|path| step(path).is_some_and(|step| !kept.contains(&step))) {
+            tracing::debug!("{} is no longer kept", path.display());
             if let Err(error) = remove(path) {
                 tracing::warn!("cannot remove the old checkpoint {}: {error}", path.display());
             }
@@ -333,7 +351,7 @@ mod tests {
     #[test]
     fn the_last_and_the_best_are_kept() {
         let dir = tempfile::tempdir().unwrap();
-        let shelf = Shelf::new(dir.path(), 2, true);
+        let shelf = Shelf::new(dir.path(), 2, Best::Figure);
         for (step, value) in [(1, 0.5), (2, 0.9), (3, 0.1), (10, 0.2), (1_000_000, 0.3)] {
             let path = shelf.dir().join(name(step));
             std::fs::create_dir_all(&path).unwrap();
@@ -350,7 +368,7 @@ mod tests {
         assert!(name_aside(&later, "superseded").unwrap().ends_with("step-000010.superseded-2"));
         assert!(set_aside_as(&later).ends_with("step-000010.superseded-1"), "{}", set_aside_as(&later));
         std::fs::remove_dir_all(shelf.dir().join(name(1_000_000))).unwrap();
-        let plain = Shelf::new(dir.path(), 1, false);
+        let plain = Shelf::new(dir.path(), 1, Best::None);
         std::fs::create_dir_all(plain.dir().join(name(3))).unwrap();
         std::fs::create_dir_all(plain.dir().join(".step-000005.partial")).unwrap();
         plain.prune();
@@ -358,7 +376,7 @@ mod tests {
         // A program that died while it replaced one left the old one beside, or both.
         std::fs::create_dir_all(plain.dir().join(".step-000007.replaced")).unwrap();
         std::fs::create_dir_all(plain.dir().join(".step-000003.replaced")).unwrap();
-        Shelf::new(dir.path(), 1, false);
+        Shelf::new(dir.path(), 1, Best::None);
         let names: Vec<String> = std::fs::read_dir(plain.dir())
             .unwrap()
             .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())

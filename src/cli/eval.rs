@@ -257,7 +257,7 @@ impl AnswerArgs {
 
 impl WinRateArgs {
     fn run(self) -> Result<()> {
-        let config = self.common.config.load()?;
+        let config = self.common.config.load()?.judged_as_evaluated();
         let (prompts, a, tokenizer) = self.common.answered(&config, &self.a, self.b.is_none())?;
         let (b, against) = match &self.b {
             Some(name) => (self.common.answered(&config, name, false)?.1, name.as_str()),
@@ -294,7 +294,7 @@ impl RewardAccuracyArgs {
 
 impl HarmlessRateArgs {
     fn run(self) -> Result<()> {
-        let config = self.common.config.load()?;
+        let config = self.common.config.load()?.judged_as_evaluated();
         let (prompts, answers, tokenizer) = self.common.answered(&config, &self.model, false)?;
         self.common.write(&prompts, &[("answer", &answers)])?;
         let bench = labeler_bench(&config, true, budget(&config, None)?)?;

@@ -70,6 +70,13 @@ pub struct Methods {
     pub panel: bool,
 }
 
+impl Methods {
+    /// The path of the keys of method `i`, where those of the whole judge are at `path`.
+    pub fn place(&self, path: &str, i: usize) -> String {
+        if self.panel { format!("{path}.members[{i}]") } else { path.to_owned() }
+    }
+}
+
 impl Default for Methods {
     fn default() -> Self {
         Self { list: vec![Method::default()], panel: false }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::choice::choice;
 use super::key::{Reader, Spec, is, unset};
+use super::labeling::Methods;
 use super::section::section;
 use super::sections::{MANY, WeightDtype, check_variable, count, pool};
 
@@ -14,7 +15,8 @@ fn seconds(default: f64) -> Spec<f64> {
 }
 
 section! {
-    /// Evaluation of the current weights against the initial ones, by the labeler, on held-out prompts, during the run.
+    /// Evaluation of the current weights against the initial ones, on held-out prompts, during the run. A policy can learn to
+    /// please its labeler without becoming better: a judge that the labels do not come from, in `labeler`, shows it.
     pub struct Evaluation {
         /// Steps between evaluations; 0 disables them. Requires `data.holdout`. An evaluation is skipped while the previous
         /// one is still running.
@@ -23,6 +25,15 @@ section! {
         [Changeable] prompts: usize = count(32, (1 << 16) as f64),
         /// Threads of its pool, in addition to those of the actors.
         [Changeable] threads: usize = pool(),
+        /// Judge of these evaluations, and of `eval win-rate` and `eval harmless`. It has the keys of `[labeler]` that say how
+        /// one judge is asked, from `type` to `rationale_temperature`, or `type = "panel"` with `members`. Device, retries,
+        /// cache and budget are those of `[labeler]`.
+        [AcceptChange] labeler: Option<Methods> =
+            unset("the run's labeler, `[labeler]`")
+                .example("{ type = \"pairwise\", remote = { url = \"http://127.0.0.1:8080/v1\", model = \"judge\" } }"),
+        /// Consecutive evaluations without a higher win rate after which the run ends with a checkpoint and exit status 0; 0
+        /// disables it. The checkpoint of the highest win rate is kept with `checkpoint.best = "win_rate"`.
+        [Changeable] patience: u64 = is(0),
     }
 }
 
@@ -76,8 +87,9 @@ section! {
         [Changeable] every_steps: u64 = is(0),
         /// Number of the latest checkpoints that are kept.
         [Changeable] keep: usize = is(2).from(1),
-        /// A figure of `metrics.jsonl`. The checkpoint with the highest mean of it over the steps since the previous
-        /// checkpoint is kept too.
+        /// A figure of `metrics.jsonl`, or `win_rate`. The checkpoint with the highest mean of the figure over the steps since the
+        /// previous checkpoint is kept too. With `win_rate`, each step that is evaluated has a checkpoint, and the one that won
+        /// most often is kept; it requires `evaluation.every_steps`.
         [Changeable] best: Option<String> = unset("none").example("\"score/mean\""),
         /// Type of the weights in a checkpoint's model files. A run is resumed from the weights that it trained, regardless of
         /// this key.

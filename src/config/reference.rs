@@ -66,6 +66,8 @@ fn describe(page: &mut String, section: &str, key: &Key) {
     }
     page.push('\n');
     match &key.shape {
+        // Its keys are described once, under `[labeler]`.
+        Shape::Table(_) if path == "evaluation.labeler" => {}
         Shape::Table(inner) => inner().iter().for_each(|inner| describe(page, &path, inner)),
         Shape::Model(Some(inner)) => inner().iter().for_each(|inner| describe(page, &format!("{path}.scratch"), inner)),
         _ => {}

@@ -323,8 +323,17 @@ fn a_random_configuration_is_written_and_read_back_key_by_key() {
     for round in 0..24 {
         let mut sets: Vec<String> = match round % 3 {
             0 => vec![],
-            1 => vec!["labeler.type=\"pairwise\"".into(), REMOTE.into()],
-            _ => vec!["labeler.type=\"panel\"".into(), "labeler.members=[{ type = \"direct\" }]".into()],
+            1 => vec![
+                "labeler.type=\"pairwise\"".into(),
+                REMOTE.into(),
+                "evaluation.labeler.type=\"pairwise\"".into(),
+                format!("evaluation.{REMOTE}"),
+            ],
+            _ => vec![
+                "labeler.type=\"panel\"".into(),
+                "labeler.members=[{ type = \"direct\" }]".into(),
+                "evaluation.labeler={ type = \"panel\", members = [{ type = \"direct\" }] }".into(),
+            ],
         };
         let mut kept: Vec<(&str, Value)> = Vec::new();
         // Twice, as some keys are accepted next to others only.

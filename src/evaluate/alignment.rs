@@ -78,7 +78,7 @@ pub fn variants(config: &Config, names: Option<&[String]>) -> Result<Variants> {
     };
     let mut found = Variants { possible: Vec::new(), left_out: Vec::new() };
     for name in names.unwrap_or(&default) {
-        match variant(config, name).and_then(|config| possible(&config).map(|()| config)) {
+        match variant(config, name).and_then(|config| possible(&config.labeler.methods).map(|()| config)) {
             Ok(config) => found.possible.push(Variant { name: name.clone(), config }),
             Err(error) => found.left_out.push((name.clone(), format!("{error:#}"))),
         }

@@ -230,6 +230,16 @@ impl StepRecord {
         Self(map)
     }
 
+    /// Names of all figures that a step may have.
+    pub fn names() -> Vec<String> {
+        let always = Self::new(1, &Tally::default(), 0.0, 1.0).0;
+        let sometimes =
+            ["preference/margin", "preference/accuracy", "preference/pairs", "judge/mean", "reward_model/version"];
+        let clock =
+            ["step_seconds", "run_seconds", "unix_seconds", "resident_bytes"].map(|name| format!("time/{name}"));
+        always.keys().cloned().chain(sometimes.map(str::to_owned)).chain(clock).collect()
+    }
+
     /// A figure by name; NaN when it is not there or not finite.
     pub fn get(&self, name: &str) -> f64 {
         self.0.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN)

@@ -92,6 +92,11 @@ impl Conclusion {
                     ))
                     .into());
                 }
+                if let Some(why) = lock(&self.watcher).unimproved.take().filter(|_| step < self.node.config.run.steps) {
+                    say!(
+                        "ended early at step {step}: {why}; --resume with a larger evaluation.patience continues the run"
+                    );
+                }
                 if step >= self.node.config.run.steps
                     && let Some(why) = lock(&self.watcher).guard.learned_nothing()
                 {

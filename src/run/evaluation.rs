@@ -1,7 +1,8 @@
-//! Win rates while a run learns: the present weights against the first ones, on held-out prompts, judged by the labeler.
+//! Win rates while a run learns: the present weights against the first ones, on held-out prompts, judged by
+//! `evaluation.labeler`, or by the run's labeler.
 //!
-//! A reward that rises while these fall is being gamed. A thread of its own answers and asks; the learner hands weights over
-//! and goes on. What came of it is one line of `evaluations.jsonl`.
+//! A reward that rises while the win rate falls is being gamed. A separate thread answers and asks; the learner hands weights
+//! over and continues. Each evaluation is one line of `evaluations.jsonl`.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use crossbeam::channel::{Sender, TrySendError, bounded};
 use serde_json::{Value, json};
 
 use super::log::Log;
+use crate::checkpoint::WinRates;
 use crate::config::Config;
 use crate::disk;
 use crate::evaluate::answers::answers;
@@ -25,7 +27,7 @@ use crate::prepare::Prepared;
 use crate::rollout::{Completion, Group, Prompt, Verdict};
 use crate::statistics::interval::{self, Estimate};
 use crate::tokens::Tokenizer;
-use crate::topology::labelers::labeler;
+use crate::topology::labelers::evaluation_judge;
 use crate::topology::sampling;
 
 /// Name of its file in the run's directory.
@@ -39,46 +41,65 @@ pub(super) struct Evaluated {
     pub(super) win_rate: Estimate,
     /// Mean length of the answers in tokens, of the present weights and of the first ones.
     pub(super) lengths: [f64; 2],
+    /// Prompts without a verdict: the judge abstained, or failed.
+    pub(super) without: [usize; 2],
+    /// Why the judge failed, where it did.
+    pub(super) failure: Option<String>,
+}
+
+/// What became of weights that were handed over for evaluation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Put {
+    /// Their step is not one that is evaluated.
+    NotDue,
+    /// They are evaluated.
+    Taken,
+    /// They are not evaluated: the evaluation before is still under way.
+    Busy,
 }
 
 /// A thread that evaluates.
 pub(super) struct Evaluator {
     every: u64,
     jobs: Option<Sender<(u64, Arc<Decoder>)>>,
+    course: WinRates,
     thread: JoinHandle<()>,
 }
 
 impl Evaluator {
-    /// As `config` says, on what is `prepared`; none where it asks for none. What `dir` has of steps after `step` is taken
-    /// again. `tell` hears of each evaluation.
+    /// As `config` says, on what is `prepared`; none where it asks for none. The evaluations in `dir` after `step` are removed,
+    /// and the others become the begin of `course`. `tell` is called with each evaluation.
     ///
     /// # Errors
-    /// A file that cannot be written, a labeler's template that cannot be used.
+    /// A file that cannot be read or written, a judge's template that cannot be used.
     pub(super) fn start(
         config: &Config,
         prepared: &Prepared,
         dir: &Path,
         step: u64,
+        course: WinRates,
         tell: impl Fn(Result<Evaluated>) + Send + 'static,
     ) -> Result<Option<Self>> {
         let every = config.evaluation.every_steps;
         let Some(data) = prepared.held_out.as_ref().filter(|_| every > 0) else { return Ok(None) };
         let order = data.order(0);
         let count = config.evaluation.prompts.min(data.len()) as u64;
-        let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
+        let temperature = config.evaluation_judge().1.first().map_or(1.0, |method| method.pair_temperature);
         let mut contest = Contest {
             prompts: (0..count).map(|seq| data.prompt(seq, &order)).collect::<Result<_>>()?,
             first: Vec::new(),
             model: Arc::clone(prepared.policy()),
             tokenizer: prepared.tokenizer.clone(),
             sampling: Sampling { top_k: Some(1), ..sampling(config, &prepared.tokenizer) },
-            labeler: labeler(config, prepared)?,
+            labeler: evaluation_judge(config, prepared)?,
             retries: config.labeler.retries,
             wants: Wants::Preferences { pairing: Pairing::Adjacent, temperature },
         };
         let mut log = open(dir, step)?;
+        course.begin_with(earlier(dir)?);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(config.evaluation.threads).build()?;
         let (jobs, todo) = bounded::<(u64, Arc<Decoder>)>(0);
+        let noted = course.clone();
         let thread = std::thread::Builder::new().name("evaluation".into()).spawn(move || {
             for (step, model) in todo {
                 let evaluated = pool.install(|| contest.hold(step, &model));
@@ -87,16 +108,25 @@ impl Evaluator {
                 {
                     tell(Err(error));
                 }
+                noted.evaluated(step, evaluated.as_ref().ok().and_then(|evaluated| evaluated.win_rate.value));
                 tell(evaluated.with_context(|| format!("step {step} could not be evaluated")));
             }
         })?;
-        Ok(Some(Self { every, jobs: Some(jobs), thread }))
+        Ok(Some(Self { every, jobs: Some(jobs), course, thread }))
     }
 
-    /// Hands over the weights of `step` if they are due and nobody is being evaluated; says whether they were left out.
-    pub(super) fn put(&self, step: u64, model: &Arc<Decoder>) -> bool {
-        let Some(jobs) = self.jobs.as_ref().filter(|_| step.is_multiple_of(self.every)) else { return false };
-        matches!(jobs.try_send((step, Arc::clone(model))), Err(TrySendError::Full(_)))
+    /// Hands over the weights of `step` for evaluation, if they are due and no other evaluation is under way.
+    pub(super) fn put(&self, step: u64, model: &Arc<Decoder>) -> Put {
+        let Some(jobs) = self.jobs.as_ref().filter(|_| step.is_multiple_of(self.every)) else { return Put::NotDue };
+        // Noted first, so that the checkpoint of this step is not removed before its win rate is known.
+        self.course.begins(step);
+        match jobs.try_send((step, Arc::clone(model))) {
+            Ok(()) => Put::Taken,
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                self.course.evaluated(step, None);
+                Put::Busy
+            }
+        }
     }
 
     /// Takes no more, and waits up to `patience` for the one that is under way: a judge that is away must not keep a run from
@@ -132,11 +162,26 @@ pub(super) fn length(path: &Path, step: u64) -> Result<u64> {
     Ok(before.split_inclusive(|byte| *byte == b'\n').take_while(of).map(|line| line.len() as u64).sum())
 }
 
+/// Steps and win rates in the file of the run in `dir`.
+///
+/// # Errors
+/// Names the file that cannot be read.
+fn earlier(dir: &Path) -> Result<Vec<(u64, f64)>> {
+    let path = dir.join(NAME);
+    if disk::length(&path)?.is_none() {
+        return Ok(Vec::new());
+    }
+    let text = std::fs::read_to_string(&path).map_err(|error| disk::cannot("read", &path, error))?;
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    Ok(lines.filter_map(|line| Some((line["step"].as_u64()?, line["win_rate"].as_f64()?))).collect())
+}
+
 impl Evaluated {
     fn to_json(&self) -> Value {
         json!({
             "step": self.step, "win_rate": self.win_rate.value, "low": self.win_rate.low, "high": self.win_rate.high,
-            "verdicts": self.win_rate.count, "length": self.lengths[0], "length_first": self.lengths[1],
+            "verdicts": self.win_rate.count, "abstained": self.without[0], "failed": self.without[1],
+            "length": self.lengths[0], "length_first": self.lengths[1],
         })
     }
 }
@@ -164,19 +209,23 @@ impl Contest {
             answers.iter().map(|answer| answer.ids.len() as f64).sum::<f64>() / answers.len() as f64
         };
         let lengths = [mean(&present), mean(&self.first)];
-        let mut outcomes = Vec::new();
+        let (mut outcomes, mut without, mut failure) = (Vec::new(), [0; 2], None);
         for (prompt, answers) in self.prompts.iter().zip(present.into_iter().zip(&self.first)) {
             let same = answers.0.text == answers.1.text;
             let group = Group { prompt: prompt.clone(), completions: vec![answers.0, answers.1.clone()] };
             let mut labels = ask_many(self.labeler.as_ref(), &[&group], self.retries).pop().unwrap_or_default();
             self.wants.shape(2, &mut labels);
-            if let Some(preference) = labels.preferences.first()
-                && let Verdict::Label(p) = &preference.verdict
-            {
-                outcomes.push(outcome(preference, *p, same));
+            let Some(preference) = labels.preferences.first() else { continue };
+            match &preference.verdict {
+                Verdict::Label(p) => outcomes.push(outcome(preference, *p, same)),
+                Verdict::Abstention(_) => without[0] += 1,
+                Verdict::Failure(why) => {
+                    without[1] += 1;
+                    failure.get_or_insert_with(|| why.to_string());
+                }
             }
         }
-        Ok(Evaluated { step, win_rate: interval::mean(&outcomes), lengths })
+        Ok(Evaluated { step, win_rate: interval::mean(&outcomes), lengths, without, failure })
     }
 
     fn answer(&self, model: &Arc<Decoder>) -> Result<Vec<Completion>> {
@@ -192,7 +241,7 @@ mod tests {
     use super::*;
 
     fn evaluator(work: impl FnOnce() + Send + 'static) -> Evaluator {
-        Evaluator { every: 1, jobs: None, thread: std::thread::spawn(work) }
+        Evaluator { every: 1, jobs: None, course: WinRates::default(), thread: std::thread::spawn(work) }
     }
 
     #[test]

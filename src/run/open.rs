@@ -9,8 +9,8 @@ use super::files::{RunDir, RunFiles, SAMPLES};
 use super::resume::Accepted;
 use super::rewind::{self, Ends, SetAside};
 use super::{From, begin, evaluation, journal, phases, reference, rotating};
-use crate::checkpoint::{Identity, Lengths, Mirror, Opened, Shelf, shelf};
-use crate::config::Config;
+use crate::checkpoint::{Best, Identity, Lengths, Mirror, Opened, Shelf, WinRates, shelf};
+use crate::config::{Config, WIN_RATE};
 use crate::disk;
 use crate::learn::TrainState;
 use crate::ledger::Book;
@@ -72,14 +72,20 @@ pub(super) struct Start {
     aside: Option<SetAside>,
 }
 
-/// Opens what `from` names in `dir`. Nothing there is changed but for what a mirror brings.
+/// Opens what `from` names in `dir`. Nothing there is changed but for what a mirror brings. `win_rates` chooses the best
+/// checkpoint, where the configuration asks for it.
 ///
 /// # Errors
 /// A checkpoint that is damaged or cannot be read; a run that would be begun over another one.
-pub(super) fn open(config: &Config, dir: RunDir, from: &From) -> Result<Start> {
+pub(super) fn open(config: &Config, dir: RunDir, from: &From, win_rates: WinRates) -> Result<Start> {
     let mirror = config.checkpoint.mirror.as_deref().map(Mirror::open).transpose()?;
     let keep = &config.checkpoint;
-    let shelf = Arc::new(Shelf::new(dir.path(), keep.keep, keep.best.is_some()).mirrored(mirror));
+    let best = match keep.best.as_deref() {
+        None => Best::None,
+        Some(WIN_RATE) => Best::WinRate(win_rates),
+        Some(_) => Best::Figure,
+    };
+    let shelf = Arc::new(Shelf::new(dir.path(), keep.keep, best).mirrored(mirror));
     let start = |dir, checkpoint, later, aside, shelf| Ok(Start { dir, checkpoint, shelf, later, aside });
     match from {
         From::Beginning => start(dir, None, Vec::new(), None, shelf),

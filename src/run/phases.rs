@@ -17,7 +17,7 @@ use super::supervise::{Stop, graph_options, supervise, unless_left};
 use super::watcher::Due;
 use super::{announce, lock, reference, resume};
 use crate::checkpoint::shelf::Latest;
-use crate::checkpoint::{Form, Identity, JudgeContents, Opened, Shelf, Snapshot, Writer};
+use crate::checkpoint::{Best, Form, Identity, JudgeContents, Opened, Shelf, Snapshot, Writer};
 use crate::config::Config;
 use crate::disk;
 use crate::exit::Ended;
@@ -135,7 +135,7 @@ pub(super) fn tuned(run: &Path) {
 }
 
 fn shelf(run: &Path) -> Shelf {
-    Shelf::new(&run.join(FINE_TUNING), 1, false)
+    Shelf::new(&run.join(FINE_TUNING), 1, Best::None)
 }
 
 /// Fine-tuning under way: told of each step, it shows it, and writes checkpoints when they are due.

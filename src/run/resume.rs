@@ -4,9 +4,10 @@ use anyhow::{Context, Result, bail};
 use toml::{Table, Value};
 
 use crate::checkpoint::{JudgeContents, Opened};
-use crate::config::{self, Config, LabelerKind, Resume};
+use crate::config::{self, Config, LabelerKind, Methods, Resume};
 use crate::label::templates::{Preamble, TemplateSet};
 use crate::nearest::nearest;
+use crate::prepare::Prepared;
 use crate::topology::labelers::Instrument;
 
 /// The effect of a change of the key at `path`, if it is one.
@@ -14,10 +15,10 @@ fn class(path: &str) -> Option<Resume> {
     config::key(&plain(path)).map(|key| key.resume)
 }
 
-/// `path` with a panel's member replaced by the section whose keys it has: `labeler.members[1].cot` is `labeler.cot`.
+/// `path` with a panel's member replaced by the table whose keys it has: `labeler.members[1].cot` is `labeler.cot`.
 fn plain(path: &str) -> String {
-    match path.strip_prefix("labeler.members[").and_then(|rest| rest.split_once(']')) {
-        Some((_, key)) => format!("labeler{key}"),
+    match path.split_once(".members[").and_then(|(judge, rest)| Some((judge, rest.split_once(']')?.1))) {
+        Some((judge, key)) => format!("{judge}{key}"),
         None => path.to_owned(),
     }
 }
@@ -153,15 +154,23 @@ fn permit(checkpoint: &Opened, changes: Vec<Change>, accepted: &Accepted) -> Res
     );
 }
 
-/// Hashes the templates, preambles and weights that the labeler uses; `instruments` has one for each method.
+/// Hashes the templates, preambles and weights that the labeler and the judge of evaluations use.
 ///
 /// # Errors
 /// Templates that cannot be read.
-pub fn judge_contents(config: &Config, instruments: &[Instrument]) -> Result<JudgeContents> {
-    let labeler = &config.labeler;
+pub fn judge_contents(config: &Config, prepared: &Prepared) -> Result<JudgeContents> {
+    let mut contents = contents_at("labeler", &config.labeler.methods, &prepared.instruments)?;
+    if let Some(judge) = &config.evaluation.labeler {
+        contents.extend(contents_at("evaluation.labeler", judge, &prepared.evaluators)?);
+    }
+    Ok(contents)
+}
+
+/// As [`judge_contents`], of the judge at the key `path`; `instruments` has one for each method.
+fn contents_at(path: &str, methods: &Methods, instruments: &[Instrument]) -> Result<JudgeContents> {
     let mut contents = JudgeContents::new();
-    for (i, (method, instrument)) in labeler.methods.iter().zip(instruments).enumerate() {
-        let place = if labeler.methods.panel { format!("labeler.members[{i}]") } else { "labeler".to_owned() };
+    for (i, (method, instrument)) in methods.iter().zip(instruments).enumerate() {
+        let place = methods.place(path, i);
         let mut note = |key: &str, what: String| contents.insert(format!("{place}.{key}"), what);
         let hex = |hash: u64| format!("{hash:016x}");
         if matches!(method.kind, LabelerKind::Direct | LabelerKind::Pairwise) {

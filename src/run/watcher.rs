@@ -8,12 +8,12 @@ use anyhow::Result;
 use preceptor_actors::GraphHandle;
 use serde_json::Value;
 
-use super::evaluation::Evaluator;
+use super::evaluation::{Evaluator, Put};
 use super::files::RunFiles;
 use super::guard::Guard;
 use super::supervise::Stop;
-use crate::checkpoint::{Snapshot, Writer};
-use crate::config::Config;
+use crate::checkpoint::{Snapshot, WinRates, Writer};
+use crate::config::{Config, WIN_RATE};
 use crate::learn::{Done, Observer};
 use crate::learn::{StepRecord, TrainState};
 use crate::ledger::Book;
@@ -49,6 +49,12 @@ pub(super) struct Watcher {
     pub(super) guard: Guard,
     /// Why a bound of the configuration stopped the run, if one did.
     pub(super) stopped: Option<String>,
+    /// The win rates of the evaluations.
+    pub(super) win_rates: WinRates,
+    /// Evaluations without a higher win rate after which the run ends; 0 for never.
+    pub(super) patience: u64,
+    /// Why the run ends before its last step although nothing is wrong: the win rate does not rise any more.
+    pub(super) unimproved: Option<String>,
     /// The figures that the mode is meant to raise.
     pub(super) objectives: &'static [&'static str],
     /// Their course so far: one list for each.
@@ -61,6 +67,8 @@ pub(super) struct Due {
     every: Option<Duration>,
     /// The figure that the best one is chosen by.
     best: Option<String>,
+    /// Whether each step that is evaluated has one.
+    evaluated: bool,
     /// When the last one was taken.
     pub(super) last: Instant,
     /// Values of the figure since then.
@@ -76,7 +84,8 @@ impl Due {
         Self {
             every_steps: config.checkpoint.every_steps,
             every: (minutes > 0.0).then(|| Duration::from_secs_f64(60.0 * minutes)),
-            best: config.checkpoint.best.clone(),
+            best: config.checkpoint.best.clone().filter(|best| best != WIN_RATE),
+            evaluated: config.checkpoint.best.as_deref() == Some(WIN_RATE),
             last: Instant::now(),
             figures: Vec::new(),
             failed,
@@ -129,15 +138,16 @@ impl Observer for Watcher {
             course.push(record.get(name));
         }
         if let Some(progress) = self.progress.get() {
-            let text = line(&record, self.steps, done.batch);
+            let text = line(&record, self.steps, done.batch, self.win_rates.latest());
             progress.step(&text, &Value::Object(record.0.clone()));
         }
-        if let Some(evaluator) = &self.evaluator
-            && evaluator.put(state.step, state.published())
-        {
+        let put = self.evaluator.as_ref().map_or(Put::NotDue, |one| one.put(state.step, state.published()));
+        if put == Put::Busy {
             self.say(&format!("step {} is not evaluated: the evaluation before is still under way", state.step));
         }
-        if self.due.is_due(state.step) && state.step < self.steps && !self.writer.is_busy() {
+        self.unimproved = self.win_rates.exhausted(self.patience);
+        let due = self.due.is_due(state.step) || (self.due.evaluated && put == Put::Taken);
+        if due && state.step < self.steps && !self.writer.is_busy() {
             // Training goes on without it: it is tried again, and the end of the run insists.
             if let Err(error) = self.checkpoint(state) {
                 telemetry::disk_error();
@@ -146,7 +156,7 @@ impl Observer for Watcher {
             }
             self.due.last = Instant::now();
         }
-        if (self.stop.asked() || self.stopped.is_some())
+        if (self.stop.asked() || self.stopped.is_some() || self.unimproved.is_some())
             && let Some(graph) = self.graph.get()
         {
             graph.halt();
@@ -246,7 +256,8 @@ fn moments(values: &[f64]) -> (f64, f64) {
     (mean, (variance / n).sqrt())
 }
 
-fn line(record: &StepRecord, steps: u64, batch: &[Rewarded]) -> String {
+/// The line of a step; `evaluated` is the latest win rate with its step.
+fn line(record: &StepRecord, steps: u64, batch: &[Rewarded], evaluated: Option<(u64, f64)>) -> String {
     let reasons = || batch.iter().filter_map(|group| group.masked.as_deref());
     let (masked, of) = (reasons().count(), batch.len());
     if masked == of
@@ -267,11 +278,12 @@ fn line(record: &StepRecord, steps: u64, batch: &[Rewarded]) -> String {
     } else {
         format!("score {:+.3}  reward {:+.3}", record.get("score/mean"), record.get("reward/mean"))
     };
+    let wins = evaluated.map_or(String::new(), |(step, rate)| format!("  wins {:.1} % (step {step})", 100.0 * rate));
     let kl = record.get("kl/mean");
     let kl = if kl.is_nan() { String::new() } else { format!("  kl {kl:.3}") };
     let left_out = if masked > 0 { format!("  masked {masked} of {of}") } else { String::new() };
     format!(
-        "step {:>3}/{steps}  {goal}{kl}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s{left_out}",
+        "step {:>3}/{steps}  {goal}{wins}{kl}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s{left_out}",
         record.get("step"),
         record.get("length/mean"),
         record.get("entropy/mean"),

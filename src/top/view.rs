@@ -13,13 +13,13 @@ const CURVES: &[(&str, &str)] = &[
     ("score", "score/mean"),
     ("margin", "preference/margin"),
     ("reward", "reward/mean"),
+    ("win rate", "win_rate"),
     ("KL", "kl/mean"),
     ("length", "length/mean"),
     ("entropy", "entropy/mean"),
     ("tokens/s", "rate/trained_tokens"),
     ("gradient", "gradient/norm"),
     ("staleness", "staleness/mean"),
-    ("win rate", "win_rate"),
 ];
 
 /// Draws it all; `silence` says why the node does not answer, `scroll` how many actors are above the first one shown.

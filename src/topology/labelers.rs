@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use crate::config::{Config, LabelerKind, Method};
+use crate::config::{Config, LabelerKind, Method, Methods};
 use crate::label::Labeler;
 use crate::label::backend::{Backend, Decoding};
 use crate::label::direct::Direct;
@@ -58,10 +58,10 @@ impl Instrument {
 ///
 /// # Errors
 /// The first method that cannot be used.
-pub fn possible(config: &Config) -> Result<()> {
-    for method in config.labeler.methods.iter() {
+pub fn possible(methods: &Methods) -> Result<()> {
+    for method in methods.iter() {
         if matches!(method.kind, LabelerKind::Likelihood | LabelerKind::Embedding) && method.remote.is_some() {
-            bail!("it reads the weights of its judge, and labeler.remote is on a server");
+            bail!("it reads the weights of its judge, and `remote` is on a server");
         }
         if let Some(question) = question(method)? {
             TemplateSet::find_for(&method.templates, &question)?;
@@ -95,12 +95,26 @@ pub fn labeler(config: &Config, prepared: &Prepared) -> Result<Box<dyn Labeler>>
 /// # Errors
 /// As [`labeler`].
 pub fn labeler_on(config: &Config, instruments: &[Instrument]) -> Result<Box<dyn Labeler>> {
+    made_of(config, ("labeler", &config.labeler.methods), instruments)
+}
+
+/// The judge of evaluations: `evaluation.labeler`, or the configured labeler.
+///
+/// # Errors
+/// As [`labeler`].
+pub fn evaluation_judge(config: &Config, prepared: &Prepared) -> Result<Box<dyn Labeler>> {
+    let instruments = if config.evaluation.labeler.is_some() { &prepared.evaluators } else { &prepared.instruments };
+    made_of(config, config.evaluation_judge(), instruments)
+}
+
+/// The labeler of `methods`, whose keys are at `path`, on `instruments`, one per method.
+fn made_of(config: &Config, (path, methods): (&str, &Methods), instruments: &[Instrument]) -> Result<Box<dyn Labeler>> {
     let mut made = Vec::new();
-    for (i, (method, instrument)) in config.labeler.methods.iter().zip(instruments).enumerate() {
-        let place = if config.labeler.methods.panel { format!("labeler.members[{i}]") } else { "labeler".into() };
-        made.push((method, one(config, method, instrument).with_context(|| format!("{place} cannot be used"))?));
+    for (i, (method, instrument)) in methods.iter().zip(instruments).enumerate() {
+        let labeler = one(config, method, instrument);
+        made.push((method, labeler.with_context(|| format!("{} cannot be used", methods.place(path, i)))?));
     }
-    if !config.labeler.methods.panel {
+    if !methods.panel {
         return made.pop().map(|(_, labeler)| labeler).context("no labeler is configured");
     }
     let members = made.into_iter().map(|(method, labeler)| Member {

@@ -279,29 +279,6 @@ fn lines_for_machines_are_objects_with_their_figures() {
 }
 
 #[test]
-fn win_rates_are_taken_while_it_learns_and_a_policy_ties_with_itself() {
-    let dir = tempfile::tempdir().unwrap();
-    let evaluated = |run: &str, overrides: &[&str]| -> Vec<Value> {
-        let dir = dir.path().join(run);
-        std::fs::create_dir(&dir).unwrap();
-        let evaluation = ["data.holdout=0.2", "evaluation.every_steps=2", "evaluation.prompts=6"];
-        let output = train(&dir, &[&evaluation[..], overrides].concat());
-        assert!(output.status.success(), "{}", stderr(&output));
-        assert!(stderr(&output).contains("win rate of step"), "{}", stderr(&output));
-        let text = std::fs::read_to_string(dir.join("run/evaluations.jsonl")).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    };
-    let still = evaluated("still", &["learner.lr=1e-12", "learner.value_lr=1e-12"]);
-    assert!(!still.is_empty() && still.iter().all(|one| one["win_rate"] == 0.5 && one["verdicts"] == 6), "{still:?}");
-    assert!(still.iter().all(|one| one["length"] == one["length_first"]), "{still:?}");
-    // Once, at the last step: whether there was time for an earlier one depends on the machine.
-    let moved = evaluated("moved", &["learner.lr=0.01", "evaluation.every_steps=4"]);
-    let last = &moved[moved.len() - 1];
-    assert!(last["win_rate"].as_f64().is_some_and(|rate| (0.0..=1.0).contains(&rate) && rate != 0.5), "{moved:?}");
-    assert!(moved.len() == 1 && last["step"] == 4, "{moved:?}");
-}
-
-#[test]
 fn check_tells_what_a_run_will_take() {
     let dir = tempfile::tempdir().unwrap();
     let judge = "labeler.remote={ url = \"http://127.0.0.1:9/v1\", model = \"m\", price_prompt = 10, price_completion = 20, probe = false }";
