@@ -450,14 +450,16 @@ fn staleness(config: &Config) -> Vec<String> {
         CorrectionKind::None if learner.eta == 0 => "nothing to correct".to_owned(),
         CorrectionKind::None => "NOT corrected, only clipped (learner.correction = \"none\")".to_owned(),
     };
+    let cut = rollout.top_k > 0 || rollout.top_p < 1.0 || rollout.min_p > 0.0 || rollout.repetition_penalty != 1.0;
     let mut lines = vec![format!(
         "staleness   η = {}: a token is at most {} versions old when it is trained; {correction}",
         learner.eta, learner.eta
     )];
+    if cut {
+        lines.push("sampling    tokens are drawn from a restricted distribution (rollout.top_k, top_p, min_p, repetition_penalty) and learned from as if they had come from the whole one, as in TRL and verl".into());
+    }
     let uncorrected = learner.correction == CorrectionKind::None && !preference;
-    let cut = rollout.top_k > 0 || rollout.top_p < 1.0 || rollout.min_p > 0.0 || rollout.repetition_penalty != 1.0;
     for (there, what) in [
-        (cut, "what is drawn is of a cut distribution (rollout.top_k, top_p, min_p, repetition_penalty)"),
         (rollout.weights == RolloutWeights::Bf16, "what is drawn is of weights in 16 bits (rollout.weights)"),
         (rollout.weights == RolloutWeights::Q8, "what is drawn is of weights in eight bits (rollout.weights)"),
         (

@@ -78,6 +78,18 @@ impl ConfigArgs {
     fn load(&self) -> anyhow::Result<Config> {
         Ok(crate::config::load(&self.config, &self.overrides)?)
     }
+
+    /// The configuration of a command that trains nothing: the keys of a run, of its policy and of its data may be missing.
+    fn load_judge(&self) -> anyhow::Result<Config> {
+        let spared = &["run.name", "run.steps", "policy.model", "data.path"];
+        Ok(crate::config::load_sparing(&self.config, &self.overrides, spared)?)
+    }
+
+    /// As [`Self::load_judge`], of a command that reads the prompts of `[data]`.
+    fn load_prompts(&self) -> anyhow::Result<Config> {
+        let spared = &["run.name", "run.steps", "policy.model"];
+        Ok(crate::config::load_sparing(&self.config, &self.overrides, spared)?)
+    }
 }
 
 /// Parses the command line and runs it.

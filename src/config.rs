@@ -114,6 +114,18 @@ config! {
 /// # Errors
 /// All mistakes in one report.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
+    load_sparing(path, overrides, &[])
+}
+
+/// As [`load`], for a program that does not use the required keys `spared`: each of them may be missing, and is empty then.
+///
+/// # Errors
+/// All mistakes in one report.
+pub fn load_sparing(
+    path: &Path,
+    overrides: &[String],
+    spared: &'static [&'static str],
+) -> Result<Config, ConfigErrors> {
     let origin = path.display().to_string();
     let text = bounded::text(path, bounded::WRITTEN).map_err(|error| {
         ConfigErrors::one(&origin, "", &format!("cannot be read: {error}; see configs/ for files that work"))
@@ -121,7 +133,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
     let folder = path.parent().unwrap_or(Path::new(""));
     // In full, so that the resolved configuration means the same from wherever it is read.
     let folder = std::path::absolute(folder.join(".")).unwrap_or_else(|_| folder.to_owned());
-    parse(&text, &origin, &folder, overrides)
+    parse_sparing(&text, (&origin, &folder), overrides, spared)
 }
 
 /// As [`load`], from text; `origin` names it in errors, `folder` is what paths are relative to.
@@ -129,7 +141,16 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
 /// # Errors
 /// All mistakes in one report.
 pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
-    let mut document = Document::new(text, origin)?;
+    parse_sparing(text, (origin, folder), overrides, &[])
+}
+
+fn parse_sparing(
+    text: &str,
+    (origin, folder): (&str, &Path),
+    overrides: &[String],
+    spared: &'static [&'static str],
+) -> Result<Config, ConfigErrors> {
+    let mut document = Document::new(text, origin)?.sparing(spared);
     for text in overrides {
         overrides::apply(&mut document, text);
     }

@@ -36,6 +36,23 @@ fn remedy(error: &Error) -> Option<&'static str> {
     })
 }
 
+/// `path` with a leading `~` replaced by the home directory, as a shell replaces it.
+///
+/// # Errors
+/// There is no home directory, or `~` names that of another user.
+pub fn expand_home(path: &Path) -> Result<PathBuf, String> {
+    let mut parts = path.components();
+    let Some(std::path::Component::Normal(first)) = parts.next() else { return Ok(path.to_owned()) };
+    let Some(user) = first.to_str().and_then(|first| first.strip_prefix('~')) else { return Ok(path.to_owned()) };
+    if !user.is_empty() {
+        return Err(format!("{} begins with the home directory of {user}; write the path in full", path.display()));
+    }
+    match std::env::home_dir().filter(|home| home.is_absolute()) {
+        Some(home) => Ok(home.join(parts.as_path())),
+        None => Err(format!("{} needs a home directory; set HOME, or write the path in full", path.display())),
+    }
+}
+
 /// Whether there is something at `path`; unlike [`Path::exists`], an error is not taken for absence.
 ///
 /// # Errors

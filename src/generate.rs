@@ -37,7 +37,7 @@ impl<'a> Request<'a> {
 pub struct Sampled {
     /// Token ids, the end token included.
     pub ids: Vec<u32>,
-    /// Log-probability of each in the distribution it was drawn from, in nats.
+    /// Log-probability of each among all tokens at the temperature of sampling, in nats; see [`sampler::Sampler::draw`].
     pub logprobs: Vec<f32>,
     /// Version of the weights each came from.
     pub versions: Vec<u64>,

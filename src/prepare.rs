@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{Device, Tensor};
 
 use crate::config::{Config, LabelerKind, Method, Mode, PolicyModel, RemoteJudge, Scratch, WIN_RATE};
@@ -307,6 +307,11 @@ pub fn labeler_bench(config: &Config, progress: bool, budget: Option<Arc<Budget>
     let labeler_device =
         config.labeler.device.as_ref().map(|name| device::open_as("labeler.device", name)).transpose()?;
     let own = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
+    if own && let PolicyModel::Reference(reference) = &config.policy.model {
+        let missing =
+            "labeler has neither model nor remote, and policy.model, which judges then, is missing; give one of them";
+        ensure!(!reference.0.is_empty(), Ended::Refused(anyhow!(missing)));
+    }
     let policy = if own { Some(policy(config, &policy_device, progress)?) } else { None };
     let device = labeler_device.as_ref().unwrap_or(&policy_device);
     let judges = Judges { labeler: &config.labeler.methods.list, evaluator: &[] };

@@ -241,10 +241,11 @@ impl RewardScale {
         self.m2 += delta * (score - self.mean);
     }
 
-    /// Sample standard deviation; one while fewer than two scores are known or all are equal.
+    /// Sample standard deviation; one while fewer than two scores are known, or all are equal up to the
+    /// rounding of f32, in which models compute.
     pub fn std(&self) -> f64 {
         let variance = if self.count > 1 { self.m2 / (self.count - 1) as f64 } else { 0.0 };
-        if variance > 0.0 { variance.sqrt() } else { 1.0 }
+        if variance.sqrt() > f64::from(f32::EPSILON) * self.mean.abs() { variance.sqrt() } else { 1.0 }
     }
 }
 

@@ -8,9 +8,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use toml::Value;
 
+use crate::disk::{self, expand_home};
 use crate::nearest::nearest;
 
 /// One place a model may be had from.
@@ -87,15 +88,17 @@ impl ModelRef {
         Value::Array(self.0.iter().map(Candidate::to_toml).collect())
     }
 
-    /// The same with paths relative to `folder`.
-    #[must_use]
-    pub fn relative_to(mut self, folder: &Path) -> Self {
+    /// The same with paths relative to `folder`, and a leading `~` replaced by the home directory.
+    ///
+    /// # Errors
+    /// A `~` where there is no home directory.
+    pub fn relative_to(mut self, folder: &Path) -> Result<Self, String> {
         for candidate in &mut self.0 {
             if let Candidate::Path(path) = candidate {
-                *path = folder.join(&*path);
+                *path = folder.join(expand_home(path)?);
             }
         }
-        self
+        Ok(self)
     }
 
     /// From a command line: a path, or what a configuration would write in braces or brackets.
@@ -214,20 +217,69 @@ pub fn resolve(reference: &ModelRef, options: &ResolveOptions) -> Result<Resolve
 }
 
 fn local(path: &Path) -> Result<ModelFiles> {
-    ensure!(path.exists(), "there is no such file or directory");
+    ensure!(path.exists(), "there is no such file or directory{}", hub_hint(path));
     if path.is_file() {
         ensure!(path.extension().is_some_and(|extension| extension == "gguf"), "a model file must be a .gguf");
         return Ok(ModelFiles::Gguf(path.to_owned()));
     }
+    let path = &checkpoint_of_run(path)?;
     ensure!(path.join("config.json").is_file(), "a model directory needs a config.json");
     let weights = ["model.safetensors", "model.safetensors.index.json"];
     ensure!(weights.iter().any(|name| path.join(name).is_file()), "a model directory needs a model.safetensors");
     Ok(ModelFiles::Directory(path.to_owned()))
 }
 
+/// The latest checkpoint of a run, where `path` is the directory of a run; else `path`.
+fn checkpoint_of_run(path: &Path) -> Result<PathBuf> {
+    let folder = path.join("checkpoints");
+    if path.join("config.json").exists() || !folder.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let entries = std::fs::read_dir(&folder).map_err(|error| disk::cannot("list", &folder, error))?;
+    let step = |path: &PathBuf| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
+    let steps = entries.flatten().map(|entry| entry.path()).filter_map(|path| Some((step(&path)?, path)));
+    let latest = steps.max_by_key(|(step, _)| *step).context("a run without a checkpoint has no model yet")?;
+    tracing::info!("{} is a run; its latest checkpoint is {}", path.display(), latest.1.display());
+    Ok(latest.1)
+}
+
+/// What to write instead where a path that does not exist looks like the name of a model on a hub.
+fn hub_hint(path: &Path) -> String {
+    let valid = |name: &str| {
+        !name.starts_with('.') && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    let name = |path: &Path| Some(path.file_name()?.to_str()?.to_owned()).filter(|name| valid(name));
+    let parent = path.parent().filter(|parent| !parent.exists());
+    match parent.and_then(|parent| Some((name(parent)?, name(path)?))) {
+        Some((owner, repo)) => format!("; a model of a hub is written {{ hub = \"{owner}/{repo}\" }}"),
+        None => String::new(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_is_its_latest_checkpoint_and_an_unknown_path_of_two_names_may_be_of_a_hub() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        for step in ["step-000002", "step-000010", "step-000009.superseded-1", ".step-000011.partial"] {
+            let checkpoint = run.join("checkpoints").join(step);
+            std::fs::create_dir_all(&checkpoint).unwrap();
+            std::fs::write(checkpoint.join("config.json"), "{}").unwrap();
+            std::fs::write(checkpoint.join("model.safetensors"), "").unwrap();
+        }
+        assert_eq!(local(&run).unwrap(), ModelFiles::Directory(run.join("checkpoints/step-000010")));
+        let words = |path: &Path| local(path).unwrap_err().to_string();
+        assert!(
+            words(&dir.path().join("Org/Name-1.5B"))
+                .ends_with("a model of a hub is written { hub = \"Org/Name-1.5B\" }")
+        );
+        assert!(words(&dir.path().join("name")).ends_with("no such file or directory"));
+        std::fs::create_dir_all(dir.path().join("empty/checkpoints")).unwrap();
+        assert!(words(&dir.path().join("empty")).contains("without a checkpoint"));
+    }
 
     fn read(text: &str) -> Result<ModelRef, String> {
         ModelRef::from_toml(&format!("v = {text}").parse::<toml::Table>().unwrap()["v"])

@@ -28,7 +28,7 @@ pub fn leave_one_out(returns: &[f64]) -> Vec<f64> {
 pub fn group_normalised(returns: &[f64], scaled: bool) -> Vec<f64> {
     let (mean, std) = moments(returns.iter().copied());
     let divisor = if scaled { std + 1e-4 } else { 1.0 };
-    returns.iter().map(|r| (r - mean) / divisor).collect()
+    returns.iter().map(|r| if std > 0.0 { (r - mean) / divisor } else { 0.0 }).collect()
 }
 
 /// Shifts `values` to mean 0 and scales them to sample variance 1; leaves fewer than two, and equal ones, at 0.
@@ -41,13 +41,40 @@ pub fn whiten<'a>(values: impl Iterator<Item = &'a mut f32>) {
     }
 }
 
-/// Mean and sample deviation; the latter is zero for fewer than two.
+/// The smallest deviation of values of the size `largest` that is not rounding: what f32, in which models compute, cannot tell
+/// apart counts as equal.
+fn rounding(largest: f64) -> f64 {
+    f64::from(f32::EPSILON) * largest.abs()
+}
+
+/// Mean and sample deviation. The latter is zero for fewer than two, and for values that are equal up to the
+/// rounding of f32.
 pub fn moments(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
     let n = values.clone().count() as f64;
     if n == 0.0 {
         return (0.0, 0.0);
     }
     let mean = values.clone().sum::<f64>() / n;
-    let squares: f64 = values.map(|value| (value - mean).powi(2)).sum();
-    (mean, if n > 1.0 { (squares / (n - 1.0)).sqrt() } else { 0.0 })
+    let squares: f64 = values.clone().map(|value| (value - mean).powi(2)).sum();
+    let std = if n > 1.0 { (squares / (n - 1.0)).sqrt() } else { 0.0 };
+    let equal = std <= rounding(values.fold(0.0, |largest, value| largest.max(value.abs())));
+    (mean, if equal { 0.0 } else { std })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_that_differ_by_rounding_alone_are_equal() {
+        let equal = [5.5, 5.5 + 1e-15, 5.5 - 1e-15, 5.5];
+        assert_eq!(moments(equal.into_iter()).1, 0.0);
+        assert_eq!(group_normalised(&equal, true), [0.0; 4]);
+        assert_eq!(group_normalised(&equal, false), [0.0; 4]);
+        // Small values and small differences of large ones are what they are.
+        for values in [[1e-9, -1e-9], [1e6, 1e6 + 1.0]] {
+            let std = moments(values.into_iter()).1;
+            assert!((std - (values[1] - values[0]).abs() / 2f64.sqrt()).abs() < 1e-3 * std, "{values:?}: {std}");
+        }
+    }
 }

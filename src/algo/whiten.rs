@@ -25,7 +25,8 @@ impl Algorithm for Whitened {
     fn targets(&self, batch: &[GroupView<'_>]) -> Vec<Targets> {
         let all = batch.iter().flat_map(|group| group.rewards).copied();
         let (mean, std) = if self.rewards { moments(all) } else { (0.0, 1.0) };
-        let scale = if std > 0.0 { 1.0 / std } else { 1.0 };
+        // Equal rewards are all at the mean.
+        let scale = if std > 0.0 { 1.0 / std } else { 0.0 };
         let rewards: Vec<Vec<f64>> =
             batch.iter().map(|group| group.rewards.iter().map(|r| (r - mean) * scale).collect()).collect();
         let batch: Vec<GroupView<'_>> =

@@ -178,7 +178,7 @@ impl Eval {
 
 impl AlignmentArgs {
     fn run(self) -> Result<()> {
-        let config = self.config.load()?;
+        let config = self.config.load_judge()?;
         let variants = variants(&config, self.variants.as_deref())?;
         for (name, why) in &variants.left_out {
             say!("left out: {name}: {why}");
@@ -257,7 +257,7 @@ impl AnswerArgs {
 
 impl WinRateArgs {
     fn run(self) -> Result<()> {
-        let config = self.common.config.load()?.judged_as_evaluated();
+        let config = self.common.config.load_prompts()?.judged_as_evaluated();
         let (prompts, a, tokenizer) = self.common.answered(&config, &self.a, self.b.is_none())?;
         let (b, against) = match &self.b {
             Some(name) => (self.common.answered(&config, name, false)?.1, name.as_str()),
@@ -280,7 +280,7 @@ impl WinRateArgs {
 
 impl RewardAccuracyArgs {
     fn run(self) -> Result<()> {
-        let config = self.config.load()?;
+        let config = self.config.load_judge()?;
         let mut model = RewardModel::open(&self.model, &device::open(&config.policy.device)?)?;
         model.model = model.model.to_dtype(device::dtype(config.policy.dtype))?;
         let tokenizer = Tokenizer::from_files(&crate::source::ModelFiles::Directory(self.model.clone()))?;
@@ -294,7 +294,7 @@ impl RewardAccuracyArgs {
 
 impl HarmlessRateArgs {
     fn run(self) -> Result<()> {
-        let config = self.common.config.load()?.judged_as_evaluated();
+        let config = self.common.config.load_prompts()?.judged_as_evaluated();
         let (prompts, answers, tokenizer) = self.common.answered(&config, &self.model, false)?;
         self.common.write(&prompts, &[("answer", &answers)])?;
         let bench = labeler_bench(&config, true, budget(&config, None)?)?;

@@ -47,7 +47,7 @@ impl Label {
     /// # Errors
     /// A configuration, input or output that cannot be used; pairs that could not be labeled.
     pub fn run(self) -> Result<()> {
-        let config = self.config.load()?;
+        let config = self.config.load_judge()?;
         let pairs = Arc::new(Preferences::read(&self.input, &Split::default(), false)?);
         // What labeling this output has cost is kept beside it, so that the bound holds for all its processes together.
         let cost = self.output.with_extension("cost.txt");

@@ -19,8 +19,8 @@ pub struct Train {
     /// Where the run is written; by default runs/NAME, or the first of NAME-2, NAME-3, … that is free.
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
-    /// Goes on with a run: from its latest checkpoint, or from the one given, such as
-    /// --resume=runs/NAME/checkpoints/step-000050. A run that never had one begins.
+    /// Resumes a run from its latest checkpoint, or from the one given, such as --resume=runs/NAME/checkpoints/step-000050;
+    /// --resume=runs/NAME resumes that run from its latest one. A run that never had one begins.
     #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, require_equals = true, default_missing_value = "latest")]
     resume: Option<PathBuf>,
     /// Goes on although KEY of the judge, such as labeler.remote.model, differs from the checkpoint's; the keys below KEY are
@@ -34,14 +34,18 @@ impl Train {
     ///
     /// # Errors
     /// As [`run::train`].
-    pub fn run(self) -> Result<()> {
+    pub fn run(mut self) -> Result<()> {
         let config = self.config.load()?;
         let accepted = run::resume::Accepted::new(self.accept_change).map_err(Ended::Refused)?;
         // The server's tasks run on the worker, and answer while this thread is busy.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let from = match self.resume {
+        let from = match self.resume.take() {
             None => run::From::Beginning,
             Some(path) if path.as_os_str() == "latest" => run::From::Latest,
+            Some(path) if path.join("checkpoints").is_dir() && self.run_dir.as_ref().is_none_or(|dir| *dir == path) => {
+                self.run_dir = Some(path);
+                run::From::Latest
+            }
             Some(path) => run::From::Checkpoint(path),
         };
         let summary = runtime.block_on(run::train(config, self.run_dir, from, accepted));

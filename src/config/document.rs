@@ -175,6 +175,8 @@ impl Lines {
 /// A parsed file with overrides, and the mistakes found in it so far.
 pub(super) struct Document {
     origin: String,
+    /// Paths of required keys and sections that may be missing.
+    spared: &'static [&'static str],
     pub(super) root: Node,
     found: RefCell<Found>,
 }
@@ -204,7 +206,17 @@ impl Document {
         let spans = DeTable::parse(text).ok();
         let members = members(table, spans.as_ref().map(Spanned::get_ref), 1, &lines);
         let root = Node { kind: Kind::Table(members), place: Place::Line(1), text: None, fault: None };
-        Ok(Self { origin: origin.into(), root, found: RefCell::default() })
+        Ok(Self { origin: origin.into(), spared: &[], root, found: RefCell::default() })
+    }
+
+    /// The same, in which the required keys `spared` may be missing.
+    pub(super) fn sparing(self, spared: &'static [&'static str]) -> Self {
+        Self { spared, ..self }
+    }
+
+    /// Whether the required key at `path` may be missing.
+    pub(super) fn spares(&self, path: &str) -> bool {
+        self.spared.contains(&path)
     }
 
     /// Whether no mistake was found at any of `keys`.

@@ -284,7 +284,9 @@ impl<'a> Reader<'a> {
     /// Reads `name`.
     pub(super) fn key<T: KeyType>(&mut self, name: &'static str, secret: bool, spec: Spec<T>) -> T {
         let Some(input) = self.input(name, secret) else {
-            if let Absent::Refused(what) = spec.absent {
+            if let Absent::Refused(what) = spec.absent
+                && !self.document.spares(&format!("{}.{name}", self.path))
+            {
                 self.error(name, &format!("is missing; give {what}"));
             }
             return spec.value;

@@ -12,6 +12,7 @@ use super::key::{Fields, Input, Key, Reader, Resume, Section, Spec, is, required
 use super::section::section;
 use super::sections::{TOKENS, check_optional_device, check_variable, count, pool, positive, queue};
 use super::types::{KeyType, Shape, table};
+use crate::disk::expand_home;
 use crate::endpoint::Endpoint;
 use crate::label::Pairing;
 use crate::source::ModelRef;
@@ -229,7 +230,7 @@ fn named_or_file(word: String, names: &[&str], folder: &Path) -> Result<String, 
     if names.contains(&word.as_str()) {
         return Ok(word);
     }
-    let path = folder.join(&word);
+    let path = folder.join(expand_home(Path::new(&word))?);
     if path.is_file() {
         return Ok(path.display().to_string());
     }

@@ -317,9 +317,10 @@ section! {
         [Changeable] max_new_tokens: usize = count(64, TOKENS),
         /// Sampling temperature.
         [Fixed] temperature: f64 = positive(0.9),
-        /// Samples from this many of the most probable tokens only; 0 samples from all. Like the next three keys it changes
-        /// the sampled distribution, whose log-probabilities are recorded. Those of the learner are of the unfiltered
-        /// distribution at `temperature`, so that the correction's ratio is below 1 even for fresh tokens.
+        /// Samples from this many of the most probable tokens only; 0 samples from all. Like the next three keys it restricts
+        /// which tokens are sampled. Recorded log-probabilities are of the unrestricted distribution at `temperature`, as in
+        /// TRL and verl, so that the importance ratio of a fresh token is 1. The restriction is not corrected for: the policy
+        /// learns from the tokens that were sampled as if they had come from all.
         [Changeable] top_k: usize = is(0),
         /// Samples from the fewest tokens that together have this probability only; 1 samples from all.
         [Changeable] top_p: f64 = is(1.0).above(0).to(1),

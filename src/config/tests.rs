@@ -215,6 +215,12 @@ fn around(path: &str) -> Vec<&'static str> {
     match path {
         _ if path.starts_with("labeler.remote") => vec!["labeler.type=direct", REMOTE],
         "labeler.members" => vec!["labeler.type=panel"],
+        _ if path.starts_with("evaluation.labeler.remote") => {
+            vec!["evaluation.labeler.type=direct", "evaluation.labeler.remote={ url = \"http://h/v1\", model = \"m\" }"]
+        }
+        "evaluation.labeler.members" => vec!["evaluation.labeler.type=panel"],
+        "evaluation.labeler.rationales" => vec!["evaluation.labeler.rationale_temperature=0.5"],
+        _ if path.starts_with("evaluation.labeler.") => vec!["evaluation.labeler={}"],
         "learner.minibatches" => vec!["learner.batch_groups=1000000"],
         "rollout.devices" => vec!["rollout.workers=8"],
         "evaluation.every_steps" => vec!["data.holdout=0.5"],

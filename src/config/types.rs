@@ -9,6 +9,7 @@ use toml::Value;
 
 use super::document::Kind;
 use super::key::{Fields, Input, Key, Reader, Section};
+use crate::disk::expand_home;
 use crate::source::ModelRef;
 
 /// The type of a key's value.
@@ -161,7 +162,8 @@ impl KeyType for PathBuf {
         Shape::Text
     }
     fn read(input: &Input<'_>) -> Option<Self> {
-        String::read(input).map(Self::from)
+        let path = String::read(input).map(Self::from)?;
+        expand_home(&path).map_or_else(|message| input.error(&message), Some)
     }
     fn write(&self) -> Option<Value> {
         Some(Value::String(self.display().to_string()))
@@ -284,7 +286,8 @@ impl KeyType for ModelRef {
             _ => input.node.value(),
         };
         let model = Self::from_toml(&value);
-        model.map(|model| model.relative_to(input.folder)).map_or_else(|message| input.error(&message), Some)
+        let model = model.and_then(|model| model.relative_to(input.folder));
+        model.map_or_else(|message| input.error(&message), Some)
     }
     fn write(&self) -> Option<Value> {
         Some(self.to_toml())

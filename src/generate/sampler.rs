@@ -76,16 +76,24 @@ impl Sampler {
         Self { sampling: sampling.clone(), seen, rng: ChaCha8Rng::seed_from_u64(seed) }
     }
 
-    /// Draws a token and returns it with its log-probability in the distribution it was drawn from. At temperature 0: the
-    /// most likely token (the first of equals) and its log-probability at temperature 1.
+    /// Draws a token and returns it with its log-probability, in nats, in the distribution of all tokens at the temperature. At
+    /// temperature 0: the most likely token (the first of equals) and its log-probability at temperature 1.
+    ///
+    /// What restricts the draw does not enter the log-probability: the learner computes its own without restrictions, and
+    /// their ratio has to show the change of the weights alone. TRL and verl do the same.
     pub fn draw(&mut self, logits: &[f32]) -> (u32, f32) {
-        let restricted = self.restricted(logits);
-        let logits = restricted.as_deref().unwrap_or(logits);
-        let (id, logprob) = if self.sampling.temperature == 0.0 {
-            let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
-            (best as u32, logits[best] - ops::row_logsumexp(logits, 1.0))
-        } else {
-            self.pick(logits)
+        let (id, logprob) = match self.restricted(logits) {
+            restricted if self.sampling.temperature == 0.0 => {
+                let row = restricted.as_deref().unwrap_or(logits);
+                let best = (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best });
+                (best as u32, logits[best] - ops::row_logsumexp(logits, 1.0))
+            }
+            Some(restricted) => {
+                let (id, _) = self.pick(&restricted);
+                let inverse = self.sampling.inverse_temperature();
+                (id, logits[id as usize] * inverse - ops::row_logsumexp(logits, inverse))
+            }
+            None => self.pick(logits),
         };
         if self.sampling.repetition_penalty != 1.0 {
             self.seen.insert(id);
@@ -173,14 +181,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn top_k_draws_among_the_likeliest_and_says_so() {
+    fn restricted_draws_have_the_log_probability_among_all_tokens() {
         let logits = [0.0f32, 1.0, -2.0, 1.0, 0.5];
-        let sampling = Sampling { top_k: Some(2), ..Sampling::default() };
+        let sampling = Sampling { top_k: Some(2), temperature: 0.5, repetition_penalty: 2.0, ..Sampling::default() };
+        let total: f64 = logits.iter().map(|logit| (2.0 * f64::from(*logit)).exp()).sum();
         let mut seen = [0u32; 5];
         for seed in 0..200 {
             let (id, logprob) = Sampler::new(&sampling, &[], seed).draw(&logits);
             seen[id as usize] += 1;
-            assert!((logprob - 0.5f32.ln()).abs() < 1e-6);
+            assert!((f64::from(logprob) - (2.0 - total.ln())).abs() < 1e-6);
         }
         assert!(seen[1] > 0 && seen[3] > 0 && seen[1] + seen[3] == 200, "{seen:?}");
     }
@@ -234,11 +243,16 @@ mod tests {
             };
             let expected: Vec<Option<f64>> = list("logprobs").map(serde_json::Value::as_f64).collect();
             for seed in 0..40 {
-                let (id, logprob) = Sampler::new(&sampling, &seen, seed).draw(&logits);
-                let theirs = expected[id as usize].unwrap_or_else(|| panic!("{id} was drawn with {sampling:?}"));
-                assert!((f64::from(logprob) - theirs).abs() < 1e-4, "{logprob}, {theirs} there, with {sampling:?}");
+                let (id, _) = Sampler::new(&sampling, &seen, seed).draw(&logits);
+                assert!(expected[id as usize].is_some(), "{id} was drawn with {sampling:?}");
             }
             let kept = Sampler::new(&sampling, &seen, 0).restricted(&logits).unwrap_or(logits);
+            let inverse = if sampling.temperature == 0.0 { 1.0 } else { sampling.inverse_temperature() };
+            let total = ops::row_logsumexp(&kept, inverse);
+            for (id, theirs) in expected.iter().enumerate().filter_map(|(id, theirs)| Some((id, (*theirs)?))) {
+                let logprob = f64::from(kept[id] * inverse - total);
+                assert!((logprob - theirs).abs() < 1e-4, "{logprob}, {theirs} there, with {sampling:?}");
+            }
             let ours = kept.iter().filter(|logit| logit.is_finite()).count();
             assert_eq!(ours, expected.iter().flatten().count(), "{sampling:?}");
         }

@@ -95,6 +95,14 @@ mod tests {
     }
 
     #[test]
+    fn scores_that_differ_by_rounding_alone_are_not_scaled() {
+        let rule = RewardRule { standardise: true, clip: None, length_penalty: 0.0, missing_eos_penalty: 0.0 };
+        let group = group(&[(1, Finish::Eos); 3]);
+        let rewards = rule.rewards(&group, &[5.5, 5.5 + 1e-15, 5.5 - 1e-15], &mut RewardScale::default());
+        assert!(rewards.iter().all(|reward| reward.abs() < 1e-12), "{rewards:?}");
+    }
+
+    #[test]
     fn a_preference_is_charged_in_log_odds() {
         let rule = RewardRule { standardise: true, clip: None, length_penalty: 0.5, missing_eos_penalty: 9f64.ln() };
         let group = group(&[(2, Finish::Eos), (2, Finish::Length), (4, Finish::Eos)]);

@@ -228,11 +228,6 @@ fn a_completion_ends_where_it_is_told_to() {
         stopped += usize::from(sample["finish"] == "stop");
     }
     assert!(stopped > 0, "{samples}");
-    // Restricting the draw makes what is drawn likelier than it is in the whole distribution.
-    for step in metrics(&dir.path().join("run")) {
-        let ratio = step["ratio/p50"].as_f64().unwrap();
-        assert!(ratio < 1.0, "{step}");
-    }
 }
 
 #[test]
@@ -450,6 +445,21 @@ fn assert_close(a: &Value, b: &Value, tolerance: f64) {
             assert!((a - b).abs() <= tolerance * (1.0 + a.abs()), "{name}: {a} against {b}");
         } else {
             assert_eq!(value, &b[name], "{name}");
+        }
+    }
+}
+
+/// As with TRL, which compares log-probabilities among all tokens too.
+#[test]
+fn fresh_tokens_of_a_restricted_draw_have_ratio_one_and_no_kl() {
+    for set in ["rollout.top_k=4", "rollout.top_p=0.6", "rollout.min_p=0.2", "rollout.repetition_penalty=1.5"] {
+        let dir = tempfile::tempdir().unwrap();
+        let output = train(dir.path(), &["run.steps=1", "learner.eta=0", set]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let step = &metrics(&dir.path().join("run"))[0];
+        for (figure, expected) in [("ratio/p05", 1.0), ("ratio/p95", 1.0), ("ratio/max", 1.0), ("kl/token", 0.0)] {
+            let value = step[figure].as_f64().unwrap();
+            assert!((value - expected).abs() < 1e-3, "{set}: {figure} = {value}");
         }
     }
 }

@@ -307,7 +307,7 @@ fn check_tells_what_a_run_will_take() {
         "direct, server: 64 questions a step",
         "a step, ",
         "η = 3: a token is at most 3 versions old",
-        "off-policy  what is drawn is of a cut distribution",
+        "sampling    tokens are drawn from a restricted distribution",
         "off-policy  what is drawn is of weights in 16 bits",
         "off-policy  later epochs",
     ] {

@@ -212,11 +212,12 @@ impl File {
         self.reading(count)
     }
 
-    /// The entries of `keys`, as they are kept at one moment.
+    /// The entries of `keys`. Those of several keys are as they were kept at one moment.
     pub(super) fn get(&self, keys: &[Keys]) -> Result<Vec<Option<Kept>>, Fault> {
         self.reading(|reader| {
-            let moment = reader.unchecked_transaction()?;
-            let mut find = moment.prepare("SELECT entry FROM answers WHERE key = ?1")?;
+            let alone = keys.len() == 1;
+            let _moment = if alone { None } else { Some(reader.unchecked_transaction()?) };
+            let mut find = reader.prepare_cached("SELECT entry FROM answers WHERE key = ?1")?;
             let mut entry = |key: &Key, earlier: bool| {
                 let found = find.query_row([key.as_slice()], |row| {
                     // An entry of another type is a damaged one, as is an empty one.
@@ -226,7 +227,11 @@ impl File {
             };
             keys.iter()
                 .map(|keys| match (entry(&keys.key, false)?, &keys.earlier) {
-                    (None, Some(earlier)) => entry(earlier, true),
+                    (None, Some(earlier)) => match entry(earlier, true)? {
+                        // Between the two looks another process may have given it the new key.
+                        None if alone => entry(&keys.key, false),
+                        found => Ok(found),
+                    },
                     (found, _) => Ok(found),
                 })
                 .collect()
@@ -246,10 +251,10 @@ impl File {
             let mut written = Written::default();
             let mut added = 0;
             {
-                let mut find = writing.prepare("SELECT entry FROM answers WHERE key = ?1")?;
-                let mut change = writing.prepare("UPDATE answers SET entry = ?2 WHERE key = ?1")?;
-                let mut rename = writing.prepare("UPDATE answers SET key = ?1, entry = ?2 WHERE key = ?3")?;
-                let mut insert = writing.prepare("INSERT INTO answers (key, seq, entry) VALUES (?1, ?2, ?3)")?;
+                let mut find = writing.prepare_cached("SELECT entry FROM answers WHERE key = ?1")?;
+                let mut change = writing.prepare_cached("UPDATE answers SET entry = ?2 WHERE key = ?1")?;
+                let mut rename = writing.prepare_cached("UPDATE answers SET key = ?1, entry = ?2 WHERE key = ?3")?;
+                let mut insert = writing.prepare_cached("INSERT INTO answers (key, seq, entry) VALUES (?1, ?2, ?3)")?;
                 let mut next = next(&writing)?;
                 for New { key, entry, replaces } in entries {
                     let before = find.query_row([key.as_slice()], |row| {
@@ -373,7 +378,7 @@ fn count(connection: &mut Connection) -> rusqlite::Result<u64> {
 /// The lowest and the highest number of an answer. They are found without a walk over the answers.
 fn span(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
     let sql = "SELECT (SELECT min(seq) FROM answers), (SELECT max(seq) FROM answers)";
-    connection.query_row(sql, [], |row| Ok(row.get::<_, Option<i64>>(0)?.zip(row.get(1)?)))
+    connection.prepare_cached(sql)?.query_row([], |row| Ok(row.get::<_, Option<i64>>(0)?.zip(row.get(1)?)))
 }
 
 /// The number of the next answer.

@@ -1,0 +1,72 @@
+//! The command line: which keys each command needs, and what stands for a path.
+
+use std::path::Path;
+use std::process::Output;
+
+use crate::common::{config, preceptor, small, stderr, train, trained};
+use crate::mock_judge::{Act, MockJudge};
+
+fn run(dir: &Path, args: &[&str]) -> Output {
+    preceptor(dir).args(args).env("HOME", dir).output().unwrap()
+}
+
+#[test]
+fn label_and_eval_need_no_keys_of_training() {
+    let dir = tempfile::tempdir().unwrap();
+    let judge = MockJudge::start(|_, _, _| Act::Tokens(vec![("1", 0.9), ("2", 0.1)]));
+    let text = format!(
+        "[labeler]\ntype = \"pairwise\"\ncache = \"labels\"\nremote = {{ url = \"{}\", model = \"m\", probe = false }}\n",
+        judge.url
+    );
+    std::fs::write(dir.path().join("judge.toml"), text).unwrap();
+    std::fs::write(dir.path().join("local.toml"), "[labeler]\ntype = \"pairwise\"\n").unwrap();
+    let pair = "{\"prompt\": \"p\", \"chosen\": \"a b\", \"rejected\": \"c\"}\n";
+    std::fs::write(dir.path().join("pairs.jsonl"), pair.repeat(3)).unwrap();
+    let output = run(dir.path(), &["label", "judge.toml", "--input", "pairs.jsonl", "--output", "out.jsonl"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(std::fs::read_to_string(dir.path().join("out.jsonl")).unwrap().lines().count(), 3);
+    let alignment = ["eval", "alignment", "judge.toml", "--input", "pairs.jsonl", "--variants", "configured"];
+    let output = run(dir.path(), &alignment);
+    assert!(output.status.success(), "{}", stderr(&output));
+    // The policy would judge, and there is none.
+    let output = run(dir.path(), &["label", "local.toml", "--input", "pairs.jsonl", "--output", "other.jsonl"]);
+    assert!(stderr(&output).contains("policy.model, which judges then, is missing"), "{}", stderr(&output));
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    let output = run(dir.path(), &["check", "judge.toml"]);
+    assert!(
+        output.status.code() == Some(2) && stderr(&output).contains("run.steps: is missing"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn a_tilde_is_the_home_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(config("data/posts.jsonl"), dir.path().join("mine.jsonl")).unwrap();
+    let offline = config("offline.toml");
+    let check = |path: &str| {
+        let set = format!("data.path={path}");
+        run(dir.path(), &["check", offline.to_str().unwrap(), "--set", &set])
+    };
+    let output = check("~/mine.jsonl");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let output = check("~other/mine.jsonl");
+    assert!(stderr(&output).contains("the home directory of other; write the path in full"), "{}", stderr(&output));
+}
+
+#[test]
+fn the_directory_of_a_run_is_its_latest_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = train(dir.path(), &["run.steps=2"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let of_run = run(dir.path(), &["generate", "run", "Hello", "--seed", "1", "--max-new-tokens", "8"]);
+    let of_step =
+        run(dir.path(), &["generate", "run/checkpoints/step-000002", "Hello", "--seed", "1", "--max-new-tokens", "8"]);
+    assert!(of_run.status.success() && of_run.stdout == of_step.stdout, "{}", stderr(&of_run));
+    let mut resumed = preceptor(dir.path());
+    resumed.arg("train").arg(config("offline.toml")).arg("--resume=run").args(small()).args(["--set", "run.steps=3"]);
+    let output = resumed.output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(trained(&dir.path().join("run")).len(), 12);
+}
