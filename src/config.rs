@@ -284,6 +284,12 @@ impl Config {
                 document.error("evaluation.patience", needs);
             }
         }
+        if document.sound(&["data.chat", "data.chat_template_kwargs"])
+            && !self.data.chat
+            && !self.data.chat_template_kwargs.is_empty()
+        {
+            document.error("data.chat_template_kwargs", "has no effect with data.chat = false; remove it");
+        }
         if document.sound(&["labeler.max_cost"]) && self.labeler.max_cost > 0.0 {
             let priced = |judge: &RemoteJudge| judge.price_prompt > 0.0 || judge.price_completion > 0.0;
             let judges =

@@ -26,6 +26,7 @@ use crate::remote::budget::Budget;
 use crate::reward::RewardModel;
 use crate::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
 use crate::tokens::Tokenizer;
+use crate::tokens::chat::Variables;
 use crate::topology::labelers::Instrument;
 use crate::topology::{needs_labels, trainer_plan};
 
@@ -275,7 +276,13 @@ fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
     };
     model.checkpoint_activations(config.learner.activation_checkpointing);
     let identity = model.weights().fingerprint()?;
+    let tokenizer = tokenizer.with_variables(template_variables(config));
     Ok(Policy { model: Arc::new(model), identity, tokenizer, origin })
+}
+
+/// What the policy's chat template is given besides the conversation.
+pub fn template_variables(config: &Config) -> Variables {
+    Variables::new(&config.data.chat_template_kwargs, config.data.seconds())
 }
 
 fn onto<'a>(config: &Config, device: &'a Device) -> Onto<'a> {
@@ -457,6 +464,7 @@ fn judge(
     };
     let (model, tokenizer, _) = load(reference, onto(config, device), timeout(config), progress)
         .with_context(|| format!("{key}.model cannot be loaded"))?;
+    let tokenizer = tokenizer.with_variables(Variables::new(&toml::Table::new(), config.data.seconds()));
     if let Some(policy) = policy {
         ensure!(
             method.kind != LabelerKind::Likelihood || same_vocabulary(&policy.tokenizer, &tokenizer)?,

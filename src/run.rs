@@ -102,6 +102,10 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     let course = win_rates.clone();
     let open = move || open::open(&settings, dir, &from, course);
     let start = unless_interrupted("opening the run", open).await.map_err(refused)?;
+    let mut config = config;
+    if config.data.date.is_none() {
+        config.data.date = begin::date(start.dir.path(), start.checkpoint.as_ref()).map_err(refused)?;
+    }
     let compared = start.checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose();
     let mut changes = compared.map_err(refused)?.unwrap_or_default();
     if let Some(checkpoint) = &start.checkpoint {

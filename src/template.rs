@@ -113,7 +113,11 @@ fn emit(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Resul
     minijinja::escape_formatter(out, state, value)
 }
 
-fn affordable(state: &State<'_, '_>, value: &Value) -> Result<(), Error> {
+/// Checks that the fuel that is left pays for the written form of `value`.
+///
+/// # Errors
+/// It does not.
+pub fn affordable(state: &State<'_, '_>, value: &Value) -> Result<(), Error> {
     let plain = !matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::Iterable | ValueKind::Plain);
     let Some((_, left)) = state.fuel_levels().filter(|_| !plain) else { return Ok(()) };
     write!(Counted(left.saturating_mul(BYTES_PER_STEP)), "{value}").map_err(|_| ErrorKind::OutOfFuel.into())

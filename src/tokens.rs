@@ -17,13 +17,15 @@ use crate::bounded;
 use crate::source::ModelFiles;
 use crate::vetted;
 use crate::vetted::types::{self, Type};
-use chat::{Message, OPENS_REASONING, Template};
+use chat::{Message, OPENS_REASONING, Template, Variables};
 
 /// A model's tokenizer. Cheap to clone.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     template: Option<Arc<Template>>,
+    /// What the template is given besides the conversation.
+    variables: Arc<Variables>,
     special: Special,
     /// The token that the model's own tokenizer puts before a text, if it puts one.
     opening: Option<u32>,
@@ -106,7 +108,7 @@ impl Tokenizer {
         let template = template.map(Template::new).transpose()?.map(Arc::new);
         let opened = inner.encode_fast("", true).map_err(|error| anyhow!(error))?;
         let opening = opened.get_ids().first().copied().filter(|id| Some(*id) == special.bos);
-        Ok(Self { inner: Arc::new(inner), template, special, opening, vocab_size })
+        Ok(Self { inner: Arc::new(inner), template, variables: Arc::default(), special, opening, vocab_size })
     }
 
     /// Token ids of `text`. Special tokens in it are recognised, none are added.
@@ -167,9 +169,23 @@ impl Tokenizer {
 
     fn render(&self, messages: &[Message], answer: bool, thinking: bool) -> Result<String> {
         let template = self.template.as_ref().context("the model has no chat template")?;
-        let token = |id: Option<u32>| id.and_then(|id| self.inner.id_to_token(id)).unwrap_or_default();
-        let (bos, eos) = (token(self.special.bos), token(self.special.eos.first().copied()));
-        template.render(messages, answer, thinking, [&bos, &eos])
+        let special = self.named_special();
+        template.render(messages, answer, thinking, &special, &self.variables)
+    }
+
+    /// The special tokens that the model has, by their names in `tokenizer_config.json`, as they are written.
+    fn named_special(&self) -> Vec<(&'static str, String)> {
+        let Special { bos, eos, pad, unk } = &self.special;
+        let named =
+            [("bos_token", *bos), ("eos_token", eos.first().copied()), ("pad_token", *pad), ("unk_token", *unk)];
+        named.into_iter().filter_map(|(name, id)| Some((name, self.inner.id_to_token(id?)?))).collect()
+    }
+
+    /// The same tokenizer, whose chat template is given `variables` besides the conversation.
+    #[must_use]
+    pub fn with_variables(mut self, variables: Variables) -> Self {
+        self.variables = Arc::new(variables);
+        self
     }
 
     /// Whether the model has a chat template.
@@ -247,17 +263,8 @@ impl Tokenizer {
     pub fn save(&self, dir: &Path) -> Result<()> {
         let path = dir.join("tokenizer.json");
         self.inner.save(&path, false).map_err(|error| anyhow!("cannot write {}: {error}", path.display()))?;
-        let mut named = serde_json::Map::new();
-        for (name, id) in [
-            ("bos_token", self.special.bos),
-            ("eos_token", self.special.eos.first().copied()),
-            ("pad_token", self.special.pad),
-            ("unk_token", self.special.unk),
-        ] {
-            if let Some(token) = id.and_then(|id| self.inner.id_to_token(id)) {
-                named.insert(name.into(), json!(token));
-            }
-        }
+        let special = self.named_special().into_iter();
+        let named: serde_json::Map<String, Value> = special.map(|(name, token)| (name.into(), json!(token))).collect();
         let mut config = named.clone();
         config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
         config.insert("clean_up_tokenization_spaces".into(), json!(false));

@@ -83,7 +83,8 @@ impl PromptArgs {
         };
         if let Some(path) = &self.like {
             let config: Config = crate::config::load(path, &[])?;
-            return prepare::prompt_format(&config).encode(&text, tokenizer);
+            let tokenizer = tokenizer.clone().with_variables(prepare::template_variables(&config));
+            return prepare::prompt_format(&config).encode(&text, &tokenizer);
         }
         if self.chat {
             let messages = [Message { role: "user".into(), content: text }];

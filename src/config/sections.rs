@@ -116,6 +116,35 @@ choice! {
     }
 }
 
+/// The variables that a template is always given have their meaning.
+fn check_variables(named: &toml::Table) -> Result<(), String> {
+    match ["messages", "add_generation_prompt"].iter().find(|name| named.contains_key(**name)) {
+        Some(name) => Err(format!("{name} is given by the program; remove it")),
+        None => Ok(()),
+    }
+}
+
+fn check_date(date: &Option<String>) -> Result<(), String> {
+    let Some(date) = date else { return Ok(()) };
+    seconds_of(date)
+        .map(drop)
+        .ok_or_else(|| format!("{date:?} is not a date; write it as 2026-11-29 or 2026-11-29T12:00:00Z"))
+}
+
+/// Seconds from 1970 to a date, or to a date and time, in UTC.
+fn seconds_of(date: &str) -> Option<u64> {
+    let text = if date.len() == 10 { format!("{date}T00:00:00Z") } else { date.to_owned() };
+    let time = humantime::parse_rfc3339_weak(&text).ok()?;
+    time.duration_since(std::time::UNIX_EPOCH).ok().map(|since| since.as_secs())
+}
+
+impl Data {
+    /// The time that `strftime_now` returns in chat templates, in seconds since 1970; none for the present.
+    pub fn seconds(&self) -> Option<u64> {
+        self.date.as_deref().and_then(seconds_of)
+    }
+}
+
 section! {
     /// The prompts.
     pub struct Data {
@@ -136,6 +165,14 @@ section! {
         [Fixed] chat: bool = is(true),
         /// System message of that chat.
         [Fixed] system: Option<String> = unset("that of the chat template").example("\"Answer in one sentence.\""),
+        /// Variables of the model's chat template besides the conversation, such as `{ enable_thinking = false }`; as the
+        /// arguments of `apply_chat_template` in transformers.
+        [Fixed] chat_template_kwargs: toml::Table =
+            is(toml::Table::new()).example("{ enable_thinking = false }").check(check_variables),
+        /// Date that `strftime_now` returns in chat templates, in UTC, such as `2026-11-29` or `2026-11-29T12:00:00Z`. A run
+        /// keeps it when it is resumed, so that all its prompts have the same date.
+        [Fixed] date: Option<String> =
+            unset("the day on which the run began; without a run, the present").example("\"2026-11-29\"").check(check_date),
         /// Shuffles the data in each epoch, by `run.seed`.
         [Fixed] shuffle: bool = is(true),
         /// Most tokens of a prompt. The model's context limits it too.

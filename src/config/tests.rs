@@ -290,7 +290,7 @@ fn random(key: &Key, rng: &mut ChaCha8Rng) -> Value {
     let texts = ["Cargo.toml", "a b", "ä \"quoted\"\n\\", "7", "cpu", "q_proj", "node.example", "X_1", "http://h/v1"];
     let text = |rng: &mut ChaCha8Rng| Value::String(texts[rng.random_range(0..texts.len())].to_owned());
     // A file that exists.
-    if ["path", "pairs"].contains(&key.name) && matches!(key.shape, Shape::Text) {
+    if ["path", "pairs", "ca_file"].contains(&key.name) && matches!(key.shape, Shape::Text) {
         return Value::String("Cargo.toml".to_owned());
     }
     let low = key.range.and_then(|range| range.low).map_or(0.0, |(low, _)| low);

@@ -7,11 +7,15 @@ use anyhow::{Result, bail};
 use super::journal::{self, Entry, Journal};
 use super::phases::FINE_TUNING;
 use super::rewind;
+use crate::checkpoint::Opened;
 use crate::checkpoint::shelf::{self, PENDING};
 use crate::disk;
 
 /// What the file [`PENDING`] says to a person.
 const NOTE: &str = "This run has no checkpoint yet. Until it has one, `preceptor train --resume` begins it again.\n";
+
+/// What precedes the date of the chat templates in that file.
+const DATE: &str = "The date in its chat templates is ";
 
 /// Refuses to begin in `run` by `--resume` where it holds steps or checkpoints of a run.
 ///
@@ -32,12 +36,34 @@ pub(super) fn check(run: &Path) -> Result<()> {
     )
 }
 
-/// Notes that the run in `run`, which is about to begin, has no checkpoint yet.
+/// Notes that the run in `run`, which is about to begin, has no checkpoint yet, and the `date` of its chat templates.
 ///
 /// # Errors
 /// Names the file that cannot be written.
-pub(super) fn note(run: &Path) -> Result<()> {
-    disk::replace(&run.join(PENDING), NOTE.as_bytes())
+pub(super) fn note(run: &Path, date: Option<&str>) -> Result<()> {
+    let date = date.map_or(String::new(), |date| format!("{DATE}{date}\n"));
+    disk::replace(&run.join(PENDING), format!("{NOTE}{date}").as_bytes())
+}
+
+/// The date that chat templates have in the run in `run`, which `checkpoint` belongs to: that of the run's beginning, and
+/// today's where it begins. None for a run of an earlier program, which did not note it.
+///
+/// # Errors
+/// Names the file that cannot be read.
+pub(super) fn date(run: &Path, checkpoint: Option<&Opened>) -> Result<Option<String>> {
+    if let Some(checkpoint) = checkpoint {
+        let config: toml::Table = checkpoint.config().parse()?;
+        return Ok(config.get("data").and_then(|data| data.get("date")?.as_str()).map(str::to_owned));
+    }
+    let pending = run.join(PENDING);
+    if disk::exists(&pending)? {
+        let note = std::fs::read_to_string(&pending).map_err(|error| disk::cannot("read", &pending, error))?;
+        if let Some(date) = note.lines().find_map(|line| line.strip_prefix(DATE)) {
+            return Ok(Some(date.to_owned()));
+        }
+    }
+    let now = humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string();
+    Ok(now.split_once('T').map(|(day, _)| day.to_owned()))
 }
 
 /// What `run` holds of a run that began, and had a checkpoint as far as can be known.
@@ -96,7 +122,8 @@ mod tests {
         std::fs::write(run.join(journal::NAME), bytes).unwrap();
         refused("journal.bin");
         // It was killed before its first checkpoint.
-        note(run).unwrap();
+        note(run, Some("2026-11-29")).unwrap();
+        assert_eq!(date(run, None).unwrap().unwrap(), "2026-11-29");
         check(run).unwrap();
         for name in ["checkpoints/step-000020.damaged-1", "fine-tuning/checkpoints/step-000002.damaged-3"] {
             std::fs::create_dir_all(run.join(name)).unwrap();

@@ -133,7 +133,7 @@ impl Start {
             (None, None, None) => Lengths::default(),
         };
         match &self.checkpoint {
-            None => begin::note(&run)?,
+            None => begin::note(&run, config.data.date.as_deref())?,
             Some(checkpoint) => {
                 let step = checkpoint.step();
                 let set_aside = match &self.aside {

@@ -1,7 +1,9 @@
 //! Chat templates, as Hugging Face models carry them: Jinja, in minijinja, without file access.
 
 mod json;
+mod python;
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -9,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Enumerator, Object};
-use minijinja::{Environment, Error, ErrorKind, State, Value, context};
+use minijinja::{Environment, Error, ErrorKind, State, Value};
 use serde::{Deserialize, Serialize};
 
 use crate::template;
@@ -57,13 +59,16 @@ impl Template {
         template::check(&source).context("the model's chat template cannot be read")?;
         let mut environment = template::environment();
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
-        environment.set_unknown_method_callback(method);
+        python::add_to(&mut environment);
         environment.add_function("raise_exception", |text: String| -> Result<String, Error> { Err(refusal(text)) });
-        environment.add_function("strftime_now", |format: String| strftime(&format, now()));
+        environment.add_function("strftime_now", |state: &State<'_, '_>, format: String| {
+            let pinned = state.lookup(NOW).and_then(|seconds| u64::try_from(seconds).ok());
+            strftime(&format, pinned.unwrap_or_else(now))
+        });
         environment.add_filter("tojson", json::to_json);
-        environment
-            .add_template_owned("chat_template", without_generation_blocks(&source))
-            .context("the model's chat template cannot be read")?;
+        // As Jinja reads line ends.
+        let text = without_generation_blocks(&source).replace("\r\n", "\n").replace('\r', "\n");
+        environment.add_template_owned("chat_template", text).context("the model's chat template cannot be read")?;
         Ok(Self { source, environment })
     }
 
@@ -74,7 +79,10 @@ impl Template {
     }
 
     /// Fills the template in; with `answer`, up to where the model's answer begins. Without `thinking`, a template with a
-    /// switch for reasoning has it off.
+    /// switch for reasoning has it off. `special` has the special tokens by the names that templates give them.
+    ///
+    /// A template sees what it sees in `transformers`: `messages`, `add_generation_prompt`, `tools` and `documents` (none), the
+    /// special tokens, and `variables`.
     ///
     /// # Errors
     /// A template that refuses the conversation, uses what is not there, or does not come to an end.
@@ -83,25 +91,64 @@ impl Template {
         messages: &[Message],
         answer: bool,
         thinking: bool,
-        [bos, eos]: [&str; 2],
+        special: &[(&'static str, String)],
+        variables: &Variables,
     ) -> Result<String> {
         let (count, bytes) = (messages.len(), messages.iter().map(|message| message.content.len()).sum());
-        let messages: Vec<Value> = messages.iter().cloned().map(Value::from_object).collect();
-        let enable_thinking = if thinking { Value::UNDEFINED } else { Value::from(false) };
-        let context =
-            context! { messages, add_generation_prompt => answer, bos_token => bos, eos_token => eos, enable_thinking };
+        let messages: Value = messages.iter().cloned().map(Value::from_object).collect();
+        let mut context: BTreeMap<&str, Value> = BTreeMap::from([
+            ("messages", messages),
+            ("add_generation_prompt", answer.into()),
+            ("tools", Value::from(())),
+            ("documents", Value::from(())),
+        ]);
+        context.extend(special.iter().map(|(name, token)| (*name, token.as_str().into())));
+        context.extend(variables.named.iter().map(|(name, value)| (name.as_str(), value.clone())));
+        if !thinking {
+            context.insert("enable_thinking", false.into());
+        }
+        if let Some(now) = variables.now {
+            context.insert(NOW, now.into());
+        }
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(template::budget(count, bytes)));
-        template::fill(environment, "chat_template", context).context("the model's chat template cannot be filled in")
+        template::fill(environment, "chat_template", context.into())
+            .context("the model's chat template cannot be filled in")
     }
 }
 
-/// Python's methods, paid for by what they go through: minijinja charges for what they return alone.
-fn method(state: &mut State<'_, '_>, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
-    let size = |value: &Value| value.as_str().map(str::len).or(value.len()).unwrap_or(0);
-    let all = size(value) + arguments.iter().map(size).sum::<usize>();
-    state.consume_fuel(all as u64 / 16)?;
-    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments)
+/// The name under which a template is given the time for `strftime_now`.
+const NOW: &str = "preceptor_now";
+
+/// What a chat template is given besides the conversation and the special tokens.
+#[derive(Debug, Clone, Default)]
+pub struct Variables {
+    named: BTreeMap<String, Value>,
+    now: Option<u64>,
+}
+
+impl Variables {
+    /// The variables of `named` (`chat_template_kwargs`), and the time that `strftime_now` returns, in seconds since 1970;
+    /// without one it is the present.
+    pub fn new(named: &toml::Table, now: Option<u64>) -> Self {
+        let named = named.iter().map(|(name, value)| (name.clone(), value_of(value))).collect();
+        Self { named, now }
+    }
+}
+
+/// A value of TOML in a template. A date is a text.
+fn value_of(value: &toml::Value) -> Value {
+    match value {
+        toml::Value::String(text) => text.as_str().into(),
+        toml::Value::Integer(number) => (*number).into(),
+        toml::Value::Float(number) => (*number).into(),
+        toml::Value::Boolean(truth) => (*truth).into(),
+        toml::Value::Datetime(time) => time.to_string().into(),
+        toml::Value::Array(list) => list.iter().map(value_of).collect(),
+        toml::Value::Table(table) => {
+            table.iter().map(|(name, value)| (name.clone(), value_of(value))).collect::<BTreeMap<_, _>>().into()
+        }
+    }
 }
 
 /// `{% generation %}` marks what an assistant said, for masks made elsewhere. It does nothing to the text, and is no
@@ -208,7 +255,8 @@ mod tests {
     }
 
     fn render(template: &str, messages: &[Message], answer: bool) -> Result<String> {
-        Template::new(template.to_owned())?.render(messages, answer, true, ["<s>", "</s>"])
+        let special = [("bos_token", "<s>".to_owned()), ("eos_token", "</s>".to_owned())];
+        Template::new(template.to_owned())?.render(messages, answer, true, &special, &Variables::default())
     }
 
     #[test]
@@ -247,6 +295,85 @@ mod tests {
         let literal = "{{ [1, -2.5, true, none, {}] | tojson(ensure_ascii=false) }}";
         assert_eq!(render(literal, &plain, false).unwrap(), "[1, -2.5, true, null, {}]");
         assert_eq!(render("{{ messages[0] | tojson(indent=2) }}", &plain, false).unwrap(), expected);
+    }
+
+    /// The expected texts are what `transformers` 5 renders.
+    #[test]
+    fn python_methods_tests_and_numbers_are_as_in_transformers() {
+        for (template, expected) in [
+            (
+                "{% for k, v in {'b':1,'a':2}.items() %}{{k}}{{v}}{% endfor %}{{ {'name': 1, 'arguments': 2} | tojson }}",
+                "b1a2{\"name\": 1, \"arguments\": 2}",
+            ),
+            (
+                "{{ 'x' is sequence }}{{ {} is sequence }}{{ [] is sequence }}{{ 3 is sequence }}{{ none is sequence }}",
+                "TrueTrueTrueFalseFalse",
+            ),
+            ("{{ 'x' is iterable }}{{ {} is iterable }}{{ 3 is iterable }}", "TrueTrueFalse"),
+            (
+                "{{ 'é😀\"\\\\n' | tojson(ensure_ascii=True) }}{{ 'é😀\\x7f' | tojson(True) }}",
+                "\"\\u00e9\\ud83d\\ude00\\\"\\\\n\"\"\\u00e9\\ud83d\\ude00\\u007f\"",
+            ),
+            (
+                "{{ {'a': [1, {'b': 2}], 'c': [], 'd': {}} | tojson(indent=2) }}",
+                "{\n  \"a\": [\n    1,\n    {\n      \"b\": 2\n    }\n  ],\n  \"c\": [],\n  \"d\": {}\n}",
+            ),
+            ("{{ {'a': [1, 2]} | tojson(indent='\\t') }}", "{\n\t\"a\": [\n\t\t1,\n\t\t2\n\t]\n}"),
+            ("{{ {'a': [1, 2], 'b': 'c'} | tojson(separators=(',', ':')) }}", "{\"a\":[1,2],\"b\":\"c\"}"),
+            (
+                "{{ {'b': 1, 'a': {'d': 1, 'c': 2}} | tojson(sort_keys=True, indent=1) }}",
+                "{\n \"a\": {\n  \"c\": 2,\n  \"d\": 1\n },\n \"b\": 1\n}",
+            ),
+            ("{{ {2: 1, none: 4, 0.5: 5} | tojson }}", "{\"2\": 1, \"null\": 4, \"0.5\": 5}"),
+            (
+                "{{ [1e20, 1e16, 123456789012345680.0, 1e15, 1e-7, 0.0001, 0.00012, 1.5e-5, 100.0, 0.1, -0.0, 3.14] | tojson }}",
+                "[1e+20, 1e+16, 1.2345678901234568e+17, 1000000000000000.0, 1e-07, 0.0001, 0.00012, 1.5e-05, 100.0, 0.1, -0.0, 3.14]",
+            ),
+            (
+                "{{ 1e20 }} {{ 1e-7 }} {{ 0.0001 }} {{ 1e15 }} {{ 2.0 }} {{ [1e-7, 'a', {'b': 1e22}] }} {{ 1e16 | string }}",
+                "1e+20 1e-07 0.0001 1000000000000000.0 2.0 [1e-07, 'a', {'b': 1e+22}] 1e+16",
+            ),
+            (
+                "{{ 'a,b,c'.rsplit(',', 1) }} {{ 'a b  c '.rsplit() }} {{ ' a b c '.rsplit(none, 1) }} {{ 'abc'.rsplit('x') }}",
+                "['a,b', 'c'] ['a', 'b', 'c'] [' a b', 'c'] ['abc']",
+            ),
+            ("{{ 'abc'.removeprefix('a') }} {{ 'abc'.removesuffix('c') }} {{ 'abc'.removeprefix('x') }}", "bc ab abc"),
+            ("{{ 'aéc'.index('c') }} {{ 'abcb'.rindex('b') }} {{ [1, 2, 3].index(2) }}", "2 3 1"),
+            (
+                "{{ 'a=b=c'.partition('=') | join('|') }} {{ 'a=b=c'.rpartition('=') | join('|') }} {{ 'abc'.partition('=') | join('|') }}",
+                "a|=|b=c a=b|=|c abc||",
+            ),
+            (
+                "{{ 'ab'.center(5, '*') }} {{ 'ab'.center(7) }}| {{ 'abc'.center(6) }}| {{ '7'.zfill(3) }} {{ '-7'.zfill(4) }} {{ 'a'.ljust(3, '.') }}{{ 'a'.rjust(3, '.') }}",
+                "**ab*    ab  |  abc  | 007 -007 a....a",
+            ),
+            ("{{ 'aBc'.swapcase() }} {{ 'ABC'.casefold() }}", "AbC abc"),
+            (
+                "{{ 'a' is callable }}{{ range is callable }}{{ raise_exception is callable }}{{ [] is callable }}",
+                "FalseTrueTrueFalse",
+            ),
+            (
+                "{{ ['a', \"it's\", 'q\"q'] }} {{ {'a': none, 'b': true} }}",
+                "['a', \"it's\", 'q\"q'] {'a': None, 'b': True}",
+            ),
+            ("a\r\nb{{ 1 }}\rc", "a\nb1\nc"),
+        ] {
+            let rendered = render(template, &[], false).unwrap_or_else(|error| panic!("{template}: {error:#}"));
+            assert_eq!(rendered, expected, "{template}");
+        }
+    }
+
+    #[test]
+    fn a_template_sees_what_it_sees_in_transformers() {
+        let named = "enable_thinking = true\nlevel = 3\ntags = [\"a\", \"b\"]".parse().unwrap();
+        let variables = Variables::new(&named, Some(86_400));
+        let render = |source: &str, thinking| {
+            let special = [("pad_token", "<pad>".to_owned())];
+            Template::new(source.to_owned()).unwrap().render(&[], true, thinking, &special, &variables).unwrap()
+        };
+        let source = "{{ tools is none }}{{ documents is none }}{{ bos_token is defined }}{{ pad_token }}{{ level + 1 }}{{ tags[1] }}{{ enable_thinking }}{{ strftime_now('%d %b %Y') }}";
+        assert_eq!(render(source, true), "TrueTrueFalse<pad>4bTrue02 Jan 1970");
+        assert_eq!(render("{{ enable_thinking }}", false), "False");
     }
 
     #[test]

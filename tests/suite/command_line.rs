@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Output;
 
-use crate::common::{config, preceptor, small, stderr, train, trained};
+use crate::common::{config, preceptor, resume, small, stderr, train, trained};
 use crate::mock_judge::{Act, MockJudge};
 
 fn run(dir: &Path, args: &[&str]) -> Output {
@@ -38,6 +38,25 @@ fn label_and_eval_need_no_keys_of_training() {
         "{}",
         stderr(&output)
     );
+}
+
+#[test]
+fn a_resumed_run_keeps_the_date_of_its_chat_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let date_of = |step: &str| {
+        let config =
+            std::fs::read_to_string(dir.path().join("run/checkpoints").join(step).join("config.toml")).unwrap();
+        config.parse::<toml::Table>().unwrap()["data"]["date"].as_str().unwrap().to_owned()
+    };
+    let output = train(dir.path(), &["run.steps=1", "data.date=2020-01-02"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let output = resume(dir.path(), &["run.steps=2"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!((date_of("step-000001"), date_of("step-000002")), ("2020-01-02".into(), "2020-01-02".into()));
+    let output = resume(dir.path(), &["run.steps=3", "data.date=2020-01-03"]);
+    assert!(output.status.code() == Some(2) && stderr(&output).contains("data.date"), "{}", stderr(&output));
+    let output = train(dir.path(), &["data.date=tomorrow"]);
+    assert!(stderr(&output).contains("is not a date; write it as 2026-11-29"), "{}", stderr(&output));
 }
 
 #[test]

@@ -27,6 +27,7 @@ mod reward_model;
 mod secrets;
 mod sharing;
 mod smollm2;
+mod templates;
 mod tidy;
 mod trust;
 mod tune;

@@ -3,12 +3,13 @@
 use std::io;
 
 use anyhow::Result;
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 use serde::ser::Error as _;
 use serde::{Serialize, Serializer};
-use serde_json::ser::{Formatter, PrettyFormatter};
+use serde_json::ser::Formatter;
 
+use super::python::float;
 use super::refusal;
 use crate::template::BYTES_PER_STEP;
 
@@ -17,30 +18,65 @@ const DEEPEST: usize = 64;
 /// Most spaces of a step of indentation.
 const WIDEST: usize = 64;
 
-/// JSON as Python's `json.dumps(…, ensure_ascii=False)` writes it: minijinja's own filter escapes for HTML.
-pub(super) fn to_json(state: &State, value: &Value, indent: Option<usize>, options: Kwargs) -> Result<Value, Error> {
-    let indent = indent.or(options.get("indent")?);
-    // Accepted for Python's sake: this is how it is always written.
-    let _: Option<bool> = options.get("ensure_ascii")?;
-    options.assert_all_used()?;
-    let written = match indent {
-        Some(indent) if indent > WIDEST => return Err(refusal(format!("indent = {indent} is more than {WIDEST}"))),
-        Some(indent) => {
-            let indent = " ".repeat(indent);
-            json(state, value, PrettyFormatter::with_indent(indent.as_bytes()))
-        }
-        None => json(state, value, Spaced),
+/// JSON as `transformers` writes it in chat templates: `tojson(ensure_ascii=False, indent=None, separators=None,
+/// sort_keys=False)`, with the meaning that `json.dumps` gives them. minijinja's own filter escapes for HTML.
+pub(super) fn to_json(state: &State, value: &Value, Rest(given): Rest<Value>, options: Kwargs) -> Result<Value, Error> {
+    let option = |place: usize, name: &str| -> Result<Option<Value>, Error> {
+        let value = given.get(place).cloned().or(options.get::<Option<Value>>(name)?);
+        Ok(value.filter(|value| !value.is_none() && !value.is_undefined()))
     };
-    written.map(Value::from_safe_string).map_err(|error| match error.downcast_ref::<serde_json::Error>() {
-        // Nothing else fails when it is written.
-        Some(error) if error.is_io() => ErrorKind::OutOfFuel.into(),
-        _ => refusal(format!("cannot be written as JSON: {error}")),
-    })
+    let is_true = |value: Option<Value>| value.is_some_and(|value| value.is_true());
+    let ascii = is_true(option(0, "ensure_ascii")?);
+    let indent = option(1, "indent")?.map(|indent| step(&indent)).transpose()?;
+    let separators = option(2, "separators")?.map(|pair| pair_of_texts(&pair)).transpose()?;
+    let sorted = is_true(option(3, "sort_keys")?);
+    if given.len() > 4 {
+        return Err(refusal("tojson has four options at most: ensure_ascii, indent, separators, sort_keys"));
+    }
+    options.assert_all_used()?;
+    let (item, key) = separators.unwrap_or_else(|| {
+        let item = if indent.is_some() { "," } else { ", " };
+        (item.to_owned(), ": ".to_owned())
+    });
+    let formatter = Python { ascii, indent, item, key, depth: 0, filled: false };
+    json(state, &Plain { value: value.clone(), depth: 0, sorted }, formatter).map(Value::from_safe_string).map_err(
+        |error| match error.downcast_ref::<serde_json::Error>() {
+            // Nothing else fails when it is written.
+            Some(error) if error.is_io() => ErrorKind::OutOfFuel.into(),
+            _ => refusal(format!("cannot be written as JSON: {error}")),
+        },
+    )
 }
 
-fn json(state: &State, value: &Value, formatter: impl Formatter) -> Result<String> {
+/// A step of indentation: a number of spaces, or a text.
+fn step(indent: &Value) -> Result<String, Error> {
+    let step = match indent.as_str() {
+        Some(text) => text.to_owned(),
+        None => {
+            let spaces = i64::try_from(indent.clone()).unwrap_or(i64::MAX).max(0) as usize;
+            if spaces > WIDEST {
+                return Err(refusal(format!("indent = {indent} is more than {WIDEST}")));
+            }
+            " ".repeat(spaces)
+        }
+    };
+    if step.len() > WIDEST {
+        return Err(refusal(format!("indent has {} bytes, more than {WIDEST}", step.len())));
+    }
+    Ok(step)
+}
+
+fn pair_of_texts(pair: &Value) -> Result<(String, String), Error> {
+    let texts: Vec<String> = pair.try_iter()?.filter_map(|one| one.as_str().map(str::to_owned)).collect();
+    match <[String; 2]>::try_from(texts) {
+        Ok([item, key]) if item.len() + key.len() <= WIDEST => Ok((item, key)),
+        _ => Err(refusal("separators of tojson are two short texts, such as (',', ':')")),
+    }
+}
+
+fn json(state: &State, value: &Plain, formatter: impl Formatter) -> Result<String> {
     let mut out = Paid { state, bytes: Vec::new() };
-    Plain(value.clone(), 0).serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))?;
+    value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))?;
     Ok(String::from_utf8(out.bytes)?)
 }
 
@@ -62,16 +98,22 @@ impl io::Write for Paid<'_, '_, '_> {
     }
 }
 
-/// A template's value for serde, and how deep it lies in others.
-struct Plain(Value, usize);
+/// A template's value for serde.
+struct Plain {
+    value: Value,
+    /// How deep it lies in others.
+    depth: usize,
+    /// Whether the keys of mappings are sorted.
+    sorted: bool,
+}
 
 impl Serialize for Plain {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let Self(value, depth) = self;
+        let Self { value, depth, sorted } = self;
         if *depth > DEEPEST {
             return Err(S::Error::custom(format!("its values lie more than {DEEPEST} deep in each other")));
         }
-        let inner = |value: Value| Plain(value, depth + 1);
+        let inner = |value: Value| Self { value, depth: depth + 1, sorted: *sorted };
         let iterated = || value.try_iter().map_err(S::Error::custom);
         match value.kind() {
             ValueKind::Undefined | ValueKind::None => serializer.serialize_unit(),
@@ -83,28 +125,119 @@ impl Serialize for Plain {
             ValueKind::String => serializer.serialize_str(value.as_str().unwrap_or_default()),
             ValueKind::Seq | ValueKind::Iterable => serializer.collect_seq(iterated()?.map(inner)),
             ValueKind::Map => {
-                let entry = |key: Value| Ok((key.to_string(), inner(value.get_item(&key)?)));
+                let entry = |key: Value| Ok((name(&key), inner(value.get_item(&key)?)));
                 let entries: Result<Vec<_>, Error> = iterated()?.map(entry).collect();
-                serializer.collect_map(entries.map_err(S::Error::custom)?)
+                let mut entries = entries.map_err(S::Error::custom)?;
+                if *sorted {
+                    entries.sort_by(|a, b| a.0.cmp(&b.0));
+                }
+                serializer.collect_map(entries)
             }
             other => Err(S::Error::custom(format!("a {other} has no JSON form"))),
         }
     }
 }
 
-/// One line, with a space after each comma and colon.
-struct Spaced;
+/// The key of a mapping as `json.dumps` writes it.
+fn name(key: &Value) -> String {
+    match key.kind() {
+        ValueKind::None => "null".into(),
+        ValueKind::Bool => key.is_true().to_string(),
+        ValueKind::Number if !key.is_integer() => f64::try_from(key.clone()).map_or_else(|_| key.to_string(), float),
+        _ => key.to_string(),
+    }
+}
 
-impl Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+/// Python's form of JSON.
+struct Python {
+    /// Whether characters beyond ASCII are escaped.
+    ascii: bool,
+    /// The step of indentation; without one all is on one line.
+    indent: Option<String>,
+    /// What parts items, and keys from their values.
+    item: String,
+    key: String,
+    depth: usize,
+    /// Whether the list or mapping that is being written has something in it.
+    filled: bool,
+}
+
+impl Python {
+    fn begin<W: ?Sized + io::Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
+        self.depth += 1;
+        self.filled = false;
+        writer.write_all(bracket)
     }
 
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+    fn end<W: ?Sized + io::Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
+        self.depth -= 1;
+        if self.filled {
+            self.line(writer)?;
+        }
+        self.filled = true;
+        writer.write_all(bracket)
     }
 
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        writer.write_all(b": ")
+    fn part<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if !first {
+            writer.write_all(self.item.as_bytes())?;
+        }
+        self.filled = true;
+        self.line(writer)
+    }
+
+    fn line<W: ?Sized + io::Write>(&self, writer: &mut W) -> io::Result<()> {
+        let Some(indent) = &self.indent else { return Ok(()) };
+        writer.write_all(b"\n")?;
+        (0..self.depth).try_for_each(|_| writer.write_all(indent.as_bytes()))
+    }
+}
+
+impl Formatter for Python {
+    fn begin_array<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.begin(writer, b"[")
+    }
+
+    fn end_array<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.end(writer, b"]")
+    }
+
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        self.part(writer, first)
+    }
+
+    fn begin_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.begin(writer, b"{")
+    }
+
+    fn end_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.end(writer, b"}")
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        self.part(writer, first)
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(self.key.as_bytes())
+    }
+
+    fn write_f64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
+        writer.write_all(float(value).as_bytes())
+    }
+
+    fn write_string_fragment<W: ?Sized + io::Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
+        let plain = |c: char| c.is_ascii() && c != '\x7f';
+        if !self.ascii || fragment.chars().all(plain) {
+            return writer.write_all(fragment.as_bytes());
+        }
+        for c in fragment.chars() {
+            if plain(c) {
+                writer.write_all(&[c as u8])?;
+                continue;
+            }
+            c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(writer, "\\u{unit:04x}"))?;
+        }
+        Ok(())
     }
 }
