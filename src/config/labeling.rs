@@ -296,9 +296,13 @@ section! {
         [AcceptChange] votes: usize = count(5, (1 << 10) as f64),
         /// Most concurrent requests of all labeler actors together.
         [Changeable] concurrency: usize = count(8, (1 << 16) as f64),
-        /// Most requests per minute; 0 disables the limit.
+        /// Most requests per minute, hedged ones included, in bursts of up to a tenth of that; 0 disables the limit. The
+        /// limits hold for all processes of a user on this machine together that ask the same server (scheme, host and port)
+        /// with the same key. They share a file in the folder `limits` of the cache (`$PRECEPTOR_CACHE`, or `preceptor` in
+        /// `$XDG_CACHE_HOME` or `~/.cache`), and a time that the server asks one of them to wait (Retry-After) holds for all.
+        /// Where no such file can be written, a warning is logged, and each process has a limit for itself.
         [Changeable] requests_per_minute: u64 = is(0),
-        /// Most tokens per minute, estimated in advance; 0 disables the limit.
+        /// Most tokens per minute, estimated in advance; 0 disables the limit. It is shared like `requests_per_minute`.
         [Changeable] tokens_per_minute: u64 = is(0),
         /// Seconds to wait for an answer.
         [Changeable] timeout_s: f64 = seconds(60.0),
