@@ -286,6 +286,11 @@ section! {
         [AcceptChange] system: Option<String> = unset("none").example("\"You are a careful judge.\""),
         /// Source of an answer's probability.
         [AcceptChange] evidence: Evidence = is(Evidence::Auto),
+        /// Most alternatives of a token that the server is asked for with their log-probabilities; fewer where it refuses. OpenAI
+        /// lists 20, as do others by default; llama.cpp lists any number, and vLLM as many as `--max-logprobs` allows. An
+        /// answer that is not listed counts as impossible, so a judge that spreads its probability over many tokens needs
+        /// more; a warning says so.
+        [AcceptChange] top_logprobs: usize = is(20).from(2).to(1 << 10),
         /// Asks the judge two questions when `train`, `check`, `tune`, `label` or `eval` starts, which show how it has to be
         /// asked, and refuses to start where it gives no answer.
         [Changeable] probe: bool = is(true),

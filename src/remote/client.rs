@@ -46,6 +46,8 @@ pub struct Client {
     tokens_of_answers: Mutex<HashMap<String, bool>>,
     /// Whether a warning of cut prompts was given.
     cut_prompts: AtomicBool,
+    /// Whether a warning of lists that are too short was given.
+    cut_lists: AtomicBool,
     began: Instant,
     /// Exchanges that may be under way at once.
     pub knob: Arc<Knob>,
@@ -82,6 +84,7 @@ impl Client {
             abilities: Mutex::new(Abilities::new(&judge)),
             tokens_of_answers: Mutex::default(),
             cut_prompts: AtomicBool::new(false),
+            cut_lists: AtomicBool::new(false),
             began: Instant::now(),
             knob: Arc::new(Knob::new(1, judge.concurrency)),
             pace: Pace::new(&judge, &transport.account()),
@@ -636,6 +639,21 @@ impl Client {
         }
         request.top_logprobs = request.top_logprobs.min(self.abilities().top_logprobs);
         true
+    }
+
+    /// Warns once of lists that are too short for the answers: those that are not listed can have `unlisted` together, and the
+    /// others have `mass`.
+    pub fn watch_for_cut_lists(&self, request: &Request, unlisted: f64, mass: f64) {
+        /// Share of the answers' probability that a label can do without.
+        const NEGLIGIBLE: f64 = 0.05;
+        if mass > 0.0 && unlisted > NEGLIGIBLE * mass && !self.cut_lists.swap(true, Ordering::SeqCst) {
+            tracing::warn!(
+                "{} lists {} alternatives of a token, and the answers that it does not list may have up to {:.0} % of the probability of those that it lists; raise labeler.remote.top_logprobs if the server lists more (llama.cpp does, and vLLM with --max-logprobs)",
+                self.judge.url,
+                request.top_logprobs,
+                100.0 * unlisted / mass
+            );
+        }
     }
 
     /// Warns once of a server that counts far fewer tokens than a prompt has: it may cut prompts at their beginning.
