@@ -70,6 +70,13 @@ impl Endpoint {
         Ok(Self { base, query, chat: chat.map(|(chat, _)| chat) })
     }
 
+    /// Scheme, host and port.
+    pub fn origin(&self) -> &str {
+        let authority = self.base.find("://").map_or(0, |at| at + 3);
+        let end = self.base[authority..].find('/').map_or(self.base.len(), |at| authority + at);
+        &self.base[..end]
+    }
+
     /// The address of `path` below this one, without a query.
     pub fn join(&self, path: &str) -> String {
         format!("{}/{path}", self.base)
@@ -114,6 +121,8 @@ mod tests {
                 (format!("{base}/x"), query, chat),
                 "{text}"
             );
+            let (scheme, rest) = base.split_once("://").unwrap();
+            assert_eq!(endpoint.origin(), format!("{scheme}://{}", rest.split('/').next().unwrap()), "{text}");
         }
     }
 

@@ -1,8 +1,8 @@
 //! A judge behind a server that speaks OpenAI's protocol: completions and chat, log-probabilities or votes.
 //!
 //! Pure parts with tests of their own decide ([`abilities`], [`answer`], [`breaker`], [`evidence`], [`limit`], [`retry`],
-//! [`wire`]); [`question`] turns questions into exchanges, [`client`] waits and repeats, [`transport`] sends, on a thread that
-//! computes nothing.
+//! [`wire`]); [`question`] turns questions into exchanges, [`client`] waits and repeats, [`pace`] keeps the rate limits, which
+//! the processes of a machine share ([`shared`]), [`transport`] sends, on a thread that computes nothing.
 
 pub mod abilities;
 pub mod answer;
@@ -15,9 +15,11 @@ pub mod key;
 pub mod lenient;
 pub mod limit;
 pub mod outage;
+pub mod pace;
 pub mod question;
 pub mod reading;
 pub mod retry;
+pub mod shared;
 pub mod stats;
 pub mod tokens;
 pub mod transport;

@@ -294,6 +294,11 @@ section! {
         [AcceptChange] system: Option<String> = unset("none").example("\"You are a careful judge.\""),
         /// Source of an answer's probability.
         [AcceptChange] evidence: Evidence = is(Evidence::Auto),
+        /// Most alternatives of a token that the server is asked for with their log-probabilities; fewer where it refuses. OpenAI
+        /// lists 20, as do others by default; llama.cpp lists any number, and vLLM as many as `--max-logprobs` allows. An
+        /// answer that is not listed counts as impossible, so a judge that spreads its probability over many tokens needs
+        /// more; a warning says so.
+        [AcceptChange] top_logprobs: usize = is(20).from(2).to(1 << 10),
         /// Asks the judge two questions when `train`, `check`, `tune`, `label` or `eval` starts, which show how it has to be
         /// asked, and refuses to start where it gives no answer.
         [Changeable] probe: bool = is(true),
@@ -304,9 +309,13 @@ section! {
         [AcceptChange] votes: usize = count(5, (1 << 10) as f64),
         /// Most concurrent requests of all labeler actors together.
         [Changeable] concurrency: usize = count(8, (1 << 16) as f64),
-        /// Most requests per minute; 0 disables the limit.
+        /// Most requests per minute, hedged ones included, in bursts of up to a tenth of that; 0 disables the limit. The
+        /// limits hold for all processes of a user on this machine together that ask the same server (scheme, host and port)
+        /// with the same key. They share a file in the folder `limits` of the cache (`$PRECEPTOR_CACHE`, or `preceptor` in
+        /// `$XDG_CACHE_HOME` or `~/.cache`), and a time that the server asks one of them to wait (Retry-After) holds for all.
+        /// Where no such file can be written, a warning is logged, and each process has a limit for itself.
         [Changeable] requests_per_minute: u64 = is(0),
-        /// Most tokens per minute, estimated in advance; 0 disables the limit.
+        /// Most tokens per minute, estimated in advance; 0 disables the limit. It is shared like `requests_per_minute`.
         [Changeable] tokens_per_minute: u64 = is(0),
         /// Seconds to wait for an answer.
         [Changeable] timeout_s: f64 = seconds(60.0),

@@ -9,10 +9,8 @@ use super::wire::Request;
 use super::{lenient, wire};
 use crate::config::{Evidence, RemoteJudge};
 
-/// Most alternatives of a token that are asked for: OpenAI's limit.
-const MOST_LOGPROBS: usize = 20;
 /// Numbers of alternatives that are tried where a server refuses a number and names none.
-const FEWER_LOGPROBS: [usize; 2] = [5, 2];
+const FEWER_LOGPROBS: [usize; 3] = [20, 5, 2];
 /// Fewer alternatives do not tell two answers apart.
 const FEWEST_LOGPROBS: usize = 2;
 /// Largest number that counts as a limit on tokens.
@@ -187,7 +185,7 @@ pub struct Abilities {
 impl Abilities {
     /// Those of a server that has refused nothing yet.
     pub fn new(judge: &RemoteJudge) -> Self {
-        let top_logprobs = if judge.evidence == Evidence::Votes { 0 } else { MOST_LOGPROBS };
+        let top_logprobs = if judge.evidence == Evidence::Votes { 0 } else { judge.top_logprobs };
         Self {
             top_logprobs,
             completion_tokens: false,
@@ -211,7 +209,7 @@ impl Abilities {
                 let fewer =
                     FEWER_LOGPROBS.into_iter().find(|fewer| *fewer < request.top_logprobs.min(self.top_logprobs));
                 let most = match kind {
-                    Kind::Most(most) => most.min(MOST_LOGPROBS as u64) as usize,
+                    Kind::Most(most) => most.min(self.top_logprobs as u64) as usize,
                     Kind::Value => fewer.unwrap_or(0),
                     Kind::Unsupported | Kind::Least(_) => 0,
                 };

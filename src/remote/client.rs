@@ -14,8 +14,8 @@ use super::answer::Answer;
 use super::breaker::{Admit, Breaker};
 use super::budget::{Budget, Reserved};
 use super::evidence::Evidence;
-use super::limit::Bucket;
 use super::outage::{Cause, Outage};
+use super::pace::Pace;
 use super::retry::{Nature, Outcome, pause};
 use super::stats::RemoteStats;
 use super::transport::Transport;
@@ -31,6 +31,8 @@ const LIMITED_TRIES: u32 = 8;
 /// Times in a row that it has to, before the question itself counts as refused: a prompt larger than a limit on tokens is
 /// reported as a rate limit by some servers.
 const LIMITED_ROUNDS: u32 = 5;
+/// Interval between two signs of life while a question waits.
+const SIGN_EVERY: Duration = Duration::from_secs(10);
 
 /// One server, with all that its users share.
 pub struct Client {
@@ -44,18 +46,17 @@ pub struct Client {
     tokens_of_answers: Mutex<HashMap<String, bool>>,
     /// Whether a warning of cut prompts was given.
     cut_prompts: AtomicBool,
+    /// Whether a warning of lists that are too short was given.
+    cut_lists: AtomicBool,
     began: Instant,
     /// Exchanges that may be under way at once.
     pub knob: Arc<Knob>,
-    requests: Option<Mutex<Bucket>>,
-    tokens: Option<Mutex<Bucket>>,
+    pace: Pace,
     budget: Option<Arc<Budget>>,
     /// Highest ratio so far of what an exchange cost to the most that it should have; at least 1.
     excess: Mutex<f64>,
     breaker: Mutex<Breaker>,
     outage: Outage,
-    /// Until when the server asked everybody to wait.
-    hold: Mutex<Duration>,
     evidence: Mutex<Evidence>,
     /// Held by the question that finds out whether the server answers any.
     turn: tokio::sync::Mutex<()>,
@@ -80,22 +81,21 @@ impl Client {
         let transport = Transport::new(&judge)?;
         Ok(Self {
             stats: RemoteStats::default(),
-            transport,
             abilities: Mutex::new(Abilities::new(&judge)),
             tokens_of_answers: Mutex::default(),
             cut_prompts: AtomicBool::new(false),
+            cut_lists: AtomicBool::new(false),
             began: Instant::now(),
             knob: Arc::new(Knob::new(1, judge.concurrency)),
-            requests: Bucket::new(judge.requests_per_minute).map(Mutex::new),
-            tokens: Bucket::new(judge.tokens_per_minute).map(Mutex::new),
+            pace: Pace::new(&judge, &transport.account()),
             budget,
             excess: Mutex::new(1.0),
             breaker: Mutex::new(Breaker::new(judge.breaker_failures, seconds(judge.breaker_cooldown_s))),
             outage: Outage::default(),
-            hold: Mutex::default(),
             evidence: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
             jitter: Mutex::new(ChaCha8Rng::seed_from_u64(seed::text(&judge.url))),
+            transport,
             judge,
         })
     }
@@ -157,7 +157,10 @@ impl Client {
             if self.admitted(asked).await? {
                 (answering, tries) = (false, self.tries());
             }
+            let waits = self.now();
             self.paced(&request).await?;
+            // The time for all tries does not pass while none may be made.
+            tries.deadline += self.now() - waits;
             let (outcome, answer) = self.send(&request, usage).await?;
             asked = true;
             if let Some(answer) = answer {
@@ -236,8 +239,9 @@ impl Client {
         /// As many as tell a server that fails now and then from one that is away.
         const TRIES: u32 = 5;
         let mut request = request.clone();
-        let until = self.now() + patience;
+        let mut until = self.now() + patience;
         for attempt in 1.. {
+            until = self.paced_probe(&request, until).await?;
             let refused = |refusal: Refusal| Cause { words: refusal.to_string(), refuses: true };
             let (outcome, answer) = self.send(&request, &mut Usage::default()).await.map_err(refused)?;
             if let Some(answer) = answer {
@@ -250,6 +254,9 @@ impl Client {
             let pause = self.pause(&outcome, attempt);
             if refuses || attempt > self.judge.retries.max(TRIES) || self.now() + pause >= until {
                 return Err(Cause { words: format!("{} {}", self.address(), outcome.words()), refuses });
+            }
+            if outcome.nature() == Nature::Limited {
+                self.pace.hold(outcome.wait().unwrap_or_default()).await;
             }
             tokio::time::sleep(pause).await;
         }
@@ -375,10 +382,7 @@ impl Client {
         }
         telemetry::judge_retry();
         let pause = self.pause(outcome, attempt);
-        {
-            let mut hold = self.lock(&self.hold);
-            *hold = (*hold).max(self.now() + outcome.wait().unwrap_or_default());
-        }
+        self.pace.hold(outcome.wait().unwrap_or_default()).await;
         self.held(pause).await
     }
 
@@ -393,28 +397,61 @@ impl Client {
         if pause > left { Err(self.gave_up()) } else { Ok(()) }
     }
 
-    /// Waits for the rate limits: those of the configuration, and what the server asked for.
+    /// Waits for the rate limits: those of the configuration, and what the server asked this process or another one for.
     ///
     /// # Errors
-    /// As [`Client::waiting`].
+    /// As [`Client::held`].
     async fn paced(&self, request: &Request) -> Reply<()> {
-        for (bucket, amount) in [(&self.requests, 1.0), (&self.tokens, request.estimate() as f64)] {
-            if let Some(bucket) = bucket {
-                let pause = self.lock(bucket).take(self.now(), amount);
-                if pause > Duration::ZERO {
-                    tokio::time::sleep(pause).await;
-                }
+        loop {
+            let Err(hold) = self.turn(request).await? else { return Ok(()) };
+            if self.outage.cause().is_none() {
+                self.outage.failed(self.now(), Cause { words: self.asked_to_wait(hold), refuses: false });
+            }
+            self.held(hold).await?;
+        }
+    }
+
+    /// As [`Client::paced`] for a question before the run, which is waited for until `until`; returns until when it is after
+    /// that. The time that the limits of the configuration take does not count.
+    ///
+    /// # Errors
+    /// The server asked to be left alone for longer.
+    async fn paced_probe(&self, request: &Request, mut until: Duration) -> Result<Duration, Cause> {
+        loop {
+            let began = self.now();
+            let turn = self.pace.turn(request.estimate() as f64).await;
+            until += self.now() - began;
+            let Err(hold) = turn else { return Ok(until) };
+            if self.now() + hold >= until {
+                return Err(Cause { words: self.asked_to_wait(hold), refuses: false });
+            }
+            tokio::time::sleep(hold).await;
+        }
+    }
+
+    /// Waits for a turn within the limits of the configuration, with signs of life; returns how long the server asked to be
+    /// left alone instead, if it did.
+    ///
+    /// # Errors
+    /// Nobody wants the answer any more.
+    async fn turn(&self, request: &Request) -> Reply<Result<(), Duration>> {
+        let turn = self.pace.turn(request.estimate() as f64);
+        tokio::pin!(turn);
+        loop {
+            tokio::select! {
+                turn = &mut turn => return Ok(turn),
+                () = tokio::time::sleep(SIGN_EVERY) => {}
+            }
+            if !self.outage.sign(&format!("waits for the rate limit of the judge at {}", self.judge.url)) {
+                let words =
+                    format!("the run ended while it waited for the rate limit of the judge at {}", self.judge.url);
+                return Err(Refusal::Failure(words));
             }
         }
-        let hold = self.lock(&self.hold).saturating_sub(self.now());
-        if hold == Duration::ZERO {
-            return Ok(());
-        }
-        if self.outage.cause().is_none() {
-            let words = format!("{} asked to be left alone for {} s (Retry-After)", self.address(), hold.as_secs());
-            self.outage.failed(self.now(), Cause { words, refuses: false });
-        }
-        self.held(hold).await
+    }
+
+    fn asked_to_wait(&self, hold: Duration) -> String {
+        format!("{} asked to be left alone for {} s (Retry-After)", self.address(), hold.as_secs_f64().ceil())
     }
 
     /// One try: one exchange, or two where the first lets itself be waited for.
@@ -429,6 +466,14 @@ impl Client {
         tokio::select! {
             done = &mut first => return Ok(self.settle(done, request, sent, usage)),
             () = tokio::time::sleep(seconds(after)) => {}
+        }
+        // The second request counts for the limits like any other.
+        let paced = tokio::select! {
+            done = &mut first => return Ok(self.settle(done, request, sent, usage)),
+            paced = self.paced(request) => paced,
+        };
+        if paced.is_err() {
+            return Ok(self.settle(first.await, request, sent, usage));
         }
         let Ok(reserved) = self.reserve(request) else { return Ok(self.settle(first.await, request, sent, usage)) };
         telemetry::judge_hedge();
@@ -484,8 +529,6 @@ impl Client {
             telemetry::judge_cost(cost);
             self.lock(&self.evidence).answered(request, sent);
             self.watch_for_cut_prompts(request, answer);
-            // It answers again: others need not wait until the time that it asked for earlier.
-            *self.lock(&self.hold) = Duration::ZERO;
         }
         let now = self.now();
         let mut breaker = self.lock(&self.breaker);
@@ -511,7 +554,7 @@ impl Client {
     /// One HTTP exchange, counted once whatever becomes of it.
     async fn exchange(&self, request: &Request, reserved: Option<Reserved>) -> (Outcome, Option<Answer>) {
         let _under_way = self.knob.enter().await;
-        let counted = Counted::new(&self.stats);
+        let (sent, counted) = (Instant::now(), Counted::new(&self.stats));
         let (outcome, answer) = match self.alive_while(self.post(request)).await {
             Ok(answer) => (Outcome::Ok, Some(answer)),
             Err(outcome) => (outcome, None),
@@ -535,17 +578,19 @@ impl Client {
             );
             reserved.settle(if unknown { None } else { Some(cost.unwrap_or(0.0)) });
         }
+        if answer.is_some() {
+            self.pace.answered(sent).await;
+        }
         (outcome, answer)
     }
 
     /// Waits for `work`, with signs of life: an exchange takes up to `timeout_s`, and the watchdog has less patience.
     async fn alive_while<T>(&self, work: impl Future<Output = T>) -> T {
-        const EVERY: Duration = Duration::from_secs(10);
         tokio::pin!(work);
         loop {
             tokio::select! {
                 done = &mut work => return done,
-                () = tokio::time::sleep(EVERY) => {}
+                () = tokio::time::sleep(SIGN_EVERY) => {}
             }
             self.outage.sign(&format!("waits for an answer of the judge at {}", self.judge.url));
         }
@@ -594,6 +639,21 @@ impl Client {
         }
         request.top_logprobs = request.top_logprobs.min(self.abilities().top_logprobs);
         true
+    }
+
+    /// Warns once of lists that are too short for the answers: those that are not listed can have `unlisted` together, and the
+    /// others have `mass`.
+    pub fn watch_for_cut_lists(&self, request: &Request, unlisted: f64, mass: f64) {
+        /// Share of the answers' probability that a label can do without.
+        const NEGLIGIBLE: f64 = 0.05;
+        if mass > 0.0 && unlisted > NEGLIGIBLE * mass && !self.cut_lists.swap(true, Ordering::SeqCst) {
+            tracing::warn!(
+                "{} lists {} alternatives of a token, and the answers that it does not list may have up to {:.0} % of the probability of those that it lists; raise labeler.remote.top_logprobs if the server lists more (llama.cpp does, and vLLM with --max-logprobs)",
+                self.judge.url,
+                request.top_logprobs,
+                100.0 * unlisted / mass
+            );
+        }
     }
 
     /// Warns once of a server that counts far fewer tokens than a prompt has: it may cut prompts at their beginning.

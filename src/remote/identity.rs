@@ -17,8 +17,10 @@ pub fn identity(judge: &RemoteJudge) -> u64 {
 /// A key that is added to the configuration and changes what is sent to the server belongs here, as a part that is absent at
 /// the key's default; where it is set, `earlier` is `None`, since no earlier program sent it.
 pub fn shape(judge: &RemoteJudge) -> Shape {
-    let usual = RemoteJudge::default().thinking_tokens;
-    let thinking = (judge.thinking_tokens != usual).then(|| judge.thinking_tokens.to_string());
+    let usual = RemoteJudge::default();
+    let thinking = (judge.thinking_tokens != usual.thinking_tokens).then(|| judge.thinking_tokens.to_string());
+    let listed = (judge.top_logprobs != usual.top_logprobs && judge.evidence != Evidence::Votes)
+        .then(|| judge.top_logprobs.to_string());
     let plain = judge.extra_body.is_empty() && judge.chat_template_kwargs.is_empty() && thinking.is_none();
     let written = Parts::of("server")
         .with("model", &judge.model)
@@ -35,6 +37,8 @@ pub fn shape(judge: &RemoteJudge) -> Shape {
     // Without votes, their number shapes nothing.
     let votes = (judge.evidence != Evidence::Logprobs).then(|| judge.votes.to_string());
     let weighed = written.clone().with("evidence", evidence).with_some("votes", votes.as_deref());
+    let weighed = weighed.with_some("top_logprobs", listed.as_deref());
+    let plain = plain && listed.is_none();
     Shape { weighed: weighed.digest(), written: written.digest(), earlier: plain.then(|| identity(judge)) }
 }
 
@@ -65,7 +69,7 @@ mod tests {
         assert_eq!((moved.weighed, moved.written), (base.weighed, base.written));
         assert_ne!(moved.earlier, base.earlier, "earlier programs kept answers by the address");
         let table = || toml::Table::from_iter([("a".to_owned(), toml::Value::from(1))]);
-        let changed: [(&str, RemoteJudge, bool); 9] = [
+        let changed: [(&str, RemoteJudge, bool); 10] = [
             ("extra_body", RemoteJudge { extra_body: table(), ..judge() }, true),
             ("chat_template_kwargs", RemoteJudge { chat_template_kwargs: table(), ..judge() }, true),
             ("thinking_tokens", RemoteJudge { thinking_tokens: 7, ..judge() }, true),
@@ -75,6 +79,7 @@ mod tests {
             ("empty system", RemoteJudge { system: Some(String::new()), ..judge() }, true),
             ("evidence", RemoteJudge { evidence: Evidence::Votes, ..judge() }, false),
             ("votes", RemoteJudge { votes: judge().votes + 1, ..judge() }, false),
+            ("top_logprobs", RemoteJudge { top_logprobs: 40, ..judge() }, false),
         ];
         for (name, other, texts_too) in changed {
             let other = shape(&other);

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use axum::http::HeaderValue;
+use sha2::{Digest, Sha256};
 
 use super::wire::rewritten;
 
@@ -36,7 +37,7 @@ impl Key {
         Ok(Self::new(value))
     }
 
-    fn new(value: String) -> Self {
+    pub(super) fn new(value: String) -> Self {
         let written = serde_json::Value::from(value.as_str()).to_string();
         let mut spellings = vec![value.clone(), written.trim_matches('"').to_owned()];
         spellings.dedup();
@@ -54,6 +55,11 @@ impl Key {
     /// The value of a header that is the secret itself. Libraries do not print it.
     pub(super) fn plain(&self) -> Result<HeaderValue> {
         sensitive(&self.value)
+    }
+
+    /// The SHA-256 of the key.
+    pub(super) fn digest(&self) -> Vec<u8> {
+        Sha256::digest(self.value.as_bytes()).to_vec()
     }
 
     /// What a server sent, without the key where it repeats it: error texts do, and they end in logs and samples.

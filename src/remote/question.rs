@@ -120,11 +120,11 @@ pub(super) async fn weigh(client: &Client, ask: &Ask, usage: &mut Usage) -> Repl
         let answer = client.ask(&request, usage).await?;
         if let Some(tokens) = answer.first_token {
             let mut listed = Listed(tokens);
+            let (mass, unlisted) = (listed.mass(&ask.answers), listed.unlisted(&ask.answers, request.top_logprobs));
             if let Some((space, p)) = listed.space_before(&ask.answers).map(|(space, p)| (space.to_owned(), p)) {
-                let request = Request::first_token(&ask.prompt, Some(space.clone()), client.abilities().top_logprobs);
-                let after = client.ask(&request, usage).await?;
-                listed.behind(&space, p, Listed(after.first_token.unwrap_or_default()));
+                behind(client, ask, &mut listed, (space, p), p > mass, usage).await?;
             }
+            client.watch_for_cut_lists(&request, unlisted, listed.mass(&ask.answers));
             let weights = listed.weights(&ask.answers).map_err(|refusal| match refusal {
                 Refusal::Abstention(why) if answer.reasons => Refusal::Abstention(format!("{why}; {REASONS}")),
                 other => other,
@@ -153,6 +153,29 @@ pub(super) async fn weigh(client: &Client, ask: &Ask, usage: &mut Usage) -> Repl
         other => other,
     })?;
     Ok((shares, true))
+}
+
+/// Adds to `listed` the answers behind a space that is a token of its own, with its probability. A space that is less likely
+/// than the answers without one is left out where the server does not continue an answer, unless it is `needed`.
+async fn behind(
+    client: &Client,
+    ask: &Ask,
+    listed: &mut Listed,
+    (space, p): (String, f64),
+    needed: bool,
+    usage: &mut Usage,
+) -> Reply<()> {
+    if !needed && !client.abilities().continues() {
+        return Ok(());
+    }
+    let request = Request::first_token(&ask.prompt, Some(space.clone()), client.abilities().top_logprobs);
+    match client.ask(&request, usage).await {
+        Ok(after) => listed.behind(&space, p, Listed(after.first_token.unwrap_or_default())),
+        // The server was found not to continue an answer.
+        Err(Refusal::Abstention(_)) if !needed && !client.abilities().continues() => {}
+        Err(refusal) => return Err(refusal),
+    }
+    Ok(())
 }
 
 /// Splits the probability of an answer that begins another (`1` and `10`) where the server's tokens cannot tell them

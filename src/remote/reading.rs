@@ -3,6 +3,9 @@
 use super::tokens;
 use crate::label::backend::{Refusal, Reply};
 
+/// A space before the answer is not asked about where it has less than this share of the probability of the answers.
+const NEGLIGIBLE: f64 = 0.01;
+
 /// The likeliest next tokens with their probabilities, as a server listed them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Listed(pub Vec<(String, f64)>);
@@ -39,13 +42,25 @@ impl Listed {
         Ok(weights)
     }
 
-    /// A space that is likelier than all of `answers` together: the answer then stands behind it, as a token of its own.
-    /// With its probability.
+    /// A space as a token of its own, behind which an answer may stand, with its probability, where that is large enough
+    /// to change what the answers have together.
     pub fn space_before(&self, answers: &[String]) -> Option<(&str, f64)> {
-        let spelt = |token: &str| answers.iter().any(|answer| token.trim_start() == answer);
-        let mass: f64 = self.0.iter().filter(|(token, _)| spelt(token)).map(|(_, p)| p).sum();
         let (space, p) = self.0.iter().find(|(token, _)| !token.is_empty() && token.chars().all(|c| c == ' '))?;
-        (*p > mass).then_some((space.as_str(), *p))
+        (*p > NEGLIGIBLE * self.mass(answers)).then_some((space.as_str(), *p))
+    }
+
+    /// The probability of all answers together.
+    pub fn mass(&self, answers: &[String]) -> f64 {
+        let spelt = |token: &str| answers.iter().any(|answer| token.trim_start() == answer);
+        self.0.iter().filter(|(token, _)| spelt(token)).map(|(_, p)| p).sum()
+    }
+
+    /// The most that the answers which are not listed can have together, where the list ends after `most` tokens: each has
+    /// no more than the last token that is listed.
+    pub fn unlisted(&self, answers: &[String], most: usize) -> f64 {
+        let last = self.0.iter().map(|(_, p)| *p).fold(1.0, f64::min);
+        let missing = answers.iter().filter(|answer| !self.has(answer)).count();
+        if self.0.len() < most { 0.0 } else { missing as f64 * last }
     }
 
     /// Adds what is listed after `space`, which had the probability `p`, as tokens that carry the space.
@@ -126,7 +141,16 @@ mod tests {
         assert_eq!(listed.space_before(&both), Some((" ", 0.25)));
         listed.behind(" ", 0.25, Listed(vec![("2".into(), 0.5), ("1".into(), 0.25)]));
         assert_eq!(listed.weights(&both).unwrap(), [0.1875, 0.125]);
-        assert_eq!(Listed(vec![(" ".into(), 0.2), ("1".into(), 0.3)]).space_before(&both), None);
+        assert_eq!(Listed(vec![(" ".into(), 0.2), ("1".into(), 0.3)]).space_before(&both), Some((" ", 0.2)));
+        assert_eq!(Listed(vec![("1".into(), 0.9), (" ".into(), 0.005)]).space_before(&both), None);
+    }
+
+    #[test]
+    fn answers_behind_the_end_of_a_list_have_no_more_than_its_last_token() {
+        let three = answers(&["1", "2", "3"]);
+        let listed = Listed(vec![("1".into(), 0.5), ("A".into(), 0.25), ("B".into(), 0.125)]);
+        assert_eq!((listed.unlisted(&three, 3), listed.unlisted(&three, 4)), (0.25, 0.0));
+        assert_eq!(listed.mass(&three), 0.5);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, anyhow};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use hyper_util::client::proxy::matcher::Matcher;
+use sha2::{Digest, Sha256};
 
 use super::abilities::{Abilities, Complaint, names_extra};
 use super::answer::{Answer, Unread, read};
@@ -92,6 +93,24 @@ impl Transport {
         let http = builder.build().context("cannot set up HTTP for remote judges")?;
         let query = endpoint.query.iter().cloned().chain(judge.query.clone()).collect();
         Ok(Self { http, endpoint: Mutex::new(endpoint), versioned: Mutex::new(false), headers, query, secrets, proxy })
+    }
+
+    /// A name of the server and the key together, in hexadecimal digits. It does not contain the key, and the key cannot be
+    /// computed from it.
+    pub fn account(&self) -> String {
+        let endpoint = self.endpoint();
+        let mut parts = vec![endpoint.origin().as_bytes().to_vec()];
+        let mut secrets: Vec<_> = self.secrets.iter().map(Key::digest).collect();
+        if secrets.is_empty() {
+            // The key may be in the query.
+            secrets = self.query.iter().map(|(name, value)| format!("{name}={value}").into_bytes()).collect();
+        }
+        secrets.sort();
+        parts.extend(secrets);
+        let lengths_and_parts =
+            parts.iter().flat_map(|part| [(part.len() as u64).to_le_bytes().to_vec(), part.clone()]);
+        let digest = Sha256::digest(lengths_and_parts.flatten().collect::<Vec<_>>());
+        digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// The address that is asked, as errors show it: without a query, which may hold a key; with the proxy, if there is one.
@@ -229,5 +248,31 @@ fn broken(error: &reqwest::Error) -> Outcome {
         _ if error.is_timeout() => Outcome::Timeout,
         _ if was_closed(error) => Outcome::Closed(innermost(error)),
         _ => Outcome::Connection(innermost(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_account_is_one_server_and_one_key_whatever_the_path() {
+        let account = |url: &str, key: Option<&str>| {
+            let mut transport = Transport::new(&RemoteJudge { url: url.into(), ..RemoteJudge::default() }).unwrap();
+            transport.secrets.extend(key.map(|key| Key::new(key.into())));
+            transport.account()
+        };
+        let one = account("http://h/v1", Some("sk-0123456789"));
+        assert_eq!(one, account("http://H:80/other/chat/completions?a=b", Some("sk-0123456789")));
+        assert!(one.len() == 32 && one.chars().all(|c| c.is_ascii_hexdigit()), "{one}");
+        for (url, key) in [
+            ("http://h/v1", None),
+            ("http://h/v1", Some("sk-0123456780")),
+            ("http://h:81/v1", Some("sk-0123456789")),
+            ("https://h/v1", Some("sk-0123456789")),
+        ] {
+            assert_ne!(one, account(url, key), "{url}");
+        }
+        assert_ne!(account("http://h/v1?key=a", None), account("http://h/v1?key=b", None));
     }
 }

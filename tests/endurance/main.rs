@@ -1,6 +1,7 @@
-//! Long trials of the whole program: killed at random, replayed, soaked. Without arguments, a short round of each.
+//! Long trials of the whole program: killed at random, replayed, soaked, judged by servers that misbehave. Without arguments, a short round of each.
 
 mod faults;
+mod judges;
 mod kills;
 #[path = "../suite/mock_judge.rs"]
 #[allow(dead_code)]
@@ -8,6 +9,9 @@ mod mock_judge;
 mod replays;
 mod run;
 mod soak;
+#[path = "../suite/zoo/table.rs"]
+#[allow(dead_code)]
+mod zoo;
 
 use std::process::ExitCode;
 
@@ -49,6 +53,15 @@ enum Trial {
         #[arg(long, default_value_t = 20)]
         steps: u64,
     },
+    /// Runs with a judge that misbehaves at random, as the judges of docs/judges.md do, and compares the counts.
+    Judges {
+        /// Questions, about.
+        #[arg(long, default_value_t = 300)]
+        questions: u64,
+        /// Seed of the behaviours.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// Runs the offline configuration for a long time and watches memory, handles, threads and the label cache.
     Soak {
         /// How long.
@@ -60,12 +73,13 @@ enum Trial {
 fn main() -> ExitCode {
     // `cargo test NAME` hands NAME to every test program; nothing here is called so.
     let asked: Vec<String> = std::env::args().skip(1).collect();
-    let known = ["kills", "faults", "replays", "soak", "help", "--help", "-h"];
+    let known = ["kills", "faults", "replays", "judges", "soak", "help", "--help", "-h"];
     let trials = match asked.first() {
         None => vec![
             Trial::Kills { count: 10, seed: 1 },
             Trial::Faults { count: 34, seed: 1 },
             Trial::Replays { count: 3, steps: 20 },
+            Trial::Judges { questions: 300, seed: 1 },
         ],
         Some(first) if known.contains(&first.as_str()) => Cli::parse().command.into_iter().collect(),
         Some(_) => return ExitCode::SUCCESS,
@@ -75,6 +89,7 @@ fn main() -> ExitCode {
             Trial::Kills { count, seed } => kills::trial(count, seed),
             Trial::Faults { count, seed } => faults::trial(count, seed),
             Trial::Replays { count, steps } => replays::trial(count, steps),
+            Trial::Judges { questions, seed } => judges::trial(questions, seed),
             Trial::Soak { minutes } => soak::trial(minutes),
         };
         match told {

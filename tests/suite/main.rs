@@ -20,6 +20,7 @@ mod lora;
 mod mock_judge;
 mod node;
 mod optimum;
+mod rate_limits;
 mod refusals;
 mod remote;
 mod resume;
