@@ -4,11 +4,12 @@ mod bytes;
 pub mod chat;
 mod gguf;
 mod spm;
+mod text;
 
 use std::fmt;
 use std::io::ErrorKind;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
@@ -23,6 +24,8 @@ use chat::{Message, OPENS_REASONING, Template, Variables};
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
+    /// The same, which recognises no special token; made when it is first needed.
+    plain: Arc<OnceLock<tokenizers::Tokenizer>>,
     template: Option<Arc<Template>>,
     /// What the template is given besides the conversation.
     variables: Arc<Variables>,
@@ -108,7 +111,9 @@ impl Tokenizer {
         let template = template.map(Template::new).transpose()?.map(Arc::new);
         let opened = inner.encode_fast("", true).map_err(|error| anyhow!(error))?;
         let opening = opened.get_ids().first().copied().filter(|id| Some(*id) == special.bos);
-        Ok(Self { inner: Arc::new(inner), template, variables: Arc::default(), special, opening, vocab_size })
+        let inner = Arc::new(inner);
+        let (plain, variables) = (Arc::default(), Arc::default());
+        Ok(Self { inner, plain, template, variables, special, opening, vocab_size })
     }
 
     /// Token ids of `text`. Special tokens in it are recognised, none are added.

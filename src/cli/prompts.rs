@@ -88,7 +88,7 @@ impl PromptArgs {
         }
         if self.chat {
             let messages = [Message { role: "user".into(), content: text }];
-            return tokenizer.encode(&tokenizer.render_chat(&messages, true)?);
+            return tokenizer.encode_chat(&messages, true);
         }
         tokenizer.encode_document(&text)
     }

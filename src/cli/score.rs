@@ -35,7 +35,7 @@ impl Score {
         let (model, tokenizer) = self.model.load()?;
         let prompt = self.text.ids(&tokenizer, model.config().vocab_size)?;
         let completion = match &self.completion {
-            Some(text) => tokenizer.encode(text)?,
+            Some(text) => tokenizer.encode_answer(text)?,
             None => self.completion_ids.clone(),
         };
         // Without a continuation the text itself is scored, all but its first token: nothing predicts that one.

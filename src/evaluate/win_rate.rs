@@ -41,7 +41,7 @@ impl Questions for Contest {
     fn group(&self, i: usize) -> Result<Group> {
         let completion = |text: &str| -> Result<Completion> {
             let text = without_control(text, &self.tokenizer.control_tokens()).into_owned();
-            let mut ids = self.tokenizer.encode(&text)?;
+            let mut ids = self.tokenizer.encode_answer(&text)?;
             ids.extend(self.tokenizer.eos_ids().first());
             let (logprobs, versions) = (vec![0.0; ids.len()], vec![0; ids.len()]);
             Ok(Completion { ids, logprobs, versions, finish: Finish::Eos, text })
