@@ -16,6 +16,7 @@ mod label_cache;
 mod labelers;
 mod lora;
 mod mock_judge;
+mod models;
 mod node;
 mod optimum;
 mod refusals;
