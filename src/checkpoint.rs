@@ -3,7 +3,8 @@
 //! ```text
 //! step-000050/
 //!   config.json, model.safetensors, tokenizer…   the policy, as `transformers` opens it; adapters merged
-//!   adapter/, value_model.safetensors, reward_model/   where there are such
+//!   adapter/, value_model/, reward_model/        where there are such. At the top there is no other .safetensors: programs
+//!                                                that serve models read all they find there
 //!   preceptor.json, config.toml                  what it is, to read
 //!   resume/state.postcard                        counters, the ledger with the groups under way, lengths of the run's files
 //!   resume/….safetensors                         optimizers, gradients, and weights that the above rounds or merges
@@ -41,6 +42,11 @@ use crate::reward::trainer;
 
 /// The format that this program writes, and the only one that it reads.
 pub const FORMAT: u64 = 1;
+
+/// The folder of the value model in a checkpoint.
+const VALUE: &str = "value_model";
+/// Its file in checkpoints of earlier programs.
+const EARLIER_VALUE: &str = "value_model.safetensors";
 
 /// What a run must have in common with a checkpoint to go on from it, besides its configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

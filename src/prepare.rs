@@ -18,7 +18,6 @@ use crate::label::cache::{Cached, Store};
 use crate::label::embedding::Embedding;
 use crate::label::local::{Judge, Local};
 use crate::learn::StepRecord;
-use crate::model::config::Head;
 use crate::model::{Copies, Decoder, ModelConfig, Onto, Weights};
 use crate::nearest::nearest;
 use crate::remote::Remote;
@@ -187,6 +186,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
         });
     }
     let devices = Devices::open(config, &device)?;
+    check_ends(config, &policy.tokenizer)?;
     let evaluates = config.evaluation.every_steps > 0;
     let evaluator = config.evaluation.labeler.as_ref().filter(|_| evaluates);
     let asked = needs_labels(config)
@@ -200,14 +200,8 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
         judges.instruments(config, Some(&policy), &devices.labeler, progress, budget.clone())?;
     let reward_start = match &config.reward_model.model {
         Some(reference) if trainer_plan(config).is_some() => {
-            let start = reward_start(config, reference, &devices.reward_model, progress)
+            let start = reward_start(config, reference, &policy.tokenizer, &devices.reward_model, progress)
                 .context("reward_model.model cannot be loaded")?;
-            ensure!(
-                start.model.config().vocab_size == policy.model.config().vocab_size,
-                "reward_model.model has {} tokens and the policy {}; the reward model reads the policy's tokens, so it must be of its family",
-                start.model.config().vocab_size,
-                policy.model.config().vocab_size
-            );
             Some(start)
         }
         _ => None,
@@ -482,15 +476,58 @@ fn as_asked(weights: u64, tokenizer: &Tokenizer, chat: bool) -> u64 {
     if chat && tokenizer.thinks() { crate::seed::mix(weights ^ 0x7417) } else { weights }
 }
 
-fn reward_start(config: &Config, reference: &ModelRef, device: &Device, progress: bool) -> Result<RewardStart> {
-    let (mut model, head) = if let [Candidate::Path(dir)] = reference.0.as_slice()
-        && ModelConfig::from_directory_as(dir, Head::Scalar).is_ok()
-    {
-        let opened = RewardModel::open(dir, device)?;
-        (opened.model, Some(opened.head))
-    } else {
-        (load(reference, onto(config, device), timeout(config), progress)?.0, None)
+/// Tells of a policy whose completions end at the limit of new tokens alone.
+///
+/// # Errors
+/// A penalty for completions that do not end, which all would get.
+fn check_ends(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
+    let rollout = &config.rollout;
+    if !(tokenizer.eos_ids().is_empty() && rollout.stop.is_empty() && rollout.stop_ids.is_empty()) {
+        return Ok(());
+    }
+    let words = "the policy has no end token: config.json, generation_config.json and its tokenizer name none, so that every completion has rollout.max_new_tokens; name one in eos_token_id of generation_config.json, or set rollout.stop or rollout.stop_ids";
+    ensure!(
+        config.reward.missing_eos_penalty == 0.0,
+        "reward.missing_eos_penalty = {} would be taken off every completion alike: {words}",
+        config.reward.missing_eos_penalty
+    );
+    tracing::warn!("{words}");
+    Ok(())
+}
+
+/// What the reward model starts from. It reads the policy's tokens: it has the same, and a row for each of them, whatever
+/// number of rows pads its embedding.
+fn reward_start(
+    config: &Config,
+    reference: &ModelRef,
+    policy: &Tokenizer,
+    device: &Device,
+    progress: bool,
+) -> Result<RewardStart> {
+    let scorer = match reference.0.as_slice() {
+        [Candidate::Path(dir)] if ModelConfig::is_scorer(dir) => Some(dir),
+        _ => None,
     };
+    let (mut model, head, tokenizer) = if let Some(dir) = scorer {
+        let opened = RewardModel::open(dir, device)?;
+        let named = dir.join("tokenizer.json").exists();
+        let tokenizer = named.then(|| Tokenizer::from_files(&ModelFiles::Directory(dir.clone()))).transpose()?;
+        (opened.model, Some(opened.head), tokenizer)
+    } else {
+        let (model, tokenizer, _) = load(reference, onto(config, device), timeout(config), progress)?;
+        (model, None, Some(tokenizer))
+    };
+    let (rows, tokens) = (model.config().vocab_size, policy.vocab_size());
+    ensure!(
+        rows >= tokens,
+        "it has {rows} tokens and the policy {tokens}; the reward model reads the policy's tokens, so it must be of its family"
+    );
+    if let Some(tokenizer) = &tokenizer {
+        ensure!(
+            same_vocabulary(policy, tokenizer)?,
+            "it has another vocabulary than the policy, whose tokens it reads; use a model of the policy's family"
+        );
+    }
     model = model.to_dtype(device::dtype(config.policy.dtype))?;
     model.checkpoint_activations(config.learner.activation_checkpointing);
     Ok(RewardStart { model, head })
@@ -554,12 +591,15 @@ pub fn load(
 ) -> Result<(Decoder, Tokenizer, String)> {
     let options = ResolveOptions { timeout, progress, ..ResolveOptions::default() };
     let resolved = source::resolve(reference, &options)?;
-    let (config, weights) = match &resolved.files {
+    let (mut config, weights) = match &resolved.files {
         ModelFiles::Gguf(path) => Weights::from_gguf(path, onto)?,
         ModelFiles::Directory(dir) => Weights::from_directory(dir, onto)?,
     };
-    let model = Decoder::new(&config, &weights).with_context(|| format!("in {}", resolved.origin))?;
     let tokenizer = Tokenizer::from_files(&resolved.files)?;
+    // The tokenizer's own comes first, as in programs that heed one alone.
+    let described = std::mem::replace(&mut config.eos, tokenizer.eos_ids().to_vec());
+    config.add_ends(&described);
+    let model = Decoder::new(&config, &weights).with_context(|| format!("in {}", resolved.origin))?;
     Ok((model, tokenizer, resolved.origin))
 }
 

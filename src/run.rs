@@ -201,7 +201,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     let fingerprint = published.weights().fingerprint()?;
     let cell = Arc::new(SnapshotCell::new(start, fingerprint, published));
     let dtype = device::dtype(config.checkpoint.dtype);
-    let form = Arc::new(Form::new(&config, prepared.tokenizer.clone(), dtype, identity, judge));
+    let form = Arc::new(Form::new(&config, (prepared.tokenizer.clone(), &prepared.origin), dtype, identity, judge));
     let (progress, failed) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
     let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), announce(&progress, &failed, &monitor))?;
     let evaluator = {

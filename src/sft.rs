@@ -29,6 +29,8 @@ pub struct FineTune {
     pub batch: u64,
     /// For the references.
     pub tokenizer: Tokenizer,
+    /// Whether prompts go through the chat template, so that a reference ends as its turns do.
+    pub chat: bool,
     /// Learning rate.
     pub lr: f64,
     /// Bound on the gradient's global norm.
@@ -52,7 +54,7 @@ impl FineTune {
     fn learn(&self, state: &mut TrainState, prompt: &Prompt) -> Result<(f64, usize)> {
         let text = prompt.reference.as_ref().ok_or_else(|| anyhow!("line {} has no reference", prompt.row + 1))?;
         let mut ids = self.tokenizer.encode(text)?;
-        ids.extend(self.tokenizer.eos_ids().first());
+        ids.extend(self.tokenizer.end(self.chat));
         // A reference beyond the context teaches with its beginning.
         ids.truncate(state.config().context.saturating_sub(prompt.ids.len()));
         let pack = Pack::new(&prompt.ids, &[ids]);

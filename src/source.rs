@@ -101,6 +101,17 @@ impl ModelRef {
         Ok(self)
     }
 
+    /// The name by which `transformers` opens the model that came from `origin`, one of these places in words: an absolute
+    /// directory or a repository; `None` for what it does not open as it is.
+    pub fn name_at(&self, origin: &str) -> Option<String> {
+        let from = self.0.iter().find(|candidate| candidate.to_string() == origin)?;
+        match from {
+            Candidate::Path(path) if path.is_dir() => Some(std::path::absolute(path).ok()?.display().to_string()),
+            Candidate::Hub { repo, file: None, .. } => Some(repo.clone()),
+            _ => None,
+        }
+    }
+
     /// From a command line: a path, or what a configuration would write in braces or brackets.
     ///
     /// # Errors
@@ -223,9 +234,24 @@ fn local(path: &Path) -> Result<ModelFiles> {
         return Ok(ModelFiles::Gguf(path.to_owned()));
     }
     let path = &checkpoint_of_run(path)?;
+    let is_adapter = path.join("adapter_config.json").is_file();
+    ensure!(
+        path.join("config.json").is_file() || !is_adapter,
+        "it holds a PEFT adapter and no model; merge the adapter into its base with merge_and_unload(), and save the result"
+    );
     ensure!(path.join("config.json").is_file(), "a model directory needs a config.json");
-    let weights = ["model.safetensors", "model.safetensors.index.json"];
-    ensure!(weights.iter().any(|name| path.join(name).is_file()), "a model directory needs a model.safetensors");
+    let has = |names: &[&str]| names.iter().any(|name| path.join(name).is_file());
+    ensure!(
+        has(&["model.safetensors", "model.safetensors.index.json"]),
+        "a model directory needs a model.safetensors{}",
+        if has(&["pytorch_model.bin", "pytorch_model.bin.index.json"]) {
+            "; pytorch_model.bin is not read, since such a file can run code: load it with transformers, and write it with save_pretrained(), which makes a model.safetensors"
+        } else if has(&["consolidated.safetensors", "consolidated.00.pth", "tf_model.h5", "flax_model.msgpack"]) {
+            "; its weights are in the form of another library: use the model's Hugging Face files"
+        } else {
+            ""
+        }
+    );
     Ok(ModelFiles::Directory(path.to_owned()))
 }
 

@@ -2,8 +2,10 @@
 
 mod bytes;
 pub mod chat;
+mod ends;
 mod gguf;
 mod spm;
+mod templates;
 mod text;
 
 use std::fmt;
@@ -11,7 +13,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
 use crate::bounded;
@@ -19,6 +21,7 @@ use crate::source::ModelFiles;
 use crate::vetted;
 use crate::vetted::types::{self, Type};
 use chat::{Message, OPENS_REASONING, Template, Variables};
+use templates::{DEFAULT, Templates};
 
 /// A model's tokenizer. Cheap to clone.
 #[derive(Clone)]
@@ -29,7 +32,11 @@ pub struct Tokenizer {
     template: Option<Arc<Template>>,
     /// What the template is given besides the conversation.
     variables: Arc<Variables>,
+    /// The sources of all chat templates, the one above among them.
+    templates: Arc<Templates>,
     special: Special,
+    /// The token that the chat template writes after an answer.
+    turn_end: Option<u32>,
     /// The token that the model's own tokenizer puts before a text, if it puts one.
     opening: Option<u32>,
     vocab_size: usize,
@@ -72,7 +79,17 @@ impl Tokenizer {
     fn from_directory(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let inner = vetted::tokenizer::read(&path)?;
-        let config = optional_json(&dir.join("tokenizer_config.json"))?;
+        let mut config = optional_json(&dir.join("tokenizer_config.json"))?;
+        // Where the tokenizers of older models name their special tokens.
+        let older = optional_json(&dir.join("special_tokens_map.json"))?;
+        if config.is_null() {
+            config = json!({});
+        }
+        if let (Some(config), Value::Object(older)) = (config.as_object_mut(), older) {
+            for (name, token) in older {
+                config.entry(name).or_insert(token);
+            }
+        }
         let named = |name: &str| {
             let text = config[name].as_str().or_else(|| config[name]["content"].as_str());
             text.and_then(|text| inner.token_to_id(text))
@@ -85,35 +102,55 @@ impl Tokenizer {
             types::check(&config, &keys).with_context(|| format!("in {}", path.display()))?;
             Ok(ids(&config["eos_token_id"]))
         };
-        let mut eos = ends("generation_config.json")?;
-        if eos.is_empty() {
-            eos = ends("config.json")?;
+        let eos_token = &config["eos_token"];
+        let own = named("eos_token");
+        if let (None, Some(text)) = (own, eos_token.as_str().or(eos_token["content"].as_str())) {
+            bail!(
+                "{} names the end token {text:?}, which {} does not have, so that no completion could end with it; correct eos_token",
+                dir.join("tokenizer_config.json").display(),
+                path.display()
+            );
         }
-        if let Some(token) = named("eos_token") {
-            eos.retain(|id| *id != token);
-            eos.insert(0, token);
+        let mut eos: Vec<u32> = Vec::new();
+        for id in own.into_iter().chain(ends("generation_config.json")?).chain(ends("config.json")?) {
+            if !eos.contains(&id) {
+                eos.push(id);
+            }
         }
         let special = Special { bos: named("bos_token"), eos, pad: named("pad_token"), unk: named("unk_token") };
-        let template = directory_template(dir, &config["chat_template"])?;
-        Self::new(inner, template, special).with_context(|| format!("in {}", dir.display()))
+        let templates =
+            Templates::in_directory(dir, &config["chat_template"]).with_context(|| format!("in {}", dir.display()))?;
+        Self::new(inner, templates, special).with_context(|| format!("in {}", dir.display()))
     }
 
     /// From the JSON form of a tokenizer.
     fn from_json(description: &Value, template: Option<String>, special: Special) -> Result<Self> {
-        Self::new(vetted::tokenizer::parse(&serde_json::to_vec(description)?)?, template, special)
+        let templates = Templates::one(template);
+        Self::new(vetted::tokenizer::parse(&serde_json::to_vec(description)?)?, templates, special)
     }
 
-    fn new(mut inner: tokenizers::Tokenizer, template: Option<String>, special: Special) -> Result<Self> {
+    fn new(mut inner: tokenizers::Tokenizer, templates: Templates, special: Special) -> Result<Self> {
         // Some models' files ask for these; here a text is its tokens, all of them and no others.
         inner.with_truncation(None).map_err(|error| anyhow!(error))?;
         inner.with_padding(None);
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
-        let template = template.map(Template::new).transpose()?.map(Arc::new);
+        let template = templates.main().cloned().map(Template::new).transpose()?.map(Arc::new);
         let opened = inner.encode_fast("", true).map_err(|error| anyhow!(error))?;
         let opening = opened.get_ids().first().copied().filter(|id| Some(*id) == special.bos);
-        let inner = Arc::new(inner);
+        let (inner, templates) = (Arc::new(inner), Arc::new(templates));
         let (plain, variables) = (Arc::default(), Arc::default());
-        Ok(Self { inner, plain, template, variables, special, opening, vocab_size })
+        let turn_end = None;
+        let made = Self { inner, plain, template, variables, templates, special, turn_end, opening, vocab_size };
+        Ok(made.with_turn_end())
+    }
+
+    /// The same tokenizer, with the token that its chat template ends an answer with among those that end a completion.
+    fn with_turn_end(mut self) -> Self {
+        self.turn_end = self.found_turn_end();
+        if let Some(end) = self.turn_end.filter(|end| !self.special.eos.contains(end)) {
+            self.special.eos.push(end);
+        }
+        self
     }
 
     /// Token ids of `text`. Special tokens in it are recognised, none are added.
@@ -173,7 +210,7 @@ impl Tokenizer {
     }
 
     fn render(&self, messages: &[Message], answer: bool, thinking: bool) -> Result<String> {
-        let template = self.template.as_ref().context("the model has no chat template")?;
+        let template = self.template.as_ref().ok_or_else(|| self.templates.missing())?;
         let special = self.named_special();
         template.render(messages, answer, thinking, &special, &self.variables)
     }
@@ -193,9 +230,9 @@ impl Tokenizer {
         self
     }
 
-    /// Whether the model has a chat template.
+    /// Whether the model has a chat template. Where it has several and none for plain conversations, filling it in is an error.
     pub fn has_chat_template(&self) -> bool {
-        self.template.is_some()
+        !self.templates.0.is_empty()
     }
 
     /// The source of the model's chat template, in Jinja; `None` if the model has none.
@@ -226,6 +263,14 @@ impl Tokenizer {
         tokens
     }
 
+    /// Ids of the special tokens, in order.
+    pub fn special_ids(&self) -> Vec<u32> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut ids: Vec<u32> = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
     /// The token that begins a document.
     pub fn bos_id(&self) -> Option<u32> {
         self.special.bos
@@ -252,8 +297,11 @@ impl Tokenizer {
     /// # Errors
     /// A template that is no Jinja.
     pub fn with_chat_template(mut self, source: String) -> Result<Self> {
-        self.template = Some(Arc::new(Template::new(source)?));
-        Ok(self)
+        self.template = Some(Arc::new(Template::new(source.clone())?));
+        let mut templates = (*self.templates).clone();
+        templates.0.insert(DEFAULT.to_owned(), source);
+        self.templates = Arc::new(templates);
+        Ok(self.with_turn_end())
     }
 
     /// The id of the token that is written `token`.
@@ -273,8 +321,8 @@ impl Tokenizer {
         let mut config = named.clone();
         config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
         config.insert("clean_up_tokenization_spaces".into(), json!(false));
-        if let Some(template) = &self.template {
-            config.insert("chat_template".into(), json!(template.source));
+        if let Some(templates) = self.templates.to_json() {
+            config.insert("chat_template".into(), templates);
         }
         for (name, value) in [("tokenizer_config.json", config), ("special_tokens_map.json", named)] {
             let path = dir.join(name);
@@ -283,22 +331,6 @@ impl Tokenizer {
         }
         Ok(())
     }
-}
-
-/// The chat template of a directory, which is a file of its own or part of `tokenizer_config.json`; the file wins, as
-/// in `transformers`.
-fn directory_template(dir: &Path, configured: &Value) -> Result<Option<String>> {
-    if let Some(text) = optional_text(&dir.join("chat_template.jinja"))? {
-        return Ok(Some(text));
-    }
-    Ok(match configured {
-        Value::String(text) => Some(text.clone()),
-        Value::Array(named) => {
-            let default = named.iter().find(|one| one["name"] == "default").or(named.first());
-            default.and_then(|one| one["template"].as_str()).map(str::to_owned)
-        }
-        _ => None,
-    })
 }
 
 /// Token ids, which configurations write as one number or as a list.
@@ -384,13 +416,82 @@ mod tests {
                     ("config.json", json!({ "eos_token_id": 7 })),
                     ("generation_config.json", json!({ "eos_token_id": [256, 258] })),
                 ],
-                vec![258, 256],
+                vec![258, 256, 7],
             ),
             (vec![("tokenizer_config.json", json!({ "eos_token": { "content": "<|pad|>" } }))], vec![256]),
-            (vec![("tokenizer_config.json", json!({})), ("config.json", json!({ "eos_token_id": null }))], vec![]),
+            // The template's own end of a turn, too.
+            (
+                vec![(
+                    "tokenizer_config.json",
+                    json!({ "eos_token": "<|pad|>", "chat_template": "{{ messages[-1].content }}<|im_end|>\n" }),
+                )],
+                vec![256, 258],
+            ),
+            (vec![("tokenizer_config.json", json!({})), ("config.json", json!({ "eos_token_id": null }))], vec![258]),
+            (vec![("tokenizer_config.json", json!({})), ("special_tokens_map.json", json!({}))], vec![]),
         ] {
             assert_eq!(open(&directory(&files)).unwrap().eos_ids(), expected, "{files:?}");
         }
+    }
+
+    #[test]
+    fn an_answer_ends_as_the_chat_template_ends_it() {
+        let tokenizer = |template: &str| {
+            let config = json!({ "eos_token": "<|pad|>", "bos_token": "<|im_start|>", "chat_template": template });
+            open(&directory(&[("tokenizer_config.json", config)])).unwrap()
+        };
+        for (template, end) in [
+            ("{{ messages[-1].content }}<|im_end|>\n", 258),
+            ("{{ messages[-1].content }} <|im_end|>", 258),
+            ("{{ messages[-1].content }}{{ eos_token }}", 256),
+            // No token, a text, and a token that begins the next turn.
+            ("{{ messages[-1].content }}", 256),
+            ("{{ messages[-1].content }}\n\nHuman: <|im_end|>", 256),
+            ("{{ messages[-1].content }}<|im_start|>", 256),
+            ("{{ raise_exception('no') }}", 256),
+        ] {
+            let tokenizer = tokenizer(template);
+            assert_eq!((tokenizer.end(true), tokenizer.end(false)), (Some(end), Some(256)), "{template}");
+        }
+        let without = Tokenizer::from_json(
+            &serde_json::from_str(&Tokenizer::bytes().inner.to_string(false).unwrap()).unwrap(),
+            None,
+            Special::default(),
+        );
+        assert_eq!(without.unwrap().end(true), None);
+    }
+
+    #[test]
+    fn an_end_that_the_vocabulary_lacks_is_refused() {
+        let error = open(&directory(&[("tokenizer_config.json", json!({ "eos_token": "<|eot|>" }))])).unwrap_err();
+        assert!(error.to_string().contains("names the end token \"<|eot|>\""), "{error}");
+    }
+
+    #[test]
+    fn all_chat_templates_are_kept() {
+        let list = json!([{ "name": "tool_use", "template": "t" }, { "name": "default", "template": "d" }]);
+        let dir = directory(&[("tokenizer_config.json", json!({ "chat_template": list }))]);
+        let saved = |tokenizer: &Tokenizer| -> Value {
+            let dir = tempfile::tempdir().unwrap();
+            tokenizer.save(dir.path()).unwrap();
+            let text = std::fs::read_to_string(dir.path().join("tokenizer_config.json")).unwrap();
+            serde_json::from_str::<Value>(&text).unwrap()["chat_template"].clone()
+        };
+        let entry = |name: &str, template: &str| json!({ "name": name, "template": template });
+        assert_eq!(saved(&open(&dir).unwrap()), json!([entry("default", "d"), entry("tool_use", "t")]));
+        // Files take the place of all of these, as in `transformers`.
+        let folder = dir.path().join("additional_chat_templates");
+        std::fs::create_dir(&folder).unwrap();
+        for (name, text) in [("rag.jinja", "r"), ("notes.txt", "n")] {
+            std::fs::write(folder.join(name), text).unwrap();
+        }
+        let error = open(&dir).unwrap().render_chat(&hello(), false).unwrap_err().to_string();
+        assert!(error.contains("chat templates named rag, and none named default"), "{error}");
+        assert!(open(&dir).unwrap().has_chat_template());
+        std::fs::write(folder.join("default.jinja"), "D").unwrap();
+        assert_eq!(open(&dir).unwrap().render_chat(&hello(), false).unwrap(), "D");
+        let changed = open(&dir).unwrap().with_chat_template("C".into()).unwrap();
+        assert_eq!(saved(&changed), json!([entry("default", "C"), entry("rag", "r")]));
     }
 
     #[test]

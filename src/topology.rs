@@ -258,6 +258,7 @@ pub fn sampling(config: &Config, tokenizer: &Tokenizer) -> Sampling {
         top_p: (rollout.top_p < 1.0).then_some(rollout.top_p),
         min_p: (rollout.min_p > 0.0).then_some(rollout.min_p),
         max_new_tokens: rollout.max_new_tokens,
+        vocabulary: tokenizer.vocab_size(),
         eos: tokenizer.eos_ids().iter().chain(&rollout.stop_ids).copied().collect(),
         stop: Stop::new(&rollout.stop, tokenizer).map(Arc::new),
     }
@@ -279,6 +280,7 @@ pub fn wire_fine_tuning(
     builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
     let learn = FineTune {
         state: Arc::clone(state),
+        chat: config.data.chat,
         batch,
         gathered: Gathered::default(),
         tokenizer: prepared.tokenizer.clone(),

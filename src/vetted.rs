@@ -2,6 +2,7 @@
 //! Those libraries trust their files.
 
 pub mod gguf;
+pub mod quantised;
 pub mod safetensors;
 pub mod tokenizer;
 pub mod types;

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use super::sums::Damage;
-use super::{FORMAT, Identity, JudgeContents, Lengths, Stored, shelf, sums};
+use super::{EARLIER_VALUE, FORMAT, Identity, JudgeContents, Lengths, Stored, VALUE, shelf, sums};
 use crate::disk;
 use crate::learn::TrainState;
 use crate::learn::state::Restored;
@@ -122,7 +122,8 @@ impl Opened {
     pub fn restore(&self, state: &mut TrainState, reward_model: Option<&Mutex<RewardTrainer>>) -> Result<Ledger> {
         let exact = self.path.join("resume/policy.safetensors");
         let policy = if exact.exists() { exact } else { self.path.join("model.safetensors") };
-        let value = self.path.join("value_model.safetensors");
+        let value = self.path.join(VALUE).join("model.safetensors");
+        let value = if value.exists() { value } else { self.path.join(EARLIER_VALUE) };
         let (value, value_optimizer) = if value.exists() {
             (Some(load(&value)?), load(&self.path.join("resume/value_optimizer.safetensors"))?)
         } else {

@@ -47,6 +47,7 @@ const READ: &[&str] = &[
     "preceptor.json",
     "model.safetensors",
     "value_model.safetensors",
+    "value_model/model.safetensors",
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
     "reward_model/model.safetensors",

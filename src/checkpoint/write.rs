@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::json;
 
-use super::{FORMAT, Identity, JudgeContents, Snapshot, Stored, sums};
+use super::{FORMAT, Identity, JudgeContents, Snapshot, Stored, VALUE, sums};
 use crate::config::Config;
 use crate::disk;
 use crate::model::export;
@@ -17,6 +17,8 @@ use crate::tokens::Tokenizer;
 pub struct Form {
     /// The policy's.
     pub tokenizer: Tokenizer,
+    /// The model that the policy started from, as `transformers` finds it, for its adapters.
+    pub base: Option<String>,
     /// Of the weights that other programs open.
     pub dtype: DType,
     /// The configuration, resolved, as TOML.
@@ -30,9 +32,16 @@ pub struct Form {
 }
 
 impl Form {
-    /// The form of the checkpoints of a run of `config`.
-    pub fn new(config: &Config, tokenizer: Tokenizer, dtype: DType, identity: Identity, judge: JudgeContents) -> Self {
-        Self { tokenizer, dtype, config: config.to_toml(), identity, judge, best: config.checkpoint.best.clone() }
+    /// The form of the checkpoints of a run of `config`, whose policy came from `origin`, in words, with its tokenizer.
+    pub fn new(
+        config: &Config,
+        (tokenizer, origin): (Tokenizer, &str),
+        dtype: DType,
+        identity: Identity,
+        judge: JudgeContents,
+    ) -> Self {
+        let base = config.policy.model.name_at(origin);
+        Self { tokenizer, base, dtype, config: config.to_toml(), identity, judge, best: config.checkpoint.best.clone() }
     }
 
     /// Fills `dir`, which is there and empty. Returns the size of what it wrote.
@@ -46,7 +55,7 @@ impl Form {
         std::fs::create_dir_all(&resume).with_context(|| format!("cannot make {}", resume.display()))?;
         export::write(dir, policy.config(), &policy.merged()?, self.dtype)?;
         if let Some(lora) = policy.lora() {
-            lora.write(&dir.join("adapter"), policy.weights())?;
+            lora.write(&dir.join("adapter"), policy.weights(), self.base.as_deref())?;
         }
         if !exact || policy.lora().is_some() {
             save(&resume.join("policy.safetensors"), &learner.params)?;
@@ -54,7 +63,9 @@ impl Form {
         save(&resume.join("optimizer.safetensors"), &learner.optimizer)?;
         self.tokenizer.save(dir)?;
         if let Some(value) = &learner.value {
-            save(&dir.join("value_model.safetensors"), value)?;
+            let place = dir.join(VALUE);
+            std::fs::create_dir_all(&place).with_context(|| format!("cannot make {}", place.display()))?;
+            save(&place.join("model.safetensors"), value)?;
             save(&resume.join("value_optimizer.safetensors"), &learner.value_optimizer)?;
         }
         if let Some(saved) = &snapshot.reward_model {

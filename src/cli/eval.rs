@@ -229,6 +229,7 @@ impl AnswerArgs {
         let sampling = Sampling {
             temperature: self.temperature,
             max_new_tokens: config.rollout.max_new_tokens,
+            vocabulary: tokenizer.vocab_size(),
             eos: tokenizer.eos_ids().to_vec(),
             stop: Stop::new(&config.rollout.stop, &tokenizer).map(Arc::new),
             ..Sampling::default()
@@ -273,7 +274,7 @@ impl WinRateArgs {
         self.common.write(&prompts, &[("a", &a), ("b", &b)])?;
         let bench = labeler_bench(&config, true, budget(&config, None)?)?;
         let title = format!("Win rate of {} over {against}", self.a);
-        let found = win_rate(&config, &bench, Contest { prompts, a, b, tokenizer }, &title)?;
+        let found = win_rate(&config, &bench, Contest { prompts, a, b, tokenizer, chat: config.data.chat }, &title)?;
         self.common.shown.print(&[&found.table])
     }
 }

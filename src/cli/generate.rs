@@ -10,7 +10,7 @@ use super::prompts::{ModelArgs, PromptArgs};
 use crate::generate::sampler::Sampling;
 use crate::generate::stop::{self, Stop};
 use crate::generate::{Fixed, Request, generate};
-use crate::{out, out_json, seed};
+use crate::{out, out_json, say, seed};
 
 /// Arguments of `preceptor generate`.
 #[derive(Debug, Args)]
@@ -69,7 +69,9 @@ impl Generate {
             anyhow::ensure!(share.is_none_or(|p| p > 0.0 && p <= 1.0), "{name} must be above 0 and at most 1");
         }
         anyhow::ensure!(!self.stop.iter().any(String::is_empty), "--stop must not be empty");
-        let eos = if model.config().eos.is_empty() { tokenizer.eos_ids().to_vec() } else { model.config().eos.clone() };
+        if tokenizer.eos_ids().is_empty() && self.stop.is_empty() {
+            say!("the model has no end token: every completion has --max-new-tokens = {}", self.max_new_tokens);
+        }
         let sampling = Sampling {
             temperature: if self.greedy { 0.0 } else { self.temperature },
             repetition_penalty: self.repetition_penalty,
@@ -77,7 +79,8 @@ impl Generate {
             top_p: self.top_p,
             min_p: self.min_p,
             max_new_tokens: self.max_new_tokens,
-            eos,
+            vocabulary: tokenizer.vocab_size(),
+            eos: tokenizer.eos_ids().to_vec(),
             stop: Stop::new(&self.stop, &tokenizer).map(Arc::new),
         };
         let seeds = (0..self.samples).map(|k| seed::completion(self.seed, 0, k)).collect();

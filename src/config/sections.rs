@@ -271,6 +271,16 @@ pub enum PolicyModel {
     Scratch(Scratch),
 }
 
+impl PolicyModel {
+    /// The name by which `transformers` opens the model that came from `origin`, in words; `None` for what it does not open.
+    pub fn name_at(&self, origin: &str) -> Option<String> {
+        match self {
+            Self::Reference(reference) => reference.name_at(origin),
+            Self::Scratch(_) => None,
+        }
+    }
+}
+
 impl Default for PolicyModel {
     fn default() -> Self {
         Self::Reference(ModelRef::default())

@@ -129,7 +129,7 @@ pub fn group(seq: u64, pair: &PreferencePair, format: &PromptFormat, tokenizer: 
     };
     let completion = |text: &str| -> Result<Completion> {
         let mut ids = tokenizer.encode(text)?;
-        ids.extend(tokenizer.eos_ids().first());
+        ids.extend(tokenizer.end(format.chat));
         let (logprobs, versions) = (vec![0.0; ids.len()], vec![0; ids.len()]);
         Ok(Completion { ids, logprobs, versions, finish: Finish::Eos, text: text.to_owned() })
     };

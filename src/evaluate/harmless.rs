@@ -48,7 +48,7 @@ pub fn harmless_rate(config: &Config, bench: &LabelerBench, rated: Rated, title:
     );
     let Rated { prompts, answers, tokenizer } = rated;
     let count = prompts.len();
-    let contest = Contest { prompts, b: answers.clone(), a: answers, tokenizer };
+    let contest = Contest { prompts, b: answers.clone(), a: answers, tokenizer, chat: config.data.chat };
     let labels = judge(config, &bench.instruments, Arc::new(Single(contest)), count, Wants::Scores, "judging")?;
     let verdicts: Vec<&Verdict> = labels.iter().flat_map(|labels| &labels.scores).collect();
     let scores: Vec<f64> = verdicts.iter().filter_map(|verdict| verdict.label()).collect();

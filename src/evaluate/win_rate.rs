@@ -27,6 +27,8 @@ pub struct Contest {
     pub b: Vec<String>,
     /// For lengths, and for judges that read tokens.
     pub tokenizer: Tokenizer,
+    /// Whether the prompts went through the tokenizer's chat template, so that answers end as its turns do.
+    pub chat: bool,
 }
 
 /// What came of a contest.
@@ -42,7 +44,7 @@ impl Questions for Contest {
         let completion = |text: &str| -> Result<Completion> {
             let text = without_control(text, &self.tokenizer.control_tokens()).into_owned();
             let mut ids = self.tokenizer.encode_answer(&text)?;
-            ids.extend(self.tokenizer.eos_ids().first());
+            ids.extend(self.tokenizer.end(self.chat));
             let (logprobs, versions) = (vec![0.0; ids.len()], vec![0; ids.len()]);
             Ok(Completion { ids, logprobs, versions, finish: Finish::Eos, text })
         };

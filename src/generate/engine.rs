@@ -232,7 +232,7 @@ fn take_all(rows: &mut [Row], logits: &Tensor, version: u64, sampling: &Sampling
     // Logits in a device's memory stay there, where nothing of a draw is done on the host.
     if !logits.device().is_cpu() && sampling.is_plain() {
         let shares: Vec<f64> = rows.iter_mut().map(|row| row.sampler.share()).collect();
-        let draws = ops::draw_from_rows(logits, sampling.inverse_temperature(), &shares)?;
+        let draws = ops::draw_from_rows(logits, sampling.drawn(width), sampling.inverse_temperature(), &shares)?;
         for (row, (id, logprob)) in rows.iter_mut().zip(draws) {
             row.position += 1;
             row.push(id as u32, logprob, version, sampling);

@@ -26,6 +26,8 @@ pub struct Sampling {
     pub min_p: Option<f64>,
     /// Limit of new tokens per completion, at least one.
     pub max_new_tokens: usize,
+    /// Only tokens below this id are drawn: a model's embedding may have more rows than its tokenizer has tokens.
+    pub vocabulary: usize,
     /// Tokens that end a completion.
     pub eos: Vec<u32>,
     /// Texts that end a completion.
@@ -42,6 +44,7 @@ impl Default for Sampling {
             top_p: None,
             min_p: None,
             max_new_tokens: 1,
+            vocabulary: usize::MAX,
             eos: Vec::new(),
             stop: None,
         }
@@ -53,6 +56,11 @@ impl Sampling {
     pub(super) fn is_plain(&self) -> bool {
         let whole = self.top_k.is_none() && self.top_p.is_none() && self.min_p.is_none();
         whole && self.repetition_penalty == 1.0 && self.temperature != 0.0
+    }
+
+    /// How many of `width` rows are drawn from.
+    pub(super) fn drawn(&self, width: usize) -> usize {
+        self.vocabulary.clamp(1, width)
     }
 
     pub(super) fn inverse_temperature(&self) -> f32 {
@@ -76,8 +84,9 @@ impl Sampler {
         Self { sampling: sampling.clone(), seen, rng: ChaCha8Rng::seed_from_u64(seed) }
     }
 
-    /// Draws a token and returns it with its log-probability, in nats, in the distribution of all tokens at the temperature. At
-    /// temperature 0: the most likely token (the first of equals) and its log-probability at temperature 1.
+    /// Draws a token and returns it with its log-probability, in nats, in the distribution of all tokens at the temperature;
+    /// rows beyond the vocabulary count in it, as they do where the learner computes it. At temperature 0: the most likely token
+    /// (the first of equals) and its log-probability at temperature 1.
     ///
     /// What restricts the draw does not enter the log-probability: the learner computes its own without restrictions, and
     /// their ratio has to show the change of the weights alone. TRL and verl do the same.
@@ -85,7 +94,8 @@ impl Sampler {
         let (id, logprob) = match self.restricted(logits) {
             restricted if self.sampling.temperature == 0.0 => {
                 let row = restricted.as_deref().unwrap_or(logits);
-                let best = (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best });
+                let drawn = self.sampling.drawn(row.len());
+                let best = (0..drawn).fold(0, |best, i| if row[i] > row[best] { i } else { best });
                 (best as u32, logits[best] - ops::row_logsumexp(logits, 1.0))
             }
             Some(restricted) => {
@@ -102,7 +112,12 @@ impl Sampler {
     }
 
     fn pick(&mut self, logits: &[f32]) -> (u32, f32) {
-        let (chosen, logprob) = ops::draw_from_row(logits, self.sampling.inverse_temperature(), self.share());
+        let inverse = self.sampling.inverse_temperature();
+        let drawn = &logits[..self.sampling.drawn(logits.len())];
+        let (chosen, mut logprob) = ops::draw_from_row(drawn, inverse, self.share());
+        if drawn.len() < logits.len() {
+            logprob += ops::row_logsumexp(drawn, inverse) - ops::row_logsumexp(logits, inverse);
+        }
         (chosen as u32, logprob)
     }
 
@@ -120,6 +135,11 @@ impl Sampler {
             return None;
         }
         let mut out = logits.to_vec();
+        if filtered {
+            // What is cut is not counted, and nothing of it is drawn.
+            let drawn = self.sampling.drawn(out.len());
+            out[drawn..].fill(f32::NEG_INFINITY);
+        }
         if penalty != 1.0 {
             for id in &self.seen {
                 if let Some(logit) = out.get_mut(*id as usize) {
@@ -255,6 +275,30 @@ mod tests {
             }
             let ours = kept.iter().filter(|logit| logit.is_finite()).count();
             assert_eq!(ours, expected.iter().flatten().count(), "{sampling:?}");
+        }
+    }
+
+    /// Whatever restricts the draw; and the log-probability is that of all rows, as the learner has it.
+    #[test]
+    fn rows_beyond_the_vocabulary_are_never_drawn() {
+        let logits = [0.5f32, 1.0, -0.5, 4.0, 5.0];
+        let plain = Sampling { vocabulary: 3, ..Sampling::default() };
+        let whole = ops::row_logsumexp(&logits, 1.0);
+        for sampling in [
+            plain.clone(),
+            Sampling { temperature: 0.0, ..plain.clone() },
+            Sampling { top_k: Some(2), ..plain.clone() },
+            Sampling { top_p: Some(0.5), ..plain.clone() },
+            Sampling { min_p: Some(0.9), ..plain.clone() },
+            Sampling { repetition_penalty: 1.5, ..plain.clone() },
+        ] {
+            let cut = sampling.top_k.is_some() || sampling.top_p.is_some() || sampling.min_p.is_some();
+            for seed in 0..100 {
+                let (id, logprob) = Sampler::new(&sampling, &[], seed).draw(&logits);
+                assert!(id < 3, "{sampling:?} drew {id}");
+                let expected = logits[id as usize] - whole;
+                assert!(cut || (logprob - expected).abs() < 1e-5, "{sampling:?}: {logprob} for {expected}");
+            }
         }
     }
 

@@ -182,12 +182,12 @@ impl Local {
     fn write_all(&self, prompts: &[String], decoding: &Decoding, usage: &mut Usage) -> Result<Vec<Reply<String>>> {
         let tokenizer = &self.judge.tokenizer;
         let config = self.judge.model.config();
-        let eos = if config.eos.is_empty() { tokenizer.eos_ids().to_vec() } else { config.eos.clone() };
         let sampling = Sampling {
             temperature: decoding.temperature,
             top_k: decoding.top_k,
             max_new_tokens: decoding.max_tokens,
-            eos,
+            vocabulary: tokenizer.vocab_size(),
+            eos: tokenizer.eos_ids().to_vec(),
             ..Sampling::default()
         };
         let mut replies = Vec::with_capacity(prompts.len());

@@ -44,10 +44,7 @@ fn write_described(
     description["dtype"] = json!(dtype_name);
     description["torch_dtype"] = json!(dtype_name);
     write_json(&dir.join("config.json"), &description)?;
-    write_json(
-        &dir.join("generation_config.json"),
-        &json!({ "bos_token_id": config.bos, "eos_token_id": config.eos, "do_sample": false }),
-    )?;
+    write_json(&dir.join("generation_config.json"), &config.to_generation_json())?;
     write_tensors(&dir.join("model.safetensors"), weights, dtype)
 }
 

@@ -39,6 +39,21 @@ pub struct Family {
     pub window: fn(&Json) -> Option<usize>,
     /// Whether the layer of this index has the window, where `config.json` does not list it.
     pub slides: fn(&Json, usize) -> bool,
+    /// Whether `transformers` heeds `layer_types` in `config.json`.
+    pub lists_layers: bool,
+    /// The values of keys that `config.json` does not have, as `transformers` takes them.
+    pub defaults: Defaults,
+}
+
+/// The values of keys that are absent from `config.json`.
+#[derive(Debug)]
+pub struct Defaults {
+    /// `max_position_embeddings`, in tokens.
+    pub context: usize,
+    /// `num_key_value_heads`; where absent here too, as many as there are heads.
+    pub kv_heads: Option<usize>,
+    /// `head_dim`; where absent here too, the width of the model over the number of heads.
+    pub head_dim: Option<usize>,
 }
 
 /// What the Gemma models have in common: norms weighted by `1 + w`, also after attention and feed-forward layer, the
@@ -75,8 +90,9 @@ fn optional_window(config: &Json) -> Option<usize> {
     plain_window(config).filter(|_| used)
 }
 
+/// The window of a model whose `config.json` has none is 4096 tokens; null says that there is none.
 fn plain_window(config: &Json) -> Option<usize> {
-    config["sliding_window"].as_u64().map(|n| n as usize)
+    config.get("sliding_window").map_or(Some(4096), |size| size.as_u64().map(|n| n as usize))
 }
 
 /// Layers from `max_window_layers` on have the window.

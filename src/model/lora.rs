@@ -101,11 +101,12 @@ impl Lora {
         Ok(Weights(tensors.into_iter().map(named).collect()))
     }
 
-    /// Writes the adapters among `weights` into `dir` as PEFT opens them.
+    /// Writes the adapters among `weights` into `dir` as PEFT opens them. `base` names the model that they are for: a directory
+    /// or a repository of a hub.
     ///
     /// # Errors
     /// Names the file that cannot be written.
-    pub fn write(&self, dir: &Path, weights: &Weights) -> Result<()> {
+    pub fn write(&self, dir: &Path, weights: &Weights, base: Option<&str>) -> Result<()> {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let tensors = weights.0.iter().filter(|(key, _)| is_adapter(key));
         let tensors =
@@ -114,7 +115,7 @@ impl Lora {
         let description = json!({
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": null,
+            "base_model_name_or_path": base,
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,

@@ -22,24 +22,31 @@ pub fn draw_from_row(row: &[f32], inv_t: f32, share: f64) -> (usize, f32) {
 }
 
 /// As [`draw_from_row`] for each of several rows `[N, V]` with a share of its own, on whatever device they are: what comes to
-/// the host is a sum for each block and the one block that the draw falls in, not the logits.
+/// the host is a sum for each block and the one block that the draw falls in, not the logits. Only the first `drawn` places are
+/// drawn from; the others count in the log-probability.
 ///
 /// # Errors
 /// Tensor errors only.
-pub fn draw_from_rows(rows: &Tensor, inv_t: f32, shares: &[f64]) -> Result<Vec<(usize, f32)>> {
+pub fn draw_from_rows(rows: &Tensor, drawn: usize, inv_t: f32, shares: &[f64]) -> Result<Vec<(usize, f32)>> {
     /// Both what is summed and what is fetched are short: a row of 50,000 is a hundred of these.
     const BLOCK: usize = 512;
     let (n, width) = rows.dims2()?;
     let rows = rows.to_dtype(DType::F32)?;
-    let powers = (rows.broadcast_sub(&rows.max_keepdim(D::Minus1)?)? * f64::from(inv_t))?.exp()?;
+    let mut powers = (rows.broadcast_sub(&rows.max_keepdim(D::Minus1)?)? * f64::from(inv_t))?.exp()?;
+    let mut beyond = vec![0.0; n];
+    if drawn < width {
+        beyond = powers.narrow(1, drawn, width - drawn)?.sum(1)?.to_vec1::<f32>()?;
+        powers = powers.narrow(1, 0, drawn)?;
+    }
+    let width = width.min(drawn);
     let blocks = width.div_ceil(BLOCK);
     let powers = powers.pad_with_zeros(1, 0, blocks * BLOCK - width)?.reshape((n, blocks, BLOCK))?;
     let sums = powers.sum(2)?.to_vec2::<f32>()?;
     let mut totals = Vec::with_capacity(n);
     let mut found = Vec::with_capacity(n);
-    for (sums, share) in sums.iter().zip(shares) {
+    for ((sums, share), beyond) in sums.iter().zip(shares).zip(beyond) {
         let sums: Vec<f64> = sums.iter().map(|sum| f64::from(*sum)).collect();
-        totals.push(sums.iter().sum::<f64>());
+        totals.push(sums.iter().sum::<f64>() + f64::from(beyond));
         found.push(passing(&sums, share * sums.iter().sum::<f64>()));
     }
     let at: Vec<u32> = found.iter().enumerate().map(|(row, (block, _))| (row * blocks + block) as u32).collect();
@@ -131,7 +138,13 @@ mod tests {
             // The same of several rows at once, each with its share.
             let shares = [0.05, 0.5, 0.98];
             let rows = Tensor::new([&row[..]; 3].concat(), &Device::Cpu).unwrap().reshape((3, width)).unwrap();
-            let draws = draw_from_rows(&rows, 0.7, &shares).unwrap();
+            let draws = draw_from_rows(&rows, width, 0.7, &shares).unwrap();
+            let first = width.div_ceil(2);
+            for ((place, logprob), share) in draw_from_rows(&rows, first, 0.7, &shares).unwrap().into_iter().zip(shares)
+            {
+                let (alone, _) = draw_from_row(&row[..first], 0.7, share);
+                assert!(place == alone && (f64::from(logprob) - (powers[place] / total).ln()).abs() < 1e-4, "{share}");
+            }
             for ((place, logprob), share) in draws.into_iter().zip(shares) {
                 let (alone, logprob_alone) = draw_from_row(&row, 0.7, share);
                 assert!(place == alone && (logprob - logprob_alone).abs() < 1e-5, "{share}: {place} for {alone}");

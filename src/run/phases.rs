@@ -217,7 +217,8 @@ pub(super) async fn fine_tune(
     let notes = Notes::new("supervised fine-tuning", "steps", config.sft.steps, files);
     let (shelf, progress) = (Arc::new(shelf(lock(files).dir())), notes.progress.clone());
     // No label has been bought yet.
-    let form = Form::new(config, prepared.tokenizer.clone(), DType::F32, identity, JudgeContents::new());
+    let policy = (prepared.tokenizer.clone(), prepared.origin.as_str());
+    let form = Form::new(config, policy, DType::F32, identity, JudgeContents::new());
     let form = Arc::new(form);
     let failed = Arc::new(AtomicBool::new(false));
     let told = announce(&Arc::new(OnceLock::from(progress.clone())), &failed, monitor);

@@ -110,7 +110,8 @@ fn write(config: &Config, base: &Identity, prepared: &Prepared, run: &Path, phas
     export::write(&aside, prepared.policy().config(), &prepared.policy().merged()?, DType::F32)?;
     prepared.tokenizer.save(&aside)?;
     if let Some(lora) = prepared.policy().lora() {
-        lora.write(&aside.join(ADAPTER), prepared.policy().weights())?;
+        let base = config.policy.model.name_at(&prepared.origin);
+        lora.write(&aside.join(ADAPTER), prepared.policy().weights(), base.as_deref())?;
     }
     let about = json!({ "phases_bytes": phases, "origin": origin(config, base)? });
     export::write_json(&aside.join("preceptor.json"), &about)?;

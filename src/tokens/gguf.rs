@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::bytes::{Added, byte_level_bpe};
 use super::spm::scored_bpe;
+use super::templates::Templates;
 use super::{Special, Tokenizer};
 use crate::vetted;
 use crate::vetted::gguf::{list, text, truth};
@@ -52,12 +53,19 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
         let id = metadata.get(&format!("tokenizer.ggml.{name}_token_id")).and_then(integer)?;
         u32::try_from(id).ok().filter(|id| (*id as usize) < tokens.len())
     };
-    let mut eos: Vec<u32> = id("eos").into_iter().chain(id("eot")).collect();
-    eos.dedup();
+    let mut eos: Vec<u32> = Vec::new();
+    for end in ["eos", "eot", "eom"].into_iter().filter_map(id) {
+        if !eos.contains(&end) {
+            eos.push(end);
+        }
+    }
     let special = Special { bos: id("bos"), eos, pad: id("padding"), unk: id("unknown") };
     let mut description = if model == "gpt2" {
         let merges = texts("tokenizer.ggml.merges")?;
-        let pre = text(get("tokenizer.ggml.pre")?).context("the key tokenizer.ggml.pre")?;
+        let pre = metadata.get("tokenizer.ggml.pre").context(
+            "the key tokenizer.ggml.pre is missing, which says how text is cut before merging: the file was made by a llama.cpp of before May 2024; convert the model again, or use its Hugging Face directory",
+        )?;
+        let pre = text(pre).context("the key tokenizer.ggml.pre")?;
         let Pre { cut, normalizer, ignore_merges } = pre_tokenizer(pre)?;
         let mut description = byte_level_bpe(vocab, &merges, &added, &cut);
         description["normalizer"] = normalizer;
@@ -82,8 +90,14 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
         description["post_processor"] = opening(bos, &tokens[bos as usize]);
     }
     let template = metadata.get("tokenizer.chat_template").map(text).transpose();
-    let template = template.context("the key tokenizer.chat_template")?.map(str::to_owned);
-    Tokenizer::from_json(&description, template, special)
+    let mut templates = Templates::one(template.context("the key tokenizer.chat_template")?.map(str::to_owned));
+    for (key, value) in metadata {
+        if let Some(name) = key.strip_prefix("tokenizer.chat_template.") {
+            let source = text(value).with_context(|| format!("the key {key}"))?;
+            templates.0.insert(name.to_owned(), source.to_owned());
+        }
+    }
+    Tokenizer::new(vetted::tokenizer::parse(&serde_json::to_vec(&description)?)?, templates, special)
 }
 
 /// Puts a token before each text, for those who ask for special tokens.
@@ -133,6 +147,9 @@ fn pre_tokenizer(name: &str) -> Result<Pre> {
         "gpt-2" | "gpt2" => plain(byte_level(true)),
         "llama-bpe" | "llama3" | "llama-v3" => Pre { ignore_merges: true, ..plain(split(LLAMA3)) },
         "qwen2" => Pre { normalizer: json!({ "type": "NFC" }), ..plain(split(QWEN2)) },
+        "default" => bail!(
+            "the pre-tokenizer is not named (tokenizer.ggml.pre = \"default\"): the converter did not know the model's; convert it again with a current llama.cpp, or use its Hugging Face directory"
+        ),
         other => bail!(
             "the pre-tokenizer {other} is not supported; these are: smollm, starcoder, refact, command-r, gpt-2, llama-bpe, qwen2. Use the model's Hugging Face directory"
         ),
@@ -216,6 +233,7 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_named() {
         for (key, value, word) in [
+            ("tokenizer.ggml.pre", text("default"), "converter did not know the model's"),
             ("tokenizer.ggml.pre", text("tekken"), "tekken is not supported; these are: smollm"),
             ("tokenizer.ggml.model", text("t5"), "kind t5"),
             ("tokenizer.ggml.token_type", list(&[]), "17 tokens and 0 token types"),

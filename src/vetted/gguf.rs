@@ -28,9 +28,7 @@ pub fn read(path: &Path) -> Result<(BufReader<File>, Content)> {
     let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let size = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
     let mut header = Header { file: BufReader::new(file), at: 0, size, values: MOST_VALUES, wide: true };
-    let content = header
-        .content()
-        .with_context(|| format!("{} is not a readable GGUF file; was it downloaded whole?", path.display()))?;
+    let content = header.content().with_context(|| format!("{} is not a readable GGUF file", path.display()))?;
     Ok((header.file, content))
 }
 
@@ -104,6 +102,7 @@ impl Header {
             let info = self.tensor().with_context(|| format!("in the tensor {}", shown(&name)))?;
             ensure!(tensor_infos.insert(name.clone(), info).is_none(), "the tensor {} is there twice", shown(&name));
         }
+        whole(&metadata)?;
         let alignment = match metadata.get("general.alignment") {
             None => 32,
             Some(Value::U32(n)) if n.is_power_of_two() && *n <= 1 << 16 => u64::from(*n),
@@ -125,7 +124,7 @@ impl Header {
             match (start, end) {
                 (Some(start), Some(end)) if end <= self.size => places.push((start, end, name)),
                 _ => bail!(
-                    "the tensor {} takes {bytes} bytes from byte {} on, and the file ends at byte {}",
+                    "the tensor {} takes {bytes} bytes from byte {} on, and the file ends at byte {}; was it downloaded whole?",
                     shown(name),
                     start.unwrap_or(u64::MAX),
                     self.size
@@ -151,7 +150,7 @@ impl Header {
     fn room(&self, bytes: u64) -> Result<()> {
         ensure!(
             bytes <= self.size.saturating_sub(self.at),
-            "{bytes} bytes should follow at byte {}, and the file ends at byte {}",
+            "{bytes} bytes should follow at byte {}, and the file ends at byte {}; was it downloaded whole?",
             self.at,
             self.size
         );
@@ -250,9 +249,59 @@ fn kind(number: u32) -> Result<GgmlDType> {
         14 => GgmlDType::Q6K,
         30 => GgmlDType::BF16,
         other => bail!(
-            "values of type {other} cannot be read; these can: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K. Take the model's file of one of these types"
+            "values of type {} cannot be read; these can: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K. Take the model's file of one of these types",
+            TYPES
+                .iter()
+                .find(|(number, _)| *number == other)
+                .map_or_else(|| other.to_string(), |(_, name)| (*name).into())
         ),
     })
+}
+
+/// The types of values that are not read, by GGUF's numbers.
+const TYPES: [(u32, &str); 23] = [
+    (9, "Q8_1"),
+    (15, "Q8_K"),
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (20, "IQ4_NL"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (23, "IQ4_XS"),
+    (24, "I8"),
+    (25, "I16"),
+    (26, "I32"),
+    (27, "I64"),
+    (28, "F64"),
+    (29, "IQ1_M"),
+    (31, "Q4_0_4_4"),
+    (32, "Q4_0_4_8"),
+    (33, "Q4_0_8_8"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+    (39, "MXFP4"),
+    (40, "NVFP4"),
+];
+
+/// Refuses one of several files of a model.
+fn whole(metadata: &HashMap<String, Value>) -> Result<()> {
+    let number = |key: &str| match metadata.get(key) {
+        Some(Value::U8(n)) => Some(u64::from(*n)),
+        Some(Value::U16(n)) => Some(u64::from(*n)),
+        Some(Value::U32(n)) => Some(u64::from(*n)),
+        Some(Value::I32(n)) => u64::try_from(*n).ok(),
+        Some(Value::U64(n)) => Some(*n),
+        _ => None,
+    };
+    let count = number("split.count").unwrap_or(1);
+    ensure!(
+        count <= 1,
+        "it is part {} of a model in {count} files (split.count), which are not read; join them with llama-gguf-split --merge",
+        number("split.no").map_or(1, |n| n + 1)
+    );
+    Ok(())
 }
 
 /// How many bytes a tensor takes.
@@ -340,6 +389,9 @@ mod tests {
         check(&file(1, 0, &[&tensor("w", &[], 0, 0)]), "in the tensor \"w\": it has 0 dimensions");
         check(&file(1, 0, &[&tensor("w", &[1; 5], 0, 0)]), "it has 5 dimensions");
         check(&file(1, 0, &[&tensor("w", &[4], 99, 0)]), "values of type 99 cannot be read");
+        check(&file(1, 0, &[&tensor("w", &[4], 20, 0)]), "values of type IQ4_NL cannot be read");
+        let split = [entry("split.no", 2, &1u16.to_le_bytes()), entry("split.count", 2, &2u16.to_le_bytes())];
+        check(&file(0, 2, &[&split.concat()]), "part 2 of a model in 2 files (split.count)");
         check(&file(1, 0, &[&tensor("w", &[0, 4], 0, 0)]), "has no values");
         check(&file(1, 0, &[&tensor("w", &[33], 2, 0)]), "rows of 33 values are no multiple of a block's 32");
         check(&file(1, 0, &[&tensor("w", &[1 << 32, 1 << 32], 0, 0)]), "more values than memory can hold");

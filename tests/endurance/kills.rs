@@ -89,7 +89,7 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
     ensure!(seqs == (0..2 * steps).collect::<Vec<_>>(), "groups were not trained once each, in order: {seqs:?}");
     ensure!(metrics(&run)? == metrics(&whole)?, "the figures differ from those of the run that was not killed");
     let (a, b) = (last_checkpoint(&whole)?, last_checkpoint(&run)?);
-    for file in ["model.safetensors", "value_model.safetensors", "resume/optimizer.safetensors"] {
+    for file in ["model.safetensors", "value_model/model.safetensors", "resume/optimizer.safetensors"] {
         ensure!(std::fs::read(a.join(file))? == std::fs::read(b.join(file))?, "{file} differs");
     }
     let asked = asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

@@ -389,7 +389,7 @@ fn steps_in_half_precision_are_near_those_in_single_precision() {
 fn a_draw_on_the_device_is_the_hosts() {
     let Some(device) = device("a_draw_on_the_device_is_the_hosts") else { return };
     let rows = values(5, &[4, 1300], 3.0);
-    let draw = |rows: &Tensor| ops::draw_from_rows(rows, 0.8, &[0.1, 0.4, 0.7, 0.999]).unwrap();
+    let draw = |rows: &Tensor| ops::draw_from_rows(rows, rows.dim(1).unwrap(), 0.8, &[0.1, 0.4, 0.7, 0.999]).unwrap();
     for (host, there) in draw(&rows).into_iter().zip(draw(&rows.to_device(&device).unwrap())) {
         assert!(host.0 == there.0 && (host.1 - there.1).abs() < 1e-4, "{there:?} for {host:?}");
     }

@@ -80,7 +80,7 @@ fn fresh_adapters_change_nothing_and_are_written_as_peft_names_them() {
     let (model, _) = base.adapted(&lora(), 7).unwrap();
     assert_eq!(logits(&base, &[5, 9, 3, 60]), logits(&model, &[5, 9, 3, 60]));
     let dir = tempfile::tempdir().unwrap();
-    lora().write(dir.path(), model.weights()).unwrap();
+    lora().write(dir.path(), model.weights(), Some("org/base")).unwrap();
     let ours = candle_core::safetensors::load(dir.path().join("adapter_model.safetensors"), &Device::Cpu).unwrap();
     let shapes = |tensors: &HashMap<String, Tensor>| {
         tensors.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect::<HashMap<_, _>>()
@@ -93,6 +93,7 @@ fn fresh_adapters_change_nothing_and_are_written_as_peft_names_them() {
     for key in ["peft_type", "task_type", "r", "bias", "fan_in_fan_out", "use_rslora", "lora_dropout"] {
         assert_eq!(ours[key], theirs[key], "{key}");
     }
+    assert_eq!(ours["base_model_name_or_path"], "org/base");
     assert_eq!(ours["lora_alpha"].as_f64(), theirs["lora_alpha"].as_f64());
 }
 

@@ -18,6 +18,7 @@ mod label_cache;
 mod labelers;
 mod lora;
 mod mock_judge;
+mod models;
 mod node;
 mod optimum;
 mod rate_limits;

@@ -238,7 +238,7 @@ fn the_last_checkpoint_generates_and_scores() {
     let checkpoint = dir.path().join("run/checkpoints/step-000002");
     assert!(stderr(&output).contains("run/checkpoints/step-000002"), "{}", stderr(&output));
     for file in
-        ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "value_model.safetensors"]
+        ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "value_model/model.safetensors"]
     {
         assert!(checkpoint.join(file).exists(), "{file} is missing");
     }

@@ -1,7 +1,7 @@
 //! Gemma 2 (Gemma Team 2024): norms on both sides of a layer, GeGLU, capped scores and logits, a window in every other
 //! layer.
 
-use super::{Family, Gemma};
+use super::{Defaults, Family, Gemma};
 use crate::ops::Activation;
 
 /// Gemma 2.
@@ -25,4 +25,6 @@ pub const FAMILY: Family = Family {
     tied: true,
     window: |config| Some(config["sliding_window"].as_u64().unwrap_or(4096) as usize),
     slides: |_, layer| layer.is_multiple_of(2),
+    lists_layers: true,
+    defaults: Defaults { context: 8192, kv_heads: Some(4), head_dim: Some(256) },
 };

@@ -1,7 +1,7 @@
 //! Gemma 3 for text (Gemma Team 2025): as Gemma 2, with normed queries and keys instead of caps, and five layers with a
 //! window, whose rotary frequencies are others, to one without.
 
-use super::{Family, Gemma};
+use super::{Defaults, Family, Gemma};
 use crate::ops::Activation;
 
 /// Gemma 3.
@@ -25,4 +25,6 @@ pub const FAMILY: Family = Family {
     tied: true,
     window: |config| Some(config["sliding_window"].as_u64().unwrap_or(4096) as usize),
     slides: |config, layer| !(layer as u64 + 1).is_multiple_of(config["sliding_window_pattern"].as_u64().unwrap_or(6)),
+    lists_layers: true,
+    defaults: Defaults { context: 131_072, kv_heads: Some(4), head_dim: Some(256) },
 };

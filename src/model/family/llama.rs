@@ -1,6 +1,6 @@
 //! Llama 2 and 3, SmolLM2 (Touvron et al. 2023; Grattafiori et al. 2024): the shared decoder as it is.
 
-use super::Family;
+use super::{Defaults, Family};
 use crate::ops::Activation;
 
 /// Llama.
@@ -17,4 +17,6 @@ pub const FAMILY: Family = Family {
     tied: false,
     window: |_| None,
     slides: |_, _| false,
+    lists_layers: false,
+    defaults: Defaults { context: 2048, kv_heads: None, head_dim: None },
 };

@@ -1,6 +1,6 @@
 //! Mistral (Jiang et al. 2023): Llama with a sliding window. In GGUF it calls itself Llama.
 
-use super::{Family, plain_window};
+use super::{Defaults, Family, plain_window};
 use crate::ops::Activation;
 
 /// Mistral.
@@ -17,4 +17,6 @@ pub const FAMILY: Family = Family {
     tied: false,
     window: plain_window,
     slides: |_, _| true,
+    lists_layers: false,
+    defaults: Defaults { context: 131_072, kv_heads: Some(8), head_dim: None },
 };

@@ -1,6 +1,6 @@
 //! Qwen2 and Qwen2.5 (Yang et al. 2024): biases on queries, keys and values.
 
-use super::{Family, late_layers, optional_window};
+use super::{Defaults, Family, late_layers, optional_window};
 use crate::ops::Activation;
 
 /// Qwen2.
@@ -17,4 +17,6 @@ pub const FAMILY: Family = Family {
     tied: false,
     window: optional_window,
     slides: late_layers,
+    lists_layers: true,
+    defaults: Defaults { context: 32_768, kv_heads: Some(32), head_dim: None },
 };

@@ -1,6 +1,6 @@
 //! Qwen3 (Yang et al. 2025): queries and keys are normed head by head.
 
-use super::{Family, late_layers, optional_window};
+use super::{Defaults, Family, late_layers, optional_window};
 use crate::ops::Activation;
 
 /// Qwen3.
@@ -17,4 +17,6 @@ pub const FAMILY: Family = Family {
     tied: false,
     window: optional_window,
     slides: late_layers,
+    lists_layers: true,
+    defaults: Defaults { context: 32_768, kv_heads: Some(32), head_dim: Some(128) },
 };

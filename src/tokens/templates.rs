@@ -1,0 +1,96 @@
+//! The chat templates of a model directory, by name, as `transformers` finds them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use super::optional_text;
+
+/// The folder of templates next to `chat_template.jinja`, each a file with its name.
+const FOLDER: &str = "additional_chat_templates";
+/// The name of the template that a conversation without tools is written with.
+pub(super) const DEFAULT: &str = "default";
+
+/// The sources of a model's chat templates by name.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Templates(pub(super) BTreeMap<String, String>);
+
+impl Templates {
+    /// The one template of a model that has no other.
+    pub(super) fn one(source: Option<String>) -> Self {
+        Self(source.map(|source| (DEFAULT.to_owned(), source)).into_iter().collect())
+    }
+
+    /// Those of the directory `dir`: `chat_template.jinja` and the files in `additional_chat_templates`; where it has none of
+    /// these, `configured`, the value of `chat_template` in `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read, or the value that is no template.
+    pub(super) fn in_directory(dir: &Path, configured: &Value) -> Result<Self> {
+        let mut found = Self::one(optional_text(&dir.join("chat_template.jinja"))?);
+        let folder = dir.join(FOLDER);
+        if folder.is_dir() {
+            let entries = std::fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
+            for entry in entries {
+                let path = entry.with_context(|| format!("cannot read {}", folder.display()))?.path();
+                let is_template = path.extension().is_some_and(|extension| extension == "jinja");
+                let Some(name) = path.file_stem().and_then(|name| name.to_str()).filter(|_| is_template) else {
+                    continue;
+                };
+                if let Some(source) = optional_text(&path)? {
+                    found.0.insert(name.to_owned(), source);
+                }
+            }
+        }
+        if found.0.is_empty() { Self::configured(configured) } else { Ok(found) }
+    }
+
+    fn configured(value: &Value) -> Result<Self> {
+        let named = |name: &Value, template: &Value| match (name.as_str(), template.as_str()) {
+            (Some(name), Some(template)) => Ok((name.to_owned(), template.to_owned())),
+            _ => bail!("chat_template in tokenizer_config.json has an entry that is not a name and a template"),
+        };
+        Ok(match value {
+            Value::Null => Self(BTreeMap::new()),
+            Value::String(source) => Self::one(Some(source.clone())),
+            Value::Array(list) => {
+                Self(list.iter().map(|one| named(&one["name"], &one["template"])).collect::<Result<_>>()?)
+            }
+            Value::Object(by_name) => {
+                let pairs = by_name.iter().map(|(name, template)| named(&json!(name), template));
+                Self(pairs.collect::<Result<_>>()?)
+            }
+            other => {
+                bail!("chat_template in tokenizer_config.json is {other}, and must be a text or a list of templates")
+            }
+        })
+    }
+
+    /// The template that conversations are written with.
+    pub(super) fn main(&self) -> Option<&String> {
+        self.0.get(DEFAULT)
+    }
+
+    /// As `tokenizer_config.json` has them; `None` where there is none.
+    pub(super) fn to_json(&self) -> Option<Value> {
+        match (self.main(), self.0.len()) {
+            (_, 0) => None,
+            (Some(source), 1) => Some(json!(source)),
+            _ => Some(self.0.iter().map(|(name, source)| json!({ "name": name, "template": source })).collect()),
+        }
+    }
+
+    /// The error of a model without a template for conversations.
+    pub(super) fn missing(&self) -> anyhow::Error {
+        if self.0.is_empty() {
+            return anyhow::anyhow!("the model has no chat template");
+        }
+        let names: Vec<&str> = self.0.keys().map(String::as_str).collect();
+        anyhow::anyhow!(
+            "the model has chat templates named {}, and none named {DEFAULT}; name one so, or put it into chat_template.jinja",
+            names.join(", ")
+        )
+    }
+}
