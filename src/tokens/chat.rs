@@ -12,7 +12,7 @@ use minijinja::value::{Enumerator, Object};
 use minijinja::{Environment, Error, ErrorKind, State, Value, context};
 use serde::{Deserialize, Serialize};
 
-use crate::template;
+use crate::{bounded, template};
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,7 +62,8 @@ impl Template {
         environment.add_function("strftime_now", |format: String| strftime(&format, now()));
         environment.add_filter("tojson", json::to_json);
         environment
-            .add_template_owned("chat_template", without_generation_blocks(&source))
+            // As Jinja reads a template's line ends.
+            .add_template_owned("chat_template", bounded::line_feeds(without_generation_blocks(&source)))
             .context("the model's chat template cannot be read")?;
         Ok(Self { source, environment })
     }
