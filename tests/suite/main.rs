@@ -7,6 +7,7 @@ mod common;
 mod configuration;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod data;
 mod families;
 mod faults;
 mod formats;
