@@ -20,7 +20,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::Device;
 use preceptor::config::{self, Choice, Config, MatmulPrecision};
 use preceptor::controller::Knobs;
-use preceptor::data::{Dataset, OnLong, Part, ReadOptions, Split};
+use preceptor::data::{Dataset, ModelBounds, OnBad, OnLong, Part, ReadOptions, Split};
 use preceptor::generate::sampler::Sampling;
 use preceptor::generate::{Fixed, Request, generate};
 use preceptor::label::likelihood::Likelihood;
@@ -268,10 +268,13 @@ impl Subject {
             limit: PROMPT,
             remedy: String::new(),
             on_long: OnLong::Error,
+            on_bad: OnBad::Error,
             split: Split { holdout: 0.0, part: Part::Train },
             needs_references: false,
+            model: ModelBounds { context: weights.config().context, vocabulary: weights.config().vocab_size },
         };
-        let data = Arc::new(Dataset::read(&config.data.path, options, &tokenizer)?);
+        let rows = preceptor::prepare::rows(&config, &config.data.path, false)?;
+        let data = Arc::new(Dataset::read(rows, options, &tokenizer)?);
         let identity = weights.weights().fingerprint()?;
         Ok(Node {
             state: Arc::new(Mutex::new(TrainState::new(&weights, AdamWConfig::default(), None, None)?)),

@@ -12,7 +12,10 @@ pub const DESCRIPTION: u64 = 64 << 20;
 /// Most bytes of a `tokenizer.json`: the largest vocabularies there are take 30 MB.
 pub const TOKENIZER: u64 = 256 << 20;
 
-/// The text of the file at `path`.
+/// The byte order mark of UTF-8.
+const MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// The text of the file at `path`, without a byte order mark at its beginning.
 ///
 /// # Errors
 /// Those of reading; [`ErrorKind::FileTooLarge`] beyond `limit` bytes, [`ErrorKind::InvalidData`] for what is not UTF-8.
@@ -24,7 +27,25 @@ pub fn text(path: &Path, limit: u64) -> Result<String> {
         let words = format!("it has more than {limit} bytes, the most that such a file may have");
         return Err(Error::new(ErrorKind::FileTooLarge, words));
     }
-    String::from_utf8(bytes).map_err(|_| Error::new(ErrorKind::InvalidData, "it is not UTF-8"))
+    if bytes.starts_with(MARK) {
+        bytes.drain(..MARK.len());
+    }
+    let wide = bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff");
+    let words = if wide { "it is UTF-16; write it again in UTF-8" } else { "it is not UTF-8" };
+    String::from_utf8(bytes).map_err(|_| Error::new(ErrorKind::InvalidData, words))
+}
+
+/// As [`text`], with a line feed at the end of each line, as Python opens text files: for texts that a model or a judge reads.
+///
+/// # Errors
+/// As [`text`].
+pub fn prose(path: &Path, limit: u64) -> Result<String> {
+    Ok(line_feeds(text(path, limit)?))
+}
+
+/// `text` with line feeds in place of carriage returns, with or without a line feed behind them.
+pub fn line_feeds(text: String) -> String {
+    if text.contains('\r') { text.replace("\r\n", "\n").replace('\r', "\n") } else { text }
 }
 
 #[cfg(test)]
@@ -44,5 +65,16 @@ mod tests {
         assert_eq!(text(Path::new("/dev/zero"), 100).unwrap_err().kind(), ErrorKind::FileTooLarge);
         std::fs::write(&path, b"\xff").unwrap();
         assert_eq!(text(&path, 5).unwrap_err().kind(), ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn byte_order_marks_are_removed_and_carriage_returns_of_prose_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, b"\xef\xbb\xbfa\r\nb\rc\n").unwrap();
+        assert_eq!(text(&path, 100).unwrap(), "a\r\nb\rc\n");
+        assert_eq!(prose(&path, 100).unwrap(), "a\nb\nc\n");
+        std::fs::write(&path, b"\xff\xfea\0").unwrap();
+        assert!(text(&path, 100).unwrap_err().to_string().contains("UTF-16"));
     }
 }

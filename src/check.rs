@@ -39,10 +39,11 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
             sizes.trained / 1e6
         ),
         format!(
-            "data        {} prompts, of {} tokens in the mean, {} at most",
+            "data        {} prompts, of {} tokens in the mean, {} at most{}",
             data.len(),
             mean_prompt(data)?,
-            data.longest()
+            data.longest(),
+            left_out(data)
         ),
         format!(
             "work        {groups} groups of {}, {:.2} epochs",
@@ -339,6 +340,14 @@ fn disk(config: &Config, sizes: &Sizes) -> String {
     let evaluated = usize::from(keep.best.as_deref() == Some(WIN_RATE));
     let kept = keep.keep + usize::from(keep.best.is_some()) + evaluated + 1;
     format!("disk        about {} a checkpoint; {kept} at a time at most, {}", gib(each), gib(kept as f64 * each))
+}
+
+/// The rows that are left out, in words.
+fn left_out(data: &crate::data::Dataset) -> String {
+    let parts = [(data.skipped, "too long"), (data.bad, "unusable")];
+    let parts: Vec<String> =
+        parts.iter().filter(|(rows, _)| *rows > 0).map(|(rows, why)| format!("{rows} {why}")).collect();
+    if parts.is_empty() { String::new() } else { format!("; left out: {}", parts.join(", ")) }
 }
 
 fn mean_prompt(data: &crate::data::Dataset) -> Result<usize> {

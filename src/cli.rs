@@ -3,6 +3,7 @@
 pub mod check;
 pub mod eval;
 pub mod generate;
+mod input;
 pub mod label;
 pub mod pairs;
 pub mod prompts;

@@ -1,7 +1,10 @@
-//! The data: prompts and preferences, read on demand, tokenised, shuffled by seed, split by content.
+//! The data: prompts and preferences, read on demand, tokenised, shuffled by seed, split by content. `docs/data.md` has the
+//! forms that are read.
 
 pub mod corrupt;
 pub mod dialogue;
+mod faults;
+pub mod format;
 pub mod pairs;
 pub mod preferences;
 pub mod rows;
@@ -9,11 +12,9 @@ pub mod source;
 pub mod split;
 
 use std::io::ErrorKind;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use minijinja::context;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -22,87 +23,35 @@ use serde_json::Value;
 
 use crate::rollout::Prompt;
 use crate::seed::{self, mix};
-use crate::template;
 use crate::tokens::Tokenizer;
-use crate::tokens::chat::Message;
 
 pub use dialogue::Dialogue;
-pub use preferences::{PreferencePair, Preferences};
+use faults::Faults;
+pub use faults::{Notes, OnBad};
+pub use format::PromptFormat;
+pub use preferences::{PairOptions, PreferencePair, Preferences};
 pub use rows::Rows;
 pub use split::{Part, Split};
 
-/// How a row of the data set becomes a prompt.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PromptFormat {
-    /// Field of the row that holds the text or the dialogue.
-    pub field: String,
-    /// Field of the row that holds a good answer, if there is one.
-    pub reference_field: String,
-    /// Instruction with `{{ prompt }}` where the text goes.
-    pub instruction: String,
-    /// Wrap the instruction as a user's message in the model's chat template.
-    pub chat: bool,
-    /// System message of that chat; absent leaves it to the template.
-    pub system: Option<String>,
-}
-
-impl PromptFormat {
-    /// Token ids that the policy is fed for `text`.
-    ///
-    /// # Errors
-    /// A template that does not parse or cannot be filled in.
-    pub fn encode(&self, text: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-        self.encode_dialogue(&Dialogue::single(text), tokenizer)
-    }
-
-    /// Token ids that the policy is fed for `dialogue`.
-    ///
-    /// # Errors
-    /// As [`Self::encode`], and an instruction that would have to stand around a dialogue of several turns.
-    pub fn encode_dialogue(&self, dialogue: &Dialogue, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-        let mut messages = Vec::new();
-        if let Some(system) = &self.system {
-            messages.push(Message { role: "system".into(), content: system.clone() });
-        }
-        if let [one] = dialogue.turns.as_slice()
-            && one.role == "user"
-        {
-            let filled = self.fill(&one.content)?;
-            if !self.chat {
-                return tokenizer.encode_document(&filled);
+/// A value of a row in words: "a text", "the number 3", "an object with the keys …".
+fn described(value: &Value) -> String {
+    match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(value) => format!("{value}"),
+        Value::Number(number) => format!("the number {number}"),
+        Value::String(text) if text.trim().is_empty() => "an empty text".to_owned(),
+        Value::String(_) => "a text".to_owned(),
+        Value::Array(list) if list.is_empty() => "an empty list".to_owned(),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(fields) => match fields.get(rows::BINARY) {
+            Some(bytes) => format!("{bytes} bytes of binary data"),
+            None if fields.is_empty() => "an empty object".to_owned(),
+            None => {
+                let keys: Vec<String> = fields.keys().take(10).map(|key| format!("{key:?}")).collect();
+                format!("an object with the keys {}", keys.join(", "))
             }
-            messages.push(Message { role: "user".into(), content: filled });
-        } else {
-            ensure!(
-                self.instruction.trim() == "{{ prompt }}",
-                "the prompt is a dialogue of {} turns, which data.instruction cannot stand around; leave it at \"{{{{ prompt }}}}\"",
-                dialogue.turns.len()
-            );
-            if !self.chat {
-                return tokenizer.encode_document(&format!("{}\n\nAssistant:", dialogue.text()));
-            }
-            messages.extend(dialogue.turns.iter().cloned());
-        }
-        tokenizer.encode(&tokenizer.render_chat(&messages, true)?)
+        },
     }
-
-    fn fill(&self, text: &str) -> Result<String> {
-        template::fill_text(&self.instruction, context! { prompt => text })
-            .context("data.instruction is not a template that takes {{ prompt }}")
-    }
-
-    fn dialogue(&self, row: &Value) -> Result<Dialogue> {
-        let value = field(row, &self.field).with_context(|| "set data.prompt_field")?;
-        Dialogue::from_json(value).map_err(|error| anyhow!("field {:?} {error}", self.field))
-    }
-}
-
-/// A field of a row.
-fn field<'a>(row: &'a Value, name: &str) -> Result<&'a Value> {
-    row.get(name).ok_or_else(|| {
-        let fields: Vec<&str> = row.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
-        anyhow!("no field {name:?}; the row has {}", fields.join(", "))
-    })
 }
 
 /// What to do with a prompt that is too long.
@@ -125,10 +74,38 @@ pub struct ReadOptions {
     pub remedy: String,
     /// What happens to a longer one.
     pub on_long: OnLong,
+    /// What happens to a row that cannot be used.
+    pub on_bad: OnBad,
     /// Which rows.
     pub split: Split,
     /// Whether every row must have a reference.
     pub needs_references: bool,
+    /// The model that the prompts are for.
+    pub model: ModelBounds,
+}
+
+/// What a model can take.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelBounds {
+    /// Rows of its embedding: ids are below this.
+    pub vocabulary: usize,
+    /// Most tokens of a prompt and an answer together.
+    pub context: usize,
+}
+
+impl ModelBounds {
+    /// Checks that each of `ids` has a row in the embedding.
+    ///
+    /// # Errors
+    /// Names the first token that has none.
+    pub fn check(&self, ids: &[u32], tokenizer: &Tokenizer) -> Result<()> {
+        let Some(id) = ids.iter().find(|id| **id as usize >= self.vocabulary) else { return Ok(()) };
+        bail!(
+            "the token {:?} (id {id}) has no row in the model's embedding, which has {}; add rows to the embedding (transformers: resize_token_embeddings), or take the token out of the text",
+            tokenizer.token(*id).unwrap_or_default(),
+            self.vocabulary
+        )
+    }
 }
 
 /// The prompts of a run. Only where they stand is kept in memory: a prompt is read and tokenised when its turn comes.
@@ -144,9 +121,15 @@ pub struct Dataset {
     identity: u64,
     /// Rows left out for their length.
     pub skipped: usize,
+    /// Rows left out because they cannot be used.
+    pub bad: usize,
+    /// The first of these with their places and reasons.
+    left_out: Option<String>,
+    /// Remarks on the rows that are used.
+    pub notes: Notes,
 }
 
-/// Runs `look` for the numbers below `count` side by side, and `take` for each in order: in parts, so that a file of many
+/// Runs `look` for the numbers below `count` concurrently, and `take` for each in order: in parts, so that a file of many
 /// short lines takes little more memory than the places of its lines.
 fn in_parts<T: Send>(count: usize, look: impl Fn(usize) -> T + Sync, mut take: impl FnMut(usize, T)) {
     const PART: usize = 1 << 16;
@@ -159,22 +142,25 @@ fn in_parts<T: Send>(count: usize, look: impl Fn(usize) -> T + Sync, mut take: i
 
 /// What the first pass finds of a row.
 enum Found {
-    /// Its tokens, and a hash of what it says.
-    Usable(usize, u64),
-    TooLong,
+    /// Its tokens, a hash of what it says, and remarks.
+    Usable(usize, u64, Notes),
+    /// It is longer than the limit, and why that is an error, where it is one.
+    TooLong(Option<anyhow::Error>),
     NotMeant,
     Blank,
 }
 
 impl Dataset {
-    /// Opens `path` and goes through every row once, so that whatever is wrong is told before compute is spent.
+    /// Goes through every row of `rows` once, so that whatever is wrong is told before compute is spent.
     ///
     /// # Errors
-    /// Names the file, and all faulty rows up to ten: not JSON, no such field, too long.
-    pub fn read(path: &Path, options: ReadOptions, tokenizer: &Tokenizer) -> Result<Self> {
-        let rows = Rows::open(path)?;
-        ensure!(u32::try_from(rows.len()).is_ok(), "the data set {} has more than 4 billion rows", path.display());
-        let blank = options.format.encode("", tokenizer)?.into();
+    /// Names the file, and all faulty rows up to ten: not JSON, no such field, too long, tokens that the model does not have.
+    pub fn read(rows: Rows, options: ReadOptions, tokenizer: &Tokenizer) -> Result<Self> {
+        let name = rows.name();
+        ensure!(u32::try_from(rows.len()).is_ok(), "the data set {name} has more than 4 billion rows");
+        ensure!(!rows.is_empty(), "the data set {name} is empty");
+        let blank = options.format.blank(tokenizer)?;
+        options.model.check(&blank, tokenizer).context("the chat template or data.instruction cannot be used")?;
         let mut data = Self {
             rows,
             usable: Vec::new(),
@@ -186,80 +172,113 @@ impl Dataset {
             longest: 0,
             identity: 0,
             skipped: 0,
+            bad: 0,
+            left_out: None,
+            notes: Notes::default(),
         };
-        let mut faults = Faults::default();
+        let (mut faults, mut long, mut notes) = (Faults::default(), Faults::default(), Notes::default());
         let (mut usable, mut identity, mut longest, mut skipped, mut exhausted) = (Vec::new(), 0, 0, 0, None);
         in_parts(
             data.rows.len(),
             |i| data.look(i),
             |i, found| match found {
-                Ok(Found::Usable(tokens, text)) => {
+                Ok(Found::Usable(tokens, text, remarks)) => {
                     usable.push(i as u32);
                     identity = mix(identity ^ mix(i as u64) ^ text);
                     longest = longest.max(tokens);
+                    notes.merge(remarks);
                 }
-                Ok(Found::TooLong) => skipped += 1,
+                Ok(Found::TooLong(None)) => skipped += 1,
+                Ok(Found::TooLong(Some(error))) => long.add(&data.rows.place(i), &error),
                 Ok(Found::NotMeant | Found::Blank) => {}
                 Err(error) if is_exhaustion(&error) => exhausted = Some(error),
                 Err(error) => faults.add(&data.rows.place(i), &error),
             },
         );
         if let Some(error) = exhausted {
-            return Err(error.context(format!("cannot read the data set {}", path.display())));
+            return Err(error.context(format!("cannot read the data set {name}")));
         }
         (data.usable, data.identity, data.longest, data.skipped) = (usable, identity, longest, skipped);
-        faults.report()?;
+        (data.bad, data.notes) = (faults.count(), notes);
+        // One report has both kinds, unless the faulty rows are left out.
+        let (unread, too_long) = (data.bad > 0 && data.options.on_bad == OnBad::Error, long.count() > 0);
+        if unread && too_long {
+            faults.append(long);
+        } else {
+            long.report_long()?;
+        }
+        let all_bad = data.usable.is_empty() && skipped == 0;
+        data.left_out = faults.report(if all_bad { OnBad::Error } else { data.options.on_bad })?;
         ensure!(
             !data.usable.is_empty(),
-            "the data set {} has no usable prompt ({} left out as too long)",
-            path.display(),
+            "the data set {name} has no usable prompt ({} left out as too long)",
             data.skipped
         );
         Ok(data)
     }
 
-    fn look(&self, i: usize) -> Result<Found> {
-        let Some(row) = self.rows.get(i)? else { return Ok(Found::Blank) };
-        let dialogue = self.options.format.dialogue(&row)?;
-        if !self.options.split.takes(&dialogue.text()) {
-            return Ok(Found::NotMeant);
+    /// Logs the rows that are left out because they cannot be used, and the remarks on those that are used, each once.
+    pub fn log_notes(&self) {
+        if let Some(report) = &self.left_out {
+            tracing::warn!("{report}");
         }
-        if self.options.needs_references && self.reference(&row).is_none() {
-            let name = &self.options.format.reference_field;
-            field(&row, name).with_context(|| "set data.reference_field")?;
-            bail!("field {name:?} is no text");
-        }
-        let limit = self.options.limit;
-        let bytes = dialogue.turns.iter().map(|turn| turn.content.len()).sum();
-        if surely_longer(bytes, limit) {
-            if self.options.on_long == OnLong::Skip {
-                return Ok(Found::TooLong);
-            }
-            bail!(
-                "the prompt has {bytes} bytes, and the limit of {limit} tokens is far below that; shorten it, or set data.on_long = \"skip\""
-            );
-        }
-        let tokens = self.options.format.encode_dialogue(&dialogue, &self.tokenizer)?.len();
-        ensure!(tokens > 0, "the prompt has no tokens");
-        if tokens <= limit {
-            return Ok(Found::Usable(tokens, seed::text(&dialogue.text())));
-        }
-        if self.options.on_long == OnLong::Skip {
-            return Ok(Found::TooLong);
-        }
-        bail!(
-            "the prompt has {tokens} tokens, the limit is {limit}; {}, or set data.on_long = \"skip\"",
-            self.options.remedy
-        )
+        self.notes.log(&self.rows.name());
     }
 
-    fn reference(&self, row: &Value) -> Option<Arc<str>> {
-        row.get(&self.options.format.reference_field).and_then(Value::as_str).map(Into::into)
+    fn look(&self, i: usize) -> Result<Found> {
+        let Some(row) = self.rows.get(i)? else { return Ok(Found::Blank) };
+        let (options, mut notes) = (&self.options, Notes::default());
+        let (dialogue, reference) = options.format.read(&row, options.needs_references, &mut notes)?;
+        if !options.split.takes(&dialogue.text()) {
+            return Ok(Found::NotMeant);
+        }
+        let limit = options.limit;
+        let bytes = dialogue.turns.iter().map(|turn| turn.content.len()).sum();
+        let too_long = |words: String| {
+            let error = || anyhow!("{words}, or set data.on_long = \"skip\"");
+            Ok(Found::TooLong((options.on_long == OnLong::Error).then(error)))
+        };
+        if surely_longer(bytes, limit) {
+            return too_long(format!(
+                "the prompt has {bytes} bytes, and the limit of {limit} tokens is far below that; shorten it"
+            ));
+        }
+        let ids = options.format.encode_dialogue(&dialogue, &self.tokenizer)?;
+        ensure!(!ids.is_empty(), "the prompt has no tokens");
+        options.model.check(&ids, &self.tokenizer)?;
+        let tokens = ids.len();
+        if tokens > limit {
+            return too_long(format!("the prompt has {tokens} tokens, the limit is {limit}; {}", options.remedy));
+        }
+        if let Some(text) = reference.filter(|_| options.needs_references) {
+            self.look_at_reference(&text, tokens, &mut notes)?;
+        }
+        Ok(Found::Usable(tokens, seed::text(&dialogue.text()), notes))
+    }
+
+    /// Checks a reference that is learned from, behind a prompt of `prompt` tokens.
+    fn look_at_reference(&self, text: &str, prompt: usize, notes: &mut Notes) -> Result<()> {
+        let room = self.options.model.context.saturating_sub(prompt);
+        let long = surely_longer(text.len(), room) || {
+            let ids = self.tokenizer.encode_answer(text)?;
+            ensure!(!ids.is_empty(), "the reference answer has no tokens");
+            self.options.model.check(&ids, &self.tokenizer).context("in the reference answer")?;
+            ids.len() + self.tokenizer.eos_ids().len().min(1) > room
+        };
+        if long {
+            notes.add("the reference answer is longer than the model's context leaves room for: its end is cut off, and not learned from");
+        }
+        Ok(())
     }
 
     /// The same data set, gone through in an order that `seed` shuffles anew each epoch.
     pub fn shuffled(self, seed: u64) -> Self {
         Self { seed, shuffle: true, ..self }
+    }
+
+    /// Whether an empty prompt has tokens, with which likelihoods can be compared.
+    pub fn has_blank(&self) -> bool {
+        !self.blank.is_empty()
     }
 
     /// Number of prompts in one epoch.
@@ -297,9 +316,9 @@ impl Dataset {
         // The row was sound when the file was opened.
         let read = || {
             let row = self.rows.get(i)?.context("the row is gone")?;
-            anyhow::Ok((self.options.format.dialogue(&row)?, row))
+            self.options.format.read(&row, self.options.needs_references, &mut Notes::default())
         };
-        let (dialogue, row) =
+        let (dialogue, reference) =
             read().with_context(|| format!("{} was changed while it was in use", self.rows.place(i)))?;
         let fill = || -> Result<Prompt> {
             Ok(Prompt {
@@ -309,7 +328,7 @@ impl Dataset {
                 text: dialogue.text().into(),
                 ids: self.options.format.encode_dialogue(&dialogue, &self.tokenizer)?.into(),
                 blank: Arc::clone(&self.blank),
-                reference: self.reference(&row),
+                reference: reference.as_deref().map(Into::into),
             })
         };
         fill().with_context(|| format!("no prompt can be made of {}", self.rows.place(i)))
@@ -337,34 +356,4 @@ fn order(n: usize, seed: Option<u64>, epoch: u64) -> Vec<usize> {
         order.shuffle(&mut ChaCha8Rng::seed_from_u64(mix(seed ^ mix(epoch))));
     }
     order
-}
-
-/// What is wrong with a file, the first few rows of it in full.
-#[derive(Default)]
-struct Faults {
-    lines: Vec<String>,
-    more: usize,
-}
-
-impl Faults {
-    const SHOWN: usize = 10;
-
-    fn add(&mut self, place: &str, error: &anyhow::Error) {
-        if self.lines.len() < Self::SHOWN {
-            // The remedy stands outermost in the chain, and reads better last.
-            let mut causes: Vec<String> = error.chain().map(ToString::to_string).collect();
-            causes.reverse();
-            self.lines.push(format!("{place}: {}", causes.join("; ")));
-        } else {
-            self.more += 1;
-        }
-    }
-
-    fn report(self) -> Result<()> {
-        if self.lines.is_empty() {
-            return Ok(());
-        }
-        let more = if self.more > 0 { format!("\nand {} more", self.more) } else { String::new() };
-        bail!("the data set cannot be used:\n{}{more}", self.lines.join("\n"))
-    }
 }

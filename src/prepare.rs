@@ -1,5 +1,7 @@
 //! Everything that can go wrong before compute is spent: models, tokenizers, data, lengths.
 
+mod data;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +11,7 @@ use candle_core::{Device, Tensor};
 
 use crate::config::{Config, LabelerKind, Method, Mode, PolicyModel, RemoteJudge, Scratch, WIN_RATE};
 use crate::data::pairs::PairSet;
-use crate::data::{Dataset, Part, PromptFormat, ReadOptions, Split};
+use crate::data::{Dataset, ModelBounds, Part};
 use crate::device;
 use crate::exit::Ended;
 use crate::fault;
@@ -28,6 +30,9 @@ use crate::tokens::Tokenizer;
 use crate::tokens::chat::Variables;
 use crate::topology::labelers::Instrument;
 use crate::topology::{needs_labels, trainer_plan};
+
+use data::data;
+pub use data::{compares_with_blank, prompt_format, rows};
 
 /// Models and data, ready to train with.
 pub struct Prepared {
@@ -167,7 +172,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
     let device = device::open(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;
     if !feedback {
-        let data = data(config, &policy.tokenizer, policy.model.config().context, Part::Train)?;
+        let data = data(config, &policy, policy.model.config().context, Part::Train, progress)?;
         let Policy { model, identity, tokenizer, origin } = policy;
         let (data, devices) = (Arc::new(data), Devices::one(&device));
         return Ok(Prepared {
@@ -212,12 +217,17 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
             context = context.min(local.judge().model.config().context);
         }
     }
-    let held_out = evaluates.then(|| data(config, &policy.tokenizer, context, Part::Holdout)).transpose()?;
-    let data = data(config, &policy.tokenizer, context, Part::Train)?;
+    let held_out = evaluates.then(|| data(config, &policy, context, Part::Holdout, progress)).transpose()?;
+    let data = data(config, &policy, context, Part::Train, progress)?;
+    data.log_notes();
+    compares_with_blank(config, data.has_blank() || !asked)?;
     let pairs = match &config.reward_model.pairs {
-        Some(path) if trainer_plan(config).is_some() => {
+        Some(pairs) if trainer_plan(config).is_some() => {
             let (format, seed) = (prompt_format(config), config.run.seed);
-            Some(Arc::new(PairSet::read(path, &format, &policy.tokenizer, context, config.data.on_long, seed)?))
+            let rows = rows(config, pairs, progress).context("reward_model.pairs cannot be read")?;
+            let model = ModelBounds { context, vocabulary: policy.model.config().vocab_size };
+            let reactions = (config.data.on_long, config.data.on_bad);
+            Some(Arc::new(PairSet::read(rows, &format, &policy.tokenizer, model, reactions, seed)?))
         }
         _ => None,
     };
@@ -269,6 +279,15 @@ fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
         }
     };
     model.checkpoint_activations(config.learner.activation_checkpointing);
+    let (ends, vocabulary) = (tokenizer.eos_ids(), model.config().vocab_size);
+    if let Some(id) = ends.first()
+        && ends.iter().all(|id| *id as usize >= vocabulary)
+    {
+        bail!(
+            "policy.model cannot end a completion: its end token {:?} (id {id}) has no row in the model's embedding, which has {vocabulary}; correct eos_token_id, or add rows to the embedding",
+            tokenizer.token(*id).unwrap_or_default()
+        );
+    }
     let identity = model.weights().fingerprint()?;
     let tokenizer = tokenizer.with_variables(template_variables(config));
     Ok(Policy { model: Arc::new(model), identity, tokenizer, origin })
@@ -531,52 +550,6 @@ fn reward_start(
     model = model.to_dtype(device::dtype(config.policy.dtype))?;
     model.checkpoint_activations(config.learner.activation_checkpointing);
     Ok(RewardStart { model, head })
-}
-
-fn data(config: &Config, tokenizer: &Tokenizer, context: usize, part: Part) -> Result<Dataset> {
-    let new = config.rollout.max_new_tokens;
-    ensure!(
-        new < context,
-        "rollout.max_new_tokens = {new} leaves no room for a prompt in the model's context of {context} tokens"
-    );
-    let format = prompt_format(config);
-    ensure!(
-        !format.chat || tokenizer.has_chat_template(),
-        "data.chat = true, but the model has no chat template; set data.chat = false"
-    );
-    let (configured, room) = (config.data.max_prompt_tokens, context - new);
-    let limit = configured.min(room);
-    let remedy = if room < configured {
-        format!(
-            "lower rollout.max_new_tokens = {new}, which leaves {room} tokens of the model's context of {context} to the prompt"
-        )
-    } else {
-        format!("raise data.max_prompt_tokens, to at most {room} within the model's context")
-    };
-    let options = ReadOptions {
-        format,
-        limit,
-        remedy,
-        on_long: config.data.on_long,
-        split: Split { holdout: config.data.holdout, part },
-        needs_references: config.sft.steps > 0,
-    };
-    let data = Dataset::read(&config.data.path, options, tokenizer)?;
-    if data.skipped > 0 {
-        tracing::warn!("{} prompts longer than {limit} tokens are left out", data.skipped);
-    }
-    Ok(if config.data.shuffle { data.shuffled(config.run.seed) } else { data })
-}
-
-/// How the configuration makes prompts of texts.
-pub fn prompt_format(config: &Config) -> PromptFormat {
-    PromptFormat {
-        field: config.data.prompt_field.clone(),
-        reference_field: config.data.reference_field.clone(),
-        instruction: config.data.instruction.clone(),
-        chat: config.data.chat,
-        system: config.data.system.clone(),
-    }
 }
 
 /// Finds, reads and builds the model that `reference` names, where and as `onto` says; also tells where it came from.

@@ -53,7 +53,7 @@ impl FineTune {
     /// Adds the gradient of one reference; returns its summed loss and number of tokens.
     fn learn(&self, state: &mut TrainState, prompt: &Prompt) -> Result<(f64, usize)> {
         let text = prompt.reference.as_ref().ok_or_else(|| anyhow!("line {} has no reference", prompt.row + 1))?;
-        let mut ids = self.tokenizer.encode(text)?;
+        let mut ids = self.tokenizer.encode_answer(text)?;
         ids.extend(self.tokenizer.end(self.chat));
         // A reference beyond the context teaches with its beginning.
         ids.truncate(state.config().context.saturating_sub(prompt.ids.len()));

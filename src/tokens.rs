@@ -304,6 +304,11 @@ impl Tokenizer {
         Ok(self.with_turn_end())
     }
 
+    /// The token with this id, as it is written; `None` if the tokenizer has no such id.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// The id of the token that is written `token`.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)

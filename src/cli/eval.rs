@@ -7,10 +7,11 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::ConfigArgs;
+use super::input::{self, pair_options};
 use super::prompts::load_model;
 use crate::config::Config;
 use crate::data::pairs::PairSet;
-use crate::data::{Dataset, OnLong, Part, Preferences, ReadOptions, Split};
+use crate::data::{Dataset, ModelBounds, OnLong, PairOptions, Part, Preferences, ReadOptions, Split};
 use crate::device;
 use crate::evaluate::alignment::{Alignment, alignment, variants};
 use crate::evaluate::answers::answers;
@@ -20,7 +21,7 @@ use crate::evaluate::win_rate::{Contest, win_rate};
 use crate::generate::sampler::Sampling;
 use crate::generate::stop::Stop;
 use crate::model::{Decoder, Onto};
-use crate::prepare::{budget, labeler_bench, prompt_format};
+use crate::prepare::{budget, labeler_bench, prompt_format, rows};
 use crate::progress::Progress;
 use crate::reward::RewardModel;
 use crate::rollout::Prompt;
@@ -85,7 +86,7 @@ struct AlignmentArgs {
     config: ConfigArgs,
     /// Pairs that people judged: .jsonl, .jsonl.gz or .parquet.
     #[arg(long, value_name = "FILE")]
-    input: PathBuf,
+    input: String,
     /// Ways of asking, separated by commas: PREAMBLE-SHOTS[-cot], direct, likelihood, likelihood-mean, configured.
     /// By default those of the paper's tables that the judge and its templates allow; of an embedder, which is not asked, and
     /// of a panel, as configured.
@@ -144,7 +145,7 @@ struct RewardAccuracyArgs {
     config: ConfigArgs,
     /// Labeled pairs: .jsonl, .jsonl.gz or .parquet.
     #[arg(long, value_name = "FILE")]
-    input: PathBuf,
+    input: String,
     /// Most pairs, drawn by the run's seed.
     #[arg(long, default_value_t = usize::MAX, hide_default_value = true, value_name = "N")]
     limit: usize,
@@ -183,14 +184,17 @@ impl AlignmentArgs {
         for (name, why) in &variants.left_out {
             say!("left out: {name}: {why}");
         }
-        let pairs = Arc::new(Preferences::read(&self.input, &Split::default(), true)?);
+        // Pairs of equal answers are counted in the table.
+        let options = PairOptions { keep_equal: true, ..pair_options(&config, true) };
+        let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
+        let pairs = Arc::new(Preferences::of(rows, &options)?);
         let mut chosen = pairs.order(config.run.seed, 0);
         chosen.truncate(self.limit.unwrap_or(usize::MAX));
         let with_cot = self.cot_limit.unwrap_or(usize::MAX);
         let job = Alignment { pairs, chosen, with_cot, variants: variants.possible, attacked: self.attacks };
         say!("{}", job.announcement());
         let bench = labeler_bench(&config, true, budget(&config, None)?)?;
-        let title = format!("AI labeler alignment on {}", self.input.display());
+        let title = format!("AI labeler alignment on {}", self.input);
         self.shown.print(&alignment(&bench, &job, &title)?.tables())
     }
 }
@@ -211,10 +215,14 @@ impl AnswerArgs {
             limit: config.data.max_prompt_tokens.min(room),
             remedy: "lower rollout.max_new_tokens".to_owned(),
             on_long: OnLong::Skip,
+            on_bad: config.data.on_bad,
             split: Split { holdout: config.data.holdout, part },
             needs_references: references,
+            model: ModelBounds { context: model.config().context, vocabulary: model.config().vocab_size },
         };
-        let data = Dataset::read(&config.data.path, options, tokenizer)?.shuffled(config.run.seed);
+        let rows = rows(config, &config.data.path, true).context("data.path cannot be read")?;
+        let data = Dataset::read(rows, options, tokenizer)?.shuffled(config.run.seed);
+        data.log_notes();
         let order = data.order(0);
         (0..data.len().min(self.limit)).map(|seq| data.prompt(seq as u64, &order)).collect()
     }
@@ -285,10 +293,12 @@ impl RewardAccuracyArgs {
         let mut model = RewardModel::open(&self.model, &device::open(&config.policy.device)?)?;
         model.model = model.model.to_dtype(device::dtype(config.policy.dtype))?;
         let tokenizer = Tokenizer::from_files(&crate::source::ModelFiles::Directory(self.model.clone()))?;
-        let context = model.model.config().context;
-        let format = prompt_format(&config);
-        let pairs = PairSet::read(&self.input, &format, &tokenizer, context, OnLong::Skip, config.run.seed)?;
-        let title = format!("Accuracy of {} on {}", self.model.display(), self.input.display());
+        let shape = model.model.config();
+        let bounds = ModelBounds { context: shape.context, vocabulary: shape.vocab_size };
+        let (format, reactions) = (prompt_format(&config), (OnLong::Skip, config.data.on_bad));
+        let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
+        let pairs = PairSet::read(rows, &format, &tokenizer, bounds, reactions, config.run.seed)?;
+        let title = format!("Accuracy of {} on {}", self.model.display(), self.input);
         self.shown.print(&[&reward_accuracy(&model, &pairs, self.limit, &title)?])
     }
 }

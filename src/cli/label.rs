@@ -8,13 +8,14 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use super::ConfigArgs;
+use super::input::{self, pair_options};
 use crate::annotate::file::{LabelFile, Provenance};
 use crate::annotate::{Job, PairQuestions, annotate};
-use crate::data::{Preferences, Split};
+use crate::data::Preferences;
 use crate::exit::Ended;
 use crate::label::Pairing;
 use crate::label::stage::Wants;
-use crate::prepare::{budget, labeler_bench, prompt_format};
+use crate::prepare::{budget, compares_with_blank, labeler_bench, prompt_format};
 use crate::say;
 use crate::signals::Interrupted;
 use crate::topology::labelers::labeler_on;
@@ -27,9 +28,9 @@ probabilities, and who labeled it; it can be given to reward_model.pairs. Starte
 pub struct Label {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Pairs to label: .jsonl, .jsonl.gz or .parquet.
+    /// Pairs to label: a file, a folder or a glob pattern, see docs/data.md.
     #[arg(long, value_name = "FILE")]
-    input: PathBuf,
+    input: String,
     /// Where labels are appended, as JSON lines.
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
@@ -48,10 +49,14 @@ impl Label {
     /// A configuration, input or output that cannot be used; pairs that could not be labeled.
     pub fn run(self) -> Result<()> {
         let config = self.config.load_judge()?;
-        let pairs = Arc::new(Preferences::read(&self.input, &Split::default(), false)?);
+        let pairs = Arc::new(Preferences::of(
+            input::rows(&self.input, config.policy.resolve_timeout_s)?,
+            &pair_options(&config, false),
+        )?);
         // What labeling this output has cost is kept beside it, so that the bound holds for all its processes together.
         let cost = self.output.with_extension("cost.txt");
         let bench = labeler_bench(&config, true, budget(&config, Some(cost))?)?;
+        compares_with_blank(&config, !prompt_format(&config).blank(&bench.tokenizer)?.is_empty())?;
         let labeler = labeler_on(&config, &bench.instruments)?;
         let provenance =
             Provenance { labeler: labeler.name().to_owned(), model: labeler.model(), template: labeler.template() };

@@ -3,13 +3,17 @@
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 
+use super::input;
 use crate::data::corrupt::corrupt;
-use crate::data::{Dialogue, Rows};
+use crate::data::{Notes, PromptFormat};
 use crate::say;
+
+/// Seconds that a hub may take to answer.
+const HUB_TIMEOUT_S: u64 = 20;
 
 /// Arguments of `preceptor pairs`.
 #[derive(Debug, Args)]
@@ -17,9 +21,9 @@ use crate::say;
 their own with its words in another order (shuffle); the better one stands first in half of the pairs. Which is \
 decided by a hash of the seed and the prompt.")]
 pub struct Pairs {
-    /// Rows with a prompt and a reference: .jsonl, .jsonl.gz or .parquet.
+    /// Rows with a prompt and a reference: a file, a folder or a glob pattern, see docs/data.md.
     #[arg(long, value_name = "FILE")]
-    input: PathBuf,
+    input: String,
     /// Where the pairs are written, as JSON lines.
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
@@ -43,11 +47,21 @@ impl Pairs {
     /// # Errors
     /// Rows that cannot be read, or an output that cannot be written.
     pub fn run(self) -> Result<()> {
-        let rows = Rows::open(&self.input)?;
+        let rows = input::rows(&self.input, HUB_TIMEOUT_S)?;
+        let format = PromptFormat {
+            special_tokens: true,
+            field: self.prompt_field.clone(),
+            reference_field: self.reference_field.clone(),
+            instruction: "{{ prompt }}".into(),
+            chat: true,
+            system: None,
+        };
         let mut texts = Vec::new();
         for i in 0..rows.len() {
             if let Some(row) = rows.get(i).with_context(|| rows.place(i))? {
-                texts.push(self.texts(&row).with_context(|| rows.place(i))?);
+                let read = format.read(&row, true, &mut Notes::default()).map_err(|error| named(&error));
+                let (prompt, reference) = read.with_context(|| rows.place(i))?;
+                texts.push((prompt.text(), reference.unwrap_or_default()));
             }
         }
         let file =
@@ -74,14 +88,11 @@ impl Pairs {
         say!("{written} pairs in {} ({left_out} rows left out: nothing to spoil them with)", self.output.display());
         Ok(())
     }
+}
 
-    fn texts(&self, row: &Value) -> Result<(String, String)> {
-        let Some(prompt) = row.get(&self.prompt_field) else {
-            bail!("no field {:?}; set --prompt-field", self.prompt_field)
-        };
-        let Some(reference) = row.get(&self.reference_field).and_then(Value::as_str) else {
-            bail!("no text in field {:?}; set --reference-field", self.reference_field)
-        };
-        Ok((Dialogue::from_json(prompt)?.text(), reference.to_owned()))
-    }
+/// An error about a row, with the options of this command in place of the keys of a configuration.
+fn named(error: &anyhow::Error) -> anyhow::Error {
+    let words = format!("{error:#}");
+    let words = words.replace("data.prompt_field =", "--prompt-field").replace("data.prompt_field", "--prompt-field");
+    anyhow::anyhow!(words.replace("data.reference_field", "--reference-field"))
 }

@@ -1,6 +1,6 @@
 //! The sections of a run, its data, its policy and its rollouts, key by key.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use toml::Value;
 
@@ -10,8 +10,8 @@ use super::key::{Input, Reader, Spec, by, depends, is, required, unset};
 use super::section::section;
 use super::types::{KeyType, Shape, table};
 use crate::algo::kl::{Estimator, Place};
-use crate::data::OnLong;
-use crate::source::ModelRef;
+use crate::data::{OnBad, OnLong};
+use crate::source::{DataRef, ModelRef};
 
 /// Most tokens of anything.
 pub(super) const TOKENS: f64 = (1 << 24) as f64;
@@ -49,12 +49,6 @@ pub(super) fn check_device(name: &str) -> Result<(), String> {
 /// The same, of a key that may be absent.
 pub(super) fn check_optional_device(name: Option<&str>) -> Result<(), String> {
     name.map_or(Ok(()), check_device)
-}
-
-/// A path relative to the configuration's folder, of a file that must exist.
-fn existing(path: PathBuf, folder: &Path) -> Result<PathBuf, String> {
-    let path = folder.join(path);
-    if path.is_file() { Ok(path) } else { Err(format!("there is no file {}", path.display())) }
 }
 
 /// The name of an environment variable that holds a secret. A text that cannot be such a name may be the secret itself, so
@@ -147,14 +141,19 @@ impl Data {
 
 section! {
     /// The prompts.
-    pub struct Data {
-        /// File of prompts, relative to the configuration's folder: JSON lines (`.jsonl`, `.jsonl.gz`) or `.parquet`. A run is
-        /// resumed only if its content is the same as before.
-        [Changeable] path: PathBuf =
-            required("a file of JSON lines, or of parquet").example("\"data/posts.jsonl\"").resolve(existing),
-        /// Field of a row that holds the prompt: a text, a text in `Human:`/`Assistant:` turns, or a list of messages.
+    pub struct Data checked by check_data {
+        /// The prompts: a file, a folder, a glob pattern (relative to the configuration's folder), a data set of a hub
+        /// (`{ hub = "owner/name" }`, with `split`, `name`, `revision` and `file`), or a list of these. Files are JSON lines,
+        /// JSON arrays, CSV or parquet; `docs/data.md` describes the forms of their rows. A run is resumed only if its
+        /// content is the same as before.
+        [Changeable] path: DataRef =
+            required("a file, a folder, a glob pattern, { hub = \"owner/name\" }, or a list of these")
+                .example("\"data/posts.jsonl\""),
+        /// Field of a row that holds the prompt: a text, a text in `Human:`/`Assistant:` turns, or a list of messages. In files
+        /// of pairs it is the field of the prompt where a row has no field `prompt`.
         [Fixed] prompt_field: String = is("prompt".to_owned()),
-        /// Field of a row that holds a good answer, for supervised fine-tuning and win rates.
+        /// Field of a row that holds a good answer, for supervised fine-tuning and win rates. Where a row has none, it is the
+        /// assistant's turn at the end of the prompt's conversation.
         [Fixed] reference_field: String = is("reference".to_owned()),
         /// Share of prompts that are excluded from training and used for evaluation. They are selected by a hash of their
         /// text.
@@ -163,7 +162,11 @@ section! {
         [Fixed] instruction: String = is("{{ prompt }}".to_owned()).check(|value| check_instruction(value)),
         /// Wraps the instruction as a user's message in the model's chat template.
         [Fixed] chat: bool = is(true),
-        /// System message of that chat.
+        /// Recognizes special tokens that a prompt spells, such as `<|im_end|>`, where `data.chat` is false, as transformers does.
+        /// In a chat, messages cannot contain special tokens, whatever this key is: what spells one is text, unlike in
+        /// transformers, so that no row of data can end its message. The same holds for reference answers and pairs.
+        [Fixed] special_tokens: bool = is(true),
+        /// System message of that chat, for rows without a system message of their own.
         [Fixed] system: Option<String> = unset("that of the chat template").example("\"Answer in one sentence.\""),
         /// Variables of the model's chat template besides the conversation, such as `{ enable_thinking = false }`; as the
         /// arguments of `apply_chat_template` in transformers.
@@ -179,6 +182,24 @@ section! {
         [Fixed] max_prompt_tokens: usize = count(512, TOKENS),
         /// Reaction to a longer prompt.
         [Fixed] on_long: OnLong = is(OnLong::Error),
+        /// Reaction to a row that cannot be used, in files of prompts and of pairs: one that is not JSON, lacks a field, or has
+        /// a value of another type than is read.
+        [Fixed] on_bad: OnBad = is(OnBad::Error),
+    }
+}
+
+fn check_data(data: &Data, reader: &Reader<'_>) {
+    if data.system.is_some() && !data.chat {
+        let message =
+            "would not be used, since data.chat = false; put the text into data.instruction, or set data.chat = true";
+        reader.error("system", message);
+    }
+}
+
+words! {
+    OnBad {
+        Error = "error": "The run is refused; the first ten rows are listed.",
+        Skip = "skip": "The row is skipped; the number of skipped rows and the first ten are logged.",
     }
 }
 
@@ -484,10 +505,9 @@ section! {
             unset("the policy, after supervised fine-tuning if there is any").example("\"checkpoints/reward_model\""),
         /// Its device, as `labeler.device`.
         [Changeable] device: Option<String> = unset("the policy's device").example("\"cuda:1\"").check(|name| check_optional_device(name.as_deref())),
-        /// File of preference pairs for the warm-up, relative to the configuration's folder. Required in `human` mode; in
+        /// Preference pairs for the warm-up, in the forms of `data.path`. Required in `human` mode; in
         /// `distilled` mode it replaces `warm_up_groups`.
-        [Fixed] pairs: Option<PathBuf> =
-            unset("none").example("\"data/preferences.jsonl\"").resolve(existing_pairs),
+        [Fixed] pairs: Option<DataRef> = unset("none").example("\"data/preferences.jsonl\""),
         /// Groups that the initial policy generates and the labeler judges for the warm-up.
         [Fixed] warm_up_groups: u64 = count(16, MANY),
         /// Passes over the pairs of the warm-up.
@@ -508,10 +528,6 @@ section! {
         /// their text.
         [Fixed] holdout: f64 = is(0.1).from(0).below(1),
     }
-}
-
-fn existing_pairs(path: Option<PathBuf>, folder: &Path) -> Result<Option<PathBuf>, String> {
-    path.map(|path| existing(path, folder)).transpose()
 }
 
 choice! {

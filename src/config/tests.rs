@@ -289,9 +289,14 @@ fn random(key: &Key, rng: &mut ChaCha8Rng) -> Value {
     }
     let texts = ["Cargo.toml", "a b", "ä \"quoted\"\n\\", "7", "cpu", "q_proj", "node.example", "X_1", "http://h/v1"];
     let text = |rng: &mut ChaCha8Rng| Value::String(texts[rng.random_range(0..texts.len())].to_owned());
-    // A file that exists.
-    if ["path", "pairs", "ca_file"].contains(&key.name) && matches!(key.shape, Shape::Text) {
+    // Files that exist.
+    if key.name == "ca_file" {
         return Value::String("Cargo.toml".to_owned());
+    }
+    if matches!(key.shape, Shape::Data) {
+        let one = "v = \"Cargo.toml\"";
+        let text = if rng.random() { one } else { "v = [\"Cargo.*\", { hub = \"o/n\", split = \"test\" }]" };
+        return text.parse::<Table>().unwrap()["v"].clone();
     }
     let low = key.range.and_then(|range| range.low).map_or(0.0, |(low, _)| low);
     let high = key.range.and_then(|range| range.high).map_or(low + 100.0, |(high, _)| high);
@@ -305,6 +310,7 @@ fn random(key: &Key, rng: &mut ChaCha8Rng) -> Value {
         Shape::NamedTexts => "v = { x-a = \"b\" }".parse::<Table>().unwrap()["v"].clone(),
         Shape::Anything => "v = { a = [1, { b = 0.5 }], c = true }".parse::<Table>().unwrap()["v"].clone(),
         Shape::Word(words) => Value::String(words[rng.random_range(0..words.len())].0.to_owned()),
+        Shape::Data => Value::String("Cargo.toml".to_owned()),
         Shape::Model(_) => {
             "v = [{ pip = \"m==1\", file = \"f\" }, { path = \"/p\" }]".parse::<Table>().unwrap()["v"].clone()
         }

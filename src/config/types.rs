@@ -10,7 +10,7 @@ use toml::Value;
 use super::document::Kind;
 use super::key::{Fields, Input, Key, Reader, Section};
 use crate::disk::expand_home;
-use crate::source::ModelRef;
+use crate::source::{DataRef, ModelRef};
 
 /// The type of a key's value.
 pub(super) trait KeyType: Sized + Clone {
@@ -44,6 +44,8 @@ pub(super) enum Shape {
     NamedTexts,
     /// A table of anything that JSON has.
     Anything,
+    /// A data set by the places that its rows are read from.
+    Data,
     /// A model by the places where it may be found; for the policy also a new one, with these keys.
     Model(Option<fn() -> Vec<Key>>),
     /// A table with these keys.
@@ -65,6 +67,7 @@ impl Shape {
             Self::Word(words) => words.iter().map(|(word, _)| format!("`\"{word}\"`")).collect::<Vec<_>>().join(", "),
             Self::NamedTexts => "table of texts".into(),
             Self::Anything => "table".into(),
+            Self::Data => "data set".into(),
             Self::Model(_) => "model".into(),
             Self::Table(_) => "table".into(),
             Self::Tables(_) => "list of tables".into(),
@@ -83,7 +86,7 @@ impl Shape {
             Self::Word(words) => json!({ "enum": words.iter().map(|(word, _)| *word).collect::<Vec<_>>() }),
             Self::NamedTexts => json!({ "type": "object", "additionalProperties": { "type": "string" } }),
             Self::Anything => json!({ "type": "object" }),
-            Self::Model(_) => json!({ "type": ["string", "object", "array"] }),
+            Self::Data | Self::Model(_) => json!({ "type": ["string", "object", "array"] }),
             Self::Table(_) => json!({ "type": "object" }),
             Self::Tables(_) => json!({ "type": "array", "items": { "type": "object" } }),
         }
@@ -288,6 +291,27 @@ impl KeyType for ModelRef {
         let model = Self::from_toml(&value);
         let model = model.and_then(|model| model.relative_to(input.folder));
         model.map_or_else(|message| input.error(&message), Some)
+    }
+    fn write(&self) -> Option<Value> {
+        Some(self.to_toml())
+    }
+}
+
+impl KeyType for DataRef {
+    fn shape() -> Shape {
+        Shape::Data
+    }
+    fn read(input: &Input<'_>) -> Option<Self> {
+        let value = match (&input.node.kind, &input.node.text) {
+            (Kind::Leaf(_), Some(text)) if text.starts_with(['{', '[']) => {
+                return input.mistyped("data set", "[\"a.jsonl\", \"b.jsonl\"]");
+            }
+            // Any other override is a path, even one that looks like a number.
+            (Kind::Leaf(_), Some(_)) => Value::String(String::read(input)?),
+            _ => input.node.value(),
+        };
+        let data = Self::from_toml(&value).and_then(|data| data.below(input.folder));
+        data.map_or_else(|message| input.error(&message), Some)
     }
     fn write(&self) -> Option<Value> {
         Some(self.to_toml())

@@ -1,13 +1,14 @@
 //! A preference file as groups of two, tokenised for a reward model.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use preceptor_actors::{AdmissionGate, Ended, Item, Source, StageContext, StageResult};
 use rayon::prelude::*;
 
-use super::{Faults, OnLong, PreferencePair, Preferences, PromptFormat, Split, surely_longer};
+use super::{
+    Faults, ModelBounds, OnBad, OnLong, PairOptions, PreferencePair, Preferences, PromptFormat, Rows, surely_longer,
+};
 use crate::rollout::{Completion, Feedback, Finish, Group, Labeled, Preference, Prompt, Verdict};
 use crate::tokens::Tokenizer;
 
@@ -21,57 +22,66 @@ pub struct PairSet {
 }
 
 impl PairSet {
-    /// Opens `path`, tokenises every pair once, and shuffles them by `seed`. `limit` is the most tokens that a prompt
-    /// and an answer may have together.
+    /// Tokenises every pair of `rows` once, and shuffles them by `seed`. A prompt and an answer may have as many tokens
+    /// together as `model` has context.
     ///
     /// # Errors
-    /// As [`Preferences::read`], and pairs that are too long, unless `on_long` leaves them out.
+    /// As [`Preferences::of`], tokens that the model does not have, and pairs that are too long, unless `on_long` leaves them
+    /// out.
     pub fn read(
-        path: &Path,
+        rows: Rows,
         format: &PromptFormat,
         tokenizer: &Tokenizer,
-        limit: usize,
-        on_long: OnLong,
+        model: ModelBounds,
+        (on_long, on_bad): (OnLong, OnBad),
         seed: u64,
     ) -> Result<Self> {
-        let preferences = Preferences::read(path, &Split::default(), true)?;
+        let limit = model.context;
+        let options =
+            PairOptions { labeled: true, on_bad, prompt_field: format.field.clone(), ..PairOptions::default() };
+        let preferences = Preferences::of(rows, &options)?;
         let (format, tokenizer) = (format.clone(), tokenizer.clone());
         let mut set = Self { preferences, usable: vec![], order: vec![], format, tokenizer };
-        let lengths: Vec<Result<usize>> = (0..set.preferences.len())
+        // Whether it fits, or in words how long it is.
+        let fits: Vec<Result<Result<(), String>>> = (0..set.preferences.len())
             .into_par_iter()
             .map(|i| {
                 let pair = set.preferences.get(i)?;
                 let bytes = pair.dialogue.text().len() + pair.first.len().max(pair.second.len());
                 if surely_longer(bytes, limit) {
-                    ensure!(
-                        on_long == OnLong::Skip,
-                        "prompt and answer have {bytes} bytes, and the model's context of {limit} tokens is far below that; set data.on_long = \"skip\""
-                    );
-                    return Ok(usize::MAX);
+                    return Ok(Err(format!(
+                        "prompt and answer have {bytes} bytes, and the model's context of {limit} tokens is far below that"
+                    )));
                 }
                 let group = set.group(i as u64, &pair)?;
+                model.check(&group.prompt.ids, &set.tokenizer)?;
+                for answer in &group.completions {
+                    model.check(&answer.ids, &set.tokenizer).context("in an answer")?;
+                }
                 let longest = group.completions.iter().map(|one| one.ids.len()).max().unwrap_or(0);
-                Ok(group.prompt.ids.len() + longest)
+                let length = group.prompt.ids.len() + longest;
+                let words = || format!("prompt and answer have {length} tokens, the model's context is {limit}");
+                Ok(if length > limit { Err(words()) } else { Ok(()) })
             })
             .collect();
-        let mut faults = Faults::default();
-        for (i, length) in lengths.into_iter().enumerate() {
-            let length = length.and_then(|length| {
-                ensure!(
-                    length <= limit || on_long == OnLong::Skip,
-                    "prompt and answer have {length} tokens, the model's context is {limit}; set data.on_long = \"skip\""
-                );
-                Ok(length)
-            });
-            match length {
-                Ok(length) if length <= limit => set.usable.push(i),
-                Ok(_) => {}
+        let (mut faults, mut long) = (Faults::default(), Faults::default());
+        for (i, fits) in fits.into_iter().enumerate() {
+            match fits {
+                Ok(Ok(())) => set.usable.push(i),
+                Ok(Err(_)) if on_long == OnLong::Skip => {}
+                Ok(Err(words)) => {
+                    long.add(&set.preferences.place(i), &anyhow!("{words}; set data.on_long = \"skip\""));
+                }
                 Err(error) => faults.add(&set.preferences.place(i), &error),
             }
         }
-        faults.report()?;
+        long.report_long()?;
+        let all_bad = set.usable.is_empty();
+        if let Some(report) = faults.report(if all_bad { OnBad::Error } else { on_bad })? {
+            tracing::warn!("{report}");
+        }
         if set.usable.is_empty() {
-            bail!("{} has no pair that fits the model's context of {limit} tokens", path.display());
+            bail!("{} has no pair that fits the model's context of {limit} tokens", set.preferences.name());
         }
         set.order = super::order(set.usable.len(), Some(seed), 0);
         Ok(set)
@@ -116,19 +126,21 @@ impl PairSet {
 /// A pair as a group of two completions; each ends with the end token, as an answer of the policy does.
 ///
 /// # Errors
-/// A dialogue that the format cannot take.
+/// A dialogue that the format cannot take, or that has no tokens.
 pub fn group(seq: u64, pair: &PreferencePair, format: &PromptFormat, tokenizer: &Tokenizer) -> Result<Group> {
+    let ids = format.encode_dialogue(&pair.dialogue, tokenizer)?;
+    ensure!(!ids.is_empty(), "the prompt has no tokens");
     let prompt = Prompt {
         seq,
         epoch: 0,
         row: pair.row,
         text: pair.dialogue.text().into(),
-        ids: format.encode_dialogue(&pair.dialogue, tokenizer)?.into(),
-        blank: format.encode("", tokenizer)?.into(),
+        ids: ids.into(),
+        blank: format.blank(tokenizer)?,
         reference: None,
     };
     let completion = |text: &str| -> Result<Completion> {
-        let mut ids = tokenizer.encode(text)?;
+        let mut ids = tokenizer.encode_answer(text)?;
         ids.extend(tokenizer.end(format.chat));
         let (logprobs, versions) = (vec![0.0; ids.len()], vec![0; ids.len()]);
         Ok(Completion { ids, logprobs, versions, finish: Finish::Eos, text: text.to_owned() })

@@ -5,12 +5,14 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
-use super::{Dialogue, Faults, Rows, Split, field, in_parts, order};
+use super::faults::Notes;
+use super::format::{field, is_blank, likely_prompt, remark_unread, with_system_column};
+use super::{Dialogue, Faults, OnBad, Rows, Split, in_parts, order};
 
 /// Two answers to one prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PreferencePair {
-    /// Row of the file, from zero.
+    /// Row of the data, from zero.
     pub row: usize,
     /// What was asked.
     pub dialogue: Dialogue,
@@ -22,44 +24,123 @@ pub struct PreferencePair {
     pub preference: Option<f64>,
 }
 
+impl PreferencePair {
+    /// Why nothing can be learned of this pair; none for a sound one.
+    fn teaches_nothing(&self, keep_equal: bool) -> Option<&'static str> {
+        if [&self.first, &self.second].into_iter().any(|answer| answer.trim().is_empty()) {
+            return Some("left out, since an answer is empty");
+        }
+        let equal = !keep_equal && self.first.trim() == self.second.trim();
+        equal.then_some("left out, since both answers are the same")
+    }
+}
+
+/// What the first pass finds of a row.
+enum Found {
+    /// A pair, and remarks.
+    Pair(Notes),
+    /// A pair of which nothing can be learned, and why.
+    Empty(&'static str),
+    /// A blank line, or a row that is not asked for.
+    NotMeant,
+}
+
+/// How pairs are read.
+#[derive(Debug, Clone)]
+pub struct PairOptions {
+    /// Which pairs.
+    pub split: Split,
+    /// Whether a row must say which answer is better.
+    pub labeled: bool,
+    /// What happens to a row that cannot be read as a pair.
+    pub on_bad: OnBad,
+    /// Whether pairs of equal answers are kept, which teach nothing; an evaluation counts them.
+    pub keep_equal: bool,
+    /// The field of the prompt in rows without the field `prompt`.
+    pub prompt_field: String,
+}
+
+impl Default for PairOptions {
+    /// All pairs of different answers, labeled or not; a row that is not a pair is an error.
+    fn default() -> Self {
+        Self {
+            split: Split::default(),
+            labeled: false,
+            on_bad: OnBad::Error,
+            keep_equal: false,
+            prompt_field: "prompt".into(),
+        }
+    }
+}
+
 /// A file of pairs, read on demand. Forms of a row, told apart by their fields:
 /// - `chosen`, `rejected`: two whole dialogues that part at an answer of the assistant's, mostly the last turn (the form
-///   of Anthropic's HH);
-/// - `prompt`, `chosen`, `rejected`: the prompt and two answers;
+///   of Anthropic's HH), or two texts whose common beginning is the prompt;
+/// - `prompt`, `chosen`, `rejected`: the prompt and two answers, or two whole dialogues that hold the prompt;
 /// - `prompt`, `first`, `second`, and where it is known `preference`, the probability that the first is better: what
 ///   `preceptor label` writes and reads.
 pub struct Preferences {
     rows: Rows,
     usable: Vec<u32>,
+    prompt_field: String,
 }
 
 impl Preferences {
-    /// Opens `path` and goes through every row once. With `labeled`, a row must say which answer is better.
+    /// Opens `path`, as [`Rows::open`] does, and goes through every row once.
     ///
     /// # Errors
-    /// Names the file, and all faulty rows up to ten.
-    pub fn read(path: &Path, split: &Split, labeled: bool) -> Result<Self> {
-        let rows = Rows::open(path)?;
-        ensure!(u32::try_from(rows.len()).is_ok(), "the file {} has more than 4 billion rows", path.display());
-        let look = |i: usize| -> Result<bool> {
-            let Some(row) = rows.get(i)? else { return Ok(false) };
-            let pair = pair(i, &row)?;
+    /// As [`Self::of`].
+    pub fn read(path: &Path, options: &PairOptions) -> Result<Self> {
+        Self::of(Rows::open(path)?, options)
+    }
+
+    /// Goes through every row of `rows` once.
+    ///
+    /// # Errors
+    /// Names the file, and all faulty rows up to ten, unless `options` leaves them out; rows of which none is a pair.
+    pub fn of(rows: Rows, options: &PairOptions) -> Result<Self> {
+        let name = rows.name();
+        ensure!(u32::try_from(rows.len()).is_ok(), "{name} has more than 4 billion rows");
+        let look = |i: usize| -> Result<Found> {
+            let Some(row) = rows.get(i)? else { return Ok(Found::NotMeant) };
+            let mut notes = Notes::default();
             // What a judge would not decide stands in a file of labels as null, and teaches nothing.
-            if labeled && row.get("preference").is_some_and(Value::is_null) {
-                return Ok(false);
+            let undecided = options.labeled && row.get("preference").is_some_and(Value::is_null);
+            let pair = pair(i, &row, &options.prompt_field, &mut notes)?;
+            if undecided {
+                return Ok(Found::NotMeant);
             }
-            ensure!(!labeled || pair.preference.is_some(), "no field \"preference\" says which answer is better");
-            Ok(split.takes(&pair.dialogue.text()))
+            if let Some(why) = pair.teaches_nothing(options.keep_equal) {
+                return Ok(Found::Empty(why));
+            }
+            let known = !options.labeled || pair.preference.is_some();
+            ensure!(known, "no field \"preference\" says which answer is better");
+            Ok(if options.split.takes(&pair.dialogue.text()) { Found::Pair(notes) } else { Found::NotMeant })
         };
-        let (mut usable, mut faults) = (Vec::new(), Faults::default());
+        let (mut usable, mut faults, mut notes) = (Vec::new(), Faults::default(), Notes::default());
+        let mut left_out = Notes::default();
         in_parts(rows.len(), look, |i, found| match found {
-            Ok(true) => usable.push(i as u32),
-            Ok(false) => {}
+            Ok(Found::Pair(remarks)) => {
+                usable.push(i as u32);
+                notes.merge(remarks);
+            }
+            Ok(Found::Empty(why)) => left_out.add(why),
+            Ok(Found::NotMeant) => {}
             Err(error) => faults.add(&rows.place(i), &error),
         });
-        faults.report()?;
-        ensure!(!usable.is_empty(), "{} has no pair to read", path.display());
-        Ok(Self { rows, usable })
+        if let Some(report) = faults.report(if usable.is_empty() { OnBad::Error } else { options.on_bad })? {
+            tracing::warn!("{report}");
+        }
+        let why: String = left_out.lines().map(|line| format!("; {line}")).collect();
+        ensure!(!usable.is_empty(), "{name} has no pair to read{why}");
+        left_out.log(&name);
+        notes.log(&name);
+        Ok(Self { rows, usable, prompt_field: options.prompt_field.clone() })
+    }
+
+    /// The files, as errors name them.
+    pub fn name(&self) -> String {
+        self.rows.name()
     }
 
     /// Number of pairs.
@@ -78,7 +159,10 @@ impl Preferences {
     /// A row that was changed since the file was opened.
     pub fn get(&self, i: usize) -> Result<PreferencePair> {
         let row = self.usable[i] as usize;
-        let read = || pair(row, &self.rows.get(row)?.context("the row is gone")?);
+        let read = || {
+            let value = self.rows.get(row)?.context("the row is gone")?;
+            pair(row, &value, &self.prompt_field, &mut Notes::default())
+        };
         read().with_context(|| format!("{} was changed while it was in use", self.rows.place(row)))
     }
 
@@ -93,113 +177,193 @@ impl Preferences {
     }
 }
 
-/// Reads a row in whichever form it is.
-fn pair(row: usize, value: &Value) -> Result<PreferencePair> {
-    let answer =
-        |name: &str| -> Result<String> { answer(field(value, name)?).map_err(|e| anyhow!("field {name:?} {e}")) };
-    let dialogue = |name: &str| -> Result<Dialogue> {
-        Dialogue::from_json(field(value, name)?).map_err(|error| anyhow!("field {name:?} {error}"))
-    };
-    if value.get("first").is_some() || value.get("second").is_some() {
-        let preference = match value.get("preference") {
-            None | Some(Value::Null) => None,
-            Some(number) => Some(
-                number
-                    .as_f64()
-                    .filter(|p| (0.0..=1.0).contains(p))
-                    .ok_or_else(|| anyhow!("field \"preference\" is {number}, not a probability from 0 to 1"))?,
-            ),
-        };
-        return Ok(PreferencePair {
-            row,
-            dialogue: dialogue("prompt")?,
-            first: answer("first")?,
-            second: answer("second")?,
-            preference,
-        });
-    }
-    if value.get("prompt").is_some_and(|prompt| !prompt.is_null()) {
-        let (first, second) = (answer("chosen")?, answer("rejected")?);
-        return Ok(PreferencePair { row, dialogue: dialogue("prompt")?, first, second, preference: Some(1.0) });
-    }
-    if value.get("chosen").is_none() && value.get("rejected").is_none() {
-        bail!(
-            "is no preference pair: it has neither chosen and rejected nor first and second; the row has {}",
-            value.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
-        );
-    }
-    let whole = |name: &str| -> Result<Dialogue> {
-        Dialogue::whole_from_json(field(value, name)?).map_err(|error| anyhow!("field {name:?} {error}"))
-    };
-    let parted = whole("chosen")?.part(whole("rejected")?);
-    let (dialogue, first, second) = parted.map_err(|error| anyhow!("chosen and rejected {error}"))?;
-    Ok(PreferencePair { row, dialogue, first, second, preference: Some(1.0) })
+/// One of the two answers as a row has it.
+enum Side {
+    /// A text that is an answer.
+    Answer(String),
+    /// Turns that continue the prompt, the assistant's first.
+    Continuation(Dialogue),
+    /// A whole dialogue, the prompt included.
+    Whole(Dialogue),
 }
 
-/// An answer: a text, or a list with the assistant's message last, as some sets write it.
-fn answer(value: &Value) -> Result<String> {
-    match value {
-        Value::String(text) => Ok(text.clone()),
-        Value::Array(_) => {
-            let last = Dialogue::from_json(value)?.turns.pop().context("is a list without messages")?;
-            ensure!(last.role == "assistant", "does not end with the assistant's message");
-            Ok(last.content)
+/// Reads a row in whichever form it is.
+///
+/// # Errors
+/// A row that is not a pair: no such fields, no prompt, dialogues that do not part at an answer.
+fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Result<PreferencePair> {
+    let has = |name: &str| value.get(name).is_some_and(|value| !value.is_null());
+    let (ours, theirs) = (has("first") || has("second"), has("chosen") || has("rejected"));
+    ensure!(
+        !(ours && theirs),
+        "it has chosen and rejected as well as first and second, which are two pairs; take one of the two out"
+    );
+    ensure!(ours || theirs, "{}", no_pair(value));
+    let names = if ours { ["first", "second"] } else { ["chosen", "rejected"] };
+    let preference = if ours { preference(value)? } else { Some(1.0) };
+    let [a, b] = names.map(|name| side(value, name, notes));
+    let (a, b) = (a?, b?);
+    let used = ["prompt", prompt_field].into_iter().find(|name| {
+        !["chosen", "rejected", "first", "second"].contains(name)
+            && value.get(name).is_some_and(|value| !is_blank(value))
+    });
+    let prompt = match used {
+        None => None,
+        Some(name) => {
+            let read = Dialogue::read(&value[name], notes).map_err(|error| anyhow!("field {name:?} {error}"))?;
+            Some((name, read))
         }
-        _ => bail!("is no text and no list of messages"),
+    };
+    let (dialogue, first, second) = match (a, b) {
+        (Side::Whole(a), Side::Whole(b)) => whole(a, b, prompt, names)?,
+        (Side::Whole(_), _) | (_, Side::Whole(_)) => bail!(
+            "one of {} and {} is a whole dialogue and the other one is not; give both in one form",
+            names[0],
+            names[1]
+        ),
+        (a, b) => match prompt {
+            Some((name, prompt)) => {
+                let (prompt, answer) = prompt.into_prompt().map_err(|error| anyhow!("field {name:?} {error}"))?;
+                ensure!(
+                    answer.is_none(),
+                    "field {name:?} ends with the assistant's turn, and must end with the user's; take the turn out, or put it into the answers"
+                );
+                remark_repetition(&prompt, &a, &b, notes);
+                (prompt, answered(a, names[0], notes)?, answered(b, names[1], notes)?)
+            }
+            None => implicit(value, a, b, names)?,
+        },
+    };
+    let dialogue = with_system_column(value, dialogue, used.unwrap_or_default())?;
+    remark_unread(value, &[used.unwrap_or("prompt")], notes);
+    Ok(PreferencePair { row, dialogue, first, second, preference })
+}
+
+/// What a row without a pair's fields is, as far as that is known.
+fn no_pair(value: &Value) -> String {
+    let has = |name: &str| value.get(name).is_some();
+    let hint = if has("label") && has("completion") {
+        "; it rates one answer (completion and label), which is no pair"
+    } else if has("completions") || has("responses") {
+        "; it holds several answers with their scores; choose two of them"
+    } else {
+        ""
+    };
+    let fields: Vec<&str> = value.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+    format!(
+        "is no preference pair: it has neither chosen and rejected nor first and second; the row has {}{hint}",
+        fields.join(", ")
+    )
+}
+
+/// The probability that the first answer is better; numbers in tables are texts.
+fn preference(value: &Value) -> Result<Option<f64>> {
+    let number = match value.get("preference") {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::String(text)) if text.trim().is_empty() => return Ok(None),
+        Some(number) => number,
+    };
+    let p = number.as_f64().or_else(|| number.as_str()?.trim().parse().ok());
+    let p = p.filter(|p| (0.0..=1.0).contains(p));
+    Ok(Some(p.ok_or_else(|| anyhow!("field \"preference\" is {number}, not a probability from 0 to 1"))?))
+}
+
+fn side(row: &Value, name: &str, notes: &mut Notes) -> Result<Side> {
+    let value = field(row, name)?;
+    let read = Dialogue::read(value, notes).map_err(|error| anyhow!("field {name:?} {error}"))?;
+    Ok(match (value, read.turns.as_slice()) {
+        // A text in turns is a dialogue; another one is an answer.
+        (Value::String(text), [one]) if one.role == "user" && one.content == *text => Side::Answer(text.clone()),
+        (_, [one, ..]) if one.role == "assistant" => Side::Continuation(read),
+        _ => Side::Whole(read),
+    })
+}
+
+/// The answer that one side is, behind a prompt.
+fn answered(side: Side, name: &str, notes: &mut Notes) -> Result<String> {
+    match side {
+        Side::Answer(text) => Ok(text),
+        Side::Continuation(dialogue) | Side::Whole(dialogue) => {
+            if dialogue.turns.len() > 1 {
+                notes.add(SEVERAL);
+            }
+            dialogue.as_answer().map_err(|error| anyhow!("the turns of {name:?} {error}"))
+        }
+    }
+}
+
+const SEVERAL: &str = "an answer goes on over several turns, which are compared as one text";
+
+/// The parts of two whole dialogues, which must hold `prompt`.
+fn whole(
+    a: Dialogue,
+    b: Dialogue,
+    prompt: Option<(&str, Dialogue)>,
+    names: [&str; 2],
+) -> Result<(Dialogue, String, String)> {
+    let parted = a.part(b).map_err(|error| anyhow!("{} and {} {error}", names[0], names[1]))?;
+    let (shared, first, second) = parted;
+    let (shared, answer) =
+        shared.into_prompt().map_err(|error| anyhow!("what {} and {} have in common {error}", names[0], names[1]))?;
+    ensure!(answer.is_none(), "{} and {} part after an answer of the assistant's, not at one", names[0], names[1]);
+    let Some((name, prompt)) = prompt else { return Ok((shared, first, second)) };
+    let (prompt, _) = prompt.into_prompt().map_err(|error| anyhow!("field {name:?} {error}"))?;
+    let same = |a: &Dialogue, b: &Dialogue| {
+        let (longer, shorter) = (a.turns.iter().rev(), b.turns.iter().rev());
+        a.turns.len() >= b.turns.len()
+            && longer.zip(shorter).all(|(a, b)| a.role == b.role && a.content.trim() == b.content.trim())
+    };
+    // A text may be any of the user's turns, as data sets have it.
+    let one_turn = |turn: &str| {
+        let users = shared.turns.iter().filter(|turn| turn.role == "user");
+        users.into_iter().any(|own| own.content.trim() == turn.trim())
+    };
+    if same(&shared, &prompt) {
+        return Ok((shared, first, second));
+    }
+    if same(&prompt, &shared) {
+        return Ok((prompt, first, second));
+    }
+    match prompt.turns.as_slice() {
+        [one] if one_turn(&one.content) => Ok((shared, first, second)),
+        _ => bail!(
+            "field {name:?} is another prompt than the one that the dialogues in {} and {} hold; correct it, or take it out",
+            names[0],
+            names[1]
+        ),
+    }
+}
+
+/// A row without a prompt whose answers are texts: the prompt is their common beginning, as in TRL.
+fn implicit(row: &Value, a: Side, b: Side, names: [&str; 2]) -> Result<(Dialogue, String, String)> {
+    if let Some(column) = likely_prompt(row) {
+        bail!("no field \"prompt\"; set data.prompt_field = {column:?}, or rename that field");
+    }
+    let (Side::Answer(a), Side::Answer(b)) = (a, b) else {
+        bail!("{} and {} have no prompt: they begin with the assistant's turn", names[0], names[1]);
+    };
+    let parted = a.char_indices().zip(b.chars()).find(|((_, one), other)| one != other);
+    let common = parted.map_or(a.len().min(b.len()), |((at, _), _)| at);
+    // A space before the answers belongs to them.
+    let common = if a[..common].ends_with(' ') { common - 1 } else { common };
+    ensure!(
+        !a[..common].trim().is_empty(),
+        "{} and {} have nothing in common: there is no prompt; add a field \"prompt\"",
+        names[0],
+        names[1]
+    );
+    Ok((Dialogue::single(&a[..common]), a[common..].to_owned(), b[common..].to_owned()))
+}
+
+/// Remarks where both answers repeat a prompt that is too long to be repeated by chance.
+fn remark_repetition(prompt: &Dialogue, a: &Side, b: &Side, notes: &mut Notes) {
+    const LONG: usize = 32;
+    let ([one], Side::Answer(a), Side::Answer(b)) = (prompt.turns.as_slice(), a, b) else { return };
+    let text = one.content.trim();
+    if text.len() >= LONG && [a, b].iter().all(|answer| answer.trim_start().starts_with(text)) {
+        notes.add("both answers begin with the prompt's own text, which they then repeat; take it out of the answers");
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn pairs_are_read_in_each_form() {
-        let messages =
-            |text: &str| json!([{ "role": "user", "content": "hi" }, { "role": "assistant", "content": text }]);
-        for (row, expected) in [
-            (
-                json!({ "chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: hi\n\nAssistant: b" }),
-                Some(1.0),
-            ),
-            (json!({ "chosen": messages("a"), "rejected": messages("b") }), Some(1.0)),
-            (json!({ "prompt": "hi", "chosen": "a", "rejected": "b" }), Some(1.0)),
-            (json!({ "prompt": "hi", "chosen": messages("a"), "rejected": messages("b") }), Some(1.0)),
-            (json!({ "prompt": "hi", "first": "a", "second": "b", "preference": 0.25 }), Some(0.25)),
-            (json!({ "prompt": "hi", "first": "a", "second": "b" }), None),
-        ] {
-            let pair = pair(3, &row).unwrap_or_else(|error| panic!("{row}: {error}"));
-            assert_eq!((pair.dialogue.text().as_str(), pair.first.as_str(), pair.second.as_str()), ("hi", "a", "b"));
-            assert_eq!(pair.preference, expected);
-        }
-    }
-
-    #[test]
-    fn what_is_no_pair_is_refused_with_the_reason() {
-        for (row, words) in [
-            (json!({ "text": "x" }), "no preference pair"),
-            (json!({ "chosen": "\n\nHuman: hi\n\nAssistant: a" }), "no field \"rejected\""),
-            (
-                json!({ "chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: ho\n\nAssistant: b" }),
-                "from turn 1 on",
-            ),
-            (json!({ "chosen": "\n\nHuman: hi", "rejected": "\n\nHuman: hi" }), "do not part at an answer"),
-            (json!({ "prompt": "hi", "first": "a", "second": "b", "preference": 1.5 }), "not a probability"),
-            (json!({ "prompt": "hi", "chosen": 3, "rejected": "b" }), "field \"chosen\" is no text"),
-        ] {
-            let error = format!("{:#}", pair(0, &row).unwrap_err());
-            assert!(error.contains(words), "{row}: {error}");
-        }
-    }
-
-    #[test]
-    fn a_file_is_refused_by_row() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pairs.jsonl");
-        std::fs::write(&path, "{\"prompt\": \"p\", \"first\": \"a\", \"second\": \"b\"}\n{\"a\": 1}\n").unwrap();
-        let error = Preferences::read(&path, &Split::default(), true).err().unwrap().to_string();
-        assert!(error.contains("pairs.jsonl:1: no field \"preference\"") && error.contains("pairs.jsonl:2"), "{error}");
-    }
-}
+mod tests;

@@ -1,210 +1,253 @@
-//! Rows of a file, found by number and read when they are wanted: JSON lines, plain or gzipped, and parquet.
+//! Rows of one or several files, found by number and read when they are wanted: JSON lines, JSON arrays, CSV and parquet, plain
+//! or compressed.
+
+mod array;
+mod offsets;
+mod packed;
+mod table;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use parquet::column::page::Page;
-use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::Value;
 
-use crate::quiet;
+use crate::source::dataset;
+use offsets::Offsets;
+use table::Table;
+
+pub(super) use packed::BINARY;
 
 /// Most bytes of one row.
 const LONGEST: u64 = 8 << 20;
-/// Bytes that may be unpacked of one, and bytes that may be unpacked in any case: text packs ten to one, what is made to
-/// fill a disk a thousand to one.
-const MOST_UNPACKED: (u64, u64) = (200, 1 << 30);
+/// The byte order mark of UTF-8.
+const MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// An index of where each row begins; the rows themselves stay on the disk.
+/// An index of where each row of each file begins; the rows themselves stay on the disk.
 pub struct Rows {
+    parts: Vec<Part>,
+    /// Number of the first row of each part.
+    starts: Vec<usize>,
+    len: usize,
+}
+
+/// One file.
+struct Part {
     path: PathBuf,
     file: File,
+    form: Form,
     /// Where each row begins, and where the last one ends.
     offsets: Offsets,
 }
 
-/// Numbers in blocks: a list that doubles when it is full would take three times their size for a moment.
-struct Offsets(Vec<Vec<u64>>);
-
-impl Offsets {
-    const BLOCK: usize = 1 << 16;
-
-    fn push(&mut self, offset: u64) {
-        match self.0.last_mut() {
-            Some(block) if block.len() < Self::BLOCK => block.push(offset),
-            _ => self.0.push(vec![offset]),
-        }
-    }
-
-    fn len(&self) -> usize {
-        let last = self.0.last().map_or(0, Vec::len);
-        self.0.len().saturating_sub(1) * Self::BLOCK + last
-    }
-
-    fn get(&self, i: usize) -> u64 {
-        self.0[i / Self::BLOCK][i % Self::BLOCK]
-    }
+/// The form of a file, with the lines on which its rows begin where these are not one row a line.
+enum Form {
+    /// One JSON object a line.
+    Lines,
+    /// A JSON array of objects.
+    Array(Offsets),
+    /// Comma- or tab-separated values.
+    Table(Table),
+    /// One JSON object a line, written from a parquet file.
+    Parquet,
 }
 
 impl Rows {
-    /// Opens a `.jsonl`, `.jsonl.gz` or `.parquet` file. What is compressed is unpacked once, into a temporary file
-    /// that goes away with the program.
+    /// Opens what `path` names: a file, all data files of a folder, or the files that a glob pattern matches, in the order of
+    /// their names. Compressed files and parquet files are unpacked once, into a temporary file that goes away with the
+    /// program.
     ///
     /// # Errors
     /// Names the file that cannot be read, and where it is damaged.
     pub fn open(path: &Path) -> Result<Self> {
-        let cannot = || format!("cannot read the data set {}", path.display());
-        let file = File::open(path).with_context(cannot)?;
-        let name = path.to_string_lossy();
-        let (ratio, least) = MOST_UNPACKED;
-        let most = file.metadata().with_context(cannot)?.len().saturating_mul(ratio).max(least);
-        let file = if name.ends_with(".gz") {
-            spool(|out| unpack(file, out, most)).with_context(cannot)?
-        } else if name.ends_with(".parquet") {
-            spool(|out| parquet_rows(file, out, most)).with_context(cannot)?
-        } else {
-            file
-        };
-        let offsets = index(&file).with_context(cannot)?;
-        Ok(Self { path: path.to_owned(), file, offsets })
+        Self::open_all(&dataset::expand(path)?)
     }
 
-    /// Rows, blank lines included: a row's number is that of its line, from zero.
+    /// Opens `files`, whose rows are numbered through.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_all(files: &[PathBuf]) -> Result<Self> {
+        let mut rows = Self { parts: Vec::new(), starts: Vec::new(), len: 0 };
+        for path in files {
+            let part = Part::open(path).with_context(|| format!("cannot read the data set {}", path.display()))?;
+            rows.starts.push(rows.len);
+            rows.len += part.offsets.len() - 1;
+            rows.parts.push(part);
+        }
+        Ok(rows)
+    }
+
+    /// Number of rows, blank lines included.
     pub fn len(&self) -> usize {
-        self.offsets.len() - 1
+        self.len
     }
 
-    /// Whether there is none.
+    /// Whether there is no row.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len == 0
     }
 
-    /// The file.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// The files, as errors and logs name them.
+    pub fn name(&self) -> String {
+        match self.parts.as_slice() {
+            [] => "(no file)".to_owned(),
+            [one] => one.path.display().to_string(),
+            [first, rest @ ..] => format!("{} and {} more files", first.path.display(), rest.len()),
+        }
     }
 
     /// Row `i`; `None` for a blank line.
     ///
     /// # Errors
-    /// What is no JSON object, or can no longer be read. Does not name the place: see [`Self::place`].
+    /// A row that is not a JSON object, or can no longer be read. Does not name the place: see [`Self::place`].
     pub fn get(&self, i: usize) -> Result<Option<Value>> {
+        let (part, i) = self.part(i);
+        part.get(i)
+    }
+
+    /// The file and the line of row `i`, for errors.
+    pub fn place(&self, i: usize) -> String {
+        let (part, i) = self.part(i);
+        part.place(i)
+    }
+
+    fn part(&self, i: usize) -> (&Part, usize) {
+        // Empty parts begin where the next one does; the last part that begins there has the row.
+        let part = self.starts.partition_point(|start| *start <= i) - 1;
+        (&self.parts[part], i - self.starts[part])
+    }
+}
+
+impl Part {
+    fn open(path: &Path) -> Result<Self> {
+        let name = path.to_string_lossy().into_owned();
+        let (file, name) = packed::unpacked(File::open(path)?, &name)?;
+        let mut head = vec![0; 4096];
+        let read = file.read_at(&mut head, 0)?;
+        head.truncate(read);
+        if head.starts_with(b"PAR1") || name.ends_with(".parquet") {
+            let file = packed::parquet(file)?;
+            let offsets = offsets::lines(&file, 0)?;
+            return Ok(Self { path: path.to_owned(), file, form: Form::Parquet, offsets });
+        }
+        refuse_binary(&head)?;
+        let begin = if head.starts_with(MARK) { MARK.len() as u64 } else { 0 };
+        let (form, offsets) = if name.ends_with(".csv") || name.ends_with(".tsv") {
+            let (table, offsets) = Table::index(&file, begin, if name.ends_with(".tsv") { b'\t' } else { b',' })?;
+            (Form::Table(table), offsets)
+        } else {
+            Self::json(&file, begin, &name, &head)?
+        };
+        Ok(Self { path: path.to_owned(), file, form, offsets })
+    }
+
+    /// The index of a file of JSON lines or of a JSON array.
+    fn json(file: &File, begin: u64, name: &str, head: &[u8]) -> Result<(Form, Offsets)> {
+        let first = head[begin as usize..].iter().find(|byte| !byte.is_ascii_whitespace());
+        if first == Some(&b'[') {
+            match array::index(file, begin) {
+                Ok((lines, offsets)) => return Ok((Form::Array(lines), offsets)),
+                // Lines, of which the first is a list.
+                Err(_) if name.ends_with("l") => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let offsets = offsets::lines(file, begin)?;
+        if name.ends_with(".json") && first == Some(&b'{') {
+            let mut line = String::new();
+            let mut reader = BufReader::new(Positioned { file, at: begin }).take(LONGEST);
+            let complete = reader.read_line(&mut line).is_ok()
+                && (line.trim().is_empty() || serde_json::from_str::<Value>(&line).is_ok());
+            ensure!(
+                complete,
+                "it begins with an object of several lines; a JSON file must hold a list of objects, [{{…}}, {{…}}], or one object a line"
+            );
+        }
+        Ok((Form::Lines, offsets))
+    }
+
+    fn get(&self, i: usize) -> Result<Option<Value>> {
         let (start, end) = (self.offsets.get(i), self.offsets.get(i + 1));
         if end - start > LONGEST {
             bail!("the row has {} bytes, the limit is {LONGEST}; split it, or leave it out", end - start);
         }
         let mut bytes = vec![0; (end - start) as usize];
         self.file.read_exact_at(&mut bytes, start).context("the row can no longer be read")?;
-        let text = std::str::from_utf8(&bytes).map_err(|_| anyhow!("not UTF-8"))?.trim();
-        if text.is_empty() {
-            return Ok(None);
+        let text = std::str::from_utf8(&bytes).map_err(|_| anyhow!("not UTF-8; write the file again in UTF-8"))?;
+        match &self.form {
+            Form::Table(table) => table.row(text),
+            Form::Array(_) => {
+                let value = serde_json::Deserializer::from_str(text).into_iter().next();
+                object(value.context("the element is empty")?, text)
+            }
+            Form::Lines | Form::Parquet => {
+                // Files that were joined may have marks inside.
+                let text = text.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}');
+                if text.is_empty() { Ok(None) } else { object(serde_json::from_str(text), text) }
+            }
         }
-        let value: Value = serde_json::from_str(text).map_err(|error| anyhow!("not JSON: {error}"))?;
-        if value.is_object() { Ok(Some(value)) } else { bail!("not a JSON object") }
     }
 
-    /// Where row `i` stands, for errors.
-    pub fn place(&self, i: usize) -> String {
-        format!("{}:{}", self.path.display(), i + 1)
+    fn place(&self, i: usize) -> String {
+        let path = self.path.display();
+        match &self.form {
+            Form::Lines => format!("{path}:{}", i + 1),
+            Form::Parquet => format!("{path}, row {}", i + 1),
+            Form::Array(lines) => format!("{path}:{}", lines.get(i)),
+            Form::Table(table) => {
+                // Blank lines before a record are counted as part of it.
+                let (start, end) = (self.offsets.get(i), self.offsets.get(i + 1));
+                let mut bytes = vec![0; (end - start).min(4096) as usize];
+                let read = self.file.read_at(&mut bytes, start).unwrap_or(0);
+                let blank = bytes[..read].iter().take_while(|byte| byte.is_ascii_whitespace());
+                let blank = blank.filter(|byte| **byte == b'\n').count() as u64;
+                format!("{path}:{}", table.line(i) + blank)
+            }
+        }
     }
 }
 
-/// A temporary file without a name, filled by `fill`.
-fn spool(fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<File> {
-    let file = tempfile::tempfile().context("cannot make a temporary file to unpack it into")?;
-    let mut out = BufWriter::new(&file);
-    let filled = fill(&mut out).and_then(|()| Ok(out.flush()?));
-    drop(out);
-    filled.map_err(|error| {
-        let full = |cause: &(dyn std::error::Error + 'static)| {
-            cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::StorageFull)
-        };
-        if !error.chain().any(full) {
-            return error;
+/// A row of JSON, which `text` was read as.
+fn object(read: serde_json::Result<Value>, text: &str) -> Result<Option<Value>> {
+    let value = read.map_err(|error| {
+        let words = error.to_string();
+        if words.contains("surrogate") || words.contains("hex escape") {
+            return anyhow!(
+                "not JSON: it holds half of a surrogate pair, such as \\ud83d alone, which is not a character ({words}); the text was cut inside an emoji: write it again from the whole text"
+            );
         }
-        let place = std::env::temp_dir();
-        error.context(format!(
-            "it is unpacked into a temporary file, and {} is full; make room there, or set TMPDIR to another folder",
-            place.display()
-        ))
+        // As Python's json module writes them.
+        let number = ["NaN", "Infinity"].into_iter().find(|name| words.contains("expected value") && text.contains(name));
+        let hint = number.map_or(String::new(), |name| format!("; {name} is not a number of JSON, write null"));
+        anyhow!("not JSON: {words}{hint}")
     })?;
-    Ok(file)
+    if value.is_object() { Ok(Some(value)) } else { bail!("not a JSON object, but {}", super::described(&value)) }
 }
 
-/// Unpacks at most `most` bytes.
-fn unpack(file: File, out: &mut BufWriter<&File>, most: u64) -> Result<()> {
-    let unpacked = std::io::copy(&mut flate2::read::MultiGzDecoder::new(BufReader::new(file)).take(most + 1), out)?;
-    ensure!(unpacked <= most, "{}", too_much(most));
+/// Refuses files that are known not to be text.
+fn refuse_binary(head: &[u8]) -> Result<()> {
+    let wide = head.starts_with(b"\xff\xfe") || head.starts_with(b"\xfe\xff");
+    ensure!(!wide, "it is UTF-16; write it again in UTF-8");
+    for (magic, what, remedy) in [
+        (&b"ARROW1"[..], "an Arrow file", "save it as parquet (datasets: Dataset.to_parquet)"),
+        (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it, or save it as CSV"),
+        (b"BZh", "compressed by bzip2", "unpack it, or compress it with gzip or zstd"),
+        (b"\xfd7zXZ\0", "compressed by xz", "unpack it, or compress it with gzip or zstd"),
+        (b"SQLite format 3\0", "an SQLite database", "export it as CSV or JSON lines"),
+    ] {
+        ensure!(!head.starts_with(magic), "it is {what}, which is not read; {remedy}");
+    }
+    ensure!(
+        !head.contains(&0),
+        "it is not text, since it holds zero bytes; data files are JSON lines, JSON arrays, CSV or parquet"
+    );
     Ok(())
 }
 
-fn too_much(most: u64) -> String {
-    format!(
-        "it unpacks to more than {most} bytes, far more than text does; if that is meant, unpack it and name the .jsonl"
-    )
-}
-
-/// Writes at most `most` bytes of rows. The parquet crate believes what a file says of itself, and panics where that cannot be.
-fn parquet_rows(file: File, out: &mut BufWriter<&File>, most: u64) -> Result<()> {
-    let read = || -> Result<()> {
-        let reader =
-            SerializedFileReader::new(file).map_err(|error| anyhow!("not a readable parquet file: {error}"))?;
-        let refused = |error| anyhow!("not a readable parquet file: {error}");
-        for group in 0..reader.num_row_groups() {
-            let group = reader.get_row_group(group).map_err(refused)?;
-            for column in 0..group.num_columns() {
-                let first = group.get_column_page_reader(column).and_then(|mut pages| pages.get_next_page());
-                // Room for so many values is made before any is read.
-                if let Some(Page::DictionaryPage { buf, num_values, .. }) = first.map_err(refused)? {
-                    ensure!(
-                        num_values as usize <= buf.len(),
-                        "a dictionary of {} bytes says that it has {num_values} values",
-                        buf.len()
-                    );
-                }
-            }
-        }
-        let rows = reader.get_row_iter(None).map_err(|error| anyhow!("its columns cannot be read: {error}"))?;
-        let mut written = 0;
-        for (i, row) in rows.enumerate() {
-            let row = row.map_err(|error| anyhow!("row {} cannot be read: {error}", i + 1))?;
-            let line = serde_json::to_vec(&row.to_json_value())?;
-            written += line.len() as u64 + 1;
-            ensure!(written <= most, "{}", too_much(most));
-            out.write_all(&line)?;
-            out.write_all(b"\n")?;
-        }
-        Ok(())
-    };
-    quiet::catch(read).unwrap_or_else(|| Err(anyhow!("not a readable parquet file: its parts contradict each other")))
-}
-
-/// Where the lines of `file` begin, and where it ends.
-fn index(file: &File) -> Result<Offsets> {
-    let (mut offsets, mut at) = (Offsets(vec![vec![0]]), 0);
-    let mut reader = BufReader::with_capacity(1 << 20, Positioned { file, at: 0 });
-    loop {
-        let buffer = reader.fill_buf()?;
-        if buffer.is_empty() {
-            break;
-        }
-        for (i, _) in buffer.iter().enumerate().filter(|(_, byte)| **byte == b'\n') {
-            offsets.push(at + i as u64 + 1);
-        }
-        let read = buffer.len();
-        at += read as u64;
-        reader.consume(read);
-    }
-    if offsets.get(offsets.len() - 1) != at {
-        offsets.push(at);
-    }
-    Ok(offsets)
-}
-
-/// Reads from the beginning whatever the file's own position is.
+/// Reads from a place on, whatever the file's own position is.
 struct Positioned<'a> {
     file: &'a File,
     at: u64,
@@ -219,128 +262,4 @@ impl Read for Positioned<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use parquet::data_type::{ByteArray, ByteArrayType};
-    use parquet::file::writer::SerializedFileWriter;
-    use parquet::schema::parser::parse_message_type;
-
-    use super::*;
-
-    fn check(name: &str, bytes: &[u8], expected: &[Result<Option<&str>, &str>]) {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(name);
-        std::fs::write(&path, bytes).unwrap();
-        let rows = Rows::open(&path).unwrap();
-        assert_eq!(rows.len(), expected.len());
-        for (i, expected) in expected.iter().enumerate() {
-            match (rows.get(i), expected) {
-                (Ok(row), Ok(text)) => {
-                    assert_eq!(row.as_ref().map(|row| row["a"].as_str().unwrap()), *text);
-                }
-                (Err(error), Err(words)) => assert!(error.to_string().contains(words), "{error}"),
-                (got, expected) => panic!("row {i}: {got:?}, not {expected:?}"),
-            }
-        }
-    }
-
-    fn gzip(bytes: &[u8]) -> Vec<u8> {
-        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
-        out.write_all(bytes).unwrap();
-        out.finish().unwrap()
-    }
-
-    #[test]
-    fn rows_beyond_a_block_are_found() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("many.jsonl");
-        let count = 2 * Offsets::BLOCK + 1;
-        let text: String = (0..count).map(|i| format!("{{\"a\": {i}}}\n")).collect();
-        std::fs::write(&path, text).unwrap();
-        let rows = Rows::open(&path).unwrap();
-        assert_eq!(rows.len(), count);
-        for i in [0, Offsets::BLOCK - 2, Offsets::BLOCK - 1, Offsets::BLOCK, Offsets::BLOCK + 1, count - 1] {
-            assert_eq!(rows.get(i).unwrap().unwrap()["a"], i);
-        }
-    }
-
-    #[test]
-    fn rows_are_read_by_number() {
-        let text = b"{\"a\": \"x\"}\n\n{\"a\": \"y\"}\nnope\n[1]\n{\"a\": \"last\"}";
-        let expected =
-            [Ok(Some("x")), Ok(None), Ok(Some("y")), Err("not JSON"), Err("not a JSON object"), Ok(Some("last"))];
-        check("plain.jsonl", text, &expected);
-        check("packed.jsonl.gz", &gzip(text), &expected);
-        check("empty.jsonl", b"", &[]);
-        check("bytes.jsonl", b"\xff\n{\"a\": \"x\"}\n", &[Err("UTF-8"), Ok(Some("x"))]);
-    }
-
-    #[test]
-    fn a_row_beyond_the_limit_is_refused_unread() {
-        let long = format!("{{\"a\": \"{}\"}}\n{{\"a\": \"x\"}}\n", "x".repeat(LONGEST as usize));
-        check("long.jsonl", long.as_bytes(), &[Err("the row has 8388618 bytes, the limit is 8388608"), Ok(Some("x"))]);
-    }
-
-    #[test]
-    fn what_is_packed_to_fill_a_disk_is_refused() {
-        let packed = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(packed.path(), gzip(&vec![b'\n'; 1 << 20])).unwrap();
-        let unpacked = |most| spool(|out| unpack(File::open(packed.path()).unwrap(), out, most));
-        let error = unpacked((1 << 20) - 1).unwrap_err().to_string();
-        assert!(error.contains("more than 1048575 bytes"), "{error}");
-        assert_eq!(unpacked(1 << 20).unwrap().metadata().unwrap().len(), 1 << 20);
-    }
-
-    /// A parquet file with one column `a`, the same in each of `rows`.
-    fn parquet_file(text: &str, rows: usize) -> Vec<u8> {
-        let schema = parse_message_type("message rows { required binary a (utf8); }").unwrap();
-        let mut writer = SerializedFileWriter::new(Vec::new(), Arc::new(schema), Arc::default()).unwrap();
-        let mut group = writer.next_row_group().unwrap();
-        let mut column = group.next_column().unwrap().unwrap();
-        column.typed::<ByteArrayType>().write_batch(&vec![ByteArray::from(text); rows], None, None).unwrap();
-        column.close().unwrap();
-        group.close().unwrap();
-        writer.into_inner().unwrap()
-    }
-
-    #[test]
-    fn parquet_that_is_packed_to_fill_a_disk_is_refused() {
-        let packed = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(packed.path(), parquet_file("many times", 1 << 16)).unwrap();
-        assert!(packed.path().metadata().unwrap().len() < 4096);
-        let unpacked = |most| spool(|out| parquet_rows(File::open(packed.path()).unwrap(), out, most));
-        let line = r#"{"a":"many times"}"#.len() as u64 + 1;
-        let error = unpacked((line << 16) - 1).unwrap_err().to_string();
-        assert!(error.contains("it unpacks to more than"), "{error}");
-        assert_eq!(unpacked(line << 16).unwrap().metadata().unwrap().len(), line << 16);
-    }
-
-    /// Each byte of a sound file changed in turn: it is read, or refused with one error.
-    #[test]
-    fn a_damaged_parquet_file_is_refused_and_nothing_panics() {
-        let sound = parquet_file("x", 3);
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("rows.parquet");
-        let mut refused = 0;
-        for (i, flip) in (0..sound.len()).flat_map(|i| [0x01, 0x40, 0xff].map(|flip| (i, flip))) {
-            let mut bytes = sound.clone();
-            bytes[i] ^= flip;
-            std::fs::write(&path, bytes).unwrap();
-            refused += u32::from(Rows::open(&path).is_err());
-        }
-        assert!(refused > 100, "{refused}");
-    }
-
-    #[test]
-    fn damaged_files_are_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let half = gzip(&b"{\"a\": \"x\"}\n".repeat(100));
-        for (name, bytes) in [("half.jsonl.gz", &half[..half.len() / 2]), ("no.parquet", b"PAR1 nothing".as_slice())] {
-            let path = dir.path().join(name);
-            std::fs::write(&path, bytes).unwrap();
-            let error = format!("{:#}", Rows::open(&path).err().unwrap());
-            assert!(error.contains(name), "{error}");
-        }
-    }
-}
+mod tests;

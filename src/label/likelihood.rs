@@ -1,6 +1,6 @@
 //! Feedback by likelihood: how much more probable the prompt makes the completion.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::backend::Usage;
 use super::local::Judge;
@@ -10,7 +10,8 @@ use crate::rollout::{Group, Verdict};
 
 /// s = log P(completion | prompt) − log P(completion), in nats; the pointwise mutual information of the two.
 ///
-/// "Without the prompt" means the same instruction about an empty text. The judge reads the policy's token ids
+/// "Without the prompt" means the same instruction about an empty text, or where that has no tokens, the token that begins or
+/// ends a document (see [`crate::data::PromptFormat::blank`]). The judge reads the policy's token ids
 /// when both share a vocabulary (always so when the judge is the policy's first version), so nothing is
 /// tokenised again.
 pub struct Likelihood {
@@ -32,6 +33,10 @@ impl Labeler for Likelihood {
     }
 
     fn label(&self, group: &Group) -> Result<Labels> {
+        ensure!(
+            !group.prompt.blank.is_empty(),
+            "a judge of likelihoods compares with an empty prompt, which has no tokens here; set data.chat = true, or give data.instruction words of its own"
+        );
         let completions: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
         let model = &self.judge.model;
         let given = Pack::new(&group.prompt.ids, &completions);

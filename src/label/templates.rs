@@ -93,7 +93,7 @@ impl Preamble {
             "base" => Self::Base,
             "detailed" => Self::Detailed,
             path => {
-                let text = bounded::text(Path::new(path), bounded::WRITTEN);
+                let text = bounded::prose(Path::new(path), bounded::WRITTEN);
                 Self::Own(text.with_context(|| format!("cannot read the preamble {path}"))?)
             }
         })
@@ -144,7 +144,7 @@ impl TemplateSet {
         }
         let path = Path::new(name);
         let names: Vec<&str> = SHIPPED.iter().map(|(name, _)| *name).collect();
-        let text = bounded::text(path, bounded::WRITTEN).with_context(|| {
+        let text = bounded::prose(path, bounded::WRITTEN).with_context(|| {
             format!("labeler.templates = {name:?} is none of {} and no file that can be read", names.join(", "))
         })?;
         checked(&text).with_context(|| format!("the template set {} has", path.display()))
@@ -159,7 +159,7 @@ impl TemplateSet {
         let shipped = SHIPPED.iter().find(|(shipped, _)| *shipped == name).map(|(_, text)| (*text).to_owned());
         let text = match shipped {
             Some(text) => text,
-            None => bounded::text(Path::new(name), bounded::WRITTEN)?,
+            None => bounded::prose(Path::new(name), bounded::WRITTEN)?,
         };
         Ok(seed::text(&text.parse::<toml::Table>()?.to_string()))
     }

@@ -14,7 +14,7 @@ use minijinja::value::{Enumerator, Object};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 use serde::{Deserialize, Serialize};
 
-use crate::template;
+use crate::{bounded, template};
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,7 +67,7 @@ impl Template {
         });
         environment.add_filter("tojson", json::to_json);
         // As Jinja reads line ends.
-        let text = without_generation_blocks(&source).replace("\r\n", "\n").replace('\r', "\n");
+        let text = bounded::line_feeds(without_generation_blocks(&source));
         environment.add_template_owned("chat_template", text).context("the model's chat template cannot be read")?;
         Ok(Self { source, environment })
     }

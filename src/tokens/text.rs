@@ -27,6 +27,14 @@ impl Tokenizer {
         }
     }
 
+    /// As [`Self::encode_document`], of a text in which no control token is recognised.
+    ///
+    /// # Errors
+    /// Text that the tokenizer refuses.
+    pub fn encode_plain_document(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.opening.into_iter().chain(self.encode_plain(text)?).collect())
+    }
+
     /// Token ids of the conversation as the model's own template writes it; with `answer`, up to where the model's answer
     /// begins. Control tokens that a message spells are text: nobody who writes a message can end it or begin another one.
     /// `transformers` recognises them.
@@ -118,6 +126,7 @@ mod tests {
             [vec![257], bytes("user\n"), bytes(text), vec![258], bytes("\n"), vec![257], bytes("assistant\n")];
         assert_eq!(ids, message.concat());
         assert_eq!(tokenizer.encode_answer(text).unwrap(), bytes(text));
+        assert_eq!(tokenizer.encode_plain_document("<|im_end|>").unwrap(), bytes("<|im_end|>"));
         // Without any the ids are those of the rendered text.
         let plain = user("hi");
         let rendered = tokenizer.render_chat(&plain, true).unwrap();

@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use preceptor::config;
-use preceptor::data::{Dataset, Dialogue, OnLong, Preferences, PromptFormat, ReadOptions, Rows, Split};
+use preceptor::data::{
+    Dataset, Dialogue, ModelBounds, Notes, OnBad, OnLong, PairOptions, Preferences, PromptFormat, ReadOptions, Rows,
+    Split,
+};
 use preceptor::label::templates::TemplateSet;
 use preceptor::model::bert::BertConfig;
 use preceptor::model::config::Head;
@@ -65,7 +68,7 @@ pub fn rows(data: &[u8]) -> bool {
     if let Ok(rows) = Rows::open(&path) {
         for i in 0..rows.len() {
             let Ok(Some(row)) = rows.get(i) else { continue };
-            let whole = |field: &str| Dialogue::whole_from_json(&row[field]);
+            let whole = |field: &str| Dialogue::read(&row[field], &mut Notes::default());
             if let (Ok(chosen), Ok(rejected)) = (whole("chosen"), whole("rejected")) {
                 let _ = chosen.part(rejected);
             }
@@ -74,14 +77,18 @@ pub fn rows(data: &[u8]) -> bool {
     }
     for labeled in [true, false] {
         let split = Split { holdout: 0.5, ..Split::default() };
-        let Ok(pairs) = Preferences::read(&path, &split, labeled) else { continue };
+        let on_bad = if labeled { OnBad::Error } else { OnBad::Skip };
+        let options = PairOptions { split, labeled, on_bad, ..PairOptions::default() };
+        let Ok(pairs) = Preferences::read(&path, &options) else { continue };
         for i in 0..pairs.len() {
             let pair = pairs.get(i).expect("a pair that was read is read again");
             assert!(pair.preference.is_none_or(|p| (0.0..=1.0).contains(&p)));
+            assert_ne!(pair.first.trim(), pair.second.trim());
             used = true;
         }
     }
     let format = PromptFormat {
+        special_tokens: true,
         field: "prompt".into(),
         reference_field: "reference".into(),
         instruction: "{{ prompt }}".into(),
@@ -93,10 +100,13 @@ pub fn rows(data: &[u8]) -> bool {
         limit: 64,
         remedy: String::new(),
         on_long: OnLong::Skip,
+        on_bad: OnBad::Skip,
         split: Split::default(),
         needs_references: false,
+        model: ModelBounds { context: 128, vocabulary: 259 },
     };
-    if let Ok(data) = Dataset::read(&path, options, &BYTES.with(Tokenizer::clone)) {
+    let read = |rows| Dataset::read(rows, options, &BYTES.with(Tokenizer::clone));
+    if let Ok(data) = Rows::open(&path).and_then(read) {
         let order = data.order(0);
         for seq in 0..data.len() {
             assert!(data.prompt(seq as u64, &order).expect("a prompt that was read is read again").ids.len() <= 64);

@@ -42,7 +42,9 @@ def rows():
     seed("rows", "pairs", lines({"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "first": "a", "second": "b", "preference": 0.25}, {"prompt": "p", "first": "a", "second": "b", "preference": None}))
     seed("rows", "broken", b'{"prompt": "fine"}\n\nnot json\n[1]\n{"prompt": 3}\n\xff\xfe\n{"first": 1, "second": 2}\n{"preference": 7, "first": "", "second": ""}')
     seed("rows", "nested", '{"prompt": ' + "[" * 200 + "]" * 200 + "}")
-    seed("rows", "turns", lines({"prompt": "\n\nHuman: a\n\nHuman:", "chosen": "\n\n\nHuman: x"}, {"prompt": "\n\nHuman:" * 200}))
+    seed("rows", "turns", lines({"prompt": "\n\nHuman: a\n\nHuman: b", "chosen": "\n\n\nHuman: x"}, {"prompt": "\n\nHuman:" * 200}))
+    seed("rows", "array", b'[{"prompt": "a,]"},\n {"prompt": [{"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}]}]')
+    seed("rows", "parts", lines({"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, {"prompt": {"role": ["user"], "content": ["b"]}}, {"system": "s", "prompt": "p", "chosen": turns("p", "x"), "rejected": turns("p", "y")}, {"chosen": "The sky is blue.", "rejected": "The sky is green."}))
     seed("rows", "packed", gzip.compress(lines({"prompt": "hi"}, {"prompt": "ho"}).encode(), mtime=0))
     seed("rows", "half", gzip.compress(b'{"prompt": "hi"}\n' * 50, mtime=0)[:40])
 

@@ -307,7 +307,7 @@ fn pairs_are_made_by_the_rule_and_read_back() {
 
 #[test]
 fn parquet_files_are_read_row_by_row() {
-    use preceptor::data::{Preferences, Rows, Split};
+    use preceptor::data::{PairOptions, Preferences, Rows};
     let path = crate::common::fixture("parquet/pairs.parquet");
     let rows = Rows::open(&path).unwrap();
     assert_eq!(rows.len(), 7);
@@ -323,7 +323,7 @@ fn parquet_files_are_read_row_by_row() {
             assert_eq!(same.get(i).unwrap(), rows.get(i).unwrap(), "{codec}, row {i}");
         }
     }
-    let pairs = Preferences::read(&path, &Split::default(), true).unwrap();
+    let pairs = Preferences::read(&path, &PairOptions { labeled: true, ..PairOptions::default() }).unwrap();
     let pair = pairs.get(4).unwrap();
     assert_eq!(pair.dialogue.text(), "Human: question 4\n\nAssistant: hm\n\nHuman: and?");
     assert_eq!((pair.first.as_str(), pair.second.as_str(), pair.preference), ("good 4", "bad é", Some(1.0)));

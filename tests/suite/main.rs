@@ -8,6 +8,7 @@ mod common;
 mod configuration;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod data;
 mod evaluations;
 mod families;
 mod faults;

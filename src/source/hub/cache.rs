@@ -38,6 +38,25 @@ pub(super) fn is_inside(path: &str) -> bool {
     !path.is_empty() && path.len() <= 512 && normal && !path.chars().any(char::is_control) && !path.contains('\\')
 }
 
+/// The kinds of repositories of a hub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A model.
+    Model,
+    /// A data set.
+    Dataset,
+}
+
+impl Kind {
+    /// The word for several of its kind, in addresses and in names of folders.
+    pub(super) fn plural(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+        }
+    }
+}
+
 /// One repository at one revision in the cache.
 #[derive(Debug, Clone)]
 pub(super) struct Cache {
@@ -50,7 +69,7 @@ impl Cache {
     ///
     /// # Errors
     /// Names that are not those of a repository and of a revision.
-    pub(super) fn new(home: &Path, repo: &str, revision: &str) -> Result<Self> {
+    pub(super) fn new(home: &Path, kind: Kind, repo: &str, revision: &str) -> Result<Self> {
         let parts: Vec<&str> = repo.split('/').collect();
         ensure!(
             parts.len() == 2 && parts.iter().all(|part| is_name(part)),
@@ -60,7 +79,7 @@ impl Cache {
             revision.len() <= LONGEST && revision.split('/').all(is_name),
             "revision = {revision:?} is no branch, tag or commit"
         );
-        let folder = home.join("hub").join(format!("models--{}", repo.replace('/', "--")));
+        let folder = home.join("hub").join(format!("{}--{}", kind.plural(), repo.replace('/', "--")));
         Ok(Self { folder, revision: revision.to_owned() })
     }
 
@@ -69,6 +88,30 @@ impl Cache {
         let commit = bounded::text(&self.folder.join("refs").join(&self.revision), LONGEST as u64).ok()?;
         let path = self.snapshot(commit.trim()).ok()?.join(name);
         path.exists().then_some(path)
+    }
+
+    /// The list of files of the commit that the revision last stood for, if [`Self::keep_list`] kept one.
+    pub(super) fn list(&self) -> Option<Vec<String>> {
+        let commit = bounded::text(&self.folder.join("refs").join(&self.revision), LONGEST as u64).ok()?;
+        let path = self.list_path(commit.trim()).ok()?;
+        serde_json::from_str(&bounded::text(&path, bounded::DESCRIPTION).ok()?).ok()
+    }
+
+    /// Keeps the list of files of the commit that the revision stands for, so that the hub need not be asked again.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub(super) fn keep_list(&self, names: &[String]) -> Result<()> {
+        let commit = bounded::text(&self.folder.join("refs").join(&self.revision), LONGEST as u64)?;
+        let path = self.list_path(commit.trim())?;
+        let folder = path.parent().context("a file is in a folder")?;
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        std::fs::write(&path, serde_json::to_vec(names)?).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn list_path(&self, commit: &str) -> Result<PathBuf> {
+        ensure!(is_name(commit), "{commit:?} is no commit");
+        Ok(self.folder.join("files").join(format!("{commit}.json")))
     }
 
     fn snapshot(&self, commit: &str) -> Result<PathBuf> {
@@ -156,17 +199,17 @@ mod tests {
     fn a_revision_stays_in_the_folder_of_references() {
         let home = tempfile::tempdir().unwrap();
         for revision in ["main", "v1.0", "refs/pr/1", "c0ffee"] {
-            assert!(Cache::new(home.path(), "o/n", revision).is_ok(), "{revision}");
+            assert!(Cache::new(home.path(), Kind::Model, "o/n", revision).is_ok(), "{revision}");
         }
         for revision in ["", "/etc", "../../x", "a//b", "a/../b", "main?x", "a b", "a#b", "a%2e"] {
-            assert!(Cache::new(home.path(), "o/n", revision).is_err(), "{revision}");
+            assert!(Cache::new(home.path(), Kind::Model, "o/n", revision).is_err(), "{revision}");
         }
     }
 
     #[test]
     fn a_reference_to_a_path_outside_counts_as_missing() {
         let home = tempfile::tempdir().unwrap();
-        let cache = Cache::new(home.path(), "o/n", "main").unwrap();
+        let cache = Cache::new(home.path(), Kind::Model, "o/n", "main").unwrap();
         std::fs::write(home.path().join("config.json"), "{}").unwrap();
         std::fs::create_dir_all(home.path().join("hub/models--o--n/refs")).unwrap();
         std::fs::create_dir_all(home.path().join("hub/models--o--n/snapshots")).unwrap();

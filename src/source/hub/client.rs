@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use tokio::time::timeout;
 use url::Url;
 
-use super::cache::is_name;
+use super::cache::{Kind, is_name};
 use crate::{bounded, http};
 
 /// Most redirects in a row.
@@ -28,6 +28,7 @@ pub(super) struct Client {
     http: reqwest::Client,
     endpoint: Url,
     token: Option<String>,
+    kind: Kind,
     repo: String,
     revision: String,
     /// How long the hub may send nothing.
@@ -53,6 +54,7 @@ impl Client {
     pub(super) fn new(
         endpoint: &str,
         token: Option<String>,
+        kind: Kind,
         repo: &str,
         revision: &str,
         patience: Duration,
@@ -70,7 +72,7 @@ impl Client {
             .user_agent(concat!("preceptor/", env!("CARGO_PKG_VERSION")))
             .build()
             .context("the hub's client cannot be set up")?;
-        Ok(Self { http, endpoint, token, repo: repo.to_owned(), revision: revision.to_owned(), patience })
+        Ok(Self { http, endpoint, token, kind, repo: repo.to_owned(), revision: revision.to_owned(), patience })
     }
 
     /// Names of the files in the repository.
@@ -78,7 +80,7 @@ impl Client {
     /// # Errors
     /// A hub that does not answer, knows no such repository, or answers as no hub does.
     pub(super) async fn files(&self) -> Result<Vec<String>> {
-        let url = self.url(&["api", "models"], &["revision", &self.revision], &[])?;
+        let url = self.url(&["api", self.kind.plural()], &["revision", &self.revision], &[])?;
         let answer = timeout(self.patience.min(CONTACT), self.get(url, None)).await;
         let (answer, _) = answer
             .map_err(|_| anyhow!("the hub did not answer within {:?}", self.patience.min(CONTACT)))?
@@ -242,7 +244,9 @@ impl Client {
     }
 
     fn file(&self, name: &str) -> Result<Url> {
-        self.url(&[], &["resolve", &self.revision], &name.split('/').collect::<Vec<_>>())
+        // Models have no word before their names.
+        let before: &[&str] = if self.kind == Kind::Model { &[] } else { &[self.kind.plural()] };
+        self.url(before, &["resolve", &self.revision], &name.split('/').collect::<Vec<_>>())
     }
 
     fn url(&self, before: &[&str], after: &[&str], path: &[&str]) -> Result<Url> {
