@@ -32,6 +32,8 @@ pub struct Tokenizer {
     special: Special,
     /// The token that the chat template writes after an answer.
     turn_end: Option<u32>,
+    /// Whether the tokenizer or a configuration names a token that ends a completion.
+    named_end: bool,
     /// The token that the model's own tokenizer puts before a text, if it puts one.
     opening: Option<u32>,
     vocab_size: usize,
@@ -133,7 +135,8 @@ impl Tokenizer {
         let opened = inner.encode_fast("", true).map_err(|error| anyhow!(error))?;
         let opening = opened.get_ids().first().copied().filter(|id| Some(*id) == special.bos);
         let (inner, templates) = (Arc::new(inner), Arc::new(templates));
-        Ok(Self { inner, template, templates, special, turn_end: None, opening, vocab_size }.with_turn_end())
+        let named_end = !special.eos.is_empty();
+        Ok(Self { inner, template, templates, special, turn_end: None, named_end, opening, vocab_size }.with_turn_end())
     }
 
     /// The same tokenizer, with the token that its chat template ends an answer with among those that end a completion.
