@@ -501,6 +501,11 @@ fn as_asked(weights: u64, tokenizer: &Tokenizer, chat: bool) -> u64 {
 /// A penalty for completions that do not end, which all would get.
 fn check_ends(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
     let rollout = &config.rollout;
+    if let Some(end) = tokenizer.end_by_template_alone() {
+        tracing::warn!(
+            "the policy's config.json, generation_config.json and tokenizer name no end token; completions end with {end:?}, which its chat template writes after an answer"
+        );
+    }
     if !(tokenizer.eos_ids().is_empty() && rollout.stop.is_empty() && rollout.stop_ids.is_empty()) {
         return Ok(());
     }

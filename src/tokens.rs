@@ -37,6 +37,8 @@ pub struct Tokenizer {
     special: Special,
     /// The token that the chat template writes after an answer.
     turn_end: Option<u32>,
+    /// Whether the tokenizer or a configuration names a token that ends a completion.
+    named_end: bool,
     /// The token that the model's own tokenizer puts before a text, if it puts one.
     opening: Option<u32>,
     vocab_size: usize,
@@ -139,8 +141,9 @@ impl Tokenizer {
         let opening = opened.get_ids().first().copied().filter(|id| Some(*id) == special.bos);
         let (inner, templates) = (Arc::new(inner), Arc::new(templates));
         let (plain, variables) = (Arc::default(), Arc::default());
-        let turn_end = None;
-        let made = Self { inner, plain, template, variables, templates, special, turn_end, opening, vocab_size };
+        let (named_end, turn_end) = (!special.eos.is_empty(), None);
+        let made =
+            Self { inner, plain, template, variables, templates, special, turn_end, named_end, opening, vocab_size };
         Ok(made.with_turn_end())
     }
 

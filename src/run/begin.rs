@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use super::journal::{self, Entry, Journal};
 use super::phases::FINE_TUNING;
-use super::rewind;
+use super::{reference, rewind};
 use crate::checkpoint::Opened;
 use crate::checkpoint::shelf::{self, PENDING};
 use crate::disk;
@@ -58,9 +58,10 @@ pub(super) fn date(run: &Path, checkpoint: Option<&Opened>) -> Result<Option<Str
     let pending = run.join(PENDING);
     if disk::exists(&pending)? {
         let note = std::fs::read_to_string(&pending).map_err(|error| disk::cannot("read", &pending, error))?;
-        if let Some(date) = note.lines().find_map(|line| line.strip_prefix(DATE)) {
-            return Ok(Some(date.to_owned()));
-        }
+        return Ok(note.lines().find_map(|line| line.strip_prefix(DATE)).map(str::to_owned));
+    }
+    if disk::exists(&run.join(FINE_TUNING))? || disk::exists(&reference::place(run))? {
+        return Ok(None);
     }
     let now = humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string();
     Ok(now.split_once('T').map(|(day, _)| day.to_owned()))

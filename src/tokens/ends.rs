@@ -15,6 +15,12 @@ impl Tokenizer {
         self.turn_end.filter(|_| chat).or(self.special.eos.first().copied())
     }
 
+    /// The token that ends a completion, as it is written, where the chat template alone says that one does.
+    pub fn end_by_template_alone(&self) -> Option<String> {
+        let end = self.turn_end.filter(|end| self.special.eos == [*end] && !self.named_end)?;
+        self.inner.id_to_token(end)
+    }
+
     /// The token that the model's chat template writes after an answer: an added token, after spaces at most. `None` where the
     /// template writes no such token, or there is no template.
     pub(super) fn found_turn_end(&self) -> Option<u32> {

@@ -61,7 +61,7 @@ impl Instrument {
 pub fn possible(methods: &Methods) -> Result<()> {
     for method in methods.iter() {
         if matches!(method.kind, LabelerKind::Likelihood | LabelerKind::Embedding) && method.remote.is_some() {
-            bail!("it reads the weights of its judge, and `remote` is on a server");
+            bail!("it reads the weights of its judge, and labeler.remote is on a server");
         }
         if let Some(question) = question(method)? {
             TemplateSet::find_for(&method.templates, &question)?;

@@ -260,7 +260,8 @@ fn labels(run: &Path, figures: &Figures, tally: &Tally, cache: &Path) -> Result<
     }
     let verdict = |kind: &str| figures.of(&format!("preceptor_labels_total{{labeler=\"direct\",verdict=\"{kind}\"}}"));
     let failures = verdict("failure");
-    ensure!((labels, abstentions) == (verdict("label"), verdict("abstention")), "samples: {labels} and {abstentions}");
+    let counted = (verdict("label"), verdict("abstention"));
+    ensure!((labels, abstentions) == counted, "samples: {labels} and {abstentions}, counted {counted:?}");
     let abstained = tally.questions.values().filter(|question| question.abstains).count() as u64;
     let answered = tally.questions.len() as u64 - abstained;
     let kept = Store::open(cache, u64::MAX)?.len()?;

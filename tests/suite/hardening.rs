@@ -48,7 +48,7 @@ fn the_sound_seeds_are_of_use() {
         ("config", &["offline", "quickstart", "panel", "served", "models"][..]),
         ("rows", &["prompts", "hh", "pairs", "packed", "turns"]),
         ("gguf", &["llama", "spm", "gemma", "llama-bpe", "qwen2", "gpt-2"]),
-        ("safetensors", &["two", "f16", "f64", "i64", "u8", "f8_e4m3", "scalar"]),
+        ("safetensors", &["two", "f16", "f64", "i64", "u8", "scalar"]),
         ("model_config", &["gemma3", "llama3", "mistral", "qwen2-window", "scorer", "bert"]),
         ("tokenizer", &["bpe", "spm", "bert", "word-level", "metaspace"]),
         ("template", &["chatml", "llama", "namespace", "macro", "json", "methods", "filters", "recursive"]),

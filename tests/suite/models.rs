@@ -115,8 +115,14 @@ fn a_policy_that_cannot_end_is_told_and_no_penalty_is_taken_for_it() {
         set(&model.join(name), &json!({ "eos_token_id": null }));
     }
     for name in ["tokenizer_config.json", "special_tokens_map.json"] {
-        set(&model.join(name), &json!({ "eos_token": null, "chat_template": null }));
+        set(&model.join(name), &json!({ "eos_token": null }));
     }
+    // Its chat template ends answers with a token.
+    let chat = tempfile::tempdir().unwrap();
+    let (checkpoint, told) = trained(chat.path(), &model, &["reward.missing_eos_penalty=1"]);
+    assert!(told.contains("completions end with \"<|im_end|>\", which its chat template writes"), "{told}");
+    assert_eq!(read(&checkpoint.join("generation_config.json"))["eos_token_id"], json!([258]));
+    set(&model.join("tokenizer_config.json"), &json!({ "chat_template": null }));
     let plain = ["data.chat=false"];
     let (checkpoint, told) = trained(dir.path(), &model, &plain);
     assert!(told.contains("the policy has no end token"), "{told}");

@@ -231,7 +231,7 @@ fn a_run_is_not_resumed_as_another_one() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(run.join("checkpoints/step-000002.superseded-1").exists(), "{}", stderr(&output));
     assert_eq!(metrics(&run).len(), 2);
-    let output = training(dir.path(), &overrides).arg("--resume=run").output().unwrap();
+    let output = training(dir.path(), &overrides).arg("--resume=run/samples.jsonl").output().unwrap();
     assert!(stderr(&output).contains("is no checkpoint of a run"), "{}", stderr(&output));
 }
 
