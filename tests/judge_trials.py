@@ -65,7 +65,8 @@ p = xllamacpp.CommonParams()
 p.model.path, p.hostnames, p.port = sys.argv[1], ["127.0.0.1"], int(sys.argv[2])
 p.n_ctx, p.n_parallel, p.cpuparams.n_threads, p.cpuparams_batch.n_threads = 8192, 2, 2, 2
 if len(sys.argv) > 3:
-    p.chat_template, p.use_jinja, p.enable_reasoning = open(sys.argv[3]).read(), True, 1
+    p.chat_template, p.use_jinja = open(sys.argv[3]).read(), True
+    p.default_template_kwargs = {"enable_thinking": "true"}
 server = xllamacpp.Server(p)
 time.sleep(36000)
 """
@@ -221,7 +222,7 @@ def labels(name, *sets, pairs=None):
     command = [PROGRAM, "--log", "info", "label", CONFIG, "--input", PAIRS, "--output", output, "--limit", pairs or ARGS.pairs]
     log = run(*command, *[x for s in sets for x in ("--set", s)], log=f"{name}.log")
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    return {row["pair"]: row for row in rows}, log
+    return {row["pair"]: row for row in rows if row["pair"] < (pairs or ARGS.pairs)}, log
 
 
 def here(model, kind, chat):

@@ -215,7 +215,7 @@ fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Res
         }
     };
     let (dialogue, first, second) = match (a, b) {
-        (Side::Whole(a), Side::Whole(b)) => whole(a, b, prompt, names)?,
+        (Side::Whole(a), Side::Whole(b)) => whole([a, b], prompt, names, notes)?,
         (Side::Whole(_), _) | (_, Side::Whole(_)) => bail!(
             "one of {} and {} is a whole dialogue and the other one is not; give both in one form",
             names[0],
@@ -296,13 +296,17 @@ const SEVERAL: &str = "an answer goes on over several turns, which are compared 
 
 /// The parts of two whole dialogues, which must hold `prompt`.
 fn whole(
-    a: Dialogue,
-    b: Dialogue,
+    [a, b]: [Dialogue; 2],
     prompt: Option<(&str, Dialogue)>,
     names: [&str; 2],
+    notes: &mut Notes,
 ) -> Result<(Dialogue, String, String)> {
+    let longest = a.turns.len().max(b.turns.len());
     let parted = a.part(b).map_err(|error| anyhow!("{} and {} {error}", names[0], names[1]))?;
     let (shared, first, second) = parted;
+    if longest > shared.turns.len() + 1 {
+        notes.add(SEVERAL);
+    }
     let (shared, answer) =
         shared.into_prompt().map_err(|error| anyhow!("what {} and {} have in common {error}", names[0], names[1]))?;
     ensure!(answer.is_none(), "{} and {} part after an answer of the assistant's, not at one", names[0], names[1]);
