@@ -9,9 +9,11 @@ use std::process::Child;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use preceptor::label::cache::Store;
 use preceptor::remote::retry::Outcome;
+use preceptor::rollout::Verdict;
+use preceptor::run::journal::{Entry, Journal};
 use preceptor::seed;
 use serde_json::{Value, json};
 
@@ -244,24 +246,33 @@ fn labels(run: &Path, figures: &Figures, tally: &Tally, cache: &Path) -> Result<
         (rating - 5.5) / 4.5
     });
     let (mut labels, mut abstentions, mut seen) = (0u64, 0u64, HashSet::new());
-    for line in std::fs::read_to_string(run.join("samples.jsonl"))?.lines() {
-        let sample: Value = serde_json::from_str(line)?;
-        match sample["verdict"]["label"].as_f64() {
-            Some(label) => {
-                labels += 1;
-                ensure!(allowed.iter().any(|one| (one - label).abs() < 1e-9), "the judge gave no such label: {line}");
-                seen.insert(label.to_bits());
-            }
-            None => {
-                abstentions += 1;
-                ensure!(sample["verdict"]["abstention"].is_string() && sample["reward"].is_null(), "{line}");
+    for entry in Journal::open(run)? {
+        let Entry::Step(step) = entry? else { continue };
+        for group in &step.batch {
+            for verdict in group.feedback.iter().flat_map(|feedback| &feedback.verdicts) {
+                match verdict {
+                    Verdict::Label(label) => {
+                        labels += 1;
+                        let given = allowed.iter().any(|one| (one - label).abs() < 1e-9);
+                        ensure!(given, "the judge gave no such label: {label}");
+                        seen.insert(label.to_bits());
+                    }
+                    Verdict::Abstention(_) => {
+                        abstentions += 1;
+                        ensure!(group.rewards.is_empty(), "a group with an abstention has rewards");
+                    }
+                    Verdict::Failure(why) => bail!("a failure was learned from: {why}"),
+                }
             }
         }
     }
     let verdict = |kind: &str| figures.of(&format!("preceptor_labels_total{{labeler=\"direct\",verdict=\"{kind}\"}}"));
     let failures = verdict("failure");
     let counted = (verdict("label"), verdict("abstention"));
-    ensure!((labels, abstentions) == counted, "samples: {labels} and {abstentions}, counted {counted:?}");
+    ensure!(
+        (labels, abstentions) == counted,
+        "{labels} labels and {abstentions} abstentions arrived, counted {counted:?}"
+    );
     let abstained = tally.questions.values().filter(|question| question.abstains).count() as u64;
     let answered = tally.questions.len() as u64 - abstained;
     let kept = Store::open(cache, u64::MAX)?.len()?;
