@@ -289,6 +289,7 @@ impl Subject {
                 identity,
                 tokenizer,
                 instruments: vec![],
+                evaluators: Vec::new(),
                 budget: None,
                 reward_start: None,
                 pairs: None,

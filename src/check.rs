@@ -385,8 +385,8 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
     } else {
         vec!["judge       none is asked while the policy learns".into()]
     };
-    if evaluation.every_steps > 0 {
-        let times = (config.run.steps / evaluation.every_steps) as f64;
+    if let Some(times) = config.run.steps.checked_div(evaluation.every_steps) {
+        let times = times as f64;
         let (_, methods) = config.evaluation_judge();
         lines.extend(asked(config, prompt, methods, [evaluation.prompts, 2, 1], ("win rate", "evaluation", times))?);
     } else if evaluation.labeler.is_some() {

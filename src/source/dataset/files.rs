@@ -110,7 +110,7 @@ fn has_word(name: &str, words: &[&str]) -> bool {
 /// The splits that names of files have words for.
 fn splits_of(names: &[&str]) -> Vec<&'static str> {
     let there = |words: &&[&str]| names.iter().any(|name| has_word(name, words));
-    SPLITS.iter().filter(|words| there(*words)).map(|words| words[0]).collect()
+    SPLITS.iter().filter(|words| there(words)).map(|words| words[0]).collect()
 }
 
 /// The files among `names` (paths within a data set) that are meant. As in `datasets`, a split is a word in the path, and all
