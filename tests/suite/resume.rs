@@ -1,10 +1,10 @@
 //! Runs that are killed, resumed, refused, replayed: real processes.
 
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
@@ -519,29 +519,31 @@ fn a_checkpoint_that_never_ends_is_left_when_it_is_asked_for_again() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut errors = child.stderr.take().unwrap();
+    let errors = BufReader::new(child.stderr.take().unwrap());
+    let said: Arc<Mutex<String>> = Arc::default();
+    let heard = Arc::clone(&said);
     let reader = std::thread::spawn(move || {
-        let mut text = String::new();
-        errors.read_to_string(&mut text).map(|_| text).unwrap()
+        for line in errors.lines() {
+            *heard.lock().unwrap() += &format!("{}\n", line.unwrap());
+        }
     });
     wait_until("the third step", || {
         assert!(child.try_wait().unwrap().is_none(), "it ended before its last checkpoint");
         metrics_lines(dir.path()) >= 3
     });
-    let mut asked = 0;
-    let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            break status;
-        }
-        asked += 1;
-        if asked == 120 {
-            child.kill().unwrap();
-            panic!("it still waits for its disk: {}", reader.join().unwrap());
-        }
+    let end = |child: &Child| {
         assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
-        std::thread::sleep(Duration::from_millis(500));
     };
-    let text = reader.join().unwrap();
+    end(&child);
+    wait_until("the offer to leave the checkpoint", || said.lock().unwrap().contains("press Ctrl-C again to leave it"));
+    end(&child);
+    let mut status = None;
+    wait_until("the end", || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    reader.join().unwrap();
+    let (status, text) = (status.unwrap(), said.lock().unwrap().clone());
     assert!(!status.success() && text.contains("left before its last checkpoint was written"), "{text}");
     let output = resume(dir.path(), &overrides);
     assert!(output.status.success() && stderr(&output).contains("step-000001"), "{}", stderr(&output));
