@@ -2,8 +2,8 @@
 
 const CURVES = [
   { title: "Reward", series: [{ column: "reward/mean", name: "reward" }] },
-  { title: "Win rate", series: [{ column: "win_rate", name: "win rate" }] },
   { title: "Score", series: [{ column: "score/mean", name: "score" }] },
+  { title: "Win rate", series: [{ column: "win_rate", name: "win rate" }] },
   { title: "Preferences learned", series: [{ column: "preference/accuracy", name: "share ranked rightly" }] },
   { title: "KL to the reference", unit: "nats", series: [{ column: "kl/mean", name: "KL" }] },
   { title: "Length", unit: "tokens", series: [{ column: "length/mean", name: "length" }] },
