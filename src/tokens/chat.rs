@@ -151,21 +151,55 @@ fn value_of(value: &toml::Value) -> Value {
     }
 }
 
-/// `{% generation %}` marks what an assistant said, for masks made elsewhere. It does nothing to the text, and is no
-/// Jinja: it becomes a block that is always taken.
+/// Replaces the blocks `{% generation %}`, which mark what an assistant said for masks made elsewhere and which Jinja does
+/// not know, by blocks that change nothing of the text. Variables that are set within one are not seen behind it, as in
+/// `transformers`. Comments, raw blocks and text literals stay as they are.
 fn without_generation_blocks(source: &str) -> String {
-    let mut pieces = source.split("{%");
-    let mut out = pieces.next().unwrap_or_default().to_owned();
-    for piece in pieces {
-        out.push_str("{%");
-        let tag = piece.split_once("%}").map_or("", |(tag, _)| tag.trim_matches(['-', '+']).trim());
-        match tag {
-            "generation" => out.push_str(&piece.replacen("generation", "if true", 1)),
-            "endgeneration" => out.push_str(&piece.replacen("endgeneration", "endif", 1)),
-            _ => out.push_str(piece),
+    let (mut out, mut rest, mut raw) = (String::new(), source, false);
+    while let Some(at) = rest.find("{{").into_iter().chain(rest.find("{%")).chain(rest.find("{#")).min() {
+        let (before, tag) = rest.split_at(at);
+        out.push_str(before);
+        let end = match &tag[..2] {
+            "{%" => code_end(tag, "%}"),
+            "{{" if !raw => code_end(tag, "}}"),
+            "{#" if !raw => tag.find("#}").map(|end| end + 2),
+            _ => Some(2),
+        };
+        let (tag, behind) = tag.split_at(end.unwrap_or(tag.len()));
+        let inner = tag.strip_prefix("{%").and_then(|tag| tag.strip_suffix("%}")).unwrap_or_default();
+        match (inner.trim_matches(['-', '+']).trim(), raw) {
+            ("generation", false) => out.push_str(&tag.replacen("generation", "with", 1)),
+            ("endgeneration", false) => out.push_str(&tag.replacen("endgeneration", "endwith", 1)),
+            (word, _) => {
+                let toggles = if raw { word == "endraw" } else { word == "raw" };
+                raw ^= toggles;
+                // In a raw block only its end is a tag.
+                let step = if raw && !toggles { 2 } else { tag.len() };
+                out.push_str(&tag[..step]);
+                rest = &rest[at + step..];
+                continue;
+            }
+        }
+        rest = behind;
+    }
+    out + rest
+}
+
+/// The place behind `close` in `code`, which opens with two characters; text literals are passed over.
+fn code_end(code: &str, close: &str) -> Option<usize> {
+    let (mut quote, mut escaped) = (None, false);
+    for (at, c) in code.char_indices().skip(2) {
+        match quote {
+            Some(_) if escaped => escaped = false,
+            Some(_) if c == '\\' => escaped = true,
+            Some(open) if c == open => quote = None,
+            Some(_) => {}
+            None if matches!(c, '"' | '\'') => quote = Some(c),
+            None if code[at..].starts_with(close) => return Some(at + close.len()),
+            None => {}
         }
     }
-    out
+    None
 }
 
 fn refusal(text: impl Into<String>) -> Error {
@@ -282,6 +316,21 @@ mod tests {
         let messages = [message("assistant", "a"), message("assistant", "b")];
         // As `transformers` renders it.
         assert_eq!(render(template, &messages, false).unwrap(), "a generation;\nb generation;\n");
+        for (template, expected) in [
+            (
+                "{% raw %}{% generation %}{{ x }}{% endgeneration %}{% endraw %}",
+                "{% generation %}{{ x }}{% endgeneration %}",
+            ),
+            (
+                "{{ '{% generation %}' }}{# {% generation %} #}{{ \"it's {% endgeneration %}\" }}",
+                "{% generation %}it's {% endgeneration %}",
+            ),
+            ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
+            ("{% set n = namespace(x=1) %}{% generation %}{% set n.x = 2 %}{% endgeneration %}{{ n.x }}", "2"),
+            ("{%+ generation +%} a{%endgeneration%}", " a"),
+        ] {
+            assert_eq!(render(template, &[], false).unwrap(), expected, "{template}");
+        }
     }
 
     #[test]
