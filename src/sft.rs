@@ -53,11 +53,11 @@ impl FineTune {
     /// Adds the gradient of one reference; returns its summed loss and number of tokens.
     fn learn(&self, state: &mut TrainState, prompt: &Prompt) -> Result<(f64, usize)> {
         let text = prompt.reference.as_ref().ok_or_else(|| anyhow!("line {} has no reference", prompt.row + 1))?;
-        let mut ids = self.tokenizer.encode_answer(text)?;
+        let (kept, mut ids) = self.tokenizer.encode_behind(&prompt.ids, text)?;
         ids.extend(self.tokenizer.end(self.chat));
         // A reference beyond the context teaches with its beginning.
-        ids.truncate(state.config().context.saturating_sub(prompt.ids.len()));
-        let pack = Pack::new(&prompt.ids, &[ids]);
+        ids.truncate(state.config().context.saturating_sub(kept));
+        let pack = Pack::new(&prompt.ids[..kept], &[ids]);
         let (logprobs, _) = state.model.logprobs(&pack, 1.0)?;
         let loss = -logprobs.to_vec1::<f32>()?.iter().map(|p| f64::from(*p)).sum::<f64>();
         ops::backward(&logprobs.sum_all()?.neg()?, &mut [&mut state.gradients])?;

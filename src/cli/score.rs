@@ -5,7 +5,9 @@ use clap::Args;
 use serde_json::json;
 
 use super::prompts::{ModelArgs, PromptArgs};
-use crate::model::Pack;
+use crate::exit::before_work;
+use crate::model::{Decoder, Pack};
+use crate::tokens::Tokenizer;
 use crate::{out, out_json};
 
 /// Arguments of `preceptor score`.
@@ -27,17 +29,27 @@ pub struct Score {
 }
 
 impl Score {
+    /// The model, its tokenizer, and the token ids of prompt and continuation.
+    fn prepare(&self) -> Result<(Decoder, Tokenizer, Vec<u32>, Vec<u32>)> {
+        let (model, tokenizer) = self.model.load()?;
+        let mut prompt = self.text.ids(&tokenizer, model.config().vocab_size)?;
+        let completion = match &self.completion {
+            Some(text) => {
+                let (kept, ids) = tokenizer.encode_behind(&prompt, text)?;
+                prompt.truncate(kept);
+                ids
+            }
+            None => self.completion_ids.clone(),
+        };
+        Ok((model, tokenizer, prompt, completion))
+    }
+
     /// Scores and prints.
     ///
     /// # Errors
     /// A model or text that cannot be used.
     pub fn run(self) -> Result<()> {
-        let (model, tokenizer) = self.model.load()?;
-        let prompt = self.text.ids(&tokenizer, model.config().vocab_size)?;
-        let completion = match &self.completion {
-            Some(text) => tokenizer.encode_answer(text)?,
-            None => self.completion_ids.clone(),
-        };
+        let (model, tokenizer, prompt, completion) = before_work(|| self.prepare())?;
         // Without a continuation the text itself is scored, all but its first token: nothing predicts that one.
         let (prefix, scored) =
             if completion.is_empty() { prompt.split_at(1) } else { (prompt.as_slice(), completion.as_slice()) };

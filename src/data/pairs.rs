@@ -130,22 +130,27 @@ impl PairSet {
 pub fn group(seq: u64, pair: &PreferencePair, format: &PromptFormat, tokenizer: &Tokenizer) -> Result<Group> {
     let ids = format.encode_dialogue(&pair.dialogue, tokenizer)?;
     ensure!(!ids.is_empty(), "the prompt has no tokens");
+    let (first_kept, first) = tokenizer.encode_behind(&ids, &pair.first)?;
+    let (second_kept, second) = tokenizer.encode_behind(&ids, &pair.second)?;
+    // Both answers stand behind the same tokens.
+    let kept = first_kept.min(second_kept);
+    let completion = |text: &str, own: usize, behind: Vec<u32>| {
+        let mut all = [&ids[kept..own], &behind].concat();
+        all.extend(tokenizer.end(format.chat));
+        let (logprobs, versions) = (vec![0.0; all.len()], vec![0; all.len()]);
+        Completion { ids: all, logprobs, versions, finish: Finish::Eos, text: text.to_owned() }
+    };
+    let completions = vec![completion(&pair.first, first_kept, first), completion(&pair.second, second_kept, second)];
     let prompt = Prompt {
         seq,
         epoch: 0,
         row: pair.row,
         text: pair.dialogue.text().into(),
-        ids: ids.into(),
+        ids: ids[..kept].into(),
         blank: format.blank(tokenizer)?,
         reference: None,
     };
-    let completion = |text: &str| -> Result<Completion> {
-        let mut ids = tokenizer.encode_answer(text)?;
-        ids.extend(tokenizer.end(format.chat));
-        let (logprobs, versions) = (vec![0.0; ids.len()], vec![0; ids.len()]);
-        Ok(Completion { ids, logprobs, versions, finish: Finish::Eos, text: text.to_owned() })
-    };
-    Ok(Group { prompt, completions: vec![completion(&pair.first)?, completion(&pair.second)?] })
+    Ok(Group { prompt, completions })
 }
 
 /// Emits every pair once, in order.

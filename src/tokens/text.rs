@@ -11,6 +11,9 @@ const MARKS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
 /// The text before which [`Tokenizer::encode_answer`] puts an answer where the tokenizer writes a space before a text.
 const ANCHOR: &str = "\n";
 
+/// Number of tokens at a prompt's end with which the beginning of an answer is looked at.
+const TAIL: usize = 16;
+
 impl Tokenizer {
     /// Token ids of an answer that follows a prompt. Unlike [`Self::encode`], no control token is recognised in it, and a
     /// tokenizer that writes a space before a text (SentencePiece's) writes none here, as it does for prompt and answer
@@ -25,6 +28,35 @@ impl Tokenizer {
             Some(ids) if self.writes_space()? => Ok(ids.to_vec()),
             _ => self.encode_plain(text),
         }
+    }
+
+    /// Token ids of `text` behind the tokens of `prompt`, as the tokenizer gives them for both together: the number of
+    /// the prompt's tokens that stay as they are, and the ids behind these. They are all of the prompt's, unless the
+    /// tokenizer makes one token of its end and the beginning of `text`, as of a space and a word.
+    ///
+    /// # Errors
+    /// Text that the tokenizer refuses.
+    pub fn encode_behind(&self, prompt: &[u32], text: &str) -> Result<(usize, Vec<u32>)> {
+        let whole = |ids| Ok((prompt.len(), ids));
+        let apart = self.encode_answer(text)?;
+        // No token spans a control token, and hardly any more than some tokens.
+        let special = self.special_ids();
+        let begin = prompt.iter().rposition(|id| special.contains(id)).map_or(0, |last| last + 1);
+        let tail = &prompt[begin.max(prompt.len().saturating_sub(TAIL))..];
+        if tail.is_empty() || text.is_empty() {
+            return whole(apart);
+        }
+        let before = self.decode(&[self.encode_plain(ANCHOR)?, tail.to_vec()].concat())?;
+        let before = before.strip_prefix(ANCHOR).unwrap_or(&before);
+        // A tail that is not read back as these tokens, such as a part of a character, is left alone.
+        if self.encode_answer(before)? != tail {
+            return whole(apart);
+        }
+        let together = self.encode_answer(&format!("{before}{text}"))?;
+        let same = together.iter().zip(tail).take_while(|(one, other)| one == other).count();
+        let kept = prompt.len() - tail.len() + same;
+        // Something must stand before the answer's first token, to predict it.
+        if kept == 0 { whole(apart) } else { Ok((kept, together[same..].to_vec())) }
     }
 
     /// As [`Self::encode_document`], of a text in which no control token is recognised.
@@ -152,7 +184,11 @@ mod tests {
             "normalizer": { "type": "Sequence", "normalizers": [
                 { "type": "Prepend", "prepend": "▁" }, { "type": "Replace", "pattern": { "String": " " }, "content": "▁" }
             ] },
-            "pre_tokenizer": null, "post_processor": null, "decoder": null,
+            "pre_tokenizer": null, "post_processor": null,
+            "decoder": { "type": "Sequence", "decoders": [
+                { "type": "Replace", "pattern": { "String": "▁" }, "content": " " }, { "type": "ByteFallback" },
+                { "type": "Fuse" }, { "type": "Strip", "content": " ", "start": 1, "stop": 0 }
+            ] },
             "model": {
                 "type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
                 "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
@@ -165,7 +201,53 @@ mod tests {
             let together = tokenizer.encode(&format!("user:\n{answer}")).unwrap();
             let apart = [prompt.clone(), tokenizer.encode_answer(answer).unwrap()].concat();
             assert_eq!(apart, together, "{answer}");
+            let (kept, behind) = tokenizer.encode_behind(&prompt, answer).unwrap();
+            assert_eq!([&prompt[..kept], &behind].concat(), together, "{answer}");
+        }
+        for (prompt, answer) in [("x", "y"), ("user: x ", "y"), ("user: ", "x"), ("user:", " y")] {
+            let ids = tokenizer.encode(prompt).unwrap();
+            let (kept, behind) = tokenizer.encode_behind(&ids, answer).unwrap();
+            let together = tokenizer.encode(&format!("{prompt}{answer}")).unwrap();
+            assert_eq!([&ids[..kept], &behind].concat(), together, "{prompt:?} {answer:?}");
         }
         assert_ne!([prompt, tokenizer.encode("x").unwrap()].concat(), tokenizer.encode("user:\nx").unwrap());
+    }
+
+    /// The expected ids are those of the vocabulary below, by the rule of byte-pair merges: the lowest rank first.
+    #[test]
+    fn an_answer_joins_the_tokens_of_its_prompt() {
+        let vocab = json!({ "Ġ": 0, "a": 1, "b": 2, "Ġb": 3, "ab": 4, "Ċ": 5, "ĊĊ": 6, "<|end|>": 7 });
+        let description = json!({
+            "version": "1.0", "truncation": null, "padding": null,
+            "added_tokens": [{ "id": 7, "content": "<|end|>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true }],
+            "normalizer": null,
+            "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
+            "post_processor": null,
+            "decoder": { "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true },
+            "model": {
+                "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+                "vocab": vocab, "merges": ["Ġ b", "a b", "Ċ Ċ"],
+            },
+        });
+        let tokenizer = Tokenizer::from_json(&description, None, Special::default()).unwrap();
+        for (prompt, answer, kept, behind) in [
+            // A prompt that ends with a space, and one that ends within a word.
+            ("a ", "b", 1, vec![3]),
+            ("a a", "b", 2, vec![4]),
+            ("a\n", "\n", 1, vec![6]),
+            // The pre-tokenizer parts two line feeds that a word follows.
+            ("a\n", "\nb", 2, vec![5, 2]),
+            // Nothing is joined.
+            ("a", " b", 1, vec![3]),
+            ("a ", "", 2, vec![]),
+            // Nothing joins a control token, and one that an answer spells is text.
+            ("a<|end|>", "b", 2, vec![2]),
+            // The first token has to be predicted.
+            ("a", "b", 1, vec![2]),
+        ] {
+            let ids = tokenizer.encode(prompt).unwrap();
+            assert_eq!(tokenizer.encode_behind(&ids, answer).unwrap(), (kept, behind), "{prompt:?} {answer:?}");
+        }
     }
 }
