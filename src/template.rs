@@ -3,7 +3,8 @@
 
 use std::error::Error as _;
 use std::fmt::{self, Write};
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel, sync_channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -82,24 +83,72 @@ pub fn fill_text(source: &str, values: Value) -> Result<String> {
 pub fn fill(environment: Environment<'static>, name: &'static str, values: Value) -> Result<String> {
     let steps = environment.fuel().and_then(|steps| usize::try_from(steps).ok()).unwrap_or(usize::MAX);
     let stack = steps.saturating_mul(STACK_PER_STEP).clamp(*STACK.start(), *STACK.end());
+    let worker = Worker::with(stack)?;
     let (said, heard) = sync_channel(1);
     // The listener may have given up.
-    let work = move || drop(said.send(render(&environment, name, values)));
-    std::thread::Builder::new()
-        .name("template".into())
-        .stack_size(stack)
-        .spawn(work)
-        .with_context(|| {
-            format!("cannot start a thread with a stack of {} MiB; raise the limit on threads (ulimit -u) or on address space (ulimit -v)", stack >> 20)
-        })?;
+    worker.give(Box::new(move || drop(said.send(render(&environment, name, values)))))?;
     for _ in 0..PATIENCE {
         match heard.recv_timeout(MOMENT) {
-            Ok(filled) => return filled,
+            Ok(filled) => {
+                worker.rest();
+                return filled;
+            }
             Err(RecvTimeoutError::Disconnected) => bail!("the template engine broke down"),
             Err(RecvTimeoutError::Timeout) => {}
         }
     }
     Err(endless())
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A thread that fills templates in, one after another: to start a thread takes ten times as long as most templates. It ends
+/// once it is dropped and its job, if it has one, is done.
+struct Worker {
+    /// Bytes of its stack.
+    stack: usize,
+    jobs: Sender<Job>,
+}
+
+/// Workers without a job.
+static IDLE: Mutex<Vec<Worker>> = Mutex::new(Vec::new());
+/// Most workers that are kept without a job.
+const MOST_IDLE: usize = 64;
+
+impl Worker {
+    /// Returns an idle worker with a stack of at least `stack` bytes, or starts one.
+    ///
+    /// # Errors
+    /// The system's limits on threads and memory, with the remedy.
+    fn with(stack: usize) -> Result<Self> {
+        let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
+        let fitting = idle.iter().position(|worker| worker.stack >= stack);
+        if let Some(worker) = fitting.map(|i| idle.swap_remove(i)) {
+            return Ok(worker);
+        }
+        drop(idle);
+        let (jobs, given) = channel::<Job>();
+        std::thread::Builder::new()
+            .name("template".into())
+            .stack_size(stack)
+            .spawn(move || given.into_iter().for_each(|job| job()))
+            .with_context(|| {
+                format!("cannot start a thread with a stack of {} MiB; raise the limit on threads (ulimit -u) or on address space (ulimit -v)", stack >> 20)
+            })?;
+        Ok(Self { stack, jobs })
+    }
+
+    fn give(&self, job: Job) -> Result<()> {
+        self.jobs.send(job).map_err(|_| anyhow!("the template engine broke down"))
+    }
+
+    /// Keeps the worker for the next template.
+    fn rest(self) {
+        let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < MOST_IDLE {
+            idle.push(self);
+        }
+    }
 }
 
 fn render(environment: &Environment<'static>, name: &str, values: Value) -> Result<String> {
