@@ -23,6 +23,8 @@ const WEIGHTS: &str = "model.safetensors";
 const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
 const OPTIONAL: [&str; 4] =
     ["tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"];
+/// The folder of the chat templates that are not the default one.
+const TEMPLATES: &str = "additional_chat_templates/";
 
 /// Most names of files that an error lists.
 const LISTED: usize = 20;
@@ -210,8 +212,11 @@ impl Download {
         for name in REQUIRED {
             ensure!(names.contains(&name), "it has no {name}");
         }
-        for name in OPTIONAL.iter().chain(&REQUIRED).filter(|name| names.contains(name)) {
-            self.one(name).await?;
+        for name in &names {
+            let is_template = name.starts_with(TEMPLATES) && name.ends_with(".jinja") && is_inside(name);
+            if is_template || OPTIONAL.contains(name) || REQUIRED.contains(name) {
+                self.one(name).await?;
+            }
         }
         if names.contains(&WEIGHTS) {
             self.one(WEIGHTS).await?;

@@ -55,10 +55,11 @@ fn get(endpoint: &str, home: &Path, repo: &str, file: Option<&str>) -> Result<Mo
 #[test]
 fn a_model_in_parts_is_fetched_once() {
     let index = r#"{"weight_map":{"a":"model-1.safetensors","b":"model-2.safetensors","c":"model-1.safetensors"}}"#;
-    let files: [(&str, &str); 6] = [
+    let files: [(&str, &str); 7] = [
         ("config.json", "{}"),
         ("tokenizer.json", "{ }"),
         ("chat_template.jinja", "x"),
+        ("additional_chat_templates/tool_use.jinja", "y"),
         (INDEX, index),
         ("model-1.safetensors", "one"),
         ("model-2.safetensors", "two"),
