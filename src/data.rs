@@ -161,6 +161,10 @@ impl Dataset {
         ensure!(!rows.is_empty(), "the data set {name} is empty");
         let blank = options.format.blank(tokenizer)?;
         options.model.check(&blank, tokenizer).context("the chat template or data.instruction cannot be used")?;
+        if options.needs_references {
+            let end: Vec<u32> = tokenizer.end(options.format.chat).into_iter().collect();
+            options.model.check(&end, tokenizer).context("no reference answer could end")?;
+        }
         let mut data = Self {
             rows,
             usable: Vec::new(),

@@ -74,6 +74,13 @@ pub fn length(path: &Path) -> Result<Option<u64>> {
     }
 }
 
+/// Whether the cause of the error may pass by itself, as a full disk or a server that is away does. A file that is missing
+/// or that may not be read stays so until a person acts.
+pub fn may_pass(error: &Error) -> bool {
+    use std::io::ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound, PermissionDenied};
+    !matches!(error.kind(), NotFound | PermissionDenied | InvalidData | InvalidInput | IsADirectory | NotADirectory)
+}
+
 /// Whether `error` says that a file is not there.
 pub fn is_absence(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)

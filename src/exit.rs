@@ -10,9 +10,13 @@
 
 use std::fmt;
 
+use anyhow::Result;
+
 use crate::config::ConfigErrors;
+use crate::disk;
 use crate::remote::Unusable;
 use crate::signals::Interrupted;
+use crate::source::Unavailable;
 
 /// Status of a command that failed in its work.
 pub const FAILED: u8 = 1;
@@ -42,6 +46,19 @@ impl fmt::Display for Ended {
 
 impl std::error::Error for Ended {}
 
+/// Runs what a command does before it begins to work: an error from it refuses the command.
+///
+/// # Errors
+/// As `prepare`. The error is [`Ended::Refused`], unless it has a status already or a signal interrupted the command.
+pub fn before_work<T>(prepare: impl FnOnce() -> Result<T>) -> Result<T> {
+    prepare().map_err(refusal)
+}
+
+/// The same error, as one that refuses a command before it begins to work.
+pub fn refusal(error: anyhow::Error) -> anyhow::Error {
+    if error.is::<Interrupted>() || error.is::<Ended>() { error } else { Ended::Refused(error).into() }
+}
+
 /// Returns the exit status of a command that ended with `error`.
 pub fn status(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
@@ -62,9 +79,9 @@ pub fn interrupted(signal: i32) -> u8 {
 
 /// Returns the status of a refused command: [`FAILED`] if the cause may pass by itself, such as a full disk.
 fn refused(error: &anyhow::Error) -> u8 {
-    use std::io::ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound, PermissionDenied};
-    let passes = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>()).any(|error| {
-        !matches!(error.kind(), NotFound | PermissionDenied | InvalidData | InvalidInput | IsADirectory | NotADirectory)
+    let passes = error.chain().any(|cause| {
+        cause.downcast_ref().is_some_and(disk::may_pass)
+            || cause.downcast_ref::<Unavailable>().is_some_and(|cause| cause.passes)
     });
     by_cause(error).unwrap_or(if passes { FAILED } else { REFUSED })
 }

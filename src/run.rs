@@ -33,7 +33,7 @@ use crate::checkpoint::{Form, Identity, Opened, Shelf, WinRates, Writer, Written
 use crate::config::{Config, Mode};
 use crate::controller::{Controller, Knobs};
 use crate::device;
-use crate::exit::Ended;
+use crate::exit::refusal;
 use crate::knob::Knob;
 use crate::monitor::Monitor;
 use crate::prepare::{Prepared, budget, prepare_within};
@@ -84,10 +84,10 @@ pub struct Summary {
 /// error, or the lines before it, name.
 pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepted: Accepted) -> Result<Summary> {
     let _deferred = signals::defer();
-    let token = Token::from_env(&config.serve).map_err(refused)?;
+    let token = Token::from_env(&config.serve).map_err(refusal)?;
     let stop = Stop::default();
-    let dir = open::hold(&config, run_dir, &from).map_err(refused)?;
-    let budget = budget(&config, Some(dir.path().join(JUDGE_COST))).map_err(refused)?;
+    let dir = open::hold(&config, run_dir, &from).map_err(refusal)?;
+    let budget = budget(&config, Some(dir.path().join(JUDGE_COST))).map_err(refusal)?;
     let monitor = Monitor::new(&config, telemetry::install()?);
     monitor.trace()?;
     upkeep(Arc::clone(&monitor));
@@ -101,13 +101,13 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     let begins = from == From::Latest;
     let course = win_rates.clone();
     let open = move || open::open(&settings, dir, &from, course);
-    let start = unless_interrupted("opening the run", open).await.map_err(refused)?;
+    let start = unless_interrupted("opening the run", open).await.map_err(refusal)?;
     let mut config = config;
     if config.data.date.is_none() {
-        config.data.date = begin::date(start.dir.path(), start.checkpoint.as_ref()).map_err(refused)?;
+        config.data.date = begin::date(start.dir.path(), start.checkpoint.as_ref()).map_err(refusal)?;
     }
     let compared = start.checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose();
-    let mut changes = compared.map_err(refused)?.unwrap_or_default();
+    let mut changes = compared.map_err(refusal)?.unwrap_or_default();
     if let Some(checkpoint) = &start.checkpoint {
         say!("resuming  {}", checkpoint.path().display());
         for change in &changes {
@@ -124,7 +124,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         Ok((config, prepared))
     })
     .await
-    .map_err(refused)?;
+    .map_err(refusal)?;
     say!(
         "policy    {} ({:.1} M parameters), {} prompts, ready in {:.1} s",
         prepared.origin,
@@ -138,7 +138,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     }
     let judge = resume::judge_contents(&config, &prepared)?;
     if let Some(checkpoint) = &start.checkpoint {
-        for change in resume::compare_judge(checkpoint, &judge, &accepted).map_err(refused)? {
+        for change in resume::compare_judge(checkpoint, &judge, &accepted).map_err(refusal)? {
             say!("{}", change.line());
             changes.push(change);
         }
@@ -162,7 +162,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         Ok((start, tuned, prepared, restored))
     })
     .await
-    .map_err(refused)?;
+    .map_err(refusal)?;
     let (shelf, resumed) = (Arc::clone(&start.shelf), start.checkpoint.as_ref().map(Opened::step));
     let mut files = start.files(&config, &tuned)?;
     let mut guard = Guard::new(config.guard.clone(), config.learner.batch_groups);
@@ -310,11 +310,6 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         say!("{error:#}");
     }
     concluded
-}
-
-/// An error from before the first step: the run was refused, unless a signal interrupted it.
-fn refused(error: anyhow::Error) -> anyhow::Error {
-    if error.is::<Interrupted>() || error.is::<Ended>() { error } else { Ended::Refused(error).into() }
 }
 
 /// Writes the checkpoint of a reward model that was warmed up. If that fails, training continues and the checkpoint is tried again.

@@ -9,7 +9,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use toml::Value;
 
 use crate::disk::{self, expand_home};
@@ -201,12 +201,36 @@ pub struct Resolved {
     pub origin: String,
 }
 
+/// A model or a data set that cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("{words}")]
+pub struct Unavailable {
+    words: String,
+    /// Whether the cause may pass by itself: a server that is away, a full disk.
+    pub passes: bool,
+}
+
+impl Unavailable {
+    /// An error with a cause that may pass by itself.
+    fn passing(words: String) -> anyhow::Error {
+        Self { words, passes: true }.into()
+    }
+
+    /// Whether the cause of `error` may pass by itself.
+    fn of(error: &anyhow::Error) -> bool {
+        error.chain().any(|cause| {
+            cause.downcast_ref::<Self>().is_some_and(|cause| cause.passes)
+                || cause.downcast_ref().is_some_and(disk::may_pass)
+        })
+    }
+}
+
 /// Finds the model that `reference` names, fetching it if need be.
 ///
 /// # Errors
 /// Each place with the reason why it failed.
 pub fn resolve(reference: &ModelRef, options: &ResolveOptions) -> Result<Resolved> {
-    let mut reasons = Vec::new();
+    let (mut reasons, mut passes) = (Vec::new(), false);
     for candidate in &reference.0 {
         let found = match candidate {
             Candidate::Path(path) => local(path),
@@ -219,15 +243,17 @@ pub fn resolve(reference: &ModelRef, options: &ResolveOptions) -> Result<Resolve
             Ok(files) => return Ok(Resolved { files, origin: candidate.to_string() }),
             Err(error) => {
                 tracing::info!("{candidate}: {error:#}");
+                passes |= Unavailable::of(&error);
                 reasons.push(format!("{candidate}: {error:#}"));
             }
         }
     }
-    match reasons.as_slice() {
-        [] => bail!("no place is given for the model"),
-        [one] => bail!("the model cannot be had from {one}"),
-        many => bail!("the model cannot be had from any of its places:\n  {}", many.join("\n  ")),
-    }
+    let words = match reasons.as_slice() {
+        [] => "no place is given for the model".to_owned(),
+        [one] => format!("the model cannot be had from {one}"),
+        many => format!("the model cannot be had from any of its places:\n  {}", many.join("\n  ")),
+    };
+    Err(Unavailable { words, passes }.into())
 }
 
 fn local(path: &Path) -> Result<ModelFiles> {

@@ -6,6 +6,7 @@ use clap::Args;
 use super::ConfigArgs;
 use crate::check::check;
 use crate::config::reference;
+use crate::exit::before_work;
 use crate::out;
 
 /// Arguments of `preceptor check`.
@@ -35,7 +36,7 @@ impl Check {
         if self.print {
             out!("{}", config.to_file())?;
         }
-        for line in check(&config)? {
+        for line in before_work(|| check(&config))? {
             out!("{comment}{line}")?;
         }
         out!("{comment}ok")

@@ -18,10 +18,11 @@ use crate::evaluate::answers::answers;
 use crate::evaluate::harmless::{Rated, harmless_rate};
 use crate::evaluate::reward_accuracy::reward_accuracy;
 use crate::evaluate::win_rate::{Contest, win_rate};
+use crate::exit::before_work;
 use crate::generate::sampler::Sampling;
 use crate::generate::stop::Stop;
 use crate::model::{Decoder, Onto};
-use crate::prepare::{budget, labeler_bench, prompt_format, rows};
+use crate::prepare::{LabelerBench, budget, labeler_bench, prompt_format, rows};
 use crate::progress::Progress;
 use crate::reward::RewardModel;
 use crate::rollout::Prompt;
@@ -177,23 +178,31 @@ impl Eval {
     }
 }
 
+/// The judge of an evaluation under `config`.
+fn bench(config: &Config) -> Result<LabelerBench> {
+    before_work(|| labeler_bench(config, true, budget(config, None)?))
+}
+
 impl AlignmentArgs {
     fn run(self) -> Result<()> {
         let config = self.config.load_judge()?;
-        let variants = variants(&config, self.variants.as_deref())?;
+        let variants = before_work(|| variants(&config, self.variants.as_deref()))?;
         for (name, why) in &variants.left_out {
             say!("left out: {name}: {why}");
         }
         // Pairs of equal answers are counted in the table.
         let options = PairOptions { keep_equal: true, ..pair_options(&config, true) };
-        let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
-        let pairs = Arc::new(Preferences::of(rows, &options)?);
+        let pairs = before_work(|| {
+            let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
+            Preferences::of(rows, &options)
+        })?;
+        let pairs = Arc::new(pairs);
         let mut chosen = pairs.order(config.run.seed, 0);
         chosen.truncate(self.limit.unwrap_or(usize::MAX));
         let with_cot = self.cot_limit.unwrap_or(usize::MAX);
         let job = Alignment { pairs, chosen, with_cot, variants: variants.possible, attacked: self.attacks };
         say!("{}", job.announcement());
-        let bench = labeler_bench(&config, true, budget(&config, None)?)?;
+        let bench = bench(&config)?;
         let title = format!("AI labeler alignment on {}", self.input);
         self.shown.print(&alignment(&bench, &job, &title)?.tables())
     }
@@ -229,11 +238,14 @@ impl AnswerArgs {
 
     /// Answers of the model called `name` to its own tokenisation of the prompts.
     fn answered(&self, config: &Config, name: &str, references: bool) -> Result<(Vec<Prompt>, Vec<String>, Tokenizer)> {
-        let device = device::open(&config.policy.device)?;
-        let onto = Onto { device: &device, dtype: device::dtype(config.policy.dtype) };
-        let (model, tokenizer) = load_model(name, config.policy.resolve_timeout_s, onto)?;
-        let prompts = self.prompts(config, &tokenizer, &model, references)?;
-        ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
+        let (model, tokenizer, prompts) = before_work(|| {
+            ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
+            let device = device::open(&config.policy.device)?;
+            let onto = Onto { device: &device, dtype: device::dtype(config.policy.dtype) };
+            let (model, tokenizer) = load_model(name, config.policy.resolve_timeout_s, onto)?;
+            let prompts = self.prompts(config, &tokenizer, &model, references)?;
+            Ok((model, tokenizer, prompts))
+        })?;
         let sampling = Sampling {
             temperature: self.temperature,
             max_new_tokens: config.rollout.max_new_tokens,
@@ -280,7 +292,7 @@ impl WinRateArgs {
             "the two models can take different numbers of prompts; lower data.max_prompt_tokens"
         );
         self.common.write(&prompts, &[("a", &a), ("b", &b)])?;
-        let bench = labeler_bench(&config, true, budget(&config, None)?)?;
+        let bench = bench(&config)?;
         let title = format!("Win rate of {} over {against}", self.a);
         let found = win_rate(&config, &bench, Contest { prompts, a, b, tokenizer, chat: config.data.chat }, &title)?;
         self.common.shown.print(&[&found.table])
@@ -288,16 +300,22 @@ impl WinRateArgs {
 }
 
 impl RewardAccuracyArgs {
-    fn run(self) -> Result<()> {
-        let config = self.config.load_judge()?;
+    /// The reward model and the pairs that it ranks.
+    fn prepare(&self, config: &Config) -> Result<(RewardModel, PairSet)> {
         let mut model = RewardModel::open(&self.model, &device::open(&config.policy.device)?)?;
         model.model = model.model.to_dtype(device::dtype(config.policy.dtype))?;
         let tokenizer = Tokenizer::from_files(&crate::source::ModelFiles::Directory(self.model.clone()))?;
         let shape = model.model.config();
         let bounds = ModelBounds { context: shape.context, vocabulary: shape.vocab_size };
-        let (format, reactions) = (prompt_format(&config), (OnLong::Skip, config.data.on_bad));
+        let (format, reactions) = (prompt_format(config), (OnLong::Skip, config.data.on_bad));
         let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
         let pairs = PairSet::read(rows, &format, &tokenizer, bounds, reactions, config.run.seed)?;
+        Ok((model, pairs))
+    }
+
+    fn run(self) -> Result<()> {
+        let config = self.config.load_judge()?;
+        let (model, pairs) = before_work(|| self.prepare(&config))?;
         let title = format!("Accuracy of {} on {}", self.model.display(), self.input);
         self.shown.print(&[&reward_accuracy(&model, &pairs, self.limit, &title)?])
     }
@@ -308,7 +326,7 @@ impl HarmlessRateArgs {
         let config = self.common.config.load_prompts()?.judged_as_evaluated();
         let (prompts, answers, tokenizer) = self.common.answered(&config, &self.model, false)?;
         self.common.write(&prompts, &[("answer", &answers)])?;
-        let bench = labeler_bench(&config, true, budget(&config, None)?)?;
+        let bench = bench(&config)?;
         let title = format!("Harmless rate of {}", self.model);
         let table = harmless_rate(&config, &bench, Rated { prompts, answers, tokenizer }, &title)?;
         self.common.shown.print(&[&table])

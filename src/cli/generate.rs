@@ -2,14 +2,17 @@
 
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::json;
 
 use super::prompts::{ModelArgs, PromptArgs};
+use crate::exit::before_work;
 use crate::generate::sampler::Sampling;
 use crate::generate::stop::{self, Stop};
 use crate::generate::{Fixed, Request, generate};
+use crate::model::Decoder;
+use crate::tokens::Tokenizer;
 use crate::{out, out_json, say, seed};
 
 /// Arguments of `preceptor generate`.
@@ -55,20 +58,26 @@ pub struct Generate {
 }
 
 impl Generate {
+    /// The model, its tokenizer, and the prompt's token ids.
+    fn prepare(&self) -> Result<(Decoder, Tokenizer, Vec<u32>)> {
+        ensure!(self.max_new_tokens > 0, "--max-new-tokens must be above zero");
+        ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
+        ensure!(self.repetition_penalty > 0.0, "--repetition-penalty must be above zero");
+        for (name, share) in [("--top-p", self.top_p), ("--min-p", self.min_p)] {
+            ensure!(share.is_none_or(|p| p > 0.0 && p <= 1.0), "{name} must be above 0 and at most 1");
+        }
+        ensure!(!self.stop.iter().any(String::is_empty), "--stop must not be empty");
+        let (model, tokenizer) = self.model.load()?;
+        let prompt = self.prompt.ids(&tokenizer, model.config().vocab_size)?;
+        Ok((model, tokenizer, prompt))
+    }
+
     /// Samples and prints.
     ///
     /// # Errors
     /// A model or prompt that cannot be used.
     pub fn run(self) -> Result<()> {
-        let (model, tokenizer) = self.model.load()?;
-        let prompt = self.prompt.ids(&tokenizer, model.config().vocab_size)?;
-        anyhow::ensure!(self.max_new_tokens > 0, "--max-new-tokens must be above zero");
-        anyhow::ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
-        anyhow::ensure!(self.repetition_penalty > 0.0, "--repetition-penalty must be above zero");
-        for (name, share) in [("--top-p", self.top_p), ("--min-p", self.min_p)] {
-            anyhow::ensure!(share.is_none_or(|p| p > 0.0 && p <= 1.0), "{name} must be above 0 and at most 1");
-        }
-        anyhow::ensure!(!self.stop.iter().any(String::is_empty), "--stop must not be empty");
+        let (model, tokenizer, prompt) = before_work(|| self.prepare())?;
         if tokenizer.eos_ids().is_empty() && self.stop.is_empty() {
             say!("the model has no end token: every completion has --max-new-tokens = {}", self.max_new_tokens);
         }

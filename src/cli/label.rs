@@ -11,11 +11,12 @@ use super::ConfigArgs;
 use super::input::{self, pair_options};
 use crate::annotate::file::{LabelFile, Provenance};
 use crate::annotate::{Job, PairQuestions, annotate};
+use crate::config::Config;
 use crate::data::Preferences;
-use crate::exit::Ended;
+use crate::exit::{Ended, before_work};
 use crate::label::Pairing;
 use crate::label::stage::Wants;
-use crate::prepare::{budget, compares_with_blank, labeler_bench, prompt_format};
+use crate::prepare::{LabelerBench, budget, compares_with_blank, labeler_bench, prompt_format};
 use crate::say;
 use crate::signals::Interrupted;
 use crate::topology::labelers::labeler_on;
@@ -43,25 +44,29 @@ pub struct Label {
 }
 
 impl Label {
+    /// The pairs, who labels them, and the file of labels.
+    fn prepare(&self, config: &Config) -> Result<(Arc<Preferences>, LabelerBench, LabelFile)> {
+        let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
+        let pairs = Arc::new(Preferences::of(rows, &pair_options(config, false))?);
+        // What labeling this output has cost is kept beside it, so that the bound holds for all its processes together.
+        let cost = self.output.with_extension("cost.txt");
+        let bench = labeler_bench(config, true, budget(config, Some(cost))?)?;
+        compares_with_blank(config, !prompt_format(config).blank(&bench.tokenizer)?.is_empty())?;
+        let labeler = labeler_on(config, &bench.instruments)?;
+        let provenance =
+            Provenance { labeler: labeler.name().to_owned(), model: labeler.model(), template: labeler.template() };
+        drop(labeler);
+        let file = LabelFile::open(&self.output, Arc::clone(&pairs), provenance)?;
+        Ok((pairs, bench, file))
+    }
+
     /// Labels.
     ///
     /// # Errors
     /// A configuration, input or output that cannot be used; pairs that could not be labeled.
     pub fn run(self) -> Result<()> {
         let config = self.config.load_judge()?;
-        let pairs = Arc::new(Preferences::of(
-            input::rows(&self.input, config.policy.resolve_timeout_s)?,
-            &pair_options(&config, false),
-        )?);
-        // What labeling this output has cost is kept beside it, so that the bound holds for all its processes together.
-        let cost = self.output.with_extension("cost.txt");
-        let bench = labeler_bench(&config, true, budget(&config, Some(cost))?)?;
-        compares_with_blank(&config, !prompt_format(&config).blank(&bench.tokenizer)?.is_empty())?;
-        let labeler = labeler_on(&config, &bench.instruments)?;
-        let provenance =
-            Provenance { labeler: labeler.name().to_owned(), model: labeler.model(), template: labeler.template() };
-        drop(labeler);
-        let file = LabelFile::open(&self.output, Arc::clone(&pairs), provenance)?;
+        let (pairs, bench, file) = before_work(|| self.prepare(&config))?;
         let mut todo = file.todo();
         todo.retain(|i| self.limit.is_none_or(|limit| *i < limit));
         let before = pairs.len() - file.todo().len();

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::input;
 use crate::data::corrupt::corrupt;
 use crate::data::{Notes, PromptFormat};
+use crate::exit::before_work;
 use crate::say;
 
 /// Seconds that a hub may take to answer.
@@ -42,11 +43,8 @@ pub struct Pairs {
 }
 
 impl Pairs {
-    /// Makes the pairs.
-    ///
-    /// # Errors
-    /// Rows that cannot be read, or an output that cannot be written.
-    pub fn run(self) -> Result<()> {
+    /// Prompts and references of all rows.
+    fn texts(&self) -> Result<Vec<(String, String)>> {
         let rows = input::rows(&self.input, HUB_TIMEOUT_S)?;
         let format = PromptFormat {
             special_tokens: true,
@@ -64,6 +62,15 @@ impl Pairs {
                 texts.push((prompt.text(), reference.unwrap_or_default()));
             }
         }
+        Ok(texts)
+    }
+
+    /// Makes the pairs.
+    ///
+    /// # Errors
+    /// Rows that cannot be read, or an output that cannot be written.
+    pub fn run(self) -> Result<()> {
+        let texts = before_work(|| self.texts())?;
         let file =
             std::fs::File::create(&self.output).with_context(|| format!("cannot write {}", self.output.display()))?;
         let (mut out, mut written, mut left_out) = (BufWriter::new(file), 0, 0);

@@ -8,6 +8,7 @@ use clap::Args;
 use toml_edit::{DocumentMut, Item, Table, value};
 
 use super::ConfigArgs;
+use crate::exit::before_work;
 use crate::out;
 use crate::prepare::prepare;
 use crate::say;
@@ -51,7 +52,7 @@ impl Tune {
                 "note      labels are asked of the remote judge while it is measured; they are kept in the label cache"
             );
         }
-        let prepared = prepare(&config, true)?;
+        let prepared = before_work(|| prepare(&config, true))?;
         let mut machine = Live::new(&config, prepared, Duration::from_secs_f64(self.seconds))?;
         let facts = machine.facts();
         let configured = Plan::of(&config);

@@ -7,12 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::ResolveOptions;
 use super::wheel::MOST;
+use super::{ResolveOptions, Unavailable};
 use crate::{bounded, say};
+
+/// Words with which pip tells that an index cannot be reached.
+const AWAY: [&str; 5] = ["NewConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ProtocolError", "SSLError"];
 
 /// What pip said.
 const LOG: &str = "pip.log";
@@ -53,12 +56,19 @@ pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOption
     // The first error is the cause, those after it are what pip makes of it.
     let cause = said.lines().find(|line| line.contains("ERROR")).unwrap_or(last).trim();
     match ended? {
-        Ended::Itself(status) => ensure!(status.success(), "pip could not fetch it ({status}); it said: {cause}"),
+        Ended::Itself(status) if status.success() => {}
+        Ended::Itself(status) => {
+            let words = format!("pip could not fetch it ({status}); it said: {cause}");
+            let away = AWAY.iter().any(|word| said.contains(word));
+            return Err(if away { Unavailable::passing(words) } else { anyhow!(words) });
+        }
         Ended::TooLarge => bail!("pip fetched more than {MOST} bytes and was stopped"),
-        Ended::Silent => bail!(
-            "pip showed no progress for {:?} and was stopped; the last it said: {last}. Raise the time-out if the network is slow",
-            options.timeout
-        ),
+        Ended::Silent => {
+            return Err(Unavailable::passing(format!(
+                "pip showed no progress for {:?} and was stopped; the last it said: {last}. Raise the time-out if the network is slow",
+                options.timeout
+            )));
+        }
     }
     let wheels: Vec<PathBuf> = std::fs::read_dir(folder)?
         .filter_map(|entry| Some(entry.ok()?.path()))

@@ -41,6 +41,51 @@ fn label_and_eval_need_no_keys_of_training() {
 }
 
 #[test]
+fn every_command_ends_with_status_2_when_its_input_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let judge = MockJudge::start(|_, _, _| Act::Tokens(vec![("1", 0.9), ("2", 0.1)]));
+    let text = format!(
+        "[labeler]\ntype = \"pairwise\"\ncache = \"labels\"\nremote = {{ url = \"{}\", model = \"m\", probe = false }}\n",
+        judge.url
+    );
+    std::fs::write(dir.path().join("judge.toml"), text).unwrap();
+    std::fs::write(dir.path().join("bad.jsonl"), "{\"prompt\": \"p\", \"chosen\": 1, \"rejected\": \"c\"}\n").unwrap();
+    std::fs::create_dir(dir.path().join("model")).unwrap();
+    for (args, words) in [
+        (&["label", "judge.toml", "--input", "bad.jsonl", "--output", "out.jsonl"][..], "bad.jsonl:1"),
+        (&["label", "judge.toml", "--input", "none.jsonl", "--output", "out.jsonl"], "no file or folder none.jsonl"),
+        (&["eval", "alignment", "judge.toml", "--input", "bad.jsonl"], "bad.jsonl:1"),
+        (&["eval", "reward-accuracy", "model", "judge.toml", "--input", "bad.jsonl"], "model"),
+        (&["pairs", "--input", "bad.jsonl", "--output", "pairs.jsonl"], "bad.jsonl:1"),
+        (&["generate", "model", "Hello"], "model"),
+        (&["generate", "model", "Hello", "--max-new-tokens", "0"], "--max-new-tokens must be above zero"),
+        (&["score", "model", "Hello"], "model"),
+    ] {
+        let output = run(dir.path(), args);
+        let text = stderr(&output);
+        assert!(output.status.code() == Some(2) && text.contains(words), "{args:?}: {text}");
+    }
+}
+
+#[test]
+fn a_hub_that_cannot_be_reached_may_be_reached_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let offline = config("offline.toml");
+    let train = ["train", offline.to_str().unwrap(), "--set", "policy.model={ hub = \"o/n\" }"];
+    let generate = ["generate", "{ hub = \"o/n\" }", "Hello"];
+    for (args, endpoint, status) in [
+        (&train[..], format!("http://{nobody}"), 1),
+        (&generate, format!("http://{nobody}"), 1),
+        (&generate, "not an address".to_owned(), 2),
+    ] {
+        let mut program = preceptor(dir.path());
+        let output = program.args(args).env("HF_HOME", dir.path()).env("HF_ENDPOINT", &endpoint).output().unwrap();
+        assert_eq!(output.status.code(), Some(status), "{args:?} {endpoint}: {}", stderr(&output));
+    }
+}
+
+#[test]
 fn a_resumed_run_keeps_the_date_of_its_chat_template() {
     let dir = tempfile::tempdir().unwrap();
     let date_of = |step: &str| {

@@ -436,6 +436,6 @@ fn a_hub_without_a_home_directory_for_its_models_is_refused_with_the_remedy() {
     program.args(["generate", "{ hub = \"owner/name\" }", "a"]).env("HOME", "nowhere").env_remove("HF_HOME");
     let output = program.output().unwrap();
     let text = stderr(&output);
-    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert_eq!(output.status.code(), Some(2), "{text}");
     assert!(text.contains("HF_HOME") && text.contains("HOME,") && !text.contains("panicked"), "{text}");
 }

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use url::Url;
 
 use super::cache::{Kind, is_name};
+use crate::source::Unavailable;
 use crate::{bounded, http};
 
 /// Most redirects in a row.
@@ -22,6 +23,11 @@ const HOPS: usize = 10;
 
 /// How long a hub may take to show that it is there at all; a place that is not should cost seconds.
 const CONTACT: Duration = Duration::from_secs(10);
+
+/// Whether a server that answers with this status may answer otherwise later.
+fn may_pass(status: StatusCode) -> bool {
+    status.is_server_error() || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT)
+}
 
 /// One repository at one revision on a hub.
 pub(super) struct Client {
@@ -83,12 +89,17 @@ impl Client {
         let url = self.url(&["api", self.kind.plural()], &["revision", &self.revision], &[])?;
         let answer = timeout(self.patience.min(CONTACT), self.get(url, None)).await;
         let (answer, _) = answer
-            .map_err(|_| anyhow!("the hub did not answer within {:?}", self.patience.min(CONTACT)))?
+            .map_err(|_| {
+                Unavailable::passing(format!("the hub did not answer within {:?}", self.patience.min(CONTACT)))
+            })?
             .context("the hub cannot be asked")?;
         let status = answer.status();
         // The hub's answers to who may not know whether it is there.
         let closed = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND);
         let hint = if closed { "; a private or gated repository needs HF_TOKEN" } else { "" };
+        if may_pass(status) {
+            return Err(Unavailable::passing(format!("the hub does not list it: {status}")));
+        }
         ensure!(status.is_success(), "the hub does not list it: {status}{hint}");
         let body = timeout(self.patience.max(CONTACT), http::body(answer, bounded::DESCRIPTION as usize));
         let body = body.await.map_err(|_| self.silent())??;
@@ -106,7 +117,9 @@ impl Client {
         let (answer, headers) = timeout(self.patience, asked).await.map_err(|_| self.silent())??;
         // An empty file has no first byte.
         let found = answer.status().is_success() || answer.status() == StatusCode::RANGE_NOT_SATISFIABLE;
-        ensure!(found, "{} answers {}", self.host(), answer.status());
+        if !found {
+            return Err(self.refused(answer.status()));
+        }
         let text = |name: &str| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
         let etag = text("x-linked-etag").or_else(|| text(ETAG.as_str()));
         let etag = etag.with_context(|| format!("{} sends no ETag header", self.host()))?;
@@ -158,7 +171,7 @@ impl Client {
                     file.set_len(0).with_context(cannot)?;
                     (hash, done) = (Sha256::new(), 0);
                 }
-                status => bail!("{} answers {status}", self.host()),
+                status => return Err(self.refused(status)),
             }
             loop {
                 let part = timeout(self.patience, answer.chunk()).await.map_err(|_| self.silent())?;
@@ -235,7 +248,12 @@ impl Client {
     }
 
     fn silent(&self) -> anyhow::Error {
-        anyhow!("the hub sent nothing for {:?}; try again, what has come is kept", self.patience)
+        Unavailable::passing(format!("the hub sent nothing for {:?}; try again, what has come is kept", self.patience))
+    }
+
+    fn refused(&self, status: StatusCode) -> anyhow::Error {
+        let words = format!("{} answers {status}", self.host());
+        if may_pass(status) { Unavailable::passing(words) } else { anyhow!(words) }
     }
 
     /// The hub, as errors name it.
