@@ -390,7 +390,7 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
         let (_, methods) = config.evaluation_judge();
         lines.extend(asked(config, prompt, methods, [evaluation.prompts, 2, 1], ("win rate", "evaluation", times))?);
     } else if evaluation.labeler.is_some() {
-        lines.push("win rate    evaluation.labeler judges for eval win-rate and eval harmless alone: evaluation.every_steps is 0".into());
+        lines.push("win rate    evaluation.labeler judges for eval win-rate and eval harmless-rate alone: evaluation.every_steps is 0".into());
     }
     Ok(lines)
 }

@@ -3,7 +3,7 @@
 
 use std::error::Error as _;
 use std::fmt::{self, Write};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -107,7 +107,7 @@ type Job = Box<dyn FnOnce() + Send>;
 struct Worker {
     /// Bytes of its stack.
     stack: usize,
-    jobs: Sender<Job>,
+    jobs: SyncSender<Job>,
 }
 
 /// Workers without a job.
@@ -127,7 +127,7 @@ impl Worker {
             return Ok(worker);
         }
         drop(idle);
-        let (jobs, given) = channel::<Job>();
+        let (jobs, given) = sync_channel::<Job>(1);
         std::thread::Builder::new()
             .name("template".into())
             .stack_size(stack)

@@ -15,7 +15,7 @@ use crate::data::{Dataset, ModelBounds, OnLong, PairOptions, Part, Preferences, 
 use crate::device;
 use crate::evaluate::alignment::{Alignment, alignment, variants};
 use crate::evaluate::answers::answers;
-use crate::evaluate::harmless::{Rated, harmless_rate};
+use crate::evaluate::harmless::{Rated, check_labeler, harmless_rate};
 use crate::evaluate::reward_accuracy::reward_accuracy;
 use crate::evaluate::win_rate::{Contest, win_rate};
 use crate::exit::before_work;
@@ -85,7 +85,7 @@ impl Shown {
 struct AlignmentArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Pairs that people judged: .jsonl, .jsonl.gz or .parquet.
+    /// Pairs that people judged: a file, a folder or a glob pattern, see docs/data.md.
     #[arg(long, value_name = "FILE")]
     input: String,
     /// Ways of asking, separated by commas: PREAMBLE-SHOTS[-cot], direct, likelihood, likelihood-mean, configured.
@@ -144,7 +144,7 @@ struct RewardAccuracyArgs {
     model: PathBuf,
     #[command(flatten)]
     config: ConfigArgs,
-    /// Labeled pairs: .jsonl, .jsonl.gz or .parquet.
+    /// Labeled pairs: a file, a folder or a glob pattern, see docs/data.md.
     #[arg(long, value_name = "FILE")]
     input: String,
     /// Most pairs, drawn by the run's seed.
@@ -324,6 +324,7 @@ impl RewardAccuracyArgs {
 impl HarmlessRateArgs {
     fn run(self) -> Result<()> {
         let config = self.common.config.load_prompts()?.judged_as_evaluated();
+        before_work(|| check_labeler(&config))?;
         let (prompts, answers, tokenizer) = self.common.answered(&config, &self.model, false)?;
         self.common.write(&prompts, &[("answer", &answers)])?;
         let bench = bench(&config)?;

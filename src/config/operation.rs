@@ -25,7 +25,7 @@ section! {
         [Changeable] prompts: usize = count(32, (1 << 16) as f64),
         /// Threads of its pool, in addition to those of the actors.
         [Changeable] threads: usize = pool(),
-        /// Judge of these evaluations, and of `eval win-rate` and `eval harmless`. It has the keys of `[labeler]` that say how
+        /// Judge of these evaluations, and of `eval win-rate` and `eval harmless-rate`. It has the keys of `[labeler]` that say how
         /// one judge is asked, from `type` to `rationale_temperature`, or `type = "panel"` with `members`. Device, retries,
         /// cache and budget are those of `[labeler]`.
         [AcceptChange] labeler: Option<Methods> =

@@ -41,7 +41,7 @@ impl RunDir {
     /// A directory that holds a run already, is in use, or cannot be written.
     pub fn create(config: &Config, given: Option<PathBuf>) -> Result<Self> {
         let explicit = given.or_else(|| config.run.dir.clone());
-        let Some(path) = explicit else { return Self::hold(free(Path::new("runs"), &config.run.name)) };
+        let Some(path) = explicit else { return Self::free(Path::new("runs"), &config.run.name) };
         let dir = Self::hold(path)?;
         ensure!(
             !dir.is_begun()?,
@@ -61,10 +61,27 @@ impl RunDir {
         Self::hold(explicit.unwrap_or_else(|| last(Path::new("runs"), &config.run.name)))
     }
 
+    /// The first of `NAME`, `NAME-2`, … that does not exist, or that a refused run left empty.
+    fn free(parent: &Path, name: &str) -> Result<Self> {
+        let mut candidates = std::iter::once(name.to_owned()).chain((2..).map(|n| format!("{name}-{n}")));
+        loop {
+            let path = parent.join(candidates.next().expect("the candidates never end"));
+            if !path.exists() {
+                return Self::hold(path);
+            }
+            // Another process may hold it.
+            if is_left_empty(&path)
+                && let Ok(dir) = Self::hold(path)
+            {
+                return Ok(dir);
+            }
+        }
+    }
+
     fn hold(path: PathBuf) -> Result<Self> {
         std::fs::create_dir_all(&path).map_err(|error| disk::cannot("make the run directory", &path, error))?;
         let busy = || anyhow!("another process works on the run in {}; wait for it, or stop it", path.display());
-        let lock = path.join("run.lock");
+        let lock = path.join(LOCK);
         disk::length(&lock)?;
         let file = File::create(&lock).map_err(|error| disk::cannot("write", &lock, error))?;
         match file.try_lock() {
@@ -95,6 +112,9 @@ impl RunDir {
         Ok(!begin::steps(&self.path)?.is_empty())
     }
 }
+
+/// The file by which a process holds a run's directory.
+const LOCK: &str = "run.lock";
 
 /// Files that a run appends to.
 pub struct RunFiles {
@@ -305,10 +325,10 @@ fn records(path: &Path) -> Result<impl Iterator<Item = Map<String, Value>> + use
     Ok(lines.filter_map(|line| serde_json::from_str(&line).ok()))
 }
 
-fn free(parent: &Path, name: &str) -> PathBuf {
-    let candidates = std::iter::once(name.to_owned()).chain((2..).map(|n| format!("{name}-{n}")));
-    let mut free = candidates.map(|name| parent.join(name)).filter(|dir| !dir.exists());
-    free.next().expect("the candidates never end")
+/// Whether a directory holds the lock of a run and nothing else.
+fn is_left_empty(path: &Path) -> bool {
+    let names = std::fs::read_dir(path).map(|entries| entries.flatten().map(|entry| entry.file_name()).collect());
+    names.is_ok_and(|names: Vec<_>| names == [LOCK])
 }
 
 /// The last of `NAME`, `NAME-2`, … that there is; `NAME` where there is none.

@@ -21,6 +21,8 @@ pub(super) struct Guard {
     /// Steps taken, and those that changed the weights, of earlier processes too.
     steps: u64,
     applied: u64,
+    /// Steps whose gradient was zero.
+    still: u64,
     /// Why groups were masked in this process, with how many of them.
     reasons: BTreeMap<String, u64>,
 }
@@ -46,7 +48,7 @@ impl Guard {
     /// Watches a run of batches of `batch_groups` groups.
     pub(super) fn new(bounds: Bounds, batch_groups: u64) -> Self {
         let beyond = Self::NAMES.map(|name| (name, 0)).into();
-        Self { bounds, batch_groups, beyond, unlabeled: 0, steps: 0, applied: 0, reasons: BTreeMap::new() }
+        Self { bounds, batch_groups, beyond, unlabeled: 0, steps: 0, applied: 0, still: 0, reasons: BTreeMap::new() }
     }
 
     /// Names of the bounds, as metrics give them.
@@ -76,7 +78,10 @@ impl Guard {
     /// Returns why the run is a failure although it took its steps: none of them changed the weights.
     pub(super) fn learned_nothing(&self) -> Option<String> {
         (self.steps > 0 && self.applied == 0).then(|| {
-            let why = self.summary().map_or(String::new(), |why| format!(": {why}"));
+            let still = "in {} steps the gradient was zero, since the completions of each group had equal rewards";
+            let still = (self.still > 0).then(|| still.replace("{}", &self.still.to_string()));
+            let causes: Vec<String> = still.into_iter().chain(self.summary()).collect();
+            let why = if causes.is_empty() { String::new() } else { format!(": {}", causes.join("; ")) };
             format!("none of {} steps changed the weights{why}", self.steps)
         })
     }
@@ -140,7 +145,11 @@ impl Guard {
     fn take(&mut self, record: &Map<String, Value>, unlabeled: bool, why: Option<&str>) -> Finding {
         let mut finding = Finding::default();
         self.steps += 1;
-        self.applied += u64::from(record.get("applied") == Some(&Value::Bool(true)));
+        // A gradient of zero changes no weight.
+        let applied = record.get("applied") == Some(&Value::Bool(true));
+        let still = applied && record.get("gradient/norm").and_then(Value::as_f64) == Some(0.0);
+        self.applied += u64::from(applied && !still);
+        self.still += u64::from(still);
         for Bound { name, exceeded, words, remedy } in self.bounds(record) {
             let steps = self.beyond.entry(name).or_default();
             *steps = if exceeded { *steps + 1 } else { 0 };
@@ -236,6 +245,10 @@ mod tests {
         learned.insert("applied".into(), json!(true));
         idle.step(&learned, &[]);
         assert_eq!(idle.learned_nothing(), None);
+        let mut equal = guard(GuardAction::Warn);
+        learned.insert("gradient/norm".into(), json!(0.0));
+        equal.step(&learned, &[]);
+        assert!(equal.learned_nothing().unwrap().contains("in 1 steps the gradient was zero"));
         let off = Bounds { max_kl: 0.0, min_entropy: 0.0, max_masked: 1.0, ..guard(GuardAction::Stop).bounds };
         let mut off = Guard::new(off, 4);
         for _ in 0..9 {

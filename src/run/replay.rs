@@ -13,6 +13,7 @@ use super::reference;
 use super::supervise::graph_options;
 use crate::checkpoint::Identity;
 use crate::config::{self, Config};
+use crate::exit::before_work;
 use crate::learn::TrainState;
 use crate::learn::stage::Learn;
 use crate::learn::{Done, Observer};
@@ -42,9 +43,12 @@ pub async fn replay(
     output: Option<PathBuf>,
     tell: impl Fn(u64) + Send + Sync + 'static,
 ) -> Result<Replayed> {
-    let mut journal = Journal::open(dir)?.peekable();
-    let first = configuration(&mut journal)?
-        .with_context(|| format!("the journal in {} does not begin with a configuration", dir.display()))?;
+    let (journal, first) = before_work(|| {
+        let mut journal = Journal::open(dir)?.peekable();
+        let first = configuration(&mut journal)?
+            .with_context(|| format!("the journal in {} does not begin with a configuration", dir.display()))?;
+        Ok((journal, first))
+    })?;
     let mut config = first;
     let prepared = {
         let config = config.clone();

@@ -60,6 +60,7 @@ fn every_command_ends_with_status_2_when_its_input_is_refused() {
         (&["generate", "model", "Hello"], "model"),
         (&["generate", "model", "Hello", "--max-new-tokens", "0"], "--max-new-tokens must be above zero"),
         (&["score", "model", "Hello"], "model"),
+        (&["replay", "model"], "journal"),
     ] {
         let output = run(dir.path(), args);
         let text = stderr(&output);
@@ -83,6 +84,23 @@ fn a_hub_that_cannot_be_reached_may_be_reached_later() {
         let output = program.args(args).env("HF_HOME", dir.path()).env("HF_ENDPOINT", &endpoint).output().unwrap();
         assert_eq!(output.status.code(), Some(status), "{args:?} {endpoint}: {}", stderr(&output));
     }
+}
+
+#[test]
+fn a_refused_run_leaves_its_directory_to_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let offline = config("offline.toml");
+    let train = |more: &[&str]| {
+        let mut program = preceptor(dir.path());
+        program.args(["train", offline.to_str().unwrap(), "--set", "serve.enabled=false", "--set", "run.steps=1"]);
+        program.args(more.iter().flat_map(|set| ["--set", set])).output().unwrap()
+    };
+    assert_eq!(train(&["data.max_prompt_tokens=1"]).status.code(), Some(2));
+    assert!(train(&[]).status.success() && train(&[]).status.success());
+    let mut runs: Vec<_> =
+        std::fs::read_dir(dir.path().join("runs")).unwrap().map(|run| run.unwrap().file_name()).collect();
+    runs.sort();
+    assert_eq!(runs, ["offline", "offline-2"]);
 }
 
 #[test]
