@@ -19,10 +19,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 use candle_core::{DType, Device};
 use clap::Parser;
-use preceptor::generate::sampler::Sampling;
-use preceptor::generate::{Fixed, Request, generate};
-use preceptor::model::{Copies, Decoder, ModelConfig, Pack, Weights};
+use preceptor::lm::model::{Copies, Decoder, ModelConfig, Pack, Weights};
 use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
+use preceptor::pipeline::generate::sampler::Sampling;
+use preceptor::pipeline::generate::{Fixed, Request, generate};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -57,12 +57,12 @@ struct Options {
 }
 
 fn main() -> Result<()> {
-    preceptor::process::prepare();
+    preceptor::util::process::prepare();
     let options = Options::parse();
     if !options.bench {
         return Ok(());
     }
-    let device = preceptor::device::open(&options.device)?;
+    let device = preceptor::util::device::open(&options.device)?;
     let dtype = match options.dtype.as_str() {
         "f32" => DType::F32,
         "bf16" => DType::BF16,
@@ -131,7 +131,7 @@ impl Bench {
         self.measure("train", tokens, forward * 3.0 * GROUPS as f64, &mut train)?;
         // As a run's actors are: on one stream, where they take turns, and on a stream each.
         self.beside("on one stream", &model, &prompt, tokens, &mut train)?;
-        let own = preceptor::device::open(&self.options.device)?;
+        let own = preceptor::util::device::open(&self.options.device)?;
         if own.same_device(&self.device) {
             return Ok(());
         }

@@ -14,10 +14,10 @@ use std::time::Duration;
 
 use candle_core::Device;
 use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
-use preceptor::generate::sampler::Sampling;
-use preceptor::generate::{Fixed, Request, generate};
-use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
+use preceptor::lm::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::ops::{AdamW, AdamWConfig, Format, Gradients, backward};
+use preceptor::pipeline::generate::sampler::Sampling;
+use preceptor::pipeline::generate::{Fixed, Request, generate};
 use rayon::ThreadPool;
 
 #[global_allocator]
@@ -28,7 +28,7 @@ const PROMPT: usize = 64;
 const ANSWER: usize = 64;
 
 fn benches(criterion: &mut Criterion) {
-    preceptor::process::prepare();
+    preceptor::util::process::prepare();
     let threads = std::env::var("PRECEPTOR_BENCH_THREADS").map_or(1, |n| n.parse().expect("a number of threads"));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
     for name in ["tiny", "smollm2"] {

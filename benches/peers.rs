@@ -19,23 +19,23 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::Device;
 use preceptor::config::{self, Choice, Config, MatmulPrecision};
-use preceptor::controller::Knobs;
-use preceptor::data::{Dataset, ModelBounds, OnBad, OnLong, Part, ReadOptions, Split};
-use preceptor::generate::sampler::Sampling;
-use preceptor::generate::{Fixed, Request, generate};
-use preceptor::label::likelihood::Likelihood;
-use preceptor::label::local::Judge;
-use preceptor::label::{Labeler, Labels};
-use preceptor::learn::TrainState;
-use preceptor::learn::{Done, Observer};
-use preceptor::ledger::Book;
-use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
+use preceptor::lm::model::{Decoder, ModelConfig, Pack, Weights};
+use preceptor::lm::source::ModelFiles;
+use preceptor::lm::tokens::Tokenizer;
 use preceptor::ops::{AdamW, AdamWConfig, Format, Gradients, backward};
-use preceptor::prepare::{Devices, Prepared, prompt_format};
-use preceptor::rollout::{Completion, Finish, Group, Prompt, Rewarded, Verdict};
-use preceptor::source::ModelFiles;
-use preceptor::tokens::Tokenizer;
-use preceptor::topology::Node;
+use preceptor::pipeline::data::{Dataset, ModelBounds, OnBad, OnLong, Part, ReadOptions, Split};
+use preceptor::pipeline::generate::sampler::Sampling;
+use preceptor::pipeline::generate::{Fixed, Request, generate};
+use preceptor::pipeline::label::likelihood::Likelihood;
+use preceptor::pipeline::label::local::Judge;
+use preceptor::pipeline::label::{Labeler, Labels};
+use preceptor::pipeline::learn::TrainState;
+use preceptor::pipeline::learn::{Done, Observer};
+use preceptor::pipeline::prepare::{Devices, Prepared, prompt_format};
+use preceptor::pipeline::topology::Node;
+use preceptor::rl::ledger::Book;
+use preceptor::run::controller::Knobs;
+use preceptor::types::{Completion, Finish, Group, Prompt, Rewarded, Verdict};
 use preceptor_actors::{GraphOptions, GraphReport, Outcome, SnapshotCell, spawn_graph};
 use serde_json::{Map, Value, json};
 
@@ -61,13 +61,13 @@ fn main() -> Result<()> {
     }
     // `cargo test --benches` and `cargo bench` name no model, and want nothing of this program.
     let Some(model) = options.get("--model").and_then(Value::as_str) else { return Ok(()) };
-    preceptor::process::prepare();
+    preceptor::util::process::prepare();
     let number = |name: &str, default: u64| {
         options.get(name).and_then(Value::as_str).map_or(Ok(default), str::parse).with_context(|| name.to_owned())
     };
     let precision = options.get("--precision").and_then(Value::as_str).unwrap_or("highest");
     let found = MatmulPrecision::WORDS.iter().find(|(word, _)| *word == precision);
-    preceptor::device::set_precision(found.with_context(|| format!("no precision {precision:?}"))?.1);
+    preceptor::util::device::set_precision(found.with_context(|| format!("no precision {precision:?}"))?.1);
     // Side by side takes two.
     let threads = if work == "overlap" { 2 } else { number("--threads", 1)? };
     let repeats = number("--repeats", 3)?;
@@ -273,7 +273,7 @@ impl Subject {
             needs_references: false,
             model: ModelBounds { context: weights.config().context, vocabulary: weights.config().vocab_size },
         };
-        let rows = preceptor::prepare::rows(&config, &config.data.path, false)?;
+        let rows = preceptor::pipeline::prepare::rows(&config, &config.data.path, false)?;
         let data = Arc::new(Dataset::read(rows, options, &tokenizer)?);
         let identity = weights.weights().fingerprint()?;
         Ok(Node {

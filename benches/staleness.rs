@@ -10,7 +10,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use preceptor::algo::advantage::moments;
+use preceptor::rl::algo::advantage::moments;
 use serde_json::Value;
 
 const ETAS: [u64; 4] = [0, 1, 4, 16];

@@ -56,7 +56,7 @@ offline() {
 
     echo "== names"
     # Every metric that the program knows, from its source.
-    grep -hoE '"(preceptor|process)_[a-z0-9_]+"' "$here"/../src/telemetry.rs "$here"/../src/telemetry/*.rs |
+    grep -hoE '"(preceptor|process)_[a-z0-9_]+"' "$here"/../src/observe/telemetry.rs "$here"/../src/observe/telemetry/*.rs |
         tr -d '"' | sort -u >"$scratch/names.txt"
     python3 "$here/check_live.py" --offline --names "$scratch/names.txt" --rules "$here/alerts.yml"
     python3 "$here/check/settings.py"

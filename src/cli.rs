@@ -19,10 +19,10 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
-use crate::exit;
 use crate::say;
-use crate::signals::Interrupted;
-use crate::terminal::{self, Closed};
+use crate::util::exit;
+use crate::util::signals::Interrupted;
+use crate::util::terminal::{self, Closed};
 
 /// Trains language models by reinforcement learning from AI feedback (RLAIF), asynchronously, in one process.
 #[derive(Debug, Parser)]
@@ -95,10 +95,10 @@ impl ConfigArgs {
 
 /// Parses the command line and runs it.
 pub fn main() -> ExitCode {
-    crate::process::prepare();
-    crate::descriptors::raise_limit();
-    crate::signals::listen();
-    crate::fault::set_up();
+    crate::util::process::prepare();
+    crate::util::descriptors::raise_limit();
+    crate::util::signals::listen();
+    crate::util::fault::set_up();
     let cli = Cli::parse();
     if let Err(error) = start_log(&cli.log) {
         say!("error: {error:#}");
@@ -147,7 +147,7 @@ fn start_log(filter: &str) -> anyhow::Result<()> {
     let lines = terminal::LogLines { json, colours: terminal::colours() };
     let log = log.with_ansi(lines.colours).with_writer(move || lines);
     if json {
-        crate::progress::for_machines();
+        crate::observe::progress::for_machines();
         log.json().flatten_event(true).with_current_span(false).with_span_list(false).init();
     } else {
         log.init();

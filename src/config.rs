@@ -34,7 +34,7 @@ pub use sections::{
     Rollout, RolloutWeights, Run, Scratch, Sft, UpdateMode, WeightDtype,
 };
 
-use crate::bounded;
+use crate::util::bounded;
 use document::{Document, Kind, suggestion};
 use key::{Reader, Section};
 

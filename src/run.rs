@@ -1,7 +1,9 @@
 //! The composition root of a training run: files, server, graph, signals, checkpoints.
 
 mod begin;
+pub mod checkpoint;
 mod conclusion;
+pub mod controller;
 mod evaluation;
 pub mod files;
 mod guard;
@@ -28,22 +30,22 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use preceptor_actors::{Outcome, SnapshotCell, spawn_graph};
 
-use crate::check;
-use crate::checkpoint::{Form, Identity, Opened, Shelf, WinRates, Writer, Written};
 use crate::config::{Config, Mode};
-use crate::controller::{Controller, Knobs};
-use crate::device;
-use crate::exit::refusal;
-use crate::knob::Knob;
-use crate::monitor::Monitor;
-use crate::prepare::{Prepared, budget, prepare_within};
-use crate::progress::Progress;
+use crate::observe::monitor::Monitor;
+use crate::observe::progress::Progress;
+use crate::observe::serve::{Token, serve, upkeep};
+use crate::observe::telemetry;
+use crate::pipeline::prepare::{Prepared, budget, prepare_within};
+use crate::pipeline::topology::Node;
+use crate::pipeline::topology::labelers::{Instrument, labeler};
+use crate::run::checkpoint::{Form, Identity, Opened, Shelf, WinRates, Writer, Written};
+use crate::run::controller::{Controller, Knobs};
 use crate::say;
-use crate::serve::{Token, serve, upkeep};
-use crate::signals::{self, Interrupted};
-use crate::telemetry;
-use crate::topology::Node;
-use crate::topology::labelers::{Instrument, labeler};
+use crate::tools::check;
+use crate::util::device;
+use crate::util::exit::refusal;
+use crate::util::knob::Knob;
+use crate::util::signals::{self, Interrupted};
 use conclusion::Conclusion;
 use evaluation::{Evaluated, Evaluator};
 use guard::Guard;

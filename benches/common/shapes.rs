@@ -1,6 +1,6 @@
 //! The models that are measured: by shape, since the time does not depend on the weights.
 
-use preceptor::model::ModelConfig;
+use preceptor::lm::model::ModelConfig;
 
 /// `tiny`, 4.0 M parameters, or `smollm2`, the shape of SmolLM2-135M.
 pub fn shape(name: &str) -> Option<ModelConfig> {

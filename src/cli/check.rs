@@ -4,10 +4,10 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::ConfigArgs;
-use crate::check::check;
 use crate::config::reference;
-use crate::exit::before_work;
 use crate::out;
+use crate::tools::check::check;
+use crate::util::exit::before_work;
 
 /// Arguments of `preceptor check`.
 #[derive(Debug, Args)]

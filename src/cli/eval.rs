@@ -10,25 +10,27 @@ use super::ConfigArgs;
 use super::input::{self, pair_options};
 use super::prompts::load_model;
 use crate::config::Config;
-use crate::data::pairs::PairSet;
-use crate::data::{Dataset, ModelBounds, OnLong, PairOptions, Part, Preferences, ReadOptions, Split};
-use crate::device;
-use crate::evaluate::alignment::{Alignment, alignment, variants};
-use crate::evaluate::answers::answers;
-use crate::evaluate::harmless::{Rated, check_labeler, harmless_rate};
-use crate::evaluate::reward_accuracy::reward_accuracy;
-use crate::evaluate::win_rate::{Contest, win_rate};
-use crate::exit::before_work;
-use crate::generate::sampler::Sampling;
-use crate::generate::stop::Stop;
-use crate::model::{Decoder, Onto};
-use crate::prepare::{LabelerBench, budget, labeler_bench, prompt_format, rows};
-use crate::progress::Progress;
-use crate::reward::RewardModel;
-use crate::rollout::Prompt;
-use crate::statistics::Table;
-use crate::tokens::Tokenizer;
-use crate::{out, out_json, say};
+use crate::lm::model::{Decoder, Onto};
+use crate::lm::tokens::Tokenizer;
+use crate::observe::progress::Progress;
+use crate::out;
+use crate::out_json;
+use crate::pipeline::data::pairs::PairSet;
+use crate::pipeline::data::{Dataset, ModelBounds, OnLong, PairOptions, Part, Preferences, ReadOptions, Split};
+use crate::pipeline::generate::sampler::Sampling;
+use crate::pipeline::generate::stop::Stop;
+use crate::pipeline::prepare::{LabelerBench, budget, labeler_bench, prompt_format, rows};
+use crate::pipeline::reward::RewardModel;
+use crate::rl::statistics::Table;
+use crate::say;
+use crate::tools::evaluate::alignment::{Alignment, alignment, variants};
+use crate::tools::evaluate::answers::answers;
+use crate::tools::evaluate::harmless::{Rated, check_labeler, harmless_rate};
+use crate::tools::evaluate::reward_accuracy::reward_accuracy;
+use crate::tools::evaluate::win_rate::{Contest, win_rate};
+use crate::types::Prompt;
+use crate::util::device;
+use crate::util::exit::before_work;
 
 /// Arguments of `preceptor eval`.
 #[derive(Debug, Args)]
@@ -304,7 +306,7 @@ impl RewardAccuracyArgs {
     fn prepare(&self, config: &Config) -> Result<(RewardModel, PairSet)> {
         let mut model = RewardModel::open(&self.model, &device::open(&config.policy.device)?)?;
         model.model = model.model.to_dtype(device::dtype(config.policy.dtype))?;
-        let tokenizer = Tokenizer::from_files(&crate::source::ModelFiles::Directory(self.model.clone()))?;
+        let tokenizer = Tokenizer::from_files(&crate::lm::source::ModelFiles::Directory(self.model.clone()))?;
         let shape = model.model.config();
         let bounds = ModelBounds { context: shape.context, vocabulary: shape.vocab_size };
         let (format, reactions) = (prompt_format(config), (OnLong::Skip, config.data.on_bad));

@@ -7,13 +7,16 @@ use clap::Args;
 use serde_json::json;
 
 use super::prompts::{ModelArgs, PromptArgs};
-use crate::exit::before_work;
-use crate::generate::sampler::Sampling;
-use crate::generate::stop::{self, Stop};
-use crate::generate::{Fixed, Request, generate};
-use crate::model::Decoder;
-use crate::tokens::Tokenizer;
-use crate::{out, out_json, say, seed};
+use crate::lm::model::Decoder;
+use crate::lm::tokens::Tokenizer;
+use crate::out;
+use crate::out_json;
+use crate::pipeline::generate::sampler::Sampling;
+use crate::pipeline::generate::stop::{self, Stop};
+use crate::pipeline::generate::{Fixed, Request, generate};
+use crate::say;
+use crate::util::exit::before_work;
+use crate::util::seed;
 
 /// Arguments of `preceptor generate`.
 #[derive(Debug, Args)]

@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::config::Config;
-use crate::data::{PairOptions, Rows};
-use crate::source::{DataRef, ResolveOptions};
+use crate::lm::source::{DataRef, ResolveOptions};
+use crate::pipeline::data::{PairOptions, Rows};
 
 /// The rows of `--input TEXT`: a file, a folder, a glob pattern, or in braces or brackets what a configuration has. A hub has
 /// `timeout_s` seconds to answer.

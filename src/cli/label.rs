@@ -9,17 +9,17 @@ use clap::Args;
 
 use super::ConfigArgs;
 use super::input::{self, pair_options};
-use crate::annotate::file::{LabelFile, Provenance};
-use crate::annotate::{Job, PairQuestions, annotate};
 use crate::config::Config;
-use crate::data::Preferences;
-use crate::exit::{Ended, before_work};
-use crate::label::Pairing;
-use crate::label::stage::Wants;
-use crate::prepare::{LabelerBench, budget, compares_with_blank, labeler_bench, prompt_format};
+use crate::pipeline::data::Preferences;
+use crate::pipeline::label::Pairing;
+use crate::pipeline::label::stage::Wants;
+use crate::pipeline::prepare::{LabelerBench, budget, compares_with_blank, labeler_bench, prompt_format};
+use crate::pipeline::topology::labelers::labeler_on;
 use crate::say;
-use crate::signals::Interrupted;
-use crate::topology::labelers::labeler_on;
+use crate::tools::annotate::file::{LabelFile, Provenance};
+use crate::tools::annotate::{Job, PairQuestions, annotate};
+use crate::util::exit::{Ended, before_work};
+use crate::util::signals::Interrupted;
 
 /// Arguments of `preceptor label`.
 #[derive(Debug, Args)]

@@ -8,10 +8,10 @@ use clap::Args;
 use serde_json::json;
 
 use super::input;
-use crate::data::corrupt::corrupt;
-use crate::data::{Notes, PromptFormat};
-use crate::exit::before_work;
+use crate::pipeline::data::corrupt::corrupt;
+use crate::pipeline::data::{Notes, PromptFormat};
 use crate::say;
+use crate::util::exit::before_work;
 
 /// Seconds that a hub may take to answer.
 const HUB_TIMEOUT_S: u64 = 20;

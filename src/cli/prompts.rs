@@ -7,11 +7,12 @@ use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use clap::Args;
 
-use crate::model::{Decoder, Onto};
-use crate::source::ModelRef;
-use crate::tokens::Tokenizer;
-use crate::tokens::chat::Message;
-use crate::{config::Config, prepare};
+use crate::config::Config;
+use crate::lm::model::{Decoder, Onto};
+use crate::lm::source::ModelRef;
+use crate::lm::tokens::Tokenizer;
+use crate::lm::tokens::chat::Message;
+use crate::pipeline::prepare;
 
 /// The model to use.
 #[derive(Debug, Args)]

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
+use crate::out;
 use crate::run::replay::replay;
-use crate::{out, say};
+use crate::say;
 
 /// Arguments of `preceptor replay`.
 #[derive(Debug, Args)]

@@ -5,10 +5,11 @@ use clap::Args;
 use serde_json::json;
 
 use super::prompts::{ModelArgs, PromptArgs};
-use crate::exit::before_work;
-use crate::model::{Decoder, Pack};
-use crate::tokens::Tokenizer;
-use crate::{out, out_json};
+use crate::lm::model::{Decoder, Pack};
+use crate::lm::tokens::Tokenizer;
+use crate::out;
+use crate::out_json;
+use crate::util::exit::before_work;
 
 /// Arguments of `preceptor score`.
 #[derive(Debug, Args)]

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::top::{Node, top};
+use crate::observe::top::{Node, top};
 
 /// Arguments of `preceptor top`.
 #[derive(Debug, Args)]

@@ -6,10 +6,10 @@ use anyhow::Result;
 use clap::Args;
 
 use super::ConfigArgs;
-use crate::exit::Ended;
 use crate::run;
 use crate::say;
-use crate::signals::Interrupted;
+use crate::util::exit::Ended;
+use crate::util::signals::Interrupted;
 
 /// Arguments of `preceptor train`.
 #[derive(Debug, Args)]

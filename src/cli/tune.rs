@@ -8,15 +8,15 @@ use clap::Args;
 use toml_edit::{DocumentMut, Item, Table, value};
 
 use super::ConfigArgs;
-use crate::exit::before_work;
 use crate::out;
-use crate::prepare::prepare;
+use crate::pipeline::prepare::prepare;
+use crate::rl::statistics::Table as Report;
+use crate::rl::statistics::table::Cell;
 use crate::say;
-use crate::statistics::Table as Report;
-use crate::statistics::table::Cell;
-use crate::tune::live::Live;
-use crate::tune::plan::Plan;
-use crate::tune::{Machine, NOTICEABLE, Reach, Tuned, tune};
+use crate::tools::tune::live::Live;
+use crate::tools::tune::plan::Plan;
+use crate::tools::tune::{Machine, NOTICEABLE, Reach, Tuned, tune};
+use crate::util::exit::before_work;
 
 /// Arguments of `preceptor tune`.
 #[derive(Debug, Args)]
@@ -117,7 +117,7 @@ fn asynchronous(tuned: &Tuned, configured: &Plan) -> String {
 
 /// Writes the configuration at `from` with `changes` to `to`; comments and order stay.
 fn write(from: &Path, to: &Path, changes: &[(&str, u64, u64)]) -> Result<()> {
-    let text = crate::bounded::text(from, crate::bounded::WRITTEN)?;
+    let text = crate::util::bounded::text(from, crate::util::bounded::WRITTEN)?;
     let mut document: DocumentMut = text.parse().with_context(|| format!("cannot read {}", from.display()))?;
     for (key, _, is) in changes {
         let (section, key) = key.split_once('.').context("a key has a section")?;

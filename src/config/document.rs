@@ -7,7 +7,7 @@ use std::fmt;
 use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table, Value};
 
-use crate::nearest::nearest;
+use crate::util::nearest::nearest;
 
 /// Most mistakes that a report lists one by one: nobody reads more.
 const MOST_LISTED: usize = 50;

@@ -12,10 +12,10 @@ use super::key::{Fields, Input, Key, Reader, Resume, Section, Spec, is, required
 use super::section::section;
 use super::sections::{TOKENS, check_optional_device, check_variable, count, pool, positive, queue};
 use super::types::{KeyType, Shape, table};
-use crate::disk::expand_home;
-use crate::endpoint::Endpoint;
-use crate::label::Pairing;
-use crate::source::ModelRef;
+use crate::lm::source::ModelRef;
+use crate::pipeline::label::Pairing;
+use crate::util::disk::expand_home;
+use crate::util::endpoint::Endpoint;
 
 section! {
     /// AI feedback.

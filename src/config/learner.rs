@@ -4,7 +4,7 @@ use super::choice::{choice, words};
 use super::key::{by, depends, is};
 use super::section::section;
 use super::sections::{LabelForm, MANY, count, pool, positive};
-use crate::algo::online_dpo::Form;
+use crate::rl::algo::online_dpo::Form;
 
 section! {
     /// Gradient steps.

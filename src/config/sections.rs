@@ -9,9 +9,9 @@ use super::document::Kind;
 use super::key::{Input, Reader, Spec, by, depends, is, required, unset};
 use super::section::section;
 use super::types::{KeyType, Shape, table};
-use crate::algo::kl::{Estimator, Place};
-use crate::data::{OnBad, OnLong};
-use crate::source::{DataRef, ModelRef};
+use crate::lm::source::{DataRef, ModelRef};
+use crate::pipeline::data::{OnBad, OnLong};
+use crate::rl::algo::kl::{Estimator, Place};
 
 /// Most tokens of anything.
 pub(super) const TOKENS: f64 = (1 << 24) as f64;

@@ -31,7 +31,7 @@ fn check(more: &str, expected: &[&str]) {
 #[test]
 fn many_mistakes_are_counted_and_long_ones_cut() {
     let many: String = (0..50_000).map(|i| format!("k{i} = 1\n")).collect();
-    let began = crate::process::thread_seconds();
+    let began = crate::util::process::thread_seconds();
     let errors = read(&format!("{MINIMAL}[learner]\n{many}"), &[]).unwrap_err();
     assert_eq!((errors.0.len(), errors.0[50].message.as_str()), (51, "and 49950 mistakes more"));
     let long = "x".repeat(100_000);
@@ -41,7 +41,7 @@ fn many_mistakes_are_counted_and_long_ones_cut() {
     let errors = read(MINIMAL, &[&deep]).unwrap_err().to_string();
     assert!(errors.contains("is not section.key=value") && errors.len() < 500, "{errors}");
     assert!(
-        crate::process::thread_seconds() - began < 20.0,
+        crate::util::process::thread_seconds() - began < 20.0,
         "each mistake is looked for in the whole file, or each key in all others"
     );
 }

@@ -9,8 +9,8 @@ use toml::Value;
 
 use super::document::Kind;
 use super::key::{Fields, Input, Key, Reader, Section};
-use crate::disk::expand_home;
-use crate::source::{DataRef, ModelRef};
+use crate::lm::source::{DataRef, ModelRef};
+use crate::util::disk::expand_home;
 
 /// The type of a key's value.
 pub(super) trait KeyType: Sized + Clone {

@@ -7,9 +7,9 @@ use anyhow::{Result, bail};
 use super::journal::{self, Entry, Journal};
 use super::phases::FINE_TUNING;
 use super::{reference, rewind};
-use crate::checkpoint::Opened;
-use crate::checkpoint::shelf::{self, PENDING};
-use crate::disk;
+use crate::run::checkpoint::Opened;
+use crate::run::checkpoint::shelf::{self, PENDING};
+use crate::util::disk;
 
 /// What the file [`PENDING`] says to a person.
 const NOTE: &str = "This run has no checkpoint yet. Until it has one, `preceptor train --resume` begins it again.\n";

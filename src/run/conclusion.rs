@@ -11,13 +11,13 @@ use super::insist::insist;
 use super::supervise::{Stop, new_signal, unless_left};
 use super::watcher::Watcher;
 use super::{Summary, lock, reference};
-use crate::checkpoint::{Form, Shelf};
-use crate::exit::Ended;
-use crate::learn::publish::publish;
-use crate::monitor::Monitor;
+use crate::observe::monitor::Monitor;
+use crate::observe::telemetry;
+use crate::pipeline::learn::publish::publish;
+use crate::pipeline::topology::Node;
+use crate::run::checkpoint::{Form, Shelf};
 use crate::say;
-use crate::telemetry;
-use crate::topology::Node;
+use crate::util::exit::Ended;
 
 /// How long the end of a run waits for an evaluation under way.
 const LAST_EVALUATION: Duration = Duration::from_secs(60);

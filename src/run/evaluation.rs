@@ -14,21 +14,21 @@ use crossbeam::channel::{Sender, TrySendError, bounded};
 use serde_json::{Value, json};
 
 use super::log::Log;
-use crate::checkpoint::WinRates;
 use crate::config::Config;
-use crate::disk;
-use crate::evaluate::answers::answers;
-use crate::evaluate::win_rate::outcome;
-use crate::generate::sampler::Sampling;
-use crate::label::stage::{Wants, ask_many};
-use crate::label::{Labeler, Pairing};
-use crate::model::Decoder;
-use crate::prepare::Prepared;
-use crate::rollout::{Completion, Group, Prompt, Verdict};
-use crate::statistics::interval::{self, Estimate};
-use crate::tokens::Tokenizer;
-use crate::topology::labelers::evaluation_judge;
-use crate::topology::sampling;
+use crate::lm::model::Decoder;
+use crate::lm::tokens::Tokenizer;
+use crate::pipeline::generate::sampler::Sampling;
+use crate::pipeline::label::stage::{Wants, ask_many};
+use crate::pipeline::label::{Labeler, Pairing};
+use crate::pipeline::prepare::Prepared;
+use crate::pipeline::topology::labelers::evaluation_judge;
+use crate::pipeline::topology::sampling;
+use crate::rl::statistics::interval::{self, Estimate};
+use crate::run::checkpoint::WinRates;
+use crate::tools::evaluate::answers::answers;
+use crate::tools::evaluate::win_rate::outcome;
+use crate::types::{Completion, Group, Prompt, Verdict};
+use crate::util::disk;
 
 /// Name of its file in the run's directory.
 pub(super) const NAME: &str = "evaluations.jsonl";

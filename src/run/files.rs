@@ -14,15 +14,15 @@ use super::phases;
 use super::resume::Change;
 use super::rotating::{Bounds, Rotating};
 use super::tensorboard::Events;
-use crate::checkpoint::Lengths;
 use crate::config::Config;
-use crate::disk;
-use crate::fault;
-use crate::learn::Done;
-use crate::learn::StepRecord;
-use crate::monitor::samples;
-use crate::rollout::Rewarded;
+use crate::observe::monitor::samples;
+use crate::pipeline::learn::Done;
+use crate::pipeline::learn::StepRecord;
+use crate::run::checkpoint::Lengths;
 use crate::say;
+use crate::types::Rewarded;
+use crate::util::disk;
+use crate::util::fault;
 
 /// The file of samples to read, in a run's directory.
 pub(super) const SAMPLES: &str = "samples.jsonl";

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value};
 
 use crate::config::{Guard as Bounds, GuardAction};
-use crate::rollout::{Rewarded, Verdict};
+use crate::types::{Rewarded, Verdict};
 
 /// Most different reasons that are kept; the rest is counted together.
 const MOST_REASONS: usize = 64;

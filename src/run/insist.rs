@@ -6,8 +6,8 @@ use anyhow::Result;
 use tokio::runtime::Handle;
 
 use super::supervise::new_signal;
+use crate::observe::telemetry;
 use crate::say;
-use crate::telemetry;
 
 /// The pauses between tries grow from the first to the last of these.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::rollout::Rewarded;
+use crate::types::Rewarded;
 
 /// The file's name in a run's directory.
 pub const NAME: &str = "journal.bin";
@@ -202,7 +202,7 @@ impl Iterator for Journal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rollout::{Completion, Finish, Group, Prompt, RewardScale};
+    use crate::types::{Completion, Finish, Group, Prompt, RewardScale};
 
     fn batch() -> Vec<Rewarded> {
         let prompt = Prompt {

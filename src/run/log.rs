@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::disk;
-use crate::fault;
+use crate::util::disk;
+use crate::util::fault;
 
 /// Bytes that wait for room on the disk before more are refused.
 const MOST_WAITING: usize = 64 << 20;

@@ -9,16 +9,16 @@ use super::files::{RunDir, RunFiles, SAMPLES};
 use super::resume::Accepted;
 use super::rewind::{self, Ends, SetAside};
 use super::{From, begin, evaluation, journal, phases, reference, rotating};
-use crate::checkpoint::{Best, Identity, Lengths, Mirror, Opened, Shelf, WinRates, shelf};
 use crate::config::{Config, WIN_RATE};
-use crate::disk;
-use crate::learn::TrainState;
-use crate::ledger::Book;
-use crate::prepare::Prepared;
-use crate::reward::RewardTrainer;
+use crate::pipeline::learn::TrainState;
+use crate::pipeline::prepare::Prepared;
+use crate::pipeline::reward::RewardTrainer;
+use crate::pipeline::topology::learning::{adam, lora, value_model};
+use crate::pipeline::topology::reward_trainer;
+use crate::rl::ledger::Book;
+use crate::run::checkpoint::{Best, Identity, Lengths, Mirror, Opened, Shelf, WinRates, shelf};
 use crate::say;
-use crate::topology::learning::{adam, lora, value_model};
-use crate::topology::reward_trainer;
+use crate::util::disk;
 
 /// Locks the directory of the run that `from` names, and completes what a killed process began in it.
 ///

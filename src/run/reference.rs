@@ -8,17 +8,17 @@ use candle_core::DType;
 use serde_json::{Value, json};
 
 use super::files::RunFiles;
-use crate::checkpoint::sums::{self, Damage};
-use crate::checkpoint::{Identity, Shelf};
 use crate::config::Config;
-use crate::device;
-use crate::disk;
-use crate::fault;
-use crate::model::{Decoder, Lora, Onto, Weights, export};
-use crate::prepare::Prepared;
+use crate::lm::model::{Decoder, Lora, Onto, Weights, export};
+use crate::observe::telemetry;
+use crate::pipeline::prepare::Prepared;
+use crate::pipeline::topology::learning::lora;
+use crate::run::checkpoint::sums::{self, Damage};
+use crate::run::checkpoint::{Identity, Shelf};
 use crate::say;
-use crate::telemetry;
-use crate::topology::learning::lora;
+use crate::util::device;
+use crate::util::disk;
+use crate::util::fault;
 
 /// Its directory in the run's.
 const NAME: &str = "reference";

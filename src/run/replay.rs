@@ -11,17 +11,17 @@ use preceptor_actors::{GraphBuilder, Item, Outcome, SnapshotCell, Source, StageC
 use super::journal::{Entry, Journal, Step};
 use super::reference;
 use super::supervise::graph_options;
-use crate::checkpoint::Identity;
 use crate::config::{self, Config};
-use crate::exit::before_work;
-use crate::learn::TrainState;
-use crate::learn::stage::Learn;
-use crate::learn::{Done, Observer};
-use crate::model::export;
-use crate::prepare::{Prepared, prepare_policy};
-use crate::rollout::Rewarded;
-use crate::topology::everything;
-use crate::topology::learning::{adam, algorithm, learn_plan, lora, value_model};
+use crate::lm::model::export;
+use crate::pipeline::learn::TrainState;
+use crate::pipeline::learn::stage::Learn;
+use crate::pipeline::learn::{Done, Observer};
+use crate::pipeline::prepare::{Prepared, prepare_policy};
+use crate::pipeline::topology::everything;
+use crate::pipeline::topology::learning::{adam, algorithm, learn_plan, lora, value_model};
+use crate::run::checkpoint::Identity;
+use crate::types::Rewarded;
+use crate::util::exit::before_work;
 
 /// What a replay came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,7 +123,7 @@ fn configuration(journal: &mut Peekable<Journal>) -> Result<Option<Config>> {
 /// What outlives the graph of a segment.
 struct Again {
     state: Arc<Mutex<TrainState>>,
-    cell: Arc<SnapshotCell<crate::model::Decoder>>,
+    cell: Arc<SnapshotCell<crate::lm::model::Decoder>>,
     journal: Arc<Mutex<Peekable<Journal>>>,
     until: Option<u64>,
     seen: Arc<Mutex<Seen>>,

@@ -3,12 +3,12 @@
 use anyhow::{Context, Result, bail};
 use toml::{Table, Value};
 
-use crate::checkpoint::{JudgeContents, Opened};
 use crate::config::{self, Config, LabelerKind, Methods, Resume};
-use crate::label::templates::{Preamble, TemplateSet};
-use crate::nearest::nearest;
-use crate::prepare::Prepared;
-use crate::topology::labelers::Instrument;
+use crate::pipeline::label::templates::{Preamble, TemplateSet};
+use crate::pipeline::prepare::Prepared;
+use crate::pipeline::topology::labelers::Instrument;
+use crate::run::checkpoint::{JudgeContents, Opened};
+use crate::util::nearest::nearest;
 
 /// The effect of a change of the key at `path`, if it is one.
 fn class(path: &str) -> Option<Resume> {
@@ -179,7 +179,7 @@ fn contents_at(path: &str, methods: &Methods, instruments: &[Instrument]) -> Res
         if method.kind == LabelerKind::Pairwise
             && let Preamble::Own(text) = Preamble::find(&method.preamble)?
         {
-            note("preamble", hex(crate::seed::text(text.trim_end())));
+            note("preamble", hex(crate::util::seed::text(text.trim_end())));
         }
         // The name that the server gives the model that answers: another one may be behind the same address.
         if let Instrument::Asked(backend) = instrument

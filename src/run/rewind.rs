@@ -18,9 +18,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::shelf;
-use crate::disk;
-use crate::fault;
+use crate::run::checkpoint::shelf;
+use crate::util::disk;
+use crate::util::fault;
 
 /// The directory of a plan that is being written.
 const PARTIAL: &str = ".rewind.partial";

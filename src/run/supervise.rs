@@ -9,11 +9,11 @@ use preceptor_actors::{GraphEvent, GraphHandle, GraphOptions, Outcome, RestartPo
 
 use super::systemd;
 use crate::config::Config;
-use crate::monitor::Monitor;
-use crate::progress::Progress;
+use crate::observe::monitor::Monitor;
+use crate::observe::progress::Progress;
+use crate::observe::telemetry;
 use crate::say;
-use crate::signals::{self, Interrupted};
-use crate::telemetry;
+use crate::util::signals::{self, Interrupted};
 
 /// Whether a signal asked the run to stop. All phases of a run share one.
 #[derive(Debug, Clone, Default)]

@@ -9,7 +9,7 @@ use crc::{CRC_32_ISCSI, Crc};
 use serde_json::{Map, Value};
 
 use super::log::Log;
-use crate::process::unix_seconds;
+use crate::util::process::unix_seconds;
 
 const CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 

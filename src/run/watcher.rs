@@ -12,18 +12,18 @@ use super::evaluation::{Evaluator, Put};
 use super::files::RunFiles;
 use super::guard::Guard;
 use super::supervise::Stop;
-use crate::checkpoint::{Snapshot, WinRates, Writer};
 use crate::config::{Config, WIN_RATE};
-use crate::learn::{Done, Observer};
-use crate::learn::{StepRecord, TrainState};
-use crate::ledger::Book;
-use crate::monitor::Monitor;
-use crate::process::{resident_bytes, unix_seconds};
-use crate::progress::Progress;
-use crate::reward::RewardTrainer;
-use crate::rollout::Rewarded;
+use crate::observe::monitor::Monitor;
+use crate::observe::progress::Progress;
+use crate::observe::telemetry;
+use crate::pipeline::learn::{Done, Observer};
+use crate::pipeline::learn::{StepRecord, TrainState};
+use crate::pipeline::reward::RewardTrainer;
+use crate::rl::ledger::Book;
+use crate::run::checkpoint::{Snapshot, WinRates, Writer};
 use crate::say;
-use crate::telemetry;
+use crate::types::Rewarded;
+use crate::util::process::{resident_bytes, unix_seconds};
 
 /// How long a checkpoint that could not be written waits for its next try.
 const RETRY: Duration = Duration::from_secs(30);

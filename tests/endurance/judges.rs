@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use preceptor::label::cache::Store;
-use preceptor::remote::retry::Outcome;
-use preceptor::rollout::Verdict;
+use preceptor::pipeline::label::cache::Store;
+use preceptor::pipeline::remote::retry::Outcome;
 use preceptor::run::journal::{Entry, Journal};
-use preceptor::seed;
+use preceptor::types::Verdict;
+use preceptor::util::seed;
 use serde_json::{Value, json};
 
 use crate::mock_judge::{Act, MockJudge};

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use preceptor::label::cache::Store;
+use preceptor::pipeline::label::cache::Store;
 
 use crate::mock_judge::{Act, MockJudge};
 use crate::run::{Random, checkpoints, fingerprint, last_checkpoint, metrics, to_the_end, train, trained};
@@ -26,7 +26,7 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
             *seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).entry(body.to_string()).or_default() += 1;
         }
         // A rating that depends on what is asked.
-        let p = (preceptor::seed::text(&body.to_string()) % 97) as f64 / 97.0;
+        let p = (preceptor::util::seed::text(&body.to_string()) % 97) as f64 / 97.0;
         Act::Tokens(vec![("7", 0.2 + 0.7 * p), ("2", 0.8 - 0.7 * p)])
     });
     let steps = 100 + 40 * u64::from(count);

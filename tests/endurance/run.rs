@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use preceptor::checkpoint::{Best, Shelf};
+use preceptor::run::checkpoint::{Best, Shelf};
 use preceptor::run::journal::{Entry, Journal};
 use serde_json::Value;
 
@@ -77,7 +77,7 @@ pub fn fingerprint(dir: &Path) -> Result<u64> {
         }
     }
     all.sort();
-    Ok(preceptor::seed::text(&all.join("\n")))
+    Ok(preceptor::util::seed::text(&all.join("\n")))
 }
 
 /// Names of the checkpoints of a run, oldest first.
@@ -98,7 +98,7 @@ pub struct Random(pub u64);
 impl Random {
     /// Below one.
     pub fn share(&mut self) -> f64 {
-        self.0 = preceptor::seed::mix(self.0);
+        self.0 = preceptor::util::seed::mix(self.0);
         (self.0 >> 11) as f64 / (1u64 << 53) as f64
     }
 }

@@ -24,7 +24,7 @@ struct Held {
 pub fn trial(minutes: f64) -> Result<String> {
     let dir = tempfile::tempdir()?;
     let mock = MockJudge::start(|_, _, body| {
-        let p = (preceptor::seed::text(&body.to_string()) % 97) as f64 / 97.0;
+        let p = (preceptor::util::seed::text(&body.to_string()) % 97) as f64 / 97.0;
         Act::Tokens(vec![("7", 0.2 + 0.7 * p), ("2", 0.8 - 0.7 * p)])
     });
     let cache = dir.path().join("labels");

@@ -7,20 +7,20 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use preceptor::config;
-use preceptor::data::{
+use preceptor::lm::model::bert::BertConfig;
+use preceptor::lm::model::config::Head;
+use preceptor::lm::model::{Decoder, ModelConfig, Weights};
+use preceptor::lm::source::ModelFiles;
+use preceptor::lm::tokens::Tokenizer;
+use preceptor::lm::tokens::chat::Message;
+use preceptor::pipeline::data::{
     Dataset, Dialogue, ModelBounds, Notes, OnBad, OnLong, PairOptions, Preferences, PromptFormat, ReadOptions, Rows,
     Split,
 };
-use preceptor::label::templates::TemplateSet;
-use preceptor::model::bert::BertConfig;
-use preceptor::model::config::Head;
-use preceptor::model::{Decoder, ModelConfig, Weights};
-use preceptor::remote::answer;
-use preceptor::remote::reading::{Listed, split_prefixes, votes};
-use preceptor::remote::wire::Request;
-use preceptor::source::ModelFiles;
-use preceptor::tokens::Tokenizer;
-use preceptor::tokens::chat::Message;
+use preceptor::pipeline::label::templates::TemplateSet;
+use preceptor::pipeline::remote::answer;
+use preceptor::pipeline::remote::reading::{Listed, split_prefixes, votes};
+use preceptor::pipeline::remote::wire::Request;
 
 /// Takes bytes, and says whether they were of use.
 pub type Entry = fn(&[u8]) -> bool;

@@ -6,7 +6,7 @@ import { createServer } from "node:http";
 import { readFileSync, readdirSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 
-const PAGE = new URL("../../src/serve/page/", import.meta.url);
+const PAGE = new URL("../../src/observe/serve/page/", import.meta.url);
 
 /** The page's scripts in the order in which the node puts them together. */
 export const SCRIPTS = [

@@ -3,17 +3,17 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use preceptor::algo::advantage::{gae, group_normalised, leave_one_out, whiten};
-use preceptor::algo::correction::{Correction, Level};
-use preceptor::algo::grpo::Grpo;
-use preceptor::algo::kl::{Estimator, Kl, Place};
-use preceptor::algo::online_dpo::{Form, OnlineDpo};
-use preceptor::algo::ppo::clipped_value;
-use preceptor::algo::reinforce::Reinforce;
-use preceptor::algo::rloo::Rloo;
-use preceptor::algo::surrogate::{Average, Clip, Surrogate};
-use preceptor::algo::whiten::Whitened;
-use preceptor::algo::{Algorithm, GroupLoss, GroupView};
+use preceptor::rl::algo::advantage::{gae, group_normalised, leave_one_out, whiten};
+use preceptor::rl::algo::correction::{Correction, Level};
+use preceptor::rl::algo::grpo::Grpo;
+use preceptor::rl::algo::kl::{Estimator, Kl, Place};
+use preceptor::rl::algo::online_dpo::{Form, OnlineDpo};
+use preceptor::rl::algo::ppo::clipped_value;
+use preceptor::rl::algo::reinforce::Reinforce;
+use preceptor::rl::algo::rloo::Rloo;
+use preceptor::rl::algo::surrogate::{Average, Clip, Surrogate};
+use preceptor::rl::algo::whiten::Whitened;
+use preceptor::rl::algo::{Algorithm, GroupLoss, GroupView};
 use serde_json::Value;
 
 use crate::common::{fixture, max_abs_difference};
@@ -298,7 +298,7 @@ fn whitening_spans_the_batch() {
 /// Cross-entropy between a soft label and softmax(r₁, r₂), and its gradient, against PyTorch's autograd.
 #[test]
 fn the_soft_label_loss_agrees_with_pytorch() {
-    use preceptor::algo::preference::soft_label;
+    use preceptor::rl::algo::preference::soft_label;
     let text = std::fs::read_to_string(fixture("preference").join("soft_labels.json")).unwrap();
     let cases: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
     assert_eq!(cases.len(), 24);

@@ -270,7 +270,7 @@ fn attacks_flip_what_a_judge_believes_and_what_a_template_keeps_from_it_they_do_
         .unwrap();
     let said = stderr(&output);
     assert!(output.status.success(), "{said}");
-    let attacks = preceptor::evaluate::attacks::ATTACKS.len();
+    let attacks = preceptor::tools::evaluate::attacks::ATTACKS.len();
     let announced = format!(
         "at most 8 (base-0 8); {attacks} attacks on each pair that is decided rightly: at most {} more",
         8 * attacks
@@ -307,7 +307,7 @@ fn pairs_are_made_by_the_rule_and_read_back() {
 
 #[test]
 fn parquet_files_are_read_row_by_row() {
-    use preceptor::data::{PairOptions, Preferences, Rows};
+    use preceptor::pipeline::data::{PairOptions, Preferences, Rows};
     let path = crate::common::fixture("parquet/pairs.parquet");
     let rows = Rows::open(&path).unwrap();
     assert_eq!(rows.len(), 7);

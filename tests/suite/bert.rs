@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use preceptor::model::{Bert, BertConfig, Embedder, Weights};
+use preceptor::lm::model::{Bert, BertConfig, Embedder, Weights};
 
 use crate::common::{fixture, max_abs_difference};
 

@@ -6,17 +6,17 @@ use std::io::Write;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use preceptor::generate::sampler::Sampling;
-use preceptor::generate::{Fixed, Request, Sampled, generate};
-use preceptor::model::config::Window;
-use preceptor::model::family::gemma2;
-use preceptor::model::{Bert, BertConfig, Copies, Decoder, Lora, ModelConfig, Pack, PackedAttention, Weights};
+use preceptor::lm::model::config::Window;
+use preceptor::lm::model::family::gemma2;
+use preceptor::lm::model::{Bert, BertConfig, Copies, Decoder, Lora, ModelConfig, Pack, PackedAttention, Weights};
 use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
+use preceptor::pipeline::generate::sampler::Sampling;
+use preceptor::pipeline::generate::{Fixed, Request, Sampled, generate};
 
 /// The first device. All tests share it, as actors do.
 fn device(test: &str) -> Option<Device> {
     static DEVICE: OnceLock<std::result::Result<Device, String>> = OnceLock::new();
-    let opened = DEVICE.get_or_init(|| preceptor::device::open("cuda:0").map_err(|error| format!("{error:#}")));
+    let opened = DEVICE.get_or_init(|| preceptor::util::device::open("cuda:0").map_err(|error| format!("{error:#}")));
     match opened {
         Ok(device) => Some(device.clone()),
         Err(error) => {
@@ -144,14 +144,14 @@ fn close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
 
 #[test]
 fn the_memory_of_the_card_is_told() {
-    assert_eq!(preceptor::device::memory(&Device::Cpu), None);
+    assert_eq!(preceptor::util::device::memory(&Device::Cpu), None);
     let Some(device) = device("the_memory_of_the_card_is_told") else { return };
     let held = Tensor::zeros(1 << 28, DType::F32, &device).unwrap();
     device.synchronize().unwrap();
-    let memory = preceptor::device::memory(&device).unwrap();
+    let memory = preceptor::util::device::memory(&device).unwrap();
     assert_eq!(memory.device, "cuda:0");
     assert!(memory.used_bytes >= 1 << 30 && memory.free_bytes > 0, "{memory:?}");
-    assert!(preceptor::device::available_bytes(held.device()).is_some());
+    assert!(preceptor::util::device::available_bytes(held.device()).is_some());
 }
 
 #[test]
@@ -321,7 +321,7 @@ fn a_snapshot_is_whole_in_another_thread() {
 #[test]
 fn a_copy_on_another_stream_is_whole() {
     let Some(device) = device("a_copy_on_another_stream_is_whole") else { return };
-    let other = preceptor::device::open("cuda:0").unwrap();
+    let other = preceptor::util::device::open("cuda:0").unwrap();
     let config = ModelConfig { hidden_size: 512, intermediate_size: 1024, head_dim: 128, layers: 4, ..tiny() };
     let weights = Weights::scratch(&config, 0.05, 3, &device).unwrap();
     let (model, params) = Decoder::new(&config, &weights).unwrap().trainable(true).unwrap();

@@ -6,10 +6,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
-use preceptor::generate::sampler::Sampling;
-use preceptor::generate::{Engine, Fixed, MOST_SLOTS, Request, generate};
-use preceptor::model::{Decoder, ModelConfig, Onto, Pack, PackedAttention, Weights};
+use preceptor::lm::model::{Decoder, ModelConfig, Onto, Pack, PackedAttention, Weights};
 use preceptor::ops::{self, Format, Gradients, backward};
+use preceptor::pipeline::generate::sampler::Sampling;
+use preceptor::pipeline::generate::{Engine, Fixed, MOST_SLOTS, Request, generate};
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -264,7 +264,7 @@ fn an_export_reads_back_as_the_same_model() {
 
 fn check_export(r: &Reference) {
     let dir = tempfile::tempdir().unwrap();
-    preceptor::model::export::write(dir.path(), &r.config, &r.weights, candle_core::DType::F32).unwrap();
+    preceptor::lm::model::export::write(dir.path(), &r.config, &r.weights, candle_core::DType::F32).unwrap();
     let (config, weights) = Weights::from_directory(Path::new(dir.path()), &Device::Cpu).unwrap();
     let generation = r.config.to_generation_json();
     assert_eq!(config, ModelConfig { generation, ..r.config.clone() });

@@ -7,16 +7,16 @@ use std::time::Duration;
 
 use anyhow::Result;
 use preceptor::config::Config;
-use preceptor::controller::Knobs;
-use preceptor::label::{Labeler, Labels};
-use preceptor::learn::TrainState;
-use preceptor::learn::value::ValueModel;
-use preceptor::learn::{Done, Observer};
-use preceptor::ledger::{Book, Ledger};
 use preceptor::ops::AdamWConfig;
-use preceptor::prepare::Prepared;
-use preceptor::rollout::{Group, Rewarded, Verdict};
-use preceptor::topology::Node;
+use preceptor::pipeline::label::{Labeler, Labels};
+use preceptor::pipeline::learn::TrainState;
+use preceptor::pipeline::learn::value::ValueModel;
+use preceptor::pipeline::learn::{Done, Observer};
+use preceptor::pipeline::prepare::Prepared;
+use preceptor::pipeline::topology::Node;
+use preceptor::rl::ledger::{Book, Ledger};
+use preceptor::run::controller::Knobs;
+use preceptor::types::{Group, Rewarded, Verdict};
 use preceptor_actors::{GraphOptions, Outcome, RestartPolicy, SnapshotCell, spawn_graph};
 
 use crate::common::config;
@@ -111,7 +111,7 @@ fn offline(dir: &Path) -> Config {
 /// A node for four steps of two groups, with a labeler that has `fault`.
 fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
     let config = offline(dir);
-    let prepared = preceptor::prepare::prepare(&config, false).unwrap();
+    let prepared = preceptor::pipeline::prepare::prepare(&config, false).unwrap();
     let value = ValueModel::new(prepared.policy(), false, AdamWConfig::default()).unwrap();
     let struck = Arc::new(AtomicBool::new(false));
     let labelers = move |_: &Config, _: &Prepared| -> Result<Box<dyn Labeler>> {
@@ -208,7 +208,7 @@ fn a_learner_that_never_stops_ends_the_run_with_its_reason() {
     assert!(error.contains("still holds the weights"), "{error}");
 }
 
-/// Runs the program with a fault at a point of [`preceptor::fault::POINTS`].
+/// Runs the program with a fault at a point of [`preceptor::util::fault::POINTS`].
 fn with_fault(dir: &Path, fault: &str, overrides: &[&str]) -> std::process::Output {
     let mut command = crate::common::preceptor(dir);
     command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(crate::common::small());

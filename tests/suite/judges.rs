@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use preceptor::config::RemoteJudge;
-use preceptor::label::backend::{Ask, Backend, Refusal, Usage};
-use preceptor::remote::Remote;
-use preceptor::remote::budget::Budget;
-use preceptor::seed;
+use preceptor::pipeline::label::backend::{Ask, Backend, Refusal, Usage};
+use preceptor::pipeline::remote::Remote;
+use preceptor::pipeline::remote::budget::Budget;
+use preceptor::util::seed;
 use serde_json::{Value, json};
 
 use crate::common::{config, metrics, preceptor, resume, small, stderr, train, trained, wait_until};

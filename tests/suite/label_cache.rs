@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use preceptor::seed;
+use preceptor::util::seed;
 use serde_json::{Value, json};
 
 use crate::common::{config, preceptor, stderr, training, wait_until};

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use candle_core::Device;
-use preceptor::label::backend::{Ask, Backend, Decoding, Usage};
-use preceptor::label::local::{Judge, Local};
-use preceptor::model::{Decoder, ModelConfig, Pack, Weights};
-use preceptor::rollout::{Completion, Finish, Group, Prompt};
-use preceptor::source::ModelFiles;
-use preceptor::tokens::Tokenizer;
-use preceptor::topology::labelers::{Instrument, labeler_on};
+use preceptor::lm::model::{Decoder, ModelConfig, Pack, Weights};
+use preceptor::lm::source::ModelFiles;
+use preceptor::lm::tokens::Tokenizer;
+use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, Usage};
+use preceptor::pipeline::label::local::{Judge, Local};
+use preceptor::pipeline::topology::labelers::{Instrument, labeler_on};
+use preceptor::types::{Completion, Finish, Group, Prompt};
 
 fn judge(chat: bool) -> Judge {
     let tokenizer = Tokenizer::bytes();
@@ -55,7 +55,7 @@ fn a_judge_s_weights_are_those_of_a_pass_per_question() {
         assert!(usage.prompt_tokens - without < without, "{usage:?}");
         for (i, prompt) in prompts.iter().enumerate() {
             let full = if chat {
-                let message = preceptor::tokens::chat::Message { role: "user".into(), content: (*prompt).into() };
+                let message = preceptor::lm::tokens::chat::Message { role: "user".into(), content: (*prompt).into() };
                 judge.tokenizer.render_chat(&[message], true).unwrap()
             } else {
                 (*prompt).to_owned()

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use preceptor::model::{Decoder, Lora, Pack, PackedAttention, Weights};
+use preceptor::lm::model::{Decoder, Lora, Pack, PackedAttention, Weights};
 use preceptor::ops::{Gradients, backward};
 
 use crate::common::{config, fixture, max_abs_difference, metrics, stderr, train};
@@ -111,7 +111,8 @@ fn a_run_learns_through_adapters() {
     let (merged, adapters) = (load("model.safetensors"), load("adapter/adapter_model.safetensors"));
     assert!(merged.keys().all(|name| !name.contains("lora")));
     let start =
-        preceptor::prepare::prepare(&preceptor::config::load(&config("offline.toml"), &[]).unwrap(), false).unwrap();
+        preceptor::pipeline::prepare::prepare(&preceptor::config::load(&config("offline.toml"), &[]).unwrap(), false)
+            .unwrap();
     let start = &start.policy().weights().0;
     for (name, tensor) in &merged {
         let adapter = |letter: char| {

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use preceptor::model::{ModelConfig, Weights, export};
-use preceptor::tokens::Tokenizer;
+use preceptor::lm::model::{ModelConfig, Weights, export};
+use preceptor::lm::tokens::Tokenizer;
 use serde_json::{Value, json};
 
 use crate::common::{preceptor, stderr, train};

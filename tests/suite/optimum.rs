@@ -8,17 +8,17 @@
 //! cargo test --release --test suite optimum -- --nocapture
 //! ```
 
-use preceptor::algo::advantage::moments;
-use preceptor::algo::correction::{Correction, Level};
-use preceptor::algo::grpo::Grpo;
-use preceptor::algo::kl::{Estimator, Kl, Place};
-use preceptor::algo::online_dpo::{Form, OnlineDpo};
-use preceptor::algo::ppo::Ppo;
-use preceptor::algo::reinforce::Reinforce;
-use preceptor::algo::rloo::Rloo;
-use preceptor::algo::surrogate::{Average, Clip, Surrogate};
-use preceptor::algo::whiten::Whitened;
-use preceptor::algo::{Algorithm, GroupView};
+use preceptor::rl::algo::advantage::moments;
+use preceptor::rl::algo::correction::{Correction, Level};
+use preceptor::rl::algo::grpo::Grpo;
+use preceptor::rl::algo::kl::{Estimator, Kl, Place};
+use preceptor::rl::algo::online_dpo::{Form, OnlineDpo};
+use preceptor::rl::algo::ppo::Ppo;
+use preceptor::rl::algo::reinforce::Reinforce;
+use preceptor::rl::algo::rloo::Rloo;
+use preceptor::rl::algo::surrogate::{Average, Clip, Surrogate};
+use preceptor::rl::algo::whiten::Whitened;
+use preceptor::rl::algo::{Algorithm, GroupView};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -89,7 +89,7 @@ fn a_damaged_parquet_file_is_one_error_and_no_panic_is_printed() {
         let mut bytes = sound.clone();
         bytes[i] ^= 0xff;
         std::fs::write(&path, bytes).unwrap();
-        let Err(error) = preceptor::data::Rows::open(&path) else { continue };
+        let Err(error) = preceptor::pipeline::data::Rows::open(&path) else { continue };
         if !format!("{error:#}").contains("its parts contradict each other") {
             continue;
         }

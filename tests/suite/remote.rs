@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use preceptor::config::{Evidence, RemoteApi, RemoteJudge};
-use preceptor::label::backend::{Ask, Backend, Decoding, Refusal, Usage};
-use preceptor::remote::Remote;
+use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, Refusal, Usage};
+use preceptor::pipeline::remote::Remote;
 
 use crate::common::{metrics, stderr, train};
 use crate::mock_judge::{Act, MockJudge};
@@ -91,7 +91,7 @@ fn each_misbehaviour_is_counted_and_asked_again() {
         let replies = remote.weigh(&[ask(&["1", "2"])], &mut usage);
         close(replies[0].as_ref().unwrap_or_else(|refusal| panic!("{act:?}: {refusal}")), &[0.75, 0.1875]);
         assert_eq!(usage.requests, 2);
-        for outcome in preceptor::remote::retry::Outcome::NAMES {
+        for outcome in preceptor::pipeline::remote::retry::Outcome::NAMES {
             assert_eq!(remote.stats().of(outcome), mock.served(outcome), "{act:?}: {outcome}");
         }
     }
@@ -275,7 +275,7 @@ fn a_run_on_a_failing_judge_completes_and_its_counts_are_the_judge_s() {
         line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64)
     };
     mock.settle();
-    for outcome in preceptor::remote::retry::Outcome::NAMES {
+    for outcome in preceptor::pipeline::remote::retry::Outcome::NAMES {
         let counted = value(&format!("preceptor_judge_requests_total{{outcome=\"{outcome}\"}}"));
         assert_eq!(counted, mock.served(outcome), "{outcome} in\n{text}");
     }

@@ -218,7 +218,7 @@ fn a_run_is_not_resumed_as_another_one() {
     std::fs::write(&about, text.replace("\"format\": 1", "\"format\": 7")).unwrap();
     let sums = run.join("checkpoints/step-000002/SHA256SUMS");
     let sealed = std::fs::read(&sums).unwrap();
-    preceptor::checkpoint::sums::seal(&run.join("checkpoints/step-000002")).unwrap();
+    preceptor::run::checkpoint::sums::seal(&run.join("checkpoints/step-000002")).unwrap();
     refused(&overrides, &["is in format 7, and this program reads format 1", "resume with preceptor 0.1.0"]);
     std::fs::write(&about, text).unwrap();
     std::fs::write(&sums, sealed).unwrap();
@@ -241,7 +241,7 @@ fn a_changed_judge_is_refused_until_it_is_accepted_and_the_journal_is_replayed_o
     let dir = tempfile::tempdir().unwrap();
     let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("7", 0.6), ("2", 0.4)]));
     let templates = dir.path().join("templates.toml");
-    let set = include_str!("../../src/label/templates/summarization.toml");
+    let set = include_str!("../../src/pipeline/label/templates/summarization.toml");
     std::fs::write(&templates, set).unwrap();
     let settings = |model: &str, steps: u64| -> Vec<String> {
         let remote = format!("labeler.remote={{ url = \"{}\", model = \"{model}\" }}", mock.url);
@@ -295,7 +295,7 @@ fn a_changed_judge_is_refused_until_it_is_accepted_and_the_journal_is_replayed_o
     assert!(description.as_object_mut().unwrap().remove("judge").is_some());
     std::fs::write(&about, description.to_string()).unwrap();
     std::fs::remove_file(checkpoint.join("SHA256SUMS")).unwrap();
-    preceptor::checkpoint::sums::seal(&checkpoint).unwrap();
+    preceptor::run::checkpoint::sums::seal(&checkpoint).unwrap();
     let output = run("b", 10, &["--resume"]);
     assert!(output.status.success(), "{}", stderr(&output));
 

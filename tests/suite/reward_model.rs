@@ -1,11 +1,11 @@
 //! The reward model against `transformers`, and what it learns.
 
 use candle_core::{DType, Device, Tensor};
-use preceptor::model::{Decoder, Weights};
+use preceptor::lm::model::{Decoder, Weights};
+use preceptor::lm::tokens::Tokenizer;
 use preceptor::ops::AdamWConfig;
-use preceptor::reward::{RewardModel, RewardTrainer, TrainerPlan};
-use preceptor::rollout::{Completion, Finish, Group, Prompt};
-use preceptor::tokens::Tokenizer;
+use preceptor::pipeline::reward::{RewardModel, RewardTrainer, TrainerPlan};
+use preceptor::types::{Completion, Finish, Group, Prompt};
 use serde_json::Value;
 
 use crate::common::fixture;

@@ -20,7 +20,7 @@ fn indiscreet() -> MockJudge {
         if prompt.contains("Which number is larger") {
             return Act::Tokens(vec![("2", 0.5), ("1", 0.25)]);
         }
-        let number = preceptor::seed::text(&prompt);
+        let number = preceptor::util::seed::text(&prompt);
         let long = format!("{}{KEY}", " ".repeat(150));
         let escaped = KEY.replace('k', "\\u006b");
         let odd = |token: &str| format!(r#"{{"choices":[{{"text":"1","logprobs":{{"top_logprobs":[{token}]}}}}]}}"#);

@@ -1,18 +1,18 @@
 //! A group's prompt computed once for all its completions, against each completion behind a prompt of its own.
 
 use candle_core::{Device, Tensor, Var};
-use preceptor::algo::correction::{Correction, Level};
-use preceptor::algo::grpo::Grpo;
-use preceptor::algo::kl::{Estimator, Kl, Place};
-use preceptor::algo::online_dpo::{Form, OnlineDpo};
-use preceptor::algo::ppo::Ppo;
-use preceptor::algo::reinforce::Reinforce;
-use preceptor::algo::rloo::Rloo;
-use preceptor::algo::surrogate::{Average, Clip, Surrogate};
-use preceptor::algo::{Algorithm, GroupView};
-use preceptor::model::config::Window;
-use preceptor::model::{Decoder, Lora, ModelConfig, Pack, Weights};
+use preceptor::lm::model::config::Window;
+use preceptor::lm::model::{Decoder, Lora, ModelConfig, Pack, Weights};
 use preceptor::ops::{Gradients, backward};
+use preceptor::rl::algo::correction::{Correction, Level};
+use preceptor::rl::algo::grpo::Grpo;
+use preceptor::rl::algo::kl::{Estimator, Kl, Place};
+use preceptor::rl::algo::online_dpo::{Form, OnlineDpo};
+use preceptor::rl::algo::ppo::Ppo;
+use preceptor::rl::algo::reinforce::Reinforce;
+use preceptor::rl::algo::rloo::Rloo;
+use preceptor::rl::algo::surrogate::{Average, Clip, Surrogate};
+use preceptor::rl::algo::{Algorithm, GroupView};
 
 use crate::common::max_abs_difference;
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{Device, Tensor};
-use preceptor::generate::sampler::Sampling;
-use preceptor::generate::{Fixed, Request, generate};
-use preceptor::model::{Pack, PackedAttention};
-use preceptor::prepare;
-use preceptor::source::ModelRef;
+use preceptor::lm::model::{Pack, PackedAttention};
+use preceptor::lm::source::ModelRef;
+use preceptor::pipeline::generate::sampler::Sampling;
+use preceptor::pipeline::generate::{Fixed, Request, generate};
+use preceptor::pipeline::prepare;
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -59,9 +59,9 @@ fn smollm2_agrees_with_the_reference() {
 #[test]
 fn llama_server_agrees_with_the_model_here() {
     use preceptor::config::{RemoteApi, RemoteJudge};
-    use preceptor::label::backend::{Ask, Backend, Decoding, Usage};
-    use preceptor::label::local::{Judge, Local};
-    use preceptor::remote::Remote;
+    use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, Usage};
+    use preceptor::pipeline::label::local::{Judge, Local};
+    use preceptor::pipeline::remote::Remote;
 
     let (Some(_), Some(url)) =
         (std::env::var_os("PRECEPTOR_TEST_MODELS"), std::env::var_os("PRECEPTOR_TEST_LLAMA_SERVER"))

@@ -1,8 +1,8 @@
 //! Public chat templates against `transformers`.
 
-use preceptor::source::ModelFiles;
-use preceptor::tokens::Tokenizer;
-use preceptor::tokens::chat::{Message, Variables};
+use preceptor::lm::source::ModelFiles;
+use preceptor::lm::tokens::Tokenizer;
+use preceptor::lm::tokens::chat::{Message, Variables};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 

@@ -6,8 +6,8 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
 use preceptor::config::RemoteJudge;
-use preceptor::label::backend::{Ask, Backend, Refusal, Usage};
-use preceptor::remote::Remote;
+use preceptor::pipeline::label::backend::{Ask, Backend, Refusal, Usage};
+use preceptor::pipeline::remote::Remote;
 
 use crate::common::{config, preceptor, small, stderr, train};
 use crate::mock_judge::{Act, MockJudge};
@@ -241,7 +241,7 @@ fn until<T>(mut what: impl FnMut() -> Result<T, String>) -> T {
 
 #[test]
 fn idle_connections_stop_neither_checkpoints_nor_scrapes() {
-    preceptor::descriptors::raise_limit();
+    preceptor::util::descriptors::raise_limit();
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), 1024, &["checkpoint.every_steps=20", "checkpoint.keep=2"]);
     let mut idle = Vec::new();

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Result;
-use preceptor::tune::plan::Plan;
-use preceptor::tune::{Facts, Machine, Measured, Reach, Role, tune};
+use preceptor::tools::tune::plan::Plan;
+use preceptor::tools::tune::{Facts, Machine, Measured, Reach, Role, tune};
 use preceptor_actors::scripted::{ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{Admission, AdmissionGate, Clock, GraphBuilder, GraphOptions, Outcome, StageSpec, spawn_graph};
 

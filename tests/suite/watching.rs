@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use preceptor::telemetry::catalogue::{self, METRICS};
+use preceptor::observe::telemetry::catalogue::{self, METRICS};
 use serde_json::Value;
 
 use crate::common::{PATIENCE, config, is_generated, metrics, preceptor, small, stderr, train, wait_until};

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use preceptor::config::RemoteJudge;
-use preceptor::label::backend::{Ask, Backend, Usage};
-use preceptor::remote::Remote;
+use preceptor::pipeline::label::backend::{Ask, Backend, Usage};
+use preceptor::pipeline::remote::Remote;
 
 use crate::common::is_generated;
 use crate::mock_judge::MockJudge;

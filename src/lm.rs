@@ -1,0 +1,6 @@
+//! Language models: their files, tokenizers and chat templates, and the decoder that is trained.
+
+pub mod model;
+pub mod source;
+pub mod tokens;
+pub mod vetted;

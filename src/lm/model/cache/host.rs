@@ -1,0 +1,106 @@
+//! Keys and values in host memory.
+
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::CachedPrompt;
+use crate::lm::model::ModelConfig;
+use crate::lm::model::attention::{Attend, Scope};
+use crate::ops::{Slab, attend_slabs};
+
+/// A cache for `f32` on the CPU. A sequence's numbers do not depend on its company.
+pub(super) struct Slabs {
+    kv_heads: usize,
+    head_dim: usize,
+    layers: usize,
+    /// Tokens that a new slot has room for.
+    room: usize,
+    slots: Vec<Slot>,
+}
+
+struct Slot {
+    prompt: Option<Arc<CachedPrompt>>,
+    /// What follows the prompt, by layer.
+    layers: Vec<Slab>,
+}
+
+/// A prompt's keys and values, by layer.
+pub(super) struct Prompt(Vec<Slab>);
+
+impl Slabs {
+    pub(super) fn new(config: &ModelConfig, room: usize) -> Self {
+        let ModelConfig { kv_heads, head_dim, layers, .. } = *config;
+        Self { kv_heads, head_dim, layers, room, slots: Vec::new() }
+    }
+
+    pub(super) fn prompt(&self, layers: &[(Tensor, Tensor)]) -> Result<Prompt> {
+        let slab = |(k, v): &(Tensor, Tensor)| {
+            let mut slab = Slab::new(self.kv_heads, self.head_dim, k.dim(0)?);
+            slab.push(&host(k)?, &host(v)?);
+            Ok(slab)
+        };
+        layers.iter().map(slab).collect::<Result<_>>().map(Prompt)
+    }
+
+    /// Puts a sequence into `slot`: one that was left, or the next new one.
+    pub(super) fn enter(&mut self, slot: usize, prompt: &Arc<CachedPrompt>) {
+        let prompt = Some(Arc::clone(prompt));
+        if let Some(slot) = self.slots.get_mut(slot) {
+            slot.prompt = prompt;
+            slot.layers.iter_mut().for_each(Slab::clear);
+            return;
+        }
+        let layers = (0..self.layers).map(|_| Slab::new(self.kv_heads, self.head_dim, self.room)).collect();
+        self.slots.push(Slot { prompt, layers });
+    }
+
+    pub(super) fn leave(&mut self, slot: usize) {
+        self.slots[slot].prompt = None;
+    }
+
+    pub(super) fn step<'a>(&'a mut self, slots: &'a [usize]) -> Step<'a> {
+        Step { cache: self, slots }
+    }
+}
+
+/// One decode step.
+pub(super) struct Step<'a> {
+    cache: &'a mut Slabs,
+    slots: &'a [usize],
+}
+
+impl Attend for Step<'_> {
+    fn attend(&mut self, scope: Scope, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (layer, (rows, heads, hd)) = (scope.layer, q.dims3()?);
+        let (queries, keys, values) = (host(q)?, host(k)?, host(v)?);
+        let token = self.cache.kv_heads * hd;
+        for (row, slot) in self.slots.iter().enumerate() {
+            let span = row * token..(row + 1) * token;
+            self.cache.slots[*slot].layers[layer].push(&keys[span.clone()], &values[span]);
+        }
+        let cache = &*self.cache;
+        let mut out = vec![0f32; rows * heads * hd];
+        let attend = |scores: &mut Vec<f32>, ((out, queries), slot): ((&mut [f32], &[f32]), &usize)| {
+            let slot = &cache.slots[*slot];
+            let prompt = slot.prompt.as_ref().expect("a slot that is stepped has a sequence").host();
+            let slabs = [&prompt.0[layer], &slot.layers[layer]];
+            let hidden = scope.window.map_or(0, |window| (slabs[0].len() + slabs[1].len()).saturating_sub(window));
+            attend_slabs(out, queries, slabs, hidden, scope.cap, scores);
+        };
+        if rayon::current_num_threads() == 1 {
+            let mut scores = Vec::new();
+            let rows = out.chunks_mut(heads * hd).zip(queries.chunks(heads * hd)).zip(self.slots);
+            rows.for_each(|row| attend(&mut scores, row));
+        } else {
+            let rows = out.par_chunks_mut(heads * hd).zip(queries.par_chunks(heads * hd)).zip(self.slots);
+            rows.for_each_init(Vec::new, attend);
+        }
+        Tensor::from_vec(out, (rows, heads * hd), q.device())
+    }
+}
+
+fn host(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1::<f32>()
+}

@@ -1,0 +1,232 @@
+//! Keys and values in tensors, on whichever device and in whichever type the model computes.
+//!
+//! All sequences draw their rows from one pool a layer, a row for each token, wherever one is free: blocks of one token in the
+//! terms of paged attention (Kwon et al. 2023, §4). A step gathers what each of its sequences sees.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::CachedPrompt;
+use crate::lm::model::ModelConfig;
+use crate::lm::model::attention::{Attend, Scope};
+use crate::ops::{masked_softmax, softcap};
+
+/// A cache on a device.
+pub(super) struct Pool {
+    kv_heads: usize,
+    head_dim: usize,
+    /// Keys and values `[R·KV, hd]`, by layer. The first row is zeros and nobody's: what is gathered in vain is gathered there.
+    layers: Vec<(Tensor, Tensor)>,
+    /// Rows that nobody holds.
+    free: Free,
+    capacity: usize,
+    slots: Vec<Slot>,
+}
+
+type Free = Arc<Mutex<Vec<u32>>>;
+
+struct Slot {
+    prompt: Option<Arc<CachedPrompt>>,
+    /// What follows the prompt.
+    rows: Rows,
+}
+
+/// Rows of all layers' pools that somebody holds, in the order of their tokens; free again when it goes.
+pub(super) struct Rows {
+    held: Vec<u32>,
+    free: Free,
+}
+
+impl Drop for Rows {
+    fn drop(&mut self) {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).append(&mut self.held);
+    }
+}
+
+impl Pool {
+    /// A cache that begins with `rows`, and doubles them as need be.
+    pub(super) fn new(config: &ModelConfig, dtype: DType, device: &Device, rows: usize) -> Result<Self> {
+        let ModelConfig { kv_heads, head_dim, layers, .. } = *config;
+        let zeros = || Tensor::zeros((rows * kv_heads, head_dim), dtype, device);
+        Ok(Self {
+            kv_heads,
+            head_dim,
+            layers: (0..layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?,
+            free: Arc::new(Mutex::new((1..rows as u32).rev().collect())),
+            capacity: rows,
+            slots: Vec::new(),
+        })
+    }
+
+    fn nothing(&self) -> Rows {
+        Rows { held: Vec::new(), free: Arc::clone(&self.free) }
+    }
+
+    /// Takes `count` rows; the pools grow where there are not as many.
+    fn take(&mut self, count: usize) -> Result<Rows> {
+        let lacking = count.saturating_sub(self.free().len());
+        if lacking > 0 {
+            let more = self.capacity.max(lacking);
+            for (keys, values) in &mut self.layers {
+                for pool in [keys, values] {
+                    let rest = Tensor::zeros((more * self.kv_heads, self.head_dim), pool.dtype(), pool.device())?;
+                    *pool = Tensor::cat(&[&*pool, &rest], 0)?;
+                }
+            }
+            let (from, to) = (self.capacity, self.capacity + more);
+            self.capacity = to;
+            self.free().splice(0..0, (from as u32..to as u32).rev());
+        }
+        let mut free = self.free();
+        let at = free.len() - count;
+        let held = free.split_off(at);
+        Ok(Rows { held, free: Arc::clone(&self.free) })
+    }
+
+    fn free(&self) -> MutexGuard<'_, Vec<u32>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Rows that can be had without growing.
+    #[cfg(test)]
+    pub(super) fn free_rows(&self) -> usize {
+        self.free().len()
+    }
+
+    /// Where the heads of these rows are: `[n, KV]`, flat.
+    fn places(&self, rows: impl IntoIterator<Item = u32>) -> Vec<u32> {
+        let heads = self.kv_heads as u32;
+        rows.into_iter().flat_map(|row| row * heads..(row + 1) * heads).collect()
+    }
+
+    fn device(&self) -> &Device {
+        self.layers[0].0.device()
+    }
+
+    /// The places as [`Tensor::scatter_set`] wants them, `[n·KV, hd]`.
+    fn scattered(&self, places: Vec<u32>) -> Result<Tensor> {
+        let count = places.len();
+        Tensor::from_vec(places, (count, 1), self.device())?.broadcast_as((count, self.head_dim))?.contiguous()
+    }
+
+    /// Writes keys and values `[n, KV, hd]` of one layer to where `places` says.
+    fn write(&self, layer: usize, places: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        let (keys, values) = &self.layers[layer];
+        for (pool, new) in [(keys, k), (values, v)] {
+            pool.scatter_set(places, &new.detach().contiguous()?.reshape(((), self.head_dim))?, 0)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn prompt(&mut self, layers: &[(Tensor, Tensor)]) -> Result<Rows> {
+        let tokens = layers.first().map_or(Ok(0), |(k, _)| k.dim(0))?;
+        let rows = self.take(tokens)?;
+        let places = self.scattered(self.places(rows.held.iter().copied()))?;
+        for (layer, (k, v)) in layers.iter().enumerate() {
+            self.write(layer, &places, k, v)?;
+        }
+        Ok(rows)
+    }
+
+    /// Puts a sequence into `slot`: one that was left, or the next new one.
+    pub(super) fn enter(&mut self, slot: usize, prompt: &Arc<CachedPrompt>) {
+        let entered = Slot { prompt: Some(Arc::clone(prompt)), rows: self.nothing() };
+        match self.slots.get_mut(slot) {
+            Some(slot) => *slot = entered,
+            None => self.slots.push(entered),
+        }
+    }
+
+    pub(super) fn leave(&mut self, slot: usize) {
+        self.slots[slot] = Slot { prompt: None, rows: self.nothing() };
+    }
+
+    pub(super) fn step<'a>(&'a mut self, slots: &'a [usize]) -> Result<Step<'a>> {
+        let mut taken = self.take(slots.len())?;
+        let places = self.scattered(self.places(taken.held.iter().copied()))?;
+        for (slot, row) in slots.iter().zip(taken.held.drain(..)) {
+            self.slots[*slot].rows.held.push(row);
+        }
+        Ok(Step { pool: self, slots, places, seen: HashMap::new() })
+    }
+}
+
+/// One decode step.
+pub(super) struct Step<'a> {
+    pool: &'a Pool,
+    slots: &'a [usize],
+    /// Of the new tokens.
+    places: Tensor,
+    /// By window.
+    seen: HashMap<Option<usize>, Seen>,
+}
+
+/// What the sequences of a step see.
+#[derive(Clone)]
+struct Seen {
+    /// `[N·KV·S]`: where the keys are, of shorter sequences the first row at last.
+    places: Tensor,
+    /// `[N, S]`: 0 where there is a token, −∞ beyond.
+    mask: Tensor,
+}
+
+impl Step<'_> {
+    fn seen(&mut self, window: Option<usize>) -> Result<Seen> {
+        if let Some(seen) = self.seen.get(&window) {
+            return Ok(seen.clone());
+        }
+        let rows = |slot: &usize| {
+            let Slot { prompt, rows } = &self.pool.slots[*slot];
+            let prompt = prompt.as_ref().expect("a slot that is stepped has a sequence").device();
+            let all: Vec<u32> = prompt.held.iter().chain(&rows.held).copied().collect();
+            let hidden = window.map_or(0, |window| all.len().saturating_sub(window));
+            all[hidden..].to_vec()
+        };
+        let rows: Vec<Vec<u32>> = self.slots.iter().map(rows).collect();
+        let most = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let heads = self.pool.kv_heads as u32;
+        let (mut places, mut mask) = (Vec::new(), Vec::with_capacity(rows.len() * most));
+        for rows in &rows {
+            let beyond = most - rows.len();
+            for head in 0..heads {
+                places.extend(rows.iter().map(|row| row * heads + head));
+                places.extend(std::iter::repeat_n(head, beyond));
+            }
+            mask.extend(std::iter::repeat_n(0f32, rows.len()));
+            mask.extend(std::iter::repeat_n(f32::NEG_INFINITY, beyond));
+        }
+        let device = self.pool.device();
+        let count = places.len();
+        let seen = Seen {
+            places: Tensor::from_vec(places, count, device)?,
+            mask: Tensor::from_vec(mask, (rows.len(), most), device)?,
+        };
+        self.seen.insert(window, seen.clone());
+        Ok(seen)
+    }
+}
+
+impl Attend for Step<'_> {
+    fn attend(&mut self, scope: Scope, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (rows, heads, hd) = q.dims3()?;
+        let kv_heads = self.pool.kv_heads;
+        let repeats = heads / kv_heads;
+        self.pool.write(scope.layer, &self.places, k, v)?;
+        let Seen { places, mask } = self.seen(scope.window)?;
+        let span = mask.dim(1)?;
+        let (keys, values) = &self.pool.layers[scope.layer];
+        let gather = |pool: &Tensor| pool.index_select(&places, 0)?.reshape((rows, kv_heads, span, hd));
+        let scores = q.detach().reshape((rows, kv_heads, repeats, hd))?.matmul(&gather(keys)?.t()?)?;
+        // Who sees what is the same for all heads: they stand first.
+        let scores = scores.reshape((rows, heads, span))?.transpose(0, 1)?;
+        let scale = 1.0 / (hd as f64).sqrt();
+        let weights = match scope.cap {
+            None => masked_softmax(&scores, Some(&mask), scale)?,
+            Some(_) => masked_softmax(&softcap(&(scores * scale)?, scope.cap)?, Some(&mask), 1.0)?,
+        };
+        let weights = weights.transpose(0, 1)?.contiguous()?.reshape((rows, kv_heads, repeats, span))?;
+        weights.matmul(&gather(values)?)?.reshape((rows, heads * hd))
+    }
+}

@@ -1,0 +1,100 @@
+//! A model's copies on another device than its own.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::Result;
+use candle_core::{Device, Tensor, TensorId};
+
+use super::{Decoder, Weights};
+
+/// Copies of one model after another on a device; a tensor that the last one had too is not copied again.
+///
+/// A device is a stream of a card: on the same card, too, a copy is what passes from one stream to another.
+pub struct Copies {
+    device: Device,
+    /// By name: which tensor, and its copy.
+    last: BTreeMap<String, (TensorId, Tensor)>,
+}
+
+impl Copies {
+    /// Copies on `device`.
+    pub fn new(device: Device) -> Self {
+        Self { device, last: BTreeMap::new() }
+    }
+
+    /// `model` on the device: itself, where it is there already. What it was computed from must be done; to have read of a
+    /// tensor on the host is enough.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn of(&mut self, model: &Arc<Decoder>) -> Result<Arc<Decoder>> {
+        if model.device().same_device(&self.device) {
+            return Ok(Arc::clone(model));
+        }
+        let device = self.device.clone();
+        let copy = self.made(model, |tensor| Ok(tensor.to_device(&device)?.detach()))?;
+        // The originals may go, and their memory be written again, once these are whole.
+        self.device.synchronize()?;
+        Ok(Arc::new(copy))
+    }
+
+    fn made(&mut self, model: &Decoder, copy: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Decoder> {
+        let mut made = BTreeMap::new();
+        for (name, tensor) in &model.weights().0 {
+            let known = self.last.get(name).filter(|(id, _)| *id == tensor.id());
+            let copied = known.map_or_else(|| copy(tensor), |(_, copied)| Ok(copied.clone()))?;
+            made.insert(name.clone(), (tensor.id(), copied));
+        }
+        self.last = made;
+        model.with_weights(&Weights(self.last.iter().map(|(name, (_, copy))| (name.clone(), copy.clone())).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+    use crate::lm::model::{Lora, ModelConfig};
+
+    #[test]
+    fn what_has_not_changed_is_not_copied_again() {
+        let config = ModelConfig {
+            hidden_size: 16,
+            intermediate_size: 24,
+            layers: 1,
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 8,
+            vocab_size: 20,
+            context: 32,
+            ..ModelConfig::llama()
+        };
+        let weights = Weights::scratch(&config, 0.2, 3, &Device::Cpu).unwrap();
+        let model = Arc::new(Decoder::new(&config, &weights).unwrap());
+        let lora = Lora { rank: 2, alpha: 4.0, targets: vec!["q_proj".into()] };
+        let (trained, params) = model.adapted(&lora, 1).unwrap();
+        let mut copies = Copies::new(Device::Cpu);
+        assert!(Arc::ptr_eq(&copies.of(&model).unwrap(), &model), "what is there already is shared");
+        let copied = RefCell::new(0);
+        let mut made = |model: &Decoder| {
+            copied.replace(0);
+            let copy = copies
+                .made(model, |tensor| {
+                    *copied.borrow_mut() += 1;
+                    Ok(tensor.copy()?)
+                })
+                .unwrap();
+            (copy, *copied.borrow())
+        };
+        let (_, first) = made(&trained.snapshot().unwrap());
+        assert_eq!(first, model.weights().0.len() + params.len());
+        params[0].1.set(&(params[0].1.as_tensor() + 1.0).unwrap()).unwrap();
+        let later = trained.snapshot().unwrap();
+        let (copy, second) = made(&later);
+        assert_eq!(second, params.len(), "the matrices under the adapters stay");
+        assert_eq!(copy.weights().fingerprint().unwrap(), later.weights().fingerprint().unwrap());
+        assert_eq!(copy.lora(), later.lora());
+    }
+}

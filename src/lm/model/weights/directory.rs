@@ -1,0 +1,200 @@
+//! Weights of a Hugging Face directory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value as Json;
+
+use super::{Onto, Weights, finite};
+use crate::lm::model::config::{Head, ModelConfig};
+use crate::lm::vetted;
+use crate::util::bounded;
+
+/// The one file of a model that is not divided.
+const SINGLE: &str = "model.safetensors";
+/// The list of the files of one that is.
+const INDEX: &str = "model.safetensors.index.json";
+
+impl Weights {
+    /// Reads a Hugging Face directory: `model.safetensors`, or the shards of `model.safetensors.index.json`. The tensors are
+    /// those that the configuration asks for: others are left out, which is logged.
+    ///
+    /// # Errors
+    /// Names the file or tensor at fault.
+    pub fn from_directory<'a>(dir: &Path, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
+        Self::from_directory_as(dir, Head::Language, onto)
+    }
+
+    /// As [`Self::from_directory`], for a model with this head.
+    ///
+    /// # Errors
+    /// As [`Self::from_directory`].
+    pub fn from_directory_as<'a>(dir: &Path, head: Head, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
+        let mut config = ModelConfig::from_directory_as(dir, head)?;
+        let mut weights = Self::read_directory(dir, onto)?;
+        weights.fit(&mut config, head).with_context(|| format!("in {}", dir.display()))?;
+        Ok((config, weights))
+    }
+
+    /// As [`Self::from_directory`], without the configuration: every tensor, whatever the model is.
+    ///
+    /// # Errors
+    /// Names the file at fault.
+    pub fn read_directory<'a>(dir: &Path, onto: impl Into<Onto<'a>>) -> Result<Self> {
+        let Onto { device, dtype } = onto.into();
+        let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
+        let divided = index.exists();
+        if divided && single.exists() {
+            tracing::warn!(
+                "{} has {SINGLE} and {INDEX}; transformers reads the single file, and so does this program",
+                dir.display()
+            );
+        }
+        let places = if divided && !single.exists() { Some(places(dir, &index)?) } else { None };
+        let files: BTreeSet<String> = match &places {
+            None => BTreeSet::from([SINGLE.to_owned()]),
+            Some(places) => places.values().cloned().collect(),
+        };
+        let mut found: BTreeMap<String, String> = BTreeMap::new();
+        for file in &files {
+            for name in vetted::safetensors::check(&dir.join(file))? {
+                if let Some(other) = found.insert(name.clone(), file.clone()) {
+                    bail!(
+                        "the tensor {name} is in {other} and in {file} of {}; delete the shards that are left of another download or conversion",
+                        dir.display()
+                    );
+                }
+            }
+        }
+        for (name, file) in places.iter().flatten() {
+            ensure!(
+                found.get(name) == Some(file),
+                "{} places the tensor {name} in {file}, which does not have it{}; download index and shards together",
+                index.display(),
+                found.get(name).map_or(String::new(), |other| format!(" ({other} has)"))
+            );
+        }
+        let mut weights = BTreeMap::new();
+        for file in files {
+            let path = dir.join(file);
+            let tensors = candle_core::safetensors::load(&path, device)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            for (name, tensor) in tensors {
+                let tensor = tensor.to_dtype(dtype)?;
+                finite(&name, &tensor).with_context(|| format!("in {}", path.display()))?;
+                weights.insert(name, tensor);
+            }
+        }
+        Ok(Self(weights))
+    }
+}
+
+/// The file of each tensor, as the index has it; all of the files are there.
+fn places(dir: &Path, index: &Path) -> Result<BTreeMap<String, String>> {
+    let text =
+        bounded::text(index, bounded::DESCRIPTION).with_context(|| format!("cannot read {}", index.display()))?;
+    let json: Json = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", index.display()))?;
+    let map = json["weight_map"].as_object().filter(|map| !map.is_empty());
+    let map = map.with_context(|| format!("{} has no weight_map", index.display()))?;
+    let mut places = BTreeMap::new();
+    for (name, file) in map {
+        let Some(file) = file.as_str() else {
+            bail!("{} places the tensor {name} in {file}, and must name a file", index.display())
+        };
+        if Path::new(file).file_name() != Some(OsStr::new(file)) {
+            bail!("{} names {file:?}; the parts of a model lie beside their index", index.display());
+        }
+        places.insert(name.clone(), file.to_owned());
+    }
+    let files: BTreeSet<&str> = places.values().map(String::as_str).collect();
+    let missing: Vec<&str> = files.iter().copied().filter(|file| !dir.join(file).exists()).collect();
+    ensure!(
+        missing.is_empty(),
+        "{} names {} shards, of which {} missing: {}; download the model whole",
+        index.display(),
+        files.len(),
+        if missing.len() == 1 { "1 is".to_owned() } else { format!("{} are", missing.len()) },
+        missing.join(", ")
+    );
+    Ok(places)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use candle_core::{DType, Device, Tensor};
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_index_names_only_what_lies_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        for stray in ["../model.safetensors", "/model.safetensors", "a/model.safetensors", "", ".."] {
+            let index = format!("{{\"weight_map\": {{\"w\": \"{stray}\"}}}}");
+            std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+            let error = Weights::read_directory(dir.path(), &Device::Cpu).unwrap_err().to_string();
+            assert!(error.contains(&format!("names {stray:?}; the parts of a model lie beside")), "{stray}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_is_refused_by_its_tensor() {
+        for (value, sound) in [(1.5f32, true), (f32::MAX, true), (f32::NAN, false), (f32::NEG_INFINITY, false)] {
+            let dir = tempfile::tempdir().unwrap();
+            let tensor = |values: [f32; 3]| Tensor::new(&values, &Device::Cpu).unwrap();
+            let tensors = [("a".to_owned(), tensor([0.0; 3])), ("b".to_owned(), tensor([f32::MAX, value, -2.0]))];
+            let path = dir.path().join("model.safetensors");
+            candle_core::safetensors::save(&tensors.into_iter().collect(), path).unwrap();
+            for dtype in [DType::F32, DType::BF16] {
+                // Rounded to sixteen bits, the largest number is beyond the largest.
+                let expected = sound && (dtype == DType::F32);
+                let read = Weights::read_directory(dir.path(), Onto { device: &Device::Cpu, dtype });
+                let error = read.err().map_or(String::new(), |error| format!("{error:#}"));
+                assert_eq!(error.is_empty(), expected, "{value} {dtype:?}: {error}");
+                assert!(expected || (error.contains("tensor b has") && error.contains("model.safetensors")), "{error}");
+            }
+        }
+    }
+
+    fn save(dir: &Path, file: &str, tensors: &[(&str, f32)]) {
+        let tensor = |value: f32| Tensor::new(&[value], &Device::Cpu).unwrap();
+        let tensors: HashMap<String, Tensor> =
+            tensors.iter().map(|(name, value)| ((*name).to_owned(), tensor(*value))).collect();
+        candle_core::safetensors::save(&tensors, dir.join(file)).unwrap();
+    }
+
+    #[test]
+    fn index_and_shards_must_agree() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let read = || Weights::read_directory(dir, &Device::Cpu);
+        let index = |map: Json| std::fs::write(dir.join(INDEX), json!({ "weight_map": map }).to_string()).unwrap();
+        let refused = |words: &str| {
+            let error = format!("{:#}", read().unwrap_err());
+            assert!(error.contains(words), "{error}");
+        };
+        index(json!({ "a": "1.safetensors", "b": "2.safetensors", "c": "3.safetensors" }));
+        save(dir, "1.safetensors", &[("a", 1.0)]);
+        refused("names 3 shards, of which 2 are missing: 2.safetensors, 3.safetensors");
+        save(dir, "2.safetensors", &[("a", 2.0), ("b", 2.0)]);
+        save(dir, "3.safetensors", &[("c", 3.0)]);
+        refused("the tensor a is in 1.safetensors and in 2.safetensors");
+        save(dir, "2.safetensors", &[("d", 2.0)]);
+        refused("places the tensor b in 2.safetensors, which does not have it");
+        index(json!({ "a": "2.safetensors", "d": "1.safetensors" }));
+        refused("places the tensor a in 2.safetensors, which does not have it (1.safetensors has)");
+        index(json!({ "a": 1 }));
+        refused("must name a file");
+        index(json!({}));
+        refused("has no weight_map");
+        index(json!({ "a": "1.safetensors", "d": "2.safetensors" }));
+        assert_eq!(read().unwrap().0.len(), 2);
+        // The single file counts, as in `transformers`.
+        save(dir, SINGLE, &[("e", 5.0)]);
+        assert_eq!(read().unwrap().0.into_keys().collect::<Vec<_>>(), ["e"]);
+    }
+}

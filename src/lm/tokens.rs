@@ -1,0 +1,550 @@
+//! Text to token ids and back, and a model's own chat template.
+
+mod bytes;
+pub mod chat;
+mod ends;
+mod gguf;
+mod spm;
+mod templates;
+mod text;
+
+use std::fmt;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Value, json};
+
+use crate::lm::source::ModelFiles;
+use crate::lm::vetted;
+use crate::lm::vetted::types::{self, Type};
+use crate::util::bounded;
+use chat::{Message, OPENS_REASONING, Template, Variables};
+use templates::{DEFAULT, Templates};
+
+/// A model's tokenizer. Cheap to clone.
+#[derive(Clone)]
+pub struct Tokenizer {
+    inner: Arc<tokenizers::Tokenizer>,
+    /// The same, which recognises no special token; made when it is first needed.
+    plain: Arc<OnceLock<tokenizers::Tokenizer>>,
+    template: Option<Arc<Template>>,
+    /// What the template is given besides the conversation.
+    variables: Arc<Variables>,
+    /// The sources of all chat templates, the one above among them.
+    templates: Arc<Templates>,
+    special: Special,
+    /// The token that the chat template writes after an answer.
+    turn_end: Option<u32>,
+    /// Whether the tokenizer or a configuration names a token that ends a completion.
+    named_end: bool,
+    /// The token that the model's own tokenizer puts before a text, if it puts one.
+    opening: Option<u32>,
+    vocab_size: usize,
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tokenizer({} tokens, {:?})", self.vocab_size, self.special)
+    }
+}
+
+/// Tokens with a meaning of their own.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Special {
+    bos: Option<u32>,
+    eos: Vec<u32>,
+    pad: Option<u32>,
+    unk: Option<u32>,
+}
+
+impl Tokenizer {
+    /// The tokenizer that comes with a model: rebuilt from a GGUF's metadata, or read from `tokenizer.json`.
+    ///
+    /// # Errors
+    /// Names the file and what is missing in it.
+    pub fn from_files(files: &ModelFiles) -> Result<Self> {
+        match files {
+            ModelFiles::Gguf(path) => {
+                gguf::read(path).with_context(|| format!("cannot rebuild the tokenizer of {}", path.display()))
+            }
+            ModelFiles::Directory(dir) => Self::from_directory(dir),
+        }
+    }
+
+    /// A tokenizer whose tokens are the 256 bytes, for models made from scratch; with ChatML's three tokens.
+    pub fn bytes() -> Self {
+        bytes::tokenizer()
+    }
+
+    fn from_directory(dir: &Path) -> Result<Self> {
+        let path = dir.join("tokenizer.json");
+        let inner = vetted::tokenizer::read(&path)?;
+        let mut config = optional_json(&dir.join("tokenizer_config.json"))?;
+        // Where the tokenizers of older models name their special tokens.
+        let older = optional_json(&dir.join("special_tokens_map.json"))?;
+        if config.is_null() {
+            config = json!({});
+        }
+        if let (Some(config), Value::Object(older)) = (config.as_object_mut(), older) {
+            for (name, token) in older {
+                config.entry(name).or_insert(token);
+            }
+        }
+        let named = |name: &str| {
+            let text = config[name].as_str().or_else(|| config[name]["content"].as_str());
+            text.and_then(|text| inner.token_to_id(text))
+        };
+        // A chat model's turns end with the tokenizer's token, its documents with the model's: both end a completion.
+        let ends = |name: &str| -> Result<Vec<u32>> {
+            let path = dir.join(name);
+            let config = optional_json(&path)?;
+            let keys = [("eos_token_id", Type::Ids)];
+            types::check(&config, &keys).with_context(|| format!("in {}", path.display()))?;
+            Ok(ids(&config["eos_token_id"]))
+        };
+        let eos_token = &config["eos_token"];
+        let own = named("eos_token");
+        if let (None, Some(text)) = (own, eos_token.as_str().or(eos_token["content"].as_str())) {
+            bail!(
+                "{} names the end token {text:?}, which {} does not have, so that no completion could end with it; correct eos_token",
+                dir.join("tokenizer_config.json").display(),
+                path.display()
+            );
+        }
+        let mut eos: Vec<u32> = Vec::new();
+        for id in own.into_iter().chain(ends("generation_config.json")?).chain(ends("config.json")?) {
+            if !eos.contains(&id) {
+                eos.push(id);
+            }
+        }
+        let special = Special { bos: named("bos_token"), eos, pad: named("pad_token"), unk: named("unk_token") };
+        let templates =
+            Templates::in_directory(dir, &config["chat_template"]).with_context(|| format!("in {}", dir.display()))?;
+        Self::new(inner, templates, special).with_context(|| format!("in {}", dir.display()))
+    }
+
+    /// From the JSON form of a tokenizer.
+    fn from_json(description: &Value, template: Option<String>, special: Special) -> Result<Self> {
+        let templates = Templates::one(template);
+        Self::new(vetted::tokenizer::parse(&serde_json::to_vec(description)?)?, templates, special)
+    }
+
+    fn new(mut inner: tokenizers::Tokenizer, templates: Templates, special: Special) -> Result<Self> {
+        // Some models' files ask for these; here a text is its tokens, all of them and no others.
+        inner.with_truncation(None).map_err(|error| anyhow!(error))?;
+        inner.with_padding(None);
+        let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        let template = templates.main().cloned().map(Template::new).transpose()?.map(Arc::new);
+        let opened = inner.encode_fast("", true).map_err(|error| anyhow!(error))?;
+        let opening = opened.get_ids().first().copied().filter(|id| Some(*id) == special.bos);
+        let (inner, templates) = (Arc::new(inner), Arc::new(templates));
+        let (plain, variables) = (Arc::default(), Arc::default());
+        let (named_end, turn_end) = (!special.eos.is_empty(), None);
+        let made =
+            Self { inner, plain, template, variables, templates, special, turn_end, named_end, opening, vocab_size };
+        Ok(made.with_turn_end())
+    }
+
+    /// The same tokenizer, with the token that its chat template ends an answer with among those that end a completion.
+    fn with_turn_end(mut self) -> Self {
+        self.turn_end = self.found_turn_end();
+        if let Some(end) = self.turn_end.filter(|end| !self.special.eos.contains(end)) {
+            self.special.eos.push(end);
+        }
+        self
+    }
+
+    /// Token ids of `text`. Special tokens in it are recognised, none are added.
+    ///
+    /// # Errors
+    /// Text that the tokenizer refuses.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|error| anyhow!("cannot tokenise: {error}"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// As [`Self::encode`], for a text that nothing stands before and that no chat template wrote: with the token that
+    /// begins a document, where the model was trained with one.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.encode(text)?;
+        let opening = self.opening.filter(|opening| ids.first() != Some(opening));
+        Ok(opening.into_iter().chain(ids).collect())
+    }
+
+    /// The text of `ids`, special tokens left out.
+    ///
+    /// # Errors
+    /// Ids that the tokenizer refuses.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(|error| anyhow!("cannot decode: {error}"))
+    }
+
+    /// The conversation as the model's own template writes it; with `answer`, up to where the model's answer begins.
+    ///
+    /// # Errors
+    /// No template, or one that cannot be filled in.
+    pub fn render_chat(&self, messages: &[Message], answer: bool) -> Result<String> {
+        self.render(messages, answer, true)
+    }
+
+    /// A question as the model's own template writes it, up to where the answer begins, so that a model that reasons answers
+    /// at once: the template's switch for reasoning (`enable_thinking`) is off, and a reasoning block that the template opens
+    /// is closed without content.
+    ///
+    /// # Errors
+    /// As [`Self::render_chat`].
+    pub fn render_question(&self, messages: &[Message]) -> Result<String> {
+        let mut text = self.render(messages, true, false)?;
+        if text.trim_end().ends_with(OPENS_REASONING) {
+            text.truncate(text.trim_end().len());
+            text += "\n\n</think>\n\n";
+        }
+        Ok(text)
+    }
+
+    /// Whether the model reasons before its answers, as its chat template has it.
+    pub fn thinks(&self) -> bool {
+        self.template.as_ref().is_some_and(|template| template.thinks())
+    }
+
+    fn render(&self, messages: &[Message], answer: bool, thinking: bool) -> Result<String> {
+        let template = self.template.as_ref().ok_or_else(|| self.templates.missing())?;
+        let special = self.named_special();
+        template.render(messages, answer, thinking, &special, &self.variables)
+    }
+
+    /// The special tokens that the model has, by their names in `tokenizer_config.json`, as they are written.
+    fn named_special(&self) -> Vec<(&'static str, String)> {
+        let Special { bos, eos, pad, unk } = &self.special;
+        let named =
+            [("bos_token", *bos), ("eos_token", eos.first().copied()), ("pad_token", *pad), ("unk_token", *unk)];
+        named.into_iter().filter_map(|(name, id)| Some((name, self.inner.id_to_token(id?)?))).collect()
+    }
+
+    /// The same tokenizer, whose chat template is given `variables` besides the conversation.
+    #[must_use]
+    pub fn with_variables(mut self, variables: Variables) -> Self {
+        self.variables = Arc::new(variables);
+        self
+    }
+
+    /// Whether the model has a chat template. Where it has several and none for plain conversations, filling it in is an error.
+    pub fn has_chat_template(&self) -> bool {
+        !self.templates.0.is_empty()
+    }
+
+    /// The source of the model's chat template, in Jinja; `None` if the model has none.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.template.as_ref().map(|template| template.source.as_str())
+    }
+
+    /// One more than the highest token id, special tokens included. A model's embeddings may have more rows.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Tokens that end a completion; the first is the tokenizer's own.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.special.eos
+    }
+
+    /// Tokens of more than one character that structure a conversation or a document (special tokens, and those that begin or
+    /// end a text), as they are written, longest first. Where a text has one written out, [`Self::encode`] makes it that token.
+    pub fn control_tokens(&self) -> Vec<String> {
+        let added = self.inner.get_added_tokens_decoder();
+        let special = added.values().filter(|token| token.special).map(|token| token.content.clone());
+        let ends = self.special.eos.iter().chain(&self.special.bos).filter_map(|id| self.inner.id_to_token(*id));
+        let mut tokens: Vec<String> = special.chain(ends).collect();
+        tokens.retain(|token| token.chars().count() > 1 && !token.trim().is_empty());
+        tokens.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
+        tokens.dedup();
+        tokens
+    }
+
+    /// Ids of the special tokens, in order.
+    pub fn special_ids(&self) -> Vec<u32> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut ids: Vec<u32> = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// The token that begins a document.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.special.bos
+    }
+
+    /// The token that fills up a batch.
+    pub fn pad_id(&self) -> Option<u32> {
+        self.special.pad
+    }
+
+    /// The token that stands for what the vocabulary lacks.
+    pub fn unk_id(&self) -> Option<u32> {
+        self.special.unk
+    }
+
+    /// The same tokenizer, with another token to fill up batches; texts become the same ids.
+    pub fn padded_with(mut self, pad: Option<u32>) -> Self {
+        self.special.pad = pad;
+        self
+    }
+
+    /// The same tokenizer, with another chat template, as models carry it in `chat_template.jinja`.
+    ///
+    /// # Errors
+    /// A template that is no Jinja.
+    pub fn with_chat_template(mut self, source: String) -> Result<Self> {
+        self.template = Some(Arc::new(Template::new(source.clone())?));
+        let mut templates = (*self.templates).clone();
+        templates.0.insert(DEFAULT.to_owned(), source);
+        self.templates = Arc::new(templates);
+        Ok(self.with_turn_end())
+    }
+
+    /// The token with this id, as it is written; `None` if the tokenizer has no such id.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The id of the token that is written `token`.
+    pub fn id_of(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`, which `transformers` opens.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let path = dir.join("tokenizer.json");
+        self.inner.save(&path, false).map_err(|error| anyhow!("cannot write {}: {error}", path.display()))?;
+        let special = self.named_special().into_iter();
+        let named: serde_json::Map<String, Value> = special.map(|(name, token)| (name.into(), json!(token))).collect();
+        let mut config = named.clone();
+        config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
+        config.insert("clean_up_tokenization_spaces".into(), json!(false));
+        if let Some(templates) = self.templates.to_json() {
+            config.insert("chat_template".into(), templates);
+        }
+        for (name, value) in [("tokenizer_config.json", config), ("special_tokens_map.json", named)] {
+            let path = dir.join(name);
+            std::fs::write(&path, serde_json::to_vec_pretty(&value)?)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Token ids, which configurations write as one number or as a list.
+fn ids(value: &Value) -> Vec<u32> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Value::Array(list) => list.iter().filter_map(id).collect(),
+        one => id(one).into_iter().collect(),
+    }
+}
+
+/// A JSON file that may be absent, which reads as null.
+fn optional_json(path: &Path) -> Result<Value> {
+    let Some(text) = optional_text(path)? else { return Ok(Value::Null) };
+    serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))
+}
+
+fn optional_text(path: &Path) -> Result<Option<String>> {
+    match bounded::text(path, bounded::DESCRIPTION) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory as `save` writes it, then changed by `files`.
+    fn directory(files: &[(&str, Value)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        Tokenizer::bytes().save(dir.path()).unwrap();
+        for (name, value) in files {
+            std::fs::write(dir.path().join(name), value.to_string()).unwrap();
+        }
+        dir
+    }
+
+    fn open(dir: &tempfile::TempDir) -> Result<Tokenizer> {
+        Tokenizer::from_files(&ModelFiles::Directory(dir.path().to_owned()))
+    }
+
+    fn hello() -> [Message; 1] {
+        [Message { role: "user".into(), content: "Hé".into() }]
+    }
+
+    #[test]
+    fn a_judge_that_reasons_is_asked_to_answer_at_once() {
+        // The ends of the templates of Qwen3 and of models that always reason.
+        let switch = r"{{ messages[0].content }}|{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}";
+        let opens = r"{{ messages[0].content }}|{{ '<think>\n' }}";
+        let plain = "{{ messages[0].content }}|";
+        for (template, chat, question, thinks) in [
+            (switch, "Hé|", "Hé|<think>\n\n</think>\n\n", true),
+            (opens, "Hé|<think>\n", "Hé|<think>\n\n</think>\n\n", true),
+            (plain, "Hé|", "Hé|", false),
+        ] {
+            let tokenizer = Tokenizer::bytes().with_chat_template(template.to_owned()).unwrap();
+            assert_eq!(tokenizer.render_chat(&hello(), true).unwrap(), chat);
+            assert_eq!((tokenizer.render_question(&hello()).unwrap().as_str(), tokenizer.thinks()), (question, thinks));
+        }
+    }
+
+    #[test]
+    fn what_is_saved_is_read_back() {
+        let (before, after) = (Tokenizer::bytes(), open(&directory(&[])).unwrap());
+        let text = before.render_chat(&hello(), true).unwrap();
+        assert_eq!(after.render_chat(&hello(), true).unwrap(), text);
+        assert_eq!(after.encode(&text).unwrap(), before.encode(&text).unwrap());
+        assert_eq!((after.special.clone(), after.vocab_size()), (before.special, 259));
+        assert_eq!(after.id_of("<|im_end|>"), Some(258));
+        assert_eq!(after.pad_id(), Some(256));
+    }
+
+    #[test]
+    fn ends_are_the_tokenizers_and_the_models() {
+        for (files, expected) in [
+            (vec![("config.json", json!({ "eos_token_id": 7 }))], vec![258, 7]),
+            (vec![("config.json", json!({ "eos_token_id": [258] }))], vec![258]),
+            (
+                vec![
+                    ("config.json", json!({ "eos_token_id": 7 })),
+                    ("generation_config.json", json!({ "eos_token_id": [256, 258] })),
+                ],
+                vec![258, 256, 7],
+            ),
+            (vec![("tokenizer_config.json", json!({ "eos_token": { "content": "<|pad|>" } }))], vec![256]),
+            // The template's own end of a turn, too.
+            (
+                vec![(
+                    "tokenizer_config.json",
+                    json!({ "eos_token": "<|pad|>", "chat_template": "{{ messages[-1].content }}<|im_end|>\n" }),
+                )],
+                vec![256, 258],
+            ),
+            (vec![("tokenizer_config.json", json!({})), ("config.json", json!({ "eos_token_id": null }))], vec![258]),
+            (vec![("tokenizer_config.json", json!({})), ("special_tokens_map.json", json!({}))], vec![]),
+        ] {
+            assert_eq!(open(&directory(&files)).unwrap().eos_ids(), expected, "{files:?}");
+        }
+    }
+
+    #[test]
+    fn an_answer_ends_as_the_chat_template_ends_it() {
+        let tokenizer = |template: &str| {
+            let config = json!({ "eos_token": "<|pad|>", "bos_token": "<|im_start|>", "chat_template": template });
+            open(&directory(&[("tokenizer_config.json", config)])).unwrap()
+        };
+        for (template, end) in [
+            ("{{ messages[-1].content }}<|im_end|>\n", 258),
+            ("{{ messages[-1].content }} <|im_end|>", 258),
+            ("{{ messages[-1].content }}{{ eos_token }}", 256),
+            // No token, a text, and a token that begins the next turn.
+            ("{{ messages[-1].content }}", 256),
+            ("{{ messages[-1].content }}\n\nHuman: <|im_end|>", 256),
+            ("{{ messages[-1].content }}<|im_start|>", 256),
+            ("{{ raise_exception('no') }}", 256),
+        ] {
+            let tokenizer = tokenizer(template);
+            assert_eq!((tokenizer.end(true), tokenizer.end(false)), (Some(end), Some(256)), "{template}");
+        }
+        let without = Tokenizer::from_json(
+            &serde_json::from_str(&Tokenizer::bytes().inner.to_string(false).unwrap()).unwrap(),
+            None,
+            Special::default(),
+        );
+        assert_eq!(without.unwrap().end(true), None);
+    }
+
+    #[test]
+    fn an_end_that_the_vocabulary_lacks_is_refused() {
+        let error = open(&directory(&[("tokenizer_config.json", json!({ "eos_token": "<|eot|>" }))])).unwrap_err();
+        assert!(error.to_string().contains("names the end token \"<|eot|>\""), "{error}");
+    }
+
+    #[test]
+    fn all_chat_templates_are_kept() {
+        let list = json!([{ "name": "tool_use", "template": "t" }, { "name": "default", "template": "d" }]);
+        let dir = directory(&[("tokenizer_config.json", json!({ "chat_template": list }))]);
+        let saved = |tokenizer: &Tokenizer| -> Value {
+            let dir = tempfile::tempdir().unwrap();
+            tokenizer.save(dir.path()).unwrap();
+            let text = std::fs::read_to_string(dir.path().join("tokenizer_config.json")).unwrap();
+            serde_json::from_str::<Value>(&text).unwrap()["chat_template"].clone()
+        };
+        let entry = |name: &str, template: &str| json!({ "name": name, "template": template });
+        assert_eq!(saved(&open(&dir).unwrap()), json!([entry("default", "d"), entry("tool_use", "t")]));
+        // Files take the place of all of these, as in `transformers`.
+        let folder = dir.path().join("additional_chat_templates");
+        std::fs::create_dir(&folder).unwrap();
+        for (name, text) in [("rag.jinja", "r"), ("notes.txt", "n")] {
+            std::fs::write(folder.join(name), text).unwrap();
+        }
+        let error = open(&dir).unwrap().render_chat(&hello(), false).unwrap_err().to_string();
+        assert!(error.contains("chat templates named rag, and none named default"), "{error}");
+        assert!(open(&dir).unwrap().has_chat_template());
+        std::fs::write(folder.join("default.jinja"), "D").unwrap();
+        assert_eq!(open(&dir).unwrap().render_chat(&hello(), false).unwrap(), "D");
+        let changed = open(&dir).unwrap().with_chat_template("C".into()).unwrap();
+        assert_eq!(saved(&changed), json!([entry("default", "C"), entry("rag", "r")]));
+    }
+
+    #[test]
+    fn an_end_of_another_type_is_refused() {
+        for name in ["config.json", "generation_config.json"] {
+            let error = open(&directory(&[(name, json!({ "eos_token_id": ["7"] }))])).err().unwrap();
+            let error = format!("{error:#}");
+            assert!(
+                error.contains(name) && error.contains("eos_token_id is [\"7\"], and must be a token id"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn templates_are_found_wherever_models_keep_them() {
+        let named =
+            json!({ "chat_template": [{ "name": "tool", "template": "t" }, { "name": "default", "template": "d" }] });
+        let dir = directory(&[("tokenizer_config.json", named)]);
+        assert_eq!(open(&dir).unwrap().render_chat(&hello(), false).unwrap(), "d");
+        std::fs::write(dir.path().join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+        assert_eq!(open(&dir).unwrap().render_chat(&hello(), false).unwrap(), "Hé");
+        let without = open(&directory(&[("tokenizer_config.json", json!({}))])).unwrap();
+        assert!(!without.has_chat_template());
+        assert!(without.render_chat(&hello(), true).unwrap_err().to_string().contains("no chat template"));
+    }
+
+    #[test]
+    fn truncation_and_padding_of_the_file_are_off() {
+        let dir = directory(&[]);
+        let path = dir.path().join("tokenizer.json");
+        let mut value: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        value["truncation"] = json!({ "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0 });
+        value["padding"] = json!({ "strategy": { "Fixed": 9 }, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 256, "pad_type_id": 0, "pad_token": "<|pad|>" });
+        std::fs::write(&path, value.to_string()).unwrap();
+        assert_eq!(open(&dir).unwrap().encode("abc").unwrap(), [97, 98, 99]);
+    }
+
+    #[test]
+    fn a_damaged_directory_is_refused_by_file() {
+        for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+            let dir = directory(&[]);
+            std::fs::write(dir.path().join(name), "{").unwrap();
+            let error = format!("{:#}", open(&dir).unwrap_err());
+            assert!(error.contains(name), "{name}: {error}");
+        }
+    }
+}

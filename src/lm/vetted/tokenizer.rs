@@ -1,0 +1,349 @@
+//! A `tokenizer.json`, looked at before the `tokenizers` library is given it. That library trusts its files: what is out
+//! of order in them makes it panic, read past a text's end, or write without end. So only parts that models of the
+//! supported kinds are made of are let through, and of these only values that they can work with.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::Deserialize;
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+use crate::util::bounded;
+
+/// Most that an id may be; the largest vocabularies have a quarter of a million.
+const HIGHEST_ID: u32 = (1 << 24) - 1;
+/// Most bytes of one token; those of known models have up to a few hundred.
+pub const LONGEST_TOKEN: usize = 1024;
+/// Most bytes of a pattern.
+const LONGEST_PATTERN: usize = 4096;
+/// Most parts of a kind, one after another.
+const MOST_PARTS: usize = 16;
+/// Bytes that normalizers or decoders together may make of one.
+const MOST_GROWTH: usize = 256;
+
+#[derive(Deserialize)]
+struct Description {
+    #[serde(default)]
+    added_tokens: Vec<Added>,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    post_processor: Value,
+    #[serde(default)]
+    decoder: Value,
+    model: Model,
+}
+
+#[derive(Deserialize)]
+struct Added {
+    id: u32,
+    content: String,
+    #[serde(default)]
+    lstrip: bool,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    vocab: HashMap<String, u32>,
+    #[serde(default)]
+    merges: Vec<Merge>,
+    #[serde(default)]
+    dropout: Option<f64>,
+    #[serde(default)]
+    continuing_subword_prefix: Option<String>,
+    #[serde(default)]
+    max_input_chars_per_word: Option<u64>,
+}
+
+/// Two tokens that become one, in both forms that files have.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Pair(String, String),
+    Line(String),
+}
+
+/// Reads the `tokenizer.json` at `path`.
+///
+/// # Errors
+/// Names the file, and the part of it that is not supported or not sound.
+pub fn read(path: &Path) -> Result<Tokenizer> {
+    let text = bounded::text(path, bounded::TOKENIZER).with_context(|| format!("cannot read {}", path.display()))?;
+    parse(text.as_bytes()).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// The tokenizer that a `tokenizer.json` describes.
+///
+/// # Errors
+/// Names the part that is not supported or not sound.
+pub fn parse(json: &[u8]) -> Result<Tokenizer> {
+    check(json)?;
+    Tokenizer::from_bytes(json).map_err(|error| anyhow!(error))
+}
+
+fn check(json: &[u8]) -> Result<()> {
+    let description: Description = serde_json::from_slice(json).context("it is no description of a tokenizer")?;
+    for (name, part) in [
+        ("normalizer", &description.normalizer),
+        ("pre_tokenizer", &description.pre_tokenizer),
+        ("post_processor", &description.post_processor),
+        ("decoder", &description.decoder),
+    ] {
+        let parts = parts(name, part)?;
+        let grown = parts.iter().try_fold(1usize, |grown, part| {
+            let kind = kind(name, part)?;
+            let factor = sound(name, kind, part).with_context(|| format!("in its {name} {kind}"))?;
+            anyhow::Ok(grown.saturating_mul(factor))
+        })?;
+        ensure!(grown <= MOST_GROWTH, "its {name} may make more than {MOST_GROWTH} bytes of one");
+        let templates = parts.iter().filter(|part| part["type"] != "ByteLevel").count();
+        ensure!(name != "post_processor" || templates <= 1, "its post_processor has more than one template");
+    }
+    description.model.check()?;
+    for Added { id, content, lstrip } in &description.added_tokens {
+        token(content, *id)?;
+        // The library may find it within the spaces that the token before has taken in, and cuts them twice.
+        ensure!(
+            !(*lstrip && content.chars().all(char::is_whitespace)),
+            "its added token {content:?} is made of spaces, and takes in the spaces before it"
+        );
+    }
+    Ok(())
+}
+
+impl Model {
+    fn check(&self) -> Result<()> {
+        let kind = self.kind.as_deref().unwrap_or(if self.merges.is_empty() { "WordPiece" } else { "BPE" });
+        ensure!(
+            ["BPE", "WordPiece", "WordLevel"].contains(&kind),
+            "its model is of type {kind}; these can be read: BPE, WordPiece, WordLevel"
+        );
+        for (content, id) in &self.vocab {
+            token(content, *id)?;
+        }
+        // A text would have other tokens each time.
+        ensure!(
+            self.dropout.is_none_or(|p| p == 0.0),
+            "its model drops merges at random (dropout); set dropout to null"
+        );
+        ensure!(
+            kind != "BPE" || self.continuing_subword_prefix.as_ref().is_none_or(String::is_empty),
+            "its model marks the continuation of a word (continuing_subword_prefix), which is not supported in BPE"
+        );
+        // A word is gone through once for each of its characters.
+        let longest = self.max_input_chars_per_word.unwrap_or(100);
+        ensure!(longest <= 1000, "max_input_chars_per_word = {longest} is more than 1000");
+        for (i, merge) in self.merges.iter().enumerate() {
+            let pair = match merge {
+                Merge::Pair(left, right) => Some((left.as_str(), right.as_str())),
+                Merge::Line(line) if i == 0 && line.starts_with("#version") => continue,
+                Merge::Line(line) => line.split_once(' '),
+            };
+            let whole = pair.map(|(left, right)| format!("{left}{right}"));
+            ensure!(
+                whole.as_ref().is_some_and(|whole| self.vocab.contains_key(whole)),
+                "merge {} of its model makes {whole:?}, which is no token of it",
+                i + 1
+            );
+        }
+        Ok(())
+    }
+}
+
+fn token(content: &str, id: u32) -> Result<()> {
+    ensure!(id <= HIGHEST_ID, "a token has the id {id}, and {HIGHEST_ID} is the highest there may be");
+    ensure!(content.len() <= LONGEST_TOKEN, "token {id} has {} bytes, the limit is {LONGEST_TOKEN}", content.len());
+    Ok(())
+}
+
+/// The parts of a sequence, or the one part, or none.
+fn parts<'a>(name: &str, part: &'a Value) -> Result<Vec<&'a Value>> {
+    if part.is_null() {
+        return Ok(Vec::new());
+    }
+    if part["type"] != "Sequence" {
+        return Ok(vec![part]);
+    }
+    let list = ["normalizers", "pretokenizers", "processors", "decoders"].iter().find_map(|key| part[key].as_array());
+    let list = list.with_context(|| format!("its {name} is a sequence without parts"))?;
+    ensure!(list.len() <= MOST_PARTS, "its {name} has {} parts, the limit is {MOST_PARTS}", list.len());
+    Ok(list.iter().collect())
+}
+
+fn kind<'a>(name: &str, part: &'a Value) -> Result<&'a str> {
+    let known: &[&str] = match name {
+        "normalizer" => &[
+            "BertNormalizer",
+            "ByteLevel",
+            "Lowercase",
+            "NFC",
+            "NFD",
+            "NFKC",
+            "NFKD",
+            "Prepend",
+            "Replace",
+            "Strip",
+            "StripAccents",
+        ],
+        "pre_tokenizer" => &[
+            "BertPreTokenizer",
+            "ByteLevel",
+            "Digits",
+            "Metaspace",
+            "Punctuation",
+            "Split",
+            "Whitespace",
+            "WhitespaceSplit",
+        ],
+        "post_processor" => &["BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"],
+        _ => &["ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"],
+    };
+    let kind = part["type"].as_str().with_context(|| format!("a part of its {name} has no type"))?;
+    ensure!(known.contains(&kind), "its {name} {kind} is not supported; these are: {}", known.join(", "));
+    Ok(kind)
+}
+
+/// Checks one part, and says how many bytes it may make of one.
+fn sound(name: &str, kind: &str, part: &Value) -> Result<usize> {
+    match (name, kind) {
+        (_, "Replace") => {
+            let length = part["content"].as_str().map_or(0, str::len);
+            pattern(&part["pattern"])?;
+            // A pattern of nothing is found before each character.
+            Ok(length + 1)
+        }
+        (_, "Prepend") => Ok(part["prepend"].as_str().map_or(0, str::len) + 1),
+        (_, "Split") => pattern(&part["pattern"]).map(|()| 1),
+        ("normalizer" | "pre_tokenizer", "ByteLevel") => Ok(2),
+        (_, "NFD" | "NFKC" | "NFKD") => Ok(4),
+        (_, "Metaspace") => Ok(4),
+        ("decoder", "Strip") => {
+            // The library counts back beyond a token's beginning.
+            ensure!(part["stop"] == 0, "stop = {} is not supported, but for 0", part["stop"]);
+            Ok(1)
+        }
+        (_, "TemplateProcessing") => template(part).map(|()| 1),
+        _ => Ok(1),
+    }
+}
+
+fn pattern(pattern: &Value) -> Result<()> {
+    let text = pattern["String"].as_str().or_else(|| pattern["Regex"].as_str()).context("it has no pattern")?;
+    ensure!(text.len() <= LONGEST_PATTERN, "its pattern has {} bytes, the limit is {LONGEST_PATTERN}", text.len());
+    Ok(())
+}
+
+/// A template names each special token that it uses, and the text once.
+fn template(part: &Value) -> Result<()> {
+    let pieces = part["single"].as_array().context("it has no list of pieces (single)")?;
+    ensure!(pieces.len() <= MOST_PARTS, "it has {} pieces, the limit is {MOST_PARTS}", pieces.len());
+    let mut texts = 0;
+    for piece in pieces {
+        if let Some(id) = piece["SpecialToken"]["id"].as_str() {
+            let token = part["special_tokens"].get(id);
+            let count = |key: &str| token.and_then(|token| token[key].as_array()).map_or(0, Vec::len);
+            let (ids, tokens) = (count("ids"), count("tokens"));
+            ensure!(
+                ids > 0 && ids == tokens && ids <= MOST_PARTS,
+                "its special token {id:?} has {ids} ids and {tokens} tokens"
+            );
+        } else if piece["Sequence"]["id"] == "A" {
+            texts += 1;
+        } else {
+            bail!("its piece {piece} is neither a special token nor the text A");
+        }
+    }
+    ensure!(texts == 1, "it has the text {texts} times, and not once");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn described() -> Value {
+        json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": null, "post_processor": null, "decoder": null,
+            "model": { "type": "BPE", "vocab": { "a": 0, "b": 1, "ab": 2 }, "merges": [["a", "b"]] },
+        })
+    }
+
+    /// Every change is one that the library panics on, or does not come back from.
+    #[test]
+    fn what_the_library_cannot_bear_is_refused_by_name() {
+        check(described().to_string().as_bytes()).unwrap();
+        let replace = |content: &str| json!({ "type": "Replace", "pattern": { "String": "" }, "content": content });
+        let piece = |id: &str| json!({ "SpecialToken": { "id": id, "type_id": 0 } });
+        let text = |id: &str| json!({ "Sequence": { "id": id, "type_id": 0 } });
+        let processor = |single: Value| json!({ "type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": { "[A]": { "id": "[A]", "ids": [0], "tokens": [] } } });
+        let added = |id: u64, content: &str| json!([{ "id": id, "content": content, "single_word": false, "lstrip": true, "rstrip": true, "normalized": false, "special": true }]);
+        for (path, value, words) in [
+            (
+                "/normalizer",
+                json!({ "type": "Precompiled", "precompiled_charsmap": "AAAA" }),
+                "normalizer Precompiled is not supported; these are",
+            ),
+            (
+                "/normalizer",
+                json!({ "type": "Sequence", "normalizers": vec![replace("xxxxxxxxxxxxxxx"); 3] }),
+                "more than 256 bytes of one",
+            ),
+            (
+                "/normalizer",
+                json!({ "type": "Sequence", "normalizers": vec![json!({ "type": "NFC" }); 17] }),
+                "17 parts",
+            ),
+            (
+                "/normalizer",
+                json!({ "type": "Sequence", "normalizers": [{ "type": "Sequence", "normalizers": [] }] }),
+                "normalizer Sequence is not",
+            ),
+            ("/pre_tokenizer", json!({ "type": "FixedLength", "length": 0 }), "FixedLength is not supported"),
+            (
+                "/pre_tokenizer",
+                json!({ "type": "Split", "pattern": { "Regex": "x".repeat(5000) }, "behavior": "Isolated", "invert": false }),
+                "its pattern has 5000 bytes",
+            ),
+            ("/post_processor", processor(json!([piece("[B]"), text("A")])), "\"[B]\" has 0 ids"),
+            ("/post_processor", processor(json!([piece("[A]"), text("A")])), "\"[A]\" has 1 ids and 0 tokens"),
+            ("/post_processor", processor(json!([text("B")])), "neither a special token nor the text A"),
+            ("/post_processor", processor(json!([])), "the text 0 times"),
+            (
+                "/post_processor",
+                json!({ "type": "Sequence", "processors": vec![processor(json!([text("A")])); 2] }),
+                "more than one template",
+            ),
+            (
+                "/decoder",
+                json!({ "type": "Strip", "content": " ", "start": 0, "stop": 9 }),
+                "in its decoder Strip: stop = 9",
+            ),
+            ("/decoder", json!({ "type": "BPEDecoder", "suffix": "" }), "decoder BPEDecoder is not supported"),
+            ("/model/type", json!("Unigram"), "type Unigram; these can be read"),
+            ("/model/merges", json!([["ab", "ab"]]), "merge 1 of its model makes Some(\"abab\"), which is no token"),
+            ("/model/merges", json!(["ab"]), "merge 1 of its model makes None"),
+            ("/model/continuing_subword_prefix", json!("##"), "continuing_subword_prefix"),
+            ("/model/dropout", json!(0.5), "dropout"),
+            ("/model/max_input_chars_per_word", json!(100_000), "max_input_chars_per_word = 100000"),
+            ("/model/vocab", json!({ "a": 4_294_967_295u32 }), "the id 4294967295"),
+            ("/model/vocab", json!({ "x".repeat(2000): 0 }), "token 0 has 2000 bytes"),
+            ("/added_tokens", added(4_294_967_295, "a"), "the id 4294967295"),
+            ("/added_tokens", added(0, "  "), "is made of spaces"),
+        ] {
+            let mut changed = described();
+            let (parent, key) = path.rsplit_once('/').unwrap();
+            changed.pointer_mut(parent).unwrap()[key] = value;
+            let error = format!("{:#}", check(changed.to_string().as_bytes()).expect_err(path));
+            assert!(error.contains(words), "{path}: {error}");
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! What limits a run, by how much, and the settings that would relieve it; a pure function of where the time went.
+
+use preceptor_actors::RoleShare;
+use serde::Serialize;
+
+use crate::config::{Choice, Config, RolloutWeights};
+use crate::pipeline::generate::MOST_SLOTS;
+
+/// A role limits when its workers work at least this share of the time.
+const LIMITS: f64 = 0.6;
+
+/// Two roles limit together where one works no more than this times as much as the other.
+const EVEN: f64 = 1.05;
+
+/// What stands between the throughput that is and the one that could be.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Diagnosis {
+    /// The role that limits; none where the stages wait for one another in turn.
+    pub role: Option<String>,
+    /// Share of the time that its workers work.
+    pub share: f64,
+    /// What throughput could be multiplied by until the next role limits, if this one were relieved.
+    pub gain: f64,
+    /// That role.
+    pub next: Option<String>,
+    /// It all in a sentence.
+    pub headline: String,
+    /// Where the others' time goes.
+    pub detail: String,
+    /// What to change, the likeliest first.
+    pub settings: Vec<Setting>,
+}
+
+/// A key of the configuration to change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Setting {
+    /// Its name.
+    pub key: &'static str,
+    /// Its value.
+    pub now: String,
+    /// A value to try.
+    #[serde(rename = "try")]
+    pub attempt: String,
+    /// What that would do.
+    pub why: String,
+}
+
+/// What limits a run whose time went as `shares` say, on `cores`; none before anything has worked.
+pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize) -> Option<Diagnosis> {
+    let mut by_work: Vec<&RoleShare> = shares.iter().filter(|share| share.busy > 0.0).collect();
+    by_work.sort_by(|a, b| b.busy.total_cmp(&a.busy));
+    let (first, rest) = by_work.split_first()?;
+    let next = rest.first();
+    let gain = next.map_or(1.0 / first.busy, |next| first.busy / next.busy).max(1.0);
+    let detail: Vec<String> = shares.iter().filter(|share| share.role != first.role).map(waits).collect();
+    let limits = first.busy >= LIMITS;
+    // The wall time of a role that shares cores with others says little of what it would take alone.
+    let used: f64 = shares.iter().map(|share| share.busy * (share.workers * threads(&share.role, config)) as f64).sum();
+    let spare = (cores as f64 - used).floor().max(0.0) as usize;
+    let percent = |share: f64| (100.0 * share).round();
+    let headline = match next {
+        _ if !limits => format!(
+            "nothing limits alone: no actor works more than {} % of the time, they wait for one another",
+            percent(first.busy)
+        ),
+        Some(next) if gain < EVEN => format!(
+            "{} limits, and {} as much: they work {} % and {} % of the time",
+            first.role,
+            next.role,
+            percent(first.busy),
+            percent(next.busy)
+        ),
+        Some(next) => format!(
+            "{} limits: {} {} % of the time, and no other more than {} %",
+            first.role,
+            if first.workers == 1 { "it works".to_owned() } else { format!("its {} workers work", first.workers) },
+            percent(first.busy),
+            percent(next.busy)
+        ),
+        None => format!("{} limits: it works {} % of the time, and no other does", first.role, percent(first.busy)),
+    };
+    Some(Diagnosis {
+        role: limits.then(|| first.role.clone()),
+        share: first.busy,
+        gain: if limits { gain } else { 1.0 / first.busy },
+        next: next.filter(|_| limits).map(|next| next.role.clone()),
+        headline,
+        detail: detail.join("; "),
+        settings: if limits { relief(first, config, spare) } else { slack(config) },
+    })
+}
+
+/// Where the time of a role goes that does not limit.
+fn waits(share: &RoleShare) -> String {
+    let RoleShare { role, idle, blocked, admission, .. } = share;
+    let percent = |share: f64| (100.0 * share).round();
+    let most = idle.max(*blocked).max(*admission);
+    if share.busy >= most {
+        format!("{role} works {} % of the time", percent(share.busy))
+    } else if *idle == most {
+        format!("{role} waits for input {} % of the time", percent(*idle))
+    } else if *blocked == most {
+        format!("{role} waits for room in its output {} % of the time", percent(*blocked))
+    } else {
+        format!("{role} waits for the staleness bound {} % of the time", percent(*admission))
+    }
+}
+
+/// Threads of one worker of a role.
+fn threads(role: &str, config: &Config) -> usize {
+    match role {
+        "rollout" => config.rollout.threads,
+        // Who asks a server computes nothing here.
+        "label" if is_remote(config) => 0,
+        "label" => config.labeler.threads,
+        "reward" => config.reward.threads,
+        "learn" => config.learner.threads,
+        _ => 0,
+    }
+}
+
+fn is_remote(config: &Config) -> bool {
+    let methods = &config.labeler.methods;
+    !methods.is_empty() && methods.iter().all(|method| method.remote.is_some())
+}
+
+/// What would give the limiting role more to work with, where `spare` cores are not used.
+fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
+    let mut settings = Vec::new();
+    let mut more = |key, now: usize, attempt: usize, why: &str| {
+        settings.push(Setting { key, now: now.to_string(), attempt: attempt.to_string(), why: why.to_owned() });
+    };
+    let (rollout, labeler, learner) = (&config.rollout, &config.labeler, &config.learner);
+    match share.role.as_str() {
+        "rollout" => {
+            if rollout.slots < MOST_SLOTS {
+                let slots = (2 * rollout.slots).min(MOST_SLOTS);
+                more("rollout.slots", rollout.slots, slots, "more sequences share each reading of the weights");
+            }
+            if spare > 0 {
+                more("rollout.workers", rollout.workers, rollout.workers + 1, "another actor samples beside it");
+                more("rollout.threads", rollout.threads, rollout.threads + spare, "each decode step has more threads");
+            }
+        }
+        "label" if is_remote(config) => {
+            let most =
+                labeler.methods.iter().filter_map(|method| method.remote.as_ref()).map(|judge| judge.concurrency);
+            let most = most.max().unwrap_or(1);
+            let workers = labeler.workers;
+            more("labeler.workers", workers, 2 * workers, "as many groups again are asked about at once");
+            more("labeler.remote.concurrency", most, 2 * most, "the server is asked more at once, if it can answer");
+        }
+        "label" => {
+            if spare > 0 {
+                let (workers, threads) = (labeler.workers, labeler.threads);
+                more("labeler.workers", workers, workers + 1, "another labeler judges beside it");
+                more("labeler.threads", threads, threads + spare, "each judgement has more threads");
+            }
+            let kinds = &labeler.methods;
+            if kinds.iter().any(|method| method.rationales > 1) {
+                let rationales = kinds.iter().map(|method| method.rationales).max().unwrap_or(1);
+                more(
+                    "labeler.rationales",
+                    rationales,
+                    rationales.div_ceil(2),
+                    "fewer rationales are written a question",
+                );
+            }
+        }
+        "reward" if spare > 0 => {
+            let threads = config.reward.threads;
+            more("reward.threads", threads, threads + spare, "the reference and the reward model have more threads");
+        }
+        "learn" => {
+            if learner.activation_checkpointing {
+                settings.push(Setting {
+                    key: "learner.activation_checkpointing",
+                    now: "true".into(),
+                    attempt: "false".into(),
+                    why: "the forward pass is not computed twice, for more memory".into(),
+                });
+            } else if learner.micro_batch > 0 {
+                more("learner.micro_batch", learner.micro_batch, 0, "whole groups at a time, for more memory");
+            }
+            if spare > 0 {
+                let threads = learner.threads;
+                settings.push(Setting {
+                    key: "learner.threads",
+                    now: threads.to_string(),
+                    attempt: (threads + spare).to_string(),
+                    why: "the gradient has more threads".into(),
+                });
+            }
+        }
+        _ => {}
+    }
+    let may_narrow = config.bears_other_weights() && config.samples_as_a_cpu_likes();
+    if share.role == "rollout" && rollout.weights == RolloutWeights::F32 && may_narrow {
+        settings.push(Setting {
+            key: "rollout.weights",
+            now: RolloutWeights::F32.word().into(),
+            attempt: RolloutWeights::Bf16.word().into(),
+            why: "each decode step has half as much to read; importance ratios tell what it changes".into(),
+        });
+    }
+    if spare == 0 && !(share.role == "label" && is_remote(config)) {
+        let key = match share.role.as_str() {
+            "rollout" => "rollout.threads",
+            "label" => "labeler.threads",
+            "reward" => "reward.threads",
+            _ => "learner.threads",
+        };
+        let now = threads(&share.role, config);
+        settings.push(Setting {
+            key,
+            now: now.to_string(),
+            attempt: (now + 1).to_string(),
+            why: "all cores are at work: this pays with more cores, or with threads taken from an actor that waits"
+                .into(),
+        });
+    }
+    settings
+}
+
+/// What lets stages that wait for one another work side by side.
+fn slack(config: &Config) -> Vec<Setting> {
+    let eta = config.learner.eta;
+    let why = if eta == 0 {
+        "the next batch is generated while this one is learned from; older tokens are corrected for"
+    } else {
+        "a straggler holds its batch back less"
+    };
+    let mut settings =
+        vec![Setting { key: "learner.eta", now: eta.to_string(), attempt: (eta + 1).to_string(), why: why.into() }];
+    let batch = config.learner.batch_groups;
+    if eta > 0 {
+        settings.push(Setting {
+            key: "learner.batch_groups",
+            now: batch.to_string(),
+            attempt: (2 * batch).to_string(),
+            why: "steps are fewer and larger, and wait for their slowest group less often".into(),
+        });
+    }
+    settings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::load;
+
+    fn share(role: &str, busy: f64, blocked: f64, admission: f64) -> RoleShare {
+        let idle = 1.0 - busy - blocked - admission;
+        RoleShare { role: role.into(), workers: 1, busy, idle, blocked, admission, items_per_s: 1.0 }
+    }
+
+    fn config(overrides: &[&str]) -> Config {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/offline.toml");
+        load(&path, &overrides.iter().map(|one| (*one).to_owned()).collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    fn a_slow_labeler_is_named_with_what_it_costs_and_what_to_change() {
+        let shares = [
+            share("prompts", 0.0, 0.1, 0.9),
+            share("rollout", 0.3, 0.7, 0.0),
+            share("label", 0.96, 0.0, 0.0),
+            share("learn", 0.4, 0.0, 0.0),
+        ];
+        let found = diagnose(&shares, &config(&[]), 4).unwrap();
+        assert_eq!((found.role.as_deref(), found.next.as_deref()), (Some("label"), Some("learn")));
+        assert!((found.gain - 2.4).abs() < 1e-9);
+        assert!(found.headline.contains("label limits") && found.headline.contains("96 %"), "{}", found.headline);
+        assert!(found.detail.contains("rollout waits for room in its output 70 %"), "{}", found.detail);
+        assert!(found.detail.contains("prompts waits for the staleness bound 90 %"), "{}", found.detail);
+        assert_eq!((found.settings[0].key, found.settings[0].attempt.as_str()), ("labeler.workers", "2"));
+        let even = [share("rollout", 0.95, 0.0, 0.0), share("learn", 0.93, 0.0, 0.0)];
+        let headline = diagnose(&even, &config(&[]), 4).unwrap().headline;
+        assert_eq!(headline, "rollout limits, and learn as much: they work 95 % and 93 % of the time");
+        // Two of two cores are used: more actors would only share them.
+        let full = diagnose(&[share("rollout", 0.95, 0.0, 0.0), share("learn", 0.9, 0.0, 0.0)], &config(&[]), 2);
+        let keys: Vec<&str> = full.unwrap().settings.iter().map(|setting| setting.key).collect();
+        assert_eq!(keys, ["rollout.slots", "rollout.weights", "rollout.threads"]);
+        // What the configuration would refuse is not proposed, nor what it has.
+        for set in ["learner.correction=none", "policy.dtype=bf16", "rollout.weights=q8_0"] {
+            let settings = diagnose(&[share("rollout", 0.95, 0.0, 0.0)], &config(&["learner.eta=0", set]), 2).unwrap();
+            assert!(settings.settings.iter().all(|setting| setting.key != "rollout.weights"), "{set}");
+        }
+    }
+
+    #[test]
+    fn a_server_is_asked_more_at_once_whatever_the_cores_do() {
+        let remote = ["labeler.type=direct", "labeler.remote={ url = \"http://127.0.0.1:1/v1\", model = \"m\" }"];
+        let shares = [share("label", 0.99, 0.0, 0.0), share("rollout", 0.9, 0.0, 0.1), share("learn", 0.9, 0.0, 0.0)];
+        let keys: Vec<_> = diagnose(&shares, &config(&remote), 1).unwrap().settings;
+        let keys: Vec<&str> = keys.iter().map(|setting| setting.key).collect();
+        assert_eq!(keys, ["labeler.workers", "labeler.remote.concurrency"]);
+    }
+
+    #[test]
+    fn stages_that_take_turns_are_told_to_overlap() {
+        let shares = [share("rollout", 0.5, 0.0, 0.5), share("learn", 0.45, 0.0, 0.0)];
+        let found = diagnose(&shares, &config(&["learner.eta=0"]), 2).unwrap();
+        assert_eq!((found.role, found.next), (None, None));
+        assert_eq!((found.settings[0].key, found.settings[0].attempt.as_str()), ("learner.eta", "1"));
+        assert!((found.gain - 2.0).abs() < 1e-9);
+        assert_eq!(diagnose(&[share("rollout", 0.0, 0.0, 0.0)], &config(&[]), 2), None);
+    }
+}

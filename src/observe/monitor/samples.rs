@@ -1,0 +1,105 @@
+//! What was written and what was said of it, to read.
+
+use std::collections::VecDeque;
+
+use serde_json::{Value, json};
+
+use crate::types::Rewarded;
+
+/// Groups that are kept.
+const MOST: usize = 24;
+
+/// What all completions of a group have in common, of a line.
+const COMMON: &[&str] = &["step", "group", "row", "prompt", "labeler", "reward_model", "masked"];
+
+/// The last groups, newest last, each as the lines of its completions.
+#[derive(Default)]
+pub struct Samples(VecDeque<Vec<Value>>);
+
+impl Samples {
+    /// Takes a group in.
+    pub fn push(&mut self, lines: Vec<Value>) {
+        if self.0.len() == MOST {
+            self.0.pop_front();
+        }
+        self.0.push_back(lines);
+    }
+
+    /// Each group once, newest first, with its completions.
+    pub fn to_json(&self) -> Value {
+        self.0.iter().rev().filter_map(|lines| group(lines)).collect()
+    }
+}
+
+fn group(lines: &[Value]) -> Option<Value> {
+    let mut group = lines.first()?.as_object()?.clone();
+    group.retain(|key, _| COMMON.contains(&key.as_str()));
+    let own = |line: &Value| {
+        let mut own = line.as_object()?.clone();
+        own.retain(|key, _| !COMMON.contains(&key.as_str()));
+        if let Some(text) = own.remove("completion") {
+            own.insert("text".into(), text);
+        }
+        Some(Value::Object(own))
+    };
+    group.insert("completions".into(), lines.iter().filter_map(own).collect());
+    Some(Value::Object(group))
+}
+
+/// A group's completions as lines of `samples.jsonl`.
+pub fn lines(step: &Value, group: &Rewarded) -> Vec<Value> {
+    let line = |(i, completion): (usize, &crate::types::Completion)| {
+        json!({
+            "step": step,
+            "group": group.group.prompt.seq,
+            "row": group.group.prompt.row,
+            "prompt": group.group.prompt.text,
+            "completion": completion.text,
+            "finish": completion.finish,
+            "tokens": completion.ids.len(),
+            "versions": [completion.oldest_version(), completion.versions.iter().max()],
+            "labeler": group.feedback.as_ref().map(|feedback| &feedback.labeler),
+            "verdict": group.feedback.as_ref().and_then(|feedback| feedback.verdicts.get(i)),
+            "preferences": preferences(group, i),
+            "score": group.scores.get(i),
+            "reward_model": group.reward_model,
+            "reward": group.rewards.get(i),
+            "masked": group.masked,
+        })
+    };
+    group.group.completions.iter().enumerate().map(line).collect()
+}
+
+/// What the judge said of completion `i` against others: with whom it was compared, and P(it is the better one).
+fn preferences(group: &Rewarded, i: usize) -> Vec<Value> {
+    let all = group.feedback.iter().flat_map(|feedback| &feedback.preferences);
+    let mine = all.filter(|one| one.first == i || one.second == i);
+    mine.map(|one| {
+        let with = if one.first == i { one.second } else { one.first };
+        let p = one.probability().map(|p| if one.first == i { p } else { 1.0 - p });
+        json!({ "with": with, "better": p, "flipped": one.flipped(), "refused": p.is_none().then_some(&one.verdict) })
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_is_told_once_with_its_completions_and_the_oldest_goes() {
+        let mut samples = Samples::default();
+        for step in 1..=MOST + 1 {
+            let line = |text: &str| json!({ "step": step, "prompt": "p", "completion": text, "reward": 0.5 });
+            samples.push(vec![line("a"), line("b")]);
+        }
+        let told = samples.to_json();
+        assert_eq!(told.as_array().unwrap().len(), MOST);
+        assert_eq!(
+            told[0],
+            json!({ "step": MOST + 1, "prompt": "p",
+                "completions": [{ "text": "a", "reward": 0.5 }, { "text": "b", "reward": 0.5 }] })
+        );
+        assert_eq!(told[MOST - 1]["step"], 2);
+    }
+}

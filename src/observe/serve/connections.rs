@@ -1,0 +1,163 @@
+//! The node's connections: how many there may be, how long each may take, and which one gives way to a new one.
+//!
+//! Whoever reaches the port can open connections without a token. Each takes a file descriptor, and checkpoints and
+//! judges need descriptors too, so the node keeps the number of connections to a small part of them.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, Semaphore};
+use tower_service::Service;
+
+use crate::util::descriptors;
+
+/// How long a client may take to send the head of its request.
+const HEAD: Duration = Duration::from_secs(10);
+
+/// How long a connection may take, from its first byte to its last. It carries one request.
+const WHOLE: Duration = Duration::from_secs(30);
+
+/// Most bytes of the head of a request.
+const HEAD_BYTES: usize = 16 << 10;
+
+/// How long the node waits after the system has refused it a connection, for want of descriptors or memory.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The number of connections that there may be at the same time: an eighth of the file descriptors that the process may
+/// open, from 4 to 256.
+pub(super) fn most() -> usize {
+    (descriptors::limit() / 8).clamp(4, 256)
+}
+
+/// Answers the connections of `listener` by `router`, at most `most` at the same time, until the program ends.
+///
+/// A connection beyond that takes the place of the one that has waited longest for its client to send a request, or,
+/// where all have sent one, of the oldest. A client that asks and reads without delay is served in milliseconds, so it is
+/// served even while others hold as many connections as they can.
+pub(super) async fn accept(listener: TcpListener, router: Router, most: usize) {
+    let places = Arc::new(Semaphore::new(most));
+    let open = Arc::new(Open::default());
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::debug!("the HTTP server cannot accept a connection: {error}");
+                open.close_one();
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
+        if places.available_permits() == 0 {
+            open.close_one();
+        }
+        // The semaphore is never closed.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let (connection, router) = (open.enter(), router.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = answer(stream, router, &connection.state.asked) => {}
+                () = connection.state.close.notified() => {}
+                () = tokio::time::sleep(WHOLE) => {}
+            }
+            drop(connection);
+            drop(place);
+        });
+    }
+}
+
+/// Reads one request of `stream` and answers it.
+async fn answer(stream: TcpStream, router: Router, asked: &AtomicBool) {
+    let service = service_fn(|request: Request<Incoming>| {
+        asked.store(true, Ordering::Relaxed);
+        let mut router = router.clone();
+        async move { router.call(request).await }
+    });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD)
+        .max_buf_size(HEAD_BYTES)
+        // One request a connection: an idle one then never holds a place, and no client asks on one that is being closed.
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
+    if let Err(error) = served.await {
+        tracing::debug!("a connection to the HTTP server failed: {error}");
+    }
+}
+
+/// The connections that are open, by age.
+#[derive(Default)]
+struct Open(Mutex<(u64, BTreeMap<u64, Arc<State>>)>);
+
+#[derive(Default)]
+struct State {
+    /// Whether its client has sent the head of a request.
+    asked: AtomicBool,
+    /// Whether it has been told to close.
+    closing: AtomicBool,
+    close: Notify,
+}
+
+/// A connection's place among the open ones, which it leaves when it is dropped.
+struct Connection {
+    number: u64,
+    state: Arc<State>,
+    open: Arc<Open>,
+}
+
+impl Open {
+    fn enter(self: &Arc<Self>) -> Connection {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (number, state) = (all.0, Arc::<State>::default());
+        all.0 += 1;
+        all.1.insert(number, Arc::clone(&state));
+        Connection { number, state, open: Arc::clone(self) }
+    }
+
+    /// Tells a connection to close: the oldest that has sent no request, or the oldest.
+    fn close_one(&self) {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = all.1.values().filter(|state| !state.closing.load(Ordering::Relaxed));
+        let oldest = open.clone().next();
+        if let Some(state) = open.find(|state| !state.asked.load(Ordering::Relaxed)).or(oldest) {
+            state.closing.store(true, Ordering::Relaxed);
+            state.close.notify_one();
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.open.0.lock().unwrap_or_else(PoisonError::into_inner).1.remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_without_a_request_gives_way_and_then_the_oldest() {
+        let open = Arc::new(Open::default());
+        let connections: Vec<Connection> = (0..3).map(|_| open.enter()).collect();
+        connections[0].state.asked.store(true, Ordering::Relaxed);
+        let closing = || connections.iter().map(|one| one.state.closing.load(Ordering::Relaxed)).collect::<Vec<_>>();
+        open.close_one();
+        assert_eq!(closing(), [false, true, false]);
+        open.close_one();
+        assert_eq!(closing(), [false, true, true]);
+        open.close_one();
+        assert_eq!(closing(), [true, true, true]);
+        open.close_one();
+        drop(connections);
+        assert!(open.0.lock().unwrap().1.is_empty());
+    }
+}

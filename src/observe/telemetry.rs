@@ -1,0 +1,451 @@
+//! The metrics that the node exports; [`catalogue`] has their names.
+//!
+//! What happens is counted as it happens, through the `metrics` facade. What merely is (stages, edges, weights,
+//! memory) is read when Prometheus asks, by [`graph`]: it is always fresh, and seconds keep their fractions.
+
+pub mod catalogue;
+pub mod graph;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::pipeline::label::Labels;
+use crate::pipeline::learn::StepRecord;
+use crate::pipeline::reward::RewardTrainer;
+use crate::pipeline::reward::trainer::TrainerStep;
+use crate::rl::ledger::Count;
+use crate::types::{Completion, Finish, Preference};
+use crate::util::process::unix_seconds;
+use anyhow::{Result, anyhow};
+use metrics::{Gauge, counter, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use serde_json::Value;
+
+/// Upper bounds of the histograms' buckets, in seconds.
+const BUCKETS: &[f64] =
+    &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0];
+
+/// The same in versions.
+const STALENESS_BUCKETS: &[f64] = &[0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 15.0];
+
+/// The same in tokens.
+const LENGTH_BUCKETS: &[f64] =
+    &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
+
+/// What the process has counted so far; a recorder cannot be read.
+#[derive(Debug, Default)]
+pub struct Totals {
+    /// Tokens sampled.
+    pub generated: AtomicU64,
+    /// Completion tokens trained on.
+    pub trained: AtomicU64,
+    /// Completions sampled.
+    pub completions: AtomicU64,
+    /// Steps without a finite gradient.
+    pub nonfinite: AtomicU64,
+    /// Groups not learned from.
+    pub masked: AtomicU64,
+    /// Files that could not be written.
+    pub disk_errors: AtomicU64,
+    /// Exchanges with remote judges that ended well.
+    pub judged: AtomicU64,
+    /// And those that did not.
+    pub refused: AtomicU64,
+}
+
+/// The process's own.
+pub static TOTALS: Totals = Totals {
+    generated: AtomicU64::new(0),
+    trained: AtomicU64::new(0),
+    completions: AtomicU64::new(0),
+    nonfinite: AtomicU64::new(0),
+    masked: AtomicU64::new(0),
+    disk_errors: AtomicU64::new(0),
+    judged: AtomicU64::new(0),
+    refused: AtomicU64::new(0),
+};
+
+/// What a run is, for its labels and its plan.
+pub struct RunInfo<'a> {
+    /// Its name.
+    pub run: &'a str,
+    /// Its mode, by its name in the configuration.
+    pub mode: &'a str,
+    /// The learner's algorithm, likewise.
+    pub algorithm: &'a str,
+    /// The labeler's type, likewise.
+    pub labeler: &'a str,
+    /// Steps to take.
+    pub steps: u64,
+    /// η.
+    pub eta: u64,
+}
+
+/// Tells what the run is.
+pub fn run(info: &RunInfo<'_>) {
+    gauge!("preceptor_run_info", "run" => info.run.to_owned(), "mode" => info.mode.to_owned(),
+        "algorithm" => info.algorithm.to_owned(), "labeler" => info.labeler.to_owned())
+    .set(1.0);
+    gauge!("preceptor_steps_planned").set(info.steps as f64);
+    gauge!("preceptor_staleness_bound").set(info.eta as f64);
+}
+
+/// Installs the process-wide recorder and describes every metric.
+///
+/// # Errors
+/// When a recorder is installed already.
+pub fn install() -> Result<PrometheusHandle> {
+    let handle = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_duration_seconds".into()), BUCKETS)?
+        .set_buckets_for_metric(Matcher::Full("preceptor_token_staleness".into()), STALENESS_BUCKETS)?
+        .set_buckets_for_metric(Matcher::Full("preceptor_completion_tokens".into()), LENGTH_BUCKETS)?
+        .install_recorder()
+        .map_err(|error| anyhow!("cannot install the metrics recorder: {error}"))?;
+    catalogue::describe();
+    gauge!("preceptor_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    for name in [
+        "preceptor_generated_tokens_total",
+        "preceptor_prompt_tokens_total",
+        "preceptor_trained_tokens_total",
+        "preceptor_trained_completions_total",
+        "preceptor_nonfinite_steps_total",
+        "preceptor_dropped_groups_total",
+        "preceptor_masked_groups_total",
+        "preceptor_disk_errors_total",
+        "preceptor_label_cache_damaged_total",
+        "preceptor_out_of_memory_total",
+    ] {
+        counter!(name).absolute(0);
+    }
+    Ok(handle)
+}
+
+/// A group was sampled after a prompt of `prompt` tokens.
+pub fn generated(prompt: usize, completions: &[Completion]) {
+    counter!("preceptor_prompt_tokens_total").increment(prompt as u64);
+    let lengths = histogram!("preceptor_completion_tokens");
+    let mut tokens = 0;
+    for completion in completions {
+        tokens += completion.ids.len() as u64;
+        lengths.record(completion.ids.len() as f64);
+        let finish = match completion.finish {
+            Finish::Eos => "eos",
+            Finish::Stop => "stop",
+            Finish::Length => "length",
+        };
+        counter!("preceptor_completions_total", "finish" => finish).increment(1);
+    }
+    counter!("preceptor_generated_tokens_total").increment(tokens);
+    TOTALS.generated.fetch_add(tokens, Relaxed);
+    TOTALS.completions.fetch_add(completions.len() as u64, Relaxed);
+}
+
+/// How many of a rollout actor's slots are used. Held by the actor: it tells after every step.
+pub struct Slots {
+    used: Gauge,
+    free: Gauge,
+    of: usize,
+}
+
+impl Slots {
+    /// Of an actor with room for `of` sequences.
+    pub fn new(worker: &str, of: usize) -> Self {
+        let gauge = |state| gauge!("preceptor_rollout_slots", "worker" => worker.to_owned(), "state" => state);
+        Self { used: gauge("used"), free: gauge("free"), of }
+    }
+
+    /// `used` of them are.
+    pub fn set(&self, used: usize) {
+        self.used.set(used as f64);
+        self.free.set(self.of.saturating_sub(used) as f64);
+    }
+}
+
+/// A stage failed.
+pub fn stage_failed(stage: &str) {
+    counter!("preceptor_stage_failures_total", "stage" => stage.to_owned()).increment(1);
+}
+
+/// Completion tokens trained on.
+pub fn trained(tokens: usize) {
+    counter!("preceptor_trained_tokens_total").increment(tokens as u64);
+    TOTALS.trained.fetch_add(tokens as u64, Relaxed);
+}
+
+/// What a labeler said of a group, and what it took.
+pub fn labels(labeler: &'static str, labels: &Labels) {
+    let compared = labels.preferences.iter().map(|one| &one.verdict);
+    for verdict in labels.scores.iter().chain(compared) {
+        counter!("preceptor_labels_total", "labeler" => labeler, "verdict" => verdict.kind()).increment(1);
+    }
+    let flips: Vec<bool> = labels.preferences.iter().filter_map(Preference::flipped).collect();
+    if !flips.is_empty() {
+        counter!("preceptor_position_pairs_total", "labeler" => labeler).increment(flips.len() as u64);
+        let same = flips.iter().filter(|flipped| **flipped).count() as u64;
+        counter!("preceptor_position_flips_total", "labeler" => labeler).increment(same);
+    }
+    if labels.disagreement[1] > 0 {
+        counter!("preceptor_panel_disagreements_total").increment(labels.disagreement[0]);
+        counter!("preceptor_panel_pairs_total").increment(labels.disagreement[1]);
+    }
+    let usage = &labels.usage;
+    for (source, count) in [("model", usage.requests), ("cache", usage.cached)] {
+        counter!("preceptor_label_requests_total", "source" => source).increment(count);
+    }
+    for (kind, count) in [("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)] {
+        counter!("preceptor_label_tokens_total", "kind" => kind).increment(count);
+    }
+}
+
+/// The present weights were judged against the first ones.
+pub fn win_rate(rate: f64) {
+    gauge!("preceptor_win_rate").set(rate);
+}
+
+/// Size of the label cache.
+pub fn label_cache(entries: u64) {
+    gauge!("preceptor_label_cache_entries").set(entries as f64);
+}
+
+/// An entry of the label cache, or all of its file, was found damaged.
+pub fn label_cache_damaged() {
+    counter!("preceptor_label_cache_damaged_total").increment(1);
+}
+
+/// An answer came that was there.
+pub fn label_bought_again() {
+    counter!("preceptor_labels_bought_again_total").increment(1);
+}
+
+/// An outage of a remote judge that is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Away<'a> {
+    /// Time since it answered no question.
+    pub time: Duration,
+    /// What the last exchange came to.
+    pub why: &'a str,
+    /// Whether it refuses, so that a person has to act.
+    pub refuses: bool,
+}
+
+/// Outages by the judge's address, for readers within the process.
+static AWAY: Mutex<BTreeMap<String, (Duration, String, bool)>> = Mutex::new(BTreeMap::new());
+
+/// Publishes that the judge at `url` is waited for, or with `None` that it answers again.
+pub fn judge_away(url: &str, away: Option<Away<'_>>) {
+    let mut known = AWAY.lock().unwrap_or_else(PoisonError::into_inner);
+    match away {
+        Some(Away { time, why, refuses }) => known.insert(url.to_owned(), (time, why.to_owned(), refuses)),
+        None => known.remove(url),
+    };
+    let longest = known.values().map(|(time, ..)| *time).max().unwrap_or_default();
+    gauge!("preceptor_judge_away_seconds").set(longest.as_secs_f64());
+    let refuses = known.values().any(|(_, _, refuses)| *refuses);
+    gauge!("preceptor_judge_refuses").set(f64::from(u8::from(refuses)));
+}
+
+/// Returns the remote judges that are waited for: address, time, cause, and whether it refuses.
+pub fn judges_away() -> Vec<(String, Duration, String, bool)> {
+    let known = AWAY.lock().unwrap_or_else(PoisonError::into_inner);
+    known.iter().map(|(url, (time, why, refuses))| (url.clone(), *time, why.clone(), *refuses)).collect()
+}
+
+/// Sets whether the bound `name` of `[guard]` is exceeded.
+pub fn guard(name: &'static str, exceeded: bool) {
+    gauge!("preceptor_guard_exceeded", "bound" => name).set(f64::from(u8::from(exceeded)));
+}
+
+/// A step of supervised fine-tuning.
+pub fn fine_tuned(loss: f64) {
+    gauge!("preceptor_sft_loss").set(loss);
+    counter!("preceptor_sft_steps_total").increment(1);
+}
+
+/// The reward model as it stands, and the step it just took.
+pub fn reward_model(trainer: &RewardTrainer, step: Option<&TrainerStep>) {
+    counter!("preceptor_reward_model_pairs_total").absolute(trainer.trained());
+    gauge!("preceptor_reward_model_version").set(trainer.version() as f64);
+    if let (accuracy, 1..) = trainer.accuracy() {
+        gauge!("preceptor_reward_model_accuracy").set(accuracy);
+    }
+    if let Some(step) = step {
+        gauge!("preceptor_reward_model_loss").set(step.loss);
+    }
+}
+
+/// The online controller has a knob, which stands here.
+pub fn controller_begins(knob: &'static str, value: usize) {
+    for direction in ["up", "down"] {
+        counter!("preceptor_controller_moves_total", "knob" => knob, "direction" => direction).absolute(0);
+    }
+    gauge!("preceptor_concurrency", "knob" => knob).set(value as f64);
+}
+
+/// The online controller turned a knob.
+pub fn controller_move(knob: &'static str, up: bool, to: usize) {
+    let direction = if up { "up" } else { "down" };
+    counter!("preceptor_controller_moves_total", "knob" => knob, "direction" => direction).increment(1);
+    gauge!("preceptor_concurrency", "knob" => knob).set(to as f64);
+}
+
+/// One HTTP exchange with a remote judge.
+pub fn judge_request(outcome: &'static str) {
+    let count = if outcome == "ok" { &TOTALS.judged } else { &TOTALS.refused };
+    // One that another one overtook says nothing of the server.
+    if outcome != "hedged_away" {
+        count.fetch_add(1, Relaxed);
+    }
+    counter!("preceptor_judge_requests_total", "outcome" => outcome).increment(1);
+}
+
+/// How long an exchange took.
+pub fn judge_took(time: Duration) {
+    histogram!("preceptor_judge_request_duration_seconds").record(time.as_secs_f64());
+}
+
+/// An exchange began (1) or ended (−1).
+pub fn judge_in_flight(change: f64) {
+    gauge!("preceptor_judge_in_flight").increment(change);
+}
+
+/// A question is sent again.
+pub fn judge_retry() {
+    counter!("preceptor_judge_retries_total").increment(1);
+}
+
+/// A second request is sent.
+pub fn judge_hedge() {
+    counter!("preceptor_judge_hedges_total").increment(1);
+}
+
+/// Money was spent.
+pub fn judge_cost(cost: f64) {
+    gauge!("preceptor_judge_cost").increment(cost);
+}
+
+/// Whether a judge is left alone.
+pub fn judge_breaker(open: bool) {
+    gauge!("preceptor_judge_breaker_open").set(f64::from(u8::from(open)));
+}
+
+/// Where the run's groups stand.
+pub fn ledger(count: &Count) {
+    for (standing, count) in [
+        ("trained", count.trained),
+        ("admitted", count.admitted),
+        ("generated", count.generated),
+        ("labeled", count.labeled),
+        ("rewarded", count.rewarded),
+    ] {
+        gauge!("preceptor_groups", "standing" => standing).set(count as f64);
+    }
+}
+
+/// A checkpoint was written.
+pub fn checkpoint(took: Duration, bytes: u64) {
+    histogram!("preceptor_checkpoint_duration_seconds").record(took.as_secs_f64());
+    gauge!("preceptor_checkpoint_bytes").set(bytes as f64);
+    gauge!("preceptor_checkpoint_timestamp_seconds").set(unix_seconds());
+}
+
+/// Taking a snapshot of the run for a checkpoint.
+pub fn snapshot_took(time: Duration) {
+    histogram!("preceptor_snapshot_duration_seconds").record(time.as_secs_f64());
+}
+
+/// The device ran out of memory; `micro_batch` completions go through the model at a time from now on.
+pub fn out_of_memory(micro_batch: usize) {
+    counter!("preceptor_out_of_memory_total").increment(1);
+    gauge!("preceptor_micro_batch").set(micro_batch as f64);
+}
+
+/// Something could not be written.
+pub fn disk_error() {
+    counter!("preceptor_disk_errors_total").increment(1);
+    TOTALS.disk_errors.fetch_add(1, Relaxed);
+}
+
+/// A group that is not learned from.
+pub fn masked_group() {
+    counter!("preceptor_masked_groups_total").increment(1);
+    TOTALS.masked.fetch_add(1, Relaxed);
+}
+
+/// A step that was skipped.
+pub fn nonfinite_step() {
+    counter!("preceptor_nonfinite_steps_total").increment(1);
+    TOTALS.nonfinite.fetch_add(1, Relaxed);
+}
+
+/// One call of a rollout actor.
+pub fn generation_took(time: Duration) {
+    histogram!("preceptor_generation_duration_seconds").record(time.as_secs_f64());
+}
+
+/// Labeling of one group.
+pub fn label_took(time: Duration) {
+    histogram!("preceptor_label_duration_seconds").record(time.as_secs_f64());
+}
+
+/// Copying and publishing one version.
+pub fn publish_took(time: Duration) {
+    histogram!("preceptor_publish_duration_seconds").record(time.as_secs_f64());
+}
+
+/// The figures of a learner step.
+pub fn step(record: &StepRecord) {
+    for (metric, figure) in [
+        ("preceptor_step", "step"),
+        ("preceptor_version", "version"),
+        ("preceptor_reward_mean", "reward/mean"),
+        ("preceptor_score_mean", "score/mean"),
+        ("preceptor_entropy_mean", "entropy/mean"),
+        ("preceptor_completion_length_mean", "length/mean"),
+        ("preceptor_gradient_norm", "gradient/norm"),
+        ("preceptor_learning_rate", "learning_rate"),
+        ("preceptor_importance_ratio_mean", "ratio/mean"),
+        ("preceptor_importance_ratio_max", "ratio/max"),
+        ("preceptor_effective_sample_share", "ratio/effective"),
+        ("preceptor_clipped_share", "ratio/clipped"),
+        ("preceptor_behaviour_kl", "kl/behaviour"),
+        ("preceptor_length_drift", "length/drift"),
+        ("preceptor_score_std", "score/std"),
+        ("preceptor_reward_std", "reward/std"),
+        ("preceptor_advantage_std", "advantage/std"),
+        ("preceptor_truncated_share", "ratio/truncated"),
+        ("preceptor_finished_share", "finish/eos"),
+        ("preceptor_repetition_share", "repetition/mean"),
+    ] {
+        gauge!(metric).set(record.get(figure));
+    }
+    for (metric, figure) in [
+        ("preceptor_preference_margin", "preference/margin"),
+        ("preceptor_preference_accuracy", "preference/accuracy"),
+        ("preceptor_judge_score_mean", "judge/mean"),
+        ("preceptor_kl_mean", "kl/mean"),
+        ("preceptor_reference_kl", "kl/reference"),
+    ] {
+        if record.0.get(figure).is_some_and(Value::is_number) {
+            gauge!(metric).set(record.get(figure));
+        }
+    }
+    if let Some(completions) = record.0.get("completions").and_then(Value::as_u64) {
+        counter!("preceptor_trained_completions_total").increment(completions);
+    }
+    gauge!("preceptor_loss", "kind" => "policy").set(record.get("loss/policy"));
+    for (rank, figure) in [("5", "ratio/p05"), ("50", "ratio/p50"), ("95", "ratio/p95")] {
+        gauge!("preceptor_importance_ratio", "rank" => rank).set(record.get(figure));
+    }
+    gauge!("preceptor_loss", "kind" => "kl").set(record.get("loss/kl"));
+    gauge!("preceptor_loss", "kind" => "value").set(record.get("loss/value"));
+    gauge!("preceptor_staleness", "stat" => "mean").set(record.get("staleness/mean"));
+    gauge!("preceptor_staleness", "stat" => "max").set(record.get("staleness/max"));
+    let counts = record.0.get("staleness/histogram").and_then(Value::as_array);
+    for (lag, count) in counts.into_iter().flatten().enumerate() {
+        let count = count.as_u64().unwrap_or_default();
+        histogram!("preceptor_token_staleness").record_many(lag as f64, count as usize);
+    }
+    histogram!("preceptor_step_duration_seconds").record(record.get("time/step_seconds"));
+}

@@ -1,0 +1,266 @@
+//! OpenTelemetry traces: one for each prompt group, from its admission to its gradient, with a span for each stage that had
+//! it. Built with the feature `otel`; the collector is named by `OTEL_EXPORTER_OTLP_ENDPOINT`, as OpenTelemetry has it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, SystemTime};
+
+use anyhow::Result;
+use preceptor_actors::{GraphHandle, Span, SpansSeen};
+
+use export::Exports;
+
+/// Groups whose spans are kept while they are under way.
+const MOST_OPEN: usize = 4096;
+
+/// The variables that name a collector.
+const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
+
+/// Sends traces of one graph after another to a collector.
+pub struct Tracer {
+    gather: Gather,
+    seen: SpansSeen,
+    /// Spans whose loss was told.
+    told: u64,
+    /// The incarnation that was seen last, and when it began.
+    began: Option<Incarnation>,
+    exports: Exports,
+}
+
+/// Which one, and when it began.
+type Incarnation = (u64, SystemTime);
+
+impl Tracer {
+    /// Of the run called `run`, where somebody named a collector.
+    ///
+    /// # Errors
+    /// An endpoint that is no address.
+    pub fn start(run: &str) -> Result<Option<Self>> {
+        if !ENDPOINTS.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty())) {
+            return Ok(None);
+        }
+        let tracer =
+            |exports| Self { gather: Gather::default(), seen: SpansSeen::default(), told: 0, began: None, exports };
+        Ok(Exports::open(run)?.map(tracer))
+    }
+
+    /// Sends the groups that were trained before the last look; within a tokio runtime.
+    pub fn see(&mut self, graph: &GraphHandle) {
+        let report = graph.report();
+        let now = SystemTime::now();
+        let began = now.checked_sub(Duration::from_secs_f64(report.uptime_s)).unwrap_or(now);
+        let began = (report.incarnation, began);
+        let before = *self.began.get_or_insert(began);
+        if before.0 != began.0 {
+            // What the incarnation before had trained when it ended.
+            self.exports.send(before, self.gather.take(Vec::new()));
+            self.gather = Gather::default();
+        }
+        self.began = Some(began);
+        self.exports.send(began, self.gather.take(graph.spans(&mut self.seen)));
+        if self.seen.lost() > self.told {
+            let lost = self.seen.lost() - self.told;
+            tracing::warn!("{lost} spans were not sent: more items came than a stage keeps between two looks");
+            self.told = self.seen.lost();
+        }
+    }
+
+    /// Sends what is left of a graph that has ended.
+    pub fn ended(&mut self, graph: &GraphHandle) {
+        // The second look gives what was trained until the first.
+        self.see(graph);
+        self.see(graph);
+        (self.gather, self.seen, self.told, self.began) = Default::default();
+    }
+
+    /// Waits a few seconds for what is on its way.
+    pub async fn finish(self) {
+        self.exports.finish().await;
+    }
+}
+
+/// Puts the spans of a graph's stages together, group by group.
+#[derive(Debug, Default)]
+struct Gather {
+    open: BTreeMap<u64, Vec<Span>>,
+    /// Groups that were trained when it last looked. A stage writes its span down after it has given the group on, so a span
+    /// may come after those of the stages that follow: the group waits for one look more.
+    trained: BTreeSet<u64>,
+}
+
+impl Gather {
+    /// Takes in what is new; gives the groups that were trained at the last look, each with its spans in their order.
+    fn take(&mut self, news: Vec<Span>) -> Vec<Vec<Span>> {
+        let due = std::mem::take(&mut self.trained);
+        for span in news {
+            if span.stage == "learn" {
+                self.trained.insert(span.seq);
+            }
+            self.open.entry(span.seq).or_default().push(span);
+        }
+        let mut done: Vec<Vec<Span>> = due.into_iter().filter_map(|seq| self.open.remove(&seq)).collect();
+        for spans in &mut done {
+            spans.sort_by(|a, b| a.start_s.total_cmp(&b.start_s));
+        }
+        while self.open.len() > MOST_OPEN {
+            self.open.pop_first();
+        }
+        done
+    }
+}
+
+#[cfg(not(feature = "otel"))]
+mod export {
+    use anyhow::Result;
+    use preceptor_actors::Span;
+
+    use super::Incarnation;
+
+    /// This program sends nothing.
+    pub(super) enum Exports {}
+
+    impl Exports {
+        pub(super) fn open(_run: &str) -> Result<Option<Self>> {
+            crate::say!("note      a collector of traces is named, and this program was built without --features otel");
+            Ok(None)
+        }
+
+        pub(super) fn send(&mut self, _of: Incarnation, _groups: Vec<Vec<Span>>) {
+            match *self {}
+        }
+
+        pub(super) async fn finish(self) {
+            match self {}
+        }
+    }
+}
+
+#[cfg(feature = "otel")]
+mod export {
+    use std::sync::Arc;
+    use std::time::{Duration, SystemTime};
+
+    use anyhow::{Context, Result};
+    use opentelemetry::trace::{SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState};
+    use opentelemetry::{InstrumentationScope, KeyValue};
+    use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig, WithHttpConfig};
+    use opentelemetry_sdk::Resource;
+    use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanExporter as _, SpanLinks};
+    use preceptor_actors::Span;
+    use tokio::task::JoinSet;
+
+    use super::Incarnation;
+    use crate::util::seed;
+
+    /// How long the end of a run waits for the collector.
+    const PATIENCE: Duration = Duration::from_secs(5);
+
+    /// What is on its way to a collector.
+    pub(super) struct Exports {
+        run: u64,
+        exporter: Arc<SpanExporter>,
+        under_way: JoinSet<()>,
+    }
+
+    impl Exports {
+        pub(super) fn open(run: &str) -> Result<Option<Self>> {
+            // OTEL_EXPORTER_OTLP_HEADERS may hold a secret, which a redirect must not take elsewhere.
+            let http = crate::util::http::builder().build().context("the client of traces cannot be set up")?;
+            let exporter = SpanExporter::builder().with_http().with_http_client(http);
+            let exporter = exporter.with_protocol(Protocol::HttpJson).build();
+            let mut exporter = exporter.context("OTEL_EXPORTER_OTLP_ENDPOINT cannot be used")?;
+            let resource = Resource::builder().with_service_name("preceptor");
+            exporter.set_resource(&resource.with_attribute(KeyValue::new("preceptor.run", run.to_owned())).build());
+            Ok(Some(Self { run: seed::text(run), exporter: Arc::new(exporter), under_way: JoinSet::new() }))
+        }
+
+        pub(super) fn send(&mut self, (incarnation, began): Incarnation, groups: Vec<Vec<Span>>) {
+            // Those that have ended.
+            while self.under_way.try_join_next().is_some() {}
+            let batch: Vec<SpanData> =
+                groups.iter().flat_map(|spans| trace(self.run, incarnation, began, spans)).collect();
+            if batch.is_empty() {
+                return;
+            }
+            let exporter = Arc::clone(&self.exporter);
+            self.under_way.spawn(async move {
+                if let Err(error) = exporter.export(batch).await {
+                    tracing::warn!("traces were not taken by the collector: {error}");
+                }
+            });
+        }
+
+        pub(super) async fn finish(mut self) {
+            let all = async { while self.under_way.join_next().await.is_some() {} };
+            if tokio::time::timeout(PATIENCE, all).await.is_err() {
+                tracing::warn!("the last traces were not taken by the collector within {PATIENCE:?}");
+            }
+        }
+    }
+
+    /// A group's spans below one for all of its time.
+    fn trace(run: u64, incarnation: u64, began: SystemTime, spans: &[Span]) -> Vec<SpanData> {
+        let seq = spans.first().map_or(0, |span| span.seq);
+        let key = seed::mix(run ^ seed::mix(incarnation) ^ seed::mix(seq ^ 0x6f74_656c));
+        let trace_id = TraceId::from((u128::from(key) << 64) | u128::from(seed::mix(key)));
+        let id = |n: usize| SpanId::from(seed::mix(key ^ n as u64).max(1));
+        let at = |seconds: f64| began + Duration::from_secs_f64(seconds.max(0.0));
+        let span = |n: usize, parent: SpanId, name: String, start: f64, end: f64, version: u64| SpanData {
+            span_context: SpanContext::new(trace_id, id(n), TraceFlags::SAMPLED, false, TraceState::NONE),
+            parent_span_id: parent,
+            parent_span_is_remote: false,
+            span_kind: SpanKind::Internal,
+            name: name.into(),
+            start_time: at(start),
+            end_time: at(end),
+            attributes: vec![
+                KeyValue::new("preceptor.group", i64::try_from(seq).unwrap_or(i64::MAX)),
+                KeyValue::new("preceptor.version", i64::try_from(version).unwrap_or(i64::MAX)),
+                KeyValue::new("preceptor.incarnation", i64::try_from(incarnation).unwrap_or(i64::MAX)),
+            ],
+            dropped_attributes_count: 0,
+            events: SpanEvents::default(),
+            links: SpanLinks::default(),
+            status: Status::Unset,
+            instrumentation_scope: InstrumentationScope::builder("preceptor").build(),
+        };
+        let start = spans.iter().map(|span| span.start_s).fold(f64::MAX, f64::min);
+        let end = spans.iter().map(|span| span.end_s).fold(f64::MIN, f64::max);
+        let version = spans.iter().map(|span| span.version).max().unwrap_or(0);
+        let whole = span(0, SpanId::INVALID, "group".into(), start, end, version);
+        let stages = spans.iter().enumerate();
+        let stages = stages.map(|(n, one)| span(n + 1, id(0), one.stage.clone(), one.start_s, one.end_s, one.version));
+        std::iter::once(whole).chain(stages).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spans(of: &[(&str, u64, f64)]) -> Vec<Span> {
+        let span = |(stage, seq, end_s): &(&str, u64, f64)| Span {
+            stage: (*stage).into(),
+            seq: *seq,
+            version: 0,
+            start_s: end_s - 0.5,
+            end_s: *end_s,
+        };
+        of.iter().map(span).collect()
+    }
+
+    #[test]
+    fn a_group_is_told_once_it_is_trained_with_every_stage_that_had_it() {
+        let mut gather = Gather::default();
+        assert!(gather.take(spans(&[("rollout-0", 0, 2.0), ("prompts", 0, 1.0), ("prompts", 1, 2.5)])).is_empty());
+        // The label's span comes late: it was written down after the learner's.
+        assert!(gather.take(spans(&[("learn", 0, 4.0)])).is_empty());
+        let done = gather.take(spans(&[("label-0", 0, 3.0), ("rollout-0", 1, 4.5)]));
+        let stages: Vec<&str> = done[0].iter().map(|span| span.stage.as_str()).collect();
+        assert_eq!((done.len(), &stages[..]), (1, &["prompts", "rollout-0", "label-0", "learn"][..]));
+        assert!(gather.take(Vec::new()).is_empty(), "it is told once");
+        let mut gather = Gather::default();
+        let many: Vec<(&str, u64, f64)> = (0..MOST_OPEN as u64 + 2).map(|seq| ("prompts", seq, 5.0)).collect();
+        gather.take(spans(&many));
+        assert_eq!((gather.open.len(), gather.open.first_key_value().map(|(seq, _)| *seq)), (MOST_OPEN, Some(2)));
+    }
+}

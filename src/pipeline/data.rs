@@ -1,0 +1,363 @@
+//! The data: prompts and preferences, read on demand, tokenised, shuffled by seed, split by content. `docs/data.md` has the
+//! forms that are read.
+
+pub mod corrupt;
+pub mod dialogue;
+mod faults;
+pub mod format;
+pub mod pairs;
+pub mod preferences;
+pub mod rows;
+pub mod source;
+pub mod split;
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use serde_json::Value;
+
+use crate::lm::tokens::Tokenizer;
+use crate::types::Prompt;
+use crate::util::seed::{self, mix};
+
+pub use dialogue::Dialogue;
+use faults::Faults;
+pub use faults::{Notes, OnBad};
+pub use format::PromptFormat;
+pub use preferences::{PairOptions, PreferencePair, Preferences};
+pub use rows::Rows;
+pub use split::{Part, Split};
+
+/// A value of a row in words: "a text", "the number 3", "an object with the keys …".
+fn described(value: &Value) -> String {
+    match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(value) => format!("{value}"),
+        Value::Number(number) => format!("the number {number}"),
+        Value::String(text) if text.trim().is_empty() => "an empty text".to_owned(),
+        Value::String(_) => "a text".to_owned(),
+        Value::Array(list) if list.is_empty() => "an empty list".to_owned(),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(fields) => match fields.get(rows::BINARY) {
+            Some(bytes) => format!("{bytes} bytes of binary data"),
+            None if fields.is_empty() => "an empty object".to_owned(),
+            None => {
+                let keys: Vec<String> = fields.keys().take(10).map(|key| format!("{key:?}")).collect();
+                format!("an object with the keys {}", keys.join(", "))
+            }
+        },
+    }
+}
+
+/// What to do with a prompt that is too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnLong {
+    /// Refuse the data set.
+    Error,
+    /// Leave the line out, and say how many were.
+    Skip,
+}
+
+/// How a data set is read.
+#[derive(Debug, Clone)]
+pub struct ReadOptions {
+    /// From a row to a prompt.
+    pub format: PromptFormat,
+    /// Most tokens that a prompt may have.
+    pub limit: usize,
+    /// The change of the configuration that raises the limit.
+    pub remedy: String,
+    /// What happens to a longer one.
+    pub on_long: OnLong,
+    /// What happens to a row that cannot be used.
+    pub on_bad: OnBad,
+    /// Which rows.
+    pub split: Split,
+    /// Whether every row must have a reference.
+    pub needs_references: bool,
+    /// The model that the prompts are for.
+    pub model: ModelBounds,
+}
+
+/// What a model can take.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelBounds {
+    /// Rows of its embedding: ids are below this.
+    pub vocabulary: usize,
+    /// Most tokens of a prompt and an answer together.
+    pub context: usize,
+}
+
+impl ModelBounds {
+    /// Checks that each of `ids` has a row in the embedding.
+    ///
+    /// # Errors
+    /// Names the first token that has none.
+    pub fn check(&self, ids: &[u32], tokenizer: &Tokenizer) -> Result<()> {
+        let Some(id) = ids.iter().find(|id| **id as usize >= self.vocabulary) else { return Ok(()) };
+        bail!(
+            "the token {:?} (id {id}) has no row in the model's embedding, which has {}; add rows to the embedding (transformers: resize_token_embeddings), or take the token out of the text",
+            tokenizer.token(*id).unwrap_or_default(),
+            self.vocabulary
+        )
+    }
+}
+
+/// The prompts of a run. Only where they stand is kept in memory: a prompt is read and tokenised when its turn comes.
+pub struct Dataset {
+    rows: Rows,
+    usable: Vec<u32>,
+    options: ReadOptions,
+    tokenizer: Tokenizer,
+    blank: Arc<[u32]>,
+    seed: u64,
+    shuffle: bool,
+    longest: usize,
+    identity: u64,
+    /// Rows left out for their length.
+    pub skipped: usize,
+    /// Rows left out because they cannot be used.
+    pub bad: usize,
+    /// The first of these with their places and reasons.
+    left_out: Option<String>,
+    /// Remarks on the rows that are used.
+    pub notes: Notes,
+}
+
+/// Runs `look` for the numbers below `count` concurrently, and `take` for each in order: in parts, so that a file of many
+/// short lines takes little more memory than the places of its lines.
+fn in_parts<T: Send>(count: usize, look: impl Fn(usize) -> T + Sync, mut take: impl FnMut(usize, T)) {
+    const PART: usize = 1 << 16;
+    for start in (0..count).step_by(PART) {
+        let part = start..(start + PART).min(count);
+        let found: Vec<T> = part.clone().into_par_iter().map(&look).collect();
+        part.zip(found).for_each(|(i, found)| take(i, found));
+    }
+}
+
+/// What the first pass finds of a row.
+enum Found {
+    /// Its tokens, a hash of what it says, and remarks.
+    Usable(usize, u64, Notes),
+    /// It is longer than the limit, and why that is an error, where it is one.
+    TooLong(Option<anyhow::Error>),
+    NotMeant,
+    Blank,
+}
+
+impl Dataset {
+    /// Goes through every row of `rows` once, so that whatever is wrong is told before compute is spent.
+    ///
+    /// # Errors
+    /// Names the file, and all faulty rows up to ten: not JSON, no such field, too long, tokens that the model does not have.
+    pub fn read(rows: Rows, options: ReadOptions, tokenizer: &Tokenizer) -> Result<Self> {
+        let name = rows.name();
+        ensure!(u32::try_from(rows.len()).is_ok(), "the data set {name} has more than 4 billion rows");
+        ensure!(!rows.is_empty(), "the data set {name} is empty");
+        let blank = options.format.blank(tokenizer)?;
+        options.model.check(&blank, tokenizer).context("the chat template or data.instruction cannot be used")?;
+        if options.needs_references {
+            let end: Vec<u32> = tokenizer.end(options.format.chat).into_iter().collect();
+            options.model.check(&end, tokenizer).context("no reference answer could end")?;
+        }
+        let mut data = Self {
+            rows,
+            usable: Vec::new(),
+            options,
+            tokenizer: tokenizer.clone(),
+            blank,
+            seed: 0,
+            shuffle: false,
+            longest: 0,
+            identity: 0,
+            skipped: 0,
+            bad: 0,
+            left_out: None,
+            notes: Notes::default(),
+        };
+        let (mut faults, mut long, mut notes) = (Faults::default(), Faults::default(), Notes::default());
+        let (mut usable, mut identity, mut longest, mut skipped, mut exhausted) = (Vec::new(), 0, 0, 0, None);
+        in_parts(
+            data.rows.len(),
+            |i| data.look(i),
+            |i, found| match found {
+                Ok(Found::Usable(tokens, text, remarks)) => {
+                    usable.push(i as u32);
+                    identity = mix(identity ^ mix(i as u64) ^ text);
+                    longest = longest.max(tokens);
+                    notes.merge(remarks);
+                }
+                Ok(Found::TooLong(None)) => skipped += 1,
+                Ok(Found::TooLong(Some(error))) => long.add(&data.rows.place(i), &error),
+                Ok(Found::NotMeant | Found::Blank) => {}
+                Err(error) if is_exhaustion(&error) => exhausted = Some(error),
+                Err(error) => faults.add(&data.rows.place(i), &error),
+            },
+        );
+        if let Some(error) = exhausted {
+            return Err(error.context(format!("cannot read the data set {name}")));
+        }
+        (data.usable, data.identity, data.longest, data.skipped) = (usable, identity, longest, skipped);
+        (data.bad, data.notes) = (faults.count(), notes);
+        // One report has both kinds, unless the faulty rows are left out.
+        let (unread, too_long) = (data.bad > 0 && data.options.on_bad == OnBad::Error, long.count() > 0);
+        if unread && too_long {
+            faults.append(long);
+        } else {
+            long.report_long()?;
+        }
+        let all_bad = data.usable.is_empty() && skipped == 0;
+        data.left_out = faults.report(if all_bad { OnBad::Error } else { data.options.on_bad })?;
+        ensure!(
+            !data.usable.is_empty(),
+            "the data set {name} has no usable prompt ({} left out as too long)",
+            data.skipped
+        );
+        Ok(data)
+    }
+
+    /// Logs the rows that are left out because they cannot be used, and the remarks on those that are used, each once.
+    pub fn log_notes(&self) {
+        if let Some(report) = &self.left_out {
+            tracing::warn!("{report}");
+        }
+        self.notes.log(&self.rows.name());
+    }
+
+    fn look(&self, i: usize) -> Result<Found> {
+        let Some(row) = self.rows.get(i)? else { return Ok(Found::Blank) };
+        let (options, mut notes) = (&self.options, Notes::default());
+        let (dialogue, reference) = options.format.read(&row, options.needs_references, &mut notes)?;
+        if !options.split.takes(&dialogue.text()) {
+            return Ok(Found::NotMeant);
+        }
+        let limit = options.limit;
+        let bytes = dialogue.turns.iter().map(|turn| turn.content.len()).sum();
+        let too_long = |words: String| {
+            let error = || anyhow!("{words}, or set data.on_long = \"skip\"");
+            Ok(Found::TooLong((options.on_long == OnLong::Error).then(error)))
+        };
+        if surely_longer(bytes, limit) {
+            return too_long(format!(
+                "the prompt has {bytes} bytes, and the limit of {limit} tokens is far below that; shorten it"
+            ));
+        }
+        let ids = options.format.encode_dialogue(&dialogue, &self.tokenizer)?;
+        ensure!(!ids.is_empty(), "the prompt has no tokens");
+        options.model.check(&ids, &self.tokenizer)?;
+        let tokens = ids.len();
+        if tokens > limit {
+            return too_long(format!("the prompt has {tokens} tokens, the limit is {limit}; {}", options.remedy));
+        }
+        if let Some(text) = reference.filter(|_| options.needs_references) {
+            self.look_at_reference(&text, tokens, &mut notes)?;
+        }
+        Ok(Found::Usable(tokens, seed::text(&dialogue.text()), notes))
+    }
+
+    /// Checks a reference that is learned from, behind a prompt of `prompt` tokens.
+    fn look_at_reference(&self, text: &str, prompt: usize, notes: &mut Notes) -> Result<()> {
+        let room = self.options.model.context.saturating_sub(prompt);
+        let long = surely_longer(text.len(), room) || {
+            let ids = self.tokenizer.encode_answer(text)?;
+            ensure!(!ids.is_empty(), "the reference answer has no tokens");
+            self.options.model.check(&ids, &self.tokenizer).context("in the reference answer")?;
+            ids.len() + self.tokenizer.eos_ids().len().min(1) > room
+        };
+        if long {
+            notes.add("the reference answer is longer than the model's context leaves room for: its end is cut off, and not learned from");
+        }
+        Ok(())
+    }
+
+    /// The same data set, gone through in an order that `seed` shuffles anew each epoch.
+    pub fn shuffled(self, seed: u64) -> Self {
+        Self { seed, shuffle: true, ..self }
+    }
+
+    /// Whether an empty prompt has tokens, with which likelihoods can be compared.
+    pub fn has_blank(&self) -> bool {
+        !self.blank.is_empty()
+    }
+
+    /// Number of prompts in one epoch.
+    pub fn len(&self) -> usize {
+        self.usable.len()
+    }
+
+    /// Always false: an empty data set is refused.
+    pub fn is_empty(&self) -> bool {
+        self.usable.is_empty()
+    }
+
+    /// A number that tells these prompts, in this order, from others.
+    pub fn identity(&self) -> u64 {
+        self.identity
+    }
+
+    /// Most tokens that any prompt has.
+    pub fn longest(&self) -> usize {
+        self.longest
+    }
+
+    /// Order of rows in `epoch`: a function of the seed and the epoch alone.
+    pub fn order(&self, epoch: u64) -> Vec<usize> {
+        order(self.usable.len(), self.shuffle.then_some(self.seed), epoch)
+    }
+
+    /// Prompt number `seq` of the run, given the order of its epoch.
+    ///
+    /// # Errors
+    /// A row that was changed since the data set was opened.
+    pub fn prompt(&self, seq: u64, order: &[usize]) -> Result<Prompt> {
+        let n = self.usable.len() as u64;
+        let i = self.usable[order[(seq % n) as usize]] as usize;
+        // The row was sound when the file was opened.
+        let read = || {
+            let row = self.rows.get(i)?.context("the row is gone")?;
+            self.options.format.read(&row, self.options.needs_references, &mut Notes::default())
+        };
+        let (dialogue, reference) =
+            read().with_context(|| format!("{} was changed while it was in use", self.rows.place(i)))?;
+        let fill = || -> Result<Prompt> {
+            Ok(Prompt {
+                seq,
+                epoch: seq / n,
+                row: i,
+                text: dialogue.text().into(),
+                ids: self.options.format.encode_dialogue(&dialogue, &self.tokenizer)?.into(),
+                blank: Arc::clone(&self.blank),
+                reference: reference.as_deref().map(Into::into),
+            })
+        };
+        fill().with_context(|| format!("no prompt can be made of {}", self.rows.place(i)))
+    }
+}
+
+/// Returns whether the machine lacks threads or memory, in which case the row is not at fault.
+fn is_exhaustion(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    io.is_some_and(|error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::OutOfMemory))
+}
+
+/// Whether a text of `bytes` has more than `limit` tokens without a doubt, so that it need not be tokenised, which takes a
+/// hundred times its size. No tokenizer comes near this many bytes a token over a whole text.
+pub(crate) fn surely_longer(bytes: usize, limit: usize) -> bool {
+    const MOST_BYTES_PER_TOKEN: usize = 32;
+    const SHORT: usize = 64 << 10;
+    bytes > SHORT && bytes / MOST_BYTES_PER_TOKEN > limit
+}
+
+/// The numbers below `n`, in an order that `seed` shuffles anew each epoch, or as they are without a seed.
+fn order(n: usize, seed: Option<u64>, epoch: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    if let Some(seed) = seed {
+        order.shuffle(&mut ChaCha8Rng::seed_from_u64(mix(seed ^ mix(epoch))));
+    }
+    order
+}

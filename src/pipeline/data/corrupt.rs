@@ -1,0 +1,108 @@
+//! Preference pairs whose better answer is known by construction: a person's reference against a spoilt one.
+//!
+//! The rule, in full. A row with `prompt` and `reference` gives one pair; everything below is decided by a hash of
+//! the seed and the prompt, so that a row's pair does not depend on the rows around it being ordered in some way.
+//! - `swap`, for half of the rows: the worse answer is the reference of another row, among eight drawn the one whose
+//!   number of words is nearest to the true one's, so that length says nothing.
+//! - `shuffle`, for the other half: the worse answer is the reference with its words in another order.
+//! - The better one stands first in half of the pairs.
+
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::util::seed::{self, mix};
+
+/// References that a swap chooses among.
+const DRAWN: usize = 8;
+
+/// How an answer was spoilt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// It belongs to another prompt.
+    Swap,
+    /// Its words are in another order.
+    Shuffle,
+}
+
+impl Kind {
+    /// As files name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Swap => "swap",
+            Self::Shuffle => "shuffle",
+        }
+    }
+}
+
+/// A spoilt answer, and where the good one stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Corrupted {
+    /// How it was spoilt.
+    pub kind: Kind,
+    /// The worse answer.
+    pub worse: String,
+    /// Whether the better one stands first.
+    pub better_first: bool,
+}
+
+/// Spoils the reference of row `i` of `rows` (prompt and reference of each); `None` where that cannot be done: no other
+/// reference, or one whose words stay in order however they are shuffled.
+pub fn corrupt(rows: &[(String, String)], i: usize, seed: u64) -> Option<Corrupted> {
+    let (prompt, reference) = &rows[i];
+    let mut rng = ChaCha8Rng::seed_from_u64(mix(seed ^ seed::text(prompt)));
+    let (swap, better_first) = (rng.random::<bool>(), rng.random::<bool>());
+    let words: Vec<&str> = reference.split_whitespace().collect();
+    let (kind, worse) = if swap {
+        let near = |other: &str| other.split_whitespace().count().abs_diff(words.len());
+        let drawn = (0..DRAWN).map(|_| &rows[rng.random_range(0..rows.len())]);
+        let others = drawn.filter(|(other, text)| other != prompt && text != reference).map(|(_, text)| text);
+        (Kind::Swap, others.min_by_key(|text| near(text))?.clone())
+    } else {
+        let mut shuffled = words.clone();
+        // A few tries: words that repeat can fall back into order.
+        (0..8).find(|_| {
+            shuffled.shuffle(&mut rng);
+            shuffled != words
+        })?;
+        (Kind::Shuffle, shuffled.join(" "))
+    };
+    Some(Corrupted { kind, worse, better_first })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows() -> Vec<(String, String)> {
+        (0..400).map(|i| (format!("prompt {i}"), format!("the answer number {i} is {}", "so ".repeat(i % 7)))).collect()
+    }
+
+    #[test]
+    fn the_rule_is_kept() {
+        let rows = rows();
+        let made: Vec<Corrupted> = (0..rows.len()).map(|i| corrupt(&rows, i, 1).unwrap()).collect();
+        for (one, (_, reference)) in made.iter().zip(&rows) {
+            assert_ne!(&one.worse, reference);
+            let mut words = [one.worse.split_whitespace().collect::<Vec<_>>(), reference.split_whitespace().collect()];
+            words.iter_mut().for_each(|words| words.sort_unstable());
+            assert_eq!(one.kind == Kind::Shuffle, words[0] == words[1], "{one:?} of {reference:?}");
+        }
+        // Halves, within five standard deviations.
+        let bound = 5.0 * (0.25f64 * 400.0).sqrt();
+        for count in [
+            made.iter().filter(|one| one.kind == Kind::Swap).count(),
+            made.iter().filter(|one| one.better_first).count(),
+        ] {
+            assert!((count as f64 - 200.0).abs() < bound, "{count}");
+        }
+        assert_eq!(corrupt(&rows, 7, 1), corrupt(&rows, 7, 1));
+        assert!((0..400).any(|i| corrupt(&rows, i, 2) != Some(made[i].clone())));
+    }
+
+    #[test]
+    fn what_cannot_be_spoilt_is_left_out() {
+        let alone = [("p".to_owned(), "same same".to_owned())];
+        assert!((0..20).all(|seed| corrupt(&alone, 0, seed).is_none()));
+    }
+}

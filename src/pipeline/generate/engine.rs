@@ -1,0 +1,282 @@
+//! Continuous batching: sequences decode side by side in slots, and a slot that ends takes the next one at once.
+
+use std::collections::{HashMap, VecDeque};
+use std::mem;
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use candle_core::{DType, Device, Storage, Tensor, bail};
+use rayon::prelude::*;
+
+use super::sampler::{Sampler, Sampling};
+use super::{Request, Sampled, Weighted};
+use crate::lm::model::cache::CachedPrompt;
+use crate::lm::model::trie::prefill;
+use crate::lm::model::{Decoder, KvCache, ModelConfig};
+use crate::ops;
+use crate::types::Finish;
+
+/// Most sequences that decode side by side. Up to here a sequence's numbers do not depend on its company, see
+/// [`ops::linear`].
+pub const MOST_SLOTS: usize = ops::FEW_ROWS;
+
+/// Requests under way and waiting, over one cache.
+///
+/// What is sampled in `f32` on the CPU is a function of the weights, the prompt and the seed; not of what is sampled beside
+/// it, nor of when it began. (Its last bits are those of [`ops::crowded`] in an engine of more than [`ops::CROWD`] slots.) Each prompt is prefilled once. Weights may change between steps; keys and values computed before stay as they
+/// are, and each token carries the version that produced it.
+pub struct Engine<'a> {
+    sampling: Sampling,
+    slots: usize,
+    /// Whether a step usually has many rows.
+    crowded: bool,
+    /// Of these, those that are used for now.
+    limit: usize,
+    cache: Option<KvCache>,
+    rows: Vec<Row>,
+    waiting: VecDeque<Waiting<'a>>,
+    open: HashMap<u64, Open>,
+}
+
+/// A request some of whose sequences have no slot yet.
+struct Waiting<'a> {
+    ticket: u64,
+    request: Request<'a>,
+    /// Sequences that have begun.
+    begun: usize,
+    prompt: Option<Prefilled>,
+}
+
+/// What all sequences of a request start from.
+struct Prefilled {
+    cached: Arc<CachedPrompt>,
+    /// Of the first token.
+    logits: Vec<f32>,
+    version: u64,
+}
+
+/// A request some of whose sequences have not ended.
+struct Open {
+    left: usize,
+    sampled: Vec<Sampled>,
+}
+
+/// A sequence in a slot.
+struct Row {
+    ticket: u64,
+    /// Which of its request's.
+    index: usize,
+    slot: usize,
+    /// Position of the last sampled token, which the next step feeds.
+    position: u32,
+    sampler: Sampler,
+    sampled: Sampled,
+}
+
+impl<'a> Engine<'a> {
+    /// An engine with nothing to do that has up to `slots` sequences side by side, at most [`MOST_SLOTS`].
+    pub fn new(sampling: &Sampling, slots: usize) -> Self {
+        Self {
+            sampling: sampling.clone(),
+            slots: slots.clamp(1, MOST_SLOTS),
+            crowded: slots > ops::CROWD,
+            limit: MOST_SLOTS,
+            cache: None,
+            rows: Vec::new(),
+            waiting: VecDeque::new(),
+            open: HashMap::new(),
+        }
+    }
+
+    /// The same engine for sequences that are few at most times, whatever the slots.
+    pub fn sparse(self) -> Self {
+        Self { crowded: false, ..self }
+    }
+
+    /// Puts a request at the end of the queue; its samples come back under `ticket`, which is nobody else's.
+    ///
+    /// # Errors
+    /// A prompt that is empty, or that leaves no room for the new tokens within the context of a model of this shape.
+    pub fn submit(&mut self, ticket: u64, request: Request<'a>, config: &ModelConfig) -> Result<()> {
+        let length = request.prompt.len();
+        ensure!(length > 0, "a prompt needs at least one token");
+        ensure!(
+            length + self.sampling.max_new_tokens <= config.context,
+            "a prompt of {length} tokens and {} new ones do not fit the model's context of {}; shorten the prompt or lower max_new_tokens",
+            self.sampling.max_new_tokens,
+            config.context
+        );
+        let left = request.seeds.len();
+        if left > 0 {
+            self.open.insert(ticket, Open { left, sampled: vec![Sampled::default(); left] });
+            self.waiting.push_back(Waiting { ticket, request, begun: 0, prompt: None });
+        }
+        Ok(())
+    }
+
+    /// Whether nothing is under way or waiting.
+    pub fn is_idle(&self) -> bool {
+        self.rows.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Sequences side by side at most.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Has no more than `limit` sequences begin beside others from now on; those that have begun go on.
+    pub fn limit(&mut self, limit: usize) {
+        self.limit = limit.max(1);
+    }
+
+    fn usable(&self) -> usize {
+        self.slots.min(self.limit)
+    }
+
+    /// Slots that a sequence is in.
+    pub fn used(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Slots that nobody has or waits for.
+    pub fn free(&self) -> usize {
+        let wanted: usize = self.waiting.iter().map(|one| one.request.seeds.len() - one.begun).sum();
+        self.usable().saturating_sub(self.rows.len() + wanted)
+    }
+
+    /// Fills free slots from the queue and samples one token of every sequence. Returns the requests that have ended.
+    ///
+    /// # Errors
+    /// Those of the source of weights, and tensor errors.
+    pub fn step(&mut self, source: &mut dyn Weighted) -> Result<Vec<(u64, Vec<Sampled>)>> {
+        let (version, model) = source.weights()?;
+        let cache = match &mut self.cache {
+            Some(cache) => cache,
+            none => none.insert(KvCache::new(&model, self.sampling.max_new_tokens)?),
+        };
+        let mut ended = Vec::new();
+        if !self.rows.is_empty() {
+            let ids: Vec<u32> = self.rows.iter().map(Row::last).collect();
+            let positions: Vec<u32> = self.rows.iter().map(|row| row.position).collect();
+            let slots: Vec<usize> = self.rows.iter().map(|row| row.slot).collect();
+            let mut step = || model.logits(&model.hidden(&ids, &positions, &mut *cache.step(&slots)?)?);
+            let logits = if self.crowded { ops::crowded(&mut step) } else { step() }?;
+            take_all(&mut self.rows, &logits, version, &self.sampling)?;
+        }
+        self.sweep(&mut ended);
+        while self.rows.len() < self.usable() && self.begin(&model, version)? {
+            self.sweep(&mut ended);
+        }
+        Ok(ended)
+    }
+
+    /// Begins sequences of the first request that waits, as many as there are slots; says whether there was one.
+    fn begin(&mut self, model: &Arc<Decoder>, version: u64) -> Result<bool> {
+        let room = self.usable() - self.rows.len();
+        let (Some(first), Some(cache)) = (self.waiting.front_mut(), &mut self.cache) else { return Ok(false) };
+        let Waiting { ticket, request, begun, prompt } = first;
+        if prompt.is_none() {
+            let begin = || {
+                let (hidden, layers) = prefill(model, &request.prompt, request.prefix)?;
+                Ok::<_, anyhow::Error>((model.logits(&hidden)?, layers))
+            };
+            let (logits, layers) = if self.crowded { ops::crowded(begin) } else { begin() }?;
+            let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            *prompt = Some(Prefilled { cached: cache.prompt(&layers)?, logits, version });
+        }
+        let Some(prefilled) = prompt else { return Ok(false) };
+        for (index, seed) in request.seeds.iter().enumerate().skip(*begun).take(room) {
+            let mut row = Row {
+                ticket: *ticket,
+                index,
+                slot: cache.enter(&prefilled.cached),
+                position: request.prompt.len() as u32,
+                sampler: Sampler::new(&self.sampling, &request.prompt, *seed),
+                sampled: Sampled::default(),
+            };
+            row.take(&prefilled.logits, prefilled.version, &self.sampling);
+            self.rows.push(row);
+            *begun += 1;
+        }
+        if *begun == request.seeds.len() {
+            self.waiting.pop_front();
+        }
+        Ok(true)
+    }
+
+    /// Takes sequences that have ended out of their slots, and requests that have ended to `ended`.
+    fn sweep(&mut self, ended: &mut Vec<(u64, Vec<Sampled>)>) {
+        let (open, cache) = (&mut self.open, &mut self.cache);
+        self.rows.retain_mut(|row| {
+            if row.sampled.finish.is_none() {
+                return true;
+            }
+            if let Some(cache) = cache {
+                cache.leave(row.slot);
+            }
+            if let Some(request) = open.get_mut(&row.ticket) {
+                request.sampled[row.index] = mem::take(&mut row.sampled);
+                request.left -= 1;
+                if request.left == 0 {
+                    ended.extend(open.remove(&row.ticket).map(|request| (row.ticket, request.sampled)));
+                }
+            }
+            false
+        });
+    }
+}
+
+/// Samples a token of each row from its logits `[N, V]`.
+fn take_all(rows: &mut [Row], logits: &Tensor, version: u64, sampling: &Sampling) -> candle_core::Result<()> {
+    let width = logits.dim(1)?;
+    // Logits in a device's memory stay there, where nothing of a draw is done on the host.
+    if !logits.device().is_cpu() && sampling.is_plain() {
+        let shares: Vec<f64> = rows.iter_mut().map(|row| row.sampler.share()).collect();
+        let draws = ops::draw_from_rows(logits, sampling.drawn(width), sampling.inverse_temperature(), &shares)?;
+        for (row, (id, logprob)) in rows.iter_mut().zip(draws) {
+            row.position += 1;
+            row.push(id as u32, logprob, version, sampling);
+        }
+        return Ok(());
+    }
+    let logits = logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+    let (storage, layout) = logits.storage_and_layout();
+    let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+        bail!("logits are not in host memory")
+    };
+    let logits = &storage.as_slice::<f32>()?[start..end];
+    let take = |(row, logits): (&mut Row, &[f32])| {
+        row.position += 1;
+        row.take(logits, version, sampling);
+    };
+    if rayon::current_num_threads() == 1 {
+        rows.iter_mut().zip(logits.chunks(width)).for_each(take);
+    } else {
+        rows.par_iter_mut().zip(logits.par_chunks(width)).for_each(take);
+    }
+    Ok(())
+}
+
+impl Row {
+    fn last(&self) -> u32 {
+        *self.sampled.ids.last().expect("a row samples its first token when it begins")
+    }
+
+    fn take(&mut self, logits: &[f32], version: u64, sampling: &Sampling) {
+        let (id, logprob) = self.sampler.draw(logits);
+        self.push(id, logprob, version, sampling);
+    }
+
+    fn push(&mut self, id: u32, logprob: f32, version: u64, sampling: &Sampling) {
+        self.sampled.ids.push(id);
+        self.sampled.logprobs.push(logprob);
+        self.sampled.versions.push(version);
+        if sampling.eos.contains(&id) {
+            self.sampled.finish = Some(Finish::Eos);
+        } else if sampling.stop.as_ref().is_some_and(|stop| stop.ends(&self.sampled.ids)) {
+            self.sampled.finish = Some(Finish::Stop);
+        } else if self.sampled.ids.len() >= sampling.max_new_tokens {
+            self.sampled.finish = Some(Finish::Length);
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Label caches of earlier programs (`labels.redb`), whose answers are taken over into the present one.
+//!
+//! The earlier file is only read and stays where it is, so that an earlier program still finds its answers. A mark in the
+//! present file, written in the same transaction as the answers, says which state of it was taken over: an interrupted import
+//! is repeated as a whole, and a file that an earlier program has added to is imported again.
+
+use std::path::Path;
+use std::time::UNIX_EPOCH;
+
+use redb::{
+    DatabaseError, ReadOnlyDatabase, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition,
+    TableError,
+};
+
+use super::database::{Fault, File, Insert};
+use crate::observe::telemetry;
+use crate::util::quiet;
+
+const REPLIES: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("replies");
+
+/// Keys in the order in which their answers came.
+const ORDER: TableDefinition<u64, &[u8; 32]> = TableDefinition::new("order");
+
+/// Takes the answers of `labels.redb` in the folder of the cache at `path` over into `file`, unless that is done. What cannot
+/// be taken over is logged, with the remedy, and is tried again when the cache is opened next.
+pub(super) fn import(file: &File, path: &Path, most: u64) -> Result<(), Fault> {
+    let earlier = path.with_file_name("labels.redb");
+    let Some(mark) = mark(&earlier) else { return Ok(()) };
+    if file.imported(NAME)?.as_ref() == Some(&mark) {
+        return Ok(());
+    }
+    let place = earlier.display();
+    let database = match open(&earlier) {
+        Ok(database) => database,
+        Err(Trouble::InUse) => {
+            tracing::warn!(
+                "the label cache {place} of an earlier program is in use by another process; this process does not find its labels, and buys what it needs of them again. They are imported by the next process that starts after the other one has ended"
+            );
+            return Ok(());
+        }
+        Err(trouble) => {
+            tell(&earlier, &trouble.to_string(), 0);
+            return Ok(());
+        }
+    };
+    // A repair may have changed it.
+    let mark = self::mark(&earlier).unwrap_or(mark);
+    let mut broken = None;
+    let added = file.import(NAME, &mark, most, |insert| {
+        // What the library cannot read is no reason to lose what it could, but a present file that cannot be written is.
+        match quiet::catch(|| read(&database, most, insert)) {
+            Some(Ok(())) => return Ok(true),
+            Some(Err(Trouble::Writing(fault))) => return Err(fault),
+            Some(Err(trouble)) => broken = Some(trouble.to_string()),
+            None => broken = Some("its content is inconsistent".into()),
+        }
+        Ok(false)
+    })?;
+    let _ = quiet::catch(|| drop(database));
+    match broken {
+        Some(why) => tell(&earlier, &why, added),
+        None => tracing::info!(
+            "{added} labels of the earlier label cache {place} were imported into {}; this program does not need the earlier file any more",
+            path.display()
+        ),
+    }
+    Ok(())
+}
+
+/// The name that the mark is kept under.
+const NAME: &str = "labels.redb";
+
+/// The state of the file at `path`: its length and when it was changed; `None` where there is none.
+fn mark(path: &Path) -> Option<String> {
+    let about = std::fs::metadata(path).ok()?;
+    let changed = about.modified().ok()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Some(format!("{} bytes, changed at {}.{:09}", about.len(), changed.as_secs(), changed.subsec_nanos()))
+}
+
+fn tell(earlier: &Path, why: &str, added: u64) {
+    telemetry::label_cache_damaged();
+    tracing::error!(
+        "the label cache {} of an earlier program cannot be read: {why}; {added} of its labels were imported, and the others are bought again. Put a sound copy in its place, or remove it",
+        earlier.display()
+    );
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error("another process has it open")]
+    InUse,
+    #[error(transparent)]
+    Reading(#[from] redb::Error),
+    #[error("its content is inconsistent")]
+    Panic,
+    #[error("{0}")]
+    Writing(Fault),
+}
+
+/// An open file of an earlier program.
+enum Earlier {
+    Whole(ReadOnlyDatabase),
+    /// One whose program was killed, and which was repaired first.
+    Repaired(redb::Database),
+}
+
+fn open(path: &Path) -> Result<Earlier, Trouble> {
+    // The library panics on some kinds of damage.
+    let opened = quiet::catch(|| match ReadOnlyDatabase::open(path) {
+        Ok(database) => Ok(Earlier::Whole(database)),
+        Err(DatabaseError::RepairAborted) => redb::Database::open(path).map(Earlier::Repaired),
+        Err(error) => Err(error),
+    });
+    match opened {
+        Some(Ok(database)) => Ok(database),
+        Some(Err(DatabaseError::DatabaseAlreadyOpen)) => Err(Trouble::InUse),
+        Some(Err(error)) => Err(Trouble::Reading(error.into())),
+        None => Err(Trouble::Panic),
+    }
+}
+
+/// Gives the latest `most` answers to `insert`, oldest first.
+fn read(database: &Earlier, most: u64, insert: &mut Insert<'_>) -> Result<(), Trouble> {
+    let reading = match database {
+        Earlier::Whole(database) => database.begin_read(),
+        Earlier::Repaired(database) => database.begin_read(),
+    };
+    let reading = reading.map_err(redb::Error::from)?;
+    let (replies, order) = match (reading.open_table(REPLIES), reading.open_table(ORDER)) {
+        (Ok(replies), Ok(order)) => (replies, order),
+        // A program that was killed before it kept anything.
+        (Err(TableError::TableDoesNotExist(_)), _) | (_, Err(TableError::TableDoesNotExist(_))) => return Ok(()),
+        (Err(error), _) | (_, Err(error)) => return Err(redb::Error::from(error).into()),
+    };
+    let beyond = order.len().map_err(redb::Error::from)?.saturating_sub(most);
+    for row in order.iter().map_err(redb::Error::from)?.skip(usize::try_from(beyond).unwrap_or(usize::MAX)) {
+        let (_, key) = row.map_err(redb::Error::from)?;
+        let key = key.value();
+        if let Some(entry) = replies.get(key).map_err(redb::Error::from)? {
+            insert(key, entry.value()).map_err(Trouble::Writing)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,479 @@
+//! Where answers are kept: a file that processes share and that is opened again after a disk has failed, and answers that
+//! wait for it.
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::TryLockError;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, bail};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::Key;
+use super::database::{Fault, File, Kept, Keys, New};
+use super::earlier;
+use super::entry::{Found, decode, encode};
+use crate::observe::telemetry;
+
+/// Most bytes of answers that wait to be written.
+const MOST_WAITING: usize = 64 << 20;
+
+/// The pause after the first failure to write; it doubles.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// The longest pause between two tries to write.
+const MOST_PAUSE: Duration = Duration::from_secs(15);
+
+/// How long answers that wait keep a program from ending.
+const LAST: Duration = Duration::from_secs(30);
+
+/// How often a failure that persists is logged.
+const REPEAT: Duration = Duration::from_secs(60);
+
+/// How long a process waits for another one that opens the cache before it says so.
+const LONG: Duration = Duration::from_secs(2);
+
+/// Most answers that are written at a time.
+const AT_ONCE: usize = 256;
+
+/// The store of answers. Any number of processes may have its file open at a time.
+pub struct Store {
+    path: PathBuf,
+    most: u64,
+    file: RwLock<Opened>,
+    waiting: Mutex<Waiting>,
+    /// Held while what waits is written, so that it is written once.
+    writing: Mutex<()>,
+    health: Mutex<Health>,
+}
+
+/// The file, unless it could not be opened, and how many times it was.
+#[derive(Default)]
+struct Opened {
+    file: Option<File>,
+    times: u64,
+}
+
+/// Answers that are not in the file yet, in the order in which they came.
+#[derive(Default)]
+struct Waiting {
+    order: VecDeque<Key>,
+    entries: HashMap<Key, New>,
+    bytes: usize,
+    /// Answers that were given up, since too many waited.
+    lost: u64,
+}
+
+/// How the file has done of late.
+#[derive(Default)]
+struct Health {
+    /// Since when it cannot be written.
+    failing: Option<Instant>,
+    pause: Duration,
+    /// When it may be tried again.
+    again: Option<Instant>,
+    told: Option<Instant>,
+    damaged: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Store {
+    /// Opens the cache in the folder `dir`, which is made if need be. Beyond `most` answers the oldest are removed. Several
+    /// processes may have it open at the same time; the smallest of their bounds holds.
+    ///
+    /// A file that is damaged is set aside, and a new one begun. Where the disk fails or cannot be written, the store works
+    /// without its file, keeps answers in memory and tries again. All of that is logged.
+    ///
+    /// # Errors
+    /// A file or a folder that a person has to look at: a database of another program, or a folder that is a file.
+    pub fn open(dir: &Path, most: u64) -> Result<Self> {
+        let store = Self {
+            path: dir.join("labels.sqlite"),
+            most: most.max(1),
+            file: RwLock::default(),
+            waiting: Mutex::default(),
+            writing: Mutex::default(),
+            health: Mutex::default(),
+        };
+        let opened = store.open_again(&mut store.file.write().unwrap_or_else(PoisonError::into_inner), None);
+        match opened {
+            Ok(()) => {}
+            Err(Fault::Foreign(why)) => bail!(
+                "the label cache {} cannot be used: {why}; move it away or remove it, or set labeler.cache to another folder",
+                store.path.display()
+            ),
+            Err(fault) => store.failed(&fault, "opened"),
+        }
+        if let Ok(entries) = store.len() {
+            telemetry::label_cache(entries);
+        }
+        Ok(store)
+    }
+
+    /// Answers in it.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn len(&self) -> Result<u64> {
+        self.on_file(true, File::len)
+            .map_err(|fault| anyhow!("the label cache {} cannot be read: {fault}", self.path.display()))
+    }
+
+    /// Whether there are none.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// The answers to `keys`. What is damaged or cannot be read counts as missing, and is logged.
+    pub(super) fn get<T: DeserializeOwned + Serialize>(&self, keys: &[Keys]) -> Vec<Option<T>> {
+        if lock(&self.health).failing.is_some()
+            && let Ok(writing) = self.writing.try_lock()
+        {
+            self.write_waiting(&writing, false);
+        }
+        let found = self.on_file(self.is_due(), |file| file.get(keys)).unwrap_or_else(|fault| {
+            self.failed(&fault, "read");
+            vec![None; keys.len()]
+        });
+        let mut answers = Vec::with_capacity(keys.len());
+        let mut renamed = Vec::new();
+        {
+            let waiting = lock(&self.waiting);
+            for (keys, found) in keys.iter().zip(found) {
+                let new = waiting.entries.get(&keys.key).map(|new| new.entry.clone());
+                // An entry under the key of an earlier program has the checksum of that key.
+                let (key, entry, earlier) = match (new, found) {
+                    (Some(entry), _) => (keys.key, entry, false),
+                    (None, Some(Kept { entry, earlier })) => {
+                        (keys.earlier.filter(|_| earlier).unwrap_or(keys.key), entry, earlier)
+                    }
+                    (None, None) => {
+                        answers.push(None);
+                        continue;
+                    }
+                };
+                answers.push(match decode(&key, &entry) {
+                    Found::Answer(answer) => {
+                        if earlier && let Ok(entry) = encode(&keys.key, &answer) {
+                            renamed.push(New { key: keys.key, entry, replaces: keys.earlier });
+                        }
+                        Some(answer)
+                    }
+                    Found::Other => None,
+                    Found::Damaged => {
+                        self.entry_damaged();
+                        None
+                    }
+                });
+            }
+        }
+        // An answer of an earlier program was bought by one configuration, which the key does not name in full. It is that of
+        // the configuration that asks for it first; another one that differs in what the earlier key left out buys its own.
+        self.keep(renamed);
+        answers
+    }
+
+    /// Keeps answers. They are on the disk when this returns, or wait in memory for a disk that fails.
+    pub(super) fn put<'a, T: Serialize + 'a>(&self, replies: impl Iterator<Item = (Key, &'a T)>) {
+        let entry = |(key, reply): (Key, &T)| match encode(&key, reply) {
+            Ok(entry) => Some(New { key, entry, replaces: None }),
+            Err(error) => {
+                tracing::error!("an answer cannot be kept in the label cache: {error}");
+                None
+            }
+        };
+        self.keep(replies.filter_map(entry).collect());
+    }
+
+    fn keep(&self, entries: Vec<New>) {
+        if entries.is_empty() {
+            return;
+        }
+        {
+            let mut waiting = lock(&self.waiting);
+            for new in entries {
+                if waiting.push(new) {
+                    // Two actors asked the same at the same time.
+                    telemetry::label_bought_again();
+                }
+            }
+        }
+        self.write_waiting(&lock(&self.writing), false);
+    }
+
+    /// Whether what failed may be tried again by now.
+    fn is_due(&self) -> bool {
+        lock(&self.health).again.is_none_or(|again| Instant::now() >= again)
+    }
+
+    /// Writes what waits, unless it is too early to try again; `last` tries in any case.
+    fn write_waiting(&self, _writing: &MutexGuard<'_, ()>, last: bool) {
+        if !last && !self.is_due() {
+            return;
+        }
+        let batch = lock(&self.waiting).all();
+        for part in batch.chunks(AT_ONCE) {
+            if let Err(fault) = self.write(part) {
+                return self.failed(&fault, "written");
+            }
+        }
+        if !batch.is_empty() {
+            self.works_again(batch.len());
+        }
+    }
+
+    fn write(&self, part: &[New]) -> Result<(), Fault> {
+        let is_sound = |key: &Key, entry: &[u8]| !matches!(decode::<serde_json::Value>(key, entry), Found::Damaged);
+        let written = self.on_file(true, |file| file.put(part, self.most, is_sound))?;
+        (0..written.again).for_each(|_| telemetry::label_bought_again());
+        telemetry::label_cache(written.entries);
+        lock(&self.waiting).written(part);
+        Ok(())
+    }
+
+    /// Runs `work` on the file. Where the file is damaged or is no longer at its path, or where it could not be opened before
+    /// and `may` be tried again, it is opened again, and `work` is tried once more.
+    fn on_file<T>(&self, may: bool, work: impl Fn(&File) -> Result<T, Fault>) -> Result<T, Fault> {
+        let (fault, times) = {
+            let opened = self.file.read().unwrap_or_else(PoisonError::into_inner);
+            let done = match &opened.file {
+                Some(file) if file.is_moved() => Err(Fault::Moved),
+                Some(file) => work(file),
+                None => Err(Fault::Closed),
+            };
+            match done {
+                Ok(done) => return Ok(done),
+                Err(fault) => (fault, opened.times),
+            }
+        };
+        if !(may && matches!(fault, Fault::Closed | Fault::Damaged(_) | Fault::Moved)) {
+            return Err(fault);
+        }
+        let mut opened = self.file.write().unwrap_or_else(PoisonError::into_inner);
+        // Another thread may have met the same, and have opened the file again.
+        if opened.times == times {
+            self.open_again(&mut opened, Some(&fault))?;
+        }
+        opened.file.as_ref().map_or(Err(Fault::Closed), work)
+    }
+
+    /// Opens the file, which could not be used because of `fault` if it was open before. Where it cannot be opened, what is in
+    /// it is read if possible.
+    fn open_again(&self, opened: &mut Opened, fault: Option<&Fault>) -> Result<(), Fault> {
+        let damaged = match fault {
+            Some(Fault::Damaged(why)) => opened.file.as_ref().map(|file| (file, why.as_str())),
+            _ => None,
+        };
+        if let Some(Fault::Moved) = fault {
+            tracing::warn!("the label cache {} was moved or removed while it was in use", self.path.display());
+        }
+        match self.open_file(damaged) {
+            Ok(file) => {
+                *opened = Opened { file: Some(file), times: opened.times + 1 };
+                Ok(())
+            }
+            Err(fault) => {
+                // Not again while it is open in this way: reading goes on.
+                if !matches!(fault, Fault::Foreign(_)) && opened.file.as_ref().is_none_or(File::is_moved) {
+                    *opened = Opened { file: File::open_unchanging(&self.path).ok(), times: opened.times + 1 };
+                }
+                Err(fault)
+            }
+        }
+    }
+
+    /// Opens the file, with what earlier programs have kept, while no other process does. One that is damaged is set aside,
+    /// also that which was found to be `damaged` while it was open.
+    fn open_file(&self, damaged: Option<(&File, &str)>) -> Result<File, Fault> {
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        let disk = |what: &str, error: std::io::Error| match error.kind() {
+            ErrorKind::NotADirectory | ErrorKind::AlreadyExists => Fault::Foreign(format!("{what}: {error}")),
+            _ => Fault::Disk(format!("{what}: {error}")),
+        };
+        std::fs::create_dir_all(folder).map_err(|error| disk("its folder cannot be made", error))?;
+        let locked = self.path.with_extension("lock");
+        let lock = std::fs::File::options().create(true).truncate(false).write(true).open(locked);
+        let lock = lock.map_err(|error| disk("labels.lock in its folder cannot be written", error))?;
+        self.wait_for(&lock).map_err(|error| disk("labels.lock in its folder cannot be locked", error))?;
+        // Where another process has set it aside by now, there is a new one.
+        if let Some((file, why)) = damaged
+            && !file.is_moved()
+        {
+            self.set_aside(why)?;
+        }
+        let file = match File::open(&self.path) {
+            Err(Fault::Damaged(why)) => {
+                self.set_aside(&why)?;
+                File::open(&self.path)?
+            }
+            other => other?,
+        };
+        if let Err(fault) = earlier::import(&file, &self.path, self.most) {
+            tracing::error!(
+                "the labels of an earlier program cannot be imported into the label cache {}: {fault}; it is tried again when the cache is opened next",
+                self.path.display()
+            );
+        }
+        Ok(file)
+    }
+
+    /// Locks `lock`, and says so where that takes long.
+    fn wait_for(&self, lock: &std::fs::File) -> std::io::Result<()> {
+        let began = Instant::now();
+        while began.elapsed() < LONG {
+            match lock.try_lock() {
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(5)),
+                Err(TryLockError::Error(error)) => return Err(error),
+                Ok(()) => return Ok(()),
+            }
+        }
+        tracing::warn!(
+            "another process opens the label cache {} or imports labels of an earlier program into it; this process waits for that",
+            self.path.display()
+        );
+        lock.lock()
+    }
+
+    /// Puts a damaged file out of the way.
+    fn set_aside(&self, why: &str) -> Result<(), Fault> {
+        let name = |n: u64| self.path.with_extension(format!("sqlite.damaged-{n}"));
+        let Some(aside) = (1..).map(name).find(|path| !path.exists()) else {
+            return Err(Fault::Damaged(why.to_owned()));
+        };
+        // First what SQLite writes besides the file, so that it is never found next to another one.
+        for end in ["-wal", "-shm", "-journal", ""] {
+            let with = |path: &Path| {
+                let mut name = path.as_os_str().to_owned();
+                name.push(end);
+                PathBuf::from(name)
+            };
+            match std::fs::rename(with(&self.path), with(&aside)) {
+                Err(error) if end.is_empty() || error.kind() != ErrorKind::NotFound => {
+                    return Err(Fault::Disk(format!("it is damaged ({why}) and cannot be set aside: {error}")));
+                }
+                _ => {}
+            }
+        }
+        telemetry::label_cache_damaged();
+        tracing::error!(
+            "the label cache {} is damaged: {why}; it was set aside as {}, and labels that were in it are bought again. To use a sound copy of it, stop all processes that use it and put the copy in its place",
+            self.path.display(),
+            aside.display()
+        );
+        Ok(())
+    }
+
+    fn entry_damaged(&self) {
+        telemetry::label_cache_damaged();
+        let mut health = lock(&self.health);
+        health.damaged += 1;
+        if health.damaged == 1 {
+            tracing::error!(
+                "the label cache {} has an entry whose checksum is wrong; it counts as missing, and the label is bought again (further ones are only counted, in preceptor_label_cache_damaged_total)",
+                self.path.display()
+            );
+        }
+    }
+
+    fn failed(&self, fault: &Fault, what: &str) {
+        if matches!(fault, Fault::Closed) {
+            return;
+        }
+        telemetry::disk_error();
+        let (count, lost) = {
+            let waiting = lock(&self.waiting);
+            (waiting.order.len(), waiting.lost)
+        };
+        let now = Instant::now();
+        let mut health = lock(&self.health);
+        health.failing.get_or_insert(now);
+        health.pause = (health.pause * 2).clamp(PAUSE, MOST_PAUSE);
+        health.again = Some(now + health.pause);
+        if health.told.is_none_or(|told| now - told >= REPEAT) {
+            health.told = Some(now);
+            let lost = if lost > 0 { format!(", {lost} were given up") } else { String::new() };
+            tracing::error!(
+                "the label cache {} cannot be {what}: {fault}; {count} answers wait in memory{lost}, and it is tried again",
+                self.path.display()
+            );
+        }
+    }
+
+    fn works_again(&self, count: usize) {
+        let mut health = lock(&self.health);
+        let Some(since) = health.failing.take() else { return };
+        (health.pause, health.again, health.told) = (Duration::ZERO, None, None);
+        tracing::warn!(
+            "the label cache {} is written again after {:.0} s; {count} answers that waited are in it",
+            self.path.display(),
+            since.elapsed().as_secs_f64()
+        );
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        let began = Instant::now();
+        let writing = lock(&self.writing);
+        self.write_waiting(&writing, true);
+        let mut left = lock(&self.waiting).order.len();
+        if left > 0 {
+            tracing::warn!("{left} answers wait for the label cache {}, for {LAST:?} at most", self.path.display());
+        }
+        while left > 0 && began.elapsed() < LAST {
+            std::thread::sleep(PAUSE);
+            self.write_waiting(&writing, true);
+            left = lock(&self.waiting).order.len();
+        }
+        if left > 0 {
+            tracing::error!(
+                "{left} answers could not be written into the label cache {}; they are bought again",
+                self.path.display()
+            );
+        }
+    }
+}
+
+impl Waiting {
+    /// Adds an entry, and says whether it takes the place of another that was bought.
+    fn push(&mut self, new: New) -> bool {
+        let (key, bought) = (new.key, new.replaces.is_none());
+        self.bytes += new.entry.len();
+        let before = self.entries.insert(key, new);
+        match &before {
+            Some(before) => self.bytes -= before.entry.len(),
+            None => self.order.push_back(key),
+        }
+        while self.bytes > MOST_WAITING {
+            let Some(new) = self.order.pop_front().and_then(|oldest| self.entries.remove(&oldest)) else { break };
+            self.bytes -= new.entry.len();
+            self.lost += 1;
+        }
+        bought && before.is_some()
+    }
+
+    fn all(&self) -> Vec<New> {
+        self.order.iter().filter_map(|key| self.entries.get(key).cloned()).collect()
+    }
+
+    /// Takes out what was written, unless another answer has come since.
+    fn written(&mut self, batch: &[New]) {
+        for new in batch {
+            if self.entries.get(&new.key) == Some(new) {
+                self.entries.remove(&new.key);
+                self.bytes -= new.entry.len();
+            }
+        }
+        let entries = &self.entries;
+        self.order.retain(|key| entries.contains_key(key));
+    }
+}

@@ -1,0 +1,138 @@
+//! Similarity feedback: how near an answer lies to its text in a sentence encoder's space.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use candle_core::Device;
+
+use super::backend::Usage;
+use super::{Labeler, Labels};
+use crate::lm::model::Embedder;
+use crate::lm::source::{self, ModelFiles, ModelRef, ResolveOptions};
+use crate::types::{Group, Verdict};
+
+/// Scores answers by the cosine between the embeddings of text and answer, in [−1, 1].
+#[derive(Clone)]
+pub struct Embedding {
+    /// The sentence encoder; its weights never change.
+    pub embedder: Arc<Embedder>,
+    /// Fingerprint of its weights.
+    pub identity: u64,
+}
+
+impl Embedding {
+    /// Finds and reads the encoder that `reference` names.
+    ///
+    /// # Errors
+    /// When no place has it, or what was found is no directory with a BERT encoder.
+    pub fn load(reference: &ModelRef, device: &Device, options: &ResolveOptions) -> Result<Self> {
+        let resolved = source::resolve(reference, options)?;
+        let ModelFiles::Directory(dir) = &resolved.files else {
+            bail!("{} is a GGUF file; an embedder needs a directory with model.safetensors", resolved.origin)
+        };
+        let embedder = Embedder::from_directory(dir, device).with_context(|| format!("in {}", resolved.origin))?;
+        Ok(Self { identity: embedder.identity(), embedder: Arc::new(embedder) })
+    }
+
+    /// The score of each answer to `prompt`, in order; `None` where there is nothing to compare, since text or answer
+    /// is blank: that is an abstention.
+    ///
+    /// # Errors
+    /// As [`Embedder::embed`].
+    pub fn score(&self, prompt: &str, answers: &[&str]) -> Result<Vec<Option<f64>>> {
+        if prompt.trim().is_empty() {
+            return Ok(vec![None; answers.len()]);
+        }
+        let given: Vec<&str> = answers.iter().copied().filter(|answer| !answer.trim().is_empty()).collect();
+        let embeddings = self.embedder.embed(&[&[prompt], given.as_slice()].concat())?;
+        // All have length 1, so that the product is the cosine; rounding may carry it past 1.
+        let cosine = |answer: &Vec<f32>| {
+            let product: f64 = embeddings[0].iter().zip(answer).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            product.clamp(-1.0, 1.0)
+        };
+        let mut scores = embeddings[1..].iter().map(cosine);
+        Ok(answers.iter().map(|answer| if answer.trim().is_empty() { None } else { scores.next() }).collect())
+    }
+}
+
+impl Labeler for Embedding {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn model(&self) -> u64 {
+        self.identity
+    }
+
+    fn label(&self, group: &Group) -> Result<Labels> {
+        let answers: Vec<&str> = group.completions.iter().map(|one| one.text.as_str()).collect();
+        let verdict = |score: Option<f64>| match score {
+            Some(score) if score.is_finite() => Verdict::Label(score),
+            Some(_) => Verdict::Failure("the embedder's cosine is not finite".into()),
+            None => Verdict::Abstention("text or answer is blank: there is nothing to compare".into()),
+        };
+        let scores = self.score(&group.prompt.text, &answers)?.into_iter().map(verdict).collect();
+        let usage = Usage { requests: answers.len() as u64, ..Usage::default() };
+        Ok(Labels { scores, usage, ..Labels::default() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lm::source::Candidate;
+    use std::path::{Path, PathBuf};
+
+    fn fixture() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bert")
+    }
+
+    fn load(path: PathBuf) -> Result<Embedding> {
+        Embedding::load(&ModelRef(vec![Candidate::Path(path)]), &Device::Cpu, &ResolveOptions::default())
+    }
+
+    #[test]
+    fn scores_are_cosines_of_the_reference_embeddings() {
+        let texts: Vec<String> =
+            serde_json::from_str(&std::fs::read_to_string(fixture().join("texts.json")).unwrap()).unwrap();
+        let reference = candle_core::safetensors::load(fixture().join("ref.safetensors"), &Device::Cpu).unwrap();
+        let reference = reference["embeddings"].to_vec2::<f32>().unwrap();
+        // Backwards, so that the text itself does not come first.
+        let expected: Vec<Option<f64>> = texts
+            .iter()
+            .zip(&reference)
+            .rev()
+            .map(|(text, e)| {
+                let cosine = e.iter().zip(&reference[0]).map(|(a, b)| f64::from(a * b)).sum();
+                if text.is_empty() { None } else { Some(cosine) }
+            })
+            .collect();
+        assert!(expected.contains(&None), "the test wants an empty text among them");
+        let answers: Vec<&str> = texts.iter().rev().map(String::as_str).collect();
+        let scores = load(fixture()).unwrap().score(&texts[0], &answers).unwrap();
+        assert_eq!(scores.len(), expected.len());
+        for (i, (score, expected)) in scores.iter().zip(&expected).enumerate() {
+            let near = score.zip(*expected).map_or(score == expected, |(a, b)| (a - b).abs() < 1e-5);
+            assert!(near, "answer {i}: {score:?} against {expected:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_blank_has_no_score() {
+        let embedding = load(fixture()).unwrap();
+        assert_eq!(embedding.identity, embedding.embedder.identity());
+        let scores = embedding.score("a cat", &[" \n", "a cat", ""]).unwrap();
+        assert!(scores[0].is_none() && (scores[1].unwrap() - 1.0).abs() < 1e-6 && scores[2].is_none(), "{scores:?}");
+        assert_eq!(embedding.score(" ", &["a", "b"]).unwrap(), [None, None]);
+        assert!(embedding.score("a cat", &[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_gguf_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.gguf");
+        std::fs::write(&path, "").unwrap();
+        let error = load(path).err().unwrap().to_string();
+        assert!(error.contains("needs a directory"), "{error}");
+    }
+}

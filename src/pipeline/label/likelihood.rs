@@ -1,0 +1,65 @@
+//! Feedback by likelihood: how much more probable the prompt makes the completion.
+
+use anyhow::{Result, ensure};
+
+use super::backend::Usage;
+use super::local::Judge;
+use super::{Labeler, Labels};
+use crate::lm::model::Pack;
+use crate::types::{Group, Verdict};
+
+/// s = log P(completion | prompt) − log P(completion), in nats; the pointwise mutual information of the two.
+///
+/// "Without the prompt" means the same instruction about an empty text, or where that has no tokens, the token that begins or
+/// ends a document (see [`crate::pipeline::data::PromptFormat::blank`]). The judge reads the policy's token ids
+/// when both share a vocabulary (always so when the judge is the policy's first version), so nothing is
+/// tokenised again.
+pub struct Likelihood {
+    /// The frozen model.
+    pub judge: Judge,
+    /// Mean over tokens instead of the sum.
+    pub length_normalise: bool,
+    /// Temperature at which the per-token log-probabilities for the reference are given.
+    pub temperature: f64,
+}
+
+impl Labeler for Likelihood {
+    fn name(&self) -> &'static str {
+        "likelihood"
+    }
+
+    fn model(&self) -> u64 {
+        self.judge.identity
+    }
+
+    fn label(&self, group: &Group) -> Result<Labels> {
+        ensure!(
+            !group.prompt.blank.is_empty(),
+            "a judge of likelihoods compares with an empty prompt, which has no tokens here; set data.chat = true, or give data.instruction words of its own"
+        );
+        let completions: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let model = &self.judge.model;
+        let given = Pack::new(&group.prompt.ids, &completions);
+        let [with, logprobs] = model.score(&given, &[1.0, self.temperature])?.try_into().expect("one for each");
+        let (with, logprobs) = (given.split(&with), given.split(&logprobs));
+        let alone = Pack::new(&group.prompt.blank, &completions);
+        let without = alone.split(&model.score(&alone, &[1.0])?.concat());
+        let scores = with.iter().zip(&without).map(|(with, without)| self.score(with, without)).collect();
+        let prompt_tokens = (given.len() + alone.len()) as u64;
+        let usage = Usage { requests: completions.len() as u64, prompt_tokens, ..Usage::default() };
+        Ok(Labels { scores, logprobs: Some(logprobs), usage, ..Labels::default() })
+    }
+}
+
+impl Likelihood {
+    fn score(&self, with: &[f32], without: &[f32]) -> Verdict {
+        let sum = |tokens: &[f32]| tokens.iter().map(|p| f64::from(*p)).sum::<f64>();
+        let gain = sum(with) - sum(without);
+        let score = if self.length_normalise { gain / with.len().max(1) as f64 } else { gain };
+        if score.is_finite() {
+            Verdict::Label(score)
+        } else {
+            Verdict::Failure("the judge's log-probabilities are not finite".into())
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Several labelers with weights, heard as one.
+
+use anyhow::Result;
+
+use super::backend::{Alive, Usage};
+use super::{Labeler, Labels, Pairing, derive};
+use crate::types::{Group, Preference, Verdict};
+use crate::util::seed;
+
+/// A labeler of a panel.
+pub struct Member {
+    /// Who it is.
+    pub labeler: Box<dyn Labeler>,
+    /// What its word counts, above zero.
+    pub weight: f64,
+    /// τ of P = σ(Δscore/τ) where it scores rather than compares, on its own scale.
+    pub pair_temperature: f64,
+}
+
+/// The weighted mean of its members' preferences. Scores of different labelers are on different scales, so each
+/// member is heard as preferences; a member that abstains is left out, one that fails makes the pair a failure.
+pub struct Panel {
+    /// Its members, at least one.
+    pub members: Vec<Member>,
+    /// Which completions are compared.
+    pub pairing: Pairing,
+}
+
+impl Labeler for Panel {
+    fn name(&self) -> &'static str {
+        "panel"
+    }
+
+    fn template(&self) -> u64 {
+        self.members.iter().fold(0, |hash, member| seed::mix(hash ^ member.labeler.template()))
+    }
+
+    fn attend(&self, name: &str, alive: &Alive) {
+        self.members.iter().for_each(|member| member.labeler.attend(name, alive));
+    }
+
+    fn waits(&self) -> bool {
+        self.members.iter().any(|member| member.labeler.waits())
+    }
+
+    fn model(&self) -> u64 {
+        self.members.iter().fold(0, |hash, member| seed::mix(hash ^ member.labeler.model()))
+    }
+
+    fn label(&self, group: &Group) -> Result<Labels> {
+        self.label_many(&[group]).pop().unwrap_or_else(|| Ok(Labels::default()))
+    }
+
+    fn label_many(&self, groups: &[&Group]) -> Vec<Result<Labels>> {
+        let mut answers: Vec<_> =
+            self.members.iter().map(|member| member.labeler.label_many(groups).into_iter()).collect();
+        groups
+            .iter()
+            .map(|group| {
+                let pairs = self.pairing.pairs(group.completions.len());
+                let (mut usage, mut heard, mut logprobs) = (Usage::default(), Vec::new(), None);
+                for (member, answers) in self.members.iter().zip(&mut answers) {
+                    let labels = answers.next().unwrap_or_else(|| Ok(Labels::default()))?;
+                    usage += labels.usage;
+                    logprobs = logprobs.or(labels.logprobs);
+                    heard.push((
+                        member.weight,
+                        if labels.preferences.is_empty() {
+                            derive::preferences(&labels.scores, &pairs, member.pair_temperature)
+                        } else {
+                            labels.preferences
+                        },
+                    ));
+                }
+                let (preferences, disagreement) = combine(&pairs, &heard);
+                // The log-probabilities are those of one member's model, and the panel's identity is nobody's.
+                drop(logprobs);
+                Ok(Labels { preferences, usage, disagreement, ..Labels::default() })
+            })
+            .collect()
+    }
+}
+
+/// The weighted mean per pair; and on how many pairs members differ in whom they prefer, of how many that two or
+/// more of them judged.
+fn combine(pairs: &[(usize, usize)], heard: &[(f64, Vec<Preference>)]) -> (Vec<Preference>, [u64; 2]) {
+    let mut disagreement = [0, 0];
+    let combined = pairs
+        .iter()
+        .map(|(first, second)| {
+            let (mut sum, mut weights, mut said) = (0.0, 0.0, Vec::new());
+            let (mut failure, mut abstention) = (None, None);
+            for (weight, preferences) in heard {
+                let one = preferences.iter().find(|one| (one.first, one.second) == (*first, *second));
+                match one.map(|one| &one.verdict) {
+                    Some(Verdict::Label(p)) => {
+                        sum += weight * p;
+                        weights += weight;
+                        said.push(*p > 0.5);
+                    }
+                    Some(failed @ Verdict::Failure(_)) => failure = Some(failed.clone()),
+                    Some(abstained @ Verdict::Abstention(_)) => abstention = Some(abstained.clone()),
+                    None => {}
+                }
+            }
+            if said.len() > 1 {
+                disagreement[1] += 1;
+                disagreement[0] += u64::from(said.iter().any(|one| *one != said[0]));
+            }
+            let verdict = failure.unwrap_or_else(|| match abstention {
+                _ if weights > 0.0 => Verdict::Label(sum / weights),
+                Some(abstention) => abstention,
+                None => Verdict::Abstention("no member of the panel compared this pair".into()),
+            });
+            Preference { first: *first, second: *second, verdict, orders: None }
+        })
+        .collect();
+    (combined, disagreement)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(verdict: Verdict) -> Vec<Preference> {
+        vec![Preference { first: 0, second: 1, verdict, orders: None }]
+    }
+
+    #[test]
+    fn members_are_weighed_and_their_disagreement_counted() {
+        use Verdict::{Abstention, Failure, Label};
+        let hear = |verdicts: &[(f64, Verdict)]| {
+            let heard: Vec<_> = verdicts.iter().map(|(weight, verdict)| (*weight, said(verdict.clone()))).collect();
+            let (mut combined, disagreement) = combine(&[(0, 1)], &heard);
+            (combined.remove(0).verdict, disagreement)
+        };
+        assert_eq!(hear(&[(1.0, Label(0.75)), (3.0, Label(0.25))]), (Label(0.375), [1, 1]));
+        assert_eq!(hear(&[(1.0, Label(0.75)), (1.0, Label(0.625))]), (Label(0.6875), [0, 1]));
+        assert_eq!(hear(&[(1.0, Label(0.9)), (3.0, Abstention("no".into()))]), (Label(0.9), [0, 0]));
+        assert_eq!(hear(&[(1.0, Label(0.9)), (3.0, Failure("gone".into()))]).0, Failure("gone".into()));
+        assert_eq!(hear(&[(1.0, Abstention("no".into()))]).0, Abstention("no".into()));
+    }
+}

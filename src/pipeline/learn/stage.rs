@@ -1,0 +1,486 @@
+//! The learner actor.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use anyhow::{Result, anyhow};
+use preceptor_actors::{AdmissionGate, Emitter, Item, SnapshotCell, Stage, StageContext, StageError, StageResult};
+
+use super::pass::{Measured, Pass, accumulate};
+use super::publish::{Observer, Taken, publish};
+use super::value::ValueModel;
+use super::{Tally, TrainState};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use crate::config::Schedule;
+use crate::lm::model::{Decoder, Pack};
+use crate::observe::telemetry;
+use crate::rl::algo::{Algorithm, GroupView, Targets};
+use crate::rl::ledger::Entries;
+use crate::types::Rewarded;
+use crate::util::fault;
+use crate::util::seed::mix;
+
+/// The numbers that a step depends on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LearnPlan {
+    /// Groups per step.
+    pub batch_groups: u64,
+    /// Temperature of the rollouts, at which probabilities are compared.
+    pub temperature: f64,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Steps over which the rate rises from zero.
+    pub warmup_steps: u64,
+    /// How it goes on from there.
+    pub schedule: Schedule,
+    /// Where it ends when it falls.
+    pub min_lr: f64,
+    /// Steps of the run.
+    pub steps: u64,
+    /// Bound on the global norm of the gradient.
+    pub max_grad_norm: f64,
+    /// Learning rate of the value head.
+    pub value_lr: f64,
+    /// Bound C of the off-policy correction, for the share of tokens beyond it.
+    pub truncation: f64,
+    /// Times that a batch is gone through.
+    pub epochs: u64,
+    /// Optimizer steps in each; the batch's groups are dealt out anew each time.
+    pub minibatches: usize,
+    /// Seed of that.
+    pub seed: u64,
+    /// Steps in a row without a finite gradient that end the run.
+    pub max_nonfinite_steps: u32,
+    /// Completions that go through the model at a time; 0 for whole groups.
+    pub micro_batch: usize,
+}
+
+impl LearnPlan {
+    /// Learning rate of step `step`, counted from zero.
+    pub fn rate(&self, step: u64) -> f64 {
+        if step < self.warmup_steps {
+            return self.lr * (step + 1) as f64 / (self.warmup_steps + 1) as f64;
+        }
+        let span = self.steps.saturating_sub(self.warmup_steps).max(1) as f64;
+        let left = (self.steps.saturating_sub(step) as f64 / span).min(1.0);
+        let share = match self.schedule {
+            Schedule::Constant => 1.0,
+            Schedule::Linear => left,
+            Schedule::Cosine => 0.5 * (1.0 - (std::f64::consts::PI * left).cos()),
+        };
+        self.min_lr + (self.lr - self.min_lr) * share
+    }
+}
+
+/// Consumes rewarded groups in order; batch `w` is groups `w·B .. (w+1)·B`, whatever the clock does.
+///
+/// Where a batch makes one step and its groups know their own worth, a group is trained as soon as it arrives: its
+/// gradient joins the batch's, so that the learner works while the rest of the batch is still being generated and
+/// judged. Else it is measured with the weights that the batch arrived at (π_prox, V_old), and trained when the batch
+/// is whole. Weights change only then.
+pub struct Learn {
+    state: Arc<Mutex<TrainState>>,
+    algorithm: Box<dyn Algorithm>,
+    plan: LearnPlan,
+    cell: Arc<SnapshotCell<Decoder>>,
+    gate: Arc<AdmissionGate>,
+    observer: Arc<Mutex<dyn Observer>>,
+    entries: Entries,
+    /// Groups that an earlier graph left rewarded, to begin with.
+    left: Vec<Arc<Rewarded>>,
+    tally: Tally,
+    batch: Vec<Rewarded>,
+    measured: Vec<Measured>,
+    began: Option<Duration>,
+    /// Completions that go through the model at a time. Smaller than planned once the device ran out of memory.
+    micro_batch: usize,
+}
+
+impl Learn {
+    /// A learner that goes on from `state`.
+    pub fn new(
+        state: Arc<Mutex<TrainState>>,
+        algorithm: Box<dyn Algorithm>,
+        plan: LearnPlan,
+        cell: Arc<SnapshotCell<Decoder>>,
+        gate: Arc<AdmissionGate>,
+        observer: Arc<Mutex<dyn Observer>>,
+    ) -> Self {
+        let micro_batch = if plan.micro_batch == 0 { usize::MAX } else { plan.micro_batch };
+        Self {
+            state,
+            algorithm,
+            plan,
+            cell,
+            gate,
+            observer,
+            entries: Entries::none(),
+            left: Vec::new(),
+            tally: Tally::default(),
+            batch: Vec::new(),
+            measured: Vec::new(),
+            began: None,
+            micro_batch,
+        }
+    }
+
+    /// The same, which writes `entries` into the ledger, and begins with the groups `left`, the first of which is the first
+    /// of a batch.
+    pub fn going_on(self, entries: Entries, left: Vec<Arc<Rewarded>>) -> Self {
+        Self { entries, left, ..self }
+    }
+}
+
+impl Stage for Learn {
+    type In = Rewarded;
+    type Out = ();
+
+    fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
+        {
+            let mut state = lock(&self.state);
+            if state.stepping {
+                return Err(StageError::fatal(
+                    "the learner failed while it was writing the weights; they are half updated and cannot be used",
+                ));
+            }
+            state.discard()?;
+        }
+        for rewarded in std::mem::take(&mut self.left) {
+            if ctx.halted() {
+                break;
+            }
+            ctx.beat();
+            self.take(Arc::unwrap_or_clone(rewarded), ctx)?;
+        }
+        Ok(())
+    }
+
+    fn process(&mut self, item: Item<Rewarded>, out: &Emitter<'_, ()>) -> StageResult<()> {
+        self.take(item.body, out.ctx())
+    }
+}
+
+impl Learn {
+    /// The next group of the batch; the batch's step, when it is the last.
+    fn take(&mut self, rewarded: Rewarded, ctx: &StageContext) -> StageResult<()> {
+        let clock = ctx.clock();
+        self.began.get_or_insert(clock.now());
+        let shared = Arc::clone(&self.state);
+        let mut state = lock(&shared);
+        let expected = state.step * self.plan.batch_groups + self.batch.len() as u64;
+        let seq = rewarded.group.prompt.seq;
+        if seq != expected {
+            return Err(StageError::fatal(format!("group {seq} reached the learner where {expected} was due")));
+        }
+        let newest = rewarded.group.completions.iter().flat_map(|one| &one.versions).max();
+        if let Some(newest) = newest.filter(|newest| **newest > state.step) {
+            return Err(StageError::fatal(format!(
+                "group {seq} has a token of version {newest}, and the learner is at version {}; its probabilities are of weights that the learner does not have",
+                state.step
+            )));
+        }
+        if rewarded.masked.is_some() {
+            telemetry::masked_group();
+        }
+        self.batch.push(rewarded);
+        let mut from = self.batch.len() - 1;
+        while let Err(error) = (from..self.batch.len()).try_for_each(|place| self.arrive(&mut state, place)) {
+            self.smaller(&error)?;
+            // What was gathered may hold a part of a pass that broke off: the batch is gone through again.
+            state.discard()?;
+            (self.tally, self.measured, from) = (Tally::default(), Vec::new(), 0);
+        }
+        lock(&self.observer).group(self.batch.len() as u64, self.plan.batch_groups);
+        if self.batch.len() as u64 == self.plan.batch_groups {
+            let began = self.began.take().unwrap_or_default();
+            self.step(&mut state, ctx, || clock.now().saturating_sub(began))?;
+        }
+        Ok(())
+    }
+
+    /// Group `place` of the batch has come: it is trained, or measured until the batch is whole.
+    fn arrive(&mut self, state: &mut TrainState, place: usize) -> Result<()> {
+        let group = std::mem::take(&mut self.batch);
+        let done = if group[place].masked.is_some() {
+            self.tally.masked += 1;
+            Ok(())
+        } else if self.streams() {
+            self.train_on_arrival(state, &group[place], place)
+        } else {
+            self.measure(state, &group[place], place).map(|measured| self.measured.push(measured))
+        };
+        self.batch = group;
+        done
+    }
+
+    /// After an error for want of memory: halves what goes through the model at a time.
+    ///
+    /// # Errors
+    /// The error, where it is another one, or where a single completion was too much.
+    fn smaller(&mut self, error: &anyhow::Error) -> Result<()> {
+        let text = format!("{error:#}");
+        let words = text.to_lowercase();
+        let memory = ["out of memory", "out_of_memory"].iter().any(|sign| words.contains(sign));
+        let most = self.batch.iter().map(|one| one.group.completions.len()).max().unwrap_or(1);
+        let now = self.micro_batch.min(most);
+        if !memory || now <= 1 {
+            return Err(anyhow!("{text}"));
+        }
+        self.micro_batch = now / 2;
+        telemetry::out_of_memory(self.micro_batch);
+        tracing::warn!(
+            "the device ran out of memory with {now} completions at a time; the batch goes on with {} (learner.micro_batch): {text}",
+            self.micro_batch
+        );
+        Ok(())
+    }
+
+    /// Whether a group can be trained before the rest of its batch is there.
+    fn streams(&self) -> bool {
+        self.plan.epochs * self.plan.minibatches as u64 == 1 && !self.algorithm.needs_batch()
+    }
+
+    /// Completions `part` of a group through `model`, with a graph if its tensors have one.
+    fn forward(
+        &self,
+        model: &Decoder,
+        value: Option<&ValueModel>,
+        group: &Rewarded,
+        part: Range<usize>,
+    ) -> Result<Pass> {
+        fault::point("learn.forward")?;
+        let completions = &group.group.completions[part];
+        let ids: Vec<&[u32]> = completions.iter().map(|completion| completion.ids.as_slice()).collect();
+        let pack = Pack::new(&group.group.prompt.ids, &ids);
+        let hidden = model.predicting(&pack)?;
+        let (logprobs, entropy) = model.logprobs_of(&hidden, &pack.targets, self.plan.temperature)?;
+        let values = value.map(|value| value.values(&hidden, &pack)).transpose()?;
+        Ok(Pass { pack, logprobs, entropy, values })
+    }
+
+    /// The parts in which a group goes through the model.
+    fn parts(&self, group: &Rewarded) -> Vec<Range<usize>> {
+        let k = group.group.completions.len();
+        (0..k).step_by(self.micro_batch.min(k).max(1)).map(|i| i..(i.saturating_add(self.micro_batch)).min(k)).collect()
+    }
+
+    /// What a model makes of a group, without what a backward pass would need.
+    fn look(&self, model: &Decoder, value: Option<&ValueModel>, group: &Rewarded, place: usize) -> Result<Measured> {
+        let mut measured = Measured::new(place, group);
+        for part in self.parts(group) {
+            measured.add(&self.forward(model, value, group, part)?)?;
+        }
+        Ok(measured)
+    }
+
+    /// Forward and backward of one group; its gradient joins the batch's.
+    fn train_on_arrival(&mut self, state: &mut TrainState, group: &Rewarded, place: usize) -> Result<()> {
+        // What is seen in one pass is kept for its backward; of several, each is seen again.
+        let (pass, measured) = if let [part] = self.parts(group).as_slice() {
+            let pass = self.forward(&state.model, state.value.as_ref(), group, part.clone())?;
+            let mut measured = Measured::new(place, group);
+            measured.add(&pass)?;
+            (Some(pass), measured)
+        } else {
+            (None, self.look(&state.model, state.value.as_ref(), group, place)?)
+        };
+        let view = measured.view(group);
+        let targets = self.algorithm.targets(&[view]).pop().unwrap_or_default();
+        self.tally.arrived(group, &targets, &measured.proximal, state.step, self.plan.truncation);
+        self.learn(state, pass, group, &view, &targets)
+    }
+
+    /// What the weights that the batch arrives at make of a group.
+    fn measure(&self, state: &TrainState, group: &Rewarded, place: usize) -> Result<Measured> {
+        // The published copy has these weights, and no graph that would be kept for nothing.
+        let value = state.value.as_ref().filter(|_| self.algorithm.needs_values());
+        self.look(state.published(), value, group, place)
+    }
+
+    /// Loss of one pass over one group, whose view is `view`; its gradient joins that of the step to come. `pass` is the pass
+    /// that the view stems from, if the whole group was in one.
+    fn learn(
+        &mut self,
+        state: &mut TrainState,
+        pass: Option<Pass>,
+        group: &Rewarded,
+        view: &GroupView<'_>,
+        targets: &Targets,
+    ) -> Result<()> {
+        let loss = self.algorithm.loss(view, targets);
+        let mut entropy = Vec::new();
+        match pass {
+            Some(pass) => {
+                accumulate(state, &loss, &pass, 0..group.group.completions.len())?;
+                entropy = pass.entropy.to_vec1()?;
+            }
+            None => {
+                for part in self.parts(group) {
+                    let pass = self.forward(&state.model, state.value.as_ref(), group, part.clone())?;
+                    accumulate(state, &loss, &pass, part)?;
+                    entropy.extend(pass.entropy.to_vec1::<f32>()?);
+                }
+            }
+        }
+        self.tally.passed(&loss, &entropy);
+        telemetry::trained(entropy.len());
+        Ok(())
+    }
+
+    /// Goes through the whole batch as often as planned, with an optimizer step after each minibatch.
+    fn passes(&mut self, state: &mut TrainState, batch: &[Rewarded], ctx: &StageContext) -> Result<()> {
+        let measured = std::mem::take(&mut self.measured);
+        let views: Vec<GroupView<'_>> = measured.iter().map(|one| one.view(&batch[one.place])).collect();
+        let targets = self.algorithm.targets(&views);
+        for ((one, targets), view) in measured.iter().zip(&targets).zip(&views) {
+            self.tally.arrived(&batch[one.place], targets, view.proximal, state.step, self.plan.truncation);
+        }
+        let mut order: Vec<usize> = (0..measured.len()).collect();
+        let (count, parts) = (order.len(), self.plan.minibatches.min(order.len()));
+        for epoch in 0..self.plan.epochs {
+            if self.plan.minibatches > 1 {
+                let seed = mix(self.plan.seed ^ mix(state.step) ^ mix(epoch + 1));
+                order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+            }
+            for part in 0..parts {
+                let part = &order[count * part / parts..count * (part + 1) / parts];
+                let before = self.tally.clone();
+                let gather = |this: &mut Self, state: &mut TrainState| -> Result<()> {
+                    for i in part {
+                        ctx.beat();
+                        this.again(state, &batch[measured[*i].place], &views[*i], &targets[*i])?;
+                    }
+                    Ok(())
+                };
+                while let Err(error) = gather(self, state) {
+                    self.smaller(&error)?;
+                    state.discard()?;
+                    self.tally = before.clone();
+                }
+                self.apply(state)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A pass over a group that was measured when it arrived, by the weights as they are now.
+    fn again(
+        &mut self,
+        state: &mut TrainState,
+        group: &Rewarded,
+        view: &GroupView<'_>,
+        targets: &Targets,
+    ) -> Result<()> {
+        let (pass, now) = if let [part] = self.parts(group).as_slice() {
+            let pass = self.forward(&state.model, state.value.as_ref(), group, part.clone())?;
+            let mut now = Measured::new(0, group);
+            now.add(&pass)?;
+            (Some(pass), now)
+        } else {
+            (None, self.look(&state.model, state.value.as_ref(), group, 0)?)
+        };
+        let view = GroupView { policy: &now.proximal, values: &now.values, ..*view };
+        self.learn(state, pass, group, &view, targets)
+    }
+
+    /// An optimizer step on what is gathered, clipped; leaves the weights as they are where it is not finite.
+    fn apply(&mut self, state: &mut TrainState) -> Result<()> {
+        let step = self.tally.close();
+        let terms = step.terms.max(1) as f64;
+        let norm = state.gradients.global_norm()? / terms;
+        let finite = norm.is_finite() && step.loss().is_finite();
+        if finite && step.terms > 0 {
+            let clip = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0);
+            let lr = self.plan.rate(state.step);
+            // From here until the step is counted, the weights are those of no version.
+            fault::point("learn.apply")?;
+            state.stepping = true;
+            state.apply(lr, clip / terms)?;
+            fault::point("learn.applied")?;
+            if let Some(value) = &mut state.value {
+                value.step(step.tokens, lr, self.plan.value_lr, self.plan.max_grad_norm)?;
+            }
+        }
+        self.tally.stepped(norm, finite, step.terms > 0);
+        state.discard()
+    }
+
+    /// The batch is whole: step, publish, tell.
+    fn step(&mut self, state: &mut TrainState, ctx: &StageContext, took: impl Fn() -> Duration) -> StageResult<()> {
+        let batch = std::mem::take(&mut self.batch);
+        if self.streams() {
+            self.apply(state)?;
+        } else {
+            self.passes(state, &batch, ctx)?;
+        }
+        let (tally, lr) = (std::mem::take(&mut self.tally), self.plan.rate(state.step));
+        state.step += 1;
+        if let Some(last) = batch.last() {
+            state.scale = last.scale;
+        }
+        self.entries.train(state.step * self.plan.batch_groups).map_err(StageError::fatal)?;
+        if tally.mean_length() > 0.0 {
+            state.first_length.get_or_insert(tally.mean_length());
+        }
+        state.nonfinite_in_row = if tally.finite() { 0 } else { state.nonfinite_in_row + 1 };
+        if !tally.finite() {
+            telemetry::nonfinite_step();
+        }
+        state.stepping = false;
+        state.unpublished = Some(Taken { tally, lr, batch, took: took() });
+        self.publish(state)
+    }
+
+    /// Publishes the step that was taken, and tells of it.
+    fn publish(&mut self, state: &mut TrainState) -> StageResult<()> {
+        publish(state, &self.cell, &self.observer)?;
+        self.gate.set_version(state.step);
+        if state.nonfinite_in_row >= self.plan.max_nonfinite_steps {
+            return Err(StageError::fatal(format!(
+                "{} steps in a row had a loss or gradient that is not finite (the last at step {}); lower learner.lr, or look at the saved batch",
+                state.nonfinite_in_row, state.step
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// A lock that a panicking holder does not take away: what it guards says itself whether it is whole.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rate_rises_then_falls() {
+        let plan = LearnPlan {
+            batch_groups: 1,
+            temperature: 1.0,
+            lr: 1.0,
+            warmup_steps: 3,
+            schedule: Schedule::Linear,
+            min_lr: 0.0,
+            steps: 7,
+            max_grad_norm: 1.0,
+            value_lr: 1.0,
+            truncation: 2.0,
+            epochs: 1,
+            minibatches: 1,
+            seed: 0,
+            max_nonfinite_steps: 1,
+            micro_batch: 0,
+        };
+        let rates: Vec<f64> = (0..7).map(|step| plan.rate(step)).collect();
+        assert_eq!(rates, [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]);
+        let cosine = LearnPlan { schedule: Schedule::Cosine, min_lr: 0.5, ..plan };
+        let rates: Vec<f64> = (3..8).map(|step| (cosine.rate(step) * 1e6).round() / 1e6).collect();
+        assert_eq!(rates, [1.0, 0.926_777, 0.75, 0.573_223, 0.5]);
+    }
+}

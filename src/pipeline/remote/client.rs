@@ -1,0 +1,710 @@
+//! Sending questions to a server: limits, time-outs, retries, hedging, and what it costs.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::abilities::Abilities;
+use super::answer::Answer;
+use super::breaker::{Admit, Breaker};
+use super::budget::{Budget, Reserved};
+use super::evidence::Evidence;
+use super::outage::{Cause, Outage};
+use super::pace::Pace;
+use super::retry::{Nature, Outcome, pause};
+use super::stats::RemoteStats;
+use super::transport::Transport;
+use super::wire::Request;
+use crate::config::{Evidence as Votes, RemoteJudge};
+use crate::observe::telemetry;
+use crate::pipeline::label::backend::{Alive, Refusal, Reply, Usage};
+use crate::util::knob::Knob;
+use crate::util::seed;
+
+/// Tries that are refused for the rate of requests after which the client looks whether the server answers others.
+const LIMITED_TRIES: u32 = 8;
+/// Times in a row that it has to, before the question itself counts as refused: a prompt larger than a limit on tokens is
+/// reported as a rate limit by some servers.
+const LIMITED_ROUNDS: u32 = 5;
+/// Interval between two signs of life while a question waits.
+const SIGN_EVERY: Duration = Duration::from_secs(10);
+
+/// One server, with all that its users share.
+pub struct Client {
+    /// How it is asked.
+    pub judge: RemoteJudge,
+    /// What came of it.
+    pub stats: RemoteStats,
+    transport: Transport,
+    abilities: Mutex<Abilities>,
+    /// Whether the model writes an answer as one token.
+    tokens_of_answers: Mutex<HashMap<String, bool>>,
+    /// Whether a warning of cut prompts was given.
+    cut_prompts: AtomicBool,
+    /// Whether a warning of lists that are too short was given.
+    cut_lists: AtomicBool,
+    began: Instant,
+    /// Exchanges that may be under way at once.
+    pub knob: Arc<Knob>,
+    pace: Pace,
+    budget: Option<Arc<Budget>>,
+    /// Highest ratio so far of what an exchange cost to the most that it should have; at least 1.
+    excess: Mutex<f64>,
+    breaker: Mutex<Breaker>,
+    outage: Outage,
+    evidence: Mutex<Evidence>,
+    /// Held by the question that finds out whether the server answers any.
+    turn: tokio::sync::Mutex<()>,
+    jitter: Mutex<ChaCha8Rng>,
+}
+
+/// The tries of one question since it was last let through to the server.
+struct Tries {
+    failed: u32,
+    limited: u32,
+    /// Whether the question was sent again because a connection was closed.
+    reopened: bool,
+    deadline: Duration,
+}
+
+impl Client {
+    /// A client that has sent nothing yet, and spends no more than `budget` allows.
+    ///
+    /// # Errors
+    /// An address, header, certificate or environment variable that cannot be used.
+    pub fn new(judge: RemoteJudge, budget: Option<Arc<Budget>>) -> Result<Self> {
+        let transport = Transport::new(&judge)?;
+        Ok(Self {
+            stats: RemoteStats::default(),
+            abilities: Mutex::new(Abilities::new(&judge)),
+            tokens_of_answers: Mutex::default(),
+            cut_prompts: AtomicBool::new(false),
+            cut_lists: AtomicBool::new(false),
+            began: Instant::now(),
+            knob: Arc::new(Knob::new(1, judge.concurrency)),
+            pace: Pace::new(&judge, &transport.account()),
+            budget,
+            excess: Mutex::new(1.0),
+            breaker: Mutex::new(Breaker::new(judge.breaker_failures, seconds(judge.breaker_cooldown_s))),
+            outage: Outage::default(),
+            evidence: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
+            jitter: Mutex::new(ChaCha8Rng::seed_from_u64(seed::text(&judge.url))),
+            transport,
+            judge,
+        })
+    }
+
+    /// How the server is asked, by what it has refused so far.
+    pub fn abilities(&self) -> Abilities {
+        self.lock(&self.abilities).clone()
+    }
+
+    /// Whether the model writes `answer` as one token, if that is known.
+    pub fn known_token(&self, answer: &str) -> Option<bool> {
+        self.lock(&self.tokens_of_answers).get(answer).copied()
+    }
+
+    /// Notes whether the model writes `answer` as one token.
+    pub fn note_token(&self, answer: &str, whole: bool) {
+        self.lock(&self.tokens_of_answers).insert(answer.to_owned(), whole);
+    }
+
+    /// Changes how the server is asked.
+    pub fn change(&self, change: impl FnOnce(&mut Abilities)) {
+        change(&mut self.lock(&self.abilities));
+    }
+
+    /// The model of the first answer, by the name that the server reports, where all answers have to be of that model.
+    pub fn reported_model(&self) -> Option<String> {
+        self.lock(&self.evidence).model().filter(|_| !self.judge.any_model)
+    }
+
+    /// How answers become probabilities, in words, once the server has answered.
+    pub fn evidence(&self) -> Option<String> {
+        let answered = self.lock(&self.evidence).has_answered();
+        answered.then(|| self.abilities().words().to_owned())
+    }
+
+    /// Whom to give a sign of life while the server is away.
+    pub fn attend(&self, name: &str, alive: &Alive) {
+        self.outage.attend(name, alive);
+    }
+
+    /// Asks until there is an answer.
+    ///
+    /// A failure of the server or the network is tried again up to `retries` times within `deadline_s`; a rate limit is
+    /// waited for and counts as no try. Then, or at once after a refusal, the client finds out whether the server answers
+    /// other questions. If it does, this question is asked as often once more and then given up; after a refusal that is
+    /// about the question itself (400, 413, 422), at once. If it does not, the server is away: all questions wait for
+    /// it, up to `outage_s` from the first failure on, and are asked again once it answers.
+    ///
+    /// # Errors
+    /// An abstention when the server answers other questions but not this one; a failure when it answered none for
+    /// `outage_s`, when the budget is used up, or when nobody wants the answer any more. Both name the address, and quote
+    /// the server.
+    pub async fn ask(&self, request: &Request, usage: &mut Usage) -> Reply<Answer> {
+        let mut request = request.clone();
+        let mut tries = self.tries();
+        // Whether the server was seen to answer other questions when the tries began.
+        let (mut asked, mut answering, mut alone) = (false, false, 0);
+        loop {
+            if self.admitted(asked).await? {
+                (answering, tries) = (false, self.tries());
+            }
+            let waits = self.now();
+            self.paced(&request).await?;
+            // The time for all tries does not pass while none may be made.
+            tries.deadline += self.now() - waits;
+            let (outcome, answer) = self.send(&request, usage).await?;
+            asked = true;
+            if let Some(answer) = answer {
+                return Ok(answer);
+            }
+            if self.adapted(&outcome, &mut request) {
+                if request.begun.is_some() && !self.abilities().continues() {
+                    return Err(Refusal::Abstention(format!(
+                        "{} does not continue an answer that has begun",
+                        self.address()
+                    )));
+                }
+                continue;
+            }
+            let ended = self.now();
+            if let Outcome::Closed(_) = outcome {
+                if !tries.reopened {
+                    // The server may have closed a connection that was idle: that is no failure.
+                    tries.reopened = true;
+                    telemetry::judge_retry();
+                    continue;
+                }
+                self.lock(&self.breaker).record(ended, false);
+            }
+            let refuses = outcome.nature() == Nature::Refusal;
+            let words = format!("{} {}", self.address(), outcome.words());
+            self.outage.failed(ended, Cause { words: words.clone(), refuses });
+            if outcome.nature() == Nature::Limited {
+                tries.limited += 1;
+                if tries.limited.is_multiple_of(LIMITED_TRIES) {
+                    alone = if self.answers_others(ended, usage).await? { alone + 1 } else { 0 };
+                    if alone >= LIMITED_ROUNDS {
+                        return Err(Refusal::Abstention(format!(
+                            "{words}, each of {} times; it answers other questions meanwhile",
+                            tries.limited
+                        )));
+                    }
+                }
+                self.limited(&outcome, tries.limited).await?;
+                continue;
+            }
+            tries.failed += 1;
+            let again = self.pause(&outcome, tries.failed);
+            let spent = tries.failed > self.judge.retries || ended + again >= tries.deadline;
+            if !refuses && !spent && !self.is_open() {
+                telemetry::judge_retry();
+                self.rest(again).await?;
+                continue;
+            }
+            if self.answers_others(ended, usage).await? {
+                // The tries so far may have met the end of an outage. Those that begin now are held against the question.
+                if outcome.is_about_the_question() || (answering && (refuses || spent)) {
+                    return Err(Refusal::Abstention(format!("{words}; it answers other questions")));
+                }
+                if !answering && (refuses || spent) {
+                    (answering, tries) = (true, self.tries());
+                }
+                telemetry::judge_retry();
+                self.rest(again).await?;
+                continue;
+            }
+            answering = false;
+            self.lock(&self.breaker).trip(self.now());
+            if self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
+                return Err(self.gave_up());
+            }
+            telemetry::judge_retry();
+        }
+    }
+
+    /// Asks `request` once, or a few times while the server or the network fails, for about `patience` at most.
+    ///
+    /// # Errors
+    /// The cause of the last failed try.
+    pub async fn probe(&self, request: &Request, patience: Duration) -> Result<Answer, Cause> {
+        /// As many as tell a server that fails now and then from one that is away.
+        const TRIES: u32 = 5;
+        let mut request = request.clone();
+        let mut until = self.now() + patience;
+        for attempt in 1.. {
+            until = self.paced_probe(&request, until).await?;
+            let refused = |refusal: Refusal| Cause { words: refusal.to_string(), refuses: true };
+            let (outcome, answer) = self.send(&request, &mut Usage::default()).await.map_err(refused)?;
+            if let Some(answer) = answer {
+                return Ok(answer);
+            }
+            if self.adapted(&outcome, &mut request) {
+                continue;
+            }
+            let refuses = outcome.nature() == Nature::Refusal;
+            let pause = self.pause(&outcome, attempt);
+            if refuses || attempt > self.judge.retries.max(TRIES) || self.now() + pause >= until {
+                return Err(Cause { words: format!("{} {}", self.address(), outcome.words()), refuses });
+            }
+            if outcome.nature() == Nature::Limited {
+                self.pace.hold(outcome.wait().unwrap_or_default()).await;
+            }
+            tokio::time::sleep(pause).await;
+        }
+        Err(Cause { words: format!("{} did not answer", self.address()), refuses: false })
+    }
+
+    fn tries(&self) -> Tries {
+        Tries { failed: 0, limited: 0, reopened: false, deadline: self.now() + seconds(self.judge.deadline_s) }
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// The address that is asked, as errors show it.
+    fn address(&self) -> String {
+        self.transport.address(&self.judge)
+    }
+
+    fn pause(&self, outcome: &Outcome, attempt: u32) -> Duration {
+        let uniform = self.lock(&self.jitter).random::<f64>();
+        pause(outcome, attempt, seconds(self.judge.backoff_s), seconds(self.judge.max_backoff_s), uniform)
+    }
+
+    fn is_open(&self) -> bool {
+        self.lock(&self.breaker).is_open()
+    }
+
+    fn gave_up(&self) -> Refusal {
+        let cause = self.outage.cause().map_or_else(|| "it gave no answer".into(), |cause| cause.words);
+        Refusal::Failure(format!(
+            "{cause}; no question was answered for {} s, and it is not waited for any longer (labeler.remote.outage_s = {})",
+            self.outage.away(self.now()).as_secs(),
+            self.judge.outage_s
+        ))
+    }
+
+    /// Returns whether the server answers other questions than one that failed at `since`: from an answer to one that was
+    /// sent later, or by asking one that it has answered before.
+    ///
+    /// # Errors
+    /// As [`Client::paced`].
+    async fn answers_others(&self, since: Duration, usage: &mut Usage) -> Reply<bool> {
+        let _turn = self.turn.lock().await;
+        let control = {
+            let evidence = self.lock(&self.evidence);
+            if let Some(known) = evidence.of(since) {
+                return Ok(known);
+            }
+            evidence.control()
+        };
+        let Some(mut control) = control else { return Ok(false) };
+        // It may have been answered before the server refused its form.
+        control.top_logprobs = control.top_logprobs.min(self.abilities().top_logprobs);
+        self.paced(&control).await?;
+        let sent = self.now();
+        let (outcome, answer) = self.send(&control, usage).await?;
+        if answer.is_none() {
+            let words = format!("{} {}", self.address(), outcome.words());
+            self.outage.failed(self.now(), Cause { words, refuses: outcome.nature() == Nature::Refusal });
+            self.lock(&self.evidence).asked_in_vain(sent);
+        }
+        Ok(answer.is_some())
+    }
+
+    /// Waits while the server is away, as long as it is waited for; returns whether it had to. A question that was not
+    /// `asked` yet is let through when the wait is over, so that none fails unasked.
+    ///
+    /// # Errors
+    /// The server was away for `outage_s`, or nobody wants the answer any more.
+    async fn admitted(&self, asked: bool) -> Reply<bool> {
+        let mut waited = false;
+        loop {
+            let now = self.now();
+            let pause = match self.lock(&self.breaker).admit(now) {
+                Admit::Go => return Ok(waited),
+                Admit::Wait(pause) => pause,
+            };
+            if self.waiting()? >= seconds(self.judge.outage_s) {
+                return if asked { Err(self.gave_up()) } else { Ok(true) };
+            }
+            waited = true;
+            tokio::time::sleep(pause.min(Duration::from_secs(1))).await;
+        }
+    }
+
+    /// Gives a sign of life of who waits for the server; returns for how long it has answered nothing.
+    ///
+    /// # Errors
+    /// Nobody wants the answer any more.
+    fn waiting(&self) -> Reply<Duration> {
+        let waited = self.outage.wait(self.now(), &self.judge.url, seconds(self.judge.outage_s));
+        if waited.wanted {
+            return Ok(waited.away);
+        }
+        let cause = self.outage.cause().map_or_else(String::new, |cause| format!(": {}", cause.words));
+        Err(Refusal::Failure(format!("the run ended while it waited for the judge at {}{cause}", self.judge.url)))
+    }
+
+    /// Waits `pause`, with signs of life where that is long.
+    ///
+    /// # Errors
+    /// As [`Client::waiting`].
+    async fn rest(&self, pause: Duration) -> Reply<()> {
+        const SLICE: Duration = Duration::from_secs(1);
+        let until = self.now() + pause;
+        while let Some(left) = until.checked_sub(self.now()).filter(|left| *left > Duration::ZERO) {
+            if left > SLICE {
+                self.waiting()?;
+            }
+            tokio::time::sleep(left.min(SLICE)).await;
+        }
+        Ok(())
+    }
+
+    /// Waits for a server that limits the rate; all questions wait with this one.
+    ///
+    /// # Errors
+    /// No question was answered for `outage_s`, or nobody wants the answer any more.
+    async fn limited(&self, outcome: &Outcome, attempt: u32) -> Reply<()> {
+        if attempt > self.judge.retries && self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
+            return Err(self.gave_up());
+        }
+        telemetry::judge_retry();
+        let pause = self.pause(outcome, attempt);
+        self.pace.hold(outcome.wait().unwrap_or_default()).await;
+        self.held(pause).await
+    }
+
+    /// Waits `pause`, which a server asked for, but no longer than a server is waited for that answers nothing.
+    ///
+    /// # Errors
+    /// The pause is longer than that, or nobody wants the answer any more.
+    async fn held(&self, pause: Duration) -> Reply<()> {
+        let patience = seconds(self.judge.outage_s).max(seconds(self.judge.deadline_s));
+        let left = patience.saturating_sub(self.outage.away(self.now()));
+        self.rest(pause.min(left)).await?;
+        if pause > left { Err(self.gave_up()) } else { Ok(()) }
+    }
+
+    /// Waits for the rate limits: those of the configuration, and what the server asked this process or another one for.
+    ///
+    /// # Errors
+    /// As [`Client::held`].
+    async fn paced(&self, request: &Request) -> Reply<()> {
+        loop {
+            let Err(hold) = self.turn(request).await? else { return Ok(()) };
+            if self.outage.cause().is_none() {
+                self.outage.failed(self.now(), Cause { words: self.asked_to_wait(hold), refuses: false });
+            }
+            self.held(hold).await?;
+        }
+    }
+
+    /// As [`Client::paced`] for a question before the run, which is waited for until `until`; returns until when it is after
+    /// that. The time that the limits of the configuration take does not count.
+    ///
+    /// # Errors
+    /// The server asked to be left alone for longer.
+    async fn paced_probe(&self, request: &Request, mut until: Duration) -> Result<Duration, Cause> {
+        loop {
+            let began = self.now();
+            let turn = self.pace.turn(request.estimate() as f64).await;
+            until += self.now() - began;
+            let Err(hold) = turn else { return Ok(until) };
+            if self.now() + hold >= until {
+                return Err(Cause { words: self.asked_to_wait(hold), refuses: false });
+            }
+            tokio::time::sleep(hold).await;
+        }
+    }
+
+    /// Waits for a turn within the limits of the configuration, with signs of life; returns how long the server asked to be
+    /// left alone instead, if it did.
+    ///
+    /// # Errors
+    /// Nobody wants the answer any more.
+    async fn turn(&self, request: &Request) -> Reply<Result<(), Duration>> {
+        let turn = self.pace.turn(request.estimate() as f64);
+        tokio::pin!(turn);
+        loop {
+            tokio::select! {
+                turn = &mut turn => return Ok(turn),
+                () = tokio::time::sleep(SIGN_EVERY) => {}
+            }
+            if !self.outage.sign(&format!("waits for the rate limit of the judge at {}", self.judge.url)) {
+                let words =
+                    format!("the run ended while it waited for the rate limit of the judge at {}", self.judge.url);
+                return Err(Refusal::Failure(words));
+            }
+        }
+    }
+
+    fn asked_to_wait(&self, hold: Duration) -> String {
+        format!("{} asked to be left alone for {} s (Retry-After)", self.address(), hold.as_secs_f64().ceil())
+    }
+
+    /// One try: one exchange, or two where the first lets itself be waited for.
+    ///
+    /// # Errors
+    /// The budget does not allow it.
+    async fn send(&self, request: &Request, usage: &mut Usage) -> Reply<(Outcome, Option<Answer>)> {
+        let sent = self.now();
+        let first = self.exchange(request, self.reserve(request)?);
+        let Some(after) = self.judge.hedge_after_s else { return Ok(self.settle(first.await, request, sent, usage)) };
+        tokio::pin!(first);
+        tokio::select! {
+            done = &mut first => return Ok(self.settle(done, request, sent, usage)),
+            () = tokio::time::sleep(seconds(after)) => {}
+        }
+        // The second request counts for the limits like any other.
+        let paced = tokio::select! {
+            done = &mut first => return Ok(self.settle(done, request, sent, usage)),
+            paced = self.paced(request) => paced,
+        };
+        if paced.is_err() {
+            return Ok(self.settle(first.await, request, sent, usage));
+        }
+        let Ok(reserved) = self.reserve(request) else { return Ok(self.settle(first.await, request, sent, usage)) };
+        telemetry::judge_hedge();
+        let second = self.exchange(request, reserved);
+        tokio::pin!(second);
+        // Who answers first wins; who merely fails first leaves it to the other.
+        let (done, other) = tokio::select! {
+            done = &mut first => (done, true),
+            done = &mut second => (done, false),
+        };
+        if done.1.is_some() {
+            return Ok(self.settle(done, request, sent, usage));
+        }
+        let _ = self.settle(done, request, sent, usage);
+        let last = if other { second.await } else { first.await };
+        Ok(self.settle(last, request, sent, usage))
+    }
+
+    /// Sets the most that an exchange may cost aside.
+    ///
+    /// # Errors
+    /// A failure that names `labeler.max_cost` where that is more than is left.
+    fn reserve(&self, request: &Request) -> Reply<Option<Reserved>> {
+        let Some(budget) = &self.budget else { return Ok(None) };
+        let most = self.most(request) * *self.lock(&self.excess);
+        budget.reserve(most).map(Some).map_err(Refusal::Failure)
+    }
+
+    /// The most that an exchange should cost by the length of its question and answer.
+    fn most(&self, request: &Request) -> f64 {
+        self.cost(request.most_prompt_tokens(), request.limit(&self.judge, &self.abilities()) as u64)
+    }
+
+    fn cost(&self, prompt_tokens: u64, completion_tokens: u64) -> f64 {
+        (prompt_tokens as f64 * self.judge.price_prompt + completion_tokens as f64 * self.judge.price_completion) / 1e6
+    }
+
+    /// Notes what an exchange cost and how the server is; `request` was sent at `sent`.
+    fn settle(
+        &self,
+        done: (Outcome, Option<Answer>),
+        request: &Request,
+        sent: Duration,
+        usage: &mut Usage,
+    ) -> (Outcome, Option<Answer>) {
+        let (outcome, answer) = done;
+        usage.requests += 1;
+        if let Some(answer) = &answer {
+            let cost = self.cost(answer.prompt_tokens, answer.completion_tokens);
+            usage.prompt_tokens += answer.prompt_tokens;
+            usage.completion_tokens += answer.completion_tokens;
+            usage.cost += cost;
+            telemetry::judge_cost(cost);
+            self.lock(&self.evidence).answered(request, sent);
+            self.watch_for_cut_prompts(request, answer);
+        }
+        let now = self.now();
+        let mut breaker = self.lock(&self.breaker);
+        match outcome.nature() {
+            // The question may be put otherwise.
+            Nature::Refusal if matches!(outcome, Outcome::Field(..)) => breaker.record(now, true),
+            Nature::Refusal => breaker.refused(now),
+            // Whether it counts as a failure depends on whether it happens again.
+            Nature::Passing if matches!(outcome, Outcome::Closed(_)) => {}
+            Nature::Limited | Nature::Passing => breaker.record(now, outcome.alive()),
+        }
+        if answer.is_some() {
+            self.outage.over(now, &self.judge.url);
+        }
+        telemetry::judge_breaker(breaker.is_open());
+        (outcome, answer)
+    }
+
+    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
+        mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One HTTP exchange, counted once whatever becomes of it.
+    async fn exchange(&self, request: &Request, reserved: Option<Reserved>) -> (Outcome, Option<Answer>) {
+        let _under_way = self.knob.enter().await;
+        let (sent, counted) = (Instant::now(), Counted::new(&self.stats));
+        let (outcome, answer) = match self.alive_while(self.post(request)).await {
+            Ok(answer) => (Outcome::Ok, Some(answer)),
+            Err(outcome) => (outcome, None),
+        };
+        counted.end(&outcome);
+        if let Some(reserved) = reserved {
+            let cost = answer.as_ref().map(|answer| self.cost(answer.prompt_tokens, answer.completion_tokens));
+            // Some servers charge for more tokens than the question and the answer can have.
+            let excess = cost.map_or(1.0, |cost| cost / self.most(request).max(f64::MIN_POSITIVE));
+            let mut known = self.lock(&self.excess);
+            *known = known.max(excess);
+            drop(known);
+            // A server that broke off or was not waited for may charge for it all the same.
+            let unknown = matches!(
+                outcome,
+                Outcome::Timeout
+                    | Outcome::Connection(_)
+                    | Outcome::Closed(_)
+                    | Outcome::BrokeOff(_)
+                    | Outcome::Malformed(_)
+            );
+            reserved.settle(if unknown { None } else { Some(cost.unwrap_or(0.0)) });
+        }
+        if answer.is_some() {
+            self.pace.answered(sent).await;
+        }
+        (outcome, answer)
+    }
+
+    /// Waits for `work`, with signs of life: an exchange takes up to `timeout_s`, and the watchdog has less patience.
+    async fn alive_while<T>(&self, work: impl Future<Output = T>) -> T {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                () = tokio::time::sleep(SIGN_EVERY) => {}
+            }
+            self.outage.sign(&format!("waits for an answer of the judge at {}", self.judge.url));
+        }
+    }
+
+    async fn post(&self, request: &Request) -> Result<Answer, Outcome> {
+        let abilities = self.abilities();
+        let answer = self.transport.post(&self.judge, &abilities, request).await?;
+        self.of_the_judge(request, answer)
+    }
+
+    /// Lets an answer through that is of the same model as the first one, since a server may be started again with another,
+    /// and that has log-probabilities where they were asked for and earlier answers had them.
+    fn of_the_judge(&self, request: &Request, answer: Answer) -> Result<Answer, Outcome> {
+        if request.top_logprobs > 0 && !self.lock(&self.evidence).counts(answer.first_token.is_some()) {
+            return Err(Outcome::Malformed("it has no log-probabilities; they were asked for".into()));
+        }
+        if request.top_logprobs > 0 && answer.first_token.is_none() && self.judge.evidence != Votes::Logprobs {
+            let mut abilities = self.lock(&self.abilities);
+            if abilities.top_logprobs > 0 {
+                abilities.top_logprobs = 0;
+                tracing::warn!(
+                    "{} offers no log-probabilities; its answers are sampled {} times each instead",
+                    self.judge.url,
+                    self.judge.votes
+                );
+            }
+        }
+        let Some(is) = answer.model.clone().filter(|_| !self.judge.any_model) else { return Ok(answer) };
+        let first = self.lock(&self.evidence).first_model(&is);
+        if first == is { Ok(answer) } else { Err(Outcome::OtherModel(first, is)) }
+    }
+
+    /// Whether the server refused the form of `request` and is asked otherwise from now on; `request` then has that form.
+    fn adapted(&self, outcome: &Outcome, request: &mut Request) -> bool {
+        let change = match outcome {
+            Outcome::Field(_, _, complaint) => self.lock(&self.abilities).adapt(complaint, request, &self.judge),
+            Outcome::Refused(404 | 405, _) if !self.lock(&self.evidence).has_answered() => {
+                self.transport.add_version().then(|| "its address has no version, so that /v1 is appended to it".into())
+            }
+            _ => None,
+        };
+        let Some(change) = change else { return false };
+        if !change.is_empty() {
+            tracing::warn!("{} refused the form of a question; {change}", self.judge.url);
+        }
+        request.top_logprobs = request.top_logprobs.min(self.abilities().top_logprobs);
+        true
+    }
+
+    /// Warns once of lists that are too short for the answers: those that are not listed can have `unlisted` together, and the
+    /// others have `mass`.
+    pub fn watch_for_cut_lists(&self, request: &Request, unlisted: f64, mass: f64) {
+        /// Share of the answers' probability that a label can do without.
+        const NEGLIGIBLE: f64 = 0.05;
+        if mass > 0.0 && unlisted > NEGLIGIBLE * mass && !self.cut_lists.swap(true, Ordering::SeqCst) {
+            tracing::warn!(
+                "{} lists {} alternatives of a token, and the answers that it does not list may have up to {:.0} % of the probability of those that it lists; raise labeler.remote.top_logprobs if the server lists more (llama.cpp does, and vLLM with --max-logprobs)",
+                self.judge.url,
+                request.top_logprobs,
+                100.0 * unlisted / mass
+            );
+        }
+    }
+
+    /// Warns once of a server that counts far fewer tokens than a prompt has: it may cut prompts at their beginning.
+    fn watch_for_cut_prompts(&self, request: &Request, answer: &Answer) {
+        /// Characters of a token that no tokenizer exceeds on average over a long text.
+        const MOST_CHARACTERS: u64 = 16;
+        /// Shorter prompts may be of one long word.
+        const LONG: u64 = 2000;
+        let characters = request.prompt.chars().count() as u64;
+        let few =
+            answer.counted_prompt_tokens.filter(|counted| characters >= LONG && counted * MOST_CHARACTERS < characters);
+        if let Some(counted) = few
+            && !self.cut_prompts.swap(true, Ordering::SeqCst)
+        {
+            tracing::warn!(
+                "{} counts {counted} tokens in a prompt of {characters} characters; it may cut prompts: raise the context of the server (such as num_ctx of Ollama)",
+                self.judge.url
+            );
+        }
+    }
+}
+
+/// Counts an exchange as overtaken unless it is told how it ended.
+struct Counted<'a> {
+    stats: &'a RemoteStats,
+    began: Instant,
+    ended: bool,
+}
+
+impl<'a> Counted<'a> {
+    fn new(stats: &'a RemoteStats) -> Self {
+        telemetry::judge_in_flight(1.0);
+        Self { stats, began: Instant::now(), ended: false }
+    }
+
+    fn end(mut self, outcome: &Outcome) {
+        self.ended = true;
+        self.stats.count(outcome);
+        telemetry::judge_took(self.began.elapsed());
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        telemetry::judge_in_flight(-1.0);
+        if !self.ended {
+            self.stats.count(&Outcome::HedgedAway);
+        }
+    }
+}
+
+fn seconds(value: f64) -> Duration {
+    Duration::from_secs_f64(value)
+}

@@ -1,0 +1,159 @@
+//! An outage of a judge: since when no question was answered, why, and who waits for the judge.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::observe::telemetry;
+use crate::pipeline::label::backend::Alive;
+
+/// Interval between two log lines about the same outage.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
+/// Why a judge does not answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cause {
+    /// The outcome of the last exchange, with the address asked and the server's own words.
+    pub words: String,
+    /// Whether the server refuses, so that a person has to act; otherwise it may recover by itself.
+    pub refuses: bool,
+}
+
+/// The outage of one judge, shared by all who ask it. The clock is passed in.
+///
+/// An outage begins with the first exchange that fails after one that was answered, and ends with the next answer. Time
+/// in which nobody asked does not count.
+#[derive(Default)]
+pub struct Outage(Mutex<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    since: Option<Duration>,
+    cause: Option<Cause>,
+    /// When the outage was logged last.
+    told: Option<Duration>,
+    waiting: HashMap<String, Alive>,
+}
+
+/// The result of [`Outage::wait`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waited {
+    /// Time since the outage began.
+    pub away: Duration,
+    /// Whether anybody still wants the answer.
+    pub wanted: bool,
+}
+
+impl Outage {
+    /// Calls `alive` whenever the judge is waited for. One of the same name takes the place of an earlier one.
+    pub fn attend(&self, name: &str, alive: &Alive) {
+        self.lock().waiting.insert(name.to_owned(), Alive::clone(alive));
+    }
+
+    /// Notes that an exchange which failed for `cause` ended at `now`; it begins the outage unless one is under way.
+    pub fn failed(&self, now: Duration, cause: Cause) {
+        let mut inner = self.lock();
+        inner.since.get_or_insert(now);
+        inner.cause = Some(cause);
+    }
+
+    /// Returns the time since the outage began; zero while there is none.
+    pub fn away(&self, now: Duration) -> Duration {
+        self.lock().since.map_or(Duration::ZERO, |since| now.saturating_sub(since))
+    }
+
+    /// Returns what the last failed exchange of the outage came to.
+    pub fn cause(&self) -> Option<Cause> {
+        self.lock().cause.clone()
+    }
+
+    /// Records that a question waits for the judge at `url` at time `now`: gives a sign of life to the actors that wait,
+    /// publishes the outage for the page and the metrics, and logs it at most once a minute with the `limit` that it is
+    /// waited for.
+    pub fn wait(&self, now: Duration, url: &str, limit: Duration) -> Waited {
+        let mut inner = self.lock();
+        let away = now.saturating_sub(*inner.since.get_or_insert(now));
+        let cause = inner.cause.clone().unwrap_or(Cause { words: "no answer yet".into(), refuses: false });
+        if inner.told.is_none_or(|told| now.saturating_sub(told) >= TELL_EVERY) {
+            inner.told = Some(now);
+            tracing::warn!(
+                "the judge at {url} has not answered for {} s; the run waits for it, up to {} s (labeler.remote.outage_s): {}",
+                away.as_secs(),
+                limit.as_secs(),
+                cause.words
+            );
+        }
+        telemetry::judge_away(url, Some(telemetry::Away { time: away, why: &cause.words, refuses: cause.refuses }));
+        drop(inner);
+        let wanted =
+            self.sign(&format!("waits for the judge at {url}, away for {} s: {}", away.as_secs(), cause.words));
+        Waited { away, wanted }
+    }
+
+    /// Gives a sign of life with `note` to the actors that wait for the judge. Returns whether any of them still wants the
+    /// answer, or there is none to ask.
+    pub fn sign(&self, note: &str) -> bool {
+        let inner = self.lock();
+        // Every one is given the sign.
+        let wanted = inner.waiting.values().filter(|alive| alive(note)).count();
+        wanted > 0 || inner.waiting.is_empty()
+    }
+
+    /// Ends the outage: the judge at `url` answered at `now`.
+    pub fn over(&self, now: Duration, url: &str) {
+        let mut inner = self.lock();
+        let since = inner.since.take();
+        inner.cause = None;
+        if inner.told.take().is_some() {
+            let away = now.saturating_sub(since.unwrap_or(now)).as_secs();
+            tracing::warn!("the judge at {url} answers again, after {away} s");
+        }
+        if since.is_some() {
+            telemetry::judge_away(url, None);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn cause(words: &str) -> Cause {
+        Cause { words: words.into(), refuses: true }
+    }
+
+    #[test]
+    fn an_outage_lasts_from_the_first_failure_to_the_next_answer() {
+        let outage = Outage::default();
+        outage.over(at(10), "url");
+        assert_eq!(outage.away(at(5000)), Duration::ZERO, "time in which nobody asked is not an outage");
+        outage.failed(at(5000), cause("refused"));
+        outage.failed(at(5030), cause("refused again"));
+        assert_eq!(outage.wait(at(5060), "url", at(100)), Waited { away: at(60), wanted: true });
+        assert_eq!(outage.cause(), Some(cause("refused again")));
+        outage.over(at(5061), "url");
+        assert_eq!((outage.away(at(6000)), outage.cause()), (Duration::ZERO, None));
+    }
+
+    #[test]
+    fn the_answer_is_not_wanted_once_all_who_wait_have_halted() {
+        let outage = Outage::default();
+        outage.failed(at(0), cause("gone"));
+        let halted: Alive = std::sync::Arc::new(|_| false);
+        let runs: Alive = std::sync::Arc::new(|note| note.contains("gone"));
+        outage.attend("a", &halted);
+        assert!(!outage.wait(at(1), "url", at(9)).wanted);
+        outage.attend("b", &runs);
+        assert!(outage.wait(at(1), "url", at(9)).wanted);
+        outage.attend("b", &halted);
+        assert!(!outage.wait(at(1), "url", at(9)).wanted, "a later incarnation takes the place of an earlier one");
+    }
+}

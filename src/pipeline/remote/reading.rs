@@ -1,0 +1,168 @@
+//! From what a server lists to probabilities of answers.
+
+use super::tokens;
+use crate::pipeline::label::backend::{Refusal, Reply};
+
+/// A space before the answer is not asked about where it has less than this share of the probability of the answers.
+const NEGLIGIBLE: f64 = 0.01;
+
+/// The likeliest next tokens with their probabilities, as a server listed them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Listed(pub Vec<(String, f64)>);
+
+impl Listed {
+    /// The probability of each answer: that of all tokens which spell it, with whatever space before. An answer that
+    /// is not listed has none.
+    ///
+    /// # Errors
+    /// An abstention when none of the answers is listed.
+    pub fn weights(&self, answers: &[String]) -> Reply<Vec<f64>> {
+        let weights: Vec<f64> = answers
+            .iter()
+            .map(|answer| self.0.iter().filter(|(token, _)| token.trim_start() == answer).map(|(_, p)| p).sum())
+            .collect();
+        if let Some(unread) = weights.iter().position(|weight| weight.is_nan()) {
+            return Err(Refusal::Abstention(format!(
+                "the log-probability of the answer {} cannot be read",
+                answers[unread]
+            )));
+        }
+        if self.0.first().is_some_and(|(token, _)| tokens::is_number(token)) {
+            return Err(Refusal::Abstention(
+                "the server sends numbers of tokens instead of their texts; start it without --return-tokens-as-token-ids".into(),
+            ));
+        }
+        if weights.iter().all(|weight| *weight == 0.0) {
+            let likeliest = self.0.first().map_or("nothing".to_owned(), |(token, _)| cut(token));
+            return Err(Refusal::Abstention(format!(
+                "none of the answers {} is among the judge's likeliest tokens; the likeliest is {likeliest:?}",
+                answers.join(", ")
+            )));
+        }
+        Ok(weights)
+    }
+
+    /// A space as a token of its own, behind which an answer may stand, with its probability, where that is large enough
+    /// to change what the answers have together.
+    pub fn space_before(&self, answers: &[String]) -> Option<(&str, f64)> {
+        let (space, p) = self.0.iter().find(|(token, _)| !token.is_empty() && token.chars().all(|c| c == ' '))?;
+        (*p > NEGLIGIBLE * self.mass(answers)).then_some((space.as_str(), *p))
+    }
+
+    /// The probability of all answers together.
+    pub fn mass(&self, answers: &[String]) -> f64 {
+        let spelt = |token: &str| answers.iter().any(|answer| token.trim_start() == answer);
+        self.0.iter().filter(|(token, _)| spelt(token)).map(|(_, p)| p).sum()
+    }
+
+    /// The most that the answers which are not listed can have together, where the list ends after `most` tokens: each has
+    /// no more than the last token that is listed.
+    pub fn unlisted(&self, answers: &[String], most: usize) -> f64 {
+        let last = self.0.iter().map(|(_, p)| *p).fold(1.0, f64::min);
+        let missing = answers.iter().filter(|answer| !self.has(answer)).count();
+        if self.0.len() < most { 0.0 } else { missing as f64 * last }
+    }
+
+    /// Adds what is listed after `space`, which had the probability `p`, as tokens that carry the space.
+    pub fn behind(&mut self, space: &str, p: f64, after: Self) {
+        self.0.extend(after.0.into_iter().map(|(token, q)| (format!("{space}{token}"), p * q)));
+    }
+
+    /// Whether a token spells `answer` whole.
+    pub fn has(&self, answer: &str) -> bool {
+        self.0.iter().any(|(token, _)| token.trim_start() == answer)
+    }
+
+    /// The likeliest token that spells `answer`, space included; the answer itself where none does.
+    pub fn spelling(&self, answer: &str) -> String {
+        let spelt = self.0.iter().filter(|(token, _)| token.trim_start() == answer);
+        spelt.max_by(|a, b| a.1.total_cmp(&b.1)).map_or_else(|| answer.to_owned(), |(token, _)| token.clone())
+    }
+
+    /// The probability of the token that is exactly `text`.
+    pub fn exactly(&self, text: &str) -> f64 {
+        self.0.iter().filter(|(token, p)| token == text && !p.is_nan()).map(|(_, p)| p).sum()
+    }
+}
+
+/// A token as it is shown: a server may send one of any length.
+fn cut(token: &str) -> String {
+    token.chars().take(60).collect()
+}
+
+/// Places of answers of which the first begins the second.
+pub fn split_prefixes(answers: &[String]) -> Vec<(usize, usize)> {
+    let pairs = (0..answers.len()).flat_map(|i| (0..answers.len()).map(move |j| (i, j)));
+    pairs
+        .filter(|(i, j)| i != j && answers[*j].len() > answers[*i].len() && answers[*j].starts_with(&answers[*i]))
+        .collect()
+}
+
+/// The share of sampled `texts` that name each answer. A text counts when its first word is an answer.
+///
+/// # Errors
+/// An abstention when fewer than half of the texts name one.
+pub fn votes(texts: &[String], answers: &[String]) -> Reply<Vec<f64>> {
+    let named: Vec<usize> = texts.iter().filter_map(|text| named(text, answers)).collect();
+    if named.len() * 2 < texts.len() || named.is_empty() {
+        return Err(Refusal::Abstention(format!("{} of {} sampled answers could be read", named.len(), texts.len())));
+    }
+    let share = |i: usize| named.iter().filter(|one| **one == i).count() as f64 / named.len() as f64;
+    Ok((0..answers.len()).map(share).collect())
+}
+
+/// Which answer a text gives: its first word, without what stands around it.
+fn named(text: &str, answers: &[String]) -> Option<usize> {
+    let word = text.split_whitespace().next()?.trim_matches(|c: char| !c.is_alphanumeric());
+    answers.iter().position(|answer| answer == word)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answers(list: &[&str]) -> Vec<String> {
+        list.iter().map(|one| (*one).to_owned()).collect()
+    }
+
+    #[test]
+    fn spellings_are_added_and_what_is_not_listed_has_nothing() {
+        let listed = Listed(vec![(" 1".into(), 0.5), ("1".into(), 0.2), ("The".into(), 0.1), ("10".into(), 0.05)]);
+        assert_eq!(listed.weights(&answers(&["1", "2", "10"])).unwrap(), [0.7, 0.0, 0.05]);
+        assert!(listed.has("10") && !listed.has("2"));
+        assert_eq!((listed.spelling("1").as_str(), listed.spelling("2").as_str()), (" 1", "2"));
+        assert!(matches!(listed.weights(&answers(&["x"])), Err(Refusal::Abstention(why)) if why.contains("\" 1\"")));
+    }
+
+    #[test]
+    fn a_space_of_its_own_is_looked_behind() {
+        let both = answers(&["1", "2"]);
+        let mut listed = Listed(vec![("A".into(), 0.5), (" ".into(), 0.25), ("1".into(), 0.125)]);
+        assert_eq!(listed.space_before(&both), Some((" ", 0.25)));
+        listed.behind(" ", 0.25, Listed(vec![("2".into(), 0.5), ("1".into(), 0.25)]));
+        assert_eq!(listed.weights(&both).unwrap(), [0.1875, 0.125]);
+        assert_eq!(Listed(vec![(" ".into(), 0.2), ("1".into(), 0.3)]).space_before(&both), Some((" ", 0.2)));
+        assert_eq!(Listed(vec![("1".into(), 0.9), (" ".into(), 0.005)]).space_before(&both), None);
+    }
+
+    #[test]
+    fn answers_behind_the_end_of_a_list_have_no_more_than_its_last_token() {
+        let three = answers(&["1", "2", "3"]);
+        let listed = Listed(vec![("1".into(), 0.5), ("A".into(), 0.25), ("B".into(), 0.125)]);
+        assert_eq!((listed.unlisted(&three, 3), listed.unlisted(&three, 4)), (0.25, 0.0));
+        assert_eq!(listed.mass(&three), 0.5);
+    }
+
+    #[test]
+    fn votes_are_read_strictly() {
+        let texts = answers(&["2", " 2.", "\n**1**", "I think 2", "10", "(2) since"]);
+        assert_eq!(votes(&texts, &answers(&["1", "2"])).unwrap(), [0.25, 0.75]);
+        assert!(matches!(votes(&answers(&["x", "y", "1"]), &answers(&["1", "2"])), Err(Refusal::Abstention(_))));
+        assert!(votes(&[], &answers(&["1"])).is_err());
+    }
+
+    #[test]
+    fn prefixes_are_found() {
+        assert_eq!(split_prefixes(&answers(&["1", "2", "10"])), [(0, 2)]);
+    }
+}

@@ -1,0 +1,121 @@
+//! A reward model: a decoder with a scalar head on its last hidden state (Lee et al. 2023, §2.2).
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
+
+use crate::lm::model::config::Head;
+use crate::lm::model::{Decoder, Pack, Weights, export};
+use crate::lm::tokens::Tokenizer;
+
+pub use crate::lm::model::weights::SCORE as HEAD;
+
+/// r(x, y) = h·w, h the hidden state of the last token of y.
+#[derive(Debug, Clone)]
+pub struct RewardModel {
+    /// The decoder.
+    pub model: Decoder,
+    /// The head `[1, D]`.
+    pub head: Tensor,
+}
+
+impl RewardModel {
+    /// Opens a Hugging Face directory as [`Self::save`] writes it.
+    ///
+    /// # Errors
+    /// Names the file or tensor at fault; a directory without a scalar head is refused by its architecture.
+    pub fn open(dir: &Path, device: &Device) -> Result<Self> {
+        let (config, mut weights) = Weights::from_directory_as(dir, Head::Scalar, device)?;
+        let head = weights.get(HEAD, &[1, config.hidden_size]).with_context(|| format!("in {}", dir.display()))?;
+        weights.0.remove(HEAD);
+        let model = Decoder::new(&config, &weights).with_context(|| format!("in {}", dir.display()))?;
+        Ok(Self { model, head })
+    }
+
+    /// Scores `[k]` of `continuations` of `prefix`.
+    ///
+    /// # Errors
+    /// A sequence beyond the model's context.
+    pub fn scores<S: AsRef<[u32]>>(&self, prefix: &[u32], continuations: &[S]) -> Result<Tensor> {
+        let last = self.model.predicting(&Pack::whole(prefix, continuations))?; // [k, D]
+        Ok(last.to_dtype(DType::F32)?.matmul(&self.head.t()?)?.squeeze(1)?)
+    }
+
+    /// All its tensors by name, the head among them.
+    pub fn weights(&self) -> Weights {
+        let mut weights = self.model.weights().clone();
+        weights.0.insert(HEAD.to_owned(), self.head.clone());
+        weights
+    }
+
+    /// Writes a Hugging Face directory that `AutoModelForSequenceClassification` opens, tokenizer included.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn save(&self, dir: &Path, tokenizer: &Tokenizer, dtype: DType) -> Result<()> {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let weights = self.weights();
+        let pad = pad(tokenizer, self.model.config().vocab_size);
+        if pad.is_none() {
+            tracing::warn!(
+                "the tokenizer has no token but those that end a completion that could fill up batches: {} has no pad token, and transformers scores with it one text at a time",
+                dir.display()
+            );
+        }
+        export::write_scorer(dir, self.model.config(), &weights, pad, dtype)?;
+        tokenizer.clone().padded_with(pad).save(dir)
+    }
+}
+
+/// The token that fills batches up in `transformers`, which reads the score at the last token that is not padding: never one
+/// that an answer of this program's pairs ends with, whose score would be read at the token before. The tokenizer's own, its
+/// tokens for what is unknown and for a document's beginning, and any other special one are tried in this order.
+fn pad(tokenizer: &Tokenizer, rows: usize) -> Option<u32> {
+    let ends = tokenizer.eos_ids();
+    let own = [tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id()].into_iter().flatten();
+    let fits = |id: &u32| (*id as usize) < rows;
+    let no_end = own.clone().filter(fits).find(|id| !ends.contains(id));
+    // A second end token, as the tokenizers of Qwen have it.
+    let taught = [tokenizer.end(true), tokenizer.end(false)];
+    let untaught = tokenizer.pad_id().filter(fits).filter(|id| !taught.contains(&Some(*id)));
+    let special = || tokenizer.special_ids().into_iter().filter(fits).find(|id| !ends.contains(id));
+    no_end.or(untaught).or_else(special)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lm::source::ModelFiles;
+
+    /// The byte tokenizer with these named tokens: 256 `<|pad|>`, 257 `<|im_start|>`, 258 `<|im_end|>`.
+    fn tokenizer(named: &serde_json::Value, ends: &serde_json::Value) -> Tokenizer {
+        let dir = tempfile::tempdir().unwrap();
+        Tokenizer::bytes().save(dir.path()).unwrap();
+        std::fs::remove_file(dir.path().join("special_tokens_map.json")).unwrap();
+        for (name, json) in [("tokenizer_config.json", named), ("generation_config.json", ends)] {
+            std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+        }
+        Tokenizer::from_files(&ModelFiles::Directory(dir.path().to_owned())).unwrap()
+    }
+
+    #[test]
+    fn a_pad_token_is_found_that_no_answer_ends_with() {
+        use serde_json::json;
+        let [pad, start, end] = ["<|pad|>", "<|im_start|>", "<|im_end|>"];
+        for (named, ends, expected) in [
+            (json!({ "eos_token": end, "pad_token": pad }), json!({}), Some(256)),
+            // As in Qwen: padding is a second end token.
+            (json!({ "eos_token": end, "pad_token": pad }), json!({ "eos_token_id": [258, 256] }), Some(256)),
+            (json!({ "eos_token": end, "pad_token": end, "bos_token": start }), json!({}), Some(257)),
+            (json!({ "eos_token": end, "pad_token": end }), json!({}), Some(256)),
+            (json!({ "eos_token": end, "bos_token": end }), json!({ "eos_token_id": [256, 257] }), None),
+        ] {
+            assert_eq!(pad_of(&named, &ends), expected, "{named} {ends}");
+        }
+    }
+
+    fn pad_of(named: &serde_json::Value, ends: &serde_json::Value) -> Option<u32> {
+        pad(&tokenizer(named, ends), 259)
+    }
+}

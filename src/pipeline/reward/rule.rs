@@ -1,0 +1,117 @@
+//! From scores to rewards: scale, bound, charge for length.
+
+use crate::types::{Completion, Finish, Group, RewardScale};
+
+/// How scores become rewards.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RewardRule {
+    /// Subtract the running mean of all scores so far and divide by their standard deviation.
+    pub standardise: bool,
+    /// Bound on the scaled score, either way.
+    pub clip: Option<f64>,
+    /// Taken off per completion token.
+    pub length_penalty: f64,
+    /// Taken off when a completion ran into the limit of tokens.
+    pub missing_eos_penalty: f64,
+}
+
+impl RewardRule {
+    /// Rewards of a group's completions, given their scores; `scale` takes the scores in first.
+    pub fn rewards(&self, group: &Group, scores: &[f64], scale: &mut RewardScale) -> Vec<f64> {
+        for score in scores {
+            scale.add(*score);
+        }
+        scores
+            .iter()
+            .zip(&group.completions)
+            .map(|(score, completion)| {
+                let mut reward = if self.standardise { (score - scale.mean) / scale.std() } else { *score };
+                if let Some(clip) = self.clip {
+                    reward = reward.clamp(-clip, clip);
+                }
+                reward -= self.charge(completion);
+                reward
+            })
+            .collect()
+    }
+
+    /// What is taken off for a completion's length and for its missing end.
+    fn charge(&self, completion: &Completion) -> f64 {
+        let cut = if completion.finish == Finish::Length { self.missing_eos_penalty } else { 0.0 };
+        self.length_penalty * completion.ids.len() as f64 + cut
+    }
+
+    /// P(first is better) once both completions are charged, the charges being log-odds.
+    pub fn preference(&self, first: &Completion, second: &Completion, p: f64) -> f64 {
+        let charge = self.charge(first) - self.charge(second);
+        if charge == 0.0 {
+            return p;
+        }
+        let p = p.clamp(1e-9, 1.0 - 1e-9);
+        1.0 / (1.0 + ((1.0 - p) / p) * charge.exp())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::Prompt;
+
+    fn group(finishes: &[(usize, Finish)]) -> Group {
+        let prompt = Prompt {
+            seq: 0,
+            epoch: 0,
+            row: 0,
+            text: "".into(),
+            ids: [1][..].into(),
+            blank: [1][..].into(),
+            reference: None,
+        };
+        let completions = finishes
+            .iter()
+            .map(|(tokens, finish)| Completion {
+                ids: vec![0; *tokens],
+                logprobs: vec![0.0; *tokens],
+                versions: vec![0; *tokens],
+                finish: *finish,
+                text: String::new(),
+            })
+            .collect();
+        Group { prompt, completions }
+    }
+
+    #[test]
+    fn scales_clips_and_charges_for_length() {
+        let rule = RewardRule { standardise: true, clip: Some(1.0), length_penalty: 0.1, missing_eos_penalty: 0.5 };
+        let mut scale = RewardScale::default();
+        let group = group(&[(1, Finish::Eos), (2, Finish::Length), (3, Finish::Eos)]);
+        // Scores 0, 3, 9: mean 4, sample deviation √21.
+        let rewards = rule.rewards(&group, &[0.0, 3.0, 9.0], &mut scale);
+        let expected = [-4.0 / 21f64.sqrt() - 0.1, -1.0 / 21f64.sqrt() - 0.2 - 0.5, 1.0 - 0.3];
+        for (reward, expected) in rewards.iter().zip(expected) {
+            assert!((reward - expected).abs() < 1e-12, "{rewards:?}");
+        }
+        assert_eq!(scale.count, 3);
+    }
+
+    #[test]
+    fn scores_that_differ_by_rounding_alone_are_not_scaled() {
+        let rule = RewardRule { standardise: true, clip: None, length_penalty: 0.0, missing_eos_penalty: 0.0 };
+        let group = group(&[(1, Finish::Eos); 3]);
+        let rewards = rule.rewards(&group, &[5.5, 5.5 + 1e-15, 5.5 - 1e-15], &mut RewardScale::default());
+        assert!(rewards.iter().all(|reward| reward.abs() < 1e-12), "{rewards:?}");
+    }
+
+    #[test]
+    fn a_preference_is_charged_in_log_odds() {
+        let rule = RewardRule { standardise: true, clip: None, length_penalty: 0.5, missing_eos_penalty: 9f64.ln() };
+        let group = group(&[(2, Finish::Eos), (2, Finish::Length), (4, Finish::Eos)]);
+        let charged = |i: usize, j: usize, p: f64| rule.preference(&group.completions[i], &group.completions[j], p);
+        // Even odds, against one that did not end: 9 to 1. Two tokens more: e to 1.
+        assert!((charged(0, 1, 0.5) - 0.9).abs() < 1e-12 && (charged(1, 0, 0.5) - 0.1).abs() < 1e-12);
+        let e = 1f64.exp();
+        assert!((charged(0, 2, 0.5) - e / (1.0 + e)).abs() < 1e-12);
+        assert_eq!(charged(0, 0, 0.25), 0.25);
+        assert!(charged(1, 0, 1.0) > 0.99 && charged(1, 0, 1.0) < 1.0);
+    }
+}

@@ -1,0 +1,333 @@
+//! Training a reward model on preferences, pair by pair.
+
+use std::collections::{HashMap, VecDeque};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use super::model::RewardModel;
+use crate::lm::model::Decoder;
+use crate::ops::{self, AdamW, AdamWConfig, Frozen, Gradients};
+use crate::rl::algo::preference::soft_label;
+use crate::types::{Group, Prompt};
+use crate::util::seed::{self, mix};
+
+/// Held-out pairs that the live accuracy looks back on.
+const WINDOW: usize = 256;
+
+/// The numbers that training depends on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainerPlan {
+    /// Learning rate of the decoder.
+    pub lr: f64,
+    /// Learning rate of the scalar head, which starts at zero.
+    pub head_lr: f64,
+    /// Pairs per optimizer step.
+    pub batch_pairs: usize,
+    /// Bound on the gradient's global norm.
+    pub max_grad_norm: f64,
+    /// Learn from who is preferred rather than from the probability; a label of exactly ½ then says nothing.
+    pub hard: bool,
+    /// Share of prompts whose pairs are never trained on and measure accuracy.
+    pub holdout: f64,
+    /// Seed of the choice of what is held out.
+    pub seed: u64,
+}
+
+/// What one optimizer step came to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TrainerStep {
+    /// Version after it.
+    pub version: u64,
+    /// Mean loss over its pairs.
+    pub loss: f64,
+    /// Share of its pairs ranked as labeled, before the step.
+    pub accuracy: f64,
+    /// Norm of the gradient, before clipping.
+    pub gradient_norm: f64,
+}
+
+/// The reward model in training. The loss is that of the soft label over (r₁ − r₂) ([`soft_label`]), a mean over pairs.
+pub struct RewardTrainer {
+    plan: TrainerPlan,
+    model: RewardModel,
+    params: Vec<(String, Var)>,
+    gradients: Gradients,
+    head_gradients: Gradients,
+    optimizer: AdamW,
+    head_optimizer: AdamW,
+    counters: Counters,
+    /// True while parameters or gradients are being written: what fails then leaves them half updated.
+    stepping: bool,
+}
+
+/// The numbers of a [`RewardTrainer`].
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Counters {
+    version: u64,
+    trained: u64,
+    /// First group of the run that was not learned from yet: what is issued again after a restart is not learned twice.
+    next: u64,
+    pending: Pending,
+    held_out: VecDeque<f64>,
+    /// The group that was observed last, the version that scored it, and its scores: should whoever asked have failed
+    /// before it was written down, it is asked again.
+    last: Option<(u64, u64, Vec<f64>)>,
+}
+
+/// What a group's observation came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Observed {
+    /// Its scores.
+    pub scores: Vec<f64>,
+    /// The version that gave them.
+    pub version: u64,
+    /// The step that it led to, if it led to one.
+    pub step: Option<TrainerStep>,
+}
+
+/// Sums over the pairs of the step that is being gathered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+struct Pending {
+    pairs: usize,
+    loss: f64,
+    right: f64,
+}
+
+/// A [`RewardTrainer`] between two groups, for a checkpoint to write while training goes on.
+pub struct Saved {
+    /// Its numbers.
+    pub counters: Counters,
+    /// The model.
+    pub model: RewardModel,
+    /// The optimizers' state, and the gradient of the step that is being gathered.
+    pub state: Vec<(String, Frozen)>,
+}
+
+/// What tensors of a part of the state are called before their own names.
+const PARTS: [&str; 4] = ["decoder/", "head/", "decoder_gradient/", "head_gradient/"];
+
+impl RewardTrainer {
+    /// A reward model with the decoder of `initial`, which stays as it is, and a head of zeros, or `head`.
+    ///
+    /// # Errors
+    /// When memory for the copies cannot be had.
+    pub fn new(initial: &Decoder, head: Option<&Tensor>, plan: TrainerPlan, adam: AdamWConfig) -> Result<Self> {
+        // The language head is not used and not trained.
+        let (model, params) = initial.trainable(false)?;
+        let zeros = Tensor::zeros((1, model.config().hidden_size), DType::F32, initial.device())?;
+        let head = Var::from_tensor(&head.unwrap_or(&zeros).copy()?)?;
+        let head_params = vec![(super::model::HEAD.to_owned(), head.clone())];
+        Ok(Self {
+            plan,
+            model: RewardModel { model, head: head.as_tensor().clone() },
+            gradients: Gradients::new(&params)?,
+            head_gradients: Gradients::new(&head_params)?,
+            optimizer: AdamW::new(params.clone(), adam)?,
+            head_optimizer: AdamW::new(head_params.clone(), AdamWConfig { weight_decay: 0.0, ..adam })?,
+            params: params.into_iter().chain(head_params).collect(),
+            counters: Counters::default(),
+            stepping: false,
+        })
+    }
+
+    /// The state as it is. The optimizers' moments are shared, weights and a gradient that is being gathered are copied.
+    ///
+    /// # Errors
+    /// When memory for the copies cannot be had.
+    pub fn save(&self) -> Result<Saved> {
+        let [decoder, head, decoder_gradient, head_gradient] = PARTS;
+        let named = |part: &'static str, all: Vec<(String, Frozen)>| {
+            all.into_iter().map(move |(name, one)| (format!("{part}{name}"), one))
+        };
+        let mut state: Vec<(String, Frozen)> = named(decoder, self.optimizer.export()?).collect();
+        state.extend(named(head, self.head_optimizer.export()?));
+        if self.counters.pending.pairs > 0 {
+            for (part, gradients) in [(decoder_gradient, &self.gradients), (head_gradient, &self.head_gradients)] {
+                let copies = gradients.copies()?.into_iter().map(|(name, one)| (name, one.into()));
+                state.extend(named(part, copies.collect()));
+            }
+        }
+        let model = RewardModel { model: self.model.model.snapshot()?, head: self.model.head.copy()?.detach() };
+        Ok(Saved { counters: self.counters.clone(), model, state })
+    }
+
+    /// Goes on from what [`Self::save`] gave, read back; `params` are the model's tensors, the head among them.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing or of another shape.
+    pub fn restore(
+        &mut self,
+        counters: Counters,
+        params: &HashMap<String, Tensor>,
+        state: &HashMap<String, Tensor>,
+    ) -> Result<()> {
+        for (name, var) in &self.params {
+            let tensor = params.get(name).with_context(|| format!("it has no tensor {name}"))?;
+            ensure!(tensor.dims() == var.dims(), "its {name} is {:?}, not {:?}", tensor.dims(), var.dims());
+            var.set(&tensor.to_device(var.device())?.to_dtype(var.dtype())?)?;
+        }
+        let part = |prefix: &str| -> HashMap<String, Tensor> {
+            let own = state.iter().filter_map(|(name, one)| Some((name.strip_prefix(prefix)?.to_owned(), one.clone())));
+            own.collect()
+        };
+        let [decoder, head, decoder_gradient, head_gradient] = PARTS.map(part);
+        self.optimizer.import(decoder)?;
+        self.head_optimizer.import(head)?;
+        if counters.pending.pairs > 0 {
+            self.gradients.restore(&decoder_gradient)?;
+            self.head_gradients.restore(&head_gradient)?;
+        }
+        self.counters = counters;
+        Ok(())
+    }
+
+    /// The model as it is now; it changes with the next step.
+    pub fn model(&self) -> &RewardModel {
+        &self.model
+    }
+
+    /// Optimizer steps taken.
+    pub fn version(&self) -> u64 {
+        self.counters.version
+    }
+
+    /// Pairs trained on.
+    pub fn trained(&self) -> u64 {
+        self.counters.trained
+    }
+
+    /// Share of the last held-out pairs that were ranked as labeled, and how many they are.
+    pub fn accuracy(&self) -> (f64, usize) {
+        let right = self.counters.held_out.iter().fold(0.0, |sum, one| sum + one);
+        (right / self.counters.held_out.len().max(1) as f64, self.counters.held_out.len())
+    }
+
+    /// Whether pairs about `prompt` are kept from training: a function of what it says, so that a prompt that comes again
+    /// is on the same side.
+    pub fn holds_out(&self, prompt: &Prompt) -> bool {
+        let fraction = (mix(self.plan.seed ^ seed::text(&prompt.text)) >> 11) as f64 / (1u64 << 53) as f64;
+        fraction < self.plan.holdout
+    }
+
+    /// Scores of a group's completions by the model as it is.
+    ///
+    /// # Errors
+    /// A sequence beyond the model's context.
+    pub fn score(&self, group: &Group) -> Result<Vec<f64>> {
+        let ids: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        Ok(self.model.scores(&group.prompt.ids, &ids)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
+    }
+
+    /// As [`Self::score`], and learns from the group's `preferences` (two completions and P(first is better)) unless
+    /// it is held out or was learned from before. The scores are those of the version before any step this leads to.
+    ///
+    /// # Errors
+    /// As [`Self::score`].
+    pub fn observe(&mut self, group: &Group, preferences: &[(usize, usize, f64)]) -> Result<Observed> {
+        ensure!(
+            !self.stepping,
+            "the reward model failed while its weights were being written; they are half updated and cannot be used"
+        );
+        let (seq, version) = (group.prompt.seq, self.counters.version);
+        if let Some((_, version, scores)) = self.counters.last.as_ref().filter(|(last, ..)| *last == seq) {
+            return Ok(Observed { scores: scores.clone(), version: *version, step: None });
+        }
+        if seq < self.counters.next {
+            return Ok(Observed { scores: self.score(group)?, version, step: None });
+        }
+        self.counters.next = seq + 1;
+        let (scores, step) = if self.holds_out(&group.prompt) || preferences.is_empty() {
+            let scores = self.score(group)?;
+            for (first, second, p) in preferences.iter().filter(|(_, _, p)| *p != 0.5) {
+                self.counters.held_out.push_back(agreement(scores[*first] - scores[*second], *p));
+            }
+            while self.counters.held_out.len() > WINDOW {
+                self.counters.held_out.pop_front();
+            }
+            (scores, None)
+        } else {
+            self.learn(group, preferences)?
+        };
+        self.counters.last = Some((seq, version, scores.clone()));
+        Ok(Observed { scores, version, step })
+    }
+
+    /// Learns from `preferences` whatever came before: for pairs that are gone through several times.
+    ///
+    /// # Errors
+    /// As [`Self::score`].
+    pub fn learn(
+        &mut self,
+        group: &Group,
+        preferences: &[(usize, usize, f64)],
+    ) -> Result<(Vec<f64>, Option<TrainerStep>)> {
+        let ids: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let scores = self.model.scores(&group.prompt.ids, &ids)?;
+        let values: Vec<f64> = scores.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
+        let mut slopes = vec![0f64; values.len()];
+        for (first, second, p) in preferences {
+            if self.plan.hard && *p == 0.5 {
+                continue;
+            }
+            let p = if self.plan.hard { f64::from(u8::from(*p > 0.5)) } else { *p };
+            let margin = values[*first] - values[*second];
+            let (loss, slope) = soft_label(margin, p);
+            slopes[*first] += slope;
+            slopes[*second] -= slope;
+            self.counters.pending.pairs += 1;
+            self.counters.pending.loss += loss;
+            self.counters.pending.right += agreement(margin, p);
+        }
+        if slopes.iter().any(|slope| *slope != 0.0) {
+            let slopes: Vec<f32> = slopes.iter().map(|slope| *slope as f32).collect();
+            let slopes = Tensor::from_vec(slopes, scores.dims(), scores.device())?;
+            let loss = (scores * slopes)?.sum_all()?;
+            self.stepping = true;
+            ops::backward(&loss, &mut [&mut self.gradients, &mut self.head_gradients])?;
+            self.stepping = false;
+        }
+        let step = if self.counters.pending.pairs >= self.plan.batch_pairs { self.step()? } else { None };
+        Ok((values, step))
+    }
+
+    /// Takes the step for whatever pairs are gathered; none where there are none, or the gradient is not finite.
+    ///
+    /// # Errors
+    /// Tensor errors only.
+    pub fn step(&mut self) -> Result<Option<TrainerStep>> {
+        let pending = std::mem::take(&mut self.counters.pending);
+        let pairs = pending.pairs as f64;
+        if pending.pairs == 0 {
+            return Ok(None);
+        }
+        let norm = self.gradients.global_norm()?.hypot(self.head_gradients.global_norm()?) / pairs;
+        let finite = norm.is_finite() && pending.loss.is_finite();
+        if finite {
+            self.stepping = true;
+            let scale = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / pairs;
+            self.optimizer.step(&self.gradients, self.plan.lr, scale)?;
+            self.head_optimizer.step(&self.head_gradients, self.plan.head_lr, scale)?;
+            self.stepping = false;
+            self.counters.version += 1;
+            self.counters.trained += pending.pairs as u64;
+        }
+        self.gradients.zero()?;
+        self.head_gradients.zero()?;
+        let (loss, accuracy) = (pending.loss / pairs, pending.right / pairs);
+        Ok(finite.then_some(TrainerStep { version: self.counters.version, loss, accuracy, gradient_norm: norm }))
+    }
+
+    /// The run proper begins: its groups are counted from zero again, whatever warmed the model up. What warm-up
+    /// measured stays in the live accuracy until the run's own pairs take its place.
+    pub fn begin_run(&mut self) {
+        self.counters.next = 0;
+        self.counters.last = None;
+    }
+}
+
+/// Whether a margin ranks a pair as its label does: 1 or 0, and ½ for a margin of zero, which ranks nothing.
+pub fn agreement(margin: f64, p: f64) -> f64 {
+    if margin == 0.0 { 0.5 } else { f64::from(u8::from((margin > 0.0) == (p > 0.5))) }
+}

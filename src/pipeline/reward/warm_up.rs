@@ -1,0 +1,160 @@
+//! Warming a reward model up before the policy learns from it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use preceptor_actors::{Emitter, Item, Stage, StageError, StageResult};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use super::stage::{labeled_pairs, refusal};
+use super::trainer::{RewardTrainer, TrainerStep, agreement};
+use crate::observe::telemetry;
+use crate::types::{Group, Labeled};
+use crate::util::seed::mix;
+
+/// Who is told how the warm-up goes.
+pub trait WarmUpObserver: Send {
+    /// A group was learned from or held out; `done` counts groups over all epochs.
+    fn group(&mut self, done: u64);
+
+    /// A step was taken; the share of held-out pairs ranked as labeled so far, and their number.
+    fn step(&mut self, step: &TrainerStep, held_out: (f64, usize));
+
+    /// All epochs are done: held-out pairs ranked as labeled by the final model, of how many.
+    fn done(&mut self, right: f64, pairs: u64);
+}
+
+/// Takes labeled groups in order, learns from each, and goes through all of them again in each further epoch.
+pub struct WarmUp {
+    trainer: Arc<Mutex<RewardTrainer>>,
+    observer: Arc<Mutex<dyn WarmUpObserver>>,
+    epochs: u64,
+    seed: u64,
+    next: u64,
+    done: u64,
+    waiting: BTreeMap<u64, Labeled>,
+    kept: Vec<Seen>,
+    held_out: Vec<Seen>,
+    /// Labeled pairs so far, and why the first one without a label has none.
+    labeled: usize,
+    unlabeled: Option<String>,
+}
+
+/// A group with the pairs a labeler made of it, as [`crate::types::Feedback::preferences`] holds them.
+struct Seen {
+    group: Group,
+    pairs: Vec<(usize, usize, f64)>,
+}
+
+impl WarmUp {
+    /// A warm-up of `epochs` over the groups that arrive, from number 0.
+    pub fn new(
+        trainer: Arc<Mutex<RewardTrainer>>,
+        observer: Arc<Mutex<dyn WarmUpObserver>>,
+        epochs: u64,
+        seed: u64,
+    ) -> Self {
+        Self {
+            trainer,
+            observer,
+            epochs,
+            seed,
+            next: 0,
+            done: 0,
+            waiting: BTreeMap::new(),
+            kept: Vec::new(),
+            held_out: Vec::new(),
+            labeled: 0,
+            unlabeled: None,
+        }
+    }
+
+    fn tell(&mut self, trainer: &RewardTrainer, step: Option<&TrainerStep>) {
+        self.done += 1;
+        telemetry::reward_model(trainer, step);
+        let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
+        observer.group(self.done);
+        if let Some(step) = step {
+            observer.step(step, trainer.accuracy());
+        }
+    }
+
+    fn take(&mut self, labeled: Labeled) -> anyhow::Result<()> {
+        let pairs = labeled_pairs(labeled.feedback.as_ref());
+        self.labeled += pairs.len();
+        if pairs.is_empty() && self.unlabeled.is_none() {
+            let verdicts = labeled.feedback.iter().flat_map(|one| one.preferences.iter().map(|one| &one.verdict));
+            self.unlabeled = Some(refusal(verdicts));
+        }
+        let shared = Arc::clone(&self.trainer);
+        let mut trainer = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let held_out = trainer.holds_out(&labeled.group.prompt);
+        let step = trainer.observe(&labeled.group, &pairs)?.step;
+        self.tell(&trainer, step.as_ref());
+        if held_out {
+            self.held_out.push(Seen { group: labeled.group, pairs });
+        } else if self.epochs > 1 && !pairs.is_empty() {
+            self.kept.push(Seen { group: labeled.group, pairs });
+        }
+        Ok(())
+    }
+}
+
+impl Stage for WarmUp {
+    type In = Labeled;
+    type Out = ();
+
+    fn process(&mut self, item: Item<Labeled>, _out: &Emitter<'_, ()>) -> StageResult<()> {
+        self.waiting.insert(item.seq, item.body);
+        while let Some(labeled) = self.waiting.remove(&self.next) {
+            self.take(labeled)?;
+            self.next += 1;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, out: &Emitter<'_, ()>) -> StageResult<()> {
+        let shared = Arc::clone(&self.trainer);
+        let mut trainer = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut order: Vec<usize> = (0..self.kept.len()).collect();
+        for epoch in 1..self.epochs {
+            order.shuffle(&mut ChaCha8Rng::seed_from_u64(mix(self.seed ^ mix(epoch))));
+            for i in &order {
+                out.ctx().beat();
+                if out.ctx().halted() {
+                    return Ok(());
+                }
+                let Seen { group, pairs } = &self.kept[*i];
+                let (_, step) = trainer.learn(group, pairs)?;
+                self.tell(&trainer, step.as_ref());
+            }
+        }
+        let step = trainer.step()?;
+        telemetry::reward_model(&trainer, step.as_ref());
+        if trainer.version() == 0 {
+            let why = match &self.unlabeled {
+                _ if self.labeled > 0 => {
+                    "all labeled pairs are of held-out prompts; lower reward_model.holdout, or warm up on more groups"
+                        .into()
+                }
+                Some(why) => format!("of {} groups none has a labeled pair, the first since {why}", self.next),
+                None => "no pair was given to it".to_owned(),
+            };
+            return Err(StageError::fatal(format!("the reward model learned from nothing in its warm-up: {why}")));
+        }
+        let (mut right, mut pairs) = (0.0, 0);
+        for Seen { group, pairs: labeled } in &self.held_out {
+            out.ctx().beat();
+            let scores = trainer.score(group)?;
+            for (first, second, p) in labeled.iter().filter(|(_, _, p)| *p != 0.5) {
+                pairs += 1;
+                right += agreement(scores[*first] - scores[*second], *p);
+            }
+        }
+        trainer.begin_run();
+        self.observer.lock().unwrap_or_else(PoisonError::into_inner).done(right, pairs);
+        Ok(())
+    }
+}

@@ -1,0 +1,112 @@
+//! Supervised fine-tuning on references: the phase that makes π_SFT of a model before it is reinforced.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Result, anyhow};
+use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResult};
+
+use crate::lm::model::Pack;
+use crate::lm::tokens::Tokenizer;
+use crate::observe::telemetry;
+use crate::ops;
+use crate::pipeline::learn::TrainState;
+use crate::types::Prompt;
+use crate::util::fault;
+
+/// Who is told of each step.
+pub trait SftObserver: Send {
+    /// A step was taken that led to `state`: the mean loss per token in nats over its references before it, and the norm
+    /// of its gradient.
+    fn step(&mut self, state: &TrainState, loss: f64, gradient_norm: f64);
+}
+
+/// Takes prompts with references; each batch is one optimizer step on −Σ log π(reference | prompt), a mean over tokens, the
+/// end token included.
+pub struct FineTune {
+    /// What training has come to; one step per batch.
+    pub state: Arc<Mutex<TrainState>>,
+    /// References per step.
+    pub batch: u64,
+    /// For the references.
+    pub tokenizer: Tokenizer,
+    /// Whether prompts go through the chat template, so that a reference ends as its turns do.
+    pub chat: bool,
+    /// Learning rate.
+    pub lr: f64,
+    /// Bound on the gradient's global norm.
+    pub max_grad_norm: f64,
+    /// Told of each step.
+    pub observer: Arc<Mutex<dyn SftObserver>>,
+    /// Of the batch so far.
+    pub gathered: Gathered,
+}
+
+/// What a batch has come to.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Gathered {
+    references: u64,
+    loss: f64,
+    tokens: usize,
+}
+
+impl FineTune {
+    /// Adds the gradient of one reference; returns its summed loss and number of tokens.
+    fn learn(&self, state: &mut TrainState, prompt: &Prompt) -> Result<(f64, usize)> {
+        let text = prompt.reference.as_ref().ok_or_else(|| anyhow!("line {} has no reference", prompt.row + 1))?;
+        let (kept, mut ids) = self.tokenizer.encode_behind(&prompt.ids, text)?;
+        ids.extend(self.tokenizer.end(self.chat));
+        // A reference beyond the context teaches with its beginning.
+        ids.truncate(state.config().context.saturating_sub(kept));
+        let pack = Pack::new(&prompt.ids[..kept], &[ids]);
+        let (logprobs, _) = state.model.logprobs(&pack, 1.0)?;
+        let loss = -logprobs.to_vec1::<f32>()?.iter().map(|p| f64::from(*p)).sum::<f64>();
+        ops::backward(&logprobs.sum_all()?.neg()?, &mut [&mut state.gradients])?;
+        Ok((loss, pack.targets.len()))
+    }
+}
+
+impl Stage for FineTune {
+    type In = Prompt;
+    type Out = ();
+
+    fn start(&mut self, _ctx: &StageContext) -> StageResult<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.stepping {
+            return Err(StageError::fatal(
+                "fine-tuning failed while it was writing the weights; they are half updated and cannot be used",
+            ));
+        }
+        Ok(state.discard()?)
+    }
+
+    fn process(&mut self, item: Item<Prompt>, _out: &Emitter<'_, ()>) -> StageResult<()> {
+        let shared = Arc::clone(&self.state);
+        let mut state = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let (loss, tokens) = self.learn(&mut state, &item.body)?;
+        self.gathered.references += 1;
+        self.gathered.loss += loss;
+        self.gathered.tokens += tokens;
+        if self.gathered.references < self.batch {
+            return Ok(());
+        }
+        let Gathered { loss, tokens, .. } = std::mem::take(&mut self.gathered);
+        let norm = state.gradients.global_norm()? / tokens.max(1) as f64;
+        let loss = loss / tokens.max(1) as f64;
+        if !norm.is_finite() || !loss.is_finite() {
+            return Err(StageError::fatal(format!(
+                "step {} of supervised fine-tuning has a loss or gradient that is not finite; lower sft.lr",
+                state.step + 1
+            )));
+        }
+        fault::point("sft.step")?;
+        let scale = (self.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / tokens.max(1) as f64;
+        state.stepping = true;
+        state.apply(self.lr, scale)?;
+        state.step += 1;
+        state.stepping = false;
+        state.discard()?;
+        telemetry::fine_tuned(loss);
+        self.observer.lock().unwrap_or_else(PoisonError::into_inner).step(&state, loss, norm);
+        Ok(())
+    }
+}

@@ -1,0 +1,362 @@
+//! How the stages are wired: prompts → rollout ×N → label ×M → reward → learn, and the graphs of the phases before.
+
+pub mod labelers;
+pub mod learning;
+
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+
+use anyhow::Result;
+use preceptor_actors::{
+    Admission, AdmissionGate, GraphBuilder, Inlet, Outlet, SnapshotCell, StageError, StageResult, StageSpec,
+};
+
+use crate::config::{Config, LabelForm, Mode, RewardScaling, RolloutWeights, UpdateMode};
+use crate::lm::model::{Copies, Decoder};
+use crate::lm::tokens::Tokenizer;
+use crate::ops::Format;
+use crate::pipeline::data::pairs::PairSource;
+use crate::pipeline::data::source::{LeftOver, PromptSource};
+use crate::pipeline::generate::sampler::Sampling;
+use crate::pipeline::generate::stage::{Rollout, RolloutPlan};
+use crate::pipeline::generate::stop::Stop;
+use crate::pipeline::label::Labeler;
+use crate::pipeline::label::stage::{LabelStage, Wants};
+use crate::pipeline::learn::Observer;
+use crate::pipeline::learn::TrainState;
+use crate::pipeline::learn::publish::publish;
+use crate::pipeline::learn::stage::Learn;
+use crate::pipeline::prepare::Prepared;
+use crate::pipeline::reward::warm_up::{WarmUp, WarmUpObserver};
+use crate::pipeline::reward::{RewardRule, RewardStage, RewardTrainer, Scorer, TrainerPlan};
+use crate::pipeline::sft::{FineTune, Gathered, SftObserver};
+use crate::rl::ledger::{Book, Entries, UnderWay};
+use crate::run::controller::Knobs;
+use crate::types::{Group, Labeled, Prompt};
+use crate::util::fault;
+use crate::util::seed;
+
+/// Makes a labeler.
+pub type MakeLabeler = dyn Fn(&Config, &Prepared) -> Result<Box<dyn Labeler>> + Send + Sync;
+
+/// What outlives a restart of the graph.
+pub struct Node {
+    /// The configuration.
+    pub config: Config,
+    /// Models and data.
+    pub prepared: Arc<Prepared>,
+    /// What training has come to.
+    pub state: Arc<Mutex<TrainState>>,
+    /// Where each group stands.
+    pub book: Book,
+    /// The published weights.
+    pub cell: Arc<SnapshotCell<Decoder>>,
+    /// Who is told of each step.
+    pub observer: Arc<Mutex<dyn Observer>>,
+    /// The reward model, in the modes that have one.
+    pub reward_model: Option<Arc<Mutex<RewardTrainer>>>,
+    /// What the online controller turns; nothing where there is none.
+    pub knobs: Knobs,
+    /// Makes a labeler for each labeler actor; [`labelers::labeler`] unless a test scripts one.
+    pub labelers: Box<MakeLabeler>,
+}
+
+impl Node {
+    /// Wires one incarnation of the graph, going on from the last finished step. Groups that were generated, labeled or
+    /// rewarded since go on from there; those that were not yet sampled are issued again, from the same seeds.
+    ///
+    /// # Errors
+    /// A labeler's template that cannot be used, a learner of an incarnation before that never stopped, or a ledger that
+    /// is not that of the learner's step.
+    pub fn wire(&self, builder: &mut GraphBuilder) -> StageResult<()> {
+        fault::point("graph.build")?;
+        let config = &self.config;
+        let (step, scale) = {
+            let mut state = match self.state.try_lock() {
+                Ok(state) => state,
+                // Whether it is whole, the learner asks before it starts.
+                Err(TryLockError::Poisoned(state)) => state.into_inner(),
+                Err(TryLockError::WouldBlock) => {
+                    return Err(StageError::fatal(
+                        "a learner that did not stop still holds the weights; start the run again from its last checkpoint",
+                    ));
+                }
+            };
+            // A step that was counted and not published: before anything is let in for its version, its weights are there.
+            publish(&mut state, &self.cell, &*self.observer)?;
+            (state.step, state.scale)
+        };
+        let (next, end) = (step * config.learner.batch_groups, config.run.steps * config.learner.batch_groups);
+        let gate = Arc::new(AdmissionGate::new(admission(config), next, step));
+        let trained = self.book.count().trained;
+        if trained != next {
+            return Err(StageError::fatal(format!(
+                "the ledger has {trained} groups trained where the learner has {next}; this is a fault of the program"
+            )));
+        }
+        let (entries, UnderWay { generated, labeled: judged, rewarded: left }) = self.book.open(builder.incarnation());
+        let scale = left.last().map_or(scale, |last| last.scale);
+        let next_reward = next + left.len() as u64;
+
+        let (prompts_out, prompts) = builder.edge("prompts", 1);
+        let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
+        let (rewarded_out, rewarded) = builder.edge("rewarded", config.reward.capacity);
+
+        let (data, gate_in) = (Arc::clone(&self.prepared.data), Arc::clone(&gate));
+        let source = PromptSource::new(data, gate_in, entries.clone(), next, end);
+        builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
+        if !generated.is_empty() {
+            let spec = StageSpec::new("left-generated").role("left");
+            builder.source(spec, LeftOver::new(generated), groups_out.clone());
+        }
+        self.rollouts(builder, prompts, groups_out, config.run.seed, &entries);
+        let kept = || (Arc::clone(self.prepared.policy()), self.prepared.identity);
+        let reference = config.reward.reference.then(kept);
+        let scorer = match (&self.reward_model, config.run.mode) {
+            (Some(trainer), _) => Scorer::Model(Arc::clone(trainer)),
+            (None, Mode::Preference) => Scorer::Pairs,
+            (None, _) => Scorer::Labels,
+        };
+        let spec = StageSpec::new("reward").role("reward").threads(config.reward.threads);
+        let (rule, temperature) = (reward_rule(config), config.rollout.temperature);
+        if needs_labels(config) {
+            let (labeled_out, labeled) = builder.edge("labeled", config.labeler.capacity);
+            if !judged.is_empty() {
+                let spec = StageSpec::new("left-labeled").role("left");
+                builder.source(spec, LeftOver::new(judged), labeled_out.clone());
+            }
+            self.label(builder, groups, labeled_out, &entries)?;
+            let entries = entries.clone();
+            let reward = RewardStage::<Labeled>::new(scorer, rule, scale, reference, temperature, entries, next_reward);
+            builder.stage(spec, reward, labeled, rewarded_out);
+        } else {
+            let entries = entries.clone();
+            let reward = RewardStage::<Group>::new(scorer, rule, scale, reference, temperature, entries, next_reward);
+            builder.stage(spec, reward, groups, rewarded_out);
+        }
+        let learn = Learn::new(
+            Arc::clone(&self.state),
+            learning::algorithm(config),
+            learning::learn_plan(config),
+            Arc::clone(&self.cell),
+            gate,
+            Arc::clone(&self.observer),
+        );
+        let learn = learn.going_on(entries, left);
+        let spec = StageSpec::new("learn").role("learn").threads(config.learner.threads);
+        builder.sink(spec, learn, rewarded);
+        Ok(())
+    }
+
+    /// Wires the graph that warms the reward model up, on a file of preferences (pairs → reward) or on what the initial
+    /// policy writes and the labeler judges (prompts → rollout ×N → label ×M → reward).
+    ///
+    /// # Errors
+    /// A labeler's template that cannot be used.
+    pub fn wire_warm_up(
+        &self,
+        builder: &mut GraphBuilder,
+        trainer: &Arc<Mutex<RewardTrainer>>,
+        observer: &Arc<Mutex<dyn WarmUpObserver>>,
+    ) -> StageResult<()> {
+        let config = &self.config;
+        // What a warm-up that failed has taught it would be taught again: it begins as it did.
+        if builder.incarnation() > 0
+            && let Some(fresh) = reward_trainer(config, &self.prepared)?
+        {
+            *trainer.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
+        }
+        let count = self.warm_up_groups();
+        let gate = everything(count);
+        let (trainer, observer) = (Arc::clone(trainer), Arc::clone(observer));
+        let warm_up = WarmUp::new(trainer, observer, config.reward_model.epochs, config.run.seed);
+        let spec = StageSpec::new("reward").role("reward").threads(config.reward.threads);
+        let (labeled_out, labeled) = builder.edge("labeled", config.labeler.capacity);
+        if let Some(pairs) = &self.prepared.pairs {
+            let source = PairSource::new(Arc::clone(pairs), gate);
+            builder.source(StageSpec::new("pairs").role("pairs"), source, labeled_out);
+        } else {
+            let (prompts_out, prompts) = builder.edge("prompts", 1);
+            let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
+            let source = PromptSource::new(Arc::clone(&self.prepared.data), gate, Entries::none(), 0, count);
+            builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
+            // Draws of their own: the run's first groups are not to be those that the reward model has seen.
+            let seed = seed::mix(config.run.seed ^ seed::text("warm-up"));
+            self.rollouts(builder, prompts, groups_out, seed, &Entries::none());
+            self.label(builder, groups, labeled_out, &Entries::none())?;
+        }
+        builder.sink(spec, warm_up, labeled);
+        Ok(())
+    }
+
+    /// Groups that the reward model is warmed up on, in one epoch.
+    pub fn warm_up_groups(&self) -> u64 {
+        self.prepared.pairs.as_ref().map_or(self.config.reward_model.warm_up_groups, |pairs| pairs.len() as u64)
+    }
+
+    fn rollouts(
+        &self,
+        builder: &mut GraphBuilder,
+        prompts: Inlet<Prompt>,
+        groups: Outlet<Group>,
+        seed: u64,
+        entries: &Entries,
+    ) {
+        for worker in 0..self.config.rollout.workers {
+            let name = format!("rollout-{worker}");
+            let stage = self.rollout(worker, &name, seed, entries);
+            let spec = StageSpec::new(name).role("rollout").threads(self.config.rollout.threads);
+            builder.stage(spec, stage, prompts.clone(), groups.clone());
+        }
+    }
+
+    fn label(
+        &self,
+        builder: &mut GraphBuilder,
+        groups: Inlet<Group>,
+        labeled: Outlet<Labeled>,
+        entries: &Entries,
+    ) -> Result<()> {
+        let config = &self.config;
+        for worker in 0..config.labeler.workers {
+            let spec = StageSpec::new(format!("label-{worker}")).role("label").threads(config.labeler.threads);
+            let labeler = (self.labelers)(config, &self.prepared)?;
+            let (retries, wants, entries) = (config.labeler.retries, wants(config), entries.clone());
+            let stage = LabelStage { labeler, retries, wants, entries };
+            builder.stage(spec, stage, groups.clone(), labeled.clone());
+        }
+        Ok(())
+    }
+
+    fn rollout(&self, worker: usize, name: &str, seed: u64, entries: &Entries) -> Rollout {
+        let config = &self.config;
+        let plan = RolloutPlan {
+            sampling: sampling(config, &self.prepared.tokenizer),
+            slots: config.rollout.slots,
+            knob: self.knobs.rollout.clone(),
+            group_size: config.rollout.group_size,
+            in_flight: config.rollout.update == UpdateMode::InFlight,
+            format: match config.rollout.weights {
+                RolloutWeights::F32 => None,
+                RolloutWeights::Bf16 => Some(Format::Bf16),
+                RolloutWeights::Q8 => Some(Format::Q8),
+            },
+            device: self.prepared.devices.rollout(worker).clone(),
+            seed,
+            entries: entries.clone(),
+        };
+        Rollout::new(self.cell.reader(name), self.prepared.tokenizer.clone(), plan)
+    }
+}
+
+/// How the policy's completions are drawn.
+pub fn sampling(config: &Config, tokenizer: &Tokenizer) -> Sampling {
+    let rollout = &config.rollout;
+    Sampling {
+        repetition_penalty: rollout.repetition_penalty,
+        temperature: rollout.temperature,
+        top_k: (rollout.top_k > 0).then_some(rollout.top_k),
+        top_p: (rollout.top_p < 1.0).then_some(rollout.top_p),
+        min_p: (rollout.min_p > 0.0).then_some(rollout.min_p),
+        max_new_tokens: rollout.max_new_tokens,
+        vocabulary: tokenizer.vocab_size(),
+        eos: tokenizer.eos_ids().iter().chain(&rollout.stop_ids).copied().collect(),
+        stop: Stop::new(&rollout.stop, tokenizer).map(Arc::new),
+    }
+}
+
+/// Wires supervised fine-tuning, going on from the last finished step: prompts → learn.
+pub fn wire_fine_tuning(
+    builder: &mut GraphBuilder,
+    config: &Config,
+    prepared: &Prepared,
+    state: &Arc<Mutex<TrainState>>,
+    observer: &Arc<Mutex<dyn SftObserver>>,
+) {
+    let (batch, steps) = (config.sft.batch, config.sft.steps);
+    let done = state.lock().unwrap_or_else(PoisonError::into_inner).step;
+    let (prompts_out, prompts) = builder.edge("prompts", 1);
+    let (data, gate) = (Arc::clone(&prepared.data), everything(batch * steps));
+    let source = PromptSource::new(data, gate, Entries::none(), batch * done, batch * steps);
+    builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
+    let learn = FineTune {
+        state: Arc::clone(state),
+        chat: config.data.chat,
+        batch,
+        gathered: Gathered::default(),
+        tokenizer: prepared.tokenizer.clone(),
+        lr: config.sft.lr,
+        max_grad_norm: config.learner.max_grad_norm,
+        observer: Arc::clone(observer),
+    };
+    builder.sink(StageSpec::new("learn").role("learn").threads(config.learner.threads), learn, prompts);
+}
+
+/// A gate that lets `groups` groups in without waiting.
+pub(crate) fn everything(groups: u64) -> Arc<AdmissionGate> {
+    Arc::new(AdmissionGate::new(Admission { eta: 0, batch: groups }, 0, 0))
+}
+
+/// The staleness rule of this configuration.
+pub fn admission(config: &Config) -> Admission {
+    Admission { eta: config.learner.eta, batch: config.learner.batch_groups }
+}
+
+/// Whether the mode asks a labeler while the policy learns.
+pub fn needs_labels(config: &Config) -> bool {
+    match config.run.mode {
+        Mode::Direct | Mode::Preference => true,
+        Mode::Distilled => config.reward_model.online,
+        Mode::Human => false,
+    }
+}
+
+/// In what form the mode wants feedback.
+pub fn wants(config: &Config) -> Wants {
+    match config.run.mode {
+        Mode::Direct => Wants::Scores,
+        Mode::Distilled | Mode::Preference | Mode::Human => Wants::Preferences {
+            pairing: config.labeler.pairs,
+            temperature: config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature),
+        },
+    }
+}
+
+/// The reward model that the mode trains, as it starts; none where the mode has none.
+///
+/// # Errors
+/// When memory for it cannot be had.
+pub fn reward_trainer(config: &Config, prepared: &Prepared) -> Result<Option<RewardTrainer>> {
+    let Some(plan) = trainer_plan(config) else { return Ok(None) };
+    let adam = learning::adam(config);
+    let trainer = match &prepared.reward_start {
+        Some(start) => RewardTrainer::new(&start.model, start.head.as_ref(), plan, adam),
+        None => {
+            let initial = Copies::new(prepared.devices.reward_model.clone()).of(prepared.policy())?;
+            RewardTrainer::new(&initial, None, plan, adam)
+        }
+    };
+    trainer.map(Some)
+}
+
+/// How the mode's reward model is trained; none where the mode has none.
+pub fn trainer_plan(config: &Config) -> Option<TrainerPlan> {
+    let model = &config.reward_model;
+    matches!(config.run.mode, Mode::Distilled | Mode::Human).then(|| TrainerPlan {
+        lr: model.lr,
+        head_lr: model.head_lr,
+        batch_pairs: model.batch_pairs,
+        max_grad_norm: model.max_grad_norm,
+        hard: model.labels == LabelForm::Hard,
+        holdout: model.holdout,
+        seed: config.run.seed,
+    })
+}
+
+fn reward_rule(config: &Config) -> RewardRule {
+    RewardRule {
+        standardise: config.reward.scale == RewardScaling::Running,
+        clip: Some(config.reward.clip).filter(|clip| *clip > 0.0),
+        length_penalty: config.reward.length_penalty,
+        missing_eos_penalty: config.reward.missing_eos_penalty,
+    }
+}

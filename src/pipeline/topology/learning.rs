@@ -1,0 +1,123 @@
+//! From the configuration to what learns.
+
+use anyhow::Result;
+
+use crate::config::{AlgorithmKind, AverageKind, Config, CorrectionKind, LabelForm, ValueKind};
+use crate::lm::model::{Decoder, Lora};
+use crate::ops::AdamWConfig;
+use crate::pipeline::learn::stage::LearnPlan;
+use crate::pipeline::learn::value::ValueModel;
+use crate::rl::algo::Algorithm;
+use crate::rl::algo::correction::{Correction, Level};
+use crate::rl::algo::grpo::Grpo;
+use crate::rl::algo::kl::Kl;
+use crate::rl::algo::online_dpo::OnlineDpo;
+use crate::rl::algo::ppo::Ppo;
+use crate::rl::algo::reinforce::Reinforce;
+use crate::rl::algo::rloo::Rloo;
+use crate::rl::algo::surrogate::{Average, Clip, Surrogate};
+use crate::rl::algo::whiten::Whitened;
+use crate::util::seed::mix;
+
+/// The value baseline for `policy`, where the configured algorithm learns one.
+///
+/// # Errors
+/// When the device has no room.
+pub fn value_model(config: &Config, policy: &Decoder) -> Result<Option<ValueModel>> {
+    let decoder = config.learner.value_model == ValueKind::Model;
+    let needed = algorithm(config).needs_values();
+    needed.then(|| ValueModel::new(policy, decoder, adam(config))).transpose()
+}
+
+/// The configured algorithm.
+pub fn algorithm(config: &Config) -> Box<dyn Algorithm> {
+    let learner = &config.learner;
+    let surrogate = surrogate(config);
+    let inner: Box<dyn Algorithm> = match learner.algorithm {
+        AlgorithmKind::Rloo => Box::new(Rloo { surrogate }),
+        AlgorithmKind::Reinforce => Box::new(Reinforce { surrogate }),
+        AlgorithmKind::Grpo => Box::new(Grpo { scaled: learner.advantage_std, surrogate }),
+        AlgorithmKind::Ppo => Box::new(Ppo {
+            gamma: learner.gamma,
+            lambda: learner.gae_lambda,
+            value_clip: unless_zero(learner.value_clip),
+            surrogate,
+        }),
+        AlgorithmKind::OnlineDpo => Box::new(OnlineDpo {
+            beta: learner.dpo_beta,
+            soft: learner.dpo_labels == LabelForm::Soft,
+            form: learner.dpo_loss,
+        }),
+    };
+    let (rewards, advantages) = (learner.whiten_rewards, learner.whiten_advantages);
+    if rewards || advantages { Box::new(Whitened { inner, rewards, advantages }) } else { inner }
+}
+
+/// From advantages to loss, as configured.
+fn surrogate(config: &Config) -> Surrogate {
+    let learner = &config.learner;
+    let level = if learner.algorithm == AlgorithmKind::Rloo { Level::Sequence } else { Level::Token };
+    let (correction, limit) = match learner.correction {
+        CorrectionKind::None => (Level::None, f64::INFINITY),
+        CorrectionKind::Tis => (Level::Token, learner.truncation),
+        CorrectionKind::TisSequence => (Level::Sequence, learner.truncation),
+        CorrectionKind::Decoupled => (Level::Token, f64::INFINITY),
+    };
+    Surrogate {
+        clip: (learner.clip > 0.0).then_some(Clip { low: learner.clip, high: learner.clip_high, level }),
+        correction: Correction { level: correction, limit, mask_beyond: unless_zero(learner.mask_ratio) },
+        average: match learner.average {
+            AverageKind::SequenceSum => Average::SequenceSum,
+            AverageKind::SequenceMean => Average::SequenceMean,
+            AverageKind::TokenMean => Average::TokenMean,
+            AverageKind::Constant => Average::Constant(config.rollout.max_new_tokens as f64),
+        },
+        kl: Kl { coef: config.reward.kl_coef, estimator: config.reward.kl_estimator, place: config.reward.kl },
+        entropy: learner.entropy_coef,
+    }
+}
+
+/// A bound, where zero says that there is none.
+fn unless_zero(bound: f64) -> f64 {
+    if bound == 0.0 { f64::INFINITY } else { bound }
+}
+
+/// The numbers that a step depends on, as configured.
+pub fn learn_plan(config: &Config) -> LearnPlan {
+    let learner = &config.learner;
+    LearnPlan {
+        batch_groups: learner.batch_groups,
+        temperature: config.rollout.temperature,
+        lr: learner.lr,
+        warmup_steps: learner.warmup_steps,
+        schedule: learner.schedule,
+        min_lr: learner.min_lr,
+        steps: config.run.steps,
+        max_grad_norm: learner.max_grad_norm,
+        value_lr: learner.value_lr,
+        truncation: learner.truncation,
+        epochs: learner.epochs,
+        minibatches: learner.minibatches,
+        seed: config.run.seed,
+        max_nonfinite_steps: learner.max_nonfinite_steps,
+        micro_batch: learner.micro_batch,
+    }
+}
+
+/// The policy's adapters and the seed that they are made from, if it is to learn through adapters.
+pub fn lora(config: &Config) -> Option<(Lora, u64)> {
+    let lora = config.policy.lora.as_ref()?;
+    let (rank, alpha, targets) = (lora.rank, lora.alpha, lora.targets.clone());
+    Some((Lora { rank, alpha, targets }, mix(config.run.seed ^ 0x10ad)))
+}
+
+/// The optimizer of everything that learns.
+pub fn adam(config: &Config) -> AdamWConfig {
+    let learner = &config.learner;
+    AdamWConfig {
+        beta1: learner.adam_beta1,
+        beta2: learner.adam_beta2,
+        eps: learner.adam_eps,
+        weight_decay: learner.weight_decay,
+    }
+}

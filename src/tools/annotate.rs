@@ -1,0 +1,251 @@
+//! Labeling files: the labeler actors of a training graph, fed from a file and read by a writer.
+
+pub mod file;
+
+use std::borrow::Cow;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Result, bail};
+use preceptor_actors::{
+    Emitter, GraphBuilder, GraphOptions, Item, Outcome, Source, Stage, StageContext, StageResult, StageSpec,
+    WatchdogPolicy, spawn_graph,
+};
+
+use crate::config::Config;
+use crate::lm::tokens::Tokenizer;
+use crate::observe::telemetry;
+use crate::pipeline::data::pairs::group;
+use crate::pipeline::data::{PreferencePair, Preferences, PromptFormat};
+use crate::pipeline::label::guard::without_control;
+use crate::pipeline::label::stage::{Wants, ask_many, sign_of_life};
+use crate::pipeline::label::{Labeler, Labels};
+use crate::types::Group;
+use crate::util::signals;
+
+/// What is to be labeled.
+pub trait Questions: Send + Sync {
+    /// Question `i` as a group.
+    ///
+    /// # Errors
+    /// What can no longer be read.
+    fn group(&self, i: usize) -> Result<Group>;
+}
+
+/// Pairs of a file as questions.
+pub struct PairQuestions {
+    /// The pairs.
+    pub pairs: Arc<Preferences>,
+    /// How prompts are made for judges that read tokens.
+    pub format: PromptFormat,
+    /// Their tokenizer.
+    pub tokenizer: Tokenizer,
+}
+
+impl PairQuestions {
+    /// `pair`, number `i` of the file, as a group. What an answer writes like a control token is plain text there.
+    ///
+    /// # Errors
+    /// A dialogue that the format cannot take.
+    pub fn ask(&self, i: usize, mut pair: PreferencePair) -> Result<Group> {
+        let control = self.tokenizer.control_tokens();
+        for text in [&mut pair.first, &mut pair.second] {
+            if let Cow::Owned(plain) = without_control(text, &control) {
+                *text = plain;
+            }
+        }
+        group(i as u64, &pair, &self.format, &self.tokenizer)
+    }
+}
+
+impl Questions for PairQuestions {
+    fn group(&self, i: usize) -> Result<Group> {
+        self.ask(i, self.pairs.get(i)?)
+    }
+}
+
+/// A labeled question.
+pub struct Annotation {
+    /// Its number.
+    pub question: usize,
+    /// What was asked.
+    pub group: Group,
+    /// What the labeler said.
+    pub labels: Labels,
+}
+
+/// Takes what was labeled, a batch at a time and once each.
+pub trait Annotations: Send {
+    /// A batch is labeled.
+    ///
+    /// # Errors
+    /// Ends the work: what must be kept could not be.
+    fn take(&mut self, batch: Vec<Annotation>) -> Result<()>;
+}
+
+/// A labeling job.
+pub struct Job {
+    /// For workers, threads, retries and the watchdog.
+    pub config: Config,
+    /// What to label.
+    pub questions: Arc<dyn Questions>,
+    /// Which of them, in order.
+    pub todo: Vec<usize>,
+    /// Questions that a labeler is given at once.
+    pub batch: usize,
+    /// In what form labels are wanted.
+    pub wants: Wants,
+    /// Makes a labeler for each labeler actor.
+    pub labelers: Box<dyn Fn() -> Result<Box<dyn Labeler>> + Send + Sync>,
+    /// Set when a judge was waited for in vain: no further question is asked then.
+    pub gave_up: Arc<AtomicBool>,
+}
+
+/// Labels everything, in as many labeler actors as are configured; returns false when it was interrupted.
+///
+/// # Errors
+/// A labeler that cannot be made, or fails beyond the restart budget; what `out` reports.
+pub fn annotate(job: Job, out: Arc<Mutex<dyn Annotations>>) -> Result<bool> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let supervision = &job.config.supervision;
+    let options = GraphOptions {
+        watchdog: WatchdogPolicy {
+            stall_after: std::time::Duration::from_secs_f64(supervision.stall_after_s),
+            restart_after: Some(std::time::Duration::from_secs_f64(supervision.restart_after_s)),
+        },
+        ..GraphOptions::default()
+    };
+    let left = Arc::new(Mutex::new(job.todo.clone()));
+    let _deferred = signals::defer();
+    let mut handled = 0;
+    let outcome = runtime.block_on(async {
+        let graph = spawn_graph(options, move |builder| wire(builder, &job, &left, &out));
+        loop {
+            tokio::select! {
+                outcome = graph.wait() => return outcome,
+                _ = signals::after(handled) => {
+                    handled = signals::count();
+                    graph.halt();
+                }
+            }
+        }
+    });
+    runtime.shutdown_background();
+    match outcome {
+        Outcome::Finished => Ok(true),
+        Outcome::Drained | Outcome::Halted => Ok(false),
+        Outcome::Failed { stage, error, .. } => bail!("labeling ended since {stage} failed: {error}"),
+    }
+}
+
+fn wire(
+    builder: &mut GraphBuilder,
+    job: &Job,
+    left: &Arc<Mutex<Vec<usize>>>,
+    out: &Arc<Mutex<dyn Annotations>>,
+) -> StageResult<()> {
+    let labeler = &job.config.labeler;
+    let (asked_out, asked) = builder.edge("questions", 1);
+    let (labeled_out, labeled) = builder.edge("labeled", labeler.capacity);
+    // After a restart, what was not yet taken is asked again.
+    let todo = left.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let gave_up = || Arc::clone(&job.gave_up);
+    let source = Ask { questions: Arc::clone(&job.questions), todo, batch: job.batch, next: 0, gave_up: gave_up() };
+    builder.source(StageSpec::new("questions").role("questions"), source, asked_out);
+    for worker in 0..labeler.workers {
+        let stage =
+            Label { labeler: (job.labelers)()?, retries: labeler.retries, wants: job.wants, gave_up: gave_up() };
+        let spec = StageSpec::new(format!("label-{worker}")).role("label").threads(labeler.threads);
+        builder.stage(spec, stage, asked.clone(), labeled_out.clone());
+    }
+    drop((asked, labeled_out));
+    let take = Take { out: Arc::clone(out), left: Arc::clone(left) };
+    builder.sink(StageSpec::new("write").role("write"), take, labeled);
+    Ok(())
+}
+
+struct Ask {
+    questions: Arc<dyn Questions>,
+    todo: Vec<usize>,
+    batch: usize,
+    next: usize,
+    gave_up: Arc<AtomicBool>,
+}
+
+impl Source for Ask {
+    type Out = Vec<(usize, Group)>;
+
+    fn next(&mut self, ctx: &StageContext) -> StageResult<Option<Item<Self::Out>>> {
+        let end = (self.next + self.batch.max(1)).min(self.todo.len());
+        if self.next == end || self.gave_up.load(Ordering::SeqCst) {
+            return Ok(None);
+        }
+        let body = self.todo[self.next..end]
+            .iter()
+            .map(|i| Ok((*i, self.questions.group(*i)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let seq = self.next as u64;
+        self.next = end;
+        Ok(Some(Item { seq, incarnation: ctx.incarnation(), version: 0, body }))
+    }
+}
+
+struct Label {
+    labeler: Box<dyn Labeler>,
+    retries: u32,
+    wants: Wants,
+    gave_up: Arc<AtomicBool>,
+}
+
+impl Stage for Label {
+    type In = Vec<(usize, Group)>;
+    type Out = Vec<Annotation>;
+
+    fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
+        self.labeler.attend(ctx.name(), &sign_of_life(ctx));
+        Ok(())
+    }
+
+    fn process(&mut self, item: Item<Self::In>, out: &Emitter<'_, Self::Out>) -> StageResult<()> {
+        let started = out.ctx().clock().now();
+        let groups: Vec<&Group> = item.body.iter().map(|(_, group)| group).collect();
+        let mut labels = ask_many(self.labeler.as_ref(), &groups, self.retries);
+        if self.labeler.waits() && labels.iter().any(|labels| labels.failure().is_some()) {
+            self.gave_up.store(true, Ordering::SeqCst);
+        }
+        for (labels, group) in labels.iter_mut().zip(&groups) {
+            telemetry::labels(self.labeler.name(), labels);
+            self.wants.shape(group.completions.len(), labels);
+        }
+        telemetry::label_took(out.ctx().clock().now().saturating_sub(started));
+        let body = item
+            .body
+            .into_iter()
+            .zip(labels)
+            .map(|((question, group), labels)| Annotation { question, group, labels })
+            .collect();
+        out.emit(Item { seq: item.seq, incarnation: item.incarnation, version: 0, body })?;
+        Ok(())
+    }
+}
+
+struct Take {
+    out: Arc<Mutex<dyn Annotations>>,
+    left: Arc<Mutex<Vec<usize>>>,
+}
+
+impl Stage for Take {
+    type In = Vec<Annotation>;
+    type Out = ();
+
+    fn process(&mut self, item: Item<Self::In>, _out: &Emitter<'_, ()>) -> StageResult<()> {
+        let taken: Vec<usize> = item.body.iter().map(|one| one.question).collect();
+        self.out
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take(item.body)
+            .map_err(preceptor_actors::StageError::fatal)?;
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).retain(|i| !taken.contains(i));
+        Ok(())
+    }
+}

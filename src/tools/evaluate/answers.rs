@@ -1,0 +1,46 @@
+//! Answers of a model to the prompts of a data set.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use crate::lm::model::Decoder;
+use crate::lm::tokens::Tokenizer;
+use crate::pipeline::generate::sampler::Sampling;
+use crate::pipeline::generate::{Fixed, Request, generate, stop};
+use crate::types::{Completion, Finish, Prompt};
+use crate::util::seed;
+
+/// Prompts generated side by side.
+const LOT: usize = 8;
+
+/// One answer to each of `prompts`, as `sampling` says; draws are functions of `seed` and the prompt's number. `told`
+/// hears how many there are.
+///
+/// # Errors
+/// A prompt that leaves no room for an answer.
+pub fn answers(
+    model: &Arc<Decoder>,
+    tokenizer: &Tokenizer,
+    prompts: &[Prompt],
+    sampling: &Sampling,
+    seed: u64,
+    mut told: impl FnMut(u64),
+) -> Result<Vec<Completion>> {
+    let mut out = Vec::with_capacity(prompts.len());
+    for lot in prompts.chunks(LOT) {
+        let requests: Vec<Request> =
+            lot.iter().map(|prompt| Request::new(&*prompt.ids, vec![seed::completion(seed, prompt.seq, 0)])).collect();
+        for sampled in generate(&mut Fixed(Arc::clone(model)), requests, sampling)?.concat() {
+            out.push(Completion {
+                text: stop::text(tokenizer, &sampled.ids, sampling.stop.as_deref())?,
+                finish: sampled.finish.unwrap_or(Finish::Length),
+                ids: sampled.ids,
+                logprobs: sampled.logprobs,
+                versions: sampled.versions,
+            });
+        }
+        told(out.len() as u64);
+    }
+    Ok(out)
+}

@@ -1,0 +1,126 @@
+//! Win rate of one policy over another, or over references, by a labeler that reads both orders.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use super::judge;
+use crate::config::Config;
+use crate::lm::tokens::Tokenizer;
+use crate::pipeline::label::Pairing;
+use crate::pipeline::label::guard::without_control;
+use crate::pipeline::label::stage::Wants;
+use crate::pipeline::prepare::LabelerBench;
+use crate::rl::statistics::length_control::{Comparison, length_controlled};
+use crate::rl::statistics::table::Cell;
+use crate::rl::statistics::{Table, interval};
+use crate::tools::annotate::Questions;
+use crate::types::{Completion, Finish, Group, Preference, Prompt, Verdict};
+
+/// Two answers to each of some prompts.
+pub struct Contest {
+    /// The prompts, as the judge's tokenizer has them.
+    pub prompts: Vec<Prompt>,
+    /// Answers of the one whose wins are counted.
+    pub a: Vec<String>,
+    /// Answers of the other.
+    pub b: Vec<String>,
+    /// For lengths, and for judges that read tokens.
+    pub tokenizer: Tokenizer,
+    /// Whether the prompts went through the tokenizer's chat template, so that answers end as its turns do.
+    pub chat: bool,
+}
+
+/// What came of a contest.
+pub struct WinRate {
+    /// 1 for a win of A, 0 for a loss, ½ for a tie, per prompt with a verdict.
+    pub outcomes: Vec<f64>,
+    /// The table to show.
+    pub table: Table,
+}
+
+impl Questions for Contest {
+    fn group(&self, i: usize) -> Result<Group> {
+        let completion = |text: &str| -> Result<Completion> {
+            let text = without_control(text, &self.tokenizer.control_tokens()).into_owned();
+            let mut ids = self.tokenizer.encode_answer(&text)?;
+            ids.extend(self.tokenizer.end(self.chat));
+            let (logprobs, versions) = (vec![0.0; ids.len()], vec![0; ids.len()]);
+            Ok(Completion { ids, logprobs, versions, finish: Finish::Eos, text })
+        };
+        Ok(Group {
+            prompt: self.prompts[i].clone(),
+            completions: vec![completion(&self.a[i])?, completion(&self.b[i])?],
+        })
+    }
+}
+
+/// Judges every pair in both orders. Where the judge prefers the same position both times it has no preference between
+/// the answers, and neither wins: a tie, as are equal answers and a probability of exactly ½.
+///
+/// # Errors
+/// A labeler that fails beyond its restart budget, or that gave no verdict at all.
+pub fn win_rate(config: &Config, bench: &LabelerBench, contest: Contest, title: &str) -> Result<WinRate> {
+    let contest = Arc::new(contest);
+    let count = contest.prompts.len();
+    let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
+    let wants = Wants::Preferences { pairing: Pairing::Adjacent, temperature };
+    let labels = judge(config, &bench.instruments, contest.clone(), count, wants, "judging")?;
+    let (mut outcomes, mut compared) = (Vec::new(), Vec::new());
+    let (mut abstained, mut failed) = (0, 0);
+    for (i, labels) in labels.iter().enumerate() {
+        let Some(preference) = labels.preferences.first() else { continue };
+        match &preference.verdict {
+            Verdict::Label(p) => {
+                let win = outcome(preference, *p, contest.a[i] == contest.b[i]);
+                outcomes.push(win);
+                let length = |text: &str| -> Result<f64> { Ok(contest.tokenizer.encode(text)?.len().max(1) as f64) };
+                compared.push(Comparison { win, length: length(&contest.a[i])?, other: length(&contest.b[i])? });
+            }
+            Verdict::Abstention(_) => abstained += 1,
+            Verdict::Failure(_) => failed += 1,
+        }
+    }
+    let share = |value: f64| outcomes.iter().filter(|win| **win == value).count();
+    let mean_length =
+        |length: fn(&Comparison) -> f64| compared.iter().map(length).sum::<f64>() / compared.len().max(1) as f64;
+    outcomes.first().context("the judge gave no verdict on any pair")?;
+    let controlled = match length_controlled(&compared) {
+        Ok(found) => Cell::Share(found.rate),
+        Err(error) => Cell::Text(format!("{error:#}")),
+    };
+    let mut table = Table::new(
+        title,
+        &[
+            ("prompts", ""),
+            ("win rate", "%"),
+            ("length-controlled", "%"),
+            ("wins", ""),
+            ("ties", ""),
+            ("losses", ""),
+            ("abstained", ""),
+            ("failed", ""),
+            ("tokens of A", ""),
+            ("tokens of B", ""),
+        ],
+    );
+    table.push(vec![
+        Cell::Integer(count as i64),
+        Cell::Share(interval::mean(&outcomes)),
+        controlled,
+        Cell::Integer(share(1.0) as i64),
+        Cell::Integer(share(0.5) as i64),
+        Cell::Integer(share(0.0) as i64),
+        Cell::Integer(abstained),
+        Cell::Integer(failed),
+        Cell::Number(mean_length(|one| one.length)),
+        Cell::Number(mean_length(|one| one.other)),
+    ]);
+    Ok(WinRate { outcomes, table })
+}
+
+/// 1 for a win of the first, 0 for a loss, ½ for a tie: the same text, a judge that prefers the same position in both
+/// orders, or one for whom both are as good.
+pub fn outcome(preference: &Preference, p: f64, same: bool) -> f64 {
+    if same || preference.flipped() == Some(true) || p == 0.5 { 0.5 } else { f64::from(u8::from(p > 0.5)) }
+}

@@ -1,0 +1,187 @@
+//! This machine, measured by running the configured graph itself, for a while, without writing anything.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use preceptor_actors::{GraphHandle, GraphOptions, Outcome, RestartPolicy, SnapshotCell, StageReport, spawn_graph};
+
+use super::plan::Plan;
+use super::{Facts, Machine, Measured, Role};
+use crate::config::Config;
+use crate::pipeline::generate::MOST_SLOTS;
+use crate::pipeline::learn::{Done, Observer, TrainState};
+use crate::pipeline::prepare::Prepared;
+use crate::pipeline::topology::labelers::labeler;
+use crate::pipeline::topology::learning::{adam, lora, value_model};
+use crate::pipeline::topology::{Node, needs_labels, reward_trainer};
+use crate::rl::ledger::Book;
+use crate::run::controller::Knobs;
+use crate::tools::check;
+use crate::types::Rewarded;
+use crate::util::device;
+use crate::util::process;
+use crate::util::signals::{self, Interrupted};
+
+/// Steps that are measured at least.
+const LEAST_STEPS: usize = 2;
+
+/// Share of the free memory that a plan may be expected to take: what is expected is no more than about right.
+const SHARE: f64 = 0.8;
+
+/// This machine.
+pub struct Live {
+    config: Config,
+    prepared: Arc<Prepared>,
+    least: Duration,
+    /// Bytes that were free before anything was measured, where that is known.
+    room: Option<u64>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Live {
+    /// For `config`, whose models and data are `prepared`; each trial is measured for `least`, and some steps.
+    ///
+    /// # Errors
+    /// When the threads for it cannot be had.
+    pub fn new(config: &Config, prepared: Prepared, least: Duration) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let room = device::available_bytes(prepared.policy().device());
+        Ok(Self { config: config.clone(), prepared: Arc::new(prepared), least, room, runtime })
+    }
+
+    /// Most completions that there is memory for in the learner at a time.
+    fn micro_batch(&self) -> usize {
+        let configured = Plan::of(&self.config);
+        let halves = std::iter::successors(Some(configured.group_size / 2), |n| Some(n / 2));
+        let mut sizes = std::iter::once(0).chain(halves.take_while(|n| *n > 0));
+        sizes.find(|n| self.fits(&Plan { micro_batch: *n, ..configured.clone() })).unwrap_or(configured.micro_batch)
+    }
+}
+
+impl Machine for Live {
+    fn facts(&self) -> Facts {
+        let methods = &self.config.labeler.methods;
+        Facts {
+            cores: process::cores(),
+            group_size: self.config.rollout.group_size,
+            batch: self.config.learner.batch_groups,
+            labels_here: methods.iter().any(|method| method.remote.is_none()),
+            labels: needs_labels(&self.config),
+            most_slots: MOST_SLOTS,
+            micro_batch: self.micro_batch(),
+        }
+    }
+
+    fn fits(&self, plan: &Plan) -> bool {
+        let mut config = self.config.clone();
+        plan.put(&mut config);
+        match (self.room, check::memory_bytes(&config, &self.prepared)) {
+            (Some(room), Ok(bytes)) => bytes <= SHARE * room as f64,
+            _ => true,
+        }
+    }
+
+    fn measure(&mut self, plan: &Plan) -> Result<Measured> {
+        let mut config = self.config.clone();
+        plan.put(&mut config);
+        // It is halted when enough was seen.
+        config.run.steps = u64::MAX / 2 / plan.batch;
+        let prepared = &self.prepared;
+        let value = value_model(&config, prepared.policy())?;
+        let state = TrainState::new(prepared.policy(), adam(&config), value, lora(&config).as_ref())?;
+        let published = Arc::clone(state.published());
+        let cell = SnapshotCell::new(0, published.weights().fingerprint()?, published);
+        // Those that are under way in the first steps began before there were others beside them.
+        let skip = 1 + plan.eta as usize;
+        let watch = Watch { skip, least: self.least, graph: OnceLock::new(), marks: Vec::new(), seen: None };
+        let watch = Arc::new(Mutex::new(watch));
+        let node = Node {
+            state: Arc::new(Mutex::new(state)),
+            cell: Arc::new(cell),
+            observer: watch.clone(),
+            book: Book::default(),
+            knobs: Knobs::default(),
+            reward_model: reward_trainer(&config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer))),
+            labelers: Box::new(labeler),
+            prepared: Arc::clone(prepared),
+            config,
+        };
+        let options = GraphOptions { restart: RestartPolicy::never(), ..GraphOptions::default() };
+        let graph = {
+            // Held until the handle is in its place: no step is told of before.
+            let watching = watch.lock().unwrap_or_else(PoisonError::into_inner);
+            let _runtime = self.runtime.enter();
+            let graph = spawn_graph(options, move |builder| node.wire(builder));
+            let _ = watching.graph.set(graph.clone());
+            graph
+        };
+        let _deferred = signals::defer();
+        let outcome = self.runtime.block_on(async {
+            tokio::select! {
+                outcome = graph.wait() => anyhow::Ok(outcome),
+                _ = signals::after(0) => {
+                    graph.halt();
+                    graph.wait().await;
+                    Err(Interrupted::new("interrupted; nothing was changed").into())
+                }
+            }
+        })?;
+        if let Outcome::Failed { stage, error, .. } = outcome {
+            bail!("{stage} failed while it was measured: {error}");
+        }
+        let watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
+        watch.measured(plan.batch)
+    }
+}
+
+/// Notes when steps end, and halts the graph after enough of them.
+struct Watch {
+    skip: usize,
+    least: Duration,
+    graph: OnceLock<GraphHandle>,
+    marks: Vec<Instant>,
+    /// Stages when measuring began and when it ended.
+    seen: Option<(Vec<StageReport>, Vec<StageReport>)>,
+}
+
+impl Watch {
+    fn measured(&self, batch: u64) -> Result<Measured> {
+        let Some((first, last)) = &self.seen else { bail!("no step ended while it was measured") };
+        let steps = self.marks.len() - self.skip;
+        let seconds = (self.marks[self.marks.len() - 1] - self.marks[self.skip - 1]).as_secs_f64();
+        ensure!(seconds > 0.0, "the clock stands still");
+        let groups = steps as f64 * batch as f64;
+        let work = |role: Role| {
+            let busy = |stages: &[StageReport]| -> f64 {
+                stages.iter().filter(|stage| stage.role == role.name()).map(|stage| stage.busy_s).sum()
+            };
+            (busy(last) - busy(first)) / groups
+        };
+        Ok(Measured { groups_per_s: groups / seconds, work_s: Role::ALL.map(work) })
+    }
+}
+
+impl Observer for Watch {
+    fn group(&mut self, _done: u64, _of: u64) {}
+
+    fn step(&mut self, _done: Done<'_>, _state: &TrainState) -> Result<()> {
+        let Some(graph) = self.graph.get() else { return Ok(()) };
+        self.marks.push(Instant::now());
+        let stages = graph.report().stages;
+        if self.marks.len() <= self.skip {
+            self.seen = Some((stages, Vec::new()));
+            return Ok(());
+        }
+        let long = self.marks[self.skip - 1].elapsed() >= self.least && self.marks.len() >= self.skip + LEAST_STEPS;
+        if let Some((_, last)) = &mut self.seen {
+            *last = stages;
+        }
+        if long {
+            graph.halt();
+        }
+        Ok(())
+    }
+
+    fn nonfinite(&mut self, _step: u64, _batch: &[Rewarded]) {}
+}

@@ -1,0 +1,126 @@
+//! Exit statuses, and errors that carry one.
+//!
+//! | status | meaning | a supervisor should |
+//! |---|---|---|
+//! | 0 | finished | not start it again |
+//! | 1 | failed: a fault, a full disk, a judge or a download that could not be reached | start it again with `--resume` |
+//! | 2 | refused before any work: arguments, configuration, data, or a judge that refuses | not start it again; a person has to change something |
+//! | 3 | stopped by a limit in its configuration (`[guard]`, `labeler.max_cost`), or no step changed the weights | not start it again; a person decides |
+//! | 128 + n | interrupted by signal n, with a checkpoint | start it again with `--resume` if it was not stopped on purpose |
+
+use std::fmt;
+
+use anyhow::Result;
+
+use crate::config::ConfigErrors;
+use crate::lm::source::Unavailable;
+use crate::pipeline::remote::Unusable;
+use crate::util::disk;
+use crate::util::signals::Interrupted;
+
+/// Status of a command that failed in its work.
+pub const FAILED: u8 = 1;
+/// Status of a command that was refused before it began to work.
+pub const REFUSED: u8 = 2;
+/// Status of a run that a bound of its own configuration stopped.
+pub const STOPPED: u8 = 3;
+
+/// An error with an exit status of its own.
+#[derive(Debug)]
+pub enum Ended {
+    /// The command was refused before it began to work.
+    Refused(anyhow::Error),
+    /// A bound of its own configuration stopped the run.
+    Stopped(String),
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            // With its causes: nothing below prints them.
+            Self::Refused(error) => write!(f, "{error:#}"),
+            Self::Stopped(text) => f.write_str(text),
+        }
+    }
+}
+
+impl std::error::Error for Ended {}
+
+/// Runs what a command does before it begins to work: an error from it refuses the command.
+///
+/// # Errors
+/// As `prepare`. The error is [`Ended::Refused`], unless it has a status already or a signal interrupted the command.
+pub fn before_work<T>(prepare: impl FnOnce() -> Result<T>) -> Result<T> {
+    prepare().map_err(refusal)
+}
+
+/// The same error, as one that refuses a command before it begins to work.
+pub fn refusal(error: anyhow::Error) -> anyhow::Error {
+    if error.is::<Interrupted>() || error.is::<Ended>() { error } else { Ended::Refused(error).into() }
+}
+
+/// Returns the exit status of a command that ended with `error`.
+pub fn status(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if let Some(ended) = cause.downcast_ref::<Ended>() {
+            return match ended {
+                Ended::Refused(error) => refused(error),
+                Ended::Stopped(_) => STOPPED,
+            };
+        }
+    }
+    by_cause(error).unwrap_or(FAILED)
+}
+
+/// Returns the exit status of a process that signal number `signal` interrupted, as shells report it.
+pub fn interrupted(signal: i32) -> u8 {
+    u8::try_from(128 + signal).unwrap_or(FAILED)
+}
+
+/// Returns the status of a refused command: [`FAILED`] if the cause may pass by itself, such as a full disk.
+fn refused(error: &anyhow::Error) -> u8 {
+    let passes = error.chain().any(|cause| {
+        cause.downcast_ref().is_some_and(disk::may_pass)
+            || cause.downcast_ref::<Unavailable>().is_some_and(|cause| cause.passes)
+    });
+    by_cause(error).unwrap_or(if passes { FAILED } else { REFUSED })
+}
+
+/// The status that the error's type decides by itself.
+fn by_cause(error: &anyhow::Error) -> Option<u8> {
+    error.chain().find_map(|cause| {
+        if cause.is::<ConfigErrors>() {
+            return Some(REFUSED);
+        }
+        if let Some(Interrupted { signal, .. }) = cause.downcast_ref::<Interrupted>() {
+            return Some(interrupted(*signal));
+        }
+        let unusable = cause.downcast_ref::<Unusable>()?;
+        Some(if unusable.refuses { REFUSED } else { FAILED })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context, anyhow};
+
+    use super::*;
+
+    #[test]
+    fn an_error_has_the_status_of_its_cause() {
+        let judge = |refuses| Unusable { words: "no".into(), refuses };
+        assert_eq!(status(&anyhow!("a fault")), FAILED);
+        assert_eq!(status(&Ended::Refused(anyhow!("no such key")).into()), REFUSED);
+        assert_eq!(status(&anyhow::Error::from(Ended::Stopped("kl".into())).context("the run")), STOPPED);
+        let interrupted = Interrupted { signal: 15, text: String::new() };
+        assert_eq!(status(&anyhow::Error::from(interrupted)), 143);
+        assert_eq!(status(&anyhow::Error::from(judge(true)).context("labeler")), REFUSED);
+        assert_eq!(status(&anyhow::Error::from(judge(false))), FAILED);
+        assert_eq!(status(&Ended::Refused(judge(false).into()).into()), FAILED, "it may be reached later");
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let full = Err::<(), _>(full).context("cannot write").unwrap_err();
+        assert_eq!(status(&Ended::Refused(full).into()), FAILED, "room may be made");
+        let missing = std::io::Error::from(std::io::ErrorKind::NotFound);
+        assert_eq!(status(&Ended::Refused(missing.into()).into()), REFUSED);
+    }
+}
