@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 use candle_core::{DType, Device};
 use clap::Parser;
+use kernels::{self, AdamW, AdamWConfig, Gradients};
 use preceptor::lm::model::{Copies, Decoder, ModelConfig, Pack, Weights};
-use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, generate};
 
@@ -122,7 +122,7 @@ impl Bench {
             gradients.zero()?;
             for _ in 0..GROUPS {
                 let (logprobs, _) = trained.logprobs(&pack, 1.0)?;
-                ops::backward(&logprobs.sum_all()?, &mut [&mut gradients])?;
+                kernels::backward(&logprobs.sum_all()?, &mut [&mut gradients])?;
             }
             let norm = gradients.global_norm()?;
             Ok(optimizer.step(&gradients, 1e-6, 1.0 / norm)?)

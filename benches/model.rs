@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use candle_core::Device;
 use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
+use kernels::{AdamW, AdamWConfig, Format, Gradients, backward};
 use preceptor::lm::model::{Decoder, ModelConfig, Pack, Weights};
-use preceptor::ops::{AdamW, AdamWConfig, Format, Gradients, backward};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, generate};
 use rayon::ThreadPool;

@@ -18,11 +18,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::Device;
+use kernels::{AdamW, AdamWConfig, Format, Gradients, backward};
 use preceptor::config::{self, Choice, Config, MatmulPrecision};
 use preceptor::lm::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::lm::source::ModelFiles;
 use preceptor::lm::tokens::Tokenizer;
-use preceptor::ops::{AdamW, AdamWConfig, Format, Gradients, backward};
 use preceptor::pipeline::data::{Dataset, ModelBounds, OnBad, OnLong, Part, ReadOptions, Split};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, generate};

@@ -24,7 +24,6 @@ pub mod cli;
 pub mod config;
 pub mod lm;
 pub mod observe;
-pub mod ops;
 pub mod pipeline;
 pub mod rl;
 pub mod run;

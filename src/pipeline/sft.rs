@@ -8,7 +8,6 @@ use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResu
 use crate::lm::model::Pack;
 use crate::lm::tokens::Tokenizer;
 use crate::observe::telemetry;
-use crate::ops;
 use crate::pipeline::learn::TrainState;
 use crate::types::Prompt;
 use crate::util::fault;
@@ -60,7 +59,7 @@ impl FineTune {
         let pack = Pack::new(&prompt.ids[..kept], &[ids]);
         let (logprobs, _) = state.model.logprobs(&pack, 1.0)?;
         let loss = -logprobs.to_vec1::<f32>()?.iter().map(|p| f64::from(*p)).sum::<f64>();
-        ops::backward(&logprobs.sum_all()?.neg()?, &mut [&mut state.gradients])?;
+        kernels::backward(&logprobs.sum_all()?.neg()?, &mut [&mut state.gradients])?;
         Ok((loss, pack.targets.len()))
     }
 }

@@ -13,7 +13,6 @@ use preceptor_actors::{
 use crate::config::{Config, LabelForm, Mode, RewardScaling, RolloutWeights, UpdateMode};
 use crate::lm::model::{Copies, Decoder};
 use crate::lm::tokens::Tokenizer;
-use crate::ops::Format;
 use crate::pipeline::data::pairs::PairSource;
 use crate::pipeline::data::source::{LeftOver, PromptSource};
 use crate::pipeline::generate::sampler::Sampling;
@@ -34,6 +33,7 @@ use crate::run::controller::Knobs;
 use crate::types::{Group, Labeled, Prompt};
 use crate::util::fault;
 use crate::util::seed;
+use kernels::Format;
 
 /// Makes a labeler.
 pub type MakeLabeler = dyn Fn(&Config, &Prepared) -> Result<Box<dyn Labeler>> + Send + Sync;

@@ -10,7 +10,6 @@ use crate::config::{
     WeightDtype,
 };
 use crate::observe::serve::Token;
-use crate::ops;
 use crate::pipeline::label::templates::{Preamble, TemplateSet};
 use crate::pipeline::prepare::{Prepared, prepare};
 use crate::pipeline::topology::labelers::Instrument;
@@ -260,7 +259,7 @@ fn place(device: &str, config: &Config) -> String {
     match (device, config.policy.dtype) {
         ("cpu", WeightDtype::F32) => match config.policy.matmul_precision {
             MatmulPrecision::Highest => device.to_owned(),
-            lower if ops::has_tile_unit() => {
+            lower if kernels::has_tile_unit() => {
                 let bits = if lower == MatmulPrecision::High { 16 } else { 8 };
                 format!("{device}, in products {bits} bits of a value's significand (policy.matmul_precision)")
             }
@@ -475,7 +474,7 @@ fn staleness(config: &Config) -> Vec<String> {
         (rollout.weights == RolloutWeights::Q8, "what is drawn is of weights in eight bits (rollout.weights)"),
         (
             config.policy.matmul_precision == MatmulPrecision::Medium
-                && (config.policy.device != "cpu" || ops::has_tile_unit()),
+                && (config.policy.device != "cpu" || kernels::has_tile_unit()),
             "what is drawn and what is learned from differ by the rounding of products (policy.matmul_precision)",
         ),
         (learner.epochs > 1, "later epochs learn from what the first version of the step drew (learner.epochs)"),

@@ -5,7 +5,6 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 
 use crate::config::{MatmulPrecision, WeightDtype};
-use crate::ops;
 use crate::util::process;
 
 /// As candle calls it.
@@ -19,7 +18,7 @@ pub fn dtype(dtype: WeightDtype) -> DType {
 /// Has the process take products of `f32` as exactly as `precision` says from now on.
 pub fn set_precision(precision: MatmulPrecision) {
     candle_core::cuda::set_gemm_reduced_precision_f32(precision != MatmulPrecision::Highest);
-    ops::set_parts(match precision {
+    kernels::set_parts(match precision {
         MatmulPrecision::Highest => 3,
         MatmulPrecision::High => 2,
         MatmulPrecision::Medium => 1,

@@ -6,10 +6,10 @@ use std::io::Write;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use kernels::{self, AdamW, AdamWConfig, Gradients};
 use preceptor::lm::model::config::Window;
 use preceptor::lm::model::family::gemma2;
 use preceptor::lm::model::{Bert, BertConfig, Copies, Decoder, Lora, ModelConfig, Pack, PackedAttention, Weights};
-use preceptor::ops::{self, AdamW, AdamWConfig, Gradients};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, Sampled, generate};
 
@@ -118,7 +118,7 @@ fn backward(model: &Decoder, params: &[(String, Var)], gradients: &mut Gradients
     let (logprobs, entropy) = model.logprobs(&pack, 0.8).unwrap();
     let slopes = values(5, logprobs.dims(), 1.0).to_device(model.device()).unwrap();
     let loss = (logprobs + (entropy * 0.3).unwrap()).unwrap().mul(&slopes).unwrap().sum_all().unwrap();
-    let found = ops::backward(&loss, &mut [gradients]).unwrap();
+    let found = kernels::backward(&loss, &mut [gradients]).unwrap();
     assert_eq!(found, params.len(), "some variables receive no gradient");
 }
 
@@ -389,7 +389,8 @@ fn steps_in_half_precision_are_near_those_in_single_precision() {
 fn a_draw_on_the_device_is_the_hosts() {
     let Some(device) = device("a_draw_on_the_device_is_the_hosts") else { return };
     let rows = values(5, &[4, 1300], 3.0);
-    let draw = |rows: &Tensor| ops::draw_from_rows(rows, rows.dim(1).unwrap(), 0.8, &[0.1, 0.4, 0.7, 0.999]).unwrap();
+    let draw =
+        |rows: &Tensor| kernels::draw_from_rows(rows, rows.dim(1).unwrap(), 0.8, &[0.1, 0.4, 0.7, 0.999]).unwrap();
     for (host, there) in draw(&rows).into_iter().zip(draw(&rows.to_device(&device).unwrap())) {
         assert!(host.0 == there.0 && (host.1 - there.1).abs() < 1e-4, "{there:?} for {host:?}");
     }

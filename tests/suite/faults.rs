@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Result;
+use kernels::AdamWConfig;
 use preceptor::config::Config;
-use preceptor::ops::AdamWConfig;
 use preceptor::pipeline::label::{Labeler, Labels};
 use preceptor::pipeline::learn::TrainState;
 use preceptor::pipeline::learn::value::ValueModel;

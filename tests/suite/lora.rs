@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use kernels::{Gradients, backward};
 use preceptor::lm::model::{Decoder, Lora, Pack, PackedAttention, Weights};
-use preceptor::ops::{Gradients, backward};
 
 use crate::common::{config, fixture, max_abs_difference, metrics, stderr, train};
 

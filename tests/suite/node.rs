@@ -76,7 +76,7 @@ fn a_run_with_less_exact_products_is_near_one_with_exact_ones() {
     });
     let of = |step: &Value, name: &str| step[name].as_f64().unwrap_or_else(|| panic!("no {name} in {step}"));
     for (less, bound) in [(1, 1e-4), (2, 5e-3)] {
-        assert_eq!(runs[less] == runs[0], !preceptor::ops::has_tile_unit());
+        assert_eq!(runs[less] == runs[0], !kernels::has_tile_unit());
         // Both draw the same tokens in the first step, but for a few; later ones are of other weights.
         let (got, want) = (of(&runs[less][0], "entropy/mean"), of(&runs[0][0], "entropy/mean"));
         assert!((got / want - 1.0).abs() < bound, "entropy {got} against {want}");

@@ -1,9 +1,9 @@
 //! The reward model against `transformers`, and what it learns.
 
 use candle_core::{DType, Device, Tensor};
+use kernels::AdamWConfig;
 use preceptor::lm::model::{Decoder, Weights};
 use preceptor::lm::tokens::Tokenizer;
-use preceptor::ops::AdamWConfig;
 use preceptor::pipeline::reward::{RewardModel, RewardTrainer, TrainerPlan};
 use preceptor::types::{Completion, Finish, Group, Prompt};
 use serde_json::Value;

@@ -1,9 +1,9 @@
 //! A group's prompt computed once for all its completions, against each completion behind a prompt of its own.
 
 use candle_core::{Device, Tensor, Var};
+use kernels::{Gradients, backward};
 use preceptor::lm::model::config::Window;
 use preceptor::lm::model::{Decoder, Lora, ModelConfig, Pack, Weights};
-use preceptor::ops::{Gradients, backward};
 use preceptor::rl::algo::correction::{Correction, Level};
 use preceptor::rl::algo::grpo::Grpo;
 use preceptor::rl::algo::kl::{Estimator, Kl, Place};

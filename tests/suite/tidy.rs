@@ -47,21 +47,59 @@ fn modules_use_only_what_they_may() {
         ("util/descriptors", &["crate::", "candle"]),
         ("util/template", &["crate::", "candle"]),
         ("lm/vetted", &["crate::lm::model", "crate::lm::tokens", "crate::config", "preceptor_actors"]),
-        ("ops", &["crate::lm::model", "crate::rl::algo", "crate::pipeline::learn", "crate::types", "preceptor_actors"]),
         (
             "lm/model",
-            &["crate::pipeline::learn", "crate::types", "crate::config", "crate::pipeline::label", "preceptor_actors", "crate::lm::tokens"],
+            &[
+                "crate::pipeline::learn",
+                "crate::types",
+                "crate::config",
+                "crate::pipeline::label",
+                "preceptor_actors",
+                "crate::lm::tokens",
+            ],
         ),
         ("rl/algo", &["crate::", "candle", "preceptor_actors"]),
-        ("rl/statistics", &["candle", "preceptor_actors", "crate::lm::model", "crate::pipeline::label", "crate::pipeline::learn"]),
+        (
+            "rl/statistics",
+            &["candle", "preceptor_actors", "crate::lm::model", "crate::pipeline::label", "crate::pipeline::learn"],
+        ),
         ("config", &["candle", "preceptor_actors", "crate::run", "crate::lm::model"]),
-        ("pipeline/remote", &["candle", "preceptor_actors", "crate::lm::model", "crate::pipeline::topology", "crate::run"]),
+        (
+            "pipeline/remote",
+            &["candle", "preceptor_actors", "crate::lm::model", "crate::pipeline::topology", "crate::run"],
+        ),
         (
             "pipeline/label",
-            &["crate::pipeline::learn", "crate::pipeline::topology", "crate::run", "crate::config", "crate::pipeline::remote", "crate::pipeline::reward"],
+            &[
+                "crate::pipeline::learn",
+                "crate::pipeline::topology",
+                "crate::run",
+                "crate::config",
+                "crate::pipeline::remote",
+                "crate::pipeline::reward",
+            ],
         ),
-        ("pipeline/reward", &["crate::pipeline::learn", "crate::pipeline::topology", "crate::run", "crate::config", "crate::pipeline::label"]),
-        ("pipeline/data", &["crate::pipeline::learn", "crate::pipeline::topology", "crate::run", "crate::config", "crate::pipeline::label", "candle"]),
+        (
+            "pipeline/reward",
+            &[
+                "crate::pipeline::learn",
+                "crate::pipeline::topology",
+                "crate::run",
+                "crate::config",
+                "crate::pipeline::label",
+            ],
+        ),
+        (
+            "pipeline/data",
+            &[
+                "crate::pipeline::learn",
+                "crate::pipeline::topology",
+                "crate::run",
+                "crate::config",
+                "crate::pipeline::label",
+                "candle",
+            ],
+        ),
         ("lm/tokens", &["preceptor_actors", "crate::lm::model", "crate::pipeline::learn"]),
     ] {
         let found = mentions(module, forbidden);

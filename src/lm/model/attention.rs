@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor};
 
 use super::pack::Pack;
-use crate::ops::{self, TreeMask};
+use kernels::{self, TreeMask};
 
 /// What a layer's attention is besides its queries, keys and values.
 #[derive(Debug, Clone, Copy)]
@@ -14,7 +14,7 @@ pub struct Scope {
     pub layer: usize,
     /// Tokens that a token sees, itself included; `None` for all before it.
     pub window: Option<usize>,
-    /// Bound of the scores, see [`ops::softcap`].
+    /// Bound of the scores, see [`kernels::softcap`].
     pub cap: Option<f64>,
 }
 
@@ -77,5 +77,5 @@ impl Attend for PackedAttention {
 /// Attention of the tokens of `mask` within `scope`, scores divided by √hd.
 pub(super) fn within(mask: &Arc<TreeMask>, scope: Scope, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let scale = 1.0 / (q.dim(2)? as f64).sqrt();
-    ops::tree_attention(q, k, v, mask, scale, scope.window, scope.cap)
+    kernels::tree_attention(q, k, v, mask, scale, scope.window, scope.cap)
 }

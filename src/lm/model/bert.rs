@@ -11,7 +11,6 @@ use std::ops::Range;
 use candle_core::{Device, Result, Tensor};
 
 use super::weights::Weights;
-use crate::ops;
 pub use config::BertConfig;
 pub use embedder::Embedder;
 
@@ -126,7 +125,7 @@ impl Bert {
             // On CUDA, candle's product takes no matrix with gaps between its rows.
             let (q, k, v) = (q.narrow(1, at, n)?, k.narrow(2, at, n)?, v.narrow(1, at, n)?);
             let scores = q.contiguous()?.matmul(&k.contiguous()?)?; // [H, n, n]
-            let weights = ops::masked_softmax(&scores, None, 1.0 / (head_dim as f64).sqrt())?;
+            let weights = kernels::masked_softmax(&scores, None, 1.0 / (head_dim as f64).sqrt())?;
             weights.matmul(&v.contiguous()?)?.transpose(0, 1)?.reshape((n, d))
         });
         Tensor::cat(&mixed.collect::<Result<Vec<_>>>()?, 0)

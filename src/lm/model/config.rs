@@ -9,7 +9,7 @@ use serde_json::Value as Json;
 
 use super::family::{Family, llama};
 use super::rope::Scaling;
-use crate::ops::Activation;
+use kernels::Activation;
 
 /// What the last layer's hidden states are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -176,7 +176,7 @@ impl ModelConfig {
     }
 
     /// Numbers that a pass keeps of each token in each layer for its backward, about; `blocks` where a layer is two operations
-    /// (see `ops::self_attention`), which families with more in a layer, adapters and types other than `f32` rule
+    /// (see `kernels::self_attention`), which families with more in a layer, adapters and types other than `f32` rule
     /// out.
     pub fn kept(&self, blocks: bool) -> usize {
         let (d, q, kv) = (self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim);

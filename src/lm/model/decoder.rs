@@ -12,7 +12,7 @@ use super::lora::{Lora, is_adapter};
 use super::pack::Pack;
 use super::rope::{Angles, Frequencies};
 use super::weights::Weights;
-use crate::ops::{self, Format, Narrow};
+use kernels::{self, Format, Narrow};
 
 /// A decoder over borrowed storage: building one from [`Weights`] copies nothing.
 #[derive(Debug, Clone)]
@@ -176,7 +176,7 @@ impl Decoder {
     }
 
     /// Activation checkpointing (Chen et al. 2016): keeps of a pass over a pack only what goes into each layer, and computes
-    /// the rest again in the backward, which [`ops::backward`] must run. Copies for training or publishing do the same.
+    /// the rest again in the backward, which [`kernels::backward`] must run. Copies for training or publishing do the same.
     pub fn checkpoint_activations(&mut self, checkpoint: bool) {
         self.checkpointed = checkpoint;
     }
@@ -196,9 +196,9 @@ impl Decoder {
         let (angles, mask) = (Arc::new(self.angles(&pack.positions)?), Arc::new(pack.mask()));
         let x = self.layers.iter().try_fold(self.embedded(&pack.ids)?, |x, layer| {
             let (layer, angles, mask) = (Arc::clone(layer), Arc::clone(&angles), Arc::clone(&mask));
-            let segment: ops::Segment =
+            let segment: kernels::Segment =
                 Arc::new(move |x| layer.forward(x, &angles, &mut PackedAttention::within(&mask)));
-            ops::checkpoint(&x, &segment)
+            kernels::checkpoint(&x, &segment)
         })?;
         layer::norm(&self.config, &x, &self.final_norm)
     }
@@ -213,7 +213,7 @@ impl Decoder {
     }
 
     fn embedded(&self, ids: &[u32]) -> Result<Tensor> {
-        let x = ops::embed(&self.embedding, ids)?;
+        let x = kernels::embed(&self.embedding, ids)?;
         match self.config.family.gemma {
             None => Ok(x),
             Some(_) => x * (self.config.hidden_size as f64).sqrt(),
@@ -225,7 +225,7 @@ impl Decoder {
     /// # Errors
     /// Shapes that do not fit.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        ops::softcap(&layer::linear(hidden, &self.head, self.narrow_head.as_deref())?, self.config.logit_cap)
+        kernels::softcap(&layer::linear(hidden, &self.head, self.narrow_head.as_deref())?, self.config.logit_cap)
     }
 
     /// Hidden states `[N, D]` that predict the targets of `pack`.
@@ -256,7 +256,7 @@ impl Decoder {
     /// As [`Self::hidden`].
     pub fn score(&self, pack: &Pack, temperatures: &[f64]) -> Result<Vec<Vec<f32>>> {
         let hidden = self.predicting(pack)?;
-        ops::linear_logprobs_at(&hidden, &self.head, self.config.logit_cap, &pack.targets, temperatures)
+        kernels::linear_logprobs_at(&hidden, &self.head, self.config.logit_cap, &pack.targets, temperatures)
     }
 
     /// The same of targets `[N]` predicted by hidden states `[N, D]`.
@@ -264,6 +264,6 @@ impl Decoder {
     /// # Errors
     /// Shapes that do not fit.
     pub fn logprobs_of(&self, hidden: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
-        ops::linear_logprobs(hidden, &self.head, self.config.logit_cap, targets, temperature)
+        kernels::linear_logprobs(hidden, &self.head, self.config.logit_cap, targets, temperature)
     }
 }

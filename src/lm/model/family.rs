@@ -9,7 +9,7 @@ pub mod qwen3;
 
 use serde_json::Value as Json;
 
-use crate::ops::Activation;
+use kernels::Activation;
 
 /// What an architecture is called and what it adds to a pre-norm decoder with rotary positions, grouped queries and a
 /// gated feed-forward layer.

@@ -8,7 +8,7 @@ use super::config::ModelConfig;
 use super::lora::Lora;
 use super::rope::Angles;
 use super::weights::Weights;
-use crate::ops::{self, Format, Matrix, Narrow};
+use kernels::{self, Format, Matrix, Narrow};
 
 /// A layer's tensors, and where it stands.
 #[derive(Debug, Clone)]
@@ -124,7 +124,7 @@ impl Layer {
         let (cos, sin) = angles.of(self.window.is_some());
         if let (Some(mask), true) = (attend.mask(), self.attention_is_plain(x)?) {
             let matrix = |projection: &Projection| projection.linear.matrix.clone();
-            let block = ops::SelfAttention {
+            let block = kernels::SelfAttention {
                 norm: self.attention_norm.clone(),
                 eps: config.rms_norm_eps,
                 q: matrix(&self.q),
@@ -139,12 +139,12 @@ impl Layer {
                 window: self.window,
                 cap: config.attention_cap,
             };
-            return ops::self_attention(x, &block);
+            return kernels::self_attention(x, &block);
         }
         let h = norm(config, x, &self.attention_norm)?;
         let (q, k) = (self.heads(&self.q, &h, config.heads)?, self.heads(&self.k, &h, config.kv_heads)?);
         let v = self.heads(&self.v, &h, config.kv_heads)?;
-        let (mut q, k) = (ops::rope(&q, cos, sin)?, ops::rope(&k, cos, sin)?);
+        let (mut q, k) = (kernels::rope(&q, cos, sin)?, kernels::rope(&k, cos, sin)?);
         // Attention divides by the root of the width of a head.
         let scale = config.query_scalar.map(|scalar| (config.head_dim as f64 / scalar as f64).sqrt());
         if let Some(scale) = scale.filter(|scale| *scale != 1.0) {
@@ -158,7 +158,7 @@ impl Layer {
     fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
         let config = &*self.config;
         if self.feed_forward_is_plain(x)? {
-            let block = ops::FeedForward {
+            let block = kernels::FeedForward {
                 norm: self.feed_forward_norm.clone(),
                 eps: config.rms_norm_eps,
                 gate: self.gate.matrix.clone(),
@@ -166,20 +166,20 @@ impl Layer {
                 down: self.down.matrix.clone(),
                 activation: config.family.activation,
             };
-            return ops::feed_forward(x, &block);
+            return kernels::feed_forward(x, &block);
         }
         let h = norm(config, x, &self.feed_forward_norm)?;
-        let h = ops::gated(&self.gate.forward(&h)?, &self.up.forward(&h)?, config.family.activation)?;
+        let h = kernels::gated(&self.gate.forward(&h)?, &self.up.forward(&h)?, config.family.activation)?;
         x + self.after(self.down.forward(&h)?, &self.fed_norm)?
     }
 
-    /// Whether nothing but what [`ops::self_attention`] knows stands between the stream and the stream.
+    /// Whether nothing but what [`kernels::self_attention`] knows stands between the stream and the stream.
     fn attention_is_plain(&self, x: &Tensor) -> Result<bool> {
         let linears = [&self.q.linear, &self.k.linear, &self.v.linear, &self.o];
         Ok(are_plain(x, linears)? && self.config.family.gemma.is_none() && self.config.query_scalar.is_none())
     }
 
-    /// Likewise for [`ops::feed_forward`].
+    /// Likewise for [`kernels::feed_forward`].
     fn feed_forward_is_plain(&self, x: &Tensor) -> Result<bool> {
         Ok(self.config.family.gemma.is_none() && are_plain(x, [&self.gate, &self.up, &self.down])?)
     }
@@ -197,7 +197,7 @@ impl Layer {
 
 /// Whether rows `x` go by the matrices as they are: few go by those in fewer bits, where there are any.
 fn are_plain<'a>(x: &Tensor, linears: impl IntoIterator<Item = &'a Linear>) -> Result<bool> {
-    let few = x.dim(0)? <= ops::FEW_ROWS;
+    let few = x.dim(0)? <= kernels::FEW_ROWS;
     Ok(linears.into_iter().all(|linear| !(few && linear.narrow.is_some())))
 }
 
@@ -210,19 +210,19 @@ impl Linear {
 /// `x · weightᵀ`, by the matrix in fewer bits where there is one and `x` is few rows.
 pub(super) fn linear(x: &Tensor, weight: &Tensor, narrow: Option<&Narrow>) -> Result<Tensor> {
     match narrow {
-        Some(narrow) if x.dim(0)? <= ops::FEW_ROWS && !x.track_op() => narrow.linear(x),
-        _ => ops::linear(x, weight),
+        Some(narrow) if x.dim(0)? <= kernels::FEW_ROWS && !x.track_op() => narrow.linear(x),
+        _ => kernels::linear(x, weight),
     }
 }
 
 /// RMSNorm, by the weight or by one more than it.
 pub(super) fn norm(config: &ModelConfig, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     match config.family.gemma {
-        None => ops::rms_norm(x, weight, config.rms_norm_eps),
+        None => kernels::rms_norm(x, weight, config.rms_norm_eps),
         Some(_) => {
             // One more than a small number has no bits left for it in half precision.
             let wide = if weight.dtype() == DType::BF16 { weight.to_dtype(DType::F32)? } else { weight.clone() };
-            ops::rms_norm(x, &(wide + 1.0)?, config.rms_norm_eps)
+            kernels::rms_norm(x, &(wide + 1.0)?, config.rms_norm_eps)
         }
     }
 }

@@ -9,8 +9,8 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use super::{Weights, export};
-use crate::ops::Adapter;
 use crate::util::seed::{self, mix};
+use kernels::Adapter;
 
 /// Which matrices get an adapter, and of what size.
 #[derive(Debug, Clone, PartialEq)]

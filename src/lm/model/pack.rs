@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::ops::TreeMask;
+use kernels::TreeMask;
 
 /// A prefix and its continuations, laid end to end: `[prefix | c₁ | c₂ | …]`.
 ///

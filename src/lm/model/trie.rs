@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 use super::attention::{Attend, PackedAttention, Scope, within};
 use super::decoder::Decoder;
 use super::pack::Pack;
-use crate::ops::TreeMask;
+use kernels::TreeMask;
 
 /// A prefix tree of token sequences, laid out as one row: a token sees those above it.
 ///

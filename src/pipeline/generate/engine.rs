@@ -13,17 +13,16 @@ use super::{Request, Sampled, Weighted};
 use crate::lm::model::cache::CachedPrompt;
 use crate::lm::model::trie::prefill;
 use crate::lm::model::{Decoder, KvCache, ModelConfig};
-use crate::ops;
 use crate::types::Finish;
 
 /// Most sequences that decode side by side. Up to here a sequence's numbers do not depend on its company, see
-/// [`ops::linear`].
-pub const MOST_SLOTS: usize = ops::FEW_ROWS;
+/// [`kernels::linear`].
+pub const MOST_SLOTS: usize = kernels::FEW_ROWS;
 
 /// Requests under way and waiting, over one cache.
 ///
 /// What is sampled in `f32` on the CPU is a function of the weights, the prompt and the seed; not of what is sampled beside
-/// it, nor of when it began. (Its last bits are those of [`ops::crowded`] in an engine of more than [`ops::CROWD`] slots.) Each prompt is prefilled once. Weights may change between steps; keys and values computed before stay as they
+/// it, nor of when it began. (Its last bits are those of [`kernels::crowded`] in an engine of more than [`kernels::CROWD`] slots.) Each prompt is prefilled once. Weights may change between steps; keys and values computed before stay as they
 /// are, and each token carries the version that produced it.
 pub struct Engine<'a> {
     sampling: Sampling,
@@ -79,7 +78,7 @@ impl<'a> Engine<'a> {
         Self {
             sampling: sampling.clone(),
             slots: slots.clamp(1, MOST_SLOTS),
-            crowded: slots > ops::CROWD,
+            crowded: slots > kernels::CROWD,
             limit: MOST_SLOTS,
             cache: None,
             rows: Vec::new(),
@@ -160,7 +159,7 @@ impl<'a> Engine<'a> {
             let positions: Vec<u32> = self.rows.iter().map(|row| row.position).collect();
             let slots: Vec<usize> = self.rows.iter().map(|row| row.slot).collect();
             let mut step = || model.logits(&model.hidden(&ids, &positions, &mut *cache.step(&slots)?)?);
-            let logits = if self.crowded { ops::crowded(&mut step) } else { step() }?;
+            let logits = if self.crowded { kernels::crowded(&mut step) } else { step() }?;
             take_all(&mut self.rows, &logits, version, &self.sampling)?;
         }
         self.sweep(&mut ended);
@@ -180,7 +179,7 @@ impl<'a> Engine<'a> {
                 let (hidden, layers) = prefill(model, &request.prompt, request.prefix)?;
                 Ok::<_, anyhow::Error>((model.logits(&hidden)?, layers))
             };
-            let (logits, layers) = if self.crowded { ops::crowded(begin) } else { begin() }?;
+            let (logits, layers) = if self.crowded { kernels::crowded(begin) } else { begin() }?;
             let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             *prompt = Some(Prefilled { cached: cache.prompt(&layers)?, logits, version });
         }
@@ -232,7 +231,7 @@ fn take_all(rows: &mut [Row], logits: &Tensor, version: u64, sampling: &Sampling
     // Logits in a device's memory stay there, where nothing of a draw is done on the host.
     if !logits.device().is_cpu() && sampling.is_plain() {
         let shares: Vec<f64> = rows.iter_mut().map(|row| row.sampler.share()).collect();
-        let draws = ops::draw_from_rows(logits, sampling.drawn(width), sampling.inverse_temperature(), &shares)?;
+        let draws = kernels::draw_from_rows(logits, sampling.drawn(width), sampling.inverse_temperature(), &shares)?;
         for (row, (id, logprob)) in rows.iter_mut().zip(draws) {
             row.position += 1;
             row.push(id as u32, logprob, version, sampling);

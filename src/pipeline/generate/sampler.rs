@@ -7,7 +7,6 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::stop::Stop;
-use crate::ops;
 
 /// How tokens are drawn. What restricts the draw is applied in the order of the fields, as `transformers` does; the
 /// default restricts nothing.
@@ -96,12 +95,12 @@ impl Sampler {
                 let row = restricted.as_deref().unwrap_or(logits);
                 let drawn = self.sampling.drawn(row.len());
                 let best = (0..drawn).fold(0, |best, i| if row[i] > row[best] { i } else { best });
-                (best as u32, logits[best] - ops::row_logsumexp(logits, 1.0))
+                (best as u32, logits[best] - kernels::row_logsumexp(logits, 1.0))
             }
             Some(restricted) => {
                 let (id, _) = self.pick(&restricted);
                 let inverse = self.sampling.inverse_temperature();
-                (id, logits[id as usize] * inverse - ops::row_logsumexp(logits, inverse))
+                (id, logits[id as usize] * inverse - kernels::row_logsumexp(logits, inverse))
             }
             None => self.pick(logits),
         };
@@ -114,9 +113,9 @@ impl Sampler {
     fn pick(&mut self, logits: &[f32]) -> (u32, f32) {
         let inverse = self.sampling.inverse_temperature();
         let drawn = &logits[..self.sampling.drawn(logits.len())];
-        let (chosen, mut logprob) = ops::draw_from_row(drawn, inverse, self.share());
+        let (chosen, mut logprob) = kernels::draw_from_row(drawn, inverse, self.share());
         if drawn.len() < logits.len() {
-            logprob += ops::row_logsumexp(drawn, inverse) - ops::row_logsumexp(logits, inverse);
+            logprob += kernels::row_logsumexp(drawn, inverse) - kernels::row_logsumexp(logits, inverse);
         }
         (chosen as u32, logprob)
     }
@@ -178,7 +177,7 @@ fn keep_likeliest(logits: &mut [f32], k: usize) {
 
 /// Leaves the likeliest tokens up to and including the one with which their probability reaches `p`.
 fn keep_nucleus(logits: &mut [f32], p: f64, inverse: f32) {
-    let total = ops::row_logsumexp(logits, inverse);
+    let total = kernels::row_logsumexp(logits, inverse);
     let mut order: Vec<u32> = (0..logits.len() as u32).filter(|id| logits[*id as usize].is_finite()).collect();
     order.sort_unstable_by(|a, b| by_rank(logits, a, b));
     let mut mass = 0.0;
@@ -268,7 +267,7 @@ mod tests {
             }
             let kept = Sampler::new(&sampling, &seen, 0).restricted(&logits).unwrap_or(logits);
             let inverse = if sampling.temperature == 0.0 { 1.0 } else { sampling.inverse_temperature() };
-            let total = ops::row_logsumexp(&kept, inverse);
+            let total = kernels::row_logsumexp(&kept, inverse);
             for (id, theirs) in expected.iter().enumerate().filter_map(|(id, theirs)| Some((id, (*theirs)?))) {
                 let logprob = f64::from(kept[id] * inverse - total);
                 assert!((logprob - theirs).abs() < 1e-4, "{logprob}, {theirs} there, with {sampling:?}");
@@ -283,7 +282,7 @@ mod tests {
     fn rows_beyond_the_vocabulary_are_never_drawn() {
         let logits = [0.5f32, 1.0, -0.5, 4.0, 5.0];
         let plain = Sampling { vocabulary: 3, ..Sampling::default() };
-        let whole = ops::row_logsumexp(&logits, 1.0);
+        let whole = kernels::row_logsumexp(&logits, 1.0);
         for sampling in [
             plain.clone(),
             Sampling { temperature: 0.0, ..plain.clone() },

@@ -14,12 +14,12 @@ use super::{Engine, Request, Sampled, Weighted};
 use crate::lm::model::{Copies, Decoder};
 use crate::lm::tokens::Tokenizer;
 use crate::observe::telemetry;
-use crate::ops::Format;
 use crate::rl::ledger::Entries;
 use crate::types::{Completion, Group, Prompt};
 use crate::util::fault;
 use crate::util::knob::Knob;
 use crate::util::seed;
+use kernels::Format;
 
 /// Samples `group_size` completions of each prompt it is handed, those of several prompts side by side.
 pub struct Rollout {

@@ -11,7 +11,6 @@ use super::shape::{Parts, Shape};
 use crate::lm::model::{Decoder, Prefix, Trie};
 use crate::lm::tokens::Tokenizer;
 use crate::lm::tokens::chat::Message;
-use crate::ops;
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::{Engine, Fixed, MOST_SLOTS, Request, generate_with};
 use crate::util::seed;
@@ -132,7 +131,7 @@ impl Local {
         rows.dedup();
         let picked = hidden.index_select(&Tensor::new(rows.as_slice(), hidden.device())?, 0)?;
         let logits = self.judge.model.logits(&picked)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        let totals: Vec<f32> = logits.iter().map(|row| ops::row_logsumexp(row, 1.0)).collect();
+        let totals: Vec<f32> = logits.iter().map(|row| kernels::row_logsumexp(row, 1.0)).collect();
         let probability = |path: usize| -> f64 {
             let log: f64 = wanted(path)
                 .map(|(index, path)| {

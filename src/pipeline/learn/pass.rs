@@ -7,7 +7,6 @@ use candle_core::Tensor;
 
 use super::TrainState;
 use crate::lm::model::Pack;
-use crate::ops;
 use crate::rl::algo::{GroupLoss, GroupView};
 use crate::types::Rewarded;
 
@@ -70,7 +69,7 @@ pub(super) fn accumulate(state: &mut TrainState, loss: &GroupLoss, pass: &Pass, 
         if !loss.d_entropy.is_empty() {
             sum = (sum + (&pass.entropy * shaped(&loss.d_entropy)?)?.sum_all()?)?;
         }
-        ops::backward(&sum, &mut [&mut state.gradients])?;
+        kernels::backward(&sum, &mut [&mut state.gradients])?;
     }
     if let (Some(values), Some(model)) = (&pass.values, &mut state.value) {
         model.accumulate(values, &shaped(&loss.d_value)?)?;

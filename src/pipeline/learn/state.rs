@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::publish::Taken;
 use super::value::ValueModel;
 use crate::lm::model::{Decoder, Lora, ModelConfig};
-use crate::ops::{AdamW, AdamWConfig, Frozen, Gradients};
 use crate::types::RewardScale;
+use kernels::{AdamW, AdamWConfig, Frozen, Gradients};
 
 /// Policy, optimizer, value head and counters. Between steps it is consistent; `stepping` tells whether it is not.
 pub struct TrainState {

@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor, Var};
 
 use super::state::restore_params;
 use crate::lm::model::{Decoder, Pack};
-use crate::ops::{self, AdamW, AdamWConfig, Frozen, Gradients};
+use kernels::{self, AdamW, AdamWConfig, Frozen, Gradients};
 
 /// V(s) = h·w + b. On the policy's hidden states, whose gradient is cut, the baseline learns from the policy's features
 /// and does not pull on them; with a decoder of its own it learns its features too, at the price of a second model.
@@ -85,7 +85,7 @@ impl ValueModel {
     /// Shapes that do not fit.
     pub fn accumulate(&mut self, values: &Tensor, slopes: &Tensor) -> Result<()> {
         let mut accumulators: Vec<&mut Gradients> = self.parts().map(|part| &mut part.gradients).collect();
-        ops::backward(&(values * slopes)?.sum_all()?, &mut accumulators)?;
+        kernels::backward(&(values * slopes)?.sum_all()?, &mut accumulators)?;
         Ok(())
     }
 

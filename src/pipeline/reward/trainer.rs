@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use super::model::RewardModel;
 use crate::lm::model::Decoder;
-use crate::ops::{self, AdamW, AdamWConfig, Frozen, Gradients};
 use crate::rl::algo::preference::soft_label;
 use crate::types::{Group, Prompt};
 use crate::util::seed::{self, mix};
+use kernels::{self, AdamW, AdamWConfig, Frozen, Gradients};
 
 /// Held-out pairs that the live accuracy looks back on.
 const WINDOW: usize = 256;
@@ -285,7 +285,7 @@ impl RewardTrainer {
             let slopes = Tensor::from_vec(slopes, scores.dims(), scores.device())?;
             let loss = (scores * slopes)?.sum_all()?;
             self.stepping = true;
-            ops::backward(&loss, &mut [&mut self.gradients, &mut self.head_gradients])?;
+            kernels::backward(&loss, &mut [&mut self.gradients, &mut self.head_gradients])?;
             self.stepping = false;
         }
         let step = if self.counters.pending.pairs >= self.plan.batch_pairs { self.step()? } else { None };

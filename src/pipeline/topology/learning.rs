@@ -4,7 +4,6 @@ use anyhow::Result;
 
 use crate::config::{AlgorithmKind, AverageKind, Config, CorrectionKind, LabelForm, ValueKind};
 use crate::lm::model::{Decoder, Lora};
-use crate::ops::AdamWConfig;
 use crate::pipeline::learn::stage::LearnPlan;
 use crate::pipeline::learn::value::ValueModel;
 use crate::rl::algo::Algorithm;
@@ -18,6 +17,7 @@ use crate::rl::algo::rloo::Rloo;
 use crate::rl::algo::surrogate::{Average, Clip, Surrogate};
 use crate::rl::algo::whiten::Whitened;
 use crate::util::seed::mix;
+use kernels::AdamWConfig;
 
 /// The value baseline for `policy`, where the configured algorithm learns one.
 ///

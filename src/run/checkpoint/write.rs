@@ -10,8 +10,8 @@ use super::{FORMAT, Identity, JudgeContents, Snapshot, Stored, VALUE, sums};
 use crate::config::Config;
 use crate::lm::model::export;
 use crate::lm::tokens::Tokenizer;
-use crate::ops::Frozen;
 use crate::util::disk;
+use kernels::Frozen;
 
 /// What all checkpoints of a run have in common.
 pub struct Form {

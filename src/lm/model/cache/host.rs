@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::CachedPrompt;
 use crate::lm::model::ModelConfig;
 use crate::lm::model::attention::{Attend, Scope};
-use crate::ops::{Slab, attend_slabs};
+use kernels::{Slab, attend_slabs};
 
 /// A cache for `f32` on the CPU. A sequence's numbers do not depend on its company.
 pub(super) struct Slabs {

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::CachedPrompt;
 use crate::lm::model::ModelConfig;
 use crate::lm::model::attention::{Attend, Scope};
-use crate::ops::{masked_softmax, softcap};
+use kernels::{masked_softmax, softcap};
 
 /// A cache on a device.
 pub(super) struct Pool {

@@ -2,7 +2,7 @@
 //! layer.
 
 use super::{Defaults, Family, Gemma};
-use crate::ops::Activation;
+use kernels::Activation;
 
 /// Gemma 2.
 pub const FAMILY: Family = Family {

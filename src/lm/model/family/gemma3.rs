@@ -2,7 +2,7 @@
 //! window, whose rotary frequencies are others, to one without.
 
 use super::{Defaults, Family, Gemma};
-use crate::ops::Activation;
+use kernels::Activation;
 
 /// Gemma 3.
 pub const FAMILY: Family = Family {

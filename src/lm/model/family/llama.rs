@@ -1,7 +1,7 @@
 //! Llama 2 and 3, SmolLM2 (Touvron et al. 2023; Grattafiori et al. 2024): the shared decoder as it is.
 
 use super::{Defaults, Family};
-use crate::ops::Activation;
+use kernels::Activation;
 
 /// Llama.
 pub const FAMILY: Family = Family {

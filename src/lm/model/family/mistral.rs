@@ -1,7 +1,7 @@
 //! Mistral (Jiang et al. 2023): Llama with a sliding window. In GGUF it calls itself Llama.
 
 use super::{Defaults, Family, plain_window};
-use crate::ops::Activation;
+use kernels::Activation;
 
 /// Mistral.
 pub const FAMILY: Family = Family {

@@ -1,7 +1,7 @@
 //! Qwen2 and Qwen2.5 (Yang et al. 2024): biases on queries, keys and values.
 
 use super::{Defaults, Family, late_layers, optional_window};
-use crate::ops::Activation;
+use kernels::Activation;
 
 /// Qwen2.
 pub const FAMILY: Family = Family {

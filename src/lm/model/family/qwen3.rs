@@ -1,7 +1,7 @@
 //! Qwen3 (Yang et al. 2025): queries and keys are normed head by head.
 
 use super::{Defaults, Family, late_layers, optional_window};
-use crate::ops::Activation;
+use kernels::Activation;
 
 /// Qwen3.
 pub const FAMILY: Family = Family {

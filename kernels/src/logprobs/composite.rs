@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, Var};
 
 use super::{CHUNK_ELEMENTS, softcap};
-use crate::ops::{composite_dtype, linear, on_cpu, on_cuda};
+use crate::{composite_dtype, linear, on_cpu, on_cuda};
 
 /// Log-probability and entropy `[N]` of each row of `logits` `[N, V]`.
 pub(super) fn token_logprobs(logits: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
