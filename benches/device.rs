@@ -20,7 +20,7 @@ use anyhow::{Result, anyhow, bail};
 use candle_core::{DType, Device};
 use clap::Parser;
 use kernels::{self, AdamW, AdamWConfig, Gradients};
-use preceptor::lm::model::{Copies, Decoder, ModelConfig, Pack, Weights};
+use preceptor::lm::model::{Decoder, DeviceReplicas, ModelConfig, Pack, Weights};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, generate};
 
@@ -135,7 +135,7 @@ impl Bench {
         if own.same_device(&self.device) {
             return Ok(());
         }
-        self.beside("on a stream each", &Copies::new(own).of(&model)?, &prompt, tokens, &mut train)
+        self.beside("on a stream each", &DeviceReplicas::new(own).of(&model)?, &prompt, tokens, &mut train)
     }
 
     /// Training, and beside it sampling of 32 rows with `model`: what becomes of the one and of the other.

@@ -31,10 +31,10 @@ use preceptor::pipeline::label::local::Judge;
 use preceptor::pipeline::label::{Labeler, Labels};
 use preceptor::pipeline::learn::TrainState;
 use preceptor::pipeline::learn::{Done, Observer};
-use preceptor::pipeline::prepare::{Devices, Prepared, prompt_format};
+use preceptor::pipeline::setup::{Devices, Prepared, prompt_format};
 use preceptor::pipeline::topology::Node;
 use preceptor::rl::ledger::Book;
-use preceptor::run::controller::Knobs;
+use preceptor::run::controller::AdjustableLimits;
 use preceptor::types::{Completion, Finish, Group, Prompt, Rewarded, Verdict};
 use preceptor_actors::{GraphOptions, GraphReport, Outcome, SnapshotCell, spawn_graph};
 use serde_json::{Map, Value, json};
@@ -273,7 +273,7 @@ impl Subject {
             needs_references: false,
             model: ModelBounds { context: weights.config().context, vocabulary: weights.config().vocab_size },
         };
-        let rows = preceptor::pipeline::prepare::rows(&config, &config.data.path, false)?;
+        let rows = preceptor::pipeline::setup::rows(&config, &config.data.path, false)?;
         let data = Arc::new(Dataset::read(rows, options, &tokenizer)?);
         let identity = weights.weights().fingerprint()?;
         Ok(Node {
@@ -281,7 +281,7 @@ impl Subject {
             cell: Arc::new(SnapshotCell::new(0, identity, weights)),
             observer: Arc::new(Mutex::new(Watch(Arc::clone(marks)))),
             book: Book::default(),
-            knobs: Knobs::default(),
+            knobs: AdjustableLimits::default(),
             reward_model: None,
             labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId) as Box<dyn Labeler>)),
             prepared: Arc::new(Prepared {

@@ -98,7 +98,7 @@ pub fn main() -> ExitCode {
     crate::util::process::prepare();
     crate::util::descriptors::raise_limit();
     crate::util::signals::listen();
-    crate::util::fault::set_up();
+    crate::util::failpoints::set_up();
     let cli = Cli::parse();
     if let Err(error) = start_log(&cli.log) {
         say!("error: {error:#}");

@@ -34,7 +34,7 @@ pub use sections::{
     Rollout, RolloutWeights, Run, Scratch, Sft, UpdateMode, WeightDtype,
 };
 
-use crate::util::bounded;
+use crate::util::read_bounded;
 use document::{Document, Kind, suggestion};
 use key::{Reader, Section};
 
@@ -127,7 +127,7 @@ pub fn load_sparing(
     spared: &'static [&'static str],
 ) -> Result<Config, ConfigErrors> {
     let origin = path.display().to_string();
-    let text = bounded::text(path, bounded::WRITTEN).map_err(|error| {
+    let text = read_bounded::text(path, read_bounded::WRITTEN).map_err(|error| {
         ConfigErrors::one(&origin, "", &format!("cannot be read: {error}; see configs/ for files that work"))
     })?;
     let folder = path.parent().unwrap_or(Path::new(""));

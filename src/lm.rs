@@ -3,4 +3,4 @@
 pub mod model;
 pub mod source;
 pub mod tokens;
-pub mod vetted;
+pub mod validate;

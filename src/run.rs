@@ -35,16 +35,16 @@ use crate::observe::monitor::Monitor;
 use crate::observe::progress::Progress;
 use crate::observe::serve::{Token, serve, upkeep};
 use crate::observe::telemetry;
-use crate::pipeline::prepare::{Prepared, budget, prepare_within};
+use crate::pipeline::setup::{Prepared, budget, prepare_within};
 use crate::pipeline::topology::Node;
-use crate::pipeline::topology::labelers::{Instrument, labeler};
-use crate::run::checkpoint::{Form, Identity, Opened, Shelf, WinRates, Writer, Written};
-use crate::run::controller::{Controller, Knobs};
+use crate::pipeline::topology::labelers::{JudgeBackend, labeler};
+use crate::run::checkpoint::{CheckpointFormat, CheckpointStore, Identity, Opened, WinRates, Writer, Written};
+use crate::run::controller::{AdjustableLimits, Controller};
 use crate::say;
 use crate::tools::check;
 use crate::util::device;
 use crate::util::exit::refusal;
-use crate::util::knob::Knob;
+use crate::util::limit::AdjustableLimit;
 use crate::util::signals::{self, Interrupted};
 use conclusion::Conclusion;
 use evaluation::{Evaluated, Evaluator};
@@ -52,7 +52,7 @@ use guard::Guard;
 use open::Learning;
 use resume::Accepted;
 use supervise::{Stop, graph_options, supervise, unless_interrupted, unless_left};
-use watcher::{Due, Watcher};
+use watcher::{Due, RunObserver};
 
 /// File of a run's directory that holds what was spent on remote judges so far, where `labeler.max_cost` bounds it.
 const JUDGE_COST: &str = "judge-cost.txt";
@@ -203,7 +203,13 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     let fingerprint = published.weights().fingerprint()?;
     let cell = Arc::new(SnapshotCell::new(start, fingerprint, published));
     let dtype = device::dtype(config.checkpoint.dtype);
-    let form = Arc::new(Form::new(&config, (prepared.tokenizer.clone(), &prepared.origin), dtype, identity, judge));
+    let form = Arc::new(CheckpointFormat::new(
+        &config,
+        (prepared.tokenizer.clone(), &prepared.origin),
+        dtype,
+        identity,
+        judge,
+    ));
     let (progress, failed) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
     let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), announce(&progress, &failed, &monitor))?;
     let evaluator = {
@@ -214,7 +220,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     };
     win_rates.known().into_iter().for_each(|(step, rate)| monitor.evaluated(step, rate));
     let unimproved = win_rates.exhausted(config.evaluation.patience).filter(|_| start < config.run.steps);
-    let watcher = Arc::new(Mutex::new(Watcher {
+    let watcher = Arc::new(Mutex::new(RunObserver {
         files: Arc::clone(&files),
         evaluator,
         reward_model: reward_model.clone(),
@@ -241,7 +247,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         },
         courses: Vec::new(),
     }));
-    let knobs = if config.controller.enabled { knobs(&config, &prepared) } else { Knobs::default() };
+    let knobs = if config.controller.enabled { knobs(&config, &prepared) } else { AdjustableLimits::default() };
     let mut prepared = prepared;
     if !config.reward.reference {
         // What it starts from is gone with the first version that follows it.
@@ -315,7 +321,13 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
 }
 
 /// Writes the checkpoint of a reward model that was warmed up. If that fails, training continues and the checkpoint is tried again.
-fn warmed_up(watcher: &Mutex<Watcher>, node: &Node, shelf: &Shelf, form: &Form, monitor: &Monitor) -> Option<PathBuf> {
+fn warmed_up(
+    watcher: &Mutex<RunObserver>,
+    node: &Node,
+    shelf: &CheckpointStore,
+    form: &CheckpointFormat,
+    monitor: &Monitor,
+) -> Option<PathBuf> {
     let snapshot = lock(watcher).snapshot(&lock(&node.state));
     match snapshot.and_then(|snapshot| shelf.put(form, &snapshot)) {
         Ok(written) => {
@@ -344,13 +356,13 @@ async fn before_training(conclusion: Conclusion, resumed: Option<u64>) -> Result
 }
 
 /// What an online controller turns: sequences side by side from a group up, requests to the first server that judges.
-fn knobs(config: &Config, prepared: &Prepared) -> Knobs {
+fn knobs(config: &Config, prepared: &Prepared) -> AdjustableLimits {
     let asked = prepared.instruments.iter().find_map(|instrument| match instrument {
-        Instrument::Asked(backend) => backend.knob(),
-        Instrument::Model(_) | Instrument::Cached { .. } | Instrument::Embedder(_) => None,
+        JudgeBackend::Asked(backend) => backend.knob(),
+        JudgeBackend::Model(_) | JudgeBackend::Cached { .. } | JudgeBackend::Embedder(_) => None,
     });
-    let rollout = Knob::new(config.rollout.group_size, config.rollout.slots);
-    Knobs { rollout: Some(Arc::new(rollout)), labeler: asked }
+    let rollout = AdjustableLimit::new(config.rollout.group_size, config.rollout.slots);
+    AdjustableLimits { rollout: Some(Arc::new(rollout)), labeler: asked }
 }
 
 /// What is said and counted of a checkpoint that was written in the background.

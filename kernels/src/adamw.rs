@@ -58,7 +58,7 @@ enum State {
 
 /// The numbers of one step that every element shares.
 #[derive(Clone, Copy)]
-struct Step {
+struct StepSizes {
     beta1: f32,
     beta2: f32,
     eps: f32,
@@ -110,7 +110,7 @@ impl AdamW {
         self.step += 1;
         let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
         let power = |beta: f64| 1.0 - beta.powf(self.step as f64);
-        let step = Step {
+        let step = StepSizes {
             beta1: beta1 as f32,
             beta2: beta2 as f32,
             eps: eps as f32,
@@ -206,7 +206,7 @@ impl AdamW {
 }
 
 struct Update<'a> {
-    step: Step,
+    step: StepSizes,
     /// An in-place operation changes one tensor and is shared, so the moments come by a lock; it is never contended.
     moments: Mutex<(&'a mut Vec<f32>, &'a mut Vec<f32>)>,
 }
@@ -235,7 +235,7 @@ impl InplaceOp2 for Update<'_> {
 }
 
 vectorised! {
-fn update<FMA>(theta: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], step: Step) {
+fn update<FMA>(theta: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], step: StepSizes) {
     for (((theta, m), v), g) in theta.iter_mut().zip(m.iter_mut()).zip(v.iter_mut()).zip(grad) {
         let g = g * step.clip;
         *m = *m * step.beta1 + g * (1.0 - step.beta1);

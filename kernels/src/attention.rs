@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::product::{add_transposed_times, times, wide_transposed_product};
+use super::matmul::{add_transposed_times, times, wide_transposed_product};
 use super::softmax::softmax_in_place;
 use super::tree_mask::{Run, TreeMask};
 use super::vector::{exp, inline_dot, vectorised};

@@ -16,9 +16,9 @@ mod frozen;
 mod gated;
 mod linear;
 mod logprobs;
+mod matmul;
 mod matrix;
-mod narrow;
-mod product;
+mod quantized;
 mod rms_norm;
 mod rope;
 mod self_attention;
@@ -38,9 +38,9 @@ pub use frozen::Frozen;
 pub use gated::{Activation, gated};
 pub use linear::linear;
 pub use logprobs::{linear_logprobs, linear_logprobs_at, row_logsumexp, softcap, token_logprobs};
+pub use matmul::{LARGE_BATCH_ROWS, SMALL_BATCH_ROWS, has_tile_unit, is_large_batch, set_parts};
 pub use matrix::{Adapter, Matrix};
-pub use narrow::{Format, Narrow};
-pub use product::{CROWD, FEW_ROWS, crowded, has_tile_unit, set_parts};
+pub use quantized::{Format, Quantized};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use self_attention::{SelfAttention, self_attention};
@@ -61,7 +61,7 @@ fn is_fused(tensor: &Tensor) -> bool {
     tensor.device().is_cpu() && tensor.dtype() == DType::F32
 }
 
-/// Half precision is raised to `f32` for the composites; other dtypes stay.
+/// Bf16Weights precision is raised to `f32` for the composites; other dtypes stay.
 fn composite_dtype(dtype: DType) -> DType {
     match dtype {
         DType::F64 => DType::F64,
@@ -261,7 +261,7 @@ mod tests {
 
     type Op = fn(&[Tensor]) -> Result<Tensor>;
 
-    /// Half precision takes the composites: the gradient arrives, near that of `f32`.
+    /// Bf16Weights precision takes the composites: the gradient arrives, near that of `f32`.
     #[test]
     fn half_precision_keeps_the_gradient() {
         let ops: [(&str, &[&[usize]], Op); 8] = [

@@ -1,6 +1,6 @@
 //! The product of rows with a matrix.
 
-use super::product::{add_transposed_times, plain_product, transposed_product};
+use super::matmul::{add_transposed_times, plain_product, transposed_product};
 use super::{accumulate, elements, elements_mut, is_fused, on_cpu, on_cuda, tensor_elements};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
@@ -19,18 +19,18 @@ pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     }
     // Candle's own product makes a gradient of the weight's shape, whether or not anybody asks for it.
     if x.track_op() && !weight.track_op() {
-        return x.contiguous()?.apply_op1(Frozen { x: x.detach(), weight: weight.detach() });
+        return x.contiguous()?.apply_op1(FrozenLinear { x: x.detach(), weight: weight.detach() });
     }
     x.matmul(&weight.t()?)
 }
 
 /// A product with a matrix that does not learn, by candle's operations.
-struct Frozen {
+struct FrozenLinear {
     x: Tensor,
     weight: Tensor,
 }
 
-impl CustomOp1 for Frozen {
+impl CustomOp1 for FrozenLinear {
     fn name(&self) -> &'static str {
         "linear-frozen"
     }

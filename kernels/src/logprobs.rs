@@ -4,7 +4,7 @@ mod composite;
 
 use super::accumulate::{self, Sum};
 use super::linear::AddTransposedTimes;
-use super::product::{times, times_transposed, transposed_product};
+use super::matmul::{times, times_transposed, transposed_product};
 use super::vector::{LANES, exp, inline_max, total, vectorised};
 use super::{elements, fill_rows, is_fused, tensor_elements};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};

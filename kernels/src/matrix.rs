@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::linear::linear;
-use super::product::{add_times, add_times_transposed, plain_product, transposed_product};
+use super::matmul::{add_times, add_times_transposed, plain_product, transposed_product};
 use super::{accumulate_product, accumulate_vector, with_elements};
 
 /// `W·x + b + s·B·A·x`, of which all but the first may be left out.

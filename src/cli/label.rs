@@ -13,11 +13,11 @@ use crate::config::Config;
 use crate::pipeline::data::Preferences;
 use crate::pipeline::label::Pairing;
 use crate::pipeline::label::stage::Wants;
-use crate::pipeline::prepare::{LabelerBench, budget, compares_with_blank, labeler_bench, prompt_format};
+use crate::pipeline::setup::{LabelerBench, budget, compares_with_blank, labeler_bench, prompt_format};
 use crate::pipeline::topology::labelers::labeler_on;
 use crate::say;
-use crate::tools::annotate::file::{LabelFile, Provenance};
-use crate::tools::annotate::{Job, PairQuestions, annotate};
+use crate::tools::batch_label::file::{LabelFile, Provenance};
+use crate::tools::batch_label::{Job, PairQuestions, annotate};
 use crate::util::exit::{Ended, before_work};
 use crate::util::signals::Interrupted;
 

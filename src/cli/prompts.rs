@@ -12,7 +12,7 @@ use crate::lm::model::{Decoder, Onto};
 use crate::lm::source::ModelRef;
 use crate::lm::tokens::Tokenizer;
 use crate::lm::tokens::chat::Message;
-use crate::pipeline::prepare;
+use crate::pipeline::setup;
 
 /// The model to use.
 #[derive(Debug, Args)]
@@ -41,7 +41,7 @@ impl ModelArgs {
 pub fn load_model(name: &str, timeout_s: u64, onto: Onto<'_>) -> Result<(Decoder, Tokenizer)> {
     let reference = ModelRef::from_argument(name).map_err(anyhow::Error::msg)?;
     let timeout = Duration::from_secs(timeout_s);
-    let (model, tokenizer, _) = prepare::load(&reference, onto, timeout, true)?;
+    let (model, tokenizer, _) = setup::load(&reference, onto, timeout, true)?;
     Ok((model, tokenizer))
 }
 
@@ -84,8 +84,8 @@ impl PromptArgs {
         };
         if let Some(path) = &self.like {
             let config: Config = crate::config::load(path, &[])?;
-            let tokenizer = tokenizer.clone().with_variables(prepare::template_variables(&config));
-            return prepare::prompt_format(&config).encode(&text, &tokenizer);
+            let tokenizer = tokenizer.clone().with_variables(setup::template_variables(&config));
+            return setup::prompt_format(&config).encode(&text, &tokenizer);
         }
         if self.chat {
             let messages = [Message { role: "user".into(), content: text }];

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::observe::top::{Node, top};
+use crate::observe::top::{RemoteNode, top};
 
 /// Arguments of `preceptor top`.
 #[derive(Debug, Args)]
@@ -26,6 +26,6 @@ impl Top {
     /// As [`top`].
     pub fn run(self) -> Result<()> {
         let token = self.token_env.map(|name| std::env::var(&name).with_context(|| format!("{name} is not set")));
-        top(Node::at(&self.url, token.transpose()?)?, self.once)
+        top(RemoteNode::at(&self.url, token.transpose()?)?, self.once)
     }
 }

@@ -9,7 +9,7 @@ use toml_edit::{DocumentMut, Item, Table, value};
 
 use super::ConfigArgs;
 use crate::out;
-use crate::pipeline::prepare::prepare;
+use crate::pipeline::setup::prepare;
 use crate::rl::statistics::Table as Report;
 use crate::rl::statistics::table::Cell;
 use crate::say;
@@ -117,7 +117,7 @@ fn asynchronous(tuned: &Tuned, configured: &Plan) -> String {
 
 /// Writes the configuration at `from` with `changes` to `to`; comments and order stay.
 fn write(from: &Path, to: &Path, changes: &[(&str, u64, u64)]) -> Result<()> {
-    let text = crate::util::bounded::text(from, crate::util::bounded::WRITTEN)?;
+    let text = crate::util::read_bounded::text(from, crate::util::read_bounded::WRITTEN)?;
     let mut document: DocumentMut = text.parse().with_context(|| format!("cannot read {}", from.display()))?;
     for (key, _, is) in changes {
         let (section, key) = key.split_once('.').context("a key has a section")?;

@@ -7,7 +7,7 @@ use std::fmt;
 use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table, Value};
 
-use crate::util::nearest::nearest;
+use crate::util::suggest::nearest;
 
 /// Most mistakes that a report lists one by one: nobody reads more.
 const MOST_LISTED: usize = 50;
@@ -62,7 +62,7 @@ pub(super) enum Place {
 
 /// A value and its place.
 #[derive(Debug, Clone)]
-pub(super) struct Node {
+pub(super) struct DocumentNode {
     pub(super) kind: Kind,
     pub(super) place: Place,
     /// The text of an override, which is the value of a key whose type is text.
@@ -75,11 +75,11 @@ pub(super) struct Node {
 #[derive(Debug, Clone)]
 pub(super) enum Kind {
     Leaf(Value),
-    List(Vec<Node>),
-    Table(BTreeMap<String, Node>),
+    List(Vec<DocumentNode>),
+    Table(BTreeMap<String, DocumentNode>),
 }
 
-impl Node {
+impl DocumentNode {
     /// A value of an override and all values inside it.
     pub(super) fn set(value: Value) -> Self {
         let kind = match value {
@@ -143,7 +143,7 @@ impl Node {
     }
 }
 
-fn members(table: Table, spans: Option<&DeTable<'_>>, line: usize, lines: &Lines) -> BTreeMap<String, Node> {
+fn members(table: Table, spans: Option<&DeTable<'_>>, line: usize, lines: &Lines) -> BTreeMap<String, DocumentNode> {
     let found: BTreeMap<&str, _> = spans
         .into_iter()
         .flat_map(|spans| spans.iter())
@@ -152,7 +152,7 @@ fn members(table: Table, spans: Option<&DeTable<'_>>, line: usize, lines: &Lines
     let member = |(key, value): (String, Value)| {
         let spans = found.get(key.as_str());
         let line = spans.map_or(line, |(key, _)| lines.of(key.span().start));
-        let node = Node::of_file(value, spans.map(|(_, value)| *value), line, lines);
+        let node = DocumentNode::of_file(value, spans.map(|(_, value)| *value), line, lines);
         (key, node)
     };
     table.into_iter().map(member).collect()
@@ -177,7 +177,7 @@ pub(super) struct Document {
     origin: String,
     /// Paths of required keys and sections that may be missing.
     spared: &'static [&'static str],
-    pub(super) root: Node,
+    pub(super) root: DocumentNode,
     found: RefCell<Found>,
 }
 
@@ -205,7 +205,7 @@ impl Document {
         })?;
         let spans = DeTable::parse(text).ok();
         let members = members(table, spans.as_ref().map(Spanned::get_ref), 1, &lines);
-        let root = Node { kind: Kind::Table(members), place: Place::Line(1), text: None, fault: None };
+        let root = DocumentNode { kind: Kind::Table(members), place: Place::Line(1), text: None, fault: None };
         Ok(Self { origin: origin.into(), spared: &[], root, found: RefCell::default() })
     }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use toml::Value;
 
 use super::choice::Choice;
-use super::document::{Document, Node, suggestion};
+use super::document::{Document, DocumentNode, suggestion};
 use super::types::{KeyType, Shape};
 
 /// The effect of a changed value on a run that is resumed.
@@ -257,14 +257,14 @@ pub(super) struct Reader<'a> {
     pub(super) document: &'a Document,
     /// What paths of files are relative to.
     pub(super) folder: &'a Path,
-    node: Option<&'a Node>,
+    node: Option<&'a DocumentNode>,
     path: String,
     known: Vec<&'static str>,
 }
 
 impl<'a> Reader<'a> {
     /// A reader of the table `node` at `path`; without a table, all keys are absent.
-    pub(super) fn new(document: &'a Document, folder: &'a Path, node: Option<&'a Node>, path: &str) -> Self {
+    pub(super) fn new(document: &'a Document, folder: &'a Path, node: Option<&'a DocumentNode>, path: &str) -> Self {
         Self { document, folder, node, path: path.to_owned(), known: Vec::new() }
     }
 
@@ -328,7 +328,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The value of `name`, if the file or an override gives one.
-    pub(super) fn peek(&self, name: &str) -> Option<&'a Node> {
+    pub(super) fn peek(&self, name: &str) -> Option<&'a DocumentNode> {
         self.node?.get(name)
     }
 
@@ -342,7 +342,7 @@ impl<'a> Reader<'a> {
 pub(super) struct Input<'a> {
     pub(super) document: &'a Document,
     pub(super) folder: &'a Path,
-    pub(super) node: &'a Node,
+    pub(super) node: &'a DocumentNode,
     pub(super) path: String,
     pub(super) secret: bool,
 }

@@ -105,7 +105,7 @@ impl KeyType for Members {
         let Kind::List(list) = &input.node.kind else { return Some(Self(Vec::new())) };
         let member = |(i, node)| {
             let path = format!("{}[{i}]", input.path);
-            let Kind::Table(_) = Kind::clone(&super::document::Node::clone(node).kind) else {
+            let Kind::Table(_) = Kind::clone(&super::document::DocumentNode::clone(node).kind) else {
                 let message = format!("is a {}, not a table", node.type_name());
                 input.document.error(&path, &message);
                 return Method::default();

@@ -4,7 +4,7 @@ use super::choice::{choice, words};
 use super::key::{by, depends, is};
 use super::section::section;
 use super::sections::{LabelForm, MANY, count, pool, positive};
-use crate::rl::algo::online_dpo::Form;
+use crate::rl::algo::online_dpo::DpoLoss;
 
 section! {
     /// Gradient steps.
@@ -48,7 +48,7 @@ section! {
         /// For `online-dpo`: target of the loss.
         [Changeable] dpo_labels: LabelForm = is(LabelForm::Hard),
         /// For `online-dpo`: the loss.
-        [Changeable] dpo_loss: Form = is(Form::Sigmoid),
+        [Changeable] dpo_loss: DpoLoss = is(DpoLoss::Sigmoid),
         /// Groups per step.
         [Fixed] batch_groups: u64 = count(4, MANY),
         /// Passes over a batch.
@@ -139,7 +139,7 @@ choice! {
 }
 
 words! {
-    Form {
+    DpoLoss {
         Sigmoid = "sigmoid": "The logistic loss (Rafailov et al. 2023).",
         Ipo = "ipo": "The squared loss (Azar et al. 2024).",
     }

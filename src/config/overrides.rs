@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use toml::{Table, Value};
 
-use super::document::{Document, Kind, Node, Place, cut};
+use super::document::{Document, DocumentNode, Kind, Place, cut};
 
 /// Most names in the path of an override.
 const DEEPEST: usize = 8;
@@ -34,7 +34,7 @@ fn steps(path: &str) -> Option<Vec<String>> {
 }
 
 /// The value of an override. Its text stays known, as the type of the key decides whether it is a text or TOML.
-fn value_of(text: &str) -> Node {
+fn value_of(text: &str) -> DocumentNode {
     let document = format!("v = {text}").parse::<Table>();
     let (value, fault) = match (text.parse::<toml_edit::Value>(), document) {
         (Ok(_), Ok(mut table)) if table.len() == 1 => (table.remove("v"), None),
@@ -49,11 +49,11 @@ fn value_of(text: &str) -> Node {
         }
         _ => (None, None),
     };
-    let node = Node::set(value.unwrap_or_else(|| Value::String(text.to_owned())));
-    Node { text: Some(text.to_owned()), fault, ..node }
+    let node = DocumentNode::set(value.unwrap_or_else(|| Value::String(text.to_owned())));
+    DocumentNode { text: Some(text.to_owned()), fault, ..node }
 }
 
-fn insert(root: &mut Node, steps: &[String], value: Node) -> Result<(), String> {
+fn insert(root: &mut DocumentNode, steps: &[String], value: DocumentNode) -> Result<(), String> {
     let mut node = root;
     for (at, step) in steps.iter().enumerate() {
         let above = || cut(&steps[..at].join("."), LONGEST_PATH);
@@ -61,7 +61,7 @@ fn insert(root: &mut Node, steps: &[String], value: Node) -> Result<(), String> 
         let numbered = steps.get(at + 1).is_some_and(|next| next.parse::<usize>().is_ok());
         let new = || {
             let kind = if numbered { Kind::List(Vec::new()) } else { Kind::Table(BTreeMap::new()) };
-            Node { kind, place: Place::Set, text: None, fault: None }
+            DocumentNode { kind, place: Place::Set, text: None, fault: None }
         };
         let kind = node.type_name();
         let next = match &mut node.kind {

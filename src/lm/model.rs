@@ -24,7 +24,7 @@ pub use attention::{Attend, PackedAttention};
 pub use bert::{Bert, BertConfig, Embedder};
 pub use cache::KvCache;
 pub use config::ModelConfig;
-pub use copies::Copies;
+pub use copies::DeviceReplicas;
 pub use decoder::Decoder;
 pub use family::Family;
 pub use lora::Lora;

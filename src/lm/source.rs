@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use toml::Value;
 
 use crate::util::disk::{self, expand_home};
-use crate::util::nearest::nearest;
+use crate::util::suggest::nearest;
 
 pub use dataset::DataRef;
 

@@ -17,9 +17,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
 use crate::lm::source::ModelFiles;
-use crate::lm::vetted;
-use crate::lm::vetted::types::{self, Type};
-use crate::util::bounded;
+use crate::lm::validate;
+use crate::lm::validate::types::{self, Type};
+use crate::util::read_bounded;
 use chat::{Message, OPENS_REASONING, Template, Variables};
 use templates::{DEFAULT, Templates};
 
@@ -80,7 +80,7 @@ impl Tokenizer {
 
     fn from_directory(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let inner = vetted::tokenizer::read(&path)?;
+        let inner = validate::tokenizer::read(&path)?;
         let mut config = optional_json(&dir.join("tokenizer_config.json"))?;
         // Where the tokenizers of older models name their special tokens.
         let older = optional_json(&dir.join("special_tokens_map.json"))?;
@@ -128,7 +128,7 @@ impl Tokenizer {
     /// From the JSON form of a tokenizer.
     fn from_json(description: &Value, template: Option<String>, special: Special) -> Result<Self> {
         let templates = Templates::one(template);
-        Self::new(vetted::tokenizer::parse(&serde_json::to_vec(description)?)?, templates, special)
+        Self::new(validate::tokenizer::parse(&serde_json::to_vec(description)?)?, templates, special)
     }
 
     fn new(mut inner: tokenizers::Tokenizer, templates: Templates, special: Special) -> Result<Self> {
@@ -357,7 +357,7 @@ fn optional_json(path: &Path) -> Result<Value> {
 }
 
 fn optional_text(path: &Path) -> Result<Option<String>> {
-    match bounded::text(path, bounded::DESCRIPTION) {
+    match read_bounded::text(path, read_bounded::DESCRIPTION) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),

@@ -30,7 +30,7 @@ use crate::util::process;
 use diagnosis::{Diagnosis, diagnose};
 use history::History;
 use samples::Samples;
-use window::{Seen, Window};
+use window::{Observation, Window};
 
 /// Most reasons for masked groups that `/status` lists.
 const MOST_REASONS: usize = 5;
@@ -191,7 +191,7 @@ impl Monitor {
             tracer.see(&graph);
         }
         drop(tracer);
-        let seen = Seen::now(graph.report());
+        let seen = Observation::now(graph.report());
         if let Some(controlled) = lock(&self.controller).as_mut() {
             controlled.window.push(seen.clone());
         }

@@ -32,12 +32,12 @@ struct Said {
 }
 
 /// Where the node is, and how to ask it.
-pub struct Node {
+pub struct RemoteNode {
     url: Url,
     token: Option<String>,
 }
 
-impl Node {
+impl RemoteNode {
     /// The node at `url`, such as `http://127.0.0.1:9464`; `http://` may be left out. `token` is its bearer token.
     ///
     /// # Errors
@@ -99,7 +99,7 @@ impl Node {
 ///
 /// # Errors
 /// A node that does not answer the first time; a terminal that cannot be used.
-pub fn top(node: Node, once: bool) -> Result<()> {
+pub fn top(node: RemoteNode, once: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let client = http::builder().timeout(Duration::from_secs(5)).build()?;
     let first = runtime.block_on(node.look(&client, &Said::default()))?;

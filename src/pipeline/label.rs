@@ -17,7 +17,7 @@ pub mod templates;
 use anyhow::Result;
 
 use crate::types::{Group, Preference, Verdict};
-use backend::{Alive, Refusal, Reply, Usage};
+use backend::{Alive, NoAnswer, Reply, Usage};
 
 /// What a labeler says of a group: scores, preferences, or both.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -105,8 +105,8 @@ impl Pairing {
 fn verdict(reply: Reply<f64>) -> Verdict {
     match reply {
         Ok(score) => Verdict::Label(score),
-        Err(Refusal::Abstention(why)) => Verdict::Abstention(why),
-        Err(Refusal::Failure(why)) => Verdict::Failure(why),
+        Err(NoAnswer::Abstention(why)) => Verdict::Abstention(why),
+        Err(NoAnswer::Failure(why)) => Verdict::Failure(why),
     }
 }
 

@@ -8,5 +8,5 @@ pub mod state;
 pub mod value;
 
 pub use publish::{Done, Observer};
-pub use record::{StepRecord, Tally};
+pub use record::{BatchStats, StepRecord};
 pub use state::TrainState;

@@ -30,9 +30,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use crate::config::RemoteJudge;
-use crate::pipeline::label::backend::{Alive, Ask, Backend, Decoding, Refusal, Reply, Usage};
+use crate::pipeline::label::backend::{Alive, Ask, Backend, Decoding, NoAnswer, Reply, Usage};
 use crate::pipeline::label::shape::Shape;
-use crate::util::knob::Knob;
+use crate::util::limit::AdjustableLimit;
 use crate::util::seed;
 use budget::Budget;
 use client::Client;
@@ -96,7 +96,7 @@ impl Remote {
             for task in tasks {
                 // Each task ends within the client's deadline.
                 replies.push(task.await.unwrap_or_else(|error| {
-                    (Err(Refusal::Failure(format!("the request broke off: {error}"))), Usage::default())
+                    (Err(NoAnswer::Failure(format!("the request broke off: {error}"))), Usage::default())
                 }));
             }
             replies
@@ -148,7 +148,7 @@ impl Backend for Remote {
         self.client.evidence()
     }
 
-    fn knob(&self) -> Option<Arc<Knob>> {
+    fn knob(&self) -> Option<Arc<AdjustableLimit>> {
         Some(Arc::clone(&self.client.knob))
     }
 

@@ -10,7 +10,7 @@ use crate::lm::tokens::Tokenizer;
 use crate::observe::telemetry;
 use crate::pipeline::learn::TrainState;
 use crate::types::Prompt;
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// Who is told of each step.
 pub trait SftObserver: Send {
@@ -97,7 +97,7 @@ impl Stage for FineTune {
                 state.step + 1
             )));
         }
-        fault::point("sft.step")?;
+        failpoints::point("sft.step")?;
         let scale = (self.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / tokens.max(1) as f64;
         state.stepping = true;
         state.apply(self.lr, scale)?;

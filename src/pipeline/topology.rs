@@ -11,7 +11,7 @@ use preceptor_actors::{
 };
 
 use crate::config::{Config, LabelForm, Mode, RewardScaling, RolloutWeights, UpdateMode};
-use crate::lm::model::{Copies, Decoder};
+use crate::lm::model::{Decoder, DeviceReplicas};
 use crate::lm::tokens::Tokenizer;
 use crate::pipeline::data::pairs::PairSource;
 use crate::pipeline::data::source::{LeftOver, PromptSource};
@@ -24,14 +24,14 @@ use crate::pipeline::learn::Observer;
 use crate::pipeline::learn::TrainState;
 use crate::pipeline::learn::publish::publish;
 use crate::pipeline::learn::stage::Learn;
-use crate::pipeline::prepare::Prepared;
 use crate::pipeline::reward::warm_up::{WarmUp, WarmUpObserver};
 use crate::pipeline::reward::{RewardRule, RewardStage, RewardTrainer, Scorer, TrainerPlan};
+use crate::pipeline::setup::Prepared;
 use crate::pipeline::sft::{FineTune, Gathered, SftObserver};
-use crate::rl::ledger::{Book, Entries, UnderWay};
-use crate::run::controller::Knobs;
+use crate::rl::ledger::{Book, LedgerWriter, UnderWay};
+use crate::run::controller::AdjustableLimits;
 use crate::types::{Group, Labeled, Prompt};
-use crate::util::fault;
+use crate::util::failpoints;
 use crate::util::seed;
 use kernels::Format;
 
@@ -55,7 +55,7 @@ pub struct Node {
     /// The reward model, in the modes that have one.
     pub reward_model: Option<Arc<Mutex<RewardTrainer>>>,
     /// What the online controller turns; nothing where there is none.
-    pub knobs: Knobs,
+    pub knobs: AdjustableLimits,
     /// Makes a labeler for each labeler actor; [`labelers::labeler`] unless a test scripts one.
     pub labelers: Box<MakeLabeler>,
 }
@@ -68,7 +68,7 @@ impl Node {
     /// A labeler's template that cannot be used, a learner of an incarnation before that never stopped, or a ledger that
     /// is not that of the learner's step.
     pub fn wire(&self, builder: &mut GraphBuilder) -> StageResult<()> {
-        fault::point("graph.build")?;
+        failpoints::point("graph.build")?;
         let config = &self.config;
         let (step, scale) = {
             let mut state = match self.state.try_lock() {
@@ -177,12 +177,12 @@ impl Node {
         } else {
             let (prompts_out, prompts) = builder.edge("prompts", 1);
             let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
-            let source = PromptSource::new(Arc::clone(&self.prepared.data), gate, Entries::none(), 0, count);
+            let source = PromptSource::new(Arc::clone(&self.prepared.data), gate, LedgerWriter::none(), 0, count);
             builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
             // Draws of their own: the run's first groups are not to be those that the reward model has seen.
             let seed = seed::mix(config.run.seed ^ seed::text("warm-up"));
-            self.rollouts(builder, prompts, groups_out, seed, &Entries::none());
-            self.label(builder, groups, labeled_out, &Entries::none())?;
+            self.rollouts(builder, prompts, groups_out, seed, &LedgerWriter::none());
+            self.label(builder, groups, labeled_out, &LedgerWriter::none())?;
         }
         builder.sink(spec, warm_up, labeled);
         Ok(())
@@ -199,7 +199,7 @@ impl Node {
         prompts: Inlet<Prompt>,
         groups: Outlet<Group>,
         seed: u64,
-        entries: &Entries,
+        entries: &LedgerWriter,
     ) {
         for worker in 0..self.config.rollout.workers {
             let name = format!("rollout-{worker}");
@@ -214,7 +214,7 @@ impl Node {
         builder: &mut GraphBuilder,
         groups: Inlet<Group>,
         labeled: Outlet<Labeled>,
-        entries: &Entries,
+        entries: &LedgerWriter,
     ) -> Result<()> {
         let config = &self.config;
         for worker in 0..config.labeler.workers {
@@ -227,7 +227,7 @@ impl Node {
         Ok(())
     }
 
-    fn rollout(&self, worker: usize, name: &str, seed: u64, entries: &Entries) -> Rollout {
+    fn rollout(&self, worker: usize, name: &str, seed: u64, entries: &LedgerWriter) -> Rollout {
         let config = &self.config;
         let plan = RolloutPlan {
             sampling: sampling(config, &self.prepared.tokenizer),
@@ -276,7 +276,7 @@ pub fn wire_fine_tuning(
     let done = state.lock().unwrap_or_else(PoisonError::into_inner).step;
     let (prompts_out, prompts) = builder.edge("prompts", 1);
     let (data, gate) = (Arc::clone(&prepared.data), everything(batch * steps));
-    let source = PromptSource::new(data, gate, Entries::none(), batch * done, batch * steps);
+    let source = PromptSource::new(data, gate, LedgerWriter::none(), batch * done, batch * steps);
     builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
     let learn = FineTune {
         state: Arc::clone(state),
@@ -331,7 +331,7 @@ pub fn reward_trainer(config: &Config, prepared: &Prepared) -> Result<Option<Rew
     let trainer = match &prepared.reward_start {
         Some(start) => RewardTrainer::new(&start.model, start.head.as_ref(), plan, adam),
         None => {
-            let initial = Copies::new(prepared.devices.reward_model.clone()).of(prepared.policy())?;
+            let initial = DeviceReplicas::new(prepared.devices.reward_model.clone()).of(prepared.policy())?;
             RewardTrainer::new(&initial, None, plan, adam)
         }
     };

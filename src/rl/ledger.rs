@@ -14,7 +14,7 @@ use crate::types::{Group, Labeled, Rewarded};
 
 /// Where a group stands that is not trained yet.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum Standing {
+pub enum GroupState {
     /// Let in by the staleness bound; nothing is known of it yet.
     Admitted,
     /// Its completions are sampled.
@@ -25,7 +25,7 @@ pub enum Standing {
     Rewarded(Arc<Rewarded>),
 }
 
-impl Standing {
+impl GroupState {
     fn rank(&self) -> usize {
         match self {
             Self::Admitted => 0,
@@ -41,7 +41,7 @@ impl Standing {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Ledger {
     trained: u64,
-    groups: BTreeMap<u64, Standing>,
+    groups: BTreeMap<u64, GroupState>,
 }
 
 /// An entry that cannot be: what it would say of a group, and what the ledger knows.
@@ -92,17 +92,17 @@ impl Ledger {
         if seq < self.trained {
             return false;
         }
-        matches!(self.groups.entry(seq).or_insert(Standing::Admitted), Standing::Admitted)
+        matches!(self.groups.entry(seq).or_insert(GroupState::Admitted), GroupState::Admitted)
     }
 
     /// A group's completions are there.
     pub fn generated(&mut self, group: &Group) {
-        self.advance(group.prompt.seq, || Standing::Generated(Arc::new(group.clone())), 1);
+        self.advance(group.prompt.seq, || GroupState::Generated(Arc::new(group.clone())), 1);
     }
 
     /// A group's labels are there.
     pub fn labeled(&mut self, labeled: &Labeled) {
-        self.advance(labeled.group.prompt.seq, || Standing::Labeled(Arc::new(labeled.clone())), 2);
+        self.advance(labeled.group.prompt.seq, || GroupState::Labeled(Arc::new(labeled.clone())), 2);
     }
 
     /// A group's rewards are there.
@@ -112,10 +112,10 @@ impl Ledger {
     pub fn rewarded(&mut self, rewarded: &Rewarded) -> Result<(), LedgerError> {
         let seq = rewarded.group.prompt.seq;
         let before = seq.checked_sub(1).filter(|before| *before >= self.trained);
-        if before.is_some_and(|before| !matches!(self.groups.get(&before), Some(Standing::Rewarded(_)))) {
+        if before.is_some_and(|before| !matches!(self.groups.get(&before), Some(GroupState::Rewarded(_)))) {
             return Err(LedgerError::OutOfOrder(seq));
         }
-        self.advance(seq, || Standing::Rewarded(Arc::new(rewarded.clone())), 3);
+        self.advance(seq, || GroupState::Rewarded(Arc::new(rewarded.clone())), 3);
         Ok(())
     }
 
@@ -124,7 +124,8 @@ impl Ledger {
     /// # Errors
     /// One of them has no rewards; the ledger is then as before.
     pub fn train(&mut self, end: u64) -> Result<(), LedgerError> {
-        if let Some(seq) = (self.trained..end).find(|seq| !matches!(self.groups.get(seq), Some(Standing::Rewarded(_))))
+        if let Some(seq) =
+            (self.trained..end).find(|seq| !matches!(self.groups.get(seq), Some(GroupState::Rewarded(_))))
         {
             return Err(LedgerError::NotRewarded(seq));
         }
@@ -134,7 +135,7 @@ impl Ledger {
     }
 
     /// A group moves on; what is trained, or farther already, stays.
-    fn advance(&mut self, seq: u64, standing: impl FnOnce() -> Standing, rank: usize) {
+    fn advance(&mut self, seq: u64, standing: impl FnOnce() -> GroupState, rank: usize) {
         if seq >= self.trained && self.groups.get(&seq).is_none_or(|known| known.rank() < rank) {
             self.groups.insert(seq, standing());
         }
@@ -142,22 +143,22 @@ impl Ledger {
 
     /// Forgets who was only admitted, and gives what a new graph goes on with.
     pub fn resume(&mut self) -> UnderWay {
-        self.groups.retain(|_, standing| !matches!(standing, Standing::Admitted));
+        self.groups.retain(|_, standing| !matches!(standing, GroupState::Admitted));
         for standing in self.groups.values_mut() {
             // An earlier program handed groups on that got no verdict. They are asked about again.
-            if let Standing::Labeled(labeled) = standing
+            if let GroupState::Labeled(labeled) = standing
                 && labeled.failed()
             {
-                *standing = Standing::Generated(Arc::new(labeled.group.clone()));
+                *standing = GroupState::Generated(Arc::new(labeled.group.clone()));
             }
         }
         let mut under_way = UnderWay::default();
         for standing in self.groups.values() {
             match standing {
-                Standing::Admitted => {}
-                Standing::Generated(group) => under_way.generated.push(Arc::clone(group)),
-                Standing::Labeled(labeled) => under_way.labeled.push(Arc::clone(labeled)),
-                Standing::Rewarded(rewarded) => under_way.rewarded.push(Arc::clone(rewarded)),
+                GroupState::Admitted => {}
+                GroupState::Generated(group) => under_way.generated.push(Arc::clone(group)),
+                GroupState::Labeled(labeled) => under_way.labeled.push(Arc::clone(labeled)),
+                GroupState::Rewarded(rewarded) => under_way.rewarded.push(Arc::clone(rewarded)),
             }
         }
         under_way
@@ -168,10 +169,10 @@ impl Ledger {
         let mut count = Count { trained: self.trained, ..Count::default() };
         for standing in self.groups.values() {
             *match standing {
-                Standing::Admitted => &mut count.admitted,
-                Standing::Generated(_) => &mut count.generated,
-                Standing::Labeled(_) => &mut count.labeled,
-                Standing::Rewarded(_) => &mut count.rewarded,
+                GroupState::Admitted => &mut count.admitted,
+                GroupState::Generated(_) => &mut count.generated,
+                GroupState::Labeled(_) => &mut count.labeled,
+                GroupState::Rewarded(_) => &mut count.rewarded,
             } += 1;
         }
         count
@@ -196,10 +197,10 @@ impl Book {
     }
 
     /// Opens the book to the actors of `incarnation`, and closes it to all others. Gives what the new graph goes on with.
-    pub fn open(&self, incarnation: u64) -> (Entries, UnderWay) {
+    pub fn open(&self, incarnation: u64) -> (LedgerWriter, UnderWay) {
         let mut open = self.lock();
         open.incarnation = incarnation;
-        (Entries { book: Some(self.clone()), incarnation }, open.ledger.resume())
+        (LedgerWriter { book: Some(self.clone()), incarnation }, open.ledger.resume())
     }
 
     /// The ledger as it is now.
@@ -219,12 +220,12 @@ impl Book {
 
 /// The book as the actors of one incarnation write into it. What an older one says is passed over.
 #[derive(Clone, Default)]
-pub struct Entries {
+pub struct LedgerWriter {
     book: Option<Book>,
     incarnation: u64,
 }
 
-impl Entries {
+impl LedgerWriter {
     /// Of a phase whose groups nobody would go on with.
     pub fn none() -> Self {
         Self::default()

@@ -29,16 +29,16 @@ use serde::{Deserialize, Serialize};
 
 pub use mirror::Mirror;
 pub use read::Opened;
-pub use shelf::{Best, Shelf};
+pub use shelf::{Best, CheckpointStore};
 pub use win_rates::WinRates;
-pub use write::Form;
+pub use write::CheckpointFormat;
 pub use writer::Writer;
 
 use crate::pipeline::learn::{TrainState, state};
 use crate::pipeline::reward::RewardTrainer;
 use crate::pipeline::reward::trainer;
 use crate::rl::ledger::{Book, Ledger};
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// The format that this program writes, and the only one that it reads.
 pub const FORMAT: u64 = 1;
@@ -101,7 +101,7 @@ impl Snapshot {
         (lengths, files): (Lengths, Vec<PathBuf>),
         figure: Option<f64>,
     ) -> Result<Self> {
-        fault::point("checkpoint.snapshot")?;
+        failpoints::point("checkpoint.snapshot")?;
         // The reward actor writes into the ledger while it holds its model, so the two belong together here.
         let trainer = reward_model.map(|trainer| trainer.lock().unwrap_or_else(PoisonError::into_inner));
         let ledger = book.copy();

@@ -9,13 +9,13 @@ use preceptor_actors::Outcome;
 
 use super::insist::insist;
 use super::supervise::{Stop, new_signal, unless_left};
-use super::watcher::Watcher;
+use super::watcher::RunObserver;
 use super::{Summary, lock, reference};
 use crate::observe::monitor::Monitor;
 use crate::observe::telemetry;
 use crate::pipeline::learn::publish::publish;
 use crate::pipeline::topology::Node;
-use crate::run::checkpoint::{Form, Shelf};
+use crate::run::checkpoint::{CheckpointFormat, CheckpointStore};
 use crate::say;
 use crate::util::exit::Ended;
 
@@ -25,9 +25,9 @@ const LAST_EVALUATION: Duration = Duration::from_secs(60);
 /// The end of a run.
 pub(super) struct Conclusion {
     pub(super) node: Arc<Node>,
-    pub(super) watcher: Arc<Mutex<Watcher>>,
-    pub(super) shelf: Arc<Shelf>,
-    pub(super) form: Arc<Form>,
+    pub(super) watcher: Arc<Mutex<RunObserver>>,
+    pub(super) shelf: Arc<CheckpointStore>,
+    pub(super) form: Arc<CheckpointFormat>,
     pub(super) stop: Stop,
     pub(super) monitor: Arc<Monitor>,
     /// The last checkpoint, once it is there.
@@ -154,7 +154,7 @@ impl Conclusion {
         (state.step, path)
     }
 
-    /// Copies the checkpoint at `path`, and the fine-tuned policy, to the mirror.
+    /// DeviceReplicas the checkpoint at `path`, and the fine-tuned policy, to the mirror.
     fn copied(&self, path: PathBuf) -> PathBuf {
         if let Err(error) = self.shelf.copy(&path) {
             telemetry::disk_error();

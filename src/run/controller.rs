@@ -8,7 +8,7 @@ use preceptor_actors::RoleShare;
 use serde_json::{Value, json};
 
 use crate::observe::telemetry;
-use crate::util::knob::Knob;
+use crate::util::limit::AdjustableLimit;
 
 /// A stage that waits at least this share of the time waits for somebody.
 const WAITS: f64 = 0.2;
@@ -21,11 +21,11 @@ const FAILING: f64 = 0.05;
 
 /// What can be turned, where there is somebody to turn it for.
 #[derive(Debug, Clone, Default)]
-pub struct Knobs {
+pub struct AdjustableLimits {
     /// Sequences that a rollout actor has side by side.
-    pub rollout: Option<Arc<Knob>>,
+    pub rollout: Option<Arc<AdjustableLimit>>,
     /// Requests to remote judges in flight.
-    pub labeler: Option<Arc<Knob>>,
+    pub labeler: Option<Arc<AdjustableLimit>>,
 }
 
 /// What is known of the time since it looked last.
@@ -59,7 +59,7 @@ impl Move {
 
 /// Turns the knobs from time to time.
 pub struct Controller {
-    knobs: Knobs,
+    knobs: AdjustableLimits,
     every: Duration,
     /// What one step up adds to the sequences side by side: a group.
     group_size: usize,
@@ -69,7 +69,7 @@ pub struct Controller {
 
 impl Controller {
     /// Looks each `every`.
-    pub fn new(knobs: Knobs, every: Duration, group_size: usize) -> Self {
+    pub fn new(knobs: AdjustableLimits, every: Duration, group_size: usize) -> Self {
         let controller = Self { knobs, every, group_size, last: Instant::now(), moves: Default::default() };
         for (name, knob) in controller.named() {
             telemetry::controller_begins(name, knob.get());
@@ -97,14 +97,14 @@ impl Controller {
 
     /// Where the knobs stand.
     pub fn to_json(&self) -> Value {
-        let knob = |(name, knob): (&'static str, &Arc<Knob>)| {
+        let knob = |(name, knob): (&'static str, &Arc<AdjustableLimit>)| {
             let ((low, high), last) = (knob.bounds(), &self.moves[usize::from(name == "labeler")]);
             json!({ "knob": name, "value": knob.get(), "low": low, "high": high, "last_move": last })
         };
         self.named().map(knob).collect()
     }
 
-    fn named(&self) -> impl Iterator<Item = (&'static str, &Arc<Knob>)> {
+    fn named(&self) -> impl Iterator<Item = (&'static str, &Arc<AdjustableLimit>)> {
         let knobs = [("rollout", &self.knobs.rollout), ("labeler", &self.knobs.labeler)];
         knobs.into_iter().filter_map(|(name, knob)| Some((name, knob.as_ref()?)))
     }
@@ -138,7 +138,7 @@ impl Controller {
 }
 
 /// Turns a knob; nothing is said of one that is at its bound already.
-fn turn(name: &'static str, knob: &Knob, to: usize, why: String) -> Option<Move> {
+fn turn(name: &'static str, knob: &AdjustableLimit, to: usize, why: String) -> Option<Move> {
     let from = knob.get();
     knob.set(to);
     let to = knob.get();
@@ -162,7 +162,10 @@ mod tests {
     }
 
     fn controller() -> Controller {
-        let knobs = Knobs { rollout: Some(Arc::new(Knob::new(8, 32))), labeler: Some(Arc::new(Knob::new(1, 16))) };
+        let knobs = AdjustableLimits {
+            rollout: Some(Arc::new(AdjustableLimit::new(8, 32))),
+            labeler: Some(Arc::new(AdjustableLimit::new(1, 16))),
+        };
         Controller::new(knobs, Duration::ZERO, 8)
     }
 

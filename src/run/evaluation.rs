@@ -20,7 +20,7 @@ use crate::lm::tokens::Tokenizer;
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::label::stage::{Wants, ask_many};
 use crate::pipeline::label::{Labeler, Pairing};
-use crate::pipeline::prepare::Prepared;
+use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::labelers::evaluation_judge;
 use crate::pipeline::topology::sampling;
 use crate::rl::statistics::interval::{self, Estimate};

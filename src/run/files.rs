@@ -22,7 +22,7 @@ use crate::run::checkpoint::Lengths;
 use crate::say;
 use crate::types::Rewarded;
 use crate::util::disk;
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// The file of samples to read, in a run's directory.
 pub(super) const SAMPLES: &str = "samples.jsonl";
@@ -285,7 +285,7 @@ impl RunFiles {
     /// # Errors
     /// Names the file that cannot be written.
     pub fn flush(&mut self) -> Result<()> {
-        fault::point("files.flush")?;
+        failpoints::point("files.flush")?;
         self.lengths()?;
         self.events.as_mut().map_or(Ok(()), Events::flush)
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::util::disk;
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// Bytes that wait for room on the disk before more are refused.
 const MOST_WAITING: usize = 64 << 20;
@@ -57,7 +57,7 @@ impl Log {
         } else {
             self.waiting.extend_from_slice(bytes);
         }
-        fault::point("log.append")?;
+        failpoints::point("log.append")?;
         self.flush()
     }
 

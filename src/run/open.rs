@@ -11,12 +11,12 @@ use super::rewind::{self, Ends, SetAside};
 use super::{From, begin, evaluation, journal, phases, reference, rotating};
 use crate::config::{Config, WIN_RATE};
 use crate::pipeline::learn::TrainState;
-use crate::pipeline::prepare::Prepared;
 use crate::pipeline::reward::RewardTrainer;
+use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::learning::{adam, lora, value_model};
 use crate::pipeline::topology::reward_trainer;
 use crate::rl::ledger::Book;
-use crate::run::checkpoint::{Best, Identity, Lengths, Mirror, Opened, Shelf, WinRates, shelf};
+use crate::run::checkpoint::{Best, CheckpointStore, Identity, Lengths, Mirror, Opened, WinRates, shelf};
 use crate::say;
 use crate::util::disk;
 
@@ -65,7 +65,7 @@ fn run_of(path: &Path) -> Result<PathBuf> {
 pub(super) struct Start {
     pub(super) dir: RunDir,
     pub(super) checkpoint: Option<Opened>,
-    pub(super) shelf: Arc<Shelf>,
+    pub(super) shelf: Arc<CheckpointStore>,
     /// Checkpoints after it, and why they are set aside.
     later: Vec<(PathBuf, &'static str)>,
     /// Where the checkpoint itself was set aside.
@@ -85,7 +85,7 @@ pub(super) fn open(config: &Config, dir: RunDir, from: &From, win_rates: WinRate
         Some(WIN_RATE) => Best::WinRate(win_rates),
         Some(_) => Best::Figure,
     };
-    let shelf = Arc::new(Shelf::new(dir.path(), keep.keep, best).mirrored(mirror));
+    let shelf = Arc::new(CheckpointStore::new(dir.path(), keep.keep, best).mirrored(mirror));
     let start = |dir, checkpoint, later, aside, shelf| Ok(Start { dir, checkpoint, shelf, later, aside });
     match from {
         From::Beginning => start(dir, None, Vec::new(), None, shelf),
@@ -174,7 +174,7 @@ pub(super) fn tuned(config: &Config, base: &Identity, start: &Start, accepted: &
     let run = start.dir.path();
     let reference = reference::find(config, base, run)?;
     let (half, damaged) = match &reference {
-        None if config.sft.steps > 0 => phases::half_tuned(config, base, run, accepted)?,
+        None if config.sft.steps > 0 => phases::resume_fine_tuning(config, base, run, accepted)?,
         _ => (None, Vec::new()),
     };
     if let Some(checkpoint) = start.checkpoint.as_ref().filter(|_| config.sft.steps > 0 && reference.is_none()) {

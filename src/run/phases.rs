@@ -21,15 +21,17 @@ use crate::observe::monitor::Monitor;
 use crate::observe::progress::Progress;
 use crate::observe::telemetry;
 use crate::pipeline::learn::TrainState;
-use crate::pipeline::prepare::Prepared;
 use crate::pipeline::reward::trainer::TrainerStep;
 use crate::pipeline::reward::warm_up::WarmUpObserver;
+use crate::pipeline::setup::Prepared;
 use crate::pipeline::sft::SftObserver;
 use crate::pipeline::topology::learning::{adam, lora};
 use crate::pipeline::topology::{Node, wire_fine_tuning};
 use crate::rl::ledger::Book;
 use crate::run::checkpoint::shelf::Latest;
-use crate::run::checkpoint::{Best, Form, Identity, JudgeContents, Opened, Shelf, Snapshot, Writer};
+use crate::run::checkpoint::{
+    Best, CheckpointFormat, CheckpointStore, Identity, JudgeContents, Opened, Snapshot, Writer,
+};
 use crate::say;
 use crate::util::disk;
 use crate::util::exit::Ended;
@@ -104,7 +106,7 @@ pub(super) fn is_under_way(run: &Path) -> Result<bool> {
 ///
 /// # Errors
 /// Checkpoints of it of which none can be used, or which are of another configuration, model or data.
-pub(super) fn half_tuned(
+pub(super) fn resume_fine_tuning(
     config: &Config,
     base: &Identity,
     run: &Path,
@@ -134,8 +136,8 @@ pub(super) fn tuned(run: &Path) {
     }
 }
 
-fn shelf(run: &Path) -> Shelf {
-    Shelf::new(&run.join(FINE_TUNING), 1, Best::None)
+fn shelf(run: &Path) -> CheckpointStore {
+    CheckpointStore::new(&run.join(FINE_TUNING), 1, Best::None)
 }
 
 /// Fine-tuning under way: told of each step, it shows it, and writes checkpoints when they are due.
@@ -173,7 +175,13 @@ impl Tuning {
     }
 
     /// Writes how far it came, unless the weights are half updated or held by a learner that did not stop.
-    fn keep(&self, state: &Mutex<TrainState>, shelf: &Shelf, form: &Form, retry_s: f64) -> Option<PathBuf> {
+    fn keep(
+        &self,
+        state: &Mutex<TrainState>,
+        shelf: &CheckpointStore,
+        form: &CheckpointFormat,
+        retry_s: f64,
+    ) -> Option<PathBuf> {
         let state = match state.try_lock() {
             Ok(state) => state,
             Err(TryLockError::Poisoned(state)) => state.into_inner(),
@@ -218,7 +226,7 @@ pub(super) async fn fine_tune(
     let (shelf, progress) = (Arc::new(shelf(lock(files).dir())), notes.progress.clone());
     // No label has been bought yet.
     let policy = (prepared.tokenizer.clone(), prepared.origin.as_str());
-    let form = Form::new(config, policy, DType::F32, identity, JudgeContents::new());
+    let form = CheckpointFormat::new(config, policy, DType::F32, identity, JudgeContents::new());
     let form = Arc::new(form);
     let failed = Arc::new(AtomicBool::new(false));
     let told = announce(&Arc::new(OnceLock::from(progress.clone())), &failed, monitor);

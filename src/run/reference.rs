@@ -11,14 +11,14 @@ use super::files::RunFiles;
 use crate::config::Config;
 use crate::lm::model::{Decoder, Lora, Onto, Weights, export};
 use crate::observe::telemetry;
-use crate::pipeline::prepare::Prepared;
+use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::learning::lora;
 use crate::run::checkpoint::sums::{self, Damage};
-use crate::run::checkpoint::{Identity, Shelf};
+use crate::run::checkpoint::{CheckpointStore, Identity};
 use crate::say;
 use crate::util::device;
 use crate::util::disk;
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// Its directory in the run's.
 const NAME: &str = "reference";
@@ -106,7 +106,7 @@ pub(super) fn keep(config: &Config, base: &Identity, prepared: &Prepared, files:
 fn write(config: &Config, base: &Identity, prepared: &Prepared, run: &Path, phases: u64) -> Result<()> {
     let (aside, path) = (run.join(format!(".{NAME}.partial")), place(run));
     std::fs::create_dir_all(&aside).map_err(|error| disk::cannot("make", &aside, error))?;
-    fault::point("reference.fill")?;
+    failpoints::point("reference.fill")?;
     export::write(&aside, prepared.policy().config(), &prepared.policy().merged()?, DType::F32)?;
     prepared.tokenizer.save(&aside)?;
     if let Some(lora) = prepared.policy().lora() {
@@ -120,8 +120,8 @@ fn write(config: &Config, base: &Identity, prepared: &Prepared, run: &Path, phas
     disk::sync(run)
 }
 
-/// Copies what `run` has of it to the mirror of `shelf`, if there is one that has no copy yet.
-pub(super) fn copy(run: &Path, shelf: &Shelf) {
+/// DeviceReplicas what `run` has of it to the mirror of `shelf`, if there is one that has no copy yet.
+pub(super) fn copy(run: &Path, shelf: &CheckpointStore) {
     let path = place(run);
     if path.exists()
         && let Err(error) = shelf.copy_beside(&path)

@@ -16,7 +16,7 @@ use crate::lm::model::export;
 use crate::pipeline::learn::TrainState;
 use crate::pipeline::learn::stage::Learn;
 use crate::pipeline::learn::{Done, Observer};
-use crate::pipeline::prepare::{Prepared, prepare_policy};
+use crate::pipeline::setup::{Prepared, prepare_policy};
 use crate::pipeline::topology::everything;
 use crate::pipeline::topology::learning::{adam, algorithm, learn_plan, lora, value_model};
 use crate::run::checkpoint::Identity;
@@ -68,7 +68,7 @@ pub async fn replay(
         value_model(&config, prepared.policy())?,
         lora(&config).as_ref(),
     )?;
-    let seen = Arc::new(Mutex::new(Seen { expected: None, replayed: None, tell: Box::new(tell) }));
+    let seen = Arc::new(Mutex::new(ReplayProgress { expected: None, replayed: None, tell: Box::new(tell) }));
     let run = Again {
         state: Arc::new(Mutex::new(state)),
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(prepared.policy()))),
@@ -126,7 +126,7 @@ struct Again {
     cell: Arc<SnapshotCell<crate::lm::model::Decoder>>,
     journal: Arc<Mutex<Peekable<Journal>>>,
     until: Option<u64>,
-    seen: Arc<Mutex<Seen>>,
+    seen: Arc<Mutex<ReplayProgress>>,
 }
 
 impl Again {
@@ -165,7 +165,7 @@ impl Again {
 struct Steps {
     journal: Arc<Mutex<Peekable<Journal>>>,
     until: Option<u64>,
-    seen: Arc<Mutex<Seen>>,
+    seen: Arc<Mutex<ReplayProgress>>,
     groups: std::vec::IntoIter<Rewarded>,
 }
 
@@ -197,14 +197,14 @@ impl Source for Steps {
 }
 
 /// Compares what the steps lead to.
-struct Seen {
+struct ReplayProgress {
     /// Steps to come, and the fingerprints that they led to.
     expected: Option<std::collections::VecDeque<(u64, u64)>>,
     replayed: Option<Replayed>,
     tell: Box<dyn Fn(u64) + Send + Sync>,
 }
 
-impl Observer for Seen {
+impl Observer for ReplayProgress {
     fn group(&mut self, _done: u64, _of: u64) {}
 
     fn step(&mut self, done: Done<'_>, state: &TrainState) -> Result<()> {

@@ -5,10 +5,10 @@ use toml::{Table, Value};
 
 use crate::config::{self, Config, LabelerKind, Methods, Resume};
 use crate::pipeline::label::templates::{Preamble, TemplateSet};
-use crate::pipeline::prepare::Prepared;
-use crate::pipeline::topology::labelers::Instrument;
+use crate::pipeline::setup::Prepared;
+use crate::pipeline::topology::labelers::JudgeBackend;
 use crate::run::checkpoint::{JudgeContents, Opened};
-use crate::util::nearest::nearest;
+use crate::util::suggest::nearest;
 
 /// The effect of a change of the key at `path`, if it is one.
 fn class(path: &str) -> Option<Resume> {
@@ -167,7 +167,7 @@ pub fn judge_contents(config: &Config, prepared: &Prepared) -> Result<JudgeConte
 }
 
 /// As [`judge_contents`], of the judge at the key `path`; `instruments` has one for each method.
-fn contents_at(path: &str, methods: &Methods, instruments: &[Instrument]) -> Result<JudgeContents> {
+fn contents_at(path: &str, methods: &Methods, instruments: &[JudgeBackend]) -> Result<JudgeContents> {
     let mut contents = JudgeContents::new();
     for (i, (method, instrument)) in methods.iter().zip(instruments).enumerate() {
         let place = methods.place(path, i);
@@ -182,12 +182,12 @@ fn contents_at(path: &str, methods: &Methods, instruments: &[Instrument]) -> Res
             note("preamble", hex(crate::util::seed::text(text.trim_end())));
         }
         // The name that the server gives the model that answers: another one may be behind the same address.
-        if let Instrument::Asked(backend) = instrument
+        if let JudgeBackend::Asked(backend) = instrument
             && let Some(evidence) = backend.evidence()
         {
             note("remote.evidence", evidence);
         }
-        if let Instrument::Asked(backend) = instrument
+        if let JudgeBackend::Asked(backend) = instrument
             && let Some(name) = backend.reported_model()
         {
             note("remote.model", name);

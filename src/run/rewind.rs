@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::run::checkpoint::shelf;
 use crate::util::disk;
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// The directory of a plan that is being written.
 const PARTIAL: &str = ".rewind.partial";
@@ -76,12 +76,12 @@ pub(super) fn complete(run: &Path) -> Result<()> {
         if disk::exists(&from)? && !disk::exists(&to)? {
             std::fs::rename(&from, &to).map_err(|error| disk::cannot("rename", &from, error))?;
         }
-        fault::point("rewind.renamed")?;
+        failpoints::point("rewind.renamed")?;
         sync_parent(&to)?;
     }
     for (name, end) in &plan.files {
         cut(run, name, end)?;
-        fault::point("rewind.cut")?;
+        failpoints::point("rewind.cut")?;
     }
     let done = free(run)?;
     std::fs::rename(&committed, &done).map_err(|error| disk::cannot("rename", &committed, error))?;
@@ -221,7 +221,7 @@ fn carry_out(run: &Path, plan: &Plan) -> Result<()> {
         }
         disk::replace(&partial.join(PLAN), &serde_json::to_vec_pretty(plan)?)?;
         disk::sync(&partial)?;
-        fault::point("rewind.commit")?;
+        failpoints::point("rewind.commit")?;
         std::fs::rename(&partial, &committed).map_err(|error| disk::cannot("rename", &partial, error))
     };
     if let Err(error) = write() {
@@ -233,7 +233,7 @@ fn carry_out(run: &Path, plan: &Plan) -> Result<()> {
     complete(run)
 }
 
-/// Copies what the file called `name` has beyond `length` to the folder `into`.
+/// DeviceReplicas what the file called `name` has beyond `length` to the folder `into`.
 fn keep(run: &Path, name: &str, length: u64, into: &Path) -> Result<()> {
     let (from, to) = (run.join(name), into.join(name));
     if disk::length(&from)?.is_none_or(|found| found <= length) {

@@ -29,7 +29,7 @@ use crate::util::process::{resident_bytes, unix_seconds};
 const RETRY: Duration = Duration::from_secs(30);
 
 /// The observer of a training run.
-pub(super) struct Watcher {
+pub(super) struct RunObserver {
     pub(super) files: Arc<Mutex<RunFiles>>,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
     pub(super) book: Book,
@@ -106,7 +106,7 @@ impl Due {
     }
 }
 
-impl Observer for Watcher {
+impl Observer for RunObserver {
     fn group(&mut self, done: u64, _of: u64) {
         if let Some(progress) = self.progress.get() {
             progress.at(self.step * self.batch_groups + done);
@@ -174,7 +174,7 @@ impl Observer for Watcher {
     }
 }
 
-impl Watcher {
+impl RunObserver {
     /// Holds a step against the bounds of `[guard]`: logs warnings, sets the metrics, and notes why the run has to stop.
     fn judge_health(&mut self, record: &StepRecord, batch: &[Rewarded]) {
         let found = self.guard.step(&record.0, batch);

@@ -11,8 +11,8 @@ use crate::config::{
 };
 use crate::observe::serve::Token;
 use crate::pipeline::label::templates::{Preamble, TemplateSet};
-use crate::pipeline::prepare::{Prepared, prepare};
-use crate::pipeline::topology::labelers::Instrument;
+use crate::pipeline::setup::{Prepared, prepare};
+use crate::pipeline::topology::labelers::JudgeBackend;
 use crate::pipeline::topology::learning::lora;
 use crate::pipeline::topology::{needs_labels, trainer_plan};
 use crate::util::device;
@@ -72,8 +72,8 @@ fn reasoning(config: &Config, prepared: &Prepared) -> Vec<String> {
         ));
     }
     let mut judges = prepared.judges(config).filter_map(|(_, instrument)| match instrument {
-        Instrument::Model(local) | Instrument::Cached { local, .. } => Some(local.judge()),
-        Instrument::Asked(_) | Instrument::Embedder(_) => None,
+        JudgeBackend::Model(local) | JudgeBackend::Cached { local, .. } => Some(local.judge()),
+        JudgeBackend::Asked(_) | JudgeBackend::Embedder(_) => None,
     });
     if judges.any(|judge| judge.chat && judge.tokenizer.thinks()) {
         lines.push("reasoning   the local judge's chat template lets it reason first; it is asked with enable_thinking = false".into());
@@ -125,12 +125,12 @@ impl Sizes {
                 lora.fresh(prepared.policy().weights(), seed, prepared.policy().device())?.parameters() as f64
             }
         };
-        let of = |(method, instrument): (&Method, &Instrument)| match instrument {
-            Instrument::Model(local) | Instrument::Cached { local, .. } if method.model.is_some() => {
+        let of = |(method, instrument): (&Method, &JudgeBackend)| match instrument {
+            JudgeBackend::Model(local) | JudgeBackend::Cached { local, .. } if method.model.is_some() => {
                 local.judge().model.config().parameters() as f64
             }
-            Instrument::Model(_) | Instrument::Cached { .. } | Instrument::Asked(_) => 0.0,
-            Instrument::Embedder(embedding) => embedding.embedder.parameters() as f64,
+            JudgeBackend::Model(_) | JudgeBackend::Cached { .. } | JudgeBackend::Asked(_) => 0.0,
+            JudgeBackend::Embedder(embedding) => embedding.embedder.parameters() as f64,
         };
         let judges = prepared.judges(config).map(of).sum();
         let start = prepared.reward_start.as_ref().map_or(parameters, |start| start.model.config().parameters() as f64);

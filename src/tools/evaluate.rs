@@ -16,8 +16,8 @@ use crate::config::Config;
 use crate::observe::progress::Progress;
 use crate::pipeline::label::Labels;
 use crate::pipeline::label::stage::Wants;
-use crate::pipeline::topology::labelers::{Instrument, labeler_on};
-use crate::tools::annotate::{Annotation, Annotations, Job, Questions, annotate};
+use crate::pipeline::topology::labelers::{JudgeBackend, labeler_on};
+use crate::tools::batch_label::{Annotation, Annotations, Job, Questions, annotate};
 use crate::util::signals::Interrupted;
 
 /// Keeps what was labeled, in the order of the questions.
@@ -44,7 +44,7 @@ impl Annotations for Kept {
 /// A labeler that fails beyond its restart budget, or an interrupt.
 fn judge(
     config: &Config,
-    instruments: &[Instrument],
+    instruments: &[JudgeBackend],
     questions: Arc<dyn Questions>,
     count: usize,
     wants: Wants,

@@ -53,7 +53,7 @@ pub fn open_as(key: &str, name: &str) -> Result<Device> {
     })?;
     #[cfg(feature = "cuda")]
     // SAFETY: events order what happens to a tensor on different streams. Here a tensor stays on its own; what passes from
-    // one to another is a copy, see `model::Copies`.
+    // one to another is a copy, see `model::DeviceReplicas`.
     unsafe {
         device.as_cuda_device()?.disable_event_tracking();
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use preceptor::pipeline::label::cache::Store;
-use preceptor::pipeline::remote::retry::Outcome;
+use preceptor::pipeline::remote::retry::ExchangeOutcome;
 use preceptor::run::journal::{Entry, Journal};
 use preceptor::types::Verdict;
 use preceptor::util::seed;
@@ -80,7 +80,7 @@ const LISTED: [[f64; 4]; 4] =
 
 /// What the judge did.
 #[derive(Default)]
-struct Tally {
+struct BatchStats {
     requests: u64,
     /// Exchanges by the outcome that the client has to count, if it waits for it.
     outcomes: BTreeMap<&'static str, u64>,
@@ -108,7 +108,7 @@ struct Behaviour {
 pub fn trial(questions: u64, seed: u64) -> Result<String> {
     let dir = tempfile::tempdir()?;
     let (labeled, abstained) = (chosen(LABELED, false)?, chosen(ABSTAINED, true)?);
-    let tally: Arc<Mutex<Tally>> = Arc::default();
+    let tally: Arc<Mutex<BatchStats>> = Arc::default();
     let seen = Arc::clone(&tally);
     let mock = MockJudge::start(move |_, path, body| {
         let mut tally = lock(&seen);
@@ -159,7 +159,7 @@ fn chosen(list: &[(&str, &str, &'static str)], abstains: bool) -> Result<Vec<Beh
 
 /// What is done with a request, and how long it takes; counts it.
 fn behave(
-    tally: &mut Tally,
+    tally: &mut BatchStats,
     (labeled, abstained): (&[Behaviour], &[Behaviour]),
     seed: u64,
     path: &str,
@@ -210,8 +210,8 @@ impl Figures {
 }
 
 /// Compares the exchanges that the client counted with those of the judge.
-fn compare(figures: &Figures, tally: &Tally) -> Result<String> {
-    let counted: BTreeMap<&str, u64> = Outcome::NAMES
+fn compare(figures: &Figures, tally: &BatchStats) -> Result<String> {
+    let counted: BTreeMap<&str, u64> = ExchangeOutcome::NAMES
         .into_iter()
         .map(|name| (name, figures.of(&format!("preceptor_judge_requests_total{{outcome=\"{name}\"}}"))))
         .filter(|(_, count)| *count > 0)
@@ -240,7 +240,7 @@ fn compare(figures: &Figures, tally: &Tally) -> Result<String> {
 }
 
 /// Compares the labels of a run with the answers of the judge.
-fn labels(run: &Path, figures: &Figures, tally: &Tally, cache: &Path) -> Result<String> {
+fn labels(run: &Path, figures: &Figures, tally: &BatchStats, cache: &Path) -> Result<String> {
     let allowed = LISTED.map(|p| {
         let rating = (p[0] + 2.0 * p[1] + 3.0 * p[2] + 10.0 * p[3]) / p.iter().sum::<f64>();
         (rating - 5.5) / 4.5
@@ -352,6 +352,6 @@ fn watch(child: &mut Child, done: impl Fn() -> f64) -> Result<Memory> {
     Ok(Memory { early, last })
 }
 
-fn lock(tally: &Mutex<Tally>) -> MutexGuard<'_, Tally> {
+fn lock(tally: &Mutex<BatchStats>) -> MutexGuard<'_, BatchStats> {
     tally.lock().unwrap_or_else(PoisonError::into_inner)
 }

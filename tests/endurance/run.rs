@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use preceptor::run::checkpoint::{Best, Shelf};
+use preceptor::run::checkpoint::{Best, CheckpointStore};
 use preceptor::run::journal::{Entry, Journal};
 use serde_json::Value;
 
@@ -82,13 +82,13 @@ pub fn fingerprint(dir: &Path) -> Result<u64> {
 
 /// Names of the checkpoints of a run, oldest first.
 pub fn checkpoints(run: &Path) -> Result<Vec<String>> {
-    let all = Shelf::new(run, 1000, Best::None).all()?;
+    let all = CheckpointStore::new(run, 1000, Best::None).all()?;
     Ok(all.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
 }
 
 /// The last checkpoint of a run.
 pub fn last_checkpoint(run: &Path) -> Result<PathBuf> {
-    let shelf = Shelf::new(run, 1000, Best::None);
+    let shelf = CheckpointStore::new(run, 1000, Best::None);
     shelf.all()?.pop().with_context(|| format!("{} has no checkpoint", run.display()))
 }
 

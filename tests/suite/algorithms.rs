@@ -7,7 +7,7 @@ use preceptor::rl::algo::advantage::{gae, group_normalised, leave_one_out, white
 use preceptor::rl::algo::correction::{Correction, Level};
 use preceptor::rl::algo::grpo::Grpo;
 use preceptor::rl::algo::kl::{Estimator, Kl, Place};
-use preceptor::rl::algo::online_dpo::{Form, OnlineDpo};
+use preceptor::rl::algo::online_dpo::{DpoLoss, OnlineDpo};
 use preceptor::rl::algo::ppo::clipped_value;
 use preceptor::rl::algo::reinforce::Reinforce;
 use preceptor::rl::algo::rloo::Rloo;
@@ -317,8 +317,8 @@ fn the_soft_label_loss_agrees_with_pytorch() {
 #[test]
 fn online_dpo_agrees_with_the_reference() {
     for (form, name, expected) in [
-        (Form::Sigmoid, "losses/dpo_sigmoid.safetensors", 0.794_346_690_177_917_5),
-        (Form::Ipo, "losses/dpo_ipo.safetensors", 27.790_147_781_372_07),
+        (DpoLoss::Sigmoid, "losses/dpo_sigmoid.safetensors", 0.794_346_690_177_917_5),
+        (DpoLoss::Ipo, "losses/dpo_ipo.safetensors", 27.790_147_781_372_07),
     ] {
         let values = load(name);
         let mask = values["completion_mask_full"].to_vec2::<i64>().unwrap();
@@ -337,7 +337,7 @@ fn online_dpo_agrees_with_the_reference() {
             let algorithm = OnlineDpo { beta: 0.1, soft, form };
             let loss = algorithm.loss(&group, &algorithm.targets(&[group])[0]);
             assert_eq!(loss.terms, 4);
-            if form == Form::Sigmoid {
+            if form == DpoLoss::Sigmoid {
                 assert!((loss.margins.iter().sum::<f64>() / 4.0 + 0.190_648_42).abs() < 1e-5);
             }
             assert!((loss.policy / 4.0 / expected - 1.0).abs() < 1e-5, "{name}: {}", loss.policy / 4.0);

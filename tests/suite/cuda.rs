@@ -9,7 +9,9 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use kernels::{self, AdamW, AdamWConfig, Gradients};
 use preceptor::lm::model::config::Window;
 use preceptor::lm::model::family::gemma2;
-use preceptor::lm::model::{Bert, BertConfig, Copies, Decoder, Lora, ModelConfig, Pack, PackedAttention, Weights};
+use preceptor::lm::model::{
+    Bert, BertConfig, Decoder, DeviceReplicas, Lora, ModelConfig, Pack, PackedAttention, Weights,
+};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, Sampled, generate};
 
@@ -327,7 +329,7 @@ fn a_copy_on_another_stream_is_whole() {
     let (model, params) = Decoder::new(&config, &weights).unwrap().trainable(true).unwrap();
     let mut gradients = Gradients::new(&params).unwrap();
     let mut optimizer = AdamW::new(params.clone(), AdamWConfig::default()).unwrap();
-    let mut copies = Copies::new(other.clone());
+    let mut copies = DeviceReplicas::new(other.clone());
     let read = |model: &Decoder| logits(model, &pack()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     for version in 0..20 {
         let snapshot = Arc::new(model.snapshot().unwrap());

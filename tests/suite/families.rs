@@ -215,10 +215,10 @@ fn check_behaviour(r: Reference) {
     // To the last bit the same in one slot, in a few, and one after the other; and again in as many as make a crowd, of
     // which ever fewer are left.
     let alone = beside(1);
-    for slots in [2, 4, kernels::CROWD] {
+    for slots in [2, 4, kernels::LARGE_BATCH_ROWS] {
         assert_eq!(beside(slots), alone, "in {slots} slots");
     }
-    for slots in [kernels::CROWD + 1, 20, MOST_SLOTS] {
+    for slots in [kernels::LARGE_BATCH_ROWS + 1, 20, MOST_SLOTS] {
         assert_eq!(beside(slots), sampled, "in {slots} slots");
     }
     // In fewer bits it samples from a distribution near by, in 16 from that of the rounded matrices; the slots matter as
@@ -234,8 +234,8 @@ fn check_behaviour(r: Reference) {
             }
             ended.remove(0).1
         };
-        assert_eq!(alone(1), alone(kernels::CROWD));
-        for single in [alone(1), alone(kernels::CROWD + 1)] {
+        assert_eq!(alone(1), alone(kernels::LARGE_BATCH_ROWS));
+        for single in [alone(1), alone(kernels::LARGE_BATCH_ROWS + 1)] {
             let ids: Vec<&[u32]> = single.iter().map(|one| one.ids.as_slice()).collect();
             let pack = Pack::new(&long, &ids);
             let gap = |model: &Decoder| {

@@ -12,10 +12,10 @@ use preceptor::pipeline::label::{Labeler, Labels};
 use preceptor::pipeline::learn::TrainState;
 use preceptor::pipeline::learn::value::ValueModel;
 use preceptor::pipeline::learn::{Done, Observer};
-use preceptor::pipeline::prepare::Prepared;
+use preceptor::pipeline::setup::Prepared;
 use preceptor::pipeline::topology::Node;
 use preceptor::rl::ledger::{Book, Ledger};
-use preceptor::run::controller::Knobs;
+use preceptor::run::controller::AdjustableLimits;
 use preceptor::types::{Group, Rewarded, Verdict};
 use preceptor_actors::{GraphOptions, Outcome, RestartPolicy, SnapshotCell, spawn_graph};
 
@@ -111,7 +111,7 @@ fn offline(dir: &Path) -> Config {
 /// A node for four steps of two groups, with a labeler that has `fault`.
 fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
     let config = offline(dir);
-    let prepared = preceptor::pipeline::prepare::prepare(&config, false).unwrap();
+    let prepared = preceptor::pipeline::setup::prepare(&config, false).unwrap();
     let value = ValueModel::new(prepared.policy(), false, AdamWConfig::default()).unwrap();
     let struck = Arc::new(AtomicBool::new(false));
     let labelers = move |_: &Config, _: &Prepared| -> Result<Box<dyn Labeler>> {
@@ -124,7 +124,7 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(prepared.policy()))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
         book: Book::default(),
-        knobs: Knobs::default(),
+        knobs: AdjustableLimits::default(),
         reward_model: None,
         labelers: Box::new(labelers),
         prepared: Arc::new(prepared),
@@ -208,7 +208,7 @@ fn a_learner_that_never_stops_ends_the_run_with_its_reason() {
     assert!(error.contains("still holds the weights"), "{error}");
 }
 
-/// Runs the program with a fault at a point of [`preceptor::util::fault::POINTS`].
+/// Runs the program with a fault at a point of [`preceptor::util::failpoints::POINTS`].
 fn with_fault(dir: &Path, fault: &str, overrides: &[&str]) -> std::process::Output {
     let mut command = crate::common::preceptor(dir);
     command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(crate::common::small());

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use preceptor::config::RemoteJudge;
-use preceptor::pipeline::label::backend::{Ask, Backend, Refusal, Usage};
+use preceptor::pipeline::label::backend::{Ask, Backend, NoAnswer, Usage};
 use preceptor::pipeline::remote::Remote;
 use preceptor::pipeline::remote::budget::Budget;
 use preceptor::util::seed;
@@ -191,12 +191,12 @@ fn a_question_that_fails_while_others_are_answered_is_an_abstention() {
         let mut usage = Usage::default();
         let replies = judge.weigh(&[question("poison"), question("c")], &mut usage);
         assert!(replies[1].is_ok(), "{act:?}: a good question is answered: {replies:?}");
-        let Err(Refusal::Abstention(why)) = &replies[0] else { panic!("{act:?}: {replies:?}") };
+        let Err(NoAnswer::Abstention(why)) = &replies[0] else { panic!("{act:?}: {replies:?}") };
         assert!(why.contains("it answers other questions"), "{why}");
         assert_eq!(asked_bad.load(Ordering::SeqCst), asked, "{act:?}");
         // Alone, too: the client asks one that was answered before, to see whether the judge answers any.
         let alone = judge.weigh(&[question("poison")], &mut Usage::default());
-        assert!(matches!(&alone[0], Err(Refusal::Abstention(_))), "{act:?}: {alone:?}");
+        assert!(matches!(&alone[0], Err(NoAnswer::Abstention(_))), "{act:?}: {alone:?}");
     }
 }
 
@@ -356,7 +356,7 @@ fn answers_of_another_model_than_the_first_are_no_labels() {
         assert_eq!(reply.is_ok(), expected, "{reply:?}");
         if let Err(refusal) = reply {
             let why = refusal.to_string();
-            assert!(matches!(refusal, Refusal::Failure(_)) && why.contains("\"second\" now"), "{why}");
+            assert!(matches!(refusal, NoAnswer::Failure(_)) && why.contains("\"second\" now"), "{why}");
         }
     }
     assert!(judge.stats().of("other_model") > 0);
@@ -396,7 +396,7 @@ fn an_answer_that_the_server_itself_calls_failed_is_no_label() {
         };
         let judge = Remote::new(settings).unwrap();
         let reply = judge.weigh(&[question("a")], &mut Usage::default()).remove(0);
-        assert!(matches!(reply, Err(Refusal::Failure(_))), "{end}: {reply:?}");
+        assert!(matches!(reply, Err(NoAnswer::Failure(_))), "{end}: {reply:?}");
         assert_eq!(judge.stats().of(outcome), 1, "{end}");
     }
 }
@@ -415,7 +415,7 @@ fn a_server_that_asks_for_more_patience_than_there_is_ends_the_wait() {
     // Were the time waited for in full, the test would take hours.
     let replies = judge.weigh(&[question("a"), question("b")], &mut Usage::default());
     for reply in &replies {
-        let Err(Refusal::Failure(why)) = reply else { panic!("{replies:?}") };
+        let Err(NoAnswer::Failure(why)) = reply else { panic!("{replies:?}") };
         assert!(why.contains("limits the rate of requests (429: later)"), "{why}");
     }
 }
@@ -436,7 +436,7 @@ fn a_question_that_alone_is_refused_for_its_rate_is_an_abstention() {
     let judge = Remote::new(settings).unwrap();
     assert!(judge.weigh(&[question("a")], &mut Usage::default())[0].is_ok());
     let reply = judge.weigh(&[question("poison")], &mut Usage::default()).remove(0);
-    let Err(Refusal::Abstention(why)) = reply else { panic!("{reply:?}") };
+    let Err(NoAnswer::Abstention(why)) = reply else { panic!("{reply:?}") };
     assert!(why.contains("request too large"), "{why}");
 }
 
@@ -525,5 +525,5 @@ fn time_in_which_nobody_asked_is_no_outage() {
     assert!(judge.weigh(&[question("a")], &mut Usage::default())[0].is_ok());
     std::thread::sleep(Duration::from_secs(1));
     let replies = judge.weigh(&[question("b")], &mut Usage::default());
-    assert!(!matches!(replies[0], Err(Refusal::Failure(_))), "{replies:?}");
+    assert!(!matches!(replies[0], Err(NoAnswer::Failure(_))), "{replies:?}");
 }

@@ -8,7 +8,7 @@ use preceptor::lm::source::ModelFiles;
 use preceptor::lm::tokens::Tokenizer;
 use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, Usage};
 use preceptor::pipeline::label::local::{Judge, Local};
-use preceptor::pipeline::topology::labelers::{Instrument, labeler_on};
+use preceptor::pipeline::topology::labelers::{JudgeBackend, labeler_on};
 use preceptor::types::{Completion, Finish, Group, Prompt};
 
 fn judge(chat: bool) -> Judge {
@@ -123,7 +123,7 @@ fn a_completion_cannot_write_control_tokens_of_a_judge_here() {
     let text = "[run]\nname = \"x\"\nsteps = 1\n[data]\npath = \"x\"\n[policy]\nmodel = { scratch = {} }\n[labeler]\ntype = \"direct\"\ntemplates = \"own.toml\"\n";
     let config = preceptor::config::parse(text, "x", dir.path(), &[]).unwrap();
     let local = Arc::new(Local::new(Judge { tokenizer, ..judge(true) }));
-    let kept = Instrument::Cached { local: Arc::clone(&local), backend: Arc::clone(&local) as Arc<dyn Backend> };
+    let kept = JudgeBackend::Cached { local: Arc::clone(&local), backend: Arc::clone(&local) as Arc<dyn Backend> };
     let prompt = |text: &str| Prompt {
         seq: 0,
         epoch: 0,
@@ -140,7 +140,7 @@ fn a_completion_cannot_write_control_tokens_of_a_judge_here() {
         finish: Finish::Eos,
         text: text.into(),
     };
-    for instrument in [Instrument::Model(local), kept] {
+    for instrument in [JudgeBackend::Model(local), kept] {
         let labeler = labeler_on(&config, &[instrument]).unwrap();
         let rated = |asked: &str, texts: &[&str]| {
             let group =

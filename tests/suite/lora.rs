@@ -111,7 +111,7 @@ fn a_run_learns_through_adapters() {
     let (merged, adapters) = (load("model.safetensors"), load("adapter/adapter_model.safetensors"));
     assert!(merged.keys().all(|name| !name.contains("lora")));
     let start =
-        preceptor::pipeline::prepare::prepare(&preceptor::config::load(&config("offline.toml"), &[]).unwrap(), false)
+        preceptor::pipeline::setup::prepare(&preceptor::config::load(&config("offline.toml"), &[]).unwrap(), false)
             .unwrap();
     let start = &start.policy().weights().0;
     for (name, tensor) in &merged {

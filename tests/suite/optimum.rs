@@ -12,7 +12,7 @@ use preceptor::rl::algo::advantage::moments;
 use preceptor::rl::algo::correction::{Correction, Level};
 use preceptor::rl::algo::grpo::Grpo;
 use preceptor::rl::algo::kl::{Estimator, Kl, Place};
-use preceptor::rl::algo::online_dpo::{Form, OnlineDpo};
+use preceptor::rl::algo::online_dpo::{DpoLoss, OnlineDpo};
 use preceptor::rl::algo::ppo::Ppo;
 use preceptor::rl::algo::reinforce::Reinforce;
 use preceptor::rl::algo::rloo::Rloo;
@@ -303,8 +303,8 @@ fn entries() -> Vec<Entry> {
         ),
         entry("PPO, decoupled", ppo(untruncated), 2, true),
         entry("PPO, decoupled, TIS", ppo(surrogate.correction), 2, true),
-        entry("Online DPO", Box::new(OnlineDpo { beta: 0.1, soft: false, form: Form::Sigmoid }), 1, true),
-        entry("IPO", Box::new(OnlineDpo { beta: 0.02, soft: false, form: Form::Ipo }), 1, true),
+        entry("Online DPO", Box::new(OnlineDpo { beta: 0.1, soft: false, form: DpoLoss::Sigmoid }), 1, true),
+        entry("IPO", Box::new(OnlineDpo { beta: 0.02, soft: false, form: DpoLoss::Ipo }), 1, true),
         entry("PPO, naive", ppo(Correction::NONE), 2, false),
     ]
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use preceptor::config::{Evidence, RemoteApi, RemoteJudge};
-use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, Refusal, Usage};
+use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, NoAnswer, Usage};
 use preceptor::pipeline::remote::Remote;
 
 use crate::common::{metrics, stderr, train};
@@ -91,7 +91,7 @@ fn each_misbehaviour_is_counted_and_asked_again() {
         let replies = remote.weigh(&[ask(&["1", "2"])], &mut usage);
         close(replies[0].as_ref().unwrap_or_else(|refusal| panic!("{act:?}: {refusal}")), &[0.75, 0.1875]);
         assert_eq!(usage.requests, 2);
-        for outcome in preceptor::pipeline::remote::retry::Outcome::NAMES {
+        for outcome in preceptor::pipeline::remote::retry::ExchangeOutcome::NAMES {
             assert_eq!(remote.stats().of(outcome), mock.served(outcome), "{act:?}: {outcome}");
         }
     }
@@ -129,7 +129,7 @@ fn what_does_not_pass_is_a_failure_with_its_reason_and_never_the_key() {
         let remote = Remote::new(settings).unwrap();
         let mut usage = Usage::default();
         let reply = remote.weigh(&[ask(&["1", "2"])], &mut usage).remove(0);
-        let Err(Refusal::Failure(why)) = reply else { panic!("{act:?}: {reply:?}") };
+        let Err(NoAnswer::Failure(why)) = reply else { panic!("{act:?}: {reply:?}") };
         assert!(why.contains(words) && !why.contains("sesame-0815"), "{act:?}: {why}");
         assert!(why.contains(&format!("{}/chat/completions", mock.url)), "the address asked is named: {why}");
         assert_eq!(usage.requests, tries, "{act:?}");
@@ -154,7 +154,7 @@ fn a_judge_without_log_probabilities_is_asked_for_votes() {
     assert_eq!(mock.served("ok"), 13, "what the server does not have is not asked for again");
     let strict = RemoteJudge { evidence: Evidence::Logprobs, ..judge(&mock) };
     let reply = Remote::new(strict).unwrap().weigh(&[ask(&["1", "2"])], &mut Usage::default()).remove(0);
-    assert!(matches!(reply, Err(Refusal::Abstention(_))), "{reply:?}");
+    assert!(matches!(reply, Err(NoAnswer::Abstention(_))), "{reply:?}");
 }
 
 #[test]
@@ -275,7 +275,7 @@ fn a_run_on_a_failing_judge_completes_and_its_counts_are_the_judge_s() {
         line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64)
     };
     mock.settle();
-    for outcome in preceptor::pipeline::remote::retry::Outcome::NAMES {
+    for outcome in preceptor::pipeline::remote::retry::ExchangeOutcome::NAMES {
         let counted = value(&format!("preceptor_judge_requests_total{{outcome=\"{outcome}\"}}"));
         assert_eq!(counted, mock.served(outcome), "{outcome} in\n{text}");
     }

@@ -7,7 +7,7 @@ use preceptor::lm::model::{Decoder, Lora, ModelConfig, Pack, Weights};
 use preceptor::rl::algo::correction::{Correction, Level};
 use preceptor::rl::algo::grpo::Grpo;
 use preceptor::rl::algo::kl::{Estimator, Kl, Place};
-use preceptor::rl::algo::online_dpo::{Form, OnlineDpo};
+use preceptor::rl::algo::online_dpo::{DpoLoss, OnlineDpo};
 use preceptor::rl::algo::ppo::Ppo;
 use preceptor::rl::algo::reinforce::Reinforce;
 use preceptor::rl::algo::rloo::Rloo;
@@ -71,8 +71,8 @@ fn algorithms() -> Vec<(&'static str, Box<dyn Algorithm>)> {
                 surrogate: Surrogate { clip, average: Average::TokenMean, ..plain },
             }),
         ),
-        ("online-dpo", Box::new(OnlineDpo { beta: 0.1, soft: true, form: Form::Sigmoid })),
-        ("ipo", Box::new(OnlineDpo { beta: 0.1, soft: false, form: Form::Ipo })),
+        ("online-dpo", Box::new(OnlineDpo { beta: 0.1, soft: true, form: DpoLoss::Sigmoid })),
+        ("ipo", Box::new(OnlineDpo { beta: 0.1, soft: false, form: DpoLoss::Ipo })),
     ]
 }
 

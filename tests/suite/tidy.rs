@@ -40,13 +40,13 @@ fn modules_use_only_what_they_may() {
     for (module, forbidden) in [
         ("types", &["crate::", "candle", "preceptor_actors"][..]),
         ("util/seed", &["crate::"]),
-        ("util/bounded", &["crate::", "candle"]),
+        ("util/read_bounded", &["crate::", "candle"]),
         ("util/endpoint", &["crate::", "candle", "preceptor_actors"]),
         ("util/http", &["crate::", "candle", "preceptor_actors"]),
         ("util/terminal", &["candle", "preceptor_actors", "use crate::"]),
         ("util/descriptors", &["crate::", "candle"]),
         ("util/template", &["crate::", "candle"]),
-        ("lm/vetted", &["crate::lm::model", "crate::lm::tokens", "crate::config", "preceptor_actors"]),
+        ("lm/validate", &["crate::lm::model", "crate::lm::tokens", "crate::config", "preceptor_actors"]),
         (
             "lm/model",
             &[

@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
 use preceptor::config::RemoteJudge;
-use preceptor::pipeline::label::backend::{Ask, Backend, Refusal, Usage};
+use preceptor::pipeline::label::backend::{Ask, Backend, NoAnswer, Usage};
 use preceptor::pipeline::remote::Remote;
 
 use crate::common::{config, preceptor, small, stderr, train};
@@ -92,7 +92,7 @@ fn a_judge_that_redirects_gets_no_question_and_no_key_to_another_address() {
         let remote = Remote::new(judge).unwrap();
         let question = Ask { prompt: "Which?".into(), answers: vec!["1".into(), "2".into()] };
         let reply = remote.weigh(&[question], &mut Usage::default()).remove(0);
-        let Err(Refusal::Failure(why)) = reply else { panic!("{location}: {reply:?}") };
+        let Err(NoAnswer::Failure(why)) = reply else { panic!("{location}: {reply:?}") };
         assert!(why.contains(&words) && why.contains("labeler.remote.url"), "{location}: {why}");
         assert!(!why.to_lowercase().contains("0123456789") && !why.contains("hush"), "{why}");
         assert_eq!((remote.stats().of("http_3xx"), mock.served("http_3xx")), (1, 1), "it is asked once and counted");

@@ -8,17 +8,17 @@ use candle_core::{Device, Tensor, TensorId};
 
 use super::{Decoder, Weights};
 
-/// Copies of one model after another on a device; a tensor that the last one had too is not copied again.
+/// DeviceReplicas of one model after another on a device; a tensor that the last one had too is not copied again.
 ///
 /// A device is a stream of a card: on the same card, too, a copy is what passes from one stream to another.
-pub struct Copies {
+pub struct DeviceReplicas {
     device: Device,
     /// By name: which tensor, and its copy.
     last: BTreeMap<String, (TensorId, Tensor)>,
 }
 
-impl Copies {
-    /// Copies on `device`.
+impl DeviceReplicas {
+    /// DeviceReplicas on `device`.
     pub fn new(device: Device) -> Self {
         Self { device, last: BTreeMap::new() }
     }
@@ -75,7 +75,7 @@ mod tests {
         let model = Arc::new(Decoder::new(&config, &weights).unwrap());
         let lora = Lora { rank: 2, alpha: 4.0, targets: vec!["q_proj".into()] };
         let (trained, params) = model.adapted(&lora, 1).unwrap();
-        let mut copies = Copies::new(Device::Cpu);
+        let mut copies = DeviceReplicas::new(Device::Cpu);
         assert!(Arc::ptr_eq(&copies.of(&model).unwrap(), &model), "what is there already is shared");
         let copied = RefCell::new(0);
         let mut made = |model: &Decoder| {

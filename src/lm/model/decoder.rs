@@ -12,7 +12,7 @@ use super::lora::{Lora, is_adapter};
 use super::pack::Pack;
 use super::rope::{Angles, Frequencies};
 use super::weights::Weights;
-use kernels::{self, Format, Narrow};
+use kernels::{self, Format, Quantized};
 
 /// A decoder over borrowed storage: building one from [`Weights`] copies nothing.
 #[derive(Debug, Clone)]
@@ -23,7 +23,7 @@ pub struct Decoder {
     final_norm: Tensor,
     head: Tensor,
     /// The head in fewer bits, for sampling.
-    narrow_head: Option<Arc<Narrow>>,
+    narrow_head: Option<Arc<Quantized>>,
     frequencies: Arc<Frequencies>,
     weights: Weights,
     lora: Option<Lora>,
@@ -134,7 +134,7 @@ impl Decoder {
     /// Tensor errors only.
     pub fn narrowed(&self, format: Format) -> Result<Self> {
         let layers = self.layers.iter().map(|layer| layer.narrowed(format).map(Arc::new)).collect::<Result<_>>()?;
-        Ok(Self { layers, narrow_head: Narrow::of(&self.head, format)?.map(Arc::new), ..self.clone() })
+        Ok(Self { layers, narrow_head: Quantized::of(&self.head, format)?.map(Arc::new), ..self.clone() })
     }
 
     /// `copy`, which runs as this one does.
@@ -176,7 +176,7 @@ impl Decoder {
     }
 
     /// Activation checkpointing (Chen et al. 2016): keeps of a pass over a pack only what goes into each layer, and computes
-    /// the rest again in the backward, which [`kernels::backward`] must run. Copies for training or publishing do the same.
+    /// the rest again in the backward, which [`kernels::backward`] must run. DeviceReplicas for training or publishing do the same.
     pub fn checkpoint_activations(&mut self, checkpoint: bool) {
         self.checkpointed = checkpoint;
     }

@@ -8,7 +8,7 @@ use super::config::ModelConfig;
 use super::lora::Lora;
 use super::rope::Angles;
 use super::weights::Weights;
-use kernels::{self, Format, Matrix, Narrow};
+use kernels::{self, Format, Matrix, Quantized};
 
 /// A layer's tensors, and where it stands.
 #[derive(Debug, Clone)]
@@ -36,7 +36,7 @@ pub(super) struct Layer {
 struct Linear {
     matrix: Matrix,
     /// Its weight in fewer bits, for few rows without a gradient.
-    narrow: Option<Arc<Narrow>>,
+    narrow: Option<Arc<Quantized>>,
 }
 
 /// What makes queries, keys or values of a hidden state.
@@ -104,7 +104,7 @@ impl Layer {
         let projections = [&mut layer.q, &mut layer.k, &mut layer.v].map(|projection| &mut projection.linear);
         let others = [&mut layer.o, &mut layer.gate, &mut layer.up, &mut layer.down];
         for linear in projections.into_iter().chain(others) {
-            linear.narrow = Narrow::of(&linear.matrix.weight, format)?.map(Arc::new);
+            linear.narrow = Quantized::of(&linear.matrix.weight, format)?.map(Arc::new);
         }
         Ok(layer)
     }
@@ -197,7 +197,7 @@ impl Layer {
 
 /// Whether rows `x` go by the matrices as they are: few go by those in fewer bits, where there are any.
 fn are_plain<'a>(x: &Tensor, linears: impl IntoIterator<Item = &'a Linear>) -> Result<bool> {
-    let few = x.dim(0)? <= kernels::FEW_ROWS;
+    let few = x.dim(0)? <= kernels::SMALL_BATCH_ROWS;
     Ok(linears.into_iter().all(|linear| !(few && linear.narrow.is_some())))
 }
 
@@ -208,9 +208,9 @@ impl Linear {
 }
 
 /// `x · weightᵀ`, by the matrix in fewer bits where there is one and `x` is few rows.
-pub(super) fn linear(x: &Tensor, weight: &Tensor, narrow: Option<&Narrow>) -> Result<Tensor> {
+pub(super) fn linear(x: &Tensor, weight: &Tensor, narrow: Option<&Quantized>) -> Result<Tensor> {
     match narrow {
-        Some(narrow) if x.dim(0)? <= kernels::FEW_ROWS && !x.track_op() => narrow.linear(x),
+        Some(narrow) if x.dim(0)? <= kernels::SMALL_BATCH_ROWS && !x.track_op() => narrow.linear(x),
         _ => kernels::linear(x, weight),
     }
 }

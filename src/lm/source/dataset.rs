@@ -10,7 +10,7 @@ use toml::Value;
 
 use super::{ResolveOptions, hub};
 use crate::util::disk::expand_home;
-use crate::util::nearest::nearest;
+use crate::util::suggest::nearest;
 
 pub use files::expand;
 pub(super) use files::of_split;

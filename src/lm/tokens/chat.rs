@@ -14,7 +14,7 @@ use minijinja::value::{Enumerator, Object};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 use serde::{Deserialize, Serialize};
 
-use crate::util::bounded;
+use crate::util::read_bounded;
 use crate::util::template;
 
 /// One message of a conversation.
@@ -68,7 +68,7 @@ impl Template {
         });
         environment.add_filter("tojson", json::to_json);
         // As Jinja reads line ends.
-        let text = bounded::line_feeds(without_generation_blocks(&source));
+        let text = read_bounded::line_feeds(without_generation_blocks(&source));
         environment.add_template_owned("chat_template", text).context("the model's chat template cannot be read")?;
         Ok(Self { source, environment })
     }

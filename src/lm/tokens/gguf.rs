@@ -11,9 +11,9 @@ use super::bytes::{Added, byte_level_bpe};
 use super::spm::scored_bpe;
 use super::templates::Templates;
 use super::{Special, Tokenizer};
-use crate::lm::vetted;
-use crate::lm::vetted::gguf::{list, text, truth};
-use crate::lm::vetted::tokenizer::LONGEST_TOKEN;
+use crate::lm::validate;
+use crate::lm::validate::gguf::{list, text, truth};
+use crate::lm::validate::tokenizer::LONGEST_TOKEN;
 
 /// GGUF's type of tokens that steer: recognised in text, left out of decoded text.
 const CONTROL: i64 = 3;
@@ -28,7 +28,7 @@ const QWEN2: &str =
 
 /// Reads the file's header; tensors stay where they are.
 pub(super) fn read(path: &Path) -> Result<Tokenizer> {
-    build(&vetted::gguf::read(path)?.1.metadata)
+    build(&validate::gguf::read(path)?.1.metadata)
 }
 
 fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
@@ -97,7 +97,7 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
             templates.0.insert(name.to_owned(), source.to_owned());
         }
     }
-    Tokenizer::new(vetted::tokenizer::parse(&serde_json::to_vec(&description)?)?, templates, special)
+    Tokenizer::new(validate::tokenizer::parse(&serde_json::to_vec(&description)?)?, templates, special)
 }
 
 /// Puts a token before each text, for those who ask for special tokens.

@@ -15,14 +15,14 @@ const LENGTH: Duration = Duration::from_secs(60);
 
 /// A graph at one moment, with the process's totals.
 #[derive(Clone)]
-pub(super) struct Seen {
+pub(super) struct Observation {
     at: Instant,
     incarnation: u64,
     stages: Vec<StageReport>,
     totals: [u64; 3],
 }
 
-impl Seen {
+impl Observation {
     /// A report that was just made.
     pub(super) fn now(report: GraphReport) -> Self {
         let totals = [&TOTALS.generated, &TOTALS.trained, &TOTALS.completions];
@@ -37,7 +37,7 @@ impl Seen {
 
 /// What was seen of it, oldest first.
 #[derive(Default)]
-pub(super) struct Window(VecDeque<Seen>);
+pub(super) struct Window(VecDeque<Observation>);
 
 /// How fast the node is.
 #[derive(Debug, Default, Serialize)]
@@ -54,7 +54,7 @@ impl Window {
     }
 
     /// Takes in what was seen, and lets go of what is too old.
-    pub(super) fn push(&mut self, seen: Seen) {
+    pub(super) fn push(&mut self, seen: Observation) {
         if self.0.back().is_some_and(|last| last.incarnation != seen.incarnation) {
             self.0.clear();
         }
@@ -83,7 +83,7 @@ impl Window {
         Rates { generated_tokens_per_s: rate(0), trained_tokens_per_s: rate(1), completions_per_s: rate(2) }
     }
 
-    fn ends(&self) -> Option<(&Seen, &Seen)> {
+    fn ends(&self) -> Option<(&Observation, &Observation)> {
         let (first, last) = (self.0.front()?, self.0.back()?);
         (last.at > first.at).then_some((first, last))
     }
@@ -93,8 +93,8 @@ impl Window {
 mod tests {
     use super::*;
 
-    fn seen(at: Instant, incarnation: u64, generated: u64) -> Seen {
-        Seen { at, incarnation, stages: Vec::new(), totals: [generated, 0, 0] }
+    fn seen(at: Instant, incarnation: u64, generated: u64) -> Observation {
+        Observation { at, incarnation, stages: Vec::new(), totals: [generated, 0, 0] }
     }
 
     #[test]

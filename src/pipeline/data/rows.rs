@@ -37,13 +37,13 @@ pub struct Rows {
 struct Part {
     path: PathBuf,
     file: File,
-    form: Form,
+    form: FileFormat,
     /// Where each row begins, and where the last one ends.
     offsets: Offsets,
 }
 
 /// The form of a file, with the lines on which its rows begin where these are not one row a line.
-enum Form {
+enum FileFormat {
     /// One JSON object a line.
     Lines,
     /// A JSON array of objects.
@@ -131,13 +131,13 @@ impl Part {
         if head.starts_with(b"PAR1") || name.ends_with(".parquet") {
             let file = packed::parquet(file)?;
             let offsets = offsets::lines(&file, 0)?;
-            return Ok(Self { path: path.to_owned(), file, form: Form::Parquet, offsets });
+            return Ok(Self { path: path.to_owned(), file, form: FileFormat::Parquet, offsets });
         }
         refuse_binary(&head)?;
         let begin = if head.starts_with(MARK) { MARK.len() as u64 } else { 0 };
         let (form, offsets) = if name.ends_with(".csv") || name.ends_with(".tsv") {
             let (table, offsets) = Table::index(&file, begin, if name.ends_with(".tsv") { b'\t' } else { b',' })?;
-            (Form::Table(table), offsets)
+            (FileFormat::Table(table), offsets)
         } else {
             Self::json(&file, begin, &name, &head)?
         };
@@ -145,11 +145,11 @@ impl Part {
     }
 
     /// The index of a file of JSON lines or of a JSON array.
-    fn json(file: &File, begin: u64, name: &str, head: &[u8]) -> Result<(Form, Offsets)> {
+    fn json(file: &File, begin: u64, name: &str, head: &[u8]) -> Result<(FileFormat, Offsets)> {
         let first = head[begin as usize..].iter().find(|byte| !byte.is_ascii_whitespace());
         if first == Some(&b'[') {
             match array::index(file, begin) {
-                Ok((lines, offsets)) => return Ok((Form::Array(lines), offsets)),
+                Ok((lines, offsets)) => return Ok((FileFormat::Array(lines), offsets)),
                 // Lines, of which the first is a list.
                 Err(_) if name.ends_with("l") => {}
                 Err(error) => return Err(error),
@@ -166,7 +166,7 @@ impl Part {
                 "it begins with an object of several lines; a JSON file must hold a list of objects, [{{…}}, {{…}}], or one object a line"
             );
         }
-        Ok((Form::Lines, offsets))
+        Ok((FileFormat::Lines, offsets))
     }
 
     fn get(&self, i: usize) -> Result<Option<Value>> {
@@ -178,12 +178,12 @@ impl Part {
         self.file.read_exact_at(&mut bytes, start).context("the row can no longer be read")?;
         let text = std::str::from_utf8(&bytes).map_err(|_| anyhow!("not UTF-8; write the file again in UTF-8"))?;
         match &self.form {
-            Form::Table(table) => table.row(text),
-            Form::Array(_) => {
+            FileFormat::Table(table) => table.row(text),
+            FileFormat::Array(_) => {
                 let value = serde_json::Deserializer::from_str(text).into_iter().next();
                 object(value.context("the element is empty")?, text)
             }
-            Form::Lines | Form::Parquet => {
+            FileFormat::Lines | FileFormat::Parquet => {
                 // Files that were joined may have marks inside.
                 let text = text.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}');
                 if text.is_empty() { Ok(None) } else { object(serde_json::from_str(text), text) }
@@ -194,10 +194,10 @@ impl Part {
     fn place(&self, i: usize) -> String {
         let path = self.path.display();
         match &self.form {
-            Form::Lines => format!("{path}:{}", i + 1),
-            Form::Parquet => format!("{path}, row {}", i + 1),
-            Form::Array(lines) => format!("{path}:{}", lines.get(i)),
-            Form::Table(table) => {
+            FileFormat::Lines => format!("{path}:{}", i + 1),
+            FileFormat::Parquet => format!("{path}, row {}", i + 1),
+            FileFormat::Array(lines) => format!("{path}:{}", lines.get(i)),
+            FileFormat::Table(table) => {
                 // Blank lines before a record are counted as part of it.
                 let (start, end) = (self.offsets.get(i), self.offsets.get(i + 1));
                 let mut bytes = vec![0; (end - start).min(4096) as usize];

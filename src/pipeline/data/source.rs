@@ -6,15 +6,15 @@ use std::vec::IntoIter;
 use preceptor_actors::{AdmissionGate, Ended, Item, Source, StageContext, StageResult};
 
 use super::Dataset;
-use crate::rl::ledger::Entries;
+use crate::rl::ledger::LedgerWriter;
 use crate::types::{Completion, Group, Labeled, Prompt};
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// Emits the prompts `next..end`, each when the gate lets it in, unless the ledger has its completions already.
 pub struct PromptSource {
     data: Arc<Dataset>,
     gate: Arc<AdmissionGate>,
-    entries: Entries,
+    entries: LedgerWriter,
     next: u64,
     end: u64,
     epoch: Option<(u64, Vec<usize>)>,
@@ -22,7 +22,7 @@ pub struct PromptSource {
 
 impl PromptSource {
     /// A source that goes on with prompt `next`.
-    pub fn new(data: Arc<Dataset>, gate: Arc<AdmissionGate>, entries: Entries, next: u64, end: u64) -> Self {
+    pub fn new(data: Arc<Dataset>, gate: Arc<AdmissionGate>, entries: LedgerWriter, next: u64, end: u64) -> Self {
         Self { data, gate, entries, next, end, epoch: None }
     }
 }
@@ -50,7 +50,7 @@ impl Source for PromptSource {
             self.epoch = Some((epoch, self.data.order(epoch)));
         }
         let (_, order) = self.epoch.as_ref().expect("set just above");
-        fault::point("prompts.next")?;
+        failpoints::point("prompts.next")?;
         let body = self.data.prompt(seq, order)?;
         Ok(Some(Item { seq, incarnation: ctx.incarnation(), version: self.gate.version(), body }))
     }

@@ -11,26 +11,26 @@ use preceptor_actors::{Emitter, Item, SnapshotReader, Stage, StageContext, Stage
 use super::sampler::Sampling;
 use super::stop::{self, Stop};
 use super::{Engine, Request, Sampled, Weighted};
-use crate::lm::model::{Copies, Decoder};
+use crate::lm::model::{Decoder, DeviceReplicas};
 use crate::lm::tokens::Tokenizer;
 use crate::observe::telemetry;
-use crate::rl::ledger::Entries;
+use crate::rl::ledger::LedgerWriter;
 use crate::types::{Completion, Group, Prompt};
-use crate::util::fault;
-use crate::util::knob::Knob;
+use crate::util::failpoints;
+use crate::util::limit::AdjustableLimit;
 use crate::util::seed;
 use kernels::Format;
 
 /// Samples `group_size` completions of each prompt it is handed, those of several prompts side by side.
 pub struct Rollout {
-    weights: Live,
+    weights: LiveWeights,
     engine: Engine<'static>,
-    knob: Option<Arc<Knob>>,
+    knob: Option<Arc<AdjustableLimit>>,
     group_size: usize,
     seed: u64,
     tokenizer: Tokenizer,
     stop: Option<Arc<Stop>>,
-    entries: Entries,
+    entries: LedgerWriter,
     /// Prompts under way, by sequence number.
     open: HashMap<u64, Begun>,
     /// A prompt that came while older weights than the latest had to be kept for those under way.
@@ -52,7 +52,7 @@ pub struct RolloutPlan {
     /// Sequences side by side.
     pub slots: usize,
     /// How many of these are used for now, where somebody decides.
-    pub knob: Option<Arc<Knob>>,
+    pub knob: Option<Arc<AdjustableLimit>>,
     /// Completions of one prompt.
     pub group_size: usize,
     /// Whether weights may change between decode steps, or only when nothing is under way.
@@ -64,7 +64,7 @@ pub struct RolloutPlan {
     /// The run's seed.
     pub seed: u64,
     /// Where groups are written down once they are sampled.
-    pub entries: Entries,
+    pub entries: LedgerWriter,
 }
 
 impl Rollout {
@@ -72,11 +72,11 @@ impl Rollout {
     pub fn new(reader: SnapshotReader<Decoder>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
         let RolloutPlan { sampling, slots, knob, group_size, in_flight, format, device, seed, entries } = plan;
         Self {
-            weights: Live {
+            weights: LiveWeights {
                 reader,
                 in_flight,
                 format,
-                copies: Copies::new(device),
+                copies: DeviceReplicas::new(device),
                 running: None,
                 pinned: false,
                 ctx: None,
@@ -95,7 +95,7 @@ impl Rollout {
     }
 
     fn begin(&mut self, item: Item<Prompt>, at: Duration) -> Result<()> {
-        fault::point("rollout.begin")?;
+        failpoints::point("rollout.begin")?;
         let Item { seq, incarnation, body: prompt, .. } = item;
         let seeds = (0..self.group_size).map(|k| seed::completion(self.seed, seq, k)).collect();
         let request = Request::new(prompt.ids.to_vec(), seeds);
@@ -178,12 +178,12 @@ impl Stage for Rollout {
 }
 
 /// The snapshot cell, read at decode-step boundaries.
-struct Live {
+struct LiveWeights {
     reader: SnapshotReader<Decoder>,
     in_flight: bool,
     format: Option<Format>,
     /// The weights where it samples.
-    copies: Copies,
+    copies: DeviceReplicas,
     /// What it runs now.
     running: Option<(u64, Arc<Decoder>)>,
     /// Whether the weights have to stay for what is under way.
@@ -191,7 +191,7 @@ struct Live {
     ctx: Option<StageContext>,
 }
 
-impl Live {
+impl LiveWeights {
     /// Whether there are newer weights that may not be taken up yet.
     fn is_behind(&self) -> bool {
         self.pinned && !self.in_flight && self.reader.refresh().is_some()
@@ -212,7 +212,7 @@ impl Live {
     }
 }
 
-impl Weighted for Live {
+impl Weighted for LiveWeights {
     fn weights(&mut self) -> Result<(u64, Arc<Decoder>)> {
         if let Some(ctx) = &self.ctx {
             ctx.beat();
@@ -220,7 +220,7 @@ impl Weighted for Live {
                 return Err(anyhow!("halted"));
             }
         }
-        fault::point("rollout.step")?;
+        failpoints::point("rollout.step")?;
         let weights = self.latest()?;
         self.pinned = true;
         Ok(weights)

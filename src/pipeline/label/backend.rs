@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::shape::Shape;
-use crate::util::knob::Knob;
+use crate::util::limit::AdjustableLimit;
 
 /// One question with a closed set of answers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -34,14 +34,14 @@ pub struct Decoding {
 /// Why there is no answer. Never turned into a number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Refusal {
+pub enum NoAnswer {
     /// The model was reached and would not, or cannot, decide; asking again would not help.
     Abstention(String),
     /// The model could not be asked; asking again may help.
     Failure(String),
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for NoAnswer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Abstention(why) => write!(f, "abstained: {why}"),
@@ -51,7 +51,7 @@ impl fmt::Display for Refusal {
 }
 
 /// An answer, or why there is none.
-pub type Reply<T> = Result<T, Refusal>;
+pub type Reply<T> = Result<T, NoAnswer>;
 
 /// What asking took. Adds up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -112,7 +112,7 @@ pub trait Backend: Send + Sync {
     }
 
     /// How many exchanges may be under way at once, where it is a server that is asked.
-    fn knob(&self) -> Option<Arc<Knob>> {
+    fn knob(&self) -> Option<Arc<AdjustableLimit>> {
         None
     }
 

@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::backend::{Alive, Ask, Backend, Decoding, Reply, Usage};
 use super::shape::{Digest, Shape};
-use crate::util::knob::Knob;
+use crate::util::limit::AdjustableLimit;
 use database::Keys;
 pub use store::Store;
 
@@ -63,7 +63,7 @@ impl Cached {
         let found =
             known.into_iter().zip(keys).map(|(known, keys)| known.map(Ok).or_else(|| asked.get(&keys.key).cloned()));
         found
-            .map(|reply| reply.unwrap_or_else(|| Err(super::Refusal::Failure("the judge gave no answer".into()))))
+            .map(|reply| reply.unwrap_or_else(|| Err(super::NoAnswer::Failure("the judge gave no answer".into()))))
             .collect()
     }
 
@@ -123,7 +123,7 @@ impl Backend for Cached {
         self.inner.evidence()
     }
 
-    fn knob(&self) -> Option<Arc<Knob>> {
+    fn knob(&self) -> Option<Arc<AdjustableLimit>> {
         self.inner.knob()
     }
 

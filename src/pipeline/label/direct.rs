@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::backend::{Alive, Ask, Backend, Refusal, Reply, Usage};
+use super::backend::{Alive, Ask, Backend, NoAnswer, Reply, Usage};
 use super::templates::Rating;
 use super::{Labeler, Labels, verdict};
 use crate::types::Group;
@@ -94,7 +94,7 @@ fn rating(weights: Reply<Vec<f64>>) -> Reply<f64> {
     let weights = weights?;
     let mass: f64 = weights.iter().sum();
     if mass < LEAST_MASS {
-        return Err(Refusal::Abstention(format!(
+        return Err(NoAnswer::Abstention(format!(
             "the judge gives the ratings 1 to 10 a probability of {mass:.1e} together"
         )));
     }
@@ -112,6 +112,6 @@ mod tests {
         (weights[0], weights[8], weights[9]) = (0.3, 0.1, 0.1);
         let expected = (1.0 * 0.3 + 9.0 * 0.1 + 10.0 * 0.1) / 0.5;
         assert!((rating(Ok(weights)).unwrap() - (expected - 5.5) / 4.5).abs() < 1e-12);
-        assert!(matches!(rating(Ok(vec![1e-6; 10])), Err(Refusal::Abstention(_))));
+        assert!(matches!(rating(Ok(vec![1e-6; 10])), Err(NoAnswer::Abstention(_))));
     }
 }

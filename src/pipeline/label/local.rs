@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Result, ensure};
 use candle_core::{DType, Tensor};
 
-use super::backend::{Ask, Backend, Decoding, Refusal, Reply, Usage};
+use super::backend::{Ask, Backend, Decoding, NoAnswer, Reply, Usage};
 use super::shape::{Parts, Shape};
 use crate::lm::model::{Decoder, Prefix, Trie};
 use crate::lm::tokens::Tokenizer;
@@ -174,7 +174,7 @@ impl Local {
             waiting.push((i, paths));
         }
         flush(&mut waiting, &mut replies)?;
-        let unanswered = || Err(Refusal::Failure("the judge gave no answer".into()));
+        let unanswered = || Err(NoAnswer::Failure("the judge gave no answer".into()));
         Ok(replies.into_iter().map(|reply| reply.unwrap_or_else(unanswered)).collect())
     }
 
@@ -270,7 +270,7 @@ impl Backend for Local {
 fn exact(answers: &[Vec<Path>], mut whole: impl FnMut(&Path) -> f64) -> Reply<Vec<f64>> {
     let whole: Vec<Vec<f64>> = answers.iter().map(|paths| paths.iter().map(&mut whole).collect()).collect();
     if !whole.iter().flatten().all(|p| p.is_finite()) {
-        return Err(Refusal::Failure("the judge's log-probabilities are not finite".into()));
+        return Err(NoAnswer::Failure("the judge's log-probabilities are not finite".into()));
     }
     let alone = |i: usize, k: usize| {
         let path = &answers[i][k];
@@ -291,12 +291,12 @@ fn stream(seed: u64, prompts: &[String], i: usize) -> u64 {
     seed::mix(seed ^ seed::mix(seed::text(&prompts[i]) ^ seed::mix(before)))
 }
 
-fn too_long(tokens: usize, room: usize) -> Refusal {
-    Refusal::Abstention(format!("the prompt of {tokens} tokens exceeds the judge's context of {room}"))
+fn too_long(tokens: usize, room: usize) -> NoAnswer {
+    NoAnswer::Abstention(format!("the prompt of {tokens} tokens exceeds the judge's context of {room}"))
 }
 
 fn failed<T>(count: usize, error: &anyhow::Error) -> Vec<Reply<T>> {
-    (0..count).map(|_| Err(Refusal::Failure(format!("{error:#}")))).collect()
+    (0..count).map(|_| Err(NoAnswer::Failure(format!("{error:#}")))).collect()
 }
 
 /// The tokens that all of `sequences` begin with.
@@ -328,7 +328,7 @@ mod tests {
         let weights = exact(&answers, whole).unwrap();
         assert!((weights[0] - 0.3).abs() < 1e-12 && (weights[9] - 0.1).abs() < 1e-12, "{weights:?}");
         assert!((weights[8] - 0.1).abs() < 1e-12);
-        assert!(matches!(exact(&answers, |_| f64::NAN), Err(Refusal::Failure(_))));
+        assert!(matches!(exact(&answers, |_| f64::NAN), Err(NoAnswer::Failure(_))));
     }
 
     #[test]

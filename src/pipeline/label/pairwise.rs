@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::backend::{Alive, Ask, Backend, Decoding, Refusal, Reply, Usage};
+use super::backend::{Alive, Ask, Backend, Decoding, NoAnswer, Reply, Usage};
 use super::templates::Comparison;
 use super::{Labeler, Labels, Pairing, verdict};
 use crate::types::{Group, Preference};
@@ -69,7 +69,9 @@ impl Pairwise {
         }
         let mut weights = self.backend.weigh(&asks, usage).into_iter();
         let mut choices = thoughts.into_iter().map(|thought| match thought {
-            Ok(_) => choice(weights.next().unwrap_or_else(|| Err(Refusal::Failure("the judge gave no answer".into())))),
+            Ok(_) => {
+                choice(weights.next().unwrap_or_else(|| Err(NoAnswer::Failure("the judge gave no answer".into()))))
+            }
             Err(refusal) => Err(refusal),
         });
         let each = questions.iter().map(|_| choices.by_ref().take(samples).collect::<Vec<_>>());
@@ -136,7 +138,7 @@ impl Labeler for Pairwise {
             Err(error) => return groups.iter().map(|_| Err(anyhow::anyhow!("{error:#}"))).collect(),
         };
         let mut labels: Vec<Labels> = groups.iter().map(|_| Labels::default()).collect();
-        let missing = || Err(Refusal::Failure("the judge gave no answer".into()));
+        let missing = || Err(NoAnswer::Failure("the judge gave no answer".into()));
         for (g, (first, second)) in pairs {
             let mut next = || replies.next().unwrap_or_else(missing);
             let (reply, orders) = if self.both_orders { averaged(next(), next()) } else { (next(), None) };
@@ -157,7 +159,7 @@ fn choice(weights: Reply<Vec<f64>>) -> Reply<f64> {
     if weights.len() == 2 && mass >= LEAST_MASS {
         Ok(weights[0] / mass)
     } else {
-        Err(Refusal::Abstention(format!("the judge gives the answers 1 and 2 a probability of {mass:.1e} together")))
+        Err(NoAnswer::Abstention(format!("the judge gives the answers 1 and 2 a probability of {mass:.1e} together")))
     }
 }
 
@@ -170,13 +172,13 @@ fn mean(choices: Vec<Reply<f64>>) -> Reply<f64> {
                 sum += p;
                 count += 1;
             }
-            Err(failure @ Refusal::Failure(_)) => return Err(failure),
+            Err(failure @ NoAnswer::Failure(_)) => return Err(failure),
             Err(abstention) => why = Some(abstention),
         }
     }
     match why {
         Some(abstention) if count == 0 => Err(abstention),
-        _ if count == 0 => Err(Refusal::Abstention("there was nothing to choose by".into())),
+        _ if count == 0 => Err(NoAnswer::Abstention("there was nothing to choose by".into())),
         _ => Ok(sum / f64::from(count)),
     }
 }
@@ -186,7 +188,7 @@ fn mean(choices: Vec<Reply<f64>>) -> Reply<f64> {
 fn averaged(shown: Reply<f64>, swapped: Reply<f64>) -> (Reply<f64>, Option<[f64; 2]>) {
     match (shown, swapped) {
         (Ok(a), Ok(b)) => (Ok(0.5 * (a + 1.0 - b)), Some([a, 1.0 - b])),
-        (Err(failure @ Refusal::Failure(_)), _) | (_, Err(failure @ Refusal::Failure(_))) => (Err(failure), None),
+        (Err(failure @ NoAnswer::Failure(_)), _) | (_, Err(failure @ NoAnswer::Failure(_))) => (Err(failure), None),
         (Err(abstention), _) | (_, Err(abstention)) => (Err(abstention), None),
     }
 }
@@ -326,7 +328,7 @@ rationale = "r"
 
     #[test]
     fn what_one_order_refuses_is_no_label() {
-        let failure: Reply<Vec<f64>> = Err(Refusal::Failure("gone".into()));
+        let failure: Reply<Vec<f64>> = Err(NoAnswer::Failure("gone".into()));
         let nothing = Ok(vec![1e-5, 1e-5]);
         for (swapped, kind) in [(failure, "failure"), (nothing, "abstention")] {
             let weights = [(XY, Ok(vec![0.6, 0.2])), (YX, swapped)];

@@ -8,9 +8,9 @@ use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResu
 use super::backend::Alive;
 use super::{Labeler, Labels, Pairing, derive};
 use crate::observe::telemetry;
-use crate::rl::ledger::Entries;
+use crate::rl::ledger::LedgerWriter;
 use crate::types::{Feedback, Group, Labeled, Verdict};
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// In what form the rest of the graph wants feedback.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -51,7 +51,7 @@ pub struct LabelStage {
     /// What is made of the labeler's words.
     pub wants: Wants,
     /// Where labels are written down once they are paid for.
-    pub entries: Entries,
+    pub entries: LedgerWriter,
 }
 
 impl Stage for LabelStage {
@@ -89,7 +89,7 @@ impl Stage for LabelStage {
             cost: labels.usage.cost,
         };
         let body = Labeled { group, feedback: Some(feedback) };
-        fault::point("label.keep")?;
+        failpoints::point("label.keep")?;
         self.entries.labeled(&body);
         out.emit(Item { seq: item.seq, incarnation: item.incarnation, version: item.version, body })?;
         Ok(())
@@ -113,7 +113,7 @@ pub fn ask_many(labeler: &dyn Labeler, groups: &[&Group], retries: u32) -> Vec<L
     let mut waiting: Vec<usize> = (0..groups.len()).collect();
     for attempt in 0..=retries {
         let asked: Vec<&Group> = waiting.iter().map(|i| groups[*i]).collect();
-        let replies = match fault::point("label.ask") {
+        let replies = match failpoints::point("label.ask") {
             Ok(()) => labeler.label_many(&asked),
             Err(error) => asked.iter().map(|_| Err(anyhow::anyhow!("{error:#}"))).collect(),
         };

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use minijinja::context;
 
 use super::guard::{Guard, without_control};
-use crate::util::bounded;
+use crate::util::read_bounded;
 use crate::util::seed;
 use crate::util::template;
 use reading::{Mistakes, Reading, Section, Text};
@@ -95,7 +95,7 @@ impl Preamble {
             "base" => Self::Base,
             "detailed" => Self::Detailed,
             path => {
-                let text = bounded::prose(Path::new(path), bounded::WRITTEN);
+                let text = read_bounded::prose(Path::new(path), read_bounded::WRITTEN);
                 Self::Own(text.with_context(|| format!("cannot read the preamble {path}"))?)
             }
         })
@@ -146,7 +146,7 @@ impl TemplateSet {
         }
         let path = Path::new(name);
         let names: Vec<&str> = SHIPPED.iter().map(|(name, _)| *name).collect();
-        let text = bounded::prose(path, bounded::WRITTEN).with_context(|| {
+        let text = read_bounded::prose(path, read_bounded::WRITTEN).with_context(|| {
             format!("labeler.templates = {name:?} is none of {} and no file that can be read", names.join(", "))
         })?;
         checked(&text).with_context(|| format!("the template set {} has", path.display()))
@@ -161,7 +161,7 @@ impl TemplateSet {
         let shipped = SHIPPED.iter().find(|(shipped, _)| *shipped == name).map(|(_, text)| (*text).to_owned());
         let text = match shipped {
             Some(text) => text,
-            None => bounded::prose(Path::new(name), bounded::WRITTEN)?,
+            None => read_bounded::prose(Path::new(name), read_bounded::WRITTEN)?,
         };
         Ok(seed::text(&text.parse::<toml::Table>()?.to_string()))
     }

@@ -6,17 +6,17 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use preceptor_actors::SnapshotCell;
 
-use super::{StepRecord, Tally, TrainState};
+use super::{BatchStats, StepRecord, TrainState};
 use crate::lm::model::Decoder;
 use crate::observe::telemetry;
 use crate::types::Rewarded;
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// A step that is counted, and that nobody was told of yet. It is kept with the weights, so that a learner that fails here
 /// leaves it to the next.
-pub struct Taken {
+pub struct PendingStep {
     /// Its sums.
-    pub(super) tally: Tally,
+    pub(super) tally: BatchStats,
     /// Its learning rate.
     pub(super) lr: f64,
     /// What it learned from.
@@ -60,14 +60,14 @@ pub fn publish(state: &mut TrainState, cell: &SnapshotCell<Decoder>, observer: &
     if state.unpublished.is_none() {
         return Ok(());
     }
-    fault::point("learn.publish")?;
+    failpoints::point("learn.publish")?;
     let began = Instant::now();
     let snapshot = state.snapshot()?;
     let fingerprint = snapshot.weights().fingerprint()?;
     cell.publish(state.step, fingerprint, snapshot);
     let published = began.elapsed();
     telemetry::publish_took(published);
-    let Some(Taken { tally, lr, batch, took }) = &state.unpublished else { return Ok(()) };
+    let Some(PendingStep { tally, lr, batch, took }) = &state.unpublished else { return Ok(()) };
     let mut observer = observer.lock().unwrap_or_else(PoisonError::into_inner);
     if !tally.finite() {
         observer.nonfinite(state.step, batch);

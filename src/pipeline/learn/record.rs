@@ -14,7 +14,7 @@ const STALENESS_TOP: usize = 16;
 
 /// Sums over the groups of a batch: as they arrived, and as they were gone through.
 #[derive(Debug, Clone, Default)]
-pub struct Tally {
+pub struct BatchStats {
     /// Groups that were masked.
     pub masked: usize,
     completions: usize,
@@ -65,7 +65,7 @@ impl StepSums {
     }
 }
 
-impl Tally {
+impl BatchStats {
     /// Takes in a group as it arrived: what it is worth, its log-probabilities under the weights that it arrived at,
     /// their version; `limit` is the correction's bound.
     pub fn arrived(&mut self, group: &Rewarded, targets: &Targets, proximal: &[Vec<f32>], version: u64, limit: f64) {
@@ -159,7 +159,7 @@ pub struct StepRecord(pub Map<String, Value>);
 
 impl StepRecord {
     /// Means over a batch. `step` counts from one; `first_length` is the mean length of the first batch.
-    pub fn new(step: u64, tally: &Tally, lr: f64, first_length: f64) -> Self {
+    pub fn new(step: u64, tally: &BatchStats, lr: f64, first_length: f64) -> Self {
         let (completions, tokens) = (tally.completions.max(1) as f64, tally.tokens.max(1) as f64);
         let passes = &tally.passes;
         let (terms, seen) = (passes.terms.max(1) as f64, passes.tokens.max(1) as f64);
@@ -232,7 +232,7 @@ impl StepRecord {
 
     /// Names of all figures that a step may have.
     pub fn names() -> Vec<String> {
-        let always = Self::new(1, &Tally::default(), 0.0, 1.0).0;
+        let always = Self::new(1, &BatchStats::default(), 0.0, 1.0).0;
         let sometimes =
             ["preference/margin", "preference/accuracy", "preference/pairs", "judge/mean", "reward_model/version"];
         let clock =

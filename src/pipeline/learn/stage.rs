@@ -8,9 +8,9 @@ use anyhow::{Result, anyhow};
 use preceptor_actors::{AdmissionGate, Emitter, Item, SnapshotCell, Stage, StageContext, StageError, StageResult};
 
 use super::pass::{Measured, Pass, accumulate};
-use super::publish::{Observer, Taken, publish};
+use super::publish::{Observer, PendingStep, publish};
 use super::value::ValueModel;
-use super::{Tally, TrainState};
+use super::{BatchStats, TrainState};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -19,9 +19,9 @@ use crate::config::Schedule;
 use crate::lm::model::{Decoder, Pack};
 use crate::observe::telemetry;
 use crate::rl::algo::{Algorithm, GroupView, Targets};
-use crate::rl::ledger::Entries;
+use crate::rl::ledger::LedgerWriter;
 use crate::types::Rewarded;
-use crate::util::fault;
+use crate::util::failpoints;
 use crate::util::seed::mix;
 
 /// The numbers that a step depends on.
@@ -89,10 +89,10 @@ pub struct Learn {
     cell: Arc<SnapshotCell<Decoder>>,
     gate: Arc<AdmissionGate>,
     observer: Arc<Mutex<dyn Observer>>,
-    entries: Entries,
+    entries: LedgerWriter,
     /// Groups that an earlier graph left rewarded, to begin with.
     left: Vec<Arc<Rewarded>>,
-    tally: Tally,
+    tally: BatchStats,
     batch: Vec<Rewarded>,
     measured: Vec<Measured>,
     began: Option<Duration>,
@@ -118,9 +118,9 @@ impl Learn {
             cell,
             gate,
             observer,
-            entries: Entries::none(),
+            entries: LedgerWriter::none(),
             left: Vec::new(),
-            tally: Tally::default(),
+            tally: BatchStats::default(),
             batch: Vec::new(),
             measured: Vec::new(),
             began: None,
@@ -130,7 +130,7 @@ impl Learn {
 
     /// The same, which writes `entries` into the ledger, and begins with the groups `left`, the first of which is the first
     /// of a batch.
-    pub fn going_on(self, entries: Entries, left: Vec<Arc<Rewarded>>) -> Self {
+    pub fn going_on(self, entries: LedgerWriter, left: Vec<Arc<Rewarded>>) -> Self {
         Self { entries, left, ..self }
     }
 }
@@ -189,10 +189,10 @@ impl Learn {
         self.batch.push(rewarded);
         let mut from = self.batch.len() - 1;
         while let Err(error) = (from..self.batch.len()).try_for_each(|place| self.arrive(&mut state, place)) {
-            self.smaller(&error)?;
+            self.halve_micro_batch(&error)?;
             // What was gathered may hold a part of a pass that broke off: the batch is gone through again.
             state.discard()?;
-            (self.tally, self.measured, from) = (Tally::default(), Vec::new(), 0);
+            (self.tally, self.measured, from) = (BatchStats::default(), Vec::new(), 0);
         }
         lock(&self.observer).group(self.batch.len() as u64, self.plan.batch_groups);
         if self.batch.len() as u64 == self.plan.batch_groups {
@@ -221,7 +221,7 @@ impl Learn {
     ///
     /// # Errors
     /// The error, where it is another one, or where a single completion was too much.
-    fn smaller(&mut self, error: &anyhow::Error) -> Result<()> {
+    fn halve_micro_batch(&mut self, error: &anyhow::Error) -> Result<()> {
         let text = format!("{error:#}");
         let words = text.to_lowercase();
         let memory = ["out of memory", "out_of_memory"].iter().any(|sign| words.contains(sign));
@@ -252,7 +252,7 @@ impl Learn {
         group: &Rewarded,
         part: Range<usize>,
     ) -> Result<Pass> {
-        fault::point("learn.forward")?;
+        failpoints::point("learn.forward")?;
         let completions = &group.group.completions[part];
         let ids: Vec<&[u32]> = completions.iter().map(|completion| completion.ids.as_slice()).collect();
         let pack = Pack::new(&group.group.prompt.ids, &ids);
@@ -269,7 +269,13 @@ impl Learn {
     }
 
     /// What a model makes of a group, without what a backward pass would need.
-    fn look(&self, model: &Decoder, value: Option<&ValueModel>, group: &Rewarded, place: usize) -> Result<Measured> {
+    fn evaluate_batch(
+        &self,
+        model: &Decoder,
+        value: Option<&ValueModel>,
+        group: &Rewarded,
+        place: usize,
+    ) -> Result<Measured> {
         let mut measured = Measured::new(place, group);
         for part in self.parts(group) {
             measured.add(&self.forward(model, value, group, part)?)?;
@@ -286,7 +292,7 @@ impl Learn {
             measured.add(&pass)?;
             (Some(pass), measured)
         } else {
-            (None, self.look(&state.model, state.value.as_ref(), group, place)?)
+            (None, self.evaluate_batch(&state.model, state.value.as_ref(), group, place)?)
         };
         let view = measured.view(group);
         let targets = self.algorithm.targets(&[view]).pop().unwrap_or_default();
@@ -298,7 +304,7 @@ impl Learn {
     fn measure(&self, state: &TrainState, group: &Rewarded, place: usize) -> Result<Measured> {
         // The published copy has these weights, and no graph that would be kept for nothing.
         let value = state.value.as_ref().filter(|_| self.algorithm.needs_values());
-        self.look(state.published(), value, group, place)
+        self.evaluate_batch(state.published(), value, group, place)
     }
 
     /// Loss of one pass over one group, whose view is `view`; its gradient joins that of the step to come. `pass` is the pass
@@ -357,7 +363,7 @@ impl Learn {
                     Ok(())
                 };
                 while let Err(error) = gather(self, state) {
-                    self.smaller(&error)?;
+                    self.halve_micro_batch(&error)?;
                     state.discard()?;
                     self.tally = before.clone();
                 }
@@ -381,7 +387,7 @@ impl Learn {
             now.add(&pass)?;
             (Some(pass), now)
         } else {
-            (None, self.look(&state.model, state.value.as_ref(), group, 0)?)
+            (None, self.evaluate_batch(&state.model, state.value.as_ref(), group, 0)?)
         };
         let view = GroupView { policy: &now.proximal, values: &now.values, ..*view };
         self.learn(state, pass, group, &view, targets)
@@ -397,10 +403,10 @@ impl Learn {
             let clip = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0);
             let lr = self.plan.rate(state.step);
             // From here until the step is counted, the weights are those of no version.
-            fault::point("learn.apply")?;
+            failpoints::point("learn.apply")?;
             state.stepping = true;
             state.apply(lr, clip / terms)?;
-            fault::point("learn.applied")?;
+            failpoints::point("learn.applied")?;
             if let Some(value) = &mut state.value {
                 value.step(step.tokens, lr, self.plan.value_lr, self.plan.max_grad_norm)?;
             }
@@ -431,7 +437,7 @@ impl Learn {
             telemetry::nonfinite_step();
         }
         state.stepping = false;
-        state.unpublished = Some(Taken { tally, lr, batch, took: took() });
+        state.unpublished = Some(PendingStep { tally, lr, batch, took: took() });
         self.publish(state)
     }
 

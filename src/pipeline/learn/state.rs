@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::publish::Taken;
+use super::publish::PendingStep;
 use super::value::ValueModel;
 use crate::lm::model::{Decoder, Lora, ModelConfig};
 use crate::types::RewardScale;
@@ -24,7 +24,7 @@ pub struct TrainState {
     /// True from the first change of a weight until the step is counted: what fails in between leaves weights of no version.
     pub stepping: bool,
     /// The last step, until it is published.
-    pub unpublished: Option<Taken>,
+    pub unpublished: Option<PendingStep>,
     /// Steps in a row whose loss or gradient was not finite.
     pub nonfinite_in_row: u32,
     /// Mean length in tokens of the first batch's completions, once there was one: what drift is measured against.

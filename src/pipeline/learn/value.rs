@@ -110,7 +110,7 @@ impl ValueModel {
         self.parts().try_for_each(|part| Ok(part.gradients.zero()?))
     }
 
-    /// Copies of the parameters by name, those of a decoder of its own as the policy names them.
+    /// DeviceReplicas of the parameters by name, those of a decoder of its own as the policy names them.
     ///
     /// # Errors
     /// When memory for the copies cannot be had.

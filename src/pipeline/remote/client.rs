@@ -16,14 +16,14 @@ use super::budget::{Budget, Reserved};
 use super::evidence::Evidence;
 use super::outage::{Cause, Outage};
 use super::pace::Pace;
-use super::retry::{Nature, Outcome, pause};
+use super::retry::{ExchangeOutcome, Nature, pause};
 use super::stats::RemoteStats;
 use super::transport::Transport;
 use super::wire::Request;
 use crate::config::{Evidence as Votes, RemoteJudge};
 use crate::observe::telemetry;
-use crate::pipeline::label::backend::{Alive, Refusal, Reply, Usage};
-use crate::util::knob::Knob;
+use crate::pipeline::label::backend::{Alive, NoAnswer, Reply, Usage};
+use crate::util::limit::AdjustableLimit;
 use crate::util::seed;
 
 /// Tries that are refused for the rate of requests after which the client looks whether the server answers others.
@@ -50,7 +50,7 @@ pub struct Client {
     cut_lists: AtomicBool,
     began: Instant,
     /// Exchanges that may be under way at once.
-    pub knob: Arc<Knob>,
+    pub knob: Arc<AdjustableLimit>,
     pace: Pace,
     budget: Option<Arc<Budget>>,
     /// Highest ratio so far of what an exchange cost to the most that it should have; at least 1.
@@ -86,7 +86,7 @@ impl Client {
             cut_prompts: AtomicBool::new(false),
             cut_lists: AtomicBool::new(false),
             began: Instant::now(),
-            knob: Arc::new(Knob::new(1, judge.concurrency)),
+            knob: Arc::new(AdjustableLimit::new(1, judge.concurrency)),
             pace: Pace::new(&judge, &transport.account()),
             budget,
             excess: Mutex::new(1.0),
@@ -168,7 +168,7 @@ impl Client {
             }
             if self.adapted(&outcome, &mut request) {
                 if request.begun.is_some() && !self.abilities().continues() {
-                    return Err(Refusal::Abstention(format!(
+                    return Err(NoAnswer::Abstention(format!(
                         "{} does not continue an answer that has begun",
                         self.address()
                     )));
@@ -176,7 +176,7 @@ impl Client {
                 continue;
             }
             let ended = self.now();
-            if let Outcome::Closed(_) = outcome {
+            if let ExchangeOutcome::Closed(_) = outcome {
                 if !tries.reopened {
                     // The server may have closed a connection that was idle: that is no failure.
                     tries.reopened = true;
@@ -185,7 +185,7 @@ impl Client {
                 }
                 self.lock(&self.breaker).record(ended, false);
             }
-            let refuses = outcome.nature() == Nature::Refusal;
+            let refuses = outcome.nature() == Nature::NoAnswer;
             let words = format!("{} {}", self.address(), outcome.words());
             self.outage.failed(ended, Cause { words: words.clone(), refuses });
             if outcome.nature() == Nature::Limited {
@@ -193,7 +193,7 @@ impl Client {
                 if tries.limited.is_multiple_of(LIMITED_TRIES) {
                     alone = if self.answers_others(ended, usage).await? { alone + 1 } else { 0 };
                     if alone >= LIMITED_ROUNDS {
-                        return Err(Refusal::Abstention(format!(
+                        return Err(NoAnswer::Abstention(format!(
                             "{words}, each of {} times; it answers other questions meanwhile",
                             tries.limited
                         )));
@@ -213,7 +213,7 @@ impl Client {
             if self.answers_others(ended, usage).await? {
                 // The tries so far may have met the end of an outage. Those that begin now are held against the question.
                 if outcome.is_about_the_question() || (answering && (refuses || spent)) {
-                    return Err(Refusal::Abstention(format!("{words}; it answers other questions")));
+                    return Err(NoAnswer::Abstention(format!("{words}; it answers other questions")));
                 }
                 if !answering && (refuses || spent) {
                     (answering, tries) = (true, self.tries());
@@ -242,7 +242,7 @@ impl Client {
         let mut until = self.now() + patience;
         for attempt in 1.. {
             until = self.paced_probe(&request, until).await?;
-            let refused = |refusal: Refusal| Cause { words: refusal.to_string(), refuses: true };
+            let refused = |refusal: NoAnswer| Cause { words: refusal.to_string(), refuses: true };
             let (outcome, answer) = self.send(&request, &mut Usage::default()).await.map_err(refused)?;
             if let Some(answer) = answer {
                 return Ok(answer);
@@ -250,7 +250,7 @@ impl Client {
             if self.adapted(&outcome, &mut request) {
                 continue;
             }
-            let refuses = outcome.nature() == Nature::Refusal;
+            let refuses = outcome.nature() == Nature::NoAnswer;
             let pause = self.pause(&outcome, attempt);
             if refuses || attempt > self.judge.retries.max(TRIES) || self.now() + pause >= until {
                 return Err(Cause { words: format!("{} {}", self.address(), outcome.words()), refuses });
@@ -276,7 +276,7 @@ impl Client {
         self.transport.address(&self.judge)
     }
 
-    fn pause(&self, outcome: &Outcome, attempt: u32) -> Duration {
+    fn pause(&self, outcome: &ExchangeOutcome, attempt: u32) -> Duration {
         let uniform = self.lock(&self.jitter).random::<f64>();
         pause(outcome, attempt, seconds(self.judge.backoff_s), seconds(self.judge.max_backoff_s), uniform)
     }
@@ -285,9 +285,9 @@ impl Client {
         self.lock(&self.breaker).is_open()
     }
 
-    fn gave_up(&self) -> Refusal {
+    fn gave_up(&self) -> NoAnswer {
         let cause = self.outage.cause().map_or_else(|| "it gave no answer".into(), |cause| cause.words);
-        Refusal::Failure(format!(
+        NoAnswer::Failure(format!(
             "{cause}; no question was answered for {} s, and it is not waited for any longer (labeler.remote.outage_s = {})",
             self.outage.away(self.now()).as_secs(),
             self.judge.outage_s
@@ -316,7 +316,7 @@ impl Client {
         let (outcome, answer) = self.send(&control, usage).await?;
         if answer.is_none() {
             let words = format!("{} {}", self.address(), outcome.words());
-            self.outage.failed(self.now(), Cause { words, refuses: outcome.nature() == Nature::Refusal });
+            self.outage.failed(self.now(), Cause { words, refuses: outcome.nature() == Nature::NoAnswer });
             self.lock(&self.evidence).asked_in_vain(sent);
         }
         Ok(answer.is_some())
@@ -353,7 +353,7 @@ impl Client {
             return Ok(waited.away);
         }
         let cause = self.outage.cause().map_or_else(String::new, |cause| format!(": {}", cause.words));
-        Err(Refusal::Failure(format!("the run ended while it waited for the judge at {}{cause}", self.judge.url)))
+        Err(NoAnswer::Failure(format!("the run ended while it waited for the judge at {}{cause}", self.judge.url)))
     }
 
     /// Waits `pause`, with signs of life where that is long.
@@ -376,7 +376,7 @@ impl Client {
     ///
     /// # Errors
     /// No question was answered for `outage_s`, or nobody wants the answer any more.
-    async fn limited(&self, outcome: &Outcome, attempt: u32) -> Reply<()> {
+    async fn limited(&self, outcome: &ExchangeOutcome, attempt: u32) -> Reply<()> {
         if attempt > self.judge.retries && self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
             return Err(self.gave_up());
         }
@@ -445,7 +445,7 @@ impl Client {
             if !self.outage.sign(&format!("waits for the rate limit of the judge at {}", self.judge.url)) {
                 let words =
                     format!("the run ended while it waited for the rate limit of the judge at {}", self.judge.url);
-                return Err(Refusal::Failure(words));
+                return Err(NoAnswer::Failure(words));
             }
         }
     }
@@ -458,7 +458,7 @@ impl Client {
     ///
     /// # Errors
     /// The budget does not allow it.
-    async fn send(&self, request: &Request, usage: &mut Usage) -> Reply<(Outcome, Option<Answer>)> {
+    async fn send(&self, request: &Request, usage: &mut Usage) -> Reply<(ExchangeOutcome, Option<Answer>)> {
         let sent = self.now();
         let first = self.exchange(request, self.reserve(request)?);
         let Some(after) = self.judge.hedge_after_s else { return Ok(self.settle(first.await, request, sent, usage)) };
@@ -499,7 +499,7 @@ impl Client {
     fn reserve(&self, request: &Request) -> Reply<Option<Reserved>> {
         let Some(budget) = &self.budget else { return Ok(None) };
         let most = self.most(request) * *self.lock(&self.excess);
-        budget.reserve(most).map(Some).map_err(Refusal::Failure)
+        budget.reserve(most).map(Some).map_err(NoAnswer::Failure)
     }
 
     /// The most that an exchange should cost by the length of its question and answer.
@@ -514,11 +514,11 @@ impl Client {
     /// Notes what an exchange cost and how the server is; `request` was sent at `sent`.
     fn settle(
         &self,
-        done: (Outcome, Option<Answer>),
+        done: (ExchangeOutcome, Option<Answer>),
         request: &Request,
         sent: Duration,
         usage: &mut Usage,
-    ) -> (Outcome, Option<Answer>) {
+    ) -> (ExchangeOutcome, Option<Answer>) {
         let (outcome, answer) = done;
         usage.requests += 1;
         if let Some(answer) = &answer {
@@ -534,10 +534,10 @@ impl Client {
         let mut breaker = self.lock(&self.breaker);
         match outcome.nature() {
             // The question may be put otherwise.
-            Nature::Refusal if matches!(outcome, Outcome::Field(..)) => breaker.record(now, true),
-            Nature::Refusal => breaker.refused(now),
+            Nature::NoAnswer if matches!(outcome, ExchangeOutcome::Field(..)) => breaker.record(now, true),
+            Nature::NoAnswer => breaker.refused(now),
             // Whether it counts as a failure depends on whether it happens again.
-            Nature::Passing if matches!(outcome, Outcome::Closed(_)) => {}
+            Nature::Passing if matches!(outcome, ExchangeOutcome::Closed(_)) => {}
             Nature::Limited | Nature::Passing => breaker.record(now, outcome.alive()),
         }
         if answer.is_some() {
@@ -552,11 +552,11 @@ impl Client {
     }
 
     /// One HTTP exchange, counted once whatever becomes of it.
-    async fn exchange(&self, request: &Request, reserved: Option<Reserved>) -> (Outcome, Option<Answer>) {
+    async fn exchange(&self, request: &Request, reserved: Option<Reserved>) -> (ExchangeOutcome, Option<Answer>) {
         let _under_way = self.knob.enter().await;
         let (sent, counted) = (Instant::now(), Counted::new(&self.stats));
         let (outcome, answer) = match self.alive_while(self.post(request)).await {
-            Ok(answer) => (Outcome::Ok, Some(answer)),
+            Ok(answer) => (ExchangeOutcome::Ok, Some(answer)),
             Err(outcome) => (outcome, None),
         };
         counted.end(&outcome);
@@ -570,11 +570,11 @@ impl Client {
             // A server that broke off or was not waited for may charge for it all the same.
             let unknown = matches!(
                 outcome,
-                Outcome::Timeout
-                    | Outcome::Connection(_)
-                    | Outcome::Closed(_)
-                    | Outcome::BrokeOff(_)
-                    | Outcome::Malformed(_)
+                ExchangeOutcome::Timeout
+                    | ExchangeOutcome::Connection(_)
+                    | ExchangeOutcome::Closed(_)
+                    | ExchangeOutcome::BrokeOff(_)
+                    | ExchangeOutcome::Malformed(_)
             );
             reserved.settle(if unknown { None } else { Some(cost.unwrap_or(0.0)) });
         }
@@ -596,7 +596,7 @@ impl Client {
         }
     }
 
-    async fn post(&self, request: &Request) -> Result<Answer, Outcome> {
+    async fn post(&self, request: &Request) -> Result<Answer, ExchangeOutcome> {
         let abilities = self.abilities();
         let answer = self.transport.post(&self.judge, &abilities, request).await?;
         self.of_the_judge(request, answer)
@@ -604,9 +604,9 @@ impl Client {
 
     /// Lets an answer through that is of the same model as the first one, since a server may be started again with another,
     /// and that has log-probabilities where they were asked for and earlier answers had them.
-    fn of_the_judge(&self, request: &Request, answer: Answer) -> Result<Answer, Outcome> {
+    fn of_the_judge(&self, request: &Request, answer: Answer) -> Result<Answer, ExchangeOutcome> {
         if request.top_logprobs > 0 && !self.lock(&self.evidence).counts(answer.first_token.is_some()) {
-            return Err(Outcome::Malformed("it has no log-probabilities; they were asked for".into()));
+            return Err(ExchangeOutcome::Malformed("it has no log-probabilities; they were asked for".into()));
         }
         if request.top_logprobs > 0 && answer.first_token.is_none() && self.judge.evidence != Votes::Logprobs {
             let mut abilities = self.lock(&self.abilities);
@@ -621,14 +621,16 @@ impl Client {
         }
         let Some(is) = answer.model.clone().filter(|_| !self.judge.any_model) else { return Ok(answer) };
         let first = self.lock(&self.evidence).first_model(&is);
-        if first == is { Ok(answer) } else { Err(Outcome::OtherModel(first, is)) }
+        if first == is { Ok(answer) } else { Err(ExchangeOutcome::OtherModel(first, is)) }
     }
 
     /// Whether the server refused the form of `request` and is asked otherwise from now on; `request` then has that form.
-    fn adapted(&self, outcome: &Outcome, request: &mut Request) -> bool {
+    fn adapted(&self, outcome: &ExchangeOutcome, request: &mut Request) -> bool {
         let change = match outcome {
-            Outcome::Field(_, _, complaint) => self.lock(&self.abilities).adapt(complaint, request, &self.judge),
-            Outcome::Refused(404 | 405, _) if !self.lock(&self.evidence).has_answered() => {
+            ExchangeOutcome::Field(_, _, complaint) => {
+                self.lock(&self.abilities).adapt(complaint, request, &self.judge)
+            }
+            ExchangeOutcome::Refused(404 | 405, _) if !self.lock(&self.evidence).has_answered() => {
                 self.transport.add_version().then(|| "its address has no version, so that /v1 is appended to it".into())
             }
             _ => None,
@@ -689,7 +691,7 @@ impl<'a> Counted<'a> {
         Self { stats, began: Instant::now(), ended: false }
     }
 
-    fn end(mut self, outcome: &Outcome) {
+    fn end(mut self, outcome: &ExchangeOutcome) {
         self.ended = true;
         self.stats.count(outcome);
         telemetry::judge_took(self.began.elapsed());
@@ -700,7 +702,7 @@ impl Drop for Counted<'_> {
     fn drop(&mut self) {
         telemetry::judge_in_flight(-1.0);
         if !self.ended {
-            self.stats.count(&Outcome::HedgedAway);
+            self.stats.count(&ExchangeOutcome::HedgedAway);
         }
     }
 }

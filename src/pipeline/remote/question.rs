@@ -8,7 +8,7 @@ use super::client::Client;
 use super::reading::{Listed, split_prefixes, votes};
 use super::wire::Request;
 use crate::config::{Evidence, RemoteApi};
-use crate::pipeline::label::backend::{Ask, Refusal, Reply, Usage};
+use crate::pipeline::label::backend::{Ask, NoAnswer, Reply, Usage};
 
 /// The remedy where a model reasons before its answer.
 const REASONS: &str = "the model reasons before it answers; set labeler.remote.chat_template_kwargs = { enable_thinking = false } where the server takes it, or leave labeler.remote.probe on, which finds out how to ask it";
@@ -105,7 +105,7 @@ impl Client {
 pub(super) fn written(client: &Client, answer: Answer) -> Reply<String> {
     if answer.text.is_empty() && answer.reasons {
         let limit = client.judge.thinking_tokens;
-        return Err(Refusal::Abstention(format!(
+        return Err(NoAnswer::Abstention(format!(
             "the reasoning of {} left no tokens for an answer (labeler.remote.thinking_tokens = {limit}); {REASONS}",
             client.judge.url
         )));
@@ -126,13 +126,13 @@ pub(super) async fn weigh(client: &Client, ask: &Ask, usage: &mut Usage) -> Repl
             }
             client.watch_for_cut_lists(&request, unlisted, listed.mass(&ask.answers));
             let weights = listed.weights(&ask.answers).map_err(|refusal| match refusal {
-                Refusal::Abstention(why) if answer.reasons => Refusal::Abstention(format!("{why}; {REASONS}")),
+                NoAnswer::Abstention(why) if answer.reasons => NoAnswer::Abstention(format!("{why}; {REASONS}")),
                 other => other,
             })?;
             return Ok((longer(client, ask, &listed, weights, usage).await?, false));
         }
         if client.judge.evidence == Evidence::Logprobs {
-            return Err(Refusal::Abstention(format!(
+            return Err(NoAnswer::Abstention(format!(
                 "{} sent no log-probabilities; set labeler.remote.evidence = \"votes\"",
                 client.judge.url
             )));
@@ -145,11 +145,11 @@ pub(super) async fn weigh(client: &Client, ask: &Ask, usage: &mut Usage) -> Repl
         texts.push(answer.text);
     }
     let shares = votes(&texts, &ask.answers).map_err(|refusal| match refusal {
-        Refusal::Abstention(why) if reasons && client.abilities().reasons => Refusal::Abstention(format!(
+        NoAnswer::Abstention(why) if reasons && client.abilities().reasons => NoAnswer::Abstention(format!(
             "{why}: the reasoning took all {} tokens; raise labeler.remote.thinking_tokens",
             client.judge.thinking_tokens
         )),
-        Refusal::Abstention(why) if reasons => Refusal::Abstention(format!("{why}; {REASONS}")),
+        NoAnswer::Abstention(why) if reasons => NoAnswer::Abstention(format!("{why}; {REASONS}")),
         other => other,
     })?;
     Ok((shares, true))
@@ -172,7 +172,7 @@ async fn behind(
     match client.ask(&request, usage).await {
         Ok(after) => listed.behind(&space, p, Listed(after.first_token.unwrap_or_default())),
         // The server was found not to continue an answer.
-        Err(Refusal::Abstention(_)) if !needed && !client.abilities().continues() => {}
+        Err(NoAnswer::Abstention(_)) if !needed && !client.abilities().continues() => {}
         Err(refusal) => return Err(refusal),
     }
     Ok(())
@@ -209,7 +209,7 @@ async fn longer(
         }
         // With a token of its own the longer answer would be listed, if it were likely.
         if !is_one_token(client, &ask.answers[longer], usage).await? {
-            return Err(Refusal::Abstention(format!(
+            return Err(NoAnswer::Abstention(format!(
                 "the tokens of {} do not tell {} from {}, and it does not continue an answer; set labeler.remote.evidence = \"votes\" or api = \"completions\"",
                 client.judge.url, ask.answers[shorter], ask.answers[longer]
             )));

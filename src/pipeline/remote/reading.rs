@@ -1,7 +1,7 @@
 //! From what a server lists to probabilities of answers.
 
 use super::tokens;
-use crate::pipeline::label::backend::{Refusal, Reply};
+use crate::pipeline::label::backend::{NoAnswer, Reply};
 
 /// A space before the answer is not asked about where it has less than this share of the probability of the answers.
 const NEGLIGIBLE: f64 = 0.01;
@@ -22,19 +22,19 @@ impl Listed {
             .map(|answer| self.0.iter().filter(|(token, _)| token.trim_start() == answer).map(|(_, p)| p).sum())
             .collect();
         if let Some(unread) = weights.iter().position(|weight| weight.is_nan()) {
-            return Err(Refusal::Abstention(format!(
+            return Err(NoAnswer::Abstention(format!(
                 "the log-probability of the answer {} cannot be read",
                 answers[unread]
             )));
         }
         if self.0.first().is_some_and(|(token, _)| tokens::is_number(token)) {
-            return Err(Refusal::Abstention(
+            return Err(NoAnswer::Abstention(
                 "the server sends numbers of tokens instead of their texts; start it without --return-tokens-as-token-ids".into(),
             ));
         }
         if weights.iter().all(|weight| *weight == 0.0) {
             let likeliest = self.0.first().map_or("nothing".to_owned(), |(token, _)| cut(token));
-            return Err(Refusal::Abstention(format!(
+            return Err(NoAnswer::Abstention(format!(
                 "none of the answers {} is among the judge's likeliest tokens; the likeliest is {likeliest:?}",
                 answers.join(", ")
             )));
@@ -105,7 +105,7 @@ pub fn split_prefixes(answers: &[String]) -> Vec<(usize, usize)> {
 pub fn votes(texts: &[String], answers: &[String]) -> Reply<Vec<f64>> {
     let named: Vec<usize> = texts.iter().filter_map(|text| named(text, answers)).collect();
     if named.len() * 2 < texts.len() || named.is_empty() {
-        return Err(Refusal::Abstention(format!("{} of {} sampled answers could be read", named.len(), texts.len())));
+        return Err(NoAnswer::Abstention(format!("{} of {} sampled answers could be read", named.len(), texts.len())));
     }
     let share = |i: usize| named.iter().filter(|one| **one == i).count() as f64 / named.len() as f64;
     Ok((0..answers.len()).map(share).collect())
@@ -131,7 +131,7 @@ mod tests {
         assert_eq!(listed.weights(&answers(&["1", "2", "10"])).unwrap(), [0.7, 0.0, 0.05]);
         assert!(listed.has("10") && !listed.has("2"));
         assert_eq!((listed.spelling("1").as_str(), listed.spelling("2").as_str()), (" 1", "2"));
-        assert!(matches!(listed.weights(&answers(&["x"])), Err(Refusal::Abstention(why)) if why.contains("\" 1\"")));
+        assert!(matches!(listed.weights(&answers(&["x"])), Err(NoAnswer::Abstention(why)) if why.contains("\" 1\"")));
     }
 
     #[test]
@@ -157,7 +157,7 @@ mod tests {
     fn votes_are_read_strictly() {
         let texts = answers(&["2", " 2.", "\n**1**", "I think 2", "10", "(2) since"]);
         assert_eq!(votes(&texts, &answers(&["1", "2"])).unwrap(), [0.25, 0.75]);
-        assert!(matches!(votes(&answers(&["x", "y", "1"]), &answers(&["1", "2"])), Err(Refusal::Abstention(_))));
+        assert!(matches!(votes(&answers(&["x", "y", "1"]), &answers(&["1", "2"])), Err(NoAnswer::Abstention(_))));
         assert!(votes(&[], &answers(&["1"])).is_err());
     }
 

@@ -6,7 +6,7 @@ use super::abilities::Complaint;
 
 /// How an HTTP exchange ended, as it is counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum ExchangeOutcome {
     /// An answer that could be read.
     Ok,
     /// No answer in time.
@@ -46,10 +46,10 @@ pub enum Nature {
     /// The server limits the rate; asking again later helps.
     Limited,
     /// The server refuses; asking the same again does not help until a person changes something.
-    Refusal,
+    NoAnswer,
 }
 
-impl Outcome {
+impl ExchangeOutcome {
     /// The outcome of an exchange that the server reports as failed with `status`, where it asked to wait for `wait` and said
     /// `why`; `quota` if it reports an exhausted quota.
     pub fn of_status(status: u16, wait: Option<Duration>, why: String, quota: bool) -> Self {
@@ -101,10 +101,10 @@ impl Outcome {
         match self {
             Self::RateLimited(..) => Nature::Limited,
             Self::Refused(408 | 409 | 425, _) => Nature::Passing,
-            Self::Server(500, _, why) if is_too_long(why) => Nature::Refusal,
+            Self::Server(500, _, why) if is_too_long(why) => Nature::NoAnswer,
             // Not implemented: the server will not learn it by itself.
-            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Field(..) | Self::Quota(..) => Nature::Refusal,
-            Self::Filtered(_) | Self::OtherModel(..) => Nature::Refusal,
+            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Field(..) | Self::Quota(..) => Nature::NoAnswer,
+            Self::Filtered(_) | Self::OtherModel(..) => Nature::NoAnswer,
             Self::Ok | Self::HedgedAway | Self::Timeout | Self::Malformed(_) => Nature::Passing,
             Self::Connection(_) | Self::Closed(_) | Self::BrokeOff(_) | Self::Server(..) => Nature::Passing,
         }
@@ -193,7 +193,7 @@ fn with(status: &str, sentence: &str) -> String {
 /// Returns how long to wait before try number `attempt` (the first retry is 1): up to `base`·2^(attempt−1), at most
 /// `most`, drawn by `uniform` in [0, 1) so that many clients do not come back at once; never less than the server asked
 /// for.
-pub fn pause(outcome: &Outcome, attempt: u32, base: Duration, most: Duration, uniform: f64) -> Duration {
+pub fn pause(outcome: &ExchangeOutcome, attempt: u32, base: Duration, most: Duration, uniform: f64) -> Duration {
     let ceiling = base.saturating_mul(1 << (attempt.max(1) - 1).min(16)).min(most);
     outcome.wait().unwrap_or_default() + ceiling.mul_f64(uniform)
 }
@@ -222,10 +222,10 @@ mod tests {
     fn pauses_double_up_to_a_bound_and_heed_the_server() {
         let (base, most) = (Duration::from_millis(500), Duration::from_secs(8));
         let pauses: Vec<u128> =
-            (1..8).map(|attempt| pause(&Outcome::Timeout, attempt, base, most, 1.0).as_millis()).collect();
+            (1..8).map(|attempt| pause(&ExchangeOutcome::Timeout, attempt, base, most, 1.0).as_millis()).collect();
         assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 8000, 8000]);
-        assert_eq!(pause(&Outcome::Timeout, 3, base, most, 0.25).as_millis(), 500);
-        let limited = Outcome::RateLimited(Some(Duration::from_secs(45)), String::new());
+        assert_eq!(pause(&ExchangeOutcome::Timeout, 3, base, most, 0.25).as_millis(), 500);
+        let limited = ExchangeOutcome::RateLimited(Some(Duration::from_secs(45)), String::new());
         assert_eq!(pause(&limited, 1, base, most, 0.5).as_millis(), 45_250, "the server's time is not cut");
     }
 
@@ -237,8 +237,8 @@ mod tests {
             (500, "out of memory", false),
             (503, "This model's maximum context length is being measured", false),
         ] {
-            let outcome = Outcome::Server(status, None, why.into());
-            let refuses = outcome.nature() == Nature::Refusal;
+            let outcome = ExchangeOutcome::Server(status, None, why.into());
+            let refuses = outcome.nature() == Nature::NoAnswer;
             assert_eq!((outcome.is_about_the_question(), refuses), (about, about), "{status} {why}");
         }
     }
@@ -260,20 +260,20 @@ mod tests {
     fn failures_are_told_apart_by_whether_asking_again_may_help() {
         let none = String::new;
         for (outcome, nature) in [
-            (Outcome::Timeout, Nature::Passing),
-            (Outcome::Server(503, None, none()), Nature::Passing),
-            (Outcome::Server(501, None, none()), Nature::Refusal),
-            (Outcome::RateLimited(None, none()), Nature::Limited),
-            (Outcome::Malformed("empty".into()), Nature::Passing),
-            (Outcome::Quota(429, none()), Nature::Refusal),
-            (Outcome::Refused(400, none()), Nature::Refusal),
-            (Outcome::Refused(401, none()), Nature::Refusal),
-            (Outcome::Refused(307, none()), Nature::Refusal),
-            (Outcome::OtherModel("a".into(), "b".into()), Nature::Refusal),
-            (Outcome::Refused(408, none()), Nature::Passing),
+            (ExchangeOutcome::Timeout, Nature::Passing),
+            (ExchangeOutcome::Server(503, None, none()), Nature::Passing),
+            (ExchangeOutcome::Server(501, None, none()), Nature::NoAnswer),
+            (ExchangeOutcome::RateLimited(None, none()), Nature::Limited),
+            (ExchangeOutcome::Malformed("empty".into()), Nature::Passing),
+            (ExchangeOutcome::Quota(429, none()), Nature::NoAnswer),
+            (ExchangeOutcome::Refused(400, none()), Nature::NoAnswer),
+            (ExchangeOutcome::Refused(401, none()), Nature::NoAnswer),
+            (ExchangeOutcome::Refused(307, none()), Nature::NoAnswer),
+            (ExchangeOutcome::OtherModel("a".into(), "b".into()), Nature::NoAnswer),
+            (ExchangeOutcome::Refused(408, none()), Nature::Passing),
         ] {
             assert_eq!(outcome.nature(), nature, "{outcome:?}");
-            assert!(Outcome::NAMES.contains(&outcome.name()));
+            assert!(ExchangeOutcome::NAMES.contains(&outcome.name()));
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use super::retry::Outcome;
+use super::retry::ExchangeOutcome;
 use crate::observe::telemetry;
 
 /// Counts of HTTP exchanges by outcome: each that was begun counts once. Also exported as metrics.
@@ -14,7 +14,7 @@ pub struct RemoteStats {
 
 impl RemoteStats {
     /// An exchange ended.
-    pub fn count(&self, outcome: &Outcome) {
+    pub fn count(&self, outcome: &ExchangeOutcome) {
         *self.outcomes.lock().unwrap_or_else(PoisonError::into_inner).entry(outcome.name()).or_default() += 1;
         telemetry::judge_request(outcome.name());
     }

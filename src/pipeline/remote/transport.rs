@@ -12,7 +12,7 @@ use super::abilities::{Abilities, Complaint, names_extra};
 use super::answer::{Answer, Unread, read};
 use super::key::Key;
 use super::lenient;
-use super::retry::{Outcome, retry_after};
+use super::retry::{ExchangeOutcome, retry_after};
 use super::wire::{Request, excerpt, reports_quota, sentence};
 use crate::config::{RemoteApi, RemoteJudge};
 use crate::util::endpoint::Endpoint;
@@ -73,7 +73,7 @@ impl Transport {
             .pool_max_idle_per_host(judge.concurrency);
         if let Some(path) = &judge.ca_file {
             let place = || format!("labeler.remote.ca_file: {} has no certificates in PEM", path.display());
-            let pem = crate::util::bounded::text(path, 16 << 20)
+            let pem = crate::util::read_bounded::text(path, 16 << 20)
                 .with_context(|| format!("labeler.remote.ca_file: cannot read {}", path.display()))?;
             let certificates = reqwest::Certificate::from_pem_bundle(pem.as_bytes()).with_context(place)?;
             anyhow::ensure!(!certificates.is_empty(), place());
@@ -141,14 +141,19 @@ impl Transport {
     ///
     /// # Errors
     /// Why there is no answer.
-    pub async fn post(&self, judge: &RemoteJudge, abilities: &Abilities, request: &Request) -> Result<Answer, Outcome> {
+    pub async fn post(
+        &self,
+        judge: &RemoteJudge,
+        abilities: &Abilities,
+        request: &Request,
+    ) -> Result<Answer, ExchangeOutcome> {
         let (path, body) = request.body(judge, abilities);
         let post = self.http.post(self.endpoint().join(path)).query(&self.query).headers(self.headers.clone());
         let mut response = post.body(body.to_string()).send().await.map_err(|error| broken(&error))?;
         let status = response.status().as_u16();
         if (300..400).contains(&status) {
             let is_secret = |text: &str| self.secrets.iter().any(|key| key.is_in(text));
-            return Err(Outcome::Refused(status, http::redirect_target(&response, is_secret)));
+            return Err(ExchangeOutcome::Refused(status, http::redirect_target(&response, is_secret)));
         }
         let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
         let wait = retry_after(header("retry-after"), header("retry-after-ms"), SystemTime::now());
@@ -159,7 +164,7 @@ impl Transport {
             match response.chunk().await {
                 Ok(Some(chunk)) => bytes.extend_from_slice(&chunk),
                 Ok(None) => break,
-                Err(error) if error.is_timeout() => return Err(Outcome::Timeout),
+                Err(error) if error.is_timeout() => return Err(ExchangeOutcome::Timeout),
                 // A refusal is known by its status.
                 Err(_) if !fine => break,
                 Err(error) => {
@@ -168,34 +173,34 @@ impl Transport {
                         bytes.len(),
                         innermost(&error)
                     );
-                    return Err(Outcome::BrokeOff(words));
+                    return Err(ExchangeOutcome::BrokeOff(words));
                 }
             }
             if bytes.len() > most {
                 if fine {
-                    return Err(Outcome::Malformed(format!("the body has more than {most} bytes")));
+                    return Err(ExchangeOutcome::Malformed(format!("the body has more than {most} bytes")));
                 }
                 break;
             }
         }
         let bytes = lenient::unpacked(bytes, most)
-            .or_else(|why| if fine { Err(Outcome::Malformed(why)) } else { Ok(Vec::new()) })?;
+            .or_else(|why| if fine { Err(ExchangeOutcome::Malformed(why)) } else { Ok(Vec::new()) })?;
         let bytes = self.secrets.iter().fold(bytes, |bytes, key| key.hide(bytes));
         if fine {
             return read(&bytes, request).map_err(|unread| match unread {
-                Unread::Malformed(why) => Outcome::Malformed(why),
-                Unread::Filtered(why) => Outcome::Filtered(why),
-                Unread::Failed(status, why) => Outcome::of_status(status, wait, why, status == 402),
+                Unread::Malformed(why) => ExchangeOutcome::Malformed(why),
+                Unread::Filtered(why) => ExchangeOutcome::Filtered(why),
+                Unread::Failed(status, why) => ExchangeOutcome::of_status(status, wait, why, status == 402),
             });
         }
         let mut said = sentence(&bytes);
         if let Some(complaint) = Complaint::find(status, &bytes, &body) {
-            return Err(Outcome::Field(status, said, complaint));
+            return Err(ExchangeOutcome::Field(status, said, complaint));
         }
         if let Some(field) = names_extra(&bytes, &judge.extra_body) {
             said += &format!("; {field} is in labeler.remote.extra_body");
         }
-        Err(Outcome::of_status(status, wait, said, reports_quota(&bytes)))
+        Err(ExchangeOutcome::of_status(status, wait, said, reports_quota(&bytes)))
     }
 }
 
@@ -243,11 +248,11 @@ fn innermost(error: &reqwest::Error) -> String {
     excerpt(&cause.to_string())
 }
 
-fn broken(error: &reqwest::Error) -> Outcome {
+fn broken(error: &reqwest::Error) -> ExchangeOutcome {
     match error {
-        _ if error.is_timeout() => Outcome::Timeout,
-        _ if was_closed(error) => Outcome::Closed(innermost(error)),
-        _ => Outcome::Connection(innermost(error)),
+        _ if error.is_timeout() => ExchangeOutcome::Timeout,
+        _ if was_closed(error) => ExchangeOutcome::Closed(innermost(error)),
+        _ => ExchangeOutcome::Connection(innermost(error)),
     }
 }
 

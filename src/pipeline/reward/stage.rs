@@ -11,9 +11,9 @@ use super::trainer::Observed;
 use super::{RewardRule, RewardTrainer};
 use crate::lm::model::{Decoder, Pack};
 use crate::observe::telemetry;
-use crate::rl::ledger::Entries;
+use crate::rl::ledger::LedgerWriter;
 use crate::types::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// Where a completion's score comes from.
 pub enum Scorer {
@@ -34,7 +34,7 @@ pub struct RewardStage<I> {
     scale: RewardScale,
     reference: Option<(Arc<Decoder>, u64)>,
     temperature: f64,
-    entries: Entries,
+    entries: LedgerWriter,
     next: u64,
     waiting: BTreeMap<u64, Item<Labeled>>,
     takes: PhantomData<fn(I)>,
@@ -49,7 +49,7 @@ impl<I> RewardStage<I> {
         scale: RewardScale,
         reference: Option<(Arc<Decoder>, u64)>,
         temperature: f64,
-        entries: Entries,
+        entries: LedgerWriter,
         next: u64,
     ) -> Self {
         let waiting = BTreeMap::new();
@@ -64,9 +64,9 @@ impl<I> RewardStage<I> {
             Scorer::Labels | Scorer::Pairs => None,
         };
         let mut trainer = trainer.as_ref().map(|trainer| trainer.lock().unwrap_or_else(PoisonError::into_inner));
-        fault::point("reward.enter")?;
+        failpoints::point("reward.enter")?;
         let rewarded = self.reward(labeled, trainer.as_deref_mut())?;
-        fault::point("reward.learn")?;
+        failpoints::point("reward.learn")?;
         self.entries.rewarded(&rewarded)?;
         Ok(rewarded)
     }

@@ -35,15 +35,15 @@ pub struct WarmUp {
     next: u64,
     done: u64,
     waiting: BTreeMap<u64, Labeled>,
-    kept: Vec<Seen>,
-    held_out: Vec<Seen>,
+    kept: Vec<WarmUpProgress>,
+    held_out: Vec<WarmUpProgress>,
     /// Labeled pairs so far, and why the first one without a label has none.
     labeled: usize,
     unlabeled: Option<String>,
 }
 
 /// A group with the pairs a labeler made of it, as [`crate::types::Feedback::preferences`] holds them.
-struct Seen {
+struct WarmUpProgress {
     group: Group,
     pairs: Vec<(usize, usize, f64)>,
 }
@@ -94,9 +94,9 @@ impl WarmUp {
         let step = trainer.observe(&labeled.group, &pairs)?.step;
         self.tell(&trainer, step.as_ref());
         if held_out {
-            self.held_out.push(Seen { group: labeled.group, pairs });
+            self.held_out.push(WarmUpProgress { group: labeled.group, pairs });
         } else if self.epochs > 1 && !pairs.is_empty() {
-            self.kept.push(Seen { group: labeled.group, pairs });
+            self.kept.push(WarmUpProgress { group: labeled.group, pairs });
         }
         Ok(())
     }
@@ -126,7 +126,7 @@ impl Stage for WarmUp {
                 if out.ctx().halted() {
                     return Ok(());
                 }
-                let Seen { group, pairs } = &self.kept[*i];
+                let WarmUpProgress { group, pairs } = &self.kept[*i];
                 let (_, step) = trainer.learn(group, pairs)?;
                 self.tell(&trainer, step.as_ref());
             }
@@ -145,7 +145,7 @@ impl Stage for WarmUp {
             return Err(StageError::fatal(format!("the reward model learned from nothing in its warm-up: {why}")));
         }
         let (mut right, mut pairs) = (0.0, 0);
-        for Seen { group, pairs: labeled } in &self.held_out {
+        for WarmUpProgress { group, pairs: labeled } in &self.held_out {
             out.ctx().beat();
             let scores = trainer.score(group)?;
             for (first, second, p) in labeled.iter().filter(|(_, _, p)| *p != 0.5) {

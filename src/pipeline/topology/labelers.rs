@@ -14,11 +14,11 @@ use crate::pipeline::label::local::Local;
 use crate::pipeline::label::pairwise::{Pairwise, Thought};
 use crate::pipeline::label::panel::{Member, Panel};
 use crate::pipeline::label::templates::{Preamble, Question, TemplateSet};
-use crate::pipeline::prepare::Prepared;
+use crate::pipeline::setup::Prepared;
 
 /// What a method judges with.
 #[derive(Clone)]
-pub enum Instrument {
+pub enum JudgeBackend {
     /// A language model whose weights are here.
     Model(Arc<Local>),
     /// A sentence encoder.
@@ -34,7 +34,7 @@ pub enum Instrument {
     Asked(Arc<dyn Backend>),
 }
 
-impl Instrument {
+impl JudgeBackend {
     /// Tells the judge from others: a fingerprint of its weights, or a hash of the server and the model there.
     pub fn identity(&self) -> u64 {
         match self {
@@ -94,7 +94,7 @@ pub fn labeler(config: &Config, prepared: &Prepared) -> Result<Box<dyn Labeler>>
 ///
 /// # Errors
 /// As [`labeler`].
-pub fn labeler_on(config: &Config, instruments: &[Instrument]) -> Result<Box<dyn Labeler>> {
+pub fn labeler_on(config: &Config, instruments: &[JudgeBackend]) -> Result<Box<dyn Labeler>> {
     made_of(config, ("labeler", &config.labeler.methods), instruments)
 }
 
@@ -108,7 +108,11 @@ pub fn evaluation_judge(config: &Config, prepared: &Prepared) -> Result<Box<dyn 
 }
 
 /// The labeler of `methods`, whose keys are at `path`, on `instruments`, one per method.
-fn made_of(config: &Config, (path, methods): (&str, &Methods), instruments: &[Instrument]) -> Result<Box<dyn Labeler>> {
+fn made_of(
+    config: &Config,
+    (path, methods): (&str, &Methods),
+    instruments: &[JudgeBackend],
+) -> Result<Box<dyn Labeler>> {
     let mut made = Vec::new();
     for (i, (method, instrument)) in methods.iter().zip(instruments).enumerate() {
         let labeler = one(config, method, instrument);
@@ -125,12 +129,12 @@ fn made_of(config: &Config, (path, methods): (&str, &Methods), instruments: &[In
     Ok(Box::new(Panel { members: members.collect(), pairing: config.labeler.pairs }))
 }
 
-fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<dyn Labeler>> {
+fn one(config: &Config, method: &Method, instrument: &JudgeBackend) -> Result<Box<dyn Labeler>> {
     let backend = || -> Result<Arc<dyn Backend>> {
         match instrument {
-            Instrument::Model(local) => Ok(Arc::clone(local) as Arc<dyn Backend>),
-            Instrument::Cached { backend, .. } | Instrument::Asked(backend) => Ok(Arc::clone(backend)),
-            Instrument::Embedder(_) => bail!("a sentence embedder cannot be asked questions"),
+            JudgeBackend::Model(local) => Ok(Arc::clone(local) as Arc<dyn Backend>),
+            JudgeBackend::Cached { backend, .. } | JudgeBackend::Asked(backend) => Ok(Arc::clone(backend)),
+            JudgeBackend::Embedder(_) => bail!("a sentence embedder cannot be asked questions"),
         }
     };
     match (method.kind, instrument, instrument.local()) {
@@ -141,7 +145,7 @@ fn one(config: &Config, method: &Method, instrument: &Instrument) -> Result<Box<
                 temperature: config.rollout.temperature,
             }));
         }
-        (LabelerKind::Embedding, Instrument::Embedder(embedding), _) => return Ok(Box::new(embedding.clone())),
+        (LabelerKind::Embedding, JudgeBackend::Embedder(embedding), _) => return Ok(Box::new(embedding.clone())),
         _ => {}
     }
     let Some(question) = question(method)? else { bail!("the judge is of another kind than the method") };

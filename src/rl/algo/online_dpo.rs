@@ -6,7 +6,7 @@ use super::{Algorithm, GroupLoss, GroupView, Targets};
 /// Δ_i = Σ_t log π(a_t)/π_ref(a_t) ; L = −p·log σ(β(Δ₁ − Δ₂)) − (1−p)·log σ(−β(Δ₁ − Δ₂)), a sum over the group's pairs
 /// (Rafailov et al. 2023, eq. 7; the soft form is that of a label with P(first is better) = p).
 ///
-/// With [`Form::Ipo`], Δ_i is a mean over tokens and L = p·(Δ₁ − Δ₂ − 1/2β)² + (1−p)·(Δ₁ − Δ₂ + 1/2β)² (Azar et al.
+/// With [`DpoLoss::Ipo`], Δ_i is a mean over tokens and L = p·(Δ₁ − Δ₂ − 1/2β)² + (1−p)·(Δ₁ − Δ₂ + 1/2β)² (Azar et al.
 /// 2023, eq. 17).
 #[derive(Debug, Clone)]
 pub struct OnlineDpo {
@@ -15,12 +15,12 @@ pub struct OnlineDpo {
     /// Learn from P itself, or from which of the two is preferred. A hard label of exactly ½ says nothing.
     pub soft: bool,
     /// The loss of a pair.
-    pub form: Form,
+    pub form: DpoLoss,
 }
 
 /// The loss of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum DpoLoss {
     /// The logistic loss of DPO.
     Sigmoid,
     /// The squared loss of IPO.
@@ -31,11 +31,11 @@ impl OnlineDpo {
     /// Loss and slope in `gap` = Δ₁ − Δ₂.
     fn pair(&self, gap: f64, p: f64) -> (f64, f64) {
         match self.form {
-            Form::Sigmoid => {
+            DpoLoss::Sigmoid => {
                 let (loss, slope) = soft_label(self.beta * gap, p);
                 (loss, self.beta * slope)
             }
-            Form::Ipo => {
+            DpoLoss::Ipo => {
                 let goal = 0.5 / self.beta;
                 let loss = p * (gap - goal).powi(2) + (1.0 - p) * (gap + goal).powi(2);
                 (loss, 2.0 * (gap - (2.0 * p - 1.0) * goal))
@@ -54,7 +54,7 @@ impl Algorithm for OnlineDpo {
     }
 
     fn loss(&self, group: &GroupView<'_>, _: &Targets) -> GroupLoss {
-        let share = |tokens: &[f32]| if self.form == Form::Ipo { 1.0 / tokens.len().max(1) as f64 } else { 1.0 };
+        let share = |tokens: &[f32]| if self.form == DpoLoss::Ipo { 1.0 / tokens.len().max(1) as f64 } else { 1.0 };
         let gain: Vec<f64> = group
             .policy
             .iter()

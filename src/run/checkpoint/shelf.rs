@@ -8,10 +8,10 @@ use anyhow::{Context, Result, anyhow};
 
 use super::read::Unreadable;
 use super::sums::Damage;
-use super::{Form, Mirror, Opened, Snapshot, WinRates, Written};
+use super::{CheckpointFormat, Mirror, Opened, Snapshot, WinRates, Written};
 use crate::say;
 use crate::util::disk;
-use crate::util::fault;
+use crate::util::failpoints;
 
 /// What follows the name of a checkpoint whose place a newer one of the same step takes.
 const REPLACED: &str = ".replaced";
@@ -39,7 +39,7 @@ pub enum Best {
 }
 
 /// A run's `checkpoints` folder.
-pub struct Shelf {
+pub struct CheckpointStore {
     dir: PathBuf,
     /// The last ones that are kept.
     keep: usize,
@@ -49,7 +49,7 @@ pub struct Shelf {
     mirror: Option<Mirror>,
 }
 
-impl Shelf {
+impl CheckpointStore {
     /// Checkpoints under `run_dir/checkpoints`, of which the last `keep` are kept, and the `best`. Of one that was never
     /// finished, nothing is left.
     pub fn new(run_dir: &Path, keep: usize, best: Best) -> Self {
@@ -87,7 +87,7 @@ impl Shelf {
     ///
     /// # Errors
     /// Names what could not be written, with the room it takes.
-    pub fn put(&self, form: &Form, snapshot: &Snapshot) -> Result<Written> {
+    pub fn put(&self, form: &CheckpointFormat, snapshot: &Snapshot) -> Result<Written> {
         let began = Instant::now();
         let name = name(snapshot.step());
         let (aside, path) = (self.dir.join(format!(".{name}.partial")), self.dir.join(&name));
@@ -97,15 +97,15 @@ impl Shelf {
             }
             std::fs::create_dir_all(&aside).map_err(|error| disk::cannot("make", &aside, error))?;
             sync_logs(&snapshot.files)?;
-            fault::point("checkpoint.fill")?;
+            failpoints::point("checkpoint.fill")?;
             let bytes = form.fill(&aside, snapshot)?;
-            fault::point("checkpoint.rename")?;
+            failpoints::point("checkpoint.rename")?;
             let replaced = self.dir.join(format!(".{name}{REPLACED}"));
             if path.exists() {
                 std::fs::rename(&path, &replaced).with_context(|| format!("cannot rename {}", path.display()))?;
             }
             std::fs::rename(&aside, &path).with_context(|| format!("cannot rename {} into place", aside.display()))?;
-            fault::point("checkpoint.renamed")?;
+            failpoints::point("checkpoint.renamed")?;
             File::open(&self.dir)?.sync_all().with_context(|| format!("cannot sync {}", self.dir.display()))?;
             // If one of them stays, it is removed when the run is resumed.
             let _ = std::fs::remove_dir_all(replaced);
@@ -131,7 +131,7 @@ impl Shelf {
         }
     }
 
-    /// Copies the checkpoint at `path` to the mirror, if there is one.
+    /// DeviceReplicas the checkpoint at `path` to the mirror, if there is one.
     ///
     /// # Errors
     /// What could not be copied where. The next one is tried anew.
@@ -158,7 +158,7 @@ impl Shelf {
         }
     }
 
-    /// Copies what belongs to the run beside its checkpoints, sealed as they are, to the mirror, if there is one and it has
+    /// DeviceReplicas what belongs to the run beside its checkpoints, sealed as they are, to the mirror, if there is one and it has
     /// no such copy yet.
     ///
     /// # Errors
@@ -351,7 +351,7 @@ mod tests {
     #[test]
     fn the_last_and_the_best_are_kept() {
         let dir = tempfile::tempdir().unwrap();
-        let shelf = Shelf::new(dir.path(), 2, Best::Figure);
+        let shelf = CheckpointStore::new(dir.path(), 2, Best::Figure);
         for (step, value) in [(1, 0.5), (2, 0.9), (3, 0.1), (10, 0.2), (1_000_000, 0.3)] {
             let path = shelf.dir().join(name(step));
             std::fs::create_dir_all(&path).unwrap();
@@ -368,7 +368,7 @@ mod tests {
         assert!(name_aside(&later, "superseded").unwrap().ends_with("step-000010.superseded-2"));
         assert!(set_aside_as(&later).ends_with("step-000010.superseded-1"), "{}", set_aside_as(&later));
         std::fs::remove_dir_all(shelf.dir().join(name(1_000_000))).unwrap();
-        let plain = Shelf::new(dir.path(), 1, Best::None);
+        let plain = CheckpointStore::new(dir.path(), 1, Best::None);
         std::fs::create_dir_all(plain.dir().join(name(3))).unwrap();
         std::fs::create_dir_all(plain.dir().join(".step-000005.partial")).unwrap();
         plain.prune();
@@ -376,7 +376,7 @@ mod tests {
         // A program that died while it replaced one left the old one beside, or both.
         std::fs::create_dir_all(plain.dir().join(".step-000007.replaced")).unwrap();
         std::fs::create_dir_all(plain.dir().join(".step-000003.replaced")).unwrap();
-        Shelf::new(dir.path(), 1, Best::None);
+        CheckpointStore::new(dir.path(), 1, Best::None);
         let names: Vec<String> = std::fs::read_dir(plain.dir())
             .unwrap()
             .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())

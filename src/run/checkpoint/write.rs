@@ -14,7 +14,7 @@ use crate::util::disk;
 use kernels::Frozen;
 
 /// What all checkpoints of a run have in common.
-pub struct Form {
+pub struct CheckpointFormat {
     /// The policy's.
     pub tokenizer: Tokenizer,
     /// The model that the policy started from, as `transformers` finds it, for its adapters.
@@ -31,7 +31,7 @@ pub struct Form {
     pub best: Option<String>,
 }
 
-impl Form {
+impl CheckpointFormat {
     /// The form of the checkpoints of a run of `config`, whose policy came from `origin`, in words, with its tokenizer.
     pub fn new(
         config: &Config,

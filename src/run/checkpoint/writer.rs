@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use anyhow::{Result, anyhow};
 use crossbeam::channel::{Sender, bounded};
 
-use super::{Form, Shelf, Snapshot, Written};
+use super::{CheckpointFormat, CheckpointStore, Snapshot, Written};
 
 /// A thread with one checkpoint at a time. While it has one, the next is not taken.
 pub struct Writer {
@@ -21,7 +21,11 @@ impl Writer {
     ///
     /// # Errors
     /// When the thread cannot be started.
-    pub fn start(shelf: Arc<Shelf>, form: Arc<Form>, tell: impl Fn(&Result<Written>) + Send + 'static) -> Result<Self> {
+    pub fn start(
+        shelf: Arc<CheckpointStore>,
+        form: Arc<CheckpointFormat>,
+        tell: impl Fn(&Result<Written>) + Send + 'static,
+    ) -> Result<Self> {
         let (sender, snapshots) = bounded::<Snapshot>(1);
         let busy = Arc::new(AtomicBool::new(false));
         let working = Arc::clone(&busy);

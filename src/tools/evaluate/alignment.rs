@@ -12,12 +12,12 @@ use crate::pipeline::data::Preferences;
 use crate::pipeline::label::backend::Usage;
 use crate::pipeline::label::stage::Wants;
 use crate::pipeline::label::{Labels, Pairing};
-use crate::pipeline::prepare::{LabelerBench, prompt_format};
+use crate::pipeline::setup::{LabelerBench, prompt_format};
 use crate::pipeline::topology::labelers::possible;
 use crate::rl::statistics::position::{Choice, Judged, Pair, positions};
 use crate::rl::statistics::table::Cell;
 use crate::rl::statistics::{Estimate, Table};
-use crate::tools::annotate::{PairQuestions, Questions};
+use crate::tools::batch_label::{PairQuestions, Questions};
 use crate::types::{Group, Verdict};
 
 /// The ways of asking that a table shows unless told otherwise.

@@ -9,7 +9,7 @@ use crate::rl::statistics::interval::{mean, share};
 use crate::rl::statistics::position::{Choice, Judged, Pair};
 use crate::rl::statistics::table::Cell;
 use crate::rl::statistics::{Estimate, Table};
-use crate::tools::annotate::{PairQuestions, Questions};
+use crate::tools::batch_label::{PairQuestions, Questions};
 use crate::types::Group;
 
 /// How an attack changes the worse answer of a pair.

@@ -9,10 +9,10 @@ use super::win_rate::Contest;
 use crate::config::{Config, LabelerKind};
 use crate::lm::tokens::Tokenizer;
 use crate::pipeline::label::stage::Wants;
-use crate::pipeline::prepare::LabelerBench;
+use crate::pipeline::setup::LabelerBench;
 use crate::rl::statistics::table::Cell;
 use crate::rl::statistics::{Table, interval};
-use crate::tools::annotate::Questions;
+use crate::tools::batch_label::Questions;
 use crate::types::{Group, Prompt, Verdict};
 
 /// Answers to rate.

@@ -10,11 +10,11 @@ use crate::lm::tokens::Tokenizer;
 use crate::pipeline::label::Pairing;
 use crate::pipeline::label::guard::without_control;
 use crate::pipeline::label::stage::Wants;
-use crate::pipeline::prepare::LabelerBench;
+use crate::pipeline::setup::LabelerBench;
 use crate::rl::statistics::length_control::{Comparison, length_controlled};
 use crate::rl::statistics::table::Cell;
 use crate::rl::statistics::{Table, interval};
-use crate::tools::annotate::Questions;
+use crate::tools::batch_label::Questions;
 use crate::types::{Completion, Finish, Group, Preference, Prompt, Verdict};
 
 /// Two answers to each of some prompts.

@@ -11,12 +11,12 @@ use super::{Facts, Machine, Measured, Role};
 use crate::config::Config;
 use crate::pipeline::generate::MOST_SLOTS;
 use crate::pipeline::learn::{Done, Observer, TrainState};
-use crate::pipeline::prepare::Prepared;
+use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::labelers::labeler;
 use crate::pipeline::topology::learning::{adam, lora, value_model};
 use crate::pipeline::topology::{Node, needs_labels, reward_trainer};
 use crate::rl::ledger::Book;
-use crate::run::controller::Knobs;
+use crate::run::controller::AdjustableLimits;
 use crate::tools::check;
 use crate::types::Rewarded;
 use crate::util::device;
@@ -101,7 +101,7 @@ impl Machine for Live {
             cell: Arc::new(cell),
             observer: watch.clone(),
             book: Book::default(),
-            knobs: Knobs::default(),
+            knobs: AdjustableLimits::default(),
             reward_model: reward_trainer(&config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer))),
             labelers: Box::new(labeler),
             prepared: Arc::clone(prepared),

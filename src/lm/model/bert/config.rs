@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::lm::vetted::types::{self, Type};
-use crate::util::bounded;
+use crate::lm::validate::types::{self, Type};
+use crate::util::read_bounded;
 
 /// Architectures whose encoder can be read, by the name `config.json` gives them; a `model_type` of `bert` will do
 /// as well.
@@ -51,7 +51,7 @@ impl BertConfig {
     /// by name.
     pub fn from_directory(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = bounded::text(&path, bounded::DESCRIPTION)
+        let text = read_bounded::text(&path, read_bounded::DESCRIPTION)
             .with_context(|| format!("cannot read {}; a model directory needs a config.json", path.display()))?;
         let json: Value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
         Self::from_json(&json).with_context(|| format!("in {}", path.display()))

@@ -9,8 +9,8 @@ use tokenizers::{PostProcessor, TruncationParams};
 
 use super::{Bert, BertConfig};
 use crate::lm::model::Weights;
-use crate::lm::vetted;
-use crate::util::bounded;
+use crate::lm::validate;
+use crate::util::read_bounded;
 
 /// Tokens that go through the encoder at once: enough to fill its matrix products, few enough to stay near the cache.
 const ROW: usize = 512;
@@ -42,7 +42,7 @@ impl Embedder {
         let weights = Weights::read_directory(dir, device)?;
         let model = Bert::new(&config, &weights).with_context(|| format!("in {}", dir.display()))?;
         let path = dir.join("tokenizer.json");
-        let mut tokenizer = vetted::tokenizer::read(&path)?;
+        let mut tokenizer = validate::tokenizer::read(&path)?;
         let limit = limit(dir, config.context)?;
         let added = tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
         ensure!(
@@ -117,7 +117,8 @@ fn optional_json(path: &Path) -> Result<Value> {
     if !path.exists() {
         return Ok(Value::Null);
     }
-    let text = bounded::text(path, bounded::DESCRIPTION).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = read_bounded::text(path, read_bounded::DESCRIPTION)
+        .with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))
 }
 

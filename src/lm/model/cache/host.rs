@@ -60,18 +60,18 @@ impl Slabs {
         self.slots[slot].prompt = None;
     }
 
-    pub(super) fn step<'a>(&'a mut self, slots: &'a [usize]) -> Step<'a> {
-        Step { cache: self, slots }
+    pub(super) fn step<'a>(&'a mut self, slots: &'a [usize]) -> DecodeStep<'a> {
+        DecodeStep { cache: self, slots }
     }
 }
 
 /// One decode step.
-pub(super) struct Step<'a> {
+pub(super) struct DecodeStep<'a> {
     cache: &'a mut Slabs,
     slots: &'a [usize],
 }
 
-impl Attend for Step<'_> {
+impl Attend for DecodeStep<'_> {
     fn attend(&mut self, scope: Scope, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (layer, (rows, heads, hd)) = (scope.layer, q.dims3()?);
         let (queries, keys, values) = (host(q)?, host(k)?, host(v)?);

@@ -143,37 +143,37 @@ impl Pool {
         self.slots[slot] = Slot { prompt: None, rows: self.nothing() };
     }
 
-    pub(super) fn step<'a>(&'a mut self, slots: &'a [usize]) -> Result<Step<'a>> {
+    pub(super) fn step<'a>(&'a mut self, slots: &'a [usize]) -> Result<DecodeStep<'a>> {
         let mut taken = self.take(slots.len())?;
         let places = self.scattered(self.places(taken.held.iter().copied()))?;
         for (slot, row) in slots.iter().zip(taken.held.drain(..)) {
             self.slots[*slot].rows.held.push(row);
         }
-        Ok(Step { pool: self, slots, places, seen: HashMap::new() })
+        Ok(DecodeStep { pool: self, slots, places, seen: HashMap::new() })
     }
 }
 
 /// One decode step.
-pub(super) struct Step<'a> {
+pub(super) struct DecodeStep<'a> {
     pool: &'a Pool,
     slots: &'a [usize],
     /// Of the new tokens.
     places: Tensor,
     /// By window.
-    seen: HashMap<Option<usize>, Seen>,
+    seen: HashMap<Option<usize>, VisibleRows>,
 }
 
 /// What the sequences of a step see.
 #[derive(Clone)]
-struct Seen {
+struct VisibleRows {
     /// `[N·KV·S]`: where the keys are, of shorter sequences the first row at last.
     places: Tensor,
     /// `[N, S]`: 0 where there is a token, −∞ beyond.
     mask: Tensor,
 }
 
-impl Step<'_> {
-    fn seen(&mut self, window: Option<usize>) -> Result<Seen> {
+impl DecodeStep<'_> {
+    fn seen(&mut self, window: Option<usize>) -> Result<VisibleRows> {
         if let Some(seen) = self.seen.get(&window) {
             return Ok(seen.clone());
         }
@@ -199,7 +199,7 @@ impl Step<'_> {
         }
         let device = self.pool.device();
         let count = places.len();
-        let seen = Seen {
+        let seen = VisibleRows {
             places: Tensor::from_vec(places, count, device)?,
             mask: Tensor::from_vec(mask, (rows.len(), most), device)?,
         };
@@ -208,13 +208,13 @@ impl Step<'_> {
     }
 }
 
-impl Attend for Step<'_> {
+impl Attend for DecodeStep<'_> {
     fn attend(&mut self, scope: Scope, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (rows, heads, hd) = q.dims3()?;
         let kv_heads = self.pool.kv_heads;
         let repeats = heads / kv_heads;
         self.pool.write(scope.layer, &self.places, k, v)?;
-        let Seen { places, mask } = self.seen(scope.window)?;
+        let VisibleRows { places, mask } = self.seen(scope.window)?;
         let span = mask.dim(1)?;
         let (keys, values) = &self.pool.layers[scope.layer];
         let gather = |pool: &Tensor| pool.index_select(&places, 0)?.reshape((rows, kv_heads, span, hd));

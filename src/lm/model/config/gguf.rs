@@ -8,7 +8,7 @@ use candle_core::quantized::gguf_file::Value;
 use super::{ModelConfig, Window, deep, within};
 use crate::lm::model::family::FAMILIES;
 use crate::lm::model::rope::Scaling;
-use crate::lm::vetted;
+use crate::lm::validate;
 
 impl ModelConfig {
     /// Reads the metadata of a GGUF file; `tied` is true when the file holds no `output.weight`.
@@ -124,7 +124,7 @@ impl ModelConfig {
 
 fn text<'a>(metadata: &'a HashMap<String, Value>, key: &str) -> Result<&'a str> {
     let value = metadata.get(key).with_context(|| format!("GGUF key {key} is missing"))?;
-    vetted::gguf::text(value).with_context(|| format!("GGUF key {key}"))
+    validate::gguf::text(value).with_context(|| format!("GGUF key {key}"))
 }
 
 #[cfg(test)]

@@ -9,9 +9,9 @@ use serde_json::Value as Json;
 use super::{Head, ModelConfig, Window, activation, deep, within};
 use crate::lm::model::family::{FAMILIES, Family, Gemma};
 use crate::lm::model::rope::Rotary;
-use crate::lm::vetted::quantised;
-use crate::lm::vetted::types::{self, Type};
-use crate::util::bounded;
+use crate::lm::validate::quantised;
+use crate::lm::validate::types::{self, Type};
+use crate::util::read_bounded;
 
 /// The keys of a `config.json` that are read.
 const KEYS: &[(&str, Type)] = &[
@@ -67,13 +67,13 @@ impl ModelConfig {
     /// As [`Self::from_directory`].
     pub fn from_directory_as(dir: &Path, head: Head) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = bounded::text(&path, bounded::DESCRIPTION)
+        let text = read_bounded::text(&path, read_bounded::DESCRIPTION)
             .with_context(|| format!("cannot read {}; a model directory needs a config.json", path.display()))?;
         let json: Json = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
         quantised::described_beside(dir)?;
         let mut config = Self::from_json(&json, head).with_context(|| format!("in {}", path.display()))?;
         let path = dir.join("generation_config.json");
-        config.generation = match bounded::text(&path, bounded::DESCRIPTION) {
+        config.generation = match read_bounded::text(&path, read_bounded::DESCRIPTION) {
             Ok(text) => serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?,
             Err(error) if error.kind() == ErrorKind::NotFound => Json::Null,
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
@@ -86,7 +86,7 @@ impl ModelConfig {
 
     /// Whether the model in `dir` has a scalar head, by the architecture that it names.
     pub fn is_scorer(dir: &Path) -> bool {
-        let text = bounded::text(&dir.join("config.json"), bounded::DESCRIPTION).unwrap_or_default();
+        let text = read_bounded::text(&dir.join("config.json"), read_bounded::DESCRIPTION).unwrap_or_default();
         let json: Json = serde_json::from_str(&text).unwrap_or_default();
         json["architectures"][0].as_str().is_some_and(|name| name.ends_with("ForSequenceClassification"))
     }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value as Json};
 
 use super::{Scaling, magnitude};
 use crate::lm::model::family::Family;
-use crate::lm::vetted::types::{self, Type};
+use crate::lm::validate::types::{self, Type};
 
 /// The keys of rotary parameters that are read.
 const KEYS: &[(&str, Type)] = &[

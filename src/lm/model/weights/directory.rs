@@ -9,8 +9,8 @@ use serde_json::Value as Json;
 
 use super::{Onto, Weights, finite};
 use crate::lm::model::config::{Head, ModelConfig};
-use crate::lm::vetted;
-use crate::util::bounded;
+use crate::lm::validate;
+use crate::util::read_bounded;
 
 /// The one file of a model that is not divided.
 const SINGLE: &str = "model.safetensors";
@@ -59,7 +59,7 @@ impl Weights {
         };
         let mut found: BTreeMap<String, String> = BTreeMap::new();
         for file in &files {
-            for name in vetted::safetensors::check(&dir.join(file))? {
+            for name in validate::safetensors::check(&dir.join(file))? {
                 if let Some(other) = found.insert(name.clone(), file.clone()) {
                     bail!(
                         "the tensor {name} is in {other} and in {file} of {}; delete the shards that are left of another download or conversion",
@@ -93,8 +93,8 @@ impl Weights {
 
 /// The file of each tensor, as the index has it; all of the files are there.
 fn places(dir: &Path, index: &Path) -> Result<BTreeMap<String, String>> {
-    let text =
-        bounded::text(index, bounded::DESCRIPTION).with_context(|| format!("cannot read {}", index.display()))?;
+    let text = read_bounded::text(index, read_bounded::DESCRIPTION)
+        .with_context(|| format!("cannot read {}", index.display()))?;
     let json: Json = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", index.display()))?;
     let map = json["weight_map"].as_object().filter(|map| !map.is_empty());
     let map = map.with_context(|| format!("{} has no weight_map", index.display()))?;

@@ -10,7 +10,7 @@ use super::{Onto, Weights, finite};
 use crate::lm::model::config::ModelConfig;
 use crate::lm::model::family::Family;
 use crate::lm::model::rope::Scaling;
-use crate::lm::vetted;
+use crate::lm::validate;
 
 impl Weights {
     /// Reads a GGUF file: every tensor dequantised to f32 on the host, query and key rows put back from GGUF's
@@ -20,7 +20,7 @@ impl Weights {
     /// Names the file, and the key or tensor at fault.
     pub fn from_gguf<'a>(path: &Path, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
         let onto = onto.into();
-        let (mut file, content) = vetted::gguf::read(path)?;
+        let (mut file, content) = validate::gguf::read(path)?;
         let tied = !content.tensor_infos.contains_key("output.weight");
         let embedding =
             content.tensor_infos.get("token_embd.weight").context("GGUF tensor token_embd.weight is missing")?;

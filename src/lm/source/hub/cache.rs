@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::util::bounded;
+use crate::util::read_bounded;
 
 /// Most characters of a name that comes from a server.
 const LONGEST: usize = 128;
@@ -85,16 +85,16 @@ impl Cache {
 
     /// The file `name` of the commit that the revision last stood for, if the cache has it.
     pub(super) fn get(&self, name: &str) -> Option<PathBuf> {
-        let commit = bounded::text(&self.folder.join("refs").join(&self.revision), LONGEST as u64).ok()?;
+        let commit = read_bounded::text(&self.folder.join("refs").join(&self.revision), LONGEST as u64).ok()?;
         let path = self.snapshot(commit.trim()).ok()?.join(name);
         path.exists().then_some(path)
     }
 
     /// The list of files of the commit that the revision last stood for, if [`Self::keep_list`] kept one.
     pub(super) fn list(&self) -> Option<Vec<String>> {
-        let commit = bounded::text(&self.folder.join("refs").join(&self.revision), LONGEST as u64).ok()?;
+        let commit = read_bounded::text(&self.folder.join("refs").join(&self.revision), LONGEST as u64).ok()?;
         let path = self.list_path(commit.trim()).ok()?;
-        serde_json::from_str(&bounded::text(&path, bounded::DESCRIPTION).ok()?).ok()
+        serde_json::from_str(&read_bounded::text(&path, read_bounded::DESCRIPTION).ok()?).ok()
     }
 
     /// Keeps the list of files of the commit that the revision stands for, so that the hub need not be asked again.
@@ -102,7 +102,7 @@ impl Cache {
     /// # Errors
     /// A file that cannot be written.
     pub(super) fn keep_list(&self, names: &[String]) -> Result<()> {
-        let commit = bounded::text(&self.folder.join("refs").join(&self.revision), LONGEST as u64)?;
+        let commit = read_bounded::text(&self.folder.join("refs").join(&self.revision), LONGEST as u64)?;
         let path = self.list_path(commit.trim())?;
         let folder = path.parent().context("a file is in a folder")?;
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;

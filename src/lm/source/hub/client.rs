@@ -16,8 +16,8 @@ use url::Url;
 
 use super::cache::{Kind, is_name};
 use crate::lm::source::Unavailable;
-use crate::util::bounded;
 use crate::util::http;
+use crate::util::read_bounded;
 
 /// Most redirects in a row.
 const HOPS: usize = 10;
@@ -102,7 +102,7 @@ impl Client {
             return Err(Unavailable::passing(format!("the hub does not list it: {status}")));
         }
         ensure!(status.is_success(), "the hub does not list it: {status}{hint}");
-        let body = timeout(self.patience.max(CONTACT), http::body(answer, bounded::DESCRIPTION as usize));
+        let body = timeout(self.patience.max(CONTACT), http::body(answer, read_bounded::DESCRIPTION as usize));
         let body = body.await.map_err(|_| self.silent())??;
         let listed: Value = serde_json::from_slice(&body).context("the hub's list of files is not JSON")?;
         let siblings = listed["siblings"].as_array().context("the hub's list of files has no siblings")?;

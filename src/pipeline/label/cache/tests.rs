@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
-use crate::pipeline::label::Refusal;
+use crate::pipeline::label::NoAnswer;
 use crate::pipeline::label::shape::Parts;
 
 /// Answers with the length of the question; fails at those that say so, the first time.
@@ -31,7 +31,7 @@ impl Backend for Counting {
         self.asked.fetch_add(asks.len() as u64, Ordering::SeqCst);
         let answer = |ask: &Ask| {
             if ask.prompt.contains("fail") && self.failed.fetch_add(1, Ordering::SeqCst) == 0 {
-                return Err(Refusal::Failure("busy".into()));
+                return Err(NoAnswer::Failure("busy".into()));
             }
             Ok(vec![ask.prompt.len() as f64])
         };

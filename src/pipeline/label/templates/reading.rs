@@ -6,7 +6,7 @@ use std::fmt;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::util::nearest::nearest;
+use crate::util::suggest::nearest;
 
 /// Most mistakes that an error lists.
 const MOST_LISTED: usize = 50;

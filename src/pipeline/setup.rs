@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{Device, Tensor};
 
 use crate::config::{Config, LabelerKind, Method, Mode, PolicyModel, RemoteJudge, Scratch, WIN_RATE};
-use crate::lm::model::{Copies, Decoder, ModelConfig, Onto, Weights};
+use crate::lm::model::{Decoder, DeviceReplicas, ModelConfig, Onto, Weights};
 use crate::lm::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
 use crate::lm::tokens::Tokenizer;
 use crate::lm::tokens::chat::Variables;
@@ -24,12 +24,12 @@ use crate::pipeline::learn::StepRecord;
 use crate::pipeline::remote::Remote;
 use crate::pipeline::remote::budget::Budget;
 use crate::pipeline::reward::RewardModel;
-use crate::pipeline::topology::labelers::Instrument;
+use crate::pipeline::topology::labelers::JudgeBackend;
 use crate::pipeline::topology::{needs_labels, trainer_plan};
 use crate::util::device;
 use crate::util::exit::Ended;
-use crate::util::fault;
-use crate::util::nearest::nearest;
+use crate::util::failpoints;
+use crate::util::suggest::nearest;
 
 use data::data;
 pub use data::{compares_with_blank, prompt_format, rows};
@@ -43,9 +43,9 @@ pub struct Prepared {
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
     /// What each of the labeler's methods judges with; empty where the mode asks no labeler.
-    pub instruments: Vec<Instrument>,
+    pub instruments: Vec<JudgeBackend>,
     /// What each method of `evaluation.labeler` judges with; empty where there is none, or no evaluation.
-    pub evaluators: Vec<Instrument>,
+    pub evaluators: Vec<JudgeBackend>,
     /// What the reward model starts from, where it is not the policy.
     pub reward_start: Option<RewardStart>,
     /// Preferences from a file to warm the reward model up on, where the configuration names one.
@@ -64,7 +64,7 @@ pub struct Prepared {
 
 impl Prepared {
     /// The methods that are asked, with what each judges with: those of the labeler, then those of `evaluation.labeler`.
-    pub fn judges<'a>(&'a self, config: &'a Config) -> impl Iterator<Item = (&'a Method, &'a Instrument)> {
+    pub fn judges<'a>(&'a self, config: &'a Config) -> impl Iterator<Item = (&'a Method, &'a JudgeBackend)> {
         let evaluator = config.evaluation.labeler.iter().flat_map(|judge| judge.iter());
         config.labeler.methods.iter().zip(&self.instruments).chain(evaluator.zip(&self.evaluators))
     }
@@ -166,7 +166,7 @@ pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
 }
 
 fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<Arc<Budget>>) -> Result<Prepared> {
-    fault::point("prepare.load")?;
+    failpoints::point("prepare.load")?;
     known_figure(config)?;
     device::set_precision(config.policy.matmul_precision);
     let device = device::open(&config.policy.device)?;
@@ -213,7 +213,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
     };
     let mut context = policy.model.config().context;
     for (method, instrument) in judges.methods().zip(instruments.iter().chain(&evaluators)) {
-        if let (LabelerKind::Likelihood, Instrument::Model(local)) = (method.kind, instrument) {
+        if let (LabelerKind::Likelihood, JudgeBackend::Model(local)) = (method.kind, instrument) {
             context = context.min(local.judge().model.config().context);
         }
     }
@@ -309,7 +309,7 @@ fn timeout(config: &Config) -> Duration {
 /// What labeling takes where nothing is trained.
 pub struct LabelerBench {
     /// What each method judges with.
-    pub instruments: Vec<Instrument>,
+    pub instruments: Vec<JudgeBackend>,
     /// How prompts and answers become tokens for judges that read tokens.
     pub tokenizer: Tokenizer,
 }
@@ -337,7 +337,7 @@ pub fn labeler_bench(config: &Config, progress: bool, budget: Option<Arc<Budget>
     let judges = Judges { labeler: &config.labeler.methods.list, evaluator: &[] };
     let (instruments, _) = judges.instruments(config, policy.as_ref(), device, progress, budget)?;
     let judges = || config.labeler.methods.iter().zip(&instruments);
-    let tokenizer = |(_, instrument)| Instrument::local(instrument).map(|local| &local.judge().tokenizer);
+    let tokenizer = |(_, instrument)| JudgeBackend::local(instrument).map(|local| &local.judge().tokenizer);
     let mut tokenizers = judges().filter(|(method, _)| method.kind == LabelerKind::Likelihood).filter_map(tokenizer);
     // Only a judge of likelihoods reads tokens; the others are given texts. But `eval alignment` asks any local judge for
     // likelihoods too, so that its own tokenizer is the next choice.
@@ -373,8 +373,8 @@ impl Judges<'_> {
         device: &Device,
         progress: bool,
         budget: Option<Arc<Budget>>,
-    ) -> Result<(Vec<Instrument>, Vec<Instrument>)> {
-        let mut made: Vec<Instrument> = Vec::new();
+    ) -> Result<(Vec<JudgeBackend>, Vec<JudgeBackend>)> {
+        let mut made: Vec<JudgeBackend> = Vec::new();
         let remote = self.methods().any(|method| method.remote.is_some());
         // What is bought is kept unless told where; what is computed is kept only if told to.
         let folder =
@@ -416,20 +416,20 @@ fn here(
     device: &Device,
     progress: bool,
     store: Option<&Arc<Store>>,
-) -> Result<Instrument> {
+) -> Result<JudgeBackend> {
     if let (LabelerKind::Embedding, Some(reference)) = (method.kind, &method.model) {
         let options = ResolveOptions { timeout: timeout(config), progress, ..ResolveOptions::default() };
         let embedding =
             Embedding::load(reference, device, &options).with_context(|| format!("{key}.model cannot be loaded"))?;
-        return Ok(Instrument::Embedder(embedding));
+        return Ok(JudgeBackend::Embedder(embedding));
     }
     let local = Arc::new(Local::new(judge(config, (key, method), policy, device, progress)?));
     Ok(match store.filter(|_| asks(method)) {
         Some(store) => {
             let backend = Arc::new(Cached::new(Arc::clone(&local) as Arc<dyn Backend>, Arc::clone(store)));
-            Instrument::Cached { local, backend }
+            JudgeBackend::Cached { local, backend }
         }
-        None => Instrument::Model(local),
+        None => JudgeBackend::Model(local),
     })
 }
 
@@ -439,7 +439,7 @@ fn asked(
     remote: &RemoteJudge,
     store: Option<&Arc<Store>>,
     budget: Option<Arc<Budget>>,
-) -> Result<Instrument> {
+) -> Result<JudgeBackend> {
     let judge = Remote::within(remote.clone(), budget.clone());
     let judge = judge.with_context(|| format!("{key}.remote cannot be used"))?;
     if remote.probe {
@@ -452,7 +452,7 @@ fn asked(
         }
     }
     let backend: Arc<dyn Backend> = Arc::new(judge);
-    Ok(Instrument::Asked(match store {
+    Ok(JudgeBackend::Asked(match store {
         Some(store) => Arc::new(Cached::new(backend, Arc::clone(store))),
         None => backend,
     }))
@@ -469,7 +469,7 @@ fn judge(
     let Some(reference) = &method.model else {
         let policy = policy.with_context(|| format!("{key}.model is missing, and there is no policy to judge with"))?;
         return Ok(Judge {
-            model: Copies::new(device.clone()).of(&policy.model)?,
+            model: DeviceReplicas::new(device.clone()).of(&policy.model)?,
             tokenizer: policy.tokenizer.clone(),
             identity: as_asked(policy.identity, &policy.tokenizer, chat(&policy.tokenizer)),
             chat: chat(&policy.tokenizer),

@@ -1,14 +1,14 @@
 //! Rows of `f32` times a panel of the matrix, by instruction set. All sum in one order: their results are the same to the last
 //! bit.
 
-use super::super::super::product::Places;
-use super::{APART, HALF, Half, PAIR, PANEL, STEP};
+use super::super::super::matmul::Places;
+use super::{APART, Bf16Weights, HALF, PAIR, PANEL, STEP};
 
 /// All rows of `x` with one panel of the matrix.
 ///
 /// # Safety
 /// The processor must have the kernel's instructions, and the result room for the panel's columns of all rows.
-pub(super) type Kernel = unsafe fn(Places, &[f32], &Half, usize);
+pub(super) type Kernel = unsafe fn(Places, &[f32], &Bf16Weights, usize);
 
 /// The fastest that the processor has.
 pub(super) fn best() -> Kernel {
@@ -28,7 +28,7 @@ pub(super) fn best() -> Kernel {
 ///
 /// # Safety
 /// As of [`Kernel`].
-pub(super) unsafe fn plain(out: Places, x: &[f32], weight: &Half, panel: usize) {
+pub(super) unsafe fn plain(out: Places, x: &[f32], weight: &Bf16Weights, panel: usize) {
     let columns = (weight.rows - panel * PANEL).min(PANEL);
     for (row, x) in x.chunks_exact(weight.width).enumerate() {
         let mut sums = [0f32; PANEL];
@@ -56,7 +56,7 @@ macro_rules! kernel {
      $fma:ident, $store:ident, $load:ident, $shift:ident, $and:ident, $all:ident, $float:ident) => {
         #[cfg(target_arch = "x86_64")]
         pub(super) mod $name {
-            use super::{APART, HALF, Half, PAIR, PANEL, Places, STEP};
+            use super::{APART, HALF, Bf16Weights, PAIR, PANEL, Places, STEP};
             use std::arch::x86_64::*;
 
             /// Rows of the matrix in a tile.
@@ -65,7 +65,7 @@ macro_rules! kernel {
             /// # Safety
             /// As of [`Kernel`](super::Kernel).
             #[target_feature(enable = $features)]
-            pub(in super::super) unsafe fn multiply(out: Places, x: &[f32], weight: &Half, panel: usize) {
+            pub(in super::super) unsafe fn multiply(out: Places, x: &[f32], weight: &Bf16Weights, panel: usize) {
                 let rows = x.len() / weight.width;
                 for lane in (0..(weight.rows - panel * PANEL).min(PANEL)).step_by(TILE) {
                     for row in (0..rows).step_by($most) {
@@ -82,7 +82,7 @@ macro_rules! kernel {
             fn tile<const R: usize>(
                 out: Places,
                 x: &[f32],
-                weight: &Half,
+                weight: &Bf16Weights,
                 (row, panel, lane): (usize, usize, usize),
                 (part, parts): (usize, usize),
             ) {

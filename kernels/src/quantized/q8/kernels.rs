@@ -1,7 +1,7 @@
 //! Rows of whole numbers times a panel of the matrix, by instruction set. All sum in one order: their results are the same to
 //! the last bit.
 
-use super::super::super::product::Places;
+use super::super::super::matmul::Places;
 use super::{BLOCK, GROUP, PANEL, Q8, Rows};
 
 /// All rows of `x` with one panel of the matrix.

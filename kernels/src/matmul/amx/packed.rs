@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use rayon::prelude::*;
 
 use super::kernel::{Unit, multiply_block};
-use super::pack::{Form, Operand, PANEL, Room, step};
+use super::pack::{Operand, PANEL, PackedFormat, Room, step};
 use super::{Line, Places, bytes, pack_panels};
 
 /// Multiply-adds that are worth a task of their own.
@@ -24,7 +24,7 @@ pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: 
     let packed = room.lines(size);
     let x = Operand { start: x.as_ptr(), lanes: m, lane: k as isize, depth: 1 };
     // SAFETY: the operand has the sizes that were checked; with the unit there is AVX-512.
-    unsafe { pack_panels::<PARTS>(packed, x, Form::Rows, 0..m, &(0..k), false) };
+    unsafe { pack_panels::<PARTS>(packed, x, PackedFormat::Rows, 0..m, &(0..k), false) };
     let packed = &*packed;
     let out = Places { start: out.as_mut_ptr().cast(), stride: n };
     let steps = k.div_ceil(PANEL);

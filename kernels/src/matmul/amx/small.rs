@@ -11,7 +11,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::kernel::{Unit, multiply_block};
-use super::pack::{Form, Operand, PANEL, Room, pack, step, turn_out};
+use super::pack::{Operand, PANEL, PackedFormat, Room, pack, step, turn_out};
 use super::{Line, Places};
 
 /// Rows of the matrix in a portion.
@@ -35,7 +35,7 @@ pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: 
     let packed = room.lines(m.div_ceil(PANEL) * panel);
     for (at, lines) in packed.chunks_mut(panel / Line::BYTES).enumerate() {
         // SAFETY: the operand has the sizes that were checked; with the unit there is AVX-512.
-        unsafe { pack::<PARTS>(lines, x, Form::Pairs, at * PANEL, 0..k) };
+        unsafe { pack::<PARTS>(lines, x, PackedFormat::Pairs, at * PANEL, 0..k) };
     }
     let packed = &*packed;
     // SAFETY: the operands have the sizes that were checked, and each call writes its columns alone.
@@ -72,7 +72,7 @@ unsafe fn columns<const PARTS: usize>(
             let portion = room.lines(ROWS / PANEL * size);
             for (at, lines) in portion.chunks_mut(size / Line::BYTES).enumerate() {
                 // SAFETY: the operand's sizes are the caller's; the panel has room for as many steps.
-                unsafe { pack::<PARTS>(lines, w, Form::Rows, row + at * PANEL, inner.clone()) };
+                unsafe { pack::<PARTS>(lines, w, PackedFormat::Rows, row + at * PANEL, inner.clone()) };
             }
             fetch(w, if inner.end < k { row } else { row + ROWS }, inner.end % k);
             for (x, sums) in x.chunks(x.len() / panels).zip(&mut sums) {

@@ -42,7 +42,7 @@ unsafe impl Sync for Operand {}
 
 /// How a tile holds an operand.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Form {
+pub(super) enum PackedFormat {
     /// A line is a lane: the left operand.
     Rows,
     /// A line is a pair of steps of 16 lanes: the right operand.
@@ -99,7 +99,7 @@ impl Drop for Room {
 pub(super) unsafe fn pack<const PARTS: usize>(
     dest: &mut [Line],
     operand: Operand,
-    form: Form,
+    form: PackedFormat,
     first: usize,
     inner: Range<usize>,
 ) {
@@ -116,14 +116,14 @@ pub(super) unsafe fn pack<const PARTS: usize>(
             // SAFETY: the lanes and steps that the source counts are there.
             unsafe {
                 match (along, form, lanes == TILE && depth == PANEL) {
-                    (true, Form::Rows, true) => as_it_lies::<true, true, PARTS>(dest, tile),
-                    (true, Form::Rows, false) => as_it_lies::<true, false, PARTS>(dest, tile),
-                    (false, Form::Pairs, true) => as_it_lies::<false, true, PARTS>(dest, tile),
-                    (false, Form::Pairs, false) => as_it_lies::<false, false, PARTS>(dest, tile),
-                    (true, Form::Pairs, true) => turned::<true, true, PARTS>(dest, tile),
-                    (true, Form::Pairs, false) => turned::<true, false, PARTS>(dest, tile),
-                    (false, Form::Rows, true) => turned::<false, true, PARTS>(dest, tile),
-                    (false, Form::Rows, false) => turned::<false, false, PARTS>(dest, tile),
+                    (true, PackedFormat::Rows, true) => as_it_lies::<true, true, PARTS>(dest, tile),
+                    (true, PackedFormat::Rows, false) => as_it_lies::<true, false, PARTS>(dest, tile),
+                    (false, PackedFormat::Pairs, true) => as_it_lies::<false, true, PARTS>(dest, tile),
+                    (false, PackedFormat::Pairs, false) => as_it_lies::<false, false, PARTS>(dest, tile),
+                    (true, PackedFormat::Pairs, true) => turned::<true, true, PARTS>(dest, tile),
+                    (true, PackedFormat::Pairs, false) => turned::<true, false, PARTS>(dest, tile),
+                    (false, PackedFormat::Rows, true) => turned::<false, true, PARTS>(dest, tile),
+                    (false, PackedFormat::Rows, false) => turned::<false, false, PARTS>(dest, tile),
                 }
             }
         }

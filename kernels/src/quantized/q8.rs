@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-use super::super::product::Places;
+use super::super::matmul::Places;
 use super::super::vector::vectorised;
 use super::by_panels;
 
@@ -121,7 +121,7 @@ fn multiply(out: &mut [MaybeUninit<f32>], x: &Rows, weight: &Q8, kernel: kernels
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::product::as_room;
+    use super::super::super::matmul::as_room;
     use super::super::super::testing::{flat, values};
     use super::*;
 

@@ -1,14 +1,14 @@
 //! Matrices in fewer bits than `f32`, for sampling, where a step of few rows is bound by reading them.
 
-mod half;
+mod bf16;
 mod q8;
 
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::product::FEW_ROWS;
+use super::matmul::SMALL_BATCH_ROWS;
 use super::{is_fused, tensor_elements};
-use half::Half;
+use bf16::Bf16Weights;
 use q8::Q8;
 
 /// What a matrix is kept in.
@@ -22,15 +22,15 @@ pub enum Format {
 
 /// A matrix `[out, in]` in a [`Format`], its values the nearest to those that it was made of.
 #[derive(Debug)]
-pub struct Narrow(Kept);
+pub struct Quantized(Kept);
 
 #[derive(Debug)]
 enum Kept {
-    Half(Half),
+    Bf16Weights(Bf16Weights),
     Q8(Q8),
 }
 
-impl Narrow {
+impl Quantized {
     /// `weight` in `format`; none where its width is no multiple of 32, or it is not `f32` in host memory.
     ///
     /// # Errors
@@ -44,7 +44,7 @@ impl Narrow {
         let (storage, layout) = weight.storage_and_layout();
         let weight = tensor_elements(&storage, layout)?;
         Ok(Some(Self(match format {
-            Format::Bf16 => Kept::Half(Half::of(weight, width)),
+            Format::Bf16 => Kept::Bf16Weights(Bf16Weights::of(weight, width)),
             Format::Q8 => Kept::Q8(Q8::of(weight, width)),
         })))
     }
@@ -54,12 +54,12 @@ impl Narrow {
     pub fn linear(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let (columns, own_width) = match &self.0 {
-            Kept::Half(weight) => (weight.rows, weight.width),
+            Kept::Bf16Weights(weight) => (weight.rows, weight.width),
             Kept::Q8(weight) => (weight.rows, weight.width),
         };
-        if width != own_width || rows > FEW_ROWS || x.track_op() || !is_fused(x) {
+        if width != own_width || rows > SMALL_BATCH_ROWS || x.track_op() || !is_fused(x) {
             bail!(
-                "a product with a matrix for sampling: x has shape {:?}; it must have at most {FEW_ROWS} rows of {own_width} in f32 on the cpu, and no gradient",
+                "a product with a matrix for sampling: x has shape {:?}; it must have at most {SMALL_BATCH_ROWS} rows of {own_width} in f32 on the cpu, and no gradient",
                 x.dims()
             )
         }
@@ -69,7 +69,7 @@ impl Narrow {
         let mut out = Vec::with_capacity(rows * columns);
         let room = &mut out.spare_capacity_mut()[..rows * columns];
         match &self.0 {
-            Kept::Half(weight) => weight.multiply(room, rows_of_x),
+            Kept::Bf16Weights(weight) => weight.multiply(room, rows_of_x),
             Kept::Q8(weight) => weight.multiply(room, rows_of_x),
         }
         // SAFETY: there is room for as many, and all were written.
@@ -102,8 +102,8 @@ mod tests {
 
     const FORMATS: [Format; 2] = [Format::Bf16, Format::Q8];
 
-    fn narrow(weight: &Tensor, format: Format) -> Narrow {
-        Narrow::of(weight, format).unwrap().unwrap()
+    fn narrow(weight: &Tensor, format: Format) -> Quantized {
+        Quantized::of(weight, format).unwrap().unwrap()
     }
 
     #[test]
@@ -113,15 +113,22 @@ mod tests {
             x[40] = wrong;
             let x = Tensor::from_vec(x, (1, 64), &Device::Cpu).unwrap();
             let weight = values(2, &[20, 64]);
-            for crowded in [false, true] {
+            for is_large_batch in [false, true] {
                 let linear = |weight: &Tensor, x: &Tensor| {
                     let weight = narrow(weight, format);
-                    flat(&if crowded { super::super::crowded(|| weight.linear(x)) } else { weight.linear(x) }.unwrap())
+                    flat(
+                        &if is_large_batch {
+                            super::super::is_large_batch(|| weight.linear(x))
+                        } else {
+                            weight.linear(x)
+                        }
+                        .unwrap(),
+                    )
                 };
                 let out = linear(&weight, &x);
-                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {crowded}: {out:?}");
+                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {is_large_batch}: {out:?}");
                 let out = linear(&x, &values(1, &[2, 64]));
-                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {crowded}: {out:?}");
+                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {is_large_batch}: {out:?}");
             }
         }
     }
@@ -129,10 +136,13 @@ mod tests {
     #[test]
     fn a_row_does_not_depend_on_its_company_or_on_threads() {
         let (x, weight) = (values(1, &[40, 64]), values(2, &[700, 64]));
-        for (format, crowded) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
+        for (format, is_large_batch) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
             let weight = narrow(&weight, format);
             let linear = |x: &Tensor| {
-                flat(&if crowded { super::super::crowded(|| weight.linear(x)) } else { weight.linear(x) }.unwrap())
+                flat(
+                    &if is_large_batch { super::super::is_large_batch(|| weight.linear(x)) } else { weight.linear(x) }
+                        .unwrap(),
+                )
             };
             let all = linear(&x);
             for threads in [1, 3] {
@@ -148,7 +158,7 @@ mod tests {
     #[test]
     fn what_cannot_be_done_is_refused() {
         for format in FORMATS {
-            assert!(Narrow::of(&values(1, &[3, 33]), format).unwrap().is_none());
+            assert!(Quantized::of(&values(1, &[3, 33]), format).unwrap().is_none());
             let weight = narrow(&values(1, &[3, 32]), format);
             assert!(weight.linear(&values(2, &[65, 32])).is_err());
             assert!(weight.linear(&Var::from_tensor(&values(2, &[2, 32])).unwrap()).is_err());

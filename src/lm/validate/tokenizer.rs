@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use crate::util::bounded;
+use crate::util::read_bounded;
 
 /// Most that an id may be; the largest vocabularies have a quarter of a million.
 const HIGHEST_ID: u32 = (1 << 24) - 1;
@@ -74,7 +74,8 @@ enum Merge {
 /// # Errors
 /// Names the file, and the part of it that is not supported or not sound.
 pub fn read(path: &Path) -> Result<Tokenizer> {
-    let text = bounded::text(path, bounded::TOKENIZER).with_context(|| format!("cannot read {}", path.display()))?;
+    let text =
+        read_bounded::text(path, read_bounded::TOKENIZER).with_context(|| format!("cannot read {}", path.display()))?;
     parse(text.as_bytes()).with_context(|| format!("cannot read {}", path.display()))
 }
 

@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 
 /// How many of something may be under way at once.
 #[derive(Debug)]
-pub struct Knob {
+pub struct AdjustableLimit {
     low: usize,
     high: usize,
     value: AtomicUsize,
@@ -15,7 +15,7 @@ pub struct Knob {
     bell: Notify,
 }
 
-impl Knob {
+impl AdjustableLimit {
     /// At the top of `low` to `high`, both at least one.
     pub fn new(low: usize, high: usize) -> Self {
         let high = high.max(1);
@@ -59,7 +59,7 @@ impl Knob {
 }
 
 /// One that is under way.
-pub struct UnderWay<'a>(&'a Knob);
+pub struct UnderWay<'a>(&'a AdjustableLimit);
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
@@ -77,7 +77,7 @@ mod tests {
 
     #[tokio::test]
     async fn no_more_are_under_way_than_it_says_and_all_come_through() {
-        let knob = Arc::new(Knob::new(1, 4));
+        let knob = Arc::new(AdjustableLimit::new(1, 4));
         let most = Arc::new(AtomicUsize::new(0));
         let spawn = || {
             let (knob, most) = (Arc::clone(&knob), Arc::clone(&most));

@@ -7,11 +7,11 @@
 //! beside, and on however many threads.
 
 #[cfg(target_arch = "x86_64")]
-mod crowd;
+mod amx;
 #[cfg(target_arch = "x86_64")]
-mod few;
+mod gemm_lanes;
 #[cfg(target_arch = "x86_64")]
-mod tiles;
+mod gemv_small;
 
 use std::cell::Cell;
 use std::mem::MaybeUninit;
@@ -22,11 +22,11 @@ use gemm::Parallelism;
 use super::vector::dot;
 
 /// Rows of input up to which the kernel for few rows is used.
-pub const FEW_ROWS: usize = 64;
+pub const SMALL_BATCH_ROWS: usize = 64;
 
 /// Rows of input above which, were they always as many, they go by the kernels for crowds: with a lane for each row, or in
 /// the tile unit. (Either takes as long for one row as for these.)
-pub const CROWD: usize = 16;
+pub const LARGE_BATCH_ROWS: usize = 16;
 
 /// Parts of `bf16` that a value of `f32` is taken as in the tile unit.
 static PARTS: AtomicUsize = AtomicUsize::new(3);
@@ -44,7 +44,7 @@ pub fn set_parts(parts: usize) {
 /// Whether this processor has a tile unit (Intel AMX) that the process may use.
 pub fn has_tile_unit() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return tiles::available();
+    return amx::available();
     #[cfg(not(target_arch = "x86_64"))]
     false
 }
@@ -55,9 +55,9 @@ thread_local! {
 
 /// Calls `f`; the products with few rows that this thread begins meanwhile go by the kernels for crowds.
 ///
-/// For a caller that usually has more than [`CROWD`] of them. The last bits of a result are not those that it has elsewhere,
+/// For a caller that usually has more than [`LARGE_BATCH_ROWS`] of them. The last bits of a result are not those that it has elsewhere,
 /// so such a caller has to do it however many there are at the time: then a row's result does not depend on its company.
-pub fn crowded<R>(f: impl FnOnce() -> R) -> R {
+pub fn is_large_batch<R>(f: impl FnOnce() -> R) -> R {
     struct Before(bool);
     impl Drop for Before {
         fn drop(&mut self) {
@@ -102,7 +102,7 @@ const PARALLEL_FROM: usize = 1 << 21;
 /// `x [m, k] · w [n, k]ᵀ`, `[m, n]`.
 pub(super) fn transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
     let (m, n) = (x.len() / k, w.len() / k);
-    if m <= FEW_ROWS {
+    if m <= SMALL_BATCH_ROWS {
         // SAFETY: all of it is written.
         return unsafe { made([m, k, n], |out| few_times_transposed(room(out, m * n), x, w, k)) };
     }
@@ -161,7 +161,7 @@ pub(super) fn as_room(out: &mut [f32]) -> &mut [MaybeUninit<f32>] {
 pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
-    if m > FEW_ROWS {
+    if m > SMALL_BATCH_ROWS {
         let (k_, n_) = (k as isize, n as isize);
         // SAFETY: the strides cover the slices, whose sizes were checked.
         return unsafe { product(out.as_mut_ptr(), [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_)) };
@@ -169,25 +169,25 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
     few_times_transposed(as_room(out), x, w, k);
 }
 
-/// The same for up to [`FEW_ROWS`], all of which it writes.
+/// The same for up to [`SMALL_BATCH_ROWS`], all of which it writes.
 fn few_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     #[cfg(target_arch = "x86_64")]
     if CROWDED.get() && m * k * n > 0 {
-        if tiles::available() {
+        if amx::available() {
             return match PARTS.load(Relaxed) {
-                1 => tiles::multiply_few::<1>(out, x, w, [m, k, n]),
-                2 => tiles::multiply_few::<2>(out, x, w, [m, k, n]),
-                _ => tiles::multiply_few::<3>(out, x, w, [m, k, n]),
+                1 => amx::multiply_few::<1>(out, x, w, [m, k, n]),
+                2 => amx::multiply_few::<2>(out, x, w, [m, k, n]),
+                _ => amx::multiply_few::<3>(out, x, w, [m, k, n]),
             };
         }
-        if crowd::multiply(out, x, w, [m, k, n]) {
+        if gemm_lanes::multiply(out, x, w, [m, k, n]) {
             return;
         }
     }
     #[cfg(target_arch = "x86_64")]
-    if few::multiply(out, x, w, [m, k, n]) {
+    if gemv_small::multiply(out, x, w, [m, k, n]) {
         return;
     }
     plain_times_transposed(out, x, w, k);
@@ -195,14 +195,14 @@ fn few_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: u
 
 /// `out [m, n] = x [m, k] · w [n, k]ᵀ` for few rows and a matrix in `bf16` that lies as the tile unit takes it: panels of 32
 /// rows, steps of 32 columns, two halves of the rows, pairs of columns 16 apart. False, and nothing done, where this thread's
-/// products do not go by the [crowds'](crowded) kernels or there is no such unit.
+/// products do not go by the [crowds'](is_large_batch) kernels or there is no such unit.
 pub(super) fn multiply_packed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[Line], sizes: [usize; 3]) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if CROWDED.get() && tiles::available() {
+    if CROWDED.get() && amx::available() {
         match PARTS.load(Relaxed) {
-            1 => tiles::multiply_packed::<1>(out, x, w, sizes),
-            2 => tiles::multiply_packed::<2>(out, x, w, sizes),
-            _ => tiles::multiply_packed::<3>(out, x, w, sizes),
+            1 => amx::multiply_packed::<1>(out, x, w, sizes),
+            2 => amx::multiply_packed::<2>(out, x, w, sizes),
+            _ => amx::multiply_packed::<3>(out, x, w, sizes),
         }
         return true;
     }
@@ -214,7 +214,7 @@ pub(super) fn multiply_packed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[Line
 pub(super) fn add_times_transposed(sum: &mut [f32], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), sum.len()), (m * k, n * k, m * n), "sizes of a product");
-    if m <= FEW_ROWS {
+    if m <= SMALL_BATCH_ROWS {
         let product = transposed_product(x, w, k);
         return sum.iter_mut().zip(product).for_each(|(sum, part)| *sum += part);
     }
@@ -275,16 +275,16 @@ unsafe fn product(
     let threads = rayon::current_num_threads();
     let split = threads > 1 && m * k * n >= PARALLEL_FROM;
     #[cfg(target_arch = "x86_64")]
-    if tiles::pays([m, k, n], PARTS.load(Relaxed)) && tiles::available() {
-        let left = tiles::Operand { start: x.0, lanes: m, lane: x.1, depth: x.2 };
-        let right = tiles::Operand { start: w.0, lanes: n, lane: w.2, depth: w.1 };
+    if amx::pays([m, k, n], PARTS.load(Relaxed)) && amx::available() {
+        let left = amx::Operand { start: x.0, lanes: m, lane: x.1, depth: x.2 };
+        let right = amx::Operand { start: w.0, lanes: n, lane: w.2, depth: w.1 };
         let out = (out, stride as usize);
         // SAFETY: the caller's; the unit is there.
         return unsafe {
             match PARTS.load(Relaxed) {
-                1 => tiles::multiply::<1>(out, k, add, [left, right], split),
-                2 => tiles::multiply::<2>(out, k, add, [left, right], split),
-                _ => tiles::multiply::<3>(out, k, add, [left, right], split),
+                1 => amx::multiply::<1>(out, k, add, [left, right], split),
+                2 => amx::multiply::<2>(out, k, add, [left, right], split),
+                _ => amx::multiply::<3>(out, k, add, [left, right], split),
             }
         };
     }
@@ -367,14 +367,14 @@ mod tests {
     #[test]
     fn a_row_does_not_depend_on_its_company_or_on_threads() {
         check_company();
-        crowded(check_company);
+        is_large_batch(check_company);
         assert!(!CROWDED.get());
     }
 
     fn check_company() {
         let (k, n) = (200, 301);
-        let (x, w) = (values(FEW_ROWS * k, 3), values(n * k, 4));
-        let mut together = vec![0.0; FEW_ROWS * n];
+        let (x, w) = (values(SMALL_BATCH_ROWS * k, 3), values(n * k, 4));
+        let mut together = vec![0.0; SMALL_BATCH_ROWS * n];
         times_transposed(&mut together, &x, &w, k);
         for threads in [1, 3] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -383,7 +383,7 @@ mod tests {
                 let mut times = || times_transposed(&mut out, &x[first * k..(first + rows) * k], &w, k);
                 // Within the pool another thread begins the product.
                 if CROWDED.get() {
-                    pool.install(|| crowded(times))
+                    pool.install(|| is_large_batch(times))
                 } else {
                     pool.install(&mut times)
                 }

@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-use super::super::product::{Line, Places, multiply_packed};
+use super::super::matmul::{Line, Places, multiply_packed};
 use super::super::vector::vectorised;
 use super::by_panels;
 
@@ -24,14 +24,14 @@ const PAIR: usize = 4;
 
 /// A matrix `[out, in]` in `bf16`.
 #[derive(Debug)]
-pub(super) struct Half {
+pub(super) struct Bf16Weights {
     pub(super) rows: usize,
     pub(super) width: usize,
     /// `[panels, in / 32, 2, 16]`: a line has of each row of a half the values of two columns that are 16 apart.
     lines: Vec<Line>,
 }
 
-impl Half {
+impl Bf16Weights {
     /// The nearest of such matrices to the rows of `width` given, at least one; the width is a multiple of 32.
     pub(super) fn of(weight: &[f32], width: usize) -> Self {
         let rows = weight.len() / width;
@@ -83,7 +83,7 @@ fn round<FMA>(pairs: &mut [u32], row: &[f32]) {
 }
 
 /// All rows of `x` with all of the matrix, into `out` `[T, out]`.
-fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], weight: &Half, kernel: kernels::Kernel) {
+fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], weight: &Bf16Weights, kernel: kernels::Kernel) {
     let rows = x.len() / weight.width;
     assert_eq!((x.len(), out.len()), (rows * weight.width, rows * weight.rows), "sizes of a product");
     let out = Places { start: out.as_mut_ptr().cast(), stride: weight.rows };
@@ -93,9 +93,9 @@ fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], weight: &Half, kernel: kern
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::product::as_room;
+    use super::super::super::matmul::as_room;
     use super::super::super::testing::{flat, values};
-    use super::super::super::{crowded, has_tile_unit};
+    use super::super::super::{has_tile_unit, is_large_batch};
     use super::*;
     use candle_core::{DType, Device, Tensor};
 
@@ -104,7 +104,7 @@ mod tests {
         tensor.to_dtype(DType::F32).unwrap().to_vec1().unwrap()[0]
     }
 
-    fn element(weight: &Half, row: usize, column: usize) -> f64 {
+    fn element(weight: &Bf16Weights, row: usize, column: usize) -> f64 {
         let (step, within) = (column / STEP, column % STEP);
         let line = step * 2 * APART + row % PANEL / HALF * APART + within % APART;
         let pair = u32::from_le_bytes(weight.panel(row / PANEL)[line].0.as_chunks::<PAIR>().0[row % HALF]);
@@ -117,7 +117,7 @@ mod tests {
         for (rows, width, columns) in [(1, 32, 5), (7, 96, 16), (13, 64, 33), (33, 160, 40), (64, 32, 70)] {
             let [x, weight] = [values(1, &[rows, width]), values(2, &[columns, width])]
                 .map(|t| flat(&t).iter().map(|value| *value as f32).collect::<Vec<_>>());
-            let half = Half::of(&weight, width);
+            let half = Bf16Weights::of(&weight, width);
             for (i, w) in weight.iter().enumerate() {
                 let value = element(&half, i / width, i % width);
                 assert_eq!(value, f64::from(rounded(*w)), "{i}: for {w}");
@@ -144,7 +144,7 @@ mod tests {
                 assert_eq!(run(kernels::avx2::multiply), plain);
             }
             let mut out = vec![f32::NAN; rows * columns];
-            crowded(|| half.multiply(as_room(&mut out), &x));
+            is_large_batch(|| half.multiply(as_room(&mut out), &x));
             check(&out);
             assert!(width < 64 || (out != plain) == has_tile_unit(), "the tile unit sums in another order");
         }
@@ -157,7 +157,7 @@ mod tests {
         row[..special.len()].copy_from_slice(&special);
         // The lowest bits of a NaN alone say that it is one.
         row[20] = f32::from_bits(0x7f80_0001);
-        let half = Half::of(&row, STEP);
+        let half = Bf16Weights::of(&row, STEP);
         for (column, value) in row.iter().enumerate() {
             let (got, want) = (element(&half, 0, column) as f32, rounded(*value));
             assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{value}: {got} for {want}");

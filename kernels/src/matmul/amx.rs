@@ -10,10 +10,10 @@
 //! What is not finite is not finite in the result: an infinity may become NaN, and a value within 2⁻⁹ of the greatest one an
 //! infinity.
 
-mod few;
 mod kernel;
 mod pack;
 mod packed;
+mod small;
 
 use std::ops::Range;
 
@@ -21,12 +21,12 @@ use rayon::prelude::*;
 
 use super::{Line, Places};
 use kernel::{Unit, multiply_block};
-use pack::{Form, PANEL, Room, pack, step};
+use pack::{PANEL, PackedFormat, Room, pack, step};
 
-pub(super) use few::multiply as multiply_few;
 pub(super) use kernel::available;
 pub(super) use pack::Operand;
 pub(super) use packed::multiply as multiply_packed;
+pub(super) use small::multiply as multiply_few;
 
 /// Inner width that is packed at a time.
 const DEPTH: usize = 576;
@@ -71,7 +71,7 @@ pub(super) unsafe fn multiply<const PARTS: usize>(
             let inner = from..(from + depth).min(k);
             let packed = packed.lines(bytes::<PARTS>(columns.len(), inner.len()));
             // SAFETY: the operand's sizes are the caller's; with the unit there is AVX-512.
-            unsafe { pack_panels::<PARTS>(packed, right, Form::Pairs, columns.clone(), &inner, split) };
+            unsafe { pack_panels::<PARTS>(packed, right, PackedFormat::Pairs, columns.clone(), &inner, split) };
             let packed = &*packed;
             let block = |at: usize| {
                 let rows = at * ROWS..((at + 1) * ROWS).min(m);
@@ -79,7 +79,7 @@ pub(super) unsafe fn multiply<const PARTS: usize>(
                 let mut room = Room::left(size);
                 let lines = room.lines(size);
                 // SAFETY: as above.
-                unsafe { pack_panels::<PARTS>(lines, left, Form::Rows, rows.clone(), &inner, false) };
+                unsafe { pack_panels::<PARTS>(lines, left, PackedFormat::Rows, rows.clone(), &inner, false) };
                 let (operands, add) = ([&*lines, packed], add || from > 0);
                 // SAFETY: the unit and the sizes are the caller's.
                 unsafe { rows_of::<PARTS>(out, rows, columns.clone(), operands, inner.len(), add) };
@@ -110,7 +110,7 @@ fn bytes<const PARTS: usize>(lanes: usize, inner: usize) -> usize {
 unsafe fn pack_panels<const PARTS: usize>(
     lines: &mut [Line],
     operand: Operand,
-    form: Form,
+    form: PackedFormat,
     lanes: Range<usize>,
     inner: &Range<usize>,
     split: bool,
