@@ -31,18 +31,19 @@ use anyhow::Result;
 use preceptor_actors::{Outcome, SnapshotCell, spawn_graph};
 
 use crate::config::{Config, Mode};
+use crate::lm::precision;
 use crate::observe::monitor::Monitor;
 use crate::observe::progress::Progress;
 use crate::observe::serve::{Token, serve, upkeep};
 use crate::observe::telemetry;
+use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::setup::{Prepared, budget, prepare_within};
 use crate::pipeline::topology::Node;
-use crate::pipeline::topology::labelers::{JudgeBackend, labeler};
+use crate::pipeline::topology::labelers::labeler;
 use crate::run::checkpoint::{CheckpointFormat, CheckpointStore, Identity, Opened, WinRates, Writer, Written};
 use crate::run::controller::{AdjustableLimits, Controller};
 use crate::say;
 use crate::tools::check;
-use crate::util::device;
 use crate::util::exit::refusal;
 use crate::util::limit::AdjustableLimit;
 use crate::util::signals::{self, Interrupted};
@@ -202,7 +203,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
     let published = Arc::clone(state.published());
     let fingerprint = published.weights().fingerprint()?;
     let cell = Arc::new(SnapshotCell::new(start, fingerprint, published));
-    let dtype = device::dtype(config.checkpoint.dtype);
+    let dtype = precision::dtype(config.checkpoint.dtype);
     let form = Arc::new(CheckpointFormat::new(
         &config,
         (prepared.tokenizer.clone(), &prepared.origin),

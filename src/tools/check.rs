@@ -10,11 +10,10 @@ use crate::config::{
     WeightDtype,
 };
 use crate::observe::serve::Token;
+use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::templates::{Preamble, TemplateSet};
 use crate::pipeline::setup::{Prepared, prepare};
-use crate::pipeline::topology::labelers::JudgeBackend;
 use crate::pipeline::topology::learning::lora;
-use crate::pipeline::topology::{needs_labels, trainer_plan};
 use crate::util::device;
 use crate::util::process;
 
@@ -134,7 +133,7 @@ impl Sizes {
         };
         let judges = prepared.judges(config).map(of).sum();
         let start = prepared.reward_start.as_ref().map_or(parameters, |start| start.model.config().parameters() as f64);
-        let reward_model = if trainer_plan(config).is_some() { start } else { 0.0 };
+        let reward_model = if config.has_reward_model() { start } else { 0.0 };
         let value_model = if config.learner.value_model == ValueKind::Model { parameters } else { 0.0 };
         Ok(Self { parameters, trained, judges, reward_model, value_model })
     }
@@ -306,7 +305,7 @@ fn limited(device: &Device) -> String {
 
 /// Threads of the stages that compute here, and the cores for them.
 fn threads(config: &Config) -> String {
-    let labels_here = needs_labels(config) && config.labeler.methods.iter().any(|method| method.remote.is_none());
+    let labels_here = config.needs_labels() && config.labeler.methods.iter().any(|method| method.remote.is_none());
     let stages = [
         ("rollout", config.rollout.workers, config.rollout.threads),
         ("labeler", if labels_here { config.labeler.workers } else { 0 }, config.labeler.threads),
@@ -373,7 +372,7 @@ fn tokens(config: &Config, prompt: usize) -> String {
 /// What each judge is asked, and what it costs.
 fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
     let (learner, evaluation) = (&config.learner, &config.evaluation);
-    let mut lines = if needs_labels(config) {
+    let mut lines = if config.needs_labels() {
         let (size, steps) = (config.rollout.group_size, config.run.steps as f64);
         let pairs = config.labeler.pairs.pairs(size).len();
         asked(

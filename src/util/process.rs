@@ -1,6 +1,9 @@
 //! The process: settings that must stand before the first tensor and the first thread, and what it uses.
 
 mod cgroup;
+pub mod descriptors;
+pub mod file_system;
+pub mod sqlite;
 
 use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};

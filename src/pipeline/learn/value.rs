@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor, Var};
 
 use super::state::restore_params;
 use crate::lm::model::{Decoder, Pack};
-use kernels::{self, AdamW, AdamWConfig, Frozen, Gradients};
+use kernels::{AdamW, AdamWConfig, Frozen, Gradients};
 
 /// V(s) = h·w + b. On the policy's hidden states, whose gradient is cut, the baseline learns from the policy's features
 /// and does not pull on them; with a decoder of its own it learns its features too, at the price of a second model.

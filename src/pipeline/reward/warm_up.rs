@@ -10,7 +10,6 @@ use rand_chacha::ChaCha8Rng;
 
 use super::stage::{labeled_pairs, refusal};
 use super::trainer::{RewardTrainer, TrainerStep, agreement};
-use crate::observe::telemetry;
 use crate::types::{Group, Labeled};
 use crate::util::seed::mix;
 
@@ -73,7 +72,7 @@ impl WarmUp {
 
     fn tell(&mut self, trainer: &RewardTrainer, step: Option<&TrainerStep>) {
         self.done += 1;
-        telemetry::reward_model(trainer, step);
+        trainer.publish(step);
         let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
         observer.group(self.done);
         if let Some(step) = step {
@@ -132,7 +131,7 @@ impl Stage for WarmUp {
             }
         }
         let step = trainer.step()?;
-        telemetry::reward_model(&trainer, step.as_ref());
+        trainer.publish(step.as_ref());
         if trainer.version() == 0 {
             let why = match &self.unlabeled {
                 _ if self.labeled > 0 => {
