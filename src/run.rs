@@ -136,7 +136,7 @@ pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepte
         began.elapsed().as_secs_f64()
     );
 
-    for line in check::shortages(&config, &prepared)? {
+    for line in check::shortages(&config, &prepared).map_err(refusal)? {
         say!("{line}");
     }
     let judge = resume::judge_contents(&config, &prepared)?;

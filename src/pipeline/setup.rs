@@ -501,6 +501,12 @@ fn as_asked(weights: u64, tokenizer: &Tokenizer, chat: bool) -> u64 {
 /// A penalty for completions that do not end, which all would get.
 fn check_ends(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
     let rollout = &config.rollout;
+    if let Some(id) = rollout.stop_ids.iter().find(|id| tokenizer.token(**id).is_none()) {
+        bail!(
+            "rollout.stop_ids has the id {id}, and the policy's tokenizer has no such token; its ids are below {}",
+            tokenizer.vocab_size()
+        );
+    }
     if let Some(end) = tokenizer.end_by_template_alone() {
         tracing::warn!(
             "the policy's config.json, generation_config.json and tokenizer name no end token; completions end with {end:?}, which its chat template writes after an answer"

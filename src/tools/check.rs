@@ -2,7 +2,7 @@
 
 mod growth;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_core::Device;
 
 use crate::config::{
@@ -51,7 +51,9 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
             groups as f64 / data.len() as f64
         ),
     ];
-    lines.extend(sizes.loads(config, &prepared).iter().map(|load| load.line(config)));
+    let loads = sizes.loads(config, &prepared);
+    lines.extend(loads.iter().map(|load| load.line(config)));
+    loads.iter().try_for_each(|load| load.ensure_room(config))?;
     lines.push(threads(config));
     lines.extend([disk(config, &sizes), tokens(config, mean_prompt(data)?)]);
     lines.extend(growth::growth(config, data)?);
@@ -92,9 +94,12 @@ pub(crate) fn memory_bytes(config: &Config, prepared: &Prepared) -> Result<f64> 
 /// Lines about devices that have less free memory than a run needs.
 ///
 /// # Errors
-/// As [`memory_bytes`].
+/// As [`memory_bytes`]; weights and optimizer state that the machine cannot hold.
 pub(crate) fn shortages(config: &Config, prepared: &Prepared) -> Result<Vec<String>> {
     let loads = Sizes::of(config, prepared)?.loads(config, prepared);
+    for load in &loads {
+        load.ensure_room(config)?;
+    }
     let short = |load: &&Load| {
         device::available_bytes(&load.device).is_some_and(|there| load.weights + load.activations > there as f64)
     };
@@ -239,7 +244,24 @@ struct Load {
     activations: f64,
 }
 
+/// Share of the machine's memory above which a run is refused for its weights and optimizer state. Their size is known to
+/// a few percent.
+const CERTAINLY_TOO_MUCH: f64 = 1.1;
+
 impl Load {
+    /// Checks that the machine, or the control group, has as much memory as the weights and the optimizer's state take.
+    fn ensure_room(&self, config: &Config) -> Result<()> {
+        let Some(total) = process::total_bytes().filter(|_| self.device.is_cpu()) else { return Ok(()) };
+        ensure!(
+            self.weights <= CERTAINLY_TOO_MUCH * total as f64,
+            "{} of weights and optimizer state cannot be held on {}, which has {} of memory; use a smaller model, train adapters (policy.lora), or raise the limit of memory",
+            gib(self.weights),
+            place(&self.name, config),
+            gib(total as f64),
+        );
+        Ok(())
+    }
+
     fn line(&self, config: &Config) -> String {
         let whole = self.weights + self.activations;
         format!(

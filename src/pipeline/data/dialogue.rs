@@ -59,6 +59,10 @@ impl Dialogue {
             Value::String(text) => {
                 let python =
                     text.trim_start().starts_with("[{'") && ["'role':", "'from':"].iter().any(|key| text.contains(key));
+                if let Some(list) = messages_in(text) {
+                    notes.add("a text that holds messages as JSON is read as these messages");
+                    return Self::read(&Value::Array(list), notes);
+                }
                 ensure!(!python, "is a list of messages in Python's notation, as one text; write it in JSON");
                 Self::single(text)
             }
@@ -295,6 +299,15 @@ fn text_of(content: &Value, number: usize) -> Result<String> {
 
 fn not_text(value: &Value) -> String {
     format!("is {}, and must be a text or a list of messages", super::described(value))
+}
+
+/// Returns the messages that a text holds as JSON: a list of objects that each have `role` or `from`.
+pub(super) fn messages_in(text: &str) -> Option<Vec<Value>> {
+    if !text.trim_start().starts_with("[{") {
+        return None;
+    }
+    let list: Vec<Value> = serde_json::from_str(text).ok()?;
+    list.iter().all(|one| one.get("role").or(one.get("from")).is_some()).then_some(list)
 }
 
 #[cfg(test)]

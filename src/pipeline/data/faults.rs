@@ -68,13 +68,15 @@ impl Faults {
         self.lines.len() + self.more
     }
 
-    /// Refuses the data set, or returns a report of the rows that are left out, as `on_bad` says; none without faults.
+    /// Refuses the data set, or returns a report of the rows that are left out, as `on_bad` says; none without faults. With
+    /// `all`, no row is left, and the data set is refused in any case.
     ///
     /// # Errors
     /// With [`OnBad::Error`], the faults if there are any.
-    pub(super) fn report(self, on_bad: OnBad) -> Result<Option<String>> {
+    pub(super) fn report(self, on_bad: OnBad, all: bool) -> Result<Option<String>> {
         let Some(listed) = self.listed() else { return Ok(None) };
         match on_bad {
+            OnBad::Skip if all => bail!("the data set cannot be used: none of its rows can be read:\n{listed}"),
             OnBad::Error => bail!(
                 "the data set cannot be used; mend these rows, or leave them out by data.on_bad = \"skip\":\n{listed}"
             ),

@@ -38,6 +38,8 @@ pub struct WarmUp {
     held_out: Vec<WarmUpProgress>,
     /// Labeled pairs so far, and why the first one without a label has none.
     labeled: usize,
+    /// Labeled pairs of which one answer is better.
+    decided: usize,
     unlabeled: Option<String>,
 }
 
@@ -46,6 +48,9 @@ struct WarmUpProgress {
     group: Group,
     pairs: Vec<(usize, usize, f64)>,
 }
+
+/// Begins the error of a warm-up in which the reward model learned from no pair.
+pub const NOTHING_LEARNED: &str = "the reward model learned from nothing in its warm-up";
 
 impl WarmUp {
     /// A warm-up of `epochs` over the groups that arrive, from number 0.
@@ -66,6 +71,7 @@ impl WarmUp {
             kept: Vec::new(),
             held_out: Vec::new(),
             labeled: 0,
+            decided: 0,
             unlabeled: None,
         }
     }
@@ -83,6 +89,7 @@ impl WarmUp {
     fn take(&mut self, labeled: Labeled) -> anyhow::Result<()> {
         let pairs = labeled_pairs(labeled.feedback.as_ref());
         self.labeled += pairs.len();
+        self.decided += pairs.iter().filter(|(_, _, p)| *p != 0.5).count();
         if pairs.is_empty() && self.unlabeled.is_none() {
             let verdicts = labeled.feedback.iter().flat_map(|one| one.preferences.iter().map(|one| &one.verdict));
             self.unlabeled = Some(refusal(verdicts));
@@ -132,6 +139,11 @@ impl Stage for WarmUp {
         }
         let step = trainer.step()?;
         trainer.publish(step.as_ref());
+        if self.labeled > 0 && self.decided == 0 {
+            let words =
+                format!("{NOTHING_LEARNED}: each of {} labeled pairs is a tie (a probability of ½)", self.labeled);
+            return Err(StageError::fatal(words));
+        }
         if trainer.version() == 0 {
             let why = match &self.unlabeled {
                 _ if self.labeled > 0 => {
@@ -141,7 +153,7 @@ impl Stage for WarmUp {
                 Some(why) => format!("of {} groups none has a labeled pair, the first since {why}", self.next),
                 None => "no pair was given to it".to_owned(),
             };
-            return Err(StageError::fatal(format!("the reward model learned from nothing in its warm-up: {why}")));
+            return Err(StageError::fatal(format!("{NOTHING_LEARNED}: {why}")));
         }
         let (mut right, mut pairs) = (0.0, 0);
         for WarmUpProgress { group, pairs: labeled } in &self.held_out {
