@@ -52,7 +52,7 @@ impl Slab {
     /// If a length is not a multiple of `KV · hd`, or the two lengths differ.
     pub fn push(&mut self, keys: &[f32], values: &[f32]) {
         let row = self.kv_heads * self.width;
-        assert!(keys.len() == values.len() && keys.len().is_multiple_of(row), "complete tokens with as many keys as values");
+        assert!(keys.len() == values.len() && keys.len().is_multiple_of(row), "complete tokens of keys and of values");
         self.values.extend_from_slice(values);
         for key in keys.chunks_exact(row) {
             let lane = self.len % LANES;
