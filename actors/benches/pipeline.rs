@@ -50,7 +50,7 @@ fn pipeline(criterion: &mut Criterion) {
             b.iter_custom(|rounds| (0..rounds).map(|_| run(Clock::real(), ITEMS, layers, 1, Duration::ZERO)).sum());
         });
     }
-    // Items that are short for a stage that computes.
+    // Items whose processing time is short for a computing stage.
     const FEW: u64 = 1000;
     group.throughput(Throughput::Elements(FEW));
     group.bench_function("three edges, items of 200 µs", |b| {

@@ -126,7 +126,7 @@ struct Sinks {
     sums: HashMap<TensorId, Tensor>,
     /// Parameters whose accumulators have received a gradient.
     reached: HashSet<TensorId>,
-    /// All parameters.
+    /// All parameters of the pass.
     params: Vec<Var>,
     /// Gradients found by nested passes, which are not registered in candle's gradient store.
     absorbed: HashMap<TensorId, Vec<Tensor>>,

@@ -62,11 +62,11 @@ struct StepSizes {
     beta1: f32,
     beta2: f32,
     eps: f32,
-    /// `1 − lr · weight_decay`.
+    /// Factor of the parameter, `1 − lr · weight_decay`.
     keep: f32,
-    /// `lr / (1 − β1ᵗ)`.
+    /// Step size with the first moment's bias correction, `lr / (1 − β1ᵗ)`.
     rate: f32,
-    /// `1 / sqrt(1 − β2ᵗ)`.
+    /// Bias correction of the second moment's square root, `1 / sqrt(1 − β2ᵗ)`.
     root_correction: f32,
     clip: f32,
 }
@@ -145,7 +145,7 @@ impl AdamW {
     /// first; a step that runs while the export is held copies the moments that it changes.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// If a tensor operation fails.
     pub fn export(&self) -> Result<Vec<(String, Frozen)>> {
         let step = u32::try_from(self.step).map_err(candle_core::Error::wrap)?;
         let mut out = vec![(STEP.to_string(), Frozen::Tensor(Tensor::new(step, &Device::Cpu)?))];

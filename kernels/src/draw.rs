@@ -26,7 +26,7 @@ pub fn draw_from_row(row: &[f32], inv_t: f32, share: f64) -> (usize, f32) {
 /// sampled; the others count in the log-probability.
 ///
 /// # Errors
-/// Tensor errors only.
+/// If a tensor operation fails.
 pub fn draw_from_rows(rows: &Tensor, drawn: usize, inv_t: f32, shares: &[f64]) -> Result<Vec<(usize, f32)>> {
     /// Number of elements per block; it keeps both transfers short: a row of 50,000 has about a hundred blocks.
     const BLOCK: usize = 512;

@@ -9,9 +9,9 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 /// Activation of a gate: `g · σ(s(g))`, with σ the logistic function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
-    /// `s(g) = g`: SwiGLU.
+    /// SwiGLU: `s(g) = g`.
     Silu,
-    /// `s(g) = 2·√(2/π)·(g + 0.044715·g³)`: GeGLU, with the form of GELU that uses tanh (Hendrycks & Gimpel 2016).
+    /// GeGLU with the tanh approximation of GELU (Hendrycks & Gimpel 2016): `s(g) = 2·√(2/π)·(g + 0.044715·g³)`.
     GeluTanh,
 }
 

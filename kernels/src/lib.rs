@@ -205,7 +205,7 @@ mod testing {
     use super::*;
     use candle_core::{Device, Var};
 
-    /// Reproducible values in about [-2, 2].
+    /// Returns reproducible values in about [-2, 2].
     pub fn values(seed: u64, shape: &[usize]) -> Tensor {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let count = shape.iter().product();

@@ -9,22 +9,22 @@ use super::{accumulate_product, accumulate_vector, with_elements};
 /// Linear map `W·x + b + s·B·A·x`; the bias and the adapter are optional.
 #[derive(Debug, Clone)]
 pub struct Matrix {
-    /// W, `[out, in]`.
+    /// Weight W, `[out, in]`.
     pub weight: Tensor,
-    /// b, `[out]`.
+    /// Bias b, `[out]`, if any.
     pub bias: Option<Tensor>,
-    /// Low-rank adapter: A, B and s.
+    /// Low-rank adapter (A, B and s), if any.
     pub adapter: Option<Adapter>,
 }
 
 /// Low-rank adapter (Hu et al. 2021) of a matrix `[out, in]`, which adds `s·B·A·x`.
 #[derive(Debug, Clone)]
 pub struct Adapter {
-    /// A, `[r, in]`.
+    /// Matrix A, `[r, in]`.
     pub a: Tensor,
-    /// B, `[out, r]`.
+    /// Matrix B, `[out, r]`.
     pub b: Tensor,
-    /// s, the scale.
+    /// Scale s of the product.
     pub scale: f64,
 }
 

@@ -36,7 +36,7 @@ impl Quantized {
     /// `f32` in host memory.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// If a tensor operation fails.
     pub fn of(weight: &Tensor, format: Format) -> Result<Option<Self>> {
         let (rows, width) = weight.dims2()?;
         if !is_fused(weight) || !width.is_multiple_of(32) || rows * width == 0 {

@@ -83,8 +83,8 @@ impl TreeMask {
         &self.runs
     }
 
-    /// Returns the additive mask `[T, cached + T]`: 0 for visible columns, −∞ elsewhere. It is computed once per window and
-    /// device.
+    /// Returns the additive mask `[T, cached + T]`: 0 for visible columns, −∞ elsewhere. It is computed once per window
+    /// and device.
     ///
     /// # Errors
     /// If the device cannot hold it.

@@ -33,9 +33,9 @@ const ZERO: u8 = 128;
 pub(super) struct Q8 {
     pub(super) rows: usize,
     pub(super) width: usize,
-    /// `[panels, in / 4]`.
+    /// Values, `[panels, in / 4]`.
     values: Vec<Lanes>,
-    /// `[panels, in / 32, 16]`.
+    /// Scales, `[panels, in / 32, 16]`.
     scales: Vec<[f32; PANEL]>,
 }
 
@@ -94,9 +94,9 @@ fn quantise<FMA>(values: &mut [i8], scales: &mut [f32], row: &[f32]) {
 /// Input rows, quantized in the same way and stored row by row.
 struct Rows {
     width: usize,
-    /// `[T, in]`.
+    /// Values, `[T, in]`.
     values: Vec<i8>,
-    /// `[T, in / 32]`.
+    /// Scales, `[T, in / 32]`.
     scales: Vec<f32>,
     /// `[T, in / 32]`: initial values of the blocks' integer sums, which compensate the offset [`ZERO`] of the matrix's
     /// values.

@@ -142,7 +142,12 @@ impl ModelConfig {
         if let Some(window) = &self.window
             && (window.size == 0 || window.layers.len() != self.layers)
         {
-            bail!("a window of {} tokens in {} of {} layers", window.size, window.layers.len(), self.layers);
+            bail!(
+                "the window has {} tokens and is listed for {} of {} layers; it must have tokens, and every layer must be listed",
+                window.size,
+                window.layers.len(),
+                self.layers
+            );
         }
         for (name, size) in [
             ("hidden_size", self.hidden_size),
@@ -191,13 +196,13 @@ impl ModelConfig {
 const LARGEST: u64 = 1 << 24;
 
 fn within(key: &str, size: u64) -> Result<usize> {
-    ensure!(size <= LARGEST, "{key} = {size} is more than {LARGEST}, the most that can be read");
+    ensure!(size <= LARGEST, "{key} = {size} is more than {LARGEST}, the largest supported value");
     Ok(size as usize)
 }
 
 /// Checks the number of layers, whose limit is smaller than that of other sizes.
 fn deep(layers: usize) -> Result<usize> {
-    ensure!(layers <= 4096, "{layers} layers are more than 4096, the most that can be read");
+    ensure!(layers <= 4096, "{layers} layers are more than 4096, the largest supported number");
     Ok(layers)
 }
 

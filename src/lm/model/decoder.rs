@@ -87,7 +87,7 @@ impl Decoder {
     /// states only: an untied head is omitted, and the embedding takes its place.
     ///
     /// If memory for the copy is not available.
-    /// When memory for the copy cannot be had.
+    /// If memory for the copy is not available.
     pub fn trainable(&self, head: bool) -> anyhow::Result<(Self, Vec<(String, Var)>)> {
         let config = ModelConfig { tied: self.config.tied || !head, ..(*self.config).clone() };
         let params = self
@@ -134,7 +134,7 @@ impl Decoder {
     /// matrices.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// If a tensor operation fails.
     pub fn narrowed(&self, format: Format) -> Result<Self> {
         let layers = self.layers.iter().map(|layer| layer.narrowed(format).map(Arc::new)).collect::<Result<_>>()?;
         Ok(Self { layers, narrow_head: Quantized::of(&self.head, format)?.map(Arc::new), ..self.clone() })

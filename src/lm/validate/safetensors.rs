@@ -58,7 +58,10 @@ fn sound(header: &[u8], data: u64) -> Result<Vec<String>> {
         names.push(name);
     }
     let claimed = metadata.data_len() as u64;
-    ensure!(claimed == data, "its header lists {claimed} bytes of values, and {data} follow; is the download complete?");
+    ensure!(
+        claimed == data,
+        "its header lists {claimed} bytes of values, and {data} follow; is the download complete?"
+    );
     Ok(names)
 }
 

@@ -123,7 +123,7 @@ fn optional_json(path: &Path) -> Result<Value> {
     serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))
 }
 
-/// Groups consecutive texts into rows of at most [`ROW`] tokens; a longer text is a row of its own.
+/// Groups consecutive texts into rows of at most [`ROW`] tokens; a longer text is a separate row.
 fn rows(texts: &[Vec<u32>]) -> Vec<Vec<&[u32]>> {
     let (mut rows, mut tokens) = (Vec::<Vec<&[u32]>>::new(), 0);
     for text in texts {

@@ -21,8 +21,7 @@ pub(super) fn home() -> Result<PathBuf> {
         return Ok(home.into());
     }
     let home = std::env::home_dir().filter(|home| home.is_absolute());
-    let home =
-        home.context("there is no home directory to keep the hub's models in; set HOME, or HF_HOME to a folder")?;
+    let home = home.context("no home directory for the hub's models is known; set HOME, or HF_HOME to a folder")?;
     Ok(home.join(".cache/huggingface"))
 }
 
