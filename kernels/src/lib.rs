@@ -146,7 +146,7 @@ fn elements_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a 
 }
 
 /// Returns the number of rows per task: all rows if the work is small or the pool has one thread, otherwise a quarter
-/// of each thread's share.
+/// of a thread's share, with a lower bound on the elements per task.
 fn rows_per_task(rows: usize, width: usize) -> usize {
     let threads = rayon::current_num_threads();
     if threads == 1 || rows * width < PARALLEL_FROM {

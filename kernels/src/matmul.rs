@@ -31,9 +31,8 @@ pub const LARGE_BATCH_ROWS: usize = 16;
 /// Number of `bf16` parts into which the tile unit's operands are split.
 static PARTS: AtomicUsize = AtomicUsize::new(3);
 
-/// Sets the number of `bf16` parts into which products on the processor's tile unit split an `f32` value, for the
-/// complete process. Three (the default) are exact; two keep 16 bits of the significand; one keeps eight. Sums are in
-/// `f32`.
+/// Sets the process-wide number of `bf16` parts into which products on the processor's tile unit split an `f32` value.
+/// Three (the default) represent it exactly; two keep 16 bits of its significand; one keeps eight. Sums are in `f32`.
 ///
 /// # Panics
 /// If `parts` is not 1, 2 or 3.
