@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), NAMES.len() - 1);
     }
 
-    /// As with adapters, the other weights are frozen.
+    /// The other weights are frozen, as when adapters are trained.
     #[test]
     fn a_single_trained_weight_gets_the_same_gradient() {
         let params = params(70, 12, 20, DType::F32);
