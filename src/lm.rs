@@ -1,4 +1,4 @@
-//! Language models: their files, tokenizers and chat templates, and the decoder that is trained.
+//! Language models: files, tokenizers, chat templates, and the decoder that is trained.
 
 pub mod model;
 pub mod precision;

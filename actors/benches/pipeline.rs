@@ -1,6 +1,6 @@
-//! What the runtime itself costs.
+//! Overhead of the runtime itself.
 //!
-//!     cargo bench -p preceptor-actors                          # with its accounts
+//!     cargo bench -p preceptor-actors                          # with its counters and spans
 //!     cargo bench -p preceptor-actors --features unobserved    # without
 
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use preceptor_actors::scripted::{ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{Clock, GraphBuilder, GraphOptions, Outcome, StageSpec, spawn_graph};
 
-/// source → `layers` layers of `workers` stages each → sink; every stage takes `duration`.
+/// Wires source → `layers` layers of `workers` stages each → sink; every stage takes `duration`.
 fn wire(builder: &mut GraphBuilder, items: u64, layers: usize, workers: usize, duration: Duration) {
     let (out, mut next) = builder.edge("0", 64);
     builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: items, gate: None }, out);
@@ -25,7 +25,7 @@ fn wire(builder: &mut GraphBuilder, items: u64, layers: usize, workers: usize, d
     builder.sink(StageSpec::new("sink"), sink, next);
 }
 
-/// Real time of one run.
+/// Returns the real time of one run.
 fn run(clock: Clock, items: u64, layers: usize, workers: usize, duration: Duration) -> Duration {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let options = GraphOptions { clock, ..GraphOptions::default() };
@@ -50,7 +50,7 @@ fn pipeline(criterion: &mut Criterion) {
             b.iter_custom(|rounds| (0..rounds).map(|_| run(Clock::real(), ITEMS, layers, 1, Duration::ZERO)).sum());
         });
     }
-    // Items that are short for a stage that computes.
+    // Items whose processing time is short for a computing stage.
     const FEW: u64 = 1000;
     group.throughput(Throughput::Elements(FEW));
     group.bench_function("three edges, items of 200 µs", |b| {

@@ -1,4 +1,4 @@
-//! The runtime with stages that stand for devices: rollout 10 ms ×2, label 6 ms, reward 3 ms, learn 8 ms.
+//! The runtime with stages that simulate devices: rollout 10 ms ×2, label 6 ms, reward 3 ms, learn 8 ms.
 //!
 //!     cargo run --release -p preceptor-actors --example pipeline
 //!     cargo run --release -p preceptor-actors --example pipeline -- --actors 1000 --simulated --rollout-ms 5000
@@ -19,7 +19,7 @@ The dataflow runtime with scripted stages.
   --actors N        rollout actors (default 2)
   --rollout-ms N    time of one rollout (default 10)
   --eta N           staleness bound (default 1)
-  --simulated       virtual time: sleeps take none
+  --simulated       virtual time: sleeps take no real time
 ";
 
 const BATCH: u64 = 8;
@@ -41,8 +41,8 @@ fn options() -> Result<Options, String> {
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || -> Result<u64, String> {
-            let text = words.next().ok_or(format!("{word} wants a number"))?;
-            text.parse().map_err(|_| format!("{text} is no number"))
+            let text = words.next().ok_or(format!("{word} must be followed by a number"))?;
+            text.parse().map_err(|_| format!("{text} is not a number"))
         };
         match word.as_str() {
             "--items" => options.items = number()?,
@@ -56,7 +56,7 @@ fn options() -> Result<Options, String> {
     Ok(options)
 }
 
-/// When each item was learned, and how stale it was.
+/// Time at which each item was learned, and its staleness.
 type Log = Arc<Mutex<Vec<(Duration, u64)>>>;
 
 fn wire(builder: &mut GraphBuilder, options: &Options, clock: &Clock, log: &Log) {
@@ -101,10 +101,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     });
     let took = began.elapsed();
     if outcome != Outcome::Finished {
-        return Err(format!("the graph ended as {outcome:?}").into());
+        return Err(format!("the graph ended with {outcome:?}").into());
     }
     let log = log.lock().map_err(|_| "the log's holder panicked")?;
-    // The first quarter fills the pipeline; what follows is steady.
+    // The pipeline fills during the first quarter; the rest is steady.
     let steady = &log[log.len() / 4..];
     let span = steady[steady.len() - 1].0 - steady[0].0;
     let rate = (steady.len() - 1) as f64 / span.as_secs_f64();
@@ -135,9 +135,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     let serial = f64::from(rounds) / began.elapsed().as_secs_f64();
-    println!(
-        "one after another the same stages do {serial:.1} items/s: the graph does {:.2} times as many",
-        rate / serial
-    );
+    println!("the same stages in sequence do {serial:.1} items/s: the graph does {:.2} times as many", rate / serial);
     Ok(())
 }

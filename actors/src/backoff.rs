@@ -1,17 +1,17 @@
-//! How often, and after what pause, a failed graph is rebuilt. Pure.
+//! Pure rule for how often, and after what pause, a failed graph is rebuilt.
 
 use std::time::Duration;
 
-/// Rules for restarts.
+/// Limits and pauses of restarts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RestartPolicy {
-    /// Failures in a row that are answered by a restart; the next one ends the run.
+    /// Number of consecutive failures that lead to a restart; the next one ends the run. The default is 3.
     pub max_restarts: u32,
-    /// Pause before the first restart; doubles each time.
+    /// Pause before the first restart, which doubles each time. The default is 1 s.
     pub initial_backoff: Duration,
-    /// Longest pause.
+    /// Longest pause. The default is 60 s.
     pub max_backoff: Duration,
-    /// An incarnation that lived this long starts the count anew.
+    /// Life of an incarnation after which the count of failures starts again. The default is 600 s.
     pub healthy_after: Duration,
 }
 
@@ -27,12 +27,12 @@ impl Default for RestartPolicy {
 }
 
 impl RestartPolicy {
-    /// Failures in a row, given those before and how long the failed incarnation lived.
+    /// Returns the number of consecutive failures, given the number before and how long the failed incarnation lived.
     pub fn count(&self, before: u32, lived: Duration) -> u32 {
         if lived >= self.healthy_after { 1 } else { before + 1 }
     }
 
-    /// Pause before the restart that answers failure number `failures` in a row; `None` when the budget is spent.
+    /// Returns the pause before the restart after consecutive failure number `failures`; `None` if no restart is left.
     pub fn pause(&self, failures: u32) -> Option<Duration> {
         if failures > self.max_restarts {
             return None;

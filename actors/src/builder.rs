@@ -1,4 +1,4 @@
-//! Wiring one incarnation: edges, and stages ready to be started.
+//! Wiring of one incarnation: edges, and stages ready to be started.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -13,16 +13,16 @@ use crate::pulse::{Pulse, State};
 use crate::report::{EdgeReport, Span, SpansSeen, StageReport};
 use crate::stage::{Emitter, Source, Stage, StageContext, StageError, StageResult, StageSpec};
 
-/// Spans that a report's timeline has.
+/// Maximum number of spans in a report's timeline.
 const TIMELINE: usize = 256;
 
-/// How a stage's thread ended.
+/// Result of a stage's thread.
 pub(crate) struct StageEnd {
     pub(crate) stage: String,
     pub(crate) failure: Option<StageFailure>,
 }
 
-/// A stage's failure, on its way to the supervisor.
+/// Failure of a stage, as reported to the supervisor.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{error}")]
 pub(crate) struct StageFailure {
@@ -32,7 +32,7 @@ pub(crate) struct StageFailure {
     pub(crate) fatal: bool,
 }
 
-/// The work of a stage's thread, start to end.
+/// Complete work of a stage's thread.
 pub(crate) type Work = Box<dyn FnOnce() -> StageEnd + Send>;
 
 pub(crate) struct Planned {
@@ -40,7 +40,7 @@ pub(crate) struct Planned {
     pub(crate) work: Work,
 }
 
-/// What outside eyes look at.
+/// Observable state of an incarnation.
 pub(crate) struct View {
     pub(crate) incarnation: u64,
     pub(crate) clock: Clock,
@@ -50,14 +50,14 @@ pub(crate) struct View {
     edges: Vec<(Arc<Account>, Vec<String>, Vec<String>)>,
 }
 
-/// One stage, as outside eyes see it.
+/// Observable state of one stage.
 struct Watched {
     spec: StageSpec,
     pulse: Arc<Pulse>,
     pending: Arc<Pending>,
 }
 
-/// Collects the stages and edges of one incarnation.
+/// Builder that collects the stages and edges of one incarnation.
 pub struct GraphBuilder {
     view: View,
     planned: Vec<Planned>,
@@ -70,22 +70,22 @@ impl GraphBuilder {
         Self { view, planned: Vec::new() }
     }
 
-    /// Which incarnation this is, from zero.
+    /// Returns the number of the incarnation, from zero.
     pub fn incarnation(&self) -> u64 {
         self.view.incarnation
     }
 
-    /// A bounded edge that holds `capacity` items (at least one) and then makes its senders wait.
+    /// Creates a bounded edge that holds `capacity` items (at least one). Senders to a full edge wait.
     ///
-    /// Clone the ends for several producers or consumers, and drop those that no stage was given: an edge drains
-    /// when its last producer has gone.
+    /// Clone the ends for several producers or consumers, and drop the ends that no stage receives: an edge drains when
+    /// its last producer has ended.
     pub fn edge<T>(&mut self, name: &str, capacity: usize) -> (Outlet<T>, Inlet<T>) {
         let (outlet, inlet) = edge(name, capacity, self.view.incarnation, self.view.clock.simulation());
         self.view.edges.push((Arc::clone(&outlet.account), Vec::new(), Vec::new()));
         (outlet, inlet)
     }
 
-    /// A stage that only gives.
+    /// Adds a stage without input.
     pub fn source<S: Source>(&mut self, spec: StageSpec, mut source: S, outlet: Outlet<S::Out>) {
         let (ctx, pending) = self.join(&spec, None, Some(&outlet.account));
         self.plan(spec, ctx, move |ctx, pool| {
@@ -102,12 +102,12 @@ impl GraphBuilder {
         });
     }
 
-    /// A stage between two edges.
+    /// Adds a stage between two edges.
     pub fn stage<S: Stage>(&mut self, spec: StageSpec, stage: S, inlet: Inlet<S::In>, outlet: Outlet<S::Out>) {
         self.add(spec, stage, inlet, Some(outlet));
     }
 
-    /// A stage at the end of the graph.
+    /// Adds a stage without output.
     pub fn sink<S: Stage<Out = ()>>(&mut self, spec: StageSpec, stage: S, inlet: Inlet<S::In>) {
         self.add(spec, stage, inlet, None);
     }
@@ -120,7 +120,7 @@ impl GraphBuilder {
             pool.run(|| stage.start(ctx))?;
             let mut drained = false;
             loop {
-                // A stage that is busy waits nowhere, so nobody else would tell it.
+                // A busy stage does not wait on an edge, so it must check for a halt itself.
                 if ctx.halted() {
                     return Err(Ended::Halted.into());
                 }
@@ -200,7 +200,8 @@ impl GraphBuilder {
                 body(&ctx, &pool)
             }));
             ctx.enter(State::Ended);
-            // After a halt nobody counts, and an abandoned thread must not be counted out of the next incarnation.
+            // After a halt the simulation no longer counts threads, and an abandoned thread must not be subtracted from
+            // those of the next incarnation.
             if let Some(simulation) = ctx.clock.simulation().filter(|_| !ctx.halted()) {
                 simulation.leave();
             }
@@ -214,7 +215,7 @@ impl GraphBuilder {
     }
 }
 
-/// What the end of a thread means. The end of an edge is no failure; a refused item is.
+/// Classifies the end of a thread. The end of an edge is not a failure; a refused item is.
 fn failure(stage: &str, ended: std::thread::Result<StageResult<()>>) -> Option<StageFailure> {
     let (error, panicked, fatal) = match ended {
         Ok(Ok(())) => return None,
@@ -229,7 +230,7 @@ fn failure(stage: &str, ended: std::thread::Result<StageResult<()>>) -> Option<S
     Some(StageFailure { stage: stage.to_owned(), error, panicked, fatal })
 }
 
-/// Where a stage computes.
+/// Rayon pool of a stage, if it has its own.
 struct Pool(Option<rayon::ThreadPool>);
 
 impl Pool {
@@ -294,7 +295,7 @@ impl View {
         self.edges.iter().map(report).collect()
     }
 
-    /// The last spans of all stages, in the order in which they ended.
+    /// Returns the last spans of all stages, ordered by their end.
     pub(crate) fn timeline(&self) -> Vec<Span> {
         let mut all: Vec<(&Watched, Done)> = Vec::new();
         for stage in &self.stages {
@@ -305,8 +306,8 @@ impl View {
         all.into_iter().skip(left_out).map(|(stage, done)| self.span(stage, done)).collect()
     }
 
-    /// The spans that `seen` does not know of, and takes note of now; stage by stage, from the last to the first: what one has
-    /// given on, those before it have given too, and are asked later.
+    /// Returns the spans that `seen` does not cover yet, and adds them to `seen`. Stages are visited last to first, so
+    /// an item's downstream span is never reported without its upstream ones.
     pub(crate) fn news(&self, seen: &mut SpansSeen) -> Vec<Span> {
         if seen.incarnation != Some(self.incarnation) {
             *seen = SpansSeen { incarnation: Some(self.incarnation), counts: Vec::new(), lost: seen.lost };

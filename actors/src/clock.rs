@@ -1,8 +1,8 @@
 //! Real and simulated time.
 //!
-//! Under simulated time a sleep takes no time: virtual time jumps to the earliest sleeper as soon as every
-//! registered thread waits. A thread counts as running from the moment it is woken, not from when the system
-//! schedules it: the waker counts it under the clock's one lock, so there is no instant at which all seem to wait.
+//! Under simulated time a sleep takes no real time: virtual time jumps to the earliest sleeper as soon as every
+//! registered thread waits. A thread counts as running from the moment it is woken, not from when the system schedules
+//! it. The waker counts it under the clock's only lock, so at no instant do all threads seem to wait.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Time since the graph began, and the way to let it pass.
+/// Clock of a graph, real or simulated.
 #[derive(Clone)]
 pub struct Clock(Kind);
 
@@ -21,17 +21,17 @@ enum Kind {
 }
 
 impl Clock {
-    /// The machine's monotonic clock, from now.
+    /// Creates a clock that follows the machine's monotonic clock, from zero.
     pub fn real() -> Self {
         Self(Kind::Real(Instant::now()))
     }
 
-    /// Virtual time, from zero.
+    /// Creates a clock with virtual time, from zero.
     pub fn simulated() -> Self {
         Self(Kind::Simulated(Arc::default()))
     }
 
-    /// Time since the clock was made.
+    /// Returns the time since the clock was created.
     pub fn now(&self) -> Duration {
         match &self.0 {
             Kind::Real(start) => start.elapsed(),
@@ -39,7 +39,7 @@ impl Clock {
         }
     }
 
-    /// Whether time is virtual.
+    /// Returns whether time is virtual.
     pub fn is_simulated(&self) -> bool {
         matches!(self.0, Kind::Simulated(_))
     }
@@ -52,7 +52,7 @@ impl Clock {
     }
 }
 
-/// Virtual time and the threads that live in it.
+/// Virtual time and the threads that run in it.
 #[derive(Default)]
 pub(crate) struct Simulation {
     state: Mutex<Time>,
@@ -79,21 +79,21 @@ impl Simulation {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins an incarnation of `threads` threads, which count as running before they are started. Time goes on from
-    /// where it was; waits of an incarnation before are forgotten.
+    /// Begins an incarnation of `threads` threads, which count as running before they are started. Time continues from
+    /// its current value; waits of an earlier incarnation are discarded.
     pub(crate) fn begin(&self, threads: usize) {
         let mut time = self.lock();
         *time = Time { now: time.now, running: threads, ..Time::default() };
     }
 
-    /// A registered thread has ended.
+    /// Unregisters a thread that has ended.
     pub(crate) fn leave(&self) {
         let mut time = self.lock();
         time.running = time.running.saturating_sub(1);
         self.advance(&mut time);
     }
 
-    /// A wait that can be woken from now on, even before it begins.
+    /// Creates a wait that can be woken at any time, even before it begins.
     pub(crate) fn slot() -> Arc<Slot> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -114,7 +114,7 @@ impl Simulation {
         slot.wait();
     }
 
-    /// Ends a wait; the thread counts as running at once.
+    /// Ends a wait; its thread counts as running at once.
     pub(crate) fn wake(&self, slot: &Slot) {
         let mut time = self.lock();
         Self::wake_locked(&mut time, slot);
@@ -144,7 +144,7 @@ impl Simulation {
         slot.wait();
     }
 
-    /// Ends every wait, now and until the next incarnation begins: the graph halts.
+    /// Ends every wait, now and until the next incarnation begins, because the graph halts.
     pub(crate) fn stop(&self) {
         let mut time = self.lock();
         time.stopped = true;
@@ -154,7 +154,8 @@ impl Simulation {
         }
     }
 
-    /// When nobody runs, time jumps to the first sleeper. One at a time, so that the order is determined.
+    /// Advances time to the first sleeper if no thread runs. Sleepers are woken one at a time, so that their order is
+    /// deterministic.
     fn advance(&self, time: &mut Time) {
         while time.running == 0 {
             let Some(Reverse((until, id))) = time.sleepers.pop() else { return };

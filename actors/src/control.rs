@@ -1,4 +1,4 @@
-//! The two words that reach every stage of an incarnation: drain and halt.
+//! The two signals that reach every stage of an incarnation: drain and halt.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,7 +7,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::clock::{Simulation, Slot};
 
-/// Closing a channel wakes everyone who selects on it, now and later.
+/// Drain and halt signals. Closing a channel wakes every thread that selects on it, now and later.
 pub(crate) struct Control {
     halt: Word,
     drain: Word,
@@ -59,7 +59,7 @@ impl Control {
     pub(crate) fn park(&self, simulation: &Simulation, slot: &Arc<Slot>) {
         let waits = || self.until_drain.lock().unwrap_or_else(PoisonError::into_inner);
         waits().push(Arc::clone(slot));
-        // The word is said before the list is emptied, so whoever joins the list too late sees the word here.
+        // The flag is set before the list is drained, so a wait that is added too late sees the flag here.
         if !self.draining() {
             simulation.park(slot);
         }

@@ -1,6 +1,6 @@
-//! Bounded edges between stages, with an account of who waited for whom.
+//! Bounded edges between stages, which account for the time that either side waits.
 //!
-//! A full edge makes its senders wait: that is the back-pressure of the graph. Every wait ends when the graph halts.
+//! A full edge makes its senders wait, which is the back-pressure of the graph. Every wait ends when the graph halts.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -15,28 +15,28 @@ use crate::item::Item;
 use crate::pulse::State;
 use crate::stage::StageContext;
 
-/// Why an edge gives or takes no more.
+/// Reason why an edge accepts or delivers no more items.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Ended {
-    /// Every producer has finished and the edge is empty; or, for a sender, no consumer is left.
+    /// Every producer has ended and the edge is empty; or, for a sender, all consumers have ended.
     #[error("the edge has drained")]
     Drained,
-    /// The graph halts.
-    #[error("the graph halts")]
+    /// The graph is halting.
+    #[error("the graph is halting")]
     Halted,
-    /// The item belongs to another incarnation. Unlike the other two this is a failure of the stage that sent it:
-    /// were it a quiet end, the stage would leave and the run would finish short of its items.
+    /// The item belongs to another incarnation. Unlike the other two this is a failure of the stage that sent it: as a
+    /// normal end, it would let the run finish without some of its items.
     #[error("an item of incarnation {item} is refused by incarnation {graph}; tag it with the context's incarnation")]
     Refused {
-        /// The item's incarnation.
+        /// Incarnation of the item.
         item: u64,
-        /// The graph's incarnation.
+        /// Incarnation of the graph.
         graph: u64,
     },
 }
 
-/// What is known of an edge, shared by its ends and its reader. What either side counts lies apart from what the other does:
-/// both write with every item.
+/// Counters of an edge, shared by its ends and its observers. The counters of the two sides are on separate cache
+/// lines, because both sides write for every item.
 pub(crate) struct Account {
     pub(crate) name: String,
     pub(crate) capacity: usize,
@@ -46,27 +46,27 @@ pub(crate) struct Account {
     simulated: Option<Waiters>,
 }
 
-/// What the senders count. Times are in nanoseconds.
+/// Counters of the senders. Times are in nanoseconds.
 #[derive(Default)]
 pub(crate) struct Put {
     pub(crate) items: AtomicU64,
     pub(crate) refused: AtomicU64,
     pub(crate) blocked: AtomicU64,
     pub(crate) high_water: AtomicU64,
-    /// When each of the last items was put, by its number.
+    /// Times at which the last items were put on the edge, by item number modulo the capacity.
     since: Box<[AtomicU64]>,
 }
 
-/// What the receivers count.
+/// Counters of the receivers. Times are in nanoseconds.
 #[derive(Default)]
 pub(crate) struct Taken {
     items: AtomicU64,
     pub(crate) blocked: AtomicU64,
-    /// Time that items spent on the edge, those that were taken.
+    /// Total time that the items taken so far spent on the edge.
     pub(crate) waited: AtomicU64,
 }
 
-/// An item on the edge.
+/// Item on the edge, with the time at which it was put there.
 struct Aboard<T> {
     since: Duration,
     item: Item<T>,
@@ -86,7 +86,7 @@ struct Lists {
 }
 
 impl Lists {
-    /// A wait of one more in `waiting`.
+    /// Adds a wait to `waiting`.
     fn join(waiting: &mut VecDeque<Arc<Slot>>) -> Arc<Slot> {
         let slot = Simulation::slot();
         waiting.push_back(Arc::clone(&slot));
@@ -100,13 +100,13 @@ impl Waiters {
     }
 }
 
-/// The producers' end; a clone for each producer.
+/// Sending end of an edge; each producer has a clone.
 pub struct Outlet<T> {
     sender: Option<Sender<Aboard<T>>>,
     pub(crate) account: Arc<Account>,
 }
 
-/// The consumers' end; a clone for each consumer, each item goes to one of them.
+/// Receiving end of an edge; each consumer has a clone, and each item goes to one of them.
 pub struct Inlet<T> {
     receiver: Option<Receiver<Aboard<T>>>,
     pub(crate) account: Arc<Account>,
@@ -137,10 +137,10 @@ pub(crate) fn edge<T>(
 }
 
 impl<T> Outlet<T> {
-    /// Hands `item` on, waiting for room if there is none; says when it was put on the edge.
+    /// Sends `item`, waiting for room if the edge is full. Returns the time at which it was put on the edge.
     ///
     /// # Errors
-    /// `Drained` when no consumer is left, `Halted` when the graph halts, `Refused` when the item is of another
+    /// `Drained` if all consumers have ended, `Halted` if the graph halts, `Refused` if the item is of another
     /// incarnation.
     pub(crate) fn send(&self, ctx: &StageContext, item: Item<T>) -> Result<Duration, Ended> {
         let account = &*self.account;
@@ -194,10 +194,11 @@ impl<T> Outlet<T> {
 }
 
 impl<T> Inlet<T> {
-    /// Takes the next item, and says when. Where there is none it waits for it if it `waits`, and gives none if not.
+    /// Takes the next item and returns it with the current time. If the edge is empty, waits for an item if `waits`,
+    /// otherwise returns `None`.
     ///
     /// # Errors
-    /// `Drained` when all producers have finished and nothing is left, `Halted` when the graph halts.
+    /// `Drained` if all producers have ended and the edge is empty, `Halted` if the graph halts.
     pub(crate) fn next(&self, ctx: &StageContext, waits: bool) -> Result<Option<(Item<T>, Duration)>, Ended> {
         let account = &*self.account;
         let receiver = self.receiver.as_ref().expect("an inlet has its receiver until it is dropped");
@@ -233,7 +234,8 @@ impl<T> Inlet<T> {
     }
 }
 
-/// Waits in `state` until what `arm` names can be done, and says when; adds the wait's length to `total`.
+/// Waits in `state` for the operation that `arm` registers, adds the length of the wait to `total`, and returns the
+/// time of its end.
 fn select<'a>(
     ctx: &'a StageContext,
     state: State,
@@ -247,12 +249,12 @@ fn select<'a>(
     if selected.index() == wanted {
         return Ok((selected, now));
     }
-    // Nothing is ever said there: it closes.
+    // Nothing is ever sent on this channel: it only closes.
     let _ = selected.recv(ctx.halt_signal());
     Err(Ended::Halted)
 }
 
-/// Runs a wait in `state`, adding its length to `total`; says when it was over.
+/// Runs `wait` in `state`, adds its length to `total`, and returns the time of its end.
 fn timed<R>(ctx: &StageContext, state: State, total: &AtomicU64, wait: impl FnOnce() -> R) -> (R, Duration) {
     let before = ctx.clock().now();
     let back = ctx.pulse.state();
@@ -271,7 +273,7 @@ impl Account {
         }
     }
 
-    /// One end has gone; when it was the last on its side, whoever waits on the other side must look again.
+    /// Unregisters one end. If it was the last on its side, wakes everything that waits on the other side.
     fn left(&self, side: usize) {
         let Some(waiters) = &self.simulated else { return };
         let mut lists = waiters.lock();
@@ -284,14 +286,14 @@ impl Account {
         }
     }
 
-    /// Ends a wait in simulated time, if somebody waits.
+    /// Ends a wait in simulated time, if one is given.
     fn wake(&self, slot: Option<Arc<Slot>>) {
         if let (Some(waiters), Some(slot)) = (&self.simulated, slot) {
             waiters.simulation.wake(&slot);
         }
     }
 
-    /// An item was put on the edge.
+    /// Counts an item put on the edge.
     fn came(&self, now: Duration) {
         if cfg!(feature = "unobserved") {
             return;
@@ -301,7 +303,7 @@ impl Account {
         self.put.high_water.fetch_max(self.depth(), Relaxed);
     }
 
-    /// An item was taken.
+    /// Counts an item taken from the edge.
     fn went<T>(&self, Aboard { since, item }: Aboard<T>, now: Duration) -> (Item<T>, Duration) {
         if !cfg!(feature = "unobserved") {
             self.taken.items.fetch_add(1, Relaxed);
@@ -310,17 +312,17 @@ impl Account {
         (item, now)
     }
 
-    /// Items on it, as far as both sides have counted.
+    /// Returns the number of items on the edge, as far as both sides have counted.
     pub(crate) fn depth(&self) -> u64 {
         let taken = self.taken.items.load(Relaxed);
         self.put.items.load(Relaxed).saturating_sub(taken).min(self.capacity as u64)
     }
 
-    /// How long the oldest item has been on the edge; zero where there is none.
+    /// Returns the time that the oldest item has been on the edge; zero if it is empty.
     pub(crate) fn age(&self, now: Duration) -> Duration {
         let oldest = self.taken.items.load(Relaxed) as usize % self.capacity;
         let since = self.put.since[oldest].load(Relaxed);
-        // Zero until its sender, which has counted it, has noted when.
+        // Zero if the sender has counted the item but not yet stored its time.
         let waits = self.depth() > 0 && since > 0;
         if waits { now.saturating_sub(Duration::from_nanos(since)) } else { Duration::ZERO }
     }

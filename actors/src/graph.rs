@@ -1,4 +1,4 @@
-//! A running graph, and the handle on it.
+//! A running graph and its handle.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,19 +17,19 @@ use crate::stage::StageResult;
 use crate::supervisor::{GraphActor, GraphMessage};
 use crate::watchdog::WatchdogPolicy;
 
-/// Events that a subscriber may lag behind before it loses the oldest.
+/// Number of events that a subscriber may lag behind before it loses the oldest.
 const EVENTS: usize = 256;
 
-/// How a graph is supervised.
+/// Supervision settings of a graph.
 #[derive(Clone)]
 pub struct GraphOptions {
-    /// What happens after a failure.
+    /// Policy for restarts after a failure.
     pub restart: RestartPolicy,
-    /// What happens without progress.
+    /// Policy for graphs that make no progress.
     pub watchdog: WatchdogPolicy,
-    /// How long a halted stage may take to come back before it is abandoned.
+    /// Time that a halted stage has to stop before it is abandoned. The default is 10 s.
     pub halt_grace: Duration,
-    /// The graph's time.
+    /// Clock of the graph.
     pub clock: Clock,
 }
 
@@ -44,71 +44,71 @@ impl Default for GraphOptions {
     }
 }
 
-/// How a graph ended.
+/// Result of a graph's run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub enum Outcome {
-    /// Its sources ended and everything flowed out.
+    /// The sources ended and all items were processed.
     Finished,
-    /// It was told to drain, and everything flowed out.
+    /// The graph was drained, and all items under way were processed.
     Drained,
-    /// It was told to halt.
+    /// The graph was halted.
     Halted,
-    /// A stage failed for good.
+    /// A stage failed permanently.
     Failed {
-        /// The stage.
+        /// Name of the stage.
         stage: String,
-        /// What it said.
+        /// Error message of the stage.
         error: String,
-        /// Restarts before that.
+        /// Number of restarts before the failure.
         restarts: u32,
-        /// Whether a restart would have been of no use.
+        /// True if the error was fatal, so that no restart was attempted.
         fatal: bool,
     },
 }
 
-/// What happens to a graph.
+/// Event in the life of a graph.
 #[derive(Debug, Clone, Serialize)]
 pub enum GraphEvent {
-    /// An incarnation runs.
+    /// An incarnation was started.
     Started {
-        /// Which.
+        /// Number of the incarnation, from zero.
         incarnation: u64,
     },
-    /// A stage failed; the incarnation is taken down.
+    /// A stage failed; the incarnation is being taken down.
     StageFailed {
-        /// The stage.
+        /// Name of the stage.
         stage: String,
-        /// What it said.
+        /// Error message of the stage.
         error: String,
-        /// Whether it panicked.
+        /// True if the stage panicked.
         panicked: bool,
     },
-    /// The graph will be rebuilt.
+    /// The graph will be rebuilt after a pause.
     Restarting {
-        /// As this incarnation.
+        /// Number of the next incarnation.
         incarnation: u64,
-        /// After this pause.
+        /// Length of the pause.
         backoff: Duration,
     },
     /// No stage makes progress.
     Stalled {
-        /// Who holds the run.
+        /// Name of the stage that blocks the graph.
         stage: String,
-        /// What it is doing.
+        /// State of that stage.
         state: State,
-        /// For how long nothing has moved.
+        /// Time since any stage made progress.
         for_: Duration,
     },
-    /// The run moves again.
+    /// A stalled graph makes progress again.
     Recovered {
-        /// Who held it.
+        /// Name of the stage that had blocked the graph.
         stage: String,
     },
     /// The graph has ended.
     Ended(Outcome),
 }
 
-/// What the handle and the supervisor share.
+/// State shared by the handle and the supervisor.
 pub(crate) struct Shared {
     view: Mutex<Option<Arc<View>>>,
     stall: Mutex<Option<Stall>>,
@@ -135,7 +135,7 @@ impl Shared {
     }
 
     pub(crate) fn tell(&self, event: GraphEvent) {
-        // Without subscribers an event goes unheard.
+        // Without subscribers the event is lost.
         let _ = self.events.send(event);
     }
 
@@ -145,8 +145,8 @@ impl Shared {
     }
 }
 
-/// Starts a graph; must be called within a tokio runtime. `build` wires each incarnation: it is called again after
-/// a failure, on a blocking thread, and may load what it needs.
+/// Starts a graph. Must be called within a tokio runtime. `build` wires each incarnation on a blocking thread, where it
+/// may load files; it is called again after a failure.
 pub fn spawn_graph(
     options: GraphOptions,
     build: impl FnMut(&mut GraphBuilder) -> StageResult<()> + Send + 'static,
@@ -164,7 +164,7 @@ pub fn spawn_graph(
     GraphHandle { actor, shared }
 }
 
-/// A handle on a running graph.
+/// Handle of a running graph. Clones refer to the same graph.
 #[derive(Clone)]
 pub struct GraphHandle {
     actor: ActorRef<GraphMessage>,
@@ -172,39 +172,39 @@ pub struct GraphHandle {
 }
 
 impl GraphHandle {
-    /// Ends the sources; what is under way flows out.
+    /// Ends the sources; items under way are still processed.
     pub fn drain(&self) {
-        // An actor that has gone has nothing to drain.
+        // Fails only if the supervisor has ended, and then nothing is left to drain.
         let _ = self.actor.cast(GraphMessage::Drain);
     }
 
-    /// Stops every stage as soon as it looks.
+    /// Stops every stage as soon as it checks for a halt or waits.
     pub fn halt(&self) {
-        // As above.
+        // Fails only if the supervisor has ended.
         let _ = self.actor.cast(GraphMessage::Halt);
         if let Some(view) = &*self.shared.view.lock().unwrap_or_else(PoisonError::into_inner) {
             view.control.halt();
         }
     }
 
-    /// Waits for the end.
+    /// Waits for the graph to end and returns its outcome.
     pub async fn wait(&self) -> Outcome {
         let (mut outcome, supervisor) = (self.shared.outcome.subscribe(), self.actor.get_cell());
         tokio::select! {
             ended = outcome.wait_for(Option::is_some) => {
                 return ended.ok().and_then(|outcome| outcome.clone()).unwrap_or(Outcome::Halted);
             }
-            // That it has stopped is no more than a sign to look: it says how the graph ended before it stops.
+            // The supervisor publishes the outcome before it stops, so its end is only a reason to check for one.
             _ = supervisor.wait(None) => {}
         }
         if let Some(outcome) = self.shared.outcome.borrow().clone() {
             return outcome;
         }
-        // Without a supervisor nobody would take down what is left of the graph.
+        // Without a supervisor nothing else stops the remaining stages.
         self.halt();
         let outcome = Outcome::Failed {
             stage: "the supervisor".into(),
-            error: "it stopped without a word; this is a fault of the program".into(),
+            error: "internal error: the supervisor exited without an outcome".into(),
             restarts: self.shared.restarts(),
             fatal: true,
         };
@@ -212,18 +212,20 @@ impl GraphHandle {
         outcome
     }
 
-    /// Events from now on.
+    /// Returns a receiver of the events from now on.
     pub fn subscribe(&self) -> broadcast::Receiver<GraphEvent> {
         self.shared.events.subscribe()
     }
 
-    /// The spans of this incarnation that `seen` does not know of yet, the last stage's first; each stage keeps its last thousand.
+    /// Returns the spans of this incarnation that `seen` does not cover yet, the last stage's first, and adds them to
+    /// `seen`. Each stage keeps its last 1,024.
     pub fn spans(&self, seen: &mut SpansSeen) -> Vec<Span> {
         let view = self.shared.view.lock().unwrap_or_else(PoisonError::into_inner).clone();
         view.map(|view| view.news(seen)).unwrap_or_default()
     }
 
-    /// The graph as it is; empty before the first incarnation is built. Reads counters alone: any thread may ask.
+    /// Returns the current state of the graph; empty before the first incarnation is built. It reads counters without
+    /// blocking the stages, so any thread may call it.
     pub fn report(&self) -> GraphReport {
         let view = self.shared.view.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let restarts = self.shared.restarts();
@@ -248,7 +250,7 @@ mod tests {
     use crate::item::Item;
     use crate::stage::{Emitter, Source, Stage, StageContext, StageSpec};
 
-    /// Gives nothing until the graph halts; says when it has begun and when it has ended.
+    /// Source that gives nothing until the graph halts, and reports when it begins and ends.
     struct Idle(std::sync::mpsc::SyncSender<()>);
 
     impl Source for Idle {
@@ -274,7 +276,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_supervisor_that_dies_ends_the_wait_and_the_stages() {
+    async fn the_death_of_the_supervisor_ends_the_wait_and_the_stages() {
         let (sender, said) = std::sync::mpsc::sync_channel(2);
         let graph = spawn_graph(GraphOptions::default(), move |builder| {
             let (out, inlet) = builder.edge("edge", 1);
@@ -288,6 +290,6 @@ mod tests {
         graph.actor.kill();
         let Outcome::Failed { stage, fatal: true, .. } = graph.wait().await else { panic!("it did not fail") };
         assert_eq!(stage, "the supervisor");
-        said.recv_timeout(Duration::from_secs(30)).expect("the source is told to halt");
+        said.recv_timeout(Duration::from_secs(30)).expect("the source is halted");
     }
 }

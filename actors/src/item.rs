@@ -1,14 +1,14 @@
-//! What travels on an edge.
+//! Items that travel on edges.
 
-/// A body with its tags.
+/// Value with its sequence number, incarnation and version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Item<T> {
-    /// Identity and place in the run's order.
+    /// Sequence number: the item's identity and its place in the run's order.
     pub seq: u64,
-    /// Incarnation of the graph that made it; another graph refuses it.
+    /// Incarnation of the graph that created it; other incarnations refuse it.
     pub incarnation: u64,
-    /// Version of the weights or data it stems from.
+    /// Version of the weights or data from which it was made.
     pub version: u64,
-    /// What is carried.
+    /// The value.
     pub body: T,
 }

@@ -1,19 +1,20 @@
-//! The asynchronous dataflow runtime of Preceptor.
+//! Asynchronous dataflow runtime of Preceptor.
 //!
-//! A graph is stages on threads of their own, joined by bounded edges. Data travels on the edges, control (start,
-//! drain, halt, supervision) by ractor's mailboxes. The runtime knows versions and staleness; it knows no language
-//! model, no tensor and no learning.
+//! A graph consists of stages, each on its own thread, joined by bounded edges. Data travels on the edges; control
+//! (start, drain, halt, supervision) travels through ractor's mailboxes. The runtime knows versions and staleness; it
+//! knows no language model, no tensor and no learning.
 //!
-//! - [`Item`], [`Stage`], [`Source`]: what travels, and who works on it.
-//! - [`Outlet`], [`Inlet`]: the ends of an edge, with an account of who waited for whom.
-//! - [`Admission`], [`AdmissionGate`]: how far ahead of the learner work may start.
+//! - [`Item`], [`Stage`], [`Source`]: the data on the edges, and the workers that process it.
+//! - [`Outlet`], [`Inlet`]: the ends of an edge, which account for the time that either side waits.
+//! - [`Admission`], [`AdmissionGate`]: the limit on how far work may run ahead of the learner.
 //! - [`SnapshotCell`]: versions of a value, published by a pointer swap, acknowledged by fingerprint.
-//! - [`spawn_graph`], [`GraphHandle`]: a supervised graph. A failed stage takes the whole incarnation down; it is
-//!   rebuilt after a pause, and what carries an old incarnation is refused.
-//! - [`watchdog`], [`backoff`], [`report`]: pure policy, and what can be seen from outside.
-//! - [`scripted`]: stages that stand for devices, and [`Clock::simulated`] time for them to live in.
+//! - [`spawn_graph`], [`GraphHandle`]: a supervised graph. A failed stage takes the complete incarnation down; the
+//!   graph is rebuilt after a pause and refuses items of an older incarnation.
+//! - [`watchdog`], [`backoff`], [`report`]: pure policies, and the observable state of a graph.
+//! - [`scripted`]: stages that simulate devices; [`Clock::simulated`] gives them virtual time.
 //!
-//! Goals: every wait has an owner whose death ends it; nothing is lost or doubled on an edge; a person sees who
+//! Goals: every wait has an owner whose death ends it; an edge neither loses nor duplicates items; a person can see
+//! which stage waits for which. Non-goals: many machines, work stealing between stages, ordering across workers.
 //! waits for whom. Non-goals: many machines, work stealing between stages, ordering across workers.
 
 pub mod backoff;

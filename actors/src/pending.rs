@@ -1,13 +1,13 @@
-//! What a stage has taken and not yet given on, and the last that it gave.
+//! Items that a stage is working on, and the spans of those that it finished last.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Spans that a stage keeps, until they are read or the next ones need their room.
+/// Number of finished spans that a stage keeps; newer ones overwrite the oldest.
 pub(crate) const KEPT: usize = 1024;
 
-/// One stage's items: those under way, and those it is done with. Each stage has its own, so that none waits for another to
+/// One stage's items: those under way and those finished. Each stage has its own, so that no stage waits for another to
 /// write.
 #[derive(Default)]
 pub(crate) struct Pending(Mutex<Items>);
@@ -16,11 +16,11 @@ pub(crate) struct Pending(Mutex<Items>);
 struct Items {
     begun: Vec<Work>,
     done: VecDeque<Work>,
-    /// Items it was ever done with.
+    /// Total number of items finished.
     count: u64,
 }
 
-/// An item in a stage, in nanoseconds of the graph's clock.
+/// Span of an item in a stage, in nanoseconds of the graph's clock.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Work {
     pub(crate) seq: u64,
@@ -30,7 +30,7 @@ pub(crate) struct Work {
 }
 
 impl Pending {
-    /// The stage turns to an item.
+    /// Records that the stage has taken an item.
     pub(crate) fn begin(&self, seq: u64, version: u64, now: Duration) {
         if cfg!(feature = "unobserved") {
             return;
@@ -39,7 +39,7 @@ impl Pending {
         self.lock().begun.push(Work { seq, version, start, end: start });
     }
 
-    /// It is done with it; nothing happens where that is known, or the item was never begun.
+    /// Records that the stage has finished an item. Has no effect if the item is not under way.
     pub(crate) fn end(&self, seq: u64, now: impl FnOnce() -> Duration) {
         if cfg!(feature = "unobserved") {
             return;
@@ -54,13 +54,13 @@ impl Pending {
         items.count += 1;
     }
 
-    /// Nothing is under way any more.
+    /// Discards the items under way.
     pub(crate) fn clear(&self) {
         self.lock().begun.clear();
     }
 
-    /// What was done since `seen` items were, oldest first, at most the last `most`; and the items done by now. Where fewer come
-    /// than were done, the others' room was needed before anybody read them.
+    /// Returns the spans finished since the count was `seen`, oldest first, at most the last `most`, and the current
+    /// count. Fewer spans than the counts' difference mean that the others were overwritten.
     pub(crate) fn since(&self, seen: u64, most: usize) -> (Vec<Work>, u64) {
         let items = self.lock();
         let new = usize::try_from(items.count.saturating_sub(seen)).unwrap_or(usize::MAX);

@@ -1,4 +1,4 @@
-//! What a stage is doing, and for how long it has done what.
+//! State of a stage, and the time spent in each state.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
@@ -6,20 +6,20 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-/// What a stage is doing now.
+/// State of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[repr(u8)]
 pub enum State {
     /// Its thread is being started.
     Starting,
-    /// Working.
+    /// It is working.
     Busy,
-    /// Waiting for input.
+    /// It waits for input.
     Input,
-    /// Waiting for room in its output.
+    /// It waits for room in its output edge.
     Output,
-    /// Waiting for the staleness bound.
+    /// It waits for the staleness bound.
     Admission,
     /// Its thread has ended.
     Ended,
@@ -40,7 +40,7 @@ impl std::fmt::Display for State {
     }
 }
 
-/// Counters of one stage, written by its thread and read by anyone. Times are nanoseconds of the graph's clock.
+/// Counters of one stage, written by its thread and read by any. Times are nanoseconds of the graph's clock.
 #[derive(Default)]
 pub(crate) struct Pulse {
     state: AtomicU8,
@@ -53,7 +53,7 @@ pub(crate) struct Pulse {
 }
 
 impl Pulse {
-    /// From now on it is in `state`; that it got there is progress.
+    /// Enters `state`, which counts as progress.
     pub(crate) fn enter(&self, state: State, now: Duration) {
         if cfg!(feature = "unobserved") {
             return;
@@ -83,18 +83,18 @@ impl Pulse {
         STATES[self.state.load(Relaxed) as usize]
     }
 
-    /// Time spent in `state` up to `now`, the present stay included.
+    /// Returns the time spent in `state` up to `now`, including the current stay.
     pub(crate) fn spent(&self, state: State, now: Duration) -> Duration {
         let present = if self.state() == state { self.in_state(now) } else { Duration::ZERO };
         Duration::from_nanos(self.spent[state as usize].load(Relaxed)) + present
     }
 
-    /// How long it has been in its present state.
+    /// Returns the time in the current state.
     pub(crate) fn in_state(&self, now: Duration) -> Duration {
         now.saturating_sub(Duration::from_nanos(self.since.load(Relaxed)))
     }
 
-    /// How long since it last showed progress.
+    /// Returns the time since the last sign of progress.
     pub(crate) fn since_beat(&self, now: Duration) -> Duration {
         now.saturating_sub(Duration::from_nanos(self.beat.load(Relaxed)))
     }

@@ -1,113 +1,113 @@
-//! What can be seen of a graph from outside.
+//! Reports of a graph's state for observers.
 
 use serde::Serialize;
 
 use crate::pulse::State;
 
-/// A graph at one moment. Times are seconds.
+/// State of a graph at one moment. Times are in seconds.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct GraphReport {
-    /// Incarnation, from zero.
+    /// Number of the incarnation, from zero.
     pub incarnation: u64,
     /// Time since this incarnation began.
     pub uptime_s: f64,
-    /// Restarts so far.
+    /// Number of restarts so far.
     pub restarts: u32,
-    /// Every stage, in the order it was added.
+    /// Stages, in the order in which they were added.
     pub stages: Vec<StageReport>,
-    /// Every edge, in the order it was made.
+    /// Edges, in the order in which they were created.
     pub edges: Vec<EdgeReport>,
-    /// Who holds the run, when it makes no progress.
+    /// Stall of the graph, if it makes no progress.
     pub stalled: Option<Stall>,
-    /// The last few hundred spans of work.
+    /// The last spans of work, at most 256.
     pub timeline: Vec<Span>,
 }
 
-/// One stage.
+/// State of one stage. Times are in seconds.
 #[derive(Debug, Clone, Serialize)]
 pub struct StageReport {
-    /// Its name.
+    /// Name of the stage.
     pub name: String,
-    /// The role it shares with other workers.
+    /// Role, which several workers may share.
     pub role: String,
-    /// What it is doing.
+    /// Current state.
     pub state: State,
-    /// What it says it is doing.
+    /// Description of the current work, as set by the stage.
     pub note: String,
-    /// How long it has been doing it.
+    /// Time in the current state.
     pub since_s: f64,
-    /// Items it has finished.
+    /// Number of items taken and finished.
     pub items_in: u64,
-    /// Items it has given.
+    /// Number of items emitted.
     pub items_out: u64,
     /// Time spent working.
     pub busy_s: f64,
     /// Time spent waiting for input.
     pub idle_s: f64,
-    /// Time spent waiting for room in its output.
+    /// Time spent waiting for room in the output edge.
     pub blocked_s: f64,
     /// Time spent waiting for the staleness bound.
     pub admission_s: f64,
-    /// Time since its last progress.
+    /// Time since the last sign of progress.
     pub last_beat_s: f64,
 }
 
-/// One edge.
+/// State of one edge. Times are in seconds.
 #[derive(Debug, Clone, Serialize)]
 pub struct EdgeReport {
-    /// Its name.
+    /// Name of the edge.
     pub name: String,
-    /// Stages that give to it.
+    /// Names of the producing stages.
     pub from: Vec<String>,
-    /// Stages that take from it.
+    /// Names of the consuming stages.
     pub to: Vec<String>,
-    /// Items on it.
+    /// Number of items on the edge.
     pub depth: u64,
-    /// Most items it holds.
+    /// Largest number of items that it can hold.
     pub capacity: usize,
-    /// Items that were put on it.
+    /// Number of items put on the edge so far.
     pub items: u64,
-    /// Items of another incarnation that it refused.
+    /// Number of items that it refused because they were of another incarnation.
     pub refused: u64,
-    /// Time that senders waited.
+    /// Total time that senders waited.
     pub send_blocked_s: f64,
-    /// Time that receivers waited.
+    /// Total time that receivers waited.
     pub recv_blocked_s: f64,
-    /// Most items it has held.
+    /// Largest number of items that it has held.
     pub high_water: u64,
-    /// How long the oldest item has been on it.
+    /// Time that the oldest item has been on the edge.
     pub age_s: f64,
-    /// Time that the items taken from it had spent on it, together.
+    /// Total time that the items taken so far had spent on the edge.
     pub waited_s: f64,
 }
 
-/// Who holds a run that makes no progress.
+/// Stage that blocks a graph without progress.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Stall {
-    /// The stage.
+    /// Name of the stage.
     pub stage: String,
-    /// What it is doing.
+    /// State of the stage.
     pub state: State,
-    /// For how long nothing has moved.
+    /// Time in seconds since any stage made progress.
     pub for_s: f64,
 }
 
-/// One `process` call.
+/// Work of one stage on one item.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Span {
-    /// The stage.
+    /// Name of the stage.
     pub stage: String,
-    /// The item.
+    /// Sequence number of the item.
     pub seq: u64,
-    /// The item's version.
+    /// Version of the item.
     pub version: u64,
-    /// When it began, in seconds since its incarnation did.
+    /// Start, in seconds since the incarnation began.
     pub start_s: f64,
-    /// When it ended.
+    /// End, in seconds since the incarnation began.
     pub end_s: f64,
 }
 
-/// Which spans a reader has had, so that it is given each once.
+/// Position of a reader in the spans of all stages, so that it gets each span once.
 #[derive(Debug, Clone, Default)]
 pub struct SpansSeen {
     pub(crate) incarnation: Option<u64>,
@@ -116,13 +116,13 @@ pub struct SpansSeen {
 }
 
 impl SpansSeen {
-    /// Spans that came and went between two readings, since this reader began.
+    /// Returns the number of spans that were overwritten before this reader read them.
     pub fn lost(&self) -> u64 {
         self.lost
     }
 }
 
-/// Each role once, in the order in which it was first added.
+/// Returns each role once, in the order in which it was first added.
 pub fn roles(stages: &[StageReport]) -> Vec<&str> {
     let mut roles = Vec::new();
     for stage in stages {
@@ -133,27 +133,27 @@ pub fn roles(stages: &[StageReport]) -> Vec<&str> {
     roles
 }
 
-/// How the workers of a role spent their time; the shares add up to one.
+/// Shares of time that the workers of a role spent in each state; they add up to one.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RoleShare {
-    /// The role.
+    /// Name of the role.
     pub role: String,
-    /// Its workers.
+    /// Number of workers.
     pub workers: usize,
-    /// Working.
+    /// Share of time spent working.
     pub busy: f64,
-    /// Waiting for input.
+    /// Share of time spent waiting for input.
     pub idle: f64,
-    /// Waiting for room in their output.
+    /// Share of time spent waiting for room in their output.
     pub blocked: f64,
-    /// Waiting for the staleness bound.
+    /// Share of time spent waiting for the staleness bound.
     pub admission: f64,
-    /// Items that they finished, together.
+    /// Items per second that the workers finished together.
     pub items_per_s: f64,
 }
 
-/// How each role's workers spent their time between `earlier` and `stages`, two reports of one incarnation; since it
-/// began where `earlier` is empty. A role whose workers did nothing yet is left out.
+/// Returns the shares of each role between `earlier` and `stages`, two reports of one incarnation, or since its
+/// beginning if `earlier` is empty. A role whose workers have no accounted time is omitted.
 pub fn shares(stages: &[StageReport], earlier: &[StageReport]) -> Vec<RoleShare> {
     let share = |role: &str| {
         let of: Vec<&StageReport> = stages.iter().filter(|stage| stage.role == role).collect();
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_role_is_told_once_wherever_its_workers_stand() {
+    fn a_role_is_listed_once_in_any_order_of_workers() {
         let stages = [
             stage("r0", "rollout", 1.0, 1.0, 0.0),
             stage("l", "learn", 2.0, 0.0, 0.0),
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_are_those_of_the_time_between_two_reports() {
+    fn shares_cover_the_time_between_two_reports() {
         let earlier = [stage("r0", "rollout", 100.0, 0.0, 0.0), stage("l", "learn", 0.0, 0.0, 0.0)];
         let mut now = [stage("r0", "rollout", 101.0, 3.0, 0.0), stage("l", "learn", 0.0, 0.0, 0.0)];
         now[0].items_in = 8;

@@ -1,4 +1,4 @@
-//! Stages that stand for devices: they take time, and fail when told to. For tests and benches.
+//! Stages that simulate devices, for tests and benchmarks: they take time, and fail on request.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,13 +9,13 @@ use crate::item::Item;
 use crate::stage::{Emitter, Source, Stage, StageContext, StageError, StageResult};
 use crate::staleness::AdmissionGate;
 
-/// Gives `count` numbers, from `next`, each when `gate` admits it.
+/// Source of the numbers `next..end`, each admitted by `gate`.
 pub struct ScriptedSource {
-    /// The next number.
+    /// Next number.
     pub next: u64,
-    /// The first number that is not given.
+    /// End of the range, exclusive.
     pub end: u64,
-    /// Staleness bound, if any.
+    /// Gate that bounds the staleness, if any.
     pub gate: Option<Arc<AdmissionGate>>,
 }
 
@@ -40,33 +40,33 @@ impl Source for ScriptedSource {
     }
 }
 
-/// What a scripted stage does wrong.
+/// Fault of a scripted stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Fault {
-    /// Nothing.
+    /// No fault.
     #[default]
     None,
     /// Returns an error.
     Error,
-    /// Returns an error that no restart mends.
+    /// Returns a fatal error.
     Fatal,
     /// Panics.
     Panic,
-    /// Does nothing until the graph halts.
+    /// Waits until the graph halts.
     Hang,
 }
 
-/// Takes `duration` for each item and hands it on.
+/// Stage that takes `duration` for each item and forwards it.
 #[derive(Debug, Clone, Default)]
 pub struct ScriptedStage {
     /// Time per item.
     pub duration: Duration,
-    /// What goes wrong, and at which item.
+    /// Number of the item at which the fault occurs, and the fault.
     pub fault: (u64, Fault),
 }
 
 impl ScriptedStage {
-    /// A stage that takes `duration` per item and never fails.
+    /// Returns a stage that takes `duration` per item and never fails.
     pub fn taking(duration: Duration) -> Self {
         Self { duration, ..Self::default() }
     }
@@ -98,25 +98,25 @@ impl Stage for ScriptedStage {
     }
 }
 
-/// A learner: takes batches of `batch` items in order of their number, `stage.duration` each, and publishes a
+/// Learner that consumes batches of `batch` items in order of their numbers, `stage.duration` each, and publishes a
 /// version after each batch.
 pub struct ScriptedSink<F> {
     /// Time per item and faults.
     pub stage: ScriptedStage,
-    /// Items per version.
+    /// Number of items per version.
     pub batch: u64,
-    /// Told of each version.
+    /// Gate to which each version is reported, if any.
     pub gate: Option<Arc<AdmissionGate>>,
-    /// The next number due.
+    /// Number of the next item to consume.
     pub next: u64,
-    /// Items that came early.
+    /// Items that arrived before their turn.
     pub early: BTreeMap<u64, Item<u64>>,
-    /// Called with each item as it is consumed, and the version it is consumed at.
+    /// Callback for each consumed item, with the version at which it is consumed.
     pub each: F,
 }
 
 impl<F: FnMut(&Item<u64>, u64) + Send + 'static> ScriptedSink<F> {
-    /// A sink that begins at item zero.
+    /// Creates a sink that begins at item zero.
     pub fn new(stage: ScriptedStage, batch: u64, gate: Option<Arc<AdmissionGate>>, each: F) -> Self {
         Self { stage, batch, gate, next: 0, early: BTreeMap::new(), each }
     }

@@ -1,15 +1,15 @@
-//! Published values: a pointer swap for the writer, a pull for the readers.
+//! Versioned values: published by a pointer swap, pulled by readers.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
-/// One version of a value. Immutable; readers share it.
+/// One version of a value. It is immutable and shared by its readers.
 #[derive(Debug)]
 pub struct Snapshot<T> {
-    /// Counts up from zero.
+    /// Version, which counts up from zero.
     pub version: u64,
-    /// Tells this value from others; made by the publisher from the value's content.
+    /// Fingerprint of the value's content, computed by the publisher.
     pub fingerprint: u64,
     /// The value.
     pub value: Arc<T>,
@@ -21,22 +21,22 @@ impl<T> Clone for Snapshot<T> {
     }
 }
 
-/// What a reader says it runs.
+/// Acknowledgement of a reader that it uses a version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Ack {
-    /// The reader.
+    /// Name of the reader.
     pub reader: String,
-    /// Version it runs.
+    /// Version that it uses.
     pub version: u64,
-    /// Fingerprint of what it runs, as the reader computed it.
+    /// Fingerprint of the value, as computed by the reader.
     pub fingerprint: u64,
-    /// Versions it is behind.
+    /// Number of versions that it is behind the latest.
     pub lag: u64,
-    /// Whether the fingerprint is the one that this version was published with.
+    /// True if the fingerprint is the one with which this version was published.
     pub fingerprint_matches: bool,
 }
 
-/// Holds the latest snapshot. Publishing never waits for a reader.
+/// Cell that holds the latest snapshot. Publishing never waits for a reader.
 pub struct SnapshotCell<T> {
     inner: Mutex<Inner<T>>,
 }
@@ -54,35 +54,36 @@ struct Reader {
 }
 
 impl<T> SnapshotCell<T> {
-    /// A cell that starts with a first snapshot.
+    /// Creates a cell with a first snapshot.
     pub fn new(version: u64, fingerprint: u64, value: Arc<T>) -> Self {
         let latest = Snapshot { version, fingerprint, value };
         Self { inner: Mutex::new(Inner { latest, readers: Vec::new() }) }
     }
 
-    /// Makes `value` the latest. A version below the present one is ignored: a learner of an older incarnation.
+    /// Makes `value` the latest. A version below the current one is ignored, because it comes from a learner of an
+    /// older incarnation.
     pub fn publish(&self, version: u64, fingerprint: u64, value: Arc<T>) {
         let mut inner = self.lock();
         if version >= inner.latest.version {
             let old = std::mem::replace(&mut inner.latest, Snapshot { version, fingerprint, value });
-            // Unless a reader still runs it the old value is freed here, and no reader waits for that.
+            // Unless a reader still uses it, the old value is freed here, outside the lock.
             drop(inner);
             drop(old);
         }
     }
 
-    /// The latest snapshot.
+    /// Returns the latest snapshot.
     pub fn latest(&self) -> Snapshot<T> {
         self.lock().latest.clone()
     }
 
-    /// A reader by name; one of the same name takes the place of an earlier one.
+    /// Returns a reader with this name, which replaces an earlier one of the same name.
     pub fn reader(self: &Arc<Self>, name: &str) -> SnapshotReader<T> {
         self.lock().readers.retain(|reader| reader.name != name);
         SnapshotReader { cell: Arc::clone(self), name: name.to_owned(), running: None }
     }
 
-    /// What each reader has acknowledged, by name.
+    /// Returns each reader's last acknowledgement, ordered by name.
     pub fn acks(&self) -> Vec<Ack> {
         let inner = self.lock();
         let mut acks: Vec<Ack> = inner
@@ -105,7 +106,7 @@ impl<T> SnapshotCell<T> {
     }
 }
 
-/// One reader of a cell.
+/// Reader of a cell.
 pub struct SnapshotReader<T> {
     cell: Arc<SnapshotCell<T>>,
     name: String,
@@ -113,13 +114,13 @@ pub struct SnapshotReader<T> {
 }
 
 impl<T> SnapshotReader<T> {
-    /// The latest snapshot, if it is newer than what this reader acknowledged last.
+    /// Returns the latest snapshot unless this reader has acknowledged its version last.
     pub fn refresh(&self) -> Option<Snapshot<T>> {
         let inner = self.cell.lock();
         (self.running != Some(inner.latest.version)).then(|| inner.latest.clone())
     }
 
-    /// Says that this reader now runs `snapshot`, whose fingerprint it computed to be `fingerprint`.
+    /// Records that this reader now uses `snapshot`, for whose value it computed `fingerprint`.
     pub fn acknowledge(&mut self, snapshot: &Snapshot<T>, fingerprint: u64) {
         self.running = Some(snapshot.version);
         let mut inner = self.cell.lock();

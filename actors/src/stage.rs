@@ -1,4 +1,4 @@
-//! What a stage is, and what it is given.
+//! Traits and context of stages.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -14,11 +14,11 @@ use crate::item::Item;
 use crate::pending::Pending;
 use crate::pulse::{Pulse, State};
 
-/// What a stage's work returns.
+/// Result of a stage's work.
 pub type StageResult<T> = Result<T, StageError>;
 
-/// Why a stage stopped. Any error converts into one with `?`, [`Ended`] included: that an edge has drained or the
-/// graph halts is no failure.
+/// Reason why a stage stopped. Every error type converts into it with `?`, including [`Ended`], which is not a failure
+/// if an edge has drained or the graph halts.
 #[derive(Debug)]
 pub struct StageError {
     source: Box<dyn Error + Send + Sync>,
@@ -26,22 +26,22 @@ pub struct StageError {
 }
 
 impl StageError {
-    /// A failure that a restart may mend.
+    /// Creates a failure that a restart may repair.
     pub fn new(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { source: source.into(), fatal: false }
     }
 
-    /// A failure that a restart would only repeat: it ends the run.
+    /// Creates a failure that a restart would repeat; it ends the run.
     pub fn fatal(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { source: source.into(), fatal: true }
     }
 
-    /// Whether a restart would be of no use.
+    /// Returns whether a restart would not help.
     pub fn is_fatal(&self) -> bool {
         self.fatal
     }
 
-    /// The end of an edge, when that is all it was.
+    /// Returns the end of an edge, if that is the reason.
     pub fn ended(&self) -> Option<Ended> {
         self.source.downcast_ref().copied()
     }
@@ -65,68 +65,69 @@ impl std::fmt::Display for StageError {
     }
 }
 
-/// Takes items, gives items, on a thread of its own.
+/// Worker that takes items and emits items, on its own thread.
 pub trait Stage: Send + 'static {
-    /// What it takes.
+    /// Type of the items that it takes.
     type In: Send + 'static;
-    /// What it gives.
+    /// Type of the items that it emits.
     type Out: Send + 'static;
 
-    /// Once, on the stage's thread, before the first item.
+    /// Prepares the stage. Called once, on the stage's thread, before the first item.
     ///
     /// # Errors
-    /// Ends the graph's incarnation.
+    /// Every error ends the graph's incarnation.
     fn start(&mut self, _ctx: &StageContext) -> StageResult<()> {
         Ok(())
     }
 
-    /// One item; gives any number of items through `out`.
+    /// Processes one item and emits any number of items to `out`.
     ///
     /// # Errors
-    /// Ends the graph's incarnation, unless it is the end of an edge.
+    /// Every error ends the graph's incarnation, except the end of an edge.
     fn process(&mut self, item: Item<Self::In>, out: &Emitter<'_, Self::Out>) -> StageResult<()>;
 
-    /// Whether work is begun that [`Self::advance`] goes on with. A stage that works on many items at once only begins with
-    /// each in `process`; it is then called on, and given more items as they come, until this is false.
+    /// Returns whether unfinished work exists that [`Self::advance`] continues. A stage that works on many items at
+    /// once only begins with each in `process`. It is then advanced, and given more items as they arrive, until this
+    /// returns false.
     fn busy(&self) -> bool {
         false
     }
 
-    /// Whether it takes another item now; asked while it is busy.
+    /// Returns whether the stage accepts another item now; checked while it is busy.
     fn open(&self) -> bool {
         true
     }
 
-    /// Goes on with what is begun, for a moment: no item is taken meanwhile.
+    /// Continues unfinished work for a short time, during which no item is taken.
     ///
     /// # Errors
-    /// As [`Self::process`].
+    /// The same as for [`Self::process`].
     fn advance(&mut self, _out: &Emitter<'_, Self::Out>) -> StageResult<()> {
         Ok(())
     }
 
-    /// Once, when the input has drained; not when the graph halts.
+    /// Finishes the stage. Called once, when the input has drained, but not when the graph halts.
     ///
     /// # Errors
-    /// As [`Self::process`].
+    /// The same as for [`Self::process`].
     fn finish(&mut self, _out: &Emitter<'_, Self::Out>) -> StageResult<()> {
         Ok(())
     }
 }
 
-/// Gives items that come from outside the graph.
+/// Stage without input, which brings items into the graph.
 pub trait Source: Send + 'static {
-    /// What it gives.
+    /// Type of the items that it gives.
     type Out: Send + 'static;
 
-    /// The next item, or `None` at the end of the stream.
+    /// Returns the next item, or `None` at the end of the stream.
     ///
     /// # Errors
-    /// Ends the graph's incarnation, unless it is the end of an edge.
+    /// Every error ends the graph's incarnation, except the end of an edge.
     fn next(&mut self, ctx: &StageContext) -> StageResult<Option<Item<Self::Out>>>;
 }
 
-/// Where a stage puts what it gives.
+/// Output of a stage.
 pub struct Emitter<'a, T> {
     pub(crate) outlet: Option<&'a Outlet<T>>,
     pub(crate) ctx: &'a StageContext,
@@ -134,10 +135,10 @@ pub struct Emitter<'a, T> {
 }
 
 impl<T> Emitter<'_, T> {
-    /// Hands `item` to the next stage, waiting for room. A sink's items go nowhere.
+    /// Sends `item` to the next stage, waiting for room. Items of a sink are dropped.
     ///
     /// # Errors
-    /// [`Ended`] when the graph halts or nobody is left to take it; pass it on with `?`.
+    /// [`Ended`] if the graph halts or all consumers have ended; return it with `?`.
     pub fn emit(&self, item: Item<T>) -> Result<(), Ended> {
         let seq = item.seq;
         let sent = match self.outlet {
@@ -150,13 +151,13 @@ impl<T> Emitter<'_, T> {
         Ok(())
     }
 
-    /// The stage's context.
+    /// Returns the stage's context.
     pub fn ctx(&self) -> &StageContext {
         self.ctx
     }
 }
 
-/// What a stage knows of its graph.
+/// Access of a stage to its graph: clock, halt and drain signals, progress reports.
 #[derive(Clone)]
 pub struct StageContext {
     pub(crate) name: Arc<str>,
@@ -167,55 +168,55 @@ pub struct StageContext {
 }
 
 impl StageContext {
-    /// The stage's name.
+    /// Returns the stage's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Which incarnation of the graph this is, from zero.
+    /// Returns the number of the graph's incarnation, from zero.
     pub fn incarnation(&self) -> u64 {
         self.incarnation
     }
 
-    /// Whether the graph halts; cheap, for long computations to look at.
+    /// Returns whether the graph is halting. The check is cheap; long computations should make it repeatedly.
     pub fn halted(&self) -> bool {
         self.control.halted()
     }
 
-    /// Whether sources are to end.
+    /// Returns whether the graph is draining, so that sources must end.
     pub fn draining(&self) -> bool {
         self.control.draining()
     }
 
-    /// A sign of progress inside a long computation.
+    /// Reports progress within a long computation to the watchdog.
     pub fn beat(&self) {
         self.pulse.beat(self.clock.now());
     }
 
-    /// Says in a line what the stage is doing.
+    /// Sets a one-line description of the stage's current work.
     pub fn note(&self, text: &str) {
         self.pulse.note(text);
     }
 
-    /// The graph's clock.
+    /// Returns the graph's clock.
     pub fn clock(&self) -> &Clock {
         &self.clock
     }
 
-    /// Lets `duration` pass, or returns early when the graph halts.
+    /// Sleeps for `duration` of the graph's clock; returns early if the graph halts.
     pub fn sleep(&self, duration: Duration) {
         match self.clock.simulation() {
-            // An abandoned stage must not sleep in the time of the next incarnation.
+            // An abandoned stage must not sleep in the virtual time of the next incarnation.
             Some(_) if self.halted() => {}
             Some(simulation) => simulation.sleep(duration),
             None => {
-                // The channel closes on halt, which ends the wait early.
+                // The channel closes on a halt, which ends the wait early.
                 let _ = self.halt_signal().recv_timeout(duration);
             }
         }
     }
 
-    /// Enters `state` and returns the one before.
+    /// Enters `state` and returns the previous state.
     pub(crate) fn enter(&self, state: State) -> State {
         let before = self.pulse.state();
         self.pulse.enter(state, self.clock.now());
@@ -226,7 +227,7 @@ impl StageContext {
         self.control.halt_signal()
     }
 
-    /// A wait for something other than an edge, and the means to end it.
+    /// Creates a wait for something other than an edge, and the handle that ends it.
     pub(crate) fn waiter(&self) -> (Waker, Waiting) {
         match self.clock.simulation() {
             Some(simulation) => {
@@ -254,10 +255,10 @@ impl StageContext {
     }
 }
 
-/// Ends a wait.
+/// Handle that ends a wait.
 pub(crate) struct Waker(Bell);
 
-/// One wait, not yet begun.
+/// A wait that has not begun yet.
 pub(crate) struct Waiting(Ring);
 
 enum Bell {
@@ -273,14 +274,14 @@ enum Ring {
 impl Waker {
     pub(crate) fn wake(&self) {
         match &self.0 {
-            // A waiter that has gone needs no bell.
+            // If the waiter has ended, nothing needs to be woken.
             Bell::Real(bell) => drop(bell.try_send(())),
             Bell::Simulated(simulation, slot) => simulation.wake(slot),
         }
     }
 }
 
-/// A stage's name, role and threads.
+/// Name, role and thread settings of a stage.
 #[derive(Debug, Clone)]
 pub struct StageSpec {
     pub(crate) name: String,
@@ -290,25 +291,25 @@ pub struct StageSpec {
 }
 
 impl StageSpec {
-    /// A stage called `name`, which is its role too until told otherwise.
+    /// Creates the settings of a stage called `name`, whose role is its name by default.
     pub fn new(name: impl Into<String>) -> Self {
         let name = name.into();
         Self { role: name.clone(), name, threads: None, stack: None }
     }
 
-    /// The role it shares with other workers.
+    /// Sets the role, which several workers may share.
     pub fn role(mut self, role: impl Into<String>) -> Self {
         self.role = role.into();
         self
     }
 
-    /// Runs its work inside a rayon pool of its own with this many threads. Waiting happens outside it.
+    /// Runs the stage's work in its own rayon pool with this many threads. It waits for items outside the pool.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads.max(1));
         self
     }
 
-    /// Size of its thread's stack in bytes, for graphs of very many stages.
+    /// Sets the stack size of the stage's thread in bytes, for graphs of very many stages.
     pub fn stack(mut self, bytes: usize) -> Self {
         self.stack = Some(bytes);
         self

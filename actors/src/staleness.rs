@@ -1,4 +1,4 @@
-//! How far ahead of the learner work may start: a pure rule, and the gate that applies it.
+//! Limit on how far work may run ahead of the learner: a pure rule, and the gate that applies it.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -6,33 +6,33 @@ use crate::edge::Ended;
 use crate::pulse::State;
 use crate::stage::{StageContext, Waker};
 
-/// With staleness bound η and batches of B groups, a group may start only while
-/// `accepted + running < (η + version + 1)·B` (AReaL, arXiv 2505.24298, eq. 3).
+/// Admission rule: with staleness bound η and batches of B groups, a group may start only while `accepted + running <
+/// (η + version + 1)·B` (AReaL, arXiv 2505.24298, eq. 3).
 ///
-/// When batches are consumed in order of admission, a group admitted at version `v` has an index below
-/// `(η + v + 1)·B` and is consumed at version `index / B ≤ η + v`: at most η versions late.
+/// If batches are consumed in order of admission, a group admitted at version `v` has an index below `(η + v + 1)·B`
+/// and is consumed at version `index / B ≤ η + v`: at most η versions late.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Admission {
-    /// The bound η, in versions; 0 is synchronous.
+    /// Staleness bound η, in versions; 0 is synchronous.
     pub eta: u64,
-    /// Groups per batch, B.
+    /// Number of groups per batch, B.
     pub batch: u64,
 }
 
 impl Admission {
-    /// Whether one more group may start.
+    /// Returns whether one more group may start.
     pub fn may_start(&self, accepted_plus_running: u64, version: u64) -> bool {
         self.room(accepted_plus_running, version) > 0
     }
 
-    /// How many more groups may start.
+    /// Returns the number of further groups that may start.
     pub fn room(&self, accepted_plus_running: u64, version: u64) -> u64 {
         let limit = self.eta.saturating_add(version).saturating_add(1).saturating_mul(self.batch);
         limit.saturating_sub(accepted_plus_running)
     }
 }
 
-/// The rule, shared between the source that asks and the learner that publishes versions.
+/// Admission rule with its state, shared between the source that asks and the learner that publishes versions.
 pub struct AdmissionGate {
     rule: Admission,
     inner: Mutex<Inner>,
@@ -45,15 +45,15 @@ struct Inner {
 }
 
 impl AdmissionGate {
-    /// A gate that has admitted `admitted` groups and knows `version`.
+    /// Creates a gate that has admitted `admitted` groups at `version`.
     pub fn new(rule: Admission, admitted: u64, version: u64) -> Self {
         Self { rule, inner: Mutex::new(Inner { admitted, version, waiting: Vec::new() }) }
     }
 
-    /// Waits until `n` groups may start, counts them in, and returns the index of the first.
+    /// Waits until `n` groups may start, admits them, and returns the index of the first.
     ///
     /// # Errors
-    /// `Drained` when the graph drains, `Halted` when it halts.
+    /// `Drained` if the graph drains, `Halted` if it halts.
     pub fn admit(&self, ctx: &StageContext, n: u64) -> Result<u64, Ended> {
         let mut before = None;
         let result = loop {
@@ -85,7 +85,7 @@ impl AdmissionGate {
         result
     }
 
-    /// The learner has reached `version`.
+    /// Reports that the learner has reached `version`, and wakes the waiting sources.
     pub fn set_version(&self, version: u64) {
         let mut inner = self.lock();
         inner.version = inner.version.max(version);
@@ -94,12 +94,12 @@ impl AdmissionGate {
         }
     }
 
-    /// The version last told.
+    /// Returns the highest version reported so far.
     pub fn version(&self) -> u64 {
         self.lock().version
     }
 
-    /// Groups admitted so far.
+    /// Returns the number of groups admitted so far.
     pub fn admitted(&self) -> u64 {
         self.lock().admitted
     }
@@ -115,7 +115,8 @@ mod tests {
 
     #[test]
     fn in_order_batches_are_never_staler_than_the_bound() {
-        // A seeded walk: at random either admit as much as a random worker wants, or finish a batch.
+        // A seeded random walk: each step either admits as many groups as a random worker requests, or finishes a
+        // batch.
         let mut state = 7u64;
         let mut random = |n: u64| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

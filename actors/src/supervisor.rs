@@ -1,8 +1,8 @@
-//! Supervision by ractor: one actor for the graph, one for each stage, and none of them touches data.
+//! Supervision by ractor: one actor for the graph and one for each stage, none of which touches data.
 //!
-//! A stage's actor owns its thread. The thread says how it ended by a cast; a failure reaches the graph's actor as
-//! a supervision event. One failed stage takes the whole incarnation down: a graph half of whose stages remember
-//! what the others have lost cannot be reasoned about.
+//! A stage's actor owns its thread. The thread reports its end by a cast; a failure reaches the graph's actor as a
+//! supervision event. One failed stage takes the complete incarnation down, because the stages' states would otherwise
+//! be inconsistent.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::report::Stall;
 use crate::stage::{StageResult, StageSpec};
 use crate::watchdog::stalled;
 
-/// Builds an incarnation.
+/// Function that wires an incarnation.
 pub(crate) type Build = Box<dyn FnMut(&mut GraphBuilder) -> StageResult<()> + Send>;
 
 pub(crate) enum GraphMessage {
@@ -29,7 +29,7 @@ pub(crate) enum GraphMessage {
     GraceOver(u64),
 }
 
-/// The graph's actor.
+/// Actor that supervises a graph.
 pub(crate) struct GraphActor {
     pub(crate) options: GraphOptions,
     pub(crate) shared: Arc<Shared>,
@@ -44,7 +44,7 @@ pub(crate) struct GraphState {
     failure: Option<StageFailure>,
     stall: Option<Stall>,
     halting: bool,
-    /// The incarnation whose grace runs.
+    /// Incarnation for which the grace period of a halt is running.
     graced: Option<u64>,
     draining: bool,
 }
@@ -111,7 +111,7 @@ impl Actor for GraphActor {
             GraphMessage::GraceOver(incarnation) if incarnation == state.incarnation && !state.alive.is_empty() => {
                 let mut left: Vec<String> = state.alive.drain().map(|(_, name)| name).collect();
                 left.sort();
-                tracing::error!("abandoned, since they did not stop in time: {}", left.join(", "));
+                tracing::error!("stages abandoned because they did not stop in time: {}", left.join(", "));
                 self.settle(&myself, state);
             }
             GraphMessage::GraceOver(_) => {}
@@ -150,7 +150,7 @@ impl Actor for GraphActor {
 }
 
 impl GraphActor {
-    /// Runs the builder on a blocking thread: it may take its time.
+    /// Runs the builder on a blocking thread, because it may take long.
     fn build(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState) {
         let Some(mut build) = state.build.take() else { return };
         let (myself, incarnation, clock) = (myself.clone(), state.incarnation, self.options.clock.clone());
@@ -164,7 +164,7 @@ impl GraphActor {
                 Ok(Err(error)) => Err(failure(error.to_string(), false, error.is_fatal())),
                 Err(_) => Err(failure("panicked".into(), true, false)),
             };
-            // When the graph's actor has gone, nobody wants to know.
+            // If the graph's actor has ended, the result is not needed.
             let _ = myself.cast(GraphMessage::Built(build, built));
         });
     }
@@ -179,7 +179,7 @@ impl GraphActor {
         if let Some(simulation) = view.clock.simulation() {
             simulation.begin(planned.len());
         }
-        // Time spent building is no time lived in health.
+        // Time spent building does not count as healthy life.
         view.began = view.clock.now();
         let view = Arc::new(view);
         state.view = Some(Arc::clone(&view));
@@ -209,7 +209,7 @@ impl GraphActor {
         }
     }
 
-    /// One failed stage takes the incarnation down; the first failure is the cause that is told in the end.
+    /// Takes the incarnation down after a failed stage. The first failure is reported as the cause.
     fn fail(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState, failure: StageFailure) {
         tracing::error!(stage = failure.stage, "{failure}");
         self.shared.tell(GraphEvent::StageFailed {
@@ -221,7 +221,7 @@ impl GraphActor {
         self.halt(myself, state);
     }
 
-    /// Halts the incarnation, and gives its stages until the grace is over. The handle may have said the word already.
+    /// Halts the incarnation and starts the grace period of its stages. The handle may have halted the stages already.
     fn halt(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState) {
         let Some(view) = &state.view else { return };
         view.control.halt();
@@ -231,13 +231,13 @@ impl GraphActor {
         }
     }
 
-    /// All stages have ended, or were abandoned: what now?
+    /// Decides how to continue once all stages have ended or were abandoned.
     fn settle(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState) {
-        // Taken, so that a build that fails next is not credited with the life of the incarnation before.
+        // `take`, so that a later failed build is not credited with the life of this incarnation.
         let view = state.view.take();
         let lived = view.as_ref().map_or(Duration::ZERO, |view| view.clock.now().saturating_sub(view.began));
         let Some(failure) = state.failure.take() else {
-            // The handle says the word to the stages itself, and they may all have ended before its message is read.
+            // The handle halts the stages directly, so they may all have ended before its message arrives here.
             let halted = state.halting || view.is_some_and(|view| view.control.halted());
             let outcome = match (halted, state.draining) {
                 (true, _) => Outcome::Halted,
@@ -268,7 +268,7 @@ impl GraphActor {
         myself.stop(None);
     }
 
-    /// The watchdog's look.
+    /// Runs the watchdog's check.
     fn look(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState) {
         let Some(view) = state.view.as_ref().filter(|view| !view.control.halted()) else { return };
         let found = stalled(&self.options.watchdog, &view.stages(), &view.edges());
@@ -302,7 +302,7 @@ impl GraphActor {
     }
 }
 
-/// Owns a stage's thread.
+/// Actor that owns a stage's thread.
 struct StageActor;
 
 impl Actor for StageActor {
@@ -321,7 +321,7 @@ impl Actor for StageActor {
         }
         builder.spawn(move || {
             let end = work();
-            // When the actor has gone, the stage was abandoned.
+            // If the actor has ended, the stage was abandoned.
             let _ = myself.cast(end);
         })?;
         Ok(())
@@ -345,7 +345,7 @@ impl Actor for StageActor {
 }
 
 impl RestartPolicy {
-    /// A policy that never restarts.
+    /// Returns a policy that never restarts.
     pub fn never() -> Self {
         Self { max_restarts: 0, ..Self::default() }
     }

@@ -1,16 +1,17 @@
-//! Who holds a run that makes no progress. Pure.
+//! Pure rule that finds the stage that blocks a graph without progress.
 
 use std::time::Duration;
 
 use crate::pulse::State;
 use crate::report::{EdgeReport, StageReport, Stall};
 
-/// Rules for stalls.
+/// Thresholds for stalls.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WatchdogPolicy {
-    /// Without any progress for this long, the run is stalled.
+    /// Time without any progress after which the graph is stalled. The default is 120 s.
     pub stall_after: Duration,
-    /// A stall of this length restarts the graph; `None` only tells.
+    /// Length of a stall after which the graph is restarted; with `None` stalls are only reported. The default is 600
+    /// s.
     pub restart_after: Option<Duration>,
 }
 
@@ -20,10 +21,10 @@ impl Default for WatchdogPolicy {
     }
 }
 
-/// The stage that holds the run, when no stage has made progress for `stall_after`.
+/// Returns the stage that blocks the graph if no stage has made progress for `stall_after`.
 ///
-/// A stage that works and shows no progress holds it. If none works, waits are followed from the last stage:
-/// one that waits for input waits for whoever gives to that edge, one that waits for room waits for whoever takes.
+/// A stage that works without a sign of progress blocks the graph. If none works, waits are followed from the last
+/// stage: a stage that waits for input waits for the producers of that edge, one that waits for room for its consumers.
 pub fn stalled(policy: &WatchdogPolicy, stages: &[StageReport], edges: &[EdgeReport]) -> Option<Stall> {
     let alive: Vec<&StageReport> = stages.iter().filter(|stage| stage.state != State::Ended).collect();
     let quiet = alive.iter().map(|stage| stage.last_beat_s).fold(f64::INFINITY, f64::min);
@@ -38,7 +39,7 @@ pub fn stalled(policy: &WatchdogPolicy, stages: &[StageReport], edges: &[EdgeRep
     Some(Stall { stage: holder.name.clone(), state: holder.state, for_s: quiet })
 }
 
-/// Follows waits from `stage` until they end or go in a circle.
+/// Follows waits from `stage` until they end or form a cycle.
 fn follow<'a>(
     stage: &'a &'a StageReport,
     alive: &'a [&'a StageReport],
@@ -101,21 +102,21 @@ mod tests {
     }
 
     #[test]
-    fn names_who_holds_the_run() {
+    fn names_the_stage_that_blocks_the_graph() {
         let policy = WatchdogPolicy { stall_after: Duration::from_secs(10), restart_after: None };
         let edges = [edge("a", "b"), edge("b", "c")];
         let holder = |a, b, c| stalled(&policy, &[a, b, c], &edges).map(|stall| stall.stage);
         use State::{Admission, Busy, Ended, Input, Output};
-        // Somebody moved a moment ago.
+        // One stage made progress one second ago.
         assert_eq!(holder(stage("a", Busy, 99.0), stage("b", Input, 99.0), stage("c", Busy, 1.0)), None);
-        // b works and shows nothing; the others wait for it.
+        // b works without a sign of progress; the others wait for it.
         assert_eq!(holder(stage("a", Output, 50.0), stage("b", Busy, 60.0), stage("c", Input, 55.0)), Some("b".into()));
-        // Nobody works: c waits for b, b for a, a for admission.
+        // No stage works: c waits for b, b for a, a for admission.
         assert_eq!(
             holder(stage("a", Admission, 50.0), stage("b", Input, 60.0), stage("c", Input, 55.0)),
             Some("a".into())
         );
-        // The source has ended, so b waits for nobody.
+        // The source has ended, so b waits for no stage.
         assert_eq!(holder(stage("a", Ended, 50.0), stage("b", Input, 60.0), stage("c", Input, 55.0)), Some("b".into()));
     }
 }

@@ -1,4 +1,4 @@
-//! Whole graphs of scripted stages.
+//! Complete graphs of scripted stages.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -11,20 +11,20 @@ use preceptor_actors::{
     RestartPolicy, Span, SpansSeen, Stage, StageError, StageResult, StageSpec, State, WatchdogPolicy, spawn_graph,
 };
 
-/// What a run came to.
+/// Result of a run.
 struct Ran {
     outcome: Outcome,
     events: Vec<GraphEvent>,
     handle: GraphHandle,
 }
 
-/// Restarts at once, and gives a stage on a busy machine a minute to end.
+/// Options that restart at once, and give a stage on a busy machine a minute to end.
 fn quick() -> GraphOptions {
     let restart = RestartPolicy { initial_backoff: Duration::from_millis(1), ..RestartPolicy::default() };
     GraphOptions { restart, halt_grace: Duration::from_secs(60), ..GraphOptions::default() }
 }
 
-/// For graphs with a stage that never ends, so that nothing depends on how long it is waited for.
+/// Options for graphs with a stage that never ends: the grace period is short.
 fn impatient() -> GraphOptions {
     GraphOptions { halt_grace: Duration::from_millis(200), ..quick() }
 }
@@ -34,7 +34,7 @@ fn impatient() -> GraphOptions {
 fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(120);
     while !holds() {
-        assert!(Instant::now() < deadline, "waited two minutes for this: {what}");
+        assert!(Instant::now() < deadline, "waited two minutes for: {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -72,7 +72,7 @@ fn run(
 
 type Log = Arc<Mutex<Vec<(u64, u64, u64)>>>;
 
-/// source → two workers → sink in order; the log holds (item, version it began at, version it was consumed at).
+/// Wires source → two workers → sink in order; the log holds (item, version it began at, version it was consumed at).
 fn pipeline(
     builder: &mut GraphBuilder,
     count: u64,
@@ -101,7 +101,7 @@ fn taking(ms: u64) -> ScriptedStage {
 }
 
 #[test]
-fn everything_arrives_once_with_many_workers() {
+fn every_item_arrives_once_with_many_workers() {
     let log = Log::default();
     let inner = Arc::clone(&log);
     let workers: Vec<ScriptedStage> = (0..8).map(|i| ScriptedStage::taking(Duration::from_micros(i * 37))).collect();
@@ -125,7 +125,7 @@ fn everything_arrives_once_with_many_workers() {
 }
 
 #[test]
-fn an_edge_knows_how_long_its_items_wait() {
+fn an_edge_reports_how_long_its_items_wait() {
     let build = |builder: &mut GraphBuilder| {
         let (out, inlet) = builder.edge("edge", 4);
         builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 4, gate: None }, out);
@@ -135,9 +135,9 @@ fn an_edge_knows_how_long_its_items_wait() {
     let ran = run(GraphOptions { clock: Clock::simulated(), ..quick() }, build, |_| {});
     assert_eq!(ran.outcome, Outcome::Finished);
     let edge = &ran.handle.report().edges[0];
-    // All four came at once; the first was taken at once, the others after 2, 4 and 6 seconds.
+    // All four arrive at once; the first is taken at once, the others after 2, 4 and 6 seconds.
     assert_eq!((edge.items, edge.waited_s, edge.age_s), (4, 12.0, 0.0));
-    // In real time: what is on the edge grows old while its consumer hangs.
+    // In real time the age of the items on the edge grows while its consumer hangs.
     let build = |builder: &mut GraphBuilder| {
         let (out, inlet) = builder.edge("edge", 4);
         builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 4, gate: None }, out);
@@ -156,7 +156,7 @@ fn an_edge_knows_how_long_its_items_wait() {
 }
 
 #[test]
-fn spans_are_given_once_and_those_that_nobody_read_in_time_are_counted() {
+fn spans_are_returned_once_and_unread_overwritten_ones_are_counted() {
     let build = |builder: &mut GraphBuilder| {
         let (out, inlet) = builder.edge("edge", 4);
         builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 1500, gate: None }, out);
@@ -172,7 +172,7 @@ fn spans_are_given_once_and_those_that_nobody_read_in_time_are_counted() {
     };
     let ran = run(quick(), build, reads);
     assert_eq!(ran.outcome, Outcome::Finished);
-    // A second reader is none of the first one's business.
+    // A second reader does not depend on the first.
     let mut other = SpansSeen::default();
     assert_eq!((ran.handle.spans(&mut other).len(), other.lost()), (2 * 1024, 2 * (1500 - 1024)));
     early.extend(ran.handle.spans(&mut seen));
@@ -180,13 +180,13 @@ fn spans_are_given_once_and_those_that_nobody_read_in_time_are_counted() {
     assert_eq!(early.len() as u64 + seen.lost(), 2 * 1500);
     for stage in ["source", "sink"] {
         let seqs: Vec<u64> = early.iter().filter(|span| span.stage == stage).map(|span| span.seq).collect();
-        assert!(seqs.windows(2).all(|pair| pair[0] < pair[1]), "{stage} gives each once and in its order: {seqs:?}");
+        assert!(seqs.windows(2).all(|pair| pair[0] < pair[1]), "{stage} gives each once and in order: {seqs:?}");
     }
     assert_eq!(ran.handle.report().timeline.len(), 256);
 }
 
 #[test]
-fn a_drain_lets_what_is_under_way_flow_out() {
+fn a_drain_lets_items_under_way_finish() {
     let log = Log::default();
     let inner = Arc::clone(&log);
     let ran = run(
@@ -204,7 +204,7 @@ fn a_drain_lets_what_is_under_way_flow_out() {
     assert!(edges.iter().all(|edge| edge.items == seen.len() as u64), "{edges:?} for {} items", seen.len());
 }
 
-/// Works on up to four items at once, each in three strokes.
+/// Stage that works on up to four items at once, each in three steps.
 #[derive(Default)]
 struct Juggler {
     under_way: Vec<(Item<u64>, u32)>,
@@ -241,8 +241,8 @@ impl Stage for Juggler {
     }
 }
 
-/// In real time and in simulated time: all items come through once, several at a time, none beyond what is open, and the
-/// timeline has each from its taking to its giving on.
+/// In real time and in simulated time, all items pass exactly once, several at a time, never more than the stage
+/// accepts, and the timeline has each from the moment it is taken until it is emitted.
 #[test]
 fn a_stage_may_work_on_many_items_at_once() {
     for (clock, simulated) in [(Clock::real(), false), (Clock::simulated(), true)] {
@@ -274,7 +274,7 @@ fn a_stage_may_work_on_many_items_at_once() {
     }
 }
 
-/// Always busy, and takes nothing more.
+/// Stage that is always busy and accepts no more items.
 struct Endless(Arc<Mutex<bool>>);
 
 impl Stage for Endless {
@@ -301,7 +301,7 @@ impl Drop for Endless {
 }
 
 #[test]
-fn a_halt_ends_a_stage_that_is_busy_and_takes_nothing() {
+fn a_halt_ends_a_busy_stage_that_accepts_no_items() {
     let ended = Arc::new(Mutex::new(false));
     let seen = Arc::clone(&ended);
     let build = move |builder: &mut GraphBuilder| {
@@ -319,7 +319,7 @@ fn a_halt_ends_a_stage_that_is_busy_and_takes_nothing() {
 
 #[test]
 fn a_halt_ends_every_wait() {
-    // The sink hangs, so the workers are blocked on a full edge and the source behind them.
+    // The sink hangs, so the workers block on a full edge and the source blocks behind them.
     let log = Log::default();
     let sink = ScriptedStage { fault: (0, Fault::Hang), ..taking(0) };
     let ran = run(
@@ -356,14 +356,14 @@ fn a_panic_rebuilds_the_graph_under_a_new_incarnation() {
             GraphEvent::StageFailed { stage, error, panicked } => Some((stage.as_str(), error.as_str(), *panicked)),
             _ => None,
         });
-        let (stage, error, panicked) = failed.expect("the failure is told");
+        let (stage, error, panicked) = failed.expect("the failure is reported");
         assert_eq!((stage, panicked), ("worker-0", fault == Fault::Panic));
         assert!(error.contains("scripted"), "{error}");
     }
 }
 
 #[test]
-fn a_fatal_error_is_not_retried_and_a_budget_ends() {
+fn a_fatal_error_is_not_retried_and_a_restart_budget_ends() {
     for (fault, restarts) in [(Fault::Fatal, 0), (Fault::Error, 3)] {
         let log = Log::default();
         let worker = ScriptedStage { fault: (2, fault), ..taking(0) };
@@ -384,7 +384,7 @@ fn a_fatal_error_is_not_retried_and_a_budget_ends() {
 }
 
 #[test]
-fn a_builder_that_fails_is_an_outcome_too() {
+fn a_failing_builder_fails_the_graph() {
     let options = GraphOptions { restart: RestartPolicy::never(), ..quick() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let outcome = runtime.block_on(async { spawn_graph(options, |_| Err(StageError::fatal("no wires"))).wait().await });
@@ -402,7 +402,7 @@ fn builds_that_fail_after_a_healthy_incarnation_spend_the_budget() {
         move |builder| {
             match builder.incarnation() {
                 0 => {}
-                // Were the budget never spent, the test would otherwise not end.
+                // If the budget were never spent, the test would not end otherwise.
                 40 => return Err(StageError::fatal("the budget is never spent")),
                 _ => return Err(StageError::new("no wires")),
             }
@@ -423,7 +423,7 @@ fn a_thread_that_cannot_be_started_is_a_failure_of_its_stage() {
         |builder| {
             let (to_sink, from_source) = builder.edge("in", 1);
             builder.source(StageSpec::new("source"), ScriptedSource { next: 0, end: 5, gate: None }, to_sink);
-            // More than there are addresses.
+            // More bytes than the address space has.
             let spec = StageSpec::new("sink").stack(1 << 60);
             builder.sink(spec, ScriptedSink::new(taking(0), 1, None, |_, _| {}), from_source);
             Ok(())
@@ -435,7 +435,7 @@ fn a_thread_that_cannot_be_started_is_a_failure_of_its_stage() {
     assert!(error.contains("could not be started"), "{error}");
 }
 
-/// Sends an item of another incarnation.
+/// Stage that sends an item of another incarnation.
 struct Stray;
 
 impl Stage for Stray {
@@ -448,7 +448,7 @@ impl Stage for Stray {
 }
 
 #[test]
-fn an_item_of_another_incarnation_is_refused() {
+fn an_item_of_another_incarnation_is_refused_and_fails_the_run() {
     let log = Log::default();
     let inner = Arc::clone(&log);
     let ran = run(
@@ -465,7 +465,7 @@ fn an_item_of_another_incarnation_is_refused() {
         },
         |_| {},
     );
-    // A run that loses an item must not pass for a finished one.
+    // A run that loses an item must not end as finished.
     let Outcome::Failed { stage, error, .. } = ran.outcome else { panic!("{:?}", ran.outcome) };
     assert_eq!(stage, "stray");
     assert!(error.contains("incarnation 1 is refused by incarnation 0"), "{error}");
@@ -473,7 +473,7 @@ fn an_item_of_another_incarnation_is_refused() {
     assert_eq!(ran.handle.report().edges[1].refused, 1);
 }
 
-/// Ignores a halt: it waits on a channel that the test holds.
+/// Stage that ignores a halt: it waits on a channel that the test holds.
 struct Deaf(Arc<Mutex<Receiver<()>>>, bool);
 
 impl Stage for Deaf {
@@ -482,7 +482,7 @@ impl Stage for Deaf {
 
     fn process(&mut self, item: Item<u64>, out: &Emitter<'_, u64>) -> StageResult<()> {
         if self.1 {
-            // Ends when the test lets go of the other end.
+            // The wait ends when the test drops the other end.
             let _ = self.0.lock().unwrap().recv();
         }
         Ok(out.emit(item)?)
@@ -490,12 +490,12 @@ impl Stage for Deaf {
 }
 
 #[test]
-fn the_watchdog_names_the_holder_and_restarts_even_past_a_deaf_stage() {
+fn the_watchdog_names_the_blocking_stage_and_restarts_past_one_that_ignores_halts() {
     let (hold, wait) = sync_channel::<()>(0);
     let wait = Arc::new(Mutex::new(wait));
     let watchdog =
         WatchdogPolicy { stall_after: Duration::from_millis(500), restart_after: Some(Duration::from_secs(2)) };
-    // A machine so busy that a later incarnation stalls, too, costs another restart and nothing else.
+    // On a machine so busy that a later incarnation also stalls, one more restart is harmless.
     let restart = RestartPolicy { max_restarts: 100, ..impatient().restart };
     let log = Log::default();
     let inner = Arc::clone(&log);
@@ -524,7 +524,7 @@ fn the_watchdog_names_the_holder_and_restarts_even_past_a_deaf_stage() {
 }
 
 #[test]
-fn a_halt_does_not_wait_for_a_deaf_stage() {
+fn a_halt_does_not_wait_for_a_stage_that_ignores_it() {
     let (hold, wait) = sync_channel::<()>(0);
     let wait = Arc::new(Mutex::new(wait));
     let ran = run(
@@ -538,8 +538,9 @@ fn a_halt_does_not_wait_for_a_deaf_stage() {
             Ok(())
         },
         |handle| {
-            // Two items on an edge for one: the first has been taken, so the deaf stage is at work.
-            wait_until("the deaf stage is at work", || handle.report().edges[0].items >= 2);
+            // Two items were put on an edge for one: the first has been taken, so the stage that ignores halts is
+            // working.
+            wait_until("the stage that ignores halts is working", || handle.report().edges[0].items >= 2);
             handle.halt();
         },
     );
@@ -569,7 +570,7 @@ fn staleness_stays_within_the_bound_and_nothing_is_lost() {
     }
 }
 
-/// Virtual time of a run on simulated time, and the timeline of its last spans.
+/// Returns the virtual time of a simulated run, and the timeline of its last spans.
 fn simulate(
     workers: usize,
     count: u64,
@@ -595,11 +596,12 @@ fn simulate(
 }
 
 #[test]
-fn simulated_throughput_is_the_slowest_stage_s() {
-    // Two workers of 10 ms give an item each 5 ms; the learner takes 8 ms. With slack it never waits.
+fn simulated_throughput_is_that_of_the_slowest_stage() {
+    // Two workers of 10 ms produce an item every 5 ms; the learner takes 8 ms. With slack it never waits.
     let (took, _) = simulate(2, 400, 2, 8, 10, 8);
     assert!((took / (400.0 * 0.008) - 1.0).abs() < 0.01, "{took}");
-    // Synchronous, each batch of 8 is first made (4 rounds of 10 ms), then learned as it arrives, the last pair at its end.
+    // Without slack, each batch of 8 is first generated (4 rounds of 10 ms), then learned as it arrives, the last pair
+    // at its end.
     let (synchronous, _) = simulate(2, 400, 0, 8, 10, 8);
     assert!(synchronous > took * 1.1, "{synchronous} against {took}");
 }
@@ -619,14 +621,14 @@ fn simulated_time_is_reproducible() {
 }
 
 #[test]
-fn a_thousand_rollout_actors_live_in_simulated_time() {
+fn a_thousand_rollout_actors_run_in_simulated_time() {
     // Three rounds of 10 s; in the first all finish at once, and the learner takes 5 ms for each of the thousand.
     let (took, _) = simulate(1000, 3000, 400, 10, 10_000, 5);
     assert!((took / 35.0 - 1.0).abs() < 0.01, "{took}");
 }
 
 #[test]
-fn simulated_time_goes_on_after_a_restart() {
+fn simulated_time_continues_after_a_restart() {
     let clock = Clock::simulated();
     let (log, began) = (Log::default(), Arc::new(Mutex::new(Duration::ZERO)));
     let (watch, noted) = (clock.clone(), Arc::clone(&began));
@@ -651,7 +653,7 @@ fn a_drain_ends_a_wait_for_admission() {
         let ran = run(
             GraphOptions { clock, ..quick() },
             |builder| {
-                // Four items may start, and the sink never publishes a version that would let in a fifth.
+                // Four items may start, and the sink never publishes a version that would admit a fifth.
                 let gate = Arc::new(AdmissionGate::new(Admission { eta: 0, batch: 4 }, 0, 0));
                 let (to_sink, from_source) = builder.edge("in", 1);
                 let source = ScriptedSource { next: 0, end: 100, gate: Some(gate) };

@@ -1,4 +1,4 @@
-//! Gradients summed over micro-batches in buffers that are allocated once.
+//! Gradient accumulation over micro-batches in buffers that are allocated once.
 
 use super::{PARALLEL_FROM, elements, elements_mut, is_fused, tensor_elements};
 use candle_core::backprop::GradStore;
@@ -7,10 +7,11 @@ use rayon::prelude::*;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
-/// Elements whose squares are summed together; fixed, so that the norm does not depend on the thread count.
+/// Number of elements whose squares are summed together. It is fixed, so that the norm does not depend on the thread
+/// count.
 const BLOCK: usize = 1 << 14;
 
-/// One gradient accumulator per parameter, in `f32` on the parameter's device.
+/// Gradient accumulators, one per parameter, in `f32` on the parameter's device.
 pub struct Gradients {
     buffers: Vec<Buffer>,
     index: HashMap<String, usize>,
@@ -22,7 +23,7 @@ struct Buffer {
 }
 
 impl Gradients {
-    /// Zeroed accumulators for these parameters, by name.
+    /// Creates zeroed accumulators for these named parameters.
     pub fn new(params: &[(String, Var)]) -> Result<Self> {
         let buffer = |(_, param): &(String, Var)| {
             let sum = Tensor::zeros(param.shape(), DType::F32, param.device())?;
@@ -38,7 +39,7 @@ impl Gradients {
         self.buffers.iter().try_for_each(|buffer| buffer.sum.zero_set())
     }
 
-    /// Euclidean norm over all accumulators, summed in `f64`; not finite as soon as one element is not.
+    /// Returns the Euclidean norm over all accumulators, summed in `f64`. It is not finite if any element is not.
     pub fn global_norm(&self) -> Result<f64> {
         let mut squares = 0.0;
         for buffer in &self.buffers {
@@ -52,40 +53,41 @@ impl Gradients {
         Ok(squares.sqrt())
     }
 
-    /// A copy of every accumulator, by the parameter's name.
+    /// Returns a copy of every accumulator, with the parameter's name.
     pub fn copies(&self) -> Result<Vec<(String, Tensor)>> {
         let copy = |(name, &i): (&String, &usize)| Ok((name.clone(), self.buffers[i].sum.copy()?));
         self.index.iter().map(copy).collect()
     }
 
-    /// Sets the accumulators to copies that were taken before.
+    /// Sets the accumulators to copies taken earlier.
     ///
     /// # Errors
-    /// Names the parameter that there is none of, or one of another shape.
+    /// If a parameter has no copy, or one of another shape; the error names the parameter.
     pub fn restore(&mut self, copies: &HashMap<String, Tensor>) -> Result<()> {
         for (name, &i) in &self.index {
             let sum = &mut self.buffers[i].sum;
             match copies.get(name) {
                 Some(copy) if copy.dims() == sum.dims() => *sum = copy.to_device(sum.device())?.copy()?,
                 Some(copy) => bail!("the gradient of {name} has shape {:?}, not {:?}", copy.dims(), sum.dims()),
-                None => bail!("there is no gradient of {name}"),
+                None => bail!("no saved gradient for {name}"),
             }
         }
         Ok(())
     }
 
-    /// The accumulator of a parameter, sharing its storage: the next backward pass or `zero` changes what is read.
+    /// Returns the accumulator of a parameter. The tensor shares its storage: the next backward pass or `zero` changes
+    /// its values.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.index.get(name).map(|&i| &self.buffers[i].sum)
     }
 }
 
-/// Runs the backward pass of `loss` and adds each parameter's gradient to its accumulator; a parameter without one gets
-/// nothing. Operations that know how add in place, so that no gradient of a large matrix is ever made for itself. Returns how
-/// many parameters had a gradient.
+/// Runs the backward pass of `loss` and adds each parameter's gradient to its accumulator. The accumulator of a
+/// parameter without a gradient is unchanged. Operations that support it add to the accumulators in place, so that the
+/// gradient of a large matrix is never a separate tensor. Returns the number of parameters that had a gradient.
 ///
 /// # Errors
-/// Tensor errors; the accumulators then hold a part of the pass.
+/// Tensor errors; the accumulators then hold part of the pass.
 pub fn backward(loss: &Tensor, accumulators: &mut [&mut Gradients]) -> Result<usize> {
     let buffers = || accumulators.iter().flat_map(|one| &one.buffers);
     let sums = buffers().filter(|one| is_fused(&one.sum)).map(|one| (one.param.id(), one.sum.clone()));
@@ -120,17 +122,18 @@ thread_local! {
 
 #[derive(Default)]
 struct Sinks {
-    /// Accumulators that can be added to in place.
+    /// Accumulators that operations can add to in place.
     sums: HashMap<TensorId, Tensor>,
-    /// Those that something was added to.
+    /// Parameters whose accumulators have received a gradient.
     reached: HashSet<TensorId>,
-    /// All parameters.
+    /// All parameters of the pass.
     params: Vec<Var>,
-    /// Gradients that passes within this one found, and candle was not told of.
+    /// Gradients found by nested passes, which are not registered in candle's gradient store.
     absorbed: HashMap<TensorId, Vec<Tensor>>,
 }
 
-/// Accumulators that are open to operations; closed when it goes, by an error or a panic too.
+/// Guard under which operations can reach the accumulators. They are closed when it is dropped, also on an error or a
+/// panic.
 struct Open;
 
 impl Open {
@@ -150,11 +153,11 @@ impl Drop for Open {
     }
 }
 
-/// Takes the parameters' gradients out of the store of a pass that runs within [`backward`].
+/// Moves the parameters' gradients out of the store of a pass that is nested in [`backward`].
 pub(super) fn absorb(store: &mut GradStore) -> Result<()> {
     SINKS.with_borrow_mut(|sinks| {
         let Some(Sinks { sums, reached, params, absorbed }) = sinks else {
-            bail!("activation checkpointing needs ops::backward; a backward pass alone loses gradients")
+            bail!("activation checkpointing needs preceptor_kernels::backward; a plain candle backward pass loses gradients")
         };
         for param in params.iter() {
             let (Some(grad), id) = (store.remove(param), param.id()) else { continue };
@@ -170,22 +173,22 @@ pub(super) fn absorb(store: &mut GradStore) -> Result<()> {
     })
 }
 
-/// Where an operation adds a parameter's gradient, in place.
+/// Tensor to which an operation adds a parameter's gradient in place.
 pub(super) enum Sum {
-    /// The parameter's accumulator: nothing is left to hand to candle.
+    /// Accumulator of the parameter. Candle receives no gradient.
     Shared(Tensor),
-    /// Zeros of the parameter's shape at first.
+    /// Tensor of the parameter's shape, initially zeros.
     Own(Tensor),
 }
 
 impl Sum {
-    /// What to add to.
+    /// Returns the tensor to add to.
     pub(super) fn sum(&self) -> &Tensor {
         let (Self::Shared(sum) | Self::Own(sum)) = self;
         sum
     }
 
-    /// What is left to hand to candle as the parameter's gradient.
+    /// Returns the gradient that candle must receive, if any.
     pub(super) fn into_gradient(self) -> Option<Tensor> {
         match self {
             Self::Shared(_) => None,
@@ -194,7 +197,8 @@ impl Sum {
     }
 }
 
-/// The accumulator of a parameter where [`backward`] runs on this thread; elsewhere, and for what is no parameter, zeros.
+/// Returns the accumulator of a parameter while [`backward`] runs on this thread; otherwise, and for a tensor that is
+/// not a parameter, zeros.
 pub(super) fn of_or_zeros(param: &Tensor) -> Result<Sum> {
     let shared = SINKS.with_borrow_mut(|sinks| {
         let sinks = sinks.as_mut()?;
@@ -205,18 +209,18 @@ pub(super) fn of_or_zeros(param: &Tensor) -> Result<Sum> {
     shared.map_or_else(|| param.zeros_like().map(Sum::Own), |sum| Ok(Sum::Shared(sum)))
 }
 
-/// The accumulator of a parameter that is captured by an operation and no input of it; none where it is not trained, or
-/// nobody asked.
+/// Returns the accumulator of a parameter that an operation captures without having it as an input. `None` if the
+/// parameter is not trained or the pass does not collect its gradient.
 ///
 /// # Errors
-/// A backward pass that candle runs alone: it has no place for such a gradient.
+/// If candle runs the backward pass alone, because it cannot receive such a gradient.
 pub(super) fn of_captured(param: &Tensor) -> Result<Option<Tensor>> {
     if !param.track_op() {
         return Ok(None);
     }
     SINKS.with_borrow_mut(|sinks| {
         let Some(sinks) = sinks else {
-            bail!("a fused block's weights learn by ops::backward; a backward pass alone loses gradients")
+            bail!("a fused block needs preceptor_kernels::backward to train its weights; a plain candle backward pass loses gradients")
         };
         let sum = sinks.sums.get(&param.id()).cloned();
         if sum.is_some() {
@@ -226,7 +230,7 @@ pub(super) fn of_captured(param: &Tensor) -> Result<Option<Tensor>> {
     })
 }
 
-/// `sum += addend` for contiguous CPU `f32` tensors that do not share storage.
+/// Computes `sum += addend` for contiguous CPU `f32` tensors that do not share storage.
 pub(super) fn add_in_place(sum: &Tensor, addend: &Tensor) -> Result<()> {
     sum.inplace_op2(addend, &Add)
 }
@@ -250,7 +254,7 @@ impl InplaceOp2 for Add {
     }
 }
 
-/// Blocks are summed in order whatever the thread count.
+/// Sums squares block by block; the order of the sum does not depend on the thread count.
 fn sum_of_squares(values: &[f32]) -> f64 {
     let block = |values: &[f32]| {
         let mut lanes = [0.0f64; 8];
@@ -284,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_over_micro_batches_and_starts_again() {
+    fn gradients_sum_over_micro_batches_and_can_be_zeroed() {
         let params = params();
         let mut grads = Gradients::new(&params).unwrap();
         for _ in 0..2 {
@@ -301,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn the_norm_is_the_same_on_any_pool_and_shows_nan() {
+    fn the_norm_does_not_depend_on_the_pool_and_propagates_nan() {
         let params = params();
         let mut grads = Gradients::new(&params).unwrap();
         backward(&loss(&params), &mut [&mut grads]).unwrap();

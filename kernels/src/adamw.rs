@@ -9,21 +9,21 @@ use rayon::prelude::*;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-/// Elements a task.
+/// Number of elements per task.
 const BLOCK: usize = 1 << 14;
 /// Name of the step count in an exported state.
 const STEP: &str = "step";
 
-/// What stays fixed over a run; the learning rate is given at each step.
+/// Hyperparameters of [`AdamW`] that are constant over a run. The learning rate is an argument of each step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWConfig {
-    /// Decay of the first moment, in `[0, 1)`.
+    /// Decay rate of the first moment, in `[0, 1)`.
     pub beta1: f64,
-    /// Decay of the second moment, in `[0, 1)`.
+    /// Decay rate of the second moment, in `[0, 1)`.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// Constant added to the square root of the second moment.
     pub eps: f64,
-    /// Decoupled decay: each step takes `lr · weight_decay · θ` off.
+    /// Decoupled weight decay: each step subtracts `lr · weight_decay · θ`.
     pub weight_decay: f64,
 }
 
@@ -33,10 +33,10 @@ impl Default for AdamWConfig {
     }
 }
 
-/// The optimizer: moments in `f32`, and an `f32` master copy of each parameter that is of another dtype.
+/// AdamW optimizer with moments in `f32`, and an `f32` master copy of each parameter of another dtype.
 ///
-/// A step writes into the parameters' own storage, so a tensor that shares it (a detached clone, a view) changes too;
-/// copy what must not.
+/// A step writes into the parameters' own storage, so a tensor that shares it (a detached clone, a view) changes too.
+/// Copy tensors that must keep their values.
 pub struct AdamW {
     params: Vec<Param>,
     config: AdamWConfig,
@@ -50,29 +50,29 @@ struct Param {
 }
 
 enum State {
-    /// For a contiguous CPU `f32` parameter.
+    /// Moments of a contiguous CPU `f32` parameter.
     Fused { m: Arc<Vec<f32>>, v: Arc<Vec<f32>> },
-    /// For any other; all three `f32` on the parameter's device.
+    /// Master copy and moments of any other parameter, all three `f32` on the parameter's device.
     Composite { master: Tensor, m: Tensor, v: Tensor },
 }
 
-/// The numbers of one step that every element shares.
+/// Scalars of one step, shared by all elements.
 #[derive(Clone, Copy)]
 struct StepSizes {
     beta1: f32,
     beta2: f32,
     eps: f32,
-    /// `1 − lr · weight_decay`.
+    /// Factor of the parameter, `1 − lr · weight_decay`.
     keep: f32,
-    /// `lr / (1 − β1ᵗ)`.
+    /// Step size with the first moment's bias correction, `lr / (1 − β1ᵗ)`.
     rate: f32,
-    /// `1 / sqrt(1 − β2ᵗ)`.
+    /// Bias correction of the second moment's square root, `1 / sqrt(1 − β2ᵗ)`.
     root_correction: f32,
     clip: f32,
 }
 
 impl AdamW {
-    /// An optimizer with zero moments for these parameters, by name.
+    /// Creates an optimizer with zero moments for these named parameters.
     pub fn new(params: Vec<(String, Var)>, config: AdamWConfig) -> Result<Self> {
         let params = params
             .into_iter()
@@ -90,14 +90,14 @@ impl AdamW {
         Ok(Self { params, config, step: 0 })
     }
 
-    /// Steps taken.
+    /// Returns the number of steps taken.
     pub fn steps(&self) -> u64 {
         self.step
     }
 
-    /// One step at learning rate `lr`, each gradient first multiplied by `clip_scale` (1 for none). Every parameter
-    /// moves, one whose gradient is zero by decay and momentum. Fails, before anything moves, when `grads` lacks a
-    /// parameter or has it in another shape.
+    /// Takes one step at learning rate `lr` with each gradient multiplied by `clip_scale` (1 for no clipping). A
+    /// parameter whose gradient is zero still changes by weight decay and momentum. Fails, before any parameter
+    /// changes, if `grads` lacks a parameter or has a gradient of another shape.
     pub fn step(&mut self, grads: &Gradients, lr: f64, clip_scale: f64) -> Result<()> {
         let mut sums = Vec::with_capacity(self.params.len());
         for Param { name, var, .. } in &self.params {
@@ -122,7 +122,7 @@ impl AdamW {
         for (param, grad) in self.params.iter_mut().zip(sums) {
             match &mut param.state {
                 State::Fused { m, v } => {
-                    // What a checkpoint still holds is left to it.
+                    // `make_mut` copies moments that a checkpoint still holds.
                     let (m, v) = (Arc::make_mut(m), Arc::make_mut(v));
                     param.var.inplace_op2(&grad.contiguous()?, &Update { step, moments: Mutex::new((m, v)) })?;
                 }
@@ -140,12 +140,12 @@ impl AdamW {
         Ok(())
     }
 
-    /// The state as it is, independent of later steps: `step` (a `u32` scalar), and for each parameter `NAME.exp_avg`,
-    /// `NAME.exp_avg_sq`, and `NAME.master` where there is a master copy. On the CPU nothing is copied yet; a step that is
-    /// taken while it is held copies what it changes.
+    /// Returns the current state, unaffected by later steps: `step` (a `u32` scalar), and for each parameter
+    /// `NAME.exp_avg`, `NAME.exp_avg_sq`, and `NAME.master` if a master copy exists. On the CPU no data is copied at
+    /// first; a step that runs while the export is held copies the moments that it changes.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// If a tensor operation fails.
     pub fn export(&self) -> Result<Vec<(String, Frozen)>> {
         let step = u32::try_from(self.step).map_err(candle_core::Error::wrap)?;
         let mut out = vec![(STEP.to_string(), Frozen::Tensor(Tensor::new(step, &Device::Cpu)?))];
@@ -167,8 +167,8 @@ impl AdamW {
         Ok(out)
     }
 
-    /// Takes up an exported state; the parameters themselves are the caller's to restore (a master copy comes from the
-    /// state). Fails, and changes nothing, when a tensor is missing or has another shape. Other names are passed over.
+    /// Restores an exported state. The caller restores the parameters themselves; master copies come from the state.
+    /// Fails, and changes nothing, if a tensor is missing or has another shape. Ignores unknown names.
     pub fn import(&mut self, state: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
         let saved: HashMap<String, Tensor> = state.into_iter().collect();
         let find = |name: &str| match saved.get(name) {
@@ -190,7 +190,8 @@ impl AdamW {
                 State::Fused { .. } => {
                     State::Fused { m: Arc::new(m.flatten_all()?.to_vec1()?), v: Arc::new(v.flatten_all()?.to_vec1()?) }
                 }
-                // Of an f32 parameter that learned on the CPU there is none: it is its own.
+                // The state of an f32 parameter that was trained on the CPU has no master copy, because the parameter
+                // is its own.
                 State::Composite { .. }
                     if var.dtype() == DType::F32 && !saved.contains_key(&format!("{name}.master")) =>
                 {
@@ -207,7 +208,8 @@ impl AdamW {
 
 struct Update<'a> {
     step: StepSizes,
-    /// An in-place operation changes one tensor and is shared, so the moments come by a lock; it is never contended.
+    /// An in-place operation changes one tensor and receives `&self`, so the moments are behind a lock, which is never
+    /// contended.
     moments: Mutex<(&'a mut Vec<f32>, &'a mut Vec<f32>)>,
 }
 
@@ -258,7 +260,7 @@ mod tests {
         candle_core::safetensors::load(path, &Device::Cpu).unwrap()
     }
 
-    /// An exported state as it is read back.
+    /// Reads an exported state back.
     fn tensors(adamw: &AdamW) -> Vec<(String, Tensor)> {
         let frozen = adamw.export().unwrap();
         let bytes = safetensors::serialize(frozen.iter().map(|(name, one)| (name, one)), None).unwrap();
@@ -266,7 +268,7 @@ mod tests {
         frozen.into_iter().map(|(name, _)| (name.clone(), read[&name].clone())).collect()
     }
 
-    /// Puts `Σ θ·g` through a backward, so that the gradient is `g`.
+    /// Runs a backward of `Σ θ·g`, so that the gradient is `g`.
     fn accumulate(params: &[(String, Var)], gradient: impl Fn(&str) -> Tensor) -> Gradients {
         let mut grads = Gradients::new(params).unwrap();
         for (name, var) in params {
@@ -277,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn one_step_is_that_of_the_reference() {
+    fn one_step_matches_the_reference() {
         let (model, gradients, reference) = (fixture("model"), fixture("grads_all"), fixture("ref"));
         let params: Vec<(String, Var)> =
             model.iter().map(|(name, t)| (name.clone(), Var::from_tensor(t).unwrap())).collect();
@@ -297,7 +299,7 @@ mod tests {
         assert_eq!(compared, 3);
     }
 
-    /// The same arithmetic in f64 by loops, over several steps.
+    /// Compares with the same arithmetic in f64 loops, over several steps.
     #[test]
     fn several_steps_follow_the_definition_for_f32_and_for_a_master_copy() {
         let start = values(1, &[131, 193]);
@@ -324,23 +326,23 @@ mod tests {
         assert_close("double", params[1].1.as_tensor(), &want, 1e-5);
     }
 
-    /// Steps that are less than half precision can tell add up in the master copy.
+    /// Steps smaller than the resolution of bf16 add up in the master copy.
     #[test]
-    fn small_steps_move_a_parameter_in_half_precision() {
+    fn small_steps_move_a_bf16_parameter() {
         let ones = Tensor::ones(4, DType::BF16, &Device::Cpu).unwrap();
         let params = vec![("a".to_string(), Var::from_tensor(&ones).unwrap())];
         let mut adamw = AdamW::new(params.clone(), AdamWConfig { weight_decay: 0.0, ..CONFIG }).unwrap();
         let grads = accumulate(&params, |_| Tensor::ones(4, DType::F32, &Device::Cpu).unwrap());
         for step in 1..=200 {
             adamw.step(&grads, 1e-4, 1.0).unwrap();
-            // Between 0.5 and 1 half precision tells 1/256.
+            // Between 0.5 and 1 the resolution of bf16 is 1/256.
             let (got, want) = (flat(&params[0].1)[0], 1.0 - 1e-4 * f64::from(step));
             assert!((got - want).abs() <= 1.0 / 512.0, "after {step} steps: {got} against {want}");
         }
     }
 
     #[test]
-    fn a_restored_state_goes_on_bit_for_bit() {
+    fn a_restored_state_continues_bit_for_bit() {
         let params = |from: &[Tensor]| -> Vec<(String, Var)> {
             let vars = from.iter().map(|t| Var::from_tensor(&t.copy().unwrap()).unwrap());
             ["a", "b"].map(String::from).into_iter().zip(vars).collect()
@@ -365,13 +367,13 @@ mod tests {
             assert_eq!(flat(a), flat(b));
         }
         assert_eq!(flat(&tensors(&adamw)[1].1), flat(&tensors(&restored)[1].1));
-        // What was exported is what there was then, whatever steps came after.
+        // The export holds the values of its time, whatever steps came later.
         assert_ne!(flat(&tensors(&adamw)[1].1), flat(&exported[1].1));
     }
 
-    /// As of a run that learned on the CPU and goes on where the optimizer keeps a copy.
+    /// The state is of a run on the CPU that is resumed on a device where the optimizer keeps a master copy.
     #[test]
-    fn a_state_without_a_master_copy_goes_on_from_the_parameter() {
+    fn a_state_without_a_master_copy_continues_from_the_parameter() {
         let wide = vec![("a".to_string(), Var::from_tensor(&values(1, &[6])).unwrap())];
         let mut elsewhere = AdamW::new(wide.clone(), CONFIG).unwrap();
         let zeros = Tensor::zeros(6, DType::F32, &Device::Cpu).unwrap();
@@ -385,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_or_gradients_of_another_model_are_refused() {
+    fn a_state_or_gradients_of_another_model_are_rejected() {
         let one = vec![("a".to_string(), Var::from_tensor(&values(1, &[3])).unwrap())];
         let other = vec![("b".to_string(), Var::from_tensor(&values(1, &[3])).unwrap())];
         let mut adamw = AdamW::new(one.clone(), CONFIG).unwrap();

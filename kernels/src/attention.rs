@@ -1,4 +1,4 @@
-//! Attention within a tree of tokens, with no matrix of all pairs kept.
+//! Attention within a tree of tokens that never stores the complete score matrix.
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -12,16 +12,19 @@ use super::tree_mask::{Run, TreeMask};
 use super::vector::{exp, inline_dot, vectorised};
 use super::{elements, is_fused, masked_softmax, softcap, tensor_elements};
 
-/// Rows whose scores are held at a time.
+/// Number of rows whose scores exist at a time.
 const BLOCK: usize = 64;
 
-/// softmax(scale · q·Kᵀ, within `mask` and `window`)·V, scores capped (see [`softcap`]) before they are masked.
+/// Computes softmax(scale · q·Kᵀ, within `mask` and `window`)·V. Scores are capped (see [`softcap`]) before they are
+/// masked.
 ///
-/// Queries are `[T, H, hd]`, keys and values `[S, KV, hd]` with `S` what the mask has cached and `T`; head `h` reads key
-/// head `h / (H/KV)`. A token sees `window` tokens, itself included. Returns `[T, H·hd]`. Gradients flow to all three.
+/// Queries are `[T, H, hd]`, keys and values `[S, KV, hd]`, with `S` the number of cached tokens of the mask plus `T`;
+/// head `h` reads key head `h / (H/KV)`. A token attends to at most `window` tokens, itself included. Returns `[T,
+/// H·hd]`. Gradients flow to all three.
 ///
-/// The fused path keeps one number a row and head for the backward and makes the weights anew there, a block of rows at a
-/// time (Dao et al. 2022, §3.1), and only where the mask lets a row look. Fails when the shapes do not fit.
+/// For the backward the fused path keeps one number per row and head. It recomputes the attention weights a block of
+/// rows at a time (Dao et al. 2022, §3.1), and only at positions that the mask allows. Fails when the shapes do not
+/// match.
 pub fn tree_attention(
     q: &Tensor,
     k: &Tensor,
@@ -52,7 +55,7 @@ pub fn tree_attention(
         let op = TreeAttention { tree, logsumexp: OnceLock::new() };
         return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
     }
-    // The query heads that share one key head stand below one another: one product per key head.
+    // The query heads that share one key head are stacked as rows: one product per key head.
     let q = q.transpose(0, 1)?.contiguous()?.reshape((kv_heads, repeats * t, width))?;
     let k = k.permute((1, 2, 0))?.contiguous()?; // [KV, hd, S]
     let v = v.transpose(0, 1)?.contiguous()?; // [KV, S, hd]
@@ -68,14 +71,14 @@ pub fn tree_attention(
 
 struct TreeAttention {
     tree: Tree,
-    /// Left by the forward for the backward.
+    /// Log-sum-exp of each row and head, kept by the forward for the backward.
     logsumexp: OnceLock<Vec<f32>>,
 }
 
-/// Attention within a mask, on slices.
+/// Attention within a tree mask, on slices.
 pub(super) struct Tree {
     mask: Arc<TreeMask>,
-    /// Query heads that share a key head.
+    /// Number of query heads per key head.
     repeats: usize,
     kv_heads: usize,
     width: usize,
@@ -84,18 +87,18 @@ pub(super) struct Tree {
     cap: Option<f32>,
 }
 
-/// Some rows of a run, and the positions that they may look at.
+/// Consecutive rows of a run, and the positions that they attend to.
 struct Block {
-    /// Rows of the flat row.
+    /// Rows in the flat batch of tokens.
     rows: Range<usize>,
-    /// From the first position that its first row sees to the last that its last row sees.
+    /// Positions from the first one visible to the first row to the last one visible to the last row.
     positions: Range<usize>,
-    /// Position of its first row.
+    /// Position of the first row.
     first: usize,
 }
 
 impl Tree {
-    /// For `[query heads, key heads, width of a head]`.
+    /// Creates the attention for `[query heads, key heads, width of a head]`.
     pub(super) fn new(
         mask: &Arc<TreeMask>,
         [heads, kv_heads, width]: [usize; 3],
@@ -114,8 +117,8 @@ impl Tree {
         }
     }
 
-    /// What rows with queries `[T, H, hd]` read of keys and values `[S, KV, hd]`: `[T, H·hd]`, and `[KV, T, repeats]`,
-    /// ln Σ e^score of each row and head, which the backward asks for.
+    /// Computes the attention of rows with queries `[T, H, hd]` over keys and values `[S, KV, hd]`. Returns the outputs
+    /// `[T, H·hd]`, and `[KV, T, repeats]`, ln Σ e^score of each row and head, which the backward needs.
     pub(super) fn forward(&self, inputs: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
         let (rows, span) = (self.mask.rows(), self.repeats * self.width);
         let tasks: Vec<(&Run, usize)> =
@@ -130,7 +133,7 @@ impl Tree {
         (out, logsumexp)
     }
 
-    /// Gradients of queries, keys and values, given these, what the rows read, and its gradient.
+    /// Returns the gradients of queries, keys and values, given these three, the output and its gradient.
     pub(super) fn backward(&self, inputs: [&[f32]; 5], logsumexp: &[f32]) -> [Vec<f32>; 3] {
         let heads: Vec<usize> = (0..self.kv_heads).collect();
         let parts = each(&heads, |head| self.pull_back(inputs, logsumexp, *head));
@@ -152,13 +155,13 @@ impl Tree {
         })
     }
 
-    /// Within a block's positions, what its row `j` (of rows times repeats) sees.
+    /// Returns the positions, relative to the block's, that are visible to row `j` of the block (rows times repeats).
     fn span(&self, block: &Block, j: usize) -> Range<usize> {
         let end = block.first + j / self.repeats + 1;
         end.saturating_sub(self.window) - block.positions.start..end - block.positions.start
     }
 
-    /// One key head's rows of keys or values `[S, KV, hd]`, by position.
+    /// Gathers one key head's rows of keys or values `[S, KV, hd]`, ordered by position.
     fn gather(&self, from: &[f32], columns: &[usize], head: usize) -> Vec<f32> {
         let mut out = Vec::with_capacity(columns.len() * self.width);
         for column in columns {
@@ -167,7 +170,8 @@ impl Tree {
         out
     }
 
-    /// One key head's queries, or what has their shape, of some rows of `[T, H, hd]`: `[rows · repeats, hd]`.
+    /// Gathers one key head's part of queries, or of a tensor of their shape `[T, H, hd]`, for some rows: `[rows ·
+    /// repeats, hd]`.
     fn queries(&self, from: &[f32], rows: &Range<usize>, head: usize) -> Vec<f32> {
         let span = self.repeats * self.width;
         let mut out = Vec::with_capacity(rows.len() * span);
@@ -177,7 +181,7 @@ impl Tree {
         out
     }
 
-    /// Scores of a block against keys by position, scaled and capped: `[rows · repeats, positions]`.
+    /// Computes a block's scores against keys ordered by position, scaled and capped: `[rows · repeats, positions]`.
     fn scores(&self, block: &Block, queries: &[f32], keys: &[f32]) -> Vec<f32> {
         let mut scores = wide_transposed_product(queries, self.at(keys, block), self.width);
         scale_and_cap(&mut scores, self.scale, self.cap);
@@ -188,7 +192,7 @@ impl Tree {
         &by_position[block.positions.start * self.width..block.positions.end * self.width]
     }
 
-    /// What a run's rows read through one key head: `[rows · repeats, hd]`, and ln Σ e^score of each.
+    /// Returns the attention output of a run's rows for one key head, `[rows · repeats, hd]`, and ln Σ e^score of each.
     fn attend(&self, [q, k, v]: [&[f32]; 3], run: &Run, head: usize) -> (Vec<f32>, Vec<f32>) {
         let columns: Vec<usize> = run.columns(self.mask.cached()).collect();
         let (keys, values) = (self.gather(k, &columns, head), self.gather(v, &columns, head));
@@ -208,7 +212,8 @@ impl Tree {
         (out, sums)
     }
 
-    /// One key head's gradients: `[T · repeats, hd]` for its queries, `[S, hd]` for its keys and for its values.
+    /// Returns one key head's gradients: `[T · repeats, hd]` for its queries, `[S, hd]` for its keys and for its
+    /// values.
     fn pull_back(&self, [q, k, v, out, grad]: [&[f32]; 5], sums: &[f32], head: usize) -> [Vec<f32>; 3] {
         let (rows, width) = (self.mask.rows(), self.width);
         let mut dq = vec![0.0; rows * self.repeats * width];
@@ -251,14 +256,14 @@ impl Tree {
     }
 }
 
-/// Puts one head's rows, `span` wide, into `[rows, heads, span]`.
+/// Copies one head's rows, `span` wide, into `[rows, heads, span]`, from row `first` on.
 fn scatter(out: &mut [f32], part: &[f32], head: usize, heads: usize, first: usize, span: usize) {
     for (i, part) in part.chunks_exact(span).enumerate() {
         out[((first + i) * heads + head) * span..][..span].copy_from_slice(part);
     }
 }
 
-/// `map` of each task, on the pool's threads if it has several.
+/// Applies `map` to each task, on the pool's threads if it has several.
 fn each<T: Sync, R: Send>(tasks: &[T], map: impl Fn(&T) -> R + Sync + Send) -> Vec<R> {
     if rayon::current_num_threads() == 1 {
         tasks.iter().map(map).collect()
@@ -283,7 +288,7 @@ impl CustomOp3 for TreeAttention {
     ) -> Result<(CpuStorage, Shape)> {
         let (out, logsumexp) = self.tree.forward([elements(s1, l1)?, elements(s2, l2)?, elements(s3, l3)?]);
         let shape = Shape::from((self.tree.mask.rows(), out.len() / self.tree.mask.rows().max(1)));
-        // A forward runs once; were it to run again it would find the same.
+        // A forward runs once; if it ran again it would compute the same values.
         let _ = self.logsumexp.set(logsumexp);
         Ok((CpuStorage::F32(out), shape))
     }
@@ -328,8 +333,8 @@ fn scale_and_cap<FMA>(scores: &mut [f32], scale: f32, cap: Option<f32>) {
 }
 
 vectorised! {
-/// Turns scores into weights w = e^(score − sum), and d = grad·vᵀ into the gradient of the unscaled scores,
-/// scale · w · (d − grad·out), times 1 − (score/cap)² where scores are capped.
+/// Replaces scores by weights w = e^(score − sum), and d = grad·vᵀ by the gradient of the unscaled scores, scale · w ·
+/// (d − grad·out), times 1 − (score/cap)² if scores are capped.
 fn backward_row<FMA>(
     weights: &mut [f32],
     dscores: &mut [f32],
@@ -363,7 +368,8 @@ mod tests {
     use super::super::testing::{assert_close, check, values};
     use super::*;
 
-    /// A chain of `long`, two chains after its middle one behind another, and one more from the start.
+    /// Builds a chain of `long` tokens, two consecutive chains that branch from its middle, and one more from its
+    /// start.
     fn tree(cached: usize, long: usize, branch: usize) -> Arc<TreeMask> {
         let mut parents: Vec<Option<usize>> = (0..long).map(|i| i.checked_sub(1)).collect();
         for start in [Some(long / 2), Some(long + branch / 2), None] {
@@ -408,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn nan_is_not_hidden() {
+    fn nan_propagates() {
         let mask = Arc::new(TreeMask::new(0, [None, Some(0)]));
         let nan = (values(1, &[2, 1, 4]) * f64::NAN).unwrap();
         let [k, v] = [values(2, &[2, 1, 4]), values(3, &[2, 1, 4])];
@@ -417,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_that_do_not_fit_are_refused() {
+    fn mismatched_shapes_are_rejected() {
         let mask = Arc::new(TreeMask::new(1, [None, Some(0)]));
         let [q, kv] = [values(1, &[2, 2, 4]), values(2, &[2, 1, 4])];
         let error = tree_attention(&q, &kv, &kv, &mask, 1.0, None, None).unwrap_err().to_string();

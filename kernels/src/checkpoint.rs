@@ -1,17 +1,17 @@
-//! Activations that are computed again instead of kept (Chen et al. 2016).
+//! Activation checkpointing: activations are recomputed instead of kept (Chen et al. 2016).
 
 use std::sync::Arc;
 
 use super::{accumulate, on_cpu, on_cuda};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, Var};
 
-/// A part of a model, from one tensor to one.
+/// Part of a model that maps one tensor to one tensor.
 pub type Segment = Arc<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
 
-/// `segment(x)`, of which nothing but `x` is kept for the backward: that runs the segment again.
+/// Computes `segment(x)` and keeps only `x` for the backward, which runs the segment again.
 ///
-/// The gradients of the variables within it are only found by [`backward`](super::backward), among the parameters of its
-/// accumulators; a backward pass that candle runs alone fails.
+/// The gradients of the variables in the segment are computed only by [`backward`](super::backward), for the parameters
+/// of its accumulators; a plain candle backward pass fails.
 pub fn checkpoint(x: &Tensor, segment: &Segment) -> Result<Tensor> {
     x.apply_op1(Checkpoint { x: x.detach(), segment: Arc::clone(segment) })
 }
@@ -27,13 +27,13 @@ impl CustomOp1 for Checkpoint {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        // A variable, as in the backward, so that both take the same path.
+        // `x` is a variable, as in the backward, so that both take the same code path.
         let x = Var::from_tensor(&self.x)?;
         on_cpu(&(self.segment)(&x)?)
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        // A variable, as in the backward, so that both take the same path.
+        // `x` is a variable, as in the backward, so that both take the same code path.
         let x = Var::from_tensor(&self.x)?;
         on_cuda(&(self.segment)(&x)?)
     }
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_are_those_of_the_kept_activations() {
+    fn gradients_equal_those_with_kept_activations() {
         let params = params();
         let segment = segment(&params);
         let run = |through: &dyn Fn(&Tensor) -> Tensor| {

@@ -1,17 +1,17 @@
-//! Drawing from rows of logits.
+//! Sampling from rows of logits.
 
 use candle_core::{D, DType, Result, Tensor};
 
 use super::vector::{LANES, exp, inline_max, total, vectorised};
 
-/// Places whose mass is summed before the draw is looked for among them, one by one.
+/// Number of elements whose mass is summed before the sampled one is searched among them.
 const BLOCK: usize = 256;
 
-/// The place at which the running sum of `softmax(row · inv_t)` passes `share` (in `[0, 1)`), and its log-probability. A
-/// place of probability 0 is not chosen, unless there is no other.
+/// Samples from `softmax(row · inv_t)` by inversion: returns the index at which the cumulative sum exceeds `share` (in
+/// `[0, 1)`), and its log-probability. An element of probability 0 is not chosen unless all are 0.
 pub fn draw_from_row(row: &[f32], inv_t: f32, share: f64) -> (usize, f32) {
     let max = row_max(row);
-    // Blocks first, so that only the one that the draw falls in is gone through by single places.
+    // Sums per block come first, so that only the block of the sampled element is searched element by element.
     let sums: Vec<f64> = row.chunks(BLOCK).map(|block| sum_of_powers(block, max, inv_t)).collect();
     let total: f64 = sums.iter().sum();
     let (block, left) = passing(&sums, share * total);
@@ -21,14 +21,14 @@ pub fn draw_from_row(row: &[f32], inv_t: f32, share: f64) -> (usize, f32) {
     (chosen, (row[chosen] - max) * inv_t - total.ln() as f32)
 }
 
-/// As [`draw_from_row`] for each of several rows `[N, V]` with a share of its own, on whatever device they are: what comes to
-/// the host is a sum for each block and the one block that the draw falls in, not the logits. Only the first `drawn` places are
-/// drawn from; the others count in the log-probability.
+/// Samples as [`draw_from_row`] from each row of `[N, V]` with its own share, on any device. Only a sum per block and
+/// the block of the sampled element are copied to the host, not the logits. Only the first `drawn` columns can be
+/// sampled; the others count in the log-probability.
 ///
 /// # Errors
-/// Tensor errors only.
+/// If a tensor operation fails.
 pub fn draw_from_rows(rows: &Tensor, drawn: usize, inv_t: f32, shares: &[f64]) -> Result<Vec<(usize, f32)>> {
-    /// Both what is summed and what is fetched are short: a row of 50,000 is a hundred of these.
+    /// Number of elements per block; it keeps both transfers short: a row of 50,000 has about a hundred blocks.
     const BLOCK: usize = 512;
     let (n, width) = rows.dims2()?;
     let rows = rows.to_dtype(DType::F32)?;
@@ -59,7 +59,7 @@ pub fn draw_from_rows(rows: &Tensor, drawn: usize, inv_t: f32, shares: &[f64]) -
     Ok(draws.collect())
 }
 
-/// The block at which the running sum passes `left`, and what is left of it there.
+/// Returns the block in which the cumulative sum exceeds `left`, and the remainder of `left` at its start.
 fn passing(sums: &[f64], mut left: f64) -> (usize, f64) {
     let mut block = 0;
     for (i, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
@@ -72,13 +72,13 @@ fn passing(sums: &[f64], mut left: f64) -> (usize, f64) {
     (block, left)
 }
 
-/// Likewise the place within a block; one of no mass is not chosen.
+/// Returns the index in a block at which the cumulative sum exceeds `left`. An element without mass is not chosen.
 fn passing_place(powers: impl Iterator<Item = f64>, mut left: f64) -> usize {
     let mut chosen = 0;
     for (i, p) in powers.enumerate().filter(|(_, p)| *p > 0.0) {
         chosen = i;
         left -= p;
-        // Rounding may leave a sliver after the last place, which this passes to the last one that has any mass.
+        // Rounding may leave a remainder after the last element; the last element with mass is chosen then.
         if left < 0.0 {
             break;
         }
@@ -93,7 +93,7 @@ fn row_max<FMA>(row: &[f32]) -> f32 {
 }
 
 vectorised! {
-/// Σ e^((z − max)·inverse) of at most [`BLOCK`] elements.
+/// Computes Σ e^((z − max)·inverse) of at most [`BLOCK`] elements.
 fn sum_of_powers<FMA>(block: &[f32], max: f32, inverse: f32) -> f64 {
     let mut sums = [0.0f32; LANES];
     let (chunks, rest) = block.as_chunks::<LANES>();
@@ -115,9 +115,9 @@ mod tests {
 
     use super::*;
 
-    /// Rows of one block and of several, with places and whole blocks that have no mass.
+    /// Tests rows of one block and of several, with elements and complete blocks without mass.
     #[test]
-    fn the_place_is_that_of_the_running_sum() {
+    fn the_sampled_index_is_that_of_the_cumulative_sum() {
         for width in [1, 37, BLOCK, 6 * BLOCK + 11] {
             let value = |i: usize| ((i * 7919 + 13) % 1009) as f32 / 150.0 - 3.0;
             let hidden = |i: usize| i % 5 == 3 || (2 * BLOCK..4 * BLOCK).contains(&i);
@@ -135,7 +135,7 @@ mod tests {
                 );
                 assert!((f64::from(logprob) - (powers[place] / total).ln()).abs() < 1e-5);
             }
-            // The same of several rows at once, each with its share.
+            // Sampling several rows at once, each with its share, gives the same.
             let shares = [0.05, 0.5, 0.98];
             let rows = Tensor::new([&row[..]; 3].concat(), &Device::Cpu).unwrap().reshape((3, width)).unwrap();
             let draws = draw_from_rows(&rows, width, 0.7, &shares).unwrap();

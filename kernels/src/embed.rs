@@ -1,12 +1,12 @@
-//! Rows of a table by index.
+//! Embedding lookup: rows of a table by index.
 
 use super::{accumulate, composite_dtype, elements, elements_mut, is_fused, on_cpu, on_cuda, tensor_elements};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
-/// Rows `[T, D]` of `table` `[V, D]`.
+/// Returns the rows `ids` of `table` `[V, D]` as `[T, D]`.
 ///
-/// The gradient flows to the table; it is added in place where [`backward`](super::backward) runs the
-/// backward pass, and touches these rows alone. Fails when an index is not below `V`.
+/// The gradient flows to the table and touches these rows only; while [`backward`](super::backward) runs, it is added
+/// to the accumulator in place. Fails when an index is not below `V`.
 pub fn embed(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
     let count = table.dim(0)?;
     if let Some(id) = ids.iter().find(|id| **id as usize >= count) {
@@ -22,8 +22,8 @@ pub fn embed(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
     table.apply_op1(Picked { table: table.detach(), ids })
 }
 
-/// Rows by candle's operations. In half precision the sum over a token that occurs often would stop growing, so it is made
-/// in a wider type.
+/// Lookup by candle operations. The gradient is summed in a wider dtype, because in half precision the sum for a
+/// frequent token would stop growing.
 struct Picked {
     table: Tensor,
     ids: Tensor,
@@ -108,9 +108,9 @@ mod tests {
         check(&[values(1, &[7, 5])], |t| embed(&t[0], &[3, 0, 6, 3]));
     }
 
-    /// A running sum in half precision stops at 256 of these.
+    /// A running sum in bf16 stops at 256 of these gradients.
     #[test]
-    fn a_token_that_occurs_often_gets_all_of_its_gradient_in_half_precision() {
+    fn a_frequent_token_gets_its_full_gradient_in_bf16() {
         let table = Var::from_tensor(&values(1, &[3, 4]).to_dtype(DType::BF16).unwrap()).unwrap();
         let grads =
             embed(&table, &[1; 1000]).unwrap().to_dtype(DType::F32).unwrap().sum_all().unwrap().backward().unwrap();
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_outside_is_refused() {
+    fn a_token_outside_the_vocabulary_is_rejected() {
         assert!(embed(&values(1, &[7, 5]), &[2, 7]).unwrap_err().to_string().contains("token 7"));
     }
 }

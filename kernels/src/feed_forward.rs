@@ -1,4 +1,4 @@
-//! The feed-forward half of a layer as one operation.
+//! Feed-forward half of a transformer layer as one operation.
 
 use std::sync::OnceLock;
 
@@ -9,28 +9,30 @@ use super::matrix::Matrix;
 use super::rms_norm::{self, normed, rms_norm};
 use super::{accumulate_vector, elements, is_block, tensor_elements, with_elements};
 
-/// Norm, gate and two matrices on the way up, one on the way down (Shazeer 2020).
+/// Weights and settings of a layer's gated feed-forward half (Shazeer 2020): norm, gate and up projections, activation,
+/// down projection.
 #[derive(Debug, Clone)]
 pub struct FeedForward {
-    /// `[D]`.
+    /// Weights of the RMS norm, `[D]`.
     pub norm: Tensor,
-    /// Added to the mean square.
+    /// Constant added to the mean square in the norm.
     pub eps: f64,
-    /// `[F, D]`.
+    /// Gate projection, `[F, D]`.
     pub gate: Matrix,
-    /// `[F, D]`.
+    /// Up projection, `[F, D]`.
     pub up: Matrix,
-    /// `[D, F]`.
+    /// Down projection, `[D, F]`.
     pub down: Matrix,
-    /// Of the gate.
+    /// Activation of the gate.
     pub activation: Activation,
 }
 
-/// `x + (activation(h·gateᵀ) ⊙ h·upᵀ)·downᵀ` with `h = rms_norm(x)`, for rows `x` `[T, D]`.
+/// Computes `x + (activation(h·gateᵀ) ⊙ h·upᵀ)·downᵀ` with `h = rms_norm(x)`, for rows `x` `[T, D]`.
 ///
-/// Gradients flow to `x`, and to the weights by [`backward`](super::backward) alone: the fused path adds them to their
-/// accumulators and never tells candle, whose store would zero and add a copy of each tensor within. For the backward it
-/// keeps what stands before the gate and nothing else. Fails when the shapes do not fit.
+/// Gradients flow to `x`; those of the weights are computed only by [`backward`](super::backward). The fused path adds
+/// them to their accumulators and does not register its tensors with candle, whose gradient store would zero and
+/// accumulate a copy of each. For the backward it keeps the two inputs of the gating and nothing else. Fails when the
+/// shapes do not match.
 pub fn feed_forward(x: &Tensor, block: &FeedForward) -> Result<Tensor> {
     let FeedForward { norm, eps, gate, up, down, activation } = block;
     let matrices = [gate, up, down];
@@ -41,7 +43,7 @@ pub fn feed_forward(x: &Tensor, block: &FeedForward) -> Result<Tensor> {
     let (d, f) = (x.dim(1)?, gate.weight.dim(0)?);
     if norm.dims() != [d] || !gate.makes(f, d) || !up.makes(f, d) || !down.makes(d, f) {
         candle_core::bail!(
-            "feed_forward: x has shape {:?}, norm {:?}, gate {}, up {} and down {}, they do not fit",
+            "feed_forward: x has shape {:?}, norm {:?}, gate {}, up {} and down {}; these shapes do not match",
             x.dims(),
             norm.dims(),
             gate.shapes(),
@@ -57,7 +59,7 @@ pub fn feed_forward(x: &Tensor, block: &FeedForward) -> Result<Tensor> {
 }
 
 impl FeedForward {
-    /// The result, and what stands before the gate: `h·gateᵀ` and `h·upᵀ`.
+    /// Returns the result, and the two inputs of the gating: `h·gateᵀ` and `h·upᵀ`.
     fn forward(&self, x: &[f32]) -> Result<(Vec<f32>, [Vec<f32>; 2])> {
         let h = with_elements([&self.norm], |[norm]| Ok(normed(x, norm, self.eps as f32)))?;
         let before = [self.gate.forward(&h)?, self.up.forward(&h)?];
@@ -66,11 +68,11 @@ impl FeedForward {
         Ok((out, before))
     }
 
-    /// The gradient of `x`; those of the weights go to their accumulators.
+    /// Returns the gradient of `x`, and adds those of the weights to their accumulators.
     fn backward(&self, x: &[f32], [g, u]: [&[f32]; 2], grad: &[f32]) -> Result<Vec<f32>> {
         let mut through = let_through(g, u, self.activation);
         let mut dup = self.down.pull_back(grad, &through, None)?;
-        // In the place of what was let through, which is not needed any more.
+        // `through` is not needed any more, so its gradient overwrites it.
         pull_back(&mut through, &mut dup, g, u, self.activation);
         let dgate = through;
         with_elements([&self.norm], |[norm]| {
@@ -88,7 +90,7 @@ impl FeedForward {
 
 struct Op {
     block: FeedForward,
-    /// What stood before the gate.
+    /// Inputs of the gating, kept by the forward.
     kept: OnceLock<[Vec<f32>; 2]>,
 }
 
@@ -99,7 +101,7 @@ impl CustomOp1 for Op {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (out, before) = self.block.forward(elements(storage, layout)?)?;
-        // A forward runs once; were it to run again it would find the same.
+        // A forward runs once; if it ran again it would compute the same values.
         let _ = self.kept.set(before);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
@@ -122,7 +124,7 @@ mod tests {
     use super::super::{Adapter, Gradients, backward};
     use super::*;
 
-    /// The last ones stand beside matrices.
+    /// The last ones are biases and adapters.
     const NAMES: [&str; 8] = ["x", "norm", "gate", "up", "down", "gate bias", "down A", "down B"];
 
     fn params(rows: usize, d: usize, f: usize, dtype: DType) -> Vec<(String, Var)> {
@@ -149,7 +151,7 @@ mod tests {
         params.iter().map(|(_, var)| var.as_tensor().clone()).collect()
     }
 
-    /// Few rows and many, against the composite in `f64`.
+    /// Compares few rows and many with the composite in `f64`.
     #[test]
     fn matches_the_composite() {
         for (rows, activation) in [(3, Activation::Silu), (70, Activation::GeluTanh), (131, Activation::Silu)] {
@@ -170,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_gradient_it_is_the_same() {
+    fn the_result_without_a_gradient_is_the_same() {
         let params = params(70, 12, 20, DType::F32);
         let (x, trained) = (&params[0].1, block(&tensors(&params), Activation::Silu));
         let detached: Vec<Tensor> = tensors(&params).iter().map(Tensor::detach).collect();
@@ -178,18 +180,18 @@ mod tests {
         let plain = feed_forward(&x.detach(), &frozen).unwrap();
         assert!(!plain.track_op());
         assert_eq!(flat(&plain), flat(&feed_forward(x, &trained).unwrap()));
-        // Frozen weights let the gradient through and get none.
+        // Frozen weights pass the gradient on and receive none.
         let mut sums = Gradients::new(&params).unwrap();
         let loss = feed_forward(x, &frozen).unwrap().sum_all().unwrap();
         assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), 1);
-        // Where nothing would lead back to the weights, the composite does.
+        // If no path of the graph leads back to the weights, the composite runs.
         let loss = feed_forward(&x.detach(), &trained).unwrap().sum_all().unwrap();
         assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), NAMES.len() - 1);
     }
 
-    /// As with adapters, where the rest is frozen.
+    /// The other weights are frozen, as when adapters are trained.
     #[test]
-    fn what_learns_alone_learns_the_same() {
+    fn a_single_trained_weight_gets_the_same_gradient() {
         let params = params(70, 12, 20, DType::F32);
         let run = |tensors: &[Tensor]| {
             let mut sums = Gradients::new(&params).unwrap();

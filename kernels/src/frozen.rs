@@ -1,4 +1,4 @@
-//! A tensor as it was at one moment, without a copy unless its owner moves on.
+//! Snapshots of tensors that are copied only if the owner changes them.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -6,19 +6,19 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use safetensors::{Dtype, View};
 
-/// What is to be written of training, while training goes on.
+/// Snapshot of training state that is written to disk while training continues.
 ///
-/// Moments of the optimizer are shared: the optimizer copies one only if it has to change it while it is still held. A tensor
-/// must be one that nobody writes into.
+/// Optimizer moments are shared: the optimizer copies one only if it has to change it while the snapshot exists. A
+/// `Tensor` must be one whose storage is never written to.
 #[derive(Debug, Clone)]
 pub enum Frozen {
-    /// A tensor that stays as it is.
+    /// A tensor that does not change.
     Tensor(Tensor),
     /// Elements in `f32`, in row-major order.
     Host {
-        /// Their shape.
+        /// Shape of the tensor.
         shape: Vec<usize>,
-        /// The elements.
+        /// Elements of the tensor.
         data: Arc<Vec<f32>>,
     },
 }

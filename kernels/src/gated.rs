@@ -1,4 +1,4 @@
-//! The gates of gated feed-forward layers (Shazeer 2020).
+//! Gated activations of feed-forward layers (Shazeer 2020).
 
 use std::mem::MaybeUninit;
 
@@ -6,17 +6,17 @@ use super::vector::{exp, vectorised};
 use super::{elements, fill_rows2, filled, is_fused, tensor_elements};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-/// What a gate lets through of itself: `g · σ(s(g))` with the logistic function σ.
+/// Activation of a gate: `g · σ(s(g))`, with σ the logistic function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
-    /// `s(g) = g`: SwiGLU.
+    /// SwiGLU: `s(g) = g`.
     Silu,
-    /// `s(g) = 2·√(2/π)·(g + 0.044715·g³)`: GeGLU, with the form of GELU that uses tanh (Hendrycks & Gimpel 2016).
+    /// GeGLU with the tanh approximation of GELU (Hendrycks & Gimpel 2016): `s(g) = 2·√(2/π)·(g + 0.044715·g³)`.
     GeluTanh,
 }
 
 impl Activation {
-    /// `[a, b]` of `s(g) = g·(a + b·g²)`.
+    /// Returns `[a, b]` of `s(g) = g·(a + b·g²)`.
     fn slope(self) -> [f32; 2] {
         const ROOT: f32 = 1.595_769; // 2·√(2/π)
         match self {
@@ -26,9 +26,9 @@ impl Activation {
     }
 }
 
-/// `activation(gate) · up`, element by element.
+/// Computes `activation(gate) · up` element by element.
 ///
-/// Both have one shape, which is the result's. Gradients flow to both. Fails when the shapes differ.
+/// Both inputs and the result have the same shape. Gradients flow to both. Fails when the shapes differ.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
     if gate.dims() != up.dims() {
         bail!("gated: gate has shape {:?} and up {:?}, they must be the same", gate.dims(), up.dims())
@@ -70,16 +70,16 @@ impl CustomOp2 for Gated {
     }
 }
 
-/// `activation(gate) · up`.
+/// Computes `activation(gate) · up`.
 pub(super) fn let_through(gate: &[f32], up: &[f32], activation: Activation) -> Vec<f32> {
     let through = |first: usize, out: &mut [MaybeUninit<f32>]| {
         forward(out, &gate[first..][..out.len()], &up[first..][..out.len()], activation.slope());
     };
-    // SAFETY: each element is written; were `up` shorter it would have panicked.
+    // SAFETY: each element is written; a shorter `up` panics.
     unsafe { filled(gate.len(), 1, through) }
 }
 
-/// Gradients of gate and up; `dup` holds that of what was let through.
+/// Replaces `dgate` and `dup` by the gradients of gate and up; `dup` initially holds that of the result.
 pub(super) fn pull_back(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32], activation: Activation) {
     fill_rows2(dgate, dup, 1, |first, dgate, dup| {
         let n = dgate.len();
@@ -97,7 +97,7 @@ fn forward<FMA>(out: &mut [MaybeUninit<f32>], gate: &[f32], up: &[f32], slope: [
 }
 
 vectorised! {
-/// With σ = σ(s(g)): dg = d·u·σ·(1 + g·s'(g)·(1 − σ)), du = d·g·σ, the latter in d's place.
+/// With σ = σ(s(g)): dg = d·u·σ·(1 + g·s'(g)·(1 − σ)), du = d·g·σ. `dup` initially holds d.
 fn backward<FMA>(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32], slope: [f32; 2]) {
     let [a, b] = slope;
     for (((dgate, dup), g), u) in dgate.iter_mut().zip(dup.iter_mut()).zip(gate).zip(up) {
@@ -126,12 +126,12 @@ mod tests {
     }
 
     #[test]
-    fn takes_transposed_inputs() {
+    fn accepts_transposed_inputs() {
         check(&[values(1, &[5, 9]), values(2, &[5, 9])], |t| gated(&t[0].t()?, &t[1].t()?, Activation::Silu));
     }
 
     #[test]
-    fn is_finite_at_the_ends() {
+    fn is_finite_for_extreme_gates() {
         let gate = Tensor::new(&[-1e4f32, -90.0, 90.0], &candle_core::Device::Cpu).unwrap();
         for activation in BOTH {
             let out = flat(&gated(&gate, &gate.ones_like().unwrap(), activation).unwrap());

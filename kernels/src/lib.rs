@@ -1,9 +1,9 @@
-//! Differentiable operations fused for CPU `f32`, each with a backward of its own.
+//! Differentiable tensor operations with fused forward and backward passes for `f32` on the CPU.
 //!
-//! On another device or dtype each falls back to a composite of candle operations that keeps the gradient. (Candle's
-//! own fused `rms_norm`, `softmax_last_dim` and `rope` return no gradient and no error, which is why these exist.)
-//! Work is split by rows over the rayon pool that the caller runs in, and every result is the same for any number of
-//! threads. An argument that is no part of a graph gets no gradient computed.
+//! On another device or dtype each operation falls back to a composite of candle operations, which keeps the gradient.
+//! (Candle's own fused `rms_norm`, `softmax_last_dim` and `rope` return no gradient and no error, which is why these
+//! exist.) Work is split by rows over the caller's rayon pool, and results do not depend on the number of threads. No
+//! gradient is computed for an argument that is not part of a graph.
 
 mod accumulate;
 mod adamw;
@@ -53,15 +53,15 @@ use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Storage
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
-/// Elements below which a split over threads costs more than it saves.
+/// Number of elements below which splitting the work over threads costs more than it saves.
 const PARALLEL_FROM: usize = 1 << 14;
 
-/// Whether the fused path holds for this tensor.
+/// Returns whether the fused path supports this tensor: contiguous or not, `f32` in host memory.
 fn is_fused(tensor: &Tensor) -> bool {
     tensor.device().is_cpu() && tensor.dtype() == DType::F32
 }
 
-/// Bf16Weights precision is raised to `f32` for the composites; other dtypes stay.
+/// Returns the dtype in which composites compute: `f64` for `f64`, `f32` for every other dtype.
 fn composite_dtype(dtype: DType) -> DType {
     match dtype {
         DType::F64 => DType::F64,
@@ -69,7 +69,7 @@ fn composite_dtype(dtype: DType) -> DType {
     }
 }
 
-/// The elements of a contiguous CPU `f32` storage under `layout`.
+/// Returns the elements of a CPU `f32` storage under `layout`. Fails unless the layout is contiguous.
 fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         bail!("a fused operation was given a tensor that is not contiguous")
@@ -77,7 +77,7 @@ fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
-/// As [`elements`], for a storage on whichever device.
+/// Returns the elements of a storage as [`elements`] does. Fails unless the storage is on the CPU.
 fn tensor_elements<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
     match storage {
         Storage::Cpu(storage) => elements(storage, layout),
@@ -85,7 +85,7 @@ fn tensor_elements<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32
     }
 }
 
-/// What an operation that is made of candle's gives its `cpu_fwd`.
+/// Converts the result of a composite into the return value of `cpu_fwd`.
 fn on_cpu(out: &Tensor) -> Result<(CpuStorage, Shape)> {
     let out = out.contiguous()?;
     let (storage, layout) = out.storage_and_layout();
@@ -95,7 +95,7 @@ fn on_cpu(out: &Tensor) -> Result<(CpuStorage, Shape)> {
     }
 }
 
-/// Likewise its `cuda_fwd`.
+/// Converts the result of a composite into the return value of `cuda_fwd`.
 fn on_cuda(out: &Tensor) -> Result<(CudaStorage, Shape)> {
     let out = out.contiguous()?;
     let (storage, layout) = out.storage_and_layout();
@@ -115,25 +115,26 @@ fn with_elements<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32
     f(all)
 }
 
-/// Whether one operation may stand for a block of a layer that begins with `x` and has these weights: what is trained among
-/// them learns only where the gradient goes through `x`.
+/// Returns whether the fused path of a layer block supports its input `x` and its weights. All must be contiguous `f32`
+/// tensors on the CPU. A block is a graph operation on `x` only, so trained weights receive a gradient only if `x` is
+/// part of a graph.
 fn is_block<'a>(x: &Tensor, mut weights: impl Iterator<Item = &'a Tensor>) -> bool {
     let fused = |tensor: &Tensor| is_fused(tensor) && tensor.is_contiguous();
     fused(x) && weights.all(|weight| fused(weight) && (x.track_op() || !weight.track_op()))
 }
 
-/// Adds `product` to the accumulator of a captured weight, where it has one.
+/// Adds `xᵀ · w`, the gradient of a captured weight, to its accumulator, if it has one.
 fn accumulate_product(weight: &Tensor, x: &[f32], w: &[f32], rows: usize) -> Result<()> {
     accumulate::of_captured(weight)?.map_or(Ok(()), |sum| sum.inplace_op1(&linear::AddTransposedTimes { x, w, rows }))
 }
 
-/// Adds the gradient of a captured vector to its accumulator, where it has one.
+/// Adds the gradient of a captured vector to its accumulator, if it has one.
 fn accumulate_vector(weight: &Tensor, gradient: Vec<f32>) -> Result<()> {
     let Some(sum) = accumulate::of_captured(weight)? else { return Ok(()) };
     accumulate::add_in_place(&sum, &Tensor::from_vec(gradient, weight.shape(), weight.device())?)
 }
 
-/// The mutable elements of a contiguous CPU `f32` storage under `layout`.
+/// Returns the mutable elements of a contiguous CPU `f32` storage under `layout`.
 fn elements_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         bail!("an in-place operation was given a tensor that is not contiguous")
@@ -144,7 +145,8 @@ fn elements_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a 
     }
 }
 
-/// Rows per task: one task when the work is small or the pool has one thread, else a few tasks a thread.
+/// Returns the number of rows per task: all rows if the work is small or the pool has one thread, otherwise a quarter
+/// of a thread's share, with a lower bound on the elements per task.
 fn rows_per_task(rows: usize, width: usize) -> usize {
     let threads = rayon::current_num_threads();
     if threads == 1 || rows * width < PARALLEL_FROM {
@@ -166,22 +168,23 @@ fn fill_rows<T: Send>(out: &mut [T], width: usize, fill: impl Fn(usize, &mut [T]
     out.par_chunks_mut(run * width).enumerate().for_each(|(task, rows)| fill(task * run, rows));
 }
 
-/// `len` elements as [`fill_rows`] fills them; to zero them first would cost as much as many a layer's norm.
+/// Returns `len` elements filled as by [`fill_rows`], without zeroing them first: zeroing would cost as much as the
+/// norm of a layer.
 ///
 /// # Safety
-/// `fill` must write all that it is given.
+/// `fill` must write every element that it receives.
 unsafe fn filled(len: usize, width: usize, fill: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync) -> Vec<f32> {
     if width == 0 {
         return vec![0.0; len];
     }
     let mut out = Vec::with_capacity(len);
     fill_rows(&mut out.spare_capacity_mut()[..len], width, fill);
-    // SAFETY: there is room for as many, and `fill` has written them.
+    // SAFETY: the capacity is at least `len`, and `fill` has written every element.
     unsafe { out.set_len(len) };
     out
 }
 
-/// As [`fill_rows`] for two outputs of one shape.
+/// Fills two outputs of the same shape as [`fill_rows`] does.
 fn fill_rows2(a: &mut [f32], b: &mut [f32], width: usize, fill: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) {
     if a.is_empty() || width == 0 {
         return;
@@ -202,7 +205,7 @@ mod testing {
     use super::*;
     use candle_core::{Device, Var};
 
-    /// Reproducible values in about [-2, 2].
+    /// Returns reproducible values in about [-2, 2].
     pub fn values(seed: u64, shape: &[usize]) -> Tensor {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let count = shape.iter().product();
@@ -261,7 +264,7 @@ mod tests {
 
     type Op = fn(&[Tensor]) -> Result<Tensor>;
 
-    /// Bf16Weights precision takes the composites: the gradient arrives, near that of `f32`.
+    /// In bf16 the composites run: the gradient arrives and is close to that of `f32`.
     #[test]
     fn half_precision_keeps_the_gradient() {
         let ops: [(&str, &[&[usize]], Op); 8] = [

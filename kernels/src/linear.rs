@@ -1,14 +1,14 @@
-//! The product of rows with a matrix.
+//! Linear layers: products of rows with a matrix.
 
 use super::matmul::{add_transposed_times, plain_product, transposed_product};
 use super::{accumulate, elements, elements_mut, is_fused, on_cpu, on_cuda, tensor_elements};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, bail};
 
-/// `x · weightᵀ` for rows `x` `[T, in]` and a `weight` `[out, in]`, as a linear layer has it.
+/// Computes `x · weightᵀ` for rows `x` `[T, in]` and a `weight` `[out, in]`.
 ///
-/// Gradients flow to both, to what is part of a graph only. The weight's is added to its accumulator in place where
-/// [`backward`](super::backward) runs the backward pass; no copy of it is ever made. Up to 64 rows,
-/// a row's result does not depend on the other rows. Fails when the widths differ.
+/// Gradients are computed for inputs that are part of a graph. That of the weight is added to its accumulator in place
+/// while [`backward`](super::backward) runs, without a temporary tensor. With up to 64 rows, a row's result does not
+/// depend on the other rows. Fails when the widths differ.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let ((_, width), (_, weight_width)) = (x.dims2()?, weight.dims2()?);
     if width != weight_width {
@@ -17,14 +17,14 @@ pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if is_fused(x) && is_fused(weight) {
         return x.contiguous()?.apply_op2(&weight.contiguous()?, Linear);
     }
-    // Candle's own product makes a gradient of the weight's shape, whether or not anybody asks for it.
+    // Candle's own product computes a gradient of the weight's shape even if the weight is not trained.
     if x.track_op() && !weight.track_op() {
         return x.contiguous()?.apply_op1(FrozenLinear { x: x.detach(), weight: weight.detach() });
     }
     x.matmul(&weight.t()?)
 }
 
-/// A product with a matrix that does not learn, by candle's operations.
+/// Product with a matrix that is not trained, by candle operations.
 struct FrozenLinear {
     x: Tensor,
     weight: Tensor,
@@ -88,7 +88,7 @@ impl CustomOp2 for Linear {
     }
 }
 
-/// `sum += xᵀ · w` for `rows` rows of each.
+/// In-place operation `sum += xᵀ · w` for `rows` rows of each.
 pub(super) struct AddTransposedTimes<'a> {
     pub(super) x: &'a [f32],
     pub(super) w: &'a [f32],
@@ -121,17 +121,17 @@ mod tests {
     }
 
     #[test]
-    fn takes_transposed_inputs() {
+    fn accepts_transposed_inputs() {
         check(&[values(1, &[5, 9]), values(2, &[5, 7])], |t| linear(&t[0].t()?, &t[1].t()?));
     }
 
     #[test]
-    fn what_is_frozen_gets_no_gradient() {
+    fn frozen_tensors_get_no_gradient() {
         let (x, weight) =
             (Var::from_tensor(&values(1, &[3, 4])).unwrap(), Var::from_tensor(&values(2, &[5, 4])).unwrap());
         let store = linear(&x, &weight.detach()).unwrap().sum_all().unwrap().backward().unwrap();
         assert!(store.get(&weight).is_none());
-        // Nor does it by candle's operations, which would make one.
+        // Candle's operations would compute a gradient for it; this composite does not.
         let [wide_x, wide] = [&x, &weight].map(|t| Var::from_tensor(&t.to_dtype(DType::F64).unwrap()).unwrap());
         let frozen = wide.detach();
         let store_wide = linear(&wide_x, &frozen).unwrap().sum_all().unwrap().backward().unwrap();
@@ -142,9 +142,9 @@ mod tests {
         assert_close("gradient", store.get(&x).unwrap(), plain.get(&x).unwrap(), 1e-6);
     }
 
-    /// A weight that is used twice in one graph, and over two graphs.
+    /// The weight is used twice in one graph, and in two graphs.
     #[test]
-    fn what_is_added_in_place_is_what_a_store_would_hold() {
+    fn gradients_added_in_place_equal_those_of_a_gradient_store() {
         let (x, weight) =
             (Var::from_tensor(&values(1, &[3, 5])).unwrap(), Var::from_tensor(&values(2, &[5, 5])).unwrap());
         let params = vec![("x".to_string(), x.clone()), ("weight".to_string(), weight.clone())];

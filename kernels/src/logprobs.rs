@@ -1,4 +1,4 @@
-//! Log-probabilities of chosen tokens, and entropies, without a normalised copy of the logits.
+//! Log-probabilities of chosen tokens, and entropies, computed without a normalised copy of the logits.
 
 mod composite;
 
@@ -11,12 +11,13 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape
 use rayon::prelude::*;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Elements of the logits that [`linear_logprobs`] makes at a time, and of those that it keeps (32 MiB).
+/// Number of logits that [`linear_logprobs`] computes per chunk, and the number that it keeps for the backward (32
+/// MiB).
 const CHUNK_ELEMENTS: usize = 1 << 23;
-/// Elements summed in `f32` before the sum is carried over to `f64`.
+/// Number of elements summed in `f32` before the sum is added to an `f64` total.
 const BLOCK: usize = 2048;
 
-/// Log-probability of each row's target, and each row's entropy, under `softmax(logits / temperature)`.
+/// Returns each row's log-probability of its target and each row's entropy, under `softmax(logits / temperature)`.
 ///
 /// `logits` is `[N, V]`, `targets` has `N` token ids; both results are `[N]`, in nats (`f32`, or `f64` for `f64`
 /// logits). Gradients of both flow to the logits. A logit of −∞ has probability 0 and adds nothing to the entropy.
@@ -32,9 +33,10 @@ pub fn token_logprobs(logits: &Tensor, targets: &[u32], temperature: f64) -> Res
     composite::token_logprobs(logits, targets, temperature)
 }
 
-/// `cap · tanh(x / cap)`: keeps values within ±`cap` (Gemma 2, section 2). `None` leaves them.
+/// Computes `cap · tanh(x / cap)`, which keeps values within ±`cap` (Gemma 2, section 2). Returns `x` unchanged for
+/// `None`.
 ///
-/// Composed of candle's operations; the gradient flows.
+/// It is composed of candle operations, so the gradient flows.
 pub fn softcap(x: &Tensor, cap: Option<f64>) -> Result<Tensor> {
     match cap {
         None => Ok(x.clone()),
@@ -42,11 +44,11 @@ pub fn softcap(x: &Tensor, cap: Option<f64>) -> Result<Tensor> {
     }
 }
 
-/// As [`token_logprobs`] of `softcap(hidden · headᵀ, cap)`, with the product inside.
+/// Returns [`token_logprobs`] of `softcap(hidden · headᵀ, cap)` without materialising all logits.
 ///
-/// `hidden` is `[N, D]`, `head` is `[V, D]`. The logits are made a few rows at a time, and again in the backward, so that no
-/// large `[N, V]` is ever held; on the fused path the first rows' are kept for it, up to 32 MiB. Gradients flow to both
-/// inputs.
+/// `hidden` is `[N, D]`, `head` is `[V, D]`. The logits are computed a few rows at a time and computed again in the
+/// backward, so that a large `[N, V]` never exists. The fused path keeps those of the first rows, up to 32 MiB, for the
+/// backward. Gradients flow to both inputs. Fails when the widths differ, and on the errors of [`token_logprobs`].
 pub fn linear_logprobs(
     hidden: &Tensor,
     head: &Tensor,
@@ -68,7 +70,8 @@ pub fn linear_logprobs(
     Ok((stats.get(0)?, stats.get(1)?))
 }
 
-/// The log-probabilities `[N]` of [`linear_logprobs`] at each of several temperatures, for one product; no gradient.
+/// Returns the log-probabilities `[N]` of [`linear_logprobs`] at each of several temperatures, from one product of
+/// `hidden` and `head`. Gradients do not flow.
 pub fn linear_logprobs_at(
     hidden: &Tensor,
     head: &Tensor,
@@ -93,7 +96,7 @@ pub fn linear_logprobs_at(
     let op = LinearLogprobs::new(&hidden.contiguous()?, &head.contiguous()?, cap, targets, 1.0)?;
     op.chunks(None, |logits, _, _, targets| {
         for (i, temperature) in temperatures.iter().enumerate() {
-            // Often the same is asked for twice.
+            // Callers often pass the same temperature twice.
             match temperatures[..i].iter().position(|before| before == temperature) {
                 Some(known) => {
                     let at = out[i].len();
@@ -111,7 +114,7 @@ pub fn linear_logprobs_at(
     Ok(out)
 }
 
-/// `ln Σ e^(row · inv_t)`, with `inv_t` the inverse temperature (positive). −∞ for a row of −∞.
+/// Returns `ln Σ e^(row · inv_t)`, with `inv_t` the inverse temperature (positive). −∞ if all elements are −∞.
 pub fn row_logsumexp(row: &[f32], inv_t: f32) -> f32 {
     let (max, sum, _) = row_stats(row, inv_t);
     max * inv_t + (sum.ln() as f32)
@@ -130,7 +133,7 @@ fn check(rows: usize, vocabulary: usize, targets: &[u32], temperature: f64) -> R
     Ok(())
 }
 
-/// What the backward needs of a row besides its logits.
+/// Statistics of a row that the backward needs besides its logits.
 #[derive(Clone, Copy, Default)]
 struct Row {
     logprob: f32,
@@ -150,7 +153,7 @@ impl Row {
     }
 }
 
-/// Rows of a chunk of logits.
+/// Computes the statistics of each row of a chunk of logits.
 fn rows_of(logits: &[f32], targets: &[u32], inverse: f32) -> Vec<Row> {
     let width = logits.len() / targets.len().max(1);
     let row = |(z, &t): (&[f32], &u32)| Row::of(z, t, inverse);
@@ -160,14 +163,15 @@ fn rows_of(logits: &[f32], targets: &[u32], inverse: f32) -> Vec<Row> {
     logits.par_chunks_exact(width.max(1)).zip(targets).map(row).collect()
 }
 
-/// `[4, N]`: log-probability, entropy, maximum, log-sum. The last two serve the backward and are not handed out.
+/// Packs the statistics into `[4, N]`: log-probability, entropy, maximum, log-sum. Only the backward reads the last
+/// two.
 fn pack(rows: &[Row]) -> (CpuStorage, Shape) {
     let fields: [fn(&Row) -> f32; 4] = [|r| r.logprob, |r| r.entropy, |r| r.max, |r| r.log_sum];
     let data = fields.iter().flat_map(|field| rows.iter().map(field)).collect();
     (CpuStorage::F32(data), Shape::from((4, rows.len())))
 }
 
-/// One row's saved statistics and the gradients of its log-probability and entropy.
+/// Returns one row's saved statistics and the gradients of its log-probability and entropy.
 fn unpack(stats: &[f32], grad: &[f32], row: usize, rows: usize) -> (Row, f32, f32) {
     let at = |i: usize| stats[i * rows + row];
     (Row { logprob: at(0), entropy: at(1), max: at(2), log_sum: at(3) }, grad[row], grad[rows + row])
@@ -214,11 +218,11 @@ struct LinearLogprobs {
     targets: Vec<u32>,
     inverse: f32,
     cap: Option<f32>,
-    /// Rows of logits made at a time.
+    /// Number of rows of logits computed at a time.
     chunk: usize,
-    /// Whether a backward will ask for them again.
+    /// True if a backward will need the logits again.
     asked_again: bool,
-    /// The first chunk, from the forward to the backward.
+    /// Logits of the first chunk, kept from the forward to the backward.
     kept: Mutex<Option<Vec<f32>>>,
 }
 
@@ -236,8 +240,9 @@ impl LinearLogprobs {
         })
     }
 
-    /// Calls `each` with the logits of one chunk after the other, its hidden states, its first row and its targets. The
-    /// first chunk may be `known`. Chunks share a buffer, save the first where it is to be kept; returns what that one has.
+    /// Calls `each` for every chunk in order with its logits, its hidden states, its first row and its targets, and
+    /// returns the logits of the first chunk as `each` left them. `known` replaces the computation of the first chunk.
+    /// The other chunks share one buffer; without a backward, the first chunk shares it too.
     fn chunks(
         &self,
         known: Option<Vec<f32>>,
@@ -314,7 +319,7 @@ impl CustomOp2 for LinearLogprobs {
         let ((vocabulary, width), rows) = (head.dims2()?, self.targets.len());
         let mut dhidden = vec![0.0; if hidden.track_op() { rows * width } else { 0 }];
         let dhead = if head.track_op() { Some(accumulate::of_or_zeros(head)?) } else { None };
-        // Taken: it becomes its own gradient. Who goes backward a second time makes it anew.
+        // `take` because the gradient overwrites the kept logits. A second backward computes them again.
         let known = self.kept().take();
         self.chunks(known, |logits, x, start, targets| {
             fill_rows(logits, vocabulary, |first, z| {
@@ -341,7 +346,7 @@ impl CustomOp2 for LinearLogprobs {
 }
 
 vectorised! {
-/// Of d = (z − max)·inverse: the maximum of z, Σ e^d and Σ d·e^d.
+/// Returns the maximum of z, Σ e^d and Σ d·e^d, with d = (z − max)·inverse.
 fn row_stats<FMA>(logits: &[f32], inverse: f32) -> (f32, f64, f64) {
     let max = inline_max(logits);
     if max == f32::NEG_INFINITY && !logits.iter().any(|z| z.is_nan()) {
@@ -373,8 +378,8 @@ fn row_stats<FMA>(logits: &[f32], inverse: f32) -> (f32, f64, f64) {
 }
 
 vectorised! {
-/// Turns a row of logits into its gradient, save the target's own term:
-/// inverse · (−dlogprob·p − dentropy·p·(ln p + entropy)).
+/// Replaces a row of logits by its gradient without the target's own term: inverse · (−dlogprob·p − dentropy·p·(ln p +
+/// entropy)).
 fn backward_row<FMA>(z: &mut [f32], row: Row, inverse: f32, dlogprob: f32, dentropy: f32) {
     for z in z {
         let logp = bounded((*z - row.max) * inverse) - row.log_sum;
@@ -384,7 +389,7 @@ fn backward_row<FMA>(z: &mut [f32], row: Row, inverse: f32, dlogprob: f32, dentr
 }
 
 vectorised! {
-/// tanh(x) = 1 − 2/(e^2x + 1).
+/// Replaces each z by cap · tanh(z / cap), with tanh(x) = 1 − 2/(e^2x + 1).
 fn cap_in_place<FMA>(z: &mut [f32], cap: f32) {
     for z in z {
         *z = cap * (1.0 - 2.0 / (exp::<FMA>(2.0 * *z / cap) + 1.0));
@@ -393,7 +398,7 @@ fn cap_in_place<FMA>(z: &mut [f32], cap: f32) {
 }
 
 vectorised! {
-/// From the gradient by capped logits to that by logits: times 1 − tanh².
+/// Converts the gradient of capped logits into that of the logits: multiplies it by 1 − tanh².
 fn uncap<FMA>(grad: &mut [f32], capped: &[f32], cap: f32) {
     for (grad, capped) in grad.iter_mut().zip(capped) {
         let tanh = capped / cap;
@@ -402,7 +407,7 @@ fn uncap<FMA>(grad: &mut [f32], capped: &[f32], cap: f32) {
 }
 }
 
-/// −∞ made finite, so that its product with the probability 0 is 0. NaN stays.
+/// Bounds −∞ to a finite value, so that its product with the probability 0 is 0. NaN is kept.
 #[inline(always)]
 fn bounded(d: f32) -> f32 {
     if d < -1e4 { -1e4 } else { d }
@@ -459,9 +464,9 @@ mod tests {
         }
     }
 
-    /// What the forward kept is used up by the first backward; the second makes it anew.
+    /// The first backward consumes the logits that the forward kept; the second computes them again.
     #[test]
-    fn a_second_backward_gives_the_same() {
+    fn a_second_backward_gives_the_same_gradients() {
         for (rows, vocabulary) in [(9, 31), (431, 20011)] {
             let var = |seed, shape: &[usize]| candle_core::Var::from_tensor(&values(seed, shape)).unwrap();
             let (hidden, head, targets) = (var(1, &[rows, 3]), var(2, &[vocabulary, 3]), targets(rows, vocabulary));
@@ -475,14 +480,14 @@ mod tests {
     }
 
     #[test]
-    fn linear_is_token_logprobs_of_the_product() {
+    fn linear_logprobs_equal_token_logprobs_of_the_product() {
         let (hidden, head) = (values(1, &[7, 12]), values(2, &[31, 12]));
         let targets = targets(7, 31);
         let (a, ha) = linear_logprobs(&hidden, &head, None, &targets, 0.7).unwrap();
         let logits = hidden.matmul(&head.t().unwrap()).unwrap();
         let (b, hb) = token_logprobs(&logits, &targets, 0.7).unwrap();
         // Two orders of summing n products differ by at most n·ε·Σ|h||w| (Higham 2002, §3.1), whichever kernels the
-        // processor has; a log-probability moves by twice what the logits do.
+        // processor has. A log-probability changes by at most twice the change of the logits.
         let sums = hidden.abs().unwrap().matmul(&head.abs().unwrap().t().unwrap()).unwrap();
         let most = flat(&sums).into_iter().fold(0.0, f64::max);
         let slack = 2.0 * 12.0 * f64::from(f32::EPSILON) * most / 0.7;
@@ -508,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn nan_is_not_hidden_and_wrong_arguments_are_refused() {
+    fn nan_propagates_and_invalid_arguments_are_rejected() {
         let logits = Tensor::new(&[[1f32, f32::NAN, 2.0]], &Device::Cpu).unwrap();
         assert!(flat(&token_logprobs(&logits, &[0], 1.0).unwrap().0)[0].is_nan());
         assert!(token_logprobs(&logits, &[3], 1.0).unwrap_err().to_string().contains("target 3"));

@@ -1,10 +1,10 @@
-//! Matrix products on slices of `f32`, row-major: the processor's tile unit or candle's `gemm` for wide ones, kernels
-//! of our own for few rows.
+//! Row-major matrix products on slices of `f32`: the processor's tile unit or the `gemm` crate for wide ones, kernels
+//! of this crate for few rows.
 //!
-//! Decoding multiplies few rows with large matrices, which is bound by reading the matrix. The kernel for few reads each of its
-//! rows once, for all rows of the input together, and fetches the next ones while it computes. It sums in an order that
-//! depends on nothing but the inner width: a row's result is the same to the last bit whatever rows it is computed
-//! beside, and on however many threads.
+//! Decoding multiplies few rows by large matrices, which is bound by reading the matrix. The kernel for few rows reads
+//! each row of the matrix once, for all rows of the input together, and prefetches the next ones while it computes. Its
+//! order of summation depends on the inner width only: a row's result is the same to the last bit for any number of
+//! other rows and threads.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -21,27 +21,27 @@ use gemm::Parallelism;
 
 use super::vector::dot;
 
-/// Rows of input up to which the kernel for few rows is used.
+/// Largest number of input rows for which the small-batch kernels are used.
 pub const SMALL_BATCH_ROWS: usize = 64;
 
-/// Rows of input above which, were they always as many, they go by the kernels for crowds: with a lane for each row, or in
-/// the tile unit. (Either takes as long for one row as for these.)
+/// Batch size above which an engine should use the large-batch decode kernels (one SIMD lane per row, or AMX tiles).
+/// Either takes as long for one row as for this many.
 pub const LARGE_BATCH_ROWS: usize = 16;
 
-/// Parts of `bf16` that a value of `f32` is taken as in the tile unit.
+/// Number of `bf16` parts into which the tile unit's operands are split.
 static PARTS: AtomicUsize = AtomicUsize::new(3);
 
-/// Has the process take a value of `f32` as that many parts of `bf16` in products for which it uses the processor's tile
-/// unit: three, as at first, which is exact; two, 16 bits of its significand; or one, eight bits. Sums are of `f32`.
+/// Sets the process-wide number of `bf16` parts into which products on the processor's tile unit split an `f32` value.
+/// Three (the default) represent it exactly; two keep 16 bits of its significand; one keeps eight. Sums are in `f32`.
 ///
 /// # Panics
-/// With any other number.
+/// If `parts` is not 1, 2 or 3.
 pub fn set_parts(parts: usize) {
     assert!((1..=3).contains(&parts), "a value of f32 has from one to three parts of bf16");
     PARTS.store(parts, Relaxed);
 }
 
-/// Whether this processor has a tile unit (Intel AMX) that the process may use.
+/// Returns whether this processor has a tile unit (Intel AMX) that the process may use.
 pub fn has_tile_unit() -> bool {
     #[cfg(target_arch = "x86_64")]
     return amx::available();
@@ -53,10 +53,11 @@ thread_local! {
     static CROWDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Calls `f`; the products with few rows that this thread begins meanwhile go by the kernels for crowds.
+/// Calls `f` with the large-batch kernels enabled for products of few rows that this thread starts.
 ///
-/// For a caller that usually has more than [`LARGE_BATCH_ROWS`] of them. The last bits of a result are not those that it has elsewhere,
-/// so such a caller has to do it however many there are at the time: then a row's result does not depend on its company.
+/// For callers whose batches usually have more than [`LARGE_BATCH_ROWS`] rows. The results differ in the last bits from
+/// those of the small-batch kernel, so such a caller must use it for every batch size; then a row's result does not
+/// depend on the batch size.
 pub fn is_large_batch<R>(f: impl FnOnce() -> R) -> R {
     struct Before(bool);
     impl Drop for Before {
@@ -68,7 +69,7 @@ pub fn is_large_batch<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
-/// Where the results of a product go, rows of `stride`; tasks write disjoint places.
+/// Output of a product, with rows of `stride` elements. Tasks write disjoint elements.
 #[derive(Clone, Copy)]
 pub(super) struct Places {
     pub(super) start: *mut f32,
@@ -76,18 +77,18 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// The place of row `row` and column `column`; wherever that is.
+    /// Returns the address of an element, without a bounds check.
     pub(super) fn at(self, row: usize, column: usize) -> *mut f32 {
         self.start.wrapping_add(row * self.stride + column)
     }
 }
 
-// SAFETY: the pointer is only used for places that no other task reads or writes.
+// SAFETY: the pointer is used only for elements that no other task reads or writes.
 unsafe impl Send for Places {}
-// SAFETY: likewise.
+// SAFETY: the same as above.
 unsafe impl Sync for Places {}
 
-/// A line of memory, aligned as processors like it.
+/// A cache line, aligned to its size.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u8; Line::BYTES]);
@@ -96,68 +97,70 @@ impl Line {
     pub(super) const BYTES: usize = 64;
 }
 
-/// Multiply-adds from which a wide product is split over threads.
+/// Number of multiply-adds from which a wide product is split over threads.
 const PARALLEL_FROM: usize = 1 << 21;
 
-/// `x [m, k] · w [n, k]ᵀ`, `[m, n]`.
+/// Returns `x [m, k] · w [n, k]ᵀ` as `[m, n]`.
 pub(super) fn transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
     let (m, n) = (x.len() / k, w.len() / k);
     if m <= SMALL_BATCH_ROWS {
-        // SAFETY: all of it is written.
+        // SAFETY: the product writes all elements.
         return unsafe { made([m, k, n], |out| few_times_transposed(room(out, m * n), x, w, k)) };
     }
     wide_transposed_product(x, w, k)
 }
 
-/// The same, whatever the number of rows: better where the inner width is small.
+/// Returns `x [m, k] · w [n, k]ᵀ` by the kernels for wide products, whatever the number of rows: faster if the inner
+/// width is small.
 pub(super) fn wide_transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len()), (m * k, n * k), "sizes of a product");
     let (k_, n_) = (k as isize, n as isize);
-    // SAFETY: the strides cover the slices and the room, whose sizes were checked.
+    // SAFETY: the strides cover the slices and the output, whose sizes were checked.
     unsafe { made([m, k, n], |out| product(out, [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_))) }
 }
 
-/// `x [m, k] · w [k, n]`, `[m, n]`.
+/// Returns `x [m, k] · w [k, n]` as `[m, n]`.
 pub(super) fn plain_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len()), (m * k, n * k), "sizes of a product");
     let (k_, n_) = (k as isize, n as isize);
-    // SAFETY: as above.
+    // SAFETY: the same as above.
     unsafe { made([m, k, n], |out| product(out, [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), n_, 1))) }
 }
 
-/// What `fill` writes into room for `[m, n]`: to fill it with zeros before would cost as much as many a layer's norm.
+/// Allocates `[m, n]` and lets `fill` write it, without zeroing it first: that would cost as much as the norm of a
+/// layer.
 ///
 /// # Safety
-/// `fill` must write all of it.
+/// `fill` must write all elements.
 unsafe fn made([m, k, n]: [usize; 3], fill: impl FnOnce(*mut f32)) -> Vec<f32> {
     if k == 0 {
         return vec![0.0; m * n];
     }
     let mut out = Vec::with_capacity(m * n);
     fill(out.as_mut_ptr());
-    // SAFETY: there is room for as many, and all are written.
+    // SAFETY: the capacity is sufficient, and all elements are written.
     unsafe { out.set_len(m * n) };
     out
 }
 
-/// `count` places from `start` on, which may hold anything.
+/// Returns `count` possibly uninitialised elements from `start` on.
 ///
 /// # Safety
-/// They must be there, and nobody else may use them meanwhile.
+/// They must be allocated, and not used by anything else while the slice exists.
 unsafe fn room<'a>(start: *mut f32, count: usize) -> &'a mut [MaybeUninit<f32>] {
-    // SAFETY: the caller's; no bits are wrong.
+    // SAFETY: by the caller's contract; every bit pattern is valid.
     unsafe { std::slice::from_raw_parts_mut(start.cast(), count) }
 }
 
-/// Values as places that may hold anything, for one who writes values alone.
+/// Views values as possibly uninitialised elements, for functions that write only initialised values.
 pub(super) fn as_room(out: &mut [f32]) -> &mut [MaybeUninit<f32>] {
-    // SAFETY: they are there and borrowed; the products of this module write nothing but values.
+    // SAFETY: they are allocated and borrowed; the products of this module write only initialised values.
     unsafe { room(out.as_mut_ptr(), out.len()) }
 }
 
-/// `out [m, n] = x [m, k] · w [n, k]ᵀ`.
+/// Computes `out [m, n] = x [m, k] · w [n, k]ᵀ`.
 pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
@@ -169,7 +172,7 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
     few_times_transposed(as_room(out), x, w, k);
 }
 
-/// The same for up to [`SMALL_BATCH_ROWS`], all of which it writes.
+/// Computes [`times_transposed`] for up to [`SMALL_BATCH_ROWS`] rows, and writes every element of `out`.
 fn few_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
@@ -193,9 +196,9 @@ fn few_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: u
     plain_times_transposed(out, x, w, k);
 }
 
-/// `out [m, n] = x [m, k] · w [n, k]ᵀ` for few rows and a matrix in `bf16` that lies as the tile unit takes it: panels of 32
-/// rows, steps of 32 columns, two halves of the rows, pairs of columns 16 apart. False, and nothing done, where this thread's
-/// products do not go by the [crowds'](is_large_batch) kernels or there is no such unit.
+/// Computes `out [m, n] = x [m, k] · w [n, k]ᵀ` for few rows and a `bf16` matrix in the layout of the tile unit: panels
+/// of 32 rows, steps of 32 columns, two halves of the rows, pairs of columns 16 apart. Returns false without writing if
+/// this thread has not enabled the [large-batch kernels](is_large_batch) or the processor has no such unit.
 pub(super) fn multiply_packed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[Line], sizes: [usize; 3]) -> bool {
     #[cfg(target_arch = "x86_64")]
     if CROWDED.get() && amx::available() {
@@ -210,7 +213,7 @@ pub(super) fn multiply_packed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[Line
     false
 }
 
-/// `sum [m, n] += x [m, k] · w [n, k]ᵀ`.
+/// Computes `sum [m, n] += x [m, k] · w [n, k]ᵀ`.
 pub(super) fn add_times_transposed(sum: &mut [f32], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), sum.len()), (m * k, n * k, m * n), "sizes of a product");
@@ -219,20 +222,20 @@ pub(super) fn add_times_transposed(sum: &mut [f32], x: &[f32], w: &[f32], k: usi
         return sum.iter_mut().zip(product).for_each(|(sum, part)| *sum += part);
     }
     let (k_, n_) = (k as isize, n as isize);
-    // SAFETY: as above.
+    // SAFETY: the same as above.
     unsafe { product(sum.as_mut_ptr(), [m, k, n], n_, true, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_)) }
 }
 
-/// `sum [m, n] += x [m, k] · w [k, n]`.
+/// Computes `sum [m, n] += x [m, k] · w [k, n]`.
 pub(super) fn add_times(sum: &mut [f32], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), sum.len()), (m * k, n * k, m * n), "sizes of a product");
     let (k_, n_) = (k as isize, n as isize);
-    // SAFETY: as above.
+    // SAFETY: the same as above.
     unsafe { product(sum.as_mut_ptr(), [m, k, n], n_, true, (x.as_ptr(), k_, 1), (w.as_ptr(), n_, 1)) }
 }
 
-/// The same for few rows on a processor that the kernel is not for: slower, and as independent of a row's company.
+/// Portable fallback of the small-batch kernel; like it, each row's result is independent of the batch size.
 fn plain_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: usize) {
     let n = w.len() / k;
     for (column, w) in w.chunks_exact(k).enumerate() {
@@ -242,28 +245,29 @@ fn plain_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k:
     }
 }
 
-/// `out [m, n] = x [m, k] · w [k, n]`.
+/// Computes `out [m, n] = x [m, k] · w [k, n]`.
 pub(super) fn times(out: &mut [f32], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     let (k_, n_) = (k as isize, n as isize);
-    // SAFETY: as above.
+    // SAFETY: the same as above.
     unsafe { product(out.as_mut_ptr(), [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), n_, 1)) }
 }
 
-/// `sum [m, n] += x [k, m]ᵀ · w [k, n]`.
+/// Computes `sum [m, n] += x [k, m]ᵀ · w [k, n]`.
 pub(super) fn add_transposed_times(sum: &mut [f32], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), sum.len()), (m * k, n * k, m * n), "sizes of a product");
     let (m_, n_) = (m as isize, n as isize);
-    // SAFETY: as above.
+    // SAFETY: the same as above.
     unsafe { product(sum.as_mut_ptr(), [m, k, n], n_, true, (x.as_ptr(), 1, m_), (w.as_ptr(), n_, 1)) }
 }
 
-/// A row-major product of operands given as (start, stride of rows, stride of columns), one stride of each being 1.
+/// Computes a row-major product of operands given as (start, stride of rows, stride of columns), one stride of each
+/// being 1.
 ///
 /// # Safety
-/// All that the sizes and strides reach must be there.
+/// All memory within the sizes and strides must be allocated, and `out` must not be used by anything else.
 unsafe fn product(
     out: *mut f32,
     [m, k, n]: [usize; 3],
@@ -279,7 +283,7 @@ unsafe fn product(
         let left = amx::Operand { start: x.0, lanes: m, lane: x.1, depth: x.2 };
         let right = amx::Operand { start: w.0, lanes: n, lane: w.2, depth: w.1 };
         let out = (out, stride as usize);
-        // SAFETY: the caller's; the unit is there.
+        // SAFETY: by the caller's contract, and the unit is available.
         return unsafe {
             match PARTS.load(Relaxed) {
                 1 => amx::multiply::<1>(out, k, add, [left, right], split),
@@ -290,7 +294,7 @@ unsafe fn product(
     }
     let parallelism = if split { Parallelism::Rayon(threads) } else { Parallelism::None };
     let alpha = if add { 1.0 } else { 0.0 };
-    // SAFETY: the caller's.
+    // SAFETY: by the caller's contract.
     unsafe {
         gemm::gemm(
             m,
@@ -325,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn products_are_right_for_few_rows_and_for_many() {
+    fn products_are_correct_for_few_rows_and_for_many() {
         for (m, k, n) in [(1, 5, 3), (7, 48, 20), (70, 33, 19), (130, 64, 50)] {
             let (x, w) = (values(m * k, 1), values(n * k, 2));
             let want =
@@ -363,15 +367,15 @@ mod tests {
         }
     }
 
-    /// What lets sequences be generated beside any others.
+    /// Sequences can therefore be generated in any batch.
     #[test]
-    fn a_row_does_not_depend_on_its_company_or_on_threads() {
-        check_company();
-        is_large_batch(check_company);
+    fn a_row_depends_neither_on_other_rows_nor_on_threads() {
+        check_row_independence();
+        is_large_batch(check_row_independence);
         assert!(!CROWDED.get());
     }
 
-    fn check_company() {
+    fn check_row_independence() {
         let (k, n) = (200, 301);
         let (x, w) = (values(SMALL_BATCH_ROWS * k, 3), values(n * k, 4));
         let mut together = vec![0.0; SMALL_BATCH_ROWS * n];
@@ -381,7 +385,7 @@ mod tests {
             for (first, rows) in [(0, 1), (5, 2), (9, 7), (30, 34)] {
                 let mut out = vec![0.0; rows * n];
                 let mut times = || times_transposed(&mut out, &x[first * k..(first + rows) * k], &w, k);
-                // Within the pool another thread begins the product.
+                // In the pool another thread starts the product.
                 if CROWDED.get() {
                     pool.install(|| is_large_batch(times))
                 } else {

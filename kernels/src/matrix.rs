@@ -1,4 +1,4 @@
-//! A matrix of a layer with what stands beside it.
+//! A matrix of a layer with its optional bias and low-rank adapter.
 
 use candle_core::{Result, Tensor};
 
@@ -6,25 +6,25 @@ use super::linear::linear;
 use super::matmul::{add_times, add_times_transposed, plain_product, transposed_product};
 use super::{accumulate_product, accumulate_vector, with_elements};
 
-/// `W·x + b + s·B·A·x`, of which all but the first may be left out.
+/// Linear map `W·x + b + s·B·A·x`; the bias and the adapter are optional.
 #[derive(Debug, Clone)]
 pub struct Matrix {
-    /// W, `[out, in]`.
+    /// Weight W, `[out, in]`.
     pub weight: Tensor,
-    /// b, `[out]`.
+    /// Bias b, `[out]`, if any.
     pub bias: Option<Tensor>,
-    /// A, B and s.
+    /// Low-rank adapter (A, B and s), if any.
     pub adapter: Option<Adapter>,
 }
 
-/// What a low-rank adapter (Hu et al. 2021) adds to a matrix `[out, in]`.
+/// Low-rank adapter (Hu et al. 2021) of a matrix `[out, in]`, which adds `s·B·A·x`.
 #[derive(Debug, Clone)]
 pub struct Adapter {
-    /// A, `[r, in]`.
+    /// Matrix A, `[r, in]`.
     pub a: Tensor,
-    /// B, `[out, r]`.
+    /// Matrix B, `[out, r]`.
     pub b: Tensor,
-    /// s.
+    /// Scale s of the product.
     pub scale: f64,
 }
 
@@ -35,16 +35,16 @@ impl From<Tensor> for Matrix {
 }
 
 impl Matrix {
-    /// The result `[T, out]` for rows `x` `[T, in]`, by operations of their own; gradients flow to all. Fails when the shapes
-    /// do not fit.
+    /// Returns the result `[T, out]` for rows `x` `[T, in]`, composed of separate operations. Gradients flow to all
+    /// tensors. Fails when the shapes do not match.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         self.beside(linear(x, &self.weight)?, x)
     }
 
-    /// The result when `x · Wᵀ` is there already.
+    /// Adds the adapter's part and the bias to `product`, which must be `x · Wᵀ`.
     ///
     /// # Errors
-    /// Shapes that do not fit.
+    /// If the shapes do not match.
     pub fn beside(&self, mut product: Tensor, x: &Tensor) -> Result<Tensor> {
         if let Some(Adapter { a, b, scale }) = &self.adapter {
             product = (product + (linear(&linear(x, a)?, b)? * *scale)?)?;
@@ -52,13 +52,13 @@ impl Matrix {
         self.bias.as_ref().map_or(Ok(product.clone()), |bias| product.broadcast_add(bias))
     }
 
-    /// All tensors in it.
+    /// Iterates over the weight, the bias and the adapter's matrices.
     pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let adapter = self.adapter.iter().flat_map(|adapter| [&adapter.a, &adapter.b]);
         [&self.weight].into_iter().chain(&self.bias).chain(adapter)
     }
 
-    /// Whether it makes rows of `out` from rows of `width`.
+    /// Returns whether all shapes match a map from rows of `width` to rows of `out`.
     pub(super) fn makes(&self, out: usize, width: usize) -> bool {
         self.weight.dims() == [out, width]
             && self.bias.as_ref().is_none_or(|bias| bias.dims() == [out])
@@ -68,13 +68,13 @@ impl Matrix {
             })
     }
 
-    /// Its shape, and those of what stands beside it, for an error.
+    /// Formats the shapes of all tensors for an error message.
     pub(super) fn shapes(&self) -> String {
         let shapes: Vec<String> = self.tensors().map(|tensor| format!("{:?}", tensor.dims())).collect();
         shapes.join(" with ")
     }
 
-    /// The result for rows `x`.
+    /// Returns the result for rows `x`.
     pub(super) fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
         let width = self.weight.dim(1)?;
         let mut out = with_elements([&self.weight], |[weight]| Ok(transposed_product(x, weight, width)))?;
@@ -112,7 +112,7 @@ impl Matrix {
         Ok(())
     }
 
-    /// `s·A·x` `[T, r]`; nothing without an adapter.
+    /// Returns `s·A·x` `[T, r]`, or an empty vector without an adapter.
     fn within(&self, x: &[f32]) -> Result<Vec<f32>> {
         let Some(Adapter { a, scale, .. }) = &self.adapter else { return Ok(Vec::new()) };
         let width = a.dim(1)?;
@@ -121,8 +121,8 @@ impl Matrix {
         Ok(within)
     }
 
-    /// The gradient of rows `x`, given that of the result, added to `dx` if there is one; those of what is in it go to their
-    /// accumulators.
+    /// Returns the gradient of rows `x`, given that of the result; adds it to `dx` if that is given. Adds the gradients
+    /// of the weight, bias and adapter to their accumulators.
     pub(super) fn pull_back(&self, grad: &[f32], x: &[f32], dx: Option<Vec<f32>>) -> Result<Vec<f32>> {
         let (out, width) = self.weight.dims2()?;
         let rows = x.len() / width;

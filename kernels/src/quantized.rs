@@ -1,4 +1,4 @@
-//! Matrices in fewer bits than `f32`, for sampling, where a step of few rows is bound by reading them.
+//! Matrices in fewer bits than `f32`, for sampling, where a decode step of few rows is bound by memory bandwidth.
 
 mod bf16;
 mod q8;
@@ -11,16 +11,17 @@ use super::{is_fused, tensor_elements};
 use bf16::Bf16Weights;
 use q8::Q8;
 
-/// What a matrix is kept in.
+/// Storage format of a quantized matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// `bf16`; rows that it is multiplied with stay as exact as products in `f32` take them.
+    /// `bf16`. Inputs keep the precision of `f32` products.
     Bf16,
-    /// GGML's Q8_0: blocks of 32 columns, each a scale and 32 whole numbers of eight bits. Rows are brought into it too.
+    /// GGML's Q8_0: blocks of 32 columns, each a scale and 32 signed 8-bit integers. Inputs are quantized to it as
+    /// well.
     Q8,
 }
 
-/// A matrix `[out, in]` in a [`Format`], its values the nearest to those that it was made of.
+/// A matrix `[out, in]` in a [`Format`], with each value rounded to the nearest one of the format.
 #[derive(Debug)]
 pub struct Quantized(Kept);
 
@@ -31,10 +32,11 @@ enum Kept {
 }
 
 impl Quantized {
-    /// `weight` in `format`; none where its width is no multiple of 32, or it is not `f32` in host memory.
+    /// Quantizes `weight` to `format`. Returns `None` if its width is not a multiple of 32, it is empty, or it is not
+    /// `f32` in host memory.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// If a tensor operation fails.
     pub fn of(weight: &Tensor, format: Format) -> Result<Option<Self>> {
         let (rows, width) = weight.dims2()?;
         if !is_fused(weight) || !width.is_multiple_of(32) || rows * width == 0 {
@@ -49,8 +51,9 @@ impl Quantized {
         })))
     }
 
-    /// `x · weightᵀ` for up to 64 rows `x` `[T, in]`, which are no part of a graph. A row's result does not depend on the other
-    /// rows. Fails when the widths differ, when there are more rows, or when a gradient would be lost.
+    /// Computes `x · weightᵀ` for up to 64 rows `x` `[T, in]` that are not part of a graph. A row's result does not
+    /// depend on the other rows. Fails when the widths differ, when `x` has more rows, or when a gradient would be
+    /// lost.
     pub fn linear(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let (columns, own_width) = match &self.0 {
@@ -59,7 +62,7 @@ impl Quantized {
         };
         if width != own_width || rows > SMALL_BATCH_ROWS || x.track_op() || !is_fused(x) {
             bail!(
-                "a product with a matrix for sampling: x has shape {:?}; it must have at most {SMALL_BATCH_ROWS} rows of {own_width} in f32 on the cpu, and no gradient",
+                "product with a quantized matrix: x has shape {:?}; it must have at most {SMALL_BATCH_ROWS} rows of {own_width} in f32 on the cpu, and no gradient",
                 x.dims()
             )
         }
@@ -72,16 +75,17 @@ impl Quantized {
             Kept::Bf16Weights(weight) => weight.multiply(room, rows_of_x),
             Kept::Q8(weight) => weight.multiply(room, rows_of_x),
         }
-        // SAFETY: there is room for as many, and all were written.
+        // SAFETY: the capacity is at least that, and all elements were written.
         unsafe { out.set_len(rows * columns) };
         Tensor::from_vec(out, (rows, columns), x.device())
     }
 }
 
-/// Multiply-adds that are worth a task of their own.
+/// Minimum number of multiply-adds of a task.
 const TASK: usize = 1 << 20;
 
-/// Calls `f` for each of a matrix's panels, in tasks of several where there are threads; `work` is a panel's multiply-adds.
+/// Calls `f` for each panel of a matrix, in tasks of several panels if the pool has several threads. `work` is the
+/// number of multiply-adds per panel.
 fn by_panels(panels: usize, work: usize, f: impl Fn(usize) + Sync) {
     let run = match rayon::current_num_threads() {
         1 => panels,
@@ -107,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_is_seen() {
+    fn values_that_are_not_finite_propagate() {
         for (format, wrong) in FORMATS.into_iter().flat_map(|format| [(format, f32::NAN), (format, f32::INFINITY)]) {
             let mut x = vec![0.5; 64];
             x[40] = wrong;
@@ -134,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_does_not_depend_on_its_company_or_on_threads() {
+    fn a_row_depends_neither_on_other_rows_nor_on_threads() {
         let (x, weight) = (values(1, &[40, 64]), values(2, &[700, 64]));
         for (format, is_large_batch) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
             let weight = narrow(&weight, format);
@@ -156,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_done_is_refused() {
+    fn unsupported_inputs_are_rejected() {
         for format in FORMATS {
             assert!(Quantized::of(&values(1, &[3, 33]), format).unwrap().is_none());
             let weight = narrow(&values(1, &[3, 32]), format);

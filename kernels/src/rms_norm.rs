@@ -6,10 +6,11 @@ use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor, bail}
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
-/// Rows whose weight gradients are summed together; fixed, so that the sum does not depend on the thread count.
+/// Number of rows whose weight gradients are summed together. It is fixed, so that the sum does not depend on the
+/// thread count.
 const BLOCK: usize = 64;
 
-/// `x / sqrt(mean(x²) + eps) · weight` over the last dimension.
+/// Computes `x / sqrt(mean(x²) + eps) · weight` over the last dimension.
 ///
 /// `x` is `[.., D]`, `weight` is `[D]`; the result has the shape of `x`. Gradients flow to both. Fails when the last
 /// dimension differs from the weight's.
@@ -59,21 +60,21 @@ fn inverse(row: &[f32], eps: f32) -> f32 {
     1.0 / (dot(row, row) / row.len() as f32 + eps).sqrt()
 }
 
-/// Rows `x`, normed, times `weight`.
+/// Computes the RMS norm of rows `x`, times `weight`.
 pub(super) fn normed(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
-    assert!(x.is_empty() || width > 0 && x.len().is_multiple_of(width), "whole rows");
+    assert!(x.is_empty() || width > 0 && x.len().is_multiple_of(width), "complete rows");
     let scale = |first: usize, rows: &mut [MaybeUninit<f32>]| {
         let x = &x[first * width..][..rows.len()];
         for (out, x) in rows.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
             scale_row(out, x, weight, inverse(x, eps));
         }
     };
-    // SAFETY: the rows are whole, and each element of one is written.
+    // SAFETY: the length is a multiple of the width, and each element of a row is written.
     unsafe { filled(x.len(), width, scale) }
 }
 
-/// Gradients of rows `x` and of the weight, given that of the normed rows.
+/// Returns the gradients of rows `x` and of the weight, given that of the result.
 pub(super) fn pull_back([x, weight, grad]: [&[f32]; 3], eps: f32) -> (Vec<f32>, Vec<f32>) {
     let width = weight.len();
     let mut dx = vec![0.0; x.len()];
@@ -112,7 +113,7 @@ fn scale_row<FMA>(out: &mut [MaybeUninit<f32>], x: &[f32], weight: &[f32], inver
 }
 
 vectorised! {
-/// With x̂ = x·inverse: dx = inverse·(g·w − x̂·mean(g·w·x̂)), dw += g·x̂.
+/// Computes dx = inverse·(g·w − x̂·mean(g·w·x̂)) and dw += g·x̂, with x̂ = x·inverse.
 fn backward_row<FMA>(dx: &mut [f32], dw: &mut [f32], x: &[f32], grad: &[f32], weight: &[f32], inverse: f32) {
     for ((((dx, dw), x), g), w) in dx.iter_mut().zip(dw.iter_mut()).zip(x).zip(grad).zip(weight) {
         *dw += g * x * inverse;
@@ -139,12 +140,12 @@ mod tests {
     }
 
     #[test]
-    fn takes_a_transposed_input() {
+    fn accepts_a_transposed_input() {
         check(&[values(1, &[5, 9]), values(2, &[5])], |t| rms_norm(&t[0].t()?, &t[1], 1e-5));
     }
 
     #[test]
-    fn refuses_a_weight_of_another_width() {
+    fn rejects_a_weight_of_another_width() {
         let error = rms_norm(&values(1, &[2, 4]), &values(1, &[3]), 1e-5).unwrap_err();
         assert!(error.to_string().contains("expected [4]"), "{error}");
     }

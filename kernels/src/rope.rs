@@ -1,4 +1,4 @@
-//! Rotary position embedding (Su et al. 2021), in the form that rotates the first half against the second.
+//! Rotary position embedding (Su et al. 2021), in the variant that pairs the first half of a head with the second.
 
 use std::mem::MaybeUninit;
 
@@ -6,10 +6,10 @@ use super::vector::vectorised;
 use super::{elements, filled, is_fused, tensor_elements};
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 
-/// Rotates each pair `(x[i], x[i + hd/2])` by its position's angle.
+/// Rotates each pair `(x[i], x[i + hd/2])` by the angle of its token's position.
 ///
-/// `x` is `[T, H, hd]`; `cos` and `sin` are `[T, hd/2]`, one row per token, and take no gradient. The gradient to `x`
-/// is the inverse rotation. Fails when the shapes do not fit or `hd` is odd.
+/// `x` is `[T, H, hd]`; `cos` and `sin` are `[T, hd/2]`, one row per token, and receive no gradient. The gradient of
+/// `x` is the inverse rotation. Fails when the shapes do not match or `hd` is odd.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let (tokens, heads, width) = x.dims3()?;
     if width % 2 != 0 || cos.dims() != [tokens, width / 2] || sin.dims() != cos.dims() {
@@ -38,7 +38,7 @@ struct Rope {
     sin: Tensor,
     heads: usize,
     half: usize,
-    /// 1 rotates forward, −1 back.
+    /// 1 for the rotation, −1 for its inverse.
     direction: f32,
 }
 
@@ -63,10 +63,10 @@ impl CustomOp1 for Rope {
     }
 }
 
-/// Heads `[T, H, 2·half]`, each pair turned by its token's angle, forward or (`direction` −1) back.
+/// Rotates each pair of heads `[T, H, 2·half]` by its token's angle, or by the opposite angle if `direction` is −1.
 pub(super) fn rotated(x: &[f32], cos: &[f32], sin: &[f32], [heads, half]: [usize; 2], direction: f32) -> Vec<f32> {
     let token = heads * half * 2;
-    assert!(x.is_empty() || token > 0 && x.len().is_multiple_of(token), "whole tokens");
+    assert!(x.is_empty() || token > 0 && x.len().is_multiple_of(token), "complete tokens");
     let turn = |first: usize, rows: &mut [MaybeUninit<f32>]| {
         let x = &x[first * token..][..rows.len()];
         for (t, (out, x)) in rows.chunks_exact_mut(token).zip(x.chunks_exact(token)).enumerate() {
@@ -74,12 +74,12 @@ pub(super) fn rotated(x: &[f32], cos: &[f32], sin: &[f32], [heads, half]: [usize
             rotate(out, x, &cos[at..][..half], &sin[at..][..half], direction);
         }
     };
-    // SAFETY: the tokens are whole, and both halves of each head of one are written.
+    // SAFETY: the length is a multiple of a token's, and both halves of each head are written.
     unsafe { filled(x.len(), token, turn) }
 }
 
 vectorised! {
-/// One token's heads.
+/// Rotates one token's heads.
 fn rotate<FMA>(out: &mut [MaybeUninit<f32>], x: &[f32], cos: &[f32], sin: &[f32], direction: f32) {
     let half = cos.len();
     for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {

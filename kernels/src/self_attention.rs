@@ -1,4 +1,4 @@
-//! The attention half of a layer as one operation.
+//! Attention half of a transformer layer as one operation.
 
 use std::sync::{Arc, OnceLock};
 
@@ -11,41 +11,43 @@ use super::rope::{rope, rotated};
 use super::tree_mask::TreeMask;
 use super::{accumulate_vector, elements, is_block, tensor_elements, with_elements};
 
-/// Norm, queries, keys and values with rotary positions, attention within a tree, and a matrix after it.
+/// Weights and settings of a layer's attention half: norm, query, key and value projections, rotary positions,
+/// attention within a tree, output projection.
 #[derive(Debug, Clone)]
 pub struct SelfAttention {
-    /// `[D]`.
+    /// Weights of the RMS norm, `[D]`.
     pub norm: Tensor,
-    /// Added to the mean square.
+    /// Constant added to the mean square in the norms.
     pub eps: f64,
-    /// `[H·hd, D]`.
+    /// Query projection, `[H·hd, D]`.
     pub q: Matrix,
-    /// `[KV·hd, D]`.
+    /// Key projection, `[KV·hd, D]`.
     pub k: Matrix,
-    /// `[KV·hd, D]`.
+    /// Value projection, `[KV·hd, D]`.
     pub v: Matrix,
-    /// `[D, H·hd]`.
+    /// Output projection, `[D, H·hd]`.
     pub o: Matrix,
-    /// Weights `[hd]` of the norms over each head of the queries and of the keys, before they are turned.
+    /// Weights `[hd]` of the norms over each head of the queries and of the keys, applied before the rotation.
     pub head_norms: Option<[Tensor; 2]>,
-    /// `[T, hd/2]`, of the tokens' angles.
+    /// Cosines of the tokens' rotary angles, `[T, hd/2]`.
     pub cos: Tensor,
-    /// `[T, hd/2]`.
+    /// Sines of the tokens' rotary angles, `[T, hd/2]`.
     pub sin: Tensor,
-    /// `hd`.
+    /// Width of a head, `hd`.
     pub head_dim: usize,
-    /// Who sees whom; it has cached no tokens.
+    /// Attention mask, without cached tokens.
     pub mask: Arc<TreeMask>,
-    /// Tokens that a token sees, itself included; `None` for all before it.
+    /// Number of tokens that a token attends to, itself included; `None` for all that the mask allows.
     pub window: Option<usize>,
-    /// Bound of the scores.
+    /// Soft cap of the scores, if any.
     pub cap: Option<f64>,
 }
 
-/// `x + attention(h)·oᵀ` with `h = rms_norm(x)`, for rows `x` `[T, D]`; scores are divided by √hd.
+/// Computes `x + attention(h)·oᵀ` with `h = rms_norm(x)`, for rows `x` `[T, D]`. Scores are divided by √hd.
 ///
-/// Gradients as of [`feed_forward`](super::feed_forward). For the backward it keeps turned queries and keys (or, where they
-/// have norms, what stands before these), values, what was read, and a number for each row and head. Fails when the shapes do not fit.
+/// Gradients flow as in [`feed_forward`](super::feed_forward). For the backward it keeps the rotated queries and keys
+/// (if heads have norms, the projections before these), the values, the attention output, and a number per row and
+/// head. Fails when the shapes do not match.
 pub fn self_attention(x: &Tensor, block: &SelfAttention) -> Result<Tensor> {
     let SelfAttention { norm, eps, q, k, v, o, head_norms, cos, sin, head_dim: hd, mask, window, cap } = block;
     let (t, d) = x.dims2()?;
@@ -77,7 +79,7 @@ pub fn self_attention(x: &Tensor, block: &SelfAttention) -> Result<Tensor> {
         && heads.is_multiple_of(kv_heads);
     if !fits {
         candle_core::bail!(
-            "self_attention: x has shape {:?}, norm {:?}, q {}, k {}, v {}, o {}, norms of heads {:?}, angles {:?}, heads are {hd} wide and the mask is for {} rows after {} cached ones; they do not fit",
+            "self_attention: x has shape {:?}, norm {:?}, q {}, k {}, v {}, o {}, norms of heads {:?}, angles {:?}, heads are {hd} wide and the mask is for {} rows after {} cached ones; these shapes do not match",
             x.dims(),
             norm.dims(),
             q.shapes(),
@@ -97,9 +99,10 @@ pub fn self_attention(x: &Tensor, block: &SelfAttention) -> Result<Tensor> {
     Tensor::from_vec(block.forward(tensor_elements(&xs, xl)?)?.0, x.shape(), x.device())
 }
 
-/// What the forward leaves for the backward.
+/// Intermediate results that the forward keeps for the backward.
 struct Kept {
-    /// Turned; where there are norms over heads, as they are before these, of which the rest is made anew.
+    /// Queries (and below, keys) after the rotation. If heads have norms, those before the norms; the backward
+    /// recomputes the rest.
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -114,7 +117,7 @@ impl SelfAttention {
         Ok(Tree::new(&self.mask, heads, 1.0 / (hd as f64).sqrt(), self.window, self.cap))
     }
 
-    /// Heads, turned by their tokens' angles, forward or (`direction` −1) back.
+    /// Rotates heads by their tokens' angles, or back by the same angles if `direction` is −1.
     fn turned(&self, x: &[f32], direction: f32) -> Result<Vec<f32>> {
         with_elements([&self.cos, &self.sin], |[cos, sin]| {
             let heads = x.len() / (cos.len() * 2).max(1);
@@ -122,7 +125,7 @@ impl SelfAttention {
         })
     }
 
-    /// Heads, normed and turned.
+    /// Normalises and rotates heads.
     fn placed(&self, x: &[f32], norm: &Tensor) -> Result<Vec<f32>> {
         self.turned(&with_elements([norm], |[norm]| Ok(normed(x, norm, self.eps as f32)))?, 1.0)
     }
@@ -147,7 +150,7 @@ impl SelfAttention {
         Ok((out, Kept { q, k, v, read, logsumexp }))
     }
 
-    /// The gradient of `x`; those of the weights go to their accumulators.
+    /// Returns the gradient of `x`, and adds those of the weights to their accumulators.
     fn backward(&self, x: &[f32], kept: &Kept, grad: &[f32]) -> Result<Vec<f32>> {
         let Kept { q, k, v, read, logsumexp } = kept;
         let eps = self.eps as f32;
@@ -195,7 +198,7 @@ impl CustomOp1 for Op {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (out, kept) = self.block.forward(elements(storage, layout)?)?;
-        // A forward runs once; were it to run again it would find the same.
+        // A forward runs once; if it ran again it would compute the same values.
         let _ = self.kept.set(kept);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
@@ -216,7 +219,7 @@ mod tests {
     use super::super::{Adapter, Gradients, backward};
     use super::*;
 
-    /// The last ones stand beside matrices, or between them and the attention.
+    /// The last ones are biases, adapters and norms of heads.
     const NAMES: [&str; 13] =
         ["x", "norm", "q", "k", "v", "o", "q bias", "v bias", "k A", "k B", "o A", "o B", "q norm"];
     const HD: usize = 6;
@@ -238,13 +241,13 @@ mod tests {
             &[d, 3],
             &[HD],
         ];
-        // Scores of a size at which a softmax still tells its columns apart.
+        // Scores of a size at which the softmax still distinguishes its columns.
         let value = |i: usize| (values(i as u64 + 1, shapes[i]) * 0.4).unwrap().to_dtype(dtype).unwrap();
         let var = |i: usize| Var::from_tensor(&value(i)).unwrap();
         NAMES.iter().enumerate().map(|(i, name)| ((*name).to_owned(), var(i))).collect()
     }
 
-    /// A prompt of five with two continuations, the second of which is long.
+    /// Builds the mask of a prompt of five tokens with two continuations, the second of which is long.
     fn mask(rows: usize) -> Arc<TreeMask> {
         let parent = |row: usize| match row {
             0 => None,
@@ -254,7 +257,7 @@ mod tests {
         Arc::new(TreeMask::new(0, (0..rows).map(parent)))
     }
 
-    /// Bare, or with all that may stand beside; one norm for the heads of queries and of keys.
+    /// Builds a block without, or with all, optional parts; queries and keys share one head norm.
     fn block(params: &[Tensor], bare: bool, window: Option<usize>, cap: Option<f64>) -> SelfAttention {
         let [x, norm, q, k, v, o, q_bias, v_bias, k_a, k_b, o_a, o_b, head_norm] = params.to_vec().try_into().unwrap();
         let angle = values(7, &[x.dim(0).unwrap(), HD / 2]).to_dtype(x.dtype()).unwrap();
@@ -273,7 +276,7 @@ mod tests {
         params.iter().map(|(_, var)| var.as_tensor().clone()).collect()
     }
 
-    /// Few rows and many, against the composite in `f64`.
+    /// Compares few rows and many with the composite in `f64`.
     #[test]
     fn matches_the_composite() {
         let cases = [(11, None, None), (90, Some(4), Some(3.0)), (131, None, None)];
@@ -296,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_gradient_it_is_the_same() {
+    fn the_result_without_a_gradient_is_the_same() {
         let params = params(90, DType::F32);
         let (x, trained) = (&params[0].1, block(&tensors(&params), false, None, None));
         let detached: Vec<Tensor> = tensors(&params).iter().map(Tensor::detach).collect();
@@ -307,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_that_do_not_fit_are_refused() {
+    fn mismatched_shapes_are_rejected() {
         let params = params(11, DType::F32);
         let wrong = SelfAttention { mask: mask(12), ..block(&tensors(&params), true, None, None) };
         assert!(self_attention(&params[0].1, &wrong).unwrap_err().to_string().contains("the mask is for 12 rows"));

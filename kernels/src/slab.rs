@@ -1,58 +1,58 @@
-//! Keys and values of a sequence, laid out for attention by one new token at a time.
+//! Keys and values of a sequence, laid out for attention of one new token at a time.
 
 use super::softmax::softmax_in_place;
 use super::vector::{LANES, exp, fused, vectorised};
 
-/// Columns of values that are summed in registers.
+/// Number of value columns that are summed in registers.
 const WIDE: usize = 64;
 
-/// One layer's keys and values of consecutive tokens.
+/// Keys and values of consecutive tokens in one layer.
 ///
-/// Keys stand in blocks of sixteen tokens, one component of all sixteen after the other, so that sixteen scores are made at
-/// once and no lanes need be summed; values stand a token after the other.
+/// Keys are stored in blocks of sixteen tokens, component by component with the sixteen tokens' values adjacent, so
+/// that sixteen scores are computed at once without a sum over lanes. Values are stored token by token.
 #[derive(Debug, Clone)]
 pub struct Slab {
     kv_heads: usize,
     width: usize,
     len: usize,
-    /// `[⌈len/16⌉, KV, hd, 16]`, zero beyond `len`.
+    /// Keys, `[⌈len/16⌉, KV, hd, 16]`, zero beyond `len`.
     keys: Vec<f32>,
-    /// `[len, KV, hd]`.
+    /// Values, `[len, KV, hd]`.
     values: Vec<f32>,
 }
 
 impl Slab {
-    /// An empty slab with room for `tokens` before it grows.
+    /// Creates an empty slab with capacity for `tokens` tokens.
     pub fn new(kv_heads: usize, width: usize, tokens: usize) -> Self {
         let row = kv_heads * width;
         let keys = Vec::with_capacity(tokens.next_multiple_of(LANES) * row);
         Self { kv_heads, width, len: 0, keys, values: Vec::with_capacity(tokens * row) }
     }
 
-    /// Tokens it holds.
+    /// Returns the number of tokens.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether it holds none.
+    /// Returns whether the slab holds no tokens.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Forgets all tokens and keeps the room.
+    /// Removes all tokens and keeps the allocation.
     pub fn clear(&mut self) {
         self.len = 0;
         self.keys.clear();
         self.values.clear();
     }
 
-    /// Adds tokens: keys and values `[n, KV, hd]`.
+    /// Appends tokens: keys and values `[n, KV, hd]`.
     ///
     /// # Panics
-    /// When they are not whole tokens, or not as many keys as values.
+    /// If a length is not a multiple of `KV · hd`, or the two lengths differ.
     pub fn push(&mut self, keys: &[f32], values: &[f32]) {
         let row = self.kv_heads * self.width;
-        assert!(keys.len() == values.len() && keys.len().is_multiple_of(row), "whole tokens of keys and of values");
+        assert!(keys.len() == values.len() && keys.len().is_multiple_of(row), "complete tokens of keys and of values");
         self.values.extend_from_slice(values);
         for key in keys.chunks_exact(row) {
             let lane = self.len % LANES;
@@ -68,11 +68,11 @@ impl Slab {
     }
 }
 
-/// softmax(q·Kᵀ/√hd)·V for one token's queries `[H, hd]`, scores capped, over the tokens of both slabs, less the first
-/// `hidden` of them. Writes `[H, hd]`; `scores` is room to work in.
+/// Computes softmax(q·Kᵀ/√hd)·V for one token's queries `[H, hd]`, with scores capped if `cap` is set, over the tokens
+/// of both slabs without the first `hidden` ones. Writes `[H, hd]` to `out`; `scores` is a scratch buffer.
 ///
 /// # Panics
-/// When the sizes do not fit.
+/// If the sizes do not match.
 pub fn attend_slabs(
     out: &mut [f32],
     queries: &[f32],
@@ -138,7 +138,7 @@ fn score<FMA>(
 }
 
 vectorised! {
-/// `out += Σ weight · value`, a value being `out.len()` columns from `offset` in a row of `stride`.
+/// Computes `out += Σ weight · value`; each value is the `out.len()` columns from `offset` in a row of `stride`.
 fn mix<FMA>(out: &mut [f32], weights: &[f32], values: &[f32], offset: usize, stride: usize) {
     let (wide, rest) = out.as_chunks_mut::<WIDE>();
     let done = wide.len() * WIDE;
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn attention_over_slabs_is_that_of_the_definition() {
+    fn attention_over_slabs_matches_the_definition() {
         for (heads, kv_heads, width) in [(4, 2, 6), (3, 1, 64), (2, 2, 80)] {
             for (first, second, hidden, cap) in
                 [(5, 0, 0, None), (37, 18, 0, Some(2.0)), (20, 3, 7, None), (4, 30, 9, None)]
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cleared_slab_holds_what_comes_after_alone() {
+    fn a_cleared_slab_holds_only_later_tokens() {
         let [mut used, mut fresh] = [Slab::new(1, 4, 0), Slab::new(1, 4, 0)];
         used.push(&values(20 * 4, 1), &values(20 * 4, 2));
         used.clear();

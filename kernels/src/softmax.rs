@@ -1,13 +1,14 @@
-//! Attention's softmax with an additive mask.
+//! Softmax of attention scores with an additive mask.
 
 use super::vector::{LANES, exp, inline_dot, inline_max, total, vectorised};
 use super::{composite_dtype, elements, fill_rows, is_fused, tensor_elements};
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 
-/// `softmax(scale · scores + mask)` over the last dimension.
+/// Computes `softmax(scale · scores + mask)` over the last dimension.
 ///
-/// `scores` is `[.., T, S]`; `mask` is `[T, S]`, 0 where a column may be seen and −∞ where not, and takes no gradient.
-/// A row that sees nothing is all zeros. Columns masked at a row's ends cost nothing but their zeros.
+/// `scores` is `[.., T, S]`; `mask` is `[T, S]`, 0 for visible columns and −∞ for hidden ones, and receives no
+/// gradient. A row without a visible column is all zeros. Masked columns at both ends of a row are skipped and only
+/// zeroed.
 pub fn masked_softmax(scores: &Tensor, mask: Option<&Tensor>, scale: f64) -> Result<Tensor> {
     let (rows, width) = (scores.dim(D::Minus2)?, scores.dim(D::Minus1)?);
     if let Some(mask) = mask
@@ -38,7 +39,7 @@ pub fn masked_softmax(scores: &Tensor, mask: Option<&Tensor>, scale: f64) -> Res
     powers.broadcast_div(&sum)?.to_dtype(scores.dtype())
 }
 
-/// First column that may be seen, and one past the last.
+/// Returns the first visible column, and one past the last.
 fn span(mask: &[f32]) -> (usize, usize) {
     let seen = |m: &f32| *m != f32::NEG_INFINITY;
     match (mask.iter().position(seen), mask.iter().rposition(seen)) {
@@ -49,7 +50,7 @@ fn span(mask: &[f32]) -> (usize, usize) {
 
 struct MaskedSoftmax {
     mask: Option<Tensor>,
-    /// Per mask row (one for all without a mask), as [`span`] gives.
+    /// Visible columns of each mask row, as from [`span`]; one entry if there is no mask.
     spans: Vec<(usize, usize)>,
     width: usize,
     scale: f32,
@@ -97,7 +98,7 @@ impl CustomOp1 for MaskedSoftmax {
 }
 
 vectorised! {
-/// An empty mask adds nothing.
+/// Computes `softmax(scale · scores + mask)` of one row. An empty `mask` adds nothing.
 fn softmax<FMA>(out: &mut [f32], scores: &[f32], mask: &[f32], scale: f32) {
     if mask.is_empty() {
         for (out, s) in out.iter_mut().zip(scores) {
@@ -113,10 +114,10 @@ fn softmax<FMA>(out: &mut [f32], scores: &[f32], mask: &[f32], scale: f32) {
 }
 
 vectorised! {
-/// Turns scores into their softmax, zeros where all are −∞; returns ln Σ e^score.
+/// Replaces scores by their softmax, or by zeros if all are −∞. Returns ln Σ e^score.
 pub(super) fn softmax_in_place<FMA>(scores: &mut [f32]) -> f32 {
     let max = inline_max(scores);
-    // All −∞ would give NaN below; a NaN among the scores must, and does.
+    // A maximum of −∞ would give NaN below. A NaN among the scores propagates.
     let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
     let mut lanes = [0.0f32; LANES];
     let (chunks, rest) = scores.as_chunks_mut::<LANES>();
@@ -140,7 +141,7 @@ pub(super) fn softmax_in_place<FMA>(scores: &mut [f32]) -> f32 {
 }
 
 vectorised! {
-/// d = scale · p · (g − Σ p·g).
+/// Computes d = scale · p · (g − Σ p·g).
 fn backward<FMA>(d: &mut [f32], p: &[f32], g: &[f32], scale: f32) {
     let mean = inline_dot::<FMA>(p, g);
     for ((d, p), g) in d.iter_mut().zip(p).zip(g) {
@@ -155,7 +156,7 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
-    /// Causal with `offset` extra columns seen, the last row seeing nothing when `blind`.
+    /// Builds a causal mask with `offset` extra visible columns; if `blind`, nothing is visible to the last row.
     fn mask(rows: usize, width: usize, offset: usize, blind: bool) -> Tensor {
         let at = |t: usize, s: usize| {
             let hidden = s > t + offset || (s == 2 && t != 2) || (blind && t + 1 == rows);
@@ -178,14 +179,14 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_sees_nothing_is_zero_and_others_sum_to_one() {
+    fn a_fully_masked_row_is_zero_and_others_sum_to_one() {
         let out = masked_softmax(&values(1, &[4, 6]), Some(&mask(4, 6, 2, true)), 1.0).unwrap();
         let sums = flat(&out.sum(1).unwrap());
         assert!(sums[..3].iter().all(|s| (s - 1.0).abs() < 1e-6) && sums[3] == 0.0, "{sums:?}");
     }
 
     #[test]
-    fn nan_is_not_hidden() {
+    fn nan_propagates() {
         let scores = Tensor::new(&[[1f32, f32::NAN, 2.0]], &Device::Cpu).unwrap();
         assert!(flat(&masked_softmax(&scores, None, 1.0).unwrap()).iter().all(|p| p.is_nan()));
     }

@@ -1,49 +1,52 @@
-//! Who may look at whom in a flat row of tokens that holds many sequences.
+//! Attention masks of a flat batch of tokens that holds many sequences.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{Device, Result, Tensor};
 
-/// The mask of a tree of tokens: each sees its ancestors and itself, and all see what is cached before the row.
+/// Attention mask of a tree of tokens: each token attends to its ancestors, to itself, and to all tokens that are
+/// cached before the batch.
 ///
-/// Held as runs, stretches of rows in which each continues the one before, so that no `[T, T]` is made for it. A token's
-/// position is the number of tokens that it sees besides itself; a window hides those too many positions back.
+/// The mask is stored as runs, stretches of rows of which each continues the previous one, so that no `[T, T]` matrix
+/// is needed. A token's position is the number of tokens that it attends to besides itself. A window hides tokens that
+/// are too many positions back.
 #[derive(Debug)]
 pub struct TreeMask {
     cached: usize,
     runs: Vec<Run>,
-    /// Dense forms that were asked for, by window.
+    /// Dense masks computed so far, by window.
     dense: Mutex<Vec<(usize, Tensor)>>,
 }
 
-/// A stretch of rows.
+/// A stretch of consecutive rows in which each row's parent is the previous row.
 #[derive(Debug, Clone)]
 pub(super) struct Run {
-    /// Its rows.
+    /// Rows of the run.
     pub(super) rows: Range<usize>,
-    /// Columns that all of its rows see, in order of position, as ranges.
+    /// Columns visible to all rows of the run, in order of position, as ranges.
     seen: Vec<Range<usize>>,
-    /// How many these are: the position of its first row.
+    /// Number of these columns, which is the position of the first row.
     pub(super) first: usize,
 }
 
 impl Run {
-    /// Columns by position, the rows' own among them.
+    /// Iterates over the visible columns by position, including those of the run's own rows.
     pub(super) fn columns(&self, cached: usize) -> impl Iterator<Item = usize> {
         self.seen.iter().cloned().flatten().chain(self.rows.start + cached..self.rows.end + cached)
     }
 }
 
 impl TreeMask {
-    /// The mask of rows whose parents are these, each before its child; `None` for one that follows what is cached.
+    /// Creates the mask of rows with the given parents, each before its children; `None` for a row that follows the
+    /// cached tokens.
     ///
     /// # Panics
-    /// When a parent does not stand before its child.
+    /// If a parent does not precede its child.
     pub fn new(cached: usize, parents: impl IntoIterator<Item = Option<usize>>) -> Self {
         let mut runs: Vec<Run> = Vec::new();
         for (row, parent) in parents.into_iter().enumerate() {
-            assert!(parent.is_none_or(|parent| parent < row), "row {row} has a parent that does not stand before it");
+            assert!(parent.is_none_or(|parent| parent < row), "the parent of row {row} does not precede it");
             match runs.last_mut() {
                 Some(run) if parent == Some(row - 1) => run.rows.end += 1,
                 _ => {
@@ -66,12 +69,12 @@ impl TreeMask {
         Self { cached, runs, dense: Mutex::default() }
     }
 
-    /// Columns before the first row's own.
+    /// Returns the number of cached tokens, which are the columns before those of the rows.
     pub fn cached(&self) -> usize {
         self.cached
     }
 
-    /// Number of rows, `T`.
+    /// Returns the number of rows, `T`.
     pub fn rows(&self) -> usize {
         self.runs.last().map_or(0, |run| run.rows.end)
     }
@@ -80,10 +83,11 @@ impl TreeMask {
         &self.runs
     }
 
-    /// Additive form `[T, cached + T]`: 0 where a row may look, −∞ elsewhere. Made once for each window.
+    /// Returns the additive mask `[T, cached + T]`: 0 for visible columns, −∞ elsewhere. It is computed once per window
+    /// and device.
     ///
     /// # Errors
-    /// When it cannot be put on the device.
+    /// If the device cannot hold it.
     pub fn dense(&self, window: Option<usize>, device: &Device) -> Result<Tensor> {
         let window = window.unwrap_or(usize::MAX);
         let mut made = self.dense.lock().unwrap_or_else(PoisonError::into_inner);
@@ -118,8 +122,8 @@ mod tests {
     }
 
     #[test]
-    fn a_token_sees_its_ancestors_and_itself() {
-        // 0 1 2, then 3 4 after 1, 5 after 4, 6 after 0, and 7 from the start.
+    fn a_token_attends_to_its_ancestors_and_itself() {
+        // Tokens 0 1 2, then 3 4 after 1, 5 after 4, 6 after 0, and 7 from the start.
         let parents = [None, Some(0), Some(1), Some(1), Some(3), Some(4), Some(0), None];
         let mask = TreeMask::new(0, parents);
         let all = [
@@ -139,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cached_comes_first() {
+    fn cached_tokens_come_first() {
         let mask = TreeMask::new(2, [None, Some(0), None, Some(0)]);
         assert_eq!(seen(&mask, None), [vec![0, 1, 2], vec![0, 1, 2, 3], vec![0, 1, 4], vec![0, 1, 2, 5]]);
         assert_eq!(seen(&mask, Some(1)), [vec![2], vec![3], vec![4], vec![5]]);

@@ -1,10 +1,11 @@
-//! Arithmetic that the compiler turns into wide instructions, and the choice of instruction set at run time.
+//! Arithmetic loops that the compiler vectorises, and the choice of the instruction set at run time.
 
-/// Lanes of a running sum; enough independent chains to hide the latency of an addition.
+/// Number of lanes of a running sum: enough independent chains to hide the latency of an addition.
 pub(super) const LANES: usize = 16;
 
-/// Defines a function compiled three times, for AVX-512, for AVX2 with FMA and for the baseline, chosen at run time. The body
-/// may use the named constant to tell whether there is FMA; it must be plain loops over slices.
+/// Defines a function that is compiled three times, for AVX-512, for AVX2 with FMA and for the baseline, and selected
+/// at run time. The named constant is true in the body if FMA is available. The body must consist of plain loops over
+/// slices.
 macro_rules! vectorised {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<$fma:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
@@ -31,11 +32,11 @@ macro_rules! vectorised {
                     && std::arch::is_x86_feature_detected!("avx512vl")
                     && std::arch::is_x86_feature_detected!("fma")
                 {
-                    // SAFETY: the processor has the features, as just asked, and with AVX-512 it has AVX2.
+                    // SAFETY: the features were just detected, and a processor with AVX-512 has AVX2.
                     return unsafe { widest($($arg),*) };
                 }
                 if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-                    // SAFETY: the processor has both features, as just asked.
+                    // SAFETY: both features were just detected.
                     return unsafe { wide($($arg),*) };
                 }
             }
@@ -45,28 +46,28 @@ macro_rules! vectorised {
 }
 pub(super) use vectorised;
 
-/// `a·b + c`, in one rounding where the instruction exists.
+/// Computes `a·b + c`, with a single rounding if `FMA` is true.
 #[inline(always)]
 pub(super) fn fused<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// `e^x` to a relative 3e-7; 0 below the smallest normal, the largest finite power above 88.37;
-/// NaN stays NaN. Branch-free, so that a loop over it is vectorised.
+/// Computes `e^x` with a relative error of at most 3e-7. The result is 0 below the smallest normal number and the
+/// largest finite power above 88.37; NaN stays NaN. Branch-free, so that a loop over it is vectorised.
 #[inline(always)]
 pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {
     const LOWEST: f32 = -87.33;
     const HIGHEST: f32 = 88.37;
-    /// Adding it leaves the nearest integer in the low bits of the significand.
+    /// The addition leaves the nearest integer in the low bits of the significand.
     const ROUND: f32 = 12_582_912.0;
-    // Comparisons, not `clamp` or `max`: those would turn NaN into a number on some targets.
+    // Comparisons instead of `clamp` or `max`, which turn NaN into a number on some targets.
     let bounded = if x < LOWEST { LOWEST } else { x };
     let bounded = if bounded > HIGHEST { HIGHEST } else { bounded };
     let shifted = fused::<FMA>(bounded, std::f32::consts::LOG2_E, ROUND);
     let power = shifted - ROUND;
     let r = fused::<FMA>(power, -0.693_359_4, bounded);
     let r = fused::<FMA>(power, 2.121_944_4e-4, r);
-    // Taylor's series to the seventh degree; with |r| ≤ ln2/2 it leaves out less than 6e-9.
+    // Taylor series of degree seven; with |r| ≤ ln2/2 the remainder is less than 6e-9.
     let p = fused::<FMA>(1.0 / 5040.0, r, 1.0 / 720.0);
     let p = fused::<FMA>(p, r, 1.0 / 120.0);
     let p = fused::<FMA>(p, r, 1.0 / 24.0);
@@ -78,7 +79,7 @@ pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {
     if x < LOWEST { 0.0 } else { p * scale }
 }
 
-/// The sum of lanes, pairwise.
+/// Returns the sum of the lanes, added pairwise.
 #[inline(always)]
 pub(super) fn total(lanes: [f32; LANES]) -> f32 {
     let mut lanes = lanes;
@@ -93,13 +94,13 @@ pub(super) fn total(lanes: [f32; LANES]) -> f32 {
 }
 
 vectorised! {
-/// `Σ aᵢ·bᵢ`.
+/// Computes `Σ aᵢ·bᵢ`.
 pub(super) fn dot<FMA>(a: &[f32], b: &[f32]) -> f32 {
     inline_dot::<FMA>(a, b)
 }
 }
 
-/// As [`dot`], to be inlined in a vectorised body.
+/// Computes [`dot`] inline in a vectorised body.
 #[inline(always)]
 pub(super) fn inline_dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; LANES];
@@ -117,7 +118,7 @@ pub(super) fn inline_dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
     total(lanes) + rest
 }
 
-/// The largest of the values; −∞ for none. NaN is passed over: it shows up in the sum that follows.
+/// Returns the largest value; −∞ for no values. NaN is ignored here and shows up in the sum that follows.
 #[inline(always)]
 pub(super) fn inline_max(values: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn exp_keeps_its_ends() {
+    fn exp_handles_extreme_values_and_nan() {
         assert_eq!(exp::<false>(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp::<false>(-1e4), 0.0);
         assert_eq!(exp::<false>(0.0), 1.0);
@@ -165,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn dot_and_max_cover_the_rest_of_a_chunk() {
+    fn dot_and_max_include_the_remainder_of_a_chunk() {
         let a: Vec<f32> = (0..37).map(|i| i as f32).collect();
         assert_eq!(dot(&a, &a), (0..37).map(|i| (i * i) as f32).sum::<f32>());
         assert_eq!(inline_max(&a), 36.0);

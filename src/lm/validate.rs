@@ -1,5 +1,5 @@
-//! Files of models, looked at before the libraries that read them are given them: sizes, counts, places, kinds of parts.
-//! Those libraries trust their files.
+//! Validation of model files (sizes, counts, offsets, types) before the libraries that read them. Candle, tokenizers
+//! and safetensors assume well-formed files.
 
 pub mod gguf;
 pub mod quantised;

@@ -110,7 +110,7 @@ fn what_cannot_embed_is_refused() {
     refused("model.safetensors", "", "cannot read");
     refused("sentence_bert_config.json", "{", "is not JSON");
     refused("sentence_bert_config.json", r#"{ "max_seq_length": 2 }"#, "no room");
-    refused("1_Pooling/config.json", r#"{ "pooling_mode_mean_tokens": false }"#, "mean of its tokens");
+    refused("1_Pooling/config.json", r#"{ "pooling_mode_mean_tokens": false }"#, "mean pooling");
     let config = std::fs::read_to_string(fixture("bert").join("config.json")).unwrap();
     let deeper = config.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3");
     let dir = copy();

@@ -262,7 +262,7 @@ fn directories_without_safetensors_are_refused_with_the_remedy() {
     let weights = model.join("model.safetensors");
     let bytes = std::fs::read(&weights).unwrap();
     std::fs::write(&weights, &bytes[..bytes.len() - 100]).unwrap();
-    refused(&model, &[], &["model.safetensors", "was it downloaded whole?"]);
+    refused(&model, &[], &["model.safetensors", "is the download complete?"]);
     std::fs::rename(&weights, model.join("pytorch_model.bin")).unwrap();
     refused(&model, &[], &["pytorch_model.bin is not read", "save_pretrained()"]);
     std::fs::rename(model.join("config.json"), model.join("adapter_config.json")).unwrap();

@@ -1,11 +1,11 @@
-//! Log-probabilities and entropies by candle's operations: of any type, on any device.
+//! Log-probabilities and entropies composed of candle operations, for any dtype and device.
 
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor, Var};
 
 use super::{CHUNK_ELEMENTS, softcap};
 use crate::{composite_dtype, linear, on_cpu, on_cuda};
 
-/// Log-probability and entropy `[N]` of each row of `logits` `[N, V]`.
+/// Returns the log-probability and entropy, each `[N]`, of each row of `logits` `[N, V]`.
 pub(super) fn token_logprobs(logits: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
     let x = (logits.to_dtype(composite_dtype(logits.dtype()))? * (1.0 / temperature))?;
     // The bound keeps 0·−∞ out of the entropy; e^−1e4 is 0 in every dtype.
@@ -16,7 +16,8 @@ pub(super) fn token_logprobs(logits: &Tensor, targets: &[u32], temperature: f64)
     Ok((all.gather(&index, D::Minus1)?.squeeze(D::Minus1)?, entropy))
 }
 
-/// The same of `softcap(hidden · headᵀ, cap)`; the logits are made a few rows at a time, and again in the backward.
+/// Returns [`token_logprobs`] of `softcap(hidden · headᵀ, cap)`. The logits are computed a few rows at a time and
+/// computed again in the backward.
 pub(super) fn linear_logprobs(
     hidden: &Tensor,
     head: &Tensor,
@@ -24,7 +25,8 @@ pub(super) fn linear_logprobs(
     targets: &[u32],
     temperature: f64,
 ) -> Result<(Tensor, Tensor)> {
-    // Of large vocabularies few chunks, for each one's backward makes the head's gradient.
+    // At most four chunks if the vocabulary is large, because the backward of each chunk allocates a gradient of the
+    // head.
     let chunk = (CHUNK_ELEMENTS / head.dim(0)?.max(1)).clamp(16, 1024).max(targets.len().div_ceil(4));
     let rows = Rows { cap, targets: targets.to_vec(), temperature };
     if targets.len() <= chunk {
@@ -35,7 +37,7 @@ pub(super) fn linear_logprobs(
     Ok((stats.get(0)?, stats.get(1)?))
 }
 
-/// Calls `each` with the logits of some rows after the other, and their targets; no gradient.
+/// Calls `each` with the logits and targets of one chunk of rows after another. Gradients do not flow.
 pub(super) fn each_chunk(
     hidden: &Tensor,
     head: &Tensor,
@@ -58,14 +60,15 @@ struct Rows {
 }
 
 impl Rows {
-    /// Of the rows of `hidden`, which begin with row `first`.
+    /// Returns the log-probabilities and entropies of the rows of `hidden`; its first row is row `first` of the
+    /// targets.
     fn of(&self, hidden: &Tensor, head: &Tensor, first: usize) -> Result<(Tensor, Tensor)> {
         let logits = softcap(&linear(hidden, head)?, self.cap)?;
         token_logprobs(&logits, &self.targets[first..first + hidden.dim(0)?], self.temperature)
     }
 }
 
-/// Keeps what goes in, and nothing within.
+/// Operation over all chunks that keeps its inputs and no intermediate results.
 struct Chunks {
     hidden: Tensor,
     head: Tensor,
@@ -74,13 +77,13 @@ struct Chunks {
 }
 
 impl Chunks {
-    /// First rows and counts.
+    /// Returns the first row and the row count of each chunk.
     fn parts(&self) -> impl Iterator<Item = (usize, usize)> {
         let (rows, chunk) = (self.rows.targets.len(), self.chunk);
         (0..rows).step_by(chunk).map(move |first| (first, chunk.min(rows - first)))
     }
 
-    /// `[2, N]`: log-probability, entropy.
+    /// Returns `[2, N]`: log-probabilities and entropies.
     fn forward(&self) -> Result<Tensor> {
         let part = |(first, count)| {
             let (logprob, entropy) = self.rows.of(&self.hidden.narrow(0, first, count)?, &self.head, first)?;
@@ -120,7 +123,7 @@ impl CustomOp2 for Chunks {
             let mut store = (stats * grad.narrow(1, first, count)?)?.sum_all()?.backward()?;
             dhidden.extend(store.remove(&x));
             if let Some(part) = store.remove(&variable).filter(|_| learns) {
-                // Summed in what the composites compute in, whatever the head is.
+                // The sum over chunks is in the dtype of the composites, whatever dtype the head has.
                 let part = part.detach().to_dtype(composite_dtype(part.dtype()))?;
                 dhead = Some(match dhead {
                     Some(sum) => (sum + part)?,

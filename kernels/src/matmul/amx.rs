@@ -1,14 +1,14 @@
-//! Wide products in the tile unit that some processors have (Intel AMX), as exact as those of `f32` instructions.
+//! Wide products on the tile unit that some processors have (Intel AMX), as exact as those of `f32` instructions.
 //!
-//! The unit multiplies `bf16` alone, many times as fast as the vector instructions multiply `f32`. A value of `f32` is the
-//! sum of three of `bf16`, exactly: its significand has 24 bits, theirs have eight each. Of the nine products of parts the
-//! six greatest are summed, in `f32`; the others are below 2⁻²³ of the whole, of either sign (Henry, Tang and Heinecke 2019,
-//! "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations").
+//! The unit multiplies `bf16` only, many times as fast as the vector instructions multiply `f32`. An `f32` value is
+//! exactly the sum of three `bf16` values: its significand has 24 bits, theirs have eight each. Of the nine products of
+//! parts the six largest are summed, in `f32`; the others are below 2⁻²³ of the product, of either sign (Henry, Tang
+//! and Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations").
 //!
-//! Where less exactness will do, a value is two parts, 16 bits, of which three products are summed, or one part.
+//! At reduced precision a value is two parts, 16 bits, of which three products are summed, or one part.
 //!
-//! What is not finite is not finite in the result: an infinity may become NaN, and a value within 2⁻⁹ of the greatest one an
-//! infinity.
+//! Values that are not finite give results that are not finite: an infinity may become NaN, and a value within 2⁻⁹ of
+//! the largest finite one may become an infinity.
 
 mod kernel;
 mod pack;
@@ -30,29 +30,31 @@ pub(super) use small::multiply as multiply_few;
 
 /// Inner width that is packed at a time.
 const DEPTH: usize = 576;
-/// Bytes of the right operand that are packed at a time, about: two megabytes hold them.
+/// Approximate number of bytes of the right operand that are packed at a time; they fit into an L2 cache of 2 MB.
 const RIGHT: usize = 1300 << 10;
-/// Rows of the left operand likewise.
+/// Number of rows of the left operand that are packed at a time.
 const ROWS: usize = 64;
 
-/// Whether a product of these sizes and so many parts is faster here than by vector instructions. Packing takes a quarter of
-/// a nanosecond an element of three parts, whatever there is to be computed with it; numbers are of a Xeon of the sixth
-/// generation.
+/// Returns whether a product of these sizes and parts is faster on the tile unit than with vector instructions. Packing
+/// three parts takes a quarter of a nanosecond per element, independent of the product's size. The figures are of a
+/// sixth-generation Xeon.
 pub(super) fn pays([m, k, n]: [usize; 3], parts: usize) -> bool {
     let whole = |lanes: usize| lanes.next_multiple_of(PANEL) as f64;
-    // Nanoseconds for each step of the inner width.
+    // Nanoseconds per step of the inner width.
     let vectors = (m * n) as f64 / 90.0;
     let (products, packing) = [(600.0, 9.0), (350.0, 6.0), (210.0, 4.0)][parts - 1];
     let tiles = whole(m) * whole(n) / products + (whole(m) + whole(n)) / packing;
     k >= PANEL && tiles < vectors
 }
 
-/// `out [m, n] = left · right`, or `out += left · right` where `add`; `split` over the threads of the pool.
+/// Computes `out [m, n] = left · right`, or `out += left · right` if `add`; `split` distributes the work over the
+/// pool's threads.
 ///
-/// An element's result depends on its row, its column and nothing else.
+/// An element's result depends on its row and its column only.
 ///
 /// # Safety
-/// The unit must be [available]; all that the operands and `out`, rows of `stride`, reach must be there.
+/// The unit must be [available]; the memory within the sizes and strides of the operands and of `out`, with rows of
+/// `stride`, must be allocated.
 pub(super) unsafe fn multiply<const PARTS: usize>(
     (out, stride): (*mut f32, usize),
     k: usize,
@@ -70,7 +72,7 @@ pub(super) unsafe fn multiply<const PARTS: usize>(
         for from in (0..k).step_by(depth) {
             let inner = from..(from + depth).min(k);
             let packed = packed.lines(bytes::<PARTS>(columns.len(), inner.len()));
-            // SAFETY: the operand's sizes are the caller's; with the unit there is AVX-512.
+            // SAFETY: the operand's sizes are the caller's; a processor with the unit has AVX-512.
             unsafe { pack_panels::<PARTS>(packed, right, PackedFormat::Pairs, columns.clone(), &inner, split) };
             let packed = &*packed;
             let block = |at: usize| {
@@ -78,7 +80,7 @@ pub(super) unsafe fn multiply<const PARTS: usize>(
                 let size = bytes::<PARTS>(rows.len(), inner.len());
                 let mut room = Room::left(size);
                 let lines = room.lines(size);
-                // SAFETY: as above.
+                // SAFETY: the same as above.
                 unsafe { pack_panels::<PARTS>(lines, left, PackedFormat::Rows, rows.clone(), &inner, false) };
                 let (operands, add) = ([&*lines, packed], add || from > 0);
                 // SAFETY: the unit and the sizes are the caller's.
@@ -93,12 +95,12 @@ pub(super) unsafe fn multiply<const PARTS: usize>(
     }
 }
 
-/// Shares of a length, as even as they can be, none above `most`.
+/// Returns the size of the shares into which a length is split, as even as possible and none above `most`.
 fn share(length: usize, most: usize) -> usize {
     length.div_ceil(length.div_ceil(most)).next_multiple_of(PANEL)
 }
 
-/// Bytes of the panels of so many lanes and inner steps.
+/// Returns the number of bytes of the panels of this many lanes and inner steps.
 fn bytes<const PARTS: usize>(lanes: usize, inner: usize) -> usize {
     lanes.div_ceil(PANEL) * inner.div_ceil(PANEL) * step(PARTS)
 }
@@ -106,7 +108,7 @@ fn bytes<const PARTS: usize>(lanes: usize, inner: usize) -> usize {
 /// Packs the panels of some lanes, one after another, for the `inner` steps.
 ///
 /// # Safety
-/// As of [`pack`].
+/// The same as for [`pack`].
 unsafe fn pack_panels<const PARTS: usize>(
     lines: &mut [Line],
     operand: Operand,
@@ -118,7 +120,7 @@ unsafe fn pack_panels<const PARTS: usize>(
     let lines = &mut lines[..bytes::<PARTS>(lanes.len(), inner.len()) / Line::BYTES];
     let panel = bytes::<PARTS>(PANEL, inner.len()) / Line::BYTES;
     let fill = |(at, lines): (usize, &mut [Line])| {
-        // SAFETY: the caller's; the panel has room for as many steps.
+        // SAFETY: by the caller's contract; the panel has room for as many steps.
         unsafe { pack::<PARTS>(lines, operand, form, lanes.start + at * PANEL, inner.clone()) }
     };
     if split {
@@ -128,10 +130,10 @@ unsafe fn pack_panels<const PARTS: usize>(
     }
 }
 
-/// Some rows and columns of the result, of whose operands `inner` steps are packed.
+/// Computes some rows and columns of the result from operands of which `inner` steps are packed.
 ///
 /// # Safety
-/// As of [`multiply`].
+/// The same as for [`multiply`].
 unsafe fn rows_of<const PARTS: usize>(
     out: Places,
     rows: Range<usize>,
@@ -146,7 +148,7 @@ unsafe fn rows_of<const PARTS: usize>(
         for (left, row) in left.chunks(panel).zip(rows.clone().step_by(PANEL)) {
             let place = out.at(row, column);
             let sizes = [(rows.end - row).min(PANEL), (columns.end - column).min(PANEL)];
-            // SAFETY: both panels have as many steps, and the block's rows and columns are there.
+            // SAFETY: both panels have the same number of steps, and the output has the block's rows and columns.
             unsafe { multiply_block::<PARTS, PARTS>(&mut unit, left, right, (place, out.stride), sizes, add) };
         }
     }
@@ -157,7 +159,7 @@ mod tests {
     use super::super::as_room;
     use super::*;
 
-    /// Reproducible values of either sign over eight powers of ten, with all bits of their significands in use.
+    /// Returns reproducible values of either sign over eight powers of ten, with all bits of their significands in use.
     fn values(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut value = || {
@@ -170,7 +172,7 @@ mod tests {
         (0..count).map(|_| value()).collect()
     }
 
-    /// The operand of `lanes` lanes that lie one after another, or, `across`, side by side.
+    /// Returns the operand of `lanes` lanes that are stored one after another, or interleaved if `across`.
     fn operand(values: &[f32], lanes: usize, across: bool) -> Operand {
         let depth = values.len() / lanes;
         let (lane, depth) = if across { (1, lanes as isize) } else { (depth as isize, 1) };
@@ -185,25 +187,25 @@ mod tests {
         let (x, w) = (values(m * k, 1), values(n * k, 2));
         let mut out = if sum.is_empty() { vec![f32::NAN; m * n] } else { sum.to_vec() };
         let operands = [operand(&x, m, across[0]), operand(&w, n, across[1])];
-        // SAFETY: the sizes are right, and the caller has asked for the unit.
+        // SAFETY: the sizes are correct, and the caller has checked that the unit is available.
         unsafe { multiply::<PARTS>((out.as_mut_ptr(), n), k, !sum.is_empty(), operands, split) };
         out
     }
 
-    /// Says so where the unit is not there: the product then never uses what is tested here.
-    fn is_there() -> bool {
+    /// Returns whether the unit is available, and prints a notice if not: products then never use the code under test.
+    fn is_available() -> bool {
         let there = available();
         if !there {
-            eprintln!("this processor has no tile unit that may be used: nothing to test");
+            eprintln!("skipped: this processor has no usable tile unit (AMX)");
         }
         there
     }
 
-    /// A product of two values is off by a rounding and by what the products of small parts come to, less than another; cut
-    /// off instead of rounded, parts would leave out four times as much.
+    /// The error of a product of two values is a rounding plus the omitted products of small parts, which are less than
+    /// another rounding. With truncation instead of rounding the omitted parts would be four times as large.
     #[test]
-    fn a_product_is_off_by_two_roundings_at_most() {
-        if !is_there() {
+    fn the_error_of_a_product_is_at_most_two_roundings() {
+        if !is_available() {
             return;
         }
         let (m, n) = (200, 300);
@@ -215,10 +217,10 @@ mod tests {
         }
     }
 
-    /// A part has eight bits, so that a value is off by 2⁻⁸ of itself at most where it is one, and by 2⁻¹⁶ where it is two,
-    /// of whose products one more is left out.
+    /// A part has eight bits, so the error of a value is at most 2⁻⁸ of it with one part, and 2⁻¹⁶ with two, of whose
+    /// products one more is omitted.
     #[test]
-    fn fewer_parts_are_off_by_the_bits_that_they_lack() {
+    fn the_error_of_fewer_parts_is_that_of_their_missing_bits() {
         fn check<const PARTS: usize>(bound: f64) {
             for across in [[false, false], [false, true], [true, false], [true, true]] {
                 for (m, k, n) in [(200, 1, 300), (65, 700, 401), (33, 31, 15)] {
@@ -250,16 +252,16 @@ mod tests {
                 );
             }
         }
-        if is_there() {
+        if is_available() {
             check::<1>(2.0 * 2f64.powi(-8) + 2f64.powi(-16));
             check::<2>(3.0 * 2f64.powi(-16) + 2f64.powi(-23));
         }
     }
 
-    /// Sums have the error that sums of `f32` have: `gemm`'s is up to 8e-7 for such values.
+    /// The error of a sum is that of `f32` sums: up to 8e-7 for such values with `gemm`.
     #[test]
     fn every_shape_and_layout_is_as_exact_as_f32() {
-        if !is_there() {
+        if !is_available() {
             return;
         }
         for (m, k, n) in [(1, 1, 1), (32, 32, 32), (33, 31, 15), (70, 33, 19), (65, 700, 401), (17, 64, 800)] {
@@ -284,8 +286,8 @@ mod tests {
     }
 
     #[test]
-    fn an_element_does_not_depend_on_its_company_or_on_threads() {
-        if !is_there() {
+    fn an_element_depends_neither_on_other_rows_nor_on_threads() {
+        if !is_available() {
             return;
         }
         let (m, k, n) = (150, 600, 500);
@@ -293,7 +295,7 @@ mod tests {
         let (x, w) = (values(m * k, 1), values(n * k, 2));
         let mut part = vec![0f32; 40 * 20];
         let operands = [operand(&x[70 * k..110 * k], 40, false), operand(&w[333 * k..353 * k], 20, false)];
-        // SAFETY: the sizes are right, and the unit is there.
+        // SAFETY: the sizes are correct, and the unit is available.
         unsafe { multiply::<3>((part.as_mut_ptr(), 20), k, false, operands, false) };
         for (at, got) in part.iter().enumerate() {
             assert_eq!(*got, whole[(70 + at / 20) * n + 333 + at % 20], "at {at}");
@@ -303,8 +305,8 @@ mod tests {
     }
 
     #[test]
-    fn few_rows_are_what_they_are_among_many() {
-        if !is_there() {
+    fn results_of_few_rows_equal_those_of_a_larger_batch() {
+        if !is_available() {
             return;
         }
         for (k, n) in [(33, 19), (64, 64), (200, 301), (130, 700)] {
@@ -329,8 +331,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_stays_so() {
-        if is_there() {
+    fn values_that_are_not_finite_propagate() {
+        if is_available() {
             check_not_finite::<1>();
             check_not_finite::<2>();
             check_not_finite::<3>();
@@ -345,7 +347,7 @@ mod tests {
             x[k + 7] = bad;
             let mut out = [0f32; 6];
             let operands = [operand(&x, 3, false), operand(&w, 2, false)];
-            // SAFETY: the sizes are right, and the unit is there.
+            // SAFETY: the sizes are correct, and the unit is available.
             unsafe { multiply::<PARTS>((out.as_mut_ptr(), 2), k, false, operands, false) };
             let finite = out.map(f32::is_finite);
             assert_eq!(finite, [true, true, false, false, true, true], "{bits:x} in {PARTS} parts: {out:?}");
@@ -353,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn it_pays_where_both_sides_are_wide() {
+    fn the_tile_unit_is_chosen_if_both_operands_are_wide() {
         for sizes in [[512, 256, 704], [128, 256, 256], [64, 64, 512], [1024, 576, 49_152]] {
             assert!((1..=3).all(|parts| pays(sizes, parts)), "{sizes:?}");
         }

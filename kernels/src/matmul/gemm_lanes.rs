@@ -1,8 +1,8 @@
-//! Rows as many as a register has lanes, times a matrix: each lane sums for one of them, in the order in which the matrix's
-//! rows lie, so that nothing of it is packed and no lanes are summed at the end.
+//! Products of as many rows as a register has lanes with a matrix: each lane sums for one row, in the storage order of
+//! the matrix, so that the matrix is not packed and no lanes are summed at the end.
 //!
-//! It takes as long for one row as for a register full, so that this is faster than [`few`](super::few) from about 16 rows on.
-//! A row's result depends on nothing but the row and the matrix, as there; the last bits are others.
+//! The kernel takes as long for one row as for a full register, so it is faster than [`gemv_small`](super::gemv_small)
+//! from about 16 rows on. As there, a row's result depends on the row and the matrix only; the last bits differ.
 
 use std::mem::MaybeUninit;
 
@@ -10,10 +10,10 @@ use rayon::prelude::*;
 
 use super::Places;
 
-/// Multiply-adds that are worth a task of their own.
+/// Minimum number of multiply-adds of a task.
 const TASK: usize = 1 << 20;
 
-/// `out = x · wᵀ` of sizes `[m, k, n]`; false, and nothing done, on a processor without the instructions.
+/// Computes `out = x · wᵀ` of sizes `[m, k, n]`. Returns false without writing on a processor without the instructions.
 pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) -> bool {
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     let (columns, lanes): (Columns, usize) = if std::arch::is_x86_feature_detected!("avx512f") {
@@ -28,9 +28,10 @@ pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k
     for first in (0..m).step_by(MOST * lanes) {
         let rows = (m - first).min(MOST * lanes);
         let x = Crowd::of(&x[first * k..][..rows * k], rows, lanes, k);
-        // SAFETY: within the room for `m` rows of `n`.
+        // SAFETY: the offset is within the output's `m` rows of `n`.
         let out = Places { start: unsafe { out.start.add(first * n) }, ..out };
-        // SAFETY: the processor has the instructions, the sizes were checked, and each call writes its columns alone.
+        // SAFETY: the processor has the instructions, the sizes were checked, and each call writes only its own
+        // columns.
         let some = |from: usize, to: usize| unsafe { columns(out, &x, w, from, to) };
         if threads == 1 || rows * k * n < 2 * TASK {
             some(0, n);
@@ -42,18 +43,18 @@ pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k
     true
 }
 
-/// Registers that lanes of rows may take.
+/// Largest number of registers that hold one element of all rows.
 const MOST: usize = 4;
 
 type Columns = unsafe fn(Places, &Crowd, &[f32], usize, usize);
 
-/// Rows of the input, turned so that an element of all of them is a register's.
+/// Rows of the input, transposed so that an element of all rows is contiguous.
 struct Crowd {
     rows: usize,
-    /// As many as whole registers have.
+    /// Number of rows rounded up to a multiple of a register's lanes.
     lanes: usize,
     k: usize,
-    /// `[k, lanes]`.
+    /// Transposed rows, `[k, lanes]`.
     turned: Vec<f32>,
 }
 
@@ -70,7 +71,8 @@ impl Crowd {
     }
 }
 
-/// One instruction set's kernel: by registers of rows, tiles of `$columns` rows of the matrix; sums stay in registers.
+/// Defines the kernel of one instruction set. By the number of registers of rows it uses tiles of `$columns` rows of
+/// the matrix; sums stay in registers.
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $columns:expr, $zero:ident, $load:ident, $store:ident, $set:ident,
      $fma:ident) => {
@@ -78,13 +80,13 @@ macro_rules! kernel {
             use super::{Crowd, MOST, Places};
             use std::arch::x86_64::*;
 
-            /// Rows of the matrix in a tile, by registers of rows of the input.
+            /// Number of matrix rows in a tile, by the number of registers of input rows.
             const COLUMNS: [usize; MOST] = $columns;
 
-            /// Columns `from..to` of `out = x · wᵀ`.
+            /// Computes columns `from..to` of `out = x · wᵀ`.
             ///
             /// # Safety
-            /// The processor must have the instructions, and `out` and `w` the sizes of the product.
+            /// The processor must have the instructions, and `out` and `w` must have the sizes of the product.
             #[target_feature(enable = $features)]
             pub(super) unsafe fn columns(out: Places, x: &Crowd, w: &[f32], from: usize, to: usize) {
                 let registers = x.lanes / $lanes - 1;
@@ -92,7 +94,7 @@ macro_rules! kernel {
                 while column < to {
                     let whole = column + COLUMNS[registers] <= to;
                     let tile = TILES[registers][usize::from(whole)];
-                    // SAFETY: the tile lies within the sizes that the caller answers for.
+                    // SAFETY: the tile lies within the sizes that the caller guarantees.
                     unsafe { tile(out, x, w, column) };
                     column += if whole { COLUMNS[registers] } else { 1 };
                 }
@@ -100,7 +102,7 @@ macro_rules! kernel {
 
             type Tile = unsafe fn(Places, &Crowd, &[f32], usize);
 
-            /// By registers, then one column or a whole tile.
+            /// Tile functions by number of registers, then for one column or a full tile.
             const TILES: [[Tile; 2]; MOST] = [
                 [tile::<1, 1>, tile::<1, { COLUMNS[0] }>],
                 [tile::<2, 1>, tile::<2, { COLUMNS[1] }>],
@@ -108,7 +110,8 @@ macro_rules! kernel {
                 [tile::<4, 1>, tile::<4, { COLUMNS[3] }>],
             ];
 
-            /// `V` registers of rows with `C` rows of the matrix from `column` on; fetches what comes next meanwhile.
+            /// Multiplies `V` registers of rows by `C` rows of the matrix from `column` on, and prefetches the next
+            /// rows.
             #[target_feature(enable = $features)]
             unsafe fn tile<const V: usize, const C: usize>(out: Places, x: &Crowd, w: &[f32], column: usize) {
                 const LINE: usize = 16;
@@ -116,7 +119,7 @@ macro_rules! kernel {
                 let w = w[column * k..(column + C) * k].as_ptr();
                 let turned = x.turned[..k * V * $lanes].as_ptr();
                 let mut sums = [[$zero(); V]; C];
-                // SAFETY: all that is read lies within the slices that were just taken; a prefetch may point anywhere.
+                // SAFETY: all reads lie within the slices taken above; a prefetch may point anywhere.
                 unsafe {
                     let mut step = |at: usize| {
                         let mut xs = [$zero(); V];
@@ -145,13 +148,13 @@ macro_rules! kernel {
                 let mut lanes = [[0f32; MOST * $lanes]; C];
                 for c in 0..C {
                     for v in 0..V {
-                        // SAFETY: there is room for the lanes of as many registers.
+                        // SAFETY: `lanes` has room for this many registers.
                         unsafe { $store(lanes[c].as_mut_ptr().add(v * $lanes), sums[c][v]) };
                     }
                 }
                 for row in 0..x.rows {
                     for c in 0..C {
-                        // SAFETY: the caller's: there is room for these columns of each row.
+                        // SAFETY: by the caller's contract the output has room for these columns of each row.
                         unsafe { *out.at(row, column + c) = lanes[c][row] };
                     }
                 }
@@ -187,9 +190,9 @@ kernel!(
 mod tests {
     use super::*;
 
-    /// Both instruction sets, where the processor has them, against sums in `f64`, for every number of registers.
+    /// Compares both instruction sets, if the processor has them, with sums in `f64`, for every number of registers.
     #[test]
-    fn every_kernel_is_right_for_every_shape() {
+    fn every_kernel_is_correct_for_every_shape() {
         let value = |i: usize| ((i * 37 + 11) % 101) as f32 / 50.0 - 1.0;
         let kernels = [
             ("avx512", avx512::columns as Columns, 16, std::arch::is_x86_feature_detected!("avx512f")),
@@ -214,7 +217,7 @@ mod tests {
                 let rows = m.min(MOST * lanes);
                 let crowd = Crowd::of(&x[..rows * k], rows, *lanes, k);
                 let mut out = vec![f32::NAN; m * n];
-                // SAFETY: the sizes are right, and the features were asked for.
+                // SAFETY: the sizes are correct, and the features were detected.
                 unsafe { columns(Places { start: out.as_mut_ptr(), stride: n }, &crowd, &w, 0, n) };
                 check(name, &out, rows);
                 assert!(out[rows * n..].iter().all(|out| out.is_nan()), "{name} wrote beyond its rows");

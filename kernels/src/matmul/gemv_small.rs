@@ -1,4 +1,4 @@
-//! The kernel for few rows.
+//! Kernel for small batches, bound by reading the matrix.
 
 use std::mem::MaybeUninit;
 
@@ -6,10 +6,10 @@ use rayon::prelude::*;
 
 use super::Places;
 
-/// Multiply-adds that are worth a task of their own.
+/// Minimum number of multiply-adds of a task.
 const TASK: usize = 1 << 20;
 
-/// `out = x · wᵀ` of sizes `[m, k, n]`; false, and nothing done, on a processor without the instructions.
+/// Computes `out = x · wᵀ` of sizes `[m, k, n]`. Returns false without writing on a processor without the instructions.
 pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) -> bool {
     let v4 = std::arch::is_x86_feature_detected!("avx512f");
     let v3 = std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma");
@@ -19,7 +19,7 @@ pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k
     let out = Places { start: out.as_mut_ptr().cast(), stride: n };
     let columns = |from: usize, to: usize| {
         // SAFETY: the processor has the instructions; `x`, `w` and `out` have the sizes given, and each call writes
-        // the columns `from..to` alone.
+        // only the columns `from..to`.
         unsafe {
             if v4 {
                 avx512::columns(x, w, out, [m, k, n], from, to);
@@ -38,15 +38,15 @@ pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k
     true
 }
 
-/// Lines of memory that will be read next.
+/// Cache lines to prefetch.
 #[derive(Clone, Copy)]
 struct Ahead {
     start: *const f32,
     lines: usize,
 }
 
-/// One instruction set's kernel: a tile of up to four rows of `x` and `$narrow`
-/// or `$wide` rows of `w`, each pair's sum in a register.
+/// Defines the kernel of one instruction set, whose tiles are up to four rows of `x` by `$narrow` or `$wide` rows of
+/// `w`; each pair's sum is in a register.
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $narrow:literal, $wide:literal, $zero:ident, $load:ident, $fma:ident) => {
         mod $name {
@@ -54,10 +54,10 @@ macro_rules! kernel {
             use super::{Ahead, Places};
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch, $fma, $load, $zero};
 
-            /// Columns `from..to` of `out = x · wᵀ`.
+            /// Computes columns `from..to` of `out = x · wᵀ`.
             ///
             /// # Safety
-            /// The processor must have the instructions, and the slices the sizes `[m, k, n]`.
+            /// The processor must have the instructions, and the slices must have the sizes `[m, k, n]`.
             #[target_feature(enable = $features)]
             pub(super) unsafe fn columns(
                 x: &[f32],
@@ -68,7 +68,7 @@ macro_rules! kernel {
                 to: usize,
             ) {
                 let blocks = m.div_ceil(4);
-                // With one block of rows memory is the bound, and few streams of it are read fastest.
+                // With one block of rows memory is the bottleneck, and few streams of it are read fastest.
                 let (width, kind) = if blocks == 1 { ($narrow, 1) } else { ($wide, 2) };
                 let mut column = from;
                 while column < to {
@@ -77,7 +77,7 @@ macro_rules! kernel {
                     let w_tile = w[column * k..].as_ptr();
                     for block in 0..blocks {
                         let row = block * 4;
-                        // Each block fetches its share of the rows of `w` that come next, as they lie in memory.
+                        // Each block prefetches its share of the next rows of `w`, in memory order.
                         let lines = if next + width <= n { (width * k).div_ceil(16) } else { 0 };
                         let first = lines * block / blocks;
                         let ahead = Ahead {
@@ -85,7 +85,7 @@ macro_rules! kernel {
                             lines: lines * (block + 1) / blocks - first,
                         };
                         let tile = TILES[(m - row).min(4) - 1][kind];
-                        // SAFETY: the tile lies within the sizes that the caller answers for.
+                        // SAFETY: the tile lies within the sizes that the caller guarantees.
                         unsafe {
                             tile(
                                 x[row * k..].as_ptr(),
@@ -103,7 +103,7 @@ macro_rules! kernel {
 
             type Tile = unsafe fn(*const f32, *const f32, usize, *mut f32, usize, Ahead);
 
-            /// By rows of `x`, then by kind.
+            /// Tile functions by number of rows of `x`, then by kind.
             const TILES: [[Tile; 3]; 4] = [
                 [tile::<1, 1>, tile::<1, $narrow>, tile::<1, $wide>],
                 [tile::<2, 1>, tile::<2, $narrow>, tile::<2, $wide>],
@@ -111,7 +111,7 @@ macro_rules! kernel {
                 [tile::<4, 1>, tile::<4, $narrow>, tile::<4, $wide>],
             ];
 
-            /// `R` rows of `x` with `C` of `w`; fetches what comes next meanwhile.
+            /// Multiplies `R` rows of `x` by `C` rows of `w`, and prefetches the next rows.
             #[target_feature(enable = $features)]
             unsafe fn tile<const R: usize, const C: usize>(
                 x: *const f32,
@@ -124,8 +124,8 @@ macro_rules! kernel {
                 let whole = k / $lanes * $lanes;
                 let lines = ahead.lines.div_ceil((k / $lanes).max(1));
                 let mut fetch = ahead.start;
-                // SAFETY: all offsets lie within `R` rows of `x`, `C` of `w`, and `R × C` places of `out`; a
-                // prefetch may point anywhere.
+                // SAFETY: all offsets lie within `R` rows of `x`, `C` of `w`, and `R × C` elements of `out`; a prefetch
+                // may point anywhere.
                 unsafe {
                     let mut sums = [[$zero(); C]; R];
                     let mut at = 0;
@@ -168,7 +168,7 @@ kernel!(avx512, "avx512f", 16, 4, 6, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_
 kernel!(avx2, "avx2,fma", 8, 2, 3, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_fmadd_ps);
 
 mod sum_of_four {
-    //! The sums of the lanes of four registers.
+    //! Sums of the lanes of four registers.
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx2")]
@@ -193,7 +193,7 @@ mod sum_of_four {
     #[inline]
     fn four(sums: __m128) -> [f32; 4] {
         let mut out = [0.0; 4];
-        // SAFETY: four floats have room for four floats.
+        // SAFETY: `out` has room for four floats.
         unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
         out
     }
@@ -205,9 +205,9 @@ mod tests {
 
     type Columns = unsafe fn(&[f32], &[f32], Places, [usize; 3], usize, usize);
 
-    /// Both instruction sets, where the processor has them, against sums in `f64`.
+    /// Compares both instruction sets, if the processor has them, with sums in `f64`.
     #[test]
-    fn every_kernel_is_right_for_every_shape() {
+    fn every_kernel_is_correct_for_every_shape() {
         let value = |i: usize| ((i * 37 + 11) % 101) as f32 / 50.0 - 1.0;
         for (m, k, n) in [(1, 16, 1), (1, 7, 9), (2, 40, 13), (3, 33, 6), (5, 64, 25), (8, 100, 7), (13, 129, 31)] {
             let x: Vec<f32> = (0..m * k).map(value).collect();
@@ -221,7 +221,7 @@ mod tests {
             };
             let run = |columns: Columns| {
                 let mut out = vec![f32::NAN; m * n];
-                // SAFETY: the sizes are right, and the features were asked for.
+                // SAFETY: the sizes are correct, and the features were detected.
                 unsafe { columns(&x, &w, Places { start: out.as_mut_ptr(), stride: n }, [m, k, n], 0, n) };
                 out
             };

@@ -1,5 +1,5 @@
-//! Matrices in `bf16`: half as much to read. Laid out as the tile unit takes them, where there is one; elsewhere they become
-//! `f32` again on the way into the registers, and the rows they are multiplied with stay as they are.
+//! Matrices in `bf16`, which halve the bytes to read. On a processor with a tile unit (AMX) they are stored in its
+//! layout. Elsewhere they are widened to `f32` when they are loaded into registers, and the inputs stay in `f32`.
 
 mod kernels;
 
@@ -11,15 +11,16 @@ use super::super::matmul::{Line, Places, multiply_packed};
 use super::super::vector::vectorised;
 use super::by_panels;
 
-/// Rows of the matrix that lie interleaved, in two halves.
+/// Number of matrix rows that are stored interleaved, in two halves.
 const PANEL: usize = 32;
-/// Rows of a half.
+/// Number of rows of a half.
 const HALF: usize = PANEL / 2;
-/// Columns that lie beside each other in a panel, as many lines for either half.
+/// Number of columns stored next to each other in a panel. Each half has half as many lines, of one pair of columns
+/// each.
 const STEP: usize = 32;
-/// Columns that a pair is apart.
+/// Distance in columns between the two values of a pair.
 const APART: usize = STEP / 2;
-/// Bytes of a pair.
+/// Size of a pair in bytes.
 const PAIR: usize = 4;
 
 /// A matrix `[out, in]` in `bf16`.
@@ -27,12 +28,12 @@ const PAIR: usize = 4;
 pub(super) struct Bf16Weights {
     pub(super) rows: usize,
     pub(super) width: usize,
-    /// `[panels, in / 32, 2, 16]`: a line has of each row of a half the values of two columns that are 16 apart.
+    /// `[panels, in / 32, 2, 16]`: a line holds, for each row of a half, the values of two columns that are 16 apart.
     lines: Vec<Line>,
 }
 
 impl Bf16Weights {
-    /// The nearest of such matrices to the rows of `width` given, at least one; the width is a multiple of 32.
+    /// Rounds the given rows of `width` to `bf16`. At least one row is needed, and the width must be a multiple of 32.
     pub(super) fn of(weight: &[f32], width: usize) -> Self {
         let rows = weight.len() / width;
         let panel = width / STEP * 2 * APART;
@@ -51,14 +52,15 @@ impl Bf16Weights {
         Self { rows, width, lines }
     }
 
-    /// `out = x · weightᵀ`, up to rounding: of what the tile unit takes of `x`, or of `f32`.
+    /// Computes `out = x · weightᵀ`. On the tile unit `x` is rounded to the parts that [`set_parts`](crate::set_parts)
+    /// selects; elsewhere it is used in `f32`.
     pub(super) fn multiply(&self, out: &mut [MaybeUninit<f32>], x: &[f32]) {
         if !multiply_packed(out, x, &self.lines, [x.len() / self.width, self.width, self.rows]) {
             multiply(out, x, self, kernels::best());
         }
     }
 
-    /// The lines of a panel.
+    /// Returns the lines of a panel.
     fn panel(&self, panel: usize) -> &[Line] {
         let lines = self.width / STEP * 2 * APART;
         &self.lines[panel * lines..][..lines]
@@ -66,11 +68,12 @@ impl Bf16Weights {
 }
 
 vectorised! {
-/// Pairs of the nearest `bf16` to columns of `row` that are 16 apart, the first one below; NaN where it is NaN.
+/// Writes pairs of columns of `row` that are 16 apart, rounded to the nearest `bf16`, the first column in the low half.
+/// NaN stays NaN.
 fn round<FMA>(pairs: &mut [u32], row: &[f32]) {
     let nearest = |x: f32| {
         let bits = x.to_bits();
-        // To the even one of two that are as near.
+        // Ties round to even.
         if x.is_nan() { bits | 0x40_0000 } else { bits + 0x7fff + (bits >> 16 & 1) }
     };
     for (pairs, step) in pairs.chunks_exact_mut(APART).zip(row.chunks_exact(STEP)) {
@@ -82,7 +85,7 @@ fn round<FMA>(pairs: &mut [u32], row: &[f32]) {
 }
 }
 
-/// All rows of `x` with all of the matrix, into `out` `[T, out]`.
+/// Multiplies all rows of `x` by the complete matrix, into `out` `[T, out]`.
 fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], weight: &Bf16Weights, kernel: kernels::Kernel) {
     let rows = x.len() / weight.width;
     assert_eq!((x.len(), out.len()), (rows * weight.width, rows * weight.rows), "sizes of a product");
@@ -111,9 +114,9 @@ mod tests {
         f64::from(f32::from_bits(if within < APART { pair << 16 } else { pair & 0xffff_0000 }))
     }
 
-    /// Every kernel that the processor has, against sums in `f64` of the nearest values.
+    /// Compares every kernel that the processor supports with sums in `f64` of the rounded values.
     #[test]
-    fn the_product_is_that_of_the_nearest_values() {
+    fn the_product_is_that_of_the_rounded_values() {
         for (rows, width, columns) in [(1, 32, 5), (7, 96, 16), (13, 64, 33), (33, 160, 40), (64, 32, 70)] {
             let [x, weight] = [values(1, &[rows, width]), values(2, &[columns, width])]
                 .map(|t| flat(&t).iter().map(|value| *value as f32).collect::<Vec<_>>());
@@ -155,7 +158,7 @@ mod tests {
         let mut row = vec![0f32; STEP];
         let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 1e-40, -0.0, 1.003_906_2, 1.011_718_8];
         row[..special.len()].copy_from_slice(&special);
-        // The lowest bits of a NaN alone say that it is one.
+        // The low bits alone mark this value as a NaN.
         row[20] = f32::from_bits(0x7f80_0001);
         let half = Bf16Weights::of(&row, STEP);
         for (column, value) in row.iter().enumerate() {

@@ -1,5 +1,5 @@
-//! Matrices in eight bits: a step of few rows has a quarter to read, and one of many a third of the arithmetic, which whole
-//! numbers of eight bits need.
+//! Matrices in 8 bits. A decode step of few rows reads a quarter of the bytes; one of many rows needs a third of the
+//! arithmetic, because it multiplies 8-bit integers.
 
 mod kernels;
 
@@ -11,36 +11,36 @@ use super::super::matmul::Places;
 use super::super::vector::vectorised;
 use super::by_panels;
 
-/// Columns that share a scale.
+/// Number of columns that share a scale.
 const BLOCK: usize = 32;
-/// Rows of the matrix that lie interleaved.
+/// Number of matrix rows that are stored interleaved.
 const PANEL: usize = 16;
-/// Columns of a row that lie beside each other in a panel.
+/// Number of columns of a row that are stored next to each other in a panel.
 const GROUP: usize = 4;
 
-/// Four columns of each row of a panel; one more than 127 each, since processors multiply numbers without a sign by such
-/// with one.
+/// Four columns of each row of a panel. Values are stored with an offset of 128, because processors multiply unsigned
+/// by signed 8-bit integers.
 #[derive(Debug, Clone, Copy)]
 #[repr(align(64))]
 struct Lanes([u8; PANEL * GROUP]);
 
-/// What zero is among [`Lanes`].
+/// Stored value that represents zero in [`Lanes`].
 const ZERO: u8 = 128;
 
-/// A matrix `[out, in]` in GGML's Q8_0: blocks of 32 columns, each a scale and 32 whole numbers of eight bits. The scale is
-/// kept in `f32`. Panels of 16 rows lie interleaved, so that a register holds a place of all of them.
+/// A matrix `[out, in]` in GGML's Q8_0: blocks of 32 columns, each a scale and 32 signed 8-bit integers. The scales are
+/// kept in `f32`. Panels of 16 rows are stored interleaved, so that a register holds the same columns of all of them.
 #[derive(Debug)]
 pub(super) struct Q8 {
     pub(super) rows: usize,
     pub(super) width: usize,
-    /// `[panels, in / 4]`.
+    /// Values, `[panels, in / 4]`.
     values: Vec<Lanes>,
-    /// `[panels, in / 32, 16]`.
+    /// Scales, `[panels, in / 32, 16]`.
     scales: Vec<[f32; PANEL]>,
 }
 
 impl Q8 {
-    /// The nearest of such matrices to the rows of `width` given, at least one.
+    /// Quantizes the given rows of `width`, of which at least one is needed.
     pub(super) fn of(weight: &[f32], width: usize) -> Self {
         let rows = weight.len() / width;
         let (panels, groups, blocks) = (rows.div_ceil(PANEL), width / GROUP, width / BLOCK);
@@ -63,41 +63,43 @@ impl Q8 {
         Self { rows, width, values, scales }
     }
 
-    /// `out = x · weightᵀ`. The rows are brought into eight bits as well, 32 columns at a time, so that the products are of
-    /// whole numbers.
+    /// Computes `out = x · weightᵀ`. The rows are quantized to 8 bits as well, 32 columns at a time, so that the
+    /// products are of integers.
     pub(super) fn multiply(&self, out: &mut [MaybeUninit<f32>], x: &[f32]) {
         multiply(out, &Rows::of(x, self.width), self, kernels::best());
     }
 }
 
 vectorised! {
-/// The nearest numbers of eight bits to `row` under a scale for each block. Where a block has a number that is not finite the
-/// scale is none either, so that it is seen in what is computed.
+/// Quantizes `row` to the nearest 8-bit integers with a scale per block. The scale of a block with a value that is not
+/// finite is not finite either, so that the result shows it.
 fn quantise<FMA>(values: &mut [i8], scales: &mut [f32], row: &[f32]) {
-    // As a number that the compiler does not know: told it, it takes several blocks at once and gathers their numbers.
+    // The block size is computed so that the compiler cannot see it as a constant: given the constant, it processes
+    // several blocks at once and gathers their values.
     let block = (row.len() / scales.len().max(1)).max(1);
     let blocks = values.chunks_exact_mut(block).zip(row.chunks_exact(block));
     for ((values, row), scale) in blocks.zip(scales) {
-        // As whole numbers they have the same order, infinity after them and NaN last.
+        // As integers the absolute values have the same order, infinity after the finite ones and NaN last.
         let most = f32::from_bits(row.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0));
         *scale = most / 127.0;
         let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
         for (value, x) in values.iter_mut().zip(row) {
-            // Adding it leaves the nearest whole number in the low bits of the significand.
+            // The addition leaves the nearest integer in the low bits of the significand.
             *value = (x * inverse + 12_582_912.0).to_bits() as i8;
         }
     }
 }
 }
 
-/// Rows in eight bits, likewise, as they lie.
+/// Input rows, quantized in the same way and stored row by row.
 struct Rows {
     width: usize,
-    /// `[T, in]`.
+    /// Values, `[T, in]`.
     values: Vec<i8>,
-    /// `[T, in / 32]`.
+    /// Scales, `[T, in / 32]`.
     scales: Vec<f32>,
-    /// `[T, in / 32]`: what a block's sum begins with, since all of the matrix's values are [`ZERO`] too great.
+    /// `[T, in / 32]`: initial values of the blocks' integer sums, which compensate the offset [`ZERO`] of the matrix's
+    /// values.
     starts: Vec<i32>,
 }
 
@@ -111,7 +113,7 @@ impl Rows {
     }
 }
 
-/// All rows of `x` with all of the matrix, into `out` `[T, out]`.
+/// Multiplies all rows of `x` by the complete matrix, into `out` `[T, out]`.
 fn multiply(out: &mut [MaybeUninit<f32>], x: &Rows, weight: &Q8, kernel: kernels::Kernel) {
     let (rows, panels) = (out.len() / weight.rows, weight.rows.div_ceil(PANEL));
     let out = Places { start: out.as_mut_ptr().cast(), stride: weight.rows };
@@ -125,7 +127,7 @@ mod tests {
     use super::super::super::testing::{flat, values};
     use super::*;
 
-    /// Element `[row, column]` of the matrix, and its scale.
+    /// Returns element `[row, column]` of the matrix, and its scale.
     fn element(weight: &Q8, row: usize, column: usize) -> (f64, f64) {
         let (panel, lane) = (row / PANEL, row % PANEL);
         let scale = f64::from(weight.scales[panel * (weight.width / BLOCK) + column / BLOCK][lane]);
@@ -133,9 +135,10 @@ mod tests {
         ((f64::from(value) - f64::from(ZERO)) * scale, scale)
     }
 
-    /// Every kernel that the processor has, against sums in `f64` of the nearest numbers, which are as near as they can be.
+    /// Compares every kernel that the processor supports with sums in `f64` of the quantized values, and checks that
+    /// these are the nearest.
     #[test]
-    fn the_product_is_that_of_the_nearest_numbers() {
+    fn the_product_is_that_of_the_nearest_integers() {
         for (rows, width, columns) in [(1, 32, 5), (7, 96, 16), (13, 64, 33), (64, 160, 40)] {
             let [x, weight] = [values(1, &[rows, width]), values(2, &[columns, width])].map(|t| flat(&t));
             let weight: Vec<f32> = weight.iter().map(|w| *w as f32).collect();

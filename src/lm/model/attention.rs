@@ -1,4 +1,4 @@
-//! Attention over one packed row, with gradients.
+//! Attention over a packed row of tokens, with gradients.
 
 use std::sync::Arc;
 
@@ -7,55 +7,55 @@ use candle_core::{Result, Tensor};
 use super::pack::Pack;
 use kernels::TreeMask;
 
-/// What a layer's attention is besides its queries, keys and values.
+/// Settings of a layer's attention.
 #[derive(Debug, Clone, Copy)]
 pub struct Scope {
     /// Index of the layer.
     pub layer: usize,
-    /// Tokens that a token sees, itself included; `None` for all before it.
+    /// Number of tokens that a token attends to, itself included; `None` for all that the mask allows.
     pub window: Option<usize>,
-    /// Bound of the scores, see [`kernels::softcap`].
+    /// Soft cap of the scores, see [`kernels::softcap`].
     pub cap: Option<f64>,
 }
 
-/// What a model asks of its caller: who may look at whom.
+/// Attention of a model's layers, provided by the caller of the model.
 pub trait Attend {
-    /// Attends within `scope`, given rotated queries `[T, H, hd]`, rotated keys and values `[T, KV, hd]`.
-    /// Returns `[T, H·hd]`.
+    /// Computes attention within `scope`, given rotated queries `[T, H, hd]`, rotated keys `[T, KV, hd]` and values of
+    /// the same shape. Returns `[T, H·hd]`.
     ///
     /// # Errors
-    /// Shapes that do not fit.
+    /// If the shapes do not match.
     fn attend(&mut self, scope: Scope, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
 
-    /// The mask, where nothing but the tokens of one row see each other and nobody wants their keys and values.
+    /// Returns the mask if the tokens of a row attend only to each other and their keys and values are not kept.
     fn mask(&self) -> Option<&Arc<TreeMask>> {
         None
     }
 }
 
-/// Attention over the row of a [`Pack`]; differentiable.
+/// Differentiable attention over the row of a [`Pack`].
 pub struct PackedAttention {
     mask: Arc<TreeMask>,
     kept: Option<Vec<(Tensor, Tensor)>>,
 }
 
 impl PackedAttention {
-    /// For a training or scoring pass over `pack`.
+    /// Creates the attention of a training or scoring pass over `pack`.
     pub fn new(pack: &Pack) -> Self {
         Self::within(&Arc::new(pack.mask()))
     }
 
-    /// The same, given the pack's mask.
+    /// Creates the attention from the pack's mask.
     pub(super) fn within(mask: &Arc<TreeMask>) -> Self {
         Self { mask: Arc::clone(mask), kept: None }
     }
 
-    /// As [`Self::new`], and keeps each layer's keys and values for a cache.
+    /// Creates the attention of a pass over `pack` that keeps each layer's keys and values for a cache.
     pub fn keeping(pack: &Pack) -> Self {
         Self { kept: Some(Vec::new()), ..Self::new(pack) }
     }
 
-    /// Keys and values `[T, KV, hd]` of each layer, in order; empty unless made by [`Self::keeping`].
+    /// Returns the keys and values `[T, KV, hd]` of each layer, in order; empty unless created by [`Self::keeping`].
     pub fn into_kept(self) -> Vec<(Tensor, Tensor)> {
         self.kept.unwrap_or_default()
     }
@@ -74,7 +74,7 @@ impl Attend for PackedAttention {
     }
 }
 
-/// Attention of the tokens of `mask` within `scope`, scores divided by √hd.
+/// Computes the attention of the tokens of `mask` within `scope`, with scores divided by √hd.
 pub(super) fn within(mask: &Arc<TreeMask>, scope: Scope, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let scale = 1.0 / (q.dim(2)? as f64).sqrt();
     kernels::tree_attention(q, k, v, mask, scale, scope.window, scope.cap)

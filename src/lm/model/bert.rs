@@ -1,7 +1,7 @@
-//! BERT: a post-norm bidirectional encoder (Devlin et al. 2019), frozen, forward only.
+//! BERT: a post-norm bidirectional encoder (Devlin et al. 2019), frozen, forward pass only.
 //!
-//! Several texts go through it as one flat row of tokens: every layer is a function of one token but attention, which
-//! is computed text by text. So there is no padding, and no mask.
+//! Several texts form one flat row of tokens: every layer is a function of one token except attention, which is
+//! computed text by text. So no padding and no mask are needed.
 
 pub mod config;
 pub mod embedder;
@@ -14,12 +14,12 @@ use super::weights::Weights;
 pub use config::BertConfig;
 pub use embedder::Embedder;
 
-/// A BERT encoder without its pooler.
+/// BERT encoder without its pooler.
 #[derive(Debug, Clone)]
 pub struct Bert {
     config: BertConfig,
     words: Tensor,
-    /// Position embeddings with the first token type's embedding added: every token here is of that type.
+    /// Position embeddings plus the embedding of the first token type, which all tokens here have.
     positions: Tensor,
     norm: Norm,
     layers: Vec<Layer>,
@@ -38,11 +38,11 @@ struct Layer {
 }
 
 impl Bert {
-    /// Builds the encoder from weights under their Hugging Face names, with or without a leading `bert.`; tensors it
-    /// does not need (a pooler, a head) are passed over.
+    /// Builds the encoder from weights under their Hugging Face names, with or without a leading `bert.`. Ignores
+    /// tensors that it does not need (a pooler, a head).
     ///
     /// # Errors
-    /// Names the tensor that is missing or has the wrong shape.
+    /// If a tensor is missing or has the wrong shape; the error names it.
     pub fn new(config: &BertConfig, weights: &Weights) -> anyhow::Result<Self> {
         let d = config.hidden_size;
         let prefix = if weights.0.keys().any(|name| name.starts_with("bert.")) { "bert." } else { "" };
@@ -81,20 +81,21 @@ impl Bert {
         })
     }
 
-    /// The model's shape.
+    /// Returns the model's hyper-parameters.
     pub fn config(&self) -> &BertConfig {
         &self.config
     }
 
-    /// Where the weights are.
+    /// Returns the device of the weights.
     pub fn device(&self) -> &Device {
         self.words.device()
     }
 
-    /// Last hidden states `[T, D]` of the texts' tokens, one text after another; `T` is their tokens together.
+    /// Returns the last hidden states `[T, D]` of the texts' tokens, one text after another; `T` is their total number
+    /// of tokens.
     ///
     /// # Errors
-    /// No text, a text without tokens or longer than the context, a token that the vocabulary lacks.
+    /// If no text is given, a text has no tokens or more than the context, or a token is not in the vocabulary.
     pub fn hidden(&self, texts: &[&[u32]]) -> Result<Tensor> {
         let spans = spans(texts);
         let context = self.config.context;
@@ -114,7 +115,7 @@ impl Bert {
         Ok(x)
     }
 
-    /// Attention of each text within itself, `[T, D]` before the output projection.
+    /// Computes attention within each text, `[T, D]` before the output projection.
     fn attend(&self, layer: &Layer, x: &Tensor, spans: &[Range<usize>]) -> Result<Tensor> {
         let (t, d) = x.dims2()?;
         let (heads, head_dim) = (self.config.heads, d / self.config.heads);
@@ -122,7 +123,7 @@ impl Bert {
         let (q, k, v) = (split(&layer.q)?, split(&layer.k)?.transpose(1, 2)?, split(&layer.v)?);
         let mixed = spans.iter().map(|span| {
             let (at, n) = (span.start, span.len());
-            // On CUDA, candle's product takes no matrix with gaps between its rows.
+            // On CUDA, candle's product needs matrices without gaps between their rows.
             let (q, k, v) = (q.narrow(1, at, n)?, k.narrow(2, at, n)?, v.narrow(1, at, n)?);
             let scores = q.contiguous()?.matmul(&k.contiguous()?)?; // [H, n, n]
             let weights = kernels::masked_softmax(&scores, None, 1.0 / (head_dim as f64).sqrt())?;
@@ -132,7 +133,7 @@ impl Bert {
     }
 }
 
-/// Which rows of the flat row are which text's.
+/// Returns the range of rows of each text.
 fn spans(texts: &[&[u32]]) -> Vec<Range<usize>> {
     let mut end = 0;
     let next = |ids: &&[u32]| {
@@ -143,7 +144,7 @@ fn spans(texts: &[&[u32]]) -> Vec<Range<usize>> {
     texts.iter().map(next).collect()
 }
 
-/// `x·Wᵀ + b`.
+/// Linear layer `x·Wᵀ + b`.
 #[derive(Debug, Clone)]
 struct Linear {
     weight: Tensor,
@@ -156,7 +157,7 @@ impl Linear {
     }
 }
 
-/// `(x − mean) / sqrt(variance + eps) · weight + bias` over the last dimension (Ba et al. 2016).
+/// Layer normalisation `(x − mean) / sqrt(variance + eps) · weight + bias` over the last dimension (Ba et al. 2016).
 #[derive(Debug, Clone)]
 struct Norm {
     weight: Tensor,

@@ -1,5 +1,5 @@
-//! The key/value cache of generation: slots that sequences come into and leave, one shared prompt per group, ragged rows,
-//! no padding.
+//! Key/value cache of generation: slots for sequences, one shared prompt per group, sequences of different lengths
+//! without padding on the host.
 
 mod host;
 mod pool;
@@ -13,28 +13,28 @@ use super::decoder::Decoder;
 use host::Slabs;
 use pool::{Pool, Rows};
 
-/// Tokens that a device's pool begins with room for.
+/// Initial number of rows of a device's pool, one per token.
 const ROWS: usize = 1024;
 
 /// Keys and values of the sequences under way.
 ///
-/// A sequence lives in a slot, whose room is kept for the next one; a prompt's keys stand once, however many sequences
-/// continue it, and go with the last of them. Attention over a cache has no gradient.
+/// A sequence occupies a slot, whose memory is reused by the next one. A prompt's keys and values are stored once for
+/// all sequences that continue it, and freed with the last of them. Attention over a cache has no gradient.
 pub struct KvCache {
     kept: Kept,
     free: Vec<usize>,
     slots: usize,
 }
 
-/// Where keys and values are.
+/// Storage of keys and values.
 enum Kept {
-    /// In host memory, laid out for one new token at a time: of a model that computes in `f32` on the CPU.
+    /// In host memory, laid out for one new token at a time, for a model in `f32` on the CPU.
     Host(Slabs),
-    /// In tensors of the model's type on its device.
+    /// In tensors of the model's dtype on its device.
     Device(Pool),
 }
 
-/// A prompt's keys and values, for sequences to continue.
+/// Keys and values of a prompt that sequences continue.
 pub struct CachedPrompt(KeptPrompt);
 
 enum KeptPrompt {
@@ -43,10 +43,11 @@ enum KeptPrompt {
 }
 
 impl KvCache {
-    /// An empty cache for `model`, whose sequences get `room` tokens after their prompts, or more.
+    /// Creates an empty cache for `model`. On the host each sequence has room for `room` tokens after its prompt before
+    /// it grows.
     ///
     /// # Errors
-    /// When the device has no room.
+    /// If the device has not enough memory.
     pub fn new(model: &Decoder, room: usize) -> Result<Self> {
         if model.device().is_cpu() && model.dtype() == DType::F32 {
             return Ok(Self::of(Kept::Host(Slabs::new(model.config(), room))));
@@ -62,10 +63,10 @@ impl KvCache {
         Self { kept, free: Vec::new(), slots: 0 }
     }
 
-    /// A prompt's keys and values `[T, KV, hd]` per layer, for sequences to continue.
+    /// Stores a prompt's keys and values `[T, KV, hd]` per layer, for sequences that continue it.
     ///
     /// # Errors
-    /// When the tensors cannot be read, or the device has no room.
+    /// If the tensors cannot be read, or the device has not enough memory.
     pub fn prompt(&mut self, layers: &[(Tensor, Tensor)]) -> Result<Arc<CachedPrompt>> {
         let kept = match &mut self.kept {
             Kept::Host(slabs) => KeptPrompt::Host(slabs.prompt(layers)?),
@@ -74,7 +75,7 @@ impl KvCache {
         Ok(Arc::new(CachedPrompt(kept)))
     }
 
-    /// Puts a sequence that continues `prompt` into a free slot, which it returns.
+    /// Assigns a free slot to a sequence that continues `prompt`, and returns the slot.
     pub fn enter(&mut self, prompt: &Arc<CachedPrompt>) -> usize {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots += 1;
@@ -96,11 +97,11 @@ impl KvCache {
         self.free.push(slot);
     }
 
-    /// Attention for one new token of each of the sequences in `slots`, in order: row `i` of the model's input is the next
+    /// Returns the attention for one new token of each sequence in `slots`: row `i` of the model's input is the next
     /// token of the sequence in `slots[i]`.
     ///
     /// # Errors
-    /// When the device has no room.
+    /// If the device has not enough memory.
     pub fn step<'a>(&'a mut self, slots: &'a [usize]) -> Result<Box<dyn Attend + 'a>> {
         Ok(match &mut self.kept {
             Kept::Host(slabs) => Box::new(slabs.step(slots)),
@@ -150,7 +151,7 @@ mod tests {
         Decoder::new(&config, &weights).unwrap().to_dtype(dtype).unwrap()
     }
 
-    /// The hidden state of a sequence's last token, from a pass over all of it.
+    /// Returns the hidden state of a sequence's last token, from a pass over the complete sequence.
     fn alone(model: &Decoder, sequence: &[u32]) -> Vec<f32> {
         let pack = Pack::prefill(sequence);
         let hidden = model.hidden(&pack.ids, &pack.positions, &mut PackedAttention::new(&pack)).unwrap();
@@ -161,7 +162,7 @@ mod tests {
         hidden.to_dtype(DType::F32).unwrap().to_vec2().unwrap()
     }
 
-    /// Sequences of two prompts beside each other, in any order, one of which makes room for another.
+    /// Decodes sequences of two prompts together, in any order, one of which gives its slot to another.
     fn check(model: &Decoder, mut cache: KvCache, tolerance: f32) {
         let prompts = [&[7, 8, 1, 2, 3, 4, 5, 6, 9][..], &[11, 12]];
         let cached = prompts.map(|prompt| cache.prompt(&prefill(model, prompt, None).unwrap().1).unwrap());
@@ -175,7 +176,7 @@ mod tests {
             }
             if step == 5 {
                 under_way.insert(0, (cache.enter(&cached[0]), prompts[0].to_vec()));
-                assert_eq!(under_way[0].0, left, "a slot that was left is used again");
+                assert_eq!(under_way[0].0, left, "a freed slot is reused");
             }
             under_way.rotate_left(1);
             for (slot, sequence) in &mut under_way {
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn decoding_over_a_cache_is_a_pass_over_the_whole() {
+    fn decoding_over_a_cache_equals_a_pass_over_the_complete_sequence() {
         let window = Some(Window { size: 6, layers: vec![true, false] });
         for config in [
             ModelConfig::llama(),
@@ -202,16 +203,16 @@ mod tests {
         ] {
             let single = model(config.clone(), DType::F32);
             check(&single, KvCache::new(&single, 4).unwrap(), 1e-5);
-            // Room for one row: it grows.
+            // The pool has room for one row, so it grows.
             check(&single, KvCache::pooled(&single, 1).unwrap(), 1e-5);
             let half = model(config, DType::BF16);
             check(&half, KvCache::new(&half, 4).unwrap(), 0.06);
         }
     }
 
-    /// What is held goes back when its holders go.
+    /// Rows are free again after their owners are dropped.
     #[test]
-    fn rows_of_a_pool_are_free_again() {
+    fn freed_rows_of_a_pool_are_reused() {
         let model = model(ModelConfig::llama(), DType::F32);
         let mut cache = KvCache::pooled(&model, 16).unwrap();
         let free = |cache: &KvCache| match &cache.kept {

@@ -1,4 +1,4 @@
-//! The shape of a model, read from `config.json` or from GGUF metadata.
+//! Hyper-parameters of a model, read from `config.json` or from GGUF metadata.
 
 mod described;
 mod gguf;
@@ -11,77 +11,77 @@ use super::family::{Family, llama};
 use super::rope::Scaling;
 use kernels::Activation;
 
-/// What the last layer's hidden states are for.
+/// Kind of output head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Head {
-    /// The next token.
+    /// Logits of the next token.
     Language,
-    /// A score: the model is a reward model.
+    /// A scalar score: the model is a reward model.
     Scalar,
 }
 
-/// Layers that see a few tokens back only.
+/// Sliding attention window that some layers have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window {
-    /// Tokens that a token sees, itself included.
+    /// Number of tokens that a token attends to, itself included.
     pub size: usize,
-    /// Whether a layer is one of these, for each.
+    /// For each layer, whether it has the window.
     pub layers: Vec<bool>,
 }
 
 /// Hyper-parameters of a decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// What it adds to the shared decoder.
+    /// Architecture family, which defines the differences from the shared decoder.
     pub family: &'static Family,
     /// Width of the residual stream, `D`.
     pub hidden_size: usize,
-    /// Width of the gated feed-forward layer.
+    /// Width of the gated feed-forward layer, `F`.
     pub intermediate_size: usize,
     /// Number of decoder layers.
     pub layers: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub heads: usize,
-    /// Key and value heads; divides `heads`.
+    /// Number of key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of one head.
+    /// Width of one head, `hd`.
     pub head_dim: usize,
-    /// Rows of the embedding, `V`.
+    /// Vocabulary size, which is the number of embedding rows, `V`.
     pub vocab_size: usize,
-    /// Longest sequence the model was made for, in tokens.
+    /// Longest supported sequence, in tokens.
     pub context: usize,
-    /// How far back some layers see.
+    /// Sliding window, if some layers have one.
     pub window: Option<Window>,
-    /// Bound of the attention scores.
+    /// Soft cap of the attention scores, if any.
     pub attention_cap: Option<f64>,
-    /// Bound of the logits.
+    /// Soft cap of the logits, if any.
     pub logit_cap: Option<f64>,
-    /// Queries times keys are divided by the root of this, where it is not the width of a head.
+    /// The attention scores are divided by the square root of this; `None` for the width of a head.
     pub query_scalar: Option<usize>,
-    /// Epsilon under the root of RMSNorm.
+    /// Epsilon of RMSNorm, added to the mean square.
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// How these are scaled.
+    /// Scaling of the rotary frequencies.
     pub rope_scaling: Scaling,
-    /// Base of the rotary frequencies in layers with a window, where these have frequencies of their own.
+    /// Base of the rotary frequencies in layers with a window, if these have their own frequencies.
     pub local_rope_theta: Option<f64>,
-    /// How those are scaled.
+    /// Scaling of the rotary frequencies in those layers.
     pub local_rope_scaling: Scaling,
-    /// Whether the head is the embedding, transposed.
+    /// True if the head is the transposed embedding.
     pub tied: bool,
     /// First token of a document, if the model has one.
     pub bos: Option<u32>,
     /// Tokens that end a completion.
     pub eos: Vec<u32>,
-    /// Token that fills batches up in other programs, if the model names one that has a row in the embedding.
+    /// Padding token that other programs use, if the model names one that has a row in the embedding.
     pub pad: Option<u32>,
-    /// The model's `generation_config.json`, which checkpoints keep; null where it has none.
+    /// The model's `generation_config.json`, which checkpoints keep; null if it has none.
     pub generation: Json,
 }
 
 impl ModelConfig {
-    /// A Llama with a tied head whose sizes are all zero: to be filled in for a model from scratch.
+    /// Returns a Llama with a tied head and all sizes zero, to be filled in for a model from scratch.
     pub fn llama() -> Self {
         Self {
             family: &llama::FAMILY,
@@ -110,10 +110,10 @@ impl ModelConfig {
         }
     }
 
-    /// Checks that the sizes fit together.
+    /// Checks that the sizes are consistent.
     ///
     /// # Errors
-    /// Names the sizes that do not.
+    /// If they are not; the error names the sizes.
     pub fn validate(&self) -> Result<()> {
         if self.heads == 0 || self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             bail!("{} heads cannot share {} key/value heads; the first must be a multiple", self.heads, self.kv_heads);
@@ -142,7 +142,12 @@ impl ModelConfig {
         if let Some(window) = &self.window
             && (window.size == 0 || window.layers.len() != self.layers)
         {
-            bail!("a window of {} tokens in {} of {} layers", window.size, window.layers.len(), self.layers);
+            bail!(
+                "the window has {} tokens and is listed for {} of {} layers; it must have tokens, and every layer must be listed",
+                window.size,
+                window.layers.len(),
+                self.layers
+            );
         }
         for (name, size) in [
             ("hidden_size", self.hidden_size),
@@ -159,12 +164,12 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Query heads per key/value head.
+    /// Returns the number of query heads per key/value head.
     pub fn repeats(&self) -> usize {
         self.heads / self.kv_heads
     }
 
-    /// Number of trainable parameters.
+    /// Returns the number of trainable parameters.
     pub fn parameters(&self) -> usize {
         let (d, q, kv) = (self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let biases = if self.family.qkv_bias { q + 2 * kv } else { 0 };
@@ -175,9 +180,10 @@ impl ModelConfig {
         self.vocab_size * d + self.layers * layer + d + head
     }
 
-    /// Numbers that a pass keeps of each token in each layer for its backward, about; `blocks` where a layer is two operations
-    /// (see `kernels::self_attention`), which families with more in a layer, adapters and types other than `f32` rule
-    /// out.
+    /// Returns the approximate number of values that a pass keeps per token and layer for its backward. `blocks`
+    /// selects the estimate for layers of two fused operations (see `kernels::self_attention`); it has no effect for
+    /// families with biases or more norms. Adapters and dtypes other than `f32` prevent fused operations, so callers
+    /// pass false for them.
     pub fn kept(&self, blocks: bool) -> usize {
         let (d, q, kv) = (self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let plain = self.family.gemma.is_none() && !self.family.qkv_bias && !self.family.qk_norm;
@@ -185,22 +191,22 @@ impl ModelConfig {
     }
 }
 
-/// Most that a model's width, vocabulary or context may be. With it, no product of two sizes and the number of layers
-/// overflows; what does not fit into memory is seen when the tensors come.
+/// Largest supported width, vocabulary or context of a model. With this limit no product of two sizes and the number of
+/// layers overflows. A model that is too large for memory fails when its tensors are read.
 const LARGEST: u64 = 1 << 24;
 
 fn within(key: &str, size: u64) -> Result<usize> {
-    ensure!(size <= LARGEST, "{key} = {size} is more than {LARGEST}, the most that can be read");
+    ensure!(size <= LARGEST, "{key} = {size} is more than {LARGEST}, the largest supported value");
     Ok(size as usize)
 }
 
-/// The number of layers, which is smaller than other sizes are.
+/// Checks the number of layers, whose limit is smaller than that of other sizes.
 fn deep(layers: usize) -> Result<usize> {
-    ensure!(layers <= 4096, "{layers} layers are more than 4096, the most that can be read");
+    ensure!(layers <= 4096, "{layers} layers are more than 4096, the largest supported number");
     Ok(layers)
 }
 
-/// The key that names a family's activation in `config.json`, and the name.
+/// Returns the key that names a family's activation in `config.json`, and the activation's name.
 fn activation(family: &Family) -> (&'static str, &'static str) {
     let name = match family.activation {
         Activation::Silu => "silu",

@@ -1,4 +1,4 @@
-//! A model's copies on another device than its own.
+//! Copies of a model on another device.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,33 +8,34 @@ use candle_core::{Device, Tensor, TensorId};
 
 use super::{Decoder, Weights};
 
-/// DeviceReplicas of one model after another on a device; a tensor that the last one had too is not copied again.
+/// Copies of successive versions of a model on one device. A tensor that the previous version had too is not copied
+/// again.
 ///
-/// A device is a stream of a card: on the same card, too, a copy is what passes from one stream to another.
+/// A device is a stream of a card, so passing a model between two streams of the same card also needs a copy.
 pub struct DeviceReplicas {
     device: Device,
-    /// By name: which tensor, and its copy.
+    /// Previous copies by name: the identity of the original tensor, and its copy.
     last: BTreeMap<String, (TensorId, Tensor)>,
 }
 
 impl DeviceReplicas {
-    /// DeviceReplicas on `device`.
+    /// Creates an empty set of copies for `device`.
     pub fn new(device: Device) -> Self {
         Self { device, last: BTreeMap::new() }
     }
 
-    /// `model` on the device: itself, where it is there already. What it was computed from must be done; to have read of a
-    /// tensor on the host is enough.
+    /// Returns a copy of `model` on the device, or `model` itself if it is there already. All kernels that write
+    /// `model` must have completed; reading any of its tensors back to the host guarantees that.
     ///
     /// # Errors
-    /// When the device has no room.
+    /// If the device has not enough memory.
     pub fn of(&mut self, model: &Arc<Decoder>) -> Result<Arc<Decoder>> {
         if model.device().same_device(&self.device) {
             return Ok(Arc::clone(model));
         }
         let device = self.device.clone();
         let copy = self.made(model, |tensor| Ok(tensor.to_device(&device)?.detach()))?;
-        // The originals may go, and their memory be written again, once these are whole.
+        // The originals may be freed and their memory reused only after the copies are complete.
         self.device.synchronize()?;
         Ok(Arc::new(copy))
     }
@@ -59,7 +60,7 @@ mod tests {
     use crate::lm::model::{Lora, ModelConfig};
 
     #[test]
-    fn what_has_not_changed_is_not_copied_again() {
+    fn unchanged_tensors_are_not_copied_again() {
         let config = ModelConfig {
             hidden_size: 16,
             intermediate_size: 24,
@@ -76,7 +77,7 @@ mod tests {
         let lora = Lora { rank: 2, alpha: 4.0, targets: vec!["q_proj".into()] };
         let (trained, params) = model.adapted(&lora, 1).unwrap();
         let mut copies = DeviceReplicas::new(Device::Cpu);
-        assert!(Arc::ptr_eq(&copies.of(&model).unwrap(), &model), "what is there already is shared");
+        assert!(Arc::ptr_eq(&copies.of(&model).unwrap(), &model), "a model on the same device is shared");
         let copied = RefCell::new(0);
         let mut made = |model: &Decoder| {
             copied.replace(0);
@@ -93,7 +94,7 @@ mod tests {
         params[0].1.set(&(params[0].1.as_tensor() + 1.0).unwrap()).unwrap();
         let later = trained.snapshot().unwrap();
         let (copy, second) = made(&later);
-        assert_eq!(second, params.len(), "the matrices under the adapters stay");
+        assert_eq!(second, params.len(), "the frozen matrices are not copied again");
         assert_eq!(copy.weights().fingerprint().unwrap(), later.weights().fingerprint().unwrap());
         assert_eq!(copy.lora(), later.lora());
     }

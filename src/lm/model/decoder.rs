@@ -1,5 +1,5 @@
-//! The decoder that the supported families share: pre-norm, rotary positions, grouped queries, gated feed-forward
-//! (Touvron et al. 2023). What a family adds, `family/` says.
+//! Decoder that the supported families share: pre-norm, rotary positions, grouped queries, gated feed-forward (Touvron
+//! et al. 2023). The differences of each family are in `family/`.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::rope::{Angles, Frequencies};
 use super::weights::Weights;
 use kernels::{Format, Quantized};
 
-/// A decoder over borrowed storage: building one from [`Weights`] copies nothing.
+/// Decoder model over shared storage: building one from [`Weights`] copies no tensors.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     config: Arc<ModelConfig>,
@@ -22,12 +22,12 @@ pub struct Decoder {
     layers: Vec<Arc<Layer>>,
     final_norm: Tensor,
     head: Tensor,
-    /// The head in fewer bits, for sampling.
+    /// Quantized head, for sampling.
     narrow_head: Option<Arc<Quantized>>,
     frequencies: Arc<Frequencies>,
     weights: Weights,
     lora: Option<Lora>,
-    /// Whether a pass over a pack keeps what goes into each layer, and nothing within.
+    /// True if a pass over a pack keeps only the input of each layer for the backward.
     checkpointed: bool,
 }
 
@@ -35,15 +35,16 @@ impl Decoder {
     /// Builds the model from weights under their Hugging Face names.
     ///
     /// # Errors
-    /// Names the tensor that is missing or has the wrong shape.
+    /// If a tensor is missing or has the wrong shape; the error names it.
     pub fn new(config: &ModelConfig, weights: &Weights) -> anyhow::Result<Self> {
         Self::with_adapters(config, weights, None)
     }
 
-    /// As [`Self::new`], with the adapters of `lora` among the weights: `….q_proj.lora_A.weight` and so on.
+    /// Builds the model as [`Self::new`] does, with the adapters of `lora` among the weights: `….q_proj.lora_A.weight`
+    /// and so on.
     ///
     /// # Errors
-    /// As [`Self::new`].
+    /// The same as for [`Self::new`].
     pub fn with_adapters(config: &ModelConfig, weights: &Weights, lora: Option<&Lora>) -> anyhow::Result<Self> {
         Self::build(&Arc::new(config.clone()), weights, lora)
     }
@@ -69,24 +70,24 @@ impl Decoder {
         })
     }
 
-    /// The same model with its weights in `dtype`; shared where they are in it already.
+    /// Returns the model with its weights in `dtype`; tensors that already have it are shared.
     ///
     /// # Errors
-    /// When memory for the copy cannot be had.
+    /// If memory for the copy is not available.
     pub fn to_dtype(&self, dtype: DType) -> anyhow::Result<Self> {
         self.with_weights(&self.weights.to_dtype(dtype)?)
     }
 
-    /// A model like this one that runs on `weights`.
+    /// Returns a model with the same configuration and settings and with these weights.
     pub(super) fn with_weights(&self, weights: &Weights) -> anyhow::Result<Self> {
         Ok(self.alike(Self::build(&self.config, weights, self.lora.as_ref())?))
     }
 
-    /// A copy whose tensors are variables, and these by name. Without `head` it is for hidden states alone: a head of its
-    /// own is left out, and the embedding stands where one is asked for.
+    /// Returns a copy whose tensors are variables, and these variables by name. Without `head` the copy is for hidden
+    /// states only: an untied head is omitted, and the embedding takes its place.
     ///
-    /// # Errors
-    /// When memory for the copy cannot be had.
+    /// If memory for the copy is not available.
+    /// If memory for the copy is not available.
     pub fn trainable(&self, head: bool) -> anyhow::Result<(Self, Vec<(String, Var)>)> {
         let config = ModelConfig { tied: self.config.tied || !head, ..(*self.config).clone() };
         let params = self
@@ -100,11 +101,12 @@ impl Decoder {
         Ok((self.alike(Self::build(&Arc::new(config), &weights, None)?), params))
     }
 
-    /// The same model whose matrices stay as they are, shared, under adapters that are variables; and these by name. They
-    /// go on from the adapters there are; else they are made from `seed` and change nothing yet.
+    /// Returns the model with its matrices frozen and shared and with trainable adapters, and the adapters' variables
+    /// by name. Existing adapters are continued; otherwise they are initialised from `seed` and do not change the model
+    /// yet.
     ///
     /// # Errors
-    /// Adapters of another size than those there are.
+    /// If the existing adapters have another size.
     pub fn adapted(&self, lora: &Lora, seed: u64) -> anyhow::Result<(Self, Vec<(String, Var)>)> {
         let mut weights = self.weights.clone();
         if self.lora.is_none() {
@@ -119,79 +121,81 @@ impl Decoder {
         Ok((self.alike(Self::build(&self.config, &weights, Some(lora))?), params))
     }
 
-    /// An immutable copy of the model as it is now. What is not trained is shared.
+    /// Returns an immutable copy of the model in its current state. Frozen tensors are shared.
     ///
     /// # Errors
-    /// When memory for the copy cannot be had.
+    /// If memory for the copy is not available.
     pub fn snapshot(&self) -> anyhow::Result<Self> {
         self.with_weights(&self.weights.snapshot()?)
     }
 
-    /// The same model, shared, with its matrices in `format` beside: for sampling, where a step of few rows is bound by
-    /// reading them. Products of more rows, and all that has a gradient, stay as they are.
+    /// Returns the model, shared, with additional copies of its matrices in `format` for sampling, where a decode step
+    /// of few rows is bound by memory bandwidth. Products of more rows, and those with a gradient, use the original
+    /// matrices.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// If a tensor operation fails.
     pub fn narrowed(&self, format: Format) -> Result<Self> {
         let layers = self.layers.iter().map(|layer| layer.narrowed(format).map(Arc::new)).collect::<Result<_>>()?;
         Ok(Self { layers, narrow_head: Quantized::of(&self.head, format)?.map(Arc::new), ..self.clone() })
     }
 
-    /// `copy`, which runs as this one does.
+    /// Returns `copy` with the settings of this model.
     fn alike(&self, copy: Self) -> Self {
         Self { checkpointed: self.checkpointed, ..copy }
     }
 
-    /// The weights without adapters: these are worked into the matrices.
+    /// Returns the weights with the adapters merged into the matrices.
     ///
     /// # Errors
-    /// When memory for the product cannot be had.
+    /// If memory for the product is not available.
     pub fn merged(&self) -> anyhow::Result<Weights> {
         self.lora.as_ref().map_or_else(|| Ok(self.weights.clone()), |lora| lora.merge(&self.weights))
     }
 
-    /// The adapters' sizes, if it has any.
+    /// Returns the adapters' configuration, if the model has adapters.
     pub fn lora(&self) -> Option<&Lora> {
         self.lora.as_ref()
     }
 
-    /// The model's shape.
+    /// Returns the model's hyper-parameters.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// The tensors that the model runs on, by name.
+    /// Returns the tensors of the model, by name.
     pub fn weights(&self) -> &Weights {
         &self.weights
     }
 
-    /// Where the weights are.
+    /// Returns the device of the weights.
     pub fn device(&self) -> &Device {
         self.embedding.device()
     }
 
-    /// What it computes in.
+    /// Returns the dtype of the weights, in which the model computes.
     pub fn dtype(&self) -> DType {
         self.embedding.dtype()
     }
 
-    /// Activation checkpointing (Chen et al. 2016): keeps of a pass over a pack only what goes into each layer, and computes
-    /// the rest again in the backward, which [`kernels::backward`] must run. DeviceReplicas for training or publishing do the same.
+    /// Sets whether activations are checkpointed (Chen et al. 2016): a pass over a pack keeps only the input of each
+    /// layer and recomputes the rest in the backward, which must be run by [`kernels::backward`]. Copies for training
+    /// or publishing inherit the setting.
     pub fn checkpoint_activations(&mut self, checkpoint: bool) {
         self.checkpointed = checkpoint;
     }
 
-    /// Final hidden states `[T, D]` of `ids` at `positions`, normed, ready for the head.
+    /// Returns the final hidden states `[T, D]` of `ids` at `positions`, normed, as the head expects them.
     ///
     /// # Errors
-    /// A position beyond the context, or shapes that do not fit.
+    /// If a position is beyond the context, or the shapes do not match.
     pub fn hidden(&self, ids: &[u32], positions: &[u32], attend: &mut dyn Attend) -> Result<Tensor> {
         let angles = self.angles(positions)?;
         let x = self.layers.iter().try_fold(self.embedded(ids)?, |x, layer| layer.forward(&x, &angles, attend))?;
         layer::norm(&self.config, &x, &self.final_norm)
     }
 
-    /// The same for a pack, each layer computed again in the backward.
+    /// Returns the final hidden states of a pack; the backward recomputes each layer.
     fn hidden_checkpointed(&self, pack: &Pack) -> Result<Tensor> {
         let (angles, mask) = (Arc::new(self.angles(&pack.positions)?), Arc::new(pack.mask()));
         let x = self.layers.iter().try_fold(self.embedded(&pack.ids)?, |x, layer| {
@@ -220,18 +224,18 @@ impl Decoder {
         }
     }
 
-    /// Logits `[N, V]` of hidden states `[N, D]`.
+    /// Returns the logits `[N, V]` of hidden states `[N, D]`.
     ///
     /// # Errors
-    /// Shapes that do not fit.
+    /// If the shapes do not match.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         kernels::softcap(&layer::linear(hidden, &self.head, self.narrow_head.as_deref())?, self.config.logit_cap)
     }
 
-    /// Hidden states `[N, D]` that predict the targets of `pack`.
+    /// Returns the hidden states `[N, D]` that predict the targets of `pack`.
     ///
     /// # Errors
-    /// As [`Self::hidden`].
+    /// The same as for [`Self::hidden`].
     pub fn predicting(&self, pack: &Pack) -> Result<Tensor> {
         let hidden = if self.checkpointed {
             self.hidden_checkpointed(pack)?
@@ -241,28 +245,29 @@ impl Decoder {
         hidden.index_select(&Tensor::new(pack.rows.as_slice(), self.device())?, 0)
     }
 
-    /// Log-probability `[N]` of each target of `pack`, and entropy `[N]` of the distribution that
-    /// predicted it, at `temperature`.
+    /// Returns the log-probability `[N]` of each target of `pack`, and the entropy `[N]` of the distribution that
+    /// predicts it, at `temperature`.
     ///
     /// # Errors
-    /// As [`Self::hidden`].
+    /// The same as for [`Self::hidden`].
     pub fn logprobs(&self, pack: &Pack, temperature: f64) -> Result<(Tensor, Tensor)> {
         self.logprobs_of(&self.predicting(pack)?, &pack.targets, temperature)
     }
 
-    /// The log-probabilities at each of several temperatures, without gradient, for one pass.
+    /// Returns the targets' log-probabilities at each of several temperatures from one pass, without a gradient.
     ///
     /// # Errors
-    /// As [`Self::hidden`].
+    /// The same as for [`Self::hidden`].
     pub fn score(&self, pack: &Pack, temperatures: &[f64]) -> Result<Vec<Vec<f32>>> {
         let hidden = self.predicting(pack)?;
         kernels::linear_logprobs_at(&hidden, &self.head, self.config.logit_cap, &pack.targets, temperatures)
     }
 
-    /// The same of targets `[N]` predicted by hidden states `[N, D]`.
+    /// Returns the log-probabilities and entropies, as [`Self::logprobs`], of targets `[N]` predicted by hidden states
+    /// `[N, D]`.
     ///
     /// # Errors
-    /// Shapes that do not fit.
+    /// If the shapes do not match.
     pub fn logprobs_of(&self, hidden: &Tensor, targets: &[u32], temperature: f64) -> Result<(Tensor, Tensor)> {
         kernels::linear_logprobs(hidden, &self.head, self.config.logit_cap, targets, temperature)
     }

@@ -1,4 +1,4 @@
-//! Writing a model so that `transformers` opens it.
+//! Writing of models in the format of `transformers`.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -11,22 +11,22 @@ use super::config::Head;
 use super::{ModelConfig, Weights};
 use crate::util::disk;
 
-/// Writes `config.json`, `generation_config.json` and `model.safetensors` into `dir`, which must exist.
+/// Writes `config.json`, `generation_config.json` and `model.safetensors` to `dir`, which must exist.
 ///
 /// # Errors
-/// Names the file that cannot be written.
+/// If a file cannot be written; the error names it.
 pub fn write(dir: &Path, config: &ModelConfig, weights: &Weights, dtype: DType) -> Result<()> {
     write_described(dir, config.to_json(Head::Language), config, weights, dtype)
 }
 
-/// As [`write`], for a model with a scalar head `score.weight` `[1, D]` among its weights, as
-/// `AutoModelForSequenceClassification` opens it. `pad` is the token that fills batches up there.
+/// Writes a model with a scalar head `score.weight` `[1, D]` among its weights, in the format of
+/// `AutoModelForSequenceClassification`. `pad` is its padding token.
 ///
 /// # Errors
-/// As [`write`].
+/// The same as for [`write`].
 pub fn write_scorer(dir: &Path, config: &ModelConfig, weights: &Weights, pad: Option<u32>, dtype: DType) -> Result<()> {
     let mut description = config.to_json(Head::Scalar);
-    // What `transformers` reads the number of outputs from: one label, so one output.
+    // `transformers` takes the number of outputs from here: one label, so one output.
     description["id2label"] = json!({ "0": "reward" });
     description["label2id"] = json!({ "reward": 0 });
     description["pad_token_id"] = json!(pad);
@@ -48,12 +48,12 @@ fn write_described(
     write_tensors(&dir.join("model.safetensors"), weights, dtype)
 }
 
-/// Writes tensors by name.
+/// Writes tensors by name to a safetensors file.
 ///
 /// # Errors
-/// Names the file that cannot be written.
+/// If the file cannot be written; the error names it.
 pub fn write_tensors(path: &Path, weights: &Weights, dtype: DType) -> Result<()> {
-    // On the host first: a card has no room for a second model.
+    // Converted on the host, because a card may have no memory for a second model.
     let turned = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.to_dtype(dtype);
     let tensors: Vec<(&String, Tensor)> =
         weights.0.iter().map(|(name, tensor)| Ok((name, turned(tensor)?))).collect::<Result<_>>()?;
@@ -63,10 +63,10 @@ pub fn write_tensors(path: &Path, weights: &Weights, dtype: DType) -> Result<()>
     disk::open_to_umask(path)
 }
 
-/// Writes pretty JSON.
+/// Writes pretty-printed JSON.
 ///
 /// # Errors
-/// Names the file that cannot be written.
+/// If the file cannot be written; the error names it.
 pub fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
     std::fs::write(path, serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", path.display()))
 }

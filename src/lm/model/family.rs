@@ -1,4 +1,4 @@
-//! The architectures that can be trained: what each adds to the shared decoder, one file each.
+//! Supported architecture families: the differences from the shared decoder, one file per family.
 
 pub mod gemma2;
 pub mod gemma3;
@@ -11,66 +11,68 @@ use serde_json::Value as Json;
 
 use kernels::Activation;
 
-/// What an architecture is called and what it adds to a pre-norm decoder with rotary positions, grouped queries and a
+/// Names of an architecture, and its differences from a pre-norm decoder with rotary positions, grouped queries and a
 /// gated feed-forward layer.
 #[derive(Debug)]
 pub struct Family {
-    /// `architectures` in `config.json`.
+    /// Architecture with a language head, as in `architectures` of `config.json`.
     pub architecture: &'static str,
-    /// The same with a scalar head.
+    /// Architecture with a scalar head, as in `architectures` of `config.json`.
     pub scorer: &'static str,
-    /// `model_type` in `config.json`.
+    /// Value of `model_type` in `config.json`.
     pub model_type: &'static str,
-    /// `general.architecture` in GGUF, where the family has a name of its own there.
+    /// Value of `general.architecture` in GGUF, if the family has its own.
     pub gguf: Option<&'static str>,
-    /// Whether GGUF keeps the rows of queries and keys in interleaved rotary order.
+    /// True if GGUF stores the rows of queries and keys in interleaved rotary order.
     pub gguf_interleaved: bool,
-    /// Whether queries, keys and values have biases.
+    /// True if queries, keys and values have biases.
     pub qkv_bias: bool,
-    /// Whether each head of queries and keys is normed before it is rotated.
+    /// True if each head of queries and keys is normed before it is rotated.
     pub qk_norm: bool,
-    /// The gate of the feed-forward layer.
+    /// Activation of the feed-forward layer's gate.
     pub activation: Activation,
-    /// What makes it a Gemma.
+    /// Features of the Gemma models, if it is one.
     pub gemma: Option<Gemma>,
-    /// Whether the head is the embedding where `config.json` does not say.
+    /// True if the head is tied to the embedding unless `config.json` says otherwise.
     pub tied: bool,
-    /// Tokens that a token sees in a layer with a window, itself included, by `config.json`; absent for all.
+    /// Returns the number of tokens that a token attends to in a layer with a window, itself included, from
+    /// `config.json`; `None` if no layer has a window.
     pub window: fn(&Json) -> Option<usize>,
-    /// Whether the layer of this index has the window, where `config.json` does not list it.
+    /// Returns whether the layer of this index has the window, if `config.json` does not list the layers.
     pub slides: fn(&Json, usize) -> bool,
-    /// Whether `transformers` heeds `layer_types` in `config.json`.
+    /// True if `transformers` uses `layer_types` of `config.json`.
     pub lists_layers: bool,
-    /// The values of keys that `config.json` does not have, as `transformers` takes them.
+    /// Defaults of keys that are absent from `config.json`, as in `transformers`.
     pub defaults: Defaults,
 }
 
-/// The values of keys that are absent from `config.json`.
+/// Defaults of keys that are absent from `config.json`.
 #[derive(Debug)]
 pub struct Defaults {
-    /// `max_position_embeddings`, in tokens.
+    /// Default of `max_position_embeddings`, in tokens.
     pub context: usize,
-    /// `num_key_value_heads`; where absent here too, as many as there are heads.
+    /// Default of `num_key_value_heads`; `None` for the number of query heads.
     pub kv_heads: Option<usize>,
-    /// `head_dim`; where absent here too, the width of the model over the number of heads.
+    /// Default of `head_dim`; `None` for the width of the model divided by the number of heads.
     pub head_dim: Option<usize>,
 }
 
-/// What the Gemma models have in common: norms weighted by `1 + w`, also after attention and feed-forward layer, the
-/// embedding times √D, and these where `config.json` leaves them out.
+/// Common features of the Gemma models: norms weighted by `1 + w`, also after attention and feed-forward layer,
+/// embeddings multiplied by √D, and these defaults of keys that are absent from `config.json`.
 #[derive(Debug)]
 pub struct Gemma {
-    /// Bound of the attention scores.
+    /// Soft cap of the attention scores.
     pub attention_cap: Option<f64>,
-    /// Bound of the logits.
+    /// Soft cap of the logits.
     pub logit_cap: Option<f64>,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// The same in layers with a window, where it is another.
+    /// Base of the rotary frequencies in layers with a window, if it differs.
     pub local_rope_theta: Option<f64>,
-    /// In GGUF, whose layers are not listed: one layer in this many has no window, the last of them.
+    /// In GGUF, which does not list the layers: the last of every this many layers has no window.
     pub period: usize,
-    /// In GGUF: layers of the size whose queries are scaled by width over heads rather than by the width of a head.
+    /// In GGUF: number of layers of the model size whose queries are scaled by width over heads instead of by the width
+    /// of a head.
     pub scaled_by_width: usize,
 }
 
@@ -80,22 +82,22 @@ impl PartialEq for Family {
     }
 }
 
-/// All of them.
+/// All supported families.
 pub const FAMILIES: [&Family; 6] =
     [&llama::FAMILY, &mistral::FAMILY, &qwen2::FAMILY, &qwen3::FAMILY, &gemma2::FAMILY, &gemma3::FAMILY];
 
-/// A window that is used only if another key says so.
+/// Returns the window of a family whose window is used only if `use_sliding_window` is true.
 fn optional_window(config: &Json) -> Option<usize> {
     let used = config["use_sliding_window"].as_bool().unwrap_or(false);
     plain_window(config).filter(|_| used)
 }
 
-/// The window of a model whose `config.json` has none is 4096 tokens; null says that there is none.
+/// Returns the window, whose default is 4096 tokens; null means none.
 fn plain_window(config: &Json) -> Option<usize> {
     config.get("sliding_window").map_or(Some(4096), |size| size.as_u64().map(|n| n as usize))
 }
 
-/// Layers from `max_window_layers` on have the window.
+/// Returns whether a layer has the window, as the layers from `max_window_layers` on do.
 fn late_layers(config: &Json, layer: usize) -> bool {
     layer as u64 >= config["max_window_layers"].as_u64().unwrap_or(28)
 }

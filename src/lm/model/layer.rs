@@ -1,4 +1,4 @@
-//! One layer of a decoder: attention, then the gated feed-forward layer, each added to the stream.
+//! One layer of a decoder: attention, then the gated feed-forward layer, each added to the residual stream.
 
 use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::rope::Angles;
 use super::weights::Weights;
 use kernels::{Format, Matrix, Quantized};
 
-/// A layer's tensors, and where it stands.
+/// Tensors of a layer, its index and its window.
 #[derive(Debug, Clone)]
 pub(super) struct Layer {
     config: Arc<ModelConfig>,
@@ -21,25 +21,25 @@ pub(super) struct Layer {
     k: Projection,
     v: Projection,
     o: Linear,
-    /// After attention, before its result joins the stream.
+    /// Norm of the attention's result before it is added to the stream, if the family has one.
     attended_norm: Option<Tensor>,
     feed_forward_norm: Tensor,
     gate: Linear,
     up: Linear,
     down: Linear,
-    /// After the feed-forward layer, likewise.
+    /// Norm of the feed-forward layer's result before it is added to the stream, if the family has one.
     fed_norm: Option<Tensor>,
 }
 
-/// A matrix that rows are multiplied with.
+/// Linear map with an optional quantized copy of its weight.
 #[derive(Debug, Clone)]
 struct Linear {
     matrix: Matrix,
-    /// Its weight in fewer bits, for few rows without a gradient.
+    /// Quantized weight, for few rows without a gradient.
     narrow: Option<Arc<Quantized>>,
 }
 
-/// What makes queries, keys or values of a hidden state.
+/// Projection of hidden states to queries, keys or values.
 #[derive(Debug, Clone)]
 struct Projection {
     linear: Linear,
@@ -48,10 +48,10 @@ struct Projection {
 }
 
 impl Layer {
-    /// Layer `index` from weights under their Hugging Face names.
+    /// Builds layer `index` from weights under their Hugging Face names.
     ///
     /// # Errors
-    /// Names the tensor that is missing or has the wrong shape.
+    /// If a tensor is missing or has the wrong shape; the error names it.
     pub(super) fn new(
         index: usize,
         config: &Arc<ModelConfig>,
@@ -98,7 +98,7 @@ impl Layer {
         })
     }
 
-    /// The same layer with its matrices in `format` beside.
+    /// Returns the layer with additional copies of its matrices in `format`.
     pub(super) fn narrowed(&self, format: Format) -> Result<Self> {
         let mut layer = self.clone();
         let projections = [&mut layer.q, &mut layer.k, &mut layer.v].map(|projection| &mut projection.linear);
@@ -109,12 +109,12 @@ impl Layer {
         Ok(layer)
     }
 
-    /// The stream `[T, D]` after this layer; `angles` are those of the tokens' positions.
+    /// Returns the residual stream `[T, D]` after this layer; `angles` are those of the tokens' positions.
     pub(super) fn forward(&self, x: &Tensor, angles: &Angles, attend: &mut dyn Attend) -> Result<Tensor> {
         self.feed_forward(&self.attention(x, angles, attend)?)
     }
 
-    /// What the layer adds after its norm, or before where the family has none there.
+    /// Applies the norm after a half layer, or returns `x` unchanged for families without one.
     fn after(&self, x: Tensor, weight: &Option<Tensor>) -> Result<Tensor> {
         weight.as_ref().map_or(Ok(x.clone()), |weight| norm(&self.config, &x, weight))
     }
@@ -145,7 +145,7 @@ impl Layer {
         let (q, k) = (self.heads(&self.q, &h, config.heads)?, self.heads(&self.k, &h, config.kv_heads)?);
         let v = self.heads(&self.v, &h, config.kv_heads)?;
         let (mut q, k) = (kernels::rope(&q, cos, sin)?, kernels::rope(&k, cos, sin)?);
-        // Attention divides by the root of the width of a head.
+        // Attention itself divides by the square root of the width of a head.
         let scale = config.query_scalar.map(|scalar| (config.head_dim as f64 / scalar as f64).sqrt());
         if let Some(scale) = scale.filter(|scale| *scale != 1.0) {
             q = (q * scale)?;
@@ -173,18 +173,18 @@ impl Layer {
         x + self.after(self.down.forward(&h)?, &self.fed_norm)?
     }
 
-    /// Whether nothing but what [`kernels::self_attention`] knows stands between the stream and the stream.
+    /// Returns whether the attention half of the layer is exactly the computation of [`kernels::self_attention`].
     fn attention_is_plain(&self, x: &Tensor) -> Result<bool> {
         let linears = [&self.q.linear, &self.k.linear, &self.v.linear, &self.o];
         Ok(are_plain(x, linears)? && self.config.family.gemma.is_none() && self.config.query_scalar.is_none())
     }
 
-    /// Likewise for [`kernels::feed_forward`].
+    /// Returns whether the feed-forward half of the layer is exactly the computation of [`kernels::feed_forward`].
     fn feed_forward_is_plain(&self, x: &Tensor) -> Result<bool> {
         Ok(self.config.family.gemma.is_none() && are_plain(x, [&self.gate, &self.up, &self.down])?)
     }
 
-    /// `[T, heads, hd]` of hidden states `[T, D]`.
+    /// Returns the heads `[T, heads, hd]` of hidden states `[T, D]`.
     fn heads(&self, projection: &Projection, x: &Tensor, heads: usize) -> Result<Tensor> {
         let out = projection.linear.forward(x)?;
         let (t, hd) = (x.dim(0)?, self.config.head_dim);
@@ -195,7 +195,7 @@ impl Layer {
     }
 }
 
-/// Whether rows `x` go by the matrices as they are: few go by those in fewer bits, where there are any.
+/// Returns whether rows `x` use the original matrices: few rows use quantized ones if they exist.
 fn are_plain<'a>(x: &Tensor, linears: impl IntoIterator<Item = &'a Linear>) -> Result<bool> {
     let few = x.dim(0)? <= kernels::SMALL_BATCH_ROWS;
     Ok(linears.into_iter().all(|linear| !(few && linear.narrow.is_some())))
@@ -207,7 +207,7 @@ impl Linear {
     }
 }
 
-/// `x · weightᵀ`, by the matrix in fewer bits where there is one and `x` is few rows.
+/// Computes `x · weightᵀ`, with the quantized matrix if it exists and `x` has few rows and no gradient.
 pub(super) fn linear(x: &Tensor, weight: &Tensor, narrow: Option<&Quantized>) -> Result<Tensor> {
     match narrow {
         Some(narrow) if x.dim(0)? <= kernels::SMALL_BATCH_ROWS && !x.track_op() => narrow.linear(x),
@@ -215,12 +215,12 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, narrow: Option<&Quantized>) ->
     }
 }
 
-/// RMSNorm, by the weight or by one more than it.
+/// Computes RMSNorm with the weight, or with `1 + weight` for Gemma.
 pub(super) fn norm(config: &ModelConfig, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     match config.family.gemma {
         None => kernels::rms_norm(x, weight, config.rms_norm_eps),
         Some(_) => {
-            // One more than a small number has no bits left for it in half precision.
+            // In half precision the sum of 1 and a small number loses the small number.
             let wide = if weight.dtype() == DType::BF16 { weight.to_dtype(DType::F32)? } else { weight.clone() };
             kernels::rms_norm(x, &(wide + 1.0)?, config.rms_norm_eps)
         }

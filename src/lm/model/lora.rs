@@ -12,32 +12,32 @@ use super::{Weights, export};
 use crate::util::seed::{self, mix};
 use kernels::Adapter;
 
-/// Which matrices get an adapter, and of what size.
+/// Size of low-rank adapters, and the matrices that have one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Lora {
-    /// Rows of A and columns of B, r.
+    /// Rank r: rows of A and columns of B.
     pub rank: usize,
-    /// What the product is scaled by, times r.
+    /// Numerator α of the scale α/r.
     pub alpha: f64,
-    /// Last parts of the names of the matrices, such as `q_proj`.
+    /// Last components of the names of the adapted matrices, such as `q_proj`.
     pub targets: Vec<String>,
 }
 
 impl Lora {
-    /// α/r.
+    /// Returns the scale, α/r.
     pub fn scale(&self) -> f64 {
         self.alpha / self.rank as f64
     }
 
-    /// Whether the matrix called `name` (without `.weight`) gets an adapter.
+    /// Returns whether the matrix called `name` (without `.weight`) has an adapter.
     pub fn adapts(&self, name: &str) -> bool {
         name.rsplit_once('.').is_some_and(|(_, last)| self.targets.iter().any(|target| target == last))
     }
 
-    /// The adapter of the matrix called `name`, of this shape, among `weights`.
+    /// Returns the adapter of the matrix called `name`, of this shape, from `weights`, or `None` if it has none.
     ///
     /// # Errors
-    /// Names the tensor that is missing or misshapen.
+    /// If a tensor is missing or has the wrong shape; the error names it.
     pub(super) fn adapter(&self, weights: &Weights, name: &str, [out, width]: [usize; 2]) -> Result<Option<Adapter>> {
         if !self.adapts(name) {
             return Ok(None);
@@ -47,11 +47,11 @@ impl Lora {
         Ok(Some(Adapter { a, b, scale: self.scale() }))
     }
 
-    /// Fresh adapters for `base`, by name: A uniform within ±1/√in, B zero, so that they change nothing yet. A function
-    /// of `seed` and the names alone.
+    /// Returns initial adapters for `base`, by name: A uniform within ±1/√in, B zero, so that they do not change the
+    /// model yet. The values depend on `seed` and the names only.
     ///
     /// # Errors
-    /// When the device has no room.
+    /// If the device has not enough memory.
     pub fn fresh(&self, base: &Weights, seed: u64, device: &Device) -> Result<Weights> {
         let mut all = Weights::default();
         for (key, weight) in &base.0 {
@@ -67,10 +67,10 @@ impl Lora {
         Ok(all)
     }
 
-    /// `weights` with the adapters in them worked into the matrices, `W + α/r · B·A`.
+    /// Returns `weights` with their adapters merged into the matrices, `W + α/r · B·A`.
     ///
     /// # Errors
-    /// Names the adapter that is missing.
+    /// If an adapter is missing; the error names it.
     pub fn merge(&self, weights: &Weights) -> Result<Weights> {
         let mut merged = Weights::default();
         for (key, weight) in weights.0.iter().filter(|(key, _)| !is_adapter(key)) {
@@ -87,10 +87,10 @@ impl Lora {
         Ok(merged)
     }
 
-    /// The adapters in `dir` as [`Self::write`] left them, by name.
+    /// Reads the adapters that [`Self::write`] wrote to `dir`, by name.
     ///
     /// # Errors
-    /// Names the file that cannot be read.
+    /// If the file cannot be read; the error names it.
     pub fn read(dir: &Path, device: &Device) -> Result<Weights> {
         let path = dir.join("adapter_model.safetensors");
         let tensors =
@@ -101,13 +101,13 @@ impl Lora {
         Ok(Weights(tensors.into_iter().map(named).collect()))
     }
 
-    /// Writes the adapters among `weights` into `dir` as PEFT opens them. `base` names the model that they are for: a directory
-    /// or a repository of a hub.
+    /// Writes the adapters among `weights` to `dir` in the format of PEFT. `base` names the model to which they apply:
+    /// a directory or a repository of a hub.
     ///
     /// # Errors
-    /// Names the file that cannot be written.
+    /// If a file cannot be written; the error names it.
     pub fn write(&self, dir: &Path, weights: &Weights, base: Option<&str>) -> Result<()> {
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let tensors = weights.0.iter().filter(|(key, _)| is_adapter(key));
         let tensors =
             Weights(tensors.map(|(key, tensor)| (format!("base_model.model.{key}"), tensor.clone())).collect());
@@ -129,7 +129,7 @@ impl Lora {
     }
 }
 
-/// Whether a tensor of this name is part of an adapter.
+/// Returns whether a tensor of this name is part of an adapter.
 pub fn is_adapter(name: &str) -> bool {
     name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight")
 }

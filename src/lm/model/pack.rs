@@ -1,17 +1,17 @@
-//! One row of tokens that holds a shared prefix once and several continuations after it.
+//! A row of tokens that holds a shared prefix once, followed by several continuations.
 
 use std::ops::Range;
 
 use kernels::TreeMask;
 
-/// A prefix and its continuations, laid end to end: `[prefix | c₁ | c₂ | …]`.
+/// A prefix and its continuations, concatenated: `[prefix | c₁ | c₂ | …]`.
 ///
-/// A continuation sees the prefix and itself; positions restart after the prefix for each. So a group's
-/// prompt is computed once, forward and backward, and there is no padding. The last token of a continuation
-/// is predicted but never fed: nothing reads what would follow it.
+/// A continuation attends to the prefix and itself; its positions continue those of the prefix. So a group's prompt is
+/// computed once, forward and backward, and no padding is needed. The last token of a continuation is predicted but not
+/// fed, because nothing needs the prediction after it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pack {
-    /// Tokens fed, length `T`.
+    /// Tokens fed to the model, length `T`.
     pub ids: Vec<u32>,
     /// Position of each fed token in its own sequence.
     pub positions: Vec<u32>,
@@ -19,17 +19,17 @@ pub struct Pack {
     pub rows: Vec<u32>,
     /// Predicted tokens: all tokens of all continuations, in order, length `N`.
     pub targets: Vec<u32>,
-    /// Where each continuation lies in `targets`.
+    /// Range of each continuation in `targets`.
     pub spans: Vec<Range<usize>>,
     prefix: usize,
     fed: Vec<Range<usize>>,
 }
 
 impl Pack {
-    /// Packs `continuations` behind `prefix`.
+    /// Packs `continuations` after `prefix`.
     ///
     /// # Panics
-    /// When the prefix is empty: nothing would predict the first tokens.
+    /// If the prefix is empty, because nothing would predict the first tokens.
     pub fn new<S: AsRef<[u32]>>(prefix: &[u32], continuations: &[S]) -> Self {
         assert!(!prefix.is_empty(), "a pack needs at least one token of prefix to predict from");
         let p = prefix.len();
@@ -56,37 +56,37 @@ impl Pack {
         pack
     }
 
-    /// As [`Self::new`], but the last token of a continuation is fed too, and the rows are those of the last
-    /// tokens, one per continuation: for a head that reads what a whole sequence came to. No targets.
+    /// Packs complete sequences for a scalar head: the last token of each continuation is fed too, and `rows` are those
+    /// of the last tokens, one per continuation. There are no targets.
     ///
     /// # Panics
-    /// As [`Self::new`].
+    /// The same as for [`Self::new`].
     pub fn whole<S: AsRef<[u32]>>(prefix: &[u32], continuations: &[S]) -> Self {
         let longer: Vec<Vec<u32>> = continuations.iter().map(|one| [one.as_ref(), &[0]].concat()).collect();
         let mut pack = Self::new(prefix, &longer);
-        // The row that would predict the token put on above is that of the last token there is.
+        // The row that predicts the token appended above is that of the sequence's last token.
         pack.rows = pack.spans.iter().map(|span| pack.rows[span.end - 1]).collect();
         pack.targets.clear();
         pack.spans.clear();
         pack
     }
 
-    /// A row with nothing after its prefix: a prefill.
+    /// Packs a prompt without continuations, for a prefill.
     pub fn prefill(prompt: &[u32]) -> Self {
         Self::new::<&[u32]>(prompt, &[])
     }
 
-    /// Number of fed tokens, `T`.
+    /// Returns the number of fed tokens, `T`.
     pub fn len(&self) -> usize {
         self.ids.len()
     }
 
-    /// Always false: a pack holds at least one token.
+    /// Returns whether the pack has no tokens, which is never the case.
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
     }
 
-    /// Who may look at whom: each continuation follows the prefix's last token.
+    /// Returns the attention mask: each continuation follows the prefix's last token.
     pub fn mask(&self) -> TreeMask {
         let chain = |rows: Range<usize>, before: Option<usize>| {
             rows.clone().map(move |row| if row == rows.start { before } else { Some(row - 1) })
@@ -95,10 +95,10 @@ impl Pack {
         TreeMask::new(0, chain(0..self.prefix, None).chain(continuations))
     }
 
-    /// Cuts per-target values into one list per continuation.
+    /// Splits per-target values into one list per continuation.
     ///
     /// # Panics
-    /// When `values` has not one value per target.
+    /// If the number of values is not the number of targets.
     pub fn split(&self, values: &[f32]) -> Vec<Vec<f32>> {
         assert_eq!(values.len(), self.targets.len(), "one value per target");
         self.spans.iter().map(|span| values[span.clone()].to_vec()).collect()
@@ -110,14 +110,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whole_sequences_are_fed_to_their_last_token() {
+    fn complete_sequences_include_their_last_token() {
         let pack = Pack::whole(&[7, 8], &[vec![1, 2, 3], vec![], vec![5]]);
         assert_eq!(pack.ids, [7, 8, 1, 2, 3, 5]);
         assert_eq!(pack.rows, [4, 1, 5]);
     }
 
     #[test]
-    fn lays_out_prefix_and_continuations() {
+    fn prefix_and_continuations_are_concatenated() {
         let pack = Pack::new(&[7, 8], &[vec![1, 2, 3], vec![4], vec![5, 6]]);
         assert_eq!(pack.ids, [7, 8, 1, 2, 5]);
         assert_eq!(pack.positions, [0, 1, 2, 3, 2]);

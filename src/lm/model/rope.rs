@@ -1,4 +1,4 @@
-//! Rotary positions (Su et al. 2021), and how models stretch them over longer texts.
+//! Rotary positions (Su et al. 2021), and the scalings that extend them to longer contexts.
 
 mod parameters;
 
@@ -9,49 +9,50 @@ use serde_json::{Value as Json, json};
 use super::config::ModelConfig;
 pub(super) use parameters::Rotary;
 
-/// How the rotary frequencies θ^(−2i/hd) are scaled.
+/// Scaling of the rotary frequencies θ^(−2i/hd).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scaling {
-    /// Not at all.
+    /// No scaling.
     None,
-    /// All divided by this factor (Chen et al. 2023).
+    /// All frequencies are divided by this factor (Chen et al. 2023).
     Linear(f64),
-    /// The slow ones divided by `factor`, the fast ones left, those in between mixed (Llama 3.1).
+    /// Low frequencies are divided by `factor`, high ones are kept, those in between are interpolated (Llama 3.1).
     Llama3 {
-        /// What slow frequencies are divided by.
+        /// Divisor of the low frequencies.
         factor: f64,
-        /// Waves that turn fewer times than this in `original` tokens are slow.
+        /// Frequencies with fewer turns than this in `original` tokens are low.
         low: f64,
-        /// Those that turn more often than this are fast.
+        /// Frequencies with more turns than this are high.
         high: f64,
-        /// Tokens of the context before it was stretched.
+        /// Length of the context before it was extended, in tokens.
         original: f64,
     },
-    /// The slow ones divided by `factor`, the fast ones left, those in between mixed by their place; queries times keys are
-    /// scaled too (YaRN, Peng et al. 2023).
+    /// Low frequencies are divided by `factor`, high ones are kept, those in between are interpolated by their index;
+    /// attention scores are scaled too (YaRN, Peng et al. 2023).
     Yarn {
-        /// What slow frequencies are divided by.
+        /// Divisor of the low frequencies.
         factor: f64,
-        /// Waves that turn at least this often in `original` tokens are fast.
+        /// Frequencies with at least this many turns in `original` tokens are high.
         fast: f64,
-        /// Those that turn at most this often are slow.
+        /// Frequencies with at most this many turns are low.
         slow: f64,
-        /// Tokens of the context before it was stretched.
+        /// Length of the context before it was extended, in tokens.
         original: f64,
-        /// Whether the places of `fast` and `slow` are rounded to whole ones.
+        /// True if the indices that correspond to `fast` and `slow` are rounded to integers.
         truncate: bool,
-        /// What cosines and sines are multiplied by; where absent, `0.1 ln(factor) + 1`.
+        /// Factor of cosines and sines; `None` for `0.1 ln(factor) + 1`.
         attention: Option<f64>,
     },
 }
 
 impl Scaling {
-    /// What frequencies were divided by, one by one, as GGUF keeps Llama 3's scaling in `rope_freqs.weight`.
+    /// Infers the scaling from the divisors of the frequencies, in which form GGUF stores Llama 3's scaling
+    /// (`rope_freqs.weight`).
     ///
     /// # Errors
-    /// When they are not of Llama 3's kind.
+    /// If they are not those of a Llama 3.
     pub fn from_factors(factors: &[f32], theta: f64) -> Result<Self> {
-        // What all published models have; the rest can be read off the factors.
+        // All published models have these values; the others can be inferred from the factors.
         let (low, high) = (1.0, 4.0);
         let factor = factors.iter().fold(1.0, |most: f64, factor| most.max(f64::from(*factor)));
         let frequency = |i: usize| theta.powf(-(i as f64) / factors.len() as f64);
@@ -71,7 +72,7 @@ impl Scaling {
         Ok(scaling)
     }
 
-    /// As `config.json` has it, without θ.
+    /// Returns the scaling as `config.json` describes it, without θ.
     pub fn to_json(self) -> Json {
         match self {
             Self::None => json!({ "rope_type": "default" }),
@@ -93,7 +94,7 @@ impl Scaling {
         }
     }
 
-    /// What cosines and sines are multiplied by.
+    /// Returns the factor of cosines and sines.
     fn amplitude(self) -> f64 {
         match self {
             Self::Yarn { factor, attention, .. } => attention.unwrap_or_else(|| magnitude(factor, 1.0)),
@@ -101,11 +102,11 @@ impl Scaling {
         }
     }
 
-    /// The rotary frequencies of a head with `width` dimensions, half as many, from θ^(−2i/width).
+    /// Returns the rotary frequencies of a head with `width` dimensions, `width / 2` values, from θ^(−2i/width).
     fn frequencies(self, theta: f64, width: usize) -> Vec<f64> {
         let plain = |i: usize| 1.0 / theta.powf(2.0 * i as f64 / width as f64);
         if let Self::Yarn { factor, fast, slow, original, truncate, .. } = self {
-            // The place of the wave that turns so often in the original context.
+            // Index of the frequency with this many turns in the original context.
             let place =
                 |turns: f64| width as f64 * (original / (turns * std::f64::consts::TAU)).ln() / (2.0 * theta.ln());
             let (low, high) = (place(fast), place(slow));
@@ -126,7 +127,7 @@ impl Scaling {
 
     fn scaled(self, frequency: f64) -> f64 {
         match self {
-            // By its place, not by itself.
+            // YaRN scales by index, not by frequency.
             Self::Yarn { .. } => frequency,
             Self::None => frequency,
             Self::Linear(factor) => frequency / factor,
@@ -145,16 +146,16 @@ impl Scaling {
     }
 }
 
-/// YaRN's scale of queries and keys for a context that is stretched by `factor`.
+/// Returns YaRN's scale of cosines and sines for a context that is extended by `factor`.
 fn magnitude(factor: f64, scale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
 }
 
-/// A model's rotary frequencies.
+/// Rotary frequencies of a model.
 #[derive(Debug)]
 pub(super) struct Frequencies {
     whole: Waves,
-    /// Of layers with a window, where these have frequencies of their own.
+    /// Frequencies of layers with a window, if these have their own.
     local: Option<Waves>,
 }
 
@@ -164,7 +165,7 @@ struct Waves {
     amplitude: f64,
 }
 
-/// cos and sin `[T, hd/2]` of some tokens' angles.
+/// cos and sin `[T, hd/2]` of the tokens' angles.
 #[derive(Debug)]
 pub(super) struct Angles {
     whole: (Tensor, Tensor),
@@ -183,10 +184,10 @@ impl Frequencies {
         }
     }
 
-    /// position · θ^(−2i/hd) (Su et al. 2021, eq. 15), scaled, of tokens at `positions`.
+    /// Returns position · θ^(−2i/hd) (Su et al. 2021, eq. 15), scaled, of tokens at `positions`.
     ///
     /// # Errors
-    /// When the device has no room.
+    /// If the device has not enough memory.
     pub(super) fn at(&self, positions: &[u32], device: &Device) -> candle_core::Result<Angles> {
         let of = |Waves { frequencies, amplitude }: &Waves| {
             let angle = |position: &u32, f: &f32| *position as f32 * f;
@@ -205,7 +206,7 @@ impl Frequencies {
 }
 
 impl Angles {
-    /// Of a layer, with a window or not.
+    /// Returns cos and sin for layers with or without a window.
     pub(super) fn of(&self, windowed: bool) -> &(Tensor, Tensor) {
         self.local.as_ref().filter(|_| windowed).unwrap_or(&self.whole)
     }
@@ -215,9 +216,10 @@ impl Angles {
 mod tests {
     use super::*;
 
-    /// What `ROPE_INIT_FUNCTIONS` of `transformers` 5.19 give for heads of 16 dimensions and a base of 10000.
+    /// The expected values are those of `ROPE_INIT_FUNCTIONS` of `transformers` 5.19 for heads of 16 dimensions and a
+    /// base of 10000.
     #[test]
-    fn stretched_frequencies_agree_with_transformers() {
+    fn scaled_frequencies_agree_with_transformers() {
         let yarn = |factor, fast, slow, original, truncate, attention| Scaling::Yarn {
             factor,
             fast,

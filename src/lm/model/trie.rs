@@ -1,4 +1,4 @@
-//! Many sequences in one row, whatever they share at their beginning computed once.
+//! Many sequences in one row; shared beginnings are computed once.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,32 +10,32 @@ use super::decoder::Decoder;
 use super::pack::Pack;
 use kernels::TreeMask;
 
-/// A prefix tree of token sequences, laid out as one row: a token sees those above it.
+/// Prefix tree of token sequences, laid out as one row: a token attends to its ancestors.
 ///
-/// Prompts that begin alike (the same instructions, the same text, several candidates) cost their common part
-/// once, at every level, without anybody saying what is common.
+/// Prompts that begin alike (the same instructions, the same text, several candidates) share the computation of their
+/// common part, at every level and without annotations.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Trie {
     ids: Vec<u32>,
     positions: Vec<u32>,
     parents: Vec<Option<usize>>,
-    /// Row of each token of each sequence, the cached prefix left out.
+    /// Row of each token of each sequence after the cached prefix.
     rows: Vec<Vec<u32>>,
     cached: usize,
 }
 
-/// Keys and values of a prefix that many rows begin with.
+/// Keys and values of a prefix that many sequences share.
 pub struct Prefix {
     ids: Vec<u32>,
-    /// `[P, KV, hd]` each, by layer.
+    /// Keys and values, `[P, KV, hd]` each, by layer.
     layers: Vec<(Tensor, Tensor)>,
 }
 
 impl Prefix {
-    /// Computes the prefix once.
+    /// Computes the keys and values of a prefix.
     ///
     /// # Errors
-    /// As [`Decoder::hidden`].
+    /// The same as for [`Decoder::hidden`].
     pub fn new(model: &Decoder, ids: &[u32]) -> Result<Self> {
         let pack = Pack::prefill(ids);
         let mut attention = PackedAttention::keeping(&pack);
@@ -43,17 +43,17 @@ impl Prefix {
         Ok(Self { ids: ids.to_vec(), layers: attention.into_kept() })
     }
 
-    /// The tokens.
+    /// Returns the tokens of the prefix.
     pub fn ids(&self) -> &[u32] {
         &self.ids
     }
 }
 
-/// The final hidden state `[1, D]` of a prompt's last token, and its keys and values `[T, KV, hd]` by layer for a
-/// cache. What the prompt shares with `prefix` is not computed again.
+/// Returns the final hidden state `[1, D]` of a prompt's last token, and the prompt's keys and values `[T, KV, hd]` by
+/// layer for a cache. If the prompt begins with `prefix`, that part is not computed again.
 ///
 /// # Errors
-/// As [`Decoder::hidden`].
+/// The same as for [`Decoder::hidden`].
 pub fn prefill(model: &Decoder, prompt: &[u32], prefix: Option<&Prefix>) -> Result<(Tensor, Vec<(Tensor, Tensor)>)> {
     let prefix = prefix.filter(|prefix| prompt.len() > prefix.ids.len() && prompt.starts_with(&prefix.ids));
     let trie = Trie::new(&[prompt], prefix.map_or(0, |prefix| prefix.ids.len()));
@@ -63,10 +63,10 @@ pub fn prefill(model: &Decoder, prompt: &[u32], prefix: Option<&Prefix>) -> Resu
 }
 
 impl Trie {
-    /// Lays out `sequences`, less their first `cached` tokens, which must be the same in all.
+    /// Lays out `sequences` without their first `cached` tokens, which must be the same in all.
     ///
     /// # Panics
-    /// When a sequence has no token after the cached ones.
+    /// If a sequence has no token after the cached ones.
     pub fn new<S: AsRef<[u32]>>(sequences: &[S], cached: usize) -> Self {
         let mut trie = Self { ids: vec![], positions: vec![], parents: vec![], rows: vec![], cached };
         let mut children: HashMap<(Option<usize>, u32), usize> = HashMap::new();
@@ -90,30 +90,30 @@ impl Trie {
         trie
     }
 
-    /// Tokens fed, `T`.
+    /// Returns the number of fed tokens, `T`.
     pub fn len(&self) -> usize {
         self.ids.len()
     }
 
-    /// Whether nothing is fed.
+    /// Returns whether no tokens are fed.
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
     }
 
-    /// The row that token `index` of `sequence` (counted with the cached ones) is fed in.
+    /// Returns the row of token `index` of `sequence`; the index counts the cached tokens.
     pub fn row(&self, sequence: usize, index: usize) -> u32 {
         self.rows[sequence][index - self.cached]
     }
 
-    /// Who may look at whom.
+    /// Returns the attention mask.
     fn mask(&self) -> Arc<TreeMask> {
         Arc::new(TreeMask::new(self.cached, self.parents.iter().copied()))
     }
 
-    /// Final hidden states `[T, D]`; `prefix` holds the cached tokens, absent when there are none.
+    /// Returns the final hidden states `[T, D]`. `prefix` must hold the cached tokens, or be `None` if there are none.
     ///
     /// # Errors
-    /// As [`Decoder::hidden`].
+    /// The same as for [`Decoder::hidden`].
     pub fn hidden(&self, model: &Decoder, prefix: Option<&Prefix>) -> Result<Tensor> {
         let mut attention = TrieAttention { mask: self.mask(), prefix, kept: None };
         model.hidden(&self.ids, &self.positions, &mut attention)
@@ -123,7 +123,7 @@ impl Trie {
 struct TrieAttention<'a> {
     mask: Arc<TreeMask>,
     prefix: Option<&'a Prefix>,
-    /// Keys and values of all that is attended to, by layer, where they are wanted.
+    /// Keys and values of all visible tokens, by layer, if they are to be kept.
     kept: Option<Vec<(Tensor, Tensor)>>,
 }
 
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shared_is_fed_once_at_every_level() {
+    fn shared_tokens_are_fed_once_at_every_level() {
         let trie = Trie::new(&[vec![1, 2, 3], vec![1, 2, 4, 5], vec![6], vec![1, 2]], 0);
         assert_eq!(trie.ids, [1, 2, 3, 4, 5, 6]);
         assert_eq!(trie.positions, [0, 1, 2, 2, 3, 0]);
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefill_behind_a_prefix_is_that_of_the_whole_prompt() {
+    fn a_prefill_after_a_prefix_equals_that_of_the_complete_prompt() {
         let model = model(None);
         let prompt = [7, 8, 1, 2, 3];
         let prefix = Prefix::new(&model, &[7, 8, 1]).unwrap();
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn each_sequence_reads_as_if_it_were_alone() {
+    fn each_sequence_gives_the_result_of_a_separate_pass() {
         check_alone(&model(None));
         check_alone(&model(Some(Window { size: 3, layers: vec![true, false] })));
     }

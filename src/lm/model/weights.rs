@@ -1,4 +1,4 @@
-//! Named tensors of a model, and where they come from.
+//! Named tensors of a model, and the formats from which they are read.
 
 mod directory;
 mod fit;
@@ -14,47 +14,48 @@ use rand_chacha::ChaCha8Rng;
 use super::config::ModelConfig;
 use crate::util::seed::{self, mix};
 
-/// Name of the tensor of a scalar head, `[1, D]`, as `transformers` calls it.
+/// Name of the tensor of a scalar head, `[1, D]`, as in `transformers`.
 pub const SCORE: &str = "score.weight";
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// Where tensors are read to, and in which dtype.
+/// Target device and dtype of tensors that are read.
 #[derive(Debug, Clone, Copy)]
 pub struct Onto<'a> {
-    /// The device.
+    /// Target device.
     pub device: &'a Device,
-    /// Each tensor is turned into it as it is read, so that no second copy of the model is ever held.
+    /// Target dtype. Each tensor is converted while it is read, so that a second copy of the model never exists.
     pub dtype: DType,
 }
 
 impl<'a> From<&'a Device> for Onto<'a> {
-    /// In f32.
+    /// Reads in f32.
     fn from(device: &'a Device) -> Self {
         Self { device, dtype: DType::F32 }
     }
 }
 
-/// A model's tensors under their Hugging Face names.
+/// A model's tensors by their Hugging Face names.
 #[derive(Debug, Clone, Default)]
 pub struct Weights(pub BTreeMap<String, Tensor>);
 
 impl Weights {
-    /// The tensor called `name`, whose shape must be `shape`.
+    /// Returns the tensor called `name`, which must have this shape.
     ///
     /// # Errors
-    /// Names the tensor that is missing or misshapen.
+    /// If the tensor is missing or has another shape; the error names it.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.0.get(name).with_context(|| format!("the model has no tensor {name}"))?;
         ensure!(tensor.dims() == shape, "tensor {name} is {:?}, the configuration says {shape:?}", tensor.dims());
         Ok(tensor.clone())
     }
 
-    /// Fresh weights: matrices normal with deviation `std`, norms at one. A function of `seed` alone.
+    /// Returns random initial weights: matrices from a normal distribution with standard deviation `std`, norms at one,
+    /// biases at zero. The values depend on `seed` only.
     ///
     /// # Errors
-    /// When a tensor cannot be put on the device.
+    /// If the device has not enough memory.
     pub fn scratch(config: &ModelConfig, std: f64, seed: u64, device: &Device) -> Result<Self> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut weights = BTreeMap::new();
@@ -72,10 +73,10 @@ impl Weights {
         Ok(Self(weights))
     }
 
-    /// A copy in which nothing done to `self` afterwards can be seen. Variables are copied, all else is shared.
+    /// Returns a copy that later changes of `self` do not affect. Variables are copied, other tensors are shared.
     ///
     /// # Errors
-    /// When memory for the copy cannot be had.
+    /// If memory for the copy is not available.
     pub fn snapshot(&self) -> Result<Self> {
         Ok(Self(
             self.0
@@ -88,22 +89,22 @@ impl Weights {
         ))
     }
 
-    /// The same weights in `dtype`; shared where they are in it already.
+    /// Returns the weights in `dtype`; tensors that already have it are shared.
     ///
     /// # Errors
-    /// When memory for the copies cannot be had.
+    /// If memory for the copies is not available.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         let turned = self.0.iter().map(|(name, tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?)));
         turned.collect::<Result<_>>().map(Self)
     }
 
-    /// A number that tells these weights from others: a hash over up to 256 values of each tensor, evenly spread,
-    /// and the tensors' names. An optimizer step moves every value that has a gradient, so it moves this too; in half
-    /// precision a small step may move none of those that are looked at. Weights that were rounded to half precision are others
-    /// than the same numbers in `f32`, for they compute otherwise.
+    /// Returns a hash that identifies these weights, computed from the tensors' names and up to 256 evenly spaced
+    /// values of each tensor. An optimizer step changes every value that has a gradient, so it changes the hash too; in
+    /// half precision a small step may change none of the sampled values. The dtype is part of the hash: equal values
+    /// in bf16 and f32 give different fingerprints, because they produce different results.
     ///
     /// # Errors
-    /// When a tensor cannot be read.
+    /// If a tensor cannot be read.
     pub fn fingerprint(&self) -> Result<u64> {
         const SAMPLED: usize = 256;
         let mut hash = self.0.len() as u64;
@@ -123,18 +124,19 @@ impl Weights {
         Ok(hash)
     }
 
-    /// Number of values in all tensors.
+    /// Returns the number of values in all tensors.
     pub fn parameters(&self) -> usize {
         self.0.values().map(Tensor::elem_count).sum()
     }
 }
 
-/// Checks that every value of a tensor of floats is finite: one that is not makes all that is computed with it no number.
+/// Checks that every value of a floating-point tensor is finite, because a single one that is not makes every result
+/// NaN.
 fn finite(name: &str, tensor: &Tensor) -> Result<()> {
     if !tensor.dtype().is_float() || tensor.elem_count() == 0 {
         return Ok(());
     }
-    // Zero times a number is zero, and not so for what is no number or infinite.
+    // Zero times a finite number is zero; zero times NaN or infinity is NaN.
     let sum = tensor.affine(0.0, 0.0)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
     ensure!(
         sum == 0.0,
@@ -143,13 +145,13 @@ fn finite(name: &str, tensor: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// One draw from the standard normal distribution (Box–Muller).
+/// Draws a sample from the standard normal distribution (Box–Muller).
 fn normal(rng: &mut impl Rng) -> f64 {
     let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
     (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
 }
 
-/// Every tensor of a model of this shape.
+/// Returns the names and shapes of all tensors of a model with this configuration.
 fn shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let (d, hd, ffn) = (config.hidden_size, config.head_dim, config.intermediate_size);
     let (q, kv) = (config.heads * hd, config.kv_heads * hd);

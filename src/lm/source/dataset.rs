@@ -1,4 +1,4 @@
-//! Where data sets come from: files, folders, glob patterns, and data sets of a hub, one after another.
+//! Sources of data sets: files, folders, glob patterns, and data sets of a hub, read one after another.
 
 mod files;
 
@@ -15,22 +15,22 @@ use crate::util::suggest::nearest;
 pub use files::expand;
 pub(super) use files::of_split;
 
-/// One place that rows are read from.
+/// Source from which rows are read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DataPlace {
     /// A file, a folder, or a glob pattern.
     Path(PathBuf),
     /// A data set of a hub.
     Hub {
-        /// `owner/name`.
+        /// Repository, `owner/name`.
         repo: String,
-        /// Branch, tag or commit; absent is `main`.
+        /// Branch, tag or commit; `None` for `main`.
         revision: Option<String>,
-        /// The configuration (subset) of the data set: the folder that its files are in.
+        /// Configuration (subset) of the data set, which is the folder of its files.
         name: Option<String>,
-        /// The split; absent is `train`.
+        /// Split; `None` for `train`.
         split: Option<String>,
-        /// A file of it, or a glob pattern; absent takes the files of the split.
+        /// Name of a file in the repository, or a glob pattern; `None` for the files of the split.
         file: Option<String>,
     },
 }
@@ -54,7 +54,7 @@ impl fmt::Display for DataPlace {
     }
 }
 
-/// A data set by the places that its rows are read from, in this order.
+/// Data set as a list of sources, whose rows are read in this order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DataRef(pub Vec<DataPlace>);
 
@@ -66,10 +66,10 @@ impl fmt::Display for DataRef {
 }
 
 impl DataRef {
-    /// From a configuration: a path as text, `{ path = }`, `{ hub = }`, or a list of these.
+    /// Parses a configuration value: a path as text, `{ path = }`, `{ hub = }`, or a list of these.
     ///
     /// # Errors
-    /// Says which part is none of these.
+    /// If the value is none of these; the error shows the invalid part.
     pub fn from_toml(value: &Value) -> Result<Self, String> {
         match value {
             Value::Array(list) if list.is_empty() => Err("an empty list names no data".into()),
@@ -78,7 +78,7 @@ impl DataRef {
         }
     }
 
-    /// In TOML: a text for one path, or else a list; [`Self::from_toml`] reads it back.
+    /// Returns the TOML value that [`Self::from_toml`] parses: a text for a single path, otherwise a list.
     pub fn to_toml(&self) -> Value {
         match self.0.as_slice() {
             [one @ DataPlace::Path(_)] => one.to_toml(),
@@ -86,10 +86,10 @@ impl DataRef {
         }
     }
 
-    /// From a command line: a path, or what a configuration would write in braces or brackets.
+    /// Parses a command-line argument: a path, or a configuration value in braces or brackets.
     ///
     /// # Errors
-    /// As [`Self::from_toml`], and text in braces that is not TOML.
+    /// If the text in braces or brackets is not TOML, and the errors of [`Self::from_toml`].
     pub fn from_argument(text: &str) -> Result<Self, String> {
         if !text.trim_start().starts_with(['{', '[']) || Path::new(text).exists() {
             return Ok(Self(vec![DataPlace::Path(text.into())]));
@@ -99,16 +99,16 @@ impl DataRef {
         Self::from_toml(&table["data"])
     }
 
-    /// The same with paths relative to `folder`, and a leading `~` replaced by the home directory.
+    /// Makes paths relative to `folder`, and replaces a leading `~` by the home directory.
     ///
     /// # Errors
-    /// A path at which there is no data; a `~` where there is no home directory.
+    /// If a path has no data, or begins with `~` and no home directory is known.
     pub fn below(mut self, folder: &Path) -> Result<Self, String> {
         for place in &mut self.0 {
             if let DataPlace::Path(path) = place {
                 let given = expand_home(path)?;
                 let joined = folder.join(&given);
-                // The folder's own name is not a pattern.
+                // The folder's own name must not be interpreted as a pattern.
                 let pattern = || Path::new(&glob::Pattern::escape(&folder.to_string_lossy())).join(&given);
                 *path = if joined.exists() { joined } else { pattern() };
                 expand(path).map_err(|error| format!("{error:#}"))?;
@@ -117,10 +117,10 @@ impl DataRef {
         Ok(self)
     }
 
-    /// The files that the rows are in, fetched if need be.
+    /// Returns the files of the data set, downloading them if necessary.
     ///
     /// # Errors
-    /// A place that cannot be had, a file that is named twice.
+    /// If a source is not available, or a file is named twice.
     pub fn files(&self, options: &ResolveOptions) -> Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         for place in &self.0 {
@@ -129,7 +129,7 @@ impl DataRef {
                 DataPlace::Hub { repo, revision, name, split, file } => {
                     let choice = Choice { name: name.as_deref(), split: split.as_deref(), file: file.as_deref() };
                     hub::fetch_dataset(repo, revision.as_deref(), &choice, options)
-                        .with_context(|| format!("the data set {repo} cannot be had from the hub"))?
+                        .with_context(|| format!("cannot get the data set {repo} from the hub"))?
                 }
             });
         }
@@ -142,14 +142,14 @@ impl DataRef {
     }
 }
 
-/// The files of a hub's data set that are meant.
+/// Selection of files of a hub's data set.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Choice<'a> {
-    /// The folder of the configuration.
+    /// Folder of the configuration.
     pub(super) name: Option<&'a str>,
-    /// The split.
+    /// Name of the split.
     pub(super) split: Option<&'a str>,
-    /// A file or a glob pattern.
+    /// Name of a file, or a glob pattern.
     pub(super) file: Option<&'a str>,
 }
 
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_data_set_is_named_in_each_form_and_written_back() {
+    fn a_reference_in_each_form_round_trips() {
         for (text, places) in [
             ("'a.jsonl'", 1),
             ("['a.jsonl', 'b/*.csv']", 2),
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_whose_name_looks_like_a_pattern_is_a_folder() {
+    fn a_folder_whose_name_looks_like_a_pattern_is_read_as_a_folder() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("runs[1]");
         std::fs::create_dir(&folder).unwrap();
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_named_twice_is_refused() {
+    fn a_file_that_is_named_twice_is_rejected() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a.jsonl"), "{}\n").unwrap();
         let data = read("['a.jsonl', '*.jsonl']").unwrap().below(dir.path()).unwrap();

@@ -1,5 +1,5 @@
-//! Models and data sets from a hub, in the cache that Hugging Face's own libraries use: `HF_HOME`, `HF_ENDPOINT` and `HF_TOKEN` are
-//! honoured.
+//! Models and data sets of a hub, in the cache of Hugging Face's own libraries. `HF_HOME`, `HF_ENDPOINT` and `HF_TOKEN`
+//! are honoured.
 
 mod cache;
 mod client;
@@ -23,13 +23,13 @@ const WEIGHTS: &str = "model.safetensors";
 const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
 const OPTIONAL: [&str; 4] =
     ["tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"];
-/// The folder of the chat templates that are not the default one.
+/// Folder of the chat templates other than the default one.
 const TEMPLATES: &str = "additional_chat_templates/";
 
-/// Most names of files that an error lists.
+/// Largest number of file names that an error lists.
 const LISTED: usize = 20;
 
-/// Where a hub is and what is known on this machine of it.
+/// Address of a hub, cache directory and token.
 struct Hub {
     endpoint: String,
     home: PathBuf,
@@ -48,7 +48,8 @@ impl Hub {
     }
 }
 
-/// The model in `repo`: its safetensors, or the one GGUF `file`. What the cache holds whole is not asked for again.
+/// Returns the model in `repo`: its safetensors, or the GGUF `file`. Does not contact the hub if the cache holds the
+/// complete model.
 pub(super) fn fetch(
     repo: &str,
     revision: Option<&str>,
@@ -68,7 +69,7 @@ fn fetch_from(
     if let Some(file) = file {
         ensure!(
             file.ends_with(".gguf") && is_inside(file),
-            "file = {file:?} is no .gguf; leave it out for the safetensors"
+            "file = {file:?} is not a .gguf; leave it out for the safetensors"
         );
     }
     let revision = revision.unwrap_or("main");
@@ -82,7 +83,8 @@ fn fetch_from(
     found
 }
 
-/// The files of the data set `repo` that `choice` names. What the cache holds whole is not asked for again.
+/// Returns the files of the data set `repo` that `choice` selects. Does not contact the hub if the cache holds all of
+/// them.
 pub(super) fn fetch_dataset(
     repo: &str,
     revision: Option<&str>,
@@ -114,12 +116,12 @@ fn fetch_dataset_from(
     found
 }
 
-/// Runs `work` to its end on a thread of its own, which may wait where the caller's may not.
+/// Runs `work` to its end on a separate thread, because the caller's thread may not block on a future.
 fn on_a_thread<T: Send, F: Future<Output = Result<T>>>(work: impl FnOnce() -> F + Send) -> Result<T> {
     let body = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let done = runtime.block_on(work());
-        // Looking up a name cannot be interrupted.
+        // Name resolution cannot be interrupted.
         runtime.shutdown_background();
         done
     };
@@ -129,7 +131,7 @@ fn on_a_thread<T: Send, F: Future<Output = Result<T>>>(work: impl FnOnce() -> F 
     })
 }
 
-/// The model, if all of it is in the cache.
+/// Returns the model if the cache holds all its files.
 fn cached(cache: &Cache, file: Option<&str>) -> Option<ModelFiles> {
     if let Some(file) = file {
         return cache.get(file).map(ModelFiles::Gguf);
@@ -145,7 +147,7 @@ fn cached(cache: &Cache, file: Option<&str>) -> Option<ModelFiles> {
     Some(ModelFiles::Directory(cache.get("config.json")?.parent()?.to_owned()))
 }
 
-/// The files that the index of a model in several parts names.
+/// Returns the files that the index of a sharded model names.
 fn shards(index: &Path) -> Result<Vec<String>> {
     let index: Value = serde_json::from_str(&read_bounded::text(index, read_bounded::DESCRIPTION)?)
         .with_context(|| format!("{INDEX} is not JSON"))?;
@@ -157,18 +159,18 @@ fn shards(index: &Path) -> Result<Vec<String>> {
     Ok(shards)
 }
 
-/// Most bytes of the file `name` of a model; weights may have any number.
+/// Returns the largest accepted size in bytes of the file `name`; the size of weights is not limited.
 fn most(name: &str) -> u64 {
     let described = [".json", ".jinja"].iter().any(|end| name.ends_with(end));
     if described { read_bounded::TOKENIZER } else { u64::MAX }
 }
 
-/// Files of one repository on their way.
+/// Download of files of one repository.
 struct Download {
     cache: Cache,
     client: Client,
     bar: ProgressBar,
-    /// How long another process that fetches the same may stand still.
+    /// Time that another process that downloads the same file may make no progress.
     patience: Duration,
 }
 
@@ -191,7 +193,7 @@ impl Download {
         Ok(Self { cache, client, bar, patience: options.timeout })
     }
 
-    /// The files of a data set that `choice` names.
+    /// Downloads the files of a data set that `choice` selects.
     async fn chosen(&self, choice: &Choice<'_>) -> Result<Vec<PathBuf>> {
         let names = self.client.files().await?;
         let mut files = Vec::new();
@@ -203,7 +205,7 @@ impl Download {
         Ok(files)
     }
 
-    /// The weights come last, so that a cache which has them has the rest.
+    /// Downloads a model. The weights come last, so that a cache with the weights has all other files.
     async fn all(&self, file: Option<&str>) -> Result<ModelFiles> {
         let names = self.client.files().await?;
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -230,7 +232,8 @@ impl Download {
                 self.one(&shard).await?;
             }
         }
-        cached(&self.cache, None).context("the hub's cache lost the model after it came; is its folder writable?")
+        cached(&self.cache, None)
+            .context("the model is not in the hub's cache after the download; is the cache folder writable?")
     }
 
     async fn one(&self, name: &str) -> Result<PathBuf> {
@@ -243,7 +246,7 @@ impl Download {
     async fn fetch(&self, name: &str) -> Result<PathBuf> {
         let metadata = self.client.metadata(name).await?;
         let most = most(name);
-        ensure!(metadata.size <= most, "it has {} bytes, and at most {most} are taken", metadata.size);
+        ensure!(metadata.size <= most, "it has {} bytes, the limit is {most}", metadata.size);
         let blob = self.cache.blob(&metadata.etag)?;
         let partial = blob.with_file_name(format!("{}.part", metadata.etag));
         let _held = self.held(&metadata.etag, &partial).await?;
@@ -257,7 +260,8 @@ impl Download {
         self.cache.keep(&metadata.etag, &metadata.commit, name)
     }
 
-    /// The right to write the content with this ETag; waits for another process that writes it, as long as `partial` grows.
+    /// Takes the lock of the content with this ETag. Waits for another process that downloads it, as long as `partial`
+    /// grows.
     async fn held(&self, etag: &str, partial: &Path) -> Result<std::fs::File> {
         let size = || std::fs::metadata(partial).map_or(0, |file| file.len());
         let (mut seen, mut moved) = (size(), Instant::now());
@@ -277,7 +281,7 @@ impl Download {
     }
 }
 
-/// A moving bar for the person who waits.
+/// Creates a progress bar.
 fn bar(shown: bool) -> ProgressBar {
     let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
     let bar = ProgressBar::with_draw_target(None, target);

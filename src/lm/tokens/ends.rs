@@ -1,28 +1,28 @@
-//! The tokens that end a completion.
+//! Tokens that end a completion.
 
 use anyhow::Result;
 
 use super::Tokenizer;
 use super::chat::Message;
 
-/// An answer whose end in the template is looked at. No template changes it.
+/// Answer that is rendered to find the text after it. No template changes this word.
 const ANSWER: &str = "Certainly";
 
 impl Tokenizer {
-    /// The token that an answer ends with, if the model has one: in a chat that which the model's template writes after an
-    /// answer, elsewhere that which ends a document.
+    /// Returns the token that ends an answer, if the model has one: in a chat the token that the template writes after
+    /// an answer, otherwise the token that ends a document.
     pub fn end(&self, chat: bool) -> Option<u32> {
         self.turn_end.filter(|_| chat).or(self.special.eos.first().copied())
     }
 
-    /// The token that ends a completion, as it is written, where the chat template alone says that one does.
+    /// Returns the text of the token that ends a completion, if only the chat template defines one.
     pub fn end_by_template_alone(&self) -> Option<String> {
         let end = self.turn_end.filter(|end| self.special.eos == [*end] && !self.named_end)?;
         self.inner.id_to_token(end)
     }
 
-    /// The token that the model's chat template writes after an answer: an added token, after spaces at most. `None` where the
-    /// template writes no such token, or there is no template.
+    /// Returns the token that the model's chat template writes after an answer: an added token, preceded at most by
+    /// spaces. `None` if the template writes no such token, or there is no template.
     pub(super) fn found_turn_end(&self) -> Option<u32> {
         let written = |question: &str| -> Result<String> {
             let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };

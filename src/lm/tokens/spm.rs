@@ -1,4 +1,4 @@
-//! SentencePiece vocabularies as GGUF keeps them (Llama 2, Mistral, Gemma): pieces with scores instead of merges.
+//! SentencePiece vocabularies in GGUF (Llama 2, Mistral, Gemma), which have scores instead of merges.
 
 use std::collections::HashMap;
 
@@ -6,11 +6,11 @@ use serde_json::{Map, Value, json};
 
 use super::bytes::{Added, added_tokens};
 
-/// What SentencePiece writes for a space.
+/// Character that SentencePiece writes for a space.
 const SPACE: &str = "▁";
 
-/// `tokenizer.json` of a byte-pair vocabulary that merges the best-scored piece first and spells what it lacks in bytes.
-/// With `prefix`, a text begins with a space of its own.
+/// Returns the `tokenizer.json` of a BPE vocabulary that merges the piece with the highest score first and falls back
+/// to bytes. With `prefix`, a space is put before a text.
 pub(super) fn scored_bpe(
     tokens: &[String],
     scores: &[f32],
@@ -47,8 +47,8 @@ pub(super) fn scored_bpe(
     })
 }
 
-/// Every way to make a piece of two others, best-scored pieces first: SentencePiece merges any two neighbours whose
-/// union is a piece, by its score.
+/// Returns every way to split a piece into two others, pieces with the highest scores first: SentencePiece merges any
+/// two neighbours whose union is a piece, by its score.
 fn merges<'a>(tokens: &'a [String], scores: &[f32]) -> Vec<[&'a str; 2]> {
     let ids: HashMap<&str, usize> = tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
     let mut all = Vec::new();

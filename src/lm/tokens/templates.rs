@@ -1,4 +1,4 @@
-//! The chat templates of a model directory, by name, as `transformers` finds them.
+//! Chat templates of a model directory, by name, as `transformers` finds them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,26 +8,26 @@ use serde_json::{Value, json};
 
 use super::optional_text;
 
-/// The folder of templates next to `chat_template.jinja`, each a file with its name.
+/// Folder of templates next to `chat_template.jinja`, one file per name.
 const FOLDER: &str = "additional_chat_templates";
-/// The name of the template that a conversation without tools is written with.
+/// Name of the template for conversations without tools.
 pub(super) const DEFAULT: &str = "default";
 
-/// The sources of a model's chat templates by name.
+/// Sources of a model's chat templates, by name.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Templates(pub(super) BTreeMap<String, String>);
 
 impl Templates {
-    /// The one template of a model that has no other.
+    /// Creates the templates of a model with at most the default one.
     pub(super) fn one(source: Option<String>) -> Self {
         Self(source.map(|source| (DEFAULT.to_owned(), source)).into_iter().collect())
     }
 
-    /// Those of the directory `dir`: `chat_template.jinja` and the files in `additional_chat_templates`; where it has none of
-    /// these, `configured`, the value of `chat_template` in `tokenizer_config.json`.
+    /// Reads the templates of the directory `dir`: `chat_template.jinja` and the files in `additional_chat_templates`.
+    /// If none exist, uses `configured`, the value of `chat_template` in `tokenizer_config.json`.
     ///
     /// # Errors
-    /// Names the file that cannot be read, or the value that is no template.
+    /// If a file cannot be read or a value is not a template; the error names it.
     pub(super) fn in_directory(dir: &Path, configured: &Value) -> Result<Self> {
         let mut found = Self::one(optional_text(&dir.join("chat_template.jinja"))?);
         let folder = dir.join(FOLDER);
@@ -68,12 +68,12 @@ impl Templates {
         })
     }
 
-    /// The template that conversations are written with.
+    /// Returns the template for conversations.
     pub(super) fn main(&self) -> Option<&String> {
         self.0.get(DEFAULT)
     }
 
-    /// As `tokenizer_config.json` has them; `None` where there is none.
+    /// Returns the templates in the form of `tokenizer_config.json`; `None` if there are none.
     pub(super) fn to_json(&self) -> Option<Value> {
         match (self.main(), self.0.len()) {
             (_, 0) => None,
@@ -82,14 +82,14 @@ impl Templates {
         }
     }
 
-    /// The error of a model without a template for conversations.
+    /// Returns the error for a model without a template for conversations.
     pub(super) fn missing(&self) -> anyhow::Error {
         if self.0.is_empty() {
             return anyhow::anyhow!("the model has no chat template");
         }
         let names: Vec<&str> = self.0.keys().map(String::as_str).collect();
         anyhow::anyhow!(
-            "the model has chat templates named {}, and none named {DEFAULT}; name one so, or put it into chat_template.jinja",
+            "the model has chat templates named {}, and none named {DEFAULT}; rename one, or put it into chat_template.jinja",
             names.join(", ")
         )
     }

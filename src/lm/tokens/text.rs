@@ -1,26 +1,27 @@
-//! Texts of people and models as token ids: what they spell is text, even where it is how a control token is written.
+//! Encoding of texts by people and models: the spelling of a control token in them is plain text.
 
 use anyhow::{Result, anyhow};
 
 use super::Tokenizer;
 use super::chat::Message;
 
-/// Enclose the number of a control token in a message while the chat template is filled in: characters that no text has.
+/// Characters that enclose the number of a control token in a message while the chat template is rendered. They are
+/// Unicode noncharacters, which no text has.
 const MARKS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
 
-/// The text before which [`Tokenizer::encode_answer`] puts an answer where the tokenizer writes a space before a text.
+/// Text that [`Tokenizer::encode_answer`] puts before an answer if the tokenizer writes a space before a text.
 const ANCHOR: &str = "\n";
 
-/// Number of tokens at a prompt's end with which the beginning of an answer is looked at.
+/// Number of tokens at a prompt's end that are checked for merges with the beginning of an answer.
 const TAIL: usize = 16;
 
 impl Tokenizer {
-    /// Token ids of an answer that follows a prompt. Unlike [`Self::encode`], no control token is recognised in it, and a
-    /// tokenizer that writes a space before a text (SentencePiece's) writes none here, as it does for prompt and answer
-    /// together.
+    /// Returns the token ids of an answer that follows a prompt. Unlike in [`Self::encode`], no control token is
+    /// recognised in it, and a tokenizer that writes a space before a text (SentencePiece) writes none here, as in the
+    /// encoding of prompt and answer together.
     ///
     /// # Errors
-    /// Text that the tokenizer refuses.
+    /// If the tokenizer rejects the text.
     pub fn encode_answer(&self, text: &str) -> Result<Vec<u32>> {
         let anchored = self.encode_plain(&format!("{ANCHOR}{text}"))?;
         let anchor = self.encode_plain(ANCHOR)?;
@@ -30,16 +31,16 @@ impl Tokenizer {
         }
     }
 
-    /// Token ids of `text` behind the tokens of `prompt`, as the tokenizer gives them for both together: the number of
-    /// the prompt's tokens that stay as they are, and the ids behind these. They are all of the prompt's, unless the
-    /// tokenizer makes one token of its end and the beginning of `text`, as of a space and a word.
+    /// Returns the token ids of `text` after the tokens of `prompt`, as the tokenizer encodes both together: the number
+    /// of the prompt's tokens that are unchanged, and the ids after these. All of the prompt's tokens are unchanged
+    /// unless the tokenizer merges its end with the beginning of `text`, such as a space and a word.
     ///
     /// # Errors
-    /// Text that the tokenizer refuses.
+    /// If the tokenizer rejects the text.
     pub fn encode_behind(&self, prompt: &[u32], text: &str) -> Result<(usize, Vec<u32>)> {
         let whole = |ids| Ok((prompt.len(), ids));
         let apart = self.encode_answer(text)?;
-        // No token spans a control token, and hardly any more than some tokens.
+        // No token spans a control token, and very few span more than a few tokens.
         let special = self.special_ids();
         let begin = prompt.iter().rposition(|id| special.contains(id)).map_or(0, |last| last + 1);
         let tail = &prompt[begin.max(prompt.len().saturating_sub(TAIL))..];
@@ -48,31 +49,31 @@ impl Tokenizer {
         }
         let before = self.decode(&[self.encode_plain(ANCHOR)?, tail.to_vec()].concat())?;
         let before = before.strip_prefix(ANCHOR).unwrap_or(&before);
-        // A tail that is not read back as these tokens, such as a part of a character, is left alone.
+        // A tail that does not decode and encode to the same tokens, such as a part of a character, is not changed.
         if self.encode_answer(before)? != tail {
             return whole(apart);
         }
         let together = self.encode_answer(&format!("{before}{text}"))?;
         let same = together.iter().zip(tail).take_while(|(one, other)| one == other).count();
         let kept = prompt.len() - tail.len() + same;
-        // Something must stand before the answer's first token, to predict it.
+        // At least one token must precede the answer's first token, to predict it.
         if kept == 0 { whole(apart) } else { Ok((kept, together[same..].to_vec())) }
     }
 
-    /// As [`Self::encode_document`], of a text in which no control token is recognised.
+    /// Returns the ids of a text as [`Self::encode_document`], without recognising control tokens in it.
     ///
     /// # Errors
-    /// Text that the tokenizer refuses.
+    /// If the tokenizer rejects the text.
     pub fn encode_plain_document(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.opening.into_iter().chain(self.encode_plain(text)?).collect())
     }
 
-    /// Token ids of the conversation as the model's own template writes it; with `answer`, up to where the model's answer
-    /// begins. Control tokens that a message spells are text: nobody who writes a message can end it or begin another one.
-    /// `transformers` recognises them.
+    /// Returns the token ids of a conversation, rendered by the model's own chat template; with `answer`, up to the
+    /// beginning of the model's answer. The spelling of a control token in a message is plain text, so that the author
+    /// of a message cannot end it or begin another one. `transformers` recognises such tokens.
     ///
     /// # Errors
-    /// As [`Self::render_chat`].
+    /// The same as for [`Self::render_chat`].
     pub fn encode_chat(&self, messages: &[Message], answer: bool) -> Result<Vec<u32>> {
         let control = self.control_tokens();
         let spelt = |message: &Message| control.iter().any(|token| message.content.contains(token.as_str()));
@@ -105,7 +106,7 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// As [`Self::encode`], of a text that does not begin a document.
+    /// Returns the ids of a text as [`Self::encode`], for a text that does not begin a document.
     fn encode_within(&self, text: &str) -> Result<Vec<u32>> {
         let (anchored, anchor) = (self.encode(&format!("{ANCHOR}{text}"))?, self.encode(ANCHOR)?);
         match anchored.strip_prefix(anchor.as_slice()) {
@@ -114,14 +115,14 @@ impl Tokenizer {
         }
     }
 
-    /// Whether the tokenizer writes a space before a text.
+    /// Returns whether the tokenizer writes a space before a text.
     fn writes_space(&self) -> Result<bool> {
         let ids = self.encode("x")?;
         let first = ids.first().and_then(|id| self.inner.id_to_token(*id));
         Ok(first.is_some_and(|token| token.starts_with('▁')))
     }
 
-    /// Token ids of `text`, in which no special token is recognised.
+    /// Returns the token ids of `text`, without recognising special tokens in it.
     fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         let special = self.control_tokens();
         if !special.iter().any(|token| text.contains(token.as_str())) {
@@ -159,16 +160,16 @@ mod tests {
         assert_eq!(ids, message.concat());
         assert_eq!(tokenizer.encode_answer(text).unwrap(), bytes(text));
         assert_eq!(tokenizer.encode_plain_document("<|im_end|>").unwrap(), bytes("<|im_end|>"));
-        // Without any the ids are those of the rendered text.
+        // Without control tokens, the ids are those of the rendered text.
         let plain = user("hi");
         let rendered = tokenizer.render_chat(&plain, true).unwrap();
         assert_eq!(tokenizer.encode_chat(&plain, true).unwrap(), tokenizer.encode(&rendered).unwrap());
         assert_eq!(tokenizer.encode(text).unwrap().iter().filter(|id| **id > 255).count(), 2);
     }
 
-    /// A vocabulary of SentencePiece's kind, which writes `▁` before a text and in place of spaces.
+    /// The vocabulary is of SentencePiece's kind, which writes `▁` before a text and in place of spaces.
     #[test]
-    fn an_answer_has_the_tokens_that_it_has_behind_its_prompt() {
+    fn an_answer_has_the_tokens_that_it_has_after_its_prompt() {
         let mut vocab = serde_json::Map::new();
         for token in ["<unk>", "<s>", "</s>"] {
             vocab.insert(token.into(), json!(vocab.len()));
@@ -213,9 +214,9 @@ mod tests {
         assert_ne!([prompt, tokenizer.encode("x").unwrap()].concat(), tokenizer.encode("user:\nx").unwrap());
     }
 
-    /// The expected ids are those of the vocabulary below, by the rule of byte-pair merges: the lowest rank first.
+    /// The expected ids follow from the vocabulary below by the rule of byte-pair merges: the lowest rank first.
     #[test]
-    fn an_answer_joins_the_tokens_of_its_prompt() {
+    fn an_answer_merges_with_the_tokens_of_its_prompt() {
         let vocab = json!({ "Ġ": 0, "a": 1, "b": 2, "Ġb": 3, "ab": 4, "Ċ": 5, "ĊĊ": 6, "<|end|>": 7 });
         let description = json!({
             "version": "1.0", "truncation": null, "padding": null,
@@ -236,14 +237,14 @@ mod tests {
             ("a ", "b", 1, vec![3]),
             ("a a", "b", 2, vec![4]),
             ("a\n", "\n", 1, vec![6]),
-            // The pre-tokenizer parts two line feeds that a word follows.
+            // The pre-tokenizer separates two line feeds that are followed by a word.
             ("a\n", "\nb", 2, vec![5, 2]),
-            // Nothing is joined.
+            // Nothing is merged.
             ("a", " b", 1, vec![3]),
             ("a ", "", 2, vec![]),
-            // Nothing joins a control token, and one that an answer spells is text.
+            // Nothing merges with a control token, and the spelling of one in an answer is plain text.
             ("a<|end|>", "b", 2, vec![2]),
-            // The first token has to be predicted.
+            // The first token must be predicted, so a token must precede it.
             ("a", "b", 1, vec![2]),
         ] {
             let ids = tokenizer.encode(prompt).unwrap();

@@ -1,5 +1,5 @@
-//! The header of a GGUF file, read with bounds. Candle's own reader divides by an alignment of zero, lets shapes
-//! overflow and values take thirty times the file's size; so this one reads, and makes what candle's would have made.
+//! Bounded reader of GGUF headers. Candle's own reader divides by an alignment of zero, lets shapes overflow, and lets
+//! values take thirty times the file's size; this one reads the header safely and returns candle's type.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -11,19 +11,20 @@ use candle_core::Shape;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value, VersionedMagic};
 
-/// Most entries of metadata, and most tensors; models have some dozens and some thousands.
+/// Largest number of metadata entries, and of tensors; models have some dozens and some thousands.
 const MOST_ENTRIES: u64 = 1 << 16;
-/// Most values of all entries together, those of lists counted one by one; the largest vocabularies have a million.
+/// Largest total number of values, counting the elements of lists; the largest vocabularies have a million.
 const MOST_VALUES: u64 = 1 << 24;
-/// Most bytes of one text.
+/// Largest number of bytes of one text.
 const LONGEST_TEXT: u64 = 16 << 20;
-/// Lists within lists.
+/// Largest depth of nested lists.
 const DEEPEST: usize = 4;
 
-/// Opens the file and reads its header; every tensor that it lists lies in the file, whole and for itself.
+/// Opens a file and reads its header. Checks that every listed tensor lies completely in the file and overlaps no
+/// other.
 ///
 /// # Errors
-/// Says what is wrong, with which entry or tensor, and at which byte.
+/// If the file is invalid; the error names the entry or tensor and the byte.
 pub fn read(path: &Path) -> Result<(BufReader<File>, Content)> {
     let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let size = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
@@ -32,10 +33,11 @@ pub fn read(path: &Path) -> Result<(BufReader<File>, Content)> {
     Ok((header.file, content))
 }
 
-/// A text. Unlike candle's own accessors, this and the next say what a value is without printing all of it.
+/// Returns the text in a value. Unlike candle's accessors, this function and the next ones report a value's type
+/// without printing the complete value.
 ///
 /// # Errors
-/// Says what the value is instead.
+/// If the value has another type; the error names it.
 pub fn text(value: &Value) -> Result<&str> {
     match value {
         Value::String(text) => Ok(text),
@@ -43,10 +45,10 @@ pub fn text(value: &Value) -> Result<&str> {
     }
 }
 
-/// A list.
+/// Returns the list in a value.
 ///
 /// # Errors
-/// Says what the value is instead.
+/// If the value has another type; the error names it.
 pub fn list(value: &Value) -> Result<&[Value]> {
     match value {
         Value::Array(list) => Ok(list),
@@ -54,10 +56,10 @@ pub fn list(value: &Value) -> Result<&[Value]> {
     }
 }
 
-/// True or false.
+/// Returns the boolean in a value.
 ///
 /// # Errors
-/// Says what the value is instead.
+/// If the value has another type; the error names it.
 pub fn truth(value: &Value) -> Result<bool> {
     match value {
         Value::Bool(truth) => Ok(*truth),
@@ -69,9 +71,9 @@ struct Header {
     file: BufReader<File>,
     at: u64,
     size: u64,
-    /// How many values may still come.
+    /// Number of values that may still be read.
     values: u64,
-    /// Whether lengths have eight bytes, as they have from version 2 on.
+    /// True if lengths have eight bytes, as they have from version 2 on.
     wide: bool,
 }
 
@@ -87,26 +89,26 @@ impl Header {
         self.wide = magic != VersionedMagic::GgufV1;
         let (tensors, entries) = (self.length()?, self.length()?);
         for (what, count) in [("tensors", tensors), ("entries of metadata", entries)] {
-            ensure!(count <= MOST_ENTRIES, "it claims {count} {what}, and {MOST_ENTRIES} are the most there may be");
+            ensure!(count <= MOST_ENTRIES, "it claims {count} {what}, the limit is {MOST_ENTRIES}");
         }
         let mut metadata = HashMap::new();
         for i in 0..entries {
             let key = self.text().with_context(|| format!("in the name of metadata entry {i}"))?;
             let value = self.u32().and_then(|kind| self.value(kind, 0));
             let value = value.with_context(|| format!("in the metadata entry {}", shown(&key)))?;
-            ensure!(metadata.insert(key.clone(), value).is_none(), "the metadata entry {} is there twice", shown(&key));
+            ensure!(metadata.insert(key.clone(), value).is_none(), "the metadata entry {} appears twice", shown(&key));
         }
         let mut tensor_infos = HashMap::new();
         for i in 0..tensors {
             let name = self.text().with_context(|| format!("in the name of tensor {i}"))?;
             let info = self.tensor().with_context(|| format!("in the tensor {}", shown(&name)))?;
-            ensure!(tensor_infos.insert(name.clone(), info).is_none(), "the tensor {} is there twice", shown(&name));
+            ensure!(tensor_infos.insert(name.clone(), info).is_none(), "the tensor {} appears twice", shown(&name));
         }
         whole(&metadata)?;
         let alignment = match metadata.get("general.alignment") {
             None => 32,
             Some(Value::U32(n)) if n.is_power_of_two() && *n <= 1 << 16 => u64::from(*n),
-            Some(Value::U32(n)) => bail!("general.alignment = {n} is no power of two up to {}", 1 << 16),
+            Some(Value::U32(n)) => bail!("general.alignment = {n} is not a power of two up to {}", 1 << 16),
             Some(other) => bail!("general.alignment is of type {:?}, not U32", other.value_type()),
         };
         let tensor_data_offset = self.at.div_ceil(alignment) * alignment;
@@ -114,7 +116,7 @@ impl Header {
         Ok(Content { magic, metadata, tensor_infos, tensor_data_offset })
     }
 
-    /// Checks that all tensors lie in the file, and each in bytes of its own: so memory stays in proportion to the file.
+    /// Checks that all tensors lie in the file and do not overlap, so that memory stays in proportion to the file.
     fn placed(&self, tensors: &HashMap<String, TensorInfo>, data: u64) -> Result<()> {
         let mut places: Vec<(u64, u64, &String)> = Vec::with_capacity(tensors.len());
         for (name, info) in tensors {
@@ -124,7 +126,7 @@ impl Header {
             match (start, end) {
                 (Some(start), Some(end)) if end <= self.size => places.push((start, end, name)),
                 _ => bail!(
-                    "the tensor {} takes {bytes} bytes from byte {} on, and the file ends at byte {}; was it downloaded whole?",
+                    "the tensor {} takes {bytes} bytes from byte {} on, and the file ends at byte {}; is the download complete?",
                     shown(name),
                     start.unwrap_or(u64::MAX),
                     self.size
@@ -133,7 +135,7 @@ impl Header {
         }
         places.sort_unstable();
         match places.windows(2).find(|pair| pair[0].1 > pair[1].0) {
-            Some(pair) => bail!("the tensors {} and {} lie in the same bytes", shown(pair[0].2), shown(pair[1].2)),
+            Some(pair) => bail!("the tensors {} and {} overlap", shown(pair[0].2), shown(pair[1].2)),
             None => Ok(()),
         }
     }
@@ -146,11 +148,11 @@ impl Header {
         Ok(bytes)
     }
 
-    /// Checks that so many bytes follow.
+    /// Checks that at least this many bytes follow.
     fn room(&self, bytes: u64) -> Result<()> {
         ensure!(
             bytes <= self.size.saturating_sub(self.at),
-            "{bytes} bytes should follow at byte {}, and the file ends at byte {}; was it downloaded whole?",
+            "{bytes} bytes should follow at byte {}, and the file ends at byte {}; is the download complete?",
             self.at,
             self.size
         );
@@ -171,12 +173,12 @@ impl Header {
 
     fn text(&mut self) -> Result<String> {
         let length = self.length()?;
-        ensure!(length <= LONGEST_TEXT, "a text claims {length} bytes, and {LONGEST_TEXT} are the most there may be");
+        ensure!(length <= LONGEST_TEXT, "a text claims {length} bytes, the limit is {LONGEST_TEXT}");
         self.room(length)?;
         let mut bytes = vec![0; length as usize];
         self.file.read_exact(&mut bytes)?;
         self.at += length;
-        // Some files end their texts with zeros, and some have a few bytes that are no text.
+        // Some files end their texts with zeros, and some contain bytes that are not UTF-8.
         while bytes.last() == Some(&0) {
             bytes.pop();
         }
@@ -187,7 +189,7 @@ impl Header {
         self.values = self
             .values
             .checked_sub(1)
-            .with_context(|| format!("the metadata has more than {MOST_VALUES} values, the most there may be"))?;
+            .with_context(|| format!("the metadata has more than {MOST_VALUES} values, which is the limit"))?;
         Ok(match kind {
             0 => Value::U8(u8::from_le_bytes(self.array()?)),
             1 => Value::I8(i8::from_le_bytes(self.array()?)),
@@ -203,20 +205,17 @@ impl Header {
             },
             8 => Value::String(self.text()?),
             9 => {
-                ensure!(depth < DEEPEST, "lists lie more than {DEEPEST} deep in each other");
+                ensure!(depth < DEEPEST, "lists are nested more than {DEEPEST} deep");
                 let (kind, length) = (self.u32()?, self.length()?);
-                ensure!(
-                    length <= self.values,
-                    "a list claims {length} values, and {MOST_VALUES} in all are the most there may be"
-                );
-                // One byte is the least that a value takes.
+                ensure!(length <= self.values, "a list claims {length} values, the limit is {MOST_VALUES} in total");
+                // A value takes at least one byte.
                 self.room(length)?;
                 Value::Array((0..length).map(|_| self.value(kind, depth + 1)).collect::<Result<_>>()?)
             }
             10 => Value::U64(self.u64()?),
             11 => Value::I64(i64::from_le_bytes(self.array()?)),
             12 => Value::F64(f64::from_le_bytes(self.array()?)),
-            other => bail!("there is no kind of value with the number {other}"),
+            other => bail!("the value type {other} is unknown"),
         })
     }
 
@@ -224,7 +223,7 @@ impl Header {
         let rank = self.u32()?;
         ensure!((1..=4).contains(&rank), "it has {rank} dimensions; from 1 to 4 can be read");
         let mut shape = (0..rank).map(|_| Ok(usize::try_from(self.length()?)?)).collect::<Result<Vec<_>>>()?;
-        // GGUF writes the innermost first.
+        // GGUF stores the innermost dimension first.
         shape.reverse();
         let ggml_dtype = kind(self.u32()?)?;
         let offset = self.u64()?;
@@ -232,7 +231,7 @@ impl Header {
     }
 }
 
-/// The types of values that candle reads back.
+/// Returns the dtype with this number, if candle supports it.
 fn kind(number: u32) -> Result<GgmlDType> {
     Ok(match number {
         0 => GgmlDType::F32,
@@ -258,7 +257,7 @@ fn kind(number: u32) -> Result<GgmlDType> {
     })
 }
 
-/// The types of values that are not read, by GGUF's numbers.
+/// Names of unsupported types, by their numbers in GGUF.
 const TYPES: [(u32, &str); 23] = [
     (9, "Q8_1"),
     (15, "Q8_K"),
@@ -285,7 +284,7 @@ const TYPES: [(u32, &str); 23] = [
     (40, "NVFP4"),
 ];
 
-/// Refuses one of several files of a model.
+/// Rejects a file that is only a part of a model.
 fn whole(metadata: &HashMap<String, Value>) -> Result<()> {
     let number = |key: &str| match metadata.get(key) {
         Some(Value::U8(n)) => Some(u64::from(*n)),
@@ -304,14 +303,14 @@ fn whole(metadata: &HashMap<String, Value>) -> Result<()> {
     Ok(())
 }
 
-/// How many bytes a tensor takes.
+/// Returns the number of bytes of a tensor.
 fn bytes(info: &TensorInfo) -> Result<u64> {
     let (dims, block) = (info.shape.dims(), info.ggml_dtype.block_size());
     let row = *dims.last().unwrap_or(&0);
     ensure!(dims.iter().all(|size| *size > 0), "its shape {dims:?} has no values");
-    ensure!(row.is_multiple_of(block), "its rows of {row} values are no multiple of a block's {block}");
+    ensure!(row.is_multiple_of(block), "its rows of {row} values are not a multiple of a block's {block}");
     let values = dims.iter().try_fold(1usize, |all, size| all.checked_mul(*size));
-    // Dequantised, a value takes four bytes.
+    // A dequantised value takes four bytes.
     let values = values.filter(|values| *values < isize::MAX as usize / 4);
     let values = values.ok_or_else(|| anyhow!("its shape {dims:?} has more values than memory can hold"))?;
     (values / block)
@@ -320,7 +319,7 @@ fn bytes(info: &TensorInfo) -> Result<u64> {
         .ok_or_else(|| anyhow!("its shape {dims:?} has more values than memory can hold"))
 }
 
-/// A name for an error: on one line, and not longer than can be read.
+/// Formats a name for an error: quoted, on one line, at most 80 characters.
 fn shown(name: &str) -> String {
     let short: String = name.chars().take(80).collect();
     format!("{short:?}")
@@ -330,7 +329,7 @@ fn shown(name: &str) -> String {
 mod tests {
     use super::*;
 
-    /// A file of version 3: its counts, then `body`.
+    /// Builds a file of version 3 from its counts and `body`.
     fn file(tensors: u64, entries: u64, body: &[&[u8]]) -> Vec<u8> {
         let mut bytes = b"GGUF\x03\0\0\0".to_vec();
         bytes.extend([tensors.to_le_bytes(), entries.to_le_bytes()].concat());
@@ -357,35 +356,35 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.gguf");
         std::fs::write(&path, bytes).unwrap();
-        let error = format!("{:#}", read(&path).expect_err("it should be refused"));
+        let error = format!("{:#}", read(&path).expect_err("it should be rejected"));
         assert!(error.contains(expected) && error.contains("x.gguf"), "{error}");
     }
 
     #[test]
-    fn what_a_header_claims_is_held_against_the_file() {
+    fn the_claims_of_a_header_are_checked_against_the_file() {
         let list = |kind: u32, length: u64| [&kind.to_le_bytes()[..], &length.to_le_bytes()].concat();
         check(b"GGML\x03\0\0\0", "letters GGUF");
         check(b"GGUF\x09\0\0\0", "its version is 9");
         check(b"GGUF\x03\0\0\0", "8 bytes should follow at byte 8, and the file ends at byte 8");
-        check(&file(1 << 40, 0, &[]), "claims 1099511627776 tensors, and 65536");
+        check(&file(1 << 40, 0, &[]), "claims 1099511627776 tensors, the limit is 65536");
         check(&file(0, u64::MAX, &[]), "entries of metadata");
         check(&file(0, 1, &[&u64::MAX.to_le_bytes()]), "a text claims 18446744073709551615 bytes");
         check(&file(0, 1, &[&1000u64.to_le_bytes()]), "1000 bytes should follow at byte 32");
-        check(&file(0, 1, &[&entry("a", 13, &[])]), "in the metadata entry \"a\": there is no kind of value");
+        check(&file(0, 1, &[&entry("a", 13, &[])]), "in the metadata entry \"a\": the value type 13 is unknown");
         check(&file(0, 1, &[&entry("a", 7, &[2])]), "2 is neither true");
         check(&file(0, 1, &[&entry("a", 9, &list(0, 1 << 30))]), "a list claims 1073741824 values");
         check(&file(0, 1, &[&entry("a", 9, &list(0, 1 << 20))]), "1048576 bytes should follow");
         let deep: Vec<u8> = (0..8).flat_map(|_| list(9, 1)).collect();
-        check(&file(0, 1, &[&entry("a", 9, &[&deep[..], &[0; 8]].concat())]), "lists lie more than 4 deep");
-        check(&file(0, 2, &[&entry("a", 7, &[1]), &entry("a", 7, &[1])]), "\"a\" is there twice");
+        check(&file(0, 1, &[&entry("a", 9, &[&deep[..], &[0; 8]].concat())]), "lists are nested more than 4 deep");
+        check(&file(0, 2, &[&entry("a", 7, &[1]), &entry("a", 7, &[1])]), "\"a\" appears twice");
         check(&file(0, 1, &[&entry("general.alignment", 0, &[0])]), "of type U8");
         for wrong in [0u32, 3, 1 << 20] {
-            check(&file(0, 1, &[&entry("general.alignment", 4, &wrong.to_le_bytes())]), "no power of two");
+            check(&file(0, 1, &[&entry("general.alignment", 4, &wrong.to_le_bytes())]), "not a power of two");
         }
     }
 
     #[test]
-    fn a_tensor_lies_in_the_file_and_for_itself() {
+    fn tensors_must_lie_in_the_file_and_not_overlap() {
         check(&file(1, 0, &[&tensor("w", &[], 0, 0)]), "in the tensor \"w\": it has 0 dimensions");
         check(&file(1, 0, &[&tensor("w", &[1; 5], 0, 0)]), "it has 5 dimensions");
         check(&file(1, 0, &[&tensor("w", &[4], 99, 0)]), "values of type 99 cannot be read");
@@ -393,16 +392,16 @@ mod tests {
         let split = [entry("split.no", 2, &1u16.to_le_bytes()), entry("split.count", 2, &2u16.to_le_bytes())];
         check(&file(0, 2, &[&split.concat()]), "part 2 of a model in 2 files (split.count)");
         check(&file(1, 0, &[&tensor("w", &[0, 4], 0, 0)]), "has no values");
-        check(&file(1, 0, &[&tensor("w", &[33], 2, 0)]), "rows of 33 values are no multiple of a block's 32");
+        check(&file(1, 0, &[&tensor("w", &[33], 2, 0)]), "rows of 33 values are not a multiple of a block's 32");
         check(&file(1, 0, &[&tensor("w", &[1 << 32, 1 << 32], 0, 0)]), "more values than memory can hold");
         check(&file(1, 0, &[&tensor("w", &[1 << 40], 0, 0)]), "takes 4398046511104 bytes from byte 64 on");
         check(&file(1, 0, &[&tensor("w", &[4], 0, u64::MAX)]), "takes 16 bytes from byte 18446744073709551615 on");
         let twice = file(2, 0, &[&tensor("v", &[4], 0, 0), &tensor("w", &[4], 0, 8), &[0; 64]]);
-        check(&twice, "the tensors \"v\" and \"w\" lie in the same bytes");
+        check(&twice, "the tensors \"v\" and \"w\" overlap");
     }
 
     #[test]
-    fn what_is_sound_is_read_as_candle_reads_it() {
+    fn a_valid_file_is_read_as_by_candle() {
         let body = [entry("a", 9, &[&5u32.to_le_bytes()[..], &1u64.to_le_bytes(), &7i32.to_le_bytes()].concat())];
         let bytes = file(1, 1, &[&body[0], &tensor("w", &[2, 3], 0, 0), &[0; 64]]);
         let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,4 @@
-//! Weights that were quantised to fewer bits than a float has: refused by name, since their values mean nothing without their
-//! scales, and cannot be trained.
+//! Rejection of quantised weights, whose values are meaningless without their scales and cannot be trained.
 
 use std::path::Path;
 
@@ -7,11 +6,11 @@ use anyhow::{Result, bail};
 use safetensors::Dtype;
 use serde_json::Value;
 
-/// The remedy.
+/// Remedy that every error names.
 const REMEDY: &str =
     "quantised weights cannot be trained; use the model's own weights in bf16, f16 or f32, or dequantise them first";
 
-/// Ends of the names of tensors that only quantised models have, with the kind of quantisation.
+/// Suffixes of tensor names that only quantised models have, with the kind of quantisation.
 const ENDS: [(&str, &str); 19] = [
     (".qweight", "GPTQ or AWQ"),
     (".qzeros", "GPTQ or AWQ"),
@@ -34,10 +33,10 @@ const ENDS: [(&str, &str); 19] = [
     ("_scales", "MXFP4"),
 ];
 
-/// Refuses the `config.json` of a quantised model.
+/// Rejects the `config.json` of a quantised model.
 ///
 /// # Errors
-/// Names the key and the method.
+/// If the model is quantised; the error names the key and the method.
 pub fn described(config: &Value) -> Result<()> {
     for key in ["quantization_config", "compression_config"] {
         let value = &config[key];
@@ -52,10 +51,10 @@ pub fn described(config: &Value) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a directory in which a quantised model is described by a file next to its `config.json`.
+/// Rejects a directory in which another file next to `config.json` describes a quantised model.
 ///
 /// # Errors
-/// Names the file.
+/// If such a file exists; the error names it.
 pub fn described_beside(dir: &Path) -> Result<()> {
     for (name, kind) in
         [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "ModelOpt")]
@@ -68,17 +67,17 @@ pub fn described_beside(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a tensor that only a quantised model has, and parameters that are not floats.
+/// Rejects a tensor that only a quantised model has, and parameters that are not floating-point numbers.
 ///
 /// # Errors
-/// Names the tensor and its type.
+/// If the tensor is quantised; the error names it and its type.
 pub fn tensor(name: &str, dtype: Dtype) -> Result<()> {
     let short: String = name.chars().take(80).collect();
     if let Some((_, kind)) = ENDS.iter().find(|(end, _)| name.ends_with(end)) {
         bail!("the tensor {short:?} belongs to quantised weights ({kind}); {REMEDY}");
     }
     let is_float = matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
-    // Buffers such as the positions of BERT are whole numbers, parameters are not.
+    // Buffers such as BERT's position ids are integers, parameters are not.
     let is_parameter = name.ends_with(".weight") || name.ends_with(".bias");
     let is_narrow = !matches!(
         dtype,
@@ -106,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quantised_model_is_refused_by_its_method() {
+    fn a_quantised_model_is_rejected_by_its_method() {
         for (config, method) in [
             (json!({ "quantization_config": { "quant_method": "fp8", "weight_block_size": [128, 128] } }), "fp8"),
             (json!({ "quantization_config": { "quant_method": "gptq", "bits": 4 } }), "gptq"),
@@ -128,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn quantised_tensors_are_refused_by_name_and_type() {
+    fn quantised_tensors_are_rejected_by_name_and_type() {
         let q = "model.layers.0.self_attn.q_proj";
         for (name, dtype) in [
             ("weight", Dtype::F8_E4M3),

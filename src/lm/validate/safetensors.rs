@@ -1,4 +1,4 @@
-//! The header of a safetensors file, checked before the file is read whole.
+//! Validation of the header of a safetensors file, before the complete file is read.
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -11,18 +11,18 @@ use safetensors::tensor::Metadata;
 use super::quantised;
 use crate::util::read_bounded;
 
-/// Most bytes of a header, as the format has it.
+/// Largest number of bytes of a header, as the format specifies it.
 const LONGEST: u64 = 100_000_000;
 
-/// The types of values that become f32 here.
+/// Dtypes that can be converted to f32.
 const READABLE: [Dtype; 9] =
     [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::I64, Dtype::I32, Dtype::I16, Dtype::U32, Dtype::U8];
 
-/// Checks that the file at `path` is as long as its header says, and that every tensor of it can be read. Returns the names of
-/// its tensors.
+/// Checks that a file is as long as its header says, and that every tensor in it can be read. Returns the names of its
+/// tensors.
 ///
 /// # Errors
-/// Names the file, and the tensor at fault.
+/// If the file is invalid; the error names the file and the tensor.
 pub fn check(path: &Path) -> Result<Vec<String>> {
     let check = || -> Result<Vec<String>> {
         let mut file = File::open(path)?;
@@ -34,13 +34,13 @@ pub fn check(path: &Path) -> Result<Vec<String>> {
         }
         file.rewind()?;
         let mut length = [0; 8];
-        ensure!(size >= 8, "it has {size} bytes, and its header's length alone takes 8; was it downloaded whole?");
+        ensure!(size >= 8, "it has {size} bytes, and its header's length alone takes 8; is the download complete?");
         file.read_exact(&mut length)?;
         let length = u64::from_le_bytes(length);
-        ensure!(length <= LONGEST, "its header claims {length} bytes, and {LONGEST} are the most there may be");
+        ensure!(length <= LONGEST, "its header claims {length} bytes, the limit is {LONGEST}");
         ensure!(
             length <= size - 8,
-            "its header claims {length} bytes, and the file has {size}; was it downloaded whole?"
+            "its header claims {length} bytes, and the file has {size}; is the download complete?"
         );
         let mut header = vec![0; length as usize];
         file.read_exact(&mut header)?;
@@ -49,10 +49,11 @@ pub fn check(path: &Path) -> Result<Vec<String>> {
     check().with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Checks a header that `data` bytes of values follow.
+/// Checks a header that is followed by `data` bytes of values.
 fn sound(header: &[u8], data: u64) -> Result<Vec<String>> {
-    // This also checks that the tensors' places follow on each other, and are as long as their shapes.
-    let metadata: Metadata = serde_json::from_slice(header).context("its header is wrong; was it downloaded whole?")?;
+    // Parsing also checks that the tensors are contiguous and as long as their shapes.
+    let metadata: Metadata =
+        serde_json::from_slice(header).context("its header is invalid; is the download complete?")?;
     let mut names = Vec::new();
     for (name, info) in metadata.tensors() {
         let short: String = name.chars().take(80).collect();
@@ -64,7 +65,10 @@ fn sound(header: &[u8], data: u64) -> Result<Vec<String>> {
         names.push(name);
     }
     let claimed = metadata.data_len() as u64;
-    ensure!(claimed == data, "its header lists {claimed} bytes of values, and {data} follow; was it downloaded whole?");
+    ensure!(
+        claimed == data,
+        "its header lists {claimed} bytes of values, and {data} follow; is the download complete?"
+    );
     Ok(names)
 }
 
@@ -86,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_header_claims_is_held_against_the_file() {
+    fn the_claims_of_a_header_are_checked_against_the_file() {
         let one = |dtype: &str, shape: &str, end: &str| {
             format!(
                 r#"{{"__metadata__":{{"format":"pt"}},"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,{end}]}}}}"#
@@ -96,22 +100,22 @@ mod tests {
         check(&one("F32", "[]", "4"), 4, "");
         check(&one("F32", "[2]", "8"), 7, "lists 8 bytes of values, and 7 follow");
         check(&one("F32", "[2]", "8"), 9, "lists 8 bytes of values, and 9 follow");
-        check(&one("F32", "[3]", "8"), 8, "its header is wrong");
-        check(&one("F32", "[4294967296,4294967296,4]", "8"), 8, "its header is wrong");
+        check(&one("F32", "[3]", "8"), 8, "its header is invalid");
+        check(&one("F32", "[4294967296,4294967296,4]", "8"), 8, "its header is invalid");
         check(&one("C64", "[1]", "8"), 8, "the tensor \"w\" holds values of type C64");
         check(&one("F8_E4M3", "[8]", "8"), 8, "holds values of type F8_E4M3, which are quantised");
         check(&one("F8_E5M2", "[8]", "8"), 8, "holds values of type F8_E5M2, which are quantised");
         check(&one("I8", "[8]", "8"), 8, "holds values of type I8");
         check(&one("F32", "[0,1099511627776,1099511627776]", "0"), 0, "has no values");
-        check("{", 0, "its header is wrong");
-        check("[]", 0, "its header is wrong");
+        check("{", 0, "its header is invalid");
+        check("[]", 0, "its header is invalid");
     }
 
     #[test]
-    fn a_length_beyond_the_file_is_refused_before_memory_is_spent() {
+    fn a_length_beyond_the_file_is_rejected_before_allocation() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.safetensors");
-        for (length, words) in [(u64::MAX, "the most there may be"), (50_000_000, "and the file has 16")] {
+        for (length, words) in [(u64::MAX, "the limit is"), (50_000_000, "and the file has 16")] {
             std::fs::write(&path, [length.to_le_bytes(), [0; 8]].concat()).unwrap();
             let error = format!("{:#}", super::check(&path).unwrap_err());
             assert!(error.contains(words), "{error}");

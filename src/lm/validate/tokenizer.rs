@@ -1,6 +1,6 @@
-//! A `tokenizer.json`, looked at before the `tokenizers` library is given it. That library trusts its files: what is out
-//! of order in them makes it panic, read past a text's end, or write without end. So only parts that models of the
-//! supported kinds are made of are let through, and of these only values that they can work with.
+//! Validation of `tokenizer.json` before the `tokenizers` library parses it. That library assumes well-formed files: a
+//! malformed one makes it panic, read beyond a text's end, or write without end. Only the components of supported
+//! models are accepted, and only with values that the library handles.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -12,15 +12,15 @@ use tokenizers::Tokenizer;
 
 use crate::util::read_bounded;
 
-/// Most that an id may be; the largest vocabularies have a quarter of a million.
+/// Largest id of a token; the largest vocabularies have a quarter of a million.
 const HIGHEST_ID: u32 = (1 << 24) - 1;
-/// Most bytes of one token; those of known models have up to a few hundred.
+/// Largest number of bytes of one token; those of known models have up to a few hundred.
 pub const LONGEST_TOKEN: usize = 1024;
-/// Most bytes of a pattern.
+/// Largest number of bytes of a pattern.
 const LONGEST_PATTERN: usize = 4096;
-/// Most parts of a kind, one after another.
+/// Largest number of consecutive components of a kind.
 const MOST_PARTS: usize = 16;
-/// Bytes that normalizers or decoders together may make of one.
+/// Largest factor by which normalizers or decoders together may lengthen a text.
 const MOST_GROWTH: usize = 256;
 
 #[derive(Deserialize)]
@@ -61,7 +61,7 @@ struct Model {
     max_input_chars_per_word: Option<u64>,
 }
 
-/// Two tokens that become one, in both forms that files have.
+/// Two tokens that are merged into one, in both formats of the file.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Merge {
@@ -72,17 +72,17 @@ enum Merge {
 /// Reads the `tokenizer.json` at `path`.
 ///
 /// # Errors
-/// Names the file, and the part of it that is not supported or not sound.
+/// If the file is not supported or invalid; the error names the file and the component.
 pub fn read(path: &Path) -> Result<Tokenizer> {
     let text =
         read_bounded::text(path, read_bounded::TOKENIZER).with_context(|| format!("cannot read {}", path.display()))?;
     parse(text.as_bytes()).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The tokenizer that a `tokenizer.json` describes.
+/// Parses a `tokenizer.json`.
 ///
 /// # Errors
-/// Names the part that is not supported or not sound.
+/// If a component is not supported or invalid; the error names it.
 pub fn parse(json: &[u8]) -> Result<Tokenizer> {
     check(json)?;
     Tokenizer::from_bytes(json).map_err(|error| anyhow!(error))
@@ -112,7 +112,7 @@ fn check(json: &[u8]) -> Result<()> {
             let factor = sound(name, kind, part).with_context(|| format!("in its {name} {kind}"))?;
             anyhow::Ok(grown.saturating_mul(factor))
         })?;
-        ensure!(grown <= MOST_GROWTH, "its {name} may make more than {MOST_GROWTH} bytes of one");
+        ensure!(grown <= MOST_GROWTH, "its {name} may turn one byte into more than {MOST_GROWTH}");
         let templates = parts.iter().filter(|part| part["type"] != "ByteLevel").count();
         ensure!(name != "post_processor" || templates <= 1, "its post_processor has more than one template");
     }
@@ -130,10 +130,10 @@ fn check(json: &[u8]) -> Result<()> {
 /// Names the token, and why it cannot be used.
 pub fn check_added(content: &str, lstrip: bool) -> Result<()> {
     token(content, 0)?;
-    // The library may find it within the spaces that the token before has taken in, and cuts them twice.
+    // The library may find the token within spaces that the previous token has consumed, and cuts them twice.
     ensure!(
         !(lstrip && content.chars().all(char::is_whitespace)),
-        "its added token {content:?} is made of spaces, and takes in the spaces before it"
+        "its added token {content:?} consists of spaces and strips the spaces before it"
     );
     Ok(())
 }
@@ -154,7 +154,7 @@ impl Model {
         for (content, id) in &self.vocab {
             token(content, *id)?;
         }
-        // A text would have other tokens each time.
+        // With dropout a text has different tokens each time.
         ensure!(
             self.dropout.is_none_or(|p| p == 0.0),
             "its model drops merges at random (dropout); set dropout to null"
@@ -163,7 +163,7 @@ impl Model {
             kind != "BPE" || self.continuing_subword_prefix.as_ref().is_none_or(String::is_empty),
             "its model marks the continuation of a word (continuing_subword_prefix), which is not supported in BPE"
         );
-        // A word is gone through once for each of its characters.
+        // The cost of a word is quadratic in its length.
         let longest = self.max_input_chars_per_word.unwrap_or(100);
         ensure!(longest <= 1000, "max_input_chars_per_word = {longest} is more than 1000");
         for (i, merge) in self.merges.iter().enumerate() {
@@ -175,7 +175,7 @@ impl Model {
             let whole = pair.map(|(left, right)| format!("{left}{right}"));
             ensure!(
                 whole.as_ref().is_some_and(|whole| self.vocab.contains_key(whole)),
-                "merge {} of its model makes {whole:?}, which is no token of it",
+                "merge {} of its model makes {whole:?}, which is not one of its tokens",
                 i + 1
             );
         }
@@ -189,7 +189,7 @@ fn token(content: &str, id: u32) -> Result<()> {
     Ok(())
 }
 
-/// The parts of a sequence, or the one part, or none.
+/// Returns the components of a sequence, the single component, or none.
 fn parts<'a>(name: &str, part: &'a Value) -> Result<Vec<&'a Value>> {
     if part.is_null() {
         return Ok(Vec::new());
@@ -236,13 +236,13 @@ fn kind<'a>(name: &str, part: &'a Value) -> Result<&'a str> {
     Ok(kind)
 }
 
-/// Checks one part, and says how many bytes it may make of one.
+/// Checks one component, and returns the factor by which it may lengthen a text.
 fn sound(name: &str, kind: &str, part: &Value) -> Result<usize> {
     match (name, kind) {
         (_, "Replace") => {
             let length = part["content"].as_str().map_or(0, str::len);
             pattern(&part["pattern"])?;
-            // A pattern of nothing is found before each character.
+            // An empty pattern matches before each character.
             Ok(length + 1)
         }
         (_, "Prepend") => Ok(part["prepend"].as_str().map_or(0, str::len) + 1),
@@ -252,7 +252,7 @@ fn sound(name: &str, kind: &str, part: &Value) -> Result<usize> {
         (_, "Metaspace") => Ok(4),
         ("decoder", "Strip") => {
             // The library counts back beyond a token's beginning.
-            ensure!(part["stop"] == 0, "stop = {} is not supported, but for 0", part["stop"]);
+            ensure!(part["stop"] == 0, "stop = {} is not supported; it must be 0", part["stop"]);
             Ok(1)
         }
         (_, "TemplateProcessing") => template(part).map(|()| 1),
@@ -266,7 +266,7 @@ fn pattern(pattern: &Value) -> Result<()> {
     Ok(())
 }
 
-/// A template names each special token that it uses, and the text once.
+/// Checks that a template defines each special token that it uses, and contains the text exactly once.
 fn template(part: &Value) -> Result<()> {
     let pieces = part["single"].as_array().context("it has no list of pieces (single)")?;
     ensure!(pieces.len() <= MOST_PARTS, "it has {} pieces, the limit is {MOST_PARTS}", pieces.len());
@@ -304,9 +304,9 @@ mod tests {
         })
     }
 
-    /// Every change is one that the library panics on, or does not come back from.
+    /// The library panics or hangs on each of these changes.
     #[test]
-    fn what_the_library_cannot_bear_is_refused_by_name() {
+    fn descriptions_that_crash_the_library_are_rejected_by_name() {
         check(described().to_string().as_bytes()).unwrap();
         let replace = |content: &str| json!({ "type": "Replace", "pattern": { "String": "" }, "content": content });
         let piece = |id: &str| json!({ "SpecialToken": { "id": id, "type_id": 0 } });
@@ -322,7 +322,7 @@ mod tests {
             (
                 "/normalizer",
                 json!({ "type": "Sequence", "normalizers": vec![replace("xxxxxxxxxxxxxxx"); 3] }),
-                "more than 256 bytes of one",
+                "one byte into more than 256",
             ),
             (
                 "/normalizer",
@@ -356,7 +356,11 @@ mod tests {
             ),
             ("/decoder", json!({ "type": "BPEDecoder", "suffix": "" }), "decoder BPEDecoder is not supported"),
             ("/model/type", json!("Unigram"), "type Unigram; these can be read"),
-            ("/model/merges", json!([["ab", "ab"]]), "merge 1 of its model makes Some(\"abab\"), which is no token"),
+            (
+                "/model/merges",
+                json!([["ab", "ab"]]),
+                "merge 1 of its model makes Some(\"abab\"), which is not one of its tokens",
+            ),
             ("/model/merges", json!(["ab"]), "merge 1 of its model makes None"),
             ("/model/continuing_subword_prefix", json!("##"), "continuing_subword_prefix"),
             ("/model/dropout", json!(0.5), "dropout"),
@@ -364,7 +368,7 @@ mod tests {
             ("/model/vocab", json!({ "a": 4_294_967_295u32 }), "the id 4294967295"),
             ("/model/vocab", json!({ "x".repeat(2000): 0 }), "token 0 has 2000 bytes"),
             ("/added_tokens", added(4_294_967_295, "a"), "the id 4294967295"),
-            ("/added_tokens", added(0, "  "), "is made of spaces"),
+            ("/added_tokens", added(0, "  "), "consists of spaces"),
         ] {
             let mut changed = described();
             let (parent, key) = path.rsplit_once('/').unwrap();

@@ -1,9 +1,9 @@
-//! Types of the keys of a model's JSON files: a value of another type is refused instead of replaced by a default. A leaf.
+//! Types of the keys of a model's JSON files: a value of another type is rejected instead of replaced by a default.
 
 use anyhow::{Result, bail};
 use serde_json::Value;
 
-/// The type that a key's value must have; an absent key and null have any.
+/// Type that the value of a key must have. Absent keys and null are always accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Type {
     /// A whole number from zero.
@@ -12,13 +12,13 @@ pub enum Type {
     Number,
     /// `true` or `false`.
     Boolean,
-    /// A text.
+    /// A string.
     Text,
-    /// A list of texts.
+    /// A list of strings.
     Texts,
     /// An object.
     Object,
-    /// A token's id, or a list of ids.
+    /// A token id, or a list of token ids.
     Ids,
 }
 
@@ -52,7 +52,7 @@ impl Type {
 /// Checks that each of `keys` in `json` has its type.
 ///
 /// # Errors
-/// Names the first key with a value of another type, the value, and the type it must have.
+/// If a value has another type; the error names the first such key, its value and the expected type.
 pub fn check(json: &Value, keys: &[(&str, Type)]) -> Result<()> {
     for (key, expected) in keys {
         let value = &json[*key];
@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_of_another_type_is_named() {
+    fn a_value_of_another_type_is_rejected_by_its_key() {
         for (expected, right, wrong) in [
             (Type::Whole, vec![json!(0), json!(7), json!(null)], vec![json!(-1), json!(7.0), json!("7"), json!(true)]),
             (Type::Number, vec![json!(1.5), json!(-3)], vec![json!("500000"), json!([1])]),

@@ -1,4 +1,4 @@
-//! The unit itself: whether it may be used, and what is computed with it.
+//! Detection of the tile unit, and products of packed panels on it.
 
 use std::arch::asm;
 use std::sync::OnceLock;
@@ -6,30 +6,31 @@ use std::sync::OnceLock;
 use super::Line;
 use super::pack::{PANEL, TILE, TILE_BYTES, step};
 
-/// Whether the processor has the unit, and the system lets this process use it; asked once.
+/// Returns whether the processor has the unit and the operating system lets this process use it. The answer is computed
+/// once.
 pub fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| has_avx512() && has_unit() && is_permitted())
 }
 
-/// What operands are packed with.
+/// Returns whether the processor has the vector instructions that pack operands.
 fn has_avx512() -> bool {
     use std::arch::is_x86_feature_detected as has;
     has!("avx512f") && has!("avx512bw") && has!("avx512bf16")
 }
 
-/// Tiles and their products of `bf16` (Intel's manual, CPUID leaf 7).
+/// Returns whether the processor has tiles and their products of `bf16` (Intel's manual, CPUID leaf 7).
 fn has_unit() -> bool {
     let wanted = 1 << 22 | 1 << 24;
     std::arch::x86_64::__cpuid(0).eax >= 7 && std::arch::x86_64::__cpuid_count(7, 0).edx & wanted == wanted
 }
 
-/// Linux keeps room for the tiles of a process that has asked for it; other systems are not known to.
+/// Requests permission to use the tiles, which Linux grants per process. Other systems are not supported.
 #[cfg(target_os = "linux")]
 fn is_permitted() -> bool {
-    /// `ARCH_REQ_XCOMP_PERM` and `XFEATURE_XTILEDATA`, of the kernel's `x86/xstate.rst`.
+    /// `ARCH_REQ_XCOMP_PERM` and `XFEATURE_XTILEDATA`, from the kernel's `x86/xstate.rst`.
     const REQUEST: (libc::c_int, libc::c_ulong) = (0x1023, 18);
-    // SAFETY: the call takes two numbers and touches no memory of ours.
+    // SAFETY: the call takes two numbers and accesses no memory of this process.
     unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST.0, REQUEST.1) == 0 }
 }
 
@@ -38,24 +39,26 @@ fn is_permitted() -> bool {
     false
 }
 
-/// A thread's tiles, eight of 16 lines of 64 bytes, for as long as this lives.
+/// Guard that configures a thread's tiles, eight of 16 lines of 64 bytes, until it is dropped.
 pub(super) struct Unit {
-    /// Where a tile is stored that nobody reads, see [`square`].
+    /// Destination of dummy tile stores, which is never read; see [`square`].
     awake: [Line; TILE],
 }
 
 impl Unit {
+    /// Configures the tiles of this thread.
+    ///
     /// # Panics
-    /// Where the unit is not [available].
+    /// If the unit is not [available].
     pub(super) fn enter() -> Self {
-        assert!(available(), "the tile unit is not there");
+        assert!(available(), "the tile unit is not available");
         let mut palette = Line([0; Line::BYTES]);
         palette.0[0] = 1;
         for tile in 0..8 {
             palette.0[16 + 2 * tile] = Line::BYTES as u8;
             palette.0[48 + tile] = TILE as u8;
         }
-        // SAFETY: the unit is there, and the palette is a valid one.
+        // SAFETY: the unit is available, and the palette is valid.
         unsafe { asm!("ldtilecfg [{}]", in(reg) palette.0.as_ptr(), options(nostack, readonly)) };
         Self { awake: [Line([0; Line::BYTES]); TILE] }
     }
@@ -63,16 +66,16 @@ impl Unit {
 
 impl Drop for Unit {
     fn drop(&mut self) {
-        // SAFETY: the unit is there, as it was to be entered.
+        // SAFETY: the unit is available, as `enter` has checked.
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
     }
 }
 
-/// The first `[rows, columns]` of the product of two packed panels, of `PARTS` and of `RIGHT` parts, stored at or (`add`) added
-/// to what is at the place given, rows of its stride.
+/// Computes the first `[rows, columns]` of the product of two packed panels, of `PARTS` and of `RIGHT` parts, and
+/// stores it at `out`, with rows of `stride`, or adds it to the values there if `add`.
 ///
 /// # Safety
-/// The place must have those rows and columns.
+/// `out` must have those rows and columns.
 pub(super) unsafe fn multiply_block<const PARTS: usize, const RIGHT: usize>(
     unit: &mut Unit,
     left: &[Line],
@@ -83,26 +86,26 @@ pub(super) unsafe fn multiply_block<const PARTS: usize, const RIGHT: usize>(
 ) {
     let steps = left.len() * Line::BYTES / step(PARTS);
     let right_steps = right.len() * Line::BYTES / step(RIGHT);
-    assert!(steps > 0 && steps == right_steps, "two panels of as many steps");
+    assert!(steps > 0 && steps == right_steps, "two panels with the same number of steps");
     let operands = [left.as_ptr().cast(), right.as_ptr().cast()];
     if (rows, columns) == (PANEL, PANEL) {
-        // SAFETY: the panels have as many steps; the place has all rows and columns.
+        // SAFETY: the panels have the same number of steps; `out` has all rows and columns.
         return unsafe { square::<PARTS, RIGHT>(unit, operands, steps, (out, stride), add) };
     }
     let mut whole = [[0f32; PANEL]; PANEL];
     for (row, whole) in whole.iter_mut().enumerate().take(if add { rows } else { 0 }) {
-        // SAFETY: the place has these columns of the row.
+        // SAFETY: `out` has these columns of the row.
         unsafe { out.add(row * stride).copy_to_nonoverlapping(whole.as_mut_ptr(), columns) };
     }
-    // SAFETY: likewise.
+    // SAFETY: the panels have the same number of steps, and `whole` has all rows and columns.
     unsafe { square::<PARTS, RIGHT>(unit, operands, steps, (whole.as_mut_ptr().cast(), PANEL), add) };
     for (row, whole) in whole.iter().enumerate().take(rows) {
-        // SAFETY: likewise.
+        // SAFETY: `out` has these columns of the row.
         unsafe { out.add(row * stride).copy_from_nonoverlapping(whole.as_ptr(), columns) };
     }
 }
 
-/// A loop over steps of the inner width, between the sums as they begin and as they are stored.
+/// Assembles a loop over steps of the inner width that loads or zeroes the sums before and stores them after.
 macro_rules! sums {
     ([$parts:literal, $right_parts:literal]: [$unit:ident, $left:ident, $right:ident, $steps:ident, $out:ident, $stride:ident, $add:ident], $($line:expr),*) => {
         asm!(
@@ -145,8 +148,8 @@ macro_rules! sums {
     };
 }
 
-/// A quarter of the right operand's lines of the fourth step from here, if it has one part, brought near. The processor does
-/// not see by itself that tiles are read one after another: without this a matrix that is read but once takes a quarter to a
+/// Prefetches a quarter of the right operand's lines four steps ahead, for operands of one part. The processor does not
+/// detect the sequential reads of tiles by itself: without this, a matrix that is read only once takes a quarter to a
 /// third longer.
 macro_rules! ahead {
     ($quarter:literal) => {
@@ -160,16 +163,19 @@ macro_rules! ahead {
     };
 }
 
-/// 32 rows and columns of a product, in four tiles of sums.
+/// Computes 32 rows and columns of a product, in four tiles of sums.
 ///
-/// Parts are taken in an order in which each step brings but one side anew: (1, 3), (1, 2), (2, 2), (2, 1), (1, 1), (3, 1);
-/// of two (1, 2), (1, 1), (2, 1). Where the right one has but one part, the least of the left one is first. After some 0.6 µs without a store of a tile the next one takes a quarter of a microsecond, as long as two steps take, so
-/// one that nobody reads goes with each step: with it a sum of eight steps takes 1.1 µs, without it 1.4. (Loads and products
-/// fall asleep likewise, but while there are sums they never pause for so long. Of one part a step takes so little that a
-/// sum is stored in time.)
+/// Parts are multiplied in an order in which each step reloads only one operand: (1, 3), (1, 2), (2, 2), (2, 1), (1,
+/// 1), (3, 1); with two parts (1, 2), (1, 1), (2, 1). If the right operand has one part, the smallest part of the left
+/// one is first.
+///
+/// After about 0.6 µs without a tile store, the next store takes about 0.25 µs, as long as two steps. Each step
+/// therefore issues a dummy store, which cuts a sum of eight steps from 1.4 to 1.1 µs. (Loads and products slow down in
+/// the same way, but never pause for that long within a sum. With one part a step is so short that a sum is stored in
+/// time.)
 ///
 /// # Safety
-/// The operands must be panels of `steps` steps, one at least, and the place must have 32 rows and columns.
+/// The operands must be panels of `steps` steps, at least one, and `out` must have 32 rows and columns.
 unsafe fn square<const PARTS: usize, const RIGHT: usize>(
     unit: &mut Unit,
     [left, right]: [*const u8; 2],
@@ -177,7 +183,7 @@ unsafe fn square<const PARTS: usize, const RIGHT: usize>(
     (out, stride): (*mut f32, usize),
     add: bool,
 ) {
-    // SAFETY: all that is read and written is the caller's; tiles are configured while there is a `Unit`, and nobody but
+    // SAFETY: all reads and writes are within the caller's memory; tiles are configured while a `Unit` exists, and only
     // this block uses them.
     unsafe {
         match (PARTS, RIGHT) {
@@ -308,7 +314,7 @@ unsafe fn square<const PARTS: usize, const RIGHT: usize>(
                     ahead!(3),
                     "tilestored [{awake} + {line}*1], tmm7"
             ),
-            _ => unreachable!("from one part to three, of the right operand as many or one"),
+            _ => unreachable!("one to three parts, and the same number or one in the right operand"),
         }
     }
 }

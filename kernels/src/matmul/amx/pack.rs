@@ -1,8 +1,9 @@
-//! Operands cut into the parts and the order in which the unit reads them.
+//! Packing of operands: split into parts and reordered as the unit reads them.
 //!
-//! A tile is 16 lines of 64 bytes. Of the left operand a line is a lane and 32 steps of the inner width; of the right one it
-//! is a pair of such steps and 16 lanes. Either way two `bf16` of one lane stand side by side; the unit does not care which
-//! steps they are, as long as both operands agree, and here they are sixteen apart: their halves meet by one shift, whether
+//! A tile is 16 lines of 64 bytes. In the left operand a line holds one lane and 32 steps of the inner width; in the
+//! right one it holds a pair of such steps of 16 lanes. In both, two `bf16` values of one lane are adjacent. The unit
+//! works for any choice of pairs that is the same in both operands; here the steps of a pair are sixteen apart, so that
+//! a single shift combines them, whether lanes are contiguous in memory or strided.
 //! lanes lie along the memory or across it.
 
 use std::arch::x86_64::*;
@@ -11,36 +12,36 @@ use std::ops::Range;
 
 use super::Line;
 
-/// Lanes, and lines, of a tile.
+/// Number of lanes, and of lines, of a tile.
 pub(super) const TILE: usize = 16;
-/// Lanes of a panel, which is two tiles; also the inner steps of a tile.
+/// Number of lanes of a panel, which is two tiles; also the number of inner steps of a tile.
 pub(super) const PANEL: usize = 2 * TILE;
-/// Bytes of a tile.
+/// Size of a tile in bytes.
 pub(super) const TILE_BYTES: usize = TILE * Line::BYTES;
 
-/// Bytes of a panel for 32 inner steps: two tiles of each part.
+/// Returns the size in bytes of a panel for 32 inner steps: two tiles per part.
 pub(super) const fn step(parts: usize) -> usize {
     parts * 2 * TILE_BYTES
 }
 
-/// Lanes (rows of the left operand, columns of the right one) of an inner width.
+/// Unpacked operand: lanes (rows of the left operand, columns of the right one) of an inner width.
 #[derive(Debug, Clone, Copy)]
 pub struct Operand {
-    /// Of the first lane.
+    /// Address of the first lane.
     pub start: *const f32,
-    /// How many there are.
+    /// Number of lanes.
     pub lanes: usize,
-    /// From a lane to the next.
+    /// Distance in elements between a lane and the next.
     pub lane: isize,
-    /// From an inner step to the next; this or `lane` is 1.
+    /// Distance in elements between an inner step and the next; this or `lane` is 1.
     pub depth: isize,
 }
-// SAFETY: it is read from alone.
+// SAFETY: the operand is only read.
 unsafe impl Send for Operand {}
-// SAFETY: likewise.
+// SAFETY: the same as above.
 unsafe impl Sync for Operand {}
 
-/// How a tile holds an operand.
+/// Layout of an operand in tiles.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum PackedFormat {
     /// A line is a lane: the left operand.
@@ -54,19 +55,19 @@ thread_local! {
     static RIGHT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
-/// Room for a packed operand, which the thread keeps for the next one.
+/// Buffer for a packed operand, which the thread reuses.
 pub(super) struct Room {
     lines: Vec<Line>,
     home: &'static std::thread::LocalKey<Cell<Vec<Line>>>,
 }
 
 impl Room {
-    /// For `bytes` of a left operand.
+    /// Takes the buffer for `bytes` of a left operand.
     pub(super) fn left(bytes: usize) -> Self {
         Self::of(&LEFT, bytes)
     }
 
-    /// For `bytes` of a right operand.
+    /// Takes the buffer for `bytes` of a right operand.
     pub(super) fn right(bytes: usize) -> Self {
         Self::of(&RIGHT, bytes)
     }
@@ -79,7 +80,7 @@ impl Room {
         Self { lines, home }
     }
 
-    /// The first `bytes` of it.
+    /// Returns the first `bytes` of the buffer.
     pub(super) fn lines(&mut self, bytes: usize) -> &mut [Line] {
         &mut self.lines[..bytes / Line::BYTES]
     }
@@ -91,10 +92,11 @@ impl Drop for Room {
     }
 }
 
-/// Packs the `PARTS` of 32 lanes from `first` on and the `inner` steps into `dest`, zeros for what is not there.
+/// Packs the `PARTS` parts of 32 lanes from `first` on and of the `inner` steps into `dest`, with zeros beyond the
+/// operand.
 ///
 /// # Safety
-/// The processor must have AVX-512 with `bf16`, and the operand's lanes and steps must be there.
+/// The processor must have AVX-512 with `bf16`, and the operand's lanes and steps must be allocated.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(super) unsafe fn pack<const PARTS: usize>(
     dest: &mut [Line],
@@ -113,7 +115,7 @@ pub(super) unsafe fn pack<const PARTS: usize>(
             let start = operand.start.wrapping_offset(lane as isize * operand.lane + from as isize * operand.depth);
             let tile = Source { start, stride, lanes, depth };
             let dest = &mut panel[half * TILE..];
-            // SAFETY: the lanes and steps that the source counts are there.
+            // SAFETY: the source's lanes and steps are allocated.
             unsafe {
                 match (along, form, lanes == TILE && depth == PANEL) {
                     (true, PackedFormat::Rows, true) => as_it_lies::<true, true, PARTS>(dest, tile),
@@ -130,8 +132,7 @@ pub(super) unsafe fn pack<const PARTS: usize>(
     }
 }
 
-/// Up to 16 lanes and 32 inner steps of an operand, in lines of which the first `lanes`, or (across) the first `depth`, are
-/// there.
+/// Up to 16 lanes and 32 inner steps of an operand. Only the first `lanes` and the first `depth` steps are allocated.
 #[derive(Clone, Copy)]
 struct Source {
     start: *const f32,
@@ -141,8 +142,8 @@ struct Source {
 }
 
 impl Source {
-    /// Where lanes lie `ALONG` the memory: steps 0 to 15 of lane `at`, and steps 16 to 31. Else step `at` of all lanes, and
-    /// step `at + 16`. Nothing is masked where the source is `WHOLE`.
+    /// Loads a line. If lanes are contiguous in memory (`ALONG`): steps 0 to 15 of lane `at`, and steps 16 to 31.
+    /// Otherwise step `at` of all lanes, and step `at + 16`. The loads are not masked if the source is `WHOLE`.
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn line<const ALONG: bool, const WHOLE: bool>(self, at: usize) -> [__m512; 2] {
@@ -152,7 +153,7 @@ impl Source {
             false => first.wrapping_offset(TILE as isize * self.stride),
         };
         if WHOLE {
-            // SAFETY: all lanes and steps are there, as the caller says.
+            // SAFETY: by the caller's contract all lanes and steps are allocated.
             return unsafe { [_mm512_loadu_ps(first), _mm512_loadu_ps(second)] };
         }
         let up_to = |count: usize| ((1u32 << count.min(TILE)) - 1) as u16;
@@ -161,12 +162,12 @@ impl Source {
             true => [0, 0],
             false => [at, at + TILE].map(|step| if step < self.depth { up_to(self.lanes) } else { 0 }),
         };
-        // SAFETY: what is masked is not read, and the rest is there.
+        // SAFETY: masked elements are not read, and the others are allocated.
         unsafe { [_mm512_maskz_loadu_ps(masks[0], first), _mm512_maskz_loadu_ps(masks[1], second)] }
     }
 }
 
-/// The upper halves of pairs, which as `bf16` are what they stand for cut off.
+/// Combines the upper halves of two lines into pairs, which are the values truncated to `bf16`.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn halves([first, second]: [__m512i; 2]) -> __m512i {
@@ -175,29 +176,30 @@ fn halves([first, second]: [__m512i; 2]) -> __m512i {
     _mm512_ternarylogic_epi32::<0xf8>(_mm512_srli_epi32::<16>(first), second, upper)
 }
 
-/// A line's next part, and what it leaves of the line: exactly, and with the third part nothing.
+/// Returns a line's next part, and the exact remainder of the line. The remainder after the third part is zero.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn part_of(line: [__m512; 2]) -> (__m512i, [__m512; 2]) {
     let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
-    // To the nearest: cut off, the parts that are left out would all have the sign of the whole.
+    // Rounded to nearest: with truncation, the omitted parts would all have the sign of the value.
     let nearest = |value| _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
     let near = [nearest(line[0]), nearest(line[1])];
     let rest = |value, near| _mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_and_si512(near, upper)));
     (halves(near), [rest(line[0], near[0]), rest(line[1], near[1])])
 }
 
-/// A line's last part: of three, what has eight bits left; of fewer, what is left to the nearest, NaN where it is NaN.
+/// Returns a line's last part. The third of three has eight bits left and is exact; with fewer parts it is the
+/// remainder rounded to nearest. NaN stays NaN.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn last_of<const PARTS: usize>(line: [__m512; 2]) -> __m512i {
     if PARTS == 3 {
         return halves([_mm512_castps_si512(line[0]), _mm512_castps_si512(line[1])]);
     }
-    // SAFETY: both are 512 bits.
+    // SAFETY: both types have 512 bits.
     let side_by_side: __m512i = unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(line[1], line[0])) };
     let order: [u16; 2 * TILE] = std::array::from_fn(|at| (at / 2 + at % 2 * TILE) as u16);
-    // SAFETY: as many bits are there.
+    // SAFETY: `order` has 512 bits.
     _mm512_permutexvar_epi16(unsafe { _mm512_loadu_si512(order.as_ptr().cast()) }, side_by_side)
 }
 
@@ -205,17 +207,17 @@ fn last_of<const PARTS: usize>(line: [__m512; 2]) -> __m512i {
 #[target_feature(enable = "avx512f")]
 fn store(dest: &mut [Line], part: usize, at: usize, line: __m512i) {
     let dest = &mut dest[part * 2 * TILE + at];
-    // SAFETY: a line has room for a register and is aligned as one.
+    // SAFETY: a line has the size and the alignment of a register.
     unsafe { _mm512_store_si512(dest.0.as_mut_ptr().cast(), line) }
 }
 
-/// A tile's parts where a line of it is a line of the source.
+/// Packs a tile's parts if a line of the tile is a line of the source.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn as_it_lies<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(dest: &mut [Line], source: Source) {
     assert!(dest.len() >= (2 * PARTS - 1) * TILE);
     for at in 0..TILE {
-        // SAFETY: the caller's.
+        // SAFETY: by the caller's contract.
         let mut line = unsafe { source.line::<ALONG, WHOLE>(at) };
         for number in 0..PARTS - 1 {
             let (part, rest) = part_of(line);
@@ -226,7 +228,7 @@ unsafe fn as_it_lies<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(d
     }
 }
 
-/// A tile's parts where a line of it is a column of the source.
+/// Packs a tile's parts if a line of the tile is a column of the source.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn turned<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(dest: &mut [Line], source: Source) {
@@ -236,7 +238,7 @@ unsafe fn turned<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(dest:
         let mut tile = [_mm512_setzero_si512(); TILE];
         for at in 0..TILE {
             let line = match part {
-                // SAFETY: the caller's.
+                // SAFETY: by the caller's contract.
                 0 => unsafe { source.line::<ALONG, WHOLE>(at) },
                 _ => rests[at],
             };
@@ -248,10 +250,10 @@ unsafe fn turned<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(dest:
     }
 }
 
-/// Writes the first `[rows, columns]` of what `sums` holds by columns to the place given, rows of its stride.
+/// Writes the first `[rows, columns]` of `sums`, which are stored by columns, to `out`, with rows of `stride`.
 ///
 /// # Safety
-/// The processor must have AVX-512, and the place those rows and columns.
+/// The processor must have AVX-512, and `out` must have those rows and columns.
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn turn_out(
     sums: &[[f32; PANEL]; PANEL],
@@ -263,18 +265,18 @@ pub(super) unsafe fn turn_out(
         for row in (0..rows).step_by(TILE) {
             let tile = std::array::from_fn(|at| {
                 let sums = &sums[column + at][row..row + TILE];
-                // SAFETY: sixteen values are there.
+                // SAFETY: the slice has sixteen values.
                 unsafe { _mm512_loadu_si512(sums.as_ptr().cast()) }
             });
             for (at, line) in transposed(tile).into_iter().enumerate().take(rows - row) {
-                // SAFETY: the place has this row, and what is masked is not written.
+                // SAFETY: `out` has this row, and masked elements are not written.
                 unsafe { _mm512_mask_storeu_epi32(out.add((row + at) * stride + column).cast(), mask, line) };
             }
         }
     }
 }
 
-/// Sixteen rows of sixteen values of 32 bits, rows and columns exchanged.
+/// Transposes sixteen rows of sixteen 32-bit values.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn transposed(rows: [__m512i; TILE]) -> [__m512i; TILE] {

@@ -1,4 +1,4 @@
-//! Few rows times a matrix that lies packed already, in one part.
+//! Products of few rows with a matrix that is stored packed, in one part.
 
 use std::mem::MaybeUninit;
 
@@ -8,22 +8,23 @@ use super::kernel::{Unit, multiply_block};
 use super::pack::{Operand, PANEL, PackedFormat, Room, step};
 use super::{Line, Places, bytes, pack_panels};
 
-/// Multiply-adds that are worth a task of their own.
+/// Minimum number of multiply-adds of a task.
 const TASK: usize = 1 << 20;
 
-/// `out [m, n] = x [m, k] · wᵀ`, of `PARTS` parts of `x`; `w` is a right operand of one part, `n` lanes of `k` steps.
+/// Computes `out [m, n] = x [m, k] · wᵀ`, with `x` in `PARTS` parts; `w` is a packed right operand of one part, `n`
+/// lanes of `k` steps.
 ///
 /// # Panics
-/// Where the unit is not [available](super::available) or the sizes do not fit.
+/// If the unit is not [available](super::available) or the sizes do not match.
 pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[Line], [m, k, n]: [usize; 3]) {
-    assert!(super::available(), "the tile unit is not there");
+    assert!(super::available(), "the tile unit is not available");
     assert_eq!((x.len(), out.len()), (m * k, m * n), "sizes of a product");
     assert_eq!(w.len() * Line::BYTES, bytes::<1>(n, k), "size of a packed matrix");
     let size = bytes::<PARTS>(m, k);
     let mut room = Room::left(size);
     let packed = room.lines(size);
     let x = Operand { start: x.as_ptr(), lanes: m, lane: k as isize, depth: 1 };
-    // SAFETY: the operand has the sizes that were checked; with the unit there is AVX-512.
+    // SAFETY: the operand has the sizes that were checked; a processor with the unit has AVX-512.
     unsafe { pack_panels::<PARTS>(packed, x, PackedFormat::Rows, 0..m, &(0..k), false) };
     let packed = &*packed;
     let out = Places { start: out.as_mut_ptr().cast(), stride: n };
@@ -35,7 +36,7 @@ pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: 
             for (x, row) in packed.chunks(steps * step(PARTS) / Line::BYTES).zip((0..m).step_by(PANEL)) {
                 let place = out.at(row, column);
                 let sizes = [(m - row).min(PANEL), (n - column).min(PANEL)];
-                // SAFETY: the block's rows and columns are there, and these columns are this call's.
+                // SAFETY: the output has the block's rows and columns, and only this call writes these columns.
                 unsafe { multiply_block::<PARTS, 1>(&mut unit, x, w, (place, n), sizes, false) };
             }
         }

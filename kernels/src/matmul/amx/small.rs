@@ -1,8 +1,8 @@
-//! Few rows times a matrix, which is packed as it is read: the matrix's rows are the left operand, in portions that stay in
-//! the nearest cache.
+//! Products of few rows with a matrix that is packed while it is read: the matrix's rows are the left operand, in
+//! portions that stay in the first-level cache.
 //!
-//! Packing takes as long for one row as for 32, so that this is faster than vector instructions from about 16 rows on. A
-//! row's result depends on nothing but the row and the matrix, as there; the last bits are others.
+//! Packing takes as long for one row as for 32, so this is faster than vector instructions from about 16 rows on. As
+//! with these, a row's result depends on the row and the matrix only; the last bits differ.
 
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 use std::mem::MaybeUninit;
@@ -14,19 +14,19 @@ use super::kernel::{Unit, multiply_block};
 use super::pack::{Operand, PANEL, PackedFormat, Room, pack, step, turn_out};
 use super::{Line, Places};
 
-/// Rows of the matrix in a portion.
+/// Number of matrix rows in a portion.
 const ROWS: usize = 2 * PANEL;
-/// Its inner width in a portion.
+/// Inner width of a portion.
 const DEPTH: usize = 2 * PANEL;
-/// Multiply-adds that are worth a task of their own.
+/// Minimum number of multiply-adds of a task.
 const TASK: usize = 1 << 20;
 
-/// `out [m, n] = x [m, k] · w [n, k]ᵀ`.
+/// Computes `out [m, n] = x [m, k] · w [n, k]ᵀ`.
 ///
 /// # Panics
-/// Where the unit is not [available](super::available) or the sizes do not fit.
+/// If the unit is not [available](super::available) or the sizes do not match.
 pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k, n]: [usize; 3]) {
-    assert!(super::available(), "the tile unit is not there");
+    assert!(super::available(), "the tile unit is not available");
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     let lanes = |values: &[f32], lanes| Operand { start: values.as_ptr(), lanes, lane: k as isize, depth: 1 };
     let (x, w, out) = (lanes(x, m), lanes(w, n), Places { start: out.as_mut_ptr().cast(), stride: n });
@@ -34,11 +34,11 @@ pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: 
     let mut room = Room::right(m.div_ceil(PANEL) * panel);
     let packed = room.lines(m.div_ceil(PANEL) * panel);
     for (at, lines) in packed.chunks_mut(panel / Line::BYTES).enumerate() {
-        // SAFETY: the operand has the sizes that were checked; with the unit there is AVX-512.
+        // SAFETY: the operand has the sizes that were checked; a processor with the unit has AVX-512.
         unsafe { pack::<PARTS>(lines, x, PackedFormat::Pairs, at * PANEL, 0..k) };
     }
     let packed = &*packed;
-    // SAFETY: the operands have the sizes that were checked, and each call writes its columns alone.
+    // SAFETY: the operands have the sizes that were checked, and each call writes only its own columns.
     let columns = |from: usize, to: usize| unsafe { columns::<PARTS>(out, (packed, m), w, k, from..to) };
     let threads = rayon::current_num_threads();
     if threads == 1 || m * k * n < 2 * TASK {
@@ -48,11 +48,11 @@ pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: 
     (0..n.div_ceil(run)).into_par_iter().for_each(|task| columns(task * run, ((task + 1) * run).min(n)));
 }
 
-/// Some columns of the result, for the packed rows of `x`.
+/// Computes some columns of the result for the packed rows of `x`.
 ///
 /// # Safety
-/// The matrix must have an inner width of `k`, and `out` room for `m` rows of as many columns as it has rows; nobody else
-/// may use these columns.
+/// The matrix must have an inner width of `k`, and `out` must have room for `m` rows with one column per row of the
+/// matrix; these columns must not be used by anything else.
 unsafe fn columns<const PARTS: usize>(
     out: Places,
     (x, m): (&[Line], usize),
@@ -62,7 +62,7 @@ unsafe fn columns<const PARTS: usize>(
 ) {
     let mut unit = Unit::enter();
     let mut room = Room::left(ROWS / PANEL * DEPTH / PANEL * step(PARTS));
-    // For each panel of rows of `x`, and each of the matrix; by rows of the latter.
+    // Sums by panel of rows of `x`, then by panel of the matrix; each is stored by rows of the matrix.
     let mut sums = [[[[0f32; PANEL]; PANEL]; ROWS / PANEL]; 2];
     let panels = m.div_ceil(PANEL);
     for row in range.clone().step_by(ROWS) {
@@ -88,14 +88,14 @@ unsafe fn columns<const PARTS: usize>(
             for (half, sums) in sums.iter().enumerate() {
                 let (first, column) = (at * PANEL, row + half * PANEL);
                 let sizes = [(m - first).min(PANEL), range.end.saturating_sub(column).min(PANEL)];
-                // SAFETY: `out` has these rows and columns, which are this call's.
+                // SAFETY: `out` has these rows and columns, and only this call writes them.
                 unsafe { turn_out(sums, (out.at(first, column), out.stride), sizes) };
             }
         }
     }
 }
 
-/// Has the portion of the rows from `first` on and of an inner step on brought nearer.
+/// Prefetches a portion of the matrix: the rows from `first` on and the inner steps from `from` on.
 fn fetch(w: Operand, first: usize, from: usize) {
     for row in first..(first + ROWS).min(w.lanes) {
         let start = w.start.wrapping_offset(row as isize * w.lane).wrapping_add(from);

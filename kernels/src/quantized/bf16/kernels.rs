@@ -1,16 +1,17 @@
-//! Rows of `f32` times a panel of the matrix, by instruction set. All sum in one order: their results are the same to the last
-//! bit.
+//! Kernels that multiply rows of `f32` by a panel of the matrix, one per instruction set. All sum in the same order, so
+//! their results are identical to the last bit.
 
 use super::super::super::matmul::Places;
 use super::{APART, Bf16Weights, HALF, PAIR, PANEL, STEP};
 
-/// All rows of `x` with one panel of the matrix.
+/// Function that multiplies all rows of `x` by one panel of the matrix.
 ///
 /// # Safety
-/// The processor must have the kernel's instructions, and the result room for the panel's columns of all rows.
+/// The processor must support the kernel's instructions, and the output must have room for the panel's columns of all
+/// rows.
 pub(super) type Kernel = unsafe fn(Places, &[f32], &Bf16Weights, usize);
 
-/// The fastest that the processor has.
+/// Returns the fastest kernel that the processor supports.
 pub(super) fn best() -> Kernel {
     #[cfg(target_arch = "x86_64")]
     {
@@ -24,10 +25,10 @@ pub(super) fn best() -> Kernel {
     plain
 }
 
-/// Without instructions of the kind.
+/// Multiplies without special instructions.
 ///
 /// # Safety
-/// As of [`Kernel`].
+/// The same as for [`Kernel`].
 pub(super) unsafe fn plain(out: Places, x: &[f32], weight: &Bf16Weights, panel: usize) {
     let columns = (weight.rows - panel * PANEL).min(PANEL);
     for (row, x) in x.chunks_exact(weight.width).enumerate() {
@@ -43,14 +44,14 @@ pub(super) unsafe fn plain(out: Places, x: &[f32], weight: &Bf16Weights, panel: 
             }
         }
         for (column, sum) in sums[..columns].iter().enumerate() {
-            // SAFETY: the caller's.
+            // SAFETY: by the caller's contract.
             unsafe { out.at(row, panel * PANEL + column).write(*sum) };
         }
     }
 }
 
-/// One instruction set's kernel, of registers of `$lanes` rows of the matrix, two at a time, and up to `$most` rows of `x`, for
-/// which the matrix is loaded once. Each such tile fetches its part of the panel that comes next.
+/// Defines the kernel of one instruction set. A tile is two registers of `$lanes` rows of the matrix by up to `$most`
+/// rows of `x`, for which the matrix is loaded once. Each tile prefetches its share of the next panel.
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $most:literal, [$($rows:literal),*], $zero:ident, $set:ident,
      $fma:ident, $store:ident, $load:ident, $shift:ident, $and:ident, $all:ident, $float:ident) => {
@@ -59,11 +60,11 @@ macro_rules! kernel {
             use super::{APART, HALF, Bf16Weights, PAIR, PANEL, Places, STEP};
             use std::arch::x86_64::*;
 
-            /// Rows of the matrix in a tile.
+            /// Number of matrix rows in a tile.
             const TILE: usize = 2 * $lanes;
 
             /// # Safety
-            /// As of [`Kernel`](super::Kernel).
+            /// The same as for [`Kernel`](super::Kernel).
             #[target_feature(enable = $features)]
             pub(in super::super) unsafe fn multiply(out: Places, x: &[f32], weight: &Bf16Weights, panel: usize) {
                 let rows = x.len() / weight.width;
@@ -102,7 +103,8 @@ macro_rules! kernel {
                                 _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line(register).0).cast());
                             }
                         }
-                        // SAFETY: a panel has all lines of a step, and `x` all columns of as many rows, as was just seen.
+                        // SAFETY: a panel has all lines of a step, and `x` has all columns of `R` rows, by the slice
+                        // above.
                         unsafe {
                             let pairs: [_; 2] = std::array::from_fn(|register| {
                                 let (line, byte) = line(register);
@@ -126,10 +128,10 @@ macro_rules! kernel {
                 for (r, sums) in sums.iter().enumerate() {
                     let mut lanes = [0f32; TILE];
                     for (register, sum) in sums.iter().enumerate() {
-                        // SAFETY: there is room for two registers.
+                        // SAFETY: `lanes` has room for two registers.
                         unsafe { $store(lanes.as_mut_ptr().add(register * $lanes), *sum) };
                     }
-                    // SAFETY: the caller's: there is room for the panel's columns of each row.
+                    // SAFETY: by the caller's contract the output has room for the panel's columns of each row.
                     unsafe { out.at(row + r, first).copy_from_nonoverlapping(lanes.as_ptr(), columns) };
                 }
             }

@@ -1,16 +1,17 @@
-//! Rows of whole numbers times a panel of the matrix, by instruction set. All sum in one order: their results are the same to
-//! the last bit.
+//! Kernels that multiply rows of 8-bit integers by a panel of the matrix, one per instruction set. All sum in the same
+//! order, so their results are identical to the last bit.
 
 use super::super::super::matmul::Places;
 use super::{BLOCK, GROUP, PANEL, Q8, Rows};
 
-/// All rows of `x` with one panel of the matrix.
+/// Function that multiplies all rows of `x` by one panel of the matrix.
 ///
 /// # Safety
-/// The processor must have the kernel's instructions, and the result room for the panel's columns of all rows.
+/// The processor must support the kernel's instructions, and the output must have room for the panel's columns of all
+/// rows.
 pub(super) type Kernel = unsafe fn(Places, &Rows, &Q8, usize);
 
-/// The fastest that the processor has.
+/// Returns the fastest kernel that the processor supports.
 pub(super) fn best() -> Kernel {
     #[cfg(target_arch = "x86_64")]
     {
@@ -24,10 +25,10 @@ pub(super) fn best() -> Kernel {
     plain
 }
 
-/// Without instructions of the kind.
+/// Multiplies without special instructions.
 ///
 /// # Safety
-/// As of [`Kernel`].
+/// The same as for [`Kernel`].
 pub(super) unsafe fn plain(out: Places, x: &Rows, weight: &Q8, panel: usize) {
     let (blocks, groups) = (x.width / BLOCK, x.width / GROUP);
     for row in 0..x.values.len() / x.width {
@@ -48,14 +49,15 @@ pub(super) unsafe fn plain(out: Places, x: &Rows, weight: &Q8, panel: usize) {
         }
         let columns = panel * PANEL..((panel + 1) * PANEL).min(weight.rows);
         for (column, sum) in columns.zip(sums) {
-            // SAFETY: the caller's.
+            // SAFETY: by the caller's contract.
             unsafe { out.at(row, column).write(sum) };
         }
     }
 }
 
-/// One instruction set's kernel, of registers of `$lanes` rows of the matrix: up to `$most` rows of `x` at a time, for which
-/// the matrix is loaded once. Each such tile fetches its part of the panel that comes next.
+/// Defines the kernel of one instruction set, whose registers hold `$lanes` rows of the matrix. It processes up to
+/// `$most` rows of `x` at a time, for which the matrix is loaded once. Each such tile prefetches its share of the next
+/// panel.
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $most:literal, [$($rows:literal),*], $float:ident, $whole:ident,
      $set:ident, $mul:ident, $fma:ident, $load_float:ident, $store:ident, $widen:ident, $four:ident,
@@ -65,11 +67,11 @@ macro_rules! kernel {
             use super::{BLOCK, GROUP, PANEL, Places, Q8, Rows};
             use std::arch::x86_64::*;
 
-            /// Registers that a panel takes.
+            /// Number of registers per panel.
             const PARTS: usize = PANEL / $lanes;
 
             /// # Safety
-            /// As of [`Kernel`](super::Kernel).
+            /// The same as for [`Kernel`](super::Kernel).
             #[target_feature(enable = $features)]
             pub(in super::super) unsafe fn multiply(out: Places, x: &Rows, weight: &Q8, panel: usize) {
                 let rows = x.values.len() / x.width;
@@ -106,7 +108,7 @@ macro_rules! kernel {
                     for group in (part..GROUPS).step_by(parts) {
                         _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(block * GROUPS + group).cast());
                     }
-                    // SAFETY: all that is read lies within the slices, whose lengths were just seen.
+                    // SAFETY: all reads lie within the slices, whose lengths are asserted above.
                     unsafe {
                         let mut whole = [[$four(0); PARTS]; R];
                         for r in 0..R {
@@ -136,10 +138,10 @@ macro_rules! kernel {
                 for (r, sums) in sums.iter().enumerate() {
                     let mut lanes = [0f32; PANEL];
                     for (part, sum) in sums.iter().enumerate() {
-                        // SAFETY: a panel has room for all of its parts.
+                        // SAFETY: `lanes` has room for all registers of a panel.
                         unsafe { $store(lanes.as_mut_ptr().add(part * $lanes), *sum) };
                     }
-                    // SAFETY: the caller's: there is room for the panel's columns of each row.
+                    // SAFETY: by the caller's contract the output has room for the panel's columns of each row.
                     unsafe { out.at(row + r, panel * PANEL).copy_from_nonoverlapping(lanes.as_ptr(), columns) };
                 }
             }
@@ -166,8 +168,9 @@ kernel!(
     |start: i32| _mm512_set1_epi32(start),
     |sum: __m512i, w: __m512i, x: __m512i| _mm512_dpbusd_epi32(sum, w, x)
 );
-// Its instruction for such products stops at sixteen bits, which two products of a number below 256 may exceed: so the sign
-// goes from one side to the other, and the sum begins with nothing.
+// AVX2's instruction for such products saturates at 16 bits, which the sum of two products of an unsigned 8-bit number
+// may exceed. Therefore the matrix's values are signed again, the sign of `x` moves to them, and the sum starts at
+// zero.
 kernel!(
     avx2,
     "avx2,fma",

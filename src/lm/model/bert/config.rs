@@ -1,4 +1,4 @@
-//! The shape of a BERT encoder, read from `config.json`.
+//! Hyper-parameters of a BERT encoder, read from `config.json`.
 
 use std::path::Path;
 
@@ -8,8 +8,8 @@ use serde_json::Value;
 use crate::lm::validate::types::{self, Type};
 use crate::util::read_bounded;
 
-/// Architectures whose encoder can be read, by the name `config.json` gives them; a `model_type` of `bert` will do
-/// as well.
+/// Supported architectures, by their names in `config.json`; any model with a `model_type` of `bert` is supported as
+/// well.
 pub const SUPPORTED: &[&str] = &["BertModel"];
 
 /// Hyper-parameters of a BERT encoder.
@@ -21,19 +21,19 @@ pub struct BertConfig {
     pub intermediate_size: usize,
     /// Number of encoder layers.
     pub layers: usize,
-    /// Attention heads; divides `hidden_size`.
+    /// Number of attention heads; divides `hidden_size`.
     pub heads: usize,
-    /// Rows of the word embedding.
+    /// Number of rows of the word embedding.
     pub vocab_size: usize,
-    /// Rows of the position embedding: the longest text in tokens, special tokens included.
+    /// Number of rows of the position embedding: the longest text in tokens, including special tokens.
     pub context: usize,
-    /// Rows of the token-type embedding; only the first is used.
+    /// Number of rows of the token-type embedding, of which only the first is used.
     pub token_types: usize,
-    /// Epsilon under the root of LayerNorm.
+    /// Epsilon of LayerNorm, added to the variance.
     pub layer_norm_eps: f64,
 }
 
-/// The keys that are read and may be absent; the sizes are required.
+/// Optional keys that are read, and their types; the sizes are required.
 const KEYS: &[(&str, Type)] = &[
     ("architectures", Type::Texts),
     ("model_type", Type::Text),
@@ -47,8 +47,8 @@ impl BertConfig {
     /// Reads a Hugging Face `config.json`.
     ///
     /// # Errors
-    /// Names the file and the key; an architecture, activation or kind of position that is not supported is refused
-    /// by name.
+    /// If the file cannot be read, a key is missing or wrong, or the architecture, activation or kind of positions is
+    /// not supported; the error names the file and the key.
     pub fn from_directory(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let text = read_bounded::text(&path, read_bounded::DESCRIPTION)
@@ -70,12 +70,12 @@ impl BertConfig {
         }
         for (key, works) in [("hidden_act", "gelu"), ("position_embedding_type", "absolute")] {
             if let Some(found) = json[key].as_str().filter(|found| *found != works) {
-                bail!("{key} = {found} is not supported; this works: {works}");
+                bail!("{key} = {found} is not supported; supported: {works}");
             }
         }
         ensure!(json["is_decoder"].as_bool() != Some(true), "is_decoder = true is not supported; use an encoder");
         let need = |key: &str| {
-            let size = json[key].as_u64().with_context(|| format!("{key} is missing or no whole number"))?;
+            let size = json[key].as_u64().with_context(|| format!("{key} is missing or not a whole number"))?;
             ensure!((1..=1 << 24).contains(&size), "{key} = {size} must be above zero, and at most {}", 1 << 24);
             Ok(size as usize)
         };
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_work_is_refused_by_name() {
+    fn unsupported_settings_are_rejected_by_name() {
         assert_eq!(BertConfig::from_json(&shape()).unwrap().layer_norm_eps, 1e-12);
         for (change, word) in [
             (json!({ "architectures": ["MPNetModel"], "model_type": "mpnet" }), "MPNetModel is not supported"),
@@ -118,13 +118,13 @@ mod tests {
             (json!({ "layer_norm_eps": "1e-12" }), "layer_norm_eps is \"1e-12\", and must be a number"),
             (json!({ "is_decoder": "true" }), "is_decoder is \"true\", and must be true or false"),
             (json!({ "hidden_act": "gelu_new" }), "hidden_act = gelu_new"),
-            (json!({ "position_embedding_type": "relative_key" }), "this works: absolute"),
+            (json!({ "position_embedding_type": "relative_key" }), "supported: absolute"),
             (json!({ "is_decoder": true }), "use an encoder"),
-            (json!({ "vocab_size": "200" }), "vocab_size is missing or no whole number"),
+            (json!({ "vocab_size": "200" }), "vocab_size is missing or not a whole number"),
             (json!({ "num_attention_heads": 0 }), "num_attention_heads = 0 must be above zero"),
             (json!({ "num_hidden_layers": 1u64 << 60 }), "num_hidden_layers = 1152921504606846976 must be"),
             (json!({ "num_attention_heads": 5 }), "a multiple of num_attention_heads = 5"),
-            // These are as good.
+            // These configurations are accepted.
             (json!({ "architectures": ["BertForMaskedLM"] }), ""),
             (json!({ "model_type": null }), ""),
         ] {

@@ -1,4 +1,4 @@
-//! Sentence embeddings: a text's direction in the space of an encoder trained for it (Reimers & Gurevych 2019).
+//! Sentence embeddings by an encoder that was trained for them (Reimers & Gurevych 2019).
 
 use std::path::Path;
 
@@ -12,13 +12,13 @@ use crate::lm::model::Weights;
 use crate::lm::validate;
 use crate::util::read_bounded;
 
-/// Tokens that go through the encoder at once: enough to fill its matrix products, few enough to stay near the cache.
+/// Largest number of tokens per pass of the encoder: enough for efficient matrix products, few enough for the cache.
 const ROW: usize = 512;
 
-/// Norms below this count as this, so that no text divides by zero.
+/// Lower bound of norms, which prevents a division by zero.
 const LEAST_NORM: f64 = 1e-12;
 
-/// A frozen BERT encoder with its tokenizer.
+/// Frozen BERT encoder with its tokenizer.
 pub struct Embedder {
     model: Bert,
     tokenizer: tokenizers::Tokenizer,
@@ -29,13 +29,13 @@ pub struct Embedder {
 impl Embedder {
     /// Reads a Hugging Face directory: `config.json`, `model.safetensors`, `tokenizer.json`.
     ///
-    /// A text is cut at its end to `max_position_embeddings` tokens, the special tokens that the tokenizer's
-    /// post-processor adds (`[CLS]`, `[SEP]`) counted and kept; to `max_seq_length` of `sentence_bert_config.json`
-    /// where that is there and smaller, as in sentence-transformers. What `tokenizer.json` itself says of truncation
-    /// and padding is ignored.
+    /// Texts are truncated at their end to `max_position_embeddings` tokens, or to `max_seq_length` of
+    /// `sentence_bert_config.json` if it exists and is smaller, as in sentence-transformers. The special tokens of the
+    /// tokenizer's post-processor (`[CLS]`, `[SEP]`) count and are kept. The truncation and padding settings of
+    /// `tokenizer.json` are ignored.
     ///
     /// # Errors
-    /// Names the file at fault, and what is missing or not supported in it.
+    /// If a file is missing, invalid or not supported; the error names it.
     pub fn from_directory(dir: &Path, device: &Device) -> Result<Self> {
         let config = BertConfig::from_directory(dir)?;
         check_pooling(dir)?;
@@ -47,7 +47,7 @@ impl Embedder {
         let added = tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
         ensure!(
             limit > added,
-            "texts of {limit} tokens (max_position_embeddings, or max_seq_length of sentence_bert_config.json) have no room beside {added} special tokens"
+            "texts of {limit} tokens (max_position_embeddings, or max_seq_length of sentence_bert_config.json) leave no room after {added} special tokens"
         );
         let truncation = TruncationParams { max_length: limit, ..TruncationParams::default() };
         tokenizer.with_truncation(Some(truncation)).map_err(|error| anyhow!(error))?;
@@ -55,25 +55,26 @@ impl Embedder {
         Ok(Self { model, tokenizer, identity: weights.fingerprint()?, parameters: weights.parameters() })
     }
 
-    /// Fingerprint of the weights.
+    /// Returns the fingerprint of the weights.
     pub fn identity(&self) -> u64 {
         self.identity
     }
 
-    /// Number of values in all its tensors.
+    /// Returns the number of values in all tensors.
     pub fn parameters(&self) -> usize {
         self.parameters
     }
 
-    /// Width of an embedding, `D`.
+    /// Returns the width of an embedding, `D`.
     pub fn width(&self) -> usize {
         self.model.config().hidden_size
     }
 
-    /// One embedding `[D]` of length 1 per text: the mean of the last hidden states of all its tokens, normalised.
+    /// Returns one embedding `[D]` of length 1 per text: the normalised mean of the last hidden states of all its
+    /// tokens.
     ///
     /// # Errors
-    /// A text that the tokenizer refuses, a token that the model lacks, or states that are not finite.
+    /// If the tokenizer rejects a text, the model lacks a token, or the hidden states are not finite.
     pub fn embed(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>> {
         let encode = |text: &&str| {
             let encoding =
@@ -94,25 +95,25 @@ impl Embedder {
     }
 }
 
-/// Most tokens of a text, special tokens included.
+/// Returns the largest number of tokens of a text, including special tokens.
 fn limit(dir: &Path, context: usize) -> Result<usize> {
     let length = optional_json(&dir.join("sentence_bert_config.json"))?["max_seq_length"].as_u64();
     Ok(length.map_or(context, |length| context.min(length as usize)))
 }
 
-/// Refuses a model whose own description, where there is one, pools in another way.
+/// Rejects a model whose description specifies another pooling than the mean.
 fn check_pooling(dir: &Path) -> Result<()> {
     let path = dir.join("1_Pooling").join("config.json");
     let mean = optional_json(&path)?["pooling_mode_mean_tokens"].as_bool();
     ensure!(
         mean != Some(false),
-        "{} says that the model is not pooled by the mean of its tokens, which is what works here; use one that is",
+        "{} says that the model does not use mean pooling, the only supported kind; use a model that does",
         path.display()
     );
     Ok(())
 }
 
-/// A JSON file that may be absent, which reads as null.
+/// Reads a JSON file; null if it does not exist.
 fn optional_json(path: &Path) -> Result<Value> {
     if !path.exists() {
         return Ok(Value::Null);
@@ -122,7 +123,7 @@ fn optional_json(path: &Path) -> Result<Value> {
     serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))
 }
 
-/// Texts in order, together while they have at most [`ROW`] tokens.
+/// Groups consecutive texts into rows of at most [`ROW`] tokens; a longer text is a separate row.
 fn rows(texts: &[Vec<u32>]) -> Vec<Vec<&[u32]>> {
     let (mut rows, mut tokens) = (Vec::<Vec<&[u32]>>::new(), 0);
     for text in texts {
@@ -138,7 +139,7 @@ fn rows(texts: &[Vec<u32>]) -> Vec<Vec<&[u32]>> {
     rows
 }
 
-/// The mean of hidden states `[n, D]`, at length 1.
+/// Returns the mean of hidden states `[n, D]`, normalised to length 1.
 fn pool(hidden: &Tensor) -> Result<Vec<f32>> {
     let mean = hidden.mean(0)?.to_vec1::<f32>()?;
     let norm = mean.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();

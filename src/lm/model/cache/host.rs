@@ -10,19 +10,19 @@ use crate::lm::model::ModelConfig;
 use crate::lm::model::attention::{Attend, Scope};
 use kernels::{Slab, attend_slabs};
 
-/// A cache for `f32` on the CPU. A sequence's numbers do not depend on its company.
+/// Cache for `f32` on the CPU. A sequence's results do not depend on the other sequences in the batch.
 pub(super) struct Slabs {
     kv_heads: usize,
     head_dim: usize,
     layers: usize,
-    /// Tokens that a new slot has room for.
+    /// Capacity of a new slot, in tokens.
     room: usize,
     slots: Vec<Slot>,
 }
 
 struct Slot {
     prompt: Option<Arc<CachedPrompt>>,
-    /// What follows the prompt, by layer.
+    /// Keys and values after the prompt, by layer.
     layers: Vec<Slab>,
 }
 
@@ -44,7 +44,7 @@ impl Slabs {
         layers.iter().map(slab).collect::<Result<_>>().map(Prompt)
     }
 
-    /// Puts a sequence into `slot`: one that was left, or the next new one.
+    /// Assigns a sequence to `slot`: a freed one, or the next new one.
     pub(super) fn enter(&mut self, slot: usize, prompt: &Arc<CachedPrompt>) {
         let prompt = Some(Arc::clone(prompt));
         if let Some(slot) = self.slots.get_mut(slot) {
@@ -65,7 +65,7 @@ impl Slabs {
     }
 }
 
-/// One decode step.
+/// Attention of one decode step.
 pub(super) struct DecodeStep<'a> {
     cache: &'a mut Slabs,
     slots: &'a [usize],

@@ -1,7 +1,7 @@
-//! Keys and values in tensors, on whichever device and in whichever type the model computes.
+//! Keys and values in tensors of any device and dtype.
 //!
-//! All sequences draw their rows from one pool a layer, a row for each token, wherever one is free: blocks of one token in the
-//! terms of paged attention (Kwon et al. 2023, §4). A step gathers what each of its sequences sees.
+//! All sequences share one pool per layer with a row for each token, which may be any free row: blocks of one token in
+//! terms of paged attention (Kwon et al. 2023, §4). A step gathers the rows that each of its sequences attends to.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,13 +13,13 @@ use crate::lm::model::ModelConfig;
 use crate::lm::model::attention::{Attend, Scope};
 use kernels::{masked_softmax, softcap};
 
-/// A cache on a device.
+/// Cache on a device.
 pub(super) struct Pool {
     kv_heads: usize,
     head_dim: usize,
-    /// Keys and values `[R·KV, hd]`, by layer. The first row is zeros and nobody's: what is gathered in vain is gathered there.
+    /// Keys and values `[R·KV, hd]`, by layer. The first row is zeros and never assigned; padding is gathered from it.
     layers: Vec<(Tensor, Tensor)>,
-    /// Rows that nobody holds.
+    /// Indices of the free rows.
     free: Free,
     capacity: usize,
     slots: Vec<Slot>,
@@ -29,11 +29,11 @@ type Free = Arc<Mutex<Vec<u32>>>;
 
 struct Slot {
     prompt: Option<Arc<CachedPrompt>>,
-    /// What follows the prompt.
+    /// Rows of the tokens after the prompt.
     rows: Rows,
 }
 
-/// Rows of all layers' pools that somebody holds, in the order of their tokens; free again when it goes.
+/// Rows that an owner holds in all layers' pools, in the order of their tokens; freed when this is dropped.
 pub(super) struct Rows {
     held: Vec<u32>,
     free: Free,
@@ -46,7 +46,7 @@ impl Drop for Rows {
 }
 
 impl Pool {
-    /// A cache that begins with `rows`, and doubles them as need be.
+    /// Creates a cache with `rows` rows, which grows as needed, at least to double the size each time.
     pub(super) fn new(config: &ModelConfig, dtype: DType, device: &Device, rows: usize) -> Result<Self> {
         let ModelConfig { kv_heads, head_dim, layers, .. } = *config;
         let zeros = || Tensor::zeros((rows * kv_heads, head_dim), dtype, device);
@@ -64,7 +64,7 @@ impl Pool {
         Rows { held: Vec::new(), free: Arc::clone(&self.free) }
     }
 
-    /// Takes `count` rows; the pools grow where there are not as many.
+    /// Takes `count` free rows; the pools grow if fewer are free.
     fn take(&mut self, count: usize) -> Result<Rows> {
         let lacking = count.saturating_sub(self.free().len());
         if lacking > 0 {
@@ -89,13 +89,13 @@ impl Pool {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Rows that can be had without growing.
+    /// Returns the number of rows that can be taken without growing.
     #[cfg(test)]
     pub(super) fn free_rows(&self) -> usize {
         self.free().len()
     }
 
-    /// Where the heads of these rows are: `[n, KV]`, flat.
+    /// Returns the indices `[n, KV]`, flat, of the heads of these rows in the pool tensors.
     fn places(&self, rows: impl IntoIterator<Item = u32>) -> Vec<u32> {
         let heads = self.kv_heads as u32;
         rows.into_iter().flat_map(|row| row * heads..(row + 1) * heads).collect()
@@ -105,13 +105,13 @@ impl Pool {
         self.layers[0].0.device()
     }
 
-    /// The places as [`Tensor::scatter_set`] wants them, `[n·KV, hd]`.
+    /// Expands indices to `[n·KV, hd]`, as [`Tensor::scatter_set`] expects them.
     fn scattered(&self, places: Vec<u32>) -> Result<Tensor> {
         let count = places.len();
         Tensor::from_vec(places, (count, 1), self.device())?.broadcast_as((count, self.head_dim))?.contiguous()
     }
 
-    /// Writes keys and values `[n, KV, hd]` of one layer to where `places` says.
+    /// Writes keys and values `[n, KV, hd]` of one layer to the indices `places`.
     fn write(&self, layer: usize, places: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         let (keys, values) = &self.layers[layer];
         for (pool, new) in [(keys, k), (values, v)] {
@@ -130,7 +130,7 @@ impl Pool {
         Ok(rows)
     }
 
-    /// Puts a sequence into `slot`: one that was left, or the next new one.
+    /// Assigns a sequence to `slot`: a freed one, or the next new one.
     pub(super) fn enter(&mut self, slot: usize, prompt: &Arc<CachedPrompt>) {
         let entered = Slot { prompt: Some(Arc::clone(prompt)), rows: self.nothing() };
         match self.slots.get_mut(slot) {
@@ -153,22 +153,22 @@ impl Pool {
     }
 }
 
-/// One decode step.
+/// Attention of one decode step.
 pub(super) struct DecodeStep<'a> {
     pool: &'a Pool,
     slots: &'a [usize],
-    /// Of the new tokens.
+    /// Indices of the new tokens' heads.
     places: Tensor,
-    /// By window.
+    /// Visible rows by window.
     seen: HashMap<Option<usize>, VisibleRows>,
 }
 
-/// What the sequences of a step see.
+/// Rows that the sequences of a step attend to.
 #[derive(Clone)]
 struct VisibleRows {
-    /// `[N·KV·S]`: where the keys are, of shorter sequences the first row at last.
+    /// Indices of the keys and values, `[N·KV·S]`; those of shorter sequences are padded with the first row.
     places: Tensor,
-    /// `[N, S]`: 0 where there is a token, −∞ beyond.
+    /// Mask `[N, S]`: 0 for tokens, −∞ for padding.
     mask: Tensor,
 }
 
@@ -219,7 +219,7 @@ impl Attend for DecodeStep<'_> {
         let (keys, values) = &self.pool.layers[scope.layer];
         let gather = |pool: &Tensor| pool.index_select(&places, 0)?.reshape((rows, kv_heads, span, hd));
         let scores = q.detach().reshape((rows, kv_heads, repeats, hd))?.matmul(&gather(keys)?.t()?)?;
-        // Who sees what is the same for all heads: they stand first.
+        // The mask is the same for all heads, so they are the first dimension.
         let scores = scores.reshape((rows, heads, span))?.transpose(0, 1)?;
         let scale = 1.0 / (hd as f64).sqrt();
         let weights = match scope.cap {

@@ -1,4 +1,4 @@
-//! The `config.json` that checkpoints are written with.
+//! Writing of `config.json` and `generation_config.json` for checkpoints.
 
 use serde_json::{Value as Json, json};
 
@@ -7,21 +7,21 @@ use super::{Head, ModelConfig, Window, activation};
 use crate::lm::model::rope::Scaling;
 
 impl ModelConfig {
-    /// The `generation_config.json` that `transformers` opens: the model's own with all its keys, where it has one, and the
+    /// Returns the `generation_config.json` for `transformers`: all keys of the model's own, if it has one, and the
     /// tokens that end a completion here.
     pub fn to_generation_json(&self) -> Json {
         let mut described = match &self.generation {
             Json::Object(own) => Json::Object(own.clone()),
             _ => json!({ "bos_token_id": self.bos, "do_sample": false }),
         };
-        // One token may be written as a number or as a list.
+        // A single token may be written as a number or as a list.
         if ids(&described["eos_token_id"]) != self.eos || self.eos.is_empty() {
             described["eos_token_id"] = if self.eos.is_empty() { Json::Null } else { json!(self.eos) };
         }
         described
     }
 
-    /// The `config.json` that `transformers` opens, for a model with this head.
+    /// Returns the `config.json` for `transformers`, for a model with this head.
     pub fn to_json(&self, head: Head) -> Json {
         let mut rope = self.rope_scaling.to_json();
         let scaling = if self.rope_scaling == Scaling::None { Json::Null } else { rope.clone() };
@@ -59,7 +59,8 @@ impl ModelConfig {
         });
         described["sliding_window"] = json!(self.window.as_ref().map(|window| window.size));
         described["use_sliding_window"] = json!(self.window.is_some());
-        // Listed only where the family's rule does not say the same: `transformers` takes a listed Mistral for another.
+        // Listed only if it differs from the family's rule, because `transformers` misreads a Mistral that has the
+        // list.
         let listed =
             |window: &&Window| (0..self.layers).any(|i| window.layers[i] != (self.family.slides)(&Json::Null, i));
         if let Some(window) = self.window.as_ref().filter(listed) {

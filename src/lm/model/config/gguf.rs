@@ -1,4 +1,4 @@
-//! The shape of a model, read from GGUF metadata.
+//! Reading of hyper-parameters from GGUF metadata.
 
 use std::collections::HashMap;
 
@@ -11,10 +11,10 @@ use crate::lm::model::rope::Scaling;
 use crate::lm::validate;
 
 impl ModelConfig {
-    /// Reads the metadata of a GGUF file; `tied` is true when the file holds no `output.weight`.
+    /// Reads the metadata of a GGUF file. `tied` must be true if the file has no `output.weight`.
     ///
     /// # Errors
-    /// Names the key that is missing, or the architecture that is not supported.
+    /// If a key is missing or has another type, or the architecture is not supported; the error names it.
     pub fn from_gguf(metadata: &HashMap<String, Value>, tied: bool, vocab_size: usize) -> Result<Self> {
         let architecture = text(metadata, "general.architecture")?;
         let Some(family) = FAMILIES.into_iter().find(|family| family.gguf == Some(architecture)) else {
@@ -37,7 +37,7 @@ impl ModelConfig {
         let float = |key: &str| -> Result<Option<f64>> {
             match metadata.get(&own(key)) {
                 None => Ok(None),
-                // Through its decimal form: the f32 nearest to 1e-5 means 1e-5.
+                // Converted through its decimal form: the f32 nearest to 1e-5 means 1e-5.
                 Some(Value::F32(value)) => Ok(Some(value.to_string().parse()?)),
                 Some(Value::F64(value)) => Ok(Some(*value)),
                 Some(other) => bail!("GGUF key {} is of type {:?}, not a number", own(key), other.value_type()),
@@ -45,7 +45,7 @@ impl ModelConfig {
         };
         let kind = own("rope.scaling.type");
         let kind = metadata.contains_key(&kind).then(|| text(metadata, &kind)).transpose()?;
-        // Older files name the factor only, which is then that of linear scaling.
+        // Older files have only the factor, which is then that of linear scaling.
         let factor = float("rope.scaling.factor")?.or(float("rope.scale_linear")?);
         let rope_scaling = match kind {
             Some("none") => Scaling::None,
@@ -151,7 +151,7 @@ mod tests {
             ("llama.attention.head_count_kv", Value::F32(1.0)),
             ("llama.attention.key_length", Value::String("4".into())),
             ("tokenizer.ggml.eos_token_id", Value::String("2".into())),
-            // A part of each head, and an end without a row.
+            // Partial rotation of each head, and an end token without an embedding row.
             ("llama.rope.dimension_count", Value::U32(2)),
             ("tokenizer.ggml.eot_token_id", Value::U32(32)),
         ] {

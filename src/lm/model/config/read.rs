@@ -1,4 +1,4 @@
-//! The shape of a model, read from `config.json` as `transformers` reads it.
+//! Reading of hyper-parameters from `config.json`, as `transformers` reads them.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::lm::validate::quantised;
 use crate::lm::validate::types::{self, Type};
 use crate::util::read_bounded;
 
-/// The keys of a `config.json` that are read.
+/// Keys of a `config.json` that are read, and their types.
 const KEYS: &[(&str, Type)] = &[
     ("architectures", Type::Texts),
     ("model_type", Type::Text),
@@ -53,18 +53,19 @@ const KEYS: &[(&str, Type)] = &[
 ];
 
 impl ModelConfig {
-    /// Reads a Hugging Face `config.json`, and the end tokens of `generation_config.json` where there is one.
+    /// Reads a Hugging Face `config.json`, and the end tokens of `generation_config.json` if it exists.
     ///
     /// # Errors
-    /// Names the file and the key; an unsupported architecture is refused by name.
+    /// If a file cannot be read, a key has a wrong value, or the architecture is not supported; the error names the
+    /// file and the key.
     pub fn from_directory(dir: &Path) -> Result<Self> {
         Self::from_directory_as(dir, Head::Language)
     }
 
-    /// As [`Self::from_directory`], for a model with this head.
+    /// Reads a directory as [`Self::from_directory`] does, for a model with this head.
     ///
     /// # Errors
-    /// As [`Self::from_directory`].
+    /// The same as for [`Self::from_directory`].
     pub fn from_directory_as(dir: &Path, head: Head) -> Result<Self> {
         let path = dir.join("config.json");
         let text = read_bounded::text(&path, read_bounded::DESCRIPTION)
@@ -84,14 +85,14 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Whether the model in `dir` has a scalar head, by the architecture that it names.
+    /// Returns whether the model in `dir` has a scalar head, according to its architecture.
     pub fn is_scorer(dir: &Path) -> bool {
         let text = read_bounded::text(&dir.join("config.json"), read_bounded::DESCRIPTION).unwrap_or_default();
         let json: Json = serde_json::from_str(&text).unwrap_or_default();
         json["architectures"][0].as_str().is_some_and(|name| name.ends_with("ForSequenceClassification"))
     }
 
-    /// Adds tokens that end a completion; those that end it already are not added again.
+    /// Adds tokens that end a completion, without duplicates.
     pub fn add_ends(&mut self, ends: &[u32]) {
         for end in ends {
             if !self.eos.contains(end) {
@@ -108,7 +109,7 @@ impl ModelConfig {
         let need = |key: &str| {
             within(key, json[key].as_u64().with_context(|| format!("{key} is missing; config.json must have it"))?)
         };
-        // A key that is absent has the default of its family, one that is null has the other.
+        // An absent key has the default of its family, null the second default.
         let optional = |key: &str, absent: usize, null: usize| match json.get(key) {
             None => Ok(absent),
             Some(value) => value.as_u64().map_or(Ok(null), |n| within(key, n)),
@@ -123,7 +124,7 @@ impl ModelConfig {
             "hidden_size = {hidden_size} is not a multiple of num_attention_heads = {heads}, and head_dim is missing"
         );
         let gemma = family.gemma.as_ref();
-        // A key that is not there takes its default, one that is null says that there is none.
+        // An absent key has the family's default, null means no cap.
         let cap = |key: &str, default: fn(&Gemma) -> Option<f64>| match json.get(key) {
             Some(value) if gemma.is_some() => value.as_f64(),
             _ => gemma.and_then(default),
@@ -153,7 +154,7 @@ impl ModelConfig {
             tied: json["tie_word_embeddings"].as_bool().unwrap_or(family.tied),
             bos: json["bos_token_id"].as_u64().map(|n| n as u32),
             eos: ids(&json["eos_token_id"]),
-            // Some models name −1, which is none.
+            // Some models name −1, which means none.
             pad: ids(&json["pad_token_id"]).first().copied().filter(|pad| (*pad as usize) < vocab_size),
             generation: Json::Null,
         };
@@ -162,7 +163,7 @@ impl ModelConfig {
     }
 }
 
-/// The family of a model: by `architectures`, or by `model_type` where no architecture is named.
+/// Returns the family of a model: by `architectures`, or by `model_type` if no architecture is named.
 fn family(json: &Json, head: Head) -> Result<&'static Family> {
     let name = |family: &Family| if head == Head::Scalar { family.scorer } else { family.architecture };
     let known = || FAMILIES.into_iter().map(name).collect::<Vec<_>>().join(", ");
@@ -171,7 +172,7 @@ fn family(json: &Json, head: Head) -> Result<&'static Family> {
         let Some(kind) = kind else {
             bail!("neither architectures nor model_type is given; these architectures are supported: {}", known())
         };
-        // As `AutoModelForCausalLM` finds its class.
+        // The same lookup as that of `AutoModelForCausalLM`.
         let family = FAMILIES.into_iter().find(|family| family.model_type == kind && head == Head::Language);
         return family.with_context(|| {
             format!(
@@ -189,7 +190,7 @@ fn family(json: &Json, head: Head) -> Result<&'static Family> {
                 "; it is a reward model or classifier, which has no head for text: use it as reward_model.model"
             }
             _ if architecture.ends_with("ForCausalLM") && head == Head::Scalar => {
-                "; it has no scalar head: it can start a reward model, and is none yet"
+                "; it has no scalar head: it can initialise a reward model, but is not one yet"
             }
             _ => "",
         };
@@ -204,7 +205,7 @@ fn family(json: &Json, head: Head) -> Result<&'static Family> {
     Ok(family)
 }
 
-/// Refuses what is computed otherwise by `transformers`.
+/// Rejects settings that this program computes differently from `transformers`.
 fn refuse_unsupported(json: &Json, family: &Family) -> Result<()> {
     for key in ["attention_bias", "mlp_bias"] {
         if json[key].as_bool() == Some(true) {
@@ -218,11 +219,11 @@ fn refuse_unsupported(json: &Json, family: &Family) -> Result<()> {
     }
     let (key, expected) = activation(family);
     let named = [json[key].as_str(), json["hidden_act"].as_str()].into_iter().flatten().next().unwrap_or(expected);
-    // Two names of one function.
+    // Two names of the same function.
     let named = if named == "swish" { "silu" } else { named };
     let architecture = family.architecture;
     if named != expected {
-        bail!("{key} = {named} is not supported with {architecture}; it is {expected} in the models there are");
+        bail!("{key} = {named} is not supported with {architecture}, whose published models have {expected}");
     }
     for key in ["dtype", "torch_dtype"] {
         let Some(dtype) = json[key].as_str() else { continue };
@@ -236,7 +237,7 @@ fn refuse_unsupported(json: &Json, family: &Family) -> Result<()> {
     Ok(())
 }
 
-/// The layers that see a few tokens back only.
+/// Reads the sliding window and the layers that have it.
 fn window(json: &Json, family: &Family, layers: usize) -> Result<Option<Window>> {
     const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
     let size = (family.window)(json).map(|size| within("sliding_window", size as u64)).transpose()?;
@@ -265,7 +266,7 @@ fn window(json: &Json, family: &Family, layers: usize) -> Result<Option<Window>>
     Ok(size.map(|size| Window { size, layers: listed }))
 }
 
-/// Token ids, which configurations write as one number or as a list.
+/// Reads token ids, which configurations write as one number or as a list.
 pub(super) fn ids(value: &Json) -> Vec<u32> {
     let id = |value: &Json| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match value {

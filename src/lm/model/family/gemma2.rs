@@ -1,5 +1,5 @@
-//! Gemma 2 (Gemma Team 2024): norms on both sides of a layer, GeGLU, capped scores and logits, a window in every other
-//! layer.
+//! Gemma 2 (Gemma Team 2024): norms before and after each half layer, GeGLU, capped scores and logits, a window in
+//! every second layer.
 
 use super::{Defaults, Family, Gemma};
 use kernels::Activation;

@@ -1,5 +1,5 @@
-//! Gemma 3 for text (Gemma Team 2025): as Gemma 2, with normed queries and keys instead of caps, and five layers with a
-//! window, whose rotary frequencies are others, to one without.
+//! Gemma 3 for text (Gemma Team 2025): Gemma 2 with normed queries and keys instead of caps, and one layer without a
+//! window after every five with one, which have their own rotary frequencies.
 
 use super::{Defaults, Family, Gemma};
 use kernels::Activation;

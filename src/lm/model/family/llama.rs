@@ -1,4 +1,4 @@
-//! Llama 2 and 3, SmolLM2 (Touvron et al. 2023; Grattafiori et al. 2024): the shared decoder as it is.
+//! Llama 2 and 3, SmolLM2 (Touvron et al. 2023; Grattafiori et al. 2024): the shared decoder without changes.
 
 use super::{Defaults, Family};
 use kernels::Activation;

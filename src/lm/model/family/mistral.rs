@@ -1,4 +1,4 @@
-//! Mistral (Jiang et al. 2023): Llama with a sliding window. In GGUF it calls itself Llama.
+//! Mistral (Jiang et al. 2023): Llama with a sliding window. Its GGUF files name the architecture llama.
 
 use super::{Defaults, Family, plain_window};
 use kernels::Activation;

@@ -1,4 +1,4 @@
-//! Qwen3 (Yang et al. 2025): queries and keys are normed head by head.
+//! Qwen3 (Yang et al. 2025): each head of queries and keys is normed.
 
 use super::{Defaults, Family, late_layers, optional_window};
 use kernels::Activation;

@@ -1,5 +1,5 @@
-//! The rotary parameters of a `config.json`, as `transformers` 5 reads them: `rope_parameters`, or `rope_scaling` and
-//! `rope_theta` as they were written before, or both.
+//! Reading of the rotary parameters of a `config.json`, as `transformers` 5 reads them: `rope_parameters`, or the older
+//! `rope_scaling` and `rope_theta`, or both.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value as Json};
@@ -8,7 +8,7 @@ use super::{Scaling, magnitude};
 use crate::lm::model::family::Family;
 use crate::lm::validate::types::{self, Type};
 
-/// The keys of rotary parameters that are read.
+/// Keys of rotary parameters that are read, and their types.
 const KEYS: &[(&str, Type)] = &[
     ("rope_type", Type::Text),
     ("type", Type::Text),
@@ -26,26 +26,26 @@ const KEYS: &[(&str, Type)] = &[
     ("truncate", Type::Boolean),
 ];
 
-/// The kinds of layers that parameters may be given by.
+/// Kinds of layers that may have separate parameters.
 const LAYERS: [&str; 2] = ["full_attention", "sliding_attention"];
 
-/// How a model's positions turn queries and keys.
+/// Rotary parameters of a model.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(in crate::lm::model) struct Rotary {
     /// Base of the frequencies.
     pub(in crate::lm::model) theta: f64,
-    /// How these are scaled.
+    /// Scaling of the frequencies.
     pub(in crate::lm::model) scaling: Scaling,
-    /// The same of layers with a window, where they have frequencies of their own.
+    /// Base and scaling of layers with a window, if these have their own frequencies.
     pub(in crate::lm::model) local: Option<(f64, Scaling)>,
 }
 
 impl Rotary {
-    /// Reads the parameters of a model of `family` with a context of so many tokens. Where the places that hold them
-    /// contradict each other, the one that `transformers` reads counts, which is logged.
+    /// Reads the parameters of a model of `family` with a context of `context` tokens. If several keys contradict each
+    /// other, the one that `transformers` reads is used, and a warning is logged.
     ///
     /// # Errors
-    /// Names the key whose value is missing, of another type, or not supported.
+    /// If a value is missing, of another type, or not supported; the error names its key.
     pub(in crate::lm::model) fn from_config(json: &Json, family: &Family, context: usize) -> Result<Self> {
         let object = |key: &str| json[key].as_object().filter(|object| !object.is_empty());
         let (parameters, scaling) = (object("rope_parameters"), object("rope_scaling"));
@@ -110,7 +110,7 @@ impl Rotary {
     }
 }
 
-/// Logs that the key at the top level has another value than the one that is used.
+/// Logs a warning if the key at the top level differs from the value that is used.
 fn contradicted(json: &Json, key: &str, used: f64) {
     if json[key].as_f64().is_some_and(|other| other != used) {
         tracing::warn!(
@@ -130,7 +130,7 @@ fn theta(value: Option<&Json>, default: f64) -> Result<f64> {
 fn refuse_partial(factor: Option<&Json>) -> Result<()> {
     if let Some(factor) = factor.filter(|factor| !factor.is_null() && factor.as_f64() != Some(1.0)) {
         bail!(
-            "partial_rotary_factor = {factor} is not supported: the architectures that can be read rotate each head as a whole"
+            "partial_rotary_factor = {factor} is not supported: the supported architectures rotate the complete head"
         );
     }
     Ok(())
@@ -149,7 +149,7 @@ fn scaling(rope: &Map<String, Json>, json: &Json, context: usize) -> Result<Scal
         above_zero(key, number)
     };
     let or = |key: &str, default: f64| above_zero(key, number(key).unwrap_or(default));
-    // At the top level it counts more, as in `transformers`; nowhere, it is the context as it is.
+    // The value at the top level takes precedence, as in `transformers`; the default is the context.
     let original = || {
         let key = "original_max_position_embeddings";
         above_zero(key, json[key].as_f64().or(number(key)).unwrap_or(context as f64))

@@ -1,4 +1,4 @@
-//! Weights of a Hugging Face directory.
+//! Reading of weights from a Hugging Face directory.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -12,25 +12,25 @@ use crate::lm::model::config::{Head, ModelConfig};
 use crate::lm::validate;
 use crate::util::read_bounded;
 
-/// The one file of a model that is not divided.
+/// File of an unsharded model.
 const SINGLE: &str = "model.safetensors";
-/// The list of the files of one that is.
+/// Index of the files of a sharded model.
 const INDEX: &str = "model.safetensors.index.json";
 
 impl Weights {
-    /// Reads a Hugging Face directory: `model.safetensors`, or the shards of `model.safetensors.index.json`. The tensors are
-    /// those that the configuration asks for: others are left out, which is logged.
+    /// Reads a Hugging Face directory: `model.safetensors`, or the shards of `model.safetensors.index.json`. Tensors
+    /// that the configuration does not need are dropped, which is logged.
     ///
     /// # Errors
-    /// Names the file or tensor at fault.
+    /// If a file or tensor is invalid; the error names it.
     pub fn from_directory<'a>(dir: &Path, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
         Self::from_directory_as(dir, Head::Language, onto)
     }
 
-    /// As [`Self::from_directory`], for a model with this head.
+    /// Reads a directory as [`Self::from_directory`] does, for a model with this head.
     ///
     /// # Errors
-    /// As [`Self::from_directory`].
+    /// The same as for [`Self::from_directory`].
     pub fn from_directory_as<'a>(dir: &Path, head: Head, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
         let mut config = ModelConfig::from_directory_as(dir, head)?;
         let mut weights = Self::read_directory(dir, onto)?;
@@ -38,10 +38,10 @@ impl Weights {
         Ok((config, weights))
     }
 
-    /// As [`Self::from_directory`], without the configuration: every tensor, whatever the model is.
+    /// Reads every tensor of a directory, without its configuration.
     ///
     /// # Errors
-    /// Names the file at fault.
+    /// If a file is invalid; the error names it.
     pub fn read_directory<'a>(dir: &Path, onto: impl Into<Onto<'a>>) -> Result<Self> {
         let Onto { device, dtype } = onto.into();
         let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
@@ -62,7 +62,7 @@ impl Weights {
             for name in validate::safetensors::check(&dir.join(file))? {
                 if let Some(other) = found.insert(name.clone(), file.clone()) {
                     bail!(
-                        "the tensor {name} is in {other} and in {file} of {}; delete the shards that are left of another download or conversion",
+                        "the tensor {name} is in {other} and in {file} of {}; delete the shards of another download or conversion",
                         dir.display()
                     );
                 }
@@ -91,7 +91,7 @@ impl Weights {
     }
 }
 
-/// The file of each tensor, as the index has it; all of the files are there.
+/// Reads the file of each tensor from the index, and checks that all files exist.
 fn places(dir: &Path, index: &Path) -> Result<BTreeMap<String, String>> {
     let text = read_bounded::text(index, read_bounded::DESCRIPTION)
         .with_context(|| format!("cannot read {}", index.display()))?;
@@ -104,7 +104,7 @@ fn places(dir: &Path, index: &Path) -> Result<BTreeMap<String, String>> {
             bail!("{} places the tensor {name} in {file}, and must name a file", index.display())
         };
         if Path::new(file).file_name() != Some(OsStr::new(file)) {
-            bail!("{} names {file:?}; the parts of a model lie beside their index", index.display());
+            bail!("{} names {file:?}; the shards of a model must be in the directory of their index", index.display());
         }
         places.insert(name.clone(), file.to_owned());
     }
@@ -112,7 +112,7 @@ fn places(dir: &Path, index: &Path) -> Result<BTreeMap<String, String>> {
     let missing: Vec<&str> = files.iter().copied().filter(|file| !dir.join(file).exists()).collect();
     ensure!(
         missing.is_empty(),
-        "{} names {} shards, of which {} missing: {}; download the model whole",
+        "{} names {} shards, of which {} missing: {}; download the complete model",
         index.display(),
         files.len(),
         if missing.len() == 1 { "1 is".to_owned() } else { format!("{} are", missing.len()) },
@@ -131,18 +131,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_index_names_only_what_lies_beside_it() {
+    fn an_index_may_only_name_files_of_its_directory() {
         let dir = tempfile::tempdir().unwrap();
         for stray in ["../model.safetensors", "/model.safetensors", "a/model.safetensors", "", ".."] {
             let index = format!("{{\"weight_map\": {{\"w\": \"{stray}\"}}}}");
             std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
             let error = Weights::read_directory(dir.path(), &Device::Cpu).unwrap_err().to_string();
-            assert!(error.contains(&format!("names {stray:?}; the parts of a model lie beside")), "{stray}: {error}");
+            assert!(error.contains(&format!("names {stray:?}; the shards of a model must be in")), "{stray}: {error}");
         }
     }
 
     #[test]
-    fn a_value_that_is_not_finite_is_refused_by_its_tensor() {
+    fn a_tensor_with_a_value_that_is_not_finite_is_rejected() {
         for (value, sound) in [(1.5f32, true), (f32::MAX, true), (f32::NAN, false), (f32::NEG_INFINITY, false)] {
             let dir = tempfile::tempdir().unwrap();
             let tensor = |values: [f32; 3]| Tensor::new(&values, &Device::Cpu).unwrap();
@@ -150,7 +150,7 @@ mod tests {
             let path = dir.path().join("model.safetensors");
             candle_core::safetensors::save(&tensors.into_iter().collect(), path).unwrap();
             for dtype in [DType::F32, DType::BF16] {
-                // Rounded to sixteen bits, the largest number is beyond the largest.
+                // Rounded to sixteen bits, the largest f32 number exceeds the largest bf16 number.
                 let expected = sound && (dtype == DType::F32);
                 let read = Weights::read_directory(dir.path(), Onto { device: &Device::Cpu, dtype });
                 let error = read.err().map_or(String::new(), |error| format!("{error:#}"));
@@ -193,7 +193,7 @@ mod tests {
         refused("has no weight_map");
         index(json!({ "a": "1.safetensors", "d": "2.safetensors" }));
         assert_eq!(read().unwrap().0.len(), 2);
-        // The single file counts, as in `transformers`.
+        // The single file takes precedence, as in `transformers`.
         save(dir, SINGLE, &[("e", 5.0)]);
         assert_eq!(read().unwrap().0.into_keys().collect::<Vec<_>>(), ["e"]);
     }

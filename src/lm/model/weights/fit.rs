@@ -1,4 +1,4 @@
-//! The tensors of a file against those that a configuration asks for.
+//! Comparison of a file's tensors with those that a configuration needs.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use super::{EMBEDDING, HEAD, SCORE, Weights, shapes};
 use crate::lm::model::config::{Head, ModelConfig};
 
-/// Prefixes that programs leave before the names of tensors, and what to do about them.
+/// Prefixes that programs add to the names of tensors, and how to remove them.
 const PREFIXES: [(&str, &str); 5] = [
     ("_orig_mod.", "saved from a model under torch.compile: save the model that was compiled (model._orig_mod)"),
     ("module.", "saved from a model under DistributedDataParallel: save the model within (model.module)"),
@@ -17,18 +17,19 @@ const PREFIXES: [(&str, &str); 5] = [
     ("transformer.", "of another architecture"),
 ];
 
-/// Ends of the names of buffers that earlier versions of `transformers` wrote, and that are computed.
+/// Suffixes of buffers that earlier versions of `transformers` wrote and that are computed here.
 const BUFFERS: [&str; 4] =
     ["rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "attn.masked_bias"];
 
 impl Weights {
-    /// Leaves the tensors that a model of this configuration has, and finds out whether its head is the embedding.
+    /// Keeps the tensors that a model of this configuration has, and determines whether its head is tied to the
+    /// embedding.
     ///
     /// # Errors
-    /// Names the first tensor that is missing, and the likely cause.
+    /// If a tensor is missing; the error names the first one and the likely cause.
     pub(super) fn fit(&mut self, config: &mut ModelConfig, head: Head) -> Result<()> {
         if head == Head::Scalar {
-            // A score is read off the hidden state; no token is predicted.
+            // A scalar head reads the hidden state, so the language head is not needed.
             self.0.remove(HEAD);
             config.tied = true;
         } else if config.tied {
@@ -62,8 +63,8 @@ impl Weights {
         Ok(())
     }
 
-    /// Where the configuration ties the head to the embedding and the file has both, equal ones are tied, and different ones
-    /// are not, as in `transformers`; where it has the head alone, that is the embedding too.
+    /// Resolves a tied head. If the file has both head and embedding, equal ones are tied and different ones are not,
+    /// as in `transformers`; if it has only the head, that becomes the embedding.
     fn find_head(&mut self, config: &mut ModelConfig) -> Result<()> {
         let Some(head) = self.0.get(HEAD).cloned() else { return Ok(()) };
         match self.0.get(EMBEDDING) {
@@ -83,7 +84,7 @@ impl Weights {
         Ok(())
     }
 
-    /// The likely cause of a tensor that is missing, after a semicolon.
+    /// Returns the likely cause of a missing tensor, after a semicolon.
     fn cause(&self, name: &str, config: &ModelConfig) -> String {
         let names = || self.0.keys().map(String::as_str);
         let has = |part: &str| names().any(|name| name.contains(part));
@@ -115,11 +116,11 @@ impl Weights {
             let (said, found) = (config.layers, last + 1);
             return format!("; config.json says num_hidden_layers = {said}, and the file has {found} layers");
         }
-        format!("; is it a {}, and whole?", config.family.architecture)
+        format!("; check that the file is a complete {}", config.family.architecture)
     }
 }
 
-/// Whether all values of two tensors of one shape are the same.
+/// Returns whether two tensors of the same shape have equal values.
 fn equal(a: &Tensor, b: &Tensor) -> Result<bool> {
     const ROWS: usize = 4096;
     let rows = a.dim(0)?;
@@ -163,8 +164,8 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_differs_is_kept_where_the_configuration_ties_it() {
-        // Equal to the embedding, another, and the only one.
+    fn a_head_that_differs_from_the_embedding_is_kept_despite_tying() {
+        // The head equals the embedding, differs from it, or is the only one.
         for (changed, alone) in [(false, false), (true, false), (false, true)] {
             let (mut config, mut found) = (config(true), weights(true));
             let embedding = found.0[EMBEDDING].clone();
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn stray_tensors_are_left_out() {
+    fn unneeded_tensors_are_dropped() {
         let (mut config, mut found) = (config(true), weights(true));
         let wanted: Vec<String> = found.0.keys().cloned().collect();
         for name in ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.9.mlp.up_proj.weight", SCORE] {
@@ -189,7 +190,7 @@ mod tests {
         let mut scorer = found.clone();
         found.fit(&mut config, Head::Language).unwrap();
         assert_eq!(found.0.into_keys().collect::<Vec<_>>(), wanted);
-        // The head of a reward model is no stray tensor there; one for tokens is.
+        // The scalar head of a reward model belongs to it; the language head does not.
         let mut untied = ModelConfig { tied: false, ..config };
         scorer.0.insert(HEAD.into(), scorer.0[EMBEDDING].clone());
         scorer.fit(&mut untied, Head::Scalar).unwrap();
@@ -197,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_tensor_is_told_with_the_likely_cause() {
+    fn a_missing_tensor_is_reported_with_the_likely_cause() {
         let prefixed = |prefix: &'static str| renamed(weights(false), move |name| format!("{prefix}{name}"));
         let without = |name: &str| {
             let mut weights = weights(false);
@@ -220,7 +221,10 @@ mod tests {
             (without(HEAD), "no tensor lm_head.weight; config.json says that the head is not the embedding"),
             (adapted, "PEFT adapters"),
             (short, "num_hidden_layers = 2, and the file has 1 layers"),
-            (without("model.norm.weight"), "no tensor model.norm.weight; is it a LlamaForCausalLM, and whole?"),
+            (
+                without("model.norm.weight"),
+                "no tensor model.norm.weight; check that the file is a complete LlamaForCausalLM",
+            ),
         ] {
             let error = found.fit(&mut config(false), Head::Language).unwrap_err().to_string();
             assert!(error.contains("the model has no tensor") && error.contains(words), "{words}: {error}");

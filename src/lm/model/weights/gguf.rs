@@ -1,4 +1,4 @@
-//! Weights of a GGUF file.
+//! Reading of weights from a GGUF file.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,11 +13,11 @@ use crate::lm::model::rope::Scaling;
 use crate::lm::validate;
 
 impl Weights {
-    /// Reads a GGUF file: every tensor dequantised to f32 on the host, query and key rows put back from GGUF's
-    /// interleaved rotary order into the rotate-half order of Hugging Face.
+    /// Reads a GGUF file. Every tensor is dequantised to f32 on the host; the rows of queries and keys are reordered
+    /// from GGUF's interleaved rotary order to the rotate-half order of Hugging Face.
     ///
     /// # Errors
-    /// Names the file, and the key or tensor at fault.
+    /// If the file cannot be read, or a key or tensor is invalid; the error names it.
     pub fn from_gguf<'a>(path: &Path, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
         let onto = onto.into();
         let (mut file, content) = validate::gguf::read(path)?;
@@ -41,7 +41,7 @@ impl Weights {
                 .with_context(|| format!("cannot read tensor {name} of {}", path.display()))?
                 .to_dtype(DType::F32)?;
             let tensor = match target.rsplit_once('.').map_or("", |(stem, _)| stem) {
-                // GGUF keeps the weight that is multiplied with, Hugging Face one less.
+                // GGUF stores 1 + w, Hugging Face stores w.
                 stem if config.family.gemma.is_some() && stem.ends_with("norm") => (tensor - 1.0)?,
                 _ if !config.family.gguf_interleaved => tensor,
                 stem if stem.ends_with("q_proj") => unpermute(&tensor, config.heads)?,
@@ -84,7 +84,7 @@ fn hugging_face_name(gguf: &str, family: &Family) -> Option<String> {
     Some(format!("model.layers.{layer}.{stem}.{kind}"))
 }
 
-/// Undoes GGUF's reordering of a projection's rows: within each head, row `2i + j` goes back to `j·hd/2 + i`.
+/// Undoes GGUF's reordering of a projection's rows: within each head, row `2i + j` moves back to `j·hd/2 + i`.
 fn unpermute(weight: &Tensor, heads: usize) -> Result<Tensor> {
     let (rows, columns) = weight.dims2()?;
     let half = rows / heads / 2;
@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn unpermute_restores_rotate_half_order() {
-        // Two heads of width 4: GGUF keeps rows as pairs (0,2), (1,3).
+        // Two heads of width 4: GGUF stores rows as pairs (0,2), (1,3).
         let stored = Tensor::new(&[[0f32], [2.], [1.], [3.], [4.], [6.], [5.], [7.]], &Device::Cpu).unwrap();
         let rows = unpermute(&stored, 2).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(rows, [0., 1., 2., 3., 4., 5., 6., 7.]);

@@ -1,4 +1,4 @@
-//! Which files a path stands for, and which of a data set's files belong to a split.
+//! Expansion of paths to data files, and selection of the files of a split.
 
 use std::path::{Path, PathBuf};
 
@@ -7,22 +7,22 @@ use glob::{MatchOptions, Pattern};
 
 use super::Choice;
 
-/// Endings of the names of data files, each also with that of a compression.
+/// Extensions of data files, each also followed by that of a compression.
 const DATA: [&str; 6] = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"];
 const PACKED: [&str; 3] = ["", ".gz", ".zst"];
-/// Files of these names describe a data set, and are not part of it.
+/// Names of files that describe a data set and contain no rows.
 const DESCRIPTIONS: [&str; 4] = ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"];
-/// Words for splits, as names of files have them: the first word of each list is the split's name.
+/// Words for splits in file names; the first word of each list is the split's name.
 const SPLITS: [&[&str]; 3] =
     [&["train", "training"], &["test", "testing", "eval", "evaluation"], &["validation", "valid", "val", "dev"]];
-/// Most names of files that an error lists.
+/// Largest number of file names that an error lists.
 const LISTED: usize = 20;
 
-/// The files that `path` stands for: the file itself, all data files of a folder and the folders in it, or those that match
-/// the glob pattern, in the order of their names.
+/// Expands `path` to files, ordered by name: the file itself, all data files of a folder and its subfolders, or the
+/// files that match the glob pattern.
 ///
 /// # Errors
-/// A path at which there is no data file; a folder that holds files of several splits.
+/// If the path has no data file, or a folder has files of several splits.
 pub fn expand(path: &Path) -> Result<Vec<PathBuf>> {
     if path.is_file() {
         return Ok(vec![path.to_owned()]);
@@ -30,7 +30,7 @@ pub fn expand(path: &Path) -> Result<Vec<PathBuf>> {
     if path.is_dir() {
         return folder(path);
     }
-    // Pipes and devices are read from once, and rows many times.
+    // Pipes and devices can be read only once, and rows are read many times.
     ensure!(!path.exists(), "{} is neither a file nor a folder", path.display());
     let pattern = path.to_string_lossy();
     ensure!(pattern.contains(['*', '?', '[']), "there is no file or folder {}", path.display());
@@ -48,7 +48,7 @@ pub fn expand(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// The data files of a folder.
+/// Returns the data files of a folder.
 fn folder(path: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     walk(path, &mut found).with_context(|| format!("cannot read the folder {}", path.display()))?;
@@ -58,7 +58,7 @@ fn folder(path: &Path) -> Result<Vec<PathBuf>> {
     if !names.iter().any(|name| is_data(name)) {
         let arrow = names.iter().any(|name| name.ends_with(".arrow"));
         let hint = if arrow {
-            "; its Arrow files are what Dataset.save_to_disk of datasets writes: write parquet with Dataset.to_parquet"
+            "; its Arrow files were written by Dataset.save_to_disk of datasets: write parquet with Dataset.to_parquet"
         } else {
             ""
         };
@@ -68,7 +68,7 @@ fn folder(path: &Path) -> Result<Vec<PathBuf>> {
     let splits = splits_of(&data);
     if let [first, second, ..] = splits.as_slice() {
         bail!(
-            "the folder {} holds files of several splits, {first} and {second} among them; name those that are meant by a pattern, such as {}",
+            "the folder {} holds files of several splits, {first} and {second} among them; select some by a pattern, such as {}",
             path.display(),
             path.join(format!("**/*{first}*")).display()
         );
@@ -103,22 +103,22 @@ fn is_data(name: &str) -> bool {
     ends && !DESCRIPTIONS.contains(&own)
 }
 
-/// Whether a word of the file's path, between anything but letters, is one of `words`.
+/// Returns whether a word of the file's path is one of `words`. Words are separated by any characters except letters.
 fn has_word(name: &str, words: &[&str]) -> bool {
     name.to_ascii_lowercase().split(|c: char| !c.is_ascii_alphabetic()).any(|word| words.contains(&word))
 }
 
-/// The splits that names of files have words for.
+/// Returns the splits for which the file names have words.
 fn splits_of(names: &[&str]) -> Vec<&'static str> {
     let there = |words: &&[&str]| names.iter().any(|name| has_word(name, words));
     SPLITS.iter().filter(|words| there(words)).map(|words| words[0]).collect()
 }
 
-/// The files among `names` (paths within a data set) that are meant. As in `datasets`, a split is a word in the path, and all
-/// files are the split `train` where no path has such a word.
+/// Returns the selected files among `names` (paths within a data set). As in `datasets`, a split is a word in the path,
+/// and all files belong to the split `train` if no path has such a word.
 ///
 /// # Errors
-/// No such file; files of several configurations.
+/// If no file is selected, or the selected ones belong to several configurations.
 pub(in crate::lm::source) fn of_split(names: &[String], choice: &Choice<'_>) -> Result<Vec<String>> {
     let listed = |names: &[&str]| names.iter().take(LISTED).copied().collect::<Vec<_>>().join(", ");
     let mut data: Vec<&str> = names.iter().map(String::as_str).filter(|name| is_data(name)).collect();
@@ -157,7 +157,7 @@ pub(in crate::lm::source) fn of_split(names: &[String], choice: &Choice<'_>) -> 
     Ok(owned(meant))
 }
 
-/// Whether the name of the file has the split's name, which may have signs and digits of its own (`train_sft`).
+/// Returns whether the file's name contains the split's name, which may have punctuation and digits (`train_sft`).
 fn in_name(name: &str, split: &str) -> bool {
     let own = name.rsplit('/').next().unwrap_or(name);
     let edge = |c: Option<char>| c.is_none_or(|c| !c.is_ascii_alphanumeric());
@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_stands_for_its_data_files_of_one_split() {
+    fn a_folder_expands_to_its_data_files_of_one_split() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str| {
             let path = dir.path().join(name);

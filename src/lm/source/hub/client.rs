@@ -1,5 +1,5 @@
-//! Requests to a hub. Redirects are followed, since hubs keep large files on other servers, but the token goes to the
-//! scheme, host and port of the hub alone, and what the hub says in headers is checked before it is used.
+//! HTTP requests to a hub. Redirects are followed, because hubs store large files on other servers, but the token is
+//! sent only to the scheme, host and port of the hub. Header values are validated before use.
 
 use std::fs::OpenOptions;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -19,18 +19,18 @@ use crate::lm::source::Unavailable;
 use crate::util::http;
 use crate::util::read_bounded;
 
-/// Most redirects in a row.
+/// Largest number of consecutive redirects.
 const HOPS: usize = 10;
 
-/// How long a hub may take to show that it is there at all; a place that is not should cost seconds.
+/// Time within which a hub must accept a connection; an unreachable hub should cost only seconds.
 const CONTACT: Duration = Duration::from_secs(10);
 
-/// Whether a server that answers with this status may answer otherwise later.
+/// Returns whether a server that answers with this status may answer differently later.
 fn may_pass(status: StatusCode) -> bool {
     status.is_server_error() || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT)
 }
 
-/// One repository at one revision on a hub.
+/// Client for one repository at one revision.
 pub(super) struct Client {
     http: reqwest::Client,
     endpoint: Url,
@@ -38,26 +38,26 @@ pub(super) struct Client {
     kind: Kind,
     repo: String,
     revision: String,
-    /// How long the hub may send nothing.
+    /// Time that the hub may send nothing.
     patience: Duration,
 }
 
-/// What a hub says of a file before it is fetched.
+/// Metadata of a file, requested before its download.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Metadata {
-    /// The commit that the revision stands for.
+    /// Commit to which the revision refers.
     pub(super) commit: String,
-    /// The name of the content.
+    /// ETag, which is the name of the content.
     pub(super) etag: String,
-    /// Bytes.
+    /// Size in bytes.
     pub(super) size: u64,
 }
 
 impl Client {
-    /// A client of the hub at `endpoint`, which is asked with `token` if there is one.
+    /// Creates a client for the hub at `endpoint`. Requests carry `token` if it is given.
     ///
     /// # Errors
-    /// An endpoint that is no address.
+    /// If the endpoint is not an address, or the token contains invalid characters.
     pub(super) fn new(
         endpoint: &str,
         token: Option<String>,
@@ -68,11 +68,12 @@ impl Client {
     ) -> Result<Self> {
         let address = Url::parse(endpoint.trim_end_matches('/')).ok();
         let address = address.filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
-        let endpoint = address
-            .with_context(|| format!("HF_ENDPOINT = {endpoint:?} is no address; write it as https://huggingface.co"))?;
+        let endpoint = address.with_context(|| {
+            format!("HF_ENDPOINT = {endpoint:?} is not an address; write it as https://huggingface.co")
+        })?;
         ensure!(
             token.as_ref().is_none_or(|token| token.bytes().all(|byte| byte.is_ascii_graphic())),
-            "the hub's token (HF_TOKEN, or the file that `hf auth login` wrote) holds a space, a line's end or another character that no token has"
+            "the hub's token (HF_TOKEN, or the file that `hf auth login` wrote) contains a space, a line break or another character that is invalid in a token"
         );
         let http = http::builder()
             .connect_timeout(CONTACT)
@@ -82,10 +83,10 @@ impl Client {
         Ok(Self { http, endpoint, token, kind, repo: repo.to_owned(), revision: revision.to_owned(), patience })
     }
 
-    /// Names of the files in the repository.
+    /// Returns the names of the files in the repository.
     ///
     /// # Errors
-    /// A hub that does not answer, knows no such repository, or answers as no hub does.
+    /// If the hub does not answer, does not have the repository, or answers in an unknown format.
     pub(super) async fn files(&self) -> Result<Vec<String>> {
         let url = self.url(&["api", self.kind.plural()], &["revision", &self.revision], &[])?;
         let answer = timeout(self.patience.min(CONTACT), self.get(url, None)).await;
@@ -95,7 +96,7 @@ impl Client {
             })?
             .context("the hub cannot be asked")?;
         let status = answer.status();
-        // The hub's answers to who may not know whether it is there.
+        // The hub gives these answers to clients that may not know whether the repository exists.
         let closed = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND);
         let hint = if closed { "; a private or gated repository needs HF_TOKEN" } else { "" };
         if may_pass(status) {
@@ -109,10 +110,10 @@ impl Client {
         Ok(siblings.iter().filter_map(|one| one["rfilename"].as_str().map(str::to_owned)).collect())
     }
 
-    /// What the hub says of the file `name`.
+    /// Requests the metadata of the file `name`.
     ///
     /// # Errors
-    /// A hub that does not answer, or headers that are missing or name no file.
+    /// If the hub does not answer, or a header is missing or invalid.
     pub(super) async fn metadata(&self, name: &str) -> Result<Metadata> {
         let asked = self.get(self.file(name)?, Some(0..1));
         let (answer, headers) = timeout(self.patience, asked).await.map_err(|_| self.silent())??;
@@ -134,22 +135,23 @@ impl Client {
         Ok(metadata)
     }
 
-    /// A header's value that becomes part of a path.
+    /// Validates a header value that becomes part of a path.
     fn checked(&self, header: &str, value: &str) -> Result<String> {
         let shown: String = value.chars().take(80).collect();
         ensure!(
             is_name(value),
-            "{} sends the header {header}: {shown:?}, which is no name of a file (letters, digits and -_.+=~, at most 128 of them); nothing of it was written",
+            "{} sends the header {header}: {shown:?}, which is not a file name (letters, digits and -_.+=~, at most 128 of them); nothing was written",
             self.host()
         );
         Ok(value.to_owned())
     }
 
-    /// Fetches the file `name` into `to`, from where an earlier try stopped, and tells `moved` of every part.
+    /// Downloads the file `name` to `to`, resuming an interrupted download, and reports the size of every part to
+    /// `moved`.
     ///
     /// # Errors
-    /// A hub that stops sending, sends more or less than it said, or another content than its ETag names; a file that
-    /// cannot be written.
+    /// If the hub stops sending, sends more or less than announced, or sends content that does not match its ETag; if
+    /// the file cannot be written.
     pub(super) async fn fetch(&self, name: &str, of: &Metadata, to: &Path, mut moved: impl FnMut(u64)) -> Result<()> {
         let cannot = || format!("cannot write {}", to.display());
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(to).with_context(cannot)?;
@@ -165,9 +167,9 @@ impl Client {
             match answer.status() {
                 StatusCode::PARTIAL_CONTENT => {
                     let from = range(answer.headers()).map(|(from, _)| from);
-                    ensure!(from == Some(done), "{} sends another part of it than was asked for", self.host());
+                    ensure!(from == Some(done), "{} sent another range than the requested one", self.host());
                 }
-                // A server that knows no ranges sends all of it.
+                // A server that does not support ranges sends the complete file.
                 StatusCode::OK => {
                     file.set_len(0).with_context(cannot)?;
                     (hash, done) = (Sha256::new(), 0);
@@ -178,7 +180,7 @@ impl Client {
                 let part = timeout(self.patience, answer.chunk()).await.map_err(|_| self.silent())?;
                 let Some(part) = part
                     .map_err(reqwest::Error::without_url)
-                    .context("the answer broke off; try again, what has come is kept")?
+                    .context("the answer broke off; try again, the received part is kept")?
                 else {
                     break;
                 };
@@ -191,12 +193,12 @@ impl Client {
         }
         ensure!(
             done == of.size,
-            "{} sent {done} bytes of the {} that it announced; try again, what has come is kept",
+            "{} sent {done} bytes of the {} that it announced; try again, the received part is kept",
             self.host(),
             of.size
         );
         file.sync_all().with_context(cannot)?;
-        // Large files are named by the checksum of their content.
+        // The ETag of a large file is the checksum of its content.
         if of.etag.len() == 64 && of.etag.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             let digest: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
             if !digest.eq_ignore_ascii_case(&of.etag) {
@@ -207,8 +209,8 @@ impl Client {
         Ok(())
     }
 
-    /// Sends a GET and follows redirects. Returns the last answer, and the headers of the last answer that the hub itself
-    /// gave.
+    /// Sends a GET request and follows redirects. Returns the last answer, and the merged headers of the answers that
+    /// the hub itself gave.
     async fn get(&self, url: Url, part: Option<std::ops::Range<u64>>) -> Result<(Response, HeaderMap)> {
         let (mut url, mut at_home, mut own) = (url, true, HeaderMap::new());
         for _ in 0..=HOPS {
@@ -220,7 +222,7 @@ impl Client {
             if let Some(token) = self.token.as_ref().filter(|_| at_home) {
                 request = request.bearer_auth(token);
             }
-            // The address may be one that a redirect named, with a secret in it.
+            // The address may come from a redirect and contain a secret.
             let answer = request.send().await.map_err(reqwest::Error::without_url);
             let answer = answer.with_context(|| format!("{} cannot be reached", self.host()))?;
             if at_home {
@@ -240,8 +242,8 @@ impl Client {
                 "http" => url.scheme() == "http",
                 _ => false,
             };
-            ensure!(sound, "{} redirects to {target}, which is not as well protected; it is not followed", self.host());
-            // Once elsewhere, the token stays away even if a redirect leads back.
+            ensure!(sound, "{} redirects to {target}, which is less secure; the redirect is not followed", self.host());
+            // After one redirect to another server the token is not sent again, even if a redirect leads back.
             at_home &= origin(&next) == origin(&self.endpoint);
             url = next;
         }
@@ -249,7 +251,10 @@ impl Client {
     }
 
     fn silent(&self) -> anyhow::Error {
-        Unavailable::passing(format!("the hub sent nothing for {:?}; try again, what has come is kept", self.patience))
+        Unavailable::passing(format!(
+            "the hub sent nothing for {:?}; try again, the received part is kept",
+            self.patience
+        ))
     }
 
     fn refused(&self, status: StatusCode) -> anyhow::Error {
@@ -257,13 +262,13 @@ impl Client {
         if may_pass(status) { Unavailable::passing(words) } else { anyhow!(words) }
     }
 
-    /// The hub, as errors name it.
+    /// Returns the hub's address for error messages.
     fn host(&self) -> String {
         format!("the hub {}", http::shown(&self.endpoint, |_| false).trim_end_matches('/'))
     }
 
     fn file(&self, name: &str) -> Result<Url> {
-        // Models have no word before their names.
+        // Addresses of models have no plural before the repository.
         let before: &[&str] = if self.kind == Kind::Model { &[] } else { &[self.kind.plural()] };
         self.url(before, &["resolve", &self.revision], &name.split('/').collect::<Vec<_>>())
     }
@@ -271,7 +276,7 @@ impl Client {
     fn url(&self, before: &[&str], after: &[&str], path: &[&str]) -> Result<Url> {
         let mut url = self.endpoint.clone();
         let repo: Vec<&str> = self.repo.split('/').collect();
-        let mut segments = url.path_segments_mut().map_err(|()| anyhow!("HF_ENDPOINT is no address"))?;
+        let mut segments = url.path_segments_mut().map_err(|()| anyhow!("HF_ENDPOINT is not an address"))?;
         // A slash in a revision becomes %2F.
         segments.pop_if_empty().extend(before).extend(repo).extend(after).extend(path);
         drop(segments);
@@ -283,14 +288,14 @@ fn origin(url: &Url) -> (String, String, Option<u16>) {
     (url.scheme().to_owned(), url.host_str().unwrap_or_default().to_owned(), url.port_or_known_default())
 }
 
-/// The first byte and the whole size of what a part belongs to.
+/// Returns the first byte of a partial answer, and the complete size of the file.
 fn range(headers: &HeaderMap) -> Option<(u64, u64)> {
     let text = headers.get(CONTENT_RANGE)?.to_str().ok()?.strip_prefix("bytes ")?;
     let (part, size) = text.split_once('/')?;
     Some((part.split_once('-')?.0.trim().parse().ok()?, size.trim().parse().ok()?))
 }
 
-/// The whole size of a file whose first byte was asked for.
+/// Returns the complete size of a file whose first byte was requested.
 fn size(answer: &Response) -> Option<u64> {
     if answer.status() == StatusCode::RANGE_NOT_SATISFIABLE {
         return Some(0);
@@ -301,7 +306,8 @@ fn size(answer: &Response) -> Option<u64> {
     answer.headers().get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// The running checksum and the length of what a file holds, up to one byte more than `most`.
+/// Returns the running checksum and the length of a file's content, reading at most one buffer (1 MiB) more than `most`
+/// bytes.
 fn hashed(file: &mut (impl Read + Seek), most: u64) -> Result<(Sha256, u64)> {
     file.seek(SeekFrom::Start(0))?;
     let (mut hash, mut length, mut buffer) = (Sha256::new(), 0, vec![0; 1 << 20]);

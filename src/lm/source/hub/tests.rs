@@ -1,10 +1,11 @@
-//! Local servers in place of a hub.
+//! Tests of the hub's client against local servers.
 
 use super::*;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 
-/// A hub with one repository, `o/n`, of these files; its address. It serves until the test program ends.
+/// Starts a hub with one repository, `o/n`, of these files, and returns its address. It serves until the test program
+/// ends.
 fn hub(files: &'static [(&'static str, &'static str)]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
@@ -53,7 +54,7 @@ fn get(endpoint: &str, home: &Path, repo: &str, file: Option<&str>) -> Result<Mo
 }
 
 #[test]
-fn a_model_in_parts_is_fetched_once() {
+fn a_sharded_model_is_downloaded_once() {
     let index = r#"{"weight_map":{"a":"model-1.safetensors","b":"model-2.safetensors","c":"model-1.safetensors"}}"#;
     let files: [(&str, &str); 7] = [
         ("config.json", "{}"),
@@ -71,7 +72,7 @@ fn a_model_in_parts_is_fetched_once() {
     for (name, content) in files {
         assert_eq!(std::fs::read_to_string(dir.join(name)).unwrap(), content, "{name}");
     }
-    // Nobody listens on a port that was just let go, and nobody need.
+    // Nothing listens on a port that was just released, and nothing needs to.
     let nobody = format!("http://{}", TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
     assert_eq!(get(&nobody, home.path(), "o/n", None).unwrap(), found);
     std::fs::remove_file(dir.join("model-2.safetensors")).unwrap();
@@ -79,14 +80,14 @@ fn a_model_in_parts_is_fetched_once() {
 }
 
 #[test]
-fn one_gguf_is_fetched_by_name() {
+fn a_gguf_is_downloaded_by_name() {
     let endpoint = hub(&[("a.gguf", "aaa"), ("b.gguf", "bbb"), ("config.json", "{}")]);
     let home = tempfile::tempdir().unwrap();
     let ModelFiles::Gguf(path) = get(&endpoint, home.path(), "o/n", Some("b.gguf")).unwrap() else { panic!("no GGUF") };
     assert_eq!(std::fs::read_to_string(path).unwrap(), "bbb");
     for (repo, file, word) in [
         ("o/n", Some("c.gguf"), "it has no c.gguf; its GGUF files: a.gguf, b.gguf"),
-        ("o/n", Some("../a.gguf"), "is no .gguf"),
+        ("o/n", Some("../a.gguf"), "is not a .gguf"),
         ("o/n", None, "it has no tokenizer.json"),
         ("o/other", None, "needs HF_TOKEN"),
         ("n", None, "owner/name"),
@@ -98,7 +99,7 @@ fn one_gguf_is_fetched_by_name() {
 }
 
 #[test]
-fn a_data_set_is_fetched_by_its_split_once() {
+fn a_data_set_is_downloaded_by_its_split_once() {
     let files = [
         ("README.md", "about"),
         ("data/train-00000-of-00002.jsonl", "one"),
@@ -118,7 +119,7 @@ fn a_data_set_is_fetched_by_its_split_once() {
     let found = get(&endpoint, "o/d", None).unwrap();
     assert_eq!(texts(&found), ["one", "two"]);
     assert!(found[0].starts_with(home.path().join("hub/datasets--o--d/snapshots/c0ffee/data")), "{found:?}");
-    // Nobody listens on a port that was just let go; only files that are not there are asked for.
+    // Nothing listens on a port that was just released; the hub is contacted only for missing files.
     let nobody = format!("http://{}", TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
     assert_eq!(get(&nobody, "o/d", None).unwrap(), found);
     assert!(get(&nobody, "o/d", Some("test")).is_err());
@@ -139,15 +140,15 @@ fn patient(timeout: Duration) -> ResolveOptions {
 }
 
 #[test]
-fn a_hub_that_stands_still_is_given_up_on() {
-    // It accepts connections, and never answers.
+fn an_unresponsive_hub_times_out() {
+    // The server accepts connections and never answers.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let home = tempfile::tempdir().unwrap();
     let endpoint = format!("http://{}", silent.local_addr().unwrap());
     let hub = Hub { endpoint, home: home.path().to_owned(), token: None };
     let error = fetch_from(hub, "o/n", None, None, &patient(Duration::from_millis(50))).unwrap_err();
     assert!(error.to_string().contains("did not answer within 50ms"), "{error:#}");
-    // A part of a file is waited for in the same way.
+    // The same timeout applies to a part of a file.
     let client = || {
         Client::new(
             &format!("http://{}", silent.local_addr().unwrap()),
@@ -163,7 +164,7 @@ fn a_hub_that_stands_still_is_given_up_on() {
     assert!(error.to_string().contains("sent nothing for 50ms"), "{error:#}");
 }
 
-/// A server that gives each request, by its path and its head, to `answer`.
+/// Starts a server that answers each request by `answer`, given its path and head.
 fn answers(answer: impl Fn(&str, &str) -> String + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
@@ -174,7 +175,7 @@ fn answers(answer: impl Fn(&str, &str) -> String + Send + 'static) -> String {
             let head: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
             let path = head.first().and_then(|line| line.split(' ').nth(1)).unwrap_or_default();
             let text = answer(path, &head.join("\n").to_lowercase());
-            // The client may be gone already.
+            // The client may have closed the connection.
             let _ = stream.write_all(text.as_bytes());
         }
     });
@@ -190,7 +191,7 @@ fn found(location: &str) -> String {
     format!("HTTP/1.1 302 Found\r\nConnection: close\r\nContent-Length: 0\r\n{commit}Location: {location}\r\n\r\n")
 }
 
-/// A hub of one file, `a.gguf`, which it answers as `file` says.
+/// Starts a hub of one file, `a.gguf`, whose requests `file` answers.
 fn with_file(file: impl Fn(&str) -> String + Send + 'static, heads: HeadLog) -> String {
     answers(move |path, head| {
         heads.lock().unwrap().push(head.to_owned());
@@ -207,14 +208,14 @@ fn with_token(endpoint: String, home: &Path) -> Result<ModelFiles> {
 }
 
 #[test]
-fn the_token_stays_with_the_hub_over_several_redirects() {
+fn the_token_is_sent_only_to_the_hub_over_several_redirects() {
     let (away, home_heads) = (HeadLog::default(), HeadLog::default());
     let log = away.clone();
     let store = answers(move |path, head| {
         log.lock().unwrap().push(head.to_owned());
         if path == "/x" { found("/y") } else { ok("", "weights") }
     });
-    // The same host at another port, and the same port by another name; each redirects once more.
+    // The same host at another port, and the same port under another name; each redirects once more.
     for target in [format!("{store}/x"), store.replace("127.0.0.1", "localhost") + "/x"] {
         let home = tempfile::tempdir().unwrap();
         // A redirect within the hub comes first.
@@ -230,10 +231,10 @@ fn the_token_stays_with_the_hub_over_several_redirects() {
 }
 
 #[test]
-fn a_redirect_without_end_or_to_another_kind_of_address_is_refused() {
+fn an_endless_or_insecure_redirect_is_refused() {
     for (location, words) in [
         ("/o/n/resolve/main/a.gguf", "more than 10 times"),
-        ("file:///etc/passwd", "not as well protected"),
+        ("file:///etc/passwd", "less secure"),
         ("http://[", "redirects to an address that is not valid"),
         ("http://u:p@127.0.0.1:1/hf_SECRET0123456789", "cannot be reached"),
     ] {
@@ -244,14 +245,14 @@ fn a_redirect_without_end_or_to_another_kind_of_address_is_refused() {
     }
 }
 
-/// Every file below `dir`.
+/// Returns every file below `dir`.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().map(|entry| entry.unwrap().path());
     entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
 }
 
 #[test]
-fn a_header_that_is_no_name_is_refused_and_writes_nothing() {
+fn a_header_that_is_not_a_file_name_is_rejected_and_writes_nothing() {
     let outside = tempfile::tempdir().unwrap();
     let victim = outside.path().join("victim");
     std::fs::write(&victim, "precious").unwrap();
@@ -279,7 +280,7 @@ fn a_header_that_is_no_name_is_refused_and_writes_nothing() {
 }
 
 #[test]
-fn content_that_is_not_what_the_hub_named_is_refused() {
+fn content_that_does_not_match_its_metadata_is_rejected() {
     for (etag, sent, words) in [
         ("0".repeat(64), "weights", "its sha256 is"),
         ("abc".to_owned(), "weights and more", "more than the 7 bytes"),

@@ -1,4 +1,4 @@
-//! JSON in templates, as Python writes it, within the template's fuel.
+//! JSON output of templates, in Python's format and within the template's fuel budget.
 
 use std::io;
 
@@ -13,13 +13,13 @@ use super::python::float;
 use super::refusal;
 use crate::util::template::BYTES_PER_STEP;
 
-/// Deepest that values may lie in each other.
+/// Largest depth of nested values.
 const DEEPEST: usize = 64;
-/// Most spaces of a step of indentation.
+/// Largest number of bytes per level of indentation.
 const WIDEST: usize = 64;
 
-/// JSON as `transformers` writes it in chat templates: `tojson(ensure_ascii=False, indent=None, separators=None,
-/// sort_keys=False)`, with the meaning that `json.dumps` gives them. minijinja's own filter escapes for HTML.
+/// Filter `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)` of chat templates in
+/// `transformers`; the options have the meaning that `json.dumps` defines. minijinja's own filter escapes for HTML.
 pub(super) fn to_json(state: &State, value: &Value, Rest(given): Rest<Value>, options: Kwargs) -> Result<Value, Error> {
     let option = |place: usize, name: &str| -> Result<Option<Value>, Error> {
         let value = given.get(place).cloned().or(options.get::<Option<Value>>(name)?);
@@ -41,14 +41,14 @@ pub(super) fn to_json(state: &State, value: &Value, Rest(given): Rest<Value>, op
     let formatter = Python { ascii, indent, item, key, depth: 0, filled: false };
     json(state, &Plain { value: value.clone(), depth: 0, sorted }, formatter).map(Value::from_safe_string).map_err(
         |error| match error.downcast_ref::<serde_json::Error>() {
-            // Nothing else fails when it is written.
+            // Only the fuel limit makes writing fail.
             Some(error) if error.is_io() => ErrorKind::OutOfFuel.into(),
             _ => refusal(format!("cannot be written as JSON: {error}")),
         },
     )
 }
 
-/// A step of indentation: a number of spaces, or a text.
+/// Returns one level of indentation: a number of spaces, or a text.
 fn step(indent: &Value) -> Result<String, Error> {
     let step = match indent.as_str() {
         Some(text) => text.to_owned(),
@@ -80,7 +80,8 @@ fn json(state: &State, value: &Plain, formatter: impl Formatter) -> Result<Strin
     Ok(String::from_utf8(out.bytes)?)
 }
 
-/// Pays for what is written: a list that holds another twice, and so on, is short to build and endless to write.
+/// Writer that consumes fuel for its output: a list that contains another one twice, and so on, is short to build and
+/// huge to write.
 struct Paid<'a, 'template, 'env> {
     state: &'a State<'template, 'env>,
     bytes: Vec<u8>,
@@ -98,12 +99,12 @@ impl io::Write for Paid<'_, '_, '_> {
     }
 }
 
-/// A template's value for serde.
+/// Serialisable form of a template's value.
 struct Plain {
     value: Value,
-    /// How deep it lies in others.
+    /// Nesting depth of the value.
     depth: usize,
-    /// Whether the keys of mappings are sorted.
+    /// True if the keys of mappings are sorted.
     sorted: bool,
 }
 
@@ -111,7 +112,7 @@ impl Serialize for Plain {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Self { value, depth, sorted } = self;
         if *depth > DEEPEST {
-            return Err(S::Error::custom(format!("its values lie more than {DEEPEST} deep in each other")));
+            return Err(S::Error::custom(format!("its values are nested more than {DEEPEST} deep")));
         }
         let inner = |value: Value| Self { value, depth: depth + 1, sorted: *sorted };
         let iterated = || value.try_iter().map_err(S::Error::custom);
@@ -138,7 +139,7 @@ impl Serialize for Plain {
     }
 }
 
-/// The key of a mapping as `json.dumps` writes it.
+/// Returns the key of a mapping as `json.dumps` writes it.
 fn name(key: &Value) -> String {
     match key.kind() {
         ValueKind::None => "null".into(),
@@ -148,17 +149,17 @@ fn name(key: &Value) -> String {
     }
 }
 
-/// Python's form of JSON.
+/// JSON formatter that writes as Python does.
 struct Python {
-    /// Whether characters beyond ASCII are escaped.
+    /// True if characters beyond ASCII are escaped.
     ascii: bool,
-    /// The step of indentation; without one all is on one line.
+    /// One level of indentation; `None` for output on one line.
     indent: Option<String>,
-    /// What parts items, and keys from their values.
+    /// Separator of items; below, the separator of a key and its value.
     item: String,
     key: String,
     depth: usize,
-    /// Whether the list or mapping that is being written has something in it.
+    /// True if the current list or mapping has an element.
     filled: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What chat templates use of Python and Jinja and minijinja does not have: methods, tests, and how numbers are written.
+//! Features of Python and Jinja that chat templates use and minijinja lacks: methods, tests, and the format of numbers.
 
 use std::fmt::Write;
 
@@ -8,14 +8,14 @@ use minijinja::{Environment, Error, ErrorKind, Output, State, Value};
 use super::refusal;
 use crate::util::template;
 
-/// Deepest value whose floats are written as Python writes them.
+/// Largest depth of a value whose floats are written in Python's format.
 const DEEPEST: usize = 64;
 
-/// Adds the methods and tests to `environment`, and writes values as Python does.
+/// Adds the methods and tests to `environment`, and formats values as Python does.
 pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.set_unknown_method_callback(method);
     environment.set_formatter(emit);
-    // Jinja takes for a sequence what has a length and can be indexed, and so a text and a mapping too.
+    // In Jinja every value with a length and an index is a sequence, including texts and mappings.
     environment.add_test("sequence", |value: &Value| {
         value.is_undefined() || matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
     });
@@ -53,12 +53,12 @@ fn has_float(value: &Value, depth: usize) -> bool {
     }
 }
 
-/// `str(value)` of Python.
+/// Returns Python's `str(value)`.
 fn text(value: &Value) -> String {
     if value.kind() == ValueKind::String { value.to_string() } else { representation(value, 0) }
 }
 
-/// `repr(value)` of Python, as far as it differs from minijinja's: in floats.
+/// Returns Python's `repr(value)`, which differs from minijinja's only for floats.
 fn representation(value: &Value, depth: usize) -> String {
     let items = || value.try_iter().into_iter().flatten();
     match value.kind() {
@@ -79,8 +79,8 @@ fn representation(value: &Value, depth: usize) -> String {
     }
 }
 
-/// `repr` of a Python float: the shortest digits that read back as the same number, with an exponent below 10⁻⁴ and from
-/// 10¹⁶ on.
+/// Returns Python's `repr` of a float: the shortest digits that parse to the same number, with an exponent below 10⁻⁴
+/// and from 10¹⁶ on.
 pub(super) fn float(number: f64) -> String {
     if number.is_nan() {
         return "nan".into();
@@ -99,7 +99,7 @@ pub(super) fn float(number: f64) -> String {
     if plain.contains('.') { plain } else { plain + ".0" }
 }
 
-/// Python's methods, paid for by what they go through: minijinja charges for what they return alone.
+/// Calls a Python method and consumes fuel for the size of its inputs: minijinja charges only for results.
 fn method(state: &mut State<'_, '_>, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
     let size = |value: &Value| value.as_str().map(str::len).or(value.len()).unwrap_or(0);
     let all = size(value) + arguments.iter().map(size).sum::<usize>();
@@ -119,7 +119,7 @@ fn method(state: &mut State<'_, '_>, value: &Value, name: &str, arguments: &[Val
     }
 }
 
-/// The methods of a text that minijinja-contrib lacks; none for the others.
+/// Calls a method of a text that minijinja-contrib lacks; returns `None` for other methods.
 fn text_method(state: &State<'_, '_>, text: &str, name: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
     // Python counts characters.
     let characters = |bytes: usize| text[..bytes].chars().count();
@@ -172,7 +172,7 @@ fn text_method(state: &State<'_, '_>, text: &str, name: &str, arguments: &[Value
     Ok(Some(found))
 }
 
-/// The words of `text` from the last on, at most `most` parts, of which the last has what is left.
+/// Splits `text` into words from the last one on, into at most `most` parts; the last part is the remaining text.
 fn split_at_space(text: &str, most: usize) -> Vec<&str> {
     let (mut parts, mut left) = (Vec::new(), text.trim_end());
     while !left.is_empty() {
@@ -184,13 +184,13 @@ fn split_at_space(text: &str, most: usize) -> Vec<&str> {
     parts
 }
 
-/// `text` filled up to a number of characters.
+/// Pads `text` to a number of characters.
 fn padded(state: &State<'_, '_>, text: &str, name: &str, arguments: &[Value]) -> Result<String, Error> {
     let (width, fill): (usize, Option<&str>) = from_args(arguments)?;
     let fill = if name == "zfill" { "0" } else { fill.unwrap_or(" ") };
     let missing = width.saturating_sub(text.chars().count());
     if fill.chars().count() != 1 {
-        return Err(refusal(format!("{name} fills up with one character")));
+        return Err(refusal(format!("{name} needs a single fill character")));
     }
     state.consume_fuel(missing as u64 / template::BYTES_PER_STEP)?;
     if state.fuel_levels().is_some_and(|(_, left)| left.saturating_mul(64) < missing as u64) {
@@ -198,7 +198,7 @@ fn padded(state: &State<'_, '_>, text: &str, name: &str, arguments: &[Value]) ->
     }
     let (left, right) = match name {
         "ljust" => (0, missing),
-        // As CPython divides an odd number.
+        // CPython divides an odd number in this way.
         "center" => {
             let left = missing / 2 + (missing & width & 1);
             (left, missing - left)

@@ -1,4 +1,4 @@
-//! Configurations as models carry them.
+//! Configurations as published models have them.
 
 use serde_json::json;
 
@@ -6,7 +6,7 @@ use super::*;
 use crate::lm::model::rope::Scaling;
 
 #[test]
-fn a_value_of_another_type_is_refused_instead_of_replaced_by_a_default() {
+fn a_value_of_another_type_is_rejected_instead_of_replaced_by_a_default() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/families/gemma3/config.json");
     let sound: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let error = |key: &str, value: Json| {
@@ -27,7 +27,7 @@ fn a_value_of_another_type_is_refused_instead_of_replaced_by_a_default() {
 }
 
 #[test]
-fn numbers_that_make_a_model_compute_nothing_are_refused() {
+fn numbers_that_make_a_model_useless_are_rejected() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/families/gemma3/config.json");
     let mut json: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     json.as_object_mut().unwrap().remove("rope_parameters");
@@ -48,7 +48,7 @@ fn numbers_that_make_a_model_compute_nothing_are_refused() {
 }
 
 #[test]
-fn sizes_beyond_any_model_are_refused_before_they_are_used() {
+fn sizes_beyond_any_model_are_rejected_before_use() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/families/gemma3/config.json");
     let sound: Json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     ModelConfig::from_json(&sound, Head::Language).unwrap();
@@ -80,9 +80,10 @@ fn changed(name: &str, change: Json) -> Result<ModelConfig> {
     ModelConfig::from_json(&json, Head::Language)
 }
 
-/// What `AutoConfig` of `transformers` 5.24 makes of these: `rope_parameters` at the end, with the bases in them.
+/// The expected values are those of `AutoConfig` of `transformers` 5.24: the final `rope_parameters`, which include the
+/// bases.
 #[test]
-fn rotary_parameters_in_contradiction_are_read_as_transformers_reads_them() {
+fn contradicting_rotary_parameters_are_read_as_by_transformers() {
     use Scaling::{Linear, Llama3, None};
     let linear = json!({ "rope_type": "linear", "factor": 4.0 });
     let llama3 = json!({ "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0 });
@@ -102,7 +103,7 @@ fn rotary_parameters_in_contradiction_are_read_as_transformers_reads_them() {
         (json!({ "rope_parameters": linear, "rope_scaling": { "type": "default" } }), 1e4, None),
         (json!({ "rope_scaling": { "type": "linear", "factor": 4 } }), 1e4, Linear(4.0)),
         (json!({ "rope_scaling": { "type": "linear", "rope_type": "default" } }), 1e4, None),
-        // Without its own, the original context is the context.
+        // Without its own value, the original context is the context.
         (json!({ "rope_scaling": llama3 }), 1e4, stretched(128.0)),
         (json!({ "rope_scaling": llama3, "original_max_position_embeddings": 64 }), 1e4, stretched(64.0)),
         (json!({ "rope_theta": 1e6, "rope_parameters": { "partial_rotary_factor": 1.0 } }), 1e6, None),
@@ -117,7 +118,7 @@ fn rotary_parameters_in_contradiction_are_read_as_transformers_reads_them() {
     assert_eq!((yarn.rope_theta, yarn.rope_scaling), (1e4, expected));
 }
 
-/// Likewise by kind of layer.
+/// The expected values are those of `AutoConfig` of `transformers` 5.24, by kind of layer.
 #[test]
 fn rotary_parameters_of_gemma_3_are_read_by_kind_of_layer() {
     use Scaling::{Linear, None};
@@ -153,7 +154,7 @@ fn rotary_parameters_of_gemma_3_are_read_by_kind_of_layer() {
 }
 
 #[test]
-fn a_configuration_that_is_computed_otherwise_is_refused_by_its_key() {
+fn an_unsupported_configuration_is_rejected_by_its_key() {
     let by_layer = json!({ "full_attention": { "rope_theta": 5e5 } });
     let flat = json!({ "rope_type": "default", "rope_theta": 5e5 });
     for (name, change, words) in [
@@ -195,7 +196,7 @@ fn a_configuration_that_is_computed_otherwise_is_refused_by_its_key() {
     }
 }
 
-/// As the classes of `transformers` 5.24 have them.
+/// The expected values are those of the configuration classes of `transformers` 5.24.
 #[test]
 fn absent_keys_have_the_defaults_of_their_family() {
     for (name, context, kv_heads, head_dim, window) in [
@@ -221,13 +222,13 @@ fn absent_keys_have_the_defaults_of_their_family() {
         let config = ModelConfig::from_json(&json, Head::Language).unwrap();
         assert_eq!((config.kv_heads, config.head_dim), (heads, 8), "{name}");
     }
-    // The class is found by its type where no architecture is named.
+    // The class is found by `model_type` if no architecture is named.
     let named = changed("gemma3", json!({ "architectures": null })).unwrap();
     assert_eq!(named.family.architecture, "Gemma3ForCausalLM");
 }
 
 #[test]
-fn all_named_ends_end_a_completion() {
+fn all_configured_end_tokens_end_a_completion() {
     let dir = tempfile::tempdir().unwrap();
     let write = |name: &str, json: Json| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
     let mut config = family("llama3");
