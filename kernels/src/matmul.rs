@@ -58,7 +58,7 @@ thread_local! {
 /// For callers whose batches usually have more than [`LARGE_BATCH_ROWS`] rows. The results differ in the last bits from
 /// those of the small-batch kernel, so such a caller must use it for every batch size; then a row's result does not
 /// depend on the batch size.
-pub fn is_large_batch<R>(f: impl FnOnce() -> R) -> R {
+pub fn with_large_batch_kernels<R>(f: impl FnOnce() -> R) -> R {
     struct Before(bool);
     impl Drop for Before {
         fn drop(&mut self) {
@@ -198,7 +198,7 @@ fn few_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: u
 
 /// Computes `out [m, n] = x [m, k] · w [n, k]ᵀ` for few rows and a `bf16` matrix in the layout of the tile unit: panels
 /// of 32 rows, steps of 32 columns, two halves of the rows, pairs of columns 16 apart. Returns false without writing if
-/// this thread has not enabled the [large-batch kernels](is_large_batch) or the processor has no such unit.
+/// this thread has not enabled the [large-batch kernels](with_large_batch_kernels) or the processor has no such unit.
 pub(super) fn multiply_packed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[Line], sizes: [usize; 3]) -> bool {
     #[cfg(target_arch = "x86_64")]
     if CROWDED.get() && amx::available() {
@@ -371,7 +371,7 @@ mod tests {
     #[test]
     fn a_row_depends_neither_on_other_rows_nor_on_threads() {
         check_row_independence();
-        is_large_batch(check_row_independence);
+        with_large_batch_kernels(check_row_independence);
         assert!(!CROWDED.get());
     }
 
@@ -387,7 +387,7 @@ mod tests {
                 let mut times = || times_transposed(&mut out, &x[first * k..(first + rows) * k], &w, k);
                 // In the pool another thread starts the product.
                 if CROWDED.get() {
-                    pool.install(|| is_large_batch(times))
+                    pool.install(|| with_large_batch_kernels(times))
                 } else {
                     pool.install(&mut times)
                 }

@@ -117,12 +117,12 @@ mod tests {
             x[40] = wrong;
             let x = Tensor::from_vec(x, (1, 64), &Device::Cpu).unwrap();
             let weight = values(2, &[20, 64]);
-            for is_large_batch in [false, true] {
+            for with_large_batch_kernels in [false, true] {
                 let linear = |weight: &Tensor, x: &Tensor| {
                     let weight = narrow(weight, format);
                     flat(
-                        &if is_large_batch {
-                            super::super::is_large_batch(|| weight.linear(x))
+                        &if with_large_batch_kernels {
+                            super::super::with_large_batch_kernels(|| weight.linear(x))
                         } else {
                             weight.linear(x)
                         }
@@ -130,9 +130,9 @@ mod tests {
                     )
                 };
                 let out = linear(&weight, &x);
-                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {is_large_batch}: {out:?}");
+                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {with_large_batch_kernels}: {out:?}");
                 let out = linear(&x, &values(1, &[2, 64]));
-                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {is_large_batch}: {out:?}");
+                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {with_large_batch_kernels}: {out:?}");
             }
         }
     }
@@ -140,11 +140,11 @@ mod tests {
     #[test]
     fn a_row_depends_neither_on_other_rows_nor_on_threads() {
         let (x, weight) = (values(1, &[40, 64]), values(2, &[700, 64]));
-        for (format, is_large_batch) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
+        for (format, with_large_batch_kernels) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
             let weight = narrow(&weight, format);
             let linear = |x: &Tensor| {
                 flat(
-                    &if is_large_batch { super::super::is_large_batch(|| weight.linear(x)) } else { weight.linear(x) }
+                    &if with_large_batch_kernels { super::super::with_large_batch_kernels(|| weight.linear(x)) } else { weight.linear(x) }
                         .unwrap(),
                 )
             };

@@ -98,7 +98,7 @@ fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], weight: &Bf16Weights, kerne
 mod tests {
     use super::super::super::matmul::as_room;
     use super::super::super::testing::{flat, values};
-    use super::super::super::{has_tile_unit, is_large_batch};
+    use super::super::super::{has_tile_unit, with_large_batch_kernels};
     use super::*;
     use candle_core::{DType, Device, Tensor};
 
@@ -147,7 +147,7 @@ mod tests {
                 assert_eq!(run(kernels::avx2::multiply), plain);
             }
             let mut out = vec![f32::NAN; rows * columns];
-            is_large_batch(|| half.multiply(as_room(&mut out), &x));
+            with_large_batch_kernels(|| half.multiply(as_room(&mut out), &x));
             check(&out);
             assert!(width < 64 || (out != plain) == has_tile_unit(), "the tile unit sums in another order");
         }

@@ -22,13 +22,13 @@ pub const MOST_SLOTS: usize = kernels::SMALL_BATCH_ROWS;
 /// Requests under way and waiting, over one cache.
 ///
 /// What is sampled in `f32` on the CPU is a function of the weights, the prompt and the seed; not of what is sampled beside
-/// it, nor of when it began. (Its last bits are those of [`kernels::is_large_batch`] in an engine of more than [`kernels::LARGE_BATCH_ROWS`] slots.) Each prompt is prefilled once. Weights may change between steps; keys and values computed before stay as they
+/// it, nor of when it began. (Its last bits are those of [`kernels::with_large_batch_kernels`] in an engine of more than [`kernels::LARGE_BATCH_ROWS`] slots.) Each prompt is prefilled once. Weights may change between steps; keys and values computed before stay as they
 /// are, and each token carries the version that produced it.
 pub struct Engine<'a> {
     sampling: Sampling,
     slots: usize,
     /// Whether a step usually has many rows.
-    is_large_batch: bool,
+    with_large_batch_kernels: bool,
     /// Of these, those that are used for now.
     limit: usize,
     cache: Option<KvCache>,
@@ -78,7 +78,7 @@ impl<'a> Engine<'a> {
         Self {
             sampling: sampling.clone(),
             slots: slots.clamp(1, MOST_SLOTS),
-            is_large_batch: slots > kernels::LARGE_BATCH_ROWS,
+            with_large_batch_kernels: slots > kernels::LARGE_BATCH_ROWS,
             limit: MOST_SLOTS,
             cache: None,
             rows: Vec::new(),
@@ -89,7 +89,7 @@ impl<'a> Engine<'a> {
 
     /// The same engine for sequences that are few at most times, whatever the slots.
     pub fn sparse(self) -> Self {
-        Self { is_large_batch: false, ..self }
+        Self { with_large_batch_kernels: false, ..self }
     }
 
     /// Puts a request at the end of the queue; its samples come back under `ticket`, which is nobody else's.
@@ -159,7 +159,7 @@ impl<'a> Engine<'a> {
             let positions: Vec<u32> = self.rows.iter().map(|row| row.position).collect();
             let slots: Vec<usize> = self.rows.iter().map(|row| row.slot).collect();
             let mut step = || model.logits(&model.hidden(&ids, &positions, &mut *cache.step(&slots)?)?);
-            let logits = if self.is_large_batch { kernels::is_large_batch(&mut step) } else { step() }?;
+            let logits = if self.with_large_batch_kernels { kernels::with_large_batch_kernels(&mut step) } else { step() }?;
             take_all(&mut self.rows, &logits, version, &self.sampling)?;
         }
         self.sweep(&mut ended);
@@ -179,7 +179,7 @@ impl<'a> Engine<'a> {
                 let (hidden, layers) = prefill(model, &request.prompt, request.prefix)?;
                 Ok::<_, anyhow::Error>((model.logits(&hidden)?, layers))
             };
-            let (logits, layers) = if self.is_large_batch { kernels::is_large_batch(begin) } else { begin() }?;
+            let (logits, layers) = if self.with_large_batch_kernels { kernels::with_large_batch_kernels(begin) } else { begin() }?;
             let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             *prompt = Some(Prefilled { cached: cache.prompt(&layers)?, logits, version });
         }
