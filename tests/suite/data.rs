@@ -161,7 +161,7 @@ fn references_that_teach_nothing_are_refused_and_those_that_are_cut_are_told() {
     let dir = tempfile::tempdir().unwrap();
     let output = train_on(dir.path(), "a.jsonl", rows(&"long ".repeat(400)), &fine_tuned);
     assert!(output.status.success(), "{}", stderr(&output));
-    said(&output, &["1 row: the reference answer is longer than the model's context leaves room for"]);
+    said(&output, &["1 row: the reference answer exceeds the model's context"]);
 }
 
 /// A tokenizer with one token more than the embedding has rows.
