@@ -138,7 +138,7 @@ fn the_prompt_may_be_in_the_configured_field() {
 fn a_row_that_is_not_a_pair_is_refused_with_the_reason() {
     let messages = |text: &str| said(&[("user", "hi"), ("assistant", text)]);
     for (row, words) in [
-        (json!({ "text": "x" }), "no preference pair"),
+        (json!({ "text": "x" }), "is not a preference pair"),
         (json!({ "prompt": "x", "completion": "y", "label": true }), "it rates one answer"),
         (json!({ "instruction": "x", "completions": [] }), "several answers with their scores"),
         (json!({ "chosen": "\n\nHuman: hi\n\nAssistant: a" }), "no field \"rejected\""),
