@@ -310,7 +310,10 @@ mod tests {
             ("<html>", "is an HTML page, not JSON"),
             ("{\"choices\": []}", "choices[0]"),
             ("{\"choices\": null}", "choices[0]"),
-            ("{\"object\": \"error\", \"message\": \"no such model\", \"choices\": []}", "choices[0] is missing: no such model"),
+            (
+                "{\"object\": \"error\", \"message\": \"no such model\", \"choices\": []}",
+                "choices[0] is missing: no such model",
+            ),
             ("{\"choices\": [{}]}", "neither"),
             ("{\"choices\": [{\"message\": {\"content\": 3}}]}", "neither"),
             ("{\"error\": {\"message\": \"overloaded\"}}", "status 200: overloaded"),
