@@ -96,7 +96,7 @@ impl PromptFormat {
         } else {
             ensure!(
                 self.instruction.trim() == "{{ prompt }}",
-                "the prompt is a dialogue of {} turns, which data.instruction cannot stand around; leave it at \"{{{{ prompt }}}}\"",
+                "the prompt is a dialogue of {} turns, to which data.instruction cannot be applied; leave it at \"{{{{ prompt }}}}\"",
                 dialogue.turns.len()
             );
             if !self.chat {

@@ -89,7 +89,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Selects the kernels for few sequences, whatever the number of slots.
+    /// Selects the kernels for few sequences, regardless of the number of slots.
     pub fn sparse(self) -> Self {
         Self { is_large_batch: false, ..self }
     }

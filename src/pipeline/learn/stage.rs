@@ -49,7 +49,7 @@ pub struct LearnPlan {
     pub truncation: f64,
     /// Number of epochs over each batch.
     pub epochs: u64,
-    /// Number of optimizer steps per epoch; the batch's groups are distributed anew for each epoch.
+    /// Number of optimizer steps per epoch; the batch's groups are distributed again for each epoch.
     pub minibatches: usize,
     /// Seed of the distribution into minibatches.
     pub seed: u64,

@@ -10,7 +10,7 @@ use super::wire::excerpt;
 /// Parses a response body.
 ///
 /// # Errors
-/// If the body is not JSON. The message says what it is instead: empty, truncated, an HTML page, or something else.
+/// If the body is not JSON. The message describes it: empty, truncated, an HTML page, or something else.
 pub fn parse(body: &[u8]) -> Result<Value, String> {
     let text = String::from_utf8_lossy(body);
     let text = without_comments(text.trim_start_matches('\u{feff}'));
