@@ -26,8 +26,8 @@ pub enum Scorer {
 }
 
 /// Stage that rewards groups, labeled or (if `I` = [`Group`]) unlabeled. It processes and emits them in order of their
-/// sequence number, independent of the order in which upstream actors finish. The reward model's training and the running
-/// scale are therefore functions of the data and not of timing.
+/// sequence number, independent of the order in which upstream actors finish. The reward model's training and the
+/// running scale are therefore functions of the data and not of timing.
 pub struct RewardStage<I> {
     scorer: Scorer,
     rule: RewardRule,
