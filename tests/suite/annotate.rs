@@ -305,7 +305,11 @@ fn pairs_follow_the_documented_rule_and_are_read_back() {
         .unwrap();
     assert!(made.status.success(), "{}", stderr(&made));
     let shipped = lines(&config("data/preferences-summaries.jsonl"));
-    assert_eq!(lines(&dir.path().join("pairs.jsonl")), shipped[..20], "the shipped file must equal the command's output");
+    assert_eq!(
+        lines(&dir.path().join("pairs.jsonl")),
+        shipped[..20],
+        "the shipped file must equal the command's output"
+    );
 }
 
 #[test]

@@ -124,7 +124,10 @@ fn top_sends_its_token_only_to_the_given_address() {
         let (done, text) = top(&node.address);
         assert!(!done && text.contains(&format!("redirects to http://{host}/x")), "{text}");
         assert!(!text.contains("9876543210"), "{text}");
-        assert!(node.heads.lock().unwrap().iter().all(|head| head.contains(TOKEN)), "requests to the node itself carry the token");
+        assert!(
+            node.heads.lock().unwrap().iter().all(|head| head.contains(TOKEN)),
+            "requests to the node itself carry the token"
+        );
     }
     assert_eq!(other.heads.lock().unwrap().len(), 0, "another address was asked");
 }
@@ -364,7 +367,10 @@ fn model_output_reaches_the_terminal_without_control_characters() {
     let json = generate(&["--json"]);
     assert!(json.chars().all(|c| c == '\n' || !c.is_control()), "{json:?}");
     let texts = json.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["text"].clone());
-    assert!(texts.into_iter().any(|text| text.as_str().unwrap().contains('\u{1b}')), "the JSON file has the unmodified model output");
+    assert!(
+        texts.into_iter().any(|text| text.as_str().unwrap().contains('\u{1b}')),
+        "the JSON file has the unmodified model output"
+    );
 }
 
 #[test]
