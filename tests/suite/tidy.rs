@@ -1,4 +1,4 @@
-//! Rules of the house that no compiler checks.
+//! Project rules that the compiler does not check.
 
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Lines of code in `module` (a path under src/, `x.rs` and `x/` alike) that mention any of `words`.
+/// Returns the lines of code in `module` (a path under src/, `x.rs` and `x/` alike) that mention any of `words`.
 fn mentions(module: &str, words: &[&str]) -> Vec<String> {
     let prefix = root().join("src").join(module);
     let files = sources(&root().join("src"));
@@ -36,7 +36,7 @@ fn mentions(module: &str, words: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn modules_use_only_what_they_may() {
+fn modules_use_only_allowed_dependencies() {
     for (module, forbidden) in [
         ("types", &["crate::", "candle", "preceptor_actors"][..]),
         ("util/seed", &["crate::"]),
@@ -108,7 +108,7 @@ fn modules_use_only_what_they_may() {
 }
 
 #[test]
-fn the_runtime_knows_no_language_model() {
+fn the_runtime_does_not_depend_on_language_models() {
     let manifest = std::fs::read_to_string(root().join("actors/Cargo.toml")).unwrap();
     for word in ["candle", "tokenizers", "preceptor =", "metrics"] {
         assert!(!manifest.contains(word), "actors/Cargo.toml mentions {word}");
@@ -121,7 +121,7 @@ fn the_runtime_knows_no_language_model() {
 }
 
 #[test]
-fn there_is_no_mod_rs_and_no_stub() {
+fn there_is_no_mod_rs_and_every_file_has_a_module_comment() {
     for path in sources(&root().join("src")).into_iter().chain(sources(&root().join("actors/src"))) {
         assert_ne!(path.file_name().unwrap(), "mod.rs", "{}", path.display());
         let text = std::fs::read_to_string(&path).unwrap();
@@ -140,7 +140,8 @@ fn every_configuration_is_valid() {
     }
 }
 
-/// Pairs of a file and the functions that `text` names after it, as in `` `a.rs`: `one`, `two`; `b.rs`: `three` ``.
+/// Parses pairs of a file and the functions that `text` names after it, as in `` `a.rs`: `one`, `two`; `b.rs`: `three`
+/// ``.
 fn named_tests(text: &str) -> Vec<(String, Vec<String>)> {
     let mut found: Vec<(String, Vec<String>)> = Vec::new();
     for line in text.lines().filter(|line| line.starts_with("| ") && line.contains(".rs`: `")) {
@@ -170,7 +171,7 @@ fn every_guarantee_of_security_md_names_a_test_that_exists() {
             assert!(before.contains("#[test]"), "{name} in {file} is no test");
         }
     }
-    // Each row of the second part has one.
+    // Each row of the second part must name a test.
     let guarantees = text.split("## What it guarantees").nth(1).unwrap().lines();
     let rows = guarantees.filter(|line| line.starts_with("| ") && !line.starts_with("| guarantee"));
     for row in rows {
