@@ -231,9 +231,9 @@ fn a_device_that_runs_out_of_memory_continues_with_smaller_micro_batches() {
         let output = with_fault(dir.path(), fault, &overrides);
         let text = crate::common::stderr(&output);
         assert!(output.status.success(), "{text}");
-        assert!(text.contains("ran out of memory with 4 completions at a time; the batch goes on with 2"), "{text}");
+        assert!(text.contains("ran out of memory with 4 completions at a time; the batch continues with 2"), "{text}");
         assert!(!text.contains("restarting"), "{text}");
-        assert_eq!(text.contains("goes on with 1"), fault.contains("2*return"), "{text}");
+        assert_eq!(text.contains("continues with 1"), fault.contains("2*return"), "{text}");
         assert!(crate::common::train(whole.path(), &overrides).status.success());
         let figures = |dir: &Path| -> Vec<(f64, u64)> {
             let steps = crate::common::metrics(&dir.join("run"));

@@ -132,7 +132,7 @@ fn a_run_whose_judge_refuses_keeps_its_groups_and_resumes_with_the_same_result()
         let output = train(dir.path(), &overrides);
         let text = stderr(&output);
         assert_eq!(output.status.code(), Some(1), "{act:?}: {text}");
-        assert!(text.contains(words) && text.contains("got no verdict"), "the cause is told: {text}");
+        assert!(text.contains(words) && text.contains("got no verdict"), "the cause is reported: {text}");
         let run = dir.path().join("run");
         let before = metrics(&run);
         assert!(before.len() < 4 && before.iter().all(|step| step["groups/masked"] == 0), "nothing is spent: {text}");

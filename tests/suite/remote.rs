@@ -179,7 +179,10 @@ fn a_judge_that_is_down_for_a_while_is_waited_for() {
     let settings = RemoteJudge { breaker_failures: 1, breaker_cooldown_s: 30.0, outage_s: 0.0, ..judge(&mock) };
     let reply = Remote::new(settings).unwrap().weigh(&[ask(&["1", "2"])], &mut Usage::default()).remove(0);
     let why = reply.unwrap_err().to_string();
-    assert!(why.contains("failed (502)") && why.contains("outage_s = 0"), "nobody waits, and the cause is told: {why}");
+    assert!(
+        why.contains("failed (502)") && why.contains("outage_s = 0"),
+        "there is no waiting time, and the cause is reported: {why}"
+    );
 }
 
 /// A judge is unavailable for longer than any question may take: the run pauses, reports it, and loses nothing.
@@ -217,7 +220,7 @@ fn a_judge_that_is_down_for_some_time_pauses_the_run_and_masks_no_group() {
     assert!(steps.iter().all(|step| step["groups/masked"] == 0), "{text}");
     assert!(mock.served("http_5xx") > 3, "the judge was down");
     assert!(text.contains("the run waits for it") && text.contains("answers again"), "{text}");
-    assert!(!text.contains("restarting the graph"), "who waits for a judge does not hang: {text}");
+    assert!(!text.contains("restarting the graph"), "a run that waits for a judge does not count as hung: {text}");
 }
 
 #[test]

@@ -125,7 +125,7 @@ fn there_is_no_mod_rs_and_every_file_has_a_module_comment() {
     for path in sources(&root().join("src")).into_iter().chain(sources(&root().join("actors/src"))) {
         assert_ne!(path.file_name().unwrap(), "mod.rs", "{}", path.display());
         let text = std::fs::read_to_string(&path).unwrap();
-        assert!(text.starts_with("//!"), "{} does not say what it is", path.display());
+        assert!(text.starts_with("//!"), "{} has no module comment", path.display());
     }
 }
 
@@ -168,7 +168,7 @@ fn every_guarantee_of_security_md_names_a_test_that_exists() {
         for name in names {
             let place = code.find(&format!("fn {name}()")).unwrap_or_else(|| panic!("{file} has no test {name}"));
             let before = code[..place].rsplit("\n\n").next().unwrap_or_default();
-            assert!(before.contains("#[test]"), "{name} in {file} is no test");
+            assert!(before.contains("#[test]"), "{name} in {file} is not a test");
         }
     }
     // Each row of the second part must name a test.

@@ -422,7 +422,7 @@ fn a_temporarily_unwritable_label_cache_keeps_every_label() {
     node.wait(|text| text.contains("labels.sqlite cannot be written").then_some(()));
     assert!(node.metric("preceptor_disk_errors_total") > 0.0);
     limit(libc::RLIM_INFINITY);
-    node.wait(|text| text.contains("is written again").then_some(()));
+    node.wait(|text| text.contains("can be written again").then_some(()));
     let step = node.wait(|text| text.rsplit("step ").next()?.trim().split('/').next()?.trim().parse::<u64>().ok());
     drop(node);
     // Another run with the same questions finds every answer.

@@ -147,7 +147,7 @@ fn the_known_optimum_is_found_on_five_machines() {
             Scripted::new(Facts { labels_here: false, ..facts(4) }, [0.02, 4.0, 0.01, 0.05], [0.4, 0.0, 0.1, 0.5], 0.5),
         ),
         (
-            "sampling that is cheap in company",
+            "sampling that is cheaper in large batches",
             Scripted::new(facts(2), [0.1, 0.02, 0.02, 0.1], [4.0, 0.1, 0.1, 0.3], 0.9),
         ),
         ("two halves that overlap", Scripted::new(facts(2), [1.0, 0.02, 0.02, 1.0], [0.0; 4], 0.0)),

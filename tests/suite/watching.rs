@@ -340,7 +340,7 @@ fn check_reports_the_resources_of_a_run() {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let told = text.split("disk        about ").nth(1).unwrap().split_once(" MiB").unwrap().0.parse::<f64>().unwrap();
     let taken = taken as f64 / f64::from(1 << 20);
-    assert!((told / taken - 1.0).abs() < 0.1, "{told} MiB were told, and {taken} taken");
+    assert!((told / taken - 1.0).abs() < 0.1, "{told} MiB were reported, and {taken} were used");
     // The reported growth is an upper bound on the run's files, and not far above their size.
     let growth = text.lines().find(|line| line.starts_with("growth")).unwrap();
     for (name, least) in [("journal.bin", 0.4), ("samples.jsonl", 0.4), ("metrics.jsonl", 0.6), ("tensorboard", 0.6)] {
@@ -348,7 +348,10 @@ fn check_reports_the_resources_of_a_run() {
         let told = size.parse::<f64>().unwrap() * if unit.starts_with("KiB") { 1024.0 } else { 1.0 };
         let path = dir.path().join("run").join(name);
         let taken = if path.is_dir() { walk(&path) } else { path.metadata().unwrap().len() } as f64 / 4.0;
-        assert!((least..1.2).contains(&(taken / told)), "{name}: {told} bytes a step were told, and {taken} taken");
+        assert!(
+            (least..1.2).contains(&(taken / told)),
+            "{name}: {told} bytes per step were reported, and {taken} were used"
+        );
     }
 }
 
