@@ -145,9 +145,9 @@ fn close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
 }
 
 #[test]
-fn the_memory_of_the_card_is_told() {
+fn the_devices_memory_is_reported() {
     assert_eq!(preceptor::util::device::memory(&Device::Cpu), None);
-    let Some(device) = device("the_memory_of_the_card_is_told") else { return };
+    let Some(device) = device("the_devices_memory_is_reported") else { return };
     let held = Tensor::zeros(1 << 28, DType::F32, &device).unwrap();
     device.synchronize().unwrap();
     let memory = preceptor::util::device::memory(&device).unwrap();
@@ -300,8 +300,8 @@ fn an_encoder_agrees_with_the_cpu() {
 /// Other threads must read the weights that the learner's thread wrote, although it does not wait for the device before
 /// publishing.
 #[test]
-fn a_snapshot_is_whole_in_another_thread() {
-    let Some(device) = device("a_snapshot_is_whole_in_another_thread") else { return };
+fn a_snapshot_is_complete_in_another_thread() {
+    let Some(device) = device("a_snapshot_is_complete_in_another_thread") else { return };
     let config = ModelConfig { hidden_size: 512, intermediate_size: 1024, head_dim: 128, layers: 4, ..tiny() };
     let weights = Weights::scratch(&config, 0.05, 3, &device).unwrap();
     let (model, params) = Decoder::new(&config, &weights).unwrap().trainable(true).unwrap();
@@ -322,8 +322,8 @@ fn a_snapshot_is_whole_in_another_thread() {
 
 /// A copy on a separate stream is complete, and unaffected by the learner's next steps.
 #[test]
-fn a_copy_on_another_stream_is_whole() {
-    let Some(device) = device("a_copy_on_another_stream_is_whole") else { return };
+fn a_copy_on_another_stream_is_complete() {
+    let Some(device) = device("a_copy_on_another_stream_is_complete") else { return };
     let other = preceptor::util::device::open("cuda:0").unwrap();
     let config = ModelConfig { hidden_size: 512, intermediate_size: 1024, head_dim: 128, layers: 4, ..tiny() };
     let weights = Weights::scratch(&config, 0.05, 3, &device).unwrap();
@@ -389,8 +389,8 @@ fn steps_in_half_precision_are_near_those_in_single_precision() {
 
 /// Rows stay on the device while tokens are sampled from them.
 #[test]
-fn a_draw_on_the_device_is_the_hosts() {
-    let Some(device) = device("a_draw_on_the_device_is_the_hosts") else { return };
+fn sampling_on_the_device_equals_sampling_on_the_host() {
+    let Some(device) = device("sampling_on_the_device_equals_sampling_on_the_host") else { return };
     let rows = values(5, &[4, 1300], 3.0);
     let draw =
         |rows: &Tensor| kernels::draw_from_rows(rows, rows.dim(1).unwrap(), 0.8, &[0.1, 0.4, 0.7, 0.999]).unwrap();
