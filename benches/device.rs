@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 use candle_core::{DType, Device};
 use clap::Parser;
-use kernels::{self, AdamW, AdamWConfig, Gradients};
+use kernels::{AdamW, AdamWConfig, Gradients};
 use preceptor::lm::model::{Decoder, DeviceReplicas, ModelConfig, Pack, Weights};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, generate};

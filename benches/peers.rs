@@ -67,7 +67,7 @@ fn main() -> Result<()> {
     };
     let precision = options.get("--precision").and_then(Value::as_str).unwrap_or("highest");
     let found = MatmulPrecision::WORDS.iter().find(|(word, _)| *word == precision);
-    preceptor::util::device::set_precision(found.with_context(|| format!("no precision {precision:?}"))?.1);
+    preceptor::lm::precision::set_matmul_precision(found.with_context(|| format!("no precision {precision:?}"))?.1);
     // Side by side takes two.
     let threads = if work == "overlap" { 2 } else { number("--threads", 1)? };
     let repeats = number("--repeats", 3)?;

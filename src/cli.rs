@@ -96,7 +96,7 @@ impl ConfigArgs {
 /// Parses the command line and runs it.
 pub fn main() -> ExitCode {
     crate::util::process::prepare();
-    crate::util::descriptors::raise_limit();
+    crate::util::process::descriptors::raise_limit();
     crate::util::signals::listen();
     crate::util::failpoints::set_up();
     let cli = Cli::parse();

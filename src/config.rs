@@ -204,6 +204,20 @@ pub fn key(path: &str) -> Option<&'static Key> {
 }
 
 impl Config {
+    /// Returns whether the labeler is asked while the policy learns, in the configured mode.
+    pub fn needs_labels(&self) -> bool {
+        match self.run.mode {
+            Mode::Direct | Mode::Preference => true,
+            Mode::Distilled => self.reward_model.online,
+            Mode::Human => false,
+        }
+    }
+
+    /// Returns whether a reward model scores the completions in the configured mode.
+    pub fn has_reward_model(&self) -> bool {
+        matches!(self.run.mode, Mode::Distilled | Mode::Human)
+    }
+
     /// As TOML, every key with a value included. Paths are written in full, so that the text means the same wherever it is
     /// read, and reading it gives the same configuration.
     pub fn to_toml(&self) -> String {

@@ -1,6 +1,5 @@
 //! Files, processes, devices, networks and signals, and helpers that know nothing of language models.
 
-pub mod descriptors;
 pub mod device;
 pub mod disk;
 pub mod endpoint;

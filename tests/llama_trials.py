@@ -153,7 +153,7 @@ def slowed():
         run = Run()
         run.until("a step", lambda: len(run.steps()) >= 2)
         server.send_signal(signal.SIGSTOP)
-        run.until("the cause", lambda: "did not answer in time" in run.ready())
+        run.until("the cause", lambda: "did not answer within labeler.remote.timeout_s" in run.ready())
         server.send_signal(signal.SIGCONT)
         run.end(0)
         run.whole()

@@ -11,6 +11,7 @@ use super::input::{self, pair_options};
 use super::prompts::load_model;
 use crate::config::Config;
 use crate::lm::model::{Decoder, Onto};
+use crate::lm::precision;
 use crate::lm::tokens::Tokenizer;
 use crate::observe::progress::Progress;
 use crate::out;
@@ -243,7 +244,7 @@ impl AnswerArgs {
         let (model, tokenizer, prompts) = before_work(|| {
             ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
             let device = device::open(&config.policy.device)?;
-            let onto = Onto { device: &device, dtype: device::dtype(config.policy.dtype) };
+            let onto = Onto { device: &device, dtype: precision::dtype(config.policy.dtype) };
             let (model, tokenizer) = load_model(name, config.policy.resolve_timeout_s, onto)?;
             let prompts = self.prompts(config, &tokenizer, &model, references)?;
             Ok((model, tokenizer, prompts))
@@ -305,7 +306,7 @@ impl RewardAccuracyArgs {
     /// The reward model and the pairs that it ranks.
     fn prepare(&self, config: &Config) -> Result<(RewardModel, PairSet)> {
         let mut model = RewardModel::open(&self.model, &device::open(&config.policy.device)?)?;
-        model.model = model.model.to_dtype(device::dtype(config.policy.dtype))?;
+        model.model = model.model.to_dtype(precision::dtype(config.policy.dtype))?;
         let tokenizer = Tokenizer::from_files(&crate::lm::source::ModelFiles::Directory(self.model.clone()))?;
         let shape = model.model.config();
         let bounds = ModelBounds { context: shape.context, vocabulary: shape.vocab_size };

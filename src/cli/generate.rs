@@ -63,6 +63,7 @@ pub struct Generate {
 impl Generate {
     /// The model, its tokenizer, and the prompt's token ids.
     fn prepare(&self) -> Result<(Decoder, Tokenizer, Vec<u32>)> {
+        ensure!(self.samples > 0, "--samples must be above zero");
         ensure!(self.max_new_tokens > 0, "--max-new-tokens must be above zero");
         ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
         ensure!(self.repetition_penalty > 0.0, "--repetition-penalty must be above zero");

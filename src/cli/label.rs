@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use clap::Args;
 
 use super::ConfigArgs;
@@ -46,6 +46,7 @@ pub struct Label {
 impl Label {
     /// The pairs, who labels them, and the file of labels.
     fn prepare(&self, config: &Config) -> Result<(Arc<Preferences>, LabelerBench, LabelFile)> {
+        ensure!(self.batch > 0, "--batch must be above zero");
         let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
         let pairs = Arc::new(Preferences::of(rows, &pair_options(config, false))?);
         // What labeling this output has cost is kept beside it, so that the bound holds for all its processes together.

@@ -70,9 +70,12 @@ impl Pairs {
     /// # Errors
     /// Rows that cannot be read, or an output that cannot be written.
     pub fn run(self) -> Result<()> {
-        let texts = before_work(|| self.texts())?;
-        let file =
-            std::fs::File::create(&self.output).with_context(|| format!("cannot write {}", self.output.display()))?;
+        let (texts, file) = before_work(|| {
+            let texts = self.texts()?;
+            let file = std::fs::File::create(&self.output)
+                .with_context(|| format!("cannot write {}", self.output.display()))?;
+            Ok((texts, file))
+        })?;
         let (mut out, mut written, mut left_out) = (BufWriter::new(file), 0, 0);
         for i in 0..texts.len() {
             if self.limit.is_some_and(|limit| written >= limit) {

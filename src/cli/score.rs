@@ -36,6 +36,7 @@ impl Score {
         let mut prompt = self.text.ids(&tokenizer, model.config().vocab_size)?;
         let completion = match &self.completion {
             Some(text) => {
+                ensure!(!text.is_empty(), "--completion is empty; leave it out to score the prompt itself");
                 let (kept, ids) = tokenizer.encode_behind(&prompt, text)?;
                 prompt.truncate(kept);
                 ids

@@ -211,6 +211,20 @@ fn check_method(method: &Method, reader: &Reader<'_>) {
         let message = "serves type = \"direct\" and \"pairwise\" only; the other types read the judge's weights";
         reader.error("remote", message);
     }
+    let compares = method.kind == LabelerKind::Pairwise;
+    for (key, given) in [
+        ("cot", method.cot),
+        ("shots", method.shots > 0),
+        ("rationales", method.rationales > 1),
+        ("both_orders", !method.both_orders),
+    ] {
+        if given && !compares {
+            reader.error(key, "serves type = \"pairwise\" only; the other types do not compare two answers");
+        }
+    }
+    if method.length_normalise && method.kind != LabelerKind::Likelihood {
+        reader.error("length_normalise", "serves type = \"likelihood\" only");
+    }
     if method.rationales > 1 && method.rationale_temperature == 0.0 {
         let message = "is 0, so that all rationales would be the same; set it to 0.3 to 1";
         reader.error("rationale_temperature", message);

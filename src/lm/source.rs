@@ -268,6 +268,10 @@ fn local(path: &Path) -> Result<ModelFiles> {
         path.join("config.json").is_file() || !is_adapter,
         "it holds a PEFT adapter and no model; merge the adapter into its base with merge_and_unload(), and save the result"
     );
+    ensure!(
+        !is_adapter,
+        "it holds a model and a PEFT adapter for it, and the adapter would not be used; merge it with merge_and_unload() and save the result, or remove adapter_config.json to use the model alone"
+    );
     ensure!(path.join("config.json").is_file(), "a model directory needs a config.json");
     let has = |names: &[&str]| names.iter().any(|name| path.join(name).is_file());
     ensure!(

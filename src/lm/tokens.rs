@@ -1,5 +1,6 @@
 //! Text to token ids and back, and a model's own chat template.
 
+mod added;
 mod bytes;
 pub mod chat;
 mod ends;
@@ -80,7 +81,7 @@ impl Tokenizer {
 
     fn from_directory(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let inner = validate::tokenizer::read(&path)?;
+        let mut inner = validate::tokenizer::read(&path)?;
         let mut config = optional_json(&dir.join("tokenizer_config.json"))?;
         // Where the tokenizers of older models name their special tokens.
         let older = optional_json(&dir.join("special_tokens_map.json"))?;
@@ -92,6 +93,7 @@ impl Tokenizer {
                 config.entry(name).or_insert(token);
             }
         }
+        added::add(&mut inner, &config, dir)?;
         let named = |name: &str| {
             let text = config[name].as_str().or_else(|| config[name]["content"].as_str());
             text.and_then(|text| inner.token_to_id(text))

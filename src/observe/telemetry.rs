@@ -11,17 +11,13 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::pipeline::label::Labels;
-use crate::pipeline::learn::StepRecord;
-use crate::pipeline::reward::RewardTrainer;
-use crate::pipeline::reward::trainer::TrainerStep;
 use crate::rl::ledger::Count;
-use crate::types::{Completion, Finish, Preference};
+use crate::types::{Completion, Finish};
 use crate::util::process::unix_seconds;
 use anyhow::{Result, anyhow};
 use metrics::{Gauge, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// Upper bounds of the histograms' buckets, in seconds.
 const BUCKETS: &[f64] =
@@ -174,27 +170,38 @@ pub fn trained(tokens: usize) {
     TOTALS.trained.fetch_add(tokens as u64, Relaxed);
 }
 
-/// What a labeler said of a group, and what it took.
-pub fn labels(labeler: &'static str, labels: &Labels) {
-    let compared = labels.preferences.iter().map(|one| &one.verdict);
-    for verdict in labels.scores.iter().chain(compared) {
-        counter!("preceptor_labels_total", "labeler" => labeler, "verdict" => verdict.kind()).increment(1);
+/// Verdicts of a labeler on one group, and the cost of getting them, as plain numbers.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct LabelCounts {
+    /// Kind of each verdict: `label`, `abstention` or `failure`.
+    pub verdicts: Vec<&'static str>,
+    /// Pairs that were judged in both orders, and those of them in which the judge preferred the same position twice.
+    pub positions: [u64; 2],
+    /// Pairs on which the members of a panel disagreed, and pairs that at least two of them judged.
+    pub disagreement: [u64; 2],
+    /// Questions that the judge answered, and those that the label cache answered.
+    pub requests: [u64; 2],
+    /// Tokens that the judge read, and tokens that it wrote.
+    pub tokens: [u64; 2],
+}
+
+/// Counts the verdicts of `labeler` on one group.
+pub fn labels(labeler: &'static str, counts: &LabelCounts) {
+    for kind in &counts.verdicts {
+        counter!("preceptor_labels_total", "labeler" => labeler, "verdict" => *kind).increment(1);
     }
-    let flips: Vec<bool> = labels.preferences.iter().filter_map(Preference::flipped).collect();
-    if !flips.is_empty() {
-        counter!("preceptor_position_pairs_total", "labeler" => labeler).increment(flips.len() as u64);
-        let same = flips.iter().filter(|flipped| **flipped).count() as u64;
-        counter!("preceptor_position_flips_total", "labeler" => labeler).increment(same);
+    if counts.positions[0] > 0 {
+        counter!("preceptor_position_pairs_total", "labeler" => labeler).increment(counts.positions[0]);
+        counter!("preceptor_position_flips_total", "labeler" => labeler).increment(counts.positions[1]);
     }
-    if labels.disagreement[1] > 0 {
-        counter!("preceptor_panel_disagreements_total").increment(labels.disagreement[0]);
-        counter!("preceptor_panel_pairs_total").increment(labels.disagreement[1]);
+    if counts.disagreement[1] > 0 {
+        counter!("preceptor_panel_disagreements_total").increment(counts.disagreement[0]);
+        counter!("preceptor_panel_pairs_total").increment(counts.disagreement[1]);
     }
-    let usage = &labels.usage;
-    for (source, count) in [("model", usage.requests), ("cache", usage.cached)] {
+    for (source, count) in ["model", "cache"].into_iter().zip(counts.requests) {
         counter!("preceptor_label_requests_total", "source" => source).increment(count);
     }
-    for (kind, count) in [("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)] {
+    for (kind, count) in ["prompt", "completion"].into_iter().zip(counts.tokens) {
         counter!("preceptor_label_tokens_total", "kind" => kind).increment(count);
     }
 }
@@ -263,15 +270,16 @@ pub fn fine_tuned(loss: f64) {
     counter!("preceptor_sft_steps_total").increment(1);
 }
 
-/// The reward model as it stands, and the step it just took.
-pub fn reward_model(trainer: &RewardTrainer, step: Option<&TrainerStep>) {
-    counter!("preceptor_reward_model_pairs_total").absolute(trainer.trained());
-    gauge!("preceptor_reward_model_version").set(trainer.version() as f64);
-    if let (accuracy, 1..) = trainer.accuracy() {
+/// Sets the reward model's figures: pairs that it was trained on, its version, its accuracy on held-out pairs if there are
+/// any, and the loss of the optimizer step that it just took, if it took one.
+pub fn reward_model(pairs: u64, version: u64, accuracy: Option<f64>, loss: Option<f64>) {
+    counter!("preceptor_reward_model_pairs_total").absolute(pairs);
+    gauge!("preceptor_reward_model_version").set(version as f64);
+    if let Some(accuracy) = accuracy {
         gauge!("preceptor_reward_model_accuracy").set(accuracy);
     }
-    if let Some(step) = step {
-        gauge!("preceptor_reward_model_loss").set(step.loss);
+    if let Some(loss) = loss {
+        gauge!("preceptor_reward_model_loss").set(loss);
     }
 }
 
@@ -394,8 +402,9 @@ pub fn publish_took(time: Duration) {
     histogram!("preceptor_publish_duration_seconds").record(time.as_secs_f64());
 }
 
-/// The figures of a learner step.
-pub fn step(record: &StepRecord) {
+/// Sets the figures of a learner step: the object of its line in `metrics.jsonl`.
+pub fn step(record: &Map<String, Value>) {
+    let number = |figure: &str| record.get(figure).and_then(Value::as_f64).unwrap_or(f64::NAN);
     for (metric, figure) in [
         ("preceptor_step", "step"),
         ("preceptor_version", "version"),
@@ -418,7 +427,7 @@ pub fn step(record: &StepRecord) {
         ("preceptor_finished_share", "finish/eos"),
         ("preceptor_repetition_share", "repetition/mean"),
     ] {
-        gauge!(metric).set(record.get(figure));
+        gauge!(metric).set(number(figure));
     }
     for (metric, figure) in [
         ("preceptor_preference_margin", "preference/margin"),
@@ -427,25 +436,25 @@ pub fn step(record: &StepRecord) {
         ("preceptor_kl_mean", "kl/mean"),
         ("preceptor_reference_kl", "kl/reference"),
     ] {
-        if record.0.get(figure).is_some_and(Value::is_number) {
-            gauge!(metric).set(record.get(figure));
+        if record.get(figure).is_some_and(Value::is_number) {
+            gauge!(metric).set(number(figure));
         }
     }
-    if let Some(completions) = record.0.get("completions").and_then(Value::as_u64) {
+    if let Some(completions) = record.get("completions").and_then(Value::as_u64) {
         counter!("preceptor_trained_completions_total").increment(completions);
     }
-    gauge!("preceptor_loss", "kind" => "policy").set(record.get("loss/policy"));
+    gauge!("preceptor_loss", "kind" => "policy").set(number("loss/policy"));
     for (rank, figure) in [("5", "ratio/p05"), ("50", "ratio/p50"), ("95", "ratio/p95")] {
-        gauge!("preceptor_importance_ratio", "rank" => rank).set(record.get(figure));
+        gauge!("preceptor_importance_ratio", "rank" => rank).set(number(figure));
     }
-    gauge!("preceptor_loss", "kind" => "kl").set(record.get("loss/kl"));
-    gauge!("preceptor_loss", "kind" => "value").set(record.get("loss/value"));
-    gauge!("preceptor_staleness", "stat" => "mean").set(record.get("staleness/mean"));
-    gauge!("preceptor_staleness", "stat" => "max").set(record.get("staleness/max"));
-    let counts = record.0.get("staleness/histogram").and_then(Value::as_array);
+    gauge!("preceptor_loss", "kind" => "kl").set(number("loss/kl"));
+    gauge!("preceptor_loss", "kind" => "value").set(number("loss/value"));
+    gauge!("preceptor_staleness", "stat" => "mean").set(number("staleness/mean"));
+    gauge!("preceptor_staleness", "stat" => "max").set(number("staleness/max"));
+    let counts = record.get("staleness/histogram").and_then(Value::as_array);
     for (lag, count) in counts.into_iter().flatten().enumerate() {
         let count = count.as_u64().unwrap_or_default();
         histogram!("preceptor_token_staleness").record_many(lag as f64, count as usize);
     }
-    histogram!("preceptor_step_duration_seconds").record(record.get("time/step_seconds"));
+    histogram!("preceptor_step_duration_seconds").record(number("time/step_seconds"));
 }

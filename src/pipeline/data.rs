@@ -213,7 +213,7 @@ impl Dataset {
             long.report_long()?;
         }
         let all_bad = data.usable.is_empty() && skipped == 0;
-        data.left_out = faults.report(if all_bad { OnBad::Error } else { data.options.on_bad })?;
+        data.left_out = faults.report(data.options.on_bad, all_bad)?;
         ensure!(
             !data.usable.is_empty(),
             "the data set {name} has no usable prompt ({} left out as too long)",

@@ -6,6 +6,7 @@ pub mod derive;
 pub mod direct;
 pub mod embedding;
 pub mod guard;
+pub mod judge;
 pub mod likelihood;
 pub mod local;
 pub mod pairwise;
@@ -16,6 +17,7 @@ pub mod templates;
 
 use anyhow::Result;
 
+use crate::observe::telemetry::LabelCounts;
 use crate::types::{Group, Preference, Verdict};
 use backend::{Alive, NoAnswer, Reply, Usage};
 
@@ -35,6 +37,20 @@ pub struct Labels {
 }
 
 impl Labels {
+    /// Returns the counts of verdicts, requests and tokens for the metrics.
+    pub fn counts(&self) -> LabelCounts {
+        let compared = self.preferences.iter().map(|one| &one.verdict);
+        let flips: Vec<bool> = self.preferences.iter().filter_map(Preference::flipped).collect();
+        let Usage { requests, cached, prompt_tokens, completion_tokens, .. } = self.usage;
+        LabelCounts {
+            verdicts: self.scores.iter().chain(compared).map(Verdict::kind).collect(),
+            positions: [flips.len() as u64, flips.iter().filter(|same| **same).count() as u64],
+            disagreement: self.disagreement,
+            requests: [requests, cached],
+            tokens: [prompt_tokens, completion_tokens],
+        }
+    }
+
     /// Returns the reason of a failed verdict, if any verdict failed. Asking again may succeed.
     pub fn failure(&self) -> Option<&str> {
         let mut verdicts = self.scores.iter().chain(self.preferences.iter().map(|one| &one.verdict));

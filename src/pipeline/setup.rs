@@ -11,6 +11,7 @@ use candle_core::{Device, Tensor};
 
 use crate::config::{Config, LabelerKind, Method, Mode, PolicyModel, RemoteJudge, Scratch, WIN_RATE};
 use crate::lm::model::{Decoder, DeviceReplicas, ModelConfig, Onto, Weights};
+use crate::lm::precision;
 use crate::lm::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
 use crate::lm::tokens::Tokenizer;
 use crate::lm::tokens::chat::Variables;
@@ -19,13 +20,12 @@ use crate::pipeline::data::{Dataset, ModelBounds, Part};
 use crate::pipeline::label::backend::Backend;
 use crate::pipeline::label::cache::{Cached, Store};
 use crate::pipeline::label::embedding::Embedding;
+use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::local::{Judge, Local};
 use crate::pipeline::learn::StepRecord;
 use crate::pipeline::remote::Remote;
 use crate::pipeline::remote::budget::Budget;
 use crate::pipeline::reward::RewardModel;
-use crate::pipeline::topology::labelers::JudgeBackend;
-use crate::pipeline::topology::{needs_labels, trainer_plan};
 use crate::util::device;
 use crate::util::exit::Ended;
 use crate::util::failpoints;
@@ -168,7 +168,7 @@ pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
 fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<Arc<Budget>>) -> Result<Prepared> {
     failpoints::point("prepare.load")?;
     known_figure(config)?;
-    device::set_precision(config.policy.matmul_precision);
+    precision::set_matmul_precision(config.policy.matmul_precision);
     let device = device::open(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;
     if !feedback {
@@ -194,7 +194,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
     check_ends(config, &policy.tokenizer)?;
     let evaluates = config.evaluation.every_steps > 0;
     let evaluator = config.evaluation.labeler.as_ref().filter(|_| evaluates);
-    let asked = needs_labels(config)
+    let asked = config.needs_labels()
         || (evaluates && evaluator.is_none())
         || (config.run.mode == Mode::Distilled && config.reward_model.pairs.is_none());
     let judges = Judges {
@@ -204,7 +204,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
     let (instruments, evaluators) =
         judges.instruments(config, Some(&policy), &devices.labeler, progress, budget.clone())?;
     let reward_start = match &config.reward_model.model {
-        Some(reference) if trainer_plan(config).is_some() => {
+        Some(reference) if config.has_reward_model() => {
             let start = reward_start(config, reference, &policy.tokenizer, &devices.reward_model, progress)
                 .context("reward_model.model cannot be loaded")?;
             Some(start)
@@ -222,7 +222,7 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
     data.log_notes();
     compares_with_blank(config, data.has_blank() || !asked)?;
     let pairs = match &config.reward_model.pairs {
-        Some(pairs) if trainer_plan(config).is_some() => {
+        Some(pairs) if config.has_reward_model() => {
             let (format, seed) = (prompt_format(config), config.run.seed);
             let rows = rows(config, pairs, progress).context("reward_model.pairs cannot be read")?;
             let model = ModelBounds { context, vocabulary: policy.model.config().vocab_size };
@@ -271,7 +271,7 @@ fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
             let shape = scratch_shape(scratch, &tokenizer);
             shape.validate().context("policy.model.scratch does not fit together")?;
             let weights = Weights::scratch(&shape, scratch.init_std, scratch.seed, device)?;
-            let weights = weights.to_dtype(device::dtype(config.policy.dtype))?;
+            let weights = weights.to_dtype(precision::dtype(config.policy.dtype))?;
             (Decoder::new(&shape, &weights)?, tokenizer, "made from scratch".to_owned())
         }
         PolicyModel::Reference(reference) => {
@@ -299,7 +299,7 @@ pub fn template_variables(config: &Config) -> Variables {
 }
 
 fn onto<'a>(config: &Config, device: &'a Device) -> Onto<'a> {
-    Onto { device, dtype: device::dtype(config.policy.dtype) }
+    Onto { device, dtype: precision::dtype(config.policy.dtype) }
 }
 
 fn timeout(config: &Config) -> Duration {
@@ -320,7 +320,7 @@ pub struct LabelerBench {
 /// # Errors
 /// As [`prepare`].
 pub fn labeler_bench(config: &Config, progress: bool, budget: Option<Arc<Budget>>) -> Result<LabelerBench> {
-    device::set_precision(config.policy.matmul_precision);
+    precision::set_matmul_precision(config.policy.matmul_precision);
     // Where all judges are on servers, nothing is computed here.
     let here = config.labeler.methods.iter().any(|method| method.remote.is_none());
     let policy_device = if here { device::open(&config.policy.device)? } else { Device::Cpu };
@@ -501,6 +501,12 @@ fn as_asked(weights: u64, tokenizer: &Tokenizer, chat: bool) -> u64 {
 /// A penalty for completions that do not end, which all would get.
 fn check_ends(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
     let rollout = &config.rollout;
+    if let Some(id) = rollout.stop_ids.iter().find(|id| tokenizer.token(**id).is_none()) {
+        bail!(
+            "rollout.stop_ids has the id {id}, and the policy's tokenizer has no such token; its ids are below {}",
+            tokenizer.vocab_size()
+        );
+    }
     if let Some(end) = tokenizer.end_by_template_alone() {
         tracing::warn!(
             "the policy's config.json, generation_config.json and tokenizer name no end token; completions end with {end:?}, which its chat template writes after an answer"
@@ -552,7 +558,7 @@ fn reward_start(
             "it has another vocabulary than the policy, whose tokens it reads; use a model of the policy's family"
         );
     }
-    model = model.to_dtype(device::dtype(config.policy.dtype))?;
+    model = model.to_dtype(precision::dtype(config.policy.dtype))?;
     model.checkpoint_activations(config.learner.activation_checkpointing);
     Ok(RewardStart { model, head })
 }

@@ -118,7 +118,7 @@ impl Node {
         };
         let spec = StageSpec::new("reward").role("reward").threads(config.reward.threads);
         let (rule, temperature) = (reward_rule(config), config.rollout.temperature);
-        if needs_labels(config) {
+        if config.needs_labels() {
             let (labeled_out, labeled) = builder.edge("labeled", config.labeler.capacity);
             if !judged.is_empty() {
                 let spec = StageSpec::new("left-labeled").role("left");
@@ -301,15 +301,6 @@ pub fn admission(config: &Config) -> Admission {
     Admission { eta: config.learner.eta, batch: config.learner.batch_groups }
 }
 
-/// Whether the mode asks a labeler while the policy learns.
-pub fn needs_labels(config: &Config) -> bool {
-    match config.run.mode {
-        Mode::Direct | Mode::Preference => true,
-        Mode::Distilled => config.reward_model.online,
-        Mode::Human => false,
-    }
-}
-
 /// In what form the mode wants feedback.
 pub fn wants(config: &Config) -> Wants {
     match config.run.mode {
@@ -326,7 +317,19 @@ pub fn wants(config: &Config) -> Wants {
 /// # Errors
 /// When memory for it cannot be had.
 pub fn reward_trainer(config: &Config, prepared: &Prepared) -> Result<Option<RewardTrainer>> {
-    let Some(plan) = trainer_plan(config) else { return Ok(None) };
+    if !config.has_reward_model() {
+        return Ok(None);
+    }
+    let model = &config.reward_model;
+    let plan = TrainerPlan {
+        lr: model.lr,
+        head_lr: model.head_lr,
+        batch_pairs: model.batch_pairs,
+        max_grad_norm: model.max_grad_norm,
+        hard: model.labels == LabelForm::Hard,
+        holdout: model.holdout,
+        seed: config.run.seed,
+    };
     let adam = learning::adam(config);
     let trainer = match &prepared.reward_start {
         Some(start) => RewardTrainer::new(&start.model, start.head.as_ref(), plan, adam),
@@ -336,20 +339,6 @@ pub fn reward_trainer(config: &Config, prepared: &Prepared) -> Result<Option<Rew
         }
     };
     trainer.map(Some)
-}
-
-/// How the mode's reward model is trained; none where the mode has none.
-pub fn trainer_plan(config: &Config) -> Option<TrainerPlan> {
-    let model = &config.reward_model;
-    matches!(config.run.mode, Mode::Distilled | Mode::Human).then(|| TrainerPlan {
-        lr: model.lr,
-        head_lr: model.head_lr,
-        batch_pairs: model.batch_pairs,
-        max_grad_norm: model.max_grad_norm,
-        hard: model.labels == LabelForm::Hard,
-        holdout: model.holdout,
-        seed: config.run.seed,
-    })
 }
 
 fn reward_rule(config: &Config) -> RewardRule {

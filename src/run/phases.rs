@@ -22,7 +22,7 @@ use crate::observe::progress::Progress;
 use crate::observe::telemetry;
 use crate::pipeline::learn::TrainState;
 use crate::pipeline::reward::trainer::TrainerStep;
-use crate::pipeline::reward::warm_up::WarmUpObserver;
+use crate::pipeline::reward::warm_up::{NOTHING_LEARNED, WarmUpObserver};
 use crate::pipeline::setup::Prepared;
 use crate::pipeline::sft::SftObserver;
 use crate::pipeline::topology::learning::{adam, lora};
@@ -313,6 +313,7 @@ pub(super) async fn warm_up(
     .map_err(|error| {
         let more = "--resume begins it again, and asks for no label again that was kept";
         let stopped = node.prepared.budget.as_ref().is_some_and(|budget| budget.exhausted());
+        let stopped = stopped || format!("{error:#}").contains(NOTHING_LEARNED);
         if stopped { Ended::Stopped(format!("{error:#}; {more}")).into() } else { with(error, more) }
     })
 }

@@ -10,13 +10,13 @@ use serde_json::{Value, json};
 use super::files::RunFiles;
 use crate::config::Config;
 use crate::lm::model::{Decoder, Lora, Onto, Weights, export};
+use crate::lm::precision;
 use crate::observe::telemetry;
 use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::learning::lora;
 use crate::run::checkpoint::sums::{self, Damage};
 use crate::run::checkpoint::{CheckpointStore, Identity};
 use crate::say;
-use crate::util::device;
 use crate::util::disk;
 use crate::util::failpoints;
 
@@ -139,7 +139,7 @@ impl Reference {
     pub(super) fn take(&self, config: &Config, prepared: Prepared) -> Result<Prepared> {
         let mut policy = match lora(config) {
             None => {
-                let onto = Onto { device: prepared.policy().device(), dtype: device::dtype(config.policy.dtype) };
+                let onto = Onto { device: prepared.policy().device(), dtype: precision::dtype(config.policy.dtype) };
                 let (shape, weights) = Weights::from_directory(&self.path, onto)?;
                 Decoder::new(&shape, &weights)?
             }
@@ -150,7 +150,7 @@ impl Reference {
                 Decoder::with_adapters(prepared.policy().config(), &weights, Some(&lora))?
             }
         };
-        policy = policy.to_dtype(device::dtype(config.policy.dtype))?;
+        policy = policy.to_dtype(precision::dtype(config.policy.dtype))?;
         policy.checkpoint_activations(config.learner.activation_checkpointing);
         let identity = policy.weights().fingerprint()?;
         say!("reference {}", self.path.display());

@@ -4,9 +4,9 @@ use anyhow::{Context, Result, bail};
 use toml::{Table, Value};
 
 use crate::config::{self, Config, LabelerKind, Methods, Resume};
+use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::templates::{Preamble, TemplateSet};
 use crate::pipeline::setup::Prepared;
-use crate::pipeline::topology::labelers::JudgeBackend;
 use crate::run::checkpoint::{JudgeContents, Opened};
 use crate::util::suggest::nearest;
 

@@ -121,7 +121,7 @@ impl Observer for RunObserver {
         if let Some(bytes) = resident_bytes() {
             record.time("resident_bytes", bytes as f64);
         }
-        telemetry::step(&record);
+        telemetry::step(&record.0);
         telemetry::ledger(&self.book.count());
         self.monitor.stepped(Value::Object(record.0.clone()), done.batch);
         let written = self.files().step(&record, done);

@@ -214,7 +214,7 @@ impl Stage for Label {
             self.gave_up.store(true, Ordering::SeqCst);
         }
         for (labels, group) in labels.iter_mut().zip(&groups) {
-            telemetry::labels(self.labeler.name(), labels);
+            telemetry::labels(self.labeler.name(), &labels.counts());
             self.wants.shape(group.completions.len(), labels);
         }
         telemetry::label_took(out.ctx().clock().now().saturating_sub(started));

@@ -2,7 +2,7 @@
 
 mod growth;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_core::Device;
 
 use crate::config::{
@@ -10,11 +10,10 @@ use crate::config::{
     WeightDtype,
 };
 use crate::observe::serve::Token;
+use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::templates::{Preamble, TemplateSet};
 use crate::pipeline::setup::{Prepared, prepare};
-use crate::pipeline::topology::labelers::JudgeBackend;
 use crate::pipeline::topology::learning::lora;
-use crate::pipeline::topology::{needs_labels, trainer_plan};
 use crate::util::device;
 use crate::util::process;
 
@@ -52,7 +51,9 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
             groups as f64 / data.len() as f64
         ),
     ];
-    lines.extend(sizes.loads(config, &prepared).iter().map(|load| load.line(config)));
+    let loads = sizes.loads(config, &prepared);
+    lines.extend(loads.iter().map(|load| load.line(config)));
+    loads.iter().try_for_each(|load| load.ensure_room(config))?;
     lines.push(threads(config));
     lines.extend([disk(config, &sizes), tokens(config, mean_prompt(data)?)]);
     lines.extend(growth::growth(config, data)?);
@@ -93,9 +94,12 @@ pub(crate) fn memory_bytes(config: &Config, prepared: &Prepared) -> Result<f64> 
 /// Lines about devices that have less free memory than a run needs.
 ///
 /// # Errors
-/// As [`memory_bytes`].
+/// As [`memory_bytes`]; weights and optimizer state that the machine cannot hold.
 pub(crate) fn shortages(config: &Config, prepared: &Prepared) -> Result<Vec<String>> {
     let loads = Sizes::of(config, prepared)?.loads(config, prepared);
+    for load in &loads {
+        load.ensure_room(config)?;
+    }
     let short = |load: &&Load| {
         device::available_bytes(&load.device).is_some_and(|there| load.weights + load.activations > there as f64)
     };
@@ -134,7 +138,7 @@ impl Sizes {
         };
         let judges = prepared.judges(config).map(of).sum();
         let start = prepared.reward_start.as_ref().map_or(parameters, |start| start.model.config().parameters() as f64);
-        let reward_model = if trainer_plan(config).is_some() { start } else { 0.0 };
+        let reward_model = if config.has_reward_model() { start } else { 0.0 };
         let value_model = if config.learner.value_model == ValueKind::Model { parameters } else { 0.0 };
         Ok(Self { parameters, trained, judges, reward_model, value_model })
     }
@@ -240,7 +244,24 @@ struct Load {
     activations: f64,
 }
 
+/// Share of the machine's memory above which a run is refused for its weights and optimizer state. Their size is known to
+/// a few percent.
+const CERTAINLY_TOO_MUCH: f64 = 1.1;
+
 impl Load {
+    /// Checks that the machine, or the control group, has as much memory as the weights and the optimizer's state take.
+    fn ensure_room(&self, config: &Config) -> Result<()> {
+        let Some(total) = process::total_bytes().filter(|_| self.device.is_cpu()) else { return Ok(()) };
+        ensure!(
+            self.weights <= CERTAINLY_TOO_MUCH * total as f64,
+            "{} of weights and optimizer state cannot be held on {}, which has {} of memory; use a smaller model, train adapters (policy.lora), or raise the limit of memory",
+            gib(self.weights),
+            place(&self.name, config),
+            gib(total as f64),
+        );
+        Ok(())
+    }
+
     fn line(&self, config: &Config) -> String {
         let whole = self.weights + self.activations;
         format!(
@@ -306,7 +327,7 @@ fn limited(device: &Device) -> String {
 
 /// Threads of the stages that compute here, and the cores for them.
 fn threads(config: &Config) -> String {
-    let labels_here = needs_labels(config) && config.labeler.methods.iter().any(|method| method.remote.is_none());
+    let labels_here = config.needs_labels() && config.labeler.methods.iter().any(|method| method.remote.is_none());
     let stages = [
         ("rollout", config.rollout.workers, config.rollout.threads),
         ("labeler", if labels_here { config.labeler.workers } else { 0 }, config.labeler.threads),
@@ -373,7 +394,7 @@ fn tokens(config: &Config, prompt: usize) -> String {
 /// What each judge is asked, and what it costs.
 fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
     let (learner, evaluation) = (&config.learner, &config.evaluation);
-    let mut lines = if needs_labels(config) {
+    let mut lines = if config.needs_labels() {
         let (size, steps) = (config.rollout.group_size, config.run.steps as f64);
         let pairs = config.labeler.pairs.pairs(size).len();
         asked(

@@ -15,8 +15,9 @@ use anyhow::{Result, bail};
 use crate::config::Config;
 use crate::observe::progress::Progress;
 use crate::pipeline::label::Labels;
+use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::stage::Wants;
-use crate::pipeline::topology::labelers::{JudgeBackend, labeler_on};
+use crate::pipeline::topology::labelers::labeler_on;
 use crate::tools::batch_label::{Annotation, Annotations, Job, Questions, annotate};
 use crate::util::signals::Interrupted;
 

@@ -1,29 +1,10 @@
-//! The device that models live on, and what they compute in there.
+//! The devices that models are on: opening them, and their memory.
 
 use anyhow::{Result, anyhow, ensure};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use serde::Serialize;
 
-use crate::config::{MatmulPrecision, WeightDtype};
 use crate::util::process;
-
-/// As candle calls it.
-pub fn dtype(dtype: WeightDtype) -> DType {
-    match dtype {
-        WeightDtype::F32 => DType::F32,
-        WeightDtype::Bf16 => DType::BF16,
-    }
-}
-
-/// Has the process take products of `f32` as exactly as `precision` says from now on.
-pub fn set_precision(precision: MatmulPrecision) {
-    candle_core::cuda::set_gemm_reduced_precision_f32(precision != MatmulPrecision::Highest);
-    kernels::set_parts(match precision {
-        MatmulPrecision::Highest => 3,
-        MatmulPrecision::High => 2,
-        MatmulPrecision::Medium => 1,
-    });
-}
 
 /// The device that `name` means, as `policy.device` has it: a stream of its own on a card.
 ///

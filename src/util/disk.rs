@@ -9,12 +9,24 @@ use anyhow::{Context, Result, bail};
 
 /// An error of the system as one that names `path`, what was done with it (such as "read") and a remedy.
 pub fn cannot(verb: &str, path: &Path, error: Error) -> anyhow::Error {
-    let remedy = remedy(&error);
+    let remedy = if verb == "lock" && is_without_locks(&error) { Some(NO_LOCKS) } else { remedy(&error) };
     let text = format!("cannot {verb} {}", path.display());
     match remedy {
         Some(remedy) => anyhow::Error::new(error).context(format!("{text}; {remedy}")),
         None => anyhow::Error::new(error).context(text),
     }
+}
+
+/// Remedy for a file system without locks.
+const NO_LOCKS: &str =
+    "its file system offers no locks (NFS without a lock service, for example); use a directory on another one";
+
+/// Error number with which NFS refuses an operation that it does not support (`ENOTSUPP` of the Linux kernel).
+const ENOTSUPP: i32 = 524;
+
+/// Returns whether an error in locking a file says that its file system has no locks.
+fn is_without_locks(error: &Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::ENOSYS | libc::EOPNOTSUPP | ENOTSUPP))
 }
 
 /// Returns the remedy for `error`, for a person to read.
@@ -29,9 +41,7 @@ fn remedy(error: &Error) -> Option<&'static str> {
         (ErrorKind::OutOfMemory, _) => "free memory",
         (_, libc::EMFILE | libc::ENFILE) => "raise the limit of open files (ulimit -n)",
         (_, libc::EIO) => "look for a fault of the disk in the system's log",
-        (_, libc::ENOLCK) => {
-            "its file system offers no locks (NFS without a lock service, for example); use a directory on another one"
-        }
+        (_, libc::ENOLCK) => NO_LOCKS,
         _ => return None,
     })
 }
@@ -77,8 +87,22 @@ pub fn length(path: &Path) -> Result<Option<u64>> {
 /// Whether the cause of the error may pass by itself, as a full disk or a server that is away does. A file that is missing
 /// or that may not be read stays so until a person acts.
 pub fn may_pass(error: &Error) -> bool {
-    use std::io::ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound, PermissionDenied};
-    !matches!(error.kind(), NotFound | PermissionDenied | InvalidData | InvalidInput | IsADirectory | NotADirectory)
+    use std::io::ErrorKind::{
+        AlreadyExists, InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound, PermissionDenied,
+        UnexpectedEof,
+    };
+    let stays = matches!(
+        error.kind(),
+        NotFound
+            | PermissionDenied
+            | InvalidData
+            | InvalidInput
+            | IsADirectory
+            | NotADirectory
+            | AlreadyExists
+            | UnexpectedEof
+    );
+    !stays && !is_without_locks(error)
 }
 
 /// Whether `error` says that a file is not there.

@@ -1,6 +1,9 @@
 //! The process: settings that must stand before the first tensor and the first thread, and what it uses.
 
 mod cgroup;
+pub mod descriptors;
+pub mod file_system;
+pub mod sqlite;
 
 use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -93,13 +96,21 @@ pub fn unix_seconds() -> f64 {
 
 /// Memory that may be taken without swapping and within the limits of this process's control groups, where the system tells.
 pub fn available_bytes() -> Option<u64> {
-    let machine = || -> Option<u64> {
-        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        Some(1024 * line.split_whitespace().next()?.parse::<u64>().ok()?)
-    };
     let group = cgroup::limits().memory.map(|memory| memory.free);
-    [machine(), group].into_iter().flatten().min()
+    [meminfo("MemAvailable:"), group].into_iter().flatten().min()
+}
+
+/// Returns the memory of the machine in bytes, or the limit of this process's control groups where that is lower; `None`
+/// where the system does not tell.
+pub fn total_bytes() -> Option<u64> {
+    [meminfo("MemTotal:"), memory_limit()].into_iter().flatten().min()
+}
+
+/// Returns the value in bytes of a line of `/proc/meminfo`.
+fn meminfo(name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    Some(1024 * line.split_whitespace().next()?.parse::<u64>().ok()?)
 }
 
 /// The memory limit of this process's control groups in bytes, where there is one.

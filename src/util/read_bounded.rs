@@ -15,6 +15,20 @@ pub const TOKENIZER: u64 = 256 << 20;
 /// The byte order mark of UTF-8.
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
+/// Returns why the bytes at a file's beginning are not those of a model's file but of something that took its place.
+pub fn stand_in(bytes: &[u8]) -> Option<&'static str> {
+    let begins = |text: &str| {
+        bytes.trim_ascii_start().get(..text.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(text.as_bytes()))
+    };
+    if begins("version https://git-lfs") {
+        return Some("it is a pointer of Git LFS and not the file itself; fetch the file with git lfs pull");
+    }
+    let page = begins("<!doctype html") || begins("<html");
+    page.then_some(
+        "it is an HTML page and not the file itself; download it again, with the permissions that its server asks for",
+    )
+}
+
 /// The text of the file at `path`, without a byte order mark at its beginning.
 ///
 /// # Errors
@@ -29,6 +43,9 @@ pub fn text(path: &Path, limit: u64) -> Result<String> {
     }
     if bytes.starts_with(MARK) {
         bytes.drain(..MARK.len());
+    }
+    if let Some(words) = stand_in(&bytes) {
+        return Err(Error::new(ErrorKind::InvalidData, words));
     }
     let wide = bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff");
     let words = if wide { "it is UTF-16; write it again in UTF-8" } else { "it is not UTF-8" };

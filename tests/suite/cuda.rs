@@ -6,7 +6,7 @@ use std::io::Write;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use kernels::{self, AdamW, AdamWConfig, Gradients};
+use kernels::{AdamW, AdamWConfig, Gradients};
 use preceptor::lm::model::config::Window;
 use preceptor::lm::model::family::gemma2;
 use preceptor::lm::model::{

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
-use kernels::{self, Format, Gradients, backward};
+use kernels::{Format, Gradients, backward};
 use preceptor::lm::model::{Decoder, ModelConfig, Onto, Pack, PackedAttention, Weights};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Engine, Fixed, MOST_SLOTS, Request, generate};

@@ -7,8 +7,9 @@ use preceptor::lm::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::lm::source::ModelFiles;
 use preceptor::lm::tokens::Tokenizer;
 use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, Usage};
+use preceptor::pipeline::label::judge::JudgeBackend;
 use preceptor::pipeline::label::local::{Judge, Local};
-use preceptor::pipeline::topology::labelers::{JudgeBackend, labeler_on};
+use preceptor::pipeline::topology::labelers::labeler_on;
 use preceptor::types::{Completion, Finish, Group, Prompt};
 
 fn judge(chat: bool) -> Judge {

@@ -113,7 +113,7 @@ fn a_persistent_failure_is_reported_with_its_reason_and_never_the_key() {
         ),
         (Act::Status(500, "", "{\"detail\": \"out of memory\"}"), 3, "failed (500: out of memory)"),
         (Act::Status(429, "", "slow down"), 3, "limits the rate of requests (429: slow down)"),
-        (Act::Hang, 3, "did not answer in time"),
+        (Act::Hang, 3, "did not answer within labeler.remote.timeout_s"),
     ] {
         let always = act.clone();
         let mock = MockJudge::start(move |_, _, _| always.clone());

@@ -244,7 +244,7 @@ fn until<T>(mut what: impl FnMut() -> Result<T, String>) -> T {
 
 #[test]
 fn idle_connections_stop_neither_checkpoints_nor_scrapes() {
-    preceptor::util::descriptors::raise_limit();
+    preceptor::util::process::descriptors::raise_limit();
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), 1024, &["checkpoint.every_steps=20", "checkpoint.keep=2"]);
     let mut idle = Vec::new();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor};
 
 use super::pack::Pack;
-use kernels::{self, TreeMask};
+use kernels::TreeMask;
 
 /// What a layer's attention is besides its queries, keys and values.
 #[derive(Debug, Clone, Copy)]

@@ -12,7 +12,7 @@ use super::lora::{Lora, is_adapter};
 use super::pack::Pack;
 use super::rope::{Angles, Frequencies};
 use super::weights::Weights;
-use kernels::{self, Format, Quantized};
+use kernels::{Format, Quantized};
 
 /// A decoder over borrowed storage: building one from [`Weights`] copies nothing.
 #[derive(Debug, Clone)]

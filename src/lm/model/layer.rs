@@ -8,7 +8,7 @@ use super::config::ModelConfig;
 use super::lora::Lora;
 use super::rope::Angles;
 use super::weights::Weights;
-use kernels::{self, Format, Matrix, Quantized};
+use kernels::{Format, Matrix, Quantized};
 
 /// A layer's tensors, and where it stands.
 #[derive(Debug, Clone)]

@@ -1,14 +1,15 @@
 //! The header of a safetensors file, checked before the file is read whole.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use super::quantised;
+use crate::util::read_bounded;
 
 /// Most bytes of a header, as the format has it.
 const LONGEST: u64 = 100_000_000;
@@ -26,6 +27,12 @@ pub fn check(path: &Path) -> Result<Vec<String>> {
     let check = || -> Result<Vec<String>> {
         let mut file = File::open(path)?;
         let size = file.metadata()?.len();
+        let mut begin = Vec::new();
+        file.by_ref().take(64).read_to_end(&mut begin)?;
+        if let Some(words) = read_bounded::stand_in(&begin) {
+            bail!("{words}");
+        }
+        file.rewind()?;
         let mut length = [0; 8];
         ensure!(size >= 8, "it has {size} bytes, and its header's length alone takes 8; was it downloaded whole?");
         file.read_exact(&mut length)?;

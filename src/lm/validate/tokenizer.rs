@@ -89,7 +89,17 @@ pub fn parse(json: &[u8]) -> Result<Tokenizer> {
 }
 
 fn check(json: &[u8]) -> Result<()> {
-    let description: Description = serde_json::from_slice(json).context("it is no description of a tokenizer")?;
+    let description: Description = match serde_json::from_slice(json) {
+        Ok(description) => description,
+        // Other kinds of models have other fields.
+        Err(error) => {
+            let other: Value = serde_json::from_slice(json).context("it is not JSON")?;
+            if let Some(kind) = other["model"]["type"].as_str() {
+                readable(kind)?;
+            }
+            return Err(error).context("it is not a description of a tokenizer");
+        }
+    };
     for (name, part) in [
         ("normalizer", &description.normalizer),
         ("pre_tokenizer", &description.pre_tokenizer),
@@ -109,22 +119,38 @@ fn check(json: &[u8]) -> Result<()> {
     description.model.check()?;
     for Added { id, content, lstrip } in &description.added_tokens {
         token(content, *id)?;
-        // The library may find it within the spaces that the token before has taken in, and cuts them twice.
-        ensure!(
-            !(*lstrip && content.chars().all(char::is_whitespace)),
-            "its added token {content:?} is made of spaces, and takes in the spaces before it"
-        );
+        check_added(content, *lstrip)?;
     }
+    Ok(())
+}
+
+/// Checks that the `tokenizers` library can work with an added token.
+///
+/// # Errors
+/// Names the token, and why it cannot be used.
+pub fn check_added(content: &str, lstrip: bool) -> Result<()> {
+    token(content, 0)?;
+    // The library may find it within the spaces that the token before has taken in, and cuts them twice.
+    ensure!(
+        !(lstrip && content.chars().all(char::is_whitespace)),
+        "its added token {content:?} is made of spaces, and takes in the spaces before it"
+    );
+    Ok(())
+}
+
+/// Checks that a tokenizer's model of the type `kind` can be read.
+fn readable(kind: &str) -> Result<()> {
+    ensure!(
+        ["BPE", "WordPiece", "WordLevel"].contains(&kind),
+        "its model is of type {kind}; these can be read: BPE, WordPiece, WordLevel"
+    );
     Ok(())
 }
 
 impl Model {
     fn check(&self) -> Result<()> {
         let kind = self.kind.as_deref().unwrap_or(if self.merges.is_empty() { "WordPiece" } else { "BPE" });
-        ensure!(
-            ["BPE", "WordPiece", "WordLevel"].contains(&kind),
-            "its model is of type {kind}; these can be read: BPE, WordPiece, WordLevel"
-        );
+        readable(kind)?;
         for (content, id) in &self.vocab {
             token(content, *id)?;
         }

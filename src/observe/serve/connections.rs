@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore};
 use tower_service::Service;
 
-use crate::util::descriptors;
+use crate::util::process::descriptors;
 
 /// How long a client may take to send the head of its request.
 const HEAD: Duration = Duration::from_secs(10);

@@ -47,9 +47,10 @@ impl Dialogue {
         Self { turns: vec![message("user", text)] }
     }
 
-    /// Reads a field of a row. Accepted are: a text; a text in turns (`\n\nHuman: …\n\nAssistant: …`); a list of
-    /// messages with `role` and `content` or `from` and `value`, whose contents are texts or lists of text parts; a
-    /// single message; and `{role: […], content: […]}`, which older versions of `datasets` make of a list of messages.
+    /// Reads a field of a row. Accepted are: a text; a text in turns (`\n\nHuman: …\n\nAssistant: …`); a list of messages
+    /// with `role` and `content` or `from` and `value`, whose contents are texts or lists of text parts; such a list as
+    /// JSON in a text; a single message; and `{role: […], content: […]}`, which older versions of `datasets` make of a
+    /// list of messages.
     ///
     /// # Errors
     /// If the field has another form. The message begins with "is …" or "has …", to follow the field's name.
@@ -59,6 +60,10 @@ impl Dialogue {
             Value::String(text) => {
                 let python =
                     text.trim_start().starts_with("[{'") && ["'role':", "'from':"].iter().any(|key| text.contains(key));
+                if let Some(list) = messages_in(text) {
+                    notes.add("a text that holds messages as JSON is read as these messages");
+                    return Self::read(&Value::Array(list), notes);
+                }
                 ensure!(!python, "is a list of messages in Python's notation, as one text; write it in JSON");
                 Self::single(text)
             }
@@ -298,6 +303,15 @@ fn text_of(content: &Value, number: usize) -> Result<String> {
 
 fn not_text(value: &Value) -> String {
     format!("is {}, and must be a text or a list of messages", super::described(value))
+}
+
+/// Parses a text that is a JSON list of messages, objects with `role` or `from`; `None` for any other text.
+pub(super) fn messages_in(text: &str) -> Option<Vec<Value>> {
+    if !text.trim_start().starts_with("[{") {
+        return None;
+    }
+    let list: Vec<Value> = serde_json::from_str(text).ok()?;
+    list.iter().all(|one| one.get("role").or(one.get("from")).is_some()).then_some(list)
 }
 
 #[cfg(test)]

@@ -68,13 +68,15 @@ impl Faults {
         self.lines.len() + self.more
     }
 
-    /// Depending on `on_bad`, refuses the data set or returns a report of the skipped rows; `None` without faults.
+    /// Depending on `on_bad`, refuses the data set or returns a report of the skipped rows; `None` without faults. If `all`
+    /// is set, every row is faulty, and the data set is refused in any case.
     ///
     /// # Errors
-    /// With [`OnBad::Error`], if there are any faults.
-    pub(super) fn report(self, on_bad: OnBad) -> Result<Option<String>> {
+    /// With [`OnBad::Error`] or `all`, if there are any faults.
+    pub(super) fn report(self, on_bad: OnBad, all: bool) -> Result<Option<String>> {
         let Some(listed) = self.listed() else { return Ok(None) };
         match on_bad {
+            OnBad::Skip if all => bail!("the data set cannot be used: none of its rows can be read:\n{listed}"),
             OnBad::Error => bail!(
                 "the data set cannot be used; correct these rows, or skip them with data.on_bad = \"skip\":\n{listed}"
             ),

@@ -77,7 +77,7 @@ impl PairSet {
         }
         long.report_long()?;
         let all_bad = set.usable.is_empty();
-        if let Some(report) = faults.report(if all_bad { OnBad::Error } else { on_bad })? {
+        if let Some(report) = faults.report(on_bad, all_bad)? {
             tracing::warn!("{report}");
         }
         if set.usable.is_empty() {

@@ -129,7 +129,7 @@ impl Preferences {
             Ok(Found::NotMeant) => {}
             Err(error) => faults.add(&rows.place(i), &error),
         });
-        if let Some(report) = faults.report(if usable.is_empty() { OnBad::Error } else { options.on_bad })? {
+        if let Some(report) = faults.report(options.on_bad, usable.is_empty())? {
             tracing::warn!("{report}");
         }
         let why: String = left_out.lines().map(|line| format!("; {line}")).collect();

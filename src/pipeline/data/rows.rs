@@ -123,7 +123,7 @@ impl Rows {
 
 impl Part {
     fn open(path: &Path) -> Result<Self> {
-        let name = path.to_string_lossy().into_owned();
+        let name = path.to_string_lossy().to_lowercase();
         let (file, name) = packed::unpacked(File::open(path)?, &name)?;
         let mut head = vec![0; 4096];
         let read = file.read_at(&mut head, 0)?;

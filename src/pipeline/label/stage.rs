@@ -68,7 +68,7 @@ impl Stage for LabelStage {
         let group = item.body;
         out.ctx().note("");
         let mut labels = ask_many(self.labeler.as_ref(), &[&group], self.retries).pop().unwrap_or_default();
-        telemetry::labels(self.labeler.name(), &labels);
+        telemetry::labels(self.labeler.name(), &labels.counts());
         if let Some(why) = labels.failure() {
             if out.ctx().halted() {
                 return Ok(());

@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor, Var};
 
 use super::state::restore_params;
 use crate::lm::model::{Decoder, Pack};
-use kernels::{self, AdamW, AdamWConfig, Frozen, Gradients};
+use kernels::{AdamW, AdamWConfig, Frozen, Gradients};
 
 /// Value baseline V(s) = h·w + b. On the policy's hidden states, which are detached, the baseline uses the policy's
 /// features without affecting them. With a separate decoder it also learns its own features, at the cost of a second

@@ -98,23 +98,51 @@ pub fn split_prefixes(answers: &[String]) -> Vec<(usize, usize)> {
         .collect()
 }
 
-/// Returns the share of sampled `texts` that name each answer. A text counts if its first word is an answer.
+/// Returns the share of sampled `texts` that name each answer. A text counts if its beginning names an answer.
 ///
 /// # Errors
 /// An abstention if fewer than half of the texts name one.
 pub fn votes(texts: &[String], answers: &[String]) -> Reply<Vec<f64>> {
     let named: Vec<usize> = texts.iter().filter_map(|text| named(text, answers)).collect();
     if named.len() * 2 < texts.len() || named.is_empty() {
-        return Err(NoAnswer::Abstention(format!("{} of {} sampled answers could be read", named.len(), texts.len())));
+        let unread = texts.iter().find(|text| self::named(text, answers).is_none());
+        let such = unread.map_or(String::new(), |text| format!("; this one could not: {:?}", cut(text)));
+        return Err(NoAnswer::Abstention(format!(
+            "{} of {} sampled answers could be read{such}",
+            named.len(),
+            texts.len()
+        )));
     }
     let share = |i: usize| named.iter().filter(|one| **one == i).count() as f64 / named.len() as f64;
     Ok((0..answers.len()).map(share).collect())
 }
 
-/// Returns the index of the answer that a text gives: its first word, without surrounding punctuation.
+/// Labels that judges write before their answer, in lower case.
+const LABELS: [&str; 9] =
+    ["answer", "rating", "score", "response", "choice", "option", "summary", "preferred", "verdict"];
+
+/// Returns the index of the answer that a text gives: its first word, or the one after a label such as `Rating:`, without
+/// surrounding punctuation. A rating may be followed by its scale (`8/10`). Returns `None` for a text that begins with two
+/// different answers (`1 or 2`) and for a negative number.
 fn named(text: &str, answers: &[String]) -> Option<usize> {
-    let word = text.split_whitespace().next()?.trim_matches(|c: char| !c.is_alphanumeric());
-    answers.iter().position(|answer| answer == word)
+    let marks = |c: char| !c.is_alphanumeric() && c != '-';
+    let text = text.replace("\\boxed", " ");
+    let mut words =
+        text.split_whitespace().map(|word| word.trim_matches(marks)).filter(|word| !word.is_empty() && *word != "-");
+    let place = |word: &str| {
+        let word = answers.last().and_then(|last| word.strip_suffix(&format!("/{last}"))).unwrap_or(word);
+        answers.iter().position(|answer| answer == word)
+    };
+    let is_label = |word: &str| LABELS.contains(&word.to_lowercase().as_str());
+    let mut first = words.next()?;
+    if is_label(first) {
+        first = words.next().filter(|word| *word != "is").or_else(|| words.next())?;
+    }
+    let found = place(first)?;
+    let joins = |word: &str| ["or", "and", "to", "vs"].contains(&word.to_lowercase().as_str());
+    let second = words.next().filter(|word| !joins(word)).or_else(|| words.next());
+    let other = second.and_then(place).is_some_and(|other| other != found);
+    (!other).then_some(found)
 }
 
 #[cfg(test)]
@@ -157,6 +185,33 @@ mod tests {
     fn votes_are_read_strictly() {
         let texts = answers(&["2", " 2.", "\n**1**", "I think 2", "10", "(2) since"]);
         assert_eq!(votes(&texts, &answers(&["1", "2"])).unwrap(), [0.25, 0.75]);
+        let one = |text: &str, of: &[&str]| votes(&answers(&[text]), &answers(of)).ok();
+        for text in [
+            "Answer: 1",
+            "Response 1",
+            "**Answer:** 1",
+            "The",
+            "\\boxed{1}",
+            "Rating is 1",
+            "- 1",
+            "1. Text 2 is worse",
+        ] {
+            let expected = (text != "The").then(|| vec![1.0, 0.0]);
+            assert_eq!(one(text, &["1", "2"]), expected, "{text}");
+        }
+        for text in ["1 or 2", "-1", "1 2", "2, 1", "Answer: 2 or 1", "8/10"] {
+            assert_eq!(one(text, &["1", "2"]), None, "{text}");
+        }
+        let ratings: Vec<String> = (1..=10).map(|rating| rating.to_string()).collect();
+        let rated =
+            |text: &str| votes(&answers(&[text]), &ratings).ok().and_then(|votes| votes.iter().position(|p| *p > 0.0));
+        for (text, expected) in
+            [("8/10", Some(7)), ("Rating: 8/10.", Some(7)), ("-3", None), ("3 4", None), ("10", Some(9)), ("8/9", None)]
+        {
+            assert_eq!(rated(text), expected, "{text}");
+        }
+        let Err(NoAnswer::Abstention(why)) = votes(&answers(&["who knows"]), &ratings) else { panic!("it was read") };
+        assert!(why.contains("0 of 1 sampled answers could be read; this one could not: \"who knows\""), "{why}");
         assert!(matches!(votes(&answers(&["x", "y", "1"]), &answers(&["1", "2"])), Err(NoAnswer::Abstention(_))));
         assert!(votes(&[], &answers(&["1"])).is_err());
     }

@@ -144,7 +144,7 @@ impl ExchangeOutcome {
     pub fn words(&self) -> String {
         match self {
             Self::Ok => "answered".into(),
-            Self::Timeout => "did not answer in time".into(),
+            Self::Timeout => "did not answer within labeler.remote.timeout_s".into(),
             Self::Connection(why) => format!("could not be reached: {why}"),
             Self::BrokeOff(why) => format!("broke off its answer: {why}"),
             Self::Closed(why) => format!("closed the connection without an answer: {why}"),

@@ -10,7 +10,6 @@ use preceptor_actors::{Emitter, Item, Stage, StageResult};
 use super::trainer::Observed;
 use super::{RewardRule, RewardTrainer};
 use crate::lm::model::{Decoder, Pack};
-use crate::observe::telemetry;
 use crate::rl::ledger::LedgerWriter;
 use crate::types::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
 use crate::util::failpoints;
@@ -94,7 +93,7 @@ impl<I> RewardStage<I> {
                 let labeled = labeled_pairs(feedback.as_ref());
                 let Observed { scores, version, step } = trainer.observe(&out.group, &labeled)?;
                 (out.scores, out.reward_model) = (scores, Some(version));
-                telemetry::reward_model(trainer, step.as_ref());
+                trainer.publish(step.as_ref());
                 if out.scores.iter().any(|score| !score.is_finite()) {
                     out.masked = Some("the reward model's scores are not finite".into());
                 }

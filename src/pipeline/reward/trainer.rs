@@ -8,10 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use super::model::RewardModel;
 use crate::lm::model::Decoder;
+use crate::observe::telemetry;
 use crate::rl::algo::preference::soft_label;
 use crate::types::{Group, Prompt};
 use crate::util::seed::{self, mix};
-use kernels::{self, AdamW, AdamWConfig, Frozen, Gradients};
+use kernels::{AdamW, AdamWConfig, Frozen, Gradients};
 
 /// Number of most recent held-out pairs in the live accuracy.
 const WINDOW: usize = 256;
@@ -110,6 +111,13 @@ pub struct Saved {
 const PARTS: [&str; 4] = ["decoder/", "head/", "decoder_gradient/", "head_gradient/"];
 
 impl RewardTrainer {
+    /// Sets the metrics of the reward model, after `step` if an optimizer step was taken.
+    pub fn publish(&self, step: Option<&TrainerStep>) {
+        let (accuracy, pairs) = self.accuracy();
+        let accuracy = Some(accuracy).filter(|_| pairs > 0);
+        telemetry::reward_model(self.trained(), self.version(), accuracy, step.map(|step| step.loss));
+    }
+
     /// Creates a reward model with a copy of the decoder of `initial`, and with `head` or a head of zeros.
     ///
     /// # Errors

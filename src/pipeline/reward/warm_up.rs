@@ -10,7 +10,6 @@ use rand_chacha::ChaCha8Rng;
 
 use super::stage::{labeled_pairs, refusal};
 use super::trainer::{RewardTrainer, TrainerStep, agreement};
-use crate::observe::telemetry;
 use crate::types::{Group, Labeled};
 use crate::util::seed::mix;
 
@@ -38,8 +37,11 @@ pub struct WarmUp {
     waiting: BTreeMap<u64, Labeled>,
     kept: Vec<WarmUpProgress>,
     held_out: Vec<WarmUpProgress>,
-    /// Number of labeled pairs so far, and the reason why the first unlabeled group has none.
+    /// Number of labeled pairs so far.
     labeled: usize,
+    /// Number of labeled pairs in which one answer is better.
+    decided: usize,
+    /// Reason why the first group without labeled pairs has none.
     unlabeled: Option<String>,
 }
 
@@ -48,6 +50,9 @@ struct WarmUpProgress {
     group: Group,
     pairs: Vec<(usize, usize, f64)>,
 }
+
+/// Beginning of the error message of a warm-up in which the reward model learned from no pair.
+pub const NOTHING_LEARNED: &str = "the reward model learned from nothing in its warm-up";
 
 impl WarmUp {
     /// Creates a warm-up of `epochs` over the incoming groups, from number 0.
@@ -68,13 +73,14 @@ impl WarmUp {
             kept: Vec::new(),
             held_out: Vec::new(),
             labeled: 0,
+            decided: 0,
             unlabeled: None,
         }
     }
 
     fn tell(&mut self, trainer: &RewardTrainer, step: Option<&TrainerStep>) {
         self.done += 1;
-        telemetry::reward_model(trainer, step);
+        trainer.publish(step);
         let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
         observer.group(self.done);
         if let Some(step) = step {
@@ -85,6 +91,7 @@ impl WarmUp {
     fn take(&mut self, labeled: Labeled) -> anyhow::Result<()> {
         let pairs = labeled_pairs(labeled.feedback.as_ref());
         self.labeled += pairs.len();
+        self.decided += pairs.iter().filter(|(_, _, p)| *p != 0.5).count();
         if pairs.is_empty() && self.unlabeled.is_none() {
             let verdicts = labeled.feedback.iter().flat_map(|one| one.preferences.iter().map(|one| &one.verdict));
             self.unlabeled = Some(refusal(verdicts));
@@ -133,7 +140,12 @@ impl Stage for WarmUp {
             }
         }
         let step = trainer.step()?;
-        telemetry::reward_model(&trainer, step.as_ref());
+        trainer.publish(step.as_ref());
+        if self.labeled > 0 && self.decided == 0 {
+            let words =
+                format!("{NOTHING_LEARNED}: each of {} labeled pairs is a tie (a probability of ½)", self.labeled);
+            return Err(StageError::fatal(words));
+        }
         if trainer.version() == 0 {
             let why = match &self.unlabeled {
                 _ if self.labeled > 0 => {
@@ -143,7 +155,7 @@ impl Stage for WarmUp {
                 Some(why) => format!("none of {} groups has a labeled pair; the first because {why}", self.next),
                 None => "it received no pairs".to_owned(),
             };
-            return Err(StageError::fatal(format!("the reward model learned from nothing in its warm-up: {why}")));
+            return Err(StageError::fatal(format!("{NOTHING_LEARNED}: {why}")));
         }
         let (mut right, mut pairs) = (0.0, 0);
         for WarmUpProgress { group, pairs: labeled } in &self.held_out {

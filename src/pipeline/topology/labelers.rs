@@ -8,50 +8,12 @@ use crate::config::{Config, LabelerKind, Method, Methods};
 use crate::pipeline::label::Labeler;
 use crate::pipeline::label::backend::{Backend, Decoding};
 use crate::pipeline::label::direct::Direct;
-use crate::pipeline::label::embedding::Embedding;
+use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::likelihood::Likelihood;
-use crate::pipeline::label::local::Local;
 use crate::pipeline::label::pairwise::{Pairwise, Thought};
 use crate::pipeline::label::panel::{Member, Panel};
 use crate::pipeline::label::templates::{Preamble, Question, TemplateSet};
 use crate::pipeline::setup::Prepared;
-
-/// What a method judges with.
-#[derive(Clone)]
-pub enum JudgeBackend {
-    /// A language model whose weights are here.
-    Model(Arc<Local>),
-    /// A sentence encoder.
-    Embedder(Embedding),
-    /// A language model whose weights are here and whose answers are kept.
-    Cached {
-        /// The model.
-        local: Arc<Local>,
-        /// The same behind the label cache.
-        backend: Arc<dyn Backend>,
-    },
-    /// A language model on a server, with or without the label cache before it.
-    Asked(Arc<dyn Backend>),
-}
-
-impl JudgeBackend {
-    /// Tells the judge from others: a fingerprint of its weights, or a hash of the server and the model there.
-    pub fn identity(&self) -> u64 {
-        match self {
-            Self::Model(local) | Self::Cached { local, .. } => local.judge().identity,
-            Self::Embedder(embedding) => embedding.identity,
-            Self::Asked(backend) => backend.identity(),
-        }
-    }
-
-    /// The model, where its weights are here.
-    pub fn local(&self) -> Option<&Arc<Local>> {
-        match self {
-            Self::Model(local) | Self::Cached { local, .. } => Some(local),
-            Self::Embedder(_) | Self::Asked(_) => None,
-        }
-    }
-}
 
 /// Refuses a labeler that cannot be made whatever its judges answer: a method that its judge does not serve, or that needs
 /// what its template set lacks. Loads and asks nothing.

@@ -60,6 +60,12 @@ impl LabelFile {
     /// # Errors
     /// A file that is not one of labels, or belongs to another input or another labeler.
     pub fn open(path: &Path, pairs: std::sync::Arc<Preferences>, provenance: Provenance) -> Result<Self> {
+        let special = std::fs::metadata(path).is_ok_and(|found| !found.is_file());
+        ensure!(
+            !special,
+            "{} is not a regular file, and labels are written where they can be read again",
+            path.display()
+        );
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)

@@ -6,7 +6,6 @@ use serde_json::json;
 use crate::config::{Config, Mode};
 use crate::observe::monitor::samples;
 use crate::pipeline::data::Dataset;
-use crate::pipeline::topology::needs_labels;
 use crate::run::journal;
 use crate::types::{Completion, Feedback, Finish, Group, Preference, RewardScale, Rewarded, Verdict};
 
@@ -88,7 +87,7 @@ fn longest_group(config: &Config, data: &Dataset) -> Result<Rewarded> {
         finish: Finish::Length,
         text: "x".repeat(characters),
     };
-    let labels = needs_labels(config);
+    let labels = config.needs_labels();
     let pairs = config.run.mode != Mode::Direct && config.run.mode != Mode::Human;
     let preference = |(first, second): (usize, usize)| Preference {
         first,

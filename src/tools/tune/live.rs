@@ -14,7 +14,7 @@ use crate::pipeline::learn::{Done, Observer, TrainState};
 use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::labelers::labeler;
 use crate::pipeline::topology::learning::{adam, lora, value_model};
-use crate::pipeline::topology::{Node, needs_labels, reward_trainer};
+use crate::pipeline::topology::{Node, reward_trainer};
 use crate::rl::ledger::Book;
 use crate::run::controller::AdjustableLimits;
 use crate::tools::check;
@@ -67,7 +67,7 @@ impl Machine for Live {
             group_size: self.config.rollout.group_size,
             batch: self.config.learner.batch_groups,
             labels_here: methods.iter().any(|method| method.remote.is_none()),
-            labels: needs_labels(&self.config),
+            labels: self.config.needs_labels(),
             most_slots: MOST_SLOTS,
             micro_batch: self.micro_batch(),
         }

@@ -97,7 +97,8 @@ fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
 }
 
 fn is_data(name: &str) -> bool {
-    let own = name.rsplit('/').next().unwrap_or(name);
+    let own = name.rsplit('/').next().unwrap_or(name).to_lowercase();
+    let own = own.as_str();
     let ends = DATA.iter().any(|ending| PACKED.iter().any(|packed| own.ends_with(&format!("{ending}{packed}"))));
     ends && !DESCRIPTIONS.contains(&own)
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use csv::{ByteRecord, ReaderBuilder};
 use serde_json::{Map, Value};
 
+use super::super::dialogue::messages_in;
 use super::Positioned;
 use super::offsets::Offsets;
 
@@ -94,11 +95,5 @@ impl Table {
 }
 
 fn value(text: &str) -> Value {
-    if text.trim_start().starts_with("[{")
-        && let Ok(Value::Array(list)) = serde_json::from_str::<Value>(text)
-        && list.iter().all(|one| one.get("role").or(one.get("from")).is_some())
-    {
-        return Value::Array(list);
-    }
-    Value::String(text.to_owned())
+    messages_in(text).map_or_else(|| Value::String(text.to_owned()), Value::Array)
 }

@@ -12,9 +12,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, ffi, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, params};
 
 use super::Key;
+use crate::util::process::{file_system, sqlite};
 
 /// How long a write waits for another process's write.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -111,44 +112,6 @@ fn place(path: &Path) -> Option<Place> {
     std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
-/// Returns whether the file system of `path` may be mounted by several machines. A write-ahead log needs memory shared
-/// by all processes, so such file systems use the rollback journal, which needs only locks.
-#[cfg(target_os = "linux")]
-fn machines_share(path: &Path) -> bool {
-    use std::os::unix::ffi::OsStrExt;
-    let folder = path.parent().unwrap_or(path);
-    let Ok(folder) = std::ffi::CString::new(folder.as_os_str().as_bytes()) else { return false };
-    // SAFETY: all zeros is a valid value of this structure of numbers.
-    let mut about: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: `folder` ends with a zero byte, and `about` is a valid place to write to.
-    let done = unsafe { libc::statfs(folder.as_ptr(), &raw mut about) };
-    done == 0 && is_network(about.f_type as u32)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn machines_share(_path: &Path) -> bool {
-    false
-}
-
-/// Returns whether a file system type (`statfs(2)`) is a network one: NFS, SMB, CIFS, SMB2, AFS, Ceph, Lustre, GPFS, 9P
-/// or FUSE.
-#[cfg(target_os = "linux")]
-pub(super) fn is_network(kind: u32) -> bool {
-    const KINDS: [u32; 10] = [
-        0x6969,
-        0x517b,
-        0xff53_4d42,
-        0xfe53_4d42,
-        0x5346_414f,
-        0x00c3_6400,
-        0x0bd0_0bd0,
-        0x4750_4653,
-        0x0102_1997,
-        0x6573_5546,
-    ];
-    KINDS.contains(&kind)
-}
-
 /// An open database file. With a write-ahead log, reads do not wait for writes.
 pub(super) struct File {
     path: PathBuf,
@@ -161,7 +124,7 @@ pub(super) struct File {
 impl File {
     /// Opens the file at `path`, creating it if needed. No other process may do so at the same time.
     pub(super) fn open(path: &Path) -> Result<Self, Fault> {
-        Self::open_with(path, if machines_share(path) { "delete" } else { "wal" })
+        Self::open_with(path, if file_system::is_shared(path) { "delete" } else { "wal" })
     }
 
     /// Opens the file as [`File::open`] does, with the given `PRAGMA journal_mode`.
@@ -470,14 +433,9 @@ fn fault(error: rusqlite::Error, connection: Option<&Connection>) -> Fault {
         ErrorCode::Unknown | ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch => {
             Fault::Damaged(error.to_string())
         }
-        _ => {
-            // SAFETY: the connection is open, and the function reads a number from it.
-            let number = connection.map_or(0, |connection| unsafe { ffi::sqlite3_system_errno(connection.handle()) });
-            let system = (number != 0).then(|| std::io::Error::from_raw_os_error(number));
-            Fault::Disk(match system {
-                Some(system) => format!("{error}: {system}"),
-                None => error.to_string(),
-            })
-        }
+        _ => Fault::Disk(match connection.and_then(sqlite::system_error) {
+            Some(system) => format!("{error}: {system}"),
+            None => error.to_string(),
+        }),
     }
 }

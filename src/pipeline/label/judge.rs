@@ -1,0 +1,44 @@
+//! Judges of labelers: a model in this process, a sentence encoder, or a model behind a server.
+
+use std::sync::Arc;
+
+use super::backend::Backend;
+use super::embedding::Embedding;
+use super::local::Local;
+
+/// Judge of a labeling method.
+#[derive(Clone)]
+pub enum JudgeBackend {
+    /// A language model in this process.
+    Model(Arc<Local>),
+    /// A sentence encoder.
+    Embedder(Embedding),
+    /// A language model in this process, behind the label cache.
+    Cached {
+        /// The model without the cache.
+        local: Arc<Local>,
+        /// The model behind the label cache.
+        backend: Arc<dyn Backend>,
+    },
+    /// A language model behind a server, with or without the label cache.
+    Asked(Arc<dyn Backend>),
+}
+
+impl JudgeBackend {
+    /// Returns an identifier of the judge: a fingerprint of its weights, or a hash of the server and its model.
+    pub fn identity(&self) -> u64 {
+        match self {
+            Self::Model(local) | Self::Cached { local, .. } => local.judge().identity,
+            Self::Embedder(embedding) => embedding.identity,
+            Self::Asked(backend) => backend.identity(),
+        }
+    }
+
+    /// Returns the model if its weights are in this process.
+    pub fn local(&self) -> Option<&Arc<Local>> {
+        match self {
+            Self::Model(local) | Self::Cached { local, .. } => Some(local),
+            Self::Embedder(_) | Self::Asked(_) => None,
+        }
+    }
+}
