@@ -1,4 +1,4 @@
-//! The stages through which a prompt becomes a gradient, in the order of the data, and how they are set up and connected.
+//! Stages of the training pipeline, in data-flow order from prompt to gradient, and their setup and connection.
 
 pub mod data;
 pub mod generate;

@@ -38,7 +38,7 @@ pub use frozen::Frozen;
 pub use gated::{Activation, gated};
 pub use linear::linear;
 pub use logprobs::{linear_logprobs, linear_logprobs_at, row_logsumexp, softcap, token_logprobs};
-pub use matmul::{LARGE_BATCH_ROWS, SMALL_BATCH_ROWS, has_tile_unit, with_large_batch_kernels, set_parts};
+pub use matmul::{LARGE_BATCH_ROWS, SMALL_BATCH_ROWS, has_tile_unit, set_parts, with_large_batch_kernels};
 pub use matrix::{Adapter, Matrix};
 pub use quantized::{Format, Quantized};
 pub use rms_norm::rms_norm;

@@ -117,11 +117,11 @@ mod tests {
             x[40] = wrong;
             let x = Tensor::from_vec(x, (1, 64), &Device::Cpu).unwrap();
             let weight = values(2, &[20, 64]);
-            for with_large_batch_kernels in [false, true] {
+            for large_batch in [false, true] {
                 let linear = |weight: &Tensor, x: &Tensor| {
                     let weight = narrow(weight, format);
                     flat(
-                        &if with_large_batch_kernels {
+                        &if large_batch {
                             super::super::with_large_batch_kernels(|| weight.linear(x))
                         } else {
                             weight.linear(x)
@@ -130,9 +130,9 @@ mod tests {
                     )
                 };
                 let out = linear(&weight, &x);
-                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {with_large_batch_kernels}: {out:?}");
+                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {large_batch}: {out:?}");
                 let out = linear(&x, &values(1, &[2, 64]));
-                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {with_large_batch_kernels}: {out:?}");
+                assert!(out.iter().all(|out| !out.is_finite()), "{format:?} {large_batch}: {out:?}");
             }
         }
     }
@@ -140,12 +140,16 @@ mod tests {
     #[test]
     fn a_row_depends_neither_on_other_rows_nor_on_threads() {
         let (x, weight) = (values(1, &[40, 64]), values(2, &[700, 64]));
-        for (format, with_large_batch_kernels) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
+        for (format, large_batch) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
             let weight = narrow(&weight, format);
             let linear = |x: &Tensor| {
                 flat(
-                    &if with_large_batch_kernels { super::super::with_large_batch_kernels(|| weight.linear(x)) } else { weight.linear(x) }
-                        .unwrap(),
+                    &if large_batch {
+                        super::super::with_large_batch_kernels(|| weight.linear(x))
+                    } else {
+                        weight.linear(x)
+                    }
+                    .unwrap(),
                 )
             };
             let all = linear(&x);

@@ -1,5 +1,5 @@
-//! The data: prompts and preferences, read on demand, tokenised, shuffled by seed, split by content. `docs/data.md` has the
-//! forms that are read.
+//! Prompts and preference pairs: read on demand, tokenised, shuffled by seed, split by content. `docs/data.md`
+//! documents the supported formats.
 
 pub mod corrupt;
 pub mod dialogue;
@@ -33,7 +33,7 @@ pub use preferences::{PairOptions, PreferencePair, Preferences};
 pub use rows::Rows;
 pub use split::{Part, Split};
 
-/// A value of a row in words: "a text", "the number 3", "an object with the keys …".
+/// Describes a value of a row in words: "a text", "the number 3", "an object with the keys …".
 fn described(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
@@ -54,42 +54,42 @@ fn described(value: &Value) -> String {
     }
 }
 
-/// What to do with a prompt that is too long.
+/// Treatment of a prompt that is too long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnLong {
     /// Refuse the data set.
     Error,
-    /// Leave the line out, and say how many were.
+    /// Skip the row, and report the number of skipped rows.
     Skip,
 }
 
-/// How a data set is read.
+/// Settings for reading a data set.
 #[derive(Debug, Clone)]
 pub struct ReadOptions {
-    /// From a row to a prompt.
+    /// Conversion of a row to a prompt.
     pub format: PromptFormat,
-    /// Most tokens that a prompt may have.
+    /// Maximum number of tokens of a prompt.
     pub limit: usize,
-    /// The change of the configuration that raises the limit.
+    /// Change of the configuration that raises the limit, for error messages.
     pub remedy: String,
-    /// What happens to a longer one.
+    /// Treatment of a longer prompt.
     pub on_long: OnLong,
-    /// What happens to a row that cannot be used.
+    /// Treatment of a row that cannot be used.
     pub on_bad: OnBad,
-    /// Which rows.
+    /// Part of the data set to read.
     pub split: Split,
-    /// Whether every row must have a reference.
+    /// True if every row must have a reference answer.
     pub needs_references: bool,
-    /// The model that the prompts are for.
+    /// Limits of the model that reads the prompts.
     pub model: ModelBounds,
 }
 
-/// What a model can take.
+/// Vocabulary and context limits of a model.
 #[derive(Debug, Clone, Copy)]
 pub struct ModelBounds {
-    /// Rows of its embedding: ids are below this.
+    /// Number of rows of the embedding; token ids must be below it.
     pub vocabulary: usize,
-    /// Most tokens of a prompt and an answer together.
+    /// Maximum number of tokens of a prompt and an answer together.
     pub context: usize,
 }
 
@@ -97,7 +97,7 @@ impl ModelBounds {
     /// Checks that each of `ids` has a row in the embedding.
     ///
     /// # Errors
-    /// Names the first token that has none.
+    /// If a token has no row; the error names the first one.
     pub fn check(&self, ids: &[u32], tokenizer: &Tokenizer) -> Result<()> {
         let Some(id) = ids.iter().find(|id| **id as usize >= self.vocabulary) else { return Ok(()) };
         bail!(
@@ -108,7 +108,7 @@ impl ModelBounds {
     }
 }
 
-/// The prompts of a run. Only where they stand is kept in memory: a prompt is read and tokenised when its turn comes.
+/// The prompts of a run. Only row indices are kept in memory: a prompt is read and tokenised when it is requested.
 pub struct Dataset {
     rows: Rows,
     usable: Vec<u32>,
@@ -119,18 +119,18 @@ pub struct Dataset {
     shuffle: bool,
     longest: usize,
     identity: u64,
-    /// Rows left out for their length.
+    /// Number of rows skipped because they are too long.
     pub skipped: usize,
-    /// Rows left out because they cannot be used.
+    /// Number of rows skipped because they cannot be used.
     pub bad: usize,
-    /// The first of these with their places and reasons.
+    /// Report of the first of these rows with their locations and reasons.
     left_out: Option<String>,
     /// Remarks on the rows that are used.
     pub notes: Notes,
 }
 
-/// Runs `look` for the numbers below `count` concurrently, and `take` for each in order: in parts, so that a file of many
-/// short lines takes little more memory than the places of its lines.
+/// Runs `look` concurrently for the numbers below `count`, and `take` on each result in order. Works in chunks, so that
+/// a file of many short lines takes little more memory than its line offsets.
 fn in_parts<T: Send>(count: usize, look: impl Fn(usize) -> T + Sync, mut take: impl FnMut(usize, T)) {
     const PART: usize = 1 << 16;
     for start in (0..count).step_by(PART) {
@@ -140,21 +140,22 @@ fn in_parts<T: Send>(count: usize, look: impl Fn(usize) -> T + Sync, mut take: i
     }
 }
 
-/// What the first pass finds of a row.
+/// Result of the first pass over a row.
 enum Found {
-    /// Its tokens, a hash of what it says, and remarks.
+    /// Number of tokens, hash of the text, and remarks.
     Usable(usize, u64, Notes),
-    /// It is longer than the limit, and why that is an error, where it is one.
+    /// The row is longer than the limit, with the error if that is one.
     TooLong(Option<anyhow::Error>),
     NotMeant,
     Blank,
 }
 
 impl Dataset {
-    /// Goes through every row of `rows` once, so that whatever is wrong is told before compute is spent.
+    /// Reads every row of `rows` once, so that all faults are reported before compute is spent.
     ///
     /// # Errors
-    /// Names the file, and all faulty rows up to ten: not JSON, no such field, too long, tokens that the model does not have.
+    /// If rows are not JSON, lack a field, are too long or have tokens outside the model's vocabulary. The error names
+    /// the file and up to ten faulty rows.
     pub fn read(rows: Rows, options: ReadOptions, tokenizer: &Tokenizer) -> Result<Self> {
         let name = rows.name();
         ensure!(u32::try_from(rows.len()).is_ok(), "the data set {name} has more than 4 billion rows");
@@ -204,7 +205,7 @@ impl Dataset {
         }
         (data.usable, data.identity, data.longest, data.skipped) = (usable, identity, longest, skipped);
         (data.bad, data.notes) = (faults.count(), notes);
-        // One report has both kinds, unless the faulty rows are left out.
+        // One report lists both kinds of fault, unless the faulty rows are skipped.
         let (unread, too_long) = (data.bad > 0 && data.options.on_bad == OnBad::Error, long.count() > 0);
         if unread && too_long {
             faults.append(long);
@@ -221,7 +222,7 @@ impl Dataset {
         Ok(data)
     }
 
-    /// Logs the rows that are left out because they cannot be used, and the remarks on those that are used, each once.
+    /// Logs the rows that are skipped because they cannot be used, and each remark on the used rows once.
     pub fn log_notes(&self) {
         if let Some(report) = &self.left_out {
             tracing::warn!("{report}");
@@ -260,7 +261,7 @@ impl Dataset {
         Ok(Found::Usable(tokens, seed::text(&dialogue.text()), notes))
     }
 
-    /// Checks a reference that is learned from, behind a prompt of `prompt` tokens.
+    /// Checks a reference answer used for training, after a prompt of `prompt` tokens.
     fn look_at_reference(&self, text: &str, prompt: usize, notes: &mut Notes) -> Result<()> {
         let room = self.options.model.context.saturating_sub(prompt);
         let long = surely_longer(text.len(), room) || {
@@ -270,54 +271,54 @@ impl Dataset {
             ids.len() + self.tokenizer.eos_ids().len().min(1) > room
         };
         if long {
-            notes.add("the reference answer is longer than the model's context leaves room for: its end is cut off, and not learned from");
+            notes.add("the reference answer exceeds the model's context: its end is cut off and not trained on");
         }
         Ok(())
     }
 
-    /// The same data set, gone through in an order that `seed` shuffles anew each epoch.
+    /// Sets the order to one that is shuffled by `seed`, differently in each epoch.
     pub fn shuffled(self, seed: u64) -> Self {
         Self { seed, shuffle: true, ..self }
     }
 
-    /// Whether an empty prompt has tokens, with which likelihoods can be compared.
+    /// Returns whether the empty prompt has tokens, which likelihood labels need.
     pub fn has_blank(&self) -> bool {
         !self.blank.is_empty()
     }
 
-    /// Number of prompts in one epoch.
+    /// Returns the number of prompts in one epoch.
     pub fn len(&self) -> usize {
         self.usable.len()
     }
 
-    /// Always false: an empty data set is refused.
+    /// Always returns false: an empty data set is refused.
     pub fn is_empty(&self) -> bool {
         self.usable.is_empty()
     }
 
-    /// A number that tells these prompts, in this order, from others.
+    /// Returns a hash of these prompts in this order.
     pub fn identity(&self) -> u64 {
         self.identity
     }
 
-    /// Most tokens that any prompt has.
+    /// Returns the number of tokens of the longest prompt.
     pub fn longest(&self) -> usize {
         self.longest
     }
 
-    /// Order of rows in `epoch`: a function of the seed and the epoch alone.
+    /// Returns the order of rows in `epoch`, a function of the seed and the epoch alone.
     pub fn order(&self, epoch: u64) -> Vec<usize> {
         order(self.usable.len(), self.shuffle.then_some(self.seed), epoch)
     }
 
-    /// Prompt number `seq` of the run, given the order of its epoch.
+    /// Returns prompt number `seq` of the run, given the order of its epoch.
     ///
     /// # Errors
-    /// A row that was changed since the data set was opened.
+    /// If the row was changed since the data set was opened.
     pub fn prompt(&self, seq: u64, order: &[usize]) -> Result<Prompt> {
         let n = self.usable.len() as u64;
         let i = self.usable[order[(seq % n) as usize]] as usize;
-        // The row was sound when the file was opened.
+        // The row was valid when the file was opened.
         let read = || {
             let row = self.rows.get(i)?.context("the row is gone")?;
             self.options.format.read(&row, self.options.needs_references, &mut Notes::default())
@@ -339,21 +340,21 @@ impl Dataset {
     }
 }
 
-/// Returns whether the machine lacks threads or memory, in which case the row is not at fault.
+/// Returns whether the error is a lack of threads or memory, in which case the row is not at fault.
 fn is_exhaustion(error: &anyhow::Error) -> bool {
     let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     io.is_some_and(|error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::OutOfMemory))
 }
 
-/// Whether a text of `bytes` has more than `limit` tokens without a doubt, so that it need not be tokenised, which takes a
-/// hundred times its size. No tokenizer comes near this many bytes a token over a whole text.
+/// Returns whether a text of `bytes` certainly has more than `limit` tokens, so that it need not be tokenised, which
+/// takes memory of about a hundred times its size. No tokenizer averages this many bytes per token over a text.
 pub(crate) fn surely_longer(bytes: usize, limit: usize) -> bool {
     const MOST_BYTES_PER_TOKEN: usize = 32;
     const SHORT: usize = 64 << 10;
     bytes > SHORT && bytes / MOST_BYTES_PER_TOKEN > limit
 }
 
-/// The numbers below `n`, in an order that `seed` shuffles anew each epoch, or as they are without a seed.
+/// Returns the numbers below `n`, shuffled by `seed` and `epoch`, or in order without a seed.
 fn order(n: usize, seed: Option<u64>, epoch: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..n).collect();
     if let Some(seed) = seed {

@@ -1,4 +1,4 @@
-//! Sampling completions with a key/value cache, many sequences side by side.
+//! Sampling of completions with a key/value cache, for many sequences concurrently.
 
 pub mod engine;
 pub mod sampler;
@@ -15,18 +15,18 @@ use crate::types::Finish;
 pub use engine::{Engine, MOST_SLOTS};
 use sampler::Sampling;
 
-/// One prompt and how many completions of it are wanted.
+/// A prompt and the completions to sample for it.
 pub struct Request<'a> {
     /// Token ids of the prompt, at least one.
     pub prompt: Cow<'a, [u32]>,
-    /// What the prompt may begin with, computed already by the same weights.
+    /// Precomputed prefix of the prompt, from the same weights.
     pub prefix: Option<&'a Prefix>,
-    /// Seed of each completion's random stream; its length is the number of completions.
+    /// Seed of each completion's random stream; the length is the number of completions.
     pub seeds: Vec<u64>,
 }
 
 impl<'a> Request<'a> {
-    /// Completions of `prompt`, one for each seed.
+    /// Creates a request for one completion of `prompt` per seed.
     pub fn new(prompt: impl Into<Cow<'a, [u32]>>, seeds: Vec<u64>) -> Self {
         Self { prompt: prompt.into(), prefix: None, seeds }
     }
@@ -35,27 +35,28 @@ impl<'a> Request<'a> {
 /// A sampled token sequence; the three lists have one entry per token.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sampled {
-    /// Token ids, the end token included.
+    /// Token ids, including the end token.
     pub ids: Vec<u32>,
-    /// Log-probability of each among all tokens at the temperature of sampling, in nats; see [`sampler::Sampler::draw`].
+    /// Log-probability of each token among all tokens at the sampling temperature, in nats; see
+    /// [`sampler::Sampler::draw`].
     pub logprobs: Vec<f32>,
-    /// Version of the weights each came from.
+    /// Version of the weights that sampled each token.
     pub versions: Vec<u64>,
-    /// Why it ended; `None` when it was cut off by the caller.
+    /// Reason why the sequence ended; `None` if the caller ended it.
     pub finish: Option<Finish>,
 }
 
-/// Weights to generate with, asked for again before every decode step.
+/// Source of the weights for generation, queried before every decode step.
 pub trait Weighted {
-    /// The weights to use from here on and their version. Called once per decode step; also a good place to
-    /// show a sign of life.
+    /// Returns the weights to use from now on and their version. Called once per decode step, so it may also give a
+    /// sign of life.
     ///
     /// # Errors
-    /// Ends the generation, for a halt.
+    /// Ends the generation, for example after a halt.
     fn weights(&mut self) -> Result<(u64, Arc<Decoder>)>;
 }
 
-/// Weights that never change.
+/// Source of weights that never change.
 pub struct Fixed(pub Arc<Decoder>);
 
 impl Weighted for Fixed {
@@ -64,19 +65,19 @@ impl Weighted for Fixed {
     }
 }
 
-/// Samples all completions of all requests, in request order, up to [`MOST_SLOTS`] side by side.
+/// Samples all completions of all requests, in request order, up to [`MOST_SLOTS`] concurrently.
 ///
 /// # Errors
-/// A prompt that is empty, or that leaves no room for the new tokens within the model's context.
+/// If a prompt is empty, or leaves no room for the new tokens within the model's context.
 pub fn generate(source: &mut dyn Weighted, requests: Vec<Request>, sampling: &Sampling) -> Result<Vec<Vec<Sampled>>> {
     let wanted = requests.iter().map(|request| request.seeds.len()).sum();
     generate_with(Engine::new(sampling, wanted), source, requests)
 }
 
-/// The same with an engine that has nothing to do.
+/// Samples as [`generate`] does, with an idle engine.
 ///
 /// # Errors
-/// As of [`generate`].
+/// As for [`generate`].
 pub fn generate_with<'a>(
     mut engine: Engine<'a>,
     source: &mut dyn Weighted,

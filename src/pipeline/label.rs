@@ -1,4 +1,4 @@
-//! AI feedback: who is asked how good a completion is, and how.
+//! AI feedback: labelers that score or compare completions by asking a judge model.
 
 pub mod backend;
 pub mod cache;
@@ -21,23 +21,23 @@ use crate::observe::telemetry::LabelCounts;
 use crate::types::{Group, Preference, Verdict};
 use backend::{Alive, NoAnswer, Reply, Usage};
 
-/// What a labeler says of a group: scores, preferences, or both.
+/// Labels of one group: scores, preferences, or both.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Labels {
-    /// One verdict per completion, or none at all.
+    /// One verdict per completion, or empty if the labeler does not score.
     pub scores: Vec<Verdict>,
-    /// Pairs that were compared.
+    /// Compared pairs, each with its verdict; empty if the labeler does not compare.
     pub preferences: Vec<Preference>,
-    /// Per token log-probabilities of the completions under the judge, where they fell off anyway.
+    /// Log-probability of each completion token under the judge, if the labeler computed them anyway.
     pub logprobs: Option<Vec<Vec<f32>>>,
-    /// What it took.
+    /// Requests, tokens and cost of the judge calls.
     pub usage: Usage,
-    /// Pairs on which the members of a panel disagreed, and pairs that at least two of them judged.
+    /// Number of pairs on which the members of a panel disagreed, and number of pairs judged by at least two of them.
     pub disagreement: [u64; 2],
 }
 
 impl Labels {
-    /// Counts the verdicts and what it took to get them.
+    /// Returns the counts of verdicts, requests and tokens for the metrics.
     pub fn counts(&self) -> LabelCounts {
         let compared = self.preferences.iter().map(|one| &one.verdict);
         let flips: Vec<bool> = self.preferences.iter().filter_map(Preference::flipped).collect();
@@ -51,7 +51,7 @@ impl Labels {
         }
     }
 
-    /// Returns the reason of a verdict that is a failure, if there is one; asking again may then help.
+    /// Returns the reason of a failed verdict, if any verdict failed. Asking again may succeed.
     pub fn failure(&self) -> Option<&str> {
         let mut verdicts = self.scores.iter().chain(self.preferences.iter().map(|one| &one.verdict));
         verdicts.find_map(|verdict| match verdict {
@@ -61,23 +61,23 @@ impl Labels {
     }
 }
 
-/// A way to turn groups into verdicts.
+/// A method of turning groups of completions into verdicts.
 pub trait Labeler: Send {
-    /// The name that metrics and samples give it.
+    /// Returns the labeler's name in metrics and samples.
     fn name(&self) -> &'static str;
 
-    /// Hash of the template it asks with; zero where it asks with none.
+    /// Returns the hash of the prompt template, or 0 if the labeler uses none.
     fn template(&self) -> u64 {
         0
     }
 
-    /// Identity of the model it runs.
+    /// Returns an identifier of the judge's model.
     fn model(&self) -> u64;
 
-    /// As [`backend::Backend::attend`].
+    /// Registers a liveness callback; see [`backend::Backend::attend`].
     fn attend(&self, _name: &str, _alive: &Alive) {}
 
-    /// As [`backend::Backend::waits`].
+    /// Returns whether failures have been waited out already; see [`backend::Backend::waits`].
     fn waits(&self) -> bool {
         false
     }
@@ -85,27 +85,27 @@ pub trait Labeler: Send {
     /// Judges `group`.
     ///
     /// # Errors
-    /// When the judge could not be asked at all; the caller retries, then treats every verdict as a failure.
+    /// If the judge could not be asked at all. The caller retries, then treats every verdict as a failure.
     fn label(&self, group: &Group) -> Result<Labels>;
 
-    /// Judges several groups, which a labeler may do side by side. One result per group, in order.
+    /// Judges several groups, possibly in parallel, and returns one result per group, in order.
     fn label_many(&self, groups: &[&Group]) -> Vec<Result<Labels>> {
         groups.iter().map(|group| self.label(group)).collect()
     }
 }
 
-/// Which completions of a group are compared.
+/// Choice of the completion pairs of a group that are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pairing {
-    /// 0 with 1, 2 with 3, …: each completion once. Of an odd number, the last is compared with the first, which is then
-    /// in two pairs.
+    /// Neighbours: 0 with 1, 2 with 3, …, each completion once. If the number is odd, the last is compared with the
+    /// first, which is then in two pairs.
     Adjacent,
-    /// Each with each.
+    /// All pairs.
     All,
 }
 
 impl Pairing {
-    /// The pairs among `n` completions.
+    /// Returns the pairs of indices to compare among `n` completions.
     pub fn pairs(self, n: usize) -> Vec<(usize, usize)> {
         match self {
             Self::Adjacent => {
@@ -117,7 +117,7 @@ impl Pairing {
     }
 }
 
-/// A reply as a verdict.
+/// Converts a judge's reply into a verdict.
 fn verdict(reply: Reply<f64>) -> Verdict {
     match reply {
         Ok(score) => Verdict::Label(score),
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pairs_are_neighbours_or_all() {
+    fn pairs_are_neighbours_or_all_combinations() {
         assert_eq!(Pairing::Adjacent.pairs(4), [(0, 1), (2, 3)]);
         assert_eq!(Pairing::Adjacent.pairs(5), [(0, 1), (2, 3), (4, 0)], "none is left out");
         assert_eq!(Pairing::Adjacent.pairs(3), [(0, 1), (2, 0)]);

@@ -1,4 +1,4 @@
-//! The learner: accumulates a batch group by group, steps, publishes.
+//! The learner: accumulates the gradient of a batch group by group, makes an optimizer step, and publishes the weights.
 
 mod pass;
 pub mod publish;

@@ -1,8 +1,9 @@
-//! A judge behind a server that speaks OpenAI's protocol: completions and chat, log-probabilities or votes.
+//! Judges behind servers with OpenAI's API: completions and chat, log-probabilities or votes.
 //!
-//! Pure parts with tests of their own decide ([`abilities`], [`answer`], [`breaker`], [`evidence`], [`limit`], [`retry`],
-//! [`wire`]); [`question`] turns questions into exchanges, [`client`] waits and repeats, [`pace`] keeps the rate limits, which
-//! the processes of a machine share ([`shared`]), [`transport`] sends, on a thread that computes nothing.
+//! Decisions are made by pure, separately tested modules ([`abilities`], [`answer`], [`breaker`], [`evidence`],
+//! [`limit`], [`retry`], [`wire`]). [`question`] turns questions into exchanges, [`client`] waits and retries, [`pace`]
+//! keeps the rate limits, which the processes of a machine share ([`shared`]), and [`transport`] sends requests on a
+//! thread that does no other work.
 
 pub mod abilities;
 pub mod answer;
@@ -39,25 +40,25 @@ use client::Client;
 use stats::RemoteStats;
 use wire::Request;
 
-/// Asks a server. Shared by all labeler actors; its limits hold for all of them together.
+/// Backend for a judge behind a server. All labeler actors share it, and its limits apply to all of them together.
 pub struct Remote {
     client: Arc<Client>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
 impl Remote {
-    /// A client for `judge` without a bound on what it may spend. Nothing is sent yet.
+    /// Creates a client for `judge` without a spending limit. Nothing is sent yet.
     ///
     /// # Errors
-    /// A secret that is not in the environment; an address, header or certificate that cannot be used.
+    /// If a secret is missing from the environment, or an address, header or certificate is invalid.
     pub fn new(judge: RemoteJudge) -> Result<Self> {
         Self::within(judge, None)
     }
 
-    /// A client for `judge` that spends no more than `budget` allows. Nothing is sent yet.
+    /// Creates a client for `judge` that spends no more than `budget` allows. Nothing is sent yet.
     ///
     /// # Errors
-    /// As [`Remote::new`].
+    /// As for [`Remote::new`].
     pub fn within(judge: RemoteJudge, budget: Option<Arc<Budget>>) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -68,23 +69,23 @@ impl Remote {
         Ok(Self { client: Arc::new(Client::new(judge, budget)?), runtime: Some(runtime) })
     }
 
-    /// Asks the judge two simple questions, one for log-probabilities and one for sampled answers, so that a run does not
-    /// begin on a judge that refuses or cannot be reached, and so that it is known how the judge has to be asked. Returns a
-    /// warning where it does not answer as it was asked.
+    /// Asks the judge two simple questions, one for log-probabilities and one for sampled answers. This detects a judge
+    /// that refuses or is unreachable before a run starts, and finds out which request fields it accepts. Returns a
+    /// warning if the judge does not answer in the requested form.
     ///
     /// # Errors
-    /// The judge refuses, or does not answer within half a minute; see [`Unusable`].
+    /// If the judge refuses, or does not answer within half a minute; see [`Unusable`].
     pub fn probe(&self) -> Result<Option<String>, Unusable> {
         let Some(runtime) = &self.runtime else { return Ok(None) };
         runtime.block_on(self.client.find_abilities())
     }
 
-    /// What was sent and what came back, so far.
+    /// Returns the counts of exchanges so far.
     pub fn stats(&self) -> &RemoteStats {
         &self.client.stats
     }
 
-    /// Runs `work` for each of `count` questions side by side, and waits for all.
+    /// Runs `work` concurrently for each of `count` questions, and waits for all results.
     fn each<T: Send + 'static, F>(&self, count: usize, work: impl Fn(usize) -> F) -> Vec<(Reply<T>, Usage)>
     where
         F: Future<Output = (Reply<T>, Usage)> + Send + 'static,
@@ -96,7 +97,7 @@ impl Remote {
             for task in tasks {
                 // Each task ends within the client's deadline.
                 replies.push(task.await.unwrap_or_else(|error| {
-                    (Err(NoAnswer::Failure(format!("the request broke off: {error}"))), Usage::default())
+                    (Err(NoAnswer::Failure(format!("the request was interrupted: {error}"))), Usage::default())
                 }));
             }
             replies
@@ -104,19 +105,19 @@ impl Remote {
     }
 }
 
-/// A judge that cannot be used: what came of the question that it was asked before the run.
+/// Result of a failed probe: the judge cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the judge cannot be used: {words}")]
 pub struct Unusable {
-    /// The address asked, the status, and the server's own sentence.
+    /// Address asked, status, and the server's error message.
     pub words: String,
-    /// Whether the judge refuses, so that a person has to change something; otherwise it may recover by itself.
+    /// True if the judge refuses, so that a person has to act; otherwise it may recover by itself.
     pub refuses: bool,
 }
 
 impl Drop for Remote {
     fn drop(&mut self) {
-        // What is still in flight is nobody's any more.
+        // Nobody waits for the remaining exchanges.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
@@ -169,8 +170,8 @@ impl Backend for Remote {
             replies.into_iter().map(reply).collect()
         };
         let mut replies = ask(asks, usage);
-        // The questions of a label are asked together. Where the server refused log-probabilities in between, all of them are
-        // answered by votes, so that no label mixes two kinds of evidence.
+        // The questions of a label are asked together. If the server starts to refuse log-probabilities between them,
+        // all are answered by votes, so that no label mixes two kinds of evidence.
         let voted = |reply: &Reply<(Vec<f64>, bool)>| reply.as_ref().is_ok_and(|(_, votes)| *votes);
         let listed = |reply: &Reply<(Vec<f64>, bool)>| reply.as_ref().is_ok_and(|(_, votes)| !*votes);
         if replies.iter().any(voted) && replies.iter().any(listed) {
@@ -193,7 +194,7 @@ impl Backend for Remote {
                 temperature: decoding.temperature,
                 top_k: decoding.top_k,
                 top_logprobs: 0,
-                // Servers take the seed as a signed number.
+                // Servers read the seed as a signed number.
                 seed: Some((seed::mix(decoding.seed ^ seed::text(&prompts[i]) ^ seed::mix(before))) >> 33),
             };
             let client = Arc::clone(&self.client);

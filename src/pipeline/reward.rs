@@ -1,8 +1,8 @@
-//! The reward-model actor: turns feedback into the reward that the learner maximises.
+//! The reward actor, which turns feedback into the reward that the learner maximises.
 //!
-//! In direct mode it scales the labeler's scores. In distilled and human mode it holds a model of its own, trained on
-//! preferences, that scores every completion. In every mode it adds the reference's log-probabilities that the KL term
-//! needs, and hands groups on in order.
+//! In direct mode it scales the labeler's scores. In distilled and human mode it holds a separate reward model, trained
+//! on preferences, that scores every completion. In every mode it adds the reference policy's log-probabilities for the
+//! KL term and emits groups in sequence order.
 
 pub mod model;
 pub mod rule;

@@ -1,4 +1,4 @@
-//! Supervised fine-tuning on references: the phase that makes π_SFT of a model before it is reinforced.
+//! Supervised fine-tuning on reference answers, the phase that produces π_SFT before reinforcement learning.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,35 +12,35 @@ use crate::pipeline::learn::TrainState;
 use crate::types::Prompt;
 use crate::util::failpoints;
 
-/// Who is told of each step.
+/// Observer of fine-tuning steps.
 pub trait SftObserver: Send {
-    /// A step was taken that led to `state`: the mean loss per token in nats over its references before it, and the norm
-    /// of its gradient.
+    /// Called after a step that led to `state`, with the mean loss per token in nats over its references before the
+    /// step, and the norm of its gradient.
     fn step(&mut self, state: &TrainState, loss: f64, gradient_norm: f64);
 }
 
-/// Takes prompts with references; each batch is one optimizer step on −Σ log π(reference | prompt), a mean over tokens, the
-/// end token included.
+/// Stage that trains on prompts with references. Each batch is one optimizer step on −Σ log π(reference | prompt),
+/// averaged over tokens, including the end token.
 pub struct FineTune {
-    /// What training has come to; one step per batch.
+    /// Training state; one step per batch.
     pub state: Arc<Mutex<TrainState>>,
-    /// References per step.
+    /// Number of references per step.
     pub batch: u64,
-    /// For the references.
+    /// Tokenizer of the references.
     pub tokenizer: Tokenizer,
-    /// Whether prompts go through the chat template, so that a reference ends as its turns do.
+    /// True if prompts are wrapped in the chat template, so that a reference ends as the template's turns do.
     pub chat: bool,
     /// Learning rate.
     pub lr: f64,
-    /// Bound on the gradient's global norm.
+    /// Maximum global norm of the gradient.
     pub max_grad_norm: f64,
-    /// Told of each step.
+    /// Observer that is called after each step.
     pub observer: Arc<Mutex<dyn SftObserver>>,
-    /// Of the batch so far.
+    /// Sums over the present batch.
     pub gathered: Gathered,
 }
 
-/// What a batch has come to.
+/// Sums over the references of a batch.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Gathered {
     references: u64,
@@ -49,12 +49,12 @@ pub struct Gathered {
 }
 
 impl FineTune {
-    /// Adds the gradient of one reference; returns its summed loss and number of tokens.
+    /// Adds the gradient of one reference. Returns its summed loss and number of tokens.
     fn learn(&self, state: &mut TrainState, prompt: &Prompt) -> Result<(f64, usize)> {
         let text = prompt.reference.as_ref().ok_or_else(|| anyhow!("line {} has no reference", prompt.row + 1))?;
         let (kept, mut ids) = self.tokenizer.encode_behind(&prompt.ids, text)?;
         ids.extend(self.tokenizer.end(self.chat));
-        // A reference beyond the context teaches with its beginning.
+        // A reference beyond the context is truncated to its beginning.
         ids.truncate(state.config().context.saturating_sub(kept));
         let pack = Pack::new(&prompt.ids[..kept], &[ids]);
         let (logprobs, _) = state.model.logprobs(&pack, 1.0)?;
@@ -72,7 +72,7 @@ impl Stage for FineTune {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.stepping {
             return Err(StageError::fatal(
-                "fine-tuning failed while it was writing the weights; they are half updated and cannot be used",
+                "fine-tuning failed while it was writing the weights; they are only partly updated and cannot be used",
             ));
         }
         Ok(state.discard()?)

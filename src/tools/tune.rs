@@ -163,14 +163,14 @@ pub fn tune(machine: &mut dyn Machine, configured: &Plan, reach: Reach, mut tell
     };
     // As many groups side by side as there is room for, to see what the company costs.
     let company = (facts.most_slots / facts.group_size).clamp(1, 4);
-    let with_large_batch_kernels = if company > 1 {
+    let large_batch = if company > 1 {
         tell(&format!("sampling {company} groups side by side"));
         let plan = Plan { slots: company * facts.group_size, batch: company as u64, ..single.clone() };
         Some((company, machine.measure(&plan)?))
     } else {
         None
     };
-    let mut model = Model::fit(facts, &alone, threaded.as_ref(), with_large_batch_kernels.as_ref().map(|(n, seen)| (*n, seen)));
+    let mut model = Model::fit(facts, &alone, threaded.as_ref(), large_batch.as_ref().map(|(n, seen)| (*n, seen)));
     tell("as configured");
     let seen = machine.measure(configured)?;
     model.correct(configured, &seen);

@@ -1,5 +1,5 @@
-//! A fault at a point, at a moment, of a kind, all drawn from a seed; then the run must be finished, or have said one error
-//! and be finished by a resume, with the counts and weights of a run that nothing happened to.
+//! Faults at a random point, time and kind, given by a seed. The run must finish, or report exactly one error and
+//! finish after a resume, with the counts and weights of an undisturbed run.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,14 +11,14 @@ use preceptor::util::failpoints::POINTS;
 
 use crate::run::{Random, checkpoints, fingerprint, last_checkpoint, metrics, to_the_end, train, trained};
 
-/// Learner steps of each run, and groups.
+/// Number of learner steps of each run, and number of groups in them.
 const STEPS: u64 = 5;
 const GROUPS: u64 = 2 * STEPS;
 
-/// The run's watchdog restarts what stands still for this long.
+/// Time after which the run's watchdog restarts a stage without progress.
 const WATCHDOG: Duration = Duration::from_secs(1);
 
-/// What a run may take: three restarts by the watchdog, with as much grace each, and a slow machine.
+/// Maximum duration of a run: three restarts by the watchdog, each with the same grace period, on a slow machine.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 pub fn trial(count: u32, seed: u64) -> Result<String> {
@@ -39,10 +39,10 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
         let (mode, overrides) = modes[(i as usize / POINTS.len()) % modes.len()];
         let kinds = ["1*return(injected)", "3*return(injected)", "10*return(injected)", "1*panic", "1*sleep(3000)"];
         let kind = kinds[(random.share() * kinds.len() as f64) as usize];
-        // Points that are passed a few times only are struck at one of these.
+        // Points that a run passes only a few times are struck at one of the first passes.
         let passes = if RARE.iter().any(|rare| point.starts_with(rare)) { 3.0 } else { 12.0 };
         let fault = format!("{point}={}*off->{kind}->off", (random.share() * passes) as u32);
-        // A full disk at an end, waited for or not.
+        // A full disk at the end, with and without waiting.
         let retry = format!("checkpoint.retry_s={}", if i % 2 == 0 { 0 } else { 20 });
         let overrides = [settings(overrides), vec![retry]].concat();
         let name = format!("fault-{i}");
@@ -52,7 +52,7 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
         longest = longest.max(began.elapsed());
         *ends.entry(end).or_default() += 1;
         *struck.entry(point).or_insert(0u32) += 1;
-        // A labeler that failed at every retry has left its pairs out, and the run is another one, rightly.
+        // After a labeler failed at every retry its pairs are missing, so that the run rightly differs.
         let same = point != "label.ask" || kind.starts_with("1*");
         compare(&dir.path().join(&name), &dir.path().join(format!("whole-{mode}")), same)
             .with_context(|| format!("fault {i} ({mode}): FAILPOINTS='{fault}'"))?;
@@ -92,8 +92,8 @@ fn settings(overrides: &[&str]) -> Vec<String> {
 /// Points that a run passes a few times at most.
 const RARE: &[&str] = &["rewind.", "prepare.", "files.", "reference.", "checkpoint.", "graph."];
 
-/// Replaces a file of the last checkpoint by a link that leads to itself, which no user can read; `--resume` has to refuse and
-/// change nothing, as often as it is tried, and to go on when the file is back.
+/// Replaces a file of the last checkpoint by a link to itself, which no user can read. `--resume` must refuse
+/// repeatedly and change nothing, and continue once the file is back.
 fn unreadable(dir: &Path, name: &str, overrides: &[String], random: &mut Random) -> Result<()> {
     to_the_end(&mut train(dir, name, overrides))?;
     let run = dir.join(name);
@@ -116,11 +116,11 @@ fn unreadable(dir: &Path, name: &str, overrides: &[String], random: &mut Random)
     Ok(())
 }
 
-/// Runs with the fault, and resumes without it where that ended the run. Says how it ended.
+/// Runs with the fault, and resumes without it if it ended the run. Returns a description of the end.
 fn strike(dir: &Path, name: &str, fault: &str, overrides: &[String]) -> Result<&'static str> {
     let mut struck = train(dir, name, overrides);
     if fault.starts_with("rewind.") {
-        // It strikes while the finished run is taken back to its first checkpoint.
+        // The fault strikes while the finished run is rewound to its first checkpoint.
         let kept = [overrides, &["checkpoint.every_steps=1".to_owned(), "checkpoint.keep=9".to_owned()]].concat();
         to_the_end(&mut train(dir, name, &kept))?;
         let first = checkpoints(&dir.join(name))?.into_iter().next().context("it has no checkpoint")?;
@@ -131,7 +131,7 @@ fn strike(dir: &Path, name: &str, fault: &str, overrides: &[String]) -> Result<&
         let quiet = !text.contains("restarting the graph") && !text.contains("training goes on");
         return Ok(if quiet { "finished undisturbed" } else { "finished after restarts or retries" });
     }
-    // A panic says a line of its own before; the error is one.
+    // A panic prints a separate line before; only one error may follow.
     let errors = text.lines().filter(|line| line.starts_with("error: ")).count();
     ensure!(errors == 1, "the run ended with {errors} errors: {text}");
     let (status, text) = within(train(dir, name, overrides).arg("--resume"))?;
@@ -139,7 +139,7 @@ fn strike(dir: &Path, name: &str, fault: &str, overrides: &[String]) -> Result<&
     Ok("ended with one error and finished by a resume")
 }
 
-/// Runs `command` to its end, which must come.
+/// Runs `command` to its end, which must come within the time limit.
 fn within(command: &mut Command) -> Result<(bool, String)> {
     let mut child = command.stderr(Stdio::piped()).spawn()?;
     let mut errors = child.stderr.take().context("standard error is piped")?;

@@ -1,6 +1,6 @@
-//! An asynchronous run with three labelers whose judge shows a random behaviour of the zoo for each question, and is slow or
-//! silent at random so that questions are hedged: the counts of the client are those of the judge, no failure becomes a
-//! label, no question is asked again after its answer, and memory does not grow.
+//! An asynchronous run with three labelers. Its judge shows a random behaviour of the zoo for each question, and is
+//! slow or silent at random so that questions are hedged. The client's counts must match the judge's, no failure may
+//! become a label, no question may be asked again after its answer, and memory must not grow.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
@@ -21,16 +21,16 @@ use crate::mock_judge::{Act, MockJudge};
 use crate::run::train;
 use crate::zoo::{QUESTION, Row, rows};
 
-/// Questions of a learner step.
+/// Number of questions of a learner step.
 const PER_STEP: u64 = 8;
-/// Time after which a question is hedged, and for which a slow answer takes.
+/// Time after which a question is hedged, and duration of a slow answer.
 const HEDGE: Duration = Duration::from_millis(60);
 const SLOW: Duration = Duration::from_millis(150);
 
-/// The share of questions that show a behaviour which leads to an abstention, in percent.
+/// Percentage of questions with a behaviour that leads to an abstention.
 const ABSTAINING: u64 = 10;
 
-/// Behaviours of single answers that lead to a label, with the outcome of the first exchange, as metrics name it.
+/// Behaviours of single answers that lead to a label, with the outcome of the first exchange by its name in metrics.
 const LABELED: &[(&str, &str, &str)] = &[
     ("OpenAI", "20 alternatives of a chat's first token", "ok"),
     ("OpenAI", "the rate of requests is limited (Retry-After in seconds)", "rate_limited"),
@@ -78,11 +78,11 @@ const ABSTAINED: &[(&str, &str, &str)] = &[
 const LISTED: [[f64; 4]; 4] =
     [[0.6, 0.3, 0.05, 0.0001], [0.6, 0.3, 0.0, 0.0001], [0.6, 0.3, 0.0, 0.000_123_409_804], [1.0, 0.0, 0.0, 0.0]];
 
-/// What the judge did.
+/// Counts of the judge.
 #[derive(Default)]
 struct BatchStats {
     requests: u64,
-    /// Exchanges by the outcome that the client has to count, if it waits for it.
+    /// Exchanges by the outcome that the client must count, if it waits for it.
     outcomes: BTreeMap<&'static str, u64>,
     questions: HashMap<u64, Question>,
     slow: u64,
@@ -94,7 +94,7 @@ struct BatchStats {
 struct Question {
     requests: u64,
     abstains: bool,
-    /// When the last answer to it is sent, if one is.
+    /// Time at which the last answer to the question is sent, if any.
     answered: Option<Instant>,
 }
 
@@ -119,7 +119,7 @@ pub fn trial(questions: u64, seed: u64) -> Result<String> {
     let overrides = [
         format!("run.steps={}", questions.div_ceil(PER_STEP)),
         "learner.eta=4".into(),
-        // The completions stay as varied as they are, so that each is a question of its own.
+        // The completions must stay varied, so that each is a distinct question.
         "learner.lr=1e-7".into(),
         "labeler.type=direct".into(),
         "labeler.workers=3".into(),
@@ -141,7 +141,7 @@ pub fn trial(questions: u64, seed: u64) -> Result<String> {
     let counts = compare(&figures, &tally)?;
     let labels = labels(&run, &figures, &tally, &cache)?;
     let text = format!("judges: {counts}; {labels}; {memory}");
-    // The first figures of a short run are of one that is still growing.
+    // At the beginning of a short run, memory is still growing.
     ensure!(questions < 5000 || memory.grown() < 0.1, "memory grew: {text}");
     Ok(text)
 }
@@ -157,7 +157,7 @@ fn chosen(list: &[(&str, &str, &'static str)], abstains: bool) -> Result<Vec<Beh
     Ok(chosen)
 }
 
-/// What is done with a request, and how long it takes; counts it.
+/// Returns the response to a request and its duration, and counts it.
 fn behave(
     tally: &mut BatchStats,
     (labeled, abstained): (&[Behaviour], &[Behaviour]),
@@ -187,13 +187,13 @@ fn behave(
     if outcome == "ok" || behaviour.abstains {
         question.answered = Some(now + pause);
     }
-    // The rows of the zoo misbehave at a question of their own.
+    // The rows of the zoo misbehave at one specific question.
     let mut body = body.clone();
     body["user"] = json!(QUESTION);
     ((behaviour.row.plan)(attempt, path, &body), pause)
 }
 
-/// Figures of a run that has ended.
+/// Results of a finished run.
 struct Figures {
     text: String,
 }
@@ -221,7 +221,7 @@ fn compare(figures: &Figures, tally: &BatchStats) -> Result<String> {
     let all: u64 = counted.values().sum();
     let both = format!("counted {counted:?}, {hedges} hedges; the judge had {:?}", tally.outcomes);
     ensure!(hedges > 0 && overtaken > 0 && overtaken <= hedges, "{both}");
-    // One of two requests that are overtaken may have been given up before the judge had read it.
+    // The first of two hedged requests may have been cancelled before the judge read it.
     ensure!(all >= tally.requests && all - tally.requests <= overtaken, "{all} of {} requests: {both}", tally.requests);
     let mut missing = 0;
     for (outcome, count) in &tally.outcomes {
@@ -283,8 +283,8 @@ fn labels(run: &Path, figures: &Figures, tally: &BatchStats, cache: &Path) -> Re
     );
     let bought = figures.of("preceptor_labels_bought_again_total");
     ensure!(bought == 0, "{bought} labels were bought that were kept already");
-    // A refusal of one question is told from an outage by a question that was answered before, unless another is answered
-    // meanwhile.
+    // The client distinguishes the refusal of one question from an outage by repeating a question that was answered
+    // before, unless another one is answered meanwhile.
     let refusals: u64 = ["filtered", "http_4xx", "http_5xx"].iter().filter_map(|name| tally.outcomes.get(name)).sum();
     let hedges = figures.of("preceptor_judge_hedges_total");
     ensure!(
@@ -325,7 +325,7 @@ impl std::fmt::Display for Memory {
     }
 }
 
-/// Watches the memory of a run until it ends; `done` is the share of its questions so far.
+/// Watches the memory of a run until it ends; `done` returns the share of its questions so far.
 fn watch(child: &mut Child, done: impl Fn() -> f64) -> Result<Memory> {
     let statm = Path::new("/proc").join(child.id().to_string()).join("statm");
     let mut samples: Vec<(f64, u64)> = Vec::new();
@@ -344,7 +344,7 @@ fn watch(child: &mut Child, done: impl Fn() -> f64) -> Result<Memory> {
         part.sort_unstable();
         part.get(part.len() / 2).copied()
     };
-    // Where the run is too short for that, all of it.
+    // If the run is too short for these intervals, all samples are used.
     let end = samples.last().map_or(0.0, |(at, _)| *at);
     let whole = || median(0.0, f64::MAX);
     let early = median(0.1 * end, 0.15 * end).or_else(whole).context("the run ended before it was seen")?;

@@ -1,4 +1,5 @@
-//! Long trials of the whole program: killed at random, replayed, soaked, judged by servers that misbehave. Without arguments, a short round of each.
+//! Endurance tests of the complete program: random kills, faults, replays, a soak test, and misbehaving judges. Without
+//! arguments, runs a short round of each.
 
 mod faults;
 mod judges;
@@ -26,9 +27,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Trial {
-    /// Kills one long run with SIGKILL at random instants, resumes it each time, and compares it with one that was not.
+    /// Kills one long run with SIGKILL at random instants, resumes it each time, and compares it with an uninterrupted
+    /// run.
     Kills {
-        /// Kills.
+        /// Number of kills.
         #[arg(long, default_value_t = 10)]
         count: u32,
         /// Seed of the instants.
@@ -37,7 +39,7 @@ enum Trial {
     },
     /// Injects faults at every named point, at random moments and of random kinds.
     Faults {
-        /// Faults.
+        /// Number of faults.
         #[arg(long, default_value_t = 34)]
         count: u32,
         /// Seed of the moments and kinds.
@@ -46,16 +48,16 @@ enum Trial {
     },
     /// Replays asynchronous runs from their journals.
     Replays {
-        /// Replays of the one run.
+        /// Number of replays of the run.
         #[arg(long, default_value_t = 3)]
         count: u32,
         /// Learner steps of the run.
         #[arg(long, default_value_t = 20)]
         steps: u64,
     },
-    /// Runs with a judge that misbehaves at random, as the judges of docs/judges.md do, and compares the counts.
+    /// Runs with a judge that misbehaves at random, like the judges of docs/judges.md, and compares the counts.
     Judges {
-        /// Questions, about.
+        /// Approximate number of questions.
         #[arg(long, default_value_t = 300)]
         questions: u64,
         /// Seed of the behaviours.
@@ -64,14 +66,14 @@ enum Trial {
     },
     /// Runs the offline configuration for a long time and watches memory, handles, threads and the label cache.
     Soak {
-        /// How long.
+        /// Duration in minutes.
         #[arg(long, default_value_t = 60.0)]
         minutes: f64,
     },
 }
 
 fn main() -> ExitCode {
-    // `cargo test NAME` hands NAME to every test program; nothing here is called so.
+    // `cargo test NAME` passes NAME to every test program; no trial has such a name.
     let asked: Vec<String> = std::env::args().skip(1).collect();
     let known = ["kills", "faults", "replays", "judges", "soak", "help", "--help", "-h"];
     let trials = match asked.first() {

@@ -1,4 +1,4 @@
-//! An asynchronous run with two rollout actors, replayed.
+//! Repeated replays of an asynchronous run with two rollout actors.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;

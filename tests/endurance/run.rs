@@ -1,4 +1,4 @@
-//! Runs of the real program.
+//! Helpers that run the real program.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,13 +8,14 @@ use preceptor::run::checkpoint::{Best, CheckpointStore};
 use preceptor::run::journal::{Entry, Journal};
 use serde_json::Value;
 
-/// The program: the one that was built with the trial, or the one that `PRECEPTOR_PROGRAM` names, so that a long trial is
-/// not disturbed by the next build.
+/// Returns the program's command: the binary built with the trial, or the one that `PRECEPTOR_PROGRAM` names, so that a
+/// long trial is not disturbed by the next build.
 pub fn program() -> Command {
     Command::new(std::env::var_os("PRECEPTOR_PROGRAM").unwrap_or_else(|| env!("CARGO_BIN_EXE_preceptor").into()))
 }
 
-/// `preceptor train` of the offline configuration in `dir/NAME`, no server, in steps of a few hundredths of a second.
+/// Returns `preceptor train` of the offline configuration in `dir/NAME`, without a server, with steps of a few
+/// hundredths of a second.
 pub fn train(dir: &Path, name: &str, overrides: &[String]) -> Command {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/offline.toml");
     let mut command = program();
@@ -31,7 +32,7 @@ pub fn train(dir: &Path, name: &str, overrides: &[String]) -> Command {
     command
 }
 
-/// Runs it to its end.
+/// Runs the command to its end.
 pub fn to_the_end(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::piped()).output()?;
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -39,7 +40,7 @@ pub fn to_the_end(command: &mut Command) -> Result<String> {
     Ok(text)
 }
 
-/// Numbers of the groups that a run trained, step by step, as its journal has them.
+/// Returns the numbers of the trained groups, step by step, from the run's journal.
 pub fn trained(run: &Path) -> Result<Vec<u64>> {
     let mut seqs = Vec::new();
     for entry in Journal::open(run)? {
@@ -50,7 +51,7 @@ pub fn trained(run: &Path) -> Result<Vec<u64>> {
     Ok(seqs)
 }
 
-/// Steps of `metrics.jsonl`, the clock's figures left out.
+/// Returns the steps of `metrics.jsonl` without time-dependent values.
 pub fn metrics(run: &Path) -> Result<Vec<Value>> {
     let text = std::fs::read_to_string(run.join("metrics.jsonl"))?;
     let steps = text.lines().map(|line| {
@@ -61,7 +62,7 @@ pub fn metrics(run: &Path) -> Result<Vec<Value>> {
     steps.collect()
 }
 
-/// A fingerprint of every file below `dir`, its name included; of a link, where it leads.
+/// Returns a fingerprint of every file below `dir`, including its name; for a link, of its target.
 pub fn fingerprint(dir: &Path) -> Result<u64> {
     let (mut all, mut open) = (Vec::new(), vec![dir.to_owned()]);
     while let Some(folder) = open.pop() {
@@ -80,23 +81,23 @@ pub fn fingerprint(dir: &Path) -> Result<u64> {
     Ok(preceptor::util::seed::text(&all.join("\n")))
 }
 
-/// Names of the checkpoints of a run, oldest first.
+/// Returns the names of a run's checkpoints, oldest first.
 pub fn checkpoints(run: &Path) -> Result<Vec<String>> {
     let all = CheckpointStore::new(run, 1000, Best::None).all()?;
     Ok(all.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
 }
 
-/// The last checkpoint of a run.
+/// Returns the last checkpoint of a run.
 pub fn last_checkpoint(run: &Path) -> Result<PathBuf> {
     let shelf = CheckpointStore::new(run, 1000, Best::None);
     shelf.all()?.pop().with_context(|| format!("{} has no checkpoint", run.display()))
 }
 
-/// A generator whose course is the seed's alone.
+/// A random generator whose sequence depends only on the seed.
 pub struct Random(pub u64);
 
 impl Random {
-    /// Below one.
+    /// Returns the next random number in [0, 1).
     pub fn share(&mut self) -> f64 {
         self.0 = preceptor::util::seed::mix(self.0);
         (self.0 >> 11) as f64 / (1u64 << 53) as f64

@@ -1,4 +1,4 @@
-//! The offline run for an hour: what grows?
+//! Soak test: the offline run for an hour, with checks for growing memory, handles, threads and label cache.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -9,10 +9,10 @@ use anyhow::{Context, Result, ensure};
 use crate::mock_judge::{Act, MockJudge};
 use crate::run::{metrics, train};
 
-/// Answers that the label cache may hold.
+/// Maximum number of answers in the label cache.
 const MOST_LABELS: u64 = 2000;
 
-/// What a process holds.
+/// Resources that a process holds.
 #[derive(Debug, Clone, Copy)]
 struct Held {
     resident: u64,
@@ -36,15 +36,16 @@ pub fn trial(minutes: f64) -> Result<String> {
         format!("labeler.remote={{ url = \"{}\", model = \"mock\" }}", mock.url),
         format!("labeler.cache=\"{}\"", cache.display()),
         format!("labeler.cache_entries={MOST_LABELS}"),
-        // Its figures are served, as a node's are.
+        // The metrics are served, as in a production node.
         "serve.enabled=true".into(),
         "serve.listen=127.0.0.1:0".into(),
     ];
     let mut child = train(dir.path(), "run", &overrides).stderr(Stdio::null()).spawn()?;
     let began = Instant::now();
     let minute = |n: f64| Duration::from_secs_f64(60.0 * n);
-    // The tenth minute of sixty and the last one; in a shorter trial, as large parts of it. Within a minute memory rises by what
-    // a checkpoint takes and falls when the allocator gives it back, so medians are compared, not instants.
+    // Compares the tenth minute of sixty with the last one; in a shorter trial, intervals of the same proportion.
+    // Within a minute memory rises by a checkpoint's size and falls when the allocator returns it, so medians are
+    // compared, not instants.
     let (early_at, part) = (minutes / 6.0, minutes / 60.0);
     let (mut early, mut last) = (Vec::new(), Vec::new());
     while began.elapsed() < minute(minutes) {
@@ -79,7 +80,7 @@ pub fn trial(minutes: f64) -> Result<String> {
         last.cache as f64 / 1_048_576.0,
     );
     ensure!(grown < 0.05, "memory grew: {text}");
-    // A checkpoint or a request may be under way at either moment.
+    // A checkpoint or a request may be under way at either time.
     ensure!(
         last.handles <= early.handles + 8 && last.threads <= early.threads + 4,
         "something is never closed: {text}"
@@ -88,7 +89,7 @@ pub fn trial(minutes: f64) -> Result<String> {
     Ok(text)
 }
 
-/// Each figure's median.
+/// Returns the median of each value.
 fn median(mut seen: Vec<Held>) -> Option<Held> {
     let mut middle = |figure: fn(&Held) -> u64| {
         seen.sort_unstable_by_key(figure);

@@ -1,4 +1,4 @@
-//! Algorithms against reference values from independent implementations.
+//! Tests of algorithms against reference values from independent implementations.
 
 use std::collections::HashMap;
 
@@ -33,7 +33,7 @@ fn list(values: &Values, name: &str) -> Vec<f32> {
     values[name].to_vec1().unwrap()
 }
 
-/// The entries of each row that `completion_mask` keeps.
+/// Returns the entries of each row that `completion_mask` keeps.
 fn rows(values: &Values, name: &str) -> Vec<Vec<f32>> {
     let mask = values["completion_mask"].to_vec2::<i64>().unwrap();
     let all = values[name].to_vec2::<f32>().unwrap();
@@ -43,7 +43,7 @@ fn rows(values: &Values, name: &str) -> Vec<Vec<f32>> {
         .collect()
 }
 
-/// A group on which nothing happened between sampling and training but `policy`.
+/// Returns a group whose proximal policy equals the sampling policy.
 fn view<'a>(behaviour: &'a [Vec<f32>], policy: &'a [Vec<f32>]) -> GroupView<'a> {
     GroupView {
         rewards: &[],
@@ -56,12 +56,12 @@ fn view<'a>(behaviour: &'a [Vec<f32>], policy: &'a [Vec<f32>]) -> GroupView<'a> 
     }
 }
 
-/// One advantage for all tokens of each completion.
+/// Returns one advantage for all tokens of each completion.
 fn spread(advantages: &[f32], like: &[Vec<f32>]) -> Vec<Vec<f32>> {
     advantages.iter().zip(like).map(|(a, tokens)| vec![*a; tokens.len()]).collect()
 }
 
-/// `loss` over its terms, and its slopes, agree with the reference to 1e-5.
+/// Checks that `loss` divided by its terms, and its gradients, agree with the reference to 1e-5.
 #[track_caller]
 fn check(name: &str, loss: &GroupLoss, expected: f64, slopes: &[Vec<f32>]) {
     let terms = loss.terms as f64;
@@ -80,7 +80,7 @@ fn advantages_of_groups_agree_with_the_reference() {
         let values = load(name);
         let rewards: Vec<f64> = list(&values, "rewards0").into_iter().map(f64::from).collect();
         let (old, reference) = (rows(&values, "old_logps_tok"), rows(&values, "ref_logps_tok"));
-        // The reference charges β·KL and takes the whole reward.
+        // The reference charges β·KL and uses the complete reward.
         let kl = Kl { coef, ..NO_KL };
         let returns: Vec<f64> =
             (0..rewards.len()).map(|i| kl.sequence_return(rewards[i] / (1.0 - coef), &old[i], &reference[i])).collect();
@@ -96,7 +96,7 @@ fn advantages_of_groups_agree_with_the_reference() {
     assert_eq!(group_normalised(&[1.0, 4.0], false), [-1.5, 1.5]);
 }
 
-/// GRPO, Dr.GRPO, DAPO, with and without the KL in the loss.
+/// GRPO, Dr.GRPO and DAPO, with and without the KL in the loss.
 #[test]
 fn the_grpo_family_agrees_with_the_reference() {
     let even = Clip { low: 0.2, high: 0.2, level: Level::Token };
@@ -117,7 +117,7 @@ fn the_grpo_family_agrees_with_the_reference() {
         let loss = Surrogate { clip: Some(clip), average, kl, ..PLAIN }.loss(&group, &advantages);
         check(name, &loss, expected, &rows(&values, "grad_logps"));
         let tokens = policy.iter().map(Vec::len).sum::<usize>() as f64;
-        // The reference counts what lies outside the bounds on the side where the clip acts.
+        // The reference counts values outside the bounds on the side where the clip has an effect.
         let share = [("grpo", 0.360_655_725), ("dapo", 0.229_508_191)].iter().find(|(case, _)| *case == name);
         if let Some((_, share)) = share {
             assert!((loss.clipped as f64 / tokens - share).abs() < 1e-6, "{name}: {} clipped", loss.clipped);
@@ -136,7 +136,7 @@ fn rloo_agrees_with_the_reference() {
         let loss = Surrogate { clip, ..PLAIN }.loss(&view(&old, &policy), &advantages);
         check(name, &loss, expected, &rows(&values, "grad_logps"));
     }
-    // On-policy, the form without a clip has the same slopes.
+    // On-policy, the form without a clip has the same gradients.
     let values = load("losses/rloo_on_policy.safetensors");
     let (policy, advantages) = (rows(&values, "logps"), list(&values, "advantages"));
     let n = policy.len();
@@ -152,7 +152,7 @@ fn rloo_agrees_with_the_reference() {
     }
 }
 
-/// The reference looks at one state more than there are tokens: its values, returns and rewards go one past the end.
+/// The reference has one state more than tokens: its values, returns and rewards extend one past the end.
 #[test]
 fn ppo_agrees_with_the_reference() {
     let values = load("losses/ppo_k1.safetensors");
@@ -168,7 +168,7 @@ fn ppo_agrees_with_the_reference() {
     let kl = Kl { coef: 0.05, ..NO_KL };
     let mut advantages = Vec::new();
     for i in 0..ends.len() {
-        // What the tokens are charged, and the score where it stands there.
+        // Per-token KL penalties, plus the score at the last position.
         let mut ours: Vec<f64> = behaviour[i].iter().zip(&reference[i]).map(|(b, r)| -kl.in_reward(*b, *r)).collect();
         ours.resize(rewards[i].len(), 0.0);
         *ours.last_mut().unwrap() += f64::from(scores[i]);
@@ -200,7 +200,7 @@ fn ppo_agrees_with_the_reference() {
     assert!((total / count - f64::from(list(&values, "vf_loss")[0])).abs() < 1e-5);
 }
 
-/// Every correction with every average, clipped and not, with a KL in the loss and without, against PyTorch.
+/// Every correction with every average, with and without the clip and the KL in the loss, against PyTorch.
 #[test]
 fn off_policy_corrections_agree_with_pytorch() {
     let text = std::fs::read_to_string(fixture("losses/corrected.json")).unwrap();
@@ -253,9 +253,9 @@ fn off_policy_corrections_agree_with_pytorch() {
     }
 }
 
-/// The value form: with V = Z the policy has nothing to learn, and the value loss is zero with a zero slope.
+/// The value loss: with V = Z the policy has no gradient, and the value loss and its gradient are zero.
 #[test]
-fn a_perfect_baseline_leaves_nothing() {
+fn a_perfect_baseline_leaves_no_gradient() {
     let algorithm = Reinforce { surrogate: Surrogate { kl: Kl { coef: 0.1, ..NO_KL }, ..PLAIN } };
     let (behaviour, reference) = (vec![vec![-1.0f32, -2.0]], vec![vec![-1.5f32, -1.0]]);
     // Z_2 = 0.9·3 − 0.1·(−1) = 2.8 ; Z_1 = 2.8 − 0.1·0.5 = 2.75.
@@ -270,9 +270,9 @@ fn a_perfect_baseline_leaves_nothing() {
     assert!(max_abs_difference(&loss.d_value[0], &[-2.0, 2.0]) < 1e-5);
 }
 
-/// Whitened rewards are those of the batch, not of the group; whitened advantages have mean 0 and variance 1 over tokens.
+/// Rewards are whitened over the batch, not the group; whitened advantages have mean 0 and variance 1 over tokens.
 #[test]
-fn whitening_spans_the_batch() {
+fn whitening_covers_the_batch() {
     let tokens = vec![vec![-1.0f32], vec![-1.0; 3]];
     let plain = view(&tokens, &tokens);
     let batch = [GroupView { rewards: &[1.0, 2.0], ..plain }, GroupView { rewards: &[3.0, 6.0], ..plain }];
@@ -282,7 +282,7 @@ fn whitening_spans_the_batch() {
         assert!(algorithm.needs_batch());
         algorithm.targets(&batch).into_iter().map(|targets| targets.advantages.concat()).collect::<Vec<_>>()
     };
-    // Sample variance of 1, 2, 3, 6 is 14/3; within a group the mean goes.
+    // The sample variance of 1, 2, 3, 6 is 14/3; the mean is removed within a group.
     let unit = (14f32 / 3.0).sqrt().recip();
     let expected =
         [[-0.5 * unit, 0.5 * unit, 0.5 * unit, 0.5 * unit], [-1.5 * unit, 1.5 * unit, 1.5 * unit, 1.5 * unit]];
@@ -346,7 +346,7 @@ fn online_dpo_agrees_with_the_reference() {
                 assert!(max_abs_difference(&ours, theirs) < 1e-5, "{name}: {ours:?} against {theirs:?}");
             }
         }
-        // The label of ½ asks for indifference when it is soft, and for nothing when it is hard.
+        // A soft label of ½ pulls towards indifference; a hard one has no effect.
         let even = [(0, 4, 0.5)];
         let loss = |soft| {
             let algorithm = OnlineDpo { beta: 0.1, soft, form };
@@ -358,9 +358,9 @@ fn online_dpo_agrees_with_the_reference() {
     }
 }
 
-/// A token of older weights is charged for where the policy is now: 0.9·1 − 0.1·(ln π_prox − ln π_ref).
+/// The reward's KL of a stale token is that of the proximal policy: 0.9·1 − 0.1·(ln π_prox − ln π_ref).
 #[test]
-fn the_distance_in_the_reward_is_that_of_the_weights_the_batch_arrived_at() {
+fn the_kl_in_the_reward_is_that_of_the_proximal_policy() {
     let [behaviour, proximal, reference] = [-1.0, -2.0, -1.5].map(|logprob| vec![vec![logprob]]);
     let group =
         GroupView { rewards: &[1.0], reference: &reference, proximal: &proximal, ..view(&behaviour, &proximal) };

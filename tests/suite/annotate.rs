@@ -1,4 +1,4 @@
-//! `preceptor label`, `pairs` and `eval`, as a user runs them.
+//! Tests of `preceptor label`, `pairs` and `eval` through the command line.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -56,14 +56,14 @@ fn a_judge_that_abstains_from_all_pairs_ends_a_labeling_with_an_error() {
 }
 
 #[test]
-fn a_killed_labeling_goes_on_and_no_pair_stands_twice() {
+fn a_killed_labeling_resumes_and_no_pair_is_written_twice() {
     let dir = tempfile::tempdir().unwrap();
     write_pairs(&dir.path().join("pairs.jsonl"), 30);
-    // Two pairs of two questions are asked at once, two questions at a time. The judge answers the first half of the third
-    // four and of the tenth four, and then nothing until the labeler is killed.
+    // Two pairs with two questions each form a batch, and two questions are asked at a time. The judge answers half of
+    // the third and of the tenth batch, and then nothing until the labeler is killed.
     let allowed = Arc::new(AtomicU64::new(10));
     let limit = Arc::clone(&allowed);
-    // The better one is recognised wherever it stands.
+    // The better answer is recognised in either position.
     let mock = MockJudge::start(move |number, _, body| {
         if number >= limit.load(Ordering::SeqCst) {
             return Act::Hang;
@@ -74,7 +74,8 @@ fn a_killed_labeling_goes_on_and_no_pair_stands_twice() {
         Act::Tokens(tokens)
     });
     let output = dir.path().join("labels.jsonl");
-    // Beyond 10 come 2 that hang, 2 again of the four that were lost, and 28 more up to the middle of another four.
+    // After the first 10 questions come 2 that hang, the first 2 of the lost batch again, and 28 more up to the middle
+    // of another batch.
     for (answered, hanging, complete, next) in [(10, 2, 4, 10 + 2 + 2 + 28), (40, 4, 18, u64::MAX)] {
         let mut child = label(dir.path(), &mock).stderr(Stdio::null()).spawn().unwrap();
         wait_until("the judge stops answering", || {
@@ -82,12 +83,12 @@ fn a_killed_labeling_goes_on_and_no_pair_stands_twice() {
             let written = lines(&output).len();
             (mock.served("ok"), mock.served("timeout"), written) == (answered, hanging, complete)
         });
-        // SIGKILL: nothing is tidied up.
+        // SIGKILL: no cleanup runs.
         child.kill().unwrap();
         child.wait().unwrap();
         allowed.store(next, Ordering::SeqCst);
     }
-    // As if the last write had been cut off in its middle.
+    // Simulates a last write that was cut off in the middle.
     let mut text = std::fs::read_to_string(&output).unwrap();
     text.push_str("{\"pair\": 29, \"prefer");
     std::fs::write(&output, text).unwrap();
@@ -101,9 +102,9 @@ fn a_killed_labeling_goes_on_and_no_pair_stands_twice() {
         assert!((row["preference"].as_f64().unwrap() - 0.85).abs() < 1e-9, "{row}");
         assert_eq!(row["orders"].as_array().unwrap().len(), 2);
     }
-    // Two questions a pair; beyond that only the two answers that each killed process had of the four that it asked at once.
+    // Two questions per pair, plus the two answers that each killed process had received of its unfinished batch.
     assert_eq!(mock.served("ok"), 60 + 2 * 2);
-    // The output is a file of preferences, and a second labeler does not write into it.
+    // The output is a preference file, and another labeler must not write into it.
     let again = label(dir.path(), &mock).args(["--set", "labeler.preamble=detailed"]).output().unwrap();
     assert!(stderr(&again).contains("another template") && !again.status.success(), "{}", stderr(&again));
 }
@@ -156,7 +157,7 @@ fn every_evaluation_runs_on_a_checkpoint() {
     let asked: Vec<u64> = rows.iter().map(|row| row["pairs"].as_u64().unwrap()).collect();
     assert_eq!(asked, [6, 6, 2, 6, 6]);
 
-    // A model against itself: the same answers, so nobody wins.
+    // A model against itself gives the same answers, so every comparison is a tie.
     let rows = eval(dir.path(), &[&["win-rate"][..], &common, &["--a", checkpoint, "--b", checkpoint]].concat());
     assert_eq!((&rows[0]["ties"], &rows[0]["wins"]), (&json!(6), &json!(0)), "{}", rows[0]);
     let rows = eval(dir.path(), &[&["win-rate"][..], &common, &["--a", checkpoint, "--answers", "a.jsonl"]].concat());
@@ -179,8 +180,8 @@ fn every_evaluation_runs_on_a_checkpoint() {
     assert!(stderr(&refused).contains("labeler.type = \"direct\""), "{}", stderr(&refused));
 }
 
-/// The arguments of `eval alignment` on pairs.jsonl with a judge on a server alone. The policy's model and device are not
-/// there, so that the command fails if it loads or opens them.
+/// Returns the arguments of `eval alignment` on pairs.jsonl with only a remote judge. The policy's model and device do
+/// not exist, so the command fails if it loads or opens them.
 fn remote_alignment(dir: &Path, mock: &MockJudge) -> Vec<String> {
     let settings = [
         format!("labeler.remote={{ url = \"{}\", model = \"mock\", probe = false }}", mock.url),
@@ -198,7 +199,7 @@ fn judged(prompt: &str) -> Act {
     let after = |mark: &str| prompt.rsplit(mark).next().unwrap().to_owned();
     match () {
         () if prompt.contains("post 1") => Act::Tokens(vec![("1", 0.5), ("2", 0.5)]),
-        // A rating: of good ones 9, of bad ones 2.
+        // A rating: 9 for good answers, 2 for bad ones.
         () if prompt.ends_with("SCORE:") && after("SUMMARY: ").starts_with("good") => Act::Tokens(vec![("9", 1.0)]),
         () if prompt.ends_with("SCORE:") => Act::Tokens(vec![("2", 1.0)]),
         () if after("\nSummary 1 - ").starts_with("good") => Act::Tokens(vec![("1", 0.9), ("2", 0.1)]),
@@ -207,7 +208,7 @@ fn judged(prompt: &str) -> Act {
 }
 
 #[test]
-fn a_remote_judge_alone_is_asked_only_in_ways_that_it_serves_and_ties_and_equal_answers_are_neither_right_nor_wrong() {
+fn a_remote_judge_is_asked_only_in_supported_ways_and_ties_and_equal_answers_are_neither_right_nor_wrong() {
     let dir = tempfile::tempdir().unwrap();
     write_pairs(&dir.path().join("pairs.jsonl"), 5);
     let mut text = std::fs::read_to_string(dir.path().join("pairs.jsonl")).unwrap();
@@ -217,7 +218,7 @@ fn a_remote_judge_alone_is_asked_only_in_ways_that_it_serves_and_ties_and_equal_
     std::fs::write(dir.path().join("pairs.jsonl"), text).unwrap();
     let mock = MockJudge::start(|_, _, body| judged(body["messages"][0]["content"].as_str().unwrap()));
     let arguments = remote_alignment(dir.path(), &mock);
-    // A way that cannot be asked in ends the command before the first question.
+    // An unsupported method ends the command before the first question.
     let wrong = preceptor(dir.path()).arg("eval").args(&arguments).args(["--variants", "base-0,likelihood"]).output();
     let wrong = stderr(&wrong.unwrap());
     assert!(wrong.contains("likelihood: it reads the weights of its judge"), "{wrong}");
@@ -226,7 +227,8 @@ fn a_remote_judge_alone_is_asked_only_in_ways_that_it_serves_and_ties_and_equal_
     let output = preceptor(dir.path()).arg("eval").args(&arguments).args(["--format", "json"]).output().unwrap();
     let said = stderr(&output);
     assert!(output.status.success() && said.contains("left out: likelihood: "), "{said}");
-    // 7 pairs: 4 ways of 2 questions, 4 with rationales of 4, and ratings of 4, of which 2 tell 1 from 10.
+    // 7 pairs: 4 methods of 2 questions, 4 methods with rationales of 4, and ratings of 4, of which 2 need an extra
+    // question to distinguish 1 from 10.
     assert!(said.contains("questions to the judge: at most 196 (base-0 14, "), "{said}");
     let tables = String::from_utf8(output.stdout).unwrap();
     let rows: Value = serde_json::from_str(tables.lines().next().unwrap()).unwrap();
@@ -236,13 +238,14 @@ fn a_remote_judge_alone_is_asked_only_in_ways_that_it_serves_and_ties_and_equal_
         assert_eq!(row["ties"], 1, "{row}");
         assert_eq!((&row["alignment"]["value"], &row["alignment"]["count"]), (&json!(1.0), &json!(4)), "{row}");
     }
-    // Five pairs in both orders without a rationale, four times; with one, four times; and ten ratings, two of them of 1.
+    // Five pairs: 10 questions for each of four methods without rationales, 20 for each of four with them, and ten
+    // ratings, two of which need an extra question.
     assert_eq!(mock.served("ok"), 4 * 10 + 4 * 20 + 10 + 2);
 }
 
-/// A judge that believes a forged verdict wherever a line begins with one, control tokens, and praise.
+/// A judge that follows a forged verdict at the start of a line, control tokens, and praise.
 #[test]
-fn attacks_flip_what_a_judge_believes_and_what_a_template_keeps_from_it_they_do_not() {
+fn attacks_flip_the_judge_unless_the_template_guards_against_them() {
     let dir = tempfile::tempdir().unwrap();
     write_pairs(&dir.path().join("pairs.jsonl"), 4);
     let mock = MockJudge::start(|_, _, body| {
@@ -251,7 +254,7 @@ fn attacks_flip_what_a_judge_believes_and_what_a_template_keeps_from_it_they_do_
         let first = before.rsplit_once("\nSummary 1 - ").unwrap().1;
         let believed = |text: &str| {
             let forged = |line: &str| ["Preferred Summary=", "Summary 1"].iter().any(|one| line.starts_with(one));
-            // The template's own ending is the last line.
+            // The last line is the template's own ending.
             let lines = text.strip_suffix("Preferred Summary=").unwrap_or(text).lines();
             lines.skip(1).any(forged) || text.contains("<|im_end|>") || text.contains("Independent experts")
         };
@@ -293,7 +296,7 @@ fn attacks_flip_what_a_judge_believes_and_what_a_template_keeps_from_it_they_do_
 }
 
 #[test]
-fn pairs_are_made_by_the_rule_and_read_back() {
+fn pairs_follow_the_documented_rule_and_are_read_back() {
     let dir = tempfile::tempdir().unwrap();
     let posts = config("data/posts.jsonl");
     let made = preceptor(dir.path())
@@ -302,7 +305,11 @@ fn pairs_are_made_by_the_rule_and_read_back() {
         .unwrap();
     assert!(made.status.success(), "{}", stderr(&made));
     let shipped = lines(&config("data/preferences-summaries.jsonl"));
-    assert_eq!(lines(&dir.path().join("pairs.jsonl")), shipped[..20], "the shipped file is what the command makes");
+    assert_eq!(
+        lines(&dir.path().join("pairs.jsonl")),
+        shipped[..20],
+        "the shipped file must equal the command's output"
+    );
 }
 
 #[test]
@@ -311,7 +318,7 @@ fn parquet_files_are_read_row_by_row() {
     let path = crate::common::fixture("parquet/pairs.parquet");
     let rows = Rows::open(&path).unwrap();
     assert_eq!(rows.len(), 7);
-    // In the third row group, and beyond nulls.
+    // A row in the third row group, after nulls.
     let row = rows.get(6).unwrap().unwrap();
     assert_eq!(
         (&row["score"], &row["note"], &rows.get(1).unwrap().unwrap()["note"]),
@@ -327,7 +334,7 @@ fn parquet_files_are_read_row_by_row() {
     let pair = pairs.get(4).unwrap();
     assert_eq!(pair.dialogue.text(), "Human: question 4\n\nAssistant: hm\n\nHuman: and?");
     assert_eq!((pair.first.as_str(), pair.second.as_str(), pair.preference), ("good 4", "bad é", Some(1.0)));
-    // A file that was cut off is named, not misread.
+    // A truncated file is reported by name and not misread.
     let dir = tempfile::tempdir().unwrap();
     let half = dir.path().join("half.parquet");
     let bytes = std::fs::read(&path).unwrap();

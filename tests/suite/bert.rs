@@ -1,4 +1,5 @@
-//! The sentence embedder against reference values from an independent implementation (tests/fixtures/README.md).
+//! Tests of the sentence embedder against reference values from an independent implementation
+//! (tests/fixtures/README.md).
 
 use std::path::Path;
 
@@ -16,7 +17,7 @@ fn reference(name: &str) -> Vec<Vec<f32>> {
     all[name].to_vec2().unwrap()
 }
 
-/// A copy of the fixture that a test may change.
+/// Returns a copy of the fixture that a test may change.
 fn copy() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json"] {
@@ -28,7 +29,7 @@ fn copy() -> tempfile::TempDir {
 fn check(dir: &Path, expected: &[Vec<f32>]) {
     let embedder = Embedder::from_directory(dir, &Device::Cpu).unwrap();
     let texts = texts();
-    // Many times over, so that there is more than fits into one row.
+    // Repeated many times, so that the texts do not fit into one row.
     let many: Vec<&str> = (0..12).flat_map(|_| &texts).map(String::as_str).collect();
     let together = embedder.embed(&many).unwrap();
     assert_eq!(together.len(), many.len());
@@ -47,7 +48,7 @@ fn embeddings_agree_with_the_reference() {
 }
 
 #[test]
-fn texts_are_cut_where_the_model_says() {
+fn texts_are_truncated_at_the_models_limit() {
     let dir = copy();
     for (length, expected) in [(10, "embeddings_of_ten"), (4096, "embeddings")] {
         let config = format!("{{ \"max_seq_length\": {length} }}");
@@ -57,7 +58,7 @@ fn texts_are_cut_where_the_model_says() {
 }
 
 #[test]
-fn names_may_begin_with_the_models() {
+fn tensor_names_may_begin_with_the_models_prefix() {
     let dir = copy();
     let path = dir.path().join("model.safetensors");
     let plain = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
@@ -82,12 +83,12 @@ fn the_identity_is_that_of_the_weights() {
 }
 
 #[test]
-fn states_that_are_not_finite_are_refused() {
+fn non_finite_states_are_refused() {
     let dir = copy();
     let path = dir.path().join("model.safetensors");
     let mut weights = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
     let bias = weights.get_mut("encoder.layer.1.output.LayerNorm.bias").unwrap();
-    // Finite weights, whose states are too large to be added up.
+    // Finite weights whose states overflow when summed.
     *bias = bias.zeros_like().unwrap().affine(1.0, 3e38).unwrap();
     candle_core::safetensors::save(&weights, &path).unwrap();
     let error = Embedder::from_directory(dir.path(), &Device::Cpu).unwrap().embed(&["a cat"]).unwrap_err().to_string();
@@ -95,7 +96,7 @@ fn states_that_are_not_finite_are_refused() {
 }
 
 #[test]
-fn what_cannot_embed_is_refused() {
+fn directories_that_cannot_embed_are_refused() {
     let refused = |file: &str, content: &str, word: &str| {
         let dir = copy();
         let path = dir.path().join(file);

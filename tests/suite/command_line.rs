@@ -1,4 +1,4 @@
-//! The command line: which keys each command needs, and what stands for a path.
+//! Tests of the command line: the keys that each command needs, and the meaning of paths.
 
 use std::path::Path;
 use std::process::Output;
@@ -11,7 +11,7 @@ fn run(dir: &Path, args: &[&str]) -> Output {
 }
 
 #[test]
-fn label_and_eval_need_no_keys_of_training() {
+fn label_and_eval_need_no_training_keys() {
     let dir = tempfile::tempdir().unwrap();
     let judge = MockJudge::start(|_, _, _| Act::Tokens(vec![("1", 0.9), ("2", 0.1)]));
     let text = format!(
@@ -28,7 +28,7 @@ fn label_and_eval_need_no_keys_of_training() {
     let alignment = ["eval", "alignment", "judge.toml", "--input", "pairs.jsonl", "--variants", "configured"];
     let output = run(dir.path(), &alignment);
     assert!(output.status.success(), "{}", stderr(&output));
-    // The policy would judge, and there is none.
+    // The policy would be the judge, and none is configured.
     let output = run(dir.path(), &["label", "local.toml", "--input", "pairs.jsonl", "--output", "other.jsonl"]);
     assert!(stderr(&output).contains("policy.model, which judges then, is missing"), "{}", stderr(&output));
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
@@ -41,7 +41,7 @@ fn label_and_eval_need_no_keys_of_training() {
 }
 
 #[test]
-fn every_command_ends_with_status_2_when_its_input_is_refused() {
+fn every_command_exits_with_status_2_when_its_input_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let judge = MockJudge::start(|_, _, _| Act::Tokens(vec![("1", 0.9), ("2", 0.1)]));
     let text = format!(
@@ -69,7 +69,7 @@ fn every_command_ends_with_status_2_when_its_input_is_refused() {
 }
 
 #[test]
-fn a_hub_that_cannot_be_reached_may_be_reached_later() {
+fn an_unreachable_hub_is_a_temporary_failure() {
     let dir = tempfile::tempdir().unwrap();
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let offline = config("offline.toml");
@@ -87,7 +87,7 @@ fn a_hub_that_cannot_be_reached_may_be_reached_later() {
 }
 
 #[test]
-fn a_refused_run_leaves_its_directory_to_the_next() {
+fn a_refused_run_leaves_its_directory_usable() {
     let dir = tempfile::tempdir().unwrap();
     let offline = config("offline.toml");
     let train = |more: &[&str]| {
@@ -138,7 +138,7 @@ fn a_tilde_is_the_home_directory() {
 }
 
 #[test]
-fn the_directory_of_a_run_is_its_latest_checkpoint() {
+fn a_run_directory_stands_for_its_latest_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let output = train(dir.path(), &["run.steps=2"]);
     assert!(output.status.success(), "{}", stderr(&output));

@@ -1,4 +1,4 @@
-//! What the tests share.
+//! Helpers shared by the tests.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// How long a test waits for something that must come. No assertion depends on how soon it comes.
+/// Maximum time that a test waits for an event that must occur. No assertion depends on how soon it occurs.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
 pub fn fixture(name: &str) -> PathBuf {
@@ -22,14 +22,14 @@ pub fn max_abs_difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-/// The program, about to be started in `dir`.
+/// Returns the program's command, to be started in `dir`.
 pub fn preceptor(dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_preceptor"));
     command.current_dir(dir);
     command
 }
 
-/// The command of a small offline training run in `dir/run` with a few overrides, no server.
+/// Returns the command of a small offline training run in `dir/run` with a few overrides and no server.
 pub fn training(dir: &Path, overrides: &[&str]) -> Command {
     let mut command = preceptor(dir);
     command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
@@ -37,17 +37,17 @@ pub fn training(dir: &Path, overrides: &[&str]) -> Command {
     command
 }
 
-/// Such a run to its end.
+/// Executes such a run to its end.
 pub fn train(dir: &Path, overrides: &[&str]) -> Output {
     training(dir, overrides).output().unwrap()
 }
 
-/// Such a run, resumed.
+/// Resumes such a run to its end.
 pub fn resume(dir: &Path, overrides: &[&str]) -> Output {
     training(dir, overrides).arg("--resume").output().unwrap()
 }
 
-/// Overrides that make the offline run a matter of seconds.
+/// Overrides that shorten the offline run to seconds.
 pub fn small() -> impl Iterator<Item = &'static str> {
     [
         "run.steps=4",
@@ -61,7 +61,7 @@ pub fn small() -> impl Iterator<Item = &'static str> {
     .flat_map(|one| ["--set", one])
 }
 
-/// Steps of a run's `metrics.jsonl`, clock figures left out.
+/// Returns the steps of a run's `metrics.jsonl`, without time-dependent values.
 pub fn metrics(run: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     text.lines()
@@ -87,7 +87,7 @@ pub fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// DeviceReplicas the directory `from` to `to`, which is made.
+/// Copies the directory `from` to `to`, which is created.
 pub fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
@@ -101,7 +101,7 @@ pub fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Numbers of the groups that were trained, in order, as the journal of `run` has them.
+/// Returns the numbers of the trained groups, in order, from the journal of `run`.
 pub fn trained(run: &Path) -> Vec<u64> {
     let mut seqs = Vec::new();
     for entry in preceptor::run::journal::Journal::open(run).unwrap() {
@@ -112,7 +112,7 @@ pub fn trained(run: &Path) -> Vec<u64> {
     seqs
 }
 
-/// Compares the file at `name` with `text`, which is written there where `PRECEPTOR_WRITE` is set.
+/// Compares the file at `name` with `text`, or writes it if `PRECEPTOR_WRITE` is set.
 #[track_caller]
 pub fn is_generated(name: &str, text: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);

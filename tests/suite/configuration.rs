@@ -1,4 +1,4 @@
-//! The generated documents of the configuration.
+//! Tests of the generated configuration documents.
 
 use preceptor::config::reference;
 

@@ -1,5 +1,5 @@
-//! The model on a CUDA device against the same model on the CPU. Compiled with the feature `cuda` alone. Where there is
-//! no device a test checks nothing, and says so: `benches/cuda/run.sh` counts these lines.
+//! Tests of the model on a CUDA device against the same model on the CPU. Compiled only with the feature `cuda`.
+//! Without a device a test checks nothing and prints that: `benches/cuda/run.sh` counts these lines.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -15,14 +15,14 @@ use preceptor::lm::model::{
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, Sampled, generate};
 
-/// The first device. All tests share it, as actors do.
+/// Returns the first device, which all tests share, as actors do.
 fn device(test: &str) -> Option<Device> {
     static DEVICE: OnceLock<std::result::Result<Device, String>> = OnceLock::new();
     let opened = DEVICE.get_or_init(|| preceptor::util::device::open("cuda:0").map_err(|error| format!("{error:#}")));
     match opened {
         Ok(device) => Some(device.clone()),
         Err(error) => {
-            // Past the test harness, which keeps what a passing test prints to itself.
+            // Bypasses the test harness, which does not show the output of a passing test.
             let line = format!("skipped: no CUDA device, {test} checks nothing ({error})\n");
             std::io::stderr().write_all(line.as_bytes()).unwrap();
             None
@@ -51,7 +51,7 @@ fn tiny() -> ModelConfig {
     }
 }
 
-/// A Llama, the same with adapters that do something, and a Gemma 2 whose caps and window bite and whose head is its own.
+/// A Llama, the same with effective adapters, and a Gemma 2 with effective caps and window and a separate head.
 fn cases() -> [Case; 3] {
     let llama = tiny();
     let gemma = ModelConfig {
@@ -85,14 +85,14 @@ impl Case {
         Decoder::with_adapters(&self.config, &weights, self.lora.as_ref()).unwrap()
     }
 
-    /// What the learner trains, and its variables.
+    /// Returns the learner's model and its variables.
     fn trainable(&self, device: &Device) -> (Decoder, Vec<(String, Var)>) {
         let model = self.model(device, DType::F32);
         self.lora.as_ref().map_or_else(|| model.trainable(true), |lora| model.adapted(lora, 0)).unwrap()
     }
 }
 
-/// Reproducible values within ±`size`.
+/// Returns reproducible values within ±`size`.
 fn values(seed: u64, shape: &[usize], size: f64) -> Tensor {
     let count: usize = shape.iter().product();
     let value = |i: usize| (((i as f64 + 1.7) * 12.9898 + seed as f64 * 78.233).sin() * 43_758.545).fract() * size;
@@ -114,7 +114,7 @@ fn logits(model: &Decoder, pack: &Pack) -> Result<Tensor> {
     model.logits(&model.hidden(&pack.ids, &pack.positions, &mut attention)?)
 }
 
-/// A loss in which every target and every entropy has a slope of its own.
+/// A loss in which every target and every entropy has a different gradient.
 fn backward(model: &Decoder, params: &[(String, Var)], gradients: &mut Gradients) {
     let pack = pack();
     let (logprobs, entropy) = model.logprobs(&pack, 0.8).unwrap();
@@ -124,7 +124,7 @@ fn backward(model: &Decoder, params: &[(String, Var)], gradients: &mut Gradients
     assert_eq!(found, params.len(), "some variables receive no gradient");
 }
 
-/// |got − want| / |want|.
+/// Returns |got − want| / |want|.
 fn distance(got: &Tensor, want: &Tensor) -> f64 {
     assert_eq!(got.dims(), want.dims());
     let host = |tensor: &Tensor| -> Vec<f64> {
@@ -145,9 +145,9 @@ fn close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
 }
 
 #[test]
-fn the_memory_of_the_card_is_told() {
+fn the_devices_memory_is_reported() {
     assert_eq!(preceptor::util::device::memory(&Device::Cpu), None);
-    let Some(device) = device("the_memory_of_the_card_is_told") else { return };
+    let Some(device) = device("the_devices_memory_is_reported") else { return };
     let held = Tensor::zeros(1 << 28, DType::F32, &device).unwrap();
     device.synchronize().unwrap();
     let memory = preceptor::util::device::memory(&device).unwrap();
@@ -194,7 +194,7 @@ fn every_gradient_agrees_with_the_cpu() {
 #[test]
 fn adamw_steps_agree_with_the_cpu() {
     let Some(device) = device("adamw_steps_agree_with_the_cpu") else { return };
-    // A larger ε than usual: where a gradient is mere rounding, the step would be its sign.
+    // A larger ε than usual: if a gradient is only rounding noise, the step would otherwise be its sign.
     let config = AdamWConfig { eps: 1e-3, weight_decay: 0.01, ..AdamWConfig::default() };
     for case in cases() {
         let [here, there] = [&Device::Cpu, &device].map(|device| {
@@ -297,10 +297,11 @@ fn an_encoder_agrees_with_the_cpu() {
     close("hidden states", &there, &here, 1e-4);
 }
 
-/// What the learner's thread writes, and hands on without waiting for the device, is what other threads read.
+/// Other threads must read the weights that the learner's thread wrote, although it does not wait for the device before
+/// publishing.
 #[test]
-fn a_snapshot_is_whole_in_another_thread() {
-    let Some(device) = device("a_snapshot_is_whole_in_another_thread") else { return };
+fn a_snapshot_is_complete_in_another_thread() {
+    let Some(device) = device("a_snapshot_is_complete_in_another_thread") else { return };
     let config = ModelConfig { hidden_size: 512, intermediate_size: 1024, head_dim: 128, layers: 4, ..tiny() };
     let weights = Weights::scratch(&config, 0.05, 3, &device).unwrap();
     let (model, params) = Decoder::new(&config, &weights).unwrap().trainable(true).unwrap();
@@ -319,10 +320,10 @@ fn a_snapshot_is_whole_in_another_thread() {
     }
 }
 
-/// What passes to a stream of its own is a copy: whole, and the learner's next steps do not show in it.
+/// A copy on a separate stream is complete, and unaffected by the learner's next steps.
 #[test]
-fn a_copy_on_another_stream_is_whole() {
-    let Some(device) = device("a_copy_on_another_stream_is_whole") else { return };
+fn a_copy_on_another_stream_is_complete() {
+    let Some(device) = device("a_copy_on_another_stream_is_complete") else { return };
     let other = preceptor::util::device::open("cuda:0").unwrap();
     let config = ModelConfig { hidden_size: 512, intermediate_size: 1024, head_dim: 128, layers: 4, ..tiny() };
     let weights = Weights::scratch(&config, 0.05, 3, &device).unwrap();
@@ -339,7 +340,7 @@ fn a_copy_on_another_stream_is_whole() {
             let (other, device) = (&other, &device);
             let reader = scope.spawn(move || {
                 let copy = copies.of(&snapshot).unwrap();
-                // Its memory is free for the learner's next step.
+                // The snapshot's memory is free for the learner's next step.
                 drop(snapshot);
                 assert!(copy.device().same_device(other) && !copy.device().same_device(device));
                 (0..5).map(|_| read(&copy)).collect::<Vec<_>>()
@@ -386,10 +387,10 @@ fn steps_in_half_precision_are_near_those_in_single_precision() {
     }
 }
 
-/// Rows stay on the device while tokens are drawn from them.
+/// Rows stay on the device while tokens are sampled from them.
 #[test]
-fn a_draw_on_the_device_is_the_hosts() {
-    let Some(device) = device("a_draw_on_the_device_is_the_hosts") else { return };
+fn sampling_on_the_device_equals_sampling_on_the_host() {
+    let Some(device) = device("sampling_on_the_device_equals_sampling_on_the_host") else { return };
     let rows = values(5, &[4, 1300], 3.0);
     let draw =
         |rows: &Tensor| kernels::draw_from_rows(rows, rows.dim(1).unwrap(), 0.8, &[0.1, 0.4, 0.7, 0.999]).unwrap();

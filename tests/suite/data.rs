@@ -1,4 +1,4 @@
-//! Data as people have it: what the program makes of it, and what it refuses.
+//! Tests of common data formats: how the program reads them, and which it refuses.
 
 use std::path::Path;
 
@@ -21,7 +21,7 @@ fn train_on(dir: &Path, name: &str, rows: impl AsRef<[u8]>, overrides: &[&str]) 
     train(dir, &[&[&*data][..], &few, overrides].concat())
 }
 
-/// Prompts of the run in `dir`, as samples.jsonl has them.
+/// Returns the prompts of the run in `dir` from samples.jsonl.
 fn prompts(dir: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(dir.join("run/samples.jsonl")).unwrap();
     let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
@@ -61,7 +61,7 @@ fn the_answer_of_a_conversation_is_not_part_of_its_prompt() {
 }
 
 #[test]
-fn the_last_answer_of_a_conversation_is_what_fine_tuning_learns() {
+fn fine_tuning_trains_on_the_last_answer_of_a_conversation() {
     let dir = tempfile::tempdir().unwrap();
     let rows = lines(&[
         json!({ "messages": [{ "role": "user", "content": "u" }, { "role": "assistant", "content": "gold" }] }),
@@ -71,7 +71,7 @@ fn the_last_answer_of_a_conversation_is_what_fine_tuning_learns() {
 }
 
 #[test]
-fn bad_rows_are_listed_or_left_out_and_counted() {
+fn bad_rows_are_listed_or_skipped_and_counted() {
     let bad = (0..12).map(|i| json!({ "prompt": [{ "role": "narrator", "content": format!("{i}") }] }));
     let rows: Vec<Value> = std::iter::once(json!({ "prompt": "good" })).chain(bad).collect();
     let dir = tempfile::tempdir().unwrap();
@@ -83,13 +83,13 @@ fn bad_rows_are_listed_or_left_out_and_counted() {
     assert!(output.status.success(), "{}", stderr(&output));
     said(&output, &["12 rows are left out", "a.jsonl:2: ", "and 2 more"]);
     assert!(prompts(dir.path()).iter().all(|prompt| prompt == "good"));
-    // Where nothing is left, the rows are the error.
+    // If no row is left, the faulty rows are the error.
     let output = train_on(dir.path(), "b.jsonl", lines(&rows[1..]), &["data.on_bad=skip"]);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     said(&output, &["b.jsonl:1: "]);
 }
 
-/// Leaving bad rows out does not leave out what `data.on_long` refuses.
+/// Skipping bad rows does not skip rows that `data.on_long` refuses.
 #[test]
 fn a_prompt_that_is_too_long_is_not_a_bad_row() {
     let dir = tempfile::tempdir().unwrap();
@@ -104,7 +104,7 @@ fn a_prompt_that_is_too_long_is_not_a_bad_row() {
 }
 
 #[test]
-fn fields_that_are_missing_or_empty_are_named_with_the_key_to_set() {
+fn missing_or_empty_fields_are_reported_with_the_key_to_set() {
     for (row, words) in [
         (
             json!({ "question": "q", "answer": "a" }),
@@ -138,7 +138,7 @@ fn a_system_message_of_the_data_is_used_once() {
     said(&output, &["data.system", "data.chat = false"]);
 }
 
-/// The tokenizer of bytes puts no token before a document, so that an empty prompt has none of its own.
+/// The byte tokenizer puts no token before a document, so that an empty prompt has no tokens.
 #[test]
 fn likelihoods_are_compared_with_the_token_that_begins_or_ends_a_document() {
     let dir = tempfile::tempdir().unwrap();
@@ -149,7 +149,7 @@ fn likelihoods_are_compared_with_the_token_that_begins_or_ends_a_document() {
 }
 
 #[test]
-fn references_that_teach_nothing_are_refused_and_those_that_are_cut_are_told() {
+fn references_without_tokens_are_refused_and_truncated_ones_are_reported() {
     let rows = |reference: &str| lines(&[json!({ "prompt": "a", "reference": reference })]);
     let fine_tuned = ["sft.steps=1", "sft.batch=1"];
     for empty in ["", " \n"] {
@@ -161,12 +161,12 @@ fn references_that_teach_nothing_are_refused_and_those_that_are_cut_are_told() {
     let dir = tempfile::tempdir().unwrap();
     let output = train_on(dir.path(), "a.jsonl", rows(&"long ".repeat(400)), &fine_tuned);
     assert!(output.status.success(), "{}", stderr(&output));
-    said(&output, &["1 row: the reference answer is longer than the model's context leaves room for"]);
+    said(&output, &["1 row: the reference answer exceeds the model's context"]);
 }
 
 /// A tokenizer with one token more than the embedding has rows.
 #[test]
-fn tokens_without_a_row_in_the_embedding_are_named_with_their_line() {
+fn tokens_without_a_row_in_the_embedding_are_reported_with_their_line() {
     let dir = tempfile::tempdir().unwrap();
     let output = train_on(dir.path(), "ok.jsonl", "{\"prompt\": \"hi\"}\n", &[]);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -177,7 +177,7 @@ fn tokens_without_a_row_in_the_embedding_are_named_with_their_line() {
     let mut added = tokenizer["added_tokens"][0].clone();
     added["id"] = json!(259);
     added["content"] = json!("[PAD]");
-    // Special tokens in a reference are text, and name no row.
+    // Special tokens in a reference are plain text, and need no row.
     added["special"] = json!(false);
     tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
     std::fs::write(&path, tokenizer.to_string()).unwrap();
@@ -194,7 +194,7 @@ fn tokens_without_a_row_in_the_embedding_are_named_with_their_line() {
 }
 
 #[test]
-fn files_of_several_forms_are_one_data_set() {
+fn files_of_several_formats_form_one_data_set() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("rows")).unwrap();
     std::fs::write(dir.path().join("rows/a.jsonl"), "\u{feff}{\"prompt\": \"from a\"}\r\n").unwrap();
@@ -218,7 +218,7 @@ fn files_of_several_forms_are_one_data_set() {
     said(&output, &["data.path", "no file matches"]);
 }
 
-/// Marks and carriage returns are not part of what a model or a judge reads, as in Jinja and in Python's text files.
+/// Byte order marks and carriage returns are not passed to models or judges, as in Jinja and in Python's text files.
 #[test]
 fn a_chat_template_is_read_without_its_byte_order_mark_and_carriage_returns() {
     let dir = tempfile::tempdir().unwrap();

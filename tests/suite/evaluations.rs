@@ -1,4 +1,4 @@
-//! Evaluations during a run: who judges them, which checkpoint they keep, when they end a run.
+//! Tests of evaluations during a run: their judge, the checkpoint that they keep, and early stopping.
 
 use serde_json::Value;
 
@@ -6,7 +6,7 @@ use crate::common::{metrics, resume, stderr, train};
 use crate::mock_judge::{Act, MockJudge};
 
 #[test]
-fn win_rates_are_taken_while_it_learns_and_a_policy_ties_with_itself() {
+fn win_rates_are_measured_during_training_and_a_policy_ties_with_itself() {
     let dir = tempfile::tempdir().unwrap();
     let evaluated = |run: &str, overrides: &[&str]| -> Vec<Value> {
         let dir = dir.path().join(run);
@@ -21,20 +21,20 @@ fn win_rates_are_taken_while_it_learns_and_a_policy_ties_with_itself() {
     let still = evaluated("still", &["learner.lr=1e-12", "learner.value_lr=1e-12"]);
     assert!(!still.is_empty() && still.iter().all(|one| one["win_rate"] == 0.5 && one["verdicts"] == 6), "{still:?}");
     assert!(still.iter().all(|one| one["length"] == one["length_first"]), "{still:?}");
-    // Once, at the last step: whether there was time for an earlier one depends on the machine.
+    // At the last step only: there may or may not be time for an earlier one on this machine.
     let moved = evaluated("moved", &["learner.lr=0.01", "evaluation.every_steps=4"]);
     let last = &moved[moved.len() - 1];
     assert!(last["win_rate"].as_f64().is_some_and(|rate| (0.0..=1.0).contains(&rate) && rate != 0.5), "{moved:?}");
     assert!(moved.len() == 1 && last["step"] == 4, "{moved:?}");
 }
 
-/// A judge that answers whatever it is asked with "1", surely: the first of two, in both orders.
+/// A judge that answers every question with "1" for certain: the first of two, in both orders.
 fn first_is_better() -> MockJudge {
     MockJudge::start(|_, _, _| Act::Tokens(vec![("1", 0.9), ("2", 0.1)]))
 }
 
 #[test]
-fn evaluations_are_judged_by_the_labeler_of_evaluation() {
+fn evaluations_are_judged_by_evaluation_labeler() {
     let dir = tempfile::tempdir().unwrap();
     let judge = first_is_better();
     let labeler = format!(
@@ -52,14 +52,14 @@ fn evaluations_are_judged_by_the_labeler_of_evaluation() {
     ];
     let output = train(dir.path(), &overrides);
     assert!(output.status.success(), "{}", stderr(&output));
-    // Both orders of each pair are asked, except where a question is known. Who prefers a place prefers no answer.
+    // Both orders of each pair are asked unless an answer is cached. A judge that prefers a position prefers no answer.
     let asked = judge.served("ok");
     assert!((1..=12).contains(&asked), "{asked}");
     let run = dir.path().join("run");
     let text = std::fs::read_to_string(run.join("evaluations.jsonl")).unwrap();
     let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
     assert!(last["win_rate"] == 0.5 && last["verdicts"] == 6 && last["failed"] == 0, "{last}");
-    // The labels of the run are those of its own labeler.
+    // The labels of the run come from the run's own labeler.
     assert!(metrics(&run).iter().all(|step| step["groups/masked"] == 0));
     let other = labeler.replace("\"other\"", "\"another\"");
     overrides.pop();
@@ -73,7 +73,7 @@ fn evaluations_are_judged_by_the_labeler_of_evaluation() {
 }
 
 #[test]
-fn a_judge_of_evaluations_that_fails_is_told_with_its_reason() {
+fn a_failed_evaluation_judge_is_reported_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
     let judge = MockJudge::start(|_, _, _| Act::Status(400, "", "{\"error\": {\"message\": \"no such deployment\"}}"));
     let labeler = format!(
@@ -116,8 +116,8 @@ fn the_checkpoint_with_the_highest_win_rate_is_kept() {
         .collect();
     let best = |rates: &mut dyn Iterator<Item = &(u64, f64)>| rates.map(|(_, rate)| *rate).fold(0.0, f64::max);
     let kept = best(&mut rates.iter().filter(|(step, _)| steps.contains(step)));
-    // Evaluations may be under way while the last checkpoint is written, so that more than one may be kept. Of those whose
-    // checkpoint was not written since the one before was being written, none is kept.
+    // Evaluations may be under way while the last checkpoint is written, so that more than one checkpoint may be kept.
+    // An evaluation whose checkpoint was skipped, because the previous one was still being written, keeps none.
     assert!(steps.contains(&8) && (2..=3).contains(&steps.len()), "{steps:?} of {rates:?}");
     assert!(kept > 0.0, "{steps:?} of {rates:?}");
 }
@@ -154,7 +154,7 @@ fn a_run_whose_win_rate_does_not_rise_ends_early_and_can_be_continued() {
 }
 
 #[test]
-fn keys_about_win_rates_without_evaluations_and_unknown_figures_are_refused() {
+fn win_rate_keys_without_evaluations_and_unknown_metrics_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     for (override_, words) in [
         ("checkpoint.best=win_rate", "checkpoint.best: \"win_rate\" needs the win rates of evaluations"),

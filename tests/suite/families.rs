@@ -1,5 +1,5 @@
-//! The decoder of every family against reference values from an independent implementation (tests/fixtures/README.md),
-//! and against itself in its other modes.
+//! Tests of the decoder of every family against reference values from an independent implementation
+//! (tests/fixtures/README.md), and against its own other modes.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ use preceptor::pipeline::generate::{Engine, Fixed, MOST_SLOTS, Request, generate
 
 use crate::common::{fixture, max_abs_difference};
 
-/// A folder of fixtures for each family and each way to scale rotary positions.
+/// A folder of fixtures for each family and each scaling of rotary positions.
 const REFERENCES: [&str; 10] = [
     "llama",
     "families/llama3",
@@ -43,7 +43,7 @@ fn reference(name: &'static str) -> Reference {
     Reference { name, config, weights, model, values }
 }
 
-/// Tokens and positions of row `b`, padding left out, and which columns they stand in.
+/// Returns tokens and positions of row `b` without padding, and the columns that they are in.
 fn row(values: &HashMap<String, Tensor>, side: &str, b: usize) -> (Vec<u32>, Vec<u32>, Vec<usize>) {
     let column = |name: &str| values[&format!("{side}.{name}")].get(b).unwrap().to_vec1::<i64>().unwrap();
     let kept: Vec<usize> = (0..24).filter(|t| column("attention_mask")[*t] == 1).collect();
@@ -88,7 +88,7 @@ fn check_gradients(r: &Reference) {
     let weights = Weights(vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
     let model = Decoder::new(&r.config, &weights).unwrap();
     let (mut total, mut count) = (Tensor::new(0f32, &Device::Cpu).unwrap(), 0);
-    // Row by row, as the learner goes through a batch.
+    // Row by row, as the learner processes a batch.
     let params: Vec<(String, Var)> = vars.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
     let (mut accumulated, mut again) = (Gradients::new(&params).unwrap(), Gradients::new(&params).unwrap());
     let mut checkpointed = model.clone();
@@ -138,7 +138,7 @@ fn check_greedy(r: Reference) {
     let sampling = Sampling { temperature: 0.0, max_new_tokens: 16, eos: r.config.eos.clone(), ..Sampling::default() };
     let sampled = generate(&mut Fixed(Arc::new(r.model)), requests, &sampling).unwrap();
     for (sampled, expected) in sampled.iter().zip(expected) {
-        // The reference may hold the prompt before the new tokens, and padding after an end token.
+        // The reference may contain the prompt before the new tokens, and padding after an end token.
         let expected: Vec<u32> = expected[expected.len() - 16..].iter().map(|id| *id as u32).collect();
         assert_eq!(sampled[0].ids, expected[..sampled[0].ids.len()], "{}", r.name);
     }
@@ -150,7 +150,7 @@ fn ragged() -> (Vec<u32>, Vec<Vec<u32>>) {
 }
 
 #[test]
-fn a_pack_scores_as_its_sequences_do_alone() {
+fn a_pack_scores_like_its_separate_sequences() {
     REFERENCES.map(reference).iter().for_each(check_pack);
 }
 
@@ -166,12 +166,12 @@ fn check_pack(r: &Reference) {
 }
 
 #[test]
-fn behaviour_logprobs_are_those_of_a_full_forward() {
+fn sampled_logprobs_equal_those_of_a_full_forward() {
     REFERENCES.map(reference).into_iter().for_each(check_behaviour);
 }
 
-/// The model with its matrices in `bf16`, but for the embedding and those whose width is no multiple of 32, computing in
-/// `f32`.
+/// Returns the model with its matrices rounded to `bf16`, except the embedding and those whose width is not a multiple
+/// of 32, computing in `f32`.
 fn rounded(model: &Decoder) -> Decoder {
     let round = |weight: &Tensor| weight.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
     let mut weights = model.weights().clone();
@@ -212,8 +212,8 @@ fn check_behaviour(r: Reference) {
         }
         again
     };
-    // To the last bit the same in one slot, in a few, and one after the other; and again in as many as make a crowd, of
-    // which ever fewer are left.
+    // Identical bits in one slot, in a few, and one sequence after another; and again with enough slots for the
+    // large-batch kernels, as the number of sequences shrinks.
     let alone = beside(1);
     for slots in [2, 4, kernels::LARGE_BATCH_ROWS] {
         assert_eq!(beside(slots), alone, "in {slots} slots");
@@ -221,8 +221,8 @@ fn check_behaviour(r: Reference) {
     for slots in [kernels::LARGE_BATCH_ROWS + 1, 20, MOST_SLOTS] {
         assert_eq!(beside(slots), sampled, "in {slots} slots");
     }
-    // In fewer bits it samples from a distribution near by, in 16 from that of the rounded matrices; the slots matter as
-    // little.
+    // With reduced precision it samples from a similar distribution, with 16 bits from that of the rounded matrices;
+    // the number of slots has no effect either.
     for (format, near, bound) in [(Format::Bf16, rounded(&model), 1e-4), (Format::Q8, (*model).clone(), 0.3)] {
         let narrow = Arc::new(model.narrowed(format).unwrap());
         let alone = |slots: usize| {
@@ -271,17 +271,17 @@ fn check_export(r: &Reference) {
     assert_eq!(weights.fingerprint().unwrap(), r.weights.fingerprint().unwrap());
 }
 
-/// Written by llama.cpp's own package from the same weights (families/make_gguf.py).
+/// Files written by llama.cpp's own package from the same weights (families/make_gguf.py).
 #[test]
 fn gguf_files_hold_the_same_models() {
     for name in ["families/llama3", "families/qwen2", "families/qwen3", "families/gemma2", "families/gemma3"] {
         let r = reference(name);
         let (config, weights) = Weights::from_gguf(&fixture(name).join("model.gguf"), &Device::Cpu).unwrap();
-        // GGUF has no generation_config.json, and names no padding in these files.
+        // GGUF has no generation_config.json, and these files name no padding token.
         let pad = config.pad;
         let mut expected = ModelConfig { generation: serde_json::Value::Null, pad, ..r.config.clone() };
         if expected.family.gemma.is_some() {
-            // GGUF does not have these: the scale follows from the sizes, and one layer in so many has no window.
+            // GGUF lacks these settings: the scale follows from the sizes, and one layer in so many has no window.
             expected.query_scalar = Some(expected.head_dim);
             let period = if name == "families/gemma2" { 2 } else { 6 };
             expected.window.as_mut().unwrap().layers = (1..=2).map(|nth| nth % period != 0).collect();
@@ -291,13 +291,14 @@ fn gguf_files_hold_the_same_models() {
         for (key, tensor) in &weights.0 {
             let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let worst = max_abs_difference(&flat(tensor), &flat(&r.weights.0[key]));
-            // Qwen3's matrices are in Q8_0: a 127th of a block's largest value, half of which is lost.
+            // Qwen3's matrices are in Q8_0: the step is a 127th of a block's largest value, and the error up to half of
+            // it.
             assert!(worst < if name == "families/qwen3" { 0.003 } else { 1e-6 }, "{key} of {name} differs by {worst}");
         }
     }
 }
 
-/// Shards and half precision: what is read is what was written, rounded as it was when it was written.
+/// Shards in half precision: the values read are those written, with the rounding of the writing.
 #[test]
 fn shards_in_half_precision_are_read() {
     let r = reference("llama");
@@ -324,7 +325,7 @@ fn shards_in_half_precision_are_read() {
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(flat(&weights.0[name]), flat(&rounded), "{name}");
     }
-    // Turned as they are read, they are what turning them afterwards gives.
+    // Permuting the rows while reading gives the same as permuting them afterwards.
     let onto = Onto { device: &Device::Cpu, dtype: DType::BF16 };
     let half = Weights::from_directory(dir.path(), onto).unwrap().1;
     assert!(half.0.values().all(|tensor| tensor.dtype() == DType::BF16));
@@ -336,7 +337,7 @@ fn shards_in_half_precision_are_read() {
 }
 
 #[test]
-fn an_unknown_architecture_is_refused_with_those_that_work() {
+fn an_unknown_architecture_is_refused_with_the_supported_ones() {
     let dir = tempfile::tempdir().unwrap();
     let config = std::fs::read_to_string(fixture("llama").join("config.json")).unwrap();
     for (from, to, expected) in [
@@ -358,7 +359,7 @@ fn an_unknown_architecture_is_refused_with_those_that_work() {
 }
 
 #[test]
-fn the_fingerprint_tells_versions_apart() {
+fn the_fingerprint_distinguishes_versions() {
     let r = reference("llama");
     let before = r.weights.fingerprint().unwrap();
     let mut moved = r.weights.snapshot().unwrap();

@@ -1,4 +1,4 @@
-//! Actors that fail: the graph is rebuilt from the last finished step, and every group is trained once.
+//! Tests of failing actors: the graph is rebuilt from the last finished step, and every group is trained once.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +21,7 @@ use preceptor_actors::{GraphOptions, Outcome, RestartPolicy, SnapshotCell, spawn
 
 use crate::common::config;
 
-/// A labeler that likes short answers, and misbehaves when told to.
+/// A labeler that prefers short answers, and fails in the configured way.
 struct Scripted {
     fault: Fault,
     struck: Arc<AtomicBool>,
@@ -32,9 +32,9 @@ enum Fault {
     None,
     /// Panics once, at this group.
     Panic(u64),
-    /// Fails once at this group; the retry mends it.
+    /// Fails once at this group; the retry succeeds.
     Once(u64),
-    /// Fails at this group however often it is asked.
+    /// Fails at this group every time.
     Always(u64),
 }
 
@@ -62,7 +62,7 @@ impl Labeler for Scripted {
     }
 }
 
-/// Remembers which groups were trained or masked at which step.
+/// Observer that records the groups that were trained or masked at each step.
 #[derive(Default)]
 struct Seen {
     trained: Vec<u64>,
@@ -108,7 +108,7 @@ fn offline(dir: &Path) -> Config {
     preceptor::config::load(&config("offline.toml"), &overrides).unwrap_or_else(|errors| panic!("{errors}"))
 }
 
-/// A node for four steps of two groups, with a labeler that has `fault`.
+/// Creates a node for four steps of two groups, with a labeler that has `fault`.
 fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
     let config = offline(dir);
     let prepared = preceptor::pipeline::setup::prepare(&config, false).unwrap();
@@ -132,7 +132,7 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
     }
 }
 
-/// Runs such a node; returns how it ended, what was seen, and how often it was restarted.
+/// Runs such a node. Returns its outcome, the recorded groups, and the number of restarts.
 fn run(fault: Fault) -> (Outcome, Seen, u32) {
     let dir = tempfile::tempdir().unwrap();
     let seen = Arc::new(Mutex::new(Seen::default()));
@@ -158,7 +158,7 @@ fn a_panicking_labeler_costs_a_restart_and_no_group() {
     assert_eq!(outcome, Outcome::Finished);
     assert_eq!(restarts, 1);
     assert_eq!(seen.trained, (0..8).collect::<Vec<_>>());
-    // From the last finished step the run goes on as if nothing had happened.
+    // After the last finished step the run continues as if nothing had happened.
     assert_eq!(seen.figures, undisturbed.figures);
 }
 
@@ -174,14 +174,14 @@ fn a_failed_verdict_is_retried_and_never_leaves_the_labeler() {
     let (outcome, restarts) = drive(node);
     let Outcome::Failed { error, .. } = outcome else { panic!("{outcome:?}") };
     assert!(error.contains("group 3 got no verdict: the judge is gone"), "{error}");
-    assert!(restarts > 0, "a judge here may do better in a graph that is built again");
+    assert!(restarts > 0, "a local judge may succeed after the graph is rebuilt");
     let seen = seen.lock().unwrap();
     assert_eq!((&seen.trained[..], &seen.masked[..]), (&[0, 1][..], &[][..]), "the batch of the failed group waits");
     assert_eq!(book.count().generated, 1, "the failed group keeps its completions");
 }
 
 #[test]
-fn a_token_of_weights_that_the_learner_does_not_have_is_refused() {
+fn a_token_of_weights_newer_than_the_learners_is_refused() {
     let (_, seen, _) = run(Fault::None);
     let mut group = seen.first.unwrap();
     group.group.completions[0].versions[0] = 7;
@@ -201,14 +201,14 @@ fn a_learner_that_never_stops_ends_the_run_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
     let node = node(dir.path(), Fault::None, &Arc::default());
     let state = Arc::clone(&node.state);
-    // As a learner would that hangs in the middle of its work.
+    // Simulates a learner that hangs in the middle of its work.
     let _held = state.lock().unwrap();
     let (outcome, _) = drive(node);
     let Outcome::Failed { error, fatal: true, .. } = outcome else { panic!("{outcome:?}") };
     assert!(error.contains("still holds the weights"), "{error}");
 }
 
-/// Runs the program with a fault at a point of [`preceptor::util::failpoints::POINTS`].
+/// Runs the program with a fault at one of [`preceptor::util::failpoints::POINTS`].
 fn with_fault(dir: &Path, fault: &str, overrides: &[&str]) -> std::process::Output {
     let mut command = crate::common::preceptor(dir);
     command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(crate::common::small());
@@ -217,8 +217,8 @@ fn with_fault(dir: &Path, fault: &str, overrides: &[&str]) -> std::process::Outp
 }
 
 #[test]
-fn a_device_that_runs_out_of_memory_goes_on_with_smaller_parts() {
-    // In the middle of the second step's groups; once a batch at a time, once within a batch of several steps.
+fn a_device_that_runs_out_of_memory_continues_with_smaller_micro_batches() {
+    // In the middle of the second step's groups, once with one step per batch and once within a batch of several steps.
     for (overrides, fault) in [
         (&["run.steps=3"][..], "learn.forward=6*off->2*return(CUDA_ERROR_OUT_OF_MEMORY)->off"),
         (
@@ -231,9 +231,9 @@ fn a_device_that_runs_out_of_memory_goes_on_with_smaller_parts() {
         let output = with_fault(dir.path(), fault, &overrides);
         let text = crate::common::stderr(&output);
         assert!(output.status.success(), "{text}");
-        assert!(text.contains("ran out of memory with 4 completions at a time; the batch goes on with 2"), "{text}");
+        assert!(text.contains("ran out of memory with 4 completions at a time; the batch continues with 2"), "{text}");
         assert!(!text.contains("restarting"), "{text}");
-        assert_eq!(text.contains("goes on with 1"), fault.contains("2*return"), "{text}");
+        assert_eq!(text.contains("continues with 1"), fault.contains("2*return"), "{text}");
         assert!(crate::common::train(whole.path(), &overrides).status.success());
         let figures = |dir: &Path| -> Vec<(f64, u64)> {
             let steps = crate::common::metrics(&dir.join("run"));
@@ -249,7 +249,7 @@ fn a_device_that_runs_out_of_memory_goes_on_with_smaller_parts() {
             assert!((a - b).abs() < 1e-3 * b, "nothing is counted twice: {a} against {b}");
         }
     }
-    // Where a single completion is too much, it is an error like another.
+    // If a single completion is too much, it is an ordinary error.
     let dir = tempfile::tempdir().unwrap();
     let output = with_fault(dir.path(), "learn.forward=return(out of memory)", &["supervision.max_restarts=1"]);
     let text = crate::common::stderr(&output);
@@ -257,13 +257,13 @@ fn a_device_that_runs_out_of_memory_goes_on_with_smaller_parts() {
 }
 
 #[test]
-fn a_reward_model_that_fails_between_learning_and_its_entry_learns_nothing_twice() {
+fn a_reward_model_that_fails_between_learning_and_its_ledger_entry_learns_nothing_twice() {
     let overrides =
         ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
     let whole = tempfile::tempdir().unwrap();
     assert!(crate::common::train(whole.path(), &overrides).status.success());
     let metrics = |dir: &Path| crate::common::metrics(&dir.join("run"));
-    // Two pairs a group and three a step: one of two neighbours leads to a step.
+    // Two pairs per group and three per step: one of two consecutive groups leads to a step.
     for before in [5, 6] {
         let dir = tempfile::tempdir().unwrap();
         let output = with_fault(dir.path(), &format!("reward.learn={before}*off->1*return(lost)->off"), &overrides);
@@ -274,9 +274,9 @@ fn a_reward_model_that_fails_between_learning_and_its_entry_learns_nothing_twice
 }
 
 #[test]
-fn labels_that_are_paid_for_outlive_a_restart_of_the_graph() {
+fn paid_labels_survive_a_restart_of_the_graph() {
     let dir = tempfile::tempdir().unwrap();
-    // The reward actor fails twice with a group in its hands that is labeled, and others behind it.
+    // The reward actor fails twice while it holds a labeled group, with others queued behind it.
     let overrides = ["labeler.type=direct", "learner.eta=2", "run.steps=4"];
     let output = with_fault(dir.path(), "reward.enter=4*off->2*return(broken)->off", &overrides);
     let text = crate::common::stderr(&output);

@@ -1,5 +1,5 @@
-//! Runs that an earlier program wrote (tests/fixtures/formats) are resumed to their end and replayed, and its label cache
-//! answers.
+//! Tests that runs written by an earlier version (tests/fixtures/formats) can be resumed to their end and replayed, and
+//! that its label cache still answers.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -10,13 +10,13 @@ use tempfile::TempDir;
 
 use crate::common::{copy, fixture, metrics, preceptor, stderr, trained};
 
-/// Learner steps of each run, except that of `fine-tuning`.
+/// Number of learner steps of each run, except that of `fine-tuning`.
 const STEPS: u64 = 24;
 
-/// Groups of a step.
+/// Number of groups per step.
 const BATCH: u64 = 2;
 
-/// A directory with the model, the data, and the run called `name`, if it is not empty, as `run`.
+/// Creates a directory with the model, the data, and, unless `name` is empty, the run of that name as `run`.
 fn laid_out(name: &str) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let formats = fixture("formats");
@@ -30,7 +30,7 @@ fn laid_out(name: &str) -> TempDir {
     dir
 }
 
-/// Trains in `dir/RUN` as the fixture's own resolved configuration says.
+/// Trains in `dir/RUN` with the fixture's own resolved configuration.
 fn train(dir: &Path, name: &str, run: &str, resume: bool) -> Output {
     let mut command = preceptor(dir);
     command.arg("train").arg(fixture("formats").join(name).join("config.toml")).args(["--run-dir", run]);
@@ -41,8 +41,8 @@ fn replay(dir: &Path, more: &[&str]) -> Output {
     preceptor(dir).args(["replay", "run"]).args(more).output().unwrap()
 }
 
-/// Whether this machine and this program compute the bits that the fixtures were computed with. Another kind of processor, or
-/// another kernel, need not; then steps that are compared must both be taken here.
+/// Returns whether this machine and program compute the same bits as those that wrote the fixtures. Another processor
+/// type or kernel may not; then both of the compared steps must be computed here.
 fn computes_the_same_bits() -> bool {
     static SAME: OnceLock<bool> = OnceLock::new();
     *SAME.get_or_init(|| {
@@ -54,7 +54,7 @@ fn computes_the_same_bits() -> bool {
     })
 }
 
-/// The checkpoints of `run`, oldest first.
+/// Returns the checkpoints of `run`, oldest first.
 fn checkpoints(run: &Path) -> Vec<PathBuf> {
     let mut all: Vec<PathBuf> =
         std::fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -62,8 +62,8 @@ fn checkpoints(run: &Path) -> Vec<PathBuf> {
     all
 }
 
-/// Resumes the run called `name` to its end of `steps` steps and replays it. At η = 0 the end is that of a run which this
-/// program took in one piece.
+/// Resumes the run called `name` to its end of `steps` steps and replays it. At η = 0 the result must equal that of a
+/// run that this program executes without interruption.
 fn is_read(name: &str, steps: u64, synchronous: bool) {
     let dir = laid_out(name);
     let run = dir.path().join("run");
@@ -78,7 +78,7 @@ fn is_read(name: &str, steps: u64, synchronous: bool) {
     for (i, step) in after.iter().enumerate() {
         assert_eq!(step["step"], i + 1, "{name}");
     }
-    // The lines of the steps up to the checkpoint are the earlier program's, the times in them included.
+    // The lines of the steps up to the checkpoint are from the earlier version, including their times.
     let whole = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let from: usize = text
         .lines()
@@ -111,7 +111,7 @@ fn is_read(name: &str, steps: u64, synchronous: bool) {
 fn an_earlier_asynchronous_run_with_groups_under_way_is_read() {
     is_read("direct", STEPS, false);
     let run = fixture("formats/direct");
-    // Otherwise the fixture is not what it is meant to be.
+    // Checks that the fixture has the intended content.
     let about = std::fs::read_to_string(checkpoints(&run).pop().unwrap().join("preceptor.json")).unwrap();
     let about: serde_json::Value = serde_json::from_str(&about).unwrap();
     assert!(about["groups"]["generated"].as_u64() > Some(0) && about["groups"]["labeled"].as_u64() > Some(0));
@@ -135,7 +135,7 @@ fn earlier_runs_with_a_value_model_and_of_preferences_are_read() {
 }
 
 #[test]
-fn an_earlier_run_goes_on_from_its_earlier_checkpoint() {
+fn an_earlier_run_resumes_from_its_earlier_checkpoint() {
     let dir = laid_out("preference");
     let run = dir.path().join("run");
     let first = checkpoints(&run).remove(0);
@@ -147,7 +147,7 @@ fn an_earlier_run_goes_on_from_its_earlier_checkpoint() {
     assert_eq!(trained(&run), (0..BATCH * STEPS).collect::<Vec<_>>());
 }
 
-/// The label cache of an earlier program, packed as `formats/PACKED`, laid out in the folder `cache` of `dir`.
+/// Unpacks the label cache of an earlier version, `formats/PACKED`, into the folder `cache` of `dir`.
 fn earlier_cache(dir: &Path, packed: &str) {
     let cache = dir.join("cache");
     std::fs::create_dir(&cache).unwrap();
@@ -157,7 +157,7 @@ fn earlier_cache(dir: &Path, packed: &str) {
     std::fs::write(cache.join("labels.redb"), bytes).unwrap();
 }
 
-/// `label` with that cache and the keys `sets` of the labeler, into the file `output`.
+/// Runs `label` with that cache and the labeler keys `sets`, with the output file `output`.
 fn label(dir: &Path, output: &str, sets: &[&str]) -> Command {
     let mut command = preceptor(dir);
     command.args(["--log", "info", "label"]).arg(fixture("formats/tiny.toml"));
@@ -182,9 +182,9 @@ fn labels_of_an_earlier_cache_are_not_asked_for_again() {
     assert_eq!(text(&dir.path().join("labels.jsonl")), text(&fixture("formats/labels/labels.jsonl")));
 }
 
-/// The earlier keys have the server's address. Nobody listens there.
+/// The earlier keys include the server's address, at which no server listens now.
 #[test]
-fn labels_of_an_earlier_server_are_imported_once_by_processes_that_start_together_and_found_after_it_moved() {
+fn labels_of_an_earlier_server_are_imported_once_by_concurrent_processes_and_found_after_it_moved() {
     let dir = laid_out("");
     earlier_cache(dir.path(), "served/labels.redb.gz");
     let before = std::fs::read(dir.path().join("cache/labels.redb")).unwrap();

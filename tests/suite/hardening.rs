@@ -1,4 +1,4 @@
-//! Every input that a fuzzer was ever given as a seed, or stumbled over: through the same functions, in the ordinary way.
+//! Replays all fuzzing seeds and past findings through the same functions, in the ordinary test build.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
@@ -17,7 +17,7 @@ fn corpus(target: &str) -> Vec<PathBuf> {
     files
 }
 
-/// Runs a file and says whether it was of use. It is waited for as long as a busy machine may need, and not for ever.
+/// Runs a file and returns whether it was accepted. Waits as long as a busy machine may need, but not for ever.
 fn run(entry: Entry, path: &Path) -> bool {
     let bytes = std::fs::read(path).unwrap();
     let (ends, ended) = sync_channel(1);
@@ -26,7 +26,7 @@ fn run(entry: Entry, path: &Path) -> bool {
 }
 
 #[test]
-fn what_fuzzers_were_given_is_borne() {
+fn all_fuzzing_inputs_are_handled_without_a_panic_or_hang() {
     let mut bytes = 0;
     for (target, entry) in ALL {
         let files = corpus(target);
@@ -41,9 +41,9 @@ fn what_fuzzers_were_given_is_borne() {
     assert!(bytes < 200_000, "the corpora have {bytes} bytes together");
 }
 
-/// Seeds that are refused at the door would try nothing behind it.
+/// Seeds that are refused at once would not exercise the code behind the check.
 #[test]
-fn the_sound_seeds_are_of_use() {
+fn the_valid_seeds_are_accepted() {
     for (target, names) in [
         ("config", &["offline", "quickstart", "panel", "served", "models"][..]),
         ("rows", &["prompts", "hh", "pairs", "packed", "turns"]),

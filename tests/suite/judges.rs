@@ -1,4 +1,5 @@
-//! Runs whose judge refuses, is away, abstains or costs too much: none learns nothing in silence, and none loses a group.
+//! Tests of runs whose judge refuses, is unavailable, abstains or costs too much: a run without labels reports it, and
+//! no group is lost.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -24,7 +25,7 @@ fn rating(body: &Value) -> Act {
     Act::Tokens(vec![("9", p), ("1", 1.0 - p)])
 }
 
-/// `--set` for a judge at `url` that is asked without pauses, with `more` keys.
+/// Returns the `--set` value for a judge at `url` without long pauses, with the additional keys `more`.
 fn remote(url: &str, more: &str) -> String {
     format!(
         "labeler.remote={{ url = \"{url}\", model = \"mock\", backoff_s = 0.005, max_backoff_s = 0.02, retries = 1, breaker_cooldown_s = 0.05{more} }}"
@@ -35,7 +36,7 @@ fn cache(dir: &Path) -> String {
     format!("labeler.cache=\"{}\"", dir.join("labels").display())
 }
 
-/// A sound answer of 9, with `fields` added to the body and `ending` to its choice.
+/// A valid answer of 9, with `fields` added to the body and `ending` to its choice.
 fn answer(fields: &Value, ending: &Value) -> Act {
     let top = json!([{ "token": "9", "logprob": -0.1 }, { "token": "1", "logprob": -3.0 }]);
     let mut choice = json!({ "message": { "content": "9" }, "logprobs": { "content": [{ "top_logprobs": top }] } });
@@ -50,7 +51,7 @@ fn question(prompt: &str) -> Ask {
 }
 
 #[test]
-fn training_and_check_refuse_a_judge_that_refuses_and_quote_it() {
+fn training_and_check_refuse_a_judge_that_refuses_and_quote_its_message() {
     for (act, words) in [
         (Act::Status(401, "", "{\"error\": {\"message\": \"bad key\"}}"), "refused the key (401: bad key)"),
         (Act::Status(403, "", "no entry"), "403: no entry"),
@@ -83,7 +84,7 @@ fn metrics_of(run: &Path) -> Vec<Value> {
 }
 
 #[test]
-fn a_judge_that_cannot_be_reached_at_the_start_is_a_failure_that_may_pass() {
+fn a_judge_that_is_unreachable_at_the_start_is_a_temporary_failure() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/v1", listener.local_addr().unwrap());
     drop(listener);
@@ -92,7 +93,7 @@ fn a_judge_that_cannot_be_reached_at_the_start_is_a_failure_that_may_pass() {
     let text = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("could not be reached") && text.contains(&url), "{text}");
-    // With `probe = false` the question is left out; the run then waits for the judge in its first step.
+    // With `probe = false` the question at the start is skipped; the run then waits for the judge in its first step.
     let settings = remote(&url, ", probe = false, outage_s = 0.3");
     let output = train(dir.path(), &["labeler.type=direct", &settings, &cache(dir.path())]);
     let text = stderr(&output);
@@ -100,7 +101,7 @@ fn a_judge_that_cannot_be_reached_at_the_start_is_a_failure_that_may_pass() {
     assert!(text.contains("the run waits for it") && text.contains("could not be reached"), "{text}");
 }
 
-/// From request number `from` on the judge refuses until `mended`; what it answers is a function of the question.
+/// From request number `from` on the judge refuses until `mended`; its answers are functions of the question.
 fn refusing(from: u64, act: &Act) -> (MockJudge, Arc<AtomicBool>) {
     let mended = Arc::new(AtomicBool::new(false));
     let (seen, act) = (Arc::clone(&mended), act.clone());
@@ -113,7 +114,7 @@ fn refusing(from: u64, act: &Act) -> (MockJudge, Arc<AtomicBool>) {
 }
 
 #[test]
-fn a_run_whose_judge_refuses_ends_with_its_groups_kept_and_resumes_as_if_it_never_had() {
+fn a_run_whose_judge_refuses_keeps_its_groups_and_resumes_with_the_same_result() {
     let sound = MockJudge::start(|_, _, body| rating(body));
     let whole = tempfile::tempdir().unwrap();
     let output =
@@ -131,7 +132,7 @@ fn a_run_whose_judge_refuses_ends_with_its_groups_kept_and_resumes_as_if_it_neve
         let output = train(dir.path(), &overrides);
         let text = stderr(&output);
         assert_eq!(output.status.code(), Some(1), "{act:?}: {text}");
-        assert!(text.contains(words) && text.contains("got no verdict"), "the cause is told: {text}");
+        assert!(text.contains(words) && text.contains("got no verdict"), "the cause is reported: {text}");
         let run = dir.path().join("run");
         let before = metrics(&run);
         assert!(before.len() < 4 && before.iter().all(|step| step["groups/masked"] == 0), "nothing is spent: {text}");
@@ -175,7 +176,7 @@ fn a_question_that_fails_while_others_are_answered_is_an_abstention() {
             }
             rating(body)
         });
-        // Were it taken for an outage, the test would wait for an hour.
+        // If it were treated as an outage, the test would wait for an hour.
         let settings = RemoteJudge {
             url: mock.url.clone(),
             model: "mock".into(),
@@ -194,7 +195,8 @@ fn a_question_that_fails_while_others_are_answered_is_an_abstention() {
         let Err(NoAnswer::Abstention(why)) = &replies[0] else { panic!("{act:?}: {replies:?}") };
         assert!(why.contains("it answers other questions"), "{why}");
         assert_eq!(asked_bad.load(Ordering::SeqCst), asked, "{act:?}");
-        // Alone, too: the client asks one that was answered before, to see whether the judge answers any.
+        // The same holds for a single question: the client repeats one that was answered before, to see whether the
+        // judge answers any.
         let alone = judge.weigh(&[question("poison")], &mut Usage::default());
         assert!(matches!(&alone[0], Err(NoAnswer::Abstention(_))), "{act:?}: {alone:?}");
     }
@@ -202,7 +204,7 @@ fn a_question_that_fails_while_others_are_answered_is_an_abstention() {
 
 #[test]
 fn a_rate_limit_masks_no_group() {
-    // Of each three requests two are refused for their rate, without a word of when to come back.
+    // Two of each three requests are refused for their rate, without a Retry-After.
     let mock = MockJudge::start(|number, _, body| {
         if number % 3 == 0 { rating(body) } else { Act::Status(429, "", "{\"error\": {\"message\": \"slow down\"}}") }
     });
@@ -214,7 +216,7 @@ fn a_rate_limit_masks_no_group() {
 }
 
 #[test]
-fn an_outage_and_its_cause_are_on_the_page_in_the_metrics_and_in_readyz() {
+fn an_outage_and_its_cause_appear_on_the_page_in_the_metrics_and_in_readyz() {
     let (mock, mended) = refusing(20, &Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"));
     let dir = tempfile::tempdir().unwrap();
     let mut command = preceptor(dir.path());
@@ -253,7 +255,7 @@ fn an_outage_and_its_cause_are_on_the_page_in_the_metrics_and_in_readyz() {
 }
 
 #[test]
-fn a_run_that_gets_no_label_stops_with_the_reasons_after_three_steps() {
+fn a_run_without_labels_stops_with_the_reasons_after_three_steps() {
     let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("I", 0.9), ("The", 0.1)]));
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["labeler.type=direct", "run.steps=9", &remote(&mock.url, ""), &cache(dir.path())];
@@ -273,7 +275,7 @@ fn a_run_that_gets_no_label_stops_with_the_reasons_after_three_steps() {
 }
 
 #[test]
-fn a_warm_up_without_labels_is_an_error_and_no_reward_model() {
+fn a_warm_up_without_labels_is_an_error_and_writes_no_reward_model() {
     let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("I", 0.9), ("The", 0.1)]));
     let dir = tempfile::tempdir().unwrap();
     let overrides = [
@@ -292,7 +294,7 @@ fn a_warm_up_without_labels_is_an_error_and_no_reward_model() {
 }
 
 #[test]
-fn all_completions_of_an_odd_group_are_compared_and_learned_from() {
+fn all_completions_of_an_odd_group_are_compared_and_trained_on() {
     let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("1", 0.6), ("2", 0.4)]));
     let dir = tempfile::tempdir().unwrap();
     let output = train(
@@ -308,7 +310,7 @@ fn all_completions_of_an_odd_group_are_compared_and_learned_from() {
 fn a_run_stops_with_a_checkpoint_before_it_exceeds_its_budget() {
     let mock = MockJudge::start(|_, _, body| rating(body));
     let dir = tempfile::tempdir().unwrap();
-    // The mock counts 10 tokens read and 1 written in each answer: 0.000015 an answer.
+    // The mock counts 10 prompt tokens and 1 completion token per answer: 0.000015 each.
     let judge = remote(&mock.url, ", price_prompt = 1.0, price_completion = 5.0");
     let overrides = |limit| {
         let limit = format!("labeler.max_cost={limit}");
@@ -323,7 +325,7 @@ fn a_run_stops_with_a_checkpoint_before_it_exceeds_its_budget() {
     assert!(spent > 0.0 && spent <= 0.002, "{spent}");
     let kept: f64 = std::fs::read_to_string(dir.path().join("run/judge-cost.txt")).unwrap().trim().parse().unwrap();
     assert!(kept <= spent + 1e-12 && kept > 0.0, "{kept} of {spent}");
-    // The same bound holds for the processes of a run together.
+    // The same limit applies to all processes of a run together.
     let served = mock.served("ok");
     let output = resume(dir.path(), &first.iter().map(String::as_str).collect::<Vec<_>>());
     assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
@@ -331,7 +333,7 @@ fn a_run_stops_with_a_checkpoint_before_it_exceeds_its_budget() {
     let output = resume(dir.path(), &overrides("1").iter().map(String::as_str).collect::<Vec<_>>());
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(trained(&dir.path().join("run")), (0..16).collect::<Vec<_>>());
-    // A bound without a price bounds nothing, and is refused.
+    // A limit without a price would have no effect, and is refused.
     let free = [overrides("1")[0].clone(), remote(&mock.url, ""), "labeler.max_cost=1".into()];
     let output = train(dir.path(), &free.iter().map(String::as_str).collect::<Vec<_>>());
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
@@ -339,7 +341,7 @@ fn a_run_stops_with_a_checkpoint_before_it_exceeds_its_budget() {
 }
 
 #[test]
-fn answers_of_another_model_than_the_first_are_no_labels() {
+fn answers_of_another_model_than_the_first_are_not_labels() {
     let mock = MockJudge::start(|number, _, _| {
         answer(&json!({ "model": if number < 2 { "first" } else { "second" } }), &json!({}))
     });
@@ -365,7 +367,7 @@ fn answers_of_another_model_than_the_first_are_no_labels() {
 }
 
 #[test]
-fn an_odd_answer_without_log_probabilities_does_not_turn_questions_into_votes() {
+fn one_answer_without_log_probabilities_does_not_switch_to_votes() {
     let mock = MockJudge::start(|number, _, body| if number % 10 == 4 { Act::Text("9") } else { rating(body) });
     let settings =
         RemoteJudge { url: mock.url.clone(), model: "mock".into(), backoff_s: 0.001, ..RemoteJudge::default() };
@@ -373,12 +375,12 @@ fn an_odd_answer_without_log_probabilities_does_not_turn_questions_into_votes() 
     for i in 0..40 {
         assert!(judge.weigh(&[question(&i.to_string())], &mut Usage::default())[0].is_ok());
     }
-    assert_eq!(judge.stats().of("ok"), 40, "each question has one answer that counts");
+    assert_eq!(judge.stats().of("ok"), 40, "each question has exactly one counted answer");
     assert!(mock.served("ok") < 50, "{} questions were asked", mock.served("ok"));
 }
 
 #[test]
-fn an_answer_that_the_server_itself_calls_failed_is_no_label() {
+fn an_answer_that_the_server_marks_as_failed_is_not_a_label() {
     for (end, outcome) in [
         (json!({ "finish_reason": "error", "error": { "code": 502 } }), "http_5xx"),
         (json!({ "finish_reason": "error" }), "malformed"),
@@ -402,7 +404,7 @@ fn an_answer_that_the_server_itself_calls_failed_is_no_label() {
 }
 
 #[test]
-fn a_server_that_asks_for_more_patience_than_there_is_ends_the_wait() {
+fn a_retry_after_longer_than_the_patience_ends_the_wait() {
     let mock = MockJudge::start(|_, _, _| Act::Status(429, "Retry-After: 36000\r\n", "later"));
     let settings = RemoteJudge {
         url: mock.url.clone(),
@@ -412,7 +414,7 @@ fn a_server_that_asks_for_more_patience_than_there_is_ends_the_wait() {
         ..RemoteJudge::default()
     };
     let judge = Remote::new(settings).unwrap();
-    // Were the time waited for in full, the test would take hours.
+    // If the complete time were waited for, the test would take hours.
     let replies = judge.weigh(&[question("a"), question("b")], &mut Usage::default());
     for reply in &replies {
         let Err(NoAnswer::Failure(why)) = reply else { panic!("{replies:?}") };
@@ -421,7 +423,7 @@ fn a_server_that_asks_for_more_patience_than_there_is_ends_the_wait() {
 }
 
 #[test]
-fn a_question_that_alone_is_refused_for_its_rate_is_an_abstention() {
+fn a_question_that_alone_is_rate_limited_is_an_abstention() {
     let mock = MockJudge::start(|_, _, body| {
         let large = body["messages"].to_string().contains("poison");
         if large { Act::Status(429, "", "request too large for the tokens of a minute") } else { rating(body) }
@@ -441,7 +443,7 @@ fn a_question_that_alone_is_refused_for_its_rate_is_an_abstention() {
 }
 
 #[test]
-fn a_resumed_run_does_not_take_another_model_for_its_judge() {
+fn a_resumed_run_refuses_another_model_as_its_judge() {
     let other = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&other);
     let mock = MockJudge::start(move |_, _, _| {
@@ -463,10 +465,10 @@ fn a_resumed_run_does_not_take_another_model_for_its_judge() {
 }
 
 #[test]
-fn a_server_that_charges_for_more_tokens_than_there_can_be_is_held_to_the_budget_from_its_first_answer_on() {
+fn a_server_that_charges_for_impossible_token_counts_is_held_to_the_budget_from_its_first_answer_on() {
     let usage = json!({ "usage": { "prompt_tokens": 5000, "completion_tokens": 500 } });
     let mock = MockJudge::start(move |_, _, _| answer(&usage, &json!({})));
-    // 5,000 tokens read at 1 and 500 written at 10 a million: 0.01 an answer.
+    // 5,000 prompt tokens at 1 per million and 500 completion tokens at 10 per million: 0.01 per answer.
     let settings = RemoteJudge {
         url: mock.url.clone(),
         model: "mock".into(),
@@ -482,7 +484,7 @@ fn a_server_that_charges_for_more_tokens_than_there_can_be_is_held_to_the_budget
 }
 
 #[test]
-fn labeling_a_file_ends_with_the_cause_when_the_judge_stays_away() {
+fn labeling_a_file_ends_with_the_cause_when_the_judge_stays_unavailable() {
     let (mock, mended) = refusing(4, &Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"));
     let dir = tempfile::tempdir().unwrap();
     let pairs: String =
@@ -504,14 +506,15 @@ fn labeling_a_file_ends_with_the_cause_when_the_judge_stays_away() {
     assert!(refused < 200, "no further question is asked once the judge was waited for: {refused}");
     mended.store(true, Ordering::SeqCst);
     let output = label();
-    // The mock's ratings are no choices between 1 and 2, so that all are labels of `1` or abstentions; none is lost.
+    // The mock's ratings are not choices between 1 and 2, so that all pairs are labels of `1` or abstentions; none is
+    // lost.
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(std::fs::read_to_string(dir.path().join("out.jsonl")).unwrap().lines().count(), 400);
 }
 
 #[test]
-fn time_in_which_nobody_asked_is_no_outage() {
-    // A judge that was idle for longer than `outage_s` has not been away.
+fn time_without_questions_is_not_an_outage() {
+    // A judge that was idle for longer than `outage_s` was not unavailable.
     let mock = MockJudge::start(|number, _, body| if number == 1 { Act::Status(503, "", "") } else { rating(body) });
     let settings = RemoteJudge {
         url: mock.url.clone(),

@@ -1,4 +1,5 @@
-//! The label cache as processes use it: several at once, killed, on a damaged file, on a full disk, with a judge that moved.
+//! Tests of the label cache with real processes: several at once, killed, with a damaged file, on a full disk, with a
+//! judge that moved.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 use crate::common::{config, preceptor, stderr, training, wait_until};
 use crate::mock_judge::{Act, MockJudge};
 
-/// Writes preference pairs number `from` to `to` as the file `name`.
+/// Writes preference pairs number `from` to `to` to the file `name`.
 fn write_pairs(dir: &Path, name: &str, from: usize, to: usize) {
     let line = |i| {
         format!("{}\n", json!({ "prompt": format!("post {i}."), "chosen": format!("good {i}"), "rejected": "bad" }))
@@ -35,7 +36,7 @@ fn remote(url: &str, more: &str) -> String {
     format!("labeler.remote={{ url = \"{url}\", model = \"mock\", concurrency = 2, probe = false{more} }}")
 }
 
-/// `label` of the pairs in `input`, with a judge at `url` and `more` of its keys.
+/// Returns the `label` command for the pairs in `input`, with a judge at `url` and its keys `more`.
 fn label(dir: &Path, input: &str, output: &str, url: &str, more: &str) -> Command {
     let mut command = preceptor(dir);
     command.arg("label").arg(config("offline.toml")).args(["--input", input, "--output", output, "--batch", "2"]);
@@ -49,7 +50,7 @@ fn lines(path: &Path) -> usize {
 }
 
 #[test]
-fn processes_that_run_at_once_share_the_cache_and_buy_no_label_twice() {
+fn concurrent_processes_share_the_cache_and_buy_no_label_twice() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     write_pairs(dir, "all.jsonl", 0, 21);
@@ -68,7 +69,8 @@ fn processes_that_run_at_once_share_the_cache_and_buy_no_label_twice() {
         lines(&dir.join("a.jsonl")) == 20
     });
     assert_eq!(mock.served("ok"), 40);
-    // A second labeler finds them while the first one runs, as does a run of training that asks other questions.
+    // While the first labeler runs, a second one finds its labels, as does a training run that also asks other
+    // questions.
     let second = label(dir, "first.jsonl", "b.jsonl", &mock.url, "").output().unwrap();
     let text = stderr(&second);
     assert!(second.status.success() && text.contains("0 questions to the judge, 40 from the cache"), "{text}");
@@ -79,7 +81,7 @@ fn processes_that_run_at_once_share_the_cache_and_buy_no_label_twice() {
     let bought = mock.served("ok");
     assert!(bought > 40);
     assert!(first.try_wait().unwrap().is_none(), "it ended");
-    // The same run again finds the labels of the first one.
+    // Repeating the run finds the first one's labels.
     std::fs::remove_dir_all(dir.join("run")).unwrap();
     let trained = train();
     assert!(trained.status.success(), "{}", stderr(&trained));
@@ -91,7 +93,7 @@ fn processes_that_run_at_once_share_the_cache_and_buy_no_label_twice() {
 }
 
 #[test]
-fn labels_are_found_at_another_address_and_not_for_another_question() {
+fn labels_are_found_at_another_address_but_not_for_another_question() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     write_pairs(dir, "pairs.jsonl", 0, 3);
@@ -126,7 +128,7 @@ fn labels_are_found_at_another_address_and_not_for_another_question() {
 }
 
 #[test]
-fn processes_that_are_killed_while_they_write_lose_only_what_was_under_way() {
+fn processes_killed_while_writing_lose_only_questions_under_way() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     const PAIRS: usize = 150;
@@ -147,11 +149,11 @@ fn processes_that_are_killed_while_they_write_lose_only_what_was_under_way() {
     for kill in 0..KILLS {
         let before = mock.served("ok");
         let mut children = [start("a.jsonl"), start("b.jsonl")];
-        // Both are at work; then a little longer, by chance.
+        // Both are working; then waits a little longer, by chance.
         wait_until("questions", || mock.served("ok") > before + 8 || children[0].try_wait().unwrap().is_some());
         std::thread::sleep(Duration::from_millis(seed::mix(kill) % 40));
         for child in &mut children {
-            // It may have ended.
+            // The process may have ended.
             let _ = child.kill();
             child.wait().unwrap();
         }
@@ -163,7 +165,7 @@ fn processes_that_are_killed_while_they_write_lose_only_what_was_under_way() {
         let asked = asked.lock().unwrap();
         assert_eq!(asked.len(), 4 * PAIRS);
         let again = asked.values().sum::<u64>() - asked.len() as u64;
-        // Each process asks four questions at once.
+        // Each process asks four questions at a time.
         assert!(again <= KILLS * 2 * 4, "{again} labels were bought again");
     }
     let before = mock.served("ok");
@@ -176,7 +178,7 @@ fn processes_that_are_killed_while_they_write_lose_only_what_was_under_way() {
 }
 
 #[test]
-fn a_damaged_cache_is_set_aside_and_named() {
+fn a_damaged_cache_is_set_aside_and_reported() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     write_pairs(dir, "pairs.jsonl", 0, 3);
@@ -195,9 +197,9 @@ fn a_damaged_cache_is_set_aside_and_named() {
     assert_eq!(mock.served("ok"), 6);
 }
 
-/// A disk that takes no byte: here a limit on the size of files.
+/// A disk that accepts no bytes: here a file size limit.
 #[test]
-fn labels_are_read_on_a_full_disk_and_what_is_bought_there_is_labeled_with() {
+fn on_a_full_disk_labels_are_read_and_bought_answers_are_used() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let mock = MockJudge::start(|_, _, body| preference(body));
@@ -220,7 +222,7 @@ fn labels_are_read_on_a_full_disk_and_what_is_bought_there_is_labeled_with() {
     assert!(text.contains("cache/labels.sqlite cannot be opened") && text.contains("File too large"), "{text}");
     let rows = |text: &str| -> Value {
         let mut rows: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
-        // What it took is counted by who answered.
+        // Exchanges are counted by the side that answered.
         for row in rows.as_array_mut().unwrap() {
             row.as_object_mut().unwrap().retain(|key, _| key == "labeler" || key == "pairs" || key == "accuracy");
         }

@@ -1,4 +1,4 @@
-//! Labelers on a real, if random, model.
+//! Tests of labelers with a real model that has random weights.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ fn judge(chat: bool) -> Judge {
     Judge { model: Arc::new(Decoder::new(&config, &weights).unwrap()), tokenizer, identity: 1, chat }
 }
 
-/// P(text | prompt), by a pass of its own.
+/// Returns P(text | prompt), computed in a separate pass.
 fn probability(judge: &Judge, prompt: &str, text: &str) -> f64 {
     let ids = |text: &str| judge.tokenizer.encode(text).unwrap();
     let logprobs = judge.model.logprobs(&Pack::new(&ids(prompt), &[ids(text)]), 1.0).unwrap().0;
@@ -38,7 +38,7 @@ fn probability(judge: &Judge, prompt: &str, text: &str) -> f64 {
 }
 
 #[test]
-fn a_judge_s_weights_are_those_of_a_pass_per_question() {
+fn a_judges_probabilities_equal_those_of_a_pass_per_question() {
     let prompts =
         ["Please rate: good\nSCORE:", "Please rate: awful and long\nSCORE:", "Please rate: good and so on\nSCORE:"];
     let answers = ["1", "2", "10"].map(str::to_owned).to_vec();
@@ -50,7 +50,7 @@ fn a_judge_s_weights_are_those_of_a_pass_per_question() {
         let mut usage = Usage::default();
         let cold = local.weigh(&asks, &mut usage);
         let without = usage.prompt_tokens;
-        // With what the prompts begin with computed beforehand, fewer tokens are read and the answers are the same.
+        // With precomputed prefixes, fewer tokens are processed and the answers are the same.
         local.warm(&["Please rate: a\nSCORE:".to_owned(), "Please rate: b\nSCORE:".to_owned()]).unwrap();
         let warm = local.weigh(&asks, &mut usage);
         assert!(usage.prompt_tokens - without < without, "{usage:?}");
@@ -77,7 +77,7 @@ fn a_judge_s_weights_are_those_of_a_pass_per_question() {
 }
 
 #[test]
-fn a_question_beyond_the_context_is_an_abstention_and_its_neighbours_are_answered() {
+fn a_question_beyond_the_context_is_an_abstention_and_others_are_answered() {
     let local = Local::new(judge(false));
     let ask = |prompt: String| Ask { prompt, answers: vec!["1".into(), "2".into()] };
     let asks = [ask("short:".into()), ask("long ".repeat(200)), ask("short too:".into())];
@@ -87,7 +87,7 @@ fn a_question_beyond_the_context_is_an_abstention_and_its_neighbours_are_answere
 }
 
 #[test]
-fn what_a_judge_writes_depends_on_its_prompt_alone() {
+fn a_judges_text_depends_only_on_its_prompt() {
     let local = Local::new(judge(false));
     let decoding = Decoding { max_tokens: 12, temperature: 1.0, top_k: Some(40), seed: 9 };
     let write = |prompts: &[&str]| -> Vec<String> {
@@ -97,20 +97,22 @@ fn what_a_judge_writes_depends_on_its_prompt_alone() {
     };
     let together = write(&["one", "two", "one"]);
     assert_eq!(write(&["two"])[0], together[1]);
-    assert_ne!(together[0], together[2], "equal prompts of one call are two draws");
-    // Next to each other they share a prefill, and more than go side by side are written in lots: all the same.
+    assert_ne!(together[0], together[2], "equal prompts of one call are two samples");
+    // Adjacent equal prompts share a prefill, and a larger number is processed in several lots; the results are the
+    // same.
     let neighbours = write(&["one", "one", "two"]);
     assert_eq!([&neighbours[0], &neighbours[1], &neighbours[2]], [&together[0], &together[2], &together[1]]);
     let many = write(&["two"; 40]);
     assert_eq!(many[0], together[1]);
 }
 
-/// A completion that writes a control token of the judge's own tokenizer is rated as one that writes it with a space: as text.
+/// A completion with a control token of the judge's own tokenizer is rated like one that spells it with a space, as
+/// plain text.
 #[test]
-fn a_completion_cannot_write_control_tokens_of_a_judge_here() {
+fn a_completion_cannot_write_control_tokens_of_a_local_judge() {
     let dir = tempfile::tempdir().unwrap();
     Tokenizer::bytes().save(dir.path()).unwrap();
-    // A token of no common form, so that only the tokenizer can tell that it is one.
+    // A token of uncommon form, which only the tokenizer can identify.
     for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
         let path = dir.path().join(name);
         let text = std::fs::read_to_string(&path).unwrap();

@@ -1,4 +1,4 @@
-//! Low-rank adapters against PEFT (tests/fixtures/README.md), and in a run.
+//! Tests of low-rank adapters against PEFT (tests/fixtures/README.md), and in a run.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ fn lora() -> Lora {
     Lora { rank: 3, alpha: 12.0, targets: ["q_proj", "v_proj", "down_proj"].map(str::to_owned).to_vec() }
 }
 
-/// PEFT's adapter by our names, on the model that it was made for.
+/// Loads PEFT's adapter, with tensor names converted, onto the model that it was made for.
 fn adapted() -> (Decoder, Weights) {
     let (config, mut weights) = Weights::from_directory(&fixture("families/llama3"), &Device::Cpu).unwrap();
     let base = weights.clone();
@@ -63,7 +63,7 @@ fn logits_and_gradients_agree_with_peft() {
         let gap: Vec<f32> = ours.iter().zip(&expected).map(|(a, b)| a - b).collect();
         assert!(norm(&gap) < 1e-4 * norm(&expected), "{name}: {} of {}", norm(&gap), norm(&expected));
     }
-    // What does not learn is there once, and is no part of a graph.
+    // Frozen weights are shared and not part of a computation graph.
     for (name, tensor) in &base.0 {
         assert_eq!(flat(&model.weights().0[name]), flat(tensor));
         assert!(!model.weights().0[name].track_op(), "{name} is frozen and would have a gradient");
@@ -74,7 +74,7 @@ fn logits_and_gradients_agree_with_peft() {
 }
 
 #[test]
-fn fresh_adapters_change_nothing_and_are_written_as_peft_names_them() {
+fn fresh_adapters_change_nothing_and_are_written_with_pefts_names() {
     let (config, weights) = Weights::from_directory(&fixture("families/llama3"), &Device::Cpu).unwrap();
     let base = Decoder::new(&config, &weights).unwrap();
     let (model, _) = base.adapted(&lora(), 7).unwrap();
@@ -97,9 +97,9 @@ fn fresh_adapters_change_nothing_and_are_written_as_peft_names_them() {
     assert_eq!(ours["lora_alpha"].as_f64(), theirs["lora_alpha"].as_f64());
 }
 
-/// Adapters learn, the model under them does not; a checkpoint has both, worked into one model and on their own.
+/// Adapters are trained and the base model is not; a checkpoint has the merged model and the separate adapters.
 #[test]
-fn a_run_learns_through_adapters() {
+fn a_run_trains_adapters() {
     let dir = tempfile::tempdir().unwrap();
     let lora = "policy.lora={ rank = 4, targets = [\"q_proj\", \"down_proj\"] }";
     let output = train(dir.path(), &[lora, "learner.lr=0.02", "run.steps=3", "sft.steps=0", "reward.kl=reward"]);

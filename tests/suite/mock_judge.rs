@@ -1,4 +1,4 @@
-//! A server that speaks OpenAI's protocol and misbehaves as it is told to. It counts what it served.
+//! A mock server with OpenAI's API that misbehaves as instructed and counts its responses.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-/// What is done with one request.
+/// Response to one request.
 #[derive(Debug, Clone)]
 pub enum Act {
     /// The next token's distribution, as tokens and probabilities.
@@ -18,24 +18,24 @@ pub enum Act {
     Text(&'static str),
     /// This status, with these headers and body.
     Status(u16, &'static str, &'static str),
-    /// A body of status 200, as it stands.
+    /// A body of status 200, sent unchanged.
     Body(String),
-    /// These bytes with status 200, as they are.
+    /// These bytes with status 200, sent unchanged.
     Bytes(Vec<u8>),
-    /// The end of the connection without an answer.
+    /// Closes the connection without an answer.
     Close,
-    /// The beginning of an answer, and then the end of the connection.
+    /// Sends the beginning of an answer, and then closes the connection.
     CloseMidBody,
-    /// No answer, ever.
+    /// Never answers.
     Hang,
-    /// A pause, then the rest.
+    /// Pauses, then continues with the inner act.
     Slow(Duration, Box<Act>),
-    /// A wait until as many requests are under way as the barrier says, then the rest.
+    /// Waits at the barrier for other requests under way, then continues with the inner act.
     Meet(Arc<Barrier>, Box<Act>),
 }
 
 impl Act {
-    /// What the client must count it as.
+    /// Returns the outcome as which the client must count the response.
     fn name(&self) -> &'static str {
         match self {
             Self::Tokens(_) | Self::Text(_) => "ok",
@@ -54,12 +54,12 @@ impl Act {
 
 type Plan = dyn Fn(u64, &str, &Value) -> Act + Send + Sync;
 
-/// The server; it ends with the test's process.
+/// The mock server; it ends with the test's process.
 pub struct MockJudge {
     pub url: String,
     served: Arc<Mutex<BTreeMap<&'static str, u64>>>,
     most_at_once: Arc<AtomicUsize>,
-    /// Connections that were accepted and have not ended.
+    /// Number of accepted connections that have not ended.
     open: Arc<AtomicUsize>,
 }
 
@@ -106,7 +106,7 @@ impl MockJudge {
                             other => break act = other,
                         };
                     }
-                    // Before the answer: a client that has it may ask again at once.
+                    // Counted before the answer is sent: a client that has it may ask again at once.
                     at_once.fetch_sub(1, Ordering::SeqCst);
                     play(&act, &stream, &path);
                 });
@@ -115,10 +115,10 @@ impl MockJudge {
         Self { url, served, most_at_once, open }
     }
 
-    /// Waits until all requests that were sent before have been counted and answered. Clients that ended must not have left
-    /// requests that are never answered.
+    /// Waits until all requests that were sent before have been counted and answered. Clients that ended must not have
+    /// left requests that are never answered.
     pub fn settle(&self) {
-        // Connections are accepted in their order: once this one was, all earlier ones were.
+        // Connections are accepted in order: once this one is, all earlier ones were.
         let address = self.url.trim_start_matches("http://").trim_end_matches("/v1");
         let mut stream = TcpStream::connect(address).unwrap();
         stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
@@ -128,12 +128,12 @@ impl MockJudge {
         }
     }
 
-    /// How many requests were served so that the client must count them as `outcome`.
+    /// Returns the number of responses that the client must count as `outcome`.
     pub fn served(&self, outcome: &str) -> u64 {
         self.served.lock().unwrap().get(outcome).copied().unwrap_or(0)
     }
 
-    /// Most requests that were under way at the same time.
+    /// Returns the maximum number of concurrent requests.
     pub fn most_at_once(&self) -> usize {
         self.most_at_once.load(Ordering::SeqCst)
     }
@@ -204,7 +204,7 @@ fn play(act: &Act, stream: &TcpStream, path: &str) {
             let mut stream = stream;
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{\"choices\": [");
         }
-        // Until the client gives up and closes.
+        // Until the client gives up and closes the connection.
         Act::Hang => drop(std::io::copy(&mut { stream }, &mut std::io::sink())),
         Act::Slow(..) | Act::Meet(..) => unreachable!("the wait is over"),
     }
@@ -215,6 +215,6 @@ fn respond(mut stream: &TcpStream, status: u16, headers: &str, body: &str) {
         "HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n{headers}\r\n{body}",
         body.len()
     );
-    // The client may be gone already.
+    // The client may have disconnected already.
     let _ = stream.write_all(text.as_bytes());
 }

@@ -1,4 +1,5 @@
-//! Model directories as people bring them: what is read, what is refused before compute is spent, and what checkpoints keep.
+//! Tests of model directories in common layouts: which are read, which are refused before compute is spent, and which
+//! files checkpoints keep.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::common::{preceptor, stderr, train};
 
-/// A model of bytes in `dir/model`, whose embedding has `rows` rows.
+/// Creates a byte-level model in `dir/model` whose embedding has `rows` rows.
 fn model(dir: &Path, rows: usize) -> PathBuf {
     let tokenizer = Tokenizer::bytes();
     let config = ModelConfig {
@@ -39,7 +40,7 @@ fn read(path: &Path) -> Value {
         .unwrap()
 }
 
-/// Sets keys of a JSON file; null removes.
+/// Sets keys of a JSON file; null removes a key.
 fn set(path: &Path, keys: &Value) {
     let mut json = if path.exists() { read(path) } else { json!({}) };
     for (key, value) in keys.as_object().unwrap() {
@@ -52,7 +53,7 @@ fn set(path: &Path, keys: &Value) {
     std::fs::write(path, json.to_string()).unwrap();
 }
 
-/// The tensors of a model directory, changed.
+/// Changes the tensors of a model directory.
 fn change(model: &Path, with: impl FnOnce(&mut HashMap<String, Tensor>)) {
     let path = model.join("model.safetensors");
     let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
@@ -91,7 +92,7 @@ fn checkpoints_keep_the_generation_config_and_all_end_tokens() {
     assert_eq!(kept, expected);
     let config = read(&checkpoint.join("config.json"));
     assert_eq!((&config["eos_token_id"], &config["pad_token_id"]), (&json!([258, 10, 33]), &json!(256)));
-    // All of them end what is generated, too.
+    // All of them end a generated completion, too.
     let output = preceptor(dir.path())
         .args(["generate", "model", "a", "--json", "--samples", "200", "--max-new-tokens", "60"])
         .output()
@@ -108,7 +109,7 @@ fn checkpoints_keep_the_generation_config_and_all_end_tokens() {
 }
 
 #[test]
-fn a_policy_that_cannot_end_is_told_and_no_penalty_is_taken_for_it() {
+fn a_policy_without_an_end_token_is_reported_and_a_missing_eos_penalty_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let model = model(dir.path(), 259);
     for name in ["config.json", "generation_config.json"] {
@@ -117,7 +118,7 @@ fn a_policy_that_cannot_end_is_told_and_no_penalty_is_taken_for_it() {
     for name in ["tokenizer_config.json", "special_tokens_map.json"] {
         set(&model.join(name), &json!({ "eos_token": null }));
     }
-    // Its chat template ends answers with a token.
+    // The chat template ends answers with a token, which is used.
     let chat = tempfile::tempdir().unwrap();
     let (checkpoint, told) = trained(chat.path(), &model, &["reward.missing_eos_penalty=1"]);
     assert!(told.contains("completions end with \"<|im_end|>\", which its chat template writes"), "{told}");
@@ -131,14 +132,14 @@ fn a_policy_that_cannot_end_is_told_and_no_penalty_is_taken_for_it() {
     refused(&model, &penalty, &["reward.missing_eos_penalty = 1 would be taken off every completion"]);
     let output = preceptor(dir.path()).args(["generate", "model", "a", "--max-new-tokens", "2"]).output().unwrap();
     assert!(stderr(&output).contains("the model has no end token"), "{}", stderr(&output));
-    // A text that ends completions is an end.
+    // A stop string also ends completions.
     let other = tempfile::tempdir().unwrap();
     let (_, told) = trained(other.path(), &model, &[plain[0], "rollout.stop=[\"x\"]", "reward.missing_eos_penalty=1"]);
     assert!(!told.contains("no end token"), "{told}");
 }
 
 #[test]
-fn stray_tensors_are_told_and_neither_trained_nor_written() {
+fn stray_tensors_are_reported_and_neither_trained_nor_written() {
     let dir = tempfile::tempdir().unwrap();
     let model = model(dir.path(), 259);
     change(&model, |tensors| {
@@ -151,7 +152,7 @@ fn stray_tensors_are_told_and_neither_trained_nor_written() {
     assert!(told.contains("1 tensors are not part of a LlamaForCausalLM") && told.contains("layers.7"), "{told}");
     let written = candle_core::safetensors::load(checkpoint.join("model.safetensors"), &Device::Cpu).unwrap();
     assert!(written.keys().all(|name| !name.contains("inv_freq") && !name.contains("layers.7")));
-    // Programs that serve models read all `.safetensors` at the top.
+    // Serving programs read all `.safetensors` files at the top level.
     let at_the_top = std::fs::read_dir(&checkpoint).unwrap().map(|entry| entry.unwrap().path());
     let weights: Vec<PathBuf> =
         at_the_top.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")).collect();
@@ -197,7 +198,7 @@ fn quantised_models_are_refused_before_compute() {
 fn rows_beyond_the_tokenizer_are_never_sampled() {
     let dir = tempfile::tempdir().unwrap();
     let model = model(dir.path(), 300);
-    // Those rows would be the likeliest by far.
+    // These rows would be the most likely ones by far.
     change(&model, |tensors| {
         let embedding = &tensors["model.embed_tokens.weight"];
         let padding = (embedding.narrow(0, 0, 41).unwrap() * 9.0).unwrap();
@@ -214,16 +215,16 @@ fn rows_beyond_the_tokenizer_are_never_sampled() {
         }
         assert!(!lines.is_empty(), "{}", stderr(&output));
     }
-    // What is sampled has the log-probability that the learner computes.
+    // Sampled tokens must have the log-probability that the learner computes.
     let (checkpoint, _) = trained(dir.path(), &model, &["learner.eta=0", "rollout.update=between-groups"]);
     let metrics = crate::common::metrics(checkpoint.parent().unwrap().parent().unwrap());
     let ratio = metrics[0]["ratio/mean"].as_f64().unwrap();
     assert!((ratio - 1.0).abs() < 1e-4, "{ratio}");
 }
 
-/// Sizes of one family whose embeddings are padded differently, as Qwen's are.
+/// Sizes of one family may pad their embeddings differently, as Qwen's do.
 #[test]
-fn a_reward_model_may_pad_its_embedding_otherwise_and_has_to_share_the_vocabulary() {
+fn a_reward_model_may_pad_its_embedding_differently_but_must_share_the_vocabulary() {
     let dir = tempfile::tempdir().unwrap();
     let policy = model(dir.path(), 259);
     let other = tempfile::tempdir().unwrap();
@@ -237,7 +238,7 @@ fn a_reward_model_may_pad_its_embedding_otherwise_and_has_to_share_the_vocabular
     let (checkpoint, _) = trained(dir.path(), &policy, &distilled);
     let config = read(&checkpoint.join("reward_model/config.json"));
     assert_eq!((&config["vocab_size"], &config["pad_token_id"]), (&json!(320), &json!(256)));
-    // Two letters change places.
+    // Swaps the ids of two letters.
     let vocabulary = std::fs::read_to_string(padded.join("tokenizer.json")).unwrap();
     let swapped = vocabulary.replace("\"q\":113", "\"q\":0").replace("\"r\":114", "\"r\":113");
     let swapped = swapped.replace("\"q\":0", "\"q\":114");

@@ -54,12 +54,30 @@ const MODULES: &[(&str, &str, &[&str])] = &[
     (
         "pipeline::data",
         "Prompts and preference pairs: formats, splits, the source stage.",
-        &["lm::source", "lm::tokens", "rl::ledger", "types", "util::failpoints", "util::quiet", "util::seed", "util::template"],
+        &[
+            "lm::source",
+            "lm::tokens",
+            "rl::ledger",
+            "types",
+            "util::failpoints",
+            "util::quiet",
+            "util::seed",
+            "util::template",
+        ],
     ),
     (
         "pipeline::generate",
         "Continuous batching, sampling and the rollout stage.",
-        &["lm::model", "lm::tokens", "observe::telemetry", "rl::ledger", "types", "util::failpoints", "util::limit", "util::seed"],
+        &[
+            "lm::model",
+            "lm::tokens",
+            "observe::telemetry",
+            "rl::ledger",
+            "types",
+            "util::failpoints",
+            "util::limit",
+            "util::seed",
+        ],
     ),
     (
         "pipeline::label",
@@ -118,12 +136,30 @@ const MODULES: &[(&str, &str, &[&str])] = &[
     (
         "pipeline::reward",
         "Reward rules, reward models and their training, the reward stage.",
-        &["lm::model", "lm::tokens", "observe::telemetry", "rl::algo", "rl::ledger", "types", "util::failpoints", "util::seed"],
+        &[
+            "lm::model",
+            "lm::tokens",
+            "observe::telemetry",
+            "rl::algo",
+            "rl::ledger",
+            "types",
+            "util::failpoints",
+            "util::seed",
+        ],
     ),
     (
         "pipeline::learn",
         "The learner stage: gradients of groups, optimizer steps, publishing of versions.",
-        &["config", "lm::model", "observe::telemetry", "rl::algo", "rl::ledger", "types", "util::failpoints", "util::seed"],
+        &[
+            "config",
+            "lm::model",
+            "observe::telemetry",
+            "rl::algo",
+            "rl::ledger",
+            "types",
+            "util::failpoints",
+            "util::seed",
+        ],
     ),
     (
         "pipeline::sft",
@@ -151,7 +187,11 @@ const MODULES: &[(&str, &str, &[&str])] = &[
             "util::suggest",
         ],
     ),
-    ("run::controller", "Adjusts concurrency limits by the pressure in queues.", &["observe::telemetry", "util::limit"]),
+    (
+        "run::controller",
+        "Adjusts concurrency limits by the pressure in queues.",
+        &["observe::telemetry", "util::limit"],
+    ),
     (
         "pipeline::topology",
         "The graphs of stages for each mode and phase.",
@@ -480,7 +520,8 @@ fn modules_use_only_the_modules_that_the_list_allows() {
     }
     assert!(wrong.is_empty(), "{}", wrong.into_iter().collect::<Vec<_>>().join("\n"));
     for (name, _, allowed) in MODULES {
-        let unused: Vec<_> = allowed.iter().filter(|other| !used.get(name).is_some_and(|used| used.contains(*other))).collect();
+        let unused: Vec<_> =
+            allowed.iter().filter(|other| !used.get(name).is_some_and(|used| used.contains(*other))).collect();
         assert!(unused.is_empty(), "{name} does not use {unused:?}; remove them from the list");
     }
 }

@@ -1,4 +1,4 @@
-//! The whole node: runs of the real program on the offline configuration.
+//! Tests of the complete node: runs of the real program on the offline configuration.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -14,7 +14,7 @@ fn a_synchronous_run_is_a_function_of_its_configuration() {
     let (a, b, c) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let one = train(a.path(), &["learner.eta=0"]);
     assert!(one.status.success(), "{}", stderr(&one));
-    // More actors finish in another order; the figures must not notice.
+    // With more actors, groups finish in another order; the metrics must be the same.
     let many = ["learner.eta=0", "rollout.workers=2", "labeler.workers=2"];
     for (dir, overrides) in [(&b, &["learner.eta=0"][..]), (&c, &many[..])] {
         let other = train(dir.path(), overrides);
@@ -47,13 +47,13 @@ fn a_run_in_half_precision_is_near_one_in_single_precision() {
         let values = tensors.values().flat_map(|tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap());
         values.map(f32::to_bits).collect()
     };
-    // Single precision has bits where half precision has none.
+    // Single precision has bits that half precision lacks.
     assert!(weights(&single).iter().any(|bits| bits & 0xffff != 0));
     assert!(weights(&half).iter().all(|bits| bits & 0xffff == 0));
     let [single, half] = [single, half].map(|dir| metrics(&dir.path().join("run")));
     let of = |step: &Value, name: &str| step[name].as_f64().unwrap_or_else(|| panic!("no {name} in {step}"));
     for (single, half) in single.iter().zip(&half) {
-        // What is sampled and what is learned from are computed in two ways, in half precision.
+        // Sampling and training compute log-probabilities in two ways, both in half precision.
         let (ratio, farthest) = (of(half, "ratio/mean"), of(half, "ratio/max"));
         assert!((ratio - 1.0).abs() < 0.02 && farthest < 1.2, "ratios are {ratio} in the mean, up to {farthest}");
         let (got, want) = (of(half, "entropy/mean"), of(single, "entropy/mean"));
@@ -62,10 +62,10 @@ fn a_run_in_half_precision_is_near_one_in_single_precision() {
     }
 }
 
-/// Whoever samples and whoever learns take products as exactly as they are told. On a processor without a tile unit that is
-/// as exactly as ever.
+/// Sampling and training run matmuls at the configured precision. On a processor without a tile unit that is always
+/// full precision.
 #[test]
-fn a_run_with_less_exact_products_is_near_one_with_exact_ones() {
+fn a_run_with_reduced_matmul_precision_is_near_one_with_full_precision() {
     let mode = ["learner.eta=0", "rollout.slots=32"];
     let runs = ["highest", "high", "medium"].map(|precision| {
         let dir = tempfile::tempdir().unwrap();
@@ -77,7 +77,7 @@ fn a_run_with_less_exact_products_is_near_one_with_exact_ones() {
     let of = |step: &Value, name: &str| step[name].as_f64().unwrap_or_else(|| panic!("no {name} in {step}"));
     for (less, bound) in [(1, 1e-4), (2, 5e-3)] {
         assert_eq!(runs[less] == runs[0], !kernels::has_tile_unit());
-        // Both draw the same tokens in the first step, but for a few; later ones are of other weights.
+        // Both sample nearly the same tokens in the first step; later ones use different weights.
         let (got, want) = (of(&runs[less][0], "entropy/mean"), of(&runs[0][0], "entropy/mean"));
         assert!((got / want - 1.0).abs() < bound, "entropy {got} against {want}");
         for step in &runs[less] {
@@ -91,7 +91,7 @@ fn a_run_with_less_exact_products_is_near_one_with_exact_ones() {
 }
 
 #[test]
-fn actors_that_are_placed_where_the_policy_is_change_nothing() {
+fn actors_on_the_policys_own_device_change_nothing() {
     let mode = ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
     let placed = ["rollout.workers=2", "rollout.devices=[\"cpu\"]", "labeler.device=cpu", "reward_model.device=cpu"];
     let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -102,7 +102,7 @@ fn actors_that_are_placed_where_the_policy_is_change_nothing() {
     assert_eq!(metrics(&a.path().join("run")), metrics(&b.path().join("run")));
 }
 
-/// Where nothing is charged, a run without a reference learns the same and measures no KL to it.
+/// If the KL coefficient is zero, a run without a reference learns the same and measures no KL to it.
 #[test]
 fn without_a_reference_nothing_else_changes() {
     let mode = ["learner.eta=0", "learner.algorithm=grpo", "reward.kl_coef=0"];
@@ -124,7 +124,7 @@ fn without_a_reference_nothing_else_changes() {
 }
 
 #[test]
-fn a_synchronous_run_with_a_reward_model_is_one_too() {
+fn a_synchronous_run_with_a_reward_model_is_a_function_of_its_configuration() {
     let mode = ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
     let many = [&mode[..], &["rollout.workers=2", "labeler.workers=2"]].concat();
     let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -138,7 +138,7 @@ fn a_synchronous_run_with_a_reward_model_is_one_too() {
 }
 
 #[test]
-fn an_asynchronous_run_stays_within_its_bound_and_drops_nothing() {
+fn an_asynchronous_run_stays_within_its_staleness_bound_and_drops_nothing() {
     for (update, eta) in [("in-flight", 1), ("between-groups", 3)] {
         let dir = tempfile::tempdir().unwrap();
         let overrides =
@@ -154,7 +154,7 @@ fn an_asynchronous_run_stays_within_its_bound_and_drops_nothing() {
 }
 
 #[test]
-fn the_paper_s_algorithm_and_the_direct_labeler_run_too() {
+fn the_papers_algorithm_and_the_direct_labeler_run_too() {
     let dir = tempfile::tempdir().unwrap();
     let output = train(dir.path(), &["labeler.type=direct", "learner.algorithm=rloo", "run.steps=2"]);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -162,7 +162,7 @@ fn the_paper_s_algorithm_and_the_direct_labeler_run_too() {
     for line in samples.lines() {
         let sample: Value = serde_json::from_str(line).unwrap();
         let score = sample["verdict"]["label"].as_f64();
-        // A random judge may also give the ratings no weight at all, which is an abstention and masks the group.
+        // A random judge may give the ratings almost no probability, which is an abstention and masks the group.
         assert!(
             score.is_some_and(|s| (-1.0..=1.0).contains(&s)) || sample["verdict"]["abstention"].is_string(),
             "{line}"
@@ -171,9 +171,9 @@ fn the_paper_s_algorithm_and_the_direct_labeler_run_too() {
     }
 }
 
-/// Algorithms, passes over a batch, corrections and baselines in all sorts of company.
+/// Algorithms, epochs over a batch, corrections and baselines in many combinations.
 #[test]
-fn every_algorithm_trains_as_it_is_configured() {
+fn every_algorithm_trains_with_its_configuration() {
     for (updates, overrides) in [
         (4, &["algorithm=ppo", "epochs=2", "minibatches=2", "value_model=model", "correction=decoupled"][..]),
         (2, &["algorithm=grpo", "epochs=2", "clip_high=0.28", "average=token-mean", "entropy_coef=0.01"]),
@@ -203,7 +203,7 @@ fn every_algorithm_trains_as_it_is_configured() {
         let scraped = std::fs::read_to_string(dir.path().join("run/metrics.prom")).unwrap();
         let tokens: u64 = steps.iter().map(|step| step["tokens"].as_u64().unwrap()).sum();
         assert!(scraped.contains(&format!("preceptor_token_staleness_count {tokens}\n")), "{scraped}");
-        // The second pass over the first batch sees a policy that has moved from the reference.
+        // In the second epoch over the first batch, the policy has moved from the reference.
         if updates == 2 {
             assert!(steps[0]["loss/kl"].as_f64().unwrap() > 0.0, "{}", steps[0]);
         }
@@ -211,9 +211,9 @@ fn every_algorithm_trains_as_it_is_configured() {
 }
 
 #[test]
-fn a_completion_ends_where_it_is_told_to() {
+fn a_completion_ends_at_a_stop_string() {
     let dir = tempfile::tempdir().unwrap();
-    // A random policy writes any byte as often as another.
+    // A random policy samples every byte equally often.
     let stop: Vec<String> = ('a'..='t').map(|c| format!("\"{c}\"")).collect();
     let stop = format!("rollout.stop=[{}]", stop.join(", "));
     let sampling = [&stop, "rollout.top_p=0.95", "rollout.repetition_penalty=1.1", "run.steps=2"];
@@ -252,7 +252,7 @@ fn the_last_checkpoint_generates_and_scores() {
         ask(&["generate", model, "--prompt-ids", "72,101,108", "--greedy", "--max-new-tokens", "7", "--json"]);
     let ids: Vec<String> = generated["ids"].as_array().unwrap().iter().map(Value::to_string).collect();
     assert!(!ids.is_empty() && ids.len() <= 7);
-    // What generation says of its tokens, scoring says too.
+    // Scoring must agree with the log-probabilities reported by generation.
     let scored = ask(&["score", model, "--prompt-ids", "72,101,108", "--completion-ids", &ids.join(","), "--json"]);
     assert_eq!(scored["ids"], generated["ids"]);
     let list = |value: &Value| -> Vec<f64> {
@@ -264,7 +264,7 @@ fn the_last_checkpoint_generates_and_scores() {
 }
 
 #[test]
-fn the_node_answers_and_an_interrupt_keeps_what_was_learned() {
+fn the_node_answers_and_an_interrupt_keeps_the_training_progress() {
     let dir = tempfile::tempdir().unwrap();
     let mut child = preceptor(dir.path())
         .arg("train")
@@ -282,7 +282,7 @@ fn the_node_answers_and_an_interrupt_keeps_what_was_learned() {
         let mut buffer = [0; 4096];
         while let Ok(n @ 1..) = errors.read(&mut buffer) {
             text.push_str(&String::from_utf8_lossy(&buffer[..n]));
-            // The receiver may have seen enough.
+            // The receiver may have gone already.
             let _ = sender.try_send(text.clone());
         }
         text
@@ -341,7 +341,7 @@ fn the_node_answers_and_an_interrupt_keeps_what_was_learned() {
 }
 
 #[test]
-fn every_mode_runs_and_says_what_it_learned_from() {
+fn every_mode_runs_and_reports_its_training_data() {
     let pairs = config("data/preferences-summaries.jsonl");
     let human = format!("reward_model.pairs=\"{}\"", pairs.display());
     let reward_model = ["reward_model.batch_pairs=4", "reward_model.warm_up_groups=6", "reward_model.holdout=0.3"];
@@ -368,7 +368,7 @@ fn every_mode_runs_and_says_what_it_learned_from() {
             assert!(checkpoint.join("reward_model/model.safetensors").exists());
             assert!(steps[0]["reward_model/version"].as_u64().unwrap() >= 1, "{}", steps[0]);
             let learned = steps[3]["reward_model/version"].as_u64() > steps[0]["reward_model/version"].as_u64();
-            // What people preferred is learned before the run and stays; what a labeler prefers goes on being learned.
+            // Human preferences are learned before the run only; a labeler's preferences continue to be learned.
             assert_eq!(learned, stages == 5, "{overrides:?}");
             assert_eq!(sample["labeler"].is_string(), stages == 5);
         }
@@ -376,7 +376,7 @@ fn every_mode_runs_and_says_what_it_learned_from() {
 }
 
 #[test]
-fn a_panel_of_every_kind_judges_a_run_and_says_where_it_disagrees() {
+fn a_panel_of_every_labeler_judges_a_run_and_reports_disagreements() {
     let dir = tempfile::tempdir().unwrap();
     let embedder = crate::common::fixture("bert");
     let members = format!(
@@ -398,7 +398,7 @@ fn a_panel_of_every_kind_judges_a_run_and_says_where_it_disagrees() {
     let samples = std::fs::read_to_string(run.join("samples.jsonl")).unwrap();
     assert!(samples.lines().all(|line| line.contains("\"labeler\":\"panel\"")), "{samples}");
     let text = std::fs::read_to_string(run.join("metrics.prom")).unwrap();
-    // Two steps of four groups of four, each with each.
+    // Two steps of four groups of four, each completion compared with each.
     assert!(text.contains("preceptor_panel_pairs_total 48"), "{text}");
     let disagreements = text.lines().find(|line| line.starts_with("preceptor_panel_disagreements_total ")).unwrap();
     let count: u64 = disagreements.rsplit(' ').next().unwrap().parse().unwrap();
@@ -406,7 +406,7 @@ fn a_panel_of_every_kind_judges_a_run_and_says_where_it_disagrees() {
 }
 
 #[test]
-fn fine_tuning_comes_first_and_makes_the_reference() {
+fn fine_tuning_comes_first_and_produces_the_reference() {
     let dir = tempfile::tempdir().unwrap();
     let output = train(dir.path(), &["sft.steps=6", "sft.batch=2", "sft.lr=3e-3", "run.steps=1"]);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -415,13 +415,14 @@ fn fine_tuning_comes_first_and_makes_the_reference() {
         phases.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64().unwrap()).collect();
     assert_eq!(losses.len(), 6);
     assert!(losses[5] < losses[0], "{losses:?}");
-    // The run starts at the fine-tuned weights, and they are what KL is measured from.
+    // The run starts at the fine-tuned weights, and KL is measured from them.
     assert!(metrics(&dir.path().join("run"))[0]["kl/mean"].as_f64().unwrap().abs() < 1e-2);
 }
 
-/// A group in parts is the same group: the first step's figures agree within rounding, for every way of going through a batch.
+/// Micro-batches do not change a group: the first step's metrics agree within rounding, for every way of passing over a
+/// batch.
 #[test]
-fn a_smaller_micro_batch_changes_nothing_but_memory() {
+fn a_smaller_micro_batch_changes_only_memory() {
     let batch =
         ["learner.algorithm=ppo", "learner.epochs=2", "learner.minibatches=2", "learner.whiten_advantages=true"];
     let loss = ["learner.algorithm=grpo", "reward.kl=loss", "learner.entropy_coef=0.01"];
@@ -429,12 +430,12 @@ fn a_smaller_micro_batch_changes_nothing_but_memory() {
         let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let overrides = [&["learner.eta=0", "run.steps=2"], overrides].concat();
         assert!(train(whole.path(), &overrides).status.success());
-        // Three do not divide four.
+        // Three does not divide four.
         let output = train(parts.path(), &[&overrides[..], &["learner.micro_batch=3"]].concat());
         assert!(output.status.success(), "{}", stderr(&output));
         let (whole, parts) = (metrics(&whole.path().join("run")), metrics(&parts.path().join("run")));
         assert_close(&whole[0], &parts[0], 1e-4);
-        assert_ne!(whole, parts, "the same to the last bit would mean that it was not done in parts");
+        assert_ne!(whole, parts, "identical bits would mean that the group was not split");
     }
 }
 
@@ -449,9 +450,9 @@ fn assert_close(a: &Value, b: &Value, tolerance: f64) {
     }
 }
 
-/// As with TRL, which compares log-probabilities among all tokens too.
+/// As in TRL, which also compares log-probabilities among all tokens.
 #[test]
-fn fresh_tokens_of_a_restricted_draw_have_ratio_one_and_no_kl() {
+fn fresh_tokens_of_restricted_sampling_have_ratio_one_and_no_kl() {
     for set in ["rollout.top_k=4", "rollout.top_p=0.6", "rollout.min_p=0.2", "rollout.repetition_penalty=1.5"] {
         let dir = tempfile::tempdir().unwrap();
         let output = train(dir.path(), &["run.steps=1", "learner.eta=0", set]);

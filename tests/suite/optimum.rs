@@ -1,8 +1,9 @@
-//! Tasks whose best policy is known: every algorithm finds it on fresh samples, and those that correct for staleness
-//! find it on old ones.
+//! Tasks with a known best policy: every algorithm must find it on fresh samples, and those with an off-policy
+//! correction must find it on stale ones.
 //!
-//! The policy is a table of logits, one row per place in the sequence and token before it, so that what it is worth can
-//! be summed up exactly. Samples are those of the weights exactly `eta` steps ago. The table that benches/README.md shows:
+//! The policy is a table of logits, one row per position in the sequence and preceding token, so that its expected
+//! reward can be computed exactly. Samples come from the weights of exactly `eta` steps ago. The following command
+//! prints the table in benches/README.md:
 //!
 //! ```text
 //! cargo test --release --test suite optimum -- --nocapture
@@ -26,8 +27,8 @@ const SEEDS: u64 = 5;
 const GROUPS: usize = 8;
 const COMPLETIONS: usize = 4;
 
-/// Sequences of `length` tokens; each token earns what `worth` says of its place, the token before and itself, divided by
-/// the length. The best policy earns 1.
+/// A task of sequences of `length` tokens. Each token earns `worth` of its position, the preceding token and itself,
+/// divided by the length. The best policy earns 1.
 struct Task {
     name: &'static str,
     length: usize,
@@ -45,7 +46,7 @@ const TASKS: [Task; 2] = [
         steps: 60,
         worth: |_, _, token| 1.0 - 0.1 * ((token + 7) % 10) as f64,
     },
-    // The right token depends on the place and on the token before; a wrong one earns nothing.
+    // The right token depends on the position and the preceding token; a wrong one earns nothing.
     Task {
         name: "sequence",
         length: 4,
@@ -81,7 +82,7 @@ impl Policy {
         exps.into_iter().map(|x| x / sum).collect()
     }
 
-    /// What it earns on average.
+    /// Returns the expected reward.
     fn value(&self, task: &Task) -> f64 {
         let mut at = vec![0.0; task.tokens];
         at[0] = 1.0;
@@ -148,7 +149,7 @@ impl Adam {
     }
 }
 
-/// What the policy earns after training on samples that are `eta` steps old.
+/// Returns the policy's expected reward after training on samples that are `eta` steps old.
 fn train(task: &Task, algorithm: &dyn Algorithm, epochs: usize, eta: usize, seed: u64) -> f64 {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut policy = Policy { logits: vec![0.0; task.rows() * task.tokens], tokens: task.tokens };
@@ -202,7 +203,7 @@ fn value_of(task: &Task, group: &[Vec<usize>], values: &[f64]) -> Vec<Vec<f32>> 
     group.iter().map(of).collect()
 }
 
-/// A group as it arrived.
+/// A group as sampled.
 struct Seen {
     rewards: Vec<f64>,
     preferences: Vec<(usize, usize, f64)>,
@@ -252,7 +253,7 @@ impl Seen {
     }
 }
 
-/// An algorithm as a user would set it, its passes over a batch, and whether it corrects for staleness.
+/// An algorithm with typical settings, its number of epochs per batch, and whether it corrects for staleness.
 struct Entry {
     name: &'static str,
     algorithm: Box<dyn Algorithm>,
@@ -310,7 +311,7 @@ fn entries() -> Vec<Entry> {
 }
 
 #[test]
-fn every_algorithm_finds_the_best_policy_and_the_corrected_ones_from_old_samples() {
+fn every_algorithm_finds_the_best_policy_and_corrected_ones_find_it_from_stale_samples() {
     let mut table = String::from("| task | algorithm | η = 0 | η = 4 | η = 16 |\n|---|---|---|---|---|\n");
     let mut missed = Vec::new();
     for task in &TASKS {

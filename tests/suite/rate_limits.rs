@@ -1,4 +1,4 @@
-//! Rate limits that hold for all processes of a machine that ask the same server with the same key.
+//! Tests of rate limits shared by all processes of a machine that ask the same server with the same key.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -10,12 +10,12 @@ use serde_json::json;
 use crate::common::{config, preceptor, stderr, wait_until};
 use crate::mock_judge::{Act, MockJudge};
 
-/// The figures of `/proc/uptime` are cut to hundredths of a second.
+/// Tolerance for times from `/proc/uptime`, which are truncated to hundredths of a second.
 const CLOCK: Duration = Duration::from_millis(20);
 
 type Arrivals = Arc<Mutex<Vec<Instant>>>;
 
-/// A judge that notes when requests arrive; `first` is done with the first one.
+/// A judge that records when requests arrive; `first` answers the first one.
 fn judge(first: Act) -> (MockJudge, Arrivals) {
     let arrivals = Arrivals::default();
     let noted = Arc::clone(&arrivals);
@@ -30,7 +30,7 @@ fn answer() -> Act {
     Act::Tokens(vec![("1", 0.9), ("2", 0.1)])
 }
 
-/// A labeling of `count` pairs, with one question each, under the name `name` in `dir`.
+/// Starts a labeling of `count` pairs, with one question each, under the name `name` in `dir`.
 fn label(dir: &Path, name: &str, mock: &MockJudge, count: usize, per_minute: u64) -> Command {
     let lines: String = (0..count)
         .map(|i| format!("{}\n", json!({ "prompt": format!("{name} {i}"), "chosen": "good", "rejected": "bad" })))
@@ -55,7 +55,7 @@ fn start(mut command: Command) -> Child {
     command.stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Waits for the end of a labeling of `count` pairs, which must succeed; returns what it logged.
+/// Waits for the end of a labeling of `count` pairs, which must succeed; returns its log.
 fn end(dir: &Path, name: &str, child: Child, count: usize) -> String {
     let output = child.wait_with_output().unwrap();
     let text = stderr(&output);
@@ -65,7 +65,7 @@ fn end(dir: &Path, name: &str, child: Child, count: usize) -> String {
     text
 }
 
-/// The file of the one limit in `dir`.
+/// Returns the file of the only limit in `dir`.
 fn file(dir: &Path) -> Option<PathBuf> {
     let mut files = std::fs::read_dir(dir.join("cache/limits")).ok()?.flatten().map(|entry| entry.path());
     let file = files.next();
@@ -74,10 +74,10 @@ fn file(dir: &Path) -> Option<PathBuf> {
 }
 
 #[test]
-fn two_processes_keep_a_rate_limit_together() {
+fn two_processes_share_a_rate_limit() {
     let dir = tempfile::tempdir().unwrap();
     let (mock, arrivals) = judge(answer());
-    // 100 a minute: a burst of 10, then one in 0.6 s. Either process alone would need no more than a burst.
+    // 100 per minute: a burst of 10, then one every 0.6 s. Either process alone would need only a burst.
     let began = Instant::now();
     let both = ["a", "b"].map(|name| (name, start(label(dir.path(), name, &mock, 8, 100))));
     for (name, child) in both {
@@ -90,7 +90,7 @@ fn two_processes_keep_a_rate_limit_together() {
 }
 
 #[test]
-fn a_time_that_a_server_asks_one_process_to_wait_is_waited_for_by_the_others() {
+fn a_pause_that_a_server_asks_one_process_for_applies_to_the_others() {
     let dir = tempfile::tempdir().unwrap();
     let (mock, arrivals) = judge(Act::Status(429, "Retry-After: 3\r\n", "{}"));
     let first = start(label(dir.path(), "a", &mock, 1, 6000));
@@ -108,7 +108,7 @@ fn a_time_that_a_server_asks_one_process_to_wait_is_waited_for_by_the_others() {
 }
 
 #[test]
-fn a_process_that_is_killed_while_it_waits_for_a_rate_limit_leaves_the_others_their_turns() {
+fn a_process_killed_while_it_waits_for_a_rate_limit_does_not_block_the_others() {
     let dir = tempfile::tempdir().unwrap();
     let (mock, arrivals) = judge(answer());
     let mut killed = start(label(dir.path(), "a", &mock, 200, 100));
@@ -120,7 +120,7 @@ fn a_process_that_is_killed_while_it_waits_for_a_rate_limit_leaves_the_others_th
 }
 
 #[test]
-fn a_limit_that_cannot_be_shared_holds_for_the_process_alone_and_that_is_said_once() {
+fn a_limit_that_cannot_be_shared_applies_to_the_process_alone_with_one_warning() {
     let dir = tempfile::tempdir().unwrap();
     let (mock, _) = judge(answer());
     let warned = |text: &str, why: &str| {
@@ -128,7 +128,7 @@ fn a_limit_that_cannot_be_shared_holds_for_the_process_alone_and_that_is_said_on
         assert!(text.matches(words).count() == 1 && text.contains(why), "{text}");
     };
     end(dir.path(), "a", start(label(dir.path(), "a", &mock, 1, 6000)), 1);
-    // A process that was stopped while it had the file.
+    // Simulates a process that was suspended while it held the lock.
     let locked = std::fs::File::open(file(dir.path()).unwrap()).unwrap();
     locked.lock().unwrap();
     let text = end(dir.path(), "b", start(label(dir.path(), "b", &mock, 3, 6000)), 3);

@@ -1,8 +1,8 @@
-//! Bad input: one clear error, before compute is spent, and never a hang.
+//! Tests of invalid input: one clear error, before compute is spent, and never a hang.
 
 use crate::common::{config, preceptor, small, stderr, train};
 
-/// Trains with `overrides` and expects to be refused with all of `words` in the error.
+/// Trains with `overrides` and expects a refusal with all of `words` in the error.
 #[track_caller]
 fn refused(overrides: &[&str], words: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
@@ -34,7 +34,7 @@ fn a_device_that_the_build_lacks_is_refused_with_the_remedy() {
 }
 
 #[test]
-fn what_a_place_or_a_type_rules_out_is_refused() {
+fn settings_that_a_device_or_dtype_excludes_are_refused() {
     for weights in ["bf16", "q8_0"] {
         let set = format!("rollout.weights={weights}");
         refused(&[&set, "policy.dtype=bf16"], &["rollout.weights", &format!("\"{weights}\" samples on the CPU")]);
@@ -43,7 +43,7 @@ fn what_a_place_or_a_type_rules_out_is_refused() {
 }
 
 #[test]
-fn what_is_no_device_is_refused_by_its_key() {
+fn an_invalid_device_is_refused_with_its_key() {
     for (key, set) in [
         ("policy.device", "policy.device=gpu"),
         ("rollout.devices", "rollout.devices=[\"gpu\"]"),
@@ -54,7 +54,7 @@ fn what_is_no_device_is_refused_by_its_key() {
     }
 }
 
-/// The message names the key whose change helps.
+/// The message names the key that fixes it.
 #[test]
 fn a_prompt_that_does_not_fit_names_the_key_to_change() {
     let long = ["data.max_prompt_tokens=100"];
@@ -68,7 +68,7 @@ fn a_prompt_that_does_not_fit_names_the_key_to_change() {
 
 /// A prompt of millions of bytes is not tokenised, which would take a hundred times its size in memory.
 #[test]
-fn a_prompt_of_megabytes_is_refused_or_left_out_without_being_tokenised() {
+fn a_prompt_of_megabytes_is_refused_or_skipped_without_being_tokenised() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("long.jsonl");
     let short = std::fs::read_to_string(config("data/posts.jsonl")).unwrap();
@@ -80,7 +80,7 @@ fn a_prompt_of_megabytes_is_refused_or_left_out_without_being_tokenised() {
 }
 
 #[test]
-fn a_damaged_parquet_file_is_one_error_and_no_panic_is_printed() {
+fn a_damaged_parquet_file_gives_one_error_without_a_panic_message() {
     let dir = tempfile::tempdir().unwrap();
     let sound = std::fs::read(crate::common::fixture("parquet/pairs.parquet")).unwrap();
     let path = dir.path().join("damaged.parquet");
@@ -97,11 +97,11 @@ fn a_damaged_parquet_file_is_one_error_and_no_panic_is_printed() {
         refused(&[&format!("data.path=\"{}\"", path.display())], &["damaged.parquet", "contradict each other"]);
         break;
     }
-    assert!(panicked > 0, "no damage makes the library panic any more, so that nothing was tried");
+    assert!(panicked > 0, "no damage makes the library panic any more, so this test checks nothing");
 }
 
 #[test]
-fn a_model_with_a_value_that_is_not_finite_is_refused_by_its_tensor() {
+fn a_model_with_a_non_finite_value_is_refused_with_its_tensor() {
     let dir = tempfile::tempdir().unwrap();
     let output = train(dir.path(), &["run.steps=1"]);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -150,7 +150,7 @@ fn off_policy_learning_without_correction_is_refused() {
 }
 
 #[test]
-fn a_prompt_beyond_the_context_is_named_with_its_line() {
+fn a_prompt_beyond_the_context_is_reported_with_its_line() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("long.jsonl");
     std::fs::write(&path, format!("{{\"prompt\": \"short\"}}\n{{\"prompt\": \"{}\"}}\n", "long ".repeat(500))).unwrap();
@@ -159,7 +159,7 @@ fn a_prompt_beyond_the_context_is_named_with_its_line() {
 }
 
 #[test]
-fn a_line_that_is_no_json_is_named() {
+fn a_line_that_is_not_json_is_reported() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("broken.jsonl");
     std::fs::write(&path, "{\"prompt\": \"fine\"}\nnot json\n{\"text\": \"other field\"}\n").unwrap();
@@ -168,14 +168,14 @@ fn a_line_that_is_no_json_is_named() {
 }
 
 #[test]
-fn a_port_in_use_is_named() {
+fn a_port_in_use_is_reported() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let set = format!("serve.listen=\"{}\"", listener.local_addr().unwrap());
     refused(&["serve.enabled=true", &set], &["serve.listen"]);
 }
 
 #[test]
-fn a_bearer_token_that_is_missing_or_weak_is_refused_without_being_told() {
+fn a_missing_or_weak_bearer_token_is_refused_without_being_printed() {
     let set = ["serve.enabled=true", "serve.listen=127.0.0.1:0", "serve.token_env=PRECEPTOR_TEST_TOKEN"];
     for (token, words) in [
         (None, &["PRECEPTOR_TEST_TOKEN", "serve.token_env", "is not set"][..]),
@@ -201,7 +201,7 @@ fn a_bearer_token_that_is_missing_or_weak_is_refused_without_being_told() {
 #[test]
 fn a_run_directory_is_not_overwritten() {
     let dir = tempfile::tempdir().unwrap();
-    // One that took no step is in nobody's way.
+    // A run that took no step does not block its directory.
     assert!(!train(dir.path(), &["policy.model=\"no/such.gguf\""]).status.success());
     assert!(train(dir.path(), &["run.steps=1"]).status.success());
     let again = train(dir.path(), &["run.steps=1"]);
@@ -221,9 +221,9 @@ fn ids_beyond_the_vocabulary_are_refused() {
     assert!(stderr(&output).contains("99999"), "{}", stderr(&output));
 }
 
-/// A limit on the size of a file stands in for a full disk: writing the weights fails half way.
+/// A file size limit simulates a full disk: writing the weights fails half way.
 #[test]
-fn a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_nothing_half_done() {
+fn a_checkpoint_that_cannot_be_written_gives_one_error_and_leaves_no_partial_files() {
     let dir = tempfile::tempdir().unwrap();
     let mut arguments: Vec<String> =
         ["train", config("offline.toml").to_str().unwrap(), "--run-dir", "run"].map(str::to_owned).to_vec();

@@ -1,4 +1,4 @@
-//! Remote judges against a server that misbehaves.
+//! Tests of remote judges against a server that misbehaves.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ fn judge(mock: &MockJudge) -> RemoteJudge {
     RemoteJudge {
         url: mock.url.clone(),
         model: "mock".into(),
-        // An answer that comes is not given up on, however busy the machine is.
+        // A long time-out: an answer that arrives is awaited however busy the machine is.
         timeout_s: 120.0,
         backoff_s: 0.005,
         max_backoff_s: 0.02,
@@ -39,7 +39,7 @@ fn close(weights: &[f64], expected: &[f64]) {
 }
 
 #[test]
-fn probabilities_are_read_from_both_protocols() {
+fn probabilities_are_read_from_both_apis() {
     for api in [RemoteApi::Chat, RemoteApi::Completions] {
         let mock = MockJudge::start(|_, _, _| good());
         let remote = Remote::new(RemoteJudge { api, ..judge(&mock) }).unwrap();
@@ -48,14 +48,14 @@ fn probabilities_are_read_from_both_protocols() {
         close(replies[0].as_ref().unwrap(), &[0.75, 0.1875]);
         close(replies[1].as_ref().unwrap(), &[0.1875, 0.0]);
         assert_eq!((usage.requests, usage.prompt_tokens, usage.completion_tokens), (2, 20, 2));
-        // 20 tokens at 1,000 and 2 at 5,000 a million.
+        // 20 tokens at 1,000 per million and 2 at 5,000 per million.
         assert!((usage.cost - 0.03).abs() < 1e-12);
     }
 }
 
 #[test]
-fn ten_is_told_from_one_whatever_the_tokens_are() {
-    // Digits are tokens: what comes after 1 is asked, and only then.
+fn ten_is_distinguished_from_one_with_any_tokens() {
+    // Digits are tokens: the token after 1 is asked for, and only in that case.
     let mock = MockJudge::start(|_, _, body| {
         let begun = body["messages"].as_array().unwrap().last().unwrap()["role"] == "assistant";
         if begun { Act::Tokens(vec![(".", 0.5), ("0", 0.25)]) } else { Act::Tokens(vec![("1", 0.8), ("2", 0.1)]) }
@@ -70,7 +70,7 @@ fn ten_is_told_from_one_whatever_the_tokens_are() {
 }
 
 #[test]
-fn each_misbehaviour_is_counted_and_asked_again() {
+fn each_misbehaviour_is_counted_and_retried() {
     for act in [
         Act::Status(500, "", "{}"),
         Act::Status(429, "Retry-After: 0\r\n", "{}"),
@@ -84,7 +84,7 @@ fn each_misbehaviour_is_counted_and_asked_again() {
     ] {
         let first = act.clone();
         let mock = MockJudge::start(move |number, _, _| if number == 0 { first.clone() } else { good() });
-        // One that does not come is waited for, and the next one must come within as long.
+        // An answer that never arrives is waited for until the time-out; the next one must arrive within the same time.
         let timeout_s = if matches!(act, Act::Hang) { 10.0 } else { 120.0 };
         let remote = Remote::new(RemoteJudge { max_response_bytes: 50_000, timeout_s, ..judge(&mock) }).unwrap();
         let mut usage = Usage::default();
@@ -98,7 +98,7 @@ fn each_misbehaviour_is_counted_and_asked_again() {
 }
 
 #[test]
-fn what_does_not_pass_is_a_failure_with_its_reason_and_never_the_key() {
+fn a_persistent_failure_is_reported_with_its_reason_and_never_the_key() {
     // SAFETY: no other test reads or writes this variable.
     unsafe { std::env::set_var("PRECEPTOR_TEST_KEY", "sesame-0815") };
     for (act, tries, words) in [
@@ -117,7 +117,7 @@ fn what_does_not_pass_is_a_failure_with_its_reason_and_never_the_key() {
     ] {
         let always = act.clone();
         let mock = MockJudge::start(move |_, _, _| always.clone());
-        // Only a server that never answers may be given up on soon.
+        // A short time-out is used only for the server that never answers.
         let timeout_s = if matches!(act, Act::Hang) { 0.1 } else { 120.0 };
         let settings = RemoteJudge {
             api_key_env: Some("PRECEPTOR_TEST_KEY".into()),
@@ -151,14 +151,14 @@ fn a_judge_without_log_probabilities_is_asked_for_votes() {
     close(&first, &[0.25, 0.75]);
     assert_eq!(mock.served("ok"), 8, "three questions for log-probabilities, five votes");
     remote.weigh(&[ask(&["1", "2"])], &mut Usage::default());
-    assert_eq!(mock.served("ok"), 13, "what the server does not have is not asked for again");
+    assert_eq!(mock.served("ok"), 13, "log-probabilities are not requested again");
     let strict = RemoteJudge { evidence: Evidence::Logprobs, ..judge(&mock) };
     let reply = Remote::new(strict).unwrap().weigh(&[ask(&["1", "2"])], &mut Usage::default()).remove(0);
     assert!(matches!(reply, Err(NoAnswer::Abstention(_))), "{reply:?}");
 }
 
 #[test]
-fn a_slow_answer_is_overtaken_by_a_second_request() {
+fn a_slow_answer_is_superseded_by_a_second_request() {
     let mock = MockJudge::start(|number, _, _| if number == 0 { Act::Hang } else { good() });
     let settings = RemoteJudge { hedge_after_s: Some(0.05), timeout_s: 60.0, ..judge(&mock) };
     let remote = Remote::new(settings).unwrap();
@@ -174,17 +174,20 @@ fn a_judge_that_is_down_for_a_while_is_waited_for() {
     let replies = remote.weigh(&vec![ask(&["1", "2"]); 6], &mut Usage::default());
     assert!(replies.iter().all(Result::is_ok), "{replies:?}");
     assert_eq!(remote.stats().of("http_5xx"), 12);
-    // Given no time, it is a failure that says so.
+    // Without waiting time it is a failure with that reason.
     let mock = MockJudge::start(|_, _, _| Act::Status(502, "", ""));
     let settings = RemoteJudge { breaker_failures: 1, breaker_cooldown_s: 30.0, outage_s: 0.0, ..judge(&mock) };
     let reply = Remote::new(settings).unwrap().weigh(&[ask(&["1", "2"])], &mut Usage::default()).remove(0);
     let why = reply.unwrap_err().to_string();
-    assert!(why.contains("failed (502)") && why.contains("outage_s = 0"), "nobody waits, and the cause is told: {why}");
+    assert!(
+        why.contains("failed (502)") && why.contains("outage_s = 0"),
+        "there is no waiting time, and the cause is reported: {why}"
+    );
 }
 
-/// A judge that is dead for longer than any question may take: the run stands still, says so, and loses nothing.
+/// A judge is unavailable for longer than any question may take: the run pauses, reports it, and loses nothing.
 #[test]
-fn a_judge_that_dies_for_a_time_stops_the_run_and_masks_no_group() {
+fn a_judge_that_is_down_for_some_time_pauses_the_run_and_masks_no_group() {
     let failed = std::sync::OnceLock::new();
     let mock = MockJudge::start(move |number, _, _| {
         if number < 40 {
@@ -217,11 +220,11 @@ fn a_judge_that_dies_for_a_time_stops_the_run_and_masks_no_group() {
     assert!(steps.iter().all(|step| step["groups/masked"] == 0), "{text}");
     assert!(mock.served("http_5xx") > 3, "the judge was down");
     assert!(text.contains("the run waits for it") && text.contains("answers again"), "{text}");
-    assert!(!text.contains("restarting the graph"), "who waits for a judge does not hang: {text}");
+    assert!(!text.contains("restarting the graph"), "a run that waits for a judge does not count as hung: {text}");
 }
 
 #[test]
-fn no_more_requests_are_in_flight_than_allowed() {
+fn concurrent_requests_stay_within_the_limit() {
     // The first three wait for one another, and a little longer for a fourth.
     let together = std::sync::Arc::new(std::sync::Barrier::new(3));
     let mock = MockJudge::start(move |number, _, _| {
@@ -235,24 +238,24 @@ fn no_more_requests_are_in_flight_than_allowed() {
 }
 
 #[test]
-fn texts_are_written_side_by_side_and_in_order() {
+fn texts_are_generated_concurrently_and_returned_in_order() {
     let mock = MockJudge::start(|_, _, body| Act::Text(if body["messages"][0]["content"] == "a" { "A" } else { "B" }));
     let decoding = Decoding { max_tokens: 9, temperature: 0.7, top_k: Some(40), seed: 1 };
     let replies = Remote::new(judge(&mock)).unwrap().write(&["a".into(), "b".into()], &decoding, &mut Usage::default());
     assert_eq!(replies, [Ok("A".to_owned()), Ok("B".to_owned())]);
 }
 
-/// A whole run on a judge that fails more than three times in ten and hangs once in a hundred.
+/// A complete run with a judge that fails more than three times in ten and hangs once in a hundred.
 #[test]
-fn a_run_on_a_failing_judge_completes_and_its_counts_are_the_judge_s() {
+fn a_run_with_a_failing_judge_completes_and_its_counts_match_the_judges() {
     let mock = MockJudge::start(|number, _, _| {
-        // A fixed disorder, of the shares that are wanted.
+        // A fixed pattern with the intended shares of faults.
         match (number * 7919 + 13) % 100 {
             0..=14 => Act::Status(500, "", ""),
             15..=19 => Act::Status(429, "Retry-After: 0\r\n", ""),
             20..=24 => Act::Body("{".into()),
             25..=29 => Act::CloseMidBody,
-            // One in a hundred, since each takes as long as a busy machine may need for an answer.
+            // Only one in a hundred, since each takes as long as a busy machine may need for an answer.
             30 => Act::Hang,
             31..=34 => Act::Status(502, "", ""),
             n => Act::Tokens(vec![("7", 0.5), ("1", if n % 2 == 0 { 0.25 } else { 0.05 })]),
@@ -280,7 +283,7 @@ fn a_run_on_a_failing_judge_completes_and_its_counts_are_the_judge_s() {
         assert_eq!(counted, mock.served(outcome), "{outcome} in\n{text}");
     }
     assert!(mock.served("timeout") > 0 && mock.served("http_5xx") > 0);
-    // No failure became a number: what was scored is one of the two scores that the judge gave.
+    // No failure became a number: every score is one of the two scores that the judge gave.
     let expected = [(7.0 * 0.5 + 0.25) / 0.75, (7.0 * 0.5 + 0.05) / 0.55].map(|rating: f64| (rating - 5.5) / 4.5);
     let samples = std::fs::read_to_string(run.join("samples.jsonl")).unwrap();
     let mut labeled = 0;

@@ -1,4 +1,4 @@
-//! Runs that are killed, resumed, refused, replayed: real processes.
+//! Tests with real processes of runs that are killed, resumed, refused and replayed.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -11,8 +11,8 @@ use serde_json::Value;
 use crate::common::{PATIENCE, config, metrics, preceptor, resume, stderr, train, trained, training, wait_until};
 use crate::mock_judge::{Act, MockJudge};
 
-/// A small run in `dir/run` that is killed once `after` steps are in its metrics, and a checkpoint is there. Its source of
-/// prompts hangs after four steps or more, so that the run cannot end before it is killed.
+/// Starts a small run in `dir/run` and kills it once `after` steps are in its metrics and a checkpoint exists. Its
+/// source of prompts hangs after four steps or more, so that the run cannot end before it is killed.
 fn killed(dir: &Path, overrides: &[&str], after: usize) {
     let mut command = training(dir, overrides);
     command.env("FAILPOINTS", "prompts.next=24*off->sleep(3600000)");
@@ -29,7 +29,7 @@ fn killed(dir: &Path, overrides: &[&str], after: usize) {
     child.wait().unwrap();
 }
 
-/// Every file of tensors below `dir`, by name.
+/// Returns every tensor file below `dir`, by name.
 fn tensors(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut all = BTreeMap::new();
     let mut open = vec![dir.to_owned()];
@@ -47,7 +47,7 @@ fn tensors(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 }
 
 #[test]
-fn a_killed_run_ends_as_if_it_had_not_been_at_eta_zero() {
+fn at_eta_zero_a_killed_and_resumed_run_equals_an_uninterrupted_one() {
     let distilled = ["run.mode=distilled", "reward_model.batch_pairs=7", "reward_model.warm_up_groups=6"];
     let preference = ["run.mode=preference", "learner.algorithm=online-dpo", "labeler.pairs=all"];
     let ppo = ["learner.algorithm=ppo", "learner.epochs=2", "learner.minibatches=2", "learner.value_model=model"];
@@ -86,15 +86,15 @@ fn a_killed_run_ends_as_if_it_had_not_been_at_eta_zero() {
 }
 
 #[test]
-fn an_asynchronous_run_that_is_killed_trains_each_prompt_once_within_its_bound() {
+fn a_killed_asynchronous_run_trains_each_prompt_once_within_its_staleness_bound() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=12", "learner.eta=3", "checkpoint.every_steps=1", "rollout.workers=2"];
     for after in [2, 5, 8] {
         let mut overrides = overrides.to_vec();
         if after > 2 {
-            // `killed` starts the program anew; it goes on with the run.
+            // `killed` starts the program again, which resumes the run.
             let mut command = training(dir.path(), &overrides);
-            // A step takes more than half a second, so that seconds are left when it is killed.
+            // A step takes more than half a second, so that several seconds remain in which to kill it.
             command.arg("--resume").env("FAILPOINTS", "prompts.next=sleep(150)");
             let mut child = command.stderr(Stdio::null()).spawn().unwrap();
             wait_until("steps of the resumed run", || {
@@ -130,7 +130,7 @@ fn a_run_is_replayed_bit_for_bit_resumed_or_not() {
     let overrides = ["run.steps=8", "learner.eta=4", "rollout.workers=2"];
     let output = train(dir.path(), &overrides);
     assert!(output.status.success(), "{}", stderr(&output));
-    // Longer, and by another rate: the journal knows from where on.
+    // More steps at another learning rate: the journal records from which step on.
     let longer = ["run.steps=12", "learner.eta=4", "rollout.workers=2", "learner.lr=5e-4"];
     let output = resume(dir.path(), &longer);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -147,7 +147,7 @@ fn a_run_is_replayed_bit_for_bit_resumed_or_not() {
     }
     let half = preceptor(dir.path()).args(["replay", "run", "--until", "5"]).output().unwrap();
     assert!(String::from_utf8_lossy(&half.stdout).starts_with("5 steps"), "{}", stderr(&half));
-    // A journal that says something else is found out: a bit of a reward, with the checksum made good.
+    // A falsified journal is detected: one bit of a reward is changed, and the checksum corrected.
     let journal = dir.path().join("run/journal.bin");
     let entries: Vec<_> =
         preceptor::run::journal::Journal::open(&dir.path().join("run")).unwrap().map(Result::unwrap).collect();
@@ -173,7 +173,7 @@ fn a_run_is_replayed_bit_for_bit_resumed_or_not() {
 }
 
 #[test]
-fn a_run_is_not_resumed_as_another_one() {
+fn a_run_is_not_resumed_with_another_configuration() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data.jsonl");
     std::fs::copy(config("data/posts.jsonl"), &data).unwrap();
@@ -201,7 +201,7 @@ fn a_run_is_not_resumed_as_another_one() {
     refused(&overrides, &["the data set is not the one"]);
     std::fs::write(&data, rows).unwrap();
 
-    // Damage is named, and the checkpoint before it is used; another format is no damage.
+    // Damage is reported, and the checkpoint before is used; another format is not damage.
     let run = dir.path().join("run");
     let weights = run.join("checkpoints/step-000002/model.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
@@ -223,7 +223,7 @@ fn a_run_is_not_resumed_as_another_one() {
     std::fs::write(&about, text).unwrap();
     std::fs::write(&sums, sealed).unwrap();
 
-    // From a named one; what came after it is set aside, and not before the run is let go on.
+    // Resumes from a named checkpoint. Later ones are set aside, but only once the run may continue.
     let other = [&overrides[..], &["run.seed=3"]].concat();
     let output = training(dir.path(), &other).arg("--resume=run/checkpoints/step-000001").output().unwrap();
     assert!(!output.status.success() && run.join("checkpoints/step-000002").exists(), "{}", stderr(&output));
@@ -235,9 +235,9 @@ fn a_run_is_not_resumed_as_another_one() {
     assert!(stderr(&output).contains("is no checkpoint of a run"), "{}", stderr(&output));
 }
 
-/// Labels after the checkpoint must come from the judge before it, unless the person who resumes says otherwise.
+/// Labels after the checkpoint must come from the same judge as before, unless the user accepts the change.
 #[test]
-fn a_changed_judge_is_refused_until_it_is_accepted_and_the_journal_is_replayed_over_it() {
+fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_change() {
     let dir = tempfile::tempdir().unwrap();
     let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("7", 0.6), ("2", 0.4)]));
     let templates = dir.path().join("templates.toml");
@@ -265,7 +265,7 @@ fn a_changed_judge_is_refused_until_it_is_accepted_and_the_journal_is_replayed_o
     assert!(output.status.success(), "{}", stderr(&output));
     let whole = std::fs::read(dir.path().join("run/journal.bin")).unwrap();
 
-    // Another model on the server.
+    // The server has another model.
     let output = run("b", 4, &["--resume"]);
     let key = "labeler.remote.model";
     refused(&output, &[&format!("{key}: it was \"a\", and is \"b\""), &format!("--accept-change {key}")]);
@@ -278,7 +278,7 @@ fn a_changed_judge_is_refused_until_it_is_accepted_and_the_journal_is_replayed_o
     assert!(output.status.success() && text.contains(&format!("accepted  {key}: \"a\" → \"b\"")), "{text}");
     assert!(text.contains("labeler.shots: nothing to accept"), "{text}");
 
-    // The same file with another content, and with another comment only.
+    // The same file with other content, and with only another comment.
     std::fs::write(&templates, format!("# A note.\n{set}")).unwrap();
     let output = run("b", 6, &["--resume"]);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -287,7 +287,7 @@ fn a_changed_judge_is_refused_until_it_is_accepted_and_the_journal_is_replayed_o
     let output = run("b", 8, &["--resume", "--accept-change", "labeler"]);
     assert!(output.status.success(), "{}", stderr(&output));
 
-    // A checkpoint of a program that did not note the contents is gone on from.
+    // A checkpoint of a version that did not record the contents can be resumed.
     std::fs::write(&templates, set).unwrap();
     let checkpoint = dir.path().join("run/checkpoints/step-000008");
     let about = checkpoint.join("preceptor.json");
@@ -317,10 +317,10 @@ fn a_changed_judge_is_refused_until_it_is_accepted_and_the_journal_is_replayed_o
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("10 steps"), "{output:?}");
 }
 
-/// Bounds on files: samples are rotated, a full journal is closed and replays up to there, and a resumed run cuts both where
-/// they belong to later steps.
+/// File size limits: samples are rotated, a full journal is closed and replays up to that step, and a resumed run
+/// truncates both at its checkpoint.
 #[test]
-fn bounded_files_stay_bounded_and_are_cut_by_a_resumed_run() {
+fn size_limited_files_stay_within_limits_and_are_truncated_by_a_resumed_run() {
     let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let bounds = ["run.samples_max_bytes=6000", "run.samples_keep=2", "checkpoint.journal_max_bytes=9000"];
     let common = ["learner.eta=0", "checkpoint.every_steps=1", "checkpoint.keep=20"];
@@ -351,13 +351,13 @@ fn bounded_files_stay_bounded_and_are_cut_by_a_resumed_run() {
         stderr(&output)
     );
 
-    // From the last checkpoint the journal stays closed, even if its bound is raised.
+    // From the last checkpoint on, the journal stays closed even if its limit is raised.
     let longer = [&bounded("run.steps=14")[..], &["checkpoint.journal_max_bytes=0"]].concat();
     let output = resume(dir.path(), &longer);
     assert!(output.status.success() && stderr(&output).contains("journal   was full before"), "{}", stderr(&output));
     assert_eq!(std::fs::metadata(run.join("journal.bin")).unwrap().len(), closed);
 
-    // From a checkpoint before all that, it ends as a run that was not broken off.
+    // From an earlier checkpoint, the run ends like one that was not interrupted.
     let early = ["--resume=run/checkpoints/step-000001"];
     let output = training(dir.path(), &bounded("run.steps=12")).args(early).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
@@ -376,7 +376,7 @@ fn bounded_files_stay_bounded_and_are_cut_by_a_resumed_run() {
 }
 
 #[test]
-fn two_processes_do_not_share_a_run_and_one_that_has_not_begun_begins() {
+fn two_processes_do_not_share_a_run_and_one_without_a_checkpoint_starts_from_the_beginning() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=100000"];
     let mut child = training(dir.path(), &overrides).arg("--resume").stderr(Stdio::piped()).spawn().unwrap();
@@ -391,7 +391,7 @@ fn two_processes_do_not_share_a_run_and_one_that_has_not_begun_begins() {
 }
 
 #[test]
-fn a_reader_of_standard_error_that_goes_away_costs_nothing() {
+fn closing_the_reader_of_standard_error_does_not_affect_the_run() {
     let dir = tempfile::tempdir().unwrap();
     let mut child = training(dir.path(), &["run.steps=6"]).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stderr.take());
@@ -400,7 +400,7 @@ fn a_reader_of_standard_error_that_goes_away_costs_nothing() {
 }
 
 #[test]
-fn a_run_whose_machine_is_gone_goes_on_from_its_mirror() {
+fn a_run_whose_machine_is_lost_resumes_from_its_mirror() {
     let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mirror = format!("checkpoint.mirror=\"file://{}/mirror\"", dir.path().display());
     let tuned = ["learner.eta=0", "checkpoint.every_steps=1", "sft.steps=3", "sft.batch=2", "sft.lr=1e-3"];
@@ -426,14 +426,14 @@ fn a_run_whose_machine_is_gone_goes_on_from_its_mirror() {
     );
 }
 
-/// A step that takes longer than a service manager waits: it is left, and what it was made of is in the checkpoint.
+/// A step that takes longer than a service manager waits is abandoned, and its groups are in the checkpoint.
 #[test]
-fn a_step_that_outlasts_the_deadline_is_left_and_nothing_of_it_is_lost() {
+fn a_step_that_outlasts_the_deadline_is_abandoned_without_losing_its_groups() {
     let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    // The step cannot end before the deadline, and the deadline leaves time to reach the third of the step's groups.
+    // The step cannot end before the deadline, but its third group can be reached before it.
     let overrides = ["run.steps=3", "learner.eta=0", "supervision.drain_s=4", "supervision.halt_grace_s=60"];
     let mut child = training(dir.path(), &overrides)
-        // From the second step's third group on, each takes eight seconds.
+        // From the second step's third group on, each group takes eight seconds.
         .env("FAILPOINTS", "learn.forward=6*off->sleep(8000)")
         .stderr(Stdio::piped())
         .spawn()
@@ -453,9 +453,9 @@ fn a_step_that_outlasts_the_deadline_is_left_and_nothing_of_it_is_lost() {
     assert_eq!(metrics(&dir.path().join("run")), metrics(&whole.path().join("run")));
 }
 
-/// Killed, and then asked to stop, while it is fine-tuned: what was done of it is not done again, and nothing differs.
+/// Fine-tuning that is killed and then stopped does not repeat finished steps, and gives the same results.
 #[test]
-fn fine_tuning_that_was_broken_off_goes_on_as_if_it_had_not_been() {
+fn interrupted_fine_tuning_resumes_with_the_same_result() {
     for adapters in [&[][..], &["policy.lora={ rank = 4 }"]] {
         let tuned = ["sft.steps=60", "sft.batch=2", "sft.lr=1e-3", "run.steps=2", "learner.eta=0"];
         let overrides = [&tuned[..], &["checkpoint.every_steps=1"], adapters].concat();
@@ -475,11 +475,11 @@ fn fine_tuning_that_was_broken_off_goes_on_as_if_it_had_not_been() {
             if resumes {
                 command.arg("--resume");
             }
-            // After some steps each takes half a second, so that half a minute is left to break it off.
+            // After some steps each takes half a second, so that half a minute remains in which to interrupt it.
             let command = command.env("FAILPOINTS", "sft.step=8*off->sleep(500)");
             let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
             wait_until("steps of fine-tuning", || {
-                assert!(child.try_wait().unwrap().is_none(), "it ended before it was broken off");
+                assert!(child.try_wait().unwrap().is_none(), "it ended before it was interrupted");
                 far(steps)
             });
             assert!(Command::new("kill").args([how, &child.id().to_string()]).status().unwrap().success());
@@ -509,9 +509,9 @@ fn fine_tuning_that_was_broken_off_goes_on_as_if_it_had_not_been() {
     }
 }
 
-/// A disk that does not come back: the second signal leaves it, though a checkpoint is under way.
+/// On a disk that does not recover, the second signal abandons a checkpoint that is being written.
 #[test]
-fn a_checkpoint_that_never_ends_is_left_when_it_is_asked_for_again() {
+fn a_checkpoint_that_never_ends_is_abandoned_at_the_second_signal() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=3", "learner.eta=0", "checkpoint.every_steps=1"];
     let mut child = training(dir.path(), &overrides)
@@ -551,7 +551,7 @@ fn a_checkpoint_that_never_ends_is_left_when_it_is_asked_for_again() {
 }
 
 #[test]
-fn a_service_manager_is_told_when_the_run_is_ready_alive_and_stopping() {
+fn a_service_manager_is_notified_when_the_run_is_ready_alive_and_stopping() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notify");
     let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
@@ -561,7 +561,7 @@ fn a_service_manager_is_told_when_the_run_is_ready_alive_and_stopping() {
     let (mut said, mut asked) = (Vec::new(), false);
     let mut buffer = [0; 4096];
     while !said.iter().any(|line| line == "STOPPING=1") {
-        let n = socket.recv(&mut buffer).expect("the run says something");
+        let n = socket.recv(&mut buffer).expect("the run sends a notification");
         said.extend(String::from_utf8_lossy(&buffer[..n]).lines().map(str::to_owned));
         if !asked && said.iter().any(|line| line == "WATCHDOG=1") {
             assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());

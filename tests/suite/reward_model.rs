@@ -1,4 +1,4 @@
-//! The reward model against `transformers`, and what it learns.
+//! Tests of the reward model against `transformers`, and of its training.
 
 use candle_core::{DType, Device, Tensor};
 use kernels::AdamWConfig;
@@ -58,7 +58,7 @@ fn scores_loss_and_gradient_agree_with_transformers() {
         assert!((ours - theirs).abs() < 1e-4, "{scores:?}");
     }
     let step = step.unwrap();
-    // A mean over the two pairs here, their sum there.
+    // The loss is a mean over the two pairs here and a sum in the reference.
     let (loss, norm) = (reference["loss"].as_f64().unwrap() / 2.0, reference["gradient_norm"].as_f64().unwrap() / 2.0);
     assert!((step.loss - loss).abs() < 1e-4, "{step:?}, {loss} there");
     assert!((step.gradient_norm / norm - 1.0).abs() < 1e-3, "{step:?}, {norm} there");
@@ -66,10 +66,10 @@ fn scores_loss_and_gradient_agree_with_transformers() {
 }
 
 #[test]
-fn what_is_preferred_comes_to_score_higher_and_what_is_held_out_is_not_learned() {
+fn preferred_answers_come_to_score_higher_and_held_out_pairs_are_not_trained_on() {
     let mut trainer =
         RewardTrainer::new(&llama(), None, TrainerPlan { holdout: 0.3, ..plan() }, AdamWConfig::default()).unwrap();
-    // Answers with token 7 are better than answers with token 9, wherever they stand.
+    // Answers with token 7 are better than answers with token 9, in either position.
     let pair = |seq: u64| {
         let (good, bad) = (vec![20 + (seq % 5) as u32, 7], vec![20 + (seq % 5) as u32, 9]);
         let first_is_good = seq.is_multiple_of(2);
@@ -86,7 +86,7 @@ fn what_is_preferred_comes_to_score_higher_and_what_is_held_out_is_not_learned()
             held_out += 1;
             assert_eq!((trainer.version(), trainer.trained()), before);
         }
-        // What is issued again after a restart is scored and not learned twice.
+        // A group that is issued again after a restart is scored but not learned from twice.
         let after = (trainer.version(), trainer.trained());
         trainer.observe(&group, &[(0, 1, p)]).unwrap();
         assert_eq!((trainer.version(), trainer.trained()), after);
@@ -114,11 +114,11 @@ fn a_saved_reward_model_opens_with_the_same_scores() {
         (&config["architectures"][0], config["id2label"].as_object().unwrap().len()),
         (&Value::from("LlamaForSequenceClassification"), 1)
     );
-    // The score is read at the last token that is no padding, so the end token must not be that.
+    // The score is read at the last token that is not padding, so the end token must not be the padding token.
     let eos = Tokenizer::bytes().eos_ids().to_vec();
     let pad = config["pad_token_id"].as_u64().unwrap() as u32;
     assert!(!eos.contains(&pad), "{pad}");
-    // A language model is no reward model, and the other way round.
+    // A language model is not a reward model, and the reverse.
     let error = RewardModel::open(&fixture("llama"), &Device::Cpu).err().unwrap();
     assert!(format!("{error:#}").contains("LlamaForCausalLM"), "{error:#}");
     assert!(Weights::from_directory(dir.path(), &Device::Cpu).is_err());

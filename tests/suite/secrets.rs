@@ -1,4 +1,4 @@
-//! The API key and the bearer token: what they open, and that nothing the program writes or prints holds them.
+//! Tests that the API key and the bearer token grant access, and that no output or file of the program contains them.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -13,7 +13,8 @@ use crate::mock_judge::{Act, MockJudge};
 const KEY: &str = "sk-mock-0123456789-abcdefghij";
 const TOKEN: &str = "tk-mock-9876543210-zyxwvutsrq";
 
-/// A server that repeats the key in every way that servers do, by what it is asked, and answers some questions as it should.
+/// A server that repeats the key in every way that servers do, depending on the question, and answers some questions
+/// correctly.
 fn indiscreet() -> MockJudge {
     MockJudge::start(|_, _, body| {
         let prompt = body["prompt"].to_string();
@@ -31,7 +32,7 @@ fn indiscreet() -> MockJudge {
             3 => Act::Body(json!({ "error": long }).to_string()),
             4 => Act::Body(format!(r#"{{"error": "{escaped}"}}"#)),
             5 => Act::Body(odd(&format!(r#"{{"{KEY}":null}}"#))),
-            // These two can be read: the judge's likeliest token is the key.
+            // These two are valid answers whose most likely token is the key.
             6 => Act::Body(odd(&format!(r#"{{"{KEY}":-0.1}}"#))),
             7 => Act::Body(odd(&format!(r#"{{"{escaped}":-0.1}}"#))),
             _ => Act::Tokens(vec![("8", 0.5), ("3", 0.25)]),
@@ -40,7 +41,7 @@ fn indiscreet() -> MockJudge {
 }
 
 #[test]
-fn secrets_open_what_they_guard_and_stand_nowhere() {
+fn secrets_grant_access_and_appear_nowhere() {
     let dir = tempfile::tempdir().unwrap();
     let mock = indiscreet();
     let remote = format!(
@@ -120,23 +121,23 @@ fn secrets_open_what_they_guard_and_stand_nowhere() {
     let mut hidden = 0;
     for path in files {
         let bytes = std::fs::read(&path).unwrap();
-        // The middle of each is telling enough, should a text have been cut.
+        // Also searches for the middle of each secret, in case a text was truncated.
         for secret in ["0123456789-abc", "9876543210-zyx"] {
             let found = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
             assert!(!found, "{} holds a secret: {}", path.display(), String::from_utf8_lossy(&bytes));
         }
         hidden += String::from_utf8_lossy(&bytes).matches("[API key]").count();
     }
-    assert!(hidden > 0, "the judge's repetitions were never seen, so that nothing was tried");
+    assert!(hidden > 0, "the judge's repetitions of the key were never seen, so this test checks nothing");
 }
 
-/// Every file below `dir`.
+/// Returns every file below `dir`.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
 }
 
-/// Waits until `path` holds `words`, and returns all of it.
+/// Waits until `path` contains `words`, and returns its complete text.
 fn wait(path: &Path, words: &str) -> String {
     let text = || std::fs::read_to_string(path).unwrap();
     crate::common::wait_until(words, || text().contains(words));

@@ -1,4 +1,4 @@
-//! A group's prompt computed once for all its completions, against each completion behind a prompt of its own.
+//! Tests of shared prompts: a group's prompt computed once for all its completions, against a separate copy for each.
 
 use candle_core::{Device, Tensor, Var};
 use kernels::{Gradients, backward};
@@ -76,13 +76,13 @@ fn algorithms() -> Vec<(&'static str, Box<dyn Algorithm>)> {
     ]
 }
 
-/// Log-probabilities and entropies `[N]` of all completions, the prompt shared or each with its own.
+/// Returns log-probabilities and entropies `[N]` of all completions, with a shared prompt or with one for each.
 fn forward(model: &Decoder, shared: bool) -> (Tensor, Tensor) {
     let completions = completions();
     if shared {
         return model.logprobs(&Pack::new(&PROMPT, &completions), 0.9).unwrap();
     }
-    // One sequence without a seam, of which the completion's tokens are taken.
+    // One continuous sequence, from which the completion's tokens are taken.
     let alone = |completion: &Vec<u32>| {
         let whole = [&PROMPT[1..], completion].concat();
         let (logprobs, entropy) = model.logprobs(&Pack::new(&PROMPT[..1], &[whole]), 0.9).unwrap();
@@ -93,7 +93,7 @@ fn forward(model: &Decoder, shared: bool) -> (Tensor, Tensor) {
     (join(parts.iter().map(|part| &part[0]).collect()), join(parts.iter().map(|part| &part[1]).collect()))
 }
 
-/// The gradient that the algorithm's loss has at each parameter.
+/// Returns the gradient of the algorithm's loss for each parameter.
 fn gradients(algorithm: &dyn Algorithm, model: &Decoder, params: &[(String, Var)], shared: bool) -> Gradients {
     let pack = Pack::new(&PROMPT, &completions());
     let (logprobs, entropy) = forward(model, shared);
@@ -127,12 +127,12 @@ fn gradients(algorithm: &dyn Algorithm, model: &Decoder, params: &[(String, Var)
 }
 
 #[test]
-fn the_gradient_is_that_of_unshared_prompts_for_every_algorithm() {
+fn the_gradient_equals_that_of_unshared_prompts_for_every_algorithm() {
     for window in [None, Some(Window { size: 5, layers: vec![true, false] })] {
         let config = shape(window);
         let base = Decoder::new(&config, &Weights::scratch(&config, 0.2, 3, &Device::Cpu).unwrap()).unwrap();
         let lora = Lora { rank: 4, alpha: 8.0, targets: vec!["q_proj".into(), "down_proj".into()] };
-        // Adapters start with B at zero, where A has no gradient: trained weights stand in for a step.
+        // Adapters start with B at zero, where A has no gradient; random weights simulate training.
         let (adapted, adapters) = base.adapted(&lora, 5).unwrap();
         for (i, (_, var)) in adapters.iter().enumerate() {
             let values = (0..var.elem_count()).map(|j| ((i * 13 + j * 7) % 11) as f32 / 50.0 - 0.1).collect();

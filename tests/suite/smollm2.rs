@@ -1,4 +1,4 @@
-//! The real SmolLM2-135M-Instruct against reference values. It is 98 MB, so it is fetched only when asked for:
+//! Tests of the real SmolLM2-135M-Instruct against reference values. It is 98 MB and is downloaded only on request:
 //! `PRECEPTOR_TEST_MODELS=1 cargo test --release --workspace`.
 
 use std::sync::Arc;
@@ -54,10 +54,10 @@ fn smollm2_agrees_with_the_reference() {
     assert_eq!(sampled.ids, all[prompt.len()..]);
 }
 
-/// The same weights here and behind llama.cpp: what the one says of a question, the other says too, as far as
-/// llama.cpp's quantised activations allow (mean |Δlogit| 0.2 on this model).
+/// The same weights in this process and behind llama.cpp: their answers agree as far as llama.cpp's quantised
+/// activations allow (mean |Δlogit| 0.2 on this model).
 #[test]
-fn llama_server_agrees_with_the_model_here() {
+fn llama_server_agrees_with_the_local_model() {
     use preceptor::config::{RemoteApi, RemoteJudge};
     use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, Usage};
     use preceptor::pipeline::label::local::{Judge, Local};
@@ -90,10 +90,10 @@ fn llama_server_agrees_with_the_model_here() {
         for ((ask, theirs), ours) in asks.iter().zip(theirs).zip(ours) {
             println!("{api:?} {}\n  there {theirs:.4?}\n  here  {ours:.4?}", ask.prompt);
             let ours = ours.unwrap();
-            // What is not listed there is unlikely here.
+            // Answers that the server does not list must be unlikely here.
             let theirs = theirs.unwrap_or_else(|_| vec![0.0; ours.len()]);
             for ((answer, theirs), ours) in ask.answers.iter().zip(theirs).zip(ours) {
-                // A logit that is off by 0.2, and the sum over the rest that is too, change a probability by half.
+                // Errors of 0.2 in a logit and in the sum over the others change a probability by half.
                 let listed = theirs > 0.0;
                 assert!(!listed || (theirs / ours).ln().abs() < 0.5, "{answer}: {theirs} there, {ours} here");
                 assert!(listed || ours < 0.05, "{answer} is likely here ({ours}) and not listed there");

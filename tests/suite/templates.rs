@@ -1,4 +1,4 @@
-//! Public chat templates against `transformers`.
+//! Tests of public chat templates against `transformers`.
 
 use preceptor::lm::source::ModelFiles;
 use preceptor::lm::tokens::Tokenizer;

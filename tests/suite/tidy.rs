@@ -1,4 +1,4 @@
-//! Rules of the house that no compiler checks.
+//! Project rules that the compiler does not check.
 
 use std::path::{Path, PathBuf};
 
@@ -21,7 +21,7 @@ fn root() -> &'static Path {
 }
 
 #[test]
-fn the_runtime_knows_no_language_model() {
+fn the_runtime_does_not_depend_on_language_models() {
     let manifest = std::fs::read_to_string(root().join("actors/Cargo.toml")).unwrap();
     for word in ["candle", "tokenizers", "preceptor =", "metrics"] {
         assert!(!manifest.contains(word), "actors/Cargo.toml mentions {word}");
@@ -34,11 +34,11 @@ fn the_runtime_knows_no_language_model() {
 }
 
 #[test]
-fn there_is_no_mod_rs_and_no_stub() {
+fn there_is_no_mod_rs_and_every_file_has_a_module_comment() {
     for path in sources(&root().join("src")).into_iter().chain(sources(&root().join("actors/src"))) {
         assert_ne!(path.file_name().unwrap(), "mod.rs", "{}", path.display());
         let text = std::fs::read_to_string(&path).unwrap();
-        assert!(text.starts_with("//!"), "{} does not say what it is", path.display());
+        assert!(text.starts_with("//!"), "{} has no module comment", path.display());
     }
 }
 
@@ -53,7 +53,8 @@ fn every_configuration_is_valid() {
     }
 }
 
-/// Pairs of a file and the functions that `text` names after it, as in `` `a.rs`: `one`, `two`; `b.rs`: `three` ``.
+/// Parses pairs of a file and the functions that `text` names after it, as in `` `a.rs`: `one`, `two`; `b.rs`: `three`
+/// ``.
 fn named_tests(text: &str) -> Vec<(String, Vec<String>)> {
     let mut found: Vec<(String, Vec<String>)> = Vec::new();
     for line in text.lines().filter(|line| line.starts_with("| ") && line.contains(".rs`: `")) {
@@ -80,10 +81,10 @@ fn every_guarantee_of_security_md_names_a_test_that_exists() {
         for name in names {
             let place = code.find(&format!("fn {name}()")).unwrap_or_else(|| panic!("{file} has no test {name}"));
             let before = code[..place].rsplit("\n\n").next().unwrap_or_default();
-            assert!(before.contains("#[test]"), "{name} in {file} is no test");
+            assert!(before.contains("#[test]"), "{name} in {file} is not a test");
         }
     }
-    // Each row of the second part has one.
+    // Each row of the second part must name a test.
     let guarantees = text.split("## What it guarantees").nth(1).unwrap().lines();
     let rows = guarantees.filter(|line| line.starts_with("| ") && !line.starts_with("| guarantee"));
     for row in rows {

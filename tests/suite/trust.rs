@@ -1,5 +1,5 @@
-//! What strangers may do: servers that redirect, clients that hold connections, names that are not the node's, text with
-//! control characters.
+//! Tests against untrusted parties: servers that redirect, clients that hold connections, host names that are not the
+//! node's, and text with control characters.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -15,7 +15,7 @@ use crate::mock_judge::{Act, MockJudge};
 const KEY: &str = "sk-trust-0123456789-abcdef";
 const TOKEN: &str = "tk-trust-9876543210-zyxwvu";
 
-/// A server that answers every GET as `answer` says of its path, and keeps the heads of the requests.
+/// A server that answers every GET according to `answer` of its path, and records the heads of the requests.
 struct Server {
     address: String,
     heads: Arc<Mutex<Vec<String>>>,
@@ -44,7 +44,7 @@ impl Server {
 }
 
 fn respond(mut stream: TcpStream, status: &str, headers: &str, body: &str) {
-    // The client may be gone already.
+    // The client may have disconnected already.
     let _ = write!(
         stream,
         "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n{body}",
@@ -57,10 +57,10 @@ fn leaked(text: String) -> &'static str {
 }
 
 #[test]
-fn a_judge_that_redirects_gets_no_question_and_no_key_to_another_address() {
+fn a_judge_that_redirects_sends_no_question_and_no_key_to_another_address() {
     // SAFETY: no other test reads or writes this variable.
     unsafe { std::env::set_var("PRECEPTOR_TRUST_KEY", KEY) };
-    // The second server redirects once more, to itself: that is where a key comes back that was removed once.
+    // The second server redirects once more, to itself: a client that removed the key once might send it again there.
     let other = MockJudge::start(|_, path, _| {
         if path.ends_with("/y") {
             Act::Tokens(vec![("1", 0.75), ("2", 0.25)])
@@ -100,7 +100,7 @@ fn a_judge_that_redirects_gets_no_question_and_no_key_to_another_address() {
     assert_eq!((other.served("ok"), other.served("http_3xx")), (0, 0), "the other server was asked");
 }
 
-/// Runs `preceptor top` on `address` with a bearer token, and returns its exit status and what it wrote.
+/// Runs `preceptor top` on `address` with a bearer token. Returns its exit status and output.
 fn top(address: &str) -> (bool, String) {
     let dir = tempfile::tempdir().unwrap();
     let mut program = preceptor(dir.path());
@@ -110,7 +110,7 @@ fn top(address: &str) -> (bool, String) {
 }
 
 #[test]
-fn top_gives_its_token_to_the_address_that_it_was_given_alone() {
+fn top_sends_its_token_only_to_the_given_address() {
     let other = Server::start(|path, stream| {
         if path == "/y" {
             respond(stream, "200 OK", "", "{}")
@@ -124,13 +124,16 @@ fn top_gives_its_token_to_the_address_that_it_was_given_alone() {
         let (done, text) = top(&node.address);
         assert!(!done && text.contains(&format!("redirects to http://{host}/x")), "{text}");
         assert!(!text.contains("9876543210"), "{text}");
-        assert!(node.heads.lock().unwrap().iter().all(|head| head.contains(TOKEN)), "the node itself is asked with it");
+        assert!(
+            node.heads.lock().unwrap().iter().all(|head| head.contains(TOKEN)),
+            "requests to the node itself carry the token"
+        );
     }
     assert_eq!(other.heads.lock().unwrap().len(), 0, "another address was asked");
 }
 
 #[test]
-fn top_reads_a_bounded_answer_and_shows_no_control_characters() {
+fn top_limits_the_size_of_answers_and_shows_no_control_characters() {
     let endless = Server::start(|_, mut stream| {
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n");
         while stream.write_all(&[b' '; 1 << 16]).is_ok() {}
@@ -156,17 +159,17 @@ fn top_reads_a_bounded_answer_and_shows_no_control_characters() {
     }
 }
 
-/// One request to `address`, and the whole answer.
+/// Sends one request to `address`, and returns the complete answer.
 fn ask(address: &str, head: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     let _ = write!(stream, "{head}\r\n\r\n");
     let mut text = Vec::new();
-    // A connection that is reset has said what it had to say.
+    // A reset connection has already delivered its answer.
     let _ = stream.read_to_end(&mut text);
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// A node in a process of its own, which ends with the test.
+/// A node in a separate process, which ends with the test.
 struct Node {
     child: std::process::Child,
     address: String,
@@ -174,7 +177,7 @@ struct Node {
 }
 
 impl Node {
-    /// Starts the offline run without an end, with at most `files` open files.
+    /// Starts the offline run without a last step, with at most `files` open files.
     fn start(dir: &std::path::Path, files: u64, sets: &[&str]) -> Self {
         let stderr = dir.join("stderr.txt");
         let mut program = std::process::Command::new("bash");
@@ -199,17 +202,17 @@ impl Node {
         std::fs::read_to_string(&self.stderr).unwrap()
     }
 
-    /// Waits until `what` finds in standard error what it looks for.
+    /// Waits until `what` finds a value in standard error.
     fn wait<T>(&self, what: impl Fn(&str) -> Option<T>) -> T {
         until(|| what(&self.said()).ok_or_else(|| self.said()))
     }
 
-    /// GETs `path` by the name `host`.
+    /// Sends a GET for `path` with the host name `host`.
     fn get(&self, path: &str, host: &str) -> String {
         ask(&self.address, &format!("GET {path} HTTP/1.1\r\nHost: {host}"))
     }
 
-    /// The value of a metric without labels.
+    /// Returns the value of a metric without labels.
     fn metric(&self, name: &str) -> f64 {
         until(|| {
             let text = self.get("/metrics", "localhost");
@@ -221,13 +224,13 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        // It may have ended.
+        // The process may have ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Tries until there is a value, for two minutes at most.
+/// Retries until a value is found, for at most two minutes.
 fn until<T>(mut what: impl FnMut() -> Result<T, String>) -> T {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
     loop {
@@ -247,7 +250,7 @@ fn idle_connections_stop_neither_checkpoints_nor_scrapes() {
     let mut idle = Vec::new();
     for i in 0..2000 {
         let mut stream = until(|| TcpStream::connect(&node.address).map_err(|error| error.to_string()));
-        // Half of them send a part of a head, and some a whole one without reading the answer.
+        // Half of the connections send part of a request head, and some a complete one without reading the answer.
         let _ = match i % 4 {
             0 => stream.write_all(b"GET /metrics HT"),
             1 => stream.write_all(b"GET /samples HTTP/1.1\r\nHost: localhost\r\n\r\n"),
@@ -265,7 +268,7 @@ fn idle_connections_stop_neither_checkpoints_nor_scrapes() {
 }
 
 #[test]
-fn a_node_answers_to_its_own_names_alone() {
+fn a_node_answers_only_to_its_own_host_names() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), 4096, &["serve.hosts=[\"node.example\"]"]);
     for host in [&node.address as &str, "localhost:1", "[::1]", "10.1.2.3", "node.example", "NODE.example:9464"] {
@@ -287,7 +290,7 @@ fn a_node_answers_to_its_own_names_alone() {
 }
 
 #[test]
-fn a_node_speaks_http_1_and_waits_for_nobody() {
+fn a_node_speaks_http_1_and_waits_for_no_client() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), 4096, &[]);
     let mut slow = TcpStream::connect(&node.address).unwrap();
@@ -298,14 +301,14 @@ fn a_node_speaks_http_1_and_waits_for_nobody() {
     let _ = preface.read_to_end(&mut answer);
     assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 400"), "{answer:?}");
     assert!(node.get("/metrics", "localhost").to_lowercase().contains("\r\nconnection: close\r\n"));
-    // Ends when the node has closed the connection; the test would hang otherwise.
+    // Ends when the node has closed the connection; otherwise the test would hang.
     let _ = slow.read_to_end(&mut answer);
     let long = format!("GET /metrics HTTP/1.1\r\nHost: localhost\r\nX: {}", "x".repeat(100_000));
     assert!(!ask(&node.address, &long).starts_with("HTTP/1.1 200"));
 }
 
-/// Runs the program in `dir` with standard output given to `sink`, a shell's redirection or pipe. Returns the exit status
-/// of the program and what it wrote on standard error.
+/// Runs the program in `dir` with standard output connected to `sink`, a shell redirection or pipe. Returns the
+/// program's exit status and its standard error.
 fn into(dir: &std::path::Path, arguments: &[&str], sink: &str) -> (i32, String) {
     let mut shell = std::process::Command::new("bash");
     shell.args(["-c", &format!("\"$0\" \"$@\" {sink}; exit ${{PIPESTATUS[0]}}"), env!("CARGO_BIN_EXE_preceptor")]);
@@ -314,13 +317,13 @@ fn into(dir: &std::path::Path, arguments: &[&str], sink: &str) -> (i32, String) 
 }
 
 #[test]
-fn a_closed_pipe_ends_a_command_quietly_and_a_full_disk_with_one_error() {
+fn a_closed_pipe_ends_a_command_silently_and_a_full_disk_with_one_error() {
     let dir = tempfile::tempdir().unwrap();
     assert!(train(dir.path(), &["run.steps=1"]).status.success());
     let model = "run/checkpoints/step-000001";
     let config = config("offline.toml");
     let config = config.to_str().unwrap();
-    // Far more than a pipe holds, so that the program writes after its reader has gone, however fast it is.
+    // Far more than a pipe buffers, so that the program writes after its reader has gone, however fast it is.
     let many = ["--max-new-tokens", "100", "--samples", "3000", "--temperature", "3"];
     let generate = [&["generate", model, "a"][..], &many].concat();
     for arguments in [&generate, &[&generate[..], &["--json"]].concat()] {
@@ -335,7 +338,7 @@ fn a_closed_pipe_ends_a_command_quietly_and_a_full_disk_with_one_error() {
         &["score", model, "abc"],
         &["score", model, "abc", "--json"],
     ] {
-        // Whether the reader has gone before the program writes is a matter of chance here.
+        // It is a matter of timing whether the reader has gone before the program writes here.
         let (status, text) = into(dir.path(), arguments, "| true");
         assert!([0, 141].contains(&status) && text.is_empty(), "{arguments:?}: {status}: {text}");
         let (status, text) = into(dir.path(), arguments, "> /dev/full");
@@ -346,7 +349,7 @@ fn a_closed_pipe_ends_a_command_quietly_and_a_full_disk_with_one_error() {
 }
 
 #[test]
-fn what_a_model_writes_reaches_the_terminal_without_control_characters() {
+fn model_output_reaches_the_terminal_without_control_characters() {
     let dir = tempfile::tempdir().unwrap();
     assert!(train(dir.path(), &["run.steps=1"]).status.success());
     let generate = |more: &[&str]| {
@@ -364,11 +367,14 @@ fn what_a_model_writes_reaches_the_terminal_without_control_characters() {
     let json = generate(&["--json"]);
     assert!(json.chars().all(|c| c == '\n' || !c.is_control()), "{json:?}");
     let texts = json.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["text"].clone());
-    assert!(texts.into_iter().any(|text| text.as_str().unwrap().contains('\u{1b}')), "JSON has what the model wrote");
+    assert!(
+        texts.into_iter().any(|text| text.as_str().unwrap().contains('\u{1b}')),
+        "the JSON file has the unmodified model output"
+    );
 }
 
 #[test]
-fn a_log_that_is_no_terminal_has_no_colours() {
+fn a_log_that_is_not_a_terminal_has_no_colours() {
     let mock = MockJudge::start(|_, _, _| Act::Status(500, "", ""));
     let dir = tempfile::tempdir().unwrap();
     let remote = format!(
@@ -392,9 +398,9 @@ fn a_log_that_is_no_terminal_has_no_colours() {
     assert!(!text.contains('\u{1b}'), "{text:?}");
 }
 
-/// A disk that fails for a time: here a limit on the size of files, which is raised again.
+/// A disk that fails for some time: here a file size limit, which is raised later.
 #[test]
-fn a_label_cache_that_cannot_be_written_for_a_time_keeps_every_label() {
+fn a_temporarily_unwritable_label_cache_keeps_every_label() {
     let mock = MockJudge::start(|number, _, _| {
         let rating = if number % 2 == 0 { 0.25 } else { 0.05 };
         Act::Slow(std::time::Duration::from_millis(2), Box::new(Act::Tokens(vec![("7", 0.5), ("1", rating)])))
@@ -416,10 +422,10 @@ fn a_label_cache_that_cannot_be_written_for_a_time_keeps_every_label() {
     node.wait(|text| text.contains("labels.sqlite cannot be written").then_some(()));
     assert!(node.metric("preceptor_disk_errors_total") > 0.0);
     limit(libc::RLIM_INFINITY);
-    node.wait(|text| text.contains("is written again").then_some(()));
+    node.wait(|text| text.contains("can be written again").then_some(()));
     let step = node.wait(|text| text.rsplit("step ").next()?.trim().split('/').next()?.trim().parse::<u64>().ok());
     drop(node);
-    // The same questions again, in another run: every answer is there.
+    // Another run with the same questions finds every answer.
     let before = mock.served("ok");
     let again = tempfile::tempdir().unwrap();
     let steps = format!("run.steps={step}");
@@ -432,7 +438,7 @@ fn a_label_cache_that_cannot_be_written_for_a_time_keeps_every_label() {
 fn a_hub_without_a_home_directory_for_its_models_is_refused_with_the_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let mut program = preceptor(dir.path());
-    // A home that is no absolute path is none.
+    // A home directory that is not an absolute path counts as missing.
     program.args(["generate", "{ hub = \"owner/name\" }", "a"]).env("HOME", "nowhere").env_remove("HF_HOME");
     let output = program.output().unwrap();
     let text = stderr(&output);

@@ -1,5 +1,5 @@
-//! Tuning on machines whose rates are known: scripted stages in simulated time, under the runtime's own edges and
-//! staleness bound. What is found is held against a bound that no division of the machine can exceed.
+//! Tests of tuning on machines with known rates: scripted stages in simulated time, with the real runtime's edges and
+//! staleness bound. Results are compared with a bound that no division of the machine can exceed.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,18 +10,18 @@ use preceptor::tools::tune::{Facts, Machine, Measured, Reach, Role, tune};
 use preceptor_actors::scripted::{ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{Admission, AdmissionGate, Clock, GraphBuilder, GraphOptions, Outcome, StageSpec, spawn_graph};
 
-/// A machine, by what a group takes of each stage with one thread, alone.
+/// A simulated machine, given by a group's time in each stage with one thread, alone.
 struct Scripted {
     facts: Facts,
-    /// Seconds that threads do not shorten.
+    /// Seconds per stage that do not shrink with threads.
     serial: [f64; 4],
-    /// Seconds that threads share.
+    /// Seconds per stage that are divided by the number of threads.
     shared: [f64; 4],
-    /// Share of sampling that groups side by side have in common.
+    /// Share of the sampling time that concurrent groups share.
     common: f64,
-    /// Seconds of a learner's step, whatever its groups.
+    /// Seconds of a learner step, independent of its number of groups.
     step: f64,
-    /// Share of each stage's time that does not grow with a group's completions.
+    /// Share of each stage's time that does not grow with the number of completions.
     prompt: f64,
     runtime: tokio::runtime::Runtime,
 }
@@ -36,25 +36,26 @@ impl Scripted {
         self.serial[role] + self.shared[role] / threads as f64
     }
 
-    /// How much longer a plan's groups take than those of the usual size.
+    /// Returns the time of a plan's groups relative to groups of the default size.
     fn size(&self, plan: &Plan) -> f64 {
         self.prompt + (1.0 - self.prompt) * plan.group_size as f64 / self.facts.group_size as f64
     }
 
-    /// Core seconds that a group costs with `beside` groups side by side.
+    /// Returns the core seconds per group with `beside` concurrent groups.
     fn cores(&self, beside: usize) -> f64 {
         let here = |role: &usize| *role != Role::Label as usize || self.facts.labels_here;
         let company = self.common / beside as f64 + 1.0 - self.common;
         (0..4).filter(here).map(|role| self.alone(role, 1) * if role == 0 { company } else { 1.0 }).sum()
     }
 
-    /// More groups a second than any division can have: cores shared without loss, and each stage on all of them.
+    /// Returns an upper bound on groups per second: cores shared without loss, and each stage on all of them.
     fn bound(&self) -> f64 {
         let Facts { cores, batch, most_slots, group_size, labels_here, .. } = self.facts;
         let beside = (most_slots / group_size).max(1);
         let single = (2..4).map(|role| 1.0 / self.alone(role, cores)).fold(f64::MAX, f64::min);
         let labels = if labels_here { cores } else { 32 } as f64 / self.alone(1, 1);
-        // Of five batches, as many as η = 4 admits, each takes at least one group's way to the learner and all its learning.
+        // Of five batches, the number that η = 4 admits, each takes at least one group's path to the learner and its
+        // complete training.
         let way: f64 = (0..3).map(|role| self.alone(role, cores)).sum();
         let admitted = 5.0 * batch as f64 / (way + batch as f64 * self.alone(3, cores));
         (cores as f64 / self.cores(beside)).min(single).min(labels).min(admitted)
@@ -76,12 +77,12 @@ impl Machine for Scripted {
         let groups = 48 * batch;
         let size = self.size(&plan);
         let beside = (plan.slots / plan.group_size).max(1);
-        // A worker that samples several groups side by side is as many that take that much longer.
+        // A worker that samples several groups concurrently is modelled as that many workers, each slower accordingly.
         let sampling = size * self.alone(0, plan.threads[0]) * (self.common + (1.0 - self.common) * beside as f64);
         let taking = |seconds: f64| ScriptedStage::taking(Duration::from_secs_f64(seconds));
         let label = taking(size * self.alone(1, plan.threads[1]));
         let reward = taking(size * self.alone(2, plan.threads[2]));
-        // In parts, the prompt is computed with each.
+        // With micro-batches, the prompt is computed in each.
         let parts = plan.group_size.checked_div(plan.micro_batch).unwrap_or(1);
         let learn = size * self.alone(3, plan.threads[3]) * (1.0 + (parts - 1) as f64 / 2.0);
         let learn = taking(learn + self.step / batch as f64);
@@ -114,7 +115,7 @@ impl Machine for Scripted {
             graph.report()
         });
         let rate = groups as f64 / clock.now().as_secs_f64();
-        // Who has too few cores for all that works at once is slower by as much, everywhere.
+        // If the concurrent work needs more cores than exist, everything is slower by that ratio.
         let cores = size * self.cores(beside) + self.step / batch as f64;
         let slower = (rate * cores / self.facts.cores as f64).max(1.0);
         let work = |role: Role| {
@@ -130,7 +131,7 @@ fn facts(cores: usize) -> Facts {
     Facts { cores, group_size: 8, batch: 4, labels_here: true, labels: true, most_slots: 64, micro_batch: 0 }
 }
 
-/// One of everything, and nothing at once.
+/// One worker of each kind, and no concurrency.
 fn mis_set() -> Plan {
     Plan { batch: 4, ..Plan::single(8) }
 }
@@ -138,7 +139,7 @@ fn mis_set() -> Plan {
 const REACH: Reach = Reach { trials: 6, sizes: false };
 
 #[test]
-fn the_planted_optimum_is_found_on_five_machines() {
+fn the_known_optimum_is_found_on_five_machines() {
     for (name, mut machine) in [
         ("a learner that wants threads", Scripted::new(facts(8), [0.1; 4], [0.8, 0.4, 0.2, 7.0], 0.3)),
         (
@@ -146,7 +147,7 @@ fn the_planted_optimum_is_found_on_five_machines() {
             Scripted::new(Facts { labels_here: false, ..facts(4) }, [0.02, 4.0, 0.01, 0.05], [0.4, 0.0, 0.1, 0.5], 0.5),
         ),
         (
-            "sampling that is cheap in company",
+            "sampling that is cheaper in large batches",
             Scripted::new(facts(2), [0.1, 0.02, 0.02, 0.1], [4.0, 0.1, 0.1, 0.3], 0.9),
         ),
         ("two halves that overlap", Scripted::new(facts(2), [1.0, 0.02, 0.02, 1.0], [0.0; 4], 0.0)),
@@ -164,7 +165,7 @@ fn the_planted_optimum_is_found_on_five_machines() {
         assert!(tuned.before.measured < 0.85 * bound, "{name}: nothing to find");
         assert!(found >= 0.9 * bound, "{name}: {found} of {bound} by {plan}\n{:?}", told.lock().unwrap());
         assert!(tuned.is_better(), "{name}: {tuned:?}");
-        // What was expected came, of the best and of the best that is synchronous.
+        // The predictions for the best plan and for the best synchronous one were accurate.
         assert!((tuned.best.predicted / found - 1.0).abs() < 0.15, "{name}: {tuned:?}");
         let (plan, gain) = tuned.synchronous.clone();
         let synchronous = machine.measure(&plan).unwrap().groups_per_s;
@@ -178,7 +179,7 @@ fn the_planted_optimum_is_found_on_five_machines() {
 }
 
 #[test]
-fn where_all_share_one_core_asynchronous_is_not_worth_it_and_nothing_is_changed() {
+fn on_a_single_core_asynchronous_training_is_not_proposed_and_nothing_changes() {
     let mut machine = Scripted::new(facts(1), [1.0, 0.5, 0.2, 1.0], [0.0; 4], 0.0);
     let tuned = tune(&mut machine, &mis_set(), REACH, |_| {}).unwrap();
     assert!(!tuned.is_better() && !tuned.is_asynchronous_worth_it(), "{tuned:?}");
@@ -186,7 +187,7 @@ fn where_all_share_one_core_asynchronous_is_not_worth_it_and_nothing_is_changed(
 }
 
 #[test]
-fn larger_steps_are_proposed_where_they_are_asked_for_and_pay() {
+fn larger_steps_are_proposed_if_they_are_requested_and_faster() {
     let sizes = Reach { sizes: true, ..REACH };
     let machine = |step: f64, prompt: f64| {
         let machine = Scripted::new(facts(1), [0.2, 0.1, 0.1, 0.2], [0.0; 4], 0.0);
@@ -194,15 +195,15 @@ fn larger_steps_are_proposed_where_they_are_asked_for_and_pay() {
     };
     let chosen = |machine: &mut Scripted, reach: Reach| {
         let tuned = tune(machine, &mis_set(), reach, |_| {}).unwrap();
-        // What was expected of the larger step came.
+        // The prediction for the larger step was accurate.
         assert!((tuned.best.predicted / tuned.best.measured - 1.0).abs() < 0.1, "{tuned:?}");
         (tuned.best.plan.batch, tuned.best.plan.group_size, tuned.gain())
     };
-    // Four groups take 2.4 s and the step 4 s more: sixteen take 9.6 s and 4 s.
+    // Four groups take 2.4 s and the step takes 4 s more; sixteen groups take 9.6 s and 4 s.
     let (batch, group, gain) = chosen(&mut machine(4.0, 0.0), sizes);
     assert_eq!((batch, group), (16, 16));
     assert!((gain / (6.4 / ((19.2 + 4.0) / 8.0)) - 1.0).abs() < 0.05, "{gain}");
-    assert_eq!(chosen(&mut machine(4.0, 0.0), REACH), (4, 8, 1.0), "it was not asked for");
+    assert_eq!(chosen(&mut machine(4.0, 0.0), REACH), (4, 8, 1.0), "larger steps were not requested");
     // Half of a group's time is its prompt's: twice the completions take 1.5 times as long.
     let (batch, group, gain) = chosen(&mut machine(0.0, 0.5), sizes);
     assert_eq!((batch, group), (4, 16));
@@ -211,7 +212,7 @@ fn larger_steps_are_proposed_where_they_are_asked_for_and_pay() {
 }
 
 #[test]
-fn a_learner_that_takes_few_at_a_time_is_given_all_that_there_is_memory_for() {
+fn a_learner_with_a_small_micro_batch_gets_the_largest_that_fits_into_memory() {
     let configured = Plan { micro_batch: 1, ..mis_set() };
     let mut machine = Scripted::new(facts(2), [0.2, 0.1, 0.1, 0.2], [0.0; 4], 0.0);
     let tuned = tune(&mut machine, &configured, REACH, |_| {}).unwrap();

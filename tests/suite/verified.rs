@@ -1,4 +1,5 @@
-//! Nothing of a run is destroyed before what replaces it is verified, and nothing is lost to disks and signals: real processes.
+//! Tests with real processes that nothing of a run is destroyed before its replacement is verified, and that disk
+//! failures and signals lose nothing.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -16,7 +17,7 @@ fn resume_from(dir: &Path, overrides: &[&str], checkpoint: &str) -> Output {
     training(dir, overrides).arg(format!("--resume=run/checkpoints/{checkpoint}")).output().unwrap()
 }
 
-/// Every file below `dir` with its bytes; of a link, where it leads.
+/// Returns every file below `dir` with its bytes; for a link, its target.
 fn tree(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut all = BTreeMap::new();
     let mut open = vec![dir.to_owned()];
@@ -37,7 +38,7 @@ fn tree(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     all
 }
 
-/// What differs between two trees, by name.
+/// Returns the names of the differences between two trees.
 fn differences(a: &BTreeMap<PathBuf, Vec<u8>>, b: &BTreeMap<PathBuf, Vec<u8>>) -> Vec<PathBuf> {
     a.keys().chain(b.keys()).filter(|name| a.get(*name) != b.get(*name)).cloned().collect()
 }
@@ -58,12 +59,12 @@ impl Running {
         Self { child, lines, text: String::new() }
     }
 
-    /// Waits for a line with `part`, and returns it.
+    /// Waits for a line that contains `part`, and returns it.
     fn says(&mut self, part: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let line = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now()));
-            let line = line.unwrap_or_else(|_| panic!("{part:?} is not said: {}", self.text));
+            let line = line.unwrap_or_else(|_| panic!("{part:?} is not printed: {}", self.text));
             self.text.push_str(&format!("{line}\n"));
             if line.contains(part) {
                 return line;
@@ -71,7 +72,7 @@ impl Running {
         }
     }
 
-    /// Waits until `holds`.
+    /// Waits until `holds` returns true.
     fn until(&mut self, what: &str, holds: impl Fn() -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !holds() {
@@ -85,7 +86,7 @@ impl Running {
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
     }
 
-    /// Waits for the end.
+    /// Waits for the process to end.
     fn end(mut self) -> (ExitStatus, String) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -112,15 +113,16 @@ fn steps(dir: &Path) -> usize {
     std::fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap_or_default().lines().count()
 }
 
-/// Settings of the runs that are taken back.
+/// Settings of the runs that are rewound.
 const STEPWISE: [&str; 4] = ["run.steps=4", "learner.eta=0", "checkpoint.every_steps=1", "checkpoint.keep=9"];
 
-/// A whole run of four steps with a checkpoint after each.
+/// Runs four complete steps with a checkpoint after each.
 fn stepwise(overrides: &[&str]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let output = train(dir.path(), &[&STEPWISE[..], overrides].concat());
     assert!(output.status.success(), "{}", stderr(&output));
-    // A step may end while the checkpoint before is still written; those that the tests name are there.
+    // A step may end while the previous checkpoint is still being written; the checkpoints that the tests name must
+    // exist.
     for step in [1, 4] {
         assert!(dir.path().join(format!("run/checkpoints/step-00000{step}")).exists());
     }
@@ -128,7 +130,7 @@ fn stepwise(overrides: &[&str]) -> tempfile::TempDir {
 }
 
 #[test]
-fn a_resume_that_is_refused_changes_no_file() {
+fn a_refused_resume_changes_no_file() {
     let dir = stepwise(&[]);
     let run = dir.path().join("run");
     let rows = std::fs::read_to_string(config("data/posts.jsonl")).unwrap();
@@ -152,7 +154,7 @@ fn a_resume_that_is_refused_changes_no_file() {
         refused(override_, why, resume(dir.path(), &overrides));
     }
     refused("a typo", "does not exist", resume_from(dir.path(), &STEPWISE, "step-000077"));
-    // What is longer in the checkpoint than on the disk is found before anything is cut.
+    // A file that is longer in the checkpoint than on disk is detected before anything is truncated.
     let metrics = std::fs::read(run.join("metrics.jsonl")).unwrap();
     std::fs::write(run.join("metrics.jsonl"), &metrics[..10]).unwrap();
     let before = tree(&run);
@@ -160,7 +162,7 @@ fn a_resume_that_is_refused_changes_no_file() {
     assert!(stderr(&output).contains("metrics.jsonl has 10 bytes"), "{}", stderr(&output));
     assert!(differences(&before, &tree(&run)).is_empty());
     std::fs::write(run.join("metrics.jsonl"), &metrics).unwrap();
-    // Damage that is found on the way is not set aside either.
+    // Damage found on the way is not set aside either.
     std::fs::write(run.join("checkpoints/step-000004/preceptor.json"), "").unwrap();
     let before = tree(&run);
     let output = resume(dir.path(), &[&STEPWISE[..], &["run.seed=3"]].concat());
@@ -168,9 +170,9 @@ fn a_resume_that_is_refused_changes_no_file() {
     assert!(differences(&before, &tree(&run)).is_empty());
 }
 
-/// Whatever was done of it when the process was killed, the run can be resumed, and ends as if nothing had happened.
+/// At whatever point the process was killed, the run can be resumed, and ends with the same results.
 #[test]
-fn a_process_killed_while_it_takes_a_run_back_leaves_one_that_can_be_resumed() {
+fn a_process_killed_while_it_rewinds_a_run_leaves_a_run_that_can_be_resumed() {
     let whole = stepwise(&[]);
     let expected = metrics(&whole.path().join("run"));
     let weights = |dir: &Path| std::fs::read(dir.join("run/checkpoints/step-000004/model.safetensors")).unwrap();
@@ -184,8 +186,8 @@ fn a_process_killed_while_it_takes_a_run_back_leaves_one_that_can_be_resumed() {
         running.says("policy    ");
         let begun =
             if point == "rewind.commit=" { "run/.rewind.partial/rewind.json" } else { "run/.rewind/rewind.json" };
-        running.until("it does not take the run back", || killed.path().join(begun).exists());
-        // Until the point is reached it does what can be done twice.
+        running.until("the run is not rewound", || killed.path().join(begun).exists());
+        // Everything before this point can be repeated safely.
         std::thread::sleep(Duration::from_millis(20));
         running.signal("-KILL");
         running.child.wait().unwrap();
@@ -196,7 +198,7 @@ fn a_process_killed_while_it_takes_a_run_back_leaves_one_that_can_be_resumed() {
                 resume(dir.path(), &STEPWISE)
             } else {
                 let output = resume_from(dir.path(), &STEPWISE, how);
-                // Once it was decided to take the run back, the later checkpoint is under another name, which is told.
+                // Once the rewind is decided, the later checkpoint has another name, which is reported.
                 match stderr(&output).split_once("it was set aside as ") {
                     Some((_, name)) => {
                         let name = Path::new(name.trim()).file_name().unwrap().to_str().unwrap().to_owned();
@@ -222,7 +224,7 @@ fn a_checkpoint_that_was_set_aside_is_resumed_with_its_own_steps() {
     let overrides = [&STEPWISE[..], &evaluated].concat();
     let run = dir.path().join("run");
     let (first, journal) = (metrics(&run), std::fs::read(run.join("journal.bin")).unwrap());
-    // Another course: a rate of its own from step 1 on.
+    // The history diverges: another learning rate from step 1 on.
     let other = [&overrides[..], &["learner.lr=5e-2"]].concat();
     let output = resume_from(dir.path(), &other, "step-000001");
     assert!(output.status.success(), "{}", stderr(&output));
@@ -239,7 +241,7 @@ fn a_checkpoint_that_was_set_aside_is_resumed_with_its_own_steps() {
     assert!(output.status.success(), "{}", stderr(&output));
 }
 
-/// Spoils the checkpoint that it is given.
+/// Damages the given checkpoint.
 type Spoil<'a> = &'a dyn Fn(&Path);
 
 #[test]
@@ -255,7 +257,7 @@ fn only_a_wrong_checksum_is_damage() {
         let path = checkpoint.join("preceptor.json");
         std::fs::write(&path, change(std::fs::read_to_string(&path).unwrap())).unwrap();
     };
-    // Damage of every kind, found by the checksums: the checkpoint before is used.
+    // Every kind of damage is detected by the checksums, and the checkpoint before is used.
     let damage: [(&str, Spoil<'_>); 7] = [
         ("empty", &|at| about(at, &|_| String::new())),
         ("half", &|at| about(at, &|text| text[..text.len() / 2].to_owned())),
@@ -281,11 +283,11 @@ fn only_a_wrong_checksum_is_damage() {
         assert!(dir.path().join("run/checkpoints/step-000004.damaged-1").exists(), "{what}");
         assert_eq!(metrics(&dir.path().join("run")), metrics(&sound.path().join("run")), "{what}");
     }
-    // A file that somebody made there.
+    // A file that a person created there.
     let dir = spoiled(&|at| std::fs::write(at.join("model.gguf"), "GGUF").unwrap());
     let output = resume(dir.path(), &STEPWISE);
     assert!(output.status.success() && stderr(&output).contains("step-000004\n"), "{}", stderr(&output));
-    // A file that cannot be read, here for a link that leads to itself: as often as it is tried, nothing is changed.
+    // A file that cannot be read, here a link to itself: however often it is tried, nothing is changed.
     for name in ["model.safetensors", "preceptor.json", "SHA256SUMS", "resume/optimizer.safetensors"] {
         let dir = spoiled(&|at| {
             std::fs::remove_file(at.join(name)).unwrap();
@@ -304,7 +306,7 @@ fn only_a_wrong_checksum_is_damage() {
 }
 
 #[test]
-fn a_run_whose_checkpoints_are_gone_is_not_begun_over_its_history() {
+fn a_run_whose_checkpoints_are_missing_is_not_started_over_its_history() {
     let overrides = ["run.steps=3", "checkpoint.every_steps=1", "checkpoint.keep=2"];
     let dir = tempfile::tempdir().unwrap();
     let output = train(dir.path(), &overrides);
@@ -325,7 +327,7 @@ fn a_run_whose_checkpoints_are_gone_is_not_begun_over_its_history() {
         std::fs::write(path.join("model.safetensors"), "").unwrap();
     }
     refused_twice(&["can be used, and nothing was changed", "put an undamaged copy back"]);
-    // As an earlier program left them.
+    // The state that an earlier version left.
     for path in checkpoints() {
         let name = format!("{}.damaged-1", path.file_name().unwrap().to_str().unwrap());
         std::fs::rename(&path, path.with_file_name(name)).unwrap();
@@ -341,7 +343,7 @@ fn a_run_whose_checkpoints_are_gone_is_not_begun_over_its_history() {
 }
 
 #[test]
-fn a_run_killed_before_its_first_checkpoint_begins_again() {
+fn a_run_killed_before_its_first_checkpoint_starts_again() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=100000", "checkpoint.every_minutes=0"];
     let mut running = Running::start(training(dir.path(), &overrides));
@@ -354,9 +356,9 @@ fn a_run_killed_before_its_first_checkpoint_begins_again() {
     assert!(!dir.path().join("run/first-checkpoint.pending").exists());
 }
 
-/// Everything that the end of a run, or of fine-tuning, writes is waited for, the logs included.
+/// All writes at the end of a run or of fine-tuning wait for disk space, including the logs.
 #[test]
-fn a_disk_that_is_full_at_an_end_is_waited_for() {
+fn a_disk_that_is_full_at_the_end_is_waited_for() {
     let tuned = ["sft.steps=3", "sft.batch=2", "sft.lr=1e-3", "checkpoint.every_minutes=0"];
     for point in ["files.flush", "checkpoint.fill", "reference.fill"] {
         let dir = tempfile::tempdir().unwrap();
@@ -376,7 +378,7 @@ fn a_disk_that_is_full_at_an_end_is_waited_for() {
             .collect();
         assert!(left.is_empty(), "{point}: {left:?}");
     }
-    // Without patience it is an error, and nothing half written stays.
+    // Without a retry time it is an error, and no partial file remains.
     let dir = tempfile::tempdir().unwrap();
     let mut command = training(dir.path(), &[&["checkpoint.retry_s=0"][..], &tuned].concat());
     let output = command.env("FAILPOINTS", "reference.fill=return(no room)").output().unwrap();
@@ -385,7 +387,7 @@ fn a_disk_that_is_full_at_an_end_is_waited_for() {
 }
 
 #[test]
-fn fine_tuning_that_is_interrupted_on_a_full_disk_is_kept_once_there_is_room() {
+fn fine_tuning_interrupted_on_a_full_disk_is_saved_once_there_is_room() {
     let dir = tempfile::tempdir().unwrap();
     let tuned = ["sft.steps=60", "sft.batch=2", "sft.lr=1e-3", "checkpoint.every_minutes=0"];
     let mut command = training(dir.path(), &tuned);
@@ -398,18 +400,18 @@ fn fine_tuning_that_is_interrupted_on_a_full_disk_is_kept_once_there_is_room() {
     assert!(text.contains("--resume goes on from run/fine-tuning/checkpoints/step-0000"), "{text}");
 }
 
-/// A phase that is held for a while at a point of failure, and what comes of a signal then.
+/// A phase that is held at a failpoint, and the expected effect of a signal.
 struct Held {
     point: &'static str,
     fault: &'static str,
     overrides: &'static [&'static str],
-    /// Said before the signal is sent.
+    /// Expected output before the signal is sent.
     line: &'static str,
-    /// In the run's directory once the phase is held.
+    /// File in the run's directory that exists once the phase is held.
     file: &'static str,
-    /// Said of the end.
+    /// Expected output at the end.
     end: &'static str,
-    /// Said when the run is resumed.
+    /// Expected output when the run is resumed.
     next: &'static str,
 }
 
@@ -464,7 +466,7 @@ const HELD: [Held; 5] = [
 ];
 
 #[test]
-fn signals_are_heard_in_every_phase() {
+fn signals_are_handled_in_every_phase() {
     for (i, Held { point, fault, overrides, line, file, end, next }) in HELD.into_iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();
         let served = ["checkpoint.every_minutes=0", "serve.enabled=true", "serve.listen=127.0.0.1:0"];
@@ -476,7 +478,7 @@ fn signals_are_heard_in_every_phase() {
         let address = serving.split("http://").nth(1).unwrap().split('/').next().unwrap().to_owned();
         running.says(line);
         running.until("it is not held", || dir.path().join("run").join(file).exists());
-        // The server answers while the phase is held.
+        // The server must answer while the phase is held.
         assert!(healthy(&address), "{point}");
         running.signal(["-TERM", "-HUP", "-INT"][i % 3]);
         let (status, text) = running.end();
@@ -499,7 +501,7 @@ fn healthy(address: &str) -> bool {
 }
 
 #[test]
-fn files_of_a_checkpoint_have_the_permissions_of_the_umask() {
+fn checkpoint_files_have_the_permissions_of_the_umask() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = [
         "run.steps=1",
@@ -526,7 +528,7 @@ fn files_of_a_checkpoint_have_the_permissions_of_the_umask() {
 }
 
 #[test]
-fn a_run_whose_directory_is_moved_away_keeps_its_weights() {
+fn a_run_whose_directory_is_moved_keeps_its_weights() {
     let dir = tempfile::tempdir().unwrap();
     let mut running = Running::start(training(dir.path(), &["run.steps=100000", "checkpoint.every_minutes=0"]));
     running.until("it makes no steps", || steps(dir.path()) >= 1);
@@ -538,7 +540,7 @@ fn a_run_whose_directory_is_moved_away_keeps_its_weights() {
 }
 
 #[test]
-fn a_run_whose_lock_was_removed_is_not_shared() {
+fn a_run_whose_lock_file_was_removed_is_not_shared() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=100000", "checkpoint.every_minutes=0"];
     let mut running = Running::start(training(dir.path(), &overrides));
@@ -551,7 +553,7 @@ fn a_run_whose_lock_was_removed_is_not_shared() {
 }
 
 #[test]
-fn odd_files_and_names_are_refused_and_nothing_waits_for_them() {
+fn special_files_and_invalid_names_are_refused_without_waiting() {
     for name in ["metrics.jsonl", "samples.jsonl", "journal.bin", "run.lock"] {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("run")).unwrap();
@@ -567,7 +569,7 @@ fn odd_files_and_names_are_refused_and_nothing_waits_for_them() {
 }
 
 #[test]
-fn a_limit_of_the_size_of_files_is_an_error_like_a_full_disk() {
+fn a_file_size_limit_is_an_error_like_a_full_disk() {
     let dir = tempfile::tempdir().unwrap();
     let inner = training(dir.path(), &["run.steps=40", "checkpoint.retry_s=0", "checkpoint.every_minutes=0"]);
     let mut outer = Command::new("sh");
@@ -579,7 +581,7 @@ fn a_limit_of_the_size_of_files_is_an_error_like_a_full_disk() {
 }
 
 #[test]
-fn the_marker_of_a_run_without_checkpoints_is_gone_with_the_first() {
+fn the_marker_of_a_run_without_checkpoints_is_removed_with_the_first() {
     let dir = tempfile::tempdir().unwrap();
     let mut running = Running::start(training(dir.path(), &["run.steps=100000", "checkpoint.every_steps=3"]));
     let pending = dir.path().join("run/first-checkpoint.pending");
@@ -593,13 +595,13 @@ fn the_marker_of_a_run_without_checkpoints_is_gone_with_the_first() {
 }
 
 #[test]
-fn a_mirror_does_not_bring_back_what_was_set_aside() {
+fn a_mirror_does_not_restore_a_checkpoint_that_was_set_aside() {
     let dir = tempfile::tempdir().unwrap();
     let mirror = format!("checkpoint.mirror=\"file://{}/mirror\"", dir.path().display());
     let overrides = [&STEPWISE[..], &[&mirror]].concat();
     let output = train(dir.path(), &overrides);
     assert!(output.status.success(), "{}", stderr(&output));
-    // It ends before it gets as far as the checkpoint that was set aside.
+    // The run ends before the step of the checkpoint that was set aside.
     let shorter = [&overrides[..], &["run.steps=2", "learner.schedule=constant"]].concat();
     let output = resume_from(dir.path(), &shorter, "step-000001");
     assert!(output.status.success(), "{}", stderr(&output));

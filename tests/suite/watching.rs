@@ -1,4 +1,4 @@
-//! What a run shows of itself: metrics and their reference, the page and what it reads, logs, win rates, what limits.
+//! Tests of a run's observability: metrics and their reference, the page and its data, logs, win rates, bottlenecks.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -35,7 +35,7 @@ impl Node {
         let (sender, lines) = sync_channel(1 << 16);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                // A test that has seen enough reads no more.
+                // A test may stop reading before the end of the output.
                 let _ = sender.try_send(line);
             }
         });
@@ -55,7 +55,7 @@ impl Node {
         }
     }
 
-    /// Status line and headers, and the body.
+    /// Returns the status line and headers, and the body.
     fn get(&self, path: &str, token: Option<&str>) -> (String, String) {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let token = token.map_or(String::new(), |token| format!("Authorization: Bearer {token}\r\n"));
@@ -70,7 +70,7 @@ impl Node {
         serde_json::from_str(&self.get(path, None).1).unwrap()
     }
 
-    /// `/status` once it satisfies `enough`.
+    /// Returns `/status` once it satisfies `enough`.
     fn status(&self, what: &str, enough: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -92,11 +92,11 @@ impl Drop for Node {
 }
 
 #[test]
-fn the_reference_page_is_that_of_the_catalogue() {
+fn the_metrics_reference_matches_the_catalogue() {
     is_generated("grafana/METRICS.md", &catalogue::reference());
 }
 
-/// Each family that `/metrics` shows is in the catalogue, of the same kind and with no other labels.
+/// Checks that each family in `/metrics` is in the catalogue, with the same kind and labels.
 #[track_caller]
 fn catalogued(text: &str) -> usize {
     let mut families = 0;
@@ -119,7 +119,7 @@ fn catalogued(text: &str) -> usize {
 }
 
 #[test]
-fn all_that_is_exported_is_in_the_catalogue_and_named_by_convention() {
+fn all_exported_metrics_are_in_the_catalogue_and_named_by_convention() {
     let dir = tempfile::tempdir().unwrap();
     let distilled = ["run.mode=distilled", "reward_model.warm_up_groups=4", "reward_model.batch_pairs=4"];
     for (i, overrides) in [&distilled[..], &["learner.algorithm=ppo"], &["controller.enabled=true"]].iter().enumerate()
@@ -141,18 +141,18 @@ fn all_that_is_exported_is_in_the_catalogue_and_named_by_convention() {
     let count = names.len();
     names.sort_unstable();
     names.dedup();
-    assert_eq!(names.len(), count, "a name stands twice");
+    assert_eq!(names.len(), count, "a name occurs twice");
 }
 
 #[test]
-fn the_page_is_whole_and_what_it_reads_is_there() {
+fn the_page_is_complete_and_its_data_is_available() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), &[], None);
     node.wait("step   3/");
     let (head, page) = node.get("/", None);
     assert!(head.contains("default-src 'none'") && head.contains("connect-src 'self'"), "{head}");
     assert!(page.contains("<style>") && page.contains("<script>") && !page.contains("<!--script-->"));
-    // Nothing from elsewhere: names of namespaces are no addresses.
+    // The page loads nothing from elsewhere; XML namespace names are not addresses.
     let elsewhere: Vec<&str> = page.split("http").skip(1).filter(|rest| !rest.starts_with("://www.w3.org/")).collect();
     assert!(elsewhere.iter().all(|rest| !rest.starts_with("s://") && !rest.starts_with("://")), "{elsewhere:?}");
 
@@ -175,7 +175,7 @@ fn the_page_is_whole_and_what_it_reads_is_there() {
 }
 
 #[test]
-fn the_page_is_open_and_all_that_it_reads_asks_for_the_token() {
+fn the_page_is_public_and_its_data_requires_the_token() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), &[], Some("a-token-of-some-length"));
     node.wait("step   1/");
@@ -199,7 +199,7 @@ fn the_page_is_open_and_all_that_it_reads_asks_for_the_token() {
 }
 
 #[test]
-fn a_labeler_that_is_slow_is_named_with_the_setting_that_helps() {
+fn a_slow_labeler_is_reported_with_the_setting_that_helps() {
     let dir = tempfile::tempdir().unwrap();
     let mock = MockJudge::start(|_, _, _| {
         Act::Slow(Duration::from_millis(250), Box::new(Act::Tokens(vec![("7", 0.6), ("2", 0.4)])))
@@ -217,7 +217,7 @@ fn a_labeler_that_is_slow_is_named_with_the_setting_that_helps() {
     let keys: Vec<&Value> = found["settings"].as_array().unwrap().iter().map(|setting| &setting["key"]).collect();
     assert_eq!(keys, ["labeler.workers", "labeler.remote.concurrency"]);
     wait_until("the metric", || node.get("/metrics", None).1.contains("preceptor_bottleneck{role=\"label\"} 1"));
-    // What nobody takes is not sampled in such numbers.
+    // The controller lowers the rollout concurrency, since the labeler cannot consume so many groups.
     let told = node.wait("controller: rollout concurrency 8 → 6");
     assert!(told.contains("waits for room"), "{told}");
     let status = node.status("a move", |status| status["controller"][0]["last_move"] != "");
@@ -225,7 +225,7 @@ fn a_labeler_that_is_slow_is_named_with_the_setting_that_helps() {
 }
 
 #[test]
-fn a_collector_is_sent_a_trace_of_each_group() {
+fn a_collector_receives_a_trace_of_each_group() {
     let dir = tempfile::tempdir().unwrap();
     let bodies: Arc<Mutex<Vec<Value>>> = Arc::default();
     let kept = Arc::clone(&bodies);
@@ -244,7 +244,7 @@ fn a_collector_is_sent_a_trace_of_each_group() {
     let spans: Vec<Value> = bodies.iter().flat_map(all).collect();
     let groups: Vec<&Value> = spans.iter().filter(|span| span["name"] == "group").collect();
     let trained = metrics(&dir.path().join("run")).len() * 4;
-    assert_eq!((groups.len(), trained), (160, 160), "each group that was trained is told, once");
+    assert_eq!((groups.len(), trained), (160, 160), "each trained group is exported once");
     let nanos = |span: &Value, end: &str| span[end].as_str().unwrap().parse::<u64>().unwrap();
     for group in groups {
         let of: Vec<&Value> = spans.iter().filter(|span| span["traceId"] == group["traceId"]).collect();
@@ -262,7 +262,7 @@ fn a_collector_is_sent_a_trace_of_each_group() {
 }
 
 #[test]
-fn lines_for_machines_are_objects_with_their_figures() {
+fn machine_readable_log_lines_are_objects_with_their_metrics() {
     let dir = tempfile::tempdir().unwrap();
     let mut command = preceptor(dir.path());
     command.args(["--log", "json,info", "train"]).arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
@@ -279,7 +279,7 @@ fn lines_for_machines_are_objects_with_their_figures() {
 }
 
 #[test]
-fn check_tells_what_a_run_will_take() {
+fn check_reports_the_resources_of_a_run() {
     let dir = tempfile::tempdir().unwrap();
     let judge = "labeler.remote={ url = \"http://127.0.0.1:9/v1\", model = \"m\", price_prompt = 10, price_completion = 20, probe = false }";
     let mut command = preceptor(dir.path());
@@ -313,7 +313,7 @@ fn check_tells_what_a_run_will_take() {
     ] {
         assert!(text.contains(words), "{words} is not in\n{text}");
     }
-    // A preamble of one's own is read with each question.
+    // A custom preamble is processed with each question.
     let own = dir.path().join("preamble.txt");
     std::fs::write(&own, "Judge well. ".repeat(1000)).unwrap();
     let read = |preamble: &str| -> f64 {
@@ -331,7 +331,7 @@ fn check_tells_what_a_run_will_take() {
     };
     let more = read(own.to_str().unwrap()) - read("base");
     assert!((2500.0..3100.0).contains(&more), "12,000 characters more, and {more} tokens");
-    // What is said of the disk is what a checkpoint takes.
+    // The reported disk space is that of a checkpoint.
     let output = train(dir.path(), &[]);
     assert!(output.status.success(), "{}", stderr(&output));
     let taken: u64 = walk(&dir.path().join("run/checkpoints/step-000004"));
@@ -340,15 +340,18 @@ fn check_tells_what_a_run_will_take() {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let told = text.split("disk        about ").nth(1).unwrap().split_once(" MiB").unwrap().0.parse::<f64>().unwrap();
     let taken = taken as f64 / f64::from(1 << 20);
-    assert!((told / taken - 1.0).abs() < 0.1, "{told} MiB were told, and {taken} taken");
-    // The figures of growth bound the files of a run, and are not far above them.
+    assert!((told / taken - 1.0).abs() < 0.1, "{told} MiB were reported, and {taken} were used");
+    // The reported growth is an upper bound on the run's files, and not far above their size.
     let growth = text.lines().find(|line| line.starts_with("growth")).unwrap();
     for (name, least) in [("journal.bin", 0.4), ("samples.jsonl", 0.4), ("metrics.jsonl", 0.6), ("tensorboard", 0.6)] {
         let (size, unit) = growth.split_once(&format!("{name} ")).unwrap().1.split_once(' ').unwrap();
         let told = size.parse::<f64>().unwrap() * if unit.starts_with("KiB") { 1024.0 } else { 1.0 };
         let path = dir.path().join("run").join(name);
         let taken = if path.is_dir() { walk(&path) } else { path.metadata().unwrap().len() } as f64 / 4.0;
-        assert!((least..1.2).contains(&(taken / told)), "{name}: {told} bytes a step were told, and {taken} taken");
+        assert!(
+            (least..1.2).contains(&(taken / told)),
+            "{name}: {told} bytes per step were reported, and {taken} were used"
+        );
     }
 }
 

@@ -1,4 +1,5 @@
-//! Behaviours of real servers with the OpenAI API, each with its right outcome. The table is also the page docs/judges.md.
+//! Behaviours of real servers with the OpenAI API, each with its correct outcome. The page docs/judges.md is generated
+//! from the table.
 
 mod table;
 
@@ -14,7 +15,7 @@ use crate::mock_judge::MockJudge;
 use table::{Abstains, Documented, Listed, QUESTION, Recorded, Run, Unusable, Votes, Weights, rows};
 
 #[test]
-fn each_behaviour_of_a_server_has_its_right_outcome() {
+fn each_behaviour_of_a_server_has_its_correct_outcome() {
     let rows = rows();
     assert!(rows.len() >= 60, "{}", rows.len());
     let mut wrong = Vec::new();
@@ -60,7 +61,7 @@ fn each_behaviour_of_a_server_has_its_right_outcome() {
 }
 
 #[test]
-fn the_page_of_judges_is_that_of_the_table() {
+fn docs_judges_md_matches_the_table() {
     let mut page = String::from(
         "# Judges behind servers\n\n\
          Behaviours of servers with the OpenAI API that the labeler is tested against, each by a mock of it. *run*: the \

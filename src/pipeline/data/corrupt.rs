@@ -1,11 +1,11 @@
-//! Preference pairs whose better answer is known by construction: a person's reference against a spoilt one.
+//! Preference pairs whose better answer is known by construction: a human reference against a corrupted one.
 //!
-//! The rule, in full. A row with `prompt` and `reference` gives one pair; everything below is decided by a hash of
-//! the seed and the prompt, so that a row's pair does not depend on the rows around it being ordered in some way.
-//! - `swap`, for half of the rows: the worse answer is the reference of another row, among eight drawn the one whose
-//!   number of words is nearest to the true one's, so that length says nothing.
+//! The complete rule: a row with `prompt` and `reference` gives one pair; all choices are made by a hash of the seed
+//! and the prompt.
+//! - `swap`, for half of the rows: the worse answer is the reference of another row. Among eight random rows, the one
+//!   is taken whose word count is nearest to the reference's, so that length carries no information.
 //! - `shuffle`, for the other half: the worse answer is the reference with its words in another order.
-//! - The better one stands first in half of the pairs.
+//! - The better answer is first in half of the pairs.
 
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -13,20 +13,20 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::util::seed::{self, mix};
 
-/// References that a swap chooses among.
+/// Number of references that a swap chooses from.
 const DRAWN: usize = 8;
 
-/// How an answer was spoilt.
+/// Kind of corruption.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// It belongs to another prompt.
+    /// The answer belongs to another prompt.
     Swap,
-    /// Its words are in another order.
+    /// The words are in another order.
     Shuffle,
 }
 
 impl Kind {
-    /// As files name it.
+    /// Returns the name used in files.
     pub fn name(self) -> &'static str {
         match self {
             Self::Swap => "swap",
@@ -35,19 +35,19 @@ impl Kind {
     }
 }
 
-/// A spoilt answer, and where the good one stands.
+/// A corrupted answer and the position of the correct one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Corrupted {
-    /// How it was spoilt.
+    /// Kind of corruption.
     pub kind: Kind,
-    /// The worse answer.
+    /// The corrupted answer.
     pub worse: String,
-    /// Whether the better one stands first.
+    /// True if the better answer is first.
     pub better_first: bool,
 }
 
-/// Spoils the reference of row `i` of `rows` (prompt and reference of each); `None` where that cannot be done: no other
-/// reference, or one whose words stay in order however they are shuffled.
+/// Corrupts the reference of row `i` of `rows` (prompt and reference of each). Returns `None` if that is impossible: no
+/// other reference was found, or shuffling does not change the order of its words.
 pub fn corrupt(rows: &[(String, String)], i: usize, seed: u64) -> Option<Corrupted> {
     let (prompt, reference) = &rows[i];
     let mut rng = ChaCha8Rng::seed_from_u64(mix(seed ^ seed::text(prompt)));
@@ -60,7 +60,7 @@ pub fn corrupt(rows: &[(String, String)], i: usize, seed: u64) -> Option<Corrupt
         (Kind::Swap, others.min_by_key(|text| near(text))?.clone())
     } else {
         let mut shuffled = words.clone();
-        // A few tries: words that repeat can fall back into order.
+        // Several attempts, since repeated words can fall back into order.
         (0..8).find(|_| {
             shuffled.shuffle(&mut rng);
             shuffled != words
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rule_is_kept() {
+    fn half_of_the_rows_are_swapped_and_half_are_shuffled() {
         let rows = rows();
         let made: Vec<Corrupted> = (0..rows.len()).map(|i| corrupt(&rows, i, 1).unwrap()).collect();
         for (one, (_, reference)) in made.iter().zip(&rows) {
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_spoilt_is_left_out() {
+    fn rows_that_cannot_be_corrupted_are_left_out() {
         let alone = [("p".to_owned(), "same same".to_owned())];
         assert!((0..20).all(|seed| corrupt(&alone, 0, seed).is_none()));
     }

@@ -1,4 +1,4 @@
-//! Conversations, in the forms that data sets have them in.
+//! Conversations, in the formats used by data sets.
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value};
@@ -7,17 +7,17 @@ use super::faults::Notes;
 use super::rows::BINARY;
 use crate::lm::tokens::chat::Message;
 
-/// Turns of a dialogue, oldest first. As a prompt it ends with the user's.
+/// Turns of a dialogue, oldest first. A prompt ends with a user turn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dialogue {
-    /// The turns, at least one. Roles are `system` (only of the first turn), `user` and `assistant`.
+    /// The turns, at least one. Roles are `system` (only for the first turn), `user` and `assistant`.
     pub turns: Vec<Message>,
 }
 
 const HUMAN: &str = "\n\nHuman:";
 const ASSISTANT: &str = "\n\nAssistant:";
 
-/// Names of roles, in small letters, and the roles that they are names of.
+/// Role names in data sets, in lower case, and the roles they map to.
 const ROLES: [(&str, &str); 17] = [
     ("system", "system"),
     ("developer", "system"),
@@ -38,21 +38,22 @@ const ROLES: [(&str, &str); 17] = [
     ("llm", "assistant"),
 ];
 
-/// Roles of tool calls, which are not read.
+/// Roles of tool calls, which are not supported.
 const TOOL_ROLES: [&str; 6] = ["tool", "function", "function_call", "observation", "ipython", "tool_response"];
 
 impl Dialogue {
-    /// One message of the user's.
+    /// Creates a dialogue of one user message.
     pub fn single(text: &str) -> Self {
         Self { turns: vec![message("user", text)] }
     }
 
-    /// Reads a field of a row: a text, a text in turns (`\n\nHuman: …\n\nAssistant: …`), or a list of messages with `role` and
-    /// `content` or `from` and `value`, whose contents are texts or lists of text parts. Also one message without a list, and
-    /// `{role: […], content: […]}`, which older versions of `datasets` make of a list of messages.
+    /// Reads a field of a row. Accepted are: a text; a text in turns (`\n\nHuman: …\n\nAssistant: …`); a list of messages
+    /// with `role` and `content` or `from` and `value`, whose contents are texts or lists of text parts; such a list as
+    /// JSON in a text; a single message; and `{role: […], content: […]}`, which older versions of `datasets` make of a
+    /// list of messages.
     ///
     /// # Errors
-    /// Says what the field is instead: "is …" or "has …", to be put behind the field's name.
+    /// If the field has another form. The message begins with "is …" or "has …", to follow the field's name.
     pub fn read(value: &Value, notes: &mut Notes) -> Result<Self> {
         let dialogue = match value {
             Value::String(text) if Self::in_turns(text) => Self::from_turns(text)?,
@@ -92,7 +93,7 @@ impl Dialogue {
         text.starts_with(HUMAN) || text.starts_with(HUMAN.trim_start())
     }
 
-    /// From `\n\nHuman: …\n\nAssistant: …`.
+    /// Parses `\n\nHuman: …\n\nAssistant: …`.
     fn from_turns(text: &str) -> Result<Self> {
         let text = if text.starts_with('\n') { text.to_owned() } else { format!("\n\n{text}") };
         let mut turns = Vec::new();
@@ -110,11 +111,11 @@ impl Dialogue {
         Ok(Self { turns })
     }
 
-    /// Splits the assistant's last turn off, which is the answer to the prompt before it; one without words only opens the
-    /// answer.
+    /// Splits off the assistant's last turn, which is the answer to the prompt before it. An empty assistant turn only
+    /// opens the answer and is dropped.
     ///
     /// # Errors
-    /// A conversation that has no turn of the user's, or none at its end.
+    /// If the conversation has no user turn, or none at its end.
     pub fn into_prompt(mut self) -> Result<(Self, Option<String>)> {
         let mut answer = None;
         if self.turns.last().is_some_and(|turn| turn.role == "assistant") {
@@ -132,18 +133,18 @@ impl Dialogue {
         Ok((self, answer))
     }
 
-    /// As [`Self::read`] and [`Self::into_prompt`], without the answer.
+    /// Reads a dialogue as [`Self::read`] and [`Self::into_prompt`] do, and drops the answer.
     ///
     /// # Errors
-    /// As those.
+    /// As for those functions.
     pub fn from_json(value: &Value) -> Result<Self> {
         Ok(Self::read(value, &mut Notes::default())?.into_prompt()?.0)
     }
 
-    /// Puts a system message first, unless the dialogue has the same one.
+    /// Inserts a system message at the start, unless the dialogue has the same one.
     ///
     /// # Errors
-    /// A dialogue with another system message.
+    /// If the dialogue has a different system message.
     pub fn with_system(mut self, system: &str) -> Result<Self> {
         match self.turns.first() {
             Some(first) if first.role == "system" => {
@@ -154,12 +155,13 @@ impl Dialogue {
         Ok(self)
     }
 
-    /// Whether the first turn is a system message.
+    /// Returns whether the first turn is a system message.
     pub fn has_system(&self) -> bool {
         self.turns.first().is_some_and(|turn| turn.role == "system")
     }
 
-    /// How a judge reads it: the message itself, or its turns, each with who speaks.
+    /// Returns the dialogue as text for a judge: a single user message unchanged, or several turns, each with its
+    /// speaker.
     pub fn text(&self) -> String {
         if let [one] = self.turns.as_slice()
             && one.role == "user"
@@ -177,13 +179,14 @@ impl Dialogue {
         spoken.collect::<Vec<_>>().join("\n\n")
     }
 
-    /// What two conversations share, and how each goes on, as [`Self::as_answer`] has it.
+    /// Splits two conversations into their common turns and the continuation of each, as formatted by
+    /// [`Self::as_answer`].
     ///
     /// # Errors
-    /// When they do not part at an answer of the assistant's.
+    /// If they do not diverge at an assistant turn.
     pub fn part(self, other: Self) -> Result<(Self, String, String)> {
         let shared = self.turns.iter().zip(&other.turns).take_while(|(a, b)| a == b).count();
-        // Conversations that are the same to the end part at their last answer.
+        // Identical conversations diverge at their last answer.
         let shared = shared.min(self.turns.len().min(other.turns.len()).saturating_sub(1));
         let rest = |dialogue: &Self| -> Result<String> {
             let rest = &dialogue.turns[shared..];
@@ -198,10 +201,11 @@ impl Dialogue {
         Ok((Self { turns: self.turns[..shared].to_vec() }, first, second))
     }
 
-    /// Turns that follow a prompt as one answer: the assistant's turn, or where several turns follow, all of them as text.
+    /// Returns the turns that follow a prompt as one answer: the assistant's turn, or all turns as text if there are
+    /// several.
     ///
     /// # Errors
-    /// Turns that do not begin and end with the assistant's, or two of the assistant's in a row.
+    /// If the turns do not begin and end with the assistant's, or two of the assistant's follow each other.
     pub fn as_answer(&self) -> Result<String> {
         let by = |turn: Option<&Message>| turn.is_some_and(|turn| turn.role == "assistant");
         ensure!(by(self.turns.first()), "do not continue the prompt with the assistant's turn");
@@ -217,13 +221,13 @@ fn message(role: &str, content: &str) -> Message {
     Message { role: role.into(), content: content.into() }
 }
 
-/// Where the next turn begins. What is looked for once is not looked for again: a text may have many turns of one kind.
+/// Returns the offset of the next turn. The scan is a single pass, because a text may have many turns of one kind.
 fn next_turn(body: &str) -> usize {
     let mut breaks = body.match_indices('\n').map(|(at, _)| at);
     breaks.find(|at| [HUMAN, ASSISTANT].iter().any(|mark| body[*at..].starts_with(mark))).unwrap_or(body.len())
 }
 
-/// The list of messages that `{role: […], content: […]}` is made of.
+/// Converts `{role: […], content: […]}` into a list of messages.
 fn transposed(fields: &Map<String, Value>) -> Option<Vec<Value>> {
     let lists = fields.iter().map(|(name, value)| Some((name, value.as_array()?))).collect::<Option<Vec<_>>>()?;
     let count = lists.first()?.1.len();
@@ -233,7 +237,7 @@ fn transposed(fields: &Map<String, Value>) -> Option<Vec<Value>> {
     sound.then(|| (0..count).map(at).collect())
 }
 
-/// Message number `number` of a list.
+/// Converts element number `number` of a list into a message.
 fn turn(value: &Value, number: usize, notes: &mut Notes) -> Result<Message> {
     let Value::Object(fields) = value else {
         let nested = if value.is_array() { "; a dialogue is one list of messages" } else { "" };
@@ -277,7 +281,7 @@ fn turn(value: &Value, number: usize, notes: &mut Notes) -> Result<Message> {
     Ok(message(role, &text_of(content, number)?))
 }
 
-/// The text of a message's content; the texts of several parts are joined by line feeds, as in vLLM.
+/// Returns the text of a message's content; several parts are joined by line feeds, as in vLLM.
 fn text_of(content: &Value, number: usize) -> Result<String> {
     let Value::Array(parts) = content else {
         let text = content.as_str();
@@ -301,7 +305,7 @@ fn not_text(value: &Value) -> String {
     format!("is {}, and must be a text or a list of messages", super::described(value))
 }
 
-/// Returns the messages that a text holds as JSON: a list of objects that each have `role` or `from`.
+/// Parses a text that is a JSON list of messages, objects with `role` or `from`; `None` for any other text.
 pub(super) fn messages_in(text: &str) -> Option<Vec<Value>> {
     if !text.trim_start().starts_with("[{") {
         return None;
@@ -326,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn dialogues_are_read_in_each_form() {
+    fn dialogues_are_read_in_every_format() {
         let expected = [("user", "hi"), ("assistant", "hello\n\nthere"), ("user", "why?")]
             .map(|(a, b)| (a.to_owned(), b.to_owned()));
         for form in [
@@ -398,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_of_messages_that_are_not_read_are_remarked() {
+    fn unread_fields_of_messages_are_noted() {
         let mut notes = Notes::default();
         let list = json!([{ "role": "user", "content": "hi", "name": "Ann", "weight": null }]);
         Dialogue::read(&list, &mut notes).unwrap();
@@ -406,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_answer_is_split_off_a_prompt() {
+    fn the_final_answer_is_split_off_a_prompt() {
         let said =
             |list: &[(&str, &str)]| Dialogue { turns: list.iter().map(|(role, text)| message(role, text)).collect() };
         let (prompt, answer) = said(&[("system", "s"), ("user", "u"), ("assistant", "gold")]).into_prompt().unwrap();
@@ -428,16 +432,16 @@ mod tests {
     }
 
     #[test]
-    fn many_turns_of_one_kind_are_read_once() {
+    fn many_turns_of_one_kind_are_read_in_linear_time() {
         let text = "\n\nHuman: hi\n".repeat(500_000);
         let began = crate::util::process::thread_seconds();
         assert_eq!(read(&json!(text)).unwrap().turns.len(), 500_000);
-        // Looking for the other kind from each of them to the end would take minutes of processor time.
+        // Searching for the other kind from each turn to the end would take minutes of processor time.
         assert!(crate::util::process::thread_seconds() - began < 20.0);
     }
 
     #[test]
-    fn a_judge_reads_turns_and_an_answer_is_split_off() {
+    fn dialogues_are_formatted_for_judges_and_split_at_the_answer() {
         let dialogue = read(&json!("\n\nHuman: hi\n\nAssistant: hello")).unwrap();
         assert_eq!(dialogue.text(), "Human: hi\n\nAssistant: hello");
         let parts = |a: &str, b: &str| {

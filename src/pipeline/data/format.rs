@@ -1,4 +1,4 @@
-//! From a row of the data to a prompt and a reference answer.
+//! Conversion of a data row to a prompt and a reference answer.
 
 use std::sync::Arc;
 
@@ -14,10 +14,10 @@ use crate::util::template;
 
 /// Columns that hold a system message, in data sets such as OpenOrca and Orca's preference pairs.
 const SYSTEM: [&str; 2] = ["system", "system_prompt"];
-/// Columns that change a prompt's meaning where a data set has them, and that are not read.
+/// Columns that change a prompt's meaning in some data sets, but are not read.
 const UNREAD: [&str; 8] =
     ["input", "context", "history", "tools", "images", "image", "documents", "chat_template_kwargs"];
-/// Columns in which data sets hold their prompts, best guess first.
+/// Common names of prompt columns, most likely first.
 const LIKELY: [&str; 11] = [
     "prompt",
     "messages",
@@ -32,37 +32,38 @@ const LIKELY: [&str; 11] = [
     "chosen",
 ];
 
-/// How a row of the data set becomes a prompt.
+/// Conversion of a row of the data set to a prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptFormat {
     /// Field of the row that holds the text or the dialogue.
     pub field: String,
-    /// Field of the row that holds a good answer, if there is one.
+    /// Field of the row that holds a reference answer, if any.
     pub reference_field: String,
-    /// Instruction with `{{ prompt }}` where the text goes.
+    /// Instruction template; the text replaces `{{ prompt }}`.
     pub instruction: String,
-    /// Wrap the instruction as a user's message in the model's chat template.
+    /// True if the instruction is wrapped as a user message in the model's chat template.
     pub chat: bool,
-    /// Without a chat template: whether special tokens that a prompt spells are recognised. In a chat they never are.
+    /// True if special tokens spelled in a prompt are recognised without a chat template. In a chat they never are.
     pub special_tokens: bool,
-    /// System message of that chat, for rows without one; absent leaves it to the template.
+    /// System message of the chat, for rows without one; `None` leaves it to the template.
     pub system: Option<String>,
 }
 
 impl PromptFormat {
-    /// Token ids that the policy is fed for `text`.
+    /// Returns the policy's input token ids for `text`.
     ///
     /// # Errors
-    /// A template that does not parse or cannot be filled in.
+    /// If the template does not parse or cannot be filled in.
     pub fn encode(&self, text: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         self.encode_dialogue(&Dialogue::single(text), tokenizer)
     }
 
-    /// Token ids that stand for the empty prompt, with which likelihoods are compared. Where an empty prompt has no tokens, the
-    /// token that begins a document, or else one that ends it, as in EleutherAI's evaluation harness; none without either.
+    /// Returns the token ids of the empty prompt, used by likelihood labels. If an empty prompt has no tokens, returns
+    /// the token that begins a document, or else one that ends it, as in EleutherAI's evaluation harness; empty if the
+    /// tokenizer has neither.
     ///
     /// # Errors
-    /// As [`Self::encode`].
+    /// As for [`Self::encode`].
     pub fn blank(&self, tokenizer: &Tokenizer) -> Result<Arc<[u32]>> {
         let ids = self.encode("", tokenizer)?;
         if !ids.is_empty() {
@@ -72,10 +73,10 @@ impl PromptFormat {
         Ok(opening.into_iter().collect())
     }
 
-    /// Token ids that the policy is fed for `dialogue`.
+    /// Returns the policy's input token ids for `dialogue`.
     ///
     /// # Errors
-    /// As [`Self::encode`], and an instruction that would have to stand around a dialogue of several turns.
+    /// As for [`Self::encode`]; also if an instruction is configured and the dialogue has several turns.
     pub fn encode_dialogue(&self, dialogue: &Dialogue, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let mut messages = Vec::new();
         if let Some(system) = self.system.as_ref().filter(|_| !dialogue.has_system()) {
@@ -95,7 +96,7 @@ impl PromptFormat {
         } else {
             ensure!(
                 self.instruction.trim() == "{{ prompt }}",
-                "the prompt is a dialogue of {} turns, which data.instruction cannot stand around; leave it at \"{{{{ prompt }}}}\"",
+                "the prompt is a dialogue of {} turns, to which data.instruction cannot be applied; leave it at \"{{{{ prompt }}}}\"",
                 dialogue.turns.len()
             );
             if !self.chat {
@@ -106,7 +107,7 @@ impl PromptFormat {
         tokenizer.encode_chat(&messages, true)
     }
 
-    /// Token ids of a prompt that no chat template writes.
+    /// Returns the token ids of a prompt without a chat template.
     fn encode_raw(&self, text: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         if self.special_tokens { tokenizer.encode_document(text) } else { tokenizer.encode_plain_document(text) }
     }
@@ -116,11 +117,11 @@ impl PromptFormat {
             .context("data.instruction is not a template that takes {{ prompt }}")
     }
 
-    /// Reads the prompt of a row and its reference answer: that of [`Self::reference_field`], or else the last turn of a
-    /// conversation that ends with the assistant's.
+    /// Reads the prompt of a row and its reference answer: [`Self::reference_field`] if present, or else the last turn
+    /// of a conversation that ends with the assistant's.
     ///
     /// # Errors
-    /// A row without a prompt; names the field. With `needs_reference`, also a row without a reference.
+    /// If the row has no prompt; the error names the field. With `needs_reference`, also if it has no reference.
     pub fn read(&self, row: &Value, needs_reference: bool, notes: &mut Notes) -> Result<(Dialogue, Option<String>)> {
         let value = field(row, &self.field).map_err(|error| self.with_guess(error, row))?;
         let named = |error| anyhow!("field {:?} {error}", self.field);
@@ -160,7 +161,7 @@ impl PromptFormat {
         Ok((dialogue, reference))
     }
 
-    /// The error about a missing prompt with the key to set.
+    /// Adds the key to set to the error about a missing prompt.
     fn with_guess(&self, error: anyhow::Error, row: &Value) -> anyhow::Error {
         let guess = LIKELY.iter().find(|name| row.get(**name).is_some_and(|value| !is_blank(value)));
         error.context(
@@ -169,7 +170,7 @@ impl PromptFormat {
     }
 }
 
-/// A field of a row.
+/// Returns a field of a row.
 pub(super) fn field<'a>(row: &'a Value, name: &str) -> Result<&'a Value> {
     row.get(name).ok_or_else(|| {
         let fields: Vec<&str> = row.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
@@ -177,7 +178,7 @@ pub(super) fn field<'a>(row: &'a Value, name: &str) -> Result<&'a Value> {
     })
 }
 
-/// Whether a value says nothing: null, a blank text, an empty list.
+/// Returns whether a value is empty: null, a blank text or an empty list.
 pub(super) fn is_blank(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -187,10 +188,10 @@ pub(super) fn is_blank(value: &Value) -> bool {
     }
 }
 
-/// The dialogue with the system message of the row's column for it, unless `used` is that column.
+/// Adds the system message of the row's system column, unless `used` is that column.
 ///
 /// # Errors
-/// A column that is not a text, or another system message in the dialogue.
+/// If the column is not a text, or the dialogue has a different system message.
 pub(super) fn with_system_column(row: &Value, dialogue: Dialogue, used: &str) -> Result<Dialogue> {
     let given = |name: &&str| *name != used && row.get(name).is_some_and(|value| !is_blank(value));
     let Some(name) = SYSTEM.into_iter().find(|name| given(name)) else { return Ok(dialogue) };
@@ -200,7 +201,7 @@ pub(super) fn with_system_column(row: &Value, dialogue: Dialogue, used: &str) ->
     dialogue.with_system(text).map_err(|error| anyhow!("field {name:?} {error}"))
 }
 
-/// Remarks the columns that change a prompt's meaning and are not read; the first of `used` is the field of the prompt.
+/// Notes the columns that change a prompt's meaning and are not read; the first of `used` is the prompt's field.
 pub(super) fn remark_unread(row: &Value, used: &[&str], notes: &mut Notes) {
     let given = |name: &&str| !used.contains(name) && row.get(name).is_some_and(|value| !is_blank(value));
     for name in UNREAD.into_iter().filter(given) {
@@ -208,13 +209,13 @@ pub(super) fn remark_unread(row: &Value, used: &[&str], notes: &mut Notes) {
     }
 }
 
-/// A column of the row that looks like its prompt, among those that pairs have it in.
+/// Returns a column of a preference row that probably holds the prompt.
 pub(super) fn likely_prompt(row: &Value) -> Option<&'static str> {
     let columns = LIKELY.into_iter().filter(|name| !["prompt", "chosen", "messages"].contains(name));
     columns.into_iter().find(|name| row.get(*name).is_some_and(|value| !is_blank(value)))
 }
 
-/// A reference answer: a text, or a list with the assistant's message, which may repeat the prompt.
+/// Returns a reference answer: a text, or a list with the assistant's message, which may repeat the prompt.
 fn reference(value: &Value, prompt: &Dialogue, notes: &mut Notes) -> Result<String> {
     if let Value::String(text) = value {
         return Ok(text.clone());

@@ -1,4 +1,4 @@
-//! A preference file as groups of two, tokenised for a reward model.
+//! Preference files as groups of two completions, tokenised for a reward model.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use super::{
 use crate::lm::tokens::Tokenizer;
 use crate::types::{Completion, Feedback, Finish, Group, Labeled, Preference, Prompt, Verdict};
 
-/// Labeled pairs that fit the model.
+/// Labeled pairs that fit the model's context.
 pub struct PairSet {
     preferences: Preferences,
     usable: Vec<usize>,
@@ -22,12 +22,12 @@ pub struct PairSet {
 }
 
 impl PairSet {
-    /// Tokenises every pair of `rows` once, and shuffles them by `seed`. A prompt and an answer may have as many tokens
-    /// together as `model` has context.
+    /// Tokenises every pair of `rows` once, and shuffles them by `seed`. A prompt and an answer may together have as
+    /// many tokens as the context of `model`.
     ///
     /// # Errors
-    /// As [`Preferences::of`], tokens that the model does not have, and pairs that are too long, unless `on_long` leaves them
-    /// out.
+    /// As for [`Preferences::of`]; also if tokens are outside the model's vocabulary, or if pairs are too long, unless
+    /// `on_long` skips them.
     pub fn read(
         rows: Rows,
         format: &PromptFormat,
@@ -42,7 +42,7 @@ impl PairSet {
         let preferences = Preferences::of(rows, &options)?;
         let (format, tokenizer) = (format.clone(), tokenizer.clone());
         let mut set = Self { preferences, usable: vec![], order: vec![], format, tokenizer };
-        // Whether it fits, or in words how long it is.
+        // The inner error describes the length of a pair that does not fit.
         let fits: Vec<Result<Result<(), String>>> = (0..set.preferences.len())
             .into_par_iter()
             .map(|i| {
@@ -87,20 +87,20 @@ impl PairSet {
         Ok(set)
     }
 
-    /// Number of pairs.
+    /// Returns the number of pairs.
     pub fn len(&self) -> usize {
         self.usable.len()
     }
 
-    /// Always false: a file without usable pairs is refused.
+    /// Always returns false: a file without usable pairs is refused.
     pub fn is_empty(&self) -> bool {
         self.usable.is_empty()
     }
 
-    /// Pair number `seq` in the shuffled order, as a group whose two completions are compared.
+    /// Returns pair number `seq` in the shuffled order, as a group whose two completions are compared.
     ///
     /// # Errors
-    /// A row that was changed since the file was opened.
+    /// If the row was changed since the file was opened.
     pub fn labeled(&self, seq: u64) -> Result<Labeled> {
         let pair = self.preferences.get(self.usable[self.order[seq as usize]])?;
         let group = self.group(seq, &pair)?;
@@ -123,16 +123,16 @@ impl PairSet {
     }
 }
 
-/// A pair as a group of two completions; each ends with the end token, as an answer of the policy does.
+/// Converts a pair into a group of two completions; each ends with the end token, as the policy's completions do.
 ///
 /// # Errors
-/// A dialogue that the format cannot take, or that has no tokens.
+/// If the format does not support the dialogue, or it has no tokens.
 pub fn group(seq: u64, pair: &PreferencePair, format: &PromptFormat, tokenizer: &Tokenizer) -> Result<Group> {
     let ids = format.encode_dialogue(&pair.dialogue, tokenizer)?;
     ensure!(!ids.is_empty(), "the prompt has no tokens");
     let (first_kept, first) = tokenizer.encode_behind(&ids, &pair.first)?;
     let (second_kept, second) = tokenizer.encode_behind(&ids, &pair.second)?;
-    // Both answers stand behind the same tokens.
+    // Both answers must follow the same tokens.
     let kept = first_kept.min(second_kept);
     let completion = |text: &str, own: usize, behind: Vec<u32>| {
         let mut all = [&ids[kept..own], &behind].concat();
@@ -153,7 +153,7 @@ pub fn group(seq: u64, pair: &PreferencePair, format: &PromptFormat, tokenizer: 
     Ok(Group { prompt, completions })
 }
 
-/// Emits every pair once, in order.
+/// Source that emits every pair once, in order.
 pub struct PairSource {
     set: Arc<PairSet>,
     gate: Arc<AdmissionGate>,
@@ -161,7 +161,7 @@ pub struct PairSource {
 }
 
 impl PairSource {
-    /// From the first pair on; `gate` must admit them all.
+    /// Starts at the first pair; `gate` must admit all pairs.
     pub fn new(set: Arc<PairSet>, gate: Arc<AdmissionGate>) -> Self {
         Self { set, gate, next: 0 }
     }

@@ -1,4 +1,4 @@
-//! Pairs of answers and which is better, from files in the forms that people use.
+//! Preference pairs: two answers and which is better, read from files in common formats.
 
 use std::path::Path;
 
@@ -9,23 +9,23 @@ use super::faults::Notes;
 use super::format::{field, is_blank, likely_prompt, remark_unread, with_system_column};
 use super::{Dialogue, Faults, OnBad, Rows, Split, in_parts, order};
 
-/// Two answers to one prompt.
+/// A prompt with two answers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PreferencePair {
-    /// Row of the data, from zero.
+    /// Row number in the data, from zero.
     pub row: usize,
-    /// What was asked.
+    /// The prompt.
     pub dialogue: Dialogue,
-    /// One answer.
+    /// First answer.
     pub first: String,
-    /// The other.
+    /// Second answer.
     pub second: String,
-    /// P(first is better), from 0 to 1: 1 or 0 where a person chose.
+    /// P(first is better), from 0 to 1; 1 or 0 for a human choice.
     pub preference: Option<f64>,
 }
 
 impl PreferencePair {
-    /// Why nothing can be learned of this pair; none for a sound one.
+    /// Returns the reason why the pair has no training signal; `None` if it has one.
     fn teaches_nothing(&self, keep_equal: bool) -> Option<&'static str> {
         if [&self.first, &self.second].into_iter().any(|answer| answer.trim().is_empty()) {
             return Some("left out, since an answer is empty");
@@ -35,33 +35,33 @@ impl PreferencePair {
     }
 }
 
-/// What the first pass finds of a row.
+/// Result of the first pass over a row.
 enum Found {
-    /// A pair, and remarks.
+    /// A valid pair, with remarks.
     Pair(Notes),
-    /// A pair of which nothing can be learned, and why.
+    /// A pair without training signal, with the reason.
     Empty(&'static str),
-    /// A blank line, or a row that is not asked for.
+    /// A blank line, or a row outside the selected part.
     NotMeant,
 }
 
-/// How pairs are read.
+/// Settings for reading pairs.
 #[derive(Debug, Clone)]
 pub struct PairOptions {
-    /// Which pairs.
+    /// Part of the data set to read.
     pub split: Split,
-    /// Whether a row must say which answer is better.
+    /// True if a row must state which answer is better.
     pub labeled: bool,
-    /// What happens to a row that cannot be read as a pair.
+    /// Treatment of a row that cannot be read as a pair.
     pub on_bad: OnBad,
-    /// Whether pairs of equal answers are kept, which teach nothing; an evaluation counts them.
+    /// True if pairs of equal answers are kept. They have no training signal, but an evaluation counts them.
     pub keep_equal: bool,
-    /// The field of the prompt in rows without the field `prompt`.
+    /// Field of the prompt in rows without the field `prompt`.
     pub prompt_field: String,
 }
 
 impl Default for PairOptions {
-    /// All pairs of different answers, labeled or not; a row that is not a pair is an error.
+    /// Returns settings that accept all pairs of different answers, labeled or not, and refuse rows that are not pairs.
     fn default() -> Self {
         Self {
             split: Split::default(),
@@ -73,12 +73,12 @@ impl Default for PairOptions {
     }
 }
 
-/// A file of pairs, read on demand. Forms of a row, told apart by their fields:
-/// - `chosen`, `rejected`: two whole dialogues that part at an answer of the assistant's, mostly the last turn (the form
-///   of Anthropic's HH), or two texts whose common beginning is the prompt;
-/// - `prompt`, `chosen`, `rejected`: the prompt and two answers, or two whole dialogues that hold the prompt;
-/// - `prompt`, `first`, `second`, and where it is known `preference`, the probability that the first is better: what
-///   `preceptor label` writes and reads.
+/// A file of preference pairs, read on demand. The format of a row is recognised by its fields:
+/// - `chosen`, `rejected`: two complete dialogues that diverge at an assistant turn, usually the last (the format of
+///   Anthropic's HH), or two texts whose common prefix is the prompt;
+/// - `prompt`, `chosen`, `rejected`: the prompt and two answers, or two complete dialogues that include the prompt;
+/// - `prompt`, `first`, `second`, and optionally `preference`, the probability that the first is better: the format
+///   that `preceptor label` reads and writes.
 pub struct Preferences {
     rows: Rows,
     usable: Vec<u32>,
@@ -86,25 +86,26 @@ pub struct Preferences {
 }
 
 impl Preferences {
-    /// Opens `path`, as [`Rows::open`] does, and goes through every row once.
+    /// Opens `path`, as [`Rows::open`] does, and reads every row once.
     ///
     /// # Errors
-    /// As [`Self::of`].
+    /// As for [`Self::of`].
     pub fn read(path: &Path, options: &PairOptions) -> Result<Self> {
         Self::of(Rows::open(path)?, options)
     }
 
-    /// Goes through every row of `rows` once.
+    /// Reads every row of `rows` once.
     ///
     /// # Errors
-    /// Names the file, and all faulty rows up to ten, unless `options` leaves them out; rows of which none is a pair.
+    /// If rows are faulty, unless `options` skips them, or if no row is a pair. The error names the file and up to ten
+    /// faulty rows.
     pub fn of(rows: Rows, options: &PairOptions) -> Result<Self> {
         let name = rows.name();
         ensure!(u32::try_from(rows.len()).is_ok(), "{name} has more than 4 billion rows");
         let look = |i: usize| -> Result<Found> {
             let Some(row) = rows.get(i)? else { return Ok(Found::NotMeant) };
             let mut notes = Notes::default();
-            // What a judge would not decide stands in a file of labels as null, and teaches nothing.
+            // Label files contain null for pairs that the judge did not decide; these have no training signal.
             let undecided = options.labeled && row.get("preference").is_some_and(Value::is_null);
             let pair = pair(i, &row, &options.prompt_field, &mut notes)?;
             if undecided {
@@ -138,25 +139,25 @@ impl Preferences {
         Ok(Self { rows, usable, prompt_field: options.prompt_field.clone() })
     }
 
-    /// The files, as errors name them.
+    /// Returns the names of the files, for messages.
     pub fn name(&self) -> String {
         self.rows.name()
     }
 
-    /// Number of pairs.
+    /// Returns the number of pairs.
     pub fn len(&self) -> usize {
         self.usable.len()
     }
 
-    /// Always false: a file without pairs is refused.
+    /// Always returns false: a file without pairs is refused.
     pub fn is_empty(&self) -> bool {
         self.usable.is_empty()
     }
 
-    /// Pair number `i`.
+    /// Returns pair number `i`.
     ///
     /// # Errors
-    /// A row that was changed since the file was opened.
+    /// If the row was changed since the file was opened.
     pub fn get(&self, i: usize) -> Result<PreferencePair> {
         let row = self.usable[i] as usize;
         let read = || {
@@ -166,31 +167,31 @@ impl Preferences {
         read().with_context(|| format!("{} was changed while it was in use", self.rows.place(row)))
     }
 
-    /// Where pair number `i` stands, for errors.
+    /// Returns the location of pair number `i`, for messages.
     pub fn place(&self, i: usize) -> String {
         self.rows.place(self.usable[i] as usize)
     }
 
-    /// Order of pairs in `epoch`: a function of the seed and the epoch alone.
+    /// Returns the order of pairs in `epoch`, a function of the seed and the epoch alone.
     pub fn order(&self, seed: u64, epoch: u64) -> Vec<usize> {
         order(self.usable.len(), Some(seed), epoch)
     }
 }
 
-/// One of the two answers as a row has it.
+/// One of a row's two answers, in its format.
 enum Side {
     /// A text that is an answer.
     Answer(String),
     /// Turns that continue the prompt, the assistant's first.
     Continuation(Dialogue),
-    /// A whole dialogue, the prompt included.
+    /// A complete dialogue, including the prompt.
     Whole(Dialogue),
 }
 
-/// Reads a row in whichever form it is.
+/// Reads a row in any of the formats.
 ///
 /// # Errors
-/// A row that is not a pair: no such fields, no prompt, dialogues that do not part at an answer.
+/// If the row is not a pair: it lacks the fields or a prompt, or its dialogues do not diverge at an answer.
 fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Result<PreferencePair> {
     let has = |name: &str| value.get(name).is_some_and(|value| !value.is_null());
     let (ours, theirs) = (has("first") || has("second"), has("chosen") || has("rejected"));
@@ -217,7 +218,7 @@ fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Res
     let (dialogue, first, second) = match (a, b) {
         (Side::Whole(a), Side::Whole(b)) => whole([a, b], prompt, names, notes)?,
         (Side::Whole(_), _) | (_, Side::Whole(_)) => bail!(
-            "one of {} and {} is a whole dialogue and the other one is not; give both in one form",
+            "one of {} and {} is a complete dialogue and the other one is not; give both in one form",
             names[0],
             names[1]
         ),
@@ -239,11 +240,11 @@ fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Res
     Ok(PreferencePair { row, dialogue, first, second, preference })
 }
 
-/// What a row without a pair's fields is, as far as that is known.
+/// Describes a row that lacks a pair's fields.
 fn no_pair(value: &Value) -> String {
     let has = |name: &str| value.get(name).is_some();
     let hint = if has("label") && has("completion") {
-        "; it rates one answer (completion and label), which is no pair"
+        "; it rates one answer (completion and label), which is not a pair"
     } else if has("completions") || has("responses") {
         "; it holds several answers with their scores; choose two of them"
     } else {
@@ -251,12 +252,12 @@ fn no_pair(value: &Value) -> String {
     };
     let fields: Vec<&str> = value.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
     format!(
-        "is no preference pair: it has neither chosen and rejected nor first and second; the row has {}{hint}",
+        "is not a preference pair: it has neither chosen and rejected nor first and second; the row has {}{hint}",
         fields.join(", ")
     )
 }
 
-/// The probability that the first answer is better; numbers in tables are texts.
+/// Returns the probability that the first answer is better. In tables, numbers are texts.
 fn preference(value: &Value) -> Result<Option<f64>> {
     let number = match value.get("preference") {
         None | Some(Value::Null) => return Ok(None),
@@ -272,14 +273,14 @@ fn side(row: &Value, name: &str, notes: &mut Notes) -> Result<Side> {
     let value = field(row, name)?;
     let read = Dialogue::read(value, notes).map_err(|error| anyhow!("field {name:?} {error}"))?;
     Ok(match (value, read.turns.as_slice()) {
-        // A text in turns is a dialogue; another one is an answer.
+        // A text in turns is a dialogue; any other text is an answer.
         (Value::String(text), [one]) if one.role == "user" && one.content == *text => Side::Answer(text.clone()),
         (_, [one, ..]) if one.role == "assistant" => Side::Continuation(read),
         _ => Side::Whole(read),
     })
 }
 
-/// The answer that one side is, behind a prompt.
+/// Returns the answer that follows a prompt.
 fn answered(side: Side, name: &str, notes: &mut Notes) -> Result<String> {
     match side {
         Side::Answer(text) => Ok(text),
@@ -292,9 +293,9 @@ fn answered(side: Side, name: &str, notes: &mut Notes) -> Result<String> {
     }
 }
 
-const SEVERAL: &str = "an answer goes on over several turns, which are compared as one text";
+const SEVERAL: &str = "an answer spans several turns, which are compared as one text";
 
-/// The parts of two whole dialogues, which must hold `prompt`.
+/// Splits two complete dialogues, which must contain `prompt`, into prompt and answers.
 fn whole(
     [a, b]: [Dialogue; 2],
     prompt: Option<(&str, Dialogue)>,
@@ -308,7 +309,7 @@ fn whole(
         notes.add(SEVERAL);
     }
     let (shared, answer) =
-        shared.into_prompt().map_err(|error| anyhow!("what {} and {} have in common {error}", names[0], names[1]))?;
+        shared.into_prompt().map_err(|error| anyhow!("the common turns of {} and {} {error}", names[0], names[1]))?;
     ensure!(answer.is_none(), "{} and {} part after an answer of the assistant's, not at one", names[0], names[1]);
     let Some((name, prompt)) = prompt else { return Ok((shared, first, second)) };
     let (prompt, _) = prompt.into_prompt().map_err(|error| anyhow!("field {name:?} {error}"))?;
@@ -317,7 +318,7 @@ fn whole(
         a.turns.len() >= b.turns.len()
             && longer.zip(shorter).all(|(a, b)| a.role == b.role && a.content.trim() == b.content.trim())
     };
-    // A text may be any of the user's turns, as data sets have it.
+    // A text prompt may equal any of the user's turns, since data sets differ in this.
     let one_turn = |turn: &str| {
         let users = shared.turns.iter().filter(|turn| turn.role == "user");
         users.into_iter().any(|own| own.content.trim() == turn.trim())
@@ -338,7 +339,7 @@ fn whole(
     }
 }
 
-/// A row without a prompt whose answers are texts: the prompt is their common beginning, as in TRL.
+/// Splits a row without a prompt whose answers are texts: the prompt is their common prefix, as in TRL.
 fn implicit(row: &Value, a: Side, b: Side, names: [&str; 2]) -> Result<(Dialogue, String, String)> {
     if let Some(column) = likely_prompt(row) {
         bail!("no field \"prompt\"; set data.prompt_field = {column:?}, or rename that field");
@@ -359,7 +360,7 @@ fn implicit(row: &Value, a: Side, b: Side, names: [&str; 2]) -> Result<(Dialogue
     Ok((Dialogue::single(&a[..common]), a[common..].to_owned(), b[common..].to_owned()))
 }
 
-/// Remarks where both answers repeat a prompt that is too long to be repeated by chance.
+/// Notes that both answers repeat a prompt that is too long to be repeated by chance.
 fn remark_repetition(prompt: &Dialogue, a: &Side, b: &Side, notes: &mut Notes) {
     const LONG: usize = 32;
     let ([one], Side::Answer(a), Side::Answer(b)) = (prompt.turns.as_slice(), a, b) else { return };

@@ -1,4 +1,4 @@
-//! Rows of one or several files, found by number and read when they are wanted: JSON lines, JSON arrays, CSV and parquet, plain
+//! Rows of one or several files, accessed by number and read on demand: JSON lines, JSON arrays, CSV and parquet, plain
 //! or compressed.
 
 mod array;
@@ -20,12 +20,12 @@ use table::Table;
 
 pub(super) use packed::BINARY;
 
-/// Most bytes of one row.
+/// Maximum size of one row in bytes.
 const LONGEST: u64 = 8 << 20;
-/// The byte order mark of UTF-8.
+/// UTF-8 byte order mark.
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// An index of where each row of each file begins; the rows themselves stay on the disk.
+/// Index of the start of each row of each file; the rows themselves stay on disk.
 pub struct Rows {
     parts: Vec<Part>,
     /// Number of the first row of each part.
@@ -38,37 +38,36 @@ struct Part {
     path: PathBuf,
     file: File,
     form: FileFormat,
-    /// Where each row begins, and where the last one ends.
+    /// Start of each row, and end of the last one.
     offsets: Offsets,
 }
 
-/// The form of a file, with the lines on which its rows begin where these are not one row a line.
+/// Format of a file, with the line number of each row if rows are not one per line.
 enum FileFormat {
-    /// One JSON object a line.
+    /// One JSON object per line.
     Lines,
     /// A JSON array of objects.
     Array(Offsets),
     /// Comma- or tab-separated values.
     Table(Table),
-    /// One JSON object a line, written from a parquet file.
+    /// One JSON object per line, converted from a parquet file.
     Parquet,
 }
 
 impl Rows {
-    /// Opens what `path` names: a file, all data files of a folder, or the files that a glob pattern matches, in the order of
-    /// their names. Compressed files and parquet files are unpacked once, into a temporary file that goes away with the
-    /// program.
+    /// Opens a file, all data files of a folder, or the files that match a glob pattern, in name order. Compressed
+    /// files and parquet files are unpacked once, into a temporary file that is removed when the program ends.
     ///
     /// # Errors
-    /// Names the file that cannot be read, and where it is damaged.
+    /// If a file cannot be read or is damaged; the error names the file and the place.
     pub fn open(path: &Path) -> Result<Self> {
         Self::open_all(&dataset::expand(path)?)
     }
 
-    /// Opens `files`, whose rows are numbered through.
+    /// Opens `files` and numbers their rows consecutively.
     ///
     /// # Errors
-    /// As [`Self::open`].
+    /// As for [`Self::open`].
     pub fn open_all(files: &[PathBuf]) -> Result<Self> {
         let mut rows = Self { parts: Vec::new(), starts: Vec::new(), len: 0 };
         for path in files {
@@ -80,17 +79,17 @@ impl Rows {
         Ok(rows)
     }
 
-    /// Number of rows, blank lines included.
+    /// Returns the number of rows, blank lines included.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is no row.
+    /// Returns whether there are no rows.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The files, as errors and logs name them.
+    /// Returns the names of the files, for messages.
     pub fn name(&self) -> String {
         match self.parts.as_slice() {
             [] => "(no file)".to_owned(),
@@ -99,23 +98,24 @@ impl Rows {
         }
     }
 
-    /// Row `i`; `None` for a blank line.
+    /// Returns row `i`; `None` for a blank line.
     ///
     /// # Errors
-    /// A row that is not a JSON object, or can no longer be read. Does not name the place: see [`Self::place`].
+    /// If the row is not a JSON object, or can no longer be read. The error does not include the location; see
+    /// [`Self::place`].
     pub fn get(&self, i: usize) -> Result<Option<Value>> {
         let (part, i) = self.part(i);
         part.get(i)
     }
 
-    /// The file and the line of row `i`, for errors.
+    /// Returns the file and the line of row `i`, for messages.
     pub fn place(&self, i: usize) -> String {
         let (part, i) = self.part(i);
         part.place(i)
     }
 
     fn part(&self, i: usize) -> (&Part, usize) {
-        // Empty parts begin where the next one does; the last part that begins there has the row.
+        // Empty parts start at the same row as the next part; the last part with that start has the row.
         let part = self.starts.partition_point(|start| *start <= i) - 1;
         (&self.parts[part], i - self.starts[part])
     }
@@ -144,13 +144,13 @@ impl Part {
         Ok(Self { path: path.to_owned(), file, form, offsets })
     }
 
-    /// The index of a file of JSON lines or of a JSON array.
+    /// Indexes a file of JSON lines or a JSON array.
     fn json(file: &File, begin: u64, name: &str, head: &[u8]) -> Result<(FileFormat, Offsets)> {
         let first = head[begin as usize..].iter().find(|byte| !byte.is_ascii_whitespace());
         if first == Some(&b'[') {
             match array::index(file, begin) {
                 Ok((lines, offsets)) => return Ok((FileFormat::Array(lines), offsets)),
-                // Lines, of which the first is a list.
+                // JSON lines whose first line is a list.
                 Err(_) if name.ends_with("l") => {}
                 Err(error) => return Err(error),
             }
@@ -184,7 +184,7 @@ impl Part {
                 object(value.context("the element is empty")?, text)
             }
             FileFormat::Lines | FileFormat::Parquet => {
-                // Files that were joined may have marks inside.
+                // Concatenated files may contain byte order marks.
                 let text = text.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}');
                 if text.is_empty() { Ok(None) } else { object(serde_json::from_str(text), text) }
             }
@@ -210,16 +210,16 @@ impl Part {
     }
 }
 
-/// A row of JSON, which `text` was read as.
+/// Checks that a parsed row is an object; `text` is its source, used for hints.
 fn object(read: serde_json::Result<Value>, text: &str) -> Result<Option<Value>> {
     let value = read.map_err(|error| {
         let words = error.to_string();
         if words.contains("surrogate") || words.contains("hex escape") {
             return anyhow!(
-                "not JSON: it holds half of a surrogate pair, such as \\ud83d alone, which is not a character ({words}); the text was cut inside an emoji: write it again from the whole text"
+                "not JSON: it holds half of a surrogate pair, such as \\ud83d alone, which is not a character ({words}); the text was cut inside an emoji: write it again from the complete text"
             );
         }
-        // As Python's json module writes them.
+        // Python's json module writes these.
         let number = ["NaN", "Infinity"].into_iter().find(|name| words.contains("expected value") && text.contains(name));
         let hint = number.map_or(String::new(), |name| format!("; {name} is not a number of JSON, write null"));
         anyhow!("not JSON: {words}{hint}")
@@ -227,7 +227,7 @@ fn object(read: serde_json::Result<Value>, text: &str) -> Result<Option<Value>> 
     if value.is_object() { Ok(Some(value)) } else { bail!("not a JSON object, but {}", super::described(&value)) }
 }
 
-/// Refuses files that are known not to be text.
+/// Refuses files in known binary formats.
 fn refuse_binary(head: &[u8]) -> Result<()> {
     let wide = head.starts_with(b"\xff\xfe") || head.starts_with(b"\xfe\xff");
     ensure!(!wide, "it is UTF-16; write it again in UTF-8");
@@ -247,7 +247,7 @@ fn refuse_binary(head: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Reads from a place on, whatever the file's own position is.
+/// Reader that starts at an offset, independent of the file's own position.
 struct Positioned<'a> {
     file: &'a File,
     at: u64,

@@ -1,4 +1,5 @@
-//! The sources of the graph: prompts in order, as fast as staleness admits; and what an earlier graph left.
+//! Sources of the graph: prompts in order, as fast as the staleness bound admits them, and groups left over by an
+//! earlier graph.
 
 use std::sync::Arc;
 use std::vec::IntoIter;
@@ -10,7 +11,8 @@ use crate::rl::ledger::LedgerWriter;
 use crate::types::{Completion, Group, Labeled, Prompt};
 use crate::util::failpoints;
 
-/// Emits the prompts `next..end`, each when the gate lets it in, unless the ledger has its completions already.
+/// Source of the prompts `next..end`, each emitted when the gate admits it, unless the ledger already has its
+/// completions.
 pub struct PromptSource {
     data: Arc<Dataset>,
     gate: Arc<AdmissionGate>,
@@ -21,7 +23,7 @@ pub struct PromptSource {
 }
 
 impl PromptSource {
-    /// A source that goes on with prompt `next`.
+    /// Creates a source that continues with prompt `next`.
     pub fn new(data: Arc<Dataset>, gate: Arc<AdmissionGate>, entries: LedgerWriter, next: u64, end: u64) -> Self {
         Self { data, gate, entries, next, end, epoch: None }
     }
@@ -56,19 +58,19 @@ impl Source for PromptSource {
     }
 }
 
-/// Emits what the graph before had come to: groups to be labeled, or labeled ones to be rewarded.
+/// Source of the groups that an earlier graph left over: groups to be labeled, or labeled ones to be rewarded.
 pub struct LeftOver<T>(IntoIter<Arc<T>>);
 
 impl<T> LeftOver<T> {
-    /// A source of `items`, in this order.
+    /// Creates a source of `items`, in this order.
     pub fn new(items: Vec<Arc<T>>) -> Self {
         Self(items.into_iter())
     }
 }
 
-/// What stands in a group's name and age.
+/// Items that contain a group, which determines their sequence number and version.
 pub trait OfGroup {
-    /// The group.
+    /// Returns the group.
     fn group(&self) -> &Group;
 }
 

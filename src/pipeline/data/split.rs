@@ -1,30 +1,30 @@
-//! Which rows are held out: a function of what they say, so that the same prompt never stands on both sides.
+//! Held-out rows, chosen by a hash of their prompt, so that the same prompt is never on both sides.
 
 use crate::util::seed::{self, mix};
 
-/// A part of a data set.
+/// Part of a data set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Part {
-    /// Everything.
+    /// All rows.
     #[default]
     All,
-    /// What is trained on.
+    /// Training rows.
     Train,
-    /// What is held out.
+    /// Held-out rows.
     Holdout,
 }
 
-/// A share of rows held out, and which side is meant.
+/// Fraction of rows that is held out, and the selected part.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Split {
-    /// Share of distinct prompts held out, from 0 to 1.
+    /// Fraction of distinct prompts held out, from 0 to 1.
     pub holdout: f64,
-    /// Which side.
+    /// Selected part.
     pub part: Part,
 }
 
 impl Split {
-    /// Whether a row with this prompt is on the side that is meant. Order and duplicates of rows do not matter.
+    /// Returns whether a row with this prompt belongs to the selected part. Order and duplicates of rows do not matter.
     pub fn takes(&self, prompt: &str) -> bool {
         let fraction = (mix(seed::text(prompt)) >> 11) as f64 / (1u64 << 53) as f64;
         match self.part {
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_prompt_is_on_one_side_and_the_share_is_kept() {
+    fn each_prompt_is_on_one_side_and_the_held_out_fraction_is_right() {
         let (train, held) = (Split { holdout: 0.2, part: Part::Train }, Split { holdout: 0.2, part: Part::Holdout });
         let texts: Vec<String> = (0..5000).map(|i| format!("prompt number {i}")).collect();
         assert!(texts.iter().all(|text| train.takes(text) != held.takes(text)));

@@ -1,4 +1,5 @@
-//! Continuous batching: sequences decode side by side in slots, and a slot that ends takes the next one at once.
+//! Continuous batching: sequences decode concurrently in slots, and a slot whose sequence ends takes the next one at
+//! once.
 
 use std::collections::{HashMap, VecDeque};
 use std::mem;
@@ -15,21 +16,22 @@ use crate::lm::model::trie::prefill;
 use crate::lm::model::{Decoder, KvCache, ModelConfig};
 use crate::types::Finish;
 
-/// Most sequences that decode side by side. Up to here a sequence's numbers do not depend on its company, see
+/// Maximum number of concurrent sequences. Up to this number, a sequence's values do not depend on the batch size; see
 /// [`kernels::linear`].
 pub const MOST_SLOTS: usize = kernels::SMALL_BATCH_ROWS;
 
-/// Requests under way and waiting, over one cache.
+/// Engine that runs requests under way and waiting over one key/value cache.
 ///
-/// What is sampled in `f32` on the CPU is a function of the weights, the prompt and the seed; not of what is sampled beside
-/// it, nor of when it began. (Its last bits are those of [`kernels::with_large_batch_kernels`] in an engine of more than [`kernels::LARGE_BATCH_ROWS`] slots.) Each prompt is prefilled once. Weights may change between steps; keys and values computed before stay as they
-/// are, and each token carries the version that produced it.
+/// In `f32` on the CPU, samples are a function of the weights, the prompt and the seed, not of concurrent sequences or
+/// of timing. (An engine of more than [`kernels::LARGE_BATCH_ROWS`] slots uses [`kernels::with_large_batch_kernels`] and may
+/// differ from smaller ones in the last bits.) Each prompt is prefilled once. Weights may change between steps; keys
+/// and values computed earlier are kept, and each token carries the version that produced it.
 pub struct Engine<'a> {
     sampling: Sampling,
     slots: usize,
-    /// Whether a step usually has many rows.
-    with_large_batch_kernels: bool,
-    /// Of these, those that are used for now.
+    /// True if a step usually has many rows.
+    is_large_batch: bool,
+    /// Maximum number of slots in use, at most `slots`.
     limit: usize,
     cache: Option<KvCache>,
     rows: Vec<Row>,
@@ -37,24 +39,24 @@ pub struct Engine<'a> {
     open: HashMap<u64, Open>,
 }
 
-/// A request some of whose sequences have no slot yet.
+/// A request with sequences that have no slot yet.
 struct Waiting<'a> {
     ticket: u64,
     request: Request<'a>,
-    /// Sequences that have begun.
+    /// Number of sequences that have begun.
     begun: usize,
     prompt: Option<Prefilled>,
 }
 
-/// What all sequences of a request start from.
+/// Prefilled prompt, shared by all sequences of a request.
 struct Prefilled {
     cached: Arc<CachedPrompt>,
-    /// Of the first token.
+    /// Logits of the first token.
     logits: Vec<f32>,
     version: u64,
 }
 
-/// A request some of whose sequences have not ended.
+/// A request with sequences that have not ended.
 struct Open {
     left: usize,
     sampled: Vec<Sampled>,
@@ -63,7 +65,7 @@ struct Open {
 /// A sequence in a slot.
 struct Row {
     ticket: u64,
-    /// Which of its request's.
+    /// Index of the sequence within its request.
     index: usize,
     slot: usize,
     /// Position of the last sampled token, which the next step feeds.
@@ -73,12 +75,12 @@ struct Row {
 }
 
 impl<'a> Engine<'a> {
-    /// An engine with nothing to do that has up to `slots` sequences side by side, at most [`MOST_SLOTS`].
+    /// Creates an idle engine with up to `slots` concurrent sequences, at most [`MOST_SLOTS`].
     pub fn new(sampling: &Sampling, slots: usize) -> Self {
         Self {
             sampling: sampling.clone(),
             slots: slots.clamp(1, MOST_SLOTS),
-            with_large_batch_kernels: slots > kernels::LARGE_BATCH_ROWS,
+            is_large_batch: slots > kernels::LARGE_BATCH_ROWS,
             limit: MOST_SLOTS,
             cache: None,
             rows: Vec::new(),
@@ -87,15 +89,16 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// The same engine for sequences that are few at most times, whatever the slots.
+    /// Selects the kernels for few sequences, regardless of the number of slots.
     pub fn sparse(self) -> Self {
-        Self { with_large_batch_kernels: false, ..self }
+        Self { is_large_batch: false, ..self }
     }
 
-    /// Puts a request at the end of the queue; its samples come back under `ticket`, which is nobody else's.
+    /// Appends a request to the queue. Its samples are returned under `ticket`, which must be unique.
     ///
     /// # Errors
-    /// A prompt that is empty, or that leaves no room for the new tokens within the context of a model of this shape.
+    /// If the prompt is empty, or leaves no room for the new tokens within the context of a model with this
+    /// configuration.
     pub fn submit(&mut self, ticket: u64, request: Request<'a>, config: &ModelConfig) -> Result<()> {
         let length = request.prompt.len();
         ensure!(length > 0, "a prompt needs at least one token");
@@ -113,17 +116,17 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Whether nothing is under way or waiting.
+    /// Returns whether no request is under way or waiting.
     pub fn is_idle(&self) -> bool {
         self.rows.is_empty() && self.waiting.is_empty()
     }
 
-    /// Sequences side by side at most.
+    /// Returns the maximum number of concurrent sequences.
     pub fn slots(&self) -> usize {
         self.slots
     }
 
-    /// Has no more than `limit` sequences begin beside others from now on; those that have begun go on.
+    /// Limits the number of concurrent sequences from now on; sequences under way continue.
     pub fn limit(&mut self, limit: usize) {
         self.limit = limit.max(1);
     }
@@ -132,21 +135,21 @@ impl<'a> Engine<'a> {
         self.slots.min(self.limit)
     }
 
-    /// Slots that a sequence is in.
+    /// Returns the number of slots in use.
     pub fn used(&self) -> usize {
         self.rows.len()
     }
 
-    /// Slots that nobody has or waits for.
+    /// Returns the number of slots that are neither in use nor needed by waiting requests.
     pub fn free(&self) -> usize {
         let wanted: usize = self.waiting.iter().map(|one| one.request.seeds.len() - one.begun).sum();
         self.usable().saturating_sub(self.rows.len() + wanted)
     }
 
-    /// Fills free slots from the queue and samples one token of every sequence. Returns the requests that have ended.
+    /// Fills free slots from the queue and samples one token for every sequence. Returns the finished requests.
     ///
     /// # Errors
-    /// Those of the source of weights, and tensor errors.
+    /// Errors of the weight source, and tensor errors.
     pub fn step(&mut self, source: &mut dyn Weighted) -> Result<Vec<(u64, Vec<Sampled>)>> {
         let (version, model) = source.weights()?;
         let cache = match &mut self.cache {
@@ -159,7 +162,7 @@ impl<'a> Engine<'a> {
             let positions: Vec<u32> = self.rows.iter().map(|row| row.position).collect();
             let slots: Vec<usize> = self.rows.iter().map(|row| row.slot).collect();
             let mut step = || model.logits(&model.hidden(&ids, &positions, &mut *cache.step(&slots)?)?);
-            let logits = if self.with_large_batch_kernels { kernels::with_large_batch_kernels(&mut step) } else { step() }?;
+            let logits = if self.is_large_batch { kernels::with_large_batch_kernels(&mut step) } else { step() }?;
             take_all(&mut self.rows, &logits, version, &self.sampling)?;
         }
         self.sweep(&mut ended);
@@ -169,7 +172,8 @@ impl<'a> Engine<'a> {
         Ok(ended)
     }
 
-    /// Begins sequences of the first request that waits, as many as there are slots; says whether there was one.
+    /// Begins sequences of the first waiting request, up to the number of free slots. Returns whether a request was
+    /// waiting.
     fn begin(&mut self, model: &Arc<Decoder>, version: u64) -> Result<bool> {
         let room = self.usable() - self.rows.len();
         let (Some(first), Some(cache)) = (self.waiting.front_mut(), &mut self.cache) else { return Ok(false) };
@@ -179,7 +183,8 @@ impl<'a> Engine<'a> {
                 let (hidden, layers) = prefill(model, &request.prompt, request.prefix)?;
                 Ok::<_, anyhow::Error>((model.logits(&hidden)?, layers))
             };
-            let (logits, layers) = if self.with_large_batch_kernels { kernels::with_large_batch_kernels(begin) } else { begin() }?;
+            let (logits, layers) =
+                if self.is_large_batch { kernels::with_large_batch_kernels(begin) } else { begin() }?;
             let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             *prompt = Some(Prefilled { cached: cache.prompt(&layers)?, logits, version });
         }
@@ -203,7 +208,7 @@ impl<'a> Engine<'a> {
         Ok(true)
     }
 
-    /// Takes sequences that have ended out of their slots, and requests that have ended to `ended`.
+    /// Frees the slots of finished sequences, and moves finished requests to `ended`.
     fn sweep(&mut self, ended: &mut Vec<(u64, Vec<Sampled>)>) {
         let (open, cache) = (&mut self.open, &mut self.cache);
         self.rows.retain_mut(|row| {
@@ -225,10 +230,10 @@ impl<'a> Engine<'a> {
     }
 }
 
-/// Samples a token of each row from its logits `[N, V]`.
+/// Samples a token for each row from its logits `[N, V]`.
 fn take_all(rows: &mut [Row], logits: &Tensor, version: u64, sampling: &Sampling) -> candle_core::Result<()> {
     let width = logits.dim(1)?;
-    // Logits in a device's memory stay there, where nothing of a draw is done on the host.
+    // Logits in device memory stay there if sampling needs nothing from the host.
     if !logits.device().is_cpu() && sampling.is_plain() {
         let shares: Vec<f64> = rows.iter_mut().map(|row| row.sampler.share()).collect();
         let draws = kernels::draw_from_rows(logits, sampling.drawn(width), sampling.inverse_temperature(), &shares)?;

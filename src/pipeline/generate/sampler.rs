@@ -1,4 +1,4 @@
-//! Drawing a token from logits, and saying how likely it was.
+//! Sampling of a token from logits, with its log-probability.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -8,24 +8,25 @@ use rand_chacha::ChaCha8Rng;
 
 use super::stop::Stop;
 
-/// How tokens are drawn. What restricts the draw is applied in the order of the fields, as `transformers` does; the
-/// default restricts nothing.
+/// Sampling settings. Restrictions are applied in field order, as in `transformers`; the default has none.
 #[derive(Debug, Clone)]
 pub struct Sampling {
-    /// Logits of tokens that stand in the prompt or were drawn before are divided by this where they are positive, and
-    /// multiplied by it where they are not (Keskar et al. 2019, §4.1); 1 leaves them.
+    /// Repetition penalty: logits of tokens in the prompt or sampled before are divided by it if positive, and
+    /// multiplied by it otherwise (Keskar et al. 2019, §4.1). 1 has no effect.
     pub repetition_penalty: f64,
-    /// Logits are divided by this; zero takes the most likely token.
+    /// Temperature that logits are divided by; zero decodes greedily.
     pub temperature: f64,
-    /// Only this many of the likeliest tokens are drawn from.
+    /// Top-k: sample among this many most likely tokens only.
     pub top_k: Option<usize>,
-    /// Only the fewest tokens that have this much probability together are drawn from (Holtzman et al. 2020, §3.1).
+    /// Top-p: sample among the smallest set of tokens with at least this total probability (Holtzman et al. 2020,
+    /// §3.1).
     pub top_p: Option<f64>,
-    /// Only tokens with at least this share of the likeliest one's probability are drawn from (Nguyen et al. 2024).
+    /// Min-p: sample among tokens with at least this share of the most likely token's probability (Nguyen et al. 2024).
     pub min_p: Option<f64>,
-    /// Limit of new tokens per completion, at least one.
+    /// Maximum number of new tokens per completion, at least one.
     pub max_new_tokens: usize,
-    /// Only tokens below this id are drawn: a model's embedding may have more rows than its tokenizer has tokens.
+    /// Number of sampled token ids: higher ids are never sampled, since a model's embedding may have more rows than its
+    /// tokenizer has tokens.
     pub vocabulary: usize,
     /// Tokens that end a completion.
     pub eos: Vec<u32>,
@@ -34,7 +35,7 @@ pub struct Sampling {
 }
 
 impl Default for Sampling {
-    /// All tokens, at temperature 1, one of them.
+    /// Returns settings that sample one token among all, at temperature 1.
     fn default() -> Self {
         Self {
             repetition_penalty: 1.0,
@@ -51,13 +52,13 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Whether a draw needs no more than a temperature and the logits.
+    /// Returns whether sampling needs only the logits and a temperature.
     pub(super) fn is_plain(&self) -> bool {
         let whole = self.top_k.is_none() && self.top_p.is_none() && self.min_p.is_none();
         whole && self.repetition_penalty == 1.0 && self.temperature != 0.0
     }
 
-    /// How many of `width` rows are drawn from.
+    /// Returns the number of the `width` logits that are sampled from.
     pub(super) fn drawn(&self, width: usize) -> usize {
         self.vocabulary.clamp(1, width)
     }
@@ -67,28 +68,28 @@ impl Sampling {
     }
 }
 
-/// One completion's random stream.
+/// Sampler of one completion, with its random stream.
 pub struct Sampler {
     sampling: Sampling,
-    /// Tokens that a repetition penalty is for; empty without one.
+    /// Tokens that the repetition penalty applies to; empty without a penalty.
     seen: HashSet<u32>,
     rng: ChaCha8Rng,
 }
 
 impl Sampler {
-    /// A stream that is a function of `seed` alone, for a completion of `prompt`.
+    /// Creates a sampler for a completion of `prompt`; its random stream is a function of `seed` alone.
     pub fn new(sampling: &Sampling, prompt: &[u32], seed: u64) -> Self {
         let penalised = sampling.repetition_penalty != 1.0;
         let seen = if penalised { prompt.iter().copied().collect() } else { HashSet::new() };
         Self { sampling: sampling.clone(), seen, rng: ChaCha8Rng::seed_from_u64(seed) }
     }
 
-    /// Draws a token and returns it with its log-probability, in nats, in the distribution of all tokens at the temperature;
-    /// rows beyond the vocabulary count in it, as they do where the learner computes it. At temperature 0: the most likely token
-    /// (the first of equals) and its log-probability at temperature 1.
+    /// Samples a token and returns it with its log-probability, in nats, in the distribution of all tokens at the
+    /// temperature. Rows beyond the vocabulary are included in that distribution, as in the learner's. At temperature
+    /// 0, returns the most likely token (the first of equals) and its log-probability at temperature 1.
     ///
-    /// What restricts the draw does not enter the log-probability: the learner computes its own without restrictions, and
-    /// their ratio has to show the change of the weights alone. TRL and verl do the same.
+    /// Restrictions do not affect the log-probability: the learner computes its own without restrictions, so that their
+    /// ratio shows only the change of the weights. TRL and verl do the same.
     pub fn draw(&mut self, logits: &[f32]) -> (u32, f32) {
         let (id, logprob) = match self.restricted(logits) {
             restricted if self.sampling.temperature == 0.0 => {
@@ -120,12 +121,13 @@ impl Sampler {
         (chosen as u32, logprob)
     }
 
-    /// The share of the distribution, counted from the first token, at which the next draw falls.
+    /// Returns a uniform random number in [0, 1): the point of the cumulative distribution at which the next token is
+    /// sampled.
     pub(super) fn share(&mut self) -> f64 {
         self.rng.random()
     }
 
-    /// Logits with the repetition penalty applied and what is not drawn from at −∞; `None` where all stay as they are.
+    /// Returns logits with the repetition penalty applied and excluded tokens at −∞; `None` if all are unchanged.
     pub fn restricted(&self, logits: &[f32]) -> Option<Vec<f32>> {
         let Sampling { repetition_penalty, temperature, top_k, top_p, min_p, .. } = &self.sampling;
         let (penalty, greedy) = (*repetition_penalty as f32, *temperature == 0.0);
@@ -135,7 +137,7 @@ impl Sampler {
         }
         let mut out = logits.to_vec();
         if filtered {
-            // What is cut is not counted, and nothing of it is drawn.
+            // Ids beyond the vocabulary neither count nor are sampled.
             let drawn = self.sampling.drawn(out.len());
             out[drawn..].fill(f32::NEG_INFINITY);
         }
@@ -166,7 +168,7 @@ impl Sampler {
     }
 }
 
-/// Leaves the `k` largest; of equals the first.
+/// Keeps the `k` largest logits; of equals, the first.
 fn keep_likeliest(logits: &mut [f32], k: usize) {
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
     order.select_nth_unstable_by(k - 1, |a, b| by_rank(logits, a, b));
@@ -175,7 +177,7 @@ fn keep_likeliest(logits: &mut [f32], k: usize) {
     }
 }
 
-/// Leaves the likeliest tokens up to and including the one with which their probability reaches `p`.
+/// Keeps the most likely tokens up to and including the one at which their total probability reaches `p`.
 fn keep_nucleus(logits: &mut [f32], p: f64, inverse: f32) {
     let total = kernels::row_logsumexp(logits, inverse);
     let mut order: Vec<u32> = (0..logits.len() as u32).filter(|id| logits[*id as usize].is_finite()).collect();
@@ -200,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn restricted_draws_have_the_log_probability_among_all_tokens() {
+    fn restricted_samples_have_the_log_probability_among_all_tokens() {
         let logits = [0.0f32, 1.0, -2.0, 1.0, 0.5];
         let sampling = Sampling { top_k: Some(2), temperature: 0.5, repetition_penalty: 2.0, ..Sampling::default() };
         let total: f64 = logits.iter().map(|logit| (2.0 * f64::from(*logit)).exp()).sum();
@@ -214,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn draws_follow_the_tempered_distribution() {
+    fn samples_follow_the_tempered_distribution() {
         let logits = [0.0f32, 1.0, -2.0, 0.5];
         let sampling = Sampling { temperature: 0.7, ..Sampling::default() };
         let weights: Vec<f64> = logits.iter().map(|l| (f64::from(*l) / 0.7).exp()).collect();
@@ -234,14 +236,14 @@ mod tests {
     }
 
     #[test]
-    fn greedy_takes_the_first_of_equals() {
+    fn greedy_decoding_takes_the_first_of_equals() {
         let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
         let (id, logprob) = Sampler::new(&sampling, &[], 1).draw(&[1.0, 3.0, 3.0]);
         assert_eq!(id, 1);
         assert!((f64::from(logprob) - (1.0 / (2.0 + (-2f64).exp())).ln()).abs() < 1e-6);
     }
 
-    /// What `transformers` leaves of a distribution, with every combination of restrictions.
+    /// Reference distributions from `transformers`, for combinations of restrictions.
     #[test]
     fn restrictions_agree_with_transformers() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/sampling/restricted.json");
@@ -277,9 +279,9 @@ mod tests {
         }
     }
 
-    /// Whatever restricts the draw; and the log-probability is that of all rows, as the learner has it.
+    /// Holds for every restriction; the log-probability is that among all rows, as in the learner.
     #[test]
-    fn rows_beyond_the_vocabulary_are_never_drawn() {
+    fn rows_beyond_the_vocabulary_are_never_sampled() {
         let logits = [0.5f32, 1.0, -0.5, 4.0, 5.0];
         let plain = Sampling { vocabulary: 3, ..Sampling::default() };
         let whole = kernels::row_logsumexp(&logits, 1.0);
@@ -301,13 +303,13 @@ mod tests {
         }
     }
 
-    /// What was drawn is penalised from then on.
+    /// A sampled token is penalised from then on.
     #[test]
-    fn a_drawn_token_counts_as_seen() {
+    fn a_sampled_token_counts_for_the_repetition_penalty() {
         let sampling = Sampling { temperature: 0.0, repetition_penalty: 2.0, ..Sampling::default() };
         let mut sampler = Sampler::new(&sampling, &[2], 0);
         let drawn: Vec<u32> = (0..3).map(|_| sampler.draw(&[1.5, 2.0, 3.5, 0.9]).0).collect();
-        // 2 counts 1.75 from the start; 1 counts 1.0 once it is drawn, and 2 stays ahead of 0.
+        // 2 has 1.75 from the start; 1 has 1.0 once it is sampled, and 2 stays ahead of 0.
         assert_eq!(drawn, [1, 2, 2]);
     }
 }

@@ -1,4 +1,4 @@
-//! The rollout actor: takes prompts, samples groups, says which weights it ran.
+//! The rollout actor, which samples groups of completions for prompts and acknowledges the weights that it uses.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::util::limit::AdjustableLimit;
 use crate::util::seed;
 use kernels::Format;
 
-/// Samples `group_size` completions of each prompt it is handed, those of several prompts side by side.
+/// Stage that samples `group_size` completions of each prompt, for several prompts concurrently.
 pub struct Rollout {
     weights: LiveWeights,
     engine: Engine<'static>,
@@ -33,9 +33,9 @@ pub struct Rollout {
     entries: LedgerWriter,
     /// Prompts under way, by sequence number.
     open: HashMap<u64, Begun>,
-    /// A prompt that came while older weights than the latest had to be kept for those under way.
+    /// A prompt that arrived while weights older than the latest had to be kept for sequences under way.
     held: Option<Item<Prompt>>,
-    /// Where it tells how many of its slots are used, once it has begun.
+    /// Gauge of used slots, set when the stage starts.
     slots: Option<telemetry::Slots>,
 }
 
@@ -45,30 +45,30 @@ struct Begun {
     at: Duration,
 }
 
-/// How a rollout actor samples.
+/// Settings of a rollout actor.
 pub struct RolloutPlan {
-    /// How tokens are drawn.
+    /// Sampling settings.
     pub sampling: Sampling,
-    /// Sequences side by side.
+    /// Number of concurrent sequences.
     pub slots: usize,
-    /// How many of these are used for now, where somebody decides.
+    /// Adjustable limit on used slots, if a controller sets it.
     pub knob: Option<Arc<AdjustableLimit>>,
-    /// Completions of one prompt.
+    /// Number of completions per prompt.
     pub group_size: usize,
-    /// Whether weights may change between decode steps, or only when nothing is under way.
+    /// True if weights may change between decode steps, false if only when no sequence is under way.
     pub in_flight: bool,
-    /// What to sample with the matrices in, if not as they are.
+    /// Reduced-precision format of the matrices for sampling; `None` samples with them unchanged.
     pub format: Option<Format>,
-    /// Where to sample.
+    /// Device of the sampling.
     pub device: Device,
     /// The run's seed.
     pub seed: u64,
-    /// Where groups are written down once they are sampled.
+    /// Ledger that records groups once they are sampled.
     pub entries: LedgerWriter,
 }
 
 impl Rollout {
-    /// An actor that sees new weights through `reader`; `tokenizer` is for the text that judges read.
+    /// Creates an actor that receives weights through `reader`; `tokenizer` decodes completions for judges.
     pub fn new(reader: SnapshotReader<Decoder>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
         let RolloutPlan { sampling, slots, knob, group_size, in_flight, format, device, seed, entries } = plan;
         Self {
@@ -130,7 +130,7 @@ impl Stage for Rollout {
     }
 
     fn process(&mut self, item: Item<Prompt>, out: &Emitter<'_, Group>) -> StageResult<()> {
-        // It may have been let in for weights newer than those that have to be kept for what is under way.
+        // The prompt may have been admitted for newer weights than those kept for sequences under way.
         if self.weights.is_behind() && !self.engine.is_idle() {
             self.held = Some(item);
             return Ok(());
@@ -177,32 +177,32 @@ impl Stage for Rollout {
     }
 }
 
-/// The snapshot cell, read at decode-step boundaries.
+/// Weights from the snapshot cell, refreshed at decode-step boundaries.
 struct LiveWeights {
     reader: SnapshotReader<Decoder>,
     in_flight: bool,
     format: Option<Format>,
-    /// The weights where it samples.
+    /// Copies of the weights on the sampling device.
     copies: DeviceReplicas,
-    /// What it runs now.
+    /// Weights in use, with their version.
     running: Option<(u64, Arc<Decoder>)>,
-    /// Whether the weights have to stay for what is under way.
+    /// True if the weights must be kept for sequences under way.
     pinned: bool,
     ctx: Option<StageContext>,
 }
 
 impl LiveWeights {
-    /// Whether there are newer weights that may not be taken up yet.
+    /// Returns whether newer weights exist that must not be used yet.
     fn is_behind(&self) -> bool {
         self.pinned && !self.in_flight && self.reader.refresh().is_some()
     }
 
-    /// The weights to run, taken up if they are new and may be.
+    /// Returns the weights to use, after switching to new ones if that is allowed.
     fn latest(&mut self) -> Result<(u64, Arc<Decoder>)> {
         if (self.in_flight || !self.pinned)
             && let Some(snapshot) = self.reader.refresh()
         {
-            // What a publisher told a fingerprint of is computed.
+            // The publisher computed a fingerprint, so all kernels that write the weights have completed.
             let model = self.copies.of(&snapshot.value)?;
             self.reader.acknowledge(&snapshot, model.weights().fingerprint()?);
             let model = self.format.map_or(Ok(model.clone()), |format| model.narrowed(format).map(Arc::new))?;

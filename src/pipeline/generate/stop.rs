@@ -1,43 +1,43 @@
-//! Texts that end a completion.
+//! Stop strings, texts that end a completion.
 
 use anyhow::Result;
 
 use crate::lm::tokens::Tokenizer;
 
-/// Looks for stop strings in what has been sampled so far.
+/// Detector of stop strings in sampled tokens.
 #[derive(Debug)]
 pub struct Stop {
     strings: Vec<String>,
     tokenizer: Tokenizer,
-    /// Tokens that may hold the end of the longest string.
+    /// Number of tokens that can contain the end of the longest string.
     window: usize,
 }
 
 impl Stop {
-    /// One for `strings`, none of them empty; `None` where there are none.
+    /// Creates a detector for `strings`, none of which is empty; `None` without strings.
     pub fn new(strings: &[String], tokenizer: &Tokenizer) -> Option<Self> {
         let longest = strings.iter().map(String::len).max()?;
-        // A token holds a byte at least; the few more complete a character that begins before the window.
+        // A token has at least one byte; the additional ones complete a character that begins before the window.
         Some(Self { strings: strings.to_vec(), tokenizer: tokenizer.clone(), window: longest + 4 })
     }
 
-    /// Whether `ids` end with a stop string, or with a token that has one in it.
+    /// Returns whether `ids` end with a stop string, or with a token that contains the end of one.
     pub fn ends(&self, ids: &[u32]) -> bool {
         let tail = &ids[ids.len().saturating_sub(self.window)..];
         self.tokenizer.decode(tail).is_ok_and(|text| self.strings.iter().any(|stop| text.contains(stop)))
     }
 
-    /// `text` up to the first stop string.
+    /// Returns `text` up to the first stop string.
     pub fn cut<'a>(&self, text: &'a str) -> &'a str {
         let at = self.strings.iter().filter_map(|stop| text.find(stop.as_str())).min();
         &text[..at.unwrap_or(text.len())]
     }
 }
 
-/// The text of a completion as judges read it: special tokens left out, and what follows a stop string.
+/// Returns a completion's text for judges, without special tokens and without the stop string and text after it.
 ///
 /// # Errors
-/// Ids that the tokenizer does not know.
+/// If an id is unknown to the tokenizer.
 pub fn text(tokenizer: &Tokenizer, ids: &[u32], stop: Option<&Stop>) -> Result<String> {
     let text = tokenizer.decode(ids)?;
     Ok(stop.map_or(text.as_str(), |stop| stop.cut(&text)).to_owned())
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stop_string_is_found_across_tokens_and_cut_off() {
+    fn a_stop_string_is_found_across_tokens_and_removed() {
         let tokenizer = Tokenizer::bytes();
         assert!(Stop::new(&[], &tokenizer).is_none());
         let stop = Stop::new(&["\n\n".into(), "END".into()], &tokenizer).unwrap();

@@ -1,4 +1,4 @@
-//! What a labeler needs of a language model, whether its weights are here or behind a server.
+//! The interface between labelers and language models, local or behind a server.
 
 use std::fmt;
 use std::ops::AddAssign;
@@ -12,30 +12,30 @@ use crate::util::limit::AdjustableLimit;
 /// One question with a closed set of answers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Ask {
-    /// All that the model is told, as text; the backend puts it into a chat where the model wants one.
+    /// Complete prompt as text; the backend wraps it in a chat template if the model needs one.
     pub prompt: String,
-    /// What may come next, as texts without leading space, such as `1` and `2`.
+    /// Possible continuations, without leading space, such as `1` and `2`.
     pub answers: Vec<String>,
 }
 
-/// How free text is written.
+/// Sampling settings for free text.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decoding {
-    /// Most tokens, at least one.
+    /// Maximum number of tokens, at least one.
     pub max_tokens: usize,
-    /// Sampling temperature; zero takes the most likely token.
+    /// Sampling temperature; zero decodes greedily.
     pub temperature: f64,
-    /// Draw among this many of the likeliest tokens only; absent draws among all.
+    /// Sample among the `k` most likely tokens only; `None` samples among all.
     pub top_k: Option<usize>,
-    /// Seed of the draws. Each prompt draws from a stream of its own, equal prompts of a call from different ones.
+    /// Seed of the samples. Each prompt has its own random stream; equal prompts of one call have different streams.
     pub seed: u64,
 }
 
-/// Why there is no answer. Never turned into a number.
+/// Reason for a missing answer. It is never turned into a number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NoAnswer {
-    /// The model was reached and would not, or cannot, decide; asking again would not help.
+    /// The model was reached but did not or could not decide; asking again would not help.
     Abstention(String),
     /// The model could not be asked; asking again may help.
     Failure(String),
@@ -50,21 +50,21 @@ impl fmt::Display for NoAnswer {
     }
 }
 
-/// An answer, or why there is none.
+/// An answer, or the reason why it is missing.
 pub type Reply<T> = Result<T, NoAnswer>;
 
-/// What asking took. Adds up.
+/// Requests, tokens and cost of judge calls. Values add up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Usage {
-    /// Answers that were computed or bought, retries included.
+    /// Number of answers computed or bought, retries included.
     pub requests: u64,
-    /// Answers that the label cache had.
+    /// Number of answers found in the label cache.
     pub cached: u64,
-    /// Tokens read; a prefix that was computed once and shared counts once.
+    /// Number of prompt tokens; a shared prefix that was computed once counts once.
     pub prompt_tokens: u64,
-    /// Tokens written.
+    /// Number of generated tokens.
     pub completion_tokens: u64,
-    /// Money, in the currency of the configured prices.
+    /// Cost, in the currency of the configured prices.
     pub cost: f64,
 }
 
@@ -78,58 +78,59 @@ impl AddAssign for Usage {
     }
 }
 
-/// Called with a note while a judge is waited for, as a sign of life of the actor that waits. Returns whether the actor
-/// still wants the answer: not once its graph was halted.
+/// Callback that is called with a note while a judge is waited for, as a sign of life of the waiting actor. Returns
+/// whether the actor still wants the answer, which is false once its graph was halted.
 pub type Alive = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
-/// A language model that judges.
+/// A language model that is used as a judge.
 pub trait Backend: Send + Sync {
-    /// Tells this model from others: a fingerprint of its weights, or a hash of its address and name.
+    /// Returns an identifier of the model: a fingerprint of its weights, or a hash of its address and name.
     fn identity(&self) -> u64;
 
-    /// Everything besides the questions that shapes this model's answers, by which the label cache keeps them. Unlike the
-    /// identity it leaves out where the model is.
+    /// Returns hashes of everything except the questions that determines this model's answers. The label cache uses
+    /// them as part of its keys. Unlike [`Self::identity`], they do not include the model's address.
     fn shape(&self) -> Shape;
 
-    /// Whom to give a sign of life, by name, while the judge is away and is waited for.
+    /// Registers `alive`, under the actor's name, as the callback to call while an unavailable judge is waited for.
     fn attend(&self, _name: &str, _alive: &Alive) {}
 
-    /// Whether a failure was waited for already, so that asking again at once does not help: the model is behind a server.
+    /// Returns whether a failure is only reported after waiting, so that asking again at once does not help. True if
+    /// the model is behind a server.
     fn waits(&self) -> bool {
         false
     }
 
-    /// The model that answers, by the name that its server reports; `None` where it is here, has not answered yet, or may be
-    /// any.
+    /// Returns the model name that the server reports; `None` if the model is local, the server has not answered yet,
+    /// or any model may answer.
     fn reported_model(&self) -> Option<String> {
         None
     }
 
-    /// How answers become probabilities (log-probabilities or votes), in words; `None` where the model is local or its server
-    /// has not answered yet.
+    /// Returns a description of how answers become probabilities (log-probabilities or votes); `None` if the model is
+    /// local or its server has not answered yet.
     fn evidence(&self) -> Option<String> {
         None
     }
 
-    /// How many exchanges may be under way at once, where it is a server that is asked.
+    /// Returns the adjustable limit of concurrent requests if the backend is a server.
     fn knob(&self) -> Option<Arc<AdjustableLimit>> {
         None
     }
 
-    /// Given prompts of one template that differ as much as its prompts will: what they begin with need be computed
-    /// once only. Does nothing where there is nothing to save.
+    /// Precomputes the common prefix of `examples`, which must be prompts of one template that differ as much as its
+    /// prompts will. Does nothing if the backend cannot share prefixes.
     ///
     /// # Errors
-    /// A prompt that cannot be read.
+    /// If a prompt cannot be tokenised.
     fn warm(&self, _examples: &[String]) -> anyhow::Result<()> {
         Ok(())
     }
 
-    /// The probability of each answer as the next text after each prompt, not renormalised over the answers.
-    /// Where one answer's text begins another's (`1` begins `10`), the shorter one's probability is that of the
-    /// shorter one alone. One reply per ask, in order.
+    /// Returns the probability of each answer as the next text after each prompt, not renormalised over the answers. If
+    /// one answer is a prefix of another (`1` of `10`), the longer one's probability is excluded from the shorter
+    /// one's. One reply per question, in order.
     fn weigh(&self, asks: &[Ask], usage: &mut Usage) -> Vec<Reply<Vec<f64>>>;
 
-    /// Text that continues each prompt, in order.
+    /// Generates a continuation of each prompt, in order.
     fn write(&self, prompts: &[String], decoding: &Decoding, usage: &mut Usage) -> Vec<Reply<String>>;
 }

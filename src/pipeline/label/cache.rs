@@ -1,7 +1,8 @@
-//! Labels on disk, found again by what was asked: no label is bought twice.
+//! The label cache on disk, keyed by the complete question, so that no label is bought twice.
 //!
-//! A key is a hash of everything that shapes the answer: of the judge ([`Shape`]), the kind of question, the prompt, in which
-//! the template was filled in, the answers to choose from, and how free text is decoded. The judge's address is not part of it.
+//! A key is a hash of everything that determines the answer: the judge ([`Shape`]), the kind of question, the prompt
+//! with the template filled in, the possible answers, and the decoding settings of free text. The judge's address is
+//! not part of it.
 
 mod database;
 mod earlier;
@@ -24,7 +25,8 @@ pub use store::Store;
 
 type Key = [u8; 32];
 
-/// A backend whose answers are looked up first. Answers are kept, refusals are not.
+/// Backend that looks answers up in the cache before asking another backend. Answers are cached; abstentions and
+/// failures are not.
 pub struct Cached {
     inner: Arc<dyn Backend>,
     shape: Shape,
@@ -32,19 +34,20 @@ pub struct Cached {
 }
 
 impl Cached {
-    /// `inner` behind `store`.
+    /// Wraps `inner` with the cache `store`.
     pub fn new(inner: Arc<dyn Backend>, store: Arc<Store>) -> Self {
         Self { shape: inner.shape(), inner, store }
     }
 
-    /// Looks `keys` up, has what is missing answered by `ask` (given the places of the first of equals), keeps it.
+    /// Looks up `keys`, calls `ask` with the indices of the missing ones (only the first of equal keys), and caches its
+    /// answers.
     fn through<T: Serialize + DeserializeOwned + Clone>(
         &self,
         keys: &[Keys],
         usage: &mut Usage,
         ask: impl FnOnce(&[usize], &mut Usage) -> Vec<Reply<T>>,
     ) -> Vec<Reply<T>> {
-        // A cache that fails costs money and no label: the judge is asked, and the fault is logged.
+        // A cache failure costs money but never a label: the judge is asked, and the fault is logged.
         let known = self.store.get::<T>(keys);
         let mut first: HashMap<Key, usize> = HashMap::new();
         let missing: Vec<usize> = (0..keys.len())
@@ -67,13 +70,14 @@ impl Cached {
             .collect()
     }
 
-    /// The keys for `parts` of a question. The keys of earlier programs have the parts `earlier`.
+    /// Returns the keys of a question with the given `parts`, and with `earlier` as the parts in the format of earlier
+    /// versions.
     fn keys(&self, kind: &str, judge: &Digest, parts: &[&str], earlier: &[&str]) -> Keys {
         let hash = |first: &[u8], parts: &[&str]| -> Key {
             let mut hash = Sha256::new();
             hash.update(first);
             for part in std::iter::once(&kind).chain(parts) {
-                // With its length before it, so that parts cannot run into each other.
+                // The length prefix keeps adjacent parts apart.
                 hash.update((part.len() as u64).to_le_bytes());
                 hash.update(part.as_bytes());
             }
@@ -84,7 +88,7 @@ impl Cached {
     }
 }
 
-/// How `decoding` is written in a key.
+/// Formats `decoding` for a key.
 fn decoding_part(decoding: &Decoding) -> String {
     // A field that is missing here would give different texts the same key.
     let Decoding { max_tokens, temperature, top_k, seed } = decoding;
@@ -92,7 +96,7 @@ fn decoding_part(decoding: &Decoding) -> String {
     format!("max_tokens={max_tokens} temperature={temperature} top_k={top_k} seed={seed}")
 }
 
-/// How earlier programs wrote `decoding` in a key.
+/// Formats `decoding` as earlier versions did in a key.
 fn earlier_decoding_part(decoding: &Decoding) -> String {
     let Decoding { max_tokens, temperature, top_k, seed } = decoding;
     format!("Decoding {{ max_tokens: {max_tokens}, temperature: {temperature:?}, top_k: {top_k:?}, seed: {seed} }}")
@@ -149,7 +153,7 @@ impl Backend for Cached {
         let keys: Vec<Keys> = prompts
             .iter()
             .map(|prompt| {
-                // Equal prompts of a call are different draws.
+                // Equal prompts of one call are different samples.
                 let count = before.entry(prompt).or_default();
                 *count += 1;
                 let count = count.to_string();

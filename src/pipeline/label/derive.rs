@@ -1,16 +1,16 @@
-//! Scores from preferences and preferences from scores, so that any labeler serves any mode.
+//! Derives scores from preferences and preferences from scores, so that any labeler can serve any mode.
 
 use crate::types::{Preference, UNCOMPARED, Verdict};
 
-/// P(first is better) = σ((s₁ − s₂)/τ) of each pair (Bradley and Terry 1952), `temperature` being τ on the labeler's
-/// own scale. A pair with a completion that has no score has none either.
+/// Returns P(first is better) = σ((s₁ − s₂)/τ) for each pair (Bradley and Terry 1952), where `temperature` is τ on the
+/// labeler's own scale. A pair with an unscored completion gets no probability.
 pub fn preferences(scores: &[Verdict], pairs: &[(usize, usize)], temperature: f64) -> Vec<Preference> {
     pairs
         .iter()
         .map(|(first, second)| {
             let verdict = match (&scores[*first], &scores[*second]) {
                 (Verdict::Label(a), Verdict::Label(b)) => Verdict::Label(sigmoid((a - b) / temperature)),
-                // A failure may be mended by asking again, so it is the one that is told.
+                // The failure takes precedence, because asking again may succeed.
                 (Verdict::Failure(why), _) | (_, Verdict::Failure(why)) => Verdict::Failure(why.clone()),
                 (Verdict::Abstention(why), _) | (_, Verdict::Abstention(why)) => Verdict::Abstention(why.clone()),
             };
@@ -19,8 +19,8 @@ pub fn preferences(scores: &[Verdict], pairs: &[(usize, usize)], temperature: f6
         .collect()
 }
 
-/// The score of a completion is its mean probability of being the better one, over the pairs it is in, from 0 to 1.
-/// One that misses the label of any of its pairs has no score: what is left of them would not be comparable.
+/// Returns each completion's mean probability, from 0 to 1, of being better than the others it was compared with. A
+/// completion with an unlabeled pair gets no score, because a mean over its other pairs would not be comparable.
 pub fn scores(completions: usize, preferences: &[Preference]) -> Vec<Verdict> {
     (0..completions)
         .map(|i| {
@@ -45,7 +45,7 @@ pub fn scores(completions: usize, preferences: &[Preference]) -> Vec<Verdict> {
         .collect()
 }
 
-/// 1/(1 + e^−x), without overflow.
+/// Returns 1/(1 + e^−x), computed without overflow.
 pub fn sigmoid(x: f64) -> f64 {
     if x >= 0.0 {
         1.0 / (1.0 + (-x).exp())
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn a_score_is_the_mean_chance_of_winning() {
+    fn a_score_is_the_mean_probability_of_winning() {
         let pairs = [pair(0, 1, Label(0.9)), pair(0, 2, Label(0.5)), pair(1, 2, Label(0.2))];
         let derived: Vec<f64> = scores(3, &pairs).iter().filter_map(Verdict::label).collect();
         for (got, expected) in derived.iter().zip([0.7, 0.15, 0.65]) {

@@ -1,4 +1,4 @@
-//! Direct feedback: the judge rates a completion from 1 to 10 (Lee et al. 2023, d-RLAIF).
+//! Direct feedback: the judge rates each completion from 1 to 10 (Lee et al. 2023, d-RLAIF).
 
 use std::sync::Arc;
 
@@ -9,21 +9,21 @@ use super::templates::Rating;
 use super::{Labeler, Labels, verdict};
 use crate::types::Group;
 
-/// Below this total probability of the ten ratings, the judge is not rating at all.
+/// Minimum total probability of the ten ratings; below it, the judge is not answering with a rating.
 const LEAST_MASS: f64 = 1e-3;
 
-/// s = Σ_i i·P(i) over i = 1…10, P read from the judge's next-token distribution and renormalised over the ten,
-/// then mapped to [−1, 1] by (s − 5.5)/4.5.
+/// Labeler by direct rating: s = Σ_i i·P(i) over i = 1…10, with P from the judge's next-token distribution,
+/// renormalised over the ten ratings. The score is (s − 5.5)/4.5, in [−1, 1].
 pub struct Direct {
     backend: Arc<dyn Backend>,
     question: Rating,
 }
 
 impl Direct {
-    /// A labeler that asks `question` of `backend`.
+    /// Creates a labeler that asks `question` of `backend`.
     ///
     /// # Errors
-    /// A template that cannot be filled in.
+    /// If the template cannot be filled in.
     pub fn new(backend: Arc<dyn Backend>, question: Rating) -> Result<Self> {
         let examples = ["A", "zebra"].map(|text| question.ask(text, text));
         backend.warm(&examples.into_iter().collect::<Result<Vec<_>>>()?)?;
@@ -81,7 +81,7 @@ impl Labeler for Direct {
                 Labels { scores: mine.map(|weights| verdict(rating(weights))).collect(), ..Labels::default() }
             })
             .collect();
-        // What several groups cost together is told with the first: it adds up.
+        // The usage of the complete call is reported with the first group; the caller sums it.
         if let Some(first) = labels.first_mut() {
             first.usage = usage;
         }
@@ -89,7 +89,7 @@ impl Labeler for Direct {
     }
 }
 
-/// Expected rating from the probabilities of 1 to 10, mapped to [−1, 1].
+/// Returns the expected rating under the probabilities of 1 to 10, mapped to [−1, 1].
 fn rating(weights: Reply<Vec<f64>>) -> Reply<f64> {
     let weights = weights?;
     let mass: f64 = weights.iter().sum();
@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rating_is_the_mean_over_what_the_ten_have() {
+    fn a_rating_is_renormalised_over_the_ten_answers() {
         let mut weights = vec![0.0; 10];
         (weights[0], weights[8], weights[9]) = (0.3, 0.1, 0.1);
         let expected = (1.0 * 0.3 + 9.0 * 0.1 + 10.0 * 0.1) / 0.5;

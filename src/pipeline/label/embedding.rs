@@ -1,4 +1,4 @@
-//! Similarity feedback: how near an answer lies to its text in a sentence encoder's space.
+//! Similarity feedback: the similarity of prompt and answer in the embedding space of a sentence encoder.
 
 use std::sync::Arc;
 
@@ -11,20 +11,20 @@ use crate::lm::model::Embedder;
 use crate::lm::source::{self, ModelFiles, ModelRef, ResolveOptions};
 use crate::types::{Group, Verdict};
 
-/// Scores answers by the cosine between the embeddings of text and answer, in [−1, 1].
+/// Labeler that scores an answer by the cosine between the embeddings of prompt and answer, in [−1, 1].
 #[derive(Clone)]
 pub struct Embedding {
-    /// The sentence encoder; its weights never change.
+    /// Sentence encoder with frozen weights.
     pub embedder: Arc<Embedder>,
-    /// Fingerprint of its weights.
+    /// Fingerprint of the encoder's weights.
     pub identity: u64,
 }
 
 impl Embedding {
-    /// Finds and reads the encoder that `reference` names.
+    /// Resolves and loads the encoder that `reference` names.
     ///
     /// # Errors
-    /// When no place has it, or what was found is no directory with a BERT encoder.
+    /// If no candidate of `reference` exists, or the resolved one is not a directory with a BERT encoder.
     pub fn load(reference: &ModelRef, device: &Device, options: &ResolveOptions) -> Result<Self> {
         let resolved = source::resolve(reference, options)?;
         let ModelFiles::Directory(dir) = &resolved.files else {
@@ -34,18 +34,17 @@ impl Embedding {
         Ok(Self { identity: embedder.identity(), embedder: Arc::new(embedder) })
     }
 
-    /// The score of each answer to `prompt`, in order; `None` where there is nothing to compare, since text or answer
-    /// is blank: that is an abstention.
+    /// Returns the score of each answer to `prompt`, in order; `None`, an abstention, if prompt or answer is blank.
     ///
     /// # Errors
-    /// As [`Embedder::embed`].
+    /// If the encoder fails; see [`Embedder::embed`].
     pub fn score(&self, prompt: &str, answers: &[&str]) -> Result<Vec<Option<f64>>> {
         if prompt.trim().is_empty() {
             return Ok(vec![None; answers.len()]);
         }
         let given: Vec<&str> = answers.iter().copied().filter(|answer| !answer.trim().is_empty()).collect();
         let embeddings = self.embedder.embed(&[&[prompt], given.as_slice()].concat())?;
-        // All have length 1, so that the product is the cosine; rounding may carry it past 1.
+        // All embeddings have length 1, so the dot product is the cosine; rounding may carry it past 1.
         let cosine = |answer: &Vec<f32>| {
             let product: f64 = embeddings[0].iter().zip(answer).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
             product.clamp(-1.0, 1.0)
@@ -97,7 +96,7 @@ mod tests {
             serde_json::from_str(&std::fs::read_to_string(fixture().join("texts.json")).unwrap()).unwrap();
         let reference = candle_core::safetensors::load(fixture().join("ref.safetensors"), &Device::Cpu).unwrap();
         let reference = reference["embeddings"].to_vec2::<f32>().unwrap();
-        // Backwards, so that the text itself does not come first.
+        // In reverse order, so that the text itself does not come first.
         let expected: Vec<Option<f64>> = texts
             .iter()
             .zip(&reference)
@@ -107,7 +106,7 @@ mod tests {
                 if text.is_empty() { None } else { Some(cosine) }
             })
             .collect();
-        assert!(expected.contains(&None), "the test wants an empty text among them");
+        assert!(expected.contains(&None), "the texts must include an empty one");
         let answers: Vec<&str> = texts.iter().rev().map(String::as_str).collect();
         let scores = load(fixture()).unwrap().score(&texts[0], &answers).unwrap();
         assert_eq!(scores.len(), expected.len());
@@ -118,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_blank_has_no_score() {
+    fn blank_prompts_and_answers_have_no_score() {
         let embedding = load(fixture()).unwrap();
         assert_eq!(embedding.identity, embedding.embedder.identity());
         let scores = embedding.score("a cat", &[" \n", "a cat", ""]).unwrap();
@@ -128,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gguf_is_refused() {
+    fn a_gguf_file_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.gguf");
         std::fs::write(&path, "").unwrap();

@@ -1,4 +1,4 @@
-//! The judges that labelers ask: a model in this process, a sentence encoder, or a model on a server.
+//! Judges of labelers: a model in this process, a sentence encoder, or a model behind a server.
 
 use std::sync::Arc;
 
@@ -6,26 +6,26 @@ use super::backend::Backend;
 use super::embedding::Embedding;
 use super::local::Local;
 
-/// Judge that a labeling method asks.
+/// Judge of a labeling method.
 #[derive(Clone)]
 pub enum JudgeBackend {
-    /// A language model whose weights are here.
+    /// A language model in this process.
     Model(Arc<Local>),
     /// A sentence encoder.
     Embedder(Embedding),
-    /// A language model whose weights are here and whose answers are kept.
+    /// A language model in this process, behind the label cache.
     Cached {
-        /// The model.
+        /// The model without the cache.
         local: Arc<Local>,
-        /// The same behind the label cache.
+        /// The model behind the label cache.
         backend: Arc<dyn Backend>,
     },
-    /// A language model on a server, with or without the label cache before it.
+    /// A language model behind a server, with or without the label cache.
     Asked(Arc<dyn Backend>),
 }
 
 impl JudgeBackend {
-    /// Tells the judge from others: a fingerprint of its weights, or a hash of the server and the model there.
+    /// Returns an identifier of the judge: a fingerprint of its weights, or a hash of the server and its model.
     pub fn identity(&self) -> u64 {
         match self {
             Self::Model(local) | Self::Cached { local, .. } => local.judge().identity,
@@ -34,7 +34,7 @@ impl JudgeBackend {
         }
     }
 
-    /// The model, where its weights are here.
+    /// Returns the model if its weights are in this process.
     pub fn local(&self) -> Option<&Arc<Local>> {
         match self {
             Self::Model(local) | Self::Cached { local, .. } => Some(local),

@@ -1,4 +1,4 @@
-//! Feedback by likelihood: how much more probable the prompt makes the completion.
+//! Feedback by likelihood: the increase of the completion's log-probability due to the prompt.
 
 use anyhow::{Result, ensure};
 
@@ -8,18 +8,18 @@ use super::{Labeler, Labels};
 use crate::lm::model::Pack;
 use crate::types::{Group, Verdict};
 
-/// s = log P(completion | prompt) − log P(completion), in nats; the pointwise mutual information of the two.
+/// Labeler by likelihood: s = log P(completion | prompt) − log P(completion), in nats, the pointwise mutual information
+/// of the two.
 ///
-/// "Without the prompt" means the same instruction about an empty text, or where that has no tokens, the token that begins or
-/// ends a document (see [`crate::pipeline::data::PromptFormat::blank`]). The judge reads the policy's token ids
-/// when both share a vocabulary (always so when the judge is the policy's first version), so nothing is
-/// tokenised again.
+/// The unconditional term is computed after the same instruction about an empty text, or if that has no tokens, after
+/// the token that begins or ends a document (see [`crate::pipeline::data::PromptFormat::blank`]). The judge reads the
+/// policy's token ids and must share its vocabulary, so nothing is tokenised again.
 pub struct Likelihood {
-    /// The frozen model.
+    /// Frozen judge model.
     pub judge: Judge,
-    /// Mean over tokens instead of the sum.
+    /// Divides the score by the number of tokens if set.
     pub length_normalise: bool,
-    /// Temperature at which the per-token log-probabilities for the reference are given.
+    /// Temperature of the per-token log-probabilities that are reported for use as the reference's.
     pub temperature: f64,
 }
 
@@ -35,7 +35,7 @@ impl Labeler for Likelihood {
     fn label(&self, group: &Group) -> Result<Labels> {
         ensure!(
             !group.prompt.blank.is_empty(),
-            "a judge of likelihoods compares with an empty prompt, which has no tokens here; set data.chat = true, or give data.instruction words of its own"
+            "the likelihood judge compares with an empty prompt, which has no tokens here; set data.chat = true, or give data.instruction words of its own"
         );
         let completions: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
         let model = &self.judge.model;

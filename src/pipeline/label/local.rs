@@ -1,4 +1,4 @@
-//! A judge whose weights are here.
+//! A judge whose weights are in this process.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,55 +15,55 @@ use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::{Engine, Fixed, MOST_SLOTS, Request, generate_with};
 use crate::util::seed;
 
-/// Tokens that go through the model at once. More in one row saves little and costs attention over strangers.
+/// Maximum number of tokens per forward pass. Longer rows save little and increase attention cost.
 const ROW: usize = 1024;
 
-/// Texts written at once.
+/// Maximum number of texts generated at once.
 const SIDE_BY_SIDE: usize = 32;
 
-/// A frozen model that judges.
+/// A frozen language model used as a judge.
 #[derive(Clone)]
 pub struct Judge {
     /// The model; its weights never change.
     pub model: Arc<Decoder>,
-    /// Its tokenizer.
+    /// The model's tokenizer.
     pub tokenizer: Tokenizer,
-    /// Fingerprint of its weights.
+    /// Fingerprint of the model's weights.
     pub identity: u64,
-    /// Whether prompts for it go through its chat template.
+    /// True if prompts are wrapped in the model's chat template.
     pub chat: bool,
 }
 
-/// Asks a [`Judge`]: many prompts in one row, what they share computed once.
+/// Backend that asks a [`Judge`]. It lays many prompts out in one row and computes shared prefixes once.
 pub struct Local {
     judge: Judge,
-    /// What the prompts of each template begin with, computed when it is first met.
+    /// Key/value caches of the common prefixes of each template's prompts, computed at the first [`Local::warm`] of it.
     prefixes: Mutex<Vec<Arc<Prefix>>>,
 }
 
-/// One way to write an answer after a prompt, as tokens.
+/// Token sequence of a prompt followed by one spelling of an answer.
 struct Path {
     tokens: Vec<u32>,
-    /// The answer's tokens; what stands before is the prompt's.
+    /// Range of the answer's tokens; the tokens before it belong to the prompt.
     answer: Range<usize>,
 }
 
 impl Local {
-    /// A judge that has computed nothing yet.
+    /// Creates a backend without precomputed prefixes.
     pub fn new(judge: Judge) -> Self {
         Self { judge, prefixes: Mutex::default() }
     }
 
-    /// The model and its tokenizer.
+    /// Returns the model with its tokenizer.
     pub fn judge(&self) -> &Judge {
         &self.judge
     }
 
-    /// Computes once, and keeps, what `examples` begin with. Give prompts of one template that differ as much as
+    /// Computes and keeps the common prefix of `examples`, which must be prompts of one template that differ as much as
     /// its prompts will.
     ///
     /// # Errors
-    /// A text that cannot be tokenised.
+    /// If a text cannot be tokenised.
     pub fn warm(&self, examples: &[String]) -> Result<()> {
         let encoded = examples.iter().map(|text| self.encode(text)).collect::<Result<Vec<_>>>()?;
         let common = common(&encoded);
@@ -84,7 +84,7 @@ impl Local {
         tokenizer.encode(&tokenizer.render_question(&messages)?)
     }
 
-    /// The longest kept prefix that all of `sequences` begin with, and go beyond.
+    /// Returns the longest precomputed prefix that is a proper prefix of all `sequences`.
     fn prefix(&self, sequences: &[&[u32]]) -> Option<Arc<Prefix>> {
         let prefixes = self.prefixes.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |prefix: &&Arc<Prefix>| {
@@ -93,7 +93,7 @@ impl Local {
         prefixes.iter().filter(fits).max_by_key(|prefix| prefix.ids().len()).cloned()
     }
 
-    /// The ways to write each answer. In a chat the answer opens a turn; elsewhere a space may stand before it.
+    /// Returns the spellings of each answer. In a chat the answer starts a turn; otherwise it may follow a space.
     fn paths(&self, ask: &Ask) -> Result<Vec<Vec<Path>>> {
         let prompt = self.encode(&ask.prompt)?;
         ensure!(!prompt.is_empty(), "the judge's prompt has no tokens");
@@ -106,7 +106,7 @@ impl Local {
                 }
                 let spelt = ["", " "].map(|space| {
                     let tokens = self.judge.tokenizer.encode_document(&format!("{}{space}{answer}", ask.prompt))?;
-                    // Where the answer merges with what stands before, it begins that much earlier.
+                    // If the answer's first token merges with the prompt's end, the answer starts at that token.
                     let shared = prompt.iter().zip(&tokens).take_while(|(a, b)| a == b).count().max(1);
                     Ok(Path { answer: shared..tokens.len(), tokens })
                 });
@@ -117,7 +117,7 @@ impl Local {
 
     fn weigh_row(&self, asks: &[Vec<Vec<Path>>], usage: &mut Usage) -> Result<Vec<Reply<Vec<f64>>>> {
         let paths: Vec<&Path> = asks.iter().flatten().flatten().collect();
-        // The last token of an answer is predicted and never fed.
+        // The last token of an answer is predicted but never fed.
         let fed: Vec<&[u32]> = paths.iter().map(|path| &path.tokens[..path.tokens.len() - 1]).collect();
         let prefix = self.prefix(&fed);
         let trie = Trie::new(&fed, prefix.as_ref().map_or(0, |prefix| prefix.ids().len()));
@@ -190,7 +190,7 @@ impl Local {
             ..Sampling::default()
         };
         let mut replies = Vec::with_capacity(prompts.len());
-        // Draws of one prompt stand next to each other and share what is computed of it.
+        // Consecutive samples of one prompt share its computed prefix.
         let mut runs: Vec<(Vec<u32>, Vec<u64>)> = Vec::new();
         for (i, prompt) in prompts.iter().enumerate() {
             let seed = stream(decoding.seed, prompts, i);
@@ -216,7 +216,7 @@ impl Local {
                 .iter()
                 .map(|(ids, seeds)| Request { prompt: ids.into(), prefix: prefix.as_deref(), seeds: seeds.clone() })
                 .collect();
-            // What is written must not depend on how many prompts came together.
+            // A constant slot count and a sparse engine: the text must not depend on the number of prompts in the call.
             let engine = Engine::new(&sampling, MOST_SLOTS).sparse();
             let mut judge = Fixed(Arc::clone(&self.judge.model));
             let mut written = generate_with(engine, &mut judge, requests)?.into_iter();
@@ -244,7 +244,7 @@ impl Backend for Local {
     }
 
     fn shape(&self) -> Shape {
-        // The text of the template, not what it makes of a prompt: that may contain the date.
+        // The template's text, not its rendering for a prompt, which may contain the date.
         let template = self.judge.chat.then(|| self.judge.tokenizer.chat_template().unwrap_or_default());
         let identity = format!("{:016x}", self.judge.identity);
         let parts = Parts::of("weights").with("model", &identity).with_some("chat template", template);
@@ -264,9 +264,10 @@ impl Backend for Local {
     }
 }
 
-/// Probability of each answer alone, all its spellings together. Where the tokens of one answer begin another's
-/// (`1` begins `10` when digits are tokens), the longer one's probability is taken off the shorter one's, since
-/// "1" then means "1 and no 0". `whole` gives the probability of each path, called once for each in order.
+/// Returns the probability of each answer, summed over its spellings. If the tokens of one answer are a prefix of
+/// another's (`1` of `10` when digits are tokens), the longer one's probability is subtracted from the shorter one's,
+/// since "1" then means "1 not followed by 0". `whole` returns the probability of a path and is called once for each,
+/// in order.
 fn exact(answers: &[Vec<Path>], mut whole: impl FnMut(&Path) -> f64) -> Reply<Vec<f64>> {
     let whole: Vec<Vec<f64>> = answers.iter().map(|paths| paths.iter().map(&mut whole).collect()).collect();
     if !whole.iter().flatten().all(|p| p.is_finite()) {
@@ -284,8 +285,8 @@ fn exact(answers: &[Vec<Path>], mut whole: impl FnMut(&Path) -> f64) -> Reply<Ve
     Ok((0..answers.len()).map(|i| (0..answers[i].len()).map(|k| alone(i, k)).sum()).collect())
 }
 
-/// Seed of prompt `i`: a function of its text, and of how many equal ones stand before it, not of what is asked
-/// beside it.
+/// Returns the seed of prompt `i`: a function of its text and of the number of equal prompts before it, not of the
+/// other prompts in the call.
 fn stream(seed: u64, prompts: &[String], i: usize) -> u64 {
     let before = prompts[..i].iter().filter(|other| **other == prompts[i]).count() as u64;
     seed::mix(seed ^ seed::mix(seed::text(&prompts[i]) ^ seed::mix(before)))
@@ -299,7 +300,7 @@ fn failed<T>(count: usize, error: &anyhow::Error) -> Vec<Reply<T>> {
     (0..count).map(|_| Err(NoAnswer::Failure(format!("{error:#}")))).collect()
 }
 
-/// The tokens that all of `sequences` begin with.
+/// Returns the longest common prefix of `sequences`.
 fn common(sequences: &[Vec<u32>]) -> &[u32] {
     let Some((first, rest)) = sequences.split_first() else { return &[] };
     let shared = |other: &Vec<u32>| first.iter().zip(other).take_while(|(a, b)| a == b).count();
@@ -315,8 +316,8 @@ mod tests {
     }
 
     #[test]
-    fn ten_is_taken_off_one_when_they_share_a_token() {
-        // Tokens are digits behind a prompt of one token; P(1) = 0.4, of which a quarter goes on to 0; P(9) = 0.1.
+    fn the_probability_of_10_is_subtracted_from_that_of_1() {
+        // Tokens are digits after a prompt of one token; P(1) = 0.4, a quarter of which continues with 0; P(9) = 0.1.
         let answers: Vec<Vec<Path>> =
             (1..=10).map(|i| vec![if i == 10 { path(&[99, 1, 0], 1) } else { path(&[99, i], 1) }]).collect();
         let whole = |path: &Path| match path.tokens[1..] {
@@ -332,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn spellings_of_an_answer_count_together() {
+    fn spellings_of_an_answer_are_summed() {
         let answers = [vec![path(&[5, 1], 1), path(&[5, 7, 1], 1)], vec![path(&[5, 2], 1), path(&[5, 7, 2], 1)]];
         let weights = exact(&answers, |path| if path.tokens.len() == 2 { 0.125 } else { 0.25 }).unwrap();
         assert_eq!(weights, [0.375, 0.375]);

@@ -1,5 +1,5 @@
-//! Feedback by comparison: which of two completions is better, read from the judge's distribution over `1` and `2`
-//! (Lee et al. 2023, §2.1).
+//! Feedback by comparison: the better of two completions, read from the judge's distribution over `1` and `2` (Lee et
+//! al. 2023, §2.1).
 
 use std::sync::Arc;
 
@@ -10,20 +10,20 @@ use super::templates::Comparison;
 use super::{Labeler, Labels, Pairing, verdict};
 use crate::types::{Group, Preference};
 
-/// Below this probability of the two answers together, the judge is not choosing at all.
+/// Minimum total probability of the two answers; below it, the judge is not answering with a choice.
 const LEAST_MASS: f64 = 1e-3;
 
-/// Chain of thought: the rationale that is written before the choice, and how many of them are averaged over
-/// (self-consistency, Wang et al. 2022).
+/// Chain-of-thought settings: a rationale is generated before the choice, and the choices after several rationales are
+/// averaged (self-consistency, Wang et al. 2022).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Thought {
-    /// Rationales per question; their distributions are averaged.
+    /// Number of rationales per question; their distributions are averaged.
     pub samples: usize,
-    /// How they are written.
+    /// Sampling settings of the rationales.
     pub decoding: Decoding,
 }
 
-/// P(1) = P(`1`)/(P(`1`) + P(`2`)); with both orders, p = ½[p₁₂ + (1 − p₂₁)].
+/// Labeler by comparison: P(1) = P(`1`)/(P(`1`) + P(`2`)); with both orders, p = ½[p₁₂ + (1 − p₂₁)].
 pub struct Pairwise {
     backend: Arc<dyn Backend>,
     comparison: Comparison,
@@ -32,14 +32,15 @@ pub struct Pairwise {
     thought: Option<Thought>,
 }
 
-/// One comparison as it is shown: a prompt, and who stands first and second.
+/// One comparison in display order: the prompt, the first text and the second text.
 type Shown<'a> = (&'a str, &'a str, &'a str);
 
 impl Pairwise {
-    /// A labeler that asks `comparison` of `backend`. `thought` goes with a comparison that has a chain of thought.
+    /// Creates a labeler that asks `comparison` of `backend`. `thought` is used only if the comparison asks for a
+    /// rationale.
     ///
     /// # Errors
-    /// A template that cannot be filled in, or a prefix that does not fit the judge.
+    /// If the template cannot be filled in, or the prefix cannot be processed by the judge.
     pub fn new(
         backend: Arc<dyn Backend>,
         comparison: Comparison,
@@ -54,11 +55,11 @@ impl Pairwise {
         Ok(Self { backend, comparison, pairing, both_orders, thought })
     }
 
-    /// P(the one shown first is better) of each question, as the judge says it.
+    /// Returns P(the first shown is better) for each question.
     fn judge(&self, questions: &[Shown], usage: &mut Usage) -> Result<Vec<Reply<f64>>> {
         let samples = self.thought.as_ref().map_or(1, |thought| thought.samples);
         let thoughts = self.think(questions, usage)?;
-        // One ask per rationale that could be had; a question without one of its rationales keeps the refusal.
+        // One ask per rationale; a question whose rationale failed keeps that reply.
         let mut asks = Vec::new();
         for (i, thought) in thoughts.iter().enumerate() {
             let (prompt, first, second) = questions[i / samples];
@@ -79,7 +80,7 @@ impl Pairwise {
         Ok(each.map(|choices| mean(choices).map(turned)).collect())
     }
 
-    /// `samples` rationales of each question, one after another; none where the comparison does without.
+    /// Returns `samples` rationales for each question, consecutively; `None` each if the comparison asks for none.
     fn think(&self, questions: &[Shown], usage: &mut Usage) -> Result<Vec<Reply<Option<String>>>> {
         let Some(thought) = self.thought.as_ref().filter(|_| self.comparison.cot) else {
             return Ok(questions.iter().map(|_| Ok(None)).collect());
@@ -144,7 +145,7 @@ impl Labeler for Pairwise {
             let (reply, orders) = if self.both_orders { averaged(next(), next()) } else { (next(), None) };
             labels[g].preferences.push(Preference { first, second, verdict: verdict(reply), orders });
         }
-        // What several groups cost together is told with the first: it adds up.
+        // The usage of the complete call is reported with the first group; the caller sums it.
         if let Some(first) = labels.first_mut() {
             first.usage = usage;
         }
@@ -152,7 +153,7 @@ impl Labeler for Pairwise {
     }
 }
 
-/// P(1) among the two answers.
+/// Returns P(1), renormalised over the two answers.
 fn choice(weights: Reply<Vec<f64>>) -> Reply<f64> {
     let weights = weights?;
     let mass: f64 = weights.iter().sum();
@@ -163,7 +164,8 @@ fn choice(weights: Reply<Vec<f64>>) -> Reply<f64> {
     }
 }
 
-/// Mean over the rationales that led to a choice. A failure among them is one of the whole: it may be mended.
+/// Returns the mean over the rationales that led to a choice. If any of them failed, the result is that failure,
+/// because asking again may succeed.
 fn mean(choices: Vec<Reply<f64>>) -> Reply<f64> {
     let (mut sum, mut count, mut why) = (0.0, 0u32, None);
     for choice in choices {
@@ -178,13 +180,14 @@ fn mean(choices: Vec<Reply<f64>>) -> Reply<f64> {
     }
     match why {
         Some(abstention) if count == 0 => Err(abstention),
-        _ if count == 0 => Err(NoAnswer::Abstention("there was nothing to choose by".into())),
+        _ if count == 0 => Err(NoAnswer::Abstention("no rationale led to a choice".into())),
         _ => Ok(sum / f64::from(count)),
     }
 }
 
-/// P(first is better) over both orders, and that of each. `swapped` says P(second is better): there it stood first.
-/// One order alone would carry the position's bias, so both are needed.
+/// Returns P(first is better) averaged over both orders, and the value of each order. `swapped` is the reply for the
+/// order in which the second text was shown first. If one order has no answer, the result has none: a single order
+/// would carry the judge's position bias.
 fn averaged(shown: Reply<f64>, swapped: Reply<f64>) -> (Reply<f64>, Option<[f64; 2]>) {
     match (shown, swapped) {
         (Ok(a), Ok(b)) => (Ok(0.5 * (a + 1.0 - b)), Some([a, 1.0 - b])),
@@ -227,7 +230,7 @@ answer = 2
 rationale = "r"
 "#;
 
-    /// Answers from a table of prompts, and writes rationales from a list.
+    /// Backend that answers from a table of prompts and returns rationales from a list.
     #[derive(Default)]
     struct Scripted {
         weights: HashMap<String, Reply<Vec<f64>>>,
@@ -297,7 +300,8 @@ rationale = "r"
 
     #[test]
     fn both_orders_are_averaged() {
-        // P(1) = 0.6/0.8 with x first, 0.3/0.4 with y first: x wins by position both times, p = ½(¾ + 1 − ¾).
+        // P(1) = 0.6/0.8 with x first, 0.3/0.4 with y first: the judge prefers the first place both times, p = ½(¾ + 1
+        // − ¾).
         let weights = [(XY, Ok(vec![0.6, 0.2])), (YX, Ok(vec![0.3, 0.1]))];
         let (labels, _) = labels(scripted(&weights, &[]), false, 1, false);
         let one = &labels.preferences[0];
@@ -305,7 +309,7 @@ rationale = "r"
         assert_eq!(one.flipped(), Some(true));
         let weights = [(XY, Ok(vec![0.6, 0.2])), (YX, Ok(vec![0.1, 0.4]))];
         let (turned, _) = super::tests::labels(scripted(&weights, &[]), false, 1, true);
-        // Asked for the worse one, the same answers mean 1 − ½(¾ + ⅘).
+        // The judge is asked for the worse one, so the same answers mean 1 − ½(¾ + ⅘).
         let one = &turned.preferences[0];
         assert!((one.probability().unwrap() - (1.0 - 0.5 * (0.75 + 0.8))).abs() < 1e-12, "{one:?}");
         assert_eq!(one.flipped(), Some(false));
@@ -327,7 +331,7 @@ rationale = "r"
     }
 
     #[test]
-    fn what_one_order_refuses_is_no_label() {
+    fn a_pair_with_an_unanswered_order_gets_no_label() {
         let failure: Reply<Vec<f64>> = Err(NoAnswer::Failure("gone".into()));
         let nothing = Ok(vec![1e-5, 1e-5]);
         for (swapped, kind) in [(failure, "failure"), (nothing, "abstention")] {

@@ -1,4 +1,4 @@
-//! Several labelers with weights, heard as one.
+//! A panel: several labelers whose preferences are combined by weight.
 
 use anyhow::Result;
 
@@ -9,20 +9,21 @@ use crate::util::seed;
 
 /// A labeler of a panel.
 pub struct Member {
-    /// Who it is.
+    /// The labeler.
     pub labeler: Box<dyn Labeler>,
-    /// What its word counts, above zero.
+    /// Weight of its preferences, above zero.
     pub weight: f64,
-    /// τ of P = σ(Δscore/τ) where it scores rather than compares, on its own scale.
+    /// Temperature τ of P = σ(Δscore/τ), on the labeler's own scale; used if it returns scores.
     pub pair_temperature: f64,
 }
 
-/// The weighted mean of its members' preferences. Scores of different labelers are on different scales, so each
-/// member is heard as preferences; a member that abstains is left out, one that fails makes the pair a failure.
+/// Labeler that returns the weighted mean of its members' preferences. Scores of different labelers are on different
+/// scales, so they are converted into preferences first. A member that abstains is left out; a member that fails makes
+/// the pair a failure.
 pub struct Panel {
-    /// Its members, at least one.
+    /// The members, at least one.
     pub members: Vec<Member>,
-    /// Which completions are compared.
+    /// Choice of the pairs that are compared.
     pub pairing: Pairing,
 }
 
@@ -73,7 +74,8 @@ impl Labeler for Panel {
                     ));
                 }
                 let (preferences, disagreement) = combine(&pairs, &heard);
-                // The log-probabilities are those of one member's model, and the panel's identity is nobody's.
+                // The log-probabilities belong to one member's model, but the panel's identity is a hash over all
+                // members.
                 drop(logprobs);
                 Ok(Labels { preferences, usage, disagreement, ..Labels::default() })
             })
@@ -81,8 +83,8 @@ impl Labeler for Panel {
     }
 }
 
-/// The weighted mean per pair; and on how many pairs members differ in whom they prefer, of how many that two or
-/// more of them judged.
+/// Returns the weighted mean per pair, the number of pairs on which members prefer different completions, and the
+/// number of pairs judged by two or more members.
 fn combine(pairs: &[(usize, usize)], heard: &[(f64, Vec<Preference>)]) -> (Vec<Preference>, [u64; 2]) {
     let mut disagreement = [0, 0];
     let combined = pairs
@@ -127,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn members_are_weighed_and_their_disagreement_counted() {
+    fn preferences_are_weighted_and_disagreements_counted() {
         use Verdict::{Abstention, Failure, Label};
         let hear = |verdicts: &[(f64, Verdict)]| {
             let heard: Vec<_> = verdicts.iter().map(|(weight, verdict)| (*weight, said(verdict.clone()))).collect();

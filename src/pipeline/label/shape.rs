@@ -1,36 +1,38 @@
-//! Hashes of everything besides the question that shapes a model's answers. The label cache keeps answers by them.
+//! Hashes of everything except the question that determines a model's answers. They are part of the label cache's keys.
 
 use sha2::{Digest as _, Sha256};
 
 /// A SHA-256 hash.
 pub type Digest = [u8; 32];
 
-/// What shapes the answers of one judge: two judges of equal shape answer the same question alike.
+/// Hashes that determine the answers of one judge: two judges of equal shape answer the same question alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// Hash of what shapes the probabilities of given answers ([`Backend::weigh`](super::backend::Backend::weigh)).
+    /// Hash of all inputs that affect the probabilities of given answers
+    /// ([`Backend::weigh`](super::backend::Backend::weigh)).
     pub weighed: Digest,
-    /// Hash of what shapes free text ([`Backend::write`](super::backend::Backend::write)), besides the decoding that is
-    /// passed with each call.
+    /// Hash of all inputs that affect free text ([`Backend::write`](super::backend::Backend::write)), except the
+    /// decoding settings that are passed with each call.
     pub written: Digest,
-    /// The judge's identity in the keys of earlier programs, whose answers are found by it; `None` where no earlier program
-    /// could ask in this way.
+    /// The judge's identity in cache keys of earlier versions of the program, used to find their answers; `None` if no
+    /// earlier version could ask in this way.
     pub earlier: Option<u64>,
 }
 
-/// A hash of named parts. Each part is hashed with the lengths of its name and its value, so that parts cannot be mistaken
-/// for others. A part that is added by a later program must be absent at its default ([`Parts::with_some`]): the hashes of
-/// all configurations that do not use it stay the same, and answers that were kept by them are found.
+/// SHA-256 over named parts. Each part is hashed with the lengths of its name and its value, so that different lists of
+/// parts never hash the same bytes. A part added by a later version must be absent at its default
+/// ([`Parts::with_some`]), so that the hashes of configurations that do not use it stay the same and cached answers are
+/// still found.
 #[derive(Clone)]
 pub struct Parts(Sha256);
 
 impl Parts {
-    /// The parts of a judge of this kind.
+    /// Starts a hash for a judge of the given kind.
     pub fn of(kind: &str) -> Self {
         Self(Sha256::new()).with("kind", kind)
     }
 
-    /// These parts and one more.
+    /// Adds a part.
     #[must_use]
     pub fn with(mut self, name: &str, value: &str) -> Self {
         for text in [name, value] {
@@ -40,7 +42,7 @@ impl Parts {
         self
     }
 
-    /// These parts, and one more where there is a value. An absent value differs from an empty one.
+    /// Adds a part if `value` is present. An absent value differs from an empty one.
     #[must_use]
     pub fn with_some(self, name: &str, value: Option<&str>) -> Self {
         match value {
@@ -49,7 +51,7 @@ impl Parts {
         }
     }
 
-    /// The hash of all parts so far.
+    /// Returns the hash of all parts so far.
     pub fn digest(&self) -> Digest {
         self.0.clone().finalize().into()
     }
@@ -60,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_cannot_be_mistaken_for_others() {
+    fn different_lists_of_parts_have_different_hashes() {
         let digests = [
             Parts::of("k").digest(),
             Parts::of("k").with("a", "bc").digest(),

@@ -1,5 +1,5 @@
-//! The labeler actor: asks, retries, and fails where it gets no verdict. A failure never leaves the stage: the group stays
-//! generated in the ledger, and is labeled when the run is resumed.
+//! The labeler actor, which asks a labeler, retries, and fails if it gets no verdict. A failure never leaves the stage:
+//! the group stays *generated* in the ledger and is labeled when the run is resumed.
 
 use std::sync::Arc;
 
@@ -12,22 +12,22 @@ use crate::rl::ledger::LedgerWriter;
 use crate::types::{Feedback, Group, Labeled, Verdict};
 use crate::util::failpoints;
 
-/// In what form the rest of the graph wants feedback.
+/// Form of feedback that the downstream stages need.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Wants {
     /// A score for each completion.
     Scores,
     /// Compared pairs.
     Preferences {
-        /// Which.
+        /// Pairs to compare.
         pairing: Pairing,
-        /// τ of P = σ(Δscore/τ) where the labeler scores rather than compares.
+        /// Temperature τ of P = σ(Δscore/τ), used if the labeler returns scores instead of comparisons.
         temperature: f64,
     },
 }
 
 impl Wants {
-    /// Adds the wanted form to `labels` where the labeler gave the other one.
+    /// Derives the wanted form in `labels` from the other one if the labeler did not return it.
     pub fn shape(self, completions: usize, labels: &mut Labels) {
         match self {
             Self::Scores if labels.scores.is_empty() => {
@@ -42,15 +42,15 @@ impl Wants {
     }
 }
 
-/// Runs one labeler over the groups that reach it.
+/// Stage that runs one labeler over the incoming groups.
 pub struct LabelStage {
-    /// Who judges.
+    /// The labeler.
     pub labeler: Box<dyn Labeler>,
-    /// How often a group is asked about again after a failure.
+    /// Number of times a group is asked about again after a failure.
     pub retries: u32,
-    /// What is made of the labeler's words.
+    /// Form of feedback that is passed downstream.
     pub wants: Wants,
-    /// Where labels are written down once they are paid for.
+    /// Ledger that records labels as soon as they are paid for.
     pub entries: LedgerWriter,
 }
 
@@ -74,7 +74,7 @@ impl Stage for LabelStage {
                 return Ok(());
             }
             let text = format!("group {} got no verdict: {why}", group.prompt.seq);
-            // A server was waited for already; a judge here may do better in a graph that is built anew.
+            // A server has been waited for already; a local judge may succeed after the graph is rebuilt.
             return Err(if self.labeler.waits() { StageError::fatal(text) } else { anyhow::anyhow!(text).into() });
         }
         telemetry::label_took(out.ctx().clock().now().saturating_sub(started));
@@ -96,7 +96,7 @@ impl Stage for LabelStage {
     }
 }
 
-/// Returns the callback that keeps the watchdog from taking the stage `ctx` for hung while it waits for a judge.
+/// Returns a callback that keeps the watchdog from treating the stage of `ctx` as hung while it waits for a judge.
 pub fn sign_of_life(ctx: &StageContext) -> Alive {
     let stage = ctx.clone();
     Arc::new(move |text: &str| {
@@ -106,8 +106,8 @@ pub fn sign_of_life(ctx: &StageContext) -> Alive {
     })
 }
 
-/// Labels of `groups`. Those with a failure are asked about again, up to `retries` times, unless the labeler has waited
-/// already; the verdicts of the last attempt count. Usage is that of all attempts.
+/// Returns the labels of `groups`. Groups with a failure are asked about again, up to `retries` times, unless the
+/// labeler has waited already; the verdicts of the last attempt count. Usage is summed over all attempts.
 pub fn ask_many(labeler: &dyn Labeler, groups: &[&Group], retries: u32) -> Vec<Labels> {
     let mut answers: Vec<Labels> = groups.iter().map(|_| Labels::default()).collect();
     let mut waiting: Vec<usize> = (0..groups.len()).collect();

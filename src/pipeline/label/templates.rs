@@ -1,4 +1,4 @@
-//! What a judge is asked: template sets, shipped or the user's own, each known by its hash.
+//! Prompts for judges: template sets, shipped or the user's own, each identified by a hash.
 
 mod reading;
 #[cfg(test)]
@@ -15,23 +15,24 @@ use crate::util::seed;
 use crate::util::template;
 use reading::{Mistakes, Reading, Section, Text};
 
-/// The sets that come with the program.
+/// Template sets that are included in the program, by name.
 pub const SHIPPED: &[(&str, &str)] = &[
     ("summarization", include_str!("templates/summarization.toml")),
     ("helpful", include_str!("templates/helpful.toml")),
     ("harmless", include_str!("templates/harmless.toml")),
 ];
 
-/// Stand for prompt, first and second text while the lines of a template are looked at: no template has them.
+/// Placeholders for the prompt, first and second text while a template's lines are analysed. Private-use characters
+/// that no template contains.
 const PLACES: [&str; 3] = ["\u{e000}", "\u{e001}", "\u{e002}"];
 
-/// Everything that a judge may be asked about one task. The shipped files in `src/label/templates/` explain each key. A
-/// section that no question needs may be missing; whoever asks for a question that needs it gets an error.
+/// The prompt templates of one task. The shipped files in `src/pipeline/label/templates/` explain each key. A section
+/// may be absent if no question needs it; building a question that needs an absent section is an error.
 #[derive(Debug, Clone)]
 pub struct TemplateSet {
-    /// What the set is for; empty where a file does not say.
+    /// Description of the task; empty if the file has none.
     pub task: String,
-    /// Whether the answer of a comparison names the worse one, so that its probability is turned round.
+    /// True if the answer of a comparison names the worse text, so that its probability is inverted.
     pub inverted: bool,
     base: Option<String>,
     detailed: Option<String>,
@@ -73,23 +74,23 @@ struct Exemplar {
     rationale: Option<String>,
 }
 
-/// How a judge is introduced to its task.
+/// Introduction that tells a judge its task.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Preamble {
-    /// Who the judge is and what it answers.
+    /// The judge's role and its answer format.
     #[default]
     Base,
-    /// That, with the axes of quality defined first.
+    /// The base preamble preceded by definitions of the quality criteria.
     Detailed,
     /// The user's own text.
     Own(String),
 }
 
 impl Preamble {
-    /// The one called `name`, or the text of the file at `name`.
+    /// Returns the preamble named `name`, or reads the file at that path.
     ///
     /// # Errors
-    /// A file that cannot be read.
+    /// If the file cannot be read.
     pub fn find(name: &str) -> Result<Self> {
         Ok(match name {
             "base" => Self::Base,
@@ -102,35 +103,36 @@ impl Preamble {
     }
 }
 
-/// What a labeler asks with a template set, which says which sections it needs.
+/// Type of question that a labeler asks; determines the sections that a template set needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Question {
     /// A rating of one completion.
     Rating,
-    /// A comparison of two.
+    /// A comparison of two completions.
     Comparison {
-        /// How the judge is introduced.
+        /// Introduction of the judge.
         preamble: Preamble,
-        /// Exemplars before the question.
+        /// Number of exemplars before the question.
         shots: usize,
-        /// Whether a rationale is asked for first.
+        /// True if a rationale is asked for first.
         cot: bool,
     },
 }
 
 impl TemplateSet {
-    /// The set called `name`, or the one in the file at `name`.
+    /// Returns the shipped set named `name`, or reads the file at that path.
     ///
     /// # Errors
-    /// A name that is no shipped set and no readable file; all mistakes of the file, each with its line.
+    /// If `name` is neither a shipped set nor a readable file, or the file has mistakes; the error lists all of them
+    /// with their lines.
     pub fn find(name: &str) -> Result<Self> {
         Self::read(name, None)
     }
 
-    /// As [`Self::find`], for a labeler that asks `question`.
+    /// Returns the set as [`Self::find`] does, and checks that it can ask `question`.
     ///
     /// # Errors
-    /// As [`Self::find`]; what `question` needs and the set lacks is among the mistakes.
+    /// As for [`Self::find`]. Sections that `question` needs and the set lacks are listed among the mistakes.
     pub fn find_for(name: &str, question: &Question) -> Result<Self> {
         Self::read(name, Some(question))
     }
@@ -147,15 +149,16 @@ impl TemplateSet {
         let path = Path::new(name);
         let names: Vec<&str> = SHIPPED.iter().map(|(name, _)| *name).collect();
         let text = read_bounded::prose(path, read_bounded::WRITTEN).with_context(|| {
-            format!("labeler.templates = {name:?} is none of {} and no file that can be read", names.join(", "))
+            format!("labeler.templates = {name:?} is neither one of {} nor a readable file", names.join(", "))
         })?;
         checked(&text).with_context(|| format!("the template set {} has", path.display()))
     }
 
-    /// Hash of the content of the set called `name`, or of the one in the file at `name`; comments and layout do not count.
+    /// Returns a hash of the content of the shipped set `name`, or of the file at that path; comments and layout do not
+    /// count.
     ///
     /// # Errors
-    /// As [`Self::find`].
+    /// As for [`Self::find`].
     pub fn content_hash(name: &str) -> Result<u64> {
         Self::find(name)?;
         let shipped = SHIPPED.iter().find(|(shipped, _)| *shipped == name).map(|(_, text)| (*text).to_owned());
@@ -166,16 +169,16 @@ impl TemplateSet {
         Ok(seed::text(&text.parse::<toml::Table>()?.to_string()))
     }
 
-    /// A set from its TOML.
+    /// Parses a set from TOML.
     ///
     /// # Errors
-    /// All mistakes, each with its line.
+    /// If the text has mistakes; the error lists all of them with their lines.
     pub fn parse(text: &str) -> Result<Self> {
         let (set, mistakes) = Self::parts(text);
         Ok(Mistakes::unless(mistakes, set)?)
     }
 
-    /// The set in `text`, and the mistakes of it.
+    /// Parses `text` into a set and the list of its mistakes.
     fn parts(text: &str) -> (Self, Vec<(usize, String)>) {
         let (reading, table) = Reading::new(text);
         let known = ["task", "inverted", "preambles", "pairwise", "marks", "direct", "exemplars"];
@@ -218,7 +221,7 @@ impl TemplateSet {
         (set, reading.into_mistakes())
     }
 
-    /// What `question` needs and the set has not.
+    /// Returns a message for each part that `question` needs and the set lacks.
     fn lacks(&self, question: &Question) -> Vec<String> {
         let mut lacking = Vec::new();
         let (preamble, shots, cot) = match question {
@@ -264,16 +267,16 @@ impl TemplateSet {
         if lacking.is_empty() { Ok(()) } else { bail!("{}", lacking.join("; ")) }
     }
 
-    /// The same set for a judge whose tokenizer has the control tokens `control`: in prompts and completions they are plain
-    /// text. Of control tokens of common forms that holds for any judge.
+    /// Sets the control tokens of the judge's tokenizer, which become plain text in prompts and completions. Control
+    /// tokens of common forms are replaced for every judge.
     pub fn without_control(mut self, control: Vec<String>) -> Self {
         self.control = control;
         self
     }
 
-    /// The line that precedes the answer of a comparison, such as `Preferred Summary=`; the one that precedes a rating, such
-    /// as `SCORE:`; and the names under which a comparison shows its two texts, such as `Summary 1 -`. A set without a
-    /// section has the words of another one.
+    /// Returns the lines and names that a completion may imitate: the line before a comparison's answer, such as
+    /// `Preferred Summary=`; the line before a rating, such as `SCORE:`; and the labels of the two compared texts, such
+    /// as `Summary 1 -`. A set without a section gets common defaults.
     pub fn fields(&self) -> Fields {
         let last = |text: &str| text.lines().last().unwrap_or_default().to_owned();
         let mut fields = Fields {
@@ -297,20 +300,21 @@ impl TemplateSet {
         fields
     }
 
-    /// Questions for a rating.
+    /// Returns the template for ratings.
     ///
     /// # Errors
-    /// A set without a template for it.
+    /// If the set has no template for ratings.
     pub fn rating(&self) -> Result<Rating> {
         self.has(&Question::Rating)?;
         let direct = self.direct.clone().context("[direct] is missing")?;
         Ok(Rating { direct, control: self.control.clone() })
     }
 
-    /// Comparison prompts with this preamble and the first `shots` exemplars; with `cot`, by a rationale first.
+    /// Returns the template for comparisons with this preamble and the first `shots` exemplars; with `cot`, a rationale
+    /// is asked for first.
     ///
     /// # Errors
-    /// More shots than the set has exemplars, and whatever else of the set this needs and is missing.
+    /// If `shots` exceeds the number of exemplars, or another required part of the set is missing.
     pub fn comparison(&self, preamble: &Preamble, shots: usize, cot: bool) -> Result<Comparison> {
         self.has(&Question::Comparison { preamble: preamble.clone(), shots, cot })?;
         let pairwise = self.pairwise.clone().context("[pairwise] is missing")?;
@@ -337,14 +341,14 @@ impl TemplateSet {
     }
 }
 
-/// Words of a template set that a completion may imitate.
+/// Parts of a template set that a completion may imitate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fields {
-    /// The line that precedes the answer of a comparison.
+    /// Line before the answer of a comparison.
     pub ending: String,
-    /// The line that precedes a rating.
+    /// Line before a rating.
     pub rating: String,
-    /// What precedes the first and the second text of a comparison.
+    /// Labels of the first and the second text of a comparison.
     pub names: [String; 2],
 }
 
@@ -404,8 +408,8 @@ impl Exemplar {
     }
 }
 
-/// The template `key` as `fill` fills it in; empty, and a mistake, where it does not mention one of `wanted` or cannot be
-/// filled in. A template that is missing already is no second mistake.
+/// Returns the template `key` filled in by `fill`. If it does not mention one of `wanted` or cannot be filled in, a
+/// mistake is recorded. A missing template (line 0) is not reported again.
 fn checked(
     section: Section<'_>,
     key: &str,
@@ -425,7 +429,7 @@ fn checked(
     })
 }
 
-/// A way to ask for a rating.
+/// Prompt template that asks for a rating of one completion.
 #[derive(Debug, Clone)]
 pub struct Rating {
     direct: Direct,
@@ -433,36 +437,36 @@ pub struct Rating {
 }
 
 impl Rating {
-    /// The question about one completion, which cannot imitate the template around it: see [`Guard::quoted`].
+    /// Returns the question about one completion, which cannot imitate the surrounding template; see [`Guard::quoted`].
     ///
     /// # Errors
-    /// A template that cannot be filled in.
+    /// If the template cannot be filled in.
     pub fn ask(&self, prompt: &str, completion: &str) -> Result<String> {
         let (prompt, completion) = (without_control(prompt, &self.control), without_control(completion, &self.control));
         self.direct.fill(&prompt, &self.direct.guard.quoted(&completion))
     }
 
-    /// What tells this question from others: the template.
+    /// Returns a hash of the template.
     pub fn hash(&self) -> u64 {
         seed::text(&self.direct.template)
     }
 }
 
-/// A way to ask which of two is better.
+/// Prompt template that asks which of two completions is better.
 #[derive(Debug, Clone)]
 pub struct Comparison {
     pairwise: Pairwise,
-    /// The request for a rationale; empty where there is none.
+    /// Request for a rationale; empty if the set has none.
     rationale: String,
     inverted: bool,
     control: Vec<String>,
     head: String,
-    /// Whether a rationale is asked for first.
+    /// True if a rationale is asked for first.
     pub cot: bool,
 }
 
 impl Comparison {
-    /// What tells this prompt from others: everything but the sample that is filled in.
+    /// Returns a hash of everything in the prompt except the compared texts.
     pub fn hash(&self) -> u64 {
         let pairwise = &self.pairwise;
         let rationale = if self.cot { self.rationale.as_str() } else { "" };
@@ -470,30 +474,30 @@ impl Comparison {
         seed::text(&[self.head.as_str(), &pairwise.sample, rationale, &pairwise.ending, direction].join("\0"))
     }
 
-    /// Whether the answer names the worse one.
+    /// Returns whether the answer names the worse text.
     pub fn inverted(&self) -> bool {
         self.inverted
     }
 
-    /// The two texts in the template, which they cannot imitate: see [`Guard::quoted`].
+    /// Returns the template filled with the two texts, which cannot imitate it; see [`Guard::quoted`].
     fn sample(&self, prompt: &str, first: &str, second: &str) -> Result<String> {
         let [prompt, first, second] = [prompt, first, second].map(|text| without_control(text, &self.control));
         let guard = &self.pairwise.guard;
         self.pairwise.fill([&prompt, &guard.quoted(&first), &guard.quoted(&second)])
     }
 
-    /// The question that asks for a rationale.
+    /// Returns the prompt that asks for a rationale.
     ///
     /// # Errors
-    /// A template that cannot be filled in.
+    /// If the template cannot be filled in.
     pub fn think(&self, prompt: &str, first: &str, second: &str) -> Result<String> {
         Ok(format!("{}{}\n\n{}", self.head, self.sample(prompt, first, second)?, self.rationale))
     }
 
-    /// The question that is answered by `1` or `2`, after `rationale` where there is one.
+    /// Returns the prompt whose answer is `1` or `2`, including `rationale` if given.
     ///
     /// # Errors
-    /// A template that cannot be filled in.
+    /// If the template cannot be filled in.
     pub fn ask(&self, prompt: &str, first: &str, second: &str, rationale: Option<&str>) -> Result<String> {
         let ending = &self.pairwise.ending;
         Ok(match rationale {

@@ -1,4 +1,4 @@
-//! One pass over a group: what the model makes of its tokens, and the way back from slopes to gradients.
+//! One pass over a group: evaluation of its tokens under the model, and backpropagation of the loss's gradients.
 
 use std::ops::Range;
 
@@ -10,9 +10,9 @@ use crate::lm::model::Pack;
 use crate::rl::algo::{GroupLoss, GroupView};
 use crate::types::Rewarded;
 
-/// A group of the batch as the weights that it arrived at see it; outer length: completions, inner: tokens.
+/// Evaluation of a group under the proximal policy. Outer length: completions, inner: tokens.
 pub(super) struct Measured {
-    /// Place in the batch.
+    /// Index in the batch.
     pub(super) place: usize,
     pub(super) behaviour: Vec<Vec<f32>>,
     pub(super) proximal: Vec<Vec<f32>>,
@@ -20,13 +20,13 @@ pub(super) struct Measured {
 }
 
 impl Measured {
-    /// Nothing of a group yet; `place` is the group's in the batch.
+    /// Creates an empty evaluation of a group; `place` is the group's index in the batch.
     pub(super) fn new(place: usize, group: &Rewarded) -> Self {
         let behaviour = group.group.completions.iter().map(|completion| completion.logprobs.clone()).collect();
         Self { place, behaviour, proximal: Vec::new(), values: Vec::new() }
     }
 
-    /// The group's next completions, as a pass saw them.
+    /// Adds the evaluation of the group's next completions from a pass.
     pub(super) fn add(&mut self, pass: &Pass) -> Result<()> {
         self.proximal.extend(pass.pack.split(&pass.logprobs.to_vec1()?));
         if let Some(values) = &pass.values {
@@ -39,7 +39,7 @@ impl Measured {
         GroupView {
             rewards: &group.rewards,
             behaviour: &self.behaviour,
-            // Without one nothing is charged: the KL to what sampled stands for it and counts for nothing.
+            // Without a reference, the KL to the sampling policy is used in its place; its coefficient is zero.
             reference: if group.reference.is_empty() { &self.behaviour } else { &group.reference },
             proximal: &self.proximal,
             policy: &self.proximal,
@@ -57,13 +57,15 @@ pub(super) struct Pass {
     pub(super) values: Option<Tensor>,
 }
 
-/// Puts the loss's slopes by the completions `part` at the end of the graph and adds up what comes out at the parameters.
+/// Multiplies the loss's gradients for the completions `part` into the graph, runs the backward pass and accumulates
+/// the gradients.
 pub(super) fn accumulate(state: &mut TrainState, loss: &GroupLoss, pass: &Pass, part: Range<usize>) -> Result<()> {
     let shaped = |slopes: &[Vec<f32>]| {
         Tensor::from_vec(slopes[part.clone()].concat(), pass.logprobs.dims(), pass.logprobs.device())
     };
     let own = |slopes: &[Vec<f32>]| slopes.get(part.clone()).is_some_and(|own| own.iter().flatten().any(|d| *d != 0.0));
-    // Completions that all fared alike have nothing to teach; their backward pass would add zeros.
+    // If all completions have zero gradient, for example because their rewards are equal, the backward pass would only
+    // add zeros.
     if own(&loss.d_policy) || own(&loss.d_entropy) {
         let mut sum = (&pass.logprobs * shaped(&loss.d_policy)?)?.sum_all()?;
         if !loss.d_entropy.is_empty() {

@@ -1,4 +1,4 @@
-//! From a step that was counted to weights that others see, and to whom it is told.
+//! Publication of a counted step: its weights to the actors, its record to the observer.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,50 +12,50 @@ use crate::observe::telemetry;
 use crate::types::Rewarded;
 use crate::util::failpoints;
 
-/// A step that is counted, and that nobody was told of yet. It is kept with the weights, so that a learner that fails here
-/// leaves it to the next.
+/// A counted step that was not published and reported yet. It is stored with the weights, so that the next incarnation
+/// of the learner publishes it if this one fails.
 pub struct PendingStep {
-    /// Its sums.
+    /// Sums over the step's batch.
     pub(super) tally: BatchStats,
-    /// Its learning rate.
+    /// Learning rate of the step.
     pub(super) lr: f64,
-    /// What it learned from.
+    /// Groups that the step was trained on.
     pub(super) batch: Vec<Rewarded>,
-    /// From the batch's first group to here.
+    /// Time since the arrival of the batch's first group.
     pub(super) took: Duration,
 }
 
 /// A step that was taken.
 #[derive(Clone, Copy)]
 pub struct Done<'a> {
-    /// Its figures.
+    /// Metrics of the step.
     pub record: &'a StepRecord,
-    /// What it learned from.
+    /// Groups that the step was trained on.
     pub batch: &'a [Rewarded],
-    /// Of the weights that it led to.
+    /// Fingerprint of the weights after the step.
     pub fingerprint: u64,
 }
 
-/// Who is told of each step: files, metrics, the terminal.
+/// Observer of learner steps: files, metrics, the terminal.
 pub trait Observer: Send {
-    /// A group of the batch is done; `done` of `of`.
+    /// Called after a group of the batch is processed, the `done`-th of `of`.
     fn group(&mut self, done: u64, of: u64);
 
-    /// A step is done and published. It is told again if the telling failed.
+    /// Called after a step is published. It is called again if it failed.
     ///
     /// # Errors
-    /// Ends the run: something that must be kept could not be.
+    /// If a required record could not be written; this ends the run.
     fn step(&mut self, done: Done<'_>, state: &TrainState) -> Result<()>;
 
-    /// A step, about to be told of, was skipped since its gradient was not finite.
+    /// Called before [`Self::step`] if the step was skipped because its gradient was not finite.
     fn nonfinite(&mut self, step: u64, batch: &[Rewarded]);
 }
 
-/// Publishes the step that is counted and not published, if there is one, and tells `observer`. Should the telling fail, it
-/// is told again.
+/// Publishes the counted but unpublished step, if any, and calls `observer`. If the observer fails, the step stays
+/// unpublished and is reported again.
 ///
 /// # Errors
-/// When memory for the copy cannot be had; what the observer cannot keep.
+/// If memory for the copy cannot be allocated, or the observer fails.
 pub fn publish(state: &mut TrainState, cell: &SnapshotCell<Decoder>, observer: &Mutex<dyn Observer>) -> Result<()> {
     if state.unpublished.is_none() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! What is known of one learner step: one line of `metrics.jsonl`.
+//! Metrics of one learner step: one line of `metrics.jsonl`.
 
 use std::collections::HashSet;
 
@@ -9,13 +9,13 @@ use crate::rl::algo::kl::Estimator;
 use crate::rl::algo::{GroupLoss, Targets, advantage::moments};
 use crate::types::{Finish, Rewarded, Verdict};
 
-/// Staleness from here up is counted in one place.
+/// Staleness values from this one up share one bin of the histogram.
 const STALENESS_TOP: usize = 16;
 
-/// Sums over the groups of a batch: as they arrived, and as they were gone through.
+/// Sums over the groups of a batch: on arrival, and over the training passes.
 #[derive(Debug, Clone, Default)]
 pub struct BatchStats {
-    /// Groups that were masked.
+    /// Number of masked groups.
     pub masked: usize,
     completions: usize,
     tokens: usize,
@@ -24,7 +24,7 @@ pub struct BatchStats {
     judged: Vec<f64>,
     reward_model: Option<u64>,
     kl: f64,
-    /// Whether there was a reference to measure it against.
+    /// True if a group had reference log-probabilities.
     referenced: bool,
     ended: usize,
     repetition: f64,
@@ -44,12 +44,12 @@ pub struct BatchStats {
     updates: usize,
 }
 
-/// Sums over what one optimizer step learns from.
+/// Sums over the groups of one optimizer step.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct StepSums {
-    /// Terms of the policy loss: completions, tokens, or compared pairs.
+    /// Number of terms of the policy loss: completions, tokens or compared pairs.
     pub terms: usize,
-    /// Tokens.
+    /// Number of tokens.
     pub tokens: usize,
     policy: f64,
     kl: f64,
@@ -59,15 +59,15 @@ pub struct StepSums {
 }
 
 impl StepSums {
-    /// All losses together, to see whether one is not finite.
+    /// Returns the sum of all losses, to test whether one is not finite.
     pub fn loss(&self) -> f64 {
         self.policy + self.kl + self.value
     }
 }
 
 impl BatchStats {
-    /// Takes in a group as it arrived: what it is worth, its log-probabilities under the weights that it arrived at,
-    /// their version; `limit` is the correction's bound.
+    /// Adds a group on arrival, with its targets and its log-probabilities under the proximal policy of the given
+    /// version; `limit` is the bound of the off-policy correction.
     pub fn arrived(&mut self, group: &Rewarded, targets: &Targets, proximal: &[Vec<f32>], version: u64, limit: f64) {
         self.rewards.extend(&group.rewards);
         self.scores.extend(&group.scores);
@@ -102,7 +102,7 @@ impl BatchStats {
         }
     }
 
-    /// Takes in one pass over a group: its loss, and the entropy at each token.
+    /// Adds one pass over a group: its loss, and the entropy at each token.
     pub fn passed(&mut self, loss: &GroupLoss, entropy: &[f32]) {
         let sums = &mut self.gathered;
         sums.terms += loss.terms;
@@ -115,7 +115,7 @@ impl BatchStats {
         self.margins.extend(&loss.margins);
     }
 
-    /// What the step that is due learns from; the next one starts from nothing.
+    /// Returns the sums of the next optimizer step, and resets them for the following one.
     pub fn close(&mut self) -> StepSums {
         let step = std::mem::take(&mut self.gathered);
         let all = &mut self.passes;
@@ -129,36 +129,37 @@ impl BatchStats {
         step
     }
 
-    /// An optimizer step with gradient `norm` was due; whether the figures were finite, and whether there was anything.
+    /// Records an optimizer step with gradient norm `norm`; `finite` is false if it was skipped, and `any` is false if
+    /// no group had a term.
     pub fn stepped(&mut self, norm: f64, finite: bool, any: bool) {
         self.norms.push(norm);
         self.nonfinite += usize::from(!finite);
         self.updates += usize::from(finite && any);
     }
 
-    /// Whether every loss and gradient was finite.
+    /// Returns whether every loss and gradient was finite.
     pub fn finite(&self) -> bool {
         self.nonfinite == 0
     }
 
-    /// Mean length of the batch's completions, in tokens.
+    /// Returns the mean length of the batch's completions, in tokens.
     pub fn mean_length(&self) -> f64 {
         self.tokens as f64 / self.completions.max(1) as f64
     }
 
-    /// Mean lag of the tokens in versions.
+    /// Returns the mean staleness of the tokens, in versions.
     fn mean_staleness(&self) -> f64 {
         let lags: u64 = self.staleness.iter().zip(0..).map(|(count, lag)| count * lag).sum();
         lags as f64 / self.tokens.max(1) as f64
     }
 }
 
-/// One learner step. The names are those of `metrics.jsonl`; everything that the clock decides is under `time/`.
+/// Metrics of one learner step, named as in `metrics.jsonl`. All values that depend on timing are under `time/`.
 #[derive(Debug, Clone, Serialize)]
 pub struct StepRecord(pub Map<String, Value>);
 
 impl StepRecord {
-    /// Means over a batch. `step` counts from one; `first_length` is the mean length of the first batch.
+    /// Computes the metrics of a batch. `step` counts from one; `first_length` is the mean length of the first batch.
     pub fn new(step: u64, tally: &BatchStats, lr: f64, first_length: f64) -> Self {
         let (completions, tokens) = (tally.completions.max(1) as f64, tally.tokens.max(1) as f64);
         let passes = &tally.passes;
@@ -220,7 +221,7 @@ impl StepRecord {
             map.insert("preference/accuracy".into(), number(right as f64 / tally.margins.len() as f64));
             map.insert("preference/pairs".into(), json!(tally.margins.len()));
         }
-        // Where a reward model scores, the judge's own scores tell whether the two go together.
+        // If a reward model scores, the judge's own scores show whether the two agree.
         if !tally.judged.is_empty() {
             map.insert("judge/mean".into(), number(moments(tally.judged.iter().copied()).0));
         }
@@ -230,7 +231,7 @@ impl StepRecord {
         Self(map)
     }
 
-    /// Names of all figures that a step may have.
+    /// Returns the names of all metrics that a step may have.
     pub fn names() -> Vec<String> {
         let always = Self::new(1, &BatchStats::default(), 0.0, 1.0).0;
         let sometimes =
@@ -240,18 +241,18 @@ impl StepRecord {
         always.keys().cloned().chain(sometimes.map(str::to_owned)).chain(clock).collect()
     }
 
-    /// A figure by name; NaN when it is not there or not finite.
+    /// Returns a metric by name; NaN if it is missing or not finite.
     pub fn get(&self, name: &str) -> f64 {
         self.0.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN)
     }
 
-    /// Adds a figure of the clock, in the unit that `name` ends with.
+    /// Adds a time-dependent metric, in the unit that `name` ends with.
     pub fn time(&mut self, name: &str, value: f64) {
         self.0.insert(format!("time/{name}"), number(value));
     }
 }
 
-/// Share of the runs of four tokens that stood in the text before; 0 for one that is shorter.
+/// Returns the share of 4-grams that occurred earlier in the text; 0 for a text of fewer than four tokens.
 fn repetition(ids: &[u32]) -> f64 {
     const RUN: usize = 4;
     let mut seen = HashSet::new();
@@ -260,7 +261,7 @@ fn repetition(ids: &[u32]) -> f64 {
     again as f64 / runs.max(1) as f64
 }
 
-/// JSON has no NaN: what is not finite is written as null.
+/// Converts a number to JSON, which has no NaN or infinity: non-finite values become null.
 fn number(value: f64) -> Value {
     serde_json::Number::from_f64(value).map_or(Value::Null, Value::Number)
 }
@@ -270,10 +271,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn repetition_is_the_share_of_runs_of_four_that_came_before() {
+    fn repetition_is_the_share_of_repeated_4_grams() {
         assert_eq!(repetition(&[1, 2, 3]), 0.0);
         assert_eq!(repetition(&[1, 2, 3, 4, 5, 6, 7, 8]), 0.0);
-        // Runs 1234 2341 3412 4123 1234: the fifth came before.
+        // 4-grams 1234 2341 3412 4123 1234: the fifth occurred before.
         assert_eq!(repetition(&[1, 2, 3, 4, 1, 2, 3, 4]), 0.2);
         assert_eq!(repetition(&[7; 13]), 0.9);
     }

@@ -24,43 +24,43 @@ use crate::types::Rewarded;
 use crate::util::failpoints;
 use crate::util::seed::mix;
 
-/// The numbers that a step depends on.
+/// Training settings of the learner.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LearnPlan {
     /// Groups per step.
     pub batch_groups: u64,
-    /// Temperature of the rollouts, at which probabilities are compared.
+    /// Sampling temperature of the rollouts, at which log-probabilities are computed.
     pub temperature: f64,
     /// Peak learning rate.
     pub lr: f64,
-    /// Steps over which the rate rises from zero.
+    /// Number of steps over which the rate rises linearly from zero.
     pub warmup_steps: u64,
-    /// How it goes on from there.
+    /// Schedule after the warm-up.
     pub schedule: Schedule,
-    /// Where it ends when it falls.
+    /// Learning rate at the end of a falling schedule.
     pub min_lr: f64,
-    /// Steps of the run.
+    /// Number of steps of the run.
     pub steps: u64,
-    /// Bound on the global norm of the gradient.
+    /// Maximum global norm of the gradient.
     pub max_grad_norm: f64,
     /// Learning rate of the value head.
     pub value_lr: f64,
-    /// Bound C of the off-policy correction, for the share of tokens beyond it.
+    /// Bound C of the off-policy correction, used to count the tokens whose ratio exceeds it.
     pub truncation: f64,
-    /// Times that a batch is gone through.
+    /// Number of epochs over each batch.
     pub epochs: u64,
-    /// Optimizer steps in each; the batch's groups are dealt out anew each time.
+    /// Number of optimizer steps per epoch; the batch's groups are distributed again for each epoch.
     pub minibatches: usize,
-    /// Seed of that.
+    /// Seed of the distribution into minibatches.
     pub seed: u64,
-    /// Steps in a row without a finite gradient that end the run.
+    /// Number of consecutive steps without a finite gradient that ends the run.
     pub max_nonfinite_steps: u32,
-    /// Completions that go through the model at a time; 0 for whole groups.
+    /// Maximum number of completions per forward pass; 0 for complete groups.
     pub micro_batch: usize,
 }
 
 impl LearnPlan {
-    /// Learning rate of step `step`, counted from zero.
+    /// Returns the learning rate of step `step`, counted from zero.
     pub fn rate(&self, step: u64) -> f64 {
         if step < self.warmup_steps {
             return self.lr * (step + 1) as f64 / (self.warmup_steps + 1) as f64;
@@ -76,12 +76,13 @@ impl LearnPlan {
     }
 }
 
-/// Consumes rewarded groups in order; batch `w` is groups `w·B .. (w+1)·B`, whatever the clock does.
+/// The learner stage. It consumes rewarded groups in order; batch `w` is groups `w·B .. (w+1)·B`, independent of
+/// timing.
 ///
-/// Where a batch makes one step and its groups know their own worth, a group is trained as soon as it arrives: its
-/// gradient joins the batch's, so that the learner works while the rest of the batch is still being generated and
-/// judged. Else it is measured with the weights that the batch arrived at (π_prox, V_old), and trained when the batch
-/// is whole. Weights change only then.
+/// If a batch makes one step and its algorithm needs no other groups, a group is trained as soon as it arrives: its
+/// gradient is added to the batch's, so that the learner works while the rest of the batch is still being generated and
+/// judged. Otherwise a group is evaluated on arrival under the proximal policy (π_prox, V_old: the weights before the
+/// batch), and trained when the batch is complete. Weights change only then.
 pub struct Learn {
     state: Arc<Mutex<TrainState>>,
     algorithm: Box<dyn Algorithm>,
@@ -90,18 +91,18 @@ pub struct Learn {
     gate: Arc<AdmissionGate>,
     observer: Arc<Mutex<dyn Observer>>,
     entries: LedgerWriter,
-    /// Groups that an earlier graph left rewarded, to begin with.
+    /// Rewarded groups left over by an earlier graph, processed first.
     left: Vec<Arc<Rewarded>>,
     tally: BatchStats,
     batch: Vec<Rewarded>,
     measured: Vec<Measured>,
     began: Option<Duration>,
-    /// Completions that go through the model at a time. Smaller than planned once the device ran out of memory.
+    /// Maximum number of completions per forward pass. It is halved when the device runs out of memory.
     micro_batch: usize,
 }
 
 impl Learn {
-    /// A learner that goes on from `state`.
+    /// Creates a learner that continues from `state`.
     pub fn new(
         state: Arc<Mutex<TrainState>>,
         algorithm: Box<dyn Algorithm>,
@@ -128,8 +129,7 @@ impl Learn {
         }
     }
 
-    /// The same, which writes `entries` into the ledger, and begins with the groups `left`, the first of which is the first
-    /// of a batch.
+    /// Sets the ledger and the left-over groups to begin with; the first of them is the first of a batch.
     pub fn going_on(self, entries: LedgerWriter, left: Vec<Arc<Rewarded>>) -> Self {
         Self { entries, left, ..self }
     }
@@ -144,7 +144,7 @@ impl Stage for Learn {
             let mut state = lock(&self.state);
             if state.stepping {
                 return Err(StageError::fatal(
-                    "the learner failed while it was writing the weights; they are half updated and cannot be used",
+                    "the learner failed while it was writing the weights; they are only partly updated and cannot be used",
                 ));
             }
             state.discard()?;
@@ -165,7 +165,7 @@ impl Stage for Learn {
 }
 
 impl Learn {
-    /// The next group of the batch; the batch's step, when it is the last.
+    /// Adds the next group to the batch; makes the batch's step if it is the last one.
     fn take(&mut self, rewarded: Rewarded, ctx: &StageContext) -> StageResult<()> {
         let clock = ctx.clock();
         self.began.get_or_insert(clock.now());
@@ -174,12 +174,12 @@ impl Learn {
         let expected = state.step * self.plan.batch_groups + self.batch.len() as u64;
         let seq = rewarded.group.prompt.seq;
         if seq != expected {
-            return Err(StageError::fatal(format!("group {seq} reached the learner where {expected} was due")));
+            return Err(StageError::fatal(format!("group {seq} reached the learner instead of group {expected}")));
         }
         let newest = rewarded.group.completions.iter().flat_map(|one| &one.versions).max();
         if let Some(newest) = newest.filter(|newest| **newest > state.step) {
             return Err(StageError::fatal(format!(
-                "group {seq} has a token of version {newest}, and the learner is at version {}; its probabilities are of weights that the learner does not have",
+                "group {seq} has a token of version {newest}, and the learner is at version {}; its probabilities are from weights that the learner does not have",
                 state.step
             )));
         }
@@ -190,7 +190,7 @@ impl Learn {
         let mut from = self.batch.len() - 1;
         while let Err(error) = (from..self.batch.len()).try_for_each(|place| self.arrive(&mut state, place)) {
             self.halve_micro_batch(&error)?;
-            // What was gathered may hold a part of a pass that broke off: the batch is gone through again.
+            // The accumulated gradient may contain part of a failed pass: the batch is processed again.
             state.discard()?;
             (self.tally, self.measured, from) = (BatchStats::default(), Vec::new(), 0);
         }
@@ -202,7 +202,8 @@ impl Learn {
         Ok(())
     }
 
-    /// Group `place` of the batch has come: it is trained, or measured until the batch is whole.
+    /// Processes group `place` of the batch on arrival: trains on it, or evaluates it if the batch must be complete
+    /// first.
     fn arrive(&mut self, state: &mut TrainState, place: usize) -> Result<()> {
         let group = std::mem::take(&mut self.batch);
         let done = if group[place].masked.is_some() {
@@ -217,10 +218,10 @@ impl Learn {
         done
     }
 
-    /// After an error for want of memory: halves what goes through the model at a time.
+    /// Halves the micro-batch after an out-of-memory error.
     ///
     /// # Errors
-    /// The error, where it is another one, or where a single completion was too much.
+    /// The given error, if it is of another kind, or if a single completion was too much.
     fn halve_micro_batch(&mut self, error: &anyhow::Error) -> Result<()> {
         let text = format!("{error:#}");
         let words = text.to_lowercase();
@@ -233,18 +234,18 @@ impl Learn {
         self.micro_batch = now / 2;
         telemetry::out_of_memory(self.micro_batch);
         tracing::warn!(
-            "the device ran out of memory with {now} completions at a time; the batch goes on with {} (learner.micro_batch): {text}",
+            "the device ran out of memory with {now} completions at a time; the batch continues with {} (learner.micro_batch): {text}",
             self.micro_batch
         );
         Ok(())
     }
 
-    /// Whether a group can be trained before the rest of its batch is there.
+    /// Returns whether a group can be trained before the rest of its batch has arrived.
     fn streams(&self) -> bool {
         self.plan.epochs * self.plan.minibatches as u64 == 1 && !self.algorithm.needs_batch()
     }
 
-    /// Completions `part` of a group through `model`, with a graph if its tensors have one.
+    /// Runs the completions `part` of a group through `model`, with a computation graph if its tensors have one.
     fn forward(
         &self,
         model: &Decoder,
@@ -262,13 +263,13 @@ impl Learn {
         Ok(Pass { pack, logprobs, entropy, values })
     }
 
-    /// The parts in which a group goes through the model.
+    /// Returns the ranges of completions in which a group is processed.
     fn parts(&self, group: &Rewarded) -> Vec<Range<usize>> {
         let k = group.group.completions.len();
         (0..k).step_by(self.micro_batch.min(k).max(1)).map(|i| i..(i.saturating_add(self.micro_batch)).min(k)).collect()
     }
 
-    /// What a model makes of a group, without what a backward pass would need.
+    /// Evaluates a group under a model, without keeping a computation graph.
     fn evaluate_batch(
         &self,
         model: &Decoder,
@@ -283,9 +284,9 @@ impl Learn {
         Ok(measured)
     }
 
-    /// Forward and backward of one group; its gradient joins the batch's.
+    /// Runs forward and backward of one group; its gradient is added to the batch's.
     fn train_on_arrival(&mut self, state: &mut TrainState, group: &Rewarded, place: usize) -> Result<()> {
-        // What is seen in one pass is kept for its backward; of several, each is seen again.
+        // A single pass keeps its graph for the backward; several passes are run again one by one.
         let (pass, measured) = if let [part] = self.parts(group).as_slice() {
             let pass = self.forward(&state.model, state.value.as_ref(), group, part.clone())?;
             let mut measured = Measured::new(place, group);
@@ -300,15 +301,15 @@ impl Learn {
         self.learn(state, pass, group, &view, &targets)
     }
 
-    /// What the weights that the batch arrives at make of a group.
+    /// Evaluates a group under the proximal policy.
     fn measure(&self, state: &TrainState, group: &Rewarded, place: usize) -> Result<Measured> {
-        // The published copy has these weights, and no graph that would be kept for nothing.
+        // The published copy has the same weights, and no computation graph that would be kept needlessly.
         let value = state.value.as_ref().filter(|_| self.algorithm.needs_values());
         self.evaluate_batch(state.published(), value, group, place)
     }
 
-    /// Loss of one pass over one group, whose view is `view`; its gradient joins that of the step to come. `pass` is the pass
-    /// that the view stems from, if the whole group was in one.
+    /// Computes the loss of one pass over one group with the given view, and adds its gradient to the next step's.
+    /// `pass` is the forward pass of the view, if the complete group was in one.
     fn learn(
         &mut self,
         state: &mut TrainState,
@@ -337,7 +338,7 @@ impl Learn {
         Ok(())
     }
 
-    /// Goes through the whole batch as often as planned, with an optimizer step after each minibatch.
+    /// Runs the planned number of epochs over the batch, with an optimizer step after each minibatch.
     fn passes(&mut self, state: &mut TrainState, batch: &[Rewarded], ctx: &StageContext) -> Result<()> {
         let measured = std::mem::take(&mut self.measured);
         let views: Vec<GroupView<'_>> = measured.iter().map(|one| one.view(&batch[one.place])).collect();
@@ -373,7 +374,7 @@ impl Learn {
         Ok(())
     }
 
-    /// A pass over a group that was measured when it arrived, by the weights as they are now.
+    /// Runs another pass, with the present weights, over a group that was evaluated on arrival.
     fn again(
         &mut self,
         state: &mut TrainState,
@@ -393,7 +394,8 @@ impl Learn {
         self.learn(state, pass, group, &view, targets)
     }
 
-    /// An optimizer step on what is gathered, clipped; leaves the weights as they are where it is not finite.
+    /// Makes an optimizer step with the accumulated, clipped gradient; leaves the weights unchanged if it is not
+    /// finite.
     fn apply(&mut self, state: &mut TrainState) -> Result<()> {
         let step = self.tally.close();
         let terms = step.terms.max(1) as f64;
@@ -402,7 +404,7 @@ impl Learn {
         if finite && step.terms > 0 {
             let clip = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0);
             let lr = self.plan.rate(state.step);
-            // From here until the step is counted, the weights are those of no version.
+            // From here until the step is counted, the weights belong to no version.
             failpoints::point("learn.apply")?;
             state.stepping = true;
             state.apply(lr, clip / terms)?;
@@ -415,7 +417,7 @@ impl Learn {
         state.discard()
     }
 
-    /// The batch is whole: step, publish, tell.
+    /// Makes the steps of a complete batch, publishes the weights and calls the observer.
     fn step(&mut self, state: &mut TrainState, ctx: &StageContext, took: impl Fn() -> Duration) -> StageResult<()> {
         let batch = std::mem::take(&mut self.batch);
         if self.streams() {
@@ -441,13 +443,13 @@ impl Learn {
         self.publish(state)
     }
 
-    /// Publishes the step that was taken, and tells of it.
+    /// Publishes the last step and calls the observer.
     fn publish(&mut self, state: &mut TrainState) -> StageResult<()> {
         publish(state, &self.cell, &self.observer)?;
         self.gate.set_version(state.step);
         if state.nonfinite_in_row >= self.plan.max_nonfinite_steps {
             return Err(StageError::fatal(format!(
-                "{} steps in a row had a loss or gradient that is not finite (the last at step {}); lower learner.lr, or look at the saved batch",
+                "{} steps in a row had a loss or gradient that is not finite (the last at step {}); lower learner.lr, or inspect the saved batch",
                 state.nonfinite_in_row, state.step
             )));
         }
@@ -455,7 +457,7 @@ impl Learn {
     }
 }
 
-/// A lock that a panicking holder does not take away: what it guards says itself whether it is whole.
+/// Locks a mutex even if it is poisoned: the guarded data records by itself whether it is consistent.
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
@@ -465,7 +467,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rate_rises_then_falls() {
+    fn the_learning_rate_rises_then_falls() {
         let plan = LearnPlan {
             batch_groups: 1,
             temperature: 1.0,

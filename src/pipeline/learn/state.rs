@@ -1,4 +1,4 @@
-//! What a step of training changes, kept apart from the actors so that it outlives a restart of the graph.
+//! State that training changes, kept outside the actors so that it survives a restart of the graph.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,80 +13,82 @@ use crate::lm::model::{Decoder, Lora, ModelConfig};
 use crate::types::RewardScale;
 use kernels::{AdamW, AdamWConfig, Frozen, Gradients};
 
-/// Policy, optimizer, value head and counters. Between steps it is consistent; `stepping` tells whether it is not.
+/// Policy, optimizer, value head and counters. The state is consistent between steps; `stepping` marks it as
+/// inconsistent.
 pub struct TrainState {
-    /// Learner steps taken; also the version of the weights.
+    /// Number of learner steps taken; also the version of the weights.
     pub step: u64,
-    /// Scale of the rewards as of the last group trained.
+    /// Scale of the rewards after the last trained group.
     pub scale: RewardScale,
-    /// Value baseline, where the algorithm has one.
+    /// Value baseline, if the algorithm has one.
     pub value: Option<ValueModel>,
-    /// True from the first change of a weight until the step is counted: what fails in between leaves weights of no version.
+    /// True from the first change of a weight until the step is counted: after a failure in between, the weights belong
+    /// to no version.
     pub stepping: bool,
     /// The last step, until it is published.
     pub unpublished: Option<PendingStep>,
-    /// Steps in a row whose loss or gradient was not finite.
+    /// Number of consecutive steps whose loss or gradient was not finite.
     pub nonfinite_in_row: u32,
-    /// Mean length in tokens of the first batch's completions, once there was one: what drift is measured against.
+    /// Mean length in tokens of the first batch's completions; the reference for the length drift.
     pub first_length: Option<f64>,
-    /// The trainable model; its tensors are private to the learner, only copies leave it.
+    /// Trainable model; its tensors are private to the learner, and only copies leave it.
     pub model: Decoder,
-    /// The batch's gradient so far, a sum.
+    /// Gradient of the batch so far, as a sum.
     pub gradients: Gradients,
     params: Vec<(String, Var)>,
     optimizer: AdamW,
     published: Arc<Decoder>,
-    /// The step whose weights the published ones are.
+    /// Step of the published weights.
     published_at: u64,
 }
 
-/// The numbers of a [`TrainState`].
+/// Serialisable counters of a [`TrainState`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Counters {
-    /// Learner steps taken.
+    /// Number of learner steps taken.
     pub step: u64,
     /// Scale of the rewards.
     pub scale: RewardScale,
-    /// Steps in a row whose loss or gradient was not finite.
+    /// Number of consecutive steps whose loss or gradient was not finite.
     pub nonfinite_in_row: u32,
-    /// Mean length of the first batch's completions.
+    /// Mean length in tokens of the first batch's completions.
     pub first_length: Option<f64>,
 }
 
-/// A [`TrainState`] between two steps, for a checkpoint to write while training goes on.
+/// State of a [`TrainState`] between two steps, for a checkpoint to write while training continues.
 pub struct Saved {
-    /// Its numbers.
+    /// Counters of the state.
     pub counters: Counters,
-    /// The policy as it was last published, adapters included.
+    /// The last published policy, including adapters.
     pub policy: Arc<Decoder>,
-    /// What of it is trained, by name.
+    /// Trained parameters of the policy, by name.
     pub params: Vec<(String, Frozen)>,
-    /// The optimizer's state.
+    /// State of the policy's optimizer.
     pub optimizer: Vec<(String, Frozen)>,
-    /// The value baseline's parameters, where there is one.
+    /// Parameters of the value baseline, if any.
     pub value: Option<Vec<(String, Frozen)>>,
-    /// The state of its optimizers.
+    /// State of the value baseline's optimizers.
     pub value_optimizer: Vec<(String, Frozen)>,
 }
 
-/// Tensors of a [`Saved`], read back.
+/// Tensors of a [`Saved`], read from a checkpoint.
 pub struct Restored {
-    /// What is trained of the policy.
+    /// Trained parameters of the policy.
     pub params: HashMap<String, Tensor>,
-    /// The optimizer's state.
+    /// State of the policy's optimizer.
     pub optimizer: HashMap<String, Tensor>,
-    /// The value baseline's parameters, where there is one.
+    /// Parameters of the value baseline, if any.
     pub value: Option<HashMap<String, Tensor>>,
-    /// The state of its optimizers.
+    /// State of the value baseline's optimizers.
     pub value_optimizer: HashMap<String, Tensor>,
 }
 
 impl TrainState {
-    /// Starts from `initial`, which stays as it is. With adapters, made from the seed beside them, these are all that is
-    /// trained, and `initial` is shared.
+    /// Creates the state of training from `initial`, which is not changed. With LoRA, the adapters are initialised from
+    /// the seed, only they are trained, and `initial` is shared.
     ///
     /// # Errors
-    /// When memory for the copies cannot be had.
+    /// If memory for the copies cannot be allocated.
     pub fn new(
         initial: &Arc<Decoder>,
         adam: AdamWConfig,
@@ -110,16 +112,16 @@ impl TrainState {
             optimizer: AdamW::new(params.clone(), adam)?,
             params,
             published: Arc::clone(initial),
-            // Adapters, even fresh ones, are not in what it starts from.
+            // The initial weights include no adapters, not even untrained ones.
             published_at: if lora.is_some() { u64::MAX } else { 0 },
         })
     }
 
-    /// The state as it is, between two steps: what a checkpoint writes. The policy and the optimizer's moments are shared,
-    /// not copied.
+    /// Returns the present state between two steps, for a checkpoint. The policy and the optimizer's moments are
+    /// shared, not copied.
     ///
     /// # Errors
-    /// When memory for a copy of the value baseline, or of adapters that were never published, cannot be had.
+    /// If memory for a copy of the value baseline, or of adapters that were never published, cannot be allocated.
     pub fn save(&self) -> Result<Saved> {
         let policy =
             if self.published_at == self.step { Arc::clone(&self.published) } else { Arc::new(self.model.snapshot()?) };
@@ -143,10 +145,10 @@ impl TrainState {
         })
     }
 
-    /// Goes on from what [`Self::save`] gave, read back. The policy is published anew by the caller.
+    /// Restores the state returned by [`Self::save`]. The caller must publish the policy again.
     ///
     /// # Errors
-    /// Names the tensor that is missing or of another shape.
+    /// If a tensor is missing or has another shape; the error names it.
     pub fn restore(&mut self, counters: &Counters, tensors: Restored) -> Result<()> {
         restore_params(&self.params, &tensors.params)?;
         self.optimizer.import(tensors.optimizer)?;
@@ -165,48 +167,48 @@ impl TrainState {
         Ok(())
     }
 
-    /// The model's shape.
+    /// Returns the model's configuration.
     pub fn config(&self) -> &ModelConfig {
         self.model.config()
     }
 
-    /// Applies the batch's gradient, scaled by `scale`, at rate `lr`.
+    /// Applies the batch's gradient, scaled by `scale`, with learning rate `lr`.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// Only tensor errors.
     pub fn apply(&mut self, lr: f64, scale: f64) -> Result<()> {
         Ok(self.optimizer.step(&self.gradients, lr, scale)?)
     }
 
-    /// Forgets the batch's gradient: of a batch that was stepped, skipped, or cut off by a restart.
+    /// Clears the batch's gradient after a step, a skipped step or a restart.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// Only tensor errors.
     pub fn discard(&mut self) -> Result<()> {
         self.gradients.zero()?;
         self.value.as_mut().map_or(Ok(()), ValueModel::discard)
     }
 
-    /// An immutable copy of the policy as it is now.
+    /// Returns an immutable copy of the present policy, which [`Self::published`] returns from then on.
     ///
     /// # Errors
-    /// When memory for the copy cannot be had.
+    /// If memory for the copy cannot be allocated.
     pub fn snapshot(&mut self) -> Result<Arc<Decoder>> {
         self.published = Arc::new(self.model.snapshot()?);
         self.published_at = self.step;
         Ok(Arc::clone(&self.published))
     }
 
-    /// The last copy that was made; the initial weights before any.
+    /// Returns the last snapshot; the initial weights before the first.
     pub fn published(&self) -> &Arc<Decoder> {
         &self.published
     }
 }
 
-/// Writes saved values into parameters.
+/// Copies saved values into parameters.
 ///
 /// # Errors
-/// Names the tensor that is missing or of another shape; parameters before it are then written already.
+/// If a tensor is missing or has another shape; the error names it. Earlier parameters have then been written already.
 pub fn restore_params(params: &[(String, Var)], saved: &HashMap<String, Tensor>) -> Result<()> {
     for (name, var) in params {
         let tensor = saved.get(name).with_context(|| format!("it has no tensor {name}"))?;

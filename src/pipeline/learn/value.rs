@@ -1,4 +1,4 @@
-//! The value baseline: a linear head, on the policy's hidden states or on those of a decoder of its own.
+//! The value baseline: a linear head on the policy's hidden states or on those of a separate decoder.
 
 use std::collections::HashMap;
 
@@ -9,8 +9,9 @@ use super::state::restore_params;
 use crate::lm::model::{Decoder, Pack};
 use kernels::{AdamW, AdamWConfig, Frozen, Gradients};
 
-/// V(s) = h·w + b. On the policy's hidden states, whose gradient is cut, the baseline learns from the policy's features
-/// and does not pull on them; with a decoder of its own it learns its features too, at the price of a second model.
+/// Value baseline V(s) = h·w + b. On the policy's hidden states, which are detached, the baseline uses the policy's
+/// features without affecting them. With a separate decoder it also learns its own features, at the cost of a second
+/// model.
 pub struct ValueModel {
     trunk: Option<Trunk>,
     weight: Var,
@@ -18,13 +19,13 @@ pub struct ValueModel {
     head: Part,
 }
 
-/// A decoder of its own.
+/// Separate decoder of the baseline.
 struct Trunk {
     model: Decoder,
     part: Part,
 }
 
-/// Parameters that learn at one rate.
+/// Parameters with one learning rate.
 struct Part {
     params: Vec<(String, Var)>,
     gradients: Gradients,
@@ -36,7 +37,7 @@ impl Part {
         Ok(Self { gradients: Gradients::new(&params)?, optimizer: AdamW::new(params.clone(), config)?, params })
     }
 
-    /// The mean over `count`, its norm bounded.
+    /// Makes an optimizer step on the mean gradient over `count`, clipped to `max_norm`; skips a non-finite gradient.
     fn step(&mut self, count: f64, lr: f64, max_norm: f64) -> Result<()> {
         let norm = self.gradients.global_norm()? / count;
         if norm.is_finite() {
@@ -47,10 +48,10 @@ impl Part {
 }
 
 impl ValueModel {
-    /// A baseline for `policy`, zero everywhere at first; with `decoder`, on a copy of it.
+    /// Creates a baseline for `policy` that is zero everywhere, on a copy of its decoder if `decoder` is set.
     ///
     /// # Errors
-    /// When the device has no room.
+    /// If the device has insufficient memory.
     pub fn new(policy: &Decoder, decoder: bool, adam: AdamWConfig) -> Result<Self> {
         let weight = Var::zeros((1, policy.config().hidden_size), DType::F32, policy.device())?;
         let bias = Var::zeros(1, DType::F32, policy.device())?;
@@ -66,10 +67,11 @@ impl ValueModel {
         Ok(Self { trunk, weight, bias, head })
     }
 
-    /// Values `[N]` of the states before the targets of `pack`, whose hidden states in the policy are `hidden` `[N, D]`.
+    /// Returns the values `[N]` of the states before the targets of `pack`, whose hidden states in the policy are
+    /// `hidden` `[N, D]`.
     ///
     /// # Errors
-    /// Shapes that do not fit.
+    /// If shapes do not match.
     pub fn values(&self, hidden: &Tensor, pack: &Pack) -> Result<Tensor> {
         let features = match &self.trunk {
             None => hidden.detach(),
@@ -79,21 +81,21 @@ impl ValueModel {
         Ok(features.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?.squeeze(1)?)
     }
 
-    /// Adds the gradient of Σ slope·value to the batch's.
+    /// Adds the gradient of Σ slope·value to the batch's gradient.
     ///
     /// # Errors
-    /// Shapes that do not fit.
+    /// If shapes do not match.
     pub fn accumulate(&mut self, values: &Tensor, slopes: &Tensor) -> Result<()> {
         let mut accumulators: Vec<&mut Gradients> = self.parts().map(|part| &mut part.gradients).collect();
         kernels::backward(&(values * slopes)?.sum_all()?, &mut accumulators)?;
         Ok(())
     }
 
-    /// One optimizer step on the mean over `count`, the head at `head_lr`, a decoder of its own at `lr` with its gradient
-    /// bounded by `max_norm`.
+    /// Makes one optimizer step on the mean over `count`: the head at `head_lr`, a separate decoder at `lr` with its
+    /// gradient clipped to `max_norm`.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// Only tensor errors.
     pub fn step(&mut self, count: usize, lr: f64, head_lr: f64, max_norm: f64) -> Result<()> {
         let count = count.max(1) as f64;
         if let Some(trunk) = &mut self.trunk {
@@ -102,27 +104,27 @@ impl ValueModel {
         self.head.step(count, head_lr, f64::INFINITY)
     }
 
-    /// Forgets the batch's gradient.
+    /// Clears the batch's gradient.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// Only tensor errors.
     pub fn discard(&mut self) -> Result<()> {
         self.parts().try_for_each(|part| Ok(part.gradients.zero()?))
     }
 
-    /// DeviceReplicas of the parameters by name, those of a decoder of its own as the policy names them.
+    /// Returns copies of the parameters by name; those of a separate decoder have the names of the policy's.
     ///
     /// # Errors
-    /// When memory for the copies cannot be had.
+    /// If memory for the copies cannot be allocated.
     pub fn copies(&self) -> Result<Vec<(String, Frozen)>> {
         let params = self.shared_parts().flat_map(|part| &part.params);
         params.map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?.detach().into()))).collect()
     }
 
-    /// The state of the optimizers, as [`AdamW::export`]; names begin with the part's.
+    /// Returns the state of the optimizers, in the format of [`AdamW::export`]; names begin with that of the part.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// Only tensor errors.
     pub fn export(&self) -> Result<Vec<(String, Frozen)>> {
         let mut all = Vec::new();
         for (part, place) in self.shared_parts().zip(["head", "trunk"]) {
@@ -132,10 +134,10 @@ impl ValueModel {
         Ok(all)
     }
 
-    /// Goes on from what [`Self::copies`] and [`Self::export`] gave.
+    /// Restores the state returned by [`Self::copies`] and [`Self::export`].
     ///
     /// # Errors
-    /// Names the tensor that is missing or of another shape.
+    /// If a tensor is missing or has another shape; the error names it.
     pub fn restore(&mut self, params: &HashMap<String, Tensor>, optimizer: &HashMap<String, Tensor>) -> Result<()> {
         let parts = std::iter::once(&mut self.head).chain(self.trunk.as_mut().map(|trunk| &mut trunk.part));
         for (part, place) in parts.zip(["head/", "trunk/"]) {

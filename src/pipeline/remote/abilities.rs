@@ -1,4 +1,4 @@
-//! What a server was found to accept. Only an explicit refusal of a field changes it.
+//! Request fields and values that a server accepts, as found so far. Only an explicit refusal of a field changes them.
 
 use std::collections::BTreeSet;
 
@@ -9,14 +9,14 @@ use super::wire::Request;
 use super::{lenient, wire};
 use crate::config::{Evidence, RemoteJudge};
 
-/// Numbers of alternatives that are tried where a server refuses a number and names none.
+/// Numbers of alternatives to try if a server refuses the requested number without naming its maximum.
 const FEWER_LOGPROBS: [usize; 3] = [20, 5, 2];
-/// Fewer alternatives do not tell two answers apart.
+/// Minimum number of alternatives that can distinguish two answers.
 const FEWEST_LOGPROBS: usize = 2;
-/// Largest number that counts as a limit on tokens.
+/// Maximum number that is taken as a lower limit on tokens.
 const MOST_LEAST: u64 = 4096;
 
-/// The fields of requests that a server may refuse. A name that contains another one comes first.
+/// Request fields that a server may refuse. A name that contains another one comes first.
 const FIELDS: [&str; 11] = [
     "max_completion_tokens",
     "max_tokens",
@@ -31,7 +31,7 @@ const FIELDS: [&str; 11] = [
     "chat_template_kwargs",
 ];
 
-/// Words with which servers refuse a field as such, and not its value.
+/// Phrases with which servers refuse a field as such, and not its value.
 const UNSUPPORTED: [&str; 20] = [
     "unsupported",
     "not support",
@@ -55,7 +55,7 @@ const UNSUPPORTED: [&str; 20] = [
     "does not exist",
 ];
 
-/// The refusal of a field.
+/// A server's refusal of a request field.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Complaint {
     field: &'static str,
@@ -64,25 +64,25 @@ pub struct Complaint {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// The server does not take the field.
+    /// The server does not accept the field.
     Unsupported,
-    /// The value may be this at most.
+    /// Maximum value of the field.
     Most(u64),
-    /// The value must be this at least.
+    /// Minimum value of the field.
     Least(u64),
-    /// The value is refused for a reason that is not known.
+    /// The value is refused for an unknown reason.
     Value,
 }
 
 impl Complaint {
-    /// Finds the field of the request `sent` that the body of a refusal is about.
+    /// Finds the field of the request `sent` that the body of an error response refuses.
     pub fn find(status: u16, body: &[u8], sent: &Value) -> Option<Self> {
         if ![400, 403, 404, 405, 415, 422, 500, 501].contains(&status) {
             return None;
         }
         let value: Value = serde_json::from_slice(body).unwrap_or(Value::Null);
         let text = value_text(&value).unwrap_or_else(|| String::from_utf8_lossy(body).into_owned()).to_lowercase();
-        // Such a refusal names the limit on the answer's tokens too, which is not at fault.
+        // Such a message also mentions the limit on the answer's tokens, which is not the cause.
         if is_too_long(&text) {
             return None;
         }
@@ -123,11 +123,11 @@ impl Complaint {
                     _ => return None,
                 }
             }
-            // Without words for it a mention may be about something else.
+            // Without such a phrase, a mention may be about something else.
             _ if unsupported || exact.is_some() => Kind::Unsupported,
             _ => return None,
         };
-        // A status that is about something else is a refusal of a field only with clear words.
+        // With a status of another meaning, only a clear phrase is a refusal of a field.
         if [404, 405, 415, 500].contains(&status) && (kind == Kind::Value || !(unsupported || exact.is_some())) {
             return None;
         }
@@ -135,14 +135,14 @@ impl Complaint {
     }
 }
 
-/// All texts of a refusal.
+/// Returns all messages of an error response.
 fn value_text(value: &Value) -> Option<String> {
     let message = [&value["error"]["message"], &value["error"], &value["message"], &value["detail"]];
     let text = message.into_iter().find_map(Value::as_str).map(str::to_owned);
     text.or_else(|| value["detail"].is_array().then(|| value["detail"].to_string())).or_else(|| lenient::message(value))
 }
 
-/// Where a text mentions a field as a word of its own.
+/// Returns the position of a field's name as a separate word in a text.
 fn mentioned(text: &str, field: &str) -> Option<usize> {
     let part = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let whole = |at: usize, len: usize| {
@@ -158,32 +158,32 @@ fn mentioned(text: &str, field: &str) -> Option<usize> {
         .min()
 }
 
-/// The whole numbers of a text that stand alone: not parts of names, versions or fractions.
+/// Returns the integers of a text that are separate words, not parts of names, versions or fractions.
 fn numbers(text: &str) -> Vec<u64> {
     text.split(|c: char| c.is_whitespace() || "()[]{},;:'\"`=<>".contains(c))
         .filter_map(|word| word.trim_end_matches(['.', '!', '?']).parse().ok())
         .collect()
 }
 
-/// How a server is asked.
+/// Form of requests that a server accepts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Abilities {
-    /// Alternatives of a token that it lists at most; zero where it sends no log-probabilities.
+    /// Maximum number of listed alternatives of a token; zero if the server sends no log-probabilities.
     pub top_logprobs: usize,
-    /// Whether the limit on an answer's tokens is `max_completion_tokens` instead of `max_tokens`.
+    /// True if the limit on an answer's tokens is `max_completion_tokens` instead of `max_tokens`.
     pub completion_tokens: bool,
-    /// Smallest limit on an answer's tokens that it accepts.
+    /// Minimum accepted value of the limit on an answer's tokens.
     pub least_tokens: usize,
-    /// Fields that it refuses.
+    /// Fields that the server refuses.
     pub without: BTreeSet<&'static str>,
-    /// Whether it is told to answer without reasoning (`chat_template_kwargs.enable_thinking = false`).
+    /// True if the model is told not to reason (`chat_template_kwargs.enable_thinking = false`).
     pub thinking_off: bool,
-    /// Whether the model reasons before each answer, which then needs room for it.
+    /// True if the model reasons before each answer, which then needs tokens for it.
     pub reasons: bool,
 }
 
 impl Abilities {
-    /// Those of a server that has refused nothing yet.
+    /// Returns the abilities of a server that has refused nothing yet.
     pub fn new(judge: &RemoteJudge) -> Self {
         let top_logprobs = if judge.evidence == Evidence::Votes { 0 } else { judge.top_logprobs };
         Self {
@@ -196,13 +196,13 @@ impl Abilities {
         }
     }
 
-    /// Whether the server continues an answer that has begun.
+    /// Returns whether the server continues an answer that has begun.
     pub fn continues(&self) -> bool {
         !self.without.contains("continue_final_message") && !self.without.contains("add_generation_prompt")
     }
 
-    /// Changes how the server is asked so that it does not refuse `request` again. Returns what changed, in words, or
-    /// nothing if no change helps that keeps the meaning of the request.
+    /// Changes the form of requests so that the server does not refuse `request` again. Returns a description of the
+    /// change (empty if it was made before), or `None` if no change keeps the meaning of the request.
     pub fn adapt(&mut self, complaint: &Complaint, request: &Request, judge: &RemoteJudge) -> Option<String> {
         match (complaint.field, complaint.kind) {
             ("top_logprobs" | "logprobs", kind) => {
@@ -215,7 +215,7 @@ impl Abilities {
                 };
                 let most = if most < FEWEST_LOGPROBS { 0 } else { most };
                 if most >= self.top_logprobs || (most == 0 && judge.evidence == Evidence::Logprobs) {
-                    // Another request has found it out before; or nothing helps.
+                    // Another request has found this out before, or no change helps.
                     return (request.top_logprobs > self.top_logprobs).then(String::new);
                 }
                 self.top_logprobs = most;
@@ -224,14 +224,14 @@ impl Abilities {
                         "it offers no log-probabilities, so that {} answers to each question are sampled and counted as votes",
                         judge.votes
                     ),
-                    most => format!("it lists {most} alternatives of a token at most"),
+                    most => format!("it lists at most {most} alternatives of a token"),
                 })
             }
             (field @ ("max_tokens" | "max_completion_tokens"), Kind::Least(least)) => {
                 let least = least as usize;
                 (least > self.least_tokens).then(|| {
                     self.least_tokens = least;
-                    format!("{field} is {least} at least")
+                    format!("{field} is at least {least}")
                 })
             }
             ("max_tokens", _) if !self.completion_tokens && !self.without.contains("max_completion_tokens") => {
@@ -256,11 +256,11 @@ impl Abilities {
     }
 
     fn drop(&mut self, field: &'static str) -> Option<String> {
-        // Another request may have found it out before.
+        // Another request may have found this out before.
         Some(if self.without.insert(field) { format!("{field} is not sent") } else { String::new() })
     }
 
-    /// What was found, in words, for the log and for the comparison of a resumed run.
+    /// Returns a description of how answers become probabilities, for the log and for comparison when a run is resumed.
     pub fn words(&self) -> &'static str {
         match (self.top_logprobs, self.reasons) {
             (_, true) => "votes after reasoning",
@@ -270,7 +270,7 @@ impl Abilities {
     }
 }
 
-/// Whether a refusal names a field of `labeler.remote.extra_body` that a person has to change.
+/// Returns the field of `labeler.remote.extra_body` that an error message names, which a person has to change.
 pub fn names_extra(body: &[u8], extra: &toml::Table) -> Option<String> {
     let sentence = wire::sentence(body).to_lowercase();
     extra.keys().find(|key| mentioned(&sentence, &key.to_lowercase()).is_some()).cloned()
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn the_field_that_a_server_refuses_is_found_in_its_words() {
+    fn the_refused_field_is_found_in_a_servers_message() {
         let chat = json!({ "max_tokens": 1, "temperature": 0, "stream": false, "logprobs": true, "top_logprobs": 20 });
         let plain = json!({ "max_tokens": 1, "temperature": 0, "logprobs": 20, "prompt": "p" });
         let vote = json!({ "max_tokens": 6, "temperature": 1, "seed": 3, "top_k": 40 });
@@ -375,7 +375,7 @@ mod tests {
             (404, error("The model `m` does not exist"), &chat, None),
             (500, error("internal error"), &chat, None),
             (500, error("logprobs not supported with this backend"), &chat, Some(("logprobs", Kind::Unsupported))),
-            // Of a field that was not sent.
+            // About a field that was not sent.
             (400, error("top_k is not supported"), &chat, None),
         ] {
             assert_eq!(find(status, &body, sent), expected, "{status} {body}");
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_is_asked_otherwise_only_where_the_meaning_stays() {
+    fn requests_are_adapted_only_if_their_meaning_stays_the_same() {
         let judge = RemoteJudge::default();
         let complaint = |field, kind| Complaint { field, kind };
         let mut abilities = Abilities::new(&judge);
@@ -393,7 +393,7 @@ mod tests {
         };
         assert!(adapt(&mut abilities, "top_logprobs", Kind::Most(8), &first).is_some_and(|words| words.contains('8')));
         assert_eq!(abilities.top_logprobs, 8);
-        // A second request that was under way with the old number.
+        // A second request was under way with the old number.
         assert_eq!(adapt(&mut abilities, "top_logprobs", Kind::Most(8), &first), Some(String::new()));
         let first = Request { top_logprobs: 8, ..first };
         for expected in [5, 2, 0] {
@@ -403,8 +403,8 @@ mod tests {
         }
         assert!(adapt(&mut abilities, "max_tokens", Kind::Unsupported, &first).is_some());
         assert!(adapt(&mut abilities, "max_completion_tokens", Kind::Unsupported, &first).is_some());
-        assert_eq!(adapt(&mut abilities, "max_tokens", Kind::Unsupported, &first), None, "it takes neither");
-        // The temperature has no effect on the log-probabilities of the first token; it has on a text.
+        assert_eq!(adapt(&mut abilities, "max_tokens", Kind::Unsupported, &first), None, "it accepts neither");
+        // The temperature does not affect the log-probabilities of the first token, but it does affect a text.
         assert!(adapt(&mut abilities, "temperature", Kind::Unsupported, &first).is_some());
         let text = Request { temperature: 0.0, top_logprobs: 0, max_tokens: 100, ..first.clone() };
         assert_eq!(adapt(&mut abilities, "temperature", Kind::Unsupported, &text), None);

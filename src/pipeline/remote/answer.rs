@@ -1,4 +1,4 @@
-//! Reading of a server's answers, in the forms that servers send.
+//! Parsing of servers' answers in all common formats.
 
 use serde_json::Value;
 
@@ -6,43 +6,43 @@ use super::tokens;
 use super::wire::{Request, estimate, excerpt};
 use super::{lenient, wire};
 
-/// Most tokens that one exchange may have taken.
+/// Maximum plausible number of tokens of one exchange.
 const MOST_TOKENS: u64 = 1 << 30;
-/// Highest sum of probabilities, rounding included.
+/// Maximum sum of probabilities, including rounding.
 const MOST_MASS: f64 = 1.01;
-/// Highest log-probability that counts as rounding above zero.
+/// Maximum log-probability that counts as a rounding error above zero.
 const ROUNDING: f64 = 0.01;
 
 /// A server's answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
-    /// The text, without the reasoning before it.
+    /// Text of the answer, without the reasoning before it.
     pub text: String,
-    /// The most likely first tokens with their probabilities in decreasing order; absent where the server sent none. A
-    /// probability that cannot be read is NaN.
+    /// The most likely first tokens with their probabilities in decreasing order; `None` if the server sent none. An
+    /// unreadable probability is NaN.
     pub first_token: Option<Vec<(String, f64)>>,
-    /// Tokens of the prompt.
+    /// Number of tokens of the prompt, estimated if the server reports none.
     pub prompt_tokens: u64,
-    /// Tokens of the answer.
+    /// Number of tokens of the answer, estimated if the server reports none.
     pub completion_tokens: u64,
-    /// Tokens of the prompt as the server counts them, if it does.
+    /// Number of tokens of the prompt as reported by the server.
     pub counted_prompt_tokens: Option<u64>,
-    /// The model that answered, by the name that the server reports.
+    /// Model name that the server reports.
     pub model: Option<String>,
-    /// Whether the model reasons before it answers, so that the first token is not that of an answer.
+    /// True if the model reasons before it answers, so that the first token is not that of an answer.
     pub reasons: bool,
-    /// Whether the answer was ended by the limit on its tokens.
+    /// True if the limit on tokens ended the answer.
     pub cut: bool,
 }
 
-/// The reason why a body of status 200 is not an answer.
+/// Reason why a body of status 200 is not an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unread {
-    /// It cannot be read.
+    /// The body cannot be parsed.
     Malformed(String),
     /// The server withheld the answer to this question.
     Filtered(String),
-    /// It reports a failure, which has this status.
+    /// The body reports a failure with this status.
     Failed(u16, String),
 }
 
@@ -52,22 +52,22 @@ impl<T: Into<String>> From<T> for Unread {
     }
 }
 
-/// Reads a body. A missing part, a part of another type and a number that is not finite are errors, never a guess; so is an
-/// answer that the server itself calls failed or filtered.
+/// Parses a body. A missing part, a part of another type or a non-finite number is an error, never replaced by a guess.
+/// An answer that the server itself marks as failed or filtered is an error, too.
 ///
 /// # Errors
-/// Says what is wrong with the body.
+/// If the body is not a valid answer; describes the fault.
 pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
     let value = lenient::parse(body)?;
     if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
         return Err(failure(error, "an error in a body of status 200"));
     }
     let choice = value["choices"].get(0).ok_or_else(|| match lenient::message(&value) {
-        Some(told) => format!("there is no choices[0]: {told}"),
-        None => "there is no choices[0]".into(),
+        Some(told) => format!("choices[0] is missing: {told}"),
+        None => "choices[0] is missing".into(),
     })?;
     if choice["finish_reason"] == "error" || choice.get("error").is_some_and(|error| !error.is_null()) {
-        let what = "the server calls its answer failed (finish_reason \"error\", status 200)";
+        let what = "the server marks its answer as failed (finish_reason \"error\", status 200)";
         return Err(failure(&choice["error"], what));
     }
     if choice["finish_reason"] == "content_filter" {
@@ -80,7 +80,7 @@ pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
     let written = match (content(&message["content"]), choice["text"].as_str()) {
         (Some(text), _) => text,
         (None, Some(text)) => text.to_owned(),
-        // A chat answer without text may have a null content or none.
+        // A chat answer without text may have null content or none.
         (None, None) if message.is_object() && message["content"].is_null() => String::new(),
         (None, None) => return Err("choices[0] has neither message.content nor text".into()),
     };
@@ -89,7 +89,7 @@ pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
         ["reasoning_content", "reasoning"].iter().any(|name| message[*name].as_str().is_some_and(|t| !t.is_empty()));
     let first_token = if request.top_logprobs > 0 { listed(&choice["logprobs"])? } else { None };
     let opens = first_token.as_ref().and_then(|tokens| tokens.first()).is_some_and(|(token, _)| opens_reasoning(token));
-    // A count that no exchange can have, and a count of zero, are the same as none.
+    // An implausible count or zero is treated as missing.
     let usage = |name: &str| value["usage"][name].as_u64().filter(|count| (1..=MOST_TOKENS).contains(count));
     let counted = usage("prompt_tokens");
     Ok(Answer {
@@ -104,7 +104,7 @@ pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
     })
 }
 
-/// A failure that a body of status 200 reports, by the code that it names.
+/// Returns the failure that a body of status 200 reports, classified by its code.
 fn failure(error: &Value, what: &str) -> Unread {
     let told = lenient::message(error).unwrap_or_else(|| excerpt(&error.to_string()));
     let words = format!("{what}: {told}");
@@ -117,13 +117,13 @@ fn failure(error: &Value, what: &str) -> Unread {
     }
 }
 
-/// The text of a message's content: a text, a list of parts, or an object with a text.
+/// Returns the text of a message's content: a string, a list of parts, or an object with a string.
 fn content(content: &Value) -> Option<String> {
     match content {
         Value::String(text) => Some(text.clone()),
         Value::Array(parts) => parts.iter().map(self::content).collect::<Option<Vec<_>>>().map(|parts| parts.concat()),
         Value::Object(object) => match object.get("type").and_then(Value::as_str) {
-            // Reasoning that is a part of its own is not the answer.
+            // A separate reasoning part is not the answer.
             Some("thinking" | "reasoning") => Some(String::new()),
             _ => ["text", "content", "value"].iter().find_map(|name| self::content(object.get(*name)?)),
         },
@@ -131,18 +131,19 @@ fn content(content: &Value) -> Option<String> {
     }
 }
 
-/// Whether a token begins a reasoning block.
+/// Returns whether a token begins a reasoning block.
 fn opens_reasoning(token: &str) -> bool {
     ["<think", "<thought", "<|channel|>", "[THINK]", "<reasoning"]
         .iter()
         .any(|open| token.trim_start().starts_with(open))
 }
 
-/// Whether a text begins with reasoning, and the answer after it; an unfinished reasoning has none.
+/// Returns whether a text begins with reasoning, and the answer after it, which is empty if the reasoning is
+/// unfinished.
 fn split_reasoning(text: &str) -> (bool, String) {
     const ENDS: [&str; 5] = ["</think>", "</thought>", "[/THINK]", "</reasoning>", "<|channel|>final<|message|>"];
     if let Some((at, end)) = ENDS.iter().filter_map(|end| Some((text.rfind(end)?, end))).max() {
-        // A block without content is that of a model whose reasoning is switched off.
+        // An empty block is written by models whose reasoning is turned off.
         let thought = text[..at].trim_start_matches(|c: char| c != '>' && c != ']').chars().any(char::is_alphanumeric);
         let headless = !opens_reasoning(text) && text[..at].chars().any(char::is_alphanumeric);
         return (thought || headless, text[at + end.len()..].trim_start().to_owned());
@@ -150,7 +151,8 @@ fn split_reasoning(text: &str) -> (bool, String) {
     if opens_reasoning(text) { (true, String::new()) } else { (false, text.to_owned()) }
 }
 
-/// The alternatives of the first token: a list of objects (`content[0].top_logprobs`), or a map (`top_logprobs[0]`).
+/// Returns the alternatives of the first token, from a list of objects (`content[0].top_logprobs`) or a map
+/// (`top_logprobs[0]`).
 fn listed(logprobs: &Value) -> Result<Option<Vec<(String, f64)>>, String> {
     let pairs: Vec<(String, &Value)> = if let Some(list) = logprobs["content"][0]["top_logprobs"].as_array() {
         let pair = |one: &'_ Value| tokens::text(&one["token"], &one["bytes"]);
@@ -175,14 +177,14 @@ fn listed(logprobs: &Value) -> Result<Option<Vec<(String, f64)>>, String> {
         return Err(format!("the probabilities of the first token add up to {mass:.3}"));
     }
     read.sort_by(|a, b| b.1.total_cmp(&a.1));
-    // NaN is above all numbers in this order.
+    // In total order NaN is above all numbers; unreadable entries are moved to the end.
     let unread = read.iter().filter(|(_, p)| p.is_nan()).count();
     read.rotate_left(unread);
     Ok(Some(read))
 }
 
-/// The probability of a log-probability. Servers whose JSON has no infinity write null, a text or a huge number for the
-/// logarithm of zero.
+/// Converts a log-probability to a probability. Servers whose JSON has no infinity write null, a string or a huge
+/// number for the logarithm of zero.
 fn probability(logprob: &Value) -> Option<f64> {
     let number = match logprob {
         Value::Null => f64::NEG_INFINITY,
@@ -210,7 +212,7 @@ mod tests {
         })
     }
 
-    /// The first token's alternatives of a chat answer with these log-probabilities, as JSON.
+    /// Returns the parsed alternatives of a chat answer's first token with these log-probabilities, given as JSON.
     fn alternatives(pairs: &[(&str, &str)]) -> Result<Vec<(String, f64)>, String> {
         let list: Vec<String> = pairs
             .iter()
@@ -224,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn both_forms_of_log_probabilities_are_read() {
+    fn both_formats_of_log_probabilities_are_read() {
         let half = 0.5f64.ln();
         let chat = json!({ "choices": [{ "message": { "content": "1" }, "logprobs": { "content": [{ "token": "1",
             "logprob": half, "top_logprobs": [{ "token": "2", "logprob": -2.0 }, { "token": "1", "logprob": half }] }] } }],
@@ -243,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_count_that_cannot_be_is_estimated() {
+    fn an_implausible_token_count_is_estimated() {
         for (prompt, completion) in [(u64::MAX.to_string(), "-1"), ("0".into(), "0"), ("null".into(), "\"1\"")] {
             let body = format!(
                 r#"{{"choices": [{{"text": "1"}}], "usage": {{"prompt_tokens": {prompt}, "completion_tokens": {completion}}}}}"#
@@ -255,8 +257,8 @@ mod tests {
     }
 
     #[test]
-    fn log_probabilities_are_read_in_every_form() {
-        // The logarithm of zero: JSON has no infinity.
+    fn log_probabilities_are_read_in_every_spelling() {
+        // Spellings of the logarithm of zero: JSON has no infinity.
         for zero in ["null", "-Infinity", "\"-inf\"", "\"-Infinity\"", "-1e999", "-9999.0", "-1e308"] {
             let read = alternatives(&[("1", "0.0"), ("2", zero)]).unwrap();
             assert_eq!(read, [("1".to_owned(), 1.0), ("2".to_owned(), 0.0)], "{zero}");
@@ -265,7 +267,7 @@ mod tests {
             assert_eq!(alternatives(&[("1", rounding)]).unwrap(), [("1".to_owned(), 1.0)], "{rounding}");
         }
         assert!((alternatives(&[("1", "\"-0.5\"")]).unwrap()[0].1 - (-0.5f64).exp()).abs() < 1e-12);
-        // One that cannot be read counts as unknown, and is last.
+        // An unreadable one counts as unknown and is last.
         for unknown in ["NaN", "0.5", "\"x\"", "{}", "Infinity", "true"] {
             let read = alternatives(&[("x", unknown), ("1", "-0.1"), ("2", "-2.4")]).unwrap();
             assert_eq!((read[0].0.as_str(), read[2].0.as_str(), read[2].1.is_nan()), ("1", "x", true), "{unknown}");
@@ -274,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn the_text_of_an_answer_is_read_in_every_form() {
+    fn the_text_of_an_answer_is_read_in_every_format() {
         for (message, text, reasons) in [
             (json!({ "content": "1" }), "1", false),
             (json!({ "content": [{ "type": "text", "text": "1" }, { "type": "text", "text": "0" }] }), "10", false),
@@ -301,14 +303,17 @@ mod tests {
     }
 
     #[test]
-    fn a_body_that_is_not_an_answer_is_an_error_in_words() {
+    fn a_body_that_is_not_an_answer_is_described() {
         for (body, words) in [
             ("", "empty"),
             ("  \n", "empty"),
             ("<html>", "is an HTML page, not JSON"),
             ("{\"choices\": []}", "choices[0]"),
             ("{\"choices\": null}", "choices[0]"),
-            ("{\"object\": \"error\", \"message\": \"no such model\", \"choices\": []}", "choices[0]: no such model"),
+            (
+                "{\"object\": \"error\", \"message\": \"no such model\", \"choices\": []}",
+                "choices[0] is missing: no such model",
+            ),
             ("{\"choices\": [{}]}", "neither"),
             ("{\"choices\": [{\"message\": {\"content\": 3}}]}", "neither"),
             ("{\"error\": {\"message\": \"overloaded\"}}", "status 200: overloaded"),
@@ -321,9 +326,9 @@ mod tests {
             ("{\"error\": {\"message\": \"none left\", \"code\": \"insufficient_quota\"}}", "402: "),
             (
                 "{\"choices\": [{\"text\": \"1\", \"finish_reason\": \"error\", \"error\": {\"code\": 502}}]}",
-                "502: the server calls its answer failed (finish_reason \"error\", status 200): {\"code\":502}",
+                "502: the server marks its answer as failed (finish_reason \"error\", status 200): {\"code\":502}",
             ),
-            ("{\"choices\": [{\"text\": \"\", \"finish_reason\": \"error\"}]}", "calls its answer failed"),
+            ("{\"choices\": [{\"text\": \"\", \"finish_reason\": \"error\"}]}", "marks its answer as failed"),
             ("{\"choices\": [{\"text\": \"1\", \"finish_reason\": \"content_filter\"}]}", "filtered: "),
             (
                 "{\"choices\": [{\"message\": {\"content\": null, \"refusal\": \"I cannot\"}}]}",

@@ -1,8 +1,10 @@
-//! A circuit breaker: a judge that keeps failing is left alone for a while, then asked once.
+//! A circuit breaker: requests to a judge that keeps failing are held back for a while, then a single one is let
+//! through.
 
 use std::time::Duration;
 
-/// Closed lets requests through, open holds them back, half-open lets one through to see. Time is passed in.
+/// Circuit breaker. Closed lets requests through, open holds them back, half-open lets one through as a probe. Time is
+/// passed in.
 #[derive(Debug, Clone)]
 pub struct Breaker {
     threshold: u32,
@@ -17,28 +19,28 @@ enum State {
     Open {
         until: Duration,
     },
-    /// One request is under way to see; should it be lost, another may go at `until`.
+    /// One probe is under way. If it is lost, another may be sent at `until`.
     Probing {
         until: Duration,
     },
 }
 
-/// Whether a request may go.
+/// Result of [`Breaker::admit`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admit {
-    /// It may.
+    /// The request may be sent.
     Go,
-    /// Ask again after this long.
+    /// The request must ask again after this time.
     Wait(Duration),
 }
 
 impl Breaker {
-    /// Opens after `threshold` failures in a row, for `cooldown`.
+    /// Creates a breaker that opens for `cooldown` after `threshold` consecutive failures.
     pub fn new(threshold: u32, cooldown: Duration) -> Self {
         Self { threshold: threshold.max(1), cooldown, failures: 0, state: State::Closed }
     }
 
-    /// Whether a request may go at `now`.
+    /// Returns whether a request may be sent at `now`.
     pub fn admit(&mut self, now: Duration) -> Admit {
         match self.state {
             State::Closed => Admit::Go,
@@ -50,7 +52,7 @@ impl Breaker {
         }
     }
 
-    /// A request ended at `now`, with an answer or with a failure of the server or the network.
+    /// Records that a request ended at `now`, with an answer or with a failure of the server or the network.
     pub fn record(&mut self, now: Duration, success: bool) {
         if success {
             self.failures = 0;
@@ -63,13 +65,13 @@ impl Breaker {
         }
     }
 
-    /// Holds requests back from `now` on: the judge was found not to answer any question.
+    /// Opens the breaker at `now`, because the judge was found to answer no questions.
     pub fn trip(&mut self, now: Duration) {
         self.state = State::Open { until: now + self.cooldown };
     }
 
-    /// Records that the server refused a request at `now`. The server is up, so this does not count as a failure; but a probe
-    /// that was let through has not been answered, so the other requests stay held back.
+    /// Records that the server refused a request at `now`. The server is up, so this does not count as a failure. A
+    /// probe is not answered by this, so the other requests stay held back.
     pub fn refused(&mut self, now: Duration) {
         self.failures = 0;
         if matches!(self.state, State::Probing { .. }) {
@@ -77,7 +79,7 @@ impl Breaker {
         }
     }
 
-    /// Whether requests are held back.
+    /// Returns whether requests are held back.
     pub fn is_open(&self) -> bool {
         self.state != State::Closed
     }
@@ -92,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn opens_probes_and_closes() {
+    fn it_opens_probes_and_closes() {
         let mut breaker = Breaker::new(3, at(10));
         for now in 0..2 {
             breaker.record(at(now), false);
@@ -101,7 +103,7 @@ mod tests {
         breaker.record(at(2), false);
         assert!(breaker.is_open());
         assert_eq!(breaker.admit(at(5)), Admit::Wait(at(7)));
-        // Half-open: one goes, the others wait for it.
+        // Half-open: one is sent, the others wait for it.
         assert_eq!(breaker.admit(at(12)), Admit::Go);
         assert_eq!(breaker.admit(at(12)), Admit::Wait(at(10)));
         breaker.record(at(13), false);
@@ -110,11 +112,11 @@ mod tests {
         breaker.record(at(24), true);
         assert!(!breaker.is_open());
         breaker.record(at(25), false);
-        assert_eq!(breaker.admit(at(25)), Admit::Go, "one failure is not three");
+        assert_eq!(breaker.admit(at(25)), Admit::Go, "one failure is below the threshold");
     }
 
     #[test]
-    fn a_refusal_does_not_open_it_and_does_not_close_it() {
+    fn a_refusal_neither_opens_nor_closes_the_breaker() {
         let mut breaker = Breaker::new(2, at(10));
         for now in 0..5 {
             breaker.refused(at(now));
@@ -128,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_that_is_lost_does_not_lock_it() {
+    fn a_lost_probe_does_not_lock_the_breaker() {
         let mut breaker = Breaker::new(1, at(10));
         breaker.record(at(0), false);
         assert_eq!(breaker.admit(at(10)), Admit::Go);

@@ -1,13 +1,13 @@
-//! The most that a run may spend on remote judges (`labeler.max_cost`).
+//! Limit on a run's spending on remote judges (`labeler.max_cost`).
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A bound on what is spent, shared by all remote judges of a run, in the currency of the configured prices.
+/// Spending limit shared by all remote judges of a run, in the currency of the configured prices.
 ///
-/// An exchange is begun only if the most that it can cost is still within the bound, so that the bound is never exceeded.
-/// What was spent is kept in a file, which later processes of the same run go on from.
+/// An exchange starts only if its maximum cost is within the remaining budget, so that the limit is not exceeded. The
+/// amount spent is stored in a file, from which later processes of the same run continue.
 pub struct Budget {
     limit: f64,
     file: Option<PathBuf>,
@@ -19,12 +19,12 @@ pub struct Budget {
 struct Spent {
     settled: f64,
     reserved: f64,
-    /// Whether the file could not be written the last time, so that this is logged once.
+    /// True if the last write to the file failed, so that the failure is logged once.
     unwritten: bool,
 }
 
-/// The most that one exchange under way can cost. Unless it is settled, all of it counts as spent: the server may charge
-/// for an exchange that nobody waited for.
+/// Reservation of the maximum cost of one exchange. Unless it is settled, all of it counts as spent: the server may
+/// charge for an exchange that was abandoned.
 pub struct Reserved {
     budget: Arc<Budget>,
     most: f64,
@@ -32,15 +32,15 @@ pub struct Reserved {
 }
 
 impl Budget {
-    /// A budget of `limit`, of which what `file` says is spent already.
+    /// Creates a budget of `limit`, less the amount recorded in `file`.
     ///
     /// # Errors
-    /// A file that is there and cannot be read as a number.
+    /// If the file exists and does not contain a non-negative number.
     pub fn open(limit: f64, file: Option<PathBuf>) -> anyhow::Result<Arc<Self>> {
         let settled = match file.as_ref().map(std::fs::read_to_string) {
             Some(Ok(text)) => text.trim().parse::<f64>().ok().filter(|spent| spent.is_finite() && *spent >= 0.0).ok_or_else(|| {
                 anyhow::anyhow!(
-                    "{} should hold what was spent on judges so far, as a number, but holds {:?}; write the amount into it",
+                    "{} must contain the amount spent on judges so far, as a number, but contains {:?}; write the amount into it",
                     file.iter().map(|path| path.display().to_string()).collect::<String>(),
                     text.chars().take(40).collect::<String>()
                 )
@@ -57,16 +57,16 @@ impl Budget {
         Ok(Arc::new(Self { limit, file, spent, exhausted: AtomicBool::new(false) }))
     }
 
-    /// Sets `most` aside for one exchange.
+    /// Reserves `most` for one exchange.
     ///
     /// # Errors
-    /// In words, when that is more than is left.
+    /// A message, if that exceeds the remaining budget.
     pub fn reserve(self: &Arc<Self>, most: f64) -> Result<Reserved, String> {
         let mut spent = self.lock();
         if spent.settled + spent.reserved + most > self.limit {
             self.exhausted.store(true, Ordering::SeqCst);
             return Err(format!(
-                "labeler.max_cost = {} is used up: {:.6} are spent, and the next question could cost {most:.6} more; raise it to go on",
+                "labeler.max_cost = {} is used up: {:.6} was spent, and the next question could cost {most:.6} more; raise it to continue",
                 self.limit, spent.settled
             ));
         }
@@ -74,12 +74,12 @@ impl Budget {
         Ok(Reserved { budget: Arc::clone(self), most, cost: None })
     }
 
-    /// Returns what was spent so far, by earlier processes of the run too.
+    /// Returns the amount spent so far, including by earlier processes of the run.
     pub fn spent(&self) -> f64 {
         self.lock().settled
     }
 
-    /// Returns whether an exchange was refused for want of budget.
+    /// Returns whether an exchange was refused because the budget was insufficient.
     pub fn exhausted(&self) -> bool {
         self.exhausted.load(Ordering::SeqCst)
     }
@@ -92,7 +92,7 @@ impl Budget {
         if cost == 0.0 {
             return;
         }
-        // Written aside and renamed, so that a program that is killed meanwhile leaves a whole file.
+        // Written to a temporary file and renamed, so that a process that is killed leaves a complete file.
         let aside = file.with_extension("partial");
         let written =
             std::fs::write(&aside, format!("{}\n", spent.settled)).and_then(|()| std::fs::rename(&aside, file));
@@ -101,7 +101,7 @@ impl Budget {
             Err(error) => {
                 crate::observe::telemetry::disk_error();
                 if !std::mem::replace(&mut spent.unwritten, true) {
-                    tracing::error!("cannot write what was spent on judges to {}: {error}", file.display());
+                    tracing::error!("cannot write the amount spent on judges to {}: {error}", file.display());
                 }
             }
         }
@@ -113,7 +113,7 @@ impl Budget {
 }
 
 impl Reserved {
-    /// Ends the exchange, which cost `cost`; all that was set aside where that is not known.
+    /// Ends the exchange with its `cost`; `None` charges the complete reservation.
     pub fn settle(mut self, cost: Option<f64>) {
         self.cost = cost;
     }
@@ -130,14 +130,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_under_way_counts_at_its_most_until_it_is_settled() {
+    fn an_exchange_under_way_counts_at_its_maximum_cost_until_it_is_settled() {
         let budget = Budget::open(1.0, None).unwrap();
         let (a, b) = (budget.reserve(0.5).unwrap(), budget.reserve(0.25).unwrap());
         assert!(budget.reserve(0.5).err().unwrap().contains("labeler.max_cost = 1"));
         assert!(budget.exhausted());
         a.settle(Some(0.125));
         assert_eq!(budget.spent(), 0.125);
-        // An exchange that nobody waited for is charged in full.
+        // An abandoned exchange is charged in full.
         drop(b);
         assert_eq!(budget.spent(), 0.375);
         budget.reserve(0.5).unwrap().settle(Some(0.0));
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_later_process_goes_on_from_what_was_spent() {
+    fn a_later_process_continues_from_the_amount_spent() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("judge-cost.txt");
         Budget::open(1.0, Some(file.clone())).unwrap().reserve(0.75).unwrap().settle(Some(0.625));

@@ -1,4 +1,4 @@
-//! Sending questions to a server: limits, time-outs, retries, hedging, and what it costs.
+//! Client of one judge server: limits, time-outs, retries, hedging and costs.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,57 +26,57 @@ use crate::pipeline::label::backend::{Alive, NoAnswer, Reply, Usage};
 use crate::util::limit::AdjustableLimit;
 use crate::util::seed;
 
-/// Tries that are refused for the rate of requests after which the client looks whether the server answers others.
+/// Number of rate-limited tries after which the client checks whether the server answers other questions.
 const LIMITED_TRIES: u32 = 8;
-/// Times in a row that it has to, before the question itself counts as refused: a prompt larger than a limit on tokens is
-/// reported as a rate limit by some servers.
+/// Number of consecutive such checks after which the question itself counts as refused: some servers report a prompt
+/// that exceeds a token limit as a rate limit.
 const LIMITED_ROUNDS: u32 = 5;
 /// Interval between two signs of life while a question waits.
 const SIGN_EVERY: Duration = Duration::from_secs(10);
 
-/// One server, with all that its users share.
+/// Client of one server, with the state that its users share.
 pub struct Client {
-    /// How it is asked.
+    /// Configuration of the judge.
     pub judge: RemoteJudge,
-    /// What came of it.
+    /// Counts of exchanges by outcome.
     pub stats: RemoteStats,
     transport: Transport,
     abilities: Mutex<Abilities>,
-    /// Whether the model writes an answer as one token.
+    /// Per answer, whether the model writes it as one token.
     tokens_of_answers: Mutex<HashMap<String, bool>>,
-    /// Whether a warning of cut prompts was given.
+    /// True once a warning about truncated prompts was logged.
     cut_prompts: AtomicBool,
-    /// Whether a warning of lists that are too short was given.
+    /// True once a warning about too short lists of alternatives was logged.
     cut_lists: AtomicBool,
     began: Instant,
-    /// Exchanges that may be under way at once.
+    /// Limit on concurrent exchanges.
     pub knob: Arc<AdjustableLimit>,
     pace: Pace,
     budget: Option<Arc<Budget>>,
-    /// Highest ratio so far of what an exchange cost to the most that it should have; at least 1.
+    /// Highest ratio so far of an exchange's cost to its estimated maximum; at least 1.
     excess: Mutex<f64>,
     breaker: Mutex<Breaker>,
     outage: Outage,
     evidence: Mutex<Evidence>,
-    /// Held by the question that finds out whether the server answers any.
+    /// Held by the question that checks whether the server answers any.
     turn: tokio::sync::Mutex<()>,
     jitter: Mutex<ChaCha8Rng>,
 }
 
-/// The tries of one question since it was last let through to the server.
+/// Tries of one question since it was last admitted.
 struct Tries {
     failed: u32,
     limited: u32,
-    /// Whether the question was sent again because a connection was closed.
+    /// True if the question was sent again because a connection was closed.
     reopened: bool,
     deadline: Duration,
 }
 
 impl Client {
-    /// A client that has sent nothing yet, and spends no more than `budget` allows.
+    /// Creates a client that has sent nothing yet and spends no more than `budget` allows.
     ///
     /// # Errors
-    /// An address, header, certificate or environment variable that cannot be used.
+    /// If an address, header, certificate or environment variable is invalid.
     pub fn new(judge: RemoteJudge, budget: Option<Arc<Budget>>) -> Result<Self> {
         let transport = Transport::new(&judge)?;
         Ok(Self {
@@ -100,58 +100,59 @@ impl Client {
         })
     }
 
-    /// How the server is asked, by what it has refused so far.
+    /// Returns the server's known abilities, which reflect its refusals so far.
     pub fn abilities(&self) -> Abilities {
         self.lock(&self.abilities).clone()
     }
 
-    /// Whether the model writes `answer` as one token, if that is known.
+    /// Returns whether the model writes `answer` as one token, if that is known.
     pub fn known_token(&self, answer: &str) -> Option<bool> {
         self.lock(&self.tokens_of_answers).get(answer).copied()
     }
 
-    /// Notes whether the model writes `answer` as one token.
+    /// Records whether the model writes `answer` as one token.
     pub fn note_token(&self, answer: &str, whole: bool) {
         self.lock(&self.tokens_of_answers).insert(answer.to_owned(), whole);
     }
 
-    /// Changes how the server is asked.
+    /// Changes the server's known abilities.
     pub fn change(&self, change: impl FnOnce(&mut Abilities)) {
         change(&mut self.lock(&self.abilities));
     }
 
-    /// The model of the first answer, by the name that the server reports, where all answers have to be of that model.
+    /// Returns the model name that the server reported with its first answer, if all answers must be of that model.
     pub fn reported_model(&self) -> Option<String> {
         self.lock(&self.evidence).model().filter(|_| !self.judge.any_model)
     }
 
-    /// How answers become probabilities, in words, once the server has answered.
+    /// Returns a description of how answers become probabilities, once the server has answered.
     pub fn evidence(&self) -> Option<String> {
         let answered = self.lock(&self.evidence).has_answered();
         answered.then(|| self.abilities().words().to_owned())
     }
 
-    /// Whom to give a sign of life while the server is away.
+    /// Registers a callback that gives a sign of life while the server is unavailable.
     pub fn attend(&self, name: &str, alive: &Alive) {
         self.outage.attend(name, alive);
     }
 
     /// Asks until there is an answer.
     ///
-    /// A failure of the server or the network is tried again up to `retries` times within `deadline_s`; a rate limit is
-    /// waited for and counts as no try. Then, or at once after a refusal, the client finds out whether the server answers
-    /// other questions. If it does, this question is asked as often once more and then given up; after a refusal that is
-    /// about the question itself (400, 413, 422), at once. If it does not, the server is away: all questions wait for
-    /// it, up to `outage_s` from the first failure on, and are asked again once it answers.
+    /// A failure of the server or the network is retried up to `retries` times within `deadline_s`; a rate limit is
+    /// waited for and does not count as a try. After that, or at once after a refusal, the client checks whether the
+    /// server answers other questions. If it does, this question gets the same number of tries once more and is then
+    /// given up; after a refusal that is about the question itself (400, 413, 422), it is given up at once. If the
+    /// server answers no other question either, it is unavailable: all questions wait for it, up to `outage_s` from the
+    /// first failure, and are asked again once it answers.
     ///
     /// # Errors
-    /// An abstention when the server answers other questions but not this one; a failure when it answered none for
-    /// `outage_s`, when the budget is used up, or when nobody wants the answer any more. Both name the address, and quote
-    /// the server.
+    /// An abstention if the server answers other questions but not this one. A failure if it answered none for
+    /// `outage_s`, if the budget is used up, or if nobody wants the answer any more. Both contain the address and the
+    /// server's message.
     pub async fn ask(&self, request: &Request, usage: &mut Usage) -> Reply<Answer> {
         let mut request = request.clone();
         let mut tries = self.tries();
-        // Whether the server was seen to answer other questions when the tries began.
+        // `answering` is true if the server was seen to answer other questions when the present tries began.
         let (mut asked, mut answering, mut alone) = (false, false, 0);
         loop {
             if self.admitted(asked).await? {
@@ -159,7 +160,7 @@ impl Client {
             }
             let waits = self.now();
             self.paced(&request).await?;
-            // The time for all tries does not pass while none may be made.
+            // The deadline is extended by the time during which no try was allowed.
             tries.deadline += self.now() - waits;
             let (outcome, answer) = self.send(&request, usage).await?;
             asked = true;
@@ -178,7 +179,7 @@ impl Client {
             let ended = self.now();
             if let ExchangeOutcome::Closed(_) = outcome {
                 if !tries.reopened {
-                    // The server may have closed a connection that was idle: that is no failure.
+                    // The server may have closed an idle connection, which is not a failure.
                     tries.reopened = true;
                     telemetry::judge_retry();
                     continue;
@@ -211,7 +212,7 @@ impl Client {
                 continue;
             }
             if self.answers_others(ended, usage).await? {
-                // The tries so far may have met the end of an outage. Those that begin now are held against the question.
+                // Earlier tries may have met the end of an outage. Only tries from now on count against the question.
                 if outcome.is_about_the_question() || (answering && (refuses || spent)) {
                     return Err(NoAnswer::Abstention(format!("{words}; it answers other questions")));
                 }
@@ -231,12 +232,12 @@ impl Client {
         }
     }
 
-    /// Asks `request` once, or a few times while the server or the network fails, for about `patience` at most.
+    /// Asks `request`, retrying a few times while the server or the network fails, for about `patience` at most.
     ///
     /// # Errors
     /// The cause of the last failed try.
     pub async fn probe(&self, request: &Request, patience: Duration) -> Result<Answer, Cause> {
-        /// As many as tell a server that fails now and then from one that is away.
+        /// Enough tries to distinguish a server that fails occasionally from one that is unavailable.
         const TRIES: u32 = 5;
         let mut request = request.clone();
         let mut until = self.now() + patience;
@@ -271,7 +272,7 @@ impl Client {
         self.began.elapsed()
     }
 
-    /// The address that is asked, as errors show it.
+    /// Returns the address of requests for error messages.
     fn address(&self) -> String {
         self.transport.address(&self.judge)
     }
@@ -288,17 +289,17 @@ impl Client {
     fn gave_up(&self) -> NoAnswer {
         let cause = self.outage.cause().map_or_else(|| "it gave no answer".into(), |cause| cause.words);
         NoAnswer::Failure(format!(
-            "{cause}; no question was answered for {} s, and it is not waited for any longer (labeler.remote.outage_s = {})",
+            "{cause}; no question was answered for {} s, and the limit is labeler.remote.outage_s = {}",
             self.outage.away(self.now()).as_secs(),
             self.judge.outage_s
         ))
     }
 
-    /// Returns whether the server answers other questions than one that failed at `since`: from an answer to one that was
-    /// sent later, or by asking one that it has answered before.
+    /// Returns whether the server answers questions other than one that failed at `since`. Uses an answer to a question
+    /// that was sent later, or asks one that the server has answered before.
     ///
     /// # Errors
-    /// As [`Client::paced`].
+    /// As for [`Client::paced`].
     async fn answers_others(&self, since: Duration, usage: &mut Usage) -> Reply<bool> {
         let _turn = self.turn.lock().await;
         let control = {
@@ -309,7 +310,7 @@ impl Client {
             evidence.control()
         };
         let Some(mut control) = control else { return Ok(false) };
-        // It may have been answered before the server refused its form.
+        // The control question may have been answered before the server refused its number of alternatives.
         control.top_logprobs = control.top_logprobs.min(self.abilities().top_logprobs);
         self.paced(&control).await?;
         let sent = self.now();
@@ -322,11 +323,11 @@ impl Client {
         Ok(answer.is_some())
     }
 
-    /// Waits while the server is away, as long as it is waited for; returns whether it had to. A question that was not
-    /// `asked` yet is let through when the wait is over, so that none fails unasked.
+    /// Waits while the server is unavailable, for at most `outage_s`; returns whether it waited. A question that was
+    /// not `asked` yet is admitted when the wait is over, so that no question fails without having been asked.
     ///
     /// # Errors
-    /// The server was away for `outage_s`, or nobody wants the answer any more.
+    /// If the server was unavailable for `outage_s`, or nobody wants the answer any more.
     async fn admitted(&self, asked: bool) -> Reply<bool> {
         let mut waited = false;
         loop {
@@ -343,10 +344,10 @@ impl Client {
         }
     }
 
-    /// Gives a sign of life of who waits for the server; returns for how long it has answered nothing.
+    /// Gives a sign of life for the actors that wait for the server; returns the time since it last answered.
     ///
     /// # Errors
-    /// Nobody wants the answer any more.
+    /// If nobody wants the answer any more.
     fn waiting(&self) -> Reply<Duration> {
         let waited = self.outage.wait(self.now(), &self.judge.url, seconds(self.judge.outage_s));
         if waited.wanted {
@@ -356,10 +357,10 @@ impl Client {
         Err(NoAnswer::Failure(format!("the run ended while it waited for the judge at {}{cause}", self.judge.url)))
     }
 
-    /// Waits `pause`, with signs of life where that is long.
+    /// Waits for `pause`, with signs of life if it is long.
     ///
     /// # Errors
-    /// As [`Client::waiting`].
+    /// As for [`Client::waiting`].
     async fn rest(&self, pause: Duration) -> Reply<()> {
         const SLICE: Duration = Duration::from_secs(1);
         let until = self.now() + pause;
@@ -372,10 +373,10 @@ impl Client {
         Ok(())
     }
 
-    /// Waits for a server that limits the rate; all questions wait with this one.
+    /// Waits after a rate-limit response; all questions wait with this one.
     ///
     /// # Errors
-    /// No question was answered for `outage_s`, or nobody wants the answer any more.
+    /// If no question was answered for `outage_s`, or nobody wants the answer any more.
     async fn limited(&self, outcome: &ExchangeOutcome, attempt: u32) -> Reply<()> {
         if attempt > self.judge.retries && self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
             return Err(self.gave_up());
@@ -386,10 +387,10 @@ impl Client {
         self.held(pause).await
     }
 
-    /// Waits `pause`, which a server asked for, but no longer than a server is waited for that answers nothing.
+    /// Waits for `pause`, which a server asked for, but no longer than an unavailable server is waited for.
     ///
     /// # Errors
-    /// The pause is longer than that, or nobody wants the answer any more.
+    /// If the pause is longer than that, or nobody wants the answer any more.
     async fn held(&self, pause: Duration) -> Reply<()> {
         let patience = seconds(self.judge.outage_s).max(seconds(self.judge.deadline_s));
         let left = patience.saturating_sub(self.outage.away(self.now()));
@@ -397,10 +398,10 @@ impl Client {
         if pause > left { Err(self.gave_up()) } else { Ok(()) }
     }
 
-    /// Waits for the rate limits: those of the configuration, and what the server asked this process or another one for.
+    /// Waits for the configured rate limits and for pauses that the server asked this or another process for.
     ///
     /// # Errors
-    /// As [`Client::held`].
+    /// As for [`Client::held`].
     async fn paced(&self, request: &Request) -> Reply<()> {
         loop {
             let Err(hold) = self.turn(request).await? else { return Ok(()) };
@@ -411,11 +412,11 @@ impl Client {
         }
     }
 
-    /// As [`Client::paced`] for a question before the run, which is waited for until `until`; returns until when it is after
-    /// that. The time that the limits of the configuration take does not count.
+    /// Waits as [`Client::paced`] does, but for a probe with the deadline `until`. Returns the deadline extended by the
+    /// time spent waiting for the configured rate limits.
     ///
     /// # Errors
-    /// The server asked to be left alone for longer.
+    /// If the server asked for a pause beyond the deadline.
     async fn paced_probe(&self, request: &Request, mut until: Duration) -> Result<Duration, Cause> {
         loop {
             let began = self.now();
@@ -429,11 +430,11 @@ impl Client {
         }
     }
 
-    /// Waits for a turn within the limits of the configuration, with signs of life; returns how long the server asked to be
-    /// left alone instead, if it did.
+    /// Waits for a turn within the configured rate limits, with signs of life. The inner error is the pause that the
+    /// server asked for, if any.
     ///
     /// # Errors
-    /// Nobody wants the answer any more.
+    /// If nobody wants the answer any more.
     async fn turn(&self, request: &Request) -> Reply<Result<(), Duration>> {
         let turn = self.pace.turn(request.estimate() as f64);
         tokio::pin!(turn);
@@ -451,13 +452,13 @@ impl Client {
     }
 
     fn asked_to_wait(&self, hold: Duration) -> String {
-        format!("{} asked to be left alone for {} s (Retry-After)", self.address(), hold.as_secs_f64().ceil())
+        format!("{} asked for a pause of {} s (Retry-After)", self.address(), hold.as_secs_f64().ceil())
     }
 
-    /// One try: one exchange, or two where the first lets itself be waited for.
+    /// Makes one try: one exchange, or two if the first takes longer than `hedge_after_s`.
     ///
     /// # Errors
-    /// The budget does not allow it.
+    /// If the budget does not allow it.
     async fn send(&self, request: &Request, usage: &mut Usage) -> Reply<(ExchangeOutcome, Option<Answer>)> {
         let sent = self.now();
         let first = self.exchange(request, self.reserve(request)?);
@@ -467,7 +468,7 @@ impl Client {
             done = &mut first => return Ok(self.settle(done, request, sent, usage)),
             () = tokio::time::sleep(seconds(after)) => {}
         }
-        // The second request counts for the limits like any other.
+        // The second request counts towards the limits like any other.
         let paced = tokio::select! {
             done = &mut first => return Ok(self.settle(done, request, sent, usage)),
             paced = self.paced(request) => paced,
@@ -479,7 +480,7 @@ impl Client {
         telemetry::judge_hedge();
         let second = self.exchange(request, reserved);
         tokio::pin!(second);
-        // Who answers first wins; who merely fails first leaves it to the other.
+        // The first answer wins. If one of the two fails first, the other one decides.
         let (done, other) = tokio::select! {
             done = &mut first => (done, true),
             done = &mut second => (done, false),
@@ -492,17 +493,17 @@ impl Client {
         Ok(self.settle(last, request, sent, usage))
     }
 
-    /// Sets the most that an exchange may cost aside.
+    /// Reserves the maximum cost of an exchange.
     ///
     /// # Errors
-    /// A failure that names `labeler.max_cost` where that is more than is left.
+    /// A failure that names `labeler.max_cost` if that exceeds the remaining budget.
     fn reserve(&self, request: &Request) -> Reply<Option<Reserved>> {
         let Some(budget) = &self.budget else { return Ok(None) };
         let most = self.most(request) * *self.lock(&self.excess);
         budget.reserve(most).map(Some).map_err(NoAnswer::Failure)
     }
 
-    /// The most that an exchange should cost by the length of its question and answer.
+    /// Returns the estimated maximum cost of an exchange, from the lengths of its question and answer.
     fn most(&self, request: &Request) -> f64 {
         self.cost(request.most_prompt_tokens(), request.limit(&self.judge, &self.abilities()) as u64)
     }
@@ -511,7 +512,7 @@ impl Client {
         (prompt_tokens as f64 * self.judge.price_prompt + completion_tokens as f64 * self.judge.price_completion) / 1e6
     }
 
-    /// Notes what an exchange cost and how the server is; `request` was sent at `sent`.
+    /// Records the cost of an exchange and the state of the server; `request` was sent at `sent`.
     fn settle(
         &self,
         done: (ExchangeOutcome, Option<Answer>),
@@ -533,10 +534,10 @@ impl Client {
         let now = self.now();
         let mut breaker = self.lock(&self.breaker);
         match outcome.nature() {
-            // The question may be put otherwise.
+            // The question can be asked in another form.
             Nature::NoAnswer if matches!(outcome, ExchangeOutcome::Field(..)) => breaker.record(now, true),
             Nature::NoAnswer => breaker.refused(now),
-            // Whether it counts as a failure depends on whether it happens again.
+            // Counts as a failure only if it happens again.
             Nature::Passing if matches!(outcome, ExchangeOutcome::Closed(_)) => {}
             Nature::Limited | Nature::Passing => breaker.record(now, outcome.alive()),
         }
@@ -551,7 +552,7 @@ impl Client {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One HTTP exchange, counted once whatever becomes of it.
+    /// Performs one HTTP exchange, which is counted once however it ends.
     async fn exchange(&self, request: &Request, reserved: Option<Reserved>) -> (ExchangeOutcome, Option<Answer>) {
         let _under_way = self.knob.enter().await;
         let (sent, counted) = (Instant::now(), Counted::new(&self.stats));
@@ -567,7 +568,7 @@ impl Client {
             let mut known = self.lock(&self.excess);
             *known = known.max(excess);
             drop(known);
-            // A server that broke off or was not waited for may charge for it all the same.
+            // A server may charge for an exchange even if the answer did not arrive.
             let unknown = matches!(
                 outcome,
                 ExchangeOutcome::Timeout
@@ -584,7 +585,8 @@ impl Client {
         (outcome, answer)
     }
 
-    /// Waits for `work`, with signs of life: an exchange takes up to `timeout_s`, and the watchdog has less patience.
+    /// Waits for `work`, with signs of life: an exchange takes up to `timeout_s`, which may exceed the watchdog's
+    /// limit.
     async fn alive_while<T>(&self, work: impl Future<Output = T>) -> T {
         tokio::pin!(work);
         loop {
@@ -602,11 +604,11 @@ impl Client {
         self.of_the_judge(request, answer)
     }
 
-    /// Lets an answer through that is of the same model as the first one, since a server may be started again with another,
-    /// and that has log-probabilities where they were asked for and earlier answers had them.
+    /// Accepts an answer only if it is of the same model as the first one, since a server may be restarted with another
+    /// model, and if it has log-probabilities when they were requested and earlier answers had them.
     fn of_the_judge(&self, request: &Request, answer: Answer) -> Result<Answer, ExchangeOutcome> {
         if request.top_logprobs > 0 && !self.lock(&self.evidence).counts(answer.first_token.is_some()) {
-            return Err(ExchangeOutcome::Malformed("it has no log-probabilities; they were asked for".into()));
+            return Err(ExchangeOutcome::Malformed("it has no log-probabilities, although they were requested".into()));
         }
         if request.top_logprobs > 0 && answer.first_token.is_none() && self.judge.evidence != Votes::Logprobs {
             let mut abilities = self.lock(&self.abilities);
@@ -624,7 +626,8 @@ impl Client {
         if first == is { Ok(answer) } else { Err(ExchangeOutcome::OtherModel(first, is)) }
     }
 
-    /// Whether the server refused the form of `request` and is asked otherwise from now on; `request` then has that form.
+    /// Returns whether the server refused the form of `request` and is asked in another form from now on; `request` is
+    /// changed to it.
     fn adapted(&self, outcome: &ExchangeOutcome, request: &mut Request) -> bool {
         let change = match outcome {
             ExchangeOutcome::Field(_, _, complaint) => {
@@ -643,10 +646,10 @@ impl Client {
         true
     }
 
-    /// Warns once of lists that are too short for the answers: those that are not listed can have `unlisted` together, and the
-    /// others have `mass`.
+    /// Warns once about lists that are too short for the answers: unlisted answers may have up to `unlisted`
+    /// probability in total, listed ones have `mass`.
     pub fn watch_for_cut_lists(&self, request: &Request, unlisted: f64, mass: f64) {
-        /// Share of the answers' probability that a label can do without.
+        /// Share of the answers' probability that a label can miss.
         const NEGLIGIBLE: f64 = 0.05;
         if mass > 0.0 && unlisted > NEGLIGIBLE * mass && !self.cut_lists.swap(true, Ordering::SeqCst) {
             tracing::warn!(
@@ -658,11 +661,11 @@ impl Client {
         }
     }
 
-    /// Warns once of a server that counts far fewer tokens than a prompt has: it may cut prompts at their beginning.
+    /// Warns once about a server that counts far fewer tokens than a prompt has: it may truncate prompts.
     fn watch_for_cut_prompts(&self, request: &Request, answer: &Answer) {
-        /// Characters of a token that no tokenizer exceeds on average over a long text.
+        /// Maximum average number of characters per token of any tokenizer over a long text.
         const MOST_CHARACTERS: u64 = 16;
-        /// Shorter prompts may be of one long word.
+        /// Shorter prompts may consist of one long word.
         const LONG: u64 = 2000;
         let characters = request.prompt.chars().count() as u64;
         let few =
@@ -678,7 +681,7 @@ impl Client {
     }
 }
 
-/// Counts an exchange as overtaken unless it is told how it ended.
+/// Guard that counts an exchange as superseded unless its outcome is recorded.
 struct Counted<'a> {
     stats: &'a RemoteStats,
     began: Instant,

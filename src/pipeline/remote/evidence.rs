@@ -1,5 +1,5 @@
-//! Records whether a judge answers questions at all, which distinguishes a question that cannot be answered from a judge that
-//! answers none.
+//! Record of whether a judge answers questions at all. It distinguishes a question that cannot be answered from a judge
+//! that answers none.
 
 use std::time::Duration;
 
@@ -10,25 +10,25 @@ use super::wire::Request;
 pub struct Evidence {
     /// A short question that the judge has answered.
     control: Option<Request>,
-    /// When the latest question was sent that was answered.
+    /// Send time of the latest question that was answered.
     answered: Option<Duration>,
-    /// When the control question was last sent in vain.
+    /// Send time of the latest control question that was not answered.
     in_vain: Option<Duration>,
-    /// The model of the first answer, by the name that the server reported.
+    /// Model name that the server reported with its first answer.
     model: Option<String>,
-    /// Whether any answer had log-probabilities, and how many had none before.
+    /// True if any answer had log-probabilities; `unlisted` counts the answers without.
     listed: bool,
     unlisted: u32,
 }
 
 impl Evidence {
-    /// Returns whether the judge answers questions that were sent at `since` or later; `None` if that is not known.
+    /// Returns whether the judge answers questions sent at `since` or later; `None` if that is not known.
     pub fn of(&self, since: Duration) -> Option<bool> {
         let after = |sent: Option<Duration>| sent.is_some_and(|sent| sent >= since);
         if after(self.answered) { Some(true) } else { after(self.in_vain).then_some(false) }
     }
 
-    /// Notes that `request`, sent at `sent`, was answered.
+    /// Records that `request`, sent at `sent`, was answered.
     pub fn answered(&mut self, request: &Request, sent: Duration) {
         self.answered = self.answered.max(Some(sent));
         if self.control.as_ref().is_none_or(|known| request.prompt.len() < known.prompt.len()) {
@@ -36,26 +36,26 @@ impl Evidence {
         }
     }
 
-    /// Notes that the control question was sent at `sent` and not answered.
+    /// Records that the control question sent at `sent` was not answered.
     pub fn asked_in_vain(&mut self, sent: Duration) {
         self.in_vain = self.in_vain.max(Some(sent));
     }
 
-    /// Whether any question was answered.
+    /// Returns whether any question was answered.
     pub fn has_answered(&self) -> bool {
         self.answered.is_some()
     }
 
-    /// Returns the question that shows whether the judge answers any, once it has answered one: the shortest so far.
+    /// Returns the control question, the shortest one that the judge has answered, or `None` before the first answer.
     pub fn control(&self) -> Option<Request> {
         self.control.clone()
     }
 
-    /// Notes whether an answer to a question for log-probabilities had some. Returns whether the answer counts: one without
-    /// them counts only from the third on, if no answer ever had any, so that an odd one does not change how the judge is
-    /// asked.
+    /// Records whether an answer to a request for log-probabilities had any. Returns whether the answer counts. Without
+    /// log-probabilities it counts only from the third such answer on, and only if no answer ever had any, so that a
+    /// single odd answer does not change how the judge is asked.
     pub fn counts(&mut self, has_logprobs: bool) -> bool {
-        /// Answers without log-probabilities that show that a server offers none.
+        /// Number of answers without log-probabilities that show that a server offers none.
         const TELLING: u32 = 3;
         if has_logprobs {
             self.listed = true;
@@ -65,12 +65,12 @@ impl Evidence {
         has_logprobs || (!self.listed && self.unlisted >= TELLING)
     }
 
-    /// Returns the model of the first answer, if there was one that named its model.
+    /// Returns the model name of the first answer that named its model.
     pub fn model(&self) -> Option<String> {
         self.model.clone()
     }
 
-    /// Returns the model of the first answer, which is `model` if there was none before.
+    /// Returns the model name of the first answer, recording `model` if there was none before.
     pub fn first_model(&mut self, model: &str) -> String {
         self.model.get_or_insert_with(|| model.to_owned()).clone()
     }
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_odd_answer_without_log_probabilities_does_not_show_that_a_server_offers_none() {
+    fn one_answer_without_log_probabilities_does_not_show_that_a_server_offers_none() {
         let mut none = Evidence::default();
         assert_eq!([false; 4].map(|has| none.counts(has)), [false, false, true, true]);
         let mut some = Evidence::default();
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn only_questions_that_were_sent_later_tell_whether_the_judge_answers() {
+    fn only_questions_sent_later_show_whether_the_judge_answers() {
         let at = Duration::from_secs;
         let request = |prompt: &str| Request::vote(prompt, 0);
         let mut evidence = Evidence::default();
@@ -101,13 +101,13 @@ mod tests {
         assert_eq!(
             (evidence.of(at(5)), evidence.of(at(6))),
             (Some(true), None),
-            "an answer tells nothing of later times"
+            "an answer says nothing about later times"
         );
         evidence.asked_in_vain(at(7));
         assert_eq!((evidence.of(at(5)), evidence.of(at(6)), evidence.of(at(8))), (Some(true), Some(false), None));
         evidence.answered(&request("short"), at(9));
         evidence.answered(&request("another long one"), at(8));
-        assert_eq!(evidence.of(at(9)), Some(true), "answers come in any order");
+        assert_eq!(evidence.of(at(9)), Some(true), "answers arrive in any order");
         let control = evidence.control().unwrap();
         assert_eq!((control.prompt.as_str(), control.max_tokens), ("short", 1));
         assert_eq!((evidence.first_model("a"), evidence.first_model("b")), ("a".to_owned(), "a".to_owned()));

@@ -1,21 +1,20 @@
-//! What tells the judges of two configurations apart: for the files that their labels are written to, and for the label
-//! cache.
+//! Identity of a judge in label files, and the hash of its configuration in label cache keys.
 
 use crate::config::{Evidence, RemoteApi, RemoteJudge};
 use crate::pipeline::label::shape::{Parts, Shape};
 use crate::util::seed;
 
-/// Identity of the judge in files of labels. It includes the address. The keys of label caches that earlier programs wrote
-/// include it, so it never changes.
+/// Returns the judge's identity in label files. It includes the address. Label cache keys of earlier versions of the
+/// program include it, so it must never change.
 pub fn identity(judge: &RemoteJudge) -> u64 {
     seed::text(&[judge.url.as_str(), &judge.model, api(judge), judge.system.as_deref().unwrap_or_default()].join("\0"))
 }
 
-/// Everything in the configuration that shapes the judge's answers. The address is not part of it: a server that moved is the
-/// same judge.
+/// Returns hashes of all settings that affect the judge's answers. The address is not included: a server that moved is
+/// the same judge.
 ///
-/// A key that is added to the configuration and changes what is sent to the server belongs here, as a part that is absent at
-/// the key's default; where it is set, `earlier` is `None`, since no earlier program sent it.
+/// A new configuration key that changes requests must be added here, as a part that is absent at the key's default. If
+/// it is set, `earlier` is `None`, since no earlier version sent it.
 pub fn shape(judge: &RemoteJudge) -> Shape {
     let usual = RemoteJudge::default();
     let thinking = (judge.thinking_tokens != usual.thinking_tokens).then(|| judge.thinking_tokens.to_string());
@@ -34,7 +33,7 @@ pub fn shape(judge: &RemoteJudge) -> Shape {
         Evidence::Logprobs => "logprobs",
         Evidence::Votes => "votes",
     };
-    // Without votes, their number shapes nothing.
+    // Without votes, their number has no effect.
     let votes = (judge.evidence != Evidence::Logprobs).then(|| judge.votes.to_string());
     let weighed = written.clone().with("evidence", evidence).with_some("votes", votes.as_deref());
     let weighed = weighed.with_some("top_logprobs", listed.as_deref());
@@ -42,7 +41,7 @@ pub fn shape(judge: &RemoteJudge) -> Shape {
     Shape { weighed: weighed.digest(), written: written.digest(), earlier: plain.then(|| identity(judge)) }
 }
 
-/// A table as text, if it has anything.
+/// Returns a table as text, or `None` if it is empty.
 fn set(table: &toml::Table) -> Option<String> {
     (!table.is_empty()).then(|| table.to_string())
 }
@@ -63,11 +62,11 @@ mod tests {
     }
 
     #[test]
-    fn all_that_shapes_an_answer_changes_the_shape_and_the_address_does_not() {
+    fn every_setting_that_affects_answers_changes_the_shape_and_the_address_does_not() {
         let base = shape(&judge());
         let moved = shape(&RemoteJudge { url: "https://b:1/v1".into(), api_key_env: Some("K".into()), ..judge() });
         assert_eq!((moved.weighed, moved.written), (base.weighed, base.written));
-        assert_ne!(moved.earlier, base.earlier, "earlier programs kept answers by the address");
+        assert_ne!(moved.earlier, base.earlier, "earlier versions included the address in their keys");
         let table = || toml::Table::from_iter([("a".to_owned(), toml::Value::from(1))]);
         let changed: [(&str, RemoteJudge, bool); 10] = [
             ("extra_body", RemoteJudge { extra_body: table(), ..judge() }, true),
@@ -90,9 +89,9 @@ mod tests {
         assert_eq!(shape(&RemoteJudge { votes: 9, ..exact.clone() }), shape(&exact), "there are no votes");
     }
 
-    /// The values that are in caches and in files of labels.
+    /// Expected values from existing caches and label files.
     #[test]
-    fn the_hashes_are_those_that_were_written() {
+    fn hashes_are_stable_across_versions() {
         let identity = |judge: RemoteJudge| format!("{:016x}", identity(&judge));
         let url = "http://127.0.0.1:18327/v1".to_owned();
         let fixture =

@@ -1,4 +1,4 @@
-//! A judge's API key, which goes into one header and nowhere else.
+//! API keys of judges, which are sent in one header and appear nowhere else.
 
 use anyhow::{Context, Result, ensure};
 use axum::http::HeaderValue;
@@ -6,25 +6,26 @@ use sha2::{Digest, Sha256};
 
 use super::wire::rewritten;
 
-/// Shorter keys are what servers without keys are given (`EMPTY`, `none`): they are no secrets, and may be a part of
-/// what a judge says.
+/// Minimum length of a key that is treated as a secret. Shorter ones are placeholders for servers without keys
+/// (`EMPTY`, `none`) and may occur in a judge's answers.
 const SECRET: usize = 8;
 
-/// What stands where a server repeated the key.
+/// Replacement for a key that a server repeated.
 const HIDDEN: &str = "[API key]";
 
-/// An API key. It has no `Debug` and no `Display`, so that it cannot be printed.
+/// An API key. It implements neither `Debug` nor `Display`, so that it cannot be printed.
 pub struct Key {
     value: String,
-    /// As it stands in a text, and as JSON writes it.
+    /// The key as plain text and as JSON writes it.
     spellings: Vec<String>,
 }
 
 impl Key {
-    /// The secret in the environment variable `name`, which `place` in the configuration names; `url` is for whom.
+    /// Reads the secret from the environment variable `name`, which the configuration key `place` names; `url` is its
+    /// server.
     ///
     /// # Errors
-    /// A variable that is not set, or that holds what no header may. Never repeats what it holds.
+    /// If the variable is not set, or has characters that a header cannot hold. The error never contains its value.
     pub fn from_env(name: &str, place: &str, url: &str) -> Result<Self> {
         let value = std::env::var_os(name).filter(|value| !value.is_empty()).with_context(|| {
             format!("the environment variable {name} ({place}) is not set; it must hold the API key of {url}")
@@ -32,7 +33,7 @@ impl Key {
         let value = value.into_string().unwrap_or_default();
         ensure!(
             !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_graphic()),
-            "the environment variable {name} ({place}) holds a space, a line's end or another character that no API key has; set it to the key alone"
+            "the environment variable {name} ({place}) holds a space, a line break or another character that API keys do not have; set it to the key alone"
         );
         Ok(Self::new(value))
     }
@@ -47,25 +48,27 @@ impl Key {
         Self { value, spellings }
     }
 
-    /// The value of an `Authorization` header with the key as a bearer token. Libraries do not print it.
+    /// Returns the value of an `Authorization` header with the key as a bearer token, marked as sensitive so that
+    /// libraries do not print it.
     pub(super) fn bearer(&self) -> Result<HeaderValue> {
         sensitive(&format!("Bearer {}", self.value))
     }
 
-    /// The value of a header that is the secret itself. Libraries do not print it.
+    /// Returns the secret as a header value, marked as sensitive so that libraries do not print it.
     pub(super) fn plain(&self) -> Result<HeaderValue> {
         sensitive(&self.value)
     }
 
-    /// The SHA-256 of the key.
+    /// Returns the SHA-256 of the key.
     pub(super) fn digest(&self) -> Vec<u8> {
         Sha256::digest(self.value.as_bytes()).to_vec()
     }
 
-    /// What a server sent, without the key where it repeats it: error texts do, and they end in logs and samples.
+    /// Returns a server's response with the key replaced. Error messages may repeat it, and are written to logs and
+    /// samples.
     pub(super) fn hide(&self, body: Vec<u8>) -> Vec<u8> {
         let body = self.replace(body);
-        // What is spelled with escapes is plain text once it is read.
+        // A key spelled with JSON escapes would become plain text when the body is parsed.
         match rewritten(&body) {
             Some(plain) => {
                 let hidden = self.replace(plain.clone());
@@ -75,7 +78,7 @@ impl Key {
         }
     }
 
-    /// Whether `text` contains the key, in whatever case: an address has its host in lower case.
+    /// Returns whether `text` contains the key, ignoring case, because hosts in addresses are in lower case.
     pub(super) fn is_in(&self, text: &str) -> bool {
         let text = text.to_ascii_lowercase();
         self.spellings.iter().any(|spelling| text.contains(&spelling.to_ascii_lowercase()))
@@ -115,16 +118,16 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_hidden_however_it_is_spelled() {
+    fn a_key_is_hidden_in_every_spelling() {
         assert_eq!(hide("sk-0123456789", "no sk-0123456789, sk-0123456789"), "no [API key], [API key]");
         assert_eq!(hide("sk-0123456789", r#"{"a": "\u0073k-0123456789"}"#), r#"{"a":"[API key]"}"#);
         assert_eq!(hide("sk-\"01234567", r#"{"a": "sk-\"01234567"}"#), r#"{"a": "[API key]"}"#);
         let kept = r#"{"a": "\u00e9", "b": 1.50}"#;
-        assert_eq!(hide("sk-0123456789", kept), kept, "what has no key in it stays as it was");
+        assert_eq!(hide("sk-0123456789", kept), kept, "a body without the key is unchanged");
     }
 
     #[test]
-    fn what_is_no_secret_is_left_alone() {
+    fn short_placeholder_keys_are_not_hidden() {
         assert_eq!(hide("EMPTY", "EMPTY"), "EMPTY");
         assert_eq!(hide("1", "{\"text\": \"1\"}"), "{\"text\": \"1\"}");
     }

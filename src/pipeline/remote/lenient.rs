@@ -1,5 +1,5 @@
-//! JSON as servers send it: with a byte order mark, comments that keep a connection alive, events of a stream, numbers that
-//! JSON does not have, and halves of characters.
+//! Lenient JSON parsing for responses of real servers: byte order marks, keep-alive comments, event streams, numbers
+//! that JSON does not have, and unpaired surrogates.
 
 use flate2::read::MultiGzDecoder;
 use serde_json::{Value, json};
@@ -7,10 +7,10 @@ use std::io::Read;
 
 use super::wire::excerpt;
 
-/// Parses a body.
+/// Parses a response body.
 ///
 /// # Errors
-/// Says what the body is instead of JSON: empty, cut off, a page, or something else.
+/// If the body is not JSON. The message describes it: empty, truncated, an HTML page, or something else.
 pub fn parse(body: &[u8]) -> Result<Value, String> {
     let text = String::from_utf8_lossy(body);
     let text = without_comments(text.trim_start_matches('\u{feff}'));
@@ -36,10 +36,10 @@ pub fn parse(body: &[u8]) -> Result<Value, String> {
     })
 }
 
-/// Decompresses a body that begins with the mark of gzip, of at most `most` bytes.
+/// Decompresses a body that begins with gzip's magic bytes, to at most `most` bytes.
 ///
 /// # Errors
-/// A body that is larger, damaged or cut off.
+/// If the body is larger, damaged or truncated.
 pub fn unpacked(body: Vec<u8>, most: usize) -> Result<Vec<u8>, String> {
     if !body.starts_with(&[0x1f, 0x8b]) {
         return Ok(body);
@@ -50,10 +50,10 @@ pub fn unpacked(body: Vec<u8>, most: usize) -> Result<Vec<u8>, String> {
     if plain.len() > most { Err(format!("the body has more than {most} bytes")) } else { Ok(plain) }
 }
 
-/// The sentence of an error in JSON.
+/// Returns the message of a JSON error.
 pub fn message(value: &Value) -> Option<String> {
     let error = &value["error"];
-    // FastAPI's form: a list of mistakes, each with the path of the field.
+    // FastAPI's format: a list of mistakes, each with the path of the field.
     let listed = value["detail"].as_array().map(|list| {
         let one = |mistake: &Value| {
             let path = mistake["loc"].as_array().map_or(String::new(), |path| {
@@ -75,7 +75,7 @@ pub fn message(value: &Value) -> Option<String> {
         .find(|text| !text.is_empty())
 }
 
-/// The text without lines that are comments of an event stream before it: `: keep-alive`.
+/// Removes leading lines that are comments of an event stream: `: keep-alive`.
 fn without_comments(text: &str) -> String {
     let mut rest = text.trim_start();
     while rest.starts_with(':') {
@@ -84,7 +84,7 @@ fn without_comments(text: &str) -> String {
     rest.to_owned()
 }
 
-/// The answer that an event stream (`data: {…}` lines) spells; none if the text is no event stream.
+/// Assembles the answer from an event stream (`data: {…}` lines); `None` if the text is not an event stream.
 fn events(text: &str) -> Option<Result<Value, String>> {
     let mut data = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(':'));
     let stream = text.starts_with("data:") || text.starts_with("event:") || text.ends_with("[DONE]");
@@ -110,7 +110,7 @@ fn events(text: &str) -> Option<Result<Value, String>> {
     Some(whole.ok_or_else(|| "the stream has no event".into()))
 }
 
-/// Adds an event to the answer: its text to that before, and its log-probabilities if none came before.
+/// Adds an event to the answer: its text is appended, and its log-probabilities are used if none came before.
 fn add(whole: &mut Option<Value>, written: &mut String, event: Value) {
     let choice = &event["choices"][0];
     let piece = [&choice["delta"]["content"], &choice["message"]["content"], &choice["text"]]
@@ -136,7 +136,7 @@ fn add(whole: &mut Option<Value>, written: &mut String, event: Value) {
     if reasoning.is_string() {
         choice["message"]["reasoning_content"] = reasoning;
     }
-    // An empty delta with the role comes first in many streams.
+    // Many streams begin with an empty delta that has only the role.
     let empty = choice["logprobs"]["content"].as_array().is_none_or(Vec::is_empty)
         && !choice["logprobs"]["top_logprobs"].is_array();
     if !logprobs.is_null() && empty {
@@ -147,8 +147,8 @@ fn add(whole: &mut Option<Value>, written: &mut String, event: Value) {
     }
 }
 
-/// The text with numbers that JSON does not have as texts (`NaN`, `-Infinity`, `-1e999`), and with a replacement character
-/// for each half of a surrogate pair.
+/// Returns the text with non-JSON numbers as strings (`NaN`, `-Infinity`, `-1e999`), and with a replacement character
+/// for each unpaired surrogate.
 fn repaired(text: &str) -> String {
     let bytes = text.as_bytes();
     let (mut out, mut at, mut inside) = (String::with_capacity(text.len()), 0, false);
@@ -197,7 +197,7 @@ fn repaired(text: &str) -> String {
     out
 }
 
-/// An escape inside a text as it can be read, and its length.
+/// Returns a valid form of an escape inside a string, and the length of the original.
 fn escape(rest: &str) -> (&str, usize) {
     let unit = |at: usize| {
         let hex = rest.get(at..at + 6)?.strip_prefix("\\u")?;
@@ -221,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_body_is_read_whatever_surrounds_it() {
+    fn surrounding_bytes_and_compression_are_accepted() {
         let value = json!({ "a": "b: \u{e9}", "c": [1, -0.5] });
         let plain = value.to_string();
         for body in [
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_and_halves_of_characters_that_json_does_not_have_are_read() {
+    fn non_json_numbers_and_unpaired_surrogates_are_read() {
         for (body, expected) in [
             ("[NaN, -Infinity, Infinity, -1e999, 1e999, -1.5]", json!(["nan", "-inf", "inf", "-inf", "inf", -1.5])),
             ("[\"NaN -Infinity \\\" \\\\\", NaN]", json!(["NaN -Infinity \" \\", "nan"])),
@@ -255,14 +255,14 @@ mod tests {
     }
 
     #[test]
-    fn an_event_stream_is_put_together() {
+    fn an_event_stream_is_assembled() {
         let body = "data: {\"model\": \"m\", \"choices\": [{\"delta\": {\"role\": \"assistant\", \"content\": \"\"}, \"logprobs\": null}]}\n\n: keep-alive\n\ndata: {\"choices\": [{\"delta\": {\"content\": \"1\"}, \"logprobs\": {\"content\": [{\"token\": \"1\"}]}}]}\n\ndata: {\"choices\": [{\"delta\": {\"content\": \"0\"}, \"logprobs\": {\"content\": [{\"token\": \"0\"}]}, \"finish_reason\": \"length\"}]}\n\ndata: {\"choices\": [], \"usage\": {\"prompt_tokens\": 9}}\n\ndata: [DONE]\n\n";
         let value = parse(body.as_bytes()).unwrap();
         let choice = &value["choices"][0];
         assert_eq!((&choice["message"]["content"], &choice["finish_reason"]), (&json!("10"), &json!("length")));
         assert_eq!(choice["logprobs"]["content"][0]["token"], "1");
         assert_eq!((&value["model"], &value["usage"]["prompt_tokens"]), (&json!("m"), &json!(9)));
-        // A plain answer followed by the end of a stream.
+        // A complete answer followed by the end of a stream.
         let body = "{\"choices\": [{\"message\": {\"content\": \"2\"}}]}\n\ndata: [DONE]\n\n";
         assert_eq!(parse(body.as_bytes()).unwrap()["choices"][0]["message"]["content"], "2");
         assert!(parse(b"data: {\n\n").unwrap_err().contains("an event of the stream is not JSON"));
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_that_cannot_be_read_is_named() {
+    fn an_unreadable_body_is_described() {
         for (body, words) in [
             ("", "the body is empty"),
             (": keep-alive\n\n", "the body is empty"),
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sentence_of_an_error_is_found_in_every_form() {
+    fn error_messages_are_found_in_every_format() {
         for (body, expected) in [
             (json!({ "error": { "message": "a" } }), "a"),
             (json!({ "error": "b" }), "b"),

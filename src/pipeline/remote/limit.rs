@@ -2,54 +2,54 @@
 
 use crate::config::RemoteJudge;
 
-/// Waits that are shorter than this many seconds are errors of rounding.
+/// Waits shorter than this many seconds are rounding errors.
 const ROUNDING: f64 = 1e-9;
 
-/// The rate limits of one judge: requests and tokens per minute, each in bursts of up to a tenth of that.
+/// Rate limits of one judge: requests and tokens per minute, each with bursts of up to a tenth of that.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     requests: Option<Rate>,
     tokens: Option<Rate>,
 }
 
-/// A bucket that fills at a steady rate, and holds one burst.
+/// A bucket that fills at a steady rate and holds one burst.
 #[derive(Debug, Clone, Copy)]
 struct Rate {
     per_second: f64,
     burst: f64,
 }
 
-/// The use of limits so far. All instants are seconds of one clock.
+/// State of the buckets. All times are seconds of one clock.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct State {
-    /// Instant at which the bucket of requests is full again.
+    /// Time at which the bucket of requests is full again.
     pub requests: f64,
-    /// Instant at which the bucket of tokens is full again.
+    /// Time at which the bucket of tokens is full again.
     pub tokens: f64,
-    /// Instant until which the server asked not to be sent anything (Retry-After).
+    /// Time until which the server asked not to be sent anything (Retry-After).
     pub hold: f64,
 }
 
-/// Whether a request may be sent.
+/// Result of [`Limits::take`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Turn {
-    /// It may, and counts as sent.
+    /// The request may be sent, and counts as sent.
     Now,
-    /// The limits leave no room; there may be room after so many seconds.
+    /// The limits leave no room; there may be room after this many seconds.
     Later(f64),
-    /// The server asked not to be sent anything for so many seconds.
+    /// The server asked not to be sent anything for this many seconds.
     Held(f64),
 }
 
 impl Limits {
-    /// Returns the limits that the configuration sets; `None` where it sets none.
+    /// Returns the limits of the configuration, or `None` if it sets none.
     pub fn of(judge: &RemoteJudge) -> Option<Self> {
         let (requests, tokens) = (Rate::new(judge.requests_per_minute), Rate::new(judge.tokens_per_minute));
         (requests.is_some() || tokens.is_some()).then_some(Self { requests, tokens })
     }
 
     /// Takes room for a request of `tokens` tokens at `now`, if there is room. Nothing is reserved for later, so that a
-    /// process that ends while it waits leaves no trace.
+    /// process that ends while it waits has no effect.
     pub fn take(&self, state: &mut State, now: f64, tokens: f64) -> Turn {
         if state.hold > now {
             return Turn::Held(state.hold - now);
@@ -75,13 +75,13 @@ impl Rate {
             .then(|| Self { per_second: per_minute as f64 / 60.0, burst: (per_minute as f64 / 10.0).max(1.0) })
     }
 
-    /// Seconds until there is room for `amount`, where the bucket is full at `full`. An amount of more than a burst needs a
-    /// full bucket; those behind it wait until it is made up for.
+    /// Returns the seconds until there is room for `amount`, if the bucket is full at `full`. An amount above one burst
+    /// needs a full bucket; later requests wait until the excess is recovered.
     fn wait(&self, full: f64, now: f64, amount: f64) -> f64 {
         full.max(now) - now - (self.burst - amount.min(self.burst)) / self.per_second
     }
 
-    /// Instant at which the bucket is full again when `amount` is taken.
+    /// Returns the time at which the bucket is full again after `amount` is taken.
     fn after(&self, full: f64, now: f64, amount: f64) -> f64 {
         full.max(now) + amount / self.per_second
     }
@@ -96,14 +96,14 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_is_let_through_and_then_the_rate_holds() {
+    fn a_burst_is_let_through_and_then_the_rate_applies() {
         // 60 a minute: one a second, bursts of six.
         let (limits, mut state) = (limits(60, 0), State::default());
         for _ in 0..6 {
             assert_eq!(limits.take(&mut state, 0.0, 1e9), Turn::Now);
         }
         assert_eq!(limits.take(&mut state, 0.0, 0.0), Turn::Later(1.0));
-        assert_eq!(limits.take(&mut state, 0.5, 0.0), Turn::Later(0.5), "who waits reserves nothing");
+        assert_eq!(limits.take(&mut state, 0.5, 0.0), Turn::Later(0.5), "a waiting request reserves nothing");
         assert_eq!(limits.take(&mut state, 1.0, 0.0), Turn::Now);
         assert_eq!(limits.take(&mut state, 1.0, 0.0), Turn::Later(1.0));
         for _ in 0..6 {
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_question_that_is_larger_than_a_burst_is_sent_and_those_behind_it_wait() {
+    fn a_question_larger_than_a_burst_is_sent_and_later_ones_wait() {
         // One token a second, bursts of six.
         let (limits, mut state) = (limits(0, 60), State::default());
         assert_eq!(limits.take(&mut state, 100.0, 30.0), Turn::Now);
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn both_limits_are_kept_and_a_hold_of_the_server_comes_first() {
+    fn both_limits_apply_and_a_pause_of_the_server_takes_precedence() {
         let (limits, mut state) = (limits(60, 600), State::default());
         // A tenth of a second per token, bursts of 60 tokens.
         assert_eq!(limits.take(&mut state, 0.0, 60.0), Turn::Now);

@@ -1,4 +1,4 @@
-//! An outage of a judge: since when no question was answered, why, and who waits for the judge.
+//! Outages of a judge: when they began, the cause, and the actors that wait for the judge.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,19 +10,19 @@ use crate::pipeline::label::backend::Alive;
 /// Interval between two log lines about the same outage.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 
-/// Why a judge does not answer.
+/// Reason why a judge does not answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cause {
-    /// The outcome of the last exchange, with the address asked and the server's own words.
+    /// Outcome of the last exchange, with the address and the server's own message.
     pub words: String,
-    /// Whether the server refuses, so that a person has to act; otherwise it may recover by itself.
+    /// True if the server refuses, so that a person has to act; otherwise it may recover by itself.
     pub refuses: bool,
 }
 
-/// The outage of one judge, shared by all who ask it. The clock is passed in.
+/// The outage of one judge, shared by all its users. The clock is passed in.
 ///
-/// An outage begins with the first exchange that fails after one that was answered, and ends with the next answer. Time
-/// in which nobody asked does not count.
+/// An outage begins with the first failed exchange after a success, and ends with the next answer. Time without
+/// questions does not count.
 #[derive(Default)]
 pub struct Outage(Mutex<Inner>);
 
@@ -30,46 +30,46 @@ pub struct Outage(Mutex<Inner>);
 struct Inner {
     since: Option<Duration>,
     cause: Option<Cause>,
-    /// When the outage was logged last.
+    /// Time at which the outage was last logged.
     told: Option<Duration>,
     waiting: HashMap<String, Alive>,
 }
 
-/// The result of [`Outage::wait`].
+/// Result of [`Outage::wait`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waited {
     /// Time since the outage began.
     pub away: Duration,
-    /// Whether anybody still wants the answer.
+    /// True if any actor still wants the answer.
     pub wanted: bool,
 }
 
 impl Outage {
-    /// Calls `alive` whenever the judge is waited for. One of the same name takes the place of an earlier one.
+    /// Registers `alive` to be called while the judge is waited for. It replaces an earlier callback of the same name.
     pub fn attend(&self, name: &str, alive: &Alive) {
         self.lock().waiting.insert(name.to_owned(), Alive::clone(alive));
     }
 
-    /// Notes that an exchange which failed for `cause` ended at `now`; it begins the outage unless one is under way.
+    /// Records that an exchange failed for `cause` at `now`; this begins an outage unless one has begun.
     pub fn failed(&self, now: Duration, cause: Cause) {
         let mut inner = self.lock();
         inner.since.get_or_insert(now);
         inner.cause = Some(cause);
     }
 
-    /// Returns the time since the outage began; zero while there is none.
+    /// Returns the time since the outage began, or zero without an outage.
     pub fn away(&self, now: Duration) -> Duration {
         self.lock().since.map_or(Duration::ZERO, |since| now.saturating_sub(since))
     }
 
-    /// Returns what the last failed exchange of the outage came to.
+    /// Returns the cause of the last failed exchange of the outage.
     pub fn cause(&self) -> Option<Cause> {
         self.lock().cause.clone()
     }
 
-    /// Records that a question waits for the judge at `url` at time `now`: gives a sign of life to the actors that wait,
-    /// publishes the outage for the page and the metrics, and logs it at most once a minute with the `limit` that it is
-    /// waited for.
+    /// Records that a question waits for the judge at `url` at time `now`: gives a sign of life to the waiting actors,
+    /// publishes the outage for the page and the metrics, and logs it at most once a minute, with the maximum waiting
+    /// time `limit`.
     pub fn wait(&self, now: Duration, url: &str, limit: Duration) -> Waited {
         let mut inner = self.lock();
         let away = now.saturating_sub(*inner.since.get_or_insert(now));
@@ -90,11 +90,11 @@ impl Outage {
         Waited { away, wanted }
     }
 
-    /// Gives a sign of life with `note` to the actors that wait for the judge. Returns whether any of them still wants the
-    /// answer, or there is none to ask.
+    /// Gives a sign of life with `note` to the waiting actors. Returns whether any of them still wants the answer, or
+    /// none is registered.
     pub fn sign(&self, note: &str) -> bool {
         let inner = self.lock();
-        // Every one is given the sign.
+        // All callbacks must be called, so this does not stop at the first.
         let wanted = inner.waiting.values().filter(|alive| alive(note)).count();
         wanted > 0 || inner.waiting.is_empty()
     }
@@ -134,7 +134,7 @@ mod tests {
     fn an_outage_lasts_from_the_first_failure_to_the_next_answer() {
         let outage = Outage::default();
         outage.over(at(10), "url");
-        assert_eq!(outage.away(at(5000)), Duration::ZERO, "time in which nobody asked is not an outage");
+        assert_eq!(outage.away(at(5000)), Duration::ZERO, "time without questions is not an outage");
         outage.failed(at(5000), cause("refused"));
         outage.failed(at(5030), cause("refused again"));
         assert_eq!(outage.wait(at(5060), "url", at(100)), Waited { away: at(60), wanted: true });
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_is_not_wanted_once_all_who_wait_have_halted() {
+    fn the_answer_is_not_wanted_once_all_waiting_actors_have_halted() {
         let outage = Outage::default();
         outage.failed(at(0), cause("gone"));
         let halted: Alive = std::sync::Arc::new(|_| false);
@@ -154,6 +154,6 @@ mod tests {
         outage.attend("b", &runs);
         assert!(outage.wait(at(1), "url", at(9)).wanted);
         outage.attend("b", &halted);
-        assert!(!outage.wait(at(1), "url", at(9)).wanted, "a later incarnation takes the place of an earlier one");
+        assert!(!outage.wait(at(1), "url", at(9)).wanted, "a later incarnation replaces an earlier one");
     }
 }

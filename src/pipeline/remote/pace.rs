@@ -1,4 +1,4 @@
-//! Waiting for the rate limits of the configuration, and for the time that a server asked for.
+//! Waiting for configured rate limits and for pauses that a server asked for.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -7,29 +7,30 @@ use super::limit::{Limits, State, Turn};
 use super::shared::Shared;
 use crate::config::RemoteJudge;
 
-/// Interval between two tries to lock the file of a shared limit.
+/// Interval between two attempts to lock the file of a shared limit.
 const LOCK_EVERY: Duration = Duration::from_millis(5);
-/// Tries to lock it before it counts as stuck: a process has it for microseconds, unless it was stopped meanwhile.
+/// Number of attempts to lock the file before it counts as stuck. A process holds the lock for microseconds unless it
+/// was suspended.
 const LOCK_TRIES: u32 = 400;
-/// Time for which this process is limited alone after the file could not be used.
+/// Time for which this process uses its own limit after the file could not be used.
 const ALONE: Duration = Duration::from_secs(60);
 
-/// The limits of one judge. They hold for all processes of the machine that use the same server with the same key.
+/// Rate limits of one judge. They apply to all processes of the machine that use the same server with the same key.
 pub struct Pace {
     limits: Option<Limits>,
     url: String,
     began: Instant,
-    /// The state of this process alone, whose clock begins with `began`.
+    /// State for this process alone, with times relative to `began`.
     own: Mutex<State>,
     shared: Option<Shared>,
     alone: Mutex<Alone>,
-    /// Those who wait for a turn, in order.
+    /// Queue of requests that wait for a turn, in order.
     queue: tokio::sync::Mutex<()>,
-    /// When this process heard that the server wants to be left alone, while that lasts.
+    /// Time at which this process learned of a pause that the server asked for, while the pause lasts.
     heard: Mutex<Option<Instant>>,
 }
 
-/// Whether the file of a shared limit can be used.
+/// Availability of the shared limit's file.
 #[derive(Default)]
 struct Alone {
     until: Option<Instant>,
@@ -37,7 +38,8 @@ struct Alone {
 }
 
 impl Pace {
-    /// The limits of `judge`. `account` names its server and key, without the key; processes of one account share a limit.
+    /// Creates the limits of `judge`. `account` identifies its server and key, without containing the key; processes
+    /// with the same account share the limits.
     pub fn new(judge: &RemoteJudge, account: &str) -> Self {
         let limits = Limits::of(judge);
         let mut pace = Self {
@@ -61,10 +63,10 @@ impl Pace {
         pace
     }
 
-    /// Waits for a turn to send a request of about `tokens` tokens; turns are given in order.
+    /// Waits for a turn to send a request of about `tokens` tokens. Turns are granted in order.
     ///
     /// # Errors
-    /// How long the server asked to be left alone, if it did. No turn was taken then.
+    /// The remaining pause, if the server asked for one. No turn is taken then.
     pub async fn turn(&self, tokens: f64) -> Result<(), Duration> {
         let Some(limits) = &self.limits else {
             let left = self.lock(&self.own).hold - self.began.elapsed().as_secs_f64();
@@ -83,7 +85,7 @@ impl Pace {
         }
     }
 
-    /// Notes that the server asked to be left alone for `wait`.
+    /// Records that the server asked for a pause of `wait`.
     pub async fn hold(&self, wait: Duration) {
         if wait > Duration::ZERO {
             *self.heard() = Some(Instant::now());
@@ -91,8 +93,8 @@ impl Pace {
         }
     }
 
-    /// Notes that the server answered a question that was sent at `sent`. If that was after it had asked to be left alone, it
-    /// answers again, and others need not wait any longer.
+    /// Records that the server answered a question sent at `sent`. If that was after it asked for a pause, it answers
+    /// again, and the pause ends for all.
     pub async fn answered(&self, sent: Instant) {
         let over = self.heard().take_if(|heard| sent > *heard).is_some();
         if over {
@@ -100,8 +102,8 @@ impl Pace {
         }
     }
 
-    /// Lets `change` change the state that the processes share; that of this process alone where there is none, or where it
-    /// cannot be used.
+    /// Applies `change` to the state shared by the processes, or to this process's own state if no shared one exists or
+    /// can be used.
     async fn with<T>(&self, change: impl Fn(&mut State, f64) -> T) -> T {
         let together = self.lock(&self.alone).until.is_none_or(|until| Instant::now() >= until);
         if let Some(shared) = self.shared.as_ref().filter(|_| together) {
@@ -126,7 +128,7 @@ impl Pace {
         alone.until = Some(Instant::now() + ALONE);
         if !std::mem::replace(&mut alone.warned, true) {
             tracing::warn!(
-                "the rate limit of the judge at {} holds for this process alone, and not for all processes on this machine together: {why}",
+                "the rate limit of the judge at {} holds for this process alone instead of for all processes on this machine together: {why}",
                 self.url
             );
         }

@@ -1,4 +1,5 @@
-//! From questions with closed answers to exchanges with a server, and back to probabilities.
+//! Conversion of questions with a closed set of answers to exchanges with a server, and of the replies to
+//! probabilities.
 
 use std::time::Duration;
 
@@ -10,11 +11,11 @@ use super::wire::Request;
 use crate::config::{Evidence, RemoteApi};
 use crate::pipeline::label::backend::{Ask, NoAnswer, Reply, Usage};
 
-/// The remedy where a model reasons before its answer.
-const REASONS: &str = "the model reasons before it answers; set labeler.remote.chat_template_kwargs = { enable_thinking = false } where the server takes it, or leave labeler.remote.probe on, which finds out how to ask it";
+/// Remedy for a model that reasons before its answer.
+const REASONS: &str = "the model reasons before it answers; set labeler.remote.chat_template_kwargs = { enable_thinking = false } if the server accepts it, or leave labeler.remote.probe on, which finds out how to ask it";
 
 impl Client {
-    /// Asks two simple questions to find out how the server has to be asked; see [`super::Remote::probe`].
+    /// Asks two simple questions to find out which requests the server accepts; see [`super::Remote::probe`].
     pub(super) async fn find_abilities(&self) -> Result<Option<String>, Unusable> {
         let answers = ["1".to_owned(), "2".to_owned()];
         let prompt = "Which number is larger, 1 or 2? Answer with the number and nothing else.\nAnswer:";
@@ -47,7 +48,7 @@ impl Client {
         tracing::info!("judge {}: {}", self.judge.url, self.abilities().words());
         let read = match (answer.and_then(|answer| answer.first_token), vote) {
             (Some(tokens), _) => Listed(tokens).weights(&answers).map(drop),
-            // One token is too little for some models to answer in words; votes are read from more.
+            // For some models one token is too short for an answer in words, but votes have more tokens.
             (None, Some(vote)) => votes(&[vote.text], &answers).map(drop),
             (None, None) => Ok(()),
         };
@@ -59,7 +60,7 @@ impl Client {
         }))
     }
 
-    /// Switches reasoning off by the variable that templates of reasoning models have, where that works; else gives room for
+    /// Turns reasoning off with the template variable of reasoning models if that works; otherwise allows tokens for
     /// it.
     async fn stop_reasoning(&self, question: &Request) -> Result<(), Unusable> {
         let switch = "enable_thinking";
@@ -91,29 +92,30 @@ impl Client {
         answer.map_err(|cause| Unusable { words: cause.words, refuses: cause.refuses })
     }
 
-    /// Whether answers are sampled and counted, as the server sends no log-probabilities or none of the answer itself.
+    /// Returns whether answers are sampled and counted, because the server sends no log-probabilities, or none for the
+    /// answer itself.
     fn counts_votes(&self) -> bool {
         let abilities = self.abilities();
         abilities.top_logprobs == 0 || abilities.reasons
     }
 }
 
-/// The text of an answer that was to be free text.
+/// Returns the text of an answer that is free text.
 ///
 /// # Errors
-/// An abstention where the reasoning took all tokens.
+/// An abstention if the reasoning used all tokens.
 pub(super) fn written(client: &Client, answer: Answer) -> Reply<String> {
     if answer.text.is_empty() && answer.reasons {
         let limit = client.judge.thinking_tokens;
         return Err(NoAnswer::Abstention(format!(
-            "the reasoning of {} left no tokens for an answer (labeler.remote.thinking_tokens = {limit}); {REASONS}",
+            "the reasoning of {} used all tokens before an answer (labeler.remote.thinking_tokens = {limit}); {REASONS}",
             client.judge.url
         )));
     }
     Ok(answer.text)
 }
 
-/// The probabilities of the answers, and whether they are votes.
+/// Returns the probabilities of the answers, and whether they come from votes.
 pub(super) async fn weigh(client: &Client, ask: &Ask, usage: &mut Usage) -> Reply<(Vec<f64>, bool)> {
     if !client.counts_votes() {
         let request = Request::first_token(&ask.prompt, None, client.abilities().top_logprobs);
@@ -155,8 +157,9 @@ pub(super) async fn weigh(client: &Client, ask: &Ask, usage: &mut Usage) -> Repl
     Ok((shares, true))
 }
 
-/// Adds to `listed` the answers behind a space that is a token of its own, with its probability. A space that is less likely
-/// than the answers without one is left out where the server does not continue an answer, unless it is `needed`.
+/// Adds to `listed` the answers that follow a separate space token, weighted by its probability. If the server does not
+/// continue a begun answer and the space is less likely than the answers without one, it is ignored, unless it is
+/// `needed`.
 async fn behind(
     client: &Client,
     ask: &Ask,
@@ -171,15 +174,15 @@ async fn behind(
     let request = Request::first_token(&ask.prompt, Some(space.clone()), client.abilities().top_logprobs);
     match client.ask(&request, usage).await {
         Ok(after) => listed.behind(&space, p, Listed(after.first_token.unwrap_or_default())),
-        // The server was found not to continue an answer.
+        // The server was found not to continue a begun answer.
         Err(NoAnswer::Abstention(_)) if !needed && !client.abilities().continues() => {}
         Err(refusal) => return Err(refusal),
     }
     Ok(())
 }
 
-/// Splits the probability of an answer that begins another (`1` and `10`) where the server's tokens cannot tell them
-/// apart: asks what follows the shorter one.
+/// Separates the probability of an answer from that of a longer one it begins (`1` and `10`), if the server's tokens do
+/// not distinguish them: asks for the token that follows the shorter one.
 async fn longer(
     client: &Client,
     ask: &Ask,
@@ -202,12 +205,12 @@ async fn longer(
                     weights[shorter] *= 1.0 - follows;
                     continue;
                 }
-                // The server was found not to continue an answer.
+                // The server was found not to continue a begun answer.
                 Err(_) if !client.abilities().continues() => {}
                 Err(refusal) => return Err(refusal),
             }
         }
-        // With a token of its own the longer answer would be listed, if it were likely.
+        // If the longer answer is a single token, it would be listed if it were likely.
         if !is_one_token(client, &ask.answers[longer], usage).await? {
             return Err(NoAnswer::Abstention(format!(
                 "the tokens of {} do not tell {} from {}, and it does not continue an answer; set labeler.remote.evidence = \"votes\" or api = \"completions\"",
@@ -218,7 +221,7 @@ async fn longer(
     Ok(weights)
 }
 
-/// Whether the model writes `answer` as one token, found by having it written once.
+/// Returns whether the model writes `answer` as one token, by asking it to write the answer once.
 async fn is_one_token(client: &Client, answer: &str, usage: &mut Usage) -> Reply<bool> {
     if let Some(known) = client.known_token(answer) {
         return Ok(known);

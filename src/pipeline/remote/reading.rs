@@ -1,21 +1,21 @@
-//! From what a server lists to probabilities of answers.
+//! Conversion of a server's token lists and sampled texts to probabilities of answers.
 
 use super::tokens;
 use crate::pipeline::label::backend::{NoAnswer, Reply};
 
-/// A space before the answer is not asked about where it has less than this share of the probability of the answers.
+/// A space token before the answer is ignored if it has less than this share of the answers' probability.
 const NEGLIGIBLE: f64 = 0.01;
 
-/// The likeliest next tokens with their probabilities, as a server listed them.
+/// The most likely next tokens with their probabilities, as listed by a server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Listed(pub Vec<(String, f64)>);
 
 impl Listed {
-    /// The probability of each answer: that of all tokens which spell it, with whatever space before. An answer that
-    /// is not listed has none.
+    /// Returns the probability of each answer, summed over all tokens that spell it with any leading space. An answer
+    /// that is not listed has probability zero.
     ///
     /// # Errors
-    /// An abstention when none of the answers is listed.
+    /// An abstention if none of the answers is listed, or a log-probability cannot be read.
     pub fn weights(&self, answers: &[String]) -> Reply<Vec<f64>> {
         let weights: Vec<f64> = answers
             .iter()
@@ -29,7 +29,7 @@ impl Listed {
         }
         if self.0.first().is_some_and(|(token, _)| tokens::is_number(token)) {
             return Err(NoAnswer::Abstention(
-                "the server sends numbers of tokens instead of their texts; start it without --return-tokens-as-token-ids".into(),
+                "the server sends token numbers instead of texts; start it without --return-tokens-as-token-ids".into(),
             ));
         }
         if weights.iter().all(|weight| *weight == 0.0) {
@@ -42,55 +42,55 @@ impl Listed {
         Ok(weights)
     }
 
-    /// A space as a token of its own, behind which an answer may stand, with its probability, where that is large enough
-    /// to change what the answers have together.
+    /// Returns a separate space token, which an answer may follow, with its probability, if that is large enough to
+    /// affect the answers' total.
     pub fn space_before(&self, answers: &[String]) -> Option<(&str, f64)> {
         let (space, p) = self.0.iter().find(|(token, _)| !token.is_empty() && token.chars().all(|c| c == ' '))?;
         (*p > NEGLIGIBLE * self.mass(answers)).then_some((space.as_str(), *p))
     }
 
-    /// The probability of all answers together.
+    /// Returns the total probability of all answers.
     pub fn mass(&self, answers: &[String]) -> f64 {
         let spelt = |token: &str| answers.iter().any(|answer| token.trim_start() == answer);
         self.0.iter().filter(|(token, _)| spelt(token)).map(|(_, p)| p).sum()
     }
 
-    /// The most that the answers which are not listed can have together, where the list ends after `most` tokens: each has
-    /// no more than the last token that is listed.
+    /// Returns an upper bound on the total probability of the unlisted answers, if the list ends after `most` tokens:
+    /// each has at most the probability of the last listed token.
     pub fn unlisted(&self, answers: &[String], most: usize) -> f64 {
         let last = self.0.iter().map(|(_, p)| *p).fold(1.0, f64::min);
         let missing = answers.iter().filter(|answer| !self.has(answer)).count();
         if self.0.len() < most { 0.0 } else { missing as f64 * last }
     }
 
-    /// Adds what is listed after `space`, which had the probability `p`, as tokens that carry the space.
+    /// Adds the tokens `after` that follow `space`, which has probability `p`, as tokens that include the space.
     pub fn behind(&mut self, space: &str, p: f64, after: Self) {
         self.0.extend(after.0.into_iter().map(|(token, q)| (format!("{space}{token}"), p * q)));
     }
 
-    /// Whether a token spells `answer` whole.
+    /// Returns whether a token spells the complete `answer`.
     pub fn has(&self, answer: &str) -> bool {
         self.0.iter().any(|(token, _)| token.trim_start() == answer)
     }
 
-    /// The likeliest token that spells `answer`, space included; the answer itself where none does.
+    /// Returns the most likely token that spells `answer`, including its space; the answer itself if none does.
     pub fn spelling(&self, answer: &str) -> String {
         let spelt = self.0.iter().filter(|(token, _)| token.trim_start() == answer);
         spelt.max_by(|a, b| a.1.total_cmp(&b.1)).map_or_else(|| answer.to_owned(), |(token, _)| token.clone())
     }
 
-    /// The probability of the token that is exactly `text`.
+    /// Returns the probability of the token that is exactly `text`.
     pub fn exactly(&self, text: &str) -> f64 {
         self.0.iter().filter(|(token, p)| token == text && !p.is_nan()).map(|(_, p)| p).sum()
     }
 }
 
-/// A token as it is shown: a server may send one of any length.
+/// Shortens a token for display, because a server may send one of any length.
 fn cut(token: &str) -> String {
     token.chars().take(60).collect()
 }
 
-/// Places of answers of which the first begins the second.
+/// Returns pairs of indices of answers of which the first is a prefix of the second.
 pub fn split_prefixes(answers: &[String]) -> Vec<(usize, usize)> {
     let pairs = (0..answers.len()).flat_map(|i| (0..answers.len()).map(move |j| (i, j)));
     pairs
@@ -98,10 +98,10 @@ pub fn split_prefixes(answers: &[String]) -> Vec<(usize, usize)> {
         .collect()
 }
 
-/// The share of sampled `texts` that name each answer. A text counts when its first word is an answer.
+/// Returns the share of sampled `texts` that name each answer. A text counts if its beginning names an answer.
 ///
 /// # Errors
-/// An abstention when fewer than half of the texts name one.
+/// An abstention if fewer than half of the texts name one.
 pub fn votes(texts: &[String], answers: &[String]) -> Reply<Vec<f64>> {
     let named: Vec<usize> = texts.iter().filter_map(|text| named(text, answers)).collect();
     if named.len() * 2 < texts.len() || named.is_empty() {
@@ -117,13 +117,13 @@ pub fn votes(texts: &[String], answers: &[String]) -> Reply<Vec<f64>> {
     Ok((0..answers.len()).map(share).collect())
 }
 
-/// Words that judges write before their answer.
+/// Labels that judges write before their answer, in lower case.
 const LABELS: [&str; 9] =
     ["answer", "rating", "score", "response", "choice", "option", "summary", "preferred", "verdict"];
 
-/// Returns the place of the answer that a text gives: its first word, or its second one after a label such as `Rating:`,
-/// without marks around it. A rating may have its scale behind it (`8/10`). A text that names two answers at its beginning
-/// (`1 or 2`) and a negative number give none.
+/// Returns the index of the answer that a text gives: its first word, or the one after a label such as `Rating:`, without
+/// surrounding punctuation. A rating may be followed by its scale (`8/10`). Returns `None` for a text that begins with two
+/// different answers (`1 or 2`) and for a negative number.
 fn named(text: &str, answers: &[String]) -> Option<usize> {
     let marks = |c: char| !c.is_alphanumeric() && c != '-';
     let text = text.replace("\\boxed", " ");
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn spellings_are_added_and_what_is_not_listed_has_nothing() {
+    fn spellings_are_summed_and_unlisted_answers_have_probability_zero() {
         let listed = Listed(vec![(" 1".into(), 0.5), ("1".into(), 0.2), ("The".into(), 0.1), ("10".into(), 0.05)]);
         assert_eq!(listed.weights(&answers(&["1", "2", "10"])).unwrap(), [0.7, 0.0, 0.05]);
         assert!(listed.has("10") && !listed.has("2"));
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_space_of_its_own_is_looked_behind() {
+    fn answers_after_a_separate_space_token_are_added() {
         let both = answers(&["1", "2"]);
         let mut listed = Listed(vec![("A".into(), 0.5), (" ".into(), 0.25), ("1".into(), 0.125)]);
         assert_eq!(listed.space_before(&both), Some((" ", 0.25)));
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_behind_the_end_of_a_list_have_no_more_than_its_last_token() {
+    fn unlisted_answers_have_at_most_the_probability_of_the_last_listed_token() {
         let three = answers(&["1", "2", "3"]);
         let listed = Listed(vec![("1".into(), 0.5), ("A".into(), 0.25), ("B".into(), 0.125)]);
         assert_eq!((listed.unlisted(&three, 3), listed.unlisted(&three, 4)), (0.25, 0.0));
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn prefixes_are_found() {
+    fn answers_that_are_prefixes_of_others_are_found() {
         assert_eq!(split_prefixes(&answers(&["1", "2", "10"])), [(0, 2)]);
     }
 }

@@ -4,37 +4,37 @@ use std::time::{Duration, SystemTime};
 
 use super::abilities::Complaint;
 
-/// How an HTTP exchange ended, as it is counted.
+/// Outcome of an HTTP exchange, as it is counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExchangeOutcome {
     /// An answer that could be read.
     Ok,
     /// No answer in time.
     Timeout,
-    /// No connection, or one that broke off.
+    /// No connection, or a connection that was lost.
     Connection(String),
-    /// A connection that the server closed before it sent anything of an answer, as servers do with idle connections.
+    /// A connection that the server closed before it sent any part of a response, as servers do with idle connections.
     Closed(String),
     /// A connection that ended before the answer was complete.
     BrokeOff(String),
     /// An answer that could not be read.
     Malformed(String),
-    /// 429 for the rate of requests, with the time that the server asked for and its sentence.
+    /// A 429 for the request rate, with the pause that the server asked for and its message.
     RateLimited(Option<Duration>, String),
-    /// 402, or a 429 that reports an exhausted quota, with the server's sentence.
+    /// A 402, or a 429 that reports an exhausted quota, with the server's message.
     Quota(u16, String),
-    /// Another status from 400 to 499, with the server's sentence; or one from 300 to 399, with the address that the server
-    /// redirects to. No redirect is followed.
+    /// Another status from 400 to 499, with the server's message; or one from 300 to 399, with the target of the
+    /// redirect. Redirects are not followed.
     Refused(u16, String),
-    /// A status from 400 up that refuses a field of the request, with the server's sentence and the field.
+    /// A status of 400 or above that refuses a field of the request, with the server's message and the field.
     Field(u16, String, Complaint),
     /// An answer that the server withheld from this question.
     Filtered(String),
-    /// An answer of another model than that of the first answer: the names of both.
+    /// An answer of a different model than the first answer: the names of both.
     OtherModel(String, String),
-    /// A status from 500 up, with the time that the server asked for and its sentence.
+    /// A status of 500 or above, with the pause that the server asked for and its message.
     Server(u16, Option<Duration>, String),
-    /// A second request for the same question was answered first.
+    /// Another request for the same question was answered first.
     HedgedAway,
 }
 
@@ -45,13 +45,13 @@ pub enum Nature {
     Passing,
     /// The server limits the rate; asking again later helps.
     Limited,
-    /// The server refuses; asking the same again does not help until a person changes something.
+    /// The server refuses; asking the same question again does not help until a person changes something.
     NoAnswer,
 }
 
 impl ExchangeOutcome {
-    /// The outcome of an exchange that the server reports as failed with `status`, where it asked to wait for `wait` and said
-    /// `why`; `quota` if it reports an exhausted quota.
+    /// Returns the outcome of an exchange that the server reports as failed with `status`, with the pause `wait` it
+    /// asked for and its message `why`; `quota` is true if it reports an exhausted quota.
     pub fn of_status(status: u16, wait: Option<Duration>, why: String, quota: bool) -> Self {
         match status {
             402 => Self::Quota(status, why),
@@ -80,7 +80,7 @@ impl ExchangeOutcome {
         }
     }
 
-    /// All names.
+    /// All names in metrics.
     pub const NAMES: [&str; 12] = [
         "ok",
         "timeout",
@@ -96,13 +96,13 @@ impl ExchangeOutcome {
         "hedged_away",
     ];
 
-    /// Returns what the outcome says about asking again.
+    /// Returns whether asking again can help.
     pub fn nature(&self) -> Nature {
         match self {
             Self::RateLimited(..) => Nature::Limited,
             Self::Refused(408 | 409 | 425, _) => Nature::Passing,
             Self::Server(500, _, why) if is_too_long(why) => Nature::NoAnswer,
-            // Not implemented: the server will not learn it by itself.
+            // Not implemented: the server will not change by itself.
             Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Field(..) | Self::Quota(..) => Nature::NoAnswer,
             Self::Filtered(_) | Self::OtherModel(..) => Nature::NoAnswer,
             Self::Ok | Self::HedgedAway | Self::Timeout | Self::Malformed(_) => Nature::Passing,
@@ -110,7 +110,8 @@ impl ExchangeOutcome {
         }
     }
 
-    /// Returns whether the server refuses this question, by the meaning of the status, rather than all of its client's.
+    /// Returns whether the status means that the server refuses this question, rather than all questions of this
+    /// client.
     pub fn is_about_the_question(&self) -> bool {
         let about = [400, 413, 414, 422, 431, 451];
         match self {
@@ -131,7 +132,7 @@ impl ExchangeOutcome {
         }
     }
 
-    /// Returns the time that the server asked to be left alone.
+    /// Returns the pause that the server asked for.
     pub fn wait(&self) -> Option<Duration> {
         match self {
             Self::RateLimited(wait, _) | Self::Server(_, wait, _) => *wait,
@@ -139,7 +140,7 @@ impl ExchangeOutcome {
         }
     }
 
-    /// Describes the outcome, with the server's own sentence and the setting to look at.
+    /// Describes the outcome, with the server's message and the setting to check.
     pub fn words(&self) -> String {
         match self {
             Self::Ok => "answered".into(),
@@ -170,15 +171,16 @@ impl ExchangeOutcome {
             }
             Self::Filtered(why) => format!("withheld the answer ({why})"),
             Self::OtherModel(was, is) => format!(
-                "answers as model {is:?} now, and answered as {was:?} before; bring that model back, or set labeler.remote.any_model = true to accept whichever answers"
+                "answers as model {is:?} now, and answered as {was:?} before; restore that model, or set labeler.remote.any_model = true to accept any model"
             ),
             Self::Server(status, _, why) => format!("failed ({})", with(&status.to_string(), why)),
-            Self::HedgedAway => "was overtaken".into(),
+            Self::HedgedAway => "was superseded by another request".into(),
         }
     }
 }
 
-/// Whether a server says that a prompt is longer than its model takes; some say so with status 500.
+/// Returns whether an error message says that a prompt exceeds the model's context; some servers send it with status
+/// 500.
 pub(super) fn is_too_long(sentence: &str) -> bool {
     let sentence = sentence.to_lowercase();
     ["context length", "context size", "context window", "model length", "prompt is too long", "input is too long"]
@@ -190,16 +192,16 @@ fn with(status: &str, sentence: &str) -> String {
     if sentence.is_empty() { status.to_owned() } else { format!("{status}: {sentence}") }
 }
 
-/// Returns how long to wait before try number `attempt` (the first retry is 1): up to `base`·2^(attempt−1), at most
-/// `most`, drawn by `uniform` in [0, 1) so that many clients do not come back at once; never less than the server asked
-/// for.
+/// Returns the pause before try number `attempt` (the first retry is 1): the pause that the server asked for, plus up
+/// to `base`·2^(attempt−1), at most `most`, scaled by `uniform` in [0, 1) so that many clients do not retry at the same
+/// time.
 pub fn pause(outcome: &ExchangeOutcome, attempt: u32, base: Duration, most: Duration, uniform: f64) -> Duration {
     let ceiling = base.saturating_mul(1 << (attempt.max(1) - 1).min(16)).min(most);
     outcome.wait().unwrap_or_default() + ceiling.mul_f64(uniform)
 }
 
-/// Reads how long a server asks to be left alone: `retry-after-ms`, or `retry-after` as seconds or as an HTTP date, which
-/// is compared with `now`. A time of more than a day is taken for a day.
+/// Parses the pause that a server asks for: `retry-after-ms`, or `retry-after` as seconds or as an HTTP date, which is
+/// compared with `now`. More than a day is reduced to a day.
 pub fn retry_after(seconds: Option<&str>, milliseconds: Option<&str>, now: SystemTime) -> Option<Duration> {
     const MOST: f64 = 86_400.0;
     let bounded = |s: f64| (s >= 0.0).then(|| Duration::from_secs_f64(s.min(MOST)));
@@ -219,18 +221,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_double_up_to_a_bound_and_heed_the_server() {
+    fn pauses_double_up_to_a_limit_and_include_the_servers_pause() {
         let (base, most) = (Duration::from_millis(500), Duration::from_secs(8));
         let pauses: Vec<u128> =
             (1..8).map(|attempt| pause(&ExchangeOutcome::Timeout, attempt, base, most, 1.0).as_millis()).collect();
         assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 8000, 8000]);
         assert_eq!(pause(&ExchangeOutcome::Timeout, 3, base, most, 0.25).as_millis(), 500);
         let limited = ExchangeOutcome::RateLimited(Some(Duration::from_secs(45)), String::new());
-        assert_eq!(pause(&limited, 1, base, most, 0.5).as_millis(), 45_250, "the server's time is not cut");
+        assert_eq!(pause(&limited, 1, base, most, 0.5).as_millis(), 45_250, "the server's pause is not shortened");
     }
 
     #[test]
-    fn a_prompt_that_is_too_long_is_about_the_question_whatever_the_status() {
+    fn a_too_long_prompt_is_about_the_question_for_every_status_that_reports_it() {
         for (status, why, about) in [
             (500, "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens", true),
             (500, "the request exceeds the available context size", true),
@@ -244,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_read_as_seconds_as_a_date_and_as_milliseconds() {
+    fn retry_after_is_read_as_seconds_date_and_milliseconds() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_770);
         let read = |seconds: &str| retry_after(Some(seconds), None, now);
         assert_eq!(read("7"), Some(Duration::from_secs(7)));
@@ -257,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_are_told_apart_by_whether_asking_again_may_help() {
+    fn failures_are_classified_by_whether_asking_again_may_help() {
         let none = String::new;
         for (outcome, nature) in [
             (ExchangeOutcome::Timeout, Nature::Passing),

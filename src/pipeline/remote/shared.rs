@@ -1,8 +1,7 @@
-//! The use of a rate limit in a small file, which all processes of a machine share that ask the same server with the same
-//! key.
+//! Rate limit state in a small file that all processes of a machine share which ask the same server with the same key.
 //!
-//! The file is locked for as long as it takes to read and write one line, and the lock ends with its process. Instants are
-//! those of the machine since it started, since its calendar clock may be set while processes run.
+//! The file is locked only while one line is read and written, and the lock ends with its process. Times are seconds
+//! since the machine started, because its calendar clock may be changed while processes run.
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{Error, ErrorKind, Result};
@@ -17,28 +16,27 @@ use crate::lm::source::ResolveOptions;
 /// First word of a file, with the version of its format.
 const FORMAT: &str = "preceptor-rate-limit-1";
 
-/// Bytes of a file. All versions of its line are as long, so that one write replaces it.
+/// Size of a file in bytes. All its lines have the same length, so that one write replaces the previous one.
 const LENGTH: usize = 128;
 
-/// Files that were not written for this long are removed; a limit is made up for much sooner.
+/// Files that were not written for this long are removed; by then any limit has recovered.
 const STALE: Duration = Duration::from_secs(3 * 24 * 3600);
 
-/// Seconds by which the clock may be behind the last write before that is taken for one of another clock.
+/// Number of seconds by which the last write may be in the future before it is attributed to another clock.
 const TOLERANCE: f64 = 1.0;
 
-/// The file of one limit.
+/// State file of one limit.
 pub struct Shared {
     path: PathBuf,
     file: Mutex<Option<File>>,
 }
 
 impl Shared {
-    /// Opens the file of `account`, a name that does not contain a secret, in the first of the usual folders that can be
-    /// written: `limits` in the program's cache, then `$XDG_RUNTIME_DIR`, then a folder of this user in the one for temporary
-    /// files.
+    /// Opens the file of `account`, a name that does not contain a secret, in the first writable one of these folders:
+    /// `limits` in the program's cache, `$XDG_RUNTIME_DIR`, a folder of this user in the temporary directory.
     ///
     /// # Errors
-    /// None of the folders can be written, or this system does not tell the time since it started.
+    /// If none of the folders can be written, or the system does not report the time since its start.
     pub fn open(account: &str) -> Result<Self> {
         let mut last = Error::from(ErrorKind::NotFound);
         for folder in folders() {
@@ -50,28 +48,28 @@ impl Shared {
         Err(last)
     }
 
-    /// Opens the file of `account` in `folder`. Its name has the machine's start in it: a folder may be on a server, for
-    /// several machines, and the clock begins again with each start.
+    /// Opens the file of `account` in `folder`. The file name contains an identifier of the machine's boot, because a
+    /// folder may be mounted by several machines and the clock restarts with each boot.
     fn inside(folder: &Path, account: &str) -> Result<Self> {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let boot: String = boot.chars().filter(char::is_ascii_hexdigit).take(12).collect();
         let shared = Self { path: folder.join(format!("{account}-{boot}")), file: Mutex::default() };
-        // It can be written.
+        // Checks that the file can be written.
         shared.update(|_, _| ())?;
         remove_stale(folder, &shared.path);
         Ok(shared)
     }
 
-    /// Where the file is.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Lets `change` read and change the state, given the current instant. Returns `None` without a call while another
-    /// process has the file.
+    /// Calls `change` with the state and the current time. Returns `None` without calling it if another process holds
+    /// the lock.
     ///
     /// # Errors
-    /// The file cannot be opened, locked, read or written.
+    /// If the file cannot be opened, locked, read or written.
     pub fn update<T>(&self, change: impl FnOnce(&mut State, f64) -> T) -> Result<Option<T>> {
         let mut kept = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let file = match kept.take() {
@@ -86,7 +84,7 @@ impl Shared {
             }
             Err(TryLockError::Error(error)) => return Err(error),
         }
-        // Another process may have removed it: the others then use another file of that name, which is opened next time.
+        // If another process has removed the file, the others use a new file of that name, which is opened next time.
         if file.metadata()?.nlink() == 0 {
             return Ok(None);
         }
@@ -100,7 +98,7 @@ impl Shared {
     }
 }
 
-/// The folders that files of limits may be in, in the order in which they are tried.
+/// Returns the possible folders of limit files, in the order in which they are tried.
 fn folders() -> impl Iterator<Item = Result<PathBuf>> {
     let cache = || {
         let folder = ResolveOptions::default().cache_dir.join("limits");
@@ -118,10 +116,13 @@ fn folders() -> impl Iterator<Item = Result<PathBuf>> {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
-        // Anybody may make folders there.
+        // Any user may create folders there.
         let found = std::fs::symlink_metadata(&folder)?;
         if !found.is_dir() || found.uid() != user || found.mode() & 0o022 != 0 {
-            return Err(Error::new(ErrorKind::PermissionDenied, format!("{} is of another user", folder.display())));
+            return Err(Error::new(
+                ErrorKind::PermissionDenied,
+                format!("{} belongs to another user", folder.display()),
+            ));
         }
         Ok(folder)
     };
@@ -140,21 +141,22 @@ fn open(path: &Path) -> Result<File> {
     if file.metadata()?.is_file() { Ok(file) } else { Err(Error::other("it is not a regular file")) }
 }
 
-/// Seconds since the machine started, those in which it slept included.
+/// Returns the seconds since the machine started, including suspended time.
 fn since_start() -> Result<f64> {
     let text = std::fs::read_to_string("/proc/uptime")?;
     let seconds = text.split(' ').next().and_then(|seconds| seconds.parse().ok());
     seconds.ok_or_else(|| Error::other("/proc/uptime has no number of seconds"))
 }
 
-/// The line of a file, of [`LENGTH`] bytes.
+/// Formats the line of a file, of [`LENGTH`] bytes.
 fn line(state: &State, now: f64) -> String {
     let State { requests, tokens, hold } = state;
     let text = format!("{FORMAT} {now:.3} {requests:.6} {tokens:.6} {hold:.3}");
     format!("{text:<width$}\n", width = LENGTH - 1)
 }
 
-/// The state in a file; an unused one where there is none yet, or none that this program wrote by this clock.
+/// Reads the state from a file. Returns the initial state if the file is empty, or was not written by this program with
+/// this clock.
 fn read(file: &File, now: f64) -> Result<State> {
     let mut bytes = [0; LENGTH];
     match file.read_exact_at(&mut bytes, 0) {
@@ -175,7 +177,7 @@ fn parse(bytes: &[u8], now: f64) -> Option<State> {
     (written <= now + TOLERANCE).then_some(State { requests, tokens, hold })
 }
 
-/// Removes files that nobody has used for long; those of earlier starts of the machine are never used again.
+/// Removes files that have not been used for a long time, including those of earlier boots.
 fn remove_stale(folder: &Path, own: &Path) {
     let Ok(entries) = std::fs::read_dir(folder) else { return };
     for path in entries.flatten().map(|entry| entry.path()).filter(|path| path != own) {
@@ -184,7 +186,7 @@ fn remove_stale(folder: &Path, own: &Path) {
             let age = found.modified().ok()?.elapsed().ok()?;
             (age > STALE).then(|| open(&path).ok()).flatten()
         };
-        // Who holds the lock uses it.
+        // A process that holds the lock uses the file.
         if let Some(file) = stale()
             && file.try_lock().is_ok()
         {
@@ -208,20 +210,20 @@ mod tests {
     }
 
     #[test]
-    fn two_users_of_a_file_have_one_burst_together() {
+    fn two_users_of_a_file_share_one_burst() {
         let dir = tempfile::tempdir().unwrap();
         let [a, b] = ["a", "a"].map(|account| Shared::inside(dir.path(), account).unwrap());
-        // One request in ten minutes, after a burst of one.
+        // One request per minute, after a burst of one.
         let limits = Limits::of(&RemoteJudge { requests_per_minute: 1, ..RemoteJudge::default() }).unwrap();
         assert_eq!(take(&a, &limits), Turn::Now);
         let Turn::Later(wait) = take(&b, &limits) else { panic!("the limit is not shared") };
         assert!(wait <= 60.0, "{wait}");
         let other = Shared::inside(dir.path(), "other").unwrap();
-        assert_eq!(take(&other, &limits), Turn::Now, "another account has a limit for itself");
+        assert_eq!(take(&other, &limits), Turn::Now, "another account has its own limit");
     }
 
     #[test]
-    fn a_server_that_asks_one_user_to_wait_makes_the_other_wait() {
+    fn a_pause_that_the_server_asks_one_user_for_applies_to_the_other() {
         let dir = tempfile::tempdir().unwrap();
         let [a, b] = ["a", "a"].map(|account| Shared::inside(dir.path(), account).unwrap());
         a.update(|state, now| state.hold = now + 500.0).unwrap().unwrap();
@@ -230,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_another_process_has_locked_is_not_waited_for_and_one_that_was_removed_is_made_again() {
+    fn a_locked_file_is_not_waited_for_and_a_removed_one_is_created_again() {
         let dir = tempfile::tempdir().unwrap();
         let shared = Shared::inside(dir.path(), "a").unwrap();
         let other = open(shared.path()).unwrap();
@@ -244,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_is_read_as_it_was_written_and_one_of_another_clock_or_program_is_not() {
+    fn a_state_round_trips_and_one_of_another_clock_or_program_is_ignored() {
         let state = State { requests: 1e6 + 0.25, tokens: 7.5, hold: 1e9 };
         let written = line(&state, 1e6);
         assert_eq!((written.len(), parse(written.as_bytes(), 1e6)), (LENGTH, Some(state)));

@@ -1,19 +1,19 @@
-//! The text of a token, in the spellings that servers send.
+//! Texts of tokens, in the spellings that servers send.
 
 use serde_json::Value;
 
-/// The text of a token that is given by its spelling and, where the server sends them, its bytes, which are exact.
+/// Returns the text of a token, from its bytes if the server sends them, which are exact, or else from its spelling.
 pub fn text(token: &Value, bytes: &Value) -> Option<String> {
     let spelled = token.as_str().map(plain);
     let bytes = bytes.as_array().filter(|bytes| !bytes.is_empty());
     let bytes: Option<Vec<u8>> = bytes
         .and_then(|bytes| bytes.iter().map(|byte| byte.as_u64().and_then(|byte| u8::try_from(byte).ok())).collect());
-    // A part of a character is not a text; its spelling is as good as any.
+    // The bytes may be an incomplete character, which is not a text; then the spelling is used.
     bytes.and_then(|bytes| String::from_utf8(bytes).ok()).or(spelled)
 }
 
-/// The text of a token in the spelling of a vocabulary: byte-level BPE writes a space as `Ġ` and a line feed as `Ċ`,
-/// SentencePiece a space as `▁` and a byte as `<0x31>`.
+/// Returns the text of a token spelled as in a vocabulary: byte-level BPE writes a space as `Ġ` and a line feed as `Ċ`,
+/// SentencePiece writes a space as `▁` and a byte as `<0x31>`.
 pub fn plain(token: &str) -> String {
     let byte = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
     if let Some(byte) = byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()).filter(u8::is_ascii) {
@@ -22,7 +22,7 @@ pub fn plain(token: &str) -> String {
     token.replace(['Ġ', '▁'], " ").replace('Ċ', "\n")
 }
 
-/// Whether the server sends numbers of tokens instead of their texts (vLLM's `--return-tokens-as-token-ids`).
+/// Returns whether the server sends token numbers instead of texts (vLLM's `--return-tokens-as-token-ids`).
 pub fn is_number(token: &str) -> bool {
     token.strip_prefix("token_id:").is_some_and(|id| !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_digit()))
 }
@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_token_is_read_in_the_spelling_of_any_vocabulary() {
+    fn tokens_are_read_in_the_spellings_of_all_vocabularies() {
         for (token, expected) in [
             ("Ġ1", " 1"),
             ("▁1", " 1"),

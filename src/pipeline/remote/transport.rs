@@ -1,4 +1,4 @@
-//! One HTTP exchange with a server: address, headers, proxy, and the outcome by its status and body.
+//! A single HTTP exchange with a server: address, headers, proxy, and the outcome by status and body.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -18,20 +18,20 @@ use crate::config::{RemoteApi, RemoteJudge};
 use crate::util::endpoint::Endpoint;
 use crate::util::http;
 
-/// Most bytes of the body of a refusal that are read.
+/// Maximum number of bytes that are read of an error response's body.
 const MOST_OF_A_REFUSAL: usize = 16 << 10;
 
-/// The way to one server.
+/// Connection settings of one server.
 pub struct Transport {
     http: reqwest::Client,
     endpoint: Mutex<Endpoint>,
-    /// Whether the address was given without a version and is asked with one.
+    /// True if the address was configured without a version and `/v1` was appended.
     versioned: Mutex<bool>,
     headers: HeaderMap,
     query: Vec<(String, String)>,
-    /// The API key and the other secrets, which are removed from all that the server sends.
+    /// The API key and other secrets, which are removed from everything that the server sends.
     secrets: Vec<Key>,
-    /// The proxy that requests go through.
+    /// Proxy of the requests, for error messages.
     proxy: Option<String>,
 }
 
@@ -39,8 +39,8 @@ impl Transport {
     /// Prepares requests to `judge`. Nothing is sent yet.
     ///
     /// # Errors
-    /// An environment variable without a value, an address that cannot be used, certificates that cannot be read, a TLS
-    /// library that cannot be set up.
+    /// If an environment variable has no value, an address is invalid, certificates cannot be read, or TLS cannot be
+    /// set up.
     pub fn new(judge: &RemoteJudge) -> Result<Self> {
         let (mut headers, mut secrets) = (HeaderMap::new(), Vec::new());
         if let Some(name) = &judge.api_key_env {
@@ -66,7 +66,7 @@ impl Transport {
         }
         let endpoint = Endpoint::parse(&judge.url).map_err(|why| anyhow!("labeler.remote.url: {why}"))?;
         headers.insert("content-type", HeaderValue::from_static("application/json"));
-        // A redirect would take the question, and after a second one the key, to an address that nobody configured.
+        // A redirect would send the question, and after a second one the key, to an address that is not configured.
         let mut builder = http::builder()
             .connect_timeout(Duration::from_secs_f64(judge.connect_timeout_s))
             .timeout(Duration::from_secs_f64(judge.timeout_s))
@@ -95,8 +95,8 @@ impl Transport {
         Ok(Self { http, endpoint: Mutex::new(endpoint), versioned: Mutex::new(false), headers, query, secrets, proxy })
     }
 
-    /// A name of the server and the key together, in hexadecimal digits. It does not contain the key, and the key cannot be
-    /// computed from it.
+    /// Returns an identifier of the server and the key together, in hexadecimal digits. It does not contain the key,
+    /// and the key cannot be computed from it.
     pub fn account(&self) -> String {
         let endpoint = self.endpoint();
         let mut parts = vec![endpoint.origin().as_bytes().to_vec()];
@@ -113,7 +113,8 @@ impl Transport {
         digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The address that is asked, as errors show it: without a query, which may hold a key; with the proxy, if there is one.
+    /// Returns the address of requests for error messages: without the query, which may hold a key, and with the proxy,
+    /// if any.
     pub fn address(&self, judge: &RemoteJudge) -> String {
         let address = self.endpoint().join(path(judge));
         let also =
@@ -124,7 +125,7 @@ impl Transport {
         }
     }
 
-    /// Appends `/v1` to an address without a version. Returns whether that is a change.
+    /// Appends `/v1` to an address without a version. Returns whether that changed it.
     pub fn add_version(&self) -> bool {
         let mut endpoint = self.endpoint.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(versioned) = endpoint.versioned() else { return false };
@@ -137,10 +138,10 @@ impl Transport {
         self.endpoint.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// One exchange.
+    /// Performs one exchange.
     ///
     /// # Errors
-    /// Why there is no answer.
+    /// The reason why there is no answer.
     pub async fn post(
         &self,
         judge: &RemoteJudge,
@@ -165,7 +166,7 @@ impl Transport {
                 Ok(Some(chunk)) => bytes.extend_from_slice(&chunk),
                 Ok(None) => break,
                 Err(error) if error.is_timeout() => return Err(ExchangeOutcome::Timeout),
-                // A refusal is known by its status.
+                // The outcome of an error response is known from its status.
                 Err(_) if !fine => break,
                 Err(error) => {
                     let words = format!(
@@ -204,23 +205,23 @@ impl Transport {
     }
 }
 
-/// The path of the endpoint below the address.
+/// Returns the endpoint's path below the address.
 fn path(judge: &RemoteJudge) -> &'static str {
     if judge.api == RemoteApi::Completions { "completions" } else { "chat/completions" }
 }
 
-/// The proxy that the environment names for an address, without a user's name and password.
+/// Returns the proxy that the environment sets for an address, without user name and password.
 fn proxy_of_the_environment(address: &str) -> Option<String> {
     let intercept = Matcher::from_env().intercept(&address.parse::<Uri>().ok()?)?;
     let uri = intercept.uri();
     let host = uri.authority().map_or("", |authority| authority.as_str().rsplit('@').next().unwrap_or_default());
     Some(format!(
-        "{}://{host}, which the environment names; labeler.remote.proxy = \"none\" does without it",
+        "{}://{host}, from the environment; set labeler.remote.proxy = \"none\" to bypass it",
         uri.scheme_str().unwrap_or("http")
     ))
 }
 
-/// Whether the connection was closed before there was any answer, as a server does that closes idle connections.
+/// Returns whether the connection was closed before any response, as servers do with idle connections.
 fn was_closed(error: &reqwest::Error) -> bool {
     if error.is_timeout() || error.is_connect() {
         return false;
@@ -239,7 +240,7 @@ fn was_closed(error: &reqwest::Error) -> bool {
     false
 }
 
-/// The innermost cause, which says most; the outer ones repeat the address.
+/// Returns the innermost cause, which is the most specific; the outer ones repeat the address.
 fn innermost(error: &reqwest::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(inner) = cause.source() {
@@ -261,7 +262,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_account_is_one_server_and_one_key_whatever_the_path() {
+    fn an_account_is_one_server_and_one_key_regardless_of_the_path() {
         let account = |url: &str, key: Option<&str>| {
             let mut transport = Transport::new(&RemoteJudge { url: url.into(), ..RemoteJudge::default() }).unwrap();
             transport.secrets.extend(key.map(|key| Key::new(key.into())));

@@ -1,4 +1,4 @@
-//! Bodies of requests, and the sentences of refusals.
+//! JSON bodies of requests, and error messages in responses.
 
 use serde_json::{Value, json};
 
@@ -12,22 +12,22 @@ use crate::util::seed;
 pub struct Request {
     /// The prompt.
     pub prompt: String,
-    /// Text that the answer has begun with already.
+    /// Text with which the answer has already begun.
     pub begun: Option<String>,
-    /// Most tokens of the answer.
+    /// Maximum number of tokens of the answer.
     pub max_tokens: usize,
     /// Sampling temperature.
     pub temperature: f64,
-    /// Draw among this many tokens only.
+    /// Sample among this many most likely tokens only.
     pub top_k: Option<usize>,
-    /// How many of the likeliest tokens are wanted with their probabilities; zero for none.
+    /// Number of most likely tokens whose probabilities are requested; zero for none.
     pub top_logprobs: usize,
-    /// Seed of the draws.
+    /// Sampling seed.
     pub seed: Option<u64>,
 }
 
 impl Request {
-    /// Asks for the distribution of the next token.
+    /// Creates a request for the distribution of the next token.
     pub fn first_token(prompt: &str, begun: Option<String>, top_logprobs: usize) -> Self {
         Self {
             prompt: prompt.to_owned(),
@@ -40,7 +40,7 @@ impl Request {
         }
     }
 
-    /// Asks for sampled answer number `vote` to a question.
+    /// Creates a request for sampled answer number `vote` to a question.
     pub fn vote(prompt: &str, vote: u64) -> Self {
         /// Enough tokens for a number with punctuation around it.
         const TOKENS: usize = 6;
@@ -51,24 +51,24 @@ impl Request {
             temperature: 1.0,
             top_k: None,
             top_logprobs: 0,
-            // Servers take the seed as a signed number.
+            // Servers read the seed as a signed number.
             seed: Some(seed::mix(seed::text(prompt) ^ vote) >> 33),
         }
     }
 
-    /// Whether another temperature than the server's default of 1 gives another answer. The probabilities of the first token
-    /// do not depend on which one is drawn.
+    /// Returns whether a temperature other than the server's default of 1 changes the answer. The probabilities of the
+    /// first token do not depend on the sampled one.
     pub fn needs_temperature(&self) -> bool {
         self.top_logprobs == 0 && self.temperature != 1.0
     }
 
-    /// Most tokens of the answer, and of the reasoning before it.
+    /// Returns the maximum number of tokens of the answer, including reasoning.
     pub fn limit(&self, judge: &RemoteJudge, abilities: &Abilities) -> usize {
         let room = if abilities.reasons { judge.thinking_tokens } else { 0 };
         (self.max_tokens + room).max(abilities.least_tokens)
     }
 
-    /// Path below the server's address, and the body, for a server that accepts `abilities`.
+    /// Returns the path below the server's address and the body, for a server with `abilities`.
     pub fn body(&self, judge: &RemoteJudge, abilities: &Abilities) -> (&'static str, Value) {
         let sent = |field: &str| !abilities.without.contains(field);
         let limit = if abilities.completion_tokens { "max_completion_tokens" } else { "max_tokens" };
@@ -111,7 +111,7 @@ impl Request {
         messages.push(json!({ "role": "user", "content": self.prompt }));
         if let Some(begun) = &self.begun {
             messages.push(json!({ "role": "assistant", "content": begun }));
-            // As vLLM and others are told to go on with a message rather than to answer it.
+            // Tells vLLM and compatible servers to continue the last message rather than to answer it.
             body["add_generation_prompt"] = json!(false);
             body["continue_final_message"] = json!(true);
         }
@@ -123,37 +123,38 @@ impl Request {
         ("chat/completions", body)
     }
 
-    /// Most tokens that the prompt can have: a token is at least a byte, and a chat template adds a few.
+    /// Returns an upper bound on the prompt's tokens: a token has at least one byte, and a chat template adds a few.
     pub fn most_prompt_tokens(&self) -> u64 {
         const TEMPLATE: u64 = 64;
         (self.prompt.len() + self.begun.as_ref().map_or(0, String::len)) as u64 + TEMPLATE
     }
 
-    /// Tokens that the question will cost, roughly: four characters each, and the answer in full.
+    /// Estimates the tokens of the question: a quarter of its characters, plus the maximum answer length.
     pub fn estimate(&self) -> u64 {
         estimate(&self.prompt) + self.max_tokens as u64
     }
 }
 
-/// Tokens of a text, roughly: a quarter of its characters.
+/// Estimates the number of tokens of a text: a quarter of its characters.
 pub(super) fn estimate(text: &str) -> u64 {
     (text.chars().count() as u64).div_ceil(4)
 }
 
-/// A body of JSON written anew, without needless escapes; `None` where it has none of them, or is no JSON.
+/// Rewrites a JSON body without unnecessary escapes; `None` if it has no escapes or is not JSON.
 pub(super) fn rewritten(body: &[u8]) -> Option<Vec<u8>> {
     let escaped = body.windows(2).any(|pair| pair == b"\\u" || pair == b"\\/");
     let value: Value = serde_json::from_slice(body).ok().filter(|_| escaped)?;
     serde_json::to_vec(&value).ok()
 }
 
-/// The server's own sentence in the body of a refusal: the message of an error in JSON, or the beginning of the body.
+/// Returns the server's error message from a response body: the message of a JSON error, or the start of the body.
 pub fn sentence(body: &[u8]) -> String {
     let value: Value = serde_json::from_slice(body).unwrap_or(Value::Null);
     lenient::message(&value).unwrap_or_else(|| excerpt(&String::from_utf8_lossy(body)))
 }
 
-/// Whether the body of a 429 reports an exhausted quota, which waiting does not bring back, rather than a rate limit.
+/// Returns whether the body of a 429 reports an exhausted quota, for which waiting does not help, rather than a rate
+/// limit.
 pub fn reports_quota(body: &[u8]) -> bool {
     let value: Value = serde_json::from_slice(body).unwrap_or(Value::Null);
     let error = &value["error"];
@@ -164,7 +165,7 @@ pub fn reports_quota(body: &[u8]) -> bool {
         || sentence(body).to_lowercase().contains("exceeded your current quota")
 }
 
-/// The beginning of a text, on one line.
+/// Returns the first 160 characters of a text, on one line.
 pub fn excerpt(text: &str) -> String {
     let line: String = text.chars().take(160).map(|c| if c.is_control() { ' ' } else { c }).collect();
     line.trim().to_owned()
@@ -175,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_are_what_servers_expect() {
+    fn request_bodies_follow_the_openai_api() {
         let judge = RemoteJudge { system: Some("s".into()), model: "m".into(), ..RemoteJudge::default() };
         let request = Request::first_token("p", Some("1".into()), 20);
         let abilities = Abilities::new(&judge);

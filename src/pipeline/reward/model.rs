@@ -11,20 +11,21 @@ use crate::lm::tokens::Tokenizer;
 
 pub use crate::lm::model::weights::SCORE as HEAD;
 
-/// r(x, y) = h·w, h the hidden state of the last token of y.
+/// Reward model r(x, y) = h·w, where h is the hidden state of the last token of y.
 #[derive(Debug, Clone)]
 pub struct RewardModel {
     /// The decoder.
     pub model: Decoder,
-    /// The head `[1, D]`.
+    /// Weight w of the scalar head, `[1, D]`.
     pub head: Tensor,
 }
 
 impl RewardModel {
-    /// Opens a Hugging Face directory as [`Self::save`] writes it.
+    /// Opens a Hugging Face directory in the format of [`Self::save`].
     ///
     /// # Errors
-    /// Names the file or tensor at fault; a directory without a scalar head is refused by its architecture.
+    /// If a file or tensor is missing or invalid; the error names it. A directory without a scalar head is refused by
+    /// its architecture.
     pub fn open(dir: &Path, device: &Device) -> Result<Self> {
         let (config, mut weights) = Weights::from_directory_as(dir, Head::Scalar, device)?;
         let head = weights.get(HEAD, &[1, config.hidden_size]).with_context(|| format!("in {}", dir.display()))?;
@@ -33,33 +34,33 @@ impl RewardModel {
         Ok(Self { model, head })
     }
 
-    /// Scores `[k]` of `continuations` of `prefix`.
+    /// Returns the scores `[k]` of `continuations` of `prefix`.
     ///
     /// # Errors
-    /// A sequence beyond the model's context.
+    /// If a sequence exceeds the model's context.
     pub fn scores<S: AsRef<[u32]>>(&self, prefix: &[u32], continuations: &[S]) -> Result<Tensor> {
         let last = self.model.predicting(&Pack::whole(prefix, continuations))?; // [k, D]
         Ok(last.to_dtype(DType::F32)?.matmul(&self.head.t()?)?.squeeze(1)?)
     }
 
-    /// All its tensors by name, the head among them.
+    /// Returns all tensors by name, including the head.
     pub fn weights(&self) -> Weights {
         let mut weights = self.model.weights().clone();
         weights.0.insert(HEAD.to_owned(), self.head.clone());
         weights
     }
 
-    /// Writes a Hugging Face directory that `AutoModelForSequenceClassification` opens, tokenizer included.
+    /// Writes a Hugging Face directory, including the tokenizer, for `AutoModelForSequenceClassification`.
     ///
     /// # Errors
-    /// Names the file that cannot be written.
+    /// If a file cannot be written; the error names it.
     pub fn save(&self, dir: &Path, tokenizer: &Tokenizer, dtype: DType) -> Result<()> {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let weights = self.weights();
         let pad = pad(tokenizer, self.model.config().vocab_size);
         if pad.is_none() {
             tracing::warn!(
-                "the tokenizer has no token but those that end a completion that could fill up batches: {} has no pad token, and transformers scores with it one text at a time",
+                "the tokenizer has no token for padding except those that end a completion: {} has no pad token, so transformers can score only one text at a time with it",
                 dir.display()
             );
         }
@@ -68,15 +69,16 @@ impl RewardModel {
     }
 }
 
-/// The token that fills batches up in `transformers`, which reads the score at the last token that is not padding: never one
-/// that an answer of this program's pairs ends with, whose score would be read at the token before. The tokenizer's own, its
-/// tokens for what is unknown and for a document's beginning, and any other special one are tried in this order.
+/// Returns the padding token for `transformers`, which reads the score at the last token that is not padding. It must
+/// not be a token that ends an answer in this program's pairs, since the score would then be read at the token before.
+/// Candidates in order are the tokenizer's own padding token, its tokens for unknown text and for the beginning of a
+/// document, and any other special token.
 fn pad(tokenizer: &Tokenizer, rows: usize) -> Option<u32> {
     let ends = tokenizer.eos_ids();
     let own = [tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id()].into_iter().flatten();
     let fits = |id: &u32| (*id as usize) < rows;
     let no_end = own.clone().filter(fits).find(|id| !ends.contains(id));
-    // A second end token, as the tokenizers of Qwen have it.
+    // A second end token, as in Qwen's tokenizers.
     let taught = [tokenizer.end(true), tokenizer.end(false)];
     let untaught = tokenizer.pad_id().filter(fits).filter(|id| !taught.contains(&Some(*id)));
     let special = || tokenizer.special_ids().into_iter().filter(fits).find(|id| !ends.contains(id));
@@ -88,7 +90,7 @@ mod tests {
     use super::*;
     use crate::lm::source::ModelFiles;
 
-    /// The byte tokenizer with these named tokens: 256 `<|pad|>`, 257 `<|im_start|>`, 258 `<|im_end|>`.
+    /// Returns the byte tokenizer with the given named tokens: 256 `<|pad|>`, 257 `<|im_start|>`, 258 `<|im_end|>`.
     fn tokenizer(named: &serde_json::Value, ends: &serde_json::Value) -> Tokenizer {
         let dir = tempfile::tempdir().unwrap();
         Tokenizer::bytes().save(dir.path()).unwrap();
@@ -100,12 +102,12 @@ mod tests {
     }
 
     #[test]
-    fn a_pad_token_is_found_that_no_answer_ends_with() {
+    fn the_pad_token_never_ends_an_answer() {
         use serde_json::json;
         let [pad, start, end] = ["<|pad|>", "<|im_start|>", "<|im_end|>"];
         for (named, ends, expected) in [
             (json!({ "eos_token": end, "pad_token": pad }), json!({}), Some(256)),
-            // As in Qwen: padding is a second end token.
+            // As in Qwen: the padding token is a second end token.
             (json!({ "eos_token": end, "pad_token": pad }), json!({ "eos_token_id": [258, 256] }), Some(256)),
             (json!({ "eos_token": end, "pad_token": end, "bos_token": start }), json!({}), Some(257)),
             (json!({ "eos_token": end, "pad_token": end }), json!({}), Some(256)),

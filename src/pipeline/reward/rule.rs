@@ -1,22 +1,22 @@
-//! From scores to rewards: scale, bound, charge for length.
+//! Conversion of scores to rewards: scaling, clipping and length penalties.
 
 use crate::types::{Completion, Finish, Group, RewardScale};
 
-/// How scores become rewards.
+/// Settings of the conversion of scores to rewards.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RewardRule {
-    /// Subtract the running mean of all scores so far and divide by their standard deviation.
+    /// Subtracts the running mean of all scores and divides by their standard deviation if set.
     pub standardise: bool,
-    /// Bound on the scaled score, either way.
+    /// Maximum absolute value of the scaled score.
     pub clip: Option<f64>,
-    /// Taken off per completion token.
+    /// Penalty per completion token.
     pub length_penalty: f64,
-    /// Taken off when a completion ran into the limit of tokens.
+    /// Penalty for a completion that reached the token limit.
     pub missing_eos_penalty: f64,
 }
 
 impl RewardRule {
-    /// Rewards of a group's completions, given their scores; `scale` takes the scores in first.
+    /// Returns the rewards of a group's completions with the given scores, which are added to `scale` first.
     pub fn rewards(&self, group: &Group, scores: &[f64], scale: &mut RewardScale) -> Vec<f64> {
         for score in scores {
             scale.add(*score);
@@ -35,13 +35,13 @@ impl RewardRule {
             .collect()
     }
 
-    /// What is taken off for a completion's length and for its missing end.
+    /// Returns the total penalty for a completion's length and its missing end.
     fn charge(&self, completion: &Completion) -> f64 {
         let cut = if completion.finish == Finish::Length { self.missing_eos_penalty } else { 0.0 };
         self.length_penalty * completion.ids.len() as f64 + cut
     }
 
-    /// P(first is better) once both completions are charged, the charges being log-odds.
+    /// Returns P(first is better) after the penalties of both completions, which are applied as log-odds.
     pub fn preference(&self, first: &Completion, second: &Completion, p: f64) -> f64 {
         let charge = self.charge(first) - self.charge(second);
         if charge == 0.0 {
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn scales_clips_and_charges_for_length() {
+    fn rewards_are_scaled_clipped_and_penalised_for_length() {
         let rule = RewardRule { standardise: true, clip: Some(1.0), length_penalty: 0.1, missing_eos_penalty: 0.5 };
         let mut scale = RewardScale::default();
         let group = group(&[(1, Finish::Eos), (2, Finish::Length), (3, Finish::Eos)]);
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn scores_that_differ_by_rounding_alone_are_not_scaled() {
+    fn scores_that_differ_only_by_rounding_are_not_scaled_up() {
         let rule = RewardRule { standardise: true, clip: None, length_penalty: 0.0, missing_eos_penalty: 0.0 };
         let group = group(&[(1, Finish::Eos); 3]);
         let rewards = rule.rewards(&group, &[5.5, 5.5 + 1e-15, 5.5 - 1e-15], &mut RewardScale::default());
@@ -103,11 +103,11 @@ mod tests {
     }
 
     #[test]
-    fn a_preference_is_charged_in_log_odds() {
+    fn penalties_shift_a_preference_in_log_odds() {
         let rule = RewardRule { standardise: true, clip: None, length_penalty: 0.5, missing_eos_penalty: 9f64.ln() };
         let group = group(&[(2, Finish::Eos), (2, Finish::Length), (4, Finish::Eos)]);
         let charged = |i: usize, j: usize, p: f64| rule.preference(&group.completions[i], &group.completions[j], p);
-        // Even odds, against one that did not end: 9 to 1. Two tokens more: e to 1.
+        // Even odds against one that did not end: 9 to 1. Against one with two more tokens: e to 1.
         assert!((charged(0, 1, 0.5) - 0.9).abs() < 1e-12 && (charged(1, 0, 0.5) - 0.1).abs() < 1e-12);
         let e = 1f64.exp();
         assert!((charged(0, 2, 0.5) - e / (1.0 + e)).abs() < 1e-12);

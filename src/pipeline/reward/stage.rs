@@ -14,19 +14,19 @@ use crate::rl::ledger::LedgerWriter;
 use crate::types::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
 use crate::util::failpoints;
 
-/// Where a completion's score comes from.
+/// Source of the completions' scores.
 pub enum Scorer {
-    /// From the labeler: direct mode.
+    /// The labeler's scores: direct mode.
     Labels,
-    /// From the reward model, which goes on learning from the labels that arrive, if any: distilled and human mode.
+    /// The reward model, which continues to learn from incoming labels, if any: distilled and human mode.
     Model(Arc<Mutex<RewardTrainer>>),
-    /// Nobody scores: the learner takes the labeled pairs as they are. Preference mode.
+    /// No scores: the learner uses the labeled pairs directly. Preference mode.
     Pairs,
 }
 
-/// Takes groups, labeled or (as `I` = [`Group`]) not, and hands them on in order of their sequence number, whatever
-/// order several actors before it finish in, so that what it learns and the running scale are functions of the data
-/// and not of the clock.
+/// Stage that rewards groups, labeled or (if `I` = [`Group`]) unlabeled. It processes and emits them in order of their
+/// sequence number, independent of the order in which upstream actors finish. The reward model's training and the
+/// running scale are therefore functions of the data and not of timing.
 pub struct RewardStage<I> {
     scorer: Scorer,
     rule: RewardRule,
@@ -40,8 +40,8 @@ pub struct RewardStage<I> {
 }
 
 impl<I> RewardStage<I> {
-    /// A stage whose first group is `next` and whose scale so far is `scale`. `reference` is π_SFT with its fingerprint, if
-    /// there is one; `temperature` is that of the rollouts.
+    /// Creates a stage that begins with group `next` and the running scale `scale`. `reference` is π_SFT with its
+    /// fingerprint, if it is needed; `temperature` is that of the rollouts.
     pub fn new(
         scorer: Scorer,
         rule: RewardRule,
@@ -56,7 +56,7 @@ impl<I> RewardStage<I> {
         Self { scorer, rule, scale, reference, temperature, entries, next, waiting, takes }
     }
 
-    /// Rewards a group, and writes it down before anybody can see the reward model that learned from it.
+    /// Rewards a group, and records it in the ledger before the reward model that learned from it becomes visible.
     fn enter(&mut self, labeled: Labeled) -> Result<Rewarded> {
         let trainer = match &self.scorer {
             Scorer::Model(trainer) => Some(Arc::clone(trainer)),
@@ -99,7 +99,7 @@ impl<I> RewardStage<I> {
                 }
             }
             (Scorer::Pairs, None) => {
-                // The judge's own scores, where it scored, are worth seeing; nothing is learned from them.
+                // The judge's own scores, if any, are kept for display; they are not used for training.
                 out.scores = scores(feedback.as_ref(), out.group.completions.len()).unwrap_or_default();
                 let completions = &out.group.completions;
                 let charged =
@@ -122,8 +122,8 @@ impl<I> RewardStage<I> {
         Ok(out)
     }
 
-    /// Log-probabilities under π_ref: the labeler's, where it ran the same weights, or computed here; of no completion
-    /// where there is no reference.
+    /// Returns the log-probabilities under π_ref: the labeler's if it ran the same weights, or computed here. Empty
+    /// without a reference.
     fn reference(&self, group: &Group, feedback: Option<&mut Feedback>) -> Result<Vec<Vec<f32>>> {
         let Some((reference, identity)) = &self.reference else { return Ok(vec![]) };
         if let Some(feedback) = feedback
@@ -138,14 +138,14 @@ impl<I> RewardStage<I> {
     }
 }
 
-/// One score per completion, or why there is none.
+/// Returns one score per completion, or the reason why there is none.
 fn scores(feedback: Option<&Feedback>, completions: usize) -> Result<Vec<f64>, String> {
     let Some(feedback) = feedback else { return Err("the group has no labels".into()) };
     let scores: Vec<f64> = feedback.verdicts.iter().filter_map(Verdict::label).collect();
     if scores.len() == completions { Ok(scores) } else { Err(refusal(&feedback.verdicts)) }
 }
 
-/// The first verdict that is no label, in words.
+/// Describes the first verdict that is not a label.
 pub(super) fn refusal<'a>(verdicts: impl IntoIterator<Item = &'a Verdict>) -> String {
     let reason = verdicts.into_iter().find_map(|verdict| match verdict {
         Verdict::Label(_) => None,
@@ -155,7 +155,7 @@ pub(super) fn refusal<'a>(verdicts: impl IntoIterator<Item = &'a Verdict>) -> St
     reason.unwrap_or_else(|| "the labeler gave too few verdicts".into())
 }
 
-/// Pairs that have a label, with P(first is better).
+/// Returns the labeled pairs with P(first is better).
 pub(super) fn labeled_pairs(feedback: Option<&Feedback>) -> Vec<(usize, usize, f64)> {
     let pairs = feedback.into_iter().flat_map(|feedback| &feedback.preferences);
     pairs.filter_map(|one: &Preference| Some((one.first, one.second, one.probability()?))).collect()

@@ -1,4 +1,4 @@
-//! Training a reward model on preferences, pair by pair.
+//! Training of a reward model on preference pairs.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -14,42 +14,42 @@ use crate::types::{Group, Prompt};
 use crate::util::seed::{self, mix};
 use kernels::{AdamW, AdamWConfig, Frozen, Gradients};
 
-/// Held-out pairs that the live accuracy looks back on.
+/// Number of most recent held-out pairs in the live accuracy.
 const WINDOW: usize = 256;
 
-/// The numbers that training depends on.
+/// Training settings of a reward model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainerPlan {
     /// Learning rate of the decoder.
     pub lr: f64,
     /// Learning rate of the scalar head, which starts at zero.
     pub head_lr: f64,
-    /// Pairs per optimizer step.
+    /// Number of pairs per optimizer step.
     pub batch_pairs: usize,
-    /// Bound on the gradient's global norm.
+    /// Maximum global norm of the gradient.
     pub max_grad_norm: f64,
-    /// Learn from who is preferred rather than from the probability; a label of exactly ½ then says nothing.
+    /// Trains on the preferred completion instead of the probability if set; a label of exactly ½ is then ignored.
     pub hard: bool,
-    /// Share of prompts whose pairs are never trained on and measure accuracy.
+    /// Fraction of prompts whose pairs are never trained on and measure the accuracy.
     pub holdout: f64,
-    /// Seed of the choice of what is held out.
+    /// Seed of the choice of held-out prompts.
     pub seed: u64,
 }
 
-/// What one optimizer step came to.
+/// Result of one optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TrainerStep {
-    /// Version after it.
+    /// Version after the step.
     pub version: u64,
-    /// Mean loss over its pairs.
+    /// Mean loss over the step's pairs.
     pub loss: f64,
-    /// Share of its pairs ranked as labeled, before the step.
+    /// Share of the step's pairs ranked as labeled, before the step.
     pub accuracy: f64,
-    /// Norm of the gradient, before clipping.
+    /// Global norm of the gradient, before clipping.
     pub gradient_norm: f64,
 }
 
-/// The reward model in training. The loss is that of the soft label over (r₁ − r₂) ([`soft_label`]), a mean over pairs.
+/// A reward model in training. The loss is that of the soft label over (r₁ − r₂) ([`soft_label`]), averaged over pairs.
 pub struct RewardTrainer {
     plan: TrainerPlan,
     model: RewardModel,
@@ -59,36 +59,37 @@ pub struct RewardTrainer {
     optimizer: AdamW,
     head_optimizer: AdamW,
     counters: Counters,
-    /// True while parameters or gradients are being written: what fails then leaves them half updated.
+    /// True while parameters or gradients are being written: a failure then leaves them half updated.
     stepping: bool,
 }
 
-/// The numbers of a [`RewardTrainer`].
+/// Serialisable counters of a [`RewardTrainer`].
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Counters {
     version: u64,
     trained: u64,
-    /// First group of the run that was not learned from yet: what is issued again after a restart is not learned twice.
+    /// First group of the run that was not learned from yet, so that a group issued again after a restart is not
+    /// learned from twice.
     next: u64,
     pending: Pending,
     held_out: VecDeque<f64>,
-    /// The group that was observed last, the version that scored it, and its scores: should whoever asked have failed
-    /// before it was written down, it is asked again.
+    /// The last observed group, the version that scored it, and its scores. If the caller failed before recording them,
+    /// the group is asked about again and gets the same scores.
     last: Option<(u64, u64, Vec<f64>)>,
 }
 
-/// What a group's observation came to.
+/// Result of observing a group.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Observed {
-    /// Its scores.
+    /// Scores of the group's completions.
     pub scores: Vec<f64>,
-    /// The version that gave them.
+    /// Model version that computed the scores.
     pub version: u64,
-    /// The step that it led to, if it led to one.
+    /// Optimizer step that followed, if any.
     pub step: Option<TrainerStep>,
 }
 
-/// Sums over the pairs of the step that is being gathered.
+/// Sums over the pairs of the optimizer step under accumulation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 struct Pending {
     pairs: usize,
@@ -96,17 +97,17 @@ struct Pending {
     right: f64,
 }
 
-/// A [`RewardTrainer`] between two groups, for a checkpoint to write while training goes on.
+/// State of a [`RewardTrainer`] between two groups, for a checkpoint to write while training continues.
 pub struct Saved {
-    /// Its numbers.
+    /// Counters of the trainer.
     pub counters: Counters,
     /// The model.
     pub model: RewardModel,
-    /// The optimizers' state, and the gradient of the step that is being gathered.
+    /// Optimizer states, and the gradient under accumulation.
     pub state: Vec<(String, Frozen)>,
 }
 
-/// What tensors of a part of the state are called before their own names.
+/// Prefixes of the tensor names of each part of the state.
 const PARTS: [&str; 4] = ["decoder/", "head/", "decoder_gradient/", "head_gradient/"];
 
 impl RewardTrainer {
@@ -117,12 +118,12 @@ impl RewardTrainer {
         telemetry::reward_model(self.trained(), self.version(), accuracy, step.map(|step| step.loss));
     }
 
-    /// A reward model with the decoder of `initial`, which stays as it is, and a head of zeros, or `head`.
+    /// Creates a reward model with a copy of the decoder of `initial`, and with `head` or a head of zeros.
     ///
     /// # Errors
-    /// When memory for the copies cannot be had.
+    /// If memory for the copies cannot be allocated.
     pub fn new(initial: &Decoder, head: Option<&Tensor>, plan: TrainerPlan, adam: AdamWConfig) -> Result<Self> {
-        // The language head is not used and not trained.
+        // The language-model head is neither used nor trained.
         let (model, params) = initial.trainable(false)?;
         let zeros = Tensor::zeros((1, model.config().hidden_size), DType::F32, initial.device())?;
         let head = Var::from_tensor(&head.unwrap_or(&zeros).copy()?)?;
@@ -140,10 +141,11 @@ impl RewardTrainer {
         })
     }
 
-    /// The state as it is. The optimizers' moments are shared, weights and a gradient that is being gathered are copied.
+    /// Returns the present state. The optimizers' moments are shared; the weights and a gradient under accumulation are
+    /// copied.
     ///
     /// # Errors
-    /// When memory for the copies cannot be had.
+    /// If memory for the copies cannot be allocated.
     pub fn save(&self) -> Result<Saved> {
         let [decoder, head, decoder_gradient, head_gradient] = PARTS;
         let named = |part: &'static str, all: Vec<(String, Frozen)>| {
@@ -161,10 +163,10 @@ impl RewardTrainer {
         Ok(Saved { counters: self.counters.clone(), model, state })
     }
 
-    /// Goes on from what [`Self::save`] gave, read back; `params` are the model's tensors, the head among them.
+    /// Restores the state returned by [`Self::save`]; `params` are the model's tensors, including the head.
     ///
     /// # Errors
-    /// Names the tensor that is missing or of another shape.
+    /// If a tensor is missing or has another shape; the error names it.
     pub fn restore(
         &mut self,
         counters: Counters,
@@ -191,52 +193,52 @@ impl RewardTrainer {
         Ok(())
     }
 
-    /// The model as it is now; it changes with the next step.
+    /// Returns the present model, which changes with the next step.
     pub fn model(&self) -> &RewardModel {
         &self.model
     }
 
-    /// Optimizer steps taken.
+    /// Returns the number of optimizer steps taken.
     pub fn version(&self) -> u64 {
         self.counters.version
     }
 
-    /// Pairs trained on.
+    /// Returns the number of pairs trained on.
     pub fn trained(&self) -> u64 {
         self.counters.trained
     }
 
-    /// Share of the last held-out pairs that were ranked as labeled, and how many they are.
+    /// Returns the share of the most recent held-out pairs that were ranked as labeled, and the number of these pairs.
     pub fn accuracy(&self) -> (f64, usize) {
         let right = self.counters.held_out.iter().fold(0.0, |sum, one| sum + one);
         (right / self.counters.held_out.len().max(1) as f64, self.counters.held_out.len())
     }
 
-    /// Whether pairs about `prompt` are kept from training: a function of what it says, so that a prompt that comes again
-    /// is on the same side.
+    /// Returns whether pairs about `prompt` are excluded from training. This is a function of the prompt's text, so
+    /// that a repeated prompt is always on the same side.
     pub fn holds_out(&self, prompt: &Prompt) -> bool {
         let fraction = (mix(self.plan.seed ^ seed::text(&prompt.text)) >> 11) as f64 / (1u64 << 53) as f64;
         fraction < self.plan.holdout
     }
 
-    /// Scores of a group's completions by the model as it is.
+    /// Returns the scores of a group's completions under the present model.
     ///
     /// # Errors
-    /// A sequence beyond the model's context.
+    /// If a sequence exceeds the model's context.
     pub fn score(&self, group: &Group) -> Result<Vec<f64>> {
         let ids: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
         Ok(self.model.scores(&group.prompt.ids, &ids)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
     }
 
-    /// As [`Self::score`], and learns from the group's `preferences` (two completions and P(first is better)) unless
-    /// it is held out or was learned from before. The scores are those of the version before any step this leads to.
+    /// Scores a group as [`Self::score`] does, and learns from its `preferences` (two completions and P(first is
+    /// better)) unless it is held out or was learned from before. The scores are those before any resulting step.
     ///
     /// # Errors
-    /// As [`Self::score`].
+    /// As for [`Self::score`].
     pub fn observe(&mut self, group: &Group, preferences: &[(usize, usize, f64)]) -> Result<Observed> {
         ensure!(
             !self.stepping,
-            "the reward model failed while its weights were being written; they are half updated and cannot be used"
+            "the reward model failed while its weights were being written; they are only partly updated and cannot be used"
         );
         let (seq, version) = (group.prompt.seq, self.counters.version);
         if let Some((_, version, scores)) = self.counters.last.as_ref().filter(|(last, ..)| *last == seq) {
@@ -262,10 +264,10 @@ impl RewardTrainer {
         Ok(Observed { scores, version, step })
     }
 
-    /// Learns from `preferences` whatever came before: for pairs that are gone through several times.
+    /// Learns from `preferences` even if the group was learned from before, for several epochs over the same pairs.
     ///
     /// # Errors
-    /// As [`Self::score`].
+    /// As for [`Self::score`].
     pub fn learn(
         &mut self,
         group: &Group,
@@ -300,10 +302,11 @@ impl RewardTrainer {
         Ok((values, step))
     }
 
-    /// Takes the step for whatever pairs are gathered; none where there are none, or the gradient is not finite.
+    /// Makes an optimizer step on the accumulated pairs; returns `None` without pairs, or if the gradient is not
+    /// finite.
     ///
     /// # Errors
-    /// Tensor errors only.
+    /// Only tensor errors.
     pub fn step(&mut self) -> Result<Option<TrainerStep>> {
         let pending = std::mem::take(&mut self.counters.pending);
         let pairs = pending.pairs as f64;
@@ -327,15 +330,15 @@ impl RewardTrainer {
         Ok(finite.then_some(TrainerStep { version: self.counters.version, loss, accuracy, gradient_norm: norm }))
     }
 
-    /// The run proper begins: its groups are counted from zero again, whatever warmed the model up. What warm-up
-    /// measured stays in the live accuracy until the run's own pairs take its place.
+    /// Resets the group counters after a warm-up, so that the run's groups are counted from zero. The live accuracy
+    /// keeps the warm-up's pairs until the run's own pairs replace them.
     pub fn begin_run(&mut self) {
         self.counters.next = 0;
         self.counters.last = None;
     }
 }
 
-/// Whether a margin ranks a pair as its label does: 1 or 0, and ½ for a margin of zero, which ranks nothing.
+/// Returns 1 if a margin ranks a pair as its label does, 0 if not, and ½ for a margin of zero, which ranks nothing.
 pub fn agreement(margin: f64, p: f64) -> f64 {
     if margin == 0.0 { 0.5 } else { f64::from(u8::from((margin > 0.0) == (p > 0.5))) }
 }

@@ -1,4 +1,4 @@
-//! Warming a reward model up before the policy learns from it.
+//! Warm-up of a reward model before the policy is trained with it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,19 +13,20 @@ use super::trainer::{RewardTrainer, TrainerStep, agreement};
 use crate::types::{Group, Labeled};
 use crate::util::seed::mix;
 
-/// Who is told how the warm-up goes.
+/// Observer of a warm-up's progress.
 pub trait WarmUpObserver: Send {
-    /// A group was learned from or held out; `done` counts groups over all epochs.
+    /// Called after a group was learned from or held out; `done` counts groups over all epochs.
     fn group(&mut self, done: u64);
 
-    /// A step was taken; the share of held-out pairs ranked as labeled so far, and their number.
+    /// Called after a step, with the share of held-out pairs ranked as labeled so far and their number.
     fn step(&mut self, step: &TrainerStep, held_out: (f64, usize));
 
-    /// All epochs are done: held-out pairs ranked as labeled by the final model, of how many.
+    /// Called after all epochs, with the number of held-out pairs that the final model ranks as labeled, and their
+    /// total.
     fn done(&mut self, right: f64, pairs: u64);
 }
 
-/// Takes labeled groups in order, learns from each, and goes through all of them again in each further epoch.
+/// Stage that learns from labeled groups in order, and repeats all of them in each further epoch.
 pub struct WarmUp {
     trainer: Arc<Mutex<RewardTrainer>>,
     observer: Arc<Mutex<dyn WarmUpObserver>>,
@@ -36,24 +37,25 @@ pub struct WarmUp {
     waiting: BTreeMap<u64, Labeled>,
     kept: Vec<WarmUpProgress>,
     held_out: Vec<WarmUpProgress>,
-    /// Labeled pairs so far, and why the first one without a label has none.
+    /// Number of labeled pairs so far.
     labeled: usize,
-    /// Labeled pairs of which one answer is better.
+    /// Number of labeled pairs in which one answer is better.
     decided: usize,
+    /// Reason why the first group without labeled pairs has none.
     unlabeled: Option<String>,
 }
 
-/// A group with the pairs a labeler made of it, as [`crate::types::Feedback::preferences`] holds them.
+/// A group with its labeled pairs: two indices of completions and P(first is better).
 struct WarmUpProgress {
     group: Group,
     pairs: Vec<(usize, usize, f64)>,
 }
 
-/// Begins the error of a warm-up in which the reward model learned from no pair.
+/// Beginning of the error message of a warm-up in which the reward model learned from no pair.
 pub const NOTHING_LEARNED: &str = "the reward model learned from nothing in its warm-up";
 
 impl WarmUp {
-    /// A warm-up of `epochs` over the groups that arrive, from number 0.
+    /// Creates a warm-up of `epochs` over the incoming groups, from number 0.
     pub fn new(
         trainer: Arc<Mutex<RewardTrainer>>,
         observer: Arc<Mutex<dyn WarmUpObserver>>,
@@ -150,8 +152,8 @@ impl Stage for WarmUp {
                     "all labeled pairs are of held-out prompts; lower reward_model.holdout, or warm up on more groups"
                         .into()
                 }
-                Some(why) => format!("of {} groups none has a labeled pair, the first since {why}", self.next),
-                None => "no pair was given to it".to_owned(),
+                Some(why) => format!("none of {} groups has a labeled pair; the first because {why}", self.next),
+                None => "it received no pairs".to_owned(),
             };
             return Err(StageError::fatal(format!("{NOTHING_LEARNED}: {why}")));
         }

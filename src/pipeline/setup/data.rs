@@ -1,4 +1,4 @@
-//! The data of a run, as its configuration names them.
+//! Data sets of a run, as configured.
 
 use anyhow::{Context, Result, ensure};
 
@@ -7,10 +7,10 @@ use crate::config::{Config, LabelerKind};
 use crate::lm::source::{DataRef, ResolveOptions};
 use crate::pipeline::data::{Dataset, ModelBounds, Part, PromptFormat, ReadOptions, Rows, Split};
 
-/// Checks that an empty prompt has tokens where a judge compares likelihoods with it.
+/// Checks that an empty prompt has tokens if a likelihood judge is configured.
 ///
 /// # Errors
-/// Names the keys that give it some.
+/// If it has none; the error names the settings to change.
 pub fn compares_with_blank(config: &Config, has_blank: bool) -> Result<()> {
     let evaluator = config.evaluation.labeler.iter().flat_map(|judge| judge.iter());
     let compares = config.labeler.methods.iter().chain(evaluator).any(|method| method.kind == LabelerKind::Likelihood);
@@ -21,19 +21,20 @@ pub fn compares_with_blank(config: &Config, has_blank: bool) -> Result<()> {
     Ok(())
 }
 
-/// The rows of `data`, fetched if need be.
+/// Returns the rows of `data`, downloaded if necessary.
 ///
 /// # Errors
-/// Data that cannot be had or read.
+/// If the data cannot be downloaded or read.
 pub fn rows(config: &Config, data: &DataRef, progress: bool) -> Result<Rows> {
     let options = ResolveOptions { timeout: timeout(config), progress, ..ResolveOptions::default() };
     Rows::open_all(&data.files(&options)?)
 }
 
-/// The prompts of `part`, of which none is longer than the limit of the configuration and what `context` leaves to a prompt.
+/// Returns the prompts of `part`. None is longer than the configured limit and the room that `context` leaves for a
+/// prompt.
 ///
 /// # Errors
-/// Data that cannot be had or used; see [`Dataset::read`].
+/// If the data cannot be downloaded or used; see [`Dataset::read`].
 pub(super) fn data(config: &Config, policy: &Policy, context: usize, part: Part, progress: bool) -> Result<Dataset> {
     let tokenizer = &policy.tokenizer;
     let new = config.rollout.max_new_tokens;
@@ -73,7 +74,7 @@ pub(super) fn data(config: &Config, policy: &Policy, context: usize, part: Part,
     Ok(if config.data.shuffle { data.shuffled(config.run.seed) } else { data })
 }
 
-/// How the configuration makes prompts of texts.
+/// Returns the configured conversion of texts to prompts.
 pub fn prompt_format(config: &Config) -> PromptFormat {
     PromptFormat {
         special_tokens: config.data.special_tokens,

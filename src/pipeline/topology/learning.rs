@@ -1,4 +1,4 @@
-//! From the configuration to what learns.
+//! Construction of the algorithm, value model and optimizer settings from the configuration.
 
 use anyhow::Result;
 
@@ -19,17 +19,17 @@ use crate::rl::algo::whiten::Whitened;
 use crate::util::seed::mix;
 use kernels::AdamWConfig;
 
-/// The value baseline for `policy`, where the configured algorithm learns one.
+/// Returns the value baseline for `policy`, if the configured algorithm needs one.
 ///
 /// # Errors
-/// When the device has no room.
+/// If the device has insufficient memory.
 pub fn value_model(config: &Config, policy: &Decoder) -> Result<Option<ValueModel>> {
     let decoder = config.learner.value_model == ValueKind::Model;
     let needed = algorithm(config).needs_values();
     needed.then(|| ValueModel::new(policy, decoder, adam(config))).transpose()
 }
 
-/// The configured algorithm.
+/// Returns the configured algorithm.
 pub fn algorithm(config: &Config) -> Box<dyn Algorithm> {
     let learner = &config.learner;
     let surrogate = surrogate(config);
@@ -53,7 +53,7 @@ pub fn algorithm(config: &Config) -> Box<dyn Algorithm> {
     if rewards || advantages { Box::new(Whitened { inner, rewards, advantages }) } else { inner }
 }
 
-/// From advantages to loss, as configured.
+/// Returns the configured policy loss, which turns advantages into a loss.
 fn surrogate(config: &Config) -> Surrogate {
     let learner = &config.learner;
     let level = if learner.algorithm == AlgorithmKind::Rloo { Level::Sequence } else { Level::Token };
@@ -77,12 +77,12 @@ fn surrogate(config: &Config) -> Surrogate {
     }
 }
 
-/// A bound, where zero says that there is none.
+/// Returns a bound, or infinity for zero, which means that it is turned off.
 fn unless_zero(bound: f64) -> f64 {
     if bound == 0.0 { f64::INFINITY } else { bound }
 }
 
-/// The numbers that a step depends on, as configured.
+/// Returns the learner's configured settings.
 pub fn learn_plan(config: &Config) -> LearnPlan {
     let learner = &config.learner;
     LearnPlan {
@@ -104,14 +104,14 @@ pub fn learn_plan(config: &Config) -> LearnPlan {
     }
 }
 
-/// The policy's adapters and the seed that they are made from, if it is to learn through adapters.
+/// Returns the policy's adapters and the seed of their initialisation, if LoRA is configured.
 pub fn lora(config: &Config) -> Option<(Lora, u64)> {
     let lora = config.policy.lora.as_ref()?;
     let (rank, alpha, targets) = (lora.rank, lora.alpha, lora.targets.clone());
     Some((Lora { rank, alpha, targets }, mix(config.run.seed ^ 0x10ad)))
 }
 
-/// The optimizer of everything that learns.
+/// Returns the settings of all optimizers.
 pub fn adam(config: &Config) -> AdamWConfig {
     let learner = &config.learner;
     AdamWConfig {

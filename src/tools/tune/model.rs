@@ -39,7 +39,7 @@ impl Model {
         facts: Facts,
         alone: &Measured,
         threaded: Option<&Measured>,
-        with_large_batch_kernels: Option<(usize, &Measured)>,
+        large_batch: Option<(usize, &Measured)>,
     ) -> Self {
         let cost = |role: Role| {
             let one = alone.work_s[role as usize];
@@ -51,7 +51,7 @@ impl Model {
         };
         // One group alone takes `common + own`, n together take `common + n · own`; of both, learning takes a step.
         let in_common = |role: Role| {
-            with_large_batch_kernels.map_or(0.0, |(n, seen)| {
+            large_batch.map_or(0.0, |(n, seen)| {
                 let (one, each) = (alone.work_s[role as usize], seen.work_s[role as usize]);
                 shared_part(one, each, n as f64)
             })

@@ -1,4 +1,4 @@
-//! The table of behaviours of real servers with the OpenAI API, each with its right outcome.
+//! Table of behaviours of real servers with the OpenAI API, each with its correct outcome.
 
 use std::io::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,19 +8,19 @@ use serde_json::{Value, json};
 
 use crate::mock_judge::Act;
 
-/// Origin of the knowledge of a behaviour.
+/// Source of the knowledge about a behaviour.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Source {
     /// Tried with the real server.
     Run,
     /// Recorded from the real server.
     Recorded,
-    /// In the server's documentation or its public bug reports.
+    /// From the server's documentation or its public bug reports.
     Documented,
 }
 pub use Source::{Documented, Recorded, Run};
 
-/// The right outcome of the question whether the answer is 1, 2 or 10.
+/// The correct outcome for the question whether the answer is 1, 2 or 10.
 #[derive(Clone, Copy)]
 pub enum Expected {
     /// These probabilities, from the log-probabilities 0.6 of `1` and 0.3 of `2`.
@@ -31,20 +31,20 @@ pub enum Expected {
     Weights([f64; 3]),
     /// No label for this question, with this cause; other questions are answered.
     Abstains(&'static str),
-    /// The judge cannot be used, which is found out before the run, with this cause.
+    /// The judge cannot be used, which is detected before the run, with this cause.
     Unusable(&'static str),
 }
 pub use Expected::{Abstains, Listed, Unusable, Votes, Weights};
 
-/// What is done with a request, given the number of requests before it, its path and its body.
+/// Response to a request, given the number of requests before it, its path and its body.
 pub type Plan = Box<dyn Fn(u64, &str, &Value) -> Act + Send + Sync>;
 
-/// One behaviour.
+/// One behaviour of a server.
 pub struct Row {
     pub server: &'static str,
     pub behaviour: &'static str,
     pub source: Source,
-    /// Keys of `labeler.remote` that a person sets; in words for the page.
+    /// Keys of `labeler.remote` that the user sets, and their description for the page.
     pub settings: &'static str,
     pub set: fn(RemoteJudge) -> RemoteJudge,
     pub plan: Plan,
@@ -67,20 +67,20 @@ impl Row {
     }
 }
 
-/// The text of the question that the labeler asks; all other questions are those of the start.
+/// Text of the labeler's question; all other questions are those at the start.
 pub const QUESTION: &str = "Which of 1, 2 and 10 is it?";
 
-/// Whether a request is for log-probabilities.
+/// Returns whether a request asks for log-probabilities.
 fn lists(body: &Value) -> bool {
     body.get("logprobs").is_some_and(|value| value != &json!(false) && !value.is_null())
 }
 
-/// Whether a request is the question itself.
+/// Returns whether a request is the labeler's question.
 fn asked(body: &Value) -> bool {
     body.to_string().contains(QUESTION)
 }
 
-/// A list of alternatives as log-probabilities; JSON values are sent as they are.
+/// Returns a list of alternatives as log-probabilities; JSON values are sent unchanged.
 fn top(pairs: &[(&str, Value)]) -> Value {
     Value::Array(pairs.iter().map(|(token, logprob)| json!({ "token": token, "logprob": logprob })).collect())
 }
@@ -89,7 +89,7 @@ fn ln(p: f64) -> Value {
     json!(p.ln())
 }
 
-/// A chat answer with these alternatives of the first token.
+/// Returns a chat answer with these alternatives of the first token.
 fn chat(alternatives: &Value) -> Act {
     Act::Body(chat_body(alternatives).to_string())
 }
@@ -111,12 +111,12 @@ fn usual() -> Value {
     top(&[("1", ln(0.6)), ("2", ln(0.3)), ("3", ln(0.05)), ("10", ln(0.0001))])
 }
 
-/// The usual answer: alternatives where they are asked for, `2` where not.
+/// Returns the usual answer: alternatives if they are requested, else `2`.
 fn good(body: &Value) -> Act {
     if lists(body) { chat(&usual()) } else { text("2") }
 }
 
-/// A chat answer without log-probabilities.
+/// Returns a chat answer without log-probabilities.
 fn text(text: &str) -> Act {
     message(&json!({ "role": "assistant", "content": text }))
 }
@@ -144,7 +144,7 @@ fn once(act: Act) -> impl Fn(u64, &str, &Value) -> Act + Send + Sync + 'static {
     move |number, _, request| if number == 0 { act.clone() } else { good(request) }
 }
 
-/// Answers the question itself with `act`, and others as usual.
+/// Answers the labeler's question with `act`, and others as usual.
 fn on_question(act: Act) -> impl Fn(u64, &str, &Value) -> Act + Send + Sync + 'static {
     move |_, _, request| if asked(request) { act.clone() } else { good(request) }
 }
@@ -165,12 +165,12 @@ fn more_than(most: u64) -> impl Fn(&Value) -> bool + Send + Sync + 'static {
     }
 }
 
-/// Whether a request asks a template not to think.
+/// Returns whether a request tells the template not to reason.
 fn switched_off(request: &Value) -> bool {
     request["chat_template_kwargs"]["enable_thinking"] == false
 }
 
-/// A model that thinks: its first token opens a block, and its text is `before` the answer where there is room for it.
+/// A reasoning model: its first token opens a block, and its text is `before` the answer if the token limit allows it.
 fn thinking(request: &Value, apart: Option<&str>) -> Act {
     let room = request["max_tokens"].as_u64().unwrap_or(0) > 100;
     if lists(request) {
@@ -190,7 +190,7 @@ fn gzip(text: &str) -> Vec<u8> {
     packed.finish().unwrap()
 }
 
-/// The text around the usual answer.
+/// Adds text around the usual answer.
 fn around(before: &'static str, after: &'static str) -> impl Fn(u64, &str, &Value) -> Act + Send + Sync + 'static {
     move |_, _, request| match good(request) {
         Act::Body(body) => Act::Body(format!("{before}{body}{after}")),

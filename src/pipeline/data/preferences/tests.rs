@@ -1,4 +1,4 @@
-//! Pairs in the forms of rows that people have.
+//! Tests of preference pairs in common formats.
 
 use serde_json::json;
 
@@ -12,7 +12,7 @@ fn said(list: &[(&str, &str)]) -> Value {
     json!(list.iter().map(|(role, text)| json!({ "role": role, "content": text })).collect::<Vec<_>>())
 }
 
-/// The row is a pair of the answers "a" and "b" behind `prompt`.
+/// Checks that the row is a pair of the answers "a" and "b" to `prompt`.
 #[track_caller]
 fn is_pair(row: &Value, prompt: &str, [first, second]: [&str; 2]) {
     let pair = read(row).unwrap_or_else(|error| panic!("{row}: {error}"));
@@ -21,7 +21,7 @@ fn is_pair(row: &Value, prompt: &str, [first, second]: [&str; 2]) {
 }
 
 #[test]
-fn pairs_are_read_in_each_form() {
+fn pairs_are_read_in_every_format() {
     let messages = |text: &str| said(&[("user", "hi"), ("assistant", text)]);
     let share_gpt = |text: &str| json!([{ "from": "human", "value": "hi" }, { "from": "gpt", "value": text }]);
     for (row, expected) in [
@@ -49,7 +49,7 @@ fn pairs_are_read_in_each_form() {
 }
 
 #[test]
-fn no_context_is_lost_where_answers_are_whole_dialogues() {
+fn complete_dialogues_as_answers_lose_no_context() {
     let messages = |text: &str| said(&[("user", "hi"), ("assistant", text)]);
     let long =
         |text: &str| said(&[("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "hi"), ("assistant", text)]);
@@ -59,7 +59,7 @@ fn no_context_is_lost_where_answers_are_whole_dialogues() {
     for empty in [json!(""), json!(null), json!([])] {
         is_pair(&json!({ "prompt": empty, "chosen": messages("a"), "rejected": messages("b") }), "hi", ["a", "b"]);
     }
-    // The prompt column has the last turn, the first one, all of them, or all but the system message.
+    // The prompt column has the last turn, the first one, all of them, or all except the system message.
     for prompt in [
         json!("hi"),
         json!("u1"),
@@ -75,7 +75,7 @@ fn no_context_is_lost_where_answers_are_whole_dialogues() {
         "system: s\n\nHuman: hi",
         ["a", "b"],
     );
-    // Texts in turns beside a prompt column, in turns or not.
+    // Texts in turns with a prompt column, in turns or not.
     for prompt in [json!("\n\nHuman: u1\n\nAssistant: a1\n\nHuman: hi\n\nAssistant:"), json!("hi"), json!("u1")] {
         is_pair(&json!({ "prompt": prompt, "chosen": text("a"), "rejected": text("b") }), turns, ["a", "b"]);
     }
@@ -108,9 +108,9 @@ fn a_system_message_is_taken_from_its_column_once() {
     assert!(error.contains("field \"system\" is another system message"), "{error}");
 }
 
-/// The values that TRL's `extract_prompt` gives.
+/// Expected values from TRL's `extract_prompt`.
 #[test]
-fn the_common_beginning_of_two_texts_is_the_prompt() {
+fn the_common_prefix_of_two_texts_is_the_prompt() {
     is_pair(
         &json!({ "chosen": "The sky is blue.", "rejected": "The sky is green." }),
         "The sky is",
@@ -128,7 +128,7 @@ fn the_prompt_may_be_in_the_configured_field() {
     let row = json!({ "question": "hi", "chosen": "a", "rejected": "b" });
     let found = pair(0, &row, "question", &mut Notes::default()).unwrap();
     assert_eq!(found.dialogue, Dialogue::single("hi"));
-    // The field of the answers is never that of the prompt.
+    // A field of the answers is never used as the prompt.
     let whole = |text: &str| said(&[("user", "hi"), ("assistant", text)]);
     let row = json!({ "chosen": whole("a"), "rejected": whole("b") });
     assert_eq!(pair(0, &row, "chosen", &mut Notes::default()).unwrap().dialogue, Dialogue::single("hi"));
@@ -138,7 +138,7 @@ fn the_prompt_may_be_in_the_configured_field() {
 fn a_row_that_is_not_a_pair_is_refused_with_the_reason() {
     let messages = |text: &str| said(&[("user", "hi"), ("assistant", text)]);
     for (row, words) in [
-        (json!({ "text": "x" }), "no preference pair"),
+        (json!({ "text": "x" }), "is not a preference pair"),
         (json!({ "prompt": "x", "completion": "y", "label": true }), "it rates one answer"),
         (json!({ "instruction": "x", "completions": [] }), "several answers with their scores"),
         (json!({ "chosen": "\n\nHuman: hi\n\nAssistant: a" }), "no field \"rejected\""),
@@ -162,7 +162,7 @@ fn a_row_that_is_not_a_pair_is_refused_with_the_reason() {
         ),
         (
             json!({ "prompt": "hi", "chosen": messages("a"), "rejected": "b" }),
-            "is a whole dialogue and the other one is not",
+            "is a complete dialogue and the other one is not",
         ),
         (
             json!({ "prompt": "hi", "chosen": said(&[("assistant", "a1"), ("assistant", "a2")]), "rejected": said(&[("assistant", "b")]) }),
@@ -213,7 +213,7 @@ fn pairs_of_equal_or_empty_answers_are_left_out() {
 }
 
 #[test]
-fn an_answer_that_repeats_a_long_prompt_is_remarked() {
+fn an_answer_that_repeats_a_long_prompt_is_noted() {
     let prompt = "Why is the sky blue on a day like this?";
     let mut notes = Notes::default();
     let row = json!({ "prompt": prompt, "chosen": format!("{prompt} a"), "rejected": format!("{prompt} b") });
@@ -222,7 +222,7 @@ fn an_answer_that_repeats_a_long_prompt_is_remarked() {
 }
 
 #[test]
-fn a_file_is_refused_by_row_or_read_without_its_bad_rows() {
+fn a_file_is_refused_with_its_bad_rows_or_read_without_them() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pairs.jsonl");
     std::fs::write(&path, "{\"prompt\": \"p\", \"first\": \"a\", \"second\": \"b\"}\n{\"a\": 1}\n").unwrap();
@@ -231,7 +231,7 @@ fn a_file_is_refused_by_row_or_read_without_its_bad_rows() {
     assert!(error.contains("pairs.jsonl:1: no field \"preference\"") && error.contains("pairs.jsonl:2"), "{error}");
     let skip = PairOptions { on_bad: OnBad::Skip, ..PairOptions::default() };
     assert_eq!(Preferences::read(&path, &skip).unwrap().len(), 1);
-    // Where nothing is left, the rows are the error.
+    // If no row is left, the faulty rows are the error.
     let skip = PairOptions { labeled: true, ..skip };
     assert!(Preferences::read(&path, &skip).err().unwrap().to_string().contains("pairs.jsonl:2"));
 }

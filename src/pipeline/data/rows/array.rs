@@ -1,4 +1,4 @@
-//! Elements of a JSON array in a file, found without reading the file into memory.
+//! Index of the elements of a JSON array in a file, built without reading the file into memory.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -8,19 +8,19 @@ use anyhow::{Result, bail, ensure};
 use super::Positioned;
 use super::offsets::Offsets;
 
-/// The scanner's place between two bytes.
+/// State of the scanner between two bytes.
 enum Place {
     /// Before the opening bracket.
     Before,
-    /// Where an element may begin; after a comma it must.
+    /// Between elements; after a comma an element must follow.
     Between { comma: bool },
-    /// In an element, so many brackets deep.
+    /// In an element, at this bracket depth.
     Inside { depth: usize, text: Text },
-    /// Behind the closing bracket.
+    /// After the closing bracket.
     After,
 }
 
-/// Whether a byte is part of a text in quotes.
+/// Position of a byte relative to quoted strings.
 #[derive(Clone, Copy, PartialEq)]
 enum Text {
     Outside,
@@ -28,11 +28,11 @@ enum Text {
     Escaped,
 }
 
-/// Returns the lines, counted from 1, on which the elements of the array in `file` begin, and where they begin; the last place
-/// is that of the closing bracket.
+/// Returns the line, counted from 1, and the offset of each element of the array in `file`; the last offset is that of
+/// the closing bracket.
 ///
 /// # Errors
-/// A file that is not one array: cut off, with text behind it, or with a comma too many or too few.
+/// If the file is not exactly one array: it is truncated, followed by text, or has too many or too few commas.
 pub(super) fn index(file: &File, begin: u64) -> Result<(Offsets, Offsets)> {
     let (mut lines, mut offsets) = (Offsets::default(), Offsets::default());
     let (mut at, mut line, mut place) = (begin, 1, Place::Before);
@@ -77,7 +77,7 @@ pub(super) fn index(file: &File, begin: u64) -> Result<(Offsets, Offsets)> {
                     (Text::Outside, _) => place,
                 },
                 Place::After if blank => place,
-                Place::After => bail!("not JSON: there is text behind the end of the list, in line {line}"),
+                Place::After => bail!("not JSON: there is text after the end of the list, in line {line}"),
             };
             line += u64::from(*byte == b'\n');
             at += 1;

@@ -1,4 +1,4 @@
-//! Places in a file, in blocks.
+//! File offsets, stored in blocks.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::Positioned;
 
-/// Numbers in blocks: a list that doubles when it is full would take three times their size for a moment.
+/// List of numbers in blocks. A growing `Vec` would need three times its size while it is reallocated.
 #[derive(Default)]
 pub(super) struct Offsets(Vec<Vec<u64>>);
 
@@ -31,7 +31,7 @@ impl Offsets {
     }
 }
 
-/// Where the lines of `file` begin from `begin` on, and where it ends.
+/// Returns the offset of each line of `file` from `begin` on, and of the end of the file.
 pub(super) fn lines(file: &File, begin: u64) -> Result<Offsets> {
     let (mut offsets, mut at) = (Offsets::default(), begin);
     offsets.push(begin);

@@ -1,4 +1,4 @@
-//! Files that are unpacked before their rows are read: compressed ones and parquet.
+//! Files that are unpacked before their rows are read: compressed files and parquet.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -13,11 +13,11 @@ use serde_json::{Map, Value, json};
 use super::Positioned;
 use crate::util::quiet;
 
-/// Bytes that may be unpacked of one, and bytes that may be unpacked in any case: text packs ten to one, what is made to
-/// fill a disk a thousand to one.
+/// Maximum ratio of unpacked to packed bytes, and a size in bytes that is always allowed: text compresses about ten to
+/// one, decompression bombs a thousand to one.
 const MOST_UNPACKED: (u64, u64) = (200, 1 << 30);
 
-/// The key of an object that stands for a binary value, with its number of bytes. No text has such a key.
+/// Key of an object that represents a binary value, with its number of bytes. No text has such a key.
 pub(in crate::pipeline::data) const BINARY: &str = "\0binary";
 
 fn most(file: &File) -> Result<u64> {
@@ -25,18 +25,18 @@ fn most(file: &File) -> Result<u64> {
     Ok(file.metadata()?.len().saturating_mul(ratio).max(least))
 }
 
-/// The content of `file` without compression by gzip or zstd, which is found by its first bytes, and `name` without the
-/// compression's ending.
+/// Returns the content of `file` without gzip or zstd compression, which is detected by its first bytes, and `name`
+/// without the compression's extension.
 ///
 /// # Errors
-/// A file that is damaged, or that unpacks to far more than text does.
+/// If the file is damaged, or unpacks to far more than text does.
 pub(super) fn unpacked(file: File, name: &str) -> Result<(File, String)> {
     let mut head = [0; 4];
     let read = file.read_at(&mut head, 0)?;
     let (endings, zstd): (&[&str], bool) = match &head[..read] {
         [0x1f, 0x8b, ..] => (&[".gz", ".gzip"], false),
         [0x28, 0xb5, 0x2f, 0xfd] => (&[".zst", ".zstd"], true),
-        // What is called so and is not is refused as damaged.
+        // A file with the extension but without the magic bytes is refused as damaged.
         _ if name.ends_with(".gz") => (&[".gz"], false),
         _ if name.ends_with(".zst") => (&[".zst"], true),
         _ => return Ok((file, name.to_owned())),
@@ -53,7 +53,7 @@ pub(super) fn unpacked(file: File, name: &str) -> Result<(File, String)> {
     Ok((unpacked?, stripped))
 }
 
-/// A temporary file without a name, filled by `fill`.
+/// Creates an unnamed temporary file and fills it with `fill`.
 fn spool(fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<File> {
     let file = tempfile::tempfile().context("cannot make a temporary file to unpack it into")?;
     let mut out = BufWriter::new(&file);
@@ -88,16 +88,16 @@ fn too_much(most: u64) -> String {
     )
 }
 
-/// The rows of a parquet file as JSON lines.
+/// Returns the rows of a parquet file as JSON lines.
 ///
 /// # Errors
-/// A file that is damaged, or that unpacks to far more than text does.
+/// If the file is damaged, or unpacks to far more than text does.
 pub(super) fn parquet(file: File) -> Result<File> {
     let most = most(&file)?;
     spool(|out| rows(file, out, most))
 }
 
-/// Writes at most `most` bytes of rows. The parquet crate believes what a file says of itself, and panics where that cannot be.
+/// Writes at most `most` bytes of rows. The parquet crate trusts the file's metadata and panics if it is inconsistent.
 fn rows(file: File, out: &mut BufWriter<&File>, most: u64) -> Result<()> {
     let read = || -> Result<()> {
         let reader =
@@ -107,7 +107,7 @@ fn rows(file: File, out: &mut BufWriter<&File>, most: u64) -> Result<()> {
             let group = reader.get_row_group(group).map_err(refused)?;
             for column in 0..group.num_columns() {
                 let first = group.get_column_page_reader(column).and_then(|mut pages| pages.get_next_page());
-                // Room for so many values is made before any is read.
+                // The library allocates space for this many values before it reads any.
                 if let Some(Page::DictionaryPage { buf, num_values, .. }) = first.map_err(refused)? {
                     ensure!(
                         num_values as usize <= buf.len(),
@@ -141,7 +141,7 @@ fn object(row: &Row) -> Value {
     Value::Object(row.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect::<Map<_, _>>())
 }
 
-/// A value in JSON; a binary one is not text, and becomes an object with [`BINARY`].
+/// Converts a value to JSON. A binary value is not text and becomes an object with [`BINARY`].
 fn value(field: &Field) -> Value {
     match field {
         Field::Bytes(bytes) => json!({ BINARY: bytes.len() }),
@@ -170,7 +170,7 @@ mod tests {
     use crate::pipeline::data::Rows;
 
     #[test]
-    fn what_is_packed_to_fill_a_disk_is_refused() {
+    fn a_decompression_bomb_is_refused() {
         let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
         packed.write_all(&vec![b'\n'; 1 << 20]).unwrap();
         let packed = packed.finish().unwrap();
@@ -180,7 +180,7 @@ mod tests {
         assert_eq!(unpacked(1 << 20).unwrap().metadata().unwrap().len(), 1 << 20);
     }
 
-    /// A parquet file with one column `a`, the same in each of `rows`.
+    /// Returns a parquet file with one column `a` that has the same value in each of `rows`.
     fn parquet_file(text: &str, annotation: &str, rows: usize) -> Vec<u8> {
         let schema = parse_message_type(&format!("message rows {{ required binary a{annotation}; }}")).unwrap();
         let mut writer = SerializedFileWriter::new(Vec::new(), Arc::new(schema), Arc::default()).unwrap();
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn parquet_that_is_packed_to_fill_a_disk_is_refused() {
+    fn a_parquet_decompression_bomb_is_refused() {
         let packed = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(packed.path(), parquet_file("many times", " (utf8)", 1 << 16)).unwrap();
         assert!(packed.path().metadata().unwrap().len() < 4096);
@@ -204,16 +204,16 @@ mod tests {
         assert_eq!(unpacked(line << 16).unwrap().metadata().unwrap().len(), line << 16);
     }
 
-    /// A column that a writer did not mark as text is not text, and no base64 of it either.
+    /// A column that is not marked as text is not read as text, nor as base64.
     #[test]
-    fn a_binary_column_of_parquet_is_not_a_text() {
+    fn a_binary_column_of_parquet_is_not_read_as_text() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rows.parquet");
         std::fs::write(&path, parquet_file("x", "", 1)).unwrap();
         assert_eq!(Rows::open(&path).unwrap().get(0).unwrap().unwrap()["a"], json!({ BINARY: 1 }));
     }
 
-    /// Each byte of a sound file changed in turn: it is read, or refused with one error.
+    /// Changes each byte of a valid file in turn: the file is read, or refused with one error.
     #[test]
     fn a_damaged_parquet_file_is_refused_and_nothing_panics() {
         let sound = parquet_file("x", " (utf8)", 3);

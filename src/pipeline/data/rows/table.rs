@@ -1,4 +1,4 @@
-//! Comma- and tab-separated values: the first record has the names of the columns, and all values are texts.
+//! Comma- and tab-separated values: the first record names the columns, and all values are texts.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -11,7 +11,7 @@ use super::super::dialogue::messages_in;
 use super::Positioned;
 use super::offsets::Offsets;
 
-/// The columns of a table, and the lines of its records.
+/// Columns of a table, and line numbers of its records.
 pub(super) struct Table {
     columns: Vec<String>,
     delimiter: u8,
@@ -19,10 +19,10 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Returns the table in `file` from `begin` on, and where its records begin, the header left out.
+    /// Indexes the table in `file` from `begin` on. Returns it with the offset of each record, without the header.
     ///
     /// # Errors
-    /// A file without a header, or one that names a column twice.
+    /// If the file has no header, or a column name occurs twice.
     pub(super) fn index(file: &File, begin: u64, delimiter: u8) -> Result<(Self, Offsets)> {
         let input = BufReader::with_capacity(1 << 20, Positioned { file, at: begin });
         let mut reader = ReaderBuilder::new().has_headers(false).flexible(true).delimiter(delimiter).from_reader(input);
@@ -57,15 +57,15 @@ impl Table {
         Ok((table, offsets))
     }
 
-    /// The line on which record `i` begins, blank lines before it included.
+    /// Returns the line on which record `i` begins, blank lines before it included.
     pub(super) fn line(&self, i: usize) -> u64 {
         self.lines.get(i)
     }
 
-    /// The record in `text`; `None` if it is blank. A value that is a list of messages in JSON becomes that list.
+    /// Parses the record in `text`; `None` if it is blank. A value that is a JSON list of messages becomes that list.
     ///
     /// # Errors
-    /// More or fewer values than columns; a quotation that is not closed.
+    /// If the number of values differs from the number of columns, or a quotation is not closed.
     pub(super) fn row(&self, text: &str) -> Result<Option<Value>> {
         if text.trim_matches(['\r', '\n']).is_empty() {
             return Ok(None);
@@ -73,7 +73,7 @@ impl Table {
         let quotes = text.bytes().filter(|byte| *byte == b'"').count();
         if quotes % 2 == 1 && text.trim().contains('\n') {
             bail!(
-                "a text in quotes is not closed, so that it goes on over the next lines; write a quote inside it twice"
+                "a text in quotes is not closed, so that it continues over the next lines; write a quote inside it twice"
             );
         }
         let mut reader = ReaderBuilder::new()

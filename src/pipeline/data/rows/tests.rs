@@ -1,4 +1,4 @@
-//! Rows of files in each form, sound and damaged.
+//! Tests of rows of files in each format, valid and damaged.
 
 use std::io::Write;
 
@@ -29,7 +29,7 @@ fn check(name: &str, bytes: &[u8], expected: &[Result<Option<&str>, &str>]) {
     }
 }
 
-/// The file is refused as a whole, with `words`.
+/// Checks that the file is refused with `words`.
 #[track_caller]
 fn refused(name: &str, bytes: &[u8], words: &str) {
     let (_dir, path) = written(name, bytes);
@@ -55,7 +55,7 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn rows_beyond_a_block_are_found() {
+fn rows_beyond_one_block_are_found() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("many.jsonl");
     let count = 2 * Offsets::BLOCK + 1;
@@ -76,7 +76,7 @@ fn rows_are_read_by_number() {
     check("plain.jsonl", text, &expected);
     check("packed.jsonl.gz", &gzip(text), &expected);
     check("packed.jsonl.zst", &zstd(text), &expected);
-    // A compressed file is known by its first bytes.
+    // A compressed file is recognised by its first bytes.
     check("renamed.jsonl", &gzip(text), &expected);
     check("empty.jsonl", b"", &[]);
     check("bytes.jsonl", b"\xff\n{\"a\": \"x\"}\n", &[Err("UTF-8"), Ok(Some("x"))]);
@@ -93,7 +93,7 @@ fn byte_order_marks_and_carriage_returns_are_not_part_of_a_row() {
 }
 
 #[test]
-fn half_a_surrogate_pair_is_named() {
+fn an_error_about_half_a_surrogate_pair_says_so() {
     for half in [r"\ud83d", r"\ude00", r"\ud83dx", r"\ud83d\n"] {
         let row = format!("{{\"a\": \"cut {half}\"}}\n");
         check("cut.jsonl", row.as_bytes(), &[Err("half of a surrogate pair")]);
@@ -103,7 +103,7 @@ fn half_a_surrogate_pair_is_named() {
 }
 
 #[test]
-fn a_row_beyond_the_limit_is_refused_unread() {
+fn a_row_beyond_the_size_limit_is_refused_without_reading_it() {
     let long = format!("{{\"a\": \"{}\"}}\n{{\"a\": \"x\"}}\n", "x".repeat(LONGEST as usize));
     check("long.jsonl", long.as_bytes(), &[Err("the row has 8388618 bytes, the limit is 8388608"), Ok(Some("x"))]);
 }
@@ -129,8 +129,8 @@ fn a_json_array_is_read_element_by_element() {
     );
     refused("cut.json", b"[{\"a\": \"x\"},\n{\"a\": ", "the list is not closed; the file was cut off after line 2");
     refused("comma.json", b"[{\"a\": \"x\"},\n]", "a comma too many in line 2");
-    refused("behind.json", b"[{\"a\": \"x\"}]\n{}", "text behind the end of the list, in line 2");
-    // Lines are also found in a file that is called .json; an object of several lines is not a data set.
+    refused("behind.json", b"[{\"a\": \"x\"}]\n{}", "text after the end of the list, in line 2");
+    // JSON lines are also accepted in a file named .json; an object that spans several lines is not a data set.
     check("lines.json", b"{\"a\": \"x\"}\n{\"a\": \"y\"}\n", &[Ok(Some("x")), Ok(Some("y"))]);
     refused("object.json", b"{\n  \"data\": []\n}\n", "must hold a list of objects");
 }
@@ -157,14 +157,14 @@ fn tables_are_read_record_by_record() {
 }
 
 #[test]
-fn a_list_of_messages_in_a_table_is_a_list() {
+fn a_list_of_messages_in_a_table_is_read_as_a_list() {
     let (_dir, path) = written("m.csv", b"a,b\n\"[{\"\"role\"\": \"\"user\"\", \"\"content\"\": \"\"hi\"\"}]\",[1]\n");
     let row = Rows::open(&path).unwrap().get(0).unwrap().unwrap();
     assert_eq!(row, json!({ "a": [{ "role": "user", "content": "hi" }], "b": "[1]" }));
 }
 
 #[test]
-fn files_that_are_not_data_are_named() {
+fn files_that_are_not_data_are_refused_with_their_type() {
     for (name, bytes, words) in [
         ("a.arrow", &b"ARROW1\0\0"[..], "an Arrow file"),
         ("a.jsonl.xz", b"\xfd7zXZ\0\0", "compressed by xz"),
@@ -183,7 +183,7 @@ fn files_that_are_not_data_are_named() {
 }
 
 #[test]
-fn rows_of_several_files_are_numbered_through() {
+fn rows_of_several_files_are_numbered_consecutively() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &[u8]| {
         let path = dir.path().join(name);

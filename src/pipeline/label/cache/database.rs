@@ -1,7 +1,9 @@
-//! The file of the label cache, an SQLite database: opening it, reading, writing, and telling damage from a disk that fails.
+//! The SQLite database file of the label cache: opening, reading, writing, and classifying errors as damage or disk
+//! failure.
 //!
-//! SQLite with a write-ahead log lets several processes read and write the same file, survives a process that is killed and a disk
-//! that is full at any write, and reads the file without mapping it into memory, so that damage is an error and not a crash.
+//! SQLite with a write-ahead log lets several processes read and write the same file. It survives a killed process or a
+//! full disk at any write. It reads the file without mapping it into memory, so that damage causes an error and not a
+//! crash.
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
@@ -15,39 +17,39 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionB
 use super::Key;
 use crate::util::process::{file_system, sqlite};
 
-/// How long a write waits for that of another process.
+/// How long a write waits for another process's write.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Marks a database as a label cache (`PRAGMA application_id`).
+/// Identifier of a label cache database (`PRAGMA application_id`).
 const APPLICATION: i32 = 0x5072_4c63;
 
-/// Version of the tables (`PRAGMA user_version`).
+/// Version of the schema (`PRAGMA user_version`).
 const VERSION: i32 = 1;
 
-/// The tables and the index. An answer lies next to its key, so that whatever is damaged, a key leads to its own entry or to
-/// one whose checksum is wrong, which is then replaced. The numbers of answers rise in the order in which they came; an answer
-/// is changed in place, and removed at the lowest numbers only, so that the numbers have no gaps. `imported` has what was
-/// taken over from files of earlier programs.
+/// Schema of the tables and the index, sorted by name. An answer is stored next to its key, so that after any damage a
+/// key leads to its own entry or to one with a wrong checksum, which is then replaced. `seq` numbers answers in
+/// insertion order; an answer is updated in place, and only the lowest numbers are removed, so that the numbers have no
+/// gaps. `imported` records the imported files of earlier versions.
 const TABLES: [&str; 3] = [
     "CREATE INDEX ages ON answers (seq)",
     "CREATE TABLE answers (key BLOB PRIMARY KEY, seq INTEGER NOT NULL, entry BLOB NOT NULL) WITHOUT ROWID",
     "CREATE TABLE imported (name TEXT PRIMARY KEY, mark TEXT NOT NULL)",
 ];
 
-/// Why the file cannot be used.
+/// Reason why the file cannot be used.
 #[derive(Debug)]
 pub(super) enum Fault {
-    /// Another process has written for too long.
+    /// Another process has been writing for longer than [`PATIENCE`].
     Busy,
-    /// Its content is not what was written.
+    /// The content is damaged.
     Damaged(String),
-    /// It is not a file of this program, which a person has to look at.
+    /// The file belongs to another program or version; a person has to decide.
     Foreign(String),
-    /// The disk or the system failed, and may work again.
+    /// The disk or the system failed, possibly temporarily.
     Disk(String),
-    /// Another file is at its path by now, or none.
+    /// The file at the path was replaced or removed.
     Moved,
-    /// It could not be opened, or only for reading, and it is too early to try again.
+    /// The file could not be opened, or only for reading, and it is too early to try again.
     Closed,
 }
 
@@ -62,78 +64,78 @@ impl fmt::Display for Fault {
     }
 }
 
-/// The keys that an answer may be kept under.
+/// Keys under which an answer may be stored.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Keys {
-    /// Its key.
+    /// The answer's key.
     pub(super) key: Key,
-    /// Its key by the rules of earlier programs; `None` where they could not ask for it.
+    /// The answer's key in the format of earlier versions; `None` if they could not ask the question.
     pub(super) earlier: Option<Key>,
 }
 
-/// An entry as it was found.
+/// A stored entry.
 #[derive(Debug, Clone)]
 pub(super) struct Kept {
-    /// Its bytes.
+    /// Encoded bytes of the entry.
     pub(super) entry: Vec<u8>,
-    /// Whether it is kept under the key of earlier programs.
+    /// True if the entry is stored under its earlier key.
     pub(super) earlier: bool,
 }
 
 /// An entry to write.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct New {
-    /// Its key.
+    /// The entry's key.
     pub(super) key: Key,
-    /// Its bytes.
+    /// Encoded bytes of the entry.
     pub(super) entry: Vec<u8>,
-    /// The key of earlier programs that the answer was found under, which this entry replaces.
+    /// Earlier key of an existing entry that this one replaces.
     pub(super) replaces: Option<Key>,
 }
 
-/// Answers that were written.
+/// Result of a write.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Written {
-    /// Those that were there already.
+    /// Number of written answers that the file already held.
     pub(super) again: u64,
-    /// Answers in the file.
+    /// Number of answers in the file afterwards.
     pub(super) entries: u64,
 }
 
-/// Takes a key and its entry into the file.
+/// Callback that inserts a key and its entry into the file.
 pub(super) type Insert<'a> = dyn FnMut(&Key, &[u8]) -> Result<(), Fault> + 'a;
 
-/// Which file it is: device and inode.
+/// Device and inode of a file.
 type Place = (u64, u64);
 
 fn place(path: &Path) -> Option<Place> {
     std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
-/// The open file. With a write-ahead log, reads do not wait for writes.
+/// An open database file. With a write-ahead log, reads do not wait for writes.
 pub(super) struct File {
     path: PathBuf,
     place: Option<Place>,
     reader: Mutex<Connection>,
-    /// `None` where the file was opened as one that nobody writes.
+    /// `None` if the file was opened with [`File::open_unchanging`].
     writer: Option<Mutex<Connection>>,
 }
 
 impl File {
-    /// Opens the file at `path`, which is made if need be. No other process may do so at the same time.
+    /// Opens the file at `path`, creating it if needed. No other process may do so at the same time.
     pub(super) fn open(path: &Path) -> Result<Self, Fault> {
         Self::open_with(path, if file_system::is_shared(path) { "delete" } else { "wal" })
     }
 
-    /// As [`File::open`], with this journal (`PRAGMA journal_mode`).
+    /// Opens the file as [`File::open`] does, with the given `PRAGMA journal_mode`.
     pub(super) fn open_with(path: &Path, journal: &str) -> Result<Self, Fault> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let mut writer = connect(path, flags | OpenFlags::SQLITE_OPEN_CREATE)?;
         let is_new = is_new(&mut writer)?;
         run(&mut writer, |writer| {
-            // A file system that offers no shared memory keeps the older journal, which is as safe and slower.
+            // A file system without shared memory keeps the rollback journal, which is as safe but slower.
             writer.pragma_update_and_check(None, "journal_mode", journal, |_| Ok(()))?;
-            // What was committed is on the disk.
+            // Committed transactions are synced to disk.
             writer.pragma_update(None, "synchronous", "full")?;
             writer.pragma_update(None, "journal_size_limit", 16 << 20)
         })?;
@@ -151,12 +153,13 @@ impl File {
         Ok(file)
     }
 
-    /// Opens the file at `path` for reading only and without locks, so that it can be read where nothing can be written.
-    /// What another process writes meanwhile may be missed.
+    /// Opens the file at `path` read-only and without locks, so that it can be read where nothing can be written.
+    /// Concurrent writes by other processes may be missed.
     pub(super) fn open_unchanging(path: &Path) -> Result<Self, Fault> {
         let disk = |error: &dyn fmt::Display| Fault::Disk(error.to_string());
         let absolute = std::path::absolute(path).map_err(|error| disk(&error))?;
-        let mut address = url::Url::from_file_path(absolute).map_err(|()| disk(&"its path has no address"))?;
+        let mut address =
+            url::Url::from_file_path(absolute).map_err(|()| disk(&"its path cannot be written as a URL"))?;
         address.set_query(Some("immutable=1"));
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
         let reader = connect(Path::new(address.as_str()), flags)?;
@@ -165,17 +168,17 @@ impl File {
         Ok(file)
     }
 
-    /// Whether the file at the path is another one by now: what is written into this one would be lost.
+    /// Returns whether the path now refers to another file or none, so that writes to this one would be lost.
     pub(super) fn is_moved(&self) -> bool {
         place(&self.path) != self.place
     }
 
-    /// Answers in it.
+    /// Returns the number of answers in the file.
     pub(super) fn len(&self) -> Result<u64, Fault> {
         self.reading(count)
     }
 
-    /// The entries of `keys`. Those of several keys are as they were kept at one moment.
+    /// Returns the entries of `keys`. Several keys are read in one transaction.
     pub(super) fn get(&self, keys: &[Keys]) -> Result<Vec<Option<Kept>>, Fault> {
         self.reading(|reader| {
             let alone = keys.len() == 1;
@@ -183,7 +186,7 @@ impl File {
             let mut find = reader.prepare_cached("SELECT entry FROM answers WHERE key = ?1")?;
             let mut entry = |key: &Key, earlier: bool| {
                 let found = find.query_row([key.as_slice()], |row| {
-                    // An entry of another type is a damaged one, as is an empty one.
+                    // An entry of another column type is damaged, like an empty one.
                     Ok(row.get_ref(0)?.as_bytes().unwrap_or_default().to_vec())
                 });
                 Ok(found.optional()?.map(|entry| Kept { entry, earlier }))
@@ -191,7 +194,7 @@ impl File {
             keys.iter()
                 .map(|keys| match (entry(&keys.key, false)?, &keys.earlier) {
                     (None, Some(earlier)) => match entry(earlier, true)? {
-                        // Between the two looks another process may have given it the new key.
+                        // Another process may have moved the entry to the new key between the two queries.
                         None if alone => entry(&keys.key, false),
                         found => Ok(found),
                     },
@@ -201,8 +204,9 @@ impl File {
         })
     }
 
-    /// Writes entries in one transaction; they are on the disk when this returns. Beyond `most` entries the oldest are
-    /// removed. An entry that is there already counts as one that was bought again if `is_sound` says so of it.
+    /// Writes entries in one transaction; they are synced to disk on return. If there are more than `most` entries
+    /// afterwards, the oldest are removed. An entry that replaces an existing one counts as bought again if `is_sound`
+    /// accepts the existing one.
     pub(super) fn put(
         &self,
         entries: &[New],
@@ -224,7 +228,7 @@ impl File {
                         Ok(is_sound(key, row.get_ref(0)?.as_bytes().unwrap_or_default()))
                     });
                     match (before.optional()?, replaces) {
-                        // Another process has given it the new key.
+                        // Another process has moved the entry to the new key.
                         (Some(true), Some(_)) => {}
                         (Some(sound), _) => {
                             written.again += u64::from(sound);
@@ -245,8 +249,9 @@ impl File {
         })
     }
 
-    /// Adds the entries that `source` gives, unless they are there, and notes that what is marked `mark` was taken over
-    /// from the file called `name` if `source` says that it was whole; all in one transaction.
+    /// Adds the entries that `source` provides, unless their keys exist, in one transaction. If `source` returns true
+    /// (complete), the transaction also records that the state `mark` of the file `name` was imported. Returns the
+    /// number of added entries.
     pub(super) fn import(
         &self,
         name: &str,
@@ -256,14 +261,14 @@ impl File {
     ) -> Result<u64, Fault> {
         let Some(writer) = &self.writer else { return Err(Fault::Closed) };
         let mut writer = lock(writer);
-        // The index is filled in no order.
+        // The index is filled in random order, which needs a larger cache.
         run(&mut writer, |writer| writer.pragma_update(None, "cache_size", -(256 << 10)))?;
         let added = import(&mut writer, (name, mark), most, source);
         run(&mut writer, |writer| writer.pragma_update(None, "cache_size", -(8 << 10)))?;
         added
     }
 
-    /// The mark of what was taken over from the file called `name`.
+    /// Returns the mark of the last complete import of the file `name`.
     pub(super) fn imported(&self, name: &str) -> Result<Option<String>, Fault> {
         self.reading(|reader| {
             reader.query_row("SELECT mark FROM imported WHERE name = ?1", [name], |row| row.get(0)).optional()
@@ -272,7 +277,7 @@ impl File {
 
     fn reading<T>(&self, work: impl FnOnce(&mut Connection) -> rusqlite::Result<T>) -> Result<T, Fault> {
         run(&mut lock(&self.reader), work).map_err(|fault| match fault {
-            // Without locks it may have been read while it changed.
+            // Without locks, the file may have been changed while it was read.
             Fault::Damaged(why) if self.writer.is_none() => Fault::Disk(why),
             fault => fault,
         })
@@ -292,7 +297,7 @@ fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, Fault> {
     let mut connection = Connection::open_with_flags(path, flags).map_err(|error| fault(error, None))?;
     run(&mut connection, |connection| {
         connection.busy_timeout(PATIENCE)?;
-        // A damaged file is not to be trusted.
+        // A damaged file must not be trusted.
         connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
         connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
         connection.pragma_update(None, "cell_size_check", true)?;
@@ -301,7 +306,7 @@ fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, Fault> {
     Ok(connection)
 }
 
-/// Whether the file has nothing in it yet. Otherwise its tables are those of this program.
+/// Returns whether the database is empty; fails unless it is empty or has this program's schema.
 fn is_new(writer: &mut Connection) -> Result<bool, Fault> {
     let number = |writer: &Connection, name: &str| writer.pragma_query_value(None, name, |row| row.get::<_, i32>(0));
     let tables = |writer: &Connection| -> rusqlite::Result<Vec<String>> {
@@ -314,7 +319,7 @@ fn is_new(writer: &mut Connection) -> Result<bool, Fault> {
     match (application, version) {
         (0, 0) if found.is_empty() => Ok(true),
         (APPLICATION, VERSION) if found == TABLES => Ok(false),
-        (APPLICATION, VERSION) => Err(Fault::Damaged("its tables are not those that were made".into())),
+        (APPLICATION, VERSION) => Err(Fault::Damaged("its tables differ from those of the label cache".into())),
         (APPLICATION, later) => Err(Fault::Foreign(format!("its tables have version {later}, of another program"))),
         _ => Err(Fault::Foreign("it is a database of another program".into())),
     }
@@ -323,7 +328,7 @@ fn is_new(writer: &mut Connection) -> Result<bool, Fault> {
 fn make_tables(writer: &mut Connection) -> Result<(), Fault> {
     run(writer, |writer| {
         let making = writer.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        // The index after its table.
+        // In reverse name order, so that the index follows its table.
         for table in TABLES.iter().rev() {
             making.execute(table, [])?;
         }
@@ -333,27 +338,27 @@ fn make_tables(writer: &mut Connection) -> Result<(), Fault> {
     })
 }
 
-/// Answers in the file.
+/// Returns the number of answers in the file.
 fn count(connection: &mut Connection) -> rusqlite::Result<u64> {
     Ok(span(connection)?.map_or(0, |(first, last)| last.abs_diff(first) + 1))
 }
 
-/// The lowest and the highest number of an answer. They are found without a walk over the answers.
+/// Returns the lowest and the highest `seq`, using the index.
 fn span(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
     let sql = "SELECT (SELECT min(seq) FROM answers), (SELECT max(seq) FROM answers)";
     connection.prepare_cached(sql)?.query_row([], |row| Ok(row.get::<_, Option<i64>>(0)?.zip(row.get(1)?)))
 }
 
-/// The number of the next answer.
+/// Returns the `seq` of the next answer.
 fn next(connection: &Connection) -> rusqlite::Result<i64> {
     Ok(span(connection)?.map_or(0, |(_, last)| last.saturating_add(1)))
 }
 
-/// Removes the oldest answers beyond `most`, after `added` were added; returns how many are left.
+/// Removes the oldest answers beyond `most`, after `added` were added. Returns the number of remaining answers.
 fn trim(connection: &Connection, most: u64, added: u64) -> rusqlite::Result<u64> {
     let mut entries = span(connection)?.map_or(0, |(first, last)| last.abs_diff(first).saturating_add(1));
     if entries > most.saturating_add(added) {
-        // A lower bound than before, or numbers that are damaged and are given anew.
+        // The limit was lowered, or numbers are damaged and are assigned again.
         let counted = connection.query_row("SELECT count(*) FROM answers", [], |row| row.get::<_, i64>(0))? as u64;
         if counted != entries {
             connection.execute_batch(
@@ -405,7 +410,7 @@ fn import(
         finish().map_err(|error| fault(error, Some(place)))
     })();
     if done.is_err() {
-        // Some errors have rolled it back already.
+        // Some errors have already rolled back.
         let _ = writer.execute_batch("ROLLBACK");
     }
     done.map(|()| added)
@@ -415,16 +420,16 @@ fn run<T>(connection: &mut Connection, work: impl FnOnce(&mut Connection) -> rus
     work(connection).map_err(|error| fault(error, Some(connection)))
 }
 
-/// What `error` of `connection` means.
+/// Classifies `error` of `connection`.
 fn fault(error: rusqlite::Error, connection: Option<&Connection>) -> Fault {
     let Some(code) = error.sqlite_error_code() else {
-        // A row of other types than were written.
+        // A row has other column types than were written.
         return Fault::Damaged(error.to_string());
     };
     match code {
         ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt => Fault::Damaged(error.to_string()),
         ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => Fault::Busy,
-        // A table or a column that is not there, or a row against the tables' rules.
+        // A missing table or column, or a row that violates a constraint.
         ErrorCode::Unknown | ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch => {
             Fault::Damaged(error.to_string())
         }

@@ -1,8 +1,8 @@
-//! Label caches of earlier programs (`labels.redb`), whose answers are taken over into the present one.
+//! Import of label caches of earlier versions (`labels.redb`).
 //!
-//! The earlier file is only read and stays where it is, so that an earlier program still finds its answers. A mark in the
-//! present file, written in the same transaction as the answers, says which state of it was taken over: an interrupted import
-//! is repeated as a whole, and a file that an earlier program has added to is imported again.
+//! The earlier file is only read and stays in place, so that an earlier version still finds its answers. A mark in the
+//! present file, written in the same transaction as the answers, identifies the imported state: an interrupted import
+//! is repeated from the start, and a file that an earlier version has added to is imported again.
 
 use std::path::Path;
 use std::time::UNIX_EPOCH;
@@ -18,11 +18,11 @@ use crate::util::quiet;
 
 const REPLIES: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("replies");
 
-/// Keys in the order in which their answers came.
+/// Keys in insertion order.
 const ORDER: TableDefinition<u64, &[u8; 32]> = TableDefinition::new("order");
 
-/// Takes the answers of `labels.redb` in the folder of the cache at `path` over into `file`, unless that is done. What cannot
-/// be taken over is logged, with the remedy, and is tried again when the cache is opened next.
+/// Imports the answers of `labels.redb`, in the folder of the cache at `path`, into `file`, unless this state of it was
+/// imported before. Failures are logged with the remedy, and the import is tried again when the cache is next opened.
 pub(super) fn import(file: &File, path: &Path, most: u64) -> Result<(), Fault> {
     let earlier = path.with_file_name("labels.redb");
     let Some(mark) = mark(&earlier) else { return Ok(()) };
@@ -34,7 +34,7 @@ pub(super) fn import(file: &File, path: &Path, most: u64) -> Result<(), Fault> {
         Ok(database) => database,
         Err(Trouble::InUse) => {
             tracing::warn!(
-                "the label cache {place} of an earlier program is in use by another process; this process does not find its labels, and buys what it needs of them again. They are imported by the next process that starts after the other one has ended"
+                "the label cache {place} of an earlier program is in use by another process; this process does not find its labels and buys those that it needs again. The next process that starts after the other one has ended imports them"
             );
             return Ok(());
         }
@@ -43,11 +43,11 @@ pub(super) fn import(file: &File, path: &Path, most: u64) -> Result<(), Fault> {
             return Ok(());
         }
     };
-    // A repair may have changed it.
+    // Opening may have repaired, and so changed, the file.
     let mark = self::mark(&earlier).unwrap_or(mark);
     let mut broken = None;
     let added = file.import(NAME, &mark, most, |insert| {
-        // What the library cannot read is no reason to lose what it could, but a present file that cannot be written is.
+        // Answers read before a library error are kept; a failure to write into the present file ends the import.
         match quiet::catch(|| read(&database, most, insert)) {
             Some(Ok(())) => return Ok(true),
             Some(Err(Trouble::Writing(fault))) => return Err(fault),
@@ -60,17 +60,18 @@ pub(super) fn import(file: &File, path: &Path, most: u64) -> Result<(), Fault> {
     match broken {
         Some(why) => tell(&earlier, &why, added),
         None => tracing::info!(
-            "{added} labels of the earlier label cache {place} were imported into {}; this program does not need the earlier file any more",
+            "{added} labels of the earlier label cache {place} were imported into {}; the earlier file is no longer needed",
             path.display()
         ),
     }
     Ok(())
 }
 
-/// The name that the mark is kept under.
+/// Key under which the import mark is stored.
 const NAME: &str = "labels.redb";
 
-/// The state of the file at `path`: its length and when it was changed; `None` where there is none.
+/// Returns a description of the state of the file at `path`, its length and modification time; `None` if it does not
+/// exist.
 fn mark(path: &Path) -> Option<String> {
     let about = std::fs::metadata(path).ok()?;
     let changed = about.modified().ok()?.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -80,7 +81,7 @@ fn mark(path: &Path) -> Option<String> {
 fn tell(earlier: &Path, why: &str, added: u64) {
     telemetry::label_cache_damaged();
     tracing::error!(
-        "the label cache {} of an earlier program cannot be read: {why}; {added} of its labels were imported, and the others are bought again. Put a sound copy in its place, or remove it",
+        "the label cache {} of an earlier program cannot be read: {why}; {added} of its labels were imported, and the others will be bought again. Put a sound copy in its place, or remove it",
         earlier.display()
     );
 }
@@ -97,10 +98,10 @@ enum Trouble {
     Writing(Fault),
 }
 
-/// An open file of an earlier program.
+/// Open cache file of an earlier version.
 enum Earlier {
     Whole(ReadOnlyDatabase),
-    /// One whose program was killed, and which was repaired first.
+    /// A file that an interrupted process left in need of repair, repaired on opening.
     Repaired(redb::Database),
 }
 
@@ -119,7 +120,7 @@ fn open(path: &Path) -> Result<Earlier, Trouble> {
     }
 }
 
-/// Gives the latest `most` answers to `insert`, oldest first.
+/// Passes the newest `most` answers to `insert`, oldest first.
 fn read(database: &Earlier, most: u64, insert: &mut Insert<'_>) -> Result<(), Trouble> {
     let reading = match database {
         Earlier::Whole(database) => database.begin_read(),
@@ -128,7 +129,7 @@ fn read(database: &Earlier, most: u64, insert: &mut Insert<'_>) -> Result<(), Tr
     let reading = reading.map_err(redb::Error::from)?;
     let (replies, order) = match (reading.open_table(REPLIES), reading.open_table(ORDER)) {
         (Ok(replies), Ok(order)) => (replies, order),
-        // A program that was killed before it kept anything.
+        // The writing process was killed before it stored anything.
         (Err(TableError::TableDoesNotExist(_)), _) | (_, Err(TableError::TableDoesNotExist(_))) => return Ok(()),
         (Err(error), _) | (_, Err(error)) => return Err(redb::Error::from(error).into()),
     };

@@ -1,4 +1,4 @@
-//! One entry of the label cache: an answer as JSON behind a checksum of it and of its key.
+//! An entry of the label cache: an answer as JSON after a checksum of it and its key.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -6,24 +6,25 @@ use sha2::{Digest, Sha256};
 
 use super::Key;
 
-/// The first byte of an entry with a checksum. No JSON text begins with it, nor does one of its single-bit neighbours.
+/// First byte of an entry with a checksum. Neither this byte nor any that differs from it in one bit can begin a JSON
+/// text.
 const MARK: u8 = 1;
 
-/// Bytes of the checksum.
+/// Length of the checksum in bytes.
 const SUM: usize = 8;
 
-/// An entry as it was found.
+/// Result of decoding an entry.
 #[derive(Debug, PartialEq)]
 pub(super) enum Found<T> {
-    /// A sound answer.
+    /// An intact answer.
     Answer(T),
-    /// A changed entry: its checksum is wrong, or it has none and is not JSON.
+    /// A damaged entry: its checksum is wrong, or it has none and is not JSON.
     Damaged,
-    /// An answer of another kind than the one asked for, as another version of the program may have written.
+    /// An answer of another type than the requested one, possibly written by another version of the program.
     Other,
 }
 
-/// The bytes of an entry.
+/// Encodes an answer as an entry.
 pub(super) fn encode<T: Serialize>(key: &Key, answer: &T) -> serde_json::Result<Vec<u8>> {
     let json = serde_json::to_vec(answer)?;
     let mut entry = vec![MARK];
@@ -32,7 +33,7 @@ pub(super) fn encode<T: Serialize>(key: &Key, answer: &T) -> serde_json::Result<
     Ok(entry)
 }
 
-/// The answer in the bytes of an entry. One without a checksum, as earlier versions wrote it, is plain JSON.
+/// Decodes an entry. Entries without a checksum, as earlier versions wrote them, are plain JSON.
 pub(super) fn decode<T: DeserializeOwned>(key: &Key, entry: &[u8]) -> Found<T> {
     let json = match entry.split_first() {
         Some((&MARK, rest)) => match rest.split_at_checked(SUM) {
@@ -58,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_flipped_bit_is_found() {
+    fn every_flipped_bit_is_detected() {
         let key = [7; 32];
         let entry = encode(&key, &vec![0.25, 0.75]).unwrap();
         assert_eq!(decode(&key, &entry), Found::Answer(vec![0.25, 0.75]));
@@ -70,7 +71,7 @@ mod tests {
         for length in 0..entry.len() {
             assert_eq!(decode::<Vec<f64>>(&key, &entry[..length]), Found::Damaged, "{length} bytes");
         }
-        assert_eq!(decode::<Vec<f64>>(&[8; 32], &entry), Found::Damaged, "the entry of another key");
+        assert_eq!(decode::<Vec<f64>>(&[8; 32], &entry), Found::Damaged, "an entry under another key");
     }
 
     #[test]

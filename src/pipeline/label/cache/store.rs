@@ -1,5 +1,5 @@
-//! Where answers are kept: a file that processes share and that is opened again after a disk has failed, and answers that
-//! wait for it.
+//! Storage of answers: a file that processes share and that is reopened after disk failures, and a queue of answers not
+//! yet written.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::TryLockError;
@@ -18,62 +18,62 @@ use super::earlier;
 use super::entry::{Found, decode, encode};
 use crate::observe::telemetry;
 
-/// Most bytes of answers that wait to be written.
+/// Maximum size in bytes of the answers that wait to be written.
 const MOST_WAITING: usize = 64 << 20;
 
-/// The pause after the first failure to write; it doubles.
+/// Pause after the first write failure; it doubles with each further one.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// The longest pause between two tries to write.
+/// Maximum pause between two attempts to write.
 const MOST_PAUSE: Duration = Duration::from_secs(15);
 
-/// How long answers that wait keep a program from ending.
+/// How long unwritten answers delay the end of the program.
 const LAST: Duration = Duration::from_secs(30);
 
-/// How often a failure that persists is logged.
+/// Interval at which a persistent failure is logged again.
 const REPEAT: Duration = Duration::from_secs(60);
 
-/// How long a process waits for another one that opens the cache before it says so.
+/// How long a process waits for another one that is opening the cache before it logs a warning.
 const LONG: Duration = Duration::from_secs(2);
 
-/// Most answers that are written at a time.
+/// Maximum number of answers per write transaction.
 const AT_ONCE: usize = 256;
 
-/// The store of answers. Any number of processes may have its file open at a time.
+/// The store of answers. Any number of processes may use its file concurrently.
 pub struct Store {
     path: PathBuf,
     most: u64,
     file: RwLock<Opened>,
     waiting: Mutex<Waiting>,
-    /// Held while what waits is written, so that it is written once.
+    /// Held while waiting answers are written, so that they are written once.
     writing: Mutex<()>,
     health: Mutex<Health>,
 }
 
-/// The file, unless it could not be opened, and how many times it was.
+/// The file, if it is open, and the number of times it was opened.
 #[derive(Default)]
 struct Opened {
     file: Option<File>,
     times: u64,
 }
 
-/// Answers that are not in the file yet, in the order in which they came.
+/// Answers that are not in the file yet, in insertion order.
 #[derive(Default)]
 struct Waiting {
     order: VecDeque<Key>,
     entries: HashMap<Key, New>,
     bytes: usize,
-    /// Answers that were given up, since too many waited.
+    /// Number of answers discarded because too many waited.
     lost: u64,
 }
 
-/// How the file has done of late.
+/// Recent state of the file.
 #[derive(Default)]
 struct Health {
-    /// Since when it cannot be written.
+    /// Start of the present write failure.
     failing: Option<Instant>,
     pause: Duration,
-    /// When it may be tried again.
+    /// Earliest time of the next attempt.
     again: Option<Instant>,
     told: Option<Instant>,
     damaged: u64,
@@ -84,14 +84,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Store {
-    /// Opens the cache in the folder `dir`, which is made if need be. Beyond `most` answers the oldest are removed. Several
-    /// processes may have it open at the same time; the smallest of their bounds holds.
+    /// Opens the cache in the folder `dir`, creating it if needed. If there are more than `most` answers, the oldest
+    /// are removed. Several processes may have it open at the same time; the smallest of their limits applies.
     ///
-    /// A file that is damaged is set aside, and a new one begun. Where the disk fails or cannot be written, the store works
-    /// without its file, keeps answers in memory and tries again. All of that is logged.
+    /// A damaged file is renamed, and a new one is created. If the disk fails or cannot be written, the store keeps
+    /// answers in memory and retries. Each such event is logged.
     ///
     /// # Errors
-    /// A file or a folder that a person has to look at: a database of another program, or a folder that is a file.
+    /// If a person has to intervene: the file is another program's database, or the folder is a file.
     pub fn open(dir: &Path, most: u64) -> Result<Self> {
         let store = Self {
             path: dir.join("labels.sqlite"),
@@ -116,24 +116,24 @@ impl Store {
         Ok(store)
     }
 
-    /// Answers in it.
+    /// Returns the number of answers in the file.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// If the file cannot be read.
     pub fn len(&self) -> Result<u64> {
         self.on_file(true, File::len)
             .map_err(|fault| anyhow!("the label cache {} cannot be read: {fault}", self.path.display()))
     }
 
-    /// Whether there are none.
+    /// Returns whether the file has no answers.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// If the file cannot be read.
     pub fn is_empty(&self) -> Result<bool> {
         Ok(self.len()? == 0)
     }
 
-    /// The answers to `keys`. What is damaged or cannot be read counts as missing, and is logged.
+    /// Returns the answers to `keys`. Damaged or unreadable answers are logged and count as missing.
     pub(super) fn get<T: DeserializeOwned + Serialize>(&self, keys: &[Keys]) -> Vec<Option<T>> {
         if lock(&self.health).failing.is_some()
             && let Ok(writing) = self.writing.try_lock()
@@ -150,7 +150,7 @@ impl Store {
             let waiting = lock(&self.waiting);
             for (keys, found) in keys.iter().zip(found) {
                 let new = waiting.entries.get(&keys.key).map(|new| new.entry.clone());
-                // An entry under the key of an earlier program has the checksum of that key.
+                // The checksum of an entry under an earlier key covers that key.
                 let (key, entry, earlier) = match (new, found) {
                     (Some(entry), _) => (keys.key, entry, false),
                     (None, Some(Kept { entry, earlier })) => {
@@ -176,13 +176,13 @@ impl Store {
                 });
             }
         }
-        // An answer of an earlier program was bought by one configuration, which the key does not name in full. It is that of
-        // the configuration that asks for it first; another one that differs in what the earlier key left out buys its own.
+        // The earlier key did not name the complete configuration. Its answer is assigned to the first configuration
+        // that asks; another one that differs in the parts the earlier key left out buys its own.
         self.keep(renamed);
         answers
     }
 
-    /// Keeps answers. They are on the disk when this returns, or wait in memory for a disk that fails.
+    /// Stores answers. On return they are on disk, or wait in memory if the disk fails.
     pub(super) fn put<'a, T: Serialize + 'a>(&self, replies: impl Iterator<Item = (Key, &'a T)>) {
         let entry = |(key, reply): (Key, &T)| match encode(&key, reply) {
             Ok(entry) => Some(New { key, entry, replaces: None }),
@@ -202,7 +202,7 @@ impl Store {
             let mut waiting = lock(&self.waiting);
             for new in entries {
                 if waiting.push(new) {
-                    // Two actors asked the same at the same time.
+                    // Two actors asked the same question at the same time.
                     telemetry::label_bought_again();
                 }
             }
@@ -210,12 +210,12 @@ impl Store {
         self.write_waiting(&lock(&self.writing), false);
     }
 
-    /// Whether what failed may be tried again by now.
+    /// Returns whether a failed operation may be retried now.
     fn is_due(&self) -> bool {
         lock(&self.health).again.is_none_or(|again| Instant::now() >= again)
     }
 
-    /// Writes what waits, unless it is too early to try again; `last` tries in any case.
+    /// Writes the waiting answers, unless it is too early to retry; `last` forces an attempt.
     fn write_waiting(&self, _writing: &MutexGuard<'_, ()>, last: bool) {
         if !last && !self.is_due() {
             return;
@@ -240,8 +240,8 @@ impl Store {
         Ok(())
     }
 
-    /// Runs `work` on the file. Where the file is damaged or is no longer at its path, or where it could not be opened before
-    /// and `may` be tried again, it is opened again, and `work` is tried once more.
+    /// Runs `work` on the file. If the file is damaged or no longer at its path, or is not open, and if `may` allows
+    /// it, the file is opened again and `work` is run once more.
     fn on_file<T>(&self, may: bool, work: impl Fn(&File) -> Result<T, Fault>) -> Result<T, Fault> {
         let (fault, times) = {
             let opened = self.file.read().unwrap_or_else(PoisonError::into_inner);
@@ -259,15 +259,15 @@ impl Store {
             return Err(fault);
         }
         let mut opened = self.file.write().unwrap_or_else(PoisonError::into_inner);
-        // Another thread may have met the same, and have opened the file again.
+        // Another thread may have seen the same fault and reopened the file already.
         if opened.times == times {
             self.open_again(&mut opened, Some(&fault))?;
         }
         opened.file.as_ref().map_or(Err(Fault::Closed), work)
     }
 
-    /// Opens the file, which could not be used because of `fault` if it was open before. Where it cannot be opened, what is in
-    /// it is read if possible.
+    /// Opens the file again after `fault`; `fault` is `None` at the first opening. If it cannot be opened for writing,
+    /// it is opened read-only if possible.
     fn open_again(&self, opened: &mut Opened, fault: Option<&Fault>) -> Result<(), Fault> {
         let damaged = match fault {
             Some(Fault::Damaged(why)) => opened.file.as_ref().map(|file| (file, why.as_str())),
@@ -282,7 +282,7 @@ impl Store {
                 Ok(())
             }
             Err(fault) => {
-                // Not again while it is open in this way: reading goes on.
+                // A file that is open and still at its path stays open for reading.
                 if !matches!(fault, Fault::Foreign(_)) && opened.file.as_ref().is_none_or(File::is_moved) {
                     *opened = Opened { file: File::open_unchanging(&self.path).ok(), times: opened.times + 1 };
                 }
@@ -291,8 +291,8 @@ impl Store {
         }
     }
 
-    /// Opens the file, with what earlier programs have kept, while no other process does. One that is damaged is set aside,
-    /// also that which was found to be `damaged` while it was open.
+    /// Opens the file and imports the answers of earlier versions, under a lock against other processes. A damaged file
+    /// is set aside first, including the open file `damaged`, given with the reason.
     fn open_file(&self, damaged: Option<(&File, &str)>) -> Result<File, Fault> {
         let folder = self.path.parent().unwrap_or(Path::new("."));
         let disk = |what: &str, error: std::io::Error| match error.kind() {
@@ -304,7 +304,7 @@ impl Store {
         let lock = std::fs::File::options().create(true).truncate(false).write(true).open(locked);
         let lock = lock.map_err(|error| disk("labels.lock in its folder cannot be written", error))?;
         self.wait_for(&lock).map_err(|error| disk("labels.lock in its folder cannot be locked", error))?;
-        // Where another process has set it aside by now, there is a new one.
+        // If another process has set it aside already, a new file is at the path.
         if let Some((file, why)) = damaged
             && !file.is_moved()
         {
@@ -319,14 +319,14 @@ impl Store {
         };
         if let Err(fault) = earlier::import(&file, &self.path, self.most) {
             tracing::error!(
-                "the labels of an earlier program cannot be imported into the label cache {}: {fault}; it is tried again when the cache is opened next",
+                "the labels of an earlier program cannot be imported into the label cache {}: {fault}; the import is tried again when the cache is next opened",
                 self.path.display()
             );
         }
         Ok(file)
     }
 
-    /// Locks `lock`, and says so where that takes long.
+    /// Locks `lock`, and logs a warning if that takes longer than [`LONG`].
     fn wait_for(&self, lock: &std::fs::File) -> std::io::Result<()> {
         let began = Instant::now();
         while began.elapsed() < LONG {
@@ -337,19 +337,19 @@ impl Store {
             }
         }
         tracing::warn!(
-            "another process opens the label cache {} or imports labels of an earlier program into it; this process waits for that",
+            "another process is opening the label cache {} or importing labels of an earlier program into it; waiting for it",
             self.path.display()
         );
         lock.lock()
     }
 
-    /// Puts a damaged file out of the way.
+    /// Renames a damaged file.
     fn set_aside(&self, why: &str) -> Result<(), Fault> {
         let name = |n: u64| self.path.with_extension(format!("sqlite.damaged-{n}"));
         let Some(aside) = (1..).map(name).find(|path| !path.exists()) else {
             return Err(Fault::Damaged(why.to_owned()));
         };
-        // First what SQLite writes besides the file, so that it is never found next to another one.
+        // SQLite's auxiliary files first, so that they are never next to another database.
         for end in ["-wal", "-shm", "-journal", ""] {
             let with = |path: &Path| {
                 let mut name = path.as_os_str().to_owned();
@@ -365,7 +365,7 @@ impl Store {
         }
         telemetry::label_cache_damaged();
         tracing::error!(
-            "the label cache {} is damaged: {why}; it was set aside as {}, and labels that were in it are bought again. To use a sound copy of it, stop all processes that use it and put the copy in its place",
+            "the label cache {} is damaged: {why}; it was set aside as {}, and its labels will be bought again. To use an intact copy of it, stop all processes that use it and put the copy in its place",
             self.path.display(),
             aside.display()
         );
@@ -378,7 +378,7 @@ impl Store {
         health.damaged += 1;
         if health.damaged == 1 {
             tracing::error!(
-                "the label cache {} has an entry whose checksum is wrong; it counts as missing, and the label is bought again (further ones are only counted, in preceptor_label_cache_damaged_total)",
+                "the label cache {} has an entry whose checksum is wrong; the label will be bought again (further damaged entries are only counted, in preceptor_label_cache_damaged_total)",
                 self.path.display()
             );
         }
@@ -400,9 +400,9 @@ impl Store {
         health.again = Some(now + health.pause);
         if health.told.is_none_or(|told| now - told >= REPEAT) {
             health.told = Some(now);
-            let lost = if lost > 0 { format!(", {lost} were given up") } else { String::new() };
+            let lost = if lost > 0 { format!(", {lost} were discarded") } else { String::new() };
             tracing::error!(
-                "the label cache {} cannot be {what}: {fault}; {count} answers wait in memory{lost}, and it is tried again",
+                "the label cache {} cannot be {what}: {fault}; {count} answers wait in memory{lost}; the program keeps retrying",
                 self.path.display()
             );
         }
@@ -413,7 +413,7 @@ impl Store {
         let Some(since) = health.failing.take() else { return };
         (health.pause, health.again, health.told) = (Duration::ZERO, None, None);
         tracing::warn!(
-            "the label cache {} is written again after {:.0} s; {count} answers that waited are in it",
+            "the label cache {} can be written again after {:.0} s; {count} waiting answers were written",
             self.path.display(),
             since.elapsed().as_secs_f64()
         );
@@ -427,7 +427,10 @@ impl Drop for Store {
         self.write_waiting(&writing, true);
         let mut left = lock(&self.waiting).order.len();
         if left > 0 {
-            tracing::warn!("{left} answers wait for the label cache {}, for {LAST:?} at most", self.path.display());
+            tracing::warn!(
+                "waiting up to {LAST:?} to write {left} answers into the label cache {}",
+                self.path.display()
+            );
         }
         while left > 0 && began.elapsed() < LAST {
             std::thread::sleep(PAUSE);
@@ -436,7 +439,7 @@ impl Drop for Store {
         }
         if left > 0 {
             tracing::error!(
-                "{left} answers could not be written into the label cache {}; they are bought again",
+                "{left} answers could not be written into the label cache {}; they will be bought again",
                 self.path.display()
             );
         }
@@ -444,7 +447,7 @@ impl Drop for Store {
 }
 
 impl Waiting {
-    /// Adds an entry, and says whether it takes the place of another that was bought.
+    /// Adds an entry. Returns whether it replaces another answer that was bought.
     fn push(&mut self, new: New) -> bool {
         let (key, bought) = (new.key, new.replaces.is_none());
         self.bytes += new.entry.len();
@@ -465,7 +468,7 @@ impl Waiting {
         self.order.iter().filter_map(|key| self.entries.get(key).cloned()).collect()
     }
 
-    /// Takes out what was written, unless another answer has come since.
+    /// Removes the written entries of `batch`, except those replaced since.
     fn written(&mut self, batch: &[New]) {
         for new in batch {
             if self.entries.get(&new.key) == Some(new) {

@@ -7,10 +7,10 @@ use super::*;
 use crate::pipeline::label::NoAnswer;
 use crate::pipeline::label::shape::Parts;
 
-/// Answers with the length of the question; fails at those that say so, the first time.
+/// Backend that answers with the length of the question; questions that contain `fail` fail the first time.
 #[derive(Default)]
 struct Counting {
-    /// What besides its identity shapes its answers.
+    /// Settings, besides its identity, that are part of its shape.
     settings: &'static str,
     asked: AtomicU64,
     failed: AtomicU64,
@@ -49,7 +49,7 @@ fn asks(prompts: &[&str]) -> Vec<Ask> {
 }
 
 #[test]
-fn an_answer_is_bought_once_and_a_failure_is_asked_again() {
+fn an_answer_is_bought_once_and_a_failed_question_is_asked_again() {
     let dir = tempfile::tempdir().unwrap();
     let inner = Arc::new(Counting::default());
     let mut usage = Usage::default();
@@ -60,7 +60,7 @@ fn an_answer_is_bought_once_and_a_failure_is_asked_again() {
         assert!(replies[1].is_err());
         assert_eq!(inner.asked.load(Ordering::SeqCst), 2);
     }
-    // As another process would, later.
+    // A later process would do the same.
     let cached = Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 100).unwrap()));
     let replies = cached.weigh(&asks(&["fail", "a", "b"]), &mut usage);
     assert_eq!(replies, [Ok(vec![4.0]), Ok(vec![1.0]), Ok(vec![1.0])]);
@@ -76,12 +76,12 @@ fn an_answer_is_bought_once_and_a_failure_is_asked_again() {
 }
 
 #[test]
-fn beyond_its_bound_the_oldest_answers_go() {
+fn the_oldest_answers_beyond_the_limit_are_removed() {
     let dir = tempfile::tempdir().unwrap();
     let inner = Arc::new(Counting::default());
     let mut usage = Usage::default();
     for _ in 0..2 {
-        // Opened anew, as another process would: the order outlives it.
+        // Reopened, as another process would do: the order survives.
         let store = Arc::new(Store::open(dir.path(), 3).unwrap());
         let cached = Cached::new(inner.clone(), Arc::clone(&store));
         for i in 0..5 {
@@ -89,7 +89,7 @@ fn beyond_its_bound_the_oldest_answers_go() {
             assert!(store.len().unwrap() <= 3);
         }
     }
-    // Of five in turn, three are kept; none is there any more when its turn comes again.
+    // Five questions in turn with three kept: each has been removed when its turn comes again.
     assert_eq!(inner.asked.load(Ordering::SeqCst), 10);
     let cached = Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 3).unwrap()));
     cached.weigh(&asks(&["question 4", "question 3", "question 2"]), &mut usage);
@@ -100,17 +100,17 @@ fn file(dir: &Path) -> PathBuf {
     dir.join("labels.sqlite")
 }
 
-/// Questions of many lengths, and the answers that `Counting` gives them.
+/// Questions of many lengths, with the answers that `Counting` gives them.
 fn questions() -> (Vec<Ask>, Vec<Reply<Vec<f64>>>) {
     let prompts: Vec<String> = (0..200).map(|i| format!("{i} {}", "x".repeat(i * 7 % 50))).collect();
     let asks = prompts.iter().map(|prompt| Ask { prompt: prompt.clone(), answers: vec!["1".into()] }).collect();
     (asks, prompts.iter().map(|prompt| Ok(vec![prompt.len() as f64])).collect())
 }
 
-/// Whatever bits flip and whatever parts are lost, a cache is set aside or refused with the remedy, or its answers are right
-/// or asked for again.
+/// For any flipped bits or missing parts, a cache is set aside or refused with a remedy, or its answers are correct or
+/// asked for again.
 #[test]
-fn damage_is_set_aside_or_counts_as_missing_and_never_becomes_an_answer() {
+fn damage_never_becomes_an_answer_but_is_set_aside_or_counts_as_missing() {
     use rand::{Rng, SeedableRng};
     let home = tempfile::tempdir().unwrap();
     let (asks, answers) = questions();
@@ -163,7 +163,7 @@ fn damage_is_set_aside_or_counts_as_missing_and_never_becomes_an_answer() {
         let cached = Cached::new(inner.clone(), Arc::new(store));
         assert_eq!(cached.weigh(&asks, &mut Usage::default()), answers, "{name}");
         again += u64::from(inner.asked.load(Ordering::SeqCst) > before);
-        // Also after answers were written into what may be damaged.
+        // A second pass, after answers were written into the possibly damaged file.
         assert_eq!(cached.weigh(&asks, &mut Usage::default()), answers, "{name}");
         drop(cached);
         let kept = dir.path().join("labels.sqlite.damaged-1");
@@ -177,7 +177,7 @@ fn damage_is_set_aside_or_counts_as_missing_and_never_becomes_an_answer() {
 }
 
 #[test]
-fn a_changed_answer_is_asked_for_again_and_kept() {
+fn a_changed_answer_is_asked_for_again_and_stored() {
     let dir = tempfile::tempdir().unwrap();
     let inner = Arc::new(Counting::default());
     let open = || Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 100).unwrap()));
@@ -193,7 +193,7 @@ fn a_changed_answer_is_asked_for_again_and_kept() {
     }
 }
 
-/// A cache as earlier programs wrote it, with `entry` as the answer to the question "old".
+/// Creates a cache in the format of earlier versions, with `entry` as the answer to the question "old".
 fn earlier_cache(dir: &Path, entry: &[u8]) -> redb::Database {
     let cached = Cached::new(Arc::new(Counting::default()), Arc::new(Store::open(dir, 100).unwrap()));
     let key = cached.keys("weigh", &[0; 32], &[], &["old", "1"]).earlier.unwrap();
@@ -207,9 +207,9 @@ fn earlier_cache(dir: &Path, entry: &[u8]) -> redb::Database {
     database
 }
 
-/// As earlier versions wrote them: plain JSON, without a checksum.
+/// Entries of earlier versions are plain JSON without a checksum.
 #[test]
-fn a_cache_of_an_earlier_program_is_imported_once_and_its_answers_belong_to_who_asks_first() {
+fn an_earlier_cache_is_imported_once_and_its_answers_belong_to_the_first_configuration_that_asks() {
     let dir = tempfile::tempdir().unwrap();
     drop(earlier_cache(dir.path(), b"[42.5]"));
     let before = std::fs::read(dir.path().join("labels.redb")).unwrap();
@@ -222,7 +222,7 @@ fn a_cache_of_an_earlier_program_is_imported_once_and_its_answers_belong_to_who_
     }
     assert_eq!(inner.asked.load(Ordering::SeqCst), 0);
     assert!(before == std::fs::read(dir.path().join("labels.redb")).unwrap(), "the earlier file changed");
-    // The earlier key left out what differs here, so that the answer may be another one.
+    // The earlier key left out the difference, so the answer may be a different one.
     let other = Arc::new(Counting { settings: "more votes", ..Counting::default() });
     assert_eq!(open(&other).weigh(&asks(&["old"]), &mut Usage::default()), [Ok(vec![3.0])]);
     assert_eq!(open(&inner).weigh(&asks(&["old"]), &mut Usage::default()), [Ok(vec![42.5])]);
@@ -230,7 +230,7 @@ fn a_cache_of_an_earlier_program_is_imported_once_and_its_answers_belong_to_who_
 }
 
 #[test]
-fn a_cache_that_an_earlier_program_has_open_is_imported_later() {
+fn an_earlier_cache_that_another_process_has_open_is_imported_later() {
     let dir = tempfile::tempdir().unwrap();
     let held = earlier_cache(dir.path(), b"[42.5]");
     let inner = Arc::new(Counting::default());
@@ -245,7 +245,7 @@ fn a_cache_that_an_earlier_program_has_open_is_imported_later() {
 }
 
 #[test]
-fn a_damaged_cache_of_an_earlier_program_is_survived() {
+fn a_damaged_earlier_cache_is_skipped() {
     let dir = tempfile::tempdir().unwrap();
     drop(earlier_cache(dir.path(), b"[42.5]"));
     let path = dir.path().join("labels.redb");
@@ -281,7 +281,7 @@ fn an_interrupted_import_leaves_nothing_and_is_repeated() {
 }
 
 #[test]
-fn several_stores_share_a_file_and_each_finds_what_another_has_kept() {
+fn stores_that_share_a_file_find_each_others_answers() {
     let dir = tempfile::tempdir().unwrap();
     let inner = Arc::new(Counting::default());
     let open = || Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 10_000).unwrap()));
@@ -304,9 +304,9 @@ fn several_stores_share_a_file_and_each_finds_what_another_has_kept() {
     assert_eq!(inner.asked.load(Ordering::SeqCst), 200);
 }
 
-/// As on a file system that several machines mount.
+/// The journal mode for file systems that several machines mount.
 #[test]
-fn without_a_write_ahead_log_files_are_shared_too() {
+fn processes_share_a_file_without_a_write_ahead_log() {
     let dir = tempfile::tempdir().unwrap();
     let path = file(dir.path());
     let open = || database::File::open_with(&path, "delete").unwrap();
@@ -328,14 +328,14 @@ fn without_a_write_ahead_log_files_are_shared_too() {
 }
 
 #[test]
-fn a_file_that_cannot_be_opened_costs_no_label_and_is_tried_again() {
+fn a_file_that_cannot_be_opened_costs_no_label_and_is_retried() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(file(dir.path())).unwrap();
     let inner = Arc::new(Counting::default());
     let cached = Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 100).unwrap()));
     assert_eq!(cached.weigh(&asks(&["a"]), &mut Usage::default()), [Ok(vec![1.0])]);
     assert_eq!(cached.weigh(&asks(&["a"]), &mut Usage::default()), [Ok(vec![1.0])]);
-    assert_eq!(inner.asked.load(Ordering::SeqCst), 1, "what cannot be written waits, and is found");
+    assert_eq!(inner.asked.load(Ordering::SeqCst), 1, "unwritten answers are found in memory");
     std::fs::remove_dir(file(dir.path())).unwrap();
     while cached.store.len().ok() != Some(1) {
         std::thread::sleep(std::time::Duration::from_millis(20));
@@ -346,7 +346,7 @@ fn a_file_that_cannot_be_opened_costs_no_label_and_is_tried_again() {
 }
 
 #[test]
-fn a_file_that_is_removed_or_set_aside_by_another_process_is_not_written_any_more() {
+fn a_file_that_is_removed_or_set_aside_by_another_process_is_no_longer_written() {
     let dir = tempfile::tempdir().unwrap();
     let inner = Arc::new(Counting::default());
     let open = || Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), 100).unwrap()));
@@ -362,7 +362,7 @@ fn a_file_that_is_removed_or_set_aside_by_another_process_is_not_written_any_mor
 }
 
 #[test]
-fn a_database_of_another_program_is_refused_and_left_alone() {
+fn a_database_of_another_program_is_refused_and_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let other = rusqlite::Connection::open(file(dir.path())).unwrap();
     other.execute_batch("CREATE TABLE notes (text TEXT); INSERT INTO notes VALUES ('mine')").unwrap();
@@ -376,7 +376,7 @@ fn a_database_of_another_program_is_refused_and_left_alone() {
 }
 
 #[test]
-fn damaged_numbers_are_given_anew_and_cost_no_label() {
+fn damaged_sequence_numbers_are_reassigned_and_cost_no_label() {
     let dir = tempfile::tempdir().unwrap();
     let inner = Arc::new(Counting::default());
     let open = |most| Cached::new(inner.clone(), Arc::new(Store::open(dir.path(), most).unwrap()));
@@ -393,15 +393,15 @@ fn damaged_numbers_are_given_anew_and_cost_no_label() {
     assert_eq!(numbers, (1, 4, 4));
     cached.weigh(&asks(&["a", "bb", "ccc", "dddd"]), &mut Usage::default());
     assert_eq!(inner.asked.load(Ordering::SeqCst), 4);
-    // A lower bound than before.
+    // A lower limit than before.
     let cached = open(2);
     cached.weigh(&asks(&["eeeee"]), &mut Usage::default());
     assert_eq!(cached.store.len().unwrap(), 2);
 }
 
-/// A key must not change by accident: labels that were bought would not be found.
+/// Keys must not change by accident: labels bought before would not be found.
 #[test]
-fn the_keys_are_those_that_were_written() {
+fn keys_are_stable_across_versions() {
     let decoding = Decoding { max_tokens: 3, temperature: 1.0, top_k: Some(40), seed: 7 };
     assert_eq!(decoding_part(&decoding), "max_tokens=3 temperature=1 top_k=40 seed=7");
     assert_eq!(earlier_decoding_part(&decoding), format!("{decoding:?}"));

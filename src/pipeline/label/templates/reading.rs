@@ -1,4 +1,4 @@
-//! A file of templates as TOML whose keys know their lines, and the mistakes found in it.
+//! Parser of template files: TOML with the line of each key, and a list of the mistakes found.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -8,19 +8,19 @@ use toml::de::{DeTable, DeValue};
 
 use crate::util::suggest::nearest;
 
-/// Most mistakes that an error lists.
+/// Maximum number of mistakes that an error lists.
 const MOST_LISTED: usize = 50;
 
-/// All mistakes of a file of templates, in the order of its lines.
+/// All mistakes of a template file, in line order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mistakes(Vec<(usize, String)>);
 
 impl Mistakes {
-    /// Returns `value` if `found` is empty. A mistake is a line, counted from 1, and what is wrong there; line 0 stands for
-    /// the whole file.
+    /// Returns `value` if `found` is empty. A mistake is a line number, counted from 1, and a message; line 0 refers to
+    /// the file itself.
     ///
     /// # Errors
-    /// All of `found` at once.
+    /// If `found` is not empty; the error holds all of it.
     pub fn unless<T>(mut found: Vec<(usize, String)>, value: T) -> Result<T, Self> {
         found.sort();
         if found.is_empty() { Ok(value) } else { Err(Self(found)) }
@@ -37,24 +37,24 @@ impl fmt::Display for Mistakes {
             }
         }
         let more = self.0.len().saturating_sub(MOST_LISTED);
-        if more > 0 { write!(f, "\n  and {more} mistakes more") } else { Ok(()) }
+        if more > 0 { write!(f, "\n  and {more} more mistakes") } else { Ok(()) }
     }
 }
 
 impl std::error::Error for Mistakes {}
 
-/// A text of the file and its line.
+/// A string value of the file and its line.
 #[derive(Debug, Clone, Default)]
 pub struct Text {
-    /// The text.
+    /// The string.
     pub text: String,
-    /// The line of its key, counted from 1.
+    /// Line of its key, counted from 1.
     pub line: usize,
 }
 
-/// The mistakes found so far.
+/// Parser state: the mistakes found so far.
 pub struct Reading {
-    /// Where each line begins.
+    /// Byte offset of each line's start.
     starts: Vec<usize>,
     found: RefCell<Vec<(usize, String)>>,
 }
@@ -64,14 +64,14 @@ pub struct Reading {
 pub struct Section<'a> {
     reading: &'a Reading,
     table: &'a DeTable<'a>,
-    /// What its keys' names begin with, such as `pairwise.`.
+    /// Prefix of the keys' names in messages, such as `pairwise.`.
     prefix: &'a str,
-    /// The line of its name; 0 for the whole file.
+    /// Line of the table's name; 0 for the root table.
     pub line: usize,
 }
 
 impl Reading {
-    /// Parses `text`; what is not TOML is among the mistakes.
+    /// Parses `text`; TOML syntax errors are recorded as mistakes.
     pub fn new(text: &str) -> (Self, Spanned<DeTable<'_>>) {
         let starts = std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
         let reading = Self { starts, found: RefCell::default() };
@@ -92,12 +92,12 @@ impl Reading {
         self.found.borrow_mut().push((line, message));
     }
 
-    /// The mistakes.
+    /// Returns the mistakes.
     pub fn into_mistakes(self) -> Vec<(usize, String)> {
         self.found.into_inner()
     }
 
-    /// The whole file as a section, with the keys `known`.
+    /// Returns the root table as a section that allows the keys `known`.
     pub fn root<'a>(&'a self, table: &'a DeTable<'a>, known: &[&str]) -> Section<'a> {
         let section = Section { reading: self, table, prefix: "", line: 0 };
         section.refuse_others(known);
@@ -128,18 +128,18 @@ impl<'a> Section<'a> {
         self.reading.mistake(line, format!("{prefix}{key} is of the type {}, and must be {wanted}", value.type_str()));
     }
 
-    /// The text under `key`, if it is there.
+    /// Returns the text under `key`, if present.
     pub fn text(&self, key: &str) -> Option<Text> {
         let (line, value) = self.get(key)?;
         if let DeValue::String(text) = value {
             return Some(Text { text: text.to_string(), line });
         }
         self.wrong(line, key, value, "a text");
-        // It is there, so that no second mistake is found for its absence.
+        // The key is present, so its absence is not reported as a second mistake.
         Some(Text { text: String::new(), line: 0 })
     }
 
-    /// The text under `key`, which must be there.
+    /// Returns the text under `key`; records a mistake if it is missing.
     pub fn needed(&self, key: &str) -> Text {
         self.text(key).unwrap_or_else(|| {
             self.reading.mistake(self.line, format!("{}{key} is missing", self.prefix));
@@ -147,7 +147,7 @@ impl<'a> Section<'a> {
         })
     }
 
-    /// The flag under `key`, if it is there.
+    /// Returns the flag under `key`, if present.
     pub fn flag(&self, key: &str) -> Option<bool> {
         let (line, value) = self.get(key)?;
         if let DeValue::Boolean(flag) = value {
@@ -157,7 +157,8 @@ impl<'a> Section<'a> {
         Some(false)
     }
 
-    /// The whole number under `key`, which must be there, and its line; 0 after a mistake.
+    /// Returns the integer under `key` and its line; records a mistake and returns zeros if it is missing or not an
+    /// integer.
     pub fn number(&self, key: &str) -> (i64, usize) {
         let Some((line, value)) = self.get(key) else {
             self.reading.mistake(self.line, format!("{}{key} is missing", self.prefix));
@@ -174,7 +175,8 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// The table under `key` with the keys `known`, if it is there; `prefix` begins the names of its keys.
+    /// Returns the table under `key`, if present, allowing the keys `known`; `prefix` is prepended to its keys in
+    /// messages.
     pub fn table(&self, key: &str, prefix: &'a str, known: &[&str]) -> Option<Self> {
         let (line, value) = self.get(key)?;
         let DeValue::Table(table) = value else {
@@ -186,7 +188,7 @@ impl<'a> Section<'a> {
         Some(section)
     }
 
-    /// The tables of the list under `key`, each with the keys `known`.
+    /// Returns the tables of the list under `key`, each allowing the keys `known`.
     pub fn tables(&self, key: &str, prefix: &'a str, known: &[&str]) -> Vec<Self> {
         let Some((line, value)) = self.get(key) else { return Vec::new() };
         let DeValue::Array(list) = value else {

@@ -3,18 +3,18 @@
 use super::*;
 
 #[test]
-fn every_shipped_set_is_whole_and_even_handed() {
+fn every_shipped_set_is_complete_and_balanced() {
     for (name, _) in SHIPPED {
         let set = TemplateSet::find(name).unwrap();
         assert_eq!((set.task.as_str(), set.inverted), (*name, *name == "harmless"));
         let firsts = set.exemplars.iter().filter(|one| one.answer == 1).count();
-        assert_eq!((set.exemplars.len(), firsts), (4, 2), "{name}: as many examples for 1 as for 2");
+        assert_eq!((set.exemplars.len(), firsts), (4, 2), "{name}: the exemplars must have as many answers 1 as 2");
         assert!(set.rating().unwrap().ask("text", "answer").unwrap().ends_with("SCORE:"));
     }
 }
 
 #[test]
-fn a_comparison_is_laid_out_as_the_set_says() {
+fn a_comparison_follows_the_layout_of_its_set() {
     let set = TemplateSet::find("summarization").unwrap();
     let asked = set.comparison(&Preamble::Own("Judge.".into()), 1, false).unwrap();
     let text = asked.ask("T", "A", "B", None).unwrap();
@@ -33,7 +33,7 @@ fn a_comparison_is_laid_out_as_the_set_says() {
 }
 
 #[test]
-fn what_changes_a_question_changes_its_hash() {
+fn every_setting_of_a_comparison_changes_its_hash() {
     let sets = [TemplateSet::find("summarization").unwrap(), TemplateSet::find("harmless").unwrap()];
     let mut hashes = Vec::new();
     for set in &sets {
@@ -53,7 +53,7 @@ fn what_changes_a_question_changes_its_hash() {
 }
 
 #[test]
-fn a_set_that_does_not_work_is_refused_with_the_line_and_the_reason() {
+fn an_invalid_set_is_refused_with_the_line_and_the_reason() {
     let text = SHIPPED[0].1;
     for (from, to, key, words) in [
         (
@@ -79,7 +79,7 @@ fn a_set_that_does_not_work_is_refused_with_the_line_and_the_reason() {
 }
 
 #[test]
-fn all_mistakes_of_a_file_come_at_once_with_their_lines() {
+fn all_mistakes_of_a_file_are_reported_together_with_their_lines() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("own.toml");
     let text = "task = 3\ncolour = \"red\"\n[pairwise]\nsample = \"{{ first }} {{ other }}\"\n[[exemplars]]\nprompt = \"p\"\nfirst = \"f\"\nsecond = \"s\"\nanswer = 7\n";
@@ -106,7 +106,7 @@ fn all_mistakes_of_a_file_come_at_once_with_their_lines() {
 }
 
 #[test]
-fn a_set_with_the_sections_of_one_labeler_serves_that_labeler() {
+fn a_set_with_the_sections_of_one_labeler_works_for_that_labeler() {
     let rating = TemplateSet::parse("[direct]\ntemplate = \"Rate {{ completion }}:\"").unwrap();
     assert_eq!(rating.rating().unwrap().ask("p", "c").unwrap(), "Rate c:");
     let error = rating.comparison(&Preamble::Base, 0, false).unwrap_err().to_string();
@@ -128,10 +128,10 @@ fn a_set_with_the_sections_of_one_labeler_serves_that_labeler() {
     }
 }
 
-/// A text that nobody wrote against a judge is asked about in the words of programs before guards: what the template
-/// gives with the texts put into it.
+/// Ordinary texts give the same prompts as versions of the program without guards: the template with the texts filled
+/// in.
 #[test]
-fn ordinary_texts_are_asked_about_in_the_same_words() {
+fn ordinary_texts_leave_the_prompt_unchanged() {
     let texts = [
         "A short summary.",
         "In summary - it rained.\n\n- first point: rain\n- second: sun\n\n1. Preferred by all\n2. x < y | z > w",
