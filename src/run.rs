@@ -33,6 +33,8 @@ use crate::config::Config;
 use crate::observe::monitor::Monitor;
 use crate::observe::progress::Progress;
 use crate::observe::telemetry;
+use crate::pipeline::topology::MakeLabeler;
+use crate::pipeline::topology::labelers::labeler;
 use crate::run::checkpoint::Written;
 use crate::say;
 use crate::util::signals;
@@ -69,11 +71,26 @@ pub struct Summary {
 /// One error that names what went wrong. The steps that were finished before it are in the checkpoint that the error, or a
 /// line before it, names.
 pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepted: Accepted) -> Result<Summary> {
+    train_with(config, run_dir, from, accepted, Box::new(labeler)).await
+}
+
+/// Trains as [`train`] does, with the labelers that `labelers` makes instead of those of the configuration: one for each
+/// labeler actor, and again after a failure. Scores of such a labeler are the reward in direct mode.
+///
+/// # Errors
+/// As [`train`].
+pub async fn train_with(
+    config: Config,
+    run_dir: Option<PathBuf>,
+    from: From,
+    accepted: Accepted,
+    labelers: Box<MakeLabeler>,
+) -> Result<Summary> {
     let _deferred = signals::defer();
     let opened = OpenedRun::open(config, run_dir, from, accepted).await?;
     let loaded = opened.load().await?;
     let tuned = loaded.fine_tune().await?;
-    let session = tuned.assemble()?;
+    let session = tuned.assemble(labelers)?;
     session.warm_up().await?;
     session.train().await
 }

@@ -27,8 +27,7 @@ use crate::observe::telemetry;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::remote::budget::Budget;
 use crate::pipeline::setup::{Prepared, budget, prepare_within};
-use crate::pipeline::topology::Node;
-use crate::pipeline::topology::labelers::labeler;
+use crate::pipeline::topology::{MakeLabeler, Node};
 use crate::run::checkpoint::{CheckpointFormat, CheckpointStore, Identity, JudgeContents, Opened, WinRates, Writer};
 use crate::run::controller::{AdjustableLimits, Controller};
 use crate::say;
@@ -222,10 +221,11 @@ impl LoadedRun {
     }
 
     /// Makes the parts of the training graph: the learner's state, the checkpoint writer, the evaluator, the observer.
+    /// `labelers` makes the labeler of each labeler actor.
     ///
     /// # Errors
     /// A learner that does not fit into memory; a thread that cannot be started.
-    pub(super) fn assemble(self) -> Result<Session> {
+    pub(super) fn assemble(self, labelers: Box<MakeLabeler>) -> Result<Session> {
         let Self {
             config, stop, monitor, win_rates, judge, store, resumed, files, guard, restored, mut prepared, ..
         } = self;
@@ -296,7 +296,7 @@ impl LoadedRun {
             cell: Arc::clone(&cell),
             observer: observer.clone(),
             reward_model,
-            labelers: Box::new(labeler),
+            labelers,
             knobs: limits.clone(),
             config: (*config).clone(),
         });
