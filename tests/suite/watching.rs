@@ -193,7 +193,7 @@ fn the_page_is_open_and_all_that_it_reads_asks_for_the_token() {
     assert!(!refused.status.success() && stderr(&refused).contains("--token-env"), "{}", stderr(&refused));
     let shown = top(&["--token-env", "TOP_TOKEN"]);
     let text = String::from_utf8_lossy(&shown.stdout);
-    for words in ["offline", "what limits", "rollout-0", "learn", "groups", "score"] {
+    for words in ["offline", "bottleneck", "rollout-0", "learn", "groups", "score"] {
         assert!(text.contains(words), "{words} is not in\n{text}");
     }
 }
