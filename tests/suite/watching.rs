@@ -303,12 +303,12 @@ fn check_tells_what_a_run_will_take() {
         "disk        about",
         "growth      at most about",
         "bounds      journal.bin at most 16.0 GiB (checkpoint.journal_max_bytes)",
-        "writes up to 1536 in 64 completions",
-        "direct, server: 64 questions a step",
-        "a step, ",
+        "generates up to 1536 in 64 completions",
+        "direct, server: 64 questions per step",
+        " per step, ",
         "η = 3: a token is at most 3 versions old",
         "sampling    tokens are drawn from a restricted distribution",
-        "off-policy  what is drawn is of weights in 16 bits",
+        "off-policy  tokens are sampled with 16-bit weights",
         "off-policy  later epochs",
     ] {
         assert!(text.contains(words), "{words} is not in\n{text}");
@@ -327,7 +327,7 @@ fn check_tells_what_a_run_will_take() {
             let (start, _) = text.split_once(after).unwrap_or_else(|| panic!("{text}{}", stderr(&output)));
             start.rsplit(before).next().unwrap().parse().unwrap()
         };
-        number("about ", " tokens read") / number("server: ", " questions a step")
+        number("about ", " tokens read") / number("server: ", " questions per step")
     };
     let more = read(own.to_str().unwrap()) - read("base");
     assert!((2500.0..3100.0).contains(&more), "12,000 characters more, and {more} tokens");
