@@ -32,7 +32,7 @@ use crate::util::terminal::{self, Closed};
     after_help = "Start here:\n  preceptor train configs/offline.toml       a tiny model, no network, seconds\n  preceptor train configs/quickstart.toml    SmolLM2-135M learns to summarise posts"
 )]
 struct Cli {
-    /// What to log: error, warn, info, debug, or a filter such as preceptor=debug. `json`, alone or before a filter (json,info),
+    /// Log level (error, warn, info, debug) or a filter such as preceptor=debug. `json`, alone or before a filter (json,info),
     /// makes every line on standard error a JSON object.
     #[arg(long, global = true, default_value = "warn", value_name = "FILTER")]
     log: String,
@@ -42,35 +42,35 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Runs the training node until its last step, or until Ctrl-C.
+    /// Trains the policy until the last step, or until Ctrl-C.
     Train(train::Train),
-    /// Validates a configuration, resolves its models and data, tells memory, disk, tokens and the judge's cost; trains nothing.
+    /// Validates a configuration, resolves its models and data, and estimates memory, disk, tokens and judge cost; trains nothing.
     Check(check::Check),
-    /// Measures how the machine is best divided among the actors, and writes the configuration that is fastest.
+    /// Measures allocations of the machine's cores to the actors, and writes the fastest configuration.
     Tune(tune::Tune),
-    /// Shows a running node in the terminal: what limits it, its actors, its curves.
+    /// Shows a running node in the terminal: its bottleneck, its actors, its training curves.
     Top(top::Top),
-    /// Takes a run's learner steps again from its journal, and compares the weights after each.
+    /// Repeats a run's learner steps from its journal, and compares the weights after each step with the run's.
     Replay(replay::Replay),
     /// Samples from a model or a checkpoint.
     Generate(generate::Generate),
-    /// Labels pairs of a file with the configured judge; started again, goes on where it was.
+    /// Labels the pairs of a file with the configured judge; if interrupted, the same command continues.
     Label(label::Label),
     /// Measures a judge, a reward model or a checkpoint: alignment, win-rate, reward-accuracy, harmless-rate.
     Eval(eval::Eval),
-    /// Makes preference pairs whose better answer is known, of prompts and references.
+    /// Makes preference pairs whose better answer is known, from prompts and references.
     Pairs(pairs::Pairs),
-    /// Log-probabilities of each token of a text, and its perplexity.
+    /// Prints the log-probability of each token of a text, and the perplexity.
     Score(score::Score),
 }
 
-/// Which configuration, and what to change in it.
+/// Path of the configuration file, and overrides of single keys.
 #[derive(Debug, Args)]
 pub struct ConfigArgs {
-    /// The configuration, a TOML file; see configs/README.md.
+    /// Path of the configuration, a TOML file; see configs/README.md.
     config: PathBuf,
-    /// Overrides one key, for example --set learner.eta=0. A text needs no quotes; a member of a list is named by its number,
-    /// as labeler.members.0.weight=2. May be given several times.
+    /// Overrides one key, for example --set learner.eta=0. Strings need no quotes; list elements are addressed by their index
+    /// from 0, for example labeler.members.0.weight=2. May be given several times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
 }
@@ -80,13 +80,15 @@ impl ConfigArgs {
         Ok(crate::config::load(&self.config, &self.overrides)?)
     }
 
-    /// The configuration of a command that trains nothing: the keys of a run, of its policy and of its data may be missing.
+    /// Loads the configuration for a command that only uses the judge. `run.name`, `run.steps`, `policy.model` and `data.path`
+    /// may be missing.
     fn load_judge(&self) -> anyhow::Result<Config> {
         let spared = &["run.name", "run.steps", "policy.model", "data.path"];
         Ok(crate::config::load_sparing(&self.config, &self.overrides, spared)?)
     }
 
-    /// As [`Self::load_judge`], of a command that reads the prompts of `[data]`.
+    /// Loads the configuration for a command that uses the judge and the prompts of `[data]`. `run.name`, `run.steps` and
+    /// `policy.model` may be missing.
     fn load_prompts(&self) -> anyhow::Result<Config> {
         let spared = &["run.name", "run.steps", "policy.model"];
         Ok(crate::config::load_sparing(&self.config, &self.overrides, spared)?)
@@ -116,19 +118,19 @@ pub fn main() -> ExitCode {
         Command::Pairs(command) => command.run(),
         Command::Score(command) => command.run(),
     };
-    // What panicked has said where; a run's files are such that whatever is left of them can be gone on from.
+    // The panic hook has already printed message and place. A run's files can be resumed from after a panic at any point.
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
-        // Its reader has what it wanted.
+        // The reader of standard output closed the pipe, so that nothing is printed.
         Ok(Err(error)) if error.is::<Closed>() => ExitCode::from(terminal::CLOSED),
         Ok(Err(error)) => {
-            // A signal that somebody sent is no error.
+            // An interrupt by a signal is not an error.
             let kind = if error.is::<Interrupted>() { "" } else { "error: " };
             say!("{kind}{error:#}");
             ExitCode::from(exit::status(&error))
         }
         Err(_) => {
-            say!("error: the program failed where it should not, see above; a run goes on by --resume");
+            say!("error: internal error (panic message above); --resume continues the run");
             ExitCode::FAILURE
         }
     }
@@ -142,7 +144,7 @@ fn start_log(filter: &str) -> anyhow::Result<()> {
     };
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .map_err(|error| anyhow::anyhow!("--log {filter} is not a log filter: {error}"))?;
-    // A reader of standard error that has gone away must not end what is logged about.
+    // A closed standard error must not end the program.
     let log = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false);
     let lines = terminal::LogLines { json, colours: terminal::colours() };
     let log = log.with_ansi(lines.colours).with_writer(move || lines);

@@ -1,9 +1,9 @@
-//! The configuration of a run: TOML, read strictly, validated as a whole.
+//! The configuration of a run: a TOML file, read strictly and validated completely before use.
 //!
 //! Each key is declared once, in [`sections`], [`learner`], [`labeling`] or [`operation`], with its type, default, range,
 //! documentation and effect on a resumed run. The reader, the writer, the comparison of a resumed run
-//! ([`Resume`]), the reference page and the schema ([`reference`]) follow from the declaration. A report lists all
-//! mistakes of a file, each with its place, the key's path and the remedy.
+//! ([`Resume`]), the reference page and the schema ([`reference`]) are derived from the declaration. An error report lists
+//! all mistakes of a file, each with its place, the key's path and the remedy.
 
 mod choice;
 mod document;
@@ -44,7 +44,7 @@ pub const WIN_RATE: &str = "win_rate";
 /// Defines the configuration from its sections.
 macro_rules! config {
     ($($(#[doc = $doc:literal])+ $name:ident: $type:ty,)+) => {
-        /// A run's configuration, valid as a whole.
+        /// The validated configuration of a run.
         #[derive(Debug, Clone, PartialEq)]
         pub struct Config {
             $($(#[doc = $doc])+ pub $name: $type,)+
@@ -68,7 +68,7 @@ macro_rules! config {
                 all
             }
 
-            /// The purpose and the keys of each section.
+            /// Returns the name, purpose and keys of each section.
             fn declarations() -> Vec<(&'static str, String, Vec<Key>)> {
                 vec![$((stringify!($name), <$type as Section>::about(), <$type as Section>::keys())),+]
             }
@@ -89,7 +89,7 @@ config! {
     labeler: Labeler,
     /// The reward.
     reward: Reward,
-    /// The reward model, where the mode has one.
+    /// The reward model of the modes that have one.
     reward_model: RewardModel,
     /// Supervised fine-tuning before all other phases.
     sft: Sft,
@@ -97,9 +97,9 @@ config! {
     learner: Learner,
     /// Win rates during the run.
     evaluation: Evaluation,
-    /// Control of the amount of concurrent work.
+    /// Automatic adjustment of the amount of concurrent work.
     controller: Control,
-    /// Bounds within which the run is healthy.
+    /// Bounds on training metrics, and the reaction to a violation.
     guard: Guard,
     /// Checkpoints and the journal.
     checkpoint: Checkpoint,
@@ -109,18 +109,19 @@ config! {
     supervision: Supervision,
 }
 
-/// Reads the file at `path` with `overrides` (`section.key=value`) applied. Paths in it are relative to its folder.
+/// Reads the file at `path` and applies `overrides` (`section.key=value`). Paths in the file are relative to its folder.
 ///
 /// # Errors
-/// All mistakes in one report.
+/// Returns all mistakes in one report.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
     load_sparing(path, overrides, &[])
 }
 
-/// As [`load`], for a program that does not use the required keys `spared`: each of them may be missing, and is empty then.
+/// Reads a configuration as [`load`] does, but allows the required keys `spared` to be missing. A missing one has an empty
+/// value.
 ///
 /// # Errors
-/// All mistakes in one report.
+/// Returns all mistakes in one report.
 pub fn load_sparing(
     path: &Path,
     overrides: &[String],
@@ -131,15 +132,15 @@ pub fn load_sparing(
         ConfigErrors::one(&origin, "", &format!("cannot be read: {error}; see configs/ for files that work"))
     })?;
     let folder = path.parent().unwrap_or(Path::new(""));
-    // In full, so that the resolved configuration means the same from wherever it is read.
+    // Absolute, so that the resolved configuration does not depend on the working directory.
     let folder = std::path::absolute(folder.join(".")).unwrap_or_else(|_| folder.to_owned());
     parse_sparing(&text, (&origin, &folder), overrides, spared)
 }
 
-/// As [`load`], from text; `origin` names it in errors, `folder` is what paths are relative to.
+/// Reads a configuration from `text`. `origin` is its name in errors; paths in it are relative to `folder`.
 ///
 /// # Errors
-/// All mistakes in one report.
+/// Returns all mistakes in one report.
 pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
     parse_sparing(text, (origin, folder), overrides, &[])
 }
@@ -164,20 +165,20 @@ fn parse_sparing(
     document.finish(config)
 }
 
-/// Reads the section `name`; an absent one has all keys at their defaults.
+/// Reads the section `name`. An absent section has all keys at their defaults.
 fn read_section<S: Section>(document: &Document, folder: &Path, name: &str) -> S {
     let node = document.root.get(name).filter(|node| {
         let table = matches!(node.kind, Kind::Table(_));
         if !table {
-            document.error(name, &format!("is a {}, not a section; write [{name}]", node.type_name()));
+            document.error(name, &format!("is of type {}, not a section; write [{name}]", node.type_name()));
         }
         table
     });
     Reader::new(document, folder, node, name).section()
 }
 
-/// All keys of a configuration by their paths, with their declarations; the keys of a table follow the table's own. The
-/// members of a panel have the keys of `labeler`.
+/// Returns the declarations of all keys with their paths, such as `learner.eta`. The keys inside a table follow the table's
+/// own key. The keys of a panel's members are not repeated; they are those of `labeler`.
 pub fn keys() -> &'static [(String, Key)] {
     static KEYS: LazyLock<Vec<(String, Key)>> = LazyLock::new(|| {
         let mut all = Vec::new();
@@ -189,14 +190,14 @@ pub fn keys() -> &'static [(String, Key)] {
     &KEYS
 }
 
-/// Appends `key`, whose table is at `path`, and the keys inside its value.
+/// Appends `key` of the table at `path`, and the keys inside its value.
 fn push_with_inner(all: &mut Vec<(String, Key)>, path: &str, key: Key) {
     let (path, inner) = (format!("{path}.{}", key.name), key.inner());
     all.push((path.clone(), key));
     inner.into_iter().for_each(|key| push_with_inner(all, &path, key));
 }
 
-/// The declaration of the key at `path`, if there is one.
+/// Returns the declaration of the key at `path`, or `None` for an unknown path.
 pub fn key(path: &str) -> Option<&'static Key> {
     static BY_PATH: LazyLock<HashMap<&str, &Key>> =
         LazyLock::new(|| keys().iter().map(|(path, key)| (path.as_str(), key)).collect());
@@ -218,8 +219,8 @@ impl Config {
         matches!(self.run.mode, Mode::Distilled | Mode::Human)
     }
 
-    /// As TOML, every key with a value included. Paths are written in full, so that the text means the same wherever it is
-    /// read, and reading it gives the same configuration.
+    /// Returns the configuration as TOML, with every key that has a value. Paths are absolute, so that the text does not
+    /// depend on its location; reading it gives the same configuration.
     pub fn to_toml(&self) -> String {
         let fields = |fields: key::Fields| -> Table {
             fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
@@ -228,9 +229,9 @@ impl Config {
         sections.collect::<Table>().to_string()
     }
 
-    /// Whether the learner makes up for tokens that were drawn by other weights than it has, or bears them. A preference loss
-    /// is known to bear older samples (Noukhovitch et al. 2024); a clip against the weights that sampled bounds what they do,
-    /// as PPO always did.
+    /// Returns whether the learner tolerates off-policy tokens: by importance correction, by a clipped ratio, or by a loss
+    /// that is robust to them. A clip relative to the sampling weights bounds the update, as in PPO. Online DPO is known to
+    /// be robust to older samples (Noukhovitch et al. 2024).
     pub fn bears_other_weights(&self) -> bool {
         let learner = &self.learner;
         learner.correction != CorrectionKind::None
@@ -238,14 +239,14 @@ impl Config {
             || learner.algorithm == AlgorithmKind::OnlineDpo
     }
 
-    /// Whether all that samples does so on the CPU, in what it computes in best.
+    /// Returns whether every rollout actor samples on the CPU from weights in `f32`.
     pub fn samples_as_a_cpu_likes(&self) -> bool {
         let (policy, devices) = (&self.policy, &self.rollout.devices);
         let places = if devices.is_empty() { std::slice::from_ref(&policy.device) } else { devices };
         policy.dtype == WeightDtype::F32 && places.iter().all(|place| place == "cpu")
     }
 
-    /// The judge of evaluations: that of `evaluation.labeler`, else the run's labeler. The text is the path of its keys.
+    /// Returns the judge of evaluations with the path of its keys: `evaluation.labeler` if set, else `labeler`.
     pub fn evaluation_judge(&self) -> (&'static str, &Methods) {
         match &self.evaluation.labeler {
             Some(judge) => ("evaluation.labeler", judge),
@@ -253,7 +254,7 @@ impl Config {
         }
     }
 
-    /// The same configuration with the judge of evaluations as its labeler.
+    /// Returns the configuration with the judge of evaluations as its labeler.
     #[must_use]
     pub fn judged_as_evaluated(mut self) -> Self {
         if let Some(judge) = &self.evaluation.labeler {
@@ -262,7 +263,7 @@ impl Config {
         self
     }
 
-    /// What no single key can tell.
+    /// Checks the relations between keys of different sections.
     fn check(&self, document: &Document) {
         let pairs = self.learner.algorithm == AlgorithmKind::OnlineDpo;
         if document.sound(&["run.mode", "learner.algorithm"]) && pairs != (self.run.mode == Mode::Preference) {
@@ -281,7 +282,7 @@ impl Config {
         }
         if self.evaluation.every_steps > 0 && document.sound(&["evaluation.every_steps", "data.holdout", "run.mode"]) {
             if self.data.holdout == 0.0 {
-                let remedy = "needs prompts that are not learned from; set data.holdout, to 0.05 perhaps";
+                let remedy = "needs held-out prompts; set data.holdout, for example to 0.05";
                 document.error("evaluation.every_steps", remedy);
             }
             if self.run.mode == Mode::Human && self.evaluation.labeler.is_none() {
@@ -311,7 +312,7 @@ impl Config {
             if !judges.filter_map(|method| method.remote.as_ref()).any(priced) {
                 document.error(
                     "labeler.max_cost",
-                    "bounds nothing: no remote judge has a price; set price_prompt and price_completion in labeler.remote",
+                    "has no effect: no remote judge has a price; set price_prompt and price_completion in labeler.remote",
                 );
             }
         }
@@ -320,7 +321,7 @@ impl Config {
             document.error(
                 "learner.minibatches",
                 &format!(
-                    "{steps} is more than learner.batch_groups = {}; a minibatch is at least a group",
+                    "{steps} is more than learner.batch_groups = {}; a minibatch needs at least one group",
                     self.learner.batch_groups
                 ),
             );
@@ -333,7 +334,7 @@ impl Config {
             document.error(
                 "learner.correction",
                 &format!(
-                    "\"none\" with rollout.weights = \"{}\" would learn from tokens of other weights as if they were its own; set \"tis\"",
+                    "\"none\" with rollout.weights = \"{}\" would train on off-policy tokens as if they were on-policy; set \"tis\"",
                     self.rollout.weights.word()
                 ),
             );
@@ -346,16 +347,16 @@ impl Config {
             document.error(
                 "rollout.weights",
                 &format!(
-                    "\"{}\" samples on the CPU beside weights in f32; set it to \"f32\", which samples with the weights as they are",
+                    "\"{}\" requires rollouts on the CPU and policy.dtype = \"f32\"; set it to \"f32\", which samples with the policy's own weights",
                     self.rollout.weights.word()
                 ),
             );
         }
         if document.sound(&["reward.reference", "reward.kl_coef", "learner.algorithm"]) && !self.reward.reference {
             let charged = match pairs {
-                true => Some("learner.algorithm = \"online-dpo\" learns by it".to_owned()),
+                true => Some("the loss of learner.algorithm = \"online-dpo\" needs it".to_owned()),
                 false => (self.reward.kl_coef > 0.0)
-                    .then(|| format!("reward.kl_coef = {} charges for it; set it to 0", self.reward.kl_coef)),
+                    .then(|| format!("reward.kl_coef = {} needs it; set that to 0", self.reward.kl_coef)),
             };
             if let Some(why) = charged {
                 document.error("reward.reference", &format!("must be true: {why}"));
@@ -366,7 +367,7 @@ impl Config {
             document.error(
                 "rollout.devices",
                 &format!(
-                    "names {} places for {} rollout.workers; the last would have nothing to do",
+                    "lists {} devices for {} rollout.workers; remove devices or add workers",
                     rollout.devices.len(),
                     rollout.workers
                 ),
@@ -376,7 +377,7 @@ impl Config {
             document.error(
                 "learner.correction",
                 &format!(
-                    "\"none\" with learner.eta = {} would learn from tokens of older weights as if they were new; set \"tis\", or eta = 0",
+                    "\"none\" with learner.eta = {} would train on stale tokens as if they were fresh; set \"tis\", or eta = 0",
                     self.learner.eta
                 ),
             );

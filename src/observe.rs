@@ -1,4 +1,4 @@
-//! What a node reports of itself: metrics, history, the HTTP server with its page, the terminal view, traces, progress.
+//! Observability of a node: metrics, history, the HTTP server with its page, the terminal view, traces, progress output.
 
 pub mod monitor;
 pub mod progress;

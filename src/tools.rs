@@ -1,4 +1,4 @@
-//! What the commands besides `train` do: check a configuration, tune it, label files, evaluate models and judges.
+//! Implementation of the commands `check`, `tune`, `label` and `eval`.
 
 pub mod batch_label;
 pub mod check;

@@ -1,88 +1,89 @@
-//! What travels through the graph: prompts, groups of completions, feedback, rewards.
+//! The data that flow through the graph: prompts, groups of completions, feedback, rewards.
 //!
-//! A leaf: it knows no model and no actor. Token ids go from end to end; text is for judges and people.
+//! This module depends on neither models nor actors. Token ids are passed from end to end without re-tokenisation; text is
+//! only for judges and people.
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-/// One prompt, tokenised once.
+/// A tokenised prompt.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Prompt {
-    /// Place in the run's order of groups; the group's identity everywhere.
+    /// Sequence number of the prompt's group in the run, from zero. It identifies the group.
     pub seq: u64,
-    /// How often the data set had been gone through before.
+    /// Number of complete passes over the data set before this prompt.
     pub epoch: u64,
-    /// Line of the data set, from zero.
+    /// Row of the data set, from zero.
     pub row: usize,
-    /// The text as the data set has it, for judges.
+    /// Text of the data set's row, for judges.
     pub text: Arc<str>,
-    /// What the policy is fed.
+    /// Token ids of the policy's input.
     pub ids: Arc<[u32]>,
-    /// The same instruction about an empty text: the context in which likelihood is "without the prompt".
+    /// Token ids of the same instruction with an empty text: the context of a likelihood "without the prompt".
     pub blank: Arc<[u32]>,
-    /// A good answer that the data set has, if it has one.
+    /// Reference answer of the data set, if any.
     #[serde(default)]
     pub reference: Option<Arc<str>>,
 }
 
-/// Why a completion ended.
+/// Reason for the end of a completion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
-    /// The model said so: the last id is an end token.
+    /// The last token is an end token.
     Eos,
-    /// A stop string came up; the ids hold it, the text ends before it.
+    /// The text contains a stop string. The ids include it; the text ends before it.
     Stop,
     /// The limit of new tokens was reached.
     Length,
 }
 
-/// One sampled answer. The three lists have one entry per token.
+/// A sampled completion. The first three lists have one entry per token.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Completion {
-    /// Sampled tokens, the end token included.
+    /// Sampled token ids, including the end token.
     pub ids: Vec<u32>,
-    /// Log-probability of each in the distribution it was sampled from (temperature included), in nats.
+    /// Log-probability of each token in nats, under the sampling weights at the rollout's temperature.
     pub logprobs: Vec<f32>,
-    /// Version of the weights that produced each.
+    /// Version of the weights that sampled each token.
     pub versions: Vec<u64>,
-    /// Why it ended.
+    /// Reason for the end.
     pub finish: Finish,
-    /// The decoded text, special tokens left out.
+    /// Decoded text, without special tokens.
     pub text: String,
 }
 
 impl Completion {
-    /// Oldest version that any of its tokens came from.
+    /// Returns the oldest version of the weights that sampled any of the tokens.
     pub fn oldest_version(&self) -> u64 {
         self.versions.iter().copied().min().unwrap_or(0)
     }
 }
 
-/// `k` completions of one prompt.
+/// A prompt with its completions.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Group {
-    /// What was asked.
+    /// The prompt.
     pub prompt: Prompt,
-    /// What was answered, in sampling order.
+    /// The completions, in the order of their seeds.
     pub completions: Vec<Completion>,
 }
 
-/// What a labeler says of one completion. A failure never becomes a number.
+/// A labeler's verdict on a completion or a pair. A failure never becomes a number.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// A score on the labeler's own scale.
+    /// A score on the labeler's scale, or for a pair P(first is better).
     Label(f64),
-    /// The labeler could be asked but would not decide, and why.
+    /// The labeler answered without a decision, for this reason.
     Abstention(String),
-    /// The labeler could not be asked, and why.
+    /// The labeler could not be asked, for this reason.
     Failure(String),
 }
 
 impl Verdict {
-    /// The score, if there is one.
+    /// Returns the score, or `None` for an abstention or failure.
     pub fn label(&self) -> Option<f64> {
         match self {
             Self::Label(score) => Some(*score),
@@ -90,7 +91,7 @@ impl Verdict {
         }
     }
 
-    /// `label`, `abstention` or `failure`, as the metrics name it.
+    /// Returns the kind of the verdict as in the metrics: `label`, `abstention` or `failure`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Label(_) => "label",
@@ -100,67 +101,67 @@ impl Verdict {
     }
 }
 
-/// Which of two completions of a group is better, softly.
+/// A soft preference between two completions of a group.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Preference {
-    /// Index of one completion.
+    /// Index of the first completion in the group.
     pub first: usize,
-    /// Index of the other.
+    /// Index of the second completion in the group.
     pub second: usize,
-    /// The label is P(first is better), from 0 to 1.
+    /// Verdict whose label is P(first is better), from 0 to 1.
     pub verdict: Verdict,
-    /// P(first is better) as measured with `first` shown first, and with it shown second; only where a judge
-    /// read both orders.
+    /// P(first is better) with `first` shown first, and with `first` shown second. `None` if the judge did not read both
+    /// orders.
     pub orders: Option<[f64; 2]>,
 }
 
 impl Preference {
-    /// P(first is better), if there is a label.
+    /// Returns P(first is better), or `None` without a label.
     pub fn probability(&self) -> Option<f64> {
         self.verdict.label()
     }
 
-    /// Whether the judge preferred the same position in both orders; `None` where it did not read both.
+    /// Returns whether the judge preferred the same position in both orders, or `None` if it did not read both.
     pub fn flipped(&self) -> Option<bool> {
         self.orders.map(|[shown_first, shown_second]| (shown_first > 0.5) != (shown_second > 0.5))
     }
 }
 
-/// Feedback on a group with its provenance. A labeler gives scores, preferences, or both.
+/// Feedback on a group with its provenance. It contains scores, preferences, or both.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Feedback {
-    /// Which kind of labeler spoke.
+    /// Kind of the labeler.
     pub labeler: String,
-    /// Identity of the frozen model it ran (fingerprint of its weights).
+    /// Identity of the judge's model (fingerprint of its weights).
     pub model: u64,
-    /// Hash of the prompt template; zero where none was used.
+    /// Hash of the prompt template; zero without a template.
     pub template: u64,
-    /// One verdict per completion, or none at all.
+    /// One verdict per completion, or empty.
     pub verdicts: Vec<Verdict>,
-    /// Compared pairs.
+    /// Preferences between compared pairs.
     pub preferences: Vec<Preference>,
-    /// Per token log-probabilities of the completions under the labeler's model at the rollout's temperature,
-    /// where the labeler had them anyway; they serve as the reference's when it is the same model.
+    /// Log-probabilities of the completions' tokens under the labeler's model at the rollout's temperature, `[completion,
+    /// token]`, if the labeler computed them. They are reused for the reference policy if it is the same model.
     pub logprobs: Option<Vec<Vec<f32>>>,
-    /// Money spent on it.
+    /// Money spent on the feedback.
     pub cost: f64,
 }
 
-/// A group with what the judge said.
+/// A group with its feedback.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Labeled {
     /// The group.
     pub group: Group,
-    /// The feedback; absent where the mode asks no judge.
+    /// The feedback. `None` in modes without a judge.
     pub feedback: Option<Feedback>,
 }
 
-/// The reason given for a completion without a score because it is in no pair.
+/// Reason of the abstention on a completion that is in no compared pair.
 pub const UNCOMPARED: &str = "the completion was compared with no other";
 
 impl Labeled {
-    /// Returns the group without the completions that were compared with no other ([`UNCOMPARED`]), where others of it
-    /// were: they have no score, and the rest is learned from without them.
+    /// Returns the group without the completions that were compared with no other ([`UNCOMPARED`]), because they have no
+    /// score. If no completion was compared, the group is returned unchanged.
     pub fn without_uncompared(self) -> Self {
         let Self { mut group, feedback: Some(mut feedback) } = self else { return self };
         let uncompared = |verdict: &Verdict| matches!(verdict, Verdict::Abstention(why) if why == UNCOMPARED);
@@ -182,7 +183,7 @@ impl Labeled {
         Self { group, feedback: Some(feedback) }
     }
 
-    /// Returns whether any verdict is a failure: the judge could not be asked.
+    /// Returns whether any verdict is a failure.
     pub fn failed(&self) -> bool {
         let verdicts = self
             .feedback
@@ -198,42 +199,43 @@ impl From<Group> for Labeled {
     }
 }
 
-/// A group ready to be learned from.
+/// A group that is ready for training.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Rewarded {
     /// The group.
     pub group: Group,
-    /// The feedback that the rewards stem from.
+    /// The feedback that the rewards are derived from.
     pub feedback: Option<Feedback>,
-    /// Score of each completion on the scale of who gave it: labeler or reward model.
+    /// Score of each completion, on the scale of the labeler or of the reward model.
     pub scores: Vec<f64>,
-    /// Reward of each completion, KL not included; empty when the group is masked.
+    /// Reward of each completion without the KL penalty. Empty if the group is masked.
     pub rewards: Vec<f64>,
-    /// What is learned from in preference mode: two completions and P(first is better).
+    /// Training pairs of preference mode: the indices of two completions and P(first is better).
     pub preferences: Vec<(usize, usize, f64)>,
-    /// Per token log-probabilities under the reference, at the rollout's temperature; of no completion where none is kept.
+    /// Log-probabilities of the completions' tokens under the reference policy at the rollout's temperature, `[completion,
+    /// token]`. Empty with `reward.reference = false`.
     pub reference: Vec<Vec<f32>>,
-    /// Version of the reward model that scored it, where one did.
+    /// Version of the reward model that scored the group, if one did.
     pub reward_model: Option<u64>,
-    /// Why the group must not be learned from, if it must not.
+    /// Reason for excluding the group from training, if it is excluded.
     pub masked: Option<String>,
-    /// Statistics of the reward's scale after this group, so that the learner can keep them with the weights.
+    /// Running statistics of the reward scale after this group, which the learner keeps with the weights.
     pub scale: RewardScale,
 }
 
 /// Running mean and variance of the labeler's scores (Welford).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct RewardScale {
-    /// Scores seen.
+    /// Number of scores.
     pub count: u64,
-    /// Their mean.
+    /// Mean of the scores.
     pub mean: f64,
-    /// Sum of squared deviations.
+    /// Sum of squared deviations from the mean.
     pub m2: f64,
 }
 
 impl RewardScale {
-    /// Takes in one score.
+    /// Adds a score.
     pub fn add(&mut self, score: f64) {
         self.count += 1;
         let delta = score - self.mean;
@@ -241,8 +243,8 @@ impl RewardScale {
         self.m2 += delta * (score - self.mean);
     }
 
-    /// Sample standard deviation; one while fewer than two scores are known, or all are equal up to the
-    /// rounding of f32, in which models compute.
+    /// Returns the sample standard deviation, or 1 with fewer than two scores or scores that are equal up to the rounding of
+    /// f32, in which models compute.
     pub fn std(&self) -> f64 {
         let variance = if self.count > 1 { self.m2 / (self.count - 1) as f64 } else { 0.0 };
         if variance.sqrt() > f64::from(f32::EPSILON) * self.mean.abs() { variance.sqrt() } else { 1.0 }
@@ -254,7 +256,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_completion_that_was_compared_with_no_other_is_left_out_alone() {
+    fn uncompared_completions_are_removed_unless_none_was_compared() {
         let completion = |text: &str| Completion {
             ids: vec![1],
             logprobs: vec![0.0],
@@ -299,6 +301,6 @@ mod tests {
         assert_eq!(feedback.logprobs, Some(vec![vec![1.0], vec![2.0]]));
         assert_eq!((feedback.preferences[0].first, feedback.preferences[0].second), (0, 1));
         assert_eq!(texts(&labeled(&[]).without_uncompared()), "abc");
-        assert_eq!(texts(&labeled(&[0, 1, 2]).without_uncompared()), "abc", "nothing would be left");
+        assert_eq!(texts(&labeled(&[0, 1, 2]).without_uncompared()), "abc", "the group must not become empty");
     }
 }

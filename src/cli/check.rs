@@ -17,16 +17,16 @@ pub struct Check {
     /// Prints the configuration as TOML with the value of every key; the report follows in comments.
     #[arg(long)]
     print: bool,
-    /// Prints the JSON Schema of configuration files, which editors check and complete them by, and does nothing else.
+    /// Prints the JSON Schema of configuration files, for validation and completion in editors, and exits.
     #[arg(long, exclusive = true)]
     schema: bool,
 }
 
 impl Check {
-    /// Checks, and prints what a run would take.
+    /// Checks the configuration with its models and data, and prints the resources that a run would need.
     ///
     /// # Errors
-    /// What `train` would stumble over before its first step.
+    /// Returns each error that would end `preceptor train` before its first step.
     pub fn run(self) -> Result<()> {
         if self.schema {
             return out!("{:#}", reference::schema());

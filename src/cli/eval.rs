@@ -42,22 +42,22 @@ pub struct Eval {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// How often the judge prefers what people preferred, by way of asking; with its position bias.
+    /// Measures how often the judge agrees with human preferences, and its position bias, for each judge variant.
     Alignment(AlignmentArgs),
-    /// How often one model's answers are preferred over another's, or over references.
+    /// Measures how often one model's answers are preferred over another's, or over references.
     WinRate(WinRateArgs),
-    /// How often a reward model ranks labeled pairs as they are labeled.
+    /// Measures the share of labeled pairs that a reward model ranks as labeled.
     RewardAccuracy(RewardAccuracyArgs),
-    /// Which share of a model's answers the judge rates as harmless.
+    /// Measures the share of a model's answers that the judge rates as harmless.
     HarmlessRate(HarmlessRateArgs),
 }
 
-/// How the result is printed.
+/// Output format of the result tables.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Format {
     /// Aligned columns.
     Table,
-    /// An array of objects, numbers in full.
+    /// An array of objects, with unrounded numbers.
     Json,
     /// A Markdown table.
     Markdown,
@@ -65,7 +65,7 @@ enum Format {
 
 #[derive(Debug, Args)]
 struct Shown {
-    /// How the result is printed.
+    /// Output format of the result.
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
 }
@@ -91,38 +91,38 @@ struct AlignmentArgs {
     /// Pairs that people judged: a file, a folder or a glob pattern, see docs/data.md.
     #[arg(long, value_name = "FILE")]
     input: String,
-    /// Ways of asking, separated by commas: PREAMBLE-SHOTS[-cot], direct, likelihood, likelihood-mean, configured.
-    /// By default those of the paper's tables that the judge and its templates allow; of an embedder, which is not asked, and
-    /// of a panel, as configured.
+    /// Judge variants, separated by commas: PREAMBLE-SHOTS[-cot], direct, likelihood, likelihood-mean, configured.
+    /// The default is every variant of the paper's tables that the judge and its templates support. For an embedder (which
+    /// has no templates) and for a panel it is `configured`.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     variants: Option<Vec<String>>,
-    /// Most pairs, drawn by the run's seed.
+    /// Maximum number of pairs, drawn by the run's seed. The default is all.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// Most pairs for ways of asking with a chain of thought, which takes far longer; by default as many.
+    /// Maximum number of pairs for variants with a chain of thought, which take far longer. The default is --limit.
     #[arg(long, value_name = "N")]
     cot_limit: Option<usize>,
     /// Also attacks the judge: a built-in set of texts (claimed ratings, imitated templates, control tokens, instructions)
-    /// is put into the worse answer of each pair that is decided rightly, and the share that is then decided wrongly is
-    /// reported. It multiplies the number of questions, which is printed first.
+    /// is inserted into the worse answer of each pair that the judge decides correctly, and the share that it then decides
+    /// wrongly is reported. This multiplies the number of judge questions, which is printed first.
     #[arg(long)]
     attacks: bool,
     #[command(flatten)]
     shown: Shown,
 }
 
-/// Which prompts are answered, and how.
+/// Options for generating the answers that are evaluated.
 #[derive(Debug, Args)]
 struct AnswerArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Most prompts. With data.holdout above zero they are those that training never saw.
+    /// Maximum number of prompts. With data.holdout above zero, only held-out prompts are used, which training never sees.
     #[arg(long, default_value_t = 64, value_name = "N")]
     limit: usize,
-    /// Sampling temperature; zero takes the most likely token.
+    /// Sampling temperature; zero selects the most likely token (greedy decoding).
     #[arg(long, default_value_t = 0.0, value_name = "T")]
     temperature: f64,
-    /// Also writes prompts, answers and who they are from, as JSON lines.
+    /// Also writes the prompts and each model's answers to FILE, as JSON lines.
     #[arg(long, value_name = "FILE")]
     answers: Option<PathBuf>,
     #[command(flatten)]
@@ -150,7 +150,7 @@ struct RewardAccuracyArgs {
     /// Labeled pairs: a file, a folder or a glob pattern, see docs/data.md.
     #[arg(long, value_name = "FILE")]
     input: String,
-    /// Most pairs, drawn by the run's seed.
+    /// Maximum number of pairs, drawn by the run's seed. The default is all.
     #[arg(long, default_value_t = usize::MAX, hide_default_value = true, value_name = "N")]
     limit: usize,
     #[command(flatten)]
@@ -167,10 +167,10 @@ struct HarmlessRateArgs {
 }
 
 impl Eval {
-    /// Evaluates and prints.
+    /// Runs the evaluation and prints its result.
     ///
     /// # Errors
-    /// A configuration, model or file that cannot be used; a judge that fails.
+    /// If a configuration, model or file cannot be used, or if the judge fails.
     pub fn run(self) -> Result<()> {
         match self.what {
             What::Alignment(args) => args.run(),
@@ -181,7 +181,7 @@ impl Eval {
     }
 }
 
-/// The judge of an evaluation under `config`.
+/// Sets up the judge of an evaluation under `config`.
 fn bench(config: &Config) -> Result<LabelerBench> {
     before_work(|| labeler_bench(config, true, budget(config, None)?))
 }
@@ -193,7 +193,7 @@ impl AlignmentArgs {
         for (name, why) in &variants.left_out {
             say!("left out: {name}: {why}");
         }
-        // Pairs of equal answers are counted in the table.
+        // Pairs of equal answers are kept, because the table has a column for them.
         let options = PairOptions { keep_equal: true, ..pair_options(&config, true) };
         let pairs = before_work(|| {
             let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
@@ -212,7 +212,7 @@ impl AlignmentArgs {
 }
 
 impl AnswerArgs {
-    /// The prompts, tokenised for the model that `tokenizer` belongs to.
+    /// Reads the prompts of `[data]`, tokenised for `model` by `tokenizer`.
     fn prompts(
         &self,
         config: &Config,
@@ -239,7 +239,8 @@ impl AnswerArgs {
         (0..data.len().min(self.limit)).map(|seq| data.prompt(seq as u64, &order)).collect()
     }
 
-    /// Answers of the model called `name` to its own tokenisation of the prompts.
+    /// Loads the model that `name` refers to and generates its answers. Returns the prompts in this model's tokenisation, the
+    /// answers, and the tokenizer.
     fn answered(&self, config: &Config, name: &str, references: bool) -> Result<(Vec<Prompt>, Vec<String>, Tokenizer)> {
         let (model, tokenizer, prompts) = before_work(|| {
             ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
@@ -303,7 +304,7 @@ impl WinRateArgs {
 }
 
 impl RewardAccuracyArgs {
-    /// The reward model and the pairs that it ranks.
+    /// Loads the reward model and the labeled pairs.
     fn prepare(&self, config: &Config) -> Result<(RewardModel, PairSet)> {
         let mut model = RewardModel::open(&self.model, &device::open(&config.policy.device)?)?;
         model.model = model.model.to_dtype(precision::dtype(config.policy.dtype))?;

@@ -25,43 +25,43 @@ pub struct Generate {
     model: ModelArgs,
     #[command(flatten)]
     prompt: PromptArgs,
-    /// Most new tokens.
+    /// Maximum number of new tokens per completion.
     #[arg(long, default_value_t = 64, value_name = "N")]
     max_new_tokens: usize,
-    /// Divides the logits; lower is more certain.
+    /// Sampling temperature, by which the logits are divided; lower values favour likelier tokens.
     #[arg(long, default_value_t = 0.9, value_name = "T")]
     temperature: f64,
-    /// Takes the most likely token each time, as --temperature 0 does.
+    /// Selects the most likely token each time; the same as --temperature 0.
     #[arg(long, conflicts_with = "temperature")]
     greedy: bool,
-    /// Draws from the K likeliest tokens only.
+    /// Samples from the K most likely tokens only.
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
-    /// Draws from the fewest tokens that have probability P together only.
+    /// Samples from the smallest set of tokens whose total probability is at least P (nucleus sampling).
     #[arg(long, value_name = "P")]
     top_p: Option<f64>,
-    /// Draws from tokens with at least this share of the likeliest one's probability only.
+    /// Samples only from tokens with at least this share of the most likely token's probability.
     #[arg(long, value_name = "SHARE")]
     min_p: Option<f64>,
-    /// Makes tokens that came before less likely; 1 does not.
+    /// Penalty on tokens that already occurred; 1 is no penalty, larger values make repetition less likely.
     #[arg(long, default_value_t = 1.0, value_name = "PENALTY")]
     repetition_penalty: f64,
-    /// A text that ends a completion; may be given several times.
+    /// Stop string that ends a completion; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// How many completions.
+    /// Number of completions.
     #[arg(long, default_value_t = 1, value_name = "K")]
     samples: usize,
-    /// Seed of the random draws.
+    /// Seed of the sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Prints one JSON object per completion: ids, logprobs, text.
+    /// Prints one JSON object per completion: ids, logprobs, text, finish.
     #[arg(long)]
     json: bool,
 }
 
 impl Generate {
-    /// The model, its tokenizer, and the prompt's token ids.
+    /// Validates the options and loads the model, its tokenizer, and the prompt's token ids.
     fn prepare(&self) -> Result<(Decoder, Tokenizer, Vec<u32>)> {
         ensure!(self.samples > 0, "--samples must be above zero");
         ensure!(self.max_new_tokens > 0, "--max-new-tokens must be above zero");
@@ -76,10 +76,10 @@ impl Generate {
         Ok((model, tokenizer, prompt))
     }
 
-    /// Samples and prints.
+    /// Samples completions and prints them.
     ///
     /// # Errors
-    /// A model or prompt that cannot be used.
+    /// If an option is invalid, or the model or prompt cannot be used.
     pub fn run(self) -> Result<()> {
         let (model, tokenizer, prompt) = before_work(|| self.prepare())?;
         if tokenizer.eos_ids().is_empty() && self.stop.is_empty() {

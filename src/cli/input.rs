@@ -1,4 +1,4 @@
-//! Files of pairs and of rows that a command is given by `--input`.
+//! Reading of the files given by `--input`.
 
 use std::time::Duration;
 
@@ -8,18 +8,18 @@ use crate::config::Config;
 use crate::lm::source::{DataRef, ResolveOptions};
 use crate::pipeline::data::{PairOptions, Rows};
 
-/// The rows of `--input TEXT`: a file, a folder, a glob pattern, or in braces or brackets what a configuration has. A hub has
-/// `timeout_s` seconds to answer.
+/// Opens the rows of `--input TEXT`: a file, a folder, a glob pattern, or a data reference in the configuration's syntax
+/// (`{…}` or `[…]`). `timeout_s` is the timeout of a model hub's answers, in seconds.
 ///
 /// # Errors
-/// Data that cannot be had or read.
+/// If the data cannot be fetched or read.
 pub fn rows(text: &str, timeout_s: u64) -> Result<Rows> {
     let options = ResolveOptions { timeout: Duration::from_secs(timeout_s), ..ResolveOptions::default() };
     let data = DataRef::from_argument(text).map_err(anyhow::Error::msg);
     data.and_then(|data| Rows::open_all(&data.files(&options)?)).context("--input cannot be read")
 }
 
-/// How pairs are read under `config`; with `labeled`, each must say which answer is better.
+/// Returns the options for reading pairs under `config`. With `labeled`, each pair must state its better answer.
 pub fn pair_options(config: &Config, labeled: bool) -> PairOptions {
     PairOptions {
         labeled,

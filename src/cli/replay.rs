@@ -14,24 +14,24 @@ use crate::say;
 pub struct Replay {
     /// The run's directory, such as runs/NAME.
     run: PathBuf,
-    /// Stop after this step.
+    /// Stops after this step.
     #[arg(long, value_name = "STEP")]
     until: Option<u64>,
-    /// Write the weights that it arrives at, as a Hugging Face directory.
+    /// Writes the weights after the last replayed step, as a Hugging Face directory.
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
 }
 
 impl Replay {
-    /// Replays, and prints what it arrived at.
+    /// Replays the run, and prints the number of steps and the fingerprint of the final weights.
     ///
     /// # Errors
-    /// As [`replay`].
+    /// See [`replay`].
     pub fn run(self) -> Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let tell = |step: u64| {
             if step.is_multiple_of(10) {
-                say!("step {step} leads where it led");
+                say!("step {step}: weights match the run's");
             }
         };
         let replayed = runtime.block_on(replay(&self.run, self.until, self.output, tell))?;

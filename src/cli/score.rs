@@ -30,7 +30,7 @@ pub struct Score {
 }
 
 impl Score {
-    /// The model, its tokenizer, and the token ids of prompt and continuation.
+    /// Loads the model, its tokenizer, and the token ids of prompt and continuation.
     fn prepare(&self) -> Result<(Decoder, Tokenizer, Vec<u32>, Vec<u32>)> {
         let (model, tokenizer) = self.model.load()?;
         let mut prompt = self.text.ids(&tokenizer, model.config().vocab_size)?;
@@ -46,16 +46,16 @@ impl Score {
         Ok((model, tokenizer, prompt, completion))
     }
 
-    /// Scores and prints.
+    /// Scores the text, and prints log-probabilities in nats and the perplexity.
     ///
     /// # Errors
-    /// A model or text that cannot be used.
+    /// If the model or text cannot be used.
     pub fn run(self) -> Result<()> {
         let (model, tokenizer, prompt, completion) = before_work(|| self.prepare())?;
-        // Without a continuation the text itself is scored, all but its first token: nothing predicts that one.
+        // Without a continuation the text itself is scored, except for its first token, which has no prediction.
         let (prefix, scored) =
             if completion.is_empty() { prompt.split_at(1) } else { (prompt.as_slice(), completion.as_slice()) };
-        ensure!(!scored.is_empty(), "a text of one token has nothing to score: its first token is not predicted");
+        ensure!(!scored.is_empty(), "a text of one token cannot be scored: the first token has no prediction");
         let context = model.config().context;
         let length = prefix.len() + scored.len();
         ensure!(length <= context, "the text has {length} tokens, the model's context is {context}; shorten it");

@@ -16,28 +16,28 @@ use crate::util::signals::Interrupted;
 pub struct Train {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Where the run is written; by default runs/NAME, or the first of NAME-2, NAME-3, … that is free.
+    /// Directory of the run. The default is runs/NAME, or the first of runs/NAME-2, runs/NAME-3, … that does not exist.
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
-    /// Resumes a run from its latest checkpoint, or from the one given, such as --resume=runs/NAME/checkpoints/step-000050;
-    /// --resume=runs/NAME resumes that run from its latest one. A run that never had one begins.
+    /// Resumes a run from its latest checkpoint, or from the given one, such as --resume=runs/NAME/checkpoints/step-000050.
+    /// --resume=runs/NAME resumes that run from its latest checkpoint. A run without checkpoints starts from the beginning.
     #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, require_equals = true, default_missing_value = "latest")]
     resume: Option<PathBuf>,
-    /// Goes on although KEY of the judge, such as labeler.remote.model, differs from the checkpoint's; the keys below KEY are
+    /// Resumes although the judge's key KEY, such as labeler.remote.model, differs from the checkpoint's; keys below KEY are
     /// included. May be given several times. The change is logged and written into the journal.
     #[arg(long = "accept-change", value_name = "KEY", requires = "resume")]
     accept_change: Vec<String>,
 }
 
 impl Train {
-    /// Trains.
+    /// Trains, or resumes a run.
     ///
     /// # Errors
-    /// As [`run::train`].
+    /// If the configuration is invalid; otherwise see [`run::train`].
     pub fn run(mut self) -> Result<()> {
         let config = self.config.load()?;
         let accepted = run::resume::Accepted::new(self.accept_change).map_err(Ended::Refused)?;
-        // The server's tasks run on the worker, and answer while this thread is busy.
+        // The HTTP server's tasks run on the worker thread, so that they respond while this thread is busy.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let from = match self.resume.take() {
             None => run::From::Beginning,
@@ -49,7 +49,7 @@ impl Train {
             Some(path) => run::From::Checkpoint(path),
         };
         let summary = runtime.block_on(run::train(config, self.run_dir, from, accepted));
-        // A stage that was abandoned, or a checkpoint that was left, must not keep the program from ending.
+        // An abandoned stage or checkpoint must not keep the process from exiting.
         runtime.shutdown_background();
         let summary = summary?;
         if let Some(signal) = summary.interrupted {

@@ -23,34 +23,32 @@ use crate::util::exit::before_work;
 pub struct Tune {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Seconds that each division of the machine is measured for, at least.
+    /// Minimum number of seconds for which each allocation is measured.
     #[arg(long, default_value_t = 15.0)]
     seconds: f64,
-    /// Divisions that are tried at most, besides the configured one.
+    /// Maximum number of allocations to try, in addition to the configured one.
     #[arg(long, default_value_t = 4)]
     trials: usize,
-    /// Try larger steps too, more groups or larger ones: they change what is learned.
+    /// Also tries larger batches (more groups, or more completions per group). These change the training result.
     #[arg(long)]
     sizes: bool,
-    /// Where the tuned configuration is written; by default beside the given one, as NAME.tuned.toml.
+    /// Path of the tuned configuration. The default is NAME.tuned.toml in the folder of the given one.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
 }
 
 impl Tune {
-    /// Tunes, and writes the configuration.
+    /// Measures allocations, prints them, and writes the fastest one as a configuration if it beats the configured one.
     ///
     /// # Errors
-    /// As `preceptor train` before its first step; a file that cannot be written.
+    /// If `preceptor train` would fail before its first step, or if the file cannot be written.
     pub fn run(self) -> Result<()> {
-        ensure!(self.seconds > 0.0 && self.seconds < 86_400.0, "--seconds is a time above 0");
+        ensure!(self.seconds > 0.0 && self.seconds < 86_400.0, "--seconds must be above 0 and below 86400");
         let config = self.config.load()?;
         let output = self.output.unwrap_or_else(|| self.config.config.with_extension("tuned.toml"));
         let priced = config.labeler.methods.iter().any(|method| method.remote.is_some());
         if priced {
-            say!(
-                "note      labels are asked of the remote judge while it is measured; they are kept in the label cache"
-            );
+            say!("note      measuring buys labels from the remote judge; they are kept in the label cache");
         }
         let prepared = before_work(|| prepare(&config, true))?;
         let mut machine = Live::new(&config, prepared, Duration::from_secs_f64(self.seconds))?;
@@ -61,7 +59,7 @@ impl Tune {
         let tuned = tune(&mut machine, &configured, reach, |text| say!("measuring {text}"))?;
         let mut table = Report::new(
             "completions per second",
-            &[("division", ""), ("predicted", ""), ("measured", ""), ("against configured", "")],
+            &[("allocation", ""), ("predicted", ""), ("measured", ""), ("against configured", "")],
         );
         for one in &tuned.tried {
             table.push(vec![
@@ -73,14 +71,14 @@ impl Tune {
         }
         let changes = tuned.best.plan.changes(&configured);
         if tuned.is_better() {
-            // Before anything is printed: who reads that may have gone away.
+            // Written before anything is printed, because printing fails if standard output is closed.
             write(&self.config.config, &output, &changes)?;
         }
         out!("{}", table.text().trim_end())?;
         out!("{}", asynchronous(&tuned, &configured))?;
         if !tuned.is_better() {
             return out!(
-                "The configuration stays as it is: nothing that was tried is more than {:.0} % faster.",
+                "The configuration is unchanged: no measured allocation is more than {:.0} % faster.",
                 100.0 * NOTICEABLE
             );
         }
@@ -90,7 +88,7 @@ impl Tune {
         let (larger, usual) = (tuned.best.plan.completions(), configured.completions());
         if larger != usual {
             out!(
-                "A step now learns from {larger} completions instead of {usual}: fewer run.steps see as many, and learner.lr may have to change."
+                "A step now learns from {larger} completions instead of {usual}: fewer run.steps cover as many completions, and learner.lr may have to change."
             )?;
         }
         out!(
@@ -101,21 +99,21 @@ impl Tune {
     }
 }
 
-/// Whether several versions at once pay.
+/// Returns a sentence that states how asynchronous training (η ≥ 1) compares with the best synchronous allocation.
 fn asynchronous(tuned: &Tuned, configured: &Plan) -> String {
     let gain = tuned.synchronous.1;
     if tuned.is_asynchronous_worth_it() {
-        format!("Asynchronous (η ≥ 1) is expected to be {gain:.2} times as fast as the best synchronous division.")
+        format!("Asynchronous (η ≥ 1) is expected to be {gain:.2} times as fast as the best synchronous allocation.")
     } else {
         let advice =
-            if configured.eta > 0 { " Set learner.eta = 0 for fresh samples and exact repetition." } else { "" };
+            if configured.eta > 0 { " Set learner.eta = 0 for on-policy samples and reproducible runs." } else { "" };
         format!(
-            "Asynchronous is not worth it here: {gain:.2} times the best synchronous division by the model.{advice}"
+            "Asynchronous is not worth it here: it is predicted to be {gain:.2} times as fast as the best synchronous allocation.{advice}"
         )
     }
 }
 
-/// Writes the configuration at `from` with `changes` to `to`; comments and order stay.
+/// Writes the configuration at `from` with `changes` to `to`, preserving comments and order.
 fn write(from: &Path, to: &Path, changes: &[(&str, u64, u64)]) -> Result<()> {
     let text = crate::util::read_bounded::text(from, crate::util::read_bounded::WRITTEN)?;
     let mut document: DocumentMut = text.parse().with_context(|| format!("cannot read {}", from.display()))?;

@@ -1,16 +1,16 @@
-//! Keys whose value is one of a few words.
+//! Keys with enumerated values, written as words.
 
 use super::key::Input;
 use super::types::{KeyType, Shape};
 
-/// A value that is written as a word.
+/// An enumeration whose values are written as words in a configuration.
 pub trait Choice: Copy + PartialEq + 'static {
     /// Every value with its word.
     const WORDS: &'static [(&'static str, Self)];
     /// The meaning of each word, in the same order.
     const MEANINGS: &'static [&'static str];
 
-    /// The word of this value.
+    /// Returns the word of this value.
     fn word(self) -> &'static str {
         Self::WORDS.iter().find(|(_, value)| *value == self).map_or("", |(word, _)| word)
     }
@@ -24,10 +24,10 @@ pub(super) fn read<C: Choice>(input: &Input<'_>) -> Option<C> {
     }
     let names: Vec<&str> = C::WORDS.iter().map(|(name, _)| *name).collect();
     let hint = super::document::suggestion(&word, &names);
-    input.error(&format!("{word:?} is none of {}{hint}", names.join(", ")))
+    input.error(&format!("{word:?} is not one of {}{hint}", names.join(", ")))
 }
 
-/// The words of `C` with their meanings.
+/// Returns the words of `C` with their meanings.
 pub(super) fn shape<C: Choice>() -> Shape {
     let meanings = C::MEANINGS.iter().map(|meaning| meaning.trim());
     Shape::Word(C::WORDS.iter().map(|(word, _)| *word).zip(meanings).collect())
@@ -47,7 +47,7 @@ macro_rules! choice {
     };
 }
 
-/// Gives the values of an enumeration of another module their words in a configuration.
+/// Assigns words in a configuration to the values of an enumeration of another module.
 macro_rules! words {
     ($name:ty { $($variant:ident = $word:literal: $meaning:expr,)+ }) => {
         impl $crate::config::choice::Choice for $name {

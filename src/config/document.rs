@@ -1,4 +1,4 @@
-//! The values of a configuration as a tree in which each one knows its line, and the mistakes that are found in it.
+//! A configuration file as a tree of values with their line numbers, and the mistakes found in it.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -9,21 +9,21 @@ use toml::{Spanned, Table, Value};
 
 use crate::util::suggest::nearest;
 
-/// Most mistakes that a report lists one by one: nobody reads more.
+/// Maximum number of mistakes that a report lists; further ones are counted.
 const MOST_LISTED: usize = 50;
-/// Most characters of the text of one mistake.
+/// Maximum number of characters of one mistake's text.
 const LONGEST: usize = 1000;
-/// Most characters of a key's path in a report.
+/// Maximum number of characters of a key's path in a report.
 const LONGEST_PATH: usize = 100;
 
-/// One mistake.
+/// One mistake in a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
     /// File and line, or `--set`.
     pub place: String,
     /// Path of the key, such as `learner.eta`.
     pub key: String,
-    /// What is wrong and what to do.
+    /// Description of the mistake, with the remedy.
     pub message: String,
 }
 
@@ -51,7 +51,7 @@ impl fmt::Display for ConfigErrors {
 
 impl std::error::Error for ConfigErrors {}
 
-/// Where a value was given.
+/// The origin of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
     /// On this line of the file, counted from 1.
@@ -65,9 +65,9 @@ pub(super) enum Place {
 pub(super) struct DocumentNode {
     pub(super) kind: Kind,
     pub(super) place: Place,
-    /// The text of an override, which is the value of a key whose type is text.
+    /// The text of an override. A key of type string takes it verbatim.
     pub(super) text: Option<String>,
-    /// Why the text of an override is not a TOML value, where that is known.
+    /// The reason why the text of an override is not a TOML value, if known.
     pub(super) fault: Option<String>,
 }
 
@@ -80,7 +80,7 @@ pub(super) enum Kind {
 }
 
 impl DocumentNode {
-    /// A value of an override and all values inside it.
+    /// Creates the node of an override's value, with all values inside it.
     pub(super) fn set(value: Value) -> Self {
         let kind = match value {
             Value::Table(table) => Kind::Table(table.into_iter().map(|(key, value)| (key, Self::set(value))).collect()),
@@ -90,7 +90,7 @@ impl DocumentNode {
         Self { kind, place: Place::Set, text: None, fault: None }
     }
 
-    /// A value of the file, which begins at `line`.
+    /// Creates the node of a value of the file that begins at `line`.
     fn of_file(value: Value, spans: Option<&Spanned<DeValue<'_>>>, line: usize, lines: &Lines) -> Self {
         let kind = match (value, spans.map(Spanned::get_ref)) {
             (Value::Table(table), spans) => {
@@ -116,7 +116,7 @@ impl DocumentNode {
         Self { kind, place: Place::Line(line), text: None, fault: None }
     }
 
-    /// The member of a table under `key`.
+    /// Returns the value of `key` in a table, or `None` if absent or not a table.
     pub(super) fn get(&self, key: &str) -> Option<&Self> {
         match &self.kind {
             Kind::Table(table) => table.get(key),
@@ -124,7 +124,7 @@ impl DocumentNode {
         }
     }
 
-    /// The same as plain TOML.
+    /// Returns the value without places.
     pub(super) fn value(&self) -> Value {
         match &self.kind {
             Kind::Leaf(value) => value.clone(),
@@ -158,7 +158,7 @@ fn members(table: Table, spans: Option<&DeTable<'_>>, line: usize, lines: &Lines
     table.into_iter().map(member).collect()
 }
 
-/// Where each line of a text begins.
+/// Byte offsets of the beginnings of a text's lines.
 struct Lines(Vec<usize>);
 
 impl Lines {
@@ -166,7 +166,7 @@ impl Lines {
         Self(std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect())
     }
 
-    /// The line of the byte at `offset`, counted from 1.
+    /// Returns the line of the byte at `offset`, counted from 1.
     fn of(&self, offset: usize) -> usize {
         self.0.partition_point(|start| *start <= offset)
     }
@@ -184,15 +184,15 @@ pub(super) struct Document {
 #[derive(Default)]
 struct Found {
     errors: Vec<(usize, ConfigError)>,
-    /// Mistakes that are counted and not listed.
+    /// Number of mistakes beyond the listed ones.
     more: usize,
 }
 
 impl Document {
-    /// Parses `text`; `origin` names it in reports.
+    /// Parses `text`. `origin` is its name in reports.
     ///
     /// # Errors
-    /// The first place at which it is not TOML.
+    /// Returns the first TOML syntax error.
     pub(super) fn new(text: &str, origin: &str) -> Result<Self, ConfigErrors> {
         let lines = Lines::new(text);
         let table = text.parse::<Table>().map_err(|error| {
@@ -209,17 +209,17 @@ impl Document {
         Ok(Self { origin: origin.into(), spared: &[], root, found: RefCell::default() })
     }
 
-    /// The same, in which the required keys `spared` may be missing.
+    /// Allows the required keys `spared` to be missing.
     pub(super) fn sparing(self, spared: &'static [&'static str]) -> Self {
         Self { spared, ..self }
     }
 
-    /// Whether the required key at `path` may be missing.
+    /// Returns whether the required key at `path` may be missing.
     pub(super) fn spares(&self, path: &str) -> bool {
         self.spared.contains(&path)
     }
 
-    /// Whether no mistake was found at any of `keys`.
+    /// Returns whether no mistake was found at any of `keys`.
     pub(super) fn sound(&self, keys: &[&str]) -> bool {
         !self.found.borrow().errors.iter().any(|(_, error)| keys.contains(&error.key.as_str()))
     }
@@ -245,14 +245,14 @@ impl Document {
             found.more += 1;
             return;
         }
-        // A report names a section's key; what is inside its value is part of the message.
+        // A report names a section's key; a path inside the key's value becomes part of the message.
         let (key, inside) = parts(path);
         let colon = if inside.is_empty() { "" } else { ": " };
         let message = cut(&format!("{inside}{colon}{message}"), LONGEST);
         found.errors.push((line, ConfigError { place, key: cut(key, LONGEST_PATH), message }));
     }
 
-    /// The place of the value at `path`, or of the innermost one around it.
+    /// Returns the place of the value at `path`, or of the innermost existing value around it.
     fn place(&self, path: &str) -> Option<Place> {
         let (mut node, mut place) = (&self.root, None);
         for step in path.split(['.', '[']).map(|step| step.trim_end_matches(']')) {
@@ -267,15 +267,15 @@ impl Document {
         place
     }
 
-    /// Returns the configuration, if there was no mistake.
+    /// Returns `config` if no mistake was recorded.
     ///
     /// # Errors
-    /// All mistakes, in the order of the file.
+    /// Returns all mistakes, in the order of the file.
     pub(super) fn finish<T>(self, config: T) -> Result<T, ConfigErrors> {
         let Found { mut errors, more } = self.found.into_inner();
         errors.sort_by_key(|(line, _)| *line);
         if more > 0 {
-            let message = format!("and {more} mistakes more");
+            let message = format!("and {more} more mistakes");
             errors.push((usize::MAX, ConfigError { place: self.origin, key: String::new(), message }));
         }
         let errors: Vec<ConfigError> = errors.into_iter().map(|(_, error)| error).collect();
@@ -283,8 +283,8 @@ impl Document {
     }
 }
 
-/// A path divided into the section's key and what follows it: `policy.model` and `scratch.hidden`, `labeler.members` and
-/// `[0].type`.
+/// Divides a path into the section's key and the path inside its value, such as `policy.model` and `scratch.hidden`, or
+/// `labeler.members` and `[0].type`.
 fn parts(path: &str) -> (&str, &str) {
     let Some(key) = path.find('.').map(|dot| dot + 1) else { return (path, "") };
     match path[key..].find(['.', '[']) {
@@ -293,7 +293,7 @@ fn parts(path: &str) -> (&str, &str) {
     }
 }
 
-/// The beginning of a text, of at most `most` characters.
+/// Truncates a text to at most `most` characters, with an ellipsis.
 pub(super) fn cut(text: &str, most: usize) -> String {
     match text.char_indices().nth(most) {
         Some((at, _)) => format!("{}…", &text[..at]),
@@ -301,10 +301,10 @@ pub(super) fn cut(text: &str, most: usize) -> String {
     }
 }
 
-/// `; did you mean "…"?` with the nearest of `known`, or all of them where none is near.
+/// Returns `; did you mean "…"?` with the nearest of `known`, or a list of all of them if none is near.
 pub(super) fn suggestion(word: &str, known: &[&str]) -> String {
     match nearest(word, known) {
         Some(name) => format!("; did you mean \"{name}\"?"),
-        None => format!("; known are {}", known.join(", ")),
+        None => format!("; the known names are {}", known.join(", ")),
     }
 }

@@ -9,29 +9,29 @@ use super::choice::Choice;
 use super::document::{Document, DocumentNode, suggestion};
 use super::types::{KeyType, Shape};
 
-/// The effect of a changed value on a run that is resumed.
+/// The effect on a resumed run of a value that differs from the checkpoint's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
-    /// The run is refused: the checkpoint's state belongs to the old value.
+    /// The run is refused, because the checkpoint's state depends on the old value.
     Fixed,
-    /// The run is refused unless the change is accepted by name (`--accept-change KEY`): its labels would come from another
-    /// judge.
+    /// The run is refused unless the change is accepted by name (`--accept-change KEY`), because its labels would come from
+    /// another judge.
     AcceptChange,
-    /// The run is resumed and the change is logged: it affects speed, placement or caution, or has a checksum of its own
-    /// (the data, the model that the policy starts from).
+    /// The run is resumed and the change is logged. The key affects speed, placement or safety limits, or its content is
+    /// verified by a checksum instead (the data, the model that the policy starts from).
     Changeable,
 }
 
 /// Bounds of a number.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Range {
-    /// The lowest value, and whether it is allowed itself.
+    /// The lower bound, and true if it is inclusive.
     pub(super) low: Option<(f64, bool)>,
-    /// The highest value, and whether it is allowed itself.
+    /// The upper bound, and true if it is inclusive.
     pub(super) high: Option<(f64, bool)>,
-    /// A value outside these bounds that is allowed too.
+    /// An additional allowed value outside the bounds.
     pub(super) or: Option<f64>,
-    /// A unit, or the meaning of a bound, that follows the bounds in texts.
+    /// A unit, or the meaning of a value, printed after the bounds.
     note: &'static str,
 }
 
@@ -62,25 +62,25 @@ impl fmt::Display for Range {
     }
 }
 
-/// How a key without a value is read.
+/// The treatment of a key that is not given.
 #[derive(Debug, Clone)]
 enum Absent {
-    /// It is refused; the text says what to give.
+    /// The configuration is refused. The text describes the value to give.
     Refused(&'static str),
-    /// It has the default.
+    /// The key has its default.
     Default,
-    /// It has the default, which depends on other keys as the text says.
+    /// The key has its default, which depends on other keys as the text describes.
     Depends(String),
 }
 
-/// Returns what is wrong with a value.
+/// Validates a value, and returns the error message of an invalid one.
 type Check<T> = fn(&T) -> Result<(), String>;
-/// Returns what a value stands for in a configuration of the given folder, or what is wrong with it.
+/// Resolves a value in a configuration of the given folder, or returns the error message of an invalid one.
 type Resolve<T> = fn(T, &Path) -> Result<T, String>;
 
 /// The type, default, range and checks of one key. Built by [`is`], [`required`], [`unset`], [`by`] or [`depends`].
 pub(super) struct Spec<T> {
-    /// The default; of a required key, what stands in for it after a mistake.
+    /// The default. For a required key, a placeholder that is used after a mistake.
     pub(super) value: T,
     absent: Absent,
     range: Option<Range>,
@@ -89,32 +89,33 @@ pub(super) struct Spec<T> {
     resolve: Option<Resolve<T>>,
 }
 
-/// A key with the default `value`.
+/// Returns the specification of a key with the default `value`.
 pub(super) fn is<T>(value: T) -> Spec<T> {
     Spec { value, absent: Absent::Default, range: None, example: None, check: None, resolve: None }
 }
 
-/// A key that must be given; `what` says what to give.
+/// Returns the specification of a required key. `what` describes the value to give, in the error message.
 pub(super) fn required<T: Default>(what: &'static str) -> Spec<T> {
     Spec { absent: Absent::Refused(what), ..is(T::default()) }
 }
 
-/// An optional key; `meaning` says what holds without it.
+/// Returns the specification of an optional key. `meaning` describes the behaviour without it.
 pub(super) fn unset<T>(meaning: &str) -> Spec<Option<T>> {
     Spec { absent: Absent::Depends(meaning.to_owned()), ..is(None) }
 }
 
-/// A key whose default is `value`, which depends on other keys as `meaning` says.
+/// Returns the specification of a key with the default `value`, which depends on other keys as `meaning` describes.
 pub(super) fn depends<T>(value: T, meaning: &str) -> Spec<T> {
     Spec { absent: Absent::Depends(meaning.to_owned()), ..is(value) }
 }
 
-/// A key whose default is that of `cases` for the word that the key `name` has, else `otherwise`.
+/// Returns the specification of a key whose default depends on the key `name`, whose value is `choice`: the default is the
+/// value of `choice` in `cases`, or else `otherwise`.
 pub(super) fn by<C: Choice, T: KeyType>(name: &str, choice: C, cases: &[(C, T)], otherwise: T) -> Spec<T> {
     let text = |value: &T| format!("`{}`", value.write().map_or(String::new(), |value| value.to_string()));
     let mut meaning = String::new();
     for (case, value) in cases {
-        meaning += &format!("{} where `{name}` is `{}`, ", text(value), case.word());
+        meaning += &format!("{} if `{name}` is `{}`, ", text(value), case.word());
     }
     meaning += &format!("else {}", text(&otherwise));
     let value = cases.iter().find(|(case, _)| *case == choice).map_or(otherwise, |(_, value)| value.clone());
@@ -156,25 +157,25 @@ impl<T> Spec<T> {
         self
     }
 
-    /// Adds a text to that of the bounds.
+    /// Adds a text that is printed after the bounds.
     pub(super) fn note(mut self, note: &'static str) -> Self {
         self.bounds().note = note;
         self
     }
 
-    /// A value to show in the documentation, in TOML.
+    /// Sets the value that the documentation shows, in TOML.
     pub(super) fn example(mut self, example: &'static str) -> Self {
         self.example = Some(example);
         self
     }
 
-    /// Refuses values for which `check` returns an error, which is the message.
+    /// Refuses values for which `check` returns an error message.
     pub(super) fn check(mut self, check: Check<T>) -> Self {
         self.check = Some(check);
         self
     }
 
-    /// Replaces a given value by what `resolve` returns for it and the configuration's folder.
+    /// Replaces a given value by the result of `resolve` for it and the configuration's folder.
     pub(super) fn resolve(mut self, resolve: Resolve<T>) -> Self {
         self.resolve = Some(resolve);
         self
@@ -184,18 +185,18 @@ impl<T> Spec<T> {
 /// A key's declaration, for the reference page, the schema and the comparison of a resumed run.
 #[derive(Debug, Clone)]
 pub struct Key {
-    /// Its name within its section.
+    /// The key's name within its section.
     pub name: &'static str,
     /// The effect of a change on a resumed run.
     pub resume: Resume,
     pub(super) doc: String,
-    /// Whether it names the place of a secret, so that no message repeats its value.
+    /// True if the value names the place of a secret. Messages then do not repeat the value.
     pub(super) secret: bool,
     pub(super) shape: Shape,
     pub(super) required: bool,
-    /// In words, as Markdown.
+    /// The default in words, as Markdown.
     pub(super) default: String,
-    /// Where it depends on nothing else.
+    /// The default, unless it depends on other keys.
     pub(super) default_value: Option<Value>,
     pub(super) range: Option<Range>,
     pub(super) example: Option<String>,
@@ -223,7 +224,7 @@ impl Key {
         Self { name, resume, doc: lines(doc), secret, shape, required, default, default_value: value, range, example }
     }
 
-    /// The keys of the table that is its value, if it is one.
+    /// Returns the keys inside the key's value. Empty if the value is not a table.
     pub fn inner(&self) -> Vec<Self> {
         match self.shape {
             Shape::Table(keys) => keys(),
@@ -232,7 +233,7 @@ impl Key {
     }
 }
 
-/// The lines of a doc comment as one text.
+/// Joins the lines of a doc comment.
 pub(super) fn lines(doc: &[&str]) -> String {
     doc.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ").trim().to_owned()
 }
@@ -241,11 +242,11 @@ pub(super) fn lines(doc: &[&str]) -> String {
 pub(super) trait Section: Sized {
     /// Reads all keys from the reader's table.
     fn read_keys(reader: &mut Reader<'_>) -> Self;
-    /// Appends all keys with their values; a key without a value has none.
+    /// Appends all keys with their values, or with `None` for a key without a value.
     fn write_keys(&self, fields: &mut Fields);
-    /// The declarations of all keys.
+    /// Returns the declarations of all keys.
     fn keys() -> Vec<Key>;
-    /// The section's purpose.
+    /// Returns the section's purpose, for the documentation.
     fn about() -> String;
 }
 
@@ -255,7 +256,7 @@ pub(super) type Fields = Vec<(&'static str, Option<Value>)>;
 /// Reads the keys of one table and refuses all others.
 pub(super) struct Reader<'a> {
     pub(super) document: &'a Document,
-    /// What paths of files are relative to.
+    /// The folder that paths are relative to.
     pub(super) folder: &'a Path,
     node: Option<&'a DocumentNode>,
     path: String,
@@ -263,12 +264,12 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// A reader of the table `node` at `path`; without a table, all keys are absent.
+    /// Creates a reader of the table `node` at `path`. Without a table, all keys are absent.
     pub(super) fn new(document: &'a Document, folder: &'a Path, node: Option<&'a DocumentNode>, path: &str) -> Self {
         Self { document, folder, node, path: path.to_owned(), known: Vec::new() }
     }
 
-    /// Reads a whole section, and refuses keys that it does not have.
+    /// Reads all keys of a section, and reports unknown keys.
     pub(super) fn section<S: Section>(mut self) -> S {
         let section = S::read_keys(&mut self);
         let keys = match self.node.map(|node| &node.kind) {
@@ -281,7 +282,7 @@ impl<'a> Reader<'a> {
         section
     }
 
-    /// Reads `name`.
+    /// Reads and validates the key `name`. After a mistake, which is recorded, returns the default.
     pub(super) fn key<T: KeyType>(&mut self, name: &'static str, secret: bool, spec: Spec<T>) -> T {
         let Some(input) = self.input(name, secret) else {
             if let Absent::Refused(what) = spec.absent
@@ -296,7 +297,7 @@ impl<'a> Reader<'a> {
             && !range.has(number)
         {
             let given = value.write().map_or(String::new(), |value| match value {
-                // Without the fraction of a whole number.
+                // Prints a float without a fraction as an integer.
                 Value::Float(number) => number.to_string(),
                 other => other.to_string(),
             });
@@ -314,7 +315,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// The value of `name`, which then counts as known.
+    /// Returns the value of `name`, and marks the key as known.
     pub(super) fn input(&mut self, name: &'static str, secret: bool) -> Option<Input<'a>> {
         self.known.push(name);
         let node = self.node?.get(name)?;
@@ -327,7 +328,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// The value of `name`, if the file or an override gives one.
+    /// Returns the value of `name`, if the file or an override gives one, without marking the key as known.
     pub(super) fn peek(&self, name: &str) -> Option<&'a DocumentNode> {
         self.node?.get(name)
     }
@@ -338,7 +339,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A value that is to be read.
+/// A value to read, with its context.
 pub(super) struct Input<'a> {
     pub(super) document: &'a Document,
     pub(super) folder: &'a Path,
@@ -348,27 +349,27 @@ pub(super) struct Input<'a> {
 }
 
 impl Input<'_> {
-    /// Records that the value is wrong, and why.
+    /// Records a mistake at the value.
     pub(super) fn error<T>(&self, message: &str) -> Option<T> {
         self.document.error(&self.path, message);
         None
     }
 
-    /// Records that the value has another type than `expected`; `quoted` is such a value in TOML.
+    /// Records that the value does not have the type `expected`. `quoted` is an example of the type in TOML.
     pub(super) fn mistyped<T>(&self, expected: &str, quoted: &str) -> Option<T> {
         if let Some(fault) = &self.node.fault {
             return self.error(fault);
         }
         let value = if self.secret { "the value".to_owned() } else { self.node.value().to_string() };
-        let mut message = format!("{value} is no {expected}");
+        let mut message = format!("{value} is not {expected}");
         if self.node.text.is_some() && quoted.contains('"') {
             message += &self.quoting(quoted);
         }
         self.error(&message)
     }
 
-    /// Advice on the quotes of an override: a shell removes them unless the whole is quoted.
+    /// Returns advice on the quotes of an override: a shell removes them unless the complete argument is quoted.
     pub(super) fn quoting(&self, quoted: &str) -> String {
-        format!("; texts inside it need quotes of their own: --set '{}={quoted}'", self.path)
+        format!("; strings inside it need quotes, and the argument too: --set '{}={quoted}'", self.path)
     }
 }

@@ -6,12 +6,12 @@ use toml::{Table, Value};
 
 use super::document::{Document, DocumentNode, Kind, Place, cut};
 
-/// Most names in the path of an override.
+/// Maximum number of names in the path of an override.
 const DEEPEST: usize = 8;
-/// Most characters of a path in a message.
+/// Maximum number of characters of a path in a message.
 const LONGEST_PATH: usize = 100;
 
-/// Puts the override `text` into the document. A member of a list is named by its number, from 0:
+/// Applies the override `text` to the document. List elements are addressed by their index, from 0:
 /// `labeler.members.0.weight=2`.
 pub(super) fn apply(document: &mut Document, text: &str) {
     let parts = text.split_once('=').map(|(path, value)| (path.trim(), value.trim()));
@@ -26,25 +26,24 @@ pub(super) fn apply(document: &mut Document, text: &str) {
     }
 }
 
-/// The names of a path; `members[1]` is the same as `members.1`.
+/// Splits a path into its names, or returns `None` if it is invalid. `members[1]` is the same as `members.1`.
 fn steps(path: &str) -> Option<Vec<String>> {
     let path = path.replace('[', ".").replace(']', "");
     let steps: Vec<String> = path.split('.').map(str::to_owned).collect();
     ((2..=DEEPEST).contains(&steps.len()) && !steps.iter().any(String::is_empty)).then_some(steps)
 }
 
-/// The value of an override. Its text stays known, as the type of the key decides whether it is a text or TOML.
+/// Parses the value of an override. The node keeps the text, because the type of the key decides between string and TOML.
 fn value_of(text: &str) -> DocumentNode {
     let document = format!("v = {text}").parse::<Table>();
     let (value, fault) = match (text.parse::<toml_edit::Value>(), document) {
         (Ok(_), Ok(mut table)) if table.len() == 1 => (table.remove("v"), None),
         (_, Ok(table)) if table.len() > 1 => {
-            let fault =
-                "its value is followed by another line, which would be ignored; give each key a --set of its own";
+            let fault = "its value is followed by another line, which would be ignored; give each key a separate --set";
             (None, Some(fault.to_owned()))
         }
         (Err(_), Ok(_)) => {
-            let fault = "its value is followed by a comment, which would be ignored; put a text with # in quotes";
+            let fault = "its value is followed by a comment, which would be ignored; put a string with # in quotes";
             (None, Some(fault.to_owned()))
         }
         _ => (None, None),
@@ -57,7 +56,7 @@ fn insert(root: &mut DocumentNode, steps: &[String], value: DocumentNode) -> Res
     let mut node = root;
     for (at, step) in steps.iter().enumerate() {
         let above = || cut(&steps[..at].join("."), LONGEST_PATH);
-        // A list where a number follows, else a table.
+        // A missing value becomes a list if an index follows, else a table.
         let numbered = steps.get(at + 1).is_some_and(|next| next.parse::<usize>().is_ok());
         let new = || {
             let kind = if numbered { Kind::List(Vec::new()) } else { Kind::Table(BTreeMap::new()) };
@@ -68,15 +67,10 @@ fn insert(root: &mut DocumentNode, steps: &[String], value: DocumentNode) -> Res
             Kind::Table(table) => table.entry(step.clone()).or_insert_with(new),
             Kind::List(list) => {
                 let Ok(i) = step.parse::<usize>() else {
-                    return Err(format!("{} is a list; name its members by number, as {}.0", above(), above()));
+                    return Err(format!("{} is a list; address its elements by index, as {}.0", above(), above()));
                 };
                 if i > list.len() {
-                    return Err(format!(
-                        "{} has {} members, so that the next one is number {}",
-                        above(),
-                        list.len(),
-                        list.len()
-                    ));
+                    return Err(format!("{} has {} elements; the next index is {}", above(), list.len(), list.len()));
                 }
                 if i == list.len() {
                     list.push(new());
@@ -84,7 +78,7 @@ fn insert(root: &mut DocumentNode, steps: &[String], value: DocumentNode) -> Res
                 &mut list[i]
             }
             Kind::Leaf(_) => {
-                return Err(format!("{} has the type {kind} and no keys below it; override it as a whole", above()));
+                return Err(format!("{} has the type {kind} and no keys below it; override the key itself", above()));
             }
         };
         node = next;

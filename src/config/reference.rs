@@ -1,4 +1,4 @@
-//! What is generated from the declarations: the reference page, the JSON Schema, and a configuration with every key.
+//! Documents generated from the declarations: the reference page, the JSON Schema, and a configuration with every key.
 
 use std::fmt::Write as _;
 
@@ -10,30 +10,30 @@ use super::types::Shape;
 use super::{Config, keys};
 
 impl Resume {
-    /// The effect of a change in words, for the reference page.
+    /// Returns the effect of a change in words, for the reference page.
     fn words(self) -> &'static str {
         match self {
             Self::Fixed => "a change is refused",
-            Self::AcceptChange => "a change needs `--accept-change`",
+            Self::AcceptChange => "a change requires `--accept-change`",
             Self::Changeable => "may be changed",
         }
     }
 }
 
-/// The reference page `docs/configuration.md`, in Markdown.
+/// Returns the reference page `docs/configuration.md`, in Markdown.
 pub fn page() -> String {
     let mut page = format!(
         "# Configuration\n\n\
-         All {} keys of a configuration file. A key that a file omits has its default. `preceptor check CONFIG --print` \
-         shows every key with its value, `--set SECTION.KEY=VALUE` changes one for one run, and `preceptor check --schema` \
-         prints a JSON Schema for editors.\n\n\
-         `--set` reads the value by the type of the key: a text needs no quotes (`--set run.name=first`), other values are \
-         TOML (`--set 'rollout.stop=[\"END\"]'`). Members of a list are named by number, from 0 \
+         This page describes all {} keys of a configuration file. A key that a file omits has its default. \
+         `preceptor check CONFIG --print` shows every key with its value, `--set SECTION.KEY=VALUE` overrides one key for \
+         one run, and `preceptor check --schema` prints a JSON Schema for editors.\n\n\
+         `--set` reads the value by the type of the key: a string needs no quotes (`--set run.name=first`), other values are \
+         TOML (`--set 'rollout.stop=[\"END\"]'`). List elements are addressed by index, from 0 \
          (`--set labeler.members.0.weight=2`).\n\n\
-         *On resume* is the effect of a change on a run that is resumed from a checkpoint: a refused change needs a new run; \
-         `--accept-change KEY` accepts one that gives the run another judge.\n\n\
+         *On resume* is the effect of a change on a run that is resumed from a checkpoint. A refused change needs a new run. \
+         `--accept-change KEY` accepts a change that gives the run another judge.\n\n\
          This page is generated from the declarations in `src/config`; \
-         `PRECEPTOR_WRITE=1 cargo test --release --test suite configuration_reference` writes it again.\n",
+         `PRECEPTOR_WRITE=1 cargo test --release --test suite configuration_reference` regenerates it.\n",
         keys().len()
     );
     for (section, about, keys) in Config::declarations() {
@@ -53,7 +53,7 @@ fn describe(page: &mut String, section: &str, key: &Key) {
         let _ = write!(page, ", {range}");
     }
     if key.secret {
-        page.push_str(" (the name of a variable; messages do not repeat the value)");
+        page.push_str(" (messages do not repeat the value)");
     }
     if let Shape::Word(words) = &key.shape {
         for (word, meaning) in words {
@@ -66,7 +66,7 @@ fn describe(page: &mut String, section: &str, key: &Key) {
     }
     page.push('\n');
     match &key.shape {
-        // Its keys are described once, under `[labeler]`.
+        // The keys of `evaluation.labeler` are those of `[labeler]`, where they are described.
         Shape::Table(_) if path == "evaluation.labeler" => {}
         Shape::Table(inner) => inner().iter().for_each(|inner| describe(page, &path, inner)),
         Shape::Model(Some(inner)) => inner().iter().for_each(|inner| describe(page, &format!("{path}.scratch"), inner)),
@@ -74,7 +74,7 @@ fn describe(page: &mut String, section: &str, key: &Key) {
     }
 }
 
-/// The JSON Schema (draft 7) of a configuration file.
+/// Returns the JSON Schema (draft 7) of a configuration file.
 pub fn schema() -> Json {
     let sections = Config::declarations();
     let required: Vec<&str> = sections
@@ -109,12 +109,12 @@ fn object(about: &str, keys: &[Key]) -> Json {
 fn property(key: &Key) -> Json {
     let mut schema = match &key.shape {
         Shape::Table(inner) => object(&key.doc, &inner()),
-        Shape::Tables(inner) => json!({ "type": "array", "items": object("A member.", &inner()) }),
+        Shape::Tables(inner) => json!({ "type": "array", "items": object("A member of the panel.", &inner()) }),
         Shape::Model(scratch) => model(*scratch),
         shape => shape.schema(),
     };
     let Json::Object(map) = &mut schema else { return schema };
-    // A text may name a method beyond the listed ones: a panel has a type and no method of its own.
+    // `type` also accepts "panel", which is not a method of a single judge.
     if key.name == "type" {
         map.get_mut("enum").and_then(Json::as_array_mut).into_iter().for_each(|words| words.push("panel".into()));
     }
@@ -132,7 +132,7 @@ fn property(key: &Key) -> Json {
     schema
 }
 
-/// Adds the bounds of a number. A value that is allowed outside them is an alternative.
+/// Adds the bounds of a number. An allowed value outside them becomes an alternative (`anyOf`).
 fn bound(map: &mut Map<String, Json>, range: Range) {
     let mut bounds = Map::new();
     for (bound, name, exclusive) in
@@ -148,7 +148,7 @@ fn bound(map: &mut Map<String, Json>, range: Range) {
     }
 }
 
-/// A whole number without a fraction, as integers are compared in some validators.
+/// Converts a number to JSON, an integral one without a fraction, because some validators compare integers textually.
 fn number(value: f64) -> Json {
     if value.fract() == 0.0 && value.abs() < 9e15 { json!(value as i64) } else { json!(value) }
 }
@@ -177,8 +177,8 @@ fn plain(value: &Value) -> Json {
 }
 
 impl Config {
-    /// The configuration as a TOML file with every key in the order of the reference page. A key without a value is a
-    /// comment that says what holds without it.
+    /// Returns the configuration as a TOML file with every key, in the order of the reference page. A key without a value is
+    /// written as a comment that describes the behaviour without it.
     pub fn to_file(&self) -> String {
         let mut text = String::new();
         for (section, fields) in self.sections() {

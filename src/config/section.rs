@@ -12,10 +12,10 @@
 /// }
 /// ```
 ///
-/// In brackets is the effect of a change on a resumed run (`Fixed`, `AcceptChange` or `Changeable`), followed by `secret`
-/// for a key that names the place of a secret. A key whose name is not the field's is written in parentheses after it. The
-/// expression after `=` is a `Spec`, in which the values of the keys above are in scope. `..field: Type` appends the keys of
-/// another section. `checked by f` calls `f(&section, &reader)` after all keys have been read.
+/// The brackets hold the effect of a change on a resumed run (`Fixed`, `AcceptChange` or `Changeable`), followed by `secret`
+/// for a key that names the place of a secret. If a key's name differs from the field's, it follows the field in parentheses.
+/// The expression after `=` is a `Spec`, in which the values of the preceding keys are in scope. `..field: Type` appends the
+/// keys of another section. `checked by f` calls `f(&section, &reader)` after all keys have been read.
 macro_rules! section {
     (
         $(#[doc = $about:literal])+
@@ -87,7 +87,7 @@ macro_rules! section {
         }
 
         impl Default for $name {
-            /// All keys at their defaults; required ones are empty.
+            /// Returns the section with all keys at their defaults. Required keys are empty.
             fn default() -> Self {
                 $(
                     let spec: $crate::config::key::Spec<$type> = $spec;
@@ -99,7 +99,7 @@ macro_rules! section {
     };
 }
 
-/// The name of a key: that of the field, unless one is given.
+/// Expands to the name of a key: the given literal, or else the field's name.
 macro_rules! name {
     ($field:ident) => {
         stringify!($field)
@@ -109,7 +109,7 @@ macro_rules! name {
     };
 }
 
-/// Whether a key names the place of a secret.
+/// Expands to `true` for a key that names the place of a secret.
 macro_rules! secret {
     () => {
         false

@@ -17,7 +17,7 @@ fn read(text: &str, overrides: &[&str]) -> Result<Config, ConfigErrors> {
     parse(text, "x.toml", Path::new(env!("CARGO_MANIFEST_DIR")), &overrides)
 }
 
-/// Parses `MINIMAL` plus `more` and expects exactly the lines that begin with each of `expected`, in order.
+/// Parses `MINIMAL` plus `more`, and expects one error line for each of `expected`, in order, that begins with it.
 #[track_caller]
 fn check(more: &str, expected: &[&str]) {
     let errors = read(&format!("{MINIMAL}{more}"), &[]).expect_err("it should be refused");
@@ -29,11 +29,11 @@ fn check(more: &str, expected: &[&str]) {
 }
 
 #[test]
-fn many_mistakes_are_counted_and_long_ones_cut() {
+fn mistakes_beyond_fifty_are_counted_and_long_messages_are_truncated() {
     let many: String = (0..50_000).map(|i| format!("k{i} = 1\n")).collect();
     let began = crate::util::process::thread_seconds();
     let errors = read(&format!("{MINIMAL}[learner]\n{many}"), &[]).unwrap_err();
-    assert_eq!((errors.0.len(), errors.0[50].message.as_str()), (51, "and 49950 mistakes more"));
+    assert_eq!((errors.0.len(), errors.0[50].message.as_str()), (51, "and 49950 more mistakes"));
     let long = "x".repeat(100_000);
     let errors = read(&format!("{MINIMAL}[learner]\neta = \"{long}\"\n{long} = 1\n"), &[]).unwrap_err();
     assert!(errors.to_string().len() < 3000, "{errors}");
@@ -42,12 +42,12 @@ fn many_mistakes_are_counted_and_long_ones_cut() {
     assert!(errors.contains("is not section.key=value") && errors.len() < 500, "{errors}");
     assert!(
         crate::util::process::thread_seconds() - began < 20.0,
-        "each mistake is looked for in the whole file, or each key in all others"
+        "the time must not grow with mistakes times file size, or with the square of the number of keys"
     );
 }
 
 #[test]
-fn sizes_that_no_machine_has_are_refused() {
+fn excessive_sizes_are_refused() {
     for (section, key) in [
         ("learner", "batch_groups"),
         ("learner", "eta"),
@@ -81,16 +81,16 @@ fn sizes_that_no_machine_has_are_refused() {
 }
 
 #[test]
-fn each_mistake_is_told_with_its_place_and_remedy() {
+fn each_mistake_is_reported_with_its_place_and_remedy() {
     check("[learner]\netta = 1\n", &["x.toml:9: learner.etta: unknown key; did you mean \"eta\"?"]);
     check("[lerner]\neta = 1\n", &["x.toml:8: lerner: unknown section; did you mean \"learner\"?"]);
-    check("[learner]\neta = \"1\"\n", &["x.toml:9: learner.eta: \"1\" is no whole number"]);
-    check("[learner]\neta = -1\n", &["x.toml:9: learner.eta: -1 is no whole number"]);
+    check("[learner]\neta = \"1\"\n", &["x.toml:9: learner.eta: \"1\" is not a non-negative integer"]);
+    check("[learner]\neta = -1\n", &["x.toml:9: learner.eta: -1 is not a non-negative integer"]);
     check("[rollout]\ntemperature = 0\n", &["x.toml:9: rollout.temperature: 0 is out of range; it must be above 0"]);
     check(
         "[learner]\nalgorithm = \"rlo\"\n",
         &[
-            "x.toml:9: learner.algorithm: \"rlo\" is none of rloo, reinforce, ppo, grpo, online-dpo; did you mean \"rloo\"?",
+            "x.toml:9: learner.algorithm: \"rlo\" is not one of rloo, reinforce, ppo, grpo, online-dpo; did you mean \"rloo\"?",
         ],
     );
     check("[rollout]\nslots = 65\n", &["x.toml:9: rollout.slots: 65 is out of range; it must be from 1 to 64"]);
@@ -98,34 +98,40 @@ fn each_mistake_is_told_with_its_place_and_remedy() {
         "[learner]\n# off-policy\ncorrection = \"none\"\n",
         &["x.toml:10: learner.correction: \"none\" with learner.eta = 1"],
     );
-    check("[evaluation]\nevery_steps = 5\n", &["x.toml:9: evaluation.every_steps: needs prompts that are not"]);
+    check("[evaluation]\nevery_steps = 5\n", &["x.toml:9: evaluation.every_steps: needs held-out prompts"]);
     for weights in ["bf16", "q8_0"] {
         check(
             &format!("[rollout]\nweights = \"{weights}\"\n[learner]\neta = 0\ncorrection = \"none\"\n"),
-            &[&format!("x.toml:12: learner.correction: \"none\" with rollout.weights = \"{weights}\" would learn")],
+            &[&format!("x.toml:12: learner.correction: \"none\" with rollout.weights = \"{weights}\" would train")],
         );
     }
     check(
         "[reward]\nreference = false\n",
-        &["x.toml:9: reward.reference: must be true: reward.kl_coef = 0.05 charges for it; set it to 0"],
+        &["x.toml:9: reward.reference: must be true: reward.kl_coef = 0.05 needs it; set that to 0"],
     );
     check(
         "lora = { ranks = 2, targets = [\"q\"] }\n",
-        &["x.toml:8: policy.lora: targets: \"q\" is none of q_proj", "x.toml:8: policy.lora: ranks: unknown key"],
+        &["x.toml:8: policy.lora: targets: \"q\" is not one of q_proj", "x.toml:8: policy.lora: ranks: unknown key"],
     );
     check("[serve]\nlisten = \"0.0.0.0:1\"\n", &["x.toml:9: serve.listen: 0.0.0.0:1 can be reached"]);
-    // What stands where a variable's name belongs may be the secret, and is not repeated.
+    // A value in place of a variable's name may be the secret, so it is not repeated.
     let secret = "[serve]\nlisten = \"0.0.0.0:1\"\ntoken_env = \"sk-0123\"\n";
-    check(secret, &["x.toml:10: serve.token_env: is no name of an environment variable; it names the variable"]);
+    check(secret, &["x.toml:10: serve.token_env: must be the name of an environment variable"]);
     let secret = "[labeler]\ntype = \"direct\"\nremote = { url = \"http://me:sk-0@h\", model = \"m\" }\n";
-    check(secret, &["x.toml:10: labeler.remote: url: holds a user's name or a password, which would stand in logs"]);
+    check(
+        secret,
+        &["x.toml:10: labeler.remote: url: contains a user name or a password, which would be written to logs"],
+    );
     let secret =
         "[labeler]\ntype = \"direct\"\nremote = { url = \"http://h\", model = \"m\", api_key_env = \"sk-0\" }\n";
-    check(secret, &["x.toml:10: labeler.remote: api_key_env: is no name of an environment variable; it names the"]);
-    check("[serve]\nhosts = [\"http://a.test\"]\n", &["x.toml:9: serve.hosts: \"http://a.test\" is no name of a host"]);
-    check("[serve]\nlisten = \"here\"\n", &["x.toml:9: serve.listen: \"here\" is no address"]);
+    check(secret, &["x.toml:10: labeler.remote: api_key_env: must be the name of an environment variable"]);
+    check("[serve]\nhosts = [\"http://a.test\"]\n", &["x.toml:9: serve.hosts: \"http://a.test\" is not a host name"]);
+    check("[serve]\nlisten = \"here\"\n", &["x.toml:9: serve.listen: \"here\" is not IP:PORT"]);
     check("[supervision]\nbackoff_s = -1\n", &["x.toml:9: supervision.backoff_s: -1 is out of range"]);
-    check("[[labeler.members]]\ntype = \"direct\"\n[labeler]\n", &["x.toml:8: labeler.members: stand in a panel only"]);
+    check(
+        "[[labeler.members]]\ntype = \"direct\"\n[labeler]\n",
+        &["x.toml:8: labeler.members: are allowed in a panel only"],
+    );
     check(
         "[labeler]\ntype = \"panel\"\n[[labeler.members]]\ntype = \"direct\"\nshot = 1\n",
         &["x.toml:12: labeler.members: [0].shot: unknown key; did you mean \"shots\"?"],
@@ -135,13 +141,16 @@ fn each_mistake_is_told_with_its_place_and_remedy() {
         "[learner]\nalgorithm = \"online-dpo\"\n",
         &["x.toml:9: learner.algorithm: \"online-dpo\" learns from pairs"],
     );
-    check("[labeler]\ntemplates = \"poems\"\n", &["x.toml:9: labeler.templates: \"poems\" is none of summarization"]);
+    check(
+        "[labeler]\ntemplates = \"poems\"\n",
+        &["x.toml:9: labeler.templates: \"poems\" is not one of summarization"],
+    );
     check(
         "[labeler]\ntype = \"direct\"\nremote = { url = \"h\", api = \"char\" }\n",
         &[
-            "x.toml:10: labeler.remote: url: \"h\" is no address",
+            "x.toml:10: labeler.remote: url: \"h\" is not a URL",
             "x.toml:10: labeler.remote: model: is missing",
-            "x.toml:10: labeler.remote: api: \"char\" is none of chat, completions; did you mean \"chat\"?",
+            "x.toml:10: labeler.remote: api: \"char\" is not one of chat, completions; did you mean \"chat\"?",
         ],
     );
     check(
@@ -152,7 +161,7 @@ fn each_mistake_is_told_with_its_place_and_remedy() {
 }
 
 #[test]
-fn all_mistakes_are_told_at_once_and_none_twice() {
+fn all_mistakes_are_reported_at_once_and_none_twice() {
     check(
         "[rollout]\ntemprature = 1\ngroup_size = 1\n[learner]\neta = \"zero\"\ncorrection = \"none\"\n",
         &["x.toml:9: rollout.temprature", "x.toml:10: rollout.group_size", "x.toml:12: learner.eta"],
@@ -187,7 +196,7 @@ fn overrides_are_applied_before_validation() {
 }
 
 #[test]
-fn the_resolved_configuration_reads_back_as_itself() {
+fn the_resolved_configuration_reads_back_unchanged() {
     let more = "[labeler]\nmodel = [\"a.gguf\", { pip = \"m==1\" }, { hub = \"o/n\", revision = \"r\" }]\nchat = false\n[reward]\nclip = 0\n";
     let panel = "[labeler]\ntype = \"panel\"\npairs = \"all\"\n[[labeler.members]]\ntype = \"pairwise\"\ncot = true\n[[labeler.members]]\nweight = 2\ntype = \"direct\"\nremote = { url = \"http://h/v1\", model = \"m\", hedge_after_s = 2 }\n";
     let lora = "lora = { rank = 4, targets = [\"v_proj\"] }\n";
@@ -201,7 +210,7 @@ fn the_resolved_configuration_reads_back_as_itself() {
 /// `[labeler]` with a remote judge, as a table.
 const REMOTE: &str = "labeler.remote={ url = \"http://127.0.0.1:1/v1\", model = \"m\" }";
 
-/// The value of the key at `path` in a resolved configuration.
+/// Returns the value of the key at `path` in a resolved configuration.
 fn value_at(config: &Config, path: &str) -> Option<Value> {
     let mut value = Value::Table(config.to_toml().parse::<Table>().unwrap());
     for step in path.split('.') {
@@ -210,7 +219,7 @@ fn value_at(config: &Config, path: &str) -> Option<Value> {
     Some(value)
 }
 
-/// Overrides under which every key of `path` can be given: those of the tables around it.
+/// Returns overrides under which the key at `path` is allowed.
 fn around(path: &str) -> Vec<&'static str> {
     match path {
         _ if path.starts_with("labeler.remote") => vec!["labeler.type=direct", REMOTE],
@@ -232,7 +241,7 @@ fn around(path: &str) -> Vec<&'static str> {
 }
 
 #[test]
-fn the_documented_default_of_each_key_is_the_one_of_the_reader() {
+fn the_documented_default_of_each_key_is_the_reader_s_default() {
     let mut compared = 0;
     for (path, key) in keys() {
         let Some(default) = &key.default_value else { continue };
@@ -267,7 +276,7 @@ fn the_documented_default_of_each_key_is_the_one_of_the_reader() {
 }
 
 #[test]
-fn each_key_has_a_text_and_an_example_that_is_accepted() {
+fn each_key_has_a_description_and_a_valid_example() {
     for (path, key) in keys() {
         assert!(key.doc.ends_with('.') && key.doc.contains(char::is_uppercase), "{path}: {:?}", key.doc);
         let example = key.example.as_ref().unwrap_or_else(|| panic!("{path} has no example"));
@@ -282,7 +291,7 @@ fn each_key_has_a_text_and_an_example_that_is_accepted() {
     }
 }
 
-/// A random value for a key, which is not always accepted: the example every third time, else one of its type.
+/// Returns a random value for a key, which is not always valid: every third time the example, else one of its type.
 fn random(key: &Key, rng: &mut ChaCha8Rng) -> Value {
     if let Some(example) = key.example.as_ref().filter(|_| rng.random_range(0..3) == 0) {
         return format!("v = {example}").parse::<Table>().unwrap().remove("v").unwrap();
@@ -327,9 +336,9 @@ fn random(key: &Key, rng: &mut ChaCha8Rng) -> Value {
     }
 }
 
-/// Each configuration is built key by key from random values, of which those are kept that are accepted.
+/// Builds each configuration key by key from random values, and keeps the accepted values.
 #[test]
-fn a_random_configuration_is_written_and_read_back_key_by_key() {
+fn a_random_configuration_reads_back_unchanged() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut ever = std::collections::HashSet::new();
     for round in 0..24 {
@@ -348,7 +357,7 @@ fn a_random_configuration_is_written_and_read_back_key_by_key() {
             ],
         };
         let mut kept: Vec<(&str, Value)> = Vec::new();
-        // Twice, as some keys are accepted next to others only.
+        // Two passes, because some keys are only accepted together with others.
         for (path, key) in keys().iter().chain(keys()) {
             if rng.random_range(0..3) == 0 || path == "labeler.type" {
                 continue;
@@ -371,7 +380,7 @@ fn a_random_configuration_is_written_and_read_back_key_by_key() {
         for (path, value) in kept {
             let written = value_at(&config, path);
             let resolved = matches!(value, Value::String(_)) && written.as_ref().is_some_and(Value::is_str);
-            // Paths are written in full; a table has the defaults of the keys that were not given.
+            // Paths are written as absolute paths, and a table includes the defaults of absent keys.
             let model = matches!(key(path).unwrap().shape, Shape::Model(_));
             if !model && !resolved && !value.is_table() && !value.is_array() {
                 assert_eq!(written.as_ref(), Some(&value), "{path}");
@@ -384,7 +393,7 @@ fn a_random_configuration_is_written_and_read_back_key_by_key() {
 }
 
 #[test]
-fn a_table_of_the_resolved_configuration_has_every_key() {
+fn the_printed_configuration_has_every_key() {
     let file = read(MINIMAL, &["labeler.type=direct", REMOTE, "policy.lora={}"]).unwrap().to_file();
     for (path, key) in keys() {
         let (around, name) = path.rsplit_once('.').unwrap();
@@ -422,10 +431,13 @@ fn an_override_is_read_by_the_type_of_its_key() {
     let (members, more) = (&panel[..2], |one| [&panel[..2], &[one][..]].concat());
     assert!(set(members).is_ok());
     for (overrides, expected) in [
-        (more("labeler.members.7.weight=2"), "--set: labeler.members: labeler.members has 1 members"),
+        (
+            more("labeler.members.7.weight=2"),
+            "--set: labeler.members: labeler.members has 1 elements; the next index is 1",
+        ),
         (
             more("labeler.members.first.weight=2"),
-            "--set: labeler.members: labeler.members is a list; name its members by number",
+            "--set: labeler.members: labeler.members is a list; address its elements by index",
         ),
         (more("labeler.members.0.wait=2"), "--set: labeler.members: [0].wait: unknown key; did you mean \"weight\"?"),
         (vec!["policy.model.scrach.hidden=8"], "--set: policy.model: scrach: cannot be given together with scratch"),
@@ -444,7 +456,7 @@ fn an_override_is_read_by_the_type_of_its_key() {
 }
 
 #[test]
-fn a_secret_in_the_place_of_a_name_is_never_repeated() {
+fn a_secret_in_place_of_a_variable_name_is_never_repeated() {
     for value in ["\"sk-0123\"", "[\"sk-0123\"]", "{ key = \"sk-0123\" }"] {
         for more in [
             format!("[serve]\ntoken_env = {value}\n"),
@@ -462,9 +474,9 @@ fn a_secret_in_the_place_of_a_name_is_never_repeated() {
 }
 
 #[test]
-fn a_mistake_is_placed_at_its_own_line() {
+fn a_mistake_is_reported_at_its_own_line() {
     check("lora.rnak = 3\n", &["x.toml:8: policy.lora: rnak: unknown key"]);
-    check("[learner]\n\"eta\" = \"1\"\n", &["x.toml:9: learner.eta: \"1\" is no whole number"]);
+    check("[learner]\n\"eta\" = \"1\"\n", &["x.toml:9: learner.eta: \"1\" is not a non-negative integer"]);
     check(
         "[data.more]\n[rollout]\nstop = [\n\"[learner]\",\n1]\n[learner]\neta = \"1\"\n",
         &["x.toml:8: data.more: unknown key", "x.toml:10: rollout.stop", "x.toml:14: learner.eta"],
@@ -474,7 +486,7 @@ fn a_mistake_is_placed_at_its_own_line() {
         &[
             "x.toml:12: labeler.members: [1].weight: 0 is out of range",
             "x.toml:13: labeler.members: [1].remote: serves type",
-            "x.toml:14: labeler.members: [1].remote.url: \"h\" is no address",
+            "x.toml:14: labeler.members: [1].remote.url: \"h\" is not a URL",
         ],
     );
 }

@@ -1,4 +1,4 @@
-//! The types that a key may have: how each is read, written and described.
+//! The types of keys, with their reading, writing and description.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -14,16 +14,16 @@ use crate::util::disk::expand_home;
 
 /// The type of a key's value.
 pub(super) trait KeyType: Sized + Clone {
-    /// Its description.
+    /// Returns the description of the type.
     fn shape() -> Shape;
 
-    /// Reads a value; a wrong one is recorded as a mistake and gives none.
+    /// Reads a value. Records a mistake and returns `None` if it is invalid.
     fn read(input: &Input<'_>) -> Option<Self>;
 
-    /// The value in TOML; none where the key is absent.
+    /// Returns the value in TOML, or `None` if the key is absent.
     fn write(&self) -> Option<Value>;
 
-    /// The value as a number that bounds apply to.
+    /// Returns the value as a number, to which bounds apply, or `None` if it is not one.
     fn number(&self) -> Option<f64> {
         None
     }
@@ -38,15 +38,16 @@ pub(super) enum Shape {
     Text,
     Texts,
     Wholes,
-    /// Words with their meanings.
+    /// One of these words, each with its meaning.
     Word(Vec<(&'static str, &'static str)>),
-    /// A table of any names with texts.
+    /// A table of strings under any names.
     NamedTexts,
-    /// A table of anything that JSON has.
+    /// A table of any values that JSON can represent.
     Anything,
-    /// A data set by the places that its rows are read from.
+    /// A reference to a data set: one or several sources of its rows.
     Data,
-    /// A model by the places where it may be found; for the policy also a new one, with these keys.
+    /// A reference to a model: one source, or several that are tried in order. For the policy also a new model, with these
+    /// keys.
     Model(Option<fn() -> Vec<Key>>),
     /// A table with these keys.
     Table(fn() -> Vec<Key>),
@@ -55,17 +56,17 @@ pub(super) enum Shape {
 }
 
 impl Shape {
-    /// The type in words, as Markdown.
+    /// Returns the type in words, as Markdown.
     pub(super) fn words(&self) -> String {
         match self {
             Self::Boolean => "`true` or `false`".into(),
-            Self::Whole => "whole number".into(),
+            Self::Whole => "integer".into(),
             Self::Number => "number".into(),
-            Self::Text => "text".into(),
-            Self::Texts => "list of texts".into(),
-            Self::Wholes => "list of whole numbers".into(),
+            Self::Text => "string".into(),
+            Self::Texts => "list of strings".into(),
+            Self::Wholes => "list of integers".into(),
             Self::Word(words) => words.iter().map(|(word, _)| format!("`\"{word}\"`")).collect::<Vec<_>>().join(", "),
-            Self::NamedTexts => "table of texts".into(),
+            Self::NamedTexts => "table of strings".into(),
             Self::Anything => "table".into(),
             Self::Data => "data set".into(),
             Self::Model(_) => "model".into(),
@@ -74,7 +75,7 @@ impl Shape {
         }
     }
 
-    /// The type in JSON Schema. Keys of tables are added by the caller.
+    /// Returns the type in JSON Schema. The caller adds the keys of tables.
     pub(super) fn schema(&self) -> Json {
         match self {
             Self::Boolean => json!({ "type": "boolean" }),
@@ -112,7 +113,7 @@ impl KeyType for f64 {
     fn read(input: &Input<'_>) -> Option<Self> {
         let value = input.node.value();
         let number = value.as_float().or_else(|| value.as_integer().map(|n| n as Self));
-        number.filter(|number| number.is_finite()).or_else(|| input.mistyped("number", "0.5"))
+        number.filter(|number| number.is_finite()).or_else(|| input.mistyped("a finite number", "0.5"))
     }
     fn write(&self) -> Option<Value> {
         Some(Value::Float(*self))
@@ -130,7 +131,7 @@ macro_rules! whole {
             }
             fn read(input: &Input<'_>) -> Option<Self> {
                 let whole = input.node.value().as_integer().and_then(|n| n.try_into().ok());
-                whole.or_else(|| input.mistyped("whole number from zero up", "1"))
+                whole.or_else(|| input.mistyped("a non-negative integer", "1"))
             }
             fn write(&self) -> Option<Value> {
                 Some(Value::Integer(i64::try_from(*self).unwrap_or(i64::MAX)))
@@ -148,11 +149,11 @@ impl KeyType for String {
     fn shape() -> Shape {
         Shape::Text
     }
-    /// What an override gives a key of this type is a text, whether or not it is quoted: `--set run.name=7`.
+    /// Reads a string. An override needs no quotes: `--set run.name=7` gives the string `7`.
     fn read(input: &Input<'_>) -> Option<Self> {
         match (&input.node.kind, &input.node.text) {
             (Kind::Leaf(Value::String(text)), _) | (Kind::Leaf(_), Some(text)) => Some(text.clone()),
-            _ => input.mistyped("text in quotes", "…"),
+            _ => input.mistyped("a string in quotes", "…"),
         }
     }
     fn write(&self) -> Option<Value> {
@@ -180,7 +181,7 @@ impl KeyType for SocketAddr {
     fn read(input: &Input<'_>) -> Option<Self> {
         let text = String::read(input)?;
         let example = Self::from(([127, 0, 0, 1], 9464));
-        text.parse().ok().or_else(|| input.error(&format!("{text:?} is no address; write it as {example}")))
+        text.parse().ok().or_else(|| input.error(&format!("{text:?} is not IP:PORT; write it as {example}")))
     }
     fn write(&self) -> Option<Value> {
         Some(Value::String(self.to_string()))
@@ -194,7 +195,7 @@ impl KeyType for Vec<String> {
     fn read(input: &Input<'_>) -> Option<Self> {
         let texts = input.node.value();
         let texts = texts.as_array().and_then(|list| list.iter().map(|one| one.as_str().map(str::to_owned)).collect());
-        texts.or_else(|| input.mistyped("list of texts", "[\"a\", \"b\"]"))
+        texts.or_else(|| input.mistyped("a list of strings", "[\"a\", \"b\"]"))
     }
     fn write(&self) -> Option<Value> {
         Some(Value::Array(self.iter().map(|text| Value::String(text.clone())).collect()))
@@ -209,7 +210,7 @@ impl KeyType for Vec<u32> {
         let value = input.node.value();
         let whole = |one: &Value| one.as_integer().and_then(|n| n.try_into().ok());
         let list = value.as_array().and_then(|list| list.iter().map(whole).collect());
-        list.or_else(|| input.mistyped("list of whole numbers from zero up", "[1, 2]"))
+        list.or_else(|| input.mistyped("a list of non-negative integers", "[1, 2]"))
     }
     fn write(&self) -> Option<Value> {
         Some(Value::Array(self.iter().map(|n| Value::Integer(i64::from(*n))).collect()))
@@ -224,7 +225,7 @@ impl KeyType for BTreeMap<String, String> {
         let value = input.node.value();
         let text = |(name, value): (&String, &Value)| Some((name.clone(), value.as_str()?.to_owned()));
         let texts = value.as_table().and_then(|table| table.iter().map(text).collect());
-        texts.or_else(|| input.mistyped("table of texts", "{ name = \"text\" }"))
+        texts.or_else(|| input.mistyped("a table of strings", "{ name = \"text\" }"))
     }
     fn write(&self) -> Option<Value> {
         let texts = self.iter().map(|(name, text)| (name.clone(), Value::String(text.clone())));
@@ -240,16 +241,16 @@ impl KeyType for toml::Table {
         let value = input.node.value();
         if has_date(&value) {
             return input
-                .error("has a date, or a number that is not finite, which JSON does not have; write it as a text");
+                .error("contains a date or a non-finite number, which JSON cannot represent; write it as a string");
         }
-        value.as_table().cloned().or_else(|| input.mistyped("table", "{ name = \"text\" }"))
+        value.as_table().cloned().or_else(|| input.mistyped("a table", "{ name = \"text\" }"))
     }
     fn write(&self) -> Option<Value> {
         Some(Value::Table(self.clone()))
     }
 }
 
-/// Whether a value has a type inside that JSON does not have.
+/// Returns whether a value contains a date or a non-finite number, which JSON cannot represent.
 fn has_date(value: &Value) -> bool {
     match value {
         Value::Datetime(_) => true,
@@ -282,9 +283,9 @@ impl KeyType for ModelRef {
     fn read(input: &Input<'_>) -> Option<Self> {
         let value = match (&input.node.kind, &input.node.text) {
             (Kind::Leaf(_), Some(text)) if text.starts_with(['{', '[']) => {
-                return input.mistyped("model", "{ pip = \"name==version\" }");
+                return input.mistyped("a model", "{ pip = \"name==version\" }");
             }
-            // Any other override is a path, even one that looks like a number.
+            // Every other override is a path, even if it looks like a number.
             (Kind::Leaf(_), Some(_)) => Value::String(String::read(input)?),
             _ => input.node.value(),
         };
@@ -304,9 +305,9 @@ impl KeyType for DataRef {
     fn read(input: &Input<'_>) -> Option<Self> {
         let value = match (&input.node.kind, &input.node.text) {
             (Kind::Leaf(_), Some(text)) if text.starts_with(['{', '[']) => {
-                return input.mistyped("data set", "[\"a.jsonl\", \"b.jsonl\"]");
+                return input.mistyped("a data set", "[\"a.jsonl\", \"b.jsonl\"]");
             }
-            // Any other override is a path, even one that looks like a number.
+            // Every other override is a path, even if it looks like a number.
             (Kind::Leaf(_), Some(_)) => Value::String(String::read(input)?),
             _ => input.node.value(),
         };
@@ -326,7 +327,7 @@ impl<S: Section + Clone> KeyType for S {
     fn read(input: &Input<'_>) -> Option<Self> {
         let Kind::Table(_) = &input.node.kind else {
             let name = input.path.rsplit('.').next().unwrap_or_default();
-            let mut message = format!("is a {}, not a table; write {name} = {{ … }}", input.node.type_name());
+            let mut message = format!("is of type {}, not a table; write {name} = {{ … }}", input.node.type_name());
             if let (Some(_), Some(key)) = (&input.node.text, S::keys().first()) {
                 message += &input.quoting(&format!("{{ {} = \"…\" }}", key.name));
             }
@@ -339,7 +340,7 @@ impl<S: Section + Clone> KeyType for S {
     }
 }
 
-/// The keys of a section as a table.
+/// Returns the keys of a section that have a value, as a table.
 pub(super) fn table(section: &impl Section) -> toml::Table {
     let mut fields = Fields::new();
     section.write_keys(&mut fields);

@@ -1,7 +1,7 @@
-//! What a running node knows of itself, for all who look: metrics, the live page, the terminal.
+//! The observable state of a running node, for metrics, the live page and the terminal view.
 //!
-//! A [`Monitor`] is told what happens and looks at the graph every second. It is read by any thread, and nobody who
-//! trains waits for a reader.
+//! A [`Monitor`] receives events from the run and samples the graph every second. Any thread may read it. The training
+//! threads never wait for a reader for longer than it takes to copy a small state.
 
 pub mod diagnosis;
 pub mod history;
@@ -32,15 +32,15 @@ use history::History;
 use samples::Samples;
 use window::{Observation, Window};
 
-/// Most reasons for masked groups that `/status` lists.
+/// Maximum number of reasons for masked groups that `/status` lists.
 const MOST_REASONS: usize = 5;
 
-/// A node, looked at.
+/// The observable state of a node.
 pub struct Monitor {
     config: Config,
     metrics: PrometheusHandle,
     began: SystemTime,
-    /// The graph of the present phase, once there is one.
+    /// The graph of the current phase, once it has been started.
     graph: Mutex<Option<GraphHandle>>,
     device: OnceLock<Device>,
     weights: OnceLock<Arc<SnapshotCell<Decoder>>>,
@@ -56,20 +56,20 @@ pub struct Monitor {
     tracer: Mutex<Option<Tracer>>,
 }
 
-/// The online controller, and what was seen since it looked last.
+/// The online controller, with the observations since its last adjustment.
 struct Controlled {
     controller: Controller,
     window: Window,
-    /// Exchanges with remote judges until then.
+    /// Successful and failed exchanges with remote judges at the last adjustment.
     exchanges: [u64; 2],
 }
 
 /// The masked groups and exceeded bounds of a run.
 #[derive(Default)]
 struct Health {
-    /// Why groups were masked, the most frequent reason first.
+    /// Reasons for masked groups with their counts, the most frequent first.
     masked: Vec<(String, u64)>,
-    /// Bounds of `[guard]` that are exceeded.
+    /// Names of the bounds of `[guard]` that are exceeded.
     exceeded: Vec<&'static str>,
 }
 
@@ -81,7 +81,7 @@ struct Checkpointed {
 }
 
 impl Monitor {
-    /// Of a node that is starting.
+    /// Creates the monitor of a node that is starting, and publishes the run's metadata as metrics.
     pub fn new(config: &Config, metrics: PrometheusHandle) -> Arc<Self> {
         let monitor = Self {
             config: config.clone(),
@@ -120,12 +120,12 @@ impl Monitor {
         }
     }
 
-    /// Says what the node is doing.
+    /// Sets the name of the current phase.
     pub fn phase(&self, phase: &str) {
         phase.clone_into(&mut lock(&self.phase));
     }
 
-    /// The graph to look at from now on.
+    /// Sets the graph to observe.
     pub fn watch(&self, graph: GraphHandle) {
         lock(&self.window).clear();
         let mut tracer = lock(&self.tracer);
@@ -135,19 +135,19 @@ impl Monitor {
         }
     }
 
-    /// The device that the policy is on; told once.
+    /// Sets the policy's device. Later calls have no effect.
     pub fn on(&self, device: &Device) {
-        // Told twice, the first holds.
+        // An error means that it is set already.
         let _ = self.device.set(device.clone());
     }
 
-    /// The published weights, and where the run's groups stand; told once.
+    /// Sets the published weights and the ledger. Later calls have no effect.
     pub fn training(&self, weights: Arc<SnapshotCell<Decoder>>, book: Book) {
-        // Told twice, the first holds.
+        // An error means that it is set already.
         let _ = (self.weights.set(weights), self.book.set(book));
     }
 
-    /// Steps that were taken before this process began.
+    /// Adds the records of steps taken before this process began to the history.
     pub fn recall(&self, records: impl Iterator<Item = Map<String, Value>>) {
         let mut history = lock(&self.history);
         for record in records {
@@ -155,7 +155,7 @@ impl Monitor {
         }
     }
 
-    /// A step was taken, with these figures, from this batch.
+    /// Records a learner step with its metrics `record`, and samples of its batch.
     pub fn stepped(&self, record: Value, batch: &[Rewarded]) {
         lock(&self.history).push(&record);
         if let Some(group) = batch.first() {
@@ -164,27 +164,27 @@ impl Monitor {
         *lock(&self.last_step) = record;
     }
 
-    /// The weights of a step were judged against the first ones.
+    /// Records the win rate of a step's weights over the initial ones.
     pub fn evaluated(&self, step: u64, win_rate: f64) {
         telemetry::win_rate(win_rate);
         lock(&self.history).evaluated(step, win_rate);
     }
 
-    /// A checkpoint was written.
+    /// Records a written checkpoint, with the time it took and its size.
     pub fn checkpointed(&self, took: Duration, bytes: u64) {
         telemetry::checkpoint(took, bytes);
         *lock(&self.checkpoint) = Some(Checkpointed { at: Instant::now(), took, bytes });
     }
 
-    /// Takes in why groups were masked so far, with how many of them, and which bounds of `[guard]` are exceeded.
+    /// Records the reasons for masked groups with their counts, most frequent first, and the exceeded bounds of `[guard]`.
     pub fn health(&self, masked: Vec<(&str, u64)>, exceeded: impl Iterator<Item = &'static str>) {
         let masked = masked.into_iter().take(MOST_REASONS).map(|(why, count)| (why.to_owned(), count)).collect();
         *lock(&self.health) = Health { masked, exceeded: exceeded.collect() };
     }
 
-    /// Looks at the graph; to be called about once a second.
+    /// Samples the graph. To be called about once a second.
     pub fn look(&self) {
-        // Held until the graph is looked at, so that none is looked at after it was taken leave of.
+        // The lock is held while the graph is read, so that the tracer never reads a graph after `ended`.
         let mut tracer = lock(&self.tracer);
         let Some(graph) = lock(&self.graph).clone() else { return };
         if let Some(tracer) = tracer.as_mut() {
@@ -198,16 +198,16 @@ impl Monitor {
         lock(&self.window).push(seen);
     }
 
-    /// Sends traces of what it sees from now on, where somebody named a collector.
+    /// Starts to send traces, if the environment names a collector.
     ///
     /// # Errors
-    /// A collector that cannot be used.
+    /// If the collector cannot be used.
     pub fn trace(&self) -> Result<()> {
         *lock(&self.tracer) = Tracer::start(&self.config.run.name)?;
         Ok(())
     }
 
-    /// Sends what is left to send; to be called once the last graph has ended.
+    /// Sends the remaining traces. To be called after the last graph has ended.
     pub async fn finish(&self) {
         let tracer = lock(&self.tracer).take();
         if let Some(mut tracer) = tracer {
@@ -218,12 +218,12 @@ impl Monitor {
         }
     }
 
-    /// Has this controller look from now on.
+    /// Sets the online controller.
     pub fn controlled(&self, controller: Controller) {
         *lock(&self.controller) = Some(Controlled { controller, window: Window::default(), exchanges: exchanges() });
     }
 
-    /// Has the controller look, if there is one and it is due.
+    /// Runs the controller, if one is set and due, and returns its adjustments.
     pub fn control(&self) -> Vec<Move> {
         let mut controlled = lock(&self.controller);
         let Some(Controlled { controller, window, exchanges: before }) = controlled.as_mut() else { return Vec::new() };
@@ -234,27 +234,27 @@ impl Monitor {
         let now = exchanges();
         let since = [now[0] - before[0], now[1] - before[1]];
         *before = now;
-        // What was before a move says nothing of what it did.
+        // Observations from before an adjustment must not be attributed to it.
         window.clear();
         controller.look(Pressure { shares: &shares, exchanges: since })
     }
 
-    /// Returns whether reading what the node knows takes a token.
+    /// Returns whether reading the node's state requires a token.
     pub fn is_guarded(&self) -> bool {
         self.config.serve.token_env.is_some()
     }
 
-    /// The graph as it is.
+    /// Returns a report of the current graph, or `None` before the first one is started.
     pub fn report(&self) -> Option<GraphReport> {
         lock(&self.graph).as_ref().map(GraphHandle::report)
     }
 
-    /// What limits the run now, from what was seen of the last minute.
+    /// Returns the bottleneck of the last minute, or `None` if it is not known yet.
     pub fn diagnosis(&self) -> Option<Diagnosis> {
         diagnose(&lock(&self.window).shares(), &self.config, process::cores())
     }
 
-    /// The rate and what limits, in a few words.
+    /// Returns the training rate and the bottleneck as a short text. Empty if the bottleneck is not known yet.
     pub fn line(&self) -> String {
         let (shares, rates) = {
             let window = lock(&self.window);
@@ -262,11 +262,11 @@ impl Monitor {
         };
         let Some(found) = diagnose(&shares, &self.config, process::cores()) else { return String::new() };
         let limit =
-            found.role.map_or_else(|| "nothing alone".into(), |role| format!("{role} {:.0} %", 100.0 * found.share));
+            found.role.map_or_else(|| "no single actor".into(), |role| format!("{role} {:.0} %", 100.0 * found.share));
         format!("{:.0} tokens/s, limit: {limit}", rates.trained_tokens_per_s)
     }
 
-    /// What `/metrics` answers.
+    /// Returns the response of `/metrics`, in Prometheus' text format.
     pub fn metrics_text(&self) -> String {
         let report = self.report();
         let acks = self.weights.get().map(|cell| cell.acks()).unwrap_or_default();
@@ -277,7 +277,7 @@ impl Monitor {
         format!("{}{graph}", self.metrics.render())
     }
 
-    /// What `/status` answers.
+    /// Returns the response of `/status`.
     pub fn status(&self) -> Value {
         let (shares, rates, window_s) = {
             let window = lock(&self.window);
@@ -329,28 +329,28 @@ impl Monitor {
         })
     }
 
-    /// Memory of the card that the policy is on, if it is on one.
+    /// Returns the memory usage of the policy's GPU, if it is on one.
     fn card(&self) -> Option<Memory> {
         self.device.get().and_then(device::memory)
     }
 
-    /// What `/history` answers.
+    /// Returns the response of `/history`.
     pub fn history(&self) -> Value {
         lock(&self.history).to_json()
     }
 
-    /// What `/samples` answers: the last groups that were written down, newest first.
+    /// Returns the response of `/samples`: the last recorded groups, newest first.
     pub fn samples(&self) -> Value {
         lock(&self.samples).to_json()
     }
 
-    /// Folds what histograms have gathered into their buckets: between two times they keep every sample.
+    /// Moves the samples of histograms into their buckets. Between two calls, the recorder keeps every sample.
     pub fn upkeep(&self) {
         self.metrics.run_upkeep();
     }
 }
 
-/// Exchanges with remote judges so far that ended well, and those that did not.
+/// Returns the numbers of successful and of failed exchanges with remote judges so far.
 fn exchanges() -> [u64; 2] {
     [TOTALS.judged.load(Relaxed), TOTALS.refused.load(Relaxed)]
 }

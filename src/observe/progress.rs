@@ -1,4 +1,4 @@
-//! What a person sees while it runs: a bar on a terminal, plain lines elsewhere.
+//! Progress output on standard error: a progress bar on a terminal, else plain lines or JSON objects.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,27 +9,27 @@ use serde_json::{Value, json};
 
 use crate::util::terminal::{plain, plain_json};
 
-/// Says a line on standard error. A reader that has gone away costs the line and nothing else, where `eprintln!` would panic.
+/// Prints a line on standard error. If standard error is closed, the line is lost; `eprintln!` would panic.
 #[macro_export]
 macro_rules! say {
     ($($text:tt)*) => { $crate::observe::progress::say(format_args!($($text)*)) };
 }
 
-/// Whether lines are for machines.
+/// True if lines are printed as JSON objects.
 static MACHINES: AtomicBool = AtomicBool::new(false);
 
-/// From now on each line is a JSON object with `timestamp`, `level`, `message`, `event`, and `figures` where there are
-/// any; and no bar is shown.
+/// Switches to JSON output for the rest of the process: each line is an object with `timestamp`, `level`, `message`, `event`,
+/// and optionally `figures`, and no bar is shown.
 pub fn for_machines() {
     MACHINES.store(true, Ordering::Relaxed);
 }
 
-/// As [`say!`](crate::say).
+/// Prints a line on standard error. Called through [`say!`](crate::say).
 pub fn say(text: std::fmt::Arguments<'_>) {
     tell("line", &text.to_string(), None);
 }
 
-/// A line that says that something happened, of a kind, with its figures for machines.
+/// Prints the line of an event. `event` is its kind and `figures` its data, which only JSON output contains.
 fn tell(event: &str, text: &str, figures: Option<&Value>) {
     let mut line = plain(text).into_owned();
     if MACHINES.load(Ordering::Relaxed) {
@@ -43,7 +43,7 @@ fn tell(event: &str, text: &str, figures: Option<&Value>) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// Progress of one phase. Lines of finished steps stay; the bar below them moves. Clones show the same bar.
+/// Progress display of one phase: permanent lines of finished steps, and below them a bar. Clones share the bar.
 #[derive(Clone)]
 pub struct Progress {
     bar: ProgressBar,
@@ -51,7 +51,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// For a phase of `of` units of work, which are called `unit`.
+    /// Creates the display of the phase `phase` with `of` units of work, such as `prompts`.
     pub fn new(phase: &str, unit: &str, of: u64) -> Self {
         let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr()) && !MACHINES.load(Ordering::Relaxed);
         let target = if terminal { ProgressDrawTarget::stderr_with_hz(4) } else { ProgressDrawTarget::hidden() };
@@ -66,12 +66,12 @@ impl Progress {
         Self { bar, terminal }
     }
 
-    /// A line that stays.
+    /// Prints a permanent line.
     pub fn line(&self, text: &str) {
         self.put("line", text, None);
     }
 
-    /// The line of a finished step, which stays, and its figures.
+    /// Prints the permanent line of a finished step. JSON output includes `figures`.
     pub fn step(&self, text: &str, figures: &Value) {
         self.put("step", text, Some(figures));
     }
@@ -84,17 +84,17 @@ impl Progress {
         }
     }
 
-    /// Where the bar stands.
+    /// Sets the number of finished units.
     pub fn at(&self, units: u64) {
         self.bar.set_position(units);
     }
 
-    /// What the bar says beside itself.
+    /// Sets the text next to the bar.
     pub fn message(&self, text: String) {
         self.bar.set_message(plain(&text).into_owned());
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }

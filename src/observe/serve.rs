@@ -1,4 +1,4 @@
-//! What the node answers over HTTP: the live page, what it reads, `/metrics`, `/healthz`, `/readyz`. Read-only: GET and HEAD.
+//! The node's HTTP server: the live page with its data, `/metrics`, `/healthz`, `/readyz`. Read-only: GET and HEAD.
 
 mod connections;
 mod hosts;
@@ -24,22 +24,23 @@ use crate::observe::telemetry;
 use hosts::Hosts;
 pub use token::Token;
 
-/// Probes of supervisors, which have no token and ask by whatever name; the answers say no more than whether to restart.
+/// Paths of the health probes. They require neither a token nor a known host name, so their responses contain no data of the
+/// run beyond its health.
 const PROBES: [&str; 2] = ["/healthz", "/readyz"];
 
-/// The page, which anybody may load: it holds nothing of the run, and asks for the token that it reads the rest with.
+/// Path of the page. It requires no token: it contains no data of the run, and asks the user for the token to read them.
 const PAGE: &str = "/";
 
-/// Binds the configured address and serves until the program ends; where there is a `token`, to those who have it.
-/// Returns the address bound, whose port is chosen by the system where the configuration says 0.
+/// Binds the configured address and serves until the program ends. With a `token`, requests must carry it. Returns the bound
+/// address; the system chooses the port if the configured one is 0.
 ///
 /// # Errors
-/// When the address cannot be bound.
+/// If the address cannot be bound.
 pub async fn serve(config: &Serve, token: Option<Token>, monitor: Arc<Monitor>) -> Result<SocketAddr> {
     let address = config.listen;
     let listener = tokio::net::TcpListener::bind(address).await.with_context(|| {
         format!(
-            "cannot listen on {address}; another run may: set serve.listen to a free port, or serve.enabled = false"
+            "cannot listen on {address}; another run may use it: set serve.listen to a free port, or serve.enabled = false"
         )
     })?;
     let bound = listener.local_addr()?;
@@ -48,7 +49,8 @@ pub async fn serve(config: &Serve, token: Option<Token>, monitor: Arc<Monitor>) 
     Ok(bound)
 }
 
-/// Looks at the graph every second and folds histograms every few, until the program ends, whether anybody asks or not.
+/// Samples the graph every second and maintains the histograms every five seconds, until the program ends. Runs with or
+/// without the HTTP server.
 pub fn upkeep(monitor: Arc<Monitor>) {
     tokio::spawn(async move {
         let mut ticks = tokio::time::interval(Duration::from_secs(1));
@@ -74,7 +76,7 @@ fn router(monitor: Arc<Monitor>, token: Option<Token>, hosts: Hosts) -> Router {
         .route("/history", get(async |State(monitor): Node| Json(monitor.history())))
         .route("/samples", get(async |State(monitor): Node| Json(monitor.samples())))
         .with_state(monitor);
-    // Around all routes and what is no route, so that nobody without the token learns which is which.
+    // The layer covers unknown paths too, so that a client without the token cannot tell which paths exist.
     let router = match token {
         Some(token) => router.layer(from_fn_with_state(token, guard)),
         None => router,
@@ -82,21 +84,21 @@ fn router(monitor: Arc<Monitor>, token: Option<Token>, hosts: Hosts) -> Router {
     router.layer(from_fn_with_state(hosts, hosts::guard))
 }
 
-/// Lets through who carries the token, and who asks for what is open.
+/// Passes on requests with the token and requests for open paths, and answers all others with 401.
 async fn guard(State(token): State<Token>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     if path == PAGE || PROBES.contains(&path) || token.admits(request.headers()) {
         return next.run(request).await;
     }
     let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
-    (StatusCode::UNAUTHORIZED, challenge, "this node asks for a bearer token (serve.token_env)\n").into_response()
+    (StatusCode::UNAUTHORIZED, challenge, "this node requires a bearer token (serve.token_env)\n").into_response()
 }
 
 async fn metrics(State(monitor): Node) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], monitor.metrics_text())
 }
 
-/// Alive: no stage holds the run beyond the watchdog's patience.
+/// Answers the liveness probe: 200 unless the watchdog has found the run stalled.
 async fn healthz(State(monitor): Node) -> impl IntoResponse {
     match monitor.report().and_then(|report| report.stalled) {
         Some(stalled) => (StatusCode::SERVICE_UNAVAILABLE, format!("stalled: {}\n", json!(stalled))),
@@ -104,7 +106,7 @@ async fn healthz(State(monitor): Node) -> impl IntoResponse {
     }
 }
 
-/// Ready: the graph runs, and no judge is waited for.
+/// Answers the readiness probe: 200 if the graph runs and no judge has an outage.
 async fn readyz(State(monitor): Node) -> impl IntoResponse {
     if monitor.report().is_none() {
         return (StatusCode::SERVICE_UNAVAILABLE, "starting\n".to_owned());
@@ -116,10 +118,10 @@ async fn readyz(State(monitor): Node) -> impl IntoResponse {
     let guarded = monitor.is_guarded();
     let lines = away.iter().map(|(url, time, why, _)| {
         if guarded {
-            // Probes have no token, and what the judge said is for those who have it.
-            return format!("waits for a judge, away for {} s; /status has the cause\n", time.as_secs());
+            // Probes have no token, and the judge's error messages are only for readers with the token.
+            return format!("waiting for a judge, unavailable for {} s; /status has the cause\n", time.as_secs());
         }
-        format!("waits for the judge at {url}, away for {} s: {why}\n", time.as_secs())
+        format!("waiting for the judge at {url}, unavailable for {} s: {why}\n", time.as_secs())
     });
     (StatusCode::SERVICE_UNAVAILABLE, lines.collect())
 }

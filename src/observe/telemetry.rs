@@ -1,7 +1,7 @@
-//! The metrics that the node exports; [`catalogue`] has their names.
+//! The metrics that the node exports; [`catalogue`] lists them.
 //!
-//! What happens is counted as it happens, through the `metrics` facade. What merely is (stages, edges, weights,
-//! memory) is read when Prometheus asks, by [`graph`]: it is always fresh, and seconds keep their fractions.
+//! Events are recorded when they occur, through the `metrics` facade. The state of stages, edges, weights and memory is
+//! sampled at scrape time by [`graph`], so that it is always current and seconds keep their fractions.
 
 pub mod catalogue;
 pub mod graph;
@@ -19,39 +19,39 @@ use metrics::{Gauge, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use serde_json::{Map, Value};
 
-/// Upper bounds of the histograms' buckets, in seconds.
+/// Upper bounds of the buckets of duration histograms, in seconds.
 const BUCKETS: &[f64] =
     &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0];
 
-/// The same in versions.
+/// Upper bounds of the buckets of the staleness histogram, in versions.
 const STALENESS_BUCKETS: &[f64] = &[0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 15.0];
 
-/// The same in tokens.
+/// Upper bounds of the buckets of the completion length histogram, in tokens.
 const LENGTH_BUCKETS: &[f64] =
     &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
 
-/// What the process has counted so far; a recorder cannot be read.
+/// Counts of the process so far, kept in addition to the metrics because the recorder cannot be read.
 #[derive(Debug, Default)]
 pub struct Totals {
-    /// Tokens sampled.
+    /// Number of sampled tokens.
     pub generated: AtomicU64,
-    /// Completion tokens trained on.
+    /// Number of completion tokens trained on.
     pub trained: AtomicU64,
-    /// Completions sampled.
+    /// Number of sampled completions.
     pub completions: AtomicU64,
-    /// Steps without a finite gradient.
+    /// Number of steps without a finite gradient.
     pub nonfinite: AtomicU64,
-    /// Groups not learned from.
+    /// Number of masked groups, which are excluded from training.
     pub masked: AtomicU64,
-    /// Files that could not be written.
+    /// Number of failed disk writes.
     pub disk_errors: AtomicU64,
-    /// Exchanges with remote judges that ended well.
+    /// Number of successful exchanges with remote judges.
     pub judged: AtomicU64,
-    /// And those that did not.
+    /// Number of failed exchanges with remote judges.
     pub refused: AtomicU64,
 }
 
-/// The process's own.
+/// The counts of this process.
 pub static TOTALS: Totals = Totals {
     generated: AtomicU64::new(0),
     trained: AtomicU64::new(0),
@@ -63,23 +63,23 @@ pub static TOTALS: Totals = Totals {
     refused: AtomicU64::new(0),
 };
 
-/// What a run is, for its labels and its plan.
+/// Metadata of a run, exported as metrics.
 pub struct RunInfo<'a> {
-    /// Its name.
+    /// Name of the run.
     pub run: &'a str,
-    /// Its mode, by its name in the configuration.
+    /// Value of `run.mode`.
     pub mode: &'a str,
-    /// The learner's algorithm, likewise.
+    /// Value of `learner.algorithm`.
     pub algorithm: &'a str,
-    /// The labeler's type, likewise.
+    /// Value of `labeler.type`.
     pub labeler: &'a str,
-    /// Steps to take.
+    /// Number of learner steps to take.
     pub steps: u64,
-    /// η.
+    /// Staleness bound η.
     pub eta: u64,
 }
 
-/// Tells what the run is.
+/// Publishes the run's metadata.
 pub fn run(info: &RunInfo<'_>) {
     gauge!("preceptor_run_info", "run" => info.run.to_owned(), "mode" => info.mode.to_owned(),
         "algorithm" => info.algorithm.to_owned(), "labeler" => info.labeler.to_owned())
@@ -91,7 +91,7 @@ pub fn run(info: &RunInfo<'_>) {
 /// Installs the process-wide recorder and describes every metric.
 ///
 /// # Errors
-/// When a recorder is installed already.
+/// If a recorder is already installed.
 pub fn install() -> Result<PrometheusHandle> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_duration_seconds".into()), BUCKETS)?
@@ -118,7 +118,7 @@ pub fn install() -> Result<PrometheusHandle> {
     Ok(handle)
 }
 
-/// A group was sampled after a prompt of `prompt` tokens.
+/// Counts the completions of a sampled group, whose prompt has `prompt` tokens.
 pub fn generated(prompt: usize, completions: &[Completion]) {
     counter!("preceptor_prompt_tokens_total").increment(prompt as u64);
     let lengths = histogram!("preceptor_completion_tokens");
@@ -138,7 +138,7 @@ pub fn generated(prompt: usize, completions: &[Completion]) {
     TOTALS.completions.fetch_add(completions.len() as u64, Relaxed);
 }
 
-/// How many of a rollout actor's slots are used. Held by the actor: it tells after every step.
+/// Gauges of a rollout actor's used and free slots, which the actor updates after every decode step.
 pub struct Slots {
     used: Gauge,
     free: Gauge,
@@ -146,25 +146,25 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// Of an actor with room for `of` sequences.
+    /// Creates the gauges of the actor `worker`, which has `of` slots.
     pub fn new(worker: &str, of: usize) -> Self {
         let gauge = |state| gauge!("preceptor_rollout_slots", "worker" => worker.to_owned(), "state" => state);
         Self { used: gauge("used"), free: gauge("free"), of }
     }
 
-    /// `used` of them are.
+    /// Sets the number of used slots.
     pub fn set(&self, used: usize) {
         self.used.set(used as f64);
         self.free.set(self.of.saturating_sub(used) as f64);
     }
 }
 
-/// A stage failed.
+/// Counts a failure of a stage.
 pub fn stage_failed(stage: &str) {
     counter!("preceptor_stage_failures_total", "stage" => stage.to_owned()).increment(1);
 }
 
-/// Completion tokens trained on.
+/// Counts completion tokens that were trained on.
 pub fn trained(tokens: usize) {
     counter!("preceptor_trained_tokens_total").increment(tokens as u64);
     TOTALS.trained.fetch_add(tokens as u64, Relaxed);
@@ -206,41 +206,41 @@ pub fn labels(labeler: &'static str, counts: &LabelCounts) {
     }
 }
 
-/// The present weights were judged against the first ones.
+/// Sets the win rate of the current weights over the initial ones.
 pub fn win_rate(rate: f64) {
     gauge!("preceptor_win_rate").set(rate);
 }
 
-/// Size of the label cache.
+/// Sets the number of answers in the label cache.
 pub fn label_cache(entries: u64) {
     gauge!("preceptor_label_cache_entries").set(entries as f64);
 }
 
-/// An entry of the label cache, or all of its file, was found damaged.
+/// Counts a damaged entry, or a damaged file, of the label cache.
 pub fn label_cache_damaged() {
     counter!("preceptor_label_cache_damaged_total").increment(1);
 }
 
-/// An answer came that was there.
+/// Counts an answer that was requested although the label cache already held it.
 pub fn label_bought_again() {
     counter!("preceptor_labels_bought_again_total").increment(1);
 }
 
-/// An outage of a remote judge that is waited for.
+/// An outage of a remote judge that the run waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Away<'a> {
-    /// Time since it answered no question.
+    /// Duration of the outage.
     pub time: Duration,
-    /// What the last exchange came to.
+    /// Failure of the last exchange.
     pub why: &'a str,
-    /// Whether it refuses, so that a person has to act.
+    /// True if the judge refuses requests (key, address, model, quota), which only a person can fix.
     pub refuses: bool,
 }
 
-/// Outages by the judge's address, for readers within the process.
+/// Current outages by the judge's URL, for readers within the process.
 static AWAY: Mutex<BTreeMap<String, (Duration, String, bool)>> = Mutex::new(BTreeMap::new());
 
-/// Publishes that the judge at `url` is waited for, or with `None` that it answers again.
+/// Publishes an outage of the judge at `url`, or with `None` its end.
 pub fn judge_away(url: &str, away: Option<Away<'_>>) {
     let mut known = AWAY.lock().unwrap_or_else(PoisonError::into_inner);
     match away {
@@ -253,7 +253,7 @@ pub fn judge_away(url: &str, away: Option<Away<'_>>) {
     gauge!("preceptor_judge_refuses").set(f64::from(u8::from(refuses)));
 }
 
-/// Returns the remote judges that are waited for: address, time, cause, and whether it refuses.
+/// Returns the remote judges that the run waits for: URL, duration, cause, and true if the judge refuses requests.
 pub fn judges_away() -> Vec<(String, Duration, String, bool)> {
     let known = AWAY.lock().unwrap_or_else(PoisonError::into_inner);
     known.iter().map(|(url, (time, why, refuses))| (url.clone(), *time, why.clone(), *refuses)).collect()
@@ -264,7 +264,7 @@ pub fn guard(name: &'static str, exceeded: bool) {
     gauge!("preceptor_guard_exceeded", "bound" => name).set(f64::from(u8::from(exceeded)));
 }
 
-/// A step of supervised fine-tuning.
+/// Records a step of supervised fine-tuning, with its loss.
 pub fn fine_tuned(loss: f64) {
     gauge!("preceptor_sft_loss").set(loss);
     counter!("preceptor_sft_steps_total").increment(1);
@@ -283,7 +283,7 @@ pub fn reward_model(pairs: u64, version: u64, accuracy: Option<f64>, loss: Optio
     }
 }
 
-/// The online controller has a knob, which stands here.
+/// Publishes a limit that the online controller adjusts, with its initial value.
 pub fn controller_begins(knob: &'static str, value: usize) {
     for direction in ["up", "down"] {
         counter!("preceptor_controller_moves_total", "knob" => knob, "direction" => direction).absolute(0);
@@ -291,54 +291,54 @@ pub fn controller_begins(knob: &'static str, value: usize) {
     gauge!("preceptor_concurrency", "knob" => knob).set(value as f64);
 }
 
-/// The online controller turned a knob.
+/// Records an adjustment of a limit by the online controller.
 pub fn controller_move(knob: &'static str, up: bool, to: usize) {
     let direction = if up { "up" } else { "down" };
     counter!("preceptor_controller_moves_total", "knob" => knob, "direction" => direction).increment(1);
     gauge!("preceptor_concurrency", "knob" => knob).set(to as f64);
 }
 
-/// One HTTP exchange with a remote judge.
+/// Counts an HTTP exchange with a remote judge by its outcome.
 pub fn judge_request(outcome: &'static str) {
     let count = if outcome == "ok" { &TOTALS.judged } else { &TOTALS.refused };
-    // One that another one overtook says nothing of the server.
+    // A request that a hedged one overtook is neither a success nor a failure of the server.
     if outcome != "hedged_away" {
         count.fetch_add(1, Relaxed);
     }
     counter!("preceptor_judge_requests_total", "outcome" => outcome).increment(1);
 }
 
-/// How long an exchange took.
+/// Records the duration of an exchange with a remote judge.
 pub fn judge_took(time: Duration) {
     histogram!("preceptor_judge_request_duration_seconds").record(time.as_secs_f64());
 }
 
-/// An exchange began (1) or ended (−1).
+/// Adds to the number of exchanges in progress: 1 when one begins, −1 when it ends.
 pub fn judge_in_flight(change: f64) {
     gauge!("preceptor_judge_in_flight").increment(change);
 }
 
-/// A question is sent again.
+/// Counts a retried question to a remote judge.
 pub fn judge_retry() {
     counter!("preceptor_judge_retries_total").increment(1);
 }
 
-/// A second request is sent.
+/// Counts a hedged (second) request to a remote judge.
 pub fn judge_hedge() {
     counter!("preceptor_judge_hedges_total").increment(1);
 }
 
-/// Money was spent.
+/// Adds `cost` to the money spent on remote judges.
 pub fn judge_cost(cost: f64) {
     gauge!("preceptor_judge_cost").increment(cost);
 }
 
-/// Whether a judge is left alone.
+/// Sets whether a remote judge's circuit breaker is open.
 pub fn judge_breaker(open: bool) {
     gauge!("preceptor_judge_breaker_open").set(f64::from(u8::from(open)));
 }
 
-/// Where the run's groups stand.
+/// Sets the numbers of the run's groups by state.
 pub fn ledger(count: &Count) {
     for (standing, count) in [
         ("trained", count.trained),
@@ -351,53 +351,53 @@ pub fn ledger(count: &Count) {
     }
 }
 
-/// A checkpoint was written.
+/// Records a written checkpoint, with the time it took and its size.
 pub fn checkpoint(took: Duration, bytes: u64) {
     histogram!("preceptor_checkpoint_duration_seconds").record(took.as_secs_f64());
     gauge!("preceptor_checkpoint_bytes").set(bytes as f64);
     gauge!("preceptor_checkpoint_timestamp_seconds").set(unix_seconds());
 }
 
-/// Taking a snapshot of the run for a checkpoint.
+/// Records the time of taking a snapshot of the run for a checkpoint.
 pub fn snapshot_took(time: Duration) {
     histogram!("preceptor_snapshot_duration_seconds").record(time.as_secs_f64());
 }
 
-/// The device ran out of memory; `micro_batch` completions go through the model at a time from now on.
+/// Counts an out-of-memory error of the learner's device. `micro_batch` is the reduced micro-batch size in completions.
 pub fn out_of_memory(micro_batch: usize) {
     counter!("preceptor_out_of_memory_total").increment(1);
     gauge!("preceptor_micro_batch").set(micro_batch as f64);
 }
 
-/// Something could not be written.
+/// Counts a failed disk write.
 pub fn disk_error() {
     counter!("preceptor_disk_errors_total").increment(1);
     TOTALS.disk_errors.fetch_add(1, Relaxed);
 }
 
-/// A group that is not learned from.
+/// Counts a masked group, which is excluded from training.
 pub fn masked_group() {
     counter!("preceptor_masked_groups_total").increment(1);
     TOTALS.masked.fetch_add(1, Relaxed);
 }
 
-/// A step that was skipped.
+/// Counts a step that was skipped because loss or gradient was not finite.
 pub fn nonfinite_step() {
     counter!("preceptor_nonfinite_steps_total").increment(1);
     TOTALS.nonfinite.fetch_add(1, Relaxed);
 }
 
-/// One call of a rollout actor.
+/// Records the time from a prompt's arrival at a rollout actor to the end of its last completion.
 pub fn generation_took(time: Duration) {
     histogram!("preceptor_generation_duration_seconds").record(time.as_secs_f64());
 }
 
-/// Labeling of one group.
+/// Records the time of labeling one group.
 pub fn label_took(time: Duration) {
     histogram!("preceptor_label_duration_seconds").record(time.as_secs_f64());
 }
 
-/// Copying and publishing one version.
+/// Records the time of copying and publishing one version of the weights.
 pub fn publish_took(time: Duration) {
     histogram!("preceptor_publish_duration_seconds").record(time.as_secs_f64());
 }

@@ -1,4 +1,4 @@
-//! `preceptor top`: the live page for a terminal. Asks a node as the page does, and draws what it says.
+//! `preceptor top`: the live view of a node in a terminal. It polls the same endpoints as the page.
 
 mod view;
 
@@ -16,43 +16,43 @@ use url::Url;
 use crate::out;
 use crate::util::http;
 
-/// Between two questions to the node.
+/// Pause between two polls of the node.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Most bytes of an answer: a node's history is some hundred kilobytes.
+/// Maximum size of a response in bytes. A node's history has some hundred kilobytes.
 const MOST: usize = 8 << 20;
 
-/// What a node last said.
+/// The last state received from a node.
 #[derive(Default)]
 struct Said {
     status: Value,
     history: Value,
-    /// Why it does not answer, if it does not.
+    /// The error of the last poll, if it failed.
     silence: Option<String>,
 }
 
-/// Where the node is, and how to ask it.
+/// The address and token of a remote node.
 pub struct RemoteNode {
     url: Url,
     token: Option<String>,
 }
 
 impl RemoteNode {
-    /// The node at `url`, such as `http://127.0.0.1:9464`; `http://` may be left out. `token` is its bearer token.
+    /// Returns the node at `url`, such as `http://127.0.0.1:9464`; `http://` may be omitted. `token` is its bearer token.
     ///
     /// # Errors
-    /// An address that is not valid, is not of HTTP, or has a user name or password in it.
+    /// If the URL is invalid, does not use HTTP, or contains a user name or password.
     pub fn at(url: &str, token: Option<String>) -> Result<Self> {
         let full = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-        let url = Url::parse(&full).with_context(|| format!("{url} is no address, such as http://127.0.0.1:9464"))?;
+        let url = Url::parse(&full).with_context(|| format!("{url} is not a URL, such as http://127.0.0.1:9464"))?;
         ensure!(
             matches!(url.scheme(), "http" | "https") && url.has_host(),
-            "{} is no address of a node, such as http://127.0.0.1:9464",
+            "{} is not the URL of a node, such as http://127.0.0.1:9464",
             http::shown(&url, |_| false)
         );
         ensure!(
             url.username().is_empty() && url.password().is_none(),
-            "the address of {} has a user name or a password in it; a node asks for a bearer token: name the environment variable that holds it by --token-env",
+            "the URL of {} contains a user name or a password; nodes use bearer tokens: name the environment variable that holds the token with --token-env",
             http::shown(&url, |_| false)
         );
         Ok(Self { url, token })
@@ -65,16 +65,18 @@ impl RemoteNode {
         }
         let answer = request.send().await.with_context(|| format!("{} does not answer", self.url))?;
         match answer.status() {
-            StatusCode::UNAUTHORIZED => bail!("{} asks for a bearer token; name its variable by --token-env", self.url),
+            StatusCode::UNAUTHORIZED => {
+                bail!("{} requires a bearer token; name its environment variable with --token-env", self.url)
+            }
             StatusCode::MISDIRECTED_REQUEST => bail!(
-                "{} does not answer to that name; ask it by its IP address, or add the name to its serve.hosts",
+                "{} does not accept that host name; use its IP address, or add the name to its serve.hosts",
                 self.url
             ),
             status if status.is_redirection() => {
                 let token = self.token.as_deref().unwrap_or_default().to_ascii_lowercase();
                 let is_secret = |text: &str| !token.is_empty() && text.to_ascii_lowercase().contains(&token);
                 bail!(
-                    "{} redirects to {} ({status}); redirects are not followed, so that the bearer token stays with the address that was given; if that address is right, give it instead",
+                    "{} redirects to {} ({status}); redirects are not followed, so that the bearer token is sent to the given address only; if the new address is right, use it instead",
                     self.url,
                     http::redirect_target(&answer, is_secret)
                 )
@@ -83,8 +85,8 @@ impl RemoteNode {
             _ => {}
         }
         let bytes =
-            http::body(answer, MOST).await.with_context(|| format!("{} does not answer as a node does", self.url))?;
-        serde_json::from_slice(&bytes).with_context(|| format!("{} does not answer as a node does", self.url))
+            http::body(answer, MOST).await.with_context(|| format!("the response of {} is not a node's", self.url))?;
+        serde_json::from_slice(&bytes).with_context(|| format!("the response of {} is not a node's", self.url))
     }
 
     async fn look(&self, client: &reqwest::Client, before: &Said) -> Result<Said> {
@@ -95,10 +97,11 @@ impl RemoteNode {
     }
 }
 
-/// Shows the node until `q`; one picture as text if `once`, or where there is no terminal.
+/// Shows the node until the user presses `q`. With `once`, or if standard output is not a terminal, prints one snapshot as
+/// text.
 ///
 /// # Errors
-/// A node that does not answer the first time; a terminal that cannot be used.
+/// If the node does not answer the first request, or the terminal cannot be used.
 pub fn top(node: RemoteNode, once: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let client = http::builder().timeout(Duration::from_secs(5)).build()?;
@@ -123,7 +126,7 @@ pub fn top(node: RemoteNode, once: bool) -> Result<()> {
         }
     });
     let terminal = ratatui::try_init_with_options(TerminalOptions { viewport: Viewport::Fullscreen })
-        .context("this terminal cannot be drawn on; use --once")?;
+        .context("this terminal does not support the live view; use --once")?;
     let shown = show(terminal, first, &said);
     ratatui::restore();
     shown
@@ -135,7 +138,7 @@ fn show(mut terminal: ratatui::DefaultTerminal, first: Said, said: &Receiver<Sai
         match said.try_recv() {
             Ok(next) => now = next,
             Err(TryRecvError::Empty) => {}
-            Err(TryRecvError::Disconnected) => bail!("nobody asks the node any more; this is a fault of the program"),
+            Err(TryRecvError::Disconnected) => bail!("internal error: the polling thread has stopped"),
         }
         terminal.draw(|frame| view::draw(frame, &now.status, &now.history, now.silence.as_deref(), scroll))?;
         if !event::poll(Duration::from_millis(200))? {

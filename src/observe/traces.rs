@@ -1,5 +1,5 @@
-//! OpenTelemetry traces: one for each prompt group, from its admission to its gradient, with a span for each stage that had
-//! it. Built with the feature `otel`; the collector is named by `OTEL_EXPORTER_OTLP_ENDPOINT`, as OpenTelemetry has it.
+//! OpenTelemetry traces: one per prompt group, from its admission to its gradient, with a span for each stage that processed
+//! it. Requires the feature `otel`. OpenTelemetry's variable `OTEL_EXPORTER_OTLP_ENDPOINT` names the collector.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
@@ -9,31 +9,31 @@ use preceptor_actors::{GraphHandle, Span, SpansSeen};
 
 use export::Exports;
 
-/// Groups whose spans are kept while they are under way.
+/// Maximum number of unfinished groups whose spans are kept.
 const MOST_OPEN: usize = 4096;
 
-/// The variables that name a collector.
+/// Names of the environment variables that set a collector.
 const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
 
-/// Sends traces of one graph after another to a collector.
+/// Sends the traces of successive graphs to a collector.
 pub struct Tracer {
     gather: Gather,
     seen: SpansSeen,
-    /// Spans whose loss was told.
+    /// Number of lost spans that were logged.
     told: u64,
-    /// The incarnation that was seen last, and when it began.
+    /// The last observed incarnation.
     began: Option<Incarnation>,
     exports: Exports,
 }
 
-/// Which one, and when it began.
+/// The number of an incarnation of the graph, and the time at which it began.
 type Incarnation = (u64, SystemTime);
 
 impl Tracer {
-    /// Of the run called `run`, where somebody named a collector.
+    /// Creates a tracer of the run `run`, or returns `None` if no collector is set.
     ///
     /// # Errors
-    /// An endpoint that is no address.
+    /// If the endpoint is not a valid URL.
     pub fn start(run: &str) -> Result<Option<Self>> {
         if !ENDPOINTS.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty())) {
             return Ok(None);
@@ -43,7 +43,7 @@ impl Tracer {
         Ok(Exports::open(run)?.map(tracer))
     }
 
-    /// Sends the groups that were trained before the last look; within a tokio runtime.
+    /// Reads new spans, and sends the groups that were trained before the previous call. Must be called in a tokio runtime.
     pub fn see(&mut self, graph: &GraphHandle) {
         let report = graph.report();
         let now = SystemTime::now();
@@ -51,7 +51,7 @@ impl Tracer {
         let began = (report.incarnation, began);
         let before = *self.began.get_or_insert(began);
         if before.0 != began.0 {
-            // What the incarnation before had trained when it ended.
+            // Sends the groups that the previous incarnation had trained when it ended.
             self.exports.send(before, self.gather.take(Vec::new()));
             self.gather = Gather::default();
         }
@@ -59,36 +59,36 @@ impl Tracer {
         self.exports.send(began, self.gather.take(graph.spans(&mut self.seen)));
         if self.seen.lost() > self.told {
             let lost = self.seen.lost() - self.told;
-            tracing::warn!("{lost} spans were not sent: more items came than a stage keeps between two looks");
+            tracing::warn!("{lost} trace spans were lost: stages recorded more spans between two reads than they keep");
             self.told = self.seen.lost();
         }
     }
 
-    /// Sends what is left of a graph that has ended.
+    /// Sends the remaining groups of a graph that has ended.
     pub fn ended(&mut self, graph: &GraphHandle) {
-        // The second look gives what was trained until the first.
+        // The second call sends the groups that the first one found trained.
         self.see(graph);
         self.see(graph);
         (self.gather, self.seen, self.told, self.began) = Default::default();
     }
 
-    /// Waits a few seconds for what is on its way.
+    /// Waits a few seconds for exports in progress.
     pub async fn finish(self) {
         self.exports.finish().await;
     }
 }
 
-/// Puts the spans of a graph's stages together, group by group.
+/// Collects the spans of a graph's stages by group.
 #[derive(Debug, Default)]
 struct Gather {
     open: BTreeMap<u64, Vec<Span>>,
-    /// Groups that were trained when it last looked. A stage writes its span down after it has given the group on, so a span
-    /// may come after those of the stages that follow: the group waits for one look more.
+    /// Groups that were found trained by the last call. A stage records its span after it has sent the group to the next
+    /// stage, so a span may arrive after those of later stages. Each group therefore waits for one more call.
     trained: BTreeSet<u64>,
 }
 
 impl Gather {
-    /// Takes in what is new; gives the groups that were trained at the last look, each with its spans in their order.
+    /// Adds new spans. Returns the groups that the previous call found trained, each with its spans in order of time.
     fn take(&mut self, news: Vec<Span>) -> Vec<Vec<Span>> {
         let due = std::mem::take(&mut self.trained);
         for span in news {
@@ -115,12 +115,12 @@ mod export {
 
     use super::Incarnation;
 
-    /// This program sends nothing.
+    /// Uninhabited: this build cannot export traces.
     pub(super) enum Exports {}
 
     impl Exports {
         pub(super) fn open(_run: &str) -> Result<Option<Self>> {
-            crate::say!("note      a collector of traces is named, and this program was built without --features otel");
+            crate::say!("note      traces are not sent: this program was built without --features otel");
             Ok(None)
         }
 
@@ -151,10 +151,10 @@ mod export {
     use super::Incarnation;
     use crate::util::seed;
 
-    /// How long the end of a run waits for the collector.
+    /// Time that the end of a run waits for the collector.
     const PATIENCE: Duration = Duration::from_secs(5);
 
-    /// What is on its way to a collector.
+    /// The exporter, and exports in progress.
     pub(super) struct Exports {
         run: u64,
         exporter: Arc<SpanExporter>,
@@ -163,8 +163,8 @@ mod export {
 
     impl Exports {
         pub(super) fn open(run: &str) -> Result<Option<Self>> {
-            // OTEL_EXPORTER_OTLP_HEADERS may hold a secret, which a redirect must not take elsewhere.
-            let http = crate::util::http::builder().build().context("the client of traces cannot be set up")?;
+            // This client follows no redirects, because OTEL_EXPORTER_OTLP_HEADERS may hold a secret.
+            let http = crate::util::http::builder().build().context("cannot set up the HTTP client of traces")?;
             let exporter = SpanExporter::builder().with_http().with_http_client(http);
             let exporter = exporter.with_protocol(Protocol::HttpJson).build();
             let mut exporter = exporter.context("OTEL_EXPORTER_OTLP_ENDPOINT cannot be used")?;
@@ -174,7 +174,7 @@ mod export {
         }
 
         pub(super) fn send(&mut self, (incarnation, began): Incarnation, groups: Vec<Vec<Span>>) {
-            // Those that have ended.
+            // Removes finished exports.
             while self.under_way.try_join_next().is_some() {}
             let batch: Vec<SpanData> =
                 groups.iter().flat_map(|spans| trace(self.run, incarnation, began, spans)).collect();
@@ -184,7 +184,7 @@ mod export {
             let exporter = Arc::clone(&self.exporter);
             self.under_way.spawn(async move {
                 if let Err(error) = exporter.export(batch).await {
-                    tracing::warn!("traces were not taken by the collector: {error}");
+                    tracing::warn!("the collector did not accept traces: {error}");
                 }
             });
         }
@@ -192,12 +192,12 @@ mod export {
         pub(super) async fn finish(mut self) {
             let all = async { while self.under_way.join_next().await.is_some() {} };
             if tokio::time::timeout(PATIENCE, all).await.is_err() {
-                tracing::warn!("the last traces were not taken by the collector within {PATIENCE:?}");
+                tracing::warn!("the collector did not accept the last traces within {PATIENCE:?}");
             }
         }
     }
 
-    /// A group's spans below one for all of its time.
+    /// Converts a group's spans to a trace, with a root span that covers all of them.
     fn trace(run: u64, incarnation: u64, began: SystemTime, spans: &[Span]) -> Vec<SpanData> {
         let seq = spans.first().map_or(0, |span| span.seq);
         let key = seed::mix(run ^ seed::mix(incarnation) ^ seed::mix(seq ^ 0x6f74_656c));
@@ -249,15 +249,15 @@ mod tests {
     }
 
     #[test]
-    fn a_group_is_told_once_it_is_trained_with_every_stage_that_had_it() {
+    fn a_trained_group_is_sent_once_with_the_spans_of_all_stages() {
         let mut gather = Gather::default();
         assert!(gather.take(spans(&[("rollout-0", 0, 2.0), ("prompts", 0, 1.0), ("prompts", 1, 2.5)])).is_empty());
-        // The label's span comes late: it was written down after the learner's.
+        // The span of the label stage arrives after the learner's.
         assert!(gather.take(spans(&[("learn", 0, 4.0)])).is_empty());
         let done = gather.take(spans(&[("label-0", 0, 3.0), ("rollout-0", 1, 4.5)]));
         let stages: Vec<&str> = done[0].iter().map(|span| span.stage.as_str()).collect();
         assert_eq!((done.len(), &stages[..]), (1, &["prompts", "rollout-0", "label-0", "learn"][..]));
-        assert!(gather.take(Vec::new()).is_empty(), "it is told once");
+        assert!(gather.take(Vec::new()).is_empty(), "it is sent once");
         let mut gather = Gather::default();
         let many: Vec<(&str, u64, f64)> = (0..MOST_OPEN as u64 + 2).map(|seq| ("prompts", seq, 5.0)).collect();
         gather.take(spans(&many));

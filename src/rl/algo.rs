@@ -1,11 +1,11 @@
 //! Learning algorithms as pure functions on numbers.
 //!
-//! An algorithm sees one group: rewards, and per token the log-probabilities under the policy that sampled
-//! (`behaviour`), the frozen reference, the weights that the batch arrived at (`proximal`) and the policy being
-//! trained, and the values. It says what the tokens were worth when the batch arrived, and, at each pass over the
-//! batch, the loss of the group and its derivative with respect to each log-probability and each value. The learner
-//! puts these derivatives at the end of the tensor graph; so an algorithm is a file without tensors, and can be
-//! checked against any other implementation number by number.
+//! The input of an algorithm is one group: the rewards, and per token the log-probabilities under the behaviour policy μ that
+//! sampled it, the frozen reference policy π_ref, the proximal policy π_prox (the learner's weights when the batch arrived)
+//! and the policy π_θ being trained, and the values. An algorithm computes the advantages once, when the batch arrives, and in
+//! each pass over the batch the loss of the group and its gradient with respect to each log-probability and value. The learner
+//! backpropagates these gradients through the model. An algorithm therefore contains no tensors and can be compared with other
+//! implementations number by number.
 
 pub mod advantage;
 pub mod correction;
@@ -23,35 +23,36 @@ pub use correction::Correction;
 pub use kl::Kl;
 pub use surrogate::Surrogate;
 
-/// What an algorithm is given of one group. Outer length: completions; inner: tokens of each.
+/// The input of an algorithm for one group. Nested lists are indexed `[completion][token]`.
 #[derive(Debug, Clone, Copy)]
 pub struct GroupView<'a> {
-    /// Reward of each completion, KL not included.
+    /// Reward of each completion, without the KL penalty.
     pub rewards: &'a [f64],
-    /// log μ(a_t), of the distribution that was sampled from.
+    /// log μ(a_t) of the behaviour policy, which sampled the tokens.
     pub behaviour: &'a [Vec<f32>],
-    /// log π_ref(a_t).
+    /// log π_ref(a_t) of the reference policy.
     pub reference: &'a [Vec<f32>],
-    /// log π_prox(a_t), of the learner's weights when the batch arrived; `policy` itself until a batch's second step.
+    /// log π_prox(a_t) of the learner's weights when the batch arrived. Equal to `policy` in the batch's first optimizer step.
     pub proximal: &'a [Vec<f32>],
-    /// log π_θ(a_t), of the weights being trained.
+    /// log π_θ(a_t) of the weights being trained.
     pub policy: &'a [Vec<f32>],
-    /// Compared completions and P(first is better); empty when the algorithm learns from rewards.
+    /// Compared pairs: the indices of two completions and P(first is better). Empty if the algorithm uses rewards.
     pub preferences: &'a [(usize, usize, f64)],
-    /// V(s_t), before token t; empty when the algorithm has no value baseline.
+    /// V(s_t) of the state before token t. Empty if the algorithm has no value baseline.
     pub values: &'a [Vec<f32>],
 }
 
 impl GroupView<'_> {
-    /// (1−β)·r − β·KL of each completion, the second half where the reward is charged for it. The distance is that of
-    /// the weights that the batch arrived at, not of older ones that sampled it: a policy held back by where it was
-    /// some versions ago swings about its optimum.
+    /// Returns the return of each completion: (1−β)·r − β·KL with [`kl::Place::Reward`], else (1−β)·r. The KL is that of
+    /// π_prox, not of the older weights that sampled the tokens; a penalty on a policy of some versions ago makes the current
+    /// one oscillate around its optimum.
     pub fn returns(&self, kl: &Kl) -> Vec<f64> {
         let tokens = self.proximal.iter().zip(self.reference);
         self.rewards.iter().zip(tokens).map(|(r, (now, reference))| kl.sequence_return(*r, now, reference)).collect()
     }
 
-    /// The same spread over tokens: what each is charged, and the reward's share at the last.
+    /// Returns the return of each completion as rewards per token: the negative KL penalty of each token, plus (1−β)·r at the
+    /// last token.
     pub fn token_rewards(&self, kl: &Kl) -> Vec<Vec<f64>> {
         let of = |(reward, (now, reference)): (&f64, (&Vec<f32>, &Vec<f32>))| {
             let mut rewards: Vec<f64> = now.iter().zip(reference).map(|(p, r)| -kl.in_reward(*p, *r)).collect();
@@ -64,19 +65,20 @@ impl GroupView<'_> {
     }
 }
 
-/// What a group's tokens were worth by the weights that its batch arrived at; fixed for all passes over the batch.
+/// Training targets of a group, computed with the learner's weights when the batch arrived and fixed for all passes over the
+/// batch. Lists are indexed `[completion][token]`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Targets {
-    /// Advantage of each token; empty when the algorithm has none.
+    /// Advantage of each token. Empty if the algorithm has none.
     pub advantages: Vec<Vec<f32>>,
-    /// What the value of each token's state should have been; empty without a value baseline.
+    /// Target of the value of each token's state. Empty without a value baseline.
     pub returns: Vec<Vec<f32>>,
-    /// V_old(s_t); empty where the algorithm does not bound its values.
+    /// V_old(s_t), the values when the batch arrived. Empty if the algorithm does not clip values.
     pub values: Vec<Vec<f32>>,
 }
 
 impl Targets {
-    /// One advantage for all tokens of a completion.
+    /// Returns targets with the same advantage for all tokens of a completion.
     fn per_completion(group: &GroupView<'_>, advantages: &[f64]) -> Self {
         let advantages = advantages
             .iter()
@@ -87,50 +89,49 @@ impl Targets {
     }
 }
 
-/// Loss of one group and where it slopes. Sums over the group, not yet divided by the batch.
+/// Loss of one group with its gradients, as sums over the group that are not yet divided by the batch's number of terms.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GroupLoss {
     /// Policy loss, summed over the group's terms.
     pub policy: f64,
-    /// The KL that is charged in the loss, summed likewise; zero where the reward is charged.
+    /// KL penalty in the loss, summed over the group's terms. Zero if the penalty is in the reward.
     pub kl: f64,
-    /// Value loss, summed over the group's tokens; zero without a value baseline.
+    /// Value loss, summed over the group's tokens. Zero without a value baseline.
     pub value: f64,
     /// ∂(policy + kl)/∂ log π_θ(a_t).
     pub d_policy: Vec<Vec<f32>>,
-    /// ∂/∂H(π_θ(·|s_t)) of the entropy bonus; empty without one.
+    /// ∂loss/∂H(π_θ(·|s_t)) of the entropy bonus. Empty without one.
     pub d_entropy: Vec<Vec<f32>>,
-    /// ∂value/∂V(s_t); empty without a value baseline.
+    /// ∂value/∂V(s_t). Empty without a value baseline.
     pub d_value: Vec<Vec<f32>>,
-    /// Terms of the policy loss: completions, tokens, or compared pairs. The batch's gradient is divided by their
-    /// number.
+    /// Number of terms of the policy loss (completions, tokens, or compared pairs), by which the batch's gradient is divided.
     pub terms: usize,
-    /// Tokens whose ratio was clipped, so that they did not slope.
+    /// Number of tokens whose ratio was clipped, which contribute no policy gradient.
     pub clipped: usize,
-    /// By how much the policy prefers the completion that the label prefers, per pair, as implicit reward.
+    /// Implicit reward margin of each compared pair: the policy's preference for the completion that the label prefers.
     pub margins: Vec<f64>,
 }
 
-/// A way to learn from a group.
+/// A learning algorithm.
 pub trait Algorithm: Send {
-    /// Whether [`GroupView::values`] must be filled.
+    /// Returns whether [`GroupView::values`] is required.
     fn needs_values(&self) -> bool {
         false
     }
 
-    /// Whether it learns from [`GroupView::preferences`] rather than from rewards.
+    /// Returns whether the algorithm uses [`GroupView::preferences`] instead of rewards.
     fn needs_preferences(&self) -> bool {
         false
     }
 
-    /// Whether what a group is worth depends on the rest of its batch.
+    /// Returns whether the targets of a group depend on the rest of its batch.
     fn needs_batch(&self) -> bool {
         false
     }
 
-    /// What the tokens of these groups are worth: the whole batch if it [needs](Self::needs_batch) it, else any part.
+    /// Computes the targets of groups: of the complete batch if the algorithm [needs](Self::needs_batch) it, else of any part.
     fn targets(&self, batch: &[GroupView<'_>]) -> Vec<Targets>;
 
-    /// Loss and slopes of one group, whose targets are `targets`.
+    /// Computes the loss and gradients of one group with the targets `targets`.
     fn loss(&self, group: &GroupView<'_>, targets: &Targets) -> GroupLoss;
 }

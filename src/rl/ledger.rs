@@ -1,9 +1,9 @@
-//! The ledger: where each group of the run stands, and what of it must not be lost.
+//! The ledger: the state of each group of the run, with the data that must survive a restart.
 //!
-//! Pure. Which prompt group number `seq` is about and what is drawn for it are functions of the seed and `seq` (see
-//! [`crate::pipeline::data::Dataset::order`], [`crate::util::seed::completion`]), so a group that is only admitted can be issued again
-//! exactly. What has been generated, labeled and rewarded is kept here until it is trained, so that a restart of the graph
-//! or of the program goes on with it, and nothing is paid for twice.
+//! The prompt of group `seq` and its random draws are functions of the seed and `seq` (see
+//! [`crate::pipeline::data::Dataset::order`], [`crate::util::seed::completion`]), so a group that is only admitted can be
+//! issued again exactly. Generated, labeled and rewarded groups are kept here until they are trained on, so that a restart of
+//! the graph or of the program continues with them and no label is paid for twice. This module does no I/O.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,16 +12,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{Group, Labeled, Rewarded};
 
-/// Where a group stands that is not trained yet.
+/// State of a group that has not been trained on yet.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum GroupState {
-    /// Let in by the staleness bound; nothing is known of it yet.
+    /// Admitted by the staleness bound, without data.
     Admitted,
-    /// Its completions are sampled.
+    /// Sampled: the completions exist.
     Generated(Arc<Group>),
-    /// It is judged, and the labels are paid for.
+    /// Labeled: the labels exist and are paid for.
     Labeled(Arc<Labeled>),
-    /// It has its rewards, and the reward model has learned from it.
+    /// Rewarded: the rewards exist, and the reward model has been trained on the group's pairs.
     Rewarded(Arc<Rewarded>),
 }
 
@@ -36,58 +36,58 @@ impl GroupState {
     }
 }
 
-/// Groups by sequence number. All below [`Self::trained`] are trained; of those from there on that were admitted, each has
-/// a standing. Rewards are given in order, so the rewarded ones come first.
+/// States of the groups by sequence number. All groups below [`Self::trained`] have been trained on; each admitted group from
+/// there on has a [`GroupState`]. Rewards are assigned in order of the sequence number, so the rewarded groups come first.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Ledger {
     trained: u64,
     groups: BTreeMap<u64, GroupState>,
 }
 
-/// An entry that cannot be: what it would say of a group, and what the ledger knows.
+/// A transition that contradicts a group's recorded state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LedgerError {
-    /// A group was to be trained that has no rewards.
-    #[error("group {0} would be trained without having been rewarded")]
+    /// A group was to be trained on without rewards.
+    #[error("group {0} would be trained on without rewards")]
     NotRewarded(u64),
-    /// A group was rewarded before one with a smaller number.
+    /// A group was rewarded before a group with a smaller number.
     #[error("group {0} was rewarded out of order")]
     OutOfOrder(u64),
 }
 
-/// How many groups stand where.
+/// Numbers of groups by state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Count {
-    /// Trained since the run began.
+    /// Groups trained on since the run began.
     pub trained: u64,
-    /// Admitted, and nothing more.
+    /// Groups that are only admitted.
     pub admitted: u64,
-    /// Generated and not labeled.
+    /// Groups that are generated but not labeled.
     pub generated: u64,
-    /// Labeled and not rewarded.
+    /// Groups that are labeled but not rewarded.
     pub labeled: u64,
-    /// Rewarded and not trained.
+    /// Groups that are rewarded but not trained on.
     pub rewarded: u64,
 }
 
-/// What a graph goes on with that is built anew.
+/// The groups that a restarted graph continues with.
 #[derive(Debug, Clone, Default)]
 pub struct UnderWay {
-    /// To be labeled.
+    /// Groups to label.
     pub generated: Vec<Arc<Group>>,
-    /// To be rewarded.
+    /// Groups to reward.
     pub labeled: Vec<Arc<Labeled>>,
-    /// To be trained, in order from the first group that is not.
+    /// Groups to train on, in order, from the first untrained group.
     pub rewarded: Vec<Arc<Rewarded>>,
 }
 
 impl Ledger {
-    /// Number of the first group that is not trained.
+    /// Returns the number of the first group that has not been trained on.
     pub fn trained(&self) -> u64 {
         self.trained
     }
 
-    /// Group `seq` is let in. Says whether it has to be generated: not if it was before.
+    /// Records that group `seq` is admitted. Returns whether it has to be generated; false if it was generated before.
     pub fn admit(&mut self, seq: u64) -> bool {
         if seq < self.trained {
             return false;
@@ -95,20 +95,20 @@ impl Ledger {
         matches!(self.groups.entry(seq).or_insert(GroupState::Admitted), GroupState::Admitted)
     }
 
-    /// A group's completions are there.
+    /// Records the completions of a group.
     pub fn generated(&mut self, group: &Group) {
         self.advance(group.prompt.seq, || GroupState::Generated(Arc::new(group.clone())), 1);
     }
 
-    /// A group's labels are there.
+    /// Records the labels of a group.
     pub fn labeled(&mut self, labeled: &Labeled) {
         self.advance(labeled.group.prompt.seq, || GroupState::Labeled(Arc::new(labeled.clone())), 2);
     }
 
-    /// A group's rewards are there.
+    /// Records the rewards of a group.
     ///
     /// # Errors
-    /// A group before it has none yet.
+    /// [`LedgerError::OutOfOrder`] if the previous group has no rewards yet.
     pub fn rewarded(&mut self, rewarded: &Rewarded) -> Result<(), LedgerError> {
         let seq = rewarded.group.prompt.seq;
         let before = seq.checked_sub(1).filter(|before| *before >= self.trained);
@@ -119,10 +119,10 @@ impl Ledger {
         Ok(())
     }
 
-    /// All groups below `end` are trained.
+    /// Records that all groups below `end` have been trained on, and drops their data.
     ///
     /// # Errors
-    /// One of them has no rewards; the ledger is then as before.
+    /// [`LedgerError::NotRewarded`] if one of them has no rewards; the ledger is then unchanged.
     pub fn train(&mut self, end: u64) -> Result<(), LedgerError> {
         if let Some(seq) =
             (self.trained..end).find(|seq| !matches!(self.groups.get(seq), Some(GroupState::Rewarded(_))))
@@ -134,18 +134,18 @@ impl Ledger {
         Ok(())
     }
 
-    /// A group moves on; what is trained, or farther already, stays.
+    /// Advances a group to the state `standing` with rank `rank`, unless it is trained on or in a later state already.
     fn advance(&mut self, seq: u64, standing: impl FnOnce() -> GroupState, rank: usize) {
         if seq >= self.trained && self.groups.get(&seq).is_none_or(|known| known.rank() < rank) {
             self.groups.insert(seq, standing());
         }
     }
 
-    /// Forgets who was only admitted, and gives what a new graph goes on with.
+    /// Removes groups that are only admitted, and returns the groups that a new graph continues with.
     pub fn resume(&mut self) -> UnderWay {
         self.groups.retain(|_, standing| !matches!(standing, GroupState::Admitted));
         for standing in self.groups.values_mut() {
-            // An earlier program handed groups on that got no verdict. They are asked about again.
+            // Earlier versions of the program passed on groups whose labeling failed. They are labeled again.
             if let GroupState::Labeled(labeled) = standing
                 && labeled.failed()
             {
@@ -164,7 +164,7 @@ impl Ledger {
         under_way
     }
 
-    /// How many groups stand where.
+    /// Returns the numbers of groups by state.
     pub fn count(&self) -> Count {
         let mut count = Count { trained: self.trained, ..Count::default() };
         for standing in self.groups.values() {
@@ -179,36 +179,37 @@ impl Ledger {
     }
 }
 
-/// The run's ledger, shared: it outlives the graphs that write into it.
+/// Shared handle of the run's ledger, which outlives the graphs that write into it.
 #[derive(Clone, Default)]
 pub struct Book(Arc<Mutex<Open>>);
 
 #[derive(Default)]
 struct Open {
     ledger: Ledger,
-    /// Who may write.
+    /// The incarnation that may write.
     incarnation: u64,
 }
 
 impl Book {
-    /// A book that goes on from `ledger`.
+    /// Creates a handle that continues from `ledger`.
     pub fn new(ledger: Ledger) -> Self {
         Self(Arc::new(Mutex::new(Open { ledger, incarnation: 0 })))
     }
 
-    /// Opens the book to the actors of `incarnation`, and closes it to all others. Gives what the new graph goes on with.
+    /// Grants write access to the actors of `incarnation` and revokes all others. Returns the groups that the new graph
+    /// continues with.
     pub fn open(&self, incarnation: u64) -> (LedgerWriter, UnderWay) {
         let mut open = self.lock();
         open.incarnation = incarnation;
         (LedgerWriter { book: Some(self.clone()), incarnation }, open.ledger.resume())
     }
 
-    /// The ledger as it is now.
+    /// Returns a copy of the ledger.
     pub fn copy(&self) -> Ledger {
         self.lock().ledger.clone()
     }
 
-    /// How many groups stand where.
+    /// Returns the numbers of groups by state.
     pub fn count(&self) -> Count {
         self.lock().ledger.count()
     }
@@ -218,7 +219,7 @@ impl Book {
     }
 }
 
-/// The book as the actors of one incarnation write into it. What an older one says is passed over.
+/// Write access to the ledger for the actors of one incarnation. Writes of an older incarnation are ignored.
 #[derive(Clone, Default)]
 pub struct LedgerWriter {
     book: Option<Book>,
@@ -226,38 +227,38 @@ pub struct LedgerWriter {
 }
 
 impl LedgerWriter {
-    /// Of a phase whose groups nobody would go on with.
+    /// Returns a writer that records nothing, for phases that are not resumed group by group.
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// As [`Ledger::admit`].
+    /// Calls [`Ledger::admit`]; returns true if the incarnation may not write.
     pub fn admit(&self, seq: u64) -> bool {
         self.write(true, |ledger| ledger.admit(seq))
     }
 
-    /// As [`Ledger::generated`].
+    /// Calls [`Ledger::generated`].
     pub fn generated(&self, group: &Group) {
         self.write((), |ledger| ledger.generated(group));
     }
 
-    /// As [`Ledger::labeled`].
+    /// Calls [`Ledger::labeled`].
     pub fn labeled(&self, labeled: &Labeled) {
         self.write((), |ledger| ledger.labeled(labeled));
     }
 
-    /// As [`Ledger::rewarded`].
+    /// Calls [`Ledger::rewarded`].
     ///
     /// # Errors
-    /// As there.
+    /// See [`Ledger::rewarded`].
     pub fn rewarded(&self, rewarded: &Rewarded) -> Result<(), LedgerError> {
         self.write(Ok(()), |ledger| ledger.rewarded(rewarded))
     }
 
-    /// As [`Ledger::train`].
+    /// Calls [`Ledger::train`].
     ///
     /// # Errors
-    /// As there.
+    /// See [`Ledger::train`].
     pub fn train(&self, end: u64) -> Result<(), LedgerError> {
         self.write(Ok(()), |ledger| ledger.train(end))
     }
@@ -302,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_that_an_earlier_program_labeled_with_a_failure_is_labeled_again() {
+    fn a_group_recorded_with_a_failed_label_is_labeled_again() {
         let labeled = |seq, verdict| Labeled {
             group: group(seq),
             feedback: Some(Feedback {
@@ -331,11 +332,10 @@ mod tests {
         assert_eq!((ledger.count().generated, ledger.count().labeled), (0, 3));
     }
 
-    /// A small system with a random scheduler: actors work in any order, die in between, and are built anew from the
-    /// ledger, or from a copy of it that was kept aside. Every group is trained once, in order, and no stage that is done
-    /// with a group before a copy is taken does it again after.
+    /// A small system with a random scheduler: actors work in any order, die, and are restarted from the ledger or from an
+    /// earlier copy of it. Every group is trained on once, in order, and no stage repeats work that a copy already contains.
     #[test]
-    fn whatever_dies_when_every_group_is_trained_once_and_labeled_once() {
+    fn every_group_is_trained_and_labeled_once_despite_restarts() {
         let mut state = 11u64;
         let mut random = |n: usize| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -346,7 +346,7 @@ mod tests {
         for eta in 0..4u64 {
             for _ in 0..40 {
                 let mut ledger = Ledger::default();
-                // What a copy holds: the ledger, and how often each group was labeled when it was taken.
+                // A copy of the ledger, and how often each group had been labeled when it was taken.
                 let mut kept = (ledger.clone(), vec![0u32; ALL as usize]);
                 let mut labeled_times = vec![0u32; ALL as usize];
                 let (mut admitted, mut to_generate, mut to_label, mut to_reward, mut next_reward) =
@@ -385,11 +385,11 @@ mod tests {
                         18 if deaths < 20 && random(4) == 0 => {
                             deaths += 1;
                             if random(2) == 0 {
-                                // The program died: all since the copy is forgotten, the world's count is not.
+                                // The program died: everything after the copy is lost.
                                 ledger = kept.0.clone();
                                 labeled_times.clone_from(&kept.1);
                             }
-                            // Through the disk, as a checkpoint goes.
+                            // Serialised and read back, as by a checkpoint.
                             let bytes = postcard::to_stdvec(&ledger).unwrap();
                             ledger = postcard::from_bytes(&bytes).unwrap();
                             let under_way = ledger.resume();
@@ -411,7 +411,7 @@ mod tests {
                     let known = count.admitted + count.generated + count.labeled + count.rewarded;
                     assert!(count.trained + known <= (eta + ledger.trained() / BATCH + 1) * BATCH, "{count:?}");
                 }
-                // Within what is not forgotten, nothing is labeled twice.
+                // Except for lost work, no group is labeled twice.
                 assert!(labeled_times.iter().all(|times| *times == 1), "{labeled_times:?}");
                 assert_eq!(ledger.count(), Count { trained: ALL, ..Count::default() });
             }
@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_and_changes_nothing() {
+    fn a_contradicting_transition_is_refused_and_changes_nothing() {
         let mut ledger = Ledger::default();
         ledger.admit(0);
         ledger.admit(1);
@@ -428,7 +428,7 @@ mod tests {
         assert_eq!(ledger.train(2), Err(LedgerError::NotRewarded(1)));
         assert_eq!(ledger.trained(), 0);
         ledger.train(1).unwrap();
-        // A late word on what is trained, or a step back, is passed over.
+        // A late report on a trained group, or a step back, is ignored.
         ledger.generated(&group(0));
         assert!(!ledger.admit(0));
         ledger.labeled(&Labeled::from(group(1)));

@@ -1,5 +1,5 @@
-//! Statistics of an evaluation, on plain numbers: shares and means with intervals, win rates with length held fixed,
-//! position bias, and tables to show them in.
+//! Statistics of evaluations: shares and means with confidence intervals, length-controlled win rates, position bias, and
+//! tables.
 
 pub mod interval;
 pub mod length_control;
@@ -14,7 +14,7 @@ mod testing {
     //! Reference values of an independent implementation (tests/fixtures/README.md).
     use serde_json::Value;
 
-    /// The cases called `name`.
+    /// Returns the reference cases called `name`.
     pub fn reference(name: &str) -> Vec<Value> {
         let text = include_str!("../../tests/fixtures/eval/reference.json");
         let mut all: Value = serde_json::from_str(text).unwrap();

@@ -1,4 +1,4 @@
-//! Labeling files: the labeler actors of a training graph, fed from a file and read by a writer.
+//! Labeling of files: a graph of a source that reads questions, the labeler actors, and a writer.
 
 pub mod file;
 
@@ -23,12 +23,12 @@ use crate::pipeline::label::{Labeler, Labels};
 use crate::types::Group;
 use crate::util::signals;
 
-/// What is to be labeled.
+/// The questions to label.
 pub trait Questions: Send + Sync {
-    /// Question `i` as a group.
+    /// Returns question `i` as a group.
     ///
     /// # Errors
-    /// What can no longer be read.
+    /// If the question can no longer be read.
     fn group(&self, i: usize) -> Result<Group>;
 }
 
@@ -36,17 +36,18 @@ pub trait Questions: Send + Sync {
 pub struct PairQuestions {
     /// The pairs.
     pub pairs: Arc<Preferences>,
-    /// How prompts are made for judges that read tokens.
+    /// Prompt format for judges that read tokens.
     pub format: PromptFormat,
-    /// Their tokenizer.
+    /// Tokenizer of judges that read tokens.
     pub tokenizer: Tokenizer,
 }
 
 impl PairQuestions {
-    /// `pair`, number `i` of the file, as a group. What an answer writes like a control token is plain text there.
+    /// Returns `pair`, the pair `i` of the file, as a group. Text in an answer that spells a control token is escaped to plain
+    /// text.
     ///
     /// # Errors
-    /// A dialogue that the format cannot take.
+    /// If the format does not support the dialogue.
     pub fn ask(&self, i: usize, mut pair: PreferencePair) -> Result<Group> {
         let control = self.tokenizer.control_tokens();
         for text in [&mut pair.first, &mut pair.second] {
@@ -66,45 +67,45 @@ impl Questions for PairQuestions {
 
 /// A labeled question.
 pub struct Annotation {
-    /// Its number.
+    /// Index of the question.
     pub question: usize,
-    /// What was asked.
+    /// The question.
     pub group: Group,
-    /// What the labeler said.
+    /// The labeler's answer.
     pub labels: Labels,
 }
 
-/// Takes what was labeled, a batch at a time and once each.
+/// Receiver of labeled questions, in batches. Each question is delivered once.
 pub trait Annotations: Send {
-    /// A batch is labeled.
+    /// Stores a labeled batch.
     ///
     /// # Errors
-    /// Ends the work: what must be kept could not be.
+    /// If the batch cannot be stored, which ends the job.
     fn take(&mut self, batch: Vec<Annotation>) -> Result<()>;
 }
 
 /// A labeling job.
 pub struct Job {
-    /// For workers, threads, retries and the watchdog.
+    /// Configuration with the numbers of workers, threads and retries, and the watchdog's times.
     pub config: Config,
-    /// What to label.
+    /// The questions.
     pub questions: Arc<dyn Questions>,
-    /// Which of them, in order.
+    /// Indices of the questions to label, in order.
     pub todo: Vec<usize>,
-    /// Questions that a labeler is given at once.
+    /// Number of questions per labeler call.
     pub batch: usize,
-    /// In what form labels are wanted.
+    /// Requested form of the labels.
     pub wants: Wants,
-    /// Makes a labeler for each labeler actor.
+    /// Creates the labeler of each labeler actor.
     pub labelers: Box<dyn Fn() -> Result<Box<dyn Labeler>> + Send + Sync>,
-    /// Set when a judge was waited for in vain: no further question is asked then.
+    /// Set when a judge's outage exceeded `labeler.remote.outage_s`. No further question is asked then.
     pub gave_up: Arc<AtomicBool>,
 }
 
-/// Labels everything, in as many labeler actors as are configured; returns false when it was interrupted.
+/// Labels the questions of `job` with the configured number of labeler actors. Returns false if it was interrupted.
 ///
 /// # Errors
-/// A labeler that cannot be made, or fails beyond the restart budget; what `out` reports.
+/// If a labeler cannot be created or fails more often than the restart budget allows, or if `out` reports an error.
 pub fn annotate(job: Job, out: Arc<Mutex<dyn Annotations>>) -> Result<bool> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let supervision = &job.config.supervision;
@@ -134,7 +135,7 @@ pub fn annotate(job: Job, out: Arc<Mutex<dyn Annotations>>) -> Result<bool> {
     match outcome {
         Outcome::Finished => Ok(true),
         Outcome::Drained | Outcome::Halted => Ok(false),
-        Outcome::Failed { stage, error, .. } => bail!("labeling ended since {stage} failed: {error}"),
+        Outcome::Failed { stage, error, .. } => bail!("labeling ended because {stage} failed: {error}"),
     }
 }
 
@@ -147,7 +148,7 @@ fn wire(
     let labeler = &job.config.labeler;
     let (asked_out, asked) = builder.edge("questions", 1);
     let (labeled_out, labeled) = builder.edge("labeled", labeler.capacity);
-    // After a restart, what was not yet taken is asked again.
+    // After a restart, questions that were not yet stored are asked again.
     let todo = left.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let gave_up = || Arc::clone(&job.gave_up);
     let source = Ask { questions: Arc::clone(&job.questions), todo, batch: job.batch, next: 0, gave_up: gave_up() };

@@ -1,4 +1,4 @@
-//! What a run would take, told before it is started.
+//! `preceptor check`: validates a run before it is started, and estimates its resources.
 
 mod growth;
 
@@ -17,13 +17,13 @@ use crate::pipeline::topology::learning::lora;
 use crate::util::device;
 use crate::util::process;
 
-/// Characters of a text per token, roughly, of texts that only a server counts.
+/// Approximate number of characters per token, for texts that only a server tokenises.
 const CHARACTERS: f64 = 4.0;
 
-/// Checks all that a run would, and trains nothing. Returns lines to print.
+/// Makes all checks of a run's start, without training. Returns the lines to print.
 ///
 /// # Errors
-/// What a run would stumble over before its first step.
+/// Returns each error that would end a run before its first step.
 pub fn check(config: &Config) -> Result<Vec<String>> {
     Token::from_env(&config.serve)?;
     let prepared = prepare(config, true)?;
@@ -33,13 +33,13 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     let data = &prepared.data;
     let mut lines = vec![
         format!(
-            "policy      {} ({:.1} M parameters, {:.1} M of them learn)",
+            "policy      {} ({:.1} M parameters, {:.1} M of them trained)",
             prepared.origin,
             sizes.parameters / 1e6,
             sizes.trained / 1e6
         ),
         format!(
-            "data        {} prompts, of {} tokens in the mean, {} at most{}",
+            "data        {} prompts, {} tokens on average, {} at most{}",
             data.len(),
             mean_prompt(data)?,
             data.longest(),
@@ -63,12 +63,12 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// Lines about models whose chat template lets them reason before they answer.
+/// Returns lines about models whose chat template enables reasoning before the answer.
 fn reasoning(config: &Config, prepared: &Prepared) -> Vec<String> {
     let mut lines = Vec::new();
     if config.data.chat && prepared.tokenizer.thinks() {
         lines.push(format!(
-            "reasoning   the policy's chat template lets it reason first: rollout.max_new_tokens = {} has to hold reasoning and answer, and judges see both",
+            "reasoning   the policy's chat template enables reasoning: rollout.max_new_tokens = {} includes reasoning and answer, and judges see both",
             config.rollout.max_new_tokens
         ));
     }
@@ -77,21 +77,24 @@ fn reasoning(config: &Config, prepared: &Prepared) -> Vec<String> {
         JudgeBackend::Asked(_) | JudgeBackend::Embedder(_) => None,
     });
     if judges.any(|judge| judge.chat && judge.tokenizer.thinks()) {
-        lines.push("reasoning   the local judge's chat template lets it reason first; it is asked with enable_thinking = false".into());
+        lines.push(
+            "reasoning   the local judge's chat template enables reasoning; it is asked with enable_thinking = false"
+                .into(),
+        );
     }
     lines
 }
 
-/// Bytes that a run takes where the policy is, about: weights, optimizer, and most activations.
+/// Estimates the memory of a run on the policy's device in bytes: weights, optimizer, and peak activations.
 ///
 /// # Errors
-/// Adapters that do not suit the model.
+/// If the configured adapters do not fit the model.
 pub(crate) fn memory_bytes(config: &Config, prepared: &Prepared) -> Result<f64> {
     let sizes = Sizes::of(config, prepared)?;
     Ok(sizes.loads(config, prepared).first().map_or(0.0, |load| load.weights + load.activations))
 }
 
-/// Lines about devices that have less free memory than a run needs.
+/// Returns lines about devices that have less free memory than a run needs.
 ///
 /// # Errors
 /// As [`memory_bytes`]; weights and optimizer state that the machine cannot hold.
@@ -106,17 +109,17 @@ pub(crate) fn shortages(config: &Config, prepared: &Prepared) -> Result<Vec<Stri
     Ok(loads.iter().filter(short).map(|load| load.line(config)).collect())
 }
 
-/// Parameters of what a run holds.
+/// Numbers of parameters of a run's models.
 struct Sizes {
-    /// Of the policy.
+    /// Parameters of the policy.
     parameters: f64,
-    /// Of these, what learns; with adapters, what they have.
+    /// Trained parameters of the policy, or those of its adapters.
     trained: f64,
-    /// Of judges that are not the policy.
+    /// Parameters of judges other than the policy.
     judges: f64,
-    /// Of the reward model.
+    /// Parameters of the reward model, or zero.
     reward_model: f64,
-    /// Of a value model.
+    /// Parameters of the value model, or zero.
     value_model: f64,
 }
 
@@ -143,10 +146,10 @@ impl Sizes {
         Ok(Self { parameters, trained, judges, reward_model, value_model })
     }
 
-    /// What each device has to hold, the policy's first.
+    /// Returns the memory needed on each device, the policy's first.
     fn loads(&self, config: &Config, prepared: &Prepared) -> Vec<Load> {
         let each = bytes(config);
-        // In f32: a batch's gradient, AdamW's two moments, and but for f32 on the CPU the weights once more.
+        // In f32: the batch's gradient, AdamW's two moments, and a copy of the weights unless they are f32 on the CPU.
         let exact = |device: &Device| if is_fused(config, device) { 12.0 } else { 16.0 };
         let narrow = match config.rollout.weights {
             RolloutWeights::F32 => 0.0,
@@ -157,13 +160,13 @@ impl Sizes {
         let policy = prepared.policy().device();
         let own = |method: &Method| method.model.is_none() && method.remote.is_none();
         let own_judge = prepared.judges(config).any(|(method, _)| own(method));
-        // What the policy starts from stays for whoever needs it: the KL, adapters, a judge, evaluations.
+        // The initial weights are kept if the KL, adapters, a judge or evaluations need them.
         let start_stays = config.reward.reference
             || config.policy.lora.is_some()
             || config.evaluation.every_steps > 0
             || (own_judge && devices.labeler.same_device(policy));
         let start = if start_stays { self.parameters } else { 0.0 };
-        // Of what learns, weights, a group's gradient, and two published copies of the policy.
+        // Trained parameters: weights, a group's gradient, and two published copies of the policy.
         let learner = each * (start + 4.0 * self.trained + 2.0 * self.value_model)
             + exact(policy) * (self.trained + self.value_model);
         let mut loads = vec![Load {
@@ -185,7 +188,8 @@ impl Sizes {
         let copy = if own_judge && !devices.labeler.same_device(policy) { self.parameters } else { 0.0 };
         add(&config.labeler.device, &devices.labeler, each * (self.judges + copy), 0.0);
         let scorer = &devices.reward_model;
-        // Beside the learner it has activations of its own; in turn with it, mostly the learner's room.
+        // On a separate device the reward model needs separate activations. On the policy's device it alternates with the
+        // learner and mostly reuses its memory.
         let beside = self.reward_model > 0.0 && !scorer.same_device(policy);
         let activations = if beside { self.activation_bytes(config, prepared, scorer) } else { 0.0 };
         add(&config.reward_model.device, scorer, (each + exact(scorer)) * self.reward_model, activations);
@@ -193,7 +197,7 @@ impl Sizes {
             add(&None, policy, narrow * config.rollout.workers as f64, 0.0);
         }
         for (worker, name) in (0..config.rollout.workers).zip(config.rollout.devices.iter().cycle()) {
-            // The weights that are sampled with, and those that will be.
+            // The weights in use, and the next version while it is copied.
             let device = devices.rollout(worker);
             let shared = if config.policy.lora.is_some() { self.parameters } else { 0.0 };
             let copies = each * (shared + 2.0 * self.trained);
@@ -213,7 +217,7 @@ impl Sizes {
         let (each, stream) = (bytes(config), shape.hidden_size as f64);
         let mut layer = each * shape.kept(config.policy.lora.is_none() && is_fused(config, device)) as f64;
         if !is_fused(config, device) {
-            // Candle's operations keep what they are composed of: norms raised to f32, and every score several times.
+            // Candle's unfused operations keep their intermediate results: norms in f32, and several copies of the scores.
             layer += 32.0 * stream + (24 * shape.heads * tokens) as f64;
         }
         let layers = shape.layers as f64;
@@ -222,12 +226,12 @@ impl Sizes {
     }
 }
 
-/// Whether the fused operations are what computes there.
+/// Returns whether models on `device` are computed by the fused operations.
 fn is_fused(config: &Config, device: &Device) -> bool {
     device.is_cpu() && config.policy.dtype == WeightDtype::F32
 }
 
-/// Of a number that is computed with.
+/// Returns the bytes per number of `policy.dtype`.
 fn bytes(config: &Config) -> f64 {
     match config.policy.dtype {
         WeightDtype::F32 => 4.0,
@@ -235,9 +239,9 @@ fn bytes(config: &Config) -> f64 {
     }
 }
 
-/// What a device has to hold, in bytes.
+/// Memory needed on a device, in bytes.
 struct Load {
-    /// As the configuration calls it.
+    /// Name of the device in the configuration.
     name: String,
     device: Device,
     weights: f64,
@@ -275,22 +279,20 @@ impl Load {
     }
 }
 
-/// The device, and what is computed in where that is not what one expects there.
+/// Describes a device, with a remark on the data type or precision if it is unusual there.
 fn place(device: &str, config: &Config) -> String {
     match (device, config.policy.dtype) {
         ("cpu", WeightDtype::F32) => match config.policy.matmul_precision {
             MatmulPrecision::Highest => device.to_owned(),
             lower if kernels::has_tile_unit() => {
                 let bits = if lower == MatmulPrecision::High { 16 } else { 8 };
-                format!("{device}, in products {bits} bits of a value's significand (policy.matmul_precision)")
+                format!("{device}, matrix products with a {bits}-bit significand (policy.matmul_precision)")
             }
-            _ => format!("{device} (which has no tile unit: policy.matmul_precision changes nothing)"),
+            _ => format!("{device} (without a tile unit: policy.matmul_precision has no effect)"),
         },
-        ("cpu", WeightDtype::Bf16) => {
-            "cpu in bf16 (which is slow there: policy.dtype = \"f32\" computes as a CPU likes to)".into()
-        }
+        ("cpu", WeightDtype::Bf16) => "cpu in bf16 (slow on a CPU; policy.dtype = \"f32\" is faster)".into(),
         (_, WeightDtype::F32) => {
-            format!("{device} in f32 (policy.dtype = \"bf16\" takes less and is faster on a card)")
+            format!("{device} in f32 (policy.dtype = \"bf16\" needs less memory and is faster on a GPU)")
         }
         (_, WeightDtype::Bf16) => format!("{device} in bf16"),
     }
@@ -301,11 +303,11 @@ fn gib(bytes: f64) -> String {
     if gib < 0.1 { format!("{:.2} MiB", 1024.0 * gib) } else { format!("{gib:.2} GiB") }
 }
 
-/// What there is, and a warning where it is not enough.
+/// Describes the free memory of a device, with a remedy if it is less than `bytes`.
 fn available(device: &Device, bytes: f64, learns: bool) -> String {
     match device::available_bytes(device) {
         Some(there) if bytes > there as f64 => format!(
-            "; only {} are free{}: {}",
+            "; only {} are free{}; {}",
             gib(there as f64),
             limited(device),
             if learns {
@@ -319,13 +321,13 @@ fn available(device: &Device, bytes: f64, learns: bool) -> String {
     }
 }
 
-/// The limit of the control group on memory, where it may be what counts.
+/// Describes the control group's memory limit, if it applies to the device.
 fn limited(device: &Device) -> String {
     let limit = if device.is_cpu() { process::memory_limit() } else { None };
     limit.map_or(String::new(), |limit| format!(" within the control group's limit of {}", gib(limit as f64)))
 }
 
-/// Threads of the stages that compute here, and the cores for them.
+/// Compares the threads of all stages that compute on this machine with its cores.
 fn threads(config: &Config) -> String {
     let labels_here = config.needs_labels() && config.labeler.methods.iter().any(|method| method.remote.is_none());
     let stages = [
@@ -345,12 +347,12 @@ fn threads(config: &Config) -> String {
         .collect();
     let advice = match wide.as_slice() {
         [] => String::new(),
-        wide => format!("; {} is more than the cores: lower it, or run preceptor tune", wide.join(", ")),
+        wide => format!("; {} exceeds the number of cores: lower it, or run preceptor tune", wide.join(", ")),
     };
     format!("threads     {all} of all stages on {cores} {}{quota}{advice}", if cores == 1 { "core" } else { "cores" })
 }
 
-/// Weights in the form of other programs, and what a resumed run needs beside them.
+/// Estimates the disk space of checkpoints: the model files, and the state that a resumed run needs.
 fn disk(config: &Config, sizes: &Sizes) -> String {
     let keep = &config.checkpoint;
     let exact = if keep.dtype == WeightDtype::Bf16 { 2.0 } else { 0.0 };
@@ -358,22 +360,22 @@ fn disk(config: &Config, sizes: &Sizes) -> String {
     let master = if fused { 0.0 } else { 4.0 };
     let policy = (4.0 + exact) * sizes.parameters.max(sizes.trained) + (8.0 + master) * sizes.trained;
     let each = policy + (12.0 + master) * (sizes.value_model + sizes.reward_model);
-    // The one that is being written stands beside those that are kept.
+    // The checkpoint that is being written exists in addition to the kept ones.
     let evaluated = usize::from(keep.best.as_deref() == Some(WIN_RATE));
     let kept = keep.keep + usize::from(keep.best.is_some()) + evaluated + 1;
-    format!("disk        about {} a checkpoint; {kept} at a time at most, {}", gib(each), gib(kept as f64 * each))
+    format!("disk        about {} per checkpoint; at most {kept} at a time, {}", gib(each), gib(kept as f64 * each))
 }
 
-/// The rows that are left out, in words.
+/// Describes the skipped rows. Empty if there are none.
 fn left_out(data: &crate::pipeline::data::Dataset) -> String {
     let parts = [(data.skipped, "too long"), (data.bad, "unusable")];
     let parts: Vec<String> =
         parts.iter().filter(|(rows, _)| *rows > 0).map(|(rows, why)| format!("{rows} {why}")).collect();
-    if parts.is_empty() { String::new() } else { format!("; left out: {}", parts.join(", ")) }
+    if parts.is_empty() { String::new() } else { format!("; skipped: {}", parts.join(", ")) }
 }
 
 fn mean_prompt(data: &crate::pipeline::data::Dataset) -> Result<usize> {
-    /// As many as tell the mean well enough.
+    /// Sample size of the estimate.
     const LOOKED_AT: usize = 64;
     let order = data.order(0);
     let count = data.len().min(LOOKED_AT);
@@ -385,13 +387,13 @@ fn tokens(config: &Config, prompt: usize) -> String {
     let groups = config.learner.batch_groups;
     let completions = groups * config.rollout.group_size as u64;
     format!(
-        "tokens      a step reads about {} of prompts and writes up to {} in {completions} completions",
+        "tokens      a step reads about {} prompt tokens and generates up to {} in {completions} completions",
         groups * prompt as u64,
         completions * config.rollout.max_new_tokens as u64,
     )
 }
 
-/// What each judge is asked, and what it costs.
+/// Describes the number of questions to each judge, and their cost.
 fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
     let (learner, evaluation) = (&config.learner, &config.evaluation);
     let mut lines = if config.needs_labels() {
@@ -405,20 +407,20 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
             ("judge", "step", steps),
         )?
     } else {
-        vec!["judge       none is asked while the policy learns".into()]
+        vec!["judge       not used during training".into()]
     };
     if let Some(times) = config.run.steps.checked_div(evaluation.every_steps) {
         let times = times as f64;
         let (_, methods) = config.evaluation_judge();
         lines.extend(asked(config, prompt, methods, [evaluation.prompts, 2, 1], ("win rate", "evaluation", times))?);
     } else if evaluation.labeler.is_some() {
-        lines.push("win rate    evaluation.labeler judges for eval win-rate and eval harmless-rate alone: evaluation.every_steps is 0".into());
+        lines.push("win rate    evaluation.labeler is used by eval win-rate and eval harmless-rate only: evaluation.every_steps is 0".into());
     }
     Ok(lines)
 }
 
-/// A line for each of `methods`, which judge `groups` groups of `size` completions, `pairs` of which are compared, at a
-/// `time` that comes `times` times in the run.
+/// Returns a line for each of `methods`. Per `time` (a step or an evaluation, `times` of them in the run) it judges `groups`
+/// groups of `size` completions, of which `pairs` pairs are compared.
 fn asked(
     config: &Config,
     prompt: usize,
@@ -439,7 +441,7 @@ fn asked(
                 let read = asked / CHARACTERS + prompt as f64 + 2.0 * completion;
                 let thoughts = if method.cot { method.rationales } else { 0 };
                 let written = (thoughts * method.rationale_tokens) as f64;
-                // Each rationale is a question, and the choice after it another one.
+                // Each rationale is a question, and the choice after it is another one.
                 (pairs * orders * (1 + thoughts).max(2 * thoughts), read + written / 2.0, written + 1.0)
             }
             LabelerKind::Direct => {
@@ -452,15 +454,15 @@ fn asked(
         let cost = method.remote.as_ref().map_or(String::new(), |judge| {
             let price = questions * (read * judge.price_prompt + written * judge.price_completion) / 1e6;
             if price > 0.0 {
-                format!("; {price:.4} a {time}, {:.2} the run, at most", price * times)
+                format!("; at most {price:.4} per {time}, {:.2} per run", price * times)
             } else {
-                "; its price is not known (labeler.remote.price_prompt, price_completion)".into()
+                "; the price is not set (labeler.remote.price_prompt, price_completion)".into()
             }
         });
-        let place = if method.remote.is_some() { "server" } else { "here" };
+        let place = if method.remote.is_some() { "server" } else { "local" };
         let kind = crate::config::Choice::word(method.kind);
         lines.push(format!(
-            "{title:<11} {kind}, {place}: {questions:.0} questions a {time}, about {:.0} tokens read, {:.0} written{cost}",
+            "{title:<11} {kind}, {place}: {questions:.0} questions per {time}, about {:.0} tokens read, {:.0} written{cost}",
             questions * read,
             questions * written,
         ));
@@ -468,40 +470,40 @@ fn asked(
     Ok(lines)
 }
 
-/// What is off-policy, and whether it is corrected for. What would be learned from without either a correction or a clip
-/// was refused when the configuration was read.
+/// Describes the off-policy sources and their correction. Reading the configuration has already refused off-policy training
+/// without a correction or a clip.
 fn staleness(config: &Config) -> Vec<String> {
     let (learner, rollout) = (&config.learner, &config.rollout);
     let preference = config.run.mode == Mode::Preference;
     let correction = match learner.correction {
-        _ if preference => "a preference loss does not need the probabilities of who wrote".to_owned(),
+        _ if preference => "a preference loss does not need the sampling probabilities".to_owned(),
         CorrectionKind::Tis => format!("corrected per token, truncated at {}", learner.truncation),
         CorrectionKind::TisSequence => format!("corrected per completion, truncated at {}", learner.truncation),
-        CorrectionKind::Decoupled => "corrected per token, without a bound".to_owned(),
+        CorrectionKind::Decoupled => "corrected per token, without truncation".to_owned(),
         CorrectionKind::None if learner.eta == 0 => "nothing to correct".to_owned(),
         CorrectionKind::None => "NOT corrected, only clipped (learner.correction = \"none\")".to_owned(),
     };
     let cut = rollout.top_k > 0 || rollout.top_p < 1.0 || rollout.min_p > 0.0 || rollout.repetition_penalty != 1.0;
     let mut lines = vec![format!(
-        "staleness   η = {}: a token is at most {} versions old when it is trained; {correction}",
+        "staleness   η = {}: a token is at most {} versions old when it is trained on; {correction}",
         learner.eta, learner.eta
     )];
     if cut {
-        lines.push("sampling    tokens are drawn from a restricted distribution (rollout.top_k, top_p, min_p, repetition_penalty) and learned from as if they had come from the whole one, as in TRL and verl".into());
+        lines.push("sampling    tokens are drawn from a restricted distribution (rollout.top_k, top_p, min_p, repetition_penalty) and trained on as if drawn from the unrestricted one, as in TRL and verl".into());
     }
     let uncorrected = learner.correction == CorrectionKind::None && !preference;
     for (there, what) in [
-        (rollout.weights == RolloutWeights::Bf16, "what is drawn is of weights in 16 bits (rollout.weights)"),
-        (rollout.weights == RolloutWeights::Q8, "what is drawn is of weights in eight bits (rollout.weights)"),
+        (rollout.weights == RolloutWeights::Bf16, "tokens are sampled with 16-bit weights (rollout.weights)"),
+        (rollout.weights == RolloutWeights::Q8, "tokens are sampled with 8-bit weights (rollout.weights)"),
         (
             config.policy.matmul_precision == MatmulPrecision::Medium
                 && (config.policy.device != "cpu" || kernels::has_tile_unit()),
-            "what is drawn and what is learned from differ by the rounding of products (policy.matmul_precision)",
+            "sampling and training differ by the rounding of matrix products (policy.matmul_precision)",
         ),
-        (learner.epochs > 1, "later epochs learn from what the first version of the step drew (learner.epochs)"),
+        (learner.epochs > 1, "later epochs train on the samples of earlier weights (learner.epochs)"),
     ] {
         if there {
-            let how = if uncorrected { "NOT corrected" } else { "corrected likewise" };
+            let how = if uncorrected { "NOT corrected" } else { "corrected in the same way" };
             lines.push(format!("off-policy  {what}; {how}"));
         }
     }

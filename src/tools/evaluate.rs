@@ -1,4 +1,4 @@
-//! Evaluations: what a labeler, a reward model or a checkpoint is worth, measured (Lee et al. 2023, §3).
+//! Evaluation of labelers, reward models and checkpoints (Lee et al. 2023, §3).
 
 pub mod alignment;
 pub mod answers;
@@ -21,7 +21,7 @@ use crate::pipeline::topology::labelers::labeler_on;
 use crate::tools::batch_label::{Annotation, Annotations, Job, Questions, annotate};
 use crate::util::signals::Interrupted;
 
-/// Keeps what was labeled, in the order of the questions.
+/// Stores labels in memory, in the order of the questions.
 struct Kept {
     labels: Vec<Option<Labels>>,
     taken: u64,
@@ -39,10 +39,11 @@ impl Annotations for Kept {
     }
 }
 
-/// Labels of `count` questions, by the configured labeler on `instruments`.
+/// Returns the labels of `count` questions, by the configured labeler on the backends `instruments`. `what` is the title of
+/// the progress bar.
 ///
 /// # Errors
-/// A labeler that fails beyond its restart budget, or an interrupt.
+/// If the labeler fails more often than its restart budget allows, or the user interrupts.
 fn judge(
     config: &Config,
     instruments: &[JudgeBackend],
@@ -73,7 +74,7 @@ fn judge(
     }
     let labels: Vec<Labels> = std::mem::take(&mut kept.labels).into_iter().flatten().collect();
     if gave_up.load(Ordering::SeqCst) {
-        let why = labels.iter().find_map(Labels::failure).unwrap_or("the judge gave no answer");
+        let why = labels.iter().find_map(Labels::failure).unwrap_or("the judge did not answer");
         bail!("{what} ended: {why}");
     }
     Ok(labels)

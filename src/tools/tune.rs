@@ -1,9 +1,9 @@
-//! `preceptor tune`: how a machine's cores are best divided among the actors of a run.
+//! `preceptor tune`: search for the fastest allocation of a machine's cores to the actors of a run.
 //!
-//! Each stage is measured alone, the run is measured as it is configured, a [`model`] is fitted to both, every division
-//! of the machine is rated by it, and the best few are measured before one is proposed. What is proposed changes where
-//! and when things are computed, not what is learned; η is part of it, since older tokens are corrected for. The sizes of
-//! a step change what is learned, and are proposed where that is asked for.
+//! Each stage is measured alone, and the run is measured as configured. A [`model`] is fitted to both and rates every
+//! allocation. The best few are measured before one is proposed. Proposed settings affect placement and timing, not the
+//! training result. They include η, because stale tokens are corrected for. Batch and group sizes affect the training result
+//! and are proposed only on request.
 
 pub mod live;
 pub mod model;
@@ -14,27 +14,27 @@ use anyhow::{Result, ensure};
 use model::Model;
 use plan::Plan;
 
-/// A gain below this is within what two measurements of the same differ by, and is not worth a change.
+/// Smallest relative gain that justifies a change. Smaller ones are within the noise of two measurements of the same plan.
 pub const NOTICEABLE: f64 = 0.05;
 
 /// The stages that compute, in the order of the data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// Sampling.
+    /// Sampling of completions.
     Rollout,
-    /// Judging.
+    /// Labeling by judges.
     Label,
-    /// Scoring by the reference and the reward model.
+    /// Scoring by the reference policy and the reward model.
     Reward,
-    /// Gradients.
+    /// Gradients and optimizer steps.
     Learn,
 }
 
 impl Role {
-    /// All of them.
+    /// All roles, in the order of the data.
     pub const ALL: [Self; 4] = [Self::Rollout, Self::Label, Self::Reward, Self::Learn];
 
-    /// As the graph calls it.
+    /// Returns the role's name in the graph.
     pub fn name(self) -> &'static str {
         match self {
             Self::Rollout => "rollout",
@@ -45,126 +45,127 @@ impl Role {
     }
 }
 
-/// What a machine is and can be tried with.
+/// A machine on which plans are measured.
 pub trait Machine {
-    /// What does not change.
+    /// Returns the properties that plans share.
     fn facts(&self) -> Facts;
 
-    /// Runs `plan` for a while.
+    /// Runs `plan` for a while and measures it.
     ///
     /// # Errors
-    /// A run that fails.
+    /// If the run fails.
     fn measure(&mut self, plan: &Plan) -> Result<Measured>;
 
-    /// Whether there is memory for it.
+    /// Returns whether the memory suffices for `plan`.
     fn fits(&self, plan: &Plan) -> bool;
 }
 
-/// What stays as it is.
+/// Properties of the machine and of the run that plans do not change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Facts {
-    /// Cores to divide.
+    /// Number of cores to allocate.
     pub cores: usize,
-    /// Completions of a prompt.
+    /// Number of completions per prompt.
     pub group_size: usize,
-    /// Groups per step.
+    /// Number of groups per step.
     pub batch: u64,
-    /// Whether labels are computed here; elsewhere, a labeler waits and takes no core.
+    /// True if labels are computed on this machine. Otherwise labelers wait for servers and need no core.
     pub labels_here: bool,
-    /// Whether there are labelers at all.
+    /// True if the run has labelers.
     pub labels: bool,
-    /// Most sequences that an actor has side by side.
+    /// Maximum number of slots of a rollout actor.
     pub most_slots: usize,
-    /// Most completions that there is memory for in the learner at a time; zero is a whole group.
+    /// Largest micro-batch of the learner, in completions, that fits into memory; zero is a complete group.
     pub micro_batch: usize,
 }
 
-/// What was seen.
+/// Result of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Measured {
-    /// Groups trained a second.
+    /// Trained groups per second.
     pub groups_per_s: f64,
-    /// Seconds that a worker of each role works on a group, in the order of [`Role::ALL`].
+    /// Busy seconds per group of a worker of each role, in the order of [`Role::ALL`].
     pub work_s: [f64; 4],
 }
 
-/// A plan with what was expected of it and what came.
+/// A measured plan.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tried {
     /// The plan.
     pub plan: Plan,
-    /// Groups a second by the model.
+    /// Groups per second predicted by the model.
     pub predicted: f64,
-    /// Groups a second in fact.
+    /// Measured groups per second.
     pub measured: f64,
 }
 
 impl Tried {
-    /// Completions a second in fact: what plans with groups of unlike sizes are compared by.
+    /// Returns the measured completions per second, which plans with different group sizes are compared by.
     pub fn completions_per_s(&self) -> f64 {
         self.measured * self.plan.group_size as f64
     }
 }
 
-/// What tuning came to.
+/// Result of tuning.
 #[derive(Debug, Clone)]
 pub struct Tuned {
-    /// The plan that the configuration has.
+    /// The configured plan.
     pub before: Tried,
-    /// The best that was measured; it may be the same.
+    /// The fastest measured plan, which may be the configured one.
     pub best: Tried,
-    /// The best synchronous plan, and by what factor the best asynchronous one is faster, by the model.
+    /// The best synchronous plan, and the predicted speed of the best asynchronous plan relative to it.
     pub synchronous: (Plan, f64),
-    /// All that were tried, in order.
+    /// All measured plans, in order of measurement.
     pub tried: Vec<Tried>,
 }
 
 impl Tuned {
-    /// How many times as fast the best is as what is configured.
+    /// Returns the speed of the best plan relative to the configured one.
     pub fn gain(&self) -> f64 {
         self.best.completions_per_s() / self.before.completions_per_s()
     }
 
-    /// Whether the change is worth it.
+    /// Returns whether the best plan is noticeably faster than the configured one.
     pub fn is_better(&self) -> bool {
         self.gain() > 1.0 + NOTICEABLE
     }
 
-    /// Whether working on several versions at once is.
+    /// Returns whether asynchronous training is predicted to be noticeably faster than synchronous training.
     pub fn is_asynchronous_worth_it(&self) -> bool {
         self.synchronous.1 > 1.0 + NOTICEABLE
     }
 }
 
-/// How far a search goes.
+/// Extent of the search.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
-    /// Divisions that are tried at most, besides the configured one.
+    /// Maximum number of plans to measure, in addition to the configured one.
     pub trials: usize,
-    /// Whether larger steps are tried too.
+    /// True if larger batches and groups are tried too.
     pub sizes: bool,
 }
 
-/// Finds a division of `machine` that is faster than `configured`; `tell` hears of each that is measured.
+/// Searches for a plan that is faster on `machine` than `configured`. Calls `tell` with a description before each
+/// measurement.
 ///
 /// # Errors
-/// Those of the machine.
+/// If a measurement fails, or trains nothing.
 pub fn tune(machine: &mut dyn Machine, configured: &Plan, reach: Reach, mut tell: impl FnMut(&str)) -> Result<Tuned> {
     let facts = machine.facts();
     tell("each stage alone, with one thread");
     let single = Plan { micro_batch: facts.micro_batch, ..Plan::single(facts.group_size) };
     let alone = machine.measure(&single)?;
-    ensure!(alone.groups_per_s > 0.0, "nothing was trained while it was measured");
+    ensure!(alone.groups_per_s > 0.0, "no group was trained during the measurement");
     let threaded = if facts.cores > 1 {
         tell("each stage alone, with all threads");
         Some(machine.measure(&single.clone().threads(facts.cores))?)
     } else {
         None
     };
-    // As many groups side by side as there is room for, to see what the company costs.
+    // Samples as many groups concurrently as there are slots for, to measure the effect of the batch size.
     let company = (facts.most_slots / facts.group_size).clamp(1, 4);
     let large_batch = if company > 1 {
-        tell(&format!("sampling {company} groups side by side"));
+        tell(&format!("sampling {company} groups concurrently"));
         let plan = Plan { slots: company * facts.group_size, batch: company as u64, ..single.clone() };
         Some((company, machine.measure(&plan)?))
     } else {
@@ -178,7 +179,7 @@ pub fn tune(machine: &mut dyn Machine, configured: &Plan, reach: Reach, mut tell
     let mut tried = vec![before];
     let candidates = Plan::all(&facts, configured);
     while tried.len() <= reach.trials {
-        // What is measured corrects the model, so each choice is the best by all that is known.
+        // Each measurement corrects the model, so each choice uses all measurements so far.
         let untried = candidates.iter().filter(|plan| tried.iter().all(|one| one.plan != **plan));
         let Some(next) = untried.max_by(|a, b| by_worth(&model, a, b)) else { break };
         let (predicted, best) = (model.predict(next), fastest(&tried).measured);
@@ -205,7 +206,7 @@ pub fn tune(machine: &mut dyn Machine, configured: &Plan, reach: Reach, mut tell
     Ok(Tuned { before: tried[0].clone(), best, synchronous: (synchronous, gain), tried })
 }
 
-/// Measures `plan`, and has the model learn from it.
+/// Measures `plan`, and corrects the model by the result.
 fn attempt(machine: &mut dyn Machine, model: &mut Model, plan: &Plan, tell: &mut impl FnMut(&str)) -> Result<Tried> {
     let predicted = model.predict(plan);
     let completions = predicted * plan.group_size as f64;
@@ -215,8 +216,8 @@ fn attempt(machine: &mut dyn Machine, model: &mut Model, plan: &Plan, tell: &mut
     Ok(Tried { plan: plan.clone(), predicted, measured: seen.groups_per_s })
 }
 
-/// Of the larger steps that `plan` could take, the smallest that is about as fast as any, measured; none where that is its own.
-/// `alone` is what one group was seen to take alone.
+/// Measures the smallest of the larger batch and group sizes whose predicted speed is close to the highest. Returns `None` if
+/// that is the size of `plan` itself. `alone` is the measurement of the plan `single`.
 fn larger_step(
     machine: &mut dyn Machine,
     model: &mut Model,
@@ -238,7 +239,7 @@ fn larger_step(
     if next == plan { Ok(None) } else { attempt(machine, model, next, tell).map(Some) }
 }
 
-/// Faster first; among those as fast within a hundredth, who takes less of the machine and is less stale.
+/// Compares plans by predicted speed, and within one percent by lower cost (threads, staleness, slots).
 fn by_worth(model: &Model, a: &Plan, b: &Plan) -> std::cmp::Ordering {
     let step = |plan: &Plan| (100.0 * model.predict(plan).ln()).round() as i64;
     step(a).cmp(&step(b)).then_with(|| b.cost().cmp(&a.cost()))

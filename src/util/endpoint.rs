@@ -26,11 +26,11 @@ impl Endpoint {
         }
         let authority = text.split("://").last().unwrap_or_default().split(['/', '?', '#']).next().unwrap_or_default();
         if authority.contains('@') {
-            return Err("holds a user's name or a password, which would stand in logs and in the run's directory; give the key by api_key_env".into());
+            return Err("contains a user name or a password, which would be written to logs and to the run's directory; give the key by api_key_env".into());
         }
         let Some((scheme, rest)) = text.split_once("://").filter(|(scheme, _)| ["http", "https"].contains(scheme))
         else {
-            return Err(format!("{shown} is no address; it begins with http:// or https://"));
+            return Err(format!("{shown} is not a URL; it begins with http:// or https://"));
         };
         if rest.starts_with("http:") || rest.starts_with("https:") || rest.starts_with('/') {
             return Err(format!("{shown} has no host after {scheme}://"));
@@ -38,10 +38,10 @@ impl Endpoint {
         let colons = authority.matches(':').count();
         if colons > 1 && !authority.starts_with('[') {
             return Err(format!(
-                "{shown} is no address; an IPv6 address is written in brackets, as http://[::1]:8080/v1"
+                "{shown} is not a URL; an IPv6 address is written in brackets, as http://[::1]:8080/v1"
             ));
         }
-        let url = Url::parse(text).map_err(|error| format!("{shown} is no address: {error}"))?;
+        let url = Url::parse(text).map_err(|error| format!("{shown} is not a URL: {error}"))?;
         if url.fragment().is_some() {
             return Err(format!("{shown} has a fragment (#…), which is never sent to a server; remove it"));
         }
@@ -134,7 +134,7 @@ mod tests {
             ("ftp://h/v1", "begins with http://"),
             ("htp://h/v1", "begins with http://"),
             ("http:/h/v1", "begins with http://"),
-            ("http://", "is no address"),
+            ("http://", "is not a URL"),
             ("http:///v1", "has no host after http://"),
             ("http://http://h/v1", "has no host after http://"),
             (" http://h/v1", "has a space"),
@@ -143,8 +143,8 @@ mod tests {
             ("http://::1:8080/v1", "in brackets, as http://[::1]:8080/v1"),
             ("http://h/v1#/chat", "has a fragment"),
             ("http://h/v1/models", "ends with /models"),
-            ("http://me:secret@h/v1", "holds a user's name or a password"),
-            ("me:secret@h/v1", "holds a user's name or a password"),
+            ("http://me:secret@h/v1", "contains a user name or a password"),
+            ("me:secret@h/v1", "contains a user name or a password"),
         ] {
             let error = Endpoint::parse(text).unwrap_err();
             assert!(error.contains(words) && !error.contains("secret"), "{text}: {error}");

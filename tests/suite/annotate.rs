@@ -274,10 +274,8 @@ fn attacks_flip_the_judge_unless_the_template_guards_against_them() {
     let said = stderr(&output);
     assert!(output.status.success(), "{said}");
     let attacks = preceptor::tools::evaluate::attacks::ATTACKS.len();
-    let announced = format!(
-        "at most 8 (base-0 8); {attacks} attacks on each pair that is decided rightly: at most {} more",
-        8 * attacks
-    );
+    let announced =
+        format!("at most 8 (base-0 8); {attacks} attacks on each correctly decided pair: at most {} more", 8 * attacks);
     assert!(said.contains(&announced), "{announced:?} is not in {said}");
     let tables = String::from_utf8(output.stdout).unwrap();
     let rows: Value = serde_json::from_str(tables.lines().last().unwrap()).unwrap();

@@ -37,9 +37,12 @@ fn a_device_that_the_build_lacks_is_refused_with_the_remedy() {
 fn settings_that_a_device_or_dtype_excludes_are_refused() {
     for weights in ["bf16", "q8_0"] {
         let set = format!("rollout.weights={weights}");
-        refused(&[&set, "policy.dtype=bf16"], &["rollout.weights", &format!("\"{weights}\" samples on the CPU")]);
+        refused(
+            &[&set, "policy.dtype=bf16"],
+            &["rollout.weights", &format!("\"{weights}\" requires rollouts on the CPU")],
+        );
     }
-    refused(&["rollout.devices=[\"cpu\", \"cpu\"]"], &["rollout.devices", "2 places for 1 rollout.workers"]);
+    refused(&["rollout.devices=[\"cpu\", \"cpu\"]"], &["rollout.devices", "2 devices for 1 rollout.workers"]);
 }
 
 #[test]

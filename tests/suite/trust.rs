@@ -153,7 +153,9 @@ fn top_limits_the_size_of_answers_and_shows_no_control_characters() {
     let refusing = Server::start(|_, stream| respond(stream, "200 OK", "", "\u{1b}[2J"));
     let (done, text) = top(&refusing.address);
     assert!(!done && text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
-    for (address, words) in [("http://user:pass@127.0.0.1:1", "--token-env"), ("file:///etc/passwd", "is no address")] {
+    for (address, words) in
+        [("http://user:pass@127.0.0.1:1", "--token-env"), ("file:///etc/passwd", "is not the URL of a node")]
+    {
         let (done, text) = top(address);
         assert!(!done && text.contains(words) && !text.contains("pass@"), "{text}");
     }

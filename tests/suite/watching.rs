@@ -193,7 +193,7 @@ fn the_page_is_public_and_its_data_requires_the_token() {
     assert!(!refused.status.success() && stderr(&refused).contains("--token-env"), "{}", stderr(&refused));
     let shown = top(&["--token-env", "TOP_TOKEN"]);
     let text = String::from_utf8_lossy(&shown.stdout);
-    for words in ["offline", "what limits", "rollout-0", "learn", "groups", "score"] {
+    for words in ["offline", "bottleneck", "rollout-0", "learn", "groups", "score"] {
         assert!(text.contains(words), "{words} is not in\n{text}");
     }
 }
@@ -303,12 +303,12 @@ fn check_reports_the_resources_of_a_run() {
         "disk        about",
         "growth      at most about",
         "bounds      journal.bin at most 16.0 GiB (checkpoint.journal_max_bytes)",
-        "writes up to 1536 in 64 completions",
-        "direct, server: 64 questions a step",
-        "a step, ",
+        "generates up to 1536 in 64 completions",
+        "direct, server: 64 questions per step",
+        " per step, ",
         "η = 3: a token is at most 3 versions old",
         "sampling    tokens are drawn from a restricted distribution",
-        "off-policy  what is drawn is of weights in 16 bits",
+        "off-policy  tokens are sampled with 16-bit weights",
         "off-policy  later epochs",
     ] {
         assert!(text.contains(words), "{words} is not in\n{text}");
@@ -327,7 +327,7 @@ fn check_reports_the_resources_of_a_run() {
             let (start, _) = text.split_once(after).unwrap_or_else(|| panic!("{text}{}", stderr(&output)));
             start.rsplit(before).next().unwrap().parse().unwrap()
         };
-        number("about ", " tokens read") / number("server: ", " questions a step")
+        number("about ", " tokens read") / number("server: ", " questions per step")
     };
     let more = read(own.to_str().unwrap()) - read("base");
     assert!((2500.0..3100.0).contains(&more), "12,000 characters more, and {more} tokens");

@@ -1,4 +1,5 @@
-//! What limits a run, by how much, and the settings that would relieve it; a pure function of where the time went.
+//! Bottleneck diagnosis: the role that limits throughput, by how much, and the settings that would relieve it. A pure
+//! function of the roles' time shares.
 
 use preceptor_actors::RoleShare;
 use serde::Serialize;
@@ -6,46 +7,47 @@ use serde::Serialize;
 use crate::config::{Choice, Config, RolloutWeights};
 use crate::pipeline::generate::MOST_SLOTS;
 
-/// A role limits when its workers work at least this share of the time.
+/// Minimum busy share of a bottleneck role. Below it, no single role limits throughput.
 const LIMITS: f64 = 0.6;
 
-/// Two roles limit together where one works no more than this times as much as the other.
+/// Maximum ratio of the busy shares of two roles that limit throughput equally.
 const EVEN: f64 = 1.05;
 
-/// What stands between the throughput that is and the one that could be.
+/// The bottleneck of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Diagnosis {
-    /// The role that limits; none where the stages wait for one another in turn.
+    /// The bottleneck role. `None` if the stages wait for one another in turn.
     pub role: Option<String>,
-    /// Share of the time that its workers work.
+    /// Busy share of the bottleneck role's workers, from 0 to 1.
     pub share: f64,
-    /// What throughput could be multiplied by until the next role limits, if this one were relieved.
+    /// Factor by which throughput could rise, if this role were relieved, until the next role limits it.
     pub gain: f64,
-    /// That role.
+    /// The role that would limit next.
     pub next: Option<String>,
-    /// It all in a sentence.
+    /// Summary in one sentence.
     pub headline: String,
-    /// Where the others' time goes.
+    /// The other roles' main states with their time shares.
     pub detail: String,
-    /// What to change, the likeliest first.
+    /// Proposed changes of the configuration, the most promising first.
     pub settings: Vec<Setting>,
 }
 
-/// A key of the configuration to change.
+/// A proposed change of a configuration key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Setting {
-    /// Its name.
+    /// Path of the key.
     pub key: &'static str,
-    /// Its value.
+    /// Current value.
     pub now: String,
-    /// A value to try.
+    /// Proposed value.
     #[serde(rename = "try")]
     pub attempt: String,
-    /// What that would do.
+    /// Expected effect of the change.
     pub why: String,
 }
 
-/// What limits a run whose time went as `shares` say, on `cores`; none before anything has worked.
+/// Returns the bottleneck of a run with the time shares `shares`, on a machine with `cores` cores. `None` before any role has
+/// worked.
 pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize) -> Option<Diagnosis> {
     let mut by_work: Vec<&RoleShare> = shares.iter().filter(|share| share.busy > 0.0).collect();
     by_work.sort_by(|a, b| b.busy.total_cmp(&a.busy));
@@ -54,30 +56,32 @@ pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize) -> Option<D
     let gain = next.map_or(1.0 / first.busy, |next| first.busy / next.busy).max(1.0);
     let detail: Vec<String> = shares.iter().filter(|share| share.role != first.role).map(waits).collect();
     let limits = first.busy >= LIMITS;
-    // The wall time of a role that shares cores with others says little of what it would take alone.
+    // The busy share is wall time. A role that shares cores with others would take less of it alone.
     let used: f64 = shares.iter().map(|share| share.busy * (share.workers * threads(&share.role, config)) as f64).sum();
     let spare = (cores as f64 - used).floor().max(0.0) as usize;
     let percent = |share: f64| (100.0 * share).round();
     let headline = match next {
         _ if !limits => format!(
-            "nothing limits alone: no actor works more than {} % of the time, they wait for one another",
+            "no single actor limits: none works more than {} % of the time, they wait for one another",
             percent(first.busy)
         ),
         Some(next) if gain < EVEN => format!(
-            "{} limits, and {} as much: they work {} % and {} % of the time",
+            "{} and {} limit equally: they work {} % and {} % of the time",
             first.role,
             next.role,
             percent(first.busy),
             percent(next.busy)
         ),
         Some(next) => format!(
-            "{} limits: {} {} % of the time, and no other more than {} %",
+            "{} limits: {} {} % of the time, and no other actor more than {} %",
             first.role,
             if first.workers == 1 { "it works".to_owned() } else { format!("its {} workers work", first.workers) },
             percent(first.busy),
             percent(next.busy)
         ),
-        None => format!("{} limits: it works {} % of the time, and no other does", first.role, percent(first.busy)),
+        None => {
+            format!("{} limits: it works {} % of the time, and no other actor works", first.role, percent(first.busy))
+        }
     };
     Some(Diagnosis {
         role: limits.then(|| first.role.clone()),
@@ -90,7 +94,7 @@ pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize) -> Option<D
     })
 }
 
-/// Where the time of a role goes that does not limit.
+/// Describes the main state of a role that does not limit.
 fn waits(share: &RoleShare) -> String {
     let RoleShare { role, idle, blocked, admission, .. } = share;
     let percent = |share: f64| (100.0 * share).round();
@@ -100,17 +104,17 @@ fn waits(share: &RoleShare) -> String {
     } else if *idle == most {
         format!("{role} waits for input {} % of the time", percent(*idle))
     } else if *blocked == most {
-        format!("{role} waits for room in its output {} % of the time", percent(*blocked))
+        format!("{role} waits for space in its output queue {} % of the time", percent(*blocked))
     } else {
         format!("{role} waits for the staleness bound {} % of the time", percent(*admission))
     }
 }
 
-/// Threads of one worker of a role.
+/// Returns the number of compute threads of one worker of a role.
 fn threads(role: &str, config: &Config) -> usize {
     match role {
         "rollout" => config.rollout.threads,
-        // Who asks a server computes nothing here.
+        // The judge computes on its server.
         "label" if is_remote(config) => 0,
         "label" => config.labeler.threads,
         "reward" => config.reward.threads,
@@ -124,7 +128,7 @@ fn is_remote(config: &Config) -> bool {
     !methods.is_empty() && methods.iter().all(|method| method.remote.is_some())
 }
 
-/// What would give the limiting role more to work with, where `spare` cores are not used.
+/// Proposes settings that give the bottleneck role more resources, on a machine with `spare` unused cores.
 fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
     let mut settings = Vec::new();
     let mut more = |key, now: usize, attempt: usize, why: &str| {
@@ -135,10 +139,10 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
         "rollout" => {
             if rollout.slots < MOST_SLOTS {
                 let slots = (2 * rollout.slots).min(MOST_SLOTS);
-                more("rollout.slots", rollout.slots, slots, "more sequences share each reading of the weights");
+                more("rollout.slots", rollout.slots, slots, "more sequences share each read of the weights");
             }
             if spare > 0 {
-                more("rollout.workers", rollout.workers, rollout.workers + 1, "another actor samples beside it");
+                more("rollout.workers", rollout.workers, rollout.workers + 1, "another actor samples concurrently");
                 more("rollout.threads", rollout.threads, rollout.threads + spare, "each decode step has more threads");
             }
         }
@@ -147,13 +151,18 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
                 labeler.methods.iter().filter_map(|method| method.remote.as_ref()).map(|judge| judge.concurrency);
             let most = most.max().unwrap_or(1);
             let workers = labeler.workers;
-            more("labeler.workers", workers, 2 * workers, "as many groups again are asked about at once");
-            more("labeler.remote.concurrency", most, 2 * most, "the server is asked more at once, if it can answer");
+            more("labeler.workers", workers, 2 * workers, "twice as many groups are labeled concurrently");
+            more(
+                "labeler.remote.concurrency",
+                most,
+                2 * most,
+                "more concurrent requests, if the server can serve them",
+            );
         }
         "label" => {
             if spare > 0 {
                 let (workers, threads) = (labeler.workers, labeler.threads);
-                more("labeler.workers", workers, workers + 1, "another labeler judges beside it");
+                more("labeler.workers", workers, workers + 1, "another labeler judges concurrently");
                 more("labeler.threads", threads, threads + spare, "each judgement has more threads");
             }
             let kinds = &labeler.methods;
@@ -163,7 +172,7 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
                     "labeler.rationales",
                     rationales,
                     rationales.div_ceil(2),
-                    "fewer rationales are written a question",
+                    "fewer rationales are generated per question",
                 );
             }
         }
@@ -177,10 +186,15 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
                     key: "learner.activation_checkpointing",
                     now: "true".into(),
                     attempt: "false".into(),
-                    why: "the forward pass is not computed twice, for more memory".into(),
+                    why: "the forward pass is not computed twice, but more memory is used".into(),
                 });
             } else if learner.micro_batch > 0 {
-                more("learner.micro_batch", learner.micro_batch, 0, "whole groups at a time, for more memory");
+                more(
+                    "learner.micro_batch",
+                    learner.micro_batch,
+                    0,
+                    "complete groups at a time, but more memory is used",
+                );
             }
             if spare > 0 {
                 let threads = learner.threads;
@@ -200,7 +214,7 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
             key: "rollout.weights",
             now: RolloutWeights::F32.word().into(),
             attempt: RolloutWeights::Bf16.word().into(),
-            why: "each decode step has half as much to read; importance ratios tell what it changes".into(),
+            why: "each decode step reads half as many bytes; the importance ratios show the mismatch".into(),
         });
     }
     if spare == 0 && !(share.role == "label" && is_remote(config)) {
@@ -215,20 +229,19 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
             key,
             now: now.to_string(),
             attempt: (now + 1).to_string(),
-            why: "all cores are at work: this pays with more cores, or with threads taken from an actor that waits"
-                .into(),
+            why: "all cores are in use: this helps with more cores, or with threads taken from a waiting actor".into(),
         });
     }
     settings
 }
 
-/// What lets stages that wait for one another work side by side.
+/// Proposes settings that let stages overlap which wait for one another.
 fn slack(config: &Config) -> Vec<Setting> {
     let eta = config.learner.eta;
     let why = if eta == 0 {
-        "the next batch is generated while this one is learned from; older tokens are corrected for"
+        "the next batch is generated while this one is trained on; stale tokens are corrected for"
     } else {
-        "a straggler holds its batch back less"
+        "a slow group delays its batch less"
     };
     let mut settings =
         vec![Setting { key: "learner.eta", now: eta.to_string(), attempt: (eta + 1).to_string(), why: why.into() }];
@@ -238,7 +251,7 @@ fn slack(config: &Config) -> Vec<Setting> {
             key: "learner.batch_groups",
             now: batch.to_string(),
             attempt: (2 * batch).to_string(),
-            why: "steps are fewer and larger, and wait for their slowest group less often".into(),
+            why: "steps are fewer and larger, so that they wait for a slow group less often".into(),
         });
     }
     settings
@@ -260,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_labeler_is_named_with_what_it_costs_and_what_to_change() {
+    fn a_slow_labeler_is_reported_with_gain_and_settings() {
         let shares = [
             share("prompts", 0.0, 0.1, 0.9),
             share("rollout", 0.3, 0.7, 0.0),
@@ -271,17 +284,17 @@ mod tests {
         assert_eq!((found.role.as_deref(), found.next.as_deref()), (Some("label"), Some("learn")));
         assert!((found.gain - 2.4).abs() < 1e-9);
         assert!(found.headline.contains("label limits") && found.headline.contains("96 %"), "{}", found.headline);
-        assert!(found.detail.contains("rollout waits for room in its output 70 %"), "{}", found.detail);
+        assert!(found.detail.contains("rollout waits for space in its output queue 70 %"), "{}", found.detail);
         assert!(found.detail.contains("prompts waits for the staleness bound 90 %"), "{}", found.detail);
         assert_eq!((found.settings[0].key, found.settings[0].attempt.as_str()), ("labeler.workers", "2"));
         let even = [share("rollout", 0.95, 0.0, 0.0), share("learn", 0.93, 0.0, 0.0)];
         let headline = diagnose(&even, &config(&[]), 4).unwrap().headline;
-        assert_eq!(headline, "rollout limits, and learn as much: they work 95 % and 93 % of the time");
+        assert_eq!(headline, "rollout and learn limit equally: they work 95 % and 93 % of the time");
         // Two of two cores are used: more actors would only share them.
         let full = diagnose(&[share("rollout", 0.95, 0.0, 0.0), share("learn", 0.9, 0.0, 0.0)], &config(&[]), 2);
         let keys: Vec<&str> = full.unwrap().settings.iter().map(|setting| setting.key).collect();
         assert_eq!(keys, ["rollout.slots", "rollout.weights", "rollout.threads"]);
-        // What the configuration would refuse is not proposed, nor what it has.
+        // Settings that the configuration would refuse, or already has, are not proposed.
         for set in ["learner.correction=none", "policy.dtype=bf16", "rollout.weights=q8_0"] {
             let settings = diagnose(&[share("rollout", 0.95, 0.0, 0.0)], &config(&["learner.eta=0", set]), 2).unwrap();
             assert!(settings.settings.iter().all(|setting| setting.key != "rollout.weights"), "{set}");
@@ -289,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_is_asked_more_at_once_whatever_the_cores_do() {
+    fn more_requests_to_a_server_are_proposed_regardless_of_cores() {
         let remote = ["labeler.type=direct", "labeler.remote={ url = \"http://127.0.0.1:1/v1\", model = \"m\" }"];
         let shares = [share("label", 0.99, 0.0, 0.0), share("rollout", 0.9, 0.0, 0.1), share("learn", 0.9, 0.0, 0.0)];
         let keys: Vec<_> = diagnose(&shares, &config(&remote), 1).unwrap().settings;
@@ -298,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn stages_that_take_turns_are_told_to_overlap() {
+    fn overlap_is_proposed_for_alternating_stages() {
         let shares = [share("rollout", 0.5, 0.0, 0.5), share("learn", 0.45, 0.0, 0.0)];
         let found = diagnose(&shares, &config(&["learner.eta=0"]), 2).unwrap();
         assert_eq!((found.role, found.next), (None, None));

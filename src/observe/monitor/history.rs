@@ -1,10 +1,10 @@
-//! The course of a run's figures, thinned with age so that it never grows beyond a page.
+//! The history of a run's metrics, thinned with age so that its size is bounded.
 
 use std::collections::VecDeque;
 
 use serde_json::{Value, json};
 
-/// Figures that are kept, by their names in `metrics.jsonl`; the last two come from elsewhere.
+/// Metrics that are kept, by their names in `metrics.jsonl`. The last two are computed here and by evaluations.
 const COLUMNS: &[&str] = &[
     "step",
     "time/run_seconds",
@@ -29,29 +29,29 @@ const COLUMNS: &[&str] = &[
     "win_rate",
 ];
 
-/// Tokens trained a second since the step before.
+/// Column of the trained tokens per second since the previous step.
 const TRAINED_RATE: &str = "rate/trained_tokens";
 
-/// Steps that are kept at most.
+/// Maximum number of steps that are kept.
 const MOST: usize = 600;
 
-/// Rows of figures by step, oldest first.
+/// Rows of metrics by step, oldest first.
 #[derive(Default)]
 pub struct History {
     rows: VecDeque<Vec<Value>>,
-    /// When the last step ended, by the run's clock.
+    /// Time at which the last step ended, in seconds of the run's clock.
     last: Option<f64>,
 }
 
 impl History {
-    /// Takes in the record of a step. One that was told before, with all after it, is replaced.
+    /// Appends the record of a step. It replaces an earlier record of the same step and all later ones.
     pub fn push(&mut self, record: &Value) {
         let step = record["step"].as_u64().unwrap_or_default();
         while self.rows.back().is_some_and(|row| row[0].as_u64().unwrap_or_default() >= step) {
             self.rows.pop_back();
         }
         let now = record["time/run_seconds"].as_f64();
-        // The run's clock begins anew in each process.
+        // The run's clock restarts in each process.
         let since = now.zip(self.last).map(|(now, last)| now - last).filter(|since| *since > 0.0);
         self.last = now.or(self.last);
         let rate = since.zip(record["tokens"].as_f64()).map(|(since, tokens)| tokens / since);
@@ -65,9 +65,9 @@ impl History {
         }
     }
 
-    /// The weights of a step were judged against the first ones.
+    /// Sets the win rate of a step's weights over the initial ones.
     pub fn evaluated(&mut self, step: u64, win_rate: f64) {
-        // A step that was thinned out is told at the one after it.
+        // If the step was thinned out, the next kept step gets its win rate.
         if let Some(row) = self.rows.iter_mut().find(|row| row[0].as_u64() >= Some(step))
             && let Some(column) = COLUMNS.iter().position(|column| *column == "win_rate")
         {
@@ -75,7 +75,7 @@ impl History {
         }
     }
 
-    /// Leaves out every second step of the older half.
+    /// Removes every second step of the older half.
     fn thin(&mut self) {
         let older = self.rows.len() / 2;
         let mut at = 0;
@@ -85,7 +85,7 @@ impl History {
         });
     }
 
-    /// Names of the columns, and the rows.
+    /// Returns the column names and the rows.
     pub fn to_json(&self) -> Value {
         json!({ "columns": COLUMNS, "rows": self.rows })
     }
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn it_stays_small_keeps_both_ends_and_thins_what_is_old() {
+    fn the_history_is_bounded_keeps_both_ends_and_thins_old_steps() {
         let mut history = History::default();
         for step in 1..=100_000u64 {
             history.push(&json!({ "step": step, "time/run_seconds": 0.5 * step as f64, "tokens": 8 }));
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_that_is_told_again_takes_its_place() {
+    fn a_repeated_step_replaces_itself_and_later_steps() {
         let mut history = History::default();
         for step in [1, 2, 3, 2] {
             history.push(&json!({ "step": step }));

@@ -1,4 +1,4 @@
-//! What was written and what was said of it, to read.
+//! The last sampled groups with their labels and rewards, for reading.
 
 use std::collections::VecDeque;
 
@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 
 use crate::types::Rewarded;
 
-/// Groups that are kept.
+/// Number of groups that are kept.
 const MOST: usize = 24;
 
-/// What all completions of a group have in common, of a line.
+/// Fields of a line that all completions of a group share.
 const COMMON: &[&str] = &["step", "group", "row", "prompt", "labeler", "reward_model", "masked"];
 
 /// The last groups, newest last, each as the lines of its completions.
@@ -17,7 +17,7 @@ const COMMON: &[&str] = &["step", "group", "row", "prompt", "labeler", "reward_m
 pub struct Samples(VecDeque<Vec<Value>>);
 
 impl Samples {
-    /// Takes a group in.
+    /// Appends a group, and removes the oldest if there are too many.
     pub fn push(&mut self, lines: Vec<Value>) {
         if self.0.len() == MOST {
             self.0.pop_front();
@@ -25,7 +25,7 @@ impl Samples {
         self.0.push_back(lines);
     }
 
-    /// Each group once, newest first, with its completions.
+    /// Returns the groups with their completions, newest first.
     pub fn to_json(&self) -> Value {
         self.0.iter().rev().filter_map(|lines| group(lines)).collect()
     }
@@ -46,7 +46,7 @@ fn group(lines: &[Value]) -> Option<Value> {
     Some(Value::Object(group))
 }
 
-/// A group's completions as lines of `samples.jsonl`.
+/// Returns the lines of a group's completions for `samples.jsonl`.
 pub fn lines(step: &Value, group: &Rewarded) -> Vec<Value> {
     let line = |(i, completion): (usize, &crate::types::Completion)| {
         json!({
@@ -70,7 +70,7 @@ pub fn lines(step: &Value, group: &Rewarded) -> Vec<Value> {
     group.group.completions.iter().enumerate().map(line).collect()
 }
 
-/// What the judge said of completion `i` against others: with whom it was compared, and P(it is the better one).
+/// Returns the judge's comparisons of completion `i`: the index of the other completion, and P(`i` is better).
 fn preferences(group: &Rewarded, i: usize) -> Vec<Value> {
     let all = group.feedback.iter().flat_map(|feedback| &feedback.preferences);
     let mine = all.filter(|one| one.first == i || one.second == i);
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_group_is_told_once_with_its_completions_and_the_oldest_goes() {
+    fn groups_are_listed_newest_first_and_the_oldest_is_removed() {
         let mut samples = Samples::default();
         for step in 1..=MOST + 1 {
             let line = |text: &str| json!({ "step": step, "prompt": "p", "completion": text, "reward": 0.5 });

@@ -1,4 +1,4 @@
-//! The last minute of a graph: where its roles' time went, and how fast it is.
+//! The last minute of a graph: its roles' time shares and its rates.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering::Relaxed;
@@ -10,10 +10,10 @@ use serde::Serialize;
 
 use crate::observe::telemetry::TOTALS;
 
-/// How far back it reaches.
+/// Length of the window.
 const LENGTH: Duration = Duration::from_secs(60);
 
-/// A graph at one moment, with the process's totals.
+/// A sample of a graph's state, with the process's totals.
 #[derive(Clone)]
 pub(super) struct Observation {
     at: Instant,
@@ -23,7 +23,7 @@ pub(super) struct Observation {
 }
 
 impl Observation {
-    /// A report that was just made.
+    /// Creates the observation of a report that was just made.
     pub(super) fn now(report: GraphReport) -> Self {
         let totals = [&TOTALS.generated, &TOTALS.trained, &TOTALS.completions];
         Self {
@@ -35,11 +35,11 @@ impl Observation {
     }
 }
 
-/// What was seen of it, oldest first.
+/// The observations of the last minute, oldest first.
 #[derive(Default)]
 pub(super) struct Window(VecDeque<Observation>);
 
-/// How fast the node is.
+/// Throughput of the node.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Rates {
     generated_tokens_per_s: f64,
@@ -48,34 +48,34 @@ pub(super) struct Rates {
 }
 
 impl Window {
-    /// Forgets all: another graph is looked at.
+    /// Removes all observations, for example because another graph is observed.
     pub(super) fn clear(&mut self) {
         self.0.clear();
     }
 
-    /// Takes in what was seen, and lets go of what is too old.
+    /// Adds an observation, and removes those that are too old or of an earlier incarnation.
     pub(super) fn push(&mut self, seen: Observation) {
         if self.0.back().is_some_and(|last| last.incarnation != seen.incarnation) {
             self.0.clear();
         }
-        // One of the entries beyond the window's length stays, so that the window is never shorter than that.
+        // One entry older than the window's length is kept, so that the window is never shorter than its length.
         while self.0.get(1).is_some_and(|second| seen.at.duration_since(second.at) >= LENGTH) {
             self.0.pop_front();
         }
         self.0.push_back(seen);
     }
 
-    /// Time between the first and the last that was seen.
+    /// Returns the time between the first and the last observation.
     pub(super) fn length(&self) -> Duration {
         self.ends().map_or(Duration::ZERO, |(first, last)| last.at.duration_since(first.at))
     }
 
-    /// Where the time went; empty until the graph was seen twice.
+    /// Returns the time shares of the roles. Empty until the graph was observed twice.
     pub(super) fn shares(&self) -> Vec<RoleShare> {
         self.ends().map_or_else(Vec::new, |(first, last)| shares(&last.stages, &first.stages))
     }
 
-    /// How fast it was.
+    /// Returns the mean rates. Zero until the graph was observed twice.
     pub(super) fn rates(&self) -> Rates {
         let Some((first, last)) = self.ends() else { return Rates::default() };
         let seconds = last.at.duration_since(first.at).as_secs_f64();
@@ -98,13 +98,13 @@ mod tests {
     }
 
     #[test]
-    fn it_reaches_a_minute_back_and_not_beyond_an_incarnation() {
+    fn the_window_spans_a_minute_and_one_incarnation() {
         let (mut window, start) = (Window::default(), Instant::now());
         for second in 0..100 {
             window.push(seen(start + Duration::from_secs(second), 0, 10 * second.min(50)));
         }
         assert_eq!(window.length(), LENGTH);
-        // The counter stood at 390 a minute ago and stands at 500.
+        // The counter was 390 a minute ago and is 500.
         assert!((window.rates().generated_tokens_per_s - 110.0 / 60.0).abs() < 1e-9);
         window.push(seen(start + Duration::from_secs(100), 1, 500));
         assert_eq!(window.length(), Duration::ZERO);

@@ -1,7 +1,7 @@
-//! The node's connections: how many there may be, how long each may take, and which one gives way to a new one.
+//! The HTTP server's connections: their number, their time limits, and the eviction of old ones for new ones.
 //!
-//! Whoever reaches the port can open connections without a token. Each takes a file descriptor, and checkpoints and
-//! judges need descriptors too, so the node keeps the number of connections to a small part of them.
+//! Any client that reaches the port can open connections without a token. Each takes a file descriptor, and checkpoints and
+//! judges need descriptors too, so the server limits the number of connections to a small part of them.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,29 +20,29 @@ use tower_service::Service;
 
 use crate::util::process::descriptors;
 
-/// How long a client may take to send the head of its request.
+/// Timeout for a client to send the head of its request.
 const HEAD: Duration = Duration::from_secs(10);
 
-/// How long a connection may take, from its first byte to its last. It carries one request.
+/// Timeout of a connection, which carries one request, from its first byte to its last.
 const WHOLE: Duration = Duration::from_secs(30);
 
-/// Most bytes of the head of a request.
+/// Maximum size of the head of a request in bytes.
 const HEAD_BYTES: usize = 16 << 10;
 
-/// How long the node waits after the system has refused it a connection, for want of descriptors or memory.
+/// Pause after the system has failed to accept a connection for lack of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The number of connections that there may be at the same time: an eighth of the file descriptors that the process may
-/// open, from 4 to 256.
+/// Returns the maximum number of concurrent connections: an eighth of the file descriptors that the process may open, from 4
+/// to 256.
 pub(super) fn most() -> usize {
     (descriptors::limit() / 8).clamp(4, 256)
 }
 
-/// Answers the connections of `listener` by `router`, at most `most` at the same time, until the program ends.
+/// Serves the connections of `listener` with `router`, at most `most` concurrently, until the program ends.
 ///
-/// A connection beyond that takes the place of the one that has waited longest for its client to send a request, or,
-/// where all have sent one, of the oldest. A client that asks and reads without delay is served in milliseconds, so it is
-/// served even while others hold as many connections as they can.
+/// A connection beyond that evicts the oldest connection whose client has not sent a request, or, if all have sent one, the
+/// oldest connection. A client that sends and reads without delay is served in milliseconds, so it is served even while
+/// others hold as many connections as they can.
 pub(super) async fn accept(listener: TcpListener, router: Router, most: usize) {
     let places = Arc::new(Semaphore::new(most));
     let open = Arc::new(Open::default());
@@ -85,7 +85,8 @@ async fn answer(stream: TcpStream, router: Router, asked: &AtomicBool) {
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_buf_size(HEAD_BYTES)
-        // One request a connection: an idle one then never holds a place, and no client asks on one that is being closed.
+        // One request per connection: an idle connection never occupies a place, and no client sends a request on a connection
+        // that is being closed.
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
     if let Err(error) = served.await {
@@ -93,20 +94,20 @@ async fn answer(stream: TcpStream, router: Router, asked: &AtomicBool) {
     }
 }
 
-/// The connections that are open, by age.
+/// The open connections, by age.
 #[derive(Default)]
 struct Open(Mutex<(u64, BTreeMap<u64, Arc<State>>)>);
 
 #[derive(Default)]
 struct State {
-    /// Whether its client has sent the head of a request.
+    /// True once the client has sent the head of a request.
     asked: AtomicBool,
-    /// Whether it has been told to close.
+    /// True once the connection has been asked to close.
     closing: AtomicBool,
     close: Notify,
 }
 
-/// A connection's place among the open ones, which it leaves when it is dropped.
+/// Registration of an open connection, which is removed on drop.
 struct Connection {
     number: u64,
     state: Arc<State>,
@@ -122,7 +123,7 @@ impl Open {
         Connection { number, state, open: Arc::clone(self) }
     }
 
-    /// Tells a connection to close: the oldest that has sent no request, or the oldest.
+    /// Asks a connection to close: the oldest that has sent no request, or else the oldest.
     fn close_one(&self) {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut open = all.1.values().filter(|state| !state.closing.load(Ordering::Relaxed));
@@ -145,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_oldest_without_a_request_gives_way_and_then_the_oldest() {
+    fn the_oldest_connection_without_a_request_is_evicted_first() {
         let open = Arc::new(Open::default());
         let connections: Vec<Connection> = (0..3).map(|_| open.enter()).collect();
         connections[0].state.asked.store(true, Ordering::Relaxed);

@@ -1,5 +1,5 @@
-//! The names that a node answers to. A web page elsewhere can have its own name resolve to this machine (DNS rebinding)
-//! and then read a node's answers as its own; the `Host` header that the browser sends still carries the page's name.
+//! The host names that a node accepts, against DNS rebinding: a foreign web page can make its own host name resolve to this
+//! machine and then read the node's responses. The browser's `Host` header still carries the page's name.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::PROBES;
 
-/// Names beyond IP addresses and `localhost`, in lower case.
+/// Accepted host names in addition to IP addresses and `localhost`, in lower case.
 #[derive(Clone)]
 pub(super) struct Hosts(Arc<[String]>);
 
@@ -20,8 +20,8 @@ impl Hosts {
         Self(names.iter().map(|name| name.to_ascii_lowercase()).collect())
     }
 
-    /// The name that a request is refused for, if it is: whatever it says, in its address or a `Host` header, of whom it is
-    /// meant for has to be an IP address, `localhost` or one of the names. A request that says nothing is of no browser.
+    /// Returns the first host name for which a request must be refused, or `None`. Each host in the request's URI and `Host`
+    /// headers must be an IP address, `localhost` or an accepted name. A request without any does not come from a browser.
     fn refused(&self, uri: &Uri, headers: &HeaderMap) -> Option<String> {
         let header = headers.get_all(header::HOST).iter();
         let header = header.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
@@ -40,7 +40,7 @@ impl Hosts {
     }
 }
 
-/// The host of `host:port`; none where the port is no number.
+/// Returns the host of `host:port`, or `None` if the port is not a number.
 fn host(authority: &str) -> Option<&str> {
     let after_brackets = authority.rfind(']').map_or(0, |at| at + 1);
     match authority[after_brackets..].find(':') {
@@ -52,7 +52,7 @@ fn host(authority: &str) -> Option<&str> {
     }
 }
 
-/// Answers requests to names that are not this node's with 421, probes of supervisors excepted.
+/// Answers requests for unknown host names with 421, except for health probes.
 pub(super) async fn guard(State(hosts): State<Hosts>, request: Request, next: Next) -> Response {
     if PROBES.contains(&request.uri().path()) {
         return next.run(request).await;
@@ -63,7 +63,7 @@ pub(super) async fn guard(State(hosts): State<Hosts>, request: Request, next: Ne
             let plain = |c: &char| c.is_ascii_alphanumeric() || "-_.:[]".contains(*c);
             let name: String = name.chars().take(100).filter(plain).collect();
             let text = format!(
-                "this node does not answer to the name {name:?}; it answers to IP addresses, localhost and the names listed in serve.hosts: add the name there if it is this node's\n"
+                "this node does not accept the host name {name:?}; it accepts IP addresses, localhost and the names listed in serve.hosts: add the name there if it is this node's\n"
             );
             (StatusCode::MISDIRECTED_REQUEST, text).into_response()
         }
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_localhost_and_listed_names_are_answered_to() {
+    fn addresses_localhost_and_listed_names_are_accepted() {
         let hosts = Hosts::new(&["Node.example".into()]);
         for known in [
             "127.0.0.1",
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn every_name_that_a_request_bears_is_looked_at() {
+    fn every_host_name_of_a_request_is_checked() {
         let hosts = Hosts::new(&[]);
         let refused = |uri: &str, names: &[&str]| {
             let mut headers = HeaderMap::new();

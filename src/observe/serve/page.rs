@@ -1,17 +1,17 @@
-//! The live page: one file without anything from elsewhere.
+//! The live page: one self-contained HTML file.
 
 use std::sync::LazyLock;
 
 use axum::http::header;
 use axum::response::{Html, IntoResponse};
 
-/// Nothing is loaded but what stands in the page, and nothing is asked but this node.
+/// Content security policy: only inline styles and scripts, and requests to this node only.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
                       img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// Its parts put together.
+/// The assembled page.
 static PAGE: LazyLock<String> = LazyLock::new(|| {
-    // The first says how all are read, the last starts them.
+    // The order matters: the first script sets strict mode for all, the last one starts the page.
     let scripts = [
         include_str!("page/format.js"),
         include_str!("page/dom.js"),
@@ -37,13 +37,13 @@ static PAGE: LazyLock<String> = LazyLock::new(|| {
     include_str!("page/index.html").replace("<!--style-->", style).replace("<!--script-->", &script)
 });
 
-/// Answers with it.
+/// Answers with the page.
 pub(super) async fn page() -> impl IntoResponse {
     let headers = [
         (header::CONTENT_SECURITY_POLICY, POLICY),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
-        // A node that was replaced serves another page at the same address.
+        // Another version of the program may serve a different page at the same address.
         (header::CACHE_CONTROL, "no-cache"),
     ];
     (headers, Html(PAGE.as_str()))

@@ -7,30 +7,31 @@ use sha2::{Digest, Sha256};
 
 use crate::config::Serve;
 
-/// Fewest characters of a token: what is shorter can be guessed.
+/// Minimum number of characters of a token, because shorter ones can be guessed.
 const SHORTEST: usize = 16;
 
-/// What requests must carry. Only the token's hash is kept, and no `Debug` prints even that.
+/// The bearer token that requests must carry. Only its SHA-256 hash is kept, and the type has no `Debug`.
 #[derive(Clone)]
 pub struct Token([u8; 32]);
 
 impl Token {
-    /// The token in the variable that `serve.token_env` names; none where nothing is served or no variable is named.
+    /// Reads the token from the environment variable that `serve.token_env` names. Returns `None` if the server is disabled
+    /// or no variable is named.
     ///
     /// # Errors
-    /// A variable that is not set, or holds what is too short or cannot stand in a header. Never repeats the token.
+    /// If the variable is not set, or its value is too short or not allowed in a header. The error never contains the token.
     pub fn from_env(serve: &Serve) -> Result<Option<Self>> {
         let Some(name) = serve.token_env.as_ref().filter(|_| serve.enabled) else { return Ok(None) };
         let value = std::env::var_os(name).filter(|value| !value.is_empty()).with_context(|| {
-            format!("the environment variable {name} (serve.token_env) is not set; it must hold the bearer token of this node's endpoints, such as `openssl rand -hex 32` writes")
+            format!("the environment variable {name} (serve.token_env) is not set; it must hold the bearer token of this node's endpoints, for example the output of `openssl rand -hex 32`")
         })?;
         let token = value.to_str().filter(|token| token.bytes().all(|byte| byte.is_ascii_graphic()));
         let token = token.with_context(|| {
-            format!("the environment variable {name} (serve.token_env) holds spaces or other characters that no bearer token may have; letters and digits will do")
+            format!("the environment variable {name} (serve.token_env) holds spaces or other characters that are not allowed in a bearer token; use letters and digits")
         })?;
         ensure!(
             token.len() >= SHORTEST,
-            "the environment variable {name} (serve.token_env) holds a token of {} characters, and at least {SHORTEST} are needed; `openssl rand -hex 32` writes a good one",
+            "the environment variable {name} (serve.token_env) holds a token of {} characters, but at least {SHORTEST} are required; `openssl rand -hex 32` generates one",
             token.len()
         );
         Ok(Some(Self::new(token)))
@@ -40,7 +41,7 @@ impl Token {
         Self(Sha256::digest(token.as_bytes()).into())
     }
 
-    /// Whether `headers` carry the token. How long that takes says nothing about it: hashes are compared, and to the end.
+    /// Returns whether `headers` carry the token. The comparison takes constant time, on hashes.
     pub(super) fn admits(&self, headers: &HeaderMap) -> bool {
         let mut all = headers.get_all(AUTHORIZATION).iter();
         let (Some(value), None) = (all.next(), all.next()) else { return false };
@@ -66,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_whole_token_opens() {
+    fn only_the_exact_token_is_admitted() {
         assert!(admits(&["Bearer 0123456789abcdef"]));
         assert!(admits(&["bearer  0123456789abcdef"]), "the scheme's case is free, and so are spaces after it");
         for wrong in [

@@ -1,32 +1,32 @@
-//! What the node exports: every metric's kind, name, labels and help, in one table.
+//! The table of all exported metrics, with kind, name, labels and help.
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
-/// A family of metrics.
+/// A metric family.
 pub struct Metric {
-    /// How it moves.
+    /// Prometheus type of the metric.
     pub kind: Kind,
-    /// Its name, which ends with its unit where it has one.
+    /// Name of the metric, which ends with its unit if it has one.
     pub name: &'static str,
-    /// Its labels; each has few values, by the configuration or by the code.
+    /// Names of the labels. Each has few values, bounded by the configuration or the code.
     pub labels: &'static [&'static str],
-    /// What it says.
+    /// Help text.
     pub help: &'static str,
 }
 
-/// How a metric moves.
+/// Prometheus type of a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// It only grows.
+    /// A value that only increases.
     Counter,
-    /// It is what it is now.
+    /// A current value.
     Gauge,
-    /// It counts observations in buckets.
+    /// Counts of observations by bucket.
     Histogram,
 }
 
 impl Kind {
-    /// As Prometheus has it.
+    /// Returns the type's name in Prometheus' text format.
     pub fn name(self) -> &'static str {
         match self {
             Counter => "counter",
@@ -42,7 +42,7 @@ const fn metric(kind: Kind, name: &'static str, labels: &'static [&'static str],
     Metric { kind, name, labels, help }
 }
 
-/// All of them, under the headings of the reference page.
+/// All metrics, under the headings of the reference page.
 pub const METRICS: &[(&str, &[Metric])] = &[
     (
         "Progress",
@@ -52,55 +52,60 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Gauge,
                 "preceptor_run_info",
                 &["run", "mode", "algorithm", "labeler"],
-                "Always 1; what the run is, in the labels",
+                "Always 1; the labels describe the run",
             ),
             metric(Gauge, "preceptor_step", &[], "Learner steps taken"),
-            metric(Gauge, "preceptor_steps_planned", &[], "Learner steps that the run is to take"),
+            metric(Gauge, "preceptor_steps_planned", &[], "Learner steps that the run will take (run.steps)"),
             metric(Gauge, "preceptor_version", &[], "Version of the weights last published"),
             metric(
                 Gauge,
                 "preceptor_groups",
                 &["standing"],
-                "Groups of the run by where they stand; trained ones since it began",
+                "Groups of the run by state; trained ones are counted since the run began",
             ),
             metric(
                 Histogram,
                 "preceptor_step_duration_seconds",
                 &[],
-                "From a batch's first group to its published weights",
+                "Time from a batch's first group to its published weights",
             ),
-            metric(Histogram, "preceptor_publish_duration_seconds", &[], "Copying and publishing a version"),
+            metric(
+                Histogram,
+                "preceptor_publish_duration_seconds",
+                &[],
+                "Time of copying and publishing a version of the weights",
+            ),
             metric(
                 Gauge,
                 "preceptor_guard_exceeded",
                 &["bound"],
-                "1 while a bound of [guard] has been exceeded for guard.steps steps in a row: kl, entropy, masked",
+                "1 while a bound of [guard] (kl, entropy, masked) has been exceeded for guard.steps consecutive steps",
             ),
             metric(
                 Counter,
                 "preceptor_nonfinite_steps_total",
                 &[],
-                "Steps skipped since loss or gradient was not finite",
+                "Steps skipped because loss or gradient was not finite",
             ),
             metric(
                 Counter,
                 "preceptor_masked_groups_total",
                 &[],
-                "Groups not learned from since a verdict was missing",
+                "Groups excluded from training because a verdict was missing",
             ),
             metric(
                 Counter,
                 "preceptor_dropped_groups_total",
                 &[],
-                "Groups dropped for their age; stays at zero by design",
+                "Groups discarded for staleness; always zero by design",
             ),
             metric(Counter, "preceptor_sft_steps_total", &[], "Steps of supervised fine-tuning"),
-            metric(Gauge, "preceptor_sft_loss", &[], "Loss of its last step in nats per token"),
+            metric(Gauge, "preceptor_sft_loss", &[], "Loss of the last fine-tuning step in nats per token"),
             metric(
                 Gauge,
                 "preceptor_win_rate",
                 &[],
-                "Judged win rate of the present weights over the first ones on held-out prompts; with evaluation.every_steps",
+                "Judged win rate of the current weights over the initial ones on held-out prompts; with evaluation.every_steps",
             ),
         ],
     ),
@@ -138,32 +143,32 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Gauge,
                 "preceptor_stalled_seconds",
                 &[],
-                "How long nothing has moved, once the watchdog has named who holds the run; else 0",
+                "Time without progress, once the watchdog has identified the blocking stage; else 0",
             ),
             metric(
                 Gauge,
                 "preceptor_stalled",
                 &["stage"],
-                "1 for the stage that holds a run in which nothing moves; else absent",
+                "1 for the stage that blocks a run without progress; else absent",
             ),
             metric(
                 Gauge,
                 "preceptor_concurrency",
                 &["knob"],
-                "How much the online controller lets be under way at once: rollout, sequences of an actor; labeler, requests",
+                "Concurrency limit set by the online controller: sequences per rollout actor (rollout), requests to judges (labeler)",
             ),
             metric(
                 Counter,
                 "preceptor_controller_moves_total",
                 &["knob", "direction"],
-                "Times that the online controller turned a knob, up or down",
+                "Adjustments of a concurrency limit by the online controller, up or down",
             ),
-            metric(Counter, "preceptor_restarts_total", &[], "Restarts of the whole graph after a failure"),
+            metric(Counter, "preceptor_restarts_total", &[], "Restarts of the graph of actors after a failure"),
             metric(
                 Counter,
                 "preceptor_stage_failures_total",
                 &["stage"],
-                "Errors and panics of a stage; each takes the graph down",
+                "Errors and panics of a stage; each stops the graph of actors",
             ),
         ],
     ),
@@ -181,11 +186,11 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Counter,
                 "preceptor_edge_wait_seconds_total",
                 &["edge"],
-                "Time that items spent on an edge, those that were taken, together",
+                "Total time that delivered items spent on an edge",
             ),
             metric(Gauge, "preceptor_edge_depth", &["edge"], "Items waiting on an edge"),
-            metric(Gauge, "preceptor_edge_capacity", &["edge"], "Most items an edge holds"),
-            metric(Gauge, "preceptor_edge_age_seconds", &["edge"], "How long the oldest item has been on an edge"),
+            metric(Gauge, "preceptor_edge_capacity", &["edge"], "Maximum number of items on an edge"),
+            metric(Gauge, "preceptor_edge_age_seconds", &["edge"], "Time that the oldest item has spent on an edge"),
         ],
     ),
     (
@@ -196,33 +201,33 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Counter,
                 "preceptor_prompt_tokens_total",
                 &[],
-                "Prompt tokens that rollout actors computed; each group's prompt once",
+                "Prompt tokens that rollout actors processed; each group's prompt counts once",
             ),
             metric(
                 Counter,
                 "preceptor_completions_total",
                 &["finish"],
-                "Completions sampled, by what ended them: eos, stop or length",
+                "Completions sampled, by finish reason: eos, stop or length",
             ),
-            metric(Histogram, "preceptor_completion_tokens", &[], "Tokens of a completion, as sampled"),
+            metric(Histogram, "preceptor_completion_tokens", &[], "Tokens per sampled completion"),
             metric(
                 Histogram,
                 "preceptor_generation_duration_seconds",
                 &[],
-                "From a prompt's arrival at a rollout actor to the end of its last completion",
+                "Time from a prompt's arrival at a rollout actor to the end of its last completion",
             ),
+            metric(Gauge, "preceptor_rollout_slots", &["worker", "state"], "Slots of a rollout actor, used or free"),
             metric(
                 Gauge,
-                "preceptor_rollout_slots",
-                &["worker", "state"],
-                "Sequences that a rollout actor has room for, used or free",
+                "preceptor_weight_lag",
+                &["worker"],
+                "Versions by which a rollout worker lags behind the published weights",
             ),
-            metric(Gauge, "preceptor_weight_lag", &["worker"], "Versions that a rollout worker is behind"),
             metric(
                 Gauge,
                 "preceptor_weight_fingerprint_ok",
                 &["worker"],
-                "1 when a worker runs the weights that its version names",
+                "1 if the fingerprint of a worker's weights matches that of their version",
             ),
         ],
     ),
@@ -245,31 +250,41 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Counter,
                 "preceptor_position_flips_total",
                 &["labeler"],
-                "Of these, pairs where it preferred the same position both times",
+                "Pairs read in both orders in which the judge preferred the same position both times",
             ),
             metric(Counter, "preceptor_panel_pairs_total", &[], "Pairs that two or more members of a panel judged"),
             metric(
                 Counter,
                 "preceptor_panel_disagreements_total",
                 &[],
-                "Of these, pairs on which members preferred different completions",
+                "Pairs judged by two or more members of a panel that preferred different completions",
             ),
             metric(
                 Counter,
                 "preceptor_judge_requests_total",
                 &["outcome"],
-                "HTTP exchanges with remote judges by outcome; each that was begun counts once",
+                "HTTP exchanges with remote judges by outcome; each started exchange counts once",
             ),
-            metric(Counter, "preceptor_judge_retries_total", &[], "Questions to remote judges that were sent again"),
-            metric(Counter, "preceptor_judge_hedges_total", &[], "Second requests sent beside a slow first one"),
+            metric(Counter, "preceptor_judge_retries_total", &[], "Retries of questions to remote judges"),
+            metric(
+                Counter,
+                "preceptor_judge_hedges_total",
+                &[],
+                "Hedged requests: second requests for a question whose first one is slow",
+            ),
             metric(Gauge, "preceptor_judge_cost", &[], "Money spent on remote judges, in the currency of the prices"),
-            metric(Gauge, "preceptor_judge_in_flight", &[], "Requests to remote judges under way"),
-            metric(Gauge, "preceptor_judge_breaker_open", &[], "1 while a failing remote judge is left alone"),
+            metric(Gauge, "preceptor_judge_in_flight", &[], "Requests to remote judges in progress"),
+            metric(
+                Gauge,
+                "preceptor_judge_breaker_open",
+                &[],
+                "1 while the circuit breaker of a failing remote judge is open",
+            ),
             metric(
                 Histogram,
                 "preceptor_judge_request_duration_seconds",
                 &[],
-                "One HTTP exchange with a remote judge, failed ones included",
+                "Time of one HTTP exchange with a remote judge, failed ones included",
             ),
             metric(Counter, "preceptor_label_tokens_total", &["kind"], "Tokens that labelers read and wrote, by kind"),
             metric(
@@ -283,27 +298,27 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Counter,
                 "preceptor_label_cache_damaged_total",
                 &[],
-                "Times that an entry or the file of the label cache was found damaged; each label is asked for again",
+                "Damaged entries and files of the label cache; their labels are requested again",
             ),
             metric(
                 Counter,
                 "preceptor_labels_bought_again_total",
                 &[],
-                "Answers that were asked for while they were in the label cache already",
+                "Answers that were requested although the label cache already held them",
             ),
             metric(
                 Gauge,
                 "preceptor_judge_away_seconds",
                 &[],
-                "How long a remote judge that is waited for has not answered; 0 while it does",
+                "Duration of the longest current outage of a remote judge; 0 without an outage",
             ),
             metric(
                 Gauge,
                 "preceptor_judge_refuses",
                 &[],
-                "1 while a remote judge that is waited for refuses (key, address, model, quota), so that a person has to act",
+                "1 while a remote judge refuses requests (key, address, model, quota), which needs manual action",
             ),
-            metric(Histogram, "preceptor_label_duration_seconds", &[], "Labeling of one group, retries included"),
+            metric(Histogram, "preceptor_label_duration_seconds", &[], "Time of labeling one group, retries included"),
         ],
     ),
     (
@@ -328,13 +343,8 @@ pub const METRICS: &[(&str, &[Metric])] = &[
     (
         "Learning",
         &[
-            metric(
-                Counter,
-                "preceptor_trained_tokens_total",
-                &[],
-                "Completion tokens that gradients were computed for",
-            ),
-            metric(Counter, "preceptor_trained_completions_total", &[], "Completions that were learned from"),
+            metric(Counter, "preceptor_trained_tokens_total", &[], "Completion tokens trained on"),
+            metric(Counter, "preceptor_trained_completions_total", &[], "Completions trained on"),
             metric(
                 Gauge,
                 "preceptor_score_mean",
@@ -373,7 +383,7 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Gauge,
                 "preceptor_reference_kl",
                 &[],
-                "KL of the weights trained to the reference in nats per token, by k3, last batch",
+                "KL of the trained weights to the reference in nats per token (k3), last batch",
             ),
             metric(
                 Gauge,
@@ -386,20 +396,30 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Gauge,
                 "preceptor_length_drift",
                 &[],
-                "Mean length of the last batch's completions over that of the first batch's",
+                "Mean completion length of the last batch relative to that of the first batch",
             ),
-            metric(Gauge, "preceptor_finished_share", &[], "Share of completions that ended by themselves, last batch"),
+            metric(
+                Gauge,
+                "preceptor_finished_share",
+                &[],
+                "Share of completions that ended before rollout.max_new_tokens, last batch",
+            ),
             metric(
                 Gauge,
                 "preceptor_repetition_share",
                 &[],
-                "Share of a completion's runs of four tokens that it had before, mean of the last batch",
+                "Share of a completion's token 4-grams that repeat an earlier one, mean of the last batch",
             ),
             metric(Gauge, "preceptor_loss", &["kind"], "Loss of the last step by kind"),
             metric(Gauge, "preceptor_gradient_norm", &[], "Global norm of the last gradient, before clipping"),
             metric(Gauge, "preceptor_learning_rate", &[], "Learning rate of the last step"),
-            metric(Counter, "preceptor_out_of_memory_total", &[], "Times that the learner's device ran out of memory"),
-            metric(Gauge, "preceptor_micro_batch", &[], "Completions that the learner takes at a time since then"),
+            metric(Counter, "preceptor_out_of_memory_total", &[], "Out-of-memory errors of the learner's device"),
+            metric(
+                Gauge,
+                "preceptor_micro_batch",
+                &[],
+                "Micro-batch size in completions after the last out-of-memory error",
+            ),
         ],
     ),
     (
@@ -410,32 +430,37 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Gauge,
                 "preceptor_staleness",
                 &["stat"],
-                "Versions between a token's weights and those trained, last batch",
+                "Staleness of tokens: versions between the weights that sampled a token and those trained, last batch",
             ),
             metric(
                 Histogram,
                 "preceptor_token_staleness",
                 &[],
-                "Versions between a token's weights and those trained, of every token trained; 16 stands for all above",
+                "Staleness of every trained token in versions; 16 includes all larger values",
             ),
             metric(
                 Gauge,
                 "preceptor_importance_ratio",
                 &["rank"],
-                "Learner over behaviour probability, last batch, at the 5th, 50th and 95th of a hundred ranks",
+                "Importance ratio of learner to behaviour probability, 5th, 50th and 95th percentile, last batch",
             ),
             metric(
                 Gauge,
                 "preceptor_importance_ratio_mean",
                 &[],
-                "Mean of learner over behaviour probability, last batch",
+                "Mean importance ratio of learner to behaviour probability, last batch",
             ),
-            metric(Gauge, "preceptor_importance_ratio_max", &[], "Largest ratio either way, last batch"),
+            metric(
+                Gauge,
+                "preceptor_importance_ratio_max",
+                &[],
+                "Largest importance ratio or inverse ratio, last batch",
+            ),
             metric(
                 Gauge,
                 "preceptor_effective_sample_share",
                 &[],
-                "Effective sample size of the importance ratios over the number of tokens, last batch",
+                "Effective sample size of the importance ratios divided by the number of tokens, last batch",
             ),
             metric(Gauge, "preceptor_clipped_share", &[], "Share of tokens whose ratio was clipped, last batch"),
             metric(
@@ -448,7 +473,7 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Gauge,
                 "preceptor_behaviour_kl",
                 &[],
-                "KL of the weights that sampled to those trained in nats per token, by k3, last batch",
+                "KL of the sampling weights to the trained weights in nats per token (k3), last batch",
             ),
         ],
     ),
@@ -460,16 +485,26 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Gauge,
                 "preceptor_checkpoint_timestamp_seconds",
                 &[],
-                "When the last checkpoint was finished, in seconds since 1970",
+                "Unix time at which the last checkpoint was finished, in seconds",
             ),
             metric(
                 Counter,
                 "preceptor_disk_errors_total",
                 &[],
-                "Times that a file or a checkpoint could not be written; each is tried again",
+                "Failed writes of files and checkpoints; each is retried",
             ),
-            metric(Histogram, "preceptor_checkpoint_duration_seconds", &[], "Writing one checkpoint, beside the run"),
-            metric(Histogram, "preceptor_snapshot_duration_seconds", &[], "What of a checkpoint the learner waits for"),
+            metric(
+                Histogram,
+                "preceptor_checkpoint_duration_seconds",
+                &[],
+                "Time of writing one checkpoint, concurrently with the run",
+            ),
+            metric(
+                Histogram,
+                "preceptor_snapshot_duration_seconds",
+                &[],
+                "Time that the learner waits for the snapshot of a checkpoint",
+            ),
         ],
     ),
     (
@@ -479,29 +514,24 @@ pub const METRICS: &[(&str, &[Metric])] = &[
             metric(Gauge, "process_resident_memory_bytes", &[], "Resident memory of the process"),
             metric(Gauge, "process_open_fds", &[], "Open file descriptors of the process"),
             metric(Gauge, "process_threads", &[], "Threads of the process"),
-            metric(Gauge, "process_start_time_seconds", &[], "When the process began, in seconds since 1970"),
+            metric(Gauge, "process_start_time_seconds", &[], "Unix time at which the process began, in seconds"),
             metric(
                 Gauge,
                 "preceptor_device_memory_used_bytes",
                 &["device"],
-                "Memory of the card that the policy is on which is taken, by this process and by others",
+                "Used memory of the policy's GPU, by this process and others",
             ),
-            metric(
-                Gauge,
-                "preceptor_device_memory_free_bytes",
-                &["device"],
-                "Memory of the card that the policy is on which is free",
-            ),
+            metric(Gauge, "preceptor_device_memory_free_bytes", &["device"], "Free memory of the policy's GPU"),
         ],
     ),
 ];
 
-/// The metric of this name.
+/// Returns the metric with this name.
 pub fn find(name: &str) -> Option<&'static Metric> {
     METRICS.iter().flat_map(|(_, metrics)| *metrics).find(|metric| metric.name == name)
 }
 
-/// Tells the recorder what each is about.
+/// Registers the help texts of all metrics with the recorder.
 pub(super) fn describe() {
     for Metric { kind, name, help, .. } in METRICS.iter().flat_map(|(_, metrics)| *metrics) {
         match kind {
@@ -512,14 +542,15 @@ pub(super) fn describe() {
     }
 }
 
-/// The reference page.
+/// Returns the reference page `grafana/METRICS.md`, in Markdown.
 pub fn reference() -> String {
     let mut page = String::from(
-        "# Metrics\n\nWhat a node answers at `/metrics`, by Prometheus' conventions. This page is made from the table in \
-         `src/observe/telemetry/catalogue.rs`: `PRECEPTOR_WRITE=1 cargo test --release --test suite reference_page` writes it anew.\n",
+        "# Metrics\n\nThis page lists the metrics that a node exports at `/metrics`, in Prometheus' format. It is generated from \
+         the table in `src/observe/telemetry/catalogue.rs`; \
+         `PRECEPTOR_WRITE=1 cargo test --release --test suite reference_page` regenerates it.\n",
     );
     for (title, metrics) in METRICS {
-        page += &format!("\n## {title}\n\n| metric | kind | labels | what it says |\n|---|---|---|---|\n");
+        page += &format!("\n## {title}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n");
         for Metric { kind, name, labels, help } in *metrics {
             let labels: Vec<String> = labels.iter().map(|label| format!("`{label}`")).collect();
             page += &format!("| `{name}` | {} | {} | {help} |\n", kind.name(), labels.join(", "));

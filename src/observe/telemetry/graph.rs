@@ -1,4 +1,4 @@
-//! The state of graph and process in Prometheus' text format, made at scrape time.
+//! The state of graph and process in Prometheus' text format, sampled at scrape time.
 
 use std::fmt::Write;
 
@@ -8,12 +8,12 @@ use super::catalogue;
 use crate::util::device::Memory;
 use crate::util::process::Usage;
 
-/// Collects families of samples.
+/// Text of metric families.
 #[derive(Default)]
 struct Page(String);
 
 impl Page {
-    /// One family; without samples it is left out.
+    /// Appends one metric family. Without samples it is omitted.
     fn family(&mut self, name: &str, samples: impl IntoIterator<Item = (String, f64)>) {
         let mut samples = samples.into_iter().peekable();
         let (Some(metric), Some(_)) = (catalogue::find(name), samples.peek()) else { return };
@@ -29,16 +29,16 @@ impl Page {
     }
 }
 
-/// What the process uses, where the system tells.
+/// Resource usage of the process.
 pub struct Process {
-    /// Processors and memory.
+    /// CPU time, memory, threads and descriptors. `None` if the system does not report them.
     pub usage: Option<Usage>,
-    /// Memory of the card that the policy is on, if it is on one.
+    /// Memory usage of the policy's GPU, if it is on one.
     pub card: Option<Memory>,
 }
 
-/// Renders stages, edges, weights and the process. `shares` are those of the last minute, `limiting` is the role that
-/// limits.
+/// Renders the metrics of stages, edges, weights and the process. `shares` are the time shares of the last minute, and
+/// `limiting` is the bottleneck role.
 pub fn render(
     report: Option<&GraphReport>,
     shares: &[RoleShare],

@@ -1,4 +1,4 @@
-//! What is drawn of a node's words: what limits it, its actors, its edges, its curves.
+//! Rendering of a node's state: its bottleneck, actors, edges and training curves.
 
 use ratatui::Frame;
 use ratatui::buffer::Buffer;
@@ -8,7 +8,7 @@ use ratatui::text::{Line, Span, Text};
 use ratatui::widgets::{Block, Gauge, Paragraph, Row, Sparkline, Table, Widget, Wrap};
 use serde_json::Value;
 
-/// Figures with a curve: as they are called here, and in `metrics.jsonl`.
+/// Metrics with a curve: title, and name in `metrics.jsonl`.
 const CURVES: &[(&str, &str)] = &[
     ("score", "score/mean"),
     ("margin", "preference/margin"),
@@ -22,13 +22,13 @@ const CURVES: &[(&str, &str)] = &[
     ("staleness", "staleness/mean"),
 ];
 
-/// Draws it all; `silence` says why the node does not answer, `scroll` how many actors are above the first one shown.
+/// Draws the view. `silence` is the error of the last poll, `scroll` the number of actors above the first one shown.
 pub(super) fn draw(frame: &mut Frame<'_>, status: &Value, history: &Value, silence: Option<&str>, scroll: u16) {
     let area = frame.area();
     render(area, frame.buffer_mut(), status, history, silence, scroll);
 }
 
-/// The same as text, `width` columns wide.
+/// Returns the view as text, `width` columns wide.
 pub(super) fn text(status: &Value, history: &Value, width: u16) -> String {
     let stages = status["graph"]["stages"].as_array().map_or(0, Vec::len) as u16;
     let area = Rect::new(0, 0, width, 30 + stages);
@@ -53,7 +53,7 @@ fn render(area: Rect, buffer: &mut Buffer, status: &Value, history: &Value, sile
     ])
     .areas(area);
     header(head, buffer, status);
-    let title = if status["graph"]["stalled"].is_null() { " what limits " } else { " no progress " };
+    let title = if status["graph"]["stalled"].is_null() { " bottleneck " } else { " no progress " };
     Paragraph::new(limits).wrap(Wrap { trim: true }).block(Block::bordered().title(title)).render(what, buffer);
     let [left, right] = Layout::horizontal([Constraint::Percentage(62), Constraint::Percentage(38)]).areas(middle);
     let widths = [14, 10, 6, 6, 7, 7, 6].map(Constraint::Length);
@@ -65,7 +65,7 @@ fn render(area: Rect, buffer: &mut Buffer, status: &Value, history: &Value, sile
     Table::new(queues(status), widths).header(titles).block(Block::bordered().title(" edges ")).render(right, buffer);
     sparklines(curves, buffer, history);
     let foot_line = match silence {
-        Some(text) => Line::from(format!(" {text}; asking again")).reversed(),
+        Some(text) => Line::from(format!(" {text}; retrying")).reversed(),
         None => match waiting(status) {
             Some(text) => Line::from(format!(" {text}")).reversed(),
             None => Line::from(format!(" {}   q quits, arrows scroll", faults(status))).dim(),
@@ -74,7 +74,7 @@ fn render(area: Rect, buffer: &mut Buffer, status: &Value, history: &Value, sile
     foot_line.render(foot, buffer);
 }
 
-/// Lines that `text` takes when it is wrapped within a border.
+/// Returns the number of lines of `text` when it is wrapped within a border.
 fn height(text: &Text<'_>, width: u16) -> u16 {
     let inner = usize::from(width.saturating_sub(2)).max(1);
     text.lines.iter().map(|line| line.width().div_ceil(inner).max(1) as u16).sum()
@@ -106,22 +106,21 @@ fn header(area: Rect, buffer: &mut Buffer, status: &Value) {
     Gauge::default().ratio(ratio).label(format!("step {step} of {steps}{left}")).render(bar, buffer);
 }
 
-/// What limits, in the node's words, with what to change.
+/// Returns the text of the diagnosis with the proposed settings, or of the stall.
 fn limits(status: &Value) -> Text<'static> {
     let stalled = &status["graph"]["stalled"];
     if !stalled.is_null() {
         let (stage, seconds) = (word(&stalled["stage"]), figure(&stalled["for_s"]));
-        return Text::from(format!("{stage} has held the run for {} ({})", time(seconds), word(&stalled["state"])))
-            .bold();
+        return Text::from(format!("blocked in {stage} for {} ({})", time(seconds), word(&stalled["state"]))).bold();
     }
     let found = &status["diagnosis"];
     if found.is_null() {
-        return Text::from("not known yet: it takes some seconds of work to tell");
+        return Text::from("not known yet: the diagnosis needs some seconds of work");
     }
     let mut lines = vec![Line::from(word(&found["headline"])).bold(), Line::from(word(&found["detail"])).dim()];
     if let Some(next) = found["next"].as_str() {
         lines.push(Line::from(format!(
-            "relieved, throughput could be up to {:.1} times as high; then {next} would limit",
+            "without this bottleneck, throughput could be up to {:.1} times as high; then {next} would limit",
             figure(&found["gain"])
         )));
     }
@@ -199,17 +198,17 @@ fn sparklines(area: Rect, buffer: &mut Buffer, history: &Value) {
     }
 }
 
-/// Means of as many neighbours that `width` columns suffice.
+/// Averages neighbouring values so that at most `width` remain.
 fn squeeze(course: &[f64], width: usize) -> Vec<f64> {
     let each = course.len().div_ceil(width.max(1)).max(1);
     course.chunks(each).map(|part| part.iter().sum::<f64>() / part.len() as f64).collect()
 }
 
-/// The judge that the run waits for, with the cause.
+/// Returns a text about the judge that the run waits for, with the cause.
 fn waiting(status: &Value) -> Option<String> {
     let away = status["judges_away"].get(0)?;
     let seconds = time(figure(&away["seconds"]));
-    Some(format!("waits for the judge at {}, away for {seconds}: {}", word(&away["url"]), word(&away["why"])))
+    Some(format!("waiting for the judge at {}, unavailable for {seconds}: {}", word(&away["url"]), word(&away["why"])))
 }
 
 fn faults(status: &Value) -> String {
@@ -238,7 +237,7 @@ fn figure(value: &Value) -> f64 {
     value.as_f64().unwrap_or(0.0)
 }
 
-/// Of the process, and of the cards it computes on.
+/// Returns the memory usage of the process and of its GPUs as text.
 fn memory(memory: &Value) -> String {
     let cards = memory["device"].as_array().into_iter().flatten();
     let cards = cards.map(|card| format!("   {} {}", word(&card["device"]), bytes(figure(&card["used_bytes"]))));
@@ -272,7 +271,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_says_who_limits_by_how_much_and_what_to_change() {
+    fn the_view_shows_the_bottleneck_the_gain_and_the_settings() {
         let status = json!({
             "run": "quickstart", "phase": "training",
             "plan": { "mode": "direct", "algorithm": "rloo", "eta": 1, "steps": 20 },
@@ -314,14 +313,15 @@ mod tests {
         ] {
             assert!(shown.contains(words), "{words} is not in\n{shown}");
         }
-        assert!(!shown.contains("KL"), "a figure that the run does not have\n{shown}");
+        assert!(!shown.contains("KL"), "a metric that the run does not have\n{shown}");
         let mut waits = status.clone();
         waits["judges_away"] = json!([{ "url": "http://j/v1", "seconds": 130.0, "why": "refused the key (401)" }]);
         assert!(
-            text(&waits, &history, 100).contains("waits for the judge at http://j/v1, away for 2 min: refused the key")
+            text(&waits, &history, 100)
+                .contains("waiting for the judge at http://j/v1, unavailable for 2 min: refused the key")
         );
         let mut stalled = status;
         stalled["graph"]["stalled"] = json!({ "stage": "label-0", "state": "busy", "for_s": 130.0 });
-        assert!(text(&stalled, &history, 100).contains("label-0 has held the run for 2 min (busy)"));
+        assert!(text(&stalled, &history, 100).contains("blocked in label-0 for 2 min (busy)"));
     }
 }

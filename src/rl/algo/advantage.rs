@@ -1,8 +1,8 @@
-//! What actions were worth, from rewards and values.
+//! Advantages from rewards and values.
 
-/// Generalised advantage estimation (Schulman et al. 2016, eq. 11–16) of one completion:
-/// δ_t = r_t + γ·V_{t+1} − V_t, Â_t = δ_t + γλ·Â_{t+1}, with nothing after the last token. `rewards` and `values` have
-/// one entry per token; the result is (Â, Â + V).
+/// Returns (Â, Â + V) of one completion by generalised advantage estimation (Schulman et al. 2016, eq. 11–16):
+/// δ_t = r_t + γ·V_{t+1} − V_t, Â_t = δ_t + γλ·Â_{t+1}, with V and Â zero after the last token. `rewards` and `values` have one
+/// entry per token.
 pub fn gae(rewards: &[f64], values: &[f32], gamma: f64, lambda: f64) -> (Vec<f32>, Vec<f32>) {
     let (mut next_value, mut tail) = (0.0, 0.0);
     let mut advantages = vec![0f32; rewards.len()];
@@ -16,22 +16,22 @@ pub fn gae(rewards: &[f64], values: &[f32], gamma: f64, lambda: f64) -> (Vec<f32
     (advantages, returns)
 }
 
-/// R_i − mean of the others (Ahmadian et al. 2024); zero for a group of one, which has nothing to compare with.
+/// Returns leave-one-out advantages: R_i minus the mean of the other returns (Ahmadian et al. 2024). Zero for a group of one.
 pub fn leave_one_out(returns: &[f64]) -> Vec<f64> {
     let n = returns.len() as f64;
     let total: f64 = returns.iter().sum();
     returns.iter().map(|r| if n > 1.0 { r - (total - r) / (n - 1.0) } else { 0.0 }).collect()
 }
 
-/// (R_i − mean)/(std + 10⁻⁴), the sample deviation (Shao et al. 2024, §4.1.2); without `scaled`, R_i − mean (Liu et al.
-/// 2025, Dr.GRPO).
+/// Returns group-normalised advantages: (R_i − mean)/(std + 10⁻⁴) with the sample standard deviation (Shao et al. 2024,
+/// §4.1.2). Without `scaled`, R_i − mean (Liu et al. 2025, Dr.GRPO). Zero if all returns are equal.
 pub fn group_normalised(returns: &[f64], scaled: bool) -> Vec<f64> {
     let (mean, std) = moments(returns.iter().copied());
     let divisor = if scaled { std + 1e-4 } else { 1.0 };
     returns.iter().map(|r| if std > 0.0 { (r - mean) / divisor } else { 0.0 }).collect()
 }
 
-/// Shifts `values` to mean 0 and scales them to sample variance 1; leaves fewer than two, and equal ones, at 0.
+/// Shifts `values` to mean 0 and scales them to sample variance 1. A single value, or equal values, become 0.
 pub fn whiten<'a>(values: impl Iterator<Item = &'a mut f32>) {
     let values: Vec<&mut f32> = values.collect();
     let (mean, std) = moments(values.iter().map(|value| f64::from(**value)));
@@ -41,14 +41,14 @@ pub fn whiten<'a>(values: impl Iterator<Item = &'a mut f32>) {
     }
 }
 
-/// The smallest deviation of values of the size `largest` that is not rounding: what f32, in which models compute, cannot tell
-/// apart counts as equal.
+/// Returns the deviation below which values of the magnitude `largest` count as equal: the rounding of f32, in which models
+/// compute.
 fn rounding(largest: f64) -> f64 {
     f64::from(f32::EPSILON) * largest.abs()
 }
 
-/// Mean and sample deviation. The latter is zero for fewer than two, and for values that are equal up to the
-/// rounding of f32.
+/// Returns the mean and the sample standard deviation. The latter is zero for fewer than two values, and for values that are
+/// equal up to the rounding of f32.
 pub fn moments(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
     let n = values.clone().count() as f64;
     if n == 0.0 {
@@ -66,12 +66,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_that_differ_by_rounding_alone_are_equal() {
+    fn values_that_differ_only_by_rounding_are_equal() {
         let equal = [5.5, 5.5 + 1e-15, 5.5 - 1e-15, 5.5];
         assert_eq!(moments(equal.into_iter()).1, 0.0);
         assert_eq!(group_normalised(&equal, true), [0.0; 4]);
         assert_eq!(group_normalised(&equal, false), [0.0; 4]);
-        // Small values and small differences of large ones are what they are.
+        // Small values, and small differences of large values, are preserved.
         for values in [[1e-9, -1e-9], [1e6, 1e6 + 1.0]] {
             let std = moments(values.into_iter()).1;
             assert!((std - (values[1] - values[0]).abs() / 2f64.sqrt()).abs() < 1e-3 * std, "{values:?}: {std}");

@@ -1,40 +1,40 @@
-//! Correcting for tokens that older weights produced.
+//! Importance sampling correction for off-policy tokens.
 
-/// How a token's loss is weighted by how far the learner's weights are from those that sampled it.
+/// Importance weights of tokens that were sampled by older weights than the learner's.
 ///
-/// The ratio is π/μ, π being the weights that are trained, or, where the loss is clipped, the ones that the batch
-/// arrived at (π_prox: decoupled PPO, Fu et al. 2025, AReaL, §5.2).
+/// The ratio is π/μ, where π is the policy being trained or, if the loss is clipped, the proximal policy π_prox: the learner's
+/// weights when the batch arrived (decoupled PPO, Fu et al. 2025, AReaL, §5.2).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Correction {
-    /// What the ratio is taken of.
+    /// Level at which the ratio is computed.
     pub level: Level,
-    /// Bound C on the ratio (truncated importance sampling, Espeholt et al. 2018); infinite for none.
+    /// Upper bound C of the ratio (truncated importance sampling, Espeholt et al. 2018); infinite for no truncation.
     pub limit: f64,
-    /// Tokens whose ratio is beyond this, or below its inverse, are left out; infinite for none.
+    /// Tokens whose ratio is above this or below its inverse are masked; infinite for no masking.
     pub mask_beyond: f64,
 }
 
-/// What an importance ratio is taken of.
+/// Level at which an importance ratio is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Level {
-    /// Nothing: every weight is 1. Right only when the data is on-policy.
+    /// No ratio: every weight is 1. Only correct for on-policy data.
     None,
-    /// Each token.
+    /// One ratio per token.
     Token,
-    /// The whole completion, for all of its tokens.
+    /// One ratio per completion, for all of its tokens.
     Sequence,
 }
 
 impl Correction {
-    /// No correction.
+    /// The correction with all weights at 1.
     pub const NONE: Self = Self { level: Level::None, limit: f64::INFINITY, mask_beyond: f64::INFINITY };
 
-    /// Truncated importance sampling per token with bound `limit`.
+    /// Returns truncated importance sampling per token with the bound `limit`.
     pub fn truncated(limit: f64) -> Self {
         Self { level: Level::Token, limit, ..Self::NONE }
     }
 
-    /// Weight of each token of a completion; zero for one that is left out.
+    /// Returns the weight of each token of a completion, zero for masked tokens, from log π(a_t) and log μ(a_t).
     pub fn weights(&self, policy: &[f32], behaviour: &[f32]) -> Vec<f64> {
         let gap = |(p, b): (&f32, &f32)| f64::from(*p) - f64::from(*b);
         let whole: f64 = policy.iter().zip(behaviour).map(gap).sum();
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn truncates_above_and_leaves_out_on_both_sides() {
+    fn ratios_are_truncated_above_and_masked_on_both_sides() {
         let close = |ours: Vec<f64>, theirs: &[f64]| ours.iter().zip(theirs).all(|(a, b)| (a - b).abs() < 1e-9);
         let (policy, behaviour) = ([-1.0, 0.0, -3.0], [-1.0, -3.0, -1.0]);
         let e = std::f64::consts::E;

@@ -4,12 +4,13 @@
 use super::advantage::group_normalised;
 use super::{Algorithm, GroupLoss, GroupView, Surrogate, Targets};
 
-/// A_i = (R_i − mean)/std over the group. Dr.GRPO leaves the deviation out and averages by a constant length.
+/// GRPO. A_i = (R_i − mean)/std over the group. Dr.GRPO omits the division by the standard deviation and averages by a
+/// constant length.
 #[derive(Debug, Clone)]
 pub struct Grpo {
-    /// Whether advantages are divided by the group's deviation.
+    /// True if advantages are divided by the group's standard deviation.
     pub scaled: bool,
-    /// From advantages to loss.
+    /// The policy loss.
     pub surrogate: Surrogate,
 }
 

@@ -1,4 +1,4 @@
-//! How far the policy is from the reference, and where that is charged.
+//! The KL penalty: estimators of the divergence of the policy from the reference, and the placement of the penalty.
 
 /// Estimator of KL(π‖π_ref) from one sampled token, with r = π_ref/π (Schulman 2020, "Approximating KL divergence").
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,7 +12,7 @@ pub enum Estimator {
 }
 
 impl Estimator {
-    /// The estimate in nats, from log π(a) and log π_ref(a).
+    /// Returns the estimate in nats, from log π(a) and log π_ref(a).
     pub fn value(self, policy: f32, reference: f32) -> f64 {
         let log_r = f64::from(reference) - f64::from(policy);
         match self {
@@ -22,7 +22,7 @@ impl Estimator {
         }
     }
 
-    /// Its derivative with respect to log π(a).
+    /// Returns the derivative of the estimate with respect to log π(a).
     pub fn slope(self, policy: f32, reference: f32) -> f64 {
         let log_r = f64::from(reference) - f64::from(policy);
         match self {
@@ -33,33 +33,33 @@ impl Estimator {
     }
 }
 
-/// Where distance from the reference is charged.
+/// Placement of the KL penalty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// In the reward, as measured when the tokens were sampled.
+    /// In the reward, as the KL of π_prox, the learner's weights when the batch arrived.
     Reward,
-    /// In the loss, as it is now.
+    /// In the loss, as the KL of the weights that are being trained.
     Loss,
 }
 
-/// β of J = E[(1−β)·r − β·KL(π‖π_ref)] (Lee et al. 2023, §2.4), and how the second half is computed.
+/// The KL penalty of the objective J = E[(1−β)·r − β·KL(π‖π_ref)] (Lee et al. 2023, §2.4).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Kl {
-    /// β, from 0 to 1.
+    /// Coefficient β, from 0 to 1.
     pub coef: f64,
-    /// How it is estimated.
+    /// Estimator of the KL divergence.
     pub estimator: Estimator,
-    /// Where it is charged.
+    /// Placement of the penalty.
     pub place: Place,
 }
 
 impl Kl {
-    /// (1−β)·r.
+    /// Returns (1−β)·r.
     pub fn share(&self, reward: f64) -> f64 {
         (1.0 - self.coef) * reward
     }
 
-    /// What a token of log-probability `policy` is charged in the reward; zero where the loss is charged.
+    /// Returns the penalty in the reward of a token with the log-probability `policy`. Zero if the penalty is in the loss.
     pub fn in_reward(&self, policy: f32, reference: f32) -> f64 {
         match self.place {
             Place::Reward => self.coef * self.estimator.value(policy, reference),
@@ -67,7 +67,7 @@ impl Kl {
         }
     }
 
-    /// Return of a whole completion: its share of the reward less what its tokens are charged.
+    /// Returns the return of a completion: (1−β)·r minus the penalties of its tokens.
     pub fn sequence_return(&self, reward: f64, policy: &[f32], reference: &[f32]) -> f64 {
         self.share(reward) - policy.iter().zip(reference).map(|(p, r)| self.in_reward(*p, *r)).sum::<f64>()
     }
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slopes_are_those_of_the_values() {
+    fn derivatives_match_finite_differences() {
         for estimator in [Estimator::K1, Estimator::K2, Estimator::K3] {
             for (policy, reference) in [(-1.5f32, -1.0f32), (-0.25, -3.0), (-2.0, -2.0)] {
                 let h = 0.0078125f32;
@@ -89,9 +89,9 @@ mod tests {
         }
     }
 
-    /// All three on a two-token distribution, where the divergence is known: π = (½, ½), π_ref = (¼, ¾).
+    /// Compares the estimators with the exact divergence of a two-token distribution: π = (½, ½), π_ref = (¼, ¾).
     #[test]
-    fn unbiased_where_they_are_said_to_be() {
+    fn k1_and_k3_are_unbiased() {
         let mean = |estimator: Estimator| {
             let half = 0.5f32.ln();
             0.5 * (estimator.value(half, 0.25f32.ln()) + estimator.value(half, 0.75f32.ln()))

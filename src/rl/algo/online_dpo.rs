@@ -1,18 +1,19 @@
-//! Online direct preference optimisation (Guo et al. 2024, OAIF): both completions are the policy's own, labeled now.
+//! Online direct preference optimisation (Guo et al. 2024, OAIF): both completions of a pair are sampled from the policy and
+//! labeled during training.
 
 use super::preference::soft_label;
 use super::{Algorithm, GroupLoss, GroupView, Targets};
 
-/// Δ_i = Σ_t log π(a_t)/π_ref(a_t) ; L = −p·log σ(β(Δ₁ − Δ₂)) − (1−p)·log σ(−β(Δ₁ − Δ₂)), a sum over the group's pairs
-/// (Rafailov et al. 2023, eq. 7; the soft form is that of a label with P(first is better) = p).
+/// Online DPO. Δ_i = Σ_t log π(a_t)/π_ref(a_t); L = −p·log σ(β(Δ₁ − Δ₂)) − (1−p)·log σ(−β(Δ₁ − Δ₂)), summed over the group's
+/// pairs (Rafailov et al. 2023, eq. 7, in the soft form for a label P(first is better) = p).
 ///
 /// With [`DpoLoss::Ipo`], Δ_i is a mean over tokens and L = p·(Δ₁ − Δ₂ − 1/2β)² + (1−p)·(Δ₁ − Δ₂ + 1/2β)² (Azar et al.
 /// 2023, eq. 17).
 #[derive(Debug, Clone)]
 pub struct OnlineDpo {
-    /// β, how firmly the policy is held to the reference.
+    /// β, the strength of the regularization towards the reference policy.
     pub beta: f64,
-    /// Learn from P itself, or from which of the two is preferred. A hard label of exactly ½ says nothing.
+    /// True if P is the target. Otherwise the target is the preferred completion, and pairs with P = ½ are skipped.
     pub soft: bool,
     /// The loss of a pair.
     pub form: DpoLoss,
@@ -28,7 +29,7 @@ pub enum DpoLoss {
 }
 
 impl OnlineDpo {
-    /// Loss and slope in `gap` = Δ₁ − Δ₂.
+    /// Returns the loss of a pair and its derivative with respect to `gap` = Δ₁ − Δ₂.
     fn pair(&self, gap: f64, p: f64) -> (f64, f64) {
         match self.form {
             DpoLoss::Sigmoid => {

@@ -4,17 +4,17 @@
 use super::advantage::gae;
 use super::{Algorithm, GroupLoss, GroupView, Surrogate, Targets};
 
-/// r_t = −β·log(μ/π_ref)(a_t) + 1[t=T]·(1−β)·R ; Â by GAE ; G = Â + V_old ; the policy's loss is the surrogate's,
-/// L_V = Σ_t ½·max((V − G)², (clip(V, V_old ± ε_V) − G)²).
+/// PPO. r_t = −β·log(π_prox/π_ref)(a_t) + 1[t=T]·(1−β)·R (with the k1 estimator and the KL penalty in the reward); Â by GAE;
+/// G = Â + V_old. The policy loss is that of the [`Surrogate`]; L_V = Σ_t ½·max((V − G)², (clip(V, V_old ± ε_V) − G)²).
 #[derive(Debug, Clone)]
 pub struct Ppo {
-    /// γ.
+    /// Discount γ.
     pub gamma: f64,
     /// λ of GAE.
     pub lambda: f64,
-    /// ε_V; infinite for none.
+    /// Clip range ε_V of the values; infinite for no clipping.
     pub value_clip: f64,
-    /// From advantages to loss.
+    /// The policy loss.
     pub surrogate: Surrogate,
 }
 
@@ -58,11 +58,11 @@ impl Ppo {
     }
 }
 
-/// ½·max((V − G)², (clip(V, V_old ± `bound`) − G)²) and its slope in V.
+/// Returns the clipped value loss ½·max((V − G)², (clip(V, V_old ± `bound`) − G)²) and its derivative with respect to V.
 pub fn clipped_value(value: f32, target: f32, old: f32, bound: f64) -> (f64, f64) {
     let (value, target, old) = (f64::from(value), f64::from(target), f64::from(old));
     let clipped = value.clamp(old - bound, old + bound);
     let (free, held) = ((value - target).powi(2), (clipped - target).powi(2));
-    // Where the clipped form is the larger one, V itself is out of bounds and has no slope.
+    // If the clipped form is larger, V is outside the clip range, and the derivative is zero.
     if held > free { (0.5 * held, 0.0) } else { (0.5 * free, value - target) }
 }

@@ -3,10 +3,10 @@
 use super::advantage::leave_one_out;
 use super::{Algorithm, GroupLoss, GroupView, Surrogate, Targets};
 
-/// R_i = (1−β)·r_i − β·KL_i ; A_i = R_i − mean_{j≠i} R_j.
+/// RLOO. R_i = (1−β)·r_i − β·KL_i; A_i = R_i − mean_{j≠i} R_j.
 #[derive(Debug, Clone)]
 pub struct Rloo {
-    /// From advantages to loss.
+    /// The policy loss.
     pub surrogate: Surrogate,
 }
 

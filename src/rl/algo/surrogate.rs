@@ -1,49 +1,49 @@
-//! The policy loss that the algorithms with advantages share.
+//! The policy loss of all algorithms with advantages.
 
 use super::correction::{Correction, Level};
 use super::kl::{Kl, Place};
 use super::{GroupLoss, GroupView};
 
-/// From advantages to loss and slopes.
+/// The surrogate policy loss as a function of advantages, with its gradients.
 ///
-/// Without a clip it is the policy gradient, L = −Σ_t w_t·A_t·log π(a_t) with w_t detached. With one it is that of PPO
-/// (Schulman et al. 2017, eq. 7), L = −Σ_t w_t·min(u_t·A_t, clip(u_t)·A_t), where u = π/μ if nothing is corrected, and
-/// u = π/π_prox, w = π_prox/μ if it is (decoupled PPO).
+/// Without a clip, it is the policy gradient loss L = −Σ_t w_t·A_t·log π(a_t) with w_t detached. With a clip, it is the PPO loss
+/// (Schulman et al. 2017, eq. 7) L = −Σ_t w_t·min(u_t·A_t, clip(u_t)·A_t), where u = π/μ and w = 1 without a correction, and
+/// u = π/π_prox and w = π_prox/μ with one (decoupled PPO).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Surrogate {
-    /// Bounds of the ratio, where it is clipped.
+    /// Clip range of the ratio, or `None` for no clipping.
     pub clip: Option<Clip>,
-    /// Weight of off-policy tokens.
+    /// Importance weights of off-policy tokens.
     pub correction: Correction,
-    /// How tokens are averaged.
+    /// Denominator of the sum over tokens.
     pub average: Average,
-    /// The KL that is charged in the loss.
+    /// KL penalty, which is part of this loss with [`Place::Loss`].
     pub kl: Kl,
-    /// Weight of an entropy bonus per token.
+    /// Coefficient of an entropy bonus per token.
     pub entropy: f64,
 }
 
-/// 1 − `low` ≤ u ≤ 1 + `high`.
+/// Clip range of the ratio: 1 − `low` ≤ u ≤ 1 + `high`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Clip {
-    /// ε below.
+    /// Lower ε.
     pub low: f64,
-    /// ε above; larger than below in DAPO (Yu et al. 2025).
+    /// Upper ε; larger than the lower one in DAPO (Yu et al. 2025).
     pub high: f64,
-    /// Whether u is that of a token or of a whole completion.
+    /// Level at which u is computed: per token or per completion.
     pub level: Level,
 }
 
-/// What the sum over a batch's tokens is divided by.
+/// Denominator of the sum over a batch's tokens.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Average {
-    /// The number of completions: the expectation's own form.
+    /// The number of completions, as in the expectation over completions.
     SequenceSum,
-    /// Each completion's length, then their number (GRPO).
+    /// Each completion's length, and then the number of completions (GRPO).
     SequenceMean,
     /// The number of tokens (PPO, DAPO).
     TokenMean,
-    /// A constant length, then the number of completions (Dr.GRPO).
+    /// A constant length, and then the number of completions (Dr.GRPO).
     Constant(f64),
 }
 
@@ -62,7 +62,7 @@ impl Average {
 }
 
 impl Surrogate {
-    /// Loss and slopes of a group whose tokens have these `advantages`.
+    /// Computes the loss and gradients of a group with the advantages `advantages`, indexed `[completion][token]`.
     pub fn loss(&self, group: &GroupView<'_>, advantages: &[Vec<f32>]) -> GroupLoss {
         let mut out = GroupLoss::default();
         for (i, advantages) in advantages.iter().enumerate() {
@@ -84,7 +84,7 @@ impl Surrogate {
         out
     }
 
-    /// −w·A·log π.
+    /// Adds the loss −w·A·log π of completion `i` to `out`, and returns its gradient with respect to log π.
     fn gradient(&self, group: &GroupView<'_>, i: usize, advantages: &[f32], out: &mut GroupLoss) -> Vec<f64> {
         let share = self.average.of_token(advantages.len());
         let weights = self.correction.weights(&group.policy[i], &group.behaviour[i]);
@@ -94,7 +94,8 @@ impl Surrogate {
         slopes
     }
 
-    /// −w·min(u·A, clip(u)·A); where the clip holds, nothing slopes.
+    /// Adds the loss −w·min(u·A, clip(u)·A) of completion `i` to `out`, and returns its gradient with respect to log π. Clipped
+    /// tokens have a zero gradient.
     fn clipped(
         &self,
         clip: &Clip,
@@ -118,7 +119,7 @@ impl Surrogate {
             } else {
                 slopes[t] = -weights[t] * ratio * advantage;
             }
-            // A completion's ratio is one term of the loss, told once, at its first token.
+            // A ratio per completion is a single term of the loss, which is added at the first token.
             if clip.level != Level::Sequence || t == 0 {
                 out.policy -= weights[t] * (ratio * advantage).min(bounded * advantage) * share;
             }
@@ -126,8 +127,8 @@ impl Surrogate {
         slopes
     }
 
-    /// β·u·k, with u = π/anchor undetached, so that the gradient is that of the KL of π whoever sampled (DeepSeek-V3.2,
-    /// §3.1).
+    /// Adds the KL penalty β·w·u·k of completion `i` to `out` and its gradient to `slopes`. The ratio u = π/anchor is not
+    /// detached, so that the gradient is that of KL(π‖π_ref) regardless of the sampling weights (DeepSeek-V3.2, §3.1).
     fn charge(&self, group: &GroupView<'_>, i: usize, slopes: &mut [f64], out: &mut GroupLoss) {
         let (policy, reference, anchor) = (&group.policy[i], &group.reference[i], self.anchor(group, i));
         let share = self.average.of_token(policy.len());
@@ -140,12 +141,12 @@ impl Surrogate {
         }
     }
 
-    /// What u compares with.
+    /// Returns the log-probabilities of the denominator of u: μ without a correction, else π_prox.
     fn anchor<'a>(&self, group: &GroupView<'a>, i: usize) -> &'a [f32] {
         if self.correction.level == Level::None { &group.behaviour[i] } else { &group.proximal[i] }
     }
 
-    /// π_prox/μ, corrected.
+    /// Returns the importance weights w, from the ratio π_prox/μ.
     fn weights(&self, group: &GroupView<'_>, i: usize) -> Vec<f64> {
         self.correction.weights(&group.proximal[i], &group.behaviour[i])
     }

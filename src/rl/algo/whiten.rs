@@ -1,15 +1,15 @@
-//! Rewards and advantages brought to one scale over the batch.
+//! Whitening of rewards and advantages over the batch.
 
 use super::advantage::{moments, whiten};
 use super::{Algorithm, GroupLoss, GroupView, Targets};
 
-/// An algorithm whose rewards, or advantages, have mean 0 and variance 1 over the batch. It learns from whole batches.
+/// An algorithm whose rewards or advantages are whitened to mean 0 and variance 1 over the complete batch.
 pub struct Whitened {
-    /// What learns.
+    /// The algorithm.
     pub inner: Box<dyn Algorithm>,
-    /// Whether rewards are whitened, over completions.
+    /// True if rewards are whitened, over completions.
     pub rewards: bool,
-    /// Whether advantages are whitened, over tokens.
+    /// True if advantages are whitened, over tokens.
     pub advantages: bool,
 }
 
@@ -25,7 +25,7 @@ impl Algorithm for Whitened {
     fn targets(&self, batch: &[GroupView<'_>]) -> Vec<Targets> {
         let all = batch.iter().flat_map(|group| group.rewards).copied();
         let (mean, std) = if self.rewards { moments(all) } else { (0.0, 1.0) };
-        // Equal rewards are all at the mean.
+        // Equal rewards all become zero.
         let scale = if std > 0.0 { 1.0 / std } else { 0.0 };
         let rewards: Vec<Vec<f64>> =
             batch.iter().map(|group| group.rewards.iter().map(|r| (r - mean) * scale).collect()).collect();

@@ -1,4 +1,4 @@
-//! Shares and means with 95 % intervals that hold near 0 and 1 and for few items.
+//! Shares and means with 95 % confidence intervals that are valid near 0 and 1 and for few items.
 
 use serde::Serialize;
 
@@ -8,17 +8,17 @@ pub(super) const Z: f64 = 1.959_963_984_540_054;
 /// A share or mean in [0, 1] with its 95 % interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Estimate {
-    /// The share itself; absent where there are no items.
+    /// The share or mean. `None` without items.
     pub value: Option<f64>,
     /// Lower end of the interval.
     pub low: f64,
     /// Upper end of the interval.
     pub high: f64,
-    /// Items it was taken from.
+    /// Number of items.
     pub count: usize,
 }
 
-/// The share `successes / trials` with Wilson's score interval (Wilson 1927). No trials leave all of [0, 1] open.
+/// Returns the share `successes / trials` with Wilson's score interval (Wilson 1927), which is [0, 1] without trials.
 pub fn share(successes: usize, trials: usize) -> Estimate {
     if trials == 0 {
         return Estimate { value: None, low: 0.0, high: 1.0, count: 0 };
@@ -28,13 +28,12 @@ pub fn share(successes: usize, trials: usize) -> Estimate {
     Estimate { value: Some(value), low, high, count: trials }
 }
 
-/// The mean of values in [0, 1], such as wins that count ties one half.
+/// Returns the mean of values in [0, 1], such as wins with ties as one half, with a confidence interval.
 ///
-/// The interval is Wilson's for a share of that size out of n·p(1−p)/s² items: as many as would spread the mean of
-/// wins and losses alone as widely as these values do (Kish's effective sample size). Without ties it is [`share`]'s;
-/// with them it is narrower, since a tie is nearer the mean than a win. Unlike a bootstrap it draws nothing, and a
-/// policy that won every time is not said to win for certain. Values that are all alike tell nothing of their
-/// spread: then n counts.
+/// The interval is Wilson's for a share of the same size out of n·p(1−p)/s² items (Kish's effective sample size): the number
+/// of wins and losses whose mean would vary as much as that of these values. Without ties, it is the interval of [`share`];
+/// with ties, it is narrower, because a tie is nearer to the mean than a win. Unlike a bootstrap, it needs no random draws, and
+/// it is not degenerate if all values are 1. If all values are equal, their variance is unknown, and n items are assumed.
 pub fn mean(values: &[f64]) -> Estimate {
     let n = values.len() as f64;
     if values.is_empty() {
@@ -47,38 +46,38 @@ pub fn mean(values: &[f64]) -> Estimate {
     Estimate { value: Some(value), low, high, count: values.len() }
 }
 
-/// The shares `p` that a sample of `n` items with share `value` does not speak against.
+/// Returns Wilson's interval for a share `value` of `n` items.
 fn wilson(value: f64, n: f64) -> (f64, f64) {
     let shrink = 1.0 + Z * Z / n;
     let centre = (value + Z * Z / (2.0 * n)) / shrink;
     let half = Z / shrink * (value * (1.0 - value) / n + Z * Z / (4.0 * n * n)).sqrt();
-    // Rounding may carry an end past the value where they meet, at 0 and at 1.
+    // At 0 and 1, where an end equals the value, rounding could move it past the value.
     ((centre - half).clamp(0.0, value), (centre + half).clamp(value, 1.0))
 }
 
-/// How much more often A is right than B, on the same items.
+/// Difference of two accuracies on the same items.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Difference {
-    /// Accuracy of A less that of B; absent where there are no items.
+    /// Accuracy of A minus that of B. `None` without items.
     pub value: Option<f64>,
     /// Lower end of the 95 % interval.
     pub low: f64,
     /// Upper end of the 95 % interval.
     pub high: f64,
-    /// Two-sided p-value of the hypothesis that both are right equally often (McNemar's exact test).
+    /// Two-sided p-value of the hypothesis of equal accuracies (McNemar's exact test).
     pub p: f64,
-    /// Items on which A alone was right.
+    /// Number of items on which only A was correct.
     pub only_a: usize,
-    /// Items on which B alone was right.
+    /// Number of items on which only B was correct.
     pub only_b: usize,
-    /// All items.
+    /// Number of all items.
     pub count: usize,
 }
 
-/// Compares two accuracies, given for each item whether A and whether B was right.
+/// Compares two accuracies. `right` tells for each item whether A and whether B was correct.
 ///
-/// Items on which they agree say nothing of the difference but its size. The interval is Bonett & Price's (2012):
-/// Wald's, after one more item was counted for each side, which keeps it honest where they hardly ever disagree.
+/// The interval is that of Bonett & Price (2012): Wald's interval after adding one item to each side, which keeps its coverage
+/// when A and B rarely disagree.
 pub fn difference(right: &[(bool, bool)]) -> Difference {
     let n = right.len() as f64;
     let only_a = right.iter().filter(|(a, b)| *a && !b).count();
@@ -96,10 +95,11 @@ pub fn difference(right: &[(bool, bool)]) -> Difference {
     }
 }
 
-/// Twice the chance that a fair coin shows its rarer side at most so often, which is 1 at most.
+/// Returns the p-value of McNemar's exact test: twice the probability that a fair coin shows its rarer side at most this often,
+/// and at most 1.
 fn mcnemar(only_a: usize, only_b: usize) -> f64 {
     let (tosses, rarer) = ((only_a + only_b) as f64, only_a.min(only_b));
-    // By logarithms: 2^−tosses is below the smallest number from 1,075 tosses on.
+    // In logarithms, because 2^−tosses underflows from 1,075 tosses on.
     let mut log_term = -tosses * std::f64::consts::LN_2;
     let mut tail = 0.0;
     for i in 0..=rarer {
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn no_items_leave_everything_open() {
+    fn without_items_intervals_are_maximal() {
         let nothing = Estimate { value: None, low: 0.0, high: 1.0, count: 0 };
         assert_eq!((share(0, 0), mean(&[])), (nothing, nothing));
         let difference = difference(&[]);
@@ -150,7 +150,7 @@ mod tests {
             let (ours, share) = (mean(&values), share(wins, wins + losses));
             assert!((ours.low - share.low).abs() < 1e-12 && (ours.high - share.high).abs() < 1e-12);
         }
-        // All tied: nothing is known of the spread.
+        // If all values are ties, their variance is unknown.
         let ties = mean(&[0.5; 10]);
         let half = share(5, 10);
         assert_eq!((ties.value, ties.low, ties.high), (Some(0.5), half.low, half.high));
@@ -168,7 +168,7 @@ mod tests {
             assert!((ours.value.unwrap() - (counts[1] - counts[2]) / n).abs() < 1e-12);
             assert_eq!((ours.only_a as f64, ours.only_b as f64), (counts[1], counts[2]));
         }
-        // Beyond what 2^−n can be written as.
+        // 2^−n would underflow.
         assert!(mcnemar(1_000, 1_000) == 1.0 && mcnemar(900, 1_100) > 1e-6 && mcnemar(900, 1_100) < 1e-4);
     }
 }

@@ -1,17 +1,17 @@
-//! Win rates with length held fixed (Lee et al. 2023, appendix): a longer answer is liked better for being longer.
+//! Length-controlled win rates (Lee et al. 2023, appendix), which correct for judges' preference for longer answers.
 
 use anyhow::{Result, bail, ensure};
 use serde::Serialize;
 
 use super::interval::{Estimate, Z};
 
-/// Newton steps within which a fit that exists is found.
+/// Maximum number of Newton steps; an existing fit converges within fewer.
 const MOST_STEPS: usize = 100;
 
-/// One comparison of a policy's answer with another's.
+/// One comparison of a policy's answer with another answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Comparison {
-    /// 1 where the policy's answer won, 0 where it lost, one half for a tie; any probability in between will do.
+    /// Outcome for the policy's answer: 1 for a win, 0 for a loss, one half for a tie, or any probability of a win.
     pub win: f64,
     /// Length of the policy's answer, above zero, in any unit.
     pub length: f64,
@@ -24,26 +24,26 @@ pub struct Comparison {
 pub struct LengthControlled {
     /// The win rate at a length ratio of 1.
     pub rate: Estimate,
-    /// By how much the log-odds of a win grow per unit of the ratio's natural logarithm; above zero where length wins.
+    /// Increase of the log-odds of a win per unit of ln(length ratio). Positive if longer answers win more often.
     pub slope: f64,
 }
 
-/// Fits P(win) = σ(a + b·ln(length / other)) by maximum likelihood and reads it at ratio 1, which is σ(a).
+/// Fits P(win) = σ(a + b·ln(length / other)) by maximum likelihood and returns the win rate at ratio 1, σ(a).
 ///
-/// The paper's regression is on the ratio; its logarithm is taken here, so that who is called the policy does not
-/// matter: exchanging the two gives one minus the rate. The interval is the delta method's for a, carried through σ,
-/// so that it stays within [0, 1]; ties make it wider than it need be.
+/// The paper regresses on the ratio. The logarithm is used here for symmetry: exchanging the two policies gives one minus the
+/// rate. The interval is that of the delta method for a, transformed by σ, so that it is within [0, 1]. Ties make it wider than
+/// necessary.
 ///
 /// # Errors
-/// A win that is no probability, a length that is not above zero, or comparisons that no finite fit describes best:
-/// all in one length ratio, or wins that length alone tells from losses.
+/// If a win is not a probability, a length is not above zero, or no finite fit exists: all comparisons have the same length
+/// ratio, or length separates wins from losses perfectly.
 pub fn length_controlled(comparisons: &[Comparison]) -> Result<LengthControlled> {
     for (i, one) in comparisons.iter().enumerate() {
-        ensure!((0.0..=1.0).contains(&one.win), "comparison {i}: a win of {} is no probability", one.win);
+        ensure!((0.0..=1.0).contains(&one.win), "comparison {i}: a win of {} is not a probability", one.win);
         let measured = [one.length, one.other].iter().all(|length| *length > 0.0 && length.is_finite());
         ensure!(
             measured,
-            "comparison {i}: lengths of {} and {} have no ratio; leave empty answers out",
+            "comparison {i}: lengths of {} and {} have no ratio; remove empty answers",
             one.length,
             one.other
         );
@@ -56,20 +56,20 @@ pub fn length_controlled(comparisons: &[Comparison]) -> Result<LengthControlled>
     Ok(LengthControlled { rate: Estimate { value: Some(value), low, high, count: points.len() }, slope })
 }
 
-/// A best fit exists where wins and losses overlap along the one axis there is (Albert & Anderson 1984); what is won
-/// in part counts as both.
+/// Checks that a finite fit exists, which requires that wins and losses overlap in length ratio (Albert & Anderson 1984). A
+/// partial win counts as both.
 fn check_overlap(points: &[(f64, f64)]) -> Result<()> {
     let range = |kept: fn(f64) -> bool| {
         let kept = points.iter().filter(|(_, win)| kept(*win)).map(|(x, _)| *x);
         kept.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)))
     };
     let (all, wins, losses) = (range(|_| true), range(|win| win > 0.0), range(|win| win < 1.0));
-    ensure!(wins.0 <= wins.1, "there is no win, so that length cannot be controlled for");
-    ensure!(losses.0 <= losses.1, "there is no loss, so that length cannot be controlled for");
-    ensure!(all.0 < all.1, "all comparisons have one length ratio, so that length cannot be controlled for");
+    ensure!(wins.0 <= wins.1, "without a win, length cannot be controlled for");
+    ensure!(losses.0 <= losses.1, "without a loss, length cannot be controlled for");
+    ensure!(all.0 < all.1, "all comparisons have the same length ratio, so that length cannot be controlled for");
     ensure!(
         wins.0 < losses.1 && losses.0 < wins.1,
-        "length alone tells every win from every loss, so that no finite fit exists; more comparisons are needed"
+        "length alone separates wins from losses, so that no finite fit exists; more comparisons are needed"
     );
     Ok(())
 }
@@ -81,7 +81,7 @@ struct Fit {
     variance: f64,
 }
 
-/// Newton's method on the log-likelihood, each step halved until it does not lead down.
+/// Maximises the log-likelihood by Newton's method, halving each step until the likelihood does not decrease.
 fn fit(points: &[(f64, f64)]) -> Result<Fit> {
     let (mut a, mut b) = (0.0, 0.0);
     let mut reached = likelihood(points, a, b);
@@ -104,19 +104,19 @@ fn fit(points: &[(f64, f64)]) -> Result<Fit> {
             return Ok(Fit { intercept: a, slope: b, variance: k / determinant });
         }
         let (mut step, mut next) = (1.0, likelihood(points, a + da, b + db));
-        // At the top a step's gain is lost in rounding, which must not stop it.
+        // Near the maximum, a step's gain is below rounding; the tolerance accepts it.
         while next < reached - 1e-12 * reached.abs() && step > 1e-6 {
             step /= 2.0;
             next = likelihood(points, a + step * da, b + step * db);
         }
         (a, b, reached) = (a + step * da, b + step * db, next);
     }
-    bail!("the regression on length did not converge in {MOST_STEPS} steps; wins and losses hardly overlap in length")
+    bail!("the regression on length did not converge in {MOST_STEPS} steps; wins and losses barely overlap in length")
 }
 
-/// Σ win·ln σ(z) + (1 − win)·ln σ(−z), z = a + b·x.
+/// Returns the log-likelihood Σ win·ln σ(z) + (1 − win)·ln σ(−z), z = a + b·x.
 fn likelihood(points: &[(f64, f64)], a: f64, b: f64) -> f64 {
-    // ln σ(z) = −ln(1 + e^−z), written so that nothing overflows.
+    // ln σ(z) = −ln(1 + e^−z), in a form that does not overflow.
     let log_logistic = |z: f64| z.min(0.0) - (-z.abs()).exp().ln_1p();
     let term = |(x, win): &(f64, f64)| {
         let z = a + b * x;
@@ -148,7 +148,7 @@ mod tests {
             near(&case, &[("value", rate.value.unwrap()), ("low", rate.low), ("high", rate.high)], 1e-7);
             near(&case, &[("slope", ours.slope)], 1e-6);
             assert_eq!(rate.count, pairs.len());
-            // Whoever is called the policy.
+            // Exchanging the policies gives one minus the rate.
             let swapped: Vec<_> = pairs.iter().map(|p| pair(1.0 - p.win, p.other, p.length)).collect();
             let swapped = length_controlled(&swapped).unwrap().rate;
             assert!((swapped.value.unwrap() + rate.value.unwrap() - 1.0).abs() < 1e-9);
@@ -157,26 +157,26 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_fit_is_refused_in_words() {
+    fn comparisons_without_a_fit_are_refused_with_the_reason() {
         let refused = |pairs: &[Comparison], word: &str| {
             let error = length_controlled(pairs).unwrap_err().to_string();
             assert!(error.contains(word), "{word:?} is not in {error:?}");
         };
-        refused(&[], "no win");
-        refused(&[pair(1.0, 2.0, 1.0), pair(1.0, 3.0, 1.0)], "no loss");
-        refused(&[pair(0.0, 2.0, 1.0), pair(0.0, 3.0, 1.0)], "no win");
-        refused(&[pair(1.0, 2.0, 1.0), pair(0.0, 4.0, 2.0)], "one length ratio");
-        refused(&[pair(1.0, 2.0, 1.0), pair(0.0, 1.0, 2.0), pair(1.0, 3.0, 1.0)], "length alone tells");
-        // Touching at one ratio is no overlap either.
+        refused(&[], "without a win");
+        refused(&[pair(1.0, 2.0, 1.0), pair(1.0, 3.0, 1.0)], "without a loss");
+        refused(&[pair(0.0, 2.0, 1.0), pair(0.0, 3.0, 1.0)], "without a win");
+        refused(&[pair(1.0, 2.0, 1.0), pair(0.0, 4.0, 2.0)], "the same length ratio");
+        refused(&[pair(1.0, 2.0, 1.0), pair(0.0, 1.0, 2.0), pair(1.0, 3.0, 1.0)], "length alone separates");
+        // A single common ratio is not an overlap either.
         refused(
             &[pair(1.0, 2.0, 1.0), pair(1.0, 1.0, 1.0), pair(0.0, 1.0, 1.0), pair(0.0, 1.0, 2.0)],
-            "length alone tells",
+            "length alone separates",
         );
-        refused(&[pair(1.5, 2.0, 1.0)], "comparison 0: a win of 1.5 is no probability");
-        refused(&[pair(-0.5, 2.0, 1.0)], "a win of -0.5 is no probability");
-        refused(&[pair(f64::NAN, 2.0, 1.0)], "is no probability");
+        refused(&[pair(1.5, 2.0, 1.0)], "comparison 0: a win of 1.5 is not a probability");
+        refused(&[pair(-0.5, 2.0, 1.0)], "a win of -0.5 is not a probability");
+        refused(&[pair(f64::NAN, 2.0, 1.0)], "is not a probability");
         refused(&[pair(1.0, 2.0, 1.0), pair(1.0, 0.0, 1.0)], "comparison 1: lengths of 0 and 1 have no ratio");
-        // A single tie that lies among them is both, and so is an overlap of its own kind.
+        // A tie counts as a win and a loss, so a single one makes an overlap.
         let tie = [pair(1.0, 2.0, 1.0), pair(0.0, 1.0, 2.0), pair(0.5, 3.0, 1.0)];
         assert!(length_controlled(&tie).is_ok());
     }

@@ -1,4 +1,4 @@
-//! Position bias: what a labeler says of a pair in both orders (Lee et al. 2023).
+//! Position bias and alignment of a labeler that judges pairs in both orders (Lee et al. 2023).
 
 use serde::Serialize;
 
@@ -7,67 +7,67 @@ use super::interval::{Estimate, share};
 /// One of a pair's two answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// The answer that is called A.
+    /// Answer A.
     A,
-    /// The other.
+    /// Answer B.
     B,
 }
 
-/// What a labeler said of a pair.
+/// A labeler's judgement of a pair.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Judged {
-    /// It answered in both orders.
+    /// The labeler answered in both orders.
     Both {
-        /// Probability that the answer shown first is preferred, A being first.
+        /// Probability that the answer shown first is preferred, with A shown first.
         ab: f64,
-        /// Probability that the answer shown first is preferred, B being first.
+        /// Probability that the answer shown first is preferred, with B shown first.
         ba: f64,
     },
-    /// It would not decide in one order or both.
+    /// The labeler abstained in one order or both.
     Abstained,
-    /// It could not be asked in one order or both.
+    /// The labeler could not be asked in one order or both.
     Failed,
 }
 
 /// A pair of answers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pair {
-    /// What the labeler said.
+    /// The labeler's judgement.
     pub judged: Judged,
-    /// What a person chose; absent where nobody was asked.
+    /// The answer that a person chose, if known.
     pub human: Option<Choice>,
 }
 
-/// The both-orders table and what is read from it.
+/// Position bias and alignment of a labeler on a set of pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Positions {
-    /// AI labeler alignment: how often the preference averaged over both orders is the person's. Only pairs with a person's
-    /// choice count, and of these no exact tie.
+    /// AI labeler alignment: share of pairs on which the preference averaged over both orders agrees with the person's choice.
+    /// Pairs without a person's choice and exact ties are excluded.
     pub alignment: Estimate,
-    /// The same, had A been shown first only.
+    /// Alignment in order AB only.
     pub alignment_ab: Estimate,
-    /// The same, had B been shown first only.
+    /// Alignment in order BA only.
     pub alignment_ba: Estimate,
-    /// Pairs whose preference averaged over both orders is an exact tie. They are neither right nor wrong.
+    /// Number of pairs whose preference averaged over both orders is an exact tie, which is neither correct nor wrong.
     pub ties: usize,
-    /// Pairs by preferred position: first index in order AB, second in order BA; 0 is the position shown first, 1 the
-    /// second. The diagonal holds what flips with the order.
+    /// Numbers of pairs by preferred position, indexed `[order AB][order BA]`; 0 is the position shown first, 1 the second. The
+    /// diagonal holds the pairs whose preferred answer changes with the order.
     pub orders: [[usize; 2]; 2],
-    /// Pairs that one order leaves exactly even; they are not in the table.
+    /// Number of pairs with a probability of exactly ½ in one order; they are not in the table.
     pub even: usize,
-    /// Share of the table in which the same position is preferred after the swap.
+    /// Share of the table's pairs on which the same position is preferred in both orders.
     pub same_position: Estimate,
-    /// Share of those in which it is the first.
+    /// Share of these pairs on which that position is the first.
     pub first_of_same: Estimate,
-    /// Pairs on which the labeler would not decide.
+    /// Number of pairs on which the labeler abstained.
     pub abstentions: usize,
-    /// Pairs on which it could not be asked, or answered with what is no probability.
+    /// Number of pairs on which the labeler could not be asked, or gave a number that is not a probability.
     pub failures: usize,
 }
 
-/// Reads position bias and alignment off a labeler's answers.
+/// Computes position bias and alignment from a labeler's judgements.
 ///
-/// Averaged over both orders, A's probability is ½·[ab + (1 − ba)], so that A is preferred where ab > ba.
+/// Averaged over both orders, A's probability is ½·[ab + (1 − ba)], so that A is preferred if ab > ba.
 pub fn positions(pairs: &[Pair]) -> Positions {
     let (mut averaged, mut in_ab, mut in_ba) = (Vec::new(), Vec::new(), Vec::new());
     let (mut orders, mut even, mut ties, mut abstentions, mut failures) = ([[0; 2]; 2], 0, 0, 0, 0);
@@ -113,14 +113,14 @@ fn right(pairs: &[bool]) -> Estimate {
     share(pairs.iter().filter(|right| **right).count(), pairs.len())
 }
 
-/// Whether what speaks for A and what speaks for B prefer the person's choice; absent where they are even.
+/// Returns whether the person's choice has the larger of the two values, or `None` if they are equal.
 fn agreement(for_a: f64, for_b: f64, human: Choice) -> Option<bool> {
     (for_a != for_b).then_some((for_a > for_b) == (human == Choice::A))
 }
 
 impl Pair {
-    /// Whether the labeler prefers the person's choice: by the average over both orders, in order AB alone, and in order BA
-    /// alone. Absent where it is even, did not answer, or nobody chose.
+    /// Returns whether the labeler prefers the person's choice: averaged over both orders, in order AB, and in order BA. `None`
+    /// if the labeler's preference is a tie or missing, or the person's choice is unknown.
     pub fn right(&self) -> [Option<bool>; 3] {
         match (self.judged, self.human) {
             (Judged::Both { ab, ba }, Some(human)) if [ab, ba].iter().all(|p| (0.0..=1.0).contains(p)) => {
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn the_both_orders_table_is_what_a_hand_counts() {
+    fn the_both_orders_table_matches_a_manual_count() {
         use Choice::{A, B};
         let refused = |judged| Pair { judged, human: Some(A) };
         //            averaged    AB    BA  preferred positions
@@ -153,7 +153,7 @@ mod tests {
             pair(0.1, 0.4, B),    // B  right  right  wrong  second, second
             pair(0.7, 0.7, B),    // tie  –    wrong  right  first, first
             pair(0.5, 0.9, B),    // B  right   –     right  even
-            pair(0.9, 0.8, None), // nobody chose      first, first
+            pair(0.9, 0.8, None), // no human choice   first, first
             refused(Judged::Abstained),
             refused(Judged::Abstained),
             refused(Judged::Failed),
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_judged_is_no_number() {
+    fn without_judgements_shares_are_absent() {
         let found = positions(&[Pair { judged: Judged::Failed, human: Some(Choice::A) }]);
         assert_eq!((found.alignment.value, found.same_position.value, found.first_of_same.value), (None, None, None));
     }

@@ -1,10 +1,10 @@
-//! One small table that is shown as text, as Markdown and as JSON.
+//! A small table that can be rendered as text, Markdown and JSON.
 
 use serde_json::{Value, json};
 
 use super::interval::Estimate;
 
-/// What stands for a number that is not there.
+/// Text of a missing number.
 const NOTHING: &str = "–";
 
 /// A table: a title, named columns, rows of cells.
@@ -21,21 +21,21 @@ struct Column {
     unit: String,
 }
 
-/// What stands in one place of a table.
+/// A cell of a table.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Cell {
-    /// Words, aligned left.
+    /// Text, aligned left.
     Text(String),
-    /// A whole number.
+    /// An integer.
     Integer(i64),
-    /// A share with its interval: in per cent where people read it, as fractions in JSON.
+    /// A share with its interval, printed in per cent; in JSON as fractions.
     Share(Estimate),
-    /// Any number, to four significant digits where people read it; one that is not finite is not there.
+    /// A number, printed with four significant digits; in JSON in full. A non-finite number is shown as missing.
     Number(f64),
 }
 
 impl Table {
-    /// A table without rows. Columns are given as name and unit; an empty unit is none.
+    /// Creates a table without rows. `columns` are pairs of name and unit; the unit may be empty.
     pub fn new(title: &str, columns: &[(&str, &str)]) -> Self {
         let column = |(name, unit): &(&str, &str)| Column { name: (*name).into(), unit: (*unit).into() };
         Self { title: title.into(), columns: columns.iter().map(column).collect(), rows: Vec::new() }
@@ -44,13 +44,13 @@ impl Table {
     /// Adds a row.
     ///
     /// # Panics
-    /// When it has not one cell per column.
+    /// If the row does not have one cell per column.
     pub fn push(&mut self, row: Vec<Cell>) {
-        assert_eq!(row.len(), self.columns.len(), "a row of the table {:?} has not one cell per column", self.title);
+        assert_eq!(row.len(), self.columns.len(), "a row of the table {:?} must have one cell per column", self.title);
         self.rows.push(row);
     }
 
-    /// For a terminal: the title, then columns in line, two spaces apart.
+    /// Returns the table as text for a terminal: the title, then aligned columns, two spaces apart.
     pub fn text(&self) -> String {
         let (head, body) = (self.head(), self.body());
         let width = |i: usize| body.iter().map(|row| &row[i]).chain([&head[i]]).map(|cell| cell.chars().count()).max();
@@ -68,7 +68,7 @@ impl Table {
         lines.map(|line| line + "\n").collect()
     }
 
-    /// For a page: GitHub's Markdown, the title in bold above.
+    /// Returns the table in GitHub's Markdown, with the title in bold above.
     pub fn markdown(&self) -> String {
         let escape = |cell: &String| cell.replace('\\', "\\\\").replace('|', "\\|").replace('\n', " ");
         let line = |cells: &[String]| format!("| {} |\n", cells.iter().map(escape).collect::<Vec<_>>().join(" | "));
@@ -78,8 +78,8 @@ impl Table {
         format!("{title}{}|{}\n{body}", line(&self.head()), rule.collect::<String>())
     }
 
-    /// For a program: one object per row, keyed by the columns' names, numbers in full. A share is an object of
-    /// `value`, `low`, `high` and `count`.
+    /// Returns the table as JSON: an array with one object per row, keyed by the columns' names, with unrounded numbers. A share
+    /// is an object of `value`, `low`, `high` and `count`.
     pub fn json(&self) -> Value {
         let object = |row: &Vec<Cell>| {
             let cells = self.columns.iter().zip(row).map(|(column, cell)| (column.name.clone(), cell.json()));
@@ -99,14 +99,14 @@ impl Table {
         self.rows.iter().map(|row| row.iter().map(Cell::shown).collect()).collect()
     }
 
-    /// Whether a column holds words: then it is aligned left.
+    /// Returns whether a column contains text, which is aligned left.
     fn is_text(&self, column: usize) -> bool {
         self.rows.iter().any(|row| matches!(row[column], Cell::Text(_)))
     }
 }
 
 impl Cell {
-    /// As people read it.
+    /// Formats the cell for people.
     fn shown(&self) -> String {
         match self {
             Self::Text(text) => text.clone(),
@@ -129,7 +129,7 @@ impl Cell {
     }
 }
 
-/// A finite number to four significant digits; whole digits are never left out.
+/// Formats a finite number with four significant digits; digits before the decimal point are never dropped.
 fn significant(number: f64) -> String {
     let size = number.abs();
     if size == 0.0 {
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn text_stands_in_line() {
+    fn text_columns_are_aligned() {
         let expected = "\
 Labelers
 model    pairs      alignment (%)  cost (s)
@@ -197,7 +197,7 @@ a|b – ü      0                  –         –
     }
 
     #[test]
-    fn markdown_is_githubs() {
+    fn markdown_follows_github() {
         let expected = "\
 **Labelers**
 
@@ -210,7 +210,7 @@ a|b – ü      0                  –         –
     }
 
     #[test]
-    fn json_keeps_every_digit() {
+    fn json_has_unrounded_numbers() {
         let expected = json!([
             {
                 "model": "tiny", "pairs": 20, "cost": 0.012_345_6,
@@ -225,7 +225,7 @@ a|b – ü      0                  –         –
     }
 
     #[test]
-    fn a_table_without_title_or_rows_is_its_head() {
+    fn a_table_without_title_and_rows_has_only_a_head() {
         let empty = Table::new("", &[("a", ""), ("b", "s")]);
         assert_eq!(empty.text(), "a  b (s)\n─  ─────\n");
         assert_eq!(empty.markdown(), "| a | b (s) |\n|--:|--:|\n");
@@ -233,7 +233,7 @@ a|b – ü      0                  –         –
     }
 
     #[test]
-    fn a_line_does_not_end_in_spaces() {
+    fn lines_have_no_trailing_spaces() {
         let mut notes = Table::new("", &[("n", ""), ("note", "")]);
         notes.push(vec![1usize.into(), "x".into()]);
         assert_eq!(notes.text(), "n  note\n─  ────\n1  x\n");

@@ -1,4 +1,4 @@
-//! The file that labels are written to: each pair once, whatever kills the program in between.
+//! The file that labels are written to. Each pair occurs once, even if the program is killed at any time.
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -15,35 +15,35 @@ use crate::pipeline::label::backend::Usage;
 use crate::types::Verdict;
 use crate::util::seed;
 
-/// Who labels: what must not change within one file.
+/// Identity of the labeler, which must be the same for all lines of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Provenance {
     /// Kind of labeler.
     pub labeler: String,
-    /// Identity of its model.
+    /// Identity hash of the judge's model.
     pub model: u64,
-    /// Hash of its template.
+    /// Hash of the judge's template.
     pub template: u64,
 }
 
-/// What came of labeling so far.
+/// Totals of labeling so far.
 #[derive(Debug, Clone, Default)]
 pub struct Totals {
-    /// Pairs with a label, those of earlier runs included.
+    /// Number of pairs with a label, including those of earlier runs.
     pub labels: u64,
-    /// Pairs that the labeler would not decide, those of earlier runs included.
+    /// Number of pairs on which the labeler abstained, including those of earlier runs.
     pub abstentions: u64,
-    /// Pairs that could not be labeled in this run, and why the first could not.
+    /// Number of pairs whose labeling failed in this run.
     pub failures: u64,
-    /// Why the first of them failed.
+    /// Error of the first failure.
     pub first_failure: Option<String>,
-    /// What this run took.
+    /// Questions, tokens and cost of this run.
     pub usage: Usage,
-    /// Pairs read in both orders in this run, and those where the same position was preferred both times.
+    /// Numbers of pairs read in both orders in this run, and of those where the same position was preferred both times.
     pub orders: [u64; 2],
 }
 
-/// A JSON-lines file of labels, appended to batch by batch.
+/// A JSON-lines file of labels, to which batches are appended.
 pub struct LabelFile {
     path: PathBuf,
     file: File,
@@ -55,10 +55,10 @@ pub struct LabelFile {
 }
 
 impl LabelFile {
-    /// Opens `path` to go on where an earlier run stopped; a last line that was cut off is taken away.
+    /// Opens `path` to continue an earlier run, or creates it. An incomplete last line is removed.
     ///
     /// # Errors
-    /// A file that is not one of labels, or belongs to another input or another labeler.
+    /// If the file is not a file of labels, or belongs to another input or labeler.
     pub fn open(path: &Path, pairs: std::sync::Arc<Preferences>, provenance: Provenance) -> Result<Self> {
         let special = std::fs::metadata(path).is_ok_and(|found| !found.is_file());
         ensure!(
@@ -85,7 +85,7 @@ impl LabelFile {
             let place = || format!("{}:{number}", path.display());
             let row: Value = serde_json::from_str(&line).with_context(|| format!("{} is not JSON", place()))?;
             let i = known(&row, &pairs, &provenance).with_context(place)?;
-            ensure!(done.insert(i), "{}: pair {i} stands twice in it", place());
+            ensure!(done.insert(i), "{}: pair {i} occurs twice in the file", place());
             let counter = if row["preference"].is_null() { &mut totals.abstentions } else { &mut totals.labels };
             *counter += 1;
             end += read as u64;
@@ -97,23 +97,25 @@ impl LabelFile {
         Ok(Self { path: path.to_owned(), file, provenance, pairs, done, totals, progress })
     }
 
-    /// Pairs that have no line yet, in order.
+    /// Returns the indices of pairs without a line, in order.
     pub fn todo(&self) -> Vec<usize> {
         (0..self.pairs.len()).filter(|i| !self.done.contains(i)).collect()
     }
 
-    /// What came of it so far.
+    /// Returns the totals so far.
     pub fn totals(&self) -> &Totals {
         &self.totals
     }
 
-    /// Takes the bar away.
+    /// Removes the progress bar.
     pub fn finish(&self) {
         self.progress.finish();
     }
 
     fn line(&mut self, one: &Annotation) -> Result<Option<String>> {
-        let Some(preference) = one.labels.preferences.first() else { bail!("a pair came back without a verdict") };
+        let Some(preference) = one.labels.preferences.first() else {
+            bail!("internal error: the labeler returned no verdict")
+        };
         let abstention = match &preference.verdict {
             Verdict::Failure(why) => {
                 self.totals.failures += 1;
@@ -183,29 +185,29 @@ impl Annotations for LabelFile {
     }
 }
 
-/// The pair that a line of the file is about.
+/// Returns the index of the pair of a line, after checking that the line belongs to this input and labeler.
 fn known(row: &Value, pairs: &Preferences, provenance: &Provenance) -> Result<usize> {
-    let i = row["pair"].as_u64().context("it is no line of labels: it has no \"pair\"")? as usize;
+    let i = row["pair"].as_u64().context("the line is not a label: it has no \"pair\"")? as usize;
     ensure!(i < pairs.len(), "pair {i} is not in the input, which has {}; give another --output", pairs.len());
     ensure!(
         row["key"] == json!(format!("{:016x}", key(&pairs.get(i)?))),
-        "pair {i} is another one than in the input; give another --output"
+        "pair {i} differs from the one in the input; give another --output"
     );
     let Provenance { labeler, model, template } = provenance;
     for (name, expected) in
         [("labeler", labeler.clone()), ("model", format!("{model:016x}")), ("template", format!("{template:016x}"))]
     {
-        ensure!(row[name] == json!(expected), "it was labeled by another {name}; give another --output");
+        ensure!(row[name] == json!(expected), "the line was labeled by another {name}; give another --output");
     }
     Ok(i)
 }
 
-/// Tells a pair from others by what it says.
+/// Returns a hash of the pair's content.
 fn key(pair: &PreferencePair) -> u64 {
     seed::text(&[pair.dialogue.text().as_str(), &pair.first, &pair.second].join("\0"))
 }
 
-/// A dialogue as files write it: a text where it is one message.
+/// Returns a dialogue as JSON for files: a string if it is a single user message, else a list of messages.
 fn dialogue(dialogue: &Dialogue) -> Value {
     match dialogue.turns.as_slice() {
         [one] if one.role == "user" => json!(one.content),

@@ -1,4 +1,4 @@
-//! Growth of a run's files, before it is started.
+//! Estimated growth of a run's files.
 
 use anyhow::Result;
 use serde_json::json;
@@ -9,12 +9,12 @@ use crate::pipeline::data::Dataset;
 use crate::run::journal;
 use crate::types::{Completion, Feedback, Finish, Group, Preference, RewardScale, Rewarded, Verdict};
 
-/// Growth of the files that a run appends to.
+/// Estimates the growth of the files that a run appends to, and returns lines to print.
 ///
 /// # Errors
-/// A prompt that cannot be read.
+/// If a prompt cannot be read.
 pub(super) fn growth(config: &Config, data: &Dataset) -> Result<Vec<String>> {
-    /// Bytes of a line of `metrics.jsonl` and of a step's events, which hardly depend on the configuration.
+    /// Bytes of a line of `metrics.jsonl` and of a step's TensorBoard events, which hardly depend on the configuration.
     const METRICS: f64 = 1200.0;
     const EVENTS: f64 = 800.0;
     let group = longest_group(config, data)?;
@@ -40,14 +40,14 @@ pub(super) fn growth(config: &Config, data: &Dataset) -> Result<Vec<String>> {
         .map(|(name, bytes)| format!("{name} {}", sized(*bytes)))
         .collect();
     let bound = |bytes: u64, of: String| {
-        if bytes == 0 { "no bound".to_owned() } else { format!("{} {of}", sized(bytes as f64)) }
+        if bytes == 0 { "any size".to_owned() } else { format!("{} {of}", sized(bytes as f64)) }
     };
     let journal = bound(config.checkpoint.journal_max_bytes, "(checkpoint.journal_max_bytes)".into());
     let (each, keep) = (config.run.samples_max_bytes, config.run.samples_keep);
     let samples =
         bound(each * (keep as u64 + 1), format!("in {} files (run.samples_max_bytes, samples_keep)", keep + 1));
     let mut lines = vec![format!(
-        "growth      at most about {} a step ({}); {} in the run, {} a day at a step a second",
+        "growth      at most about {} per step ({}); {} per run, {} per day at one step per second",
         sized(all),
         parts.join(", "),
         sized(all * config.run.steps as f64),
@@ -60,7 +60,7 @@ pub(super) fn growth(config: &Config, data: &Dataset) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// Bytes in the largest unit of which there are some.
+/// Formats a number of bytes in the largest fitting unit.
 fn sized(bytes: f64) -> String {
     let mut units = ["B", "KiB", "MiB", "GiB", "TiB"].into_iter().peekable();
     let mut size = bytes;
@@ -73,11 +73,11 @@ fn sized(bytes: f64) -> String {
     format!("{bytes} B")
 }
 
-/// A group as the learner gets it, with completions of the greatest length.
+/// Returns a rewarded group with completions of the maximum length.
 fn longest_group(config: &Config, data: &Dataset) -> Result<Rewarded> {
     let (size, tokens) = (config.rollout.group_size, config.rollout.max_new_tokens);
     let prompt = data.prompt(0, &data.order(0))?;
-    // As many characters a token as the prompt has.
+    // Assumes the prompt's ratio of characters to tokens.
     let characters = tokens * prompt.text.len() / prompt.ids.len().max(1);
     let id = prompt.ids.iter().max().copied().unwrap_or_default();
     let completion = Completion {

@@ -1,4 +1,4 @@
-//! AI labeler alignment: how often a labeler prefers what a person preferred, one row per way of asking.
+//! AI labeler alignment: how often a labeler agrees with human preferences, one row per judge variant.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,7 +20,7 @@ use crate::rl::statistics::{Estimate, Table};
 use crate::tools::batch_label::{PairQuestions, Questions};
 use crate::types::{Group, Verdict};
 
-/// The ways of asking that a table shows unless told otherwise.
+/// Names of the default variants: those of the paper's tables.
 pub const VARIANTS: &[&str] = &[
     "base-0",
     "base-2",
@@ -34,43 +34,43 @@ pub const VARIANTS: &[&str] = &[
     "likelihood",
 ];
 
-/// What to measure.
+/// An alignment measurement.
 pub struct Alignment {
-    /// Pairs that people judged.
+    /// Pairs with human preferences.
     pub pairs: Arc<Preferences>,
-    /// Which of them: places in `pairs`, in the order they are asked.
+    /// Indices of the pairs to ask about, in order.
     pub chosen: Vec<usize>,
-    /// Of these, how many are asked with a chain of thought, which takes far longer.
+    /// Maximum number of these pairs for variants with a chain of thought, which take far longer.
     pub with_cot: usize,
-    /// Ways of asking, in the order of the table.
+    /// Judge variants, in the order of the table.
     pub variants: Vec<Variant>,
-    /// Whether the judge is attacked too (see [`attacks`]).
+    /// True if the judge is also attacked (see [`attacks`]).
     pub attacked: bool,
 }
 
-/// A way of asking.
+/// A judge variant: a method of asking the configured judge.
 #[derive(Debug, Clone)]
 pub struct Variant {
-    /// Its name, as in [`VARIANTS`], or `configured`.
+    /// Name of the variant, as in [`VARIANTS`], or `configured`.
     pub name: String,
-    /// The labeler's configuration for it.
+    /// Configuration with the labeler of this variant.
     pub config: Config,
 }
 
-/// Ways of asking that were asked for, divided before anything is loaded, asked or paid.
+/// The requested variants, divided before anything is loaded, asked or paid for.
 #[derive(Debug, Clone)]
 pub struct Variants {
-    /// Those that the configured judge can be asked in.
+    /// Variants that the configured judge supports.
     pub possible: Vec<Variant>,
-    /// The others, each with the reason.
+    /// Names of the other variants, each with the reason.
     pub left_out: Vec<(String, String)>,
 }
 
-/// The ways of asking called `names`; without names, those that make sense for the configured judge.
+/// Returns the variants called `names`, or by default those that suit the configured judge.
 ///
 /// # Errors
-/// Names that are none or that the configured judge cannot be asked in, all at once; of the default ones, which are left
-/// out instead, only if none is left.
+/// If any of `names` is unknown or not supported by the configured judge; the error lists all of them. For the default
+/// variants, only if the judge supports none.
 pub fn variants(config: &Config, names: Option<&[String]>) -> Result<Variants> {
     let default: Vec<String> = match &config.labeler.methods[..] {
         [one] if one.kind != LabelerKind::Embedding => VARIANTS.iter().map(|name| (*name).to_owned()).collect(),
@@ -85,15 +85,15 @@ pub fn variants(config: &Config, names: Option<&[String]>) -> Result<Variants> {
     }
     if found.possible.is_empty() || (names.is_some() && !found.left_out.is_empty()) {
         let reasons: String = found.left_out.iter().map(|(name, why)| format!("\n  {name}: {why}")).collect();
-        bail!("the configured judge cannot be asked in these ways; leave them out of --variants:{reasons}");
+        bail!("the configured judge does not support these variants; remove them from --variants:{reasons}");
     }
     Ok(found)
 }
 
-/// The labeler's configuration for the way of asking called `name`.
+/// Returns the configuration with the labeler of the variant `name`.
 ///
 /// # Errors
-/// A name that is none.
+/// If the name is unknown, or the judge cannot be asked questions.
 pub fn variant(config: &Config, name: &str) -> Result<Config> {
     if name == "configured" {
         return Ok(config.clone());
@@ -111,12 +111,12 @@ pub fn variant(config: &Config, name: &str) -> Result<Config> {
         [preamble @ ("base" | "detailed"), shots, rest @ ..] if matches!(rest, [] | ["cot"]) => {
             method.kind = LabelerKind::Pairwise;
             method.preamble = (*preamble).to_owned();
-            method.shots = shots.parse().with_context(|| format!("{shots:?} is no number of exemplars"))?;
+            method.shots = shots.parse().with_context(|| format!("{shots:?} is not a number of exemplars"))?;
             method.cot = rest == ["cot"];
             method.both_orders = true;
         }
         _ => {
-            bail!("there is no such way of asking; give configured, likelihood-mean, or one of {}", VARIANTS.join(", "))
+            bail!("unknown variant; give configured, likelihood-mean, or one of {}", VARIANTS.join(", "))
         }
     }
     let mut config = config.clone();
@@ -124,15 +124,15 @@ pub fn variant(config: &Config, name: &str) -> Result<Config> {
     Ok(config)
 }
 
-/// Questions that a judge is asked about one pair, at most.
+/// Returns the maximum number of questions to the judge about one pair.
 fn questions_a_pair(config: &Config) -> usize {
     let of = |method: &Method| match method.kind {
-        // A server is asked a second time if only that tells whether its 1 begins a 10.
+        // A server may be asked a second time, to distinguish the rating 1 from the beginning of 10.
         LabelerKind::Direct if method.remote.is_some() => 4,
         LabelerKind::Direct => 2,
         LabelerKind::Pairwise => {
             let orders = if method.both_orders { 2 } else { 1 };
-            // Each rationale is a question, and the choice after it another one.
+            // Each rationale is a question, and the choice after it is another one.
             orders * if method.cot { 2 * method.rationales } else { 1 }
         }
         LabelerKind::Likelihood | LabelerKind::Embedding => 0,
@@ -146,15 +146,15 @@ impl Alignment {
         if cot { self.chosen.len().min(self.with_cot) } else { self.chosen.len() }
     }
 
-    /// The number of questions that judges are asked, in words; at most, since answers in the label cache are not asked for
-    /// again and only pairs that are decided rightly are attacked.
+    /// Returns a text with the maximum number of questions to the judge. The actual number may be lower: answers in the label
+    /// cache are not requested again, and only correctly decided pairs are attacked.
     pub fn announcement(&self) -> String {
         let asked: Vec<usize> =
             self.variants.iter().map(|one| self.count(one) * questions_a_pair(&one.config)).collect();
         let (all, attacks) = (asked.iter().sum::<usize>(), ATTACKS.len());
         let each: Vec<String> = self.variants.iter().zip(&asked).map(|(one, n)| format!("{} {n}", one.name)).collect();
         let attacked = if self.attacked {
-            format!("; {attacks} attacks on each pair that is decided rightly: at most {} more", all * attacks)
+            format!("; {attacks} attacks on each correctly decided pair: at most {} more", all * attacks)
         } else {
             String::new()
         };
@@ -162,27 +162,27 @@ impl Alignment {
     }
 }
 
-/// What came of asking.
+/// Result of an alignment measurement.
 pub struct Aligned {
-    /// The alignments.
+    /// Alignments by variant.
     pub table: Table,
-    /// Positions that are preferred in both orders, if any way of asking reads both.
+    /// Counts of the positions preferred in both orders, if any variant reads both.
     pub orders: Option<Table>,
-    /// Flip rates of attacks, if they were asked for.
+    /// Flip rates of attacks, if requested.
     pub attacks: Option<Table>,
 }
 
 impl Aligned {
-    /// All tables.
+    /// Returns all tables.
     pub fn tables(&self) -> Vec<&Table> {
         [Some(&self.table), self.orders.as_ref(), self.attacks.as_ref()].into_iter().flatten().collect()
     }
 }
 
-/// Asks in every way. Pairs of equal answers are not asked.
+/// Measures the alignment of every variant. Pairs of equal answers are not asked about.
 ///
 /// # Errors
-/// A labeler that cannot be used, or fails beyond its restart budget.
+/// If a labeler cannot be used, or fails more often than its restart budget allows.
 pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<Aligned> {
     let mut table = Table::new(
         title,
@@ -206,7 +206,7 @@ pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<A
         "Position preferred with A first, then with B first",
         &[("labeler", ""), ("1, 1", ""), ("1, 2", ""), ("2, 1", ""), ("2, 2", ""), ("even", "")],
     );
-    let mut attacks = attacks::table("Pairs decided rightly, and wrongly with an attack in the worse answer");
+    let mut attacks = attacks::table("Correctly decided pairs that an attack in the worse answer flips");
     let mut any_both = false;
     for variant in &job.variants {
         let (name, config, count) = (&variant.name, &variant.config, job.count(variant));
@@ -272,12 +272,12 @@ pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<A
     Ok(Aligned { table, orders: any_both.then_some(orders), attacks: job.attacked.then_some(attacks) })
 }
 
-/// The place of a pair in its file, and whom a person chose.
+/// Index of a pair, and the answer that a person chose.
 type Place = (usize, Option<Choice>);
 
 impl Alignment {
-    /// Of the first `count` pairs those with different answers, each with its place and whom a person chose; and how many
-    /// have equal answers, which no judge can tell apart. Labelers do not see white space at the ends of an answer.
+    /// Returns those of the first `count` pairs that have different answers, and the number of pairs with equal answers, which
+    /// no judge can distinguish. White space at the ends of an answer is ignored, because labelers do not see it.
     fn distinct(&self, count: usize) -> Result<(Vec<Place>, usize)> {
         let mut found = Vec::with_capacity(count);
         for place in &self.chosen[..count] {
@@ -291,7 +291,7 @@ impl Alignment {
     }
 }
 
-/// Some of the pairs of a file.
+/// Questions about a selection of a file's pairs.
 struct Chosen {
     questions: PairQuestions,
     chosen: Vec<usize>,
@@ -303,7 +303,7 @@ impl Questions for Chosen {
     }
 }
 
-/// What a labeler said of a pair. One that scores says the same in both orders.
+/// Returns a labeler's judgement of a pair. A labeler that scores answers has the same preference in both orders.
 pub(super) fn judged(labels: &Labels) -> Judged {
     let Some(preference) = labels.preferences.first() else { return Judged::Failed };
     match (&preference.verdict, preference.orders) {
@@ -314,7 +314,7 @@ pub(super) fn judged(labels: &Labels) -> Judged {
     }
 }
 
-/// Whom a person chose; nobody where the label is even or absent.
+/// Returns the answer that a person chose, or `None` if the label is ½ or absent.
 fn human(preference: Option<f64>) -> Option<Choice> {
     match preference {
         Some(p) if p > 0.5 => Some(Choice::A),
@@ -328,7 +328,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ways_of_asking_are_told_by_name() {
+    fn variants_are_selected_by_name() {
         let text = "[run]\nname = \"x\"\nsteps = 1\n[data]\npath = \"Cargo.toml\"\n[policy]\nmodel = { scratch = {} }\n[labeler]\ntemplates = \"harmless\"\n";
         let config = crate::config::parse(text, "x", std::path::Path::new(env!("CARGO_MANIFEST_DIR")), &[]).unwrap();
         let method = |name: &str| variant(&config, name).unwrap().labeler.methods[0].clone();
@@ -353,12 +353,12 @@ mod tests {
         };
         assert!(refused(&embedding, ["configured", "direct"]).contains("\n  direct: a sentence embedder is not asked"));
         let error = refused(&config, ["poem", "base-x"]);
-        assert!(error.contains("\n  poem: there is no such way of asking; give configured"), "{error}");
-        assert!(error.contains("\n  base-x: \"x\" is no number of exemplars"), "{error}");
+        assert!(error.contains("\n  poem: unknown variant; give configured"), "{error}");
+        assert!(error.contains("\n  base-x: \"x\" is not a number of exemplars"), "{error}");
     }
 
     #[test]
-    fn ways_that_a_judge_or_its_template_does_not_serve_are_left_out_before_anything_is_loaded() {
+    fn variants_that_judge_or_template_do_not_support_are_left_out_before_loading() {
         let dir = tempfile::tempdir().unwrap();
         let set = "inverted = false\n[preambles]\nbase = \"Judge.\"\n[pairwise]\nsample = \"{{ first }}\\n{{ second }}\"\nending = \"Best=\"\n";
         for (name, text) in [("own.toml", set), ("x", "")] {

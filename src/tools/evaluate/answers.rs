@@ -11,14 +11,14 @@ use crate::pipeline::generate::{Fixed, Request, generate, stop};
 use crate::types::{Completion, Finish, Prompt};
 use crate::util::seed;
 
-/// Prompts generated side by side.
+/// Number of prompts that are answered concurrently.
 const LOT: usize = 8;
 
-/// One answer to each of `prompts`, as `sampling` says; draws are functions of `seed` and the prompt's number. `told`
-/// hears how many there are.
+/// Returns one answer to each of `prompts`. The draws are functions of `seed` and the prompt's number. Calls `told` with the
+/// number of answers so far after each batch.
 ///
 /// # Errors
-/// A prompt that leaves no room for an answer.
+/// If a prompt leaves no room for an answer in the model's context.
 pub fn answers(
     model: &Arc<Decoder>,
     tokenizer: &Tokenizer,

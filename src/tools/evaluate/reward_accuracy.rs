@@ -1,4 +1,4 @@
-//! How often a reward model ranks a pair as it is labeled.
+//! Accuracy of a reward model: the share of pairs that it ranks as labeled.
 
 use anyhow::Result;
 
@@ -9,10 +9,11 @@ use crate::pipeline::reward::trainer::agreement;
 use crate::rl::statistics::table::Cell;
 use crate::rl::statistics::{Table, interval};
 
-/// Scores both answers of the first `limit` pairs; a margin of zero counts one half, a label of ½ is left out.
+/// Scores both answers of the first `limit` pairs and returns the table of the accuracy. A margin of zero counts as one half;
+/// pairs with a label of ½ are skipped.
 ///
 /// # Errors
-/// A pair that can no longer be read.
+/// If a pair can no longer be read.
 pub fn reward_accuracy(model: &RewardModel, pairs: &PairSet, limit: usize, title: &str) -> Result<Table> {
     let count = pairs.len().min(limit);
     let progress = Progress::new("scoring", "pairs", count as u64);

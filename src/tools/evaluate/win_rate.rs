@@ -1,4 +1,4 @@
-//! Win rate of one policy over another, or over references, by a labeler that reads both orders.
+//! Win rate of one policy over another, or over references, judged in both orders.
 
 use std::sync::Arc;
 
@@ -19,23 +19,23 @@ use crate::types::{Completion, Finish, Group, Preference, Prompt, Verdict};
 
 /// Two answers to each of some prompts.
 pub struct Contest {
-    /// The prompts, as the judge's tokenizer has them.
+    /// The prompts, tokenised by `tokenizer`.
     pub prompts: Vec<Prompt>,
-    /// Answers of the one whose wins are counted.
+    /// Answers of the model whose wins are counted.
     pub a: Vec<String>,
-    /// Answers of the other.
+    /// Answers of the other model, or references.
     pub b: Vec<String>,
-    /// For lengths, and for judges that read tokens.
+    /// Tokenizer for answer lengths, and for judges that read tokens.
     pub tokenizer: Tokenizer,
-    /// Whether the prompts went through the tokenizer's chat template, so that answers end as its turns do.
+    /// True if the prompts were rendered by the chat template, so that answers end with its end-of-turn token.
     pub chat: bool,
 }
 
-/// What came of a contest.
+/// Result of a contest.
 pub struct WinRate {
-    /// 1 for a win of A, 0 for a loss, ½ for a tie, per prompt with a verdict.
+    /// Outcome per prompt with a verdict: 1 for a win of A, 0 for a loss, ½ for a tie.
     pub outcomes: Vec<f64>,
-    /// The table to show.
+    /// The result as a table.
     pub table: Table,
 }
 
@@ -55,11 +55,11 @@ impl Questions for Contest {
     }
 }
 
-/// Judges every pair in both orders. Where the judge prefers the same position both times it has no preference between
-/// the answers, and neither wins: a tie, as are equal answers and a probability of exactly ½.
+/// Judges every pair in both orders and returns the win rate. If the judge prefers the same position both times, it has no
+/// preference between the answers, and the pair is a tie. Equal answers and a probability of exactly ½ are ties too.
 ///
 /// # Errors
-/// A labeler that fails beyond its restart budget, or that gave no verdict at all.
+/// If the labeler fails more often than its restart budget allows, or gives no verdict on any pair.
 pub fn win_rate(config: &Config, bench: &LabelerBench, contest: Contest, title: &str) -> Result<WinRate> {
     let contest = Arc::new(contest);
     let count = contest.prompts.len();
@@ -119,8 +119,8 @@ pub fn win_rate(config: &Config, bench: &LabelerBench, contest: Contest, title: 
     Ok(WinRate { outcomes, table })
 }
 
-/// 1 for a win of the first, 0 for a loss, ½ for a tie: the same text, a judge that prefers the same position in both
-/// orders, or one for whom both are as good.
+/// Returns 1 for a win of the first answer, 0 for a loss, and ½ for a tie: equal texts, a judge that prefers the same
+/// position in both orders, or a probability of exactly ½.
 pub fn outcome(preference: &Preference, p: f64, same: bool) -> f64 {
     if same || preference.flipped() == Some(true) || p == 0.5 { 0.5 } else { f64::from(u8::from(p > 0.5)) }
 }

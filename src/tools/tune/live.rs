@@ -1,4 +1,4 @@
-//! This machine, measured by running the configured graph itself, for a while, without writing anything.
+//! Measurements on this machine: runs the configured graph for a while, without writing files.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,34 +23,35 @@ use crate::util::device;
 use crate::util::process;
 use crate::util::signals::{self, Interrupted};
 
-/// Steps that are measured at least.
+/// Minimum number of measured steps.
 const LEAST_STEPS: usize = 2;
 
-/// Share of the free memory that a plan may be expected to take: what is expected is no more than about right.
+/// Maximum share of the free memory that a plan is estimated to need, since the estimate is approximate.
 const SHARE: f64 = 0.8;
 
-/// This machine.
+/// The machine that the program runs on.
 pub struct Live {
     config: Config,
     prepared: Arc<Prepared>,
     least: Duration,
-    /// Bytes that were free before anything was measured, where that is known.
+    /// Free memory before the first measurement, in bytes, if known.
     room: Option<u64>,
     runtime: tokio::runtime::Runtime,
 }
 
 impl Live {
-    /// For `config`, whose models and data are `prepared`; each trial is measured for `least`, and some steps.
+    /// Creates the machine for `config`, whose models and data are `prepared`. Each measurement takes at least the time
+    /// `least` and a few steps.
     ///
     /// # Errors
-    /// When the threads for it cannot be had.
+    /// If the runtime cannot be started.
     pub fn new(config: &Config, prepared: Prepared, least: Duration) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let room = device::available_bytes(prepared.policy().device());
         Ok(Self { config: config.clone(), prepared: Arc::new(prepared), least, room, runtime })
     }
 
-    /// Most completions that there is memory for in the learner at a time.
+    /// Returns the largest micro-batch of the learner that fits into memory, in completions; zero is a complete group.
     fn micro_batch(&self) -> usize {
         let configured = Plan::of(&self.config);
         let halves = std::iter::successors(Some(configured.group_size / 2), |n| Some(n / 2));
@@ -85,14 +86,14 @@ impl Machine for Live {
     fn measure(&mut self, plan: &Plan) -> Result<Measured> {
         let mut config = self.config.clone();
         plan.put(&mut config);
-        // It is halted when enough was seen.
+        // `Watch` halts the run after enough steps.
         config.run.steps = u64::MAX / 2 / plan.batch;
         let prepared = &self.prepared;
         let value = value_model(&config, prepared.policy())?;
         let state = TrainState::new(prepared.policy(), adam(&config), value, lora(&config).as_ref())?;
         let published = Arc::clone(state.published());
         let cell = SnapshotCell::new(0, published.weights().fingerprint()?, published);
-        // Those that are under way in the first steps began before there were others beside them.
+        // The first steps are skipped, because their groups began while the pipeline was still empty.
         let skip = 1 + plan.eta as usize;
         let watch = Watch { skip, least: self.least, graph: OnceLock::new(), marks: Vec::new(), seen: None };
         let watch = Arc::new(Mutex::new(watch));
@@ -109,7 +110,7 @@ impl Machine for Live {
         };
         let options = GraphOptions { restart: RestartPolicy::never(), ..GraphOptions::default() };
         let graph = {
-            // Held until the handle is in its place: no step is told of before.
+            // The lock is held until the handle is set, so that no step is observed before.
             let watching = watch.lock().unwrap_or_else(PoisonError::into_inner);
             let _runtime = self.runtime.enter();
             let graph = spawn_graph(options, move |builder| node.wire(builder));
@@ -128,29 +129,29 @@ impl Machine for Live {
             }
         })?;
         if let Outcome::Failed { stage, error, .. } = outcome {
-            bail!("{stage} failed while it was measured: {error}");
+            bail!("{stage} failed during the measurement: {error}");
         }
         let watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
         watch.measured(plan.batch)
     }
 }
 
-/// Notes when steps end, and halts the graph after enough of them.
+/// Records the times at which steps end, and halts the graph after enough of them.
 struct Watch {
     skip: usize,
     least: Duration,
     graph: OnceLock<GraphHandle>,
     marks: Vec<Instant>,
-    /// Stages when measuring began and when it ended.
+    /// Stage reports at the beginning and at the end of the measurement.
     seen: Option<(Vec<StageReport>, Vec<StageReport>)>,
 }
 
 impl Watch {
     fn measured(&self, batch: u64) -> Result<Measured> {
-        let Some((first, last)) = &self.seen else { bail!("no step ended while it was measured") };
+        let Some((first, last)) = &self.seen else { bail!("no step ended during the measurement") };
         let steps = self.marks.len() - self.skip;
         let seconds = (self.marks[self.marks.len() - 1] - self.marks[self.skip - 1]).as_secs_f64();
-        ensure!(seconds > 0.0, "the clock stands still");
+        ensure!(seconds > 0.0, "the clock did not advance during the measurement");
         let groups = steps as f64 * batch as f64;
         let work = |role: Role| {
             let busy = |stages: &[StageReport]| -> f64 {

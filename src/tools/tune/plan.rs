@@ -1,34 +1,34 @@
-//! One division of a machine among the actors, and what a step is made of.
+//! Plans: an allocation of a machine's cores to the actors, with batch and group sizes.
 
 use super::{Facts, Role};
 use crate::config::Config;
 
-/// Workers and threads of each role, sequences side by side, the staleness bound, and the sizes of a step.
+/// Workers and threads of each role, slots, staleness bound, and batch sizes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// Workers, in the order of [`Role::ALL`]; reward and learner have one each.
+    /// Number of workers by role, in the order of [`Role::ALL`]; reward and learner have one each.
     pub workers: [usize; 4],
-    /// Threads of each worker, in the same order.
+    /// Number of threads per worker by role, in the same order.
     pub threads: [usize; 4],
-    /// Sequences that a rollout actor has side by side.
+    /// Number of sequences that a rollout actor samples concurrently.
     pub slots: usize,
-    /// η.
+    /// Staleness bound η.
     pub eta: u64,
-    /// Groups per step. One, with η = 0, lets one group through at a time, so that each stage works alone.
+    /// Number of groups per step. With one group and η = 0, only one stage works at a time.
     pub batch: u64,
-    /// Completions of a prompt.
+    /// Number of completions per prompt.
     pub group_size: usize,
-    /// Completions that the learner takes at a time; zero is a whole group.
+    /// Micro-batch size of the learner in completions; zero is a complete group.
     pub micro_batch: usize,
 }
 
 impl Plan {
-    /// One worker and one thread everywhere, one group at a time, in steps of one.
+    /// Returns the plan with one worker and one thread per role, one group per step, and η = 0.
     pub fn single(group_size: usize) -> Self {
         Self { workers: [1; 4], threads: [1; 4], slots: group_size, eta: 0, batch: 1, group_size, micro_batch: 0 }
     }
 
-    /// What a configuration has.
+    /// Returns the plan of a configuration.
     pub fn of(config: &Config) -> Self {
         let Config { rollout, labeler, reward, learner, .. } = config;
         Self {
@@ -42,13 +42,13 @@ impl Plan {
         }
     }
 
-    /// The same with as many threads everywhere.
+    /// Returns the plan with `threads` threads per worker in every role.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = [threads; 4];
         self
     }
 
-    /// Puts it into a configuration.
+    /// Writes the plan into a configuration.
     pub fn put(&self, config: &mut Config) {
         let Config { rollout, labeler, reward, learner, .. } = config;
         [rollout.workers, labeler.workers, ..] = self.workers;
@@ -60,7 +60,7 @@ impl Plan {
         learner.micro_batch = self.micro_batch;
     }
 
-    /// Keys of the configuration with this plan's values.
+    /// Returns the configuration keys of the plan with its values.
     pub fn keys(&self) -> [(&'static str, u64); 11] {
         [
             ("rollout.workers", self.workers[0] as u64),
@@ -77,13 +77,13 @@ impl Plan {
         ]
     }
 
-    /// What differs from `other`: key, its value, this one's.
+    /// Returns the differences from `other`: key, value in `other`, value in this plan.
     pub fn changes(&self, other: &Self) -> Vec<(&'static str, u64, u64)> {
         let pairs = other.keys().into_iter().zip(self.keys());
         pairs.filter(|(was, is)| was.1 != is.1).map(|(was, is)| (was.0, was.1, is.1)).collect()
     }
 
-    /// In a line.
+    /// Returns a one-line description.
     pub fn describe(&self, facts: &Facts) -> String {
         let role = |role: Role| {
             let (workers, threads) = (self.workers[role as usize], self.threads[role as usize]);
@@ -100,12 +100,12 @@ impl Plan {
         format!("{}, {} slots, η = {}{sizes}{at_a_time}", roles.join(", "), self.slots, self.eta)
     }
 
-    /// Completions of a step.
+    /// Returns the number of completions per step.
     pub fn completions(&self) -> u64 {
         self.batch * self.group_size as u64
     }
 
-    /// Steps that are larger, up to four times the groups of twice the size, smallest first; this one among them.
+    /// Returns plans with larger batches, up to four times the groups of twice the size, smallest first. Includes this plan.
     pub(super) fn larger(&self) -> Vec<Self> {
         let sizes = [1, 2, 4].into_iter().flat_map(|n| [(n, 1), (n, 2)]);
         let larger =
@@ -115,13 +115,13 @@ impl Plan {
         plans
     }
 
-    /// What it takes, for choices among equals: threads, then slots and staleness.
+    /// Returns the cost for choices among equally fast plans: total threads, then η, then slots.
     pub(super) fn cost(&self) -> (usize, u64, usize) {
         let threads = self.workers.iter().zip(&self.threads).map(|(workers, threads)| workers * threads).sum();
         (threads, self.eta, self.slots)
     }
 
-    /// Plans worth rating on a machine: powers of two of everything, and what `configured` has.
+    /// Returns the candidate plans for a machine: powers of two for every number, and the values of `configured`.
     pub(super) fn all(facts: &Facts, configured: &Self) -> Vec<Self> {
         let up_to = |most: usize| -> Vec<usize> {
             let mut steps: Vec<usize> =
@@ -145,7 +145,7 @@ impl Plan {
             (true, false) => up_to(32),
         };
         let label_threads = if facts.labels && facts.labels_here { cores.clone() } else { vec![configured.threads[1]] };
-        // Four versions are what algorithms with a correction were seen to bear without loss.
+        // Algorithms with a correction were measured to lose nothing up to η = 4.
         let mut etas = vec![0, 1, 2, 4, configured.eta];
         etas.sort_unstable();
         etas.dedup();
@@ -179,7 +179,7 @@ impl Plan {
     }
 }
 
-/// Workers and threads of each that the machine has cores for.
+/// Returns all numbers of workers and threads per worker whose product is at most `cores`.
 fn divisions(steps: &[usize], cores: usize) -> Vec<(usize, usize)> {
     let all = steps.iter().flat_map(|workers| steps.iter().map(move |threads| (*workers, *threads)));
     all.filter(|(workers, threads)| workers * threads <= cores).collect()
