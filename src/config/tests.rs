@@ -87,6 +87,11 @@ fn each_mistake_is_reported_with_its_place_and_remedy() {
     check("[learner]\neta = \"1\"\n", &["x.toml:9: learner.eta: \"1\" is not a non-negative integer"]);
     check("[learner]\neta = -1\n", &["x.toml:9: learner.eta: -1 is not a non-negative integer"]);
     check("[rollout]\ntemperature = 0\n", &["x.toml:9: rollout.temperature: 0 is out of range; it must be above 0"]);
+    for (key, value) in [("cot", "true"), ("shots", "2"), ("rationales", "3"), ("both_orders", "false")] {
+        let line = format!("[labeler]\n{key} = {value}\nrationale_temperature = 0.5\n");
+        check(&line, &[&format!("x.toml:9: labeler.{key}: serves type = \"pairwise\" only")]);
+    }
+    check("[labeler]\ntype = \"direct\"\nlength_normalise = true\n", &["x.toml:10: labeler.length_normalise"]);
     check(
         "[learner]\nalgorithm = \"rlo\"\n",
         &[

@@ -338,6 +338,11 @@ mod tests {
         assert!(words(&dir.path().join("name")).ends_with("no such file or directory"));
         std::fs::create_dir_all(dir.path().join("empty/checkpoints")).unwrap();
         assert!(words(&dir.path().join("empty")).contains("without a checkpoint"));
+        let model = run.join("checkpoints/step-000002");
+        std::fs::write(model.join("adapter_config.json"), "{}").unwrap();
+        assert!(words(&model).contains("a model and a PEFT adapter for it"), "{}", words(&model));
+        std::fs::remove_file(model.join("config.json")).unwrap();
+        assert!(words(&model).contains("a PEFT adapter and no model"), "{}", words(&model));
     }
 
     fn read(text: &str) -> Result<ModelRef, String> {

@@ -51,13 +51,25 @@ fn every_command_exits_with_status_2_when_its_input_is_refused() {
     std::fs::write(dir.path().join("judge.toml"), text).unwrap();
     std::fs::write(dir.path().join("bad.jsonl"), "{\"prompt\": \"p\", \"chosen\": 1, \"rejected\": \"c\"}\n").unwrap();
     std::fs::create_dir(dir.path().join("model")).unwrap();
+    std::fs::write(dir.path().join("pairs.jsonl"), "{\"prompt\": \"p\", \"chosen\": \"a\", \"rejected\": \"c\"}\n")
+        .unwrap();
     for (args, words) in [
         (&["label", "judge.toml", "--input", "bad.jsonl", "--output", "out.jsonl"][..], "bad.jsonl:1"),
         (&["label", "judge.toml", "--input", "none.jsonl", "--output", "out.jsonl"], "no file or folder none.jsonl"),
         (&["eval", "alignment", "judge.toml", "--input", "bad.jsonl"], "bad.jsonl:1"),
         (&["eval", "reward-accuracy", "model", "judge.toml", "--input", "bad.jsonl"], "model"),
+        (
+            &["label", "judge.toml", "--input", "pairs.jsonl", "--output", "/dev/null"],
+            "/dev/null is not a regular file",
+        ),
+        (
+            &["label", "judge.toml", "--input", "pairs.jsonl", "--output", "o.jsonl", "--batch", "0"],
+            "--batch must be above zero",
+        ),
         (&["pairs", "--input", "bad.jsonl", "--output", "pairs.jsonl"], "bad.jsonl:1"),
         (&["generate", "model", "Hello"], "model"),
+        (&["generate", "model", "Hello", "--samples", "0"], "--samples must be above zero"),
+        (&["score", "model", "Hello", "--completion", ""], "model"),
         (&["generate", "model", "Hello", "--max-new-tokens", "0"], "--max-new-tokens must be above zero"),
         (&["score", "model", "Hello"], "model"),
         (&["replay", "model"], "journal"),

@@ -255,6 +255,35 @@ fn an_outage_and_its_cause_appear_on_the_page_in_the_metrics_and_in_readyz() {
 }
 
 #[test]
+fn a_judge_that_tells_no_completions_apart_stops_the_run_with_the_cause() {
+    let dir = tempfile::tempdir().unwrap();
+    let judge = MockJudge::start(|_, _, _| Act::Tokens(vec![("1", 0.9), ("2", 0.1)]));
+    let remote = format!("labeler.remote={{ url = \"{}\", model = \"m\", probe = false }}", judge.url);
+    let output = train(
+        dir.path(),
+        &["run.steps=2", "labeler.type=pairwise", "labeler.templates=helpful", "reward.kl_coef=0", &remote],
+    );
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(
+        text.contains("in 2 steps the gradient was zero, since the completions of each group had equal rewards"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_warm_up_on_ties_alone_stops_the_run_with_the_cause() {
+    let dir = tempfile::tempdir().unwrap();
+    let tie = "{\"prompt\": \"p\", \"first\": \"a\", \"second\": \"b\", \"preference\": 0.5}\n";
+    std::fs::write(dir.path().join("ties.jsonl"), tie.repeat(8)).unwrap();
+    let pairs = format!("reward_model.pairs={}", dir.path().join("ties.jsonl").display());
+    let output = train(dir.path(), &["run.mode=human", &pairs]);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(text.contains("is a tie (a probability of ½)"), "{text}");
+}
+
+#[test]
 fn a_run_without_labels_stops_with_the_reasons_after_three_steps() {
     let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("I", 0.9), ("The", 0.1)]));
     let dir = tempfile::tempdir().unwrap();

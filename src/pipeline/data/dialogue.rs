@@ -334,6 +334,9 @@ mod tests {
         let expected = [("user", "hi"), ("assistant", "hello\n\nthere"), ("user", "why?")]
             .map(|(a, b)| (a.to_owned(), b.to_owned()));
         for form in [
+            json!(
+                r#"[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello\n\nthere"}, {"role": "user", "content": "why?"}]"#
+            ),
             json!("\n\nHuman: hi\n\nAssistant: hello\n\nthere\n\nHuman: why?\n\nAssistant:"),
             json!([
                 { "role": "user", "content": "hi" },

@@ -195,12 +195,13 @@ fn rows_of_several_files_are_numbered_consecutively() {
     file("empty.jsonl", b"");
     file("sub/z.json.gz", &gzip(b"[{\"a\": \"j1\"}]"));
     file("README.md", b"not data");
+    file("sub/Z2.CSV", b"a\nC3\n");
     file(".hidden.jsonl", b"{}");
     let texts = |path: &Path| -> Vec<String> {
         let rows = Rows::open(path).unwrap();
         (0..rows.len()).map(|i| rows.get(i).unwrap().unwrap()["a"].as_str().unwrap().to_owned()).collect()
     };
-    assert_eq!(texts(dir.path()), ["l1", "l2", "c1", "c2", "j1"]);
+    assert_eq!(texts(dir.path()), ["l1", "l2", "c1", "c2", "C3", "j1"]);
     assert_eq!(texts(&dir.path().join("*.csv")), ["c1", "c2"]);
     assert_eq!(texts(&dir.path().join("**/*.json*")), ["l1", "l2", "j1"]);
     let rows = Rows::open(dir.path()).unwrap();
