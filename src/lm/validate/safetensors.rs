@@ -90,6 +90,21 @@ mod tests {
     }
 
     #[test]
+    fn files_in_place_of_the_weights_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        for (content, words) in [
+            ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+            ("\n<!DOCTYPE html><html>", "an HTML page"),
+            ("<HTML>  ", "an HTML page"),
+        ] {
+            std::fs::write(&path, content).unwrap();
+            let error = format!("{:#}", super::check(&path).unwrap_err());
+            assert!(error.contains(words), "{content:?}: {error}");
+        }
+    }
+
+    #[test]
     fn the_claims_of_a_header_are_checked_against_the_file() {
         let one = |dtype: &str, shape: &str, end: &str| {
             format!(
