@@ -154,7 +154,7 @@ impl Conclusion {
         (state.step, path)
     }
 
-    /// DeviceReplicas the checkpoint at `path`, and the fine-tuned policy, to the mirror.
+    /// Copies the checkpoint at `path`, and the fine-tuned policy, to the mirror.
     fn copied(&self, path: PathBuf) -> PathBuf {
         if let Err(error) = self.shelf.copy(&path) {
             telemetry::disk_error();

@@ -120,7 +120,7 @@ fn write(config: &Config, base: &Identity, prepared: &Prepared, run: &Path, phas
     disk::sync(run)
 }
 
-/// DeviceReplicas what `run` has of it to the mirror of `shelf`, if there is one that has no copy yet.
+/// Copies what `run` has of it to the mirror of `shelf`, if there is one that has no copy yet.
 pub(super) fn copy(run: &Path, shelf: &CheckpointStore) {
     let path = place(run);
     if path.exists()

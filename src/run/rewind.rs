@@ -233,7 +233,7 @@ fn carry_out(run: &Path, plan: &Plan) -> Result<()> {
     complete(run)
 }
 
-/// DeviceReplicas what the file called `name` has beyond `length` to the folder `into`.
+/// Copies what the file called `name` has beyond `length` to the folder `into`.
 fn keep(run: &Path, name: &str, length: u64, into: &Path) -> Result<()> {
     let (from, to) = (run.join(name), into.join(name));
     if disk::length(&from)?.is_none_or(|found| found <= length) {

@@ -1,4 +1,4 @@
-//! DeviceReplicas of checkpoints in an object store, so that a run can go on where its machine is gone.
+//! Copies of checkpoints in an object store, so that a run can go on where its machine is gone.
 //!
 //! A store knows no renaming. `SHA256SUMS` is written last and read first: a checkpoint without it is not there.
 
@@ -60,7 +60,7 @@ impl Mirror {
         Ok(Self { store, prefix, url: url.to_owned(), runtime: Some(runtime) })
     }
 
-    /// DeviceReplicas the sealed folder `dir` under its name.
+    /// Copies the sealed folder `dir` under its name.
     ///
     /// # Errors
     /// Names the file and the store. What was copied of it is not there yet.
@@ -80,7 +80,7 @@ impl Mirror {
         })
     }
 
-    /// DeviceReplicas the checkpoint in `dir`, and then removes copies beyond the last `keep` that have no original beside `dir` any
+    /// Copies the checkpoint in `dir`, and then removes copies beyond the last `keep` that have no original beside `dir` any
     /// more.
     ///
     /// # Errors

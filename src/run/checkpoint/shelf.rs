@@ -131,7 +131,7 @@ impl CheckpointStore {
         }
     }
 
-    /// DeviceReplicas the checkpoint at `path` to the mirror, if there is one.
+    /// Copies the checkpoint at `path` to the mirror, if there is one.
     ///
     /// # Errors
     /// What could not be copied where. The next one is tried anew.
@@ -158,7 +158,7 @@ impl CheckpointStore {
         }
     }
 
-    /// DeviceReplicas what belongs to the run beside its checkpoints, sealed as they are, to the mirror, if there is one and it has
+    /// Copies what belongs to the run beside its checkpoints, sealed as they are, to the mirror, if there is one and it has
     /// no such copy yet.
     ///
     /// # Errors
