@@ -32,8 +32,8 @@ use crate::util::terminal::{self, Closed};
     after_help = "Start here:\n  preceptor train configs/offline.toml       a tiny model, no network, seconds\n  preceptor train configs/quickstart.toml    SmolLM2-135M learns to summarise posts"
 )]
 struct Cli {
-    /// Log level (error, warn, info, debug) or a filter such as preceptor=debug. `json`, alone or before a filter (json,info),
-    /// makes every line on standard error a JSON object.
+    /// Log level (error, warn, info, debug) or a filter such as preceptor=debug. `json`, alone or before a filter
+    /// (json,info), makes every line on standard error a JSON object.
     #[arg(long, global = true, default_value = "warn", value_name = "FILTER")]
     log: String,
     #[command(subcommand)]
@@ -44,7 +44,8 @@ struct Cli {
 enum Command {
     /// Trains the policy until the last step, or until Ctrl-C.
     Train(train::Train),
-    /// Validates a configuration, resolves its models and data, and estimates memory, disk, tokens and judge cost; trains nothing.
+    /// Validates a configuration, resolves its models and data, and estimates memory, disk, tokens and judge cost;
+    /// trains nothing.
     Check(check::Check),
     /// Measures allocations of the machine's cores to the actors, and writes the fastest configuration.
     Tune(tune::Tune),
@@ -69,8 +70,8 @@ enum Command {
 pub struct ConfigArgs {
     /// Path of the configuration, a TOML file; see configs/README.md.
     config: PathBuf,
-    /// Overrides one key, for example --set learner.eta=0. Strings need no quotes; list elements are addressed by their index
-    /// from 0, for example labeler.members.0.weight=2. May be given several times.
+    /// Overrides one key, for example --set learner.eta=0. Strings need no quotes; list elements are addressed by their
+    /// index from 0, for example labeler.members.0.weight=2. May be given several times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
 }
@@ -80,15 +81,15 @@ impl ConfigArgs {
         Ok(crate::config::load(&self.config, &self.overrides)?)
     }
 
-    /// Loads the configuration for a command that only uses the judge. `run.name`, `run.steps`, `policy.model` and `data.path`
-    /// may be missing.
+    /// Loads the configuration for a command that only uses the judge. `run.name`, `run.steps`, `policy.model` and
+    /// `data.path` may be missing.
     fn load_judge(&self) -> anyhow::Result<Config> {
         let spared = &["run.name", "run.steps", "policy.model", "data.path"];
         Ok(crate::config::load_sparing(&self.config, &self.overrides, spared)?)
     }
 
-    /// Loads the configuration for a command that uses the judge and the prompts of `[data]`. `run.name`, `run.steps` and
-    /// `policy.model` may be missing.
+    /// Loads the configuration for a command that uses the judge and the prompts of `[data]`. `run.name`, `run.steps`
+    /// and `policy.model` may be missing.
     fn load_prompts(&self) -> anyhow::Result<Config> {
         let spared = &["run.name", "run.steps", "policy.model"];
         Ok(crate::config::load_sparing(&self.config, &self.overrides, spared)?)
@@ -118,7 +119,8 @@ pub fn main() -> ExitCode {
         Command::Pairs(command) => command.run(),
         Command::Score(command) => command.run(),
     };
-    // The panic hook has already printed message and place. A run's files can be resumed from after a panic at any point.
+    // The panic hook has already printed message and place. A run's files can be resumed from after a panic at any
+    // point.
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         // The reader of standard output closed the pipe, so that nothing is printed.

@@ -1,9 +1,9 @@
 //! The configuration of a run: a TOML file, read strictly and validated completely before use.
 //!
-//! Each key is declared once, in [`sections`], [`learner`], [`labeling`] or [`operation`], with its type, default, range,
-//! documentation and effect on a resumed run. The reader, the writer, the comparison of a resumed run
-//! ([`Resume`]), the reference page and the schema ([`reference`]) are derived from the declaration. An error report lists
-//! all mistakes of a file, each with its place, the key's path and the remedy.
+//! Each key is declared once, in [`sections`], [`learner`], [`labeling`] or [`operation`], with its type, default,
+//! range, documentation and effect on a resumed run. The reader, the writer, the comparison of a resumed run
+//! ([`Resume`]), the reference page and the schema ([`reference`]) are derived from the declaration. An error report
+//! lists all mistakes of a file, each with its place, the key's path and the remedy.
 
 mod choice;
 mod document;
@@ -109,7 +109,8 @@ config! {
     supervision: Supervision,
 }
 
-/// Reads the file at `path` and applies `overrides` (`section.key=value`). Paths in the file are relative to its folder.
+/// Reads the file at `path` and applies `overrides` (`section.key=value`). Paths in the file are relative to its
+/// folder.
 ///
 /// # Errors
 /// Returns all mistakes in one report.
@@ -117,8 +118,8 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
     load_sparing(path, overrides, &[])
 }
 
-/// Reads a configuration as [`load`] does, but allows the required keys `spared` to be missing. A missing one has an empty
-/// value.
+/// Reads a configuration as [`load`] does, but allows the required keys `spared` to be missing. A missing one has an
+/// empty value.
 ///
 /// # Errors
 /// Returns all mistakes in one report.
@@ -177,8 +178,8 @@ fn read_section<S: Section>(document: &Document, folder: &Path, name: &str) -> S
     Reader::new(document, folder, node, name).section()
 }
 
-/// Returns the declarations of all keys with their paths, such as `learner.eta`. The keys inside a table follow the table's
-/// own key. The keys of a panel's members are not repeated; they are those of `labeler`.
+/// Returns the declarations of all keys with their paths, such as `learner.eta`. The keys inside a table follow the
+/// table's own key. The keys of a panel's members are not repeated; they are those of `labeler`.
 pub fn keys() -> &'static [(String, Key)] {
     static KEYS: LazyLock<Vec<(String, Key)>> = LazyLock::new(|| {
         let mut all = Vec::new();
@@ -219,8 +220,8 @@ impl Config {
         matches!(self.run.mode, Mode::Distilled | Mode::Human)
     }
 
-    /// Returns the configuration as TOML, with every key that has a value. Paths are absolute, so that the text does not
-    /// depend on its location; reading it gives the same configuration.
+    /// Returns the configuration as TOML, with every key that has a value. Paths are absolute, so that the text does
+    /// not depend on its location; reading it gives the same configuration.
     pub fn to_toml(&self) -> String {
         let fields = |fields: key::Fields| -> Table {
             fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
@@ -229,9 +230,9 @@ impl Config {
         sections.collect::<Table>().to_string()
     }
 
-    /// Returns whether the learner tolerates off-policy tokens: by importance correction, by a clipped ratio, or by a loss
-    /// that is robust to them. A clip relative to the sampling weights bounds the update, as in PPO. Online DPO is known to
-    /// be robust to older samples (Noukhovitch et al. 2024).
+    /// Returns whether the learner tolerates off-policy tokens: by importance correction, by a clipped ratio, or by a
+    /// loss that is robust to them. A clip relative to the sampling weights bounds the update, as in PPO. Online DPO is
+    /// known to be robust to older samples (Noukhovitch et al. 2024).
     pub fn bears_other_weights(&self) -> bool {
         let learner = &self.learner;
         learner.correction != CorrectionKind::None

@@ -1,4 +1,5 @@
-//! Observability of a node: metrics, history, the HTTP server with its page, the terminal view, traces, progress output.
+//! Observability of a node: metrics, history, the HTTP server with its page, the terminal view, traces, progress
+//! output.
 
 pub mod monitor;
 pub mod progress;

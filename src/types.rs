@@ -1,7 +1,7 @@
 //! The data that flow through the graph: prompts, groups of completions, feedback, rewards.
 //!
-//! This module depends on neither models nor actors. Token ids are passed from end to end without re-tokenisation; text is
-//! only for judges and people.
+//! This module depends on neither models nor actors. Token ids are passed from end to end without re-tokenisation; text
+//! is only for judges and people.
 
 use std::sync::Arc;
 
@@ -110,8 +110,8 @@ pub struct Preference {
     pub second: usize,
     /// Verdict whose label is P(first is better), from 0 to 1.
     pub verdict: Verdict,
-    /// P(first is better) with `first` shown first, and with `first` shown second. `None` if the judge did not read both
-    /// orders.
+    /// P(first is better) with `first` shown first, and with `first` shown second. `None` if the judge did not read
+    /// both orders.
     pub orders: Option<[f64; 2]>,
 }
 
@@ -140,8 +140,9 @@ pub struct Feedback {
     pub verdicts: Vec<Verdict>,
     /// Preferences between compared pairs.
     pub preferences: Vec<Preference>,
-    /// Log-probabilities of the completions' tokens under the labeler's model at the rollout's temperature, `[completion,
-    /// token]`, if the labeler computed them. They are reused for the reference policy if it is the same model.
+    /// Log-probabilities of the completions' tokens under the labeler's model at the rollout's temperature,
+    /// `[completion, token]`, if the labeler computed them. They are reused for the reference policy if it is the same
+    /// model.
     pub logprobs: Option<Vec<Vec<f32>>>,
     /// Money spent on the feedback.
     pub cost: f64,
@@ -160,8 +161,8 @@ pub struct Labeled {
 pub const UNCOMPARED: &str = "the completion was compared with no other";
 
 impl Labeled {
-    /// Returns the group without the completions that were compared with no other ([`UNCOMPARED`]), because they have no
-    /// score. If no completion was compared, the group is returned unchanged.
+    /// Returns the group without the completions that were compared with no other ([`UNCOMPARED`]), because they have
+    /// no score. If no completion was compared, the group is returned unchanged.
     pub fn without_uncompared(self) -> Self {
         let Self { mut group, feedback: Some(mut feedback) } = self else { return self };
         let uncompared = |verdict: &Verdict| matches!(verdict, Verdict::Abstention(why) if why == UNCOMPARED);
@@ -212,8 +213,8 @@ pub struct Rewarded {
     pub rewards: Vec<f64>,
     /// Training pairs of preference mode: the indices of two completions and P(first is better).
     pub preferences: Vec<(usize, usize, f64)>,
-    /// Log-probabilities of the completions' tokens under the reference policy at the rollout's temperature, `[completion,
-    /// token]`. Empty with `reward.reference = false`.
+    /// Log-probabilities of the completions' tokens under the reference policy at the rollout's temperature,
+    /// `[completion, token]`. Empty with `reward.reference = false`.
     pub reference: Vec<Vec<f32>>,
     /// Version of the reward model that scored the group, if one did.
     pub reward_model: Option<u64>,
@@ -243,8 +244,8 @@ impl RewardScale {
         self.m2 += delta * (score - self.mean);
     }
 
-    /// Returns the sample standard deviation, or 1 with fewer than two scores or scores that are equal up to the rounding of
-    /// f32, in which models compute.
+    /// Returns the sample standard deviation, or 1 with fewer than two scores or scores that are equal up to the
+    /// rounding of f32, in which models compute.
     pub fn std(&self) -> f64 {
         let variance = if self.count > 1 { self.m2 / (self.count - 1) as f64 } else { 0.0 };
         if variance.sqrt() > f64::from(f32::EPSILON) * self.mean.abs() { variance.sqrt() } else { 1.0 }

@@ -1,4 +1,4 @@
-//! Files, processes, devices, networks and signals, and helpers that know nothing of language models.
+//! Files, processes, devices, networks and signals, and helpers that are independent of language models.
 
 pub mod device;
 pub mod disk;

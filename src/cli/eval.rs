@@ -91,8 +91,8 @@ struct AlignmentArgs {
     /// Pairs that people judged: a file, a folder or a glob pattern, see docs/data.md.
     #[arg(long, value_name = "FILE")]
     input: String,
-    /// Judge variants, separated by commas: PREAMBLE-SHOTS[-cot], direct, likelihood, likelihood-mean, configured.
-    /// The default is every variant of the paper's tables that the judge and its templates support. For an embedder (which
+    /// Judge variants, separated by commas: PREAMBLE-SHOTS[-cot], direct, likelihood, likelihood-mean, configured. The
+    /// default is every variant of the paper's tables that the judge and its templates support. For an embedder (which
     /// has no templates) and for a panel it is `configured`.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     variants: Option<Vec<String>>,
@@ -102,9 +102,9 @@ struct AlignmentArgs {
     /// Maximum number of pairs for variants with a chain of thought, which take far longer. The default is --limit.
     #[arg(long, value_name = "N")]
     cot_limit: Option<usize>,
-    /// Also attacks the judge: a built-in set of texts (claimed ratings, imitated templates, control tokens, instructions)
-    /// is inserted into the worse answer of each pair that the judge decides correctly, and the share that it then decides
-    /// wrongly is reported. This multiplies the number of judge questions, which is printed first.
+    /// Also attacks the judge: a built-in set of texts (claimed ratings, imitated templates, control tokens,
+    /// instructions) is inserted into the worse answer of each pair that the judge decides correctly, and the share
+    /// that it then decides wrongly is reported. This multiplies the number of judge questions, which is printed first.
     #[arg(long)]
     attacks: bool,
     #[command(flatten)]
@@ -116,7 +116,8 @@ struct AlignmentArgs {
 struct AnswerArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Maximum number of prompts. With data.holdout above zero, only held-out prompts are used, which training never sees.
+    /// Maximum number of prompts. With data.holdout above zero, only held-out prompts are used, which training never
+    /// sees.
     #[arg(long, default_value_t = 64, value_name = "N")]
     limit: usize,
     /// Sampling temperature; zero selects the most likely token (greedy decoding).
@@ -239,8 +240,8 @@ impl AnswerArgs {
         (0..data.len().min(self.limit)).map(|seq| data.prompt(seq as u64, &order)).collect()
     }
 
-    /// Loads the model that `name` refers to and generates its answers. Returns the prompts in this model's tokenisation, the
-    /// answers, and the tokenizer.
+    /// Loads the model that `name` refers to and generates its answers. Returns the prompts in this model's
+    /// tokenisation, the answers, and the tokenizer.
     fn answered(&self, config: &Config, name: &str, references: bool) -> Result<(Vec<Prompt>, Vec<String>, Tokenizer)> {
         let (model, tokenizer, prompts) = before_work(|| {
             ensure!(self.temperature >= 0.0, "--temperature must not be below zero");

@@ -8,8 +8,8 @@ use crate::config::Config;
 use crate::lm::source::{DataRef, ResolveOptions};
 use crate::pipeline::data::{PairOptions, Rows};
 
-/// Opens the rows of `--input TEXT`: a file, a folder, a glob pattern, or a data reference in the configuration's syntax
-/// (`{…}` or `[…]`). `timeout_s` is the timeout of a model hub's answers, in seconds.
+/// Opens the rows of `--input TEXT`: a file, a folder, a glob pattern, or a data reference in the configuration's
+/// syntax (`{…}` or `[…]`). `timeout_s` is the timeout of a model hub's answers, in seconds.
 ///
 /// # Errors
 /// If the data cannot be fetched or read.

@@ -50,8 +50,8 @@ impl Label {
         ensure!(self.batch > 0, "--batch must be above zero");
         let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
         let pairs = Arc::new(Preferences::of(rows, &pair_options(config, false))?);
-        // The cost so far is kept in a file next to the output, so that `labeler.max_cost` bounds all processes of this output
-        // together.
+        // The cost so far is kept in a file next to the output, so that `labeler.max_cost` bounds all processes of this
+        // output together.
         let cost = self.output.with_extension("cost.txt");
         let bench = labeler_bench(config, true, budget(config, Some(cost))?)?;
         compares_with_blank(config, !prompt_format(config).blank(&bench.tokenizer)?.is_empty())?;

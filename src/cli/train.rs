@@ -19,12 +19,13 @@ pub struct Train {
     /// Directory of the run. The default is runs/NAME, or the first of runs/NAME-2, runs/NAME-3, … that does not exist.
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
-    /// Resumes a run from its latest checkpoint, or from the given one, such as --resume=runs/NAME/checkpoints/step-000050.
-    /// --resume=runs/NAME resumes that run from its latest checkpoint. A run without checkpoints starts from the beginning.
+    /// Resumes a run from its latest checkpoint, or from the given one, such as
+    /// --resume=runs/NAME/checkpoints/step-000050. --resume=runs/NAME resumes that run from its latest checkpoint. A
+    /// run without checkpoints starts from the beginning.
     #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, require_equals = true, default_missing_value = "latest")]
     resume: Option<PathBuf>,
-    /// Resumes although the judge's key KEY, such as labeler.remote.model, differs from the checkpoint's; keys below KEY are
-    /// included. May be given several times. The change is logged and written into the journal.
+    /// Resumes although the judge's key KEY, such as labeler.remote.model, differs from the checkpoint's; keys below
+    /// KEY are included. May be given several times. The change is logged and written into the journal.
     #[arg(long = "accept-change", value_name = "KEY", requires = "resume")]
     accept_change: Vec<String>,
 }

@@ -14,11 +14,11 @@ use super::types::{KeyType, Shape};
 pub enum Resume {
     /// The run is refused, because the checkpoint's state depends on the old value.
     Fixed,
-    /// The run is refused unless the change is accepted by name (`--accept-change KEY`), because its labels would come from
-    /// another judge.
+    /// The run is refused unless the change is accepted by name (`--accept-change KEY`), because its labels would come
+    /// from another judge.
     AcceptChange,
-    /// The run is resumed and the change is logged. The key affects speed, placement or safety limits, or its content is
-    /// verified by a checksum instead (the data, the model that the policy starts from).
+    /// The run is resumed and the change is logged. The key affects speed, placement or safety limits, or its content
+    /// is verified by a checksum instead (the data, the model that the policy starts from).
     Changeable,
 }
 
@@ -109,8 +109,8 @@ pub(super) fn depends<T>(value: T, meaning: &str) -> Spec<T> {
     Spec { absent: Absent::Depends(meaning.to_owned()), ..is(value) }
 }
 
-/// Returns the specification of a key whose default depends on the key `name`, whose value is `choice`: the default is the
-/// value of `choice` in `cases`, or else `otherwise`.
+/// Returns the specification of a key whose default depends on the key `name`, whose value is `choice`: the default is
+/// the value of `choice` in `cases`, or else `otherwise`.
 pub(super) fn by<C: Choice, T: KeyType>(name: &str, choice: C, cases: &[(C, T)], otherwise: T) -> Spec<T> {
     let text = |value: &T| format!("`{}`", value.write().map_or(String::new(), |value| value.to_string()));
     let mut meaning = String::new();

@@ -20,8 +20,8 @@ use crate::util::endpoint::Endpoint;
 section! {
     /// AI feedback.
     pub struct Labeler {
-        /// Device of local judges, as `policy.device`. A judge with an explicit device has a separate CUDA stream, even on the
-        /// policy's GPU, and a separate copy of the weights if the policy is the judge.
+        /// Device of local judges, as `policy.device`. A judge with an explicit device has a separate CUDA stream, even
+        /// on the policy's GPU, and a separate copy of the weights if the policy is the judge.
         [Changeable] device: Option<String> =
             unset("the policy's device, on which judge and policy alternate").example("\"cuda:1\"").check(|name| check_optional_device(name.as_deref())),
         /// Number of labeler actors.
@@ -32,16 +32,17 @@ section! {
         [AcceptChange] pairs: Pairing = is(Pairing::Adjacent),
         /// Number of times that labeling of a failed group is retried.
         [Changeable] retries: u32 = is(2).to(20),
-        /// Budget for remote judges of all processes of the run together, in the currency of their prices; 0 disables the
-        /// limit. A question that could exceed the budget is not asked: the run ends with a checkpoint and exit status 3.
+        /// Budget for remote judges of all processes of the run together, in the currency of their prices; 0 disables
+        /// the limit. A question that could exceed the budget is not asked: the run ends with a checkpoint and exit
+        /// status 3.
         [Changeable] max_cost: f64 = is(0.0).from(0).note("; 0 disables the limit"),
-        /// Folder of the label cache, relative to the configuration's folder. An answer in the cache is not requested again.
-        /// Several processes may use one folder concurrently. The cache key covers everything that affects an answer, except
-        /// for the server's address.
+        /// Folder of the label cache, relative to the configuration's folder. An answer in the cache is not requested
+        /// again. Several processes may use one folder concurrently. The cache key covers everything that affects an
+        /// answer, except for the server's address.
         [Changeable] cache: Option<PathBuf> =
             unset("no cache for local judges; `labels` in the model cache for remote judges").example("\"labels\"").resolve(in_folder),
-        /// Maximum number of answers in the cache, a few hundred bytes each; the oldest are removed. If several processes use
-        /// one folder, the smallest of their limits applies.
+        /// Maximum number of answers in the cache, a few hundred bytes each; the oldest are removed. If several
+        /// processes use one folder, the smallest of their limits applies.
         [Changeable] cache_entries: u64 = is(1_000_000).from(1),
         /// Capacity of the queue of labeled groups that wait for the reward actor.
         [Changeable] capacity: usize = queue(),
@@ -66,8 +67,8 @@ words! {
 pub struct Methods {
     /// The judges: one, or the members of a panel.
     pub list: Vec<Method>,
-    /// True if the judges form a panel (`labeler.type = "panel"`) and are listed in `labeler.members`. Otherwise the keys of
-    /// the only judge are in `[labeler]` itself.
+    /// True if the judges form a panel (`labeler.type = "panel"`) and are listed in `labeler.members`. Otherwise the
+    /// keys of the only judge are in `[labeler]` itself.
     pub panel: bool,
 }
 
@@ -179,8 +180,8 @@ section! {
         [AcceptChange] length_normalise: bool = is(false),
         /// Temperature τ of P(first is preferred) = σ(Δscore/τ), for preferences that are derived from scores.
         [AcceptChange] pair_temperature: f64 = positive(1.0),
-        /// For `direct` and `pairwise`: template set of the questions: `summarization`, `helpful`, `harmless`, or a file of
-        /// templates, relative to the configuration's folder.
+        /// For `direct` and `pairwise`: template set of the questions: `summarization`, `helpful`, `harmless`, or a
+        /// file of templates, relative to the configuration's folder.
         [AcceptChange] templates: String = is("summarization".to_owned()).resolve(templates),
         /// For `pairwise`: preamble of the question: `base`, `detailed`, or a file with its text, relative to the
         /// configuration's folder.
@@ -285,8 +286,8 @@ section! {
         /// Environment variable that holds the API key. The key itself is never part of a configuration.
         [Changeable, secret] api_key_env: Option<String> =
             unset("no key is sent").example("\"OPENAI_API_KEY\"").check(|name| check_variable(name.as_deref())),
-        /// Additional headers of each request, such as `{ "api-key" = "env:AZURE_KEY" }`. `env:NAME` is replaced by the value
-        /// of an environment variable, which is kept secret like the API key.
+        /// Additional headers of each request, such as `{ "api-key" = "env:AZURE_KEY" }`. `env:NAME` is replaced by the
+        /// value of an environment variable, which is kept secret like the API key.
         [Changeable, secret] headers: BTreeMap<String, String> =
             is(BTreeMap::new()).example("{ \"api-key\" = \"env:AZURE_KEY\" }").check(check_headers),
         /// Query parameters of each request, in addition to those of `url`, such as `{ api-version = "2024-06-01" }`.
@@ -296,8 +297,8 @@ section! {
             is(Table::new()).example("{ service_tier = \"flex\" }").check(check_extra),
         /// Variables of the server's chat template (vLLM, SGLang, llama.cpp), such as `{ enable_thinking = false }`.
         [AcceptChange] chat_template_kwargs: Table = is(Table::new()).example("{ enable_thinking = false }"),
-        /// Token budget for reasoning before the answer, for a model that reasons although it was asked not to. Its answers are
-        /// then sampled `votes` times, and read after the reasoning.
+        /// Token budget for reasoning before the answer, for a model that reasons although it was asked not to. Its
+        /// answers are then sampled `votes` times, and read after the reasoning.
         [AcceptChange] thinking_tokens: usize = count(2048, TOKENS),
         /// File of certificates (PEM) that are trusted in addition to the system's, relative to the configuration's folder.
         [Changeable] ca_file: Option<PathBuf> = unset("none").example("\"company-ca.pem\"").resolve(ca_file),
@@ -309,13 +310,13 @@ section! {
         [AcceptChange] system: Option<String> = unset("none").example("\"You are a careful judge.\""),
         /// Source of an answer's probability.
         [AcceptChange] evidence: Evidence = is(Evidence::Auto),
-        /// Number of most probable tokens whose log-probabilities are requested for each position. Fewer are requested if the
-        /// server refuses that many. OpenAI and, by default, other servers list 20; llama.cpp lists any number, and vLLM as
-        /// many as `--max-logprobs` allows. An unlisted answer counts as impossible, so a judge that spreads its probability
-        /// over many tokens needs a higher number; a warning is logged in that case.
+        /// Number of most probable tokens whose log-probabilities are requested for each position. Fewer are requested
+        /// if the server refuses that many. OpenAI and, by default, other servers list 20; llama.cpp lists any number,
+        /// and vLLM as many as `--max-logprobs` allows. An unlisted answer counts as impossible, so a judge that
+        /// spreads its probability over many tokens needs a higher number; a warning is logged in that case.
         [AcceptChange] top_logprobs: usize = is(20).from(2).to(1 << 10),
-        /// Sends the judge two probe questions when `train`, `check`, `tune`, `label` or `eval` starts. They determine the
-        /// request format that the server supports, and the command fails if the judge does not answer.
+        /// Sends the judge two probe questions when `train`, `check`, `tune`, `label` or `eval` starts. They determine
+        /// the request format that the server supports, and the command fails if the judge does not answer.
         [Changeable] probe: bool = is(true),
         /// Accepts answers from a model other than that of the first answer, by the model name that the server reports.
         /// Otherwise the judge counts as unavailable while another model answers.
@@ -324,11 +325,12 @@ section! {
         [AcceptChange] votes: usize = count(5, (1 << 10) as f64),
         /// Maximum number of concurrent requests of all labeler actors together.
         [Changeable] concurrency: usize = count(8, (1 << 16) as f64),
-        /// Maximum number of requests per minute, including hedged ones, in bursts of up to a tenth of it; 0 disables the
-        /// limit. The limit is shared by all processes of a user on this machine that use the same server (scheme, host and
-        /// port) and key. They share a file in the folder `limits` of the cache (`$PRECEPTOR_CACHE`, or `preceptor` in
-        /// `$XDG_CACHE_HOME` or `~/.cache`). A pause that the server requests from one process (Retry-After) applies to all. If
-        /// the file cannot be written, a warning is logged, and each process has a separate limit.
+        /// Maximum number of requests per minute, including hedged ones, in bursts of up to a tenth of it; 0 disables
+        /// the limit. The limit is shared by all processes of a user on this machine that use the same server (scheme,
+        /// host and port) and key. They share a file in the folder `limits` of the cache (`$PRECEPTOR_CACHE`, or
+        /// `preceptor` in `$XDG_CACHE_HOME` or `~/.cache`). A pause that the server requests from one process
+        /// (Retry-After) applies to all. If the file cannot be written, a warning is logged, and each process has a
+        /// separate limit.
         [Changeable] requests_per_minute: u64 = is(0),
         /// Maximum number of tokens per minute, estimated in advance; 0 disables the limit. It is shared like
         /// `requests_per_minute`.
@@ -337,8 +339,8 @@ section! {
         [Changeable] timeout_s: f64 = seconds(60.0),
         /// Timeout of a connection attempt in seconds.
         [Changeable] connect_timeout_s: f64 = seconds(10.0),
-        /// Time limit in seconds for all attempts of a question and the pauses between them, while the server answers other
-        /// questions.
+        /// Time limit in seconds for all attempts of a question and the pauses between them, while the server answers
+        /// other questions.
         [Changeable] deadline_s: f64 = seconds(300.0),
         /// Number of retries after the first attempt.
         [Changeable] retries: u32 = is(4).to(20),
@@ -353,9 +355,9 @@ section! {
         [Changeable] breaker_failures: u32 = is(10).from(1),
         /// Seconds between two questions while the circuit breaker is open.
         [Changeable] breaker_cooldown_s: f64 = seconds(15.0),
-        /// Seconds to wait for a server that answers no question because it is unavailable, limits the rate or refuses. The
-        /// run pauses, logs the cause, and continues with the first answer. After this time the run ends with a checkpoint;
-        /// `--resume` asks again.
+        /// Seconds to wait for a server that answers no question because it is unavailable, limits the rate or refuses.
+        /// The run pauses, logs the cause, and continues with the first answer. After this time the run ends with a
+        /// checkpoint; `--resume` asks again.
         [Changeable] outage_s: f64 = is(3600.0).from(0).below(3e7).note(" seconds"),
         /// Price of a million prompt tokens, in any currency.
         [Changeable] price_prompt: f64 = is(0.0).from(0),
@@ -392,8 +394,8 @@ fn check_remote(judge: &RemoteJudge, reader: &Reader<'_>) {
     }
 }
 
-/// Refuses header names that are not tokens (RFC 9110, §5.6.2), headers that the labeler sets itself, and secrets in plain
-/// text.
+/// Refuses header names that are not tokens (RFC 9110, §5.6.2), headers that the labeler sets itself, and secrets in
+/// plain text.
 fn check_headers(headers: &BTreeMap<String, String>) -> Result<(), String> {
     for (name, value) in headers {
         let token = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c);

@@ -11,12 +11,13 @@ section! {
     pub struct Learner {
         /// The learning algorithm.
         [Fixed] algorithm: AlgorithmKind = is(AlgorithmKind::Rloo),
-        /// Clip range ε: the policy ratio is clipped to 1 ± ε; 0 disables clipping. The ratio is per token in `ppo`, `grpo` and
-        /// `reinforce`, and per completion in `rloo`.
+        /// Clip range ε: the policy ratio is clipped to 1 ± ε; 0 disables clipping. The ratio is per token in `ppo`,
+        /// `grpo` and `reinforce`, and per completion in `rloo`.
         [Changeable] clip: f64 =
             by("algorithm", algorithm, &[(AlgorithmKind::Ppo, 0.2), (AlgorithmKind::Grpo, 0.2)], 0.0)
                 .from(0).below(1).note("; 0 disables clipping").example("0.2"),
-        /// The upper ε, if it differs from the lower one: the ratio is clipped to the range from 1 − `clip` to 1 + `clip_high`.
+        /// The upper ε, if it differs from the lower one: the ratio is clipped to the range from 1 − `clip` to 1 +
+        /// `clip_high`.
         [Changeable] clip_high: f64 = depends(clip, "the value of `clip`").from(0).example("0.28"),
         /// Denominator of the batch's sum of token losses.
         [Changeable] average: AverageKind = by(
@@ -55,8 +56,8 @@ section! {
         [Changeable] epochs: u64 = count(1, MANY),
         /// Number of optimizer steps in each epoch, at most `batch_groups`.
         [Changeable] minibatches: usize = count(1, MANY),
-        /// Staleness bound η: maximum number of policy versions by which the weights that sampled a token may lag behind the
-        /// weights that are trained on it; 0 is synchronous training.
+        /// Staleness bound η: maximum number of policy versions by which the weights that sampled a token may lag
+        /// behind the weights that are trained on it; 0 is synchronous training.
         [Changeable] eta: u64 = is(1).from(0).to(MANY),
         /// Number of threads of the learner.
         [Changeable] threads: usize = pool(),
@@ -80,9 +81,9 @@ section! {
         [Changeable] max_grad_norm: f64 = positive(1.0),
         /// Learning rate of the value head. The decoder of a value model uses `lr`.
         [Changeable] value_lr: f64 = positive(1e-3),
-        /// Off-policy correction of tokens by the importance ratio π/μ, where μ is the probability under the weights that
-        /// sampled the token. If the loss is clipped, the clipped ratio is relative to the learner's weights when the batch
-        /// arrived (decoupled PPO), or with `none` relative to μ.
+        /// Off-policy correction of tokens by the importance ratio π/μ, where μ is the probability under the weights
+        /// that sampled the token. If the loss is clipped, the clipped ratio is relative to the learner's weights when
+        /// the batch arrived (decoupled PPO), or with `none` relative to μ.
         [Changeable] correction: CorrectionKind = is(CorrectionKind::Tis),
         /// Upper bound C of an importance weight; not used by `decoupled`.
         [Changeable] truncation: f64 = is(2.0).from(1),
@@ -90,12 +91,12 @@ section! {
         [Changeable] mask_ratio: f64 = is(0.0).above(1).or(0).note(" to disable it"),
         /// Number of consecutive steps without a finite gradient after which the run ends.
         [Changeable] max_nonfinite_steps: u32 = is(3).from(1),
-        /// Number of completions of a group that pass through the model at the same time in a learner step; 0 is the complete
-        /// group. A smaller number needs less memory and about a third more time. It is halved when a device runs out of
-        /// memory.
+        /// Number of completions of a group that pass through the model at the same time in a learner step; 0 is the
+        /// complete group. A smaller number needs less memory and about a third more time. It is halved when a device
+        /// runs out of memory.
         [Changeable] micro_batch: usize = is(0),
-        /// Activation checkpointing: keeps only the input of each layer in the forward pass and recomputes the rest in the
-        /// backward pass. It takes about a third more time and a small part of the memory.
+        /// Activation checkpointing: keeps only the input of each layer in the forward pass and recomputes the rest in
+        /// the backward pass. It takes about a third more time and a small part of the memory.
         [Changeable] activation_checkpointing: bool = is(false),
     }
 }

@@ -18,16 +18,16 @@ section! {
     /// Evaluation of the current weights against the initial ones, on held-out prompts, during the run. A policy can learn to
     /// exploit its labeler without becoming better. A different judge, set in `labeler`, reveals this.
     pub struct Evaluation {
-        /// Number of steps between evaluations; 0 disables them. Requires `data.holdout`. An evaluation is skipped while the
-        /// previous one is still running.
+        /// Number of steps between evaluations; 0 disables them. Requires `data.holdout`. An evaluation is skipped
+        /// while the previous one is still running.
         [Changeable] every_steps: u64 = is(0),
         /// Number of held-out prompts. Both policies answer them with greedy decoding.
         [Changeable] prompts: usize = count(32, (1 << 16) as f64),
         /// Number of threads for evaluations, in addition to those of the actors.
         [Changeable] threads: usize = pool(),
-        /// Judge of these evaluations, and of `eval win-rate` and `eval harmless-rate`. Its keys are those of a judge in
-        /// `[labeler]`, from `type` to `rationale_temperature`, or `type = "panel"` with `members`. Device, retries, cache and
-        /// budget are those of `[labeler]`.
+        /// Judge of these evaluations, and of `eval win-rate` and `eval harmless-rate`. Its keys are those of a judge
+        /// in `[labeler]`, from `type` to `rationale_temperature`, or `type = "panel"` with `members`. Device, retries,
+        /// cache and budget are those of `[labeler]`.
         [AcceptChange] labeler: Option<Methods> =
             unset("the run's labeler, `[labeler]`")
                 .example("{ type = \"pairwise\", remote = { url = \"http://127.0.0.1:8080/v1\", model = \"judge\" } }"),
@@ -41,8 +41,8 @@ section! {
 section! {
     /// The controller, which adjusts the amount of concurrent work to the fill level of the queues during the run.
     pub struct Control {
-        /// Enables the controller. `rollout.slots` and `labeler.remote.concurrency` are then upper limits; the lower limits are
-        /// one group's completions and one request.
+        /// Enables the controller. `rollout.slots` and `labeler.remote.concurrency` are then upper limits; the lower
+        /// limits are one group's completions and one request.
         [Changeable] enabled: bool = is(false),
         /// Seconds between two adjustments.
         [Changeable] every_s: f64 = is(10.0).from(1).below(1e6),
@@ -55,7 +55,8 @@ section! {
         /// Reaction to a bound that is violated for `steps` consecutive steps. The page and the metric
         /// `preceptor_guard_exceeded` show the violation in any case.
         [Changeable] action: GuardAction = is(GuardAction::Warn),
-        /// Maximum KL divergence of the policy from its initial weights, in nats per token (`kl/token`); 0 disables the bound.
+        /// Maximum KL divergence of the policy from its initial weights, in nats per token (`kl/token`); 0 disables the
+        /// bound.
         [Changeable] max_kl: f64 = is(0.5).from(0).note("; 0 disables the bound"),
         /// Minimum entropy of the policy, in nats per token (`entropy/mean`); 0 disables the bound.
         [Changeable] min_entropy: f64 = is(0.05).from(0).note("; 0 disables the bound"),
@@ -84,22 +85,22 @@ section! {
     pub struct Checkpoint {
         /// Minutes between checkpoints, which are written while the run continues; 0 disables them.
         [Changeable] every_minutes: f64 = is(10.0).from(0).below(1e6).note("; 0 disables them"),
-        /// Number of steps between checkpoints, in addition to those of `every_minutes`; 0 disables them. The last step always
-        /// has a checkpoint.
+        /// Number of steps between checkpoints, in addition to those of `every_minutes`; 0 disables them. The last step
+        /// always has a checkpoint.
         [Changeable] every_steps: u64 = is(0),
         /// Number of the latest checkpoints that are kept.
         [Changeable] keep: usize = is(2).from(1),
-        /// Metric of `metrics.jsonl`, or `win_rate`, by which the best checkpoint is chosen and kept in addition. The best
-        /// checkpoint has the highest mean of the metric over the steps since the previous checkpoint. With `win_rate`, each
-        /// evaluated step has a checkpoint, and the one with the highest win rate is kept; this requires
-        /// `evaluation.every_steps`.
+        /// Metric of `metrics.jsonl`, or `win_rate`, by which the best checkpoint is chosen and kept in addition. The
+        /// best checkpoint has the highest mean of the metric over the steps since the previous checkpoint. With
+        /// `win_rate`, each evaluated step has a checkpoint, and the one with the highest win rate is kept; this
+        /// requires `evaluation.every_steps`.
         [Changeable] best: Option<String> = unset("none").example("\"score/mean\""),
         /// Data type of the weights in a checkpoint's model files. A run is resumed from the weights that it trained,
         /// regardless of this key.
         [Changeable] dtype: WeightDtype = is(WeightDtype::F32),
-        /// URL to which the run's checkpoints are copied, and from which the run is resumed if it has no local checkpoint:
-        /// `s3://bucket/folder`, `gs://bucket/folder` or `file:///folder`. Each run needs a separate URL. Credentials are read
-        /// from the environment.
+        /// URL to which the run's checkpoints are copied, and from which the run is resumed if it has no local
+        /// checkpoint: `s3://bucket/folder`, `gs://bucket/folder` or `file:///folder`. Each run needs a separate URL.
+        /// Credentials are read from the environment.
         [Changeable] mirror: Option<String> = unset("none").example("\"s3://bucket/first-run\""),
         /// Seconds for which writing the final checkpoint is retried, so that disk space can be freed.
         [Changeable] retry_s: f64 = is(600.0).from(0).below(3e7),
@@ -121,9 +122,9 @@ section! {
         /// and `/readyz` must then carry the token.
         [Changeable, secret] token_env: Option<String> =
             unset("none").example("\"PRECEPTOR_TOKEN\"").check(|name| check_variable(name.as_deref())),
-        /// Host names, without ports, that the node accepts in requests, in addition to IP addresses and `localhost`. Requests
-        /// with other host names are refused, except for `/healthz` and `/readyz`, so that a web page whose name resolves to
-        /// this machine cannot read the node (DNS rebinding).
+        /// Host names, without ports, that the node accepts in requests, in addition to IP addresses and `localhost`.
+        /// Requests with other host names are refused, except for `/healthz` and `/readyz`, so that a web page whose
+        /// name resolves to this machine cannot read the node (DNS rebinding).
         [Changeable] hosts: Vec<String> = is(Vec::new()).example("[\"node.example\"]").resolve(hosts),
     }
 }
@@ -164,7 +165,8 @@ section! {
         [Changeable] restart_after_s: f64 = seconds(600.0),
         /// Seconds to wait for a stopped actor to finish.
         [Changeable] halt_grace_s: f64 = seconds(10.0),
-        /// Seconds to wait for the current step after Ctrl-C or SIGTERM. The checkpoint contains the step's groups in any case.
+        /// Seconds to wait for the current step after Ctrl-C or SIGTERM. The checkpoint contains the step's groups in
+        /// any case.
         [Changeable] drain_s: f64 = seconds(15.0),
     }
 }

@@ -33,7 +33,8 @@ fn steps(path: &str) -> Option<Vec<String>> {
     ((2..=DEEPEST).contains(&steps.len()) && !steps.iter().any(String::is_empty)).then_some(steps)
 }
 
-/// Parses the value of an override. The node keeps the text, because the type of the key decides between string and TOML.
+/// Parses the value of an override. The node keeps the text, because the type of the key decides between string and
+/// TOML.
 fn value_of(text: &str) -> DocumentNode {
     let document = format!("v = {text}").parse::<Table>();
     let (value, fault) = match (text.parse::<toml_edit::Value>(), document) {

@@ -177,8 +177,8 @@ fn plain(value: &Value) -> Json {
 }
 
 impl Config {
-    /// Returns the configuration as a TOML file with every key, in the order of the reference page. A key without a value is
-    /// written as a comment that describes the behaviour without it.
+    /// Returns the configuration as a TOML file with every key, in the order of the reference page. A key without a
+    /// value is written as a comment that describes the behaviour without it.
     pub fn to_file(&self) -> String {
         let mut text = String::new();
         for (section, fields) in self.sections() {

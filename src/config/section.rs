@@ -12,10 +12,11 @@
 /// }
 /// ```
 ///
-/// The brackets hold the effect of a change on a resumed run (`Fixed`, `AcceptChange` or `Changeable`), followed by `secret`
-/// for a key that names the place of a secret. If a key's name differs from the field's, it follows the field in parentheses.
-/// The expression after `=` is a `Spec`, in which the values of the preceding keys are in scope. `..field: Type` appends the
-/// keys of another section. `checked by f` calls `f(&section, &reader)` after all keys have been read.
+/// The brackets hold the effect of a change on a resumed run (`Fixed`, `AcceptChange` or `Changeable`), followed by
+/// `secret` for a key that names the place of a secret. If a key's name differs from the field's, it follows the field
+/// in parentheses. The expression after `=` is a `Spec`, in which the values of the preceding keys are in scope.
+/// `..field: Type` appends the keys of another section. `checked by f` calls `f(&section, &reader)` after all keys have
+/// been read.
 macro_rules! section {
     (
         $(#[doc = $about:literal])+

@@ -51,8 +51,8 @@ pub(super) fn check_optional_device(name: Option<&str>) -> Result<(), String> {
     name.map_or(Ok(()), check_device)
 }
 
-/// Refuses a text that cannot be the name of an environment variable. It may be the secret itself, so the message does not
-/// repeat it.
+/// Refuses a text that cannot be the name of an environment variable. It may be the secret itself, so the message does
+/// not repeat it.
 pub(super) fn check_variable(name: Option<&str>) -> Result<(), String> {
     let Some(name) = name else { return Ok(()) };
     let letters = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
@@ -71,8 +71,8 @@ section! {
         [Fixed] mode: Mode = is(Mode::Direct),
         /// Seed of all random numbers.
         [Fixed] seed: u64 = is(0),
-        /// Number of learner steps. With a `learner.schedule` that decays the learning rate, a change is refused on resume,
-        /// because the decay depends on it.
+        /// Number of learner steps. With a `learner.schedule` that decays the learning rate, a change is refused on
+        /// resume, because the decay depends on it.
         [Changeable] steps: u64 = required("the number of learner steps").from(1).to(STEPS).example("1000"),
         /// Writes TensorBoard event files to `tensorboard` in the run's folder.
         [Changeable] tensorboard: bool = is(true),
@@ -141,34 +141,35 @@ impl Data {
 section! {
     /// The prompts.
     pub struct Data checked by check_data {
-        /// Source of the prompts: a file, a folder, a glob pattern (relative to the configuration's folder), a data set of a
-        /// hub (`{ hub = "owner/name" }`, with `split`, `name`, `revision` and `file`), or a list of these. Files are JSON
-        /// lines, JSON arrays, CSV or parquet; `docs/data.md` describes the forms of their rows. A run is resumed only if the
-        /// data are unchanged.
+        /// Source of the prompts: a file, a folder, a glob pattern (relative to the configuration's folder), a data set
+        /// of a hub (`{ hub = "owner/name" }`, with `split`, `name`, `revision` and `file`), or a list of these. Files
+        /// are JSON lines, JSON arrays, CSV or parquet; `docs/data.md` describes the forms of their rows. A run is
+        /// resumed only if the data are unchanged.
         [Changeable] path: DataRef =
             required("a file, a folder, a glob pattern, { hub = \"owner/name\" }, or a list of these")
                 .example("\"data/posts.jsonl\""),
-        /// Field of a row that holds the prompt: a string, a string in `Human:`/`Assistant:` turns, or a list of messages. In
-        /// files of pairs it is used for rows without a field `prompt`.
+        /// Field of a row that holds the prompt: a string, a string in `Human:`/`Assistant:` turns, or a list of
+        /// messages. In files of pairs it is used for rows without a field `prompt`.
         [Fixed] prompt_field: String = is("prompt".to_owned()),
-        /// Field of a row that holds a reference answer, for supervised fine-tuning and win rates. In a row without the field,
-        /// the reference is the assistant's turn at the end of the prompt's conversation.
+        /// Field of a row that holds a reference answer, for supervised fine-tuning and win rates. In a row without the
+        /// field, the reference is the assistant's turn at the end of the prompt's conversation.
         [Fixed] reference_field: String = is("reference".to_owned()),
-        /// Share of prompts that are held out of training and used for evaluation. They are selected by a hash of their text.
+        /// Share of prompts that are held out of training and used for evaluation. They are selected by a hash of their
+        /// text.
         [Fixed] holdout: f64 = is(0.0).from(0).below(1),
         /// Template of the policy's input. `{{ prompt }}` is replaced by the prompt.
         [Fixed] instruction: String = is("{{ prompt }}".to_owned()).check(|value| check_instruction(value)),
         /// Wraps the instruction as a user's message in the model's chat template.
         [Fixed] chat: bool = is(true),
-        /// With `data.chat = false`: recognizes special tokens in the text of prompts, such as `<|im_end|>`, as transformers
-        /// does. With `data.chat = true` this key has no effect: special tokens in messages are always encoded as plain text,
-        /// unlike in transformers, so that a row of data cannot end its message. The same applies to reference answers and
-        /// pairs.
+        /// With `data.chat = false`: recognizes special tokens in the text of prompts, such as `<|im_end|>`, as
+        /// transformers does. With `data.chat = true` this key has no effect: special tokens in messages are always
+        /// encoded as plain text, unlike in transformers, so that a row of data cannot end its message. The same
+        /// applies to reference answers and pairs.
         [Fixed] special_tokens: bool = is(true),
         /// System message of the chat, for rows without a system message.
         [Fixed] system: Option<String> = unset("that of the chat template").example("\"Answer in one sentence.\""),
-        /// Variables of the model's chat template in addition to the conversation, such as `{ enable_thinking = false }`, like
-        /// the keyword arguments of `apply_chat_template` in transformers.
+        /// Variables of the model's chat template in addition to the conversation, such as
+        /// `{ enable_thinking = false }`, like the keyword arguments of `apply_chat_template` in transformers.
         [Fixed] chat_template_kwargs: toml::Table =
             is(toml::Table::new()).example("{ enable_thinking = false }").check(check_variables),
         /// Date that `strftime_now` returns in chat templates, in UTC, such as `2026-11-29` or `2026-11-29T12:00:00Z`. A run
@@ -181,8 +182,8 @@ section! {
         [Fixed] max_prompt_tokens: usize = count(512, TOKENS),
         /// Reaction to a prompt above the limit.
         [Fixed] on_long: OnLong = is(OnLong::Error),
-        /// Reaction to an unusable row in files of prompts and of pairs: invalid JSON, a missing field, or a value of the wrong
-        /// type.
+        /// Reaction to an unusable row in files of prompts and of pairs: invalid JSON, a missing field, or a value of
+        /// the wrong type.
         [Fixed] on_bad: OnBad = is(OnBad::Error),
     }
 }
@@ -217,20 +218,21 @@ fn check_instruction(text: &str) -> Result<(), String> {
 section! {
     /// The model that is trained.
     pub struct Policy {
-        /// The initial model: a path, `{ path = "…" }`, `{ pip = "name==version" }`, `{ hub = "owner/name" }`, a list of these,
-        /// which are tried in order, or `{ scratch = { … } }` for a new model. A run is resumed only if the initial weights
-        /// are unchanged.
+        /// The initial model: a path, `{ path = "…" }`, `{ pip = "name==version" }`, `{ hub = "owner/name" }`, a list
+        /// of these, which are tried in order, or `{ scratch = { … } }` for a new model. A run is resumed only if the
+        /// initial weights are unchanged.
         [Changeable] model: PolicyModel = required(
             "a path, { pip = \"name==version\" }, { hub = \"owner/name\" }, a list of these, or { scratch = { … } }"
         )
         .example("{ hub = \"HuggingFaceTB/SmolLM2-135M-Instruct\" }"),
         /// Device of the policy and the learner: `cpu` or `cuda:N`.
         [Changeable] device: String = is("cpu".to_owned()).check(|value| check_device(value)),
-        /// Data type of weights and activations of all models, on every device. The optimizer keeps `f32` copies of trained
-        /// weights.
+        /// Data type of weights and activations of all models, on every device. The optimizer keeps `f32` copies of
+        /// trained weights.
         [Fixed] dtype: WeightDtype = is(WeightDtype::F32),
-        /// Precision of `f32` matrix products in all models, with the names of PyTorch's `set_float32_matmul_precision`. Lower
-        /// precision is faster on a GPU and on a CPU with a tile unit (Intel AMX). Sums, weights and the optimizer stay `f32`.
+        /// Precision of `f32` matrix products in all models, with the names of PyTorch's
+        /// `set_float32_matmul_precision`. Lower precision is faster on a GPU and on a CPU with a tile unit (Intel
+        /// AMX). Sums, weights and the optimizer stay `f32`.
         [Changeable] matmul_precision: MatmulPrecision = is(MatmulPrecision::Highest),
         /// Timeout in seconds for an answer from each source of a model.
         [Changeable] resolve_timeout_s: u64 = count(20, 86_400),
@@ -293,7 +295,8 @@ pub enum PolicyModel {
 }
 
 impl PolicyModel {
-    /// Returns the name under which `transformers` opens the model that came from `origin`, or `None` if it cannot open it.
+    /// Returns the name under which `transformers` opens the model that came from `origin`, or `None` if it cannot open
+    /// it.
     pub fn name_at(&self, origin: &str) -> Option<String> {
         match self {
             Self::Reference(reference) => reference.name_at(origin),
@@ -370,40 +373,43 @@ section! {
     pub struct Rollout {
         /// Number of rollout actors.
         [Changeable] workers: usize = pool(),
-        /// Devices of the rollout actors, assigned in turn, such as `["cuda:1", "cuda:2"]`. Each of these actors has a separate
-        /// copy of the weights and a separate CUDA stream, even on the policy's GPU. With an empty list, the actors share the
-        /// policy's device and alternate with the learner.
+        /// Devices of the rollout actors, assigned in turn, such as `["cuda:1", "cuda:2"]`. Each of these actors has a
+        /// separate copy of the weights and a separate CUDA stream, even on the policy's GPU. With an empty list, the
+        /// actors share the policy's device and alternate with the learner.
         [Changeable] devices: Vec<String> = is(Vec::new()).example("[\"cuda:1\"]").check(|value| check_devices(value)),
         /// Number of threads of each rollout actor.
         [Changeable] threads: usize = pool(),
         /// Completions per prompt (the group size).
         [Fixed] group_size: usize =
             is(8).from(2).to(4096).note(", because completions of a group are compared with each other"),
-        /// Number of completions that one actor samples concurrently. A finished completion frees its slot for the next.
+        /// Number of completions that one actor samples concurrently. A finished completion frees its slot for the
+        /// next.
         [Changeable] slots: usize = is(32).from(1).to(64),
         /// Maximum number of tokens of a completion.
         [Changeable] max_new_tokens: usize = count(64, TOKENS),
         /// Sampling temperature.
         [Fixed] temperature: f64 = positive(0.9),
         /// Samples only from the k most probable tokens; 0 samples from all. Like the next three keys, it restricts the
-        /// distribution that tokens are sampled from. Recorded log-probabilities are those of the unrestricted distribution at
-        /// `temperature`, as in TRL and verl, so that the importance ratio of a fresh token is 1. The restriction is not
-        /// corrected for: the policy is trained as if the tokens had been sampled from the unrestricted distribution.
+        /// distribution that tokens are sampled from. Recorded log-probabilities are those of the unrestricted
+        /// distribution at `temperature`, as in TRL and verl, so that the importance ratio of a fresh token is 1. The
+        /// restriction is not corrected for: the policy is trained as if the tokens had been sampled from the
+        /// unrestricted distribution.
         [Changeable] top_k: usize = is(0),
-        /// Samples only from the smallest set of tokens whose total probability is at least this (nucleus sampling); 1 samples
-        /// from all.
+        /// Samples only from the smallest set of tokens whose total probability is at least this (nucleus sampling); 1
+        /// samples from all.
         [Changeable] top_p: f64 = is(1.0).above(0).to(1),
-        /// Samples only from tokens with at least this share of the most probable token's probability; 0 samples from all.
+        /// Samples only from tokens with at least this share of the most probable token's probability; 0 samples from
+        /// all.
         [Changeable] min_p: f64 = is(0.0).from(0).below(1),
-        /// Penalty on tokens that already occur in the prompt or the completion. Above 1 they become less probable; 1 has no
-        /// effect.
+        /// Penalty on tokens that already occur in the prompt or the completion. Above 1 they become less probable; 1
+        /// has no effect.
         [Changeable] repetition_penalty: f64 = positive(1.0),
         /// Stop strings, which end a completion. Judges see the completion without them.
         [Changeable] stop: Vec<String> = is(Vec::new()).example("[\"\\n\\n\"]").check(|value| check_stop(value)),
         /// Token ids that end a completion, in addition to the model's end tokens.
         [Changeable] stop_ids: Vec<u32> = is(Vec::new()).example("[2]"),
-        /// Data type of the weights used for sampling. Below `f32`, even fresh samples are off-policy and the learner must
-        /// correct for that. The importance ratios in the metrics show the mismatch.
+        /// Data type of the weights used for sampling. Below `f32`, even fresh samples are off-policy and the learner
+        /// must correct for that. The importance ratios in the metrics show the mismatch.
         [Changeable] weights: RolloutWeights = is(RolloutWeights::F32),
         /// Time at which a rollout actor switches to newly published weights.
         [Changeable] update: UpdateMode = is(UpdateMode::InFlight),
@@ -426,10 +432,12 @@ choice! {
     pub enum RolloutWeights {
         /// The policy's own weights.
         F32 = "f32",
-        /// 16 bits per weight: up to twice as fast, and more with more than 16 slots on a CPU with a tile unit (Intel AMX).
+        /// 16 bits per weight: up to twice as fast, and more with more than 16 slots on a CPU with a tile unit (Intel
+        /// AMX).
         Bf16 = "bf16",
-        /// 8-bit blocks of 32 weights. On a CPU with AVX-512 VNNI it is 3.5 times as fast with one slot and 2.5 times with 32;
-        /// on other CPUs it is faster up to about 12 slots. Its samples are further off-policy than those of `bf16`.
+        /// 8-bit blocks of 32 weights. On a CPU with AVX-512 VNNI it is 3.5 times as fast with one slot and 2.5 times
+        /// with 32; on other CPUs it is faster up to about 12 slots. Its samples are further off-policy than those of
+        /// `bf16`.
         Q8 = "q8_0",
     }
 }
@@ -455,8 +463,8 @@ section! {
         [Changeable] kl_estimator: Estimator = by("kl", kl, &[(Place::Loss, Estimator::K3)], Estimator::K1)
             .example("\"k3\""),
         /// Computes log-probabilities of completions under the reference policy π_ref (the initial weights), for the KL
-        /// divergence. `false` requires `kl_coef = 0`. It saves a forward pass per group and a copy of the weights; the KL
-        /// divergence is then not measured.
+        /// divergence. `false` requires `kl_coef = 0`. It saves a forward pass per group and a copy of the weights; the
+        /// KL divergence is then not measured.
         [Fixed] reference: bool = is(true),
         /// Scaling of scores.
         [Changeable] scale: RewardScaling = is(RewardScaling::Running),
@@ -464,8 +472,8 @@ section! {
         [Changeable] clip: f64 = is(5.0).from(0),
         /// Penalty per token of a completion, subtracted from the score; in `preference` mode from the log-odds.
         [Changeable] length_penalty: f64 = is(0.0),
-        /// Penalty for a completion that was truncated by `rollout.max_new_tokens`, subtracted from the score; in `preference`
-        /// mode from the log-odds.
+        /// Penalty for a completion that was truncated by `rollout.max_new_tokens`, subtracted from the score; in
+        /// `preference` mode from the log-odds.
         [Changeable] missing_eos_penalty: f64 = is(0.0),
         /// Number of threads of the reward actor.
         [Changeable] threads: usize = pool(),
@@ -507,14 +515,15 @@ section! {
             unset("the policy, after supervised fine-tuning if there is any").example("\"checkpoints/reward_model\""),
         /// Device of the reward model, as `labeler.device`.
         [Changeable] device: Option<String> = unset("the policy's device").example("\"cuda:1\"").check(|name| check_optional_device(name.as_deref())),
-        /// Preference pairs for the warm-up (training before the run), in the forms of `data.path`. Required in `human` mode;
-        /// in `distilled` mode it replaces `warm_up_groups`.
+        /// Preference pairs for the warm-up (training before the run), in the forms of `data.path`. Required in `human`
+        /// mode; in `distilled` mode it replaces `warm_up_groups`.
         [Fixed] pairs: Option<DataRef> = unset("none").example("\"data/preferences.jsonl\""),
         /// Number of groups for the warm-up that the initial policy generates and the labeler judges.
         [Fixed] warm_up_groups: u64 = count(16, MANY),
         /// Number of epochs over the pairs of the warm-up.
         [Fixed] epochs: u64 = count(1, MANY),
-        /// In `distilled` mode: continues to train the reward model on the labeler's preferences while the policy is trained.
+        /// In `distilled` mode: continues to train the reward model on the labeler's preferences while the policy is
+        /// trained.
         [Fixed] online: bool = is(true),
         /// Learning rate of the decoder.
         [Changeable] lr: f64 = positive(1e-5),
@@ -526,8 +535,8 @@ section! {
         [Changeable] max_grad_norm: f64 = positive(1.0),
         /// Target of the loss.
         [Changeable] labels: LabelForm = is(LabelForm::Soft),
-        /// Share of prompts whose pairs are held out of training and used to measure the accuracy. They are selected by a hash
-        /// of their text.
+        /// Share of prompts whose pairs are held out of training and used to measure the accuracy. They are selected by
+        /// a hash of their text.
         [Fixed] holdout: f64 = is(0.1).from(0).below(1),
     }
 }

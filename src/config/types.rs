@@ -46,8 +46,8 @@ pub(super) enum Shape {
     Anything,
     /// A reference to a data set: one or several sources of its rows.
     Data,
-    /// A reference to a model: one source, or several that are tried in order. For the policy also a new model, with these
-    /// keys.
+    /// A reference to a model: one source, or several that are tried in order. For the policy also a new model, with
+    /// these keys.
     Model(Option<fn() -> Vec<Key>>),
     /// A table with these keys.
     Table(fn() -> Vec<Key>),

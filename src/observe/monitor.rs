@@ -176,7 +176,8 @@ impl Monitor {
         *lock(&self.checkpoint) = Some(Checkpointed { at: Instant::now(), took, bytes });
     }
 
-    /// Records the reasons for masked groups with their counts, most frequent first, and the exceeded bounds of `[guard]`.
+    /// Records the reasons for masked groups with their counts, most frequent first, and the exceeded bounds of
+    /// `[guard]`.
     pub fn health(&self, masked: Vec<(&str, u64)>, exceeded: impl Iterator<Item = &'static str>) {
         let masked = masked.into_iter().take(MOST_REASONS).map(|(why, count)| (why.to_owned(), count)).collect();
         *lock(&self.health) = Health { masked, exceeded: exceeded.collect() };

@@ -18,8 +18,8 @@ macro_rules! say {
 /// True if lines are printed as JSON objects.
 static MACHINES: AtomicBool = AtomicBool::new(false);
 
-/// Switches to JSON output for the rest of the process: each line is an object with `timestamp`, `level`, `message`, `event`,
-/// and optionally `figures`, and no bar is shown.
+/// Switches to JSON output for the rest of the process: each line is an object with `timestamp`, `level`, `message`,
+/// `event`, and optionally `figures`, and no bar is shown.
 pub fn for_machines() {
     MACHINES.store(true, Ordering::Relaxed);
 }

@@ -24,15 +24,16 @@ use crate::observe::telemetry;
 use hosts::Hosts;
 pub use token::Token;
 
-/// Paths of the health probes. They require neither a token nor a known host name, so their responses contain no data of the
-/// run beyond its health.
+/// Paths of the health probes. They require neither a token nor a known host name, so their responses contain no data
+/// of the run beyond its health.
 const PROBES: [&str; 2] = ["/healthz", "/readyz"];
 
-/// Path of the page. It requires no token: it contains no data of the run, and asks the user for the token to read them.
+/// Path of the page. It requires no token: it contains no data of the run, and asks the user for the token to read
+/// them.
 const PAGE: &str = "/";
 
-/// Binds the configured address and serves until the program ends. With a `token`, requests must carry it. Returns the bound
-/// address; the system chooses the port if the configured one is 0.
+/// Binds the configured address and serves until the program ends. With a `token`, requests must carry it. Returns the
+/// bound address; the system chooses the port if the configured one is 0.
 ///
 /// # Errors
 /// If the address cannot be bound.

@@ -38,7 +38,8 @@ pub struct RemoteNode {
 }
 
 impl RemoteNode {
-    /// Returns the node at `url`, such as `http://127.0.0.1:9464`; `http://` may be omitted. `token` is its bearer token.
+    /// Returns the node at `url`, such as `http://127.0.0.1:9464`; `http://` may be omitted. `token` is its bearer
+    /// token.
     ///
     /// # Errors
     /// If the URL is invalid, does not use HTTP, or contains a user name or password.
@@ -97,8 +98,8 @@ impl RemoteNode {
     }
 }
 
-/// Shows the node until the user presses `q`. With `once`, or if standard output is not a terminal, prints one snapshot as
-/// text.
+/// Shows the node until the user presses `q`. With `once`, or if standard output is not a terminal, prints one snapshot
+/// as text.
 ///
 /// # Errors
 /// If the node does not answer the first request, or the terminal cannot be used.

@@ -1,5 +1,6 @@
-//! OpenTelemetry traces: one per prompt group, from its admission to its gradient, with a span for each stage that processed
-//! it. Requires the feature `otel`. OpenTelemetry's variable `OTEL_EXPORTER_OTLP_ENDPOINT` names the collector.
+//! OpenTelemetry traces: one per prompt group, from its admission to its gradient, with a span for each stage that
+//! processed it. Requires the feature `otel`. OpenTelemetry's variable `OTEL_EXPORTER_OTLP_ENDPOINT` names the
+//! collector.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
@@ -43,7 +44,8 @@ impl Tracer {
         Ok(Exports::open(run)?.map(tracer))
     }
 
-    /// Reads new spans, and sends the groups that were trained before the previous call. Must be called in a tokio runtime.
+    /// Reads new spans, and sends the groups that were trained before the previous call. Must be called in a tokio
+    /// runtime.
     pub fn see(&mut self, graph: &GraphHandle) {
         let report = graph.report();
         let now = SystemTime::now();
@@ -82,8 +84,8 @@ impl Tracer {
 #[derive(Debug, Default)]
 struct Gather {
     open: BTreeMap<u64, Vec<Span>>,
-    /// Groups that were found trained by the last call. A stage records its span after it has sent the group to the next
-    /// stage, so a span may arrive after those of later stages. Each group therefore waits for one more call.
+    /// Groups that were found trained by the last call. A stage records its span after it has sent the group to the
+    /// next stage, so a span may arrive after those of later stages. Each group therefore waits for one more call.
     trained: BTreeSet<u64>,
 }
 

@@ -1,11 +1,11 @@
 //! Learning algorithms as pure functions on numbers.
 //!
-//! The input of an algorithm is one group: the rewards, and per token the log-probabilities under the behaviour policy μ that
-//! sampled it, the frozen reference policy π_ref, the proximal policy π_prox (the learner's weights when the batch arrived)
-//! and the policy π_θ being trained, and the values. An algorithm computes the advantages once, when the batch arrives, and in
-//! each pass over the batch the loss of the group and its gradient with respect to each log-probability and value. The learner
-//! backpropagates these gradients through the model. An algorithm therefore contains no tensors and can be compared with other
-//! implementations number by number.
+//! The input of an algorithm is one group: the rewards, and per token the log-probabilities under the behaviour policy
+//! μ that sampled it, the frozen reference policy π_ref, the proximal policy π_prox (the learner's weights when the
+//! batch arrived) and the policy π_θ being trained, and the values. An algorithm computes the advantages once, when the
+//! batch arrives, and in each pass over the batch the loss of the group and its gradient with respect to each
+//! log-probability and value. The learner backpropagates these gradients through the model. An algorithm therefore
+//! contains no tensors and can be compared with other implementations number by number.
 
 pub mod advantage;
 pub mod correction;
@@ -32,7 +32,8 @@ pub struct GroupView<'a> {
     pub behaviour: &'a [Vec<f32>],
     /// log π_ref(a_t) of the reference policy.
     pub reference: &'a [Vec<f32>],
-    /// log π_prox(a_t) of the learner's weights when the batch arrived. Equal to `policy` in the batch's first optimizer step.
+    /// log π_prox(a_t) of the learner's weights when the batch arrived. Equal to `policy` in the batch's first
+    /// optimizer step.
     pub proximal: &'a [Vec<f32>],
     /// log π_θ(a_t) of the weights being trained.
     pub policy: &'a [Vec<f32>],
@@ -43,16 +44,16 @@ pub struct GroupView<'a> {
 }
 
 impl GroupView<'_> {
-    /// Returns the return of each completion: (1−β)·r − β·KL with [`kl::Place::Reward`], else (1−β)·r. The KL is that of
-    /// π_prox, not of the older weights that sampled the tokens; a penalty on a policy of some versions ago makes the current
-    /// one oscillate around its optimum.
+    /// Returns the return of each completion: (1−β)·r − β·KL with [`kl::Place::Reward`], else (1−β)·r. The KL is that
+    /// of π_prox, not of the older weights that sampled the tokens; a penalty on a policy of some versions ago makes
+    /// the current one oscillate around its optimum.
     pub fn returns(&self, kl: &Kl) -> Vec<f64> {
         let tokens = self.proximal.iter().zip(self.reference);
         self.rewards.iter().zip(tokens).map(|(r, (now, reference))| kl.sequence_return(*r, now, reference)).collect()
     }
 
-    /// Returns the return of each completion as rewards per token: the negative KL penalty of each token, plus (1−β)·r at the
-    /// last token.
+    /// Returns the return of each completion as rewards per token: the negative KL penalty of each token, plus (1−β)·r
+    /// at the last token.
     pub fn token_rewards(&self, kl: &Kl) -> Vec<Vec<f64>> {
         let of = |(reward, (now, reference)): (&f64, (&Vec<f32>, &Vec<f32>))| {
             let mut rewards: Vec<f64> = now.iter().zip(reference).map(|(p, r)| -kl.in_reward(*p, *r)).collect();
@@ -65,8 +66,8 @@ impl GroupView<'_> {
     }
 }
 
-/// Training targets of a group, computed with the learner's weights when the batch arrived and fixed for all passes over the
-/// batch. Lists are indexed `[completion][token]`.
+/// Training targets of a group, computed with the learner's weights when the batch arrived and fixed for all passes
+/// over the batch. Lists are indexed `[completion][token]`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Targets {
     /// Advantage of each token. Empty if the algorithm has none.
@@ -89,7 +90,8 @@ impl Targets {
     }
 }
 
-/// Loss of one group with its gradients, as sums over the group that are not yet divided by the batch's number of terms.
+/// Loss of one group with its gradients, as sums over the group that are not yet divided by the batch's number of
+/// terms.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GroupLoss {
     /// Policy loss, summed over the group's terms.
@@ -104,7 +106,8 @@ pub struct GroupLoss {
     pub d_entropy: Vec<Vec<f32>>,
     /// ∂value/∂V(s_t). Empty without a value baseline.
     pub d_value: Vec<Vec<f32>>,
-    /// Number of terms of the policy loss (completions, tokens, or compared pairs), by which the batch's gradient is divided.
+    /// Number of terms of the policy loss (completions, tokens, or compared pairs), by which the batch's gradient is
+    /// divided.
     pub terms: usize,
     /// Number of tokens whose ratio was clipped, which contribute no policy gradient.
     pub clipped: usize,
@@ -129,7 +132,8 @@ pub trait Algorithm: Send {
         false
     }
 
-    /// Computes the targets of groups: of the complete batch if the algorithm [needs](Self::needs_batch) it, else of any part.
+    /// Computes the targets of groups: of the complete batch if the algorithm [needs](Self::needs_batch) it, else of
+    /// any part.
     fn targets(&self, batch: &[GroupView<'_>]) -> Vec<Targets>;
 
     /// Computes the loss and gradients of one group with the targets `targets`.

@@ -1,9 +1,9 @@
 //! The ledger: the state of each group of the run, with the data that must survive a restart.
 //!
 //! The prompt of group `seq` and its random draws are functions of the seed and `seq` (see
-//! [`crate::pipeline::data::Dataset::order`], [`crate::util::seed::completion`]), so a group that is only admitted can be
-//! issued again exactly. Generated, labeled and rewarded groups are kept here until they are trained on, so that a restart of
-//! the graph or of the program continues with them and no label is paid for twice. This module does no I/O.
+//! [`crate::pipeline::data::Dataset::order`], [`crate::util::seed::completion`]), so a group that is only admitted can
+//! be issued again exactly. Generated, labeled and rewarded groups are kept here until they are trained on, so that a
+//! restart of the graph or of the program continues with them and no label is paid for twice. This module does no I/O.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,8 +36,9 @@ impl GroupState {
     }
 }
 
-/// States of the groups by sequence number. All groups below [`Self::trained`] have been trained on; each admitted group from
-/// there on has a [`GroupState`]. Rewards are assigned in order of the sequence number, so the rewarded groups come first.
+/// States of the groups by sequence number. All groups below [`Self::trained`] have been trained on; each admitted
+/// group from there on has a [`GroupState`]. Rewards are assigned in order of the sequence number, so the rewarded
+/// groups come first.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Ledger {
     trained: u64,
@@ -332,8 +333,9 @@ mod tests {
         assert_eq!((ledger.count().generated, ledger.count().labeled), (0, 3));
     }
 
-    /// A small system with a random scheduler: actors work in any order, die, and are restarted from the ledger or from an
-    /// earlier copy of it. Every group is trained on once, in order, and no stage repeats work that a copy already contains.
+    /// A small system with a random scheduler: actors work in any order, die, and are restarted from the ledger or from
+    /// an earlier copy of it. Every group is trained on once, in order, and no stage repeats work that a copy already
+    /// contains.
     #[test]
     fn every_group_is_trained_and_labeled_once_despite_restarts() {
         let mut state = 11u64;

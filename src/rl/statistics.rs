@@ -1,5 +1,5 @@
-//! Statistics of evaluations: shares and means with confidence intervals, length-controlled win rates, position bias, and
-//! tables.
+//! Statistics of evaluations: shares and means with confidence intervals, length-controlled win rates, position bias,
+//! and tables.
 
 pub mod interval;
 pub mod length_control;

@@ -43,8 +43,8 @@ pub struct PairQuestions {
 }
 
 impl PairQuestions {
-    /// Returns `pair`, the pair `i` of the file, as a group. Text in an answer that spells a control token is escaped to plain
-    /// text.
+    /// Returns `pair`, the pair `i` of the file, as a group. Text in an answer that spells a control token is escaped
+    /// to plain text.
     ///
     /// # Errors
     /// If the format does not support the dialogue.

@@ -188,8 +188,8 @@ impl Sizes {
         let copy = if own_judge && !devices.labeler.same_device(policy) { self.parameters } else { 0.0 };
         add(&config.labeler.device, &devices.labeler, each * (self.judges + copy), 0.0);
         let scorer = &devices.reward_model;
-        // On a separate device the reward model needs separate activations. On the policy's device it alternates with the
-        // learner and mostly reuses its memory.
+        // On a separate device the reward model needs separate activations. On the policy's device it alternates with
+        // the learner and mostly reuses its memory.
         let beside = self.reward_model > 0.0 && !scorer.same_device(policy);
         let activations = if beside { self.activation_bytes(config, prepared, scorer) } else { 0.0 };
         add(&config.reward_model.device, scorer, (each + exact(scorer)) * self.reward_model, activations);
@@ -217,7 +217,8 @@ impl Sizes {
         let (each, stream) = (bytes(config), shape.hidden_size as f64);
         let mut layer = each * shape.kept(config.policy.lora.is_none() && is_fused(config, device)) as f64;
         if !is_fused(config, device) {
-            // Candle's unfused operations keep their intermediate results: norms in f32, and several copies of the scores.
+            // Candle's unfused operations keep their intermediate results: norms in f32, and several copies of the
+            // scores.
             layer += 32.0 * stream + (24 * shape.heads * tokens) as f64;
         }
         let layers = shape.layers as f64;
@@ -419,8 +420,8 @@ fn judges(config: &Config, prompt: usize) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// Returns a line for each of `methods`. Per `time` (a step or an evaluation, `times` of them in the run) it judges `groups`
-/// groups of `size` completions, of which `pairs` pairs are compared.
+/// Returns a line for each of `methods`. Per `time` (a step or an evaluation, `times` of them in the run) it judges
+/// `groups` groups of `size` completions, of which `pairs` pairs are compared.
 fn asked(
     config: &Config,
     prompt: usize,
@@ -470,8 +471,8 @@ fn asked(
     Ok(lines)
 }
 
-/// Describes the off-policy sources and their correction. Reading the configuration has already refused off-policy training
-/// without a correction or a clip.
+/// Describes the off-policy sources and their correction. Reading the configuration has already refused off-policy
+/// training without a correction or a clip.
 fn staleness(config: &Config) -> Vec<String> {
     let (learner, rollout) = (&config.learner, &config.rollout);
     let preference = config.run.mode == Mode::Preference;

@@ -39,8 +39,8 @@ impl Annotations for Kept {
     }
 }
 
-/// Returns the labels of `count` questions, by the configured labeler on the backends `instruments`. `what` is the title of
-/// the progress bar.
+/// Returns the labels of `count` questions, by the configured labeler on the backends `instruments`. `what` is the
+/// title of the progress bar.
 ///
 /// # Errors
 /// If the labeler fails more often than its restart budget allows, or the user interrupts.

@@ -2,8 +2,8 @@
 //!
 //! Each stage is measured alone, and the run is measured as configured. A [`model`] is fitted to both and rates every
 //! allocation. The best few are measured before one is proposed. Proposed settings affect placement and timing, not the
-//! training result. They include η, because stale tokens are corrected for. Batch and group sizes affect the training result
-//! and are proposed only on request.
+//! training result. They include η, because stale tokens are corrected for. Batch and group sizes affect the training
+//! result and are proposed only on request.
 
 pub mod live;
 pub mod model;
@@ -14,7 +14,8 @@ use anyhow::{Result, ensure};
 use model::Model;
 use plan::Plan;
 
-/// Smallest relative gain that justifies a change. Smaller ones are within the noise of two measurements of the same plan.
+/// Smallest relative gain that justifies a change. Smaller ones are within the noise of two measurements of the same
+/// plan.
 pub const NOTICEABLE: f64 = 0.05;
 
 /// The stages that compute, in the order of the data.
@@ -216,8 +217,8 @@ fn attempt(machine: &mut dyn Machine, model: &mut Model, plan: &Plan, tell: &mut
     Ok(Tried { plan: plan.clone(), predicted, measured: seen.groups_per_s })
 }
 
-/// Measures the smallest of the larger batch and group sizes whose predicted speed is close to the highest. Returns `None` if
-/// that is the size of `plan` itself. `alone` is the measurement of the plan `single`.
+/// Measures the smallest of the larger batch and group sizes whose predicted speed is close to the highest. Returns
+/// `None` if that is the size of `plan` itself. `alone` is the measurement of the plan `single`.
 fn larger_step(
     machine: &mut dyn Machine,
     model: &mut Model,

@@ -1,4 +1,4 @@
-//! The devices that models are on: opening them, and their memory.
+//! Compute devices: opening them, and their memory.
 
 use anyhow::{Result, anyhow, ensure};
 use candle_core::Device;
@@ -6,53 +6,53 @@ use serde::Serialize;
 
 use crate::util::process;
 
-/// The device that `name` means, as `policy.device` has it: a stream of its own on a card.
+/// Opens the device that `policy.device` names, with a separate CUDA stream on a GPU.
 ///
 /// # Errors
-/// When this build or this machine has no such device.
+/// If this build or this machine does not have the device.
 pub fn open(name: &str) -> Result<Device> {
     open_as("policy.device", name)
 }
 
-/// As [`open`], for what `key` of the configuration names.
+/// Opens the device `name`, which the configuration key `key` names.
 ///
 /// # Errors
-/// As [`open`], naming the key.
+/// If this build or this machine does not have the device. The error names the key.
 pub fn open_as(key: &str, name: &str) -> Result<Device> {
     let Some(ordinal) = name.strip_prefix("cuda:") else { return Ok(Device::Cpu) };
     ensure!(
         cfg!(feature = "cuda"),
         "{key} = \"{name}\", but this program was built without CUDA; set it to \"cpu\", or build with benches/cuda/build.sh"
     );
-    // One stream for all that shares it. Candle's default is a stream for each thread, where nothing would order what the
-    // learner writes before what other actors read of it.
+    // One stream for all actors that share the device. Candle's default is a stream per thread, which would not order
+    // the learner's writes before other actors' reads.
     let device = Device::new_cuda_with_stream(ordinal.parse()?).map_err(|error| {
-        // Where backtraces are asked for, candle writes one below its message.
+        // With backtraces enabled, candle appends one to its message.
         let error = error.to_string();
         let cause = error.lines().next().unwrap_or_default();
-        anyhow!("{key} = \"{name}\" cannot be opened ({cause}); nvidia-smi -L lists the devices there are, and \"cpu\" is always there")
+        anyhow!("{key} = \"{name}\" cannot be opened ({cause}); nvidia-smi -L lists the available devices, and \"cpu\" is always available")
     })?;
     #[cfg(feature = "cuda")]
-    // SAFETY: events order what happens to a tensor on different streams. Here a tensor stays on its own; what passes from
-    // one to another is a copy, see `model::DeviceReplicas`.
+    // SAFETY: events order accesses to a tensor from different streams. Here a tensor is only used on its own stream;
+    // data pass from one stream to another as copies, see `model::DeviceReplicas`.
     unsafe {
         device.as_cuda_device()?.disable_event_tracking();
     }
     Ok(device)
 }
 
-/// Memory of a card, in bytes.
+/// Memory usage of a GPU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Memory {
-    /// As `policy.device` names it.
+    /// Name of the device, as in `policy.device`.
     pub device: String,
-    /// Taken, by this process and by others.
+    /// Used bytes, by this process and others.
     pub used_bytes: u64,
-    /// Free.
+    /// Free bytes.
     pub free_bytes: u64,
 }
 
-/// Memory of `device`, where it is a card and its driver tells.
+/// Returns the memory usage of `device`, or `None` if it is not a GPU or the driver does not report it.
 #[cfg(feature = "cuda")]
 pub fn memory(device: &Device) -> Option<Memory> {
     let Device::Cuda(cuda) = device else { return None };
@@ -62,13 +62,13 @@ pub fn memory(device: &Device) -> Option<Memory> {
     Some(Memory { device, used_bytes: total.saturating_sub(free) as u64, free_bytes: free as u64 })
 }
 
-/// This program knows of no card.
+/// Returns `None`, because this build does not support GPUs.
 #[cfg(not(feature = "cuda"))]
 pub fn memory(_device: &Device) -> Option<Memory> {
     None
 }
 
-/// Memory that a model on `device` may still take, where that is known.
+/// Returns the free memory of `device` in bytes, if known.
 pub fn available_bytes(device: &Device) -> Option<u64> {
     if device.is_cpu() { process::available_bytes() } else { memory(device).map(|memory| memory.free_bytes) }
 }

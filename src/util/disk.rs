@@ -1,4 +1,4 @@
-//! Files of a run: errors of the system with a remedy, files replaced as a whole, permissions by the umask.
+//! File system helpers: I/O errors with a remedy, atomic replacement of files, permissions by the umask.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{Error, ErrorKind, Write};
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-/// An error of the system as one that names `path`, what was done with it (such as "read") and a remedy.
+/// Converts an I/O error into one that names `path`, the failed operation `verb` (such as "read") and a remedy.
 pub fn cannot(verb: &str, path: &Path, error: Error) -> anyhow::Error {
     let remedy = if verb == "lock" && is_without_locks(&error) { Some(NO_LOCKS) } else { remedy(&error) };
     let text = format!("cannot {verb} {}", path.display());
@@ -19,7 +19,7 @@ pub fn cannot(verb: &str, path: &Path, error: Error) -> anyhow::Error {
 
 /// Remedy for a file system without locks.
 const NO_LOCKS: &str =
-    "its file system offers no locks (NFS without a lock service, for example); use a directory on another one";
+    "its file system does not support locks (for example NFS without a lock service); use a directory on another one";
 
 /// Error number with which NFS refuses an operation that it does not support (`ENOTSUPP` of the Linux kernel).
 const ENOTSUPP: i32 = 524;
@@ -29,27 +29,27 @@ fn is_without_locks(error: &Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::ENOSYS | libc::EOPNOTSUPP | ENOTSUPP))
 }
 
-/// Returns the remedy for `error`, for a person to read.
+/// Returns the remedy for `error`, if one is known.
 fn remedy(error: &Error) -> Option<&'static str> {
     Some(match (error.kind(), error.raw_os_error()?) {
         (ErrorKind::PermissionDenied, _) => {
-            "give the user of this process the right to it (chown, chmod), or start the program as its owner"
+            "grant access to the user of this process (chown, chmod), or start the program as the owner"
         }
-        (ErrorKind::StorageFull | ErrorKind::QuotaExceeded, _) => "make room on the disk",
-        (ErrorKind::FileTooLarge, _) => "raise the limit of a file's size (ulimit -f)",
+        (ErrorKind::StorageFull | ErrorKind::QuotaExceeded, _) => "free disk space",
+        (ErrorKind::FileTooLarge, _) => "raise the file size limit (ulimit -f)",
         (ErrorKind::ReadOnlyFilesystem, _) => "mount the file system writable, or use another directory",
         (ErrorKind::OutOfMemory, _) => "free memory",
         (_, libc::EMFILE | libc::ENFILE) => "raise the limit of open files (ulimit -n)",
-        (_, libc::EIO) => "look for a fault of the disk in the system's log",
+        (_, libc::EIO) => "check the system log for disk faults",
         (_, libc::ENOLCK) => NO_LOCKS,
         _ => return None,
     })
 }
 
-/// `path` with a leading `~` replaced by the home directory, as a shell replaces it.
+/// Returns `path` with a leading `~` replaced by the home directory, as by a shell.
 ///
 /// # Errors
-/// There is no home directory, or `~` names that of another user.
+/// If no home directory is known, or the path begins with the home directory of another user (`~user`).
 pub fn expand_home(path: &Path) -> Result<PathBuf, String> {
     let mut parts = path.components();
     let Some(std::path::Component::Normal(first)) = parts.next() else { return Ok(path.to_owned()) };
@@ -63,10 +63,10 @@ pub fn expand_home(path: &Path) -> Result<PathBuf, String> {
     }
 }
 
-/// Whether there is something at `path`; unlike [`Path::exists`], an error is not taken for absence.
+/// Returns whether `path` exists. Unlike [`Path::exists`], an error is not treated as absence.
 ///
 /// # Errors
-/// Names the path that cannot be looked at.
+/// If the path cannot be accessed; the error names it.
 pub fn exists(path: &Path) -> Result<bool> {
     path.try_exists().map_err(|error| cannot("read", path, error))
 }
@@ -74,7 +74,8 @@ pub fn exists(path: &Path) -> Result<bool> {
 /// Returns the length of the file at `path`; `None` if it does not exist.
 ///
 /// # Errors
-/// Names the path that cannot be looked at, or is not a regular file: opening a named pipe would wait for its other end.
+/// If the path cannot be accessed, or is not a regular file, because opening a named pipe would block. The error names
+/// it.
 pub fn length(path: &Path) -> Result<Option<u64>> {
     match std::fs::metadata(path) {
         Ok(found) if found.is_file() => Ok(Some(found.len())),
@@ -84,8 +85,8 @@ pub fn length(path: &Path) -> Result<Option<u64>> {
     }
 }
 
-/// Whether the cause of the error may pass by itself, as a full disk or a server that is away does. A file that is missing
-/// or that may not be read stays so until a person acts.
+/// Returns whether the cause of an I/O error may be temporary, such as a full disk or an unavailable server. A missing
+/// or unreadable file needs manual action.
 pub fn may_pass(error: &Error) -> bool {
     use std::io::ErrorKind::{
         AlreadyExists, InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound, PermissionDenied,
@@ -105,19 +106,20 @@ pub fn may_pass(error: &Error) -> bool {
     !stays && !is_without_locks(error)
 }
 
-/// Whether `error` says that a file is not there.
+/// Returns whether `error` means that a file does not exist.
 pub fn is_absence(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-/// Writes `bytes` as the file at `path`: readers see the file before or the one after, whatever happens in between.
+/// Atomically replaces the file at `path` by one with the content `bytes`. Readers see the old or the new file, even
+/// after a crash.
 ///
 /// # Errors
-/// Names the file that cannot be written.
+/// If the file cannot be written; the error names it.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let aside = beside(path);
     let write = || {
-        // What an earlier process left may be anything.
+        // An earlier process may have left anything at this path.
         match std::fs::remove_file(&aside) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -128,39 +130,39 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
         std::fs::rename(&aside, path)
     };
     write().map_err(|error| {
-        // The first error says more.
+        // An error of the removal is ignored in favour of the first error.
         let _ = std::fs::remove_file(&aside);
         cannot("write", path, error)
     })
 }
 
-/// The name that [`replace`] writes `path` under.
+/// Returns the path of the temporary file of [`replace`].
 fn beside(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.partial"))
 }
 
-/// Waits until the file or folder at `path` is on the disk.
+/// Syncs the file or directory at `path` to the disk.
 ///
 /// # Errors
-/// Names the path that cannot be synced.
+/// If the path cannot be synced; the error names it.
 pub fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|error| cannot("sync", path, error))
 }
 
-/// As [`sync`], of many at a time: a disk that is slow to answer answers them together.
+/// Syncs many files or directories concurrently, which is faster on a disk with high latency.
 ///
 /// # Errors
-/// Names a path that cannot be synced.
+/// If a path cannot be synced; the error names it.
 pub fn sync_all(paths: &[PathBuf]) -> Result<()> {
-    /// Threads at most; they wait and do nothing else.
+    /// Maximum number of threads, which only wait.
     const MOST: usize = 32;
     let each = |paths: &[PathBuf]| paths.iter().try_for_each(|path| sync(path));
     std::thread::scope(|scope| {
         let parts = paths.chunks(paths.len().div_ceil(MOST).max(1));
         let started: Vec<_> = parts
             .map(|part| {
-                // Where no thread can be started, the caller's has to do.
+                // If no thread can be started, the calling thread syncs the part.
                 std::thread::Builder::new().spawn_scoped(scope, move || each(part)).map_err(|_| part)
             })
             .collect();
@@ -171,10 +173,10 @@ pub fn sync_all(paths: &[PathBuf]) -> Result<()> {
     })
 }
 
-/// Gives the file at `path`, which a library made for its owner alone, the permissions that the umask leaves to new files.
+/// Sets the permissions of the file at `path`, which a library created for its owner only, to those of the umask.
 ///
 /// # Errors
-/// Names the file whose permissions cannot be changed.
+/// If the permissions cannot be changed; the error names the file.
 pub fn open_to_umask(path: &Path) -> Result<()> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let digits = status.lines().find_map(|line| line.strip_prefix("Umask:"));
@@ -196,12 +198,12 @@ mod tests {
             "{}",
             text(libc::EMFILE)
         );
-        assert!(text(libc::EACCES).contains("chown") && text(libc::ENOLCK).contains("no locks"));
+        assert!(text(libc::EACCES).contains("chown") && text(libc::ENOLCK).contains("does not support locks"));
         assert!(text(libc::EXDEV).starts_with("cannot read a/b: "), "{}", text(libc::EXDEV));
     }
 
     #[test]
-    fn a_file_is_replaced_as_a_whole_and_a_pipe_is_not_opened() {
+    fn files_are_replaced_atomically_and_pipes_are_not_opened() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         replace(&path, b"one").unwrap();

@@ -1,28 +1,28 @@
-//! The address of a server with the OpenAI API, in the forms that people paste.
+//! Parsing of the base URL of a server with the OpenAI API, in all common forms.
 
 use url::{Host, Url};
 
-/// An address of a server, up to the version: `http://127.0.0.1:8080/v1`.
+/// Base URL of a server, up to the version: `http://127.0.0.1:8080/v1`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
     /// Scheme, host, port and path without a slash at the end.
     base: String,
-    /// Names and values of the query.
+    /// Query parameters of the URL.
     pub query: Vec<(String, String)>,
-    /// The API of the endpoint that the address ends with, if it names one: whether it is that of chats.
+    /// The API that the end of the URL names, if any: true for `/chat/completions`, false for `/completions`.
     pub chat: Option<bool>,
 }
 
 impl Endpoint {
-    /// Reads an address. The path of an endpoint (`/chat/completions`, `/completions`) at its end is taken off, as are
-    /// slashes; a query is kept.
+    /// Parses a URL. The path of an endpoint (`/chat/completions`, `/completions`) and slashes at its end are removed;
+    /// a query is kept.
     ///
     /// # Errors
-    /// What is wrong with it. Text that may hold a password is not repeated.
+    /// Returns a description of the mistake, which does not repeat text that may contain a password.
     pub fn parse(text: &str) -> Result<Self, String> {
         let shown = if text.contains('@') { "the address".to_owned() } else { format!("{text:?}") };
         if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
-            return Err(format!("{shown} has a space or a line's end in it"));
+            return Err(format!("{shown} contains a space or a line end"));
         }
         let authority = text.split("://").last().unwrap_or_default().split(['/', '?', '#']).next().unwrap_or_default();
         if authority.contains('@') {
@@ -30,16 +30,14 @@ impl Endpoint {
         }
         let Some((scheme, rest)) = text.split_once("://").filter(|(scheme, _)| ["http", "https"].contains(scheme))
         else {
-            return Err(format!("{shown} is not a URL; it begins with http:// or https://"));
+            return Err(format!("{shown} is not a URL; it must begin with http:// or https://"));
         };
         if rest.starts_with("http:") || rest.starts_with("https:") || rest.starts_with('/') {
             return Err(format!("{shown} has no host after {scheme}://"));
         }
         let colons = authority.matches(':').count();
         if colons > 1 && !authority.starts_with('[') {
-            return Err(format!(
-                "{shown} is not a URL; an IPv6 address is written in brackets, as http://[::1]:8080/v1"
-            ));
+            return Err(format!("{shown} is not a URL; write an IPv6 address in brackets, as http://[::1]:8080/v1"));
         }
         let url = Url::parse(text).map_err(|error| format!("{shown} is not a URL: {error}"))?;
         if url.fragment().is_some() {
@@ -58,7 +56,7 @@ impl Endpoint {
             [.., "completions"] => Some((false, 1)),
             [.., last @ ("models" | "embeddings" | "responses" | "messages" | "generate")] => {
                 return Err(format!(
-                    "{shown} ends with /{last}, which is another endpoint; give the address up to the version, such as http://127.0.0.1:8080/v1"
+                    "{shown} ends with /{last}, which is another endpoint; give the URL up to the version, such as http://127.0.0.1:8080/v1"
                 ));
             }
             _ => None,
@@ -70,19 +68,19 @@ impl Endpoint {
         Ok(Self { base, query, chat: chat.map(|(chat, _)| chat) })
     }
 
-    /// Scheme, host and port.
+    /// Returns scheme, host and port.
     pub fn origin(&self) -> &str {
         let authority = self.base.find("://").map_or(0, |at| at + 3);
         let end = self.base[authority..].find('/').map_or(self.base.len(), |at| authority + at);
         &self.base[..end]
     }
 
-    /// The address of `path` below this one, without a query.
+    /// Returns the URL of `path` below this one, without a query.
     pub fn join(&self, path: &str) -> String {
         format!("{}/{path}", self.base)
     }
 
-    /// The same address with `/v1` at its end, if it has no version and no deployment yet.
+    /// Returns the URL with `/v1` appended, or `None` if it has a version or a deployment already.
     pub fn versioned(&self) -> Option<Self> {
         let version =
             |part: &str| part.len() > 1 && part.starts_with('v') && part[1..].starts_with(|c: char| c.is_ascii_digit());
@@ -97,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_is_read_in_every_form_that_people_paste() {
+    fn a_url_is_parsed_in_every_common_form() {
         for (text, base, query, chat) in [
             ("http://h/v1", "http://h/v1", 0, None),
             ("http://h/v1/", "http://h/v1", 0, None),
@@ -127,18 +125,18 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_cannot_work_is_refused_with_the_reason() {
+    fn an_unusable_url_is_refused_with_the_reason() {
         for (text, words) in [
-            ("", "begins with http://"),
-            ("localhost:8000/v1", "begins with http://"),
-            ("ftp://h/v1", "begins with http://"),
-            ("htp://h/v1", "begins with http://"),
-            ("http:/h/v1", "begins with http://"),
+            ("", "must begin with http://"),
+            ("localhost:8000/v1", "must begin with http://"),
+            ("ftp://h/v1", "must begin with http://"),
+            ("htp://h/v1", "must begin with http://"),
+            ("http:/h/v1", "must begin with http://"),
             ("http://", "is not a URL"),
             ("http:///v1", "has no host after http://"),
             ("http://http://h/v1", "has no host after http://"),
-            (" http://h/v1", "has a space"),
-            ("http://h/v1 ", "has a space"),
+            (" http://h/v1", "contains a space"),
+            ("http://h/v1 ", "contains a space"),
             ("http://h:port/v1", "invalid port"),
             ("http://::1:8080/v1", "in brackets, as http://[::1]:8080/v1"),
             ("http://h/v1#/chat", "has a fragment"),
@@ -152,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_version_is_added_only_where_there_is_none() {
+    fn a_version_is_added_only_if_missing() {
         let versioned = |text: &str| Endpoint::parse(text).unwrap().versioned().map(|one| one.join("x"));
         assert_eq!(versioned("http://h:1").as_deref(), Some("http://h:1/v1/x"));
         assert_eq!(versioned("http://h/openai").as_deref(), Some("http://h/openai/v1/x"));

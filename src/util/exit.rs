@@ -1,12 +1,12 @@
-//! Exit statuses, and errors that carry one.
+//! Exit statuses, and errors with an exit status.
 //!
 //! | status | meaning | a supervisor should |
 //! |---|---|---|
-//! | 0 | finished | not start it again |
-//! | 1 | failed: a fault, a full disk, a judge or a download that could not be reached | start it again with `--resume` |
-//! | 2 | refused before any work: arguments, configuration, data, or a judge that refuses | not start it again; a person has to change something |
-//! | 3 | stopped by a limit in its configuration (`[guard]`, `labeler.max_cost`), or no step changed the weights | not start it again; a person decides |
-//! | 128 + n | interrupted by signal n, with a checkpoint | start it again with `--resume` if it was not stopped on purpose |
+//! | 0 | finished | not restart it |
+//! | 1 | failed: a fault, a full disk, a judge or a download that could not be reached | restart it with `--resume` |
+//! | 2 | refused before any work: arguments, configuration, data, or a judge that refuses | not restart it; a person has to change something |
+//! | 3 | stopped by a limit in its configuration (`[guard]`, `labeler.max_cost`), or no step changed the weights | not restart it; a person decides |
+//! | 128 + n | interrupted by signal n, with a checkpoint | restart it with `--resume` if it was not stopped on purpose |
 
 use std::fmt;
 
@@ -18,26 +18,26 @@ use crate::pipeline::remote::Unusable;
 use crate::util::disk;
 use crate::util::signals::Interrupted;
 
-/// Status of a command that failed in its work.
+/// Exit status of a command that failed during its work.
 pub const FAILED: u8 = 1;
-/// Status of a command that was refused before it began to work.
+/// Exit status of a command that was refused before its work.
 pub const REFUSED: u8 = 2;
-/// Status of a run that a bound of its own configuration stopped.
+/// Exit status of a run that a limit of its configuration stopped.
 pub const STOPPED: u8 = 3;
 
-/// An error with an exit status of its own.
+/// An error with an explicit exit status.
 #[derive(Debug)]
 pub enum Ended {
-    /// The command was refused before it began to work.
+    /// The command was refused before its work.
     Refused(anyhow::Error),
-    /// A bound of its own configuration stopped the run.
+    /// A limit of the configuration stopped the run.
     Stopped(String),
 }
 
 impl fmt::Display for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            // With its causes: nothing below prints them.
+            // Includes the causes, because `source` does not expose them.
             Self::Refused(error) => write!(f, "{error:#}"),
             Self::Stopped(text) => f.write_str(text),
         }
@@ -46,15 +46,15 @@ impl fmt::Display for Ended {
 
 impl std::error::Error for Ended {}
 
-/// Runs what a command does before it begins to work: an error from it refuses the command.
+/// Runs the preparation of a command. An error of it refuses the command.
 ///
 /// # Errors
-/// As `prepare`. The error is [`Ended::Refused`], unless it has a status already or a signal interrupted the command.
+/// Returns the error of `prepare` as [`Ended::Refused`], unless it has an exit status already or is [`Interrupted`].
 pub fn before_work<T>(prepare: impl FnOnce() -> Result<T>) -> Result<T> {
     prepare().map_err(refusal)
 }
 
-/// The same error, as one that refuses a command before it begins to work.
+/// Converts an error into [`Ended::Refused`], unless it has an exit status already or is [`Interrupted`].
 pub fn refusal(error: anyhow::Error) -> anyhow::Error {
     if error.is::<Interrupted>() || error.is::<Ended>() { error } else { Ended::Refused(error).into() }
 }
@@ -72,12 +72,12 @@ pub fn status(error: &anyhow::Error) -> u8 {
     by_cause(error).unwrap_or(FAILED)
 }
 
-/// Returns the exit status of a process that signal number `signal` interrupted, as shells report it.
+/// Returns the exit status of a process interrupted by the signal number `signal`, as shells report it.
 pub fn interrupted(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(FAILED)
 }
 
-/// Returns the status of a refused command: [`FAILED`] if the cause may pass by itself, such as a full disk.
+/// Returns the exit status of a refused command: [`FAILED`] if the cause may be temporary, such as a full disk.
 fn refused(error: &anyhow::Error) -> u8 {
     let passes = error.chain().any(|cause| {
         cause.downcast_ref().is_some_and(disk::may_pass)
@@ -86,7 +86,7 @@ fn refused(error: &anyhow::Error) -> u8 {
     by_cause(error).unwrap_or(if passes { FAILED } else { REFUSED })
 }
 
-/// The status that the error's type decides by itself.
+/// Returns the exit status that the type of the error or of one of its causes determines.
 fn by_cause(error: &anyhow::Error) -> Option<u8> {
     error.chain().find_map(|cause| {
         if cause.is::<ConfigErrors>() {

@@ -1,12 +1,11 @@
-//! Named points at which tests make the program fail. In the program itself, built without the feature `failpoints`, a
-//! point is nothing.
+//! Named points at which tests make the program fail. Without the feature `failpoints`, points compile to nothing.
 //!
-//! A test program sets `FAILPOINTS`, for example `label.ask=3*off->1*return(busy)->off`: the fourth time that a labeler
-//! asks, it fails. `panic` and `sleep(MILLISECONDS)` are the other faults.
+//! A test sets the environment variable `FAILPOINTS`, for example to `label.ask=3*off->1*return(busy)->off`: the fourth
+//! call of a labeler fails. Other faults are `panic` and `sleep(MILLISECONDS)`.
 
 use anyhow::Result;
 
-/// All points, by the actor or file that they are in.
+/// Names of all points, each with the actor or file it belongs to.
 pub const POINTS: &[&str] = &[
     "prepare.load",
     "graph.build",
@@ -34,28 +33,28 @@ pub const POINTS: &[&str] = &[
     "rewind.cut",
 ];
 
-/// Passes the point called `name`, one of [`POINTS`].
+/// Passes the point `name`, one of [`POINTS`].
 ///
 /// # Errors
-/// The fault that a test has put there.
+/// Returns the fault that a test has set for the point.
 #[cfg(feature = "failpoints")]
 pub fn point(name: &str) -> Result<()> {
-    debug_assert!(POINTS.contains(&name), "{name} is no point");
+    debug_assert!(POINTS.contains(&name), "{name} is not a failpoint");
     fail::fail_point!(name, |why| Err(anyhow::anyhow!("{} (injected at {name})", why.unwrap_or_default())));
     Ok(())
 }
 
-/// Passes the point called `name`.
+/// Passes the point `name`.
 ///
 /// # Errors
-/// None, in a program without the feature `failpoints`.
+/// Never fails without the feature `failpoints`.
 #[cfg(not(feature = "failpoints"))]
 #[inline(always)]
 pub fn point(_name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Takes up the faults that the environment asks for.
+/// Reads the faults from the environment variable `FAILPOINTS`.
 pub fn set_up() {
     #[cfg(feature = "failpoints")]
     std::mem::forget(fail::FailScenario::setup());

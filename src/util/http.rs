@@ -1,27 +1,27 @@
-//! Rules for every HTTP client that carries a secret: no redirect is followed unasked, bodies are read up to a bound, and
-//! what a server names is shown without secrets and control characters. A leaf.
+//! Rules for every HTTP client that carries a secret: redirects are not followed, bodies have a size limit, and
+//! addresses given by a server are shown without secrets and control characters.
 
 use anyhow::{Context, Result, ensure};
 use reqwest::header::LOCATION;
 use reqwest::{ClientBuilder, Response};
 use url::Url;
 
-/// Most characters of an address that an error shows.
+/// Maximum number of characters of an address in an error.
 const SHOWN: usize = 200;
 
-/// A builder of clients that follow no redirect.
+/// Returns a builder of clients that do not follow redirects.
 ///
-/// reqwest removes a secret header where the host differs from that of the previous hop, and restores it on the hop after
-/// that, so two redirects take it to another host.
+/// reqwest removes a secret header if the host differs from that of the previous hop, but restores it on the next hop,
+/// so that two redirects send it to another host.
 pub fn builder() -> ClientBuilder {
     reqwest::Client::builder().redirect(reqwest::redirect::Policy::none())
 }
 
-/// The address that `response` redirects to, for an error message: scheme, host, port and path. User names, passwords,
-/// queries and fragments are left out, and so is all of an address that `is_secret` finds a secret in.
+/// Returns the address that `response` redirects to, for an error message: scheme, host, port and path. User names,
+/// passwords, queries and fragments are omitted, and so is an address in which `is_secret` finds a secret.
 pub fn redirect_target(response: &Response, is_secret: impl Fn(&str) -> bool) -> String {
     let Some(location) = response.headers().get(LOCATION) else {
-        return "no address (it has no Location header)".into();
+        return "no address (the response has no Location header)".into();
     };
     let text = String::from_utf8_lossy(location.as_bytes());
     if text.chars().any(char::is_control) {
@@ -33,12 +33,12 @@ pub fn redirect_target(response: &Response, is_secret: impl Fn(&str) -> bool) ->
     }
 }
 
-/// `url` as an error shows it; see [`redirect_target`].
+/// Returns `url` in the form for error messages; see [`redirect_target`].
 pub fn shown(url: &Url, is_secret: impl Fn(&str) -> bool) -> String {
     let path = String::from_utf8_lossy(&percent_decoded(url.path())).into_owned();
     let host = url.host_str().unwrap_or_default();
     if [host, url.path(), path.as_str(), url.scheme()].into_iter().any(&is_secret) {
-        return "an address that contains the secret that it was asked with".into();
+        return "an address that contains the secret of the request".into();
     }
     let port = url.port().map_or(String::new(), |port| format!(":{port}"));
     let whole = format!("{}://{host}{port}{}", url.scheme(), url.path());
@@ -49,7 +49,7 @@ pub fn shown(url: &Url, is_secret: impl Fn(&str) -> bool) -> String {
     shown
 }
 
-/// The bytes that a text with `%xx` stands for.
+/// Decodes the `%xx` escapes of a text.
 fn percent_decoded(text: &str) -> Vec<u8> {
     let hex = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
     let (bytes, mut decoded, mut i) = (text.as_bytes(), Vec::with_capacity(text.len()), 0);
@@ -69,10 +69,10 @@ fn percent_decoded(text: &str) -> Vec<u8> {
     decoded
 }
 
-/// The body of `response`.
+/// Reads the body of `response`.
 ///
 /// # Errors
-/// A connection that breaks off; a body of more than `most` bytes.
+/// If the connection breaks off, or the body has more than `most` bytes.
 pub async fn body(mut response: Response, most: usize) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     while let Some(chunk) =
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn escapes_are_decoded_and_what_is_none_is_kept() {
+    fn escapes_are_decoded_and_other_text_is_kept() {
         assert_eq!(percent_decoded("a%41%zz%4"), b"aA%zz%4");
     }
 }

@@ -1,11 +1,11 @@
-//! A number that is read while work goes on and may be changed meanwhile, within bounds.
+//! A concurrency limit that can be adjusted at run time.
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::Notify;
 
-/// How many of something may be under way at once.
+/// A limit on the number of concurrent operations, adjustable within bounds.
 #[derive(Debug)]
 pub struct AdjustableLimit {
     low: usize,
@@ -16,35 +16,35 @@ pub struct AdjustableLimit {
 }
 
 impl AdjustableLimit {
-    /// At the top of `low` to `high`, both at least one.
+    /// Creates a limit with the bounds `low` to `high`, both raised to at least one, and the value `high`.
     pub fn new(low: usize, high: usize) -> Self {
         let high = high.max(1);
         let (value, under_way) = (AtomicUsize::new(high), Mutex::new(0));
         Self { low: low.clamp(1, high), high, value, under_way, bell: Notify::new() }
     }
 
-    /// Lowest and highest value.
+    /// Returns the lowest and the highest value.
     pub fn bounds(&self) -> (usize, usize) {
         (self.low, self.high)
     }
 
-    /// Its value.
+    /// Returns the current value.
     pub fn get(&self) -> usize {
         self.value.load(SeqCst)
     }
 
-    /// Turns it to `value`, within its bounds; what is under way beyond that goes on.
+    /// Sets the limit to `value`, clamped to the bounds. Operations in progress beyond the limit continue.
     pub fn set(&self, value: usize) {
         self.value.store(value.clamp(self.low, self.high), SeqCst);
         self.bell.notify_waiters();
     }
 
-    /// Waits until one more may be under way, which it is until the guard is dropped.
+    /// Waits until the limit admits one more operation, which lasts until the returned guard is dropped.
     pub async fn enter(&self) -> UnderWay<'_> {
         loop {
             let rung = self.bell.notified();
             tokio::pin!(rung);
-            // From here on a bell is heard, so none is missed between looking and waiting.
+            // Registers for notifications before the check, so that none is missed between check and wait.
             rung.as_mut().enable();
             {
                 let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
@@ -58,7 +58,7 @@ impl AdjustableLimit {
     }
 }
 
-/// One that is under way.
+/// Guard of an operation in progress.
 pub struct UnderWay<'a>(&'a AdjustableLimit);
 
 impl Drop for UnderWay<'_> {
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn no_more_are_under_way_than_it_says_and_all_come_through() {
+    async fn the_limit_is_kept_and_every_operation_completes() {
         let knob = Arc::new(AdjustableLimit::new(1, 4));
         let most = Arc::new(AtomicUsize::new(0));
         let spawn = || {

@@ -1,4 +1,4 @@
-//! The process: settings that must stand before the first tensor and the first thread, and what it uses.
+//! The process: settings that are required before the first tensor and thread, and its resource usage and limits.
 
 mod cgroup;
 pub mod descriptors;
@@ -8,16 +8,16 @@ pub mod sqlite;
 use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// `mi_option_purge_delay` of mimalloc.h, which the crate does not name.
+/// `mi_option_purge_delay` of mimalloc.h, for which the crate has no constant.
 const PURGE_DELAY: std::ffi::c_int = 15;
 
-/// Settles threads and memory for a program that computes; call it first of all.
+/// Configures thread pools and the allocator. Must be called before any other thread is started.
 ///
-/// Elementwise operations of candle share one process-wide pool, where two actors would queue for each other; one
-/// thread each keeps them apart. Matrix products run on the pool of the actor that asks. The allocator, if it is
-/// mimalloc, keeps freed pages for ten seconds: a training step frees and takes the same gigabytes each time, and
-/// touching fresh pages costs more than the arithmetic between; what a checkpoint or an evaluation took once goes
-/// back. Variables of the environment have the last word on all of it.
+/// Candle's elementwise operations share a process-wide pool, in which actors would wait for each other, so each runs
+/// on one thread. Matrix products run on the calling actor's pool. The allocator, if it is mimalloc, keeps freed pages
+/// for ten seconds: each training step allocates and frees the same gigabytes, and touching fresh pages costs more than
+/// the arithmetic; memory of a checkpoint or an evaluation is returned to the system. Environment variables override
+/// each setting.
 pub fn prepare() {
     let pool = if cores() == 1 { "1" } else { "2" };
     for (name, value) in [("CANDLE_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", pool)] {
@@ -32,45 +32,45 @@ pub fn prepare() {
     }
 }
 
-/// What the process uses.
+/// Resource usage of the process.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Usage {
-    /// Processor time, user and system, in seconds.
+    /// CPU time (user and system) in seconds.
     pub cpu_s: f64,
-    /// Resident memory.
+    /// Resident memory in bytes.
     pub resident_bytes: u64,
-    /// Open file descriptors.
+    /// Number of open file descriptors.
     pub open_fds: usize,
-    /// Threads.
+    /// Number of threads.
     pub threads: usize,
-    /// When it began, in seconds since 1970.
+    /// Unix time at which the process began, in seconds.
     pub started_s: f64,
 }
 
-/// Resident memory of this process, where the system tells.
+/// Returns the resident memory of this process in bytes, or `None` if the system does not report it.
 pub fn resident_bytes() -> Option<u64> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
     Some(pages * 4096)
 }
 
-/// Processor time of the calling thread in seconds: a measure of work that does not depend on how busy the machine is.
+/// Returns the CPU time of the calling thread in seconds: a measure of work that does not depend on the machine's load.
 #[cfg(test)]
 pub(crate) fn thread_seconds() -> f64 {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
     text.split_whitespace().next().unwrap().parse::<f64>().unwrap() / 1e9
 }
 
-/// What this process uses, where the system tells (Linux, by `proc(5)`).
+/// Returns the resource usage of this process (on Linux, from `proc(5)`), or `None` if the system does not report it.
 pub fn usage() -> Option<Usage> {
-    /// Linux counts processor time in hundredths of a second, on every architecture it tells it to programs.
+    /// Unit of CPU times in `/proc`: a hundredth of a second on every architecture.
     const TICKS: f64 = 100.0;
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The name in parentheses may hold anything.
+    // The process name in parentheses may contain any character.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    // Counted from the third field of the manual, which is the first here.
+    // Fields are numbered as in the manual, whose third field is the first here.
     let field = |number: usize| fields.get(number - 3)?.parse::<f64>().ok();
-    // Once: told from two clocks, it would be another one each time.
+    // Computed once, because it combines two clocks and would vary.
     static STARTED: OnceLock<f64> = OnceLock::new();
     let started_s = match STARTED.get() {
         Some(started) => *started,
@@ -89,12 +89,13 @@ pub fn usage() -> Option<Usage> {
     })
 }
 
-/// The time in seconds since 1970.
+/// Returns the Unix time in seconds.
 pub fn unix_seconds() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// Memory that may be taken without swapping and within the limits of this process's control groups, where the system tells.
+/// Returns the memory in bytes that can be allocated without swapping and within the limits of the process's control
+/// groups, or `None` if unknown.
 pub fn available_bytes() -> Option<u64> {
     let group = cgroup::limits().memory.map(|memory| memory.free);
     [meminfo("MemAvailable:"), group].into_iter().flatten().min()
@@ -113,22 +114,23 @@ fn meminfo(name: &str) -> Option<u64> {
     Some(1024 * line.split_whitespace().next()?.parse::<u64>().ok()?)
 }
 
-/// The memory limit of this process's control groups in bytes, where there is one.
+/// Returns the memory limit of this process's control groups in bytes, if any.
 pub fn memory_limit() -> Option<u64> {
     cgroup::limits().memory.map(|memory| memory.limit)
 }
 
-/// The processor quota of this process's control groups, such as 1.5 cores, where there is one.
+/// Returns the CPU quota of this process's control groups in cores, such as 1.5, if any.
 pub fn core_quota() -> Option<f64> {
     cgroup::limits().cores
 }
 
-/// Cores that this process may use, at least one: those that it may run on, within the quota of its control groups.
+/// Returns the number of cores that this process may use, at least one: its CPU affinity, limited by the quota of its
+/// control groups.
 pub fn cores() -> usize {
     static CORES: OnceLock<usize> = OnceLock::new();
     *CORES.get_or_init(|| {
         let machine = std::thread::available_parallelism().map_or(1, usize::from);
-        // A fraction of a core is no place for a thread of its own.
+        // A fraction of a core does not justify another thread.
         let quota = core_quota().map_or(machine, |quota| quota.floor() as usize);
         machine.min(quota).max(1)
     })

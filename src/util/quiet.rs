@@ -1,4 +1,4 @@
-//! Panics of a library that are an answer: they are caught, and nothing of them is printed. A leaf.
+//! Catching of panics of a library without printing them.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
@@ -8,13 +8,13 @@ thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `work`; `None` where it panicked. Of this thread's panics in it nothing is printed.
+/// Runs `work`, and returns `None` if it panics. Panics on this thread in `work` are not printed.
 pub fn catch<T>(work: impl FnOnce() -> T) -> Option<T> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let before = take_hook();
         set_hook(Box::new(move |panic| {
-            // A thread that ends has no such cell any more.
+            // The thread-local is gone while a thread ends.
             if !QUIET.try_with(Cell::get).unwrap_or(false) {
                 before(panic);
             }
@@ -31,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_is_caught_and_the_thread_is_loud_again() {
+    fn a_panic_is_caught_silently_and_later_panics_are_printed() {
         assert_eq!(catch(|| 3), Some(3));
         assert_eq!(catch(|| -> u32 { panic!("this must not be printed") }), None);
         assert!(!QUIET.get());

@@ -1,15 +1,14 @@
-//! Files that are read whole, with a bound: what is larger than any of its kind is refused before memory is spent on it.
-//! A leaf.
+//! Reading of complete files with a size limit, so that an oversized file is refused before memory is spent on it.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
 use std::path::Path;
 
-/// Most bytes of what a person writes: a configuration, a template set, a chat template.
+/// Size limit in bytes of files written by people: a configuration, a template set, a chat template.
 pub const WRITTEN: u64 = 1 << 20;
-/// Most bytes of the JSON files beside a model's weights.
+/// Size limit in bytes of the JSON files of a model directory.
 pub const DESCRIPTION: u64 = 64 << 20;
-/// Most bytes of a `tokenizer.json`: the largest vocabularies there are take 30 MB.
+/// Size limit in bytes of a `tokenizer.json`. The largest known vocabularies take 30 MB.
 pub const TOKENIZER: u64 = 256 << 20;
 
 /// The byte order mark of UTF-8.
@@ -29,16 +28,17 @@ pub fn stand_in(bytes: &[u8]) -> Option<&'static str> {
     )
 }
 
-/// The text of the file at `path`, without a byte order mark at its beginning.
+/// Reads the text of the file at `path`, without a byte order mark.
 ///
 /// # Errors
-/// Those of reading; [`ErrorKind::FileTooLarge`] beyond `limit` bytes, [`ErrorKind::InvalidData`] for what is not UTF-8.
+/// I/O errors; [`ErrorKind::FileTooLarge`] beyond `limit` bytes, and [`ErrorKind::InvalidData`] if the file is not
+/// UTF-8.
 pub fn text(path: &Path, limit: u64) -> Result<String> {
     let mut bytes = Vec::new();
-    // A device or a pipe has no size to ask for.
+    // The size is not queried first, because devices and pipes have none.
     File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {
-        let words = format!("it has more than {limit} bytes, the most that such a file may have");
+        let words = format!("it has more than {limit} bytes, the maximum for such a file");
         return Err(Error::new(ErrorKind::FileTooLarge, words));
     }
     if bytes.starts_with(MARK) {
@@ -48,19 +48,20 @@ pub fn text(path: &Path, limit: u64) -> Result<String> {
         return Err(Error::new(ErrorKind::InvalidData, words));
     }
     let wide = bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff");
-    let words = if wide { "it is UTF-16; write it again in UTF-8" } else { "it is not UTF-8" };
+    let words = if wide { "it is UTF-16; convert it to UTF-8" } else { "it is not UTF-8" };
     String::from_utf8(bytes).map_err(|_| Error::new(ErrorKind::InvalidData, words))
 }
 
-/// As [`text`], with a line feed at the end of each line, as Python opens text files: for texts that a model or a judge reads.
+/// Reads a text as [`text`] does and converts line ends to line feeds, as Python does: for texts that a model or a
+/// judge reads.
 ///
 /// # Errors
-/// As [`text`].
+/// See [`text`].
 pub fn prose(path: &Path, limit: u64) -> Result<String> {
     Ok(line_feeds(text(path, limit)?))
 }
 
-/// `text` with line feeds in place of carriage returns, with or without a line feed behind them.
+/// Replaces each CR LF and each CR by a line feed.
 pub fn line_feeds(text: String) -> String {
     if text.contains('\r') { text.replace("\r\n", "\n").replace('\r', "\n") } else { text }
 }
@@ -70,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bound_is_kept_and_named() {
+    fn the_size_limit_is_enforced_and_reported() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "12345").unwrap();
@@ -85,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn byte_order_marks_are_removed_and_carriage_returns_of_prose_too() {
+    fn byte_order_marks_are_removed_and_line_ends_of_prose_converted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, b"\xef\xbb\xbfa\r\nb\rc\n").unwrap();

@@ -1,9 +1,9 @@
-//! The signals that ask the program to end: SIGINT (Ctrl-C), SIGTERM and SIGHUP.
+//! Handling of the termination signals SIGINT (Ctrl-C), SIGTERM and SIGHUP.
 //!
-//! [`listen`] installs their handler at the start of the process, so that no signal is lost between two phases, and so that
-//! the program can be ended where it is process 1 of a container, for which the kernel discards signals without a handler.
-//! By default the program ends at once with status 128 + signal. A command that has something to keep holds a [`Deferred`]
-//! and awaits [`after`].
+//! [`listen`] installs the handler at the start of the process, so that no signal is lost between two phases, and so
+//! that the program can be terminated as process 1 of a container, for which the kernel discards signals without a
+//! handler. By default the program exits immediately with status 128 + signal. A command that must save data holds a
+//! [`Deferred`] and awaits [`after`].
 
 use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,27 +24,27 @@ struct Received {
 
 static RECEIVED: LazyLock<watch::Sender<Received>> = LazyLock::new(|| watch::Sender::new(Received::default()));
 
-/// Holders of a [`Deferred`].
+/// Number of existing [`Deferred`] values.
 static DEFERRED: AtomicUsize = AtomicUsize::new(0);
 
-/// An end of the program, or of a part of it, that a signal asked for.
+/// Error of a command that was interrupted by a signal.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{text}")]
 pub struct Interrupted {
-    /// The number of the signal.
+    /// Number of the signal.
     pub signal: i32,
-    /// What was interrupted and how to continue, for a person to read.
+    /// Message with the interrupted work and the way to continue.
     pub text: String,
 }
 
 impl Interrupted {
-    /// An end by the first signal received.
+    /// Returns the error for the first signal received.
     pub fn new(text: impl Into<String>) -> Self {
         Self { signal: received().unwrap_or(SIGINT), text: text.into() }
     }
 }
 
-/// While one is held, a signal does not end the program.
+/// Guard while which signals do not end the program.
 #[derive(Debug)]
 pub struct Deferred(());
 
@@ -54,7 +54,7 @@ impl Drop for Deferred {
     }
 }
 
-/// Installs the handler, once for the process. SIGHUP keeps being ignored where the process was started so (`nohup`).
+/// Installs the handler, once per process. If SIGHUP was ignored at the start (`nohup`), it stays ignored.
 pub fn listen() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -63,27 +63,28 @@ pub fn listen() {
             let each = move || signals.forever().for_each(take);
             std::thread::Builder::new().name("signals".into()).spawn(each)
         });
-        // Writing beyond the limit of a file's size (ulimit -f) then fails like writing to a full disk. Nobody reads the flag.
+        // With SIGXFSZ handled, writing beyond the file size limit (ulimit -f) fails like writing to a full disk. The
+        // flag itself is not used.
         let limited = signal_hook::flag::register(libc::SIGXFSZ, Arc::default()).map(drop);
         if let Err(error) = listening.map(drop).and(limited) {
-            say!("warning: signals cannot be handled: {error}");
+            say!("warning: cannot install signal handlers: {error}");
         }
     });
 }
 
-/// Lets the caller handle signals, those received before included, as long as it holds the result.
+/// Lets the caller handle signals, including earlier ones, while it holds the returned guard.
 pub fn defer() -> Deferred {
     DEFERRED.fetch_add(1, Ordering::SeqCst);
     listen();
     Deferred(())
 }
 
-/// The first signal that was received.
+/// Returns the first received signal.
 pub fn received() -> Option<i32> {
     RECEIVED.borrow().first
 }
 
-/// Number of signals received so far.
+/// Returns the number of signals received so far.
 pub fn count() -> u64 {
     RECEIVED.borrow().count
 }
@@ -93,12 +94,12 @@ pub async fn after(count: u64) -> i32 {
     let mut receiver = RECEIVED.subscribe();
     match receiver.wait_for(|received| received.count > count).await {
         Ok(received) => received.last,
-        // The sender is a static.
+        // The sender is never dropped, because it is a static.
         Err(_) => std::future::pending().await,
     }
 }
 
-/// The name of `signal`, such as SIGTERM.
+/// Returns the name of `signal`, such as SIGTERM.
 pub fn name(signal: i32) -> &'static str {
     signal_hook::low_level::signal_name(signal).unwrap_or("a signal")
 }
@@ -111,13 +112,13 @@ fn take(signal: i32) {
     });
     if DEFERRED.load(Ordering::SeqCst) == 0 {
         say!("interrupted by {}", name(signal));
-        // A reader of standard output that has gone away does not matter any more.
+        // An error, for example of a closed standard output, is irrelevant at exit.
         let _ = std::io::stdout().flush();
         std::process::exit(128 + signal);
     }
 }
 
-/// Whether the process ignores `signal`, by `proc(5)`.
+/// Returns whether the process ignores `signal`, by `proc(5)`.
 fn is_ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

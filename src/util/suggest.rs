@@ -1,11 +1,11 @@
-//! The name that a misspelt word was meant to be.
+//! Suggestions for misspelt names.
 
-/// No name that is looked for is as long.
+/// Maximum length of a word in bytes; longer words get no suggestion.
 const LONGEST: usize = 64;
 
-/// The name that `word` was most likely meant to be.
+/// Returns the name that is most similar to `word`, or `None` if none is similar.
 pub fn nearest<'a>(word: &str, names: &[&'a str]) -> Option<&'a str> {
-    // By the share of the longer word that has to change, so that "sha" means "sha256" and not "pip".
+    // The distance is relative to the length of the longer word, so that "sha" suggests "sha256" and not "pip".
     if word.len() > LONGEST {
         return None;
     }
@@ -18,7 +18,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_misspelt_name_is_the_one_with_the_smallest_share_of_edits() {
+    fn the_suggestion_has_the_smallest_relative_edit_distance() {
         let names = ["pip", "sha256", "temperature"];
         for (word, expected) in
             [("temprature", Some("temperature")), ("sha", Some("sha256")), ("pipp", Some("pip")), ("colour", None)]

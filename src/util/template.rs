@@ -1,5 +1,4 @@
-//! Templates as programs that came with a model or a configuration: each is given a budget, and a stack on which values
-//! that it nests in each other can be taken apart again.
+//! Rendering of untrusted Jinja templates from models and configurations, with limits on steps, output, time and stack.
 
 use std::error::Error as _;
 use std::fmt::{self, Write};
@@ -11,32 +10,35 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use minijinja::value::ValueKind;
 use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value, filters};
 
-/// Most bytes of a template; those that models carry have up to thirty thousand.
+/// Maximum size of a template in bytes. Models' templates have up to thirty thousand.
 pub const LONGEST: usize = 64 << 10;
-/// Longest message of an error, which a template may have written.
+/// Maximum length of an error message in characters, since a template may have written it.
 const LONGEST_ERROR: usize = 500;
-/// A step can put a value into another one, and minijinja walks them by recursion: it takes up to 512 bytes of stack for each,
-/// and several steps put one into another. Pages that are not used are not taken, but count for a limit on address space.
+/// Bytes of stack per step. A step can nest one value in another, and minijinja walks nested values by recursion with
+/// up to 512 bytes of stack per level; nesting a level takes several steps. Unused stack pages take no memory, but
+/// count towards a limit on address space.
 const STACK_PER_STEP: usize = 512;
 const STACK: std::ops::RangeInclusive<usize> = 16 << 20..=512 << 20;
-/// How long a template is waited for, in moments: what minijinja does not charge for ends here. A thread that is given up
-/// on ends with the program, which this is the end of. Moments, since a program that was stopped and goes on has not waited.
+/// Timeout of a template in units of [`MOMENT`], for operations that minijinja's fuel does not cover. A thread that
+/// times out runs until the program exits, which follows from the error. The wait is divided into units so that the
+/// time for which the program is suspended (SIGSTOP) does not count.
 const PATIENCE: usize = 50;
 const MOMENT: Duration = Duration::from_millis(100);
-/// Bytes of a value's written form that a step pays for: it is walked for them.
+/// Bytes of a value's string form that one step of fuel covers.
 pub const BYTES_PER_STEP: u64 = 4;
-/// A person's own template of fewer bytes without a namespace cannot nest values deeper than any stack bears.
+/// Size in bytes below which a user's template without a namespace cannot nest values deeply enough to overflow a
+/// stack.
 const SHALLOW: usize = 8 << 10;
 
-/// Steps that a template may take over so many parts (messages of a conversation) of so many bytes in all. A step also
-/// pays for 64 bytes that are written or copied, so that this bounds the output, too. Models' templates take up to two
-/// hundred steps for a message, and copy it six times. Some things that minijinja does grow with the square of the steps:
-/// with these, they take seconds.
+/// Returns the number of steps that a template may take for `parts` parts (messages of a conversation) of `bytes` bytes
+/// in total. A step also covers 64 written or copied bytes, so that the output is bounded too. Models' templates take
+/// up to two hundred steps per message, and copy it six times. The time of some operations of minijinja grows with the
+/// square of the number of steps; with this budget, they take seconds.
 pub fn budget(parts: usize, bytes: usize) -> u64 {
     30_000 + 500 * parts as u64 + bytes as u64 / 4
 }
 
-/// Where templates are parsed and filled in. Whoever fills one in sets the fuel.
+/// Returns the environment in which templates are parsed and rendered. The caller sets the fuel.
 pub fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_formatter(emit);
@@ -47,20 +49,20 @@ pub fn environment() -> Environment<'static> {
     environment
 }
 
-/// Checks that `source` may be a template.
+/// Checks the size of the template `source`.
 ///
 /// # Errors
-/// When it is longer than any is.
+/// If it has more than [`LONGEST`] bytes.
 pub fn check(source: &str) -> Result<()> {
     let length = source.len();
-    ensure!(length <= LONGEST, "it has {length} bytes, and {LONGEST} are the most that a template may have");
+    ensure!(length <= LONGEST, "it has {length} bytes, but a template may have at most {LONGEST}");
     Ok(())
 }
 
-/// Fills in a short template of a person's own, in which every name must be there.
+/// Renders a user's short template, in which undefined names are errors.
 ///
 /// # Errors
-/// Syntax that is no Jinja, a name that is not there, or a template that does not come to an end.
+/// If the template is too large, has a syntax error, uses an undefined name, or exceeds its budget.
 pub fn fill_text(source: &str, values: Value) -> Result<String> {
     const NAME: &str = "text";
     check(source)?;
@@ -76,16 +78,16 @@ pub fn fill_text(source: &str, values: Value) -> Result<String> {
     fill(environment, NAME, values)
 }
 
-/// Fills in the template called `name` of an environment of this module's, which has been given a [`budget`].
+/// Renders the template `name` of an [`environment`] whose fuel is a [`budget`].
 ///
 /// # Errors
-/// What the template stumbles over, or that it does not come to an end.
+/// Returns the template's error, or an error if it exceeds its budget or the timeout.
 pub fn fill(environment: Environment<'static>, name: &'static str, values: Value) -> Result<String> {
     let steps = environment.fuel().and_then(|steps| usize::try_from(steps).ok()).unwrap_or(usize::MAX);
     let stack = steps.saturating_mul(STACK_PER_STEP).clamp(*STACK.start(), *STACK.end());
     let worker = Worker::with(stack)?;
     let (said, heard) = sync_channel(1);
-    // The listener may have given up.
+    // Sending fails if the receiver has timed out.
     worker.give(Box::new(move || drop(said.send(render(&environment, name, values)))))?;
     for _ in 0..PATIENCE {
         match heard.recv_timeout(MOMENT) {
@@ -93,7 +95,7 @@ pub fn fill(environment: Environment<'static>, name: &'static str, values: Value
                 worker.rest();
                 return filled;
             }
-            Err(RecvTimeoutError::Disconnected) => bail!("the template engine broke down"),
+            Err(RecvTimeoutError::Disconnected) => bail!("internal error: the template engine panicked"),
             Err(RecvTimeoutError::Timeout) => {}
         }
     }
@@ -102,24 +104,24 @@ pub fn fill(environment: Environment<'static>, name: &'static str, values: Value
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// A thread that fills templates in, one after another: to start a thread takes ten times as long as most templates. It ends
-/// once it is dropped and its job, if it has one, is done.
+/// A thread that renders templates one after another, because starting a thread takes ten times as long as most
+/// templates. The thread ends once the worker is dropped and its job is done.
 struct Worker {
-    /// Bytes of its stack.
+    /// Stack size in bytes.
     stack: usize,
     jobs: SyncSender<Job>,
 }
 
 /// Workers without a job.
 static IDLE: Mutex<Vec<Worker>> = Mutex::new(Vec::new());
-/// Most workers that are kept without a job.
+/// Maximum number of idle workers.
 const MOST_IDLE: usize = 64;
 
 impl Worker {
     /// Returns an idle worker with a stack of at least `stack` bytes, or starts one.
     ///
     /// # Errors
-    /// The system's limits on threads and memory, with the remedy.
+    /// If the system's limits on threads or memory prevent it; the error has the remedy.
     fn with(stack: usize) -> Result<Self> {
         let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
         let fitting = idle.iter().position(|worker| worker.stack >= stack);
@@ -139,10 +141,10 @@ impl Worker {
     }
 
     fn give(&self, job: Job) -> Result<()> {
-        self.jobs.send(job).map_err(|_| anyhow!("the template engine broke down"))
+        self.jobs.send(job).map_err(|_| anyhow!("internal error: the template engine panicked"))
     }
 
-    /// Keeps the worker for the next template.
+    /// Returns the worker to the idle ones.
     fn rest(self) {
         let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < MOST_IDLE {
@@ -155,24 +157,24 @@ fn render(environment: &Environment<'static>, name: &str, values: Value) -> Resu
     environment.get_template(name).and_then(|template| template.render(values)).map_err(|error| told(&error))
 }
 
-/// Writes a value out if it can be paid for. Minijinja charges for what was written, which is late for a list that holds
-/// another twice, and so on: that is short to build and endless to write.
+/// Writes a value if the fuel suffices. Minijinja charges fuel only after writing, which is too late for a list that
+/// contains another list twice, and so on: such a value is cheap to build, but its string form is exponentially long.
 fn emit(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
     affordable(state, value)?;
     minijinja::escape_formatter(out, state, value)
 }
 
-/// Checks that the fuel that is left pays for the written form of `value`.
+/// Checks that the remaining fuel covers the string form of `value`.
 ///
 /// # Errors
-/// It does not.
+/// [`ErrorKind::OutOfFuel`] if it does not.
 pub fn affordable(state: &State<'_, '_>, value: &Value) -> Result<(), Error> {
     let plain = !matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::Iterable | ValueKind::Plain);
     let Some((_, left)) = state.fuel_levels().filter(|_| !plain) else { return Ok(()) };
     write!(Counted(left.saturating_mul(BYTES_PER_STEP)), "{value}").map_err(|_| ErrorKind::OutOfFuel.into())
 }
 
-/// Takes so many bytes, and keeps none.
+/// A writer that counts down a number of bytes, discards them, and fails when the number is exceeded.
 struct Counted(u64);
 
 impl fmt::Write for Counted {
@@ -184,11 +186,11 @@ impl fmt::Write for Counted {
 
 fn endless() -> anyhow::Error {
     anyhow!(
-        "it takes so many steps, or writes so much, that it may never end; shorten what it is filled in with, or give another template (a model's stands in its chat_template.jinja)"
+        "it takes too many steps, or writes too much, and may never end; shorten its input, or use another template (a model's is in its chat_template.jinja)"
     )
 }
 
-/// What went wrong, in as many words as a person will read.
+/// Returns the error with its causes, truncated to [`LONGEST_ERROR`] characters.
 fn told(error: &Error) -> anyhow::Error {
     let mut causes = vec![error.to_string()];
     let mut spent = error.kind() == ErrorKind::OutOfFuel;
@@ -211,12 +213,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_persons_own_template_is_held_to_the_same() {
+    fn a_user_s_template_has_the_same_limits() {
         assert_eq!(fill_text("{{ a }}!", context! { a => 1 }).unwrap(), "1!");
         for (source, words) in [
             ("{{ b }}", "undefined"),
             ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "never end"),
-            ("{% for a in range(99999) %}{{ a }}{% endfor %}", "writes so much"),
+            ("{% for a in range(99999) %}{{ a }}{% endfor %}", "writes too much"),
             ("{% include 'Cargo.toml' %}", "template not found"),
         ] {
             let error = format!("{:#}", fill_text(source, context! { a => 1 }).unwrap_err());

@@ -1,4 +1,4 @@
-//! What a person reads: standard output, and text in which no control character of a model or a server is left. A leaf.
+//! Standard output and log output, with the control characters in texts of models and servers escaped.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -6,13 +6,13 @@ use std::io::{ErrorKind, IsTerminal, Write};
 
 use anyhow::{Context, Result};
 
-/// Prints a line on standard output, control characters escaped, and returns an error where it cannot be written.
+/// Prints a line on standard output with control characters escaped. Returns an error if it cannot be written.
 #[macro_export]
 macro_rules! out {
     ($($text:tt)*) => { $crate::util::terminal::print(&format!($($text)*)) };
 }
 
-/// Prints a line of JSON on standard output, and returns an error where it cannot be written.
+/// Prints a line of JSON on standard output. Returns an error if it cannot be written.
 #[macro_export]
 macro_rules! out_json {
     ($value:expr) => {
@@ -20,11 +20,11 @@ macro_rules! out_json {
     };
 }
 
-/// Exit status of a program whose reader of standard output went away: 128 and the number of SIGPIPE, as a shell reports
-/// it of programs that end by that signal.
+/// Exit status after standard output was closed by its reader: 128 + SIGPIPE, as shells report for programs that end by
+/// that signal.
 pub const CLOSED: u8 = 141;
 
-/// Standard output has no reader any more.
+/// Error of writing to a standard output that its reader has closed.
 #[derive(Debug)]
 pub struct Closed;
 
@@ -36,12 +36,12 @@ impl fmt::Display for Closed {
 
 impl std::error::Error for Closed {}
 
-/// `text` as a terminal may be given it: control characters, but for line feeds and tabs, become escapes such as `\\u{1b}`.
+/// Returns `text` with control characters, except for line feeds and tabs, replaced by escapes such as `\\u{1b}`.
 pub fn plain(text: &str) -> Cow<'_, str> {
     escaped(text, |c| c == '\n' || c == '\t')
 }
 
-/// `text` with its control characters escaped, but for those that `keep` names.
+/// Returns `text` with control characters escaped, except for those for which `keep` is true.
 fn escaped(text: &str, keep: impl Fn(char) -> bool) -> Cow<'_, str> {
     let harmful = |c: char| c.is_control() && !keep(c);
     if !text.contains(harmful) {
@@ -54,32 +54,31 @@ fn escaped(text: &str, keep: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
-/// A JSON text in which the control characters that JSON allows in a string (delete, and those of Unicode's second block)
-/// are escaped too.
+/// Escapes the control characters that JSON allows unescaped in strings (U+007F to U+009F) in the JSON text `text`.
 pub fn plain_json(text: &str) -> Cow<'_, str> {
     if !text.contains(char::is_control) {
         return Cow::Borrowed(text);
     }
     let mut safe = String::with_capacity(text.len() + 16);
     for c in text.chars() {
-        // The others stand between values, as line ends.
+        // Other control characters occur only between values, as line ends.
         if matches!(c, '\u{7f}'..='\u{9f}') { safe += &format!("\\u{:04x}", u32::from(c)) } else { safe.push(c) }
     }
     Cow::Owned(safe)
 }
 
-/// Prints `text` and a line feed on standard output; control characters are escaped.
+/// Prints `text` and a line feed on standard output with control characters escaped.
 ///
 /// # Errors
-/// [`Closed`] where nobody reads it any more; what else keeps it from being written.
+/// [`Closed`] if the reader has closed standard output; other I/O errors of writing.
 pub fn print(text: &str) -> Result<()> {
     write(&plain(text))
 }
 
-/// Prints `value` as JSON and a line feed on standard output.
+/// Prints the JSON value `value` and a line feed on standard output.
 ///
 /// # Errors
-/// As [`print`].
+/// See [`print`].
 pub fn print_json(value: &impl fmt::Display) -> Result<()> {
     write(&plain_json(&value.to_string()))
 }
@@ -92,12 +91,12 @@ fn write(text: &str) -> Result<()> {
     }
 }
 
-/// Standard error for log lines, without the control characters of what they tell.
+/// A writer of log lines to standard error that escapes control characters.
 #[derive(Debug, Clone, Copy)]
 pub struct LogLines {
-    /// Whether lines are JSON.
+    /// True if lines are JSON.
     pub json: bool,
-    /// Whether the log has colours of its own. The library that makes them escapes those that it is given.
+    /// True if the logging library adds colours. It escapes the control characters of its input itself.
     pub colours: bool,
 }
 
@@ -116,7 +115,7 @@ impl Write for LogLines {
     }
 }
 
-/// Whether standard error may be coloured: it is a terminal, and `NO_COLOR` is not set.
+/// Returns whether standard error may be coloured: it is a terminal, and `NO_COLOR` is not set.
 pub fn colours() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
@@ -130,7 +129,7 @@ mod tests {
         assert_eq!(
             escaped("\u{1b}[2ma\r\u{1b}[0m", |c| c == '\u{1b}'),
             "\u{1b}[2ma\\r\u{1b}[0m",
-            "a log's own colours"
+            "colours of the logging library are kept"
         );
         let text = "a\tb\nä – 漢\u{a0}";
         assert_eq!(plain(text), text);
@@ -138,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn json_stays_json_of_the_same_value() {
+    fn escaped_json_has_the_same_value() {
         let value = serde_json::json!({ "text": "\u{1b}[2J\u{9b}\u{7f}\n" });
         let text = value.to_string();
         let safe = plain_json(&text);

@@ -48,7 +48,7 @@ export const CHECKS = {
   "faults are told": async (visit) => {
     const page = await visit.open((await visit.node(SCENARIOS.many)).url);
     await says(page, "#vitals", /2 restarts, 1 step not finite, 14 masked groups/);
-    await says(page, "#controller", /rollout 24 of 1 to 32; last move -8/);
+    await says(page, "#controller", /rollout 24 of 1 to 32; last change -8/);
   },
 
   "the bottleneck stands there in words, with the setting that relieves it": async (visit) => {
@@ -77,9 +77,9 @@ export const CHECKS = {
     await says(page, "#headline", /label limits/);
     assert.equal(await page.locator("#stalled").isVisible(), false);
     node.world.stalled = true;
-    await says(page, "#stalled", /The run stands still: label-0 \(at work\) holds it, and nothing has moved for 2 min/);
-    await says(page, "#graph", /stands still/);
-    assert.match(await page.title(), /stands still/);
+    await says(page, "#stalled", /No progress for 2 min: the run is blocked in label-0 \(at work\)/);
+    await says(page, "#graph", /stalled/);
+    assert.match(await page.title(), /is stalled/);
     node.world.stalled = false;
     await page.locator("#stalled").waitFor({ state: "hidden" });
   },
@@ -312,7 +312,7 @@ export const CHECKS = {
     visit.expected.push(/status of 401/);
     const node = await visit.node({ token: "a-token-of-sixteen" });
     const page = await visit.open(node.url);
-    await says(page, "#token-form", /asks for its bearer token/);
+    await says(page, "#token-form", /requires its bearer token/);
     assert.equal(await page.evaluate(() => document.activeElement.id), "token", "the field has the focus");
     const before = count(node, "/status");
     await page.waitForTimeout(3000);

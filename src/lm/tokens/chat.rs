@@ -482,7 +482,7 @@ mod tests {
                 "{% set x = 'x' * 9999999 %}{% for i in range(99999) %}{{ x.count('y') }}{% endfor %}".into(),
                 "may never end",
             ),
-            ("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}".into(), "writes so much"),
+            ("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}".into(), "writes too much"),
             ("x".repeat(template::LONGEST + 1), "has 65537 bytes"),
         ] {
             let error =

@@ -46,8 +46,8 @@ pub struct Setting {
     pub why: String,
 }
 
-/// Returns the bottleneck of a run with the time shares `shares`, on a machine with `cores` cores. `None` before any role has
-/// worked.
+/// Returns the bottleneck of a run with the time shares `shares`, on a machine with `cores` cores. `None` before any
+/// role has worked.
 pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize) -> Option<Diagnosis> {
     let mut by_work: Vec<&RoleShare> = shares.iter().filter(|share| share.busy > 0.0).collect();
     by_work.sort_by(|a, b| b.busy.total_cmp(&a.busy));

@@ -1,7 +1,7 @@
 //! The HTTP server's connections: their number, their time limits, and the eviction of old ones for new ones.
 //!
-//! Any client that reaches the port can open connections without a token. Each takes a file descriptor, and checkpoints and
-//! judges need descriptors too, so the server limits the number of connections to a small part of them.
+//! Any client that reaches the port can open connections without a token. Each takes a file descriptor, and checkpoints
+//! and judges need descriptors too, so the server limits the number of connections to a small part of them.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,17 +32,17 @@ const HEAD_BYTES: usize = 16 << 10;
 /// Pause after the system has failed to accept a connection for lack of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Returns the maximum number of concurrent connections: an eighth of the file descriptors that the process may open, from 4
-/// to 256.
+/// Returns the maximum number of concurrent connections: an eighth of the file descriptors that the process may open,
+/// from 4 to 256.
 pub(super) fn most() -> usize {
     (descriptors::limit() / 8).clamp(4, 256)
 }
 
 /// Serves the connections of `listener` with `router`, at most `most` concurrently, until the program ends.
 ///
-/// A connection beyond that evicts the oldest connection whose client has not sent a request, or, if all have sent one, the
-/// oldest connection. A client that sends and reads without delay is served in milliseconds, so it is served even while
-/// others hold as many connections as they can.
+/// A connection beyond that evicts the oldest connection whose client has not sent a request, or, if all have sent one,
+/// the oldest connection. A client that sends and reads without delay is served in milliseconds, so it is served even
+/// while others hold as many connections as they can.
 pub(super) async fn accept(listener: TcpListener, router: Router, most: usize) {
     let places = Arc::new(Semaphore::new(most));
     let open = Arc::new(Open::default());
@@ -85,8 +85,8 @@ async fn answer(stream: TcpStream, router: Router, asked: &AtomicBool) {
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_buf_size(HEAD_BYTES)
-        // One request per connection: an idle connection never occupies a place, and no client sends a request on a connection
-        // that is being closed.
+        // One request per connection: an idle connection never occupies a place, and no client sends a request on a
+        // connection that is being closed.
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
     if let Err(error) = served.await {

@@ -1,5 +1,5 @@
-//! The host names that a node accepts, against DNS rebinding: a foreign web page can make its own host name resolve to this
-//! machine and then read the node's responses. The browser's `Host` header still carries the page's name.
+//! The host names that a node accepts, against DNS rebinding: a foreign web page can make its own host name resolve to
+//! this machine and then read the node's responses. The browser's `Host` header still carries the page's name.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -20,8 +20,9 @@ impl Hosts {
         Self(names.iter().map(|name| name.to_ascii_lowercase()).collect())
     }
 
-    /// Returns the first host name for which a request must be refused, or `None`. Each host in the request's URI and `Host`
-    /// headers must be an IP address, `localhost` or an accepted name. A request without any does not come from a browser.
+    /// Returns the first host name for which a request must be refused, or `None`. Each host in the request's URI and
+    /// `Host` headers must be an IP address, `localhost` or an accepted name. A request without any does not come from
+    /// a browser.
     fn refused(&self, uri: &Uri, headers: &HeaderMap) -> Option<String> {
         let header = headers.get_all(header::HOST).iter();
         let header = header.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());

@@ -15,11 +15,12 @@ const SHORTEST: usize = 16;
 pub struct Token([u8; 32]);
 
 impl Token {
-    /// Reads the token from the environment variable that `serve.token_env` names. Returns `None` if the server is disabled
-    /// or no variable is named.
+    /// Reads the token from the environment variable that `serve.token_env` names. Returns `None` if the server is
+    /// disabled or no variable is named.
     ///
     /// # Errors
-    /// If the variable is not set, or its value is too short or not allowed in a header. The error never contains the token.
+    /// If the variable is not set, or its value is too short or not allowed in a header. The error never contains the
+    /// token.
     pub fn from_env(serve: &Serve) -> Result<Option<Self>> {
         let Some(name) = serve.token_env.as_ref().filter(|_| serve.enabled) else { return Ok(None) };
         let value = std::env::var_os(name).filter(|value| !value.is_empty()).with_context(|| {

@@ -1,8 +1,8 @@
 //! Advantages from rewards and values.
 
-/// Returns (Â, Â + V) of one completion by generalised advantage estimation (Schulman et al. 2016, eq. 11–16):
-/// δ_t = r_t + γ·V_{t+1} − V_t, Â_t = δ_t + γλ·Â_{t+1}, with V and Â zero after the last token. `rewards` and `values` have one
-/// entry per token.
+/// Returns (Â, Â + V) of one completion by generalised advantage estimation (Schulman et al. 2016, eq. 11–16): δ_t =
+/// r_t + γ·V_{t+1} − V_t, Â_t = δ_t + γλ·Â_{t+1}, with V and Â zero after the last token. `rewards` and `values` have
+/// one entry per token.
 pub fn gae(rewards: &[f64], values: &[f32], gamma: f64, lambda: f64) -> (Vec<f32>, Vec<f32>) {
     let (mut next_value, mut tail) = (0.0, 0.0);
     let mut advantages = vec![0f32; rewards.len()];
@@ -16,7 +16,8 @@ pub fn gae(rewards: &[f64], values: &[f32], gamma: f64, lambda: f64) -> (Vec<f32
     (advantages, returns)
 }
 
-/// Returns leave-one-out advantages: R_i minus the mean of the other returns (Ahmadian et al. 2024). Zero for a group of one.
+/// Returns leave-one-out advantages: R_i minus the mean of the other returns (Ahmadian et al. 2024). Zero for a group
+/// of one.
 pub fn leave_one_out(returns: &[f64]) -> Vec<f64> {
     let n = returns.len() as f64;
     let total: f64 = returns.iter().sum();
@@ -41,14 +42,14 @@ pub fn whiten<'a>(values: impl Iterator<Item = &'a mut f32>) {
     }
 }
 
-/// Returns the deviation below which values of the magnitude `largest` count as equal: the rounding of f32, in which models
-/// compute.
+/// Returns the deviation below which values of the magnitude `largest` count as equal: the rounding of f32, in which
+/// models compute.
 fn rounding(largest: f64) -> f64 {
     f64::from(f32::EPSILON) * largest.abs()
 }
 
-/// Returns the mean and the sample standard deviation. The latter is zero for fewer than two values, and for values that are
-/// equal up to the rounding of f32.
+/// Returns the mean and the sample standard deviation. The latter is zero for fewer than two values, and for values
+/// that are equal up to the rounding of f32.
 pub fn moments(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
     let n = values.clone().count() as f64;
     if n == 0.0 {

@@ -2,8 +2,8 @@
 
 /// Importance weights of tokens that were sampled by older weights than the learner's.
 ///
-/// The ratio is π/μ, where π is the policy being trained or, if the loss is clipped, the proximal policy π_prox: the learner's
-/// weights when the batch arrived (decoupled PPO, Fu et al. 2025, AReaL, §5.2).
+/// The ratio is π/μ, where π is the policy being trained or, if the loss is clipped, the proximal policy π_prox: the
+/// learner's weights when the batch arrived (decoupled PPO, Fu et al. 2025, AReaL, §5.2).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Correction {
     /// Level at which the ratio is computed.

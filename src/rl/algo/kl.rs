@@ -59,7 +59,8 @@ impl Kl {
         (1.0 - self.coef) * reward
     }
 
-    /// Returns the penalty in the reward of a token with the log-probability `policy`. Zero if the penalty is in the loss.
+    /// Returns the penalty in the reward of a token with the log-probability `policy`. Zero if the penalty is in the
+    /// loss.
     pub fn in_reward(&self, policy: f32, reference: f32) -> f64 {
         match self.place {
             Place::Reward => self.coef * self.estimator.value(policy, reference),

@@ -1,11 +1,11 @@
-//! Online direct preference optimisation (Guo et al. 2024, OAIF): both completions of a pair are sampled from the policy and
-//! labeled during training.
+//! Online direct preference optimisation (Guo et al. 2024, OAIF): both completions of a pair are sampled from the
+//! policy and labeled during training.
 
 use super::preference::soft_label;
 use super::{Algorithm, GroupLoss, GroupView, Targets};
 
-/// Online DPO. Δ_i = Σ_t log π(a_t)/π_ref(a_t); L = −p·log σ(β(Δ₁ − Δ₂)) − (1−p)·log σ(−β(Δ₁ − Δ₂)), summed over the group's
-/// pairs (Rafailov et al. 2023, eq. 7, in the soft form for a label P(first is better) = p).
+/// Online DPO. Δ_i = Σ_t log π(a_t)/π_ref(a_t); L = −p·log σ(β(Δ₁ − Δ₂)) − (1−p)·log σ(−β(Δ₁ − Δ₂)), summed over the
+/// group's pairs (Rafailov et al. 2023, eq. 7, in the soft form for a label P(first is better) = p).
 ///
 /// With [`DpoLoss::Ipo`], Δ_i is a mean over tokens and L = p·(Δ₁ − Δ₂ − 1/2β)² + (1−p)·(Δ₁ − Δ₂ + 1/2β)² (Azar et al.
 /// 2023, eq. 17).

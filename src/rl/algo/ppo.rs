@@ -4,8 +4,9 @@
 use super::advantage::gae;
 use super::{Algorithm, GroupLoss, GroupView, Surrogate, Targets};
 
-/// PPO. r_t = −β·log(π_prox/π_ref)(a_t) + 1[t=T]·(1−β)·R (with the k1 estimator and the KL penalty in the reward); Â by GAE;
-/// G = Â + V_old. The policy loss is that of the [`Surrogate`]; L_V = Σ_t ½·max((V − G)², (clip(V, V_old ± ε_V) − G)²).
+/// PPO. r_t = −β·log(π_prox/π_ref)(a_t) + 1[t=T]·(1−β)·R (with the k1 estimator and the KL penalty in the reward); Â by
+/// GAE; G = Â + V_old. The policy loss is that of the [`Surrogate`]; L_V = Σ_t ½·max((V − G)², (clip(V, V_old ± ε_V) −
+/// G)²).
 #[derive(Debug, Clone)]
 pub struct Ppo {
     /// Discount γ.
@@ -58,7 +59,8 @@ impl Ppo {
     }
 }
 
-/// Returns the clipped value loss ½·max((V − G)², (clip(V, V_old ± `bound`) − G)²) and its derivative with respect to V.
+/// Returns the clipped value loss ½·max((V − G)², (clip(V, V_old ± `bound`) − G)²) and its derivative with respect to
+/// V.
 pub fn clipped_value(value: f32, target: f32, old: f32, bound: f64) -> (f64, f64) {
     let (value, target, old) = (f64::from(value), f64::from(target), f64::from(old));
     let clipped = value.clamp(old - bound, old + bound);

@@ -1,10 +1,10 @@
 //! The loss of a soft preference label, for reward models and preference optimisation.
 
-/// Returns the loss of a compared pair and its derivative. The first completion is better with probability `p`, and `x` is the
-/// model's margin for it: L = −p·log σ(x) − (1−p)·log σ(−x), dL/dx = σ(x) − p.
+/// Returns the loss of a compared pair and its derivative. The first completion is better with probability `p`, and `x`
+/// is the model's margin for it: L = −p·log σ(x) − (1−p)·log σ(−x), dL/dx = σ(x) − p.
 ///
-/// With x = r₁ − r₂, this is the cross-entropy between the soft label and softmax(r₁, r₂) (Lee et al. 2023, §2.2). With p = 1,
-/// it is the Bradley-Terry loss of human preferences.
+/// With x = r₁ − r₂, this is the cross-entropy between the soft label and softmax(r₁, r₂) (Lee et al. 2023, §2.2). With
+/// p = 1, it is the Bradley-Terry loss of human preferences.
 pub fn soft_label(x: f64, p: f64) -> (f64, f64) {
     // −log σ(x) = log(1 + e^−x), in a form that does not overflow.
     let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();

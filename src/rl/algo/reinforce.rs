@@ -2,8 +2,8 @@
 
 use super::{Algorithm, GroupLoss, GroupView, Surrogate, Targets};
 
-/// REINFORCE with a value baseline. r_t = −β·log(π_prox/π_ref)(a_t) + 1[t=T]·(1−β)·R (with the k1 estimator and the KL penalty
-/// in the reward); Z_t = Σ_{s≥t} r_s; A_t = Z_t − V_t; L = −Σ_t w_t·A_t·log π(a_t); L_V = Σ_t (Z_t − V_t)².
+/// REINFORCE with a value baseline. r_t = −β·log(π_prox/π_ref)(a_t) + 1[t=T]·(1−β)·R (with the k1 estimator and the KL
+/// penalty in the reward); Z_t = Σ_{s≥t} r_s; A_t = Z_t − V_t; L = −Σ_t w_t·A_t·log π(a_t); L_V = Σ_t (Z_t − V_t)².
 #[derive(Debug, Clone)]
 pub struct Reinforce {
     /// The policy loss.

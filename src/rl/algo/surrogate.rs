@@ -6,9 +6,9 @@ use super::{GroupLoss, GroupView};
 
 /// The surrogate policy loss as a function of advantages, with its gradients.
 ///
-/// Without a clip, it is the policy gradient loss L = −Σ_t w_t·A_t·log π(a_t) with w_t detached. With a clip, it is the PPO loss
-/// (Schulman et al. 2017, eq. 7) L = −Σ_t w_t·min(u_t·A_t, clip(u_t)·A_t), where u = π/μ and w = 1 without a correction, and
-/// u = π/π_prox and w = π_prox/μ with one (decoupled PPO).
+/// Without a clip, it is the policy gradient loss L = −Σ_t w_t·A_t·log π(a_t) with w_t detached. With a clip, it is the
+/// PPO loss (Schulman et al. 2017, eq. 7) L = −Σ_t w_t·min(u_t·A_t, clip(u_t)·A_t), where u = π/μ and w = 1 without a
+/// correction, and u = π/π_prox and w = π_prox/μ with one (decoupled PPO).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Surrogate {
     /// Clip range of the ratio, or `None` for no clipping.
@@ -94,8 +94,8 @@ impl Surrogate {
         slopes
     }
 
-    /// Adds the loss −w·min(u·A, clip(u)·A) of completion `i` to `out`, and returns its gradient with respect to log π. Clipped
-    /// tokens have a zero gradient.
+    /// Adds the loss −w·min(u·A, clip(u)·A) of completion `i` to `out`, and returns its gradient with respect to log π.
+    /// Clipped tokens have a zero gradient.
     fn clipped(
         &self,
         clip: &Clip,
@@ -127,8 +127,9 @@ impl Surrogate {
         slopes
     }
 
-    /// Adds the KL penalty β·w·u·k of completion `i` to `out` and its gradient to `slopes`. The ratio u = π/anchor is not
-    /// detached, so that the gradient is that of KL(π‖π_ref) regardless of the sampling weights (DeepSeek-V3.2, §3.1).
+    /// Adds the KL penalty β·w·u·k of completion `i` to `out` and its gradient to `slopes`. The ratio u = π/anchor is
+    /// not detached, so that the gradient is that of KL(π‖π_ref) regardless of the sampling weights (DeepSeek-V3.2,
+    /// §3.1).
     fn charge(&self, group: &GroupView<'_>, i: usize, slopes: &mut [f64], out: &mut GroupLoss) {
         let (policy, reference, anchor) = (&group.policy[i], &group.reference[i], self.anchor(group, i));
         let share = self.average.of_token(policy.len());

@@ -30,10 +30,11 @@ pub fn share(successes: usize, trials: usize) -> Estimate {
 
 /// Returns the mean of values in [0, 1], such as wins with ties as one half, with a confidence interval.
 ///
-/// The interval is Wilson's for a share of the same size out of n·p(1−p)/s² items (Kish's effective sample size): the number
-/// of wins and losses whose mean would vary as much as that of these values. Without ties, it is the interval of [`share`];
-/// with ties, it is narrower, because a tie is nearer to the mean than a win. Unlike a bootstrap, it needs no random draws, and
-/// it is not degenerate if all values are 1. If all values are equal, their variance is unknown, and n items are assumed.
+/// The interval is Wilson's for a share of the same size out of n·p(1−p)/s² items (Kish's effective sample size): the
+/// number of wins and losses whose mean would vary as much as that of these values. Without ties, it is the interval of
+/// [`share`]; with ties, it is narrower, because a tie is nearer to the mean than a win. Unlike a bootstrap, it needs
+/// no random draws, and it is not degenerate if all values are 1. If all values are equal, their variance is unknown,
+/// and n items are assumed.
 pub fn mean(values: &[f64]) -> Estimate {
     let n = values.len() as f64;
     if values.is_empty() {
@@ -76,8 +77,8 @@ pub struct Difference {
 
 /// Compares two accuracies. `right` tells for each item whether A and whether B was correct.
 ///
-/// The interval is that of Bonett & Price (2012): Wald's interval after adding one item to each side, which keeps its coverage
-/// when A and B rarely disagree.
+/// The interval is that of Bonett & Price (2012): Wald's interval after adding one item to each side, which keeps its
+/// coverage when A and B rarely disagree.
 pub fn difference(right: &[(bool, bool)]) -> Difference {
     let n = right.len() as f64;
     let only_a = right.iter().filter(|(a, b)| *a && !b).count();
@@ -95,8 +96,8 @@ pub fn difference(right: &[(bool, bool)]) -> Difference {
     }
 }
 
-/// Returns the p-value of McNemar's exact test: twice the probability that a fair coin shows its rarer side at most this often,
-/// and at most 1.
+/// Returns the p-value of McNemar's exact test: twice the probability that a fair coin shows its rarer side at most
+/// this often, and at most 1.
 fn mcnemar(only_a: usize, only_b: usize) -> f64 {
     let (tosses, rarer) = ((only_a + only_b) as f64, only_a.min(only_b));
     // In logarithms, because 2^−tosses underflows from 1,075 tosses on.

@@ -30,13 +30,13 @@ pub struct LengthControlled {
 
 /// Fits P(win) = σ(a + b·ln(length / other)) by maximum likelihood and returns the win rate at ratio 1, σ(a).
 ///
-/// The paper regresses on the ratio. The logarithm is used here for symmetry: exchanging the two policies gives one minus the
-/// rate. The interval is that of the delta method for a, transformed by σ, so that it is within [0, 1]. Ties make it wider than
-/// necessary.
+/// The paper regresses on the ratio. The logarithm is used here for symmetry: exchanging the two policies gives one
+/// minus the rate. The interval is that of the delta method for a, transformed by σ, so that it is within [0, 1]. Ties
+/// make it wider than necessary.
 ///
 /// # Errors
-/// If a win is not a probability, a length is not above zero, or no finite fit exists: all comparisons have the same length
-/// ratio, or length separates wins from losses perfectly.
+/// If a win is not a probability, a length is not above zero, or no finite fit exists: all comparisons have the same
+/// length ratio, or length separates wins from losses perfectly.
 pub fn length_controlled(comparisons: &[Comparison]) -> Result<LengthControlled> {
     for (i, one) in comparisons.iter().enumerate() {
         ensure!((0.0..=1.0).contains(&one.win), "comparison {i}: a win of {} is not a probability", one.win);
@@ -56,8 +56,8 @@ pub fn length_controlled(comparisons: &[Comparison]) -> Result<LengthControlled>
     Ok(LengthControlled { rate: Estimate { value: Some(value), low, high, count: points.len() }, slope })
 }
 
-/// Checks that a finite fit exists, which requires that wins and losses overlap in length ratio (Albert & Anderson 1984). A
-/// partial win counts as both.
+/// Checks that a finite fit exists, which requires that wins and losses overlap in length ratio (Albert & Anderson
+/// 1984). A partial win counts as both.
 fn check_overlap(points: &[(f64, f64)]) -> Result<()> {
     let range = |kept: fn(f64) -> bool| {
         let kept = points.iter().filter(|(_, win)| kept(*win)).map(|(x, _)| *x);

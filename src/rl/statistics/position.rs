@@ -41,8 +41,8 @@ pub struct Pair {
 /// Position bias and alignment of a labeler on a set of pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Positions {
-    /// AI labeler alignment: share of pairs on which the preference averaged over both orders agrees with the person's choice.
-    /// Pairs without a person's choice and exact ties are excluded.
+    /// AI labeler alignment: share of pairs on which the preference averaged over both orders agrees with the person's
+    /// choice. Pairs without a person's choice and exact ties are excluded.
     pub alignment: Estimate,
     /// Alignment in order AB only.
     pub alignment_ab: Estimate,
@@ -50,8 +50,8 @@ pub struct Positions {
     pub alignment_ba: Estimate,
     /// Number of pairs whose preference averaged over both orders is an exact tie, which is neither correct nor wrong.
     pub ties: usize,
-    /// Numbers of pairs by preferred position, indexed `[order AB][order BA]`; 0 is the position shown first, 1 the second. The
-    /// diagonal holds the pairs whose preferred answer changes with the order.
+    /// Numbers of pairs by preferred position, indexed `[order AB][order BA]`; 0 is the position shown first, 1 the
+    /// second. The diagonal holds the pairs whose preferred answer changes with the order.
     pub orders: [[usize; 2]; 2],
     /// Number of pairs with a probability of exactly ½ in one order; they are not in the table.
     pub even: usize,
@@ -119,8 +119,8 @@ fn agreement(for_a: f64, for_b: f64, human: Choice) -> Option<bool> {
 }
 
 impl Pair {
-    /// Returns whether the labeler prefers the person's choice: averaged over both orders, in order AB, and in order BA. `None`
-    /// if the labeler's preference is a tie or missing, or the person's choice is unknown.
+    /// Returns whether the labeler prefers the person's choice: averaged over both orders, in order AB, and in order
+    /// BA. `None` if the labeler's preference is a tie or missing, or the person's choice is unknown.
     pub fn right(&self) -> [Option<bool>; 3] {
         match (self.judged, self.human) {
             (Judged::Both { ab, ba }, Some(human)) if [ab, ba].iter().all(|p| (0.0..=1.0).contains(p)) => {

@@ -78,8 +78,8 @@ impl Table {
         format!("{title}{}|{}\n{body}", line(&self.head()), rule.collect::<String>())
     }
 
-    /// Returns the table as JSON: an array with one object per row, keyed by the columns' names, with unrounded numbers. A share
-    /// is an object of `value`, `low`, `high` and `count`.
+    /// Returns the table as JSON: an array with one object per row, keyed by the columns' names, with unrounded
+    /// numbers. A share is an object of `value`, `low`, `high` and `count`.
     pub fn json(&self) -> Value {
         let object = |row: &Vec<Cell>| {
             let cells = self.columns.iter().zip(row).map(|(column, cell)| (column.name.clone(), cell.json()));

@@ -146,8 +146,8 @@ impl Alignment {
         if cot { self.chosen.len().min(self.with_cot) } else { self.chosen.len() }
     }
 
-    /// Returns a text with the maximum number of questions to the judge. The actual number may be lower: answers in the label
-    /// cache are not requested again, and only correctly decided pairs are attacked.
+    /// Returns a text with the maximum number of questions to the judge. The actual number may be lower: answers in the
+    /// label cache are not requested again, and only correctly decided pairs are attacked.
     pub fn announcement(&self) -> String {
         let asked: Vec<usize> =
             self.variants.iter().map(|one| self.count(one) * questions_a_pair(&one.config)).collect();
@@ -276,8 +276,9 @@ pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<A
 type Place = (usize, Option<Choice>);
 
 impl Alignment {
-    /// Returns those of the first `count` pairs that have different answers, and the number of pairs with equal answers, which
-    /// no judge can distinguish. White space at the ends of an answer is ignored, because labelers do not see it.
+    /// Returns those of the first `count` pairs that have different answers, and the number of pairs with equal
+    /// answers, which no judge can distinguish. White space at the ends of an answer is ignored, because labelers do
+    /// not see it.
     fn distinct(&self, count: usize) -> Result<(Vec<Place>, usize)> {
         let mut found = Vec::with_capacity(count);
         for place in &self.chosen[..count] {

@@ -14,8 +14,8 @@ use crate::util::seed;
 /// Number of prompts that are answered concurrently.
 const LOT: usize = 8;
 
-/// Returns one answer to each of `prompts`. The draws are functions of `seed` and the prompt's number. Calls `told` with the
-/// number of answers so far after each batch.
+/// Returns one answer to each of `prompts`. The draws are functions of `seed` and the prompt's number. Calls `told`
+/// with the number of answers so far after each batch.
 ///
 /// # Errors
 /// If a prompt leaves no room for an answer in the model's context.

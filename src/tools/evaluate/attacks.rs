@@ -1,5 +1,5 @@
-//! Attacks on a judge: texts in a completion that make a judge prefer it wrongly, and the share of correct judgements that
-//! each of them flips.
+//! Attacks on a judge: texts in a completion that make a judge prefer it wrongly, and the share of correct judgements
+//! that each of them flips.
 
 use anyhow::Result;
 
@@ -21,8 +21,8 @@ enum How {
     Replace,
 }
 
-/// A text against a judge. `{ending}`, `{rating}`, `{first}` and `{second}` in it are replaced by the words of the judge's
-/// template (see [`TemplateSet::fields`]), because an attacker may know it.
+/// A text against a judge. `{ending}`, `{rating}`, `{first}` and `{second}` in it are replaced by the words of the
+/// judge's template (see [`TemplateSet::fields`]), because an attacker may know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attack {
     /// Name of the attack in tables.
@@ -129,13 +129,13 @@ pub(super) fn table(title: &str) -> Table {
     )
 }
 
-/// Adds to `table` a row for each attack on `labeler` and two for all of them. `before` are pairs that the labeler decided
-/// correctly, and `after` are the same pairs with each attack, in the order of [`Attacked`]. `both` is true if the labeler
-/// reads both orders.
+/// Adds to `table` a row for each attack on `labeler` and two for all of them. `before` are pairs that the labeler
+/// decided correctly, and `after` are the same pairs with each attack, in the order of [`Attacked`]. `both` is true if
+/// the labeler reads both orders.
 ///
-/// An attack flips a pair if the labeler then decides it wrongly. Ties and pairs without a judgement do not count as decided.
-/// The rate in one order covers the pairs that were correct in this order. The mean over all attacks counts each pair once, by
-/// the share of attacks that flip it, because attacks on one pair are not independent.
+/// An attack flips a pair if the labeler then decides it wrongly. Ties and pairs without a judgement do not count as
+/// decided. The rate in one order covers the pairs that were correct in this order. The mean over all attacks counts
+/// each pair once, by the share of attacks that flip it, because attacks on one pair are not independent.
 pub(super) fn rows(table: &mut Table, labeler: &str, before: &[Pair], after: &[Pair], both: bool) {
     let (count, mut shares, mut flipped_by_any) = (before.len(), vec![Vec::new(); before.len()], 0);
     let dash = || Cell::Text("–".into());
@@ -187,7 +187,8 @@ mod tests {
     use crate::lm::tokens::chat::Message;
     use crate::pipeline::label::templates::{Preamble, SHIPPED};
 
-    /// No attack adds a line that looks like a field of the template, or a control token, to the text that a judge reads.
+    /// No attack adds a line that looks like a field of the template, or a control token, to the text that a judge
+    /// reads.
     #[test]
     fn no_attack_imitates_a_shipped_template_or_writes_a_control_token() {
         let tokenizer = Tokenizer::bytes();
@@ -240,8 +241,8 @@ mod tests {
         // The second pair is correct on average and in order AB only.
         let before = [both(0.9, 0.1), both(0.9, 0.6)];
         let refused = Pair { judged: Judged::Abstained, human: Some(Choice::A) };
-        // The first attack flips the first pair and makes the second a tie. The second attack flips the second pair. The judge
-        // abstains on the rest.
+        // The first attack flips the first pair and makes the second a tie. The second attack flips the second pair.
+        // The judge abstains on the rest.
         let mut after = vec![both(0.2, 0.4), both(0.5, 0.5), both(0.9, 0.1), both(0.3, 0.9)];
         after.extend(std::iter::repeat_n(refused, 2 * (ATTACKS.len() - 2)));
         let mut table = table("");

@@ -9,8 +9,8 @@ use crate::pipeline::reward::trainer::agreement;
 use crate::rl::statistics::table::Cell;
 use crate::rl::statistics::{Table, interval};
 
-/// Scores both answers of the first `limit` pairs and returns the table of the accuracy. A margin of zero counts as one half;
-/// pairs with a label of ½ are skipped.
+/// Scores both answers of the first `limit` pairs and returns the table of the accuracy. A margin of zero counts as one
+/// half; pairs with a label of ½ are skipped.
 ///
 /// # Errors
 /// If a pair can no longer be read.

@@ -55,8 +55,8 @@ impl Questions for Contest {
     }
 }
 
-/// Judges every pair in both orders and returns the win rate. If the judge prefers the same position both times, it has no
-/// preference between the answers, and the pair is a tie. Equal answers and a probability of exactly ½ are ties too.
+/// Judges every pair in both orders and returns the win rate. If the judge prefers the same position both times, it has
+/// no preference between the answers, and the pair is a tie. Equal answers and a probability of exactly ½ are ties too.
 ///
 /// # Errors
 /// If the labeler fails more often than its restart budget allows, or gives no verdict on any pair.

@@ -1,5 +1,5 @@
-//! Performance model of a plan: the time of each stage per group, depending on threads and batch size, and the resulting
-//! throughput.
+//! Performance model of a plan: the time of each stage per group, depending on threads and batch size, and the
+//! resulting throughput.
 
 use super::plan::Plan;
 use super::{Facts, Measured, Role};
@@ -36,8 +36,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Fits a model to measurements of the stages alone: with one thread (`alone`), with one thread per core (`threaded`), and
-    /// with several groups sampled concurrently (`is_large_batch`, with their number).
+    /// Fits a model to measurements of the stages alone: with one thread (`alone`), with one thread per core
+    /// (`threaded`), and with several groups sampled concurrently (`is_large_batch`, with their number).
     pub(super) fn fit(
         facts: Facts,
         alone: &Measured,
@@ -52,7 +52,8 @@ impl Model {
             let shared = shared.clamp(0.0, one);
             Cost { serial: one - shared, shared }
         };
-        // One group takes `common + own`, and n concurrent groups take `common + n · own`. For learning, `common` is the step's.
+        // One group takes `common + own`, and n concurrent groups take `common + n · own`. For learning, `common` is
+        // the step's.
         let in_common = |role: Role| {
             large_batch.map_or(0.0, |(n, seen)| {
                 let (one, each) = (alone.work_s[role as usize], seen.work_s[role as usize]);
@@ -63,10 +64,11 @@ impl Model {
         Self { facts, costs: Role::ALL.map(cost), common, step, prompt: [0.0; 4], corrections: Vec::new() }
     }
 
-    /// Fits the dependence on the group size to the measurements of a usual group (`alone`) and of a group `times` as large.
+    /// Fits the dependence on the group size to the measurements of a usual group (`alone`) and of a group `times` as
+    /// large.
     pub(super) fn sized(&mut self, alone: &Measured, larger: &Measured, times: f64) {
-        // The times are `prompt + completions` and `prompt + times · completions`. Judging pairs grows faster than the group
-        // size, which gives a share below zero.
+        // The times are `prompt + completions` and `prompt + times · completions`. Judging pairs grows faster than the
+        // group size, which gives a share below zero.
         let share = |one: f64, larger: f64| if one > 0.0 { (times - larger / one) / (times - 1.0) } else { 0.0 };
         self.prompt = std::array::from_fn(|i| share(alone.work_s[i], larger.work_s[i]).min(1.0));
     }
@@ -83,7 +85,8 @@ impl Model {
     pub fn predict(&self, plan: &Plan) -> f64 {
         let mut weights = 0.0;
         let mut logs = 0.0;
-        // The model does not describe micro-batches, so a correction applies only to plans with the same micro-batch size.
+        // The model does not describe micro-batches, so a correction applies only to plans with the same micro-batch
+        // size.
         for (tried, ratio) in self.corrections.iter().filter(|(tried, _)| tried.micro_batch == plan.micro_batch) {
             let weight = (-distance(plan, tried)).exp2();
             weights += weight;
@@ -107,8 +110,9 @@ impl Model {
             .map(|role| self.costs[role as usize].with(1) * self.scale(role, plan))
             .sum();
         let least = (shared / cores as f64).max(pace.iter().copied().fold(0.0, f64::max));
-        // A step samples its batch in rounds of concurrent groups. Later stages overlap with later rounds, so a step takes the
-        // longer of two times: the first round with all later stages, or all rounds with the later stages of the last round.
+        // A step samples its batch in rounds of concurrent groups. Later stages overlap with later rounds, so a step
+        // takes the longer of two times: the first round with all later stages, or all rounds with the later stages of
+        // the last round.
         let side_by_side = (plan.slots / group_size).max(1) * plan.workers[0];
         let rounds = (batch as f64 / side_by_side as f64).ceil().max(1.0);
         let sampled = work[0] * (batch as f64 / plan.workers[0] as f64).max(1.0);

@@ -105,7 +105,8 @@ impl Plan {
         self.batch * self.group_size as u64
     }
 
-    /// Returns plans with larger batches, up to four times the groups of twice the size, smallest first. Includes this plan.
+    /// Returns plans with larger batches, up to four times the groups of twice the size, smallest first. Includes this
+    /// plan.
     pub(super) fn larger(&self) -> Vec<Self> {
         let sizes = [1, 2, 4].into_iter().flat_map(|n| [(n, 1), (n, 2)]);
         let larger =

@@ -1,34 +1,34 @@
-//! The limits of the control groups that this process is in, of both versions: memory and processor time.
+//! Memory and CPU limits of the process's control groups, of versions 1 and 2.
 //!
-//! A limit of any ancestor holds, so that all groups from the process's own up to the root of the mount are read. Files
-//! that are missing or unreadable set no limit.
+//! The limits of all ancestors apply, so all groups from the process's own up to the root of the mount are read.
+//! Missing or unreadable files set no limit.
 
 use std::path::{Path, PathBuf};
 
-/// Limits of the kernel's groups; `None` where there is none.
+/// Limits of control groups; `None` without a limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Limits {
-    /// The memory limit of the group with the least room.
+    /// The memory limit of the group with the least free memory.
     pub memory: Option<Memory>,
-    /// Processors' time per time, such as 1.5.
+    /// CPU quota in cores, such as 1.5.
     pub cores: Option<f64>,
 }
 
-/// A limit on memory.
+/// A memory limit of a control group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
-    /// Bytes that the group may use.
+    /// Limit in bytes.
     pub limit: u64,
-    /// Bytes that it may still take: what it uses does not include caches that the kernel can reclaim.
+    /// Free memory below the limit in bytes. Caches that the kernel can reclaim count as free.
     pub free: u64,
 }
 
-/// The limits of this process's groups.
+/// Returns the limits of this process's control groups.
 pub fn limits() -> Limits {
     read(Path::new("/"))
 }
 
-/// The limits in the file tree at `root`, whose `proc` and `sys` are laid out as the kernel's.
+/// Returns the limits in the file tree at `root`, which contains `proc` and `sys` in the kernel's layout.
 fn read(root: &Path) -> Limits {
     let text = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_default();
     let mounts = mounts(&text("proc/self/mountinfo"));
@@ -49,7 +49,7 @@ fn read(root: &Path) -> Limits {
 /// A line of `/proc/self/cgroup`.
 #[derive(Debug, PartialEq)]
 struct Group {
-    /// Its controllers; none for version 2.
+    /// Names of the controllers; empty for version 2.
     controllers: Vec<String>,
     path: String,
 }
@@ -63,14 +63,14 @@ fn groups(text: &str) -> Vec<Group> {
     text.lines().filter_map(group).collect()
 }
 
-/// A file system of control groups, from `/proc/self/mountinfo`.
+/// A mounted file system of control groups, from `/proc/self/mountinfo`.
 #[derive(Debug, PartialEq)]
 struct Mount {
-    /// The group that is at its root.
+    /// Path of the group at the root of the mount.
     root: String,
-    /// Where it is mounted.
+    /// Mount point.
     at: PathBuf,
-    /// Its controllers of version 1; none for version 2.
+    /// Controllers of version 1; empty for version 2.
     controllers: Vec<String>,
 }
 
@@ -97,7 +97,7 @@ fn mounts(text: &str) -> Vec<Mount> {
     text.lines().filter_map(mount).collect()
 }
 
-/// A field of mountinfo, whose spaces and the like are octal escapes.
+/// Decodes the octal escapes of a mountinfo field.
 fn unescaped(text: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .iter()
@@ -112,10 +112,10 @@ impl Mount {
         }
     }
 
-    /// Directories of the group at `path` and of its ancestors, up to the mount's root.
+    /// Returns the directories of the group at `path` and of its ancestors, up to the mount's root.
     fn levels(&self, root: &Path, path: &str) -> Vec<PathBuf> {
         let at = root.join(self.at.strip_prefix("/").unwrap_or(&self.at));
-        // In a container the mount shows the group's own directory as its root, or the path is outside the mount.
+        // In a container, the mount's root may be the group's own directory, or the path may be outside of the mount.
         let inside =
             path.strip_prefix(self.root.trim_end_matches('/')).filter(|rest| rest.is_empty() || rest.starts_with('/'));
         let inside = Path::new(inside.unwrap_or_default().trim_start_matches('/'));
@@ -131,7 +131,7 @@ fn number(dir: &Path, name: &str) -> Option<u64> {
     std::fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok()
 }
 
-/// The sum of `names` in a file of lines of a name and a number.
+/// Returns the sum of the entries `names` of `memory.stat` in `dir`.
 fn stat(dir: &Path, names: &[&str]) -> u64 {
     let text = std::fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
     let pairs = text.lines().filter_map(|line| line.split_once(' '));
@@ -145,14 +145,14 @@ fn memory(limit: Option<u64>, used: u64, reclaimable: u64) -> Option<Memory> {
 }
 
 fn memory_v2(dir: &Path) -> Option<Memory> {
-    // Beyond `high` the kernel throttles the group until it uses less.
+    // Above `high`, the kernel throttles the group.
     let limit = [number(dir, "memory.max"), number(dir, "memory.high")].into_iter().flatten().min();
     let used = number(dir, "memory.current")?;
     memory(limit, used, stat(dir, &["inactive_file", "active_file", "slab_reclaimable"]))
 }
 
 fn memory_v1(dir: &Path) -> Option<Memory> {
-    /// Version 1 writes a number near the largest of all for "no limit".
+    /// Version 1 represents "no limit" by a number near the maximum.
     const NONE: u64 = 1 << 60;
     let inherited = Some(stat(dir, &["hierarchical_memory_limit"])).filter(|limit| *limit > 0);
     let limit = [number(dir, "memory.limit_in_bytes"), inherited].into_iter().flatten().min();
@@ -172,7 +172,7 @@ fn cores_v2(dir: &Path) -> Option<f64> {
 }
 
 fn cores_v1(dir: &Path) -> Option<f64> {
-    // The quota is -1 where there is none.
+    // A quota of -1 means no limit.
     cores(number(dir, "cpu.cfs_quota_us")?, number(dir, "cpu.cfs_period_us")?)
 }
 
@@ -180,7 +180,7 @@ fn cores_v1(dir: &Path) -> Option<f64> {
 mod tests {
     use super::*;
 
-    /// A tree of files; returns what is read from it.
+    /// Creates a tree of files and returns the limits read from it.
     fn tree(files: &[(&str, &str)]) -> Limits {
         let dir = tempfile::tempdir().unwrap();
         for (path, text) in files {
@@ -195,7 +195,7 @@ mod tests {
         ("proc/self/mountinfo", "29 22 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n");
 
     #[test]
-    fn version_two_counts_every_ancestor_and_no_reclaimable_cache() {
+    fn version_2_considers_ancestors_and_excludes_reclaimable_cache() {
         let own = ("proc/self/cgroup", "0::/a.slice/b.service\n");
         let limits = tree(&[
             V2,
@@ -222,7 +222,7 @@ mod tests {
             ("sys/fs/cgroup/a.slice/b.service/memory.current", "900\n"),
         ]);
         assert_eq!(limits, Limits::default());
-        // More is used than the limit, after it was lowered.
+        // The limit was lowered below the usage.
         let limits = tree(&[
             V2,
             ("proc/self/cgroup", "0::/\n"),
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn version_one_is_read_by_controller() {
+    fn version_1_is_read_by_controller() {
         let mountinfo = "33 25 0:29 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n\
             34 25 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
             35 25 0:31 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n";
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_sees_its_own_group_at_the_root_of_the_mount() {
+    fn in_a_container_the_mount_root_may_be_the_own_group() {
         let files = [
             ("sys/fs/cgroup/memory/memory.limit_in_bytes", "2000"),
             ("sys/fs/cgroup/memory/memory.usage_in_bytes", "500"),
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_sets_no_limit() {
+    fn unreadable_files_set_no_limit() {
         assert_eq!(tree(&[]), Limits::default());
         let odd = [("sys/fs/cgroup/memory.max", "lots\n"), ("sys/fs/cgroup/cpu.max", "0 0\n")];
         let own = [V2, ("proc/self/cgroup", "0::/\nodd line\n"), ("sys/fs/cgroup/memory.current", "x")];

@@ -1,10 +1,10 @@
-//! File descriptors: how many this process may open. A leaf.
+//! The process's limit of open file descriptors.
 
-/// Most descriptors that the limit is raised to.
+/// Maximum value that the limit is raised to.
 const ENOUGH: u64 = 65_536;
 
-/// Raises the soft limit of open file descriptors to the hard one, up to 65,536. Many systems start programs with 1,024,
-/// for the sake of programs that use `select`.
+/// Raises the soft limit of open file descriptors to the hard limit, up to 65,536. Many systems start programs with a
+/// soft limit of 1,024, for compatibility with `select`.
 pub fn raise_limit() {
     #[cfg(unix)]
     if let Some(mut limit) = read() {
@@ -17,7 +17,7 @@ pub fn raise_limit() {
     }
 }
 
-/// The number of file descriptors that this process may have open; 1,024 where the system does not say.
+/// Returns the maximum number of open file descriptors of this process, or 1,024 if it is unknown.
 pub fn limit() -> usize {
     #[cfg(unix)]
     if let Some(limit) = read() {
@@ -29,7 +29,7 @@ pub fn limit() -> usize {
 #[cfg(unix)]
 fn read() -> Option<libc::rlimit> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `limit` is a valid place to write a rlimit to.
+    // SAFETY: `limit` is valid for writing a rlimit.
     let done = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
     (done == 0).then_some(limit)
 }

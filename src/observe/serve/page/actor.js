@@ -1,10 +1,10 @@
-// One box of the graph: the actors of one role.
+// One box of the graph, with the actors of one role.
 
 const PAD = 10;
 const MOST_WORKERS = 6; // more are folded into cells
 const CELL = 12;
 
-/** What there is to say in a box, before anything is placed. */
+/** Returns the contents of a box, before layout. */
 function actorWords(node, view) {
   const role = view.roles.get(node.role);
   const { before, after } = neighbours(node, view.queues);
@@ -46,7 +46,7 @@ function drawActor(node, view, x, y, width) {
     drawn("rect", { class: "actor-box", x, y, width, height, rx: 3 }),
     label(node.role, x + PAD, y + 19, width - 2 * PAD - 34, "actor-role"),
     node.stages.length > 1 ? label(`× ${node.stages.length}`, x + width - PAD, y + 19, 40, "end quiet-text") : null);
-  if (words.stalled || words.limits) box.append(tag(words.stalled ? "stands still" : "limits", x + width - PAD, y, words.stalled));
+  if (words.stalled || words.limits) box.append(tag(words.stalled ? "stalled" : "limits", x + width - PAD, y, words.stalled));
   box.append(shareBar(words.role, x + PAD, y + 27, width - 2 * PAD, 9));
   box.append(label(words.role ? `${percent(words.role.busy)} at work` : "not measured yet", x + PAD, y + 50, width - (words.role ? 70 : 2 * PAD), "strong-text"));
   if (words.role?.items_per_s > 0) box.append(label(perSecond(words.role.items_per_s), x + width - PAD, y + 50, 60, "end quiet-text"));
@@ -81,11 +81,11 @@ function drawWorkers(box, node, view, x, top, width) {
 }
 
 function readerWords(reader) {
-  const wrong = reader.fingerprint_matches === false ? ", not what was published" : "";
+  const wrong = reader.fingerprint_matches === false ? ", not the published weights" : "";
   return `weights ${reader.version}, lag ${reader.lag}${wrong}`;
 }
 
-/** Many workers: a mark for each, and how many do what. */
+/** Draws many workers: a mark for each, and the number of workers in each state. */
 function drawFolded(box, node, view, x, top, width) {
   const across = cellsAcross(width);
   node.stages.forEach((stage, i) => {
@@ -107,7 +107,7 @@ function foldedLines(node, view) {
   return lines;
 }
 
-/** A word on the upper edge of a box, ending at `right`. */
+/** Returns a tag on the upper edge of a box that ends at `right`. */
 function tag(text, right, y, alarming) {
   const width = textWidth(text, "650 11px") + 12;
   return drawn("g", { class: alarming ? "tag tag-alarm" : "tag" },

@@ -1,10 +1,10 @@
-// One chart: figures of the learner's steps as points, and smoothed as a line. Read by pointer, finger or arrow keys.
+// One chart: metrics of the learner's steps as points, and smoothed as a line. The cursor follows pointer, touch or arrow keys.
 
 const CHART_HEIGHT = 132;
 const MARGIN = { left: 46, right: 8, top: 8, bottom: 18 };
 
 class Chart {
-  /** `plan` is `{title, unit, series: [{column, name}]}`; `move(step)` is told where the reader is, null for nowhere. */
+  /** `plan` is `{title, unit, series: [{column, name}]}`; `move(step)` is called with the cursor's step, or null without one. */
   constructor(plan, move) {
     this.plan = plan;
     this.move = move;
@@ -15,7 +15,7 @@ class Chart {
     this.listen();
   }
 
-  /** Takes `rows` of the history, and draws them. */
+  /** Draws `rows` of the history. */
   show(rows, cursor) {
     this.lines = this.plan.series
       .map((series) => ({ ...series, points: pointsOf(rows, series.column) }))
@@ -48,7 +48,7 @@ class Chart {
     this.point(cursor);
   }
 
-  /** Shows the reading at the step nearest to `cursor`, or the last where it is null. */
+  /** Shows the values at the step nearest to `cursor`, or at the last step if it is null. */
   point(cursor) {
     if (!this.scale) return;
     const step = cursor === null ? this.steps[this.steps.length - 1] : nearest(this.steps, cursor);
@@ -99,7 +99,7 @@ function pointsOf(rows, column) {
   return rows.filter((row) => isFigure(row[column]) && isFigure(row.step)).map((row) => ({ step: row.step, value: row[column] }));
 }
 
-/** An exponential mean over about a thirtieth of the points; it begins at the plain mean of as many. */
+/** Returns an exponential mean over about a thirtieth of the points, which starts at the arithmetic mean of as many points. */
 function smoothed(points) {
   const span = Math.max(1, points.length / 30);
   const first = points.slice(0, Math.ceil(span));
@@ -122,7 +122,7 @@ function scaleOf(lines, steps, width) {
   };
 }
 
-/** Three to six round figures that lie within, or around, `low` to `high`. */
+/** Returns three to six round numbers within or around the range from `low` to `high`. */
 function ticksOf(low, high) {
   const spread = high - low || Math.abs(high) || 1;
   const rough = spread / 3;
@@ -133,7 +133,7 @@ function ticksOf(low, high) {
   return ticks.length > 1 ? ticks : [ticks[0], ticks[0] + each];
 }
 
-/** All ticks of an axis with the same number of decimals. */
+/** Formats a tick with the number of decimals that all ticks of the axis need. */
 function tickWords(tick, ticks) {
   const decimals = [0, 1, 2, 3].find((count) => ticks.every((each) => Math.abs(each - Number(each.toFixed(count))) < 1e-9));
   if (decimals === undefined || Math.abs(tick) >= 1e6) return figure(tick);

@@ -1,4 +1,4 @@
-// Asking the node.
+// Requests to the node.
 
 const PATIENCE_MS = 8000;
 const TOKEN_KEY = "preceptor-token";
@@ -7,13 +7,13 @@ class TokenNeeded extends Error {}
 
 let nodeToken = remembered("sessionStorage", TOKEN_KEY);
 
-/** Kept for this tab; null to forget it. */
+/** Sets the token, which is kept for this tab; null forgets it. */
 function useToken(token) {
   nodeToken = token;
   remember("sessionStorage", TOKEN_KEY, token);
 }
 
-/** The answer to GET `path`. Throws TokenNeeded on 401, else an error that says what happened. */
+/** Returns the JSON response to GET `path`. Throws TokenNeeded on 401, and an error with the cause on other failures. */
 async function ask(path) {
   const patience = new AbortController();
   const timer = setTimeout(() => patience.abort(), PATIENCE_MS);

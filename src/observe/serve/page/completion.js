@@ -1,11 +1,11 @@
-// One group on the page: a prompt, its completions, and what was said of them. All of it is untrusted text.
+// One group on the page: a prompt, its completions, and their labels. All of it is untrusted text.
 
 const LONG_PROMPT = 420; // characters; more is folded
 const LONG_COMPLETION = 1600;
 
-const FINISHES = { eos: "ended by itself", stop: "stopped", length: "cut off at the length limit" };
+const FINISHES = { eos: "end token", stop: "stop string", length: "truncated at the length limit" };
 
-/** What ranks a completion: its reward, else its score, else how the judge preferred it; null where there is nothing. */
+/** Returns the value by which a completion is ranked: its reward, else its score, else its mean preference; null without any. */
 function worth(completion) {
   if (isFigure(completion.reward)) return completion.reward;
   if (isFigure(completion.score)) return completion.score;
@@ -57,7 +57,7 @@ function versionWords(versions) {
   return versions?.length && isFigure(versions[0]) ? `weights ${range(versions.filter(isFigure))}` : null;
 }
 
-/** The judge's verdict, where it adds to the score that is shown already. */
+/** Returns the judge's verdict, unless it equals the score that is shown already. */
 function verdictWords(completion) {
   const verdict = completion.verdict;
   if (!verdict) return null;

@@ -1,10 +1,10 @@
-// Which figures are drawn, and one reader's place in all of them. A figure that the run does not have is not shown.
+// The charts, with a cursor that all of them share. A metric that the run does not have is not shown.
 
 const CURVES = [
   { title: "Reward", series: [{ column: "reward/mean", name: "reward" }] },
   { title: "Score", series: [{ column: "score/mean", name: "score" }] },
   { title: "Win rate", series: [{ column: "win_rate", name: "win rate" }] },
-  { title: "Preferences learned", series: [{ column: "preference/accuracy", name: "share ranked rightly" }] },
+  { title: "Preferences learned", series: [{ column: "preference/accuracy", name: "share ranked correctly" }] },
   { title: "KL to the reference", unit: "nats", series: [{ column: "kl/mean", name: "KL" }] },
   { title: "Length", unit: "tokens", series: [{ column: "length/mean", name: "length" }] },
   { title: "Throughput", unit: "tokens/s", series: [{ column: "rate/generated_tokens", name: "generated" }, { column: "rate/trained_tokens", name: "trained" }] },
@@ -58,7 +58,7 @@ class Curves {
   }
 }
 
-/** The history as rows by name. */
+/** Returns the history as rows of named columns. */
 function rowsOf(history) {
   return history.rows.map((row) => Object.fromEntries(history.columns.map((column, i) => [column, row[i]])));
 }

@@ -14,23 +14,23 @@ function showDiagnosis(status) {
   announce(`${diagnosis?.role}/${status.phase}`, headline);
 }
 
-/** Keeps a figure and its percent sign on one line. */
+/** Replaces the space before percent signs by a no-break space. */
 function held(text) {
   return text.replaceAll(/(\d) %/g, `$1${SPACE}%`);
 }
 
 function unmeasured(status) {
   if (status.graph) {
-    return "This is being measured: the node says what limits once its actors have worked for a while.";
+    return "The bottleneck is being measured: it is shown once the actors have worked for a while.";
   }
-  return `There is nothing to measure yet: the node is at “${status.phase}”, and its actors start after that.`;
+  return `There is nothing to measure yet: the phase is “${status.phase}”, and the actors start after it.`;
 }
 
 function gainWords(diagnosis) {
   const { gain, next, role } = diagnosis;
   if (!role || !(gain > 1.005)) return null;
   const until = next ? `then ${next} would limit` : "no other actor would limit before that";
-  return `Relieved, the run could go up to ${gain.toFixed(gain < 10 ? 1 : 0)} times as fast; ${until}.`;
+  return `Without this bottleneck, the run could be up to ${gain.toFixed(gain < 10 ? 1 : 0)} times as fast; ${until}.`;
 }
 
 function showSettings(settings) {
@@ -49,10 +49,10 @@ function showController(knobs) {
   setShown(byId("controller"), knobs.length > 0);
   byId("controller-knobs").replaceChildren(...knobs.map((knob) =>
     element("li", {}, element("strong", {}, `${knob.knob} ${knob.value}`),
-      ` of ${knob.low} to ${knob.high}${knob.last_move ? `; last move ${knob.last_move}` : ""}`)));
+      ` of ${knob.low} to ${knob.high}${knob.last_move ? `; last change ${knob.last_move}` : ""}`)));
 }
 
-/** Says `words` aloud when `about` has changed, and not each time that a percentage moves. */
+/** Announces `words` to screen readers when `about` has changed, but not each time that a percentage changes. */
 function announce(about, words) {
   if (about === announced) return;
   announced = about;

@@ -1,4 +1,4 @@
-// Elements. Text comes in as text nodes alone: what a policy wrote is never read as markup.
+// Creation of elements. Text is only inserted as text nodes, so that the policy's output is never parsed as markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -29,7 +29,7 @@ function textWidth(text, font = "12px") {
   return ruler.measureText(text).width;
 }
 
-/** Drawn text, cut to what fits into `width`; then it is whole as a tooltip. */
+/** Returns SVG text, truncated to `width`; truncated text is complete in a tooltip. */
 function label(text, x, y, width, kind = "") {
   const font = kind.includes("actor-role") ? "650 14px" : kind.includes("strong-text") ? "600 12px" : "12px";
   let shown = text;
@@ -37,7 +37,7 @@ function label(text, x, y, width, kind = "") {
   return drawn("text", { x, y, class: kind }, shown === text ? null : drawn("title", {}, text), shown);
 }
 
-/** Touches the page only where something changes, so that a selection or a reader's place is kept. */
+/** Changes the text only if it differs, so that selections and the scroll position are kept. */
 function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -46,7 +46,7 @@ function setShown(node, shown) {
   if (node.hidden === shown) node.hidden = !shown;
 }
 
-/** Fills `node` with `text`, or hides it where there is none. */
+/** Fills `node` with `text`, or hides it if there is none. */
 function setOptional(node, text) {
   setText(node, text || "");
   setShown(node, Boolean(text));
@@ -60,7 +60,7 @@ function table(caption, head, rows) {
       element("tr", {}, element("th", { scope: "row" }, first), ...rest.map((cell) => element("td", {}, cell))))));
 }
 
-/** Calls `act` when `node` is as wide as it was not before; what `act` does to its height calls nobody. */
+/** Calls `act` when the width of `node` changes. Changes of its height, for example by `act`, are ignored. */
 function onWidth(node, act) {
   let last = node.clientWidth;
   new ResizeObserver(() => {
@@ -70,7 +70,7 @@ function onWidth(node, act) {
   }).observe(node);
 }
 
-/** Storage that may be forbidden, full or absent: then nothing is remembered. */
+/** Reads from storage. If storage is forbidden, full or absent, nothing is stored. */
 function remembered(storage, key) {
   try {
     return window[storage].getItem(key);
@@ -84,6 +84,6 @@ function remember(storage, key, value) {
     if (value === null) window[storage].removeItem(key);
     else window[storage].setItem(key, value);
   } catch {
-    // The page works without.
+    // The page works without storage.
   }
 }

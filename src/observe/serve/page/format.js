@@ -1,14 +1,14 @@
 "use strict";
-// Figures in words. Whatever is missing or not finite is a dash.
+// Formatting of numbers. A missing or non-finite number is shown as a dash.
 
 const NONE = "–";
-const SPACE = "\u00a0"; // keeps a figure and its unit on one line
+const SPACE = "\u00a0"; // keeps a number and its unit on one line
 
 function isFigure(value) {
   return typeof value === "number" && Number.isFinite(value);
 }
 
-/** Three significant digits, or more where whole digits need them: 0.0213, 1.30, 412, 12,345, 2.1e−5. */
+/** Formats a number with three significant digits, or all digits before the decimal point: 0.0213, 1.30, 412, 12,345, 2.1e−5. */
 function figure(value) {
   if (!isFigure(value)) return NONE;
   const size = Math.abs(value);
@@ -60,13 +60,13 @@ function counted(count, one, many = `${one}s`) {
   return `${count}${SPACE}${count === 1 ? one : many}`;
 }
 
-/** One value, or the two ends of a range. */
+/** Returns one value, or the two ends of a range. */
 function range(values) {
   const [low, high] = [Math.min(...values), Math.max(...values)];
   return low === high ? String(low) : `${low}–${high}`;
 }
 
-/** The time of day; with its date when that is not today's. */
+/** Returns the time of day, with the date if it is not today. */
 function clockTime(milliseconds) {
   const then = new Date(milliseconds);
   const time = then.toLocaleTimeString("en-GB");

@@ -1,12 +1,12 @@
-// The graph of actors: boxes in columns, or one under another where the page is narrow; queues between them; the
-// weights' way back below or beside.
+// The graph of actors: boxes in columns, or stacked on a narrow page; queues between them; the path of the weights below or
+// at the side.
 
-const NARROWEST = 150; // of a box beside others
+const NARROWEST = 150; // of a box in a column
 const WIDEST = 232;
 const GAP = 92; // between columns, for a queue
 const STACK_GAP = 22; // between boxes of one column
-const QUEUE_ROOM = 62; // between boxes one under another
-const LANE = 24; // beside or below the boxes, for the weights' way back
+const QUEUE_ROOM = 62; // between stacked boxes
+const LANE = 24; // at the side of or below the boxes, for the path of the weights
 const PORT = 32; // height of a box at which queues arrive and leave
 
 function showGraph(status, trend) {
@@ -15,7 +15,7 @@ function showGraph(status, trend) {
   setShown(byId("legend"), Boolean(graph));
   if (!graph) {
     place.replaceChildren();
-    setOptional(byId("actors-note"), `No actors yet: the node is at “${status.phase}”.`);
+    setOptional(byId("actors-note"), `No actors yet: the phase is “${status.phase}”.`);
     return;
   }
   const { nodes, queues } = layOut(graph);
@@ -37,8 +37,8 @@ function showGraph(status, trend) {
   svg.setAttribute("height", size.height);
   place.replaceChildren(svg);
   showLegend(status.window_s);
-  const age = graph.restarts ? `, rebuilt ${counted(graph.restarts, "time")}` : "";
-  setOptional(byId("actors-note"), `This graph of ${counted(graph.stages.length, "actor")} runs for ${duration(graph.uptime_s)}${age}.`);
+  const age = graph.restarts ? `, restarted ${counted(graph.restarts, "time")}` : "";
+  setOptional(byId("actors-note"), `This graph of ${counted(graph.stages.length, "actor")} has run for ${duration(graph.uptime_s)}${age}.`);
 }
 
 function columnsOf(nodes) {
@@ -47,7 +47,7 @@ function columnsOf(nodes) {
   return columns.filter(Boolean);
 }
 
-/** The graph for who cannot see it; the tables below have every figure. */
+/** Returns a description of the graph for screen readers; the tables below have all numbers. */
 function graphWords(nodes, view) {
   const words = nodes.map((node) => {
     const role = view.roles.get(node.role);
@@ -108,7 +108,7 @@ function drawDown(svg, columns, view, width) {
     queue.from.forEach((node, i) => {
       const from = boxes.get(node);
       const at = x + 8 * (queue.from.length - 1 - i);
-      svg.prepend(wire(`M${at} ${from.y + from.height}V${middle}H${x}`, queue.edge)); // behind the boxes that it passes
+      svg.prepend(wire(`M${at} ${from.y + from.height}V${middle}H${x}`, queue.edge)); // behind the boxes that it crosses
     });
     for (const node of queue.to) svg.prepend(wire(`M${x} ${middle}V${boxes.get(node).y - 1}`, queue.edge));
     svg.append(arrow(x, to.y - 1, "down"));
@@ -127,7 +127,7 @@ function place(svg, node, view, x, y, width) {
   return { x, y, width, height };
 }
 
-/** From who publishes to each box with a reader. */
+/** Returns the paths of the weights from the publisher to each box with a reader. */
 function weightsWay(view, boxes, course) {
   const publisher = [...boxes].find(([node]) => node.role === PUBLISHER)?.[1];
   if (!publisher) return [];
@@ -152,7 +152,7 @@ function arrow(x, y, towards, kind = "tip") {
   return drawn("path", { class: kind, d: "M-7-4L0 0L-7 4z", transform: `translate(${x} ${y}) rotate(${turn})` });
 }
 
-/** A queue: its cells, or a gauge where there are many; its name above, its figures below, or both beside it. */
+/** Draws a queue: its cells, or a gauge if there are many; its name above and its numbers below, or both next to it. */
 function drawQueue(svg, edge, trend, x, y, width, side) {
   const cells = edge.capacity <= 5 ? edge.capacity : 0;
   const [long, high] = [cells ? cells * 10 : Math.min(width, 44), 12];

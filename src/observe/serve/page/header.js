@@ -1,4 +1,4 @@
-// The top of the page: what runs, how far it is, whether the node answers; and the figures of the moment.
+// The top of the page: the run, its progress, the connection to the node, and current numbers.
 
 const LAST_PHASE = "writing the last checkpoint";
 
@@ -22,7 +22,7 @@ function showHeader(status, rows) {
 
 function planWords(plan) {
   const parts = [`${plan.mode} mode`, plan.algorithm, `η${SPACE}=${SPACE}${plan.eta}`];
-  if (plan.batch_groups) parts.push(`${plan.batch_groups} groups of ${plan.group_size} a step`);
+  if (plan.batch_groups) parts.push(`${plan.batch_groups} groups of ${plan.group_size} per step`);
   return parts.join(" · ");
 }
 
@@ -30,10 +30,10 @@ function remainingWords(status, rows, step) {
   const left = status.plan.steps - step;
   if (left <= 0) return "· all steps done";
   const each = secondsPerStep(rows);
-  return each === null ? "" : `· ${duration(left * each)} left · ${duration(each)} a step`;
+  return each === null ? "" : `· ${duration(left * each)} left · ${duration(each)} per step`;
 }
 
-/** Over the last twenty steps of the history; null before there are two. */
+/** Returns the mean over the last twenty steps of the history; null before the second step. */
 function secondsPerStep(rows) {
   const seen = rows.filter((row) => isFigure(row.step) && isFigure(row["time/run_seconds"])).slice(-21);
   const [first, last] = [seen[0], seen[seen.length - 1]];
@@ -49,7 +49,7 @@ function showVitals(status) {
     ["generated", tokens(status.rates?.generated_tokens_per_s)],
     ["trained", tokens(status.rates?.trained_tokens_per_s)],
     ["completions", perSecond(status.rates?.completions_per_s)],
-    ["groups on the way", wayWords(status.ledger)],
+    ["groups in progress", wayWords(status.ledger)],
     ["memory", byteCount(status.memory?.resident_bytes)],
     ...(status.memory?.device ?? []).map((device, i) => [`device ${device.device ?? i}`, deviceWords(device)]),
     ["checkpoint", checkpointWords(status.checkpoint)],
@@ -80,7 +80,7 @@ function checkpointWords(checkpoint) {
   return `${duration(checkpoint.age_s)} ago, ${byteCount(checkpoint.bytes)} in ${duration(checkpoint.took_s)}`;
 }
 
-/** What went wrong, and whether anything did. */
+/** Returns a list of faults as text, and true if there are any. */
 function faultWords(faults) {
   const names = [
     ["restarts", "restart", "restarts"],
@@ -92,14 +92,14 @@ function faultWords(faults) {
   return words.length ? [`\u26a0 ${words.join(", ")}`, true] : ["none", false];
 }
 
-/** `state` is live, lost, token or asking. */
+/** Shows the state of the connection: live, lost, token or asking. */
 function showConnection(state, words) {
   const connection = byId("connection");
   connection.dataset.state = state;
   setText(connection, words);
 }
 
-/** The node has not answered since `since` (null: never); `last` is the last status it gave. */
+/** Shows that the node has not answered since `since` (null: never); `last` is its last status. */
 function showLost(since, reason, last) {
   const at = since === null ? null : clockTime(since);
   showConnection("lost", at ? `no answer since ${at}` : "no answer");
@@ -107,34 +107,34 @@ function showLost(since, reason, last) {
   if (last && (last.phase === LAST_PHASE || last.last_step?.step >= last.plan?.steps)) {
     sentences.push("It was at the end of its run, so it has probably finished.");
   }
-  sentences.push(`The page keeps asking (${reason}).${at ? " What stands below is what it said last." : ""}`);
+  sentences.push(`The page keeps asking (${reason}).${at ? " The values below are from its last answer." : ""}`);
   setOptional(byId("lost"), sentences.join(" "));
   if (last) document.title = `\u26a0 ${last.run} does not answer`;
 }
 
 function showStalled(stalled, run) {
   setOptional(byId("stalled"), stalled
-    ? `\u26a0 The run stands still: ${stalled.stage} (${stateWords(stalled.state)}) holds it, and nothing has moved for ${duration(stalled.for_s)}.`
+    ? `\u26a0 No progress for ${duration(stalled.for_s)}: the run is blocked in ${stalled.stage} (${stateWords(stalled.state)}).`
     : null);
-  if (stalled) document.title = `\u26a0 ${run} stands still`;
+  if (stalled) document.title = `\u26a0 ${run} is stalled`;
 }
 
-/** Judges that the run waits for, each with the cause. */
+/** Shows the judges that the run waits for, each with the cause. */
 function showWaiting(judges, run) {
   const sentences = judges.map(({ url, seconds, why, refuses }) =>
-    `\u26a0 The run waits for the judge at ${url}, which has answered nothing for ${duration(seconds)}: ${why}. ` +
-    (refuses ? "It refuses, so somebody has to act; the run continues once it answers." : "The run continues once it answers."));
+    `\u26a0 The run waits for the judge at ${url}, which has not answered for ${duration(seconds)}: ${why}. ` +
+    (refuses ? "It refuses requests, which needs manual action; the run continues once it answers." : "The run continues once it answers."));
   setOptional(byId("waiting"), sentences.length ? sentences.join(" ") : null);
   if (sentences.length) document.title = `\u26a0 ${run} waits for its judge`;
 }
 
 const BOUNDS = {
-  kl: "the policy is further from its start than guard.max_kl",
+  kl: "the KL divergence from the initial policy is above guard.max_kl",
   entropy: "the policy's entropy is below guard.min_entropy",
-  masked: "more groups are masked than guard.max_masked",
+  masked: "the share of masked groups is above guard.max_masked",
 };
 
-/** Bounds of [guard] that are exceeded, and why groups were masked. */
+/** Shows the exceeded bounds of [guard], and the reasons for masked groups. */
 function showUnhealthy(health) {
   const exceeded = health?.exceeded ?? [];
   if (exceeded.length === 0) return setOptional(byId("unhealthy"), null);

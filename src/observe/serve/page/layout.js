@@ -1,11 +1,11 @@
-// From stages and edges to columns: which workers stand together, and what lies between whom. Draws nothing.
+// Layout of stages and edges in columns, without drawing.
 
 /** The role whose workers publish the weights that others read. */
 const PUBLISHER = "learn";
 
 /**
  * Nodes are the stages of one role between the same edges; a queue is an edge. `column` counts from the sources;
- * a source stands right before whom it feeds.
+ * a source is placed directly before the stage that it feeds.
  */
 function layOut(graph) {
   const nodes = gatherNodes(graph).filter((node) => !isSpent(node, graph.edges));
@@ -30,7 +30,7 @@ function gatherNodes(graph) {
   return [...nodes.values()];
 }
 
-/** A source that has ended, and whose edges others feed too: what a restart had left over and has handed on. */
+/** Returns whether a source has ended and shares its edges with others: it only delivered the groups kept by a restart. */
 function isSpent(node, edges) {
   const shared = (name) => edges.find((edge) => edge.name === name).from.length > node.stages.length;
   return node.into.length === 0 && node.out.length > 0 && node.out.every(shared)
@@ -38,7 +38,7 @@ function isSpent(node, edges) {
 }
 
 function assignColumns(nodes, queues) {
-  // The longest way from a source; a cycle ends with the count of rounds.
+  // The longest path from a source; the number of rounds bounds cycles.
   for (let round = 0; round < nodes.length; round += 1) {
     for (const queue of queues) {
       const least = Math.max(-1, ...queue.from.map((node) => node.column)) + 1;
@@ -51,7 +51,7 @@ function assignColumns(nodes, queues) {
   }
 }
 
-/** Whom a node waits on: for input those who feed it, for room those who take from it. */
+/** Returns the neighbours that a node waits on: its inputs' senders, and its outputs' receivers. */
 function neighbours(node, queues) {
   const names = (nodes) => [...new Set(nodes.map((each) => each.role))].join(", ");
   return {
@@ -60,7 +60,7 @@ function neighbours(node, queues) {
   };
 }
 
-/** The readers of the weights by stage name, and the newest version that is published. */
+/** Returns the readers of the weights by stage name, and the newest published version. */
 function weightsOf(status) {
   const readers = new Map((status.weights ?? []).map((reader) => [reader.reader, reader]));
   const published = Math.max(-1, ...[...readers.values()].map((reader) => reader.version + reader.lag));

@@ -1,4 +1,4 @@
-// The page: asks the node again and again, one question at a time, and hands each answer to the parts above.
+// The page: polls the node with one request at a time, and passes each response to the parts above.
 
 const EACH_MS = 2000;
 const SLOWEST_MS = 10000;
@@ -66,7 +66,7 @@ class Page {
     this.part("tables", () => showTables(this.status, this.trend));
   }
 
-  /** History and samples change with the learner's steps alone, and with another process behind the same address. */
+  /** Requests history and samples, which only change with the learner's steps or with another process at the same address. */
   async follow(status) {
     const now = `${status.incarnation_started}/${status.last_step?.step}`;
     if (now === this.seen) return;
@@ -81,7 +81,7 @@ class Page {
     this.part("unhealthy", () => showUnhealthy(status.health));
   }
 
-  /** Says what is wrong; after how long to ask again, null for not before the reader has done something. */
+  /** Shows the error, and returns the time until the next poll, or null if the page waits for the user. */
   fail(error) {
     if (error instanceof TokenNeeded) {
       this.askForToken();
@@ -101,7 +101,7 @@ class Page {
     setShown(byId("token-refused"), refused);
     if (!byId("token-form").hidden && !refused) return;
     setShown(byId("token-form"), true);
-    setText(byId("headline"), "The node tells nothing without its token.");
+    setText(byId("headline"), "The node requires its token.");
     byId("token").focus();
   }
 
@@ -112,7 +112,7 @@ class Page {
     this.poll();
   }
 
-  /** A part that cannot show an answer leaves the others standing, and says so once. */
+  /** Shows one part of the page. An error in it is logged once and does not affect the other parts. */
   part(name, show) {
     try {
       show();

@@ -1,4 +1,4 @@
-// The list of sampled groups: its order, its filter, and holding it still.
+// The list of sampled groups, with its order, its filter, and the pause of updates.
 
 const FEW = 6;
 
@@ -43,14 +43,14 @@ class Samples {
     });
   }
 
-  /** Another process answers: what it calls by the same numbers may be something else. */
+  /** Forgets all groups, because another process may use the same numbers for other groups. */
   forget() {
     this.drawn.clear();
     this.latest = [];
     if (!this.hold.checked) this.groups = [];
   }
 
-  /** Takes the newest groups; while the reader holds the list still, they are only counted. */
+  /** Shows the newest groups. While updates are paused, they are only counted. */
   show(groups) {
     const known = new Set([...this.groups, ...this.latest].map(groupKey));
     this.latest = groups;
@@ -87,11 +87,11 @@ class Samples {
   }
 
   note(count) {
-    if (this.groups.length === 0) return "No group has been learned from yet.";
-    return count === 0 ? `None of the last ${this.groups.length} groups is like that.` : null;
+    if (this.groups.length === 0) return "No group has been trained on yet.";
+    return count === 0 ? `None of the last ${this.groups.length} groups matches.` : null;
   }
 
-  /** A group never changes, so what is open in it stays open. */
+  /** Returns the element of a group. It is reused, because a group never changes, so that opened details stay open. */
   article(group) {
     const key = groupKey(group);
     if (!this.drawn.has(key)) this.drawn.set(key, drawGroup(group));

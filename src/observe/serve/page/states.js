@@ -1,4 +1,4 @@
-// What an actor does now, and how it spent its time: words, marks and patterns. Colour never stands alone.
+// The states of actors and their time shares, as words, marks and patterns. No information is conveyed by colour alone.
 
 const STATES = {
   busy: { words: "at work", many: "at work", mark: "M5 .5a4.5 4.5 0 1 0 .01 0z" },
@@ -9,7 +9,7 @@ const STATES = {
   ended: { words: "has ended", many: "have ended", mark: "M1.5 1.5l7 7M8.5 1.5l-7 7" },
 };
 
-/** Shares of time, in the order in which they are stacked, with the state that each is time of. */
+/** Time shares in stacking order, each with its state. */
 const SHARES = [["busy", "busy"], ["blocked", "output"], ["admission", "admission"], ["idle", "input"]];
 
 function stateWords(state) {
@@ -31,7 +31,7 @@ function shareBar(shares, x, y, width, height) {
   return bar;
 }
 
-/** Hatching and dots, so that the shares are told apart without colour too. */
+/** Returns hatching and dots, which distinguish the shares without colour. */
 function patterns() {
   const plate = (state) => drawn("rect", { class: `pattern-${state}`, width: 6, height: 6 });
   return drawn("defs", {},

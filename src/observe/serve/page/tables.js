@@ -1,4 +1,4 @@
-// The graph's figures as tables: for exact reading, and for who cannot see the drawing.
+// The numbers of the graph as tables, for exact values and for screen readers.
 
 function showTables(status, trend) {
   const graph = status.graph;
@@ -16,6 +16,6 @@ function showTables(status, trend) {
     edge.depth > 0 ? duration(edge.age_s) : NONE, perSecond(trend.flow(edge.name)), figure(edge.items),
     edge.items > 0 ? duration(edge.waited_s / edge.items) : NONE, figure(edge.refused)]);
   byId("actors-tables").replaceChildren(
-    table("Actors", ["actor", "now", "at work", "for input", "for room", "for admission", "items given", "weights"], actors),
+    table("Actors", ["actor", "now", "at work", "for input", "for room", "for admission", "items out", "weights"], actors),
     table("Queues", ["queue", "items", "most so far", "oldest", "flow", "items so far", "mean wait", "refused"], queues));
 }

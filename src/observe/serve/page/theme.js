@@ -1,4 +1,4 @@
-// Light, dark, or what the system says.
+// The colour theme: light, dark, or the system's.
 
 const THEME_KEY = "preceptor-theme";
 const THEMES = ["system", "light", "dark"];

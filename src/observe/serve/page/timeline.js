@@ -1,5 +1,5 @@
-// What each role did in the last seconds: a bar for each piece of work, on the graph's clock. A few workers have a lane
-// each; many are laid over one another, and the darker it is, the more of them were at work.
+// Timeline of the last seconds: a bar for each piece of work, on the graph's clock. A few workers have a lane each; many are
+// drawn on top of each other, and the darkness shows how many were at work.
 
 const LONGEST_S = 60;
 const LANE_HEIGHT = 7;

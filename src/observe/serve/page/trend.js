@@ -1,5 +1,5 @@
-// What changed between polls: flow on edges, and how each worker spent its time. The graph's own clock counts, so that
-// neither a slow network nor a wrong clock here matters.
+// Changes between polls: the flow on edges, and the time shares of each worker. Times are by the graph's clock, so that neither
+// a slow network nor a wrong clock of the browser matters.
 
 class Trend {
   constructor() {
@@ -7,7 +7,7 @@ class Trend {
     this.moments = [];
   }
 
-  /** Takes in a status; one of another incarnation starts anew. */
+  /** Adds a status. Another incarnation resets the trend. */
   add(status) {
     const graph = status.graph;
     const key = graph ? `${status.incarnation_started}/${graph.incarnation}` : null;
@@ -27,14 +27,14 @@ class Trend {
     return this.moments[this.moments.length - 1];
   }
 
-  /** Items per second on an edge; null until two polls have seen it. */
+  /** Returns the items per second on an edge; null until two polls include it. */
   flow(edge) {
     const [first, last] = [this.moments[0], this.latest()];
     if (!first || last.at - first.at < 0.5 || !first.edges.has(edge)) return null;
     return Math.max(0, last.edges.get(edge) - first.edges.get(edge)) / (last.at - first.at);
   }
 
-  /** How a worker spent its time since the window began, or since it started; null where it spent none. */
+  /** Returns the time shares of a worker since the window began, or since it started; null without any time. */
   shares(name) {
     const before = this.moments.length > 1 ? this.moments[0].stages.get(name) : null;
     const now = this.latest()?.stages.get(name);
