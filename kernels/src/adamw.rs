@@ -256,7 +256,7 @@ mod tests {
     const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
 
     fn fixture(name: &str) -> HashMap<String, Tensor> {
-        let path = format!("{}/tests/fixtures/llama/{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
+        let path = format!("{}/../tests/fixtures/llama/{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
         candle_core::safetensors::load(path, &Device::Cpu).unwrap()
     }
 

@@ -210,6 +210,6 @@ mod tests {
     fn a_backward_pass_that_would_lose_gradients_fails() {
         let params = params(3, 12, 20, DType::F32);
         let loss = feed_forward(&params[0].1, &block(&tensors(&params), Activation::Silu)).unwrap().sum_all().unwrap();
-        assert!(loss.backward().unwrap_err().to_string().contains("ops::backward"));
+        assert!(loss.backward().unwrap_err().to_string().contains("preceptor_kernels::backward"));
     }
 }

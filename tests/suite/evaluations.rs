@@ -118,7 +118,8 @@ fn the_checkpoint_with_the_highest_win_rate_is_kept() {
     let kept = best(&mut rates.iter().filter(|(step, _)| steps.contains(step)));
     // Evaluations may be under way while the last checkpoint is written, so that more than one checkpoint may be kept.
     // An evaluation whose checkpoint was skipped, because the previous one was still being written, keeps none.
-    assert!(steps.contains(&8) && (2..=3).contains(&steps.len()), "{steps:?} of {rates:?}");
+    // The last one may be the best.
+    assert!(steps.contains(&8) && (1..=3).contains(&steps.len()), "{steps:?} of {rates:?}");
     assert!(kept > 0.0, "{steps:?} of {rates:?}");
 }
 

@@ -63,6 +63,12 @@ pub struct MockJudge {
     open: Arc<AtomicUsize>,
 }
 
+/// An answer whose probabilities are a function of the question: `first` has 0.1 to 0.9, and `second` the rest.
+pub fn varied(body: &Value, first: &'static str, second: &'static str) -> Act {
+    let p = 0.1 + 0.8 * (preceptor::util::seed::text(&body["messages"].to_string()) % 1000) as f64 / 1000.0;
+    Act::Tokens(vec![(first, p), (second, 1.0 - p)])
+}
+
 impl MockJudge {
     /// Serves on a free port; `plan` is given the request's number, its path and its body.
     pub fn start(plan: impl Fn(u64, &str, &Value) -> Act + Send + Sync + 'static) -> Self {

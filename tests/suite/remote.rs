@@ -7,7 +7,7 @@ use preceptor::pipeline::label::backend::{Ask, Backend, Decoding, NoAnswer, Usag
 use preceptor::pipeline::remote::Remote;
 
 use crate::common::{metrics, stderr, train};
-use crate::mock_judge::{Act, MockJudge};
+use crate::mock_judge::{Act, MockJudge, varied};
 
 fn judge(mock: &MockJudge) -> RemoteJudge {
     RemoteJudge {
@@ -189,12 +189,12 @@ fn a_judge_that_is_down_for_a_while_is_waited_for() {
 #[test]
 fn a_judge_that_is_down_for_some_time_pauses_the_run_and_masks_no_group() {
     let failed = std::sync::OnceLock::new();
-    let mock = MockJudge::start(move |number, _, _| {
+    let mock = MockJudge::start(move |number, _, body| {
         if number < 40 {
-            return good();
+            return varied(body, "9", "1");
         }
         let since = failed.get_or_init(std::time::Instant::now).elapsed();
-        if since > Duration::from_secs(12) { good() } else { Act::Status(503, "", "") }
+        if since > Duration::from_secs(12) { varied(body, "9", "1") } else { Act::Status(503, "", "") }
     });
     let dir = tempfile::tempdir().unwrap();
     let remote = |more: &str| {

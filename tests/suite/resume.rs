@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::Value;
 
 use crate::common::{PATIENCE, config, metrics, preceptor, resume, stderr, train, trained, training, wait_until};
-use crate::mock_judge::{Act, MockJudge};
+use crate::mock_judge::{MockJudge, varied};
 
 /// Starts a small run in `dir/run` and kills it once `after` steps are in its metrics and a checkpoint exists. Its
 /// source of prompts hangs after four steps or more, so that the run cannot end before it is killed.
@@ -239,7 +239,7 @@ fn a_run_is_not_resumed_with_another_configuration() {
 #[test]
 fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_change() {
     let dir = tempfile::tempdir().unwrap();
-    let mock = MockJudge::start(|_, _, _| Act::Tokens(vec![("7", 0.6), ("2", 0.4)]));
+    let mock = MockJudge::start(|_, _, body| varied(body, "7", "2"));
     let templates = dir.path().join("templates.toml");
     let set = include_str!("../../src/pipeline/label/templates/summarization.toml");
     std::fs::write(&templates, set).unwrap();

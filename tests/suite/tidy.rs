@@ -28,9 +28,10 @@ fn the_runtime_does_not_depend_on_language_models() {
     }
     let lines: usize = sources(&root().join("actors/src"))
         .iter()
-        .map(|path| std::fs::read_to_string(path).unwrap().lines().count())
+        .map(|path| std::fs::read_to_string(path).unwrap())
+        .map(|text| text.lines().filter(|line| !line.trim_start().starts_with("//")).count())
         .sum();
-    assert!(lines < 3000, "the runtime has grown to {lines} lines");
+    assert!(lines < 3000, "the runtime has grown to {lines} lines without comments");
 }
 
 #[test]
