@@ -7,6 +7,10 @@ use serde_json::{Map, Value};
 use crate::config::{Guard as Bounds, GuardAction};
 use crate::types::{Rewarded, Verdict};
 
+/// Norm of a gradient below which it is zero up to rounding: each of its values is below AdamW's ε of 10⁻⁸, so that a step
+/// changes no weight noticeably.
+const ROUNDING: f64 = 1e-8;
+
 /// Most different reasons that are kept; the rest is counted together.
 const MOST_REASONS: usize = 64;
 
@@ -147,7 +151,7 @@ impl Guard {
         self.steps += 1;
         // A gradient of zero changes no weight.
         let applied = record.get("applied") == Some(&Value::Bool(true));
-        let still = applied && record.get("gradient/norm").and_then(Value::as_f64) == Some(0.0);
+        let still = applied && record.get("gradient/norm").and_then(Value::as_f64).is_some_and(|norm| norm < ROUNDING);
         self.applied += u64::from(applied && !still);
         self.still += u64::from(still);
         for Bound { name, exceeded, words, remedy } in self.bounds(record) {
