@@ -30,6 +30,8 @@ pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     /// The same tokenizer without recognition of special tokens; created on first use.
     plain: Arc<OnceLock<tokenizers::Tokenizer>>,
+    /// Properties that follow from the tokens; computed on first use.
+    properties: Arc<OnceLock<text::Properties>>,
     template: Option<Arc<Template>>,
     /// Variables of the chat template besides the conversation.
     variables: Arc<Variables>,
@@ -143,10 +145,21 @@ impl Tokenizer {
         let opened = inner.encode_fast("", true).map_err(|error| anyhow!(error))?;
         let opening = opened.get_ids().first().copied().filter(|id| Some(*id) == special.bos);
         let (inner, templates) = (Arc::new(inner), Arc::new(templates));
-        let (plain, variables) = (Arc::default(), Arc::default());
+        let (plain, properties, variables) = (Arc::default(), Arc::default(), Arc::default());
         let (named_end, turn_end) = (!special.eos.is_empty(), None);
-        let made =
-            Self { inner, plain, template, variables, templates, special, turn_end, named_end, opening, vocab_size };
+        let made = Self {
+            inner,
+            plain,
+            properties,
+            template,
+            variables,
+            templates,
+            special,
+            turn_end,
+            named_end,
+            opening,
+            vocab_size,
+        };
         Ok(made.with_turn_end())
     }
 
@@ -155,6 +168,8 @@ impl Tokenizer {
         self.turn_end = self.found_turn_end();
         if let Some(end) = self.turn_end.filter(|end| !self.special.eos.contains(end)) {
             self.special.eos.push(end);
+            // The end token is one more control token.
+            self.properties = Arc::default();
         }
         self
     }

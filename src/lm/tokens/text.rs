@@ -15,6 +15,18 @@ const ANCHOR: &str = "\n";
 /// Number of tokens at a prompt's end that are checked for merges with the beginning of an answer.
 const TAIL: usize = 16;
 
+/// Properties of a tokenizer that encoding needs for every text.
+pub(super) struct Properties {
+    /// Control tokens as they are written, see [`Tokenizer::control_tokens`].
+    control: Vec<String>,
+    /// Ids of the special tokens.
+    special: Vec<u32>,
+    /// True if the tokenizer writes a space before a text, as SentencePiece does.
+    writes_space: bool,
+    /// Ids of [`ANCHOR`].
+    anchor: Vec<u32>,
+}
+
 impl Tokenizer {
     /// Returns the token ids of an answer that follows a prompt. Unlike in [`Self::encode`], no control token is
     /// recognised in it, and a tokenizer that writes a space before a text (SentencePiece) writes none here, as in the
@@ -23,11 +35,14 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer rejects the text.
     pub fn encode_answer(&self, text: &str) -> Result<Vec<u32>> {
+        let properties = self.properties()?;
+        if !properties.writes_space {
+            return self.encode_plain(text);
+        }
         let anchored = self.encode_plain(&format!("{ANCHOR}{text}"))?;
-        let anchor = self.encode_plain(ANCHOR)?;
-        match anchored.strip_prefix(anchor.as_slice()) {
-            Some(ids) if self.writes_space()? => Ok(ids.to_vec()),
-            _ => self.encode_plain(text),
+        match anchored.strip_prefix(properties.anchor.as_slice()) {
+            Some(ids) => Ok(ids.to_vec()),
+            None => self.encode_plain(text),
         }
     }
 
@@ -38,26 +53,29 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer rejects the text.
     pub fn encode_behind(&self, prompt: &[u32], text: &str) -> Result<(usize, Vec<u32>)> {
-        let whole = |ids| Ok((prompt.len(), ids));
-        let apart = self.encode_answer(text)?;
+        let apart = || Ok((prompt.len(), self.encode_answer(text)?));
+        let properties = self.properties()?;
         // No token spans a control token, and very few span more than a few tokens.
-        let special = self.special_ids();
-        let begin = prompt.iter().rposition(|id| special.contains(id)).map_or(0, |last| last + 1);
-        let tail = &prompt[begin.max(prompt.len().saturating_sub(TAIL))..];
+        let end = &prompt[prompt.len().saturating_sub(TAIL)..];
+        let begin = end.iter().rposition(|id| properties.special.contains(id)).map_or(0, |last| last + 1);
+        let tail = &end[begin..];
         if tail.is_empty() || text.is_empty() {
-            return whole(apart);
+            return apart();
         }
-        let before = self.decode(&[self.encode_plain(ANCHOR)?, tail.to_vec()].concat())?;
+        let before = self.decode(&[&properties.anchor, tail].concat())?;
         let before = before.strip_prefix(ANCHOR).unwrap_or(&before);
+        let together = self.encode_answer(&format!("{before}{text}"))?;
+        if let Some(behind) = together.strip_prefix(tail) {
+            return Ok((prompt.len(), behind.to_vec()));
+        }
         // A tail that does not decode and encode to the same tokens, such as a part of a character, is not changed.
         if self.encode_answer(before)? != tail {
-            return whole(apart);
+            return apart();
         }
-        let together = self.encode_answer(&format!("{before}{text}"))?;
         let same = together.iter().zip(tail).take_while(|(one, other)| one == other).count();
         let kept = prompt.len() - tail.len() + same;
         // At least one token must precede the answer's first token, to predict it.
-        if kept == 0 { whole(apart) } else { Ok((kept, together[same..].to_vec())) }
+        if kept == 0 { apart() } else { Ok((kept, together[same..].to_vec())) }
     }
 
     /// Returns the ids of a text as [`Self::encode_document`], without recognising control tokens in it.
@@ -75,7 +93,7 @@ impl Tokenizer {
     /// # Errors
     /// The same as for [`Self::render_chat`].
     pub fn encode_chat(&self, messages: &[Message], answer: bool) -> Result<Vec<u32>> {
-        let control = self.control_tokens();
+        let control = &self.properties()?.control;
         let spelt = |message: &Message| control.iter().any(|token| message.content.contains(token.as_str()));
         if !messages.iter().any(spelt) {
             return self.encode(&self.render_chat(messages, answer)?);
@@ -108,24 +126,35 @@ impl Tokenizer {
 
     /// Returns the ids of a text as [`Self::encode`], for a text that does not begin a document.
     fn encode_within(&self, text: &str) -> Result<Vec<u32>> {
-        let (anchored, anchor) = (self.encode(&format!("{ANCHOR}{text}"))?, self.encode(ANCHOR)?);
-        match anchored.strip_prefix(anchor.as_slice()) {
-            Some(ids) if self.writes_space()? => Ok(ids.to_vec()),
-            _ => self.encode(text),
+        let properties = self.properties()?;
+        if !properties.writes_space {
+            return self.encode(text);
+        }
+        let anchored = self.encode(&format!("{ANCHOR}{text}"))?;
+        match anchored.strip_prefix(properties.anchor.as_slice()) {
+            Some(ids) => Ok(ids.to_vec()),
+            None => self.encode(text),
         }
     }
 
-    /// Returns whether the tokenizer writes a space before a text.
-    fn writes_space(&self) -> Result<bool> {
-        let ids = self.encode("x")?;
-        let first = ids.first().and_then(|id| self.inner.id_to_token(*id));
-        Ok(first.is_some_and(|token| token.starts_with('▁')))
+    /// Returns the properties that encoding needs for every text; computed once.
+    fn properties(&self) -> Result<&Properties> {
+        if let Some(properties) = self.properties.get() {
+            return Ok(properties);
+        }
+        let first = self.encode("x")?.first().and_then(|id| self.inner.id_to_token(*id));
+        let properties = Properties {
+            control: self.control_tokens(),
+            special: self.special_ids(),
+            writes_space: first.is_some_and(|token| token.starts_with('▁')),
+            anchor: self.encode(ANCHOR)?,
+        };
+        Ok(self.properties.get_or_init(|| properties))
     }
 
     /// Returns the token ids of `text`, without recognising special tokens in it.
     fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
-        let special = self.control_tokens();
-        if !special.iter().any(|token| text.contains(token.as_str())) {
+        if !self.properties()?.control.iter().any(|token| text.contains(token.as_str())) {
             return self.encode(text);
         }
         let plain = self.plain.get_or_init(|| {
