@@ -7,9 +7,8 @@ use serde_json::{Map, Value};
 use crate::config::{Guard as Bounds, GuardAction};
 use crate::types::{Rewarded, Verdict};
 
-/// Norm of a gradient below which it is zero up to rounding: each of its values is below AdamW's ε of 10⁻⁸, so that a step
-/// changes no weight noticeably.
-const ROUNDING: f64 = 1e-8;
+/// Norm of a gradient below which it is zero up to rounding; the gradients of runs that learn have norms from 10⁻³ to 10².
+const ROUNDING: f64 = 1e-6;
 
 /// Most different reasons that are kept; the rest is counted together.
 const MOST_REASONS: usize = 64;
