@@ -1,8 +1,8 @@
 //! The configuration of a run: a TOML file, read strictly and validated completely before use.
 //!
-//! Each key is declared once, in [`sections`], [`learner`], [`labeling`] or [`operation`], with its type, default,
+//! Each key is declared once, in `sections`, `learner`, `labeling` or `operation`, with its type, default,
 //! range, documentation and effect on a resumed run. The reader, the writer, the comparison of a resumed run
-//! ([`Resume`]), the reference page and the schema ([`reference`]) are derived from the declaration. An error report
+//! ([`Resume`]), the reference page and the schema ([`mod@reference`]) are derived from the declaration. An error report
 //! lists all mistakes of a file, each with its place, the key's path and the remedy.
 
 mod choice;

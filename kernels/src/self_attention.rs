@@ -45,7 +45,7 @@ pub struct SelfAttention {
 
 /// Computes `x + attention(h)·oᵀ` with `h = rms_norm(x)`, for rows `x` `[T, D]`. Scores are divided by √hd.
 ///
-/// Gradients flow as in [`feed_forward`](super::feed_forward). For the backward it keeps the rotated queries and keys
+/// Gradients flow as in [`feed_forward`](super::feed_forward()). For the backward it keeps the rotated queries and keys
 /// (if heads have norms, the projections before these), the values, the attention output, and a number per row and
 /// head. Fails when the shapes do not match.
 pub fn self_attention(x: &Tensor, block: &SelfAttention) -> Result<Tensor> {

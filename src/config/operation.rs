@@ -26,8 +26,8 @@ section! {
         /// Number of threads for evaluations, in addition to those of the actors.
         [Changeable] threads: usize = pool(),
         /// Judge of these evaluations, and of `eval win-rate` and `eval harmless-rate`. Its keys are those of a judge
-        /// in `[labeler]`, from `type` to `rationale_temperature`, or `type = "panel"` with `members`. Device, retries,
-        /// cache and budget are those of `[labeler]`.
+        /// in section `labeler`, from `type` to `rationale_temperature`, or `type = "panel"` with `members`. Device, retries,
+        /// cache and budget are those of section `labeler`.
         [AcceptChange] labeler: Option<Methods> =
             unset("the run's labeler, `[labeler]`")
                 .example("{ type = \"pairwise\", remote = { url = \"http://127.0.0.1:8080/v1\", model = \"judge\" } }"),

@@ -37,7 +37,7 @@ macro_rules! section {
         pub struct $name {
             $(
                 $(#[doc = $doc])+
-                #[doc = concat!("\n\nDeclared as `", stringify!($spec), "`.")]
+                #[doc = concat!("\n\nDeclared as `` ", stringify!($spec), " ``.")]
                 pub $field: $type,
             )*
             $(

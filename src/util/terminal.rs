@@ -78,7 +78,7 @@ pub fn print(text: &str) -> Result<()> {
 /// Prints the JSON value `value` and a line feed on standard output.
 ///
 /// # Errors
-/// See [`print`].
+/// See [`print()`].
 pub fn print_json(value: &impl fmt::Display) -> Result<()> {
     write(&plain_json(&value.to_string()))
 }

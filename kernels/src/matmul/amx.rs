@@ -108,7 +108,7 @@ fn bytes<const PARTS: usize>(lanes: usize, inner: usize) -> usize {
 /// Packs the panels of some lanes, one after another, for the `inner` steps.
 ///
 /// # Safety
-/// The same as for [`pack`].
+/// The same as for [`pack()`].
 unsafe fn pack_panels<const PARTS: usize>(
     lines: &mut [Line],
     operand: Operand,

@@ -23,7 +23,7 @@ pub fn write(dir: &Path, config: &ModelConfig, weights: &Weights, dtype: DType) 
 /// `AutoModelForSequenceClassification`. `pad` is its padding token.
 ///
 /// # Errors
-/// The same as for [`write`].
+/// The same as for [`write()`].
 pub fn write_scorer(dir: &Path, config: &ModelConfig, weights: &Weights, pad: Option<u32>, dtype: DType) -> Result<()> {
     let mut description = config.to_json(Head::Scalar);
     // `transformers` takes the number of outputs from here: one label, so one output.
