@@ -43,9 +43,11 @@ pub fn whiten<'a>(values: impl Iterator<Item = &'a mut f32>) {
 }
 
 /// Returns the deviation below which values of the magnitude `largest` count as equal: the rounding of f32, in which
-/// models compute.
+/// models compute. Small values may be differences of larger ones, such as a rating minus the middle of its scale, and have
+/// at least the rounding of these in f64.
 fn rounding(largest: f64) -> f64 {
-    f64::from(f32::EPSILON) * largest.abs()
+    const OF_DIFFERENCES: f64 = 1e-12;
+    (f64::from(f32::EPSILON) * largest.abs()).max(OF_DIFFERENCES)
 }
 
 /// Returns the mean and the sample standard deviation. The latter is zero for fewer than two values, and for values
@@ -72,6 +74,9 @@ mod tests {
         assert_eq!(moments(equal.into_iter()).1, 0.0);
         assert_eq!(group_normalised(&equal, true), [0.0; 4]);
         assert_eq!(group_normalised(&equal, false), [0.0; 4]);
+        // Ratings of 5.5 whose middle was taken off.
+        assert_eq!(moments([0.0, 1.97e-16, 0.0, -2e-16].into_iter()).1, 0.0);
+        assert_eq!(group_normalised(&[0.0, 1.97e-16], true), [0.0; 2]);
         // Small values, and small differences of large values, are preserved.
         for values in [[1e-9, -1e-9], [1e6, 1e6 + 1.0]] {
             let std = moments(values.into_iter()).1;
