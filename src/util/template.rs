@@ -203,7 +203,11 @@ fn told(error: &Error) -> anyhow::Error {
     if spent {
         return endless();
     }
-    anyhow!("{}", causes.join(": ").chars().take(LONGEST_ERROR).collect::<String>())
+    let mut words: String = causes.join(": ").chars().take(LONGEST_ERROR).collect();
+    if words.contains("% operator on unsupported types string") {
+        words += "; Python's formatting with % is not supported: write ~ between the parts, in chat_template.jinja if it is a model's template";
+    }
+    anyhow!(words)
 }
 
 #[cfg(test)]

@@ -527,6 +527,7 @@ mod tests {
             ("{% include 'Cargo.toml' %}", "filled in"),
             ("{% if %}", "cannot be read"),
             ("{{ messages.nothing() }}", "nothing"),
+            ("{{ '%s' % 'x' }}", "Python's formatting with % is not supported: write ~"),
         ] {
             let error = format!("{:#}", render(template, &[], false).expect_err(template));
             assert!(error.contains(word), "{template}: {error}");

@@ -1,6 +1,6 @@
 //! Accuracy of a reward model: the share of pairs that it ranks as labeled.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::observe::progress::Progress;
 use crate::pipeline::data::pairs::PairSet;
@@ -13,7 +13,7 @@ use crate::rl::statistics::{Table, interval};
 /// half; pairs with a label of ½ are skipped.
 ///
 /// # Errors
-/// If a pair can no longer be read.
+/// If a pair can no longer be read, or all pairs are ties.
 pub fn reward_accuracy(model: &RewardModel, pairs: &PairSet, limit: usize, title: &str) -> Result<Table> {
     let count = pairs.len().min(limit);
     let progress = Progress::new("scoring", "pairs", count as u64);
@@ -31,6 +31,10 @@ pub fn reward_accuracy(model: &RewardModel, pairs: &PairSet, limit: usize, title
         longer.push(agreement(ids[0].len() as f64 - ids[1].len() as f64, p));
     }
     progress.finish();
+    ensure!(
+        !right.is_empty(),
+        "each of the {count} pairs is a tie (a probability of ½): none says which answer is better"
+    );
     let mut table = Table::new(
         title,
         &[("pairs", ""), ("accuracy", "%"), ("mean margin", ""), ("\"longer wins\" on the same pairs", "%")],
