@@ -217,7 +217,7 @@ impl Unavailable {
     }
 
     /// Returns whether the cause of `error` may be temporary.
-    fn of(error: &anyhow::Error) -> bool {
+    pub fn of(error: &anyhow::Error) -> bool {
         error.chain().any(|cause| {
             cause.downcast_ref::<Self>().is_some_and(|cause| cause.passes)
                 || cause.downcast_ref().is_some_and(disk::may_pass)

@@ -15,7 +15,6 @@ use anyhow::Result;
 use crate::config::ConfigErrors;
 use crate::lm::source::Unavailable;
 use crate::pipeline::remote::Unusable;
-use crate::util::disk;
 use crate::util::signals::Interrupted;
 
 /// Exit status of a command that failed during its work.
@@ -79,11 +78,7 @@ pub fn interrupted(signal: i32) -> u8 {
 
 /// Returns the exit status of a refused command: [`FAILED`] if the cause may be temporary, such as a full disk.
 fn refused(error: &anyhow::Error) -> u8 {
-    let passes = error.chain().any(|cause| {
-        cause.downcast_ref().is_some_and(disk::may_pass)
-            || cause.downcast_ref::<Unavailable>().is_some_and(|cause| cause.passes)
-    });
-    by_cause(error).unwrap_or(if passes { FAILED } else { REFUSED })
+    by_cause(error).unwrap_or(if Unavailable::of(error) { FAILED } else { REFUSED })
 }
 
 /// Returns the exit status that the type of the error or of one of its causes determines.

@@ -10,15 +10,21 @@ fn run(dir: &Path, args: &[&str]) -> Output {
     preceptor(dir).args(args).env("HOME", dir).output().unwrap()
 }
 
-#[test]
-fn label_and_eval_need_no_training_keys() {
-    let dir = tempfile::tempdir().unwrap();
+/// Starts a judge, and writes `judge.toml`, which names it, into `dir`.
+fn judge_in(dir: &Path) -> MockJudge {
     let judge = MockJudge::start(|_, _, _| Act::Tokens(vec![("1", 0.9), ("2", 0.1)]));
     let text = format!(
         "[labeler]\ntype = \"pairwise\"\ncache = \"labels\"\nremote = {{ url = \"{}\", model = \"m\", probe = false }}\n",
         judge.url
     );
-    std::fs::write(dir.path().join("judge.toml"), text).unwrap();
+    std::fs::write(dir.join("judge.toml"), text).unwrap();
+    judge
+}
+
+#[test]
+fn label_and_eval_need_no_training_keys() {
+    let dir = tempfile::tempdir().unwrap();
+    let _judge = judge_in(dir.path());
     std::fs::write(dir.path().join("local.toml"), "[labeler]\ntype = \"pairwise\"\n").unwrap();
     let pair = "{\"prompt\": \"p\", \"chosen\": \"a b\", \"rejected\": \"c\"}\n";
     std::fs::write(dir.path().join("pairs.jsonl"), pair.repeat(3)).unwrap();
@@ -43,12 +49,7 @@ fn label_and_eval_need_no_training_keys() {
 #[test]
 fn every_command_exits_with_status_2_when_its_input_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let judge = MockJudge::start(|_, _, _| Act::Tokens(vec![("1", 0.9), ("2", 0.1)]));
-    let text = format!(
-        "[labeler]\ntype = \"pairwise\"\ncache = \"labels\"\nremote = {{ url = \"{}\", model = \"m\", probe = false }}\n",
-        judge.url
-    );
-    std::fs::write(dir.path().join("judge.toml"), text).unwrap();
+    let _judge = judge_in(dir.path());
     std::fs::write(dir.path().join("bad.jsonl"), "{\"prompt\": \"p\", \"chosen\": 1, \"rejected\": \"c\"}\n").unwrap();
     std::fs::create_dir(dir.path().join("model")).unwrap();
     std::fs::write(dir.path().join("pairs.jsonl"), "{\"prompt\": \"p\", \"chosen\": \"a\", \"rejected\": \"c\"}\n")

@@ -133,7 +133,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
     (
         "util::exit",
         "Exit statuses, and errors that carry one.",
-        &["config", "lm::source", "pipeline::remote", "util::disk", "util::signals"],
+        &["config", "lm::source", "pipeline::remote", "util::signals"],
     ),
     (
         "pipeline::reward",

@@ -21,8 +21,13 @@ use client::Client;
 const INDEX: &str = "model.safetensors.index.json";
 const WEIGHTS: &str = "model.safetensors";
 const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
-const OPTIONAL: [&str; 4] =
-    ["tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"];
+const OPTIONAL: [&str; 5] = [
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+];
 /// Folder of the chat templates other than the default one.
 const TEMPLATES: &str = "additional_chat_templates/";
 

@@ -56,8 +56,9 @@ fn get(endpoint: &str, home: &Path, repo: &str, file: Option<&str>) -> Result<Mo
 #[test]
 fn a_sharded_model_is_downloaded_once() {
     let index = r#"{"weight_map":{"a":"model-1.safetensors","b":"model-2.safetensors","c":"model-1.safetensors"}}"#;
-    let files: [(&str, &str); 7] = [
+    let files: [(&str, &str); 8] = [
         ("config.json", "{}"),
+        ("added_tokens.json", "{  }"),
         ("tokenizer.json", "{ }"),
         ("chat_template.jinja", "x"),
         ("additional_chat_templates/tool_use.jinja", "y"),
