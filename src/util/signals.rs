@@ -105,12 +105,14 @@ pub fn name(signal: i32) -> &'static str {
 }
 
 fn take(signal: i32) {
+    // This is read before the signal is published: a command that reacts to it may end, and drop its guard, at once.
+    let deferred = DEFERRED.load(Ordering::SeqCst) > 0;
     RECEIVED.send_modify(|received| {
         received.first.get_or_insert(signal);
         received.last = signal;
         received.count += 1;
     });
-    if DEFERRED.load(Ordering::SeqCst) == 0 {
+    if !deferred {
         say!("interrupted by {}", name(signal));
         // An error, for example of a closed standard output, is irrelevant at exit.
         let _ = std::io::stdout().flush();
