@@ -52,22 +52,8 @@ struct Pairs;
 impl Questions for Pairs {
     fn group(&self, i: usize) -> Result<Group> {
         let [prompt, first, second] = PAIRS[i];
-        let completion = |text: &str| Completion {
-            ids: Vec::new(),
-            logprobs: Vec::new(),
-            versions: Vec::new(),
-            finish: Finish::Eos,
-            text: text.to_owned(),
-        };
-        let prompt = Prompt {
-            seq: i as u64,
-            epoch: 0,
-            row: i,
-            text: prompt.into(),
-            ids: Arc::default(),
-            blank: Arc::default(),
-            reference: None,
-        };
+        let completion = |text: &str| Completion::unsampled(Vec::new(), text);
+        let prompt = Prompt { row: i, ..Prompt::new(i as u64, prompt, []) };
         Ok(Group { prompt, completions: vec![completion(first), completion(second)] })
     }
 }

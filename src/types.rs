@@ -27,6 +27,15 @@ pub struct Prompt {
     pub reference: Option<Arc<str>>,
 }
 
+impl Prompt {
+    /// Creates the prompt of group `seq` in the first pass over the data set, without a reference answer. The context
+    /// of a likelihood "without the prompt" is the prompt itself.
+    pub fn new(seq: u64, text: impl Into<Arc<str>>, ids: impl Into<Arc<[u32]>>) -> Self {
+        let ids = ids.into();
+        Self { seq, epoch: 0, row: 0, text: text.into(), blank: Arc::clone(&ids), ids, reference: None }
+    }
+}
+
 /// Reason for the end of a completion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -55,6 +64,12 @@ pub struct Completion {
 }
 
 impl Completion {
+    /// Creates a completed answer that no policy sampled: log-probabilities and versions are zero.
+    pub fn unsampled(ids: Vec<u32>, text: impl Into<String>) -> Self {
+        let (logprobs, versions) = (vec![0.0; ids.len()], vec![0; ids.len()]);
+        Self { ids, logprobs, versions, finish: Finish::Eos, text: text.into() }
+    }
+
     /// Returns the oldest version of the weights that sampled any of the tokens.
     pub fn oldest_version(&self) -> u64 {
         self.versions.iter().copied().min().unwrap_or(0)
@@ -224,6 +239,23 @@ pub struct Rewarded {
     pub scale: RewardScale,
 }
 
+impl Rewarded {
+    /// Creates a group without feedback, scores and rewards.
+    pub fn new(group: Group, scale: RewardScale) -> Self {
+        Self {
+            group,
+            feedback: None,
+            scores: Vec::new(),
+            rewards: Vec::new(),
+            preferences: Vec::new(),
+            reference: Vec::new(),
+            reward_model: None,
+            masked: None,
+            scale,
+        }
+    }
+}
+
 /// Running mean and variance of the labeler's scores (Welford).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct RewardScale {
@@ -258,22 +290,8 @@ mod tests {
 
     #[test]
     fn uncompared_completions_are_removed_unless_none_was_compared() {
-        let completion = |text: &str| Completion {
-            ids: vec![1],
-            logprobs: vec![0.0],
-            versions: vec![0],
-            finish: Finish::Eos,
-            text: text.into(),
-        };
-        let prompt = Prompt {
-            seq: 0,
-            epoch: 0,
-            row: 0,
-            text: "".into(),
-            ids: [1][..].into(),
-            blank: [1][..].into(),
-            reference: None,
-        };
+        let completion = |text: &str| Completion::unsampled(vec![1], text);
+        let prompt = Prompt::new(0, "", [1]);
         let labeled = |uncompared: &[usize]| {
             let verdict = |i: usize| match uncompared.contains(&i) {
                 true => Verdict::Abstention(UNCOMPARED.into()),

@@ -71,6 +71,11 @@ struct StepSizes {
     clip: f32,
 }
 
+/// Returns the factor, at most 1, that scales a gradient of Euclidean norm `norm` down to `max_norm`.
+pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
+    (max_norm / norm.max(f64::MIN_POSITIVE)).min(1.0)
+}
+
 impl AdamW {
     /// Creates an optimizer with zero moments for these named parameters.
     pub fn new(params: Vec<(String, Var)>, config: AdamWConfig) -> Result<Self> {

@@ -28,7 +28,7 @@ mod tree_mask;
 mod vector;
 
 pub use accumulate::{Gradients, backward};
-pub use adamw::{AdamW, AdamWConfig};
+pub use adamw::{AdamW, AdamWConfig, clip_factor};
 pub use attention::tree_attention;
 pub use checkpoint::{Segment, checkpoint};
 pub use draw::{draw_from_row, draw_from_rows};
@@ -322,5 +322,23 @@ mod tests {
             })
         };
         assert_eq!(run(1), run(3));
+    }
+
+    /// The tests of a kernel pass without effect on a processor that cannot execute it; this test names those kernels.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn kernels_that_this_processor_cannot_execute_are_listed() {
+        use std::io::Write;
+        let present = [
+            ("AVX2", std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")),
+            ("AVX-512", std::arch::is_x86_feature_detected!("avx512f")),
+            ("AVX-512 VNNI", std::arch::is_x86_feature_detected!("avx512vnni")),
+            ("AMX", has_tile_unit()),
+        ];
+        for (name, _) in present.iter().filter(|(_, present)| !present) {
+            let line = format!("skipped: the processor has no {name}; the kernels for it were not tested\n");
+            // Written to the stream itself: the test harness hides the output of `eprintln!` in a passing test.
+            std::io::stderr().write_all(line.as_bytes()).unwrap();
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, anyhow};
+use kernels::clip_factor;
 use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResult};
 
 use crate::lm::model::Pack;
@@ -98,7 +99,7 @@ impl Stage for FineTune {
             )));
         }
         failpoints::point("sft.step")?;
-        let scale = (self.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / tokens.max(1) as f64;
+        let scale = clip_factor(norm, self.max_grad_norm) / tokens.max(1) as f64;
         state.stepping = true;
         state.apply(self.lr, scale)?;
         state.step += 1;

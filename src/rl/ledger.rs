@@ -277,30 +277,11 @@ mod tests {
     use crate::types::{Feedback, Prompt, RewardScale, Verdict};
 
     fn group(seq: u64) -> Group {
-        let prompt = Prompt {
-            seq,
-            epoch: 0,
-            row: 0,
-            text: "".into(),
-            ids: [1][..].into(),
-            blank: [1][..].into(),
-            reference: None,
-        };
-        Group { prompt, completions: vec![] }
+        Group { prompt: Prompt::new(seq, "", [1]), completions: vec![] }
     }
 
     fn rewarded(seq: u64) -> Rewarded {
-        Rewarded {
-            group: group(seq),
-            feedback: None,
-            scores: vec![],
-            rewards: vec![],
-            preferences: vec![],
-            reference: vec![],
-            reward_model: None,
-            masked: None,
-            scale: RewardScale::default(),
-        }
+        Rewarded::new(group(seq), RewardScale::default())
     }
 
     #[test]

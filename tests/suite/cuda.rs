@@ -145,6 +145,7 @@ fn close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
 }
 
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn the_devices_memory_is_reported() {
     assert_eq!(preceptor::util::device::memory(&Device::Cpu), None);
     let Some(device) = device("the_devices_memory_is_reported") else { return };
@@ -157,6 +158,7 @@ fn the_devices_memory_is_reported() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn forward_agrees_with_the_cpu() {
     let Some(device) = device("forward_agrees_with_the_cpu") else { return };
     for case in cases() {
@@ -171,6 +173,7 @@ fn forward_agrees_with_the_cpu() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn every_gradient_agrees_with_the_cpu() {
     let Some(device) = device("every_gradient_agrees_with_the_cpu") else { return };
     for case in cases() {
@@ -192,6 +195,7 @@ fn every_gradient_agrees_with_the_cpu() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn adamw_steps_agree_with_the_cpu() {
     let Some(device) = device("adamw_steps_agree_with_the_cpu") else { return };
     // A larger ε than usual: if a gradient is only rounding noise, the step would otherwise be its sign.
@@ -227,6 +231,7 @@ fn greedy(model: Decoder) -> Vec<Vec<Sampled>> {
 }
 
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn greedy_generation_agrees_with_the_cpu() {
     let Some(device) = device("greedy_generation_agrees_with_the_cpu") else { return };
     for case in cases() {
@@ -240,6 +245,7 @@ fn greedy_generation_agrees_with_the_cpu() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn half_precision_is_near_single_precision() {
     let Some(device) = device("half_precision_is_near_single_precision") else { return };
     for case in cases() {
@@ -252,6 +258,7 @@ fn half_precision_is_near_single_precision() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn an_encoder_agrees_with_the_cpu() {
     let Some(device) = device("an_encoder_agrees_with_the_cpu") else { return };
     let config = BertConfig {
@@ -300,6 +307,7 @@ fn an_encoder_agrees_with_the_cpu() {
 /// Other threads must read the weights that the learner's thread wrote, although it does not wait for the device before
 /// publishing.
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn a_snapshot_is_complete_in_another_thread() {
     let Some(device) = device("a_snapshot_is_complete_in_another_thread") else { return };
     let config = ModelConfig { hidden_size: 512, intermediate_size: 1024, head_dim: 128, layers: 4, ..tiny() };
@@ -322,6 +330,7 @@ fn a_snapshot_is_complete_in_another_thread() {
 
 /// A copy on a separate stream is complete, and unaffected by the learner's next steps.
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn a_copy_on_another_stream_is_complete() {
     let Some(device) = device("a_copy_on_another_stream_is_complete") else { return };
     let other = preceptor::util::device::open("cuda:0").unwrap();
@@ -359,6 +368,7 @@ fn a_copy_on_another_stream_is_complete() {
 
 /// Steps in half precision, with the optimizer's copy in single precision.
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn steps_in_half_precision_are_near_those_in_single_precision() {
     let Some(device) = device("steps_in_half_precision_are_near_those_in_single_precision") else { return };
     for case in cases() {
@@ -389,6 +399,7 @@ fn steps_in_half_precision_are_near_those_in_single_precision() {
 
 /// Rows stay on the device while tokens are sampled from them.
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs an NVIDIA GPU and the feature cuda")]
 fn sampling_on_the_device_equals_sampling_on_the_host() {
     let Some(device) = device("sampling_on_the_device_equals_sampling_on_the_host") else { return };
     let rows = values(5, &[4, 1300], 3.0);

@@ -14,18 +14,8 @@ use preceptor::types::{Completion, Finish, Group, Prompt};
 
 fn judge(chat: bool) -> Judge {
     let tokenizer = Tokenizer::bytes();
-    let config = ModelConfig {
-        hidden_size: 32,
-        intermediate_size: 48,
-        layers: 2,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 8,
-        vocab_size: tokenizer.vocab_size(),
-        context: 512,
-        eos: tokenizer.eos_ids().to_vec(),
-        ..ModelConfig::llama()
-    };
+    let config =
+        ModelConfig { context: 512, eos: tokenizer.eos_ids().to_vec(), ..ModelConfig::tiny(tokenizer.vocab_size()) };
     let weights = Weights::scratch(&config, 0.3, 5, &Device::Cpu).unwrap();
     Judge { model: Arc::new(Decoder::new(&config, &weights).unwrap()), tokenizer, identity: 1, chat }
 }
@@ -127,22 +117,8 @@ fn a_completion_cannot_write_control_tokens_of_a_local_judge() {
     let config = preceptor::config::parse(text, "x", dir.path(), &[]).unwrap();
     let local = Arc::new(Local::new(Judge { tokenizer, ..judge(true) }));
     let kept = JudgeBackend::Cached { local: Arc::clone(&local), backend: Arc::clone(&local) as Arc<dyn Backend> };
-    let prompt = |text: &str| Prompt {
-        seq: 0,
-        epoch: 0,
-        row: 0,
-        text: text.into(),
-        ids: [1][..].into(),
-        blank: [1][..].into(),
-        reference: None,
-    };
-    let completion = |text: &str| Completion {
-        ids: vec![1],
-        logprobs: vec![0.0],
-        versions: vec![0],
-        finish: Finish::Eos,
-        text: text.into(),
-    };
+    let prompt = |text: &str| Prompt::new(0, text, [1]);
+    let completion = |text: &str| Completion::unsampled(vec![1], text);
     for instrument in [JudgeBackend::Model(local), kept] {
         let labeler = labeler_on(&config, &[instrument]).unwrap();
         let rated = |asked: &str, texts: &[&str]| {

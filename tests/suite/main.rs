@@ -6,7 +6,6 @@ mod bert;
 mod command_line;
 mod common;
 mod configuration;
-#[cfg(feature = "cuda")]
 mod cuda;
 mod data;
 mod evaluations;

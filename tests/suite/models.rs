@@ -15,17 +15,10 @@ use crate::common::{preceptor, stderr, train};
 fn model(dir: &Path, rows: usize) -> PathBuf {
     let tokenizer = Tokenizer::bytes();
     let config = ModelConfig {
-        hidden_size: 32,
-        intermediate_size: 48,
-        layers: 2,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 8,
-        vocab_size: rows,
         context: 1024,
         bos: tokenizer.bos_id(),
         eos: tokenizer.eos_ids().to_vec(),
-        ..ModelConfig::llama()
+        ..ModelConfig::tiny(rows)
     };
     let path = dir.join("model");
     std::fs::create_dir_all(&path).unwrap();

@@ -15,22 +15,8 @@ fn plan() -> TrainerPlan {
 }
 
 fn group(seq: u64, prompt: &[u32], answers: &[Vec<u32>]) -> Group {
-    let prompt = Prompt {
-        seq,
-        epoch: 0,
-        row: 0,
-        text: format!("{prompt:?} of {seq}").into(),
-        ids: prompt.into(),
-        blank: [1][..].into(),
-        reference: None,
-    };
-    let completion = |ids: &Vec<u32>| Completion {
-        ids: ids.clone(),
-        logprobs: vec![0.0; ids.len()],
-        versions: vec![0; ids.len()],
-        finish: Finish::Eos,
-        text: String::new(),
-    };
+    let prompt = Prompt::new(seq, format!("{prompt:?} of {seq}"), prompt);
+    let completion = |ids: &Vec<u32>| Completion::unsampled(ids.clone(), "");
     Group { prompt, completions: answers.iter().map(completion).collect() }
 }
 

@@ -23,18 +23,7 @@ fn completions() -> Vec<Vec<u32>> {
 }
 
 fn shape(window: Option<Window>) -> ModelConfig {
-    ModelConfig {
-        hidden_size: 32,
-        intermediate_size: 48,
-        layers: 2,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 8,
-        vocab_size: 90,
-        context: 64,
-        window,
-        ..ModelConfig::llama()
-    }
+    ModelConfig { window, ..ModelConfig::tiny(90) }
 }
 
 fn algorithms() -> Vec<(&'static str, Box<dyn Algorithm>)> {

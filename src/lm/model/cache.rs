@@ -136,17 +136,6 @@ mod tests {
     use crate::lm::model::{ModelConfig, Pack, PackedAttention, Weights};
 
     fn model(config: ModelConfig, dtype: DType) -> Decoder {
-        let config = ModelConfig {
-            hidden_size: 32,
-            intermediate_size: 48,
-            layers: 2,
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 8,
-            vocab_size: 50,
-            context: 64,
-            ..config
-        };
         let weights = Weights::scratch(&config, 0.2, 3, &Device::Cpu).unwrap();
         Decoder::new(&config, &weights).unwrap().to_dtype(dtype).unwrap()
     }
@@ -198,8 +187,8 @@ mod tests {
     fn decoding_over_a_cache_equals_a_pass_over_the_complete_sequence() {
         let window = Some(Window { size: 6, layers: vec![true, false] });
         for config in [
-            ModelConfig::llama(),
-            ModelConfig { window, attention_cap: Some(5.0), query_scalar: Some(24), ..ModelConfig::llama() },
+            ModelConfig::tiny(50),
+            ModelConfig { window, attention_cap: Some(5.0), query_scalar: Some(24), ..ModelConfig::tiny(50) },
         ] {
             let single = model(config.clone(), DType::F32);
             check(&single, KvCache::new(&single, 4).unwrap(), 1e-5);
@@ -213,7 +202,7 @@ mod tests {
     /// Rows are free again after their owners are dropped.
     #[test]
     fn freed_rows_of_a_pool_are_reused() {
-        let model = model(ModelConfig::llama(), DType::F32);
+        let model = model(ModelConfig::tiny(50), DType::F32);
         let mut cache = KvCache::pooled(&model, 16).unwrap();
         let free = |cache: &KvCache| match &cache.kept {
             Kept::Device(pool) => pool.free_rows(),

@@ -110,6 +110,21 @@ impl ModelConfig {
         }
     }
 
+    /// Returns a Llama of two layers, width 32 and a context of 64 tokens, for tests and examples.
+    pub fn tiny(vocab_size: usize) -> Self {
+        Self {
+            hidden_size: 32,
+            intermediate_size: 48,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+            vocab_size,
+            context: 64,
+            ..Self::llama()
+        }
+    }
+
     /// Checks that the sizes are consistent.
     ///
     /// # Errors

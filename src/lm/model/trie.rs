@@ -152,18 +152,7 @@ mod tests {
     use candle_core::Device;
 
     fn model(window: Option<Window>) -> Decoder {
-        let config = ModelConfig {
-            hidden_size: 32,
-            intermediate_size: 48,
-            layers: 2,
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 8,
-            vocab_size: 50,
-            context: 64,
-            window,
-            ..ModelConfig::llama()
-        };
+        let config = ModelConfig { window, ..ModelConfig::tiny(50) };
         Decoder::new(&config, &Weights::scratch(&config, 0.2, 3, &Device::Cpu).unwrap()).unwrap()
     }
 

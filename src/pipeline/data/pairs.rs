@@ -137,18 +137,13 @@ pub fn group(seq: u64, pair: &PreferencePair, format: &PromptFormat, tokenizer: 
     let completion = |text: &str, own: usize, behind: Vec<u32>| {
         let mut all = [&ids[kept..own], &behind].concat();
         all.extend(tokenizer.end(format.chat));
-        let (logprobs, versions) = (vec![0.0; all.len()], vec![0; all.len()]);
-        Completion { ids: all, logprobs, versions, finish: Finish::Eos, text: text.to_owned() }
+        Completion::unsampled(all, text)
     };
     let completions = vec![completion(&pair.first, first_kept, first), completion(&pair.second, second_kept, second)];
     let prompt = Prompt {
-        seq,
-        epoch: 0,
         row: pair.row,
-        text: pair.dialogue.text().into(),
-        ids: ids[..kept].into(),
         blank: format.blank(tokenizer)?,
-        reference: None,
+        ..Prompt::new(seq, pair.dialogue.text(), &ids[..kept])
     };
     Ok(Group { prompt, completions })
 }

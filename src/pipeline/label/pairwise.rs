@@ -258,23 +258,8 @@ rationale = "r"
     }
 
     fn group(texts: &[&str]) -> Group {
-        let prompt = Prompt {
-            seq: 0,
-            epoch: 0,
-            row: 0,
-            text: "t".into(),
-            ids: [1][..].into(),
-            blank: [1][..].into(),
-            reference: None,
-        };
-        let completion = |text: &&str| Completion {
-            ids: vec![1],
-            logprobs: vec![0.0],
-            versions: vec![0],
-            finish: Finish::Eos,
-            text: (*text).into(),
-        };
-        Group { prompt, completions: texts.iter().map(completion).collect() }
+        let completion = |text: &&str| Completion::unsampled(vec![1], *text);
+        Group { prompt: Prompt::new(0, "t", [1]), completions: texts.iter().map(completion).collect() }
     }
 
     fn labels(backend: Scripted, cot: bool, samples: usize, inverted: bool) -> (Labels, Arc<Scripted>) {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
+use kernels::clip_factor;
 use preceptor_actors::{AdmissionGate, Emitter, Item, SnapshotCell, Stage, StageContext, StageError, StageResult};
 
 use super::pass::{Measured, Pass, accumulate};
@@ -402,7 +403,7 @@ impl Learn {
         let norm = state.gradients.global_norm()? / terms;
         let finite = norm.is_finite() && step.loss().is_finite();
         if finite && step.terms > 0 {
-            let clip = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0);
+            let clip = clip_factor(norm, self.plan.max_grad_norm);
             let lr = self.plan.rate(state.step);
             // From here until the step is counted, the weights belong to no version.
             failpoints::point("learn.apply")?;

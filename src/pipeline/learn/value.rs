@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor, Var};
 
 use super::state::restore_params;
 use crate::lm::model::{Decoder, Pack};
-use kernels::{AdamW, AdamWConfig, Frozen, Gradients};
+use kernels::{AdamW, AdamWConfig, Frozen, Gradients, clip_factor};
 
 /// Value baseline V(s) = h·w + b. On the policy's hidden states, which are detached, the baseline uses the policy's
 /// features without affecting them. With a separate decoder it also learns its own features, at the cost of a second
@@ -41,7 +41,7 @@ impl Part {
     fn step(&mut self, count: f64, lr: f64, max_norm: f64) -> Result<()> {
         let norm = self.gradients.global_norm()? / count;
         if norm.is_finite() {
-            self.optimizer.step(&self.gradients, lr, (max_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / count)?;
+            self.optimizer.step(&self.gradients, lr, clip_factor(norm, max_norm) / count)?;
         }
         Ok(())
     }

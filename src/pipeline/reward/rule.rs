@@ -58,15 +58,7 @@ mod tests {
     use crate::types::Prompt;
 
     fn group(finishes: &[(usize, Finish)]) -> Group {
-        let prompt = Prompt {
-            seq: 0,
-            epoch: 0,
-            row: 0,
-            text: "".into(),
-            ids: [1][..].into(),
-            blank: [1][..].into(),
-            reference: None,
-        };
+        let prompt = Prompt::new(0, "", [1]);
         let completions = finishes
             .iter()
             .map(|(tokens, finish)| Completion {

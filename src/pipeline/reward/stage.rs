@@ -73,17 +73,7 @@ impl<I> RewardStage<I> {
     fn reward(&mut self, labeled: Labeled, trainer: Option<&mut RewardTrainer>) -> Result<Rewarded> {
         let labeled = if let Scorer::Labels = self.scorer { labeled.without_uncompared() } else { labeled };
         let Labeled { group, mut feedback } = labeled;
-        let mut out = Rewarded {
-            group,
-            feedback: None,
-            scores: vec![],
-            rewards: vec![],
-            preferences: vec![],
-            reference: vec![],
-            reward_model: None,
-            masked: None,
-            scale: self.scale,
-        };
+        let mut out = Rewarded::new(group, self.scale);
         match (&self.scorer, trainer) {
             (Scorer::Labels | Scorer::Model(_), None) => match scores(feedback.as_ref(), out.group.completions.len()) {
                 Ok(scores) => out.scores = scores,

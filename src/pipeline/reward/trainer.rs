@@ -12,7 +12,7 @@ use crate::observe::telemetry;
 use crate::rl::algo::preference::soft_label;
 use crate::types::{Group, Prompt};
 use crate::util::seed::{self, mix};
-use kernels::{AdamW, AdamWConfig, Frozen, Gradients};
+use kernels::{AdamW, AdamWConfig, Frozen, Gradients, clip_factor};
 
 /// Number of most recent held-out pairs in the live accuracy.
 const WINDOW: usize = 256;
@@ -317,7 +317,7 @@ impl RewardTrainer {
         let finite = norm.is_finite() && pending.loss.is_finite();
         if finite {
             self.stepping = true;
-            let scale = (self.plan.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0) / pairs;
+            let scale = clip_factor(norm, self.plan.max_grad_norm) / pairs;
             self.optimizer.step(&self.gradients, self.plan.lr, scale)?;
             self.head_optimizer.step(&self.head_gradients, self.plan.head_lr, scale)?;
             self.stepping = false;
