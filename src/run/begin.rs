@@ -8,7 +8,7 @@ use super::journal::{self, Entry, Journal};
 use super::phases::FINE_TUNING;
 use super::{reference, rewind};
 use crate::run::checkpoint::Opened;
-use crate::run::checkpoint::shelf::{self, PENDING};
+use crate::run::checkpoint::store::{self, PENDING};
 use crate::util::disk;
 
 /// What the file [`PENDING`] says to a person.
@@ -69,11 +69,11 @@ pub(super) fn date(run: &Path, checkpoint: Option<&Opened>) -> Result<Option<Str
 
 /// What `run` holds of a run that began, and had a checkpoint as far as can be known.
 fn held(run: &Path) -> Result<Vec<PathBuf>> {
-    let checkpoint = |path: &PathBuf| shelf::step(path).is_some() || shelf::step_set_aside(path).is_some();
-    let mut held: Vec<PathBuf> = shelf::list(&run.join("checkpoints"))?.into_iter().filter(checkpoint).collect();
-    let tuned = shelf::list(&run.join(FINE_TUNING).join("checkpoints"))?;
+    let checkpoint = |path: &PathBuf| store::step(path).is_some() || store::step_set_aside(path).is_some();
+    let mut held: Vec<PathBuf> = store::list(&run.join("checkpoints"))?.into_iter().filter(checkpoint).collect();
+    let tuned = store::list(&run.join(FINE_TUNING).join("checkpoints"))?;
     // Those with a step of their own are resumed from, or refused by name.
-    held.extend(tuned.into_iter().filter(|path| shelf::step_set_aside(path).is_some()));
+    held.extend(tuned.into_iter().filter(|path| store::step_set_aside(path).is_some()));
     held.sort();
     if !disk::exists(&run.join(PENDING))? {
         held.extend(steps(run)?);

@@ -13,7 +13,7 @@
 
 pub mod mirror;
 pub mod read;
-pub mod shelf;
+pub mod store;
 pub mod sums;
 pub mod win_rates;
 pub mod write;
@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 
 pub use mirror::Mirror;
 pub use read::Opened;
-pub use shelf::{Best, CheckpointStore};
+pub use store::{Best, CheckpointStore};
 pub use win_rates::WinRates;
 pub use write::CheckpointFormat;
 pub use writer::Writer;

@@ -7,9 +7,9 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail};
 use preceptor_actors::Outcome;
 
-use super::insist::insist;
+use super::observer::RunObserver;
+use super::retry::insist;
 use super::supervise::{Stop, new_signal, unless_left};
-use super::watcher::RunObserver;
 use super::{Summary, lock, reference};
 use crate::observe::monitor::Monitor;
 use crate::observe::telemetry;

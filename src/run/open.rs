@@ -16,7 +16,7 @@ use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::learning::{adam, lora, value_model};
 use crate::pipeline::topology::reward_trainer;
 use crate::rl::ledger::Book;
-use crate::run::checkpoint::{Best, CheckpointStore, Identity, Lengths, Mirror, Opened, WinRates, shelf};
+use crate::run::checkpoint::{Best, CheckpointStore, Identity, Lengths, Mirror, Opened, WinRates, store};
 use crate::say;
 use crate::util::disk;
 
@@ -52,7 +52,7 @@ pub(super) fn hold(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Re
 /// The directory of the run whose checkpoint is, or was before it was set aside, at `path`.
 fn run_of(path: &Path) -> Result<PathBuf> {
     let of = path.parent().filter(|dir| dir.ends_with("checkpoints")).and_then(Path::parent);
-    let of = of.filter(|_| shelf::step(path).or_else(|| shelf::step_set_aside(path)).is_some()).with_context(|| {
+    let of = of.filter(|_| store::step(path).or_else(|| store::step_set_aside(path)).is_some()).with_context(|| {
         format!("{} is no checkpoint of a run, such as runs/NAME/checkpoints/step-000050", path.display())
     })?;
     if of.ends_with(phases::FINE_TUNING) {
@@ -109,7 +109,7 @@ pub(super) fn open(config: &Config, dir: RunDir, from: &From, win_rates: WinRate
         From::Checkpoint(path) => {
             let path = std::path::absolute(path)?;
             let checkpoint = Opened::open(&path)?;
-            let aside = shelf::step_set_aside(&path).map(|_| SetAside::find(dir.path(), &path)).transpose()?;
+            let aside = store::step_set_aside(&path).map(|_| SetAside::find(dir.path(), &path)).transpose()?;
             let branch = aside.as_ref().map_or(checkpoint.step(), SetAside::branch);
             let later = shelf.later(branch)?.into_iter().map(|path| (path, "superseded")).collect();
             start(dir, Some(checkpoint), later, aside, shelf)
@@ -149,7 +149,7 @@ impl Start {
             }
         }
         for path in &tuned.damaged {
-            let to = shelf::name_aside(path, "damaged")?;
+            let to = store::name_aside(path, "damaged")?;
             std::fs::rename(path, &to).map_err(|error| disk::cannot("rename", path, error))?;
             say!("set aside {}", to.display());
         }

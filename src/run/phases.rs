@@ -11,10 +11,10 @@ use preceptor_actors::{GraphBuilder, Outcome, StageResult, spawn_graph};
 use serde_json::{Value, json};
 
 use super::files::RunFiles;
-use super::insist::insist;
+use super::observer::Due;
 use super::resume::Accepted;
+use super::retry::insist;
 use super::supervise::{Stop, graph_options, supervise, unless_left};
-use super::watcher::Due;
 use super::{announce, lock, reference, resume};
 use crate::config::Config;
 use crate::observe::monitor::Monitor;
@@ -28,7 +28,7 @@ use crate::pipeline::sft::SftObserver;
 use crate::pipeline::topology::learning::{adam, lora};
 use crate::pipeline::topology::{Node, wire_fine_tuning};
 use crate::rl::ledger::Book;
-use crate::run::checkpoint::shelf::Latest;
+use crate::run::checkpoint::store::Latest;
 use crate::run::checkpoint::{
     Best, CheckpointFormat, CheckpointStore, Identity, JudgeContents, Opened, Snapshot, Writer,
 };

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::run::checkpoint::shelf;
+use crate::run::checkpoint::store;
 use crate::util::disk;
 use crate::util::failpoints;
 
@@ -111,7 +111,7 @@ pub(super) fn to(run: &Path, step: u64, ends: &Ends, aside: &[(PathBuf, &str)]) 
         return Ok(Vec::new());
     }
     let renames =
-        aside.iter().map(|(path, why)| Ok((inside(run, path)?, inside(run, &shelf::name_aside(path, why)?)?)));
+        aside.iter().map(|(path, why)| Ok((inside(run, path)?, inside(run, &store::name_aside(path, why)?)?)));
     let plan = Plan { step, renames: renames.collect::<Result<_>>()?, files };
     let names = plan.renames.iter().map(|(_, to)| run.join(to)).collect();
     carry_out(run, &plan)?;
@@ -187,7 +187,7 @@ impl SetAside {
         }
         let mut renames = Vec::new();
         for path in aside {
-            renames.push((inside(run, path)?, inside(run, &shelf::name_aside(path, "superseded")?)?));
+            renames.push((inside(run, path)?, inside(run, &store::name_aside(path, "superseded")?)?));
         }
         let names = renames.iter().map(|(_, to)| run.join(to)).collect();
         renames.push((inside(run, &self.path)?, self.name.clone()));
@@ -279,7 +279,7 @@ fn read(dir: &Path) -> Result<Plan> {
 
 /// Numbers and names of the directories of plans that were carried out, in order.
 fn plans(run: &Path) -> Result<Vec<(u64, String)>> {
-    let named = shelf::list(run)?.into_iter().filter_map(|path| {
+    let named = store::list(run)?.into_iter().filter_map(|path| {
         let name = path.file_name()?.to_str()?.to_owned();
         Some((name.strip_prefix(DONE)?.parse().ok()?, name))
     });
@@ -325,7 +325,7 @@ mod tests {
     }
 
     fn checkpoint(run: &Path, step: u64) -> PathBuf {
-        run.join("checkpoints").join(shelf::name(step))
+        run.join("checkpoints").join(store::name(step))
     }
 
     fn ends(steps: u64) -> Ends {

@@ -11,7 +11,7 @@ use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{shelf, sums};
+use super::{store, sums};
 
 /// Files beyond this many bytes go in parts.
 const PART: usize = 8 << 20;
@@ -86,13 +86,13 @@ impl Mirror {
     /// # Errors
     /// As [`Self::copy`].
     pub fn put(&self, dir: &Path, keep: usize) -> Result<()> {
-        shelf::step(dir).context("only checkpoints are kept by their number")?;
+        store::step(dir).context("only checkpoints are kept by their number")?;
         self.copy(dir)?;
         self.wait(async {
             let steps = self.steps().await?;
-            let old = steps.iter().rev().skip(keep).filter(|step| !dir.with_file_name(shelf::name(**step)).exists());
+            let old = steps.iter().rev().skip(keep).filter(|step| !dir.with_file_name(store::name(**step)).exists());
             for step in old {
-                self.remove(&shelf::name(*step)).await?;
+                self.remove(&store::name(*step)).await?;
             }
             Ok(())
         })
@@ -161,7 +161,7 @@ impl Mirror {
         let listed = self.store.list_with_delimiter(Some(&self.prefix)).await.map_err(flat).with_context(cannot)?;
         let mut steps = Vec::new();
         for folder in listed.common_prefixes {
-            let Some(step) = folder.filename().and_then(|name| shelf::step(Path::new(name))) else { continue };
+            let Some(step) = folder.filename().and_then(|name| store::step(Path::new(name))) else { continue };
             match self.store.head(&folder.clone().join(sums::NAME)).await {
                 Ok(_) => steps.push(step),
                 Err(object_store::Error::NotFound { .. }) => {}
@@ -249,7 +249,7 @@ mod tests {
 
     /// A checkpoint with a file that goes in parts.
     fn checkpoint(shelf: &Path, step: u64) -> PathBuf {
-        let dir = shelf.join(shelf::name(step));
+        let dir = shelf.join(store::name(step));
         std::fs::create_dir_all(dir.join("resume")).unwrap();
         let big: Vec<u8> = (0..(PART * 5 / 2) as u32).map(|i| (i.wrapping_mul(2654435761) >> 24) as u8).collect();
         std::fs::write(dir.join("model.safetensors"), big).unwrap();
@@ -266,10 +266,10 @@ mod tests {
             mirror.put(&dir, 2).unwrap();
         }
         // All originals are there, so all copies are; with the first gone, its copy goes too.
-        std::fs::remove_dir_all(here.path().join(shelf::name(5))).unwrap();
+        std::fs::remove_dir_all(here.path().join(store::name(5))).unwrap();
         mirror.put(&checkpoint(here.path(), 20), 2).unwrap();
         assert_eq!(mirror.wait(mirror.steps()).unwrap(), [10, 15, 20]);
-        let path = mirror.fetch(&shelf::name(20), there.path()).unwrap();
+        let path = mirror.fetch(&store::name(20), there.path()).unwrap();
         sums::verify(&path).unwrap();
         assert_eq!(std::fs::read_to_string(path.join("resume/state.postcard")).unwrap(), "20");
         // What stands beside the checkpoints is none of them, and is whole or not there as they are.
@@ -283,15 +283,15 @@ mod tests {
         let path = mirror.fetch("reference", there.path()).unwrap();
         assert_eq!(std::fs::read_to_string(path.join("model.safetensors")).unwrap(), "first");
         // Without its mark it is not there.
-        let mark = mirror.key(&shelf::name(20), Path::new(sums::NAME));
+        let mark = mirror.key(&store::name(20), Path::new(sums::NAME));
         mirror.wait(mirror.store.delete(&mark)).unwrap();
         assert_eq!(mirror.latest().unwrap(), Some(15));
         // A damaged copy is found out and leaves nothing that looks like a checkpoint.
-        let file = mirror.key(&shelf::name(15), Path::new("resume/state.postcard"));
+        let file = mirror.key(&store::name(15), Path::new("resume/state.postcard"));
         mirror.wait(mirror.store.put(&file, PutPayload::from_static(b"51"))).unwrap();
-        let error = format!("{:#}", mirror.fetch(&shelf::name(15), there.path()).unwrap_err());
+        let error = format!("{:#}", mirror.fetch(&store::name(15), there.path()).unwrap_err());
         assert!(error.contains("state.postcard is damaged"), "{error}");
-        assert!(!there.path().join(shelf::name(15)).exists());
+        assert!(!there.path().join(store::name(15)).exists());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use super::sums::Damage;
-use super::{EARLIER_VALUE, FORMAT, Identity, JudgeContents, Lengths, Stored, VALUE, shelf, sums};
+use super::{EARLIER_VALUE, FORMAT, Identity, JudgeContents, Lengths, Stored, VALUE, store, sums};
 use crate::pipeline::learn::TrainState;
 use crate::pipeline::learn::state::Restored;
 use crate::pipeline::reward::RewardTrainer;
@@ -37,7 +37,7 @@ impl Opened {
     /// Any other error says that a file could not be read, and nothing about the checkpoint.
     pub fn open(path: &Path) -> Result<Self> {
         let found = disk::exists(path)?;
-        ensure!(found, "{} does not exist{}", path.display(), shelf::set_aside_as(path));
+        ensure!(found, "{} does not exist{}", path.display(), store::set_aside_as(path));
         let about = path.join("preceptor.json");
         if let Err(error) = sums::verify(path) {
             // Another format may have no checksums, or others.
@@ -60,11 +60,11 @@ impl Opened {
         let stored: Stored = postcard::from_bytes(&stored)
             .map_err(|error| anyhow!("{} cannot be understood: {error}", state.display()))?;
         ensure!(
-            shelf::step(path).is_none_or(|step| step == stored.learner.step),
+            store::step(path).is_none_or(|step| step == stored.learner.step),
             "{} is the checkpoint of step {}, not of the one that it is named after; rename it to {} or move it away",
             path.display(),
             stored.learner.step,
-            shelf::name(stored.learner.step)
+            store::name(stored.learner.step)
         );
         let config = path.join("config.toml");
         let config = std::fs::read_to_string(&config).map_err(|error| disk::cannot("read", &config, error))?;
