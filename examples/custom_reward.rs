@@ -8,8 +8,8 @@
 use anyhow::Result;
 use preceptor::config;
 use preceptor::pipeline::label::{Labeler, Labels};
-use preceptor::run::resume::Accepted;
-use preceptor::run::{self, From};
+use preceptor::run::resume::AcceptedKeys;
+use preceptor::run::{self, StartFrom};
 use preceptor::types::{Group, Verdict};
 
 /// Scores a completion by the share of vowels among its letters. A completion without letters has no score.
@@ -47,8 +47,8 @@ fn main() -> Result<()> {
     let run_dir = Some(directory.path().join("run"));
     let labelers = Box::new(|_: &_, _: &_| Ok(Box::new(Vowels) as Box<dyn Labeler>));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let accepted = Accepted::new(Vec::new())?;
-    let summary = runtime.block_on(run::train_with(config, run_dir, From::Beginning, accepted, labelers))?;
+    let accepted = AcceptedKeys::new(Vec::new())?;
+    let summary = runtime.block_on(run::train_with(config, run_dir, StartFrom::Beginning, accepted, labelers))?;
     println!("{} steps, checkpoint {}", summary.steps, summary.checkpoint.display());
     Ok(())
 }

@@ -7,21 +7,21 @@ pub mod controller;
 mod evaluation;
 pub mod files;
 mod guard;
-mod insist;
 pub mod journal;
 pub mod log;
+mod observer;
 mod open;
 mod phases;
 mod reference;
 pub mod replay;
 pub mod resume;
+mod retry;
 mod rewind;
 mod rotating;
 mod session;
 mod supervise;
 mod systemd;
 mod tensorboard;
-mod watcher;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,55 +35,61 @@ use crate::observe::progress::Progress;
 use crate::observe::telemetry;
 use crate::pipeline::topology::MakeLabeler;
 use crate::pipeline::topology::labelers::labeler;
-use crate::run::checkpoint::Written;
+use crate::run::checkpoint::WrittenCheckpoint;
 use crate::say;
 use crate::util::signals;
-use evaluation::Evaluated;
-use resume::Accepted;
+use evaluation::Evaluation;
+use resume::AcceptedKeys;
 use session::OpenedRun;
 
-/// Point that a run starts from.
+/// Point at which a run starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum From {
-    /// The beginning, in a new directory.
+pub enum StartFrom {
+    /// Step 0, in a new directory.
     Beginning,
-    /// The latest checkpoint of the run, or the beginning where it has none.
+    /// The latest checkpoint of the run, or step 0 if the run has no checkpoint.
     Latest,
-    /// This checkpoint.
+    /// The checkpoint in this directory.
     Checkpoint(PathBuf),
 }
 
 /// Result of a run that ended without a failure.
 #[derive(Debug)]
 pub struct Summary {
-    /// Learner steps taken, resumed ones included.
+    /// Learner steps that the run has taken, including those of earlier processes.
     pub steps: u64,
-    /// The last checkpoint.
+    /// Directory of the last checkpoint.
     pub checkpoint: PathBuf,
-    /// The number of the signal that interrupted it before its last step.
+    /// Number of the signal that interrupted the run before its last step.
     pub interrupted: Option<i32>,
 }
 
-/// Trains as `config` says, in `run_dir` or the configured directory, from the place that `from` names. A resumed run may
-/// differ from its checkpoint in the keys that `accepted` lists.
+/// Trains a policy with `config` in `run_dir`, or in the configured directory, starting at `from`. A resumed run may
+/// differ from its checkpoint in the keys of `accepted`.
 ///
 /// # Errors
-/// One error that names what went wrong. The steps that were finished before it are in the checkpoint that the error, or a
-/// line before it, names.
-pub async fn train(config: Config, run_dir: Option<PathBuf>, from: From, accepted: Accepted) -> Result<Summary> {
+/// If the configuration, the directory, a model, the data or the checkpoint cannot be used; if training fails or a
+/// signal interrupts it before it starts; or if the last checkpoint cannot be written. Completed steps are in the
+/// checkpoint that the error, or a line logged before it, names.
+pub async fn train(
+    config: Config,
+    run_dir: Option<PathBuf>,
+    from: StartFrom,
+    accepted: AcceptedKeys,
+) -> Result<Summary> {
     train_with(config, run_dir, from, accepted, Box::new(labeler)).await
 }
 
-/// Trains as [`train`] does, with the labelers that `labelers` makes instead of those of the configuration: one for each
-/// labeler actor, and again after a failure. Scores of such a labeler are the reward in direct mode.
+/// Trains like [`train`], with labelers from `labelers` instead of those of the configuration. `labelers` is called
+/// once per labeler actor, and again after a failure. In direct mode, the scores of these labelers are the reward.
 ///
 /// # Errors
-/// As [`train`].
+/// See [`train`].
 pub async fn train_with(
     config: Config,
     run_dir: Option<PathBuf>,
-    from: From,
-    accepted: Accepted,
+    from: StartFrom,
+    accepted: AcceptedKeys,
     labelers: Box<MakeLabeler>,
 ) -> Result<Summary> {
     let _deferred = signals::defer();
@@ -95,12 +101,13 @@ pub async fn train_with(
     session.train().await
 }
 
-/// Returns a function that logs and counts a checkpoint that was written in the background.
+/// Returns a callback for [`CheckpointWriter`](checkpoint::CheckpointWriter) that logs and counts each written
+/// checkpoint.
 fn announce(
     progress: &Arc<OnceLock<Progress>>,
     failed: &Arc<AtomicBool>,
     monitor: &Arc<Monitor>,
-) -> impl Fn(&Result<Written>) + Send + 'static {
+) -> impl Fn(&Result<WrittenCheckpoint>) + Send + 'static {
     let (progress, failed, monitor) = (Arc::clone(progress), Arc::clone(failed), Arc::clone(monitor));
     move |written| {
         let text = match written {
@@ -111,7 +118,7 @@ fn announce(
             Err(error) => {
                 telemetry::disk_error();
                 failed.store(true, Ordering::SeqCst);
-                format!("{error:#}; training goes on, and it is tried again")
+                format!("{error:#}; training continues, and the checkpoint is retried")
             }
         };
         match progress.get() {
@@ -121,10 +128,10 @@ fn announce(
     }
 }
 
-/// Logs the win rate of an evaluation, and shows it on the page.
-fn announce_evaluation(told: Result<Evaluated>, progress: &OnceLock<Progress>, monitor: &Monitor) {
-    let text = match told {
-        Ok(Evaluated { step, win_rate, lengths, without: [abstained, failed], failure }) => {
+/// Logs the win rate of an evaluation and passes it to the monitor.
+fn announce_evaluation(evaluated: Result<Evaluation>, progress: &OnceLock<Progress>, monitor: &Monitor) {
+    let text = match evaluated {
+        Ok(Evaluation { step, win_rate, lengths, without_verdict: [abstained, failed], failure }) => {
             let why = failure.map_or(String::new(), |failure| format!(": {failure}"));
             let without = match (abstained, failed) {
                 (0, 0) => String::new(),
@@ -134,7 +141,7 @@ fn announce_evaluation(told: Result<Evaluated>, progress: &OnceLock<Progress>, m
                 Some(rate) => {
                     monitor.evaluated(step, rate);
                     format!(
-                        "win rate of step {step} over the first weights: {:.1} % ({:.1} to {:.1}) of {} held-out prompts, with {:.1} tokens against {:.1}{without}",
+                        "win rate of step {step} against the initial weights: {:.1} % ({:.1} to {:.1}) on {} held-out prompts; mean length {:.1} tokens, initially {:.1}{without}",
                         100.0 * rate,
                         100.0 * win_rate.low,
                         100.0 * win_rate.high,
@@ -146,7 +153,7 @@ fn announce_evaluation(told: Result<Evaluated>, progress: &OnceLock<Progress>, m
                 None => format!("step {step} has no win rate: no verdict on any held-out prompt{without}"),
             }
         }
-        Err(error) => format!("{error:#}; training goes on"),
+        Err(error) => format!("{error:#}; training continues"),
     };
     match progress.get() {
         Some(progress) => progress.line(&text),

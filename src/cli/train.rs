@@ -37,17 +37,17 @@ impl Train {
     /// If the configuration is invalid; otherwise see [`run::train`].
     pub fn run(mut self) -> Result<()> {
         let config = self.config.load()?;
-        let accepted = run::resume::Accepted::new(self.accept_change).map_err(Ended::Refused)?;
+        let accepted = run::resume::AcceptedKeys::new(self.accept_change).map_err(Ended::Refused)?;
         // The HTTP server's tasks run on the worker thread, so that they respond while this thread is busy.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let from = match self.resume.take() {
-            None => run::From::Beginning,
-            Some(path) if path.as_os_str() == "latest" => run::From::Latest,
+            None => run::StartFrom::Beginning,
+            Some(path) if path.as_os_str() == "latest" => run::StartFrom::Latest,
             Some(path) if path.join("checkpoints").is_dir() && self.run_dir.as_ref().is_none_or(|dir| *dir == path) => {
                 self.run_dir = Some(path);
-                run::From::Latest
+                run::StartFrom::Latest
             }
-            Some(path) => run::From::Checkpoint(path),
+            Some(path) => run::StartFrom::Checkpoint(path),
         };
         let summary = runtime.block_on(run::train(config, self.run_dir, from, accepted));
         // An abandoned stage or checkpoint must not keep the process from exiting.

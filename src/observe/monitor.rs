@@ -23,7 +23,7 @@ use crate::lm::model::Decoder;
 use crate::observe::telemetry::{self, RunInfo, TOTALS};
 use crate::observe::traces::Tracer;
 use crate::rl::ledger::Book;
-use crate::run::controller::{Controller, Move, Pressure};
+use crate::run::controller::{Adjustment, Controller, Pressure};
 use crate::types::Rewarded;
 use crate::util::device::{self, Memory};
 use crate::util::process;
@@ -225,7 +225,7 @@ impl Monitor {
     }
 
     /// Runs the controller, if one is set and due, and returns its adjustments.
-    pub fn control(&self) -> Vec<Move> {
+    pub fn control(&self) -> Vec<Adjustment> {
         let mut controlled = lock(&self.controller);
         let Some(Controlled { controller, window, exchanges: before }) = controlled.as_mut() else { return Vec::new() };
         let shares = window.shares();
@@ -237,7 +237,7 @@ impl Monitor {
         *before = now;
         // Observations from before an adjustment must not be attributed to it.
         window.clear();
-        controller.look(Pressure { shares: &shares, exchanges: since })
+        controller.adjust(Pressure { shares: &shares, exchanges: since })
     }
 
     /// Returns whether reading the node's state requires a token.

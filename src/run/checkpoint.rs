@@ -1,19 +1,19 @@
-//! A checkpoint: a Hugging Face directory that is complete or not there at all, with all that it takes to go on from it.
+//! Checkpoints: Hugging Face directories that are complete or absent, with all state that a resumed run needs.
 //!
 //! ```text
 //! step-000050/
 //!   config.json, model.safetensors, tokenizer…   the policy, as `transformers` opens it; adapters merged
-//!   adapter/, value_model/, reward_model/        where there are such. At the top there is no other .safetensors: programs
-//!                                                that serve models read all they find there
-//!   preceptor.json, config.toml                  what it is, to read
-//!   resume/state.postcard                        counters, the ledger with the groups under way, lengths of the run's files
+//!   adapter/, value_model/, reward_model/        if the run has them. There is no other .safetensors at the top, because
+//!                                                servers of models read all of these
+//!   preceptor.json, config.toml                  description and configuration
+//!   resume/state.postcard                        counters, ledger with unfinished groups, lengths of the run's files
 //!   resume/….safetensors                         optimizers, gradients, and weights that the above rounds or merges
-//!   SHA256SUMS                                   of all these, as `sha256sum -c` reads it
+//!   SHA256SUMS                                   checksums of all these files, for `sha256sum -c`
 //! ```
 
 pub mod mirror;
 pub mod read;
-pub mod shelf;
+pub mod store;
 pub mod sums;
 pub mod win_rates;
 pub mod write;
@@ -28,11 +28,11 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 pub use mirror::Mirror;
-pub use read::Opened;
-pub use shelf::{Best, CheckpointStore};
+pub use read::OpenedCheckpoint;
+pub use store::{BestCheckpoint, CheckpointStore};
 pub use win_rates::WinRates;
 pub use write::CheckpointFormat;
-pub use writer::Writer;
+pub use writer::CheckpointWriter;
 
 use crate::pipeline::learn::{TrainState, state};
 use crate::pipeline::reward::RewardTrainer;
@@ -40,60 +40,60 @@ use crate::pipeline::reward::trainer;
 use crate::rl::ledger::{Book, Ledger};
 use crate::util::failpoints;
 
-/// The format that this program writes, and the only one that it reads.
+/// Version of the checkpoint format, the only one that is read.
 pub const FORMAT: u64 = 1;
 
-/// The folder of the value model in a checkpoint.
+/// Folder of the value model in a checkpoint.
 const VALUE: &str = "value_model";
-/// Its file in checkpoints of earlier programs.
+/// File of the value model in checkpoints of earlier versions of the program.
 const EARLIER_VALUE: &str = "value_model.safetensors";
 
-/// What a run must have in common with a checkpoint to go on from it, besides its configuration.
+/// Properties other than the configuration that a run and its checkpoint must share.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
-    /// Fingerprint of π_ref.
+    /// Fingerprint of the reference policy π_ref.
     pub reference: u64,
-    /// That of the data, see [`crate::pipeline::data::Dataset::identity`].
+    /// Hash of the data, see [`crate::pipeline::data::Dataset::identity`].
     pub data: u64,
 }
 
 /// Hashes of the contents behind the names in `[labeler]` (template files, preamble files, weights), by key.
 pub type JudgeContents = BTreeMap<String, String>;
 
-/// Bytes of the run's files that belong to the steps up to a checkpoint; what is beyond is of steps that are taken again.
+/// Lengths in bytes of the run's files at a checkpoint. Later bytes belong to steps that a resumed run repeats.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lengths {
-    /// `metrics.jsonl`
+    /// Length of `metrics.jsonl`.
     pub metrics: u64,
-    /// `samples.jsonl`
+    /// Length of `samples.jsonl`.
     pub samples: u64,
-    /// `phases.jsonl`
+    /// Length of `phases.jsonl`.
     pub phases: u64,
-    /// `journal.bin`
+    /// Length of `journal.bin`.
     pub journal: u64,
 }
 
-/// A run at the end of a step, to be written while it goes on.
+/// State of a run between two steps, which can be written while the run continues.
 pub struct Snapshot {
-    /// The learner.
+    /// State of the learner.
     pub learner: state::Saved,
-    /// The reward model, where there is one.
+    /// State of the reward model, if the run has one.
     pub reward_model: Option<trainer::Saved>,
-    /// The ledger; its rewarded groups are those that the reward model has seen.
+    /// The ledger. The reward model has been trained on exactly its rewarded groups.
     pub ledger: Ledger,
-    /// Of the run's files.
+    /// Lengths of the run's files.
     pub lengths: Lengths,
-    /// These files, to be on the disk before the checkpoint is.
+    /// Files that are synced before the checkpoint is renamed into place.
     pub files: Vec<PathBuf>,
-    /// The figure that the best checkpoint is chosen by.
+    /// Value of the figure that selects the best checkpoint.
     pub figure: Option<f64>,
 }
 
 impl Snapshot {
-    /// The run as it is. `state` is between two steps, and the caller holds it.
+    /// Takes a snapshot. The caller holds the lock of `state`, which is between two steps.
     ///
     /// # Errors
-    /// When memory for what has to be copied cannot be had.
+    /// If the state cannot be copied, for example for lack of memory.
     pub fn take(
         state: &TrainState,
         reward_model: Option<&Mutex<RewardTrainer>>,
@@ -102,22 +102,22 @@ impl Snapshot {
         figure: Option<f64>,
     ) -> Result<Self> {
         failpoints::point("checkpoint.snapshot")?;
-        // The reward actor writes into the ledger while it holds its model, so the two belong together here.
+        // The reward stage writes into the ledger while it holds its model, so both are read under the same lock.
         let trainer = reward_model.map(|trainer| trainer.lock().unwrap_or_else(PoisonError::into_inner));
         let ledger = book.copy();
         let reward_model = trainer.map(|trainer| trainer.save()).transpose()?;
         Ok(Self { learner: state.save()?, reward_model, ledger, lengths, files, figure })
     }
 
-    /// The step it is of.
+    /// Returns the step of the snapshot.
     pub fn step(&self) -> u64 {
         self.learner.counters.step
     }
 }
 
-/// What is written as `resume/state.postcard`.
+/// Contents of `resume/state.postcard`.
 #[derive(Serialize, Deserialize)]
-struct Stored {
+struct StoredState {
     identity: Identity,
     learner: state::Counters,
     reward_model: Option<trainer::Counters>,
@@ -127,11 +127,11 @@ struct Stored {
 
 /// A checkpoint that was written.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Written {
-    /// The directory.
+pub struct WrittenCheckpoint {
+    /// Directory of the checkpoint.
     pub path: PathBuf,
-    /// Its size.
+    /// Size in bytes.
     pub bytes: u64,
-    /// How long it took.
+    /// Time that writing took.
     pub took: Duration,
 }

@@ -1,4 +1,4 @@
-//! The end of a run: its last checkpoint, whatever ended it.
+//! The end of a run, which writes the last checkpoint whatever ended the run.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
@@ -7,9 +7,9 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail};
 use preceptor_actors::Outcome;
 
-use super::insist::insist;
-use super::supervise::{Stop, new_signal, unless_left};
-use super::watcher::RunObserver;
+use super::observer::RunObserver;
+use super::retry::retry_write;
+use super::supervise::{Stop, new_signal, run_abandonable};
 use super::{Summary, lock, reference};
 use crate::observe::monitor::Monitor;
 use crate::observe::telemetry;
@@ -19,39 +19,42 @@ use crate::run::checkpoint::{CheckpointFormat, CheckpointStore};
 use crate::say;
 use crate::util::exit::Ended;
 
-/// How long the end of a run waits for an evaluation under way.
+/// Longest time that the end of a run waits for an evaluation in progress.
 const LAST_EVALUATION: Duration = Duration::from_secs(60);
 
-/// The end of a run.
+/// The parts of a run that its end needs.
 pub(super) struct Conclusion {
     pub(super) node: Arc<Node>,
-    pub(super) watcher: Arc<Mutex<RunObserver>>,
-    pub(super) shelf: Arc<CheckpointStore>,
-    pub(super) form: Arc<CheckpointFormat>,
+    pub(super) observer: Arc<Mutex<RunObserver>>,
+    pub(super) store: Arc<CheckpointStore>,
+    pub(super) format: Arc<CheckpointFormat>,
     pub(super) stop: Stop,
     pub(super) monitor: Arc<Monitor>,
-    /// The last checkpoint, once it is there.
+    /// Directory of the last checkpoint, once it is written.
     pub(super) written: Arc<OnceLock<PathBuf>>,
 }
 
 impl Conclusion {
-    /// Writes the last checkpoint, whatever the outcome, and says how it went; then waits for an evaluation under way, for a
-    /// while or until it is left.
+    /// Writes the last checkpoint, logs the outcome, and waits for an evaluation in progress, for at most
+    /// [`LAST_EVALUATION`] or until a signal.
+    ///
+    /// # Errors
+    /// If the run failed, was stopped by a limit, learned nothing, or its last checkpoint was not written.
     pub(super) async fn conclude(self, outcome: Outcome) -> Result<Summary> {
-        let (stop, watcher, written) = (self.stop.clone(), Arc::clone(&self.watcher), Arc::clone(&self.written));
-        let concluded = match unless_left(&stop, "the last checkpoint", move || self.checkpoint(outcome)).await? {
+        let (stop, observer, written) = (self.stop.clone(), Arc::clone(&self.observer), Arc::clone(&self.written));
+        let concluded = match run_abandonable(&stop, "the last checkpoint", move || self.checkpoint(outcome)).await? {
             Some(concluded) => concluded,
             None => match written.get() {
-                Some(path) => bail!("left before {} was copied to checkpoint.mirror", path.display()),
-                None => bail!(
-                    "left before its last checkpoint was written; the one before stands, and --resume goes on from it"
-                ),
+                Some(path) => bail!("stopped before {} was copied to checkpoint.mirror", path.display()),
+                None => {
+                    bail!("stopped before its last checkpoint was written; --resume continues from the previous one")
+                }
             },
         };
-        let evaluator = lock(&watcher).evaluator.take();
-        if let Some(evaluator) = evaluator.filter(|_| !stop.asked()) {
+        let evaluator = lock(&observer).evaluator.take();
+        if let Some(evaluator) = evaluator.filter(|_| !stop.is_requested()) {
             tokio::select! {
-                // Its thread ends with the program.
+                // The evaluation's thread ends with the process.
                 _ = tokio::task::spawn_blocking(move || evaluator.finish(LAST_EVALUATION)) => {}
                 () = new_signal() => {}
             }
@@ -59,9 +62,10 @@ impl Conclusion {
         concluded
     }
 
-    /// On a thread that may wait for the disk, within a tokio runtime.
+    /// Writes the last checkpoint and returns the result of the run. Blocks on the disk; must be called within a tokio
+    /// runtime.
     fn checkpoint(&self, outcome: Outcome) -> Result<Summary> {
-        lock(&self.watcher).writer.finish();
+        lock(&self.observer).writer.finish();
         let (step, written) = self.write();
         if let Ok(path) = &written {
             say!("checkpoint {}", path.display());
@@ -71,20 +75,20 @@ impl Conclusion {
                 if let Err(error) = written {
                     say!("{error:#}");
                 }
-                self.tell_masked();
+                self.log_masked();
                 if self.node.prepared.budget.as_ref().is_some_and(|budget| budget.exhausted()) {
                     return Err(Ended::Stopped(format!(
-                        "the run stopped at step {step}: {error}; --resume continues it, and asks for no label again that it has"
+                        "the run stopped at step {step}: {error}; --resume continues it, and buys no stored label a second time"
                     ))
                     .into());
                 }
                 bail!(
-                    "the run ended at step {step} since {stage} failed ({restarts} restarts): {error}; once that is mended, --resume goes on"
+                    "the run ended at step {step} because {stage} failed ({restarts} restarts): {error}; after the cause is fixed, --resume continues the run"
                 )
             }
             Outcome::Finished | Outcome::Drained | Outcome::Halted => {
-                self.tell_masked();
-                if let Some(why) = lock(&self.watcher).stopped.take().filter(|_| step < self.node.config.run.steps) {
+                self.log_masked();
+                if let Some(why) = lock(&self.observer).stopped.take().filter(|_| step < self.node.config.run.steps) {
                     let path = written?;
                     return Err(Ended::Stopped(format!(
                         "the run stopped at step {step}: {why}; {} is its checkpoint, and --resume continues it",
@@ -92,76 +96,78 @@ impl Conclusion {
                     ))
                     .into());
                 }
-                if let Some(why) = lock(&self.watcher).unimproved.take().filter(|_| step < self.node.config.run.steps) {
+                if let Some(why) = lock(&self.observer).unimproved.take().filter(|_| step < self.node.config.run.steps)
+                {
                     say!(
                         "ended early at step {step}: {why}; --resume with a larger evaluation.patience continues the run"
                     );
                 }
                 if step >= self.node.config.run.steps
-                    && let Some(why) = lock(&self.watcher).guard.learned_nothing()
+                    && let Some(why) = lock(&self.observer).guard.learned_nothing()
                 {
                     return Err(Ended::Stopped(format!("the run learned nothing: {why}")).into());
                 }
                 let interrupted = self.stop.signal().filter(|_| step < self.node.config.run.steps);
                 if interrupted.is_none() {
-                    lock(&self.watcher).rise();
+                    lock(&self.observer).log_objectives();
                 }
                 Ok(Summary { steps: step, checkpoint: written?, interrupted })
             }
         }
     }
 
-    /// Tells how many groups were masked and why, if any was.
-    fn tell_masked(&self) {
-        if let Some(summary) = lock(&self.watcher).guard.summary() {
+    /// Logs how many groups were masked and for which reasons, if any was.
+    fn log_masked(&self) {
+        if let Some(summary) = lock(&self.observer).guard.summary() {
             say!("{summary}");
         }
     }
 
-    /// Writes the run as it ended. Returns its step, and the checkpoint.
+    /// Writes the last checkpoint. Returns the step of the run and the path of the checkpoint.
     fn write(&self) -> (u64, Result<PathBuf>) {
-        let known = lock(&self.watcher).step;
+        let known = lock(&self.observer).step;
         if let Some(path) = self.written.get() {
-            return (known, Ok(self.copied(path.clone())));
+            return (known, Ok(self.copy_to_mirror(path.clone())));
         }
         let mut state = match self.node.state.try_lock() {
             Ok(state) => state,
-            // A panic elsewhere in the learner leaves the weights whole; `stepping` tells when it does not.
+            // A panic elsewhere in the learner leaves the weights consistent, except during a step, which `stepping`
+            // shows.
             Err(TryLockError::Poisoned(state)) => state.into_inner(),
             Err(TryLockError::WouldBlock) => {
-                let held = "the learner did not stop and still holds the weights; the last checkpoint before stands";
-                return (known, Err(anyhow!(held)));
+                let message = "the learner did not stop and still holds the weights; the previous checkpoint remains";
+                return (known, Err(anyhow!(message)));
             }
         };
         if state.stepping {
-            let half = "the weights are half updated and are not saved; the last checkpoint before stands";
-            return (known, Err(anyhow!(half)));
+            let message = "the weights are partly updated and are not saved; the previous checkpoint remains";
+            return (known, Err(anyhow!(message)));
         }
-        // What failed between a step and its publication leaves a step that is in no file.
+        // A failure between a step and its publication leaves a step that is not in the files yet.
         if let Err(error) = publish(&mut state, &self.node.cell, &*self.node.observer) {
             return (known, Err(error));
         }
-        let written = insist(self.node.config.checkpoint.retry_s, || {
-            let snapshot = lock(&self.watcher).last_snapshot(&state)?;
-            self.shelf.put(&self.form, &snapshot)
+        let written = retry_write(self.node.config.checkpoint.retry_s, || {
+            let snapshot = lock(&self.observer).last_snapshot(&state)?;
+            self.store.put(&self.format, &snapshot)
         });
         let path = written.map(|written| {
             self.monitor.checkpointed(written.took, written.bytes);
-            // It is set once, by who comes here once.
+            // Set here only, and this runs once.
             let _ = self.written.set(written.path.clone());
-            self.copied(written.path)
+            self.copy_to_mirror(written.path)
         });
         (state.step, path)
     }
 
-    /// Copies the checkpoint at `path`, and the fine-tuned policy, to the mirror.
-    fn copied(&self, path: PathBuf) -> PathBuf {
-        if let Err(error) = self.shelf.copy(&path) {
+    /// Copies the checkpoint at `path` and the fine-tuned policy to the mirror. Logs a failure. Returns `path`.
+    fn copy_to_mirror(&self, path: PathBuf) -> PathBuf {
+        if let Err(error) = self.store.copy(&path) {
             telemetry::disk_error();
             say!("{error:#}; the original is in {}", path.display());
         }
-        let run = lock(&lock(&self.watcher).files).dir().to_owned();
-        reference::copy(&run, &self.shelf);
+        let run = lock(&lock(&self.observer).files).dir().to_owned();
+        reference::mirror(&run, &self.store);
         path
     }
 }

@@ -1,8 +1,8 @@
-//! Win rates while a run learns: the present weights against the first ones, on held-out prompts, judged by
-//! `evaluation.labeler`, or by the run's labeler.
+//! Win rates during training: the current weights against the initial weights on held-out prompts, judged by
+//! `evaluation.labeler` or by the run's labeler.
 //!
-//! A reward that rises while the win rate falls is being gamed. A separate thread answers and asks; the learner hands weights
-//! over and continues. Each evaluation is one line of `evaluations.jsonl`.
+//! A reward that rises while the win rate falls indicates reward hacking. A separate thread generates and judges the
+//! answers; the learner passes its weights on and continues. Each evaluation is one line of `evaluations.jsonl`.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -30,64 +30,64 @@ use crate::tools::evaluate::win_rate::outcome;
 use crate::types::{Completion, Group, Prompt, Verdict};
 use crate::util::disk;
 
-/// Name of its file in the run's directory.
+/// Name of the file of evaluations in the run's directory.
 pub(super) const NAME: &str = "evaluations.jsonl";
 
-/// What one evaluation came to.
+/// Result of one evaluation.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Evaluated {
+pub(super) struct Evaluation {
     pub(super) step: u64,
-    /// Share of prompts on which the present answer is the better one, ties counting half.
+    /// Share of prompts on which the answer of the current weights is better; a tie counts one half.
     pub(super) win_rate: Estimate,
-    /// Mean length of the answers in tokens, of the present weights and of the first ones.
+    /// Mean lengths in tokens of the answers of the current and of the initial weights.
     pub(super) lengths: [f64; 2],
-    /// Prompts without a verdict: the judge abstained, or failed.
-    pub(super) without: [usize; 2],
-    /// Why the judge failed, where it did.
+    /// Numbers of prompts without a verdict: abstentions and failures of the judge.
+    pub(super) without_verdict: [usize; 2],
+    /// Reason of the judge's first failure.
     pub(super) failure: Option<String>,
 }
 
-/// What became of weights that were handed over for evaluation.
+/// Outcome of [`Evaluator::submit`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Put {
-    /// Their step is not one that is evaluated.
+pub(super) enum Submission {
+    /// The step is not one that is evaluated.
     NotDue,
-    /// They are evaluated.
-    Taken,
-    /// They are not evaluated: the evaluation before is still under way.
+    /// The weights are being evaluated.
+    Accepted,
+    /// The weights are not evaluated, because the previous evaluation is still running.
     Busy,
 }
 
-/// A thread that evaluates.
+/// Thread that evaluates the weights of a run.
 pub(super) struct Evaluator {
     every: u64,
     jobs: Option<Sender<(u64, Arc<Decoder>)>>,
-    course: WinRates,
+    win_rates: WinRates,
     thread: JoinHandle<()>,
 }
 
 impl Evaluator {
-    /// As `config` says, on what is `prepared`; none where it asks for none. The evaluations in `dir` after `step` are removed,
-    /// and the others become the begin of `course`. `tell` is called with each evaluation.
+    /// Starts the evaluator, or returns `None` if `config` asks for no evaluation. Removes evaluations after `step`
+    /// from the file in `dir` and puts the others into `win_rates`. Calls `report` with each evaluation.
     ///
     /// # Errors
-    /// A file that cannot be read or written, a judge's template that cannot be used.
+    /// If the file cannot be read or written, or a template of the judge cannot be used.
     pub(super) fn start(
         config: &Config,
         prepared: &Prepared,
         dir: &Path,
         step: u64,
-        course: WinRates,
-        tell: impl Fn(Result<Evaluated>) + Send + 'static,
+        win_rates: WinRates,
+        report: impl Fn(Result<Evaluation>) + Send + 'static,
     ) -> Result<Option<Self>> {
         let every = config.evaluation.every_steps;
         let Some(data) = prepared.held_out.as_ref().filter(|_| every > 0) else { return Ok(None) };
         let order = data.order(0);
         let count = config.evaluation.prompts.min(data.len()) as u64;
         let temperature = config.evaluation_judge().1.first().map_or(1.0, |method| method.pair_temperature);
-        let mut contest = Contest {
+        let mut evaluation = WinRateEvaluation {
             prompts: (0..count).map(|seq| data.prompt(seq, &order)).collect::<Result<_>>()?,
-            first: Vec::new(),
+            initial: Vec::new(),
             model: Arc::clone(prepared.policy()),
             tokenizer: prepared.tokenizer.clone(),
             sampling: Sampling { top_k: Some(1), ..sampling(config, &prepared.tokenizer) },
@@ -96,41 +96,43 @@ impl Evaluator {
             wants: Wants::Preferences { pairing: Pairing::Adjacent, temperature },
         };
         let mut log = open(dir, step)?;
-        course.begin_with(earlier(dir)?);
+        win_rates.restore(earlier_win_rates(dir)?);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(config.evaluation.threads).build()?;
         let (jobs, todo) = bounded::<(u64, Arc<Decoder>)>(0);
-        let noted = course.clone();
+        let noted = win_rates.clone();
         let thread = std::thread::Builder::new().name("evaluation".into()).spawn(move || {
             for (step, model) in todo {
-                let evaluated = pool.install(|| contest.hold(step, &model));
+                let evaluated = pool.install(|| evaluation.run(step, &model));
                 if let Ok(evaluated) = &evaluated
                     && let Err(error) = log.append(format!("{}\n", evaluated.to_json()).as_bytes())
                 {
-                    tell(Err(error));
+                    report(Err(error));
                 }
-                noted.evaluated(step, evaluated.as_ref().ok().and_then(|evaluated| evaluated.win_rate.value));
-                tell(evaluated.with_context(|| format!("step {step} could not be evaluated")));
+                noted.finish(step, evaluated.as_ref().ok().and_then(|evaluated| evaluated.win_rate.value));
+                report(evaluated.with_context(|| format!("step {step} could not be evaluated")));
             }
         })?;
-        Ok(Some(Self { every, jobs: Some(jobs), course, thread }))
+        Ok(Some(Self { every, jobs: Some(jobs), win_rates, thread }))
     }
 
-    /// Hands over the weights of `step` for evaluation, if they are due and no other evaluation is under way.
-    pub(super) fn put(&self, step: u64, model: &Arc<Decoder>) -> Put {
-        let Some(jobs) = self.jobs.as_ref().filter(|_| step.is_multiple_of(self.every)) else { return Put::NotDue };
-        // Noted first, so that the checkpoint of this step is not removed before its win rate is known.
-        self.course.begins(step);
+    /// Submits the weights of `step` for evaluation, unless the step is not due or another evaluation is running.
+    pub(super) fn submit(&self, step: u64, model: &Arc<Decoder>) -> Submission {
+        let Some(jobs) = self.jobs.as_ref().filter(|_| step.is_multiple_of(self.every)) else {
+            return Submission::NotDue;
+        };
+        // Started first, so that the checkpoint of this step is not removed before its win rate is known.
+        self.win_rates.start(step);
         match jobs.try_send((step, Arc::clone(model))) {
-            Ok(()) => Put::Taken,
+            Ok(()) => Submission::Accepted,
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                self.course.evaluated(step, None);
-                Put::Busy
+                self.win_rates.finish(step, None);
+                Submission::Busy
             }
         }
     }
 
-    /// Takes no more, and waits up to `patience` for the one that is under way: a judge that is away must not keep a run from
-    /// ending.
+    /// Accepts no more weights and waits up to `patience` for the running evaluation, so that an unavailable judge does
+    /// not prevent the end of the run.
     pub(super) fn finish(mut self, patience: Duration) {
         drop(self.jobs.take());
         let began = Instant::now();
@@ -140,13 +142,13 @@ impl Evaluator {
     }
 }
 
-/// The file, without what comes after `step`.
+/// Opens the file and cuts off evaluations after `step`.
 fn open(dir: &Path, step: u64) -> Result<Log> {
     let path = dir.join(NAME);
     Log::open(&path, length(&path, step)?)
 }
 
-/// Bytes of the evaluations up to `step` that the file at `path` begins with.
+/// Returns the length in bytes of the leading evaluations up to `step` in the file at `path`.
 ///
 /// # Errors
 /// Names the file that cannot be read.
@@ -162,11 +164,11 @@ pub(super) fn length(path: &Path, step: u64) -> Result<u64> {
     Ok(before.split_inclusive(|byte| *byte == b'\n').take_while(of).map(|line| line.len() as u64).sum())
 }
 
-/// Steps and win rates in the file of the run in `dir`.
+/// Returns the steps and win rates in the file of the run in `dir`.
 ///
 /// # Errors
 /// Names the file that cannot be read.
-fn earlier(dir: &Path) -> Result<Vec<(u64, f64)>> {
+fn earlier_win_rates(dir: &Path) -> Result<Vec<(u64, f64)>> {
     let path = dir.join(NAME);
     if disk::length(&path)?.is_none() {
         return Ok(Vec::new());
@@ -176,21 +178,21 @@ fn earlier(dir: &Path) -> Result<Vec<(u64, f64)>> {
     Ok(lines.filter_map(|line| Some((line["step"].as_u64()?, line["win_rate"].as_f64()?))).collect())
 }
 
-impl Evaluated {
+impl Evaluation {
     fn to_json(&self) -> Value {
         json!({
             "step": self.step, "win_rate": self.win_rate.value, "low": self.win_rate.low, "high": self.win_rate.high,
-            "verdicts": self.win_rate.count, "abstained": self.without[0], "failed": self.without[1],
+            "verdicts": self.win_rate.count, "abstained": self.without_verdict[0], "failed": self.without_verdict[1],
             "length": self.lengths[0], "length_first": self.lengths[1],
         })
     }
 }
 
-/// The held-out prompts, and what the first weights answer.
-struct Contest {
+/// The held-out prompts with the answers of the initial weights, and the parts that generate and judge answers.
+struct WinRateEvaluation {
     prompts: Vec<Prompt>,
-    /// Answers of the first weights, once there are some.
-    first: Vec<Completion>,
+    /// Answers of the initial weights; empty before the first evaluation.
+    initial: Vec<Completion>,
     model: Arc<Decoder>,
     tokenizer: Tokenizer,
     sampling: Sampling,
@@ -199,18 +201,18 @@ struct Contest {
     wants: Wants,
 }
 
-impl Contest {
-    fn hold(&mut self, step: u64, model: &Arc<Decoder>) -> Result<Evaluated> {
-        if self.first.is_empty() {
-            self.first = self.answer(&Arc::clone(&self.model))?;
+impl WinRateEvaluation {
+    fn run(&mut self, step: u64, model: &Arc<Decoder>) -> Result<Evaluation> {
+        if self.initial.is_empty() {
+            self.initial = self.answer(&Arc::clone(&self.model))?;
         }
-        let present = self.answer(model)?;
+        let current = self.answer(model)?;
         let mean = |answers: &[Completion]| {
             answers.iter().map(|answer| answer.ids.len() as f64).sum::<f64>() / answers.len() as f64
         };
-        let lengths = [mean(&present), mean(&self.first)];
-        let (mut outcomes, mut without, mut failure) = (Vec::new(), [0; 2], None);
-        for (prompt, answers) in self.prompts.iter().zip(present.into_iter().zip(&self.first)) {
+        let lengths = [mean(&current), mean(&self.initial)];
+        let (mut outcomes, mut without_verdict, mut failure) = (Vec::new(), [0; 2], None);
+        for (prompt, answers) in self.prompts.iter().zip(current.into_iter().zip(&self.initial)) {
             let same = answers.0.text == answers.1.text;
             let group = Group { prompt: prompt.clone(), completions: vec![answers.0, answers.1.clone()] };
             let mut labels = ask_many(self.labeler.as_ref(), &[&group], self.retries).pop().unwrap_or_default();
@@ -218,18 +220,18 @@ impl Contest {
             let Some(preference) = labels.preferences.first() else { continue };
             match &preference.verdict {
                 Verdict::Label(p) => outcomes.push(outcome(preference, *p, same)),
-                Verdict::Abstention(_) => without[0] += 1,
+                Verdict::Abstention(_) => without_verdict[0] += 1,
                 Verdict::Failure(why) => {
-                    without[1] += 1;
+                    without_verdict[1] += 1;
                     failure.get_or_insert_with(|| why.to_string());
                 }
             }
         }
-        Ok(Evaluated { step, win_rate: interval::mean(&outcomes), lengths, without, failure })
+        Ok(Evaluation { step, win_rate: interval::mean(&outcomes), lengths, without_verdict, failure })
     }
 
     fn answer(&self, model: &Arc<Decoder>) -> Result<Vec<Completion>> {
-        // The likeliest token each time: the seed draws nothing.
+        // Greedy sampling does not use the seed.
         answers(model, &self.tokenizer, &self.prompts, &self.sampling, 0, |_| {})
     }
 }
@@ -241,11 +243,11 @@ mod tests {
     use super::*;
 
     fn evaluator(work: impl FnOnce() + Send + 'static) -> Evaluator {
-        Evaluator { every: 1, jobs: None, course: WinRates::default(), thread: std::thread::spawn(work) }
+        Evaluator { every: 1, jobs: None, win_rates: WinRates::default(), thread: std::thread::spawn(work) }
     }
 
     #[test]
-    fn the_end_waits_for_an_evaluation_and_not_for_ever() {
+    fn finish_waits_for_an_evaluation_up_to_its_patience() {
         let done = Arc::new(AtomicBool::new(false));
         let sets = Arc::clone(&done);
         let short = move || {
@@ -253,7 +255,7 @@ mod tests {
             sets.store(true, Ordering::SeqCst);
         };
         evaluator(short).finish(Duration::from_secs(60));
-        assert!(done.load(Ordering::SeqCst), "it did not wait");
+        assert!(done.load(Ordering::SeqCst), "finish did not wait");
         let (_held, never) = bounded::<()>(0);
         let (ends, ended) = bounded(1);
         std::thread::spawn(move || {
@@ -263,6 +265,6 @@ mod tests {
             evaluator(away).finish(Duration::from_millis(50));
             ends.send(())
         });
-        ended.recv_timeout(Duration::from_secs(30)).expect("it waits for a judge that is away");
+        ended.recv_timeout(Duration::from_secs(30)).expect("finish waits longer than its patience");
     }
 }

@@ -1,4 +1,4 @@
-//! The directory of a run: resolved configuration, `metrics.jsonl`, `samples.jsonl`.
+//! The directory of a run, and the files that the run appends to.
 
 use std::fs::{File, TryLockError};
 use std::io::{BufRead, BufReader};
@@ -12,8 +12,8 @@ use super::journal;
 use super::log::Log;
 use super::phases;
 use super::resume::Change;
-use super::rotating::{Bounds, Rotating};
-use super::tensorboard::Events;
+use super::rotating::{RotatingLog, RotationLimits};
+use super::tensorboard::EventFile;
 use crate::config::Config;
 use crate::observe::monitor::samples;
 use crate::pipeline::learn::Done;
@@ -24,61 +24,62 @@ use crate::types::Rewarded;
 use crate::util::disk;
 use crate::util::failpoints;
 
-/// The file of samples to read, in a run's directory.
+/// Name of the file of samples in a run's directory.
 pub(super) const SAMPLES: &str = "samples.jsonl";
 
-/// A run's directory, which one process has at a time.
+/// Directory of a run, locked by this process.
 pub struct RunDir {
     path: PathBuf,
-    /// Held as long as the run lasts.
+    /// Locks on the lock file and on the directory, held as long as the run lasts.
     _locks: [File; 2],
 }
 
 impl RunDir {
-    /// The directory of a new run. Without `given`, the configured one is used, or the first of `-2`, `-3`, … that is free.
+    /// Locks the directory of a new run: `given`, the configured directory, or the first of `NAME`, `NAME-2`, … in
+    /// `runs` that is free.
     ///
     /// # Errors
-    /// A directory that holds a run already, is in use, or cannot be written.
+    /// If the directory already holds a run, is in use, or cannot be written.
     pub fn create(config: &Config, given: Option<PathBuf>) -> Result<Self> {
         let explicit = given.or_else(|| config.run.dir.clone());
-        let Some(path) = explicit else { return Self::free(Path::new("runs"), &config.run.name) };
-        let dir = Self::hold(path)?;
+        let Some(path) = explicit else { return Self::first_free(Path::new("runs"), &config.run.name) };
+        let dir = Self::lock(path)?;
         ensure!(
-            !dir.is_begun()?,
-            "{} holds a run already; go on with it by --resume, give another --run-dir, or remove it",
+            !dir.has_run()?,
+            "{} already holds a run; continue it with --resume, give another --run-dir, or remove it",
             dir.path.display()
         );
         Ok(dir)
     }
 
-    /// The directory of the run to go on with: the given one, the configured one, or the last of `NAME`, `NAME-2`, … that
-    /// there is. A run that has not begun is begun.
+    /// Locks the directory of the run to resume: `given`, the configured directory, or the last of `NAME`, `NAME-2`, …
+    /// in `runs` that exists. Creates the directory if it does not exist.
     ///
     /// # Errors
-    /// A directory that is in use, or cannot be written.
+    /// If the directory is in use or cannot be written.
     pub fn resume(config: &Config, given: Option<PathBuf>) -> Result<Self> {
         let explicit = given.or_else(|| config.run.dir.clone());
-        Self::hold(explicit.unwrap_or_else(|| last(Path::new("runs"), &config.run.name)))
+        Self::lock(explicit.unwrap_or_else(|| last_existing(Path::new("runs"), &config.run.name)))
     }
 
-    /// The first of `NAME`, `NAME-2`, … that does not exist, or that a refused run left empty.
-    fn free(parent: &Path, name: &str) -> Result<Self> {
+    /// Locks the first of `NAME`, `NAME-2`, … that does not exist or holds only the lock of a refused run.
+    fn first_free(parent: &Path, name: &str) -> Result<Self> {
         let mut candidates = std::iter::once(name.to_owned()).chain((2..).map(|n| format!("{name}-{n}")));
         loop {
             let path = parent.join(candidates.next().expect("the candidates never end"));
             if !path.exists() {
-                return Self::hold(path);
+                return Self::lock(path);
             }
-            // Another process may hold it.
-            if is_left_empty(&path)
-                && let Ok(dir) = Self::hold(path)
+            // Locking fails if another process holds the directory.
+            if has_only_lock(&path)
+                && let Ok(dir) = Self::lock(path)
             {
                 return Ok(dir);
             }
         }
     }
 
-    fn hold(path: PathBuf) -> Result<Self> {
+    fn lock(path: PathBuf) -> Result<Self> {
         std::fs::create_dir_all(&path).map_err(|error| disk::cannot("make the run directory", &path, error))?;
         let busy = || anyhow!("another process works on the run in {}; wait for it, or stop it", path.display());
         let lock = path.join(LOCK);
@@ -89,7 +90,8 @@ impl RunDir {
             Err(TryLockError::WouldBlock) => return Err(busy()),
             Err(TryLockError::Error(error)) => return Err(disk::cannot("lock", &lock, error)),
         }
-        // Somebody may remove the file. Not every file system locks a directory; then the file alone has to do.
+        // The directory is locked as well, since the lock file may be removed. Not every file system can lock a
+        // directory; in that case the lock file alone has to suffice.
         let folder = File::open(&path).map_err(|error| disk::cannot("open", &path, error))?;
         if let Err(TryLockError::WouldBlock) = folder.try_lock() {
             return Err(busy());
@@ -97,45 +99,46 @@ impl RunDir {
         Ok(Self { path, _locks: [file, folder] })
     }
 
-    /// Where it is.
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether a run has begun in it.
-    fn is_begun(&self) -> Result<bool> {
+    /// Returns whether the directory has steps or checkpoints of a run.
+    fn has_run(&self) -> Result<bool> {
         for name in ["checkpoints", phases::FINE_TUNING] {
             if disk::exists(&self.path.join(name))? {
                 return Ok(true);
             }
         }
-        Ok(!begin::steps(&self.path)?.is_empty())
+        Ok(!begin::step_files(&self.path)?.is_empty())
     }
 }
 
-/// The file by which a process holds a run's directory.
+/// Name of the lock file in a run's directory.
 const LOCK: &str = "run.lock";
 
-/// Files that a run appends to.
+/// The files that a run appends to.
 pub struct RunFiles {
     dir: RunDir,
     metrics: Log,
-    samples: Rotating,
+    samples: RotatingLog,
     phases: Log,
     journal: Option<Log>,
-    /// Size beyond which the journal takes no more steps; 0 for none.
-    journal_most: u64,
+    /// Size in bytes from which the journal records no more steps; 0 for no limit.
+    journal_max_bytes: u64,
     journal_closed: bool,
-    events: Option<Events>,
-    /// The step that was written last, and lengths of metrics, samples, journal and events before it.
-    last: Option<(u64, [u64; 4])>,
+    events: Option<EventFile>,
+    /// The step that was written last, with the lengths of metrics, samples, journal and events before it.
+    last_step: Option<(u64, [u64; 4])>,
 }
 
 impl RunFiles {
-    /// Opens the files in `dir`, cut off after `lengths` and `step`, and writes the resolved configuration beside them.
+    /// Opens the files in `dir`, cuts them off after `lengths` and `step`, and writes the resolved configuration to
+    /// `config.toml`.
     ///
     /// # Errors
-    /// Names the file that cannot be opened or is shorter than it was.
+    /// Names the file that cannot be opened or is shorter than its recorded length.
     pub fn open(config: &Config, dir: RunDir, lengths: Lengths, step: u64) -> Result<Self> {
         let path = dir.path.join("config.toml");
         disk::replace(&path, config.to_toml().as_bytes())?;
@@ -147,58 +150,59 @@ impl RunFiles {
                 "journal   was full before step {step} (checkpoint.journal_max_bytes); no later step is written into it"
             );
         }
-        let bounds = Bounds { most_bytes: config.run.samples_max_bytes, keep: config.run.samples_keep };
+        let limits = RotationLimits { max_bytes: config.run.samples_max_bytes, keep: config.run.samples_keep };
         let metrics = log("metrics.jsonl", lengths.metrics)?;
-        let events = config.run.tensorboard.then(|| Events::open(&dir.path, records(metrics.path())?)).transpose()?;
+        let events =
+            config.run.tensorboard.then(|| EventFile::open(&dir.path, records(metrics.path())?)).transpose()?;
         Ok(Self {
             metrics,
-            samples: Rotating::open(&dir.path.join(SAMPLES), step, bounds)?,
+            samples: RotatingLog::open(&dir.path.join(SAMPLES), step, limits)?,
             phases: log("phases.jsonl", lengths.phases)?,
             journal,
-            journal_most: config.checkpoint.journal_max_bytes,
+            journal_max_bytes: config.checkpoint.journal_max_bytes,
             journal_closed: closed.is_some(),
             events,
-            last: None,
+            last_step: None,
             dir,
         })
     }
 
-    /// The run's directory.
+    /// Returns the run's directory.
     pub fn dir(&self) -> &Path {
         &self.dir.path
     }
 
-    /// Notes in the journal that `config` holds from here on.
+    /// Records in the journal that `config` applies from here on.
     ///
     /// # Errors
-    /// Names the file that cannot be written; the entry waits for the next try.
-    pub fn configured(&mut self, config: &Config) -> Result<()> {
+    /// Names the file that cannot be written. The entry is kept in memory for the next attempt.
+    pub fn record_config(&mut self, config: &Config) -> Result<()> {
         let Some(journal) = self.journal.as_mut().filter(|_| !self.journal_closed) else { return Ok(()) };
-        journal.append(&journal::config(&config.to_toml())?)
+        journal.append(&journal::encode_config(&config.to_toml())?)
     }
 
-    /// Notes in the journal and in `phases.jsonl` which changes of the judge were accepted at `step`.
+    /// Records in the journal and in `phases.jsonl` the changes of the judge that were accepted at `step`.
     ///
     /// # Errors
-    /// Names the file that cannot be written; the entry waits for the next try.
-    pub fn accepted(&mut self, step: u64, changes: &[Change]) -> Result<()> {
+    /// Names the file that cannot be written. The entry is kept in memory for the next attempt.
+    pub fn record_accepted(&mut self, step: u64, changes: &[Change]) -> Result<()> {
         let changes: Vec<_> = changes.iter().filter(|change| change.is_accepted()).collect();
         if changes.is_empty() {
             return Ok(());
         }
         let figures: Map<String, Value> =
-            changes.iter().map(|one| (one.key.clone(), json!({ "was": one.was, "is": one.is }))).collect();
-        self.phase(&json!({ "phase": "resume", "step": step, "accepted": figures }))?;
+            changes.iter().map(|one| (one.key.clone(), json!({ "was": one.old, "is": one.new }))).collect();
+        self.append_phase(&json!({ "phase": "resume", "step": step, "accepted": figures }))?;
         let Some(journal) = self.journal.as_mut().filter(|_| !self.journal_closed) else { return Ok(()) };
-        let changes = changes.iter().map(|one| (one.key.clone(), one.was.clone(), one.is.clone())).collect();
-        journal.append(&journal::accepted(&journal::Accepted { step, changes })?)
+        let changes = changes.iter().map(|one| (one.key.clone(), one.old.clone(), one.new.clone())).collect();
+        journal.append(&journal::encode_accepted(&journal::AcceptedChanges { step, changes })?)
     }
 
-    /// Appends a step's figures, its first group to read, and what it learned from to the journal. A step that is told again
-    /// takes its own place.
+    /// Appends a step to the files: its figures to the metrics, its first group to the samples, its batch to the
+    /// journal. A step that is recorded again replaces its earlier lines.
     ///
     /// # Errors
-    /// Names the files that cannot be written; what was to be written waits for the next try.
+    /// Names the file that cannot be written. The lines are kept in memory for the next attempt.
     pub fn step(&mut self, record: &StepRecord, done: Done<'_>) -> Result<()> {
         let step = record.0["step"].as_u64().unwrap_or_default();
         let (journal, events) = (self.journal.as_ref(), self.events.as_ref());
@@ -208,7 +212,7 @@ impl RunFiles {
             journal.map_or(0, Log::length),
             events.map_or(0, |events| events.log().length()),
         ];
-        match self.last {
+        match self.last_step {
             Some((last, [metrics, samples, journal, events])) if last == step => {
                 self.metrics.rewind(metrics)?;
                 self.samples.rewind(samples)?;
@@ -220,7 +224,7 @@ impl RunFiles {
                 }
                 self.events.as_mut().map_or(Ok(()), |log| log.rewind(events))?;
             }
-            _ => self.last = Some((step, lengths)),
+            _ => self.last_step = Some((step, lengths)),
         }
         let mut lines = String::new();
         for group in done.batch.iter().take(1) {
@@ -230,27 +234,27 @@ impl RunFiles {
         }
         let samples = self.samples.append(lines.as_bytes());
         let metrics = self.metrics.append((serde_json::to_string(record)? + "\n").as_bytes());
-        let journal = self.record(step, &done);
+        let journal = self.append_to_journal(step, &done);
         let events = self.events.as_mut().map_or(Ok(()), |events| events.step(&record.0));
         samples.and(metrics).and(journal).and(events)
     }
 
-    /// Writes a step into the journal, or its end where it is full.
-    fn record(&mut self, step: u64, done: &Done<'_>) -> Result<()> {
+    /// Appends a step to the journal, or closes the journal if it is full.
+    fn append_to_journal(&mut self, step: u64, done: &Done<'_>) -> Result<()> {
         let Some(journal) = self.journal.as_mut().filter(|_| !self.journal_closed) else { return Ok(()) };
-        if self.journal_most == 0 || journal.length() < self.journal_most {
-            return journal.append(&journal::step(step, done.fingerprint, done.batch)?);
+        if self.journal_max_bytes == 0 || journal.length() < self.journal_max_bytes {
+            return journal.append(&journal::encode_step(step, done.fingerprint, done.batch)?);
         }
         self.journal_closed = true;
         tracing::warn!(
-            "{} has reached checkpoint.journal_max_bytes = {}: step {step} and later ones are not written into it and cannot be replayed; the run goes on",
+            "{} has reached checkpoint.journal_max_bytes = {}: step {step} and later ones are not written into it and cannot be replayed; the run continues",
             journal.path().display(),
-            self.journal_most
+            self.journal_max_bytes
         );
-        journal.append(&journal::closed(step)?)
+        journal.append(&journal::encode_closed(step)?)
     }
 
-    /// The figures of the steps that `metrics.jsonl` has.
+    /// Returns the records of the steps in `metrics.jsonl`.
     ///
     /// # Errors
     /// Names the file that cannot be read.
@@ -258,7 +262,7 @@ impl RunFiles {
         records(self.metrics.path())
     }
 
-    /// Lengths of the files, and the files, once all that waits is written.
+    /// Writes all pending bytes, and returns the lengths and the paths of the files.
     ///
     /// # Errors
     /// Names the file that cannot be written.
@@ -280,37 +284,38 @@ impl RunFiles {
         Ok((lengths, paths))
     }
 
-    /// Writes what waits for any of the files, those that are made again when the run is resumed included.
+    /// Writes all pending bytes, including those of the event file, which is not part of a checkpoint.
     ///
     /// # Errors
     /// Names the file that cannot be written.
     pub fn flush(&mut self) -> Result<()> {
         failpoints::point("files.flush")?;
         self.lengths()?;
-        self.events.as_mut().map_or(Ok(()), Events::flush)
+        self.events.as_mut().map_or(Ok(()), EventFile::flush)
     }
 
-    /// Appends figures of a phase before training to `phases.jsonl`.
+    /// Appends figures of a phase to `phases.jsonl`.
     ///
     /// # Errors
     /// Names the file that cannot be written.
-    pub fn phase(&mut self, figures: &serde_json::Value) -> Result<()> {
+    pub fn append_phase(&mut self, figures: &serde_json::Value) -> Result<()> {
         self.phases.append(format!("{figures}\n").as_bytes())
     }
 
-    /// Keeps what `/metrics` said last, as `metrics.prom`: totals that no scrape would see after the end.
+    /// Stores `text`, the last response of `/metrics`, as `metrics.prom`, since no scrape sees the final totals after
+    /// the run ends.
     ///
     /// # Errors
     /// Names the file that cannot be written.
-    pub fn last_metrics(&self, text: &str) -> Result<()> {
+    pub fn write_final_metrics(&self, text: &str) -> Result<()> {
         disk::replace(&self.dir().join("metrics.prom"), text.as_bytes())
     }
 
-    /// Saves a batch whose gradient was not finite, for study.
+    /// Stores a batch whose loss or gradient was not finite, for analysis, and returns the path of its file.
     ///
     /// # Errors
-    /// When the file cannot be written.
-    pub fn nonfinite(&self, step: u64, batch: &[Rewarded]) -> Result<PathBuf> {
+    /// If the file cannot be written.
+    pub fn save_nonfinite(&self, step: u64, batch: &[Rewarded]) -> Result<PathBuf> {
         let path = self.dir().join(format!("nonfinite-step-{step}.json"));
         std::fs::write(&path, serde_json::to_vec(batch)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -318,21 +323,21 @@ impl RunFiles {
     }
 }
 
-/// The objects of a file of JSON lines, one at a time.
+/// Returns the objects of a file of JSON lines, one at a time; lines that are not objects are skipped.
 fn records(path: &Path) -> Result<impl Iterator<Item = Map<String, Value>> + use<>> {
     let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     let lines = BufReader::new(file).lines().map_while(Result::ok);
     Ok(lines.filter_map(|line| serde_json::from_str(&line).ok()))
 }
 
-/// Whether a directory holds the lock of a run and nothing else.
-fn is_left_empty(path: &Path) -> bool {
+/// Returns whether a directory holds a lock file and nothing else.
+fn has_only_lock(path: &Path) -> bool {
     let names = std::fs::read_dir(path).map(|entries| entries.flatten().map(|entry| entry.file_name()).collect());
     names.is_ok_and(|names: Vec<_>| names == [LOCK])
 }
 
-/// The last of `NAME`, `NAME-2`, … that there is; `NAME` where there is none.
-fn last(parent: &Path, name: &str) -> PathBuf {
+/// Returns the last existing one of `NAME`, `NAME-2`, …, or `NAME` if none exists.
+fn last_existing(parent: &Path, name: &str) -> PathBuf {
     let mut last = parent.join(name);
     for next in (2..).map(|n| parent.join(format!("{name}-{n}"))) {
         if !next.exists() {

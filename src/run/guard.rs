@@ -1,4 +1,4 @@
-//! Whether a run is healthy: bounds of `[guard]` on its figures, and steps from which nothing is learned.
+//! Health of a run: the bounds of `[guard]` on its figures, and steps that learn nothing.
 
 use std::collections::BTreeMap;
 
@@ -7,118 +7,129 @@ use serde_json::{Map, Value};
 use crate::config::{Guard as Bounds, GuardAction};
 use crate::types::{Rewarded, Verdict};
 
-/// Norm of a gradient below which it is zero up to rounding; the gradients of runs that learn have norms from 10⁻³ to 10².
-const ROUNDING: f64 = 1e-6;
+/// Gradient norm below which a gradient counts as zero up to rounding. Runs that learn have norms from 10⁻³ to 10².
+const ZERO_GRADIENT_NORM: f64 = 1e-6;
 
-/// Most different reasons that are kept; the rest is counted together.
-const MOST_REASONS: usize = 64;
+/// Most distinct reasons that are counted separately; the others are counted together.
+const MAX_REASONS: usize = 64;
 
-/// Watches the steps of a run. Pure: it is given figures and says what to log and whether to stop.
+/// Checks each step of a run. Has no side effects: it takes figures and returns warnings and a reason to stop.
 pub(super) struct Guard {
     bounds: Bounds,
     batch_groups: u64,
-    /// Steps in a row beyond each bound, by name.
-    beyond: BTreeMap<&'static str, u64>,
-    /// Steps in a row without a single label.
+    /// Consecutive steps that exceeded each bound, by name.
+    exceeding: BTreeMap<&'static str, u64>,
+    /// Consecutive steps without a label.
     unlabeled: u64,
-    /// Steps taken, and those that changed the weights, of earlier processes too.
+    /// Steps taken, and those that changed the weights, including steps of earlier processes.
     steps: u64,
     applied: u64,
     /// Steps whose gradient was zero.
-    still: u64,
-    /// Why groups were masked in this process, with how many of them.
+    zero_gradient: u64,
+    /// Reasons for which groups were masked in this process, with the number of groups.
     reasons: BTreeMap<String, u64>,
 }
 
-/// The warnings that a step leads to, and the reason to stop the run.
+/// Warnings that a step causes, and the reason to stop the run.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Finding {
-    /// Bounds that were exceeded often enough just now, in words.
+    /// Bounds that have now been exceeded for the configured number of steps.
     pub(super) warnings: Vec<String>,
-    /// Why the run has to stop, if it has to.
+    /// Reason to stop the run, if there is one.
     pub(super) stop: Option<String>,
 }
 
-/// A bound, and what exceeded it.
+/// A bound of `[guard]` applied to one step.
 struct Bound {
     name: &'static str,
     exceeded: bool,
-    words: String,
+    description: String,
     remedy: &'static str,
 }
 
 impl Guard {
-    /// Watches a run of batches of `batch_groups` groups.
+    /// Creates the guard of a run with batches of `batch_groups` groups.
     pub(super) fn new(bounds: Bounds, batch_groups: u64) -> Self {
-        let beyond = Self::NAMES.map(|name| (name, 0)).into();
-        Self { bounds, batch_groups, beyond, unlabeled: 0, steps: 0, applied: 0, still: 0, reasons: BTreeMap::new() }
+        let exceeding = Self::NAMES.map(|name| (name, 0)).into();
+        Self {
+            bounds,
+            batch_groups,
+            exceeding,
+            unlabeled: 0,
+            steps: 0,
+            applied: 0,
+            zero_gradient: 0,
+            reasons: BTreeMap::new(),
+        }
     }
 
-    /// Names of the bounds, as metrics give them.
+    /// Names of the bounds, as in the metrics.
     pub(super) const NAMES: [&'static str; 3] = ["entropy", "kl", "masked"];
 
-    /// Takes in the `record` of a step of an earlier process.
+    /// Takes the `record` of a step of an earlier process into account.
     pub(super) fn recall(&mut self, record: &Map<String, Value>) {
-        let _ = self.take(record, self.masked(record) == 1.0, None);
+        let _ = self.record(record, self.masked_share(record) == 1.0, None);
     }
 
-    /// Takes in a step with its figures and what it was learned from.
+    /// Checks a step, given its figures and its batch.
     pub(super) fn step(&mut self, record: &Map<String, Value>, batch: &[Rewarded]) -> Finding {
         for why in batch.iter().filter_map(|group| group.masked.as_ref()) {
-            let known = self.reasons.len() < MOST_REASONS || self.reasons.contains_key(why);
+            let known = self.reasons.len() < MAX_REASONS || self.reasons.contains_key(why);
             let why = if known { why.clone() } else { "other reasons".to_owned() };
             *self.reasons.entry(why).or_default() += 1;
         }
         let why = first_reason(batch);
-        self.take(record, is_unlabeled(batch), why)
+        self.record(record, is_unlabeled(batch), why)
     }
 
-    /// Returns whether the bound `name` is exceeded for as many steps as the configuration asks for.
+    /// Returns whether the bound `name` has been exceeded for the configured number of consecutive steps.
     pub(super) fn exceeded(&self, name: &str) -> bool {
-        self.beyond.get(name).is_some_and(|steps| *steps >= self.bounds.steps)
+        self.exceeding.get(name).is_some_and(|steps| *steps >= self.bounds.steps)
     }
 
-    /// Returns why the run is a failure although it took its steps: none of them changed the weights.
+    /// Returns the reason for which a run that took its steps still failed: none of them changed the weights.
     pub(super) fn learned_nothing(&self) -> Option<String> {
         (self.steps > 0 && self.applied == 0).then(|| {
-            let still = "in {} steps the gradient was zero, since the completions of each group had equal rewards";
-            let still = (self.still > 0).then(|| still.replace("{}", &self.still.to_string()));
-            let causes: Vec<String> = still.into_iter().chain(self.summary()).collect();
+            let zero_gradient =
+                "in {} steps the gradient was zero, because the completions of each group had equal rewards";
+            let zero_gradient =
+                (self.zero_gradient > 0).then(|| zero_gradient.replace("{}", &self.zero_gradient.to_string()));
+            let causes: Vec<String> = zero_gradient.into_iter().chain(self.summary()).collect();
             let why = if causes.is_empty() { String::new() } else { format!(": {}", causes.join("; ")) };
             format!("none of {} steps changed the weights{why}", self.steps)
         })
     }
 
-    /// Returns the most frequent reasons for which groups were masked, with how often each came up.
+    /// Returns the reasons for which groups were masked, with their counts, most frequent first.
     pub(super) fn reasons(&self) -> Vec<(&str, u64)> {
         let mut reasons: Vec<_> = self.reasons.iter().map(|(why, count)| (why.as_str(), *count)).collect();
         reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         reasons
     }
 
-    /// Returns how many groups were masked in this process, and why, or nothing where none was.
+    /// Returns a summary of the groups masked in this process and the reasons, or `None` if none was.
     pub(super) fn summary(&self) -> Option<String> {
         let total: u64 = self.reasons.values().sum();
         let listed: Vec<String> =
             self.reasons().into_iter().take(3).map(|(why, count)| format!("{count} × {why}")).collect();
-        (total > 0).then(|| format!("{total} groups were masked and not learned from: {}", listed.join("; ")))
+        (total > 0).then(|| format!("{total} groups were masked and not trained on: {}", listed.join("; ")))
     }
 
-    fn masked(&self, record: &Map<String, Value>) -> f64 {
+    fn masked_share(&self, record: &Map<String, Value>) -> f64 {
         record.get("groups/masked").and_then(Value::as_f64).unwrap_or(0.0) / self.batch_groups.max(1) as f64
     }
 
     fn bounds(&self, record: &Map<String, Value>) -> [Bound; 3] {
         let figure = |name: &str| record.get(name).and_then(Value::as_f64);
-        let (entropy, kl, masked) = (figure("entropy/mean"), figure("kl/token"), self.masked(record));
+        let (entropy, kl, masked) = (figure("entropy/mean"), figure("kl/token"), self.masked_share(record));
         let Bounds { max_kl, min_entropy, max_masked, .. } = self.bounds;
-        // A step from which nothing was learned has no entropy.
+        // A step whose groups are all masked has no entropy.
         let measured = entropy.filter(|_| masked < 1.0);
         [
             Bound {
                 name: "entropy",
                 exceeded: min_entropy > 0.0 && measured.is_some_and(|entropy| entropy < min_entropy),
-                words: format!(
+                description: format!(
                     "the policy's entropy of {:.3} nats a token is below guard.min_entropy = {min_entropy}",
                     entropy.unwrap_or(0.0)
                 ),
@@ -127,7 +138,7 @@ impl Guard {
             Bound {
                 name: "kl",
                 exceeded: max_kl > 0.0 && kl.is_some_and(|kl| kl > max_kl),
-                words: format!(
+                description: format!(
                     "the policy's KL to its start of {:.3} nats a token is above guard.max_kl = {max_kl}",
                     kl.unwrap_or(0.0)
                 ),
@@ -136,7 +147,7 @@ impl Guard {
             Bound {
                 name: "masked",
                 exceeded: max_masked < 1.0 && masked > max_masked,
-                words: format!(
+                description: format!(
                     "{:.0} % of the step's groups are masked, above guard.max_masked = {max_masked}",
                     100.0 * masked
                 ),
@@ -145,24 +156,25 @@ impl Guard {
         ]
     }
 
-    fn take(&mut self, record: &Map<String, Value>, unlabeled: bool, why: Option<&str>) -> Finding {
+    fn record(&mut self, record: &Map<String, Value>, unlabeled: bool, why: Option<&str>) -> Finding {
         let mut finding = Finding::default();
         self.steps += 1;
-        // A gradient of zero changes no weight.
+        // A zero gradient does not change the weights.
         let applied = record.get("applied") == Some(&Value::Bool(true));
-        let still = applied && record.get("gradient/norm").and_then(Value::as_f64).is_some_and(|norm| norm < ROUNDING);
-        self.applied += u64::from(applied && !still);
-        self.still += u64::from(still);
-        for Bound { name, exceeded, words, remedy } in self.bounds(record) {
-            let steps = self.beyond.entry(name).or_default();
+        let zero_gradient = applied
+            && record.get("gradient/norm").and_then(Value::as_f64).is_some_and(|norm| norm < ZERO_GRADIENT_NORM);
+        self.applied += u64::from(applied && !zero_gradient);
+        self.zero_gradient += u64::from(zero_gradient);
+        for Bound { name, exceeded, description, remedy } in self.bounds(record) {
+            let steps = self.exceeding.entry(name).or_default();
             *steps = if exceeded { *steps + 1 } else { 0 };
             if *steps < self.bounds.steps {
                 continue;
             }
-            let text = format!("{words}, for {steps} steps in a row: {remedy}");
+            let text = format!("{description}, for {steps} steps in a row: {remedy}");
             match self.bounds.action {
                 GuardAction::Stop => drop(finding.stop.get_or_insert(format!("{text} (guard.action = \"stop\")"))),
-                // Once, and again when twice as many steps have passed.
+                // Warns once, and again each time the number of steps has doubled.
                 GuardAction::Warn
                     if (*steps / self.bounds.steps).is_power_of_two() && steps.is_multiple_of(self.bounds.steps) =>
                 {
@@ -183,7 +195,7 @@ impl Guard {
     }
 }
 
-/// Returns the reason of the first verdict of the batch that is not a label.
+/// Returns the reason of the first verdict in the batch that is not a label.
 fn first_reason(batch: &[Rewarded]) -> Option<&str> {
     verdicts(batch).find_map(|verdict| match verdict {
         Verdict::Label(_) => None,
@@ -198,7 +210,7 @@ fn verdicts(batch: &[Rewarded]) -> impl Iterator<Item = &Verdict> {
         .flat_map(|feedback| feedback.verdicts.iter().chain(feedback.preferences.iter().map(|one| &one.verdict)))
 }
 
-/// Whether the labeler was asked about the batch and gave no label at all.
+/// Returns whether the labeler returned verdicts for the batch, but no label.
 fn is_unlabeled(batch: &[Rewarded]) -> bool {
     verdicts(batch).next().is_some() && !verdicts(batch).any(|verdict| matches!(verdict, Verdict::Label(_)))
 }

@@ -1,7 +1,8 @@
-//! The journal: what the learner was given, in the order in which it was given, so that its steps can be taken again.
+//! The journal: the learner's input in its original order, from which the steps of a run can be replayed.
 //!
-//! `journal.bin` is a row of entries, each a length and a CRC-32 (both `u32`, little-endian) and then the entry itself. An
-//! entry that a dying program did not finish is at the end, and is found by its length or checksum.
+//! `journal.bin` is a sequence of entries. Each consists of its length and its CRC-32, both `u32` in little-endian
+//! order, and a body in postcard format. An entry that was not written completely can only be the last one, and is
+//! recognized by its length or checksum.
 
 use std::fs::File;
 use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom};
@@ -12,92 +13,93 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::Rewarded;
 
-/// The file's name in a run's directory.
+/// Name of the journal in a run's directory.
 pub const NAME: &str = "journal.bin";
 
-/// Most bytes of an entry; a longer one is damage.
-const MOST: u32 = 1 << 30;
+/// Largest size of an entry's body; a longer one is treated as damage.
+const MAX_ENTRY_BYTES: u32 = 1 << 30;
 
-/// One entry.
+/// An entry of the journal.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Entry {
-    /// From here on the run goes by this configuration (TOML, resolved).
+    /// The resolved configuration (TOML) that applies to the following steps.
     Config(String),
     /// A learner step.
     Step(Step),
-    /// The run was resumed with a judge that differs from the one before.
-    Accepted(Accepted),
-    /// The journal is full: the run's steps from this one on are not in it. The step has a fixed width (little-endian), so that
-    /// the entry is found from the end of the file.
+    /// Accepted changes of the judge when the run was resumed.
+    Accepted(AcceptedChanges),
+    /// The journal is full and has no steps from this one on. The step has a fixed width (little-endian), so that the
+    /// entry can be found from the end of the file.
     Closed([u8; 8]),
 }
 
-/// Changes of the judge that a person accepted when the run was resumed.
+/// Changes of the judge that were accepted when the run was resumed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Accepted {
-    /// The step of the checkpoint that the run was resumed from.
+pub struct AcceptedChanges {
+    /// Step of the checkpoint that the run was resumed from.
     pub step: u64,
-    /// The keys with their old and new values.
+    /// The changed keys with their old and new values.
     pub changes: Vec<(String, String, String)>,
 }
 
-/// What a step learned from, and what it led to.
+/// The input and the result of a learner step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Step {
-    /// Counted from one.
+    /// Number of the step, starting at 1.
     pub step: u64,
-    /// Fingerprint of the weights after it.
+    /// Fingerprint of the weights after the step.
     pub fingerprint: u64,
-    /// Its groups, in order.
+    /// The groups of the batch, in order.
     pub batch: Vec<Rewarded>,
 }
 
-/// A step to be written, without a copy of its batch. Reads back as [`Entry`].
+/// Borrowed form of [`Entry`] for writing, so that a batch is not copied.
 #[derive(Serialize)]
-enum Borrowed<'a> {
+enum EntryRef<'a> {
     Config(&'a str),
-    Step(BorrowedStep<'a>),
-    Accepted(&'a Accepted),
+    Step(StepRef<'a>),
+    Accepted(&'a AcceptedChanges),
     Closed([u8; 8]),
 }
 
 #[derive(Serialize)]
-struct BorrowedStep<'a> {
+struct StepRef<'a> {
     step: u64,
     fingerprint: u64,
     batch: &'a [Rewarded],
 }
 
-/// The bytes of an entry that says which configuration holds from here on.
+/// Encodes an entry with the configuration that applies from here on.
 ///
 /// # Errors
-/// When it is beyond a gigabyte.
-pub fn config(config: &str) -> Result<Vec<u8>> {
-    frame(&Borrowed::Config(config))
+/// If the entry is larger than a gigabyte.
+pub fn encode_config(config: &str) -> Result<Vec<u8>> {
+    frame(&EntryRef::Config(config))
 }
 
-/// The bytes of an entry that says which changes of the judge were accepted.
+/// Encodes an entry with accepted changes of the judge.
 ///
 /// # Errors
-/// When it is beyond a gigabyte.
-pub fn accepted(accepted: &Accepted) -> Result<Vec<u8>> {
-    frame(&Borrowed::Accepted(accepted))
+/// If the entry is larger than a gigabyte.
+pub fn encode_accepted(accepted: &AcceptedChanges) -> Result<Vec<u8>> {
+    frame(&EntryRef::Accepted(accepted))
 }
 
-/// The bytes of an entry that says that the journal ends before `step`.
+/// Encodes the entry that closes the journal before `step`.
 ///
 /// # Errors
-/// When it cannot be encoded.
-pub fn closed(step: u64) -> Result<Vec<u8>> {
-    frame(&Borrowed::Closed(step.to_le_bytes()))
+/// If the entry cannot be encoded.
+pub fn encode_closed(step: u64) -> Result<Vec<u8>> {
+    frame(&EntryRef::Closed(step.to_le_bytes()))
 }
 
-/// The step before which the journal at `path` was closed, if the entry that ends at `length` says so.
+/// Returns the step before which the journal at `path` was closed, or `None` if the entry that ends at byte `length`
+/// does not close it.
 ///
 /// # Errors
 /// Names the file that cannot be read.
 pub fn closed_before(path: &Path, length: u64) -> Result<Option<u64>> {
-    let size = closed(0)?.len();
+    let size = encode_closed(0)?.len();
     let Some(start) = length.checked_sub(size as u64) else { return Ok(None) };
     let cannot = || format!("cannot read {}", path.display());
     let mut file = match File::open(path) {
@@ -110,21 +112,21 @@ pub fn closed_before(path: &Path, length: u64) -> Result<Option<u64>> {
         read => read.with_context(cannot)?,
     }
     let step = bytes.last_chunk().map_or(0, |step| u64::from_le_bytes(*step));
-    Ok((bytes == closed(step)?).then_some(step))
+    Ok((bytes == encode_closed(step)?).then_some(step))
 }
 
-/// The bytes of a step's entry.
+/// Encodes the entry of a step.
 ///
 /// # Errors
-/// When it is beyond a gigabyte.
-pub fn step(step: u64, fingerprint: u64, batch: &[Rewarded]) -> Result<Vec<u8>> {
-    frame(&Borrowed::Step(BorrowedStep { step, fingerprint, batch }))
+/// If the entry is larger than a gigabyte.
+pub fn encode_step(step: u64, fingerprint: u64, batch: &[Rewarded]) -> Result<Vec<u8>> {
+    frame(&EntryRef::Step(StepRef { step, fingerprint, batch }))
 }
 
-fn frame(entry: &Borrowed<'_>) -> Result<Vec<u8>> {
+fn frame(entry: &EntryRef<'_>) -> Result<Vec<u8>> {
     let body = postcard::to_stdvec(entry)?;
-    let length = u32::try_from(body.len()).ok().filter(|length| *length <= MOST);
-    let length = length.context("a step's groups are beyond a gigabyte, which the journal does not take")?;
+    let length = u32::try_from(body.len()).ok().filter(|length| *length <= MAX_ENTRY_BYTES);
+    let length = length.context("a step's groups take more than a gigabyte, the limit of a journal entry")?;
     let mut bytes = Vec::with_capacity(body.len() + 8);
     bytes.extend(length.to_le_bytes());
     bytes.extend(crc32fast::hash(&body).to_le_bytes());
@@ -132,35 +134,35 @@ fn frame(entry: &Borrowed<'_>) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads a journal entry by entry.
+/// Reader of a journal, an iterator over its entries.
 pub struct Journal {
     path: PathBuf,
     file: BufReader<File>,
-    at: u64,
+    offset: u64,
 }
 
 impl Journal {
-    /// The journal of the run in `dir`.
+    /// Opens the journal of the run in `dir`.
     ///
     /// # Errors
-    /// There is none.
+    /// If the journal does not exist or cannot be opened.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(NAME);
         let file = File::open(&path).with_context(|| {
             format!("cannot open {}; a run keeps one unless checkpoint.journal = false", path.display())
         })?;
-        Ok(Self { path, file: BufReader::with_capacity(1 << 20, file), at: 0 })
+        Ok(Self { path, file: BufReader::with_capacity(1 << 20, file), offset: 0 })
     }
 
-    /// Where the next entry begins.
-    pub fn position(&self) -> u64 {
-        self.at
+    /// Returns the byte offset at which the next entry begins.
+    pub fn offset(&self) -> u64 {
+        self.offset
     }
 
-    /// The next entry; none at the end, or where the writer was cut off.
+    /// Reads the next entry. Returns `None` at the end of the file and before an incomplete entry.
     ///
     /// # Errors
-    /// Damage: an entry that is there in full and does not bear its checksum.
+    /// If the file cannot be read, or a complete entry has a wrong checksum or content.
     fn read(&mut self) -> Result<Option<Entry>> {
         let mut head = [0; 8];
         if !self.fill(&mut head)? {
@@ -168,20 +170,20 @@ impl Journal {
         }
         let word = |i: usize| u32::from_le_bytes([head[i], head[i + 1], head[i + 2], head[i + 3]]);
         let (length, sum) = (word(0), word(4));
-        let place = format!("{} at byte {}", self.path.display(), self.at);
-        ensure!(length <= MOST, "{place} has an entry of {length} bytes; it is damaged");
+        let place = format!("{} at byte {}", self.path.display(), self.offset);
+        ensure!(length <= MAX_ENTRY_BYTES, "{place} has an entry of {length} bytes; it is damaged");
         let mut body = Vec::new();
         self.file.by_ref().take(length.into()).read_to_end(&mut body)?;
         if body.len() < length as usize {
             return Ok(None);
         }
         ensure!(crc32fast::hash(&body) == sum, "{place} has an entry whose checksum is wrong; it is damaged");
-        let entry = postcard::from_bytes(&body).map_err(|error| anyhow!("{place} cannot be understood: {error}"))?;
-        self.at += 8 + u64::from(length);
+        let entry = postcard::from_bytes(&body).map_err(|error| anyhow!("{place} cannot be decoded: {error}"))?;
+        self.offset += 8 + u64::from(length);
         Ok(Some(entry))
     }
 
-    /// Fills `buffer`; false where the file ends before.
+    /// Fills `buffer`. Returns false if the file ends first.
     fn fill(&mut self, buffer: &mut [u8]) -> Result<bool> {
         match self.file.read_exact(buffer) {
             Ok(()) => Ok(true),
@@ -235,40 +237,40 @@ mod tests {
     }
 
     #[test]
-    fn a_full_journal_says_so_at_its_end() {
+    fn a_closed_journal_is_recognized_from_its_end() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(NAME);
-        let open = step(1, 42, &batch()).unwrap();
-        let full = [open.clone(), closed(2).unwrap()].concat();
+        let open = encode_step(1, 42, &batch()).unwrap();
+        let full = [open.clone(), encode_closed(2).unwrap()].concat();
         std::fs::write(&path, &full).unwrap();
         assert_eq!(closed_before(&path, full.len() as u64).unwrap(), Some(2));
         assert_eq!(closed_before(&path, open.len() as u64).unwrap(), None);
         assert_eq!(closed_before(&path, 3).unwrap(), None);
-        assert_eq!(closed_before(&path, 1 << 40).unwrap(), None, "a file that is shorter is the opener's business");
+        assert_eq!(closed_before(&path, 1 << 40).unwrap(), None, "a shorter file is not an error here");
         assert_eq!(closed_before(&dir.path().join("none"), 100).unwrap(), None);
         let last = Journal::open(dir.path()).unwrap().last().unwrap().unwrap();
         assert!(matches!(last, Entry::Closed(step) if u64::from_le_bytes(step) == 2), "{last:?}");
     }
 
     #[test]
-    fn what_is_written_reads_back_bit_for_bit_and_a_torn_end_is_left_out() {
+    fn entries_read_back_bit_for_bit_and_an_incomplete_one_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
-        let mut bytes = config("a = 1").unwrap();
-        bytes.extend(step(1, 42, &batch()).unwrap());
-        let whole = bytes.len();
-        bytes.extend(step(2, 43, &batch()).unwrap());
+        let mut bytes = encode_config("a = 1").unwrap();
+        bytes.extend(encode_step(1, 42, &batch()).unwrap());
+        let complete = bytes.len();
+        bytes.extend(encode_step(2, 43, &batch()).unwrap());
         let path = dir.path().join(NAME);
-        for cut in [whole, whole + 1, whole + 8, bytes.len() - 1] {
+        for cut in [complete, complete + 1, complete + 8, bytes.len() - 1] {
             std::fs::write(&path, &bytes[..cut]).unwrap();
             let mut journal = Journal::open(dir.path()).unwrap();
             let entries: Vec<Entry> = journal.by_ref().collect::<Result<_>>().unwrap();
-            assert_eq!(journal.position(), whole as u64);
+            assert_eq!(journal.offset(), complete as u64);
             let [Entry::Config(text), Entry::Step(read)] = entries.as_slice() else { panic!("{entries:?}") };
             assert_eq!((text.as_str(), read.step, read.fingerprint), ("a = 1", 1, 42));
-            // Debug output shows every float's shortest form, so equal text is equal bits, NaN included.
+            // Debug output shows the shortest form of each float, so that equal texts have equal bits, NaN included.
             assert_eq!(format!("{:?}", read.batch), format!("{:?}", batch()));
         }
-        bytes[whole - 3] ^= 1;
+        bytes[complete - 3] ^= 1;
         std::fs::write(&path, &bytes).unwrap();
         let error = Journal::open(dir.path()).unwrap().find_map(Result::err).unwrap().to_string();
         assert!(error.contains("journal.bin at byte 15") && error.contains("checksum"), "{error}");

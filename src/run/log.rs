@@ -1,4 +1,4 @@
-//! A file that a run appends to, and that survives a full disk and a resumed run.
+//! An append-only file of a run, which tolerates a full disk and is cut off when the run is resumed.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -9,25 +9,26 @@ use anyhow::{Context, Result, ensure};
 use crate::util::disk;
 use crate::util::failpoints;
 
-/// Bytes that wait for room on the disk before more are refused.
-const MOST_WAITING: usize = 64 << 20;
+/// Most bytes that are kept in memory; further entries are dropped.
+const MAX_PENDING_BYTES: usize = 64 << 20;
 
-/// What cannot be written, since the disk is full perhaps, waits here and is tried again with the next.
+/// An append-only file. Bytes that cannot be written, for example because the disk is full, are kept in memory and
+/// written with the next append.
 pub struct Log {
     path: PathBuf,
     file: File,
     written: u64,
-    waiting: Vec<u8>,
-    /// Appends that were refused since too much waits.
-    lost: u64,
+    pending: Vec<u8>,
+    /// Appends that were dropped because too many bytes were pending.
+    dropped: u64,
 }
 
 impl Log {
-    /// Opens the file at `path` and cuts off what is beyond `length`. One that is not there at all begins: what was before is
-    /// where the run was before.
+    /// Opens the file at `path` and cuts it off after `length` bytes. Creates an empty file if there is none, since the
+    /// run may have been copied without it.
     ///
     /// # Errors
-    /// A file that cannot be opened, or that is shorter.
+    /// If the file cannot be opened or is shorter than `length`.
     pub fn open(path: &Path, length: u64) -> Result<Self> {
         let length = if disk::length(path)?.is_some() { length } else { 0 };
         let mut file = OpenOptions::new()
@@ -39,60 +40,64 @@ impl Log {
         let found = file.metadata()?.len();
         ensure!(
             found >= length,
-            "{} has {found} bytes, and the checkpoint knows of {length}; put the file back, or resume from an earlier checkpoint",
+            "{} has {found} bytes, but the checkpoint recorded {length}; restore the file, or resume from an earlier checkpoint",
             path.display()
         );
         file.set_len(length).with_context(|| format!("cannot shorten {}", path.display()))?;
         file.seek(SeekFrom::End(0))?;
-        Ok(Self { path: path.to_owned(), file, written: length, waiting: Vec::new(), lost: 0 })
+        Ok(Self { path: path.to_owned(), file, written: length, pending: Vec::new(), dropped: 0 })
     }
 
-    /// Appends `bytes`, after whatever waits.
+    /// Appends `bytes` after all pending bytes.
     ///
     /// # Errors
-    /// Names the file; the bytes are kept and tried again with the next append, unless too many are.
+    /// Names the file that cannot be written. The bytes remain pending, unless there are already more than 64 MiB.
     pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.waiting.len() + bytes.len() > MOST_WAITING {
-            self.lost += 1;
+        if self.pending.len() + bytes.len() > MAX_PENDING_BYTES {
+            self.dropped += 1;
         } else {
-            self.waiting.extend_from_slice(bytes);
+            self.pending.extend_from_slice(bytes);
         }
         failpoints::point("log.append")?;
         self.flush()
     }
 
-    /// Writes what waits.
+    /// Writes all pending bytes.
     ///
     /// # Errors
-    /// Names the file, and what becomes of what could not be written.
+    /// Names the file that cannot be written, with the number of pending bytes and dropped entries.
     pub fn flush(&mut self) -> Result<()> {
         let mut done = 0;
         let result = loop {
-            if done == self.waiting.len() {
+            if done == self.pending.len() {
                 break Ok(());
             }
-            match self.file.write(&self.waiting[done..]) {
+            match self.file.write(&self.pending[done..]) {
                 Ok(0) => break Err(std::io::ErrorKind::WriteZero.into()),
                 Ok(n) => done += n,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => break Err(error),
             }
         };
-        self.waiting.drain(..done);
+        self.pending.drain(..done);
         self.written += done as u64;
-        let lost = if self.lost > 0 { format!(", {} entries are lost", self.lost) } else { String::new() };
+        let dropped = if self.dropped > 0 { format!(", {} entries were dropped", self.dropped) } else { String::new() };
         result.with_context(|| {
-            format!("cannot write {}; {} bytes wait for the next try{lost}", self.path.display(), self.waiting.len())
+            format!(
+                "cannot write {}; {} bytes wait for the next attempt{dropped}",
+                self.path.display(),
+                self.pending.len()
+            )
         })
     }
 
-    /// Takes back what came after `length`.
+    /// Removes all bytes after `length`.
     ///
     /// # Errors
     /// Names the file that cannot be shortened.
     pub fn rewind(&mut self, length: u64) -> Result<()> {
-        let waiting = length.saturating_sub(self.written) as usize;
-        self.waiting.truncate(waiting);
+        let kept = length.saturating_sub(self.written) as usize;
+        self.pending.truncate(kept);
         if length < self.written {
             self.file.set_len(length).with_context(|| format!("cannot shorten {}", self.path.display()))?;
             self.file.seek(SeekFrom::Start(length))?;
@@ -101,14 +106,14 @@ impl Log {
         Ok(())
     }
 
-    /// Where it is.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Bytes in the file and waiting for it.
+    /// Returns the number of bytes in the file and pending.
     pub fn length(&self) -> u64 {
-        self.written + self.waiting.len() as u64
+        self.written + self.pending.len() as u64
     }
 }
 
@@ -117,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_goes_on_where_it_is_told_to() {
+    fn a_reopened_log_continues_at_the_given_length() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let mut log = Log::open(&path, 0).unwrap();
@@ -136,8 +141,8 @@ mod tests {
     }
 
     #[test]
-    fn what_a_full_disk_refuses_waits_and_nothing_is_written_twice() {
-        // The kernel's own full disk.
+    fn bytes_that_a_full_disk_refuses_are_written_later_and_once() {
+        // `/dev/full` fails each write like a full disk.
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let mut log = Log::open(&path, 0).unwrap();

@@ -1,4 +1,4 @@
-//! Opens the directory of a run: finds what the run is resumed from and verifies it before anything is changed.
+//! Opens the directory of a run: finds the checkpoint to resume from and verifies it before anything is changed.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::files::{RunDir, RunFiles, SAMPLES};
-use super::resume::Accepted;
-use super::rewind::{self, Ends, SetAside};
-use super::{From, begin, evaluation, journal, phases, reference, rotating};
+use super::resume::AcceptedKeys;
+use super::rewind::{self, FileLengths, SetAside};
+use super::{StartFrom, begin, evaluation, journal, phases, reference, rotating};
 use crate::config::{Config, WIN_RATE};
 use crate::pipeline::learn::TrainState;
 use crate::pipeline::reward::RewardTrainer;
@@ -16,21 +16,24 @@ use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::learning::{adam, lora, value_model};
 use crate::pipeline::topology::reward_trainer;
 use crate::rl::ledger::Book;
-use crate::run::checkpoint::{Best, CheckpointStore, Identity, Lengths, Mirror, Opened, WinRates, shelf};
+use crate::run::checkpoint::{
+    BestCheckpoint, CheckpointStore, Identity, Lengths, Mirror, OpenedCheckpoint, WinRates, store,
+};
 use crate::say;
 use crate::util::disk;
 
-/// Locks the directory of the run that `from` names, and completes what a killed process began in it.
+/// Locks the directory of the run that `from` names, completes an interrupted rewind in it, and removes a partly
+/// written reference.
 ///
 /// # Errors
-/// A path that is no checkpoint of a run; a directory that is in use or cannot be written.
-pub(super) fn hold(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Result<RunDir> {
+/// If the path is not a checkpoint of a run, or the directory is in use or cannot be written.
+pub(super) fn lock_directory(config: &Config, run_dir: Option<PathBuf>, from: &StartFrom) -> Result<RunDir> {
     let dir = match from {
-        From::Beginning => RunDir::create(config, run_dir)?,
-        From::Latest => RunDir::resume(config, run_dir)?,
-        From::Checkpoint(path) => {
+        StartFrom::Beginning => RunDir::create(config, run_dir)?,
+        StartFrom::Latest => RunDir::resume(config, run_dir)?,
+        StartFrom::Checkpoint(path) => {
             let path = std::path::absolute(path)?;
-            let of = run_of(&path)?;
+            let of = run_directory(&path)?;
             ensure!(disk::exists(&of)?, "{} does not exist", path.display());
             let dir = RunDir::resume(config, Some(run_dir.unwrap_or_else(|| of.clone())))?;
             if std::path::absolute(dir.path())? != of {
@@ -45,102 +48,106 @@ pub(super) fn hold(config: &Config, run_dir: Option<PathBuf>, from: &From) -> Re
         }
     };
     rewind::complete(dir.path())?;
-    reference::sweep(dir.path())?;
+    reference::remove_partial(dir.path())?;
     Ok(dir)
 }
 
-/// The directory of the run whose checkpoint is, or was before it was set aside, at `path`.
-fn run_of(path: &Path) -> Result<PathBuf> {
+/// Returns the directory of the run that the checkpoint at `path` belongs to. The checkpoint may have been set aside.
+fn run_directory(path: &Path) -> Result<PathBuf> {
     let of = path.parent().filter(|dir| dir.ends_with("checkpoints")).and_then(Path::parent);
-    let of = of.filter(|_| shelf::step(path).or_else(|| shelf::step_set_aside(path)).is_some()).with_context(|| {
-        format!("{} is no checkpoint of a run, such as runs/NAME/checkpoints/step-000050", path.display())
+    let of = of.filter(|_| store::step(path).or_else(|| store::step_of_aside(path)).is_some()).with_context(|| {
+        format!("{} is not a checkpoint of a run, such as runs/NAME/checkpoints/step-000050", path.display())
     })?;
     if of.ends_with(phases::FINE_TUNING) {
-        bail!("{} is a checkpoint of fine-tuning under way, with which --resume alone goes on", path.display());
+        bail!(
+            "{} is a checkpoint of an unfinished fine-tuning, which --resume without a path continues",
+            path.display()
+        );
     }
     Ok(of.to_owned())
 }
 
-/// A run's directory and what the run continues from.
-pub(super) struct Start {
+/// Directory of a run and the checkpoint that it continues from.
+pub(super) struct StartState {
     pub(super) dir: RunDir,
-    pub(super) checkpoint: Option<Opened>,
-    pub(super) shelf: Arc<CheckpointStore>,
-    /// Checkpoints after it, and why they are set aside.
+    pub(super) checkpoint: Option<OpenedCheckpoint>,
+    pub(super) store: Arc<CheckpointStore>,
+    /// Checkpoints after `checkpoint`, with the reason for which they are set aside.
     later: Vec<(PathBuf, &'static str)>,
-    /// Where the checkpoint itself was set aside.
+    /// The record of the rewind that set `checkpoint` aside, if one did.
     aside: Option<SetAside>,
 }
 
-/// Opens what `from` names in `dir`. Nothing there is changed but for what a mirror brings. `win_rates` chooses the best
-/// checkpoint, where the configuration asks for it.
+/// Opens the checkpoint that `from` selects in `dir`. Changes nothing in the directory, except that it removes unfinished
+/// checkpoints and fetches copies from the mirror. `win_rates` selects the best checkpoint if `checkpoint.best` is the
+/// win rate.
 ///
 /// # Errors
-/// A checkpoint that is damaged or cannot be read; a run that would be begun over another one.
-pub(super) fn open(config: &Config, dir: RunDir, from: &From, win_rates: WinRates) -> Result<Start> {
+/// If a checkpoint is damaged or cannot be read, or a new run would overwrite an earlier one.
+pub(super) fn open(config: &Config, dir: RunDir, from: &StartFrom, win_rates: WinRates) -> Result<StartState> {
     let mirror = config.checkpoint.mirror.as_deref().map(Mirror::open).transpose()?;
     let keep = &config.checkpoint;
     let best = match keep.best.as_deref() {
-        None => Best::None,
-        Some(WIN_RATE) => Best::WinRate(win_rates),
-        Some(_) => Best::Figure,
+        None => BestCheckpoint::None,
+        Some(WIN_RATE) => BestCheckpoint::ByWinRate(win_rates),
+        Some(_) => BestCheckpoint::ByMetric,
     };
-    let shelf = Arc::new(CheckpointStore::new(dir.path(), keep.keep, best).mirrored(mirror));
-    let start = |dir, checkpoint, later, aside, shelf| Ok(Start { dir, checkpoint, shelf, later, aside });
+    let store = Arc::new(CheckpointStore::new(dir.path(), keep.keep, best).mirrored(mirror));
+    let start = |dir, checkpoint, later, aside, store| Ok(StartState { dir, checkpoint, store, later, aside });
     match from {
-        From::Beginning => start(dir, None, Vec::new(), None, shelf),
-        From::Latest => {
-            // What is being fine-tuned here has no use for what came of it elsewhere.
-            let reference = if phases::is_under_way(dir.path())? {
+        StartFrom::Beginning => start(dir, None, Vec::new(), None, store),
+        StartFrom::Latest => {
+            // A reference from the mirror does not belong to a fine-tuning that is in progress here.
+            let reference = if phases::is_in_progress(dir.path())? {
                 None
             } else {
-                shelf.bring_beside(&reference::place(dir.path()))?
+                store.fetch_directory(&reference::directory(dir.path()))?
             };
-            for brought in shelf.bring()?.into_iter().chain(reference) {
-                say!("brought   {}", brought.display());
+            for fetched in store.fetch_latest()?.into_iter().chain(reference) {
+                say!("fetched   {}", fetched.display());
             }
-            let latest = shelf.latest(|line| say!("{line}"))?;
+            let latest = store.latest(|line| say!("{line}"))?;
             if latest.checkpoint.is_none() {
-                begin::check(dir.path())?;
+                begin::check_empty(dir.path())?;
             }
             let damaged = latest.damaged.into_iter().map(|path| (path, "damaged")).collect();
-            start(dir, latest.checkpoint, damaged, None, shelf)
+            start(dir, latest.checkpoint, damaged, None, store)
         }
-        From::Checkpoint(path) => {
+        StartFrom::Checkpoint(path) => {
             let path = std::path::absolute(path)?;
-            let checkpoint = Opened::open(&path)?;
-            let aside = shelf::step_set_aside(&path).map(|_| SetAside::find(dir.path(), &path)).transpose()?;
+            let checkpoint = OpenedCheckpoint::open(&path)?;
+            let aside = store::step_of_aside(&path).map(|_| SetAside::find(dir.path(), &path)).transpose()?;
             let branch = aside.as_ref().map_or(checkpoint.step(), SetAside::branch);
-            let later = shelf.later(branch)?.into_iter().map(|path| (path, "superseded")).collect();
-            start(dir, Some(checkpoint), later, aside, shelf)
+            let later = store.later(branch)?.into_iter().map(|path| (path, "superseded")).collect();
+            start(dir, Some(checkpoint), later, aside, store)
         }
     }
 }
 
-impl Start {
-    /// Opens the files of the run where it continues, from the checkpoint, a fine-tuned policy, fine-tuning under way, or the
-    /// beginning: from here on the directory is changed. To be called once nothing can refuse the run any more.
+impl StartState {
+    /// Opens the files of the run at the point where it continues: the checkpoint, a fine-tuned policy, an unfinished
+    /// fine-tuning, or the beginning. Changes the directory, and is therefore called only after all checks have passed.
     ///
     /// # Errors
-    /// Names what cannot be read or written.
-    pub(super) fn files(self, config: &Config, tuned: &Tuned) -> Result<RunFiles> {
+    /// Names the file that cannot be read or written.
+    pub(super) fn files(self, config: &Config, fine_tuning: &FineTuning) -> Result<RunFiles> {
         let run = self.dir.path().to_owned();
-        let of_phases = |phases| Lengths { phases, ..Lengths::default() };
-        let lengths = match (&self.checkpoint, &tuned.reference, &tuned.half) {
+        let only_phases = |phases| Lengths { phases, ..Lengths::default() };
+        let lengths = match (&self.checkpoint, &fine_tuning.reference, &fine_tuning.unfinished) {
             (Some(checkpoint), _, _) => checkpoint.lengths(),
-            (None, Some(reference), _) => of_phases(reference.phases),
-            (None, None, Some(half)) => of_phases(half.lengths().phases),
+            (None, Some(reference), _) => only_phases(reference.phases),
+            (None, None, Some(unfinished)) => only_phases(unfinished.lengths().phases),
             (None, None, None) => Lengths::default(),
         };
         match &self.checkpoint {
-            None => begin::note(&run, config.data.date.as_deref())?,
+            None => begin::write_pending(&run, config.data.date.as_deref())?,
             Some(checkpoint) => {
                 let step = checkpoint.step();
                 let set_aside = match &self.aside {
-                    None => rewind::to(&run, step, &ends(config, &run, lengths, step)?, &self.later)?,
+                    None => rewind::rewind(&run, step, &lengths_at(config, &run, lengths, step)?, &self.later)?,
                     Some(aside) => {
                         let later: Vec<PathBuf> = self.later.iter().map(|(path, _)| path.clone()).collect();
-                        aside.put_back(&run, step, &ends_aside(config, &run, lengths, step, aside)?, &later)?
+                        aside.restore(&run, step, &lengths_of_aside(config, &run, lengths, step, aside)?, &later)?
                     }
                 };
                 for path in set_aside {
@@ -148,61 +155,71 @@ impl Start {
                 }
             }
         }
-        for path in &tuned.damaged {
-            let to = shelf::name_aside(path, "damaged")?;
+        for path in &fine_tuning.damaged {
+            let to = store::aside_path(path, "damaged")?;
             std::fs::rename(path, &to).map_err(|error| disk::cannot("rename", path, error))?;
             say!("set aside {}", to.display());
         }
-        let step = self.checkpoint.as_ref().map_or(0, Opened::step);
+        let step = self.checkpoint.as_ref().map_or(0, OpenedCheckpoint::step);
         RunFiles::open(config, self.dir, lengths, step)
     }
 }
 
-/// The results of earlier fine-tuning, if the configuration asks for fine-tuning.
-pub(super) struct Tuned {
+/// Results of an earlier fine-tuning; empty if the configuration does not ask for fine-tuning.
+pub(super) struct FineTuning {
     pub(super) reference: Option<reference::Reference>,
-    pub(super) half: Option<Opened>,
-    /// Checkpoints of fine-tuning under way that are damaged.
+    pub(super) unfinished: Option<OpenedCheckpoint>,
+    /// Damaged checkpoints of an unfinished fine-tuning.
     damaged: Vec<PathBuf>,
 }
 
-/// Finds what was fine-tuned in the run of `start`, from and on `base`.
+/// Finds the results of fine-tuning `base` in the directory of `start`.
 ///
 /// # Errors
-/// What is damaged or of another origin; a checkpoint whose fine-tuned policy is missing.
-pub(super) fn tuned(config: &Config, base: &Identity, start: &Start, accepted: &Accepted) -> Result<Tuned> {
+/// If a result is damaged or was made from another model, data set or configuration; or if the run has a checkpoint but
+/// its fine-tuned policy is missing.
+pub(super) fn fine_tuning(
+    config: &Config,
+    base: &Identity,
+    start: &StartState,
+    accepted: &AcceptedKeys,
+) -> Result<FineTuning> {
     let run = start.dir.path();
     let reference = reference::find(config, base, run)?;
-    let (half, damaged) = match &reference {
+    let (unfinished, damaged) = match &reference {
         None if config.sft.steps > 0 => phases::resume_fine_tuning(config, base, run, accepted)?,
         _ => (None, Vec::new()),
     };
     if let Some(checkpoint) = start.checkpoint.as_ref().filter(|_| config.sft.steps > 0 && reference.is_none()) {
         bail!(
-            "{} is missing, the fine-tuned policy that {} was trained from; put it back, or start a new run from the checkpoint's weights with policy.model = \"{}\"",
-            reference::place(run).display(),
+            "{} is missing, the fine-tuned policy that {} was trained from; restore it, or start a new run from the checkpoint's weights with policy.model = \"{}\"",
+            reference::directory(run).display(),
             checkpoint.path().display(),
             checkpoint.path().display()
         );
     }
-    Ok(Tuned { reference, half, damaged })
+    Ok(FineTuning { reference, unfinished, damaged })
 }
 
-/// The learner's state, reward model and ledger, restored from a checkpoint or new.
-pub(super) struct Learning {
+/// The learner's state, the reward model and the ledger, new or restored from a checkpoint.
+pub(super) struct LearnerParts {
     pub(super) state: TrainState,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
     pub(super) book: Book,
 }
 
-/// Makes what learns, and restores it from `checkpoint`.
+/// Creates the learner's state, the reward model and the ledger, and restores them from `checkpoint` if there is one.
 ///
 /// # Errors
-/// A checkpoint of another model or other data, or whose tensors do not fit.
-pub(super) fn learning(config: &Config, prepared: &Prepared, checkpoint: Option<&Opened>) -> Result<Learning> {
+/// If the checkpoint is of another model or other data, or its tensors do not fit.
+pub(super) fn learner(
+    config: &Config,
+    prepared: &Prepared,
+    checkpoint: Option<&OpenedCheckpoint>,
+) -> Result<LearnerParts> {
     let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
     if let Some(checkpoint) = checkpoint {
-        checkpoint.suits(&identity)?;
+        checkpoint.check_identity(&identity)?;
     }
     let value = value_model(config, prepared.policy())?;
     let mut state = TrainState::new(prepared.policy(), adam(config), value, lora(config).as_ref())?;
@@ -211,29 +228,29 @@ pub(super) fn learning(config: &Config, prepared: &Prepared, checkpoint: Option<
         None => Book::default(),
         Some(checkpoint) => Book::new(checkpoint.restore(&mut state, reward_model.as_deref())?),
     };
-    Ok(Learning { state, reward_model, book })
+    Ok(LearnerParts { state, reward_model, book })
 }
 
-/// Lengths of the run's files at the checkpoint of `step`.
-fn ends(config: &Config, run: &Path, lengths: Lengths, step: u64) -> Result<Ends> {
-    let mut ends = Ends::from([
+/// Returns the lengths that the run's files have at the checkpoint of `step`.
+fn lengths_at(config: &Config, run: &Path, lengths: Lengths, step: u64) -> Result<FileLengths> {
+    let mut files = FileLengths::from([
         ("metrics.jsonl".to_owned(), lengths.metrics),
-        (SAMPLES.to_owned(), rotating::end_of(&run.join(SAMPLES), step)?),
+        (SAMPLES.to_owned(), rotating::end_of_step(&run.join(SAMPLES), step)?),
         ("phases.jsonl".to_owned(), lengths.phases),
         (evaluation::NAME.to_owned(), evaluation::length(&run.join(evaluation::NAME), step)?),
     ]);
     if config.checkpoint.journal {
-        ends.insert(journal::NAME.to_owned(), lengths.journal);
+        files.insert(journal::NAME.to_owned(), lengths.journal);
     }
-    Ok(ends)
+    Ok(files)
 }
 
-/// As [`ends`], of a checkpoint that was set aside with the ends of its files.
-fn ends_aside(config: &Config, run: &Path, lengths: Lengths, step: u64, aside: &SetAside) -> Result<Ends> {
-    let mut ends = ends(config, run, lengths, step)?;
-    let evaluated = evaluation::length(&aside.end(run, evaluation::NAME), step)?;
-    ends.insert(evaluation::NAME.to_owned(), aside.base(evaluation::NAME) + evaluated);
-    let sampled = rotating::end_of(&aside.end(run, SAMPLES), step)?;
-    ends.insert(SAMPLES.to_owned(), aside.base(SAMPLES) + sampled);
-    Ok(ends)
+/// Returns the same as [`lengths_at`] for a checkpoint that was set aside with the tails of the run's files.
+fn lengths_of_aside(config: &Config, run: &Path, lengths: Lengths, step: u64, aside: &SetAside) -> Result<FileLengths> {
+    let mut files = lengths_at(config, run, lengths, step)?;
+    let evaluated = evaluation::length(&aside.tail_path(run, evaluation::NAME), step)?;
+    files.insert(evaluation::NAME.to_owned(), aside.base_length(evaluation::NAME) + evaluated);
+    let sampled = rotating::end_of_step(&aside.tail_path(run, SAMPLES), step)?;
+    files.insert(SAMPLES.to_owned(), aside.base_length(SAMPLES) + sampled);
+    Ok(files)
 }

@@ -1,4 +1,4 @@
-//! What comes before reinforcement learning: supervised fine-tuning, and warming the reward model up.
+//! The phases before reinforcement learning: supervised fine-tuning and the warm-up of the reward model.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,10 +11,10 @@ use preceptor_actors::{GraphBuilder, Outcome, StageResult, spawn_graph};
 use serde_json::{Value, json};
 
 use super::files::RunFiles;
-use super::insist::insist;
-use super::resume::Accepted;
-use super::supervise::{Stop, graph_options, supervise, unless_left};
-use super::watcher::Due;
+use super::observer::CheckpointSchedule;
+use super::resume::AcceptedKeys;
+use super::retry::retry_write;
+use super::supervise::{Stop, graph_options, run_abandonable, supervise};
 use super::{announce, lock, reference, resume};
 use crate::config::Config;
 use crate::observe::monitor::Monitor;
@@ -28,47 +28,48 @@ use crate::pipeline::sft::SftObserver;
 use crate::pipeline::topology::learning::{adam, lora};
 use crate::pipeline::topology::{Node, wire_fine_tuning};
 use crate::rl::ledger::Book;
-use crate::run::checkpoint::shelf::Latest;
+use crate::run::checkpoint::store::Latest;
 use crate::run::checkpoint::{
-    Best, CheckpointFormat, CheckpointStore, Identity, JudgeContents, Opened, Snapshot, Writer,
+    BestCheckpoint, CheckpointFormat, CheckpointStore, CheckpointWriter, Identity, JudgeContents, OpenedCheckpoint,
+    Snapshot,
 };
 use crate::say;
 use crate::util::disk;
 use crate::util::exit::Ended;
 use crate::util::signals::Interrupted;
 
-/// Where a phase writes and what it shows.
-pub(super) struct Notes {
+/// Progress bar and log of a phase.
+pub(super) struct PhaseReporter {
     phase: &'static str,
     progress: Progress,
     files: Arc<Mutex<RunFiles>>,
 }
 
-impl Notes {
+impl PhaseReporter {
     fn new(phase: &'static str, unit: &'static str, of: u64, files: &Arc<Mutex<RunFiles>>) -> Self {
         Self { phase, progress: Progress::new(phase, unit, of), files: Arc::clone(files) }
     }
 
-    /// A line for the terminal, and one of `phases.jsonl`.
-    fn tell(&self, text: &str, mut figures: Value) {
+    /// Logs `text` and appends `figures` to `phases.jsonl`.
+    fn report(&self, text: &str, mut figures: Value) {
         self.progress.line(text);
         figures["phase"] = json!(self.phase);
-        let written = lock(&self.files).phase(&figures);
+        let written = lock(&self.files).append_phase(&figures);
         if let Err(error) = written {
-            // The phase's figures are not what it is run for; training goes on without them.
+            // A phase does not fail because its figures cannot be written.
             self.progress.line(&format!("{error:#}"));
         }
     }
 }
 
-impl WarmUpObserver for Notes {
+impl WarmUpObserver for PhaseReporter {
     fn group(&mut self, done: u64) {
         self.progress.at(done);
     }
 
     fn step(&mut self, step: &TrainerStep, (accuracy, pairs): (f64, usize)) {
         let held_out = if pairs == 0 { "none yet".to_owned() } else { format!("{:.1} % of {pairs}", 100.0 * accuracy) };
-        self.tell(
+        self.report(
             &format!(
                 "reward model step {:>3}  loss {:.4}  trained {:.1} %  held out {held_out}  gradient {:.3}",
                 step.version,
@@ -87,47 +88,48 @@ impl WarmUpObserver for Notes {
         } else {
             format!("reward model ranks {:.1} % of {pairs} held-out pairs as labeled", 100.0 * right / pairs as f64)
         };
-        self.tell(&text, json!({ "held_out_right": (pairs > 0).then_some(right), "held_out_pairs": pairs }));
+        self.report(&text, json!({ "held_out_right": (pairs > 0).then_some(right), "held_out_pairs": pairs }));
     }
 }
 
-/// The directory, in the run's, of fine-tuning that is not done: checkpoints of their own.
+/// Folder of unfinished fine-tuning in a run's directory; it has its own checkpoints.
 pub(super) const FINE_TUNING: &str = "fine-tuning";
 
-/// Whether fine-tuning was begun in `run`, and is not done.
+/// Returns whether the run in `run` has an unfinished fine-tuning.
 ///
 /// # Errors
-/// A directory that cannot be read.
-pub(super) fn is_under_way(run: &Path) -> Result<bool> {
+/// If the directory cannot be read.
+pub(super) fn is_in_progress(run: &Path) -> Result<bool> {
     disk::exists(&run.join(FINE_TUNING))
 }
 
-/// How far fine-tuning from and on `base` was when it was broken off, and the checkpoints of it that are damaged.
+/// Returns the latest checkpoint of an interrupted fine-tuning of `base`, if there is one, and the damaged checkpoints
+/// after it.
 ///
 /// # Errors
-/// Checkpoints of it of which none can be used, or which are of another configuration, model or data.
+/// If checkpoints exist but none is usable, or they were written under another configuration, model or data set.
 pub(super) fn resume_fine_tuning(
     config: &Config,
     base: &Identity,
     run: &Path,
-    accepted: &Accepted,
-) -> Result<(Option<Opened>, Vec<PathBuf>)> {
-    let Latest { checkpoint: half, damaged } = shelf(run).latest(|line| say!("{line}"))?;
-    if let Some(half) = &half {
-        half.suits(base)?;
-        say!("resuming  {}", half.path().display());
+    accepted: &AcceptedKeys,
+) -> Result<(Option<OpenedCheckpoint>, Vec<PathBuf>)> {
+    let Latest { checkpoint: unfinished, damaged } = store(run).latest(|line| say!("{line}"))?;
+    if let Some(unfinished) = &unfinished {
+        unfinished.check_identity(base)?;
+        say!("resuming  {}", unfinished.path().display());
         let place = run.join(FINE_TUNING);
-        let changes = resume::compare(half, config, accepted)
+        let changes = resume::compare(unfinished, config, accepted)
             .map_err(|error| anyhow!("{error:#}; or remove {} to fine-tune from the beginning", place.display()))?;
         for change in changes {
             say!("{}", change.line());
         }
     }
-    Ok((half, damaged))
+    Ok((unfinished, damaged))
 }
 
-/// Fine-tuning is done, and its result is kept in `run`: what was half of it is of no use any more.
-pub(super) fn tuned(run: &Path) {
+/// Removes the checkpoints of fine-tuning from `run`, after its result is stored as the reference.
+pub(super) fn remove_checkpoints(run: &Path) {
     let path = run.join(FINE_TUNING);
     if path.exists()
         && let Err(error) = std::fs::remove_dir_all(&path)
@@ -136,50 +138,51 @@ pub(super) fn tuned(run: &Path) {
     }
 }
 
-fn shelf(run: &Path) -> CheckpointStore {
-    CheckpointStore::new(&run.join(FINE_TUNING), 1, Best::None)
+fn store(run: &Path) -> CheckpointStore {
+    CheckpointStore::new(&run.join(FINE_TUNING), 1, BestCheckpoint::None)
 }
 
-/// Fine-tuning under way: told of each step, it shows it, and writes checkpoints when they are due.
-struct Tuning {
-    notes: Notes,
-    due: Due,
-    writer: Writer,
+/// Observer of fine-tuning: logs each step and writes checkpoints when they are due.
+struct FineTuningObserver {
+    reporter: PhaseReporter,
+    schedule: CheckpointSchedule,
+    writer: CheckpointWriter,
     steps: u64,
 }
 
-impl SftObserver for Tuning {
+impl SftObserver for FineTuningObserver {
     fn step(&mut self, state: &TrainState, loss: f64, gradient_norm: f64) {
         let (step, of) = (state.step, self.steps);
-        self.notes.progress.at(step);
-        self.notes.tell(
+        self.reporter.progress.at(step);
+        self.reporter.report(
             &format!("fine-tuning {step:>3}/{of}  loss {loss:.4}  gradient {gradient_norm:.3}"),
             json!({ "step": step, "loss": loss, "gradient_norm": gradient_norm }),
         );
-        if step < of && self.due.is_due(step) && !self.writer.is_busy() {
-            self.due.failed.store(false, Ordering::SeqCst);
+        if step < of && self.schedule.is_due(step) && !self.writer.is_busy() {
+            self.schedule.failed.store(false, Ordering::SeqCst);
             match self.snapshot(state) {
-                Ok(snapshot) => drop(self.writer.put(snapshot)),
-                Err(error) => self.failed(&error),
+                Ok(snapshot) => drop(self.writer.submit(snapshot)),
+                Err(error) => self.checkpoint_failed(&error),
             }
-            self.due.last = Instant::now();
+            self.schedule.last = Instant::now();
         }
     }
 }
 
-impl Tuning {
-    /// Fine-tuning as it is; the caller holds `state`.
+impl FineTuningObserver {
+    /// Takes a snapshot of fine-tuning. The caller holds the lock of `state`.
     fn snapshot(&self, state: &TrainState) -> Result<Snapshot> {
-        let files = lock(&self.notes.files).lengths()?;
+        let files = lock(&self.reporter.files).lengths()?;
         Snapshot::take(state, None, &Book::default(), files, None)
     }
 
-    /// Writes how far it came, unless the weights are half updated or held by a learner that did not stop.
-    fn keep(
+    /// Writes the last checkpoint of fine-tuning and returns its path. Writes none before the first step, in the middle
+    /// of an update of the weights, or while a learner that did not stop holds them.
+    fn write_last_checkpoint(
         &self,
         state: &Mutex<TrainState>,
-        shelf: &CheckpointStore,
-        form: &CheckpointFormat,
+        store: &CheckpointStore,
+        format: &CheckpointFormat,
         retry_s: f64,
     ) -> Option<PathBuf> {
         let state = match state.try_lock() {
@@ -190,7 +193,7 @@ impl Tuning {
         if state.step == 0 || state.stepping {
             return None;
         }
-        match insist(retry_s, || shelf.put(form, &self.snapshot(&state)?)) {
+        match retry_write(retry_s, || store.put(format, &self.snapshot(&state)?)) {
             Ok(written) => Some(written.path),
             Err(error) => {
                 say!("{error:#}");
@@ -199,42 +202,50 @@ impl Tuning {
         }
     }
 
-    fn failed(&self, error: &anyhow::Error) {
+    fn checkpoint_failed(&self, error: &anyhow::Error) {
         telemetry::disk_error();
-        self.due.failed.store(true, Ordering::SeqCst);
-        self.notes.progress.line(&format!("no checkpoint of fine-tuning: {error:#}; it goes on"));
+        self.schedule.failed.store(true, Ordering::SeqCst);
+        self.reporter.progress.line(&format!("no checkpoint of fine-tuning: {error:#}; fine-tuning continues"));
     }
 }
 
-/// Fine-tunes the policy on the data's references, from the beginning or from `half` of it; the result takes the policy's
-/// place, as π_SFT.
+/// Fine-tunes the policy on the references of the data, starting from `unfinished` if given. The result replaces the
+/// policy in `prepared`, and is the reference π_SFT.
+///
+/// # Errors
+/// If fine-tuning fails or is interrupted.
 pub(super) async fn fine_tune(
     config: &Arc<Config>,
     prepared: Prepared,
-    half: Option<Opened>,
+    unfinished: Option<OpenedCheckpoint>,
     files: &Arc<Mutex<RunFiles>>,
     monitor: &Arc<Monitor>,
     stop: &Stop,
 ) -> Result<Prepared> {
     let mut state = TrainState::new(prepared.policy(), adam(config), None, lora(config).as_ref())?;
     let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
-    if let Some(half) = half {
-        half.restore(&mut state, None)?;
+    if let Some(unfinished) = unfinished {
+        unfinished.restore(&mut state, None)?;
     }
     let state = Arc::new(Mutex::new(state));
-    let notes = Notes::new("supervised fine-tuning", "steps", config.sft.steps, files);
-    let (shelf, progress) = (Arc::new(shelf(lock(files).dir())), notes.progress.clone());
-    // No label has been bought yet.
+    let reporter = PhaseReporter::new("supervised fine-tuning", "steps", config.sft.steps, files);
+    let (store, progress) = (Arc::new(store(lock(files).dir())), reporter.progress.clone());
+    // No label has been bought yet, so there is no judge to compare.
     let policy = (prepared.tokenizer.clone(), prepared.origin.as_str());
-    let form = CheckpointFormat::new(config, policy, DType::F32, identity, JudgeContents::new());
-    let form = Arc::new(form);
+    let format = CheckpointFormat::new(config, policy, DType::F32, identity, JudgeContents::new());
+    let format = Arc::new(format);
     let failed = Arc::new(AtomicBool::new(false));
-    let told = announce(&Arc::new(OnceLock::from(progress.clone())), &failed, monitor);
-    let writer = Writer::start(Arc::clone(&shelf), Arc::clone(&form), told)?;
-    let tuning = Tuning { notes, due: Due::new(config, failed), writer, steps: config.sft.steps };
-    let tuning = Arc::new(Mutex::new(tuning));
+    let report = announce(&Arc::new(OnceLock::from(progress.clone())), &failed, monitor);
+    let writer = CheckpointWriter::start(Arc::clone(&store), Arc::clone(&format), report)?;
+    let fine_tuning = FineTuningObserver {
+        reporter,
+        schedule: CheckpointSchedule::new(config, failed),
+        writer,
+        steps: config.sft.steps,
+    };
+    let fine_tuning = Arc::new(Mutex::new(fine_tuning));
     let prepared = Arc::new(prepared);
-    let (wired, trained, observer) = (Arc::clone(&prepared), Arc::clone(&state), Arc::clone(&tuning));
+    let (wired, trained, observer) = (Arc::clone(&prepared), Arc::clone(&state), Arc::clone(&fine_tuning));
     let settings = Arc::clone(config);
     let ended = run(config, "supervised fine-tuning", &progress, monitor, stop, move |builder| {
         let observer: Arc<Mutex<dyn SftObserver>> = observer.clone();
@@ -242,20 +253,24 @@ pub(super) async fn fine_tune(
         Ok(())
     })
     .await;
-    let (last, failed) = ((Arc::clone(&tuning), Arc::clone(&state)), ended.is_err());
+    let (last, failed) = ((Arc::clone(&fine_tuning), Arc::clone(&state)), ended.is_err());
     let retry_s = config.checkpoint.retry_s;
-    let kept = unless_left(stop, "the checkpoint of fine-tuning", move || {
+    let kept = run_abandonable(stop, "the checkpoint of fine-tuning", move || {
         lock(&last.0).writer.finish();
-        if failed { lock(&last.0).keep(&last.1, &shelf, &form, retry_s) } else { None }
+        if failed { lock(&last.0).write_last_checkpoint(&last.1, &store, &format, retry_s) } else { None }
     })
     .await?;
     match (ended, kept) {
         (Ok(()), Some(_)) => {}
         (Err(error), Some(Some(path))) => {
-            return Err(with(error, &format!("--resume goes on from {}", path.display())));
+            return Err(with_remedy(error, &format!("--resume continues from {}", path.display())));
         }
-        (Err(error), _) => return Err(with(error, "--resume goes on from its last checkpoint, or begins it anew")),
-        (Ok(()), None) => bail!("left before fine-tuning was kept; --resume goes on from its last checkpoint"),
+        (Err(error), _) => {
+            return Err(with_remedy(error, "--resume continues from its last checkpoint, or starts it again"));
+        }
+        (Ok(()), None) => {
+            bail!("stopped before the result of fine-tuning was stored; --resume continues from its last checkpoint")
+        }
     }
     let policy = lock(&state).snapshot()?;
     let identity = policy.weights().fingerprint()?;
@@ -263,11 +278,13 @@ pub(super) async fn fine_tune(
     Ok(Prepared { policy: Some(policy), identity, ..prepared })
 }
 
-/// Keeps the fine-tuned policy, tuned from and on `base`; where the disk is full, waits for room.
+/// Stores the policy that was fine-tuned from `base` as the run's reference. Retries a failed write for
+/// `checkpoint.retry_s`.
 ///
 /// # Errors
-/// Names what cannot be written; an interruption, after which a resumed run begins with what was kept.
-pub(super) async fn keep(
+/// If the policy cannot be written, or a signal interrupts the run. The error names the state from which `--resume`
+/// continues.
+pub(super) async fn save_reference(
     config: &Arc<Config>,
     base: Identity,
     prepared: Prepared,
@@ -275,25 +292,28 @@ pub(super) async fn keep(
     stop: &Stop,
 ) -> Result<Prepared> {
     let (settings, shared) = (Arc::clone(config), Arc::clone(files));
-    let kept = unless_left(stop, "the fine-tuned policy", move || {
-        insist(settings.checkpoint.retry_s, || reference::keep(&settings, &base, &prepared, &mut lock(&shared)))?;
+    let kept = run_abandonable(stop, "the fine-tuned policy", move || {
+        retry_write(settings.checkpoint.retry_s, || reference::save(&settings, &base, &prepared, &mut lock(&shared)))?;
         anyhow::Ok(prepared)
     })
     .await?;
     let Some(kept) = kept else {
-        let text = "left before the fine-tuned policy was kept; --resume goes on from fine-tuning's last checkpoint, or begins it anew";
+        let text = "stopped before the fine-tuned policy was stored; --resume continues from fine-tuning's last checkpoint, or starts it again";
         return Err(Interrupted::new(text).into());
     };
     let kept = kept?;
-    if stop.asked() {
-        let place = reference::place(lock(files).dir());
-        let text = format!("interrupted after supervised fine-tuning; --resume goes on from {}", place.display());
+    if stop.is_requested() {
+        let place = reference::directory(lock(files).dir());
+        let text = format!("interrupted after supervised fine-tuning; --resume continues from {}", place.display());
         return Err(Interrupted::new(text).into());
     }
     Ok(kept)
 }
 
-/// Warms the reward model up: on a file of preferences, or on what the policy writes and the labeler judges.
+/// Warms up the reward model, on a file of preferences or on labeled completions of the policy.
+///
+/// # Errors
+/// If the warm-up fails, is interrupted, exhausts the budget, or learns nothing.
 pub(super) async fn warm_up(
     node: &Arc<Node>,
     files: &Arc<Mutex<RunFiles>>,
@@ -302,31 +322,31 @@ pub(super) async fn warm_up(
 ) -> Result<()> {
     let Some(trainer) = node.reward_model.clone() else { return Ok(()) };
     let units = node.warm_up_groups() * node.config.reward_model.epochs;
-    let notes = Notes::new("reward model warm-up", "groups", units, files);
-    let (wired, progress) = (Arc::clone(node), notes.progress.clone());
-    let observer = Arc::new(Mutex::new(notes));
+    let reporter = PhaseReporter::new("reward model warm-up", "groups", units, files);
+    let (wired, progress) = (Arc::clone(node), reporter.progress.clone());
+    let observer = Arc::new(Mutex::new(reporter));
     run(&node.config, "reward model warm-up", &progress, monitor, stop, move |builder| {
         let observer: Arc<Mutex<dyn WarmUpObserver>> = observer.clone();
         wired.wire_warm_up(builder, &trainer, &observer)
     })
     .await
     .map_err(|error| {
-        let more = "--resume begins it again, and asks for no label again that was kept";
+        let more = "--resume starts it again, and buys no stored label a second time";
         let stopped = node.prepared.budget.as_ref().is_some_and(|budget| budget.exhausted());
         let stopped = stopped || format!("{error:#}").contains(NOTHING_LEARNED);
-        if stopped { Ended::Stopped(format!("{error:#}; {more}")).into() } else { with(error, more) }
+        if stopped { Ended::Stopped(format!("{error:#}; {more}")).into() } else { with_remedy(error, more) }
     })
 }
 
-/// `error` with the remedy `more`; an interruption stays one.
-fn with(error: anyhow::Error, more: &str) -> anyhow::Error {
+/// Appends the remedy `more` to `error`. An interruption remains an [`Interrupted`].
+fn with_remedy(error: anyhow::Error, more: &str) -> anyhow::Error {
     match error.downcast::<Interrupted>() {
         Ok(Interrupted { signal, text }) => Interrupted { signal, text: format!("{text}; {more}") }.into(),
         Err(error) => anyhow!("{error:#}; {more}"),
     }
 }
 
-/// Runs a phase's graph to its end.
+/// Runs the graph of a phase to its end.
 async fn run(
     config: &Config,
     phase: &'static str,
@@ -341,11 +361,11 @@ async fn run(
     let outcome = supervise(&graph, stop, progress, monitor, None).await;
     progress.finish();
     match outcome {
-        // A phase that is complete is kept, though a signal came meanwhile.
+        // The result of a complete phase is kept even if a signal arrived in the meantime.
         Outcome::Finished => Ok(()),
-        _ if stop.asked() => Err(Interrupted::new(format!("interrupted during {phase}")).into()),
+        _ if stop.is_requested() => Err(Interrupted::new(format!("interrupted during {phase}")).into()),
         Outcome::Failed { stage, error, restarts, .. } => {
-            bail!("{phase} ended since {stage} failed ({restarts} restarts): {error}")
+            bail!("{phase} ended because {stage} failed ({restarts} restarts): {error}")
         }
         Outcome::Drained | Outcome::Halted => Ok(()),
     }

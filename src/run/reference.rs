@@ -1,4 +1,5 @@
-//! The fine-tuned policy, kept beside the run: what it is reinforced from and measured against.
+//! The fine-tuned policy, stored in the run's directory: the start of reinforcement learning and the reference of its
+//! KL.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,37 +21,38 @@ use crate::say;
 use crate::util::disk;
 use crate::util::failpoints;
 
-/// Its directory in the run's.
+/// Folder of the reference in a run's directory.
 const NAME: &str = "reference";
 
-/// In it, the adapters that it was tuned through.
+/// Folder of the adapters in the folder of the reference.
 const ADAPTER: &str = "adapter";
 
-/// A fine-tuned policy that an earlier process left.
+/// A fine-tuned policy that an earlier process stored.
 pub(super) struct Reference {
     path: PathBuf,
-    /// Bytes of `phases.jsonl` that tell how it came about.
+    /// Length of `phases.jsonl` in bytes after fine-tuning.
     pub(super) phases: u64,
 }
 
-/// Removes what a process that was killed, or whose disk was full, left of it half written.
+/// Removes a partly written reference of a process that was killed or whose disk was full.
 ///
 /// # Errors
-/// Names what cannot be removed.
-pub(super) fn sweep(run: &Path) -> Result<()> {
-    let aside = run.join(format!(".{NAME}.partial"));
-    match std::fs::remove_dir_all(&aside) {
-        Err(error) if !disk::is_absence(&error) => Err(disk::cannot("remove", &aside, error)),
+/// Names the directory that cannot be removed.
+pub(super) fn remove_partial(run: &Path) -> Result<()> {
+    let partial = run.join(format!(".{NAME}.partial"));
+    match std::fs::remove_dir_all(&partial) {
+        Err(error) if !disk::is_absence(&error) => Err(disk::cannot("remove", &partial, error)),
         _ => Ok(()),
     }
 }
 
-/// Where it stands in the run's directory.
-pub(super) fn place(run: &Path) -> PathBuf {
+/// Returns the directory of the reference of the run in `run`.
+pub(super) fn directory(run: &Path) -> PathBuf {
     run.join(NAME)
 }
 
-/// What it is made of, to be compared: the model and the data that it was tuned from and on, and how.
+/// Returns a description of the reference for comparison: fingerprints of model and data before fine-tuning, and the
+/// section `[sft]`.
 fn origin(config: &Config, base: &Identity) -> Result<Value> {
     let config: toml::Table = config.to_toml().parse()?;
     Ok(json!({
@@ -60,18 +62,18 @@ fn origin(config: &Config, base: &Identity) -> Result<Value> {
     }))
 }
 
-/// The one in the run's directory, where the configuration asks for fine-tuning and it is done; `base` is what it is tuned
-/// from and on.
+/// Returns the stored result of fine-tuning `base` in the run's directory, or `None` if the configuration does not ask
+/// for fine-tuning or it is not completed.
 ///
 /// # Errors
-/// One that is damaged, or of another origin.
+/// If the result is damaged, or was made from another model, data set or configuration.
 pub(super) fn find(config: &Config, base: &Identity, run: &Path) -> Result<Option<Reference>> {
-    let path = place(run);
+    let path = directory(run);
     if config.sft.steps == 0 || !disk::exists(&path)? {
         return Ok(None);
     }
     sums::verify(&path).map_err(|error| match error.downcast::<Damage>() {
-        Ok(damage) => anyhow!("{damage}; put an undamaged copy of {} back, or remove it to fine-tune again where the run has no checkpoint yet", path.display()),
+        Ok(damage) => anyhow!("{damage}; restore an undamaged copy of {}, or remove it to fine-tune again if the run has no checkpoint yet", path.display()),
         Err(error) => error,
     })?;
     let about = path.join("preceptor.json");
@@ -80,51 +82,51 @@ pub(super) fn find(config: &Config, base: &Identity, run: &Path) -> Result<Optio
     let origin = origin(config, base)?;
     ensure!(
         about["origin"] == origin,
-        "{} was fine-tuned otherwise: it is of {}, and the run asks for {origin}; put that back, or remove it to fine-tune again",
+        "{} was fine-tuned from other inputs: from {}, but the run asks for {origin}; restore these inputs, or remove it to fine-tune again",
         path.display(),
         about["origin"]
     );
     Ok(Some(Reference { path, phases: about["phases_bytes"].as_u64().unwrap_or_default() }))
 }
 
-/// Keeps the fine-tuned policy, tuned from and on `base`: the whole directory or none.
+/// Stores the policy that was fine-tuned from `base`, as a complete directory or not at all.
 ///
 /// # Errors
-/// Names what cannot be written.
-pub(super) fn keep(config: &Config, base: &Identity, prepared: &Prepared, files: &mut RunFiles) -> Result<()> {
+/// Names the file that cannot be written.
+pub(super) fn save(config: &Config, base: &Identity, prepared: &Prepared, files: &mut RunFiles) -> Result<()> {
     let (lengths, _) = files.lengths()?;
     let run = files.dir();
-    sweep(run)?;
+    remove_partial(run)?;
     let written = write(config, base, prepared, run, lengths.phases);
     if written.is_err() {
-        // It is of no use; the first error says more than one of this would.
-        let _ = sweep(run);
+        // The first error is more informative than one of this removal.
+        let _ = remove_partial(run);
     }
     written
 }
 
 fn write(config: &Config, base: &Identity, prepared: &Prepared, run: &Path, phases: u64) -> Result<()> {
-    let (aside, path) = (run.join(format!(".{NAME}.partial")), place(run));
-    std::fs::create_dir_all(&aside).map_err(|error| disk::cannot("make", &aside, error))?;
+    let (partial, path) = (run.join(format!(".{NAME}.partial")), directory(run));
+    std::fs::create_dir_all(&partial).map_err(|error| disk::cannot("make", &partial, error))?;
     failpoints::point("reference.fill")?;
-    export::write(&aside, prepared.policy().config(), &prepared.policy().merged()?, DType::F32)?;
-    prepared.tokenizer.save(&aside)?;
+    export::write(&partial, prepared.policy().config(), &prepared.policy().merged()?, DType::F32)?;
+    prepared.tokenizer.save(&partial)?;
     if let Some(lora) = prepared.policy().lora() {
         let base = config.policy.model.name_at(&prepared.origin);
-        lora.write(&aside.join(ADAPTER), prepared.policy().weights(), base.as_deref())?;
+        lora.write(&partial.join(ADAPTER), prepared.policy().weights(), base.as_deref())?;
     }
     let about = json!({ "phases_bytes": phases, "origin": origin(config, base)? });
-    export::write_json(&aside.join("preceptor.json"), &about)?;
-    sums::seal(&aside)?;
-    std::fs::rename(&aside, &path).with_context(|| format!("cannot rename {} into place", aside.display()))?;
+    export::write_json(&partial.join("preceptor.json"), &about)?;
+    sums::seal(&partial)?;
+    std::fs::rename(&partial, &path).with_context(|| format!("cannot rename {} into place", partial.display()))?;
     disk::sync(run)
 }
 
-/// Copies what `run` has of it to the mirror of `shelf`, if there is one that has no copy yet.
-pub(super) fn copy(run: &Path, shelf: &CheckpointStore) {
-    let path = place(run);
+/// Copies the reference of `run` to the mirror of `store`, unless the mirror has a copy. Logs a failure.
+pub(super) fn mirror(run: &Path, store: &CheckpointStore) {
+    let path = directory(run);
     if path.exists()
-        && let Err(error) = shelf.copy_beside(&path)
+        && let Err(error) = store.mirror_directory(&path)
     {
         telemetry::disk_error();
         say!("{error:#}; the original is in {}, and the end of the run tries again", path.display());
@@ -132,18 +134,18 @@ pub(super) fn copy(run: &Path, shelf: &CheckpointStore) {
 }
 
 impl Reference {
-    /// Puts it into the policy's place.
+    /// Replaces the policy of `prepared` by the stored one.
     ///
     /// # Errors
     /// Names the file that cannot be read.
-    pub(super) fn take(&self, config: &Config, prepared: Prepared) -> Result<Prepared> {
+    pub(super) fn load_into(&self, config: &Config, prepared: Prepared) -> Result<Prepared> {
         let mut policy = match lora(config) {
             None => {
                 let onto = Onto { device: prepared.policy().device(), dtype: precision::dtype(config.policy.dtype) };
                 let (shape, weights) = Weights::from_directory(&self.path, onto)?;
                 Decoder::new(&shape, &weights)?
             }
-            // Beside the matrices that they were tuned beside, which training goes on to share.
+            // Adapters share the base model's matrices with the original policy, in training as in fine-tuning.
             Some((lora, _)) => {
                 let mut weights = prepared.policy().weights().clone();
                 weights.0.extend(Lora::read(&self.path.join(ADAPTER), prepared.policy().device())?.0);

@@ -1,5 +1,5 @@
-//! Taking a run's learner steps again, from its journal: the same groups in the same order lead to the same weights, bit for
-//! bit, whatever the clock did when they were generated.
+//! Replays the learner steps of a run from its journal: the same groups in the same order give bit-identical weights,
+//! independently of the timing of the original run.
 
 use std::iter::Peekable;
 use std::path::{Path, PathBuf};
@@ -23,29 +23,30 @@ use crate::run::checkpoint::Identity;
 use crate::types::Rewarded;
 use crate::util::exit::before_work;
 
-/// What a replay came to.
+/// Result of a replay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replayed {
-    /// Steps taken again.
+    /// Number of the last replayed step.
     pub steps: u64,
-    /// Fingerprint of the weights after the last.
+    /// Fingerprint of the weights after that step.
     pub fingerprint: u64,
 }
 
-/// Takes the steps of the run in `dir` again, up to `until` or its end, and compares the weights after each with those the run
-/// had. `output` gets the weights in the end.
+/// Replays the steps of the run in `dir` up to `until` or the end of the journal, and compares the weights after each
+/// step with the recorded fingerprint. Writes the final weights to `output`, if given, and calls `report` with each step.
 ///
 /// # Errors
-/// The first step that leads elsewhere; a journal that is not there or is damaged.
+/// If the journal is missing, damaged or empty, the run's models or data cannot be loaded, or a step gives other
+/// weights than the run recorded; the first such step is named.
 pub async fn replay(
     dir: &Path,
     until: Option<u64>,
     output: Option<PathBuf>,
-    tell: impl Fn(u64) + Send + Sync + 'static,
+    report: impl Fn(u64) + Send + Sync + 'static,
 ) -> Result<Replayed> {
     let (journal, first) = before_work(|| {
         let mut journal = Journal::open(dir)?.peekable();
-        let first = configuration(&mut journal)?
+        let first = next_config(&mut journal)?
             .with_context(|| format!("the journal in {} does not begin with a configuration", dir.display()))?;
         Ok((journal, first))
     })?;
@@ -56,7 +57,7 @@ pub async fn replay(
     };
     let base = Identity { reference: prepared.identity, data: prepared.data.identity() };
     let prepared = match reference::find(&config, &base, dir)? {
-        Some(reference) => reference.take(&config, prepared)?,
+        Some(reference) => reference.load_into(&config, prepared)?,
         None => {
             ensure!(config.sft.steps == 0, "the fine-tuned policy that the run began with is not in {}", dir.display());
             prepared
@@ -68,26 +69,26 @@ pub async fn replay(
         value_model(&config, prepared.policy())?,
         lora(&config).as_ref(),
     )?;
-    let seen = Arc::new(Mutex::new(ReplayProgress { expected: None, replayed: None, tell: Box::new(tell) }));
-    let run = Again {
+    let progress = Arc::new(Mutex::new(ReplayProgress { expected: None, replayed: None, report: Box::new(report) }));
+    let session = Replay {
         state: Arc::new(Mutex::new(state)),
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(prepared.policy()))),
         journal: Arc::new(Mutex::new(journal)),
         until,
-        seen: Arc::clone(&seen),
+        progress: Arc::clone(&progress),
     };
     loop {
-        run.segment(&config).await?;
-        // It ended where the run went on under another configuration, or where there is no more.
-        match configuration(&mut run.journal.lock().unwrap_or_else(PoisonError::into_inner))? {
+        session.run_segment(&config).await?;
+        // The segment ended at a configuration of a resumed run or at the end of the journal.
+        match next_config(&mut session.journal.lock().unwrap_or_else(PoisonError::into_inner))? {
             Some(next) => config = next,
             None => break,
         }
     }
-    let replayed = seen.lock().unwrap_or_else(PoisonError::into_inner).replayed.clone();
+    let replayed = progress.lock().unwrap_or_else(PoisonError::into_inner).replayed.clone();
     let replayed = replayed.with_context(|| format!("the journal in {} has no steps", dir.display()))?;
     if let Some(output) = output {
-        write(&output, &prepared, &run.state)?;
+        write(&output, &prepared, &session.state)?;
     }
     Ok(replayed)
 }
@@ -99,9 +100,9 @@ fn write(dir: &Path, prepared: &Prepared, state: &Mutex<TrainState>) -> Result<(
     prepared.tokenizer.save(dir)
 }
 
-/// The configuration that comes next, if one does.
-fn configuration(journal: &mut Peekable<Journal>) -> Result<Option<Config>> {
-    // The labels are in the journal, so that another judge changes nothing for a replay.
+/// Returns the configuration at the current position of the journal, or `None` at the end or before a step.
+fn next_config(journal: &mut Peekable<Journal>) -> Result<Option<Config>> {
+    // The journal has the labels, so a change of the judge does not affect a replay.
     while let Some(Ok(entry)) = journal.next_if(|entry| matches!(entry, Ok(Entry::Accepted(_) | Entry::Closed(_)))) {
         if let Entry::Closed(step) = entry {
             let step = u64::from_le_bytes(step);
@@ -114,30 +115,34 @@ fn configuration(journal: &mut Peekable<Journal>) -> Result<Option<Config>> {
         None => Ok(None),
         Some(Ok(Entry::Config(text))) => Ok(Some(config::parse(&text, "the journal", Path::new(""), &[])?)),
         Some(Ok(Entry::Step(_) | Entry::Accepted(_) | Entry::Closed(_))) => {
-            bail!("the journal has no configuration where one is due")
+            bail!("the journal has no configuration where one is expected")
         }
         Some(Err(error)) => Err(error),
     }
 }
 
-/// What outlives the graph of a segment.
-struct Again {
+/// The state that is shared by the graphs of all segments.
+struct Replay {
     state: Arc<Mutex<TrainState>>,
     cell: Arc<SnapshotCell<crate::lm::model::Decoder>>,
     journal: Arc<Mutex<Peekable<Journal>>>,
     until: Option<u64>,
-    seen: Arc<Mutex<ReplayProgress>>,
+    progress: Arc<Mutex<ReplayProgress>>,
 }
 
-impl Again {
-    /// Steps up to the next configuration.
-    async fn segment(&self, config: &Config) -> Result<()> {
-        let (state, cell, seen) = (Arc::clone(&self.state), Arc::clone(&self.cell), Arc::clone(&self.seen));
+impl Replay {
+    /// Replays the steps up to the next configuration.
+    async fn run_segment(&self, config: &Config) -> Result<()> {
+        let (state, cell, progress) = (Arc::clone(&self.state), Arc::clone(&self.cell), Arc::clone(&self.progress));
         let (journal, until, settings) = (Arc::clone(&self.journal), self.until, config.clone());
         let wire = move |builder: &mut GraphBuilder| -> StageResult<()> {
             let (out, batches) = builder.edge("journal", settings.reward.capacity);
-            let source =
-                Steps { journal: Arc::clone(&journal), until, seen: Arc::clone(&seen), groups: Vec::new().into_iter() };
+            let source = JournalSource {
+                journal: Arc::clone(&journal),
+                until,
+                progress: Arc::clone(&progress),
+                groups: Vec::new().into_iter(),
+            };
             builder.source(StageSpec::new("journal"), source, out);
             let learn = Learn::new(
                 Arc::clone(&state),
@@ -145,7 +150,7 @@ impl Again {
                 learn_plan(&settings),
                 Arc::clone(&cell),
                 everything(u64::MAX / 2),
-                seen.clone(),
+                progress.clone(),
             );
             builder.sink(StageSpec::new("learn").threads(settings.learner.threads), learn, batches);
             Ok(())
@@ -161,15 +166,15 @@ impl Again {
     }
 }
 
-/// Gives the journal's groups, one by one.
-struct Steps {
+/// Source of the journal's groups, one at a time.
+struct JournalSource {
     journal: Arc<Mutex<Peekable<Journal>>>,
     until: Option<u64>,
-    seen: Arc<Mutex<ReplayProgress>>,
+    progress: Arc<Mutex<ReplayProgress>>,
     groups: std::vec::IntoIter<Rewarded>,
 }
 
-impl Source for Steps {
+impl Source for JournalSource {
     type Out = Rewarded;
 
     fn next(&mut self, ctx: &StageContext) -> StageResult<Option<Item<Rewarded>>> {
@@ -186,8 +191,8 @@ impl Source for Steps {
             };
             match journal.next_if(wanted).transpose()? {
                 Some(Entry::Step(Step { step, fingerprint, batch })) => {
-                    let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-                    seen.expected.get_or_insert_default().push_back((step, fingerprint));
+                    let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+                    progress.expected.get_or_insert_default().push_back((step, fingerprint));
                     self.groups = batch.into_iter();
                 }
                 Some(Entry::Config(_) | Entry::Accepted(_) | Entry::Closed(_)) | None => return Ok(None),
@@ -196,12 +201,12 @@ impl Source for Steps {
     }
 }
 
-/// Compares what the steps lead to.
+/// Observer that compares the weights of each step with the recorded fingerprint.
 struct ReplayProgress {
-    /// Steps to come, and the fingerprints that they led to.
+    /// Recorded steps and fingerprints that are still to be compared.
     expected: Option<std::collections::VecDeque<(u64, u64)>>,
     replayed: Option<Replayed>,
-    tell: Box<dyn Fn(u64) + Send + Sync>,
+    report: Box<dyn Fn(u64) + Send + Sync>,
 }
 
 impl Observer for ReplayProgress {
@@ -212,11 +217,11 @@ impl Observer for ReplayProgress {
         ensure!(step == state.step, "step {} was taken where the journal has step {step}", state.step);
         ensure!(
             fingerprint == done.fingerprint,
-            "step {step} leads to weights {:016x}, and led the run to {fingerprint:016x}; a bit-for-bit replay needs the program, the processor's kind and learner.threads of the run",
+            "step {step} gives weights {:016x}, but the run recorded {fingerprint:016x}; a bit-identical replay needs the same program, kind of processor and learner.threads",
             done.fingerprint
         );
         self.replayed = Some(Replayed { steps: step, fingerprint });
-        (self.tell)(step);
+        (self.report)(step);
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! Whether a run may go on from a checkpoint under this configuration.
+//! Compares the configuration of a run with that of the checkpoint that it resumes.
 
 use anyhow::{Context, Result, bail};
 use toml::{Table, Value};
@@ -7,15 +7,15 @@ use crate::config::{self, Config, LabelerKind, Methods, Resume};
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::templates::{Preamble, TemplateSet};
 use crate::pipeline::setup::Prepared;
-use crate::run::checkpoint::{JudgeContents, Opened};
+use crate::run::checkpoint::{JudgeContents, OpenedCheckpoint};
 use crate::util::suggest::nearest;
 
-/// The effect of a change of the key at `path`, if it is one.
+/// Returns the resume class of the key at `path`, if the key exists.
 fn class(path: &str) -> Option<Resume> {
     config::key(&plain(path)).map(|key| key.resume)
 }
 
-/// `path` with a panel's member replaced by the table whose keys it has: `labeler.members[1].cot` is `labeler.cot`.
+/// Replaces a panel member in `path` by the judge's table: `labeler.members[1].cot` becomes `labeler.cot`.
 fn plain(path: &str) -> String {
     match path.split_once(".members[").and_then(|(judge, rest)| Some((judge, rest.split_once(']')?.1))) {
         Some((judge, key)) => format!("{judge}{key}"),
@@ -23,15 +23,15 @@ fn plain(path: &str) -> String {
     }
 }
 
-/// Changes that the person who resumes a run accepts, by key.
+/// Keys of the judge whose changes are accepted for a resumed run (`--accept-change`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Accepted(Vec<String>);
+pub struct AcceptedKeys(Vec<String>);
 
-impl Accepted {
-    /// The changes of `keys` and of all keys below them: `labeler.remote` includes `labeler.remote.model`.
+impl AcceptedKeys {
+    /// Accepts changes of `keys` and of all keys below them: `labeler.remote` includes `labeler.remote.model`.
     ///
     /// # Errors
-    /// A key that does not exist, or whose change cannot be accepted or needs no acceptance.
+    /// If a key does not exist, or its change cannot be accepted or needs no acceptance.
     pub fn new(keys: Vec<String>) -> Result<Self> {
         for key in &keys {
             let (all, wanted) = (config::keys(), plain(key));
@@ -60,14 +60,14 @@ impl Accepted {
         self.0.iter().any(|key| covers(key, path) || covers(key, &plain(path)))
     }
 
-    /// The accepted keys that none of `changes` is about.
+    /// Returns the accepted keys that are not in `changes`.
     pub fn unused<'a>(&'a self, changes: &[Change]) -> Vec<&'a str> {
         let about = |key: &&String| changes.iter().any(|one| covers(key, &one.key) || covers(key, &plain(&one.key)));
         self.0.iter().filter(|key| !about(key)).map(String::as_str).collect()
     }
 }
 
-/// Whether `path` is `key` or below it.
+/// Returns whether `path` is `key` or below it.
 fn covers(key: &str, path: &str) -> bool {
     path.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
 }
@@ -75,61 +75,65 @@ fn covers(key: &str, path: &str) -> bool {
 /// A key whose value differs from the checkpoint's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Change {
-    /// Its path.
+    /// Path of the key.
     pub key: String,
-    /// The value in the checkpoint, as TOML; empty where it was absent.
-    pub was: String,
-    /// The value now.
-    pub is: String,
+    /// Value in the checkpoint, as TOML; empty if absent.
+    pub old: String,
+    /// Value in the present configuration, as TOML; empty if absent.
+    pub new: String,
     class: Resume,
 }
 
 impl Change {
-    /// Whether the run goes on only because this change was accepted.
+    /// Returns whether the change is one that needs acceptance. A change that [`compare`] returns has been accepted.
     pub fn is_accepted(&self) -> bool {
         self.class == Resume::AcceptChange
     }
 
-    /// The line that logs it.
+    /// Formats the change as a line of the log.
     pub fn line(&self) -> String {
         let word = if self.is_accepted() { "accepted " } else { "changed  " };
-        format!("{word} {}: {} → {}", self.key, self.was, self.is)
+        format!("{word} {}: {} → {}", self.key, self.old, self.new)
     }
 }
 
-/// Compares the checkpoint's configuration with this one. Returns the changes that the run goes on with.
+/// Compares the checkpoint's configuration with `config` and returns the permitted changes.
 ///
 /// # Errors
 /// Names all keys whose change is refused, with their old and new values.
-pub fn compare(checkpoint: &Opened, config: &Config, accepted: &Accepted) -> Result<Vec<Change>> {
+pub fn compare(checkpoint: &OpenedCheckpoint, config: &Config, accepted: &AcceptedKeys) -> Result<Vec<Change>> {
     let changes = changes(checkpoint.config(), &config.to_toml())
         .with_context(|| format!("in {}", checkpoint.path().display()))?;
     permit(checkpoint, changes, accepted)
 }
 
-/// Compares the judge's templates, preamble and weights with those that the checkpoint's labels came from, where their names
-/// are the same. A checkpoint of a program that did not note them has nothing to compare.
+/// Compares the hashes of the judge's templates, preambles and weights with those in the checkpoint, and returns the
+/// permitted changes. A checkpoint of an earlier version of the program has no hashes to compare.
 ///
 /// # Errors
-/// As [`compare`].
-pub fn compare_judge(checkpoint: &Opened, judge: &JudgeContents, accepted: &Accepted) -> Result<Vec<Change>> {
+/// See [`compare`].
+pub fn compare_judge(
+    checkpoint: &OpenedCheckpoint,
+    judge: &JudgeContents,
+    accepted: &AcceptedKeys,
+) -> Result<Vec<Change>> {
     permit(checkpoint, contents(checkpoint.judge(), judge), accepted)
 }
 
-fn contents(was: &JudgeContents, is: &JudgeContents) -> Vec<Change> {
-    let changed = is.iter().filter_map(|(key, is)| {
-        let was = was.get(key).filter(|was| *was != is)?;
+fn contents(old: &JudgeContents, new: &JudgeContents) -> Vec<Change> {
+    let changed = new.iter().filter_map(|(key, new)| {
+        let old = old.get(key).filter(|old| *old != new)?;
         let text = |what: &str| match key.rsplit('.').next() {
             Some("model") if key.ends_with(".remote.model") => format!("answered as {what:?}"),
             Some("evidence") => format!("answered by {what}"),
             _ => format!("content {what}"),
         };
-        Some(Change { key: key.clone(), was: text(was), is: text(is), class: Resume::AcceptChange })
+        Some(Change { key: key.clone(), old: text(old), new: text(new), class: Resume::AcceptChange })
     });
     changed.collect()
 }
 
-fn permit(checkpoint: &Opened, changes: Vec<Change>, accepted: &Accepted) -> Result<Vec<Change>> {
+fn permit(checkpoint: &OpenedCheckpoint, changes: Vec<Change>, accepted: &AcceptedKeys) -> Result<Vec<Change>> {
     let of = |class: Resume| {
         let refused =
             move |change: &&Change| change.class == class && (class == Resume::Fixed || !accepted.has(&change.key));
@@ -139,25 +143,26 @@ fn permit(checkpoint: &Opened, changes: Vec<Change>, accepted: &Accepted) -> Res
     if kept.is_empty() && judge.is_empty() {
         return Ok(changes);
     }
-    let line =
-        |change: &&Change| format!("\n  {}: it was {}, and is {}", change.key, absent(&change.was), absent(&change.is));
+    let line = |change: &&Change| {
+        format!("\n  {}: was {}, is now {}", change.key, or_absent(&change.old), or_absent(&change.new))
+    };
     let lines: String = kept.iter().chain(&judge).map(line).collect();
     let place = checkpoint.path().display();
     let options: Vec<String> = judge.iter().map(|change| format!("--accept-change {}", change.key)).collect();
     let accept = match (kept.is_empty(), judge.is_empty()) {
         (_, true) => String::new(),
-        (true, false) => format!(", or go on with the changed judge by {}", options.join(" ")),
-        (false, false) => format!(" (a change of the judge alone can be accepted by {})", options.join(" ")),
+        (true, false) => format!(", or accept the changed judge with {}", options.join(" ")),
+        (false, false) => format!(" (a change of the judge alone can be accepted with {})", options.join(" ")),
     };
     bail!(
-        "{place} was written under another configuration, and a run that is resumed keeps these keys:{lines}\nput them back{accept}, or start a new run from its weights with policy.model = \"{place}\""
+        "{place} was written under another configuration, and a resumed run must keep these keys:{lines}\nrestore them{accept}, or start a new run from its weights with policy.model = \"{place}\""
     );
 }
 
-/// Hashes the templates, preambles and weights that the labeler and the judge of evaluations use.
+/// Hashes the templates, preambles and weights of the labeler and of the judge of evaluations.
 ///
 /// # Errors
-/// Templates that cannot be read.
+/// If a template cannot be read.
 pub fn judge_contents(config: &Config, prepared: &Prepared) -> Result<JudgeContents> {
     let mut contents = contents_at("labeler", &config.labeler.methods, &prepared.instruments)?;
     if let Some(judge) = &config.evaluation.labeler {
@@ -166,7 +171,7 @@ pub fn judge_contents(config: &Config, prepared: &Prepared) -> Result<JudgeConte
     Ok(contents)
 }
 
-/// As [`judge_contents`], of the judge at the key `path`; `instruments` has one for each method.
+/// Hashes the contents of the judge at the key `path`; `instruments` has the backend of each method.
 fn contents_at(path: &str, methods: &Methods, instruments: &[JudgeBackend]) -> Result<JudgeContents> {
     let mut contents = JudgeContents::new();
     for (i, (method, instrument)) in methods.iter().zip(instruments).enumerate() {
@@ -181,7 +186,7 @@ fn contents_at(path: &str, methods: &Methods, instruments: &[JudgeBackend]) -> R
         {
             note("preamble", hex(crate::util::seed::text(text.trim_end())));
         }
-        // The name that the server gives the model that answers: another one may be behind the same address.
+        // The model name in the server's responses, since the model behind an address may change.
         if let JudgeBackend::Asked(backend) = instrument
             && let Some(evidence) = backend.evidence()
         {
@@ -193,7 +198,7 @@ fn contents_at(path: &str, methods: &Methods, instruments: &[JudgeBackend]) -> R
             note("remote.model", name);
             continue;
         }
-        // A server's weights are not here, and the policy's own have a fingerprint of their own in the checkpoint.
+        // The weights of a server are unknown, and the policy has its own fingerprint in the checkpoint.
         if method.model.is_some() {
             note("model", hex(instrument.identity()));
         }
@@ -201,32 +206,32 @@ fn contents_at(path: &str, methods: &Methods, instruments: &[JudgeBackend]) -> R
     Ok(contents)
 }
 
-fn absent(text: &str) -> &str {
+fn or_absent(text: &str) -> &str {
     if text.is_empty() { "absent" } else { text }
 }
 
-fn changes(was: &str, is: &str) -> Result<Vec<Change>> {
-    let (mut was, is): (Table, Table) = (was.parse()?, is.parse()?);
-    // Checkpoints from before there was the key.
-    if let Some(policy) = was.get_mut("policy").and_then(Value::as_table_mut) {
+fn changes(old: &str, new: &str) -> Result<Vec<Change>> {
+    let (mut old, new): (Table, Table) = (old.parse()?, new.parse()?);
+    // Earlier versions of the program did not have these keys.
+    if let Some(policy) = old.get_mut("policy").and_then(Value::as_table_mut) {
         policy.entry("dtype").or_insert_with(|| "f32".into());
         policy.entry("matmul_precision").or_insert_with(|| "highest".into());
     }
-    if let Some(rollout) = was.get_mut("rollout").and_then(Value::as_table_mut) {
+    if let Some(rollout) = old.get_mut("rollout").and_then(Value::as_table_mut) {
         rollout.entry("devices").or_insert_with(|| Value::Array(Vec::new()));
     }
-    if let Some(reward) = was.get_mut("reward").and_then(Value::as_table_mut) {
+    if let Some(reward) = old.get_mut("reward").and_then(Value::as_table_mut) {
         reward.entry("reference").or_insert(Value::Boolean(true));
     }
-    // A rate that falls until the last step would be bent by another last step.
-    let falls =
-        is.get("learner").and_then(|learner| learner.get("schedule")).and_then(Value::as_str) != Some("constant");
+    // A decaying learning rate depends on the number of steps.
+    let decays =
+        new.get("learner").and_then(|learner| learner.get("schedule")).and_then(Value::as_str) != Some("constant");
     let mut changes = Vec::new();
-    differences(String::new(), &Value::Table(was), &Value::Table(is.clone()), &mut changes);
-    // A key that the checkpoint's program did not have yet, at its default, is no change.
-    changes.retain(|change| !(change.was.is_empty() && is_default(&is, &change.key)));
+    differences(String::new(), &Value::Table(old), &Value::Table(new.clone()), &mut changes);
+    // A key that an earlier version of the program did not have, and that has its default value, is not a change.
+    changes.retain(|change| !(change.old.is_empty() && is_default(&new, &change.key)));
     for change in &mut changes {
-        if falls && change.key == "run.steps" {
+        if decays && change.key == "run.steps" {
             change.class = Resume::Fixed;
         }
     }
@@ -234,51 +239,51 @@ fn changes(was: &str, is: &str) -> Result<Vec<Change>> {
 }
 
 /// Appends the keys below `path` whose values differ.
-fn differences(path: String, was: &Value, is: &Value, changes: &mut Vec<Change>) {
-    match (was, is) {
-        (Value::Table(was), Value::Table(is)) if has_keys(&path) => {
-            let mut keys: Vec<&String> = was.keys().chain(is.keys()).collect();
+fn differences(path: String, old: &Value, new: &Value, changes: &mut Vec<Change>) {
+    match (old, new) {
+        (Value::Table(old), Value::Table(new)) if is_compared_by_key(&path) => {
+            let mut keys: Vec<&String> = old.keys().chain(new.keys()).collect();
             keys.sort();
             keys.dedup();
             for key in keys {
                 let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                match (was.get(key), is.get(key)) {
-                    (Some(was), Some(is)) => differences(path, was, is, changes),
-                    (was, is) if path.contains('.') => changes.push(change(path, was, is)),
-                    // A section that one of the two programs does not have: its keys, one by one.
-                    (was, is) => {
+                match (old.get(key), new.get(key)) {
+                    (Some(old), Some(new)) => differences(path, old, new, changes),
+                    (old, new) if path.contains('.') => changes.push(change(path, old, new)),
+                    // A section that is missing on one side is compared key by key.
+                    (old, new) => {
                         let none = Value::Table(Table::new());
-                        differences(path, was.unwrap_or(&none), is.unwrap_or(&none), changes);
+                        differences(path, old.unwrap_or(&none), new.unwrap_or(&none), changes);
                     }
                 }
             }
         }
-        (Value::Array(was), Value::Array(is)) if path == "labeler.members" && was.len() == is.len() => {
-            for (i, (was, is)) in was.iter().zip(is).enumerate() {
-                differences(format!("{path}[{i}]"), was, is, changes);
+        (Value::Array(old), Value::Array(new)) if path == "labeler.members" && old.len() == new.len() => {
+            for (i, (old, new)) in old.iter().zip(new).enumerate() {
+                differences(format!("{path}[{i}]"), old, new, changes);
             }
         }
-        _ if was == is => {}
-        _ => changes.push(change(path, Some(was), Some(is))),
+        _ if old == new => {}
+        _ => changes.push(change(path, Some(old), Some(new))),
     }
 }
 
-/// Whether the table at `path` is compared key by key: a section, or a table with keys of its own.
-fn has_keys(path: &str) -> bool {
+/// Returns whether the table at `path` is compared key by key: a section, or a key with inner keys.
+fn is_compared_by_key(path: &str) -> bool {
     let plain = plain(path);
     !plain.contains('.') || config::key(&plain).is_some_and(|key| !key.inner().is_empty())
 }
 
-fn change(key: String, was: Option<&Value>, is: Option<&Value>) -> Change {
+fn change(key: String, old: Option<&Value>, new: Option<&Value>) -> Change {
     let text = |value: Option<&Value>| value.map(Value::to_string).unwrap_or_default();
-    // A key that has no class is of another version of the program; nobody can say that it may change.
-    let class = class(&key).unwrap_or(if is.is_none() { Resume::Changeable } else { Resume::Fixed });
-    Change { key, was: text(was), is: text(is), class }
+    // A key without a class is unknown to this version of the program, so a new value cannot be permitted.
+    let class = class(&key).unwrap_or(if new.is_none() { Resume::Changeable } else { Resume::Fixed });
+    Change { key, old: text(old), new: text(new), class }
 }
 
-/// Whether a configuration without `key` resolves to the same one.
-fn is_default(is: &Table, key: &str) -> bool {
-    let mut without = is.clone();
+/// Returns whether the value of `key` in `new` is its default.
+fn is_default(new: &Table, key: &str) -> bool {
+    let mut without = new.clone();
     let (section, rest) = key.split_once('.').unwrap_or((key, ""));
     let mut table = without.get_mut(section).and_then(Value::as_table_mut);
     let mut parts = rest.split('.').peekable();
@@ -293,7 +298,7 @@ fn is_default(is: &Table, key: &str) -> bool {
         table = inside.get_mut(part).and_then(Value::as_table_mut);
     }
     let resolved = config::parse(&without.to_string(), "the checkpoint", std::path::Path::new(""), &[]);
-    resolved.is_ok_and(|config| config.to_toml() == is.to_string())
+    resolved.is_ok_and(|config| config.to_toml() == new.to_string())
 }
 
 #[cfg(test)]
@@ -304,7 +309,7 @@ mod tests {
         "[run]\nseed = 1\nsteps = 3\n[learner]\nlr = 0.1\nschedule = \"constant\"\n[data]\npath = \"a\"\n";
 
     #[test]
-    fn what_is_learned_stays_and_how_fast_may_change() {
+    fn keys_that_determine_the_result_are_fixed_and_others_may_change() {
         let keys = |from: &str, to: &str| -> Vec<(String, bool)> {
             let changes = changes(CONFIG, &CONFIG.replace(from, to)).unwrap();
             changes.into_iter().map(|change| (change.key, change.class == Resume::Changeable)).collect()
@@ -319,8 +324,8 @@ mod tests {
         assert_eq!(keys("steps = 3", "steps = 4"), [("run.steps".to_owned(), true)]);
         let with = |policy: &str| format!("{CONFIG}[policy]\ndevice = \"cpu\"\n{policy}");
         let numbers = |dtype: &str, precision: &str| {
-            let is = with(&format!("dtype = \"{dtype}\"\nmatmul_precision = \"{precision}\"\n"));
-            changes(&with(""), &is)
+            let new = with(&format!("dtype = \"{dtype}\"\nmatmul_precision = \"{precision}\"\n"));
+            changes(&with(""), &new)
                 .unwrap()
                 .into_iter()
                 .map(|change| (change.key, change.class == Resume::Changeable))
@@ -337,7 +342,7 @@ mod tests {
         assert!(changes[0].class == Resume::Fixed);
     }
 
-    /// A configuration with every optional key, and one with a panel.
+    /// Returns a configuration with every optional key, and one with a panel.
     fn full() -> [Config; 2] {
         let base = "[run]\nname = \"x\"\nsteps = 3\ndir = \"d\"\n[data]\npath = \"Cargo.toml\"\nsystem = \"s\"\n[policy]\nmodel = { scratch = {} }\nlora = { rank = 2 }\n[reward_model]\nmodel = \"m\"\npairs = \"Cargo.toml\"\ndevice = \"cpu\"\n[checkpoint]\nbest = \"score/mean\"\nmirror = \"file:///m\"\n[serve]\ntoken_env = \"T\"\n[labeler]\ndevice = \"cpu\"\ncache = \"c\"\n";
         let remote =
@@ -354,9 +359,9 @@ mod tests {
     #[test]
     fn a_changed_judge_is_found_key_by_key() {
         let [single, panel] = full().map(|config| config.to_toml());
-        let found = |was: &str, from: &str, to: &str| -> Vec<(String, Resume)> {
-            assert!(was.contains(from), "{from} is not in {was}");
-            let changes = changes(was, &was.replacen(from, to, 1)).unwrap();
+        let found = |old: &str, from: &str, to: &str| -> Vec<(String, Resume)> {
+            assert!(old.contains(from), "{from} is not in {old}");
+            let changes = changes(old, &old.replacen(from, to, 1)).unwrap();
             changes.into_iter().map(|one| (one.key, one.class)).collect()
         };
         let judge = |key: &str| vec![(key.to_owned(), Resume::AcceptChange)];
@@ -376,19 +381,19 @@ mod tests {
         );
         assert_eq!(found(&panel, "chat = true\ncot", "chat = false\ncot"), judge("labeler.members[1].chat"));
         assert_eq!(found(&panel, "url = \"http://h\"", "url = \"http://i\""), judge("labeler.members[0].remote.url"));
-        // A checkpoint of a program without some of the keys: at their defaults they are no change.
+        // Keys that are absent in an older checkpoint and have their default now are not changes.
         let older =
             single.replace("rationales = 1\n", "").replace("outage_s = 3600.0\n", "").replace("votes = 5\n", "");
         assert_eq!(changes(&older, &single).unwrap(), []);
-        let is = single.replace("votes = 5", "votes = 6");
-        let changed = changes(&older, &is).unwrap();
-        assert_eq!((changed.len(), changed[0].key.as_str(), changed[0].was.as_str()), (1, "labeler.remote.votes", ""));
+        let new = single.replace("votes = 5", "votes = 6");
+        let changed = changes(&older, &new).unwrap();
+        assert_eq!((changed.len(), changed[0].key.as_str(), changed[0].old.as_str()), (1, "labeler.remote.votes", ""));
         assert_eq!(changed[0].class, Resume::AcceptChange);
     }
 
     #[test]
-    fn what_is_accepted_is_named_and_covers_the_keys_below_it() {
-        let accepted = |key: &str| Accepted::new(vec![key.to_owned()]);
+    fn an_accepted_key_covers_the_keys_below_it() {
+        let accepted = |key: &str| AcceptedKeys::new(vec![key.to_owned()]);
         for (key, path, covered) in [
             ("labeler.remote.model", "labeler.remote.model", true),
             ("labeler.remote", "labeler.remote.model", true),
@@ -417,6 +422,6 @@ mod tests {
         assert_eq!(super::contents(&contents("1"), &contents("1")), []);
         assert_eq!(super::contents(&JudgeContents::new(), &contents("1")), [], "an older program noted nothing");
         let changed = super::contents(&contents("1"), &contents("2"));
-        assert_eq!((changed.len(), changed[0].class, changed[0].was.as_str()), (1, Resume::AcceptChange, "content 1"));
+        assert_eq!((changed.len(), changed[0].class, changed[0].old.as_str()), (1, Resume::AcceptChange, "content 1"));
     }
 }

@@ -1,13 +1,13 @@
-//! Takes the directory of a run back to one of its checkpoints.
+//! Rewinds the directory of a run to one of its checkpoints.
 //!
-//! The steps after the checkpoint are taken again, so that the ends of the run's files are cut off and later checkpoints are
-//! renamed. Where there are later checkpoints, the ends are kept in `superseded-N/`, so that the run can be resumed from one
-//! of them again. A process may be killed at any instant:
+//! The steps after the checkpoint will be repeated, so the tails of the run's files are cut off and later checkpoints
+//! are renamed. If there are later checkpoints, the tails are stored in `superseded-N/`, so that the run can be resumed
+//! from one of them again. A process may be killed at any point:
 //!
-//! 1. `.rewind.partial/` gets the plan and the ends. Until it is complete and on the disk, nothing else is changed.
-//! 2. It is renamed to `.rewind/`. From here on the plan is completed, by this process or by the next one that opens the
-//!    directory, whatever that is asked to do.
-//! 3. Checkpoints are renamed and files are cut. Each of these changes may be made twice.
+//! 1. `.rewind.partial/` receives the plan and the tails. Nothing else is changed before it is complete and synced.
+//! 2. It is renamed to `.rewind/`. From here on the plan is completed, by this process or by the next one that opens
+//!    the directory, with any command.
+//! 3. Checkpoints are renamed and files are cut off. Each of these changes may be repeated.
 //! 4. `.rewind/` is renamed to `superseded-N/`.
 
 use std::collections::BTreeMap;
@@ -18,49 +18,49 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::run::checkpoint::shelf;
+use crate::run::checkpoint::store;
 use crate::util::disk;
 use crate::util::failpoints;
 
-/// The directory of a plan that is being written.
+/// Directory of a plan that is being written.
 const PARTIAL: &str = ".rewind.partial";
 
-/// The directory of a plan that is being carried out.
+/// Directory of a plan that is being executed.
 const COMMITTED: &str = ".rewind";
 
-/// What the directories of plans that were carried out begin with.
+/// Prefix of the directories of completed plans.
 const DONE: &str = "superseded-";
 
-/// The plan's file in its directory.
+/// File of the plan in its directory.
 const PLAN: &str = "rewind.json";
 
-/// The changes that take a run back.
+/// Changes that rewind a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Plan {
-    /// The step that the run is taken back to.
+    /// Step to which the run is rewound.
     step: u64,
-    /// Checkpoints and their new names, in the run's directory, in the order in which they are renamed.
+    /// Old and new paths of checkpoints, relative to the run's directory, in the order of renaming.
     renames: Vec<(PathBuf, PathBuf)>,
-    /// The run's files and how they end.
-    files: BTreeMap<String, End>,
+    /// New ends of the run's files, by name.
+    files: BTreeMap<String, FileEnd>,
 }
 
-/// How a file ends after the run was taken back.
+/// New end of a file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct End {
-    /// Bytes that are kept.
+struct FileEnd {
+    /// Length in bytes of the part that is kept.
     length: u64,
-    /// Bytes that follow them: the directory that has them, and their number.
+    /// Bytes appended after that part: the folder that holds them, and their number.
     append: Option<(String, u64)>,
 }
 
-/// Lengths of a run's files by name.
-pub(super) type Ends = BTreeMap<String, u64>;
+/// Lengths in bytes of a run's files, by name.
+pub(super) type FileLengths = BTreeMap<String, u64>;
 
-/// Completes what a killed process began, and removes what it left half written.
+/// Completes the plan of a killed process and removes a partly written plan.
 ///
 /// # Errors
-/// Names what cannot be read or changed; the next call tries again.
+/// Names the file that cannot be read or changed. The next call tries again.
 pub(super) fn complete(run: &Path) -> Result<()> {
     let partial = run.join(PARTIAL);
     if disk::exists(&partial)? {
@@ -80,78 +80,81 @@ pub(super) fn complete(run: &Path) -> Result<()> {
         sync_parent(&to)?;
     }
     for (name, end) in &plan.files {
-        cut(run, name, end)?;
+        set_end(run, name, end)?;
         failpoints::point("rewind.cut")?;
     }
-    let done = free(run)?;
+    let done = free_name(run)?;
     std::fs::rename(&committed, &done).map_err(|error| disk::cannot("rename", &committed, error))?;
     disk::sync(run)
 }
 
-/// Takes the files of `run` back to the lengths `ends`, those at `step`, and sets checkpoints aside, each for a reason such as
-/// "superseded". Returns their new paths.
+/// Rewinds the files of `run` to `lengths`, those at `step`, and renames the checkpoints `aside`, each for a reason
+/// such as "superseded". Returns their new paths.
 ///
 /// # Errors
-/// A file that is shorter, before anything is changed; names what cannot be read or written.
-pub(super) fn to(run: &Path, step: u64, ends: &Ends, aside: &[(PathBuf, &str)]) -> Result<Vec<PathBuf>> {
-    for (name, length) in ends {
+/// If a file is shorter than its length, in which case nothing is changed; or names the file that cannot be read or
+/// written.
+pub(super) fn rewind(run: &Path, step: u64, lengths: &FileLengths, aside: &[(PathBuf, &str)]) -> Result<Vec<PathBuf>> {
+    for (name, length) in lengths {
         let (path, found) = (run.join(name), disk::length(&run.join(name))?);
         ensure!(
             found.is_none_or(|found| found >= *length),
-            "{} has {} bytes, and the checkpoint knows of {length}; put the file back, or resume from an earlier checkpoint",
+            "{} has {} bytes, but the checkpoint recorded {length}; restore the file, or resume from an earlier checkpoint",
             path.display(),
             found.unwrap_or_default()
         );
     }
-    let files: BTreeMap<String, End> =
-        ends.iter().map(|(name, length)| (name.clone(), End { length: *length, append: None })).collect();
+    let files: BTreeMap<String, FileEnd> =
+        lengths.iter().map(|(name, length)| (name.clone(), FileEnd { length: *length, append: None })).collect();
     if aside.is_empty() {
-        // The steps that go are in no checkpoint.
-        files.iter().try_for_each(|(name, end)| cut(run, name, end))?;
+        // No checkpoint has the discarded steps, so their tails are not needed.
+        files.iter().try_for_each(|(name, end)| set_end(run, name, end))?;
         return Ok(Vec::new());
     }
     let renames =
-        aside.iter().map(|(path, why)| Ok((inside(run, path)?, inside(run, &shelf::name_aside(path, why)?)?)));
+        aside.iter().map(|(path, why)| Ok((relative(run, path)?, relative(run, &store::aside_path(path, why)?)?)));
     let plan = Plan { step, renames: renames.collect::<Result<_>>()?, files };
     let names = plan.renames.iter().map(|(_, to)| run.join(to)).collect();
-    carry_out(run, &plan)?;
+    execute(run, &plan)?;
     Ok(names)
 }
 
-/// A checkpoint that was set aside, to be put back with the ends of the files that belong to it.
+/// A checkpoint that was set aside, which can be restored together with the tails of the run's files.
 pub(super) struct SetAside {
     path: PathBuf,
-    /// Its name before.
+    /// Its original path, relative to the run's directory.
     name: PathBuf,
-    /// The directory with the ends, in the run's.
-    kept: String,
+    /// The folder with the tails, in the run's directory.
+    directory: String,
     plan: Plan,
 }
 
 impl SetAside {
-    /// Finds what was kept with the checkpoint at `path` of `run`.
+    /// Finds the plan that set aside the checkpoint at `path` of `run`.
     ///
     /// # Errors
-    /// One of an earlier program, which kept no ends; one before whose branch the run was taken back since.
+    /// If an earlier version of the program set it aside, which stored no tails; or if the run was later rewound to a
+    /// step before the one at which this checkpoint branched.
     pub(super) fn find(run: &Path, path: &Path) -> Result<Self> {
-        let (mut found, own) = (None, inside(run, path)?);
+        let (mut found, own) = (None, relative(run, path)?);
         for (n, kept) in plans(run)? {
             let plan = read(&run.join(&kept))?;
             if let Some((name, _)) = plan.renames.iter().find(|(_, to)| *to == own) {
-                found = Some((n, Self { path: path.to_owned(), name: name.clone(), kept, plan }));
+                found = Some((n, Self { path: path.to_owned(), name: name.clone(), directory: kept, plan }));
             }
         }
         let Some((n, found)) = found else {
             bail!(
-                "{} was set aside by a program that did not keep the ends of the run's files with it; start a new run from its weights with policy.model = \"{}\"",
+                "{} was set aside by a version of the program that did not store the tails of the run's files; start a new run from its weights with policy.model = \"{}\"",
                 path.display(),
                 path.display()
             );
         };
         for (_, kept) in plans(run)?.into_iter().filter(|(later, _)| *later > n) {
             let later = read(&run.join(&kept))?;
-            let below =
-                |(name, end): (&String, &End)| found.plan.files.get(name).is_some_and(|own| end.length < own.length);
+            let below = |(name, end): (&String, &FileEnd)| {
+                found.plan.files.get(name).is_some_and(|own| end.length < own.length)
+            };
             if later.files.iter().any(below) {
                 let first = later.renames.first().map(|(_, to)| run.join(to)).unwrap_or_default();
                 bail!(
@@ -164,60 +167,68 @@ impl SetAside {
         Ok(found)
     }
 
-    /// The step up to which the run had the same course.
+    /// Returns the last step that the set-aside checkpoint shares with the current run.
     pub(super) fn branch(&self) -> u64 {
         self.plan.step
     }
 
-    /// Takes `run` to the checkpoint, whose files end at `ends` (`step` counts for files without an end): the present ends and
-    /// the checkpoints `aside` are set aside in turn. Returns the new paths of the latter.
+    /// Restores the checkpoint: rewinds `run` to the branching point, appends the stored tails up to `lengths`, and
+    /// sets the current tails and the checkpoints `aside` aside in turn. Returns the new paths of the latter. `step` is
+    /// the step of the checkpoint.
     ///
     /// # Errors
-    /// Ends that are not there in full, before anything is changed; names what cannot be read or written.
-    pub(super) fn put_back(&self, run: &Path, step: u64, ends: &Ends, aside: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    /// If a stored tail is too short, in which case nothing is changed; or names the file that cannot be read or
+    /// written.
+    pub(super) fn restore(
+        &self,
+        run: &Path,
+        step: u64,
+        lengths: &FileLengths,
+        aside: &[PathBuf],
+    ) -> Result<Vec<PathBuf>> {
         let mut files = BTreeMap::new();
-        for (name, end) in ends {
+        for (name, end) in lengths {
             let Some(base) = self.plan.files.get(name).map(|end| end.length) else { continue };
             let bytes =
-                end.checked_sub(base).with_context(|| format!("{name} is shorter than where the run branched"))?;
-            let kept = self.end(run, name);
+                end.checked_sub(base).with_context(|| format!("{name} is shorter than at the branching point"))?;
+            let kept = self.tail_path(run, name);
             let there = disk::length(&kept)?.unwrap_or_default();
-            ensure!(there >= bytes, "{} has {there} bytes, and the checkpoint knows of {bytes}", kept.display());
-            files.insert(name.clone(), End { length: base, append: Some((self.kept.clone(), bytes)) });
+            ensure!(there >= bytes, "{} has {there} bytes, but the checkpoint recorded {bytes}", kept.display());
+            files.insert(name.clone(), FileEnd { length: base, append: Some((self.directory.clone(), bytes)) });
         }
         let mut renames = Vec::new();
         for path in aside {
-            renames.push((inside(run, path)?, inside(run, &shelf::name_aside(path, "superseded")?)?));
+            renames.push((relative(run, path)?, relative(run, &store::aside_path(path, "superseded")?)?));
         }
         let names = renames.iter().map(|(_, to)| run.join(to)).collect();
-        renames.push((inside(run, &self.path)?, self.name.clone()));
-        carry_out(run, &Plan { step: self.plan.step.min(step), renames, files })?;
+        renames.push((relative(run, &self.path)?, self.name.clone()));
+        execute(run, &Plan { step: self.plan.step.min(step), renames, files })?;
         Ok(names)
     }
 
-    /// Where the end of the file called `name` is kept.
-    pub(super) fn end(&self, run: &Path, name: &str) -> PathBuf {
-        run.join(&self.kept).join(name)
+    /// Returns the path of the stored tail of the file `name`.
+    pub(super) fn tail_path(&self, run: &Path, name: &str) -> PathBuf {
+        run.join(&self.directory).join(name)
     }
 
-    /// Bytes of the file called `name` before its end.
-    pub(super) fn base(&self, name: &str) -> u64 {
+    /// Returns the length in bytes of the file `name` before its stored tail.
+    pub(super) fn base_length(&self, name: &str) -> u64 {
         self.plan.files.get(name).map_or(0, |end| end.length)
     }
 }
 
-/// Whether the directory has a plan that is not completed.
-pub(super) fn is_under_way(run: &Path) -> Result<bool> {
+/// Returns whether the directory has a plan that is not completed.
+pub(super) fn is_in_progress(run: &Path) -> Result<bool> {
     disk::exists(&run.join(COMMITTED))
 }
 
-/// Writes `plan` with the ends that it cuts off, and completes it.
-fn carry_out(run: &Path, plan: &Plan) -> Result<()> {
+/// Writes `plan` and the tails that it cuts off, and executes it.
+fn execute(run: &Path, plan: &Plan) -> Result<()> {
     let (partial, committed) = (run.join(PARTIAL), run.join(COMMITTED));
     let write = || -> Result<()> {
         std::fs::create_dir(&partial).map_err(|error| disk::cannot("make", &partial, error))?;
         for (name, end) in &plan.files {
-            keep(run, name, end.length, &partial)?;
+            save_tail(run, name, end.length, &partial)?;
         }
         disk::replace(&partial.join(PLAN), &serde_json::to_vec_pretty(plan)?)?;
         disk::sync(&partial)?;
@@ -233,8 +244,8 @@ fn carry_out(run: &Path, plan: &Plan) -> Result<()> {
     complete(run)
 }
 
-/// Copies what the file called `name` has beyond `length` to the folder `into`.
-fn keep(run: &Path, name: &str, length: u64, into: &Path) -> Result<()> {
+/// Copies the bytes of the file `name` after `length` to the folder `into`.
+fn save_tail(run: &Path, name: &str, length: u64, into: &Path) -> Result<()> {
     let (from, to) = (run.join(name), into.join(name));
     if disk::length(&from)?.is_none_or(|found| found <= length) {
         return Ok(());
@@ -247,8 +258,8 @@ fn keep(run: &Path, name: &str, length: u64, into: &Path) -> Result<()> {
         .map_err(|error| disk::cannot("write", &to, error))
 }
 
-/// Gives the file called `name` its `end`. A file that is not there was removed by somebody, and begins again.
-fn cut(run: &Path, name: &str, end: &End) -> Result<()> {
+/// Sets the end of the file `name`. A missing file was removed by the user and is created again later.
+fn set_end(run: &Path, name: &str, end: &FileEnd) -> Result<()> {
     let path = run.join(name);
     let found = disk::length(&path)?;
     if found.is_none() || (end.append.is_none() && found == Some(end.length)) {
@@ -274,12 +285,12 @@ fn cut(run: &Path, name: &str, end: &End) -> Result<()> {
 fn read(dir: &Path) -> Result<Plan> {
     let path = dir.join(PLAN);
     let text = std::fs::read(&path).map_err(|error| disk::cannot("read", &path, error))?;
-    serde_json::from_slice(&text).map_err(|error| anyhow!("{} cannot be understood: {error}", path.display()))
+    serde_json::from_slice(&text).map_err(|error| anyhow!("{} cannot be decoded: {error}", path.display()))
 }
 
-/// Numbers and names of the directories of plans that were carried out, in order.
+/// Returns the numbers and names of the directories of completed plans, in ascending order.
 fn plans(run: &Path) -> Result<Vec<(u64, String)>> {
-    let named = shelf::list(run)?.into_iter().filter_map(|path| {
+    let named = store::list(run)?.into_iter().filter_map(|path| {
         let name = path.file_name()?.to_str()?.to_owned();
         Some((name.strip_prefix(DONE)?.parse().ok()?, name))
     });
@@ -288,8 +299,8 @@ fn plans(run: &Path) -> Result<Vec<(u64, String)>> {
     Ok(all)
 }
 
-/// A name for the directory of the next plan that was carried out.
-fn free(run: &Path) -> Result<PathBuf> {
+/// Returns the path of the next directory of a completed plan.
+fn free_name(run: &Path) -> Result<PathBuf> {
     let last = plans(run)?.last().map_or(0, |(n, _)| *n);
     for n in last + 1.. {
         let path = run.join(format!("{DONE}{n}"));
@@ -300,8 +311,8 @@ fn free(run: &Path) -> Result<PathBuf> {
     bail!("no name is free in {}", run.display())
 }
 
-/// `path` in the directory `run`, without the latter's.
-fn inside(run: &Path, path: &Path) -> Result<PathBuf> {
+/// Returns `path` relative to the directory `run`.
+fn relative(run: &Path, path: &Path) -> Result<PathBuf> {
     let (run, path) = (std::path::absolute(run)?, std::path::absolute(path)?);
     Ok(path.strip_prefix(&run).with_context(|| format!("{} is not in {}", path.display(), run.display()))?.to_owned())
 }
@@ -314,7 +325,7 @@ fn sync_parent(path: &Path) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// A run with steps 1 to 4, a line and a checkpoint for each.
+    /// Creates a run with steps 1 to 4, each with a line and a checkpoint.
     fn run() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("metrics.jsonl"), "1\n2\n3\n4\n").unwrap();
@@ -325,22 +336,22 @@ mod tests {
     }
 
     fn checkpoint(run: &Path, step: u64) -> PathBuf {
-        run.join("checkpoints").join(shelf::name(step))
+        run.join("checkpoints").join(store::name(step))
     }
 
-    fn ends(steps: u64) -> Ends {
-        Ends::from([("metrics.jsonl".to_owned(), 2 * steps)])
+    fn lengths(steps: u64) -> FileLengths {
+        FileLengths::from([("metrics.jsonl".to_owned(), 2 * steps)])
     }
 
     fn text(run: &Path) -> String {
         std::fs::read_to_string(run.join("metrics.jsonl")).unwrap()
     }
 
-    /// Takes the run back to `step`, and writes another course from there on.
-    fn back(run: &Path, step: u64, more: &str) {
+    /// Rewinds the run to `step` and continues it with other lines.
+    fn branch_off(run: &Path, step: u64, more: &str) {
         let later: Vec<_> = (step + 1..=9).map(|n| checkpoint(run, n)).filter(|path| path.exists()).collect();
         let later: Vec<_> = later.into_iter().map(|path| (path, "superseded")).collect();
-        to(run, step, &ends(step), &later).unwrap();
+        rewind(run, step, &lengths(step), &later).unwrap();
         let mut file = OpenOptions::new().append(true).open(run.join("metrics.jsonl")).unwrap();
         file.write_all(more.as_bytes()).unwrap();
         for n in step + 1..=step + more.len() as u64 / 2 {
@@ -349,30 +360,30 @@ mod tests {
     }
 
     #[test]
-    fn a_set_aside_checkpoint_is_put_back_with_the_ends_of_its_files() {
+    fn a_set_aside_checkpoint_is_restored_with_the_tails_of_its_files() {
         let dir = run();
         let run = dir.path();
-        back(run, 2, "a\nb\nc\n");
+        branch_off(run, 2, "a\nb\nc\n");
         assert_eq!(text(run), "1\n2\na\nb\nc\n");
         let third = run.join("checkpoints/step-000003.superseded-1");
         let aside = SetAside::find(run, &third).unwrap();
         assert_eq!(aside.branch(), 2);
         let later: Vec<_> = (3..=5).map(|n| checkpoint(run, n)).collect();
-        aside.put_back(run, 3, &ends(3), &later).unwrap();
+        aside.restore(run, 3, &lengths(3), &later).unwrap();
         assert_eq!(text(run), "1\n2\n3\n");
         assert!(checkpoint(run, 3).exists() && !checkpoint(run, 4).exists() && !third.exists());
-        // And the other course again.
+        // The other branch can be restored again.
         let fifth = run.join("checkpoints/step-000005.superseded-1");
         let aside = SetAside::find(run, &fifth).unwrap();
-        aside.put_back(run, 5, &ends(5), &[checkpoint(run, 3)]).unwrap();
+        aside.restore(run, 5, &lengths(5), &[checkpoint(run, 3)]).unwrap();
         assert_eq!(text(run), "1\n2\na\nb\nc\n");
-        // A course that branched from steps which are themselves aside is put back after them.
-        back(run, 1, "x\n");
+        // A branch that starts at steps which are themselves set aside is restored after them.
+        branch_off(run, 1, "x\n");
         let fourth = run.join("checkpoints/step-000004.superseded-1");
         let error = SetAside::find(run, &fourth).err().unwrap().to_string();
         assert!(error.contains("resume first from") && error.contains("superseded"), "{error}");
         let error = SetAside::find(run, &run.join("checkpoints/step-000009.superseded-1")).err().unwrap().to_string();
-        assert!(error.contains("did not keep the ends"), "{error}");
+        assert!(error.contains("did not store the tails"), "{error}");
     }
 
     #[test]
@@ -380,25 +391,25 @@ mod tests {
         let dir = run();
         let run = dir.path();
         std::fs::write(run.join("journal.bin"), "1").unwrap();
-        let ends = Ends::from([("journal.bin".to_owned(), 2), ("metrics.jsonl".to_owned(), 2)]);
-        let error = to(run, 1, &ends, &[(checkpoint(run, 4), "superseded")]).unwrap_err().to_string();
-        assert!(error.contains("journal.bin has 1 bytes, and the checkpoint knows of 2"), "{error}");
+        let lengths = FileLengths::from([("journal.bin".to_owned(), 2), ("metrics.jsonl".to_owned(), 2)]);
+        let error = rewind(run, 1, &lengths, &[(checkpoint(run, 4), "superseded")]).unwrap_err().to_string();
+        assert!(error.contains("journal.bin has 1 bytes, but the checkpoint recorded 2"), "{error}");
         assert_eq!(text(run), "1\n2\n3\n4\n");
         assert!(checkpoint(run, 4).exists());
     }
 
     #[test]
     fn every_state_between_the_changes_is_completed_to_the_same_end() {
-        let whole = run();
-        back(whole.path(), 2, "");
-        let plan = read(&whole.path().join("superseded-1")).unwrap();
-        // Bit `i` of the state: change `i` was made before the process died.
+        let reference = run();
+        branch_off(reference.path(), 2, "");
+        let plan = read(&reference.path().join("superseded-1")).unwrap();
+        // Bit `i` of the state: change `i` was made before the process was killed.
         for state in 0..8 {
             let dir = run();
             let run = dir.path();
             let committed = run.join(COMMITTED);
             std::fs::create_dir(&committed).unwrap();
-            keep(run, "metrics.jsonl", 4, &committed).unwrap();
+            save_tail(run, "metrics.jsonl", 4, &committed).unwrap();
             std::fs::write(committed.join(PLAN), serde_json::to_vec(&plan).unwrap()).unwrap();
             for (i, (from, to)) in plan.renames.iter().enumerate().filter(|(i, _)| state >> i & 1 == 1) {
                 std::fs::rename(run.join(from), run.join(to)).unwrap_or_else(|error| panic!("{i}: {error}"));

@@ -1,7 +1,8 @@
-//! A file of JSON lines that is bounded: a full one becomes `NAME.1`, that one `NAME.2`, and the oldest is removed.
+//! A bounded file of JSON lines: a full file is renamed to `NAME.1`, the previous one to `NAME.2`, and the oldest is
+//! removed.
 //!
-//! Each line has a `step`. A resumed run cuts the lines of later steps by it, in rotated files, too, so that it does not
-//! matter how often the file was rotated since the checkpoint or which old files a person removed.
+//! Each line has a `step`. A resumed run cuts off later steps by this field, in rotated files as well. The result does
+//! not depend on the number of rotations since the checkpoint, or on old files that the user removed.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -12,85 +13,86 @@ use serde_json::Value;
 
 use super::log::Log;
 
-/// Bytes that are read at a time from the end of a file.
+/// Number of bytes that are read at a time from the end of a file.
 const CHUNK: usize = 1 << 16;
 
-/// Bounds on such a file.
+/// Limits of a bounded file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Bounds {
-    /// Size beyond which a file is rotated before the next entry; 0 for never.
-    pub most_bytes: u64,
-    /// Rotated files that are kept.
+pub struct RotationLimits {
+    /// Size in bytes from which a file is rotated before the next entry; 0 for no limit.
+    pub max_bytes: u64,
+    /// Number of rotated files that are kept.
     pub keep: usize,
 }
 
-/// A bounded file of lines.
-pub struct Rotating {
+/// A bounded file of JSON lines.
+pub struct RotatingLog {
     log: Log,
-    bounds: Bounds,
-    /// Bytes that this process rotated away.
-    before: u64,
+    limits: RotationLimits,
+    /// Bytes that this process has moved to rotated files.
+    rotated_bytes: u64,
 }
 
-impl Rotating {
-    /// Opens the file at `path` and cuts off the lines of steps after `step`, and an incomplete last line.
+impl RotatingLog {
+    /// Opens the file at `path` and cuts off lines of steps after `step` and an incomplete last line.
     ///
     /// # Errors
     /// Names the file that cannot be read, renamed or shortened.
-    pub fn open(path: &Path, step: u64, bounds: Bounds) -> Result<Self> {
-        let mut length = end_of(path, step)?;
-        // Nothing of it belongs to the steps up to `step`: the file before it becomes the current one again.
+    pub fn open(path: &Path, step: u64, limits: RotationLimits) -> Result<Self> {
+        let mut length = end_of_step(path, step)?;
+        // If no line is left, the previous file becomes the current one again.
         while length == 0 && rotated(path, 1).exists() {
             unrotate(path)?;
-            length = end_of(path, step)?;
+            length = end_of_step(path, step)?;
         }
-        Ok(Self { log: Log::open(path, length)?, bounds, before: 0 })
+        Ok(Self { log: Log::open(path, length)?, limits, rotated_bytes: 0 })
     }
 
-    /// Appends `bytes`, lines of one step; rotates before where the file is full.
+    /// Appends `bytes`, the lines of one step, and rotates a full file before.
     ///
     /// # Errors
-    /// As [`Log::append`]; a file that cannot be rotated grows on.
+    /// See [`Log::append`]. A file that cannot be rotated keeps growing.
     pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        let full = self.bounds.most_bytes > 0 && self.log.length() >= self.bounds.most_bytes;
-        // What waits for room on the disk has to be written to the file that it belongs to.
+        let full = self.limits.max_bytes > 0 && self.log.length() >= self.limits.max_bytes;
+        // Pending bytes belong to the file that is rotated.
         let rotated = if full { self.log.flush().and_then(|()| self.rotate()) } else { Ok(()) };
         self.log.append(bytes).and(rotated)
     }
 
     fn rotate(&mut self) -> Result<()> {
         let path = self.log.path().to_owned();
-        for n in (0..self.bounds.keep).rev() {
+        for n in (0..self.limits.keep).rev() {
             rename(&rotated(&path, n), &rotated(&path, n + 1))?;
         }
-        self.before += self.log.length();
-        // With no rotated file to keep, the lines are cut off in place.
+        self.rotated_bytes += self.log.length();
+        // Without rotated files, the lines are cut off in place.
         self.log = Log::open(&path, 0)?;
-        // Files of a time when more were kept.
-        let mut surplus = self.bounds.keep + 1;
+        // Surplus files remain from a larger `keep`.
+        let mut surplus = self.limits.keep + 1;
         while std::fs::remove_file(rotated(&path, surplus)).is_ok() {
             surplus += 1;
         }
         Ok(())
     }
 
-    /// Takes back what came after `length`, a value of [`Self::length`] since the last append.
+    /// Removes all bytes after `length`, an earlier value of [`Self::length`] that is not before the last rotation.
     ///
     /// # Errors
     /// Names the file that cannot be shortened.
     pub fn rewind(&mut self, length: u64) -> Result<()> {
-        self.log.rewind(length.saturating_sub(self.before))
+        self.log.rewind(length.saturating_sub(self.rotated_bytes))
     }
 
-    /// Bytes that were appended and those that the file had, including those that this process rotated away.
+    /// Returns the number of bytes that the file had when it was opened and that were appended since, including rotated
+    /// ones.
     pub fn length(&self) -> u64 {
-        self.before + self.log.length()
+        self.rotated_bytes + self.log.length()
     }
 
-    /// Writes what waits. Returns the files that may not be on the disk yet: the current one and the one before it.
+    /// Writes all pending bytes. Returns the files that may not be synced yet: the current one and the previous one.
     ///
     /// # Errors
-    /// As [`Log::flush`].
+    /// See [`Log::flush`].
     pub fn flush(&mut self) -> Result<Vec<PathBuf>> {
         self.log.flush()?;
         let files = [0, 1].map(|n| rotated(self.log.path(), n));
@@ -98,7 +100,7 @@ impl Rotating {
     }
 }
 
-/// The file that was rotated `n` times; the current one for 0.
+/// Returns the path of the file after `n` rotations; 0 is the current file.
 fn rotated(path: &Path, n: usize) -> PathBuf {
     if n == 0 {
         return path.to_owned();
@@ -108,7 +110,7 @@ fn rotated(path: &Path, n: usize) -> PathBuf {
     name.into()
 }
 
-/// Renames a file if it is there.
+/// Renames a file if it exists.
 fn rename(from: &Path, to: &Path) -> Result<()> {
     match std::fs::rename(from, to) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -118,7 +120,7 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
     }
 }
 
-/// Makes each rotated file the one before it.
+/// Undoes one rotation.
 fn unrotate(path: &Path) -> Result<()> {
     let mut n = 0;
     while rotated(path, n + 1).exists() {
@@ -128,19 +130,20 @@ fn unrotate(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Returns the offset at which the complete lines of steps up to `step` end in the file at `path`; 0 if there is no file.
-pub(super) fn end_of(path: &Path, step: u64) -> Result<u64> {
+/// Returns the offset at which the complete lines of steps up to `step` end in the file at `path`; 0 if there is no
+/// file.
+pub(super) fn end_of_step(path: &Path, step: u64) -> Result<u64> {
     let cannot = || format!("cannot read {}", path.display());
     let mut file = match File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),
         opened => opened.with_context(cannot)?,
     };
     let mut end = file.metadata().with_context(cannot)?.len();
-    // The bytes from `from` to `end`.
+    // `tail` has the bytes from `from` to `end`.
     let (mut tail, mut from) = (Vec::new(), end);
     let mut complete = false;
     loop {
-        // The last line but for its end, if there is one.
+        // The last line without its line feed, if it has one.
         let inside = tail.len().saturating_sub(usize::from(complete));
         match tail[..inside].iter().rposition(|byte| *byte == b'\n') {
             None if from > 0 => {
@@ -165,7 +168,7 @@ pub(super) fn end_of(path: &Path, step: u64) -> Result<u64> {
     }
 }
 
-/// Whether a line belongs to a step after `step`. A line that says nothing of a step stays.
+/// Returns whether a line belongs to a step after `step`. A line without a step is kept.
 fn is_after(line: &[u8], step: u64) -> bool {
     serde_json::from_slice::<Value>(line).is_ok_and(|line| line["step"].as_u64().is_some_and(|one| one > step))
 }
@@ -174,13 +177,13 @@ fn is_after(line: &[u8], step: u64) -> bool {
 mod tests {
     use super::*;
 
-    const BOUNDS: Bounds = Bounds { most_bytes: 60, keep: 2 };
+    const LIMITS: RotationLimits = RotationLimits { max_bytes: 60, keep: 2 };
 
     fn line(step: u64) -> String {
         format!("{{\"step\":{step},\"text\":\"é\"}}\n")
     }
 
-    /// Steps in each of the files that there are, the current one first.
+    /// Returns the steps in each of the existing files, the current one first.
     fn steps(path: &Path) -> Vec<Vec<u64>> {
         let files = (0..).map(|n| rotated(path, n)).take_while(|path| path.exists());
         let of = |path: PathBuf| -> Vec<u64> {
@@ -190,8 +193,8 @@ mod tests {
         files.map(of).collect()
     }
 
-    fn written(path: &Path, steps: std::ops::RangeInclusive<u64>) -> Rotating {
-        let mut file = Rotating::open(path, steps.start() - 1, BOUNDS).unwrap();
+    fn written(path: &Path, steps: std::ops::RangeInclusive<u64>) -> RotatingLog {
+        let mut file = RotatingLog::open(path, steps.start() - 1, LIMITS).unwrap();
         for step in steps {
             file.append(line(step).as_bytes()).unwrap();
         }
@@ -199,18 +202,18 @@ mod tests {
     }
 
     #[test]
-    fn a_full_file_is_rotated_and_the_oldest_goes() {
+    fn a_full_file_is_rotated_and_the_oldest_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("samples.jsonl");
         let file = written(&path, 1..=10);
         assert_eq!(steps(&path), [vec![10], vec![7, 8, 9], vec![4, 5, 6]]);
         assert_eq!(file.length(), (1..=10).map(|step| line(step).len() as u64).sum::<u64>());
-        // With fewer to keep, what is beyond them goes at the next rotation.
-        let mut file = Rotating::open(&path, 10, Bounds { most_bytes: 10, keep: 0 }).unwrap();
+        // A smaller `keep` takes effect at the next rotation.
+        let mut file = RotatingLog::open(&path, 10, RotationLimits { max_bytes: 10, keep: 0 }).unwrap();
         file.append(line(11).as_bytes()).unwrap();
         assert_eq!(steps(&path), [vec![11]]);
-        let unbounded = Bounds { most_bytes: 0, keep: 2 };
-        let mut file = Rotating::open(&path, 11, unbounded).unwrap();
+        let unbounded = RotationLimits { max_bytes: 0, keep: 2 };
+        let mut file = RotatingLog::open(&path, 11, unbounded).unwrap();
         (12..40).for_each(|step| file.append(line(step).as_bytes()).unwrap());
         assert_eq!(steps(&path), [(11..40).collect::<Vec<_>>()]);
     }
@@ -233,7 +236,7 @@ mod tests {
                 b"{\"step\":1",
             )
             .unwrap();
-            drop(Rotating::open(&path, step, BOUNDS).unwrap());
+            drop(RotatingLog::open(&path, step, LIMITS).unwrap());
             assert_eq!(steps(&path), left, "up to step {step}");
         }
     }
@@ -245,11 +248,11 @@ mod tests {
         let long = |step: u64| format!("{{\"step\":{step},\"text\":\"{}\"}}\n", "x".repeat(3 * CHUNK));
         let kept = format!("a note\n{}", long(1));
         std::fs::write(&path, format!("{kept}{}{}", long(2), long(3))).unwrap();
-        drop(Rotating::open(&path, 1, BOUNDS).unwrap());
+        drop(RotatingLog::open(&path, 1, LIMITS).unwrap());
         assert!(std::fs::read_to_string(&path).unwrap() == kept);
-        drop(Rotating::open(&path, 0, BOUNDS).unwrap());
+        drop(RotatingLog::open(&path, 0, LIMITS).unwrap());
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "a note\n");
-        assert!(Rotating::open(&dir.path().join("none"), 5, BOUNDS).is_ok());
+        assert!(RotatingLog::open(&dir.path().join("none"), 5, LIMITS).is_ok());
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! A training run as six steps: open its directory, load models and data, fine-tune, assemble the graph's parts, warm the
-//! reward model up, train. Each step takes what the step before it made.
+//! A training run in six steps: open the directory, load models and data, fine-tune, assemble the parts of the graph,
+//! warm up the reward model, train. Each step consumes the result of the previous one.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,11 +13,11 @@ use super::conclusion::Conclusion;
 use super::evaluation::Evaluator;
 use super::files::RunFiles;
 use super::guard::Guard;
-use super::open::{self, Learning, Start, Tuned};
-use super::resume::{self, Accepted, Change};
-use super::supervise::{Stop, graph_options, supervise, unless_interrupted, unless_left};
-use super::watcher::{Due, RunObserver};
-use super::{From, Summary, announce, announce_evaluation, begin, lock, phases, reference, systemd};
+use super::observer::{CheckpointSchedule, RunObserver};
+use super::open::{self, FineTuning, LearnerParts, StartState};
+use super::resume::{self, AcceptedKeys, Change};
+use super::supervise::{Stop, graph_options, run_abandonable, run_interruptible, supervise};
+use super::{StartFrom, Summary, announce, announce_evaluation, begin, lock, phases, reference, systemd};
 use crate::config::{Config, Mode};
 use crate::lm::precision;
 use crate::observe::monitor::Monitor;
@@ -28,7 +28,9 @@ use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::remote::budget::Budget;
 use crate::pipeline::setup::{Prepared, budget, prepare_within};
 use crate::pipeline::topology::{MakeLabeler, Node};
-use crate::run::checkpoint::{CheckpointFormat, CheckpointStore, Identity, JudgeContents, Opened, WinRates, Writer};
+use crate::run::checkpoint::{
+    CheckpointFormat, CheckpointStore, CheckpointWriter, Identity, JudgeContents, OpenedCheckpoint, WinRates,
+};
 use crate::run::controller::{AdjustableLimits, Controller};
 use crate::say;
 use crate::tools::check;
@@ -36,36 +38,36 @@ use crate::util::exit::refusal;
 use crate::util::limit::AdjustableLimit;
 use crate::util::signals::Interrupted;
 
-/// File of a run's directory that holds what was spent on remote judges so far, where `labeler.max_cost` bounds it.
+/// File in a run's directory with the amount spent on remote judges; written if `labeler.max_cost` is set.
 const JUDGE_COST: &str = "judge-cost.txt";
 
-/// A run whose directory is locked and whose checkpoint, if it resumes one, is verified. Nothing in the directory has changed.
+/// A run whose directory is locked and whose checkpoint, if it has one, is verified. No file of the run has changed.
 pub(super) struct OpenedRun {
     config: Config,
-    accepted: Accepted,
+    accepted: AcceptedKeys,
     stop: Stop,
     monitor: Arc<Monitor>,
     budget: Option<Arc<Budget>>,
     win_rates: WinRates,
-    start: Start,
-    /// Differences of the configuration from the checkpoint's.
+    start: StartState,
+    /// Differences between the configuration and that of the checkpoint.
     changes: Vec<Change>,
 }
 
 impl OpenedRun {
-    /// Locks the run's directory, starts the node's server, and finds and verifies the checkpoint to resume.
+    /// Locks the run's directory, starts the HTTP server, and finds and verifies the checkpoint to resume from.
     ///
     /// # Errors
-    /// A directory that cannot be used, a checkpoint that cannot be resumed under `config`, an address that is in use.
+    /// If the directory cannot be used, the checkpoint cannot be resumed under `config`, or the address is in use.
     pub(super) async fn open(
         mut config: Config,
         run_dir: Option<PathBuf>,
-        from: From,
-        accepted: Accepted,
+        from: StartFrom,
+        accepted: AcceptedKeys,
     ) -> Result<Self> {
         let token = Token::from_env(&config.serve).map_err(refusal)?;
         let stop = Stop::default();
-        let dir = open::hold(&config, run_dir, &from).map_err(refusal)?;
+        let dir = open::lock_directory(&config, run_dir, &from).map_err(refusal)?;
         let budget = budget(&config, Some(dir.path().join(JUDGE_COST))).map_err(refusal)?;
         let monitor = Monitor::new(&config, telemetry::install()?);
         monitor.trace()?;
@@ -77,12 +79,12 @@ impl OpenedRun {
         say!("run       {}", dir.path().display());
         monitor.phase("opening the run");
         let (settings, win_rates) = (config.clone(), WinRates::default());
-        let begins = from == From::Latest;
-        let known_rates = win_rates.clone();
-        let open = move || open::open(&settings, dir, &from, known_rates);
-        let start = unless_interrupted("opening the run", open).await.map_err(refusal)?;
+        let is_latest = from == StartFrom::Latest;
+        let rates = win_rates.clone();
+        let open = move || open::open(&settings, dir, &from, rates);
+        let start = run_interruptible("opening the run", open).await.map_err(refusal)?;
         if config.data.date.is_none() {
-            config.data.date = begin::date(start.dir.path(), start.checkpoint.as_ref()).map_err(refusal)?;
+            config.data.date = begin::template_date(start.dir.path(), start.checkpoint.as_ref()).map_err(refusal)?;
         }
         let compared = start.checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose();
         let changes = compared.map_err(refusal)?.unwrap_or_default();
@@ -91,22 +93,22 @@ impl OpenedRun {
             for change in &changes {
                 say!("{}", change.line());
             }
-        } else if begins && !phases::is_under_way(start.dir.path())? {
-            say!("resuming  no checkpoint yet; the run begins");
+        } else if is_latest && !phases::is_in_progress(start.dir.path())? {
+            say!("resuming  no checkpoint yet; the run starts at step 0");
         }
         Ok(Self { config, accepted, stop, monitor, budget, win_rates, start, changes })
     }
 
-    /// Loads models and data, and restores the learner from the checkpoint. Whatever can refuse the run does so here; the
-    /// run's files are changed last.
+    /// Loads models and data, and restores the learner from the checkpoint. All checks that can refuse the run are made
+    /// before its files are changed.
     ///
     /// # Errors
-    /// A model, data set, judge or checkpoint that cannot be used.
+    /// If a model, data set, judge or checkpoint cannot be used.
     pub(super) async fn load(self) -> Result<LoadedRun> {
         let Self { config, accepted, stop, monitor, budget, win_rates, start, mut changes } = self;
         monitor.phase("loading models and data");
         let began = Instant::now();
-        let (config, prepared) = unless_interrupted("loading models and data", move || {
+        let (config, prepared) = run_interruptible("loading models and data", move || {
             let prepared = prepare_within(&config, true, budget)?;
             Ok((config, prepared))
         })
@@ -129,34 +131,34 @@ impl OpenedRun {
                 changes.push(change);
             }
             for key in accepted.unused(&changes) {
-                say!("accepted  {key}: nothing to accept, it is as it was");
+                say!("accepted  {key}: nothing to accept, the value is unchanged");
             }
         }
         monitor.on(prepared.policy().device());
         let config = Arc::new(config);
         let base = Identity { reference: prepared.identity, data: prepared.data.identity() };
         let (settings, origin) = (Arc::clone(&config), base.clone());
-        let (start, tuned, prepared, restored) = unless_interrupted("restoring the run", move || {
-            let tuned = open::tuned(&settings, &origin, &start, &accepted)?;
-            let prepared = match &tuned.reference {
-                Some(reference) => reference.take(&settings, prepared)?,
+        let (start, fine_tuning, prepared, restored) = run_interruptible("restoring the run", move || {
+            let fine_tuning = open::fine_tuning(&settings, &origin, &start, &accepted)?;
+            let prepared = match &fine_tuning.reference {
+                Some(reference) => reference.load_into(&settings, prepared)?,
                 None => prepared,
             };
-            let restores = |checkpoint: &Opened| open::learning(&settings, &prepared, Some(checkpoint));
+            let restores = |checkpoint: &OpenedCheckpoint| open::learner(&settings, &prepared, Some(checkpoint));
             let restored = start.checkpoint.as_ref().map(restores).transpose()?;
-            Ok((start, tuned, prepared, restored))
+            Ok((start, fine_tuning, prepared, restored))
         })
         .await
         .map_err(refusal)?;
-        let (store, resumed) = (Arc::clone(&start.shelf), start.checkpoint.as_ref().map(Opened::step));
-        let mut files = start.files(&config, &tuned)?;
+        let (store, resumed) = (Arc::clone(&start.store), start.checkpoint.as_ref().map(OpenedCheckpoint::step));
+        let mut files = start.files(&config, &fine_tuning)?;
         let mut guard = Guard::new(config.guard.clone(), config.learner.batch_groups);
         monitor.recall(files.metrics()?.inspect(|record| guard.recall(record)));
         if let Some(step) = resumed {
-            files.accepted(step, &changes)?;
+            files.record_accepted(step, &changes)?;
         }
         if resumed.is_none() || !changes.is_empty() {
-            files.configured(&config)?;
+            files.record_config(&config)?;
         }
         let files = Arc::new(Mutex::new(files));
         Ok(LoadedRun {
@@ -170,7 +172,7 @@ impl OpenedRun {
             resumed,
             files,
             guard,
-            tuned,
+            fine_tuning,
             restored,
             prepared,
         })
@@ -183,7 +185,7 @@ pub(super) struct LoadedRun {
     stop: Stop,
     monitor: Arc<Monitor>,
     win_rates: WinRates,
-    /// The policy before fine-tuning, and the data.
+    /// Identity of the policy before fine-tuning, and of the data.
     base: Identity,
     judge: JudgeContents,
     store: Arc<CheckpointStore>,
@@ -191,53 +193,54 @@ pub(super) struct LoadedRun {
     resumed: Option<u64>,
     files: Arc<Mutex<RunFiles>>,
     guard: Guard,
-    /// The state of supervised fine-tuning.
-    tuned: Tuned,
+    /// Results of an earlier fine-tuning.
+    fine_tuning: FineTuning,
     /// The learner's state, restored from the checkpoint.
-    restored: Option<Learning>,
+    restored: Option<LearnerParts>,
     prepared: Prepared,
 }
 
 impl LoadedRun {
-    /// Fine-tunes the policy on the data's references, where the configuration asks for it and no earlier process has done it.
+    /// Fine-tunes the policy on the references of the data, if the configuration asks for it and no earlier process has
+    /// done it.
     ///
     /// # Errors
-    /// A failure or an interruption of fine-tuning; its last checkpoint is named.
+    /// If fine-tuning fails or is interrupted. The error names its last checkpoint.
     pub(super) async fn fine_tune(mut self) -> Result<Self> {
         if self.config.sft.steps == 0 {
             return Ok(self);
         }
-        if self.tuned.reference.is_none() {
+        if self.fine_tuning.reference.is_none() {
             let (config, files, stop) = (&self.config, &self.files, &self.stop);
-            let unfinished = self.tuned.half.take();
+            let unfinished = self.fine_tuning.unfinished.take();
             let tuned = phases::fine_tune(config, self.prepared, unfinished, files, &self.monitor, stop).await?;
-            self.prepared = phases::keep(config, self.base.clone(), tuned, files, stop).await?;
+            self.prepared = phases::save_reference(config, self.base.clone(), tuned, files, stop).await?;
         }
-        phases::tuned(lock(&self.files).dir());
+        phases::remove_checkpoints(lock(&self.files).dir());
         let (dir, store) = (lock(&self.files).dir().to_owned(), Arc::clone(&self.store));
-        // Runs while the policy learns. The end of the run checks that the copy exists.
-        tokio::task::spawn_blocking(move || reference::copy(&dir, &store));
+        // Runs while the policy trains; the end of the run copies again if this fails.
+        tokio::task::spawn_blocking(move || reference::mirror(&dir, &store));
         Ok(self)
     }
 
-    /// Makes the parts of the training graph: the learner's state, the checkpoint writer, the evaluator, the observer.
-    /// `labelers` makes the labeler of each labeler actor.
+    /// Creates the parts of the training graph: the learner's state, the checkpoint writer, the evaluator and the
+    /// observer. `labelers` creates the labeler of each labeler actor.
     ///
     /// # Errors
-    /// A learner that does not fit into memory; a thread that cannot be started.
+    /// If the learner does not fit into memory, or a thread cannot be started.
     pub(super) fn assemble(self, labelers: Box<MakeLabeler>) -> Result<Session> {
         let Self {
             config, stop, monitor, win_rates, judge, store, resumed, files, guard, restored, mut prepared, ..
         } = self;
         let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
-        let Learning { state, reward_model, book } = match restored {
+        let LearnerParts { state, reward_model, book } = match restored {
             Some(restored) => restored,
-            None => open::learning(&config, &prepared, None)?,
+            None => open::learner(&config, &prepared, None)?,
         };
         if let Some(step) = resumed
             && step >= config.run.steps
         {
-            say!("the run has its {} steps already; raise run.steps to go on", config.run.steps);
+            say!("the run already has its {} steps; raise run.steps to continue", config.run.steps);
         }
         let start = state.step;
         let published = Arc::clone(state.published());
@@ -247,21 +250,22 @@ impl LoadedRun {
         let policy = (prepared.tokenizer.clone(), prepared.origin.as_str());
         let format = Arc::new(CheckpointFormat::new(&config, policy, dtype, identity, judge));
         let (progress, failed) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
-        let writer = Writer::start(Arc::clone(&store), Arc::clone(&format), announce(&progress, &failed, &monitor))?;
+        let writer =
+            CheckpointWriter::start(Arc::clone(&store), Arc::clone(&format), announce(&progress, &failed, &monitor))?;
         let evaluator = {
             let (progress, monitor) = (Arc::clone(&progress), Arc::clone(&monitor));
             let dir = lock(&files).dir().to_owned();
-            let tell = move |told| announce_evaluation(told, &progress, &monitor);
-            Evaluator::start(&config, &prepared, &dir, start, win_rates.clone(), tell)?
+            let report = move |evaluated| announce_evaluation(evaluated, &progress, &monitor);
+            Evaluator::start(&config, &prepared, &dir, start, win_rates.clone(), report)?
         };
-        win_rates.known().into_iter().for_each(|(step, rate)| monitor.evaluated(step, rate));
-        let unimproved = win_rates.exhausted(config.evaluation.patience).filter(|_| start < config.run.steps);
+        win_rates.all().into_iter().for_each(|(step, rate)| monitor.evaluated(step, rate));
+        let unimproved = win_rates.patience_exhausted(config.evaluation.patience).filter(|_| start < config.run.steps);
         let observer = Arc::new(Mutex::new(RunObserver {
             files: Arc::clone(&files),
             evaluator,
             reward_model: reward_model.clone(),
             book: book.clone(),
-            due: Due::new(&config, failed),
+            schedule: CheckpointSchedule::new(&config, failed),
             writer,
             steps: config.run.steps,
             batch_groups: config.learner.batch_groups,
@@ -281,12 +285,12 @@ impl LoadedRun {
                 Mode::Distilled => &["score/mean", "judge/mean"],
                 Mode::Direct | Mode::Human => &["score/mean"],
             },
-            courses: Vec::new(),
+            histories: Vec::new(),
         }));
         let limits =
             if config.controller.enabled { adjustable_limits(&config, &prepared) } else { AdjustableLimits::default() };
         if !config.reward.reference {
-            // The initial weights are freed with the first version that replaces them.
+            // The initial weights are freed as soon as the next version replaces them.
             prepared.policy = None;
         }
         let node = Arc::new(Node {
@@ -315,21 +319,21 @@ pub(super) struct Session {
     /// Step of the checkpoint that is resumed.
     resumed: Option<u64>,
     files: Arc<Mutex<RunFiles>>,
-    /// Step that training starts from.
+    /// Step at which training starts.
     start: u64,
     format: Arc<CheckpointFormat>,
     observer: Arc<Mutex<RunObserver>>,
     node: Arc<Node>,
     limits: AdjustableLimits,
-    /// The checkpoint of the warm-up, once it is written.
+    /// Directory of the checkpoint after the warm-up, once it is written.
     warmed_up: Arc<OnceLock<PathBuf>>,
 }
 
 impl Session {
-    /// Warms the reward model of a new run up, and writes a checkpoint of it, so that its labels are not bought again.
+    /// Warms up the reward model of a new run and writes a checkpoint, so that its labels are not paid for again.
     ///
     /// # Errors
-    /// A failure or an interruption of the warm-up.
+    /// If the warm-up fails or is interrupted.
     pub(super) async fn warm_up(&self) -> Result<()> {
         if self.resumed.is_some() || self.node.reward_model.is_none() {
             return Ok(());
@@ -342,19 +346,20 @@ impl Session {
             let path = write_warmed_up(&observer, &node, &store, &format, &monitor);
             path.map(|path| written.set(path))
         };
-        unless_left(&self.stop, "the checkpoint of the warm-up", write).await?;
+        run_abandonable(&self.stop, "the checkpoint of the warm-up", write).await?;
         Ok(())
     }
 
     /// Trains until the last step, a signal, a limit or a failure, and writes the last checkpoint.
     ///
     /// # Errors
-    /// The failure that ended training; an interruption; a last checkpoint that cannot be written.
+    /// If training failed, was interrupted before it started, was stopped by a limit, or the last checkpoint cannot be
+    /// written.
     pub(super) async fn train(self) -> Result<Summary> {
         if lock(&self.observer).unimproved.is_some() {
             return self.conclusion(Arc::clone(&self.warmed_up)).conclude(Outcome::Finished).await;
         }
-        if self.stop.asked() {
+        if self.stop.is_requested() {
             return self.interrupted().await;
         }
         let steps = self.config.run.steps;
@@ -364,8 +369,8 @@ impl Session {
             let wiring = Arc::clone(&self.node);
             let mut observer = lock(&self.observer);
             observer.began = Instant::now();
-            observer.due.last = Instant::now();
-            // Each is set once, here; an error would mean that it is set already.
+            observer.schedule.last = Instant::now();
+            // Both cells are set here only, so `set` cannot fail.
             let _ = observer.progress.set(progress.clone());
             let graph = spawn_graph(graph_options(&self.node.config), move |builder| wiring.wire(builder));
             let _ = observer.graph.set(graph.clone());
@@ -386,40 +391,40 @@ impl Session {
         self.monitor.phase("writing the last checkpoint");
         let concluded = self.conclusion(Arc::default()).conclude(outcome).await;
         self.monitor.finish().await;
-        if let Err(error) = lock(&self.files).last_metrics(&self.monitor.metrics_text()) {
+        if let Err(error) = lock(&self.files).write_final_metrics(&self.monitor.metrics_text()) {
             say!("{error:#}");
         }
         concluded
     }
 
-    /// The end of the run; `written` holds the path of its last checkpoint, once that is written.
+    /// Returns the conclusion of the run. `written` holds the path of its last checkpoint, once that is written.
     fn conclusion(&self, written: Arc<OnceLock<PathBuf>>) -> Conclusion {
         Conclusion {
             node: Arc::clone(&self.node),
-            watcher: Arc::clone(&self.observer),
-            shelf: Arc::clone(&self.store),
-            form: Arc::clone(&self.format),
+            observer: Arc::clone(&self.observer),
+            store: Arc::clone(&self.store),
+            format: Arc::clone(&self.format),
             stop: self.stop.clone(),
             monitor: Arc::clone(&self.monitor),
             written,
         }
     }
 
-    /// Ends a run that was interrupted before its graph started. Only a warm-up leaves anything to keep.
+    /// Ends a run that was interrupted before its graph started. Writes a checkpoint only if a warm-up was completed.
     async fn interrupted(&self) -> Result<Summary> {
         if self.resumed.is_none() && self.node.reward_model.is_some() {
             return self.conclusion(Arc::clone(&self.warmed_up)).conclude(Outcome::Halted).await;
         }
         let kept = match self.resumed {
             Some(step) => format!("its checkpoint of step {step} is unchanged, and --resume continues from it"),
-            None => "there is nothing to keep yet, and --resume begins the run".to_owned(),
+            None => "there is nothing to keep yet, and --resume starts the run".to_owned(),
         };
         Err(Interrupted::new(format!("interrupted before training; {kept}")).into())
     }
 }
 
-/// Writes the checkpoint of a reward model that was warmed up. If that fails, training continues and the checkpoint is tried
-/// again.
+/// Writes a checkpoint after the warm-up of the reward model. If that fails, training continues and the checkpoint is
+/// retried.
 fn write_warmed_up(
     observer: &Mutex<RunObserver>,
     node: &Node,
@@ -435,20 +440,20 @@ fn write_warmed_up(
         }
         Err(error) => {
             telemetry::disk_error();
-            lock(observer).due.failed.store(true, Ordering::SeqCst);
-            say!("{error:#}; training continues, and it is tried again");
+            lock(observer).schedule.failed.store(true, Ordering::SeqCst);
+            say!("{error:#}; training continues, and the checkpoint is retried");
             None
         }
     }
 }
 
-/// Returns the limits that an online controller adjusts: sequences sampled concurrently, from one group up to
+/// Returns the limits that the online controller adjusts: concurrent sequences per rollout actor, from one group up to
 /// `rollout.slots`, and concurrent requests to the first judge on a server.
 fn adjustable_limits(config: &Config, prepared: &Prepared) -> AdjustableLimits {
-    let asked = prepared.instruments.iter().find_map(|judge| match judge {
+    let remote = prepared.instruments.iter().find_map(|judge| match judge {
         JudgeBackend::Asked(backend) => backend.knob(),
         JudgeBackend::Model(_) | JudgeBackend::Cached { .. } | JudgeBackend::Embedder(_) => None,
     });
     let rollout = AdjustableLimit::new(config.rollout.group_size, config.rollout.slots);
-    AdjustableLimits { rollout: Some(Arc::new(rollout)), labeler: asked }
+    AdjustableLimits { rollout: Some(Arc::new(rollout)), labeler: remote }
 }

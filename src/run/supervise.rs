@@ -1,4 +1,4 @@
-//! Watching over a graph until it ends: signals, what it tells, the controller.
+//! Supervises a graph until it ends: signals, events, progress, the watchdog of systemd, and the controller.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,30 +15,30 @@ use crate::observe::telemetry;
 use crate::say;
 use crate::util::signals::{self, Interrupted};
 
-/// Whether a signal asked the run to stop. All phases of a run share one.
+/// Stop request, shared by all phases of a run.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Stop {
-    asked: Arc<AtomicBool>,
-    /// Signals that a phase has reacted to.
+    requested: Arc<AtomicBool>,
+    /// Number of signals that a phase has reacted to.
     handled: Arc<AtomicU64>,
 }
 
 impl Stop {
-    pub(super) fn asked(&self) -> bool {
-        self.asked.load(Ordering::SeqCst) || self.signal().is_some()
+    pub(super) fn is_requested(&self) -> bool {
+        self.requested.load(Ordering::SeqCst) || self.signal().is_some()
     }
 
-    /// Asks; returns whether the run was asked before.
-    pub(super) fn ask(&self) -> bool {
-        self.asked.swap(true, Ordering::SeqCst)
+    /// Requests a stop. Returns whether a stop was already requested explicitly.
+    pub(super) fn request(&self) -> bool {
+        self.requested.swap(true, Ordering::SeqCst)
     }
 
-    /// The first signal that the process received.
+    /// Returns the number of the first signal that the process received.
     pub(super) fn signal(&self) -> Option<i32> {
         signals::received()
     }
 
-    /// Waits for a signal that no phase has reacted to, one received between two phases included.
+    /// Waits for a signal that no phase has reacted to yet, including one received between two phases.
     pub(super) async fn next_signal(&self) {
         signals::after(self.handled.load(Ordering::SeqCst)).await;
         self.handled.fetch_add(1, Ordering::SeqCst);
@@ -50,12 +50,12 @@ pub(super) async fn new_signal() {
     signals::after(signals::count()).await;
 }
 
-/// Does `work`, part of `phase`, on a thread that may block. A signal ends the wait for it; the program then ends while `work`
-/// may still be under way.
+/// Runs blocking `work`, a part of `phase`, on a separate thread. A signal ends the wait; the process then exits while
+/// `work` may still be running.
 ///
 /// # Errors
-/// That of `work`; [`Interrupted`] by a signal.
-pub(super) async fn unless_interrupted<T: Send + 'static>(
+/// Returns the error of `work`, or [`Interrupted`] after a signal.
+pub(super) async fn run_interruptible<T: Send + 'static>(
     phase: &str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
@@ -63,15 +63,15 @@ pub(super) async fn unless_interrupted<T: Send + 'static>(
         biased;
         signal = signals::after(0) => Err(Interrupted {
             signal,
-            text: format!("interrupted by {} while {phase}; the run's directory is as it was", signals::name(signal)),
+            text: format!("interrupted by {} while {phase}; the run's directory is unchanged", signals::name(signal)),
         }
         .into()),
         done = tokio::task::spawn_blocking(work) => done?,
     }
 }
 
-/// Waits for the end. The first Ctrl-C (or SIGTERM, or SIGHUP) lets the step under way take up to `drain`, where there is one;
-/// the second does not.
+/// Waits for the end of the graph. After the first SIGINT, SIGTERM or SIGHUP, the current step may take up to `drain`;
+/// the second signal, or the first without `drain`, halts the graph.
 pub(super) async fn supervise(
     graph: &GraphHandle,
     stop: &Stop,
@@ -83,7 +83,7 @@ pub(super) async fn supervise(
     let mut show = tokio::time::interval(Duration::from_secs(1));
     let mut deadline = None;
     loop {
-        let over = async {
+        let drain_timeout = async {
             match deadline {
                 Some(deadline) => tokio::time::sleep_until(deadline).await,
                 None => std::future::pending().await,
@@ -92,22 +92,22 @@ pub(super) async fn supervise(
         tokio::select! {
             outcome = graph.wait() => return outcome,
             () = stop.next_signal() => match drain {
-                Some(drain) if !stop.ask() => {
+                Some(drain) if !stop.request() => {
                     progress.line("stopping after this step; press Ctrl-C again to stop at once");
                     deadline = Some(tokio::time::Instant::now() + drain);
                 }
                 _ => {
-                    stop.ask();
-                    progress.line("stopping now; the last finished step is kept, and what is under way");
+                    stop.request();
+                    progress.line("stopping now; the last completed step and unfinished groups are saved");
                     graph.halt();
                 }
             },
-            () = over => {
-                progress.line("the step takes too long (supervision.drain_s); it is left, and what it was made of is kept");
+            () = drain_timeout => {
+                progress.line("the step takes longer than supervision.drain_s and is abandoned; its groups are saved");
                 deadline = None;
                 graph.halt();
             }
-            Ok(event) = events.recv() => tell(&event, progress),
+            Ok(event) = events.recv() => log_event(&event, progress),
             _ = show.tick() => {
                 if graph.report().stalled.is_none() {
                     systemd::alive();
@@ -121,46 +121,47 @@ pub(super) async fn supervise(
     }
 }
 
-/// Does what may wait for a disk on a thread of its own: whoever asks how the run is gets an answer meanwhile, and the second
-/// signal leaves it. None where it was left. `what` names what is written.
+/// Runs blocking `work` on a separate thread, so that the HTTP server remains responsive. Returns `None` if a second
+/// signal abandons it. `what` names the written file in the log.
 ///
 /// # Errors
-/// When it panicked.
-pub(super) async fn unless_left<T: Send + 'static>(
+/// If `work` panics.
+pub(super) async fn run_abandonable<T: Send + 'static>(
     stop: &Stop,
     what: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<Option<T>> {
     tokio::select! {
         done = tokio::task::spawn_blocking(work) => Ok(Some(done?)),
-        () = leaves(stop, what) => Ok(None),
+        () = abandon_signal(stop, what) => Ok(None),
     }
 }
 
-/// Until somebody asks twice that a run which ends leaves what it still writes. Who waits for a disk gives up by itself first.
-async fn leaves(stop: &Stop, what: &str) {
+/// Resolves after two further signals, which abandon a pending write. The first one also stops retries on a full disk,
+/// which have two seconds after the second one to return on their own.
+async fn abandon_signal(stop: &Stop, what: &str) {
     const GRACE: Duration = Duration::from_secs(2);
     new_signal().await;
-    stop.ask();
-    say!("{what} is being written; press Ctrl-C again to leave it, and the steps since the one before");
+    stop.request();
+    say!("{what} is being written; press Ctrl-C again to abandon it and the steps since the previous one");
     new_signal().await;
     tokio::time::sleep(GRACE).await;
 }
 
-fn tell(event: &GraphEvent, progress: &Progress) {
+fn log_event(event: &GraphEvent, progress: &Progress) {
     match event {
         GraphEvent::StageFailed { stage, error, .. } => {
             telemetry::stage_failed(stage);
             progress.line(&format!("stage {stage} failed: {error}"));
         }
         GraphEvent::Restarting { incarnation, backoff } => progress.line(&format!(
-            "restarting the graph from the last finished step in {:.1} s (incarnation {incarnation})",
+            "restarting the graph from the last completed step in {:.1} s (incarnation {incarnation})",
             backoff.as_secs_f64()
         )),
         GraphEvent::Stalled { stage, state, for_ } => {
-            progress.line(&format!("no progress for {:.0} s: {stage} holds the run ({state})", for_.as_secs_f64()));
+            progress.line(&format!("no progress for {:.0} s: blocked in {stage} ({state})", for_.as_secs_f64()));
         }
-        GraphEvent::Recovered { stage } => progress.line(&format!("{stage} goes on")),
+        GraphEvent::Recovered { stage } => progress.line(&format!("{stage} continues")),
         GraphEvent::Started { .. } | GraphEvent::Ended(_) => {}
     }
 }

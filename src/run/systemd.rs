@@ -1,24 +1,24 @@
-//! What a service manager is told (sd_notify): ready, alive, stopping. Without one, nothing is.
+//! Notifications to the service manager (sd_notify). Without a service manager, they do nothing.
 
 use sd_notify::NotifyState;
 
-/// The graph runs.
+/// Notifies that the graph has started.
 pub(super) fn ready() {
-    tell(&[NotifyState::Ready]);
+    notify(&[NotifyState::Ready]);
 }
 
-/// The watchdog's sign: the run makes progress.
+/// Notifies the watchdog that the run makes progress.
 pub(super) fn alive() {
-    tell(&[NotifyState::Watchdog]);
+    notify(&[NotifyState::Watchdog]);
 }
 
-/// The run ends; its checkpoint may take a while.
+/// Notifies that the run ends, which may take a while.
 pub(super) fn stopping() {
-    tell(&[NotifyState::Stopping]);
+    notify(&[NotifyState::Stopping]);
 }
 
-fn tell(states: &[NotifyState<'_>]) {
+fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!("the service manager could not be told: {error}");
+        tracing::debug!("cannot notify the service manager: {error}");
     }
 }

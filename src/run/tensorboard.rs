@@ -1,6 +1,6 @@
-//! Event files that TensorBoard reads: records in TFRecord's framing, each an `Event` of TensorFlow's `event.proto`.
+//! Event files for TensorBoard: records in TFRecord framing, each an `Event` of TensorFlow's `event.proto`.
 //!
-//! The file is a function of `metrics.jsonl`, from which it is made anew when a run is resumed.
+//! The file is derived from `metrics.jsonl`, and is written again when a run is resumed.
 
 use std::path::Path;
 
@@ -13,35 +13,37 @@ use crate::util::process::unix_seconds;
 
 const CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 
-/// What is added to a checksum that is rotated, so that sums of sums stay good (TensorFlow, `core/lib/hash/crc32c.h`).
+/// Constant added to a rotated checksum, so that checksums of data that contains checksums remain good (TensorFlow,
+/// `core/lib/hash/crc32c.h`).
 const MASK: u32 = 0xa282_ead8;
 
-/// The events of a run.
-pub struct Events(Log);
+/// The event file of a run.
+pub struct EventFile(Log);
 
-impl Events {
-    /// Begins the events in `dir` with the steps that were taken before.
+impl EventFile {
+    /// Creates the event file in `dir` with the records of earlier steps.
     ///
     /// # Errors
     /// Names the file that cannot be written.
     pub fn open(dir: &Path, before: impl Iterator<Item = Map<String, Value>>) -> Result<Self> {
         let dir = dir.join("tensorboard");
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        // One name for the run's life: TensorBoard reads on in a file that grows, and reads one anew that has shrunk.
+        // One name for all processes of a run: TensorBoard follows a file that grows, and reads a file again that has
+        // shrunk.
         let mut log = Log::open(&dir.join("events.out.tfevents.preceptor"), 0)?;
         log.append(&record(&event(unix_seconds(), 0, &version())))?;
         for figures in before {
-            log.append(&step(&figures))?;
+            log.append(&step_record(&figures))?;
         }
         Ok(Self(log))
     }
 
-    /// Where they are written.
+    /// Returns the file.
     pub fn log(&self) -> &Log {
         &self.0
     }
 
-    /// Takes back what came after `length`.
+    /// Removes all bytes after `length`.
     ///
     /// # Errors
     /// Names the file that cannot be shortened.
@@ -49,7 +51,7 @@ impl Events {
         self.0.rewind(length)
     }
 
-    /// Writes what waits.
+    /// Writes all pending bytes.
     ///
     /// # Errors
     /// Names the file that cannot be written.
@@ -60,20 +62,20 @@ impl Events {
     /// Appends the figures of a step.
     ///
     /// # Errors
-    /// Names the file that cannot be written; what was to be written waits for the next try.
+    /// Names the file that cannot be written. The record is kept in memory for the next attempt.
     pub fn step(&mut self, figures: &Map<String, Value>) -> Result<()> {
-        self.0.append(&step(figures))
+        self.0.append(&step_record(figures))
     }
 }
 
-/// One step's figures as a record.
-fn step(figures: &Map<String, Value>) -> Vec<u8> {
+/// Encodes the figures of a step as a record.
+fn step_record(figures: &Map<String, Value>) -> Vec<u8> {
     let number = figures.get("step").and_then(Value::as_u64).unwrap_or_default();
     let at = figures.get("time/unix_seconds").and_then(Value::as_f64).unwrap_or_default();
     let mut summary = Vec::new();
     for (tag, value) in figures {
-        let told = ["step", "version", "time/unix_seconds"].contains(&tag.as_str());
-        let Some(value) = value.as_f64().filter(|_| !told) else { continue };
+        let excluded = ["step", "version", "time/unix_seconds"].contains(&tag.as_str());
+        let Some(value) = value.as_f64().filter(|_| !excluded) else { continue };
         let mut scalar = Vec::new();
         field(&mut scalar, 1, tag.as_bytes());
         scalar.push(2 << 3 | 5);
@@ -91,7 +93,7 @@ fn version() -> Vec<u8> {
     body
 }
 
-/// `Event { wall_time = 1, step = 2 }` and what follows.
+/// Encodes an `Event` with the fields `wall_time` (1) and `step` (2), followed by `body`.
 fn event(at: f64, step: u64, body: &[u8]) -> Vec<u8> {
     let mut bytes = vec![1 << 3 | 1];
     bytes.extend(at.to_le_bytes());
@@ -101,7 +103,7 @@ fn event(at: f64, step: u64, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A field of bytes in protobuf's encoding.
+/// Appends a length-delimited field in the encoding of protobuf.
 fn field(bytes: &mut Vec<u8>, number: u8, value: &[u8]) {
     bytes.push(number << 3 | 2);
     varint(bytes, value.len() as u64);
@@ -116,7 +118,7 @@ fn varint(bytes: &mut Vec<u8>, mut value: u64) {
     bytes.push(value as u8);
 }
 
-/// A record with its length, and the checksums of both.
+/// Frames an event: its length, the event, and the masked checksum of each.
 fn record(event: &[u8]) -> Vec<u8> {
     let length = (event.len() as u64).to_le_bytes();
     let masked = |bytes: &[u8]| CRC.checksum(bytes).rotate_right(15).wrapping_add(MASK).to_le_bytes();

@@ -128,7 +128,7 @@ fn strike(dir: &Path, name: &str, fault: &str, overrides: &[String]) -> Result<&
     }
     let (status, text) = within(struck.env("FAILPOINTS", fault))?;
     if status {
-        let quiet = !text.contains("restarting the graph") && !text.contains("training goes on");
+        let quiet = !text.contains("restarting the graph") && !text.contains("training continues");
         return Ok(if quiet { "finished undisturbed" } else { "finished after restarts or retries" });
     }
     // A panic prints a separate line before; only one error may follow.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use preceptor::run::checkpoint::{Best, CheckpointStore};
+use preceptor::run::checkpoint::{BestCheckpoint, CheckpointStore};
 use preceptor::run::journal::{Entry, Journal};
 use serde_json::Value;
 
@@ -83,13 +83,13 @@ pub fn fingerprint(dir: &Path) -> Result<u64> {
 
 /// Returns the names of a run's checkpoints, oldest first.
 pub fn checkpoints(run: &Path) -> Result<Vec<String>> {
-    let all = CheckpointStore::new(run, 1000, Best::None).all()?;
+    let all = CheckpointStore::new(run, 1000, BestCheckpoint::None).all()?;
     Ok(all.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
 }
 
 /// Returns the last checkpoint of a run.
 pub fn last_checkpoint(run: &Path) -> Result<PathBuf> {
-    let shelf = CheckpointStore::new(run, 1000, Best::None);
+    let shelf = CheckpointStore::new(run, 1000, BestCheckpoint::None);
     shelf.all()?.pop().with_context(|| format!("{} has no checkpoint", run.display()))
 }
 

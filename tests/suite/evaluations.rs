@@ -112,7 +112,7 @@ fn the_checkpoint_with_the_highest_win_rate_is_kept() {
         .collect();
     let steps: Vec<u64> = std::fs::read_dir(run.join("checkpoints"))
         .unwrap()
-        .filter_map(|entry| preceptor::run::checkpoint::shelf::step(&entry.unwrap().path()))
+        .filter_map(|entry| preceptor::run::checkpoint::store::step(&entry.unwrap().path()))
         .collect();
     let best = |rates: &mut dyn Iterator<Item = &(u64, f64)>| rates.map(|(_, rate)| *rate).fold(0.0, f64::max);
     let kept = best(&mut rates.iter().filter(|(step, _)| steps.contains(step)));

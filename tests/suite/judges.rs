@@ -264,7 +264,7 @@ fn a_judge_that_tells_no_completions_apart_stops_the_run_with_the_cause() {
     let text = stderr(&output);
     assert_eq!(output.status.code(), Some(3), "{text}");
     assert!(
-        text.contains("in 2 steps the gradient was zero, since the completions of each group had equal rewards"),
+        text.contains("in 2 steps the gradient was zero, because the completions of each group had equal rewards"),
         "{text}"
     );
 }

@@ -243,7 +243,7 @@ fn a_checkpoint_that_cannot_be_written_gives_one_error_and_leaves_no_partial_fil
         .unwrap();
     let text = stderr(&output);
     assert!(!output.status.success(), "{text}");
-    assert!(text.contains("training goes on"), "a periodic checkpoint that fails does not end the run: {text}");
+    assert!(text.contains("training continues"), "a periodic checkpoint that fails does not end the run: {text}");
     assert!(text.contains("error: the checkpoint of step 3 was not written"), "{text}");
     let left: Vec<_> = std::fs::read_dir(dir.path().join("run/checkpoints")).into_iter().flatten().collect();
     assert!(left.is_empty(), "{left:?}");

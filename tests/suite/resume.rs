@@ -155,21 +155,21 @@ fn a_run_is_replayed_bit_for_bit_resumed_or_not() {
     for entry in entries {
         use preceptor::run::journal;
         bytes.extend(match entry {
-            journal::Entry::Config(text) => journal::config(&text).unwrap(),
-            journal::Entry::Accepted(accepted) => journal::accepted(&accepted).unwrap(),
-            journal::Entry::Closed(step) => journal::closed(u64::from_le_bytes(step)).unwrap(),
+            journal::Entry::Config(text) => journal::encode_config(&text).unwrap(),
+            journal::Entry::Accepted(accepted) => journal::encode_accepted(&accepted).unwrap(),
+            journal::Entry::Closed(step) => journal::encode_closed(u64::from_le_bytes(step)).unwrap(),
             journal::Entry::Step(mut step) => {
                 if step.step == 3 {
                     step.batch[0].rewards[0] += 0.5;
                 }
-                journal::step(step.step, step.fingerprint, &step.batch).unwrap()
+                journal::encode_step(step.step, step.fingerprint, &step.batch).unwrap()
             }
         });
     }
     std::fs::write(&journal, bytes).unwrap();
     let output = preceptor(dir.path()).args(["replay", "run"]).output().unwrap();
     assert!(!output.status.success());
-    assert!(stderr(&output).contains("error: step 3 leads to weights"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("error: step 3 gives weights"), "{}", stderr(&output));
 }
 
 #[test]
@@ -190,10 +190,10 @@ fn a_run_is_not_resumed_with_another_configuration() {
     let output = train(dir.path(), &overrides);
     assert!(output.status.success(), "{}", stderr(&output));
     let again = train(dir.path(), &overrides);
-    assert!(stderr(&again).contains("holds a run already; go on with it by --resume"), "{}", stderr(&again));
+    assert!(stderr(&again).contains("already holds a run; continue it with --resume"), "{}", stderr(&again));
     refused(
         &[&overrides[..], &["run.seed=3", "learner.algorithm=rloo", "learner.lr=0.5"]].concat(),
-        &["run.seed: it was 0, and is 3", "learner.algorithm: it was \"reinforce\", and is \"rloo\"", "put them back"],
+        &["run.seed: was 0, is now 3", "learner.algorithm: was \"reinforce\", is now \"rloo\"", "restore them"],
     );
     refused(&[&overrides[..], &["policy.model.scratch.seed=9"]].concat(), &["the model that the policy starts from"]);
     let rows = std::fs::read_to_string(&data).unwrap();
@@ -232,7 +232,7 @@ fn a_run_is_not_resumed_with_another_configuration() {
     assert!(run.join("checkpoints/step-000002.superseded-1").exists(), "{}", stderr(&output));
     assert_eq!(metrics(&run).len(), 2);
     let output = training(dir.path(), &overrides).arg("--resume=run/samples.jsonl").output().unwrap();
-    assert!(stderr(&output).contains("is no checkpoint of a run"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("is not a checkpoint of a run"), "{}", stderr(&output));
 }
 
 /// Labels after the checkpoint must come from the same judge as before, unless the user accepts the change.
@@ -268,7 +268,7 @@ fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_
     // The server has another model.
     let output = run("b", 4, &["--resume"]);
     let key = "labeler.remote.model";
-    refused(&output, &[&format!("{key}: it was \"a\", and is \"b\""), &format!("--accept-change {key}")]);
+    refused(&output, &[&format!("{key}: was \"a\", is now \"b\""), &format!("--accept-change {key}")]);
     refused(&run("b", 4, &["--resume", "--accept-change", "labeler.remote.url"]), &[key]);
     refused(&run("b", 4, &["--resume", "--accept-change", "run.seed"]), &["run.seed", "cannot be accepted"]);
     refused(&run("b", 4, &["--accept-change", key]), &["--resume"]);
@@ -387,7 +387,10 @@ fn two_processes_do_not_share_a_run_and_one_without_a_checkpoint_starts_from_the
     let mut text = String::new();
     child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(143), "{text}");
-    assert!(text.contains("no checkpoint yet; the run begins") && text.contains("interrupted after"), "{text}");
+    assert!(
+        text.contains("no checkpoint yet; the run starts at step 0") && text.contains("interrupted after"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -411,8 +414,8 @@ fn a_run_whose_machine_is_lost_resumes_from_its_mirror() {
     std::fs::remove_dir_all(dir.path().join("run")).unwrap();
     let output = resume(dir.path(), &long);
     let text = stderr(&output);
-    assert!(output.status.success() && text.contains("brought   run/checkpoints/step-000003"), "{text}");
-    assert!(text.contains("brought   run/reference") && !text.contains("fine-tuning"), "it is not tuned again: {text}");
+    assert!(output.status.success() && text.contains("fetched   run/checkpoints/step-000003"), "{text}");
+    assert!(text.contains("fetched   run/reference") && !text.contains("fine-tuning"), "it is not tuned again: {text}");
     assert!(train(whole.path(), &long[..long.len() - 1]).status.success());
     let run = dir.path().join("run");
     assert_eq!(metrics(&run), metrics(&whole.path().join("run"))[3..]);
@@ -443,7 +446,10 @@ fn a_step_that_outlasts_the_deadline_is_abandoned_without_losing_its_groups() {
     let mut text = String::new();
     child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(143), "{text}");
-    assert!(text.contains("the step takes too long") && text.contains("interrupted after 1 steps"), "{text}");
+    assert!(
+        text.contains("the step takes longer than supervision.drain_s") && text.contains("interrupted after 1 steps"),
+        "{text}"
+    );
     let about = std::fs::read_to_string(dir.path().join("run/checkpoints/step-000001/preceptor.json")).unwrap();
     let groups = &serde_json::from_str::<Value>(&about).unwrap()["groups"];
     assert!(groups["rewarded"].as_u64().unwrap() >= 2, "the step's groups are kept: {groups}");
@@ -491,11 +497,11 @@ fn interrupted_fine_tuning_resumes_with_the_same_result() {
         let text = broken_off("-TERM", 12, true);
         assert!(text.contains("resuming  run/fine-tuning/checkpoints/step-0000"), "{text}");
         assert!(
-            text.contains("interrupted during supervised fine-tuning; --resume goes on from run/fine-tuning"),
+            text.contains("interrupted during supervised fine-tuning; --resume continues from run/fine-tuning"),
             "{text}"
         );
         let again = train(broken.path(), &overrides);
-        assert!(stderr(&again).contains("run holds a run already"), "{}", stderr(&again));
+        assert!(stderr(&again).contains("run already holds a run"), "{}", stderr(&again));
         let output = resume(broken.path(), &overrides);
         let text = stderr(&output);
         assert!(output.status.success() && text.contains("resuming  run/fine-tuning/checkpoints/step-0000"), "{text}");
@@ -535,7 +541,9 @@ fn a_checkpoint_that_never_ends_is_abandoned_at_the_second_signal() {
         assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
     };
     end(&child);
-    wait_until("the offer to leave the checkpoint", || said.lock().unwrap().contains("press Ctrl-C again to leave it"));
+    wait_until("the offer to leave the checkpoint", || {
+        said.lock().unwrap().contains("press Ctrl-C again to abandon it")
+    });
     end(&child);
     let mut status = None;
     wait_until("the end", || {
@@ -544,7 +552,7 @@ fn a_checkpoint_that_never_ends_is_abandoned_at_the_second_signal() {
     });
     reader.join().unwrap();
     let (status, text) = (status.unwrap(), said.lock().unwrap().clone());
-    assert!(!status.success() && text.contains("left before its last checkpoint was written"), "{text}");
+    assert!(!status.success() && text.contains("stopped before its last checkpoint was written"), "{text}");
     let output = resume(dir.path(), &overrides);
     assert!(output.status.success() && stderr(&output).contains("step-000001"), "{}", stderr(&output));
     assert_eq!(metrics(&dir.path().join("run")).len(), 3);

@@ -144,7 +144,7 @@ fn a_refused_resume_changes_no_file() {
         assert!(changed.is_empty(), "{what} changed {changed:?}");
     };
     for (override_, why) in [
-        ("run.seed=3", "run.seed: it was 0, and is 3"),
+        ("run.seed=3", "run.seed: was 0, is now 3"),
         ("policy.model.scratch.seed=9", "the model that the policy starts from"),
         (data.as_str(), "the data set is not the one"),
         ("data.path=\"none.jsonl\"", "none.jsonl"),
@@ -279,7 +279,7 @@ fn only_a_wrong_checksum_is_damage() {
         let dir = spoiled(spoil);
         let output = resume(dir.path(), &STEPWISE);
         let text = stderr(&output);
-        assert!(output.status.success() && text.contains("the checkpoint before it is used"), "{what}: {text}");
+        assert!(output.status.success() && text.contains("the previous checkpoint is used"), "{what}: {text}");
         assert!(dir.path().join("run/checkpoints/step-000004.damaged-1").exists(), "{what}");
         assert_eq!(metrics(&dir.path().join("run")), metrics(&sound.path().join("run")), "{what}");
     }
@@ -326,7 +326,7 @@ fn a_run_whose_checkpoints_are_missing_is_not_started_over_its_history() {
     for path in checkpoints() {
         std::fs::write(path.join("model.safetensors"), "").unwrap();
     }
-    refused_twice(&["can be used, and nothing was changed", "put an undamaged copy back"]);
+    refused_twice(&["can be used, and nothing was changed", "restore an undamaged copy"]);
     // The state that an earlier version left.
     for path in checkpoints() {
         let name = format!("{}.damaged-1", path.file_name().unwrap().to_str().unwrap());
@@ -339,7 +339,7 @@ fn a_run_whose_checkpoints_are_missing_is_not_started_over_its_history() {
     std::fs::remove_file(run.join("samples.jsonl")).unwrap();
     refused_twice(&["journal.bin"]);
     let output = train(dir.path(), &overrides);
-    assert!(stderr(&output).contains("run holds a run already"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("run already holds a run"), "{}", stderr(&output));
 }
 
 #[test]
@@ -351,7 +351,7 @@ fn a_run_killed_before_its_first_checkpoint_starts_again() {
     running.signal("-KILL");
     running.child.wait().unwrap();
     let output = resume(dir.path(), &["run.steps=3"]);
-    assert!(output.status.success() && stderr(&output).contains("the run begins"), "{}", stderr(&output));
+    assert!(output.status.success() && stderr(&output).contains("the run starts at step 0"), "{}", stderr(&output));
     assert_eq!(steps(dir.path()), 3);
     assert!(!dir.path().join("run/first-checkpoint.pending").exists());
 }
@@ -367,10 +367,7 @@ fn a_disk_that_is_full_at_the_end_is_waited_for() {
         let output = command.output().unwrap();
         let text = stderr(&output);
         assert!(output.status.success(), "{point}: {text}");
-        assert!(
-            text.matches("no room (injected").count() == 2 && text.contains("it is tried again"),
-            "{point}: {text}"
-        );
+        assert!(text.matches("no room (injected").count() == 2 && text.contains("retrying in"), "{point}: {text}");
         assert_eq!(steps(dir.path()), 2, "{point}");
         let left: Vec<_> = tree(&dir.path().join("run"))
             .into_keys()
@@ -397,7 +394,7 @@ fn fine_tuning_interrupted_on_a_full_disk_is_saved_once_there_is_room() {
     running.signal("-TERM");
     let (status, text) = running.end();
     assert!(!status.success() && text.contains("no room"), "{text}");
-    assert!(text.contains("--resume goes on from run/fine-tuning/checkpoints/step-0000"), "{text}");
+    assert!(text.contains("--resume continues from run/fine-tuning/checkpoints/step-0000"), "{text}");
 }
 
 /// A phase that is held at a failpoint, and the expected effect of a signal.
@@ -424,8 +421,8 @@ const HELD: [Held; 5] = [
         overrides: &[],
         line: "run       run",
         file: "run.lock",
-        end: "the run's directory is as it was",
-        next: "the run begins",
+        end: "the run's directory is unchanged",
+        next: "the run starts at step 0",
     },
     Held {
         point: "sft.step",
@@ -442,7 +439,7 @@ const HELD: [Held; 5] = [
         overrides: TUNED,
         line: "fine-tuning   3/3",
         file: ".reference.partial",
-        end: "interrupted after supervised fine-tuning; --resume goes on from run/reference",
+        end: "interrupted after supervised fine-tuning; --resume continues from run/reference",
         next: "reference run/reference",
     },
     Held {
@@ -577,7 +574,7 @@ fn a_file_size_limit_is_an_error_like_a_full_disk() {
     let output = outer.arg(inner.get_program()).args(inner.get_args()).output().unwrap();
     let text = stderr(&output);
     assert!(output.status.code().is_some() && !output.status.success(), "{:?}: {text}", output.status);
-    assert!(text.contains("training goes on") && text.contains("File too large"), "{text}");
+    assert!(text.contains("training continues") && text.contains("File too large"), "{text}");
 }
 
 #[test]

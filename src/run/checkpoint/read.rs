@@ -1,4 +1,4 @@
-//! Going on from a checkpoint.
+//! Opens a checkpoint and restores a run from it.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,43 +9,43 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use super::sums::Damage;
-use super::{EARLIER_VALUE, FORMAT, Identity, JudgeContents, Lengths, Stored, VALUE, shelf, sums};
+use super::{EARLIER_VALUE, FORMAT, Identity, JudgeContents, Lengths, StoredState, VALUE, store, sums};
 use crate::pipeline::learn::TrainState;
 use crate::pipeline::learn::state::Restored;
 use crate::pipeline::reward::RewardTrainer;
 use crate::rl::ledger::Ledger;
 use crate::util::disk;
 
-/// A checkpoint that is whole.
-pub struct Opened {
+/// A checkpoint whose checksums have been verified.
+pub struct OpenedCheckpoint {
     path: PathBuf,
     config: String,
     judge: JudgeContents,
-    stored: Stored,
+    stored: StoredState,
 }
 
-/// A checkpoint of another format: no damage, but not for this program.
+/// Error for a checkpoint of another format, which is not damaged but cannot be read by this version of the program.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct Unreadable(String);
+pub struct OtherFormat(String);
 
-impl Opened {
-    /// Opens the checkpoint at `path`, once all its checksums are found right.
+impl OpenedCheckpoint {
+    /// Opens the checkpoint at `path` and verifies all its checksums.
     ///
     /// # Errors
-    /// [`Damage`] names the file that is not as it was written; [`Unreadable`] says that the checkpoint is of another format.
-    /// Any other error says that a file could not be read, and nothing about the checkpoint.
+    /// [`Damage`] names the file that differs from the one that was written; [`OtherFormat`] reports another format.
+    /// Any other error means that a file could not be read, and says nothing about the checkpoint.
     pub fn open(path: &Path) -> Result<Self> {
         let found = disk::exists(path)?;
-        ensure!(found, "{} does not exist{}", path.display(), shelf::set_aside_as(path));
+        ensure!(found, "{} does not exist{}", path.display(), store::aside_hint(path));
         let about = path.join("preceptor.json");
         if let Err(error) = sums::verify(path) {
-            // Another format may have no checksums, or others.
+            // Another format may have no checksums, or different ones.
             if error.downcast_ref::<Damage>().is_some() && !disk::exists(&path.join(sums::NAME))? {
                 let text = std::fs::read_to_string(&about).unwrap_or_default();
                 let other: Value = serde_json::from_str(&text).unwrap_or_default();
                 if other["format"].as_u64().is_some_and(|format| format != FORMAT) {
-                    return Err(unreadable(path, &other).into());
+                    return Err(other_format(path, &other).into());
                 }
             }
             return Err(error);
@@ -53,72 +53,73 @@ impl Opened {
         let text = std::fs::read_to_string(&about).map_err(|error| disk::cannot("read", &about, error))?;
         let description: Value = serde_json::from_str(&text).unwrap_or_default();
         if description["format"].as_u64() != Some(FORMAT) {
-            return Err(unreadable(path, &description).into());
+            return Err(other_format(path, &description).into());
         }
         let state = path.join("resume/state.postcard");
         let stored = std::fs::read(&state).map_err(|error| disk::cannot("read", &state, error))?;
-        let stored: Stored = postcard::from_bytes(&stored)
-            .map_err(|error| anyhow!("{} cannot be understood: {error}", state.display()))?;
+        let stored: StoredState =
+            postcard::from_bytes(&stored).map_err(|error| anyhow!("{} cannot be decoded: {error}", state.display()))?;
         ensure!(
-            shelf::step(path).is_none_or(|step| step == stored.learner.step),
-            "{} is the checkpoint of step {}, not of the one that it is named after; rename it to {} or move it away",
+            store::step(path).is_none_or(|step| step == stored.learner.step),
+            "{} is the checkpoint of step {}, which differs from its name; rename it to {} or move it away",
             path.display(),
             stored.learner.step,
-            shelf::name(stored.learner.step)
+            store::name(stored.learner.step)
         );
         let config = path.join("config.toml");
         let config = std::fs::read_to_string(&config).map_err(|error| disk::cannot("read", &config, error))?;
-        // Checkpoints from before it was noted have none.
+        // Earlier versions of the program did not record the judge.
         let judge = serde_json::from_value(description["judge"].clone()).unwrap_or_default();
         Ok(Self { path: path.to_owned(), config, judge, stored })
     }
 
-    /// Where it is.
+    /// Returns the directory of the checkpoint.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its step.
+    /// Returns the step of the checkpoint.
     pub fn step(&self) -> u64 {
         self.stored.learner.step
     }
 
-    /// The configuration that it was written under.
+    /// Returns the configuration under which the checkpoint was written, as TOML.
     pub fn config(&self) -> &str {
         &self.config
     }
 
-    /// Hashes of what its labeler used; empty where the program that wrote it did not note them.
+    /// Returns the hashes of the judge's contents; empty if an earlier version of the program wrote the checkpoint.
     pub fn judge(&self) -> &JudgeContents {
         &self.judge
     }
 
-    /// Bytes of the run's files that belong to it.
+    /// Returns the lengths of the run's files at the checkpoint.
     pub fn lengths(&self) -> Lengths {
         self.stored.lengths
     }
 
-    /// Whether a run of `identity` may go on from it.
+    /// Checks that a run of `identity` may continue from the checkpoint.
     ///
     /// # Errors
-    /// Says what is another.
-    pub fn suits(&self, identity: &Identity) -> Result<()> {
+    /// If the data or the initial policy differ.
+    pub fn check_identity(&self, identity: &Identity) -> Result<()> {
         let place = self.path.display();
         ensure!(
             identity.data == self.stored.identity.data,
-            "the data set is not the one that {place} was trained on; put the old file back, or start a new run from its weights with policy.model = \"{place}\""
+            "the data set is not the one that {place} was trained on; restore the old file, or start a new run from its weights with policy.model = \"{place}\""
         );
         ensure!(
             identity.reference == self.stored.identity.reference,
-            "the model that the policy starts from is not the one that {place} was trained from; put the old one back, or start a new run from its weights with policy.model = \"{place}\""
+            "the model that the policy starts from is not the one that {place} was trained from; restore the old one, or start a new run from its weights with policy.model = \"{place}\""
         );
         Ok(())
     }
 
-    /// Puts learner and reward model into the state of the checkpoint, and gives its ledger.
+    /// Restores the learner and the reward model from the checkpoint, and returns its ledger.
     ///
     /// # Errors
-    /// Names the file and the tensor that do not fit.
+    /// Names the file that cannot be read or the tensor that does not fit; also if only one of run and checkpoint has a
+    /// reward model.
     pub fn restore(&self, state: &mut TrainState, reward_model: Option<&Mutex<RewardTrainer>>) -> Result<Ledger> {
         let exact = self.path.join("resume/policy.safetensors");
         let policy = if exact.exists() { exact } else { self.path.join("model.safetensors") };
@@ -154,13 +155,13 @@ impl Opened {
     }
 }
 
-/// The error of a checkpoint whose `description` names another format.
-fn unreadable(path: &Path, description: &Value) -> Unreadable {
+/// Returns the error for a checkpoint whose `description` names another format.
+fn other_format(path: &Path, description: &Value) -> OtherFormat {
     let (written, program) = match description["format"].as_u64() {
         None => ("an older format".to_owned(), "another version of this program".to_owned()),
         Some(n) => (format!("format {n}"), description["program"].as_str().unwrap_or_default().to_owned()),
     };
-    Unreadable(format!(
+    OtherFormat(format!(
         "{} is in {written}, and this program reads format {FORMAT}; resume with {program}, or start a new run from its weights with policy.model = \"{}\"",
         path.display(),
         path.display()

@@ -1,4 +1,4 @@
-//! Checksums of a directory, in the form that `sha256sum -c SHA256SUMS` reads.
+//! Checksums of a directory, in the format of `sha256sum -c SHA256SUMS`.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -9,10 +9,11 @@ use sha2::{Digest, Sha256};
 
 use crate::util::disk;
 
-/// The file's name.
+/// Name of the file of checksums.
 pub const NAME: &str = "SHA256SUMS";
 
-/// Writes the sums of all files below `dir`, and waits until they and their folders are on the disk. Returns their size.
+/// Writes the checksums of all files below `dir`, and syncs these files and their folders. Returns their total size in
+/// bytes.
 ///
 /// # Errors
 /// Names the file that cannot be read or synced.
@@ -34,14 +35,14 @@ pub fn seal(dir: &Path) -> Result<u64> {
     Ok(bytes + text.len() as u64)
 }
 
-/// A sealed directory that is not as it was written.
+/// Error for a sealed directory that differs from its checksums.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Damage(String);
 
-/// Files that a run is resumed from. One that is there without a checksum is damage, where any other file is somebody's
-/// addition.
-const READ: &[&str] = &[
+/// Files that a run is resumed from. One of these without a checksum counts as damage; any other file without one is an
+/// addition by the user.
+const REQUIRED: &[&str] = &[
     "config.json",
     "config.toml",
     "preceptor.json",
@@ -59,82 +60,83 @@ const READ: &[&str] = &[
     "resume/reward_optimizer.safetensors",
 ];
 
-/// Compares the files below `dir` with their sums. Files that somebody added are left out.
+/// Compares the files below `dir` with their checksums. Files that the user added are ignored.
 ///
 /// # Errors
-/// [`Damage`] where a file is missing or is not what was written. Any other error says that a file could not be read, and
-/// nothing about the directory.
+/// [`Damage`] if a file is missing or differs. Any other error means that a file could not be read, and says nothing
+/// about the directory.
 pub fn verify(dir: &Path) -> Result<()> {
     let path = dir.join(NAME);
-    let known = listed(&path)?;
+    let known = read_list(&path)?;
     for (expected, name) in &known {
         let file = dir.join(name);
-        let (found, _) = sum_of_sealed(&file)?;
-        damaged(found == *expected, || {
+        let (found, _) = sealed_sum(&file)?;
+        ensure_sound(found == *expected, || {
             format!("{} is damaged: its checksum is not the one in {NAME}", file.display())
         })?;
     }
-    for name in READ {
+    for name in REQUIRED {
         let file = dir.join(name);
         let sealed = known.iter().any(|(_, known)| known == name) || !disk::exists(&file)?;
-        damaged(sealed, || format!("{} has no checksum in {NAME}; the list is damaged", file.display()))?;
+        ensure_sound(sealed, || format!("{} has no checksum in {NAME}; the list is damaged", file.display()))?;
     }
     Ok(())
 }
 
-/// The sums and names of the list at `path`.
-fn listed(path: &Path) -> Result<Vec<(String, String)>> {
+/// Returns the checksums and names in the list at `path`.
+fn read_list(path: &Path) -> Result<Vec<(String, String)>> {
     let bytes = match disk::length(path) {
         Ok(Some(_)) => std::fs::read(path).map_err(|error| disk::cannot("read", path, error))?,
         Ok(None) => return Err(Damage(format!("{} is missing; the checkpoint is not complete", path.display())).into()),
         Err(error) => return Err(error),
     };
-    let text = String::from_utf8(bytes).map_err(|_| Damage(format!("{} is damaged: it is no text", path.display())))?;
+    let text =
+        String::from_utf8(bytes).map_err(|_| Damage(format!("{} is damaged: it is not text", path.display())))?;
     let mut known = Vec::new();
     for (i, line) in text.lines().enumerate() {
         let parts = line.split_once("  ").filter(|(_, name)| is_inside(name));
         let (sum, name) =
-            parts.ok_or_else(|| Damage(format!("{} is damaged: its line {} is no checksum", path.display(), i + 1)))?;
+            parts.ok_or_else(|| Damage(format!("{} is damaged: line {} is not a checksum", path.display(), i + 1)))?;
         known.push((sum.to_owned(), name.to_owned()));
     }
-    damaged(!known.is_empty(), || format!("{} is damaged: it is empty", path.display()))?;
+    ensure_sound(!known.is_empty(), || format!("{} is damaged: it is empty", path.display()))?;
     Ok(known)
 }
 
-/// Whether `name` is a file below the directory whose list it is in.
+/// Returns whether `name` is a relative path that stays below the directory.
 fn is_inside(name: &str) -> bool {
     !name.is_empty() && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
-fn damaged(sound: bool, why: impl FnOnce() -> String) -> Result<()> {
+fn ensure_sound(sound: bool, why: impl FnOnce() -> String) -> Result<()> {
     if sound { Ok(()) } else { Err(Damage(why()).into()) }
 }
 
-/// As [`sum`], of a file that was sealed: whatever is there in its place is damage.
-fn sum_of_sealed(path: &Path) -> Result<(String, u64)> {
+/// Returns the checksum and size of a sealed file. Anything but a file at `path` is [`Damage`].
+fn sealed_sum(path: &Path) -> Result<(String, u64)> {
     match std::fs::metadata(path) {
-        Ok(found) => damaged(found.is_file(), || format!("{} is damaged: it is no file", path.display()))?,
+        Ok(found) => ensure_sound(found.is_file(), || format!("{} is damaged: it is not a file", path.display()))?,
         Err(error) if disk::is_absence(&error) => {
             return Err(Damage(format!("{} is damaged: it is missing", path.display())).into());
         }
-        // A name that a flipped bit made too long, or no name at all.
+        // A damaged list may hold a name that is too long or invalid.
         Err(error) if matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidFilename) => {
-            return Err(Damage(format!("{} is damaged: it has no such file", path.display())).into());
+            return Err(Damage(format!("{} is damaged: no file can have this name", path.display())).into());
         }
         Err(error) => return Err(disk::cannot("read", path, error)),
     }
     sum(path)
 }
 
-/// All files below `dir`.
+/// Returns the paths of all files below `dir`.
 ///
 /// # Errors
-/// A folder that cannot be listed.
+/// If a folder cannot be listed.
 pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(walk(dir)?.0)
 }
 
-/// The file's sum and length.
+/// Returns the SHA-256 of a file, in hexadecimal, and its size in bytes.
 fn sum(path: &Path) -> Result<(String, u64)> {
     let mut file = File::open(path).map_err(|error| disk::cannot("read", path, error))?;
     let mut hash = Sha256::new();
@@ -154,12 +156,12 @@ fn sum(path: &Path) -> Result<(String, u64)> {
     Ok((hex(&hash.finalize()), length))
 }
 
-/// As digits.
+/// Formats bytes as hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Files and folders below `dir`, by name.
+/// Returns the files and the folders below `dir`, each sorted by path.
 fn walk(dir: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     let (mut files, mut folders, mut open) = (Vec::new(), Vec::new(), vec![dir.to_owned()]);
     while let Some(folder) = open.pop() {
@@ -185,13 +187,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_changed_missing_or_added_is_named() {
+    fn changed_missing_and_added_files_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
         std::fs::create_dir(dir.path().join("in")).unwrap();
         write("a", "one");
         write("in/b", "two");
-        // Of `printf one | sha256sum` and `printf two | sha256sum`.
+        // Output of `printf one | sha256sum` and `printf two | sha256sum`.
         let expected = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed  a\n\
                         3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3  in/b\n";
         seal(dir.path()).unwrap();
@@ -201,7 +203,7 @@ mod tests {
         write("in/b", "twO");
         assert!(damage().contains("in/b is damaged"), "{}", damage());
         write("in/b", "two");
-        // What somebody added does no harm, unless a run would be resumed from it.
+        // An added file is ignored, unless a run would be resumed from it.
         write("model.gguf", "");
         verify(dir.path()).unwrap();
         std::fs::create_dir(dir.path().join("resume")).unwrap();
@@ -211,13 +213,13 @@ mod tests {
         std::fs::remove_file(dir.path().join("a")).unwrap();
         assert!(damage().contains("a is damaged: it is missing"), "{}", damage());
         std::fs::create_dir(dir.path().join("a")).unwrap();
-        assert!(damage().contains("a is damaged: it is no file"), "{}", damage());
+        assert!(damage().contains("a is damaged: it is not a file"), "{}", damage());
         for text in ["", "x", "7692  /etc/passwd\n", "7692  ../a\n"] {
             write(NAME, text);
             assert!(damage().contains("SHA256SUMS is damaged"), "{text:?}: {}", damage());
         }
         std::fs::write(dir.path().join(NAME), [0xff]).unwrap();
-        assert!(damage().contains("it is no text"), "{}", damage());
+        assert!(damage().contains("it is not text"), "{}", damage());
         std::fs::remove_file(dir.path().join(NAME)).unwrap();
         assert!(damage().contains("SHA256SUMS is missing"), "{}", damage());
     }
@@ -227,7 +229,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a"), "one").unwrap();
         seal(dir.path()).unwrap();
-        // A chain of links without an end, which no user may follow.
+        // A symbolic link to itself, which no user can open.
         std::fs::remove_file(dir.path().join("a")).unwrap();
         std::os::unix::fs::symlink("a", dir.path().join("a")).unwrap();
         let error = verify(dir.path()).unwrap_err();

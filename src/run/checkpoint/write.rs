@@ -1,4 +1,4 @@
-//! What a checkpoint's directory is filled with.
+//! Writes the contents of a checkpoint's directory.
 
 use std::path::Path;
 
@@ -6,33 +6,34 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::json;
 
-use super::{FORMAT, Identity, JudgeContents, Snapshot, Stored, VALUE, sums};
+use super::{FORMAT, Identity, JudgeContents, Snapshot, StoredState, VALUE, sums};
 use crate::config::Config;
 use crate::lm::model::export;
 use crate::lm::tokens::Tokenizer;
 use crate::util::disk;
 use kernels::Frozen;
 
-/// What all checkpoints of a run have in common.
+/// Contents that all checkpoints of a run share.
 pub struct CheckpointFormat {
-    /// The policy's.
+    /// Tokenizer of the policy.
     pub tokenizer: Tokenizer,
-    /// The model that the policy started from, as `transformers` finds it, for its adapters.
+    /// Name of the model that the policy started from, for the configuration of adapters.
     pub base: Option<String>,
-    /// Of the weights that other programs open.
+    /// Number format of the weights that other programs open.
     pub dtype: DType,
-    /// The configuration, resolved, as TOML.
+    /// The resolved configuration, as TOML.
     pub config: String,
-    /// What the run is about.
+    /// Identity of the policy's reference and of the data.
     pub identity: Identity,
-    /// Hashes of what the labeler uses, by key.
+    /// Hashes of the judge's contents, by key.
     pub judge: JudgeContents,
-    /// Name of the figure that the best checkpoint is chosen by.
+    /// Name of the figure that selects the best checkpoint.
     pub best: Option<String>,
 }
 
 impl CheckpointFormat {
-    /// The form of the checkpoints of a run of `config`, whose policy came from `origin`, in words, with its tokenizer.
+    /// Creates the format of a run's checkpoints. `tokenizer` is that of the policy, and `origin` describes where the
+    /// policy was loaded from.
     pub fn new(
         config: &Config,
         (tokenizer, origin): (Tokenizer, &str),
@@ -44,7 +45,7 @@ impl CheckpointFormat {
         Self { tokenizer, base, dtype, config: config.to_toml(), identity, judge, best: config.checkpoint.best.clone() }
     }
 
-    /// Fills `dir`, which is there and empty. Returns the size of what it wrote.
+    /// Writes a checkpoint of `snapshot` to `dir`, an empty directory. Returns its size in bytes.
     ///
     /// # Errors
     /// Names the file that cannot be written.
@@ -77,7 +78,7 @@ impl CheckpointFormat {
                 save(&resume.join("reward_model.safetensors"), &weights)?;
             }
         }
-        let stored = Stored {
+        let stored = StoredState {
             identity: self.identity.clone(),
             learner: learner.counters.clone(),
             reward_model: snapshot.reward_model.as_ref().map(|saved| saved.counters.clone()),
@@ -93,7 +94,7 @@ impl CheckpointFormat {
         sums::seal(dir)
     }
 
-    /// What a person or a program that lists checkpoints wants to know.
+    /// Returns the contents of `preceptor.json`.
     fn description(&self, snapshot: &Snapshot) -> Result<serde_json::Value> {
         use sha2::{Digest, Sha256};
         Ok(json!({
@@ -111,7 +112,7 @@ impl CheckpointFormat {
     }
 }
 
-/// Writes tensors by name.
+/// Writes named tensors to a safetensors file.
 fn save(path: &Path, tensors: &[(String, Frozen)]) -> Result<()> {
     safetensors::serialize_to_file(tensors.iter().map(|(name, one)| (name, one)), None, path)
         .with_context(|| format!("cannot write {}", path.display()))?;

@@ -1,4 +1,4 @@
-//! Writes checkpoints beside the run: whoever hands one over goes on at once.
+//! Writes checkpoints on a separate thread, while the run continues.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,40 +7,41 @@ use std::thread::JoinHandle;
 use anyhow::{Result, anyhow};
 use crossbeam::channel::{Sender, bounded};
 
-use super::{CheckpointFormat, CheckpointStore, Snapshot, Written};
+use super::{CheckpointFormat, CheckpointStore, Snapshot, WrittenCheckpoint};
 
-/// A thread with one checkpoint at a time. While it has one, the next is not taken.
-pub struct Writer {
+/// A thread that writes one checkpoint at a time and refuses the next one meanwhile.
+pub struct CheckpointWriter {
     snapshots: Option<Sender<Snapshot>>,
     busy: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Writer {
-    /// A writer that puts checkpoints of `form` on `shelf`, and says of each how it went.
+impl CheckpointWriter {
+    /// Starts a writer that puts checkpoints of `format` into `store` and their copies into the mirror, and calls
+    /// `report` with each result.
     ///
     /// # Errors
-    /// When the thread cannot be started.
+    /// If the thread cannot be started.
     pub fn start(
-        shelf: Arc<CheckpointStore>,
-        form: Arc<CheckpointFormat>,
-        tell: impl Fn(&Result<Written>) + Send + 'static,
+        store: Arc<CheckpointStore>,
+        format: Arc<CheckpointFormat>,
+        report: impl Fn(&Result<WrittenCheckpoint>) + Send + 'static,
     ) -> Result<Self> {
         let (sender, snapshots) = bounded::<Snapshot>(1);
         let busy = Arc::new(AtomicBool::new(false));
         let working = Arc::clone(&busy);
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
             for snapshot in snapshots {
-                let put = std::panic::AssertUnwindSafe(|| shelf.put(&form, &snapshot));
+                let put = std::panic::AssertUnwindSafe(|| store.put(&format, &snapshot));
                 let mut written = std::panic::catch_unwind(put)
                     .unwrap_or_else(|_| Err(anyhow!("writing the checkpoint of step {} panicked", snapshot.step())));
-                // What it holds of the optimizer is let go before the next step asks.
+                // The next step may then update the optimizer's moments without copying them.
                 drop(snapshot);
-                tell(&written);
-                if let Ok(Written { path, .. }) = &mut written
-                    && let Err(error) = shelf.copy(path)
+                report(&written);
+                if let Ok(WrittenCheckpoint { path, .. }) = &mut written
+                    && let Err(error) = store.copy(path)
                 {
-                    tell(&Err(error));
+                    report(&Err(error));
                 }
                 working.store(false, Ordering::SeqCst);
             }
@@ -48,13 +49,13 @@ impl Writer {
         Ok(Self { snapshots: Some(sender), busy, thread: Some(thread) })
     }
 
-    /// Whether a checkpoint is being written.
+    /// Returns whether a checkpoint is being written.
     pub fn is_busy(&self) -> bool {
         self.busy.load(Ordering::SeqCst)
     }
 
-    /// Hands `snapshot` over; false, and it is dropped, while another is being written.
-    pub fn put(&self, snapshot: Snapshot) -> bool {
+    /// Passes `snapshot` to the writer. Returns false and drops the snapshot while another one is being written.
+    pub fn submit(&self, snapshot: Snapshot) -> bool {
         let Some(snapshots) = &self.snapshots else { return false };
         if self.busy.swap(true, Ordering::SeqCst) {
             return false;
@@ -66,17 +67,17 @@ impl Writer {
         sent
     }
 
-    /// Waits until what was handed over is written.
+    /// Waits until the submitted checkpoint is written.
     pub fn finish(&mut self) {
         self.snapshots = None;
         if let Some(thread) = self.thread.take() {
-            // A panic in it was told when it came.
+            // A panic of the thread was reported when it happened.
             let _ = thread.join();
         }
     }
 }
 
-impl Drop for Writer {
+impl Drop for CheckpointWriter {
     fn drop(&mut self) {
         self.finish();
     }

@@ -22,7 +22,7 @@ pub(super) fn growth(config: &Config, data: &Dataset) -> Result<Vec<String>> {
     let samples: usize = samples.iter().map(|line| line.to_string().len() + 1).sum();
     let journal = if config.checkpoint.journal {
         let groups = config.learner.batch_groups as f64;
-        groups * journal::step(config.run.steps, u64::MAX, std::slice::from_ref(&group))?.len() as f64
+        groups * journal::encode_step(config.run.steps, u64::MAX, std::slice::from_ref(&group))?.len() as f64
     } else {
         0.0
     };

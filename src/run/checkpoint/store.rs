@@ -1,4 +1,4 @@
-//! Where a run's checkpoints stand: which there are, which are kept, and how one comes to be there whole.
+//! The checkpoints of a run: listing, atomic writing, retention, and copies in a mirror.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -6,60 +6,60 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::read::Unreadable;
+use super::read::OtherFormat;
 use super::sums::Damage;
-use super::{CheckpointFormat, Mirror, Opened, Snapshot, WinRates, Written};
+use super::{CheckpointFormat, Mirror, OpenedCheckpoint, Snapshot, WinRates, WrittenCheckpoint};
 use crate::say;
 use crate::util::disk;
 use crate::util::failpoints;
 
-/// What follows the name of a checkpoint whose place a newer one of the same step takes.
+/// Suffix of a checkpoint that is being replaced by a newer one of the same step.
 const REPLACED: &str = ".replaced";
 
-/// Names the file in a run's directory that says that the run has had no checkpoint yet, so that it may be begun again.
+/// Name of the file in a run's directory that marks a run without a checkpoint, which may be started again.
 pub const PENDING: &str = "first-checkpoint.pending";
 
 /// The checkpoint to resume from.
 pub struct Latest {
-    /// The latest one that is complete and undamaged; none where the folder has no checkpoint.
-    pub checkpoint: Option<Opened>,
-    /// Later ones that are damaged.
+    /// The latest undamaged checkpoint; `None` if the folder has no checkpoint.
+    pub checkpoint: Option<OpenedCheckpoint>,
+    /// Damaged checkpoints after it.
     pub damaged: Vec<PathBuf>,
 }
 
-/// Which checkpoint is kept besides the latest ones.
+/// Selection of a checkpoint that is kept in addition to the latest ones.
 #[derive(Debug, Clone)]
-pub enum Best {
-    /// None.
+pub enum BestCheckpoint {
+    /// Keeps no additional checkpoint.
     None,
-    /// The one with the highest figure in its `preceptor.json`.
-    Figure,
-    /// The one with the highest win rate.
-    WinRate(WinRates),
+    /// Keeps the checkpoint with the highest figure in its `preceptor.json`.
+    ByMetric,
+    /// Keeps the checkpoint with the highest win rate, and those under evaluation.
+    ByWinRate(WinRates),
 }
 
-/// A run's `checkpoints` folder.
+/// The `checkpoints` folder of a run.
 pub struct CheckpointStore {
     dir: PathBuf,
-    /// The last ones that are kept.
+    /// Number of latest checkpoints that are kept.
     keep: usize,
-    /// The one that is kept besides.
-    best: Best,
-    /// Where copies go.
+    /// Checkpoint that is kept in addition.
+    best: BestCheckpoint,
+    /// Destination of copies.
     mirror: Option<Mirror>,
 }
 
 impl CheckpointStore {
-    /// Checkpoints under `run_dir/checkpoints`, of which the last `keep` are kept, and the `best`. Of one that was never
-    /// finished, nothing is left.
-    pub fn new(run_dir: &Path, keep: usize, best: Best) -> Self {
+    /// Creates a store for `run_dir/checkpoints` that keeps the last `keep` checkpoints and the `best` one. Removes
+    /// unfinished checkpoints of a killed process.
+    pub fn new(run_dir: &Path, keep: usize, best: BestCheckpoint) -> Self {
         let dir = run_dir.join("checkpoints");
         for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let replaced =
                 name.strip_prefix('.').and_then(|name| name.strip_suffix(REPLACED)).map(|name| dir.join(name));
             let done = match replaced {
-                // The program died between the two renames: the old one is the one that is whole.
+                // The process was killed between the two renames; the replaced checkpoint is the complete one.
                 Some(path) if !path.exists() => std::fs::rename(entry.path(), path),
                 Some(_) => std::fs::remove_dir_all(entry.path()),
                 None if name.ends_with(".partial") => std::fs::remove_dir_all(entry.path()),
@@ -72,42 +72,44 @@ impl CheckpointStore {
         Self { dir, keep: keep.max(1), best, mirror: None }
     }
 
-    /// The same, with copies in `mirror`.
+    /// Sets the mirror that receives copies.
     pub fn mirrored(self, mirror: Option<Mirror>) -> Self {
         Self { mirror, ..self }
     }
 
-    /// The folder.
+    /// Returns the folder of the checkpoints.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Writes `snapshot` aside, syncs it, renames it: whatever happens in between leaves no half of one. It takes the place
-    /// of one of the same step, which knows less of what is under way.
+    /// Writes `snapshot` to a temporary directory, syncs it and renames it, so that an incomplete checkpoint never
+    /// appears under its final name. Replaces a checkpoint of the same step, whose ledger is older. Then removes
+    /// checkpoints that are no longer kept.
     ///
     /// # Errors
-    /// Names what could not be written, with the room it takes.
-    pub fn put(&self, form: &CheckpointFormat, snapshot: &Snapshot) -> Result<Written> {
+    /// If the checkpoint cannot be written. The error names the space that it takes.
+    pub fn put(&self, format: &CheckpointFormat, snapshot: &Snapshot) -> Result<WrittenCheckpoint> {
         let began = Instant::now();
         let name = name(snapshot.step());
-        let (aside, path) = (self.dir.join(format!(".{name}.partial")), self.dir.join(&name));
+        let (partial, path) = (self.dir.join(format!(".{name}.partial")), self.dir.join(&name));
         let write = || -> Result<u64> {
-            if aside.exists() {
-                std::fs::remove_dir_all(&aside).with_context(|| format!("cannot clear {}", aside.display()))?;
+            if partial.exists() {
+                std::fs::remove_dir_all(&partial).with_context(|| format!("cannot clear {}", partial.display()))?;
             }
-            std::fs::create_dir_all(&aside).map_err(|error| disk::cannot("make", &aside, error))?;
+            std::fs::create_dir_all(&partial).map_err(|error| disk::cannot("make", &partial, error))?;
             sync_logs(&snapshot.files)?;
             failpoints::point("checkpoint.fill")?;
-            let bytes = form.fill(&aside, snapshot)?;
+            let bytes = format.fill(&partial, snapshot)?;
             failpoints::point("checkpoint.rename")?;
             let replaced = self.dir.join(format!(".{name}{REPLACED}"));
             if path.exists() {
                 std::fs::rename(&path, &replaced).with_context(|| format!("cannot rename {}", path.display()))?;
             }
-            std::fs::rename(&aside, &path).with_context(|| format!("cannot rename {} into place", aside.display()))?;
+            std::fs::rename(&partial, &path)
+                .with_context(|| format!("cannot rename {} into place", partial.display()))?;
             failpoints::point("checkpoint.renamed")?;
             File::open(&self.dir)?.sync_all().with_context(|| format!("cannot sync {}", self.dir.display()))?;
-            // If one of them stays, it is removed when the run is resumed.
+            // A leftover is removed when the run is resumed.
             let _ = std::fs::remove_dir_all(replaced);
             let _ = std::fs::remove_file(self.dir.with_file_name(PENDING));
             Ok(bytes)
@@ -115,13 +117,13 @@ impl CheckpointStore {
         match write() {
             Ok(bytes) => {
                 self.prune();
-                Ok(Written { path, bytes, took: began.elapsed() })
+                Ok(WrittenCheckpoint { path, bytes, took: began.elapsed() })
             }
             Err(error) => {
-                // What was written aside is of no use; if it cannot be removed either, the first error says more.
-                let _ = std::fs::remove_dir_all(&aside);
-                // Weights, and two moments of each.
-                let need = (snapshot.learner.policy.config().parameters() * (form.dtype.size_in_bytes() + 8)) >> 20;
+                // The first error is more informative than one of this removal.
+                let _ = std::fs::remove_dir_all(&partial);
+                // Weights, and two moments of each in `f32`.
+                let need = (snapshot.learner.policy.config().parameters() * (format.dtype.size_in_bytes() + 8)) >> 20;
                 Err(error.context(format!(
                     "the checkpoint of step {} was not written; it takes about {need} MiB in {}",
                     snapshot.step(),
@@ -134,21 +136,21 @@ impl CheckpointStore {
     /// Copies the checkpoint at `path` to the mirror, if there is one.
     ///
     /// # Errors
-    /// What could not be copied where. The next one is tried anew.
+    /// Names the file and the store. The next checkpoint is copied independently.
     pub fn copy(&self, path: &Path) -> Result<()> {
         self.mirror.as_ref().map_or(Ok(()), |mirror| mirror.put(path, self.keep))
     }
 
-    /// Brings the mirror's latest here, if it is later than what is here.
+    /// Fetches the mirror's latest checkpoint, if it is later than the local ones.
     ///
     /// # Errors
-    /// A mirror that does not answer, or whose copy is damaged.
-    pub fn bring(&self) -> Result<Option<PathBuf>> {
+    /// If the mirror does not respond or its copy is damaged.
+    pub fn fetch_latest(&self) -> Result<Option<PathBuf>> {
         let Some(mirror) = &self.mirror else { return Ok(None) };
         let here = self.all()?.last().and_then(|path| step(path));
-        // One that was set aside here belongs to steps that the run left.
+        // A set-aside checkpoint belongs to steps that the run has discarded.
         let aside = list(&self.dir)?;
-        let left = |there: u64| aside.iter().any(|path| step_set_aside(path) == Some(there));
+        let left = |there: u64| aside.iter().any(|path| step_of_aside(path) == Some(there));
         match mirror.latest()?.filter(|there| Some(*there) > here && !left(*there)) {
             None => Ok(None),
             Some(step) => {
@@ -158,21 +160,20 @@ impl CheckpointStore {
         }
     }
 
-    /// Copies what belongs to the run beside its checkpoints, sealed as they are, to the mirror, if there is one and it has
-    /// no such copy yet.
+    /// Copies another sealed directory of the run to the mirror, unless there is no mirror or it already has a copy.
     ///
     /// # Errors
-    /// What could not be copied where.
-    pub fn copy_beside(&self, path: &Path) -> Result<()> {
+    /// Names the file and the store.
+    pub fn mirror_directory(&self, path: &Path) -> Result<()> {
         let (Some(mirror), Some(name)) = (&self.mirror, path.file_name()) else { return Ok(()) };
         if mirror.has(&name.to_string_lossy())? { Ok(()) } else { mirror.copy(path) }
     }
 
-    /// Brings what stands in the mirror as `path` does here, if it is there and not here.
+    /// Fetches the directory `path` from the mirror, if a copy exists and `path` does not.
     ///
     /// # Errors
-    /// A mirror that does not answer, or whose copy is damaged.
-    pub fn bring_beside(&self, path: &Path) -> Result<Option<PathBuf>> {
+    /// If the mirror does not respond or its copy is damaged.
+    pub fn fetch_directory(&self, path: &Path) -> Result<Option<PathBuf>> {
         let (Some(mirror), Some(name), Some(into)) = (&self.mirror, path.file_name(), path.parent()) else {
             return Ok(None);
         };
@@ -180,34 +181,34 @@ impl CheckpointStore {
         if disk::exists(path)? || !mirror.has(&name)? { Ok(None) } else { mirror.fetch(&name, into).map(Some) }
     }
 
-    /// All that are complete, oldest first.
+    /// Returns the paths of all complete checkpoints, oldest first.
     ///
     /// # Errors
-    /// A folder that is there and cannot be listed.
+    /// If the folder exists but cannot be listed.
     pub fn all(&self) -> Result<Vec<PathBuf>> {
         let mut all: Vec<PathBuf> = list(&self.dir)?.into_iter().filter(|path| step(path).is_some()).collect();
         all.sort_by_key(|path| step(path));
         Ok(all)
     }
 
-    /// The latest that is undamaged. Those after it that are damaged are told, and stay where they are.
+    /// Opens the latest undamaged checkpoint. Damaged ones after it are reported to `report` and not changed.
     ///
     /// # Errors
-    /// Every checkpoint is damaged; one has another format; or one cannot be read, which does not count as damage.
-    pub fn latest(&self, mut tell: impl FnMut(&str)) -> Result<Latest> {
+    /// If all checkpoints are damaged, one has another format, or one cannot be read, which does not count as damage.
+    pub fn latest(&self, mut report: impl FnMut(&str)) -> Result<Latest> {
         let mut damaged = Vec::new();
         let mut last = None;
         for path in self.all()?.into_iter().rev() {
-            match Opened::open(&path) {
+            match OpenedCheckpoint::open(&path) {
                 Ok(opened) => return Ok(Latest { checkpoint: Some(opened), damaged }),
-                // The ones before are of the same format, and a file that cannot be read now can perhaps be read later.
+                // Earlier checkpoints have the same format, and a file that cannot be read now may be readable later.
                 Err(error) if error.downcast_ref::<Damage>().is_none() => {
-                    let other = error.downcast_ref::<Unreadable>().is_some();
-                    let kept = if other { "" } else { "; nothing was changed: mend that, and resume again" };
+                    let other = error.downcast_ref::<OtherFormat>().is_some();
+                    let kept = if other { "" } else { "; nothing was changed: fix this and resume again" };
                     return Err(anyhow!("{error:#}{kept}"));
                 }
                 Err(error) => {
-                    tell(&format!("{error:#}; the checkpoint before it is used"));
+                    report(&format!("{error:#}; the previous checkpoint is used"));
                     damaged.push(path);
                     last = Some(error);
                 }
@@ -216,21 +217,21 @@ impl CheckpointStore {
         match last {
             None => Ok(Latest { checkpoint: None, damaged }),
             Some(error) => Err(error.context(format!(
-                "no checkpoint in {} can be used, and nothing was changed; put an undamaged copy back, or move the run's directory away to begin again",
+                "no checkpoint in {} can be used, and nothing was changed; restore an undamaged copy, or move the run's directory away to start again",
                 self.dir.display()
             ))),
         }
     }
 
-    /// The ones after `step`, oldest first.
+    /// Returns the paths of the checkpoints after the step `after`, oldest first.
     ///
     /// # Errors
-    /// As [`Self::all`].
-    pub fn later(&self, than: u64) -> Result<Vec<PathBuf>> {
-        Ok(self.all()?.into_iter().filter(|path| step(path) > Some(than)).collect())
+    /// See [`Self::all`].
+    pub fn later(&self, after: u64) -> Result<Vec<PathBuf>> {
+        Ok(self.all()?.into_iter().filter(|path| step(path) > Some(after)).collect())
     }
 
-    /// Removes all but the last few and the best. One that cannot be removed only costs room.
+    /// Removes all checkpoints except the latest ones and the best one. A failure is logged, since it costs only space.
     fn prune(&self) {
         let all = match self.all() {
             Ok(all) => all,
@@ -239,12 +240,12 @@ impl CheckpointStore {
         let old = &all[..all.len().saturating_sub(self.keep)];
         let steps: Vec<u64> = all.iter().filter_map(|path| step(path)).collect();
         let kept = match &self.best {
-            Best::None => Vec::new(),
-            Best::Figure => {
+            BestCheckpoint::None => Vec::new(),
+            BestCheckpoint::ByMetric => {
                 let figures: Vec<Option<f64>> = all.iter().map(|path| figure(path)).collect();
                 best(&figures).map(|i| steps[i]).into_iter().collect()
             }
-            Best::WinRate(win_rates) => win_rates.kept(&steps),
+            BestCheckpoint::ByWinRate(win_rates) => win_rates.retained(&steps),
         };
         for path in old.iter().filter(|path| step(path).is_some_and(|step| !kept.contains(&step))) {
             tracing::debug!("{} is no longer kept", path.display());
@@ -255,15 +256,15 @@ impl CheckpointStore {
     }
 }
 
-/// Out of the way first, so that no half of it is ever seen under its name.
+/// Renames a directory before it removes it, so that an incomplete one never has the name of a checkpoint.
 fn remove(path: &Path) -> std::io::Result<()> {
-    let aside = path.with_file_name(format!(".{}.partial", path.file_name().unwrap_or_default().to_string_lossy()));
-    std::fs::rename(path, &aside)?;
-    std::fs::remove_dir_all(aside)
+    let partial = path.with_file_name(format!(".{}.partial", path.file_name().unwrap_or_default().to_string_lossy()));
+    std::fs::rename(path, &partial)?;
+    std::fs::remove_dir_all(partial)
 }
 
-/// Waits until the logs at `paths` are on the disk. Where one was removed or moved away during the run, the checkpoint is
-/// written all the same: it is all that is left.
+/// Syncs the log files at `paths`. A file that was removed during the run is skipped with a message, because the
+/// checkpoint is more important.
 fn sync_logs(paths: &[PathBuf]) -> Result<()> {
     let mut there = Vec::new();
     for path in paths {
@@ -279,7 +280,7 @@ fn sync_logs(paths: &[PathBuf]) -> Result<()> {
 /// Returns the paths of the entries of the folder `dir`; an empty list if the folder does not exist.
 ///
 /// # Errors
-/// A folder that cannot be listed.
+/// If the folder cannot be listed.
 pub fn list(dir: &Path) -> Result<Vec<PathBuf>> {
     let cannot = |error| disk::cannot("list", dir, error);
     match std::fs::read_dir(dir) {
@@ -289,12 +290,12 @@ pub fn list(dir: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// Returns a free name in the folder of the checkpoint at `path`, under which it can be set aside for a reason such as
-/// "superseded".
+/// Returns an unused path next to the checkpoint at `path` to which it can be renamed, with a reason such as
+/// "superseded" in its name.
 ///
 /// # Errors
-/// A name that cannot be looked at.
-pub fn name_aside(path: &Path, why: &str) -> Result<PathBuf> {
+/// If a path cannot be checked.
+pub fn aside_path(path: &Path, why: &str) -> Result<PathBuf> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     for n in 1u64.. {
         let to = path.with_file_name(format!("{name}.{why}-{n}"));
@@ -302,32 +303,33 @@ pub fn name_aside(path: &Path, why: &str) -> Result<PathBuf> {
             return Ok(to);
         }
     }
-    Err(anyhow!("no name is free beside {}", path.display()))
+    Err(anyhow!("no name is free next to {}", path.display()))
 }
 
-/// The step of a checkpoint that was set aside, from its name.
-pub fn step_set_aside(path: &Path) -> Option<u64> {
+/// Returns the step of a set-aside checkpoint, parsed from its name.
+pub fn step_of_aside(path: &Path) -> Option<u64> {
     let (name, why) = path.file_name()?.to_str()?.split_once('.')?;
     let (why, n) = why.split_once('-')?;
     let known = ["superseded", "damaged"].contains(&why) && n.parse::<u64>().is_ok();
     known.then(|| step(Path::new(name))).flatten()
 }
 
-/// Where the checkpoint that was at `path` may be now, for an error; empty where nobody knows.
-pub(super) fn set_aside_as(path: &Path) -> String {
+/// Returns a hint for an error message, with the paths to which the checkpoint at `path` was set aside; empty if there
+/// are none.
+pub(super) fn aside_hint(path: &Path) -> String {
     let (Some(dir), Some(own)) = (path.parent(), step(path)) else { return String::new() };
-    let aside = list(dir).unwrap_or_default().into_iter().filter(|path| step_set_aside(path) == Some(own));
+    let aside = list(dir).unwrap_or_default().into_iter().filter(|path| step_of_aside(path) == Some(own));
     let mut aside: Vec<String> = aside.map(|path| path.display().to_string()).collect();
     aside.sort();
     if aside.is_empty() { String::new() } else { format!("; it was set aside as {}", aside.join(" and as ")) }
 }
 
-/// What the checkpoint of `step` is called.
+/// Returns the directory name of the checkpoint of `step`.
 pub fn name(step: u64) -> String {
     format!("step-{step:06}")
 }
 
-/// The step of a checkpoint's directory, if it is one.
+/// Returns the step of a checkpoint, parsed from its directory name; `None` for other names.
 pub fn step(path: &Path) -> Option<u64> {
     let digits = path.file_name()?.to_str()?.strip_prefix("step-")?;
     digits.bytes().all(|digit| digit.is_ascii_digit()).then(|| digits.parse().ok()).flatten()
@@ -338,7 +340,7 @@ fn figure(path: &Path) -> Option<f64> {
     serde_json::from_str::<serde_json::Value>(&text).ok()?["best"]["value"].as_f64()
 }
 
-/// The place of the highest figure; of equal ones the later.
+/// Returns the index of the highest figure; of equal ones the last.
 fn best(figures: &[Option<f64>]) -> Option<usize> {
     let known = figures.iter().enumerate().filter_map(|(i, figure)| figure.map(|figure| (i, figure)));
     known.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(i, _)| i)
@@ -351,32 +353,32 @@ mod tests {
     #[test]
     fn the_last_and_the_best_are_kept() {
         let dir = tempfile::tempdir().unwrap();
-        let shelf = CheckpointStore::new(dir.path(), 2, Best::Figure);
+        let store = CheckpointStore::new(dir.path(), 2, BestCheckpoint::ByMetric);
         for (step, value) in [(1, 0.5), (2, 0.9), (3, 0.1), (10, 0.2), (1_000_000, 0.3)] {
-            let path = shelf.dir().join(name(step));
+            let path = store.dir().join(name(step));
             std::fs::create_dir_all(&path).unwrap();
             std::fs::write(path.join("preceptor.json"), format!("{{\"best\": {{\"value\": {value}}}}}")).unwrap();
         }
-        std::fs::create_dir_all(shelf.dir().join("step-000004.damaged-1")).unwrap();
-        shelf.prune();
-        let steps: Vec<u64> = shelf.all().unwrap().iter().filter_map(|path| step(path)).collect();
+        std::fs::create_dir_all(store.dir().join("step-000004.damaged-1")).unwrap();
+        store.prune();
+        let steps: Vec<u64> = store.all().unwrap().iter().filter_map(|path| step(path)).collect();
         assert_eq!(steps, [2, 10, 1_000_000]);
-        assert_eq!(shelf.later(9).unwrap().len(), 2);
-        let later = shelf.dir().join(name(10));
-        std::fs::rename(&later, name_aside(&later, "superseded").unwrap()).unwrap();
-        assert!(shelf.dir().join("step-000010.superseded-1").exists());
-        assert!(name_aside(&later, "superseded").unwrap().ends_with("step-000010.superseded-2"));
-        assert!(set_aside_as(&later).ends_with("step-000010.superseded-1"), "{}", set_aside_as(&later));
-        std::fs::remove_dir_all(shelf.dir().join(name(1_000_000))).unwrap();
-        let plain = CheckpointStore::new(dir.path(), 1, Best::None);
+        assert_eq!(store.later(9).unwrap().len(), 2);
+        let later = store.dir().join(name(10));
+        std::fs::rename(&later, aside_path(&later, "superseded").unwrap()).unwrap();
+        assert!(store.dir().join("step-000010.superseded-1").exists());
+        assert!(aside_path(&later, "superseded").unwrap().ends_with("step-000010.superseded-2"));
+        assert!(aside_hint(&later).ends_with("step-000010.superseded-1"), "{}", aside_hint(&later));
+        std::fs::remove_dir_all(store.dir().join(name(1_000_000))).unwrap();
+        let plain = CheckpointStore::new(dir.path(), 1, BestCheckpoint::None);
         std::fs::create_dir_all(plain.dir().join(name(3))).unwrap();
         std::fs::create_dir_all(plain.dir().join(".step-000005.partial")).unwrap();
         plain.prune();
         assert_eq!(plain.all().unwrap(), [plain.dir().join(name(3))]);
-        // A program that died while it replaced one left the old one beside, or both.
+        // A process that was killed while it replaced a checkpoint left the old one, or both.
         std::fs::create_dir_all(plain.dir().join(".step-000007.replaced")).unwrap();
         std::fs::create_dir_all(plain.dir().join(".step-000003.replaced")).unwrap();
-        CheckpointStore::new(dir.path(), 1, Best::None);
+        CheckpointStore::new(dir.path(), 1, BestCheckpoint::None);
         let names: Vec<String> = std::fs::read_dir(plain.dir())
             .unwrap()
             .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())

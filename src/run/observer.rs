@@ -1,4 +1,5 @@
-//! Told of every learner step: writes files, sets metrics, moves the bar, stops the graph when asked to.
+//! The observer of learner steps: writes files and checkpoints, sets metrics, updates the progress bar, and halts the
+//! graph.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -8,7 +9,7 @@ use anyhow::Result;
 use preceptor_actors::GraphHandle;
 use serde_json::Value;
 
-use super::evaluation::{Evaluator, Put};
+use super::evaluation::{Evaluator, Submission};
 use super::files::RunFiles;
 use super::guard::Guard;
 use super::supervise::Stop;
@@ -20,22 +21,22 @@ use crate::pipeline::learn::{Done, Observer};
 use crate::pipeline::learn::{StepRecord, TrainState};
 use crate::pipeline::reward::RewardTrainer;
 use crate::rl::ledger::Book;
-use crate::run::checkpoint::{Snapshot, WinRates, Writer};
+use crate::run::checkpoint::{CheckpointWriter, Snapshot, WinRates};
 use crate::say;
 use crate::types::Rewarded;
 use crate::util::process::{resident_bytes, unix_seconds};
 
-/// How long a checkpoint that could not be written waits for its next try.
+/// Pause before a failed checkpoint is retried.
 const RETRY: Duration = Duration::from_secs(30);
 
-/// The observer of a training run.
+/// Observer of a training run.
 pub(super) struct RunObserver {
     pub(super) files: Arc<Mutex<RunFiles>>,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
     pub(super) book: Book,
-    pub(super) due: Due,
-    pub(super) writer: Writer,
-    /// Evaluates, where the run asks for it.
+    pub(super) schedule: CheckpointSchedule,
+    pub(super) writer: CheckpointWriter,
+    /// The evaluator, if the run has evaluations.
     pub(super) evaluator: Option<Evaluator>,
     pub(super) steps: u64,
     pub(super) batch_groups: u64,
@@ -45,40 +46,40 @@ pub(super) struct RunObserver {
     pub(super) stop: Stop,
     pub(super) began: Instant,
     pub(super) step: u64,
-    /// Whether the run is healthy.
+    /// Checks the health of the run.
     pub(super) guard: Guard,
-    /// Why a bound of the configuration stopped the run, if one did.
+    /// Bound of the configuration that stopped the run.
     pub(super) stopped: Option<String>,
-    /// The win rates of the evaluations.
+    /// Win rates of the evaluations.
     pub(super) win_rates: WinRates,
-    /// Evaluations without a higher win rate after which the run ends; 0 for never.
+    /// Number of evaluations without a higher win rate after which the run ends; 0 for no limit.
     pub(super) patience: u64,
-    /// Why the run ends before its last step although nothing is wrong: the win rate does not rise any more.
+    /// Reason for which the run ends early without a failure: the win rate has stopped rising.
     pub(super) unimproved: Option<String>,
-    /// The figures that the mode is meant to raise.
+    /// Names of the figures that the mode is meant to raise.
     pub(super) objectives: &'static [&'static str],
-    /// Their course so far: one list for each.
-    pub(super) courses: Vec<Vec<f64>>,
+    /// Values of each objective by step.
+    pub(super) histories: Vec<Vec<f64>>,
 }
 
-/// When the next checkpoint is due.
-pub(super) struct Due {
+/// Schedule of checkpoints during training.
+pub(super) struct CheckpointSchedule {
     every_steps: u64,
     every: Option<Duration>,
-    /// The figure that the best one is chosen by.
+    /// Name of the figure that selects the best checkpoint, unless it is the win rate.
     best: Option<String>,
-    /// Whether each step that is evaluated has one.
+    /// Whether each evaluated step gets a checkpoint.
     evaluated: bool,
-    /// When the last one was taken.
+    /// Time of the last checkpoint.
     pub(super) last: Instant,
-    /// Values of the figure since then.
+    /// Values of the figure since the last checkpoint.
     figures: Vec<f64>,
-    /// Whether the last one could not be written.
+    /// Set if the last checkpoint could not be written.
     pub(super) failed: Arc<AtomicBool>,
 }
 
-impl Due {
-    /// As `config` says, counted from now; `failed` is set by whoever writes them.
+impl CheckpointSchedule {
+    /// Creates the schedule of `config`, starting now. The writer of checkpoints sets `failed`.
     pub(super) fn new(config: &Config, failed: Arc<AtomicBool>) -> Self {
         let minutes = config.checkpoint.every_minutes;
         Self {
@@ -99,7 +100,7 @@ impl Due {
             || (self.failed.load(Ordering::SeqCst) && since >= RETRY)
     }
 
-    /// Mean of the figure over the steps since the last one.
+    /// Returns the mean of the figure over the steps since the last checkpoint.
     pub(super) fn figure(&self) -> Option<f64> {
         let n = self.figures.len() as f64;
         Some(self.figures.iter().sum::<f64>() / n).filter(|mean| mean.is_finite())
@@ -127,36 +128,37 @@ impl Observer for RunObserver {
         let written = self.files().step(&record, done);
         if let Err(error) = written {
             telemetry::disk_error();
-            self.say(&format!("{error:#}; training goes on"));
+            self.log(&format!("{error:#}; training continues"));
         }
-        self.judge_health(&record, done.batch);
-        if let Some(best) = &self.due.best {
-            self.due.figures.push(record.get(best));
+        self.check_health(&record, done.batch);
+        if let Some(best) = &self.schedule.best {
+            self.schedule.figures.push(record.get(best));
         }
-        self.courses.resize_with(self.objectives.len(), Vec::new);
-        for (name, course) in self.objectives.iter().zip(&mut self.courses) {
-            course.push(record.get(name));
+        self.histories.resize_with(self.objectives.len(), Vec::new);
+        for (name, history) in self.objectives.iter().zip(&mut self.histories) {
+            history.push(record.get(name));
         }
         if let Some(progress) = self.progress.get() {
-            let text = line(&record, self.steps, done.batch, self.win_rates.latest());
+            let text = step_line(&record, self.steps, done.batch, self.win_rates.latest());
             progress.step(&text, &Value::Object(record.0.clone()));
         }
-        let put = self.evaluator.as_ref().map_or(Put::NotDue, |one| one.put(state.step, state.published()));
-        if put == Put::Busy {
-            self.say(&format!("step {} is not evaluated: the evaluation before is still under way", state.step));
+        let submission =
+            self.evaluator.as_ref().map_or(Submission::NotDue, |one| one.submit(state.step, state.published()));
+        if submission == Submission::Busy {
+            self.log(&format!("skipping the evaluation of step {}: the previous one is still running", state.step));
         }
-        self.unimproved = self.win_rates.exhausted(self.patience);
-        let due = self.due.is_due(state.step) || (self.due.evaluated && put == Put::Taken);
+        self.unimproved = self.win_rates.patience_exhausted(self.patience);
+        let due = self.schedule.is_due(state.step) || (self.schedule.evaluated && submission == Submission::Accepted);
         if due && state.step < self.steps && !self.writer.is_busy() {
-            // Training goes on without it: it is tried again, and the end of the run insists.
+            // A failed checkpoint is retried, and the end of the run writes one.
             if let Err(error) = self.checkpoint(state) {
                 telemetry::disk_error();
-                self.due.failed.store(true, Ordering::SeqCst);
-                self.say(&format!("no checkpoint of step {}: {error:#}; training goes on", state.step));
+                self.schedule.failed.store(true, Ordering::SeqCst);
+                self.log(&format!("no checkpoint of step {}: {error:#}; training continues", state.step));
             }
-            self.due.last = Instant::now();
+            self.schedule.last = Instant::now();
         }
-        if (self.stop.asked() || self.stopped.is_some() || self.unimproved.is_some())
+        if (self.stop.is_requested() || self.stopped.is_some() || self.unimproved.is_some())
             && let Some(graph) = self.graph.get()
         {
             graph.halt();
@@ -165,48 +167,48 @@ impl Observer for RunObserver {
     }
 
     fn nonfinite(&mut self, step: u64, batch: &[Rewarded]) {
-        let saved = self.files().nonfinite(step, batch);
+        let saved = self.files().save_nonfinite(step, batch);
         let text = match saved {
             Ok(path) => format!("its batch is in {}", path.display()),
             Err(error) => format!("its batch could not be saved: {error:#}"),
         };
-        self.say(&format!("step {step}: loss or gradient is not finite; the weights stay as they were; {text}"));
+        self.log(&format!("step {step}: loss or gradient is not finite; the weights are unchanged; {text}"));
     }
 }
 
 impl RunObserver {
-    /// Holds a step against the bounds of `[guard]`: logs warnings, sets the metrics, and notes why the run has to stop.
-    fn judge_health(&mut self, record: &StepRecord, batch: &[Rewarded]) {
+    /// Checks a step against the bounds of `[guard]`: logs warnings, sets the metrics, and records a reason to stop.
+    fn check_health(&mut self, record: &StepRecord, batch: &[Rewarded]) {
         let found = self.guard.step(&record.0, batch);
         for name in Guard::NAMES {
             telemetry::guard(name, self.guard.exceeded(name));
         }
         self.monitor.health(self.guard.reasons(), Guard::NAMES.into_iter().filter(|name| self.guard.exceeded(name)));
         for warning in &found.warnings {
-            self.say(&format!("warning: {warning}"));
+            self.log(&format!("warning: {warning}"));
         }
         self.stopped = found.stop.or_else(|| self.stopped.take());
     }
 
-    /// Hands a snapshot of the run to the writer.
+    /// Passes a snapshot of the run to the writer.
     fn checkpoint(&mut self, state: &TrainState) -> Result<()> {
         let began = Instant::now();
         let snapshot = self.snapshot(state)?;
         telemetry::snapshot_took(began.elapsed());
-        self.due.failed.store(false, Ordering::SeqCst);
-        if self.writer.put(snapshot) {
-            self.due.figures.clear();
+        self.schedule.failed.store(false, Ordering::SeqCst);
+        if self.writer.submit(snapshot) {
+            self.schedule.figures.clear();
         }
         Ok(())
     }
 
-    /// The run as it is; the caller holds `state`.
+    /// Takes a snapshot of the run. The caller holds the lock of `state`.
     pub(super) fn snapshot(&self, state: &TrainState) -> Result<Snapshot> {
         let files = self.files().lengths()?;
-        Snapshot::take(state, self.reward_model.as_deref(), &self.book, files, self.due.figure())
+        Snapshot::take(state, self.reward_model.as_deref(), &self.book, files, self.schedule.figure())
     }
 
-    /// As [`Self::snapshot`], once everything that waits for the run's files is written.
+    /// Takes a snapshot after all pending bytes of the run's files are written.
     pub(super) fn last_snapshot(&self, state: &TrainState) -> Result<Snapshot> {
         self.files().flush()?;
         self.snapshot(state)
@@ -216,20 +218,20 @@ impl RunObserver {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn say(&self, text: &str) {
+    fn log(&self, text: &str) {
         if let Some(progress) = self.progress.get() {
             progress.line(text);
         }
     }
 
-    /// Says whether the mode's objectives rose: the first quarter of the run against the last, with standard errors.
-    pub(super) fn rise(&self) {
-        for (name, course) in self.objectives.iter().zip(&self.courses) {
-            let quarter = course.len() / 4;
-            if quarter < 2 || course.iter().any(|value| !value.is_finite()) {
+    /// Logs the change of each objective from the first to the last quarter of the steps, with standard errors.
+    pub(super) fn log_objectives(&self) {
+        for (name, history) in self.objectives.iter().zip(&self.histories) {
+            let quarter = history.len() / 4;
+            if quarter < 2 || history.iter().any(|value| !value.is_finite()) {
                 continue;
             }
-            let (first, last) = (moments(&course[..quarter]), moments(&course[course.len() - quarter..]));
+            let (first, last) = (moments(&history[..quarter]), moments(&history[history.len() - quarter..]));
             let error = first.1.hypot(last.1);
             say!(
                 "{:<9} first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
@@ -248,7 +250,7 @@ impl RunObserver {
     }
 }
 
-/// Mean and its standard error.
+/// Returns the mean and its standard error.
 fn moments(values: &[f64]) -> (f64, f64) {
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
@@ -256,15 +258,15 @@ fn moments(values: &[f64]) -> (f64, f64) {
     (mean, (variance / n).sqrt())
 }
 
-/// The line of a step; `evaluated` is the latest win rate with its step.
-fn line(record: &StepRecord, steps: u64, batch: &[Rewarded], evaluated: Option<(u64, f64)>) -> String {
+/// Formats the log line of a step; `evaluated` is the latest win rate with its step.
+fn step_line(record: &StepRecord, steps: u64, batch: &[Rewarded], evaluated: Option<(u64, f64)>) -> String {
     let reasons = || batch.iter().filter_map(|group| group.masked.as_deref());
     let (masked, of) = (reasons().count(), batch.len());
     if masked == of
         && let Some(why) = reasons().next()
     {
         return format!(
-            "step {:>3}/{steps}  learned nothing: all {of} groups are masked, the first since {why}",
+            "step {:>3}/{steps}  learned nothing: all {of} groups are masked, the first because {why}",
             record.get("step")
         );
     }

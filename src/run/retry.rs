@@ -1,4 +1,4 @@
-//! Writing that is tried again while the disk is full.
+//! Retries of failed writes, for example while the disk is full.
 
 use std::time::{Duration, Instant};
 
@@ -9,15 +9,15 @@ use super::supervise::new_signal;
 use crate::observe::telemetry;
 use crate::say;
 
-/// The pauses between tries grow from the first to the last of these.
+/// First and longest pause between attempts; each pause is twice the previous one.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
 
-/// Makes `attempt` again and again until it succeeds, `retry_s` seconds are over, or a new signal gives up. To be called on a
-/// thread that may block, within a tokio runtime.
+/// Calls `attempt` until it succeeds, `retry_s` seconds have passed, or a signal arrives. Blocks the thread; must be
+/// called within a tokio runtime.
 ///
 /// # Errors
-/// That of the last attempt.
-pub(super) fn insist<T>(retry_s: f64, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+/// Returns the error of the last attempt.
+pub(super) fn retry_write<T>(retry_s: f64, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let until = Instant::now() + Duration::from_secs_f64(retry_s);
     let mut pause = PAUSES[0];
     loop {
@@ -29,7 +29,7 @@ pub(super) fn insist<T>(retry_s: f64, mut attempt: impl FnMut() -> Result<T>) ->
         if Instant::now() >= until {
             return Err(error);
         }
-        say!("{error:#}; it is tried again in {} s; Ctrl-C gives up", pause.as_secs());
+        say!("{error:#}; retrying in {} s; Ctrl-C gives up", pause.as_secs());
         let given_up = Handle::current().block_on(async {
             tokio::select! {
                 () = tokio::time::sleep(pause) => false,
