@@ -36,7 +36,7 @@ use crate::observe::telemetry;
 use crate::pipeline::topology::MakeLabeler;
 use crate::pipeline::topology::labelers::labeler;
 use crate::run::checkpoint::Written;
-use crate::say;
+use crate::status;
 use crate::util::signals;
 use evaluation::Evaluated;
 use resume::Accepted;
@@ -116,7 +116,7 @@ fn announce(
         };
         match progress.get() {
             Some(progress) => progress.line(&text),
-            None => say!("{text}"),
+            None => status!("{text}"),
         }
     }
 }
@@ -150,7 +150,7 @@ fn announce_evaluation(told: Result<Evaluated>, progress: &OnceLock<Progress>, m
     };
     match progress.get() {
         Some(progress) => progress.line(&text),
-        None => say!("{text}"),
+        None => status!("{text}"),
     }
 }
 

@@ -23,7 +23,7 @@ use crate::pipeline::generate::stop::Stop;
 use crate::pipeline::reward::RewardModel;
 use crate::pipeline::setup::{LabelerBench, budget, labeler_bench, prompt_format, rows};
 use crate::rl::statistics::Table;
-use crate::say;
+use crate::status;
 use crate::tools::evaluate::alignment::{Alignment, alignment, variants};
 use crate::tools::evaluate::answers::answers;
 use crate::tools::evaluate::harmless::{Rated, check_labeler, harmless_rate};
@@ -192,7 +192,7 @@ impl AlignmentArgs {
         let config = self.config.load_judge()?;
         let variants = before_work(|| variants(&config, self.variants.as_deref()))?;
         for (name, why) in &variants.left_out {
-            say!("left out: {name}: {why}");
+            status!("left out: {name}: {why}");
         }
         // Pairs of equal answers are kept, because the table has a column for them.
         let options = PairOptions { keep_equal: true, ..pair_options(&config, true) };
@@ -205,7 +205,7 @@ impl AlignmentArgs {
         chosen.truncate(self.limit.unwrap_or(usize::MAX));
         let with_cot = self.cot_limit.unwrap_or(usize::MAX);
         let job = Alignment { pairs, chosen, with_cot, variants: variants.possible, attacked: self.attacks };
-        say!("{}", job.announcement());
+        status!("{}", job.announcement());
         let bench = bench(&config)?;
         let title = format!("AI labeler alignment on {}", self.input);
         self.shown.print(&alignment(&bench, &job, &title)?.tables())

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::input;
 use crate::pipeline::data::corrupt::corrupt;
 use crate::pipeline::data::{Notes, PromptFormat};
-use crate::say;
+use crate::status;
 use crate::util::exit::before_work;
 
 /// Timeout of a model hub's answers, in seconds.
@@ -95,7 +95,7 @@ impl Pairs {
             written += 1;
         }
         out.flush()?;
-        say!("{written} pairs in {} ({left_out} rows skipped: no worse answer found)", self.output.display());
+        status!("{written} pairs in {} ({left_out} rows skipped: no worse answer found)", self.output.display());
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use clap::Args;
 
 use crate::out;
 use crate::run::replay::replay;
-use crate::say;
+use crate::status;
 
 /// Arguments of `preceptor replay`.
 #[derive(Debug, Args)]
@@ -31,7 +31,7 @@ impl Replay {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let tell = |step: u64| {
             if step.is_multiple_of(10) {
-                say!("step {step}: weights match the run's");
+                status!("step {step}: weights match the run's");
             }
         };
         let replayed = runtime.block_on(replay(&self.run, self.until, self.output, tell))?;

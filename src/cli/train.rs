@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::ConfigArgs;
 use crate::run;
-use crate::say;
+use crate::status;
 use crate::util::exit::Ended;
 use crate::util::signals::Interrupted;
 
@@ -57,7 +57,7 @@ impl Train {
             let text = format!("interrupted after {} steps; --resume continues the run", summary.steps);
             return Err(Interrupted { signal, text }.into());
         }
-        say!("done after {} steps", summary.steps);
+        status!("done after {} steps", summary.steps);
         Ok(())
     }
 }

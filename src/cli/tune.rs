@@ -12,7 +12,7 @@ use crate::out;
 use crate::pipeline::setup::prepare;
 use crate::rl::statistics::Table as Report;
 use crate::rl::statistics::table::Cell;
-use crate::say;
+use crate::status;
 use crate::tools::tune::live::Live;
 use crate::tools::tune::plan::Plan;
 use crate::tools::tune::{Machine, NOTICEABLE, Reach, Tuned, tune};
@@ -48,15 +48,15 @@ impl Tune {
         let output = self.output.unwrap_or_else(|| self.config.config.with_extension("tuned.toml"));
         let priced = config.labeler.methods.iter().any(|method| method.remote.is_some());
         if priced {
-            say!("note      measuring buys labels from the remote judge; they are kept in the label cache");
+            status!("note      measuring buys labels from the remote judge; they are kept in the label cache");
         }
         let prepared = before_work(|| prepare(&config, true))?;
         let mut machine = Live::new(&config, prepared, Duration::from_secs_f64(self.seconds))?;
         let facts = machine.facts();
         let configured = Plan::of(&config);
-        say!("machine   {} cores; {}", facts.cores, configured.describe(&facts));
+        status!("machine   {} cores; {}", facts.cores, configured.describe(&facts));
         let reach = Reach { trials: self.trials, sizes: self.sizes };
-        let tuned = tune(&mut machine, &configured, reach, |text| say!("measuring {text}"))?;
+        let tuned = tune(&mut machine, &configured, reach, |text| status!("measuring {text}"))?;
         let mut table = Report::new(
             "completions per second",
             &[("allocation", ""), ("predicted", ""), ("measured", ""), ("against configured", "")],

@@ -122,7 +122,7 @@ mod export {
 
     impl Exports {
         pub(super) fn open(_run: &str) -> Result<Option<Self>> {
-            crate::say!("note      traces are not sent: this program was built without --features otel");
+            crate::status!("note      traces are not sent: this program was built without --features otel");
             Ok(None)
         }
 

@@ -16,7 +16,7 @@ use crate::observe::telemetry;
 use crate::pipeline::learn::publish::publish;
 use crate::pipeline::topology::Node;
 use crate::run::checkpoint::{CheckpointFormat, CheckpointStore};
-use crate::say;
+use crate::status;
 use crate::util::exit::Ended;
 
 /// How long the end of a run waits for an evaluation under way.
@@ -64,12 +64,12 @@ impl Conclusion {
         lock(&self.watcher).writer.finish();
         let (step, written) = self.write();
         if let Ok(path) = &written {
-            say!("checkpoint {}", path.display());
+            status!("checkpoint {}", path.display());
         }
         match outcome {
             Outcome::Failed { stage, error, restarts, .. } => {
                 if let Err(error) = written {
-                    say!("{error:#}");
+                    status!("{error:#}");
                 }
                 self.tell_masked();
                 if self.node.prepared.budget.as_ref().is_some_and(|budget| budget.exhausted()) {
@@ -93,7 +93,7 @@ impl Conclusion {
                     .into());
                 }
                 if let Some(why) = lock(&self.watcher).unimproved.take().filter(|_| step < self.node.config.run.steps) {
-                    say!(
+                    status!(
                         "ended early at step {step}: {why}; --resume with a larger evaluation.patience continues the run"
                     );
                 }
@@ -114,7 +114,7 @@ impl Conclusion {
     /// Tells how many groups were masked and why, if any was.
     fn tell_masked(&self) {
         if let Some(summary) = lock(&self.watcher).guard.summary() {
-            say!("{summary}");
+            status!("{summary}");
         }
     }
 
@@ -158,7 +158,7 @@ impl Conclusion {
     fn copied(&self, path: PathBuf) -> PathBuf {
         if let Err(error) = self.shelf.copy(&path) {
             telemetry::disk_error();
-            say!("{error:#}; the original is in {}", path.display());
+            status!("{error:#}; the original is in {}", path.display());
         }
         let run = lock(&lock(&self.watcher).files).dir().to_owned();
         reference::copy(&run, &self.shelf);

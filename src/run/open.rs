@@ -17,7 +17,7 @@ use crate::pipeline::topology::learning::{adam, lora, value_model};
 use crate::pipeline::topology::reward_trainer;
 use crate::rl::ledger::Book;
 use crate::run::checkpoint::{Best, CheckpointStore, Identity, Lengths, Mirror, Opened, WinRates, shelf};
-use crate::say;
+use crate::status;
 use crate::util::disk;
 
 /// Locks the directory of the run that `from` names, and completes what a killed process began in it.
@@ -97,9 +97,9 @@ pub(super) fn open(config: &Config, dir: RunDir, from: &From, win_rates: WinRate
                 shelf.bring_beside(&reference::place(dir.path()))?
             };
             for brought in shelf.bring()?.into_iter().chain(reference) {
-                say!("brought   {}", brought.display());
+                status!("brought   {}", brought.display());
             }
-            let latest = shelf.latest(|line| say!("{line}"))?;
+            let latest = shelf.latest(|line| status!("{line}"))?;
             if latest.checkpoint.is_none() {
                 begin::check(dir.path())?;
             }
@@ -144,14 +144,14 @@ impl Start {
                     }
                 };
                 for path in set_aside {
-                    say!("set aside {}", path.display());
+                    status!("set aside {}", path.display());
                 }
             }
         }
         for path in &tuned.damaged {
             let to = shelf::name_aside(path, "damaged")?;
             std::fs::rename(path, &to).map_err(|error| disk::cannot("rename", path, error))?;
-            say!("set aside {}", to.display());
+            status!("set aside {}", to.display());
         }
         let step = self.checkpoint.as_ref().map_or(0, Opened::step);
         RunFiles::open(config, self.dir, lengths, step)

@@ -32,7 +32,7 @@ use crate::run::checkpoint::shelf::Latest;
 use crate::run::checkpoint::{
     Best, CheckpointFormat, CheckpointStore, Identity, JudgeContents, Opened, Snapshot, Writer,
 };
-use crate::say;
+use crate::status;
 use crate::util::disk;
 use crate::util::exit::Ended;
 use crate::util::signals::Interrupted;
@@ -112,15 +112,15 @@ pub(super) fn resume_fine_tuning(
     run: &Path,
     accepted: &Accepted,
 ) -> Result<(Option<Opened>, Vec<PathBuf>)> {
-    let Latest { checkpoint: half, damaged } = shelf(run).latest(|line| say!("{line}"))?;
+    let Latest { checkpoint: half, damaged } = shelf(run).latest(|line| status!("{line}"))?;
     if let Some(half) = &half {
         half.suits(base)?;
-        say!("resuming  {}", half.path().display());
+        status!("resuming  {}", half.path().display());
         let place = run.join(FINE_TUNING);
         let changes = resume::compare(half, config, accepted)
             .map_err(|error| anyhow!("{error:#}; or remove {} to fine-tune from the beginning", place.display()))?;
         for change in changes {
-            say!("{}", change.line());
+            status!("{}", change.line());
         }
     }
     Ok((half, damaged))
@@ -193,7 +193,7 @@ impl Tuning {
         match insist(retry_s, || shelf.put(form, &self.snapshot(&state)?)) {
             Ok(written) => Some(written.path),
             Err(error) => {
-                say!("{error:#}");
+                status!("{error:#}");
                 None
             }
         }

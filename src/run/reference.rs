@@ -16,7 +16,7 @@ use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::learning::lora;
 use crate::run::checkpoint::sums::{self, Damage};
 use crate::run::checkpoint::{CheckpointStore, Identity};
-use crate::say;
+use crate::status;
 use crate::util::disk;
 use crate::util::failpoints;
 
@@ -127,7 +127,7 @@ pub(super) fn copy(run: &Path, shelf: &CheckpointStore) {
         && let Err(error) = shelf.copy_beside(&path)
     {
         telemetry::disk_error();
-        say!("{error:#}; the original is in {}, and the end of the run tries again", path.display());
+        status!("{error:#}; the original is in {}, and the end of the run tries again", path.display());
     }
 }
 
@@ -153,7 +153,7 @@ impl Reference {
         policy = policy.to_dtype(precision::dtype(config.policy.dtype))?;
         policy.checkpoint_activations(config.learner.activation_checkpointing);
         let identity = policy.weights().fingerprint()?;
-        say!("reference {}", self.path.display());
+        status!("reference {}", self.path.display());
         Ok(Prepared { policy: Some(Arc::new(policy)), identity, ..prepared })
     }
 }

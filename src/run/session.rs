@@ -30,7 +30,7 @@ use crate::pipeline::setup::{Prepared, budget, prepare_within};
 use crate::pipeline::topology::{MakeLabeler, Node};
 use crate::run::checkpoint::{CheckpointFormat, CheckpointStore, Identity, JudgeContents, Opened, WinRates, Writer};
 use crate::run::controller::{AdjustableLimits, Controller};
-use crate::say;
+use crate::status;
 use crate::tools::check;
 use crate::util::exit::refusal;
 use crate::util::limit::AdjustableLimit;
@@ -72,9 +72,9 @@ impl OpenedRun {
         upkeep(Arc::clone(&monitor));
         if config.serve.enabled {
             let bound = serve(&config.serve, token, Arc::clone(&monitor)).await?;
-            say!("serving   http://{bound}/  /metrics  /status  /healthz  /readyz");
+            status!("serving   http://{bound}/  /metrics  /status  /healthz  /readyz");
         }
-        say!("run       {}", dir.path().display());
+        status!("run       {}", dir.path().display());
         monitor.phase("opening the run");
         let (settings, win_rates) = (config.clone(), WinRates::default());
         let begins = from == From::Latest;
@@ -87,12 +87,12 @@ impl OpenedRun {
         let compared = start.checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose();
         let changes = compared.map_err(refusal)?.unwrap_or_default();
         if let Some(checkpoint) = &start.checkpoint {
-            say!("resuming  {}", checkpoint.path().display());
+            status!("resuming  {}", checkpoint.path().display());
             for change in &changes {
-                say!("{}", change.line());
+                status!("{}", change.line());
             }
         } else if begins && !phases::is_under_way(start.dir.path())? {
-            say!("resuming  no checkpoint yet; the run begins");
+            status!("resuming  no checkpoint yet; the run begins");
         }
         Ok(Self { config, accepted, stop, monitor, budget, win_rates, start, changes })
     }
@@ -112,7 +112,7 @@ impl OpenedRun {
         })
         .await
         .map_err(refusal)?;
-        say!(
+        status!(
             "policy    {} ({:.1} M parameters), {} prompts, ready in {:.1} s",
             prepared.origin,
             prepared.policy().weights().parameters() as f64 / 1e6,
@@ -120,16 +120,16 @@ impl OpenedRun {
             began.elapsed().as_secs_f64()
         );
         for line in check::shortages(&config, &prepared).map_err(refusal)? {
-            say!("{line}");
+            status!("{line}");
         }
         let judge = resume::judge_contents(&config, &prepared)?;
         if let Some(checkpoint) = &start.checkpoint {
             for change in resume::compare_judge(checkpoint, &judge, &accepted).map_err(refusal)? {
-                say!("{}", change.line());
+                status!("{}", change.line());
                 changes.push(change);
             }
             for key in accepted.unused(&changes) {
-                say!("accepted  {key}: nothing to accept, it is as it was");
+                status!("accepted  {key}: nothing to accept, it is as it was");
             }
         }
         monitor.on(prepared.policy().device());
@@ -237,7 +237,7 @@ impl LoadedRun {
         if let Some(step) = resumed
             && step >= config.run.steps
         {
-            say!("the run has its {} steps already; raise run.steps to go on", config.run.steps);
+            status!("the run has its {} steps already; raise run.steps to go on", config.run.steps);
         }
         let start = state.step;
         let published = Arc::clone(state.published());
@@ -387,7 +387,7 @@ impl Session {
         let concluded = self.conclusion(Arc::default()).conclude(outcome).await;
         self.monitor.finish().await;
         if let Err(error) = lock(&self.files).last_metrics(&self.monitor.metrics_text()) {
-            say!("{error:#}");
+            status!("{error:#}");
         }
         concluded
     }
@@ -436,7 +436,7 @@ fn write_warmed_up(
         Err(error) => {
             telemetry::disk_error();
             lock(observer).due.failed.store(true, Ordering::SeqCst);
-            say!("{error:#}; training continues, and it is tried again");
+            status!("{error:#}; training continues, and it is tried again");
             None
         }
     }

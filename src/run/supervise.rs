@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::observe::monitor::Monitor;
 use crate::observe::progress::Progress;
 use crate::observe::telemetry;
-use crate::say;
+use crate::status;
 use crate::util::signals::{self, Interrupted};
 
 /// Whether a signal asked the run to stop. All phases of a run share one.
@@ -142,7 +142,7 @@ async fn leaves(stop: &Stop, what: &str) {
     const GRACE: Duration = Duration::from_secs(2);
     new_signal().await;
     stop.ask();
-    say!("{what} is being written; press Ctrl-C again to leave it, and the steps since the one before");
+    status!("{what} is being written; press Ctrl-C again to leave it, and the steps since the one before");
     new_signal().await;
     tokio::time::sleep(GRACE).await;
 }

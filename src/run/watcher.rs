@@ -21,7 +21,7 @@ use crate::pipeline::learn::{StepRecord, TrainState};
 use crate::pipeline::reward::RewardTrainer;
 use crate::rl::ledger::Book;
 use crate::run::checkpoint::{Snapshot, WinRates, Writer};
-use crate::say;
+use crate::status;
 use crate::types::Rewarded;
 use crate::util::process::{resident_bytes, unix_seconds};
 
@@ -231,7 +231,7 @@ impl RunObserver {
             }
             let (first, last) = (moments(&course[..quarter]), moments(&course[course.len() - quarter..]));
             let error = first.1.hypot(last.1);
-            say!(
+            status!(
                 "{:<9} first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
                 match *name {
                     "score/mean" => "score",

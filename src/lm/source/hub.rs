@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::dataset::{self, Choice};
 use super::{ModelFiles, ResolveOptions};
-use crate::say;
+use crate::status;
 use crate::util::read_bounded;
 use cache::{Cache, Kind, is_inside};
 use client::Client;
@@ -193,7 +193,7 @@ impl Download {
         let client = Client::new(&hub.endpoint, hub.token, kind, repo, revision, options.timeout)?;
         let bar = bar(options.progress);
         if options.progress && bar.is_hidden() {
-            say!("fetching {repo} from the hub");
+            status!("fetching {repo} from the hub");
         }
         Ok(Self { cache, client, bar, patience: options.timeout })
     }

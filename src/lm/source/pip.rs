@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::wheel::MOST;
 use super::{ResolveOptions, Unavailable};
-use crate::say;
+use crate::status;
 use crate::util::read_bounded;
 
 /// Error names in pip's output which show that an index cannot be reached.
@@ -147,7 +147,7 @@ fn bar(requirement: &str, shown: bool) -> ProgressBar {
     if !bar.is_hidden() {
         bar.enable_steady_tick(Duration::from_millis(250));
     } else if shown {
-        say!("fetching {requirement} by pip");
+        status!("fetching {requirement} by pip");
     }
     bar
 }
