@@ -15,7 +15,6 @@
 //!
 //! Goals: every wait has an owner whose death ends it; an edge neither loses nor duplicates items; a person can see
 //! which stage waits for which. Non-goals: many machines, work stealing between stages, ordering across workers.
-//! waits for whom. Non-goals: many machines, work stealing between stages, ordering across workers.
 
 pub mod backoff;
 mod builder;

@@ -203,7 +203,7 @@ fn are_plain<'a>(x: &Tensor, linears: impl IntoIterator<Item = &'a Linear>) -> R
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.matrix.beside(linear(x, &self.matrix.weight, self.narrow.as_deref())?, x)
+        self.matrix.add_bias_and_adapter(linear(x, &self.matrix.weight, self.narrow.as_deref())?, x)
     }
 }
 
