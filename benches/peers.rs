@@ -144,7 +144,7 @@ impl Subject {
             "q8_0" => Some(Format::Q8),
             other => bail!("{other:?} is none of f32, bf16, q8_0"),
         };
-        let weights = &format.map_or(Ok(Arc::clone(weights)), |format| weights.narrowed(format).map(Arc::new))?;
+        let weights = &format.map_or(Ok(Arc::clone(weights)), |format| weights.quantized(format).map(Arc::new))?;
         let prompts: Vec<Vec<u32>> = (0..width.div_ceil(GROUP)).map(|k| self.words(k, PROMPT)).collect();
         let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
         let requests = || -> Vec<Request> {

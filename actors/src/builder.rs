@@ -283,13 +283,13 @@ impl View {
                 to: to.clone(),
                 depth: account.depth(),
                 capacity: account.capacity,
-                items: load(&account.put.items),
-                refused: load(&account.put.refused),
-                send_blocked_s: Account::seconds(&account.put.blocked),
-                recv_blocked_s: Account::seconds(&account.taken.blocked),
-                high_water: load(&account.put.high_water),
+                items: load(&account.sent.items),
+                refused: load(&account.sent.refused),
+                send_blocked_s: Account::seconds(&account.sent.blocked),
+                recv_blocked_s: Account::seconds(&account.received.blocked),
+                high_water: load(&account.sent.high_water),
                 age_s: account.age(now).as_secs_f64(),
-                waited_s: Account::seconds(&account.taken.waited),
+                waited_s: Account::seconds(&account.received.waited),
             }
         };
         self.edges.iter().map(report).collect()

@@ -118,7 +118,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn show(&self, view: Arc<View>) {
+    pub(crate) fn set_view(&self, view: Arc<View>) {
         *self.view.lock().unwrap_or_else(PoisonError::into_inner) = Some(view);
     }
 
@@ -130,17 +130,17 @@ impl Shared {
         self.restarts.load(Ordering::SeqCst)
     }
 
-    pub(crate) fn restarted(&self) {
+    pub(crate) fn count_restart(&self) {
         self.restarts.fetch_add(1, Ordering::SeqCst);
     }
 
-    pub(crate) fn tell(&self, event: GraphEvent) {
+    pub(crate) fn publish(&self, event: GraphEvent) {
         // Without subscribers the event is lost.
         let _ = self.events.send(event);
     }
 
     pub(crate) fn finish(&self, outcome: Outcome) {
-        self.tell(GraphEvent::Ended(outcome.clone()));
+        self.publish(GraphEvent::Ended(outcome.clone()));
         self.outcome.send_replace(Some(outcome));
     }
 }

@@ -165,7 +165,7 @@ impl Tokenizer {
 
     /// Adds the token with which the chat template ends an answer to those that end a completion.
     fn with_turn_end(mut self) -> Self {
-        self.turn_end = self.found_turn_end();
+        self.turn_end = self.detect_turn_end();
         if let Some(end) = self.turn_end.filter(|end| !self.special.eos.contains(end)) {
             self.special.eos.push(end);
             // The end token is one more control token.

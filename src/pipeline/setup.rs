@@ -507,7 +507,7 @@ fn check_ends(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
             tokenizer.vocab_size()
         );
     }
-    if let Some(end) = tokenizer.end_by_template_alone() {
+    if let Some(end) = tokenizer.template_end_token() {
         tracing::warn!(
             "the policy's config.json, generation_config.json and tokenizer name no end token; completions end with {end:?}, which its chat template writes after an answer"
         );

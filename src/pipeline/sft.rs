@@ -52,7 +52,7 @@ impl FineTune {
     /// Adds the gradient of one reference. Returns its summed loss and number of tokens.
     fn learn(&self, state: &mut TrainState, prompt: &Prompt) -> Result<(f64, usize)> {
         let text = prompt.reference.as_ref().ok_or_else(|| anyhow!("line {} has no reference", prompt.row + 1))?;
-        let (kept, mut ids) = self.tokenizer.encode_behind(&prompt.ids, text)?;
+        let (kept, mut ids) = self.tokenizer.encode_after(&prompt.ids, text)?;
         ids.extend(self.tokenizer.end(self.chat));
         // A reference beyond the context is truncated to its beginning.
         ids.truncate(state.config().context.saturating_sub(kept));

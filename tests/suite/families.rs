@@ -224,7 +224,7 @@ fn check_behaviour(r: Reference) {
     // With reduced precision it samples from a similar distribution, with 16 bits from that of the rounded matrices;
     // the number of slots has no effect either.
     for (format, near, bound) in [(Format::Bf16, rounded(&model), 1e-4), (Format::Q8, (*model).clone(), 0.3)] {
-        let narrow = Arc::new(model.narrowed(format).unwrap());
+        let narrow = Arc::new(model.quantized(format).unwrap());
         let alone = |slots: usize| {
             let mut engine = Engine::new(&sampling, slots);
             engine.submit(0, Request::new(&long, vec![1, 2, 3]), &r.config).unwrap();

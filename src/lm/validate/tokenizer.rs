@@ -95,7 +95,7 @@ fn check(json: &[u8]) -> Result<()> {
         Err(error) => {
             let other: Value = serde_json::from_slice(json).context("it is not JSON")?;
             if let Some(kind) = other["model"]["type"].as_str() {
-                readable(kind)?;
+                check_model_type(kind)?;
             }
             return Err(error).context("it is not a description of a tokenizer");
         }
@@ -109,7 +109,7 @@ fn check(json: &[u8]) -> Result<()> {
         let parts = parts(name, part)?;
         let grown = parts.iter().try_fold(1usize, |grown, part| {
             let kind = kind(name, part)?;
-            let factor = sound(name, kind, part).with_context(|| format!("in its {name} {kind}"))?;
+            let factor = check_component(name, kind, part).with_context(|| format!("in its {name} {kind}"))?;
             anyhow::Ok(grown.saturating_mul(factor))
         })?;
         ensure!(grown <= MOST_GROWTH, "its {name} may turn one byte into more than {MOST_GROWTH}");
@@ -139,7 +139,7 @@ pub fn check_added(content: &str, lstrip: bool) -> Result<()> {
 }
 
 /// Checks that a tokenizer's model of the type `kind` can be read.
-fn readable(kind: &str) -> Result<()> {
+fn check_model_type(kind: &str) -> Result<()> {
     ensure!(
         ["BPE", "WordPiece", "WordLevel"].contains(&kind),
         "its model is of type {kind}; these can be read: BPE, WordPiece, WordLevel"
@@ -150,7 +150,7 @@ fn readable(kind: &str) -> Result<()> {
 impl Model {
     fn check(&self) -> Result<()> {
         let kind = self.kind.as_deref().unwrap_or(if self.merges.is_empty() { "WordPiece" } else { "BPE" });
-        readable(kind)?;
+        check_model_type(kind)?;
         for (content, id) in &self.vocab {
             token(content, *id)?;
         }
@@ -172,10 +172,10 @@ impl Model {
                 Merge::Line(line) if i == 0 && line.starts_with("#version") => continue,
                 Merge::Line(line) => line.split_once(' '),
             };
-            let whole = pair.map(|(left, right)| format!("{left}{right}"));
+            let merged = pair.map(|(left, right)| format!("{left}{right}"));
             ensure!(
-                whole.as_ref().is_some_and(|whole| self.vocab.contains_key(whole)),
-                "merge {} of its model makes {whole:?}, which is not one of its tokens",
+                merged.as_ref().is_some_and(|merged| self.vocab.contains_key(merged)),
+                "merge {} of its model makes {merged:?}, which is not one of its tokens",
                 i + 1
             );
         }
@@ -237,7 +237,7 @@ fn kind<'a>(name: &str, part: &'a Value) -> Result<&'a str> {
 }
 
 /// Checks one component, and returns the factor by which it may lengthen a text.
-fn sound(name: &str, kind: &str, part: &Value) -> Result<usize> {
+fn check_component(name: &str, kind: &str, part: &Value) -> Result<usize> {
     match (name, kind) {
         (_, "Replace") => {
             let length = part["content"].as_str().map_or(0, str::len);

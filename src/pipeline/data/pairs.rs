@@ -130,8 +130,8 @@ impl PairSet {
 pub fn group(seq: u64, pair: &PreferencePair, format: &PromptFormat, tokenizer: &Tokenizer) -> Result<Group> {
     let ids = format.encode_dialogue(&pair.dialogue, tokenizer)?;
     ensure!(!ids.is_empty(), "the prompt has no tokens");
-    let (first_kept, first) = tokenizer.encode_behind(&ids, &pair.first)?;
-    let (second_kept, second) = tokenizer.encode_behind(&ids, &pair.second)?;
+    let (first_kept, first) = tokenizer.encode_after(&ids, &pair.first)?;
+    let (second_kept, second) = tokenizer.encode_after(&ids, &pair.second)?;
     // Both answers must follow the same tokens.
     let kept = first_kept.min(second_kept);
     let completion = |text: &str, own: usize, behind: Vec<u32>| {

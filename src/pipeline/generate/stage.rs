@@ -205,7 +205,7 @@ impl LiveWeights {
             // The publisher computed a fingerprint, so all kernels that write the weights have completed.
             let model = self.copies.of(&snapshot.value)?;
             self.reader.acknowledge(&snapshot, model.weights().fingerprint()?);
-            let model = self.format.map_or(Ok(model.clone()), |format| model.narrowed(format).map(Arc::new))?;
+            let model = self.format.map_or(Ok(model.clone()), |format| model.quantized(format).map(Arc::new))?;
             self.running = Some((snapshot.version, model));
         }
         self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))

@@ -75,19 +75,19 @@ fn pair_of_texts(pair: &Value) -> Result<(String, String), Error> {
 }
 
 fn json(state: &State, value: &Plain, formatter: impl Formatter) -> Result<String> {
-    let mut out = Paid { state, bytes: Vec::new() };
+    let mut out = FuelWriter { state, bytes: Vec::new() };
     value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))?;
     Ok(String::from_utf8(out.bytes)?)
 }
 
 /// Writer that consumes fuel for its output: a list that contains another one twice, and so on, is short to build and
 /// huge to write.
-struct Paid<'a, 'template, 'env> {
+struct FuelWriter<'a, 'template, 'env> {
     state: &'a State<'template, 'env>,
     bytes: Vec<u8>,
 }
 
-impl io::Write for Paid<'_, '_, '_> {
+impl io::Write for FuelWriter<'_, '_, '_> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         self.state.consume_fuel((buffer.len() as u64).div_ceil(BYTES_PER_STEP)).map_err(io::Error::other)?;
         self.bytes.extend_from_slice(buffer);
