@@ -84,15 +84,15 @@ impl ConfigArgs {
     /// Loads the configuration for a command that only uses the judge. `run.name`, `run.steps`, `policy.model` and
     /// `data.path` may be missing.
     fn load_judge(&self) -> anyhow::Result<Config> {
-        let spared = &["run.name", "run.steps", "policy.model", "data.path"];
-        Ok(crate::config::load_sparing(&self.config, &self.overrides, spared)?)
+        let optional = &["run.name", "run.steps", "policy.model", "data.path"];
+        Ok(crate::config::load_partial(&self.config, &self.overrides, optional)?)
     }
 
     /// Loads the configuration for a command that uses the judge and the prompts of `[data]`. `run.name`, `run.steps`
     /// and `policy.model` may be missing.
     fn load_prompts(&self) -> anyhow::Result<Config> {
-        let spared = &["run.name", "run.steps", "policy.model"];
-        Ok(crate::config::load_sparing(&self.config, &self.overrides, spared)?)
+        let optional = &["run.name", "run.steps", "policy.model"];
+        Ok(crate::config::load_partial(&self.config, &self.overrides, optional)?)
     }
 }
 

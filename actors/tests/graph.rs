@@ -48,10 +48,10 @@ fn run(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let handle = spawn_graph(options, build);
-        let mut events = handle.subscribe();
+        let mut subscription = handle.subscribe();
         let mut events = Vec::new();
         loop {
-            match events.recv().await.unwrap() {
+            match subscription.recv().await.unwrap() {
                 GraphEvent::Started { incarnation } => {
                     events.push(GraphEvent::Started { incarnation });
                     if incarnation == 0 {
@@ -63,7 +63,7 @@ fn run(
         }
         meanwhile(&handle);
         let outcome = handle.wait().await;
-        while let Ok(event) = events.try_recv() {
+        while let Ok(event) = subscription.try_recv() {
             events.push(event);
         }
         Ran { outcome, events, handle }

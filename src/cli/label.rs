@@ -88,7 +88,7 @@ impl Label {
             gave_up: Arc::default(),
         };
         let file = Arc::new(Mutex::new(file));
-        let whole = annotate(job, file.clone());
+        let is_complete = annotate(job, file.clone());
         let file = file.lock().unwrap_or_else(PoisonError::into_inner);
         file.finish();
         let totals = file.totals();
@@ -112,7 +112,7 @@ impl Label {
                 totals.orders[0]
             );
         }
-        if !whole? {
+        if !is_complete? {
             return Err(Interrupted::new("interrupted; run the same command again to continue").into());
         }
         match &totals.first_failure {

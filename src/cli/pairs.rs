@@ -81,16 +81,19 @@ impl Pairs {
             if self.limit.is_some_and(|limit| written >= limit) {
                 break;
             }
-            let Some(made) = corrupt(&texts, i, self.seed) else {
+            let Some(corrupted) = corrupt(&texts, i, self.seed) else {
                 left_out += 1;
                 continue;
             };
             let (prompt, reference) = (&texts[i].0, texts[i].1.as_str());
-            let (first, second) =
-                if made.better_first { (reference, made.worse.as_str()) } else { (made.worse.as_str(), reference) };
-            let preference = f64::from(u8::from(made.better_first));
+            let (first, second) = if corrupted.better_first {
+                (reference, corrupted.worse.as_str())
+            } else {
+                (corrupted.worse.as_str(), reference)
+            };
+            let preference = f64::from(u8::from(corrupted.better_first));
             let pair = json!({ "prompt": prompt, "first": first, "second": second, "preference": preference,
-                "kind": made.kind.name() });
+                "kind": corrupted.kind.name() });
             writeln!(out, "{pair}")?;
             written += 1;
         }

@@ -15,7 +15,7 @@ use crate::rl::statistics::table::Cell;
 use crate::status;
 use crate::tools::tune::live::Live;
 use crate::tools::tune::plan::Plan;
-use crate::tools::tune::{Machine, NOTICEABLE, Reach, Tuned, tune};
+use crate::tools::tune::{Machine, NOTICEABLE, SearchScope, Tuned, tune};
 use crate::util::exit::before_work;
 
 /// Arguments of `preceptor tune`.
@@ -55,7 +55,7 @@ impl Tune {
         let facts = machine.facts();
         let configured = Plan::of(&config);
         status!("machine   {} cores; {}", facts.cores, configured.describe(&facts));
-        let reach = Reach { trials: self.trials, sizes: self.sizes };
+        let reach = SearchScope { trials: self.trials, sizes: self.sizes };
         let tuned = tune(&mut machine, &configured, reach, |text| status!("measuring {text}"))?;
         let mut table = Report::new(
             "completions per second",

@@ -74,8 +74,8 @@ pub trait Labeler: Send {
     /// Returns an identifier of the judge's model.
     fn model(&self) -> u64;
 
-    /// Registers a liveness callback; see [`backend::Backend::attend`].
-    fn attend(&self, _name: &str, _alive: &Alive) {}
+    /// Registers a liveness callback; see [`backend::Backend::register_liveness`].
+    fn register_liveness(&self, _name: &str, _alive: &Alive) {}
 
     /// Returns whether failures have been waited out already; see [`backend::Backend::waits`].
     fn waits(&self) -> bool {

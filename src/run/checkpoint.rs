@@ -37,7 +37,7 @@ pub use writer::Writer;
 use crate::pipeline::learn::{TrainState, state};
 use crate::pipeline::reward::RewardTrainer;
 use crate::pipeline::reward::trainer;
-use crate::rl::ledger::{Book, Ledger};
+use crate::rl::ledger::{Ledger, SharedLedger};
 use crate::util::failpoints;
 
 /// The format that this program writes, and the only one that it reads.
@@ -97,7 +97,7 @@ impl Snapshot {
     pub fn take(
         state: &TrainState,
         reward_model: Option<&Mutex<RewardTrainer>>,
-        book: &Book,
+        book: &SharedLedger,
         (lengths, files): (Lengths, Vec<PathBuf>),
         figure: Option<f64>,
     ) -> Result<Self> {

@@ -15,7 +15,7 @@ use crate::pipeline::reward::RewardTrainer;
 use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::learning::{adam, lora, value_model};
 use crate::pipeline::topology::reward_trainer;
-use crate::rl::ledger::Book;
+use crate::rl::ledger::SharedLedger;
 use crate::run::checkpoint::{Best, CheckpointStore, Identity, Lengths, Mirror, Opened, WinRates, shelf};
 use crate::status;
 use crate::util::disk;
@@ -192,7 +192,7 @@ pub(super) fn tuned(config: &Config, base: &Identity, start: &Start, accepted: &
 pub(super) struct Learning {
     pub(super) state: TrainState,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
-    pub(super) book: Book,
+    pub(super) book: SharedLedger,
 }
 
 /// Makes what learns, and restores it from `checkpoint`.
@@ -208,8 +208,8 @@ pub(super) fn learning(config: &Config, prepared: &Prepared, checkpoint: Option<
     let mut state = TrainState::new(prepared.policy(), adam(config), value, lora(config).as_ref())?;
     let reward_model = reward_trainer(config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer)));
     let book = match checkpoint {
-        None => Book::default(),
-        Some(checkpoint) => Book::new(checkpoint.restore(&mut state, reward_model.as_deref())?),
+        None => SharedLedger::default(),
+        Some(checkpoint) => SharedLedger::new(checkpoint.restore(&mut state, reward_model.as_deref())?),
     };
     Ok(Learning { state, reward_model, book })
 }

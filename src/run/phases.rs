@@ -27,7 +27,7 @@ use crate::pipeline::setup::Prepared;
 use crate::pipeline::sft::SftObserver;
 use crate::pipeline::topology::learning::{adam, lora};
 use crate::pipeline::topology::{Node, wire_fine_tuning};
-use crate::rl::ledger::Book;
+use crate::rl::ledger::SharedLedger;
 use crate::run::checkpoint::shelf::Latest;
 use crate::run::checkpoint::{
     Best, CheckpointFormat, CheckpointStore, Identity, JudgeContents, Opened, Snapshot, Writer,
@@ -171,7 +171,7 @@ impl Tuning {
     /// Fine-tuning as it is; the caller holds `state`.
     fn snapshot(&self, state: &TrainState) -> Result<Snapshot> {
         let files = lock(&self.notes.files).lengths()?;
-        Snapshot::take(state, None, &Book::default(), files, None)
+        Snapshot::take(state, None, &SharedLedger::default(), files, None)
     }
 
     /// Writes how far it came, unless the weights are half updated or held by a learner that did not stop.

@@ -446,7 +446,7 @@ fn write_warmed_up(
 /// `rollout.slots`, and concurrent requests to the first judge on a server.
 fn adjustable_limits(config: &Config, prepared: &Prepared) -> AdjustableLimits {
     let asked = prepared.instruments.iter().find_map(|judge| match judge {
-        JudgeBackend::Asked(backend) => backend.knob(),
+        JudgeBackend::Asked(backend) => backend.concurrency_limit(),
         JudgeBackend::Model(_) | JudgeBackend::Cached { .. } | JudgeBackend::Embedder(_) => None,
     });
     let rollout = AdjustableLimit::new(config.rollout.group_size, config.rollout.slots);

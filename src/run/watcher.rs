@@ -19,7 +19,7 @@ use crate::observe::telemetry;
 use crate::pipeline::learn::{Done, Observer};
 use crate::pipeline::learn::{StepRecord, TrainState};
 use crate::pipeline::reward::RewardTrainer;
-use crate::rl::ledger::Book;
+use crate::rl::ledger::SharedLedger;
 use crate::run::checkpoint::{Snapshot, WinRates, Writer};
 use crate::status;
 use crate::types::Rewarded;
@@ -32,7 +32,7 @@ const RETRY: Duration = Duration::from_secs(30);
 pub(super) struct RunObserver {
     pub(super) files: Arc<Mutex<RunFiles>>,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
-    pub(super) book: Book,
+    pub(super) book: SharedLedger,
     pub(super) due: Due,
     pub(super) writer: Writer,
     /// Evaluates, where the run asks for it.

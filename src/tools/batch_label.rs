@@ -203,7 +203,7 @@ impl Stage for Label {
     type Out = Vec<Annotation>;
 
     fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
-        self.labeler.attend(ctx.name(), &sign_of_life(ctx));
+        self.labeler.register_liveness(ctx.name(), &sign_of_life(ctx));
         Ok(())
     }
 
@@ -240,13 +240,13 @@ impl Stage for Take {
     type Out = ();
 
     fn process(&mut self, item: Item<Self::In>, _out: &Emitter<'_, ()>) -> StageResult<()> {
-        let taken: Vec<usize> = item.body.iter().map(|one| one.question).collect();
+        let stored: Vec<usize> = item.body.iter().map(|one| one.question).collect();
         self.out
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take(item.body)
             .map_err(preceptor_actors::StageError::fatal)?;
-        self.left.lock().unwrap_or_else(PoisonError::into_inner).retain(|i| !taken.contains(i));
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).retain(|i| !stored.contains(i));
         Ok(())
     }
 }

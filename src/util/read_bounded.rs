@@ -15,7 +15,7 @@ pub const TOKENIZER: u64 = 256 << 20;
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Returns why the bytes at a file's beginning are not those of a model's file but of something that took its place.
-pub fn stand_in(bytes: &[u8]) -> Option<&'static str> {
+pub fn misplaced_content(bytes: &[u8]) -> Option<&'static str> {
     let begins = |text: &str| {
         bytes.trim_ascii_start().get(..text.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(text.as_bytes()))
     };
@@ -44,7 +44,7 @@ pub fn text(path: &Path, limit: u64) -> Result<String> {
     if bytes.starts_with(MARK) {
         bytes.drain(..MARK.len());
     }
-    if let Some(words) = stand_in(&bytes) {
+    if let Some(words) = misplaced_content(&bytes) {
         return Err(Error::new(ErrorKind::InvalidData, words));
     }
     let wide = bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff");

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use kernels::{Format, Gradients, backward};
 use preceptor::lm::model::{Decoder, ModelConfig, Onto, Pack, PackedAttention, Weights};
 use preceptor::pipeline::generate::sampler::Sampling;
-use preceptor::pipeline::generate::{Engine, Fixed, MOST_SLOTS, Request, generate};
+use preceptor::pipeline::generate::{Engine, Fixed, MAX_SLOTS, Request, generate};
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -218,7 +218,7 @@ fn check_behaviour(r: Reference) {
     for slots in [2, 4, kernels::LARGE_BATCH_ROWS] {
         assert_eq!(beside(slots), alone, "in {slots} slots");
     }
-    for slots in [kernels::LARGE_BATCH_ROWS + 1, 20, MOST_SLOTS] {
+    for slots in [kernels::LARGE_BATCH_ROWS + 1, 20, MAX_SLOTS] {
         assert_eq!(beside(slots), sampled, "in {slots} slots");
     }
     // With reduced precision it samples from a similar distribution, with 16 bits from that of the rounded matrices;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::wheel::MOST;
+use super::wheel::MAX_BYTES;
 use super::{ResolveOptions, Unavailable};
 use crate::status;
 use crate::util::read_bounded;
@@ -65,7 +65,7 @@ pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOption
             let is_unreachable = CONNECTION_ERRORS.iter().any(|word| output.contains(word));
             return Err(if is_unreachable { Unavailable::temporary(words) } else { anyhow!(words) });
         }
-        Ended::TooLarge => bail!("pip fetched more than {MOST} bytes and was stopped"),
+        Ended::TooLarge => bail!("pip fetched more than {MAX_BYTES} bytes and was stopped"),
         Ended::Silent => {
             return Err(Unavailable::temporary(format!(
                 "pip showed no progress for {:?} and was stopped; its last output: {last}. Raise the timeout if the network is slow",
@@ -113,11 +113,11 @@ enum Ended {
     Exited(ExitStatus),
     /// It was killed because nothing changed within the timeout.
     Silent,
-    /// It was killed because it wrote more than [`MOST`] bytes.
+    /// It was killed because it wrote more than [`MAX_BYTES`] bytes.
     TooLarge,
 }
 
-/// Waits until the child ends. Kills it if `measure` does not change within the timeout or exceeds [`MOST`].
+/// Waits until the child ends. Kills it if `measure` does not change within the timeout or exceeds [`MAX_BYTES`].
 fn wait(mut child: Child, timeout: Duration, mut measure: impl FnMut() -> u64) -> Result<Ended> {
     let (mut last_size, mut changed_at) = (measure(), Instant::now());
     loop {
@@ -128,11 +128,11 @@ fn wait(mut child: Child, timeout: Duration, mut measure: impl FnMut() -> u64) -
         if now != last_size {
             (last_size, changed_at) = (now, Instant::now());
         }
-        if now > MOST || changed_at.elapsed() > timeout {
+        if now > MAX_BYTES || changed_at.elapsed() > timeout {
             // Fails if the child has just ended.
             let _ = child.kill();
             child.wait()?;
-            return Ok(if now > MOST { Ended::TooLarge } else { Ended::Silent });
+            return Ok(if now > MAX_BYTES { Ended::TooLarge } else { Ended::Silent });
         }
         std::thread::sleep(Duration::from_millis(50));
     }

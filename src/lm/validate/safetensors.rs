@@ -29,7 +29,7 @@ pub fn check(path: &Path) -> Result<Vec<String>> {
         let size = file.metadata()?.len();
         let mut begin = Vec::new();
         file.by_ref().take(64).read_to_end(&mut begin)?;
-        if let Some(words) = read_bounded::stand_in(&begin) {
+        if let Some(words) = read_bounded::misplaced_content(&begin) {
             bail!("{words}");
         }
         file.rewind()?;

@@ -212,8 +212,8 @@ impl Dialogue {
         ensure!(by(self.turns.last()), "do not end with the assistant's turn");
         let twice = self.turns.windows(2).any(|two| by(two.first()) && by(two.last()));
         ensure!(!twice, "have two turns of the assistant in a row; join them into one message");
-        let told = self.text();
-        Ok(told.strip_prefix("Assistant:").unwrap_or(&told).trim().to_owned())
+        let text = self.text();
+        Ok(text.strip_prefix("Assistant:").unwrap_or(&text).trim().to_owned())
     }
 }
 
@@ -333,7 +333,7 @@ mod tests {
     fn dialogues_are_read_in_every_format() {
         let expected = [("user", "hi"), ("assistant", "hello\n\nthere"), ("user", "why?")]
             .map(|(a, b)| (a.to_owned(), b.to_owned()));
-        for form in [
+        for value in [
             json!(
                 r#"[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello\n\nthere"}, {"role": "user", "content": "why?"}]"#
             ),
@@ -350,7 +350,7 @@ mod tests {
             ]),
             json!({ "role": ["User", "model", "Human"], "content": ["hi", "hello\n\nthere", "why?"] }),
         ] {
-            assert_eq!(turns(&form), expected, "{form}");
+            assert_eq!(turns(&value), expected, "{value}");
         }
         assert_eq!(turns(&json!("Human beings are odd")), [("user".to_owned(), "Human beings are odd".to_owned())]);
         assert_eq!(turns(&json!({ "role": "user", "content": "hi" })), [("user".to_owned(), "hi".to_owned())]);

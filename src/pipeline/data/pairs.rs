@@ -7,7 +7,7 @@ use preceptor_actors::{AdmissionGate, Ended, Item, Source, StageContext, StageRe
 use rayon::prelude::*;
 
 use super::{
-    Faults, ModelBounds, OnBad, OnLong, PairOptions, PreferencePair, Preferences, PromptFormat, Rows, surely_longer,
+    Faults, ModelBounds, OnBad, OnLong, PairOptions, PreferencePair, Preferences, PromptFormat, Rows, certainly_longer,
 };
 use crate::lm::tokens::Tokenizer;
 use crate::types::{Completion, Feedback, Finish, Group, Labeled, Preference, Prompt, Verdict};
@@ -48,7 +48,7 @@ impl PairSet {
             .map(|i| {
                 let pair = set.preferences.get(i)?;
                 let bytes = pair.dialogue.text().len() + pair.first.len().max(pair.second.len());
-                if surely_longer(bytes, limit) {
+                if certainly_longer(bytes, limit) {
                     return Ok(Err(format!(
                         "prompt and answer have {bytes} bytes, and the model's context of {limit} tokens is far below that"
                     )));

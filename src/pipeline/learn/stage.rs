@@ -130,7 +130,7 @@ impl Learn {
     }
 
     /// Sets the ledger and the left-over groups to begin with; the first of them is the first of a batch.
-    pub fn going_on(self, entries: LedgerWriter, left: Vec<Arc<Rewarded>>) -> Self {
+    pub fn continue_from(self, entries: LedgerWriter, left: Vec<Arc<Rewarded>>) -> Self {
         Self { entries, left, ..self }
     }
 }
@@ -209,7 +209,7 @@ impl Learn {
         let done = if group[place].masked.is_some() {
             self.tally.masked += 1;
             Ok(())
-        } else if self.streams() {
+        } else if self.trains_on_arrival() {
             self.train_on_arrival(state, &group[place], place)
         } else {
             self.measure(state, &group[place], place).map(|measured| self.measured.push(measured))
@@ -241,7 +241,7 @@ impl Learn {
     }
 
     /// Returns whether a group can be trained before the rest of its batch has arrived.
-    fn streams(&self) -> bool {
+    fn trains_on_arrival(&self) -> bool {
         self.plan.epochs * self.plan.minibatches as u64 == 1 && !self.algorithm.needs_batch()
     }
 
@@ -359,7 +359,7 @@ impl Learn {
                 let gather = |this: &mut Self, state: &mut TrainState| -> Result<()> {
                     for i in part {
                         ctx.beat();
-                        this.again(state, &batch[measured[*i].place], &views[*i], &targets[*i])?;
+                        this.train_again(state, &batch[measured[*i].place], &views[*i], &targets[*i])?;
                     }
                     Ok(())
                 };
@@ -375,7 +375,7 @@ impl Learn {
     }
 
     /// Runs another pass, with the present weights, over a group that was evaluated on arrival.
-    fn again(
+    fn train_again(
         &mut self,
         state: &mut TrainState,
         group: &Rewarded,
@@ -420,7 +420,7 @@ impl Learn {
     /// Makes the steps of a complete batch, publishes the weights and calls the observer.
     fn step(&mut self, state: &mut TrainState, ctx: &StageContext, took: impl Fn() -> Duration) -> StageResult<()> {
         let batch = std::mem::take(&mut self.batch);
-        if self.streams() {
+        if self.trains_on_arrival() {
             self.apply(state)?;
         } else {
             self.passes(state, &batch, ctx)?;

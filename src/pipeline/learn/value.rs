@@ -85,9 +85,9 @@ impl ValueModel {
     ///
     /// # Errors
     /// If shapes do not match.
-    pub fn accumulate(&mut self, values: &Tensor, slopes: &Tensor) -> Result<()> {
+    pub fn accumulate(&mut self, values: &Tensor, gradients: &Tensor) -> Result<()> {
         let mut accumulators: Vec<&mut Gradients> = self.parts().map(|part| &mut part.gradients).collect();
-        kernels::backward(&(values * slopes)?.sum_all()?, &mut accumulators)?;
+        kernels::backward(&(values * gradients)?.sum_all()?, &mut accumulators)?;
         Ok(())
     }
 

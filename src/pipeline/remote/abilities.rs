@@ -12,9 +12,9 @@ use crate::config::{Evidence, RemoteJudge};
 /// Numbers of alternatives to try if a server refuses the requested number without naming its maximum.
 const FEWER_LOGPROBS: [usize; 3] = [20, 5, 2];
 /// Minimum number of alternatives that can distinguish two answers.
-const FEWEST_LOGPROBS: usize = 2;
+const MIN_LOGPROBS: usize = 2;
 /// Maximum number that is taken as a lower limit on tokens.
-const MOST_LEAST: u64 = 4096;
+const MAX_MINIMUM: u64 = 4096;
 
 /// Request fields that a server may refuse. A name that contains another one comes first.
 const FIELDS: [&str; 11] = [
@@ -117,7 +117,7 @@ impl Complaint {
             "max_tokens" | "max_completion_tokens" => {
                 let least = given.and_then(|given| numbers(&text).into_iter().filter(|n| *n > given).min());
                 let lower = ["at least", "minimum", ">=", "greater than or equal", "greater than"];
-                match least.filter(|least| *least <= MOST_LEAST) {
+                match least.filter(|least| *least <= MAX_MINIMUM) {
                     Some(least) if lower.iter().any(|words| text.contains(words)) => Kind::Least(least),
                     _ if unsupported || text.contains("max_completion_tokens") => Kind::Unsupported,
                     _ => return None,
@@ -213,7 +213,7 @@ impl Abilities {
                     Kind::Value => fewer.unwrap_or(0),
                     Kind::Unsupported | Kind::Least(_) => 0,
                 };
-                let most = if most < FEWEST_LOGPROBS { 0 } else { most };
+                let most = if most < MIN_LOGPROBS { 0 } else { most };
                 if most >= self.top_logprobs || (most == 0 && judge.evidence == Evidence::Logprobs) {
                     // Another request has found this out before, or no change helps.
                     return (request.top_logprobs > self.top_logprobs).then(String::new);

@@ -50,7 +50,7 @@ pub struct Client {
     cut_lists: AtomicBool,
     began: Instant,
     /// Limit on concurrent exchanges.
-    pub knob: Arc<AdjustableLimit>,
+    pub concurrency_limit: Arc<AdjustableLimit>,
     pace: Pace,
     budget: Option<Arc<Budget>>,
     /// Highest ratio so far of an exchange's cost to its estimated maximum; at least 1.
@@ -86,7 +86,7 @@ impl Client {
             cut_prompts: AtomicBool::new(false),
             cut_lists: AtomicBool::new(false),
             began: Instant::now(),
-            knob: Arc::new(AdjustableLimit::new(1, judge.concurrency)),
+            concurrency_limit: Arc::new(AdjustableLimit::new(1, judge.concurrency)),
             pace: Pace::new(&judge, &transport.account()),
             budget,
             excess: Mutex::new(1.0),
@@ -132,8 +132,8 @@ impl Client {
     }
 
     /// Registers a callback that gives a sign of life while the server is unavailable.
-    pub fn attend(&self, name: &str, alive: &Alive) {
-        self.outage.attend(name, alive);
+    pub fn register_liveness(&self, name: &str, alive: &Alive) {
+        self.outage.register_liveness(name, alive);
     }
 
     /// Asks until there is an answer.
@@ -225,7 +225,7 @@ impl Client {
             }
             answering = false;
             self.lock(&self.breaker).trip(self.now());
-            if self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
+            if self.outage.elapsed(self.now()) >= seconds(self.judge.outage_s) {
                 return Err(self.gave_up());
             }
             telemetry::judge_retry();
@@ -290,7 +290,7 @@ impl Client {
         let cause = self.outage.cause().map_or_else(|| "it gave no answer".into(), |cause| cause.words);
         NoAnswer::Failure(format!(
             "{cause}; no question was answered for {} s, and the limit is labeler.remote.outage_s = {}",
-            self.outage.away(self.now()).as_secs(),
+            self.outage.elapsed(self.now()).as_secs(),
             self.judge.outage_s
         ))
     }
@@ -318,7 +318,7 @@ impl Client {
         if answer.is_none() {
             let words = format!("{} {}", self.address(), outcome.words());
             self.outage.failed(self.now(), Cause { words, refuses: outcome.nature() == Nature::NoAnswer });
-            self.lock(&self.evidence).asked_in_vain(sent);
+            self.lock(&self.evidence).control_unanswered(sent);
         }
         Ok(answer.is_some())
     }
@@ -351,7 +351,7 @@ impl Client {
     fn waiting(&self) -> Reply<Duration> {
         let waited = self.outage.wait(self.now(), &self.judge.url, seconds(self.judge.outage_s));
         if waited.wanted {
-            return Ok(waited.away);
+            return Ok(waited.elapsed);
         }
         let cause = self.outage.cause().map_or_else(String::new, |cause| format!(": {}", cause.words));
         Err(NoAnswer::Failure(format!("the run ended while it waited for the judge at {}{cause}", self.judge.url)))
@@ -378,7 +378,7 @@ impl Client {
     /// # Errors
     /// If no question was answered for `outage_s`, or nobody wants the answer any more.
     async fn limited(&self, outcome: &ExchangeOutcome, attempt: u32) -> Reply<()> {
-        if attempt > self.judge.retries && self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
+        if attempt > self.judge.retries && self.outage.elapsed(self.now()) >= seconds(self.judge.outage_s) {
             return Err(self.gave_up());
         }
         telemetry::judge_retry();
@@ -393,7 +393,7 @@ impl Client {
     /// If the pause is longer than that, or nobody wants the answer any more.
     async fn held(&self, pause: Duration) -> Reply<()> {
         let patience = seconds(self.judge.outage_s).max(seconds(self.judge.deadline_s));
-        let left = patience.saturating_sub(self.outage.away(self.now()));
+        let left = patience.saturating_sub(self.outage.elapsed(self.now()));
         self.rest(pause.min(left)).await?;
         if pause > left { Err(self.gave_up()) } else { Ok(()) }
     }
@@ -542,7 +542,7 @@ impl Client {
             Nature::Limited | Nature::Passing => breaker.record(now, outcome.alive()),
         }
         if answer.is_some() {
-            self.outage.over(now, &self.judge.url);
+            self.outage.end(now, &self.judge.url);
         }
         telemetry::judge_breaker(breaker.is_open());
         (outcome, answer)
@@ -554,7 +554,7 @@ impl Client {
 
     /// Performs one HTTP exchange, which is counted once however it ends.
     async fn exchange(&self, request: &Request, reserved: Option<Reserved>) -> (ExchangeOutcome, Option<Answer>) {
-        let _under_way = self.knob.enter().await;
+        let _under_way = self.concurrency_limit.enter().await;
         let (sent, counted) = (Instant::now(), Counted::new(&self.stats));
         let (outcome, answer) = match self.alive_while(self.post(request)).await {
             Ok(answer) => (ExchangeOutcome::Ok, Some(answer)),
@@ -664,12 +664,12 @@ impl Client {
     /// Warns once about a server that counts far fewer tokens than a prompt has: it may truncate prompts.
     fn watch_for_cut_prompts(&self, request: &Request, answer: &Answer) {
         /// Maximum average number of characters per token of any tokenizer over a long text.
-        const MOST_CHARACTERS: u64 = 16;
+        const MAX_CHARACTERS: u64 = 16;
         /// Shorter prompts may consist of one long word.
         const LONG: u64 = 2000;
         let characters = request.prompt.chars().count() as u64;
         let few =
-            answer.counted_prompt_tokens.filter(|counted| characters >= LONG && counted * MOST_CHARACTERS < characters);
+            answer.counted_prompt_tokens.filter(|counted| characters >= LONG && counted * MAX_CHARACTERS < characters);
         if let Some(counted) = few
             && !self.cut_prompts.swap(true, Ordering::SeqCst)
         {

@@ -64,7 +64,7 @@ impl Listed {
     }
 
     /// Adds the tokens `after` that follow `space`, which has probability `p`, as tokens that include the space.
-    pub fn behind(&mut self, space: &str, p: f64, after: Self) {
+    pub fn add_after_space(&mut self, space: &str, p: f64, after: Self) {
         self.0.extend(after.0.into_iter().map(|(token, q)| (format!("{space}{token}"), p * q)));
     }
 
@@ -167,7 +167,7 @@ mod tests {
         let both = answers(&["1", "2"]);
         let mut listed = Listed(vec![("A".into(), 0.5), (" ".into(), 0.25), ("1".into(), 0.125)]);
         assert_eq!(listed.space_before(&both), Some((" ", 0.25)));
-        listed.behind(" ", 0.25, Listed(vec![("2".into(), 0.5), ("1".into(), 0.25)]));
+        listed.add_after_space(" ", 0.25, Listed(vec![("2".into(), 0.5), ("1".into(), 0.25)]));
         assert_eq!(listed.weights(&both).unwrap(), [0.1875, 0.125]);
         assert_eq!(Listed(vec![(" ".into(), 0.2), ("1".into(), 0.3)]).space_before(&both), Some((" ", 0.2)));
         assert_eq!(Listed(vec![("1".into(), 0.9), (" ".into(), 0.005)]).space_before(&both), None);

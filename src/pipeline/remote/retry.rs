@@ -203,8 +203,8 @@ pub fn pause(outcome: &ExchangeOutcome, attempt: u32, base: Duration, most: Dura
 /// Parses the pause that a server asks for: `retry-after-ms`, or `retry-after` as seconds or as an HTTP date, which is
 /// compared with `now`. More than a day is reduced to a day.
 pub fn retry_after(seconds: Option<&str>, milliseconds: Option<&str>, now: SystemTime) -> Option<Duration> {
-    const MOST: f64 = 86_400.0;
-    let bounded = |s: f64| (s >= 0.0).then(|| Duration::from_secs_f64(s.min(MOST)));
+    const MAX_SECONDS: f64 = 86_400.0;
+    let bounded = |s: f64| (s >= 0.0).then(|| Duration::from_secs_f64(s.min(MAX_SECONDS)));
     if let Some(ms) = milliseconds.and_then(|text| text.trim().parse::<f64>().ok()) {
         return bounded(ms / 1000.0);
     }

@@ -19,7 +19,7 @@ use crate::util::endpoint::Endpoint;
 use crate::util::http;
 
 /// Maximum number of bytes that are read of an error response's body.
-const MOST_OF_A_REFUSAL: usize = 16 << 10;
+const MAX_ERROR_BODY: usize = 16 << 10;
 
 /// Connection settings of one server.
 pub struct Transport {
@@ -159,7 +159,7 @@ impl Transport {
         let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
         let wait = retry_after(header("retry-after"), header("retry-after-ms"), SystemTime::now());
         let fine = (200..300).contains(&status);
-        let most = if fine { judge.max_response_bytes } else { MOST_OF_A_REFUSAL };
+        let most = if fine { judge.max_response_bytes } else { MAX_ERROR_BODY };
         let mut bytes = Vec::new();
         loop {
             match response.chunk().await {

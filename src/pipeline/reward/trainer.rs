@@ -276,24 +276,24 @@ impl RewardTrainer {
         let ids: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
         let scores = self.model.scores(&group.prompt.ids, &ids)?;
         let values: Vec<f64> = scores.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
-        let mut slopes = vec![0f64; values.len()];
+        let mut gradients = vec![0f64; values.len()];
         for (first, second, p) in preferences {
             if self.plan.hard && *p == 0.5 {
                 continue;
             }
             let p = if self.plan.hard { f64::from(u8::from(*p > 0.5)) } else { *p };
             let margin = values[*first] - values[*second];
-            let (loss, slope) = soft_label(margin, p);
-            slopes[*first] += slope;
-            slopes[*second] -= slope;
+            let (loss, gradient) = soft_label(margin, p);
+            gradients[*first] += gradient;
+            gradients[*second] -= gradient;
             self.counters.pending.pairs += 1;
             self.counters.pending.loss += loss;
             self.counters.pending.right += agreement(margin, p);
         }
-        if slopes.iter().any(|slope| *slope != 0.0) {
-            let slopes: Vec<f32> = slopes.iter().map(|slope| *slope as f32).collect();
-            let slopes = Tensor::from_vec(slopes, scores.dims(), scores.device())?;
-            let loss = (scores * slopes)?.sum_all()?;
+        if gradients.iter().any(|gradient| *gradient != 0.0) {
+            let gradients: Vec<f32> = gradients.iter().map(|gradient| *gradient as f32).collect();
+            let gradients = Tensor::from_vec(gradients, scores.dims(), scores.device())?;
+            let loss = (scores * gradients)?.sum_all()?;
             self.stepping = true;
             kernels::backward(&loss, &mut [&mut self.gradients, &mut self.head_gradients])?;
             self.stepping = false;

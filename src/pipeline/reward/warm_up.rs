@@ -78,7 +78,7 @@ impl WarmUp {
         }
     }
 
-    fn tell(&mut self, trainer: &RewardTrainer, step: Option<&TrainerStep>) {
+    fn report(&mut self, trainer: &RewardTrainer, step: Option<&TrainerStep>) {
         self.done += 1;
         trainer.publish(step);
         let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
@@ -100,7 +100,7 @@ impl WarmUp {
         let mut trainer = shared.lock().unwrap_or_else(PoisonError::into_inner);
         let held_out = trainer.holds_out(&labeled.group.prompt);
         let step = trainer.observe(&labeled.group, &pairs)?.step;
-        self.tell(&trainer, step.as_ref());
+        self.report(&trainer, step.as_ref());
         if held_out {
             self.held_out.push(WarmUpProgress { group: labeled.group, pairs });
         } else if self.epochs > 1 && !pairs.is_empty() {
@@ -136,7 +136,7 @@ impl Stage for WarmUp {
                 }
                 let WarmUpProgress { group, pairs } = &self.kept[*i];
                 let (_, step) = trainer.learn(group, pairs)?;
-                self.tell(&trainer, step.as_ref());
+                self.report(&trainer, step.as_ref());
             }
         }
         let step = trainer.step()?;

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::interval::{Estimate, Z};
 
 /// Maximum number of Newton steps; an existing fit converges within fewer.
-const MOST_STEPS: usize = 100;
+const MAX_STEPS: usize = 100;
 
 /// One comparison of a policy's answer with another answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -85,7 +85,7 @@ struct Fit {
 fn fit(points: &[(f64, f64)]) -> Result<Fit> {
     let (mut a, mut b) = (0.0, 0.0);
     let mut reached = likelihood(points, a, b);
-    for _ in 0..MOST_STEPS {
+    for _ in 0..MAX_STEPS {
         // Gradient, and the information [[i, j], [j, k]].
         let (mut ga, mut gb, mut i, mut j, mut k) = (0.0, 0.0, 0.0, 0.0, 0.0);
         for (x, win) in points {
@@ -111,7 +111,7 @@ fn fit(points: &[(f64, f64)]) -> Result<Fit> {
         }
         (a, b, reached) = (a + step * da, b + step * db, next);
     }
-    bail!("the regression on length did not converge in {MOST_STEPS} steps; wins and losses barely overlap in length")
+    bail!("the regression on length did not converge in {MAX_STEPS} steps; wins and losses barely overlap in length")
 }
 
 /// Returns the log-likelihood Σ win·ln σ(z) + (1 − win)·ln σ(−z), z = a + b·x.

@@ -9,13 +9,13 @@ use preceptor_actors::{GraphHandle, GraphOptions, Outcome, RestartPolicy, Snapsh
 use super::plan::Plan;
 use super::{Facts, Machine, Measured, Role};
 use crate::config::Config;
-use crate::pipeline::generate::MOST_SLOTS;
+use crate::pipeline::generate::MAX_SLOTS;
 use crate::pipeline::learn::{Done, Observer, TrainState};
 use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::labelers::labeler;
 use crate::pipeline::topology::learning::{adam, lora, value_model};
 use crate::pipeline::topology::{Node, reward_trainer};
-use crate::rl::ledger::Book;
+use crate::rl::ledger::SharedLedger;
 use crate::run::controller::AdjustableLimits;
 use crate::tools::check;
 use crate::types::Rewarded;
@@ -24,7 +24,7 @@ use crate::util::process;
 use crate::util::signals::{self, Interrupted};
 
 /// Minimum number of measured steps.
-const LEAST_STEPS: usize = 2;
+const MIN_STEPS: usize = 2;
 
 /// Maximum share of the free memory that a plan is estimated to need, since the estimate is approximate.
 const SHARE: f64 = 0.8;
@@ -69,7 +69,7 @@ impl Machine for Live {
             batch: self.config.learner.batch_groups,
             labels_here: methods.iter().any(|method| method.remote.is_none()),
             labels: self.config.needs_labels(),
-            most_slots: MOST_SLOTS,
+            max_slots: MAX_SLOTS,
             micro_batch: self.micro_batch(),
         }
     }
@@ -101,7 +101,7 @@ impl Machine for Live {
             state: Arc::new(Mutex::new(state)),
             cell: Arc::new(cell),
             observer: watch.clone(),
-            book: Book::default(),
+            book: SharedLedger::default(),
             knobs: AdjustableLimits::default(),
             reward_model: reward_trainer(&config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer))),
             labelers: Box::new(labeler),
@@ -174,7 +174,7 @@ impl Observer for Watch {
             self.seen = Some((stages, Vec::new()));
             return Ok(());
         }
-        let long = self.marks[self.skip - 1].elapsed() >= self.least && self.marks.len() >= self.skip + LEAST_STEPS;
+        let long = self.marks[self.skip - 1].elapsed() >= self.least && self.marks.len() >= self.skip + MIN_STEPS;
         if let Some((_, last)) = &mut self.seen {
             *last = stages;
         }

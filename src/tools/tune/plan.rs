@@ -132,10 +132,10 @@ impl Plan {
         };
         let cores = up_to(facts.cores);
         let slots: Vec<usize> = {
-            let least = facts.group_size.min(facts.most_slots);
+            let least = facts.group_size.min(facts.max_slots);
             let mut slots: Vec<usize> =
-                std::iter::successors(Some(least), |n| Some(2 * n)).take_while(|n| *n < facts.most_slots).collect();
-            slots.extend([facts.most_slots, configured.slots]);
+                std::iter::successors(Some(least), |n| Some(2 * n)).take_while(|n| *n < facts.max_slots).collect();
+            slots.extend([facts.max_slots, configured.slots]);
             slots.sort_unstable();
             slots.dedup();
             slots
