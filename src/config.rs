@@ -130,7 +130,7 @@ pub fn load_partial(
 ) -> Result<Config, ConfigErrors> {
     let origin = path.display().to_string();
     let text = read_bounded::text(path, read_bounded::WRITTEN).map_err(|error| {
-        ConfigErrors::one(&origin, "", &format!("cannot be read: {error}; see configs/ for files that work"))
+        ConfigErrors::single(&origin, "", &format!("cannot be read: {error}; see configs/ for files that work"))
     })?;
     let folder = path.parent().unwrap_or(Path::new(""));
     // Absolute, so that the resolved configuration does not depend on the working directory.

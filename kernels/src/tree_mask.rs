@@ -90,8 +90,8 @@ impl TreeMask {
     /// If the device cannot hold it.
     pub fn dense(&self, window: Option<usize>, device: &Device) -> Result<Tensor> {
         let window = window.unwrap_or(usize::MAX);
-        let mut made = self.dense.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = made.iter().find(|(wide, mask)| *wide == window && mask.device().same_device(device));
+        let mut masks = self.dense.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = masks.iter().find(|(wide, mask)| *wide == window && mask.device().same_device(device));
         if let Some((_, mask)) = known {
             return Ok(mask.clone());
         }
@@ -107,7 +107,7 @@ impl TreeMask {
             }
         }
         let mask = Tensor::from_vec(mask, (self.rows(), width), device)?;
-        made.push((window, mask.clone()));
+        masks.push((window, mask.clone()));
         Ok(mask)
     }
 }

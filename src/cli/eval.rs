@@ -10,7 +10,7 @@ use super::ConfigArgs;
 use super::input::{self, pair_options};
 use super::prompts::load_model;
 use crate::config::Config;
-use crate::lm::model::{Decoder, Onto};
+use crate::lm::model::{Decoder, LoadTarget};
 use crate::lm::precision;
 use crate::lm::tokens::Tokenizer;
 use crate::observe::progress::Progress;
@@ -203,8 +203,8 @@ impl AlignmentArgs {
         let pairs = Arc::new(pairs);
         let mut chosen = pairs.order(config.run.seed, 0);
         chosen.truncate(self.limit.unwrap_or(usize::MAX));
-        let with_cot = self.cot_limit.unwrap_or(usize::MAX);
-        let job = Alignment { pairs, chosen, with_cot, variants: variants.possible, attacked: self.attacks };
+        let cot_limit = self.cot_limit.unwrap_or(usize::MAX);
+        let job = Alignment { pairs, chosen, cot_limit, variants: variants.possible, attacked: self.attacks };
         status!("{}", job.announcement());
         let bench = bench(&config)?;
         let title = format!("AI labeler alignment on {}", self.input);
@@ -251,7 +251,7 @@ impl AnswerArgs {
         let (model, tokenizer, prompts) = before_work(|| {
             ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
             let device = device::open(&config.policy.device)?;
-            let onto = Onto { device: &device, dtype: precision::dtype(config.policy.dtype) };
+            let onto = LoadTarget { device: &device, dtype: precision::dtype(config.policy.dtype) };
             let (model, tokenizer) = load_model(name, config.policy.resolve_timeout_s, onto)?;
             let prompts = self.prompts(config, &tokenizer, &model, references)?;
             Ok((model, tokenizer, prompts))
@@ -268,7 +268,7 @@ impl AnswerArgs {
         let progress = Progress::new("answering", "answers", prompts.len() as u64);
         let completions = answers(&model, &tokenizer, &prompts, &sampling, seed, |done| progress.at(done))?;
         progress.finish();
-        let texts = completions.into_iter().map(|one| one.text.trim().to_owned()).collect();
+        let texts = completions.into_iter().map(|completion| completion.text.trim().to_owned()).collect();
         Ok((prompts, texts, tokenizer))
     }
 

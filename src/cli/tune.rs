@@ -61,12 +61,12 @@ impl Tune {
             "completions per second",
             &[("allocation", ""), ("predicted", ""), ("measured", ""), ("against configured", "")],
         );
-        for one in &tuned.tried {
+        for tried in &tuned.tried {
             table.push(vec![
-                Cell::Text(one.plan.describe(&facts)),
-                Cell::Number(one.predicted * one.plan.group_size as f64),
-                Cell::Number(one.completions_per_s()),
-                Cell::Text(format!("{:.2}×", one.completions_per_s() / tuned.before.completions_per_s())),
+                Cell::Text(tried.plan.describe(&facts)),
+                Cell::Number(tried.predicted * tried.plan.group_size as f64),
+                Cell::Number(tried.completions_per_s()),
+                Cell::Text(format!("{:.2}×", tried.completions_per_s() / tuned.before.completions_per_s())),
             ]);
         }
         let changes = tuned.best.plan.changes(&configured);

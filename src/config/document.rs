@@ -32,7 +32,7 @@ pub struct ConfigError {
 pub struct ConfigErrors(pub Vec<ConfigError>);
 
 impl ConfigErrors {
-    pub(super) fn one(place: &str, key: &str, message: &str) -> Self {
+    pub(super) fn single(place: &str, key: &str, message: &str) -> Self {
         Self(vec![ConfigError { place: place.into(), key: key.into(), message: message.into() }])
     }
 }
@@ -106,7 +106,7 @@ impl DocumentNode {
                         Some(DeValue::Array(spans)) => spans.get(i),
                         _ => None,
                     };
-                    let line = spans.map_or(line, |one| lines.of(one.span().start));
+                    let line = spans.map_or(line, |span| lines.of(span.span().start));
                     Self::of_file(value, spans, line, lines)
                 });
                 Kind::List(items.collect())
@@ -197,7 +197,7 @@ impl Document {
         let lines = Lines::new(text);
         let table = text.parse::<Table>().map_err(|error| {
             let line = error.span().map_or(1, |span| lines.of(span.start));
-            ConfigErrors::one(
+            ConfigErrors::single(
                 &format!("{origin}:{line}"),
                 "",
                 &format!("is not TOML: {}", cut(error.message(), LONGEST)),

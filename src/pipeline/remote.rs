@@ -117,7 +117,7 @@ pub struct Unusable {
 
 impl Drop for Remote {
     fn drop(&mut self) {
-        // Nobody waits for the remaining exchanges.
+        // No actor waits for the remaining exchanges.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }

@@ -399,10 +399,10 @@ mod tests {
                                 groups.iter().map(|group| group.prompt.seq).collect()
                             };
                             (to_generate, to_label) = (vec![], seqs(&under_way.generated));
-                            to_reward = under_way.labeled.iter().map(|one| one.group.prompt.seq).collect();
+                            to_reward = under_way.labeled.iter().map(|labeled| labeled.group.prompt.seq).collect();
                             let first = ledger.trained();
-                            for (i, one) in under_way.rewarded.iter().enumerate() {
-                                assert_eq!(one.group.prompt.seq, first + i as u64);
+                            for (i, rewarded) in under_way.rewarded.iter().enumerate() {
+                                assert_eq!(rewarded.group.prompt.seq, first + i as u64);
                             }
                             next_reward = first + under_way.rewarded.len() as u64;
                             admitted = first;

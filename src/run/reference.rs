@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::files::RunFiles;
 use crate::config::Config;
-use crate::lm::model::{Decoder, Lora, Onto, Weights, export};
+use crate::lm::model::{Decoder, LoadTarget, Lora, Weights, export};
 use crate::lm::precision;
 use crate::observe::telemetry;
 use crate::pipeline::setup::Prepared;
@@ -139,7 +139,8 @@ impl Reference {
     pub(super) fn take(&self, config: &Config, prepared: Prepared) -> Result<Prepared> {
         let mut policy = match lora(config) {
             None => {
-                let onto = Onto { device: prepared.policy().device(), dtype: precision::dtype(config.policy.dtype) };
+                let onto =
+                    LoadTarget { device: prepared.policy().device(), dtype: precision::dtype(config.policy.dtype) };
                 let (shape, weights) = Weights::from_directory(&self.path, onto)?;
                 Decoder::new(&shape, &weights)?
             }

@@ -240,7 +240,7 @@ impl Stage for Take {
     type Out = ();
 
     fn process(&mut self, item: Item<Self::In>, _out: &Emitter<'_, ()>) -> StageResult<()> {
-        let stored: Vec<usize> = item.body.iter().map(|one| one.question).collect();
+        let stored: Vec<usize> = item.body.iter().map(|annotation| annotation.question).collect();
         self.out
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

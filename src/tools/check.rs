@@ -97,7 +97,7 @@ pub(crate) fn memory_bytes(config: &Config, prepared: &Prepared) -> Result<f64> 
 /// Returns lines about devices that have less free memory than a run needs.
 ///
 /// # Errors
-/// As [`memory_bytes`]; weights and optimizer state that the machine cannot hold.
+/// If the configured adapters do not fit the model, or the machine cannot hold the weights and the optimizer's state.
 pub(crate) fn shortages(config: &Config, prepared: &Prepared) -> Result<Vec<String>> {
     let loads = Sizes::of(config, prepared)?.loads(config, prepared);
     for load in &loads {
@@ -129,7 +129,7 @@ impl Sizes {
         let trained = match lora(config) {
             None => parameters,
             Some((lora, seed)) => {
-                lora.fresh(prepared.policy().weights(), seed, prepared.policy().device())?.parameters() as f64
+                lora.init(prepared.policy().weights(), seed, prepared.policy().device())?.parameters() as f64
             }
         };
         let of = |(method, backend): (&Method, &JudgeBackend)| match backend {
@@ -215,7 +215,8 @@ impl Sizes {
         };
         let tokens = prepared.data.longest() + completions * config.rollout.max_new_tokens;
         let (each, stream) = (bytes(config), shape.hidden_size as f64);
-        let mut layer = each * shape.kept(config.policy.lora.is_none() && is_fused(config, device)) as f64;
+        let mut layer =
+            each * shape.activations_per_token(config.policy.lora.is_none() && is_fused(config, device)) as f64;
         if !is_fused(config, device) {
             // Candle's unfused operations keep their intermediate results: norms in f32, and several copies of the
             // scores.
@@ -363,8 +364,12 @@ fn disk(config: &Config, sizes: &Sizes) -> String {
     let each = policy + (12.0 + master) * (sizes.value_model + sizes.reward_model);
     // The checkpoint that is being written exists in addition to the kept ones.
     let evaluated = usize::from(keep.best.as_deref() == Some(WIN_RATE));
-    let kept = keep.keep + usize::from(keep.best.is_some()) + evaluated + 1;
-    format!("disk        about {} per checkpoint; at most {kept} at a time, {}", gib(each), gib(kept as f64 * each))
+    let activations_per_token = keep.keep + usize::from(keep.best.is_some()) + evaluated + 1;
+    format!(
+        "disk        about {} per checkpoint; at most {activations_per_token} at a time, {}",
+        gib(each),
+        gib(activations_per_token as f64 * each)
+    )
 }
 
 /// Describes the skipped rows. Empty if there are none.

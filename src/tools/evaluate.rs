@@ -30,8 +30,8 @@ struct CollectedLabels {
 
 impl Annotations for CollectedLabels {
     fn take(&mut self, batch: Vec<Annotation>) -> Result<()> {
-        for one in batch {
-            self.labels[one.question] = Some(one.labels);
+        for annotation in batch {
+            self.labels[annotation.question] = Some(annotation.labels);
             self.count += 1;
         }
         self.progress.at(self.count);

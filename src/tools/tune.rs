@@ -188,7 +188,7 @@ pub fn tune(
     let candidates = Plan::all(&facts, configured);
     while tried.len() <= scope.trials {
         // Each measurement corrects the model, so each choice uses all measurements so far.
-        let untried = candidates.iter().filter(|plan| tried.iter().all(|one| one.plan != **plan));
+        let untried = candidates.iter().filter(|plan| tried.iter().all(|other| other.plan != **plan));
         let Some(next) = untried.max_by(|a, b| by_worth(&model, a, b)) else { break };
         let (predicted, best) = (model.predict(next), fastest(&tried).measured);
         if predicted < best * (1.0 + NOTICEABLE / 2.0) && tried.len() > 1 {
@@ -255,9 +255,9 @@ fn by_worth(model: &Model, a: &Plan, b: &Plan) -> std::cmp::Ordering {
 
 fn fastest(tried: &[Tried]) -> &Tried {
     let mut best = &tried[0];
-    for one in tried {
-        if one.measured > best.measured {
-            best = one;
+    for candidate in tried {
+        if candidate.measured > best.measured {
+            best = candidate;
         }
     }
     best

@@ -24,7 +24,7 @@ const NO_LOCKS: &str =
 /// Error number with which NFS refuses an operation that it does not support (`ENOTSUPP` of the Linux kernel).
 const ENOTSUPP: i32 = 524;
 
-/// Returns whether an error in locking a file says that its file system has no locks.
+/// Returns whether an error of locking a file means that its file system does not support locks.
 fn is_without_locks(error: &Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::ENOSYS | libc::EOPNOTSUPP | ENOTSUPP))
 }
@@ -166,7 +166,7 @@ pub fn sync_all(paths: &[PathBuf]) -> Result<()> {
                 std::thread::Builder::new().spawn_scoped(scope, move || each(part)).map_err(|_| part)
             })
             .collect();
-        started.into_iter().try_for_each(|one| match one {
+        started.into_iter().try_for_each(|thread| match thread {
             Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
             Err(part) => each(part),
         })

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use kernels::{Format, Gradients, backward};
-use preceptor::lm::model::{Decoder, ModelConfig, Onto, Pack, PackedAttention, Weights};
+use preceptor::lm::model::{Decoder, LoadTarget, ModelConfig, Pack, PackedAttention, Weights};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Engine, Fixed, MAX_SLOTS, Request, generate};
 
@@ -326,7 +326,7 @@ fn shards_in_half_precision_are_read() {
         assert_eq!(flat(&weights.0[name]), flat(&rounded), "{name}");
     }
     // Permuting the rows while reading gives the same as permuting them afterwards.
-    let onto = Onto { device: &Device::Cpu, dtype: DType::BF16 };
+    let onto = LoadTarget { device: &Device::Cpu, dtype: DType::BF16 };
     let half = Weights::from_directory(dir.path(), onto).unwrap().1;
     assert!(half.0.values().all(|tensor| tensor.dtype() == DType::BF16));
     assert_eq!(half.fingerprint().unwrap(), weights.to_dtype(DType::BF16).unwrap().fingerprint().unwrap());

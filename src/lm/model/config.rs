@@ -184,7 +184,7 @@ impl ModelConfig {
     /// selects the estimate for layers of two fused operations (see `kernels::self_attention`); it has no effect for
     /// families with biases or more norms. Adapters and dtypes other than `f32` prevent fused operations, so callers
     /// pass false for them.
-    pub fn kept(&self, blocks: bool) -> usize {
+    pub fn activations_per_token(&self, blocks: bool) -> usize {
         let (d, q, kv) = (self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let plain = self.family.gemma.is_none() && !self.family.qkv_bias && !self.family.qk_norm;
         if blocks && plain { 2 * (d + q + kv + self.intermediate_size) } else { 12 * d + 4 * self.intermediate_size }

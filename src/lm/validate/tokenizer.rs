@@ -127,10 +127,10 @@ fn check(json: &[u8]) -> Result<()> {
 /// Checks that the `tokenizers` library can work with an added token.
 ///
 /// # Errors
-/// Names the token, and why it cannot be used.
+/// If it cannot; the error names the token and the reason.
 pub fn check_added(content: &str, lstrip: bool) -> Result<()> {
     token(content, 0)?;
-    // The library may find the token within spaces that the previous token has consumed, and cuts them twice.
+    // The library may find the token within spaces that the previous token has consumed, and removes them twice.
     ensure!(
         !(lstrip && content.chars().all(char::is_whitespace)),
         "its added token {content:?} consists of spaces and strips the spaces before it"

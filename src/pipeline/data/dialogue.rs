@@ -69,7 +69,8 @@ impl Dialogue {
             }
             Value::Array(list) => {
                 ensure!(!list.is_empty(), "is a dialogue without turns");
-                let turns = list.iter().enumerate().map(|(i, one)| turn(one, i + 1, notes)).collect::<Result<_>>()?;
+                let turns =
+                    list.iter().enumerate().map(|(i, value)| turn(value, i + 1, notes)).collect::<Result<_>>()?;
                 Self { turns }
             }
             Value::Object(fields) if fields.contains_key(BINARY) => bail!("{}", not_text(value)),
@@ -311,7 +312,7 @@ pub(super) fn messages_in(text: &str) -> Option<Vec<Value>> {
         return None;
     }
     let list: Vec<Value> = serde_json::from_str(text).ok()?;
-    list.iter().all(|one| one.get("role").or(one.get("from")).is_some()).then_some(list)
+    list.iter().all(|message| message.get("role").or(message.get("from")).is_some()).then_some(list)
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ impl PairSet {
                 for answer in &group.completions {
                     model.check(&answer.ids, &set.tokenizer).context("in an answer")?;
                 }
-                let longest = group.completions.iter().map(|one| one.ids.len()).max().unwrap_or(0);
+                let longest = group.completions.iter().map(|completion| completion.ids.len()).max().unwrap_or(0);
                 let length = group.prompt.ids.len() + longest;
                 let words = || format!("prompt and answer have {length} tokens, the model's context is {limit}");
                 Ok(if length > limit { Err(words()) } else { Ok(()) })

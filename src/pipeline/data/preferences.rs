@@ -347,7 +347,7 @@ fn implicit(row: &Value, a: Side, b: Side, names: [&str; 2]) -> Result<(Dialogue
     let (Side::Answer(a), Side::Answer(b)) = (a, b) else {
         bail!("{} and {} have no prompt: they begin with the assistant's turn", names[0], names[1]);
     };
-    let parted = a.char_indices().zip(b.chars()).find(|((_, one), other)| one != other);
+    let parted = a.char_indices().zip(b.chars()).find(|((_, c), other)| c != other);
     let common = parted.map_or(a.len().min(b.len()), |((at, _), _)| at);
     // A space before the answers belongs to them.
     let common = if a[..common].ends_with(' ') { common - 1 } else { common };

@@ -142,7 +142,7 @@ impl<'a> Engine<'a> {
 
     /// Returns the number of slots that are neither in use nor needed by waiting requests.
     pub fn free(&self) -> usize {
-        let wanted: usize = self.waiting.iter().map(|one| one.request.seeds.len() - one.begun).sum();
+        let wanted: usize = self.waiting.iter().map(|waiting| waiting.request.seeds.len() - waiting.begun).sum();
         self.usable().saturating_sub(self.rows.len() + wanted)
     }
 

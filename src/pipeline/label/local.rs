@@ -274,7 +274,7 @@ fn exact(answers: &[Vec<Path>], mut path_probability: impl FnMut(&Path) -> f64) 
     if !probabilities.iter().flatten().all(|p| p.is_finite()) {
         return Err(NoAnswer::Failure("the judge's log-probabilities are not finite".into()));
     }
-    let alone = |i: usize, k: usize| {
+    let exactly = |i: usize, k: usize| {
         let path = &answers[i][k];
         let begins = |other: &Path| other.tokens.len() > path.tokens.len() && other.tokens.starts_with(&path.tokens);
         let longer = answers.iter().enumerate().filter(|(j, _)| *j != i).flat_map(|(j, paths)| {
@@ -283,7 +283,7 @@ fn exact(answers: &[Vec<Path>], mut path_probability: impl FnMut(&Path) -> f64) 
         });
         (probabilities[i][k] - longer.sum::<f64>()).max(0.0)
     };
-    Ok((0..answers.len()).map(|i| (0..answers[i].len()).map(|k| alone(i, k)).sum()).collect())
+    Ok((0..answers.len()).map(|i| (0..answers[i].len()).map(|k| exactly(i, k)).sum()).collect())
 }
 
 /// Returns the seed of prompt `i`: a function of its text and of the number of equal prompts before it, not of the

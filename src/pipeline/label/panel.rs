@@ -93,8 +93,9 @@ fn combine(pairs: &[(usize, usize)], by_member: &[(f64, Vec<Preference>)]) -> (V
             let (mut sum, mut weights, mut prefers_first) = (0.0, 0.0, Vec::new());
             let (mut failure, mut abstention) = (None, None);
             for (weight, preferences) in by_member {
-                let one = preferences.iter().find(|one| (one.first, one.second) == (*first, *second));
-                match one.map(|one| &one.verdict) {
+                let preference =
+                    preferences.iter().find(|preference| (preference.first, preference.second) == (*first, *second));
+                match preference.map(|preference| &preference.verdict) {
                     Some(Verdict::Label(p)) => {
                         sum += weight * p;
                         weights += weight;
@@ -107,7 +108,7 @@ fn combine(pairs: &[(usize, usize)], by_member: &[(f64, Vec<Preference>)]) -> (V
             }
             if prefers_first.len() > 1 {
                 disagreement[1] += 1;
-                disagreement[0] += u64::from(prefers_first.iter().any(|one| *one != prefers_first[0]));
+                disagreement[0] += u64::from(prefers_first.iter().any(|first| *first != prefers_first[0]));
             }
             let verdict = failure.unwrap_or_else(|| match abstention {
                 _ if weights > 0.0 => Verdict::Label(sum / weights),

@@ -257,7 +257,9 @@ impl TemplateSet {
             let set = if self.task.is_empty() { String::new() } else { format!(" {}", self.task) };
             lacking.push(format!("labeler.shots = {shots}, but the template set{set} has {}", self.exemplars.len()));
         }
-        for (i, _) in self.exemplars.iter().take(shots).enumerate().filter(|(_, one)| cot && one.rationale.is_none()) {
+        for (i, _) in
+            self.exemplars.iter().take(shots).enumerate().filter(|(_, exemplar)| cot && exemplar.rationale.is_none())
+        {
             lacking.push(format!("exemplar {} has no rationale; labeler.cot = true needs it", i + 1));
         }
         lacking
@@ -327,13 +329,13 @@ impl TemplateSet {
         };
         head.push_str("\n\n");
         if let Some(marks) = self.marks.as_ref().filter(|_| shots > 0) {
-            for one in &self.exemplars[..shots] {
-                let sample = pairwise.fill([&one.prompt, &one.first, &one.second])?;
-                let why = one.rationale.as_deref().unwrap_or_default();
+            for exemplar in &self.exemplars[..shots] {
+                let sample = pairwise.fill([&exemplar.prompt, &exemplar.first, &exemplar.second])?;
+                let why = exemplar.rationale.as_deref().unwrap_or_default();
                 let thought = if cot { format!("{rationale} {why}\n\n") } else { String::new() };
                 head.push_str(&format!(
                     "{}\n{sample}\n\n{thought}{}{}\n{}\n\n",
-                    marks.open, pairwise.ending, one.answer, marks.close
+                    marks.open, pairwise.ending, exemplar.answer, marks.close
                 ));
             }
             head.push_str(&format!("{}\n\n", marks.follow));

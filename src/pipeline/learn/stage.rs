@@ -176,7 +176,7 @@ impl Learn {
         if seq != expected {
             return Err(StageError::fatal(format!("group {seq} reached the learner instead of group {expected}")));
         }
-        let newest = rewarded.group.completions.iter().flat_map(|one| &one.versions).max();
+        let newest = rewarded.group.completions.iter().flat_map(|completion| &completion.versions).max();
         if let Some(newest) = newest.filter(|newest| **newest > state.step) {
             return Err(StageError::fatal(format!(
                 "group {seq} has a token of version {newest}, and the learner is at version {}; its probabilities are from weights that the learner does not have",
@@ -226,7 +226,7 @@ impl Learn {
         let text = format!("{error:#}");
         let words = text.to_lowercase();
         let memory = ["out of memory", "out_of_memory"].iter().any(|sign| words.contains(sign));
-        let most = self.batch.iter().map(|one| one.group.completions.len()).max().unwrap_or(1);
+        let most = self.batch.iter().map(|rewarded| rewarded.group.completions.len()).max().unwrap_or(1);
         let now = self.micro_batch.min(most);
         if !memory || now <= 1 {
             return Err(anyhow!("{text}"));
@@ -341,10 +341,10 @@ impl Learn {
     /// Runs the planned number of epochs over the batch, with an optimizer step after each minibatch.
     fn passes(&mut self, state: &mut TrainState, batch: &[Rewarded], ctx: &StageContext) -> Result<()> {
         let measured = std::mem::take(&mut self.measured);
-        let views: Vec<GroupView<'_>> = measured.iter().map(|one| one.view(&batch[one.place])).collect();
+        let views: Vec<GroupView<'_>> = measured.iter().map(|group| group.view(&batch[group.place])).collect();
         let targets = self.algorithm.targets(&views);
-        for ((one, targets), view) in measured.iter().zip(&targets).zip(&views) {
-            self.tally.arrived(&batch[one.place], targets, view.proximal, state.step, self.plan.truncation);
+        for ((group, targets), view) in measured.iter().zip(&targets).zip(&views) {
+            self.tally.arrived(&batch[group.place], targets, view.proximal, state.step, self.plan.truncation);
         }
         let mut order: Vec<usize> = (0..measured.len()).collect();
         let (count, parts) = (order.len(), self.plan.minibatches.min(order.len()));

@@ -129,7 +129,7 @@ impl ValueModel {
         let mut all = Vec::new();
         for (part, place) in self.shared_parts().zip(["head", "trunk"]) {
             let state = part.optimizer.export()?;
-            all.extend(state.into_iter().map(|(name, one)| (format!("{place}/{name}"), one)));
+            all.extend(state.into_iter().map(|(name, tensor)| (format!("{place}/{name}"), tensor)));
         }
         Ok(all)
     }
@@ -142,8 +142,9 @@ impl ValueModel {
         let parts = std::iter::once(&mut self.head).chain(self.trunk.as_mut().map(|trunk| &mut trunk.part));
         for (part, place) in parts.zip(["head/", "trunk/"]) {
             restore_params(&part.params, params)?;
-            let own =
-                optimizer.iter().filter_map(|(name, one)| Some((name.strip_prefix(place)?.to_owned(), one.clone())));
+            let own = optimizer
+                .iter()
+                .filter_map(|(name, tensor)| Some((name.strip_prefix(place)?.to_owned(), tensor.clone())));
             part.optimizer.import(own.collect::<Vec<_>>())?;
         }
         Ok(())

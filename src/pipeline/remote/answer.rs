@@ -56,7 +56,7 @@ impl<T: Into<String>> From<T> for Unread {
 /// An answer that the server itself marks as failed or filtered is an error, too.
 ///
 /// # Errors
-/// If the body is not a valid answer; describes the fault.
+/// If the body is not a valid answer; the error describes the fault.
 pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
     let value = lenient::parse(body)?;
     if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
@@ -155,9 +155,9 @@ fn split_reasoning(text: &str) -> (bool, String) {
 /// (`top_logprobs[0]`).
 fn listed(logprobs: &Value) -> Result<Option<Vec<(String, f64)>>, String> {
     let pairs: Vec<(String, &Value)> = if let Some(list) = logprobs["content"][0]["top_logprobs"].as_array() {
-        let pair = |one: &'_ Value| tokens::text(&one["token"], &one["bytes"]);
+        let pair = |entry: &'_ Value| tokens::text(&entry["token"], &entry["bytes"]);
         list.iter()
-            .map(|one| Ok((pair(one).ok_or("a token of top_logprobs has no text")?, &one["logprob"])))
+            .map(|entry| Ok((pair(entry).ok_or("a token of top_logprobs has no text")?, &entry["logprob"])))
             .collect::<Result<_, String>>()?
     } else if let Some(map) = logprobs["top_logprobs"][0].as_object() {
         map.iter().map(|(token, logprob)| (tokens::plain(token), logprob)).collect()

@@ -16,7 +16,7 @@ use super::budget::{Budget, Reserved};
 use super::evidence::Evidence;
 use super::outage::{Cause, Outage};
 use super::pace::Pace;
-use super::retry::{ExchangeOutcome, Nature, pause};
+use super::retry::{ExchangeOutcome, FailureClass, pause};
 use super::stats::RemoteStats;
 use super::transport::Transport;
 use super::wire::Request;
@@ -147,7 +147,7 @@ impl Client {
     ///
     /// # Errors
     /// An abstention if the server answers other questions but not this one. A failure if it answered none for
-    /// `outage_s`, if the budget is used up, or if nobody wants the answer any more. Both contain the address and the
+    /// `outage_s`, if the budget is used up, or if no actor wants the answer any more. Both contain the address and the
     /// server's message.
     pub async fn ask(&self, request: &Request, usage: &mut Usage) -> Reply<Answer> {
         let mut request = request.clone();
@@ -186,10 +186,10 @@ impl Client {
                 }
                 self.lock(&self.breaker).record(ended, false);
             }
-            let refuses = outcome.nature() == Nature::NoAnswer;
+            let refuses = outcome.class() == FailureClass::Refusal;
             let words = format!("{} {}", self.address(), outcome.words());
             self.outage.failed(ended, Cause { words: words.clone(), refuses });
-            if outcome.nature() == Nature::Limited {
+            if outcome.class() == FailureClass::Limited {
                 tries.limited += 1;
                 if tries.limited.is_multiple_of(LIMITED_TRIES) {
                     alone = if self.answers_others(ended, usage).await? { alone + 1 } else { 0 };
@@ -251,12 +251,12 @@ impl Client {
             if self.adapted(&outcome, &mut request) {
                 continue;
             }
-            let refuses = outcome.nature() == Nature::NoAnswer;
+            let refuses = outcome.class() == FailureClass::Refusal;
             let pause = self.pause(&outcome, attempt);
             if refuses || attempt > self.judge.retries.max(TRIES) || self.now() + pause >= until {
                 return Err(Cause { words: format!("{} {}", self.address(), outcome.words()), refuses });
             }
-            if outcome.nature() == Nature::Limited {
+            if outcome.class() == FailureClass::Limited {
                 self.pace.hold(outcome.wait().unwrap_or_default()).await;
             }
             tokio::time::sleep(pause).await;
@@ -317,7 +317,7 @@ impl Client {
         let (outcome, answer) = self.send(&control, usage).await?;
         if answer.is_none() {
             let words = format!("{} {}", self.address(), outcome.words());
-            self.outage.failed(self.now(), Cause { words, refuses: outcome.nature() == Nature::NoAnswer });
+            self.outage.failed(self.now(), Cause { words, refuses: outcome.class() == FailureClass::Refusal });
             self.lock(&self.evidence).control_unanswered(sent);
         }
         Ok(answer.is_some())
@@ -327,7 +327,7 @@ impl Client {
     /// not `asked` yet is admitted when the wait is over, so that no question fails without having been asked.
     ///
     /// # Errors
-    /// If the server was unavailable for `outage_s`, or nobody wants the answer any more.
+    /// If the server was unavailable for `outage_s`, or no actor wants the answer any more.
     async fn admitted(&self, asked: bool) -> Reply<bool> {
         let mut waited = false;
         loop {
@@ -347,7 +347,7 @@ impl Client {
     /// Gives a sign of life for the actors that wait for the server; returns the time since it last answered.
     ///
     /// # Errors
-    /// If nobody wants the answer any more.
+    /// If no actor wants the answer any more.
     fn waiting(&self) -> Reply<Duration> {
         let waited = self.outage.wait(self.now(), &self.judge.url, seconds(self.judge.outage_s));
         if waited.wanted {
@@ -376,7 +376,7 @@ impl Client {
     /// Waits after a rate-limit response; all questions wait with this one.
     ///
     /// # Errors
-    /// If no question was answered for `outage_s`, or nobody wants the answer any more.
+    /// If no question was answered for `outage_s`, or no actor wants the answer any more.
     async fn limited(&self, outcome: &ExchangeOutcome, attempt: u32) -> Reply<()> {
         if attempt > self.judge.retries && self.outage.elapsed(self.now()) >= seconds(self.judge.outage_s) {
             return Err(self.gave_up());
@@ -390,7 +390,7 @@ impl Client {
     /// Waits for `pause`, which a server asked for, but no longer than an unavailable server is waited for.
     ///
     /// # Errors
-    /// If the pause is longer than that, or nobody wants the answer any more.
+    /// If the pause is longer than that, or no actor wants the answer any more.
     async fn held(&self, pause: Duration) -> Reply<()> {
         let patience = seconds(self.judge.outage_s).max(seconds(self.judge.deadline_s));
         let left = patience.saturating_sub(self.outage.elapsed(self.now()));
@@ -434,7 +434,7 @@ impl Client {
     /// server asked for, if any.
     ///
     /// # Errors
-    /// If nobody wants the answer any more.
+    /// If no actor wants the answer any more.
     async fn turn(&self, request: &Request) -> Reply<Result<(), Duration>> {
         let turn = self.pace.turn(request.estimate() as f64);
         tokio::pin!(turn);
@@ -533,13 +533,13 @@ impl Client {
         }
         let now = self.now();
         let mut breaker = self.lock(&self.breaker);
-        match outcome.nature() {
+        match outcome.class() {
             // The question can be asked in another form.
-            Nature::NoAnswer if matches!(outcome, ExchangeOutcome::Field(..)) => breaker.record(now, true),
-            Nature::NoAnswer => breaker.refused(now),
+            FailureClass::Refusal if matches!(outcome, ExchangeOutcome::Field(..)) => breaker.record(now, true),
+            FailureClass::Refusal => breaker.refused(now),
             // Counts as a failure only if it happens again.
-            Nature::Passing if matches!(outcome, ExchangeOutcome::Closed(_)) => {}
-            Nature::Limited | Nature::Passing => breaker.record(now, outcome.alive()),
+            FailureClass::Temporary if matches!(outcome, ExchangeOutcome::Closed(_)) => {}
+            FailureClass::Limited | FailureClass::Temporary => breaker.record(now, outcome.alive()),
         }
         if answer.is_some() {
             self.outage.end(now, &self.judge.url);
@@ -630,9 +630,7 @@ impl Client {
     /// changed to it.
     fn adapted(&self, outcome: &ExchangeOutcome, request: &mut Request) -> bool {
         let change = match outcome {
-            ExchangeOutcome::Field(_, _, complaint) => {
-                self.lock(&self.abilities).adapt(complaint, request, &self.judge)
-            }
+            ExchangeOutcome::Field(_, _, refusal) => self.lock(&self.abilities).adapt(refusal, request, &self.judge),
             ExchangeOutcome::Refused(404 | 405, _) if !self.lock(&self.evidence).has_answered() => {
                 self.transport.add_version().then(|| "its address has no version, so that /v1 is appended to it".into())
             }
@@ -668,9 +666,9 @@ impl Client {
         /// Shorter prompts may consist of one long word.
         const LONG: u64 = 2000;
         let characters = request.prompt.chars().count() as u64;
-        let few =
+        let undercount =
             answer.counted_prompt_tokens.filter(|counted| characters >= LONG && counted * MAX_CHARACTERS < characters);
-        if let Some(counted) = few
+        if let Some(counted) = undercount
             && !self.cut_prompts.swap(true, Ordering::SeqCst)
         {
             tracing::warn!(

@@ -23,7 +23,7 @@ pub struct Pace {
     /// State for this process alone, with times relative to `began`.
     own: Mutex<State>,
     shared: Option<Shared>,
-    alone: Mutex<Fallback>,
+    fallback: Mutex<Fallback>,
     /// Queue of requests that wait for a turn, in order.
     queue: tokio::sync::Mutex<()>,
     /// Time at which this process learned of a pause that the server asked for, while the pause lasts.
@@ -48,7 +48,7 @@ impl Pace {
             began: Instant::now(),
             own: Mutex::default(),
             shared: None,
-            alone: Mutex::default(),
+            fallback: Mutex::default(),
             queue: tokio::sync::Mutex::default(),
             paused_since: Mutex::default(),
         };
@@ -105,7 +105,7 @@ impl Pace {
     /// Applies `change` to the state shared by the processes, or to this process's own state if no shared one exists or
     /// can be used.
     async fn with<T>(&self, change: impl Fn(&mut State, f64) -> T) -> T {
-        let together = self.lock(&self.alone).until.is_none_or(|until| Instant::now() >= until);
+        let together = self.lock(&self.fallback).until.is_none_or(|until| Instant::now() >= until);
         if let Some(shared) = self.shared.as_ref().filter(|_| together) {
             let mut why = "another process keeps it locked".to_owned();
             for _ in 0..LOCK_TRIES {
@@ -124,9 +124,9 @@ impl Pace {
     }
 
     fn fall_back(&self, why: &str) {
-        let mut alone = self.lock(&self.alone);
-        alone.until = Some(Instant::now() + FALLBACK_DURATION);
-        if !std::mem::replace(&mut alone.warned, true) {
+        let mut fallback = self.lock(&self.fallback);
+        fallback.until = Some(Instant::now() + FALLBACK_DURATION);
+        if !std::mem::replace(&mut fallback.warned, true) {
             tracing::warn!(
                 "the rate limit of the judge at {} holds for this process alone instead of for all processes on this machine together: {why}",
                 self.url

@@ -113,7 +113,7 @@ pub fn votes(texts: &[String], answers: &[String]) -> Reply<Vec<f64>> {
             texts.len()
         )));
     }
-    let share = |i: usize| named.iter().filter(|one| **one == i).count() as f64 / named.len() as f64;
+    let share = |i: usize| named.iter().filter(|index| **index == i).count() as f64 / named.len() as f64;
     Ok((0..answers.len()).map(share).collect())
 }
 
@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     fn answers(list: &[&str]) -> Vec<String> {
-        list.iter().map(|one| (*one).to_owned()).collect()
+        list.iter().map(|text| (*text).to_owned()).collect()
     }
 
     #[test]

@@ -8,7 +8,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use hyper_util::client::proxy::matcher::Matcher;
 use sha2::{Digest, Sha256};
 
-use super::abilities::{Abilities, Complaint, names_extra};
+use super::abilities::{Abilities, FieldRefusal, names_extra};
 use super::answer::{Answer, Unread, read};
 use super::key::Key;
 use super::lenient;
@@ -194,14 +194,14 @@ impl Transport {
                 Unread::Failed(status, why) => ExchangeOutcome::of_status(status, wait, why, status == 402),
             });
         }
-        let mut said = sentence(&bytes);
-        if let Some(complaint) = Complaint::find(status, &bytes, &body) {
-            return Err(ExchangeOutcome::Field(status, said, complaint));
+        let mut message = sentence(&bytes);
+        if let Some(refusal) = FieldRefusal::find(status, &bytes, &body) {
+            return Err(ExchangeOutcome::Field(status, message, refusal));
         }
         if let Some(field) = names_extra(&bytes, &judge.extra_body) {
-            said += &format!("; {field} is in labeler.remote.extra_body");
+            message += &format!("; {field} is in labeler.remote.extra_body");
         }
-        Err(ExchangeOutcome::of_status(status, wait, said, reports_quota(&bytes)))
+        Err(ExchangeOutcome::of_status(status, wait, message, reports_quota(&bytes)))
     }
 }
 

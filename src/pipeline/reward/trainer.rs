@@ -149,13 +149,13 @@ impl RewardTrainer {
     pub fn save(&self) -> Result<Saved> {
         let [decoder, head, decoder_gradient, head_gradient] = PARTS;
         let named = |part: &'static str, all: Vec<(String, Frozen)>| {
-            all.into_iter().map(move |(name, one)| (format!("{part}{name}"), one))
+            all.into_iter().map(move |(name, tensor)| (format!("{part}{name}"), tensor))
         };
         let mut state: Vec<(String, Frozen)> = named(decoder, self.optimizer.export()?).collect();
         state.extend(named(head, self.head_optimizer.export()?));
         if self.counters.pending.pairs > 0 {
             for (part, gradients) in [(decoder_gradient, &self.gradients), (head_gradient, &self.head_gradients)] {
-                let copies = gradients.copies()?.into_iter().map(|(name, one)| (name, one.into()));
+                let copies = gradients.copies()?.into_iter().map(|(name, copy)| (name, copy.into()));
                 state.extend(named(part, copies.collect()));
             }
         }
@@ -179,7 +179,8 @@ impl RewardTrainer {
             var.set(&tensor.to_device(var.device())?.to_dtype(var.dtype())?)?;
         }
         let part = |prefix: &str| -> HashMap<String, Tensor> {
-            let own = state.iter().filter_map(|(name, one)| Some((name.strip_prefix(prefix)?.to_owned(), one.clone())));
+            let own =
+                state.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor.clone())));
             own.collect()
         };
         let [decoder, head, decoder_gradient, head_gradient] = PARTS.map(part);
@@ -210,7 +211,7 @@ impl RewardTrainer {
 
     /// Returns the share of the most recent held-out pairs that were ranked as labeled, and the number of these pairs.
     pub fn accuracy(&self) -> (f64, usize) {
-        let right = self.counters.held_out.iter().fold(0.0, |sum, one| sum + one);
+        let right = self.counters.held_out.iter().fold(0.0, |sum, right| sum + right);
         (right / self.counters.held_out.len().max(1) as f64, self.counters.held_out.len())
     }
 
@@ -226,7 +227,7 @@ impl RewardTrainer {
     /// # Errors
     /// If a sequence exceeds the model's context.
     pub fn score(&self, group: &Group) -> Result<Vec<f64>> {
-        let ids: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let ids: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
         Ok(self.model.scores(&group.prompt.ids, &ids)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
     }
 
@@ -273,7 +274,7 @@ impl RewardTrainer {
         group: &Group,
         preferences: &[(usize, usize, f64)],
     ) -> Result<(Vec<f64>, Option<TrainerStep>)> {
-        let ids: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let ids: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
         let scores = self.model.scores(&group.prompt.ids, &ids)?;
         let values: Vec<f64> = scores.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
         let mut gradients = vec![0f64; values.len()];

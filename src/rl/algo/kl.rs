@@ -54,7 +54,7 @@ pub struct Kl {
 }
 
 impl Kl {
-    /// Returns (1−β)·r.
+    /// Returns the part of a reward that counts in the objective, (1−β)·r.
     pub fn share(&self, reward: f64) -> f64 {
         (1.0 - self.coef) * reward
     }

@@ -38,17 +38,22 @@ pub struct LengthControlled {
 /// If a win is not a probability, a length is not above zero, or no finite fit exists: all comparisons have the same
 /// length ratio, or length separates wins from losses perfectly.
 pub fn length_controlled(comparisons: &[Comparison]) -> Result<LengthControlled> {
-    for (i, one) in comparisons.iter().enumerate() {
-        ensure!((0.0..=1.0).contains(&one.win), "comparison {i}: a win of {} is not a probability", one.win);
-        let measured = [one.length, one.other].iter().all(|length| *length > 0.0 && length.is_finite());
+    for (i, comparison) in comparisons.iter().enumerate() {
+        ensure!(
+            (0.0..=1.0).contains(&comparison.win),
+            "comparison {i}: a win of {} is not a probability",
+            comparison.win
+        );
+        let measured = [comparison.length, comparison.other].iter().all(|length| *length > 0.0 && length.is_finite());
         ensure!(
             measured,
             "comparison {i}: lengths of {} and {} have no ratio; remove empty answers",
-            one.length,
-            one.other
+            comparison.length,
+            comparison.other
         );
     }
-    let points: Vec<(f64, f64)> = comparisons.iter().map(|one| ((one.length / one.other).ln(), one.win)).collect();
+    let points: Vec<(f64, f64)> =
+        comparisons.iter().map(|comparison| ((comparison.length / comparison.other).ln(), comparison.win)).collect();
     check_overlap(&points)?;
     let Fit { intercept, slope, variance } = fit(&points)?;
     let half = Z * variance.sqrt();

@@ -95,7 +95,7 @@ impl Machine for Live {
         let cell = SnapshotCell::new(0, published.weights().fingerprint()?, published);
         // The first steps are skipped, because their groups began while the pipeline was still empty.
         let skip = 1 + plan.eta as usize;
-        let watch = Watch { skip, least: self.least, graph: OnceLock::new(), marks: Vec::new(), seen: None };
+        let watch = Watch { skip, least: self.least, graph: OnceLock::new(), marks: Vec::new(), reports: None };
         let watch = Arc::new(Mutex::new(watch));
         let node = Node {
             state: Arc::new(Mutex::new(state)),
@@ -143,12 +143,12 @@ struct Watch {
     graph: OnceLock<GraphHandle>,
     marks: Vec<Instant>,
     /// Stage reports at the beginning and at the end of the measurement.
-    seen: Option<(Vec<StageReport>, Vec<StageReport>)>,
+    reports: Option<(Vec<StageReport>, Vec<StageReport>)>,
 }
 
 impl Watch {
     fn measured(&self, batch: u64) -> Result<Measured> {
-        let Some((first, last)) = &self.seen else { bail!("no step ended during the measurement") };
+        let Some((first, last)) = &self.reports else { bail!("no step ended during the measurement") };
         let steps = self.marks.len() - self.skip;
         let seconds = (self.marks[self.marks.len() - 1] - self.marks[self.skip - 1]).as_secs_f64();
         ensure!(seconds > 0.0, "the clock did not advance during the measurement");
@@ -171,11 +171,11 @@ impl Observer for Watch {
         self.marks.push(Instant::now());
         let stages = graph.report().stages;
         if self.marks.len() <= self.skip {
-            self.seen = Some((stages, Vec::new()));
+            self.reports = Some((stages, Vec::new()));
             return Ok(());
         }
         let long = self.marks[self.skip - 1].elapsed() >= self.least && self.marks.len() >= self.skip + MIN_STEPS;
-        if let Some((_, last)) = &mut self.seen {
+        if let Some((_, last)) = &mut self.reports {
             *last = stages;
         }
         if long {

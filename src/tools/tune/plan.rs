@@ -89,7 +89,7 @@ impl Plan {
             let (workers, threads) = (self.workers[role as usize], self.threads[role as usize]);
             format!("{} {workers}×{threads}", role.name())
         };
-        let roles = Role::ALL.into_iter().filter(|one| *one != Role::Label || facts.labels);
+        let roles = Role::ALL.into_iter().filter(|role| *role != Role::Label || facts.labels);
         let roles: Vec<String> = roles.map(role).collect();
         let sizes = if (self.batch, self.group_size) == (facts.batch, facts.group_size) {
             String::new()

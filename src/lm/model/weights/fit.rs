@@ -113,8 +113,8 @@ impl Weights {
         if let (Some(wanted), Some(last)) = (layer(name), layers.last())
             && wanted > *last
         {
-            let (said, found) = (config.layers, last + 1);
-            return format!("; config.json says num_hidden_layers = {said}, and the file has {found} layers");
+            let (configured, found) = (config.layers, last + 1);
+            return format!("; config.json says num_hidden_layers = {configured}, and the file has {found} layers");
         }
         format!("; check that the file is a complete {}", config.family.architecture)
     }

@@ -110,7 +110,7 @@ impl Client {
         let body = body.await.map_err(|_| self.silent())??;
         let listed: Value = serde_json::from_slice(&body).context("the hub's list of files is not JSON")?;
         let siblings = listed["siblings"].as_array().context("the hub's list of files has no siblings")?;
-        Ok(siblings.iter().filter_map(|one| one["rfilename"].as_str().map(str::to_owned)).collect())
+        Ok(siblings.iter().filter_map(|sibling| sibling["rfilename"].as_str().map(str::to_owned)).collect())
     }
 
     /// Requests the metadata of the file `name`.

@@ -67,7 +67,7 @@ fn step(indent: &Value) -> Result<String, Error> {
 }
 
 fn pair_of_texts(pair: &Value) -> Result<(String, String), Error> {
-    let texts: Vec<String> = pair.try_iter()?.filter_map(|one| one.as_str().map(str::to_owned)).collect();
+    let texts: Vec<String> = pair.try_iter()?.filter_map(|text| text.as_str().map(str::to_owned)).collect();
     match <[String; 2]>::try_from(texts) {
         Ok([item, key]) if item.len() + key.len() <= MAX_INDENT => Ok((item, key)),
         _ => Err(refusal("separators of tojson are two short texts, such as (',', ':')")),

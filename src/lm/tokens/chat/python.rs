@@ -43,10 +43,10 @@ fn has_float(value: &Value, depth: usize) -> bool {
     match value.kind() {
         ValueKind::Number => is_float(value),
         ValueKind::Seq => {
-            depth < MAX_DEPTH && value.try_iter().is_ok_and(|mut all| all.any(|one| has_float(&one, depth + 1)))
+            depth < MAX_DEPTH && value.try_iter().is_ok_and(|mut all| all.any(|item| has_float(&item, depth + 1)))
         }
         ValueKind::Map => {
-            let of = |key: Value| value.get_item(&key).is_ok_and(|one| has_float(&one, depth + 1));
+            let of = |key: Value| value.get_item(&key).is_ok_and(|item| has_float(&item, depth + 1));
             depth < MAX_DEPTH && value.try_iter().is_ok_and(|mut keys| keys.any(of))
         }
         _ => false,
@@ -64,7 +64,7 @@ fn representation(value: &Value, depth: usize) -> String {
     match value.kind() {
         ValueKind::Number if is_float(value) => f64::try_from(value.clone()).map_or_else(|_| value.to_string(), float),
         ValueKind::Seq if depth < MAX_DEPTH => {
-            let all: Vec<String> = items().map(|one| representation(&one, depth + 1)).collect();
+            let all: Vec<String> = items().map(|item| representation(&item, depth + 1)).collect();
             format!("[{}]", all.join(", "))
         }
         ValueKind::Map if depth < MAX_DEPTH => {
@@ -108,7 +108,7 @@ fn method(state: &mut State<'_, '_>, value: &Value, name: &str, arguments: &[Val
         (Some(text), _) => text_method(state, text, name, arguments)?,
         (None, ValueKind::Seq) if name == "index" => {
             let (sought,): (&Value,) = from_args(arguments)?;
-            let place = value.try_iter()?.position(|one| one == *sought);
+            let place = value.try_iter()?.position(|item| item == *sought);
             Some(place.map(Value::from).ok_or_else(|| refusal(format!("{sought} is not in the list")))?)
         }
         _ => None,

@@ -17,7 +17,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionB
 use super::Key;
 use crate::util::process::{file_system, sqlite};
 
-/// How long a write waits for another process's write.
+/// Time that a write waits for another process's write.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Identifier of a label cache database (`PRAGMA application_id`).

@@ -27,13 +27,13 @@ const PAUSE: Duration = Duration::from_millis(250);
 /// Maximum pause between two attempts to write.
 const MAX_PAUSE: Duration = Duration::from_secs(15);
 
-/// How long unwritten answers delay the end of the program.
+/// Maximum time by which unwritten answers delay the end of the program.
 const EXIT_DELAY: Duration = Duration::from_secs(30);
 
 /// Interval at which a persistent failure is logged again.
 const REPEAT: Duration = Duration::from_secs(60);
 
-/// How long a process waits for another one that is opening the cache before it logs a warning.
+/// Time that a process waits for another one that is opening the cache before it logs a warning.
 const SLOW_OPEN: Duration = Duration::from_secs(2);
 
 /// Maximum number of answers per write transaction.
