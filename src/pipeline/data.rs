@@ -101,7 +101,7 @@ impl ModelBounds {
     pub fn check(&self, ids: &[u32], tokenizer: &Tokenizer) -> Result<()> {
         let Some(id) = ids.iter().find(|id| **id as usize >= self.vocabulary) else { return Ok(()) };
         bail!(
-            "the token {:?} (id {id}) has no row in the model's embedding, which has {}; add rows to the embedding (transformers: resize_token_embeddings), or take the token out of the text",
+            "the token {:?} (id {id}) has no row in the model's embedding, which has {}; add rows to the embedding (transformers: resize_token_embeddings), or remove the token from the text",
             tokenizer.token(*id).unwrap_or_default(),
             self.vocabulary
         )
@@ -164,7 +164,7 @@ impl Dataset {
         options.model.check(&blank, tokenizer).context("the chat template or data.instruction cannot be used")?;
         if options.needs_references {
             let end: Vec<u32> = tokenizer.end(options.format.chat).into_iter().collect();
-            options.model.check(&end, tokenizer).context("no reference answer could end")?;
+            options.model.check(&end, tokenizer).context("the end token of reference answers cannot be used")?;
         }
         let mut data = Self {
             rows,

@@ -364,12 +364,8 @@ fn disk(config: &Config, sizes: &Sizes) -> String {
     let each = policy + (12.0 + master) * (sizes.value_model + sizes.reward_model);
     // The checkpoint that is being written exists in addition to the kept ones.
     let evaluated = usize::from(keep.best.as_deref() == Some(WIN_RATE));
-    let activations_per_token = keep.keep + usize::from(keep.best.is_some()) + evaluated + 1;
-    format!(
-        "disk        about {} per checkpoint; at most {activations_per_token} at a time, {}",
-        gib(each),
-        gib(activations_per_token as f64 * each)
-    )
+    let kept = keep.keep + usize::from(keep.best.is_some()) + evaluated + 1;
+    format!("disk        about {} per checkpoint; at most {kept} at a time, {}", gib(each), gib(kept as f64 * each))
 }
 
 /// Describes the skipped rows. Empty if there are none.

@@ -189,7 +189,7 @@ impl Download {
     ) -> Result<Self> {
         let offline = std::env::var("HF_HUB_OFFLINE")
             .is_ok_and(|value| ["1", "true", "yes", "on"].contains(&value.to_ascii_lowercase().as_str()));
-        ensure!(!offline, "it is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub for it");
+        ensure!(!offline, "it is not in the cache, and HF_HUB_OFFLINE forbids requests to the hub");
         let client = Client::new(&hub.endpoint, hub.token, kind, repo, revision, options.timeout)?;
         let bar = bar(options.progress);
         if options.progress && bar.is_hidden() {

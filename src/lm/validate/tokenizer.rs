@@ -184,7 +184,7 @@ impl Model {
 }
 
 fn token(content: &str, id: u32) -> Result<()> {
-    ensure!(id <= MAX_ID, "a token has the id {id}, and {MAX_ID} is the highest there may be");
+    ensure!(id <= MAX_ID, "a token has the id {id}; the highest supported id is {MAX_ID}");
     ensure!(content.len() <= LONGEST_TOKEN, "token {id} has {} bytes, the limit is {LONGEST_TOKEN}", content.len());
     Ok(())
 }

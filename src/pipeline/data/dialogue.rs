@@ -193,7 +193,7 @@ impl Dialogue {
             let rest = &dialogue.turns[shared..];
             match rest.first() {
                 Some(first) if first.role == "assistant" => {}
-                _ => bail!("do not part at an answer of the assistant's: they differ from turn {} on", shared + 1),
+                _ => bail!("do not diverge at an assistant turn: they differ from turn {} on", shared + 1),
             }
             Self { turns: rest.to_vec() }.as_answer()
         };

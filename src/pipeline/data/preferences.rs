@@ -197,7 +197,7 @@ fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Res
     let (ours, theirs) = (has("first") || has("second"), has("chosen") || has("rejected"));
     ensure!(
         !(ours && theirs),
-        "it has chosen and rejected as well as first and second, which are two pairs; take one of the two out"
+        "it has chosen and rejected as well as first and second, which are two pairs; remove one of the two"
     );
     ensure!(ours || theirs, "{}", no_pair(value));
     let names = if ours { ["first", "second"] } else { ["chosen", "rejected"] };
@@ -218,7 +218,7 @@ fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Res
     let (dialogue, first, second) = match (a, b) {
         (Side::Complete(a), Side::Complete(b)) => split_dialogues([a, b], prompt, names, notes)?,
         (Side::Complete(_), _) | (_, Side::Complete(_)) => bail!(
-            "one of {} and {} is a complete dialogue and the other one is not; give both in one form",
+            "one of {} and {} is a complete dialogue and the other one is not; give both in the same form",
             names[0],
             names[1]
         ),
@@ -227,7 +227,7 @@ fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Res
                 let (prompt, answer) = prompt.into_prompt().map_err(|error| anyhow!("field {name:?} {error}"))?;
                 ensure!(
                     answer.is_none(),
-                    "field {name:?} ends with the assistant's turn, and must end with the user's; take the turn out, or put it into the answers"
+                    "field {name:?} ends with the assistant's turn, and must end with the user's; remove the turn, or move it into the answers"
                 );
                 note_repetition(&prompt, &a, &b, notes);
                 (prompt, answered(a, names[0], notes)?, answered(b, names[1], notes)?)
@@ -310,7 +310,7 @@ fn split_dialogues(
     }
     let (shared, answer) =
         shared.into_prompt().map_err(|error| anyhow!("the common turns of {} and {} {error}", names[0], names[1]))?;
-    ensure!(answer.is_none(), "{} and {} part after an answer of the assistant's, not at one", names[0], names[1]);
+    ensure!(answer.is_none(), "{} and {} diverge after an assistant turn instead of at one", names[0], names[1]);
     let Some((name, prompt)) = prompt else { return Ok((shared, first, second)) };
     let (prompt, _) = prompt.into_prompt().map_err(|error| anyhow!("field {name:?} {error}"))?;
     let same = |a: &Dialogue, b: &Dialogue| {
@@ -332,7 +332,7 @@ fn split_dialogues(
     match prompt.turns.as_slice() {
         [one] if one_turn(&one.content) => Ok((shared, first, second)),
         _ => bail!(
-            "field {name:?} is another prompt than the one that the dialogues in {} and {} hold; correct it, or take it out",
+            "field {name:?} is another prompt than the one that the dialogues in {} and {} hold; correct it, or remove it",
             names[0],
             names[1]
         ),
@@ -366,7 +366,7 @@ fn note_repetition(prompt: &Dialogue, a: &Side, b: &Side, notes: &mut Notes) {
     let ([one], Side::Answer(a), Side::Answer(b)) = (prompt.turns.as_slice(), a, b) else { return };
     let text = one.content.trim();
     if text.len() >= LONG && [a, b].iter().all(|answer| answer.trim_start().starts_with(text)) {
-        notes.add("both answers begin with the prompt's own text, which they then repeat; take it out of the answers");
+        notes.add("both answers begin with the prompt's own text, which they then repeat; remove it from the answers");
     }
 }
 

@@ -85,8 +85,11 @@ impl Outage {
         }
         telemetry::judge_away(url, Some(telemetry::Away { time: elapsed, why: &cause.words, refuses: cause.refuses }));
         drop(inner);
-        let wanted =
-            self.sign(&format!("waits for the judge at {url}, away for {} s: {}", elapsed.as_secs(), cause.words));
+        let wanted = self.sign(&format!(
+            "waits for the judge at {url}, unavailable for {} s: {}",
+            elapsed.as_secs(),
+            cause.words
+        ));
         Waited { elapsed, wanted }
     }
 

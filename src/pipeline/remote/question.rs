@@ -213,7 +213,7 @@ async fn longer(
         // If the longer answer is a single token, it would be listed if it were likely.
         if !is_one_token(client, &ask.answers[longer], usage).await? {
             return Err(NoAnswer::Abstention(format!(
-                "the tokens of {} do not tell {} from {}, and it does not continue an answer; set labeler.remote.evidence = \"votes\" or api = \"completions\"",
+                "the tokens of {} do not distinguish {} from {}, and it does not continue an answer; set labeler.remote.evidence = \"votes\" or api = \"completions\"",
                 client.judge.url, ask.answers[shorter], ask.answers[longer]
             )));
         }

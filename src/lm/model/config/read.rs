@@ -201,7 +201,7 @@ fn family(json: &Json, head: Head) -> Result<&'static Family> {
     };
     if let Some(kind) = kind.filter(|kind| *kind != family.model_type) {
         bail!(
-            "architectures names {architecture}, and model_type = \"{kind}\" is that of another model; transformers goes by model_type. Correct config.json: {architecture} has model_type = \"{}\"",
+            "architectures names {architecture}, and model_type = \"{kind}\" is that of another model; transformers uses model_type. Correct config.json: {architecture} has model_type = \"{}\"",
             family.model_type
         );
     }
@@ -255,7 +255,7 @@ fn window(json: &Json, family: &Family, layers: usize) -> Result<Option<Window>>
             let slides: Vec<bool> = list.iter().map(|kind| kind == KINDS[1]).collect();
             ensure!(
                 family.lists_layers || (0..layers).all(|layer| slides[layer] == rule(layer)),
-                "layer_types contradicts sliding_window = {}, by which {} goes; remove layer_types, or correct it",
+                "layer_types contradicts sliding_window = {}, which {} uses; remove layer_types, or correct it",
                 json["sliding_window"],
                 family.architecture
             );

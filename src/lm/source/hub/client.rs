@@ -133,7 +133,7 @@ impl Client {
         let metadata = Metadata {
             commit: self.checked("X-Repo-Commit", commit.trim())?,
             etag: self.checked("ETag", etag.trim().trim_start_matches("W/").trim_matches('"'))?,
-            size: size(&answer).with_context(|| format!("{} does not say how large {name} is", self.host()))?,
+            size: size(&answer).with_context(|| format!("{} does not report the size of {name}", self.host()))?,
         };
         Ok(metadata)
     }

@@ -148,7 +148,7 @@ fn a_row_that_is_not_a_pair_is_refused_with_the_reason() {
             json!({ "chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: ho\n\nAssistant: b" }),
             "from turn 1 on",
         ),
-        (json!({ "chosen": "\n\nHuman: hi", "rejected": "\n\nHuman: hi" }), "do not part at an answer"),
+        (json!({ "chosen": "\n\nHuman: hi", "rejected": "\n\nHuman: hi" }), "do not diverge at an assistant turn"),
         (json!({ "prompt": "hi", "first": "a", "second": "b", "preference": 1.5 }), "not a probability"),
         (json!({ "prompt": "hi", "first": "a", "second": "b", "preference": "nan" }), "not a probability"),
         (json!({ "prompt": "hi", "chosen": 3, "rejected": "b" }), "field \"chosen\" is the number 3"),

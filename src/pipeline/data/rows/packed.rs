@@ -84,7 +84,7 @@ fn unpack(input: impl Read, out: &mut BufWriter<&File>, most: u64) -> Result<()>
 
 fn too_much(most: u64) -> String {
     format!(
-        "it unpacks to more than {most} bytes, far more than text does; if that is meant, unpack it and name the .jsonl"
+        "it unpacks to more than {most} bytes, far more than text does; if that is intended, unpack it and name the .jsonl"
     )
 }
 

@@ -81,7 +81,7 @@ fn mark(path: &Path) -> Option<String> {
 fn log_import(earlier: &Path, why: &str, added: u64) {
     telemetry::label_cache_damaged();
     tracing::error!(
-        "the label cache {} of an earlier program cannot be read: {why}; {added} of its labels were imported, and the others will be bought again. Put a sound copy in its place, or remove it",
+        "the label cache {} of an earlier program cannot be read: {why}; {added} of its labels were imported, and the others will be bought again. Put an intact copy in its place, or remove it",
         earlier.display()
     );
 }
