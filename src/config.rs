@@ -77,23 +77,23 @@ macro_rules! config {
 }
 
 config! {
-    /// The run itself.
+    /// Name, mode, seed and length of the run.
     run: Run,
-    /// The prompts.
+    /// The prompts and their format.
     data: Data,
     /// The model that is trained.
     policy: Policy,
     /// Generation of completions.
     rollout: Rollout,
-    /// AI feedback.
+    /// AI feedback: the judges and how they are asked.
     labeler: Labeler,
-    /// The reward.
+    /// Computation of rewards from scores.
     reward: Reward,
     /// The reward model of the modes that have one.
     reward_model: RewardModel,
     /// Supervised fine-tuning before all other phases.
     sft: Sft,
-    /// Gradient steps.
+    /// The learner: algorithm, batches and optimizer.
     learner: Learner,
     /// Win rates during the run.
     evaluation: Evaluation,

@@ -235,7 +235,7 @@ pub struct RewardScale {
 }
 
 impl RewardScale {
-    /// Adds a score.
+    /// Updates the statistics with a score.
     pub fn add(&mut self, score: f64) {
         self.count += 1;
         let delta = score - self.mean;

@@ -306,8 +306,8 @@ impl View {
         all.into_iter().skip(left_out).map(|(stage, done)| self.span(stage, done)).collect()
     }
 
-    /// Returns the spans after `cursor`, and advances `cursor` past them. Stages are visited last to first, so an item's
-    /// downstream span is never reported without its upstream ones.
+    /// Returns the spans after `cursor`, and advances `cursor` past them. Stages are visited last to first, so that an
+    /// item's downstream span is never reported without its upstream ones.
     pub(crate) fn new_spans(&self, cursor: &mut SpanCursor) -> Vec<Span> {
         if cursor.incarnation != Some(self.incarnation) {
             *cursor = SpanCursor { incarnation: Some(self.incarnation), counts: Vec::new(), lost: cursor.lost };

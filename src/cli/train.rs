@@ -31,7 +31,7 @@ pub struct Train {
 }
 
 impl Train {
-    /// Trains, or resumes a run.
+    /// Starts a training run, or resumes one.
     ///
     /// # Errors
     /// If the configuration is invalid; otherwise see [`run::train`].

@@ -192,7 +192,7 @@ pub enum ModelFiles {
     Directory(PathBuf),
 }
 
-/// A resolved model.
+/// Local files of a model, and the source that provided them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolved {
     /// Files of the model.

@@ -23,7 +23,7 @@ use crate::pipeline::label::{Labeler, Labels};
 use crate::types::Group;
 use crate::util::signals;
 
-/// The questions to label.
+/// Source of the questions to label, by index.
 pub trait Questions: Send + Sync {
     /// Returns question `i` as a group.
     ///
@@ -32,7 +32,7 @@ pub trait Questions: Send + Sync {
     fn group(&self, i: usize) -> Result<Group>;
 }
 
-/// Pairs of a file as questions.
+/// Source of questions that compares the two answers of each pair of a file.
 pub struct PairQuestions {
     /// The pairs.
     pub pairs: Arc<Preferences>,
@@ -65,7 +65,7 @@ impl Questions for PairQuestions {
     }
 }
 
-/// A labeled question.
+/// A question with its labels.
 pub struct Annotation {
     /// Index of the question.
     pub question: usize,
@@ -84,7 +84,7 @@ pub trait Annotations: Send {
     fn take(&mut self, batch: Vec<Annotation>) -> Result<()>;
 }
 
-/// A labeling job.
+/// Specification of a labeling job: the questions, the labelers, and the form of the labels.
 pub struct Job {
     /// Configuration with the numbers of workers, threads and retries, and the watchdog's times.
     pub config: Config,

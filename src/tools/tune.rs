@@ -80,7 +80,7 @@ pub struct Facts {
     pub micro_batch: usize,
 }
 
-/// Result of a measurement.
+/// Measured speed of a plan, in total and per role.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Measured {
     /// Trained groups per second.
@@ -89,7 +89,7 @@ pub struct Measured {
     pub work_s: [f64; 4],
 }
 
-/// A measured plan.
+/// A plan with its predicted and its measured speed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tried {
     /// The plan.
@@ -107,7 +107,7 @@ impl Tried {
     }
 }
 
-/// Result of tuning.
+/// Result of [`tune`]: the measured plans, and the fastest one.
 #[derive(Debug, Clone)]
 pub struct Tuned {
     /// The configured plan.
@@ -137,7 +137,7 @@ impl Tuned {
     }
 }
 
-/// Extent of the search.
+/// Extent of the search of [`tune`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SearchScope {
     /// Maximum number of plans to measure, in addition to the configured one.

@@ -94,7 +94,7 @@ impl Preferences {
         Self::of(Rows::open(path)?, options)
     }
 
-    /// Reads every row of `rows` once.
+    /// Checks every row of `rows` and indexes the pairs.
     ///
     /// # Errors
     /// If rows are faulty, unless `options` skips them, or if no row is a pair. The error names the file and up to ten

@@ -2,7 +2,7 @@
 
 use crate::util::seed::{self, mix};
 
-/// Part of a data set.
+/// Part of a data set: all rows, the training rows, or the held-out rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Part {
     /// All rows.

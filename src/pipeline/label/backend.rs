@@ -117,8 +117,8 @@ pub trait Backend: Send + Sync {
         None
     }
 
-    /// Precomputes the common prefix of `examples`, which must be prompts of one template that differ as much as its
-    /// prompts will. Does nothing if the backend cannot share prefixes.
+    /// Precomputes the common prefix of `examples`, prompts of one template whose filled-in texts have nothing in common.
+    /// Does nothing if the backend cannot share prefixes.
     ///
     /// # Errors
     /// If a prompt cannot be tokenised.

@@ -59,8 +59,8 @@ impl Local {
         &self.judge
     }
 
-    /// Computes and keeps the common prefix of `examples`, which must be prompts of one template that differ as much as
-    /// its prompts will.
+    /// Computes and keeps the common prefix of `examples`, prompts of one template whose filled-in texts have nothing in
+    /// common.
     ///
     /// # Errors
     /// If a text cannot be tokenised.

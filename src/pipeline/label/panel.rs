@@ -7,7 +7,7 @@ use super::{Labeler, Labels, Pairing, derive};
 use crate::types::{Group, Preference, Verdict};
 use crate::util::seed;
 
-/// A labeler of a panel.
+/// Member of a [`Panel`]: a labeler with its weight.
 pub struct Member {
     /// The labeler.
     pub labeler: Box<dyn Labeler>,

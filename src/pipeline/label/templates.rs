@@ -170,7 +170,7 @@ impl TemplateSet {
         Ok(seed::text(&text.parse::<toml::Table>()?.to_string()))
     }
 
-    /// Parses a set from TOML.
+    /// Parses a template set from TOML.
     ///
     /// # Errors
     /// If the text has mistakes; the error lists all of them with their lines.

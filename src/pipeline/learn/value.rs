@@ -95,7 +95,7 @@ impl ValueModel {
     /// gradient clipped to `max_norm`.
     ///
     /// # Errors
-    /// Only tensor errors.
+    /// If a tensor operation fails.
     pub fn step(&mut self, count: usize, lr: f64, head_lr: f64, max_norm: f64) -> Result<()> {
         let count = count.max(1) as f64;
         if let Some(trunk) = &mut self.trunk {
@@ -107,7 +107,7 @@ impl ValueModel {
     /// Clears the batch's gradient.
     ///
     /// # Errors
-    /// Only tensor errors.
+    /// If a tensor operation fails.
     pub fn discard(&mut self) -> Result<()> {
         self.parts().try_for_each(|part| Ok(part.gradients.zero()?))
     }
@@ -124,7 +124,7 @@ impl ValueModel {
     /// Returns the state of the optimizers, in the format of [`AdamW::export`]; names begin with that of the part.
     ///
     /// # Errors
-    /// Only tensor errors.
+    /// If a tensor operation fails.
     pub fn export(&self) -> Result<Vec<(String, Frozen)>> {
         let mut all = Vec::new();
         for (part, place) in self.shared_parts().zip(["head", "trunk"]) {

@@ -13,7 +13,7 @@ const MAX_MASS: f64 = 1.01;
 /// Maximum log-probability that counts as a rounding error above zero.
 const ROUNDING: f64 = 0.01;
 
-/// A server's answer.
+/// Parsed answer of a judge server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
     /// Text of the answer, without the reasoning before it.

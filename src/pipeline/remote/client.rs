@@ -115,7 +115,7 @@ impl Client {
         self.lock(&self.tokens_of_answers).insert(answer.to_owned(), whole);
     }
 
-    /// Changes the server's known abilities.
+    /// Applies `change` to the server's known abilities.
     pub fn change(&self, change: impl FnOnce(&mut Abilities)) {
         change(&mut self.lock(&self.abilities));
     }

@@ -35,7 +35,7 @@ struct Inner {
     waiting: HashMap<String, Alive>,
 }
 
-/// Result of [`Outage::wait`].
+/// State of an outage, returned by [`Outage::wait`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waited {
     /// Time since the outage began.

@@ -96,7 +96,7 @@ impl ExchangeOutcome {
         "hedged_away",
     ];
 
-    /// Returns whether asking again can help.
+    /// Returns the class of the failure, which determines whether the request is retried.
     pub fn class(&self) -> FailureClass {
         match self {
             Self::RateLimited(..) => FailureClass::Limited,

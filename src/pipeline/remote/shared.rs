@@ -25,7 +25,7 @@ const STALE: Duration = Duration::from_secs(3 * 24 * 3600);
 /// Number of seconds by which the last write may be in the future before it is attributed to another clock.
 const TOLERANCE: f64 = 1.0;
 
-/// State file of one limit.
+/// File with the state of one account's rate limits, shared by the processes of a machine.
 pub struct Shared {
     path: PathBuf,
     file: Mutex<Option<File>>,

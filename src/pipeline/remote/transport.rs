@@ -21,7 +21,7 @@ use crate::util::http;
 /// Maximum number of bytes that are read of an error response's body.
 const MAX_ERROR_BODY: usize = 16 << 10;
 
-/// Connection settings of one server.
+/// HTTP client of one judge server, with its address, headers and secrets.
 pub struct Transport {
     http: reqwest::Client,
     endpoint: Mutex<Endpoint>,
@@ -138,7 +138,7 @@ impl Transport {
         self.endpoint.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Performs one exchange.
+    /// Sends one request and returns the parsed answer.
     ///
     /// # Errors
     /// The reason why there is no answer.

@@ -14,7 +14,7 @@ use crate::rl::ledger::LedgerWriter;
 use crate::types::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
 use crate::util::failpoints;
 
-/// Source of the completions' scores.
+/// Source of the completions' scores, which depends on the mode of the run.
 pub enum Scorer {
     /// The labeler's scores: direct mode.
     Labels,

@@ -78,7 +78,7 @@ pub struct Counters {
     last: Option<(u64, u64, Vec<f64>)>,
 }
 
-/// Result of observing a group.
+/// Result of [`RewardTrainer::observe`]: the scores of a group, and the optimizer step that followed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Observed {
     /// Scores of the group's completions.
@@ -307,7 +307,7 @@ impl RewardTrainer {
     /// finite.
     ///
     /// # Errors
-    /// Only tensor errors.
+    /// If a tensor operation fails.
     pub fn step(&mut self) -> Result<Option<TrainerStep>> {
         let pending = std::mem::take(&mut self.counters.pending);
         let pairs = pending.pairs as f64;

@@ -11,7 +11,7 @@ use super::{Algorithm, GroupLoss, GroupView, Surrogate, Targets};
 pub struct Ppo {
     /// Discount γ.
     pub gamma: f64,
-    /// λ of GAE.
+    /// λ of generalised advantage estimation.
     pub lambda: f64,
     /// Clip range ε_V of the values; infinite for no clipping.
     pub value_clip: f64,

@@ -26,7 +26,7 @@ pub struct Provenance {
     pub template: u64,
 }
 
-/// Totals of labeling so far.
+/// Totals of a label file and of the present labeling run.
 #[derive(Debug, Clone, Default)]
 pub struct Totals {
     /// Number of pairs with a label, including those of earlier runs.

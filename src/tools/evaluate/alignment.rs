@@ -34,7 +34,7 @@ pub const VARIANTS: &[&str] = &[
     "likelihood",
 ];
 
-/// An alignment measurement.
+/// Specification of a measurement: how often judge variants agree with human preferences on a set of pairs.
 pub struct Alignment {
     /// Pairs with human preferences.
     pub pairs: Arc<Preferences>,
@@ -163,7 +163,7 @@ impl Alignment {
     }
 }
 
-/// Result of an alignment measurement.
+/// Tables with the result of an [`Alignment`].
 pub struct Aligned {
     /// Alignments by variant.
     pub table: Table,

@@ -31,7 +31,7 @@ pub struct Contest {
     pub chat: bool,
 }
 
-/// Result of a contest.
+/// Result of a [`Contest`].
 pub struct WinRate {
     /// Outcome per prompt with a verdict: 1 for a win of A, 0 for a loss, ½ for a tie.
     pub outcomes: Vec<f64>,

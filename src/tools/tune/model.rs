@@ -81,7 +81,7 @@ impl Model {
         }
     }
 
-    /// Returns the predicted groups per second.
+    /// Returns the predicted number of groups trained per second under `plan`.
     pub fn predict(&self, plan: &Plan) -> f64 {
         let mut weights = 0.0;
         let mut logs = 0.0;

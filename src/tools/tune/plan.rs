@@ -83,7 +83,7 @@ impl Plan {
         pairs.filter(|(was, is)| was.1 != is.1).map(|(was, is)| (was.0, was.1, is.1)).collect()
     }
 
-    /// Returns a one-line description.
+    /// Returns a one-line description of the plan for messages.
     pub fn describe(&self, facts: &Facts) -> String {
         let role = |role: Role| {
             let (workers, threads) = (self.workers[role as usize], self.threads[role as usize]);

@@ -59,7 +59,7 @@ pub struct Reading {
     found: RefCell<Vec<(usize, String)>>,
 }
 
-/// A table of the file.
+/// Reader of one table of a template file.
 #[derive(Clone, Copy)]
 pub struct Section<'a> {
     reading: &'a Reading,
