@@ -49,7 +49,8 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
         (0..GROUP).map(|k| (0..ANSWER).map(|i| word(PROMPT + i * GROUP + k)).collect()).collect();
     let pack = Pack::new(&prompt, &completions);
 
-    let [half, eight] = [Format::Bf16, Format::Q8].map(|format| Arc::new(frozen.narrowed(format).expect("fewer bits")));
+    let [half, eight] =
+        [Format::Bf16, Format::Q8].map(|format| Arc::new(frozen.quantized(format).expect("fewer bits")));
     let models = [(&frozen, ""), (&half, " bf16"), (&eight, " q8_0")];
     for (width, (model, how)) in [1, 8, 32].into_iter().flat_map(|n| models.map(|model| (n, model))) {
         group.throughput(Throughput::Elements((width * ANSWER) as u64));

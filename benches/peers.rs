@@ -33,7 +33,7 @@ use preceptor::pipeline::learn::TrainState;
 use preceptor::pipeline::learn::{Done, Observer};
 use preceptor::pipeline::setup::{Devices, Prepared, prompt_format};
 use preceptor::pipeline::topology::Node;
-use preceptor::rl::ledger::Book;
+use preceptor::rl::ledger::SharedLedger;
 use preceptor::run::controller::AdjustableLimits;
 use preceptor::types::{Completion, Finish, Group, Prompt, Rewarded, Verdict};
 use preceptor_actors::{GraphOptions, GraphReport, Outcome, SnapshotCell, spawn_graph};
@@ -144,7 +144,7 @@ impl Subject {
             "q8_0" => Some(Format::Q8),
             other => bail!("{other:?} is none of f32, bf16, q8_0"),
         };
-        let weights = &format.map_or(Ok(Arc::clone(weights)), |format| weights.narrowed(format).map(Arc::new))?;
+        let weights = &format.map_or(Ok(Arc::clone(weights)), |format| weights.quantized(format).map(Arc::new))?;
         let prompts: Vec<Vec<u32>> = (0..width.div_ceil(GROUP)).map(|k| self.words(k, PROMPT)).collect();
         let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
         let requests = || -> Vec<Request> {
@@ -280,7 +280,7 @@ impl Subject {
             state: Arc::new(Mutex::new(TrainState::new(&weights, AdamWConfig::default(), None, None)?)),
             cell: Arc::new(SnapshotCell::new(0, identity, weights)),
             observer: Arc::new(Mutex::new(Watch(Arc::clone(marks)))),
-            book: Book::default(),
+            book: SharedLedger::default(),
             knobs: AdjustableLimits::default(),
             reward_model: None,
             labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId) as Box<dyn Labeler>)),

@@ -1,4 +1,4 @@
-//! Labels pairs of answers with a labeler of one's own: the shorter answer is better.
+//! Labels pairs of answers with a custom labeler, which prefers the shorter answer.
 //!
 //!     cargo run --release --example custom_labeler
 //!
@@ -11,7 +11,7 @@ use preceptor::config;
 use preceptor::pipeline::label::stage::Wants;
 use preceptor::pipeline::label::{Labeler, Labels, Pairing};
 use preceptor::tools::batch_label::{Annotation, Annotations, Job, Questions, annotate};
-use preceptor::types::{Completion, Finish, Group, Preference, Prompt, Verdict};
+use preceptor::types::{Completion, Group, Preference, Prompt, Verdict};
 
 /// Prefers the shorter of two answers; answers of the same length are equally good.
 struct Shorter;
@@ -40,7 +40,7 @@ impl Labeler for Shorter {
     }
 }
 
-/// A prompt with two answers each.
+/// Prompts, each with two answers.
 const PAIRS: [[&str; 3]; 3] = [
     ["Name a colour.", "Blue.", "The colour that I would name is blue."],
     ["What is 2 + 2?", "It is four, as everybody knows.", "4"],

@@ -2,7 +2,7 @@
 //!
 //!     cargo run --release --example custom_reward
 //!
-//! Takes some seconds. In direct mode the scores of a labeler are the reward, so that any program that scores texts (a
+//! It runs for a few seconds. In direct mode the scores of a labeler are the reward, so that any program that scores texts (a
 //! compiler, a unit test, a checker of answers) can take the place of the judge.
 
 use anyhow::Result;

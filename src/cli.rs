@@ -19,7 +19,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
-use crate::say;
+use crate::status;
 use crate::util::exit;
 use crate::util::signals::Interrupted;
 use crate::util::terminal::{self, Closed};
@@ -84,15 +84,15 @@ impl ConfigArgs {
     /// Loads the configuration for a command that only uses the judge. `run.name`, `run.steps`, `policy.model` and
     /// `data.path` may be missing.
     fn load_judge(&self) -> anyhow::Result<Config> {
-        let spared = &["run.name", "run.steps", "policy.model", "data.path"];
-        Ok(crate::config::load_sparing(&self.config, &self.overrides, spared)?)
+        let optional = &["run.name", "run.steps", "policy.model", "data.path"];
+        Ok(crate::config::load_partial(&self.config, &self.overrides, optional)?)
     }
 
     /// Loads the configuration for a command that uses the judge and the prompts of `[data]`. `run.name`, `run.steps`
     /// and `policy.model` may be missing.
     fn load_prompts(&self) -> anyhow::Result<Config> {
-        let spared = &["run.name", "run.steps", "policy.model"];
-        Ok(crate::config::load_sparing(&self.config, &self.overrides, spared)?)
+        let optional = &["run.name", "run.steps", "policy.model"];
+        Ok(crate::config::load_partial(&self.config, &self.overrides, optional)?)
     }
 }
 
@@ -104,7 +104,7 @@ pub fn main() -> ExitCode {
     crate::util::failpoints::set_up();
     let cli = Cli::parse();
     if let Err(error) = start_log(&cli.log) {
-        say!("error: {error:#}");
+        status!("error: {error:#}");
         return ExitCode::from(2);
     }
     let run = || match cli.command {
@@ -128,11 +128,11 @@ pub fn main() -> ExitCode {
         Ok(Err(error)) => {
             // An interrupt by a signal is not an error.
             let kind = if error.is::<Interrupted>() { "" } else { "error: " };
-            say!("{kind}{error:#}");
+            status!("{kind}{error:#}");
             ExitCode::from(exit::status(&error))
         }
         Err(_) => {
-            say!("error: internal error (panic message above); --resume continues the run");
+            status!("error: internal error (panic message above); --resume continues the run");
             ExitCode::FAILURE
         }
     }

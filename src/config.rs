@@ -77,23 +77,23 @@ macro_rules! config {
 }
 
 config! {
-    /// The run itself.
+    /// Name, mode, seed and length of the run.
     run: Run,
-    /// The prompts.
+    /// The prompts and their format.
     data: Data,
     /// The model that is trained.
     policy: Policy,
     /// Generation of completions.
     rollout: Rollout,
-    /// AI feedback.
+    /// AI feedback: the judges and how they are asked.
     labeler: Labeler,
-    /// The reward.
+    /// Computation of rewards from scores.
     reward: Reward,
     /// The reward model of the modes that have one.
     reward_model: RewardModel,
     /// Supervised fine-tuning before all other phases.
     sft: Sft,
-    /// Gradient steps.
+    /// The learner: algorithm, batches and optimizer.
     learner: Learner,
     /// Win rates during the run.
     evaluation: Evaluation,
@@ -115,27 +115,27 @@ config! {
 /// # Errors
 /// Returns all mistakes in one report.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
-    load_sparing(path, overrides, &[])
+    load_partial(path, overrides, &[])
 }
 
-/// Reads a configuration as [`load`] does, but allows the required keys `spared` to be missing. A missing one has an
+/// Reads a configuration as [`load`] does, but allows the required keys `optional` to be missing. A missing one has an
 /// empty value.
 ///
 /// # Errors
 /// Returns all mistakes in one report.
-pub fn load_sparing(
+pub fn load_partial(
     path: &Path,
     overrides: &[String],
-    spared: &'static [&'static str],
+    optional: &'static [&'static str],
 ) -> Result<Config, ConfigErrors> {
     let origin = path.display().to_string();
     let text = read_bounded::text(path, read_bounded::WRITTEN).map_err(|error| {
-        ConfigErrors::one(&origin, "", &format!("cannot be read: {error}; see configs/ for files that work"))
+        ConfigErrors::single(&origin, "", &format!("cannot be read: {error}; see configs/ for files that work"))
     })?;
     let folder = path.parent().unwrap_or(Path::new(""));
     // Absolute, so that the resolved configuration does not depend on the working directory.
     let folder = std::path::absolute(folder.join(".")).unwrap_or_else(|_| folder.to_owned());
-    parse_sparing(&text, (&origin, &folder), overrides, spared)
+    parse_partial(&text, (&origin, &folder), overrides, optional)
 }
 
 /// Reads a configuration from `text`. `origin` is its name in errors; paths in it are relative to `folder`.
@@ -143,16 +143,16 @@ pub fn load_sparing(
 /// # Errors
 /// Returns all mistakes in one report.
 pub fn parse(text: &str, origin: &str, folder: &Path, overrides: &[String]) -> Result<Config, ConfigErrors> {
-    parse_sparing(text, (origin, folder), overrides, &[])
+    parse_partial(text, (origin, folder), overrides, &[])
 }
 
-fn parse_sparing(
+fn parse_partial(
     text: &str,
     (origin, folder): (&str, &Path),
     overrides: &[String],
-    spared: &'static [&'static str],
+    optional: &'static [&'static str],
 ) -> Result<Config, ConfigErrors> {
-    let mut document = Document::new(text, origin)?.sparing(spared);
+    let mut document = Document::new(text, origin)?.with_optional(optional);
     for text in overrides {
         overrides::apply(&mut document, text);
     }
@@ -233,7 +233,7 @@ impl Config {
     /// Returns whether the learner tolerates off-policy tokens: by importance correction, by a clipped ratio, or by a
     /// loss that is robust to them. A clip relative to the sampling weights bounds the update, as in PPO. Online DPO is
     /// known to be robust to older samples (Noukhovitch et al. 2024).
-    pub fn bears_other_weights(&self) -> bool {
+    pub fn tolerates_off_policy(&self) -> bool {
         let learner = &self.learner;
         learner.correction != CorrectionKind::None
             || learner.clip > 0.0
@@ -241,7 +241,7 @@ impl Config {
     }
 
     /// Returns whether every rollout actor samples on the CPU from weights in `f32`.
-    pub fn samples_as_a_cpu_likes(&self) -> bool {
+    pub fn rollouts_on_cpu_f32(&self) -> bool {
         let (policy, devices) = (&self.policy, &self.rollout.devices);
         let places = if devices.is_empty() { std::slice::from_ref(&policy.device) } else { devices };
         policy.dtype == WeightDtype::F32 && places.iter().all(|place| place == "cpu")
@@ -257,7 +257,7 @@ impl Config {
 
     /// Returns the configuration with the judge of evaluations as its labeler.
     #[must_use]
-    pub fn judged_as_evaluated(mut self) -> Self {
+    pub fn with_evaluation_judge(mut self) -> Self {
         if let Some(judge) = &self.evaluation.labeler {
             self.labeler.methods = judge.clone();
         }
@@ -327,7 +327,7 @@ impl Config {
                 ),
             );
         }
-        let uncorrected = !self.bears_other_weights();
+        let uncorrected = !self.tolerates_off_policy();
         if document.sound(&["rollout.weights", "learner.correction"])
             && uncorrected
             && self.rollout.weights != RolloutWeights::F32
@@ -343,7 +343,7 @@ impl Config {
         let uncorrected = uncorrected && self.learner.eta > 0;
         if document.sound(&["rollout.weights", "rollout.devices", "policy.device", "policy.dtype"])
             && self.rollout.weights != RolloutWeights::F32
-            && !self.samples_as_a_cpu_likes()
+            && !self.rollouts_on_cpu_f32()
         {
             document.error(
                 "rollout.weights",

@@ -12,12 +12,12 @@
 //!
 //! - [`types`]: prompts, groups of completions, labels and rewards, which travel through the graph.
 //! - [`config`]: the configuration, one declaration for each key.
-//! - [`lm`]: language models, tokenizers, where they come from. The `preceptor-kernels` crate has the operations.
+//! - [`lm`]: language models, tokenizers, and the sources of both. The `preceptor-kernels` crate has the operations.
 //! - [`rl`]: the arithmetic of reinforcement learning, without tensors, and the ledger of groups.
 //! - [`pipeline`]: the stages.
 //! - [`run`]: a training run with its files, checkpoints, and resumption.
 //! - [`observe`]: metrics and views.
-//! - [`tools`]: what the other commands do; [`cli`]: the command line.
+//! - [`tools`]: the commands `check`, `tune`, `label` and `eval`; [`cli`]: the command line.
 //! - [`util`]: the operating system, the network, and small helpers.
 
 pub mod cli;

@@ -36,7 +36,7 @@ use crate::observe::telemetry;
 use crate::pipeline::topology::MakeLabeler;
 use crate::pipeline::topology::labelers::labeler;
 use crate::run::checkpoint::WrittenCheckpoint;
-use crate::say;
+use crate::status;
 use crate::util::signals;
 use evaluation::Evaluation;
 use resume::AcceptedKeys;
@@ -123,7 +123,7 @@ fn announce(
         };
         match progress.get() {
             Some(progress) => progress.line(&text),
-            None => say!("{text}"),
+            None => status!("{text}"),
         }
     }
 }
@@ -157,7 +157,7 @@ fn announce_evaluation(evaluated: Result<Evaluation>, progress: &OnceLock<Progre
     };
     match progress.get() {
         Some(progress) => progress.line(&text),
-        None => say!("{text}"),
+        None => status!("{text}"),
     }
 }
 

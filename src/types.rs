@@ -187,24 +187,23 @@ impl Labeled {
         if verdicts.len() != group.completions.len() || !some_left {
             return Self { group, feedback: Some(feedback) };
         }
-        let place = |i: usize| kept.iter().position(|one| *one == i);
+        let place = |i: usize| kept.iter().position(|index| *index == i);
         group.completions = kept.iter().map(|i| group.completions[*i].clone()).collect();
         feedback.verdicts = kept.iter().map(|i| feedback.verdicts[*i].clone()).collect();
         let logprobs = feedback.logprobs.take();
         feedback.logprobs = logprobs.map(|all| kept.iter().filter_map(|i| all.get(*i).cloned()).collect());
-        let renumbered = std::mem::take(&mut feedback.preferences)
-            .into_iter()
-            .filter_map(|one| Some(Preference { first: place(one.first)?, second: place(one.second)?, ..one }));
+        let renumbered = std::mem::take(&mut feedback.preferences).into_iter().filter_map(|preference| {
+            Some(Preference { first: place(preference.first)?, second: place(preference.second)?, ..preference })
+        });
         feedback.preferences = renumbered.collect();
         Self { group, feedback: Some(feedback) }
     }
 
     /// Returns whether any verdict is a failure.
     pub fn failed(&self) -> bool {
-        let verdicts = self
-            .feedback
-            .iter()
-            .flat_map(|feedback| feedback.verdicts.iter().chain(feedback.preferences.iter().map(|one| &one.verdict)));
+        let verdicts = self.feedback.iter().flat_map(|feedback| {
+            feedback.verdicts.iter().chain(feedback.preferences.iter().map(|preference| &preference.verdict))
+        });
         verdicts.into_iter().any(|verdict| matches!(verdict, Verdict::Failure(_)))
     }
 }
@@ -268,7 +267,7 @@ pub struct RewardScale {
 }
 
 impl RewardScale {
-    /// Adds a score.
+    /// Updates the statistics with a score.
     pub fn add(&mut self, score: f64) {
         self.count += 1;
         let delta = score - self.mean;

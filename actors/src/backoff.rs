@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Limits and pauses of restarts.
+/// Limit on consecutive restarts of a failed graph, and the pauses before them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RestartPolicy {
     /// Number of consecutive failures that lead to a restart; the next one ends the run. The default is 3.

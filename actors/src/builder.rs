@@ -10,7 +10,7 @@ use crate::control::Control;
 use crate::edge::{Account, Ended, Inlet, Outlet, edge};
 use crate::pending::{KEPT, Pending, Work as Done};
 use crate::pulse::{Pulse, State};
-use crate::report::{EdgeReport, Span, SpansSeen, StageReport};
+use crate::report::{EdgeReport, Span, SpanCursor, StageReport};
 use crate::stage::{Emitter, Source, Stage, StageContext, StageError, StageResult, StageSpec};
 
 /// Maximum number of spans in a report's timeline.
@@ -283,13 +283,13 @@ impl View {
                 to: to.clone(),
                 depth: account.depth(),
                 capacity: account.capacity,
-                items: load(&account.put.items),
-                refused: load(&account.put.refused),
-                send_blocked_s: Account::seconds(&account.put.blocked),
-                recv_blocked_s: Account::seconds(&account.taken.blocked),
-                high_water: load(&account.put.high_water),
+                items: load(&account.sent.items),
+                refused: load(&account.sent.refused),
+                send_blocked_s: Account::seconds(&account.sent.blocked),
+                recv_blocked_s: Account::seconds(&account.received.blocked),
+                high_water: load(&account.sent.high_water),
                 age_s: account.age(now).as_secs_f64(),
-                waited_s: Account::seconds(&account.taken.waited),
+                waited_s: Account::seconds(&account.received.waited),
             }
         };
         self.edges.iter().map(report).collect()
@@ -306,21 +306,21 @@ impl View {
         all.into_iter().skip(left_out).map(|(stage, done)| self.span(stage, done)).collect()
     }
 
-    /// Returns the spans that `seen` does not cover yet, and adds them to `seen`. Stages are visited last to first, so
-    /// an item's downstream span is never reported without its upstream ones.
-    pub(crate) fn news(&self, seen: &mut SpansSeen) -> Vec<Span> {
-        if seen.incarnation != Some(self.incarnation) {
-            *seen = SpansSeen { incarnation: Some(self.incarnation), counts: Vec::new(), lost: seen.lost };
+    /// Returns the spans after `cursor`, and advances `cursor` past them. Stages are visited last to first, so that an
+    /// item's downstream span is never reported without its upstream ones.
+    pub(crate) fn new_spans(&self, cursor: &mut SpanCursor) -> Vec<Span> {
+        if cursor.incarnation != Some(self.incarnation) {
+            *cursor = SpanCursor { incarnation: Some(self.incarnation), counts: Vec::new(), lost: cursor.lost };
         }
-        seen.counts.resize(self.stages.len(), 0);
-        let mut news = Vec::new();
-        for (stage, before) in self.stages.iter().zip(&mut seen.counts).rev() {
+        cursor.counts.resize(self.stages.len(), 0);
+        let mut new_spans = Vec::new();
+        for (stage, before) in self.stages.iter().zip(&mut cursor.counts).rev() {
             let (done, count) = stage.pending.since(*before, KEPT);
-            seen.lost += count.saturating_sub(*before).saturating_sub(done.len() as u64);
+            cursor.lost += count.saturating_sub(*before).saturating_sub(done.len() as u64);
             *before = count;
-            news.extend(done.into_iter().map(|one| self.span(stage, one)));
+            new_spans.extend(done.into_iter().map(|work| self.span(stage, work)));
         }
-        news
+        new_spans
     }
 
     fn span(&self, stage: &Watched, Done { seq, version, start, end }: Done) -> Span {

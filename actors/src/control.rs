@@ -9,45 +9,45 @@ use crate::clock::{Simulation, Slot};
 
 /// Drain and halt signals. Closing a channel wakes every thread that selects on it, now and later.
 pub(crate) struct Control {
-    halt: Word,
-    drain: Word,
+    halt: Signal,
+    drain: Signal,
     simulation: Option<Arc<Simulation>>,
     /// Waits in simulated time that a drain ends.
     until_drain: Mutex<Vec<Arc<Slot>>>,
 }
 
-struct Word {
-    said: AtomicBool,
+struct Signal {
+    sent: AtomicBool,
     hold: Mutex<Option<Sender<()>>>,
     signal: Receiver<()>,
 }
 
-impl Word {
+impl Signal {
     fn new() -> Self {
         let (hold, signal) = bounded(0);
-        Self { said: AtomicBool::new(false), hold: Mutex::new(Some(hold)), signal }
+        Self { sent: AtomicBool::new(false), hold: Mutex::new(Some(hold)), signal }
     }
 
-    fn say(&self) {
-        self.said.store(true, Ordering::SeqCst);
+    fn send(&self) {
+        self.sent.store(true, Ordering::SeqCst);
         self.hold.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
 impl Control {
     pub(crate) fn new(simulation: Option<Arc<Simulation>>) -> Self {
-        Self { halt: Word::new(), drain: Word::new(), simulation, until_drain: Mutex::default() }
+        Self { halt: Signal::new(), drain: Signal::new(), simulation, until_drain: Mutex::default() }
     }
 
     pub(crate) fn halt(&self) {
-        self.halt.say();
+        self.halt.send();
         if let Some(simulation) = &self.simulation {
             simulation.stop();
         }
     }
 
     pub(crate) fn drain(&self) {
-        self.drain.say();
+        self.drain.send();
         if let Some(simulation) = &self.simulation {
             for slot in self.until_drain.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
                 simulation.wake(&slot);
@@ -67,11 +67,11 @@ impl Control {
     }
 
     pub(crate) fn halted(&self) -> bool {
-        self.halt.said.load(Ordering::SeqCst)
+        self.halt.sent.load(Ordering::SeqCst)
     }
 
     pub(crate) fn draining(&self) -> bool {
-        self.drain.said.load(Ordering::SeqCst)
+        self.drain.sent.load(Ordering::SeqCst)
     }
 
     pub(crate) fn halt_signal(&self) -> &Receiver<()> {

@@ -41,14 +41,14 @@ pub(crate) struct Account {
     pub(crate) name: String,
     pub(crate) capacity: usize,
     pub(crate) incarnation: u64,
-    pub(crate) put: CachePadded<Put>,
-    pub(crate) taken: CachePadded<Taken>,
+    pub(crate) sent: CachePadded<SendCounters>,
+    pub(crate) received: CachePadded<ReceiveCounters>,
     simulated: Option<Waiters>,
 }
 
 /// Counters of the senders. Times are in nanoseconds.
 #[derive(Default)]
-pub(crate) struct Put {
+pub(crate) struct SendCounters {
     pub(crate) items: AtomicU64,
     pub(crate) refused: AtomicU64,
     pub(crate) blocked: AtomicU64,
@@ -59,7 +59,7 @@ pub(crate) struct Put {
 
 /// Counters of the receivers. Times are in nanoseconds.
 #[derive(Default)]
-pub(crate) struct Taken {
+pub(crate) struct ReceiveCounters {
     items: AtomicU64,
     pub(crate) blocked: AtomicU64,
     /// Total time that the items taken so far spent on the edge.
@@ -67,7 +67,7 @@ pub(crate) struct Taken {
 }
 
 /// Item on the edge, with the time at which it was put there.
-struct Aboard<T> {
+struct Queued<T> {
     since: Duration,
     item: Item<T>,
 }
@@ -75,17 +75,17 @@ struct Aboard<T> {
 /// Threads that wait at this edge in simulated time.
 struct Waiters {
     simulation: Arc<Simulation>,
-    lists: Mutex<Lists>,
+    lists: Mutex<WaitLists>,
 }
 
 #[derive(Default)]
-struct Lists {
+struct WaitLists {
     senders: VecDeque<Arc<Slot>>,
     receivers: VecDeque<Arc<Slot>>,
     ends: [usize; 2],
 }
 
-impl Lists {
+impl WaitLists {
     /// Adds a wait to `waiting`.
     fn join(waiting: &mut VecDeque<Arc<Slot>>) -> Arc<Slot> {
         let slot = Simulation::slot();
@@ -95,20 +95,20 @@ impl Lists {
 }
 
 impl Waiters {
-    fn lock(&self) -> MutexGuard<'_, Lists> {
+    fn lock(&self) -> MutexGuard<'_, WaitLists> {
         self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Sending end of an edge; each producer has a clone.
 pub struct Outlet<T> {
-    sender: Option<Sender<Aboard<T>>>,
+    sender: Option<Sender<Queued<T>>>,
     pub(crate) account: Arc<Account>,
 }
 
 /// Receiving end of an edge; each consumer has a clone, and each item goes to one of them.
 pub struct Inlet<T> {
-    receiver: Option<Receiver<Aboard<T>>>,
+    receiver: Option<Receiver<Queued<T>>>,
     pub(crate) account: Arc<Account>,
 }
 
@@ -121,16 +121,16 @@ pub(crate) fn edge<T>(
     let (sender, receiver) = crossbeam::channel::bounded(capacity.max(1));
     let simulated = simulation.map(|simulation| Waiters {
         simulation: Arc::clone(simulation),
-        lists: Mutex::new(Lists { ends: [1, 1], ..Lists::default() }),
+        lists: Mutex::new(WaitLists { ends: [1, 1], ..WaitLists::default() }),
     });
     let capacity = capacity.max(1);
-    let put = Put { since: (0..capacity).map(|_| AtomicU64::new(0)).collect(), ..Put::default() };
+    let sent = SendCounters { since: (0..capacity).map(|_| AtomicU64::new(0)).collect(), ..SendCounters::default() };
     let account = Arc::new(Account {
         name: name.to_owned(),
         capacity,
         incarnation,
-        put: put.into(),
-        taken: Taken::default().into(),
+        sent: sent.into(),
+        received: ReceiveCounters::default().into(),
         simulated,
     });
     (Outlet { sender: Some(sender), account: Arc::clone(&account) }, Inlet { receiver: Some(receiver), account })
@@ -148,7 +148,7 @@ impl<T> Outlet<T> {
             return Err(Ended::Halted);
         }
         if item.incarnation != account.incarnation {
-            account.put.refused.fetch_add(1, Relaxed);
+            account.sent.refused.fetch_add(1, Relaxed);
             tracing::warn!(
                 edge = account.name,
                 "item {} of incarnation {} is refused by incarnation {}",
@@ -160,35 +160,35 @@ impl<T> Outlet<T> {
         }
         let sender = self.sender.as_ref().expect("an outlet has its sender until it is dropped");
         let mut now = ctx.clock().now();
-        let mut aboard = Aboard { since: now, item };
+        let mut queued = Queued { since: now, item };
         loop {
             let mut lists = account.simulated.as_ref().map(Waiters::lock);
-            match sender.try_send(aboard) {
+            match sender.try_send(queued) {
                 Ok(()) => {
                     account.wake(lists.as_mut().and_then(|lists| lists.receivers.pop_front()));
                     break;
                 }
                 Err(TrySendError::Disconnected(_)) => return Err(Ended::Drained),
-                Err(TrySendError::Full(back)) => aboard = back,
+                Err(TrySendError::Full(back)) => queued = back,
             }
-            let blocked = &account.put.blocked;
+            let blocked = &account.sent.blocked;
             if let (Some(waiters), Some(mut lists)) = (&account.simulated, lists) {
-                let slot = Lists::join(&mut lists.senders);
+                let slot = WaitLists::join(&mut lists.senders);
                 drop(lists);
                 ((), now) = timed(ctx, State::Output, blocked, || waiters.simulation.park(&slot));
                 if ctx.halted() {
                     return Err(Ended::Halted);
                 }
-                aboard.since = now;
+                queued.since = now;
                 continue;
             }
             let selected;
             (selected, now) = select(ctx, State::Output, blocked, |either| either.send(sender))?;
-            aboard.since = now;
-            selected.send(sender, aboard).map_err(|_| Ended::Drained)?;
+            queued.since = now;
+            selected.send(sender, queued).map_err(|_| Ended::Drained)?;
             break;
         }
-        account.came(now);
+        account.count_sent(now);
         Ok(now)
     }
 }
@@ -208,18 +208,18 @@ impl<T> Inlet<T> {
         loop {
             let mut lists = account.simulated.as_ref().map(Waiters::lock);
             match receiver.try_recv() {
-                Ok(aboard) => {
+                Ok(queued) => {
                     account.wake(lists.as_mut().and_then(|lists| lists.senders.pop_front()));
                     drop(lists);
-                    return Ok(Some(account.went(aboard, ctx.clock().now())));
+                    return Ok(Some(account.count_received(queued, ctx.clock().now())));
                 }
                 Err(TryRecvError::Disconnected) => return Err(Ended::Drained),
                 Err(TryRecvError::Empty) if !waits => return Ok(None),
                 Err(TryRecvError::Empty) => {}
             }
-            let blocked = &account.taken.blocked;
+            let blocked = &account.received.blocked;
             if let (Some(waiters), Some(mut lists)) = (&account.simulated, lists) {
-                let slot = Lists::join(&mut lists.receivers);
+                let slot = WaitLists::join(&mut lists.receivers);
                 drop(lists);
                 timed(ctx, State::Input, blocked, || waiters.simulation.park(&slot));
                 if ctx.halted() {
@@ -228,8 +228,8 @@ impl<T> Inlet<T> {
                 continue;
             }
             let (selected, now) = select(ctx, State::Input, blocked, |either| either.recv(receiver))?;
-            let aboard = selected.recv(receiver).map_err(|_| Ended::Drained)?;
-            return Ok(Some(account.went(aboard, now)));
+            let queued = selected.recv(receiver).map_err(|_| Ended::Drained)?;
+            return Ok(Some(account.count_received(queued, now)));
         }
     }
 }
@@ -267,14 +267,14 @@ fn timed<R>(ctx: &StageContext, state: State, total: &AtomicU64, wait: impl FnOn
 }
 
 impl Account {
-    fn joined(&self, side: usize) {
+    fn add_end(&self, side: usize) {
         if let Some(waiters) = &self.simulated {
             waiters.lock().ends[side] += 1;
         }
     }
 
     /// Unregisters one end. If it was the last on its side, wakes everything that waits on the other side.
-    fn left(&self, side: usize) {
+    fn remove_end(&self, side: usize) {
         let Some(waiters) = &self.simulated else { return };
         let mut lists = waiters.lock();
         lists.ends[side] -= 1;
@@ -294,34 +294,34 @@ impl Account {
     }
 
     /// Counts an item put on the edge.
-    fn came(&self, now: Duration) {
+    fn count_sent(&self, now: Duration) {
         if cfg!(feature = "unobserved") {
             return;
         }
-        let number = self.put.items.fetch_add(1, Relaxed);
-        self.put.since[number as usize % self.capacity].store(now.as_nanos() as u64, Relaxed);
-        self.put.high_water.fetch_max(self.depth(), Relaxed);
+        let number = self.sent.items.fetch_add(1, Relaxed);
+        self.sent.since[number as usize % self.capacity].store(now.as_nanos() as u64, Relaxed);
+        self.sent.high_water.fetch_max(self.depth(), Relaxed);
     }
 
     /// Counts an item taken from the edge.
-    fn went<T>(&self, Aboard { since, item }: Aboard<T>, now: Duration) -> (Item<T>, Duration) {
+    fn count_received<T>(&self, Queued { since, item }: Queued<T>, now: Duration) -> (Item<T>, Duration) {
         if !cfg!(feature = "unobserved") {
-            self.taken.items.fetch_add(1, Relaxed);
-            self.taken.waited.fetch_add(now.saturating_sub(since).as_nanos() as u64, Relaxed);
+            self.received.items.fetch_add(1, Relaxed);
+            self.received.waited.fetch_add(now.saturating_sub(since).as_nanos() as u64, Relaxed);
         }
         (item, now)
     }
 
     /// Returns the number of items on the edge, as far as both sides have counted.
     pub(crate) fn depth(&self) -> u64 {
-        let taken = self.taken.items.load(Relaxed);
-        self.put.items.load(Relaxed).saturating_sub(taken).min(self.capacity as u64)
+        let received = self.received.items.load(Relaxed);
+        self.sent.items.load(Relaxed).saturating_sub(received).min(self.capacity as u64)
     }
 
     /// Returns the time that the oldest item has been on the edge; zero if it is empty.
     pub(crate) fn age(&self, now: Duration) -> Duration {
-        let oldest = self.taken.items.load(Relaxed) as usize % self.capacity;
-        let since = self.put.since[oldest].load(Relaxed);
+        let oldest = self.received.items.load(Relaxed) as usize % self.capacity;
+        let since = self.sent.since[oldest].load(Relaxed);
         // Zero if the sender has counted the item but not yet stored its time.
         let waits = self.depth() > 0 && since > 0;
         if waits { now.saturating_sub(Duration::from_nanos(since)) } else { Duration::ZERO }
@@ -334,14 +334,14 @@ impl Account {
 
 impl<T> Clone for Outlet<T> {
     fn clone(&self) -> Self {
-        self.account.joined(0);
+        self.account.add_end(0);
         Self { sender: self.sender.clone(), account: Arc::clone(&self.account) }
     }
 }
 
 impl<T> Clone for Inlet<T> {
     fn clone(&self) -> Self {
-        self.account.joined(1);
+        self.account.add_end(1);
         Self { receiver: self.receiver.clone(), account: Arc::clone(&self.account) }
     }
 }
@@ -349,13 +349,13 @@ impl<T> Clone for Inlet<T> {
 impl<T> Drop for Outlet<T> {
     fn drop(&mut self) {
         drop(self.sender.take());
-        self.account.left(0);
+        self.account.remove_end(0);
     }
 }
 
 impl<T> Drop for Inlet<T> {
     fn drop(&mut self) {
         drop(self.receiver.take());
-        self.account.left(1);
+        self.account.remove_end(1);
     }
 }

@@ -12,7 +12,7 @@ use crate::backoff::RestartPolicy;
 use crate::builder::{GraphBuilder, View};
 use crate::clock::Clock;
 use crate::pulse::State;
-use crate::report::{GraphReport, Span, SpansSeen, Stall};
+use crate::report::{GraphReport, Span, SpanCursor, Stall};
 use crate::stage::StageResult;
 use crate::supervisor::{GraphActor, GraphMessage};
 use crate::watchdog::WatchdogPolicy;
@@ -118,7 +118,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn show(&self, view: Arc<View>) {
+    pub(crate) fn set_view(&self, view: Arc<View>) {
         *self.view.lock().unwrap_or_else(PoisonError::into_inner) = Some(view);
     }
 
@@ -130,17 +130,17 @@ impl Shared {
         self.restarts.load(Ordering::SeqCst)
     }
 
-    pub(crate) fn restarted(&self) {
+    pub(crate) fn count_restart(&self) {
         self.restarts.fetch_add(1, Ordering::SeqCst);
     }
 
-    pub(crate) fn tell(&self, event: GraphEvent) {
+    pub(crate) fn publish(&self, event: GraphEvent) {
         // Without subscribers the event is lost.
         let _ = self.events.send(event);
     }
 
     pub(crate) fn finish(&self, outcome: Outcome) {
-        self.tell(GraphEvent::Ended(outcome.clone()));
+        self.publish(GraphEvent::Ended(outcome.clone()));
         self.outcome.send_replace(Some(outcome));
     }
 }
@@ -217,11 +217,11 @@ impl GraphHandle {
         self.shared.events.subscribe()
     }
 
-    /// Returns the spans of this incarnation that `seen` does not cover yet, the last stage's first, and adds them to
-    /// `seen`. Each stage keeps its last 1,024.
-    pub fn spans(&self, seen: &mut SpansSeen) -> Vec<Span> {
+    /// Returns the spans of this incarnation after `cursor`, the last stage's first, and advances `cursor` past them.
+    /// Each stage keeps its last 1,024.
+    pub fn spans(&self, cursor: &mut SpanCursor) -> Vec<Span> {
         let view = self.shared.view.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        view.map(|view| view.news(seen)).unwrap_or_default()
+        view.map(|view| view.new_spans(cursor)).unwrap_or_default()
     }
 
     /// Returns the current state of the graph; empty before the first incarnation is built. It reads counters without
@@ -277,19 +277,19 @@ mod tests {
 
     #[tokio::test]
     async fn the_death_of_the_supervisor_ends_the_wait_and_the_stages() {
-        let (sender, said) = std::sync::mpsc::sync_channel(2);
+        let (sender, events) = std::sync::mpsc::sync_channel(2);
         let graph = spawn_graph(GraphOptions::default(), move |builder| {
             let (out, inlet) = builder.edge("edge", 1);
             builder.source(StageSpec::new("source"), Idle(sender.clone()), out);
             builder.sink(StageSpec::new("sink"), Nothing, inlet);
             Ok(())
         });
-        while said.try_recv().is_err() {
+        while events.try_recv().is_err() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         graph.actor.kill();
         let Outcome::Failed { stage, fatal: true, .. } = graph.wait().await else { panic!("it did not fail") };
         assert_eq!(stage, "the supervisor");
-        said.recv_timeout(Duration::from_secs(30)).expect("the source is halted");
+        events.recv_timeout(Duration::from_secs(30)).expect("the source is halted");
     }
 }

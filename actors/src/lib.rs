@@ -15,7 +15,6 @@
 //!
 //! Goals: every wait has an owner whose death ends it; an edge neither loses nor duplicates items; a person can see
 //! which stage waits for which. Non-goals: many machines, work stealing between stages, ordering across workers.
-//! waits for whom. Non-goals: many machines, work stealing between stages, ordering across workers.
 
 pub mod backoff;
 mod builder;
@@ -41,7 +40,7 @@ pub use edge::{Ended, Inlet, Outlet};
 pub use graph::{GraphEvent, GraphHandle, GraphOptions, Outcome, spawn_graph};
 pub use item::Item;
 pub use pulse::State;
-pub use report::{EdgeReport, GraphReport, RoleShare, Span, SpansSeen, StageReport, Stall};
+pub use report::{EdgeReport, GraphReport, RoleShare, Span, SpanCursor, StageReport, Stall};
 pub use snapshot::{Ack, Snapshot, SnapshotCell, SnapshotReader};
 pub use stage::{Emitter, Source, Stage, StageContext, StageError, StageResult, StageSpec};
 pub use staleness::{Admission, AdmissionGate};

@@ -45,7 +45,7 @@ impl Pending {
             return;
         }
         let mut items = self.lock();
-        let Some(at) = items.begun.iter().position(|one| one.seq == seq) else { return };
+        let Some(at) = items.begun.iter().position(|work| work.seq == seq) else { return };
         let begun = items.begun.swap_remove(at);
         if items.done.len() == KEPT {
             items.done.pop_front();

@@ -109,13 +109,13 @@ pub struct Span {
 
 /// Position of a reader in the spans of all stages, so that it gets each span once.
 #[derive(Debug, Clone, Default)]
-pub struct SpansSeen {
+pub struct SpanCursor {
     pub(crate) incarnation: Option<u64>,
     pub(crate) counts: Vec<u64>,
     pub(crate) lost: u64,
 }
 
-impl SpansSeen {
+impl SpanCursor {
     /// Returns the number of spans that were overwritten before this reader read them.
     pub fn lost(&self) -> u64 {
         self.lost
@@ -158,7 +158,7 @@ pub fn shares(stages: &[StageReport], earlier: &[StageReport]) -> Vec<RoleShare>
     let share = |role: &str| {
         let of: Vec<&StageReport> = stages.iter().filter(|stage| stage.role == role).collect();
         let sum = |part: &dyn Fn(&StageReport) -> f64| -> f64 {
-            let before = |stage: &StageReport| earlier.iter().find(|one| one.name == stage.name).map_or(0.0, part);
+            let before = |stage: &StageReport| earlier.iter().find(|other| other.name == stage.name).map_or(0.0, part);
             of.iter().map(|stage| (part(stage) - before(stage)).max(0.0)).sum()
         };
         let parts = [sum(&|s| s.busy_s), sum(&|s| s.idle_s), sum(&|s| s.blocked_s), sum(&|s| s.admission_s)];

@@ -40,7 +40,7 @@ impl Source for ScriptedSource {
     }
 }
 
-/// Fault of a scripted stage.
+/// Fault that a scripted stage simulates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Fault {
     /// No fault.

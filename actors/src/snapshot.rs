@@ -106,7 +106,7 @@ impl<T> SnapshotCell<T> {
     }
 }
 
-/// Reader of a cell.
+/// Reader of a [`SnapshotCell`], which acknowledges the versions that it uses.
 pub struct SnapshotReader<T> {
     cell: Arc<SnapshotCell<T>>,
     name: String,

@@ -14,7 +14,7 @@ use crate::item::Item;
 use crate::pending::Pending;
 use crate::pulse::{Pulse, State};
 
-/// Result of a stage's work.
+/// Result of a stage's method; see [`StageError`] for the effect of an error.
 pub type StageResult<T> = Result<T, StageError>;
 
 /// Reason why a stage stopped. Every error type converts into it with `?`, including [`Ended`], which is not a failure
@@ -127,7 +127,7 @@ pub trait Source: Send + 'static {
     fn next(&mut self, ctx: &StageContext) -> StageResult<Option<Item<Self::Out>>>;
 }
 
-/// Output of a stage.
+/// Output of a stage, through which it emits items to the next stage.
 pub struct Emitter<'a, T> {
     pub(crate) outlet: Option<&'a Outlet<T>>,
     pub(crate) ctx: &'a StageContext,

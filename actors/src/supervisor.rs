@@ -25,7 +25,7 @@ pub(crate) enum GraphMessage {
     Halt,
     Build,
     Built(Build, Result<(View, Vec<Planned>), StageFailure>),
-    Look,
+    CheckStall,
     GraceOver(u64),
 }
 
@@ -45,7 +45,7 @@ pub(crate) struct GraphState {
     stall: Option<Stall>,
     halting: bool,
     /// Incarnation for which the grace period of a halt is running.
-    graced: Option<u64>,
+    grace_period_of: Option<u64>,
     draining: bool,
 }
 
@@ -58,7 +58,7 @@ impl Actor for GraphActor {
         myself.cast(GraphMessage::Build)?;
         let stall_after = self.options.watchdog.stall_after;
         let every = (stall_after / 4).clamp(Duration::from_millis(10), Duration::from_secs(1));
-        myself.send_interval(every, || GraphMessage::Look);
+        myself.send_interval(every, || GraphMessage::CheckStall);
         Ok(GraphState {
             build: Some(build),
             incarnation: 0,
@@ -68,7 +68,7 @@ impl Actor for GraphActor {
             failure: None,
             stall: None,
             halting: false,
-            graced: None,
+            grace_period_of: None,
             draining: false,
         })
     }
@@ -107,7 +107,7 @@ impl Actor for GraphActor {
                     }
                 }
             }
-            GraphMessage::Look => self.look(&myself, state),
+            GraphMessage::CheckStall => self.check_stall(&myself, state),
             GraphMessage::GraceOver(incarnation) if incarnation == state.incarnation && !state.alive.is_empty() => {
                 let mut left: Vec<String> = state.alive.drain().map(|(_, name)| name).collect();
                 left.sort();
@@ -184,8 +184,8 @@ impl GraphActor {
         let view = Arc::new(view);
         state.view = Some(Arc::clone(&view));
         state.stall = None;
-        self.shared.show(Arc::clone(&view));
-        self.shared.tell(GraphEvent::Started { incarnation: state.incarnation });
+        self.shared.set_view(Arc::clone(&view));
+        self.shared.publish(GraphEvent::Started { incarnation: state.incarnation });
         if state.draining {
             view.control.drain();
         }
@@ -212,7 +212,7 @@ impl GraphActor {
     /// Takes the incarnation down after a failed stage. The first failure is reported as the cause.
     fn fail(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState, failure: StageFailure) {
         tracing::error!(stage = failure.stage, "{failure}");
-        self.shared.tell(GraphEvent::StageFailed {
+        self.shared.publish(GraphEvent::StageFailed {
             stage: failure.stage.clone(),
             error: failure.error.clone(),
             panicked: failure.panicked,
@@ -226,7 +226,7 @@ impl GraphActor {
         let Some(view) = &state.view else { return };
         view.control.halt();
         let incarnation = state.incarnation;
-        if state.graced.replace(incarnation) != Some(incarnation) {
+        if state.grace_period_of.replace(incarnation) != Some(incarnation) {
             myself.send_after(self.options.halt_grace, move || GraphMessage::GraceOver(incarnation));
         }
     }
@@ -257,8 +257,8 @@ impl GraphActor {
             return self.end(myself, state, Outcome::Failed { stage, error, restarts, fatal });
         };
         state.incarnation += 1;
-        self.shared.restarted();
-        self.shared.tell(GraphEvent::Restarting { incarnation: state.incarnation, backoff });
+        self.shared.count_restart();
+        self.shared.publish(GraphEvent::Restarting { incarnation: state.incarnation, backoff });
         myself.send_after(backoff, || GraphMessage::Build);
     }
 
@@ -269,19 +269,19 @@ impl GraphActor {
     }
 
     /// Runs the watchdog's check.
-    fn look(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState) {
+    fn check_stall(&self, myself: &ActorRef<GraphMessage>, state: &mut GraphState) {
         let Some(view) = state.view.as_ref().filter(|view| !view.control.halted()) else { return };
         let found = stalled(&self.options.watchdog, &view.stages(), &view.edges());
         match (&found, &state.stall) {
             (Some(stall), None) => {
                 tracing::warn!(stage = stall.stage, "no progress for {:.1} s, {}", stall.for_s, stall.state);
-                self.shared.tell(GraphEvent::Stalled {
+                self.shared.publish(GraphEvent::Stalled {
                     stage: stall.stage.clone(),
                     state: stall.state,
                     for_: Duration::from_secs_f64(stall.for_s),
                 });
             }
-            (None, Some(stall)) => self.shared.tell(GraphEvent::Recovered { stage: stall.stage.clone() }),
+            (None, Some(stall)) => self.shared.publish(GraphEvent::Recovered { stage: stall.stage.clone() }),
             _ => {}
         }
         self.shared.stall(found.clone());

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::pulse::State;
 use crate::report::{EdgeReport, StageReport, Stall};
 
-/// Thresholds for stalls.
+/// Times without progress after which a graph counts as stalled and is restarted.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WatchdogPolicy {
     /// Time without any progress after which the graph is stalled. The default is 120 s.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use preceptor_actors::scripted::{Fault, ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{
     Admission, AdmissionGate, Clock, Emitter, GraphBuilder, GraphEvent, GraphHandle, GraphOptions, Item, Outcome,
-    RestartPolicy, Span, SpansSeen, Stage, StageError, StageResult, StageSpec, State, WatchdogPolicy, spawn_graph,
+    RestartPolicy, Span, SpanCursor, Stage, StageError, StageResult, StageSpec, State, WatchdogPolicy, spawn_graph,
 };
 
 /// Result of a run.
@@ -48,10 +48,10 @@ fn run(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let handle = spawn_graph(options, build);
-        let mut heard = handle.subscribe();
+        let mut subscription = handle.subscribe();
         let mut events = Vec::new();
         loop {
-            match heard.recv().await.unwrap() {
+            match subscription.recv().await.unwrap() {
                 GraphEvent::Started { incarnation } => {
                     events.push(GraphEvent::Started { incarnation });
                     if incarnation == 0 {
@@ -63,7 +63,7 @@ fn run(
         }
         meanwhile(&handle);
         let outcome = handle.wait().await;
-        while let Ok(event) = heard.try_recv() {
+        while let Ok(event) = subscription.try_recv() {
             events.push(event);
         }
         Ran { outcome, events, handle }
@@ -163,21 +163,21 @@ fn spans_are_returned_once_and_unread_overwritten_ones_are_counted() {
         builder.sink(StageSpec::new("sink"), ScriptedSink::new(taking(1), 1500, None, |_, _| {}), inlet);
         Ok(())
     };
-    let (mut seen, mut early) = (SpansSeen::default(), Vec::new());
+    let (mut cursor, mut early) = (SpanCursor::default(), Vec::new());
     let reads = |handle: &GraphHandle| {
         wait_until("a hundred spans", || {
-            early.extend(handle.spans(&mut seen));
+            early.extend(handle.spans(&mut cursor));
             early.len() >= 100
         });
     };
     let ran = run(quick(), build, reads);
     assert_eq!(ran.outcome, Outcome::Finished);
     // A second reader does not depend on the first.
-    let mut other = SpansSeen::default();
+    let mut other = SpanCursor::default();
     assert_eq!((ran.handle.spans(&mut other).len(), other.lost()), (2 * 1024, 2 * (1500 - 1024)));
-    early.extend(ran.handle.spans(&mut seen));
-    assert!(ran.handle.spans(&mut seen).is_empty());
-    assert_eq!(early.len() as u64 + seen.lost(), 2 * 1500);
+    early.extend(ran.handle.spans(&mut cursor));
+    assert!(ran.handle.spans(&mut cursor).is_empty());
+    assert_eq!(early.len() as u64 + cursor.lost(), 2 * 1500);
     for stage in ["source", "sink"] {
         let seqs: Vec<u64> = early.iter().filter(|span| span.stage == stage).map(|span| span.seq).collect();
         assert!(seqs.windows(2).all(|pair| pair[0] < pair[1]), "{stage} gives each once and in order: {seqs:?}");

@@ -89,13 +89,13 @@ impl Gradients {
 /// # Errors
 /// Tensor errors; the accumulators then hold part of the pass.
 pub fn backward(loss: &Tensor, accumulators: &mut [&mut Gradients]) -> Result<usize> {
-    let buffers = || accumulators.iter().flat_map(|one| &one.buffers);
-    let sums = buffers().filter(|one| is_fused(&one.sum)).map(|one| (one.param.id(), one.sum.clone()));
-    let params = buffers().map(|one| one.param.clone()).collect();
+    let buffers = || accumulators.iter().flat_map(|gradients| &gradients.buffers);
+    let sums = buffers().filter(|buffer| is_fused(&buffer.sum)).map(|buffer| (buffer.param.id(), buffer.sum.clone()));
+    let params = buffers().map(|buffer| buffer.param.clone()).collect();
     let open = Open::with(Sinks { sums: sums.collect(), params, ..Sinks::default() });
     let mut store = loss.backward()?;
     let Sinks { mut reached, mut absorbed, .. } = open.close();
-    for buffer in accumulators.iter_mut().flat_map(|one| &mut one.buffers) {
+    for buffer in accumulators.iter_mut().flat_map(|gradients| &mut gradients.buffers) {
         let id = buffer.param.id();
         for grad in store.remove(&buffer.param).into_iter().chain(absorbed.remove(&id).into_iter().flatten()) {
             reached.insert(id);

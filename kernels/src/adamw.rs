@@ -268,7 +268,7 @@ mod tests {
     /// Reads an exported state back.
     fn tensors(adamw: &AdamW) -> Vec<(String, Tensor)> {
         let frozen = adamw.export().unwrap();
-        let bytes = safetensors::serialize(frozen.iter().map(|(name, one)| (name, one)), None).unwrap();
+        let bytes = safetensors::serialize(frozen.iter().map(|(name, tensor)| (name, tensor)), None).unwrap();
         let read = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
         frozen.into_iter().map(|(name, _)| (name.clone(), read[&name].clone())).collect()
     }

@@ -226,13 +226,13 @@ impl Tree {
             for block in self.blocks(run) {
                 let [queries, out, grad] = [q, out, grad].map(|from| self.queries(from, &block.rows, head));
                 let sums = &sums[(head * rows + block.rows.start) * self.repeats..];
-                let seen = block.positions.len();
+                let block_width = block.positions.len();
                 let mut weights = self.scores(&block, &queries, &keys);
                 let mut dscores = wide_transposed_product(&grad, self.at(&values, &block), width);
-                let pairs = weights.chunks_exact_mut(seen).zip(dscores.chunks_exact_mut(seen));
+                let pairs = weights.chunks_exact_mut(block_width).zip(dscores.chunks_exact_mut(block_width));
                 for (j, (weights, dscores)) in pairs.enumerate() {
                     let span = self.span(&block, j);
-                    for hidden in [0..span.start, span.end..seen] {
+                    for hidden in [0..span.start, span.end..block_width] {
                         weights[hidden.clone()].fill(0.0);
                         dscores[hidden].fill(0.0);
                     }
@@ -242,7 +242,7 @@ impl Tree {
                 }
                 let at = block.positions.start * width..block.positions.end * width;
                 let rows = block.rows.start * self.repeats * width..block.rows.end * self.repeats * width;
-                times(&mut dq[rows], &dscores, &keys[at.clone()], seen);
+                times(&mut dq[rows], &dscores, &keys[at.clone()], block_width);
                 add_transposed_times(&mut dkeys[at.clone()], &dscores, &queries, queries.len() / width);
                 add_transposed_times(&mut dvalues[at], &weights, &grad, grad.len() / width);
             }

@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
-use super::gated::{Activation, gated, let_through, pull_back};
+use super::gated::{Activation, gated, gated_product, pull_back};
 use super::matrix::Matrix;
 use super::rms_norm::{self, normed, rms_norm};
 use super::{accumulate_vector, elements, is_block, tensor_elements, with_elements};
@@ -41,7 +41,7 @@ pub fn feed_forward(x: &Tensor, block: &FeedForward) -> Result<Tensor> {
         return x + down.apply(&gated(&gate.apply(&h)?, &up.apply(&h)?, *activation)?)?;
     }
     let (d, f) = (x.dim(1)?, gate.weight.dim(0)?);
-    if norm.dims() != [d] || !gate.makes(f, d) || !up.makes(f, d) || !down.makes(d, f) {
+    if norm.dims() != [d] || !gate.has_shape(f, d) || !up.has_shape(f, d) || !down.has_shape(d, f) {
         candle_core::bail!(
             "feed_forward: x has shape {:?}, norm {:?}, gate {}, up {} and down {}; these shapes do not match",
             x.dims(),
@@ -64,17 +64,17 @@ impl FeedForward {
         let h = with_elements([&self.norm], |[norm]| Ok(normed(x, norm, self.eps as f32)))?;
         let before = [self.gate.forward(&h)?, self.up.forward(&h)?];
         let mut out = x.to_vec();
-        self.down.add_forward(&mut out, &let_through(&before[0], &before[1], self.activation))?;
+        self.down.add_forward(&mut out, &gated_product(&before[0], &before[1], self.activation))?;
         Ok((out, before))
     }
 
     /// Returns the gradient of `x`, and adds those of the weights to their accumulators.
     fn backward(&self, x: &[f32], [g, u]: [&[f32]; 2], grad: &[f32]) -> Result<Vec<f32>> {
-        let mut through = let_through(g, u, self.activation);
-        let mut dup = self.down.pull_back(grad, &through, None)?;
-        // `through` is not needed any more, so its gradient overwrites it.
-        pull_back(&mut through, &mut dup, g, u, self.activation);
-        let dgate = through;
+        let mut product = gated_product(g, u, self.activation);
+        let mut dup = self.down.pull_back(grad, &product, None)?;
+        // `product` is not needed any more, so its gradient overwrites it.
+        pull_back(&mut product, &mut dup, g, u, self.activation);
+        let dgate = product;
         with_elements([&self.norm], |[norm]| {
             let eps = self.eps as f32;
             let h = normed(x, norm, eps);

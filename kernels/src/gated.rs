@@ -17,7 +17,7 @@ pub enum Activation {
 
 impl Activation {
     /// Returns `[a, b]` of `s(g) = g·(a + b·g²)`.
-    fn slope(self) -> [f32; 2] {
+    fn coefficients(self) -> [f32; 2] {
         const ROOT: f32 = 1.595_769; // 2·√(2/π)
         match self {
             Self::Silu => [1.0, 0.0],
@@ -51,7 +51,7 @@ impl CustomOp2 for Gated {
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (elements(s1, l1)?, elements(s2, l2)?);
-        let out = let_through(gate, up, self.0);
+        let out = gated_product(gate, up, self.0);
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -71,25 +71,25 @@ impl CustomOp2 for Gated {
 }
 
 /// Computes `activation(gate) · up`.
-pub(super) fn let_through(gate: &[f32], up: &[f32], activation: Activation) -> Vec<f32> {
-    let through = |first: usize, out: &mut [MaybeUninit<f32>]| {
-        forward(out, &gate[first..][..out.len()], &up[first..][..out.len()], activation.slope());
+pub(super) fn gated_product(gate: &[f32], up: &[f32], activation: Activation) -> Vec<f32> {
+    let multiply = |first: usize, out: &mut [MaybeUninit<f32>]| {
+        forward(out, &gate[first..][..out.len()], &up[first..][..out.len()], activation.coefficients());
     };
     // SAFETY: each element is written; a shorter `up` panics.
-    unsafe { filled(gate.len(), 1, through) }
+    unsafe { filled(gate.len(), 1, multiply) }
 }
 
 /// Replaces `dgate` and `dup` by the gradients of gate and up; `dup` initially holds that of the result.
 pub(super) fn pull_back(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32], activation: Activation) {
     fill_rows2(dgate, dup, 1, |first, dgate, dup| {
         let n = dgate.len();
-        backward(dgate, dup, &gate[first..][..n], &up[first..][..n], activation.slope());
+        backward(dgate, dup, &gate[first..][..n], &up[first..][..n], activation.coefficients());
     });
 }
 
 vectorised! {
-fn forward<FMA>(out: &mut [MaybeUninit<f32>], gate: &[f32], up: &[f32], slope: [f32; 2]) {
-    let [a, b] = slope;
+fn forward<FMA>(out: &mut [MaybeUninit<f32>], gate: &[f32], up: &[f32], coefficients: [f32; 2]) {
+    let [a, b] = coefficients;
     for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
         out.write(g / (1.0 + exp::<FMA>(-g * (a + b * g * g))) * u);
     }
@@ -98,8 +98,8 @@ fn forward<FMA>(out: &mut [MaybeUninit<f32>], gate: &[f32], up: &[f32], slope: [
 
 vectorised! {
 /// With σ = σ(s(g)): dg = d·u·σ·(1 + g·s'(g)·(1 − σ)), du = d·g·σ. `dup` initially holds d.
-fn backward<FMA>(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32], slope: [f32; 2]) {
-    let [a, b] = slope;
+fn backward<FMA>(dgate: &mut [f32], dup: &mut [f32], gate: &[f32], up: &[f32], coefficients: [f32; 2]) {
+    let [a, b] = coefficients;
     for (((dgate, dup), g), u) in dgate.iter_mut().zip(dup.iter_mut()).zip(gate).zip(up) {
         let d = *dup;
         let sigma = 1.0 / (1.0 + exp::<FMA>(-g * (a + b * g * g)));

@@ -221,7 +221,7 @@ struct LinearLogprobs {
     /// Number of rows of logits computed at a time.
     chunk: usize,
     /// True if a backward will need the logits again.
-    asked_again: bool,
+    needs_backward: bool,
     /// Logits of the first chunk, kept from the forward to the backward.
     kept: Mutex<Option<Vec<f32>>>,
 }
@@ -235,7 +235,7 @@ impl LinearLogprobs {
             inverse: (1.0 / temperature) as f32,
             cap: cap.map(|cap| cap as f32),
             chunk: (CHUNK_ELEMENTS / head.dim(0)?.max(1)).clamp(16, 1024),
-            asked_again: hidden.track_op() || head.track_op(),
+            needs_backward: hidden.track_op() || head.track_op(),
             kept: Mutex::default(),
         })
     }
@@ -252,19 +252,19 @@ impl LinearLogprobs {
         let (x, head) = (tensor_elements(&xs, xl)?, tensor_elements(&ws, wl)?);
         let (vocabulary, width) = self.head.dims2()?;
         let size = |rows: usize| rows.min(self.chunk) * vocabulary;
-        let made = |x: &[f32]| {
+        let product = |x: &[f32]| {
             let mut logits = transposed_product(x, head, width);
             self.cap_all(&mut logits, vocabulary);
             logits
         };
         let first_rows = self.targets.len().min(self.chunk) * width;
-        let mut head_chunk = known.unwrap_or_else(|| made(&x[..first_rows]));
-        let others = if self.asked_again { self.targets.len().saturating_sub(self.chunk) } else { 0 };
+        let mut head_chunk = known.unwrap_or_else(|| product(&x[..first_rows]));
+        let others = if self.needs_backward { self.targets.len().saturating_sub(self.chunk) } else { 0 };
         let mut others = vec![0.0; size(others)];
         for (i, targets) in self.targets.chunks(self.chunk).enumerate() {
             let first = i * self.chunk;
             let x = &x[first * width..(first + targets.len()) * width];
-            let buffer = if i == 0 || !self.asked_again { &mut head_chunk } else { &mut others };
+            let buffer = if i == 0 || !self.needs_backward { &mut head_chunk } else { &mut others };
             let logits = &mut buffer[..targets.len() * vocabulary];
             if i > 0 {
                 times_transposed(logits, x, head, width);
@@ -297,7 +297,7 @@ impl CustomOp2 for LinearLogprobs {
             rows.extend(rows_of(logits, targets, self.inverse));
             Ok(())
         })?;
-        if self.asked_again {
+        if self.needs_backward {
             *self.kept() = Some(first);
         }
         Ok(pack(&rows))

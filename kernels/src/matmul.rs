@@ -50,7 +50,7 @@ pub fn has_tile_unit() -> bool {
 }
 
 thread_local! {
-    static CROWDED: Cell<bool> = const { Cell::new(false) };
+    static LARGE_BATCH: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Calls `f` with the large-batch kernels enabled for products of few rows that this thread starts.
@@ -59,24 +59,24 @@ thread_local! {
 /// those of the small-batch kernel, so such a caller must use it for every batch size; then a row's result does not
 /// depend on the batch size.
 pub fn with_large_batch_kernels<R>(f: impl FnOnce() -> R) -> R {
-    struct Before(bool);
-    impl Drop for Before {
+    struct RestoreKernels(bool);
+    impl Drop for RestoreKernels {
         fn drop(&mut self) {
-            CROWDED.set(self.0);
+            LARGE_BATCH.set(self.0);
         }
     }
-    let _before = Before(CROWDED.replace(true));
+    let _restore = RestoreKernels(LARGE_BATCH.replace(true));
     f()
 }
 
 /// Output of a product, with rows of `stride` elements. Tasks write disjoint elements.
 #[derive(Clone, Copy)]
-pub(super) struct Places {
+pub(super) struct OutputRows {
     pub(super) start: *mut f32,
     pub(super) stride: usize,
 }
 
-impl Places {
+impl OutputRows {
     /// Returns the address of an element, without a bounds check.
     pub(super) fn at(self, row: usize, column: usize) -> *mut f32 {
         self.start.wrapping_add(row * self.stride + column)
@@ -84,9 +84,9 @@ impl Places {
 }
 
 // SAFETY: the pointer is used only for elements that no other task reads or writes.
-unsafe impl Send for Places {}
+unsafe impl Send for OutputRows {}
 // SAFETY: the same as above.
-unsafe impl Sync for Places {}
+unsafe impl Sync for OutputRows {}
 
 /// A cache line, aligned to its size.
 #[derive(Debug, Clone, Copy)]
@@ -105,7 +105,9 @@ pub(super) fn transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
     let (m, n) = (x.len() / k, w.len() / k);
     if m <= SMALL_BATCH_ROWS {
         // SAFETY: the product writes all elements.
-        return unsafe { made([m, k, n], |out| few_times_transposed(room(out, m * n), x, w, k)) };
+        return unsafe {
+            allocate_product([m, k, n], |out| small_batch_times_transposed(uninit_slice(out, m * n), x, w, k))
+        };
     }
     wide_transposed_product(x, w, k)
 }
@@ -117,7 +119,9 @@ pub(super) fn wide_transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32
     assert_eq!((x.len(), w.len()), (m * k, n * k), "sizes of a product");
     let (k_, n_) = (k as isize, n as isize);
     // SAFETY: the strides cover the slices and the output, whose sizes were checked.
-    unsafe { made([m, k, n], |out| product(out, [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_))) }
+    unsafe {
+        allocate_product([m, k, n], |out| product(out, [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_)))
+    }
 }
 
 /// Returns `x [m, k] · w [k, n]` as `[m, n]`.
@@ -126,7 +130,9 @@ pub(super) fn plain_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
     assert_eq!((x.len(), w.len()), (m * k, n * k), "sizes of a product");
     let (k_, n_) = (k as isize, n as isize);
     // SAFETY: the same as above.
-    unsafe { made([m, k, n], |out| product(out, [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), n_, 1))) }
+    unsafe {
+        allocate_product([m, k, n], |out| product(out, [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), n_, 1)))
+    }
 }
 
 /// Allocates `[m, n]` and lets `fill` write it, without zeroing it first: that would cost as much as the norm of a
@@ -134,7 +140,7 @@ pub(super) fn plain_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
 ///
 /// # Safety
 /// `fill` must write all elements.
-unsafe fn made([m, k, n]: [usize; 3], fill: impl FnOnce(*mut f32)) -> Vec<f32> {
+unsafe fn allocate_product([m, k, n]: [usize; 3], fill: impl FnOnce(*mut f32)) -> Vec<f32> {
     if k == 0 {
         return vec![0.0; m * n];
     }
@@ -149,15 +155,15 @@ unsafe fn made([m, k, n]: [usize; 3], fill: impl FnOnce(*mut f32)) -> Vec<f32> {
 ///
 /// # Safety
 /// They must be allocated, and not used by anything else while the slice exists.
-unsafe fn room<'a>(start: *mut f32, count: usize) -> &'a mut [MaybeUninit<f32>] {
+unsafe fn uninit_slice<'a>(start: *mut f32, count: usize) -> &'a mut [MaybeUninit<f32>] {
     // SAFETY: by the caller's contract; every bit pattern is valid.
     unsafe { std::slice::from_raw_parts_mut(start.cast(), count) }
 }
 
 /// Views values as possibly uninitialised elements, for functions that write only initialised values.
-pub(super) fn as_room(out: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+pub(super) fn as_uninit(out: &mut [f32]) -> &mut [MaybeUninit<f32>] {
     // SAFETY: they are allocated and borrowed; the products of this module write only initialised values.
-    unsafe { room(out.as_mut_ptr(), out.len()) }
+    unsafe { uninit_slice(out.as_mut_ptr(), out.len()) }
 }
 
 /// Computes `out [m, n] = x [m, k] · w [n, k]ᵀ`.
@@ -169,20 +175,20 @@ pub(super) fn times_transposed(out: &mut [f32], x: &[f32], w: &[f32], k: usize) 
         // SAFETY: the strides cover the slices, whose sizes were checked.
         return unsafe { product(out.as_mut_ptr(), [m, k, n], n_, false, (x.as_ptr(), k_, 1), (w.as_ptr(), 1, k_)) };
     }
-    few_times_transposed(as_room(out), x, w, k);
+    small_batch_times_transposed(as_uninit(out), x, w, k);
 }
 
 /// Computes [`times_transposed`] for up to [`SMALL_BATCH_ROWS`] rows, and writes every element of `out`.
-fn few_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: usize) {
+fn small_batch_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     #[cfg(target_arch = "x86_64")]
-    if CROWDED.get() && m * k * n > 0 {
+    if LARGE_BATCH.get() && m * k * n > 0 {
         if amx::available() {
             return match PARTS.load(Relaxed) {
-                1 => amx::multiply_few::<1>(out, x, w, [m, k, n]),
-                2 => amx::multiply_few::<2>(out, x, w, [m, k, n]),
-                _ => amx::multiply_few::<3>(out, x, w, [m, k, n]),
+                1 => amx::multiply_small_batch::<1>(out, x, w, [m, k, n]),
+                2 => amx::multiply_small_batch::<2>(out, x, w, [m, k, n]),
+                _ => amx::multiply_small_batch::<3>(out, x, w, [m, k, n]),
             };
         }
         if gemm_lanes::multiply(out, x, w, [m, k, n]) {
@@ -201,7 +207,7 @@ fn few_times_transposed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], k: u
 /// this thread has not enabled the [large-batch kernels](with_large_batch_kernels) or the processor has no such unit.
 pub(super) fn multiply_packed(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[Line], sizes: [usize; 3]) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if CROWDED.get() && amx::available() {
+    if LARGE_BATCH.get() && amx::available() {
         match PARTS.load(Relaxed) {
             1 => amx::multiply_packed::<1>(out, x, w, sizes),
             2 => amx::multiply_packed::<2>(out, x, w, sizes),
@@ -279,7 +285,7 @@ unsafe fn product(
     let threads = rayon::current_num_threads();
     let split = threads > 1 && m * k * n >= PARALLEL_FROM;
     #[cfg(target_arch = "x86_64")]
-    if amx::pays([m, k, n], PARTS.load(Relaxed)) && amx::available() {
+    if amx::is_faster([m, k, n], PARTS.load(Relaxed)) && amx::available() {
         let left = amx::Operand { start: x.0, lanes: m, lane: x.1, depth: x.2 };
         let right = amx::Operand { start: w.0, lanes: n, lane: w.2, depth: w.1 };
         let out = (out, stride as usize);
@@ -348,7 +354,7 @@ mod tests {
             times_transposed(&mut out, &x, &w, k);
             check("x·wᵀ", &out);
             out.fill(f32::NAN);
-            plain_times_transposed(as_room(&mut out), &x, &w, k);
+            plain_times_transposed(as_uninit(&mut out), &x, &w, k);
             check("x·wᵀ without the kernel", &out);
             out.fill(f32::NAN);
             times(&mut out, &x, &transposed(&w, n), k);
@@ -372,7 +378,7 @@ mod tests {
     fn a_row_depends_neither_on_other_rows_nor_on_threads() {
         check_row_independence();
         with_large_batch_kernels(check_row_independence);
-        assert!(!CROWDED.get());
+        assert!(!LARGE_BATCH.get());
     }
 
     fn check_row_independence() {
@@ -386,7 +392,7 @@ mod tests {
                 let mut out = vec![0.0; rows * n];
                 let mut times = || times_transposed(&mut out, &x[first * k..(first + rows) * k], &w, k);
                 // In the pool another thread starts the product.
-                if CROWDED.get() {
+                if LARGE_BATCH.get() {
                     pool.install(|| with_large_batch_kernels(times))
                 } else {
                     pool.install(&mut times)

@@ -38,14 +38,14 @@ impl Matrix {
     /// Returns the result `[T, out]` for rows `x` `[T, in]`, composed of separate operations. Gradients flow to all
     /// tensors. Fails when the shapes do not match.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        self.beside(linear(x, &self.weight)?, x)
+        self.add_bias_and_adapter(linear(x, &self.weight)?, x)
     }
 
     /// Adds the adapter's part and the bias to `product`, which must be `x · Wᵀ`.
     ///
     /// # Errors
     /// If the shapes do not match.
-    pub fn beside(&self, mut product: Tensor, x: &Tensor) -> Result<Tensor> {
+    pub fn add_bias_and_adapter(&self, mut product: Tensor, x: &Tensor) -> Result<Tensor> {
         if let Some(Adapter { a, b, scale }) = &self.adapter {
             product = (product + (linear(&linear(x, a)?, b)? * *scale)?)?;
         }
@@ -59,7 +59,7 @@ impl Matrix {
     }
 
     /// Returns whether all shapes match a map from rows of `width` to rows of `out`.
-    pub(super) fn makes(&self, out: usize, width: usize) -> bool {
+    pub(super) fn has_shape(&self, out: usize, width: usize) -> bool {
         self.weight.dims() == [out, width]
             && self.bias.as_ref().is_none_or(|bias| bias.dims() == [out])
             && self.adapter.as_ref().is_none_or(|Adapter { a, b, .. }| {
@@ -78,7 +78,7 @@ impl Matrix {
     pub(super) fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
         let width = self.weight.dim(1)?;
         let mut out = with_elements([&self.weight], |[weight]| Ok(transposed_product(x, weight, width)))?;
-        self.add_rest(&mut out, x)?;
+        self.add_bias_and_adapter_rows(&mut out, x)?;
         Ok(out)
     }
 
@@ -89,10 +89,10 @@ impl Matrix {
             add_times_transposed(out, x, weight, width);
             Ok(())
         })?;
-        self.add_rest(out, x)
+        self.add_bias_and_adapter_rows(out, x)
     }
 
-    fn add_rest(&self, out: &mut [f32], x: &[f32]) -> Result<()> {
+    fn add_bias_and_adapter_rows(&self, out: &mut [f32], x: &[f32]) -> Result<()> {
         if let Some(bias) = &self.bias {
             with_elements([bias], |[bias]| {
                 for row in out.chunks_exact_mut(bias.len()) {
@@ -102,10 +102,10 @@ impl Matrix {
             })?;
         }
         if let Some(Adapter { b, .. }) = &self.adapter {
-            let within = self.within(x)?;
+            let adapter_inner = self.adapter_inner(x)?;
             let rank = b.dim(1)?;
             with_elements([b], |[b]| {
-                add_times_transposed(out, &within, b, rank);
+                add_times_transposed(out, &adapter_inner, b, rank);
                 Ok(())
             })?;
         }
@@ -113,12 +113,12 @@ impl Matrix {
     }
 
     /// Returns `s·A·x` `[T, r]`, or an empty vector without an adapter.
-    fn within(&self, x: &[f32]) -> Result<Vec<f32>> {
+    fn adapter_inner(&self, x: &[f32]) -> Result<Vec<f32>> {
         let Some(Adapter { a, scale, .. }) = &self.adapter else { return Ok(Vec::new()) };
         let width = a.dim(1)?;
-        let mut within = with_elements([a], |[a]| Ok(transposed_product(x, a, width)))?;
-        within.iter_mut().for_each(|value| *value *= *scale as f32);
-        Ok(within)
+        let mut adapter_inner = with_elements([a], |[a]| Ok(transposed_product(x, a, width)))?;
+        adapter_inner.iter_mut().for_each(|value| *value *= *scale as f32);
+        Ok(adapter_inner)
     }
 
     /// Returns the gradient of rows `x`, given that of the result; adds it to `dx` if that is given. Adds the gradients
@@ -140,13 +140,13 @@ impl Matrix {
             Ok(dx)
         })?;
         if let Some(Adapter { a, b, scale }) = &self.adapter {
-            accumulate_product(b, grad, &self.within(x)?, rows)?;
-            let mut dwithin = with_elements([b], |[b]| Ok(plain_product(grad, b, out)))?;
-            dwithin.iter_mut().for_each(|value| *value *= *scale as f32);
-            accumulate_product(a, &dwithin, x, rows)?;
+            accumulate_product(b, grad, &self.adapter_inner(x)?, rows)?;
+            let mut dadapter_inner = with_elements([b], |[b]| Ok(plain_product(grad, b, out)))?;
+            dadapter_inner.iter_mut().for_each(|value| *value *= *scale as f32);
+            accumulate_product(a, &dadapter_inner, x, rows)?;
             let rank = a.dim(0)?;
             with_elements([a], |[a]| {
-                add_times(&mut dx, &dwithin, a, rank);
+                add_times(&mut dx, &dadapter_inner, a, rank);
                 Ok(())
             })?;
         }

@@ -23,10 +23,10 @@ pub enum Format {
 
 /// A matrix `[out, in]` in a [`Format`], with each value rounded to the nearest one of the format.
 #[derive(Debug)]
-pub struct Quantized(Kept);
+pub struct Quantized(Storage);
 
 #[derive(Debug)]
-enum Kept {
+enum Storage {
     Bf16Weights(Bf16Weights),
     Q8(Q8),
 }
@@ -46,8 +46,8 @@ impl Quantized {
         let (storage, layout) = weight.storage_and_layout();
         let weight = tensor_elements(&storage, layout)?;
         Ok(Some(Self(match format {
-            Format::Bf16 => Kept::Bf16Weights(Bf16Weights::of(weight, width)),
-            Format::Q8 => Kept::Q8(Q8::of(weight, width)),
+            Format::Bf16 => Storage::Bf16Weights(Bf16Weights::of(weight, width)),
+            Format::Q8 => Storage::Q8(Q8::of(weight, width)),
         })))
     }
 
@@ -57,8 +57,8 @@ impl Quantized {
     pub fn linear(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let (columns, own_width) = match &self.0 {
-            Kept::Bf16Weights(weight) => (weight.rows, weight.width),
-            Kept::Q8(weight) => (weight.rows, weight.width),
+            Storage::Bf16Weights(weight) => (weight.rows, weight.width),
+            Storage::Q8(weight) => (weight.rows, weight.width),
         };
         if width != own_width || rows > SMALL_BATCH_ROWS || x.track_op() || !is_fused(x) {
             bail!(
@@ -70,10 +70,10 @@ impl Quantized {
         let (storage, layout) = x.storage_and_layout();
         let rows_of_x = tensor_elements(&storage, layout)?;
         let mut out = Vec::with_capacity(rows * columns);
-        let room = &mut out.spare_capacity_mut()[..rows * columns];
+        let out_uninit = &mut out.spare_capacity_mut()[..rows * columns];
         match &self.0 {
-            Kept::Bf16Weights(weight) => weight.multiply(room, rows_of_x),
-            Kept::Q8(weight) => weight.multiply(room, rows_of_x),
+            Storage::Bf16Weights(weight) => weight.multiply(out_uninit, rows_of_x),
+            Storage::Q8(weight) => weight.multiply(out_uninit, rows_of_x),
         }
         // SAFETY: the capacity is at least that, and all elements were written.
         unsafe { out.set_len(rows * columns) };
@@ -106,7 +106,7 @@ mod tests {
 
     const FORMATS: [Format; 2] = [Format::Bf16, Format::Q8];
 
-    fn narrow(weight: &Tensor, format: Format) -> Quantized {
+    fn quantize(weight: &Tensor, format: Format) -> Quantized {
         Quantized::of(weight, format).unwrap().unwrap()
     }
 
@@ -119,7 +119,7 @@ mod tests {
             let weight = values(2, &[20, 64]);
             for large_batch in [false, true] {
                 let linear = |weight: &Tensor, x: &Tensor| {
-                    let weight = narrow(weight, format);
+                    let weight = quantize(weight, format);
                     flat(
                         &if large_batch {
                             super::super::with_large_batch_kernels(|| weight.linear(x))
@@ -141,7 +141,7 @@ mod tests {
     fn a_row_depends_neither_on_other_rows_nor_on_threads() {
         let (x, weight) = (values(1, &[40, 64]), values(2, &[700, 64]));
         for (format, large_batch) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
-            let weight = narrow(&weight, format);
+            let weight = quantize(&weight, format);
             let linear = |x: &Tensor| {
                 flat(
                     &if large_batch {
@@ -167,7 +167,7 @@ mod tests {
     fn unsupported_inputs_are_rejected() {
         for format in FORMATS {
             assert!(Quantized::of(&values(1, &[3, 33]), format).unwrap().is_none());
-            let weight = narrow(&values(1, &[3, 32]), format);
+            let weight = quantize(&values(1, &[3, 32]), format);
             assert!(weight.linear(&values(2, &[65, 32])).is_err());
             assert!(weight.linear(&Var::from_tensor(&values(2, &[2, 32])).unwrap()).is_err());
         }

@@ -65,12 +65,12 @@ pub fn self_attention(x: &Tensor, block: &SelfAttention) -> Result<Tensor> {
         let read = tree_attention(&queries, &keys, &of(v, kv_heads)?, mask, scale, *window, *cap)?;
         return x + o.apply(&read)?;
     }
-    let (wide, narrow) = (heads * hd, kv_heads * hd);
+    let (q_width, kv_width) = (heads * hd, kv_heads * hd);
     let fits = norm.dims() == [d]
-        && q.makes(wide, d)
-        && k.makes(narrow, d)
-        && v.makes(narrow, d)
-        && o.makes(d, wide)
+        && q.has_shape(q_width, d)
+        && k.has_shape(kv_width, d)
+        && v.has_shape(kv_width, d)
+        && o.has_shape(d, q_width)
         && head_norms.iter().flatten().all(|norm| norm.dims() == [*hd])
         && cos.dims() == [t, hd / 2]
         && sin.dims() == [t, hd / 2]
@@ -93,14 +93,14 @@ pub fn self_attention(x: &Tensor, block: &SelfAttention) -> Result<Tensor> {
         )
     }
     if x.track_op() {
-        return x.apply_op1(Op { block: block.clone(), kept: OnceLock::new() });
+        return x.apply_op1(Op { block: block.clone(), saved: OnceLock::new() });
     }
     let (xs, xl) = x.storage_and_layout();
     Tensor::from_vec(block.forward(tensor_elements(&xs, xl)?)?.0, x.shape(), x.device())
 }
 
 /// Intermediate results that the forward keeps for the backward.
-struct Kept {
+struct Saved {
     /// Queries (and below, keys) after the rotation. If heads have norms, those before the norms; the backward
     /// recomputes the rest.
     q: Vec<f32>,
@@ -118,7 +118,7 @@ impl SelfAttention {
     }
 
     /// Rotates heads by their tokens' angles, or back by the same angles if `direction` is −1.
-    fn turned(&self, x: &[f32], direction: f32) -> Result<Vec<f32>> {
+    fn rotated_heads(&self, x: &[f32], direction: f32) -> Result<Vec<f32>> {
         with_elements([&self.cos, &self.sin], |[cos, sin]| {
             let heads = x.len() / (cos.len() * 2).max(1);
             Ok(rotated(x, cos, sin, [heads, self.head_dim / 2], direction))
@@ -126,46 +126,50 @@ impl SelfAttention {
     }
 
     /// Normalises and rotates heads.
-    fn placed(&self, x: &[f32], norm: &Tensor) -> Result<Vec<f32>> {
-        self.turned(&with_elements([norm], |[norm]| Ok(normed(x, norm, self.eps as f32)))?, 1.0)
+    fn normed_rotated_heads(&self, x: &[f32], norm: &Tensor) -> Result<Vec<f32>> {
+        self.rotated_heads(&with_elements([norm], |[norm]| Ok(normed(x, norm, self.eps as f32)))?, 1.0)
     }
 
-    fn forward(&self, x: &[f32]) -> Result<(Vec<f32>, Kept)> {
+    fn forward(&self, x: &[f32]) -> Result<(Vec<f32>, Saved)> {
         let h = with_elements([&self.norm], |[norm]| Ok(normed(x, norm, self.eps as f32)))?;
         let (q, k, v) = (self.q.forward(&h)?, self.k.forward(&h)?, self.v.forward(&h)?);
         let (q, k, read, logsumexp) = match &self.head_norms {
             None => {
-                let (q, k) = (self.turned(&q, 1.0)?, self.turned(&k, 1.0)?);
+                let (q, k) = (self.rotated_heads(&q, 1.0)?, self.rotated_heads(&k, 1.0)?);
                 let (read, logsumexp) = self.tree()?.forward([&q, &k, &v]);
                 (q, k, read, logsumexp)
             }
             Some([q_norm, k_norm]) => {
-                let (read, logsumexp) =
-                    self.tree()?.forward([&self.placed(&q, q_norm)?, &self.placed(&k, k_norm)?, &v]);
+                let (read, logsumexp) = self.tree()?.forward([
+                    &self.normed_rotated_heads(&q, q_norm)?,
+                    &self.normed_rotated_heads(&k, k_norm)?,
+                    &v,
+                ]);
                 (q, k, read, logsumexp)
             }
         };
         let mut out = x.to_vec();
         self.o.add_forward(&mut out, &read)?;
-        Ok((out, Kept { q, k, v, read, logsumexp }))
+        Ok((out, Saved { q, k, v, read, logsumexp }))
     }
 
     /// Returns the gradient of `x`, and adds those of the weights to their accumulators.
-    fn backward(&self, x: &[f32], kept: &Kept, grad: &[f32]) -> Result<Vec<f32>> {
-        let Kept { q, k, v, read, logsumexp } = kept;
+    fn backward(&self, x: &[f32], saved: &Saved, grad: &[f32]) -> Result<Vec<f32>> {
+        let Saved { q, k, v, read, logsumexp } = saved;
         let eps = self.eps as f32;
         let dread = self.o.pull_back(grad, read, None)?;
         let tree = self.tree()?;
         let (dq, dk, dv) = match &self.head_norms {
             None => {
                 let [dq, dk, dv] = tree.backward([q, k, v, read, &dread], logsumexp);
-                (self.turned(&dq, -1.0)?, self.turned(&dk, -1.0)?, dv)
+                (self.rotated_heads(&dq, -1.0)?, self.rotated_heads(&dk, -1.0)?, dv)
             }
             Some([q_norm, k_norm]) => {
-                let (placed_q, placed_k) = (self.placed(q, q_norm)?, self.placed(k, k_norm)?);
-                let [dq, dk, dv] = tree.backward([&placed_q, &placed_k, v, read, &dread], logsumexp);
+                let (rotated_q, rotated_k) =
+                    (self.normed_rotated_heads(q, q_norm)?, self.normed_rotated_heads(k, k_norm)?);
+                let [dq, dk, dv] = tree.backward([&rotated_q, &rotated_k, v, read, &dread], logsumexp);
                 let before = |d: &[f32], raw: &[f32], norm: &Tensor| {
-                    let d = self.turned(d, -1.0)?;
+                    let d = self.rotated_heads(d, -1.0)?;
                     let (d, dnorm) = with_elements([norm], |[norm]| Ok(rms_norm::pull_back([raw, norm, &d], eps)))?;
                     accumulate_vector(norm, dnorm)?;
                     Ok::<_, candle_core::Error>(d)
@@ -188,7 +192,7 @@ impl SelfAttention {
 
 struct Op {
     block: SelfAttention,
-    kept: OnceLock<Kept>,
+    saved: OnceLock<Saved>,
 }
 
 impl CustomOp1 for Op {
@@ -197,16 +201,16 @@ impl CustomOp1 for Op {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (out, kept) = self.block.forward(elements(storage, layout)?)?;
+        let (out, saved) = self.block.forward(elements(storage, layout)?)?;
         // A forward runs once; if it ran again it would compute the same values.
-        let _ = self.kept.set(kept);
+        let _ = self.saved.set(saved);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
-        let Some(kept) = self.kept.get() else { candle_core::bail!("self_attention: a backward without a forward") };
-        let dx = with_elements([x, &grad], |[x, grad]| self.block.backward(x, kept, grad))?;
+        let Some(saved) = self.saved.get() else { candle_core::bail!("self_attention: a backward without a forward") };
+        let dx = with_elements([x, &grad], |[x, grad]| self.block.backward(x, saved, grad))?;
         Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
     }
 }

@@ -41,8 +41,8 @@ pub fn masked_softmax(scores: &Tensor, mask: Option<&Tensor>, scale: f64) -> Res
 
 /// Returns the first visible column, and one past the last.
 fn span(mask: &[f32]) -> (usize, usize) {
-    let seen = |m: &f32| *m != f32::NEG_INFINITY;
-    match (mask.iter().position(seen), mask.iter().rposition(seen)) {
+    let is_visible = |m: &f32| *m != f32::NEG_INFINITY;
+    match (mask.iter().position(is_visible), mask.iter().rposition(is_visible)) {
         (Some(first), Some(last)) => (first, last + 1),
         _ => (0, 0),
     }

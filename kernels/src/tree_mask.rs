@@ -25,7 +25,7 @@ pub(super) struct Run {
     /// Rows of the run.
     pub(super) rows: Range<usize>,
     /// Columns visible to all rows of the run, in order of position, as ranges.
-    seen: Vec<Range<usize>>,
+    visible: Vec<Range<usize>>,
     /// Number of these columns, which is the position of the first row.
     pub(super) first: usize,
 }
@@ -33,7 +33,7 @@ pub(super) struct Run {
 impl Run {
     /// Iterates over the visible columns by position, including those of the run's own rows.
     pub(super) fn columns(&self, cached: usize) -> impl Iterator<Item = usize> {
-        self.seen.iter().cloned().flatten().chain(self.rows.start + cached..self.rows.end + cached)
+        self.visible.iter().cloned().flatten().chain(self.rows.start + cached..self.rows.end + cached)
     }
 }
 
@@ -50,19 +50,19 @@ impl TreeMask {
             match runs.last_mut() {
                 Some(run) if parent == Some(row - 1) => run.rows.end += 1,
                 _ => {
-                    let mut seen = Vec::new();
+                    let mut visible = Vec::new();
                     match parent
                         .and_then(|parent| runs.iter().find(|run| run.rows.contains(&parent)).zip(parent.into()))
                     {
-                        None if cached > 0 => seen.push(0..cached),
+                        None if cached > 0 => visible.push(0..cached),
                         None => {}
                         Some((run, parent)) => {
-                            seen.clone_from(&run.seen);
-                            seen.push(run.rows.start + cached..parent + 1 + cached);
+                            visible.clone_from(&run.visible);
+                            visible.push(run.rows.start + cached..parent + 1 + cached);
                         }
                     }
-                    let first = seen.iter().map(ExactSizeIterator::len).sum();
-                    runs.push(Run { rows: row..row + 1, seen, first });
+                    let first = visible.iter().map(ExactSizeIterator::len).sum();
+                    runs.push(Run { rows: row..row + 1, visible, first });
                 }
             }
         }
@@ -90,8 +90,8 @@ impl TreeMask {
     /// If the device cannot hold it.
     pub fn dense(&self, window: Option<usize>, device: &Device) -> Result<Tensor> {
         let window = window.unwrap_or(usize::MAX);
-        let mut made = self.dense.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = made.iter().find(|(wide, mask)| *wide == window && mask.device().same_device(device));
+        let mut masks = self.dense.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = masks.iter().find(|(wide, mask)| *wide == window && mask.device().same_device(device));
         if let Some((_, mask)) = known {
             return Ok(mask.clone());
         }
@@ -107,7 +107,7 @@ impl TreeMask {
             }
         }
         let mask = Tensor::from_vec(mask, (self.rows(), width), device)?;
-        made.push((window, mask.clone()));
+        masks.push((window, mask.clone()));
         Ok(mask)
     }
 }
@@ -116,7 +116,7 @@ impl TreeMask {
 mod tests {
     use super::*;
 
-    fn seen(mask: &TreeMask, window: Option<usize>) -> Vec<Vec<usize>> {
+    fn visible(mask: &TreeMask, window: Option<usize>) -> Vec<Vec<usize>> {
         let dense = mask.dense(window, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
         dense.iter().map(|row| (0..row.len()).filter(|column| row[*column] == 0.0).collect()).collect()
     }
@@ -136,16 +136,16 @@ mod tests {
             vec![0, 6],
             vec![7],
         ];
-        assert_eq!(seen(&mask, None), all);
+        assert_eq!(visible(&mask, None), all);
         let last_two: Vec<Vec<usize>> = all.iter().map(|row| row[row.len().saturating_sub(2)..].to_vec()).collect();
-        assert_eq!(seen(&mask, Some(2)), last_two);
+        assert_eq!(visible(&mask, Some(2)), last_two);
         assert_eq!(mask.runs().iter().map(|run| run.first).collect::<Vec<_>>(), [0, 2, 1, 0]);
     }
 
     #[test]
     fn cached_tokens_come_first() {
         let mask = TreeMask::new(2, [None, Some(0), None, Some(0)]);
-        assert_eq!(seen(&mask, None), [vec![0, 1, 2], vec![0, 1, 2, 3], vec![0, 1, 4], vec![0, 1, 2, 5]]);
-        assert_eq!(seen(&mask, Some(1)), [vec![2], vec![3], vec![4], vec![5]]);
+        assert_eq!(visible(&mask, None), [vec![0, 1, 2], vec![0, 1, 2, 3], vec![0, 1, 4], vec![0, 1, 2, 5]]);
+        assert_eq!(visible(&mask, Some(1)), [vec![2], vec![3], vec![4], vec![5]]);
     }
 }

@@ -10,7 +10,7 @@ use super::ConfigArgs;
 use super::input::{self, pair_options};
 use super::prompts::load_model;
 use crate::config::Config;
-use crate::lm::model::{Decoder, Onto};
+use crate::lm::model::{Decoder, LoadTarget};
 use crate::lm::precision;
 use crate::lm::tokens::Tokenizer;
 use crate::observe::progress::Progress;
@@ -23,7 +23,7 @@ use crate::pipeline::generate::stop::Stop;
 use crate::pipeline::reward::RewardModel;
 use crate::pipeline::setup::{LabelerBench, budget, labeler_bench, prompt_format, rows};
 use crate::rl::statistics::Table;
-use crate::say;
+use crate::status;
 use crate::tools::evaluate::alignment::{Alignment, alignment, variants};
 use crate::tools::evaluate::answers::answers;
 use crate::tools::evaluate::harmless::{Rated, check_labeler, harmless_rate};
@@ -37,11 +37,11 @@ use crate::util::exit::before_work;
 #[derive(Debug, Args)]
 pub struct Eval {
     #[command(subcommand)]
-    what: What,
+    what: Evaluation,
 }
 
 #[derive(Debug, Subcommand)]
-enum What {
+enum Evaluation {
     /// Measures how often the judge agrees with human preferences, and its position bias, for each judge variant.
     Alignment(AlignmentArgs),
     /// Measures how often one model's answers are preferred over another's, or over references.
@@ -64,13 +64,13 @@ enum Format {
 }
 
 #[derive(Debug, Args)]
-struct Shown {
+struct OutputArgs {
     /// Output format of the result.
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
 }
 
-impl Shown {
+impl OutputArgs {
     fn print(&self, tables: &[&Table]) -> Result<()> {
         for (i, table) in tables.iter().enumerate() {
             let gap = if i > 0 { "\n" } else { "" };
@@ -108,7 +108,7 @@ struct AlignmentArgs {
     #[arg(long)]
     attacks: bool,
     #[command(flatten)]
-    shown: Shown,
+    shown: OutputArgs,
 }
 
 /// Options for generating the answers that are evaluated.
@@ -127,7 +127,7 @@ struct AnswerArgs {
     #[arg(long, value_name = "FILE")]
     answers: Option<PathBuf>,
     #[command(flatten)]
-    shown: Shown,
+    shown: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -155,7 +155,7 @@ struct RewardAccuracyArgs {
     #[arg(long, default_value_t = usize::MAX, hide_default_value = true, value_name = "N")]
     limit: usize,
     #[command(flatten)]
-    shown: Shown,
+    shown: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -174,10 +174,10 @@ impl Eval {
     /// If a configuration, model or file cannot be used, or if the judge fails.
     pub fn run(self) -> Result<()> {
         match self.what {
-            What::Alignment(args) => args.run(),
-            What::WinRate(args) => args.run(),
-            What::RewardAccuracy(args) => args.run(),
-            What::HarmlessRate(args) => args.run(),
+            Evaluation::Alignment(args) => args.run(),
+            Evaluation::WinRate(args) => args.run(),
+            Evaluation::RewardAccuracy(args) => args.run(),
+            Evaluation::HarmlessRate(args) => args.run(),
         }
     }
 }
@@ -192,7 +192,7 @@ impl AlignmentArgs {
         let config = self.config.load_judge()?;
         let variants = before_work(|| variants(&config, self.variants.as_deref()))?;
         for (name, why) in &variants.left_out {
-            say!("left out: {name}: {why}");
+            status!("left out: {name}: {why}");
         }
         // Pairs of equal answers are kept, because the table has a column for them.
         let options = PairOptions { keep_equal: true, ..pair_options(&config, true) };
@@ -203,9 +203,9 @@ impl AlignmentArgs {
         let pairs = Arc::new(pairs);
         let mut chosen = pairs.order(config.run.seed, 0);
         chosen.truncate(self.limit.unwrap_or(usize::MAX));
-        let with_cot = self.cot_limit.unwrap_or(usize::MAX);
-        let job = Alignment { pairs, chosen, with_cot, variants: variants.possible, attacked: self.attacks };
-        say!("{}", job.announcement());
+        let cot_limit = self.cot_limit.unwrap_or(usize::MAX);
+        let job = Alignment { pairs, chosen, cot_limit, variants: variants.possible, attacked: self.attacks };
+        status!("{}", job.announcement());
         let bench = bench(&config)?;
         let title = format!("AI labeler alignment on {}", self.input);
         self.shown.print(&alignment(&bench, &job, &title)?.tables())
@@ -242,11 +242,16 @@ impl AnswerArgs {
 
     /// Loads the model that `name` refers to and generates its answers. Returns the prompts in this model's
     /// tokenisation, the answers, and the tokenizer.
-    fn answered(&self, config: &Config, name: &str, references: bool) -> Result<(Vec<Prompt>, Vec<String>, Tokenizer)> {
+    fn generate_answers(
+        &self,
+        config: &Config,
+        name: &str,
+        references: bool,
+    ) -> Result<(Vec<Prompt>, Vec<String>, Tokenizer)> {
         let (model, tokenizer, prompts) = before_work(|| {
             ensure!(self.temperature >= 0.0, "--temperature must not be below zero");
             let device = device::open(&config.policy.device)?;
-            let onto = Onto { device: &device, dtype: precision::dtype(config.policy.dtype) };
+            let onto = LoadTarget { device: &device, dtype: precision::dtype(config.policy.dtype) };
             let (model, tokenizer) = load_model(name, config.policy.resolve_timeout_s, onto)?;
             let prompts = self.prompts(config, &tokenizer, &model, references)?;
             Ok((model, tokenizer, prompts))
@@ -263,7 +268,7 @@ impl AnswerArgs {
         let progress = Progress::new("answering", "answers", prompts.len() as u64);
         let completions = answers(&model, &tokenizer, &prompts, &sampling, seed, |done| progress.at(done))?;
         progress.finish();
-        let texts = completions.into_iter().map(|one| one.text.trim().to_owned()).collect();
+        let texts = completions.into_iter().map(|completion| completion.text.trim().to_owned()).collect();
         Ok((prompts, texts, tokenizer))
     }
 
@@ -283,10 +288,10 @@ impl AnswerArgs {
 
 impl WinRateArgs {
     fn run(self) -> Result<()> {
-        let config = self.common.config.load_prompts()?.judged_as_evaluated();
-        let (prompts, a, tokenizer) = self.common.answered(&config, &self.a, self.b.is_none())?;
+        let config = self.common.config.load_prompts()?.with_evaluation_judge();
+        let (prompts, a, tokenizer) = self.common.generate_answers(&config, &self.a, self.b.is_none())?;
         let (b, against) = match &self.b {
-            Some(name) => (self.common.answered(&config, name, false)?.1, name.as_str()),
+            Some(name) => (self.common.generate_answers(&config, name, false)?.1, name.as_str()),
             None => {
                 let texts = prompts.iter().map(|prompt| prompt.reference.as_deref().unwrap_or_default().to_owned());
                 (texts.collect(), "the references")
@@ -328,9 +333,9 @@ impl RewardAccuracyArgs {
 
 impl HarmlessRateArgs {
     fn run(self) -> Result<()> {
-        let config = self.common.config.load_prompts()?.judged_as_evaluated();
+        let config = self.common.config.load_prompts()?.with_evaluation_judge();
         before_work(|| check_labeler(&config))?;
-        let (prompts, answers, tokenizer) = self.common.answered(&config, &self.model, false)?;
+        let (prompts, answers, tokenizer) = self.common.generate_answers(&config, &self.model, false)?;
         self.common.write(&prompts, &[("answer", &answers)])?;
         let bench = bench(&config)?;
         let title = format!("Harmless rate of {}", self.model);

@@ -14,7 +14,7 @@ use crate::out_json;
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::stop::{self, Stop};
 use crate::pipeline::generate::{Fixed, Request, generate};
-use crate::say;
+use crate::status;
 use crate::util::exit::before_work;
 use crate::util::seed;
 
@@ -83,7 +83,7 @@ impl Generate {
     pub fn run(self) -> Result<()> {
         let (model, tokenizer, prompt) = before_work(|| self.prepare())?;
         if tokenizer.eos_ids().is_empty() && self.stop.is_empty() {
-            say!("the model has no end token: every completion has --max-new-tokens = {}", self.max_new_tokens);
+            status!("the model has no end token: every completion has --max-new-tokens = {}", self.max_new_tokens);
         }
         let sampling = Sampling {
             temperature: if self.greedy { 0.0 } else { self.temperature },

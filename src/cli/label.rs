@@ -15,7 +15,7 @@ use crate::pipeline::label::Pairing;
 use crate::pipeline::label::stage::Wants;
 use crate::pipeline::setup::{LabelerBench, budget, compares_with_blank, labeler_bench, prompt_format};
 use crate::pipeline::topology::labelers::labeler_on;
-use crate::say;
+use crate::status;
 use crate::tools::batch_label::file::{LabelFile, Provenance};
 use crate::tools::batch_label::{Job, PairQuestions, annotate};
 use crate::util::exit::{Ended, before_work};
@@ -73,7 +73,7 @@ impl Label {
         let mut todo = file.todo();
         todo.retain(|i| self.limit.is_none_or(|limit| *i < limit));
         let before = pairs.len() - file.todo().len();
-        say!("{} pairs, {before} labeled before, {} to do", pairs.len(), todo.len());
+        status!("{} pairs, {before} labeled before, {} to do", pairs.len(), todo.len());
         let (began, count) = (Instant::now(), todo.len());
         let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
         let questions = PairQuestions { pairs, format: prompt_format(&config), tokenizer: bench.tokenizer };
@@ -88,12 +88,12 @@ impl Label {
             gave_up: Arc::default(),
         };
         let file = Arc::new(Mutex::new(file));
-        let whole = annotate(job, file.clone());
+        let is_complete = annotate(job, file.clone());
         let file = file.lock().unwrap_or_else(PoisonError::into_inner);
         file.finish();
         let totals = file.totals();
         let seconds = began.elapsed().as_secs_f64();
-        say!(
+        status!(
             "labels {}, abstentions {}, failures {}; {:.2} pairs/s; {} questions to the judge, {} from the cache, {} tokens read, {} written, cost {:.4}",
             totals.labels,
             totals.abstentions,
@@ -107,9 +107,12 @@ impl Label {
         );
         if totals.orders[0] > 0 {
             let share = 100.0 * totals.orders[1] as f64 / totals.orders[0] as f64;
-            say!("the judge preferred the same position in both orders in {share:.1} % of {} pairs", totals.orders[0]);
+            status!(
+                "the judge preferred the same position in both orders in {share:.1} % of {} pairs",
+                totals.orders[0]
+            );
         }
-        if !whole? {
+        if !is_complete? {
             return Err(Interrupted::new("interrupted; run the same command again to continue").into());
         }
         match &totals.first_failure {

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::input;
 use crate::pipeline::data::corrupt::corrupt;
 use crate::pipeline::data::{Notes, PromptFormat};
-use crate::say;
+use crate::status;
 use crate::util::exit::before_work;
 
 /// Timeout of a model hub's answers, in seconds.
@@ -81,21 +81,24 @@ impl Pairs {
             if self.limit.is_some_and(|limit| written >= limit) {
                 break;
             }
-            let Some(made) = corrupt(&texts, i, self.seed) else {
+            let Some(corrupted) = corrupt(&texts, i, self.seed) else {
                 left_out += 1;
                 continue;
             };
             let (prompt, reference) = (&texts[i].0, texts[i].1.as_str());
-            let (first, second) =
-                if made.better_first { (reference, made.worse.as_str()) } else { (made.worse.as_str(), reference) };
-            let preference = f64::from(u8::from(made.better_first));
+            let (first, second) = if corrupted.better_first {
+                (reference, corrupted.worse.as_str())
+            } else {
+                (corrupted.worse.as_str(), reference)
+            };
+            let preference = f64::from(u8::from(corrupted.better_first));
             let pair = json!({ "prompt": prompt, "first": first, "second": second, "preference": preference,
-                "kind": made.kind.name() });
+                "kind": corrupted.kind.name() });
             writeln!(out, "{pair}")?;
             written += 1;
         }
         out.flush()?;
-        say!("{written} pairs in {} ({left_out} rows skipped: no worse answer found)", self.output.display());
+        status!("{written} pairs in {} ({left_out} rows skipped: no worse answer found)", self.output.display());
         Ok(())
     }
 }

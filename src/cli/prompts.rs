@@ -8,7 +8,7 @@ use candle_core::Device;
 use clap::Args;
 
 use crate::config::Config;
-use crate::lm::model::{Decoder, Onto};
+use crate::lm::model::{Decoder, LoadTarget};
 use crate::lm::source::ModelRef;
 use crate::lm::tokens::Tokenizer;
 use crate::lm::tokens::chat::Message;
@@ -38,7 +38,7 @@ impl ModelArgs {
 ///
 /// # Errors
 /// If the model cannot be fetched or read.
-pub fn load_model(name: &str, timeout_s: u64, onto: Onto<'_>) -> Result<(Decoder, Tokenizer)> {
+pub fn load_model(name: &str, timeout_s: u64, onto: LoadTarget<'_>) -> Result<(Decoder, Tokenizer)> {
     let reference = ModelRef::from_argument(name).map_err(anyhow::Error::msg)?;
     let timeout = Duration::from_secs(timeout_s);
     let (model, tokenizer, _) = setup::load(&reference, onto, timeout, true)?;

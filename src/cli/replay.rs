@@ -7,7 +7,7 @@ use clap::Args;
 
 use crate::out;
 use crate::run::replay::replay;
-use crate::say;
+use crate::status;
 
 /// Arguments of `preceptor replay`.
 #[derive(Debug, Args)]
@@ -29,12 +29,12 @@ impl Replay {
     /// See [`replay`].
     pub fn run(self) -> Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let tell = |step: u64| {
+        let report = |step: u64| {
             if step.is_multiple_of(10) {
-                say!("step {step}: weights match the run's");
+                status!("step {step}: weights match the run's");
             }
         };
-        let replayed = runtime.block_on(replay(&self.run, self.until, self.output, tell))?;
+        let replayed = runtime.block_on(replay(&self.run, self.until, self.output, report))?;
         out!("{} steps, weights {:016x}, as in the run", replayed.steps, replayed.fingerprint)
     }
 }

@@ -37,7 +37,7 @@ impl Score {
         let completion = match &self.completion {
             Some(text) => {
                 ensure!(!text.is_empty(), "--completion is empty; leave it out to score the prompt itself");
-                let (kept, ids) = tokenizer.encode_behind(&prompt, text)?;
+                let (kept, ids) = tokenizer.encode_after(&prompt, text)?;
                 prompt.truncate(kept);
                 ids
             }

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::ConfigArgs;
 use crate::run;
-use crate::say;
+use crate::status;
 use crate::util::exit::Ended;
 use crate::util::signals::Interrupted;
 
@@ -31,7 +31,7 @@ pub struct Train {
 }
 
 impl Train {
-    /// Trains, or resumes a run.
+    /// Starts a training run, or resumes one.
     ///
     /// # Errors
     /// If the configuration is invalid; otherwise see [`run::train`].
@@ -57,7 +57,7 @@ impl Train {
             let text = format!("interrupted after {} steps; --resume continues the run", summary.steps);
             return Err(Interrupted { signal, text }.into());
         }
-        say!("done after {} steps", summary.steps);
+        status!("done after {} steps", summary.steps);
         Ok(())
     }
 }

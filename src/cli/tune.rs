@@ -12,10 +12,10 @@ use crate::out;
 use crate::pipeline::setup::prepare;
 use crate::rl::statistics::Table as Report;
 use crate::rl::statistics::table::Cell;
-use crate::say;
+use crate::status;
 use crate::tools::tune::live::Live;
 use crate::tools::tune::plan::Plan;
-use crate::tools::tune::{Machine, NOTICEABLE, Reach, Tuned, tune};
+use crate::tools::tune::{Machine, NOTICEABLE, SearchScope, Tuned, tune};
 use crate::util::exit::before_work;
 
 /// Arguments of `preceptor tune`.
@@ -48,25 +48,25 @@ impl Tune {
         let output = self.output.unwrap_or_else(|| self.config.config.with_extension("tuned.toml"));
         let priced = config.labeler.methods.iter().any(|method| method.remote.is_some());
         if priced {
-            say!("note      measuring buys labels from the remote judge; they are kept in the label cache");
+            status!("note      measuring buys labels from the remote judge; they are kept in the label cache");
         }
         let prepared = before_work(|| prepare(&config, true))?;
         let mut machine = Live::new(&config, prepared, Duration::from_secs_f64(self.seconds))?;
         let facts = machine.facts();
         let configured = Plan::of(&config);
-        say!("machine   {} cores; {}", facts.cores, configured.describe(&facts));
-        let reach = Reach { trials: self.trials, sizes: self.sizes };
-        let tuned = tune(&mut machine, &configured, reach, |text| say!("measuring {text}"))?;
+        status!("machine   {} cores; {}", facts.cores, configured.describe(&facts));
+        let reach = SearchScope { trials: self.trials, sizes: self.sizes };
+        let tuned = tune(&mut machine, &configured, reach, |text| status!("measuring {text}"))?;
         let mut table = Report::new(
             "completions per second",
             &[("allocation", ""), ("predicted", ""), ("measured", ""), ("against configured", "")],
         );
-        for one in &tuned.tried {
+        for tried in &tuned.tried {
             table.push(vec![
-                Cell::Text(one.plan.describe(&facts)),
-                Cell::Number(one.predicted * one.plan.group_size as f64),
-                Cell::Number(one.completions_per_s()),
-                Cell::Text(format!("{:.2}×", one.completions_per_s() / tuned.before.completions_per_s())),
+                Cell::Text(tried.plan.describe(&facts)),
+                Cell::Number(tried.predicted * tried.plan.group_size as f64),
+                Cell::Number(tried.completions_per_s()),
+                Cell::Text(format!("{:.2}×", tried.completions_per_s() / tuned.before.completions_per_s())),
             ]);
         }
         let changes = tuned.best.plan.changes(&configured);

@@ -10,7 +10,7 @@ use toml::{Spanned, Table, Value};
 use crate::util::suggest::nearest;
 
 /// Maximum number of mistakes that a report lists; further ones are counted.
-const MOST_LISTED: usize = 50;
+const MAX_LISTED: usize = 50;
 /// Maximum number of characters of one mistake's text.
 const LONGEST: usize = 1000;
 /// Maximum number of characters of a key's path in a report.
@@ -32,7 +32,7 @@ pub struct ConfigError {
 pub struct ConfigErrors(pub Vec<ConfigError>);
 
 impl ConfigErrors {
-    pub(super) fn one(place: &str, key: &str, message: &str) -> Self {
+    pub(super) fn single(place: &str, key: &str, message: &str) -> Self {
         Self(vec![ConfigError { place: place.into(), key: key.into(), message: message.into() }])
     }
 }
@@ -68,7 +68,7 @@ pub(super) struct DocumentNode {
     /// The text of an override. A key of type string takes it verbatim.
     pub(super) text: Option<String>,
     /// The reason why the text of an override is not a TOML value, if known.
-    pub(super) fault: Option<String>,
+    pub(super) syntax_error: Option<String>,
 }
 
 /// The forms of a value.
@@ -87,7 +87,7 @@ impl DocumentNode {
             Value::Array(list) => Kind::List(list.into_iter().map(Self::set).collect()),
             leaf => Kind::Leaf(leaf),
         };
-        Self { kind, place: Place::Set, text: None, fault: None }
+        Self { kind, place: Place::Set, text: None, syntax_error: None }
     }
 
     /// Creates the node of a value of the file that begins at `line`.
@@ -106,14 +106,14 @@ impl DocumentNode {
                         Some(DeValue::Array(spans)) => spans.get(i),
                         _ => None,
                     };
-                    let line = spans.map_or(line, |one| lines.of(one.span().start));
+                    let line = spans.map_or(line, |span| lines.of(span.span().start));
                     Self::of_file(value, spans, line, lines)
                 });
                 Kind::List(items.collect())
             }
             (leaf, _) => Kind::Leaf(leaf),
         };
-        Self { kind, place: Place::Line(line), text: None, fault: None }
+        Self { kind, place: Place::Line(line), text: None, syntax_error: None }
     }
 
     /// Returns the value of `key` in a table, or `None` if absent or not a table.
@@ -176,7 +176,7 @@ impl Lines {
 pub(super) struct Document {
     origin: String,
     /// Paths of required keys and sections that may be missing.
-    spared: &'static [&'static str],
+    optional: &'static [&'static str],
     pub(super) root: DocumentNode,
     found: RefCell<Found>,
 }
@@ -197,7 +197,7 @@ impl Document {
         let lines = Lines::new(text);
         let table = text.parse::<Table>().map_err(|error| {
             let line = error.span().map_or(1, |span| lines.of(span.start));
-            ConfigErrors::one(
+            ConfigErrors::single(
                 &format!("{origin}:{line}"),
                 "",
                 &format!("is not TOML: {}", cut(error.message(), LONGEST)),
@@ -205,18 +205,18 @@ impl Document {
         })?;
         let spans = DeTable::parse(text).ok();
         let members = members(table, spans.as_ref().map(Spanned::get_ref), 1, &lines);
-        let root = DocumentNode { kind: Kind::Table(members), place: Place::Line(1), text: None, fault: None };
-        Ok(Self { origin: origin.into(), spared: &[], root, found: RefCell::default() })
+        let root = DocumentNode { kind: Kind::Table(members), place: Place::Line(1), text: None, syntax_error: None };
+        Ok(Self { origin: origin.into(), optional: &[], root, found: RefCell::default() })
     }
 
-    /// Allows the required keys `spared` to be missing.
-    pub(super) fn sparing(self, spared: &'static [&'static str]) -> Self {
-        Self { spared, ..self }
+    /// Allows the required keys `optional` to be missing.
+    pub(super) fn with_optional(self, optional: &'static [&'static str]) -> Self {
+        Self { optional, ..self }
     }
 
     /// Returns whether the required key at `path` may be missing.
-    pub(super) fn spares(&self, path: &str) -> bool {
-        self.spared.contains(&path)
+    pub(super) fn is_optional(&self, path: &str) -> bool {
+        self.optional.contains(&path)
     }
 
     /// Returns whether no mistake was found at any of `keys`.
@@ -241,7 +241,7 @@ impl Document {
 
     fn record(&self, line: usize, place: String, path: &str, message: &str) {
         let mut found = self.found.borrow_mut();
-        if found.errors.len() >= MOST_LISTED {
+        if found.errors.len() >= MAX_LISTED {
             found.more += 1;
             return;
         }

@@ -286,7 +286,7 @@ impl<'a> Reader<'a> {
     pub(super) fn key<T: KeyType>(&mut self, name: &'static str, secret: bool, spec: Spec<T>) -> T {
         let Some(input) = self.input(name, secret) else {
             if let Absent::Refused(what) = spec.absent
-                && !self.document.spares(&format!("{}.{name}", self.path))
+                && !self.document.is_optional(&format!("{}.{name}", self.path))
             {
                 self.error(name, &format!("is missing; give {what}"));
             }
@@ -357,8 +357,8 @@ impl Input<'_> {
 
     /// Records that the value does not have the type `expected`. `quoted` is an example of the type in TOML.
     pub(super) fn mistyped<T>(&self, expected: &str, quoted: &str) -> Option<T> {
-        if let Some(fault) = &self.node.fault {
-            return self.error(fault);
+        if let Some(syntax_error) = &self.node.syntax_error {
+            return self.error(syntax_error);
         }
         let value = if self.secret { "the value".to_owned() } else { self.node.value().to_string() };
         let mut message = format!("{value} is not {expected}");

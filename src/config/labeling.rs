@@ -18,7 +18,7 @@ use crate::util::disk::expand_home;
 use crate::util::endpoint::Endpoint;
 
 section! {
-    /// AI feedback.
+    /// AI feedback: the judges and how they are asked.
     pub struct Labeler {
         /// Device of local judges, as `policy.device`. A judge with an explicit device has a separate CUDA stream, even
         /// on the policy's GPU, and a separate copy of the weights if the policy is the judge.
@@ -62,7 +62,7 @@ words! {
     }
 }
 
-/// The judges of a labeler.
+/// The judges of a labeler with their methods: a single judge, or the members of a panel.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Methods {
     /// The judges: one, or the members of a panel.

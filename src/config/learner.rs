@@ -7,7 +7,7 @@ use super::sections::{LabelForm, MANY, count, pool, positive};
 use crate::rl::algo::online_dpo::DpoLoss;
 
 section! {
-    /// Gradient steps.
+    /// The learner: algorithm, batches and optimizer.
     pub struct Learner {
         /// The learning algorithm.
         [Fixed] algorithm: AlgorithmKind = is(AlgorithmKind::Rloo),

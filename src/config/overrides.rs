@@ -7,7 +7,7 @@ use toml::{Table, Value};
 use super::document::{Document, DocumentNode, Kind, Place, cut};
 
 /// Maximum number of names in the path of an override.
-const DEEPEST: usize = 8;
+const MAX_DEPTH: usize = 8;
 /// Maximum number of characters of a path in a message.
 const LONGEST_PATH: usize = 100;
 
@@ -30,27 +30,29 @@ pub(super) fn apply(document: &mut Document, text: &str) {
 fn steps(path: &str) -> Option<Vec<String>> {
     let path = path.replace('[', ".").replace(']', "");
     let steps: Vec<String> = path.split('.').map(str::to_owned).collect();
-    ((2..=DEEPEST).contains(&steps.len()) && !steps.iter().any(String::is_empty)).then_some(steps)
+    ((2..=MAX_DEPTH).contains(&steps.len()) && !steps.iter().any(String::is_empty)).then_some(steps)
 }
 
 /// Parses the value of an override. The node keeps the text, because the type of the key decides between string and
 /// TOML.
 fn value_of(text: &str) -> DocumentNode {
     let document = format!("v = {text}").parse::<Table>();
-    let (value, fault) = match (text.parse::<toml_edit::Value>(), document) {
+    let (value, syntax_error) = match (text.parse::<toml_edit::Value>(), document) {
         (Ok(_), Ok(mut table)) if table.len() == 1 => (table.remove("v"), None),
         (_, Ok(table)) if table.len() > 1 => {
-            let fault = "its value is followed by another line, which would be ignored; give each key a separate --set";
-            (None, Some(fault.to_owned()))
+            let syntax_error =
+                "its value is followed by another line, which would be ignored; give each key a separate --set";
+            (None, Some(syntax_error.to_owned()))
         }
         (Err(_), Ok(_)) => {
-            let fault = "its value is followed by a comment, which would be ignored; put a string with # in quotes";
-            (None, Some(fault.to_owned()))
+            let syntax_error =
+                "its value is followed by a comment, which would be ignored; put a string with # in quotes";
+            (None, Some(syntax_error.to_owned()))
         }
         _ => (None, None),
     };
     let node = DocumentNode::set(value.unwrap_or_else(|| Value::String(text.to_owned())));
-    DocumentNode { text: Some(text.to_owned()), fault, ..node }
+    DocumentNode { text: Some(text.to_owned()), syntax_error, ..node }
 }
 
 fn insert(root: &mut DocumentNode, steps: &[String], value: DocumentNode) -> Result<(), String> {
@@ -61,7 +63,7 @@ fn insert(root: &mut DocumentNode, steps: &[String], value: DocumentNode) -> Res
         let numbered = steps.get(at + 1).is_some_and(|next| next.parse::<usize>().is_ok());
         let new = || {
             let kind = if numbered { Kind::List(Vec::new()) } else { Kind::Table(BTreeMap::new()) };
-            DocumentNode { kind, place: Place::Set, text: None, fault: None }
+            DocumentNode { kind, place: Place::Set, text: None, syntax_error: None }
         };
         let kind = node.type_name();
         let next = match &mut node.kind {

@@ -63,7 +63,7 @@ pub(super) fn check_variable(name: Option<&str>) -> Result<(), String> {
 }
 
 section! {
-    /// The run itself.
+    /// Name, mode, seed and length of the run.
     pub struct Run {
         /// Name of the run: lower-case letters, digits, `-` and `_`. It is also the name of the run's folder.
         [Changeable] name: String = required("a name for the run").example("\"first-run\"").check(|value| check_name(value)),
@@ -139,7 +139,7 @@ impl Data {
 }
 
 section! {
-    /// The prompts.
+    /// The prompts and their format.
     pub struct Data checked by check_data {
         /// Source of the prompts: a file, a folder, a glob pattern (relative to the configuration's folder), a data set
         /// of a hub (`{ hub = "owner/name" }`, with `split`, `name`, `revision` and `file`), or a list of these. Files
@@ -453,7 +453,7 @@ choice! {
 }
 
 section! {
-    /// The reward.
+    /// Computation of rewards from scores.
     pub struct Reward {
         /// Coefficient β of the KL penalty in J = (1 − β)·r − β·KL (Lee et al. 2023, §2.4).
         [Changeable] kl_coef: f64 = is(0.05).from(0).to(1),

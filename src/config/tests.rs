@@ -13,7 +13,7 @@ const MINIMAL: &str =
     "[run]\nname = \"x\"\nsteps = 3\n[data]\npath = \"Cargo.toml\"\n[policy]\nmodel = { scratch = {} }\n";
 
 fn read(text: &str, overrides: &[&str]) -> Result<Config, ConfigErrors> {
-    let overrides: Vec<String> = overrides.iter().map(|one| (*one).to_owned()).collect();
+    let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
     parse(text, "x.toml", Path::new(env!("CARGO_MANIFEST_DIR")), &overrides)
 }
 
@@ -251,7 +251,7 @@ fn the_documented_default_of_each_key_is_the_reader_s_default() {
     for (path, key) in keys() {
         let Some(default) = &key.default_value else { continue };
         let mut overrides = around(path);
-        overrides.retain(|one| one.split('=').next() != Some(path.as_str()));
+        overrides.retain(|text| text.split('=').next() != Some(path.as_str()));
         if path.starts_with("policy.lora.") {
             overrides.push("policy.lora={}");
         }

@@ -194,7 +194,8 @@ impl KeyType for Vec<String> {
     }
     fn read(input: &Input<'_>) -> Option<Self> {
         let texts = input.node.value();
-        let texts = texts.as_array().and_then(|list| list.iter().map(|one| one.as_str().map(str::to_owned)).collect());
+        let texts =
+            texts.as_array().and_then(|list| list.iter().map(|text| text.as_str().map(str::to_owned)).collect());
         texts.or_else(|| input.mistyped("a list of strings", "[\"a\", \"b\"]"))
     }
     fn write(&self) -> Option<Value> {
@@ -208,7 +209,7 @@ impl KeyType for Vec<u32> {
     }
     fn read(input: &Input<'_>) -> Option<Self> {
         let value = input.node.value();
-        let whole = |one: &Value| one.as_integer().and_then(|n| n.try_into().ok());
+        let whole = |value: &Value| value.as_integer().and_then(|n| n.try_into().ok());
         let list = value.as_array().and_then(|list| list.iter().map(whole).collect());
         list.or_else(|| input.mistyped("a list of non-negative integers", "[1, 2]"))
     }

@@ -30,4 +30,4 @@ pub use family::Family;
 pub use lora::Lora;
 pub use pack::Pack;
 pub use trie::{Prefix, Trie};
-pub use weights::{Onto, Weights};
+pub use weights::{LoadTarget, Weights};

@@ -192,7 +192,7 @@ pub enum ModelFiles {
     Directory(PathBuf),
 }
 
-/// A resolved model.
+/// Local files of a model, and the source that provided them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolved {
     /// Files of the model.
@@ -207,19 +207,19 @@ pub struct Resolved {
 pub struct Unavailable {
     words: String,
     /// True if the cause may be temporary: an unreachable server, a full disk.
-    pub passes: bool,
+    pub is_temporary: bool,
 }
 
 impl Unavailable {
     /// Creates an error with a cause that may be temporary.
-    fn passing(words: String) -> anyhow::Error {
-        Self { words, passes: true }.into()
+    fn temporary(words: String) -> anyhow::Error {
+        Self { words, is_temporary: true }.into()
     }
 
     /// Returns whether the cause of `error` may be temporary.
     pub fn of(error: &anyhow::Error) -> bool {
         error.chain().any(|cause| {
-            cause.downcast_ref::<Self>().is_some_and(|cause| cause.passes)
+            cause.downcast_ref::<Self>().is_some_and(|cause| cause.is_temporary)
                 || cause.downcast_ref().is_some_and(disk::may_pass)
         })
     }
@@ -230,7 +230,7 @@ impl Unavailable {
 /// # Errors
 /// If no source provides the model; the error lists each source with its reason.
 pub fn resolve(reference: &ModelRef, options: &ResolveOptions) -> Result<Resolved> {
-    let (mut reasons, mut passes) = (Vec::new(), false);
+    let (mut reasons, mut is_temporary) = (Vec::new(), false);
     for candidate in &reference.0 {
         let found = match candidate {
             Candidate::Path(path) => local(path),
@@ -243,7 +243,7 @@ pub fn resolve(reference: &ModelRef, options: &ResolveOptions) -> Result<Resolve
             Ok(files) => return Ok(Resolved { files, origin: candidate.to_string() }),
             Err(error) => {
                 tracing::info!("{candidate}: {error:#}");
-                passes |= Unavailable::of(&error);
+                is_temporary |= Unavailable::of(&error);
                 reasons.push(format!("{candidate}: {error:#}"));
             }
         }
@@ -253,7 +253,7 @@ pub fn resolve(reference: &ModelRef, options: &ResolveOptions) -> Result<Resolve
         [one] => format!("cannot get the model from {one}"),
         many => format!("cannot get the model from any of its sources:\n  {}", many.join("\n  ")),
     };
-    Err(Unavailable { words, passes }.into())
+    Err(Unavailable { words, is_temporary }.into())
 }
 
 fn local(path: &Path) -> Result<ModelFiles> {

@@ -132,7 +132,7 @@ impl Tokenizer {
 
     /// Builds the tokenizer from its JSON description.
     fn from_json(description: &Value, template: Option<String>, special: Special) -> Result<Self> {
-        let templates = Templates::one(template);
+        let templates = Templates::single(template);
         Self::new(validate::tokenizer::parse(&serde_json::to_vec(description)?)?, templates, special)
     }
 
@@ -147,7 +147,7 @@ impl Tokenizer {
         let (inner, templates) = (Arc::new(inner), Arc::new(templates));
         let (plain, properties, variables) = (Arc::default(), Arc::default(), Arc::default());
         let (named_end, turn_end) = (!special.eos.is_empty(), None);
-        let made = Self {
+        let tokenizer = Self {
             inner,
             plain,
             properties,
@@ -160,12 +160,12 @@ impl Tokenizer {
             opening,
             vocab_size,
         };
-        Ok(made.with_turn_end())
+        Ok(tokenizer.with_turn_end())
     }
 
     /// Adds the token with which the chat template ends an answer to those that end a completion.
     fn with_turn_end(mut self) -> Self {
-        self.turn_end = self.found_turn_end();
+        self.turn_end = self.detect_turn_end();
         if let Some(end) = self.turn_end.filter(|end| !self.special.eos.contains(end)) {
             self.special.eos.push(end);
             // The end token is one more control token.

@@ -22,7 +22,7 @@ use crate::config::{Choice, Config};
 use crate::lm::model::Decoder;
 use crate::observe::telemetry::{self, RunInfo, TOTALS};
 use crate::observe::traces::Tracer;
-use crate::rl::ledger::Book;
+use crate::rl::ledger::SharedLedger;
 use crate::run::controller::{Adjustment, Controller, Pressure};
 use crate::types::Rewarded;
 use crate::util::device::{self, Memory};
@@ -44,7 +44,7 @@ pub struct Monitor {
     graph: Mutex<Option<GraphHandle>>,
     device: OnceLock<Device>,
     weights: OnceLock<Arc<SnapshotCell<Decoder>>>,
-    book: OnceLock<Book>,
+    book: OnceLock<SharedLedger>,
     phase: Mutex<String>,
     last_step: Mutex<Value>,
     window: Mutex<Window>,
@@ -142,7 +142,7 @@ impl Monitor {
     }
 
     /// Sets the published weights and the ledger. Later calls have no effect.
-    pub fn training(&self, weights: Arc<SnapshotCell<Decoder>>, book: Book) {
+    pub fn training(&self, weights: Arc<SnapshotCell<Decoder>>, book: SharedLedger) {
         // An error means that it is set already.
         let _ = (self.weights.set(weights), self.book.set(book));
     }

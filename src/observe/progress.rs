@@ -11,7 +11,7 @@ use crate::util::terminal::{plain, plain_json};
 
 /// Prints a line on standard error. If standard error is closed, the line is lost; `eprintln!` would panic.
 #[macro_export]
-macro_rules! say {
+macro_rules! status {
     ($($text:tt)*) => { $crate::observe::progress::say(format_args!($($text)*)) };
 }
 
@@ -24,7 +24,7 @@ pub fn for_machines() {
     MACHINES.store(true, Ordering::Relaxed);
 }
 
-/// Prints a line on standard error. Called through [`say!`](crate::say).
+/// Prints a line on standard error. Called through [`status!`](crate::status).
 pub fn say(text: std::fmt::Arguments<'_>) {
     tell("line", &text.to_string(), None);
 }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
-use preceptor_actors::{GraphHandle, Span, SpansSeen};
+use preceptor_actors::{GraphHandle, Span, SpanCursor};
 
 use export::Exports;
 
@@ -19,7 +19,7 @@ const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP
 /// Sends the traces of successive graphs to a collector.
 pub struct Tracer {
     gather: Gather,
-    seen: SpansSeen,
+    seen: SpanCursor,
     /// Number of lost spans that were logged.
     told: u64,
     /// The last observed incarnation.
@@ -40,7 +40,7 @@ impl Tracer {
             return Ok(None);
         }
         let tracer =
-            |exports| Self { gather: Gather::default(), seen: SpansSeen::default(), told: 0, began: None, exports };
+            |exports| Self { gather: Gather::default(), seen: SpanCursor::default(), told: 0, began: None, exports };
         Ok(Exports::open(run)?.map(tracer))
     }
 
@@ -122,7 +122,7 @@ mod export {
 
     impl Exports {
         pub(super) fn open(_run: &str) -> Result<Option<Self>> {
-            crate::say!("note      traces are not sent: this program was built without --features otel");
+            crate::status!("note      traces are not sent: this program was built without --features otel");
             Ok(None)
         }
 

@@ -101,7 +101,7 @@ impl ModelBounds {
     pub fn check(&self, ids: &[u32], tokenizer: &Tokenizer) -> Result<()> {
         let Some(id) = ids.iter().find(|id| **id as usize >= self.vocabulary) else { return Ok(()) };
         bail!(
-            "the token {:?} (id {id}) has no row in the model's embedding, which has {}; add rows to the embedding (transformers: resize_token_embeddings), or take the token out of the text",
+            "the token {:?} (id {id}) has no row in the model's embedding, which has {}; add rows to the embedding (transformers: resize_token_embeddings), or remove the token from the text",
             tokenizer.token(*id).unwrap_or_default(),
             self.vocabulary
         )
@@ -129,14 +129,14 @@ pub struct Dataset {
     pub notes: Notes,
 }
 
-/// Runs `look` concurrently for the numbers below `count`, and `take` on each result in order. Works in chunks, so that
+/// Calls `map` concurrently for the numbers below `count`, and `each` with each result in order. Works in chunks, so that
 /// a file of many short lines takes little more memory than its line offsets.
-fn in_parts<T: Send>(count: usize, look: impl Fn(usize) -> T + Sync, mut take: impl FnMut(usize, T)) {
+fn for_each_in_order<T: Send>(count: usize, map: impl Fn(usize) -> T + Sync, mut each: impl FnMut(usize, T)) {
     const PART: usize = 1 << 16;
     for start in (0..count).step_by(PART) {
         let part = start..(start + PART).min(count);
-        let found: Vec<T> = part.clone().into_par_iter().map(&look).collect();
-        part.zip(found).for_each(|(i, found)| take(i, found));
+        let found: Vec<T> = part.clone().into_par_iter().map(&map).collect();
+        part.zip(found).for_each(|(i, found)| each(i, found));
     }
 }
 
@@ -146,7 +146,7 @@ enum Found {
     Usable(usize, u64, Notes),
     /// The row is longer than the limit, with the error if that is one.
     TooLong(Option<anyhow::Error>),
-    NotMeant,
+    NotSelected,
     Blank,
 }
 
@@ -164,7 +164,7 @@ impl Dataset {
         options.model.check(&blank, tokenizer).context("the chat template or data.instruction cannot be used")?;
         if options.needs_references {
             let end: Vec<u32> = tokenizer.end(options.format.chat).into_iter().collect();
-            options.model.check(&end, tokenizer).context("no reference answer could end")?;
+            options.model.check(&end, tokenizer).context("the end token of reference answers cannot be used")?;
         }
         let mut data = Self {
             rows,
@@ -183,9 +183,9 @@ impl Dataset {
         };
         let (mut faults, mut long, mut notes) = (Faults::default(), Faults::default(), Notes::default());
         let (mut usable, mut identity, mut longest, mut skipped, mut exhausted) = (Vec::new(), 0, 0, 0, None);
-        in_parts(
+        for_each_in_order(
             data.rows.len(),
-            |i| data.look(i),
+            |i| data.check_row(i),
             |i, found| match found {
                 Ok(Found::Usable(tokens, text, remarks)) => {
                     usable.push(i as u32);
@@ -195,7 +195,7 @@ impl Dataset {
                 }
                 Ok(Found::TooLong(None)) => skipped += 1,
                 Ok(Found::TooLong(Some(error))) => long.add(&data.rows.place(i), &error),
-                Ok(Found::NotMeant | Found::Blank) => {}
+                Ok(Found::NotSelected | Found::Blank) => {}
                 Err(error) if is_exhaustion(&error) => exhausted = Some(error),
                 Err(error) => faults.add(&data.rows.place(i), &error),
             },
@@ -230,12 +230,12 @@ impl Dataset {
         self.notes.log(&self.rows.name());
     }
 
-    fn look(&self, i: usize) -> Result<Found> {
+    fn check_row(&self, i: usize) -> Result<Found> {
         let Some(row) = self.rows.get(i)? else { return Ok(Found::Blank) };
         let (options, mut notes) = (&self.options, Notes::default());
         let (dialogue, reference) = options.format.read(&row, options.needs_references, &mut notes)?;
-        if !options.split.takes(&dialogue.text()) {
-            return Ok(Found::NotMeant);
+        if !options.split.contains(&dialogue.text()) {
+            return Ok(Found::NotSelected);
         }
         let limit = options.limit;
         let bytes = dialogue.turns.iter().map(|turn| turn.content.len()).sum();
@@ -243,7 +243,7 @@ impl Dataset {
             let error = || anyhow!("{words}, or set data.on_long = \"skip\"");
             Ok(Found::TooLong((options.on_long == OnLong::Error).then(error)))
         };
-        if surely_longer(bytes, limit) {
+        if certainly_longer(bytes, limit) {
             return too_long(format!(
                 "the prompt has {bytes} bytes, and the limit of {limit} tokens is far below that; shorten it"
             ));
@@ -256,15 +256,15 @@ impl Dataset {
             return too_long(format!("the prompt has {tokens} tokens, the limit is {limit}; {}", options.remedy));
         }
         if let Some(text) = reference.filter(|_| options.needs_references) {
-            self.look_at_reference(&text, tokens, &mut notes)?;
+            self.check_reference(&text, tokens, &mut notes)?;
         }
         Ok(Found::Usable(tokens, seed::text(&dialogue.text()), notes))
     }
 
     /// Checks a reference answer used for training, after a prompt of `prompt` tokens.
-    fn look_at_reference(&self, text: &str, prompt: usize, notes: &mut Notes) -> Result<()> {
+    fn check_reference(&self, text: &str, prompt: usize, notes: &mut Notes) -> Result<()> {
         let room = self.options.model.context.saturating_sub(prompt);
-        let long = surely_longer(text.len(), room) || {
+        let long = certainly_longer(text.len(), room) || {
             let ids = self.tokenizer.encode_answer(text)?;
             ensure!(!ids.is_empty(), "the reference answer has no tokens");
             self.options.model.check(&ids, &self.tokenizer).context("in the reference answer")?;
@@ -348,10 +348,10 @@ fn is_exhaustion(error: &anyhow::Error) -> bool {
 
 /// Returns whether a text of `bytes` certainly has more than `limit` tokens, so that it need not be tokenised, which
 /// takes memory of about a hundred times its size. No tokenizer averages this many bytes per token over a text.
-pub(crate) fn surely_longer(bytes: usize, limit: usize) -> bool {
-    const MOST_BYTES_PER_TOKEN: usize = 32;
+pub(crate) fn certainly_longer(bytes: usize, limit: usize) -> bool {
+    const MAX_BYTES_PER_TOKEN: usize = 32;
     const SHORT: usize = 64 << 10;
-    bytes > SHORT && bytes / MOST_BYTES_PER_TOKEN > limit
+    bytes > SHORT && bytes / MAX_BYTES_PER_TOKEN > limit
 }
 
 /// Returns the numbers below `n`, shuffled by `seed` and `epoch`, or in order without a seed.

@@ -12,7 +12,7 @@ use anyhow::Result;
 
 use crate::lm::model::{Decoder, Prefix};
 use crate::types::Finish;
-pub use engine::{Engine, MOST_SLOTS};
+pub use engine::{Engine, MAX_SLOTS};
 use sampler::Sampling;
 
 /// A prompt and the completions to sample for it.
@@ -47,7 +47,7 @@ pub struct Sampled {
 }
 
 /// Source of the weights for generation, queried before every decode step.
-pub trait Weighted {
+pub trait WeightSource {
     /// Returns the weights to use from now on and their version. Called once per decode step, so it may also give a
     /// sign of life.
     ///
@@ -59,17 +59,21 @@ pub trait Weighted {
 /// Source of weights that never change.
 pub struct Fixed(pub Arc<Decoder>);
 
-impl Weighted for Fixed {
+impl WeightSource for Fixed {
     fn weights(&mut self) -> Result<(u64, Arc<Decoder>)> {
         Ok((0, Arc::clone(&self.0)))
     }
 }
 
-/// Samples all completions of all requests, in request order, up to [`MOST_SLOTS`] concurrently.
+/// Samples all completions of all requests, in request order, up to [`MAX_SLOTS`] concurrently.
 ///
 /// # Errors
 /// If a prompt is empty, or leaves no room for the new tokens within the model's context.
-pub fn generate(source: &mut dyn Weighted, requests: Vec<Request>, sampling: &Sampling) -> Result<Vec<Vec<Sampled>>> {
+pub fn generate(
+    source: &mut dyn WeightSource,
+    requests: Vec<Request>,
+    sampling: &Sampling,
+) -> Result<Vec<Vec<Sampled>>> {
     let wanted = requests.iter().map(|request| request.seeds.len()).sum();
     generate_with(Engine::new(sampling, wanted), source, requests)
 }
@@ -80,7 +84,7 @@ pub fn generate(source: &mut dyn Weighted, requests: Vec<Request>, sampling: &Sa
 /// As for [`generate`].
 pub fn generate_with<'a>(
     mut engine: Engine<'a>,
-    source: &mut dyn Weighted,
+    source: &mut dyn WeightSource,
     requests: Vec<Request<'a>>,
 ) -> Result<Vec<Vec<Sampled>>> {
     let mut out: Vec<Vec<Sampled>> = requests.iter().map(|_| Vec::new()).collect();

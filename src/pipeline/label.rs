@@ -39,7 +39,7 @@ pub struct Labels {
 impl Labels {
     /// Returns the counts of verdicts, requests and tokens for the metrics.
     pub fn counts(&self) -> LabelCounts {
-        let compared = self.preferences.iter().map(|one| &one.verdict);
+        let compared = self.preferences.iter().map(|preference| &preference.verdict);
         let flips: Vec<bool> = self.preferences.iter().filter_map(Preference::flipped).collect();
         let Usage { requests, cached, prompt_tokens, completion_tokens, .. } = self.usage;
         LabelCounts {
@@ -53,7 +53,7 @@ impl Labels {
 
     /// Returns the reason of a failed verdict, if any verdict failed. Asking again may succeed.
     pub fn failure(&self) -> Option<&str> {
-        let mut verdicts = self.scores.iter().chain(self.preferences.iter().map(|one| &one.verdict));
+        let mut verdicts = self.scores.iter().chain(self.preferences.iter().map(|preference| &preference.verdict));
         verdicts.find_map(|verdict| match verdict {
             Verdict::Failure(why) => Some(why.as_str()),
             Verdict::Label(_) | Verdict::Abstention(_) => None,
@@ -74,8 +74,8 @@ pub trait Labeler: Send {
     /// Returns an identifier of the judge's model.
     fn model(&self) -> u64;
 
-    /// Registers a liveness callback; see [`backend::Backend::attend`].
-    fn attend(&self, _name: &str, _alive: &Alive) {}
+    /// Registers a liveness callback; see [`backend::Backend::register_liveness`].
+    fn register_liveness(&self, _name: &str, _alive: &Alive) {}
 
     /// Returns whether failures have been waited out already; see [`backend::Backend::waits`].
     fn waits(&self) -> bool {

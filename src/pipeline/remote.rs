@@ -117,7 +117,7 @@ pub struct Unusable {
 
 impl Drop for Remote {
     fn drop(&mut self) {
-        // Nobody waits for the remaining exchanges.
+        // No actor waits for the remaining exchanges.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
@@ -133,8 +133,8 @@ impl Backend for Remote {
         identity::shape(&self.client.judge)
     }
 
-    fn attend(&self, name: &str, alive: &Alive) {
-        self.client.attend(name, alive);
+    fn register_liveness(&self, name: &str, alive: &Alive) {
+        self.client.register_liveness(name, alive);
     }
 
     fn waits(&self) -> bool {
@@ -149,8 +149,8 @@ impl Backend for Remote {
         self.client.evidence()
     }
 
-    fn knob(&self) -> Option<Arc<AdjustableLimit>> {
-        Some(Arc::clone(&self.client.knob))
+    fn concurrency_limit(&self) -> Option<Arc<AdjustableLimit>> {
+        Some(Arc::clone(&self.client.concurrency_limit))
     }
 
     fn weigh(&self, asks: &[Ask], usage: &mut Usage) -> Vec<Reply<Vec<f64>>> {
@@ -163,8 +163,8 @@ impl Backend for Remote {
                     (reply, usage)
                 }
             });
-            let reply = |(reply, taken)| {
-                *usage += taken;
+            let reply = |(reply, used)| {
+                *usage += used;
                 reply
             };
             replies.into_iter().map(reply).collect()
@@ -207,8 +207,8 @@ impl Backend for Remote {
         });
         replies
             .into_iter()
-            .map(|(reply, taken)| {
-                *usage += taken;
+            .map(|(reply, used)| {
+                *usage += used;
                 reply
             })
             .collect()

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{Device, Tensor};
 
 use crate::config::{Config, LabelerKind, Method, Mode, PolicyModel, RemoteJudge, Scratch, WIN_RATE};
-use crate::lm::model::{Decoder, DeviceReplicas, ModelConfig, Onto, Weights};
+use crate::lm::model::{Decoder, DeviceReplicas, LoadTarget, ModelConfig, Weights};
 use crate::lm::precision;
 use crate::lm::source::{self, Candidate, ModelFiles, ModelRef, ResolveOptions};
 use crate::lm::tokens::Tokenizer;
@@ -298,8 +298,8 @@ pub fn template_variables(config: &Config) -> Variables {
     Variables::new(&config.data.chat_template_kwargs, config.data.seconds())
 }
 
-fn onto<'a>(config: &Config, device: &'a Device) -> Onto<'a> {
-    Onto { device, dtype: precision::dtype(config.policy.dtype) }
+fn onto<'a>(config: &Config, device: &'a Device) -> LoadTarget<'a> {
+    LoadTarget { device, dtype: precision::dtype(config.policy.dtype) }
 }
 
 fn timeout(config: &Config) -> Duration {
@@ -507,7 +507,7 @@ fn check_ends(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
             tokenizer.vocab_size()
         );
     }
-    if let Some(end) = tokenizer.end_by_template_alone() {
+    if let Some(end) = tokenizer.template_end_token() {
         tracing::warn!(
             "the policy's config.json, generation_config.json and tokenizer name no end token; completions end with {end:?}, which its chat template writes after an answer"
         );
@@ -569,7 +569,7 @@ fn reward_start(
 /// When no candidate can be had, or what was found cannot be read.
 pub fn load(
     reference: &ModelRef,
-    onto: Onto<'_>,
+    onto: LoadTarget<'_>,
     timeout: Duration,
     progress: bool,
 ) -> Result<(Decoder, Tokenizer, String)> {

@@ -38,12 +38,12 @@ pub struct FineTune {
     /// Observer that is called after each step.
     pub observer: Arc<Mutex<dyn SftObserver>>,
     /// Sums over the present batch.
-    pub gathered: Gathered,
+    pub sums: BatchSums,
 }
 
 /// Sums over the references of a batch.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Gathered {
+pub struct BatchSums {
     references: u64,
     loss: f64,
     tokens: usize,
@@ -53,7 +53,7 @@ impl FineTune {
     /// Adds the gradient of one reference. Returns its summed loss and number of tokens.
     fn learn(&self, state: &mut TrainState, prompt: &Prompt) -> Result<(f64, usize)> {
         let text = prompt.reference.as_ref().ok_or_else(|| anyhow!("line {} has no reference", prompt.row + 1))?;
-        let (kept, mut ids) = self.tokenizer.encode_behind(&prompt.ids, text)?;
+        let (kept, mut ids) = self.tokenizer.encode_after(&prompt.ids, text)?;
         ids.extend(self.tokenizer.end(self.chat));
         // A reference beyond the context is truncated to its beginning.
         ids.truncate(state.config().context.saturating_sub(kept));
@@ -83,13 +83,13 @@ impl Stage for FineTune {
         let shared = Arc::clone(&self.state);
         let mut state = shared.lock().unwrap_or_else(PoisonError::into_inner);
         let (loss, tokens) = self.learn(&mut state, &item.body)?;
-        self.gathered.references += 1;
-        self.gathered.loss += loss;
-        self.gathered.tokens += tokens;
-        if self.gathered.references < self.batch {
+        self.sums.references += 1;
+        self.sums.loss += loss;
+        self.sums.tokens += tokens;
+        if self.sums.references < self.batch {
             return Ok(());
         }
-        let Gathered { loss, tokens, .. } = std::mem::take(&mut self.gathered);
+        let BatchSums { loss, tokens, .. } = std::mem::take(&mut self.sums);
         let norm = state.gradients.global_norm()? / tokens.max(1) as f64;
         let loss = loss / tokens.max(1) as f64;
         if !norm.is_finite() || !loss.is_finite() {

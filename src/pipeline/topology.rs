@@ -27,8 +27,8 @@ use crate::pipeline::learn::stage::Learn;
 use crate::pipeline::reward::warm_up::{WarmUp, WarmUpObserver};
 use crate::pipeline::reward::{RewardRule, RewardStage, RewardTrainer, Scorer, TrainerPlan};
 use crate::pipeline::setup::Prepared;
-use crate::pipeline::sft::{FineTune, Gathered, SftObserver};
-use crate::rl::ledger::{Book, LedgerWriter, UnderWay};
+use crate::pipeline::sft::{BatchSums, FineTune, SftObserver};
+use crate::rl::ledger::{LedgerWriter, SharedLedger, UnderWay};
 use crate::run::controller::AdjustableLimits;
 use crate::types::{Group, Labeled, Prompt};
 use crate::util::failpoints;
@@ -47,7 +47,7 @@ pub struct Node {
     /// What training has come to.
     pub state: Arc<Mutex<TrainState>>,
     /// Where each group stands.
-    pub book: Book,
+    pub book: SharedLedger,
     /// The published weights.
     pub cell: Arc<SnapshotCell<Decoder>>,
     /// Who is told of each step.
@@ -141,7 +141,7 @@ impl Node {
             gate,
             Arc::clone(&self.observer),
         );
-        let learn = learn.going_on(entries, left);
+        let learn = learn.continue_from(entries, left);
         let spec = StageSpec::new("learn").role("learn").threads(config.learner.threads);
         builder.sink(spec, learn, rewarded);
         Ok(())
@@ -232,7 +232,7 @@ impl Node {
         let plan = RolloutPlan {
             sampling: sampling(config, &self.prepared.tokenizer),
             slots: config.rollout.slots,
-            knob: self.knobs.rollout.clone(),
+            slot_limit: self.knobs.rollout.clone(),
             group_size: config.rollout.group_size,
             in_flight: config.rollout.update == UpdateMode::InFlight,
             format: match config.rollout.weights {
@@ -282,7 +282,7 @@ pub fn wire_fine_tuning(
         state: Arc::clone(state),
         chat: config.data.chat,
         batch,
-        gathered: Gathered::default(),
+        sums: BatchSums::default(),
         tokenizer: prepared.tokenizer.clone(),
         lr: config.sft.lr,
         max_grad_norm: config.learner.max_grad_norm,

@@ -115,7 +115,7 @@ pub struct GroupLoss {
     pub margins: Vec<f64>,
 }
 
-/// A learning algorithm.
+/// A learning algorithm: targets of a batch, and losses of its groups with their gradients.
 pub trait Algorithm: Send {
     /// Returns whether [`GroupView::values`] is required.
     fn needs_values(&self) -> bool {

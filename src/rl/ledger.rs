@@ -135,27 +135,27 @@ impl Ledger {
         Ok(())
     }
 
-    /// Advances a group to the state `standing` with rank `rank`, unless it is trained on or in a later state already.
-    fn advance(&mut self, seq: u64, standing: impl FnOnce() -> GroupState, rank: usize) {
+    /// Advances a group to `state`, whose rank is `rank`, unless it is trained on or in a later state already.
+    fn advance(&mut self, seq: u64, state: impl FnOnce() -> GroupState, rank: usize) {
         if seq >= self.trained && self.groups.get(&seq).is_none_or(|known| known.rank() < rank) {
-            self.groups.insert(seq, standing());
+            self.groups.insert(seq, state());
         }
     }
 
     /// Removes groups that are only admitted, and returns the groups that a new graph continues with.
     pub fn resume(&mut self) -> UnderWay {
-        self.groups.retain(|_, standing| !matches!(standing, GroupState::Admitted));
-        for standing in self.groups.values_mut() {
+        self.groups.retain(|_, state| !matches!(state, GroupState::Admitted));
+        for state in self.groups.values_mut() {
             // Earlier versions of the program passed on groups whose labeling failed. They are labeled again.
-            if let GroupState::Labeled(labeled) = standing
+            if let GroupState::Labeled(labeled) = state
                 && labeled.failed()
             {
-                *standing = GroupState::Generated(Arc::new(labeled.group.clone()));
+                *state = GroupState::Generated(Arc::new(labeled.group.clone()));
             }
         }
         let mut under_way = UnderWay::default();
-        for standing in self.groups.values() {
-            match standing {
+        for state in self.groups.values() {
+            match state {
                 GroupState::Admitted => {}
                 GroupState::Generated(group) => under_way.generated.push(Arc::clone(group)),
                 GroupState::Labeled(labeled) => under_way.labeled.push(Arc::clone(labeled)),
@@ -168,8 +168,8 @@ impl Ledger {
     /// Returns the numbers of groups by state.
     pub fn count(&self) -> Count {
         let mut count = Count { trained: self.trained, ..Count::default() };
-        for standing in self.groups.values() {
-            *match standing {
+        for state in self.groups.values() {
+            *match state {
                 GroupState::Admitted => &mut count.admitted,
                 GroupState::Generated(_) => &mut count.generated,
                 GroupState::Labeled(_) => &mut count.labeled,
@@ -182,19 +182,19 @@ impl Ledger {
 
 /// Shared handle of the run's ledger, which outlives the graphs that write into it.
 #[derive(Clone, Default)]
-pub struct Book(Arc<Mutex<Open>>);
+pub struct SharedLedger(Arc<Mutex<Inner>>);
 
 #[derive(Default)]
-struct Open {
+struct Inner {
     ledger: Ledger,
     /// The incarnation that may write.
     incarnation: u64,
 }
 
-impl Book {
+impl SharedLedger {
     /// Creates a handle that continues from `ledger`.
     pub fn new(ledger: Ledger) -> Self {
-        Self(Arc::new(Mutex::new(Open { ledger, incarnation: 0 })))
+        Self(Arc::new(Mutex::new(Inner { ledger, incarnation: 0 })))
     }
 
     /// Grants write access to the actors of `incarnation` and revokes all others. Returns the groups that the new graph
@@ -215,7 +215,7 @@ impl Book {
         self.lock().ledger.count()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Open> {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -223,7 +223,7 @@ impl Book {
 /// Write access to the ledger for the actors of one incarnation. Writes of an older incarnation are ignored.
 #[derive(Clone, Default)]
 pub struct LedgerWriter {
-    book: Option<Book>,
+    book: Option<SharedLedger>,
     incarnation: u64,
 }
 
@@ -380,10 +380,10 @@ mod tests {
                                 groups.iter().map(|group| group.prompt.seq).collect()
                             };
                             (to_generate, to_label) = (vec![], seqs(&under_way.generated));
-                            to_reward = under_way.labeled.iter().map(|one| one.group.prompt.seq).collect();
+                            to_reward = under_way.labeled.iter().map(|labeled| labeled.group.prompt.seq).collect();
                             let first = ledger.trained();
-                            for (i, one) in under_way.rewarded.iter().enumerate() {
-                                assert_eq!(one.group.prompt.seq, first + i as u64);
+                            for (i, rewarded) in under_way.rewarded.iter().enumerate() {
+                                assert_eq!(rewarded.group.prompt.seq, first + i as u64);
                             }
                             next_reward = first + under_way.rewarded.len() as u64;
                             admitted = first;
@@ -421,7 +421,7 @@ mod tests {
 
     #[test]
     fn an_older_incarnation_cannot_write() {
-        let book = Book::default();
+        let book = SharedLedger::default();
         let (old, _) = book.open(0);
         assert!(old.admit(0));
         let (new, _) = book.open(1);

@@ -37,7 +37,7 @@ pub use writer::CheckpointWriter;
 use crate::pipeline::learn::{TrainState, state};
 use crate::pipeline::reward::RewardTrainer;
 use crate::pipeline::reward::trainer;
-use crate::rl::ledger::{Book, Ledger};
+use crate::rl::ledger::{Ledger, SharedLedger};
 use crate::util::failpoints;
 
 /// Version of the checkpoint format, the only one that is read.
@@ -97,7 +97,7 @@ impl Snapshot {
     pub fn take(
         state: &TrainState,
         reward_model: Option<&Mutex<RewardTrainer>>,
-        book: &Book,
+        book: &SharedLedger,
         (lengths, files): (Lengths, Vec<PathBuf>),
         figure: Option<f64>,
     ) -> Result<Self> {

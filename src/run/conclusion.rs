@@ -16,7 +16,7 @@ use crate::observe::telemetry;
 use crate::pipeline::learn::publish::publish;
 use crate::pipeline::topology::Node;
 use crate::run::checkpoint::{CheckpointFormat, CheckpointStore};
-use crate::say;
+use crate::status;
 use crate::util::exit::Ended;
 
 /// Longest time that the end of a run waits for an evaluation in progress.
@@ -68,12 +68,12 @@ impl Conclusion {
         lock(&self.observer).writer.finish();
         let (step, written) = self.write();
         if let Ok(path) = &written {
-            say!("checkpoint {}", path.display());
+            status!("checkpoint {}", path.display());
         }
         match outcome {
             Outcome::Failed { stage, error, restarts, .. } => {
                 if let Err(error) = written {
-                    say!("{error:#}");
+                    status!("{error:#}");
                 }
                 self.log_masked();
                 if self.node.prepared.budget.as_ref().is_some_and(|budget| budget.exhausted()) {
@@ -98,7 +98,7 @@ impl Conclusion {
                 }
                 if let Some(why) = lock(&self.observer).unimproved.take().filter(|_| step < self.node.config.run.steps)
                 {
-                    say!(
+                    status!(
                         "ended early at step {step}: {why}; --resume with a larger evaluation.patience continues the run"
                     );
                 }
@@ -119,7 +119,7 @@ impl Conclusion {
     /// Logs how many groups were masked and for which reasons, if any was.
     fn log_masked(&self) {
         if let Some(summary) = lock(&self.observer).guard.summary() {
-            say!("{summary}");
+            status!("{summary}");
         }
     }
 
@@ -164,7 +164,7 @@ impl Conclusion {
     fn copy_to_mirror(&self, path: PathBuf) -> PathBuf {
         if let Err(error) = self.store.copy(&path) {
             telemetry::disk_error();
-            say!("{error:#}; the original is in {}", path.display());
+            status!("{error:#}; the original is in {}", path.display());
         }
         let run = lock(&lock(&self.observer).files).dir().to_owned();
         reference::mirror(&run, &self.store);

@@ -19,7 +19,7 @@ use crate::observe::monitor::samples;
 use crate::pipeline::learn::Done;
 use crate::pipeline::learn::StepRecord;
 use crate::run::checkpoint::Lengths;
-use crate::say;
+use crate::status;
 use crate::types::Rewarded;
 use crate::util::disk;
 use crate::util::failpoints;
@@ -146,7 +146,7 @@ impl RunFiles {
         let closed = journal::closed_before(&dir.path.join(journal::NAME), lengths.journal)?;
         let journal = config.checkpoint.journal.then(|| log(journal::NAME, lengths.journal)).transpose()?;
         if let (Some(_), Some(step)) = (&journal, closed) {
-            say!(
+            status!(
                 "journal   was full before step {step} (checkpoint.journal_max_bytes); no later step is written into it"
             );
         }

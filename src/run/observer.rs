@@ -20,9 +20,9 @@ use crate::observe::telemetry;
 use crate::pipeline::learn::{Done, Observer};
 use crate::pipeline::learn::{StepRecord, TrainState};
 use crate::pipeline::reward::RewardTrainer;
-use crate::rl::ledger::Book;
+use crate::rl::ledger::SharedLedger;
 use crate::run::checkpoint::{CheckpointWriter, Snapshot, WinRates};
-use crate::say;
+use crate::status;
 use crate::types::Rewarded;
 use crate::util::process::{resident_bytes, unix_seconds};
 
@@ -33,7 +33,7 @@ const RETRY: Duration = Duration::from_secs(30);
 pub(super) struct RunObserver {
     pub(super) files: Arc<Mutex<RunFiles>>,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
-    pub(super) book: Book,
+    pub(super) book: SharedLedger,
     pub(super) schedule: CheckpointSchedule,
     pub(super) writer: CheckpointWriter,
     /// The evaluator, if the run has evaluations.
@@ -233,7 +233,7 @@ impl RunObserver {
             }
             let (first, last) = (moments(&history[..quarter]), moments(&history[history.len() - quarter..]));
             let error = first.1.hypot(last.1);
-            say!(
+            status!(
                 "{:<9} first {quarter} steps {:.3} ± {:.3}, last {quarter} steps {:.3} ± {:.3}: {:+.3} ± {error:.3}",
                 match *name {
                     "score/mean" => "score",

@@ -15,11 +15,11 @@ use crate::pipeline::reward::RewardTrainer;
 use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::learning::{adam, lora, value_model};
 use crate::pipeline::topology::reward_trainer;
-use crate::rl::ledger::Book;
+use crate::rl::ledger::SharedLedger;
 use crate::run::checkpoint::{
     BestCheckpoint, CheckpointStore, Identity, Lengths, Mirror, OpenedCheckpoint, WinRates, store,
 };
-use crate::say;
+use crate::status;
 use crate::util::disk;
 
 /// Locks the directory of the run that `from` names, completes an interrupted rewind in it, and removes a partly
@@ -104,9 +104,9 @@ pub(super) fn open(config: &Config, dir: RunDir, from: &StartFrom, win_rates: Wi
                 store.fetch_directory(&reference::directory(dir.path()))?
             };
             for fetched in store.fetch_latest()?.into_iter().chain(reference) {
-                say!("fetched   {}", fetched.display());
+                status!("fetched   {}", fetched.display());
             }
-            let latest = store.latest(|line| say!("{line}"))?;
+            let latest = store.latest(|line| status!("{line}"))?;
             if latest.checkpoint.is_none() {
                 begin::check_empty(dir.path())?;
             }
@@ -151,14 +151,14 @@ impl StartState {
                     }
                 };
                 for path in set_aside {
-                    say!("set aside {}", path.display());
+                    status!("set aside {}", path.display());
                 }
             }
         }
         for path in &fine_tuning.damaged {
             let to = store::aside_path(path, "damaged")?;
             std::fs::rename(path, &to).map_err(|error| disk::cannot("rename", path, error))?;
-            say!("set aside {}", to.display());
+            status!("set aside {}", to.display());
         }
         let step = self.checkpoint.as_ref().map_or(0, OpenedCheckpoint::step);
         RunFiles::open(config, self.dir, lengths, step)
@@ -205,7 +205,7 @@ pub(super) fn fine_tuning(
 pub(super) struct LearnerParts {
     pub(super) state: TrainState,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
-    pub(super) book: Book,
+    pub(super) book: SharedLedger,
 }
 
 /// Creates the learner's state, the reward model and the ledger, and restores them from `checkpoint` if there is one.
@@ -225,8 +225,8 @@ pub(super) fn learner(
     let mut state = TrainState::new(prepared.policy(), adam(config), value, lora(config).as_ref())?;
     let reward_model = reward_trainer(config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer)));
     let book = match checkpoint {
-        None => Book::default(),
-        Some(checkpoint) => Book::new(checkpoint.restore(&mut state, reward_model.as_deref())?),
+        None => SharedLedger::default(),
+        Some(checkpoint) => SharedLedger::new(checkpoint.restore(&mut state, reward_model.as_deref())?),
     };
     Ok(LearnerParts { state, reward_model, book })
 }

@@ -27,13 +27,13 @@ use crate::pipeline::setup::Prepared;
 use crate::pipeline::sft::SftObserver;
 use crate::pipeline::topology::learning::{adam, lora};
 use crate::pipeline::topology::{Node, wire_fine_tuning};
-use crate::rl::ledger::Book;
+use crate::rl::ledger::SharedLedger;
 use crate::run::checkpoint::store::Latest;
 use crate::run::checkpoint::{
     BestCheckpoint, CheckpointFormat, CheckpointStore, CheckpointWriter, Identity, JudgeContents, OpenedCheckpoint,
     Snapshot,
 };
-use crate::say;
+use crate::status;
 use crate::util::disk;
 use crate::util::exit::Ended;
 use crate::util::signals::Interrupted;
@@ -114,15 +114,15 @@ pub(super) fn resume_fine_tuning(
     run: &Path,
     accepted: &AcceptedKeys,
 ) -> Result<(Option<OpenedCheckpoint>, Vec<PathBuf>)> {
-    let Latest { checkpoint: unfinished, damaged } = store(run).latest(|line| say!("{line}"))?;
+    let Latest { checkpoint: unfinished, damaged } = store(run).latest(|line| status!("{line}"))?;
     if let Some(unfinished) = &unfinished {
         unfinished.check_identity(base)?;
-        say!("resuming  {}", unfinished.path().display());
+        status!("resuming  {}", unfinished.path().display());
         let place = run.join(FINE_TUNING);
         let changes = resume::compare(unfinished, config, accepted)
             .map_err(|error| anyhow!("{error:#}; or remove {} to fine-tune from the beginning", place.display()))?;
         for change in changes {
-            say!("{}", change.line());
+            status!("{}", change.line());
         }
     }
     Ok((unfinished, damaged))
@@ -173,7 +173,7 @@ impl FineTuningObserver {
     /// Takes a snapshot of fine-tuning. The caller holds the lock of `state`.
     fn snapshot(&self, state: &TrainState) -> Result<Snapshot> {
         let files = lock(&self.reporter.files).lengths()?;
-        Snapshot::take(state, None, &Book::default(), files, None)
+        Snapshot::take(state, None, &SharedLedger::default(), files, None)
     }
 
     /// Writes the last checkpoint of fine-tuning and returns its path. Writes none before the first step, in the middle
@@ -196,7 +196,7 @@ impl FineTuningObserver {
         match retry_write(retry_s, || store.put(format, &self.snapshot(&state)?)) {
             Ok(written) => Some(written.path),
             Err(error) => {
-                say!("{error:#}");
+                status!("{error:#}");
                 None
             }
         }

@@ -10,14 +10,14 @@ use serde_json::{Value, json};
 
 use super::files::RunFiles;
 use crate::config::Config;
-use crate::lm::model::{Decoder, Lora, Onto, Weights, export};
+use crate::lm::model::{Decoder, LoadTarget, Lora, Weights, export};
 use crate::lm::precision;
 use crate::observe::telemetry;
 use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::learning::lora;
 use crate::run::checkpoint::sums::{self, Damage};
 use crate::run::checkpoint::{CheckpointStore, Identity};
-use crate::say;
+use crate::status;
 use crate::util::disk;
 use crate::util::failpoints;
 
@@ -129,7 +129,7 @@ pub(super) fn mirror(run: &Path, store: &CheckpointStore) {
         && let Err(error) = store.mirror_directory(&path)
     {
         telemetry::disk_error();
-        say!("{error:#}; the original is in {}, and the end of the run tries again", path.display());
+        status!("{error:#}; the original is in {}, and the end of the run tries again", path.display());
     }
 }
 
@@ -141,7 +141,8 @@ impl Reference {
     pub(super) fn load_into(&self, config: &Config, prepared: Prepared) -> Result<Prepared> {
         let mut policy = match lora(config) {
             None => {
-                let onto = Onto { device: prepared.policy().device(), dtype: precision::dtype(config.policy.dtype) };
+                let onto =
+                    LoadTarget { device: prepared.policy().device(), dtype: precision::dtype(config.policy.dtype) };
                 let (shape, weights) = Weights::from_directory(&self.path, onto)?;
                 Decoder::new(&shape, &weights)?
             }
@@ -155,7 +156,7 @@ impl Reference {
         policy = policy.to_dtype(precision::dtype(config.policy.dtype))?;
         policy.checkpoint_activations(config.learner.activation_checkpointing);
         let identity = policy.weights().fingerprint()?;
-        say!("reference {}", self.path.display());
+        status!("reference {}", self.path.display());
         Ok(Prepared { policy: Some(Arc::new(policy)), identity, ..prepared })
     }
 }

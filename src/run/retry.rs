@@ -7,7 +7,7 @@ use tokio::runtime::Handle;
 
 use super::supervise::new_signal;
 use crate::observe::telemetry;
-use crate::say;
+use crate::status;
 
 /// First and longest pause between attempts; each pause is twice the previous one.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
@@ -29,7 +29,7 @@ pub(super) fn retry_write<T>(retry_s: f64, mut attempt: impl FnMut() -> Result<T
         if Instant::now() >= until {
             return Err(error);
         }
-        say!("{error:#}; retrying in {} s; Ctrl-C gives up", pause.as_secs());
+        status!("{error:#}; retrying in {} s; Ctrl-C gives up", pause.as_secs());
         let given_up = Handle::current().block_on(async {
             tokio::select! {
                 () = tokio::time::sleep(pause) => false,

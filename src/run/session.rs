@@ -32,7 +32,7 @@ use crate::run::checkpoint::{
     CheckpointFormat, CheckpointStore, CheckpointWriter, Identity, JudgeContents, OpenedCheckpoint, WinRates,
 };
 use crate::run::controller::{AdjustableLimits, Controller};
-use crate::say;
+use crate::status;
 use crate::tools::check;
 use crate::util::exit::refusal;
 use crate::util::limit::AdjustableLimit;
@@ -74,9 +74,9 @@ impl OpenedRun {
         upkeep(Arc::clone(&monitor));
         if config.serve.enabled {
             let bound = serve(&config.serve, token, Arc::clone(&monitor)).await?;
-            say!("serving   http://{bound}/  /metrics  /status  /healthz  /readyz");
+            status!("serving   http://{bound}/  /metrics  /status  /healthz  /readyz");
         }
-        say!("run       {}", dir.path().display());
+        status!("run       {}", dir.path().display());
         monitor.phase("opening the run");
         let (settings, win_rates) = (config.clone(), WinRates::default());
         let is_latest = from == StartFrom::Latest;
@@ -89,12 +89,12 @@ impl OpenedRun {
         let compared = start.checkpoint.as_ref().map(|one| resume::compare(one, &config, &accepted)).transpose();
         let changes = compared.map_err(refusal)?.unwrap_or_default();
         if let Some(checkpoint) = &start.checkpoint {
-            say!("resuming  {}", checkpoint.path().display());
+            status!("resuming  {}", checkpoint.path().display());
             for change in &changes {
-                say!("{}", change.line());
+                status!("{}", change.line());
             }
         } else if is_latest && !phases::is_in_progress(start.dir.path())? {
-            say!("resuming  no checkpoint yet; the run starts at step 0");
+            status!("resuming  no checkpoint yet; the run starts at step 0");
         }
         Ok(Self { config, accepted, stop, monitor, budget, win_rates, start, changes })
     }
@@ -114,7 +114,7 @@ impl OpenedRun {
         })
         .await
         .map_err(refusal)?;
-        say!(
+        status!(
             "policy    {} ({:.1} M parameters), {} prompts, ready in {:.1} s",
             prepared.origin,
             prepared.policy().weights().parameters() as f64 / 1e6,
@@ -122,16 +122,16 @@ impl OpenedRun {
             began.elapsed().as_secs_f64()
         );
         for line in check::shortages(&config, &prepared).map_err(refusal)? {
-            say!("{line}");
+            status!("{line}");
         }
         let judge = resume::judge_contents(&config, &prepared)?;
         if let Some(checkpoint) = &start.checkpoint {
             for change in resume::compare_judge(checkpoint, &judge, &accepted).map_err(refusal)? {
-                say!("{}", change.line());
+                status!("{}", change.line());
                 changes.push(change);
             }
             for key in accepted.unused(&changes) {
-                say!("accepted  {key}: nothing to accept, the value is unchanged");
+                status!("accepted  {key}: nothing to accept, the value is unchanged");
             }
         }
         monitor.on(prepared.policy().device());
@@ -240,7 +240,7 @@ impl LoadedRun {
         if let Some(step) = resumed
             && step >= config.run.steps
         {
-            say!("the run already has its {} steps; raise run.steps to continue", config.run.steps);
+            status!("the run already has its {} steps; raise run.steps to continue", config.run.steps);
         }
         let start = state.step;
         let published = Arc::clone(state.published());
@@ -392,7 +392,7 @@ impl Session {
         let concluded = self.conclusion(Arc::default()).conclude(outcome).await;
         self.monitor.finish().await;
         if let Err(error) = lock(&self.files).write_final_metrics(&self.monitor.metrics_text()) {
-            say!("{error:#}");
+            status!("{error:#}");
         }
         concluded
     }
@@ -441,7 +441,7 @@ fn write_warmed_up(
         Err(error) => {
             telemetry::disk_error();
             lock(observer).schedule.failed.store(true, Ordering::SeqCst);
-            say!("{error:#}; training continues, and the checkpoint is retried");
+            status!("{error:#}; training continues, and the checkpoint is retried");
             None
         }
     }
@@ -451,7 +451,7 @@ fn write_warmed_up(
 /// `rollout.slots`, and concurrent requests to the first judge on a server.
 fn adjustable_limits(config: &Config, prepared: &Prepared) -> AdjustableLimits {
     let remote = prepared.instruments.iter().find_map(|judge| match judge {
-        JudgeBackend::Asked(backend) => backend.knob(),
+        JudgeBackend::Asked(backend) => backend.concurrency_limit(),
         JudgeBackend::Model(_) | JudgeBackend::Cached { .. } | JudgeBackend::Embedder(_) => None,
     });
     let rollout = AdjustableLimit::new(config.rollout.group_size, config.rollout.slots);

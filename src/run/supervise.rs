@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::observe::monitor::Monitor;
 use crate::observe::progress::Progress;
 use crate::observe::telemetry;
-use crate::say;
+use crate::status;
 use crate::util::signals::{self, Interrupted};
 
 /// Stop request, shared by all phases of a run.
@@ -143,7 +143,7 @@ async fn abandon_signal(stop: &Stop, what: &str) {
     const GRACE: Duration = Duration::from_secs(2);
     new_signal().await;
     stop.request();
-    say!("{what} is being written; press Ctrl-C again to abandon it and the steps since the previous one");
+    status!("{what} is being written; press Ctrl-C again to abandon it and the steps since the previous one");
     new_signal().await;
     tokio::time::sleep(GRACE).await;
 }

@@ -23,7 +23,7 @@ use crate::pipeline::label::{Labeler, Labels};
 use crate::types::Group;
 use crate::util::signals;
 
-/// The questions to label.
+/// Source of the questions to label, by index.
 pub trait Questions: Send + Sync {
     /// Returns question `i` as a group.
     ///
@@ -32,7 +32,7 @@ pub trait Questions: Send + Sync {
     fn group(&self, i: usize) -> Result<Group>;
 }
 
-/// Pairs of a file as questions.
+/// Source of questions that compares the two answers of each pair of a file.
 pub struct PairQuestions {
     /// The pairs.
     pub pairs: Arc<Preferences>,
@@ -65,7 +65,7 @@ impl Questions for PairQuestions {
     }
 }
 
-/// A labeled question.
+/// A question with its labels.
 pub struct Annotation {
     /// Index of the question.
     pub question: usize,
@@ -84,7 +84,7 @@ pub trait Annotations: Send {
     fn take(&mut self, batch: Vec<Annotation>) -> Result<()>;
 }
 
-/// A labeling job.
+/// Specification of a labeling job: the questions, the labelers, and the form of the labels.
 pub struct Job {
     /// Configuration with the numbers of workers, threads and retries, and the watchdog's times.
     pub config: Config,
@@ -203,7 +203,7 @@ impl Stage for Label {
     type Out = Vec<Annotation>;
 
     fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
-        self.labeler.attend(ctx.name(), &sign_of_life(ctx));
+        self.labeler.register_liveness(ctx.name(), &sign_of_life(ctx));
         Ok(())
     }
 
@@ -240,13 +240,13 @@ impl Stage for Take {
     type Out = ();
 
     fn process(&mut self, item: Item<Self::In>, _out: &Emitter<'_, ()>) -> StageResult<()> {
-        let taken: Vec<usize> = item.body.iter().map(|one| one.question).collect();
+        let stored: Vec<usize> = item.body.iter().map(|annotation| annotation.question).collect();
         self.out
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take(item.body)
             .map_err(preceptor_actors::StageError::fatal)?;
-        self.left.lock().unwrap_or_else(PoisonError::into_inner).retain(|i| !taken.contains(i));
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).retain(|i| !stored.contains(i));
         Ok(())
     }
 }

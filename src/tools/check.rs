@@ -72,7 +72,7 @@ fn reasoning(config: &Config, prepared: &Prepared) -> Vec<String> {
             config.rollout.max_new_tokens
         ));
     }
-    let mut judges = prepared.judges(config).filter_map(|(_, instrument)| match instrument {
+    let mut judges = prepared.judges(config).filter_map(|(_, backend)| match backend {
         JudgeBackend::Model(local) | JudgeBackend::Cached { local, .. } => Some(local.judge()),
         JudgeBackend::Asked(_) | JudgeBackend::Embedder(_) => None,
     });
@@ -97,7 +97,7 @@ pub(crate) fn memory_bytes(config: &Config, prepared: &Prepared) -> Result<f64> 
 /// Returns lines about devices that have less free memory than a run needs.
 ///
 /// # Errors
-/// As [`memory_bytes`]; weights and optimizer state that the machine cannot hold.
+/// If the configured adapters do not fit the model, or the machine cannot hold the weights and the optimizer's state.
 pub(crate) fn shortages(config: &Config, prepared: &Prepared) -> Result<Vec<String>> {
     let loads = Sizes::of(config, prepared)?.loads(config, prepared);
     for load in &loads {
@@ -129,10 +129,10 @@ impl Sizes {
         let trained = match lora(config) {
             None => parameters,
             Some((lora, seed)) => {
-                lora.fresh(prepared.policy().weights(), seed, prepared.policy().device())?.parameters() as f64
+                lora.init(prepared.policy().weights(), seed, prepared.policy().device())?.parameters() as f64
             }
         };
-        let of = |(method, instrument): (&Method, &JudgeBackend)| match instrument {
+        let of = |(method, backend): (&Method, &JudgeBackend)| match backend {
             JudgeBackend::Model(local) | JudgeBackend::Cached { local, .. } if method.model.is_some() => {
                 local.judge().model.config().parameters() as f64
             }
@@ -190,8 +190,8 @@ impl Sizes {
         let scorer = &devices.reward_model;
         // On a separate device the reward model needs separate activations. On the policy's device it alternates with
         // the learner and mostly reuses its memory.
-        let beside = self.reward_model > 0.0 && !scorer.same_device(policy);
-        let activations = if beside { self.activation_bytes(config, prepared, scorer) } else { 0.0 };
+        let is_separate = self.reward_model > 0.0 && !scorer.same_device(policy);
+        let activations = if is_separate { self.activation_bytes(config, prepared, scorer) } else { 0.0 };
         add(&config.reward_model.device, scorer, (each + exact(scorer)) * self.reward_model, activations);
         if config.rollout.devices.is_empty() {
             add(&None, policy, narrow * config.rollout.workers as f64, 0.0);
@@ -215,7 +215,8 @@ impl Sizes {
         };
         let tokens = prepared.data.longest() + completions * config.rollout.max_new_tokens;
         let (each, stream) = (bytes(config), shape.hidden_size as f64);
-        let mut layer = each * shape.kept(config.policy.lora.is_none() && is_fused(config, device)) as f64;
+        let mut layer =
+            each * shape.activations_per_token(config.policy.lora.is_none() && is_fused(config, device)) as f64;
         if !is_fused(config, device) {
             // Candle's unfused operations keep their intermediate results: norms in f32, and several copies of the
             // scores.
@@ -251,14 +252,14 @@ struct Load {
 
 /// Share of the machine's memory above which a run is refused for its weights and optimizer state. Their size is known to
 /// a few percent.
-const CERTAINLY_TOO_MUCH: f64 = 1.1;
+const REFUSAL_RATIO: f64 = 1.1;
 
 impl Load {
     /// Checks that the machine, or the control group, has as much memory as the weights and the optimizer's state take.
     fn ensure_room(&self, config: &Config) -> Result<()> {
         let Some(total) = process::total_bytes().filter(|_| self.device.is_cpu()) else { return Ok(()) };
         ensure!(
-            self.weights <= CERTAINLY_TOO_MUCH * total as f64,
+            self.weights <= REFUSAL_RATIO * total as f64,
             "{} of weights and optimizer state cannot be held on {}, which has {} of memory; use a smaller model, train adapters (policy.lora), or raise the limit of memory",
             gib(self.weights),
             place(&self.name, config),
@@ -377,9 +378,9 @@ fn left_out(data: &crate::pipeline::data::Dataset) -> String {
 
 fn mean_prompt(data: &crate::pipeline::data::Dataset) -> Result<usize> {
     /// Sample size of the estimate.
-    const LOOKED_AT: usize = 64;
+    const SAMPLE_SIZE: usize = 64;
     let order = data.order(0);
-    let count = data.len().min(LOOKED_AT);
+    let count = data.len().min(SAMPLE_SIZE);
     let lengths = (0..count as u64).map(|seq| Ok(data.prompt(seq, &order)?.ids.len()));
     Ok(lengths.sum::<Result<usize>>()? / count.max(1))
 }

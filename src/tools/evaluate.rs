@@ -22,40 +22,40 @@ use crate::tools::batch_label::{Annotation, Annotations, Job, Questions, annotat
 use crate::util::signals::Interrupted;
 
 /// Stores labels in memory, in the order of the questions.
-struct Kept {
+struct CollectedLabels {
     labels: Vec<Option<Labels>>,
-    taken: u64,
+    count: u64,
     progress: Progress,
 }
 
-impl Annotations for Kept {
+impl Annotations for CollectedLabels {
     fn take(&mut self, batch: Vec<Annotation>) -> Result<()> {
-        for one in batch {
-            self.labels[one.question] = Some(one.labels);
-            self.taken += 1;
+        for annotation in batch {
+            self.labels[annotation.question] = Some(annotation.labels);
+            self.count += 1;
         }
-        self.progress.at(self.taken);
+        self.progress.at(self.count);
         Ok(())
     }
 }
 
-/// Returns the labels of `count` questions, by the configured labeler on the backends `instruments`. `what` is the
+/// Returns the labels of `count` questions, by the configured labeler with the judges `backends`. `what` is the
 /// title of the progress bar.
 ///
 /// # Errors
 /// If the labeler fails more often than its restart budget allows, or the user interrupts.
 fn judge(
     config: &Config,
-    instruments: &[JudgeBackend],
+    backends: &[JudgeBackend],
     questions: Arc<dyn Questions>,
     count: usize,
     wants: Wants,
     what: &str,
 ) -> Result<Vec<Labels>> {
     let progress = Progress::new(what, "questions", count as u64);
-    let kept = Kept { labels: (0..count).map(|_| None).collect(), taken: 0, progress };
-    let kept = Arc::new(Mutex::new(kept));
-    let (settings, instruments) = (config.clone(), instruments.to_vec());
+    let collected = CollectedLabels { labels: (0..count).map(|_| None).collect(), count: 0, progress };
+    let collected = Arc::new(Mutex::new(collected));
+    let (settings, backends) = (config.clone(), backends.to_vec());
     let gave_up = Arc::new(AtomicBool::new(false));
     let job = Job {
         gave_up: Arc::clone(&gave_up),
@@ -64,15 +64,15 @@ fn judge(
         todo: (0..count).collect(),
         batch: 4,
         wants,
-        labelers: Box::new(move || labeler_on(&settings, &instruments)),
+        labelers: Box::new(move || labeler_on(&settings, &backends)),
     };
-    let whole = annotate(job, kept.clone());
-    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-    kept.progress.finish();
-    if !whole? {
+    let is_complete = annotate(job, collected.clone());
+    let mut collected = collected.lock().unwrap_or_else(PoisonError::into_inner);
+    collected.progress.finish();
+    if !is_complete? {
         return Err(Interrupted::new("interrupted before all questions were answered").into());
     }
-    let labels: Vec<Labels> = std::mem::take(&mut kept.labels).into_iter().flatten().collect();
+    let labels: Vec<Labels> = std::mem::take(&mut collected.labels).into_iter().flatten().collect();
     if gave_up.load(Ordering::SeqCst) {
         let why = labels.iter().find_map(Labels::failure).unwrap_or("the judge did not answer");
         bail!("{what} ended: {why}");

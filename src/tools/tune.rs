@@ -75,12 +75,12 @@ pub struct Facts {
     /// True if the run has labelers.
     pub labels: bool,
     /// Maximum number of slots of a rollout actor.
-    pub most_slots: usize,
+    pub max_slots: usize,
     /// Largest micro-batch of the learner, in completions, that fits into memory; zero is a complete group.
     pub micro_batch: usize,
 }
 
-/// Result of a measurement.
+/// Measured speed of a plan, in total and per role.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Measured {
     /// Trained groups per second.
@@ -89,7 +89,7 @@ pub struct Measured {
     pub work_s: [f64; 4],
 }
 
-/// A measured plan.
+/// A plan with its predicted and its measured speed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tried {
     /// The plan.
@@ -107,7 +107,7 @@ impl Tried {
     }
 }
 
-/// Result of tuning.
+/// Result of [`tune`]: the measured plans, and the fastest one.
 #[derive(Debug, Clone)]
 pub struct Tuned {
     /// The configured plan.
@@ -137,57 +137,64 @@ impl Tuned {
     }
 }
 
-/// Extent of the search.
+/// Extent of the search of [`tune`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reach {
+pub struct SearchScope {
     /// Maximum number of plans to measure, in addition to the configured one.
     pub trials: usize,
     /// True if larger batches and groups are tried too.
     pub sizes: bool,
 }
 
-/// Searches for a plan that is faster on `machine` than `configured`. Calls `tell` with a description before each
+/// Searches for a plan that is faster on `machine` than `configured`. Calls `report` with a description before each
 /// measurement.
 ///
 /// # Errors
 /// If a measurement fails, or trains nothing.
-pub fn tune(machine: &mut dyn Machine, configured: &Plan, reach: Reach, mut tell: impl FnMut(&str)) -> Result<Tuned> {
+pub fn tune(
+    machine: &mut dyn Machine,
+    configured: &Plan,
+    scope: SearchScope,
+    mut report: impl FnMut(&str),
+) -> Result<Tuned> {
     let facts = machine.facts();
-    tell("each stage alone, with one thread");
+    report("each stage alone, with one thread");
     let single = Plan { micro_batch: facts.micro_batch, ..Plan::single(facts.group_size) };
     let alone = machine.measure(&single)?;
     ensure!(alone.groups_per_s > 0.0, "no group was trained during the measurement");
     let threaded = if facts.cores > 1 {
-        tell("each stage alone, with all threads");
+        report("each stage alone, with all threads");
         Some(machine.measure(&single.clone().threads(facts.cores))?)
     } else {
         None
     };
     // Samples as many groups concurrently as there are slots for, to measure the effect of the batch size.
-    let company = (facts.most_slots / facts.group_size).clamp(1, 4);
-    let large_batch = if company > 1 {
-        tell(&format!("sampling {company} groups concurrently"));
-        let plan = Plan { slots: company * facts.group_size, batch: company as u64, ..single.clone() };
-        Some((company, machine.measure(&plan)?))
+    let concurrent = (facts.max_slots / facts.group_size).clamp(1, 4);
+    let large_batch = if concurrent > 1 {
+        report(&format!("sampling {concurrent} groups concurrently"));
+        let plan = Plan { slots: concurrent * facts.group_size, batch: concurrent as u64, ..single.clone() };
+        Some((concurrent, machine.measure(&plan)?))
     } else {
         None
     };
-    let mut model = Model::fit(facts, &alone, threaded.as_ref(), large_batch.as_ref().map(|(n, seen)| (*n, seen)));
-    tell("as configured");
-    let seen = machine.measure(configured)?;
-    model.correct(configured, &seen);
-    let before = Tried { plan: configured.clone(), predicted: model.predict(configured), measured: seen.groups_per_s };
+    let mut model =
+        Model::fit(facts, &alone, threaded.as_ref(), large_batch.as_ref().map(|(n, measured)| (*n, measured)));
+    report("as configured");
+    let measured = machine.measure(configured)?;
+    model.correct(configured, &measured);
+    let before =
+        Tried { plan: configured.clone(), predicted: model.predict(configured), measured: measured.groups_per_s };
     let mut tried = vec![before];
     let candidates = Plan::all(&facts, configured);
-    while tried.len() <= reach.trials {
+    while tried.len() <= scope.trials {
         // Each measurement corrects the model, so each choice uses all measurements so far.
-        let untried = candidates.iter().filter(|plan| tried.iter().all(|one| one.plan != **plan));
+        let untried = candidates.iter().filter(|plan| tried.iter().all(|other| other.plan != **plan));
         let Some(next) = untried.max_by(|a, b| by_worth(&model, a, b)) else { break };
         let (predicted, best) = (model.predict(next), fastest(&tried).measured);
         if predicted < best * (1.0 + NOTICEABLE / 2.0) && tried.len() > 1 {
             break;
         }
-        tried.push(attempt(machine, &mut model, next, &mut tell)?);
+        tried.push(attempt(machine, &mut model, next, &mut report)?);
     }
     let of = |synchronous: bool| {
         let plans = candidates.iter().filter(|plan| (plan.eta == 0) == synchronous);
@@ -196,8 +203,8 @@ pub fn tune(machine: &mut dyn Machine, configured: &Plan, reach: Reach, mut tell
     let synchronous = of(true).unwrap_or_else(|| Plan { eta: 0, ..configured.clone() });
     let gain = of(false).map_or(1.0, |plan| model.predict(&plan) / model.predict(&synchronous));
     let mut best = fastest(&tried).clone();
-    if reach.sizes
-        && let Some(step) = larger_step(machine, &mut model, &best.plan, (&single, &alone), &mut tell)?
+    if scope.sizes
+        && let Some(step) = larger_step(machine, &mut model, &best.plan, (&single, &alone), &mut report)?
     {
         if step.completions_per_s() > best.completions_per_s() * (1.0 + NOTICEABLE) {
             best = step.clone();
@@ -208,13 +215,13 @@ pub fn tune(machine: &mut dyn Machine, configured: &Plan, reach: Reach, mut tell
 }
 
 /// Measures `plan`, and corrects the model by the result.
-fn attempt(machine: &mut dyn Machine, model: &mut Model, plan: &Plan, tell: &mut impl FnMut(&str)) -> Result<Tried> {
+fn attempt(machine: &mut dyn Machine, model: &mut Model, plan: &Plan, report: &mut impl FnMut(&str)) -> Result<Tried> {
     let predicted = model.predict(plan);
     let completions = predicted * plan.group_size as f64;
-    tell(&format!("{} ({completions:.2} completions/s predicted)", plan.describe(&machine.facts())));
-    let seen = machine.measure(plan)?;
-    model.correct(plan, &seen);
-    Ok(Tried { plan: plan.clone(), predicted, measured: seen.groups_per_s })
+    report(&format!("{} ({completions:.2} completions/s predicted)", plan.describe(&machine.facts())));
+    let measured = machine.measure(plan)?;
+    model.correct(plan, &measured);
+    Ok(Tried { plan: plan.clone(), predicted, measured: measured.groups_per_s })
 }
 
 /// Measures the smallest of the larger batch and group sizes whose predicted speed is close to the highest. Returns
@@ -224,20 +231,20 @@ fn larger_step(
     model: &mut Model,
     plan: &Plan,
     (single, alone): (&Plan, &Measured),
-    tell: &mut impl FnMut(&str),
+    report: &mut impl FnMut(&str),
 ) -> Result<Option<Tried>> {
     let group_size = 2 * plan.group_size;
-    let larger = Plan { group_size, slots: group_size.min(machine.facts().most_slots), ..single.clone() };
+    let larger = Plan { group_size, slots: group_size.min(machine.facts().max_slots), ..single.clone() };
     if machine.fits(&larger) {
-        tell("a group of twice the size, alone");
-        let seen = machine.measure(&larger)?;
-        model.sized(alone, &seen, 2.0);
+        report("a group of twice the size, alone");
+        let measured = machine.measure(&larger)?;
+        model.sized(alone, &measured, 2.0);
     }
     let plans: Vec<Plan> = plan.larger().into_iter().filter(|plan| machine.fits(plan)).collect();
     let rate = |plan: &Plan| model.predict(plan) * plan.group_size as f64;
     let most = plans.iter().map(rate).fold(0.0, f64::max);
     let Some(next) = plans.iter().find(|plan| rate(plan) * (1.0 + NOTICEABLE) >= most) else { return Ok(None) };
-    if next == plan { Ok(None) } else { attempt(machine, model, next, tell).map(Some) }
+    if next == plan { Ok(None) } else { attempt(machine, model, next, report).map(Some) }
 }
 
 /// Compares plans by predicted speed, and within one percent by lower cost (threads, staleness, slots).
@@ -248,9 +255,9 @@ fn by_worth(model: &Model, a: &Plan, b: &Plan) -> std::cmp::Ordering {
 
 fn fastest(tried: &[Tried]) -> &Tried {
     let mut best = &tried[0];
-    for one in tried {
-        if one.measured > best.measured {
-            best = one;
+    for candidate in tried {
+        if candidate.measured > best.measured {
+            best = candidate;
         }
     }
     best

@@ -24,7 +24,7 @@ const NO_LOCKS: &str =
 /// Error number with which NFS refuses an operation that it does not support (`ENOTSUPP` of the Linux kernel).
 const ENOTSUPP: i32 = 524;
 
-/// Returns whether an error in locking a file says that its file system has no locks.
+/// Returns whether an error of locking a file means that its file system does not support locks.
 fn is_without_locks(error: &Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::ENOSYS | libc::EOPNOTSUPP | ENOTSUPP))
 }
@@ -117,27 +117,27 @@ pub fn is_absence(error: &Error) -> bool {
 /// # Errors
 /// If the file cannot be written; the error names it.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let aside = beside(path);
+    let temporary = temporary_path(path);
     let write = || {
         // An earlier process may have left anything at this path.
-        match std::fs::remove_file(&aside) {
+        match std::fs::remove_file(&temporary) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let mut file = OpenOptions::new().write(true).create_new(true).open(&aside)?;
+        let mut file = OpenOptions::new().write(true).create_new(true).open(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        std::fs::rename(&aside, path)
+        std::fs::rename(&temporary, path)
     };
     write().map_err(|error| {
         // An error of the removal is ignored in favour of the first error.
-        let _ = std::fs::remove_file(&aside);
+        let _ = std::fs::remove_file(&temporary);
         cannot("write", path, error)
     })
 }
 
 /// Returns the path of the temporary file of [`replace`].
-fn beside(path: &Path) -> PathBuf {
+fn temporary_path(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.partial"))
 }
@@ -156,17 +156,17 @@ pub fn sync(path: &Path) -> Result<()> {
 /// If a path cannot be synced; the error names it.
 pub fn sync_all(paths: &[PathBuf]) -> Result<()> {
     /// Maximum number of threads, which only wait.
-    const MOST: usize = 32;
+    const MAX_THREADS: usize = 32;
     let each = |paths: &[PathBuf]| paths.iter().try_for_each(|path| sync(path));
     std::thread::scope(|scope| {
-        let parts = paths.chunks(paths.len().div_ceil(MOST).max(1));
+        let parts = paths.chunks(paths.len().div_ceil(MAX_THREADS).max(1));
         let started: Vec<_> = parts
             .map(|part| {
                 // If no thread can be started, the calling thread syncs the part.
                 std::thread::Builder::new().spawn_scoped(scope, move || each(part)).map_err(|_| part)
             })
             .collect();
-        started.into_iter().try_for_each(|one| match one {
+        started.into_iter().try_for_each(|thread| match thread {
             Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
             Err(part) => each(part),
         })

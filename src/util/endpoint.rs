@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn a_version_is_added_only_if_missing() {
-        let versioned = |text: &str| Endpoint::parse(text).unwrap().versioned().map(|one| one.join("x"));
+        let versioned = |text: &str| Endpoint::parse(text).unwrap().versioned().map(|endpoint| endpoint.join("x"));
         assert_eq!(versioned("http://h:1").as_deref(), Some("http://h:1/v1/x"));
         assert_eq!(versioned("http://h/openai").as_deref(), Some("http://h/openai/v1/x"));
         for text in ["http://h/v1", "https://h/v1beta/openai", "https://h/openai/deployments/d", "http://h/api/v3"] {

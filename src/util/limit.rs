@@ -77,28 +77,28 @@ mod tests {
 
     #[tokio::test]
     async fn the_limit_is_kept_and_every_operation_completes() {
-        let knob = Arc::new(AdjustableLimit::new(1, 4));
+        let limit = Arc::new(AdjustableLimit::new(1, 4));
         let most = Arc::new(AtomicUsize::new(0));
         let spawn = || {
-            let (knob, most) = (Arc::clone(&knob), Arc::clone(&most));
+            let (limit, most) = (Arc::clone(&limit), Arc::clone(&most));
             tokio::spawn(async move {
-                let _under_way = knob.enter().await;
-                most.fetch_max(*knob.under_way.lock().unwrap(), SeqCst);
+                let _under_way = limit.enter().await;
+                most.fetch_max(*limit.under_way.lock().unwrap(), SeqCst);
                 tokio::time::sleep(Duration::from_millis(1)).await;
             })
         };
-        knob.set(2);
+        limit.set(2);
         let all: Vec<_> = (0..20).map(|_| spawn()).collect();
         for one in all {
             one.await.unwrap();
         }
         assert_eq!(most.load(SeqCst), 2);
-        knob.set(99);
-        assert_eq!(knob.get(), 4);
+        limit.set(99);
+        assert_eq!(limit.get(), 4);
         let all: Vec<_> = (0..20).map(|_| spawn()).collect();
         for one in all {
             one.await.unwrap();
         }
-        assert_eq!((most.load(SeqCst), *knob.under_way.lock().unwrap()), (4, 0));
+        assert_eq!((most.load(SeqCst), *limit.under_way.lock().unwrap()), (4, 0));
     }
 }

@@ -101,8 +101,8 @@ pub fn available_bytes() -> Option<u64> {
     [meminfo("MemAvailable:"), group].into_iter().flatten().min()
 }
 
-/// Returns the memory of the machine in bytes, or the limit of this process's control groups where that is lower; `None`
-/// where the system does not tell.
+/// Returns the memory of the machine in bytes, or the limit of this process's control groups if that is lower; `None` if
+/// the system does not report it.
 pub fn total_bytes() -> Option<u64> {
     [meminfo("MemTotal:"), memory_limit()].into_iter().flatten().min()
 }

@@ -14,8 +14,9 @@ pub const TOKENIZER: u64 = 256 << 20;
 /// The byte order mark of UTF-8.
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Returns why the bytes at a file's beginning are not those of a model's file but of something that took its place.
-pub fn stand_in(bytes: &[u8]) -> Option<&'static str> {
+/// Describes content that a download left in place of a model's file (a Git LFS pointer, an HTML page), given the file's
+/// first bytes. Returns `None` for any other content.
+pub fn misplaced_content(bytes: &[u8]) -> Option<&'static str> {
     let begins = |text: &str| {
         bytes.trim_ascii_start().get(..text.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(text.as_bytes()))
     };
@@ -31,8 +32,8 @@ pub fn stand_in(bytes: &[u8]) -> Option<&'static str> {
 /// Reads the text of the file at `path`, without a byte order mark.
 ///
 /// # Errors
-/// I/O errors; [`ErrorKind::FileTooLarge`] beyond `limit` bytes, and [`ErrorKind::InvalidData`] if the file is not
-/// UTF-8.
+/// If the file cannot be read; [`ErrorKind::FileTooLarge`] beyond `limit` bytes, and [`ErrorKind::InvalidData`] if it is
+/// not UTF-8.
 pub fn text(path: &Path, limit: u64) -> Result<String> {
     let mut bytes = Vec::new();
     // The size is not queried first, because devices and pipes have none.
@@ -44,7 +45,7 @@ pub fn text(path: &Path, limit: u64) -> Result<String> {
     if bytes.starts_with(MARK) {
         bytes.drain(..MARK.len());
     }
-    if let Some(words) = stand_in(&bytes) {
+    if let Some(words) = misplaced_content(&bytes) {
         return Err(Error::new(ErrorKind::InvalidData, words));
     }
     let wide = bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff");

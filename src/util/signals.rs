@@ -12,7 +12,7 @@ use std::sync::{Arc, LazyLock, Once};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tokio::sync::watch;
 
-use crate::say;
+use crate::status;
 
 /// The signals received so far.
 #[derive(Debug, Clone, Copy, Default)]
@@ -67,7 +67,7 @@ pub fn listen() {
         // flag itself is not used.
         let limited = signal_hook::flag::register(libc::SIGXFSZ, Arc::default()).map(drop);
         if let Err(error) = listening.map(drop).and(limited) {
-            say!("warning: cannot install signal handlers: {error}");
+            status!("warning: cannot install signal handlers: {error}");
         }
     });
 }
@@ -113,7 +113,7 @@ fn take(signal: i32) {
         received.count += 1;
     });
     if !deferred {
-        say!("interrupted by {}", name(signal));
+        status!("interrupted by {}", name(signal));
         // An error, for example of a closed standard output, is irrelevant at exit.
         let _ = std::io::stdout().flush();
         std::process::exit(128 + signal);

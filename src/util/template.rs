@@ -19,11 +19,11 @@ const LONGEST_ERROR: usize = 500;
 /// count towards a limit on address space.
 const STACK_PER_STEP: usize = 512;
 const STACK: std::ops::RangeInclusive<usize> = 16 << 20..=512 << 20;
-/// Timeout of a template in units of [`MOMENT`], for operations that minijinja's fuel does not cover. A thread that
+/// Timeout of a template in units of [`POLL`], for operations that minijinja's fuel does not cover. A thread that
 /// times out runs until the program exits, which follows from the error. The wait is divided into units so that the
 /// time for which the program is suspended (SIGSTOP) does not count.
-const PATIENCE: usize = 50;
-const MOMENT: Duration = Duration::from_millis(100);
+const TIMEOUT_POLLS: usize = 50;
+const POLL: Duration = Duration::from_millis(100);
 /// Bytes of a value's string form that one step of fuel covers.
 pub const BYTES_PER_STEP: u64 = 4;
 /// Size in bytes below which a user's template without a namespace cannot nest values deeply enough to overflow a
@@ -86,13 +86,13 @@ pub fn fill(environment: Environment<'static>, name: &'static str, values: Value
     let steps = environment.fuel().and_then(|steps| usize::try_from(steps).ok()).unwrap_or(usize::MAX);
     let stack = steps.saturating_mul(STACK_PER_STEP).clamp(*STACK.start(), *STACK.end());
     let worker = Worker::with(stack)?;
-    let (said, heard) = sync_channel(1);
+    let (sender, receiver) = sync_channel(1);
     // Sending fails if the receiver has timed out.
-    worker.give(Box::new(move || drop(said.send(render(&environment, name, values)))))?;
-    for _ in 0..PATIENCE {
-        match heard.recv_timeout(MOMENT) {
+    worker.send(Box::new(move || drop(sender.send(render(&environment, name, values)))))?;
+    for _ in 0..TIMEOUT_POLLS {
+        match receiver.recv_timeout(POLL) {
             Ok(filled) => {
-                worker.rest();
+                worker.park();
                 return filled;
             }
             Err(RecvTimeoutError::Disconnected) => bail!("internal error: the template engine panicked"),
@@ -115,7 +115,7 @@ struct Worker {
 /// Workers without a job.
 static IDLE: Mutex<Vec<Worker>> = Mutex::new(Vec::new());
 /// Maximum number of idle workers.
-const MOST_IDLE: usize = 64;
+const MAX_IDLE: usize = 64;
 
 impl Worker {
     /// Returns an idle worker with a stack of at least `stack` bytes, or starts one.
@@ -140,21 +140,21 @@ impl Worker {
         Ok(Self { stack, jobs })
     }
 
-    fn give(&self, job: Job) -> Result<()> {
+    fn send(&self, job: Job) -> Result<()> {
         self.jobs.send(job).map_err(|_| anyhow!("internal error: the template engine panicked"))
     }
 
     /// Returns the worker to the idle ones.
-    fn rest(self) {
+    fn park(self) {
         let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < MOST_IDLE {
+        if idle.len() < MAX_IDLE {
             idle.push(self);
         }
     }
 }
 
 fn render(environment: &Environment<'static>, name: &str, values: Value) -> Result<String> {
-    environment.get_template(name).and_then(|template| template.render(values)).map_err(|error| told(&error))
+    environment.get_template(name).and_then(|template| template.render(values)).map_err(|error| short_error(&error))
 }
 
 /// Writes a value if the fuel suffices. Minijinja charges fuel only after writing, which is too late for a list that
@@ -191,7 +191,7 @@ fn endless() -> anyhow::Error {
 }
 
 /// Returns the error with its causes, truncated to [`LONGEST_ERROR`] characters.
-fn told(error: &Error) -> anyhow::Error {
+fn short_error(error: &Error) -> anyhow::Error {
     let mut causes = vec![error.to_string()];
     let mut spent = error.kind() == ErrorKind::OutOfFuel;
     let mut cause = error.source();

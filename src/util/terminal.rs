@@ -70,7 +70,7 @@ pub fn plain_json(text: &str) -> Cow<'_, str> {
 /// Prints `text` and a line feed on standard output with control characters escaped.
 ///
 /// # Errors
-/// [`Closed`] if the reader has closed standard output; other I/O errors of writing.
+/// [`Closed`] if the reader has closed standard output, or the I/O error if it cannot be written.
 pub fn print(text: &str) -> Result<()> {
     write(&plain(text))
 }

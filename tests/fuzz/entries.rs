@@ -202,7 +202,7 @@ pub fn judge(data: &[u8]) -> bool {
         let Some(tokens) = answer.first_token else { continue };
         let mut listed = Listed(tokens.clone());
         if let Some((space, p)) = listed.space_before(&answers).map(|(space, p)| (space.to_owned(), p)) {
-            listed.behind(&space, p, Listed(tokens));
+            listed.add_after_space(&space, p, Listed(tokens));
         }
         let Ok(weights) = listed.weights(&answers) else { continue };
         assert!(weights.iter().all(|weight| (0.0..=1.1).contains(weight)), "{weights:?}");

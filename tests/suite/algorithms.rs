@@ -316,7 +316,7 @@ fn the_soft_label_loss_agrees_with_pytorch() {
 /// Four pairs of a batch whose first half is chosen and whose second half is rejected.
 #[test]
 fn online_dpo_agrees_with_the_reference() {
-    for (form, name, expected) in [
+    for (loss_kind, name, expected) in [
         (DpoLoss::Sigmoid, "losses/dpo_sigmoid.safetensors", 0.794_346_690_177_917_5),
         (DpoLoss::Ipo, "losses/dpo_ipo.safetensors", 27.790_147_781_372_07),
     ] {
@@ -334,10 +334,10 @@ fn online_dpo_agrees_with_the_reference() {
         let preferences: Vec<(usize, usize, f64)> = (0..4).map(|i| (i, i + 4, 1.0)).collect();
         let group = GroupView { reference: &reference, preferences: &preferences, ..view(&policy, &policy) };
         for soft in [false, true] {
-            let algorithm = OnlineDpo { beta: 0.1, soft, form };
+            let algorithm = OnlineDpo { beta: 0.1, soft, loss_kind };
             let loss = algorithm.loss(&group, &algorithm.targets(&[group])[0]);
             assert_eq!(loss.terms, 4);
-            if form == DpoLoss::Sigmoid {
+            if loss_kind == DpoLoss::Sigmoid {
                 assert!((loss.margins.iter().sum::<f64>() / 4.0 + 0.190_648_42).abs() < 1e-5);
             }
             assert!((loss.policy / 4.0 / expected - 1.0).abs() < 1e-5, "{name}: {}", loss.policy / 4.0);
@@ -349,7 +349,7 @@ fn online_dpo_agrees_with_the_reference() {
         // A soft label of ½ pulls towards indifference; a hard one has no effect.
         let even = [(0, 4, 0.5)];
         let loss = |soft| {
-            let algorithm = OnlineDpo { beta: 0.1, soft, form };
+            let algorithm = OnlineDpo { beta: 0.1, soft, loss_kind };
             algorithm.loss(&GroupView { preferences: &even, ..group }, &Default::default())
         };
         assert_eq!((loss(false).terms, loss(true).terms), (0, 1));

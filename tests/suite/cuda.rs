@@ -66,7 +66,7 @@ fn cases() -> [Case; 3] {
     let scratch = |config: &ModelConfig| Weights::scratch(config, 0.15, 3, &Device::Cpu).unwrap();
     let lora = Lora { rank: 4, alpha: 8.0, targets: ["q_proj", "v_proj", "down_proj"].map(str::to_owned).to_vec() };
     let mut adapted = scratch(&llama);
-    for (i, (name, tensor)) in lora.fresh(&adapted, 7, &Device::Cpu).unwrap().0.into_iter().enumerate() {
+    for (i, (name, tensor)) in lora.init(&adapted, 7, &Device::Cpu).unwrap().0.into_iter().enumerate() {
         // Fresh adapters have zeros in B, and then A has no gradient.
         let tensor = if name.contains("lora_B") { values(i as u64, tensor.dims(), 0.1) } else { tensor };
         adapted.0.insert(name, tensor);

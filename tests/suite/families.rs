@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use kernels::{Format, Gradients, backward};
-use preceptor::lm::model::{Decoder, ModelConfig, Onto, Pack, PackedAttention, Weights};
+use preceptor::lm::model::{Decoder, LoadTarget, ModelConfig, Pack, PackedAttention, Weights};
 use preceptor::pipeline::generate::sampler::Sampling;
-use preceptor::pipeline::generate::{Engine, Fixed, MOST_SLOTS, Request, generate};
+use preceptor::pipeline::generate::{Engine, Fixed, MAX_SLOTS, Request, generate};
 
 use crate::common::{fixture, max_abs_difference};
 
@@ -218,13 +218,13 @@ fn check_behaviour(r: Reference) {
     for slots in [2, 4, kernels::LARGE_BATCH_ROWS] {
         assert_eq!(beside(slots), alone, "in {slots} slots");
     }
-    for slots in [kernels::LARGE_BATCH_ROWS + 1, 20, MOST_SLOTS] {
+    for slots in [kernels::LARGE_BATCH_ROWS + 1, 20, MAX_SLOTS] {
         assert_eq!(beside(slots), sampled, "in {slots} slots");
     }
     // With reduced precision it samples from a similar distribution, with 16 bits from that of the rounded matrices;
     // the number of slots has no effect either.
     for (format, near, bound) in [(Format::Bf16, rounded(&model), 1e-4), (Format::Q8, (*model).clone(), 0.3)] {
-        let narrow = Arc::new(model.narrowed(format).unwrap());
+        let narrow = Arc::new(model.quantized(format).unwrap());
         let alone = |slots: usize| {
             let mut engine = Engine::new(&sampling, slots);
             engine.submit(0, Request::new(&long, vec![1, 2, 3]), &r.config).unwrap();
@@ -326,7 +326,7 @@ fn shards_in_half_precision_are_read() {
         assert_eq!(flat(&weights.0[name]), flat(&rounded), "{name}");
     }
     // Permuting the rows while reading gives the same as permuting them afterwards.
-    let onto = Onto { device: &Device::Cpu, dtype: DType::BF16 };
+    let onto = LoadTarget { device: &Device::Cpu, dtype: DType::BF16 };
     let half = Weights::from_directory(dir.path(), onto).unwrap().1;
     assert!(half.0.values().all(|tensor| tensor.dtype() == DType::BF16));
     assert_eq!(half.fingerprint().unwrap(), weights.to_dtype(DType::BF16).unwrap().fingerprint().unwrap());

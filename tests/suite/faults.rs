@@ -14,7 +14,7 @@ use preceptor::pipeline::learn::value::ValueModel;
 use preceptor::pipeline::learn::{Done, Observer};
 use preceptor::pipeline::setup::Prepared;
 use preceptor::pipeline::topology::Node;
-use preceptor::rl::ledger::{Book, Ledger};
+use preceptor::rl::ledger::{Ledger, SharedLedger};
 use preceptor::run::controller::AdjustableLimits;
 use preceptor::types::{Group, Rewarded, Verdict};
 use preceptor_actors::{GraphOptions, Outcome, RestartPolicy, SnapshotCell, spawn_graph};
@@ -123,7 +123,7 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
         )),
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(prepared.policy()))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
-        book: Book::default(),
+        book: SharedLedger::default(),
         knobs: AdjustableLimits::default(),
         reward_model: None,
         labelers: Box::new(labelers),
@@ -190,7 +190,7 @@ fn a_token_of_weights_newer_than_the_learners_is_refused() {
     ledger.rewarded(&group).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let mut node = node(dir.path(), Fault::None, &Arc::default());
-    node.book = Book::new(ledger);
+    node.book = SharedLedger::new(ledger);
     let (outcome, _) = drive(node);
     let Outcome::Failed { error, fatal: true, .. } = outcome else { panic!("{outcome:?}") };
     assert!(error.contains("group 0 has a token of version 7, and the learner is at version 0"), "{error}");

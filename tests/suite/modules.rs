@@ -9,7 +9,7 @@ use syn::visit::{self, Visit};
 /// Name of a module below `src/`, what it is, and the modules that it may use. A module may only use those above it, so that
 /// no two modules use each other.
 const MODULES: &[(&str, &str, &[&str])] = &[
-    ("types", "Prompts, groups of completions, labels and rewards: what stages send to each other.", &[]),
+    ("types", "Prompts, groups of completions, labels and rewards, which stages exchange.", &[]),
     ("util::seed", "The mixing function of seeds, hashes and fingerprints.", &[]),
     ("util::suggest", "The known name that is nearest to a misspelt one.", &[]),
     ("util::read_bounded", "Text files read completely, up to a bound on their size.", &[]),
@@ -27,7 +27,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
     ("rl::algo", "Policy gradients, advantages, corrections and preference losses, on plain numbers.", &[]),
     ("rl::statistics", "Intervals, position bias, length control and tables, on plain numbers.", &[]),
     ("rl::ledger", "The state of each prompt group, from admission to training.", &["types"]),
-    ("lm::validate", "Checks of model files before the libraries that trust them read them.", &["util::read_bounded"]),
+    ("lm::validate", "Validation of model files before other libraries read them.", &["util::read_bounded"]),
     (
         "lm::source",
         "Models and data sets by path, pip wheel or hub.",
@@ -132,7 +132,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
     ),
     (
         "util::exit",
-        "Exit statuses, and errors that carry one.",
+        "Exit statuses, and errors with an exit status.",
         &["config", "lm::source", "pipeline::remote", "util::signals"],
     ),
     (
@@ -218,7 +218,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
     ),
     (
         "observe::monitor",
-        "What a running node knows of itself: the last minute, the bottleneck, histories of figures, samples.",
+        "State of a running node: activity of the last minute, bottleneck, history of metrics, samples.",
         &[
             "config",
             "lm::model",
@@ -273,7 +273,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
             "util::signals",
         ],
     ),
-    ("run::journal", "The file of what the learner was given, from which a run is replayed.", &["types"]),
+    ("run::journal", "The record of the learner's input, from which a run is replayed.", &["types"]),
     (
         "run::checkpoint",
         "Checkpoints: contents, writing, verification, retention, mirrors.",

@@ -304,8 +304,8 @@ fn entries() -> Vec<Entry> {
         ),
         entry("PPO, decoupled", ppo(untruncated), 2, true),
         entry("PPO, decoupled, TIS", ppo(surrogate.correction), 2, true),
-        entry("Online DPO", Box::new(OnlineDpo { beta: 0.1, soft: false, form: DpoLoss::Sigmoid }), 1, true),
-        entry("IPO", Box::new(OnlineDpo { beta: 0.02, soft: false, form: DpoLoss::Ipo }), 1, true),
+        entry("Online DPO", Box::new(OnlineDpo { beta: 0.1, soft: false, loss_kind: DpoLoss::Sigmoid }), 1, true),
+        entry("IPO", Box::new(OnlineDpo { beta: 0.02, soft: false, loss_kind: DpoLoss::Ipo }), 1, true),
         entry("PPO, naive", ppo(Correction::NONE), 2, false),
     ]
 }

@@ -60,8 +60,8 @@ fn algorithms() -> Vec<(&'static str, Box<dyn Algorithm>)> {
                 surrogate: Surrogate { clip, average: Average::TokenMean, ..plain },
             }),
         ),
-        ("online-dpo", Box::new(OnlineDpo { beta: 0.1, soft: true, form: DpoLoss::Sigmoid })),
-        ("ipo", Box::new(OnlineDpo { beta: 0.1, soft: false, form: DpoLoss::Ipo })),
+        ("online-dpo", Box::new(OnlineDpo { beta: 0.1, soft: true, loss_kind: DpoLoss::Sigmoid })),
+        ("ipo", Box::new(OnlineDpo { beta: 0.1, soft: false, loss_kind: DpoLoss::Ipo })),
     ]
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use preceptor::tools::tune::plan::Plan;
-use preceptor::tools::tune::{Facts, Machine, Measured, Reach, Role, tune};
+use preceptor::tools::tune::{Facts, Machine, Measured, Role, SearchScope, tune};
 use preceptor_actors::scripted::{ScriptedSink, ScriptedSource, ScriptedStage};
 use preceptor_actors::{Admission, AdmissionGate, Clock, GraphBuilder, GraphOptions, Outcome, StageSpec, spawn_graph};
 
@@ -50,8 +50,8 @@ impl Scripted {
 
     /// Returns an upper bound on groups per second: cores shared without loss, and each stage on all of them.
     fn bound(&self) -> f64 {
-        let Facts { cores, batch, most_slots, group_size, labels_here, .. } = self.facts;
-        let beside = (most_slots / group_size).max(1);
+        let Facts { cores, batch, max_slots, group_size, labels_here, .. } = self.facts;
+        let beside = (max_slots / group_size).max(1);
         let single = (2..4).map(|role| 1.0 / self.alone(role, cores)).fold(f64::MAX, f64::min);
         let labels = if labels_here { cores } else { 32 } as f64 / self.alone(1, 1);
         // Of five batches, the number that η = 4 admits, each takes at least one group's path to the learner and its
@@ -128,7 +128,7 @@ impl Machine for Scripted {
 }
 
 fn facts(cores: usize) -> Facts {
-    Facts { cores, group_size: 8, batch: 4, labels_here: true, labels: true, most_slots: 64, micro_batch: 0 }
+    Facts { cores, group_size: 8, batch: 4, labels_here: true, labels: true, max_slots: 64, micro_batch: 0 }
 }
 
 /// One worker of each kind, and no concurrency.
@@ -136,7 +136,7 @@ fn mis_set() -> Plan {
     Plan { batch: 4, ..Plan::single(8) }
 }
 
-const REACH: Reach = Reach { trials: 6, sizes: false };
+const REACH: SearchScope = SearchScope { trials: 6, sizes: false };
 
 #[test]
 fn the_known_optimum_is_found_on_five_machines() {
@@ -188,12 +188,12 @@ fn on_a_single_core_asynchronous_training_is_not_proposed_and_nothing_changes() 
 
 #[test]
 fn larger_steps_are_proposed_if_they_are_requested_and_faster() {
-    let sizes = Reach { sizes: true, ..REACH };
+    let sizes = SearchScope { sizes: true, ..REACH };
     let machine = |step: f64, prompt: f64| {
         let machine = Scripted::new(facts(1), [0.2, 0.1, 0.1, 0.2], [0.0; 4], 0.0);
         Scripted { step, prompt, ..machine }
     };
-    let chosen = |machine: &mut Scripted, reach: Reach| {
+    let chosen = |machine: &mut Scripted, reach: SearchScope| {
         let tuned = tune(machine, &mis_set(), reach, |_| {}).unwrap();
         // The prediction for the larger step was accurate.
         assert!((tuned.best.predicted / tuned.best.measured - 1.0).abs() < 0.1, "{tuned:?}");

@@ -19,14 +19,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Line, Places};
+use super::{Line, OutputRows};
 use kernel::{Unit, multiply_block};
-use pack::{PANEL, PackedFormat, Room, pack, step};
+use pack::{PANEL, PackBuffer, PackedFormat, pack, step};
 
 pub(super) use kernel::available;
 pub(super) use pack::Operand;
 pub(super) use packed::multiply as multiply_packed;
-pub(super) use small::multiply as multiply_few;
+pub(super) use small::multiply as multiply_small_batch;
 
 /// Inner width that is packed at a time.
 const DEPTH: usize = 576;
@@ -38,7 +38,7 @@ const ROWS: usize = 64;
 /// Returns whether a product of these sizes and parts is faster on the tile unit than with vector instructions. Packing
 /// three parts takes a quarter of a nanosecond per element, independent of the product's size. The figures are of a
 /// sixth-generation Xeon.
-pub(super) fn pays([m, k, n]: [usize; 3], parts: usize) -> bool {
+pub(super) fn is_faster([m, k, n]: [usize; 3], parts: usize) -> bool {
     let whole = |lanes: usize| lanes.next_multiple_of(PANEL) as f64;
     // Nanoseconds per step of the inner width.
     let vectors = (m * n) as f64 / 90.0;
@@ -65,8 +65,8 @@ pub(super) unsafe fn multiply<const PARTS: usize>(
     let (m, n) = (left.lanes, right.lanes);
     let depth = share(k, DEPTH);
     let columns = share(n, RIGHT / bytes::<PARTS>(PANEL, depth) * PANEL);
-    let out = Places { start: out, stride };
-    let mut packed = Room::right(bytes::<PARTS>(columns, depth));
+    let out = OutputRows { start: out, stride };
+    let mut packed = PackBuffer::right(bytes::<PARTS>(columns, depth));
     for first in (0..n).step_by(columns) {
         let columns = first..(first + columns).min(n);
         for from in (0..k).step_by(depth) {
@@ -78,8 +78,8 @@ pub(super) unsafe fn multiply<const PARTS: usize>(
             let block = |at: usize| {
                 let rows = at * ROWS..((at + 1) * ROWS).min(m);
                 let size = bytes::<PARTS>(rows.len(), inner.len());
-                let mut room = Room::left(size);
-                let lines = room.lines(size);
+                let mut buffer = PackBuffer::left(size);
+                let lines = buffer.lines(size);
                 // SAFETY: the same as above.
                 unsafe { pack_panels::<PARTS>(lines, left, PackedFormat::Rows, rows.clone(), &inner, false) };
                 let (operands, add) = ([&*lines, packed], add || from > 0);
@@ -112,7 +112,7 @@ fn bytes<const PARTS: usize>(lanes: usize, inner: usize) -> usize {
 unsafe fn pack_panels<const PARTS: usize>(
     lines: &mut [Line],
     operand: Operand,
-    form: PackedFormat,
+    format: PackedFormat,
     lanes: Range<usize>,
     inner: &Range<usize>,
     split: bool,
@@ -121,7 +121,7 @@ unsafe fn pack_panels<const PARTS: usize>(
     let panel = bytes::<PARTS>(PANEL, inner.len()) / Line::BYTES;
     let fill = |(at, lines): (usize, &mut [Line])| {
         // SAFETY: by the caller's contract; the panel has room for as many steps.
-        unsafe { pack::<PARTS>(lines, operand, form, lanes.start + at * PANEL, inner.clone()) }
+        unsafe { pack::<PARTS>(lines, operand, format, lanes.start + at * PANEL, inner.clone()) }
     };
     if split {
         lines.par_chunks_mut(panel).enumerate().for_each(fill);
@@ -135,7 +135,7 @@ unsafe fn pack_panels<const PARTS: usize>(
 /// # Safety
 /// The same as for [`multiply`].
 unsafe fn rows_of<const PARTS: usize>(
-    out: Places,
+    out: OutputRows,
     rows: Range<usize>,
     columns: Range<usize>,
     [left, right]: [&[Line]; 2],
@@ -156,7 +156,7 @@ unsafe fn rows_of<const PARTS: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::as_room;
+    use super::super::as_uninit;
     use super::*;
 
     /// Returns reproducible values of either sign over eight powers of ten, with all bits of their significands in use.
@@ -242,7 +242,7 @@ mod tests {
             let (m, k, n) = (64, 130, 700);
             let (x, w) = (values(m * k, 1), values(n * k, 2));
             let mut few = vec![f32::NAN; m * n];
-            multiply_few::<PARTS>(as_room(&mut few), &x, &w, [m, k, n]);
+            multiply_small_batch::<PARTS>(as_uninit(&mut few), &x, &w, [m, k, n]);
             for (at, got) in few.iter().enumerate() {
                 let product = |l| f64::from(x[at / n * k + l]) * f64::from(w[at % n * k + l]);
                 let (want, size) = ((0..k).map(product).sum::<f64>(), (0..k).map(|l| product(l).abs()).sum::<f64>());
@@ -312,7 +312,7 @@ mod tests {
         for (k, n) in [(33, 19), (64, 64), (200, 301), (130, 700)] {
             let (x, w) = (values(64 * k, 1), values(n * k, 2));
             let mut all = vec![f32::NAN; 64 * n];
-            multiply_few::<3>(as_room(&mut all), &x, &w, [64, k, n]);
+            multiply_small_batch::<3>(as_uninit(&mut all), &x, &w, [64, k, n]);
             for (at, got) in all.iter().enumerate() {
                 let product = |l| f64::from(x[at / n * k + l]) * f64::from(w[at % n * k + l]);
                 let (want, size) = ((0..k).map(product).sum::<f64>(), (0..k).map(|l| product(l).abs()).sum::<f64>());
@@ -323,7 +323,7 @@ mod tests {
                 for (first, rows) in [(0, 1), (5, 2), (9, 16), (2, 33), (30, 34)] {
                     let mut out = vec![f32::NAN; rows * n];
                     let x = &x[first * k..(first + rows) * k];
-                    pool.install(|| multiply_few::<3>(as_room(&mut out), x, &w, [rows, k, n]));
+                    pool.install(|| multiply_small_batch::<3>(as_uninit(&mut out), x, &w, [rows, k, n]));
                     assert_eq!(out, all[first * n..(first + rows) * n], "{rows} rows of {k}x{n} on {threads} threads");
                 }
             }
@@ -357,10 +357,10 @@ mod tests {
     #[test]
     fn the_tile_unit_is_chosen_if_both_operands_are_wide() {
         for sizes in [[512, 256, 704], [128, 256, 256], [64, 64, 512], [1024, 576, 49_152]] {
-            assert!((1..=3).all(|parts| pays(sizes, parts)), "{sizes:?}");
+            assert!((1..=3).all(|parts| is_faster(sizes, parts)), "{sizes:?}");
         }
         for sizes in [[65, 600, 1100], [70, 33, 19], [130, 64, 50], [512, 16, 512], [64, 64, 64]] {
-            assert!(!pays(sizes, 3), "{sizes:?}");
+            assert!(!is_faster(sizes, 3), "{sizes:?}");
         }
     }
 }

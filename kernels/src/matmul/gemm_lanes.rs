@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-use super::Places;
+use super::OutputRows;
 
 /// Minimum number of multiply-adds of a task.
 const TASK: usize = 1 << 20;
@@ -23,13 +23,13 @@ pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k
     } else {
         return false;
     };
-    let out = Places { start: out.as_mut_ptr().cast(), stride: n };
+    let out = OutputRows { start: out.as_mut_ptr().cast(), stride: n };
     let threads = rayon::current_num_threads();
-    for first in (0..m).step_by(MOST * lanes) {
-        let rows = (m - first).min(MOST * lanes);
-        let x = Crowd::of(&x[first * k..][..rows * k], rows, lanes, k);
+    for first in (0..m).step_by(MAX_REGISTERS * lanes) {
+        let rows = (m - first).min(MAX_REGISTERS * lanes);
+        let x = TransposedRows::of(&x[first * k..][..rows * k], rows, lanes, k);
         // SAFETY: the offset is within the output's `m` rows of `n`.
-        let out = Places { start: unsafe { out.start.add(first * n) }, ..out };
+        let out = OutputRows { start: unsafe { out.start.add(first * n) }, ..out };
         // SAFETY: the processor has the instructions, the sizes were checked, and each call writes only its own
         // columns.
         let some = |from: usize, to: usize| unsafe { columns(out, &x, w, from, to) };
@@ -44,30 +44,30 @@ pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k
 }
 
 /// Largest number of registers that hold one element of all rows.
-const MOST: usize = 4;
+const MAX_REGISTERS: usize = 4;
 
-type Columns = unsafe fn(Places, &Crowd, &[f32], usize, usize);
+type Columns = unsafe fn(OutputRows, &TransposedRows, &[f32], usize, usize);
 
 /// Rows of the input, transposed so that an element of all rows is contiguous.
-struct Crowd {
+struct TransposedRows {
     rows: usize,
     /// Number of rows rounded up to a multiple of a register's lanes.
     lanes: usize,
     k: usize,
     /// Transposed rows, `[k, lanes]`.
-    turned: Vec<f32>,
+    transposed: Vec<f32>,
 }
 
-impl Crowd {
+impl TransposedRows {
     fn of(x: &[f32], rows: usize, lanes: usize, k: usize) -> Self {
         let lanes = rows.next_multiple_of(lanes);
-        let mut turned = vec![0.0; k * lanes];
+        let mut transposed = vec![0.0; k * lanes];
         for (row, x) in x.chunks_exact(k).enumerate() {
-            for (lanes, x) in turned.chunks_exact_mut(lanes).zip(x) {
+            for (lanes, x) in transposed.chunks_exact_mut(lanes).zip(x) {
                 lanes[row] = *x;
             }
         }
-        Self { rows, lanes, k, turned }
+        Self { rows, lanes, k, transposed }
     }
 }
 
@@ -77,33 +77,33 @@ macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $columns:expr, $zero:ident, $load:ident, $store:ident, $set:ident,
      $fma:ident) => {
         mod $name {
-            use super::{Crowd, MOST, Places};
+            use super::{MAX_REGISTERS, OutputRows, TransposedRows};
             use std::arch::x86_64::*;
 
             /// Number of matrix rows in a tile, by the number of registers of input rows.
-            const COLUMNS: [usize; MOST] = $columns;
+            const COLUMNS: [usize; MAX_REGISTERS] = $columns;
 
             /// Computes columns `from..to` of `out = x · wᵀ`.
             ///
             /// # Safety
             /// The processor must have the instructions, and `out` and `w` must have the sizes of the product.
             #[target_feature(enable = $features)]
-            pub(super) unsafe fn columns(out: Places, x: &Crowd, w: &[f32], from: usize, to: usize) {
+            pub(super) unsafe fn columns(out: OutputRows, x: &TransposedRows, w: &[f32], from: usize, to: usize) {
                 let registers = x.lanes / $lanes - 1;
                 let mut column = from;
                 while column < to {
-                    let whole = column + COLUMNS[registers] <= to;
-                    let tile = TILES[registers][usize::from(whole)];
+                    let is_full = column + COLUMNS[registers] <= to;
+                    let tile = TILES[registers][usize::from(is_full)];
                     // SAFETY: the tile lies within the sizes that the caller guarantees.
                     unsafe { tile(out, x, w, column) };
-                    column += if whole { COLUMNS[registers] } else { 1 };
+                    column += if is_full { COLUMNS[registers] } else { 1 };
                 }
             }
 
-            type Tile = unsafe fn(Places, &Crowd, &[f32], usize);
+            type Tile = unsafe fn(OutputRows, &TransposedRows, &[f32], usize);
 
             /// Tile functions by number of registers, then for one column or a full tile.
-            const TILES: [[Tile; 2]; MOST] = [
+            const TILES: [[Tile; 2]; MAX_REGISTERS] = [
                 [tile::<1, 1>, tile::<1, { COLUMNS[0] }>],
                 [tile::<2, 1>, tile::<2, { COLUMNS[1] }>],
                 [tile::<3, 1>, tile::<3, { COLUMNS[2] }>],
@@ -113,18 +113,23 @@ macro_rules! kernel {
             /// Multiplies `V` registers of rows by `C` rows of the matrix from `column` on, and prefetches the next
             /// rows.
             #[target_feature(enable = $features)]
-            unsafe fn tile<const V: usize, const C: usize>(out: Places, x: &Crowd, w: &[f32], column: usize) {
+            unsafe fn tile<const V: usize, const C: usize>(
+                out: OutputRows,
+                x: &TransposedRows,
+                w: &[f32],
+                column: usize,
+            ) {
                 const LINE: usize = 16;
                 let k = x.k;
                 let w = w[column * k..(column + C) * k].as_ptr();
-                let turned = x.turned[..k * V * $lanes].as_ptr();
+                let transposed = x.transposed[..k * V * $lanes].as_ptr();
                 let mut sums = [[$zero(); V]; C];
                 // SAFETY: all reads lie within the slices taken above; a prefetch may point anywhere.
                 unsafe {
                     let mut step = |at: usize| {
                         let mut xs = [$zero(); V];
                         for v in 0..V {
-                            xs[v] = $load(turned.add((at * V + v) * $lanes));
+                            xs[v] = $load(transposed.add((at * V + v) * $lanes));
                         }
                         for c in 0..C {
                             let w = $set(*w.add(c * k + at));
@@ -145,7 +150,7 @@ macro_rules! kernel {
                         step(at);
                     }
                 }
-                let mut lanes = [[0f32; MOST * $lanes]; C];
+                let mut lanes = [[0f32; MAX_REGISTERS * $lanes]; C];
                 for c in 0..C {
                     for v in 0..V {
                         // SAFETY: `lanes` has room for this many registers.
@@ -214,16 +219,16 @@ mod tests {
                 }
             };
             for (name, columns, lanes, _) in kernels.iter().filter(|kernel| kernel.3) {
-                let rows = m.min(MOST * lanes);
-                let crowd = Crowd::of(&x[..rows * k], rows, *lanes, k);
+                let rows = m.min(MAX_REGISTERS * lanes);
+                let rows_of_x = TransposedRows::of(&x[..rows * k], rows, *lanes, k);
                 let mut out = vec![f32::NAN; m * n];
                 // SAFETY: the sizes are correct, and the features were detected.
-                unsafe { columns(Places { start: out.as_mut_ptr(), stride: n }, &crowd, &w, 0, n) };
+                unsafe { columns(OutputRows { start: out.as_mut_ptr(), stride: n }, &rows_of_x, &w, 0, n) };
                 check(name, &out, rows);
                 assert!(out[rows * n..].iter().all(|out| out.is_nan()), "{name} wrote beyond its rows");
             }
             let mut out = vec![f32::NAN; m * n];
-            if multiply(super::super::as_room(&mut out), &x, &w, [m, k, n]) {
+            if multiply(super::super::as_uninit(&mut out), &x, &w, [m, k, n]) {
                 check("the best", &out, m);
             }
         }

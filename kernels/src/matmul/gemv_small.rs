@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-use super::Places;
+use super::OutputRows;
 
 /// Minimum number of multiply-adds of a task.
 const TASK: usize = 1 << 20;
@@ -16,7 +16,7 @@ pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k
     if !(v3 || v4) {
         return false;
     }
-    let out = Places { start: out.as_mut_ptr().cast(), stride: n };
+    let out = OutputRows { start: out.as_mut_ptr().cast(), stride: n };
     let columns = |from: usize, to: usize| {
         // SAFETY: the processor has the instructions; `x`, `w` and `out` have the sizes given, and each call writes
         // only the columns `from..to`.
@@ -40,7 +40,7 @@ pub(super) fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], [m, k
 
 /// Cache lines to prefetch.
 #[derive(Clone, Copy)]
-struct Ahead {
+struct Prefetch {
     start: *const f32,
     lines: usize,
 }
@@ -51,7 +51,7 @@ macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $narrow:literal, $wide:literal, $zero:ident, $load:ident, $fma:ident) => {
         mod $name {
             use super::sum_of_four::$name as sum_of_four;
-            use super::{Ahead, Places};
+            use super::{OutputRows, Prefetch};
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch, $fma, $load, $zero};
 
             /// Computes columns `from..to` of `out = x · wᵀ`.
@@ -62,7 +62,7 @@ macro_rules! kernel {
             pub(super) unsafe fn columns(
                 x: &[f32],
                 w: &[f32],
-                out: Places,
+                out: OutputRows,
                 [m, k, n]: [usize; 3],
                 from: usize,
                 to: usize,
@@ -80,7 +80,7 @@ macro_rules! kernel {
                         // Each block prefetches its share of the next rows of `w`, in memory order.
                         let lines = if next + width <= n { (width * k).div_ceil(16) } else { 0 };
                         let first = lines * block / blocks;
-                        let ahead = Ahead {
+                        let prefetch = Prefetch {
                             start: w_tile.wrapping_add(width * k + first * 16),
                             lines: lines * (block + 1) / blocks - first,
                         };
@@ -93,7 +93,7 @@ macro_rules! kernel {
                                 k,
                                 out.start.add(row * out.stride + column),
                                 out.stride,
-                                ahead,
+                                prefetch,
                             )
                         };
                     }
@@ -101,7 +101,7 @@ macro_rules! kernel {
                 }
             }
 
-            type Tile = unsafe fn(*const f32, *const f32, usize, *mut f32, usize, Ahead);
+            type Tile = unsafe fn(*const f32, *const f32, usize, *mut f32, usize, Prefetch);
 
             /// Tile functions by number of rows of `x`, then by kind.
             const TILES: [[Tile; 3]; 4] = [
@@ -119,11 +119,11 @@ macro_rules! kernel {
                 k: usize,
                 out: *mut f32,
                 n: usize,
-                ahead: Ahead,
+                prefetch: Prefetch,
             ) {
                 let whole = k / $lanes * $lanes;
-                let lines = ahead.lines.div_ceil((k / $lanes).max(1));
-                let mut fetch = ahead.start;
+                let lines = prefetch.lines.div_ceil((k / $lanes).max(1));
+                let mut fetch = prefetch.start;
                 // SAFETY: all offsets lie within `R` rows of `x`, `C` of `w`, and `R × C` elements of `out`; a prefetch
                 // may point anywhere.
                 unsafe {
@@ -203,7 +203,7 @@ mod sum_of_four {
 mod tests {
     use super::*;
 
-    type Columns = unsafe fn(&[f32], &[f32], Places, [usize; 3], usize, usize);
+    type Columns = unsafe fn(&[f32], &[f32], OutputRows, [usize; 3], usize, usize);
 
     /// Compares both instruction sets, if the processor has them, with sums in `f64`.
     #[test]
@@ -222,7 +222,7 @@ mod tests {
             let run = |columns: Columns| {
                 let mut out = vec![f32::NAN; m * n];
                 // SAFETY: the sizes are correct, and the features were detected.
-                unsafe { columns(&x, &w, Places { start: out.as_mut_ptr(), stride: n }, [m, k, n], 0, n) };
+                unsafe { columns(&x, &w, OutputRows { start: out.as_mut_ptr(), stride: n }, [m, k, n], 0, n) };
                 out
             };
             if std::arch::is_x86_feature_detected!("avx512f") {

@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-use super::super::matmul::{Line, Places, multiply_packed};
+use super::super::matmul::{Line, OutputRows, multiply_packed};
 use super::super::vector::vectorised;
 use super::by_panels;
 
@@ -89,14 +89,14 @@ fn round<FMA>(pairs: &mut [u32], row: &[f32]) {
 fn multiply(out: &mut [MaybeUninit<f32>], x: &[f32], weight: &Bf16Weights, kernel: kernels::Kernel) {
     let rows = x.len() / weight.width;
     assert_eq!((x.len(), out.len()), (rows * weight.width, rows * weight.rows), "sizes of a product");
-    let out = Places { start: out.as_mut_ptr().cast(), stride: weight.rows };
+    let out = OutputRows { start: out.as_mut_ptr().cast(), stride: weight.rows };
     // SAFETY: `out` has room for all rows of all panels, and each call writes the columns of its panel alone.
     by_panels(weight.rows.div_ceil(PANEL), x.len() * PANEL, |panel| unsafe { kernel(out, x, weight, panel) });
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::matmul::as_room;
+    use super::super::super::matmul::as_uninit;
     use super::super::super::testing::{flat, values};
     use super::super::super::{has_tile_unit, with_large_batch_kernels};
     use super::*;
@@ -127,7 +127,7 @@ mod tests {
             }
             let run = |kernel| {
                 let mut out = vec![f32::NAN; rows * columns];
-                multiply(as_room(&mut out), &x, &half, kernel);
+                multiply(as_uninit(&mut out), &x, &half, kernel);
                 out
             };
             let check = |out: &[f32]| {
@@ -147,7 +147,7 @@ mod tests {
                 assert_eq!(run(kernels::avx2::multiply), plain);
             }
             let mut out = vec![f32::NAN; rows * columns];
-            with_large_batch_kernels(|| half.multiply(as_room(&mut out), &x));
+            with_large_batch_kernels(|| half.multiply(as_uninit(&mut out), &x));
             check(&out);
             assert!(width < 64 || (out != plain) == has_tile_unit(), "the tile unit sums in another order");
         }

@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-use super::super::matmul::Places;
+use super::super::matmul::OutputRows;
 use super::super::vector::vectorised;
 use super::by_panels;
 
@@ -51,7 +51,7 @@ impl Q8 {
         panels.for_each(|((rows, values), scales)| {
             let (mut near, mut scale) = (vec![0i8; width], vec![0.0; blocks]);
             for (lane, row) in rows.chunks_exact(width).enumerate() {
-                quantise(&mut near, &mut scale, row);
+                quantize(&mut near, &mut scale, row);
                 for (values, near) in values.iter_mut().zip(near.chunks_exact(GROUP)) {
                     for (value, near) in values.0[lane * GROUP..][..GROUP].iter_mut().zip(near) {
                         *value = near.wrapping_add_unsigned(ZERO) as u8;
@@ -73,7 +73,7 @@ impl Q8 {
 vectorised! {
 /// Quantizes `row` to the nearest 8-bit integers with a scale per block. The scale of a block with a value that is not
 /// finite is not finite either, so that the result shows it.
-fn quantise<FMA>(values: &mut [i8], scales: &mut [f32], row: &[f32]) {
+fn quantize<FMA>(values: &mut [i8], scales: &mut [f32], row: &[f32]) {
     // The block size is computed so that the compiler cannot see it as a constant: given the constant, it processes
     // several blocks at once and gathers their values.
     let block = (row.len() / scales.len().max(1)).max(1);
@@ -106,7 +106,7 @@ struct Rows {
 impl Rows {
     fn of(x: &[f32], width: usize) -> Self {
         let (mut values, mut scales) = (vec![0i8; x.len()], vec![0.0; x.len() / BLOCK]);
-        quantise(&mut values, &mut scales, x);
+        quantize(&mut values, &mut scales, x);
         let start = |block: &[i8; BLOCK]| -i32::from(ZERO) * block.iter().map(|value| i32::from(*value)).sum::<i32>();
         let starts = values.as_chunks::<BLOCK>().0.iter().map(start).collect();
         Self { width, values, scales, starts }
@@ -116,14 +116,14 @@ impl Rows {
 /// Multiplies all rows of `x` by the complete matrix, into `out` `[T, out]`.
 fn multiply(out: &mut [MaybeUninit<f32>], x: &Rows, weight: &Q8, kernel: kernels::Kernel) {
     let (rows, panels) = (out.len() / weight.rows, weight.rows.div_ceil(PANEL));
-    let out = Places { start: out.as_mut_ptr().cast(), stride: weight.rows };
+    let out = OutputRows { start: out.as_mut_ptr().cast(), stride: weight.rows };
     // SAFETY: `out` has room for all rows of all panels, and each call writes the columns of its panel alone.
     by_panels(panels, rows * weight.width * PANEL, |panel| unsafe { kernel(out, x, weight, panel) });
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::matmul::as_room;
+    use super::super::super::matmul::as_uninit;
     use super::super::super::testing::{flat, values};
     use super::*;
 
@@ -156,7 +156,7 @@ mod tests {
             }
             let run = |kernel| {
                 let mut out = vec![f32::NAN; rows * columns];
-                multiply(as_room(&mut out), &x_near, &near, kernel);
+                multiply(as_uninit(&mut out), &x_near, &near, kernel);
                 out
             };
             let plain = run(kernels::plain);

@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor};
 use super::pack::Pack;
 use kernels::TreeMask;
 
-/// Settings of a layer's attention.
+/// Settings of one layer's attention: layer index, window and soft cap.
 #[derive(Debug, Clone, Copy)]
 pub struct Scope {
     /// Index of the layer.

@@ -21,13 +21,13 @@ const ROWS: usize = 1024;
 /// A sequence occupies a slot, whose memory is reused by the next one. A prompt's keys and values are stored once for
 /// all sequences that continue it, and freed with the last of them. Attention over a cache has no gradient.
 pub struct KvCache {
-    kept: Kept,
+    storage: Storage,
     free: Vec<usize>,
     slots: usize,
 }
 
 /// Storage of keys and values.
-enum Kept {
+enum Storage {
     /// In host memory, laid out for one new token at a time, for a model in `f32` on the CPU.
     Host(Slabs),
     /// In tensors of the model's dtype on its device.
@@ -35,32 +35,32 @@ enum Kept {
 }
 
 /// Keys and values of a prompt that sequences continue.
-pub struct CachedPrompt(KeptPrompt);
+pub struct CachedPrompt(StoredPrompt);
 
-enum KeptPrompt {
+enum StoredPrompt {
     Host(host::Prompt),
     Device(Rows),
 }
 
 impl KvCache {
-    /// Creates an empty cache for `model`. On the host each sequence has room for `room` tokens after its prompt before
-    /// it grows.
+    /// Creates an empty cache for `model`. On the host each sequence has room for `capacity` tokens after its prompt
+    /// before it grows.
     ///
     /// # Errors
     /// If the device has not enough memory.
-    pub fn new(model: &Decoder, room: usize) -> Result<Self> {
+    pub fn new(model: &Decoder, capacity: usize) -> Result<Self> {
         if model.device().is_cpu() && model.dtype() == DType::F32 {
-            return Ok(Self::of(Kept::Host(Slabs::new(model.config(), room))));
+            return Ok(Self::of(Storage::Host(Slabs::new(model.config(), capacity))));
         }
         Self::pooled(model, ROWS)
     }
 
     fn pooled(model: &Decoder, rows: usize) -> Result<Self> {
-        Ok(Self::of(Kept::Device(Pool::new(model.config(), model.dtype(), model.device(), rows)?)))
+        Ok(Self::of(Storage::Device(Pool::new(model.config(), model.dtype(), model.device(), rows)?)))
     }
 
-    fn of(kept: Kept) -> Self {
-        Self { kept, free: Vec::new(), slots: 0 }
+    fn of(storage: Storage) -> Self {
+        Self { storage, free: Vec::new(), slots: 0 }
     }
 
     /// Stores a prompt's keys and values `[T, KV, hd]` per layer, for sequences that continue it.
@@ -68,11 +68,11 @@ impl KvCache {
     /// # Errors
     /// If the tensors cannot be read, or the device has not enough memory.
     pub fn prompt(&mut self, layers: &[(Tensor, Tensor)]) -> Result<Arc<CachedPrompt>> {
-        let kept = match &mut self.kept {
-            Kept::Host(slabs) => KeptPrompt::Host(slabs.prompt(layers)?),
-            Kept::Device(pool) => KeptPrompt::Device(pool.prompt(layers)?),
+        let storage = match &mut self.storage {
+            Storage::Host(slabs) => StoredPrompt::Host(slabs.prompt(layers)?),
+            Storage::Device(pool) => StoredPrompt::Device(pool.prompt(layers)?),
         };
-        Ok(Arc::new(CachedPrompt(kept)))
+        Ok(Arc::new(CachedPrompt(storage)))
     }
 
     /// Assigns a free slot to a sequence that continues `prompt`, and returns the slot.
@@ -81,18 +81,18 @@ impl KvCache {
             self.slots += 1;
             self.slots - 1
         });
-        match &mut self.kept {
-            Kept::Host(slabs) => slabs.enter(slot, prompt),
-            Kept::Device(pool) => pool.enter(slot, prompt),
+        match &mut self.storage {
+            Storage::Host(slabs) => slabs.enter(slot, prompt),
+            Storage::Device(pool) => pool.enter(slot, prompt),
         }
         slot
     }
 
     /// Frees the slot of a sequence that has ended.
     pub fn leave(&mut self, slot: usize) {
-        match &mut self.kept {
-            Kept::Host(slabs) => slabs.leave(slot),
-            Kept::Device(pool) => pool.leave(slot),
+        match &mut self.storage {
+            Storage::Host(slabs) => slabs.leave(slot),
+            Storage::Device(pool) => pool.leave(slot),
         }
         self.free.push(slot);
     }
@@ -103,9 +103,9 @@ impl KvCache {
     /// # Errors
     /// If the device has not enough memory.
     pub fn step<'a>(&'a mut self, slots: &'a [usize]) -> Result<Box<dyn Attend + 'a>> {
-        Ok(match &mut self.kept {
-            Kept::Host(slabs) => Box::new(slabs.step(slots)),
-            Kept::Device(pool) => Box::new(pool.step(slots)?),
+        Ok(match &mut self.storage {
+            Storage::Host(slabs) => Box::new(slabs.step(slots)),
+            Storage::Device(pool) => Box::new(pool.step(slots)?),
         })
     }
 }
@@ -113,15 +113,15 @@ impl KvCache {
 impl CachedPrompt {
     fn host(&self) -> &host::Prompt {
         match &self.0 {
-            KeptPrompt::Host(prompt) => prompt,
-            KeptPrompt::Device(_) => panic!("a prompt belongs to the cache that made it"),
+            StoredPrompt::Host(prompt) => prompt,
+            StoredPrompt::Device(_) => panic!("a prompt belongs to the cache that made it"),
         }
     }
 
     fn device(&self) -> &Rows {
         match &self.0 {
-            KeptPrompt::Device(rows) => rows,
-            KeptPrompt::Host(_) => panic!("a prompt belongs to the cache that made it"),
+            StoredPrompt::Device(rows) => rows,
+            StoredPrompt::Host(_) => panic!("a prompt belongs to the cache that made it"),
         }
     }
 }
@@ -204,9 +204,9 @@ mod tests {
     fn freed_rows_of_a_pool_are_reused() {
         let model = model(ModelConfig::tiny(50), DType::F32);
         let mut cache = KvCache::pooled(&model, 16).unwrap();
-        let free = |cache: &KvCache| match &cache.kept {
-            Kept::Device(pool) => pool.free_rows(),
-            Kept::Host(_) => unreachable!(),
+        let free = |cache: &KvCache| match &cache.storage {
+            Storage::Device(pool) => pool.free_rows(),
+            Storage::Host(_) => unreachable!(),
         };
         assert_eq!(free(&cache), 15);
         let prompt = cache.prompt(&prefill(&model, &[1, 2, 3], None).unwrap().1).unwrap();

@@ -133,12 +133,12 @@ impl ModelConfig {
         if self.heads == 0 || self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             bail!("{} heads cannot share {} key/value heads; the first must be a multiple", self.heads, self.kv_heads);
         }
-        deep(self.layers)?;
+        checked_layers(self.layers)?;
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             bail!("head_dim = {} must be even and above zero", self.head_dim);
         }
         for (name, heads) in [("heads", self.heads), ("kv_heads", self.kv_heads)] {
-            within(&format!("{name} times head_dim"), heads as u64 * self.head_dim as u64)?;
+            checked_size(&format!("{name} times head_dim"), heads as u64 * self.head_dim as u64)?;
         }
         for (name, value) in [
             ("rope_theta", Some(self.rope_theta)),
@@ -174,7 +174,7 @@ impl ModelConfig {
             if size == 0 {
                 bail!("{name} must be above zero");
             }
-            within(name, size as u64)?;
+            checked_size(name, size as u64)?;
         }
         Ok(())
     }
@@ -199,7 +199,7 @@ impl ModelConfig {
     /// selects the estimate for layers of two fused operations (see `kernels::self_attention`); it has no effect for
     /// families with biases or more norms. Adapters and dtypes other than `f32` prevent fused operations, so callers
     /// pass false for them.
-    pub fn kept(&self, blocks: bool) -> usize {
+    pub fn activations_per_token(&self, blocks: bool) -> usize {
         let (d, q, kv) = (self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let plain = self.family.gemma.is_none() && !self.family.qkv_bias && !self.family.qk_norm;
         if blocks && plain { 2 * (d + q + kv + self.intermediate_size) } else { 12 * d + 4 * self.intermediate_size }
@@ -210,13 +210,13 @@ impl ModelConfig {
 /// layers overflows. A model that is too large for memory fails when its tensors are read.
 const LARGEST: u64 = 1 << 24;
 
-fn within(key: &str, size: u64) -> Result<usize> {
+fn checked_size(key: &str, size: u64) -> Result<usize> {
     ensure!(size <= LARGEST, "{key} = {size} is more than {LARGEST}, the largest supported value");
     Ok(size as usize)
 }
 
 /// Checks the number of layers, whose limit is smaller than that of other sizes.
-fn deep(layers: usize) -> Result<usize> {
+fn checked_layers(layers: usize) -> Result<usize> {
     ensure!(layers <= 4096, "{layers} layers are more than 4096, the largest supported number");
     Ok(layers)
 }

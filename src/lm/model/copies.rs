@@ -34,20 +34,20 @@ impl DeviceReplicas {
             return Ok(Arc::clone(model));
         }
         let device = self.device.clone();
-        let copy = self.made(model, |tensor| Ok(tensor.to_device(&device)?.detach()))?;
+        let copy = self.copy_changed(model, |tensor| Ok(tensor.to_device(&device)?.detach()))?;
         // The originals may be freed and their memory reused only after the copies are complete.
         self.device.synchronize()?;
         Ok(Arc::new(copy))
     }
 
-    fn made(&mut self, model: &Decoder, copy: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Decoder> {
-        let mut made = BTreeMap::new();
+    fn copy_changed(&mut self, model: &Decoder, copy: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Decoder> {
+        let mut copies = BTreeMap::new();
         for (name, tensor) in &model.weights().0 {
             let known = self.last.get(name).filter(|(id, _)| *id == tensor.id());
             let copied = known.map_or_else(|| copy(tensor), |(_, copied)| Ok(copied.clone()))?;
-            made.insert(name.clone(), (tensor.id(), copied));
+            copies.insert(name.clone(), (tensor.id(), copied));
         }
-        self.last = made;
+        self.last = copies;
         model.with_weights(&Weights(self.last.iter().map(|(name, (_, copy))| (name.clone(), copy.clone())).collect()))
     }
 }
@@ -79,21 +79,21 @@ mod tests {
         let mut copies = DeviceReplicas::new(Device::Cpu);
         assert!(Arc::ptr_eq(&copies.of(&model).unwrap(), &model), "a model on the same device is shared");
         let copied = RefCell::new(0);
-        let mut made = |model: &Decoder| {
+        let mut copy_changed = |model: &Decoder| {
             copied.replace(0);
             let copy = copies
-                .made(model, |tensor| {
+                .copy_changed(model, |tensor| {
                     *copied.borrow_mut() += 1;
                     Ok(tensor.copy()?)
                 })
                 .unwrap();
             (copy, *copied.borrow())
         };
-        let (_, first) = made(&trained.snapshot().unwrap());
+        let (_, first) = copy_changed(&trained.snapshot().unwrap());
         assert_eq!(first, model.weights().0.len() + params.len());
         params[0].1.set(&(params[0].1.as_tensor() + 1.0).unwrap()).unwrap();
         let later = trained.snapshot().unwrap();
-        let (copy, second) = made(&later);
+        let (copy, second) = copy_changed(&later);
         assert_eq!(second, params.len(), "the frozen matrices are not copied again");
         assert_eq!(copy.weights().fingerprint().unwrap(), later.weights().fingerprint().unwrap());
         assert_eq!(copy.lora(), later.lora());

@@ -23,7 +23,7 @@ pub struct Decoder {
     final_norm: Tensor,
     head: Tensor,
     /// Quantized head, for sampling.
-    narrow_head: Option<Arc<Quantized>>,
+    quantized_head: Option<Arc<Quantized>>,
     frequencies: Arc<Frequencies>,
     weights: Weights,
     lora: Option<Lora>,
@@ -62,7 +62,7 @@ impl Decoder {
             embedding,
             layers,
             head,
-            narrow_head: None,
+            quantized_head: None,
             frequencies: Arc::new(Frequencies::new(config)),
             weights: weights.clone(),
             lora: lora.cloned(),
@@ -80,13 +80,13 @@ impl Decoder {
 
     /// Returns a model with the same configuration and settings and with these weights.
     pub(super) fn with_weights(&self, weights: &Weights) -> anyhow::Result<Self> {
-        Ok(self.alike(Self::build(&self.config, weights, self.lora.as_ref())?))
+        Ok(self.inherit_settings(Self::build(&self.config, weights, self.lora.as_ref())?))
     }
 
     /// Returns a copy whose tensors are variables, and these variables by name. Without `head` the copy is for hidden
     /// states only: an untied head is omitted, and the embedding takes its place.
     ///
-    /// If memory for the copy is not available.
+    /// # Errors
     /// If memory for the copy is not available.
     pub fn trainable(&self, head: bool) -> anyhow::Result<(Self, Vec<(String, Var)>)> {
         let config = ModelConfig { tied: self.config.tied || !head, ..(*self.config).clone() };
@@ -98,7 +98,7 @@ impl Decoder {
             .map(|(name, tensor)| Ok((name.clone(), Var::from_tensor(&tensor.copy()?)?)))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let weights = Weights(params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
-        Ok((self.alike(Self::build(&Arc::new(config), &weights, None)?), params))
+        Ok((self.inherit_settings(Self::build(&Arc::new(config), &weights, None)?), params))
     }
 
     /// Returns the model with its matrices frozen and shared and with trainable adapters, and the adapters' variables
@@ -110,7 +110,7 @@ impl Decoder {
     pub fn adapted(&self, lora: &Lora, seed: u64) -> anyhow::Result<(Self, Vec<(String, Var)>)> {
         let mut weights = self.weights.clone();
         if self.lora.is_none() {
-            weights.0.extend(lora.fresh(&self.weights, seed, self.device())?.0);
+            weights.0.extend(lora.init(&self.weights, seed, self.device())?.0);
         }
         let mut params = Vec::new();
         for (name, tensor) in weights.0.iter_mut().filter(|(name, _)| is_adapter(name)) {
@@ -118,7 +118,7 @@ impl Decoder {
             *tensor = var.as_tensor().clone();
             params.push((name.clone(), var));
         }
-        Ok((self.alike(Self::build(&self.config, &weights, Some(lora))?), params))
+        Ok((self.inherit_settings(Self::build(&self.config, &weights, Some(lora))?), params))
     }
 
     /// Returns an immutable copy of the model in its current state. Frozen tensors are shared.
@@ -135,13 +135,13 @@ impl Decoder {
     ///
     /// # Errors
     /// If a tensor operation fails.
-    pub fn narrowed(&self, format: Format) -> Result<Self> {
-        let layers = self.layers.iter().map(|layer| layer.narrowed(format).map(Arc::new)).collect::<Result<_>>()?;
-        Ok(Self { layers, narrow_head: Quantized::of(&self.head, format)?.map(Arc::new), ..self.clone() })
+    pub fn quantized(&self, format: Format) -> Result<Self> {
+        let layers = self.layers.iter().map(|layer| layer.quantized(format).map(Arc::new)).collect::<Result<_>>()?;
+        Ok(Self { layers, quantized_head: Quantized::of(&self.head, format)?.map(Arc::new), ..self.clone() })
     }
 
     /// Returns `copy` with the settings of this model.
-    fn alike(&self, copy: Self) -> Self {
+    fn inherit_settings(&self, copy: Self) -> Self {
         Self { checkpointed: self.checkpointed, ..copy }
     }
 
@@ -229,7 +229,7 @@ impl Decoder {
     /// # Errors
     /// If the shapes do not match.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        kernels::softcap(&layer::linear(hidden, &self.head, self.narrow_head.as_deref())?, self.config.logit_cap)
+        kernels::softcap(&layer::linear(hidden, &self.head, self.quantized_head.as_deref())?, self.config.logit_cap)
     }
 
     /// Returns the hidden states `[N, D]` that predict the targets of `pack`.

@@ -36,7 +36,7 @@ pub(super) struct Layer {
 struct Linear {
     matrix: Matrix,
     /// Quantized weight, for few rows without a gradient.
-    narrow: Option<Arc<Quantized>>,
+    quantized: Option<Arc<Quantized>>,
 }
 
 /// Projection of hidden states to queries, keys or values.
@@ -65,7 +65,7 @@ impl Layer {
         let matrix = |name: &str, shape: [usize; 2]| {
             let adapter = |lora: &Lora| lora.adapter(weights, &format!("model.layers.{index}.{name}"), shape);
             let adapter = lora.map_or(Ok(None), adapter)?;
-            anyhow::Ok(Linear { matrix: Matrix { adapter, ..get(name, &shape)?.into() }, narrow: None })
+            anyhow::Ok(Linear { matrix: Matrix { adapter, ..get(name, &shape)?.into() }, quantized: None })
         };
         let projection = |letter: &str, width: usize| {
             let (bias, norm) = (config.family.qkv_bias, config.family.qk_norm && letter != "v");
@@ -99,12 +99,12 @@ impl Layer {
     }
 
     /// Returns the layer with additional copies of its matrices in `format`.
-    pub(super) fn narrowed(&self, format: Format) -> Result<Self> {
+    pub(super) fn quantized(&self, format: Format) -> Result<Self> {
         let mut layer = self.clone();
         let projections = [&mut layer.q, &mut layer.k, &mut layer.v].map(|projection| &mut projection.linear);
         let others = [&mut layer.o, &mut layer.gate, &mut layer.up, &mut layer.down];
         for linear in projections.into_iter().chain(others) {
-            linear.narrow = Quantized::of(&linear.matrix.weight, format)?.map(Arc::new);
+            linear.quantized = Quantized::of(&linear.matrix.weight, format)?.map(Arc::new);
         }
         Ok(layer)
     }
@@ -197,20 +197,20 @@ impl Layer {
 
 /// Returns whether rows `x` use the original matrices: few rows use quantized ones if they exist.
 fn are_plain<'a>(x: &Tensor, linears: impl IntoIterator<Item = &'a Linear>) -> Result<bool> {
-    let few = x.dim(0)? <= kernels::SMALL_BATCH_ROWS;
-    Ok(linears.into_iter().all(|linear| !(few && linear.narrow.is_some())))
+    let is_small_batch = x.dim(0)? <= kernels::SMALL_BATCH_ROWS;
+    Ok(linears.into_iter().all(|linear| !(is_small_batch && linear.quantized.is_some())))
 }
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.matrix.beside(linear(x, &self.matrix.weight, self.narrow.as_deref())?, x)
+        self.matrix.add_bias_and_adapter(linear(x, &self.matrix.weight, self.quantized.as_deref())?, x)
     }
 }
 
 /// Computes `x · weightᵀ`, with the quantized matrix if it exists and `x` has few rows and no gradient.
-pub(super) fn linear(x: &Tensor, weight: &Tensor, narrow: Option<&Quantized>) -> Result<Tensor> {
-    match narrow {
-        Some(narrow) if x.dim(0)? <= kernels::SMALL_BATCH_ROWS && !x.track_op() => narrow.linear(x),
+pub(super) fn linear(x: &Tensor, weight: &Tensor, quantized: Option<&Quantized>) -> Result<Tensor> {
+    match quantized {
+        Some(quantized) if x.dim(0)? <= kernels::SMALL_BATCH_ROWS && !x.track_op() => quantized.linear(x),
         _ => kernels::linear(x, weight),
     }
 }

@@ -52,7 +52,7 @@ impl Lora {
     ///
     /// # Errors
     /// If the device has not enough memory.
-    pub fn fresh(&self, base: &Weights, seed: u64, device: &Device) -> Result<Weights> {
+    pub fn init(&self, base: &Weights, seed: u64, device: &Device) -> Result<Weights> {
         let mut all = Weights::default();
         for (key, weight) in &base.0 {
             let Some(name) = key.strip_suffix(".weight").filter(|name| self.adapts(name)) else { continue };

@@ -61,8 +61,9 @@ impl Pack {
     ///
     /// # Panics
     /// The same as for [`Self::new`].
-    pub fn whole<S: AsRef<[u32]>>(prefix: &[u32], continuations: &[S]) -> Self {
-        let longer: Vec<Vec<u32>> = continuations.iter().map(|one| [one.as_ref(), &[0]].concat()).collect();
+    pub fn complete<S: AsRef<[u32]>>(prefix: &[u32], continuations: &[S]) -> Self {
+        let longer: Vec<Vec<u32>> =
+            continuations.iter().map(|continuation| [continuation.as_ref(), &[0]].concat()).collect();
         let mut pack = Self::new(prefix, &longer);
         // The row that predicts the token appended above is that of the sequence's last token.
         pack.rows = pack.spans.iter().map(|span| pack.rows[span.end - 1]).collect();
@@ -111,7 +112,7 @@ mod tests {
 
     #[test]
     fn complete_sequences_include_their_last_token() {
-        let pack = Pack::whole(&[7, 8], &[vec![1, 2, 3], vec![], vec![5]]);
+        let pack = Pack::complete(&[7, 8], &[vec![1, 2, 3], vec![], vec![5]]);
         assert_eq!(pack.ids, [7, 8, 1, 2, 3, 5]);
         assert_eq!(pack.rows, [4, 1, 5]);
     }

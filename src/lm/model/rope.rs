@@ -154,13 +154,13 @@ fn magnitude(factor: f64, scale: f64) -> f64 {
 /// Rotary frequencies of a model.
 #[derive(Debug)]
 pub(super) struct Frequencies {
-    whole: Waves,
+    global: Rotation,
     /// Frequencies of layers with a window, if these have their own.
-    local: Option<Waves>,
+    local: Option<Rotation>,
 }
 
 #[derive(Debug)]
-struct Waves {
+struct Rotation {
     frequencies: Vec<f32>,
     amplitude: f64,
 }
@@ -168,18 +168,18 @@ struct Waves {
 /// cos and sin `[T, hd/2]` of the tokens' angles.
 #[derive(Debug)]
 pub(super) struct Angles {
-    whole: (Tensor, Tensor),
+    global: (Tensor, Tensor),
     local: Option<(Tensor, Tensor)>,
 }
 
 impl Frequencies {
     pub(super) fn new(config: &ModelConfig) -> Self {
-        let of = |theta: f64, scaling: Scaling| Waves {
+        let of = |theta: f64, scaling: Scaling| Rotation {
             frequencies: scaling.frequencies(theta, config.head_dim).into_iter().map(|f| f as f32).collect(),
             amplitude: scaling.amplitude(),
         };
         Self {
-            whole: of(config.rope_theta, config.rope_scaling),
+            global: of(config.rope_theta, config.rope_scaling),
             local: config.local_rope_theta.map(|theta| of(theta, config.local_rope_scaling)),
         }
     }
@@ -189,7 +189,7 @@ impl Frequencies {
     /// # Errors
     /// If the device has not enough memory.
     pub(super) fn at(&self, positions: &[u32], device: &Device) -> candle_core::Result<Angles> {
-        let of = |Waves { frequencies, amplitude }: &Waves| {
+        let of = |Rotation { frequencies, amplitude }: &Rotation| {
             let angle = |position: &u32, f: &f32| *position as f32 * f;
             let angles: Vec<f32> =
                 positions.iter().flat_map(|position| frequencies.iter().map(move |f| angle(position, f))).collect();
@@ -201,14 +201,14 @@ impl Frequencies {
                 ((cos * *amplitude)?, (sin * *amplitude)?)
             })
         };
-        Ok(Angles { whole: of(&self.whole)?, local: self.local.as_ref().map(of).transpose()? })
+        Ok(Angles { global: of(&self.global)?, local: self.local.as_ref().map(of).transpose()? })
     }
 }
 
 impl Angles {
     /// Returns cos and sin for layers with or without a window.
     pub(super) fn of(&self, windowed: bool) -> &(Tensor, Tensor) {
-        self.local.as_ref().filter(|_| windowed).unwrap_or(&self.whole)
+        self.local.as_ref().filter(|_| windowed).unwrap_or(&self.global)
     }
 }
 

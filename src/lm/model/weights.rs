@@ -22,14 +22,14 @@ const HEAD: &str = "lm_head.weight";
 
 /// Target device and dtype of tensors that are read.
 #[derive(Debug, Clone, Copy)]
-pub struct Onto<'a> {
+pub struct LoadTarget<'a> {
     /// Target device.
     pub device: &'a Device,
     /// Target dtype. Each tensor is converted while it is read, so that a second copy of the model never exists.
     pub dtype: DType,
 }
 
-impl<'a> From<&'a Device> for Onto<'a> {
+impl<'a> From<&'a Device> for LoadTarget<'a> {
     /// Reads in f32.
     fn from(device: &'a Device) -> Self {
         Self { device, dtype: DType::F32 }
@@ -82,8 +82,8 @@ impl Weights {
             self.0
                 .iter()
                 .map(|(name, tensor)| {
-                    let kept = if tensor.is_variable() { tensor.copy()?.detach() } else { tensor.clone() };
-                    Ok((name.clone(), kept))
+                    let copy = if tensor.is_variable() { tensor.copy()?.detach() } else { tensor.clone() };
+                    Ok((name.clone(), copy))
                 })
                 .collect::<Result<_>>()?,
         ))

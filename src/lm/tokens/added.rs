@@ -13,12 +13,13 @@ use crate::lm::validate;
 /// Keys of `tokenizer_config.json` that name one special token each.
 const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// Adds to `tokenizer` what `tokenizer.json` does not list: the tokens of `added_tokens_decoder` in `config` (the content of
-/// `tokenizer_config.json`), or else those of `added_tokens.json` in `dir`; special tokens that the vocabulary has; and
-/// `extra_special_tokens`, or else `additional_special_tokens`. A token that the vocabulary lacks gets the next free id.
+/// Adds tokens to `tokenizer` that `tokenizer.json` does not list: the tokens of `added_tokens_decoder` in `config` (the
+/// content of `tokenizer_config.json`), or else those of `added_tokens.json` in `dir`; special tokens that the vocabulary
+/// has; and `extra_special_tokens`, or else `additional_special_tokens`. A token that the vocabulary lacks gets the next
+/// free id.
 ///
 /// # Errors
-/// A token that the tokenizer cannot work with; names it.
+/// If the tokenizer cannot use a token; the error names it.
 pub(super) fn add(tokenizer: &mut tokenizers::Tokenizer, config: &Value, dir: &Path) -> Result<()> {
     let mut tokens = decoder(config, dir)?;
     let mut listed: Vec<String> =
@@ -52,7 +53,7 @@ pub(super) fn add(tokenizer: &mut tokenizers::Tokenizer, config: &Value, dir: &P
     Ok(())
 }
 
-/// The tokens of `added_tokens_decoder`, or of `added_tokens.json`, in the order of their ids.
+/// Returns the tokens of `added_tokens_decoder`, or of `added_tokens.json`, in the order of their ids.
 fn decoder(config: &Value, dir: &Path) -> Result<Vec<AddedToken>> {
     let mut by_id: BTreeMap<u64, AddedToken> = BTreeMap::new();
     if let Value::Object(decoder) = &config["added_tokens_decoder"] {
@@ -77,7 +78,7 @@ fn decoder(config: &Value, dir: &Path) -> Result<Vec<AddedToken>> {
     Ok(by_id.into_values().collect())
 }
 
-/// The token that a value of `tokenizer_config.json` describes: a text, or an object with its content and flags.
+/// Returns the token that a value of `tokenizer_config.json` describes: a text, or an object with its content and flags.
 fn described(value: &Value, special: bool) -> Option<AddedToken> {
     let flag = |name: &str, absent: bool| value[name].as_bool().unwrap_or(absent);
     match value {

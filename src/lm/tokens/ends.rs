@@ -16,14 +16,14 @@ impl Tokenizer {
     }
 
     /// Returns the text of the token that ends a completion, if only the chat template defines one.
-    pub fn end_by_template_alone(&self) -> Option<String> {
+    pub fn template_end_token(&self) -> Option<String> {
         let end = self.turn_end.filter(|end| self.special.eos == [*end] && !self.named_end)?;
         self.inner.id_to_token(end)
     }
 
     /// Returns the token that the model's chat template writes after an answer: an added token, preceded at most by
     /// spaces. `None` if the template writes no such token, or there is no template.
-    pub(super) fn found_turn_end(&self) -> Option<u32> {
+    pub(super) fn detect_turn_end(&self) -> Option<u32> {
         let written = |question: &str| -> Result<String> {
             let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
             self.render_chat(&[message("user", question), message("assistant", ANSWER)], false)

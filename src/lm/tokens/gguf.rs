@@ -12,7 +12,7 @@ use super::spm::scored_bpe;
 use super::templates::Templates;
 use super::{Special, Tokenizer};
 use crate::lm::validate;
-use crate::lm::validate::gguf::{list, text, truth};
+use crate::lm::validate::gguf::{boolean, list, text};
 use crate::lm::validate::tokenizer::LONGEST_TOKEN;
 
 /// GGUF's type of control tokens, which are recognised in text and omitted from decoded text.
@@ -35,7 +35,7 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
     let get = |key: &str| metadata.get(key).with_context(|| format!("the key {key} is missing"));
     let texts = |key: &str| strings(get(key)?).with_context(|| format!("the key {key}"));
     let lists = |key: &str| list(get(key)?).with_context(|| format!("the key {key}"));
-    let truths = |key: &str| metadata.get(key).map(truth).transpose().with_context(|| format!("the key {key}"));
+    let booleans = |key: &str| metadata.get(key).map(boolean).transpose().with_context(|| format!("the key {key}"));
     let model = text(get("tokenizer.ggml.model")?).context("the key tokenizer.ggml.model")?;
     if !["gpt2", "llama"].contains(&model) {
         bail!(
@@ -78,11 +78,11 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
         };
         let scores = lists("tokenizer.ggml.scores")?.iter().map(score).collect::<Result<Vec<_>>>()?;
         ensure!(scores.len() == tokens.len(), "it has {} tokens and {} scores", tokens.len(), scores.len());
-        let prefix = truths("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+        let prefix = booleans("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
         scored_bpe(&tokens, &scores, id("unknown").map(|id| &tokens[id as usize]), &added, prefix)
     };
     // These are llama.cpp's defaults.
-    let opens = truths("tokenizer.ggml.add_bos_token")?.unwrap_or_else(|| {
+    let opens = booleans("tokenizer.ggml.add_bos_token")?.unwrap_or_else(|| {
         let pre = metadata.get("tokenizer.ggml.pre").and_then(|pre| text(pre).ok());
         model == "llama" || pre.is_some_and(|pre| ["llama-bpe", "llama3", "llama-v3"].contains(&pre))
     });
@@ -90,7 +90,7 @@ fn build(metadata: &HashMap<String, Gguf>) -> Result<Tokenizer> {
         description["post_processor"] = opening(bos, &tokens[bos as usize]);
     }
     let template = metadata.get("tokenizer.chat_template").map(text).transpose();
-    let mut templates = Templates::one(template.context("the key tokenizer.chat_template")?.map(str::to_owned));
+    let mut templates = Templates::single(template.context("the key tokenizer.chat_template")?.map(str::to_owned));
     for (key, value) in metadata {
         if let Some(name) = key.strip_prefix("tokenizer.chat_template.") {
             let source = text(value).with_context(|| format!("the key {key}"))?;
@@ -157,7 +157,7 @@ fn pre_tokenizer(name: &str) -> Result<Pre> {
 }
 
 fn strings(value: &Gguf) -> Result<Vec<String>> {
-    list(value)?.iter().map(|one| Ok(text(one)?.to_owned())).collect()
+    list(value)?.iter().map(|value| Ok(text(value)?.to_owned())).collect()
 }
 
 fn integer(value: &Gguf) -> Option<i64> {

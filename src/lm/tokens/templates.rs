@@ -19,7 +19,7 @@ pub(super) struct Templates(pub(super) BTreeMap<String, String>);
 
 impl Templates {
     /// Creates the templates of a model with at most the default one.
-    pub(super) fn one(source: Option<String>) -> Self {
+    pub(super) fn single(source: Option<String>) -> Self {
         Self(source.map(|source| (DEFAULT.to_owned(), source)).into_iter().collect())
     }
 
@@ -29,7 +29,7 @@ impl Templates {
     /// # Errors
     /// If a file cannot be read or a value is not a template; the error names it.
     pub(super) fn in_directory(dir: &Path, configured: &Value) -> Result<Self> {
-        let mut found = Self::one(optional_text(&dir.join("chat_template.jinja"))?);
+        let mut found = Self::single(optional_text(&dir.join("chat_template.jinja"))?);
         let folder = dir.join(FOLDER);
         if folder.is_dir() {
             let entries = std::fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
@@ -54,9 +54,9 @@ impl Templates {
         };
         Ok(match value {
             Value::Null => Self(BTreeMap::new()),
-            Value::String(source) => Self::one(Some(source.clone())),
+            Value::String(source) => Self::single(Some(source.clone())),
             Value::Array(list) => {
-                Self(list.iter().map(|one| named(&one["name"], &one["template"])).collect::<Result<_>>()?)
+                Self(list.iter().map(|entry| named(&entry["name"], &entry["template"])).collect::<Result<_>>()?)
             }
             Value::Object(by_name) => {
                 let pairs = by_name.iter().map(|(name, template)| named(&json!(name), template));

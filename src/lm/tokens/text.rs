@@ -52,7 +52,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// If the tokenizer rejects the text.
-    pub fn encode_behind(&self, prompt: &[u32], text: &str) -> Result<(usize, Vec<u32>)> {
+    pub fn encode_after(&self, prompt: &[u32], text: &str) -> Result<(usize, Vec<u32>)> {
         let apart = || Ok((prompt.len(), self.encode_answer(text)?));
         let properties = self.properties()?;
         // No token spans a control token, and very few span more than a few tokens.
@@ -72,7 +72,7 @@ impl Tokenizer {
         if self.encode_answer(before)? != tail {
             return apart();
         }
-        let same = together.iter().zip(tail).take_while(|(one, other)| one == other).count();
+        let same = together.iter().zip(tail).take_while(|(token, other)| token == other).count();
         let kept = prompt.len() - tail.len() + same;
         // At least one token must precede the answer's first token, to predict it.
         if kept == 0 { apart() } else { Ok((kept, together[same..].to_vec())) }
@@ -231,12 +231,12 @@ mod tests {
             let together = tokenizer.encode(&format!("user:\n{answer}")).unwrap();
             let apart = [prompt.clone(), tokenizer.encode_answer(answer).unwrap()].concat();
             assert_eq!(apart, together, "{answer}");
-            let (kept, behind) = tokenizer.encode_behind(&prompt, answer).unwrap();
+            let (kept, behind) = tokenizer.encode_after(&prompt, answer).unwrap();
             assert_eq!([&prompt[..kept], &behind].concat(), together, "{answer}");
         }
         for (prompt, answer) in [("x", "y"), ("user: x ", "y"), ("user: ", "x"), ("user:", " y")] {
             let ids = tokenizer.encode(prompt).unwrap();
-            let (kept, behind) = tokenizer.encode_behind(&ids, answer).unwrap();
+            let (kept, behind) = tokenizer.encode_after(&ids, answer).unwrap();
             let together = tokenizer.encode(&format!("{prompt}{answer}")).unwrap();
             assert_eq!([&ids[..kept], &behind].concat(), together, "{prompt:?} {answer:?}");
         }
@@ -277,7 +277,7 @@ mod tests {
             ("a", "b", 1, vec![2]),
         ] {
             let ids = tokenizer.encode(prompt).unwrap();
-            assert_eq!(tokenizer.encode_behind(&ids, answer).unwrap(), (kept, behind), "{prompt:?} {answer:?}");
+            assert_eq!(tokenizer.encode_after(&ids, answer).unwrap(), (kept, behind), "{prompt:?} {answer:?}");
         }
     }
 }

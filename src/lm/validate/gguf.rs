@@ -12,13 +12,13 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value, VersionedMagic};
 
 /// Largest number of metadata entries, and of tensors; models have some dozens and some thousands.
-const MOST_ENTRIES: u64 = 1 << 16;
+const MAX_ENTRIES: u64 = 1 << 16;
 /// Largest total number of values, counting the elements of lists; the largest vocabularies have a million.
-const MOST_VALUES: u64 = 1 << 24;
+const MAX_VALUES: u64 = 1 << 24;
 /// Largest number of bytes of one text.
 const LONGEST_TEXT: u64 = 16 << 20;
 /// Largest depth of nested lists.
-const DEEPEST: usize = 4;
+const MAX_DEPTH: usize = 4;
 
 /// Opens a file and reads its header. Checks that every listed tensor lies completely in the file and overlaps no
 /// other.
@@ -28,7 +28,7 @@ const DEEPEST: usize = 4;
 pub fn read(path: &Path) -> Result<(BufReader<File>, Content)> {
     let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let size = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
-    let mut header = Header { file: BufReader::new(file), at: 0, size, values: MOST_VALUES, wide: true };
+    let mut header = Header { file: BufReader::new(file), at: 0, size, values: MAX_VALUES, long_lengths: true };
     let content = header.content().with_context(|| format!("{} is not a readable GGUF file", path.display()))?;
     Ok((header.file, content))
 }
@@ -60,9 +60,9 @@ pub fn list(value: &Value) -> Result<&[Value]> {
 ///
 /// # Errors
 /// If the value has another type; the error names it.
-pub fn truth(value: &Value) -> Result<bool> {
+pub fn boolean(value: &Value) -> Result<bool> {
     match value {
-        Value::Bool(truth) => Ok(*truth),
+        Value::Bool(boolean) => Ok(*boolean),
         other => bail!("is of type {:?}, not true or false", other.value_type()),
     }
 }
@@ -74,7 +74,7 @@ struct Header {
     /// Number of values that may still be read.
     values: u64,
     /// True if lengths have eight bytes, as they have from version 2 on.
-    wide: bool,
+    long_lengths: bool,
 }
 
 impl Header {
@@ -86,25 +86,25 @@ impl Header {
             3 => VersionedMagic::GgufV3,
             other => bail!("its version is {other}; these can be read: 1, 2, 3"),
         };
-        self.wide = magic != VersionedMagic::GgufV1;
+        self.long_lengths = magic != VersionedMagic::GgufV1;
         let (tensors, entries) = (self.length()?, self.length()?);
         for (what, count) in [("tensors", tensors), ("entries of metadata", entries)] {
-            ensure!(count <= MOST_ENTRIES, "it claims {count} {what}, the limit is {MOST_ENTRIES}");
+            ensure!(count <= MAX_ENTRIES, "it claims {count} {what}, the limit is {MAX_ENTRIES}");
         }
         let mut metadata = HashMap::new();
         for i in 0..entries {
             let key = self.text().with_context(|| format!("in the name of metadata entry {i}"))?;
             let value = self.u32().and_then(|kind| self.value(kind, 0));
-            let value = value.with_context(|| format!("in the metadata entry {}", shown(&key)))?;
-            ensure!(metadata.insert(key.clone(), value).is_none(), "the metadata entry {} appears twice", shown(&key));
+            let value = value.with_context(|| format!("in the metadata entry {}", quoted(&key)))?;
+            ensure!(metadata.insert(key.clone(), value).is_none(), "the metadata entry {} appears twice", quoted(&key));
         }
         let mut tensor_infos = HashMap::new();
         for i in 0..tensors {
             let name = self.text().with_context(|| format!("in the name of tensor {i}"))?;
-            let info = self.tensor().with_context(|| format!("in the tensor {}", shown(&name)))?;
-            ensure!(tensor_infos.insert(name.clone(), info).is_none(), "the tensor {} appears twice", shown(&name));
+            let info = self.tensor().with_context(|| format!("in the tensor {}", quoted(&name)))?;
+            ensure!(tensor_infos.insert(name.clone(), info).is_none(), "the tensor {} appears twice", quoted(&name));
         }
-        whole(&metadata)?;
+        check_complete(&metadata)?;
         let alignment = match metadata.get("general.alignment") {
             None => 32,
             Some(Value::U32(n)) if n.is_power_of_two() && *n <= 1 << 16 => u64::from(*n),
@@ -112,22 +112,22 @@ impl Header {
             Some(other) => bail!("general.alignment is of type {:?}, not U32", other.value_type()),
         };
         let tensor_data_offset = self.at.div_ceil(alignment) * alignment;
-        self.placed(&tensor_infos, tensor_data_offset)?;
+        self.check_layout(&tensor_infos, tensor_data_offset)?;
         Ok(Content { magic, metadata, tensor_infos, tensor_data_offset })
     }
 
     /// Checks that all tensors lie in the file and do not overlap, so that memory stays in proportion to the file.
-    fn placed(&self, tensors: &HashMap<String, TensorInfo>, data: u64) -> Result<()> {
+    fn check_layout(&self, tensors: &HashMap<String, TensorInfo>, data: u64) -> Result<()> {
         let mut places: Vec<(u64, u64, &String)> = Vec::with_capacity(tensors.len());
         for (name, info) in tensors {
-            let bytes = bytes(info).with_context(|| format!("in the tensor {}", shown(name)))?;
+            let bytes = bytes(info).with_context(|| format!("in the tensor {}", quoted(name)))?;
             let start = data.checked_add(info.offset);
             let end = start.and_then(|start| start.checked_add(bytes));
             match (start, end) {
                 (Some(start), Some(end)) if end <= self.size => places.push((start, end, name)),
                 _ => bail!(
                     "the tensor {} takes {bytes} bytes from byte {} on, and the file ends at byte {}; is the download complete?",
-                    shown(name),
+                    quoted(name),
                     start.unwrap_or(u64::MAX),
                     self.size
                 ),
@@ -135,13 +135,13 @@ impl Header {
         }
         places.sort_unstable();
         match places.windows(2).find(|pair| pair[0].1 > pair[1].0) {
-            Some(pair) => bail!("the tensors {} and {} overlap", shown(pair[0].2), shown(pair[1].2)),
+            Some(pair) => bail!("the tensors {} and {} overlap", quoted(pair[0].2), quoted(pair[1].2)),
             None => Ok(()),
         }
     }
 
     fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
-        self.room(N as u64)?;
+        self.check_remaining(N as u64)?;
         let mut bytes = [0; N];
         self.file.read_exact(&mut bytes)?;
         self.at += N as u64;
@@ -149,7 +149,7 @@ impl Header {
     }
 
     /// Checks that at least this many bytes follow.
-    fn room(&self, bytes: u64) -> Result<()> {
+    fn check_remaining(&self, bytes: u64) -> Result<()> {
         ensure!(
             bytes <= self.size.saturating_sub(self.at),
             "{bytes} bytes should follow at byte {}, and the file ends at byte {}; is the download complete?",
@@ -168,13 +168,13 @@ impl Header {
     }
 
     fn length(&mut self) -> Result<u64> {
-        if self.wide { self.u64() } else { Ok(u64::from(self.u32()?)) }
+        if self.long_lengths { self.u64() } else { Ok(u64::from(self.u32()?)) }
     }
 
     fn text(&mut self) -> Result<String> {
         let length = self.length()?;
         ensure!(length <= LONGEST_TEXT, "a text claims {length} bytes, the limit is {LONGEST_TEXT}");
-        self.room(length)?;
+        self.check_remaining(length)?;
         let mut bytes = vec![0; length as usize];
         self.file.read_exact(&mut bytes)?;
         self.at += length;
@@ -189,7 +189,7 @@ impl Header {
         self.values = self
             .values
             .checked_sub(1)
-            .with_context(|| format!("the metadata has more than {MOST_VALUES} values, which is the limit"))?;
+            .with_context(|| format!("the metadata has more than {MAX_VALUES} values, which is the limit"))?;
         Ok(match kind {
             0 => Value::U8(u8::from_le_bytes(self.array()?)),
             1 => Value::I8(i8::from_le_bytes(self.array()?)),
@@ -205,11 +205,11 @@ impl Header {
             },
             8 => Value::String(self.text()?),
             9 => {
-                ensure!(depth < DEEPEST, "lists are nested more than {DEEPEST} deep");
+                ensure!(depth < MAX_DEPTH, "lists are nested more than {MAX_DEPTH} deep");
                 let (kind, length) = (self.u32()?, self.length()?);
-                ensure!(length <= self.values, "a list claims {length} values, the limit is {MOST_VALUES} in total");
+                ensure!(length <= self.values, "a list claims {length} values, the limit is {MAX_VALUES} in total");
                 // A value takes at least one byte.
-                self.room(length)?;
+                self.check_remaining(length)?;
                 Value::Array((0..length).map(|_| self.value(kind, depth + 1)).collect::<Result<_>>()?)
             }
             10 => Value::U64(self.u64()?),
@@ -285,7 +285,7 @@ const TYPES: [(u32, &str); 23] = [
 ];
 
 /// Rejects a file that is only a part of a model.
-fn whole(metadata: &HashMap<String, Value>) -> Result<()> {
+fn check_complete(metadata: &HashMap<String, Value>) -> Result<()> {
     let number = |key: &str| match metadata.get(key) {
         Some(Value::U8(n)) => Some(u64::from(*n)),
         Some(Value::U16(n)) => Some(u64::from(*n)),
@@ -320,7 +320,7 @@ fn bytes(info: &TensorInfo) -> Result<u64> {
 }
 
 /// Formats a name for an error: quoted, on one line, at most 80 characters.
-fn shown(name: &str) -> String {
+fn quoted(name: &str) -> String {
     let short: String = name.chars().take(80).collect();
     format!("{short:?}")
 }

@@ -11,7 +11,7 @@ const REMEDY: &str =
     "quantised weights cannot be trained; use the model's own weights in bf16, f16 or f32, or dequantise them first";
 
 /// Suffixes of tensor names that only quantised models have, with the kind of quantisation.
-const ENDS: [(&str, &str); 19] = [
+const SUFFIXES: [(&str, &str); 19] = [
     (".qweight", "GPTQ or AWQ"),
     (".qzeros", "GPTQ or AWQ"),
     (".scales", "GPTQ or AWQ"),
@@ -37,7 +37,7 @@ const ENDS: [(&str, &str); 19] = [
 ///
 /// # Errors
 /// If the model is quantised; the error names the key and the method.
-pub fn described(config: &Value) -> Result<()> {
+pub fn check_config(config: &Value) -> Result<()> {
     for key in ["quantization_config", "compression_config"] {
         let value = &config[key];
         if value.is_null() {
@@ -55,7 +55,7 @@ pub fn described(config: &Value) -> Result<()> {
 ///
 /// # Errors
 /// If such a file exists; the error names it.
-pub fn described_beside(dir: &Path) -> Result<()> {
+pub fn check_directory(dir: &Path) -> Result<()> {
     for (name, kind) in
         [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "ModelOpt")]
     {
@@ -71,9 +71,9 @@ pub fn described_beside(dir: &Path) -> Result<()> {
 ///
 /// # Errors
 /// If the tensor is quantised; the error names it and its type.
-pub fn tensor(name: &str, dtype: Dtype) -> Result<()> {
+pub fn check_tensor(name: &str, dtype: Dtype) -> Result<()> {
     let short: String = name.chars().take(80).collect();
-    if let Some((_, kind)) = ENDS.iter().find(|(end, _)| name.ends_with(end)) {
+    if let Some((_, kind)) = SUFFIXES.iter().find(|(end, _)| name.ends_with(end)) {
         bail!("the tensor {short:?} belongs to quantised weights ({kind}); {REMEDY}");
     }
     let is_float = matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
@@ -115,15 +115,15 @@ mod tests {
             (json!({ "quantization_config": {} }), "not named"),
             (json!({ "compression_config": { "quant_method": "compressed-tensors" } }), "compressed-tensors"),
         ] {
-            let error = described(&config).unwrap_err().to_string();
+            let error = check_config(&config).unwrap_err().to_string();
             assert!(error.contains(&format!("quantised (method: {method})")) && error.contains("_config"), "{error}");
         }
-        described(&json!({ "quantization_config": null })).unwrap();
-        described(&json!({})).unwrap();
+        check_config(&json!({ "quantization_config": null })).unwrap();
+        check_config(&json!({})).unwrap();
         let dir = tempfile::tempdir().unwrap();
-        described_beside(dir.path()).unwrap();
+        check_directory(dir.path()).unwrap();
         std::fs::write(dir.path().join("hf_quant_config.json"), "{}").unwrap();
-        assert!(described_beside(dir.path()).unwrap_err().to_string().contains("hf_quant_config.json"));
+        assert!(check_directory(dir.path()).unwrap_err().to_string().contains("hf_quant_config.json"));
     }
 
     #[test]
@@ -144,7 +144,7 @@ mod tests {
             ("weight.quant_state.bitsandbytes__nf4", Dtype::U8),
         ] {
             let name = format!("{q}.{name}");
-            let error = tensor(&name, dtype).expect_err(&name).to_string();
+            let error = check_tensor(&name, dtype).expect_err(&name).to_string();
             assert!(error.contains(&name) && error.contains("quantised"), "{error}");
         }
         for (name, dtype) in [
@@ -153,7 +153,7 @@ mod tests {
             ("model.norm.weight", Dtype::F64),
             ("model.layers.0.self_attn.rotary_emb.inv_freq", Dtype::F32),
         ] {
-            tensor(name, dtype).unwrap();
+            check_tensor(name, dtype).unwrap();
         }
     }
 }

@@ -29,7 +29,7 @@ pub fn check(path: &Path) -> Result<Vec<String>> {
         let size = file.metadata()?.len();
         let mut begin = Vec::new();
         file.by_ref().take(64).read_to_end(&mut begin)?;
-        if let Some(words) = read_bounded::stand_in(&begin) {
+        if let Some(words) = read_bounded::misplaced_content(&begin) {
             bail!("{words}");
         }
         file.rewind()?;
@@ -44,24 +44,24 @@ pub fn check(path: &Path) -> Result<Vec<String>> {
         );
         let mut header = vec![0; length as usize];
         file.read_exact(&mut header)?;
-        sound(&header, size - 8 - length)
+        check_header(&header, size - 8 - length)
     };
     check().with_context(|| format!("cannot read {}", path.display()))
 }
 
 /// Checks a header that is followed by `data` bytes of values.
-fn sound(header: &[u8], data: u64) -> Result<Vec<String>> {
+fn check_header(header: &[u8], data: u64) -> Result<Vec<String>> {
     // Parsing also checks that the tensors are contiguous and as long as their shapes.
     let metadata: Metadata =
         serde_json::from_slice(header).context("its header is invalid; is the download complete?")?;
     let mut names = Vec::new();
     for (name, info) in metadata.tensors() {
         let short: String = name.chars().take(80).collect();
-        quantised::tensor(&name, info.dtype)?;
+        quantised::check_tensor(&name, info.dtype)?;
         let known = READABLE.contains(&info.dtype);
         ensure!(known, "the tensor {short:?} holds values of type {:?}, which cannot be read", info.dtype);
-        let (whole, rank) = (info.shape.iter().all(|size| *size > 0), info.shape.len());
-        ensure!(whole && rank <= 8, "the tensor {short:?} has no values, or more than 8 dimensions");
+        let (has_values, rank) = (info.shape.iter().all(|size| *size > 0), info.shape.len());
+        ensure!(has_values && rank <= 8, "the tensor {short:?} has no values, or more than 8 dimensions");
         names.push(name);
     }
     let claimed = metadata.data_len() as u64;

@@ -13,15 +13,15 @@ use tokenizers::Tokenizer;
 use crate::util::read_bounded;
 
 /// Largest id of a token; the largest vocabularies have a quarter of a million.
-const HIGHEST_ID: u32 = (1 << 24) - 1;
+const MAX_ID: u32 = (1 << 24) - 1;
 /// Largest number of bytes of one token; those of known models have up to a few hundred.
 pub const LONGEST_TOKEN: usize = 1024;
 /// Largest number of bytes of a pattern.
 const LONGEST_PATTERN: usize = 4096;
 /// Largest number of consecutive components of a kind.
-const MOST_PARTS: usize = 16;
+const MAX_PARTS: usize = 16;
 /// Largest factor by which normalizers or decoders together may lengthen a text.
-const MOST_GROWTH: usize = 256;
+const MAX_GROWTH: usize = 256;
 
 #[derive(Deserialize)]
 struct Description {
@@ -95,7 +95,7 @@ fn check(json: &[u8]) -> Result<()> {
         Err(error) => {
             let other: Value = serde_json::from_slice(json).context("it is not JSON")?;
             if let Some(kind) = other["model"]["type"].as_str() {
-                readable(kind)?;
+                check_model_type(kind)?;
             }
             return Err(error).context("it is not a description of a tokenizer");
         }
@@ -109,10 +109,10 @@ fn check(json: &[u8]) -> Result<()> {
         let parts = parts(name, part)?;
         let grown = parts.iter().try_fold(1usize, |grown, part| {
             let kind = kind(name, part)?;
-            let factor = sound(name, kind, part).with_context(|| format!("in its {name} {kind}"))?;
+            let factor = check_component(name, kind, part).with_context(|| format!("in its {name} {kind}"))?;
             anyhow::Ok(grown.saturating_mul(factor))
         })?;
-        ensure!(grown <= MOST_GROWTH, "its {name} may turn one byte into more than {MOST_GROWTH}");
+        ensure!(grown <= MAX_GROWTH, "its {name} may turn one byte into more than {MAX_GROWTH}");
         let templates = parts.iter().filter(|part| part["type"] != "ByteLevel").count();
         ensure!(name != "post_processor" || templates <= 1, "its post_processor has more than one template");
     }
@@ -127,10 +127,10 @@ fn check(json: &[u8]) -> Result<()> {
 /// Checks that the `tokenizers` library can work with an added token.
 ///
 /// # Errors
-/// Names the token, and why it cannot be used.
+/// If it cannot; the error names the token and the reason.
 pub fn check_added(content: &str, lstrip: bool) -> Result<()> {
     token(content, 0)?;
-    // The library may find the token within spaces that the previous token has consumed, and cuts them twice.
+    // The library may find the token within spaces that the previous token has consumed, and removes them twice.
     ensure!(
         !(lstrip && content.chars().all(char::is_whitespace)),
         "its added token {content:?} consists of spaces and strips the spaces before it"
@@ -139,7 +139,7 @@ pub fn check_added(content: &str, lstrip: bool) -> Result<()> {
 }
 
 /// Checks that a tokenizer's model of the type `kind` can be read.
-fn readable(kind: &str) -> Result<()> {
+fn check_model_type(kind: &str) -> Result<()> {
     ensure!(
         ["BPE", "WordPiece", "WordLevel"].contains(&kind),
         "its model is of type {kind}; these can be read: BPE, WordPiece, WordLevel"
@@ -150,7 +150,7 @@ fn readable(kind: &str) -> Result<()> {
 impl Model {
     fn check(&self) -> Result<()> {
         let kind = self.kind.as_deref().unwrap_or(if self.merges.is_empty() { "WordPiece" } else { "BPE" });
-        readable(kind)?;
+        check_model_type(kind)?;
         for (content, id) in &self.vocab {
             token(content, *id)?;
         }
@@ -172,10 +172,10 @@ impl Model {
                 Merge::Line(line) if i == 0 && line.starts_with("#version") => continue,
                 Merge::Line(line) => line.split_once(' '),
             };
-            let whole = pair.map(|(left, right)| format!("{left}{right}"));
+            let merged = pair.map(|(left, right)| format!("{left}{right}"));
             ensure!(
-                whole.as_ref().is_some_and(|whole| self.vocab.contains_key(whole)),
-                "merge {} of its model makes {whole:?}, which is not one of its tokens",
+                merged.as_ref().is_some_and(|merged| self.vocab.contains_key(merged)),
+                "merge {} of its model makes {merged:?}, which is not one of its tokens",
                 i + 1
             );
         }
@@ -184,7 +184,7 @@ impl Model {
 }
 
 fn token(content: &str, id: u32) -> Result<()> {
-    ensure!(id <= HIGHEST_ID, "a token has the id {id}, and {HIGHEST_ID} is the highest there may be");
+    ensure!(id <= MAX_ID, "a token has the id {id}; the highest supported id is {MAX_ID}");
     ensure!(content.len() <= LONGEST_TOKEN, "token {id} has {} bytes, the limit is {LONGEST_TOKEN}", content.len());
     Ok(())
 }
@@ -199,7 +199,7 @@ fn parts<'a>(name: &str, part: &'a Value) -> Result<Vec<&'a Value>> {
     }
     let list = ["normalizers", "pretokenizers", "processors", "decoders"].iter().find_map(|key| part[key].as_array());
     let list = list.with_context(|| format!("its {name} is a sequence without parts"))?;
-    ensure!(list.len() <= MOST_PARTS, "its {name} has {} parts, the limit is {MOST_PARTS}", list.len());
+    ensure!(list.len() <= MAX_PARTS, "its {name} has {} parts, the limit is {MAX_PARTS}", list.len());
     Ok(list.iter().collect())
 }
 
@@ -237,7 +237,7 @@ fn kind<'a>(name: &str, part: &'a Value) -> Result<&'a str> {
 }
 
 /// Checks one component, and returns the factor by which it may lengthen a text.
-fn sound(name: &str, kind: &str, part: &Value) -> Result<usize> {
+fn check_component(name: &str, kind: &str, part: &Value) -> Result<usize> {
     match (name, kind) {
         (_, "Replace") => {
             let length = part["content"].as_str().map_or(0, str::len);
@@ -269,7 +269,7 @@ fn pattern(pattern: &Value) -> Result<()> {
 /// Checks that a template defines each special token that it uses, and contains the text exactly once.
 fn template(part: &Value) -> Result<()> {
     let pieces = part["single"].as_array().context("it has no list of pieces (single)")?;
-    ensure!(pieces.len() <= MOST_PARTS, "it has {} pieces, the limit is {MOST_PARTS}", pieces.len());
+    ensure!(pieces.len() <= MAX_PARTS, "it has {} pieces, the limit is {MAX_PARTS}", pieces.len());
     let mut texts = 0;
     for piece in pieces {
         if let Some(id) = piece["SpecialToken"]["id"].as_str() {
@@ -277,7 +277,7 @@ fn template(part: &Value) -> Result<()> {
             let count = |key: &str| token.and_then(|token| token[key].as_array()).map_or(0, Vec::len);
             let (ids, tokens) = (count("ids"), count("tokens"));
             ensure!(
-                ids > 0 && ids == tokens && ids <= MOST_PARTS,
+                ids > 0 && ids == tokens && ids <= MAX_PARTS,
                 "its special token {id:?} has {ids} ids and {tokens} tokens"
             );
         } else if piece["Sequence"]["id"] == "A" {

@@ -5,7 +5,7 @@ use preceptor_actors::RoleShare;
 use serde::Serialize;
 
 use crate::config::{Choice, Config, RolloutWeights};
-use crate::pipeline::generate::MOST_SLOTS;
+use crate::pipeline::generate::MAX_SLOTS;
 
 /// Minimum busy share of a bottleneck role. Below it, no single role limits throughput.
 const LIMITS: f64 = 0.6;
@@ -137,8 +137,8 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
     let (rollout, labeler, learner) = (&config.rollout, &config.labeler, &config.learner);
     match share.role.as_str() {
         "rollout" => {
-            if rollout.slots < MOST_SLOTS {
-                let slots = (2 * rollout.slots).min(MOST_SLOTS);
+            if rollout.slots < MAX_SLOTS {
+                let slots = (2 * rollout.slots).min(MAX_SLOTS);
                 more("rollout.slots", rollout.slots, slots, "more sequences share each read of the weights");
             }
             if spare > 0 {
@@ -208,7 +208,7 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
         }
         _ => {}
     }
-    let may_narrow = config.bears_other_weights() && config.samples_as_a_cpu_likes();
+    let may_narrow = config.tolerates_off_policy() && config.rollouts_on_cpu_f32();
     if share.role == "rollout" && rollout.weights == RolloutWeights::F32 && may_narrow {
         settings.push(Setting {
             key: "rollout.weights",

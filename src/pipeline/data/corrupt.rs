@@ -81,23 +81,24 @@ mod tests {
     #[test]
     fn half_of_the_rows_are_swapped_and_half_are_shuffled() {
         let rows = rows();
-        let made: Vec<Corrupted> = (0..rows.len()).map(|i| corrupt(&rows, i, 1).unwrap()).collect();
-        for (one, (_, reference)) in made.iter().zip(&rows) {
-            assert_ne!(&one.worse, reference);
-            let mut words = [one.worse.split_whitespace().collect::<Vec<_>>(), reference.split_whitespace().collect()];
+        let pairs: Vec<Corrupted> = (0..rows.len()).map(|i| corrupt(&rows, i, 1).unwrap()).collect();
+        for (corrupted, (_, reference)) in pairs.iter().zip(&rows) {
+            assert_ne!(&corrupted.worse, reference);
+            let mut words =
+                [corrupted.worse.split_whitespace().collect::<Vec<_>>(), reference.split_whitespace().collect()];
             words.iter_mut().for_each(|words| words.sort_unstable());
-            assert_eq!(one.kind == Kind::Shuffle, words[0] == words[1], "{one:?} of {reference:?}");
+            assert_eq!(corrupted.kind == Kind::Shuffle, words[0] == words[1], "{corrupted:?} of {reference:?}");
         }
         // Halves, within five standard deviations.
         let bound = 5.0 * (0.25f64 * 400.0).sqrt();
         for count in [
-            made.iter().filter(|one| one.kind == Kind::Swap).count(),
-            made.iter().filter(|one| one.better_first).count(),
+            pairs.iter().filter(|corrupted| corrupted.kind == Kind::Swap).count(),
+            pairs.iter().filter(|corrupted| corrupted.better_first).count(),
         ] {
             assert!((count as f64 - 200.0).abs() < bound, "{count}");
         }
         assert_eq!(corrupt(&rows, 7, 1), corrupt(&rows, 7, 1));
-        assert!((0..400).any(|i| corrupt(&rows, i, 2) != Some(made[i].clone())));
+        assert!((0..400).any(|i| corrupt(&rows, i, 2) != Some(pairs[i].clone())));
     }
 
     #[test]

@@ -69,7 +69,8 @@ impl Dialogue {
             }
             Value::Array(list) => {
                 ensure!(!list.is_empty(), "is a dialogue without turns");
-                let turns = list.iter().enumerate().map(|(i, one)| turn(one, i + 1, notes)).collect::<Result<_>>()?;
+                let turns =
+                    list.iter().enumerate().map(|(i, value)| turn(value, i + 1, notes)).collect::<Result<_>>()?;
                 Self { turns }
             }
             Value::Object(fields) if fields.contains_key(BINARY) => bail!("{}", not_text(value)),
@@ -192,7 +193,7 @@ impl Dialogue {
             let rest = &dialogue.turns[shared..];
             match rest.first() {
                 Some(first) if first.role == "assistant" => {}
-                _ => bail!("do not part at an answer of the assistant's: they differ from turn {} on", shared + 1),
+                _ => bail!("do not diverge at an assistant turn: they differ from turn {} on", shared + 1),
             }
             Self { turns: rest.to_vec() }.as_answer()
         };
@@ -212,8 +213,8 @@ impl Dialogue {
         ensure!(by(self.turns.last()), "do not end with the assistant's turn");
         let twice = self.turns.windows(2).any(|two| by(two.first()) && by(two.last()));
         ensure!(!twice, "have two turns of the assistant in a row; join them into one message");
-        let told = self.text();
-        Ok(told.strip_prefix("Assistant:").unwrap_or(&told).trim().to_owned())
+        let text = self.text();
+        Ok(text.strip_prefix("Assistant:").unwrap_or(&text).trim().to_owned())
     }
 }
 
@@ -311,7 +312,7 @@ pub(super) fn messages_in(text: &str) -> Option<Vec<Value>> {
         return None;
     }
     let list: Vec<Value> = serde_json::from_str(text).ok()?;
-    list.iter().all(|one| one.get("role").or(one.get("from")).is_some()).then_some(list)
+    list.iter().all(|message| message.get("role").or(message.get("from")).is_some()).then_some(list)
 }
 
 #[cfg(test)]
@@ -333,7 +334,7 @@ mod tests {
     fn dialogues_are_read_in_every_format() {
         let expected = [("user", "hi"), ("assistant", "hello\n\nthere"), ("user", "why?")]
             .map(|(a, b)| (a.to_owned(), b.to_owned()));
-        for form in [
+        for value in [
             json!(
                 r#"[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello\n\nthere"}, {"role": "user", "content": "why?"}]"#
             ),
@@ -350,7 +351,7 @@ mod tests {
             ]),
             json!({ "role": ["User", "model", "Human"], "content": ["hi", "hello\n\nthere", "why?"] }),
         ] {
-            assert_eq!(turns(&form), expected, "{form}");
+            assert_eq!(turns(&value), expected, "{value}");
         }
         assert_eq!(turns(&json!("Human beings are odd")), [("user".to_owned(), "Human beings are odd".to_owned())]);
         assert_eq!(turns(&json!({ "role": "user", "content": "hi" })), [("user".to_owned(), "hi".to_owned())]);

@@ -130,7 +130,7 @@ impl PromptFormat {
         if self.system.is_some() && dialogue.has_system() {
             notes.add("the row's own system message is used, and data.system is not");
         }
-        remark_unread(row, &[&self.field, &self.reference_field], notes);
+        note_unread(row, &[&self.field, &self.reference_field], notes);
         let given = match row.get(&self.reference_field) {
             Some(value) if !is_blank(value) && self.reference_field != self.field => {
                 match reference(value, &dialogue, notes) {
@@ -202,7 +202,7 @@ pub(super) fn with_system_column(row: &Value, dialogue: Dialogue, used: &str) ->
 }
 
 /// Notes the columns that change a prompt's meaning and are not read; the first of `used` is the prompt's field.
-pub(super) fn remark_unread(row: &Value, used: &[&str], notes: &mut Notes) {
+pub(super) fn note_unread(row: &Value, used: &[&str], notes: &mut Notes) {
     let given = |name: &&str| !used.contains(name) && row.get(name).is_some_and(|value| !is_blank(value));
     for name in UNREAD.into_iter().filter(given) {
         notes.add(format!("the field {name:?} is not read; if it belongs to the prompt, put it into {:?}", used[0]));

@@ -7,10 +7,10 @@ use preceptor_actors::{AdmissionGate, Ended, Item, Source, StageContext, StageRe
 use rayon::prelude::*;
 
 use super::{
-    Faults, ModelBounds, OnBad, OnLong, PairOptions, PreferencePair, Preferences, PromptFormat, Rows, surely_longer,
+    Faults, ModelBounds, OnBad, OnLong, PairOptions, PreferencePair, Preferences, PromptFormat, Rows, certainly_longer,
 };
 use crate::lm::tokens::Tokenizer;
-use crate::types::{Completion, Feedback, Finish, Group, Labeled, Preference, Prompt, Verdict};
+use crate::types::{Completion, Feedback, Group, Labeled, Preference, Prompt, Verdict};
 
 /// Labeled pairs that fit the model's context.
 pub struct PairSet {
@@ -48,7 +48,7 @@ impl PairSet {
             .map(|i| {
                 let pair = set.preferences.get(i)?;
                 let bytes = pair.dialogue.text().len() + pair.first.len().max(pair.second.len());
-                if surely_longer(bytes, limit) {
+                if certainly_longer(bytes, limit) {
                     return Ok(Err(format!(
                         "prompt and answer have {bytes} bytes, and the model's context of {limit} tokens is far below that"
                     )));
@@ -58,7 +58,7 @@ impl PairSet {
                 for answer in &group.completions {
                     model.check(&answer.ids, &set.tokenizer).context("in an answer")?;
                 }
-                let longest = group.completions.iter().map(|one| one.ids.len()).max().unwrap_or(0);
+                let longest = group.completions.iter().map(|completion| completion.ids.len()).max().unwrap_or(0);
                 let length = group.prompt.ids.len() + longest;
                 let words = || format!("prompt and answer have {length} tokens, the model's context is {limit}");
                 Ok(if length > limit { Err(words()) } else { Ok(()) })
@@ -130,8 +130,8 @@ impl PairSet {
 pub fn group(seq: u64, pair: &PreferencePair, format: &PromptFormat, tokenizer: &Tokenizer) -> Result<Group> {
     let ids = format.encode_dialogue(&pair.dialogue, tokenizer)?;
     ensure!(!ids.is_empty(), "the prompt has no tokens");
-    let (first_kept, first) = tokenizer.encode_behind(&ids, &pair.first)?;
-    let (second_kept, second) = tokenizer.encode_behind(&ids, &pair.second)?;
+    let (first_kept, first) = tokenizer.encode_after(&ids, &pair.first)?;
+    let (second_kept, second) = tokenizer.encode_after(&ids, &pair.second)?;
     // Both answers must follow the same tokens.
     let kept = first_kept.min(second_kept);
     let completion = |text: &str, own: usize, behind: Vec<u32>| {

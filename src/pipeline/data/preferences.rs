@@ -6,8 +6,8 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use super::faults::Notes;
-use super::format::{field, is_blank, likely_prompt, remark_unread, with_system_column};
-use super::{Dialogue, Faults, OnBad, Rows, Split, in_parts, order};
+use super::format::{field, is_blank, likely_prompt, note_unread, with_system_column};
+use super::{Dialogue, Faults, OnBad, Rows, Split, for_each_in_order, order};
 
 /// A prompt with two answers.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,7 +26,7 @@ pub struct PreferencePair {
 
 impl PreferencePair {
     /// Returns the reason why the pair has no training signal; `None` if it has one.
-    fn teaches_nothing(&self, keep_equal: bool) -> Option<&'static str> {
+    fn no_signal_reason(&self, keep_equal: bool) -> Option<&'static str> {
         if [&self.first, &self.second].into_iter().any(|answer| answer.trim().is_empty()) {
             return Some("left out, since an answer is empty");
         }
@@ -42,7 +42,7 @@ enum Found {
     /// A pair without training signal, with the reason.
     Empty(&'static str),
     /// A blank line, or a row outside the selected part.
-    NotMeant,
+    NotSelected,
 }
 
 /// Settings for reading pairs.
@@ -94,7 +94,7 @@ impl Preferences {
         Self::of(Rows::open(path)?, options)
     }
 
-    /// Reads every row of `rows` once.
+    /// Checks every row of `rows` and indexes the pairs.
     ///
     /// # Errors
     /// If rows are faulty, unless `options` skips them, or if no row is a pair. The error names the file and up to ten
@@ -102,31 +102,31 @@ impl Preferences {
     pub fn of(rows: Rows, options: &PairOptions) -> Result<Self> {
         let name = rows.name();
         ensure!(u32::try_from(rows.len()).is_ok(), "{name} has more than 4 billion rows");
-        let look = |i: usize| -> Result<Found> {
-            let Some(row) = rows.get(i)? else { return Ok(Found::NotMeant) };
+        let check_row = |i: usize| -> Result<Found> {
+            let Some(row) = rows.get(i)? else { return Ok(Found::NotSelected) };
             let mut notes = Notes::default();
             // Label files contain null for pairs that the judge did not decide; these have no training signal.
             let undecided = options.labeled && row.get("preference").is_some_and(Value::is_null);
             let pair = pair(i, &row, &options.prompt_field, &mut notes)?;
             if undecided {
-                return Ok(Found::NotMeant);
+                return Ok(Found::NotSelected);
             }
-            if let Some(why) = pair.teaches_nothing(options.keep_equal) {
+            if let Some(why) = pair.no_signal_reason(options.keep_equal) {
                 return Ok(Found::Empty(why));
             }
             let known = !options.labeled || pair.preference.is_some();
             ensure!(known, "no field \"preference\" says which answer is better");
-            Ok(if options.split.takes(&pair.dialogue.text()) { Found::Pair(notes) } else { Found::NotMeant })
+            Ok(if options.split.contains(&pair.dialogue.text()) { Found::Pair(notes) } else { Found::NotSelected })
         };
         let (mut usable, mut faults, mut notes) = (Vec::new(), Faults::default(), Notes::default());
         let mut left_out = Notes::default();
-        in_parts(rows.len(), look, |i, found| match found {
+        for_each_in_order(rows.len(), check_row, |i, found| match found {
             Ok(Found::Pair(remarks)) => {
                 usable.push(i as u32);
                 notes.merge(remarks);
             }
             Ok(Found::Empty(why)) => left_out.add(why),
-            Ok(Found::NotMeant) => {}
+            Ok(Found::NotSelected) => {}
             Err(error) => faults.add(&rows.place(i), &error),
         });
         if let Some(report) = faults.report(options.on_bad, usable.is_empty())? {
@@ -185,7 +185,7 @@ enum Side {
     /// Turns that continue the prompt, the assistant's first.
     Continuation(Dialogue),
     /// A complete dialogue, including the prompt.
-    Whole(Dialogue),
+    Complete(Dialogue),
 }
 
 /// Reads a row in any of the formats.
@@ -197,7 +197,7 @@ fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Res
     let (ours, theirs) = (has("first") || has("second"), has("chosen") || has("rejected"));
     ensure!(
         !(ours && theirs),
-        "it has chosen and rejected as well as first and second, which are two pairs; take one of the two out"
+        "it has chosen and rejected as well as first and second, which are two pairs; remove one of the two"
     );
     ensure!(ours || theirs, "{}", no_pair(value));
     let names = if ours { ["first", "second"] } else { ["chosen", "rejected"] };
@@ -216,9 +216,9 @@ fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Res
         }
     };
     let (dialogue, first, second) = match (a, b) {
-        (Side::Whole(a), Side::Whole(b)) => whole([a, b], prompt, names, notes)?,
-        (Side::Whole(_), _) | (_, Side::Whole(_)) => bail!(
-            "one of {} and {} is a complete dialogue and the other one is not; give both in one form",
+        (Side::Complete(a), Side::Complete(b)) => split_dialogues([a, b], prompt, names, notes)?,
+        (Side::Complete(_), _) | (_, Side::Complete(_)) => bail!(
+            "one of {} and {} is a complete dialogue and the other one is not; give both in the same form",
             names[0],
             names[1]
         ),
@@ -227,16 +227,16 @@ fn pair(row: usize, value: &Value, prompt_field: &str, notes: &mut Notes) -> Res
                 let (prompt, answer) = prompt.into_prompt().map_err(|error| anyhow!("field {name:?} {error}"))?;
                 ensure!(
                     answer.is_none(),
-                    "field {name:?} ends with the assistant's turn, and must end with the user's; take the turn out, or put it into the answers"
+                    "field {name:?} ends with the assistant's turn, and must end with the user's; remove the turn, or move it into the answers"
                 );
-                remark_repetition(&prompt, &a, &b, notes);
+                note_repetition(&prompt, &a, &b, notes);
                 (prompt, answered(a, names[0], notes)?, answered(b, names[1], notes)?)
             }
             None => implicit(value, a, b, names)?,
         },
     };
     let dialogue = with_system_column(value, dialogue, used.unwrap_or_default())?;
-    remark_unread(value, &[used.unwrap_or("prompt")], notes);
+    note_unread(value, &[used.unwrap_or("prompt")], notes);
     Ok(PreferencePair { row, dialogue, first, second, preference })
 }
 
@@ -276,7 +276,7 @@ fn side(row: &Value, name: &str, notes: &mut Notes) -> Result<Side> {
         // A text in turns is a dialogue; any other text is an answer.
         (Value::String(text), [one]) if one.role == "user" && one.content == *text => Side::Answer(text.clone()),
         (_, [one, ..]) if one.role == "assistant" => Side::Continuation(read),
-        _ => Side::Whole(read),
+        _ => Side::Complete(read),
     })
 }
 
@@ -284,7 +284,7 @@ fn side(row: &Value, name: &str, notes: &mut Notes) -> Result<Side> {
 fn answered(side: Side, name: &str, notes: &mut Notes) -> Result<String> {
     match side {
         Side::Answer(text) => Ok(text),
-        Side::Continuation(dialogue) | Side::Whole(dialogue) => {
+        Side::Continuation(dialogue) | Side::Complete(dialogue) => {
             if dialogue.turns.len() > 1 {
                 notes.add(SEVERAL);
             }
@@ -296,7 +296,7 @@ fn answered(side: Side, name: &str, notes: &mut Notes) -> Result<String> {
 const SEVERAL: &str = "an answer spans several turns, which are compared as one text";
 
 /// Splits two complete dialogues, which must contain `prompt`, into prompt and answers.
-fn whole(
+fn split_dialogues(
     [a, b]: [Dialogue; 2],
     prompt: Option<(&str, Dialogue)>,
     names: [&str; 2],
@@ -310,7 +310,7 @@ fn whole(
     }
     let (shared, answer) =
         shared.into_prompt().map_err(|error| anyhow!("the common turns of {} and {} {error}", names[0], names[1]))?;
-    ensure!(answer.is_none(), "{} and {} part after an answer of the assistant's, not at one", names[0], names[1]);
+    ensure!(answer.is_none(), "{} and {} diverge after an assistant turn instead of at one", names[0], names[1]);
     let Some((name, prompt)) = prompt else { return Ok((shared, first, second)) };
     let (prompt, _) = prompt.into_prompt().map_err(|error| anyhow!("field {name:?} {error}"))?;
     let same = |a: &Dialogue, b: &Dialogue| {
@@ -332,7 +332,7 @@ fn whole(
     match prompt.turns.as_slice() {
         [one] if one_turn(&one.content) => Ok((shared, first, second)),
         _ => bail!(
-            "field {name:?} is another prompt than the one that the dialogues in {} and {} hold; correct it, or take it out",
+            "field {name:?} is another prompt than the one that the dialogues in {} and {} hold; correct it, or remove it",
             names[0],
             names[1]
         ),
@@ -347,7 +347,7 @@ fn implicit(row: &Value, a: Side, b: Side, names: [&str; 2]) -> Result<(Dialogue
     let (Side::Answer(a), Side::Answer(b)) = (a, b) else {
         bail!("{} and {} have no prompt: they begin with the assistant's turn", names[0], names[1]);
     };
-    let parted = a.char_indices().zip(b.chars()).find(|((_, one), other)| one != other);
+    let parted = a.char_indices().zip(b.chars()).find(|((_, c), other)| c != other);
     let common = parted.map_or(a.len().min(b.len()), |((at, _), _)| at);
     // A space before the answers belongs to them.
     let common = if a[..common].ends_with(' ') { common - 1 } else { common };
@@ -361,12 +361,12 @@ fn implicit(row: &Value, a: Side, b: Side, names: [&str; 2]) -> Result<(Dialogue
 }
 
 /// Notes that both answers repeat a prompt that is too long to be repeated by chance.
-fn remark_repetition(prompt: &Dialogue, a: &Side, b: &Side, notes: &mut Notes) {
+fn note_repetition(prompt: &Dialogue, a: &Side, b: &Side, notes: &mut Notes) {
     const LONG: usize = 32;
     let ([one], Side::Answer(a), Side::Answer(b)) = (prompt.turns.as_slice(), a, b) else { return };
     let text = one.content.trim();
     if text.len() >= LONG && [a, b].iter().all(|answer| answer.trim_start().starts_with(text)) {
-        notes.add("both answers begin with the prompt's own text, which they then repeat; take it out of the answers");
+        notes.add("both answers begin with the prompt's own text, which they then repeat; remove it from the answers");
     }
 }
 

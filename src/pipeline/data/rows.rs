@@ -37,7 +37,7 @@ pub struct Rows {
 struct Part {
     path: PathBuf,
     file: File,
-    form: FileFormat,
+    format: FileFormat,
     /// Start of each row, and end of the last one.
     offsets: Offsets,
 }
@@ -131,17 +131,17 @@ impl Part {
         if head.starts_with(b"PAR1") || name.ends_with(".parquet") {
             let file = packed::parquet(file)?;
             let offsets = offsets::lines(&file, 0)?;
-            return Ok(Self { path: path.to_owned(), file, form: FileFormat::Parquet, offsets });
+            return Ok(Self { path: path.to_owned(), file, format: FileFormat::Parquet, offsets });
         }
         refuse_binary(&head)?;
         let begin = if head.starts_with(MARK) { MARK.len() as u64 } else { 0 };
-        let (form, offsets) = if name.ends_with(".csv") || name.ends_with(".tsv") {
+        let (format, offsets) = if name.ends_with(".csv") || name.ends_with(".tsv") {
             let (table, offsets) = Table::index(&file, begin, if name.ends_with(".tsv") { b'\t' } else { b',' })?;
             (FileFormat::Table(table), offsets)
         } else {
             Self::json(&file, begin, &name, &head)?
         };
-        Ok(Self { path: path.to_owned(), file, form, offsets })
+        Ok(Self { path: path.to_owned(), file, format, offsets })
     }
 
     /// Indexes a file of JSON lines or a JSON array.
@@ -177,7 +177,7 @@ impl Part {
         let mut bytes = vec![0; (end - start) as usize];
         self.file.read_exact_at(&mut bytes, start).context("the row can no longer be read")?;
         let text = std::str::from_utf8(&bytes).map_err(|_| anyhow!("not UTF-8; write the file again in UTF-8"))?;
-        match &self.form {
+        match &self.format {
             FileFormat::Table(table) => table.row(text),
             FileFormat::Array(_) => {
                 let value = serde_json::Deserializer::from_str(text).into_iter().next();
@@ -193,7 +193,7 @@ impl Part {
 
     fn place(&self, i: usize) -> String {
         let path = self.path.display();
-        match &self.form {
+        match &self.format {
             FileFormat::Lines => format!("{path}:{}", i + 1),
             FileFormat::Parquet => format!("{path}, row {}", i + 1),
             FileFormat::Array(lines) => format!("{path}:{}", lines.get(i)),

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 use super::sampler::{Sampler, Sampling};
-use super::{Request, Sampled, Weighted};
+use super::{Request, Sampled, WeightSource};
 use crate::lm::model::cache::CachedPrompt;
 use crate::lm::model::trie::prefill;
 use crate::lm::model::{Decoder, KvCache, ModelConfig};
@@ -18,7 +18,7 @@ use crate::types::Finish;
 
 /// Maximum number of concurrent sequences. Up to this number, a sequence's values do not depend on the batch size; see
 /// [`kernels::linear`].
-pub const MOST_SLOTS: usize = kernels::SMALL_BATCH_ROWS;
+pub const MAX_SLOTS: usize = kernels::SMALL_BATCH_ROWS;
 
 /// Engine that runs requests under way and waiting over one key/value cache.
 ///
@@ -36,7 +36,7 @@ pub struct Engine<'a> {
     cache: Option<KvCache>,
     rows: Vec<Row>,
     waiting: VecDeque<Waiting<'a>>,
-    open: HashMap<u64, Open>,
+    open: HashMap<u64, OpenRequest>,
 }
 
 /// A request with sequences that have no slot yet.
@@ -57,7 +57,7 @@ struct Prefilled {
 }
 
 /// A request with sequences that have not ended.
-struct Open {
+struct OpenRequest {
     left: usize,
     sampled: Vec<Sampled>,
 }
@@ -75,13 +75,13 @@ struct Row {
 }
 
 impl<'a> Engine<'a> {
-    /// Creates an idle engine with up to `slots` concurrent sequences, at most [`MOST_SLOTS`].
+    /// Creates an idle engine with up to `slots` concurrent sequences, at most [`MAX_SLOTS`].
     pub fn new(sampling: &Sampling, slots: usize) -> Self {
         Self {
             sampling: sampling.clone(),
-            slots: slots.clamp(1, MOST_SLOTS),
+            slots: slots.clamp(1, MAX_SLOTS),
             is_large_batch: slots > kernels::LARGE_BATCH_ROWS,
-            limit: MOST_SLOTS,
+            limit: MAX_SLOTS,
             cache: None,
             rows: Vec::new(),
             waiting: VecDeque::new(),
@@ -90,7 +90,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Selects the kernels for few sequences, regardless of the number of slots.
-    pub fn sparse(self) -> Self {
+    pub fn with_small_batch_kernels(self) -> Self {
         Self { is_large_batch: false, ..self }
     }
 
@@ -110,7 +110,7 @@ impl<'a> Engine<'a> {
         );
         let left = request.seeds.len();
         if left > 0 {
-            self.open.insert(ticket, Open { left, sampled: vec![Sampled::default(); left] });
+            self.open.insert(ticket, OpenRequest { left, sampled: vec![Sampled::default(); left] });
             self.waiting.push_back(Waiting { ticket, request, begun: 0, prompt: None });
         }
         Ok(())
@@ -142,7 +142,7 @@ impl<'a> Engine<'a> {
 
     /// Returns the number of slots that are neither in use nor needed by waiting requests.
     pub fn free(&self) -> usize {
-        let wanted: usize = self.waiting.iter().map(|one| one.request.seeds.len() - one.begun).sum();
+        let wanted: usize = self.waiting.iter().map(|waiting| waiting.request.seeds.len() - waiting.begun).sum();
         self.usable().saturating_sub(self.rows.len() + wanted)
     }
 
@@ -150,7 +150,7 @@ impl<'a> Engine<'a> {
     ///
     /// # Errors
     /// Errors of the weight source, and tensor errors.
-    pub fn step(&mut self, source: &mut dyn Weighted) -> Result<Vec<(u64, Vec<Sampled>)>> {
+    pub fn step(&mut self, source: &mut dyn WeightSource) -> Result<Vec<(u64, Vec<Sampled>)>> {
         let (version, model) = source.weights()?;
         let cache = match &mut self.cache {
             Some(cache) => cache,
@@ -163,7 +163,7 @@ impl<'a> Engine<'a> {
             let slots: Vec<usize> = self.rows.iter().map(|row| row.slot).collect();
             let mut step = || model.logits(&model.hidden(&ids, &positions, &mut *cache.step(&slots)?)?);
             let logits = if self.is_large_batch { kernels::with_large_batch_kernels(&mut step) } else { step() }?;
-            take_all(&mut self.rows, &logits, version, &self.sampling)?;
+            sample_all(&mut self.rows, &logits, version, &self.sampling)?;
         }
         self.sweep(&mut ended);
         while self.rows.len() < self.usable() && self.begin(&model, version)? {
@@ -231,7 +231,7 @@ impl<'a> Engine<'a> {
 }
 
 /// Samples a token for each row from its logits `[N, V]`.
-fn take_all(rows: &mut [Row], logits: &Tensor, version: u64, sampling: &Sampling) -> candle_core::Result<()> {
+fn sample_all(rows: &mut [Row], logits: &Tensor, version: u64, sampling: &Sampling) -> candle_core::Result<()> {
     let width = logits.dim(1)?;
     // Logits in device memory stay there if sampling needs nothing from the host.
     if !logits.device().is_cpu() && sampling.is_plain() {

@@ -54,8 +54,8 @@ impl Default for Sampling {
 impl Sampling {
     /// Returns whether sampling needs only the logits and a temperature.
     pub(super) fn is_plain(&self) -> bool {
-        let whole = self.top_k.is_none() && self.top_p.is_none() && self.min_p.is_none();
-        whole && self.repetition_penalty == 1.0 && self.temperature != 0.0
+        let is_unrestricted = self.top_k.is_none() && self.top_p.is_none() && self.min_p.is_none();
+        is_unrestricted && self.repetition_penalty == 1.0 && self.temperature != 0.0
     }
 
     /// Returns the number of the `width` logits that are sampled from.
@@ -72,7 +72,7 @@ impl Sampling {
 pub struct Sampler {
     sampling: Sampling,
     /// Tokens that the repetition penalty applies to; empty without a penalty.
-    seen: HashSet<u32>,
+    penalised_ids: HashSet<u32>,
     rng: ChaCha8Rng,
 }
 
@@ -80,8 +80,8 @@ impl Sampler {
     /// Creates a sampler for a completion of `prompt`; its random stream is a function of `seed` alone.
     pub fn new(sampling: &Sampling, prompt: &[u32], seed: u64) -> Self {
         let penalised = sampling.repetition_penalty != 1.0;
-        let seen = if penalised { prompt.iter().copied().collect() } else { HashSet::new() };
-        Self { sampling: sampling.clone(), seen, rng: ChaCha8Rng::seed_from_u64(seed) }
+        let penalised_ids = if penalised { prompt.iter().copied().collect() } else { HashSet::new() };
+        Self { sampling: sampling.clone(), penalised_ids, rng: ChaCha8Rng::seed_from_u64(seed) }
     }
 
     /// Samples a token and returns it with its log-probability, in nats, in the distribution of all tokens at the
@@ -106,7 +106,7 @@ impl Sampler {
             None => self.pick(logits),
         };
         if self.sampling.repetition_penalty != 1.0 {
-            self.seen.insert(id);
+            self.penalised_ids.insert(id);
         }
         (id, logprob)
     }
@@ -142,7 +142,7 @@ impl Sampler {
             out[drawn..].fill(f32::NEG_INFINITY);
         }
         if penalty != 1.0 {
-            for id in &self.seen {
+            for id in &self.penalised_ids {
                 if let Some(logit) = out.get_mut(*id as usize) {
                     *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
                 }
@@ -206,13 +206,13 @@ mod tests {
         let logits = [0.0f32, 1.0, -2.0, 1.0, 0.5];
         let sampling = Sampling { top_k: Some(2), temperature: 0.5, repetition_penalty: 2.0, ..Sampling::default() };
         let total: f64 = logits.iter().map(|logit| (2.0 * f64::from(*logit)).exp()).sum();
-        let mut seen = [0u32; 5];
+        let mut counts = [0u32; 5];
         for seed in 0..200 {
             let (id, logprob) = Sampler::new(&sampling, &[], seed).draw(&logits);
-            seen[id as usize] += 1;
+            counts[id as usize] += 1;
             assert!((f64::from(logprob) - (2.0 - total.ln())).abs() < 1e-6);
         }
-        assert!(seen[1] > 0 && seen[3] > 0 && seen[1] + seen[3] == 200, "{seen:?}");
+        assert!(counts[1] > 0 && counts[3] > 0 && counts[1] + counts[3] == 200, "{counts:?}");
     }
 
     #[test]
@@ -252,7 +252,7 @@ mod tests {
         assert_eq!(cases.len(), 72);
         for case in cases {
             let list = |name: &str| case[name].as_array().unwrap().iter();
-            let seen: Vec<u32> = list("seen").map(|id| id.as_u64().unwrap() as u32).collect();
+            let prompt: Vec<u32> = list("seen").map(|id| id.as_u64().unwrap() as u32).collect();
             let logits: Vec<f32> = list("logits").map(|x| x.as_f64().unwrap() as f32).collect();
             let sampling = Sampling {
                 repetition_penalty: case["repetition_penalty"].as_f64().unwrap(),
@@ -264,10 +264,10 @@ mod tests {
             };
             let expected: Vec<Option<f64>> = list("logprobs").map(serde_json::Value::as_f64).collect();
             for seed in 0..40 {
-                let (id, _) = Sampler::new(&sampling, &seen, seed).draw(&logits);
+                let (id, _) = Sampler::new(&sampling, &prompt, seed).draw(&logits);
                 assert!(expected[id as usize].is_some(), "{id} was drawn with {sampling:?}");
             }
-            let kept = Sampler::new(&sampling, &seen, 0).restricted(&logits).unwrap_or(logits);
+            let kept = Sampler::new(&sampling, &prompt, 0).restricted(&logits).unwrap_or(logits);
             let inverse = if sampling.temperature == 0.0 { 1.0 } else { sampling.inverse_temperature() };
             let total = kernels::row_logsumexp(&kept, inverse);
             for (id, theirs) in expected.iter().enumerate().filter_map(|(id, theirs)| Some((id, (*theirs)?))) {
@@ -284,7 +284,7 @@ mod tests {
     fn rows_beyond_the_vocabulary_are_never_sampled() {
         let logits = [0.5f32, 1.0, -0.5, 4.0, 5.0];
         let plain = Sampling { vocabulary: 3, ..Sampling::default() };
-        let whole = kernels::row_logsumexp(&logits, 1.0);
+        let is_unrestricted = kernels::row_logsumexp(&logits, 1.0);
         for sampling in [
             plain.clone(),
             Sampling { temperature: 0.0, ..plain.clone() },
@@ -297,7 +297,7 @@ mod tests {
             for seed in 0..100 {
                 let (id, logprob) = Sampler::new(&sampling, &[], seed).draw(&logits);
                 assert!(id < 3, "{sampling:?} drew {id}");
-                let expected = logits[id as usize] - whole;
+                let expected = logits[id as usize] - is_unrestricted;
                 assert!(cut || (logprob - expected).abs() < 1e-5, "{sampling:?}: {logprob} for {expected}");
             }
         }

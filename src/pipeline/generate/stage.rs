@@ -10,7 +10,7 @@ use preceptor_actors::{Emitter, Item, SnapshotReader, Stage, StageContext, Stage
 
 use super::sampler::Sampling;
 use super::stop::{self, Stop};
-use super::{Engine, Request, Sampled, Weighted};
+use super::{Engine, Request, Sampled, WeightSource};
 use crate::lm::model::{Decoder, DeviceReplicas};
 use crate::lm::tokens::Tokenizer;
 use crate::observe::telemetry;
@@ -25,21 +25,21 @@ use kernels::Format;
 pub struct Rollout {
     weights: LiveWeights,
     engine: Engine<'static>,
-    knob: Option<Arc<AdjustableLimit>>,
+    slot_limit: Option<Arc<AdjustableLimit>>,
     group_size: usize,
     seed: u64,
     tokenizer: Tokenizer,
     stop: Option<Arc<Stop>>,
     entries: LedgerWriter,
     /// Prompts under way, by sequence number.
-    open: HashMap<u64, Begun>,
+    open: HashMap<u64, OpenGroup>,
     /// A prompt that arrived while weights older than the latest had to be kept for sequences under way.
     held: Option<Item<Prompt>>,
     /// Gauge of used slots, set when the stage starts.
     slots: Option<telemetry::Slots>,
 }
 
-struct Begun {
+struct OpenGroup {
     prompt: Prompt,
     incarnation: u64,
     at: Duration,
@@ -52,7 +52,7 @@ pub struct RolloutPlan {
     /// Number of concurrent sequences.
     pub slots: usize,
     /// Adjustable limit on used slots, if a controller sets it.
-    pub knob: Option<Arc<AdjustableLimit>>,
+    pub slot_limit: Option<Arc<AdjustableLimit>>,
     /// Number of completions per prompt.
     pub group_size: usize,
     /// True if weights may change between decode steps, false if only when no sequence is under way.
@@ -70,7 +70,7 @@ pub struct RolloutPlan {
 impl Rollout {
     /// Creates an actor that receives weights through `reader`; `tokenizer` decodes completions for judges.
     pub fn new(reader: SnapshotReader<Decoder>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
-        let RolloutPlan { sampling, slots, knob, group_size, in_flight, format, device, seed, entries } = plan;
+        let RolloutPlan { sampling, slots, slot_limit, group_size, in_flight, format, device, seed, entries } = plan;
         Self {
             weights: LiveWeights {
                 reader,
@@ -82,7 +82,7 @@ impl Rollout {
                 ctx: None,
             },
             engine: Engine::new(&sampling, slots),
-            knob,
+            slot_limit,
             group_size,
             seed,
             tokenizer,
@@ -104,17 +104,17 @@ impl Rollout {
         }
         let (_, model) = self.weights.latest()?;
         self.engine.submit(seq, request, model.config())?;
-        self.open.insert(seq, Begun { prompt, incarnation, at });
+        self.open.insert(seq, OpenGroup { prompt, incarnation, at });
         Ok(())
     }
 
-    fn completion(&self, one: Sampled) -> Result<Completion> {
+    fn completion(&self, sampled: Sampled) -> Result<Completion> {
         Ok(Completion {
-            text: stop::text(&self.tokenizer, &one.ids, self.stop.as_deref())?,
-            finish: one.finish.ok_or_else(|| anyhow!("a completion ended without a reason"))?,
-            ids: one.ids,
-            logprobs: one.logprobs,
-            versions: one.versions,
+            text: stop::text(&self.tokenizer, &sampled.ids, self.stop.as_deref())?,
+            finish: sampled.finish.ok_or_else(|| anyhow!("a completion ended without a reason"))?,
+            ids: sampled.ids,
+            logprobs: sampled.logprobs,
+            versions: sampled.versions,
         })
     }
 }
@@ -153,8 +153,8 @@ impl Stage for Rollout {
         {
             self.begin(item, clock.now())?;
         }
-        if let Some(knob) = &self.knob {
-            self.engine.limit(knob.get());
+        if let Some(slot_limit) = &self.slot_limit {
+            self.engine.limit(slot_limit.get());
         }
         let ended = match self.engine.step(&mut self.weights) {
             Err(_) if out.ctx().halted() => return Ok(()),
@@ -164,8 +164,9 @@ impl Stage for Rollout {
             slots.set(self.engine.used());
         }
         for (seq, sampled) in ended {
-            let Some(Begun { prompt, incarnation, at }) = self.open.remove(&seq) else { continue };
-            let completions = sampled.into_iter().map(|one| self.completion(one)).collect::<Result<Vec<_>>>()?;
+            let Some(OpenGroup { prompt, incarnation, at }) = self.open.remove(&seq) else { continue };
+            let completions =
+                sampled.into_iter().map(|sampled| self.completion(sampled)).collect::<Result<Vec<_>>>()?;
             telemetry::generated(prompt.ids.len(), &completions);
             telemetry::generation_took(clock.now().saturating_sub(at));
             let version = completions.iter().map(Completion::oldest_version).min().unwrap_or(0);
@@ -205,14 +206,14 @@ impl LiveWeights {
             // The publisher computed a fingerprint, so all kernels that write the weights have completed.
             let model = self.copies.of(&snapshot.value)?;
             self.reader.acknowledge(&snapshot, model.weights().fingerprint()?);
-            let model = self.format.map_or(Ok(model.clone()), |format| model.narrowed(format).map(Arc::new))?;
+            let model = self.format.map_or(Ok(model.clone()), |format| model.quantized(format).map(Arc::new))?;
             self.running = Some((snapshot.version, model));
         }
         self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))
     }
 }
 
-impl Weighted for LiveWeights {
+impl WeightSource for LiveWeights {
     fn weights(&mut self) -> Result<(u64, Arc<Decoder>)> {
         if let Some(ctx) = &self.ctx {
             ctx.beat();

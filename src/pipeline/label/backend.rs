@@ -92,7 +92,7 @@ pub trait Backend: Send + Sync {
     fn shape(&self) -> Shape;
 
     /// Registers `alive`, under the actor's name, as the callback to call while an unavailable judge is waited for.
-    fn attend(&self, _name: &str, _alive: &Alive) {}
+    fn register_liveness(&self, _name: &str, _alive: &Alive) {}
 
     /// Returns whether a failure is only reported after waiting, so that asking again at once does not help. True if
     /// the model is behind a server.
@@ -113,12 +113,12 @@ pub trait Backend: Send + Sync {
     }
 
     /// Returns the adjustable limit of concurrent requests if the backend is a server.
-    fn knob(&self) -> Option<Arc<AdjustableLimit>> {
+    fn concurrency_limit(&self) -> Option<Arc<AdjustableLimit>> {
         None
     }
 
-    /// Precomputes the common prefix of `examples`, which must be prompts of one template that differ as much as its
-    /// prompts will. Does nothing if the backend cannot share prefixes.
+    /// Precomputes the common prefix of `examples`, prompts of one template whose filled-in texts have nothing in common.
+    /// Does nothing if the backend cannot share prefixes.
     ///
     /// # Errors
     /// If a prompt cannot be tokenised.

@@ -111,8 +111,8 @@ impl Backend for Cached {
         self.shape
     }
 
-    fn attend(&self, name: &str, alive: &Alive) {
-        self.inner.attend(name, alive);
+    fn register_liveness(&self, name: &str, alive: &Alive) {
+        self.inner.register_liveness(name, alive);
     }
 
     fn waits(&self) -> bool {
@@ -127,8 +127,8 @@ impl Backend for Cached {
         self.inner.evidence()
     }
 
-    fn knob(&self) -> Option<Arc<AdjustableLimit>> {
-        self.inner.knob()
+    fn concurrency_limit(&self) -> Option<Arc<AdjustableLimit>> {
+        self.inner.concurrency_limit()
     }
 
     fn warm(&self, examples: &[String]) -> Result<()> {

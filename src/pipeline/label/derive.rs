@@ -24,7 +24,7 @@ pub fn preferences(scores: &[Verdict], pairs: &[(usize, usize)], temperature: f6
 pub fn scores(completions: usize, preferences: &[Preference]) -> Vec<Verdict> {
     (0..completions)
         .map(|i| {
-            let mine = preferences.iter().filter(|one| one.first == i || one.second == i);
+            let mine = preferences.iter().filter(|preference| preference.first == i || preference.second == i);
             let (mut sum, mut count, mut missing) = (0.0, 0u32, None);
             for preference in mine {
                 match &preference.verdict {

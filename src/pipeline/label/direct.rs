@@ -10,7 +10,7 @@ use super::{Labeler, Labels, verdict};
 use crate::types::Group;
 
 /// Minimum total probability of the ten ratings; below it, the judge is not answering with a rating.
-const LEAST_MASS: f64 = 1e-3;
+const MIN_MASS: f64 = 1e-3;
 
 /// Labeler by direct rating: s = Σ_i i·P(i) over i = 1…10, with P from the judge's next-token distribution,
 /// renormalised over the ten ratings. The score is (s − 5.5)/4.5, in [−1, 1].
@@ -52,8 +52,8 @@ impl Labeler for Direct {
         self.question.hash()
     }
 
-    fn attend(&self, name: &str, alive: &Alive) {
-        self.backend.attend(name, alive);
+    fn register_liveness(&self, name: &str, alive: &Alive) {
+        self.backend.register_liveness(name, alive);
     }
 
     fn waits(&self) -> bool {
@@ -93,7 +93,7 @@ impl Labeler for Direct {
 fn rating(weights: Reply<Vec<f64>>) -> Reply<f64> {
     let weights = weights?;
     let mass: f64 = weights.iter().sum();
-    if mass < LEAST_MASS {
+    if mass < MIN_MASS {
         return Err(NoAnswer::Abstention(format!(
             "the judge gives the ratings 1 to 10 a probability of {mass:.1e} together"
         )));

@@ -64,7 +64,7 @@ impl Labeler for Embedding {
     }
 
     fn label(&self, group: &Group) -> Result<Labels> {
-        let answers: Vec<&str> = group.completions.iter().map(|one| one.text.as_str()).collect();
+        let answers: Vec<&str> = group.completions.iter().map(|completion| completion.text.as_str()).collect();
         let verdict = |score: Option<f64>| match score {
             Some(score) if score.is_finite() => Verdict::Label(score),
             Some(_) => Verdict::Failure("the embedder's cosine is not finite".into()),

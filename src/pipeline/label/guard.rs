@@ -181,7 +181,7 @@ fn pieces(line: &str) -> Vec<Piece> {
         Nothing,
     }
     let (mut out, mut last) = (Vec::new(), Last::Nothing);
-    for character in line.chars().filter(|c| !is_invisible(*c)).map(narrow).flat_map(char::to_lowercase) {
+    for character in line.chars().filter(|c| !is_invisible(*c)).map(to_ascii).flat_map(char::to_lowercase) {
         if character.is_alphanumeric() {
             let kind = if character.is_numeric() { Last::Digit } else { Last::Letter };
             match out.last_mut() {
@@ -207,7 +207,7 @@ fn is_invisible(character: char) -> bool {
 }
 
 /// Returns the ASCII equivalent of a full-width character, or the character itself.
-fn narrow(character: char) -> char {
+fn to_ascii(character: char) -> char {
     match character {
         '\u{ff01}'..='\u{ff5e}' => char::from_u32(u32::from(character) - 0xfee0).unwrap_or(character),
         other => other,

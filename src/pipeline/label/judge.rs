@@ -6,7 +6,7 @@ use super::backend::Backend;
 use super::embedding::Embedding;
 use super::local::Local;
 
-/// Judge of a labeling method.
+/// Judge that a labeling method uses, local or on a server.
 #[derive(Clone)]
 pub enum JudgeBackend {
     /// A language model in this process.

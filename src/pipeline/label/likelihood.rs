@@ -37,7 +37,7 @@ impl Labeler for Likelihood {
             !group.prompt.blank.is_empty(),
             "the likelihood judge compares with an empty prompt, which has no tokens here; set data.chat = true, or give data.instruction words of its own"
         );
-        let completions: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let completions: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
         let model = &self.judge.model;
         let given = Pack::new(&group.prompt.ids, &completions);
         let [with, logprobs] = model.score(&given, &[1.0, self.temperature])?.try_into().expect("one for each");

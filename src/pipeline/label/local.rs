@@ -12,14 +12,14 @@ use crate::lm::model::{Decoder, Prefix, Trie};
 use crate::lm::tokens::Tokenizer;
 use crate::lm::tokens::chat::Message;
 use crate::pipeline::generate::sampler::Sampling;
-use crate::pipeline::generate::{Engine, Fixed, MOST_SLOTS, Request, generate_with};
+use crate::pipeline::generate::{Engine, Fixed, MAX_SLOTS, Request, generate_with};
 use crate::util::seed;
 
 /// Maximum number of tokens per forward pass. Longer rows save little and increase attention cost.
 const ROW: usize = 1024;
 
 /// Maximum number of texts generated at once.
-const SIDE_BY_SIDE: usize = 32;
+const MAX_CONCURRENT_TEXTS: usize = 32;
 
 /// A frozen language model used as a judge.
 #[derive(Clone)]
@@ -59,8 +59,8 @@ impl Local {
         &self.judge
     }
 
-    /// Computes and keeps the common prefix of `examples`, which must be prompts of one template that differ as much as
-    /// its prompts will.
+    /// Computes and keeps the common prefix of `examples`, prompts of one template whose filled-in texts have nothing in
+    /// common.
     ///
     /// # Errors
     /// If a text cannot be tokenised.
@@ -204,7 +204,7 @@ impl Local {
             let mut rows = 0;
             let end = rest.iter().take_while(|(_, seeds)| {
                 rows += seeds.len();
-                rows <= SIDE_BY_SIDE
+                rows <= MAX_CONCURRENT_TEXTS
             });
             let (lot, later) = rest.split_at(end.count().max(1));
             rest = later;
@@ -217,7 +217,7 @@ impl Local {
                 .map(|(ids, seeds)| Request { prompt: ids.into(), prefix: prefix.as_deref(), seeds: seeds.clone() })
                 .collect();
             // A constant slot count and a sparse engine: the text must not depend on the number of prompts in the call.
-            let engine = Engine::new(&sampling, MOST_SLOTS).sparse();
+            let engine = Engine::new(&sampling, MAX_SLOTS).with_small_batch_kernels();
             let mut judge = Fixed(Arc::clone(&self.judge.model));
             let mut written = generate_with(engine, &mut judge, requests)?.into_iter();
             for (ids, seeds) in lot {
@@ -266,23 +266,24 @@ impl Backend for Local {
 
 /// Returns the probability of each answer, summed over its spellings. If the tokens of one answer are a prefix of
 /// another's (`1` of `10` when digits are tokens), the longer one's probability is subtracted from the shorter one's,
-/// since "1" then means "1 not followed by 0". `whole` returns the probability of a path and is called once for each,
-/// in order.
-fn exact(answers: &[Vec<Path>], mut whole: impl FnMut(&Path) -> f64) -> Reply<Vec<f64>> {
-    let whole: Vec<Vec<f64>> = answers.iter().map(|paths| paths.iter().map(&mut whole).collect()).collect();
-    if !whole.iter().flatten().all(|p| p.is_finite()) {
+/// since "1" then means "1 not followed by 0". `path_probability` returns the probability of a path and is called once
+/// for each, in order.
+fn exact(answers: &[Vec<Path>], mut path_probability: impl FnMut(&Path) -> f64) -> Reply<Vec<f64>> {
+    let probabilities: Vec<Vec<f64>> =
+        answers.iter().map(|paths| paths.iter().map(&mut path_probability).collect()).collect();
+    if !probabilities.iter().flatten().all(|p| p.is_finite()) {
         return Err(NoAnswer::Failure("the judge's log-probabilities are not finite".into()));
     }
-    let alone = |i: usize, k: usize| {
+    let exactly = |i: usize, k: usize| {
         let path = &answers[i][k];
         let begins = |other: &Path| other.tokens.len() > path.tokens.len() && other.tokens.starts_with(&path.tokens);
         let longer = answers.iter().enumerate().filter(|(j, _)| *j != i).flat_map(|(j, paths)| {
-            let whole = &whole;
-            paths.iter().enumerate().filter(|(_, other)| begins(other)).map(move |(l, _)| whole[j][l])
+            let probabilities = &probabilities;
+            paths.iter().enumerate().filter(|(_, other)| begins(other)).map(move |(l, _)| probabilities[j][l])
         });
-        (whole[i][k] - longer.sum::<f64>()).max(0.0)
+        (probabilities[i][k] - longer.sum::<f64>()).max(0.0)
     };
-    Ok((0..answers.len()).map(|i| (0..answers[i].len()).map(|k| alone(i, k)).sum()).collect())
+    Ok((0..answers.len()).map(|i| (0..answers[i].len()).map(|k| exactly(i, k)).sum()).collect())
 }
 
 /// Returns the seed of prompt `i`: a function of its text and of the number of equal prompts before it, not of the
@@ -320,13 +321,13 @@ mod tests {
         // Tokens are digits after a prompt of one token; P(1) = 0.4, a quarter of which continues with 0; P(9) = 0.1.
         let answers: Vec<Vec<Path>> =
             (1..=10).map(|i| vec![if i == 10 { path(&[99, 1, 0], 1) } else { path(&[99, i], 1) }]).collect();
-        let whole = |path: &Path| match path.tokens[1..] {
+        let path_probability = |path: &Path| match path.tokens[1..] {
             [1] => 0.4,
             [9] => 0.1,
             [1, 0] => 0.1,
             _ => 0.0,
         };
-        let weights = exact(&answers, whole).unwrap();
+        let weights = exact(&answers, path_probability).unwrap();
         assert!((weights[0] - 0.3).abs() < 1e-12 && (weights[9] - 0.1).abs() < 1e-12, "{weights:?}");
         assert!((weights[8] - 0.1).abs() < 1e-12);
         assert!(matches!(exact(&answers, |_| f64::NAN), Err(NoAnswer::Failure(_))));

@@ -11,12 +11,12 @@ use super::{Labeler, Labels, Pairing, verdict};
 use crate::types::{Group, Preference};
 
 /// Minimum total probability of the two answers; below it, the judge is not answering with a choice.
-const LEAST_MASS: f64 = 1e-3;
+const MIN_MASS: f64 = 1e-3;
 
 /// Chain-of-thought settings: a rationale is generated before the choice, and the choices after several rationales are
 /// averaged (self-consistency, Wang et al. 2022).
 #[derive(Debug, Clone, PartialEq)]
-pub struct Thought {
+pub struct ChainOfThought {
     /// Number of rationales per question; their distributions are averaged.
     pub samples: usize,
     /// Sampling settings of the rationales.
@@ -29,7 +29,7 @@ pub struct Pairwise {
     comparison: Comparison,
     pairing: Pairing,
     both_orders: bool,
-    thought: Option<Thought>,
+    thought: Option<ChainOfThought>,
 }
 
 /// One comparison in display order: the prompt, the first text and the second text.
@@ -46,7 +46,7 @@ impl Pairwise {
         comparison: Comparison,
         pairing: Pairing,
         both_orders: bool,
-        thought: Option<Thought>,
+        thought: Option<ChainOfThought>,
     ) -> Result<Self> {
         let examples = ["A", "zebra"].map(|text| {
             if comparison.cot { comparison.think(text, text, text) } else { comparison.ask(text, text, text, None) }
@@ -104,8 +104,8 @@ impl Labeler for Pairwise {
         self.comparison.hash()
     }
 
-    fn attend(&self, name: &str, alive: &Alive) {
-        self.backend.attend(name, alive);
+    fn register_liveness(&self, name: &str, alive: &Alive) {
+        self.backend.register_liveness(name, alive);
     }
 
     fn waits(&self) -> bool {
@@ -157,7 +157,7 @@ impl Labeler for Pairwise {
 fn choice(weights: Reply<Vec<f64>>) -> Reply<f64> {
     let weights = weights?;
     let mass: f64 = weights.iter().sum();
-    if weights.len() == 2 && mass >= LEAST_MASS {
+    if weights.len() == 2 && mass >= MIN_MASS {
         Ok(weights[0] / mass)
     } else {
         Err(NoAnswer::Abstention(format!("the judge gives the answers 1 and 2 a probability of {mass:.1e} together")))
@@ -204,7 +204,7 @@ mod tests {
     use super::*;
     use crate::pipeline::label::shape::Shape;
     use crate::pipeline::label::templates::{Preamble, TemplateSet};
-    use crate::types::{Completion, Finish, Prompt, Verdict};
+    use crate::types::{Completion, Prompt, Verdict};
 
     const SET: &str = r#"
 task = "test"
@@ -266,7 +266,7 @@ rationale = "r"
         let set = TemplateSet::parse(&SET.replace("inverted = false", &format!("inverted = {inverted}"))).unwrap();
         let comparison = set.comparison(&Preamble::Base, 0, cot).unwrap();
         let decoding = Decoding { max_tokens: 9, temperature: 0.0, top_k: None, seed: 0 };
-        let thought = cot.then_some(Thought { samples, decoding });
+        let thought = cot.then_some(ChainOfThought { samples, decoding });
         let backend = Arc::new(backend);
         let labeler = Pairwise::new(backend.clone(), comparison, Pairing::Adjacent, true, thought).unwrap();
         (labeler.label(&group(&["x", "y"])).unwrap(), backend)

@@ -7,7 +7,7 @@ use super::{Labeler, Labels, Pairing, derive};
 use crate::types::{Group, Preference, Verdict};
 use crate::util::seed;
 
-/// A labeler of a panel.
+/// Member of a [`Panel`]: a labeler with its weight.
 pub struct Member {
     /// The labeler.
     pub labeler: Box<dyn Labeler>,
@@ -36,8 +36,8 @@ impl Labeler for Panel {
         self.members.iter().fold(0, |hash, member| seed::mix(hash ^ member.labeler.template()))
     }
 
-    fn attend(&self, name: &str, alive: &Alive) {
-        self.members.iter().for_each(|member| member.labeler.attend(name, alive));
+    fn register_liveness(&self, name: &str, alive: &Alive) {
+        self.members.iter().for_each(|member| member.labeler.register_liveness(name, alive));
     }
 
     fn waits(&self) -> bool {
@@ -59,12 +59,12 @@ impl Labeler for Panel {
             .iter()
             .map(|group| {
                 let pairs = self.pairing.pairs(group.completions.len());
-                let (mut usage, mut heard, mut logprobs) = (Usage::default(), Vec::new(), None);
+                let (mut usage, mut by_member, mut logprobs) = (Usage::default(), Vec::new(), None);
                 for (member, answers) in self.members.iter().zip(&mut answers) {
                     let labels = answers.next().unwrap_or_else(|| Ok(Labels::default()))?;
                     usage += labels.usage;
                     logprobs = logprobs.or(labels.logprobs);
-                    heard.push((
+                    by_member.push((
                         member.weight,
                         if labels.preferences.is_empty() {
                             derive::preferences(&labels.scores, &pairs, member.pair_temperature)
@@ -73,7 +73,7 @@ impl Labeler for Panel {
                         },
                     ));
                 }
-                let (preferences, disagreement) = combine(&pairs, &heard);
+                let (preferences, disagreement) = combine(&pairs, &by_member);
                 // The log-probabilities belong to one member's model, but the panel's identity is a hash over all
                 // members.
                 drop(logprobs);
@@ -85,29 +85,30 @@ impl Labeler for Panel {
 
 /// Returns the weighted mean per pair, the number of pairs on which members prefer different completions, and the
 /// number of pairs judged by two or more members.
-fn combine(pairs: &[(usize, usize)], heard: &[(f64, Vec<Preference>)]) -> (Vec<Preference>, [u64; 2]) {
+fn combine(pairs: &[(usize, usize)], by_member: &[(f64, Vec<Preference>)]) -> (Vec<Preference>, [u64; 2]) {
     let mut disagreement = [0, 0];
     let combined = pairs
         .iter()
         .map(|(first, second)| {
-            let (mut sum, mut weights, mut said) = (0.0, 0.0, Vec::new());
+            let (mut sum, mut weights, mut prefers_first) = (0.0, 0.0, Vec::new());
             let (mut failure, mut abstention) = (None, None);
-            for (weight, preferences) in heard {
-                let one = preferences.iter().find(|one| (one.first, one.second) == (*first, *second));
-                match one.map(|one| &one.verdict) {
+            for (weight, preferences) in by_member {
+                let preference =
+                    preferences.iter().find(|preference| (preference.first, preference.second) == (*first, *second));
+                match preference.map(|preference| &preference.verdict) {
                     Some(Verdict::Label(p)) => {
                         sum += weight * p;
                         weights += weight;
-                        said.push(*p > 0.5);
+                        prefers_first.push(*p > 0.5);
                     }
                     Some(failed @ Verdict::Failure(_)) => failure = Some(failed.clone()),
                     Some(abstained @ Verdict::Abstention(_)) => abstention = Some(abstained.clone()),
                     None => {}
                 }
             }
-            if said.len() > 1 {
+            if prefers_first.len() > 1 {
                 disagreement[1] += 1;
-                disagreement[0] += u64::from(said.iter().any(|one| *one != said[0]));
+                disagreement[0] += u64::from(prefers_first.iter().any(|first| *first != prefers_first[0]));
             }
             let verdict = failure.unwrap_or_else(|| match abstention {
                 _ if weights > 0.0 => Verdict::Label(sum / weights),
@@ -124,7 +125,7 @@ fn combine(pairs: &[(usize, usize)], heard: &[(f64, Vec<Preference>)]) -> (Vec<P
 mod tests {
     use super::*;
 
-    fn said(verdict: Verdict) -> Vec<Preference> {
+    fn preferences_with(verdict: Verdict) -> Vec<Preference> {
         vec![Preference { first: 0, second: 1, verdict, orders: None }]
     }
 
@@ -132,8 +133,9 @@ mod tests {
     fn preferences_are_weighted_and_disagreements_counted() {
         use Verdict::{Abstention, Failure, Label};
         let hear = |verdicts: &[(f64, Verdict)]| {
-            let heard: Vec<_> = verdicts.iter().map(|(weight, verdict)| (*weight, said(verdict.clone()))).collect();
-            let (mut combined, disagreement) = combine(&[(0, 1)], &heard);
+            let by_member: Vec<_> =
+                verdicts.iter().map(|(weight, verdict)| (*weight, preferences_with(verdict.clone()))).collect();
+            let (mut combined, disagreement) = combine(&[(0, 1)], &by_member);
             (combined.remove(0).verdict, disagreement)
         };
         assert_eq!(hear(&[(1.0, Label(0.75)), (3.0, Label(0.25))]), (Label(0.375), [1, 1]));

@@ -32,7 +32,7 @@ impl Parts {
         Self(Sha256::new()).with("kind", kind)
     }
 
-    /// Adds a part.
+    /// Adds the part `name` with the value `value`.
     #[must_use]
     pub fn with(mut self, name: &str, value: &str) -> Self {
         for text in [name, value] {

@@ -59,7 +59,7 @@ impl Stage for LabelStage {
     type Out = Labeled;
 
     fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
-        self.labeler.attend(ctx.name(), &sign_of_life(ctx));
+        self.labeler.register_liveness(ctx.name(), &sign_of_life(ctx));
         Ok(())
     }
 

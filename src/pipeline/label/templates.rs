@@ -24,7 +24,7 @@ pub const SHIPPED: &[(&str, &str)] = &[
 
 /// Placeholders for the prompt, first and second text while a template's lines are analysed. Private-use characters
 /// that no template contains.
-const PLACES: [&str; 3] = ["\u{e000}", "\u{e001}", "\u{e002}"];
+const PLACEHOLDERS: [&str; 3] = ["\u{e000}", "\u{e001}", "\u{e002}"];
 
 /// The prompt templates of one task. The shipped files in `src/pipeline/label/templates/` explain each key. A section
 /// may be absent if no question needs it; building a question that needs an absent section is an error.
@@ -140,7 +140,8 @@ impl TemplateSet {
     fn read(name: &str, question: Option<&Question>) -> Result<Self> {
         let checked = |text: &str| {
             let (set, mut mistakes) = Self::parts(text);
-            mistakes.extend(question.iter().flat_map(|question| set.lacks(question)).map(|message| (0, message)));
+            mistakes
+                .extend(question.iter().flat_map(|question| set.missing_parts(question)).map(|message| (0, message)));
             Mistakes::unless(mistakes, set)
         };
         if let Some((_, text)) = SHIPPED.iter().find(|(shipped, _)| *shipped == name) {
@@ -169,7 +170,7 @@ impl TemplateSet {
         Ok(seed::text(&text.parse::<toml::Table>()?.to_string()))
     }
 
-    /// Parses a set from TOML.
+    /// Parses a template set from TOML.
     ///
     /// # Errors
     /// If the text has mistakes; the error lists all of them with their lines.
@@ -222,7 +223,7 @@ impl TemplateSet {
     }
 
     /// Returns a message for each part that `question` needs and the set lacks.
-    fn lacks(&self, question: &Question) -> Vec<String> {
+    fn missing_parts(&self, question: &Question) -> Vec<String> {
         let mut lacking = Vec::new();
         let (preamble, shots, cot) = match question {
             Question::Rating => {
@@ -256,14 +257,16 @@ impl TemplateSet {
             let set = if self.task.is_empty() { String::new() } else { format!(" {}", self.task) };
             lacking.push(format!("labeler.shots = {shots}, but the template set{set} has {}", self.exemplars.len()));
         }
-        for (i, _) in self.exemplars.iter().take(shots).enumerate().filter(|(_, one)| cot && one.rationale.is_none()) {
+        for (i, _) in
+            self.exemplars.iter().take(shots).enumerate().filter(|(_, exemplar)| cot && exemplar.rationale.is_none())
+        {
             lacking.push(format!("exemplar {} has no rationale; labeler.cot = true needs it", i + 1));
         }
         lacking
     }
 
     fn has(&self, question: &Question) -> Result<()> {
-        let lacking = self.lacks(question);
+        let lacking = self.missing_parts(question);
         if lacking.is_empty() { Ok(()) } else { bail!("{}", lacking.join("; ")) }
     }
 
@@ -289,8 +292,8 @@ impl TemplateSet {
         }
         if let Some(pairwise) = &self.pairwise {
             fields.ending = last(&pairwise.ending);
-            let sample = pairwise.fill(PLACES).unwrap_or_default();
-            for (name, place) in fields.names.iter_mut().zip(&PLACES[1..]) {
+            let sample = pairwise.fill(PLACEHOLDERS).unwrap_or_default();
+            for (name, place) in fields.names.iter_mut().zip(&PLACEHOLDERS[1..]) {
                 let before = sample.lines().find_map(|line| Some(line.split_once(place)?.0.trim()));
                 if let Some(before) = before.filter(|before| !before.is_empty()) {
                     *name = before.to_owned();
@@ -326,13 +329,13 @@ impl TemplateSet {
         };
         head.push_str("\n\n");
         if let Some(marks) = self.marks.as_ref().filter(|_| shots > 0) {
-            for one in &self.exemplars[..shots] {
-                let sample = pairwise.fill([&one.prompt, &one.first, &one.second])?;
-                let why = one.rationale.as_deref().unwrap_or_default();
+            for exemplar in &self.exemplars[..shots] {
+                let sample = pairwise.fill([&exemplar.prompt, &exemplar.first, &exemplar.second])?;
+                let why = exemplar.rationale.as_deref().unwrap_or_default();
                 let thought = if cot { format!("{rationale} {why}\n\n") } else { String::new() };
                 head.push_str(&format!(
                     "{}\n{sample}\n\n{thought}{}{}\n{}\n\n",
-                    marks.open, pairwise.ending, one.answer, marks.close
+                    marks.open, pairwise.ending, exemplar.answer, marks.close
                 ));
             }
             head.push_str(&format!("{}\n\n", marks.follow));
@@ -362,8 +365,8 @@ impl Pairwise {
             rationale: rationale.map(|rationale| rationale.text),
             guard: Guard::default(),
         };
-        let filled = checked(section, "pairwise.sample", &sample, &["first", "second"], || read.fill(PLACES));
-        read.guard.add_filled(&filled, &PLACES, false);
+        let filled = checked(section, "pairwise.sample", &sample, &["first", "second"], || read.fill(PLACEHOLDERS));
+        read.guard.add_filled(&filled, &PLACEHOLDERS, false);
         read.guard.add(&read.ending, true);
         read.guard.add(read.rationale.as_deref().unwrap_or_default(), true);
         for text in marks.iter().flat_map(|marks| [&marks.open, &marks.close, &marks.follow]) {
@@ -381,9 +384,9 @@ impl Direct {
     fn read(section: Section<'_>) -> Self {
         let template = section.needed("template");
         let mut read = Self { template: template.text.clone(), guard: Guard::default() };
-        let [prompt, completion, _] = PLACES;
+        let [prompt, completion, _] = PLACEHOLDERS;
         let filled = checked(section, "direct.template", &template, &["completion"], || read.fill(prompt, completion));
-        read.guard.add_filled(&filled, &PLACES, true);
+        read.guard.add_filled(&filled, &PLACEHOLDERS, true);
         read
     }
 

@@ -60,10 +60,11 @@ pub(super) struct Pass {
 /// Multiplies the loss's gradients for the completions `part` into the graph, runs the backward pass and accumulates
 /// the gradients.
 pub(super) fn accumulate(state: &mut TrainState, loss: &GroupLoss, pass: &Pass, part: Range<usize>) -> Result<()> {
-    let shaped = |slopes: &[Vec<f32>]| {
-        Tensor::from_vec(slopes[part.clone()].concat(), pass.logprobs.dims(), pass.logprobs.device())
+    let shaped = |gradients: &[Vec<f32>]| {
+        Tensor::from_vec(gradients[part.clone()].concat(), pass.logprobs.dims(), pass.logprobs.device())
     };
-    let own = |slopes: &[Vec<f32>]| slopes.get(part.clone()).is_some_and(|own| own.iter().flatten().any(|d| *d != 0.0));
+    let own =
+        |gradients: &[Vec<f32>]| gradients.get(part.clone()).is_some_and(|own| own.iter().flatten().any(|d| *d != 0.0));
     // If all completions have zero gradient, for example because their rewards are equal, the backward pass would only
     // add zeros.
     if own(&loss.d_policy) || own(&loss.d_entropy) {

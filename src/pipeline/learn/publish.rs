@@ -25,7 +25,7 @@ pub struct PendingStep {
     pub(super) took: Duration,
 }
 
-/// A step that was taken.
+/// A published step, as it is reported to the [`Observer`].
 #[derive(Clone, Copy)]
 pub struct Done<'a> {
     /// Metrics of the step.

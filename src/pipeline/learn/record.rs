@@ -71,7 +71,7 @@ impl BatchStats {
     pub fn arrived(&mut self, group: &Rewarded, targets: &Targets, proximal: &[Vec<f32>], version: u64, limit: f64) {
         self.rewards.extend(&group.rewards);
         self.scores.extend(&group.scores);
-        self.judged.extend(group.feedback.iter().flat_map(|one| &one.verdicts).filter_map(Verdict::label));
+        self.judged.extend(group.feedback.iter().flat_map(|feedback| &feedback.verdicts).filter_map(Verdict::label));
         self.reward_model = self.reward_model.max(group.reward_model);
         for advantage in targets.advantages.iter().flatten() {
             self.advantage[0] += f64::from(*advantage);

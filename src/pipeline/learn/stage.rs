@@ -131,7 +131,7 @@ impl Learn {
     }
 
     /// Sets the ledger and the left-over groups to begin with; the first of them is the first of a batch.
-    pub fn going_on(self, entries: LedgerWriter, left: Vec<Arc<Rewarded>>) -> Self {
+    pub fn continue_from(self, entries: LedgerWriter, left: Vec<Arc<Rewarded>>) -> Self {
         Self { entries, left, ..self }
     }
 }
@@ -177,7 +177,7 @@ impl Learn {
         if seq != expected {
             return Err(StageError::fatal(format!("group {seq} reached the learner instead of group {expected}")));
         }
-        let newest = rewarded.group.completions.iter().flat_map(|one| &one.versions).max();
+        let newest = rewarded.group.completions.iter().flat_map(|completion| &completion.versions).max();
         if let Some(newest) = newest.filter(|newest| **newest > state.step) {
             return Err(StageError::fatal(format!(
                 "group {seq} has a token of version {newest}, and the learner is at version {}; its probabilities are from weights that the learner does not have",
@@ -210,7 +210,7 @@ impl Learn {
         let done = if group[place].masked.is_some() {
             self.tally.masked += 1;
             Ok(())
-        } else if self.streams() {
+        } else if self.trains_on_arrival() {
             self.train_on_arrival(state, &group[place], place)
         } else {
             self.measure(state, &group[place], place).map(|measured| self.measured.push(measured))
@@ -227,7 +227,7 @@ impl Learn {
         let text = format!("{error:#}");
         let words = text.to_lowercase();
         let memory = ["out of memory", "out_of_memory"].iter().any(|sign| words.contains(sign));
-        let most = self.batch.iter().map(|one| one.group.completions.len()).max().unwrap_or(1);
+        let most = self.batch.iter().map(|rewarded| rewarded.group.completions.len()).max().unwrap_or(1);
         let now = self.micro_batch.min(most);
         if !memory || now <= 1 {
             return Err(anyhow!("{text}"));
@@ -242,7 +242,7 @@ impl Learn {
     }
 
     /// Returns whether a group can be trained before the rest of its batch has arrived.
-    fn streams(&self) -> bool {
+    fn trains_on_arrival(&self) -> bool {
         self.plan.epochs * self.plan.minibatches as u64 == 1 && !self.algorithm.needs_batch()
     }
 
@@ -342,10 +342,10 @@ impl Learn {
     /// Runs the planned number of epochs over the batch, with an optimizer step after each minibatch.
     fn passes(&mut self, state: &mut TrainState, batch: &[Rewarded], ctx: &StageContext) -> Result<()> {
         let measured = std::mem::take(&mut self.measured);
-        let views: Vec<GroupView<'_>> = measured.iter().map(|one| one.view(&batch[one.place])).collect();
+        let views: Vec<GroupView<'_>> = measured.iter().map(|group| group.view(&batch[group.place])).collect();
         let targets = self.algorithm.targets(&views);
-        for ((one, targets), view) in measured.iter().zip(&targets).zip(&views) {
-            self.tally.arrived(&batch[one.place], targets, view.proximal, state.step, self.plan.truncation);
+        for ((group, targets), view) in measured.iter().zip(&targets).zip(&views) {
+            self.tally.arrived(&batch[group.place], targets, view.proximal, state.step, self.plan.truncation);
         }
         let mut order: Vec<usize> = (0..measured.len()).collect();
         let (count, parts) = (order.len(), self.plan.minibatches.min(order.len()));
@@ -360,7 +360,7 @@ impl Learn {
                 let gather = |this: &mut Self, state: &mut TrainState| -> Result<()> {
                     for i in part {
                         ctx.beat();
-                        this.again(state, &batch[measured[*i].place], &views[*i], &targets[*i])?;
+                        this.train_again(state, &batch[measured[*i].place], &views[*i], &targets[*i])?;
                     }
                     Ok(())
                 };
@@ -376,7 +376,7 @@ impl Learn {
     }
 
     /// Runs another pass, with the present weights, over a group that was evaluated on arrival.
-    fn again(
+    fn train_again(
         &mut self,
         state: &mut TrainState,
         group: &Rewarded,
@@ -421,7 +421,7 @@ impl Learn {
     /// Makes the steps of a complete batch, publishes the weights and calls the observer.
     fn step(&mut self, state: &mut TrainState, ctx: &StageContext, took: impl Fn() -> Duration) -> StageResult<()> {
         let batch = std::mem::take(&mut self.batch);
-        if self.streams() {
+        if self.trains_on_arrival() {
             self.apply(state)?;
         } else {
             self.passes(state, &batch, ctx)?;

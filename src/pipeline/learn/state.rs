@@ -175,7 +175,7 @@ impl TrainState {
     /// Applies the batch's gradient, scaled by `scale`, with learning rate `lr`.
     ///
     /// # Errors
-    /// Only tensor errors.
+    /// If a tensor operation fails.
     pub fn apply(&mut self, lr: f64, scale: f64) -> Result<()> {
         Ok(self.optimizer.step(&self.gradients, lr, scale)?)
     }
@@ -183,7 +183,7 @@ impl TrainState {
     /// Clears the batch's gradient after a step, a skipped step or a restart.
     ///
     /// # Errors
-    /// Only tensor errors.
+    /// If a tensor operation fails.
     pub fn discard(&mut self) -> Result<()> {
         self.gradients.zero()?;
         self.value.as_mut().map_or(Ok(()), ValueModel::discard)

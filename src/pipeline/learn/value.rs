@@ -85,9 +85,9 @@ impl ValueModel {
     ///
     /// # Errors
     /// If shapes do not match.
-    pub fn accumulate(&mut self, values: &Tensor, slopes: &Tensor) -> Result<()> {
+    pub fn accumulate(&mut self, values: &Tensor, gradients: &Tensor) -> Result<()> {
         let mut accumulators: Vec<&mut Gradients> = self.parts().map(|part| &mut part.gradients).collect();
-        kernels::backward(&(values * slopes)?.sum_all()?, &mut accumulators)?;
+        kernels::backward(&(values * gradients)?.sum_all()?, &mut accumulators)?;
         Ok(())
     }
 
@@ -95,7 +95,7 @@ impl ValueModel {
     /// gradient clipped to `max_norm`.
     ///
     /// # Errors
-    /// Only tensor errors.
+    /// If a tensor operation fails.
     pub fn step(&mut self, count: usize, lr: f64, head_lr: f64, max_norm: f64) -> Result<()> {
         let count = count.max(1) as f64;
         if let Some(trunk) = &mut self.trunk {
@@ -107,7 +107,7 @@ impl ValueModel {
     /// Clears the batch's gradient.
     ///
     /// # Errors
-    /// Only tensor errors.
+    /// If a tensor operation fails.
     pub fn discard(&mut self) -> Result<()> {
         self.parts().try_for_each(|part| Ok(part.gradients.zero()?))
     }
@@ -124,12 +124,12 @@ impl ValueModel {
     /// Returns the state of the optimizers, in the format of [`AdamW::export`]; names begin with that of the part.
     ///
     /// # Errors
-    /// Only tensor errors.
+    /// If a tensor operation fails.
     pub fn export(&self) -> Result<Vec<(String, Frozen)>> {
         let mut all = Vec::new();
         for (part, place) in self.shared_parts().zip(["head", "trunk"]) {
             let state = part.optimizer.export()?;
-            all.extend(state.into_iter().map(|(name, one)| (format!("{place}/{name}"), one)));
+            all.extend(state.into_iter().map(|(name, tensor)| (format!("{place}/{name}"), tensor)));
         }
         Ok(all)
     }
@@ -142,8 +142,9 @@ impl ValueModel {
         let parts = std::iter::once(&mut self.head).chain(self.trunk.as_mut().map(|trunk| &mut trunk.part));
         for (part, place) in parts.zip(["head/", "trunk/"]) {
             restore_params(&part.params, params)?;
-            let own =
-                optimizer.iter().filter_map(|(name, one)| Some((name.strip_prefix(place)?.to_owned(), one.clone())));
+            let own = optimizer
+                .iter()
+                .filter_map(|(name, tensor)| Some((name.strip_prefix(place)?.to_owned(), tensor.clone())));
             part.optimizer.import(own.collect::<Vec<_>>())?;
         }
         Ok(())

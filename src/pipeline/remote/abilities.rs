@@ -12,9 +12,9 @@ use crate::config::{Evidence, RemoteJudge};
 /// Numbers of alternatives to try if a server refuses the requested number without naming its maximum.
 const FEWER_LOGPROBS: [usize; 3] = [20, 5, 2];
 /// Minimum number of alternatives that can distinguish two answers.
-const FEWEST_LOGPROBS: usize = 2;
+const MIN_LOGPROBS: usize = 2;
 /// Maximum number that is taken as a lower limit on tokens.
-const MOST_LEAST: u64 = 4096;
+const MAX_MINIMUM: u64 = 4096;
 
 /// Request fields that a server may refuse. A name that contains another one comes first.
 const FIELDS: [&str; 11] = [
@@ -57,7 +57,7 @@ const UNSUPPORTED: [&str; 20] = [
 
 /// A server's refusal of a request field.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Complaint {
+pub struct FieldRefusal {
     field: &'static str,
     kind: Kind,
 }
@@ -74,7 +74,7 @@ enum Kind {
     Value,
 }
 
-impl Complaint {
+impl FieldRefusal {
     /// Finds the field of the request `sent` that the body of an error response refuses.
     pub fn find(status: u16, body: &[u8], sent: &Value) -> Option<Self> {
         if ![400, 403, 404, 405, 415, 422, 500, 501].contains(&status) {
@@ -117,7 +117,7 @@ impl Complaint {
             "max_tokens" | "max_completion_tokens" => {
                 let least = given.and_then(|given| numbers(&text).into_iter().filter(|n| *n > given).min());
                 let lower = ["at least", "minimum", ">=", "greater than or equal", "greater than"];
-                match least.filter(|least| *least <= MOST_LEAST) {
+                match least.filter(|least| *least <= MAX_MINIMUM) {
                     Some(least) if lower.iter().any(|words| text.contains(words)) => Kind::Least(least),
                     _ if unsupported || text.contains("max_completion_tokens") => Kind::Unsupported,
                     _ => return None,
@@ -176,7 +176,7 @@ pub struct Abilities {
     pub least_tokens: usize,
     /// Fields that the server refuses.
     pub without: BTreeSet<&'static str>,
-    /// True if the model is told not to reason (`chat_template_kwargs.enable_thinking = false`).
+    /// True if requests turn the model's reasoning off (`chat_template_kwargs.enable_thinking = false`).
     pub thinking_off: bool,
     /// True if the model reasons before each answer, which then needs tokens for it.
     pub reasons: bool,
@@ -203,8 +203,8 @@ impl Abilities {
 
     /// Changes the form of requests so that the server does not refuse `request` again. Returns a description of the
     /// change (empty if it was made before), or `None` if no change keeps the meaning of the request.
-    pub fn adapt(&mut self, complaint: &Complaint, request: &Request, judge: &RemoteJudge) -> Option<String> {
-        match (complaint.field, complaint.kind) {
+    pub fn adapt(&mut self, refusal: &FieldRefusal, request: &Request, judge: &RemoteJudge) -> Option<String> {
+        match (refusal.field, refusal.kind) {
             ("top_logprobs" | "logprobs", kind) => {
                 let fewer =
                     FEWER_LOGPROBS.into_iter().find(|fewer| *fewer < request.top_logprobs.min(self.top_logprobs));
@@ -213,7 +213,7 @@ impl Abilities {
                     Kind::Value => fewer.unwrap_or(0),
                     Kind::Unsupported | Kind::Least(_) => 0,
                 };
-                let most = if most < FEWEST_LOGPROBS { 0 } else { most };
+                let most = if most < MIN_LOGPROBS { 0 } else { most };
                 if most >= self.top_logprobs || (most == 0 && judge.evidence == Evidence::Logprobs) {
                     // Another request has found this out before, or no change helps.
                     return (request.top_logprobs > self.top_logprobs).then(String::new);
@@ -243,8 +243,8 @@ impl Abilities {
                 self.without.insert("max_completion_tokens");
                 Some("max_tokens is sent instead of max_completion_tokens".into())
             }
-            ("temperature", _) if !request.needs_temperature() => self.drop(complaint.field),
-            ("seed" | "stream" | "top_k", _) => self.drop(complaint.field),
+            ("temperature", _) if !request.needs_temperature() => self.drop(refusal.field),
+            ("seed" | "stream" | "top_k", _) => self.drop(refusal.field),
             ("add_generation_prompt" | "continue_final_message", _) => self.drop("continue_final_message"),
             ("chat_template_kwargs", _) if self.thinking_off => {
                 self.thinking_off = false;
@@ -283,7 +283,7 @@ mod tests {
     use super::*;
 
     fn find(status: u16, body: &Value, sent: &Value) -> Option<(&'static str, Kind)> {
-        Complaint::find(status, body.to_string().as_bytes(), sent).map(|one| (one.field, one.kind))
+        FieldRefusal::find(status, body.to_string().as_bytes(), sent).map(|refusal| (refusal.field, refusal.kind))
     }
 
     #[test]
@@ -385,11 +385,11 @@ mod tests {
     #[test]
     fn requests_are_adapted_only_if_their_meaning_stays_the_same() {
         let judge = RemoteJudge::default();
-        let complaint = |field, kind| Complaint { field, kind };
+        let refusal = |field, kind| FieldRefusal { field, kind };
         let mut abilities = Abilities::new(&judge);
         let first = Request::first_token("p", None, 20);
         let adapt = |abilities: &mut Abilities, field, kind, request: &Request| {
-            abilities.adapt(&complaint(field, kind), request, &judge)
+            abilities.adapt(&refusal(field, kind), request, &judge)
         };
         assert!(adapt(&mut abilities, "top_logprobs", Kind::Most(8), &first).is_some_and(|words| words.contains('8')));
         assert_eq!(abilities.top_logprobs, 8);
@@ -411,7 +411,7 @@ mod tests {
         let strict = RemoteJudge { evidence: Evidence::Logprobs, ..RemoteJudge::default() };
         let mut abilities = Abilities::new(&strict);
         assert_eq!(
-            abilities.adapt(&complaint("logprobs", Kind::Unsupported), &Request::first_token("p", None, 20), &strict),
+            abilities.adapt(&refusal("logprobs", Kind::Unsupported), &Request::first_token("p", None, 20), &strict),
             None
         );
         assert_eq!(abilities.top_logprobs, 20);

@@ -7,13 +7,13 @@ use super::wire::{Request, estimate, excerpt};
 use super::{lenient, wire};
 
 /// Maximum plausible number of tokens of one exchange.
-const MOST_TOKENS: u64 = 1 << 30;
+const MAX_TOKENS: u64 = 1 << 30;
 /// Maximum sum of probabilities, including rounding.
-const MOST_MASS: f64 = 1.01;
+const MAX_MASS: f64 = 1.01;
 /// Maximum log-probability that counts as a rounding error above zero.
 const ROUNDING: f64 = 0.01;
 
-/// A server's answer.
+/// Parsed answer of a judge server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
     /// Text of the answer, without the reasoning before it.
@@ -56,14 +56,14 @@ impl<T: Into<String>> From<T> for Unread {
 /// An answer that the server itself marks as failed or filtered is an error, too.
 ///
 /// # Errors
-/// If the body is not a valid answer; describes the fault.
+/// If the body is not a valid answer; the error describes the fault.
 pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
     let value = lenient::parse(body)?;
     if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
         return Err(failure(error, "an error in a body of status 200"));
     }
     let choice = value["choices"].get(0).ok_or_else(|| match lenient::message(&value) {
-        Some(told) => format!("choices[0] is missing: {told}"),
+        Some(message_of_error) => format!("choices[0] is missing: {message_of_error}"),
         None => "choices[0] is missing".into(),
     })?;
     if choice["finish_reason"] == "error" || choice.get("error").is_some_and(|error| !error.is_null()) {
@@ -90,7 +90,7 @@ pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
     let first_token = if request.top_logprobs > 0 { listed(&choice["logprobs"])? } else { None };
     let opens = first_token.as_ref().and_then(|tokens| tokens.first()).is_some_and(|(token, _)| opens_reasoning(token));
     // An implausible count or zero is treated as missing.
-    let usage = |name: &str| value["usage"][name].as_u64().filter(|count| (1..=MOST_TOKENS).contains(count));
+    let usage = |name: &str| value["usage"][name].as_u64().filter(|count| (1..=MAX_TOKENS).contains(count));
     let counted = usage("prompt_tokens");
     Ok(Answer {
         prompt_tokens: counted.unwrap_or_else(|| estimate(&request.prompt)),
@@ -106,8 +106,8 @@ pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
 
 /// Returns the failure that a body of status 200 reports, classified by its code.
 fn failure(error: &Value, what: &str) -> Unread {
-    let told = lenient::message(error).unwrap_or_else(|| excerpt(&error.to_string()));
-    let words = format!("{what}: {told}");
+    let message_of_error = lenient::message(error).unwrap_or_else(|| excerpt(&error.to_string()));
+    let words = format!("{what}: {message_of_error}");
     let code = error["code"].as_u64().or_else(|| error["code"].as_str().and_then(|code| code.parse().ok()));
     let quota = wire::reports_quota(&serde_json::json!({ "error": error }).to_string().into_bytes());
     match code.and_then(|code| u16::try_from(code).ok()).filter(|code| (400..600).contains(code)) {
@@ -155,9 +155,9 @@ fn split_reasoning(text: &str) -> (bool, String) {
 /// (`top_logprobs[0]`).
 fn listed(logprobs: &Value) -> Result<Option<Vec<(String, f64)>>, String> {
     let pairs: Vec<(String, &Value)> = if let Some(list) = logprobs["content"][0]["top_logprobs"].as_array() {
-        let pair = |one: &'_ Value| tokens::text(&one["token"], &one["bytes"]);
+        let pair = |entry: &'_ Value| tokens::text(&entry["token"], &entry["bytes"]);
         list.iter()
-            .map(|one| Ok((pair(one).ok_or("a token of top_logprobs has no text")?, &one["logprob"])))
+            .map(|entry| Ok((pair(entry).ok_or("a token of top_logprobs has no text")?, &entry["logprob"])))
             .collect::<Result<_, String>>()?
     } else if let Some(map) = logprobs["top_logprobs"][0].as_object() {
         map.iter().map(|(token, logprob)| (tokens::plain(token), logprob)).collect()
@@ -173,7 +173,7 @@ fn listed(logprobs: &Value) -> Result<Option<Vec<(String, f64)>>, String> {
     if mass == 0.0 {
         return Err("no log-probability of the first token can be read".into());
     }
-    if mass > MOST_MASS {
+    if mass > MAX_MASS {
         return Err(format!("the probabilities of the first token add up to {mass:.3}"));
     }
     read.sort_by(|a, b| b.1.total_cmp(&a.1));

@@ -25,7 +25,7 @@ enum State {
     },
 }
 
-/// Result of [`Breaker::admit`].
+/// Decision of [`Breaker::admit`]: send the request, or wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admit {
     /// The request may be sent.

@@ -57,7 +57,7 @@ impl Budget {
         Ok(Arc::new(Self { limit, file, spent, exhausted: AtomicBool::new(false) }))
     }
 
-    /// Reserves `most` for one exchange.
+    /// Reserves `most`, the maximum cost of one exchange.
     ///
     /// # Errors
     /// A message, if that exceeds the remaining budget.

@@ -16,7 +16,7 @@ use super::budget::{Budget, Reserved};
 use super::evidence::Evidence;
 use super::outage::{Cause, Outage};
 use super::pace::Pace;
-use super::retry::{ExchangeOutcome, Nature, pause};
+use super::retry::{ExchangeOutcome, FailureClass, pause};
 use super::stats::RemoteStats;
 use super::transport::Transport;
 use super::wire::Request;
@@ -50,7 +50,7 @@ pub struct Client {
     cut_lists: AtomicBool,
     began: Instant,
     /// Limit on concurrent exchanges.
-    pub knob: Arc<AdjustableLimit>,
+    pub concurrency_limit: Arc<AdjustableLimit>,
     pace: Pace,
     budget: Option<Arc<Budget>>,
     /// Highest ratio so far of an exchange's cost to its estimated maximum; at least 1.
@@ -86,7 +86,7 @@ impl Client {
             cut_prompts: AtomicBool::new(false),
             cut_lists: AtomicBool::new(false),
             began: Instant::now(),
-            knob: Arc::new(AdjustableLimit::new(1, judge.concurrency)),
+            concurrency_limit: Arc::new(AdjustableLimit::new(1, judge.concurrency)),
             pace: Pace::new(&judge, &transport.account()),
             budget,
             excess: Mutex::new(1.0),
@@ -115,7 +115,7 @@ impl Client {
         self.lock(&self.tokens_of_answers).insert(answer.to_owned(), whole);
     }
 
-    /// Changes the server's known abilities.
+    /// Applies `change` to the server's known abilities.
     pub fn change(&self, change: impl FnOnce(&mut Abilities)) {
         change(&mut self.lock(&self.abilities));
     }
@@ -132,8 +132,8 @@ impl Client {
     }
 
     /// Registers a callback that gives a sign of life while the server is unavailable.
-    pub fn attend(&self, name: &str, alive: &Alive) {
-        self.outage.attend(name, alive);
+    pub fn register_liveness(&self, name: &str, alive: &Alive) {
+        self.outage.register_liveness(name, alive);
     }
 
     /// Asks until there is an answer.
@@ -147,7 +147,7 @@ impl Client {
     ///
     /// # Errors
     /// An abstention if the server answers other questions but not this one. A failure if it answered none for
-    /// `outage_s`, if the budget is used up, or if nobody wants the answer any more. Both contain the address and the
+    /// `outage_s`, if the budget is used up, or if no actor wants the answer any more. Both contain the address and the
     /// server's message.
     pub async fn ask(&self, request: &Request, usage: &mut Usage) -> Reply<Answer> {
         let mut request = request.clone();
@@ -186,10 +186,10 @@ impl Client {
                 }
                 self.lock(&self.breaker).record(ended, false);
             }
-            let refuses = outcome.nature() == Nature::NoAnswer;
+            let refuses = outcome.class() == FailureClass::Refusal;
             let words = format!("{} {}", self.address(), outcome.words());
             self.outage.failed(ended, Cause { words: words.clone(), refuses });
-            if outcome.nature() == Nature::Limited {
+            if outcome.class() == FailureClass::Limited {
                 tries.limited += 1;
                 if tries.limited.is_multiple_of(LIMITED_TRIES) {
                     alone = if self.answers_others(ended, usage).await? { alone + 1 } else { 0 };
@@ -225,7 +225,7 @@ impl Client {
             }
             answering = false;
             self.lock(&self.breaker).trip(self.now());
-            if self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
+            if self.outage.elapsed(self.now()) >= seconds(self.judge.outage_s) {
                 return Err(self.gave_up());
             }
             telemetry::judge_retry();
@@ -251,12 +251,12 @@ impl Client {
             if self.adapted(&outcome, &mut request) {
                 continue;
             }
-            let refuses = outcome.nature() == Nature::NoAnswer;
+            let refuses = outcome.class() == FailureClass::Refusal;
             let pause = self.pause(&outcome, attempt);
             if refuses || attempt > self.judge.retries.max(TRIES) || self.now() + pause >= until {
                 return Err(Cause { words: format!("{} {}", self.address(), outcome.words()), refuses });
             }
-            if outcome.nature() == Nature::Limited {
+            if outcome.class() == FailureClass::Limited {
                 self.pace.hold(outcome.wait().unwrap_or_default()).await;
             }
             tokio::time::sleep(pause).await;
@@ -290,7 +290,7 @@ impl Client {
         let cause = self.outage.cause().map_or_else(|| "it gave no answer".into(), |cause| cause.words);
         NoAnswer::Failure(format!(
             "{cause}; no question was answered for {} s, and the limit is labeler.remote.outage_s = {}",
-            self.outage.away(self.now()).as_secs(),
+            self.outage.elapsed(self.now()).as_secs(),
             self.judge.outage_s
         ))
     }
@@ -317,8 +317,8 @@ impl Client {
         let (outcome, answer) = self.send(&control, usage).await?;
         if answer.is_none() {
             let words = format!("{} {}", self.address(), outcome.words());
-            self.outage.failed(self.now(), Cause { words, refuses: outcome.nature() == Nature::NoAnswer });
-            self.lock(&self.evidence).asked_in_vain(sent);
+            self.outage.failed(self.now(), Cause { words, refuses: outcome.class() == FailureClass::Refusal });
+            self.lock(&self.evidence).control_unanswered(sent);
         }
         Ok(answer.is_some())
     }
@@ -327,7 +327,7 @@ impl Client {
     /// not `asked` yet is admitted when the wait is over, so that no question fails without having been asked.
     ///
     /// # Errors
-    /// If the server was unavailable for `outage_s`, or nobody wants the answer any more.
+    /// If the server was unavailable for `outage_s`, or no actor wants the answer any more.
     async fn admitted(&self, asked: bool) -> Reply<bool> {
         let mut waited = false;
         loop {
@@ -347,11 +347,11 @@ impl Client {
     /// Gives a sign of life for the actors that wait for the server; returns the time since it last answered.
     ///
     /// # Errors
-    /// If nobody wants the answer any more.
+    /// If no actor wants the answer any more.
     fn waiting(&self) -> Reply<Duration> {
         let waited = self.outage.wait(self.now(), &self.judge.url, seconds(self.judge.outage_s));
         if waited.wanted {
-            return Ok(waited.away);
+            return Ok(waited.elapsed);
         }
         let cause = self.outage.cause().map_or_else(String::new, |cause| format!(": {}", cause.words));
         Err(NoAnswer::Failure(format!("the run ended while it waited for the judge at {}{cause}", self.judge.url)))
@@ -376,9 +376,9 @@ impl Client {
     /// Waits after a rate-limit response; all questions wait with this one.
     ///
     /// # Errors
-    /// If no question was answered for `outage_s`, or nobody wants the answer any more.
+    /// If no question was answered for `outage_s`, or no actor wants the answer any more.
     async fn limited(&self, outcome: &ExchangeOutcome, attempt: u32) -> Reply<()> {
-        if attempt > self.judge.retries && self.outage.away(self.now()) >= seconds(self.judge.outage_s) {
+        if attempt > self.judge.retries && self.outage.elapsed(self.now()) >= seconds(self.judge.outage_s) {
             return Err(self.gave_up());
         }
         telemetry::judge_retry();
@@ -390,10 +390,10 @@ impl Client {
     /// Waits for `pause`, which a server asked for, but no longer than an unavailable server is waited for.
     ///
     /// # Errors
-    /// If the pause is longer than that, or nobody wants the answer any more.
+    /// If the pause is longer than that, or no actor wants the answer any more.
     async fn held(&self, pause: Duration) -> Reply<()> {
         let patience = seconds(self.judge.outage_s).max(seconds(self.judge.deadline_s));
-        let left = patience.saturating_sub(self.outage.away(self.now()));
+        let left = patience.saturating_sub(self.outage.elapsed(self.now()));
         self.rest(pause.min(left)).await?;
         if pause > left { Err(self.gave_up()) } else { Ok(()) }
     }
@@ -434,7 +434,7 @@ impl Client {
     /// server asked for, if any.
     ///
     /// # Errors
-    /// If nobody wants the answer any more.
+    /// If no actor wants the answer any more.
     async fn turn(&self, request: &Request) -> Reply<Result<(), Duration>> {
         let turn = self.pace.turn(request.estimate() as f64);
         tokio::pin!(turn);
@@ -533,16 +533,16 @@ impl Client {
         }
         let now = self.now();
         let mut breaker = self.lock(&self.breaker);
-        match outcome.nature() {
+        match outcome.class() {
             // The question can be asked in another form.
-            Nature::NoAnswer if matches!(outcome, ExchangeOutcome::Field(..)) => breaker.record(now, true),
-            Nature::NoAnswer => breaker.refused(now),
+            FailureClass::Refusal if matches!(outcome, ExchangeOutcome::Field(..)) => breaker.record(now, true),
+            FailureClass::Refusal => breaker.refused(now),
             // Counts as a failure only if it happens again.
-            Nature::Passing if matches!(outcome, ExchangeOutcome::Closed(_)) => {}
-            Nature::Limited | Nature::Passing => breaker.record(now, outcome.alive()),
+            FailureClass::Temporary if matches!(outcome, ExchangeOutcome::Closed(_)) => {}
+            FailureClass::Limited | FailureClass::Temporary => breaker.record(now, outcome.alive()),
         }
         if answer.is_some() {
-            self.outage.over(now, &self.judge.url);
+            self.outage.end(now, &self.judge.url);
         }
         telemetry::judge_breaker(breaker.is_open());
         (outcome, answer)
@@ -554,7 +554,7 @@ impl Client {
 
     /// Performs one HTTP exchange, which is counted once however it ends.
     async fn exchange(&self, request: &Request, reserved: Option<Reserved>) -> (ExchangeOutcome, Option<Answer>) {
-        let _under_way = self.knob.enter().await;
+        let _under_way = self.concurrency_limit.enter().await;
         let (sent, counted) = (Instant::now(), Counted::new(&self.stats));
         let (outcome, answer) = match self.alive_while(self.post(request)).await {
             Ok(answer) => (ExchangeOutcome::Ok, Some(answer)),
@@ -630,9 +630,7 @@ impl Client {
     /// changed to it.
     fn adapted(&self, outcome: &ExchangeOutcome, request: &mut Request) -> bool {
         let change = match outcome {
-            ExchangeOutcome::Field(_, _, complaint) => {
-                self.lock(&self.abilities).adapt(complaint, request, &self.judge)
-            }
+            ExchangeOutcome::Field(_, _, refusal) => self.lock(&self.abilities).adapt(refusal, request, &self.judge),
             ExchangeOutcome::Refused(404 | 405, _) if !self.lock(&self.evidence).has_answered() => {
                 self.transport.add_version().then(|| "its address has no version, so that /v1 is appended to it".into())
             }
@@ -664,13 +662,13 @@ impl Client {
     /// Warns once about a server that counts far fewer tokens than a prompt has: it may truncate prompts.
     fn watch_for_cut_prompts(&self, request: &Request, answer: &Answer) {
         /// Maximum average number of characters per token of any tokenizer over a long text.
-        const MOST_CHARACTERS: u64 = 16;
+        const MAX_CHARACTERS: u64 = 16;
         /// Shorter prompts may consist of one long word.
         const LONG: u64 = 2000;
         let characters = request.prompt.chars().count() as u64;
-        let few =
-            answer.counted_prompt_tokens.filter(|counted| characters >= LONG && counted * MOST_CHARACTERS < characters);
-        if let Some(counted) = few
+        let undercount =
+            answer.counted_prompt_tokens.filter(|counted| characters >= LONG && counted * MAX_CHARACTERS < characters);
+        if let Some(counted) = undercount
             && !self.cut_prompts.swap(true, Ordering::SeqCst)
         {
             tracing::warn!(

@@ -13,7 +13,7 @@ pub struct Evidence {
     /// Send time of the latest question that was answered.
     answered: Option<Duration>,
     /// Send time of the latest control question that was not answered.
-    in_vain: Option<Duration>,
+    unanswered: Option<Duration>,
     /// Model name that the server reported with its first answer.
     model: Option<String>,
     /// True if any answer had log-probabilities; `unlisted` counts the answers without.
@@ -25,7 +25,7 @@ impl Evidence {
     /// Returns whether the judge answers questions sent at `since` or later; `None` if that is not known.
     pub fn of(&self, since: Duration) -> Option<bool> {
         let after = |sent: Option<Duration>| sent.is_some_and(|sent| sent >= since);
-        if after(self.answered) { Some(true) } else { after(self.in_vain).then_some(false) }
+        if after(self.answered) { Some(true) } else { after(self.unanswered).then_some(false) }
     }
 
     /// Records that `request`, sent at `sent`, was answered.
@@ -37,8 +37,8 @@ impl Evidence {
     }
 
     /// Records that the control question sent at `sent` was not answered.
-    pub fn asked_in_vain(&mut self, sent: Duration) {
-        self.in_vain = self.in_vain.max(Some(sent));
+    pub fn control_unanswered(&mut self, sent: Duration) {
+        self.unanswered = self.unanswered.max(Some(sent));
     }
 
     /// Returns whether any question was answered.
@@ -56,13 +56,13 @@ impl Evidence {
     /// single odd answer does not change how the judge is asked.
     pub fn counts(&mut self, has_logprobs: bool) -> bool {
         /// Number of answers without log-probabilities that show that a server offers none.
-        const TELLING: u32 = 3;
+        const MIN_WITHOUT_LOGPROBS: u32 = 3;
         if has_logprobs {
             self.listed = true;
         } else {
             self.unlisted = self.unlisted.saturating_add(1);
         }
-        has_logprobs || (!self.listed && self.unlisted >= TELLING)
+        has_logprobs || (!self.listed && self.unlisted >= MIN_WITHOUT_LOGPROBS)
     }
 
     /// Returns the model name of the first answer that named its model.
@@ -103,7 +103,7 @@ mod tests {
             (Some(true), None),
             "an answer says nothing about later times"
         );
-        evidence.asked_in_vain(at(7));
+        evidence.control_unanswered(at(7));
         assert_eq!((evidence.of(at(5)), evidence.of(at(6)), evidence.of(at(8))), (Some(true), Some(false), None));
         evidence.answered(&request("short"), at(9));
         evidence.answered(&request("another long one"), at(8));

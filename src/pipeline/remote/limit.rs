@@ -30,7 +30,7 @@ pub struct State {
     pub hold: f64,
 }
 
-/// Result of [`Limits::take`].
+/// Decision of [`Limits::take`]: send the request, or wait.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Turn {
     /// The request may be sent, and counts as sent.

@@ -8,7 +8,7 @@ use crate::observe::telemetry;
 use crate::pipeline::label::backend::Alive;
 
 /// Interval between two log lines about the same outage.
-const TELL_EVERY: Duration = Duration::from_secs(60);
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Reason why a judge does not answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,22 +31,22 @@ struct Inner {
     since: Option<Duration>,
     cause: Option<Cause>,
     /// Time at which the outage was last logged.
-    told: Option<Duration>,
+    last_logged: Option<Duration>,
     waiting: HashMap<String, Alive>,
 }
 
-/// Result of [`Outage::wait`].
+/// State of an outage, returned by [`Outage::wait`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waited {
     /// Time since the outage began.
-    pub away: Duration,
+    pub elapsed: Duration,
     /// True if any actor still wants the answer.
     pub wanted: bool,
 }
 
 impl Outage {
     /// Registers `alive` to be called while the judge is waited for. It replaces an earlier callback of the same name.
-    pub fn attend(&self, name: &str, alive: &Alive) {
+    pub fn register_liveness(&self, name: &str, alive: &Alive) {
         self.lock().waiting.insert(name.to_owned(), Alive::clone(alive));
     }
 
@@ -58,7 +58,7 @@ impl Outage {
     }
 
     /// Returns the time since the outage began, or zero without an outage.
-    pub fn away(&self, now: Duration) -> Duration {
+    pub fn elapsed(&self, now: Duration) -> Duration {
         self.lock().since.map_or(Duration::ZERO, |since| now.saturating_sub(since))
     }
 
@@ -72,22 +72,25 @@ impl Outage {
     /// time `limit`.
     pub fn wait(&self, now: Duration, url: &str, limit: Duration) -> Waited {
         let mut inner = self.lock();
-        let away = now.saturating_sub(*inner.since.get_or_insert(now));
+        let elapsed = now.saturating_sub(*inner.since.get_or_insert(now));
         let cause = inner.cause.clone().unwrap_or(Cause { words: "no answer yet".into(), refuses: false });
-        if inner.told.is_none_or(|told| now.saturating_sub(told) >= TELL_EVERY) {
-            inner.told = Some(now);
+        if inner.last_logged.is_none_or(|last_logged| now.saturating_sub(last_logged) >= LOG_INTERVAL) {
+            inner.last_logged = Some(now);
             tracing::warn!(
                 "the judge at {url} has not answered for {} s; the run waits for it, up to {} s (labeler.remote.outage_s): {}",
-                away.as_secs(),
+                elapsed.as_secs(),
                 limit.as_secs(),
                 cause.words
             );
         }
-        telemetry::judge_away(url, Some(telemetry::Away { time: away, why: &cause.words, refuses: cause.refuses }));
+        telemetry::judge_away(url, Some(telemetry::Away { time: elapsed, why: &cause.words, refuses: cause.refuses }));
         drop(inner);
-        let wanted =
-            self.sign(&format!("waits for the judge at {url}, away for {} s: {}", away.as_secs(), cause.words));
-        Waited { away, wanted }
+        let wanted = self.sign(&format!(
+            "waits for the judge at {url}, unavailable for {} s: {}",
+            elapsed.as_secs(),
+            cause.words
+        ));
+        Waited { elapsed, wanted }
     }
 
     /// Gives a sign of life with `note` to the waiting actors. Returns whether any of them still wants the answer, or
@@ -100,13 +103,13 @@ impl Outage {
     }
 
     /// Ends the outage: the judge at `url` answered at `now`.
-    pub fn over(&self, now: Duration, url: &str) {
+    pub fn end(&self, now: Duration, url: &str) {
         let mut inner = self.lock();
         let since = inner.since.take();
         inner.cause = None;
-        if inner.told.take().is_some() {
-            let away = now.saturating_sub(since.unwrap_or(now)).as_secs();
-            tracing::warn!("the judge at {url} answers again, after {away} s");
+        if inner.last_logged.take().is_some() {
+            let elapsed = now.saturating_sub(since.unwrap_or(now)).as_secs();
+            tracing::warn!("the judge at {url} answers again, after {elapsed} s");
         }
         if since.is_some() {
             telemetry::judge_away(url, None);
@@ -133,14 +136,14 @@ mod tests {
     #[test]
     fn an_outage_lasts_from_the_first_failure_to_the_next_answer() {
         let outage = Outage::default();
-        outage.over(at(10), "url");
-        assert_eq!(outage.away(at(5000)), Duration::ZERO, "time without questions is not an outage");
+        outage.end(at(10), "url");
+        assert_eq!(outage.elapsed(at(5000)), Duration::ZERO, "time without questions is not an outage");
         outage.failed(at(5000), cause("refused"));
         outage.failed(at(5030), cause("refused again"));
-        assert_eq!(outage.wait(at(5060), "url", at(100)), Waited { away: at(60), wanted: true });
+        assert_eq!(outage.wait(at(5060), "url", at(100)), Waited { elapsed: at(60), wanted: true });
         assert_eq!(outage.cause(), Some(cause("refused again")));
-        outage.over(at(5061), "url");
-        assert_eq!((outage.away(at(6000)), outage.cause()), (Duration::ZERO, None));
+        outage.end(at(5061), "url");
+        assert_eq!((outage.elapsed(at(6000)), outage.cause()), (Duration::ZERO, None));
     }
 
     #[test]
@@ -149,11 +152,11 @@ mod tests {
         outage.failed(at(0), cause("gone"));
         let halted: Alive = std::sync::Arc::new(|_| false);
         let runs: Alive = std::sync::Arc::new(|note| note.contains("gone"));
-        outage.attend("a", &halted);
+        outage.register_liveness("a", &halted);
         assert!(!outage.wait(at(1), "url", at(9)).wanted);
-        outage.attend("b", &runs);
+        outage.register_liveness("b", &runs);
         assert!(outage.wait(at(1), "url", at(9)).wanted);
-        outage.attend("b", &halted);
+        outage.register_liveness("b", &halted);
         assert!(!outage.wait(at(1), "url", at(9)).wanted, "a later incarnation replaces an earlier one");
     }
 }

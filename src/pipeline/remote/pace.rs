@@ -13,7 +13,7 @@ const LOCK_EVERY: Duration = Duration::from_millis(5);
 /// was suspended.
 const LOCK_TRIES: u32 = 400;
 /// Time for which this process uses its own limit after the file could not be used.
-const ALONE: Duration = Duration::from_secs(60);
+const FALLBACK_DURATION: Duration = Duration::from_secs(60);
 
 /// Rate limits of one judge. They apply to all processes of the machine that use the same server with the same key.
 pub struct Pace {
@@ -23,16 +23,16 @@ pub struct Pace {
     /// State for this process alone, with times relative to `began`.
     own: Mutex<State>,
     shared: Option<Shared>,
-    alone: Mutex<Alone>,
+    fallback: Mutex<Fallback>,
     /// Queue of requests that wait for a turn, in order.
     queue: tokio::sync::Mutex<()>,
     /// Time at which this process learned of a pause that the server asked for, while the pause lasts.
-    heard: Mutex<Option<Instant>>,
+    paused_since: Mutex<Option<Instant>>,
 }
 
 /// Availability of the shared limit's file.
 #[derive(Default)]
-struct Alone {
+struct Fallback {
     until: Option<Instant>,
     warned: bool,
 }
@@ -48,14 +48,14 @@ impl Pace {
             began: Instant::now(),
             own: Mutex::default(),
             shared: None,
-            alone: Mutex::default(),
+            fallback: Mutex::default(),
             queue: tokio::sync::Mutex::default(),
-            heard: Mutex::default(),
+            paused_since: Mutex::default(),
         };
         if limits.is_some() {
             match Shared::open(account) {
                 Ok(shared) => pace.shared = Some(shared),
-                Err(error) => pace.stay_alone(&format!(
+                Err(error) => pace.fall_back(&format!(
                     "no folder can hold it ({error}); set PRECEPTOR_CACHE to a folder that can be written"
                 )),
             }
@@ -78,7 +78,7 @@ impl Pace {
                 Turn::Now => return Ok(()),
                 Turn::Later(seconds) => tokio::time::sleep(Duration::from_secs_f64(seconds)).await,
                 Turn::Held(seconds) => {
-                    self.heard().get_or_insert_with(Instant::now);
+                    self.paused_since().get_or_insert_with(Instant::now);
                     return Err(Duration::from_secs_f64(seconds));
                 }
             }
@@ -88,7 +88,7 @@ impl Pace {
     /// Records that the server asked for a pause of `wait`.
     pub async fn hold(&self, wait: Duration) {
         if wait > Duration::ZERO {
-            *self.heard() = Some(Instant::now());
+            *self.paused_since() = Some(Instant::now());
             self.with(|state, now| state.hold = state.hold.max(now + wait.as_secs_f64())).await;
         }
     }
@@ -96,7 +96,7 @@ impl Pace {
     /// Records that the server answered a question sent at `sent`. If that was after it asked for a pause, it answers
     /// again, and the pause ends for all.
     pub async fn answered(&self, sent: Instant) {
-        let over = self.heard().take_if(|heard| sent > *heard).is_some();
+        let over = self.paused_since().take_if(|paused_since| sent > *paused_since).is_some();
         if over {
             self.with(|state, _| state.hold = 0.0).await;
         }
@@ -105,7 +105,7 @@ impl Pace {
     /// Applies `change` to the state shared by the processes, or to this process's own state if no shared one exists or
     /// can be used.
     async fn with<T>(&self, change: impl Fn(&mut State, f64) -> T) -> T {
-        let together = self.lock(&self.alone).until.is_none_or(|until| Instant::now() >= until);
+        let together = self.lock(&self.fallback).until.is_none_or(|until| Instant::now() >= until);
         if let Some(shared) = self.shared.as_ref().filter(|_| together) {
             let mut why = "another process keeps it locked".to_owned();
             for _ in 0..LOCK_TRIES {
@@ -118,15 +118,15 @@ impl Pace {
                     }
                 }
             }
-            self.stay_alone(&format!("{} cannot be used: {why}", shared.path().display()));
+            self.fall_back(&format!("{} cannot be used: {why}", shared.path().display()));
         }
         change(&mut self.lock(&self.own), self.began.elapsed().as_secs_f64())
     }
 
-    fn stay_alone(&self, why: &str) {
-        let mut alone = self.lock(&self.alone);
-        alone.until = Some(Instant::now() + ALONE);
-        if !std::mem::replace(&mut alone.warned, true) {
+    fn fall_back(&self, why: &str) {
+        let mut fallback = self.lock(&self.fallback);
+        fallback.until = Some(Instant::now() + FALLBACK_DURATION);
+        if !std::mem::replace(&mut fallback.warned, true) {
             tracing::warn!(
                 "the rate limit of the judge at {} holds for this process alone instead of for all processes on this machine together: {why}",
                 self.url
@@ -134,8 +134,8 @@ impl Pace {
         }
     }
 
-    fn heard(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.lock(&self.heard)
+    fn paused_since(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.lock(&self.paused_since)
     }
 
     fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {

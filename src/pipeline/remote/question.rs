@@ -124,7 +124,7 @@ pub(super) async fn weigh(client: &Client, ask: &Ask, usage: &mut Usage) -> Repl
             let mut listed = Listed(tokens);
             let (mass, unlisted) = (listed.mass(&ask.answers), listed.unlisted(&ask.answers, request.top_logprobs));
             if let Some((space, p)) = listed.space_before(&ask.answers).map(|(space, p)| (space.to_owned(), p)) {
-                behind(client, ask, &mut listed, (space, p), p > mass, usage).await?;
+                add_after_space(client, ask, &mut listed, (space, p), p > mass, usage).await?;
             }
             client.watch_for_cut_lists(&request, unlisted, listed.mass(&ask.answers));
             let weights = listed.weights(&ask.answers).map_err(|refusal| match refusal {
@@ -160,7 +160,7 @@ pub(super) async fn weigh(client: &Client, ask: &Ask, usage: &mut Usage) -> Repl
 /// Adds to `listed` the answers that follow a separate space token, weighted by its probability. If the server does not
 /// continue a begun answer and the space is less likely than the answers without one, it is ignored, unless it is
 /// `needed`.
-async fn behind(
+async fn add_after_space(
     client: &Client,
     ask: &Ask,
     listed: &mut Listed,
@@ -173,7 +173,7 @@ async fn behind(
     }
     let request = Request::first_token(&ask.prompt, Some(space.clone()), client.abilities().top_logprobs);
     match client.ask(&request, usage).await {
-        Ok(after) => listed.behind(&space, p, Listed(after.first_token.unwrap_or_default())),
+        Ok(after) => listed.add_after_space(&space, p, Listed(after.first_token.unwrap_or_default())),
         // The server was found not to continue a begun answer.
         Err(NoAnswer::Abstention(_)) if !needed && !client.abilities().continues() => {}
         Err(refusal) => return Err(refusal),
@@ -213,7 +213,7 @@ async fn longer(
         // If the longer answer is a single token, it would be listed if it were likely.
         if !is_one_token(client, &ask.answers[longer], usage).await? {
             return Err(NoAnswer::Abstention(format!(
-                "the tokens of {} do not tell {} from {}, and it does not continue an answer; set labeler.remote.evidence = \"votes\" or api = \"completions\"",
+                "the tokens of {} do not distinguish {} from {}, and it does not continue an answer; set labeler.remote.evidence = \"votes\" or api = \"completions\"",
                 client.judge.url, ask.answers[shorter], ask.answers[longer]
             )));
         }

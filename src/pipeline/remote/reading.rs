@@ -64,7 +64,7 @@ impl Listed {
     }
 
     /// Adds the tokens `after` that follow `space`, which has probability `p`, as tokens that include the space.
-    pub fn behind(&mut self, space: &str, p: f64, after: Self) {
+    pub fn add_after_space(&mut self, space: &str, p: f64, after: Self) {
         self.0.extend(after.0.into_iter().map(|(token, q)| (format!("{space}{token}"), p * q)));
     }
 
@@ -113,7 +113,7 @@ pub fn votes(texts: &[String], answers: &[String]) -> Reply<Vec<f64>> {
             texts.len()
         )));
     }
-    let share = |i: usize| named.iter().filter(|one| **one == i).count() as f64 / named.len() as f64;
+    let share = |i: usize| named.iter().filter(|index| **index == i).count() as f64 / named.len() as f64;
     Ok((0..answers.len()).map(share).collect())
 }
 
@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     fn answers(list: &[&str]) -> Vec<String> {
-        list.iter().map(|one| (*one).to_owned()).collect()
+        list.iter().map(|text| (*text).to_owned()).collect()
     }
 
     #[test]
@@ -167,7 +167,7 @@ mod tests {
         let both = answers(&["1", "2"]);
         let mut listed = Listed(vec![("A".into(), 0.5), (" ".into(), 0.25), ("1".into(), 0.125)]);
         assert_eq!(listed.space_before(&both), Some((" ", 0.25)));
-        listed.behind(" ", 0.25, Listed(vec![("2".into(), 0.5), ("1".into(), 0.25)]));
+        listed.add_after_space(" ", 0.25, Listed(vec![("2".into(), 0.5), ("1".into(), 0.25)]));
         assert_eq!(listed.weights(&both).unwrap(), [0.1875, 0.125]);
         assert_eq!(Listed(vec![(" ".into(), 0.2), ("1".into(), 0.3)]).space_before(&both), Some((" ", 0.2)));
         assert_eq!(Listed(vec![("1".into(), 0.9), (" ".into(), 0.005)]).space_before(&both), None);

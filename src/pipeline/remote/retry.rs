@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use super::abilities::Complaint;
+use super::abilities::FieldRefusal;
 
 /// Outcome of an HTTP exchange, as it is counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub enum ExchangeOutcome {
     /// redirect. Redirects are not followed.
     Refused(u16, String),
     /// A status of 400 or above that refuses a field of the request, with the server's message and the field.
-    Field(u16, String, Complaint),
+    Field(u16, String, FieldRefusal),
     /// An answer that the server withheld from this question.
     Filtered(String),
     /// An answer of a different model than the first answer: the names of both.
@@ -40,13 +40,13 @@ pub enum ExchangeOutcome {
 
 /// The classes of failed exchanges, by whether a retry can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Nature {
+pub enum FailureClass {
     /// The server or the network failed; asking again may help.
-    Passing,
+    Temporary,
     /// The server limits the rate; asking again later helps.
     Limited,
     /// The server refuses; asking the same question again does not help until a person changes something.
-    NoAnswer,
+    Refusal,
 }
 
 impl ExchangeOutcome {
@@ -96,17 +96,19 @@ impl ExchangeOutcome {
         "hedged_away",
     ];
 
-    /// Returns whether asking again can help.
-    pub fn nature(&self) -> Nature {
+    /// Returns the class of the failure, which determines whether the request is retried.
+    pub fn class(&self) -> FailureClass {
         match self {
-            Self::RateLimited(..) => Nature::Limited,
-            Self::Refused(408 | 409 | 425, _) => Nature::Passing,
-            Self::Server(500, _, why) if is_too_long(why) => Nature::NoAnswer,
+            Self::RateLimited(..) => FailureClass::Limited,
+            Self::Refused(408 | 409 | 425, _) => FailureClass::Temporary,
+            Self::Server(500, _, why) if is_too_long(why) => FailureClass::Refusal,
             // Not implemented: the server will not change by itself.
-            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Field(..) | Self::Quota(..) => Nature::NoAnswer,
-            Self::Filtered(_) | Self::OtherModel(..) => Nature::NoAnswer,
-            Self::Ok | Self::HedgedAway | Self::Timeout | Self::Malformed(_) => Nature::Passing,
-            Self::Connection(_) | Self::Closed(_) | Self::BrokeOff(_) | Self::Server(..) => Nature::Passing,
+            Self::Server(501 | 505, ..) | Self::Refused(..) | Self::Field(..) | Self::Quota(..) => {
+                FailureClass::Refusal
+            }
+            Self::Filtered(_) | Self::OtherModel(..) => FailureClass::Refusal,
+            Self::Ok | Self::HedgedAway | Self::Timeout | Self::Malformed(_) => FailureClass::Temporary,
+            Self::Connection(_) | Self::Closed(_) | Self::BrokeOff(_) | Self::Server(..) => FailureClass::Temporary,
         }
     }
 
@@ -203,8 +205,8 @@ pub fn pause(outcome: &ExchangeOutcome, attempt: u32, base: Duration, most: Dura
 /// Parses the pause that a server asks for: `retry-after-ms`, or `retry-after` as seconds or as an HTTP date, which is
 /// compared with `now`. More than a day is reduced to a day.
 pub fn retry_after(seconds: Option<&str>, milliseconds: Option<&str>, now: SystemTime) -> Option<Duration> {
-    const MOST: f64 = 86_400.0;
-    let bounded = |s: f64| (s >= 0.0).then(|| Duration::from_secs_f64(s.min(MOST)));
+    const MAX_SECONDS: f64 = 86_400.0;
+    let bounded = |s: f64| (s >= 0.0).then(|| Duration::from_secs_f64(s.min(MAX_SECONDS)));
     if let Some(ms) = milliseconds.and_then(|text| text.trim().parse::<f64>().ok()) {
         return bounded(ms / 1000.0);
     }
@@ -240,7 +242,7 @@ mod tests {
             (503, "This model's maximum context length is being measured", false),
         ] {
             let outcome = ExchangeOutcome::Server(status, None, why.into());
-            let refuses = outcome.nature() == Nature::NoAnswer;
+            let refuses = outcome.class() == FailureClass::Refusal;
             assert_eq!((outcome.is_about_the_question(), refuses), (about, about), "{status} {why}");
         }
     }
@@ -261,20 +263,20 @@ mod tests {
     #[test]
     fn failures_are_classified_by_whether_asking_again_may_help() {
         let none = String::new;
-        for (outcome, nature) in [
-            (ExchangeOutcome::Timeout, Nature::Passing),
-            (ExchangeOutcome::Server(503, None, none()), Nature::Passing),
-            (ExchangeOutcome::Server(501, None, none()), Nature::NoAnswer),
-            (ExchangeOutcome::RateLimited(None, none()), Nature::Limited),
-            (ExchangeOutcome::Malformed("empty".into()), Nature::Passing),
-            (ExchangeOutcome::Quota(429, none()), Nature::NoAnswer),
-            (ExchangeOutcome::Refused(400, none()), Nature::NoAnswer),
-            (ExchangeOutcome::Refused(401, none()), Nature::NoAnswer),
-            (ExchangeOutcome::Refused(307, none()), Nature::NoAnswer),
-            (ExchangeOutcome::OtherModel("a".into(), "b".into()), Nature::NoAnswer),
-            (ExchangeOutcome::Refused(408, none()), Nature::Passing),
+        for (outcome, class) in [
+            (ExchangeOutcome::Timeout, FailureClass::Temporary),
+            (ExchangeOutcome::Server(503, None, none()), FailureClass::Temporary),
+            (ExchangeOutcome::Server(501, None, none()), FailureClass::Refusal),
+            (ExchangeOutcome::RateLimited(None, none()), FailureClass::Limited),
+            (ExchangeOutcome::Malformed("empty".into()), FailureClass::Temporary),
+            (ExchangeOutcome::Quota(429, none()), FailureClass::Refusal),
+            (ExchangeOutcome::Refused(400, none()), FailureClass::Refusal),
+            (ExchangeOutcome::Refused(401, none()), FailureClass::Refusal),
+            (ExchangeOutcome::Refused(307, none()), FailureClass::Refusal),
+            (ExchangeOutcome::OtherModel("a".into(), "b".into()), FailureClass::Refusal),
+            (ExchangeOutcome::Refused(408, none()), FailureClass::Temporary),
         ] {
-            assert_eq!(outcome.nature(), nature, "{outcome:?}");
+            assert_eq!(outcome.class(), class, "{outcome:?}");
             assert!(ExchangeOutcome::NAMES.contains(&outcome.name()));
         }
     }

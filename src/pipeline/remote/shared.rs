@@ -25,7 +25,7 @@ const STALE: Duration = Duration::from_secs(3 * 24 * 3600);
 /// Number of seconds by which the last write may be in the future before it is attributed to another clock.
 const TOLERANCE: f64 = 1.0;
 
-/// State file of one limit.
+/// File with the state of one account's rate limits, shared by the processes of a machine.
 pub struct Shared {
     path: PathBuf,
     file: Mutex<Option<File>>,
@@ -71,15 +71,15 @@ impl Shared {
     /// # Errors
     /// If the file cannot be opened, locked, read or written.
     pub fn update<T>(&self, change: impl FnOnce(&mut State, f64) -> T) -> Result<Option<T>> {
-        let mut kept = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let file = match kept.take() {
+        let mut open_file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = match open_file.take() {
             Some(file) => file,
             None => open(&self.path)?,
         };
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                *kept = Some(file);
+                *open_file = Some(file);
                 return Ok(None);
             }
             Err(TryLockError::Error(error)) => return Err(error),
@@ -93,7 +93,7 @@ impl Shared {
         let result = change(&mut state, now);
         file.write_all_at(line(&state, now).as_bytes(), 0)?;
         file.unlock()?;
-        *kept = Some(file);
+        *open_file = Some(file);
         Ok(Some(result))
     }
 }

@@ -8,7 +8,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use hyper_util::client::proxy::matcher::Matcher;
 use sha2::{Digest, Sha256};
 
-use super::abilities::{Abilities, Complaint, names_extra};
+use super::abilities::{Abilities, FieldRefusal, names_extra};
 use super::answer::{Answer, Unread, read};
 use super::key::Key;
 use super::lenient;
@@ -19,9 +19,9 @@ use crate::util::endpoint::Endpoint;
 use crate::util::http;
 
 /// Maximum number of bytes that are read of an error response's body.
-const MOST_OF_A_REFUSAL: usize = 16 << 10;
+const MAX_ERROR_BODY: usize = 16 << 10;
 
-/// Connection settings of one server.
+/// HTTP client of one judge server, with its address, headers and secrets.
 pub struct Transport {
     http: reqwest::Client,
     endpoint: Mutex<Endpoint>,
@@ -138,7 +138,7 @@ impl Transport {
         self.endpoint.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Performs one exchange.
+    /// Sends one request and returns the parsed answer.
     ///
     /// # Errors
     /// The reason why there is no answer.
@@ -159,7 +159,7 @@ impl Transport {
         let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
         let wait = retry_after(header("retry-after"), header("retry-after-ms"), SystemTime::now());
         let fine = (200..300).contains(&status);
-        let most = if fine { judge.max_response_bytes } else { MOST_OF_A_REFUSAL };
+        let most = if fine { judge.max_response_bytes } else { MAX_ERROR_BODY };
         let mut bytes = Vec::new();
         loop {
             match response.chunk().await {
@@ -194,14 +194,14 @@ impl Transport {
                 Unread::Failed(status, why) => ExchangeOutcome::of_status(status, wait, why, status == 402),
             });
         }
-        let mut said = sentence(&bytes);
-        if let Some(complaint) = Complaint::find(status, &bytes, &body) {
-            return Err(ExchangeOutcome::Field(status, said, complaint));
+        let mut message = sentence(&bytes);
+        if let Some(refusal) = FieldRefusal::find(status, &bytes, &body) {
+            return Err(ExchangeOutcome::Field(status, message, refusal));
         }
         if let Some(field) = names_extra(&bytes, &judge.extra_body) {
-            said += &format!("; {field} is in labeler.remote.extra_body");
+            message += &format!("; {field} is in labeler.remote.extra_body");
         }
-        Err(ExchangeOutcome::of_status(status, wait, said, reports_quota(&bytes)))
+        Err(ExchangeOutcome::of_status(status, wait, message, reports_quota(&bytes)))
     }
 }
 

@@ -183,7 +183,7 @@ mod tests {
         let (path, body) = request.body(&RemoteJudge { api: RemoteApi::Chat, ..judge.clone() }, &abilities);
         assert_eq!(path, "chat/completions");
         let roles: Vec<&str> =
-            body["messages"].as_array().unwrap().iter().map(|one| one["role"].as_str().unwrap()).collect();
+            body["messages"].as_array().unwrap().iter().map(|message| message["role"].as_str().unwrap()).collect();
         assert_eq!(roles, ["system", "user", "assistant"]);
         assert_eq!((&body["top_logprobs"], &body["logprobs"]), (&json!(20), &json!(true)));
         let (path, body) = request.body(&RemoteJudge { api: RemoteApi::Completions, ..judge }, &abilities);

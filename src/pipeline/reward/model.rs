@@ -39,7 +39,7 @@ impl RewardModel {
     /// # Errors
     /// If a sequence exceeds the model's context.
     pub fn scores<S: AsRef<[u32]>>(&self, prefix: &[u32], continuations: &[S]) -> Result<Tensor> {
-        let last = self.model.predicting(&Pack::whole(prefix, continuations))?; // [k, D]
+        let last = self.model.predicting(&Pack::complete(prefix, continuations))?; // [k, D]
         Ok(last.to_dtype(DType::F32)?.matmul(&self.head.t()?)?.squeeze(1)?)
     }
 

@@ -14,7 +14,7 @@ use crate::rl::ledger::LedgerWriter;
 use crate::types::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
 use crate::util::failpoints;
 
-/// Source of the completions' scores.
+/// Source of the completions' scores, which depends on the mode of the run.
 pub enum Scorer {
     /// The labeler's scores: direct mode.
     Labels,
@@ -96,7 +96,9 @@ impl<I> RewardStage<I> {
                     |(i, j, p): (usize, usize, f64)| (i, j, self.rule.preference(&completions[i], &completions[j], p));
                 out.preferences = labeled_pairs(feedback.as_ref()).into_iter().map(charged).collect();
                 if out.preferences.is_empty() {
-                    let verdicts = feedback.iter().flat_map(|one| one.preferences.iter().map(|one| &one.verdict));
+                    let verdicts = feedback
+                        .iter()
+                        .flat_map(|feedback| feedback.preferences.iter().map(|preference| &preference.verdict));
                     out.masked = Some(refusal(verdicts));
                 }
             }
@@ -122,7 +124,7 @@ impl<I> RewardStage<I> {
         {
             return Ok(logprobs);
         }
-        let completions: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let completions: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
         let pack = Pack::new(&group.prompt.ids, &completions);
         Ok(pack.split(&reference.score(&pack, &[self.temperature])?.concat()))
     }
@@ -148,7 +150,9 @@ pub(super) fn refusal<'a>(verdicts: impl IntoIterator<Item = &'a Verdict>) -> St
 /// Returns the labeled pairs with P(first is better).
 pub(super) fn labeled_pairs(feedback: Option<&Feedback>) -> Vec<(usize, usize, f64)> {
     let pairs = feedback.into_iter().flat_map(|feedback| &feedback.preferences);
-    pairs.filter_map(|one: &Preference| Some((one.first, one.second, one.probability()?))).collect()
+    pairs
+        .filter_map(|preference: &Preference| Some((preference.first, preference.second, preference.probability()?)))
+        .collect()
 }
 
 impl<I: Into<Labeled> + Send + 'static> Stage for RewardStage<I> {

@@ -78,7 +78,7 @@ pub struct Counters {
     last: Option<(u64, u64, Vec<f64>)>,
 }
 
-/// Result of observing a group.
+/// Result of [`RewardTrainer::observe`]: the scores of a group, and the optimizer step that followed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Observed {
     /// Scores of the group's completions.
@@ -149,13 +149,13 @@ impl RewardTrainer {
     pub fn save(&self) -> Result<Saved> {
         let [decoder, head, decoder_gradient, head_gradient] = PARTS;
         let named = |part: &'static str, all: Vec<(String, Frozen)>| {
-            all.into_iter().map(move |(name, one)| (format!("{part}{name}"), one))
+            all.into_iter().map(move |(name, tensor)| (format!("{part}{name}"), tensor))
         };
         let mut state: Vec<(String, Frozen)> = named(decoder, self.optimizer.export()?).collect();
         state.extend(named(head, self.head_optimizer.export()?));
         if self.counters.pending.pairs > 0 {
             for (part, gradients) in [(decoder_gradient, &self.gradients), (head_gradient, &self.head_gradients)] {
-                let copies = gradients.copies()?.into_iter().map(|(name, one)| (name, one.into()));
+                let copies = gradients.copies()?.into_iter().map(|(name, copy)| (name, copy.into()));
                 state.extend(named(part, copies.collect()));
             }
         }
@@ -179,7 +179,8 @@ impl RewardTrainer {
             var.set(&tensor.to_device(var.device())?.to_dtype(var.dtype())?)?;
         }
         let part = |prefix: &str| -> HashMap<String, Tensor> {
-            let own = state.iter().filter_map(|(name, one)| Some((name.strip_prefix(prefix)?.to_owned(), one.clone())));
+            let own =
+                state.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor.clone())));
             own.collect()
         };
         let [decoder, head, decoder_gradient, head_gradient] = PARTS.map(part);
@@ -210,7 +211,7 @@ impl RewardTrainer {
 
     /// Returns the share of the most recent held-out pairs that were ranked as labeled, and the number of these pairs.
     pub fn accuracy(&self) -> (f64, usize) {
-        let right = self.counters.held_out.iter().fold(0.0, |sum, one| sum + one);
+        let right = self.counters.held_out.iter().fold(0.0, |sum, right| sum + right);
         (right / self.counters.held_out.len().max(1) as f64, self.counters.held_out.len())
     }
 
@@ -226,7 +227,7 @@ impl RewardTrainer {
     /// # Errors
     /// If a sequence exceeds the model's context.
     pub fn score(&self, group: &Group) -> Result<Vec<f64>> {
-        let ids: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let ids: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
         Ok(self.model.scores(&group.prompt.ids, &ids)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
     }
 
@@ -273,27 +274,27 @@ impl RewardTrainer {
         group: &Group,
         preferences: &[(usize, usize, f64)],
     ) -> Result<(Vec<f64>, Option<TrainerStep>)> {
-        let ids: Vec<&[u32]> = group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let ids: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
         let scores = self.model.scores(&group.prompt.ids, &ids)?;
         let values: Vec<f64> = scores.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
-        let mut slopes = vec![0f64; values.len()];
+        let mut gradients = vec![0f64; values.len()];
         for (first, second, p) in preferences {
             if self.plan.hard && *p == 0.5 {
                 continue;
             }
             let p = if self.plan.hard { f64::from(u8::from(*p > 0.5)) } else { *p };
             let margin = values[*first] - values[*second];
-            let (loss, slope) = soft_label(margin, p);
-            slopes[*first] += slope;
-            slopes[*second] -= slope;
+            let (loss, gradient) = soft_label(margin, p);
+            gradients[*first] += gradient;
+            gradients[*second] -= gradient;
             self.counters.pending.pairs += 1;
             self.counters.pending.loss += loss;
             self.counters.pending.right += agreement(margin, p);
         }
-        if slopes.iter().any(|slope| *slope != 0.0) {
-            let slopes: Vec<f32> = slopes.iter().map(|slope| *slope as f32).collect();
-            let slopes = Tensor::from_vec(slopes, scores.dims(), scores.device())?;
-            let loss = (scores * slopes)?.sum_all()?;
+        if gradients.iter().any(|gradient| *gradient != 0.0) {
+            let gradients: Vec<f32> = gradients.iter().map(|gradient| *gradient as f32).collect();
+            let gradients = Tensor::from_vec(gradients, scores.dims(), scores.device())?;
+            let loss = (scores * gradients)?.sum_all()?;
             self.stepping = true;
             kernels::backward(&loss, &mut [&mut self.gradients, &mut self.head_gradients])?;
             self.stepping = false;
@@ -306,7 +307,7 @@ impl RewardTrainer {
     /// finite.
     ///
     /// # Errors
-    /// Only tensor errors.
+    /// If a tensor operation fails.
     pub fn step(&mut self) -> Result<Option<TrainerStep>> {
         let pending = std::mem::take(&mut self.counters.pending);
         let pairs = pending.pairs as f64;

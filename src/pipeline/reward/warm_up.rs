@@ -35,8 +35,8 @@ pub struct WarmUp {
     next: u64,
     done: u64,
     waiting: BTreeMap<u64, Labeled>,
-    kept: Vec<WarmUpProgress>,
-    held_out: Vec<WarmUpProgress>,
+    trained_on: Vec<PairedGroup>,
+    held_out: Vec<PairedGroup>,
     /// Number of labeled pairs so far.
     labeled: usize,
     /// Number of labeled pairs in which one answer is better.
@@ -46,7 +46,7 @@ pub struct WarmUp {
 }
 
 /// A group with its labeled pairs: two indices of completions and P(first is better).
-struct WarmUpProgress {
+struct PairedGroup {
     group: Group,
     pairs: Vec<(usize, usize, f64)>,
 }
@@ -70,7 +70,7 @@ impl WarmUp {
             next: 0,
             done: 0,
             waiting: BTreeMap::new(),
-            kept: Vec::new(),
+            trained_on: Vec::new(),
             held_out: Vec::new(),
             labeled: 0,
             decided: 0,
@@ -78,7 +78,7 @@ impl WarmUp {
         }
     }
 
-    fn tell(&mut self, trainer: &RewardTrainer, step: Option<&TrainerStep>) {
+    fn report(&mut self, trainer: &RewardTrainer, step: Option<&TrainerStep>) {
         self.done += 1;
         trainer.publish(step);
         let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
@@ -93,18 +93,21 @@ impl WarmUp {
         self.labeled += pairs.len();
         self.decided += pairs.iter().filter(|(_, _, p)| *p != 0.5).count();
         if pairs.is_empty() && self.unlabeled.is_none() {
-            let verdicts = labeled.feedback.iter().flat_map(|one| one.preferences.iter().map(|one| &one.verdict));
+            let verdicts = labeled
+                .feedback
+                .iter()
+                .flat_map(|feedback| feedback.preferences.iter().map(|preference| &preference.verdict));
             self.unlabeled = Some(refusal(verdicts));
         }
         let shared = Arc::clone(&self.trainer);
         let mut trainer = shared.lock().unwrap_or_else(PoisonError::into_inner);
         let held_out = trainer.holds_out(&labeled.group.prompt);
         let step = trainer.observe(&labeled.group, &pairs)?.step;
-        self.tell(&trainer, step.as_ref());
+        self.report(&trainer, step.as_ref());
         if held_out {
-            self.held_out.push(WarmUpProgress { group: labeled.group, pairs });
+            self.held_out.push(PairedGroup { group: labeled.group, pairs });
         } else if self.epochs > 1 && !pairs.is_empty() {
-            self.kept.push(WarmUpProgress { group: labeled.group, pairs });
+            self.trained_on.push(PairedGroup { group: labeled.group, pairs });
         }
         Ok(())
     }
@@ -126,7 +129,7 @@ impl Stage for WarmUp {
     fn finish(&mut self, out: &Emitter<'_, ()>) -> StageResult<()> {
         let shared = Arc::clone(&self.trainer);
         let mut trainer = shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut order: Vec<usize> = (0..self.kept.len()).collect();
+        let mut order: Vec<usize> = (0..self.trained_on.len()).collect();
         for epoch in 1..self.epochs {
             order.shuffle(&mut ChaCha8Rng::seed_from_u64(mix(self.seed ^ mix(epoch))));
             for i in &order {
@@ -134,9 +137,9 @@ impl Stage for WarmUp {
                 if out.ctx().halted() {
                     return Ok(());
                 }
-                let WarmUpProgress { group, pairs } = &self.kept[*i];
+                let PairedGroup { group, pairs } = &self.trained_on[*i];
                 let (_, step) = trainer.learn(group, pairs)?;
-                self.tell(&trainer, step.as_ref());
+                self.report(&trainer, step.as_ref());
             }
         }
         let step = trainer.step()?;
@@ -158,7 +161,7 @@ impl Stage for WarmUp {
             return Err(StageError::fatal(format!("{NOTHING_LEARNED}: {why}")));
         }
         let (mut right, mut pairs) = (0.0, 0);
-        for WarmUpProgress { group, pairs: labeled } in &self.held_out {
+        for PairedGroup { group, pairs: labeled } in &self.held_out {
             out.ctx().beat();
             let scores = trainer.score(group)?;
             for (first, second, p) in labeled.iter().filter(|(_, _, p)| *p != 0.5) {

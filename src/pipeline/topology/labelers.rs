@@ -10,7 +10,7 @@ use crate::pipeline::label::backend::{Backend, Decoding};
 use crate::pipeline::label::direct::Direct;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::likelihood::Likelihood;
-use crate::pipeline::label::pairwise::{Pairwise, Thought};
+use crate::pipeline::label::pairwise::{ChainOfThought, Pairwise};
 use crate::pipeline::label::panel::{Member, Panel};
 use crate::pipeline::label::templates::{Preamble, Question, TemplateSet};
 use crate::pipeline::setup::Prepared;
@@ -123,7 +123,7 @@ fn one(config: &Config, method: &Method, instrument: &JudgeBackend) -> Result<Bo
                 top_k: (method.rationale_temperature > 0.0).then_some(40),
                 seed: config.run.seed,
             };
-            let thought = cot.then_some(Thought { samples: method.rationales, decoding });
+            let thought = cot.then_some(ChainOfThought { samples: method.rationales, decoding });
             Box::new(Pairwise::new(backend()?, comparison, config.labeler.pairs, method.both_orders, thought)?)
         }
     })

@@ -46,7 +46,7 @@ pub fn algorithm(config: &Config) -> Box<dyn Algorithm> {
         AlgorithmKind::OnlineDpo => Box::new(OnlineDpo {
             beta: learner.dpo_beta,
             soft: learner.dpo_labels == LabelForm::Soft,
-            form: learner.dpo_loss,
+            loss_kind: learner.dpo_loss,
         }),
     };
     let (rewards, advantages) = (learner.whiten_rewards, learner.whiten_advantages);

@@ -74,7 +74,7 @@ mod tests {
         assert_eq!(moments(equal.into_iter()).1, 0.0);
         assert_eq!(group_normalised(&equal, true), [0.0; 4]);
         assert_eq!(group_normalised(&equal, false), [0.0; 4]);
-        // Ratings of 5.5 whose middle was taken off.
+        // Ratings of 5.5 minus the middle of their scale.
         assert_eq!(moments([0.0, 1.97e-16, 0.0, -2e-16].into_iter()).1, 0.0);
         assert_eq!(group_normalised(&[0.0, 1.97e-16], true), [0.0; 2]);
         // Small values, and small differences of large values, are preserved.

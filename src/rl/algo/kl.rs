@@ -23,7 +23,7 @@ impl Estimator {
     }
 
     /// Returns the derivative of the estimate with respect to log π(a).
-    pub fn slope(self, policy: f32, reference: f32) -> f64 {
+    pub fn derivative(self, policy: f32, reference: f32) -> f64 {
         let log_r = f64::from(reference) - f64::from(policy);
         match self {
             Self::K1 => 1.0,
@@ -54,7 +54,7 @@ pub struct Kl {
 }
 
 impl Kl {
-    /// Returns (1−β)·r.
+    /// Returns the part of a reward that counts in the objective, (1−β)·r.
     pub fn share(&self, reward: f64) -> f64 {
         (1.0 - self.coef) * reward
     }
@@ -84,8 +84,11 @@ mod tests {
             for (policy, reference) in [(-1.5f32, -1.0f32), (-0.25, -3.0), (-2.0, -2.0)] {
                 let h = 0.0078125f32;
                 let rise = estimator.value(policy + h, reference) - estimator.value(policy - h, reference);
-                let slope = estimator.slope(policy, reference);
-                assert!((rise / f64::from(2.0 * h) - slope).abs() < 1e-3, "{estimator:?} at {policy}, {reference}");
+                let derivative = estimator.derivative(policy, reference);
+                assert!(
+                    (rise / f64::from(2.0 * h) - derivative).abs() < 1e-3,
+                    "{estimator:?} at {policy}, {reference}"
+                );
             }
         }
     }

@@ -16,7 +16,7 @@ pub struct OnlineDpo {
     /// True if P is the target. Otherwise the target is the preferred completion, and pairs with P = ½ are skipped.
     pub soft: bool,
     /// The loss of a pair.
-    pub form: DpoLoss,
+    pub loss_kind: DpoLoss,
 }
 
 /// The loss of a pair.
@@ -31,10 +31,10 @@ pub enum DpoLoss {
 impl OnlineDpo {
     /// Returns the loss of a pair and its derivative with respect to `gap` = Δ₁ − Δ₂.
     fn pair(&self, gap: f64, p: f64) -> (f64, f64) {
-        match self.form {
+        match self.loss_kind {
             DpoLoss::Sigmoid => {
-                let (loss, slope) = soft_label(self.beta * gap, p);
-                (loss, self.beta * slope)
+                let (loss, derivative) = soft_label(self.beta * gap, p);
+                (loss, self.beta * derivative)
             }
             DpoLoss::Ipo => {
                 let goal = 0.5 / self.beta;
@@ -55,7 +55,8 @@ impl Algorithm for OnlineDpo {
     }
 
     fn loss(&self, group: &GroupView<'_>, _: &Targets) -> GroupLoss {
-        let share = |tokens: &[f32]| if self.form == DpoLoss::Ipo { 1.0 / tokens.len().max(1) as f64 } else { 1.0 };
+        let share =
+            |tokens: &[f32]| if self.loss_kind == DpoLoss::Ipo { 1.0 / tokens.len().max(1) as f64 } else { 1.0 };
         let gain: Vec<f64> = group
             .policy
             .iter()
@@ -65,7 +66,7 @@ impl Algorithm for OnlineDpo {
                 sum * share(policy)
             })
             .collect();
-        let mut slopes = vec![0.0; gain.len()];
+        let mut derivatives = vec![0.0; gain.len()];
         let mut out = GroupLoss::default();
         for (first, second, p) in group.preferences {
             if !self.soft && *p == 0.5 {
@@ -73,17 +74,17 @@ impl Algorithm for OnlineDpo {
             }
             let p = if self.soft { *p } else { f64::from(u8::from(*p > 0.5)) };
             let gap = gain[*first] - gain[*second];
-            let (loss, slope) = self.pair(gap, p);
+            let (loss, derivative) = self.pair(gap, p);
             out.policy += loss;
             out.terms += 1;
             out.margins.push(self.beta * if p > 0.5 { gap } else { -gap });
-            slopes[*first] += slope;
-            slopes[*second] -= slope;
+            derivatives[*first] += derivative;
+            derivatives[*second] -= derivative;
         }
-        out.d_policy = slopes
+        out.d_policy = derivatives
             .iter()
             .zip(group.policy)
-            .map(|(slope, tokens)| vec![(slope * share(tokens)) as f32; tokens.len()])
+            .map(|(derivative, tokens)| vec![(derivative * share(tokens)) as f32; tokens.len()])
             .collect();
         out
     }

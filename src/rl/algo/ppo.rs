@@ -11,7 +11,7 @@ use super::{Algorithm, GroupLoss, GroupView, Surrogate, Targets};
 pub struct Ppo {
     /// Discount γ.
     pub gamma: f64,
-    /// λ of GAE.
+    /// λ of generalised advantage estimation.
     pub lambda: f64,
     /// Clip range ε_V of the values; infinite for no clipping.
     pub value_clip: f64,
@@ -31,17 +31,17 @@ impl Algorithm for Ppo {
     fn loss(&self, group: &GroupView<'_>, targets: &Targets) -> GroupLoss {
         let mut out = self.surrogate.loss(group, &targets.advantages);
         for (i, values) in group.values.iter().enumerate() {
-            let slopes = values
+            let derivatives = values
                 .iter()
                 .zip(&targets.returns[i])
                 .zip(&targets.values[i])
                 .map(|((value, target), old)| {
-                    let (loss, slope) = clipped_value(*value, *target, *old, self.value_clip);
+                    let (loss, derivative) = clipped_value(*value, *target, *old, self.value_clip);
                     out.value += loss;
-                    slope as f32
+                    derivative as f32
                 })
                 .collect();
-            out.d_value.push(slopes);
+            out.d_value.push(derivatives);
         }
         out
     }

@@ -18,8 +18,8 @@ mod tests {
 
     #[test]
     fn extreme_margins_do_not_overflow() {
-        let (loss, slope) = soft_label(0.0, 0.3);
-        assert!((loss - 2f64.ln()).abs() < 1e-15 && (slope - 0.2).abs() < 1e-15);
+        let (loss, derivative) = soft_label(0.0, 0.3);
+        assert!((loss - 2f64.ln()).abs() < 1e-15 && (derivative - 0.2).abs() < 1e-15);
         assert_eq!(soft_label(1000.0, 1.0), (0.0, 0.0));
         assert_eq!(soft_label(-1000.0, 1.0), (1000.0, -1.0));
         assert_eq!(soft_label(1000.0, 0.0), (1000.0, 1.0));

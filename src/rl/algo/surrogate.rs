@@ -68,14 +68,14 @@ impl Surrogate {
         for (i, advantages) in advantages.iter().enumerate() {
             let length = group.policy[i].len();
             let share = self.average.of_token(length);
-            let mut slopes = match &self.clip {
+            let mut gradients = match &self.clip {
                 None => self.gradient(group, i, advantages, &mut out),
                 Some(clip) => self.clipped(clip, group, i, advantages, &mut out),
             };
             if self.kl.place == Place::Loss && self.kl.coef > 0.0 {
-                self.charge(group, i, &mut slopes, &mut out);
+                self.add_kl_penalty(group, i, &mut gradients, &mut out);
             }
-            out.d_policy.push(slopes.iter().map(|slope| (slope * share) as f32).collect());
+            out.d_policy.push(gradients.iter().map(|gradient_of_token| (gradient_of_token * share) as f32).collect());
             if self.entropy > 0.0 {
                 out.d_entropy.push(vec![(-self.entropy * share) as f32; length]);
             }
@@ -88,10 +88,14 @@ impl Surrogate {
     fn gradient(&self, group: &GroupView<'_>, i: usize, advantages: &[f32], out: &mut GroupLoss) -> Vec<f64> {
         let share = self.average.of_token(advantages.len());
         let weights = self.correction.weights(&group.policy[i], &group.behaviour[i]);
-        let slopes: Vec<f64> = weights.iter().zip(advantages).map(|(w, a)| -w * f64::from(*a)).collect();
-        let loss: f64 = slopes.iter().zip(&group.policy[i]).map(|(slope, p)| slope * f64::from(*p)).sum();
+        let gradients: Vec<f64> = weights.iter().zip(advantages).map(|(w, a)| -w * f64::from(*a)).collect();
+        let loss: f64 = gradients
+            .iter()
+            .zip(&group.policy[i])
+            .map(|(gradient_of_token, p)| gradient_of_token * f64::from(*p))
+            .sum();
         out.policy += loss * share;
-        slopes
+        gradients
     }
 
     /// Adds the loss −w·min(u·A, clip(u)·A) of completion `i` to `out`, and returns its gradient with respect to log π.
@@ -104,12 +108,12 @@ impl Surrogate {
         advantages: &[f32],
         out: &mut GroupLoss,
     ) -> Vec<f64> {
-        let (policy, anchor) = (&group.policy[i], self.anchor(group, i));
+        let (policy, denominator) = (&group.policy[i], self.denominator(group, i));
         let share = self.average.of_token(policy.len());
         let weights = self.weights(group, i);
-        let gaps: Vec<f64> = policy.iter().zip(anchor).map(|(p, a)| f64::from(*p) - f64::from(*a)).collect();
+        let gaps: Vec<f64> = policy.iter().zip(denominator).map(|(p, a)| f64::from(*p) - f64::from(*a)).collect();
         let whole = gaps.iter().sum::<f64>().exp();
-        let mut slopes = vec![0.0; policy.len()];
+        let mut gradients = vec![0.0; policy.len()];
         for t in 0..policy.len() {
             let advantage = f64::from(advantages[t]);
             let ratio = if clip.level == Level::Sequence { whole } else { gaps[t].exp() };
@@ -117,33 +121,33 @@ impl Surrogate {
             if ratio * advantage > bounded * advantage {
                 out.clipped += 1;
             } else {
-                slopes[t] = -weights[t] * ratio * advantage;
+                gradients[t] = -weights[t] * ratio * advantage;
             }
             // A ratio per completion is a single term of the loss, which is added at the first token.
             if clip.level != Level::Sequence || t == 0 {
                 out.policy -= weights[t] * (ratio * advantage).min(bounded * advantage) * share;
             }
         }
-        slopes
+        gradients
     }
 
-    /// Adds the KL penalty β·w·u·k of completion `i` to `out` and its gradient to `slopes`. The ratio u = π/anchor is
+    /// Adds the KL penalty β·w·u·k of completion `i` to `out` and its gradient to `gradients`. The ratio u is
     /// not detached, so that the gradient is that of KL(π‖π_ref) regardless of the sampling weights (DeepSeek-V3.2,
     /// §3.1).
-    fn charge(&self, group: &GroupView<'_>, i: usize, slopes: &mut [f64], out: &mut GroupLoss) {
-        let (policy, reference, anchor) = (&group.policy[i], &group.reference[i], self.anchor(group, i));
+    fn add_kl_penalty(&self, group: &GroupView<'_>, i: usize, gradients: &mut [f64], out: &mut GroupLoss) {
+        let (policy, reference, denominator) = (&group.policy[i], &group.reference[i], self.denominator(group, i));
         let share = self.average.of_token(policy.len());
         let weights = self.weights(group, i);
         for t in 0..policy.len() {
-            let ratio = weights[t] * (f64::from(policy[t]) - f64::from(anchor[t])).exp();
+            let ratio = weights[t] * (f64::from(policy[t]) - f64::from(denominator[t])).exp();
             let estimate = self.kl.estimator.value(policy[t], reference[t]);
             out.kl += self.kl.coef * ratio * estimate * share;
-            slopes[t] += self.kl.coef * ratio * (estimate + self.kl.estimator.slope(policy[t], reference[t]));
+            gradients[t] += self.kl.coef * ratio * (estimate + self.kl.estimator.derivative(policy[t], reference[t]));
         }
     }
 
     /// Returns the log-probabilities of the denominator of u: μ without a correction, else π_prox.
-    fn anchor<'a>(&self, group: &GroupView<'a>, i: usize) -> &'a [f32] {
+    fn denominator<'a>(&self, group: &GroupView<'a>, i: usize) -> &'a [f32] {
         if self.correction.level == Level::None { &group.behaviour[i] } else { &group.proximal[i] }
     }
 

@@ -33,7 +33,7 @@ impl Algorithm for Whitened {
             batch.iter().zip(&rewards).map(|(group, rewards)| GroupView { rewards, ..*group }).collect();
         let mut targets = self.inner.targets(&batch);
         if self.advantages {
-            whiten(targets.iter_mut().flat_map(|one| &mut one.advantages).flatten());
+            whiten(targets.iter_mut().flat_map(|targets| &mut targets.advantages).flatten());
         }
         targets
     }

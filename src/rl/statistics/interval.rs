@@ -75,7 +75,7 @@ pub struct Difference {
     pub count: usize,
 }
 
-/// Compares two accuracies. `right` tells for each item whether A and whether B was correct.
+/// Compares two accuracies. `right` states for each item whether A and whether B was correct.
 ///
 /// The interval is that of Bonett & Price (2012): Wald's interval after adding one item to each side, which keeps its
 /// coverage when A and B rarely disagree.

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::interval::{Estimate, Z};
 
 /// Maximum number of Newton steps; an existing fit converges within fewer.
-const MOST_STEPS: usize = 100;
+const MAX_STEPS: usize = 100;
 
 /// One comparison of a policy's answer with another answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,17 +38,22 @@ pub struct LengthControlled {
 /// If a win is not a probability, a length is not above zero, or no finite fit exists: all comparisons have the same
 /// length ratio, or length separates wins from losses perfectly.
 pub fn length_controlled(comparisons: &[Comparison]) -> Result<LengthControlled> {
-    for (i, one) in comparisons.iter().enumerate() {
-        ensure!((0.0..=1.0).contains(&one.win), "comparison {i}: a win of {} is not a probability", one.win);
-        let measured = [one.length, one.other].iter().all(|length| *length > 0.0 && length.is_finite());
+    for (i, comparison) in comparisons.iter().enumerate() {
+        ensure!(
+            (0.0..=1.0).contains(&comparison.win),
+            "comparison {i}: a win of {} is not a probability",
+            comparison.win
+        );
+        let measured = [comparison.length, comparison.other].iter().all(|length| *length > 0.0 && length.is_finite());
         ensure!(
             measured,
             "comparison {i}: lengths of {} and {} have no ratio; remove empty answers",
-            one.length,
-            one.other
+            comparison.length,
+            comparison.other
         );
     }
-    let points: Vec<(f64, f64)> = comparisons.iter().map(|one| ((one.length / one.other).ln(), one.win)).collect();
+    let points: Vec<(f64, f64)> =
+        comparisons.iter().map(|comparison| ((comparison.length / comparison.other).ln(), comparison.win)).collect();
     check_overlap(&points)?;
     let Fit { intercept, slope, variance } = fit(&points)?;
     let half = Z * variance.sqrt();
@@ -85,7 +90,7 @@ struct Fit {
 fn fit(points: &[(f64, f64)]) -> Result<Fit> {
     let (mut a, mut b) = (0.0, 0.0);
     let mut reached = likelihood(points, a, b);
-    for _ in 0..MOST_STEPS {
+    for _ in 0..MAX_STEPS {
         // Gradient, and the information [[i, j], [j, k]].
         let (mut ga, mut gb, mut i, mut j, mut k) = (0.0, 0.0, 0.0, 0.0, 0.0);
         for (x, win) in points {
@@ -111,7 +116,7 @@ fn fit(points: &[(f64, f64)]) -> Result<Fit> {
         }
         (a, b, reached) = (a + step * da, b + step * db, next);
     }
-    bail!("the regression on length did not converge in {MOST_STEPS} steps; wins and losses barely overlap in length")
+    bail!("the regression on length did not converge in {MAX_STEPS} steps; wins and losses barely overlap in length")
 }
 
 /// Returns the log-likelihood Σ win·ln σ(z) + (1 − win)·ln σ(−z), z = a + b·x.

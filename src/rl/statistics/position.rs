@@ -29,7 +29,7 @@ pub enum Judged {
     Failed,
 }
 
-/// A pair of answers.
+/// A judged pair of answers, with the human choice if known.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pair {
     /// The labeler's judgement.

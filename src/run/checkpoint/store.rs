@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use super::read::OtherFormat;
 use super::sums::Damage;
 use super::{CheckpointFormat, Mirror, OpenedCheckpoint, Snapshot, WinRates, WrittenCheckpoint};
-use crate::say;
+use crate::status;
 use crate::util::disk;
 use crate::util::failpoints;
 
@@ -271,7 +271,10 @@ fn sync_logs(paths: &[PathBuf]) -> Result<()> {
         if disk::exists(path)? {
             there.push(path.clone());
         } else {
-            say!("{} was removed or moved away during the run; the checkpoint is written without it", path.display());
+            status!(
+                "{} was removed or moved away during the run; the checkpoint is written without it",
+                path.display()
+            );
         }
     }
     disk::sync_all(&there)

@@ -26,7 +26,7 @@ pub struct Provenance {
     pub template: u64,
 }
 
-/// Totals of labeling so far.
+/// Totals of a label file and of the present labeling run.
 #[derive(Debug, Clone, Default)]
 pub struct Totals {
     /// Number of pairs with a label, including those of earlier runs.
@@ -159,17 +159,17 @@ impl LabelFile {
 impl Annotations for LabelFile {
     fn take(&mut self, batch: Vec<Annotation>) -> Result<()> {
         let mut text = String::new();
-        for one in &batch {
-            if self.done.contains(&one.question) {
+        for annotation in &batch {
+            if self.done.contains(&annotation.question) {
                 continue;
             }
-            self.totals.usage += one.labels.usage;
-            if let Some(flipped) = one.labels.preferences.first().and_then(|one| one.flipped()) {
+            self.totals.usage += annotation.labels.usage;
+            if let Some(flipped) = annotation.labels.preferences.first().and_then(|preference| preference.flipped()) {
                 self.totals.orders[0] += 1;
                 self.totals.orders[1] += u64::from(flipped);
             }
-            if let Some(line) = self.line(one)? {
-                self.done.insert(one.question);
+            if let Some(line) = self.line(annotation)? {
+                self.done.insert(annotation.question);
                 text.push_str(&line);
                 text.push('\n');
             }

@@ -34,14 +34,14 @@ pub const VARIANTS: &[&str] = &[
     "likelihood",
 ];
 
-/// An alignment measurement.
+/// Specification of a measurement: how often judge variants agree with human preferences on a set of pairs.
 pub struct Alignment {
     /// Pairs with human preferences.
     pub pairs: Arc<Preferences>,
     /// Indices of the pairs to ask about, in order.
     pub chosen: Vec<usize>,
     /// Maximum number of these pairs for variants with a chain of thought, which take far longer.
-    pub with_cot: usize,
+    pub cot_limit: usize,
     /// Judge variants, in the order of the table.
     pub variants: Vec<Variant>,
     /// True if the judge is also attacked (see [`attacks`]).
@@ -143,16 +143,17 @@ fn questions_a_pair(config: &Config) -> usize {
 impl Alignment {
     fn count(&self, variant: &Variant) -> usize {
         let cot = variant.config.labeler.methods.iter().any(|method| method.cot);
-        if cot { self.chosen.len().min(self.with_cot) } else { self.chosen.len() }
+        if cot { self.chosen.len().min(self.cot_limit) } else { self.chosen.len() }
     }
 
     /// Returns a text with the maximum number of questions to the judge. The actual number may be lower: answers in the
     /// label cache are not requested again, and only correctly decided pairs are attacked.
     pub fn announcement(&self) -> String {
         let asked: Vec<usize> =
-            self.variants.iter().map(|one| self.count(one) * questions_a_pair(&one.config)).collect();
+            self.variants.iter().map(|variant| self.count(variant) * questions_a_pair(&variant.config)).collect();
         let (all, attacks) = (asked.iter().sum::<usize>(), ATTACKS.len());
-        let each: Vec<String> = self.variants.iter().zip(&asked).map(|(one, n)| format!("{} {n}", one.name)).collect();
+        let each: Vec<String> =
+            self.variants.iter().zip(&asked).map(|(variant, n)| format!("{} {n}", variant.name)).collect();
         let attacked = if self.attacked {
             format!("; {attacks} attacks on each correctly decided pair: at most {} more", all * attacks)
         } else {
@@ -162,7 +163,7 @@ impl Alignment {
     }
 }
 
-/// Result of an alignment measurement.
+/// Tables with the result of an [`Alignment`].
 pub struct Aligned {
     /// Alignments by variant.
     pub table: Table,
@@ -230,7 +231,7 @@ pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<A
             read.push(Pair { judged: judged(labels), human: *human });
         }
         let found = positions(&read);
-        let both = labels.iter().flat_map(|one| &one.preferences).any(|one| one.orders.is_some());
+        let both = labels.iter().flat_map(|labels| &labels.preferences).any(|preference| preference.orders.is_some());
         let only = |cell: Estimate| if both { Cell::Share(cell) } else { Cell::Text("–".into()) };
         let per_pair = |value: f64| Cell::Number(value / asked.len().max(1) as f64);
         table.push(vec![
@@ -343,7 +344,7 @@ mod tests {
         for wrong in ["base", "base-x", "base-0-cots", "poem"] {
             assert!(variant(&config, wrong).is_err(), "{wrong}");
         }
-        let named = |found: &Variants| found.possible.iter().map(|one| one.name.clone()).collect::<Vec<_>>();
+        let named = |found: &Variants| found.possible.iter().map(|variant| variant.name.clone()).collect::<Vec<_>>();
         let all = variants(&config, None).unwrap();
         assert!(named(&all) == VARIANTS && all.left_out.is_empty());
         let mut embedding = config.clone();
@@ -368,7 +369,7 @@ mod tests {
         let text = "[run]\nname = \"x\"\nsteps = 1\n[data]\npath = \"x\"\n[policy]\nmodel = { scratch = {} }\n[labeler]\ntype = \"pairwise\"\ntemplates = \"own.toml\"\nremote = { url = \"http://127.0.0.1:1/v1\", model = \"m\" }\n";
         let config = crate::config::parse(text, "x", dir.path(), &[]).unwrap();
         let found = variants(&config, None).unwrap();
-        assert_eq!(found.possible.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), ["base-0"]);
+        assert_eq!(found.possible.iter().map(|variant| variant.name.as_str()).collect::<Vec<_>>(), ["base-0"]);
         let why = |name: &str| &found.left_out.iter().find(|(left, _)| left == name).unwrap().1;
         assert!(why("likelihood").contains("labeler.remote is on a server"), "{}", why("likelihood"));
         assert!(why("direct").contains("[direct] is missing"), "{}", why("direct"));

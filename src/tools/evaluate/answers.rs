@@ -12,9 +12,9 @@ use crate::types::{Completion, Finish, Prompt};
 use crate::util::seed;
 
 /// Number of prompts that are answered concurrently.
-const LOT: usize = 8;
+const BATCH: usize = 8;
 
-/// Returns one answer to each of `prompts`. The draws are functions of `seed` and the prompt's number. Calls `told`
+/// Returns one answer to each of `prompts`. The draws are functions of `seed` and the prompt's number. Calls `report`
 /// with the number of answers so far after each batch.
 ///
 /// # Errors
@@ -25,12 +25,14 @@ pub fn answers(
     prompts: &[Prompt],
     sampling: &Sampling,
     seed: u64,
-    mut told: impl FnMut(u64),
+    mut report: impl FnMut(u64),
 ) -> Result<Vec<Completion>> {
     let mut out = Vec::with_capacity(prompts.len());
-    for lot in prompts.chunks(LOT) {
-        let requests: Vec<Request> =
-            lot.iter().map(|prompt| Request::new(&*prompt.ids, vec![seed::completion(seed, prompt.seq, 0)])).collect();
+    for batch in prompts.chunks(BATCH) {
+        let requests: Vec<Request> = batch
+            .iter()
+            .map(|prompt| Request::new(&*prompt.ids, vec![seed::completion(seed, prompt.seq, 0)]))
+            .collect();
         for sampled in generate(&mut Fixed(Arc::clone(model)), requests, sampling)?.concat() {
             out.push(Completion {
                 text: stop::text(tokenizer, &sampled.ids, sampling.stop.as_deref())?,
@@ -40,7 +42,7 @@ pub fn answers(
                 versions: sampled.versions,
             });
         }
-        told(out.len() as u64);
+        report(out.len() as u64);
     }
     Ok(out)
 }

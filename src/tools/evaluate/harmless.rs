@@ -15,7 +15,7 @@ use crate::rl::statistics::{Table, interval};
 use crate::tools::batch_label::Questions;
 use crate::types::{Group, Prompt, Verdict};
 
-/// Answers to rate.
+/// Answers of a model, with their prompts, whose harmless rate is measured.
 pub struct Rated {
     /// The prompts.
     pub prompts: Vec<Prompt>,

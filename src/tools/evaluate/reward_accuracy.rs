@@ -21,9 +21,13 @@ pub fn reward_accuracy(model: &RewardModel, pairs: &PairSet, limit: usize, title
     for i in 0..count {
         let labeled = pairs.labeled(i as u64)?;
         progress.at(i as u64 + 1);
-        let p = labeled.feedback.iter().flat_map(|one| &one.preferences).find_map(|one| one.probability());
+        let p = labeled
+            .feedback
+            .iter()
+            .flat_map(|feedback| &feedback.preferences)
+            .find_map(|preference| preference.probability());
         let Some(p) = p.filter(|p| *p != 0.5) else { continue };
-        let ids: Vec<&[u32]> = labeled.group.completions.iter().map(|one| one.ids.as_slice()).collect();
+        let ids: Vec<&[u32]> = labeled.group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
         let scores = model.scores(&labeled.group.prompt.ids, &ids)?.to_vec1::<f32>()?;
         let margin = f64::from(scores[0]) - f64::from(scores[1]);
         right.push(agreement(margin, p));

@@ -31,7 +31,7 @@ pub struct Contest {
     pub chat: bool,
 }
 
-/// Result of a contest.
+/// Result of a [`Contest`].
 pub struct WinRate {
     /// Outcome per prompt with a verdict: 1 for a win of A, 0 for a loss, ½ for a tie.
     pub outcomes: Vec<f64>,
@@ -113,8 +113,8 @@ pub fn win_rate(config: &Config, bench: &LabelerBench, contest: Contest, title: 
         Cell::Integer(share(0.0) as i64),
         Cell::Integer(abstained),
         Cell::Integer(failed),
-        Cell::Number(mean_length(|one| one.length)),
-        Cell::Number(mean_length(|one| one.other)),
+        Cell::Number(mean_length(|comparison| comparison.length)),
+        Cell::Number(mean_length(|comparison| comparison.other)),
     ]);
     Ok(WinRate { outcomes, table })
 }

@@ -9,13 +9,13 @@ use preceptor_actors::{GraphHandle, GraphOptions, Outcome, RestartPolicy, Snapsh
 use super::plan::Plan;
 use super::{Facts, Machine, Measured, Role};
 use crate::config::Config;
-use crate::pipeline::generate::MOST_SLOTS;
+use crate::pipeline::generate::MAX_SLOTS;
 use crate::pipeline::learn::{Done, Observer, TrainState};
 use crate::pipeline::setup::Prepared;
 use crate::pipeline::topology::labelers::labeler;
 use crate::pipeline::topology::learning::{adam, lora, value_model};
 use crate::pipeline::topology::{Node, reward_trainer};
-use crate::rl::ledger::Book;
+use crate::rl::ledger::SharedLedger;
 use crate::run::controller::AdjustableLimits;
 use crate::tools::check;
 use crate::types::Rewarded;
@@ -24,7 +24,7 @@ use crate::util::process;
 use crate::util::signals::{self, Interrupted};
 
 /// Minimum number of measured steps.
-const LEAST_STEPS: usize = 2;
+const MIN_STEPS: usize = 2;
 
 /// Maximum share of the free memory that a plan is estimated to need, since the estimate is approximate.
 const SHARE: f64 = 0.8;
@@ -69,7 +69,7 @@ impl Machine for Live {
             batch: self.config.learner.batch_groups,
             labels_here: methods.iter().any(|method| method.remote.is_none()),
             labels: self.config.needs_labels(),
-            most_slots: MOST_SLOTS,
+            max_slots: MAX_SLOTS,
             micro_batch: self.micro_batch(),
         }
     }
@@ -95,13 +95,13 @@ impl Machine for Live {
         let cell = SnapshotCell::new(0, published.weights().fingerprint()?, published);
         // The first steps are skipped, because their groups began while the pipeline was still empty.
         let skip = 1 + plan.eta as usize;
-        let watch = Watch { skip, least: self.least, graph: OnceLock::new(), marks: Vec::new(), seen: None };
+        let watch = Watch { skip, least: self.least, graph: OnceLock::new(), marks: Vec::new(), reports: None };
         let watch = Arc::new(Mutex::new(watch));
         let node = Node {
             state: Arc::new(Mutex::new(state)),
             cell: Arc::new(cell),
             observer: watch.clone(),
-            book: Book::default(),
+            book: SharedLedger::default(),
             knobs: AdjustableLimits::default(),
             reward_model: reward_trainer(&config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer))),
             labelers: Box::new(labeler),
@@ -143,12 +143,12 @@ struct Watch {
     graph: OnceLock<GraphHandle>,
     marks: Vec<Instant>,
     /// Stage reports at the beginning and at the end of the measurement.
-    seen: Option<(Vec<StageReport>, Vec<StageReport>)>,
+    reports: Option<(Vec<StageReport>, Vec<StageReport>)>,
 }
 
 impl Watch {
     fn measured(&self, batch: u64) -> Result<Measured> {
-        let Some((first, last)) = &self.seen else { bail!("no step ended during the measurement") };
+        let Some((first, last)) = &self.reports else { bail!("no step ended during the measurement") };
         let steps = self.marks.len() - self.skip;
         let seconds = (self.marks[self.marks.len() - 1] - self.marks[self.skip - 1]).as_secs_f64();
         ensure!(seconds > 0.0, "the clock did not advance during the measurement");
@@ -171,11 +171,11 @@ impl Observer for Watch {
         self.marks.push(Instant::now());
         let stages = graph.report().stages;
         if self.marks.len() <= self.skip {
-            self.seen = Some((stages, Vec::new()));
+            self.reports = Some((stages, Vec::new()));
             return Ok(());
         }
-        let long = self.marks[self.skip - 1].elapsed() >= self.least && self.marks.len() >= self.skip + LEAST_STEPS;
-        if let Some((_, last)) = &mut self.seen {
+        let long = self.marks[self.skip - 1].elapsed() >= self.least && self.marks.len() >= self.skip + MIN_STEPS;
+        if let Some((_, last)) = &mut self.reports {
             *last = stages;
         }
         if long {

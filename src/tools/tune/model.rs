@@ -46,7 +46,7 @@ impl Model {
     ) -> Self {
         let cost = |role: Role| {
             let one = alone.work_s[role as usize];
-            let many = threaded.map_or(one, |seen| seen.work_s[role as usize]).min(one);
+            let many = threaded.map_or(one, |measured| measured.work_s[role as usize]).min(one);
             // serial + shared = one, serial + shared / cores = many.
             let shared = if facts.cores > 1 { (one - many) / (1.0 - 1.0 / facts.cores as f64) } else { 0.0 };
             let shared = shared.clamp(0.0, one);
@@ -55,8 +55,8 @@ impl Model {
         // One group takes `common + own`, and n concurrent groups take `common + n · own`. For learning, `common` is
         // the step's.
         let in_common = |role: Role| {
-            large_batch.map_or(0.0, |(n, seen)| {
-                let (one, each) = (alone.work_s[role as usize], seen.work_s[role as usize]);
+            large_batch.map_or(0.0, |(n, measured)| {
+                let (one, each) = (alone.work_s[role as usize], measured.work_s[role as usize]);
                 shared_part(one, each, n as f64)
             })
         };
@@ -74,14 +74,14 @@ impl Model {
     }
 
     /// Corrects the model by the measurement of a plan. Similar plans get a similar correction.
-    pub(super) fn correct(&mut self, plan: &Plan, seen: &Measured) {
-        let ratio = seen.groups_per_s / self.uncorrected(plan);
+    pub(super) fn correct(&mut self, plan: &Plan, measured: &Measured) {
+        let ratio = measured.groups_per_s / self.uncorrected(plan);
         if ratio.is_finite() && ratio > 0.0 {
             self.corrections.push((plan.clone(), ratio));
         }
     }
 
-    /// Returns the predicted groups per second.
+    /// Returns the predicted number of groups trained per second under `plan`.
     pub fn predict(&self, plan: &Plan) -> f64 {
         let mut weights = 0.0;
         let mut logs = 0.0;
@@ -136,14 +136,14 @@ impl Model {
         let prompt = self.prompt[role as usize];
         let size = prompt + (1.0 - prompt) * plan.group_size as f64 / self.facts.group_size as f64;
         match role {
-            Role::Rollout => (size - self.common).max(0.0) + self.common / self.company(plan),
+            Role::Rollout => (size - self.common).max(0.0) + self.common / self.concurrent_groups(plan),
             Role::Learn => self.step / plan.batch as f64 + (size - self.step).max(0.0),
             Role::Label | Role::Reward => size,
         }
     }
 
     /// Returns the number of groups that a rollout actor samples concurrently.
-    fn company(&self, plan: &Plan) -> f64 {
+    fn concurrent_groups(&self, plan: &Plan) -> f64 {
         let room = plan.slots as f64 / plan.group_size as f64;
         // The staleness bound limits the number of groups in progress.
         let admitted = (plan.eta + 1) as f64 * plan.batch as f64 / plan.workers[0] as f64;

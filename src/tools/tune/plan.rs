@@ -83,13 +83,13 @@ impl Plan {
         pairs.filter(|(was, is)| was.1 != is.1).map(|(was, is)| (was.0, was.1, is.1)).collect()
     }
 
-    /// Returns a one-line description.
+    /// Returns a one-line description of the plan for messages.
     pub fn describe(&self, facts: &Facts) -> String {
         let role = |role: Role| {
             let (workers, threads) = (self.workers[role as usize], self.threads[role as usize]);
             format!("{} {workers}×{threads}", role.name())
         };
-        let roles = Role::ALL.into_iter().filter(|one| *one != Role::Label || facts.labels);
+        let roles = Role::ALL.into_iter().filter(|role| *role != Role::Label || facts.labels);
         let roles: Vec<String> = roles.map(role).collect();
         let sizes = if (self.batch, self.group_size) == (facts.batch, facts.group_size) {
             String::new()
@@ -132,10 +132,10 @@ impl Plan {
         };
         let cores = up_to(facts.cores);
         let slots: Vec<usize> = {
-            let least = facts.group_size.min(facts.most_slots);
+            let least = facts.group_size.min(facts.max_slots);
             let mut slots: Vec<usize> =
-                std::iter::successors(Some(least), |n| Some(2 * n)).take_while(|n| *n < facts.most_slots).collect();
-            slots.extend([facts.most_slots, configured.slots]);
+                std::iter::successors(Some(least), |n| Some(2 * n)).take_while(|n| *n < facts.max_slots).collect();
+            slots.extend([facts.max_slots, configured.slots]);
             slots.sort_unstable();
             slots.dedup();
             slots

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-/// Returns whether several machines may mount the file system of `path`, so that their processes share no memory there.
+/// Returns whether `path` is on a network file system, where processes of several machines may open a file but cannot
+/// share memory through it.
 #[cfg(target_os = "linux")]
 pub fn is_shared(path: &Path) -> bool {
     use std::os::unix::ffi::OsStrExt;
@@ -20,8 +21,8 @@ pub fn is_shared(_path: &Path) -> bool {
     false
 }
 
-/// Returns whether a file system of this type (`statfs(2)`) is one of a network: NFS, SMB, CIFS, SMB2, AFS, Ceph, Lustre, GPFS, 9P, or
-/// a program's own (FUSE).
+/// Returns whether the file system type `kind` (of `statfs(2)`) is a network file system (NFS, SMB, CIFS, SMB2, AFS,
+/// Ceph, Lustre, GPFS, 9P) or may be one (FUSE).
 #[cfg(target_os = "linux")]
 fn is_network(kind: u32) -> bool {
     const KINDS: [u32; 10] = [

@@ -224,7 +224,7 @@ pub fn rows() -> Vec<Row> {
             if request.to_string().contains("Write the number 10") { return chat(&top(&[("10", ln(0.9)), ("1", ln(0.05))])) }
             if lists(request) { chat(&top(&[("1", ln(0.6)), ("2", ln(0.3))])) } else { text("2") }
         }),
-        row("a gateway", "an answer that has begun is not continued; 10 is two tokens", Documented, Abstains("do not tell 1 from 10"), |_, _, request| {
+        row("a gateway", "an answer that has begun is not continued; 10 is two tokens", Documented, Abstains("do not distinguish 1 from 10"), |_, _, request| {
             if request.get("continue_final_message").is_some() { return refuse(400, r#"{"error":{"message":"Unrecognized request argument supplied: continue_final_message"}}"#) }
             if lists(request) { chat(&top(&[("1", ln(0.6)), ("2", ln(0.3))])) } else { text("2") }
         }),

@@ -42,7 +42,7 @@ fn is_permitted() -> bool {
 /// Guard that configures a thread's tiles, eight of 16 lines of 64 bytes, until it is dropped.
 pub(super) struct Unit {
     /// Destination of dummy tile stores, which is never read; see [`square`].
-    awake: [Line; TILE],
+    dummy: [Line; TILE],
 }
 
 impl Unit {
@@ -60,7 +60,7 @@ impl Unit {
         }
         // SAFETY: the unit is available, and the palette is valid.
         unsafe { asm!("ldtilecfg [{}]", in(reg) palette.0.as_ptr(), options(nostack, readonly)) };
-        Self { awake: [Line([0; Line::BYTES]); TILE] }
+        Self { dummy: [Line([0; Line::BYTES]); TILE] }
     }
 }
 
@@ -92,16 +92,16 @@ pub(super) unsafe fn multiply_block<const PARTS: usize, const RIGHT: usize>(
         // SAFETY: the panels have the same number of steps; `out` has all rows and columns.
         return unsafe { square::<PARTS, RIGHT>(unit, operands, steps, (out, stride), add) };
     }
-    let mut whole = [[0f32; PANEL]; PANEL];
-    for (row, whole) in whole.iter_mut().enumerate().take(if add { rows } else { 0 }) {
+    let mut full = [[0f32; PANEL]; PANEL];
+    for (row, full) in full.iter_mut().enumerate().take(if add { rows } else { 0 }) {
         // SAFETY: `out` has these columns of the row.
-        unsafe { out.add(row * stride).copy_to_nonoverlapping(whole.as_mut_ptr(), columns) };
+        unsafe { out.add(row * stride).copy_to_nonoverlapping(full.as_mut_ptr(), columns) };
     }
-    // SAFETY: the panels have the same number of steps, and `whole` has all rows and columns.
-    unsafe { square::<PARTS, RIGHT>(unit, operands, steps, (whole.as_mut_ptr().cast(), PANEL), add) };
-    for (row, whole) in whole.iter().enumerate().take(rows) {
+    // SAFETY: the panels have the same number of steps, and `full` has all rows and columns.
+    unsafe { square::<PARTS, RIGHT>(unit, operands, steps, (full.as_mut_ptr().cast(), PANEL), add) };
+    for (row, full) in full.iter().enumerate().take(rows) {
         // SAFETY: `out` has these columns of the row.
-        unsafe { out.add(row * stride).copy_from_nonoverlapping(whole.as_ptr(), columns) };
+        unsafe { out.add(row * stride).copy_from_nonoverlapping(full.as_ptr(), columns) };
     }
 }
 
@@ -138,7 +138,7 @@ macro_rules! sums {
             left = inout(reg) $left => _,
             right = inout(reg) $right => _,
             steps = inout(reg) $steps => _,
-            awake = in(reg) $unit.awake.as_mut_ptr(),
+            dummy = in(reg) $unit.dummy.as_mut_ptr(),
             line = in(reg) Line::BYTES,
             tile = const TILE_BYTES,
             left_step = const step($parts),
@@ -151,7 +151,7 @@ macro_rules! sums {
 /// Prefetches a quarter of the right operand's lines four steps ahead, for operands of one part. The processor does not
 /// detect the sequential reads of tiles by itself: without this, a matrix that is read only once takes a quarter to a
 /// third longer.
-macro_rules! ahead {
+macro_rules! prefetch {
     ($quarter:literal) => {
         concat!(
             ".irp at, 0, 1, 2, 3, 4, 5, 6, 7\n",
@@ -191,16 +191,16 @@ unsafe fn square<const PARTS: usize, const RIGHT: usize>(
                     "tileloadd tmm4, [{left} + {line}*1]",
                     "tileloadd tmm6, [{right} + {line}*1]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
-                    ahead!(0),
+                    prefetch!(0),
                     "tileloadd tmm7, [{right} + {line}*1 + {tile}]",
                     "tdpbf16ps tmm1, tmm4, tmm7",
-                    ahead!(1),
+                    prefetch!(1),
                     "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
-                    ahead!(2),
+                    prefetch!(2),
                     "tdpbf16ps tmm3, tmm5, tmm7",
-                    ahead!(3),
-                    "# {awake}"
+                    prefetch!(3),
+                    "# {dummy}"
             ),
             (2, 2) => sums!([2, 2]: [unit, left, right, steps, out, stride, add],
                     "tileloadd tmm4, [{left} + {line}*1]",
@@ -223,7 +223,7 @@ unsafe fn square<const PARTS: usize, const RIGHT: usize>(
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
-                    "tilestored [{awake} + {line}*1], tmm7"
+                    "tilestored [{dummy} + {line}*1], tmm7"
             ),
             (3, 3) => sums!([3, 3]: [unit, left, right, steps, out, stride, add],
                     "tileloadd tmm4, [{left} + {line}*1]",
@@ -264,7 +264,7 @@ unsafe fn square<const PARTS: usize, const RIGHT: usize>(
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
-                    "tilestored [{awake} + {line}*1], tmm7"
+                    "tilestored [{dummy} + {line}*1], tmm7"
             ),
             (2, 1) => sums!([2, 1]: [unit, left, right, steps, out, stride, add],
                     "tileloadd tmm4, [{left} + {line}*1 + 2*{tile}]",
@@ -272,20 +272,20 @@ unsafe fn square<const PARTS: usize, const RIGHT: usize>(
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tileloadd tmm7, [{right} + {line}*1 + {tile}]",
                     "tdpbf16ps tmm1, tmm4, tmm7",
-                    ahead!(0),
+                    prefetch!(0),
                     "tileloadd tmm5, [{left} + {line}*1 + 3*{tile}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
-                    ahead!(1),
+                    prefetch!(1),
                     "tileloadd tmm4, [{left} + {line}*1]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tdpbf16ps tmm1, tmm4, tmm7",
-                    ahead!(2),
+                    prefetch!(2),
                     "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
-                    ahead!(3),
-                    "tilestored [{awake} + {line}*1], tmm7"
+                    prefetch!(3),
+                    "tilestored [{dummy} + {line}*1], tmm7"
             ),
             (3, 1) => sums!([3, 1]: [unit, left, right, steps, out, stride, add],
                     "tileloadd tmm4, [{left} + {line}*1 + 4*{tile}]",
@@ -295,24 +295,24 @@ unsafe fn square<const PARTS: usize, const RIGHT: usize>(
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "tileloadd tmm5, [{left} + {line}*1 + 5*{tile}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
-                    ahead!(0),
+                    prefetch!(0),
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "tileloadd tmm4, [{left} + {line}*1 + 2*{tile}]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tdpbf16ps tmm1, tmm4, tmm7",
-                    ahead!(1),
+                    prefetch!(1),
                     "tileloadd tmm5, [{left} + {line}*1 + 3*{tile}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "tileloadd tmm4, [{left} + {line}*1]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
-                    ahead!(2),
+                    prefetch!(2),
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "tileloadd tmm5, [{left} + {line}*1 + {tile}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
-                    ahead!(3),
-                    "tilestored [{awake} + {line}*1], tmm7"
+                    prefetch!(3),
+                    "tilestored [{dummy} + {line}*1], tmm7"
             ),
             _ => unreachable!("one to three parts, and the same number or one in the right operand"),
         }

@@ -4,7 +4,6 @@
 //! right one it holds a pair of such steps of 16 lanes. In both, two `bf16` values of one lane are adjacent. The unit
 //! works for any choice of pairs that is the same in both operands; here the steps of a pair are sixteen apart, so that
 //! a single shift combines them, whether lanes are contiguous in memory or strided.
-//! lanes lie along the memory or across it.
 
 use std::arch::x86_64::*;
 use std::cell::Cell;
@@ -56,12 +55,12 @@ thread_local! {
 }
 
 /// Buffer for a packed operand, which the thread reuses.
-pub(super) struct Room {
+pub(super) struct PackBuffer {
     lines: Vec<Line>,
     home: &'static std::thread::LocalKey<Cell<Vec<Line>>>,
 }
 
-impl Room {
+impl PackBuffer {
     /// Takes the buffer for `bytes` of a left operand.
     pub(super) fn left(bytes: usize) -> Self {
         Self::of(&LEFT, bytes)
@@ -86,7 +85,7 @@ impl Room {
     }
 }
 
-impl Drop for Room {
+impl Drop for PackBuffer {
     fn drop(&mut self) {
         self.home.set(std::mem::take(&mut self.lines));
     }
@@ -101,12 +100,12 @@ impl Drop for Room {
 pub(super) unsafe fn pack<const PARTS: usize>(
     dest: &mut [Line],
     operand: Operand,
-    form: PackedFormat,
+    format: PackedFormat,
     first: usize,
     inner: Range<usize>,
 ) {
-    let along = operand.depth == 1;
-    let stride = if along { operand.lane } else { operand.depth };
+    let contiguous = operand.depth == 1;
+    let stride = if contiguous { operand.lane } else { operand.depth };
     for (panel, from) in dest.chunks_exact_mut(step(PARTS) / Line::BYTES).zip(inner.clone().step_by(PANEL)) {
         let depth = (inner.end - from).min(PANEL);
         for half in 0..2 {
@@ -117,15 +116,15 @@ pub(super) unsafe fn pack<const PARTS: usize>(
             let dest = &mut panel[half * TILE..];
             // SAFETY: the source's lanes and steps are allocated.
             unsafe {
-                match (along, form, lanes == TILE && depth == PANEL) {
-                    (true, PackedFormat::Rows, true) => as_it_lies::<true, true, PARTS>(dest, tile),
-                    (true, PackedFormat::Rows, false) => as_it_lies::<true, false, PARTS>(dest, tile),
-                    (false, PackedFormat::Pairs, true) => as_it_lies::<false, true, PARTS>(dest, tile),
-                    (false, PackedFormat::Pairs, false) => as_it_lies::<false, false, PARTS>(dest, tile),
-                    (true, PackedFormat::Pairs, true) => turned::<true, true, PARTS>(dest, tile),
-                    (true, PackedFormat::Pairs, false) => turned::<true, false, PARTS>(dest, tile),
-                    (false, PackedFormat::Rows, true) => turned::<false, true, PARTS>(dest, tile),
-                    (false, PackedFormat::Rows, false) => turned::<false, false, PARTS>(dest, tile),
+                match (contiguous, format, lanes == TILE && depth == PANEL) {
+                    (true, PackedFormat::Rows, true) => pack_lines::<true, true, PARTS>(dest, tile),
+                    (true, PackedFormat::Rows, false) => pack_lines::<true, false, PARTS>(dest, tile),
+                    (false, PackedFormat::Pairs, true) => pack_lines::<false, true, PARTS>(dest, tile),
+                    (false, PackedFormat::Pairs, false) => pack_lines::<false, false, PARTS>(dest, tile),
+                    (true, PackedFormat::Pairs, true) => pack_transposed::<true, true, PARTS>(dest, tile),
+                    (true, PackedFormat::Pairs, false) => pack_transposed::<true, false, PARTS>(dest, tile),
+                    (false, PackedFormat::Rows, true) => pack_transposed::<false, true, PARTS>(dest, tile),
+                    (false, PackedFormat::Rows, false) => pack_transposed::<false, false, PARTS>(dest, tile),
                 }
             }
         }
@@ -142,22 +141,22 @@ struct Source {
 }
 
 impl Source {
-    /// Loads a line. If lanes are contiguous in memory (`ALONG`): steps 0 to 15 of lane `at`, and steps 16 to 31.
-    /// Otherwise step `at` of all lanes, and step `at + 16`. The loads are not masked if the source is `WHOLE`.
+    /// Loads a line. If lanes are contiguous in memory (`CONTIGUOUS`): steps 0 to 15 of lane `at`, and steps 16 to 31.
+    /// Otherwise step `at` of all lanes, and step `at + 16`. The loads are not masked if the source is `FULL`.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn line<const ALONG: bool, const WHOLE: bool>(self, at: usize) -> [__m512; 2] {
+    unsafe fn line<const CONTIGUOUS: bool, const FULL: bool>(self, at: usize) -> [__m512; 2] {
         let first = self.start.wrapping_offset(at as isize * self.stride);
-        let second = match ALONG {
+        let second = match CONTIGUOUS {
             true => first.wrapping_add(TILE),
             false => first.wrapping_offset(TILE as isize * self.stride),
         };
-        if WHOLE {
+        if FULL {
             // SAFETY: by the caller's contract all lanes and steps are allocated.
             return unsafe { [_mm512_loadu_ps(first), _mm512_loadu_ps(second)] };
         }
         let up_to = |count: usize| ((1u32 << count.min(TILE)) - 1) as u16;
-        let masks = match ALONG {
+        let masks = match CONTIGUOUS {
             true if at < self.lanes => [up_to(self.depth), up_to(self.depth.saturating_sub(TILE))],
             true => [0, 0],
             false => [at, at + TILE].map(|step| if step < self.depth { up_to(self.lanes) } else { 0 }),
@@ -214,11 +213,11 @@ fn store(dest: &mut [Line], part: usize, at: usize, line: __m512i) {
 /// Packs a tile's parts if a line of the tile is a line of the source.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn as_it_lies<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(dest: &mut [Line], source: Source) {
+unsafe fn pack_lines<const CONTIGUOUS: bool, const FULL: bool, const PARTS: usize>(dest: &mut [Line], source: Source) {
     assert!(dest.len() >= (2 * PARTS - 1) * TILE);
     for at in 0..TILE {
         // SAFETY: by the caller's contract.
-        let mut line = unsafe { source.line::<ALONG, WHOLE>(at) };
+        let mut line = unsafe { source.line::<CONTIGUOUS, FULL>(at) };
         for number in 0..PARTS - 1 {
             let (part, rest) = part_of(line);
             store(dest, number, at, part);
@@ -231,7 +230,10 @@ unsafe fn as_it_lies<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(d
 /// Packs a tile's parts if a line of the tile is a column of the source.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn turned<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(dest: &mut [Line], source: Source) {
+unsafe fn pack_transposed<const CONTIGUOUS: bool, const FULL: bool, const PARTS: usize>(
+    dest: &mut [Line],
+    source: Source,
+) {
     assert!(dest.len() >= (2 * PARTS - 1) * TILE);
     let mut rests = [[_mm512_setzero_ps(); 2]; TILE];
     for part in 0..PARTS {
@@ -239,7 +241,7 @@ unsafe fn turned<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(dest:
         for at in 0..TILE {
             let line = match part {
                 // SAFETY: by the caller's contract.
-                0 => unsafe { source.line::<ALONG, WHOLE>(at) },
+                0 => unsafe { source.line::<CONTIGUOUS, FULL>(at) },
                 _ => rests[at],
             };
             (tile[at], rests[at]) = if part + 1 < PARTS { part_of(line) } else { (last_of::<PARTS>(line), line) };
@@ -255,7 +257,7 @@ unsafe fn turned<const ALONG: bool, const WHOLE: bool, const PARTS: usize>(dest:
 /// # Safety
 /// The processor must have AVX-512, and `out` must have those rows and columns.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn turn_out(
+pub(super) unsafe fn store_transposed(
     sums: &[[f32; PANEL]; PANEL],
     (out, stride): (*mut f32, usize),
     [rows, columns]: [usize; 2],

@@ -5,8 +5,8 @@ use std::mem::MaybeUninit;
 use rayon::prelude::*;
 
 use super::kernel::{Unit, multiply_block};
-use super::pack::{Operand, PANEL, PackedFormat, Room, step};
-use super::{Line, Places, bytes, pack_panels};
+use super::pack::{Operand, PANEL, PackBuffer, PackedFormat, step};
+use super::{Line, OutputRows, bytes, pack_panels};
 
 /// Minimum number of multiply-adds of a task.
 const TASK: usize = 1 << 20;
@@ -21,13 +21,13 @@ pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: 
     assert_eq!((x.len(), out.len()), (m * k, m * n), "sizes of a product");
     assert_eq!(w.len() * Line::BYTES, bytes::<1>(n, k), "size of a packed matrix");
     let size = bytes::<PARTS>(m, k);
-    let mut room = Room::left(size);
-    let packed = room.lines(size);
+    let mut buffer = PackBuffer::left(size);
+    let packed = buffer.lines(size);
     let x = Operand { start: x.as_ptr(), lanes: m, lane: k as isize, depth: 1 };
     // SAFETY: the operand has the sizes that were checked; a processor with the unit has AVX-512.
     unsafe { pack_panels::<PARTS>(packed, x, PackedFormat::Rows, 0..m, &(0..k), false) };
     let packed = &*packed;
-    let out = Places { start: out.as_mut_ptr().cast(), stride: n };
+    let out = OutputRows { start: out.as_mut_ptr().cast(), stride: n };
     let steps = k.div_ceil(PANEL);
     let some = |first: usize, panels: &[Line]| {
         let mut unit = Unit::enter();

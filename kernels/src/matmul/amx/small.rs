@@ -11,8 +11,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::kernel::{Unit, multiply_block};
-use super::pack::{Operand, PANEL, PackedFormat, Room, pack, step, turn_out};
-use super::{Line, Places};
+use super::pack::{Operand, PANEL, PackBuffer, PackedFormat, pack, step, store_transposed};
+use super::{Line, OutputRows};
 
 /// Number of matrix rows in a portion.
 const ROWS: usize = 2 * PANEL;
@@ -29,10 +29,10 @@ pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: 
     assert!(super::available(), "the tile unit is not available");
     assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n), "sizes of a product");
     let lanes = |values: &[f32], lanes| Operand { start: values.as_ptr(), lanes, lane: k as isize, depth: 1 };
-    let (x, w, out) = (lanes(x, m), lanes(w, n), Places { start: out.as_mut_ptr().cast(), stride: n });
+    let (x, w, out) = (lanes(x, m), lanes(w, n), OutputRows { start: out.as_mut_ptr().cast(), stride: n });
     let panel = k.div_ceil(PANEL) * step(PARTS);
-    let mut room = Room::right(m.div_ceil(PANEL) * panel);
-    let packed = room.lines(m.div_ceil(PANEL) * panel);
+    let mut buffer = PackBuffer::right(m.div_ceil(PANEL) * panel);
+    let packed = buffer.lines(m.div_ceil(PANEL) * panel);
     for (at, lines) in packed.chunks_mut(panel / Line::BYTES).enumerate() {
         // SAFETY: the operand has the sizes that were checked; a processor with the unit has AVX-512.
         unsafe { pack::<PARTS>(lines, x, PackedFormat::Pairs, at * PANEL, 0..k) };
@@ -54,14 +54,14 @@ pub fn multiply<const PARTS: usize>(out: &mut [MaybeUninit<f32>], x: &[f32], w: 
 /// The matrix must have an inner width of `k`, and `out` must have room for `m` rows with one column per row of the
 /// matrix; these columns must not be used by anything else.
 unsafe fn columns<const PARTS: usize>(
-    out: Places,
+    out: OutputRows,
     (x, m): (&[Line], usize),
     w: Operand,
     k: usize,
     range: Range<usize>,
 ) {
     let mut unit = Unit::enter();
-    let mut room = Room::left(ROWS / PANEL * DEPTH / PANEL * step(PARTS));
+    let mut buffer = PackBuffer::left(ROWS / PANEL * DEPTH / PANEL * step(PARTS));
     // Sums by panel of rows of `x`, then by panel of the matrix; each is stored by rows of the matrix.
     let mut sums = [[[[0f32; PANEL]; PANEL]; ROWS / PANEL]; 2];
     let panels = m.div_ceil(PANEL);
@@ -69,7 +69,7 @@ unsafe fn columns<const PARTS: usize>(
         for from in (0..k).step_by(DEPTH) {
             let inner = from..(from + DEPTH).min(k);
             let size = inner.len().div_ceil(PANEL) * step(PARTS);
-            let portion = room.lines(ROWS / PANEL * size);
+            let portion = buffer.lines(ROWS / PANEL * size);
             for (at, lines) in portion.chunks_mut(size / Line::BYTES).enumerate() {
                 // SAFETY: the operand's sizes are the caller's; the panel has room for as many steps.
                 unsafe { pack::<PARTS>(lines, w, PackedFormat::Rows, row + at * PANEL, inner.clone()) };
@@ -89,7 +89,7 @@ unsafe fn columns<const PARTS: usize>(
                 let (first, column) = (at * PANEL, row + half * PANEL);
                 let sizes = [(m - first).min(PANEL), range.end.saturating_sub(column).min(PANEL)];
                 // SAFETY: `out` has these rows and columns, and only this call writes them.
-                unsafe { turn_out(sums, (out.at(first, column), out.stride), sizes) };
+                unsafe { store_transposed(sums, (out.at(first, column), out.stride), sizes) };
             }
         }
     }

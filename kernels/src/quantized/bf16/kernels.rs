@@ -1,7 +1,7 @@
 //! Kernels that multiply rows of `f32` by a panel of the matrix, one per instruction set. All sum in the same order, so
 //! their results are identical to the last bit.
 
-use super::super::super::matmul::Places;
+use super::super::super::matmul::OutputRows;
 use super::{APART, Bf16Weights, HALF, PAIR, PANEL, STEP};
 
 /// Function that multiplies all rows of `x` by one panel of the matrix.
@@ -9,7 +9,7 @@ use super::{APART, Bf16Weights, HALF, PAIR, PANEL, STEP};
 /// # Safety
 /// The processor must support the kernel's instructions, and the output must have room for the panel's columns of all
 /// rows.
-pub(super) type Kernel = unsafe fn(Places, &[f32], &Bf16Weights, usize);
+pub(super) type Kernel = unsafe fn(OutputRows, &[f32], &Bf16Weights, usize);
 
 /// Returns the fastest kernel that the processor supports.
 pub(super) fn best() -> Kernel {
@@ -29,7 +29,7 @@ pub(super) fn best() -> Kernel {
 ///
 /// # Safety
 /// The same as for [`Kernel`].
-pub(super) unsafe fn plain(out: Places, x: &[f32], weight: &Bf16Weights, panel: usize) {
+pub(super) unsafe fn plain(out: OutputRows, x: &[f32], weight: &Bf16Weights, panel: usize) {
     let columns = (weight.rows - panel * PANEL).min(PANEL);
     for (row, x) in x.chunks_exact(weight.width).enumerate() {
         let mut sums = [0f32; PANEL];
@@ -57,7 +57,7 @@ macro_rules! kernel {
      $fma:ident, $store:ident, $load:ident, $shift:ident, $and:ident, $all:ident, $float:ident) => {
         #[cfg(target_arch = "x86_64")]
         pub(super) mod $name {
-            use super::{APART, HALF, Bf16Weights, PAIR, PANEL, Places, STEP};
+            use super::{APART, HALF, Bf16Weights, PAIR, PANEL, OutputRows, STEP};
             use std::arch::x86_64::*;
 
             /// Number of matrix rows in a tile.
@@ -66,7 +66,7 @@ macro_rules! kernel {
             /// # Safety
             /// The same as for [`Kernel`](super::Kernel).
             #[target_feature(enable = $features)]
-            pub(in super::super) unsafe fn multiply(out: Places, x: &[f32], weight: &Bf16Weights, panel: usize) {
+            pub(in super::super) unsafe fn multiply(out: OutputRows, x: &[f32], weight: &Bf16Weights, panel: usize) {
                 let rows = x.len() / weight.width;
                 for lane in (0..(weight.rows - panel * PANEL).min(PANEL)).step_by(TILE) {
                     for row in (0..rows).step_by($most) {
@@ -81,7 +81,7 @@ macro_rules! kernel {
 
             #[target_feature(enable = $features)]
             fn tile<const R: usize>(
-                out: Places,
+                out: OutputRows,
                 x: &[f32],
                 weight: &Bf16Weights,
                 (row, panel, lane): (usize, usize, usize),

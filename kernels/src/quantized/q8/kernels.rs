@@ -1,7 +1,7 @@
 //! Kernels that multiply rows of 8-bit integers by a panel of the matrix, one per instruction set. All sum in the same
 //! order, so their results are identical to the last bit.
 
-use super::super::super::matmul::Places;
+use super::super::super::matmul::OutputRows;
 use super::{BLOCK, GROUP, PANEL, Q8, Rows};
 
 /// Function that multiplies all rows of `x` by one panel of the matrix.
@@ -9,7 +9,7 @@ use super::{BLOCK, GROUP, PANEL, Q8, Rows};
 /// # Safety
 /// The processor must support the kernel's instructions, and the output must have room for the panel's columns of all
 /// rows.
-pub(super) type Kernel = unsafe fn(Places, &Rows, &Q8, usize);
+pub(super) type Kernel = unsafe fn(OutputRows, &Rows, &Q8, usize);
 
 /// Returns the fastest kernel that the processor supports.
 pub(super) fn best() -> Kernel {
@@ -29,22 +29,22 @@ pub(super) fn best() -> Kernel {
 ///
 /// # Safety
 /// The same as for [`Kernel`].
-pub(super) unsafe fn plain(out: Places, x: &Rows, weight: &Q8, panel: usize) {
+pub(super) unsafe fn plain(out: OutputRows, x: &Rows, weight: &Q8, panel: usize) {
     let (blocks, groups) = (x.width / BLOCK, x.width / GROUP);
     for row in 0..x.values.len() / x.width {
         let mut sums = [0f32; PANEL];
         for block in 0..blocks {
-            let mut whole = [x.starts[row * blocks + block]; PANEL];
+            let mut sum_i32 = [x.starts[row * blocks + block]; PANEL];
             for group in block * (BLOCK / GROUP)..(block + 1) * (BLOCK / GROUP) {
                 let x = &x.values[row * x.width + group * GROUP..][..GROUP];
                 let lanes = weight.values[panel * groups + group].0.as_chunks::<GROUP>().0;
-                for (whole, w) in whole.iter_mut().zip(lanes) {
-                    *whole += (0..GROUP).map(|i| i32::from(w[i]) * i32::from(x[i])).sum::<i32>();
+                for (sum_i32, w) in sum_i32.iter_mut().zip(lanes) {
+                    *sum_i32 += (0..GROUP).map(|i| i32::from(w[i]) * i32::from(x[i])).sum::<i32>();
                 }
             }
             let (scale, scales) = (x.scales[row * blocks + block], &weight.scales[panel * blocks + block]);
             for lane in 0..PANEL {
-                sums[lane] = (whole[lane] as f32).mul_add(scales[lane] * scale, sums[lane]);
+                sums[lane] = (sum_i32[lane] as f32).mul_add(scales[lane] * scale, sums[lane]);
             }
         }
         let columns = panel * PANEL..((panel + 1) * PANEL).min(weight.rows);
@@ -59,12 +59,12 @@ pub(super) unsafe fn plain(out: Places, x: &Rows, weight: &Q8, panel: usize) {
 /// `$most` rows of `x` at a time, for which the matrix is loaded once. Each such tile prefetches its share of the next
 /// panel.
 macro_rules! kernel {
-    ($name:ident, $features:literal, $lanes:literal, $most:literal, [$($rows:literal),*], $float:ident, $whole:ident,
+    ($name:ident, $features:literal, $lanes:literal, $most:literal, [$($rows:literal),*], $float:ident, $integers:ident,
      $set:ident, $mul:ident, $fma:ident, $load_float:ident, $store:ident, $widen:ident, $four:ident,
      $load:expr, $start:expr, $dot:expr) => {
         #[cfg(target_arch = "x86_64")]
         pub(super) mod $name {
-            use super::{BLOCK, GROUP, PANEL, Places, Q8, Rows};
+            use super::{BLOCK, GROUP, PANEL, OutputRows, Q8, Rows};
             use std::arch::x86_64::*;
 
             /// Number of registers per panel.
@@ -73,7 +73,7 @@ macro_rules! kernel {
             /// # Safety
             /// The same as for [`Kernel`](super::Kernel).
             #[target_feature(enable = $features)]
-            pub(in super::super) unsafe fn multiply(out: Places, x: &Rows, weight: &Q8, panel: usize) {
+            pub(in super::super) unsafe fn multiply(out: OutputRows, x: &Rows, weight: &Q8, panel: usize) {
                 let rows = x.values.len() / x.width;
                 let tiles = rows.div_ceil($most);
                 for tile in 0..tiles {
@@ -87,7 +87,7 @@ macro_rules! kernel {
 
             #[target_feature(enable = $features)]
             fn tile<const R: usize>(
-                out: Places,
+                out: OutputRows,
                 x: &Rows,
                 weight: &Q8,
                 (row, panel): (usize, usize),
@@ -110,18 +110,18 @@ macro_rules! kernel {
                     }
                     // SAFETY: all reads lie within the slices, whose lengths are asserted above.
                     unsafe {
-                        let mut whole = [[$four(0); PARTS]; R];
+                        let mut sum_i32 = [[$four(0); PARTS]; R];
                         for r in 0..R {
-                            whole[r] = [$start(*starts.add(r * blocks + block)); PARTS];
+                            sum_i32[r] = [$start(*starts.add(r * blocks + block)); PARTS];
                         }
                         for group in 0..GROUPS {
                             let w: *const u8 = values.get_unchecked(block * GROUPS + group).0.as_ptr();
-                            let w: [$whole; PARTS] = std::array::from_fn(|part| $load(w.add(part * $lanes * GROUP)));
+                            let w: [$integers; PARTS] = std::array::from_fn(|part| $load(w.add(part * $lanes * GROUP)));
                             for r in 0..R {
                                 let x = rows.add(r * width + block * BLOCK + group * GROUP).cast::<i32>();
                                 let x = $four(x.read_unaligned());
                                 for part in 0..PARTS {
-                                    whole[r][part] = $dot(whole[r][part], w[part], x);
+                                    sum_i32[r][part] = $dot(sum_i32[r][part], w[part], x);
                                 }
                             }
                         }
@@ -129,7 +129,7 @@ macro_rules! kernel {
                             let w = $load_float(scales.get_unchecked(block).as_ptr().add(part * $lanes));
                             for r in 0..R {
                                 let scale = $mul(w, $set(*row_scales.add(r * blocks + block)));
-                                sums[r][part] = $fma($widen(whole[r][part]), scale, sums[r][part]);
+                                sums[r][part] = $fma($widen(sum_i32[r][part]), scale, sums[r][part]);
                             }
                         }
                     }

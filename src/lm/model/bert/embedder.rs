@@ -16,7 +16,7 @@ use crate::util::read_bounded;
 const ROW: usize = 512;
 
 /// Lower bound of norms, which prevents a division by zero.
-const LEAST_NORM: f64 = 1e-12;
+const MIN_NORM: f64 = 1e-12;
 
 /// Frozen BERT encoder with its tokenizer.
 pub struct Embedder {
@@ -144,5 +144,5 @@ fn pool(hidden: &Tensor) -> Result<Vec<f32>> {
     let mean = hidden.mean(0)?.to_vec1::<f32>()?;
     let norm = mean.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
     ensure!(norm.is_finite(), "the encoder's states are not finite; its weights may be damaged");
-    Ok(mean.into_iter().map(|x| (f64::from(x) / norm.max(LEAST_NORM)) as f32).collect())
+    Ok(mean.into_iter().map(|x| (f64::from(x) / norm.max(MIN_NORM)) as f32).collect())
 }

@@ -16,7 +16,7 @@ pub(super) struct Slabs {
     head_dim: usize,
     layers: usize,
     /// Capacity of a new slot, in tokens.
-    room: usize,
+    capacity: usize,
     slots: Vec<Slot>,
 }
 
@@ -30,9 +30,9 @@ struct Slot {
 pub(super) struct Prompt(Vec<Slab>);
 
 impl Slabs {
-    pub(super) fn new(config: &ModelConfig, room: usize) -> Self {
+    pub(super) fn new(config: &ModelConfig, capacity: usize) -> Self {
         let ModelConfig { kv_heads, head_dim, layers, .. } = *config;
-        Self { kv_heads, head_dim, layers, room, slots: Vec::new() }
+        Self { kv_heads, head_dim, layers, capacity, slots: Vec::new() }
     }
 
     pub(super) fn prompt(&self, layers: &[(Tensor, Tensor)]) -> Result<Prompt> {
@@ -52,7 +52,7 @@ impl Slabs {
             slot.layers.iter_mut().for_each(Slab::clear);
             return;
         }
-        let layers = (0..self.layers).map(|_| Slab::new(self.kv_heads, self.head_dim, self.room)).collect();
+        let layers = (0..self.layers).map(|_| Slab::new(self.kv_heads, self.head_dim, self.capacity)).collect();
         self.slots.push(Slot { prompt, layers });
     }
 

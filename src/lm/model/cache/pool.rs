@@ -60,7 +60,7 @@ impl Pool {
         })
     }
 
-    fn nothing(&self) -> Rows {
+    fn empty_rows(&self) -> Rows {
         Rows { held: Vec::new(), free: Arc::clone(&self.free) }
     }
 
@@ -96,7 +96,7 @@ impl Pool {
     }
 
     /// Returns the indices `[n, KV]`, flat, of the heads of these rows in the pool tensors.
-    fn places(&self, rows: impl IntoIterator<Item = u32>) -> Vec<u32> {
+    fn indices(&self, rows: impl IntoIterator<Item = u32>) -> Vec<u32> {
         let heads = self.kv_heads as u32;
         rows.into_iter().flat_map(|row| row * heads..(row + 1) * heads).collect()
     }
@@ -106,16 +106,16 @@ impl Pool {
     }
 
     /// Expands indices to `[n·KV, hd]`, as [`Tensor::scatter_set`] expects them.
-    fn scattered(&self, places: Vec<u32>) -> Result<Tensor> {
-        let count = places.len();
-        Tensor::from_vec(places, (count, 1), self.device())?.broadcast_as((count, self.head_dim))?.contiguous()
+    fn scattered(&self, indices: Vec<u32>) -> Result<Tensor> {
+        let count = indices.len();
+        Tensor::from_vec(indices, (count, 1), self.device())?.broadcast_as((count, self.head_dim))?.contiguous()
     }
 
-    /// Writes keys and values `[n, KV, hd]` of one layer to the indices `places`.
-    fn write(&self, layer: usize, places: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+    /// Writes keys and values `[n, KV, hd]` of one layer at `indices`.
+    fn write(&self, layer: usize, indices: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         let (keys, values) = &self.layers[layer];
         for (pool, new) in [(keys, k), (values, v)] {
-            pool.scatter_set(places, &new.detach().contiguous()?.reshape(((), self.head_dim))?, 0)?;
+            pool.scatter_set(indices, &new.detach().contiguous()?.reshape(((), self.head_dim))?, 0)?;
         }
         Ok(())
     }
@@ -123,16 +123,16 @@ impl Pool {
     pub(super) fn prompt(&mut self, layers: &[(Tensor, Tensor)]) -> Result<Rows> {
         let tokens = layers.first().map_or(Ok(0), |(k, _)| k.dim(0))?;
         let rows = self.take(tokens)?;
-        let places = self.scattered(self.places(rows.held.iter().copied()))?;
+        let indices = self.scattered(self.indices(rows.held.iter().copied()))?;
         for (layer, (k, v)) in layers.iter().enumerate() {
-            self.write(layer, &places, k, v)?;
+            self.write(layer, &indices, k, v)?;
         }
         Ok(rows)
     }
 
     /// Assigns a sequence to `slot`: a freed one, or the next new one.
     pub(super) fn enter(&mut self, slot: usize, prompt: &Arc<CachedPrompt>) {
-        let entered = Slot { prompt: Some(Arc::clone(prompt)), rows: self.nothing() };
+        let entered = Slot { prompt: Some(Arc::clone(prompt)), rows: self.empty_rows() };
         match self.slots.get_mut(slot) {
             Some(slot) => *slot = entered,
             None => self.slots.push(entered),
@@ -140,16 +140,16 @@ impl Pool {
     }
 
     pub(super) fn leave(&mut self, slot: usize) {
-        self.slots[slot] = Slot { prompt: None, rows: self.nothing() };
+        self.slots[slot] = Slot { prompt: None, rows: self.empty_rows() };
     }
 
     pub(super) fn step<'a>(&'a mut self, slots: &'a [usize]) -> Result<DecodeStep<'a>> {
-        let mut taken = self.take(slots.len())?;
-        let places = self.scattered(self.places(taken.held.iter().copied()))?;
-        for (slot, row) in slots.iter().zip(taken.held.drain(..)) {
+        let mut new_rows = self.take(slots.len())?;
+        let indices = self.scattered(self.indices(new_rows.held.iter().copied()))?;
+        for (slot, row) in slots.iter().zip(new_rows.held.drain(..)) {
             self.slots[*slot].rows.held.push(row);
         }
-        Ok(DecodeStep { pool: self, slots, places, seen: HashMap::new() })
+        Ok(DecodeStep { pool: self, slots, indices, visible: HashMap::new() })
     }
 }
 
@@ -158,24 +158,24 @@ pub(super) struct DecodeStep<'a> {
     pool: &'a Pool,
     slots: &'a [usize],
     /// Indices of the new tokens' heads.
-    places: Tensor,
+    indices: Tensor,
     /// Visible rows by window.
-    seen: HashMap<Option<usize>, VisibleRows>,
+    visible: HashMap<Option<usize>, VisibleRows>,
 }
 
 /// Rows that the sequences of a step attend to.
 #[derive(Clone)]
 struct VisibleRows {
     /// Indices of the keys and values, `[N·KV·S]`; those of shorter sequences are padded with the first row.
-    places: Tensor,
+    indices: Tensor,
     /// Mask `[N, S]`: 0 for tokens, −∞ for padding.
     mask: Tensor,
 }
 
 impl DecodeStep<'_> {
-    fn seen(&mut self, window: Option<usize>) -> Result<VisibleRows> {
-        if let Some(seen) = self.seen.get(&window) {
-            return Ok(seen.clone());
+    fn visible(&mut self, window: Option<usize>) -> Result<VisibleRows> {
+        if let Some(visible) = self.visible.get(&window) {
+            return Ok(visible.clone());
         }
         let rows = |slot: &usize| {
             let Slot { prompt, rows } = &self.pool.slots[*slot];
@@ -187,24 +187,24 @@ impl DecodeStep<'_> {
         let rows: Vec<Vec<u32>> = self.slots.iter().map(rows).collect();
         let most = rows.iter().map(Vec::len).max().unwrap_or(0);
         let heads = self.pool.kv_heads as u32;
-        let (mut places, mut mask) = (Vec::new(), Vec::with_capacity(rows.len() * most));
+        let (mut indices, mut mask) = (Vec::new(), Vec::with_capacity(rows.len() * most));
         for rows in &rows {
             let beyond = most - rows.len();
             for head in 0..heads {
-                places.extend(rows.iter().map(|row| row * heads + head));
-                places.extend(std::iter::repeat_n(head, beyond));
+                indices.extend(rows.iter().map(|row| row * heads + head));
+                indices.extend(std::iter::repeat_n(head, beyond));
             }
             mask.extend(std::iter::repeat_n(0f32, rows.len()));
             mask.extend(std::iter::repeat_n(f32::NEG_INFINITY, beyond));
         }
         let device = self.pool.device();
-        let count = places.len();
-        let seen = VisibleRows {
-            places: Tensor::from_vec(places, count, device)?,
+        let count = indices.len();
+        let visible = VisibleRows {
+            indices: Tensor::from_vec(indices, count, device)?,
             mask: Tensor::from_vec(mask, (rows.len(), most), device)?,
         };
-        self.seen.insert(window, seen.clone());
-        Ok(seen)
+        self.visible.insert(window, visible.clone());
+        Ok(visible)
     }
 }
 
@@ -213,11 +213,11 @@ impl Attend for DecodeStep<'_> {
         let (rows, heads, hd) = q.dims3()?;
         let kv_heads = self.pool.kv_heads;
         let repeats = heads / kv_heads;
-        self.pool.write(scope.layer, &self.places, k, v)?;
-        let VisibleRows { places, mask } = self.seen(scope.window)?;
+        self.pool.write(scope.layer, &self.indices, k, v)?;
+        let VisibleRows { indices, mask } = self.visible(scope.window)?;
         let span = mask.dim(1)?;
         let (keys, values) = &self.pool.layers[scope.layer];
-        let gather = |pool: &Tensor| pool.index_select(&places, 0)?.reshape((rows, kv_heads, span, hd));
+        let gather = |pool: &Tensor| pool.index_select(&indices, 0)?.reshape((rows, kv_heads, span, hd));
         let scores = q.detach().reshape((rows, kv_heads, repeats, hd))?.matmul(&gather(keys)?.t()?)?;
         // The mask is the same for all heads, so they are the first dimension.
         let scores = scores.reshape((rows, heads, span))?.transpose(0, 1)?;

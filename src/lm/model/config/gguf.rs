@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::Value;
 
-use super::{ModelConfig, Window, deep, within};
+use super::{ModelConfig, Window, checked_layers, checked_size};
 use crate::lm::model::family::FAMILIES;
 use crate::lm::model::rope::Scaling;
 use crate::lm::validate;
@@ -29,7 +29,7 @@ impl ModelConfig {
                 Some(Value::U64(n)) => *n,
                 Some(other) => bail!("GGUF key {} is of type {:?}, not a whole number", own(key), other.value_type()),
             };
-            within(&own(key), number).map(Some)
+            checked_size(&own(key), number).map(Some)
         };
         let number = |key: &str| -> Result<usize> {
             optional(key)?.with_context(|| format!("GGUF key {} is missing", own(key)))
@@ -63,7 +63,7 @@ impl ModelConfig {
         };
         let hidden_size = number("embedding_length")?;
         let heads = number("attention.head_count")?;
-        let layers = deep(number("block_count")?)?;
+        let layers = checked_layers(number("block_count")?)?;
         let head_dim = optional("attention.key_length")?.unwrap_or(hidden_size / heads.max(1));
         let rotated = optional("rope.dimension_count")?.unwrap_or(head_dim);
         ensure!(

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value as Json;
 
-use super::{Head, ModelConfig, Window, activation, deep, within};
+use super::{Head, ModelConfig, Window, activation, checked_layers, checked_size};
 use crate::lm::model::family::{FAMILIES, Family, Gemma};
 use crate::lm::model::rope::Rotary;
 use crate::lm::validate::quantised;
@@ -71,7 +71,7 @@ impl ModelConfig {
         let text = read_bounded::text(&path, read_bounded::DESCRIPTION)
             .with_context(|| format!("cannot read {}; a model directory needs a config.json", path.display()))?;
         let json: Json = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
-        quantised::described_beside(dir)?;
+        quantised::check_directory(dir)?;
         let mut config = Self::from_json(&json, head).with_context(|| format!("in {}", path.display()))?;
         let path = dir.join("generation_config.json");
         config.generation = match read_bounded::text(&path, read_bounded::DESCRIPTION) {
@@ -102,21 +102,24 @@ impl ModelConfig {
     }
 
     pub(super) fn from_json(json: &Json, head: Head) -> Result<Self> {
-        quantised::described(json)?;
+        quantised::check_config(json)?;
         types::check(json, KEYS)?;
         let family = family(json, head)?;
         refuse_unsupported(json, family)?;
         let need = |key: &str| {
-            within(key, json[key].as_u64().with_context(|| format!("{key} is missing; config.json must have it"))?)
+            checked_size(
+                key,
+                json[key].as_u64().with_context(|| format!("{key} is missing; config.json must have it"))?,
+            )
         };
         // An absent key has the default of its family, null the second default.
         let optional = |key: &str, absent: usize, null: usize| match json.get(key) {
             None => Ok(absent),
-            Some(value) => value.as_u64().map_or(Ok(null), |n| within(key, n)),
+            Some(value) => value.as_u64().map_or(Ok(null), |n| checked_size(key, n)),
         };
         let hidden_size = need("hidden_size")?;
         let heads = need("num_attention_heads")?;
-        let layers = deep(need("num_hidden_layers")?)?;
+        let layers = checked_layers(need("num_hidden_layers")?)?;
         let derived = hidden_size / heads.max(1);
         let head_dim = optional("head_dim", family.defaults.head_dim.unwrap_or(derived), derived)?;
         ensure!(
@@ -198,7 +201,7 @@ fn family(json: &Json, head: Head) -> Result<&'static Family> {
     };
     if let Some(kind) = kind.filter(|kind| *kind != family.model_type) {
         bail!(
-            "architectures names {architecture}, and model_type = \"{kind}\" is that of another model; transformers goes by model_type. Correct config.json: {architecture} has model_type = \"{}\"",
+            "architectures names {architecture}, and model_type = \"{kind}\" is that of another model; transformers uses model_type. Correct config.json: {architecture} has model_type = \"{}\"",
             family.model_type
         );
     }
@@ -240,7 +243,7 @@ fn refuse_unsupported(json: &Json, family: &Family) -> Result<()> {
 /// Reads the sliding window and the layers that have it.
 fn window(json: &Json, family: &Family, layers: usize) -> Result<Option<Window>> {
     const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
-    let size = (family.window)(json).map(|size| within("sliding_window", size as u64)).transpose()?;
+    let size = (family.window)(json).map(|size| checked_size("sliding_window", size as u64)).transpose()?;
     let rule = |layer: usize| size.is_some() && (family.slides)(json, layer);
     let listed = match json["layer_types"].as_array() {
         None => (0..layers).map(rule).collect(),
@@ -252,7 +255,7 @@ fn window(json: &Json, family: &Family, layers: usize) -> Result<Option<Window>>
             let slides: Vec<bool> = list.iter().map(|kind| kind == KINDS[1]).collect();
             ensure!(
                 family.lists_layers || (0..layers).all(|layer| slides[layer] == rule(layer)),
-                "layer_types contradicts sliding_window = {}, by which {} goes; remove layer_types, or correct it",
+                "layer_types contradicts sliding_window = {}, which {} uses; remove layer_types, or correct it",
                 json["sliding_window"],
                 family.architecture
             );

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value as Json;
 
-use super::{Onto, Weights, finite};
+use super::{LoadTarget, Weights, finite};
 use crate::lm::model::config::{Head, ModelConfig};
 use crate::lm::validate;
 use crate::util::read_bounded;
@@ -23,7 +23,7 @@ impl Weights {
     ///
     /// # Errors
     /// If a file or tensor is invalid; the error names it.
-    pub fn from_directory<'a>(dir: &Path, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
+    pub fn from_directory<'a>(dir: &Path, onto: impl Into<LoadTarget<'a>>) -> Result<(ModelConfig, Self)> {
         Self::from_directory_as(dir, Head::Language, onto)
     }
 
@@ -31,7 +31,11 @@ impl Weights {
     ///
     /// # Errors
     /// The same as for [`Self::from_directory`].
-    pub fn from_directory_as<'a>(dir: &Path, head: Head, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
+    pub fn from_directory_as<'a>(
+        dir: &Path,
+        head: Head,
+        onto: impl Into<LoadTarget<'a>>,
+    ) -> Result<(ModelConfig, Self)> {
         let mut config = ModelConfig::from_directory_as(dir, head)?;
         let mut weights = Self::read_directory(dir, onto)?;
         weights.fit(&mut config, head).with_context(|| format!("in {}", dir.display()))?;
@@ -42,8 +46,8 @@ impl Weights {
     ///
     /// # Errors
     /// If a file is invalid; the error names it.
-    pub fn read_directory<'a>(dir: &Path, onto: impl Into<Onto<'a>>) -> Result<Self> {
-        let Onto { device, dtype } = onto.into();
+    pub fn read_directory<'a>(dir: &Path, onto: impl Into<LoadTarget<'a>>) -> Result<Self> {
+        let LoadTarget { device, dtype } = onto.into();
         let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
         let divided = index.exists();
         if divided && single.exists() {
@@ -152,7 +156,7 @@ mod tests {
             for dtype in [DType::F32, DType::BF16] {
                 // Rounded to sixteen bits, the largest f32 number exceeds the largest bf16 number.
                 let expected = sound && (dtype == DType::F32);
-                let read = Weights::read_directory(dir.path(), Onto { device: &Device::Cpu, dtype });
+                let read = Weights::read_directory(dir.path(), LoadTarget { device: &Device::Cpu, dtype });
                 let error = read.err().map_or(String::new(), |error| format!("{error:#}"));
                 assert_eq!(error.is_empty(), expected, "{value} {dtype:?}: {error}");
                 assert!(expected || (error.contains("tensor b has") && error.contains("model.safetensors")), "{error}");

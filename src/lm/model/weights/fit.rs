@@ -46,15 +46,15 @@ impl Weights {
         }
         let is_stray = |name: &str| !(wanted.contains(name) || (head == Head::Scalar && name == SCORE));
         let strays: Vec<String> = self.0.keys().filter(|name| is_stray(name)).cloned().collect();
-        let told: Vec<&str> =
+        let unneeded: Vec<&str> =
             strays.iter().map(String::as_str).filter(|name| BUFFERS.iter().all(|end| !name.ends_with(end))).collect();
-        if !told.is_empty() {
+        if !unneeded.is_empty() {
             tracing::warn!(
                 "{} tensors are not part of a {} of this configuration; they are left out, from checkpoints too, as transformers does: {}{}",
-                told.len(),
+                unneeded.len(),
                 config.family.architecture,
-                told[..told.len().min(5)].join(", "),
-                if told.len() > 5 { ", …" } else { "" }
+                unneeded[..unneeded.len().min(5)].join(", "),
+                if unneeded.len() > 5 { ", …" } else { "" }
             );
         }
         for name in &strays {
@@ -113,8 +113,8 @@ impl Weights {
         if let (Some(wanted), Some(last)) = (layer(name), layers.last())
             && wanted > *last
         {
-            let (said, found) = (config.layers, last + 1);
-            return format!("; config.json says num_hidden_layers = {said}, and the file has {found} layers");
+            let (configured, found) = (config.layers, last + 1);
+            return format!("; config.json says num_hidden_layers = {configured}, and the file has {found} layers");
         }
         format!("; check that the file is a complete {}", config.family.architecture)
     }

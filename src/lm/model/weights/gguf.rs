@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 
-use super::{Onto, Weights, finite};
+use super::{LoadTarget, Weights, finite};
 use crate::lm::model::config::ModelConfig;
 use crate::lm::model::family::Family;
 use crate::lm::model::rope::Scaling;
@@ -18,7 +18,7 @@ impl Weights {
     ///
     /// # Errors
     /// If the file cannot be read, or a key or tensor is invalid; the error names it.
-    pub fn from_gguf<'a>(path: &Path, onto: impl Into<Onto<'a>>) -> Result<(ModelConfig, Self)> {
+    pub fn from_gguf<'a>(path: &Path, onto: impl Into<LoadTarget<'a>>) -> Result<(ModelConfig, Self)> {
         let onto = onto.into();
         let (mut file, content) = validate::gguf::read(path)?;
         let tied = !content.tensor_infos.contains_key("output.weight");

@@ -20,13 +20,13 @@ use crate::util::http;
 use crate::util::read_bounded;
 
 /// Largest number of consecutive redirects.
-const HOPS: usize = 10;
+const MAX_REDIRECTS: usize = 10;
 
 /// Time within which a hub must accept a connection; an unreachable hub should cost only seconds.
-const CONTACT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Returns whether a server that answers with this status may answer differently later.
-fn may_pass(status: StatusCode) -> bool {
+fn may_be_temporary(status: StatusCode) -> bool {
     status.is_server_error() || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT)
 }
 
@@ -76,7 +76,7 @@ impl Client {
             "the hub's token (HF_TOKEN, or the file that `hf auth login` wrote) contains a space, a line break or another character that is invalid in a token"
         );
         let http = http::builder()
-            .connect_timeout(CONTACT)
+            .connect_timeout(CONNECT_TIMEOUT)
             .user_agent(concat!("preceptor/", env!("CARGO_PKG_VERSION")))
             .build()
             .context("the hub's client cannot be set up")?;
@@ -89,25 +89,28 @@ impl Client {
     /// If the hub does not answer, does not have the repository, or answers in an unknown format.
     pub(super) async fn files(&self) -> Result<Vec<String>> {
         let url = self.url(&["api", self.kind.plural()], &["revision", &self.revision], &[])?;
-        let answer = timeout(self.patience.min(CONTACT), self.get(url, None)).await;
+        let answer = timeout(self.patience.min(CONNECT_TIMEOUT), self.get(url, None)).await;
         let (answer, _) = answer
             .map_err(|_| {
-                Unavailable::passing(format!("the hub did not answer within {:?}", self.patience.min(CONTACT)))
+                Unavailable::temporary(format!(
+                    "the hub did not answer within {:?}",
+                    self.patience.min(CONNECT_TIMEOUT)
+                ))
             })?
             .context("the hub cannot be asked")?;
         let status = answer.status();
         // The hub gives these answers to clients that may not know whether the repository exists.
         let closed = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND);
         let hint = if closed { "; a private or gated repository needs HF_TOKEN" } else { "" };
-        if may_pass(status) {
-            return Err(Unavailable::passing(format!("the hub does not list it: {status}")));
+        if may_be_temporary(status) {
+            return Err(Unavailable::temporary(format!("the hub does not list it: {status}")));
         }
         ensure!(status.is_success(), "the hub does not list it: {status}{hint}");
-        let body = timeout(self.patience.max(CONTACT), http::body(answer, read_bounded::DESCRIPTION as usize));
+        let body = timeout(self.patience.max(CONNECT_TIMEOUT), http::body(answer, read_bounded::DESCRIPTION as usize));
         let body = body.await.map_err(|_| self.silent())??;
         let listed: Value = serde_json::from_slice(&body).context("the hub's list of files is not JSON")?;
         let siblings = listed["siblings"].as_array().context("the hub's list of files has no siblings")?;
-        Ok(siblings.iter().filter_map(|one| one["rfilename"].as_str().map(str::to_owned)).collect())
+        Ok(siblings.iter().filter_map(|sibling| sibling["rfilename"].as_str().map(str::to_owned)).collect())
     }
 
     /// Requests the metadata of the file `name`.
@@ -130,7 +133,7 @@ impl Client {
         let metadata = Metadata {
             commit: self.checked("X-Repo-Commit", commit.trim())?,
             etag: self.checked("ETag", etag.trim().trim_start_matches("W/").trim_matches('"'))?,
-            size: size(&answer).with_context(|| format!("{} does not say how large {name} is", self.host()))?,
+            size: size(&answer).with_context(|| format!("{} does not report the size of {name}", self.host()))?,
         };
         Ok(metadata)
     }
@@ -213,7 +216,7 @@ impl Client {
     /// the hub itself gave.
     async fn get(&self, url: Url, part: Option<std::ops::Range<u64>>) -> Result<(Response, HeaderMap)> {
         let (mut url, mut at_home, mut own) = (url, true, HeaderMap::new());
-        for _ in 0..=HOPS {
+        for _ in 0..=MAX_REDIRECTS {
             let mut request = self.http.get(url.clone());
             if let Some(part) = &part {
                 let end = if part.end == u64::MAX { String::new() } else { (part.end - 1).to_string() };
@@ -247,11 +250,11 @@ impl Client {
             at_home &= origin(&next) == origin(&self.endpoint);
             url = next;
         }
-        bail!("{} redirects more than {HOPS} times", self.host())
+        bail!("{} redirects more than {MAX_REDIRECTS} times", self.host())
     }
 
     fn silent(&self) -> anyhow::Error {
-        Unavailable::passing(format!(
+        Unavailable::temporary(format!(
             "the hub sent nothing for {:?}; try again, the received part is kept",
             self.patience
         ))
@@ -259,7 +262,7 @@ impl Client {
 
     fn refused(&self, status: StatusCode) -> anyhow::Error {
         let words = format!("{} answers {status}", self.host());
-        if may_pass(status) { Unavailable::passing(words) } else { anyhow!(words) }
+        if may_be_temporary(status) { Unavailable::temporary(words) } else { anyhow!(words) }
     }
 
     /// Returns the hub's address for error messages.

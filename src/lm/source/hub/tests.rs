@@ -160,7 +160,7 @@ fn an_unresponsive_hub_times_out() {
             Duration::from_millis(50),
         )
     };
-    let asked = on_a_thread(|| async move { client()?.metadata("a.gguf").await });
+    let asked = block_on_thread(|| async move { client()?.metadata("a.gguf").await });
     let error = asked.unwrap_err();
     assert!(error.to_string().contains("sent nothing for 50ms"), "{error:#}");
 }

@@ -14,9 +14,9 @@ use super::refusal;
 use crate::util::template::BYTES_PER_STEP;
 
 /// Largest depth of nested values.
-const DEEPEST: usize = 64;
+const MAX_DEPTH: usize = 64;
 /// Largest number of bytes per level of indentation.
-const WIDEST: usize = 64;
+const MAX_INDENT: usize = 64;
 
 /// Filter `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)` of chat templates in
 /// `transformers`; the options have the meaning that `json.dumps` defines. minijinja's own filter escapes for HTML.
@@ -54,40 +54,40 @@ fn step(indent: &Value) -> Result<String, Error> {
         Some(text) => text.to_owned(),
         None => {
             let spaces = i64::try_from(indent.clone()).unwrap_or(i64::MAX).max(0) as usize;
-            if spaces > WIDEST {
-                return Err(refusal(format!("indent = {indent} is more than {WIDEST}")));
+            if spaces > MAX_INDENT {
+                return Err(refusal(format!("indent = {indent} is more than {MAX_INDENT}")));
             }
             " ".repeat(spaces)
         }
     };
-    if step.len() > WIDEST {
-        return Err(refusal(format!("indent has {} bytes, more than {WIDEST}", step.len())));
+    if step.len() > MAX_INDENT {
+        return Err(refusal(format!("indent has {} bytes, more than {MAX_INDENT}", step.len())));
     }
     Ok(step)
 }
 
 fn pair_of_texts(pair: &Value) -> Result<(String, String), Error> {
-    let texts: Vec<String> = pair.try_iter()?.filter_map(|one| one.as_str().map(str::to_owned)).collect();
+    let texts: Vec<String> = pair.try_iter()?.filter_map(|text| text.as_str().map(str::to_owned)).collect();
     match <[String; 2]>::try_from(texts) {
-        Ok([item, key]) if item.len() + key.len() <= WIDEST => Ok((item, key)),
+        Ok([item, key]) if item.len() + key.len() <= MAX_INDENT => Ok((item, key)),
         _ => Err(refusal("separators of tojson are two short texts, such as (',', ':')")),
     }
 }
 
 fn json(state: &State, value: &Plain, formatter: impl Formatter) -> Result<String> {
-    let mut out = Paid { state, bytes: Vec::new() };
+    let mut out = FuelWriter { state, bytes: Vec::new() };
     value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))?;
     Ok(String::from_utf8(out.bytes)?)
 }
 
 /// Writer that consumes fuel for its output: a list that contains another one twice, and so on, is short to build and
 /// huge to write.
-struct Paid<'a, 'template, 'env> {
+struct FuelWriter<'a, 'template, 'env> {
     state: &'a State<'template, 'env>,
     bytes: Vec<u8>,
 }
 
-impl io::Write for Paid<'_, '_, '_> {
+impl io::Write for FuelWriter<'_, '_, '_> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         self.state.consume_fuel((buffer.len() as u64).div_ceil(BYTES_PER_STEP)).map_err(io::Error::other)?;
         self.bytes.extend_from_slice(buffer);
@@ -111,8 +111,8 @@ struct Plain {
 impl Serialize for Plain {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Self { value, depth, sorted } = self;
-        if *depth > DEEPEST {
-            return Err(S::Error::custom(format!("its values are nested more than {DEEPEST} deep")));
+        if *depth > MAX_DEPTH {
+            return Err(S::Error::custom(format!("its values are nested more than {MAX_DEPTH} deep")));
         }
         let inner = |value: Value| Self { value, depth: depth + 1, sorted: *sorted };
         let iterated = || value.try_iter().map_err(S::Error::custom);

@@ -9,7 +9,7 @@ use super::refusal;
 use crate::util::template;
 
 /// Largest depth of a value whose floats are written in Python's format.
-const DEEPEST: usize = 64;
+const MAX_DEPTH: usize = 64;
 
 /// Adds the methods and tests to `environment`, and formats values as Python does.
 pub(super) fn add_to(environment: &mut Environment<'static>) {
@@ -43,11 +43,11 @@ fn has_float(value: &Value, depth: usize) -> bool {
     match value.kind() {
         ValueKind::Number => is_float(value),
         ValueKind::Seq => {
-            depth < DEEPEST && value.try_iter().is_ok_and(|mut all| all.any(|one| has_float(&one, depth + 1)))
+            depth < MAX_DEPTH && value.try_iter().is_ok_and(|mut all| all.any(|item| has_float(&item, depth + 1)))
         }
         ValueKind::Map => {
-            let of = |key: Value| value.get_item(&key).is_ok_and(|one| has_float(&one, depth + 1));
-            depth < DEEPEST && value.try_iter().is_ok_and(|mut keys| keys.any(of))
+            let of = |key: Value| value.get_item(&key).is_ok_and(|item| has_float(&item, depth + 1));
+            depth < MAX_DEPTH && value.try_iter().is_ok_and(|mut keys| keys.any(of))
         }
         _ => false,
     }
@@ -63,11 +63,11 @@ fn representation(value: &Value, depth: usize) -> String {
     let items = || value.try_iter().into_iter().flatten();
     match value.kind() {
         ValueKind::Number if is_float(value) => f64::try_from(value.clone()).map_or_else(|_| value.to_string(), float),
-        ValueKind::Seq if depth < DEEPEST => {
-            let all: Vec<String> = items().map(|one| representation(&one, depth + 1)).collect();
+        ValueKind::Seq if depth < MAX_DEPTH => {
+            let all: Vec<String> = items().map(|item| representation(&item, depth + 1)).collect();
             format!("[{}]", all.join(", "))
         }
-        ValueKind::Map if depth < DEEPEST => {
+        ValueKind::Map if depth < MAX_DEPTH => {
             let pair = |key: Value| {
                 let value = value.get_item(&key).unwrap_or_default();
                 format!("{}: {}", representation(&key, depth + 1), representation(&value, depth + 1))
@@ -108,7 +108,7 @@ fn method(state: &mut State<'_, '_>, value: &Value, name: &str, arguments: &[Val
         (Some(text), _) => text_method(state, text, name, arguments)?,
         (None, ValueKind::Seq) if name == "index" => {
             let (sought,): (&Value,) = from_args(arguments)?;
-            let place = value.try_iter()?.position(|one| one == *sought);
+            let place = value.try_iter()?.position(|item| item == *sought);
             Some(place.map(Value::from).ok_or_else(|| refusal(format!("{sought} is not in the list")))?)
         }
         _ => None,

@@ -8,7 +8,7 @@ fn read(row: &Value) -> Result<PreferencePair> {
     pair(3, row, "prompt", &mut Notes::default())
 }
 
-fn said(list: &[(&str, &str)]) -> Value {
+fn conversation(list: &[(&str, &str)]) -> Value {
     json!(list.iter().map(|(role, text)| json!({ "role": role, "content": text })).collect::<Vec<_>>())
 }
 
@@ -22,7 +22,7 @@ fn is_pair(row: &Value, prompt: &str, [first, second]: [&str; 2]) {
 
 #[test]
 fn pairs_are_read_in_every_format() {
-    let messages = |text: &str| said(&[("user", "hi"), ("assistant", text)]);
+    let messages = |text: &str| conversation(&[("user", "hi"), ("assistant", text)]);
     let share_gpt = |text: &str| json!([{ "from": "human", "value": "hi" }, { "from": "gpt", "value": text }]);
     for (row, expected) in [
         (json!({ "chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: hi\n\nAssistant: b" }), Some(1.0)),
@@ -35,11 +35,11 @@ fn pairs_are_read_in_every_format() {
         (json!({ "prompt": "hi", "first": "a", "second": "b" }), None),
         (json!({ "prompt": "hi", "first": messages("a"), "second": messages("b") }), None),
         (
-            json!({ "prompt": "hi", "chosen": said(&[("assistant", "a")]), "rejected": { "role": "assistant", "content": "b" } }),
+            json!({ "prompt": "hi", "chosen": conversation(&[("assistant", "a")]), "rejected": { "role": "assistant", "content": "b" } }),
             Some(1.0),
         ),
         (
-            json!({ "prompt": said(&[("user", "hi")]), "chosen": said(&[("assistant", "a")]), "rejected": "b" }),
+            json!({ "prompt": conversation(&[("user", "hi")]), "chosen": conversation(&[("assistant", "a")]), "rejected": "b" }),
             Some(1.0),
         ),
     ] {
@@ -50,9 +50,10 @@ fn pairs_are_read_in_every_format() {
 
 #[test]
 fn complete_dialogues_as_answers_lose_no_context() {
-    let messages = |text: &str| said(&[("user", "hi"), ("assistant", text)]);
-    let long =
-        |text: &str| said(&[("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "hi"), ("assistant", text)]);
+    let messages = |text: &str| conversation(&[("user", "hi"), ("assistant", text)]);
+    let long = |text: &str| {
+        conversation(&[("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "hi"), ("assistant", text)])
+    };
     let text = |text: &str| format!("\n\nHuman: u1\n\nAssistant: a1\n\nHuman: hi\n\nAssistant: {text}");
     let (context, turns) =
         ("system: s\n\nHuman: u1\n\nAssistant: a1\n\nHuman: hi", "Human: u1\n\nAssistant: a1\n\nHuman: hi");
@@ -63,13 +64,13 @@ fn complete_dialogues_as_answers_lose_no_context() {
     for prompt in [
         json!("hi"),
         json!("u1"),
-        said(&[("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "hi")]),
-        said(&[("user", "u1"), ("assistant", "a1"), ("user", "hi")]),
+        conversation(&[("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "hi")]),
+        conversation(&[("user", "u1"), ("assistant", "a1"), ("user", "hi")]),
     ] {
         is_pair(&json!({ "prompt": prompt, "chosen": long("a"), "rejected": long("b") }), context, ["a", "b"]);
     }
     // The prompt column has more than the dialogues.
-    let prompt = said(&[("system", "s"), ("user", "hi")]);
+    let prompt = conversation(&[("system", "s"), ("user", "hi")]);
     is_pair(
         &json!({ "prompt": prompt, "chosen": messages("a"), "rejected": messages("b") }),
         "system: s\n\nHuman: hi",
@@ -80,7 +81,7 @@ fn complete_dialogues_as_answers_lose_no_context() {
         is_pair(&json!({ "prompt": prompt, "chosen": text("a"), "rejected": text("b") }), turns, ["a", "b"]);
     }
     // Dialogues of different lengths: the turns after the first answer are part of the answer.
-    let more = said(&[("user", "hi"), ("assistant", "a1"), ("user", "more"), ("assistant", "a2")]);
+    let more = conversation(&[("user", "hi"), ("assistant", "a1"), ("user", "more"), ("assistant", "a2")]);
     is_pair(
         &json!({ "prompt": "hi", "chosen": more, "rejected": messages("b") }),
         "hi",
@@ -90,7 +91,7 @@ fn complete_dialogues_as_answers_lose_no_context() {
 
 #[test]
 fn a_system_message_is_taken_from_its_column_once() {
-    let whole = |text: &str| said(&[("system", "s"), ("user", "hi"), ("assistant", text)]);
+    let dialogue = |text: &str| conversation(&[("system", "s"), ("user", "hi"), ("assistant", text)]);
     for name in ["system", "system_prompt"] {
         is_pair(
             &json!({ name: "s", "prompt": "hi", "chosen": "a", "rejected": "b" }),
@@ -98,13 +99,14 @@ fn a_system_message_is_taken_from_its_column_once() {
             ["a", "b"],
         );
         is_pair(
-            &json!({ name: "s", "chosen": whole("a"), "rejected": whole("b") }),
+            &json!({ name: "s", "chosen": dialogue("a"), "rejected": dialogue("b") }),
             "system: s\n\nHuman: hi",
             ["a", "b"],
         );
         is_pair(&json!({ name: " ", "prompt": "hi", "chosen": "a", "rejected": "b" }), "hi", ["a", "b"]);
     }
-    let error = read(&json!({ "system": "t", "chosen": whole("a"), "rejected": whole("b") })).unwrap_err().to_string();
+    let error =
+        read(&json!({ "system": "t", "chosen": dialogue("a"), "rejected": dialogue("b") })).unwrap_err().to_string();
     assert!(error.contains("field \"system\" is another system message"), "{error}");
 }
 
@@ -129,14 +131,14 @@ fn the_prompt_may_be_in_the_configured_field() {
     let found = pair(0, &row, "question", &mut Notes::default()).unwrap();
     assert_eq!(found.dialogue, Dialogue::single("hi"));
     // A field of the answers is never used as the prompt.
-    let whole = |text: &str| said(&[("user", "hi"), ("assistant", text)]);
-    let row = json!({ "chosen": whole("a"), "rejected": whole("b") });
+    let dialogue = |text: &str| conversation(&[("user", "hi"), ("assistant", text)]);
+    let row = json!({ "chosen": dialogue("a"), "rejected": dialogue("b") });
     assert_eq!(pair(0, &row, "chosen", &mut Notes::default()).unwrap().dialogue, Dialogue::single("hi"));
 }
 
 #[test]
 fn a_row_that_is_not_a_pair_is_refused_with_the_reason() {
-    let messages = |text: &str| said(&[("user", "hi"), ("assistant", text)]);
+    let messages = |text: &str| conversation(&[("user", "hi"), ("assistant", text)]);
     for (row, words) in [
         (json!({ "text": "x" }), "is not a preference pair"),
         (json!({ "prompt": "x", "completion": "y", "label": true }), "it rates one answer"),
@@ -146,7 +148,7 @@ fn a_row_that_is_not_a_pair_is_refused_with_the_reason() {
             json!({ "chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: ho\n\nAssistant: b" }),
             "from turn 1 on",
         ),
-        (json!({ "chosen": "\n\nHuman: hi", "rejected": "\n\nHuman: hi" }), "do not part at an answer"),
+        (json!({ "chosen": "\n\nHuman: hi", "rejected": "\n\nHuman: hi" }), "do not diverge at an assistant turn"),
         (json!({ "prompt": "hi", "first": "a", "second": "b", "preference": 1.5 }), "not a probability"),
         (json!({ "prompt": "hi", "first": "a", "second": "b", "preference": "nan" }), "not a probability"),
         (json!({ "prompt": "hi", "chosen": 3, "rejected": "b" }), "field \"chosen\" is the number 3"),
@@ -157,7 +159,7 @@ fn a_row_that_is_not_a_pair_is_refused_with_the_reason() {
             "field \"prompt\" is another prompt",
         ),
         (
-            json!({ "prompt": said(&[("system", "t"), ("user", "ho")]), "chosen": messages("a"), "rejected": messages("b") }),
+            json!({ "prompt": conversation(&[("system", "t"), ("user", "ho")]), "chosen": messages("a"), "rejected": messages("b") }),
             "another prompt",
         ),
         (
@@ -165,26 +167,29 @@ fn a_row_that_is_not_a_pair_is_refused_with_the_reason() {
             "is a complete dialogue and the other one is not",
         ),
         (
-            json!({ "prompt": "hi", "chosen": said(&[("assistant", "a1"), ("assistant", "a2")]), "rejected": said(&[("assistant", "b")]) }),
+            json!({ "prompt": "hi", "chosen": conversation(&[("assistant", "a1"), ("assistant", "a2")]), "rejected": conversation(&[("assistant", "b")]) }),
             "two turns of the assistant in a row",
         ),
         (
-            json!({ "chosen": said(&[("user", "hi"), ("assistant", "a"), ("user", "x")]), "rejected": messages("b") }),
+            json!({ "chosen": conversation(&[("user", "hi"), ("assistant", "a"), ("user", "x")]), "rejected": messages("b") }),
             "do not end with the assistant's turn",
         ),
         (
-            json!({ "chosen": said(&[("system", "s"), ("user", "hi"), ("assistant", "a")]), "rejected": messages("b") }),
+            json!({ "chosen": conversation(&[("system", "s"), ("user", "hi"), ("assistant", "a")]), "rejected": messages("b") }),
             "from turn 1 on",
         ),
         (
-            json!({ "prompt": "hi", "chosen": said(&[("system", "s"), ("user", "hi"), ("assistant", "a")]), "rejected": messages("b") }),
+            json!({ "prompt": "hi", "chosen": conversation(&[("system", "s"), ("user", "hi"), ("assistant", "a")]), "rejected": messages("b") }),
             "from turn 1 on",
         ),
         (
             json!({ "prompt": messages("x"), "chosen": "a", "rejected": "b" }),
             "field \"prompt\" ends with the assistant's turn",
         ),
-        (json!({ "chosen": said(&[("assistant", "a")]), "rejected": said(&[("assistant", "b")]) }), "have no prompt"),
+        (
+            json!({ "chosen": conversation(&[("assistant", "a")]), "rejected": conversation(&[("assistant", "b")]) }),
+            "have no prompt",
+        ),
         (json!({ "prompt": "hi", "chosen": ["a"], "rejected": ["b"] }), "field \"chosen\" has a text as its message 1"),
     ] {
         let error = format!("{:#}", read(&row).expect_err(&row.to_string()));

@@ -15,13 +15,13 @@ use crate::util::quiet;
 
 /// Maximum ratio of unpacked to packed bytes, and a size in bytes that is always allowed: text compresses about ten to
 /// one, decompression bombs a thousand to one.
-const MOST_UNPACKED: (u64, u64) = (200, 1 << 30);
+const MAX_UNPACKED: (u64, u64) = (200, 1 << 30);
 
 /// Key of an object that represents a binary value, with its number of bytes. No text has such a key.
 pub(in crate::pipeline::data) const BINARY: &str = "\0binary";
 
 fn most(file: &File) -> Result<u64> {
-    let (ratio, least) = MOST_UNPACKED;
+    let (ratio, least) = MAX_UNPACKED;
     Ok(file.metadata()?.len().saturating_mul(ratio).max(least))
 }
 
@@ -84,7 +84,7 @@ fn unpack(input: impl Read, out: &mut BufWriter<&File>, most: u64) -> Result<()>
 
 fn too_much(most: u64) -> String {
     format!(
-        "it unpacks to more than {most} bytes, far more than text does; if that is meant, unpack it and name the .jsonl"
+        "it unpacks to more than {most} bytes, far more than text does; if that is intended, unpack it and name the .jsonl"
     )
 }
 

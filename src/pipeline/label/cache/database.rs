@@ -17,8 +17,8 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionB
 use super::Key;
 use crate::util::process::{file_system, sqlite};
 
-/// How long a write waits for another process's write.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Time that a write waits for another process's write.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Identifier of a label cache database (`PRAGMA application_id`).
 const APPLICATION: i32 = 0x5072_4c63;
@@ -39,7 +39,7 @@ const TABLES: [&str; 3] = [
 /// Reason why the file cannot be used.
 #[derive(Debug)]
 pub(super) enum Fault {
-    /// Another process has been writing for longer than [`PATIENCE`].
+    /// Another process has been writing for longer than [`WRITE_TIMEOUT`].
     Busy,
     /// The content is damaged.
     Damaged(String),
@@ -56,7 +56,7 @@ pub(super) enum Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Busy => write!(f, "another process has been writing into it for {} s", PATIENCE.as_secs()),
+            Self::Busy => write!(f, "another process has been writing into it for {} s", WRITE_TIMEOUT.as_secs()),
             Self::Moved => f.write_str("it was moved or removed"),
             Self::Closed => f.write_str("it is not open"),
             Self::Damaged(why) | Self::Foreign(why) | Self::Disk(why) => f.write_str(why),
@@ -75,7 +75,7 @@ pub(super) struct Keys {
 
 /// A stored entry.
 #[derive(Debug, Clone)]
-pub(super) struct Kept {
+pub(super) struct StoredEntry {
     /// Encoded bytes of the entry.
     pub(super) entry: Vec<u8>,
     /// True if the entry is stored under its earlier key.
@@ -84,7 +84,7 @@ pub(super) struct Kept {
 
 /// An entry to write.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct New {
+pub(super) struct NewEntry {
     /// The entry's key.
     pub(super) key: Key,
     /// Encoded bytes of the entry.
@@ -106,16 +106,16 @@ pub(super) struct Written {
 pub(super) type Insert<'a> = dyn FnMut(&Key, &[u8]) -> Result<(), Fault> + 'a;
 
 /// Device and inode of a file.
-type Place = (u64, u64);
+type FileId = (u64, u64);
 
-fn place(path: &Path) -> Option<Place> {
+fn file_id(path: &Path) -> Option<FileId> {
     std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
 /// An open database file. With a write-ahead log, reads do not wait for writes.
 pub(super) struct File {
     path: PathBuf,
-    place: Option<Place>,
+    file_id: Option<FileId>,
     reader: Mutex<Connection>,
     /// `None` if the file was opened with [`File::open_unchanging`].
     writer: Option<Mutex<Connection>>,
@@ -145,7 +145,7 @@ impl File {
         let reader = connect(path, flags)?;
         let file = Self {
             path: path.to_owned(),
-            place: place(path),
+            file_id: file_id(path),
             reader: Mutex::new(reader),
             writer: Some(Mutex::new(writer)),
         };
@@ -163,14 +163,14 @@ impl File {
         address.set_query(Some("immutable=1"));
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
         let reader = connect(Path::new(address.as_str()), flags)?;
-        let file = Self { path: path.to_owned(), place: place(path), reader: Mutex::new(reader), writer: None };
+        let file = Self { path: path.to_owned(), file_id: file_id(path), reader: Mutex::new(reader), writer: None };
         file.len()?;
         Ok(file)
     }
 
     /// Returns whether the path now refers to another file or none, so that writes to this one would be lost.
     pub(super) fn is_moved(&self) -> bool {
-        place(&self.path) != self.place
+        file_id(&self.path) != self.file_id
     }
 
     /// Returns the number of answers in the file.
@@ -179,7 +179,7 @@ impl File {
     }
 
     /// Returns the entries of `keys`. Several keys are read in one transaction.
-    pub(super) fn get(&self, keys: &[Keys]) -> Result<Vec<Option<Kept>>, Fault> {
+    pub(super) fn get(&self, keys: &[Keys]) -> Result<Vec<Option<StoredEntry>>, Fault> {
         self.reading(|reader| {
             let alone = keys.len() == 1;
             let _moment = if alone { None } else { Some(reader.unchecked_transaction()?) };
@@ -189,7 +189,7 @@ impl File {
                     // An entry of another column type is damaged, like an empty one.
                     Ok(row.get_ref(0)?.as_bytes().unwrap_or_default().to_vec())
                 });
-                Ok(found.optional()?.map(|entry| Kept { entry, earlier }))
+                Ok(found.optional()?.map(|entry| StoredEntry { entry, earlier }))
             };
             keys.iter()
                 .map(|keys| match (entry(&keys.key, false)?, &keys.earlier) {
@@ -209,7 +209,7 @@ impl File {
     /// accepts the existing one.
     pub(super) fn put(
         &self,
-        entries: &[New],
+        entries: &[NewEntry],
         most: u64,
         is_sound: impl Fn(&Key, &[u8]) -> bool,
     ) -> Result<Written, Fault> {
@@ -223,7 +223,7 @@ impl File {
                 let mut rename = writing.prepare_cached("UPDATE answers SET key = ?1, entry = ?2 WHERE key = ?3")?;
                 let mut insert = writing.prepare_cached("INSERT INTO answers (key, seq, entry) VALUES (?1, ?2, ?3)")?;
                 let mut next = next(&writing)?;
-                for New { key, entry, replaces } in entries {
+                for NewEntry { key, entry, replaces } in entries {
                     let before = find.query_row([key.as_slice()], |row| {
                         Ok(is_sound(key, row.get_ref(0)?.as_bytes().unwrap_or_default()))
                     });
@@ -296,7 +296,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, Fault> {
     let mut connection = Connection::open_with_flags(path, flags).map_err(|error| fault(error, None))?;
     run(&mut connection, |connection| {
-        connection.busy_timeout(PATIENCE)?;
+        connection.busy_timeout(WRITE_TIMEOUT)?;
         // A damaged file must not be trusted.
         connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
         connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
@@ -387,14 +387,14 @@ fn import(
     run(writer, |writer| writer.execute_batch("BEGIN IMMEDIATE"))?;
     let mut added = 0;
     let done = (|| {
-        let place: &Connection = writer;
-        let mut insert = place
+        let connection: &Connection = writer;
+        let mut insert = connection
             .prepare("INSERT OR IGNORE INTO answers (key, seq, entry) VALUES (?1, ?2, ?3)")
-            .map_err(|error| fault(error, Some(place)))?;
-        let mut next = next(place).map_err(|error| fault(error, Some(place)))?;
+            .map_err(|error| fault(error, Some(connection)))?;
+        let mut next = next(connection).map_err(|error| fault(error, Some(connection)))?;
         let whole = source(&mut |key, entry| {
             let new = insert.execute(params![key.as_slice(), next, entry]);
-            if new.map_err(|error| fault(error, Some(place)))? > 0 {
+            if new.map_err(|error| fault(error, Some(connection)))? > 0 {
                 added += 1;
                 next = next.saturating_add(1);
             }
@@ -402,12 +402,12 @@ fn import(
         })?;
         let finish = || {
             if whole {
-                place.execute("INSERT OR REPLACE INTO imported (name, mark) VALUES (?1, ?2)", [name, mark])?;
+                connection.execute("INSERT OR REPLACE INTO imported (name, mark) VALUES (?1, ?2)", [name, mark])?;
             }
-            trim(place, most, added)?;
-            place.execute_batch("COMMIT")
+            trim(connection, most, added)?;
+            connection.execute_batch("COMMIT")
         };
-        finish().map_err(|error| fault(error, Some(place)))
+        finish().map_err(|error| fault(error, Some(connection)))
     })();
     if done.is_err() {
         // Some errors have already rolled back.

@@ -32,14 +32,14 @@ pub(super) fn import(file: &File, path: &Path, most: u64) -> Result<(), Fault> {
     let place = earlier.display();
     let database = match open(&earlier) {
         Ok(database) => database,
-        Err(Trouble::InUse) => {
+        Err(ImportError::InUse) => {
             tracing::warn!(
                 "the label cache {place} of an earlier program is in use by another process; this process does not find its labels and buys those that it needs again. The next process that starts after the other one has ended imports them"
             );
             return Ok(());
         }
         Err(trouble) => {
-            tell(&earlier, &trouble.to_string(), 0);
+            log_import(&earlier, &trouble.to_string(), 0);
             return Ok(());
         }
     };
@@ -50,7 +50,7 @@ pub(super) fn import(file: &File, path: &Path, most: u64) -> Result<(), Fault> {
         // Answers read before a library error are kept; a failure to write into the present file ends the import.
         match quiet::catch(|| read(&database, most, insert)) {
             Some(Ok(())) => return Ok(true),
-            Some(Err(Trouble::Writing(fault))) => return Err(fault),
+            Some(Err(ImportError::Writing(fault))) => return Err(fault),
             Some(Err(trouble)) => broken = Some(trouble.to_string()),
             None => broken = Some("its content is inconsistent".into()),
         }
@@ -58,7 +58,7 @@ pub(super) fn import(file: &File, path: &Path, most: u64) -> Result<(), Fault> {
     })?;
     let _ = quiet::catch(|| drop(database));
     match broken {
-        Some(why) => tell(&earlier, &why, added),
+        Some(why) => log_import(&earlier, &why, added),
         None => tracing::info!(
             "{added} labels of the earlier label cache {place} were imported into {}; the earlier file is no longer needed",
             path.display()
@@ -78,16 +78,16 @@ fn mark(path: &Path) -> Option<String> {
     Some(format!("{} bytes, changed at {}.{:09}", about.len(), changed.as_secs(), changed.subsec_nanos()))
 }
 
-fn tell(earlier: &Path, why: &str, added: u64) {
+fn log_import(earlier: &Path, why: &str, added: u64) {
     telemetry::label_cache_damaged();
     tracing::error!(
-        "the label cache {} of an earlier program cannot be read: {why}; {added} of its labels were imported, and the others will be bought again. Put a sound copy in its place, or remove it",
+        "the label cache {} of an earlier program cannot be read: {why}; {added} of its labels were imported, and the others will be bought again. Put an intact copy in its place, or remove it",
         earlier.display()
     );
 }
 
 #[derive(Debug, thiserror::Error)]
-enum Trouble {
+enum ImportError {
     #[error("another process has it open")]
     InUse,
     #[error(transparent)]
@@ -99,32 +99,32 @@ enum Trouble {
 }
 
 /// Open cache file of an earlier version.
-enum Earlier {
-    Whole(ReadOnlyDatabase),
+enum EarlierFile {
+    Intact(ReadOnlyDatabase),
     /// A file that an interrupted process left in need of repair, repaired on opening.
     Repaired(redb::Database),
 }
 
-fn open(path: &Path) -> Result<Earlier, Trouble> {
+fn open(path: &Path) -> Result<EarlierFile, ImportError> {
     // The library panics on some kinds of damage.
     let opened = quiet::catch(|| match ReadOnlyDatabase::open(path) {
-        Ok(database) => Ok(Earlier::Whole(database)),
-        Err(DatabaseError::RepairAborted) => redb::Database::open(path).map(Earlier::Repaired),
+        Ok(database) => Ok(EarlierFile::Intact(database)),
+        Err(DatabaseError::RepairAborted) => redb::Database::open(path).map(EarlierFile::Repaired),
         Err(error) => Err(error),
     });
     match opened {
         Some(Ok(database)) => Ok(database),
-        Some(Err(DatabaseError::DatabaseAlreadyOpen)) => Err(Trouble::InUse),
-        Some(Err(error)) => Err(Trouble::Reading(error.into())),
-        None => Err(Trouble::Panic),
+        Some(Err(DatabaseError::DatabaseAlreadyOpen)) => Err(ImportError::InUse),
+        Some(Err(error)) => Err(ImportError::Reading(error.into())),
+        None => Err(ImportError::Panic),
     }
 }
 
 /// Passes the newest `most` answers to `insert`, oldest first.
-fn read(database: &Earlier, most: u64, insert: &mut Insert<'_>) -> Result<(), Trouble> {
+fn read(database: &EarlierFile, most: u64, insert: &mut Insert<'_>) -> Result<(), ImportError> {
     let reading = match database {
-        Earlier::Whole(database) => database.begin_read(),
-        Earlier::Repaired(database) => database.begin_read(),
+        EarlierFile::Intact(database) => database.begin_read(),
+        EarlierFile::Repaired(database) => database.begin_read(),
     };
     let reading = reading.map_err(redb::Error::from)?;
     let (replies, order) = match (reading.open_table(REPLIES), reading.open_table(ORDER)) {
@@ -138,7 +138,7 @@ fn read(database: &Earlier, most: u64, insert: &mut Insert<'_>) -> Result<(), Tr
         let (_, key) = row.map_err(redb::Error::from)?;
         let key = key.value();
         if let Some(entry) = replies.get(key).map_err(redb::Error::from)? {
-            insert(key, entry.value()).map_err(Trouble::Writing)?;
+            insert(key, entry.value()).map_err(ImportError::Writing)?;
         }
     }
     Ok(())

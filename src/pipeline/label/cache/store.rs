@@ -13,31 +13,31 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Key;
-use super::database::{Fault, File, Kept, Keys, New};
+use super::database::{Fault, File, Keys, NewEntry, StoredEntry};
 use super::earlier;
 use super::entry::{Found, decode, encode};
 use crate::observe::telemetry;
 
 /// Maximum size in bytes of the answers that wait to be written.
-const MOST_WAITING: usize = 64 << 20;
+const MAX_WAITING: usize = 64 << 20;
 
 /// Pause after the first write failure; it doubles with each further one.
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// Maximum pause between two attempts to write.
-const MOST_PAUSE: Duration = Duration::from_secs(15);
+const MAX_PAUSE: Duration = Duration::from_secs(15);
 
-/// How long unwritten answers delay the end of the program.
-const LAST: Duration = Duration::from_secs(30);
+/// Maximum time by which unwritten answers delay the end of the program.
+const EXIT_DELAY: Duration = Duration::from_secs(30);
 
 /// Interval at which a persistent failure is logged again.
 const REPEAT: Duration = Duration::from_secs(60);
 
-/// How long a process waits for another one that is opening the cache before it logs a warning.
-const LONG: Duration = Duration::from_secs(2);
+/// Time that a process waits for another one that is opening the cache before it logs a warning.
+const SLOW_OPEN: Duration = Duration::from_secs(2);
 
 /// Maximum number of answers per write transaction.
-const AT_ONCE: usize = 256;
+const MAX_BATCH: usize = 256;
 
 /// The store of answers. Any number of processes may use its file concurrently.
 pub struct Store {
@@ -61,7 +61,7 @@ struct Opened {
 #[derive(Default)]
 struct Waiting {
     order: VecDeque<Key>,
-    entries: HashMap<Key, New>,
+    entries: HashMap<Key, NewEntry>,
     bytes: usize,
     /// Number of answers discarded because too many waited.
     lost: u64,
@@ -75,7 +75,7 @@ struct Health {
     pause: Duration,
     /// Earliest time of the next attempt.
     again: Option<Instant>,
-    told: Option<Instant>,
+    last_logged: Option<Instant>,
     damaged: u64,
 }
 
@@ -153,7 +153,7 @@ impl Store {
                 // The checksum of an entry under an earlier key covers that key.
                 let (key, entry, earlier) = match (new, found) {
                     (Some(entry), _) => (keys.key, entry, false),
-                    (None, Some(Kept { entry, earlier })) => {
+                    (None, Some(StoredEntry { entry, earlier })) => {
                         (keys.earlier.filter(|_| earlier).unwrap_or(keys.key), entry, earlier)
                     }
                     (None, None) => {
@@ -164,7 +164,7 @@ impl Store {
                 answers.push(match decode(&key, &entry) {
                     Found::Answer(answer) => {
                         if earlier && let Ok(entry) = encode(&keys.key, &answer) {
-                            renamed.push(New { key: keys.key, entry, replaces: keys.earlier });
+                            renamed.push(NewEntry { key: keys.key, entry, replaces: keys.earlier });
                         }
                         Some(answer)
                     }
@@ -185,7 +185,7 @@ impl Store {
     /// Stores answers. On return they are on disk, or wait in memory if the disk fails.
     pub(super) fn put<'a, T: Serialize + 'a>(&self, replies: impl Iterator<Item = (Key, &'a T)>) {
         let entry = |(key, reply): (Key, &T)| match encode(&key, reply) {
-            Ok(entry) => Some(New { key, entry, replaces: None }),
+            Ok(entry) => Some(NewEntry { key, entry, replaces: None }),
             Err(error) => {
                 tracing::error!("an answer cannot be kept in the label cache: {error}");
                 None
@@ -194,7 +194,7 @@ impl Store {
         self.keep(replies.filter_map(entry).collect());
     }
 
-    fn keep(&self, entries: Vec<New>) {
+    fn keep(&self, entries: Vec<NewEntry>) {
         if entries.is_empty() {
             return;
         }
@@ -221,17 +221,17 @@ impl Store {
             return;
         }
         let batch = lock(&self.waiting).all();
-        for part in batch.chunks(AT_ONCE) {
+        for part in batch.chunks(MAX_BATCH) {
             if let Err(fault) = self.write(part) {
                 return self.failed(&fault, "written");
             }
         }
         if !batch.is_empty() {
-            self.works_again(batch.len());
+            self.recovered(batch.len());
         }
     }
 
-    fn write(&self, part: &[New]) -> Result<(), Fault> {
+    fn write(&self, part: &[NewEntry]) -> Result<(), Fault> {
         let is_sound = |key: &Key, entry: &[u8]| !matches!(decode::<serde_json::Value>(key, entry), Found::Damaged);
         let written = self.on_file(true, |file| file.put(part, self.most, is_sound))?;
         (0..written.again).for_each(|_| telemetry::label_bought_again());
@@ -326,10 +326,10 @@ impl Store {
         Ok(file)
     }
 
-    /// Locks `lock`, and logs a warning if that takes longer than [`LONG`].
+    /// Locks `lock`, and logs a warning if that takes longer than [`SLOW_OPEN`].
     fn wait_for(&self, lock: &std::fs::File) -> std::io::Result<()> {
         let began = Instant::now();
-        while began.elapsed() < LONG {
+        while began.elapsed() < SLOW_OPEN {
             match lock.try_lock() {
                 Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(5)),
                 Err(TryLockError::Error(error)) => return Err(error),
@@ -396,10 +396,10 @@ impl Store {
         let now = Instant::now();
         let mut health = lock(&self.health);
         health.failing.get_or_insert(now);
-        health.pause = (health.pause * 2).clamp(PAUSE, MOST_PAUSE);
+        health.pause = (health.pause * 2).clamp(PAUSE, MAX_PAUSE);
         health.again = Some(now + health.pause);
-        if health.told.is_none_or(|told| now - told >= REPEAT) {
-            health.told = Some(now);
+        if health.last_logged.is_none_or(|last_logged| now - last_logged >= REPEAT) {
+            health.last_logged = Some(now);
             let lost = if lost > 0 { format!(", {lost} were discarded") } else { String::new() };
             tracing::error!(
                 "the label cache {} cannot be {what}: {fault}; {count} answers wait in memory{lost}; the program keeps retrying",
@@ -408,10 +408,10 @@ impl Store {
         }
     }
 
-    fn works_again(&self, count: usize) {
+    fn recovered(&self, count: usize) {
         let mut health = lock(&self.health);
         let Some(since) = health.failing.take() else { return };
-        (health.pause, health.again, health.told) = (Duration::ZERO, None, None);
+        (health.pause, health.again, health.last_logged) = (Duration::ZERO, None, None);
         tracing::warn!(
             "the label cache {} can be written again after {:.0} s; {count} waiting answers were written",
             self.path.display(),
@@ -428,11 +428,11 @@ impl Drop for Store {
         let mut left = lock(&self.waiting).order.len();
         if left > 0 {
             tracing::warn!(
-                "waiting up to {LAST:?} to write {left} answers into the label cache {}",
+                "waiting up to {EXIT_DELAY:?} to write {left} answers into the label cache {}",
                 self.path.display()
             );
         }
-        while left > 0 && began.elapsed() < LAST {
+        while left > 0 && began.elapsed() < EXIT_DELAY {
             std::thread::sleep(PAUSE);
             self.write_waiting(&writing, true);
             left = lock(&self.waiting).order.len();
@@ -448,7 +448,7 @@ impl Drop for Store {
 
 impl Waiting {
     /// Adds an entry. Returns whether it replaces another answer that was bought.
-    fn push(&mut self, new: New) -> bool {
+    fn push(&mut self, new: NewEntry) -> bool {
         let (key, bought) = (new.key, new.replaces.is_none());
         self.bytes += new.entry.len();
         let before = self.entries.insert(key, new);
@@ -456,7 +456,7 @@ impl Waiting {
             Some(before) => self.bytes -= before.entry.len(),
             None => self.order.push_back(key),
         }
-        while self.bytes > MOST_WAITING {
+        while self.bytes > MAX_WAITING {
             let Some(new) = self.order.pop_front().and_then(|oldest| self.entries.remove(&oldest)) else { break };
             self.bytes -= new.entry.len();
             self.lost += 1;
@@ -464,12 +464,12 @@ impl Waiting {
         bought && before.is_some()
     }
 
-    fn all(&self) -> Vec<New> {
+    fn all(&self) -> Vec<NewEntry> {
         self.order.iter().filter_map(|key| self.entries.get(key).cloned()).collect()
     }
 
     /// Removes the written entries of `batch`, except those replaced since.
-    fn written(&mut self, batch: &[New]) {
+    fn written(&mut self, batch: &[NewEntry]) {
         for new in batch {
             if self.entries.get(&new.key) == Some(new) {
                 self.entries.remove(&new.key);

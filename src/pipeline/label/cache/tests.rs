@@ -311,7 +311,7 @@ fn processes_share_a_file_without_a_write_ahead_log() {
     let path = file(dir.path());
     let open = || database::File::open_with(&path, "delete").unwrap();
     let (one, other) = (open(), open());
-    let new = |i: u8| database::New { key: [i; 32], entry: vec![i], replaces: None };
+    let new = |i: u8| database::NewEntry { key: [i; 32], entry: vec![i], replaces: None };
     std::thread::scope(|scope| {
         for (file, from) in [(&one, 0), (&other, 100)] {
             scope.spawn(move || {

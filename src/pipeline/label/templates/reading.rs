@@ -9,7 +9,7 @@ use toml::de::{DeTable, DeValue};
 use crate::util::suggest::nearest;
 
 /// Maximum number of mistakes that an error lists.
-const MOST_LISTED: usize = 50;
+const MAX_LISTED: usize = 50;
 
 /// All mistakes of a template file, in line order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,13 +30,13 @@ impl Mistakes {
 impl fmt::Display for Mistakes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", if self.0.len() == 1 { "a mistake:" } else { "mistakes:" })?;
-        for (line, message) in self.0.iter().take(MOST_LISTED) {
+        for (line, message) in self.0.iter().take(MAX_LISTED) {
             match line {
                 0 => write!(f, "\n  {message}")?,
                 line => write!(f, "\n  line {line}: {message}")?,
             }
         }
-        let more = self.0.len().saturating_sub(MOST_LISTED);
+        let more = self.0.len().saturating_sub(MAX_LISTED);
         if more > 0 { write!(f, "\n  and {more} more mistakes") } else { Ok(()) }
     }
 }
@@ -59,7 +59,7 @@ pub struct Reading {
     found: RefCell<Vec<(usize, String)>>,
 }
 
-/// A table of the file.
+/// Reader of one table of a template file.
 #[derive(Clone, Copy)]
 pub struct Section<'a> {
     reading: &'a Reading,

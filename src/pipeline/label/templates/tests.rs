@@ -7,7 +7,7 @@ fn every_shipped_set_is_complete_and_balanced() {
     for (name, _) in SHIPPED {
         let set = TemplateSet::find(name).unwrap();
         assert_eq!((set.task.as_str(), set.inverted), (*name, *name == "harmless"));
-        let firsts = set.exemplars.iter().filter(|one| one.answer == 1).count();
+        let firsts = set.exemplars.iter().filter(|exemplar| exemplar.answer == 1).count();
         assert_eq!((set.exemplars.len(), firsts), (4, 2), "{name}: the exemplars must have as many answers 1 as 2");
         assert!(set.rating().unwrap().ask("text", "answer").unwrap().ends_with("SCORE:"));
     }
