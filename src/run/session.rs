@@ -26,8 +26,8 @@ use crate::observe::serve::{Token, serve, upkeep};
 use crate::observe::telemetry;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::remote::budget::Budget;
-use crate::pipeline::setup::{Prepared, budget, prepare_within};
-use crate::pipeline::topology::{MakeLabeler, Node};
+use crate::pipeline::setup::{Prepared, budget, prepare_with_budget};
+use crate::pipeline::topology::{LabelerFactory, Node};
 use crate::run::checkpoint::{CheckpointFormat, CheckpointStore, Identity, JudgeContents, Opened, WinRates, Writer};
 use crate::run::controller::{AdjustableLimits, Controller};
 use crate::say;
@@ -107,7 +107,7 @@ impl OpenedRun {
         monitor.phase("loading models and data");
         let began = Instant::now();
         let (config, prepared) = unless_interrupted("loading models and data", move || {
-            let prepared = prepare_within(&config, true, budget)?;
+            let prepared = prepare_with_budget(&config, true, budget)?;
             Ok((config, prepared))
         })
         .await
@@ -225,7 +225,7 @@ impl LoadedRun {
     ///
     /// # Errors
     /// A learner that does not fit into memory; a thread that cannot be started.
-    pub(super) fn assemble(self, labelers: Box<MakeLabeler>) -> Result<Session> {
+    pub(super) fn assemble(self, labelers: Box<LabelerFactory>) -> Result<Session> {
         let Self {
             config, stop, monitor, win_rates, judge, store, resumed, files, guard, restored, mut prepared, ..
         } = self;
@@ -297,7 +297,7 @@ impl LoadedRun {
             observer: observer.clone(),
             reward_model,
             labelers,
-            knobs: limits.clone(),
+            limits: limits.clone(),
             config: (*config).clone(),
         });
         monitor.training(cell, node.book.clone());
@@ -445,7 +445,7 @@ fn write_warmed_up(
 /// Returns the limits that an online controller adjusts: sequences sampled concurrently, from one group up to
 /// `rollout.slots`, and concurrent requests to the first judge on a server.
 fn adjustable_limits(config: &Config, prepared: &Prepared) -> AdjustableLimits {
-    let asked = prepared.instruments.iter().find_map(|judge| match judge {
+    let asked = prepared.backends.iter().find_map(|judge| match judge {
         JudgeBackend::Asked(backend) => backend.knob(),
         JudgeBackend::Model(_) | JudgeBackend::Cached { .. } | JudgeBackend::Embedder(_) => None,
     });

@@ -39,14 +39,14 @@ impl Annotations for Kept {
     }
 }
 
-/// Returns the labels of `count` questions, by the configured labeler on the backends `instruments`. `what` is the
+/// Returns the labels of `count` questions, by the configured labeler on the backends `backends`. `what` is the
 /// title of the progress bar.
 ///
 /// # Errors
 /// If the labeler fails more often than its restart budget allows, or the user interrupts.
 fn judge(
     config: &Config,
-    instruments: &[JudgeBackend],
+    backends: &[JudgeBackend],
     questions: Arc<dyn Questions>,
     count: usize,
     wants: Wants,
@@ -55,7 +55,7 @@ fn judge(
     let progress = Progress::new(what, "questions", count as u64);
     let kept = Kept { labels: (0..count).map(|_| None).collect(), taken: 0, progress };
     let kept = Arc::new(Mutex::new(kept));
-    let (settings, instruments) = (config.clone(), instruments.to_vec());
+    let (settings, backends) = (config.clone(), backends.to_vec());
     let gave_up = Arc::new(AtomicBool::new(false));
     let job = Job {
         gave_up: Arc::clone(&gave_up),
@@ -64,7 +64,7 @@ fn judge(
         todo: (0..count).collect(),
         batch: 4,
         wants,
-        labelers: Box::new(move || labeler_on(&settings, &instruments)),
+        labelers: Box::new(move || labeler_on(&settings, &backends)),
     };
     let whole = annotate(job, kept.clone());
     let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);

@@ -36,7 +36,7 @@ fn label_and_eval_need_no_training_keys() {
     assert!(output.status.success(), "{}", stderr(&output));
     // The policy would be the judge, and none is configured.
     let output = run(dir.path(), &["label", "local.toml", "--input", "pairs.jsonl", "--output", "other.jsonl"]);
-    assert!(stderr(&output).contains("policy.model, which judges then, is missing"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("policy.model, which would be the judge, is missing"), "{}", stderr(&output));
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     let output = run(dir.path(), &["check", "judge.toml"]);
     assert!(

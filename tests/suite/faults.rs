@@ -124,7 +124,7 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(prepared.policy()))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
         book: Book::default(),
-        knobs: AdjustableLimits::default(),
+        limits: AdjustableLimits::default(),
         reward_model: None,
         labelers: Box::new(labelers),
         prepared: Arc::new(prepared),

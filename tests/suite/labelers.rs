@@ -143,8 +143,8 @@ fn a_completion_cannot_write_control_tokens_of_a_local_judge() {
         finish: Finish::Eos,
         text: text.into(),
     };
-    for instrument in [JudgeBackend::Model(local), kept] {
-        let labeler = labeler_on(&config, &[instrument]).unwrap();
+    for judge in [JudgeBackend::Model(local), kept] {
+        let labeler = labeler_on(&config, &[judge]).unwrap();
         let rated = |asked: &str, texts: &[&str]| {
             let group =
                 Group { prompt: prompt(asked), completions: texts.iter().map(|text| completion(text)).collect() };

@@ -129,7 +129,11 @@ fn a_policy_without_an_end_token_is_reported_and_a_missing_eos_penalty_is_refuse
     assert!(told.contains("the policy has no end token"), "{told}");
     assert_eq!(read(&checkpoint.join("generation_config.json"))["eos_token_id"], Value::Null);
     let penalty = [plain[0], "reward.missing_eos_penalty=1"];
-    refused(&model, &penalty, &["reward.missing_eos_penalty = 1 would be taken off every completion"]);
+    refused(
+        &model,
+        &penalty,
+        &["reward.missing_eos_penalty = 1 would be subtracted from the reward of every completion"],
+    );
     let output = preceptor(dir.path()).args(["generate", "model", "a", "--max-new-tokens", "2"]).output().unwrap();
     assert!(stderr(&output).contains("the model has no end token"), "{}", stderr(&output));
     // A stop string also ends completions.
@@ -244,7 +248,7 @@ fn a_reward_model_may_pad_its_embedding_differently_but_must_share_the_vocabular
     let swapped = swapped.replace("\"q\":0", "\"q\":114");
     assert_ne!(vocabulary, swapped);
     std::fs::write(padded.join("tokenizer.json"), swapped).unwrap();
-    refused(&policy, &distilled, &["reward_model.model", "another vocabulary than the policy"]);
+    refused(&policy, &distilled, &["reward_model.model", "its vocabulary differs from that of the policy"]);
 }
 
 #[test]
