@@ -68,14 +68,14 @@ impl OpenedRun {
         let dir = open::hold(&config, run_dir, &from).map_err(refusal)?;
         let budget = budget(&config, Some(dir.path().join(JUDGE_COST))).map_err(refusal)?;
         let monitor = Monitor::new(&config, telemetry::install()?);
-        monitor.trace()?;
+        monitor.start_tracing()?;
         upkeep(Arc::clone(&monitor));
         if config.serve.enabled {
             let bound = serve(&config.serve, token, Arc::clone(&monitor)).await?;
             say!("serving   http://{bound}/  /metrics  /status  /healthz  /readyz");
         }
         say!("run       {}", dir.path().display());
-        monitor.phase("opening the run");
+        monitor.set_phase("opening the run");
         let (settings, win_rates) = (config.clone(), WinRates::default());
         let begins = from == From::Latest;
         let known_rates = win_rates.clone();
@@ -104,7 +104,7 @@ impl OpenedRun {
     /// A model, data set, judge or checkpoint that cannot be used.
     pub(super) async fn load(self) -> Result<LoadedRun> {
         let Self { config, accepted, stop, monitor, budget, win_rates, start, mut changes } = self;
-        monitor.phase("loading models and data");
+        monitor.set_phase("loading models and data");
         let began = Instant::now();
         let (config, prepared) = unless_interrupted("loading models and data", move || {
             let prepared = prepare_with_budget(&config, true, budget)?;
@@ -132,7 +132,7 @@ impl OpenedRun {
                 say!("accepted  {key}: nothing to accept, it is as it was");
             }
         }
-        monitor.on(prepared.policy().device());
+        monitor.set_device(prepared.policy().device());
         let config = Arc::new(config);
         let base = Identity { reference: prepared.identity, data: prepared.data.identity() };
         let (settings, origin) = (Arc::clone(&config), base.clone());
@@ -300,7 +300,7 @@ impl LoadedRun {
             limits: limits.clone(),
             config: (*config).clone(),
         });
-        monitor.training(cell, node.book.clone());
+        monitor.set_training(cell, node.book.clone());
         let warmed_up = Arc::default();
         Ok(Session { config, stop, monitor, store, resumed, files, start, format, observer, node, limits, warmed_up })
     }
@@ -372,18 +372,18 @@ impl Session {
             graph
         };
         self.monitor.watch(graph.clone());
-        self.monitor.phase("training");
+        self.monitor.set_phase("training");
         systemd::ready();
         let drain = Duration::from_secs_f64(self.config.supervision.drain_s);
         if self.config.controller.enabled {
             let every = Duration::from_secs_f64(self.config.controller.every_s);
             let controller = Controller::new(self.limits.clone(), every, self.config.rollout.group_size);
-            self.monitor.controlled(controller);
+            self.monitor.set_controller(controller);
         }
         let outcome = supervise(&graph, &self.stop, &progress, &self.monitor, Some(drain)).await;
         progress.finish();
         systemd::stopping();
-        self.monitor.phase("writing the last checkpoint");
+        self.monitor.set_phase("writing the last checkpoint");
         let concluded = self.conclusion(Arc::default()).conclude(outcome).await;
         self.monitor.finish().await;
         if let Err(error) = lock(&self.files).last_metrics(&self.monitor.metrics_text()) {

@@ -210,10 +210,11 @@ fn a_slow_labeler_is_reported_with_the_setting_that_helps() {
     let controlled = ["controller.enabled=true", "controller.every_s=1", "rollout.group_size=2"];
     let node = Node::start(dir.path(), &[&slow[..], &controlled].concat(), None);
     let clearly = |found: &Value| found["share"].as_f64() > Some(0.6) && found["gain"].as_f64() > Some(1.2);
-    let status =
-        node.status("label limits", |status| status["diagnosis"]["role"] == "label" && clearly(&status["diagnosis"]));
+    let status = node.status("label is the bottleneck", |status| {
+        status["diagnosis"]["role"] == "label" && clearly(&status["diagnosis"])
+    });
     let found = &status["diagnosis"];
-    assert!(found["headline"].as_str().unwrap().contains("label limits"), "{found}");
+    assert!(found["headline"].as_str().unwrap().contains("label is the bottleneck"), "{found}");
     let keys: Vec<&Value> = found["settings"].as_array().unwrap().iter().map(|setting| &setting["key"]).collect();
     assert_eq!(keys, ["labeler.workers", "labeler.remote.concurrency"]);
     wait_until("the metric", || node.get("/metrics", None).1.contains("preceptor_bottleneck{role=\"label\"} 1"));

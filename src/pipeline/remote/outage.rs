@@ -83,7 +83,7 @@ impl Outage {
                 cause.words
             );
         }
-        telemetry::judge_away(url, Some(telemetry::Away { time: away, why: &cause.words, refuses: cause.refuses }));
+        telemetry::judge_outage(url, Some(telemetry::Outage { time: away, why: &cause.words, refuses: cause.refuses }));
         drop(inner);
         let wanted =
             self.sign(&format!("waits for the judge at {url}, away for {} s: {}", away.as_secs(), cause.words));
@@ -109,7 +109,7 @@ impl Outage {
             tracing::warn!("the judge at {url} answers again, after {away} s");
         }
         if since.is_some() {
-            telemetry::judge_away(url, None);
+            telemetry::judge_outage(url, None);
         }
     }
 

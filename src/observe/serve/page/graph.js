@@ -53,7 +53,7 @@ function graphWords(nodes, view) {
     const role = view.roles.get(node.role);
     return `${node.role}, ${counted(node.stages.length, "worker")}${role ? `, ${percent(role.busy)} at work` : ""}`;
   });
-  return `Actors: ${words.join("; ")}.${view.limit ? ` ${view.limit} limits.` : ""}`;
+  return `Actors: ${words.join("; ")}.${view.limit ? ` ${view.limit} is the bottleneck.` : ""}`;
 }
 
 function drawAcross(svg, columns, view, width) {
