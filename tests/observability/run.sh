@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Those who look at a node, for real: Prometheus with its rules and dashboards, a browser at the live page, TensorBoard.
 #
-#   tests/onlookers/run.sh PRECEPTOR      PRECEPTOR is the program, such as target/release/preceptor
+#   tests/observability/run.sh PRECEPTOR      PRECEPTOR is the program, such as target/release/preceptor
 #
 # Needs prometheus, promtool, chromium, curl (Debian packages), Node.js with npm, Python 3 with venv. Takes some minutes.
 set -euo pipefail
@@ -45,8 +45,8 @@ wait "$node" || status=$?
 node=
 python3 -m venv "$scratch/python"
 "$scratch/python/bin/pip" install --quiet --disable-pip-version-check tensorboard==2.20.0
-"$scratch/python/bin/python" tests/onlookers/read_events.py "$scratch/run"
+"$scratch/python/bin/python" tests/observability/read_events.py "$scratch/run"
 steps=$(wc -l <"$scratch/run/metrics.jsonl")
 "$program" train configs/offline.toml --run-dir "$scratch/run" --resume --set "run.steps=$((steps + 5))" \
     --set serve.enabled=false 2>>"$scratch/node.log"
-"$scratch/python/bin/python" tests/onlookers/read_events.py "$scratch/run"
+"$scratch/python/bin/python" tests/observability/read_events.py "$scratch/run"
