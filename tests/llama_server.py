@@ -1,4 +1,4 @@
-"""Serves a GGUF file by llama.cpp on loopback, for tests/suite/remote.rs.
+"""Serves a GGUF file with llama.cpp on loopback, for tests/suite/remote.rs.
 
     pip install xllamacpp
     python tests/llama_server.py MODEL.gguf 8191 &
