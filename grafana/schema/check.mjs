@@ -105,8 +105,8 @@ function rules(file, dashboard) {
 /** Checks that a panel is within the grid and overlaps no other panel. */
 function place(panel, panels, say) {
   const at = panel.gridPos;
-  const whole = at && [at.h, at.w, at.x, at.y].every((n) => Number.isInteger(n) && n >= 0);
-  if (!whole || at.w < 1 || at.h < 1 || at.x + at.w > COLUMNS) return say(`does not fit the grid: ${JSON.stringify(at)}`);
+  const valid = at && [at.h, at.w, at.x, at.y].every((n) => Number.isInteger(n) && n >= 0);
+  if (!valid || at.w < 1 || at.h < 1 || at.x + at.w > COLUMNS) return say(`does not fit the grid: ${JSON.stringify(at)}`);
   for (const other of panels) {
     const its = other.gridPos;
     if (other.id <= panel.id || !its) continue;

@@ -233,10 +233,10 @@ mod export {
         let start = spans.iter().map(|span| span.start_s).fold(f64::MAX, f64::min);
         let end = spans.iter().map(|span| span.end_s).fold(f64::MIN, f64::max);
         let version = spans.iter().map(|span| span.version).max().unwrap_or(0);
-        let whole = span(0, SpanId::INVALID, "group".into(), start, end, version);
+        let root = span(0, SpanId::INVALID, "group".into(), start, end, version);
         let stages = spans.iter().enumerate();
         let stages = stages.map(|(n, one)| span(n + 1, id(0), one.stage.clone(), one.start_s, one.end_s, one.version));
-        std::iter::once(whole).chain(stages).collect()
+        std::iter::once(root).chain(stages).collect()
     }
 }
 

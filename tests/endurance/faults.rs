@@ -39,7 +39,7 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
         let (mode, overrides) = modes[(i as usize / POINTS.len()) % modes.len()];
         let kinds = ["1*return(injected)", "3*return(injected)", "10*return(injected)", "1*panic", "1*sleep(3000)"];
         let kind = kinds[(random.share() * kinds.len() as f64) as usize];
-        // Points that a run passes only a few times are injected at one of the first passes.
+        // Faults at points that a run rarely passes are injected at one of the first passes.
         let passes = if RARE.iter().any(|rare| point.starts_with(rare)) { 3.0 } else { 12.0 };
         let fault = format!("{point}={}*off->{kind}->off", (random.share() * passes) as u32);
         // A full disk at the end, with and without waiting.
@@ -118,15 +118,15 @@ fn unreadable(dir: &Path, name: &str, overrides: &[String], random: &mut Random)
 
 /// Runs with the fault, and resumes without it if it ended the run. Returns a description of the end.
 fn run_with_fault(dir: &Path, name: &str, fault: &str, overrides: &[String]) -> Result<&'static str> {
-    let mut injected = train(dir, name, overrides);
+    let mut command = train(dir, name, overrides);
     if fault.starts_with("rewind.") {
         // The fault strikes while the finished run is rewound to its first checkpoint.
         let kept = [overrides, &["checkpoint.every_steps=1".to_owned(), "checkpoint.keep=9".to_owned()]].concat();
         to_the_end(&mut train(dir, name, &kept))?;
         let first = checkpoints(&dir.join(name))?.into_iter().next().context("it has no checkpoint")?;
-        injected.arg(format!("--resume={name}/checkpoints/{first}"));
+        command.arg(format!("--resume={name}/checkpoints/{first}"));
     }
-    let (status, text) = within(injected.env("FAILPOINTS", fault))?;
+    let (status, text) = within(command.env("FAILPOINTS", fault))?;
     if status {
         let quiet = !text.contains("restarting the graph") && !text.contains("training goes on");
         return Ok(if quiet { "finished undisturbed" } else { "finished after restarts or retries" });

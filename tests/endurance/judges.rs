@@ -346,9 +346,9 @@ fn watch(child: &mut Child, done: impl Fn() -> f64) -> Result<Memory> {
     };
     // If the run is too short for these intervals, all samples are used.
     let end = samples.last().map_or(0.0, |(at, _)| *at);
-    let whole = || median(0.0, f64::MAX);
-    let early = median(0.1 * end, 0.15 * end).or_else(whole).context("the run ended before it was seen")?;
-    let last = median(0.9 * end, f64::MAX).or_else(whole).context("the run ended before it was seen")?;
+    let all = || median(0.0, f64::MAX);
+    let early = median(0.1 * end, 0.15 * end).or_else(all).context("the run ended before its memory was sampled")?;
+    let last = median(0.9 * end, f64::MAX).or_else(all).context("the run ended before its memory was sampled")?;
     Ok(Memory { early, last })
 }
 

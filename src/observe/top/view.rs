@@ -212,7 +212,7 @@ fn waiting(status: &Value) -> Option<String> {
 }
 
 fn faults(status: &Value) -> String {
-    let told = [
+    let names = [
         ("restarts", "restarts"),
         ("nonfinite_steps", "steps not finite"),
         ("masked_groups", "groups masked"),
@@ -221,8 +221,8 @@ fn faults(status: &Value) -> String {
     let count = |(key, name): &(&str, &str)| {
         status["faults"][*key].as_u64().filter(|count| *count > 0).map(|count| format!("{count} {name}"))
     };
-    let told: Vec<String> = told.iter().filter_map(count).collect();
-    let faults = if told.is_empty() { "no faults".to_owned() } else { told.join(", ") };
+    let counts: Vec<String> = names.iter().filter_map(count).collect();
+    let faults = if counts.is_empty() { "no faults".to_owned() } else { counts.join(", ") };
     match status["checkpoint"]["age_s"].as_f64() {
         Some(age) => format!("{faults}   checkpoint {} ago", time(age)),
         None => format!("{faults}   no checkpoint yet"),
