@@ -1,13 +1,13 @@
-//! What a device makes of a model with random weights: tokens a second of sampling, scoring and training, and the share
-//! of the device's peak that these come to.
+//! Throughput of a device with a model of random weights: tokens per second of sampling, scoring and training, and the
+//! share of the device's peak performance.
 //!
 //! ```text
 //! cargo bench --bench device -- --size tiny
 //! cargo bench --bench device --features cuda -- --device cuda:0 --dtype bf16 --peak-tflops 989
 //! ```
 //!
-//! Operations are those that the mathematics asks for: two for each weight and token, and attention over what a token
-//! may see; a training step three times as many. What is computed in vain (masked scores, say) is not counted.
+//! Only necessary operations are counted: two per weight and token, and attention to the visible tokens; three times as
+//! many for a training step. Discarded results, such as masked attention scores, are not counted.
 
 #[path = "common/shapes.rs"]
 mod shapes;
@@ -27,11 +27,13 @@ use preceptor::pipeline::generate::{Fixed, Request, generate};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Completions of one prompt.
+/// Number of completions per prompt.
 const GROUP: usize = 8;
+/// Length of a prompt in tokens.
 const PROMPT: usize = 64;
+/// Length of a completion in tokens.
 const ANSWER: usize = 64;
-/// Groups of a training step.
+/// Number of groups in a training step.
 const GROUPS: usize = 4;
 
 #[derive(Parser)]
@@ -45,13 +47,13 @@ struct Options {
     /// `f32` or `bf16`.
     #[arg(long, default_value = "f32")]
     dtype: String,
-    /// What the device can do in this type, in 10¹² operations a second.
+    /// Peak performance of the device in this type, in 10¹² operations per second.
     #[arg(long)]
     peak_tflops: Option<f64>,
-    /// Seconds that each figure is measured for, at least.
+    /// Minimum seconds of each measurement.
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
-    /// Given by `cargo bench`; without it nothing is measured.
+    /// Set by `cargo bench`; without it nothing is measured.
     #[arg(long)]
     bench: bool,
 }
@@ -72,18 +74,19 @@ fn main() -> Result<()> {
         bail!("--size {} is neither tiny nor smollm2", options.size)
     };
     println!("{} on {}, {}\n", options.size, options.device, options.dtype);
-    println!("| what | tokens/s | TFLOP/s | share of peak |\n|---|---|---|---|");
+    println!("| work | tokens/s | TFLOP/s | share of peak |\n|---|---|---|---|");
     Bench { config, device, dtype, options }.run()
 }
 
-/// How many tokens those of a sequence of `length` see together.
-fn seen(length: usize) -> usize {
+/// Returns the number of attended (query, key) pairs of a sequence of `length` tokens.
+fn attended(length: usize) -> usize {
     length * (length + 1) / 2
 }
 
-/// The same of an answer's fed tokens behind a prompt: all but the last.
-fn seen_behind(prompt: usize) -> usize {
-    (ANSWER - 1) * prompt + seen(ANSWER - 1)
+/// Returns the number of attended pairs whose query is in a completion after `prompt` tokens. The last token of a
+/// completion is not fed to the model.
+fn attended_after(prompt: usize) -> usize {
+    (ANSWER - 1) * prompt + attended(ANSWER - 1)
 }
 
 struct Bench {
@@ -102,16 +105,17 @@ impl Bench {
         let model = Arc::new(Decoder::new(&self.config, &weights)?);
         let word = |i: usize| (i * 61 % self.config.vocab_size) as u32;
         let prompt: Vec<u32> = (0..PROMPT).map(word).collect();
-        // Of the last, as many at a time as `generate` has slots.
+        // More rows than `generate` has slots are sampled in turn.
         for rows in [1, 8, 32, 128] {
             self.sampling(&model, &prompt, rows)?;
         }
         let completions: Vec<Vec<u32>> =
             (0..GROUP).map(|k| (0..ANSWER).map(|i| word(PROMPT + i * GROUP + k)).collect()).collect();
         let pack = Pack::new(&prompt, &completions);
-        let learned = (GROUP * ANSWER) as f64;
-        let forward = self.operations(pack.len(), pack.targets.len(), seen(PROMPT) + GROUP * seen_behind(PROMPT));
-        self.measure("score", learned, forward, || {
+        let scored = (GROUP * ANSWER) as f64;
+        let pairs = attended(PROMPT) + GROUP * attended_after(PROMPT);
+        let forward = self.operations(pack.len(), pack.targets.len(), pairs);
+        self.measure("score", scored, forward, || {
             model.logprobs(&pack, 1.0)?.0.to_dtype(DType::F32)?.to_vec1::<f32>()?;
             Ok(())
         })?;
@@ -127,19 +131,19 @@ impl Bench {
             let norm = gradients.global_norm()?;
             Ok(optimizer.step(&gradients, 1e-6, 1.0 / norm)?)
         };
-        let tokens = learned * GROUPS as f64;
+        let tokens = scored * GROUPS as f64;
         self.measure("train", tokens, forward * 3.0 * GROUPS as f64, &mut train)?;
-        // As a run's actors are: on one stream, where they take turns, and on a stream each.
-        self.beside("on one stream", &model, &prompt, tokens, &mut train)?;
+        // As the actors of a run: on one stream, which they share, and on separate streams.
+        self.concurrent("on one stream", &model, &prompt, tokens, &mut train)?;
         let own = preceptor::util::device::open(&self.options.device)?;
         if own.same_device(&self.device) {
             return Ok(());
         }
-        self.beside("on a stream each", &DeviceReplicas::new(own).of(&model)?, &prompt, tokens, &mut train)
+        self.concurrent("on separate streams", &DeviceReplicas::new(own).of(&model)?, &prompt, tokens, &mut train)
     }
 
-    /// Training, and beside it sampling of 32 rows with `model`: what becomes of the one and of the other.
-    fn beside(
+    /// Measures training and concurrent sampling of 32 rows with `model`.
+    fn concurrent(
         &self,
         how: &str,
         model: &Arc<Decoder>,
@@ -173,8 +177,8 @@ impl Bench {
             let sampled = sampler.join().map_err(|_| anyhow!("the sampling thread panicked"))??;
             done.map(|()| (rate, sampled))
         })?;
-        println!("| train beside sampling, {how} | {trained:.0} | | |");
-        println!("| sample, {ROWS} rows, beside training, {how} | {sampled:.0} | | |");
+        println!("| train during sampling, {how} | {trained:.0} | | |");
+        println!("| sample, {ROWS} rows, during training, {how} | {sampled:.0} | | |");
         Ok(())
     }
 
@@ -182,7 +186,7 @@ impl Bench {
         let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
         let groups = rows.div_ceil(GROUP);
         let fed = rows * (ANSWER - 1);
-        let pairs = groups * seen(PROMPT) + rows * seen_behind(PROMPT);
+        let pairs = groups * attended(PROMPT) + rows * attended_after(PROMPT);
         let operations = self.operations(groups * PROMPT + fed, groups + fed, pairs);
         let measured = self.measure(&format!("sample, {rows} rows"), (rows * ANSWER) as f64, operations, || {
             let seeds = || (0..rows.min(GROUP) as u64).collect();
@@ -191,19 +195,19 @@ impl Bench {
             Ok(())
         });
         match measured {
-            // Not all that samples can do it in half precision.
+            // Sampling is not supported in half precision on every device.
             Err(error) if self.dtype != DType::F32 => {
                 let error = error.to_string();
                 let cause = error.lines().next().unwrap_or_default();
-                println!("| sample, {rows} rows | not in this type ({cause}) | | |");
+                println!("| sample, {rows} rows | not supported in this type ({cause}) | | |");
                 Ok(())
             }
             other => other,
         }
     }
 
-    /// Operations of a forward pass that feeds `fed` tokens, predicts from `predicted` of them, and in which tokens see
-    /// tokens `pairs` times.
+    /// Returns the number of operations of a forward pass over `fed` tokens that applies the head to `predicted` of them
+    /// and has `pairs` attended pairs.
     fn operations(&self, fed: usize, predicted: usize, pairs: usize) -> f64 {
         let config = &self.config;
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
@@ -212,7 +216,7 @@ impl Bench {
         (2 * (config.layers * layer * fed + head * predicted) + 4 * config.layers * q * pairs) as f64
     }
 
-    /// Does `work` once to warm up, then for as long as was asked for, and prints what came of it.
+    /// Runs `work` once as a warm-up, then repeatedly for `--seconds`, and prints the rates.
     fn measure(&self, what: &str, tokens: f64, operations: f64, mut work: impl FnMut() -> Result<()>) -> Result<()> {
         work()?;
         self.device.synchronize()?;

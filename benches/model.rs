@@ -1,6 +1,6 @@
-//! Tokens per second of what a model does: sampling at several widths, scoring a group, its gradient, and an optimizer
-//! step. Random weights; the time does not depend on what they are. One thread, unless PRECEPTOR_BENCH_THREADS says
-//! otherwise.
+//! Tokens per second of a model: sampling at several batch sizes, scoring a group, the gradient of a group, and an
+//! optimizer step. Weights are random; the time does not depend on them. Uses PRECEPTOR_BENCH_THREADS threads, by default
+//! one.
 //!
 //!     cargo bench --bench model              # both sizes
 //!     cargo bench --bench model -- tiny      # 4.0 M parameters
@@ -52,9 +52,9 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
     let [half, eight] =
         [Format::Bf16, Format::Q8].map(|format| Arc::new(frozen.quantized(format).expect("fewer bits")));
     let models = [(&frozen, ""), (&half, " bf16"), (&eight, " q8_0")];
-    for (width, (model, how)) in [1, 8, 32].into_iter().flat_map(|n| models.map(|model| (n, model))) {
+    for (width, (model, suffix)) in [1, 8, 32].into_iter().flat_map(|n| models.map(|model| (n, model))) {
         group.throughput(Throughput::Elements((width * ANSWER) as u64));
-        group.bench_function(format!("sample {width}{how}"), |b| {
+        group.bench_function(format!("sample {width}{suffix}"), |b| {
             let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
             b.iter(|| {
                 let requests: Vec<Request> = (0..width.div_ceil(GROUP))

@@ -1,13 +1,14 @@
-//! Our side of the comparison with PyTorch, transformers and TRL: one kind of work on random weights, a warm-up and then
-//! timed repeats, printed as one line of JSON. `benches/peers/run.py` runs it and its counterpart `peer.py` in turn and
-//! makes the table:
+//! Preceptor's side of the comparison with PyTorch, transformers and TRL: one kind of work on random weights, with a
+//! warm-up and timed repeats, printed as one line of JSON. `benches/peers/run.py` runs it and its counterpart `peer.py`
+//! alternately and prints the table:
 //!
 //! ```text
 //! python3 benches/peers/run.py --help
 //! ```
 //!
-//! By hand, `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--eta E]
-//! [--learner-threads N] [--precision highest|high|medium] [--weights f32|bf16|q8_0]`, the last of `generate` and `grpo`.
+//! Alone: `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--eta E]
+//! [--learner-threads N] [--precision highest|high|medium] [--weights f32|bf16|q8_0]`; `--weights` applies to `generate`,
+//! `grpo` and `overlap`.
 
 #[path = "common/shapes.rs"]
 mod shapes;
@@ -46,12 +47,13 @@ const GROUP: usize = 8;
 const PROMPT: usize = 64;
 const ANSWER: usize = 64;
 const BLANK: usize = 16;
-/// Tokens of a training sequence.
+/// Length of a training sequence in tokens.
 const SEQUENCE: usize = 128;
-/// Groups of a step of reinforcement learning, generated side by side.
+/// Number of groups in a step of reinforcement learning, which are generated concurrently.
 const BATCH: usize = 4;
-/// A repeat does its work as often as fills this many seconds, for the kernel counts CPU time in hundredths.
-const LEAST: f64 = 2.0;
+/// Minimum seconds of a repeat, which does its work several times if necessary. The kernel counts CPU time in hundredths of
+/// a second.
+const MIN_SECONDS: f64 = 2.0;
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
@@ -59,7 +61,7 @@ fn main() -> Result<()> {
     while let (Some(name), Some(value)) = (arguments.next(), arguments.next()) {
         options.insert(name, value.into());
     }
-    // `cargo test --benches` and `cargo bench` name no model, and want nothing of this program.
+    // `cargo test --benches` and `cargo bench` name no model; then nothing is measured.
     let Some(model) = options.get("--model").and_then(Value::as_str) else { return Ok(()) };
     preceptor::util::process::prepare();
     let number = |name: &str, default: u64| {
@@ -68,7 +70,7 @@ fn main() -> Result<()> {
     let precision = options.get("--precision").and_then(Value::as_str).unwrap_or("highest");
     let found = MatmulPrecision::WORDS.iter().find(|(word, _)| *word == precision);
     preceptor::lm::precision::set_matmul_precision(found.with_context(|| format!("no precision {precision:?}"))?.1);
-    // Side by side takes two.
+    // The concurrent stages of `overlap` need two threads.
     let threads = if work == "overlap" { 2 } else { number("--threads", 1)? };
     let repeats = number("--repeats", 3)?;
     let rollout_weights = options.get("--weights").and_then(Value::as_str).unwrap_or("f32").to_owned();
@@ -80,7 +82,8 @@ fn main() -> Result<()> {
         "generate-8" => pool.install(|| subject.generate(&weights, 8, repeats))?,
         "generate-32" => pool.install(|| subject.generate(&weights, 32, repeats))?,
         "label" => pool.install(|| subject.label(weights, repeats))?,
-        // Two threads are two actors side by side, the learner on both, for it has more to do. With one they take turns.
+        // With two threads the rollout and the learner work concurrently, and the learner uses both, because it has more
+        // work. With one thread they alternate.
         "grpo" => {
             let (eta, learner_threads) =
                 (number("--eta", u64::from(threads > 1))?, number("--learner-threads", threads)?);
@@ -95,17 +98,17 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The shape of a model; what it takes to run it does not depend on what its weights are.
+/// A measured model.
 struct Subject {
     shape: ModelConfig,
-    /// Sequences of a training step.
+    /// Number of sequences in a training step.
     sequences: usize,
-    /// What it samples with.
+    /// Number format of the weights while sampling, as in `rollout.weights`.
     rollout_weights: String,
 }
 
 impl Subject {
-    /// With random weights for it.
+    /// Returns the model `name` with random weights.
     fn new(name: &str, rollout_weights: String) -> Result<(Self, Arc<Decoder>)> {
         let Some(shape) = shapes::shape(name) else { bail!("{name:?} is neither tiny nor smollm2") };
         let sequences = if name == "tiny" { 8 } else { 4 };
@@ -113,12 +116,12 @@ impl Subject {
         Ok((Self { shape, sequences, rollout_weights }, model))
     }
 
-    /// `length` tokens, others for each `place`.
+    /// Returns `length` token ids, which differ for each `place`.
     fn words(&self, place: usize, length: usize) -> Vec<u32> {
         (place * length..(place + 1) * length).map(|i| (i * 61 % self.shape.vocab_size) as u32).collect()
     }
 
-    /// Optimizer steps on whole sequences that have nothing in common but their first token.
+    /// Measures optimizer steps on complete sequences that share only their first token.
     fn train(&self, weights: Arc<Decoder>, repeats: u64) -> Result<Map<String, Value>> {
         let sequences: Vec<Vec<u32>> = (0..self.sequences).map(|k| self.words(k + 1, SEQUENCE - 1)).collect();
         let pack = Pack::new(&[0], &sequences);
@@ -136,7 +139,7 @@ impl Subject {
         })
     }
 
-    /// Samples `width` completions, eight of each prompt.
+    /// Measures the sampling of `width` completions, eight per prompt.
     fn generate(&self, weights: &Arc<Decoder>, width: usize, repeats: u64) -> Result<Map<String, Value>> {
         let format = match self.rollout_weights.as_str() {
             "f32" => None,
@@ -155,7 +158,7 @@ impl Subject {
         })
     }
 
-    /// Judges groups by likelihood, with the labeler that a run has.
+    /// Measures the likelihood labeler on groups.
     fn label(&self, weights: Arc<Decoder>, repeats: u64) -> Result<Map<String, Value>> {
         let judge = Judge { model: weights, tokenizer: Tokenizer::bytes(), identity: 0, chat: false };
         let labeler = Likelihood { judge, length_normalise: false, temperature: 1.0 };
@@ -178,35 +181,35 @@ impl Subject {
         Group { prompt, completions: (0..GROUP).map(completion).collect() }
     }
 
-    /// Steps of GRPO by the node, timed from one step's end to the next one's.
+    /// Measures GRPO steps of the node, each from the end of the previous step to its own end.
     fn grpo(&self, weights: Arc<Decoder>, eta: u64, learner_threads: u64, repeats: u64) -> Result<Map<String, Value>> {
-        // As many steps are left over at the end as are generated ahead, so that each timed step has its generation.
+        // η more steps follow, so that each timed step includes the generation of one batch.
         let run = self.run(weights, eta, learner_threads, 1 + repeats + eta)?;
         let mut figures = Figures::new(BATCH * GROUP, "samples");
         run.steps.windows(2).take(repeats as usize).for_each(|pair| figures.add(&pair[0], &pair[1]));
         Ok(figures.done())
     }
 
-    /// Whole runs of `steps` with rollout and learner on a thread each: η = 1, where they work side by side, and η = 0,
-    /// where either works while the other one waits, so that its busy time is what its work takes alone.
+    /// Measures complete runs of `steps` with one thread each for rollout and learner: at η = 1, where they work
+    /// concurrently, and at η = 0, where each waits for the other, so that its busy time is the time of its work alone.
     fn overlap(&self, weights: &Arc<Decoder>, steps: u64) -> Result<Map<String, Value>> {
         let run = |eta, steps| self.run(Arc::clone(weights), eta, 1, steps);
         run(0, 1)?;
-        let (apart, beside) = (run(0, steps)?, run(1, steps)?);
+        let (alternating, concurrent) = (run(0, steps)?, run(1, steps)?);
         let mut figures = Figures::new(steps as usize * BATCH * GROUP, "samples");
-        let last = beside.steps.last().context("a run has steps")?;
-        figures.add(&beside.began, last);
-        let last = apart.steps.last().context("a run has steps")?;
-        let wall = (last.at - apart.began.at).as_secs_f64();
-        let longest = apart.busy("rollout").max(apart.busy("learn"));
+        let last = concurrent.steps.last().context("a run has steps")?;
+        figures.add(&concurrent.began, last);
+        let last = alternating.steps.last().context("a run has steps")?;
+        let wall = (last.at - alternating.began.at).as_secs_f64();
+        let longest = alternating.busy("rollout").max(alternating.busy("learn"));
         let mut figures = figures.done();
         let ratio = figures["wall_s"][0].as_f64().unwrap_or(f64::NAN) / longest;
         for (name, value) in [
             ("eta0_wall_s", wall),
-            ("generation_alone_s", apart.busy("rollout")),
-            ("learning_alone_s", apart.busy("learn")),
-            ("generation_busy_s", beside.busy("rollout")),
-            ("learning_busy_s", beside.busy("learn")),
+            ("generation_alone_s", alternating.busy("rollout")),
+            ("learning_alone_s", alternating.busy("learn")),
+            ("generation_busy_s", concurrent.busy("rollout")),
+            ("learning_busy_s", concurrent.busy("learn")),
             ("ratio", ratio),
         ] {
             figures.insert(name.into(), json!(value));
@@ -214,7 +217,7 @@ impl Subject {
         Ok(figures)
     }
 
-    /// A run of the real node, which ends by itself.
+    /// Runs the real node until it has taken all steps.
     fn run(&self, weights: Arc<Decoder>, eta: u64, learner_threads: u64, steps: u64) -> Result<Run> {
         let dir = tempfile::tempdir()?;
         let marks = Arc::new(Mutex::new(Vec::new()));
@@ -279,17 +282,17 @@ impl Subject {
         Ok(Node {
             state: Arc::new(Mutex::new(TrainState::new(&weights, AdamWConfig::default(), None, None)?)),
             cell: Arc::new(SnapshotCell::new(0, identity, weights)),
-            observer: Arc::new(Mutex::new(Watch(Arc::clone(marks)))),
+            observer: Arc::new(Mutex::new(StepTimes(Arc::clone(marks)))),
             book: SharedLedger::default(),
-            knobs: AdjustableLimits::default(),
+            limits: AdjustableLimits::default(),
             reward_model: None,
             labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId) as Box<dyn Labeler>)),
             prepared: Arc::new(Prepared {
                 policy: None,
                 identity,
                 tokenizer,
-                instruments: vec![],
-                evaluators: Vec::new(),
+                backends: vec![],
+                evaluation_backends: Vec::new(),
                 budget: None,
                 reward_start: None,
                 pairs: None,
@@ -302,7 +305,7 @@ impl Subject {
         })
     }
 
-    /// Words `w0`, `w1`, … between spaces; none of them ends a completion.
+    /// Returns a tokenizer for the words `w0`, `w1`, …, separated by spaces. None of them ends a completion.
     fn tokenizer(&self, dir: &Path) -> Result<Tokenizer> {
         let vocab: Map<String, Value> = (0..self.shape.vocab_size).map(|i| (format!("w{i}"), json!(i))).collect();
         let model = json!({ "type": "WordLevel", "vocab": vocab, "unk_token": "w0" });
@@ -315,7 +318,7 @@ impl Subject {
     }
 }
 
-/// What a run left.
+/// Measurements of a run.
 struct Run {
     began: Mark,
     steps: Vec<Mark>,
@@ -328,7 +331,7 @@ impl Run {
     }
 }
 
-/// Scores a completion by the mean of its token ids, so that no two fare alike: a group without differences costs no
+/// Labeler whose score is the mean token id. The scores of a group thus differ; a group of equal scores would need no
 /// backward pass.
 struct MeanId;
 
@@ -348,17 +351,20 @@ impl Labeler for MeanId {
     }
 }
 
-/// Notes when each step ended, and that it was the work that it should be.
-struct Watch(Arc<Mutex<Vec<Mark>>>);
+/// Observer that records the end of each step, and checks the lengths and rewards of its groups.
+struct StepTimes(Arc<Mutex<Vec<Mark>>>);
 
-impl Observer for Watch {
+impl Observer for StepTimes {
     fn group(&mut self, _done: u64, _of: u64) {}
 
     fn step(&mut self, done: Done<'_>, _state: &TrainState) -> Result<()> {
         for Rewarded { group, rewards, .. } in done.batch {
-            let whole = group.completions.iter().all(|one| one.ids.len() == ANSWER);
+            let complete = group.completions.iter().all(|one| one.ids.len() == ANSWER);
             let differ = rewards.iter().any(|reward| *reward != rewards[0]);
-            ensure!(whole && differ && group.prompt.ids.len() == PROMPT, "a group is not as planned");
+            ensure!(
+                complete && differ && group.prompt.ids.len() == PROMPT,
+                "a group has another size than configured, or equal rewards"
+            );
         }
         self.0.lock().map_err(|_| anyhow!("the observer panicked"))?.push(Mark::now()?);
         Ok(())
@@ -367,7 +373,7 @@ impl Observer for Watch {
     fn nonfinite(&mut self, _step: u64, _batch: &[Rewarded]) {}
 }
 
-/// What the process has used up to a moment.
+/// Time, and the process's resource usage until then.
 struct Mark {
     at: Instant,
     cpu_s: f64,
@@ -377,8 +383,8 @@ struct Mark {
 impl Mark {
     fn now() -> Result<Self> {
         let stat = std::fs::read_to_string("/proc/self/stat")?;
-        // The program's name comes before, in brackets; of proc(5)'s fields the first here is the third.
-        let (_, fields) = stat.rsplit_once(") ").context("/proc/self/stat is of another form")?;
+        // The second field is the program's name in parentheses; the list begins with the third field of proc(5).
+        let (_, fields) = stat.rsplit_once(") ").context("/proc/self/stat has an unknown format")?;
         let fields: Vec<&str> = fields.split(' ').collect();
         let field = |number: usize| -> Result<u64> { Ok(fields.get(number - 3).context("a field")?.parse()?) };
         let ticks = field(14)? + field(15)?;
@@ -392,7 +398,7 @@ fn peak_rss_kib() -> Result<u64> {
     Ok(peak.trim().trim_end_matches(" kB").parse()?)
 }
 
-/// What the repeats took.
+/// Measurements of the repeats.
 struct Figures {
     units: usize,
     unit: &'static str,
@@ -425,7 +431,8 @@ impl Figures {
     }
 }
 
-/// Works twice to warm up, then `repeats` times as often as fills a measurement.
+/// Runs `work` twice as a warm-up, and then measures `repeats` repeats, each of which runs it for at least
+/// [`MIN_SECONDS`].
 fn repeat(
     repeats: u64,
     units: usize,
@@ -435,7 +442,7 @@ fn repeat(
     work()?;
     let warm = Instant::now();
     work()?;
-    let times = (LEAST / warm.elapsed().as_secs_f64()).ceil() as usize;
+    let times = (MIN_SECONDS / warm.elapsed().as_secs_f64()).ceil() as usize;
     let mut figures = Figures::new(units * times, unit);
     for _ in 0..repeats {
         let from = Mark::now()?;

@@ -1,11 +1,11 @@
-//! What staleness costs each algorithm: the offline task at several bounds η, several seeds, as a table.
+//! Effect of staleness on each algorithm: the offline task at several bounds η, with several seeds, as a table.
 //!
 //! ```text
 //! cargo bench --bench staleness
 //! ```
 //!
-//! Every run is the real program. Channels are made long enough for the rollouts to run ahead as far as η lets them; the
-//! table tells how old the tokens were in fact. What is compared is the judge's mean score of the last fifteen steps.
+//! Every run uses the real program. The queues are long enough for the rollouts to run ahead as far as η allows; the table
+//! has the measured age of the tokens. The score is the judge's mean over the last fifteen steps.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,8 +15,9 @@ use serde_json::Value;
 
 const ETAS: [u64; 4] = [0, 1, 4, 16];
 const SEEDS: u64 = 3;
-/// Student's t for three samples, 95 %.
+/// Quantile of Student's t distribution for three samples, two-sided 95 %.
 const T: f64 = 4.303;
+/// Number of last steps that are averaged.
 const LAST: usize = 15;
 
 const ALGORITHMS: [(&str, &[&str]); 4] = [
@@ -39,7 +40,7 @@ fn main() {
     }
 }
 
-/// Mean score with its interval over seeds, and the mean age of the tokens.
+/// Returns the table cell with the mean score, its interval over seeds, and the mean age of the tokens.
 fn cell(overrides: &[&str], eta: u64) -> String {
     let runs: Vec<[f64; 2]> = (0..SEEDS).map(|seed| run(overrides, eta, seed)).collect();
     let (score, std) = moments(runs.iter().map(|run| run[0]));
@@ -47,7 +48,7 @@ fn cell(overrides: &[&str], eta: u64) -> String {
     format!("{score:.2} ± {:.2} (age {age:.1})", T * std / (SEEDS as f64).sqrt())
 }
 
-/// The judge's mean score over the last steps, and the mean age of their tokens in versions.
+/// Trains one run. Returns the judge's mean score over the last steps, and the mean age of their tokens in versions.
 fn run(overrides: &[&str], eta: u64, seed: u64) -> [f64; 2] {
     let dir = tempfile::tempdir().expect("a folder for the run");
     let mut settings: Vec<String> = overrides.iter().map(|one| (*one).to_owned()).collect();

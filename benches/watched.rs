@@ -1,10 +1,11 @@
-//! What it costs a run to be looked at: the offline run by itself, and while it is scraped each second and a page is open.
+//! Cost of observing a run: the offline run alone, and while it is scraped every second and a page is open.
 //!
 //! ```text
 //! cargo bench --bench watched            # --seconds 20 --pairs 5
 //! ```
 //!
-//! The two take turns; what is compared is steps a second between the first step and the last, medians of all pairs.
+//! The two alternate. The compared figure is the median over all pairs of the steps per second, without the first tenth of
+//! the steps.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -23,19 +24,19 @@ fn main() {
     }
     let (seconds, pairs) = (number("--seconds", 20), number("--pairs", 5));
     let mut rates = [Vec::new(), Vec::new()];
-    let mut asked = Vec::new();
+    let mut scrapes = Vec::new();
     for pair in 0..pairs {
-        // Who goes first takes turns, too.
+        // The order within a pair alternates, too.
         for watched in [pair % 2 == 0, pair % 2 == 1] {
             let (rate, times) = run(watched, Duration::from_secs(seconds));
             rates[usize::from(watched)].push(rate);
-            asked.extend(times);
+            scrapes.extend(times);
             println!("{} {rate:.3} steps/s", if watched { "watched" } else { "alone  " });
         }
     }
     let [alone, watched] = rates.map(median);
     println!("alone {alone:.3} steps/s, watched {watched:.3}: {:+.2} %", 100.0 * (watched / alone - 1.0));
-    println!("a scrape took {:.2} ms in the median, of {}", 1e3 * median(asked.clone()), asked.len());
+    println!("median time of {} scrapes: {:.2} ms", scrapes.len(), 1e3 * median(scrapes.clone()));
 }
 
 fn number(name: &str, default: u64) -> u64 {
@@ -48,7 +49,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Steps a second of a run, and how long each scrape took, in seconds.
+/// Runs the offline configuration for `time`. Returns its steps per second, and the time of each scrape in seconds.
 fn run(watched: bool, time: Duration) -> (f64, Vec<f64>) {
     let dir = tempfile::tempdir().expect("a folder for the run");
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/offline.toml");
@@ -76,7 +77,7 @@ fn run(watched: bool, time: Duration) -> (f64, Vec<f64>) {
             let began = Instant::now();
             get(&address, "/metrics");
             times.push(began.elapsed().as_secs_f64());
-            // An open page asks every other second, and for all of it where each time there is a new step.
+            // An open page polls every two seconds, and requests history and samples after each new step.
             if second.is_multiple_of(2) {
                 ["/status", "/history", "/samples"].into_iter().for_each(|path| get(&address, path));
             }
@@ -87,8 +88,7 @@ fn run(watched: bool, time: Duration) -> (f64, Vec<f64>) {
     });
     std::thread::sleep(time);
     over.store(true, Ordering::SeqCst);
-    let stopped =
-        Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("it can be told to stop");
+    let stopped = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill starts");
     assert!(stopped.success() && child.wait().expect("it ends").success());
     let text = std::fs::read_to_string(dir.path().join("run/metrics.jsonl")).expect("the run's metrics");
     let at = |line: &str| -> f64 {
@@ -96,16 +96,16 @@ fn run(watched: bool, time: Duration) -> (f64, Vec<f64>) {
         step["time/run_seconds"].as_f64().expect("a time")
     };
     let lines: Vec<&str> = text.lines().collect();
-    // The first ones warm caches up.
+    // The first steps warm up the caches.
     let (first, last) = (lines.len() / 10, lines.len() - 1);
     let rate = (last - first) as f64 / (at(lines[last]) - at(lines[first]));
-    (rate, watcher.join().expect("who watches does not fail"))
+    (rate, watcher.join().expect("the observing thread does not panic"))
 }
 
 fn get(address: &str, path: &str) {
     let Ok(mut stream) = TcpStream::connect(address) else { return };
-    let asked = write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let sent = write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     let mut answer = Vec::new();
-    // A node that is stopping answers no more.
-    let _ = asked.and_then(|()| stream.read_to_end(&mut answer));
+    // A node that is stopping does not answer.
+    let _ = sent.and_then(|()| stream.read_to_end(&mut answer));
 }

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Checks metrics, alerts and dashboards.
 #
-#   grafana/check.sh offline                                       the files alone; no node is needed
-#   grafana/check.sh live [NODE]… [arguments of check_live.py]     beside running nodes, with a Prometheus of its own
+#   grafana/check.sh offline                                       only the files; no node is needed
+#   grafana/check.sh live [NODE]… [arguments of check_live.py]     with running nodes and a separate Prometheus
 #   grafana/check.sh [NODE]… [arguments of check_live.py]          both
 #
-# NODE is host:port, 127.0.0.1:9464 when left out. Of several nodes each panel needs one that fills it; live.sh starts
-# nodes that fill all of them.
+# NODE is host:port (default: 127.0.0.1:9464). With several nodes, each panel must be filled by at least one of them;
+# live.sh starts nodes that fill all panels.
 #
 # Needs promtool and python3 on PATH; offline also node 20 and npm, live also prometheus and curl (Debian: apt-get install
-# prometheus curl python3). PORT is where that Prometheus listens (19090), WAIT_S how long the nodes may take to fill every
-# panel (120): a panel of step durations has data only after a step. TOKEN_FILE names the file that holds the nodes' bearer
-# token, where they ask for one.
+# prometheus curl python3). PORT is the port of that Prometheus (19090), WAIT_S the time in which the nodes must fill every
+# panel (120): a panel of step durations has data only after a step. TOKEN_FILE names the file with the nodes' bearer
+# token, if they require one.
 set -euo pipefail
 
 what=both
@@ -55,7 +55,7 @@ offline() {
     promtool test rules "$here/alerts_test.yml"
 
     echo "== names"
-    # Every metric that the program knows, from its source.
+    # All metrics of the program, from its source.
     grep -hoE '"(preceptor|process)_[a-z0-9_]+"' "$here"/../src/observe/telemetry.rs "$here"/../src/observe/telemetry/*.rs |
         tr -d '"' | sort -u >"$scratch/names.txt"
     python3 "$here/check_live.py" --offline --names "$scratch/names.txt" --rules "$here/alerts.yml"
@@ -78,7 +78,7 @@ pages() {
 
 live() {
     need prometheus promtool curl python3
-    # The shipped file with these nodes as its targets, scraped each second so that rates are there soon.
+    # The shipped file with these nodes as its targets, scraped every second so that rates have data soon.
     targets=$(printf '"%s", ' "${nodes[@]}")
     sed -e "s/\"127\.0\.0\.1:9464\"/${targets%, }/" -e 's/\(_interval:\) 5s/\1 1s/' \
         -e "s|^  - alerts.yml|  - $here/alerts.yml|" "$here/prometheus.yml" >"$scratch/prometheus.yml"
@@ -86,7 +86,7 @@ live() {
     if [[ -n ${TOKEN_FILE:-} ]]; then
         token_file=$(realpath "$TOKEN_FILE")
         sed -i "s|^\( *\)- job_name: preceptor|&\n\1  authorization: { credentials_file: \"$token_file\" }|" "$scratch/prometheus.yml"
-        # Not as an argument, which other users of this machine could read.
+        # In a file, because other users of this machine can read arguments.
         printf 'Authorization: Bearer %s\n' "$(<"$token_file")" >"$scratch/header"
         bearer=(--header "@$scratch/header")
     fi
@@ -98,11 +98,11 @@ live() {
     prometheus=$!
 
     deadline=$((SECONDS + wait_s))
-    # A rate needs two samples; the query is empty until both are in.
+    # A rate needs two samples; the query is empty until both exist.
     until curl --fail --silent --max-time 5 --get "$url/api/v1/query" \
         --data-urlencode "query=count(count_over_time(preceptor_build_info[1m]) >= 2) == ${#nodes[@]}" 2>/dev/null | grep -q '"value"'; do
         if ! kill -0 "$prometheus" 2>/dev/null; then
-            echo "error: prometheus ended; is port $port taken? set PORT to another" >&2
+            echo "error: prometheus has exited; if port $port is in use, set PORT to another" >&2
             cat "$scratch/prometheus.log" >&2
             exit 2
         fi
@@ -113,7 +113,7 @@ live() {
         sleep 1
     done
 
-    # The pages as they stand now: metrics that appear with the first step are on them too.
+    # The pages are read again each time, because some metrics appear only with the first step.
     until pages >"$scratch/metrics.txt" &&
         python3 "$here/check_live.py" "$url" --names "$scratch/metrics.txt" --rules "$here/alerts.yml" "$@" >"$scratch/report.txt" 2>&1; do
         if ((SECONDS >= deadline)); then
@@ -124,7 +124,7 @@ live() {
     done
     cat "$scratch/report.txt"
 
-    # Now that they are full: what comes with a step can be at fault as well.
+    # The pages are checked last, when they also have the metrics that appear with the first step.
     for node in "${nodes[@]}"; do
         echo "== metrics of $node"
         page "$node" | promtool check metrics

@@ -151,7 +151,7 @@ fn start_log(filter: &str) -> anyhow::Result<()> {
     let lines = terminal::LogLines { json, colours: terminal::colours() };
     let log = log.with_ansi(lines.colours).with_writer(move || lines);
     if json {
-        crate::observe::progress::for_machines();
+        crate::observe::progress::use_json();
         log.json().flatten_event(true).with_current_span(false).with_span_list(false).init();
     } else {
         log.init();

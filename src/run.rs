@@ -33,7 +33,7 @@ use crate::config::Config;
 use crate::observe::monitor::Monitor;
 use crate::observe::progress::Progress;
 use crate::observe::telemetry;
-use crate::pipeline::topology::MakeLabeler;
+use crate::pipeline::topology::LabelerFactory;
 use crate::pipeline::topology::labelers::labeler;
 use crate::run::checkpoint::WrittenCheckpoint;
 use crate::status;
@@ -90,7 +90,7 @@ pub async fn train_with(
     run_dir: Option<PathBuf>,
     from: StartFrom,
     accepted: AcceptedKeys,
-    labelers: Box<MakeLabeler>,
+    labelers: Box<LabelerFactory>,
 ) -> Result<Summary> {
     let _deferred = signals::defer();
     let opened = OpenedRun::open(config, run_dir, from, accepted).await?;

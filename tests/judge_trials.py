@@ -1,14 +1,14 @@
-"""Compares labels of judges behind a real llama.cpp server and a real vLLM with those of the same weights in the program,
-and asks a judge with a thinking template, with thinking off and on.
+"""Compares labels of judges behind a real llama.cpp server and a real vLLM with labels of a local judge with the same
+weights. A judge with a thinking template is asked with thinking off and on.
 
     pip install xllamacpp gguf safetensors
     python tests/judge_trials.py target/release/preceptor JUDGE.gguf PAIRS.jsonl [--vllm VLLM] [--pairs 100] [--work DIR]
 
-JUDGE.gguf is a model of the Llama architecture with a chat template, such as SmolLM2; PAIRS.jsonl is what `preceptor label`
-takes; VLLM is the command `vllm` (0.32 or newer), in whose environment the script runs. The weights are served in f32: with
+JUDGE.gguf is a model of the Llama architecture with a chat template, such as SmolLM2; PAIRS.jsonl is an input of `preceptor
+label`; VLLM is the command `vllm` (0.32 or newer) of the environment in which the script runs. The weights are served in f32: with
 quantised weights llama.cpp also rounds activations, which changes logits by about 0.2. Prints a line for each trial with the
 largest and the mean difference of all scores and probabilities, and ends with status 1 if one failed. Takes half an hour on
-two cores; --work keeps what was made and the labels that were given, and --only names the trials whose names contain a text.
+two cores; --work keeps the created models and the labels, and --only selects the trials whose names contain a text.
 """
 
 import argparse
@@ -41,11 +41,11 @@ CONFIG = Path(__file__).resolve().parent.parent / "configs/offline.toml"
 PROGRAM, PAIRS = ARGS.program.resolve(), ARGS.pairs_file.resolve()
 WORK = (ARGS.work or Path(tempfile.mkdtemp())).resolve()
 PORT = 8194
-# Both servers list as many alternatives as they are asked for.
+# Both servers list as many alternatives as requested.
 LISTED = 200
 TOLERANCE = 0.02
 QUESTION = "Text: {text}\n1: {first}\n2: {second}\nWhich one fits the text? Answer 1 or 2."
-# As Qwen3's: a block of thought is opened by the model, and closed by the prompt where thinking is switched off.
+# Like Qwen3's template: the model opens a block of thought, or the prompt closes it if thinking is disabled.
 THINKING = """\
 {%- if messages[0]['role'] != 'system' -%}
 {{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}
@@ -109,7 +109,7 @@ def own(tensor):
 
 
 def of_checkpoint(directory):
-    """The weights of a Hugging Face directory by GGUF's names; GGUF has the rows of q and k in another order."""
+    """Returns the weights of a Hugging Face directory under GGUF's names. GGUF has the rows of q and k in another order."""
     weights = load_file(directory / "model.safetensors")
     config = json.loads((directory / "config.json").read_text())
     parts = {
@@ -132,7 +132,7 @@ def of_checkpoint(directory):
 
 
 def exported():
-    """The judge as a Hugging Face directory: a checkpoint of a run that changed nothing."""
+    """Returns the judge as a Hugging Face directory: the checkpoint of a run that does not change the weights."""
     directory = WORK / "judge"
     if not directory.exists():
         sets = [f'policy.model="{WORK}/judge.gguf"', "run.steps=1", "learner.lr=1e-30", "learner.value_lr=1e-30", *SMALL]
@@ -149,7 +149,7 @@ SMALL = [
 
 
 def thinker():
-    """The judge, fine-tuned to think before it answers, as a directory with a thinking template; and its GGUF."""
+    """Returns the judge, fine-tuned to think before it answers, as a directory with a thinking template and as GGUF."""
     directory = WORK / "thinker"
     if not directory.exists():
         words = ["river", "bread", "stone", "cloud", "violin", "garden", "lamp", "harbour", "clock", "winter"]
@@ -179,7 +179,7 @@ def thinker():
 
 
 class Server:
-    """A server, which ends with the block."""
+    """Runs a server until the end of the block."""
 
     def __init__(self, *command):
         self.command = [str(part) for part in command]
@@ -217,7 +217,7 @@ def vllm(directory):
 
 
 def labels(name, *sets, pairs=None):
-    """Labels the pairs; returns the rows by pair, and the log."""
+    """Labels the pairs. Returns the rows by pair, and the log."""
     output = WORK / f"{name}.jsonl"
     command = [PROGRAM, "--log", "info", "label", CONFIG, "--input", PAIRS, "--output", output, "--limit", pairs or ARGS.pairs]
     log = run(*command, *[x for s in sets for x in ("--set", s)], log=f"{name}.log")
@@ -238,7 +238,7 @@ def there(server, kind, api, more="", pairs=None):
 
 
 def compare(ours, theirs):
-    """The differences of all scores, or of the probabilities in both orders."""
+    """Returns the differences of all scores, or of the probabilities in both orders."""
     assert ours.keys() == theirs.keys(), f"{len(ours)} and {len(theirs)} pairs"
     differences = []
     for pair, row in ours.items():
@@ -270,7 +270,7 @@ def agrees(server, kind, api, model):
 
 
 def thinks(server, directory):
-    """Labels of the thinking judge: as asked by default, which switches thinking off, and with thinking on."""
+    """Compares labels of the thinking judge: with thinking disabled, which is the default, and with thinking enabled."""
 
     def off():
         theirs, log = there(f"{server}-off", "pairwise", "chat")

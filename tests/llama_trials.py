@@ -1,4 +1,4 @@
-"""Trials of runs whose judge is a real llama.cpp server that is refused, stopped, slowed and swapped while they go on.
+"""Trials of runs whose judge is a real llama.cpp server that refuses, is stopped, slowed down and replaced during the run.
 
     pip install xllamacpp
     python tests/llama_trials.py target/release/preceptor JUDGE.gguf OTHER.gguf
@@ -51,7 +51,7 @@ def stop(server):
 
 
 class Run:
-    """A training run in a directory of its own."""
+    """A training run in a separate directory."""
 
     def __init__(self, key="right", resume=False, directory=None, outage=3600):
         self.dir = Path(directory or tempfile.mkdtemp())
@@ -95,7 +95,7 @@ class Run:
         got = self.process.wait(timeout=600)
         assert got == status, f"status {got} and not {status}:\n{self.log.read_text()[-2000:]}"
 
-    def whole(self):
+    def is_complete(self):
         steps = self.steps()
         masked = [step["groups/masked"] for step in steps]
         assert masked == [0] * 6, f"masked groups by step: {masked}"
@@ -111,11 +111,11 @@ def served(model):
 
 
 def resumed(run):
-    """Resumes `run` beside a judge that answers, and expects all steps."""
+    """Resumes `run` with a judge that answers, and expects all steps."""
     with served(JUDGE):
         again = Run(resume=True, directory=run.dir)
         again.end(0)
-        again.whole()
+        again.is_complete()
 
 
 def wrong_key():
@@ -126,11 +126,11 @@ def wrong_key():
         assert run.steps() == [], "nothing is spent"
         again = Run(directory=run.dir)
         again.end(0)
-        again.whole()
+        again.is_complete()
 
 
-def left_alone():
-    """A run that has taken two steps when its judge is stopped."""
+def with_stopped_judge():
+    """Returns a run whose judge was stopped after two steps."""
     with served(JUDGE):
         run = Run()
         run.until("a step", lambda: len(run.steps()) >= 2)
@@ -139,13 +139,13 @@ def left_alone():
 
 
 def stopped():
-    run = left_alone()
+    run = with_stopped_judge()
     before = len(run.steps())
     time.sleep(5)
     assert len(run.steps()) <= before + 1, "the run stands still"
     with served(JUDGE):
         run.end(0)
-        run.whole()
+        run.is_complete()
 
 
 def slowed():
@@ -156,16 +156,16 @@ def slowed():
         run.until("the cause", lambda: "did not answer within labeler.remote.timeout_s" in run.ready())
         server.send_signal(signal.SIGCONT)
         run.end(0)
-        run.whole()
+        run.is_complete()
 
 
 def swapped():
-    run = left_alone()
+    run = with_stopped_judge()
     with served(OTHER):
         run.until("the cause", lambda: "answers as model" in run.ready())
     with served(JUDGE):
         run.end(0)
-        run.whole()
+        run.is_complete()
 
 
 def away_for_good():
@@ -178,7 +178,7 @@ def away_for_good():
 
 
 def terminated_while_it_waits():
-    run = left_alone()
+    run = with_stopped_judge()
     began = time.time()
     run.process.send_signal(signal.SIGTERM)
     run.end(143)

@@ -1,8 +1,8 @@
-//! The models that are measured: by shape, since the time does not depend on the weights.
+//! Shapes of the measured models. The time does not depend on the weights.
 
 use preceptor::lm::model::ModelConfig;
 
-/// `tiny`, 4.0 M parameters, or `smollm2`, the shape of SmolLM2-135M.
+/// Returns the shape `tiny` (4.0 M parameters) or `smollm2` (that of SmolLM2-135M).
 pub fn shape(name: &str) -> Option<ModelConfig> {
     let [hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size] = match name {
         "tiny" => [256, 704, 4, 4, 2, 4096],

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the program with CUDA on a machine that needs neither a GPU nor CUDA; see --help.
+# Builds the program with CUDA on a machine without a GPU and without CUDA; see --help.
 set -euo pipefail
 
 usage() {
@@ -9,15 +9,15 @@ usage: benches/cuda/build.sh
 Builds preceptor, its device tests and its device bench with CUDA, without a GPU: compiler and libraries come from PyPI.
 Needs Rust, gcc, binutils, python3 with pip; 4 GB of disk; about 25 CPU-minutes the first time.
 
-Leaves under target/cuda:
+Writes to target/cuda:
   toolkit   CUDA's compiler, headers and libraries
-  target    what cargo built
-  bundle    the stripped binaries, and in lib/ the libraries they need: benches/cuda/run.sh runs them where a GPU is
-  bundle.tar.gz  the binaries alone, for a machine that has CUDA 13's libraries already
+  target    cargo's output
+  bundle    the stripped binaries, and in lib/ the libraries they need, for benches/cuda/run.sh on a machine with a GPU
+  bundle.tar.gz  the bundle without the libraries, for a machine that has CUDA 13's libraries already
 
 Environment:
-  CUDA_COMPUTE_CAP    what to compile for: 80 (A100), 86, 89 (L4, RTX 40), 90 (H100; default), 100, 120
-  CARGO_BUILD_JOBS    as cargo takes it
+  CUDA_COMPUTE_CAP    target architecture: 80 (A100), 86, 89 (L4, RTX 40), 90 (H100; default), 100, 120
+  CARGO_BUILD_JOBS    number of cargo's parallel jobs
 EOF
 }
 
@@ -27,7 +27,7 @@ case "${1:-}" in
     *) usage >&2; exit 2 ;;
 esac
 
-# A driver of CUDA 13.0 refuses what a newer compiler writes.
+# A driver of CUDA 13.0 refuses the output of a newer compiler.
 packages=(
     nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
     nvidia-cuda-runtime==13.0.96 nvidia-cuda-nvrtc==13.0.88 nvidia-cublas==13.1.0.3 nvidia-curand==10.4.0.35
@@ -59,8 +59,8 @@ for name in cublas cublasLt cudart curand nvrtc; do
 done
 ln -sfn lib "$CUDA_HOME/lib64"
 
-# The driver comes with a GPU. To link there must be something by its name that has its functions; each says that it is
-# a stub (CUDA_ERROR_STUB_LIBRARY).
+# The driver is installed with a GPU. For linking, a stub library with its name and functions is built; each function
+# returns CUDA_ERROR_STUB_LIBRARY.
 stubs=$CUDA_HOME/lib/stubs
 mkdir -p "$stubs"
 grep -ohE '\bcu[A-Z][A-Za-z0-9]*(_v[0-9]+)?\b' "$CUDA_HOME/include/cuda.h" | sort -u |
@@ -70,7 +70,7 @@ echo "$CUDA_HOME"
 
 say "cargo, for compute capability ${CUDA_COMPUTE_CAP:=90}"
 export CUDA_COMPUTE_CAP CUDARC_CUDA_VERSION=13000 PATH=$CUDA_HOME/bin:$PATH
-# Of the kernels that are machine code most are for quantised weights, which are not used here: 32 MB, compressed 8.
+# Most kernels in machine code are for quantised weights, which are not used here: 32 MB, or 8 MB compressed.
 export NVCC_APPEND_FLAGS=--compress-mode=size
 export LIBRARY_PATH=$CUDA_HOME/lib:$stubs${LIBRARY_PATH:+:$LIBRARY_PATH} CARGO_TARGET_DIR=$out/target
 cargo build --release --features cuda
@@ -84,7 +84,7 @@ mkdir -p "$bundle/lib" "$bundle/stubs"
 strip -o "$bundle/preceptor" "$CARGO_TARGET_DIR/release/preceptor"
 strip -o "$bundle/suite" "$suite"
 strip -o "$bundle/device" "$device"
-# Starts the tests where there is no driver, so that they can say so.
+# With this stub the tests start on a machine without a driver, and report that they are skipped.
 cp "$stubs/libcuda.so" "$bundle/stubs/libcuda.so.1"
 tar -C "$out" -czf "$out/bundle.tar.gz" bundle
 wanted() { readelf -d "$@" | sed -n 's/.*NEEDED.*\[\(.*\)\]/\1/p' | sort -u; }
@@ -92,7 +92,7 @@ pending=$(wanted "$bundle"/preceptor "$bundle"/suite "$bundle"/device)
 while [ -n "$pending" ]; do
     found=()
     for name in $pending; do
-        # The rest is the system's, or the driver's.
+        # The other libraries belong to the system or the driver.
         if [ -e "$CUDA_HOME/lib/$name" ] && [ ! -e "$bundle/lib/$name" ]; then
             ln "$CUDA_HOME/lib/$name" "$bundle/lib/$name" 2>/dev/null || cp "$CUDA_HOME/lib/$name" "$bundle/lib/"
             found+=("$bundle/lib/$name")

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Tests and measures what benches/cuda/build.sh built, on a machine with a GPU; see --help.
+# Tests and measures the output of benches/cuda/build.sh on a machine with a GPU; see --help.
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
 usage: benches/cuda/run.sh [BUNDLE]
 
-Runs the device tests, a short training run and the device bench of BUNDLE (target/cuda/bundle, or the bundle.tar.gz
-beside it) on the first GPU. Needs the driver of CUDA 13.0 or newer; no Rust. CUDA's libraries are taken from BUNDLE/lib,
-or else from CUDA_HOME, /usr/local/cuda or Python's nvidia-* packages.
+Runs the device tests, a short training run and the device bench of BUNDLE (default: target/cuda/bundle, unpacked from
+bundle.tar.gz if necessary) on the first GPU. Needs the driver of CUDA 13.0 or newer, but not Rust. CUDA's libraries are
+taken from BUNDLE/lib, or else from CUDA_HOME, /usr/local/cuda or Python's nvidia-* packages.
 
 Environment:
-  PEAK_F32, PEAK_BF16   what the device can do, in TFLOP/s, dense; those of an H100 SXM by default (67 and 989)
-  SECONDS_EACH          how long each figure is measured (5)
+  PEAK_F32, PEAK_BF16   peak performance of the device in TFLOP/s, dense; default: H100 SXM (67 and 989)
+  SECONDS_EACH          minimum seconds of each measurement (5)
 EOF
 }
 
@@ -26,7 +26,7 @@ cd "$(dirname "$0")/../.."
 bundle=${given:-target/cuda/bundle}
 if [ -z "$given" ] && [ ! -d "$bundle" ] && [ -e "$bundle.tar.gz" ]; then tar -C target/cuda -xzf "$bundle.tar.gz"; fi
 if [ ! -x "$bundle/suite" ]; then
-    echo "error: $bundle has no binaries; make them with benches/cuda/build.sh" >&2
+    echo "error: $bundle has no binaries; build them with benches/cuda/build.sh" >&2
     exit 1
 fi
 bundle=$(cd "$bundle" && pwd)
@@ -40,7 +40,7 @@ done
 export LD_LIBRARY_PATH=$path${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 missing() { ldd "$bundle/suite" | sed -n 's/[[:space:]]*\(.*\) => not found/\1/p'; }
 if missing | grep -q '^libcuda.so.1$'; then
-    echo "there is no driver (libcuda.so.1) here; a stub stands in for it"
+    echo "no driver (libcuda.so.1) found; using a stub"
     LD_LIBRARY_PATH+=:$bundle/stubs
 fi
 if [ -n "$(missing)" ]; then

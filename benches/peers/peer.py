@@ -1,5 +1,5 @@
-"""The counterpart of benches/peers.rs with PyTorch, transformers and TRL: the same work, shapes, token ids and line of
-JSON. run.py calls it; by hand, in an environment with what requirements.txt names:
+"""Counterpart of benches/peers.rs with PyTorch, transformers and TRL: the same work, shapes, token ids and output. run.py
+calls it. Alone, in an environment with the packages of requirements.txt:
 
     python peer.py WORK --model tiny|smollm2 [--threads N] [--repeats R]
 """
@@ -19,8 +19,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 GROUP, PROMPT, ANSWER, BLANK, SEQUENCE, BATCH = 8, 64, 64, 16, 128, 4
-# A repeat does its work as often as fills this many seconds, as on the other side.
-LEAST = 2.0
+# Minimum seconds of a repeat, as in peers.rs.
+MIN_SECONDS = 2.0
 
 SHAPES = {
     "tiny": dict(
@@ -108,7 +108,7 @@ def grpo(model, repeats, args):
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    # Completions that are learned from at once.
+    # Completions per forward pass of the trainer.
     rows = BATCH * GROUP if args.work == "grpo-whole" else GROUP
     vocab = {f"w{i}": i for i in range(model.config.vocab_size)}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
@@ -122,7 +122,7 @@ def grpo(model, repeats, args):
 
     marks = []
 
-    class Watch(TrainerCallback):
+    class StepTimes(TrainerCallback):
         def on_step_end(self, *_, **__):
             marks.append(mark())
 
@@ -131,13 +131,13 @@ def grpo(model, repeats, args):
             output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.0, num_iterations=1,
             num_generations=GROUP, per_device_train_batch_size=rows,
             gradient_accumulation_steps=BATCH * GROUP // rows, max_completion_length=ANSWER, temperature=0.9,
-            # An end token is never drawn.
+            # No end token is sampled.
             generation_kwargs={"min_new_tokens": ANSWER}, learning_rate=1e-6, max_steps=1 + repeats,
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
         )
         data = Dataset.from_dict({"prompt": prompts})
         trainer = GRPOTrainer(
-            model, mean_id, config, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()],
+            model, mean_id, config, train_dataset=data, processing_class=tokenizer, callbacks=[StepTimes()],
         )
         trainer.train()
     figures = Figures(BATCH * GROUP, "samples")
@@ -165,7 +165,7 @@ def repeat(repeats, units, unit, work):
     work()
     began = time.perf_counter()
     work()
-    times = math.ceil(LEAST / (time.perf_counter() - began))
+    times = math.ceil(MIN_SECONDS / (time.perf_counter() - began))
     figures = Figures(units * times, unit)
     for _ in range(repeats):
         before = mark()

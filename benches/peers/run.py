@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Preceptor against what one would take instead (PyTorch, transformers, TRL): the same work on the same machine, each
-side in a process of its own, in turn, and a table of medians.
+"""Compares Preceptor with PyTorch, transformers and TRL: the same work on the same machine, each side in a separate
+process, alternately. Prints a table of medians.
 
-  train        an optimizer step on whole sequences: forward, backward, clip by global norm, AdamW; 8 x 128 tokens
+  train        an optimizer step on complete sequences: forward, backward, clip by global norm, AdamW; 8 x 128 tokens
                (tiny) or 4 x 128 (smollm2)
-  generate-N   N completions of 64 tokens after 64, temperature 0.9; for 8 and 32 in groups of 8 that share a prompt,
-               as in reinforcement learning: computed once here, repeated in the batch there
+  generate-N   N completions of 64 tokens after prompts of 64, temperature 0.9; for 8 and 32 in groups of 8 that share a
+               prompt, as in reinforcement learning: Preceptor computes the prompt once, transformers for each row
   label        64 likelihood labels, log P(answer | prompt) - log P(answer | blank), in groups of 8; 64 + 64 tokens
-  grpo         steps of GRPO on 32 completions, groups of 8, no KL: the node here, trl.GRPOTrainer there. On one thread
-               the node's actors take turns (eta = 0), on two they work side by side (eta = 1). The trainer learns from
-               8 completions at a time, which is faster there than all at once, in half the memory
-  grpo-whole   the same with a trainer that learns from all 32 at once
-  overlap      Preceptor alone: how near a run at eta = 1 comes to the longer of its generation and its learning
+  grpo         GRPO steps on 32 completions, groups of 8, no KL: Preceptor's node and trl.GRPOTrainer. On one thread the
+               node's actors alternate (eta = 0), on two they work concurrently (eta = 1). The trainer uses batches of 8
+               completions, which is faster than all at once and takes half the memory
+  grpo-whole   the same with a trainer that uses all 32 completions at once
+  overlap      only Preceptor: the time of a run at eta = 1 divided by the longer of its generation and its learning
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main():
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         wall, used = (after - earlier for after, earlier in zip(others(), before))
         if used > 0.1 * wall:
-            print(f"not quiet: others took {used / wall:.1f} CPUs beside {' '.join(command[1:])}", file=sys.stderr)
+            print(f"warning: other processes used {used / wall:.1f} CPUs during {' '.join(command[1:])}", file=sys.stderr)
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
         line = json.loads(done.stdout.splitlines()[-1])
@@ -72,35 +72,35 @@ def main():
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Quiet the machine first: two threads that wait for each other suffer most from a third. Everything on both "
-        "models takes hours, most of it grpo and overlap on smollm2; `--models tiny --repeats 2 --rounds 1` looks whether "
-        "all works, in minutes.",
+        epilog="Stop other programs first: a third busy thread slows down two threads that wait for each other. All work on "
+        "both models takes hours, most of it grpo and overlap on smollm2; `--models tiny --repeats 2 --rounds 1` is a test "
+        "of some minutes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     listed = lambda known: lambda text: [one if one in known else parser.error(f"{one!r} is none of {', '.join(known)}")
                                          for one in text.split(",")]
     numbers = lambda text: [int(one) for one in text.split(",")]
     add = parser.add_argument
-    add("--works", type=listed(WORKS), default=WORKS, metavar="A,B", help="which of the above (default: all)")
+    add("--works", type=listed(WORKS), default=WORKS, metavar="A,B", help="kinds of work of the list above (default: all)")
     add("--models", type=listed(MODELS), default=MODELS, metavar="A,B",
         help="tiny: 4.0 M parameters; smollm2: the shape of SmolLM2-135M; random weights (default: both)")
-    add("--threads", type=numbers, default=[1, 2], metavar="N,M", help="threads of either side (default: 1,2)")
-    add("--rounds", type=int, default=3, help="times that the two sides take turns (default: 3)")
+    add("--threads", type=numbers, default=[1, 2], metavar="N,M", help="threads of each side (default: 1,2)")
+    add("--rounds", type=int, default=3, help="number of alternations of the two sides (default: 3)")
     add("--repeats", type=int, default=3, help="timed repeats in each process, after a warm-up (default: 3)")
     add("--precision", choices=["highest", "high", "medium"], default="highest",
-        help="of products of f32 on either side: policy.matmul_precision and torch.set_float32_matmul_precision "
-        "(default: highest)")
+        help="precision of f32 matrix products on both sides: policy.matmul_precision and "
+        "torch.set_float32_matmul_precision (default: highest)")
     add("--weights", choices=["f32", "bf16", "q8_0"], default="f32",
-        help="what the node samples with, its rollout.weights; the peers sample with their own (default: f32)")
-    add("--overlap-steps", type=int, default=20, help="steps of the runs that overlap times (default: 20)")
-    add("--python", help="the interpreter of an environment with what requirements.txt names; without it one is made in "
-        "target/peers, which fills 6 GB")
-    add("--json", metavar="FILE", help="append what each process said, a line each")
+        help="rollout.weights of the node; the other side samples in f32 (default: f32)")
+    add("--overlap-steps", type=int, default=20, help="steps of the runs that overlap measures (default: 20)")
+    add("--python", help="Python interpreter of an environment with the packages of requirements.txt; by default an "
+        "environment is created in target/peers, which takes 6 GB")
+    add("--json", metavar="FILE", help="append the output of each process, one line each")
     return parser.parse_args()
 
 
 def others():
-    """The clock, and the CPU seconds of the whole machine that no child of this program took."""
+    """Returns the time, and the CPU seconds of the machine without those of this program's children."""
     with open("/proc/stat") as stat:
         user, nice, system = map(int, stat.readline().split()[1:4])
     own = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -120,7 +120,7 @@ def environment():
 
 
 def build():
-    """The bench's binary."""
+    """Builds the bench and returns the path of its binary."""
     command = ["cargo", "bench", "--bench", "peers", "--no-run", "--message-format=json-render-diagnostics"]
     built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     messages = [json.loads(line) for line in built.stdout.splitlines()]
@@ -134,7 +134,7 @@ HEAD = """\
 
 
 def row(work, model, threads, ours, theirs):
-    """Ratios are ours to theirs for the rate, theirs to ours for time and memory: above 1 is in our favour."""
+    """Returns a table row. Ratios above 1 are in Preceptor's favour: ours to theirs for the rate, else theirs to ours."""
     cells = [work, model, str(threads), ours[0]["unit"]]
     for figure, better in [(rate, 1), (wall_ms, -1), (peak, -1)]:
         a, b = figure(ours), figure(theirs)
@@ -156,12 +156,12 @@ def peak(lines):
 
 OVERLAP_HEAD = """\
 | overlap | steps | η = 1: wall s | η = 0: wall s | generation alone s | learning alone s | wall / longer \
-| beside each other: generation s | learning s |
+| concurrent: generation s | learning s |
 |---|---|---|---|---|---|---|---|---|"""
 
 
 def overlap_row(model, lines):
-    """Medians of whole runs; "alone" is the time that the stage worked at η = 0, when the other one waited."""
+    """Returns a table row with medians of runs. "alone" is the busy time at η = 0, where the other stage waits."""
     middle = lambda name: statistics.median(line[name] for line in lines)
     wall = statistics.median(line["wall_s"][0] for line in lines)
     names = ["eta0_wall_s", "generation_alone_s", "learning_alone_s"]
@@ -171,7 +171,7 @@ def overlap_row(model, lines):
 
 
 def three(value):
-    """To three figures, without an exponent."""
+    """Formats a number with at least three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""A judge for checks: speaks OpenAI's protocol, judges by rule, fails now and then.
+"""A judge for checks, with the OpenAI API: it judges by a fixed rule and fails at configurable rates.
 
     judge.py [--port 0] [--errors 0.1] [--slow 0.1] [--abstain 0.05] [--outage-after N] [--outage-s S]
 
-Prints its address on one line. What it answers is a function of the question and of how many came before: to a
-comparison it prefers the text with more different words, with a liking for what stands first; to a rating question it
-gives such a text more. `--errors` of its answers are 500 or 429, `--slow` of them come half a second late, `--abstain`
-of them name no answer at all. After N questions it fails for S seconds, as a server that is down does. Needs Python 3.8
-and nothing else.
+Prints its address on one line. Its answer is a function of the question and of the number of earlier questions. In
+comparisons it prefers the text with more distinct words, with a bias for the first position; in ratings it scores the
+text by a hash of that number. The share `--errors` of its answers is 500 or 429, the share `--slow` is half a second
+late, and the share `--abstain` names no answer. After N questions it fails for S seconds, like an unavailable server.
+Needs only Python 3.8.
 """
 
 import argparse
@@ -26,18 +26,18 @@ LOCK = threading.Lock()
 
 
 def share(*what):
-    """A number from 0 to 1 that is a function of `what`."""
+    """Returns a number from 0 to 1, by a hash of `what`."""
     digest = hashlib.sha256(repr(what).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def worth(text):
-    """How many different words a text has; bytes without spaces count as one."""
+    """Returns the number of distinct words of a text, plus a hundredth of the number of its distinct characters."""
     return len(set(text.split())) + len(set(text)) / 100
 
 
 def distribution(prompt, abstains):
-    """The next token's: (token, probability), likeliest first."""
+    """Returns the distribution of the next token as (token, probability), most likely first."""
     if abstains:
         return [("Well", 0.9), ("It", 0.05)]
     first, mark, rest = prompt.rpartition("Summary 1 - ")[2].partition("Summary 2 - ")
@@ -54,7 +54,7 @@ def distribution(prompt, abstains):
 
 
 class Judge(BaseHTTPRequestHandler):
-    """One exchange; `options` is set by main."""
+    """Handler of one exchange. `main` sets `options`."""
 
     options = None
     protocol_version = "HTTP/1.1"
@@ -67,12 +67,12 @@ class Judge(BaseHTTPRequestHandler):
         if share("slow", number) < self.options.slow:
             time.sleep(0.5)
         if share("error", number) < self.options.errors:
-            return self.answer(500 if number % 2 else 429, {"error": {"message": "as it was told to"}})
+            return self.answer(500 if number % 2 else 429, {"error": {"message": "simulated error"}})
         chat = "messages" in body
         begun = chat and body["messages"][-1]["role"] == "assistant"
         asked = [m["content"] for m in body["messages"] if m["role"] == "user"] if chat else [body["prompt"]]
         prompt = asked[0]
-        # After a "1" that has begun a rating there may come a "0".
+        # A rating that begins with "1" may continue with "0".
         abstains = share("abstain", number) < self.options.abstain
         tokens = [(".", 0.7), ("0", 0.2)] if begun else distribution(prompt, abstains)
         log = [{"token": token, "logprob": math.log(p)} for token, p in tokens]
@@ -86,7 +86,7 @@ class Judge(BaseHTTPRequestHandler):
         return self.answer(200, {"choices": [choice], "usage": usage})
 
     def is_down(self, number):
-        """Whether the outage that was asked for lasts."""
+        """Returns whether the configured outage is in progress."""
         with LOCK:
             if self.options.outage_after and number >= self.options.outage_after and OUTAGE["until"] is None:
                 OUTAGE["until"] = time.monotonic() + self.options.outage_s
@@ -101,7 +101,7 @@ class Judge(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
         except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # a twin was answered first
+            self.close_connection = True  # the client has used the answer to a hedged request
 
     def log_message(self, *_):
         pass
@@ -114,12 +114,12 @@ class Server(ThreadingHTTPServer):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=0, help="0 for any that is free (default)")
+    parser.add_argument("--port", type=int, default=0, help="0 (default) for any free port")
     parser.add_argument("--errors", type=float, default=0.1, help="share of answers that are 500 or 429")
-    parser.add_argument("--slow", type=float, default=0.1, help="share of answers that come half a second late")
+    parser.add_argument("--slow", type=float, default=0.1, help="share of answers that are half a second late")
     parser.add_argument("--abstain", type=float, default=0.05, help="share of answers that name none of the choices")
-    parser.add_argument("--outage-after", type=int, default=0, help="questions before it fails; 0 for never")
-    parser.add_argument("--outage-s", type=float, default=4.0, help="seconds for which it fails")
+    parser.add_argument("--outage-after", type=int, default=0, help="number of questions before an outage; 0 for none")
+    parser.add_argument("--outage-s", type=float, default=4.0, help="duration of the outage in seconds")
     Judge.options = parser.parse_args()
     server = Server(("127.0.0.1", Judge.options.port), Judge)
     print(f"http://127.0.0.1:{server.server_address[1]}/v1", flush=True)

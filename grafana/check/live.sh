@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Fills every panel and says which stay empty: starts a judge, three tiny nodes and a Prometheus, checks, stops all.
+# Fills every panel and reports those that stay empty: starts a judge, three tiny nodes and a Prometheus, checks, and stops
+# all of them.
 #
 #   grafana/check/live.sh PRECEPTOR_BINARY [arguments of check_live.py]
 #
-# One node distills a judge's ratings into a reward model, one learns from pairs that the judge compares, one asks a panel.
-# The judge is judge.py: it answers at once, errs, hangs back and is away for some seconds, so that retries, hedges,
-# failures and outages have something to show. Needs what check.sh live needs, and takes a minute or two on two cores
-# (WAIT_S, 110, bounds it). Exit status as check.sh. With KEEP=1 the nodes' logs stay where they are, and are named.
+# One node distills a judge's ratings into a reward model, one is trained on pairs that the judge compares, one asks a
+# panel. The judge is judge.py, which sometimes fails or answers late and has an outage of some seconds, so that the panels
+# of retries, hedges, failures and outages have data. Needs the programs of check.sh live, and takes a minute or two on two
+# cores (at most WAIT_S, 110). Exit status as of check.sh. With KEEP=1 the nodes' logs are kept, and their folder is printed.
 set -euo pipefail
 
-binary=$(realpath "${1:?the preceptor binary to check with: grafana/check/live.sh target/release/preceptor}")
+binary=$(realpath "${1:?usage: grafana/check/live.sh PRECEPTOR_BINARY, such as target/release/preceptor}")
 shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 scratch=$(mktemp -d)
@@ -27,8 +28,7 @@ clean() {
 }
 trap clean EXIT
 
-# Four that nobody listens on, below those that the system hands out to connections: one of the nodes could be given it
-# before the next one listens.
+# Four free ports below the range of ephemeral ports, which the system could assign to a connection before the node listens.
 free_ports() {
     python3 -c 'import random, socket
 held = []
@@ -46,7 +46,7 @@ until judge=$(head -n 1 "$scratch/judge.txt" 2>/dev/null) && [[ -n $judge ]]; do
     kill -0 "${started[0]}" 2>/dev/null || { cat "$scratch/judge.log" >&2; exit 2; }
     sleep 0.1
 done
-# Impatient, so that hedges, retries and an open breaker come within seconds; priced, so that there is a cost.
+# Short times, so that hedges, retries and an open breaker occur within seconds; prices, so that there is a cost.
 remote="{ url = \"$judge\", model = \"check\", concurrency = 4, requests_per_minute = 600, retries = 1, backoff_s = 0.1, \
 hedge_after_s = 0.2, breaker_failures = 5, breaker_cooldown_s = 1, price_prompt = 1.0, price_completion = 2.0 }"
 
@@ -68,7 +68,7 @@ deadline=$((SECONDS + 30))
 for at in "$first" "$second" "$third"; do
     until curl --fail --silent --max-time 5 "http://127.0.0.1:$at/metrics" >"$scratch/page" && [[ -s $scratch/page ]]; do
         if ((SECONDS >= deadline)); then
-            echo "error: no node answers on port $at; its log:" >&2
+            echo "error: no node answers on port $at; the logs:" >&2
             tail -n 20 "$scratch"/*.log >&2
             exit 2
         fi
@@ -79,7 +79,7 @@ done
 status=0
 PORT=$port WAIT_S=${WAIT_S:-110} "$here/../check.sh" live "127.0.0.1:$first" "127.0.0.1:$second" "127.0.0.1:$third" "$@" || status=$?
 if ((status)); then
-    echo "the nodes' last words:" >&2
+    echo "the ends of the nodes' logs:" >&2
     tail -n 3 "$scratch"/{distilled,pairs,panel}.log >&2
 fi
 exit "$status"

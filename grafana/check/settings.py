@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Checks that every setting which dashboards and alerts name in their texts is one of the program's.
+"""Checks that every setting named in the texts of dashboards and alerts exists.
 
     settings.py
 
-A setting is written with its section, `learner.eta`; the sections and their keys are read from configs/preceptor.schema.json.
-Exit status 0 when all are known, 1 when not. Needs Python 3.8 and nothing else.
+A setting is written with its section, such as `learner.eta`. Sections and keys are read from
+configs/preceptor.schema.json. Exit status 0 if all are known, 1 otherwise. Needs only Python 3.8.
 """
 
 import json
@@ -19,7 +19,7 @@ SCHEMA = GRAFANA.parent / "configs/preceptor.schema.json"
 
 def main():
     sections = read_sections()
-    # Two words with a point between that are no file's name; a template's variables have a $.
+    # Words joined by dots, except file names and template variables, which have a $.
     mentioned = re.compile(r"(?<![\w$./-])[a-z_]+(?:\.[a-z_]+)+(?![\w/:-])")
     faults = total = 0
     for place, text in texts():
@@ -29,13 +29,13 @@ def main():
             total += 1
             if not is_setting(name, sections):
                 faults += 1
-                print(f"{place}: {name} is no setting")
-    print(f"{total - faults} of {total} mentions of settings are well")
+                print(f"{place}: {name} is not a setting")
+    print(f"{total - faults} of {total} mentioned settings exist")
     return 1 if faults or not total else 0
 
 
 def read_sections():
-    """Keys by section, tables inside sections included (`labeler.remote`), from the JSON Schema of the configuration."""
+    """Returns the keys by section, including nested tables (`labeler.remote`), from the configuration's JSON Schema."""
     sections = {}
 
     def add(name, schema):
@@ -51,13 +51,13 @@ def read_sections():
 
 
 def is_setting(name, sections):
-    """Whether a section, the longest that the name begins with, has the key that follows."""
+    """Returns whether the part of the name before its last dot is a section that has the key after it."""
     section, _, key = name.rpartition(".")
     return key in sections.get(section, ())
 
 
 def texts():
-    """(place, text) of everything that is shown to people."""
+    """Yields (place, text) of all texts of dashboards, alerts and README."""
     for file in sorted((GRAFANA / "dashboards").glob("*.json")):
         for panel in json.loads(file.read_text(encoding="utf-8"))["panels"]:
             yield f"{file.name}: {panel['title']}", panel.get("description", "")

@@ -1,8 +1,8 @@
-// Checks dashboards against Grafana's types (dashboard.ts), and what types cannot say (rules below).
+// Checks dashboards against Grafana's types (dashboard.ts) and against the rules below, which types cannot express.
 //
-//   node check.mjs [FOLDER]      the folder of dashboards; ../dashboards when left out
+//   node check.mjs [FOLDER]      FOLDER of dashboards; default: ../dashboards
 //
-// Exit status 0 when all are well, 1 when not, with a line for each fault.
+// Exit status 0 if all are correct, else 1, with a line for each fault.
 
 import { readdirSync, readFileSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
@@ -34,7 +34,7 @@ for (const fault of faults) console.error(fault);
 console.log(`${files.length} dashboards, ${faults.length} faults`);
 process.exit(faults.length ? 1 : 0);
 
-/** What the compiler says of dashboards (texts by file), each taken for the literal that it is. */
+/** Returns the compiler's errors for dashboards (texts by file), each compiled as a literal. */
 function types(texts) {
   const before = 'import type { Dashboard } from "./dashboard";\nexport const it: Dashboard =\n';
   const sources = new Map([...texts].map(([file, text]) => [join(here, `${file}.check.ts`), { file, text: before + text }]));
@@ -62,12 +62,12 @@ function types(texts) {
   });
 }
 
-/** What holds for every dashboard of this folder, and no type says. */
+/** Returns the violations of the rules that all dashboards of this folder follow. */
 function rules(file, dashboard) {
   const found = [];
   const name = file.replace(/\.json$/, '');
   if (dashboard.uid !== `preceptor-${name}`) found.push(`uid is ${dashboard.uid}, not preceptor-${name}`);
-  if (uids.has(dashboard.uid)) found.push(`uid ${dashboard.uid} is that of ${uids.get(dashboard.uid)}`);
+  if (uids.has(dashboard.uid)) found.push(`uid ${dashboard.uid} is used by ${uids.get(dashboard.uid)}, too`);
   uids.set(dashboard.uid, file);
   if (!dashboard.tags?.includes('preceptor')) found.push('is not tagged preceptor');
   if (!dashboard.links?.some((link) => link.type === 'dashboards' && link.tags.includes('preceptor') && link.includeVars)) {
@@ -82,9 +82,9 @@ function rules(file, dashboard) {
   const titles = new Set();
   for (const panel of panels) {
     const say = (fault) => found.push(`panel ${panel.id} ${JSON.stringify(panel.title)}: ${fault}`);
-    if (ids.has(panel.id)) say('its id is another panel\'s');
+    if (ids.has(panel.id)) say('another panel has the same id');
     ids.add(panel.id);
-    if (titles.has(panel.title)) say('its title is another panel\'s');
+    if (titles.has(panel.title)) say('another panel has the same title');
     titles.add(panel.title);
     place(panel, panels, say);
     if (panel.type === 'row') continue;
@@ -95,18 +95,18 @@ function rules(file, dashboard) {
     const units = [panel.fieldConfig?.defaults?.unit, panel.options?.yAxis?.unit, ...special].filter(Boolean);
     if (panel.type !== 'state-timeline' && !units.length) say('has no unit');
     for (const unit of units) {
-      if (!UNITS.has(unit) && !UNIT_FORM.test(unit)) say(`unit ${JSON.stringify(unit)} is none that is known`);
+      if (!UNITS.has(unit) && !UNIT_FORM.test(unit)) say(`unit ${JSON.stringify(unit)} is unknown`);
     }
-    if (panel.repeat && !variables.has(panel.repeat)) say(`repeats for ${panel.repeat}, which is no variable`);
+    if (panel.repeat && !variables.has(panel.repeat)) say(`repeats for ${panel.repeat}, which is not a variable`);
   }
   return found;
 }
 
-/** Within the columns, and on nobody's place. */
+/** Checks that a panel is within the grid and overlaps no other panel. */
 function place(panel, panels, say) {
   const at = panel.gridPos;
-  const whole = at && [at.h, at.w, at.x, at.y].every((n) => Number.isInteger(n) && n >= 0);
-  if (!whole || at.w < 1 || at.h < 1 || at.x + at.w > COLUMNS) return say(`does not fit the grid: ${JSON.stringify(at)}`);
+  const valid = at && [at.h, at.w, at.x, at.y].every((n) => Number.isInteger(n) && n >= 0);
+  if (!valid || at.w < 1 || at.h < 1 || at.x + at.w > COLUMNS) return say(`does not fit the grid: ${JSON.stringify(at)}`);
   for (const other of panels) {
     const its = other.gridPos;
     if (other.id <= panel.id || !its) continue;
@@ -115,12 +115,12 @@ function place(panel, panels, say) {
   }
 }
 
-/** Every query has a name, an expression for the chosen node, and the chosen data source. */
+/** Checks that every query has a unique name, an expression for the selected node, and the selected data source. */
 function queries(panel, variables, say) {
   if (!panel.targets?.length) say('has no target');
   const names = new Set();
   for (const target of panel.targets ?? []) {
-    if (names.has(target.refId)) say(`two targets are ${target.refId}`);
+    if (names.has(target.refId)) say(`two targets have the name ${target.refId}`);
     names.add(target.refId);
     if (!target.expr?.trim()) say(`target ${target.refId} has no expr`);
     if (target.datasource?.uid !== '${datasource}') say(`target ${target.refId} does not use the variable datasource`);
@@ -129,7 +129,7 @@ function queries(panel, variables, say) {
       if (!selector.includes('instance=~"$instance"')) say(`target ${target.refId}: ${selector} is not limited to the node`);
     }
     for (const [, used] of (target.expr ?? '').matchAll(/\$\{?(\w+)/g)) {
-      if (!used.startsWith('__') && !variables.has(used)) say(`target ${target.refId}: $${used} is no variable`);
+      if (!used.startsWith('__') && !variables.has(used)) say(`target ${target.refId}: $${used} is not a variable`);
     }
   }
 }

@@ -1,5 +1,5 @@
-// What a dashboard of this folder may be: Grafana's types, closed. A key that they do not have is an error, where
-// Grafana itself would ignore it, and options are those of the panel's own type.
+// Type of the dashboards in this folder: Grafana's types without additional keys. An unknown key is an error here, while
+// Grafana ignores it, and options must be those of the panel's type.
 
 import type {
   AnnotationQuery,
@@ -15,7 +15,7 @@ import type * as Stat from '@grafana/schema/dist/types/raw/composable/stat/panel
 import type * as StateTimeline from '@grafana/schema/dist/types/raw/composable/statetimeline/panelcfg/x/StateTimelinePanelCfg_types.gen.d.ts';
 import type * as TimeSeries from '@grafana/schema/dist/types/raw/composable/timeseries/panelcfg/x/TimeSeriesPanelCfg_types.gen.d.ts';
 
-/** A type as JSON writes it: the members of an enum are their values. */
+/** The JSON form of a type: members of an enum are replaced by their values. */
 type Plain<T> = unknown extends T
   ? unknown
   : T extends string
@@ -44,7 +44,7 @@ interface Target {
   format?: 'heatmap';
 }
 
-/** Keys of a field that an override may set. */
+/** Keys of a field that an override can set. */
 type Overridden = 'color' | 'unit' | 'decimals' | 'min' | 'max' | 'displayName' | `custom.${string}`;
 
 type Panel<Type extends string, Options, Custom> = Plain<
@@ -64,13 +64,13 @@ type Panel<Type extends string, Options, Custom> = Plain<
   };
 };
 
-/** As the schema has it, but with an object's values told apart. */
+/** A value mapping as in the schema, but with typed options. */
 interface ValueMap {
   type: 'value';
   options: Record<string, { text?: string; color?: string; icon?: string; index?: number }>;
 }
 
-/** The types of panels that are used; another one is a further line. */
+/** The used types of panels. */
 type Shown =
   | Panel<'timeseries', TimeSeries.Options, TimeSeries.FieldConfig>
   | Panel<'stat', Stat.Options, Record<string, never>>
@@ -79,7 +79,7 @@ type Shown =
 
 type Row = Plain<Omit<RowPanel, 'panels' | 'type'>> & { type: 'row'; panels: Shown[] };
 
-/** `definition` and a query that is an object are Prometheus', and not in the schema. */
+/** A variable. `definition` and a query that is an object are specific to Prometheus and missing in the schema. */
 type Variable = Plain<Omit<VariableModel, 'query' | 'datasource'>> & {
   datasource?: Source;
   query: string | { query: string; refId: string; qryType: number };

@@ -21,7 +21,7 @@ use crate::pipeline::data::{Dataset, ModelBounds, OnLong, PairOptions, Part, Pre
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::stop::Stop;
 use crate::pipeline::reward::RewardModel;
-use crate::pipeline::setup::{LabelerBench, budget, labeler_bench, prompt_format, rows};
+use crate::pipeline::setup::{JudgeSet, budget, load_judges, prompt_format, rows};
 use crate::rl::statistics::Table;
 use crate::status;
 use crate::tools::evaluate::alignment::{Alignment, alignment, variants};
@@ -183,8 +183,8 @@ impl Eval {
 }
 
 /// Sets up the judge of an evaluation under `config`.
-fn bench(config: &Config) -> Result<LabelerBench> {
-    before_work(|| labeler_bench(config, true, budget(config, None)?))
+fn judges(config: &Config) -> Result<JudgeSet> {
+    before_work(|| load_judges(config, true, budget(config, None)?))
 }
 
 impl AlignmentArgs {
@@ -206,9 +206,9 @@ impl AlignmentArgs {
         let cot_limit = self.cot_limit.unwrap_or(usize::MAX);
         let job = Alignment { pairs, chosen, cot_limit, variants: variants.possible, attacked: self.attacks };
         status!("{}", job.announcement());
-        let bench = bench(&config)?;
+        let judges = judges(&config)?;
         let title = format!("AI labeler alignment on {}", self.input);
-        self.shown.print(&alignment(&bench, &job, &title)?.tables())
+        self.shown.print(&alignment(&judges, &job, &title)?.tables())
     }
 }
 
@@ -302,9 +302,9 @@ impl WinRateArgs {
             "the two models can take different numbers of prompts; lower data.max_prompt_tokens"
         );
         self.common.write(&prompts, &[("a", &a), ("b", &b)])?;
-        let bench = bench(&config)?;
+        let judges = judges(&config)?;
         let title = format!("Win rate of {} over {against}", self.a);
-        let found = win_rate(&config, &bench, Contest { prompts, a, b, tokenizer, chat: config.data.chat }, &title)?;
+        let found = win_rate(&config, &judges, Contest { prompts, a, b, tokenizer, chat: config.data.chat }, &title)?;
         self.common.shown.print(&[&found.table])
     }
 }
@@ -337,9 +337,9 @@ impl HarmlessRateArgs {
         before_work(|| check_labeler(&config))?;
         let (prompts, answers, tokenizer) = self.common.generate_answers(&config, &self.model, false)?;
         self.common.write(&prompts, &[("answer", &answers)])?;
-        let bench = bench(&config)?;
+        let judges = judges(&config)?;
         let title = format!("Harmless rate of {}", self.model);
-        let table = harmless_rate(&config, &bench, Rated { prompts, answers, tokenizer }, &title)?;
+        let table = harmless_rate(&config, &judges, Rated { prompts, answers, tokenizer }, &title)?;
         self.common.shown.print(&[&table])
     }
 }

@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::pipeline::data::Preferences;
 use crate::pipeline::label::Pairing;
 use crate::pipeline::label::stage::Wants;
-use crate::pipeline::setup::{LabelerBench, budget, compares_with_blank, labeler_bench, prompt_format};
+use crate::pipeline::setup::{JudgeSet, budget, compares_with_blank, load_judges, prompt_format};
 use crate::pipeline::topology::labelers::labeler_on;
 use crate::status;
 use crate::tools::batch_label::file::{LabelFile, Provenance};
@@ -46,21 +46,21 @@ pub struct Label {
 
 impl Label {
     /// Opens the pairs, the judge, and the output file.
-    fn prepare(&self, config: &Config) -> Result<(Arc<Preferences>, LabelerBench, LabelFile)> {
+    fn prepare(&self, config: &Config) -> Result<(Arc<Preferences>, JudgeSet, LabelFile)> {
         ensure!(self.batch > 0, "--batch must be above zero");
         let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
         let pairs = Arc::new(Preferences::of(rows, &pair_options(config, false))?);
         // The cost so far is kept in a file next to the output, so that `labeler.max_cost` bounds all processes of this
         // output together.
         let cost = self.output.with_extension("cost.txt");
-        let bench = labeler_bench(config, true, budget(config, Some(cost))?)?;
-        compares_with_blank(config, !prompt_format(config).blank(&bench.tokenizer)?.is_empty())?;
-        let labeler = labeler_on(config, &bench.instruments)?;
+        let judges = load_judges(config, true, budget(config, Some(cost))?)?;
+        compares_with_blank(config, !prompt_format(config).blank(&judges.tokenizer)?.is_empty())?;
+        let labeler = labeler_on(config, &judges.backends)?;
         let provenance =
             Provenance { labeler: labeler.name().to_owned(), model: labeler.model(), template: labeler.template() };
         drop(labeler);
         let file = LabelFile::open(&self.output, Arc::clone(&pairs), provenance)?;
-        Ok((pairs, bench, file))
+        Ok((pairs, judges, file))
     }
 
     /// Labels the pairs that have no label yet, and prints totals.
@@ -69,22 +69,22 @@ impl Label {
     /// If the configuration, input or output cannot be used, or pairs could not be labeled.
     pub fn run(self) -> Result<()> {
         let config = self.config.load_judge()?;
-        let (pairs, bench, file) = before_work(|| self.prepare(&config))?;
+        let (pairs, judges, file) = before_work(|| self.prepare(&config))?;
         let mut todo = file.todo();
         todo.retain(|i| self.limit.is_none_or(|limit| *i < limit));
         let before = pairs.len() - file.todo().len();
         status!("{} pairs, {before} labeled before, {} to do", pairs.len(), todo.len());
         let (began, count) = (Instant::now(), todo.len());
         let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
-        let questions = PairQuestions { pairs, format: prompt_format(&config), tokenizer: bench.tokenizer };
-        let (settings, instruments) = (config.clone(), bench.instruments);
+        let questions = PairQuestions { pairs, format: prompt_format(&config), tokenizer: judges.tokenizer };
+        let (settings, backends) = (config.clone(), judges.backends);
         let job = Job {
             config,
             questions: Arc::new(questions),
             todo,
             batch: self.batch,
             wants: Wants::Preferences { pairing: Pairing::Adjacent, temperature },
-            labelers: Box::new(move || labeler_on(&settings, &instruments)),
+            labelers: Box::new(move || labeler_on(&settings, &backends)),
             gave_up: Arc::default(),
         };
         let file = Arc::new(Mutex::new(file));

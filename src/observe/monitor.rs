@@ -33,7 +33,7 @@ use samples::Samples;
 use window::{Observation, Window};
 
 /// Maximum number of reasons for masked groups that `/status` lists.
-const MOST_REASONS: usize = 5;
+const MAX_REASONS: usize = 5;
 
 /// The observable state of a node.
 pub struct Monitor {
@@ -121,7 +121,7 @@ impl Monitor {
     }
 
     /// Sets the name of the current phase.
-    pub fn phase(&self, phase: &str) {
+    pub fn set_phase(&self, phase: &str) {
         phase.clone_into(&mut lock(&self.phase));
     }
 
@@ -136,13 +136,13 @@ impl Monitor {
     }
 
     /// Sets the policy's device. Later calls have no effect.
-    pub fn on(&self, device: &Device) {
+    pub fn set_device(&self, device: &Device) {
         // An error means that it is set already.
         let _ = self.device.set(device.clone());
     }
 
     /// Sets the published weights and the ledger. Later calls have no effect.
-    pub fn training(&self, weights: Arc<SnapshotCell<Decoder>>, book: SharedLedger) {
+    pub fn set_training(&self, weights: Arc<SnapshotCell<Decoder>>, book: SharedLedger) {
         // An error means that it is set already.
         let _ = (self.weights.set(weights), self.book.set(book));
     }
@@ -178,18 +178,18 @@ impl Monitor {
 
     /// Records the reasons for masked groups with their counts, most frequent first, and the exceeded bounds of
     /// `[guard]`.
-    pub fn health(&self, masked: Vec<(&str, u64)>, exceeded: impl Iterator<Item = &'static str>) {
-        let masked = masked.into_iter().take(MOST_REASONS).map(|(why, count)| (why.to_owned(), count)).collect();
+    pub fn set_health(&self, masked: Vec<(&str, u64)>, exceeded: impl Iterator<Item = &'static str>) {
+        let masked = masked.into_iter().take(MAX_REASONS).map(|(why, count)| (why.to_owned(), count)).collect();
         *lock(&self.health) = Health { masked, exceeded: exceeded.collect() };
     }
 
     /// Samples the graph. To be called about once a second.
-    pub fn look(&self) {
+    pub fn sample(&self) {
         // The lock is held while the graph is read, so that the tracer never reads a graph after `ended`.
         let mut tracer = lock(&self.tracer);
         let Some(graph) = lock(&self.graph).clone() else { return };
         if let Some(tracer) = tracer.as_mut() {
-            tracer.see(&graph);
+            tracer.read(&graph);
         }
         drop(tracer);
         let seen = Observation::now(graph.report());
@@ -203,7 +203,7 @@ impl Monitor {
     ///
     /// # Errors
     /// If the collector cannot be used.
-    pub fn trace(&self) -> Result<()> {
+    pub fn start_tracing(&self) -> Result<()> {
         *lock(&self.tracer) = Tracer::start(&self.config.run.name)?;
         Ok(())
     }
@@ -220,12 +220,12 @@ impl Monitor {
     }
 
     /// Sets the online controller.
-    pub fn controlled(&self, controller: Controller) {
+    pub fn set_controller(&self, controller: Controller) {
         *lock(&self.controller) = Some(Controlled { controller, window: Window::default(), exchanges: exchanges() });
     }
 
     /// Runs the controller, if one is set and due, and returns its adjustments.
-    pub fn control(&self) -> Vec<Adjustment> {
+    pub fn run_controller(&self) -> Vec<Adjustment> {
         let mut controlled = lock(&self.controller);
         let Some(Controlled { controller, window, exchanges: before }) = controlled.as_mut() else { return Vec::new() };
         let shares = window.shares();
@@ -261,10 +261,10 @@ impl Monitor {
             let window = lock(&self.window);
             (window.shares(), window.rates())
         };
-        let Some(found) = diagnose(&shares, &self.config, process::cores()) else { return String::new() };
-        let limit =
-            found.role.map_or_else(|| "no single actor".into(), |role| format!("{role} {:.0} %", 100.0 * found.share));
-        format!("{:.0} tokens/s, limit: {limit}", rates.trained_tokens_per_s)
+        let Some(diagnosis) = diagnose(&shares, &self.config, process::cores()) else { return String::new() };
+        let bottleneck =
+            diagnosis.role.map_or_else(|| "none".into(), |role| format!("{role} {:.0} %", 100.0 * diagnosis.share));
+        format!("{:.0} tokens/s, bottleneck: {bottleneck}", rates.trained_tokens_per_s)
     }
 
     /// Returns the response of `/metrics`, in Prometheus' text format.
@@ -306,7 +306,7 @@ impl Monitor {
                 "masked_groups": count(&TOTALS.masked),
                 "disk_errors": count(&TOTALS.disk_errors),
             },
-            "judges_away": telemetry::judges_away().into_iter().map(|(url, time, why, refuses)| json!({
+            "judges_away": telemetry::judge_outages().into_iter().map(|(url, time, why, refuses)| json!({
                 "url": url, "seconds": time.as_secs(), "why": why, "refuses": refuses,
             })).collect::<Vec<_>>(),
             "health": {

@@ -16,23 +16,23 @@ macro_rules! status {
 }
 
 /// True if lines are printed as JSON objects.
-static MACHINES: AtomicBool = AtomicBool::new(false);
+static JSON: AtomicBool = AtomicBool::new(false);
 
 /// Switches to JSON output for the rest of the process: each line is an object with `timestamp`, `level`, `message`,
 /// `event`, and optionally `figures`, and no bar is shown.
-pub fn for_machines() {
-    MACHINES.store(true, Ordering::Relaxed);
+pub fn use_json() {
+    JSON.store(true, Ordering::Relaxed);
 }
 
 /// Prints a line on standard error. Called through [`status!`](crate::status).
 pub fn say(text: std::fmt::Arguments<'_>) {
-    tell("line", &text.to_string(), None);
+    print_event("line", &text.to_string(), None);
 }
 
 /// Prints the line of an event. `event` is its kind and `figures` its data, which only JSON output contains.
-fn tell(event: &str, text: &str, figures: Option<&Value>) {
+fn print_event(event: &str, text: &str, figures: Option<&Value>) {
     let mut line = plain(text).into_owned();
-    if MACHINES.load(Ordering::Relaxed) {
+    if JSON.load(Ordering::Relaxed) {
         let timestamp = humantime::format_rfc3339_micros(SystemTime::now()).to_string();
         let mut object = json!({ "timestamp": timestamp, "level": "INFO", "event": event, "message": text });
         if let Some(figures) = figures {
@@ -53,7 +53,7 @@ pub struct Progress {
 impl Progress {
     /// Creates the display of the phase `phase` with `of` units of work, such as `prompts`.
     pub fn new(phase: &str, unit: &str, of: u64) -> Self {
-        let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr()) && !MACHINES.load(Ordering::Relaxed);
+        let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr()) && !JSON.load(Ordering::Relaxed);
         let target = if terminal { ProgressDrawTarget::stderr_with_hz(4) } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(of), target);
         let style = ProgressStyle::with_template(&format!(
@@ -68,19 +68,19 @@ impl Progress {
 
     /// Prints a permanent line.
     pub fn line(&self, text: &str) {
-        self.put("line", text, None);
+        self.print("line", text, None);
     }
 
     /// Prints the permanent line of a finished step. JSON output includes `figures`.
     pub fn step(&self, text: &str, figures: &Value) {
-        self.put("step", text, Some(figures));
+        self.print("step", text, Some(figures));
     }
 
-    fn put(&self, event: &str, text: &str, figures: Option<&Value>) {
+    fn print(&self, event: &str, text: &str, figures: Option<&Value>) {
         if self.terminal {
             self.bar.println(plain(text));
         } else {
-            tell(event, text, figures);
+            print_event(event, text, figures);
         }
     }
 

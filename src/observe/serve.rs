@@ -46,7 +46,7 @@ pub async fn serve(config: &Serve, token: Option<Token>, monitor: Arc<Monitor>) 
     })?;
     let bound = listener.local_addr()?;
     let router = router(monitor, token, Hosts::new(&config.hosts));
-    tokio::spawn(connections::accept(listener, router, connections::most()));
+    tokio::spawn(connections::accept(listener, router, connections::max_connections()));
     Ok(bound)
 }
 
@@ -57,7 +57,7 @@ pub fn upkeep(monitor: Arc<Monitor>) {
         let mut ticks = tokio::time::interval(Duration::from_secs(1));
         for tick in 0u64.. {
             ticks.tick().await;
-            monitor.look();
+            monitor.sample();
             if tick.is_multiple_of(5) {
                 monitor.upkeep();
             }
@@ -112,12 +112,12 @@ async fn readyz(State(monitor): Node) -> impl IntoResponse {
     if monitor.report().is_none() {
         return (StatusCode::SERVICE_UNAVAILABLE, "starting\n".to_owned());
     }
-    let away = telemetry::judges_away();
-    if away.is_empty() {
+    let outages = telemetry::judge_outages();
+    if outages.is_empty() {
         return (StatusCode::OK, "ready\n".to_owned());
     }
     let guarded = monitor.is_guarded();
-    let lines = away.iter().map(|(url, time, why, _)| {
+    let lines = outages.iter().map(|(url, time, why, _)| {
         if guarded {
             // Probes have no token, and the judge's error messages are only for readers with the token.
             return format!("waiting for a judge, unavailable for {} s; /status has the cause\n", time.as_secs());

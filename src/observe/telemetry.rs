@@ -228,7 +228,7 @@ pub fn label_bought_again() {
 
 /// An outage of a remote judge that the run waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Away<'a> {
+pub struct Outage<'a> {
     /// Duration of the outage.
     pub time: Duration,
     /// Failure of the last exchange.
@@ -238,13 +238,13 @@ pub struct Away<'a> {
 }
 
 /// Current outages by the judge's URL, for readers within the process.
-static AWAY: Mutex<BTreeMap<String, (Duration, String, bool)>> = Mutex::new(BTreeMap::new());
+static OUTAGES: Mutex<BTreeMap<String, (Duration, String, bool)>> = Mutex::new(BTreeMap::new());
 
 /// Publishes an outage of the judge at `url`, or with `None` its end.
-pub fn judge_away(url: &str, away: Option<Away<'_>>) {
-    let mut known = AWAY.lock().unwrap_or_else(PoisonError::into_inner);
-    match away {
-        Some(Away { time, why, refuses }) => known.insert(url.to_owned(), (time, why.to_owned(), refuses)),
+pub fn judge_outage(url: &str, outage: Option<Outage<'_>>) {
+    let mut known = OUTAGES.lock().unwrap_or_else(PoisonError::into_inner);
+    match outage {
+        Some(Outage { time, why, refuses }) => known.insert(url.to_owned(), (time, why.to_owned(), refuses)),
         None => known.remove(url),
     };
     let longest = known.values().map(|(time, ..)| *time).max().unwrap_or_default();
@@ -254,8 +254,8 @@ pub fn judge_away(url: &str, away: Option<Away<'_>>) {
 }
 
 /// Returns the remote judges that the run waits for: URL, duration, cause, and true if the judge refuses requests.
-pub fn judges_away() -> Vec<(String, Duration, String, bool)> {
-    let known = AWAY.lock().unwrap_or_else(PoisonError::into_inner);
+pub fn judge_outages() -> Vec<(String, Duration, String, bool)> {
+    let known = OUTAGES.lock().unwrap_or_else(PoisonError::into_inner);
     known.iter().map(|(url, (time, why, refuses))| (url.clone(), *time, why.clone(), *refuses)).collect()
 }
 

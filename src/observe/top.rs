@@ -20,15 +20,15 @@ use crate::util::http;
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// Maximum size of a response in bytes. A node's history has some hundred kilobytes.
-const MOST: usize = 8 << 20;
+const MAX_RESPONSE: usize = 8 << 20;
 
 /// The last state received from a node.
 #[derive(Default)]
-struct Said {
+struct NodeState {
     status: Value,
     history: Value,
     /// The error of the last poll, if it failed.
-    silence: Option<String>,
+    error: Option<String>,
 }
 
 /// The address and token of a remote node.
@@ -85,16 +85,17 @@ impl RemoteNode {
             status if !status.is_success() => bail!("{} answers {status}; is it a node?", self.url),
             _ => {}
         }
-        let bytes =
-            http::body(answer, MOST).await.with_context(|| format!("the response of {} is not a node's", self.url))?;
+        let bytes = http::body(answer, MAX_RESPONSE)
+            .await
+            .with_context(|| format!("the response of {} is not a node's", self.url))?;
         serde_json::from_slice(&bytes).with_context(|| format!("the response of {} is not a node's", self.url))
     }
 
-    async fn look(&self, client: &reqwest::Client, before: &Said) -> Result<Said> {
+    async fn poll(&self, client: &reqwest::Client, before: &NodeState) -> Result<NodeState> {
         let status = self.ask(client, "status").await?;
         let new = status["last_step"] != before.status["last_step"] || before.history.is_null();
         let history = if new { self.ask(client, "history").await? } else { before.history.clone() };
-        Ok(Said { status, history, silence: None })
+        Ok(NodeState { status, history, error: None })
     }
 }
 
@@ -106,20 +107,20 @@ impl RemoteNode {
 pub fn top(node: RemoteNode, once: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let client = http::builder().timeout(Duration::from_secs(5)).build()?;
-    let first = runtime.block_on(node.look(&client, &Said::default()))?;
+    let first = runtime.block_on(node.poll(&client, &NodeState::default()))?;
     if once || !std::io::stdout().is_terminal() {
         return out!("{}", view::text(&first.status, &first.history, 100).trim_end());
     }
-    let (sender, said) = bounded(1);
+    let (sender, states) = bounded(1);
     std::thread::spawn(move || {
-        let mut before = Said::default();
+        let mut before = NodeState::default();
         loop {
-            match runtime.block_on(node.look(&client, &before)) {
-                Ok(said) => before = said,
-                Err(error) => before.silence = Some(format!("{error:#}")),
+            match runtime.block_on(node.poll(&client, &before)) {
+                Ok(state) => before = state,
+                Err(error) => before.error = Some(format!("{error:#}")),
             }
-            let Said { status, history, silence } = &before;
-            let now = Said { status: status.clone(), history: history.clone(), silence: silence.clone() };
+            let NodeState { status, history, error } = &before;
+            let now = NodeState { status: status.clone(), history: history.clone(), error: error.clone() };
             if sender.send(now).is_err() {
                 return;
             }
@@ -128,20 +129,20 @@ pub fn top(node: RemoteNode, once: bool) -> Result<()> {
     });
     let terminal = ratatui::try_init_with_options(TerminalOptions { viewport: Viewport::Fullscreen })
         .context("this terminal does not support the live view; use --once")?;
-    let shown = show(terminal, first, &said);
+    let shown = show(terminal, first, &states);
     ratatui::restore();
     shown
 }
 
-fn show(mut terminal: ratatui::DefaultTerminal, first: Said, said: &Receiver<Said>) -> Result<()> {
+fn show(mut terminal: ratatui::DefaultTerminal, first: NodeState, states: &Receiver<NodeState>) -> Result<()> {
     let (mut now, mut scroll) = (first, 0u16);
     loop {
-        match said.try_recv() {
+        match states.try_recv() {
             Ok(next) => now = next,
             Err(TryRecvError::Empty) => {}
             Err(TryRecvError::Disconnected) => bail!("internal error: the polling thread has stopped"),
         }
-        terminal.draw(|frame| view::draw(frame, &now.status, &now.history, now.silence.as_deref(), scroll))?;
+        terminal.draw(|frame| view::draw(frame, &now.status, &now.history, now.error.as_deref(), scroll))?;
         if !event::poll(Duration::from_millis(200))? {
             continue;
         }

@@ -11,17 +11,17 @@ use preceptor_actors::{GraphHandle, Span, SpanCursor};
 use export::Exports;
 
 /// Maximum number of unfinished groups whose spans are kept.
-const MOST_OPEN: usize = 4096;
+const MAX_OPEN: usize = 4096;
 
 /// Names of the environment variables that set a collector.
 const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
 
 /// Sends the traces of successive graphs to a collector.
 pub struct Tracer {
-    gather: Gather,
+    collector: SpanCollector,
     seen: SpanCursor,
     /// Number of lost spans that were logged.
-    told: u64,
+    logged: u64,
     /// The last observed incarnation.
     began: Option<Incarnation>,
     exports: Exports,
@@ -39,14 +39,19 @@ impl Tracer {
         if !ENDPOINTS.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty())) {
             return Ok(None);
         }
-        let tracer =
-            |exports| Self { gather: Gather::default(), seen: SpanCursor::default(), told: 0, began: None, exports };
+        let tracer = |exports| Self {
+            collector: SpanCollector::default(),
+            seen: SpanCursor::default(),
+            logged: 0,
+            began: None,
+            exports,
+        };
         Ok(Exports::open(run)?.map(tracer))
     }
 
     /// Reads new spans, and sends the groups that were trained before the previous call. Must be called in a tokio
     /// runtime.
-    pub fn see(&mut self, graph: &GraphHandle) {
+    pub fn read(&mut self, graph: &GraphHandle) {
         let report = graph.report();
         let now = SystemTime::now();
         let began = now.checked_sub(Duration::from_secs_f64(report.uptime_s)).unwrap_or(now);
@@ -54,24 +59,24 @@ impl Tracer {
         let before = *self.began.get_or_insert(began);
         if before.0 != began.0 {
             // Sends the groups that the previous incarnation had trained when it ended.
-            self.exports.send(before, self.gather.take(Vec::new()));
-            self.gather = Gather::default();
+            self.exports.send(before, self.collector.take(Vec::new()));
+            self.collector = SpanCollector::default();
         }
         self.began = Some(began);
-        self.exports.send(began, self.gather.take(graph.spans(&mut self.seen)));
-        if self.seen.lost() > self.told {
-            let lost = self.seen.lost() - self.told;
+        self.exports.send(began, self.collector.take(graph.spans(&mut self.seen)));
+        if self.seen.lost() > self.logged {
+            let lost = self.seen.lost() - self.logged;
             tracing::warn!("{lost} trace spans were lost: stages recorded more spans between two reads than they keep");
-            self.told = self.seen.lost();
+            self.logged = self.seen.lost();
         }
     }
 
     /// Sends the remaining groups of a graph that has ended.
     pub fn ended(&mut self, graph: &GraphHandle) {
         // The second call sends the groups that the first one found trained.
-        self.see(graph);
-        self.see(graph);
-        (self.gather, self.seen, self.told, self.began) = Default::default();
+        self.read(graph);
+        self.read(graph);
+        (self.collector, self.seen, self.logged, self.began) = Default::default();
     }
 
     /// Waits a few seconds for exports in progress.
@@ -82,18 +87,18 @@ impl Tracer {
 
 /// Collects the spans of a graph's stages by group.
 #[derive(Debug, Default)]
-struct Gather {
+struct SpanCollector {
     open: BTreeMap<u64, Vec<Span>>,
     /// Groups that were found trained by the last call. A stage records its span after it has sent the group to the
     /// next stage, so a span may arrive after those of later stages. Each group therefore waits for one more call.
     trained: BTreeSet<u64>,
 }
 
-impl Gather {
+impl SpanCollector {
     /// Adds new spans. Returns the groups that the previous call found trained, each with its spans in order of time.
-    fn take(&mut self, news: Vec<Span>) -> Vec<Vec<Span>> {
+    fn take(&mut self, new: Vec<Span>) -> Vec<Vec<Span>> {
         let due = std::mem::take(&mut self.trained);
-        for span in news {
+        for span in new {
             if span.stage == "learn" {
                 self.trained.insert(span.seq);
             }
@@ -103,7 +108,7 @@ impl Gather {
         for spans in &mut done {
             spans.sort_by(|a, b| a.start_s.total_cmp(&b.start_s));
         }
-        while self.open.len() > MOST_OPEN {
+        while self.open.len() > MAX_OPEN {
             self.open.pop_first();
         }
         done
@@ -154,13 +159,13 @@ mod export {
     use crate::util::seed;
 
     /// Time that the end of a run waits for the collector.
-    const PATIENCE: Duration = Duration::from_secs(5);
+    const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
     /// The exporter, and exports in progress.
     pub(super) struct Exports {
         run: u64,
         exporter: Arc<SpanExporter>,
-        under_way: JoinSet<()>,
+        in_progress: JoinSet<()>,
     }
 
     impl Exports {
@@ -172,19 +177,19 @@ mod export {
             let mut exporter = exporter.context("OTEL_EXPORTER_OTLP_ENDPOINT cannot be used")?;
             let resource = Resource::builder().with_service_name("preceptor");
             exporter.set_resource(&resource.with_attribute(KeyValue::new("preceptor.run", run.to_owned())).build());
-            Ok(Some(Self { run: seed::text(run), exporter: Arc::new(exporter), under_way: JoinSet::new() }))
+            Ok(Some(Self { run: seed::text(run), exporter: Arc::new(exporter), in_progress: JoinSet::new() }))
         }
 
         pub(super) fn send(&mut self, (incarnation, began): Incarnation, groups: Vec<Vec<Span>>) {
             // Removes finished exports.
-            while self.under_way.try_join_next().is_some() {}
+            while self.in_progress.try_join_next().is_some() {}
             let batch: Vec<SpanData> =
                 groups.iter().flat_map(|spans| trace(self.run, incarnation, began, spans)).collect();
             if batch.is_empty() {
                 return;
             }
             let exporter = Arc::clone(&self.exporter);
-            self.under_way.spawn(async move {
+            self.in_progress.spawn(async move {
                 if let Err(error) = exporter.export(batch).await {
                     tracing::warn!("the collector did not accept traces: {error}");
                 }
@@ -192,9 +197,9 @@ mod export {
         }
 
         pub(super) async fn finish(mut self) {
-            let all = async { while self.under_way.join_next().await.is_some() {} };
-            if tokio::time::timeout(PATIENCE, all).await.is_err() {
-                tracing::warn!("the collector did not accept the last traces within {PATIENCE:?}");
+            let all = async { while self.in_progress.join_next().await.is_some() {} };
+            if tokio::time::timeout(EXPORT_TIMEOUT, all).await.is_err() {
+                tracing::warn!("the collector did not accept the last traces within {EXPORT_TIMEOUT:?}");
             }
         }
     }
@@ -228,10 +233,10 @@ mod export {
         let start = spans.iter().map(|span| span.start_s).fold(f64::MAX, f64::min);
         let end = spans.iter().map(|span| span.end_s).fold(f64::MIN, f64::max);
         let version = spans.iter().map(|span| span.version).max().unwrap_or(0);
-        let whole = span(0, SpanId::INVALID, "group".into(), start, end, version);
+        let root = span(0, SpanId::INVALID, "group".into(), start, end, version);
         let stages = spans.iter().enumerate();
         let stages = stages.map(|(n, one)| span(n + 1, id(0), one.stage.clone(), one.start_s, one.end_s, one.version));
-        std::iter::once(whole).chain(stages).collect()
+        std::iter::once(root).chain(stages).collect()
     }
 }
 
@@ -252,17 +257,17 @@ mod tests {
 
     #[test]
     fn a_trained_group_is_sent_once_with_the_spans_of_all_stages() {
-        let mut gather = Gather::default();
-        assert!(gather.take(spans(&[("rollout-0", 0, 2.0), ("prompts", 0, 1.0), ("prompts", 1, 2.5)])).is_empty());
+        let mut collector = SpanCollector::default();
+        assert!(collector.take(spans(&[("rollout-0", 0, 2.0), ("prompts", 0, 1.0), ("prompts", 1, 2.5)])).is_empty());
         // The span of the label stage arrives after the learner's.
-        assert!(gather.take(spans(&[("learn", 0, 4.0)])).is_empty());
-        let done = gather.take(spans(&[("label-0", 0, 3.0), ("rollout-0", 1, 4.5)]));
+        assert!(collector.take(spans(&[("learn", 0, 4.0)])).is_empty());
+        let done = collector.take(spans(&[("label-0", 0, 3.0), ("rollout-0", 1, 4.5)]));
         let stages: Vec<&str> = done[0].iter().map(|span| span.stage.as_str()).collect();
         assert_eq!((done.len(), &stages[..]), (1, &["prompts", "rollout-0", "label-0", "learn"][..]));
-        assert!(gather.take(Vec::new()).is_empty(), "it is sent once");
-        let mut gather = Gather::default();
-        let many: Vec<(&str, u64, f64)> = (0..MOST_OPEN as u64 + 2).map(|seq| ("prompts", seq, 5.0)).collect();
-        gather.take(spans(&many));
-        assert_eq!((gather.open.len(), gather.open.first_key_value().map(|(seq, _)| *seq)), (MOST_OPEN, Some(2)));
+        assert!(collector.take(Vec::new()).is_empty(), "it is sent once");
+        let mut collector = SpanCollector::default();
+        let many: Vec<(&str, u64, f64)> = (0..MAX_OPEN as u64 + 2).map(|seq| ("prompts", seq, 5.0)).collect();
+        collector.take(spans(&many));
+        assert_eq!((collector.open.len(), collector.open.first_key_value().map(|(seq, _)| *seq)), (MAX_OPEN, Some(2)));
     }
 }

@@ -1,4 +1,4 @@
-//! Everything that can go wrong before compute is spent: models, tokenizers, data, lengths.
+//! Loading and checking of models, tokenizers, judges and data, before compute is spent.
 
 mod data;
 
@@ -34,68 +34,68 @@ use crate::util::suggest::nearest;
 use data::data;
 pub use data::{compares_with_blank, prompt_format, rows};
 
-/// Models and data, ready to train with.
+/// Loaded models and data of a run.
 pub struct Prepared {
-    /// The policy as it starts; also the reference. None once nobody needs it any more.
+    /// The initial policy, which is also the reference. `None` after it was released.
     pub policy: Option<Arc<Decoder>>,
-    /// Fingerprint of its weights.
+    /// Fingerprint of the initial policy's weights.
     pub identity: u64,
-    /// Its tokenizer.
+    /// Tokenizer of the policy.
     pub tokenizer: Tokenizer,
-    /// What each of the labeler's methods judges with; empty where the mode asks no labeler.
-    pub instruments: Vec<JudgeBackend>,
-    /// What each method of `evaluation.labeler` judges with; empty where there is none, or no evaluation.
-    pub evaluators: Vec<JudgeBackend>,
-    /// What the reward model starts from, where it is not the policy.
+    /// Judge of each method of the labeler. Empty if the run asks no labeler.
+    pub backends: Vec<JudgeBackend>,
+    /// Judge of each method of `evaluation.labeler`. Empty if the key is not set or the run has no evaluations.
+    pub evaluation_backends: Vec<JudgeBackend>,
+    /// Initial reward model, if it does not start from the policy.
     pub reward_start: Option<RewardStart>,
-    /// Preferences from a file to warm the reward model up on, where the configuration names one.
+    /// Pairs of `reward_model.pairs`, on which the reward model is warmed up.
     pub pairs: Option<Arc<PairSet>>,
-    /// The prompts.
+    /// Training prompts.
     pub data: Arc<Dataset>,
-    /// Prompts that are not learned from, where they are evaluated on.
+    /// Held-out prompts, if the run has evaluations.
     pub held_out: Option<Arc<Dataset>>,
-    /// Where the policy came from, in words.
+    /// Description of the policy's source, such as a path.
     pub origin: String,
-    /// Where what is computed.
+    /// Devices of the actors.
     pub devices: Devices,
-    /// The budget of the remote judges, if `labeler.max_cost` sets one.
+    /// Budget of the remote judges, if `labeler.max_cost` is set.
     pub budget: Option<Arc<Budget>>,
 }
 
 impl Prepared {
-    /// The methods that are asked, with what each judges with: those of the labeler, then those of `evaluation.labeler`.
+    /// Returns the methods that are asked, each with its judge: those of the labeler, then those of `evaluation.labeler`.
     pub fn judges<'a>(&'a self, config: &'a Config) -> impl Iterator<Item = (&'a Method, &'a JudgeBackend)> {
         let evaluator = config.evaluation.labeler.iter().flat_map(|judge| judge.iter());
-        config.labeler.methods.iter().zip(&self.instruments).chain(evaluator.zip(&self.evaluators))
+        config.labeler.methods.iter().zip(&self.backends).chain(evaluator.zip(&self.evaluation_backends))
     }
 
-    /// The policy as it starts.
+    /// Returns the initial policy.
     ///
     /// # Panics
-    /// Once it was let go of.
+    /// If it was released.
     pub fn policy(&self) -> &Arc<Decoder> {
-        self.policy.as_ref().expect("the policy that it starts from was let go of")
+        self.policy.as_ref().expect("the initial policy was released")
     }
 }
 
-/// The devices of the actors besides the learner, which is where the policy is.
+/// Devices of the actors except the learner, which uses the policy's device.
 #[derive(Debug, Clone)]
 pub struct Devices {
-    /// Of judges with weights here.
+    /// Device of local judges.
     pub labeler: Device,
-    /// Of the reward model.
+    /// Device of the reward model.
     pub reward_model: Device,
-    /// Of the rollout actors, one after the other and around again.
+    /// Devices of the rollout actors, assigned round-robin.
     rollout: Vec<Device>,
 }
 
 impl Devices {
-    /// One for all.
+    /// Uses `device` for all actors.
     pub fn one(device: &Device) -> Self {
         Self { labeler: device.clone(), reward_model: device.clone(), rollout: vec![device.clone()] }
     }
 
-    /// Those that `config` names, each with a stream of its own; `policy` where it names none.
+    /// Opens the devices that `config` names, each with a separate CUDA stream. An actor without a device uses `policy`.
     fn open(config: &Config, policy: &Device) -> Result<Self> {
         let own = |key: &str, name: &Option<String>| {
             name.as_ref().map_or_else(|| Ok(policy.clone()), |name| device::open_as(key, name))
@@ -110,21 +110,21 @@ impl Devices {
         })
     }
 
-    /// Of rollout actor `worker`.
+    /// Returns the device of rollout actor `worker`.
     pub fn rollout(&self, worker: usize) -> &Device {
         &self.rollout[worker % self.rollout.len()]
     }
 }
 
-/// A decoder for the reward model, and the head that came with it.
+/// Initial decoder and head of the reward model.
 pub struct RewardStart {
-    /// The decoder.
+    /// Decoder of the loaded model.
     pub model: Decoder,
-    /// The head `[1, D]`; absent where the model had none.
+    /// Head `[1, D]` of the loaded model, if it has one.
     pub head: Option<Tensor>,
 }
 
-/// The policy's model as it was loaded.
+/// The loaded policy.
 struct Policy {
     model: Arc<Decoder>,
     identity: u64,
@@ -132,42 +132,42 @@ struct Policy {
     origin: String,
 }
 
-/// Resolves and loads all that `config` names. `progress` shows downloads.
+/// Loads and checks the models, judges and data of `config`. `progress` enables progress bars of downloads.
 ///
 /// # Errors
-/// The first thing that is missing or does not fit, with its remedy.
+/// If a model, judge or data set cannot be loaded or does not fit the others. The error names the remedy.
 pub fn prepare(config: &Config, progress: bool) -> Result<Prepared> {
-    prepare_within(config, progress, budget(config, None)?)
+    prepare_with_budget(config, progress, budget(config, None)?)
 }
 
-/// As [`prepare`]; remote judges spend no more than `budget` allows.
+/// Like [`prepare`], with `budget` as the budget of remote judges.
 ///
 /// # Errors
-/// As [`prepare`].
-pub fn prepare_within(config: &Config, progress: bool, budget: Option<Arc<Budget>>) -> Result<Prepared> {
+/// As for [`prepare`].
+pub fn prepare_with_budget(config: &Config, progress: bool, budget: Option<Arc<Budget>>) -> Result<Prepared> {
     prepare_for(config, progress, true, budget)
 }
 
-/// The budget that `labeler.max_cost` sets, of which what `file` says is spent already; none where it sets none.
+/// Returns the budget of `labeler.max_cost`, or `None` if it is not set. The cost that `file` records counts as spent.
 ///
 /// # Errors
-/// A file that cannot be read.
+/// If `file` cannot be read.
 pub fn budget(config: &Config, file: Option<PathBuf>) -> Result<Option<Arc<Budget>>> {
     let limit = config.labeler.max_cost;
     (limit > 0.0).then(|| Budget::open(limit, file)).transpose()
 }
 
-/// As [`prepare`], for steps that are taken again: no judge and no reward model.
+/// Like [`prepare`], but loads no judge and no reward model. A replay needs neither.
 ///
 /// # Errors
-/// As [`prepare`].
+/// As for [`prepare`].
 pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
     prepare_for(config, progress, false, None)
 }
 
 fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<Arc<Budget>>) -> Result<Prepared> {
     failpoints::point("prepare.load")?;
-    known_figure(config)?;
+    check_best_figure(config)?;
     precision::set_matmul_precision(config.policy.matmul_precision);
     let device = device::open(&config.policy.device)?;
     let policy = policy(config, &device, progress)?;
@@ -179,8 +179,8 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
             policy: Some(model),
             identity,
             tokenizer,
-            instruments: vec![],
-            evaluators: vec![],
+            backends: vec![],
+            evaluation_backends: vec![],
             reward_start: None,
             pairs: None,
             data,
@@ -197,12 +197,12 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
     let asked = config.needs_labels()
         || (evaluates && evaluator.is_none())
         || (config.run.mode == Mode::Distilled && config.reward_model.pairs.is_none());
-    let judges = Judges {
+    let judges = AskedMethods {
         labeler: if asked { &config.labeler.methods.list } else { &[] },
         evaluator: evaluator.map_or(&[], |judge| &judge.list),
     };
-    let (instruments, evaluators) =
-        judges.instruments(config, Some(&policy), &devices.labeler, progress, budget.clone())?;
+    let (backends, evaluation_backends) =
+        judges.load(config, Some(&policy), &devices.labeler, progress, budget.clone())?;
     let reward_start = match &config.reward_model.model {
         Some(reference) if config.has_reward_model() => {
             let start = reward_start(config, reference, &policy.tokenizer, &devices.reward_model, progress)
@@ -212,8 +212,8 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
         _ => None,
     };
     let mut context = policy.model.config().context;
-    for (method, instrument) in judges.methods().zip(instruments.iter().chain(&evaluators)) {
-        if let (LabelerKind::Likelihood, JudgeBackend::Model(local)) = (method.kind, instrument) {
+    for (method, judge) in judges.methods().zip(backends.iter().chain(&evaluation_backends)) {
+        if let (LabelerKind::Likelihood, JudgeBackend::Model(local)) = (method.kind, judge) {
             context = context.min(local.judge().model.config().context);
         }
     }
@@ -237,8 +237,8 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
         policy: Some(model),
         identity,
         tokenizer,
-        instruments,
-        evaluators,
+        backends,
+        evaluation_backends,
         reward_start,
         pairs,
         data,
@@ -249,8 +249,8 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
     })
 }
 
-/// Refuses a name of `checkpoint.best` that no figure has.
-fn known_figure(config: &Config) -> Result<()> {
+/// Checks that `checkpoint.best`, if set, names a figure of `metrics.jsonl` or the win rate.
+fn check_best_figure(config: &Config) -> Result<()> {
     let Some(name) = config.checkpoint.best.as_deref().filter(|name| *name != WIN_RATE) else { return Ok(()) };
     let names = StepRecord::names();
     if names.iter().any(|known| known == name) {
@@ -293,7 +293,7 @@ fn policy(config: &Config, device: &Device, progress: bool) -> Result<Policy> {
     Ok(Policy { model: Arc::new(model), identity, tokenizer, origin })
 }
 
-/// What the policy's chat template is given besides the conversation.
+/// Returns the variables of the policy's chat template, in addition to the conversation.
 pub fn template_variables(config: &Config) -> Variables {
     Variables::new(&config.data.chat_template_kwargs, config.data.seconds())
 }
@@ -306,67 +306,69 @@ fn timeout(config: &Config) -> Duration {
     Duration::from_secs(config.policy.resolve_timeout_s)
 }
 
-/// What labeling takes where nothing is trained.
-pub struct LabelerBench {
-    /// What each method judges with.
-    pub instruments: Vec<JudgeBackend>,
-    /// How prompts and answers become tokens for judges that read tokens.
+/// Judges of the configured labeler, for commands that do not train.
+pub struct JudgeSet {
+    /// Judge of each method.
+    pub backends: Vec<JudgeBackend>,
+    /// Tokenizer of prompts and answers, for judges that read tokens.
     pub tokenizer: Tokenizer,
 }
 
-/// Loads the judges; the policy is loaded only if a method judges with it. Remote judges spend no more than `budget`
-/// allows.
+/// Loads the judges of the labeler, with `budget` as the budget of remote ones. The policy is loaded only if it is the
+/// judge of a method.
 ///
 /// # Errors
-/// As [`prepare`].
-pub fn labeler_bench(config: &Config, progress: bool, budget: Option<Arc<Budget>>) -> Result<LabelerBench> {
+/// As for [`prepare`], or if the likelihood judges of a panel have different vocabularies.
+pub fn load_judges(config: &Config, progress: bool, budget: Option<Arc<Budget>>) -> Result<JudgeSet> {
     precision::set_matmul_precision(config.policy.matmul_precision);
-    // Where all judges are on servers, nothing is computed here.
-    let here = config.labeler.methods.iter().any(|method| method.remote.is_none());
-    let policy_device = if here { device::open(&config.policy.device)? } else { Device::Cpu };
+    // Remote judges need no device.
+    let any_local = config.labeler.methods.iter().any(|method| method.remote.is_none());
+    let policy_device = if any_local { device::open(&config.policy.device)? } else { Device::Cpu };
     let labeler_device =
         config.labeler.device.as_ref().map(|name| device::open_as("labeler.device", name)).transpose()?;
-    let own = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
-    if own && let PolicyModel::Reference(reference) = &config.policy.model {
-        let missing =
-            "labeler has neither model nor remote, and policy.model, which judges then, is missing; give one of them";
+    let policy_judges = config.labeler.methods.iter().any(|method| method.model.is_none() && method.remote.is_none());
+    if policy_judges && let PolicyModel::Reference(reference) = &config.policy.model {
+        let missing = "labeler has neither model nor remote, and policy.model, which would be the judge, is missing; set one of them";
         ensure!(!reference.0.is_empty(), Ended::Refused(anyhow!(missing)));
     }
-    let policy = if own { Some(policy(config, &policy_device, progress)?) } else { None };
+    let policy = if policy_judges { Some(policy(config, &policy_device, progress)?) } else { None };
     let device = labeler_device.as_ref().unwrap_or(&policy_device);
-    let judges = Judges { labeler: &config.labeler.methods.list, evaluator: &[] };
-    let (instruments, _) = judges.instruments(config, policy.as_ref(), device, progress, budget)?;
-    let judges = || config.labeler.methods.iter().zip(&instruments);
-    let tokenizer = |(_, instrument)| JudgeBackend::local(instrument).map(|local| &local.judge().tokenizer);
+    let judges = AskedMethods { labeler: &config.labeler.methods.list, evaluator: &[] };
+    let (backends, _) = judges.load(config, policy.as_ref(), device, progress, budget)?;
+    let judges = || config.labeler.methods.iter().zip(&backends);
+    let tokenizer = |(_, judge)| JudgeBackend::local(judge).map(|local| &local.judge().tokenizer);
     let mut tokenizers = judges().filter(|(method, _)| method.kind == LabelerKind::Likelihood).filter_map(tokenizer);
-    // Only a judge of likelihoods reads tokens; the others are given texts. But `eval alignment` asks any local judge for
-    // likelihoods too, so that its own tokenizer is the next choice.
+    // Only likelihood judges read tokens; other judges read text. `eval alignment` can ask any local judge for
+    // likelihoods, so the tokenizer of a local judge is the second choice.
     let first = tokenizers.next().cloned();
     for other in tokenizers {
         let same = first.as_ref().map_or(Ok(true), |first| same_vocabulary(first, other))?;
-        ensure!(same, "the panel's judges of likelihood have different vocabularies; label with each on its own");
+        ensure!(
+            same,
+            "the panel's likelihood judges have different vocabularies; label with each of them in a separate run"
+        );
     }
-    let own = first.or_else(|| judges().find_map(tokenizer).cloned());
-    let tokenizer = own.or(policy.map(|policy| policy.tokenizer)).unwrap_or_else(Tokenizer::bytes);
-    Ok(LabelerBench { instruments, tokenizer })
+    let local = first.or_else(|| judges().find_map(tokenizer).cloned());
+    let tokenizer = local.or(policy.map(|policy| policy.tokenizer)).unwrap_or_else(Tokenizer::bytes);
+    Ok(JudgeSet { backends, tokenizer })
 }
 
-/// The methods that a program asks.
-struct Judges<'a> {
-    /// Of the labeler.
+/// Methods whose judges a command asks.
+struct AskedMethods<'a> {
+    /// Methods of the labeler.
     labeler: &'a [Method],
-    /// Of `evaluation.labeler`.
+    /// Methods of `evaluation.labeler`.
     evaluator: &'a [Method],
 }
 
-impl Judges<'_> {
-    /// Those of the labeler, then those of evaluations.
+impl AskedMethods<'_> {
+    /// Returns the methods of the labeler, then those of `evaluation.labeler`.
     fn methods(&self) -> impl Iterator<Item = &Method> {
         self.labeler.iter().chain(self.evaluator)
     }
 
-    /// Loads what each method judges with: for the labeler and for evaluations.
-    fn instruments(
+    /// Loads the judge of each method. Returns the judges of the labeler and those of `evaluation.labeler`.
+    fn load(
         &self,
         config: &Config,
         policy: Option<&Policy>,
@@ -376,13 +378,13 @@ impl Judges<'_> {
     ) -> Result<(Vec<JudgeBackend>, Vec<JudgeBackend>)> {
         let mut made: Vec<JudgeBackend> = Vec::new();
         let remote = self.methods().any(|method| method.remote.is_some());
-        // What is bought is kept unless told where; what is computed is kept only if told to.
+        // Answers of remote judges cost money, so there is a label cache by default if any judge is remote.
         let folder =
             config.labeler.cache.clone().or(remote.then(|| ResolveOptions::default().cache_dir.join("labels")));
         let store = folder.map(|folder| Store::open(&folder, config.labeler.cache_entries)).transpose()?.map(Arc::new);
         let embeds = |method: &Method| method.kind == LabelerKind::Embedding;
         for (i, method) in self.methods().enumerate() {
-            // Methods that ask the same model in the same way share it, and what it has computed.
+            // Methods that ask the same model in the same way share the model and its computed prefixes.
             let same = |other: &Method| {
                 (&other.model, &other.remote, other.chat, embeds(other), asks(other))
                     == (&method.model, &method.remote, method.chat, embeds(method), asks(method))
@@ -393,23 +395,24 @@ impl Judges<'_> {
             }
             let key = if i < self.labeler.len() { "labeler" } else { "evaluation.labeler" };
             let one = match &method.remote {
-                Some(remote) => asked(key, remote, store.as_ref(), budget.clone())?,
-                None => here(config, (key, method), policy, device, progress, store.as_ref())?,
+                Some(remote) => remote_backend(key, remote, store.as_ref(), budget.clone())?,
+                None => local_backend(config, (key, method), policy, device, progress, store.as_ref())?,
             };
             made.push(one);
         }
-        let evaluators = made.split_off(self.labeler.len());
-        Ok((made, evaluators))
+        let evaluation_backends = made.split_off(self.labeler.len());
+        Ok((made, evaluation_backends))
     }
 }
 
-/// Whether `method` asks questions.
+/// Returns whether `method` asks its judge questions in text.
 fn asks(method: &Method) -> bool {
     matches!(method.kind, LabelerKind::Direct | LabelerKind::Pairwise)
 }
 
-/// Loads what `method`, whose key is `key`, judges with on this machine.
-fn here(
+/// Loads the local judge of `method`, whose configuration key is `key`. Answers to questions in text are cached in
+/// `store`, if there is one.
+fn local_backend(
     config: &Config,
     (key, method): (&str, &Method),
     policy: Option<&Policy>,
@@ -423,7 +426,7 @@ fn here(
             Embedding::load(reference, device, &options).with_context(|| format!("{key}.model cannot be loaded"))?;
         return Ok(JudgeBackend::Embedder(embedding));
     }
-    let local = Arc::new(Local::new(judge(config, (key, method), policy, device, progress)?));
+    let local = Arc::new(Local::new(load_judge(config, (key, method), policy, device, progress)?));
     Ok(match store.filter(|_| asks(method)) {
         Some(store) => {
             let backend = Arc::new(Cached::new(Arc::clone(&local) as Arc<dyn Backend>, Arc::clone(store)));
@@ -433,8 +436,9 @@ fn here(
     })
 }
 
-/// A judge on a server, which is asked its first questions if the configuration says so; `key` is that of its labeler.
-fn asked(
+/// Returns the remote judge `remote` of the labeler at the configuration key `key`, with `store` as its label cache.
+/// Probes the server if `probe` is set.
+fn remote_backend(
     key: &str,
     remote: &RemoteJudge,
     store: Option<&Arc<Store>>,
@@ -458,7 +462,7 @@ fn asked(
     }))
 }
 
-fn judge(
+fn load_judge(
     config: &Config,
     (key, method): (&str, &Method),
     policy: Option<&Policy>,
@@ -467,11 +471,12 @@ fn judge(
 ) -> Result<Judge> {
     let chat = |tokenizer: &Tokenizer| method.chat.unwrap_or(config.data.chat && tokenizer.has_chat_template());
     let Some(reference) = &method.model else {
-        let policy = policy.with_context(|| format!("{key}.model is missing, and there is no policy to judge with"))?;
+        let policy =
+            policy.with_context(|| format!("{key}.model is missing, and there is no policy to use as the judge"))?;
         return Ok(Judge {
             model: DeviceReplicas::new(device.clone()).of(&policy.model)?,
             tokenizer: policy.tokenizer.clone(),
-            identity: as_asked(policy.identity, &policy.tokenizer, chat(&policy.tokenizer)),
+            identity: judge_identity(policy.identity, &policy.tokenizer, chat(&policy.tokenizer)),
             chat: chat(&policy.tokenizer),
         });
     };
@@ -485,20 +490,21 @@ fn judge(
         );
     }
     let chat = chat(&tokenizer);
-    let identity = as_asked(model.weights().fingerprint()?, &tokenizer, chat);
+    let identity = judge_identity(model.weights().fingerprint()?, &tokenizer, chat);
     Ok(Judge { model: Arc::new(model), tokenizer, identity, chat })
 }
 
-/// The identity of a judge with the weights `weights`. One that reasons is asked not to, so that its labels are not those of
-/// earlier programs, which let it begin to reason.
-fn as_asked(weights: u64, tokenizer: &Tokenizer, chat: bool) -> u64 {
+/// Returns the identity of a judge whose weights have the fingerprint `weights`. Reasoning models in chat format have
+/// another identity than in earlier versions of the program, which did not suppress their reasoning and got other labels.
+fn judge_identity(weights: u64, tokenizer: &Tokenizer, chat: bool) -> u64 {
     if chat && tokenizer.thinks() { crate::util::seed::mix(weights ^ 0x7417) } else { weights }
 }
 
-/// Tells of a policy whose completions end at the limit of new tokens alone.
+/// Checks that completions of the policy can end before `rollout.max_new_tokens`, and logs a warning if they cannot.
 ///
 /// # Errors
-/// A penalty for completions that do not end, which all would get.
+/// If `rollout.stop_ids` has an unknown id, or if no completion can end and `reward.missing_eos_penalty` is set, which
+/// all completions would get.
 fn check_ends(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
     let rollout = &config.rollout;
     if let Some(id) = rollout.stop_ids.iter().find(|id| tokenizer.token(**id).is_none()) {
@@ -515,18 +521,18 @@ fn check_ends(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
     if !(tokenizer.eos_ids().is_empty() && rollout.stop.is_empty() && rollout.stop_ids.is_empty()) {
         return Ok(());
     }
-    let words = "the policy has no end token: config.json, generation_config.json and its tokenizer name none, so that every completion has rollout.max_new_tokens; name one in eos_token_id of generation_config.json, or set rollout.stop or rollout.stop_ids";
+    let words = "the policy has no end token: config.json, generation_config.json and its tokenizer name none, so every completion is rollout.max_new_tokens long; name one in eos_token_id of generation_config.json, or set rollout.stop or rollout.stop_ids";
     ensure!(
         config.reward.missing_eos_penalty == 0.0,
-        "reward.missing_eos_penalty = {} would be taken off every completion alike: {words}",
+        "reward.missing_eos_penalty = {} would be subtracted from the reward of every completion: {words}",
         config.reward.missing_eos_penalty
     );
     tracing::warn!("{words}");
     Ok(())
 }
 
-/// What the reward model starts from. It reads the policy's tokens: it has the same, and a row for each of them, whatever
-/// number of rows pads its embedding.
+/// Loads the initial reward model from `reference`. It reads the policy's tokens, so it must have the policy's vocabulary
+/// and an embedding row for each token; additional rows are allowed.
 fn reward_start(
     config: &Config,
     reference: &ModelRef,
@@ -540,8 +546,8 @@ fn reward_start(
     };
     let (mut model, head, tokenizer) = if let Some(dir) = scorer {
         let opened = RewardModel::open(dir, device)?;
-        let named = dir.join("tokenizer.json").exists();
-        let tokenizer = named.then(|| Tokenizer::from_files(&ModelFiles::Directory(dir.clone()))).transpose()?;
+        let exists = dir.join("tokenizer.json").exists();
+        let tokenizer = exists.then(|| Tokenizer::from_files(&ModelFiles::Directory(dir.clone()))).transpose()?;
         (opened.model, Some(opened.head), tokenizer)
     } else {
         let (model, tokenizer, _) = load(reference, onto(config, device), timeout(config), progress)?;
@@ -555,7 +561,7 @@ fn reward_start(
     if let Some(tokenizer) = &tokenizer {
         ensure!(
             same_vocabulary(policy, tokenizer)?,
-            "it has another vocabulary than the policy, whose tokens it reads; use a model of the policy's family"
+            "its vocabulary differs from that of the policy, whose tokens it reads; use a model of the policy's family"
         );
     }
     model = model.to_dtype(precision::dtype(config.policy.dtype))?;
@@ -563,10 +569,11 @@ fn reward_start(
     Ok(RewardStart { model, head })
 }
 
-/// Finds, reads and builds the model that `reference` names, where and as `onto` says; also tells where it came from.
+/// Loads the model that `reference` names, on the device and in the number format of `onto`. Returns the model, its
+/// tokenizer and a description of its source.
 ///
 /// # Errors
-/// When no candidate can be had, or what was found cannot be read.
+/// If no candidate of `reference` is available, or its files cannot be used.
 pub fn load(
     reference: &ModelRef,
     onto: LoadTarget<'_>,
@@ -580,7 +587,7 @@ pub fn load(
         ModelFiles::Directory(dir) => Weights::from_directory(dir, onto)?,
     };
     let tokenizer = Tokenizer::from_files(&resolved.files)?;
-    // The tokenizer's own comes first, as in programs that heed one alone.
+    // The tokenizer's end token comes first, because it is the one that programs with a single end token use.
     let described = std::mem::replace(&mut config.eos, tokenizer.eos_ids().to_vec());
     config.add_ends(&described);
     let model = Decoder::new(&config, &weights).with_context(|| format!("in {}", resolved.origin))?;

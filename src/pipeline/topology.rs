@@ -1,4 +1,5 @@
-//! How the stages are wired: prompts → rollout ×N → label ×M → reward → learn, and the graphs of the phases before.
+//! Graphs of stages: prompts → rollout ×N → label ×M → reward → learn for training, and the graphs of fine-tuning and
+//! warm-up.
 
 pub mod labelers;
 pub mod learning;
@@ -35,53 +36,54 @@ use crate::util::failpoints;
 use crate::util::seed;
 use kernels::Format;
 
-/// Makes a labeler.
-pub type MakeLabeler = dyn Fn(&Config, &Prepared) -> Result<Box<dyn Labeler>> + Send + Sync;
+/// Function that creates a labeler.
+pub type LabelerFactory = dyn Fn(&Config, &Prepared) -> Result<Box<dyn Labeler>> + Send + Sync;
 
-/// What outlives a restart of the graph.
+/// State of a training node that outlives restarts of its graph.
 pub struct Node {
-    /// The configuration.
+    /// Configuration of the run.
     pub config: Config,
-    /// Models and data.
+    /// Loaded models and data.
     pub prepared: Arc<Prepared>,
-    /// What training has come to.
+    /// State of the learner.
     pub state: Arc<Mutex<TrainState>>,
-    /// Where each group stands.
+    /// Ledger of the groups' states.
     pub book: SharedLedger,
-    /// The published weights.
+    /// Latest published weights.
     pub cell: Arc<SnapshotCell<Decoder>>,
-    /// Who is told of each step.
+    /// Observer of learner steps.
     pub observer: Arc<Mutex<dyn Observer>>,
-    /// The reward model, in the modes that have one.
+    /// Reward model, in the modes that have one.
     pub reward_model: Option<Arc<Mutex<RewardTrainer>>>,
-    /// What the online controller turns; nothing where there is none.
-    pub knobs: AdjustableLimits,
-    /// Makes a labeler for each labeler actor; [`labelers::labeler`] unless a test scripts one.
-    pub labelers: Box<MakeLabeler>,
+    /// Concurrency limits that the online controller adjusts. Empty without a controller.
+    pub limits: AdjustableLimits,
+    /// Creates the labeler of each label stage: [`labelers::labeler`], or a scripted one in tests.
+    pub labelers: Box<LabelerFactory>,
 }
 
 impl Node {
-    /// Wires one incarnation of the graph, going on from the last finished step. Groups that were generated, labeled or
-    /// rewarded since go on from there; those that were not yet sampled are issued again, from the same seeds.
+    /// Wires one incarnation of the training graph, which continues after the last counted step. Groups that were
+    /// generated, labeled or rewarded since then continue from that state; groups that were only admitted are generated
+    /// again, with the same seeds.
     ///
     /// # Errors
-    /// A labeler's template that cannot be used, a learner of an incarnation before that never stopped, or a ledger that
-    /// is not that of the learner's step.
+    /// If a labeler's template cannot be used, if the learner of an earlier incarnation has not stopped, if a counted step
+    /// cannot be published, or if ledger and learner disagree about the number of trained groups.
     pub fn wire(&self, builder: &mut GraphBuilder) -> StageResult<()> {
         failpoints::point("graph.build")?;
         let config = &self.config;
         let (step, scale) = {
             let mut state = match self.state.try_lock() {
                 Ok(state) => state,
-                // Whether it is whole, the learner asks before it starts.
+                // The learner checks before it starts that the state is not partly updated.
                 Err(TryLockError::Poisoned(state)) => state.into_inner(),
                 Err(TryLockError::WouldBlock) => {
                     return Err(StageError::fatal(
-                        "a learner that did not stop still holds the weights; start the run again from its last checkpoint",
+                        "the learner of an earlier incarnation has not stopped and still holds the weights; resume the run from its last checkpoint",
                     ));
                 }
             };
-            // A step that was counted and not published: before anything is let in for its version, its weights are there.
+            // A counted but unpublished step is published before the gate admits groups for its version.
             publish(&mut state, &self.cell, &*self.observer)?;
             (state.step, state.scale)
         };
@@ -90,7 +92,7 @@ impl Node {
         let trained = self.book.count().trained;
         if trained != next {
             return Err(StageError::fatal(format!(
-                "the ledger has {trained} groups trained where the learner has {next}; this is a fault of the program"
+                "internal error: the ledger has {trained} trained groups, and the learner has {next}"
             )));
         }
         let (entries, UnderWay { generated, labeled: judged, rewarded: left }) = self.book.open(builder.incarnation());
@@ -109,8 +111,8 @@ impl Node {
             builder.source(spec, LeftOver::new(generated), groups_out.clone());
         }
         self.rollouts(builder, prompts, groups_out, config.run.seed, &entries);
-        let kept = || (Arc::clone(self.prepared.policy()), self.prepared.identity);
-        let reference = config.reward.reference.then(kept);
+        let initial = || (Arc::clone(self.prepared.policy()), self.prepared.identity);
+        let reference = config.reward.reference.then(initial);
         let scorer = match (&self.reward_model, config.run.mode) {
             (Some(trainer), _) => Scorer::Model(Arc::clone(trainer)),
             (None, Mode::Preference) => Scorer::Pairs,
@@ -147,11 +149,11 @@ impl Node {
         Ok(())
     }
 
-    /// Wires the graph that warms the reward model up, on a file of preferences (pairs → reward) or on what the initial
-    /// policy writes and the labeler judges (prompts → rollout ×N → label ×M → reward).
+    /// Wires the warm-up of the reward model: on a file of preferences (pairs → reward), or on labeled completions of the
+    /// initial policy (prompts → rollout ×N → label ×M → reward).
     ///
     /// # Errors
-    /// A labeler's template that cannot be used.
+    /// If a labeler's template cannot be used, or memory for the reward model cannot be allocated.
     pub fn wire_warm_up(
         &self,
         builder: &mut GraphBuilder,
@@ -159,14 +161,14 @@ impl Node {
         observer: &Arc<Mutex<dyn WarmUpObserver>>,
     ) -> StageResult<()> {
         let config = &self.config;
-        // What a warm-up that failed has taught it would be taught again: it begins as it did.
+        // After a failure the warm-up starts again from the initial reward model, so that no pair counts twice.
         if builder.incarnation() > 0
             && let Some(fresh) = reward_trainer(config, &self.prepared)?
         {
             *trainer.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
         }
         let count = self.warm_up_groups();
-        let gate = everything(count);
+        let gate = open_gate(count);
         let (trainer, observer) = (Arc::clone(trainer), Arc::clone(observer));
         let warm_up = WarmUp::new(trainer, observer, config.reward_model.epochs, config.run.seed);
         let spec = StageSpec::new("reward").role("reward").threads(config.reward.threads);
@@ -179,7 +181,7 @@ impl Node {
             let (groups_out, groups) = builder.edge("groups", config.rollout.capacity);
             let source = PromptSource::new(Arc::clone(&self.prepared.data), gate, LedgerWriter::none(), 0, count);
             builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
-            // Draws of their own: the run's first groups are not to be those that the reward model has seen.
+            // The seed differs from that of training, so that training does not repeat the completions of the warm-up.
             let seed = seed::mix(config.run.seed ^ seed::text("warm-up"));
             self.rollouts(builder, prompts, groups_out, seed, &LedgerWriter::none());
             self.label(builder, groups, labeled_out, &LedgerWriter::none())?;
@@ -188,7 +190,7 @@ impl Node {
         Ok(())
     }
 
-    /// Groups that the reward model is warmed up on, in one epoch.
+    /// Returns the number of groups in one epoch of the warm-up.
     pub fn warm_up_groups(&self) -> u64 {
         self.prepared.pairs.as_ref().map_or(self.config.reward_model.warm_up_groups, |pairs| pairs.len() as u64)
     }
@@ -232,7 +234,7 @@ impl Node {
         let plan = RolloutPlan {
             sampling: sampling(config, &self.prepared.tokenizer),
             slots: config.rollout.slots,
-            slot_limit: self.knobs.rollout.clone(),
+            slot_limit: self.limits.rollout.clone(),
             group_size: config.rollout.group_size,
             in_flight: config.rollout.update == UpdateMode::InFlight,
             format: match config.rollout.weights {
@@ -248,7 +250,7 @@ impl Node {
     }
 }
 
-/// How the policy's completions are drawn.
+/// Returns the configured sampling of the policy's completions.
 pub fn sampling(config: &Config, tokenizer: &Tokenizer) -> Sampling {
     let rollout = &config.rollout;
     Sampling {
@@ -264,7 +266,7 @@ pub fn sampling(config: &Config, tokenizer: &Tokenizer) -> Sampling {
     }
 }
 
-/// Wires supervised fine-tuning, going on from the last finished step: prompts → learn.
+/// Wires the graph of supervised fine-tuning, prompts → learn, which continues after the last step of `state`.
 pub fn wire_fine_tuning(
     builder: &mut GraphBuilder,
     config: &Config,
@@ -275,7 +277,7 @@ pub fn wire_fine_tuning(
     let (batch, steps) = (config.sft.batch, config.sft.steps);
     let done = state.lock().unwrap_or_else(PoisonError::into_inner).step;
     let (prompts_out, prompts) = builder.edge("prompts", 1);
-    let (data, gate) = (Arc::clone(&prepared.data), everything(batch * steps));
+    let (data, gate) = (Arc::clone(&prepared.data), open_gate(batch * steps));
     let source = PromptSource::new(data, gate, LedgerWriter::none(), batch * done, batch * steps);
     builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
     let learn = FineTune {
@@ -291,17 +293,17 @@ pub fn wire_fine_tuning(
     builder.sink(StageSpec::new("learn").role("learn").threads(config.learner.threads), learn, prompts);
 }
 
-/// A gate that lets `groups` groups in without waiting.
-pub(crate) fn everything(groups: u64) -> Arc<AdmissionGate> {
+/// Returns a gate that admits `groups` groups without waiting.
+pub(crate) fn open_gate(groups: u64) -> Arc<AdmissionGate> {
     Arc::new(AdmissionGate::new(Admission { eta: 0, batch: groups }, 0, 0))
 }
 
-/// The staleness rule of this configuration.
+/// Returns the configured staleness rule.
 pub fn admission(config: &Config) -> Admission {
     Admission { eta: config.learner.eta, batch: config.learner.batch_groups }
 }
 
-/// In what form the mode wants feedback.
+/// Returns the form of feedback that the mode needs.
 pub fn wants(config: &Config) -> Wants {
     match config.run.mode {
         Mode::Direct => Wants::Scores,
@@ -312,10 +314,10 @@ pub fn wants(config: &Config) -> Wants {
     }
 }
 
-/// The reward model that the mode trains, as it starts; none where the mode has none.
+/// Returns the trainer of the initial reward model, or `None` if the mode has no reward model.
 ///
 /// # Errors
-/// When memory for it cannot be had.
+/// If memory for the model cannot be allocated.
 pub fn reward_trainer(config: &Config, prepared: &Prepared) -> Result<Option<RewardTrainer>> {
     if !config.has_reward_model() {
         return Ok(None);

@@ -183,7 +183,8 @@ impl RunObserver {
         for name in Guard::NAMES {
             telemetry::guard(name, self.guard.exceeded(name));
         }
-        self.monitor.health(self.guard.reasons(), Guard::NAMES.into_iter().filter(|name| self.guard.exceeded(name)));
+        self.monitor
+            .set_health(self.guard.reasons(), Guard::NAMES.into_iter().filter(|name| self.guard.exceeded(name)));
         for warning in &found.warnings {
             self.log(&format!("warning: {warning}"));
         }

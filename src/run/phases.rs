@@ -355,7 +355,7 @@ async fn run(
     stop: &Stop,
     wire: impl Fn(&mut GraphBuilder) -> StageResult<()> + Send + Sync + 'static,
 ) -> Result<()> {
-    monitor.phase(phase);
+    monitor.set_phase(phase);
     let graph = spawn_graph(graph_options(config), wire);
     monitor.watch(graph.clone());
     let outcome = supervise(&graph, stop, progress, monitor, None).await;

@@ -17,8 +17,8 @@ use crate::pipeline::learn::TrainState;
 use crate::pipeline::learn::stage::Learn;
 use crate::pipeline::learn::{Done, Observer};
 use crate::pipeline::setup::{Prepared, prepare_policy};
-use crate::pipeline::topology::everything;
 use crate::pipeline::topology::learning::{adam, algorithm, learn_plan, lora, value_model};
+use crate::pipeline::topology::open_gate;
 use crate::run::checkpoint::Identity;
 use crate::types::Rewarded;
 use crate::util::exit::before_work;
@@ -149,7 +149,7 @@ impl Replay {
                 algorithm(&settings),
                 learn_plan(&settings),
                 Arc::clone(&cell),
-                everything(u64::MAX / 2),
+                open_gate(u64::MAX / 2),
                 progress.clone(),
             );
             builder.sink(StageSpec::new("learn").threads(settings.learner.threads), learn, batches);

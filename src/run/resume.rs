@@ -164,17 +164,17 @@ fn permit(checkpoint: &OpenedCheckpoint, changes: Vec<Change>, accepted: &Accept
 /// # Errors
 /// If a template cannot be read.
 pub fn judge_contents(config: &Config, prepared: &Prepared) -> Result<JudgeContents> {
-    let mut contents = contents_at("labeler", &config.labeler.methods, &prepared.instruments)?;
+    let mut contents = contents_at("labeler", &config.labeler.methods, &prepared.backends)?;
     if let Some(judge) = &config.evaluation.labeler {
-        contents.extend(contents_at("evaluation.labeler", judge, &prepared.evaluators)?);
+        contents.extend(contents_at("evaluation.labeler", judge, &prepared.evaluation_backends)?);
     }
     Ok(contents)
 }
 
-/// Hashes the contents of the judge at the key `path`; `instruments` has the backend of each method.
-fn contents_at(path: &str, methods: &Methods, instruments: &[JudgeBackend]) -> Result<JudgeContents> {
+/// Hashes the contents of the judge at the key `path`; `backends` has the backend of each method.
+fn contents_at(path: &str, methods: &Methods, backends: &[JudgeBackend]) -> Result<JudgeContents> {
     let mut contents = JudgeContents::new();
-    for (i, (method, instrument)) in methods.iter().zip(instruments).enumerate() {
+    for (i, (method, judge)) in methods.iter().zip(backends).enumerate() {
         let place = methods.place(path, i);
         let mut note = |key: &str, what: String| contents.insert(format!("{place}.{key}"), what);
         let hex = |hash: u64| format!("{hash:016x}");
@@ -187,12 +187,12 @@ fn contents_at(path: &str, methods: &Methods, instruments: &[JudgeBackend]) -> R
             note("preamble", hex(crate::util::seed::text(text.trim_end())));
         }
         // The model name in the server's responses, since the model behind an address may change.
-        if let JudgeBackend::Asked(backend) = instrument
+        if let JudgeBackend::Asked(backend) = judge
             && let Some(evidence) = backend.evidence()
         {
             note("remote.evidence", evidence);
         }
-        if let JudgeBackend::Asked(backend) = instrument
+        if let JudgeBackend::Asked(backend) = judge
             && let Some(name) = backend.reported_model()
         {
             note("remote.model", name);
@@ -200,7 +200,7 @@ fn contents_at(path: &str, methods: &Methods, instruments: &[JudgeBackend]) -> R
         }
         // The weights of a server are unknown, and the policy has its own fingerprint in the checkpoint.
         if method.model.is_some() {
-            note("model", hex(instrument.identity()));
+            note("model", hex(judge.identity()));
         }
     }
     Ok(contents)

@@ -26,8 +26,8 @@ use crate::observe::serve::{Token, serve, upkeep};
 use crate::observe::telemetry;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::remote::budget::Budget;
-use crate::pipeline::setup::{Prepared, budget, prepare_within};
-use crate::pipeline::topology::{MakeLabeler, Node};
+use crate::pipeline::setup::{Prepared, budget, prepare_with_budget};
+use crate::pipeline::topology::{LabelerFactory, Node};
 use crate::run::checkpoint::{
     CheckpointFormat, CheckpointStore, CheckpointWriter, Identity, JudgeContents, OpenedCheckpoint, WinRates,
 };
@@ -70,14 +70,14 @@ impl OpenedRun {
         let dir = open::lock_directory(&config, run_dir, &from).map_err(refusal)?;
         let budget = budget(&config, Some(dir.path().join(JUDGE_COST))).map_err(refusal)?;
         let monitor = Monitor::new(&config, telemetry::install()?);
-        monitor.trace()?;
+        monitor.start_tracing()?;
         upkeep(Arc::clone(&monitor));
         if config.serve.enabled {
             let bound = serve(&config.serve, token, Arc::clone(&monitor)).await?;
             status!("serving   http://{bound}/  /metrics  /status  /healthz  /readyz");
         }
         status!("run       {}", dir.path().display());
-        monitor.phase("opening the run");
+        monitor.set_phase("opening the run");
         let (settings, win_rates) = (config.clone(), WinRates::default());
         let is_latest = from == StartFrom::Latest;
         let rates = win_rates.clone();
@@ -106,10 +106,10 @@ impl OpenedRun {
     /// If a model, data set, judge or checkpoint cannot be used.
     pub(super) async fn load(self) -> Result<LoadedRun> {
         let Self { config, accepted, stop, monitor, budget, win_rates, start, mut changes } = self;
-        monitor.phase("loading models and data");
+        monitor.set_phase("loading models and data");
         let began = Instant::now();
         let (config, prepared) = run_interruptible("loading models and data", move || {
-            let prepared = prepare_within(&config, true, budget)?;
+            let prepared = prepare_with_budget(&config, true, budget)?;
             Ok((config, prepared))
         })
         .await
@@ -134,7 +134,7 @@ impl OpenedRun {
                 status!("accepted  {key}: nothing to accept, the value is unchanged");
             }
         }
-        monitor.on(prepared.policy().device());
+        monitor.set_device(prepared.policy().device());
         let config = Arc::new(config);
         let base = Identity { reference: prepared.identity, data: prepared.data.identity() };
         let (settings, origin) = (Arc::clone(&config), base.clone());
@@ -228,7 +228,7 @@ impl LoadedRun {
     ///
     /// # Errors
     /// If the learner does not fit into memory, or a thread cannot be started.
-    pub(super) fn assemble(self, labelers: Box<MakeLabeler>) -> Result<Session> {
+    pub(super) fn assemble(self, labelers: Box<LabelerFactory>) -> Result<Session> {
         let Self {
             config, stop, monitor, win_rates, judge, store, resumed, files, guard, restored, mut prepared, ..
         } = self;
@@ -301,10 +301,10 @@ impl LoadedRun {
             observer: observer.clone(),
             reward_model,
             labelers,
-            knobs: limits.clone(),
+            limits: limits.clone(),
             config: (*config).clone(),
         });
-        monitor.training(cell, node.book.clone());
+        monitor.set_training(cell, node.book.clone());
         let warmed_up = Arc::default();
         Ok(Session { config, stop, monitor, store, resumed, files, start, format, observer, node, limits, warmed_up })
     }
@@ -377,18 +377,18 @@ impl Session {
             graph
         };
         self.monitor.watch(graph.clone());
-        self.monitor.phase("training");
+        self.monitor.set_phase("training");
         systemd::ready();
         let drain = Duration::from_secs_f64(self.config.supervision.drain_s);
         if self.config.controller.enabled {
             let every = Duration::from_secs_f64(self.config.controller.every_s);
             let controller = Controller::new(self.limits.clone(), every, self.config.rollout.group_size);
-            self.monitor.controlled(controller);
+            self.monitor.set_controller(controller);
         }
         let outcome = supervise(&graph, &self.stop, &progress, &self.monitor, Some(drain)).await;
         progress.finish();
         systemd::stopping();
-        self.monitor.phase("writing the last checkpoint");
+        self.monitor.set_phase("writing the last checkpoint");
         let concluded = self.conclusion(Arc::default()).conclude(outcome).await;
         self.monitor.finish().await;
         if let Err(error) = lock(&self.files).write_final_metrics(&self.monitor.metrics_text()) {
@@ -450,7 +450,7 @@ fn write_warmed_up(
 /// Returns the limits that the online controller adjusts: concurrent sequences per rollout actor, from one group up to
 /// `rollout.slots`, and concurrent requests to the first judge on a server.
 fn adjustable_limits(config: &Config, prepared: &Prepared) -> AdjustableLimits {
-    let remote = prepared.instruments.iter().find_map(|judge| match judge {
+    let remote = prepared.backends.iter().find_map(|judge| match judge {
         JudgeBackend::Asked(backend) => backend.concurrency_limit(),
         JudgeBackend::Model(_) | JudgeBackend::Cached { .. } | JudgeBackend::Embedder(_) => None,
     });

@@ -113,7 +113,7 @@ pub(super) async fn supervise(
                     systemd::alive();
                 }
                 progress.message(monitor.line());
-                for one in monitor.control() {
+                for one in monitor.run_controller() {
                     progress.line(&one.line());
                 }
             }

@@ -72,7 +72,7 @@ fn reasoning(config: &Config, prepared: &Prepared) -> Vec<String> {
             config.rollout.max_new_tokens
         ));
     }
-    let mut judges = prepared.judges(config).filter_map(|(_, backend)| match backend {
+    let mut judges = prepared.judges(config).filter_map(|(_, judge)| match judge {
         JudgeBackend::Model(local) | JudgeBackend::Cached { local, .. } => Some(local.judge()),
         JudgeBackend::Asked(_) | JudgeBackend::Embedder(_) => None,
     });
@@ -132,7 +132,7 @@ impl Sizes {
                 lora.init(prepared.policy().weights(), seed, prepared.policy().device())?.parameters() as f64
             }
         };
-        let of = |(method, backend): (&Method, &JudgeBackend)| match backend {
+        let of = |(method, judge): (&Method, &JudgeBackend)| match judge {
             JudgeBackend::Model(local) | JudgeBackend::Cached { local, .. } if method.model.is_some() => {
                 local.judge().model.config().parameters() as f64
             }

@@ -39,7 +39,7 @@ impl Annotations for CollectedLabels {
     }
 }
 
-/// Returns the labels of `count` questions, by the configured labeler with the judges `backends`. `what` is the
+/// Returns the labels of `count` questions, by the configured labeler on the backends `backends`. `what` is the
 /// title of the progress bar.
 ///
 /// # Errors

@@ -28,18 +28,18 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
         ("distilled", &["run.mode=distilled", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=2"]),
     ];
     for (mode, overrides) in modes {
-        to_the_end(&mut train(dir.path(), &format!("whole-{mode}"), &settings(overrides)))?;
+        to_the_end(&mut train(dir.path(), &format!("undisturbed-{mode}"), &settings(overrides)))?;
     }
     let mut random = Random(seed);
     let mut ends: BTreeMap<&str, u32> = BTreeMap::new();
-    let mut struck = BTreeMap::new();
+    let mut injected = BTreeMap::new();
     let mut longest = Duration::ZERO;
     for i in 0..count {
         let point = POINTS[i as usize % POINTS.len()];
         let (mode, overrides) = modes[(i as usize / POINTS.len()) % modes.len()];
         let kinds = ["1*return(injected)", "3*return(injected)", "10*return(injected)", "1*panic", "1*sleep(3000)"];
         let kind = kinds[(random.share() * kinds.len() as f64) as usize];
-        // Points that a run passes only a few times are struck at one of the first passes.
+        // Faults at points that a run rarely passes are injected at one of the first passes.
         let passes = if RARE.iter().any(|rare| point.starts_with(rare)) { 3.0 } else { 12.0 };
         let fault = format!("{point}={}*off->{kind}->off", (random.share() * passes) as u32);
         // A full disk at the end, with and without waiting.
@@ -47,14 +47,14 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
         let overrides = [settings(overrides), vec![retry]].concat();
         let name = format!("fault-{i}");
         let began = Instant::now();
-        let end = strike(dir.path(), &name, &fault, &overrides)
+        let end = run_with_fault(dir.path(), &name, &fault, &overrides)
             .with_context(|| format!("fault {i} ({mode}): FAILPOINTS='{fault}'"))?;
         longest = longest.max(began.elapsed());
         *ends.entry(end).or_default() += 1;
-        *struck.entry(point).or_insert(0u32) += 1;
+        *injected.entry(point).or_insert(0u32) += 1;
         // After a labeler failed at every retry its pairs are missing, so that the run rightly differs.
         let same = point != "label.ask" || kind.starts_with("1*");
-        compare(&dir.path().join(&name), &dir.path().join(format!("whole-{mode}")), same)
+        compare(&dir.path().join(&name), &dir.path().join(format!("undisturbed-{mode}")), same)
             .with_context(|| format!("fault {i} ({mode}): FAILPOINTS='{fault}'"))?;
         std::fs::remove_dir_all(dir.path().join(&name))?;
     }
@@ -65,10 +65,10 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
             .with_context(|| format!("unreadable file {i}"))?;
     }
     let ends: Vec<String> = ends.iter().map(|(end, count)| format!("{count} {end}")).collect();
-    let least = struck.values().min().copied().unwrap_or_default();
+    let least = injected.values().min().copied().unwrap_or_default();
     Ok(format!(
         "faults: {count} at {} points, at least {least} each, seed {seed}: {}; each run in the end with {GROUPS} groups trained once each and the weights and figures of an undisturbed one; the longest took {:.1} s, with a watchdog of {} s; {unread} checkpoints with an unreadable file were left as they are",
-        struck.len(),
+        injected.len(),
         ends.join(", "),
         longest.as_secs_f64(),
         WATCHDOG.as_secs(),
@@ -117,16 +117,16 @@ fn unreadable(dir: &Path, name: &str, overrides: &[String], random: &mut Random)
 }
 
 /// Runs with the fault, and resumes without it if it ended the run. Returns a description of the end.
-fn strike(dir: &Path, name: &str, fault: &str, overrides: &[String]) -> Result<&'static str> {
-    let mut struck = train(dir, name, overrides);
+fn run_with_fault(dir: &Path, name: &str, fault: &str, overrides: &[String]) -> Result<&'static str> {
+    let mut command = train(dir, name, overrides);
     if fault.starts_with("rewind.") {
         // The fault strikes while the finished run is rewound to its first checkpoint.
         let kept = [overrides, &["checkpoint.every_steps=1".to_owned(), "checkpoint.keep=9".to_owned()]].concat();
         to_the_end(&mut train(dir, name, &kept))?;
         let first = checkpoints(&dir.join(name))?.into_iter().next().context("it has no checkpoint")?;
-        struck.arg(format!("--resume={name}/checkpoints/{first}"));
+        command.arg(format!("--resume={name}/checkpoints/{first}"));
     }
-    let (status, text) = within(struck.env("FAILPOINTS", fault))?;
+    let (status, text) = within(command.env("FAILPOINTS", fault))?;
     if status {
         let quiet = !text.contains("restarting the graph") && !text.contains("training continues");
         return Ok(if quiet { "finished undisturbed" } else { "finished after restarts or retries" });
@@ -162,16 +162,16 @@ fn within(command: &mut Command) -> Result<(bool, String)> {
     }
 }
 
-fn compare(run: &Path, whole: &Path, same: bool) -> Result<()> {
+fn compare(run: &Path, undisturbed: &Path, same: bool) -> Result<()> {
     let seqs = trained(run)?;
     ensure!(seqs == (0..GROUPS).collect::<Vec<_>>(), "groups were not trained once each, in order: {seqs:?}");
-    let (a, b) = (metrics(run)?, metrics(whole)?);
+    let (a, b) = (metrics(run)?, metrics(undisturbed)?);
     ensure!(a.len() == b.len(), "{} steps are in the metrics", a.len());
     if !same {
         return Ok(());
     }
     ensure!(a == b, "the figures differ from those of an undisturbed run");
-    let (a, b) = (last_checkpoint(run)?, last_checkpoint(whole)?);
+    let (a, b) = (last_checkpoint(run)?, last_checkpoint(undisturbed)?);
     for file in ["model.safetensors", "resume/optimizer.safetensors"] {
         ensure!(std::fs::read(a.join(file))? == std::fs::read(b.join(file))?, "{file} differs");
     }

@@ -50,13 +50,13 @@ const LABELED: &[(&str, &str, &str)] = &[
     ("Together", "a chat's alternatives as a map", "ok"),
     ("DeepSeek", "empty lines keep the connection alive", "ok"),
     ("a gateway", "an event stream although stream is false", "ok"),
-    ("a gateway", "gzip that nobody asked for", "ok"),
+    ("a gateway", "unrequested gzip compression", "ok"),
     ("a gateway", "a byte order mark", "ok"),
-    ("a gateway", "the answer ends in the end of a stream", "ok"),
+    ("a gateway", "the answer ends with the end marker of a stream", "ok"),
     ("a gateway", "a connection that was closed while it was idle", "connection"),
-    ("a gateway", "an answer that breaks off", "connection"),
+    ("a gateway", "an incomplete response body", "connection"),
     ("a gateway", "an empty body", "malformed"),
-    ("a proxy", "the server is away for a moment (502)", "http_5xx"),
+    ("a proxy", "the server is unavailable for a moment (502)", "http_5xx"),
     ("any", "a rounding error above zero", "ok"),
     ("any", "half of a surrogate pair in a token", "ok"),
     ("any", "a usage of zero", "ok"),
@@ -346,9 +346,9 @@ fn watch(child: &mut Child, done: impl Fn() -> f64) -> Result<Memory> {
     };
     // If the run is too short for these intervals, all samples are used.
     let end = samples.last().map_or(0.0, |(at, _)| *at);
-    let whole = || median(0.0, f64::MAX);
-    let early = median(0.1 * end, 0.15 * end).or_else(whole).context("the run ended before it was seen")?;
-    let last = median(0.9 * end, f64::MAX).or_else(whole).context("the run ended before it was seen")?;
+    let all = || median(0.0, f64::MAX);
+    let early = median(0.1 * end, 0.15 * end).or_else(all).context("the run ended before its memory was sampled")?;
+    let last = median(0.9 * end, f64::MAX).or_else(all).context("the run ended before its memory was sampled")?;
     Ok(Memory { early, last })
 }
 

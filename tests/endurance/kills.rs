@@ -41,8 +41,8 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
             format!("labeler.cache=\"{}\"", dir.path().join(name).join("labels").display()),
         ]
     };
-    let whole = dir.path().join("whole");
-    to_the_end(&mut train(dir.path(), "whole", &overrides("whole")))?;
+    let uninterrupted = dir.path().join("uninterrupted");
+    to_the_end(&mut train(dir.path(), "uninterrupted", &overrides("uninterrupted")))?;
     asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
 
     let (run, cache) = (dir.path().join("killed"), dir.path().join("killed/labels"));
@@ -87,8 +87,8 @@ pub fn trial(count: u32, seed: u64) -> Result<String> {
 
     let seqs = trained(&run)?;
     ensure!(seqs == (0..2 * steps).collect::<Vec<_>>(), "groups were not trained once each, in order: {seqs:?}");
-    ensure!(metrics(&run)? == metrics(&whole)?, "the metrics differ from those of the run that was not killed");
-    let (a, b) = (last_checkpoint(&whole)?, last_checkpoint(&run)?);
+    ensure!(metrics(&run)? == metrics(&uninterrupted)?, "the metrics differ from those of the run that was not killed");
+    let (a, b) = (last_checkpoint(&uninterrupted)?, last_checkpoint(&run)?);
     for file in ["model.safetensors", "value_model/model.safetensors", "resume/optimizer.safetensors"] {
         ensure!(std::fs::read(a.join(file))? == std::fs::read(b.join(file))?, "{file} differs");
     }

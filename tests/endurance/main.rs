@@ -74,9 +74,9 @@ enum Trial {
 
 fn main() -> ExitCode {
     // `cargo test NAME` passes NAME to every test program; no trial has such a name.
-    let asked: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
     let known = ["kills", "faults", "replays", "judges", "soak", "help", "--help", "-h"];
-    let trials = match asked.first() {
+    let trials = match arguments.first() {
         None => vec![
             Trial::Kills { count: 10, seed: 1 },
             Trial::Faults { count: 34, seed: 1 },
@@ -87,14 +87,14 @@ fn main() -> ExitCode {
         Some(_) => return ExitCode::SUCCESS,
     };
     for trial in trials {
-        let told = match trial {
+        let result = match trial {
             Trial::Kills { count, seed } => kills::trial(count, seed),
             Trial::Faults { count, seed } => faults::trial(count, seed),
             Trial::Replays { count, steps } => replays::trial(count, steps),
             Trial::Judges { questions, seed } => judges::trial(questions, seed),
             Trial::Soak { minutes } => soak::trial(minutes),
         };
-        match told {
+        match result {
             Ok(text) => println!("{text}"),
             Err(error) => {
                 eprintln!("failed: {error:#}");

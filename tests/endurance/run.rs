@@ -89,8 +89,8 @@ pub fn checkpoints(run: &Path) -> Result<Vec<String>> {
 
 /// Returns the last checkpoint of a run.
 pub fn last_checkpoint(run: &Path) -> Result<PathBuf> {
-    let shelf = CheckpointStore::new(run, 1000, BestCheckpoint::None);
-    shelf.all()?.pop().with_context(|| format!("{} has no checkpoint", run.display()))
+    let store = CheckpointStore::new(run, 1000, BestCheckpoint::None);
+    store.all()?.pop().with_context(|| format!("{} has no checkpoint", run.display()))
 }
 
 /// A random generator whose sequence depends only on the seed.

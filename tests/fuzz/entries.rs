@@ -1,6 +1,6 @@
-//! What is given to a fuzzer, one function for each kind of input. Included by the fuzz targets and by the test that
-//! replays their corpora. Whatever the bytes are, a function comes back, soon and without much memory, and says whether
-//! they were of use: what the program refuses is no finding, a panic is.
+//! Entry points of the fuzz targets, one for each kind of input. Included by the targets and by the test that replays their
+//! corpora. For any input a function must return soon and with little memory. A refused input is not a finding; a panic
+//! is.
 #![allow(dead_code, reason = "each target uses one of these")]
 
 use std::path::{Path, PathBuf};
@@ -22,10 +22,10 @@ use preceptor::pipeline::remote::answer;
 use preceptor::pipeline::remote::reading::{Listed, split_prefixes, votes};
 use preceptor::pipeline::remote::wire::Request;
 
-/// Takes bytes, and says whether they were of use.
+/// Entry point of a target. Returns whether the input was accepted.
 pub type Entry = fn(&[u8]) -> bool;
 
-/// Every target, by the name of its corpus.
+/// All targets, by the names of their corpora.
 pub const ALL: [(&str, Entry); 8] = [
     ("config", config),
     ("rows", rows),
@@ -37,12 +37,13 @@ pub const ALL: [(&str, Entry); 8] = [
     ("judge", judge),
 ];
 
-/// A run's configuration, and after each NUL an override. What is valid is written out and read back as itself.
+/// Reads a run's configuration, with an override after each NUL. Checks that a valid one is equal after it was written and
+/// read again.
 pub fn config(data: &[u8]) -> bool {
     let text = String::from_utf8_lossy(data);
     let mut parts = text.split('\0');
     let (toml, overrides) = (parts.next().unwrap_or_default(), parts.map(str::to_owned).collect::<Vec<_>>());
-    // A folder that holds a Cargo.toml, which can stand in for data.
+    // The seeds name the Cargo.toml of this folder as their data.
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let _ = TemplateSet::parse(toml);
     match config::parse(toml, "fuzz.toml", folder, &overrides) {
@@ -53,13 +54,13 @@ pub fn config(data: &[u8]) -> bool {
             true
         }
         Err(errors) => {
-            assert!(errors.to_string().len() < 100_000, "an error that nobody will read");
+            assert!(errors.to_string().len() < 100_000, "the error text is too long");
             false
         }
     }
 }
 
-/// A data set: JSON lines, gzipped where the bytes say so.
+/// Reads a data set in JSON lines, which may be gzipped, as prompts and as pairs.
 pub fn rows(data: &[u8]) -> bool {
     let gzipped = data.starts_with(&[0x1f, 0x8b]);
     let file = Scratch::new(&[(if gzipped { "rows.jsonl.gz" } else { "rows.jsonl" }, data)]);
@@ -68,8 +69,8 @@ pub fn rows(data: &[u8]) -> bool {
     if let Ok(rows) = Rows::open(&path) {
         for i in 0..rows.len() {
             let Ok(Some(row)) = rows.get(i) else { continue };
-            let whole = |field: &str| Dialogue::read(&row[field], &mut Notes::default());
-            if let (Ok(chosen), Ok(rejected)) = (whole("chosen"), whole("rejected")) {
+            let dialogue = |field: &str| Dialogue::read(&row[field], &mut Notes::default());
+            if let (Ok(chosen), Ok(rejected)) = (dialogue("chosen"), dialogue("rejected")) {
                 let _ = chosen.part(rejected);
             }
             let _ = Dialogue::from_json(&row["prompt"]).map(|dialogue| dialogue.text());
@@ -116,7 +117,7 @@ pub fn rows(data: &[u8]) -> bool {
     used
 }
 
-/// A GGUF file: header, tensors, tokenizer.
+/// Reads a GGUF file: header, tensors, tokenizer.
 pub fn gguf(data: &[u8]) -> bool {
     let file = Scratch::new(&[("model.gguf", data)]);
     let path = file.only();
@@ -133,7 +134,7 @@ pub fn gguf(data: &[u8]) -> bool {
     used
 }
 
-/// A `model.safetensors`.
+/// Reads a `model.safetensors`.
 pub fn safetensors(data: &[u8]) -> bool {
     let dir = Scratch::new(&[("model.safetensors", data)]);
     let Ok(weights) = Weights::read_directory(&dir.path, &Device::Cpu) else { return false };
@@ -141,8 +142,7 @@ pub fn safetensors(data: &[u8]) -> bool {
     weights.fingerprint().is_ok()
 }
 
-/// A model's `config.json`, which must do for its shape to be worked with; and the same bytes as the index of a model
-/// in several parts.
+/// Reads a model's `config.json`, and the same bytes as the index of a model in several parts.
 pub fn model_config(data: &[u8]) -> bool {
     let dir = Scratch::new(&[("config.json", data), ("model.safetensors.index.json", data)]);
     let mut used = BertConfig::from_directory(&dir.path).is_ok();
@@ -158,7 +158,7 @@ pub fn model_config(data: &[u8]) -> bool {
     used
 }
 
-/// A `tokenizer.json`, and after a NUL a `tokenizer_config.json`.
+/// Reads a `tokenizer.json`, and after a NUL a `tokenizer_config.json`.
 pub fn tokenizer(data: &[u8]) -> bool {
     let mut parts = data.splitn(2, |byte| *byte == 0);
     let mut files = vec![("tokenizer.json", parts.next().unwrap_or_default())];
@@ -169,7 +169,7 @@ pub fn tokenizer(data: &[u8]) -> bool {
     true
 }
 
-/// A chat template, and after each NUL what is said, by turns.
+/// Renders a chat template, with a message of the conversation after each NUL.
 pub fn template(data: &[u8]) -> bool {
     let text = String::from_utf8_lossy(data);
     let mut parts = text.split('\0');
@@ -188,7 +188,7 @@ pub fn template(data: &[u8]) -> bool {
     [false, true].map(|answer| tokenizer.render_chat(&messages, answer).is_ok()) == [true, true]
 }
 
-/// What a judge's server answers.
+/// Reads the body of a judge server's response.
 pub fn judge(data: &[u8]) -> bool {
     let answers = ["1", "2", "10"].map(str::to_owned);
     let mut used = false;
@@ -214,7 +214,7 @@ pub fn judge(data: &[u8]) -> bool {
     used
 }
 
-/// Uses a tokenizer that could be read.
+/// Encodes and decodes texts with a tokenizer, renders a conversation, and saves the tokenizer.
 fn exercise(tokenizer: &Tokenizer) {
     for text in ["", "Hello, world 123", " <s>naïve\u{301} — 漢字 🎉\n\t</s>", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab"]
     {
@@ -233,7 +233,7 @@ thread_local! {
     static BYTES: Tokenizer = Tokenizer::bytes();
 }
 
-/// A folder with files in it, in memory where the system has a place for that. It goes away with its owner.
+/// Temporary folder with files, in memory if the system has `/dev/shm`. It is removed on drop.
 struct Scratch {
     path: PathBuf,
     _dir: tempfile::TempDir,
@@ -243,16 +243,16 @@ impl Scratch {
     fn new(files: &[(&str, &[u8])]) -> Self {
         let memory = Path::new("/dev/shm");
         let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
-        let dir = tempfile::tempdir_in(parent).expect("there is room for a folder");
+        let dir = tempfile::tempdir_in(parent).expect("a folder can be created");
         for (name, bytes) in files {
-            std::fs::write(dir.path().join(name), bytes).expect("there is room for a file");
+            std::fs::write(dir.path().join(name), bytes).expect("a file can be written");
         }
         Self { path: dir.path().to_owned(), _dir: dir }
     }
 
-    /// The one file of this folder.
+    /// Returns the path of the only file of this folder.
     fn only(&self) -> PathBuf {
-        let entry = std::fs::read_dir(&self.path).expect("the folder is there").next();
-        entry.expect("a file is in it").expect("it can be looked at").path()
+        let entry = std::fs::read_dir(&self.path).expect("the folder exists").next();
+        entry.expect("it has a file").expect("it can be listed").path()
     }
 }

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Builds every fuzz target and runs one after another for SECONDS each (600 unless given); names of targets may follow.
-# Works with the toolchain that builds the program: no nightly, no cargo-fuzz. Needs a C++ compiler for libFuzzer.
+# Builds all fuzz targets and runs the named ones (default: all) in turn, for SECONDS each (default: 600). Uses the toolchain
+# that builds the program, without nightly or cargo-fuzz. Needs a C++ compiler for libFuzzer.
 #
 #   tests/fuzz/run.sh [SECONDS [TARGET…]]
 #
-# What is found lies in tests/fuzz/artifacts/TARGET, and is run again with
-# tests/fuzz/target/HOST/release/TARGET FILE. The corpus grows in tests/fuzz/grown/TARGET; what is in
-# tests/fuzz/corpus is read, never written. With a nightly toolchain and cargo-fuzz,
+# Findings are written to tests/fuzz/artifacts/TARGET; tests/fuzz/target/HOST/release/TARGET FILE runs one again. New
+# inputs are collected in tests/fuzz/grown/TARGET; tests/fuzz/corpus is only read. With a nightly toolchain and cargo-fuzz,
 # `cargo fuzz run --fuzz-dir tests/fuzz TARGET` does the same with the address sanitizer.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -18,11 +17,11 @@ if [ ${#targets[@]} -eq 0 ]; then
     mapfile -t targets < <(sed -n 's/^name = "\(.*\)"/\1/p' Cargo.toml | tail -n +2)
 fi
 
-# The versions that the program is built with.
+# The same versions of dependencies as the program.
 cp ../../Cargo.lock Cargo.lock
-# As cargo-fuzz has them: counters at each branch, comparisons traced.
+# The flags of cargo-fuzz: counters at each branch, traced comparisons.
 export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares"
-# With a target named, build scripts and macros are built without these flags.
+# With --target, build scripts and macros are built without these flags.
 cargo build --release --target "$host" --bins
 
 status=0
@@ -33,7 +32,7 @@ for target in "${targets[@]}"; do
     if [ -f "dictionaries/$target" ]; then
         words=("-dict=dictionaries/$target")
     fi
-    # One thread of each pool, so that a run of a target is a function of its input.
+    # One thread per pool, so that a run of a target is a function of its input.
     found=0
     RAYON_NUM_THREADS=1 "target/$host/release/$target" "grown/$target" "corpus/$target" \
         "${words[@]}" -max_total_time="$seconds" -max_len=4096 -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 \

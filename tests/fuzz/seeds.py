@@ -1,5 +1,5 @@
-"""Writes the seeds of the fuzz targets into tests/fuzz/corpus: small inputs of every form, sound and hostile.
-What a fuzzer has found since lies beside them under its own name, and stays. Run at the root: python3 tests/fuzz/seeds.py"""
+"""Writes the seeds of the fuzz targets into tests/fuzz/corpus: small inputs of every form, valid and hostile. Findings of
+the fuzzer are in the same folders under other names, and are kept. Run at the root: python3 tests/fuzz/seeds.py"""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ def configs():
     for path in sorted((ROOT / "configs").glob("*.toml")):
         lines = (re.sub(r"\s+#.*", "", line.rstrip()) for line in path.read_text().splitlines())
         text = "\n".join(line for line in lines if line and not line.startswith("#"))
-        # What stands in for data lies beside the crate that is fuzzed.
+        # The data file is replaced by the Cargo.toml of the fuzzed crate, which exists.
         text = re.sub(r'"data/[^"]*"', '"Cargo.toml"', text)
         seed("config", path.stem, text)
     whole = '[run]\nname = "x"\nsteps = 3\n[data]\npath = "Cargo.toml"\n[policy]\nmodel = { scratch = {} }\n'
@@ -103,7 +103,7 @@ def ggufs():
     seed("gguf", "gemma", gguf(gemma | spm, tensors))
     for pre in ["llama-bpe", "qwen2", "gpt-2"]:
         seed("gguf", pre, gguf(bpe | {"tokenizer.ggml.pre": (TEXT, pre)}, {}))
-    # Once panics of the libraries, or as much memory as a header asked for.
+    # Regressions: panics of the libraries, and allocations of a size that the header states.
     seed("gguf", "alignment", gguf(model | {"general.alignment": (U32, 0)}, tensors))
     seed("gguf", "scalar", gguf(model | bpe, {"token_embd.weight": ((), 0, b"\0" * 4)}))
     seed("gguf", "overflow", gguf(model, {"token_embd.weight": ((1 << 32, 1 << 32), 0, b"")}))
@@ -139,7 +139,7 @@ def model_configs():
     seed("model_config", "bert", (ROOT / "tests/fixtures/bert/config.json").read_text())
     gemma = json.loads((ROOT / "tests/fixtures/families/gemma3/config.json").read_text())
     seed("model_config", "scorer", json.dumps(gemma | {"architectures": ["Gemma3TextForSequenceClassification"]}))
-    # Once memory without end.
+    # Regressions: unbounded memory.
     seed("model_config", "layers", json.dumps(gemma | {"num_hidden_layers": 1 << 60, "layer_types": None}))
     seed("model_config", "heads", json.dumps(gemma | {"num_attention_heads": 1 << 63, "num_key_value_heads": 1 << 62, "head_dim": 1 << 62}))
     seed("model_config", "index", json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "../x", "c": 3}}))
@@ -158,7 +158,7 @@ def tokenizers():
     write("bert", bert)
     write("word-level", bpe | {"normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None, "model": {"type": "WordLevel", "vocab": {"hello": 0, "?": 1}, "unk_token": "?"}})
     write("metaspace", spm | {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}, "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}})
-    # Once panics of the library.
+    # Regressions: panics of the library.
     write("strip", spm | {"decoder": {"type": "Strip", "content": "l", "start": 3, "stop": 3}})
     write("merge", bpe | {"model": bpe["model"] | {"merges": ["ll aa"]}})
     write("prefix", bpe | {"model": bpe["model"] | {"continuing_subword_prefix": "é#"}})
@@ -181,7 +181,7 @@ def templates():
     seed("template", "filters", "{{ [3, 1, 2] | sort | reverse | list }}{{ 'a b c' | split | unique | batch(2) | list }}{{ range(5) | sum }}{{ dict(a=1) | dictsort }}{{ 'x' * 5 }}{{ 'abc'[::-1] }}{{ 7 // 2 }}{{ 2 ** 10 }}{{ 'a' in 'abc' }}{{ x is defined }}{{ 'é' | indent(2, true) }}{{ [1, 2] | slice(2) | list }}")
     seed("template", "recursive", "{% for x in [[1, [2]], 3] recursive %}{% if x is iterable %}[{{ loop(x) }}]{% else %}{{ x }}{% break %}{% endif %}{% endfor %}")
     seed("template", "include", "{% include 'Cargo.toml' %}")
-    # Once without an end, beyond memory or beyond the stack.
+    # Regressions: endless loops, unbounded memory, stack overflow.
     seed("template", "endless", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
     seed("template", "doubled", "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}")
     seed("template", "nested", "{% set ns = namespace(x=[1]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ 1 }}")
@@ -198,7 +198,7 @@ def judges():
     seed("judge", "plain", choice(message={"content": "(2) since"}))
     seed("judge", "null", choice(message={"content": None}, logprobs=None))
     seed("judge", "error", json.dumps({"error": {"message": "overloaded"}}))
-    # Once counts that overflow, and probabilities above one.
+    # Regressions: overflowing counts, and probabilities above one.
     seed("judge", "usage", choice(text="1").replace("9", str((1 << 64) - 1)))
     seed("judge", "mass", choice(message={"content": "1"}, logprobs={"content": [{"top_logprobs": [{"token": "1", "logprob": 0}] * 3}]}))
     seed("judge", "deep", "[" * 500)

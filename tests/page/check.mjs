@@ -1,10 +1,10 @@
-// Drives the live page in headless Chromium and looks at what a person would see.
+// Checks the live page in headless Chromium, as a user would see it.
 //
-//   cd tests/page && npm ci && node check.mjs          against a node that pretends (node.mjs)
-//   node check.mjs URL                                 the part that applies to a real node, while it trains
-//   node check.mjs … --screenshots DIR                 pictures as well; --only WORD runs the checks whose name has it
+//   cd tests/page && npm ci && node check.mjs          all checks, on simulated nodes (node.mjs)
+//   node check.mjs URL                                 the checks for a real node, while it trains
+//   node check.mjs … --screenshots DIR                 also writes screenshots; --only WORD selects checks by name
 //
-// CHROMIUM names the browser (/usr/bin/chromium); PRECEPTOR_TOKEN is the token where a real node asks for one.
+// CHROMIUM is the path of the browser (/usr/bin/chromium), PRECEPTOR_TOKEN the token of a real node that requires one.
 
 import { chromium } from "playwright-core";
 import { mkdirSync } from "node:fs";

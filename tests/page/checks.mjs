@@ -1,4 +1,4 @@
-// What must hold of the page, each on a node that pretends.
+// Checks of the page, on simulated nodes.
 
 import assert from "node:assert/strict";
 import { SCENARIOS, document as wholePage } from "./node.mjs";
@@ -35,7 +35,7 @@ export const CHECKS = {
     }
   },
 
-  "the header tells run, phase, progress and time left": async (visit) => {
+  "the header shows run, phase, progress and time left": async (visit) => {
     const page = await visit.open((await visit.node()).url);
     await says(page, "#phase", /^training$/);
     await says(page, "#plan", /direct mode · rloo · η = 1/);
@@ -45,24 +45,24 @@ export const CHECKS = {
     assert.match(await page.title(), /7\/20 quickstart/);
   },
 
-  "faults are told": async (visit) => {
+  "faults are shown": async (visit) => {
     const page = await visit.open((await visit.node(SCENARIOS.many)).url);
     await says(page, "#vitals", /2 restarts, 1 step not finite, 14 masked groups/);
     await says(page, "#controller", /rollout 24 of 1 to 32; last change -8/);
   },
 
-  "the bottleneck stands there in words, with the setting that relieves it": async (visit) => {
+  "the bottleneck is described, with the setting that relieves it": async (visit) => {
     const page = await visit.open((await visit.node()).url);
-    await says(page, "#headline", /label limits: its worker is at work 97 % of the time/);
+    await says(page, "#headline", /label is the bottleneck: its worker is at work 97 % of the time/);
     await says(page, "#detail", /reward waits for input 98 %/);
-    await says(page, "#gain", /up to 2.4 times as fast; then learn would limit/);
-    await says(page, "#settings-rows tr", /labeler\.workers\s+1\s+2\s+a second labeler works beside the first/);
+    await says(page, "#gain", /up to 2.4 times as fast; then learn would be the bottleneck/);
+    await says(page, "#settings-rows tr", /labeler\.workers\s+1\s+2\s+another labeler judges concurrently/);
     await says(page, "#settings", /--resume --set labeler\.workers=2/);
-    assert.match(await page.textContent("#announcer"), /label limits/, "it is said aloud");
+    assert.match(await page.textContent("#announcer"), /label is the bottleneck/, "it is announced to screen readers");
     assert.equal(await page.getAttribute("#announcer", "aria-live"), "polite");
   },
 
-  "before the bottleneck is known the page says so": async (visit) => {
+  "the page states that the bottleneck is not known yet": async (visit) => {
     const page = await visit.open((await visit.node(SCENARIOS.unmeasured)).url);
     await says(page, "#headline", /being measured/);
     const starting = await visit.open((await visit.node(SCENARIOS.starting)).url);
@@ -71,10 +71,10 @@ export const CHECKS = {
     assert.equal(await starting.locator("#settings").isVisible(), false);
   },
 
-  "a stall is unmistakable": async (visit) => {
+  "a stall is shown, with the blocking stage": async (visit) => {
     const node = await visit.node();
     const page = await visit.open(node.url);
-    await says(page, "#headline", /label limits/);
+    await says(page, "#headline", /label is the bottleneck/);
     assert.equal(await page.locator("#stalled").isVisible(), false);
     node.world.stalled = true;
     await says(page, "#stalled", /No progress for 2 min: the run is blocked in label-0 \(at work\)/);
@@ -84,13 +84,13 @@ export const CHECKS = {
     await page.locator("#stalled").waitFor({ state: "hidden" });
   },
 
-  "the graph shows who works, who waits on whom, queues and weights": async (visit) => {
+  "the graph shows busy and waiting actors, queues and weights": async (visit) => {
     for (const options of [{}, PHONE]) {
       const page = await visit.open((await visit.node({ reversed: true })).url, options);
       const graph = await says(page, "#graph", /rollout[^]*61 % waits on label/);
       assert.match(graph, /98 % waits on label/);
       assert.match(graph, /60 % waits on learn/);
-      assert.match(graph, /limits/);
+      assert.match(graph, /bottleneck/);
       assert.match(graph, /weights 7, lag 0/);
       assert.match(graph, /weights, version 7/);
       assert.match(graph, /4\/4, full/);
@@ -99,16 +99,16 @@ export const CHECKS = {
       assert.equal(await page.locator("#graph .actor").count(), 5);
       assert.equal(await page.locator("#graph .queue").count(), 4);
       const places = await page.locator("#graph .actor-box").evaluateAll((boxes) => new Set(boxes.map((box) => Math.round(box.getBoundingClientRect().x))).size);
-      assert.equal(places, options === PHONE ? 1 : 5, "a column for each role, or one for all");
+      assert.equal(places, options === PHONE ? 1 : 5, "a column for each role, or one column on a phone");
       const order = await page.locator("#graph .actor-role").evaluateAll((roles) => roles.map((role) => [role.textContent, role.getBoundingClientRect()]).sort((a, b) => a[1].x - b[1].x || a[1].y - b[1].y).map(([role]) => role));
       assert.deepEqual(order, ["prompts", "rollout", "label", "reward", "learn"]);
       assert.ok(await page.locator("#timeline .span").count() > 10, "the timeline has spans");
-      assert.match((await page.getAttribute("#graph svg", "aria-label")).replaceAll("\u00a0", " "), /label, 1 worker, 97 % at work[^]*label limits/);
+      assert.match((await page.getAttribute("#graph svg", "aria-label")).replaceAll("\u00a0", " "), /label, 1 worker, 97 % at work[^]*label is the bottleneck/);
       await page.close();
     }
   },
 
-  "many workers are folded, and there are tables": async (visit) => {
+  "many workers are folded, and tables list all of them": async (visit) => {
     const page = await visit.open((await visit.node(SCENARIOS.many)).url);
     const graph = await says(page, "#graph", /× 64/);
     assert.match(graph, /32 wait for room/);
@@ -119,7 +119,7 @@ export const CHECKS = {
     await says(page, "#actors-tables", /rollout-63/);
   },
 
-  "every drawing fits the window again after it has changed": async (visit) => {
+  "every drawing is fitted to the window when its size changes": async (visit) => {
     const page = await visit.open((await visit.node()).url);
     await says(page, "#sample-list .group", /Step 7/);
     const height = () => page.locator("#graph svg").evaluate((svg) => svg.getBoundingClientRect().height);
@@ -127,22 +127,22 @@ export const CHECKS = {
     await page.setViewportSize({ width: 360, height: 740 });
     await page.waitForTimeout(200); // less than the time to the next poll
     await assertNoOverflow(page);
-    assert.ok((await height()) > 2 * across, "actors stand one under another on a narrow page");
+    assert.ok((await height()) > 2 * across, "actors are stacked on a narrow page");
   },
 
-  "a legend says what marks and patterns mean": async (visit) => {
+  "a legend explains marks and patterns": async (visit) => {
     const page = await visit.open((await visit.node()).url);
     await says(page, "#legend", /at work\s+waits for room\s+waits for admission\s+waits for input\s+Bars: shares of the last 60 s/);
     assert.equal(await page.locator("#legend .mark").count(), 4);
   },
 
-  "figures follow the node, which is asked no more than needed": async (visit) => {
+  "figures follow the node, with no more requests than needed": async (visit) => {
     const node = await visit.node();
     const page = await visit.open(node.url);
     await says(page, "#step", /step 7 of/);
     await page.waitForTimeout(6500);
-    assert.ok(count(node, "/status") >= 3 && count(node, "/status") <= 5, `${count(node, "/status")} questions for the status in 7 s`);
-    assert.deepEqual([count(node, "/history"), count(node, "/samples")], [1, 1], "history and samples are asked for once a step");
+    assert.ok(count(node, "/status") >= 3 && count(node, "/status") <= 5, `${count(node, "/status")} requests for the status in 7 s`);
+    assert.deepEqual([count(node, "/history"), count(node, "/samples")], [1, 1], "history and samples are requested once per step");
     node.world.step = 9;
     await says(page, "#step", /step 9 of/);
     await says(page, "#sample-list .group", /Step 9, group 35/);
@@ -151,7 +151,7 @@ export const CHECKS = {
     assert.equal(await page.getAttribute(".plot", "aria-valuemax"), "9");
   },
 
-  "questions never overlap, and one that takes too long is given up": async (visit) => {
+  "requests never overlap, and time out": async (visit) => {
     const node = await visit.node({ delay_ms: 2600 });
     const page = await visit.open(node.url);
     await says(page, "#step", /step 7 of/, 12000);
@@ -159,10 +159,10 @@ export const CHECKS = {
     await says(page, "#lost", /has not answered since .*\(no answer to \w+ within 8 s\)/, 20_000);
     node.world.delay_ms = 0;
     await says(page, "#connection", /^live$/, 12000);
-    assert.equal(node.load.most, 1, "one question at a time");
+    assert.equal(node.load.most, 1, "one request at a time");
   },
 
-  "a node in trouble is asked less and less often": async (visit) => {
+  "a failing node is polled less often": async (visit) => {
     visit.expected.push(/status of 500/);
     const node = await visit.node();
     const page = await visit.open(node.url);
@@ -172,10 +172,10 @@ export const CHECKS = {
     const before = count(node, "/status");
     await page.waitForTimeout(7000);
     const more = count(node, "/status") - before;
-    assert.ok(more >= 1 && more <= 2, `${more} questions in 7 s`);
+    assert.ok(more >= 1 && more <= 2, `${more} requests in 7 s`);
   },
 
-  "a hidden tab asks nothing, and asks at once when it is seen": async (visit) => {
+  "a hidden tab sends no requests, and polls at once when it is shown": async (visit) => {
     const node = await visit.node();
     const page = await visit.open(node.url);
     await says(page, "#connection", /^live$/);
@@ -187,13 +187,13 @@ export const CHECKS = {
     await page.waitForTimeout(300);
     const before = count(node, "/status");
     await page.waitForTimeout(4500);
-    assert.equal(count(node, "/status"), before, "nothing is asked for while nobody looks");
+    assert.equal(count(node, "/status"), before, "the hidden tab sends no requests");
     await hide(false);
     await page.waitForTimeout(500);
-    assert.ok(count(node, "/status") > before, "it is asked at once");
+    assert.ok(count(node, "/status") > before, "the shown tab polls at once");
   },
 
-  "it survives a restart of the node": async (visit) => {
+  "the page continues after a restart of the node": async (visit) => {
     visit.expected.push(REFUSED);
     const node = await visit.node();
     const page = await visit.open(node.url);
@@ -201,8 +201,8 @@ export const CHECKS = {
     await node.stop();
     await says(page, "#connection", /no answer since \d\d:\d\d:\d\d/);
     await says(page, "#lost", /The node has not answered since .*keeps asking/);
-    await says(page, "#headline", /label limits/);
-    // The same step of another process: history and samples are another run's all the same.
+    await says(page, "#headline", /label is the bottleneck/);
+    // Another process at the same step: history and samples belong to another run and must be requested again.
     await visit.node({ run: "second", step: 7, steps: 40, mode: "preference", algorithm: "online_dpo", uptime: 3 }, node.port);
     await says(page, "#run", /second/, 15_000);
     await says(page, "#connection", /^live$/);
@@ -212,7 +212,7 @@ export const CHECKS = {
     assert.ok(!(await cards(page, "#charts h3")).includes("Reward"), "curves that the new run lacks are gone");
   },
 
-  "a run that was at its end has probably finished": async (visit) => {
+  "a node that stops answering after its last step has probably finished": async (visit) => {
     visit.expected.push(REFUSED);
     const node = await visit.node({ step: 20 });
     const page = await visit.open(node.url);
@@ -221,7 +221,7 @@ export const CHECKS = {
     await says(page, "#lost", /it has probably finished/);
   },
 
-  "curves are shown for what the run has, and read by keyboard, mouse and all at once": async (visit) => {
+  "curves are shown for the run's figures, with one cursor that follows keyboard and mouse": async (visit) => {
     const node = await visit.node(SCENARIOS.distilled);
     const page = await visit.open(node.url);
     await says(page, "#charts", /Reward[^]*Win rate[^]*KL to the reference[^]*Throughput[^]*Gradient norm/);
@@ -236,7 +236,7 @@ export const CHECKS = {
     assert.equal(await at(), Number(await page.getAttribute(".plot", "aria-valuemin")));
     assert.match(await page.getAttribute(".plot", "aria-valuetext"), /^step \d+: reward −?[\d.]+, smoothed/);
     await page.keyboard.press("Escape");
-    assert.equal(await at(), last, "Escape goes back to the last step");
+    assert.equal(await at(), last, "Escape returns to the last step");
     const box = await page.locator(".plot").nth(3).boundingBox();
     await page.mouse.move(box.x + box.width / 2, box.y + 40);
     await says(page, ".chart .reading", /step 1,\d\d\d/);
@@ -254,7 +254,7 @@ export const CHECKS = {
     for (const absent of ["Reward", "Score", "Win rate"]) assert.ok(!titles.includes(absent), `${absent} has no figures`);
   },
 
-  "samples are ordered, filtered and held still": async (visit) => {
+  "samples are ordered and filtered, and updates can be paused": async (visit) => {
     const node = await visit.node();
     const page = await visit.open(node.url);
     await says(page, "#sample-list .group", /Step 7, group 27[^]*reward[^]*score[^]*24 tokens, weights 6–7/);
@@ -284,7 +284,7 @@ export const CHECKS = {
     await says(page, "#sample-list .group", /Step 8, group 31/);
   },
 
-  "preferences are told": async (visit) => {
+  "preferences are shown": async (visit) => {
     const page = await visit.open((await visit.node(SCENARIOS.preference)).url);
     await says(page, "#sample-list .group", /better than #2, 73 % sure/);
     await says(page, "#sample-list .group", /it preferred the same position in both orders/);
@@ -292,7 +292,7 @@ export const CHECKS = {
     await says(page, "#sample-list .group", /judge failed: the judge answered 503/);
   },
 
-  "hostile text stays text": async (visit) => {
+  "hostile text is shown as text": async (visit) => {
     const node = await visit.node(SCENARIOS.hostile);
     for (const options of [{}, PHONE]) {
       const page = await visit.open(node.url, options);
@@ -308,7 +308,7 @@ export const CHECKS = {
     }
   },
 
-  "the token is asked for, sent and kept": async (visit) => {
+  "the token is requested from the user, sent and kept": async (visit) => {
     visit.expected.push(/status of 401/);
     const node = await visit.node({ token: "a-token-of-sixteen" });
     const page = await visit.open(node.url);
@@ -316,7 +316,7 @@ export const CHECKS = {
     assert.equal(await page.evaluate(() => document.activeElement.id), "token", "the field has the focus");
     const before = count(node, "/status");
     await page.waitForTimeout(3000);
-    assert.equal(count(node, "/status"), before, "nothing is asked for without a token");
+    assert.equal(count(node, "/status"), before, "no request is sent without a token");
     await page.keyboard.type("wrong");
     await page.keyboard.press("Enter");
     await says(page, "#token-refused", /refused/);
@@ -327,17 +327,17 @@ export const CHECKS = {
     await says(page, "#sample-list .group", /Step 7/);
     await page.reload();
     await says(page, "#step", /step 7 of/);
-    assert.deepEqual(await page.evaluate(() => [Object.keys(localStorage).length, location.href.includes("token")]), [0, false], "it is kept in the tab alone");
+    assert.deepEqual(await page.evaluate(() => [Object.keys(localStorage).length, location.href.includes("token")]), [0, false], "it is kept only in the tab");
   },
 
-  "the keyboard reaches everything, and is seen": async (visit) => {
+  "the keyboard reaches all controls, with a visible focus": async (visit) => {
     const page = await visit.open((await visit.node()).url);
     await says(page, "#sample-list .group", /Step 7/);
     const stops = await tabOrder(page);
     const names = stops.map((stop) => stop.name);
     assert.equal(names[0], "#limits", "the first stop skips the header");
     for (const wanted of ["theme", "Reward", "Gradient norm", "sample-order", "sample-filter", "sample-hold", "sample-more"]) assert.ok(names.includes(wanted), `Tab does not reach ${wanted}: ${names}`);
-    assert.deepEqual(stops.filter((stop) => !stop.outlined).map((stop) => stop.name), [], "focus is not seen");
+    assert.deepEqual(stops.filter((stop) => !stop.outlined).map((stop) => stop.name), [], "focus is not visible");
     await page.reload();
     await page.keyboard.press("Tab");
     await page.keyboard.press("Enter");
@@ -357,7 +357,7 @@ export const CHECKS = {
     }
   },
 
-  "the theme follows the system, or the reader, and is remembered": async (visit) => {
+  "the theme follows the system or the user's choice, which is stored": async (visit) => {
     const page = await visit.open((await visit.node()).url, { colorScheme: "dark" });
     const paper = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
     const dark = await paper();
@@ -367,7 +367,7 @@ export const CHECKS = {
     assert.notEqual(light, dark);
     await page.reload();
     await says(page, "#theme", /Theme: light/);
-    assert.equal(await paper(), light, "it is remembered");
+    assert.equal(await paper(), light, "it is stored");
     await page.click("#theme");
     await says(page, "#theme", /Theme: dark/);
     assert.equal(await paper(), dark);
@@ -377,7 +377,7 @@ export const CHECKS = {
     assert.equal(await paper(), light, "it follows the system");
   },
 
-  "it works where nothing may be stored": async (visit) => {
+  "the page works without storage": async (visit) => {
     const page = await visit.open((await visit.node()).url, {}, () => {
       for (const name of ["localStorage", "sessionStorage"]) Object.defineProperty(window, name, { get: () => { throw new Error("forbidden"); } });
     });
@@ -386,7 +386,7 @@ export const CHECKS = {
     await says(page, "#theme", /Theme: light/);
   },
 
-  "nothing moves for who wants no motion": async (visit) => {
+  "nothing is animated if the user prefers reduced motion": async (visit) => {
     const page = await visit.open((await visit.node()).url, { reducedMotion: "reduce" });
     await says(page, "#step", /step 7 of/);
     const moving = await page.evaluate(() => [...document.querySelectorAll("*")].filter((node) => parseFloat(getComputedStyle(node).transitionDuration) > 0 || getComputedStyle(node).animationName !== "none").length);
@@ -395,7 +395,7 @@ export const CHECKS = {
 
   "the page is divided into named landmarks": async (visit) => {
     const page = await visit.open((await visit.node()).url);
-    for (const name of ["What limits the run", "Actors", "Curves", "Samples"]) {
+    for (const name of ["Bottleneck", "Actors", "Curves", "Samples"]) {
       assert.equal(await page.getByRole("region", { name, exact: true }).count(), 1, `${name} is a landmark`);
       assert.equal(await page.getByRole("heading", { name, exact: true, level: 2 }).count(), 1, `${name} is a heading`);
     }

@@ -1,4 +1,4 @@
-// A node that only pretends to train: it serves the page with figures that follow the real API.
+// A simulated node: it serves the page with made-up figures in the format of the real API.
 //
 //   node node.mjs [SCENARIO] [PORT]      SCENARIO: a key of SCENARIOS below
 
@@ -8,7 +8,7 @@ import { fileURLToPath } from "node:url";
 
 const PAGE = new URL("../../src/observe/serve/page/", import.meta.url);
 
-/** The page's scripts in the order in which the node puts them together. */
+/** The page's scripts, in the order in which the node concatenates them. */
 export const SCRIPTS = [
   "format.js", "dom.js", "client.js", "theme.js", "trend.js", "header.js", "diagnosis.js", "layout.js", "states.js",
   "actor.js", "graph.js", "timeline.js", "tables.js", "chart.js", "curves.js", "completion.js", "samples.js", "page.js",
@@ -24,7 +24,7 @@ const HOSTILE = [
   "https://example.org/" + "path/".repeat(80) + " javascript:alert(1)",
 ];
 
-/** What differs from a run that just trains. */
+/** Scenarios, each as its differences from a run that trains without problems. */
 export const SCENARIOS = {
   training: {},
   starting: { starting: true },
@@ -37,7 +37,7 @@ export const SCENARIOS = {
   left: { left: true },
 };
 
-/** The page as one document, put together as the node does it. */
+/** Returns the page as one document, assembled as by the node. */
 export function document() {
   const read = (name) => readFileSync(new URL(name, PAGE), "utf8");
   const there = readdirSync(fileURLToPath(PAGE)).filter((name) => name.endsWith(".js")).sort();
@@ -48,7 +48,7 @@ export function document() {
     .replace("<!--script-->", () => `<script>\n${script}</script>`);
 }
 
-/** Starts a node; `world` is its scenario, which a test may change while it runs. */
+/** Starts a simulated node. The returned `world` is its scenario, which a test may change. */
 export async function startNode(scenario = {}, port = 0) {
   const world = {
     run: "quickstart", mode: "direct", algorithm: "rloo", steps: 20, step: 7, rollouts: 1, labelers: 1,
@@ -56,7 +56,7 @@ export async function startNode(scenario = {}, port = 0) {
   };
   const html = document();
   const asked = []; // every request, in order
-  const load = { now: 0, most: 0 }; // requests for data under way at once
+  const load = { now: 0, most: 0 }; // concurrent requests for data: now, and at most
   const server = createServer((request, response) => {
     const path = request.url.split("?")[0];
     asked.push({ path, at: Date.now() });
@@ -104,10 +104,10 @@ function status(world) {
     rates: { generated_tokens_per_s: graph ? 412 : 0, trained_tokens_per_s: graph ? 400.1 : 0, completions_per_s: graph ? 12.9 : 0 },
     diagnosis: limited ? {
       role: "label", share: 0.97, gain: 2.4, next: "learn",
-      headline: "label limits: its worker is at work 97 % of the time, and nobody else more than 40 %",
-      detail: "rollout waits to go on 61 % of the time; reward waits for input 98 %; learn waits for input 60 %",
+      headline: "label is the bottleneck: its worker is at work 97 % of the time, and no other actor more than 40 %",
+      detail: "rollout waits for space in its output queue 61 % of the time; reward waits for input 98 %; learn waits for input 60 %",
       settings: [
-        { key: "labeler.workers", now: String(world.labelers), try: String(2 * world.labelers), why: "a second labeler works beside the first" },
+        { key: "labeler.workers", now: String(world.labelers), try: String(2 * world.labelers), why: "another labeler judges concurrently" },
         { key: "labeler.threads", now: "1", try: "2", why: "each question is answered by two cores; both must be free" },
       ],
     } : null,
@@ -118,7 +118,7 @@ function status(world) {
   };
 }
 
-// Role and its shares: at work, waiting for input, for room, for admission.
+// Roles with their time shares: at work, waiting for input, for room, for admission.
 const ROLES = [
   ["prompts", 0.01, 0, 0.39, 0.6], ["rollout", 0.35, 0.04, 0.61, 0], ["label", 0.97, 0.03, 0, 0],
   ["reward", 0.02, 0.98, 0, 0], ["learn", 0.4, 0.6, 0, 0],
@@ -147,7 +147,7 @@ function graphOf(world) {
   const stages = [stage("prompts", "prompts", "admission", 4.1), ...left, ...rollouts, ...labelers, stage("reward", "reward", "input", 3.2), stage("learn", "learn", "input", 0.7)];
   return {
     incarnation: 0, uptime_s: up, restarts: world.faulty ? 2 : 0,
-    stages: world.reversed ? stages.reverse() : stages, // the page is to go by the edges
+    stages: world.reversed ? stages.reverse() : stages, // the page must use the edges, not the order
     edges: [
       edge("prompts", ["prompts"], names(rollouts), 1, 1, 0.4),
       edge("groups", [...names(left).slice(0, 1), ...names(rollouts)], names(labelers), world.rollouts > 8 ? 128 : 4, world.rollouts > 8 ? 128 : 4, 11.3),

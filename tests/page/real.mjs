@@ -1,4 +1,4 @@
-// What must hold against a real node while it trains.
+// Checks of the page on a real node while it trains.
 
 import assert from "node:assert/strict";
 import { assertAccessible, assertNoOverflow, says } from "./visit.mjs";
@@ -17,7 +17,7 @@ function plainly(text) {
 }
 
 export const REAL_CHECKS = {
-  "it shows the run and goes on with it": async (visit) => {
+  "the page shows the run and follows it": async (visit) => {
     const { run, plan, program } = await status(visit.url);
     const page = await visit.open(visit.url);
     await says(page, "#run", plainly(run));
@@ -27,11 +27,11 @@ export const REAL_CHECKS = {
     const before = await says(page, "#step", /step [\d,]+ of/);
     await page.waitForFunction((words) => document.getElementById("step").innerText.replaceAll("\u00a0", " ") !== words, before, { timeout: LONG });
   },
-  "it says what limits the run": async (visit) => {
+  "the bottleneck is shown": async (visit) => {
     const page = await visit.open(visit.url);
     await says(page, "#headline", /being measured|nothing to measure|%/);
     await says(page, "#headline", /%/, LONG);
-    // What limits may change between two looks; three in a row would be strange.
+    // The bottleneck may change between two polls, but hardly three times in a row.
     for (let left = 2; ; left -= 1) {
       const { diagnosis } = await status(visit.url);
       try {
@@ -47,12 +47,12 @@ export const REAL_CHECKS = {
     const drawing = await page.locator("#graph").innerText();
     for (const role of new Set(graph.stages.filter(({ state }) => state !== "ended").map((stage) => stage.role))) assert.match(drawing, plainly(role));
   },
-  "it draws curves and shows samples": async (visit) => {
+  "curves and samples are shown": async (visit) => {
     const page = await visit.open(visit.url);
     await page.waitForFunction(() => document.querySelectorAll(".chart .line").length >= 5, null, { timeout: LONG });
     await page.waitForFunction(() => document.querySelectorAll(".completion").length >= 2, null, { timeout: LONG });
   },
-  "it is accessible and fits a phone": async (visit) => {
+  "the page is accessible and fits a phone": async (visit) => {
     for (const colorScheme of ["light", "dark"]) {
       const page = await visit.open(visit.url, { colorScheme, viewport: { width: 360, height: 740 } });
       await says(page, "#actors-note", /This graph/, LONG);

@@ -1,4 +1,4 @@
-// One visit to the page, with an ear for what must not happen: errors, broken rules of the policy, other hosts.
+// One visit to the page, which records errors, violations of the content security policy and requests to other hosts.
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
@@ -10,9 +10,9 @@ const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.mi
 export class Visit {
   constructor(browser, url) {
     this.browser = browser;
-    this.url = url; // of a real node
+    this.url = url; // URL of a real node, if any
     this.faults = [];
-    this.expected = []; // patterns of console errors that this check brings about
+    this.expected = []; // patterns of console errors that this check causes
     this.closing = [];
   }
 
@@ -66,7 +66,7 @@ export async function says(page, selector, pattern, patience = 8000) {
     if (pattern.test(text)) return text;
     await page.waitForTimeout(50);
   }
-  assert.fail(`${selector} says “${text.slice(0, 300)}” and not ${pattern}`);
+  assert.fail(`${selector} shows “${text.slice(0, 300)}”, which does not match ${pattern}`);
 }
 
 export async function assertNoOverflow(page) {
@@ -76,7 +76,7 @@ export async function assertNoOverflow(page) {
   assert.equal(cut, 0, "a drawing reaches beyond the window");
 }
 
-/** No serious violation by axe; and drawn text, which axe does not look at, has a contrast of 4.5. */
+/** Asserts that axe finds no serious violation and that SVG text, which axe does not check, has a contrast of at least 4.5. */
 export async function assertAccessible(page, theme) {
   await page.evaluate(AXE);
   const violations = await page.evaluate(async () => (await window.axe.run()).violations
@@ -112,7 +112,7 @@ function weakDrawnText() {
     .map(([words, ratio]) => `“${words}” ${ratio.toFixed(2)}`);
 }
 
-/** Where Tab leads, in order, once around. */
+/** Returns the elements that Tab reaches, in order, for one cycle. */
 export async function tabOrder(page) {
   const stops = [];
   for (let i = 0; i < 200; i += 1) {
@@ -130,5 +130,5 @@ export async function tabOrder(page) {
     if (stop === null) return stops;
     stops.push(stop);
   }
-  assert.fail(`the keyboard is caught: ${stops.slice(-4).map((stop) => stop.name)}`);
+  assert.fail(`the keyboard focus cannot leave: ${stops.slice(-4).map((stop) => stop.name)}`);
 }

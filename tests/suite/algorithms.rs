@@ -63,13 +63,13 @@ fn spread(advantages: &[f32], like: &[Vec<f32>]) -> Vec<Vec<f32>> {
 
 /// Checks that `loss` divided by its terms, and its gradients, agree with the reference to 1e-5.
 #[track_caller]
-fn check(name: &str, loss: &GroupLoss, expected: f64, slopes: &[Vec<f32>]) {
+fn check(name: &str, loss: &GroupLoss, expected: f64, gradients: &[Vec<f32>]) {
     let terms = loss.terms as f64;
     let ours = (loss.policy + loss.kl) / terms;
     assert!((ours - expected).abs() < 1e-5, "{name}: {ours}, {expected} there");
-    assert_eq!(loss.d_policy.len(), slopes.len());
-    for (ours, theirs) in loss.d_policy.iter().zip(slopes) {
-        let ours: Vec<f32> = ours.iter().map(|slope| (f64::from(*slope) / terms) as f32).collect();
+    assert_eq!(loss.d_policy.len(), gradients.len());
+    for (ours, theirs) in loss.d_policy.iter().zip(gradients) {
+        let ours: Vec<f32> = ours.iter().map(|gradient| (f64::from(*gradient) / terms) as f32).collect();
         assert!(max_abs_difference(&ours, theirs) < 1e-5, "{name}: {ours:?} against {theirs:?}");
     }
 }
@@ -147,7 +147,7 @@ fn rloo_agrees_with_the_reference() {
     let targets = algorithm.targets(&[group]).pop().unwrap();
     let loss = algorithm.loss(&group, &targets);
     for (ours, theirs) in loss.d_policy.iter().zip(rows(&values, "grad_logps")) {
-        let ours: Vec<f32> = ours.iter().map(|slope| slope / n as f32).collect();
+        let ours: Vec<f32> = ours.iter().map(|gradient| gradient / n as f32).collect();
         assert!(max_abs_difference(&ours, &theirs) < 1e-5, "{ours:?} against {theirs:?}");
     }
 }
@@ -187,14 +187,14 @@ fn ppo_agrees_with_the_reference() {
     let clip = Some(Clip { low: 0.2, high: 0.2, level: Level::Token });
     let loss = Surrogate { clip, average: Average::TokenMean, ..PLAIN }.loss(&view(&behaviour, &policy), &advantages);
     check("ppo", &loss, f64::from(list(&values, "pg_loss")[0]), &cut("grad_logps", 0));
-    let (now, returns, slopes) = (cut("vpred", 1), cut("returns", 1), cut("grad_vpred", 1));
+    let (now, returns, gradients) = (cut("vpred", 1), cut("returns", 1), cut("grad_vpred", 1));
     let count = now.iter().map(Vec::len).sum::<usize>() as f64;
     let mut total = 0.0;
     for i in 0..now.len() {
         for t in 0..now[i].len() {
-            let (loss, slope) = clipped_value(now[i][t], returns[i][t], old[i][t], 0.2);
+            let (loss, gradient) = clipped_value(now[i][t], returns[i][t], old[i][t], 0.2);
             total += loss;
-            assert!((0.1 * slope / count - f64::from(slopes[i][t])).abs() < 1e-5, "value {i}, {t}");
+            assert!((0.1 * gradient / count - f64::from(gradients[i][t])).abs() < 1e-5, "value {i}, {t}");
         }
     }
     assert!((total / count - f64::from(list(&values, "vf_loss")[0])).abs() < 1e-5);
@@ -263,7 +263,7 @@ fn a_perfect_baseline_leaves_no_gradient() {
     let group = GroupView { rewards: &[3.0], reference: &reference, values: &perfect, ..view(&behaviour, &behaviour) };
     let of = |group: GroupView<'_>| algorithm.loss(&group, &algorithm.targets(&[group])[0]);
     let loss = of(group);
-    assert!(loss.value < 1e-10 && loss.d_policy[0].iter().all(|slope| slope.abs() < 1e-6), "{loss:?}");
+    assert!(loss.value < 1e-10 && loss.d_policy[0].iter().all(|gradient| gradient.abs() < 1e-6), "{loss:?}");
     let loss = of(GroupView { values: &off, ..group });
     assert!((loss.value - 2.0).abs() < 1e-5);
     assert!(max_abs_difference(&loss.d_policy[0], &[-1.0, 1.0]) < 1e-5);
@@ -305,9 +305,9 @@ fn the_soft_label_loss_agrees_with_pytorch() {
     for case in cases {
         let number = |value: &serde_json::Value| value.as_f64().unwrap();
         let rewards = [number(&case["rewards"][0]), number(&case["rewards"][1])];
-        let (loss, slope) = soft_label(rewards[0] - rewards[1], number(&case["label"]));
+        let (loss, gradient) = soft_label(rewards[0] - rewards[1], number(&case["label"]));
         assert!((loss - number(&case["loss"])).abs() < 1e-5, "{case}: {loss}");
-        for (ours, theirs) in [(slope, &case["gradient"][0]), (-slope, &case["gradient"][1])] {
+        for (ours, theirs) in [(gradient, &case["gradient"][0]), (-gradient, &case["gradient"][1])] {
             assert!((ours - number(theirs)).abs() < 1e-5, "{case}: {ours}");
         }
     }
@@ -330,7 +330,7 @@ fn online_dpo_agrees_with_the_reference() {
             };
             all.iter().zip(&mask).map(kept).collect()
         };
-        let (policy, reference, slopes) = (rows("logps"), rows("ref_logps"), rows("grad_logps"));
+        let (policy, reference, gradients) = (rows("logps"), rows("ref_logps"), rows("grad_logps"));
         let preferences: Vec<(usize, usize, f64)> = (0..4).map(|i| (i, i + 4, 1.0)).collect();
         let group = GroupView { reference: &reference, preferences: &preferences, ..view(&policy, &policy) };
         for soft in [false, true] {
@@ -341,8 +341,8 @@ fn online_dpo_agrees_with_the_reference() {
                 assert!((loss.margins.iter().sum::<f64>() / 4.0 + 0.190_648_42).abs() < 1e-5);
             }
             assert!((loss.policy / 4.0 / expected - 1.0).abs() < 1e-5, "{name}: {}", loss.policy / 4.0);
-            for (ours, theirs) in loss.d_policy.iter().zip(&slopes) {
-                let ours: Vec<f32> = ours.iter().map(|slope| slope / 4.0).collect();
+            for (ours, theirs) in loss.d_policy.iter().zip(&gradients) {
+                let ours: Vec<f32> = ours.iter().map(|gradient| gradient / 4.0).collect();
                 assert!(max_abs_difference(&ours, theirs) < 1e-5, "{name}: {ours:?} against {theirs:?}");
             }
         }
@@ -353,8 +353,8 @@ fn online_dpo_agrees_with_the_reference() {
             algorithm.loss(&GroupView { preferences: &even, ..group }, &Default::default())
         };
         assert_eq!((loss(false).terms, loss(true).terms), (0, 1));
-        assert!(loss(false).d_policy.iter().flatten().all(|slope| *slope == 0.0));
-        assert!(loss(true).d_policy[0].iter().any(|slope| *slope != 0.0));
+        assert!(loss(false).d_policy.iter().flatten().all(|gradient| *gradient == 0.0));
+        assert!(loss(true).d_policy[0].iter().any(|gradient| *gradient != 0.0));
     }
 }
 

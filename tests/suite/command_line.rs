@@ -36,7 +36,7 @@ fn label_and_eval_need_no_training_keys() {
     assert!(output.status.success(), "{}", stderr(&output));
     // The policy would be the judge, and none is configured.
     let output = run(dir.path(), &["label", "local.toml", "--input", "pairs.jsonl", "--output", "other.jsonl"]);
-    assert!(stderr(&output).contains("policy.model, which judges then, is missing"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("policy.model, which would be the judge, is missing"), "{}", stderr(&output));
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     let output = run(dir.path(), &["check", "judge.toml"]);
     assert!(
@@ -84,13 +84,13 @@ fn every_command_exits_with_status_2_when_its_input_is_refused() {
 #[test]
 fn an_unreachable_hub_is_a_temporary_failure() {
     let dir = tempfile::tempdir().unwrap();
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let closed_port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let offline = config("offline.toml");
     let train = ["train", offline.to_str().unwrap(), "--set", "policy.model={ hub = \"o/n\" }"];
     let generate = ["generate", "{ hub = \"o/n\" }", "Hello"];
     for (args, endpoint, status) in [
-        (&train[..], format!("http://{nobody}"), 1),
-        (&generate, format!("http://{nobody}"), 1),
+        (&train[..], format!("http://{closed_port}"), 1),
+        (&generate, format!("http://{closed_port}"), 1),
         (&generate, "not an address".to_owned(), 2),
     ] {
         let mut program = preceptor(dir.path());
@@ -151,7 +151,7 @@ fn a_tilde_is_the_home_directory() {
 }
 
 #[test]
-fn a_run_directory_stands_for_its_latest_checkpoint() {
+fn a_run_directory_means_its_latest_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let output = train(dir.path(), &["run.steps=2"]);
     assert!(output.status.success(), "{}", stderr(&output));

@@ -118,8 +118,8 @@ fn logits(model: &Decoder, pack: &Pack) -> Result<Tensor> {
 fn backward(model: &Decoder, params: &[(String, Var)], gradients: &mut Gradients) {
     let pack = pack();
     let (logprobs, entropy) = model.logprobs(&pack, 0.8).unwrap();
-    let slopes = values(5, logprobs.dims(), 1.0).to_device(model.device()).unwrap();
-    let loss = (logprobs + (entropy * 0.3).unwrap()).unwrap().mul(&slopes).unwrap().sum_all().unwrap();
+    let weights = values(5, logprobs.dims(), 1.0).to_device(model.device()).unwrap();
+    let loss = (logprobs + (entropy * 0.3).unwrap()).unwrap().mul(&weights).unwrap().sum_all().unwrap();
     let found = kernels::backward(&loss, &mut [gradients]).unwrap();
     assert_eq!(found, params.len(), "some variables receive no gradient");
 }

@@ -106,18 +106,18 @@ fn check_gradients(r: &Reference) {
     let nll = (total.neg().unwrap() / count as f64).unwrap();
     let expected = r.values["right.nll"].flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
     assert!((nll.to_scalar::<f32>().unwrap() - expected).abs() < 1e-5);
-    let mut whole = Gradients::new(&params).unwrap();
-    assert_eq!(backward(&nll, &mut [&mut whole]).unwrap(), params.len());
+    let mut batch = Gradients::new(&params).unwrap();
+    assert_eq!(backward(&nll, &mut [&mut batch]).unwrap(), params.len());
     let theirs = candle_core::safetensors::load(fixture(r.name).join("grads_all.safetensors"), &Device::Cpu).unwrap();
     for (name, _) in &params {
         let key = [name.clone(), format!("grad.{name}")].into_iter().find(|key| theirs.contains_key(key));
         let theirs = &theirs[&key.unwrap_or_else(|| panic!("no reference gradient for {name}"))];
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let norm = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-        let (whole, theirs) = (flat(whole.get(name).unwrap()), flat(theirs));
+        let (batch, theirs) = (flat(batch.get(name).unwrap()), flat(theirs));
         let [by_rows, again] =
             [&accumulated, &again].map(|sums| flat(&(sums.get(name).unwrap() / count as f64).unwrap()));
-        for (how, ours) in [("one batch", whole), ("accumulated", by_rows), ("checkpointed", again)] {
+        for (how, ours) in [("one batch", batch), ("accumulated", by_rows), ("checkpointed", again)] {
             let gap: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| a - b).collect();
             let error = norm(&gap) / norm(&theirs);
             assert!(error < 1e-4, "{name} of {}, {how}: relative gradient error {error}", r.name);
@@ -196,7 +196,7 @@ fn check_behaviour(r: Reference) {
     let sampled = generate(&mut Fixed(Arc::clone(&model)), requests(), &sampling).unwrap();
     let lengths: std::collections::HashSet<usize> = sampled.iter().flatten().map(|one| one.ids.len()).collect();
     assert!(lengths.len() > 1, "the test wants ragged completions, all have {lengths:?} tokens");
-    let beside = |slots: usize| {
+    let sampled_in = |slots: usize| {
         let mut engine = Engine::new(&sampling, slots);
         let mut again = vec![Vec::new(); prompts.len()];
         for (ticket, request) in requests().into_iter().enumerate() {
@@ -214,12 +214,12 @@ fn check_behaviour(r: Reference) {
     };
     // Identical bits in one slot, in a few, and one sequence after another; and again with enough slots for the
     // large-batch kernels, as the number of sequences shrinks.
-    let alone = beside(1);
+    let alone = sampled_in(1);
     for slots in [2, 4, kernels::LARGE_BATCH_ROWS] {
-        assert_eq!(beside(slots), alone, "in {slots} slots");
+        assert_eq!(sampled_in(slots), alone, "in {slots} slots");
     }
     for slots in [kernels::LARGE_BATCH_ROWS + 1, 20, MAX_SLOTS] {
-        assert_eq!(beside(slots), sampled, "in {slots} slots");
+        assert_eq!(sampled_in(slots), sampled, "in {slots} slots");
     }
     // With reduced precision it samples from a similar distribution, with 16 bits from that of the rounded matrices;
     // the number of slots has no effect either.
@@ -331,9 +331,9 @@ fn shards_in_half_precision_are_read() {
     assert!(half.0.values().all(|tensor| tensor.dtype() == DType::BF16));
     assert_eq!(half.fingerprint().unwrap(), weights.to_dtype(DType::BF16).unwrap().fingerprint().unwrap());
     let file = fixture("families/llama3").join("model.gguf");
-    let [half, whole] = [onto, (&Device::Cpu).into()].map(|onto| Weights::from_gguf(&file, onto).unwrap().1);
+    let [half, full] = [onto, (&Device::Cpu).into()].map(|onto| Weights::from_gguf(&file, onto).unwrap().1);
     assert!(half.0.values().all(|tensor| tensor.dtype() == DType::BF16));
-    assert_eq!(half.fingerprint().unwrap(), whole.to_dtype(DType::BF16).unwrap().fingerprint().unwrap());
+    assert_eq!(half.fingerprint().unwrap(), full.to_dtype(DType::BF16).unwrap().fingerprint().unwrap());
 }
 
 #[test]

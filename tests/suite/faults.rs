@@ -124,7 +124,7 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(prepared.policy()))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
         book: SharedLedger::default(),
-        knobs: AdjustableLimits::default(),
+        limits: AdjustableLimits::default(),
         reward_model: None,
         labelers: Box::new(labelers),
         prepared: Arc::new(prepared),
@@ -152,8 +152,8 @@ fn drive(node: Node) -> (Outcome, u32) {
 
 #[test]
 fn a_panicking_labeler_costs_a_restart_and_no_group() {
-    let (whole, undisturbed, _) = run(Fault::None);
-    assert_eq!(whole, Outcome::Finished);
+    let (outcome, undisturbed, _) = run(Fault::None);
+    assert_eq!(outcome, Outcome::Finished);
     let (outcome, seen, restarts) = run(Fault::Panic(5));
     assert_eq!(outcome, Outcome::Finished);
     assert_eq!(restarts, 1);
@@ -227,14 +227,14 @@ fn a_device_that_runs_out_of_memory_continues_with_smaller_micro_batches() {
         ),
     ] {
         let overrides = [overrides, &["learner.eta=0"]].concat();
-        let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (dir, uninterrupted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let output = with_fault(dir.path(), fault, &overrides);
         let text = crate::common::stderr(&output);
         assert!(output.status.success(), "{text}");
         assert!(text.contains("ran out of memory with 4 completions at a time; the batch continues with 2"), "{text}");
         assert!(!text.contains("restarting"), "{text}");
         assert_eq!(text.contains("continues with 1"), fault.contains("2*return"), "{text}");
-        assert!(crate::common::train(whole.path(), &overrides).status.success());
+        assert!(crate::common::train(uninterrupted.path(), &overrides).status.success());
         let figures = |dir: &Path| -> Vec<(f64, u64)> {
             let steps = crate::common::metrics(&dir.join("run"));
             let of = |step: &serde_json::Value| {
@@ -242,9 +242,9 @@ fn a_device_that_runs_out_of_memory_continues_with_smaller_micro_batches() {
             };
             steps.iter().map(of).collect()
         };
-        let (broken, whole) = (figures(dir.path()), figures(whole.path()));
+        let (broken, uninterrupted) = (figures(dir.path()), figures(uninterrupted.path()));
         assert_eq!(broken.len(), 3);
-        for ((a, n), (b, m)) in broken.iter().zip(&whole).take(2) {
+        for ((a, n), (b, m)) in broken.iter().zip(&uninterrupted).take(2) {
             assert_eq!(n, m);
             assert!((a - b).abs() < 1e-3 * b, "nothing is counted twice: {a} against {b}");
         }
@@ -260,8 +260,8 @@ fn a_device_that_runs_out_of_memory_continues_with_smaller_micro_batches() {
 fn a_reward_model_that_fails_between_learning_and_its_ledger_entry_learns_nothing_twice() {
     let overrides =
         ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
-    let whole = tempfile::tempdir().unwrap();
-    assert!(crate::common::train(whole.path(), &overrides).status.success());
+    let uninterrupted = tempfile::tempdir().unwrap();
+    assert!(crate::common::train(uninterrupted.path(), &overrides).status.success());
     let metrics = |dir: &Path| crate::common::metrics(&dir.join("run"));
     // Two pairs per group and three per step: one of two consecutive groups leads to a step.
     for before in [5, 6] {
@@ -269,7 +269,7 @@ fn a_reward_model_that_fails_between_learning_and_its_ledger_entry_learns_nothin
         let output = with_fault(dir.path(), &format!("reward.learn={before}*off->1*return(lost)->off"), &overrides);
         let text = crate::common::stderr(&output);
         assert!(output.status.success() && text.contains("restarting the graph"), "{text}");
-        assert_eq!(metrics(dir.path()), metrics(whole.path()));
+        assert_eq!(metrics(dir.path()), metrics(uninterrupted.path()));
     }
 }
 

@@ -79,13 +79,13 @@ fn is_read(name: &str, steps: u64, synchronous: bool) {
         assert_eq!(step["step"], i + 1, "{name}");
     }
     // The lines of the steps up to the checkpoint are from the earlier version, including their times.
-    let whole = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let written = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let from: usize = text
         .lines()
         .find_map(|line| line.strip_prefix("resuming  run/checkpoints/step-"))
         .map_or(0, |step| step.parse().unwrap());
     let lines = |text: &str| text.lines().take(from).map(str::to_owned).collect::<Vec<_>>();
-    assert_eq!(lines(&whole), lines(&before), "{name}");
+    assert_eq!(lines(&written), lines(&before), "{name}");
 
     let output = replay(dir.path(), &[]);
     let (said, error) = (String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output));
@@ -95,14 +95,14 @@ fn is_read(name: &str, steps: u64, synchronous: bool) {
         assert!(output.status.success() || error.contains("gives weights"), "{name}: {error}");
     }
     if synchronous && computes_the_same_bits() {
-        let output = train(dir.path(), name, "whole", false);
+        let output = train(dir.path(), name, "uninterrupted", false);
         assert!(output.status.success(), "{name}: {}", stderr(&output));
-        let whole = dir.path().join("whole");
-        assert_eq!(after, metrics(&whole), "{name}");
+        let uninterrupted = dir.path().join("uninterrupted");
+        assert_eq!(after, metrics(&uninterrupted), "{name}");
         let last = |run: &Path| checkpoints(run).pop().unwrap();
         for file in ["model.safetensors", "resume/optimizer.safetensors"] {
             let read = |run: &Path| std::fs::read(last(run).join(file)).unwrap();
-            assert!(read(&run) == read(&whole), "{file} of {name} differs from that of an unbroken run");
+            assert!(read(&run) == read(&uninterrupted), "{file} of {name} differs from that of an unbroken run");
         }
     }
 }

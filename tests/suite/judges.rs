@@ -99,31 +99,33 @@ fn a_judge_that_is_unreachable_at_the_start_is_a_temporary_failure() {
     assert!(text.contains("the run waits for it") && text.contains("could not be reached"), "{text}");
 }
 
-/// From request number `from` on the judge refuses until `mended`; its answers are functions of the question.
+/// From request number `from` on the judge refuses until `repaired`; its answers are functions of the question.
 fn refusing(from: u64, act: &Act) -> (MockJudge, Arc<AtomicBool>) {
-    let mended = Arc::new(AtomicBool::new(false));
-    let (seen, act) = (Arc::clone(&mended), act.clone());
+    let repaired = Arc::new(AtomicBool::new(false));
+    let (seen, act) = (Arc::clone(&repaired), act.clone());
     let mock = MockJudge::start(
         move |number, _, body| {
             if number < from || seen.load(Ordering::SeqCst) { rating(body) } else { act.clone() }
         },
     );
-    (mock, mended)
+    (mock, repaired)
 }
 
 #[test]
 fn a_run_whose_judge_refuses_keeps_its_groups_and_resumes_with_the_same_result() {
     let sound = MockJudge::start(|_, _, body| rating(body));
-    let whole = tempfile::tempdir().unwrap();
-    let output =
-        train(whole.path(), &["labeler.type=direct", "learner.eta=0", &remote(&sound.url, ""), &cache(whole.path())]);
+    let uninterrupted = tempfile::tempdir().unwrap();
+    let output = train(
+        uninterrupted.path(),
+        &["labeler.type=direct", "learner.eta=0", &remote(&sound.url, ""), &cache(uninterrupted.path())],
+    );
     assert!(output.status.success(), "{}", stderr(&output));
     for (act, words) in [
         (Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"), "401: key revoked"),
         (Act::Status(503, "", "down"), "failed (503: down)"),
         (Act::Status(429, "", "slow"), "limits the rate of requests (429: slow)"),
     ] {
-        let (mock, mended) = refusing(25, &act);
+        let (mock, repaired) = refusing(25, &act);
         let dir = tempfile::tempdir().unwrap();
         let settings = remote(&mock.url, ", outage_s = 0.3");
         let overrides = ["labeler.type=direct", "learner.eta=0", &settings, &cache(dir.path())];
@@ -134,23 +136,26 @@ fn a_run_whose_judge_refuses_keeps_its_groups_and_resumes_with_the_same_result()
         let run = dir.path().join("run");
         let before = metrics(&run);
         assert!(before.len() < 4 && before.iter().all(|step| step["groups/masked"] == 0), "nothing is spent: {text}");
-        mended.store(true, Ordering::SeqCst);
+        repaired.store(true, Ordering::SeqCst);
         let output = resume(dir.path(), &overrides);
         assert!(output.status.success(), "{}", stderr(&output));
-        assert_eq!(metrics(&run), metrics(&whole.path().join("run")), "{act:?}");
+        assert_eq!(metrics(&run), metrics(&uninterrupted.path().join("run")), "{act:?}");
         let weights = |dir: &Path| std::fs::read(dir.join("run/checkpoints/step-000004/model.safetensors")).unwrap();
-        assert!(weights(dir.path()) == weights(whole.path()), "{act:?}: other weights than without the refusal");
+        assert!(
+            weights(dir.path()) == weights(uninterrupted.path()),
+            "{act:?}: other weights than without the refusal"
+        );
     }
 }
 
 #[test]
 fn each_prompt_is_trained_once_across_an_outage_in_an_asynchronous_run() {
-    let (mock, mended) = refusing(25, &Act::Status(403, "", "no"));
+    let (mock, repaired) = refusing(25, &Act::Status(403, "", "no"));
     let dir = tempfile::tempdir().unwrap();
     let settings = remote(&mock.url, ", outage_s = 0.3");
     let overrides = ["labeler.type=direct", "learner.eta=4", "labeler.workers=2", &settings, &cache(dir.path())];
     assert_eq!(train(dir.path(), &overrides).status.code(), Some(1));
-    mended.store(true, Ordering::SeqCst);
+    repaired.store(true, Ordering::SeqCst);
     let output = resume(dir.path(), &overrides);
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(trained(&dir.path().join("run")), (0..16).collect::<Vec<_>>());
@@ -215,7 +220,7 @@ fn a_rate_limit_masks_no_group() {
 
 #[test]
 fn an_outage_and_its_cause_appear_on_the_page_in_the_metrics_and_in_readyz() {
-    let (mock, mended) = refusing(20, &Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"));
+    let (mock, repaired) = refusing(20, &Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"));
     let dir = tempfile::tempdir().unwrap();
     let mut command = preceptor(dir.path());
     command.arg("train").arg(config("offline.toml")).args(["--run-dir", "run"]).args(small());
@@ -247,7 +252,7 @@ fn an_outage_and_its_cause_appear_on_the_page_in_the_metrics_and_in_readyz() {
     let status: Value = serde_json::from_str(status.split_once("\r\n\r\n").unwrap().1).unwrap();
     let away = &status["judges_away"][0];
     assert!(away["why"].as_str().unwrap().contains("key revoked") && away["refuses"] == true, "{away}");
-    mended.store(true, Ordering::SeqCst);
+    repaired.store(true, Ordering::SeqCst);
     assert!(child.wait().unwrap().success(), "{}", read());
     assert!(read().contains("answers again"), "{}", read());
 }
@@ -514,7 +519,7 @@ fn a_server_that_charges_for_impossible_token_counts_is_held_to_the_budget_from_
 
 #[test]
 fn labeling_a_file_ends_with_the_cause_when_the_judge_stays_unavailable() {
-    let (mock, mended) = refusing(4, &Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"));
+    let (mock, repaired) = refusing(4, &Act::Status(401, "", "{\"error\": {\"message\": \"key revoked\"}}"));
     let dir = tempfile::tempdir().unwrap();
     let pairs: String =
         (0..400).map(|i| format!("{{\"prompt\": \"p{i}\", \"first\": \"a{i}\", \"second\": \"b{i}\"}}\n")).collect();
@@ -533,7 +538,7 @@ fn labeling_a_file_ends_with_the_cause_when_the_judge_stays_unavailable() {
     assert!(text.contains("401: key revoked") && text.contains("run the same command again"), "{text}");
     let refused = mock.served("http_4xx");
     assert!(refused < 200, "no further question is asked once the judge was waited for: {refused}");
-    mended.store(true, Ordering::SeqCst);
+    repaired.store(true, Ordering::SeqCst);
     let output = label();
     // The mock's ratings are not choices between 1 and 2, so that all pairs are labels of `1` or abstentions; none is
     // lost.

@@ -117,10 +117,24 @@ fn a_completion_cannot_write_control_tokens_of_a_local_judge() {
     let config = preceptor::config::parse(text, "x", dir.path(), &[]).unwrap();
     let local = Arc::new(Local::new(Judge { tokenizer, ..judge(true) }));
     let kept = JudgeBackend::Cached { local: Arc::clone(&local), backend: Arc::clone(&local) as Arc<dyn Backend> };
-    let prompt = |text: &str| Prompt::new(0, text, [1]);
-    let completion = |text: &str| Completion::unsampled(vec![1], text);
-    for instrument in [JudgeBackend::Model(local), kept] {
-        let labeler = labeler_on(&config, &[instrument]).unwrap();
+    let prompt = |text: &str| Prompt {
+        seq: 0,
+        epoch: 0,
+        row: 0,
+        text: text.into(),
+        ids: [1][..].into(),
+        blank: [1][..].into(),
+        reference: None,
+    };
+    let completion = |text: &str| Completion {
+        ids: vec![1],
+        logprobs: vec![0.0],
+        versions: vec![0],
+        finish: Finish::Eos,
+        text: text.into(),
+    };
+    for judge in [JudgeBackend::Model(local), kept] {
+        let labeler = labeler_on(&config, &[judge]).unwrap();
         let rated = |asked: &str, texts: &[&str]| {
             let group =
                 Group { prompt: prompt(asked), completions: texts.iter().map(|text| completion(text)).collect() };

@@ -97,7 +97,7 @@ fn checkpoints_keep_the_generation_config_and_all_end_tokens() {
     assert!(completions.len() == 200 && ended > 20, "{ended} of {} ended", completions.len());
     for one in &completions {
         let ids = one["ids"].as_array().unwrap();
-        assert!(!ids[..ids.len() - 1].iter().any(is_end), "it went on after its end: {one}");
+        assert!(!ids[..ids.len() - 1].iter().any(is_end), "it continued after its end: {one}");
     }
 }
 
@@ -113,22 +113,27 @@ fn a_policy_without_an_end_token_is_reported_and_a_missing_eos_penalty_is_refuse
     }
     // The chat template ends answers with a token, which is used.
     let chat = tempfile::tempdir().unwrap();
-    let (checkpoint, told) = trained(chat.path(), &model, &["reward.missing_eos_penalty=1"]);
-    assert!(told.contains("completions end with \"<|im_end|>\", which its chat template writes"), "{told}");
+    let (checkpoint, reported) = trained(chat.path(), &model, &["reward.missing_eos_penalty=1"]);
+    assert!(reported.contains("completions end with \"<|im_end|>\", which its chat template writes"), "{reported}");
     assert_eq!(read(&checkpoint.join("generation_config.json"))["eos_token_id"], json!([258]));
     set(&model.join("tokenizer_config.json"), &json!({ "chat_template": null }));
     let plain = ["data.chat=false"];
-    let (checkpoint, told) = trained(dir.path(), &model, &plain);
-    assert!(told.contains("the policy has no end token"), "{told}");
+    let (checkpoint, reported) = trained(dir.path(), &model, &plain);
+    assert!(reported.contains("the policy has no end token"), "{reported}");
     assert_eq!(read(&checkpoint.join("generation_config.json"))["eos_token_id"], Value::Null);
     let penalty = [plain[0], "reward.missing_eos_penalty=1"];
-    refused(&model, &penalty, &["reward.missing_eos_penalty = 1 would be taken off every completion"]);
+    refused(
+        &model,
+        &penalty,
+        &["reward.missing_eos_penalty = 1 would be subtracted from the reward of every completion"],
+    );
     let output = preceptor(dir.path()).args(["generate", "model", "a", "--max-new-tokens", "2"]).output().unwrap();
     assert!(stderr(&output).contains("the model has no end token"), "{}", stderr(&output));
     // A stop string also ends completions.
     let other = tempfile::tempdir().unwrap();
-    let (_, told) = trained(other.path(), &model, &[plain[0], "rollout.stop=[\"x\"]", "reward.missing_eos_penalty=1"]);
-    assert!(!told.contains("no end token"), "{told}");
+    let (_, reported) =
+        trained(other.path(), &model, &[plain[0], "rollout.stop=[\"x\"]", "reward.missing_eos_penalty=1"]);
+    assert!(!reported.contains("no end token"), "{reported}");
 }
 
 #[test]
@@ -141,8 +146,11 @@ fn stray_tensors_are_reported_and_neither_trained_nor_written() {
             tensors.insert(name.into(), norm.clone());
         }
     });
-    let (checkpoint, told) = trained(dir.path(), &model, &["learner.weight_decay=0.5", "policy.dtype=f32"]);
-    assert!(told.contains("1 tensors are not part of a LlamaForCausalLM") && told.contains("layers.7"), "{told}");
+    let (checkpoint, reported) = trained(dir.path(), &model, &["learner.weight_decay=0.5", "policy.dtype=f32"]);
+    assert!(
+        reported.contains("1 tensors are not part of a LlamaForCausalLM") && reported.contains("layers.7"),
+        "{reported}"
+    );
     let written = candle_core::safetensors::load(checkpoint.join("model.safetensors"), &Device::Cpu).unwrap();
     assert!(written.keys().all(|name| !name.contains("inv_freq") && !name.contains("layers.7")));
     // Serving programs read all `.safetensors` files at the top level.
@@ -162,8 +170,8 @@ fn a_head_that_differs_from_the_embedding_is_trained_and_written() {
         tensors.insert("lm_head.weight".into(), head);
     });
     assert_eq!(read(&model.join("config.json"))["tie_word_embeddings"], true);
-    let (checkpoint, told) = trained(dir.path(), &model, &[]);
-    assert!(told.contains("lm_head.weight differs from model.embed_tokens.weight"), "{told}");
+    let (checkpoint, reported) = trained(dir.path(), &model, &[]);
+    assert!(reported.contains("lm_head.weight differs from model.embed_tokens.weight"), "{reported}");
     assert_eq!(read(&checkpoint.join("config.json"))["tie_word_embeddings"], false);
     let written = candle_core::safetensors::load(checkpoint.join("model.safetensors"), &Device::Cpu).unwrap();
     assert!(written.contains_key("lm_head.weight"));
@@ -237,7 +245,7 @@ fn a_reward_model_may_pad_its_embedding_differently_but_must_share_the_vocabular
     let swapped = swapped.replace("\"q\":0", "\"q\":114");
     assert_ne!(vocabulary, swapped);
     std::fs::write(padded.join("tokenizer.json"), swapped).unwrap();
-    refused(&policy, &distilled, &["reward_model.model", "another vocabulary than the policy"]);
+    refused(&policy, &distilled, &["reward_model.model", "its vocabulary differs from that of the policy"]);
 }
 
 #[test]

@@ -1,15 +1,15 @@
-//! The modules of the program and what each may use: the list that the table in ARCHITECTURE.md is made from and that the
-//! sources are compared with.
+//! The modules of the program, and the modules that each may use, as one list. The sources are compared with the list, and
+//! the table in ARCHITECTURE.md is generated from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use syn::visit::{self, Visit};
 
-/// Name of a module below `src/`, what it is, and the modules that it may use. A module may only use those above it, so that
-/// no two modules use each other.
+/// Name of each module below `src/`, its contents, and the modules that it may use. A module may only use those above it, so
+/// that no two modules use each other.
 const MODULES: &[(&str, &str, &[&str])] = &[
-    ("types", "Prompts, groups of completions, labels and rewards, which stages exchange.", &[]),
+    ("types", "Prompts, groups of completions, labels and rewards: the items that stages exchange.", &[]),
     ("util::seed", "The mixing function of seeds, hashes and fingerprints.", &[]),
     ("util::suggest", "The known name that is nearest to a misspelt one.", &[]),
     ("util::read_bounded", "Text files read completely, up to a bound on their size.", &[]),
@@ -218,7 +218,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
     ),
     (
         "observe::monitor",
-        "State of a running node: activity of the last minute, bottleneck, history of metrics, samples.",
+        "The observable state of a running node: the last minute, the bottleneck, histories of figures, samples.",
         &[
             "config",
             "lm::model",
@@ -273,7 +273,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
             "util::signals",
         ],
     ),
-    ("run::journal", "The record of the learner's input, from which a run is replayed.", &["types"]),
+    ("run::journal", "The file of the learner's input, from which a run is replayed.", &["types"]),
     (
         "run::checkpoint",
         "Checkpoints: contents, writing, verification, retention, mirrors.",
@@ -397,7 +397,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
     ),
 ];
 
-/// Crates that a module must not use: no stage and no model is known to it.
+/// Crates that a module must not use.
 const WITHOUT: &[(&str, &[&str])] = &[
     ("types", &["candle_core", "preceptor_actors", "kernels"]),
     ("rl", &["candle_core", "preceptor_actors", "kernels"]),
@@ -408,9 +408,9 @@ const WITHOUT: &[(&str, &[&str])] = &[
     ("observe::telemetry", &["candle_core", "kernels"]),
 ];
 
-/// Paths that the code of a file names, tests left out: those within the crate from its root, and others.
+/// Paths that the code of a file names, except in tests: paths within the crate, from its root, and paths of other crates.
 struct Named {
-    /// The module of the code that is visited.
+    /// Module of the visited code.
     module: Vec<String>,
     paths: Vec<Vec<String>>,
     others: Vec<Vec<String>>,
@@ -426,7 +426,7 @@ impl Named {
                 self.paths.push([&self.module[..up], &path[ups..]].concat());
             }
             Some("self" | "Self") | None => {}
-            // Another crate's, or that of a module within this one.
+            // A path of another crate, or of a module within this one.
             Some(_) => self.others.push(path.to_vec()),
         }
     }
@@ -472,14 +472,14 @@ impl<'ast> Visit<'ast> for Named {
     }
 }
 
-/// The module of the list that `path` is in: the one with the longest name.
+/// Returns the module of the list that contains `path`: the one with the longest name.
 fn listed(path: &[String]) -> Option<&'static str> {
     let path = path.join("::");
     let holds = |name: &str| path == name || path.starts_with(&format!("{name}::"));
     MODULES.iter().map(|(name, ..)| *name).filter(|name| holds(name)).max_by_key(|name| name.len())
 }
 
-/// Returns what each file below `src/` names.
+/// Returns the paths that each file below `src/` names.
 fn sources() -> Vec<Named> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut found = Vec::new();

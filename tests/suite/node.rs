@@ -427,15 +427,15 @@ fn a_smaller_micro_batch_changes_only_memory() {
         ["learner.algorithm=ppo", "learner.epochs=2", "learner.minibatches=2", "learner.whiten_advantages=true"];
     let loss = ["learner.algorithm=grpo", "reward.kl=loss", "learner.entropy_coef=0.01"];
     for overrides in [&[][..], &batch, &loss] {
-        let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (single, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let overrides = [&["learner.eta=0", "run.steps=2"], overrides].concat();
-        assert!(train(whole.path(), &overrides).status.success());
+        assert!(train(single.path(), &overrides).status.success());
         // Three does not divide four.
         let output = train(parts.path(), &[&overrides[..], &["learner.micro_batch=3"]].concat());
         assert!(output.status.success(), "{}", stderr(&output));
-        let (whole, parts) = (metrics(&whole.path().join("run")), metrics(&parts.path().join("run")));
-        assert_close(&whole[0], &parts[0], 1e-4);
-        assert_ne!(whole, parts, "identical bits would mean that the group was not split");
+        let (single, parts) = (metrics(&single.path().join("run")), metrics(&parts.path().join("run")));
+        assert_close(&single[0], &parts[0], 1e-4);
+        assert_ne!(single, parts, "identical bits would mean that the group was not split");
     }
 }
 

@@ -174,12 +174,12 @@ fn train(task: &Task, algorithm: &dyn Algorithm, epochs: usize, eta: usize, seed
                     let mut before = 0;
                     for (t, token) in sequence.iter().enumerate() {
                         let row = task.row(t, before);
-                        let slope = f64::from(loss.d_policy[i][t]);
+                        let derivative = f64::from(loss.d_policy[i][t]);
                         for (other, p) in policy.probabilities(row).into_iter().enumerate() {
                             let hit = f64::from(u8::from(other == *token));
-                            gradient.0[row * task.tokens + other] += slope * (hit - p);
+                            gradient.0[row * task.tokens + other] += derivative * (hit - p);
                         }
-                        gradient.1[row] += loss.d_value.get(i).map_or(0.0, |slopes| f64::from(slopes[t]));
+                        gradient.1[row] += loss.d_value.get(i).map_or(0.0, |gradients| f64::from(gradients[t]));
                         tokens += 1;
                         before = *token;
                     }

@@ -20,9 +20,9 @@ fn killed(dir: &Path, overrides: &[&str], after: usize) {
     wait_until("steps and a checkpoint", || {
         let steps = std::fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap_or_default().lines().count();
         let checkpoints = std::fs::read_dir(dir.join("run/checkpoints")).into_iter().flatten().flatten();
-        let whole = checkpoints.filter(|entry| entry.file_name().to_string_lossy().starts_with("step-")).count();
+        let complete = checkpoints.filter(|entry| entry.file_name().to_string_lossy().starts_with("step-")).count();
         assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
-        steps >= after && whole > 0
+        steps >= after && complete > 0
     });
     // SIGKILL.
     child.kill().unwrap();
@@ -62,21 +62,21 @@ fn at_eta_zero_a_killed_and_resumed_run_equals_an_uninterrupted_one() {
     ] {
         let common = ["run.steps=9", "learner.eta=0", "checkpoint.every_steps=2", "checkpoint.keep=9"];
         let overrides = [&common[..], overrides].concat();
-        let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let output = train(whole.path(), &overrides);
+        let (uninterrupted, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let output = train(uninterrupted.path(), &overrides);
         assert!(output.status.success(), "{overrides:?}: {}", stderr(&output));
         killed(broken.path(), &overrides, 3);
         let output = resume(broken.path(), &overrides);
         assert!(output.status.success(), "{overrides:?}: {}", stderr(&output));
         assert!(stderr(&output).contains("resuming  run/checkpoints/step-00000"), "{}", stderr(&output));
-        let (whole, broken) = (whole.path().join("run"), broken.path().join("run"));
-        assert_eq!(metrics(&whole), metrics(&broken), "{overrides:?}");
+        let (uninterrupted, broken) = (uninterrupted.path().join("run"), broken.path().join("run"));
+        assert_eq!(metrics(&uninterrupted), metrics(&broken), "{overrides:?}");
         for file in ["samples.jsonl", "phases.jsonl", "journal.bin"] {
             let read = |run: &Path| std::fs::read(run.join(file)).unwrap();
-            assert!(read(&whole) == read(&broken), "{file} of {overrides:?}");
+            assert!(read(&uninterrupted) == read(&broken), "{file} of {overrides:?}");
         }
         let last = "checkpoints/step-000009";
-        let (a, b) = (tensors(&whole.join(last)), tensors(&broken.join(last)));
+        let (a, b) = (tensors(&uninterrupted.join(last)), tensors(&broken.join(last)));
         assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
         for (name, bytes) in &a {
             assert!(b[name] == *bytes, "{} differs, {overrides:?}", name.display());
@@ -263,7 +263,7 @@ fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_
     };
     let output = run("a", 2, &[]);
     assert!(output.status.success(), "{}", stderr(&output));
-    let whole = std::fs::read(dir.path().join("run/journal.bin")).unwrap();
+    let uninterrupted = std::fs::read(dir.path().join("run/journal.bin")).unwrap();
 
     // The server has another model.
     let output = run("b", 4, &["--resume"]);
@@ -272,7 +272,7 @@ fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_
     refused(&run("b", 4, &["--resume", "--accept-change", "labeler.remote.url"]), &[key]);
     refused(&run("b", 4, &["--resume", "--accept-change", "run.seed"]), &["run.seed", "cannot be accepted"]);
     refused(&run("b", 4, &["--accept-change", key]), &["--resume"]);
-    assert_eq!(std::fs::read(dir.path().join("run/journal.bin")).unwrap(), whole, "a refusal changes nothing");
+    assert_eq!(std::fs::read(dir.path().join("run/journal.bin")).unwrap(), uninterrupted, "a refusal changes nothing");
     let output = run("b", 4, &["--resume", "--accept-change", key, "--accept-change", "labeler.shots"]);
     let text = stderr(&output);
     assert!(output.status.success() && text.contains(&format!("accepted  {key}: \"a\" → \"b\"")), "{text}");
@@ -321,7 +321,7 @@ fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_
 /// truncates both at its checkpoint.
 #[test]
 fn size_limited_files_stay_within_limits_and_are_truncated_by_a_resumed_run() {
-    let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (dir, uninterrupted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let bounds = ["run.samples_max_bytes=6000", "run.samples_keep=2", "checkpoint.journal_max_bytes=9000"];
     let common = ["learner.eta=0", "checkpoint.every_steps=1", "checkpoint.keep=20"];
     let bounded = |steps: &'static str| [&common[..], &bounds, &[steps]].concat();
@@ -361,13 +361,13 @@ fn size_limited_files_stay_within_limits_and_are_truncated_by_a_resumed_run() {
     let early = ["--resume=run/checkpoints/step-000001"];
     let output = training(dir.path(), &bounded("run.steps=12")).args(early).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
-    let output = train(whole.path(), &bounded("run.steps=12"));
+    let output = train(uninterrupted.path(), &bounded("run.steps=12"));
     assert!(output.status.success(), "{}", stderr(&output));
-    let other = whole.path().join("run");
+    let other = uninterrupted.path().join("run");
     assert_eq!(metrics(&run), metrics(&other));
-    let (cut, whole) = (samples(&run), samples(&other));
-    assert_eq!(cut.last(), whole.last());
-    assert!(cut.iter().all(|line| line.0 <= 1 || whole.contains(line)), "{cut:?}");
+    let (cut, uninterrupted) = (samples(&run), samples(&other));
+    assert_eq!(cut.last(), uninterrupted.last());
+    assert!(cut.iter().all(|line| line.0 <= 1 || uninterrupted.contains(line)), "{cut:?}");
     let mut steps: Vec<u64> = cut.iter().map(|(step, _)| *step).collect();
     steps.dedup();
     assert!(steps.windows(2).all(|pair| pair[0] < pair[1]), "{steps:?}");
@@ -404,7 +404,7 @@ fn closing_the_reader_of_standard_error_does_not_affect_the_run() {
 
 #[test]
 fn a_run_whose_machine_is_lost_resumes_from_its_mirror() {
-    let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (dir, uninterrupted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mirror = format!("checkpoint.mirror=\"file://{}/mirror\"", dir.path().display());
     let tuned = ["learner.eta=0", "checkpoint.every_steps=1", "sft.steps=3", "sft.batch=2", "sft.lr=1e-3"];
     let short = [&tuned[..], &["run.steps=3", &mirror]].concat();
@@ -414,13 +414,13 @@ fn a_run_whose_machine_is_lost_resumes_from_its_mirror() {
     std::fs::remove_dir_all(dir.path().join("run")).unwrap();
     let output = resume(dir.path(), &long);
     let text = stderr(&output);
-    assert!(output.status.success() && text.contains("fetched   run/checkpoints/step-000003"), "{text}");
-    assert!(text.contains("fetched   run/reference") && !text.contains("fine-tuning"), "it is not tuned again: {text}");
-    assert!(train(whole.path(), &long[..long.len() - 1]).status.success());
+    assert!(output.status.success() && text.contains("brought   run/checkpoints/step-000003"), "{text}");
+    assert!(text.contains("brought   run/reference") && !text.contains("fine-tuning"), "it is not tuned again: {text}");
+    assert!(train(uninterrupted.path(), &long[..long.len() - 1]).status.success());
     let run = dir.path().join("run");
-    assert_eq!(metrics(&run), metrics(&whole.path().join("run"))[3..]);
+    assert_eq!(metrics(&run), metrics(&uninterrupted.path().join("run"))[3..]);
     let weights = |run: &Path| std::fs::read(run.join("checkpoints/step-000006/model.safetensors")).unwrap();
-    assert!(weights(&run) == weights(&whole.path().join("run")));
+    assert!(weights(&run) == weights(&uninterrupted.path().join("run")));
     let output = resume(dir.path(), &[&tuned[..], &["run.steps=9", "checkpoint.mirror=ftp://host/a"]].concat());
     assert!(
         stderr(&output).contains("error: checkpoint.mirror = \"ftp://host/a\" cannot be used"),
@@ -432,7 +432,7 @@ fn a_run_whose_machine_is_lost_resumes_from_its_mirror() {
 /// A step that takes longer than a service manager waits is abandoned, and its groups are in the checkpoint.
 #[test]
 fn a_step_that_outlasts_the_deadline_is_abandoned_without_losing_its_groups() {
-    let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (dir, uninterrupted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     // The step cannot end before the deadline, but its third group can be reached before it.
     let overrides = ["run.steps=3", "learner.eta=0", "supervision.drain_s=4", "supervision.halt_grace_s=60"];
     let mut child = training(dir.path(), &overrides)
@@ -455,8 +455,8 @@ fn a_step_that_outlasts_the_deadline_is_abandoned_without_losing_its_groups() {
     assert!(groups["rewarded"].as_u64().unwrap() >= 2, "the step's groups are kept: {groups}");
     let output = resume(dir.path(), &overrides);
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(train(whole.path(), &overrides).status.success());
-    assert_eq!(metrics(&dir.path().join("run")), metrics(&whole.path().join("run")));
+    assert!(train(uninterrupted.path(), &overrides).status.success());
+    assert_eq!(metrics(&dir.path().join("run")), metrics(&uninterrupted.path().join("run")));
 }
 
 /// Fine-tuning that is killed and then stopped does not repeat finished steps, and gives the same results.
@@ -465,16 +465,16 @@ fn interrupted_fine_tuning_resumes_with_the_same_result() {
     for adapters in [&[][..], &["policy.lora={ rank = 4 }"]] {
         let tuned = ["sft.steps=60", "sft.batch=2", "sft.lr=1e-3", "run.steps=2", "learner.eta=0"];
         let overrides = [&tuned[..], &["checkpoint.every_steps=1"], adapters].concat();
-        let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let output = train(whole.path(), &overrides);
+        let (uninterrupted, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let output = train(uninterrupted.path(), &overrides);
         assert!(output.status.success(), "{}", stderr(&output));
         let run = broken.path().join("run");
         let far = |steps: usize| {
             let lines = std::fs::read_to_string(run.join("phases.jsonl")).unwrap_or_default().lines().count();
-            let whole = |entry: std::io::Result<std::fs::DirEntry>| {
+            let complete = |entry: std::io::Result<std::fs::DirEntry>| {
                 entry.unwrap().file_name().to_string_lossy().starts_with("step-")
             };
-            lines >= steps && run.join("fine-tuning/checkpoints").read_dir().is_ok_and(|mut all| all.any(whole))
+            lines >= steps && run.join("fine-tuning/checkpoints").read_dir().is_ok_and(|mut all| all.any(complete))
         };
         let broken_off = |how: &str, steps: usize, resumes: bool| -> String {
             let mut command = training(broken.path(), &overrides);
@@ -506,12 +506,12 @@ fn interrupted_fine_tuning_resumes_with_the_same_result() {
         let text = stderr(&output);
         assert!(output.status.success() && text.contains("resuming  run/fine-tuning/checkpoints/step-0000"), "{text}");
         assert!(run.join("reference").exists() && !run.join("fine-tuning").exists());
-        let whole = whole.path().join("run");
+        let uninterrupted = uninterrupted.path().join("run");
         for file in ["phases.jsonl", "reference/model.safetensors", "checkpoints/step-000002/model.safetensors"] {
             let read = |run: &Path| std::fs::read(run.join(file)).unwrap();
-            assert!(read(&whole) == read(&run), "{file} {adapters:?}");
+            assert!(read(&uninterrupted) == read(&run), "{file} {adapters:?}");
         }
-        assert_eq!(metrics(&whole), metrics(&run));
+        assert_eq!(metrics(&uninterrupted), metrics(&run));
     }
 }
 

@@ -5,7 +5,7 @@ use kernels::AdamWConfig;
 use preceptor::lm::model::{Decoder, Weights};
 use preceptor::lm::tokens::Tokenizer;
 use preceptor::pipeline::reward::{RewardModel, RewardTrainer, TrainerPlan};
-use preceptor::types::{Completion, Finish, Group, Prompt};
+use preceptor::types::{Completion, Group, Prompt};
 use serde_json::Value;
 
 use crate::common::fixture;

@@ -106,8 +106,8 @@ fn secrets_grant_access_and_appear_nowhere() {
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{method} {path}: {answer}");
         std::fs::write(dir.path().join(format!("{method}{}.txt", path.replace('/', "-"))), answer).unwrap();
     }
-    let told = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(told.success());
+    let sent = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
     let status = child.wait().unwrap().code();
     assert_eq!(status, Some(130), "{}", std::fs::read_to_string(&errors).unwrap());
 

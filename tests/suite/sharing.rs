@@ -73,8 +73,8 @@ fn forward(model: &Decoder, shared: bool) -> (Tensor, Tensor) {
     }
     // One continuous sequence, from which the completion's tokens are taken.
     let alone = |completion: &Vec<u32>| {
-        let whole = [&PROMPT[1..], completion].concat();
-        let (logprobs, entropy) = model.logprobs(&Pack::new(&PROMPT[..1], &[whole]), 0.9).unwrap();
+        let sequence = [&PROMPT[1..], completion].concat();
+        let (logprobs, entropy) = model.logprobs(&Pack::new(&PROMPT[..1], &[sequence]), 0.9).unwrap();
         [logprobs, entropy].map(|of| of.narrow(0, PROMPT.len() - 1, completion.len()).unwrap())
     };
     let parts: Vec<[Tensor; 2]> = completions.iter().map(alone).collect();
@@ -102,9 +102,9 @@ fn gradients(algorithm: &dyn Algorithm, model: &Decoder, params: &[(String, Var)
         values: &values,
     };
     let loss = algorithm.loss(&view, &algorithm.targets(&[view])[0]);
-    let weigh = |x: &Tensor, slopes: &[Vec<f32>]| {
-        let slopes = Tensor::from_vec(slopes.concat(), x.dims(), &Device::Cpu).unwrap();
-        (x * slopes).unwrap().sum_all().unwrap()
+    let weigh = |x: &Tensor, gradients: &[Vec<f32>]| {
+        let gradients = Tensor::from_vec(gradients.concat(), x.dims(), &Device::Cpu).unwrap();
+        (x * gradients).unwrap().sum_all().unwrap()
     };
     let mut sum = weigh(&logprobs, &loss.d_policy);
     if !loss.d_entropy.is_empty() {

@@ -41,24 +41,24 @@ impl Scripted {
         self.prompt + (1.0 - self.prompt) * plan.group_size as f64 / self.facts.group_size as f64
     }
 
-    /// Returns the core seconds per group with `beside` concurrent groups.
-    fn cores(&self, beside: usize) -> f64 {
+    /// Returns the core seconds per group while `concurrent` groups are sampled at the same time.
+    fn cores(&self, concurrent: usize) -> f64 {
         let here = |role: &usize| *role != Role::Label as usize || self.facts.labels_here;
-        let company = self.common / beside as f64 + 1.0 - self.common;
-        (0..4).filter(here).map(|role| self.alone(role, 1) * if role == 0 { company } else { 1.0 }).sum()
+        let factor = self.common / concurrent as f64 + 1.0 - self.common;
+        (0..4).filter(here).map(|role| self.alone(role, 1) * if role == 0 { factor } else { 1.0 }).sum()
     }
 
     /// Returns an upper bound on groups per second: cores shared without loss, and each stage on all of them.
     fn bound(&self) -> f64 {
         let Facts { cores, batch, max_slots, group_size, labels_here, .. } = self.facts;
-        let beside = (max_slots / group_size).max(1);
+        let concurrent = (max_slots / group_size).max(1);
         let single = (2..4).map(|role| 1.0 / self.alone(role, cores)).fold(f64::MAX, f64::min);
         let labels = if labels_here { cores } else { 32 } as f64 / self.alone(1, 1);
         // Of five batches, the number that η = 4 admits, each takes at least one group's path to the learner and its
         // complete training.
         let way: f64 = (0..3).map(|role| self.alone(role, cores)).sum();
         let admitted = 5.0 * batch as f64 / (way + batch as f64 * self.alone(3, cores));
-        (cores as f64 / self.cores(beside)).min(single).min(labels).min(admitted)
+        (cores as f64 / self.cores(concurrent)).min(single).min(labels).min(admitted)
     }
 }
 
@@ -76,9 +76,9 @@ impl Machine for Scripted {
         let batch = plan.batch;
         let groups = 48 * batch;
         let size = self.size(&plan);
-        let beside = (plan.slots / plan.group_size).max(1);
+        let concurrent = (plan.slots / plan.group_size).max(1);
         // A worker that samples several groups concurrently is modelled as that many workers, each slower accordingly.
-        let sampling = size * self.alone(0, plan.threads[0]) * (self.common + (1.0 - self.common) * beside as f64);
+        let sampling = size * self.alone(0, plan.threads[0]) * (self.common + (1.0 - self.common) * concurrent as f64);
         let taking = |seconds: f64| ScriptedStage::taking(Duration::from_secs_f64(seconds));
         let label = taking(size * self.alone(1, plan.threads[1]));
         let reward = taking(size * self.alone(2, plan.threads[2]));
@@ -88,7 +88,7 @@ impl Machine for Scripted {
         let learn = taking(learn + self.step / batch as f64);
         let clock = Clock::simulated();
         let options = GraphOptions { clock: clock.clone(), ..GraphOptions::default() };
-        let workers = [plan.workers[0] * beside, plan.workers[1]];
+        let workers = [plan.workers[0] * concurrent, plan.workers[1]];
         let admission = Admission { eta: plan.eta, batch };
         let wire = move |builder: &mut GraphBuilder| {
             let gate = Arc::new(AdmissionGate::new(admission, 0, 0));
@@ -116,11 +116,11 @@ impl Machine for Scripted {
         });
         let rate = groups as f64 / clock.now().as_secs_f64();
         // If the concurrent work needs more cores than exist, everything is slower by that ratio.
-        let cores = size * self.cores(beside) + self.step / batch as f64;
+        let cores = size * self.cores(concurrent) + self.step / batch as f64;
         let slower = (rate * cores / self.facts.cores as f64).max(1.0);
         let work = |role: Role| {
             let stages = report.stages.iter().filter(|stage| stage.role == role.name());
-            let lanes = if role == Role::Rollout { beside as f64 } else { 1.0 };
+            let lanes = if role == Role::Rollout { concurrent as f64 } else { 1.0 };
             stages.map(|stage| stage.busy_s).sum::<f64>() / groups as f64 / lanes * slower
         };
         Ok(Measured { groups_per_s: rate / slower, work_s: Role::ALL.map(work) })
@@ -157,13 +157,13 @@ fn the_known_optimum_is_found_on_five_machines() {
         ),
     ] {
         let bound = machine.bound();
-        let told = Mutex::new(Vec::new());
-        let tuned = tune(&mut machine, &mis_set(), REACH, |text| told.lock().unwrap().push(text.to_owned())).unwrap();
+        let log = Mutex::new(Vec::new());
+        let tuned = tune(&mut machine, &mis_set(), REACH, |text| log.lock().unwrap().push(text.to_owned())).unwrap();
         let found = tuned.best.measured;
         let plan = tuned.best.plan.describe(&machine.facts);
         println!("{name}: {:.3} → {found:.3} of at most {bound:.3} ({plan})", tuned.before.measured);
         assert!(tuned.before.measured < 0.85 * bound, "{name}: nothing to find");
-        assert!(found >= 0.9 * bound, "{name}: {found} of {bound} by {plan}\n{:?}", told.lock().unwrap());
+        assert!(found >= 0.9 * bound, "{name}: {found} of {bound} by {plan}\n{:?}", log.lock().unwrap());
         assert!(tuned.is_better(), "{name}: {tuned:?}");
         // The predictions for the best plan and for the best synchronous one were accurate.
         assert!((tuned.best.predicted / found - 1.0).abs() < 0.15, "{name}: {tuned:?}");

@@ -173,13 +173,13 @@ fn a_refused_resume_changes_no_file() {
 /// At whatever point the process was killed, the run can be resumed, and ends with the same results.
 #[test]
 fn a_process_killed_while_it_rewinds_a_run_leaves_a_run_that_can_be_resumed() {
-    let whole = stepwise(&[]);
-    let expected = metrics(&whole.path().join("run"));
+    let uninterrupted = stepwise(&[]);
+    let expected = metrics(&uninterrupted.path().join("run"));
     let weights = |dir: &Path| std::fs::read(dir.join("run/checkpoints/step-000004/model.safetensors")).unwrap();
     let points = ["rewind.commit=", "rewind.renamed=", "rewind.renamed=1*off->", "rewind.cut=", "rewind.cut=2*off->"];
     for point in points {
         let killed = tempfile::tempdir().unwrap();
-        copy(&whole.path().join("run"), &killed.path().join("run"));
+        copy(&uninterrupted.path().join("run"), &killed.path().join("run"));
         let mut command = training(killed.path(), &STEPWISE);
         command.arg("--resume=run/checkpoints/step-000001").env("FAILPOINTS", format!("{point}sleep(3600000)"));
         let mut running = Running::start(command);
@@ -209,7 +209,7 @@ fn a_process_killed_while_it_rewinds_a_run_leaves_a_run_that_can_be_resumed() {
             };
             assert!(output.status.success(), "{point} {how}: {}", stderr(&output));
             assert_eq!(metrics(&dir.path().join("run")), expected, "{point} {how}");
-            assert!(weights(dir.path()) == weights(whole.path()), "{point} {how}");
+            assert!(weights(dir.path()) == weights(uninterrupted.path()), "{point} {how}");
             for left in [".rewind", ".rewind.partial"] {
                 assert!(!dir.path().join("run").join(left).exists(), "{point} {how}: {left}");
             }

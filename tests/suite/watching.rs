@@ -210,16 +210,17 @@ fn a_slow_labeler_is_reported_with_the_setting_that_helps() {
     let controlled = ["controller.enabled=true", "controller.every_s=1", "rollout.group_size=2"];
     let node = Node::start(dir.path(), &[&slow[..], &controlled].concat(), None);
     let clearly = |found: &Value| found["share"].as_f64() > Some(0.6) && found["gain"].as_f64() > Some(1.2);
-    let status =
-        node.status("label limits", |status| status["diagnosis"]["role"] == "label" && clearly(&status["diagnosis"]));
+    let status = node.status("label is the bottleneck", |status| {
+        status["diagnosis"]["role"] == "label" && clearly(&status["diagnosis"])
+    });
     let found = &status["diagnosis"];
-    assert!(found["headline"].as_str().unwrap().contains("label limits"), "{found}");
+    assert!(found["headline"].as_str().unwrap().contains("label is the bottleneck"), "{found}");
     let keys: Vec<&Value> = found["settings"].as_array().unwrap().iter().map(|setting| &setting["key"]).collect();
     assert_eq!(keys, ["labeler.workers", "labeler.remote.concurrency"]);
     wait_until("the metric", || node.get("/metrics", None).1.contains("preceptor_bottleneck{role=\"label\"} 1"));
     // The controller lowers the rollout concurrency, since the labeler cannot consume so many groups.
-    let told = node.wait("controller: rollout concurrency 8 → 6");
-    assert!(told.contains("blocked on its output"), "{told}");
+    let reported = node.wait("controller: rollout concurrency 8 → 6");
+    assert!(reported.contains("waits for room"), "{reported}");
     let status = node.status("a move", |status| status["controller"][0]["last_move"] != "");
     assert_eq!(status["controller"][0]["knob"], "rollout");
 }
@@ -270,11 +271,11 @@ fn machine_readable_log_lines_are_objects_with_their_metrics() {
     assert!(output.status.success(), "{}", stderr(&output));
     let lines: Vec<Value> = stderr(&output).lines().map(|line| serde_json::from_str(line).expect(line)).collect();
     assert!(lines.iter().all(|line| line["timestamp"].is_string() && line["message"].is_string()), "{lines:?}");
-    let told: Vec<&Value> = lines.iter().filter(|line| line["event"] == "step").collect();
+    let reported: Vec<&Value> = lines.iter().filter(|line| line["event"] == "step").collect();
     let steps = metrics(&dir.path().join("run"));
-    assert_eq!(told.len(), steps.len());
-    for (told, step) in told.iter().zip(&steps) {
-        assert_eq!(told["figures"]["score/mean"], step["score/mean"]);
+    assert_eq!(reported.len(), steps.len());
+    for (reported, step) in reported.iter().zip(&steps) {
+        assert_eq!(reported["figures"]["score/mean"], step["score/mean"]);
     }
 }
 
@@ -338,19 +339,20 @@ fn check_reports_the_resources_of_a_run() {
     let mut command = preceptor(dir.path());
     let output = command.arg("check").arg(config("offline.toml")).args(small()).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let told = text.split("disk        about ").nth(1).unwrap().split_once(" MiB").unwrap().0.parse::<f64>().unwrap();
+    let reported =
+        text.split("disk        about ").nth(1).unwrap().split_once(" MiB").unwrap().0.parse::<f64>().unwrap();
     let taken = taken as f64 / f64::from(1 << 20);
-    assert!((told / taken - 1.0).abs() < 0.1, "{told} MiB were reported, and {taken} were used");
+    assert!((reported / taken - 1.0).abs() < 0.1, "{reported} MiB were reported, and {taken} were used");
     // The reported growth is an upper bound on the run's files, and not far above their size.
     let growth = text.lines().find(|line| line.starts_with("growth")).unwrap();
     for (name, least) in [("journal.bin", 0.4), ("samples.jsonl", 0.4), ("metrics.jsonl", 0.6), ("tensorboard", 0.6)] {
         let (size, unit) = growth.split_once(&format!("{name} ")).unwrap().1.split_once(' ').unwrap();
-        let told = size.parse::<f64>().unwrap() * if unit.starts_with("KiB") { 1024.0 } else { 1.0 };
+        let reported = size.parse::<f64>().unwrap() * if unit.starts_with("KiB") { 1024.0 } else { 1.0 };
         let path = dir.path().join("run").join(name);
         let taken = if path.is_dir() { walk(&path) } else { path.metadata().unwrap().len() } as f64 / 4.0;
         assert!(
-            (least..1.2).contains(&(taken / told)),
-            "{name}: {told} bytes per step were reported, and {taken} were used"
+            (least..1.2).contains(&(taken / reported)),
+            "{name}: {reported} bytes per step were reported, and {taken} were used"
         );
     }
 }

@@ -8,7 +8,7 @@ use crate::config::{Choice, Config, RolloutWeights};
 use crate::pipeline::generate::MAX_SLOTS;
 
 /// Minimum busy share of a bottleneck role. Below it, no single role limits throughput.
-const LIMITS: f64 = 0.6;
+const MIN_BUSY: f64 = 0.6;
 
 /// Maximum ratio of the busy shares of two roles that limit throughput equally.
 const EVEN: f64 = 1.05;
@@ -20,9 +20,9 @@ pub struct Diagnosis {
     pub role: Option<String>,
     /// Busy share of the bottleneck role's workers, from 0 to 1.
     pub share: f64,
-    /// Factor by which throughput could rise, if this role were relieved, until the next role limits it.
+    /// Factor by which throughput could rise without this bottleneck, until the next role limits it.
     pub gain: f64,
-    /// The role that would limit next.
+    /// Role that would be the next bottleneck.
     pub next: Option<String>,
     /// Summary in one sentence.
     pub headline: String,
@@ -55,32 +55,36 @@ pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize) -> Option<D
     let next = rest.first();
     let gain = next.map_or(1.0 / first.busy, |next| first.busy / next.busy).max(1.0);
     let detail: Vec<String> = shares.iter().filter(|share| share.role != first.role).map(waits).collect();
-    let limits = first.busy >= LIMITS;
-    // The busy share is wall time. A role that shares cores with others would take less of it alone.
+    let limits = first.busy >= MIN_BUSY;
+    // The busy share is wall time. A role that shares cores with others would be busy for less time on its own cores.
     let used: f64 = shares.iter().map(|share| share.busy * (share.workers * threads(&share.role, config)) as f64).sum();
     let spare = (cores as f64 - used).floor().max(0.0) as usize;
     let percent = |share: f64| (100.0 * share).round();
     let headline = match next {
         _ if !limits => format!(
-            "no single actor limits: none works more than {} % of the time, they wait for one another",
+            "no single bottleneck: no actor works more than {} % of the time, because the actors wait for one another",
             percent(first.busy)
         ),
         Some(next) if gain < EVEN => format!(
-            "{} and {} limit equally: they work {} % and {} % of the time",
+            "{} and {} are both bottlenecks: they work {} % and {} % of the time",
             first.role,
             next.role,
             percent(first.busy),
             percent(next.busy)
         ),
         Some(next) => format!(
-            "{} limits: {} {} % of the time, and no other actor more than {} %",
+            "{} is the bottleneck: {} {} % of the time, and no other actor more than {} %",
             first.role,
             if first.workers == 1 { "it works".to_owned() } else { format!("its {} workers work", first.workers) },
             percent(first.busy),
             percent(next.busy)
         ),
         None => {
-            format!("{} limits: it works {} % of the time, and no other actor works", first.role, percent(first.busy))
+            format!(
+                "{} is the bottleneck: it works {} % of the time, and no other actor works",
+                first.role,
+                percent(first.busy)
+            )
         }
     };
     Some(Diagnosis {
@@ -94,7 +98,7 @@ pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize) -> Option<D
     })
 }
 
-/// Describes the main state of a role that does not limit.
+/// Describes the main state of a role that is not the bottleneck.
 fn waits(share: &RoleShare) -> String {
     let RoleShare { role, idle, blocked, admission, .. } = share;
     let percent = |share: f64| (100.0 * share).round();
@@ -193,7 +197,7 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
                     "learner.micro_batch",
                     learner.micro_batch,
                     0,
-                    "complete groups at a time, but more memory is used",
+                    "each forward pass covers a complete group, but more memory is used",
                 );
             }
             if spare > 0 {
@@ -229,13 +233,13 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
             key,
             now: now.to_string(),
             attempt: (now + 1).to_string(),
-            why: "all cores are in use: this helps with more cores, or with threads taken from a waiting actor".into(),
+            why: "all cores are in use: this helps on a machine with more cores, or with threads taken from a waiting actor".into(),
         });
     }
     settings
 }
 
-/// Proposes settings that let stages overlap which wait for one another.
+/// Proposes settings with which stages that wait for one another overlap more.
 fn slack(config: &Config) -> Vec<Setting> {
     let eta = config.learner.eta;
     let why = if eta == 0 {
@@ -251,7 +255,7 @@ fn slack(config: &Config) -> Vec<Setting> {
             key: "learner.batch_groups",
             now: batch.to_string(),
             attempt: (2 * batch).to_string(),
-            why: "steps are fewer and larger, so that they wait for a slow group less often".into(),
+            why: "steps are fewer and larger, so they wait for a slow group less often".into(),
         });
     }
     settings
@@ -283,13 +287,17 @@ mod tests {
         let found = diagnose(&shares, &config(&[]), 4).unwrap();
         assert_eq!((found.role.as_deref(), found.next.as_deref()), (Some("label"), Some("learn")));
         assert!((found.gain - 2.4).abs() < 1e-9);
-        assert!(found.headline.contains("label limits") && found.headline.contains("96 %"), "{}", found.headline);
+        assert!(
+            found.headline.contains("label is the bottleneck") && found.headline.contains("96 %"),
+            "{}",
+            found.headline
+        );
         assert!(found.detail.contains("rollout waits for space in its output queue 70 %"), "{}", found.detail);
         assert!(found.detail.contains("prompts waits for the staleness bound 90 %"), "{}", found.detail);
         assert_eq!((found.settings[0].key, found.settings[0].attempt.as_str()), ("labeler.workers", "2"));
         let even = [share("rollout", 0.95, 0.0, 0.0), share("learn", 0.93, 0.0, 0.0)];
         let headline = diagnose(&even, &config(&[]), 4).unwrap().headline;
-        assert_eq!(headline, "rollout and learn limit equally: they work 95 % and 93 % of the time");
+        assert_eq!(headline, "rollout and learn are both bottlenecks: they work 95 % and 93 % of the time");
         // Two of two cores are used: more actors would only share them.
         let full = diagnose(&[share("rollout", 0.95, 0.0, 0.0), share("learn", 0.9, 0.0, 0.0)], &config(&[]), 2);
         let keys: Vec<&str> = full.unwrap().settings.iter().map(|setting| setting.key).collect();

@@ -33,7 +33,7 @@ const COLUMNS: &[&str] = &[
 const TRAINED_RATE: &str = "rate/trained_tokens";
 
 /// Maximum number of steps that are kept.
-const MOST: usize = 600;
+const MAX_STEPS: usize = 600;
 
 /// Rows of metrics by step, oldest first.
 #[derive(Default)]
@@ -60,7 +60,7 @@ impl History {
             name => record.get(name).cloned().unwrap_or(Value::Null),
         };
         self.rows.push_back(COLUMNS.iter().map(figure).collect());
-        if self.rows.len() > MOST {
+        if self.rows.len() > MAX_STEPS {
             self.thin();
         }
     }
@@ -106,10 +106,10 @@ mod tests {
             history.push(&json!({ "step": step, "time/run_seconds": 0.5 * step as f64, "tokens": 8 }));
         }
         let steps = steps(&history);
-        assert!(steps.len() <= MOST);
+        assert!(steps.len() <= MAX_STEPS);
         assert_eq!((steps[0], steps[steps.len() - 1]), (1, 100_000));
         let gaps: Vec<u64> = steps.windows(2).map(|pair| pair[1] - pair[0]).collect();
-        assert!(gaps[gaps.len() - MOST / 4..].iter().all(|gap| *gap == 1), "{gaps:?}");
+        assert!(gaps[gaps.len() - MAX_STEPS / 4..].iter().all(|gap| *gap == 1), "{gaps:?}");
         assert_eq!(history.rows.back().unwrap()[COLUMNS.len() - 2], json!(16.0));
     }
 

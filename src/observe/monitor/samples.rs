@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::types::Rewarded;
 
 /// Number of groups that are kept.
-const MOST: usize = 24;
+const CAPACITY: usize = 24;
 
 /// Fields of a line that all completions of a group share.
 const COMMON: &[&str] = &["step", "group", "row", "prompt", "labeler", "reward_model", "masked"];
@@ -19,7 +19,7 @@ pub struct Samples(VecDeque<Vec<Value>>);
 impl Samples {
     /// Appends a group, and removes the oldest if there are too many.
     pub fn push(&mut self, lines: Vec<Value>) {
-        if self.0.len() == MOST {
+        if self.0.len() == CAPACITY {
             self.0.pop_front();
         }
         self.0.push_back(lines);
@@ -89,17 +89,17 @@ mod tests {
     #[test]
     fn groups_are_listed_newest_first_and_the_oldest_is_removed() {
         let mut samples = Samples::default();
-        for step in 1..=MOST + 1 {
+        for step in 1..=CAPACITY + 1 {
             let line = |text: &str| json!({ "step": step, "prompt": "p", "completion": text, "reward": 0.5 });
             samples.push(vec![line("a"), line("b")]);
         }
-        let told = samples.to_json();
-        assert_eq!(told.as_array().unwrap().len(), MOST);
+        let listed = samples.to_json();
+        assert_eq!(listed.as_array().unwrap().len(), CAPACITY);
         assert_eq!(
-            told[0],
-            json!({ "step": MOST + 1, "prompt": "p",
+            listed[0],
+            json!({ "step": CAPACITY + 1, "prompt": "p",
                 "completions": [{ "text": "a", "reward": 0.5 }, { "text": "b", "reward": 0.5 }] })
         );
-        assert_eq!(told[MOST - 1]["step"], 2);
+        assert_eq!(listed[CAPACITY - 1]["step"], 2);
     }
 }

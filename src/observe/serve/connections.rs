@@ -21,10 +21,10 @@ use tower_service::Service;
 use crate::util::process::descriptors;
 
 /// Timeout for a client to send the head of its request.
-const HEAD: Duration = Duration::from_secs(10);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Timeout of a connection, which carries one request, from its first byte to its last.
-const WHOLE: Duration = Duration::from_secs(30);
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Maximum size of the head of a request in bytes.
 const HEAD_BYTES: usize = 16 << 10;
@@ -34,7 +34,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Returns the maximum number of concurrent connections: an eighth of the file descriptors that the process may open,
 /// from 4 to 256.
-pub(super) fn most() -> usize {
+pub(super) fn max_connections() -> usize {
     (descriptors::limit() / 8).clamp(4, 256)
 }
 
@@ -44,7 +44,7 @@ pub(super) fn most() -> usize {
 /// the oldest connection. A client that sends and reads without delay is served in milliseconds, so it is served even
 /// while others hold as many connections as they can.
 pub(super) async fn accept(listener: TcpListener, router: Router, most: usize) {
-    let places = Arc::new(Semaphore::new(most));
+    let permits = Arc::new(Semaphore::new(most));
     let open = Arc::new(Open::default());
     loop {
         let stream = match listener.accept().await {
@@ -56,36 +56,36 @@ pub(super) async fn accept(listener: TcpListener, router: Router, most: usize) {
                 continue;
             }
         };
-        if places.available_permits() == 0 {
+        if permits.available_permits() == 0 {
             open.close_one();
         }
         // The semaphore is never closed.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         let (connection, router) = (open.enter(), router.clone());
         tokio::spawn(async move {
             tokio::select! {
-                () = answer(stream, router, &connection.state.asked) => {}
+                () = answer(stream, router, &connection.state.requested) => {}
                 () = connection.state.close.notified() => {}
-                () = tokio::time::sleep(WHOLE) => {}
+                () = tokio::time::sleep(CONNECTION_TIMEOUT) => {}
             }
             drop(connection);
-            drop(place);
+            drop(permit);
         });
     }
 }
 
 /// Reads one request of `stream` and answers it.
-async fn answer(stream: TcpStream, router: Router, asked: &AtomicBool) {
+async fn answer(stream: TcpStream, router: Router, requested: &AtomicBool) {
     let service = service_fn(|request: Request<Incoming>| {
-        asked.store(true, Ordering::Relaxed);
+        requested.store(true, Ordering::Relaxed);
         let mut router = router.clone();
         async move { router.call(request).await }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD)
+        .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES)
-        // One request per connection: an idle connection never occupies a place, and no client sends a request on a
+        // One request per connection: an idle connection never holds a permit, and no client sends a request on a
         // connection that is being closed.
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
@@ -101,7 +101,7 @@ struct Open(Mutex<(u64, BTreeMap<u64, Arc<State>>)>);
 #[derive(Default)]
 struct State {
     /// True once the client has sent the head of a request.
-    asked: AtomicBool,
+    requested: AtomicBool,
     /// True once the connection has been asked to close.
     closing: AtomicBool,
     close: Notify,
@@ -128,7 +128,7 @@ impl Open {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut open = all.1.values().filter(|state| !state.closing.load(Ordering::Relaxed));
         let oldest = open.clone().next();
-        if let Some(state) = open.find(|state| !state.asked.load(Ordering::Relaxed)).or(oldest) {
+        if let Some(state) = open.find(|state| !state.requested.load(Ordering::Relaxed)).or(oldest) {
             state.closing.store(true, Ordering::Relaxed);
             state.close.notify_one();
         }
@@ -149,7 +149,7 @@ mod tests {
     fn the_oldest_connection_without_a_request_is_evicted_first() {
         let open = Arc::new(Open::default());
         let connections: Vec<Connection> = (0..3).map(|_| open.enter()).collect();
-        connections[0].state.asked.store(true, Ordering::Relaxed);
+        connections[0].state.requested.store(true, Ordering::Relaxed);
         let closing = || connections.iter().map(|one| one.state.closing.load(Ordering::Relaxed)).collect::<Vec<_>>();
         open.close_one();
         assert_eq!(closing(), [false, true, false]);

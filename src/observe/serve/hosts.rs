@@ -26,8 +26,8 @@ impl Hosts {
     fn refused(&self, uri: &Uri, headers: &HeaderMap) -> Option<String> {
         let header = headers.get_all(header::HOST).iter();
         let header = header.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
-        let mut said = uri.authority().map(ToString::to_string).into_iter().chain(header);
-        said.find(|authority| !self.is_known(authority))
+        let mut named = uri.authority().map(ToString::to_string).into_iter().chain(header);
+        named.find(|authority| !self.is_known(authority))
     }
 
     fn is_known(&self, authority: &str) -> bool {

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::config::Serve;
 
 /// Minimum number of characters of a token, because shorter ones can be guessed.
-const SHORTEST: usize = 16;
+const MIN_LENGTH: usize = 16;
 
 /// The bearer token that requests must carry. Only its SHA-256 hash is kept, and the type has no `Debug`.
 #[derive(Clone)]
@@ -31,8 +31,8 @@ impl Token {
             format!("the environment variable {name} (serve.token_env) holds spaces or other characters that are not allowed in a bearer token; use letters and digits")
         })?;
         ensure!(
-            token.len() >= SHORTEST,
-            "the environment variable {name} (serve.token_env) holds a token of {} characters, but at least {SHORTEST} are required; `openssl rand -hex 32` generates one",
+            token.len() >= MIN_LENGTH,
+            "the environment variable {name} (serve.token_env) holds a token of {} characters, but at least {MIN_LENGTH} are required; `openssl rand -hex 32` generates one",
             token.len()
         );
         Ok(Some(Self::new(token)))

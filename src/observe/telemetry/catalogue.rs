@@ -91,7 +91,7 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 Counter,
                 "preceptor_masked_groups_total",
                 &[],
-                "Groups excluded from training because a verdict was missing",
+                "Groups excluded from training because they had no label or no finite score",
             ),
             metric(
                 Counter,

@@ -22,10 +22,10 @@ const CURVES: &[(&str, &str)] = &[
     ("staleness", "staleness/mean"),
 ];
 
-/// Draws the view. `silence` is the error of the last poll, `scroll` the number of actors above the first one shown.
-pub(super) fn draw(frame: &mut Frame<'_>, status: &Value, history: &Value, silence: Option<&str>, scroll: u16) {
+/// Draws the view. `error` is the error of the last poll, `scroll` the number of actors above the first one shown.
+pub(super) fn draw(frame: &mut Frame<'_>, status: &Value, history: &Value, error: Option<&str>, scroll: u16) {
     let area = frame.area();
-    render(area, frame.buffer_mut(), status, history, silence, scroll);
+    render(area, frame.buffer_mut(), status, history, error, scroll);
 }
 
 /// Returns the view as text, `width` columns wide.
@@ -39,7 +39,7 @@ pub(super) fn text(status: &Value, history: &Value, width: u16) -> String {
     lines.trim_end().to_owned() + "\n"
 }
 
-fn render(area: Rect, buffer: &mut Buffer, status: &Value, history: &Value, silence: Option<&str>, scroll: u16) {
+fn render(area: Rect, buffer: &mut Buffer, status: &Value, history: &Value, error: Option<&str>, scroll: u16) {
     let limits = limits(status);
     let actors = actors(status);
     let edges = status["graph"]["edges"].as_array().map_or(0, Vec::len) as u16;
@@ -64,7 +64,7 @@ fn render(area: Rect, buffer: &mut Buffer, status: &Value, history: &Value, sile
     let titles = Row::new(["edge", "queue", "oldest", "items"]).bold();
     Table::new(queues(status), widths).header(titles).block(Block::bordered().title(" edges ")).render(right, buffer);
     sparklines(curves, buffer, history);
-    let foot_line = match silence {
+    let foot_line = match error {
         Some(text) => Line::from(format!(" {text}; retrying")).reversed(),
         None => match waiting(status) {
             Some(text) => Line::from(format!(" {text}")).reversed(),
@@ -120,7 +120,7 @@ fn limits(status: &Value) -> Text<'static> {
     let mut lines = vec![Line::from(word(&found["headline"])).bold(), Line::from(word(&found["detail"])).dim()];
     if let Some(next) = found["next"].as_str() {
         lines.push(Line::from(format!(
-            "without this bottleneck, throughput could be up to {:.1} times as high; then {next} would limit",
+            "without this bottleneck, throughput could be up to {:.1} times as high; then {next} would be the bottleneck",
             figure(&found["gain"])
         )));
     }
@@ -174,34 +174,34 @@ fn queues(status: &Value) -> Vec<Row<'static>> {
 fn sparklines(area: Rect, buffer: &mut Buffer, history: &Value) {
     let columns = history["columns"].as_array().map_or(&[][..], Vec::as_slice);
     let rows = history["rows"].as_array().map_or(&[][..], Vec::as_slice);
-    let course = |(title, name): &(&'static str, &str)| {
+    let curve = |(title, name): &(&'static str, &str)| {
         let column = columns.iter().position(|column| column == name)?;
-        let course: Vec<f64> = rows.iter().filter_map(|row| row[column].as_f64()).collect();
-        (!course.is_empty()).then_some((*title, course))
+        let curve: Vec<f64> = rows.iter().filter_map(|row| row[column].as_f64()).collect();
+        (!curve.is_empty()).then_some((*title, curve))
     };
-    let courses: Vec<(&str, Vec<f64>)> = CURVES.iter().filter_map(course).collect();
+    let curves: Vec<(&str, Vec<f64>)> = CURVES.iter().filter_map(curve).collect();
     let across = if area.width >= 90 { 4 } else { 2 };
-    let high = (area.height / courses.len().div_ceil(across).max(1) as u16).clamp(3, 6);
-    for (i, (title, course)) in courses.iter().enumerate() {
+    let high = (area.height / curves.len().div_ceil(across).max(1) as u16).clamp(3, 6);
+    for (i, (title, curve)) in curves.iter().enumerate() {
         let (x, y) = ((i % across) as u16, (i / across) as u16);
         let width = area.width / across as u16;
         let place = Rect::new(area.x + x * width, area.y + y * high, width, high).intersection(area);
         if place.height < 3 {
             continue;
         }
-        let block = Block::bordered().title(format!(" {title} {} ", short(course[course.len() - 1])));
-        let course = squeeze(course, usize::from(width.saturating_sub(2)));
-        let (low, top) = course.iter().fold((f64::MAX, f64::MIN), |(low, top), y| (low.min(*y), top.max(*y)));
+        let block = Block::bordered().title(format!(" {title} {} ", short(curve[curve.len() - 1])));
+        let curve = squeeze(curve, usize::from(width.saturating_sub(2)));
+        let (low, top) = curve.iter().fold((f64::MAX, f64::MIN), |(low, top), y| (low.min(*y), top.max(*y)));
         let range = if top > low { top - low } else { 1.0 };
-        let heights = course.iter().map(|y| (1.0 + 63.0 * (y - low) / range) as u64);
+        let heights = curve.iter().map(|y| (1.0 + 63.0 * (y - low) / range) as u64);
         Sparkline::default().data(heights).max(64).block(block).render(place, buffer);
     }
 }
 
 /// Averages neighbouring values so that at most `width` remain.
-fn squeeze(course: &[f64], width: usize) -> Vec<f64> {
-    let each = course.len().div_ceil(width.max(1)).max(1);
-    course.chunks(each).map(|part| part.iter().sum::<f64>() / part.len() as f64).collect()
+fn squeeze(curve: &[f64], width: usize) -> Vec<f64> {
+    let each = curve.len().div_ceil(width.max(1)).max(1);
+    curve.chunks(each).map(|part| part.iter().sum::<f64>() / part.len() as f64).collect()
 }
 
 /// Returns a text about the judge that the run waits for, with the cause.
@@ -212,7 +212,7 @@ fn waiting(status: &Value) -> Option<String> {
 }
 
 fn faults(status: &Value) -> String {
-    let told = [
+    let names = [
         ("restarts", "restarts"),
         ("nonfinite_steps", "steps not finite"),
         ("masked_groups", "groups masked"),
@@ -221,8 +221,8 @@ fn faults(status: &Value) -> String {
     let count = |(key, name): &(&str, &str)| {
         status["faults"][*key].as_u64().filter(|count| *count > 0).map(|count| format!("{count} {name}"))
     };
-    let told: Vec<String> = told.iter().filter_map(count).collect();
-    let faults = if told.is_empty() { "no faults".to_owned() } else { told.join(", ") };
+    let counts: Vec<String> = names.iter().filter_map(count).collect();
+    let faults = if counts.is_empty() { "no faults".to_owned() } else { counts.join(", ") };
     match status["checkpoint"]["age_s"].as_f64() {
         Some(age) => format!("{faults}   checkpoint {} ago", time(age)),
         None => format!("{faults}   no checkpoint yet"),
@@ -286,7 +286,7 @@ mod tests {
             },
             "roles": [{ "role": "label", "busy": 0.97, "idle": 0.03, "blocked": 0.0, "admission": 0.0 }],
             "diagnosis": {
-                "role": "label", "headline": "label limits: it works 97 % of the time", "detail": "rollout waits",
+                "role": "label", "headline": "label is the bottleneck: it works 97 % of the time", "detail": "rollout waits",
                 "gain": 2.4, "next": "learn",
                 "settings": [{ "key": "labeler.workers", "now": "1", "try": "2", "why": "another one" }],
             },
@@ -298,9 +298,9 @@ mod tests {
         for words in [
             "quickstart",
             "step 5 of 20, 30 s left",
-            "label limits",
+            "label is the bottleneck",
             "2.4 times",
-            "learn would limit",
+            "learn would be the bottleneck",
             "labeler.workers = 1 → 2",
             "another one",
             "→ output",

@@ -35,7 +35,7 @@ impl Labeler for Likelihood {
     fn label(&self, group: &Group) -> Result<Labels> {
         ensure!(
             !group.prompt.blank.is_empty(),
-            "the likelihood judge compares with an empty prompt, which has no tokens here; set data.chat = true, or give data.instruction words of its own"
+            "the likelihood judge compares with an empty prompt, which has no tokens here; set data.chat = true, or add text to data.instruction"
         );
         let completions: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
         let model = &self.judge.model;

@@ -83,7 +83,10 @@ impl Outage {
                 cause.words
             );
         }
-        telemetry::judge_away(url, Some(telemetry::Away { time: elapsed, why: &cause.words, refuses: cause.refuses }));
+        telemetry::judge_outage(
+            url,
+            Some(telemetry::Outage { time: elapsed, why: &cause.words, refuses: cause.refuses }),
+        );
         drop(inner);
         let wanted = self.sign(&format!(
             "waits for the judge at {url}, unavailable for {} s: {}",
@@ -112,7 +115,7 @@ impl Outage {
             tracing::warn!("the judge at {url} answers again, after {elapsed} s");
         }
         if since.is_some() {
-            telemetry::judge_away(url, None);
+            telemetry::judge_outage(url, None);
         }
     }
 

@@ -16,7 +16,7 @@ pub fn compares_with_blank(config: &Config, has_blank: bool) -> Result<()> {
     let compares = config.labeler.methods.iter().chain(evaluator).any(|method| method.kind == LabelerKind::Likelihood);
     ensure!(
         has_blank || !compares,
-        "labeler.type = \"likelihood\" compares with an empty prompt, which has no tokens here: the tokenizer has no token that begins or ends a text; set data.chat = true, or give data.instruction words of its own"
+        "labeler.type = \"likelihood\" compares with an empty prompt, which has no tokens here: the tokenizer has no token that begins or ends a text; set data.chat = true, or add text to data.instruction"
     );
     Ok(())
 }

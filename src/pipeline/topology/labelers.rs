@@ -1,4 +1,4 @@
-//! The labeler that a configuration asks for, on the judges that were prepared for it.
+//! Construction of the configured labeler from its judges.
 
 use std::sync::Arc;
 
@@ -15,15 +15,15 @@ use crate::pipeline::label::panel::{Member, Panel};
 use crate::pipeline::label::templates::{Preamble, Question, TemplateSet};
 use crate::pipeline::setup::Prepared;
 
-/// Refuses a labeler that cannot be made whatever its judges answer: a method that its judge does not serve, or that needs
-/// what its template set lacks. Loads and asks nothing.
+/// Checks `methods` without loading or asking a judge.
 ///
 /// # Errors
-/// The first method that cannot be used.
-pub fn possible(methods: &Methods) -> Result<()> {
+/// If a method needs local weights but its judge is remote, or if a template set does not exist or lacks a template that
+/// its method needs.
+pub fn validate_methods(methods: &Methods) -> Result<()> {
     for method in methods.iter() {
         if matches!(method.kind, LabelerKind::Likelihood | LabelerKind::Embedding) && method.remote.is_some() {
-            bail!("it reads the weights of its judge, and labeler.remote is on a server");
+            bail!("it reads the weights of its judge, but labeler.remote is on a server");
         }
         if let Some(question) = question(method)? {
             TemplateSet::find_for(&method.templates, &question)?;
@@ -32,7 +32,7 @@ pub fn possible(methods: &Methods) -> Result<()> {
     Ok(())
 }
 
-/// What `method` asks with its template set, if it asks.
+/// Returns the kind of question that `method` asks, or `None` if it reads weights instead.
 fn question(method: &Method) -> Result<Option<Question>> {
     Ok(match method.kind {
         LabelerKind::Likelihood | LabelerKind::Embedding => None,
@@ -44,46 +44,43 @@ fn question(method: &Method) -> Result<Option<Question>> {
     })
 }
 
-/// The configured labeler: one method, or a panel.
+/// Returns the configured labeler: one method, or a panel.
 ///
 /// # Errors
-/// A template that cannot be used.
+/// If a template cannot be used.
 pub fn labeler(config: &Config, prepared: &Prepared) -> Result<Box<dyn Labeler>> {
-    labeler_on(config, &prepared.instruments)
+    labeler_on(config, &prepared.backends)
 }
 
-/// As [`labeler`], on `instruments`, one per method.
+/// Like [`labeler`], with `backends` as the judges, one per method.
 ///
 /// # Errors
-/// As [`labeler`].
-pub fn labeler_on(config: &Config, instruments: &[JudgeBackend]) -> Result<Box<dyn Labeler>> {
-    made_of(config, ("labeler", &config.labeler.methods), instruments)
+/// As for [`labeler`].
+pub fn labeler_on(config: &Config, backends: &[JudgeBackend]) -> Result<Box<dyn Labeler>> {
+    build(config, ("labeler", &config.labeler.methods), backends)
 }
 
-/// The judge of evaluations: `evaluation.labeler`, or the configured labeler.
+/// Returns the labeler of evaluations: `evaluation.labeler` if set, else the configured labeler.
 ///
 /// # Errors
-/// As [`labeler`].
+/// As for [`labeler`].
 pub fn evaluation_judge(config: &Config, prepared: &Prepared) -> Result<Box<dyn Labeler>> {
-    let instruments = if config.evaluation.labeler.is_some() { &prepared.evaluators } else { &prepared.instruments };
-    made_of(config, config.evaluation_judge(), instruments)
+    let backends = if config.evaluation.labeler.is_some() { &prepared.evaluation_backends } else { &prepared.backends };
+    build(config, config.evaluation_judge(), backends)
 }
 
-/// The labeler of `methods`, whose keys are at `path`, on `instruments`, one per method.
-fn made_of(
-    config: &Config,
-    (path, methods): (&str, &Methods),
-    instruments: &[JudgeBackend],
-) -> Result<Box<dyn Labeler>> {
-    let mut made = Vec::new();
-    for (i, (method, instrument)) in methods.iter().zip(instruments).enumerate() {
-        let labeler = one(config, method, instrument);
-        made.push((method, labeler.with_context(|| format!("{} cannot be used", methods.place(path, i)))?));
+/// Returns the labeler of `methods` with `backends` as the judges, one per method. `path` is the configuration key of the
+/// methods, for errors.
+fn build(config: &Config, (path, methods): (&str, &Methods), backends: &[JudgeBackend]) -> Result<Box<dyn Labeler>> {
+    let mut labelers = Vec::new();
+    for (i, (method, judge)) in methods.iter().zip(backends).enumerate() {
+        let labeler = method_labeler(config, method, judge);
+        labelers.push((method, labeler.with_context(|| format!("{} cannot be used", methods.place(path, i)))?));
     }
     if !methods.panel {
-        return made.pop().map(|(_, labeler)| labeler).context("no labeler is configured");
+        return labelers.pop().map(|(_, labeler)| labeler).context("no labeler is configured");
     }
-    let members = made.into_iter().map(|(method, labeler)| Member {
+    let members = labelers.into_iter().map(|(method, labeler)| Member {
         labeler,
         weight: method.weight,
         pair_temperature: method.pair_temperature,
@@ -91,15 +88,15 @@ fn made_of(
     Ok(Box::new(Panel { members: members.collect(), pairing: config.labeler.pairs }))
 }
 
-fn one(config: &Config, method: &Method, instrument: &JudgeBackend) -> Result<Box<dyn Labeler>> {
+fn method_labeler(config: &Config, method: &Method, judge: &JudgeBackend) -> Result<Box<dyn Labeler>> {
     let backend = || -> Result<Arc<dyn Backend>> {
-        match instrument {
+        match judge {
             JudgeBackend::Model(local) => Ok(Arc::clone(local) as Arc<dyn Backend>),
             JudgeBackend::Cached { backend, .. } | JudgeBackend::Asked(backend) => Ok(Arc::clone(backend)),
             JudgeBackend::Embedder(_) => bail!("a sentence embedder cannot be asked questions"),
         }
     };
-    match (method.kind, instrument, instrument.local()) {
+    match (method.kind, judge, judge.local()) {
         (LabelerKind::Likelihood, _, Some(local)) => {
             return Ok(Box::new(Likelihood {
                 judge: local.judge().clone(),
@@ -110,8 +107,8 @@ fn one(config: &Config, method: &Method, instrument: &JudgeBackend) -> Result<Bo
         (LabelerKind::Embedding, JudgeBackend::Embedder(embedding), _) => return Ok(Box::new(embedding.clone())),
         _ => {}
     }
-    let Some(question) = question(method)? else { bail!("the judge is of another kind than the method") };
-    let control = instrument.local().map_or_else(Vec::new, |local| local.judge().tokenizer.control_tokens());
+    let Some(question) = question(method)? else { bail!("the method cannot use this kind of judge") };
+    let control = judge.local().map_or_else(Vec::new, |local| local.judge().tokenizer.control_tokens());
     let set = TemplateSet::find_for(&method.templates, &question)?.without_control(control);
     Ok(match question {
         Question::Rating => Box::new(Direct::new(backend()?, set.rating()?)?),

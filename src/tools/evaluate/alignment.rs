@@ -12,8 +12,8 @@ use crate::pipeline::data::Preferences;
 use crate::pipeline::label::backend::Usage;
 use crate::pipeline::label::stage::Wants;
 use crate::pipeline::label::{Labels, Pairing};
-use crate::pipeline::setup::{LabelerBench, prompt_format};
-use crate::pipeline::topology::labelers::possible;
+use crate::pipeline::setup::{JudgeSet, prompt_format};
+use crate::pipeline::topology::labelers::validate_methods;
 use crate::rl::statistics::position::{Choice, Judged, Pair, positions};
 use crate::rl::statistics::table::Cell;
 use crate::rl::statistics::{Estimate, Table};
@@ -78,7 +78,7 @@ pub fn variants(config: &Config, names: Option<&[String]>) -> Result<Variants> {
     };
     let mut found = Variants { possible: Vec::new(), left_out: Vec::new() };
     for name in names.unwrap_or(&default) {
-        match variant(config, name).and_then(|config| possible(&config.labeler.methods).map(|()| config)) {
+        match variant(config, name).and_then(|config| validate_methods(&config.labeler.methods).map(|()| config)) {
             Ok(config) => found.possible.push(Variant { name: name.clone(), config }),
             Err(error) => found.left_out.push((name.clone(), format!("{error:#}"))),
         }
@@ -184,7 +184,7 @@ impl Aligned {
 ///
 /// # Errors
 /// If a labeler cannot be used, or fails more often than its restart budget allows.
-pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<Aligned> {
+pub fn alignment(judges: &JudgeSet, job: &Alignment, title: &str) -> Result<Aligned> {
     let mut table = Table::new(
         title,
         &[
@@ -214,7 +214,7 @@ pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<A
         let questions = || PairQuestions {
             pairs: Arc::clone(&job.pairs),
             format: prompt_format(config),
-            tokenizer: bench.tokenizer.clone(),
+            tokenizer: judges.tokenizer.clone(),
         };
         let (asked, identical) = job.distinct(count)?;
         let chosen = asked.iter().map(|(place, _)| *place).collect();
@@ -222,7 +222,7 @@ pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<A
         let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
         let wants = Wants::Preferences { pairing: Pairing::Adjacent, temperature };
         let began = Instant::now();
-        let labels = judge(config, &bench.instruments, chosen, asked.len(), wants, name)?;
+        let labels = judge(config, &judges.backends, chosen, asked.len(), wants, name)?;
         let seconds = began.elapsed().as_secs_f64();
         let mut usage = Usage::default();
         let mut read = Vec::with_capacity(count);
@@ -263,7 +263,7 @@ pub fn alignment(bench: &LabelerBench, job: &Alignment, title: &str) -> Result<A
             let attacked = Arc::new(Attacked { questions: questions(), pairs, fields });
             let asked = attacked.len();
             let what = format!("{name}, attacked");
-            let labels = judge(config, &bench.instruments, attacked, asked, wants, &what)?;
+            let labels = judge(config, &judges.backends, attacked, asked, wants, &what)?;
             let humans = before.iter().cycle().map(|pair| pair.human);
             let after: Vec<Pair> =
                 labels.iter().zip(humans).map(|(labels, human)| Pair { judged: judged(labels), human }).collect();

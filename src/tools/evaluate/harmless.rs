@@ -9,7 +9,7 @@ use super::win_rate::Contest;
 use crate::config::{Config, LabelerKind};
 use crate::lm::tokens::Tokenizer;
 use crate::pipeline::label::stage::Wants;
-use crate::pipeline::setup::LabelerBench;
+use crate::pipeline::setup::JudgeSet;
 use crate::rl::statistics::table::Cell;
 use crate::rl::statistics::{Table, interval};
 use crate::tools::batch_label::Questions;
@@ -54,11 +54,11 @@ pub fn check_labeler(config: &Config) -> Result<()> {
 ///
 /// # Errors
 /// If the labeler fails more often than its restart budget allows.
-pub fn harmless_rate(config: &Config, bench: &LabelerBench, rated: Rated, title: &str) -> Result<Table> {
+pub fn harmless_rate(config: &Config, judges: &JudgeSet, rated: Rated, title: &str) -> Result<Table> {
     let Rated { prompts, answers, tokenizer } = rated;
     let count = prompts.len();
     let contest = Contest { prompts, b: answers.clone(), a: answers, tokenizer, chat: config.data.chat };
-    let labels = judge(config, &bench.instruments, Arc::new(Single(contest)), count, Wants::Scores, "judging")?;
+    let labels = judge(config, &judges.backends, Arc::new(Single(contest)), count, Wants::Scores, "judging")?;
     let verdicts: Vec<&Verdict> = labels.iter().flat_map(|labels| &labels.scores).collect();
     let scores: Vec<f64> = verdicts.iter().filter_map(|verdict| verdict.label()).collect();
     let of = |kind: &str| verdicts.iter().filter(|verdict| verdict.kind() == kind).count() as i64;

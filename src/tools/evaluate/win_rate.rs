@@ -10,7 +10,7 @@ use crate::lm::tokens::Tokenizer;
 use crate::pipeline::label::Pairing;
 use crate::pipeline::label::guard::without_control;
 use crate::pipeline::label::stage::Wants;
-use crate::pipeline::setup::LabelerBench;
+use crate::pipeline::setup::JudgeSet;
 use crate::rl::statistics::length_control::{Comparison, length_controlled};
 use crate::rl::statistics::table::Cell;
 use crate::rl::statistics::{Table, interval};
@@ -60,12 +60,12 @@ impl Questions for Contest {
 ///
 /// # Errors
 /// If the labeler fails more often than its restart budget allows, or gives no verdict on any pair.
-pub fn win_rate(config: &Config, bench: &LabelerBench, contest: Contest, title: &str) -> Result<WinRate> {
+pub fn win_rate(config: &Config, judges: &JudgeSet, contest: Contest, title: &str) -> Result<WinRate> {
     let contest = Arc::new(contest);
     let count = contest.prompts.len();
     let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
     let wants = Wants::Preferences { pairing: Pairing::Adjacent, temperature };
-    let labels = judge(config, &bench.instruments, contest.clone(), count, wants, "judging")?;
+    let labels = judge(config, &judges.backends, contest.clone(), count, wants, "judging")?;
     let (mut outcomes, mut compared) = (Vec::new(), Vec::new());
     let (mut abstained, mut failed) = (0, 0);
     for (i, labels) in labels.iter().enumerate() {

@@ -102,7 +102,7 @@ impl Machine for Live {
             cell: Arc::new(cell),
             observer: watch.clone(),
             book: SharedLedger::default(),
-            knobs: AdjustableLimits::default(),
+            limits: AdjustableLimits::default(),
             reward_model: reward_trainer(&config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer))),
             labelers: Box::new(labeler),
             prepared: Arc::clone(prepared),

@@ -219,19 +219,19 @@ pub fn rows() -> Vec<Row> {
         row("OpenAI", "a reasoning model takes the default temperature only", Documented, Listed, refusing(|request| request.get("temperature").is_some_and(|t| t != 1.0), 400, r#"{"error":{"message":"Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.","param":"temperature","code":"unsupported_value"}}"#)),
         row("OpenAI", "a reasoning model refuses log-probabilities", Documented, Votes, refusing(lists, 403, r#"{"error":{"message":"You are not allowed to request logprobs from this model","type":"invalid_request_error"}}"#)),
         row("OpenAI", "a limit on tokens below 16 is refused", Documented, Listed, refusing(|request| request["max_tokens"].as_u64() < Some(16), 400, r#"{"error":{"message":"Invalid 'max_tokens': integer below minimum value. Expected a value >= 16, but got 1 instead.","param":"max_tokens","code":"integer_below_min_value"}}"#)),
-        row("OpenAI", "an answer that has begun is not continued; 10 is one token", Documented, Weights([0.6, 0.3, 0.0]), |_, _, request| {
+        row("OpenAI", "a partial answer is not continued; 10 is one token", Documented, Weights([0.6, 0.3, 0.0]), |_, _, request| {
             if request.get("continue_final_message").is_some() { return refuse(400, r#"{"error":{"message":"Unrecognized request argument supplied: continue_final_message"}}"#) }
             if request.to_string().contains("Write the number 10") { return chat(&top(&[("10", ln(0.9)), ("1", ln(0.05))])) }
             if lists(request) { chat(&top(&[("1", ln(0.6)), ("2", ln(0.3))])) } else { text("2") }
         }),
-        row("a gateway", "an answer that has begun is not continued; 10 is two tokens", Documented, Abstains("do not distinguish 1 from 10"), |_, _, request| {
+        row("a gateway", "a partial answer is not continued; 10 is two tokens", Documented, Abstains("do not distinguish 1 from 10"), |_, _, request| {
             if request.get("continue_final_message").is_some() { return refuse(400, r#"{"error":{"message":"Unrecognized request argument supplied: continue_final_message"}}"#) }
             if lists(request) { chat(&top(&[("1", ln(0.6)), ("2", ln(0.3))])) } else { text("2") }
         }),
         row("OpenAI", "the rate of requests is limited (Retry-After in seconds)", Documented, Listed, once(Act::Status(429, "Retry-After: 0\r\n", r#"{"error":{"message":"Rate limit reached","code":"rate_limit_exceeded"}}"#))),
-        row("OpenAI", "the quota is used up", Documented, Unusable("no quota left (429: You exceeded your current quota"), |_, _, _| refuse(429, r#"{"error":{"message":"You exceeded your current quota, please check your plan and billing details.","type":"insufficient_quota","code":"insufficient_quota"}}"#)),
+        row("OpenAI", "the quota is exhausted", Documented, Unusable("no quota left (429: You exceeded your current quota"), |_, _, _| refuse(429, r#"{"error":{"message":"You exceeded your current quota, please check your plan and billing details.","type":"insufficient_quota","code":"insufficient_quota"}}"#)),
         row("OpenAI", "the key is not valid", Documented, Unusable("refused the key (401: Incorrect API key"), |_, _, _| refuse(401, r#"{"error":{"message":"Incorrect API key provided","code":"invalid_api_key"}}"#)),
-        row("OpenAI", "there is no such model", Documented, Unusable("no such address or model (404: The model"), |_, _, _| refuse(404, r#"{"error":{"message":"The model `x` does not exist or you do not have access to it.","code":"model_not_found"}}"#)),
+        row("OpenAI", "the model does not exist", Documented, Unusable("no such address or model (404: The model"), |_, _, _| refuse(404, r#"{"error":{"message":"The model `x` does not exist or you do not have access to it.","code":"model_not_found"}}"#)),
         row("OpenAI", "an answer is withheld (finish_reason content_filter)", Documented, Abstains("withheld"), on_question(Act::Body(r#"{"choices":[{"message":{"role":"assistant","content":""},"finish_reason":"content_filter"}]}"#.into()))),
         row("OpenAI", "the model refuses in message.refusal", Documented, Abstains("the model refuses: I cannot help"), on_question(Act::Body(r#"{"choices":[{"message":{"role":"assistant","content":null,"refusal":"I cannot help with that."},"finish_reason":"stop"}]}"#.into()))),
         row("OpenAI", "a prompt is too long for the model", Documented, Abstains("maximum context length"), on_question(refuse(400, r#"{"error":{"message":"This model's maximum context length is 128000 tokens.","code":"context_length_exceeded"}}"#))),
@@ -252,12 +252,12 @@ pub fn rows() -> Vec<Row> {
         row("vLLM", "a model that always reasons", Documented, Votes, |_, _, request| thinking(request, None)),
         row("vLLM", "a prompt is too long for the model", Recorded, Abstains("longer than the maximum model length of 512"), on_question(refuse(400, r#"{"error":{"message":"The decoder prompt (length 600) is longer than the maximum model length of 512. Make sure that `max_model_len` is no smaller than the number of text tokens.","type":"BadRequestError","param":null,"code":400}}"#))),
         row("vLLM", "the key is not valid", Recorded, Unusable("refused the key (401: Unauthorized)"), |_, _, _| refuse(401, r#"{"error":"Unauthorized"}"#)),
-        row("vLLM", "there is no such model", Recorded, Unusable("(404: The model `nobody` does not exist. Valid aliases: policy.)"), |_, _, _| refuse(404, r#"{"error":{"message":"The model `nobody` does not exist. Valid aliases: policy.","type":"NotFoundError","param":"model","code":404}}"#)),
+        row("vLLM", "the model does not exist", Recorded, Unusable("(404: The model `nobody` does not exist. Valid aliases: policy.)"), |_, _, _| refuse(404, r#"{"error":{"message":"The model `nobody` does not exist. Valid aliases: policy.","type":"NotFoundError","param":"model","code":404}}"#)),
         row("vLLM", "a prompt is too long, and the limit on tokens is named", Documented, Abstains("maximum context length is 2048"), on_question(refuse(400, r#"{"error":{"message":"'max_tokens' or 'max_completion_tokens' is too large: 1. This model's maximum context length is 2048 tokens and your request has 3000 input tokens (1 > 2048 - 3000).","type":"BadRequestError","param":null,"code":400}}"#))),
         row("vLLM", "a prompt is too long, with status 500", Documented, Abstains("maximum context length is 4096"), on_question(refuse(500, r#"{"object":"error","message":"This model's maximum context length is 4096 tokens. However, you requested 5000 tokens.","code":500}"#))),
         row("SGLang", "tokens in the spelling of the vocabulary", Documented, Listed, listing(top(&[("Ġ1", ln(0.6)), ("Ġ2", ln(0.3)), ("Ġ10", ln(0.0001))]))),
         row("SGLang", "null for the logarithm of zero", Documented, Weights([1.0, 0.0, 0.0]), listing(top(&[("1", json!(0.0)), ("2", Value::Null), ("10", Value::Null)]))),
-        row("SGLang", "a model that always reasons, apart from the answer", Documented, Votes, |_, _, request| thinking(request, Some("reasoning_content"))),
+        row("SGLang", "a model that always reasons, with separate reasoning", Documented, Votes, |_, _, request| thinking(request, Some("reasoning_content"))),
         row("llama.cpp", "alternatives with id and bytes", Run, Listed, listing(json!([
             { "id": 16, "token": "1", "bytes": [49], "logprob": 0.6f64.ln() }, { "id": 17, "token": "2", "bytes": [50], "logprob": 0.3f64.ln() }, { "id": 605, "token": "10", "bytes": [49, 48], "logprob": -9.0 },
         ]))),
@@ -266,8 +266,8 @@ pub fn rows() -> Vec<Row> {
         row("llama.cpp", "a prompt is larger than the context", Documented, Abstains("exceeds the available context size"), on_question(refuse(400, r#"{"error":{"code":400,"message":"the request exceeds the available context size. try increasing the context size or enable context shift","type":"exceed_context_size_error"}}"#))),
         row("llama.cpp", "log-probabilities are not available", Documented, Votes, refusing(lists, 501, r#"{"error":{"code":501,"message":"logprobs is not supported","type":"not_supported_error"}}"#)),
         row("Ollama", "log-probabilities are ignored", Documented, Votes, |_, _, _| text("2")),
-        row("Ollama", "there is no such model", Documented, Unusable("try pulling it first"), |_, _, _| refuse(404, r#"{"error":{"message":"model \"x\" not found, try pulling it first","type":"api_error"}}"#)),
-        row("Ollama", "a reasoning model, apart from the answer", Documented, Votes, |_, _, request| if lists(request) { message(&json!({ "content": "", "reasoning": "First" })) } else { thinking(request, Some("reasoning")) }),
+        row("Ollama", "the model does not exist", Documented, Unusable("try pulling it first"), |_, _, _| refuse(404, r#"{"error":{"message":"model \"x\" not found, try pulling it first","type":"api_error"}}"#)),
+        row("Ollama", "a reasoning model with separate reasoning", Documented, Votes, |_, _, request| if lists(request) { message(&json!({ "content": "", "reasoning": "First" })) } else { thinking(request, Some("reasoning")) }),
         row("TGI", "a temperature of zero is refused", Documented, Listed, refusing(|request| request.get("temperature") == Some(&json!(0.0)), 422, r#"{"error":"Input validation error: `temperature` must be strictly positive","error_type":"validation"}"#)),
         row("TGI", "5 alternatives at most", Documented, Listed, refusing(more_than(5), 422, r#"{"error":"Input validation error: `top_logprobs` must be >= 0 and <= 5","error_type":"validation"}"#)),
         row("TGI", "overloaded (429)", Documented, Listed, once(refuse(429, r#"{"error":"Model is overloaded","error_type":"overloaded"}"#))),
@@ -275,9 +275,9 @@ pub fn rows() -> Vec<Row> {
         row("LM Studio", "no model is loaded", Documented, Unusable("No models loaded"), |_, _, _| refuse(400, r#"{"error":"No models loaded. Please load a model in the developer page."}"#)),
         row("OpenRouter", "a rate limit inside a 200", Documented, Listed, once(Act::Body(r#"{"error":{"message":"Rate limit exceeded","code":429}}"#.into()))),
         row("OpenRouter", "choices is null", Documented, Listed, once(Act::Body(r#"{"id":null,"choices":null}"#.into()))),
-        row("OpenRouter", "an answer that the provider broke off (finish_reason error)", Documented, Listed, once(Act::Body(r#"{"choices":[{"message":{"role":"assistant","content":"1"},"finish_reason":"error","error":{"code":502,"message":"upstream"}}]}"#.into()))),
+        row("OpenRouter", "an answer that the provider aborted (finish_reason error)", Documented, Listed, once(Act::Body(r#"{"choices":[{"message":{"role":"assistant","content":"1"},"finish_reason":"error","error":{"code":502,"message":"upstream"}}]}"#.into()))),
         row("OpenRouter", "comments keep the connection alive", Documented, Listed, around(": OPENROUTER PROCESSING\n\n: OPENROUTER PROCESSING\n\n", "")),
-        row("OpenRouter", "no credit is left", Documented, Unusable("no quota left (402: Insufficient credits"), |_, _, _| refuse(402, r#"{"error":{"message":"Insufficient credits","code":402}}"#)),
+        row("OpenRouter", "the credit is exhausted", Documented, Unusable("no quota left (402: Insufficient credits"), |_, _, _| refuse(402, r#"{"error":{"message":"Insufficient credits","code":402}}"#)),
         row("LiteLLM", "unsupported parameters are named in a list", Documented, Votes, refusing(lists, 400, r#"{"error":{"message":"litellm.UnsupportedParamsError: x does not support parameters: ['logprobs', 'top_logprobs'], for model=x","type":null,"param":null,"code":"400"}}"#)),
         row("LiteLLM", "no deployment is available (429)", Documented, Listed, once(refuse(429, r#"{"error":{"message":"No deployments available for selected model, Try again in 0 seconds.","code":"429"}}"#))),
         row("Mistral", "log-probabilities are an unknown field (422)", Documented, Votes, refusing(lists, 422, r#"{"object":"error","message":{"detail":[{"type":"extra_forbidden","loc":["body","logprobs"],"msg":"Extra inputs are not permitted","input":true}]},"detail":[{"type":"extra_forbidden","loc":["body","logprobs"],"msg":"Extra inputs are not permitted"}]}"#)),
@@ -297,9 +297,9 @@ pub fn rows() -> Vec<Row> {
             Act::Body(json!({ "choices": [{ "message": { "content": "1" }, "logprobs": { "tokens": ["1"], "token_logprobs": [-0.5], "top_logprobs": [{ "1": 0.6f64.ln(), "2": 0.3f64.ln(), "10": -9.0 }] } }] }).to_string())
         }),
         row("Together", "5 alternatives at most (422)", Documented, Listed, refusing(more_than(5), 422, r#"{"error":{"message":"Input validation error: logprobs must be between 0 and 5","type":"invalid_request_error","param":"logprobs"}}"#)),
-        row("DeepSeek", "the reasoning model refuses log-probabilities and reasons apart", Documented, Votes, |_, _, request| if lists(request) { refuse(400, r#"{"error":{"message":"deepseek-reasoner does not support logprobs","type":"invalid_request_error"}}"#) } else { thinking(request, Some("reasoning_content")) }),
+        row("DeepSeek", "the reasoning model refuses log-probabilities and returns its reasoning separately", Documented, Votes, |_, _, request| if lists(request) { refuse(400, r#"{"error":{"message":"deepseek-reasoner does not support logprobs","type":"invalid_request_error"}}"#) } else { thinking(request, Some("reasoning_content")) }),
         row("DeepSeek", "empty lines keep the connection alive", Documented, Listed, around("\n\n   \n\n", "\n")),
-        row("DashScope (Qwen)", "thinking is to be switched off by a field of the body", Documented, Listed, refusing(|request| request.get("enable_thinking") != Some(&json!(false)), 400, r#"{"error":{"message":"parameter.enable_thinking must be set to false for non-streaming calls","type":"invalid_request_error"}}"#))
+        row("DashScope (Qwen)", "reasoning is disabled by a field of the body", Documented, Listed, refusing(|request| request.get("enable_thinking") != Some(&json!(false)), 400, r#"{"error":{"message":"parameter.enable_thinking must be set to false for non-streaming calls","type":"invalid_request_error"}}"#))
             .with("extra_body = { enable_thinking = false }", |judge| RemoteJudge { extra_body: [("enable_thinking".to_owned(), false.into())].into_iter().collect(), ..judge }),
         row("a gateway", "an event stream although stream is false", Documented, Listed, |_, _, request| {
             let piece = if lists(request) { json!({ "choices": [{ "delta": { "content": "1" }, "logprobs": chat_body(&usual())["choices"][0]["logprobs"] }] }) } else { json!({ "choices": [{ "delta": { "content": "2" } }] }) };
@@ -307,22 +307,22 @@ pub fn rows() -> Vec<Row> {
         }),
         row("a gateway", "an answer is an event stream unless stream is given", Documented, Listed, |_, _, request| if request.get("stream") == Some(&json!(false)) { good(request) } else { Act::Body("data: [DONE]\n\n".into()) }),
         row("a gateway", "the field stream is refused", Documented, Listed, refusing(has("stream"), 400, r#"{"error":{"message":"Unknown field: stream"}}"#)),
-        row("a gateway", "a page to log in at, with status 200", Documented, Unusable("is an HTML page, not JSON"), |_, _, _| Act::Body("<!doctype html><html><body>Please log in</body></html>".into())),
-        row("a gateway", "gzip that nobody asked for", Documented, Listed, |_, _, request| match good(request) { Act::Body(body) => Act::Bytes(gzip(&body)), other => other }),
+        row("a gateway", "a login page with status 200", Documented, Unusable("is an HTML page, not JSON"), |_, _, _| Act::Body("<!doctype html><html><body>Please log in</body></html>".into())),
+        row("a gateway", "unrequested gzip compression", Documented, Listed, |_, _, request| match good(request) { Act::Body(body) => Act::Bytes(gzip(&body)), other => other }),
         row("a gateway", "a byte order mark", Documented, Listed, around("\u{feff}", "")),
-        row("a gateway", "the answer ends in the end of a stream", Documented, Listed, around("", "\n\ndata: [DONE]\n\n")),
+        row("a gateway", "the answer ends with the end marker of a stream", Documented, Listed, around("", "\n\ndata: [DONE]\n\n")),
         row("a gateway", "a redirect to another address", Documented, Unusable("redirects to https://elsewhere.test/v1"), |_, _, _| Act::Status(301, "Location: https://elsewhere.test/v1\r\n", "")),
         row("a gateway", "a connection that was closed while it was idle", Documented, Listed, once(Act::Close)),
-        row("a gateway", "an answer that breaks off", Documented, Listed, once(Act::CloseMidBody)),
+        row("a gateway", "an incomplete response body", Documented, Listed, once(Act::CloseMidBody)),
         row("a gateway", "an empty body", Documented, Listed, once(Act::Body(String::new()))),
-        row("a proxy", "the proxy wants a password (407)", Documented, Unusable("(407: Proxy Authentication Required)"), |_, _, _| refuse(407, "Proxy Authentication Required")),
-        row("a proxy", "the server is away for a moment (502)", Documented, Listed, once(refuse(502, "<html>Bad gateway</html>"))),
+        row("a proxy", "the proxy requires a password (407)", Documented, Unusable("(407: Proxy Authentication Required)"), |_, _, _| refuse(407, "Proxy Authentication Required")),
+        row("a proxy", "the server is unavailable for a moment (502)", Documented, Listed, once(refuse(502, "<html>Bad gateway</html>"))),
         row("any", "the address has no version", Documented, Listed, |_, path, request| if path == "/v1/chat/completions" { good(request) } else { refuse(404, "404 page not found") })
             .with("url without /v1", |judge| RemoteJudge { url: judge.url.replace("/v1", ""), ..judge }),
         row("any", "the address is that of the endpoint", Documented, Listed, |_, path, request| if path == "/v1/chat/completions" { good(request) } else { refuse(404, "404 page not found") })
             .with("url with /chat/completions/", |judge| RemoteJudge { url: format!("{}/chat/completions/", judge.url), ..judge }),
         row("any", "a rounding error above zero", Documented, Weights([1.0, 0.0, 0.0]), listing(top(&[("1", json!(1e-5)), ("2", json!(-30.0)), ("10", json!(-30.0))]))),
-        row("any", "NaN for a token that nobody needs", Documented, Listed, |_, _, request| {
+        row("any", "NaN for a token that is not needed", Documented, Listed, |_, _, request| {
             if !lists(request) { return text("2") }
             Act::Body(chat_body(&usual()).to_string().replace(&0.05f64.ln().to_string(), "NaN"))
         }),

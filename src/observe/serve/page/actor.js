@@ -46,7 +46,7 @@ function drawActor(node, view, x, y, width) {
     drawn("rect", { class: "actor-box", x, y, width, height, rx: 3 }),
     label(node.role, x + PAD, y + 19, width - 2 * PAD - 34, "actor-role"),
     node.stages.length > 1 ? label(`× ${node.stages.length}`, x + width - PAD, y + 19, 40, "end quiet-text") : null);
-  if (words.stalled || words.limits) box.append(tag(words.stalled ? "stalled" : "limits", x + width - PAD, y, words.stalled));
+  if (words.stalled || words.limits) box.append(tag(words.stalled ? "stalled" : "bottleneck", x + width - PAD, y, words.stalled));
   box.append(shareBar(words.role, x + PAD, y + 27, width - 2 * PAD, 9));
   box.append(label(words.role ? `${percent(words.role.busy)} at work` : "not measured yet", x + PAD, y + 50, width - (words.role ? 70 : 2 * PAD), "strong-text"));
   if (words.role?.items_per_s > 0) box.append(label(perSecond(words.role.items_per_s), x + width - PAD, y + 50, 60, "end quiet-text"));

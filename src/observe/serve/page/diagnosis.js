@@ -29,7 +29,7 @@ function unmeasured(status) {
 function gainWords(diagnosis) {
   const { gain, next, role } = diagnosis;
   if (!role || !(gain > 1.005)) return null;
-  const until = next ? `then ${next} would limit` : "no other actor would limit before that";
+  const until = next ? `then ${next} would be the bottleneck` : "no other actor would be the bottleneck before that";
   return `Without this bottleneck, the run could be up to ${gain.toFixed(gain < 10 ? 1 : 0)} times as fast; ${until}.`;
 }
 

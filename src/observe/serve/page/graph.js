@@ -30,9 +30,9 @@ function showGraph(status, trend) {
   const columns = columnsOf(nodes);
   const width = place.clientWidth;
   if (width === 0) return;
-  const beside = columns.length * (NARROWEST + GAP) - GAP <= width;
+  const fits = columns.length * (NARROWEST + GAP) - GAP <= width;
   const svg = drawn("svg", { role: "img", "aria-label": graphWords(nodes, view) }, patterns());
-  const size = beside ? drawAcross(svg, columns, view, width) : drawDown(svg, columns, view, Math.min(width, 460));
+  const size = fits ? drawAcross(svg, columns, view, width) : drawDown(svg, columns, view, Math.min(width, 460));
   svg.setAttribute("width", size.width);
   svg.setAttribute("height", size.height);
   place.replaceChildren(svg);
@@ -53,7 +53,7 @@ function graphWords(nodes, view) {
     const role = view.roles.get(node.role);
     return `${node.role}, ${counted(node.stages.length, "worker")}${role ? `, ${percent(role.busy)} at work` : ""}`;
   });
-  return `Actors: ${words.join("; ")}.${view.limit ? ` ${view.limit} limits.` : ""}`;
+  return `Actors: ${words.join("; ")}.${view.limit ? ` ${view.limit} is the bottleneck.` : ""}`;
 }
 
 function drawAcross(svg, columns, view, width) {
@@ -128,12 +128,12 @@ function place(svg, node, view, x, y, width) {
 }
 
 /** Returns the paths of the weights from the publisher to each box with a reader. */
-function weightsWay(view, boxes, course) {
+function weightsWay(view, boxes, route) {
   const publisher = [...boxes].find(([node]) => node.role === PUBLISHER)?.[1];
   if (!publisher) return [];
   const reading = [...boxes].filter(([node]) => node.stages.some((stage) => view.readers.has(stage.name)));
   return reading.flatMap(([, box]) => {
-    const { d, tip, at: [x, y, anchor] } = course(publisher, box);
+    const { d, tip, at: [x, y, anchor] } = route(publisher, box);
     const turned = anchor === "upright" ? { transform: `translate(${x} ${y}) rotate(-90)`, class: "weights-words middle" } : { x, y, class: `weights-words ${anchor}` };
     return [drawn("path", { class: "weights", d }), arrow(...tip, "weights-tip"), drawn("text", turned, `weights, version ${view.published}`)];
   });

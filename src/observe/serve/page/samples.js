@@ -31,14 +31,14 @@ class Samples {
     this.latest = [];
     this.unseen = new Set();
     this.drawn = new Map();
-    this.whole = false;
+    this.expanded = false;
     this.order = byId("sample-order");
     this.filter = byId("sample-filter");
     this.hold = byId("sample-hold");
     for (const control of [this.order, this.filter]) control.addEventListener("change", () => this.draw());
     this.hold.addEventListener("change", () => this.release());
     byId("sample-more").addEventListener("click", () => {
-      this.whole = !this.whole;
+      this.expanded = !this.expanded;
       this.draw();
     });
   }
@@ -74,14 +74,14 @@ class Samples {
   draw() {
     setShown(byId("sample-controls"), this.groups.length > 0);
     const chosen = this.groups.filter(FILTERS[this.filter.value]).sort(ORDERS[this.order.value]);
-    const shown = this.whole ? chosen : chosen.slice(0, FEW);
+    const shown = this.expanded ? chosen : chosen.slice(0, FEW);
     const articles = shown.map((group) => this.article(group));
     const list = byId("sample-list");
     if (articles.length !== list.children.length || articles.some((one, i) => one !== list.children[i])) list.replaceChildren(...articles);
     setOptional(byId("samples-note"), this.note(chosen.length));
     const more = byId("sample-more");
     setShown(more, chosen.length > FEW);
-    setText(more, this.whole ? `Show the first ${FEW}` : `Show all ${chosen.length}`);
+    setText(more, this.expanded ? `Show the first ${FEW}` : `Show all ${chosen.length}`);
     const keep = new Set(this.groups.map(groupKey));
     for (const key of this.drawn.keys()) if (!keep.has(key)) this.drawn.delete(key);
   }

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Those who look at a node, for real: Prometheus with its rules and dashboards, a browser at the live page, TensorBoard.
+# Checks the observability of real runs: Prometheus with rules and dashboards, the live page in a browser, TensorBoard.
 #
-#   tests/onlookers/run.sh PRECEPTOR      PRECEPTOR is the program, such as target/release/preceptor
+#   tests/observability/run.sh PRECEPTOR      PRECEPTOR is the program, such as target/release/preceptor
 #
-# Needs prometheus, promtool, chromium, curl (Debian packages), Node.js with npm, Python 3 with venv. Takes some minutes.
+# Needs prometheus, promtool, chromium and curl (Debian packages), Node.js with npm, and Python 3 with venv. Takes some
+# minutes.
 set -euo pipefail
 program=$(realpath "$1")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -21,11 +22,11 @@ grafana/check.sh offline
 echo "== Prometheus: a live node"
 grafana/check/live.sh "$program"
 
-echo "== the live page, before a pretended node"
+echo "== the live page, on simulated nodes"
 npm --prefix tests/page ci --silent --no-audit --no-fund
 node tests/page/check.mjs
 
-echo "== the live page, of a real node"
+echo "== the live page, on a real node"
 port=$((20000 + RANDOM % 10000))
 "$program" train configs/offline.toml --run-dir "$scratch/run" --set run.steps=100000 \
     --set "serve.listen=127.0.0.1:$port" 2>"$scratch/node.log" &
@@ -45,8 +46,8 @@ wait "$node" || status=$?
 node=
 python3 -m venv "$scratch/python"
 "$scratch/python/bin/pip" install --quiet --disable-pip-version-check tensorboard==2.20.0
-"$scratch/python/bin/python" tests/onlookers/read_events.py "$scratch/run"
+"$scratch/python/bin/python" tests/observability/read_events.py "$scratch/run"
 steps=$(wc -l <"$scratch/run/metrics.jsonl")
 "$program" train configs/offline.toml --run-dir "$scratch/run" --resume --set "run.steps=$((steps + 5))" \
     --set serve.enabled=false 2>>"$scratch/node.log"
-"$scratch/python/bin/python" tests/onlookers/read_events.py "$scratch/run"
+"$scratch/python/bin/python" tests/observability/read_events.py "$scratch/run"
