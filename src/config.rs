@@ -266,6 +266,17 @@ impl Config {
 
     /// Checks the relations between keys of different sections.
     fn check(&self, document: &Document) {
+        self.check_mode(document);
+        self.check_evaluation(document);
+        self.check_data_and_labeler(document);
+        self.check_minibatches(document);
+        self.check_off_policy(document);
+        self.check_reference(document);
+        self.check_devices(document);
+    }
+
+    /// Checks that the mode suits the algorithm and has the preferences that it needs.
+    fn check_mode(&self, document: &Document) {
         let pairs = self.learner.algorithm == AlgorithmKind::OnlineDpo;
         if document.sound(&["run.mode", "learner.algorithm"]) && pairs != (self.run.mode == Mode::Preference) {
             let remedy = if pairs {
@@ -281,6 +292,10 @@ impl Config {
         {
             document.error("reward_model.pairs", "is missing; run.mode = \"human\" learns from a file of preferences");
         }
+    }
+
+    /// Checks that evaluations have prompts and a judge, and that keys which need win rates have them.
+    fn check_evaluation(&self, document: &Document) {
         if self.evaluation.every_steps > 0 && document.sound(&["evaluation.every_steps", "data.holdout", "run.mode"]) {
             if self.data.holdout == 0.0 {
                 let remedy = "needs held-out prompts; set data.holdout, for example to 0.05";
@@ -300,6 +315,10 @@ impl Config {
                 document.error("evaluation.patience", needs);
             }
         }
+    }
+
+    /// Refuses keys of `[data]` and `[labeler]` that would have no effect.
+    fn check_data_and_labeler(&self, document: &Document) {
         if document.sound(&["data.chat", "data.chat_template_kwargs"])
             && !self.data.chat
             && !self.data.chat_template_kwargs.is_empty()
@@ -317,6 +336,10 @@ impl Config {
                 );
             }
         }
+    }
+
+    /// Checks that each minibatch has a group.
+    fn check_minibatches(&self, document: &Document) {
         let steps = self.learner.minibatches as u64;
         if document.sound(&["learner.batch_groups", "learner.minibatches"]) && steps > self.learner.batch_groups {
             document.error(
@@ -327,6 +350,11 @@ impl Config {
                 ),
             );
         }
+    }
+
+    /// Checks that tokens of other weights than the policy's are corrected for, and that the rollouts' devices support
+    /// their format of weights.
+    fn check_off_policy(&self, document: &Document) {
         let uncorrected = !self.tolerates_off_policy();
         if document.sound(&["rollout.weights", "learner.correction"])
             && uncorrected
@@ -340,7 +368,6 @@ impl Config {
                 ),
             );
         }
-        let uncorrected = uncorrected && self.learner.eta > 0;
         if document.sound(&["rollout.weights", "rollout.devices", "policy.device", "policy.dtype"])
             && self.rollout.weights != RolloutWeights::F32
             && !self.rollouts_on_cpu_f32()
@@ -353,8 +380,21 @@ impl Config {
                 ),
             );
         }
+        if document.sound(&["learner.eta", "learner.correction"]) && uncorrected && self.learner.eta > 0 {
+            document.error(
+                "learner.correction",
+                &format!(
+                    "\"none\" with learner.eta = {} would train on stale tokens as if they were fresh; set \"tis\", or eta = 0",
+                    self.learner.eta
+                ),
+            );
+        }
+    }
+
+    /// Checks that the reference policy exists where rewards or the loss use it.
+    fn check_reference(&self, document: &Document) {
         if document.sound(&["reward.reference", "reward.kl_coef", "learner.algorithm"]) && !self.reward.reference {
-            let charged = match pairs {
+            let charged = match self.learner.algorithm == AlgorithmKind::OnlineDpo {
                 true => Some("the loss of learner.algorithm = \"online-dpo\" needs it".to_owned()),
                 false => (self.reward.kl_coef > 0.0)
                     .then(|| format!("reward.kl_coef = {} needs it; set that to 0", self.reward.kl_coef)),
@@ -363,6 +403,10 @@ impl Config {
                 document.error("reward.reference", &format!("must be true: {why}"));
             }
         }
+    }
+
+    /// Checks that each rollout device has a worker.
+    fn check_devices(&self, document: &Document) {
         let rollout = &self.rollout;
         if document.sound(&["rollout.workers", "rollout.devices"]) && rollout.devices.len() > rollout.workers {
             document.error(
@@ -371,15 +415,6 @@ impl Config {
                     "lists {} devices for {} rollout.workers; remove devices or add workers",
                     rollout.devices.len(),
                     rollout.workers
-                ),
-            );
-        }
-        if document.sound(&["learner.eta", "learner.correction"]) && uncorrected {
-            document.error(
-                "learner.correction",
-                &format!(
-                    "\"none\" with learner.eta = {} would train on stale tokens as if they were fresh; set \"tis\", or eta = 0",
-                    self.learner.eta
                 ),
             );
         }

@@ -25,7 +25,7 @@ mod tensorboard;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Result;
 
@@ -159,8 +159,4 @@ fn announce_evaluation(evaluated: Result<Evaluation>, progress: &OnceLock<Progre
         Some(progress) => progress.line(&text),
         None => status!("{text}"),
     }
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -7,6 +7,7 @@ pub mod exit;
 pub mod failpoints;
 pub mod http;
 pub mod limit;
+pub mod mutex;
 pub mod process;
 pub mod quiet;
 pub mod read_bounded;

@@ -1,7 +1,7 @@
 //! `preceptor label`.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
@@ -19,6 +19,7 @@ use crate::status;
 use crate::tools::batch_label::file::{LabelFile, Provenance};
 use crate::tools::batch_label::{Job, PairQuestions, annotate};
 use crate::util::exit::{Ended, before_work};
+use crate::util::mutex::lock;
 use crate::util::signals::Interrupted;
 
 /// Arguments of `preceptor label`.
@@ -89,7 +90,7 @@ impl Label {
         };
         let file = Arc::new(Mutex::new(file));
         let is_complete = annotate(job, file.clone());
-        let file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = lock(&file);
         file.finish();
         let totals = file.totals();
         let seconds = began.elapsed().as_secs_f64();

@@ -9,7 +9,7 @@ pub mod samples;
 mod window;
 
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -26,6 +26,7 @@ use crate::rl::ledger::SharedLedger;
 use crate::run::controller::{Adjustment, Controller, Pressure};
 use crate::types::Rewarded;
 use crate::util::device::{self, Memory};
+use crate::util::mutex::lock;
 use crate::util::process;
 use diagnosis::{Diagnosis, diagnose};
 use history::History;
@@ -354,8 +355,4 @@ impl Monitor {
 /// Returns the numbers of successful and of failed exchanges with remote judges so far.
 fn exchanges() -> [u64; 2] {
     [TOTALS.judged.load(Relaxed), TOTALS.refused.load(Relaxed)]
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -7,12 +7,13 @@ pub mod catalogue;
 pub mod graph;
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::rl::ledger::Count;
 use crate::types::{Completion, Finish};
+use crate::util::mutex::lock;
 use crate::util::process::unix_seconds;
 use anyhow::{Result, anyhow};
 use metrics::{Gauge, counter, gauge, histogram};
@@ -242,7 +243,7 @@ static OUTAGES: Mutex<BTreeMap<String, (Duration, String, bool)>> = Mutex::new(B
 
 /// Publishes an outage of the judge at `url`, or with `None` its end.
 pub fn judge_outage(url: &str, outage: Option<Outage<'_>>) {
-    let mut known = OUTAGES.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = lock(&OUTAGES);
     match outage {
         Some(Outage { time, why, refuses }) => known.insert(url.to_owned(), (time, why.to_owned(), refuses)),
         None => known.remove(url),
@@ -255,7 +256,7 @@ pub fn judge_outage(url: &str, outage: Option<Outage<'_>>) {
 
 /// Returns the remote judges that the run waits for: URL, duration, cause, and true if the judge refuses requests.
 pub fn judge_outages() -> Vec<(String, Duration, String, bool)> {
-    let known = OUTAGES.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = lock(&OUTAGES);
     known.iter().map(|(url, (time, why, refuses))| (url.clone(), *time, why.clone(), *refuses)).collect()
 }
 

@@ -1,6 +1,6 @@
 //! Supervised fine-tuning on reference answers, the phase that produces π_SFT before reinforcement learning.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, anyhow};
 use kernels::clip_factor;
@@ -12,6 +12,7 @@ use crate::observe::telemetry;
 use crate::pipeline::learn::TrainState;
 use crate::types::Prompt;
 use crate::util::failpoints;
+use crate::util::mutex::lock;
 
 /// Observer of fine-tuning steps.
 pub trait SftObserver: Send {
@@ -70,7 +71,7 @@ impl Stage for FineTune {
     type Out = ();
 
     fn start(&mut self, _ctx: &StageContext) -> StageResult<()> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         if state.stepping {
             return Err(StageError::fatal(
                 "fine-tuning failed while it was writing the weights; they are only partly updated and cannot be used",
@@ -81,7 +82,7 @@ impl Stage for FineTune {
 
     fn process(&mut self, item: Item<Prompt>, _out: &Emitter<'_, ()>) -> StageResult<()> {
         let shared = Arc::clone(&self.state);
-        let mut state = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&shared);
         let (loss, tokens) = self.learn(&mut state, &item.body)?;
         self.sums.references += 1;
         self.sums.loss += loss;
@@ -106,7 +107,7 @@ impl Stage for FineTune {
         state.stepping = false;
         state.discard()?;
         telemetry::fine_tuned(loss);
-        self.observer.lock().unwrap_or_else(PoisonError::into_inner).step(&state, loss, norm);
+        lock(&self.observer).step(&state, loss, norm);
         Ok(())
     }
 }

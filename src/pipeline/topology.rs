@@ -4,7 +4,7 @@
 pub mod labelers;
 pub mod learning;
 
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
 
 use anyhow::Result;
 use preceptor_actors::{
@@ -33,6 +33,7 @@ use crate::rl::ledger::{LedgerWriter, SharedLedger, UnderWay};
 use crate::run::controller::AdjustableLimits;
 use crate::types::{Group, Labeled, Prompt};
 use crate::util::failpoints;
+use crate::util::mutex::lock;
 use crate::util::seed;
 use kernels::Format;
 
@@ -165,7 +166,7 @@ impl Node {
         if builder.incarnation() > 0
             && let Some(fresh) = reward_trainer(config, &self.prepared)?
         {
-            *trainer.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
+            *lock(trainer) = fresh;
         }
         let count = self.warm_up_groups();
         let gate = open_gate(count);
@@ -275,7 +276,7 @@ pub fn wire_fine_tuning(
     observer: &Arc<Mutex<dyn SftObserver>>,
 ) {
     let (batch, steps) = (config.sft.batch, config.sft.steps);
-    let done = state.lock().unwrap_or_else(PoisonError::into_inner).step;
+    let done = lock(state).step;
     let (prompts_out, prompts) = builder.edge("prompts", 1);
     let (data, gate) = (Arc::clone(&prepared.data), open_gate(batch * steps));
     let source = PromptSource::new(data, gate, LedgerWriter::none(), batch * done, batch * steps);

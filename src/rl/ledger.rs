@@ -6,11 +6,12 @@
 //! restart of the graph or of the program continues with them and no label is paid for twice. This module does no I/O.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
 
 use crate::types::{Group, Labeled, Rewarded};
+use crate::util::mutex::lock;
 
 /// State of a group that has not been trained on yet.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -216,7 +217,7 @@ impl SharedLedger {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

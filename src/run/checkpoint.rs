@@ -21,7 +21,7 @@ pub mod writer;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -39,6 +39,7 @@ use crate::pipeline::reward::RewardTrainer;
 use crate::pipeline::reward::trainer;
 use crate::rl::ledger::{Ledger, SharedLedger};
 use crate::util::failpoints;
+use crate::util::mutex::lock;
 
 /// Version of the checkpoint format, the only one that is read.
 pub const FORMAT: u64 = 1;
@@ -103,7 +104,7 @@ impl Snapshot {
     ) -> Result<Self> {
         failpoints::point("checkpoint.snapshot")?;
         // The reward stage writes into the ledger while it holds its model, so both are read under the same lock.
-        let trainer = reward_model.map(|trainer| trainer.lock().unwrap_or_else(PoisonError::into_inner));
+        let trainer = reward_model.map(|trainer| lock(trainer));
         let ledger = book.copy();
         let reward_model = trainer.map(|trainer| trainer.save()).transpose()?;
         Ok(Self { learner: state.save()?, reward_model, ledger, lengths, files, figure })

@@ -10,7 +10,7 @@ use preceptor_actors::Outcome;
 use super::observer::RunObserver;
 use super::retry::retry_write;
 use super::supervise::{Stop, new_signal, run_abandonable};
-use super::{Summary, lock, reference};
+use super::{Summary, reference};
 use crate::observe::monitor::Monitor;
 use crate::observe::telemetry;
 use crate::pipeline::learn::publish::publish;
@@ -18,6 +18,7 @@ use crate::pipeline::topology::Node;
 use crate::run::checkpoint::{CheckpointFormat, CheckpointStore};
 use crate::status;
 use crate::util::exit::Ended;
+use crate::util::mutex::lock;
 
 /// Longest time that the end of a run waits for an evaluation in progress.
 const LAST_EVALUATION: Duration = Duration::from_secs(60);

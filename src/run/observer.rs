@@ -2,7 +2,7 @@
 //! graph.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -24,6 +24,7 @@ use crate::rl::ledger::SharedLedger;
 use crate::run::checkpoint::{CheckpointWriter, Snapshot, WinRates};
 use crate::status;
 use crate::types::Rewarded;
+use crate::util::mutex::lock;
 use crate::util::process::{resident_bytes, unix_seconds};
 
 /// Pause before a failed checkpoint is retried.
@@ -216,7 +217,7 @@ impl RunObserver {
     }
 
     fn files(&self) -> MutexGuard<'_, RunFiles> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.files)
     }
 
     fn log(&self, text: &str) {

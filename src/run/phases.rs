@@ -15,7 +15,7 @@ use super::observer::CheckpointSchedule;
 use super::resume::AcceptedKeys;
 use super::retry::retry_write;
 use super::supervise::{Stop, graph_options, run_abandonable, supervise};
-use super::{announce, lock, reference, resume};
+use super::{announce, reference, resume};
 use crate::config::Config;
 use crate::observe::monitor::Monitor;
 use crate::observe::progress::Progress;
@@ -36,6 +36,7 @@ use crate::run::checkpoint::{
 use crate::status;
 use crate::util::disk;
 use crate::util::exit::Ended;
+use crate::util::mutex::lock;
 use crate::util::signals::Interrupted;
 
 /// Progress bar and log of a phase.

@@ -3,7 +3,7 @@
 
 use std::iter::Peekable;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail, ensure};
 use preceptor_actors::{GraphBuilder, Item, Outcome, SnapshotCell, Source, StageContext, StageResult, StageSpec};
@@ -22,6 +22,7 @@ use crate::pipeline::topology::open_gate;
 use crate::run::checkpoint::Identity;
 use crate::types::Rewarded;
 use crate::util::exit::before_work;
+use crate::util::mutex::lock;
 
 /// Result of a replay.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,12 +81,12 @@ pub async fn replay(
     loop {
         session.run_segment(&config).await?;
         // The segment ended at a configuration of a resumed run or at the end of the journal.
-        match next_config(&mut session.journal.lock().unwrap_or_else(PoisonError::into_inner))? {
+        match next_config(&mut lock(&session.journal))? {
             Some(next) => config = next,
             None => break,
         }
     }
-    let replayed = progress.lock().unwrap_or_else(PoisonError::into_inner).replayed.clone();
+    let replayed = lock(&progress).replayed.clone();
     let replayed = replayed.with_context(|| format!("the journal in {} has no steps", dir.display()))?;
     if let Some(output) = output {
         write(&output, &prepared, &session.state)?;
@@ -95,7 +96,7 @@ pub async fn replay(
 
 fn write(dir: &Path, prepared: &Prepared, state: &Mutex<TrainState>) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+    let state = lock(state);
     export::write(dir, state.config(), &state.published().merged()?, candle_core::DType::F32)?;
     prepared.tokenizer.save(dir)
 }
@@ -183,7 +184,7 @@ impl Source for JournalSource {
                 let seq = body.group.prompt.seq;
                 return Ok(Some(Item { seq, incarnation: ctx.incarnation(), version: 0, body }));
             }
-            let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut journal = lock(&self.journal);
             let wanted = |entry: &Result<Entry>| match entry {
                 Ok(Entry::Step(Step { step, .. })) => self.until.is_none_or(|until| *step <= until),
                 Ok(Entry::Config(_) | Entry::Accepted(_) | Entry::Closed(_)) => false,
@@ -191,7 +192,7 @@ impl Source for JournalSource {
             };
             match journal.next_if(wanted).transpose()? {
                 Some(Entry::Step(Step { step, fingerprint, batch })) => {
-                    let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut progress = lock(&self.progress);
                     progress.expected.get_or_insert_default().push_back((step, fingerprint));
                     self.groups = batch.into_iter();
                 }

@@ -17,7 +17,7 @@ use super::observer::{CheckpointSchedule, RunObserver};
 use super::open::{self, FineTuning, LearnerParts, StartState};
 use super::resume::{self, AcceptedKeys, Change};
 use super::supervise::{Stop, graph_options, run_abandonable, run_interruptible, supervise};
-use super::{StartFrom, Summary, announce, announce_evaluation, begin, lock, phases, reference, systemd};
+use super::{StartFrom, Summary, announce, announce_evaluation, begin, phases, reference, systemd};
 use crate::config::{Config, Mode};
 use crate::lm::precision;
 use crate::observe::monitor::Monitor;
@@ -36,6 +36,7 @@ use crate::status;
 use crate::tools::check;
 use crate::util::exit::refusal;
 use crate::util::limit::AdjustableLimit;
+use crate::util::mutex::lock;
 use crate::util::signals::Interrupted;
 
 /// File in a run's directory with the amount spent on remote judges; written if `labeler.max_cost` is set.

@@ -21,6 +21,7 @@ use crate::pipeline::label::guard::without_control;
 use crate::pipeline::label::stage::{Wants, ask_many, sign_of_life};
 use crate::pipeline::label::{Labeler, Labels};
 use crate::types::Group;
+use crate::util::mutex::lock;
 use crate::util::signals;
 
 /// Source of the questions to label, by index.
@@ -149,7 +150,7 @@ fn wire(
     let (asked_out, asked) = builder.edge("questions", 1);
     let (labeled_out, labeled) = builder.edge("labeled", labeler.capacity);
     // After a restart, questions that were not yet stored are asked again.
-    let todo = left.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let todo = lock(left).clone();
     let gave_up = || Arc::clone(&job.gave_up);
     let source = Ask { questions: Arc::clone(&job.questions), todo, batch: job.batch, next: 0, gave_up: gave_up() };
     builder.source(StageSpec::new("questions").role("questions"), source, asked_out);
@@ -246,7 +247,7 @@ impl Stage for Take {
             .unwrap_or_else(PoisonError::into_inner)
             .take(item.body)
             .map_err(preceptor_actors::StageError::fatal)?;
-        self.left.lock().unwrap_or_else(PoisonError::into_inner).retain(|i| !stored.contains(i));
+        lock(&self.left).retain(|i| !stored.contains(i));
         Ok(())
     }
 }

@@ -8,7 +8,7 @@ pub mod reward_accuracy;
 pub mod win_rate;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, bail};
 
@@ -19,6 +19,7 @@ use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::stage::Wants;
 use crate::pipeline::topology::labelers::labeler_on;
 use crate::tools::batch_label::{Annotation, Annotations, Job, Questions, annotate};
+use crate::util::mutex::lock;
 use crate::util::signals::Interrupted;
 
 /// Stores labels in memory, in the order of the questions.
@@ -67,7 +68,7 @@ fn judge(
         labelers: Box::new(move || labeler_on(&settings, &backends)),
     };
     let is_complete = annotate(job, collected.clone());
-    let mut collected = collected.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut collected = lock(&collected);
     collected.progress.finish();
     if !is_complete? {
         return Err(Interrupted::new("interrupted before all questions were answered").into());

@@ -1,8 +1,9 @@
 //! A concurrency limit that can be adjusted at run time.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Mutex, PoisonError};
 
+use crate::util::mutex::lock;
 use tokio::sync::Notify;
 
 /// A limit on the number of concurrent operations, adjustable within bounds.
@@ -47,7 +48,7 @@ impl AdjustableLimit {
             // Registers for notifications before the check, so that none is missed between check and wait.
             rung.as_mut().enable();
             {
-                let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut under_way = lock(&self.under_way);
                 if *under_way < self.get() {
                     *under_way += 1;
                     return UnderWay(self);
@@ -63,7 +64,7 @@ pub struct UnderWay<'a>(&'a AdjustableLimit);
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
-        *self.0.under_way.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        *lock(&self.0.under_way) -= 1;
         self.0.bell.notify_one();
     }
 }

@@ -2,10 +2,11 @@
 
 use std::error::Error as _;
 use std::fmt::{self, Write};
+use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::util::mutex::lock;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use minijinja::value::ValueKind;
 use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value, filters};
@@ -123,7 +124,7 @@ impl Worker {
     /// # Errors
     /// If the system's limits on threads or memory prevent it; the error has the remedy.
     fn with(stack: usize) -> Result<Self> {
-        let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = lock(&IDLE);
         let fitting = idle.iter().position(|worker| worker.stack >= stack);
         if let Some(worker) = fitting.map(|i| idle.swap_remove(i)) {
             return Ok(worker);
@@ -146,7 +147,7 @@ impl Worker {
 
     /// Returns the worker to the idle ones.
     fn park(self) {
-        let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = lock(&IDLE);
         if idle.len() < MAX_IDLE {
             idle.push(self);
         }

@@ -132,88 +132,28 @@ fn is_remote(config: &Config) -> bool {
     !methods.is_empty() && methods.iter().all(|method| method.remote.is_some())
 }
 
+/// Returns a proposal to change the number at `key`.
+fn change(key: &'static str, now: usize, attempt: usize, why: &str) -> Setting {
+    Setting { key, now: now.to_string(), attempt: attempt.to_string(), why: why.to_owned() }
+}
+
 /// Proposes settings that give the bottleneck role more resources, on a machine with `spare` unused cores.
 fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
-    let mut settings = Vec::new();
-    let mut more = |key, now: usize, attempt: usize, why: &str| {
-        settings.push(Setting { key, now: now.to_string(), attempt: attempt.to_string(), why: why.to_owned() });
-    };
-    let (rollout, labeler, learner) = (&config.rollout, &config.labeler, &config.learner);
-    match share.role.as_str() {
-        "rollout" => {
-            if rollout.slots < MAX_SLOTS {
-                let slots = (2 * rollout.slots).min(MAX_SLOTS);
-                more("rollout.slots", rollout.slots, slots, "more sequences share each read of the weights");
-            }
-            if spare > 0 {
-                more("rollout.workers", rollout.workers, rollout.workers + 1, "another actor samples concurrently");
-                more("rollout.threads", rollout.threads, rollout.threads + spare, "each decode step has more threads");
-            }
-        }
-        "label" if is_remote(config) => {
-            let most =
-                labeler.methods.iter().filter_map(|method| method.remote.as_ref()).map(|judge| judge.concurrency);
-            let most = most.max().unwrap_or(1);
-            let workers = labeler.workers;
-            more("labeler.workers", workers, 2 * workers, "twice as many groups are labeled concurrently");
-            more(
-                "labeler.remote.concurrency",
-                most,
-                2 * most,
-                "more concurrent requests, if the server can serve them",
-            );
-        }
-        "label" => {
-            if spare > 0 {
-                let (workers, threads) = (labeler.workers, labeler.threads);
-                more("labeler.workers", workers, workers + 1, "another labeler judges concurrently");
-                more("labeler.threads", threads, threads + spare, "each judgement has more threads");
-            }
-            let kinds = &labeler.methods;
-            if kinds.iter().any(|method| method.rationales > 1) {
-                let rationales = kinds.iter().map(|method| method.rationales).max().unwrap_or(1);
-                more(
-                    "labeler.rationales",
-                    rationales,
-                    rationales.div_ceil(2),
-                    "fewer rationales are generated per question",
-                );
-            }
-        }
+    let role = share.role.as_str();
+    let mut settings = match role {
+        "rollout" => rollout_relief(config, spare),
+        "label" if is_remote(config) => remote_label_relief(config),
+        "label" => label_relief(config, spare),
         "reward" if spare > 0 => {
             let threads = config.reward.threads;
-            more("reward.threads", threads, threads + spare, "the reference and the reward model have more threads");
+            let why = "the reference and the reward model have more threads";
+            vec![change("reward.threads", threads, threads + spare, why)]
         }
-        "learn" => {
-            if learner.activation_checkpointing {
-                settings.push(Setting {
-                    key: "learner.activation_checkpointing",
-                    now: "true".into(),
-                    attempt: "false".into(),
-                    why: "the forward pass is not computed twice, but more memory is used".into(),
-                });
-            } else if learner.micro_batch > 0 {
-                more(
-                    "learner.micro_batch",
-                    learner.micro_batch,
-                    0,
-                    "each forward pass covers a complete group, but more memory is used",
-                );
-            }
-            if spare > 0 {
-                let threads = learner.threads;
-                settings.push(Setting {
-                    key: "learner.threads",
-                    now: threads.to_string(),
-                    attempt: (threads + spare).to_string(),
-                    why: "the gradient has more threads".into(),
-                });
-            }
-        }
-        _ => {}
-    }
+        "learn" => learn_relief(config, spare),
+        _ => Vec::new(),
+    };
     let may_narrow = config.tolerates_off_policy() && config.rollouts_on_cpu_f32();
-    if share.role == "rollout" && rollout.weights == RolloutWeights::F32 && may_narrow {
+    if role == "rollout" && config.rollout.weights == RolloutWeights::F32 && may_narrow {
         settings.push(Setting {
             key: "rollout.weights",
             now: RolloutWeights::F32.word().into(),
@@ -221,20 +161,80 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
             why: "each decode step reads half as many bytes; the importance ratios show the mismatch".into(),
         });
     }
-    if spare == 0 && !(share.role == "label" && is_remote(config)) {
-        let key = match share.role.as_str() {
+    if spare == 0 && !(role == "label" && is_remote(config)) {
+        let key = match role {
             "rollout" => "rollout.threads",
             "label" => "labeler.threads",
             "reward" => "reward.threads",
             _ => "learner.threads",
         };
-        let now = threads(&share.role, config);
+        let now = threads(role, config);
+        let why =
+            "all cores are in use: this helps on a machine with more cores, or with threads taken from a waiting actor";
+        settings.push(change(key, now, now + 1, why));
+    }
+    settings
+}
+
+fn rollout_relief(config: &Config, spare: usize) -> Vec<Setting> {
+    let rollout = &config.rollout;
+    let mut settings = Vec::new();
+    if rollout.slots < MAX_SLOTS {
+        let slots = (2 * rollout.slots).min(MAX_SLOTS);
+        settings.push(change("rollout.slots", rollout.slots, slots, "more sequences share each read of the weights"));
+    }
+    if spare > 0 {
+        let (workers, threads) = (rollout.workers, rollout.threads);
+        settings.push(change("rollout.workers", workers, workers + 1, "another actor samples concurrently"));
+        settings.push(change("rollout.threads", threads, threads + spare, "each decode step has more threads"));
+    }
+    settings
+}
+
+fn remote_label_relief(config: &Config) -> Vec<Setting> {
+    let labeler = &config.labeler;
+    let servers = labeler.methods.iter().filter_map(|method| method.remote.as_ref());
+    let most = servers.map(|judge| judge.concurrency).max().unwrap_or(1);
+    let workers = labeler.workers;
+    vec![
+        change("labeler.workers", workers, 2 * workers, "twice as many groups are labeled concurrently"),
+        change("labeler.remote.concurrency", most, 2 * most, "more concurrent requests, if the server can serve them"),
+    ]
+}
+
+fn label_relief(config: &Config, spare: usize) -> Vec<Setting> {
+    let labeler = &config.labeler;
+    let mut settings = Vec::new();
+    if spare > 0 {
+        let (workers, threads) = (labeler.workers, labeler.threads);
+        settings.push(change("labeler.workers", workers, workers + 1, "another labeler judges concurrently"));
+        settings.push(change("labeler.threads", threads, threads + spare, "each judgement has more threads"));
+    }
+    let rationales = labeler.methods.iter().map(|method| method.rationales).max().unwrap_or(1);
+    if rationales > 1 {
+        let fewer = rationales.div_ceil(2);
+        settings.push(change("labeler.rationales", rationales, fewer, "fewer rationales are generated per question"));
+    }
+    settings
+}
+
+fn learn_relief(config: &Config, spare: usize) -> Vec<Setting> {
+    let learner = &config.learner;
+    let mut settings = Vec::new();
+    if learner.activation_checkpointing {
         settings.push(Setting {
-            key,
-            now: now.to_string(),
-            attempt: (now + 1).to_string(),
-            why: "all cores are in use: this helps on a machine with more cores, or with threads taken from a waiting actor".into(),
+            key: "learner.activation_checkpointing",
+            now: "true".into(),
+            attempt: "false".into(),
+            why: "the forward pass is not computed twice, but more memory is used".into(),
         });
+    } else if learner.micro_batch > 0 {
+        let why = "each forward pass covers a complete group, but more memory is used";
+        settings.push(change("learner.micro_batch", learner.micro_batch, 0, why));
+    }
+    if spare > 0 {
+        let threads = learner.threads;
+        settings.push(change("learner.threads", threads, threads + spare, "the gradient has more threads"));
     }
     settings
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
@@ -18,6 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore};
 use tower_service::Service;
 
+use crate::util::mutex::lock;
 use crate::util::process::descriptors;
 
 /// Timeout for a client to send the head of its request.
@@ -116,7 +117,7 @@ struct Connection {
 
 impl Open {
     fn enter(self: &Arc<Self>) -> Connection {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.0);
         let (number, state) = (all.0, Arc::<State>::default());
         all.0 += 1;
         all.1.insert(number, Arc::clone(&state));
@@ -125,7 +126,7 @@ impl Open {
 
     /// Asks a connection to close: the oldest that has sent no request, or else the oldest.
     fn close_one(&self) {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = lock(&self.0);
         let mut open = all.1.values().filter(|state| !state.closing.load(Ordering::Relaxed));
         let oldest = open.clone().next();
         if let Some(state) = open.find(|state| !state.requested.load(Ordering::Relaxed)).or(oldest) {
@@ -137,7 +138,7 @@ impl Open {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.open.0.lock().unwrap_or_else(PoisonError::into_inner).1.remove(&self.number);
+        lock(&self.open.0).1.remove(&self.number);
     }
 }
 

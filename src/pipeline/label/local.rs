@@ -1,7 +1,7 @@
 //! A judge whose weights are in this process.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Tensor};
@@ -13,6 +13,7 @@ use crate::lm::tokens::Tokenizer;
 use crate::lm::tokens::chat::Message;
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::{Engine, Fixed, MAX_SLOTS, Request, generate_with};
+use crate::util::mutex::lock;
 use crate::util::seed;
 
 /// Maximum number of tokens per forward pass. Longer rows save little and increase attention cost.
@@ -67,7 +68,7 @@ impl Local {
     pub fn warm(&self, examples: &[String]) -> Result<()> {
         let encoded = examples.iter().map(|text| self.encode(text)).collect::<Result<Vec<_>>>()?;
         let common = common(&encoded);
-        let mut prefixes = self.prefixes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut prefixes = lock(&self.prefixes);
         let known = prefixes.iter().any(|prefix| prefix.ids() == common);
         if !known && common.len() >= 8 && common.len() < self.judge.model.config().context {
             prefixes.push(Arc::new(Prefix::new(&self.judge.model, common)?));
@@ -86,7 +87,7 @@ impl Local {
 
     /// Returns the longest precomputed prefix that is a proper prefix of all `sequences`.
     fn prefix(&self, sequences: &[&[u32]]) -> Option<Arc<Prefix>> {
-        let prefixes = self.prefixes.lock().unwrap_or_else(PoisonError::into_inner);
+        let prefixes = lock(&self.prefixes);
         let fits = |prefix: &&Arc<Prefix>| {
             sequences.iter().all(|tokens| tokens.len() > prefix.ids().len() && tokens.starts_with(prefix.ids()))
         };

@@ -1,6 +1,6 @@
 //! Publication of a counted step: its weights to the actors, its record to the observer.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -11,6 +11,7 @@ use crate::lm::model::Decoder;
 use crate::observe::telemetry;
 use crate::types::Rewarded;
 use crate::util::failpoints;
+use crate::util::mutex::lock;
 
 /// A counted step that was not published and reported yet. It is stored with the weights, so that the next incarnation
 /// of the learner publishes it if this one fails.
@@ -68,7 +69,7 @@ pub fn publish(state: &mut TrainState, cell: &SnapshotCell<Decoder>, observer: &
     let published = began.elapsed();
     telemetry::publish_took(published);
     let Some(PendingStep { tally, lr, batch, took }) = &state.unpublished else { return Ok(()) };
-    let mut observer = observer.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut observer = lock(observer);
     if !tally.finite() {
         observer.nonfinite(state.step, batch);
     }

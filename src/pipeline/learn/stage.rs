@@ -1,7 +1,7 @@
 //! The learner actor.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
@@ -23,6 +23,7 @@ use crate::rl::algo::{Algorithm, GroupView, Targets};
 use crate::rl::ledger::LedgerWriter;
 use crate::types::Rewarded;
 use crate::util::failpoints;
+use crate::util::mutex::lock;
 use crate::util::seed::mix;
 
 /// Training settings of the learner.
@@ -456,11 +457,6 @@ impl Learn {
         }
         Ok(())
     }
-}
-
-/// Locks a mutex even if it is poisoned: the guarded data records by itself whether it is consistent.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 #[cfg(test)]

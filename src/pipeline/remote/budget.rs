@@ -1,8 +1,9 @@
 //! Limit on a run's spending on remote judges (`labeler.max_cost`).
 
+use crate::util::mutex::lock;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Spending limit shared by all remote judges of a run, in the currency of the configured prices.
 ///
@@ -108,7 +109,7 @@ impl Budget {
     }
 
     fn lock(&self) -> MutexGuard<'_, Spent> {
-        self.spent.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.spent)
     }
 }
 

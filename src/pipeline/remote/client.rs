@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -24,6 +24,7 @@ use crate::config::{Evidence as Votes, RemoteJudge};
 use crate::observe::telemetry;
 use crate::pipeline::label::backend::{Alive, NoAnswer, Reply, Usage};
 use crate::util::limit::AdjustableLimit;
+use crate::util::mutex::lock;
 use crate::util::seed;
 
 /// Number of rate-limited tries after which the client checks whether the server answers other questions.
@@ -102,32 +103,32 @@ impl Client {
 
     /// Returns the server's known abilities, which reflect its refusals so far.
     pub fn abilities(&self) -> Abilities {
-        self.lock(&self.abilities).clone()
+        lock(&self.abilities).clone()
     }
 
     /// Returns whether the model writes `answer` as one token, if that is known.
     pub fn known_token(&self, answer: &str) -> Option<bool> {
-        self.lock(&self.tokens_of_answers).get(answer).copied()
+        lock(&self.tokens_of_answers).get(answer).copied()
     }
 
     /// Records whether the model writes `answer` as one token.
     pub fn note_token(&self, answer: &str, whole: bool) {
-        self.lock(&self.tokens_of_answers).insert(answer.to_owned(), whole);
+        lock(&self.tokens_of_answers).insert(answer.to_owned(), whole);
     }
 
     /// Applies `change` to the server's known abilities.
     pub fn change(&self, change: impl FnOnce(&mut Abilities)) {
-        change(&mut self.lock(&self.abilities));
+        change(&mut lock(&self.abilities));
     }
 
     /// Returns the model name that the server reported with its first answer, if all answers must be of that model.
     pub fn reported_model(&self) -> Option<String> {
-        self.lock(&self.evidence).model().filter(|_| !self.judge.any_model)
+        lock(&self.evidence).model().filter(|_| !self.judge.any_model)
     }
 
     /// Returns a description of how answers become probabilities, once the server has answered.
     pub fn evidence(&self) -> Option<String> {
-        let answered = self.lock(&self.evidence).has_answered();
+        let answered = lock(&self.evidence).has_answered();
         answered.then(|| self.abilities().words().to_owned())
     }
 
@@ -184,7 +185,7 @@ impl Client {
                     telemetry::judge_retry();
                     continue;
                 }
-                self.lock(&self.breaker).record(ended, false);
+                lock(&self.breaker).record(ended, false);
             }
             let refuses = outcome.class() == FailureClass::Refusal;
             let words = format!("{} {}", self.address(), outcome.words());
@@ -224,7 +225,7 @@ impl Client {
                 continue;
             }
             answering = false;
-            self.lock(&self.breaker).trip(self.now());
+            lock(&self.breaker).trip(self.now());
             if self.outage.elapsed(self.now()) >= seconds(self.judge.outage_s) {
                 return Err(self.gave_up());
             }
@@ -278,12 +279,12 @@ impl Client {
     }
 
     fn pause(&self, outcome: &ExchangeOutcome, attempt: u32) -> Duration {
-        let uniform = self.lock(&self.jitter).random::<f64>();
+        let uniform = lock(&self.jitter).random::<f64>();
         pause(outcome, attempt, seconds(self.judge.backoff_s), seconds(self.judge.max_backoff_s), uniform)
     }
 
     fn is_open(&self) -> bool {
-        self.lock(&self.breaker).is_open()
+        lock(&self.breaker).is_open()
     }
 
     fn gave_up(&self) -> NoAnswer {
@@ -303,7 +304,7 @@ impl Client {
     async fn answers_others(&self, since: Duration, usage: &mut Usage) -> Reply<bool> {
         let _turn = self.turn.lock().await;
         let control = {
-            let evidence = self.lock(&self.evidence);
+            let evidence = lock(&self.evidence);
             if let Some(known) = evidence.of(since) {
                 return Ok(known);
             }
@@ -318,7 +319,7 @@ impl Client {
         if answer.is_none() {
             let words = format!("{} {}", self.address(), outcome.words());
             self.outage.failed(self.now(), Cause { words, refuses: outcome.class() == FailureClass::Refusal });
-            self.lock(&self.evidence).control_unanswered(sent);
+            lock(&self.evidence).control_unanswered(sent);
         }
         Ok(answer.is_some())
     }
@@ -332,7 +333,7 @@ impl Client {
         let mut waited = false;
         loop {
             let now = self.now();
-            let pause = match self.lock(&self.breaker).admit(now) {
+            let pause = match lock(&self.breaker).admit(now) {
                 Admit::Go => return Ok(waited),
                 Admit::Wait(pause) => pause,
             };
@@ -499,7 +500,7 @@ impl Client {
     /// A failure that names `labeler.max_cost` if that exceeds the remaining budget.
     fn reserve(&self, request: &Request) -> Reply<Option<Reserved>> {
         let Some(budget) = &self.budget else { return Ok(None) };
-        let most = self.most(request) * *self.lock(&self.excess);
+        let most = self.most(request) * *lock(&self.excess);
         budget.reserve(most).map(Some).map_err(NoAnswer::Failure)
     }
 
@@ -528,11 +529,11 @@ impl Client {
             usage.completion_tokens += answer.completion_tokens;
             usage.cost += cost;
             telemetry::judge_cost(cost);
-            self.lock(&self.evidence).answered(request, sent);
+            lock(&self.evidence).answered(request, sent);
             self.watch_for_cut_prompts(request, answer);
         }
         let now = self.now();
-        let mut breaker = self.lock(&self.breaker);
+        let mut breaker = lock(&self.breaker);
         match outcome.class() {
             // The question can be asked in another form.
             FailureClass::Refusal if matches!(outcome, ExchangeOutcome::Field(..)) => breaker.record(now, true),
@@ -548,10 +549,6 @@ impl Client {
         (outcome, answer)
     }
 
-    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
-        mutex.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Performs one HTTP exchange, which is counted once however it ends.
     async fn exchange(&self, request: &Request, reserved: Option<Reserved>) -> (ExchangeOutcome, Option<Answer>) {
         let _under_way = self.concurrency_limit.enter().await;
@@ -565,7 +562,7 @@ impl Client {
             let cost = answer.as_ref().map(|answer| self.cost(answer.prompt_tokens, answer.completion_tokens));
             // Some servers charge for more tokens than the question and the answer can have.
             let excess = cost.map_or(1.0, |cost| cost / self.most(request).max(f64::MIN_POSITIVE));
-            let mut known = self.lock(&self.excess);
+            let mut known = lock(&self.excess);
             *known = known.max(excess);
             drop(known);
             // A server may charge for an exchange even if the answer did not arrive.
@@ -607,11 +604,11 @@ impl Client {
     /// Accepts an answer only if it is of the same model as the first one, since a server may be restarted with another
     /// model, and if it has log-probabilities when they were requested and earlier answers had them.
     fn of_the_judge(&self, request: &Request, answer: Answer) -> Result<Answer, ExchangeOutcome> {
-        if request.top_logprobs > 0 && !self.lock(&self.evidence).counts(answer.first_token.is_some()) {
+        if request.top_logprobs > 0 && !lock(&self.evidence).counts(answer.first_token.is_some()) {
             return Err(ExchangeOutcome::Malformed("it has no log-probabilities, although they were requested".into()));
         }
         if request.top_logprobs > 0 && answer.first_token.is_none() && self.judge.evidence != Votes::Logprobs {
-            let mut abilities = self.lock(&self.abilities);
+            let mut abilities = lock(&self.abilities);
             if abilities.top_logprobs > 0 {
                 abilities.top_logprobs = 0;
                 tracing::warn!(
@@ -622,7 +619,7 @@ impl Client {
             }
         }
         let Some(is) = answer.model.clone().filter(|_| !self.judge.any_model) else { return Ok(answer) };
-        let first = self.lock(&self.evidence).first_model(&is);
+        let first = lock(&self.evidence).first_model(&is);
         if first == is { Ok(answer) } else { Err(ExchangeOutcome::OtherModel(first, is)) }
     }
 
@@ -630,8 +627,8 @@ impl Client {
     /// changed to it.
     fn adapted(&self, outcome: &ExchangeOutcome, request: &mut Request) -> bool {
         let change = match outcome {
-            ExchangeOutcome::Field(_, _, refusal) => self.lock(&self.abilities).adapt(refusal, request, &self.judge),
-            ExchangeOutcome::Refused(404 | 405, _) if !self.lock(&self.evidence).has_answered() => {
+            ExchangeOutcome::Field(_, _, refusal) => lock(&self.abilities).adapt(refusal, request, &self.judge),
+            ExchangeOutcome::Refused(404 | 405, _) if !lock(&self.evidence).has_answered() => {
                 self.transport.add_version().then(|| "its address has no version, so that /v1 is appended to it".into())
             }
             _ => None,

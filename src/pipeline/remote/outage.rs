@@ -1,11 +1,12 @@
 //! Outages of a judge: when they began, the cause, and the actors that wait for the judge.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::observe::telemetry;
 use crate::pipeline::label::backend::Alive;
+use crate::util::mutex::lock;
 
 /// Interval between two log lines about the same outage.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -120,7 +121,7 @@ impl Outage {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

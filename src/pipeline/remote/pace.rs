@@ -1,11 +1,12 @@
 //! Waiting for configured rate limits and for pauses that a server asked for.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::limit::{Limits, State, Turn};
 use super::shared::Shared;
 use crate::config::RemoteJudge;
+use crate::util::mutex::lock;
 
 /// Interval between two attempts to lock the file of a shared limit.
 const LOCK_EVERY: Duration = Duration::from_millis(5);
@@ -69,7 +70,7 @@ impl Pace {
     /// The remaining pause, if the server asked for one. No turn is taken then.
     pub async fn turn(&self, tokens: f64) -> Result<(), Duration> {
         let Some(limits) = &self.limits else {
-            let left = self.lock(&self.own).hold - self.began.elapsed().as_secs_f64();
+            let left = lock(&self.own).hold - self.began.elapsed().as_secs_f64();
             return if left > 0.0 { Err(Duration::from_secs_f64(left)) } else { Ok(()) };
         };
         let _first = self.queue.lock().await;
@@ -105,7 +106,7 @@ impl Pace {
     /// Applies `change` to the state shared by the processes, or to this process's own state if no shared one exists or
     /// can be used.
     async fn with<T>(&self, change: impl Fn(&mut State, f64) -> T) -> T {
-        let together = self.lock(&self.fallback).until.is_none_or(|until| Instant::now() >= until);
+        let together = lock(&self.fallback).until.is_none_or(|until| Instant::now() >= until);
         if let Some(shared) = self.shared.as_ref().filter(|_| together) {
             let mut why = "another process keeps it locked".to_owned();
             for _ in 0..LOCK_TRIES {
@@ -120,11 +121,11 @@ impl Pace {
             }
             self.fall_back(&format!("{} cannot be used: {why}", shared.path().display()));
         }
-        change(&mut self.lock(&self.own), self.began.elapsed().as_secs_f64())
+        change(&mut lock(&self.own), self.began.elapsed().as_secs_f64())
     }
 
     fn fall_back(&self, why: &str) {
-        let mut fallback = self.lock(&self.fallback);
+        let mut fallback = lock(&self.fallback);
         fallback.until = Some(Instant::now() + FALLBACK_DURATION);
         if !std::mem::replace(&mut fallback.warned, true) {
             tracing::warn!(
@@ -135,10 +136,6 @@ impl Pace {
     }
 
     fn paused_since(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.lock(&self.paused_since)
-    }
-
-    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
-        mutex.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.paused_since)
     }
 }

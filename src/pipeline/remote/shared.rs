@@ -7,11 +7,12 @@ use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{Error, ErrorKind, Result};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use super::limit::State;
 use crate::lm::source::ResolveOptions;
+use crate::util::mutex::lock;
 
 /// First word of a file, with the version of its format.
 const FORMAT: &str = "preceptor-rate-limit-1";
@@ -71,7 +72,7 @@ impl Shared {
     /// # Errors
     /// If the file cannot be opened, locked, read or written.
     pub fn update<T>(&self, change: impl FnOnce(&mut State, f64) -> T) -> Result<Option<T>> {
-        let mut open_file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open_file = lock(&self.file);
         let file = match open_file.take() {
             Some(file) => file,
             None => open(&self.path)?,

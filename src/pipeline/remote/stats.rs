@@ -1,10 +1,11 @@
 //! Counts of exchanges with a judge.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use super::retry::ExchangeOutcome;
 use crate::observe::telemetry;
+use crate::util::mutex::lock;
 
 /// Counts of HTTP exchanges by outcome. Each started exchange counts once. The counts are also exported as metrics.
 #[derive(Debug, Default)]
@@ -15,12 +16,12 @@ pub struct RemoteStats {
 impl RemoteStats {
     /// Counts an exchange that ended with `outcome`.
     pub fn count(&self, outcome: &ExchangeOutcome) {
-        *self.outcomes.lock().unwrap_or_else(PoisonError::into_inner).entry(outcome.name()).or_default() += 1;
+        *lock(&self.outcomes).entry(outcome.name()).or_default() += 1;
         telemetry::judge_request(outcome.name());
     }
 
     /// Returns the number of exchanges that ended with `outcome`, given by its name in metrics.
     pub fn of(&self, outcome: &str) -> u64 {
-        self.outcomes.lock().unwrap_or_else(PoisonError::into_inner).get(outcome).copied().unwrap_or(0)
+        lock(&self.outcomes).get(outcome).copied().unwrap_or(0)
     }
 }

@@ -1,6 +1,6 @@
 //! A single HTTP exchange with a server: address, headers, proxy, and the outcome by status and body.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
@@ -17,6 +17,7 @@ use super::wire::{Request, excerpt, reports_quota, sentence};
 use crate::config::{RemoteApi, RemoteJudge};
 use crate::util::endpoint::Endpoint;
 use crate::util::http;
+use crate::util::mutex::lock;
 
 /// Maximum number of bytes that are read of an error response's body.
 const MAX_ERROR_BODY: usize = 16 << 10;
@@ -117,8 +118,7 @@ impl Transport {
     /// if any.
     pub fn address(&self, judge: &RemoteJudge) -> String {
         let address = self.endpoint().join(path(judge));
-        let also =
-            if *self.versioned.lock().unwrap_or_else(PoisonError::into_inner) { " (and without /v1)" } else { "" };
+        let also = if *lock(&self.versioned) { " (and without /v1)" } else { "" };
         match &self.proxy {
             Some(proxy) => format!("{address}{also} (through the proxy {proxy})"),
             None => format!("{address}{also}"),
@@ -127,15 +127,15 @@ impl Transport {
 
     /// Appends `/v1` to an address without a version. Returns whether that changed it.
     pub fn add_version(&self) -> bool {
-        let mut endpoint = self.endpoint.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut endpoint = lock(&self.endpoint);
         let Some(versioned) = endpoint.versioned() else { return false };
         *endpoint = versioned;
-        *self.versioned.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *lock(&self.versioned) = true;
         true
     }
 
     fn endpoint(&self) -> Endpoint {
-        self.endpoint.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.endpoint).clone()
     }
 
     /// Sends one request and returns the parsed answer.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use preceptor_actors::{Emitter, Item, Stage, StageResult};
@@ -13,6 +13,7 @@ use crate::lm::model::{Decoder, Pack};
 use crate::rl::ledger::LedgerWriter;
 use crate::types::{Feedback, Group, Labeled, Preference, RewardScale, Rewarded, Verdict};
 use crate::util::failpoints;
+use crate::util::mutex::lock;
 
 /// Source of the completions' scores, which depends on the mode of the run.
 pub enum Scorer {
@@ -62,7 +63,7 @@ impl<I> RewardStage<I> {
             Scorer::Model(trainer) => Some(Arc::clone(trainer)),
             Scorer::Labels | Scorer::Pairs => None,
         };
-        let mut trainer = trainer.as_ref().map(|trainer| trainer.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut trainer = trainer.as_ref().map(|trainer| lock(trainer));
         failpoints::point("reward.enter")?;
         let rewarded = self.reward(labeled, trainer.as_deref_mut())?;
         failpoints::point("reward.learn")?;

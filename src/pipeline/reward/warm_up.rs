@@ -1,7 +1,7 @@
 //! Warm-up of a reward model before the policy is trained with it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use preceptor_actors::{Emitter, Item, Stage, StageError, StageResult};
 use rand::SeedableRng;
@@ -11,6 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use super::stage::{labeled_pairs, refusal};
 use super::trainer::{RewardTrainer, TrainerStep, agreement};
 use crate::types::{Group, Labeled};
+use crate::util::mutex::lock;
 use crate::util::seed::mix;
 
 /// Observer of a warm-up's progress.
@@ -81,7 +82,7 @@ impl WarmUp {
     fn report(&mut self, trainer: &RewardTrainer, step: Option<&TrainerStep>) {
         self.done += 1;
         trainer.publish(step);
-        let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut observer = lock(&self.observer);
         observer.group(self.done);
         if let Some(step) = step {
             observer.step(step, trainer.accuracy());
@@ -100,7 +101,7 @@ impl WarmUp {
             self.unlabeled = Some(refusal(verdicts));
         }
         let shared = Arc::clone(&self.trainer);
-        let mut trainer = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut trainer = lock(&shared);
         let held_out = trainer.holds_out(&labeled.group.prompt);
         let step = trainer.observe(&labeled.group, &pairs)?.step;
         self.report(&trainer, step.as_ref());
@@ -128,7 +129,7 @@ impl Stage for WarmUp {
 
     fn finish(&mut self, out: &Emitter<'_, ()>) -> StageResult<()> {
         let shared = Arc::clone(&self.trainer);
-        let mut trainer = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut trainer = lock(&shared);
         let mut order: Vec<usize> = (0..self.trained_on.len()).collect();
         for epoch in 1..self.epochs {
             order.shuffle(&mut ChaCha8Rng::seed_from_u64(mix(self.seed ^ mix(epoch))));
@@ -170,7 +171,7 @@ impl Stage for WarmUp {
             }
         }
         trainer.begin_run();
-        self.observer.lock().unwrap_or_else(PoisonError::into_inner).done(right, pairs);
+        lock(&self.observer).done(right, pairs);
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
@@ -15,6 +15,7 @@ use crate::pipeline::learn::state::Restored;
 use crate::pipeline::reward::RewardTrainer;
 use crate::rl::ledger::Ledger;
 use crate::util::disk;
+use crate::util::mutex::lock;
 
 /// A checkpoint whose checksums have been verified.
 pub struct OpenedCheckpoint {
@@ -141,7 +142,7 @@ impl OpenedCheckpoint {
                 let exact = self.path.join("resume/reward_model.safetensors");
                 let weights = if exact.exists() { exact } else { self.path.join("reward_model/model.safetensors") };
                 let optimizer = load(&self.path.join("resume/reward_optimizer.safetensors"))?;
-                let mut trainer = trainer.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut trainer = lock(trainer);
                 trainer
                     .restore(counters.clone(), &load(&weights)?, &optimizer)
                     .with_context(|| format!("{} does not fit this run", weights.display()))?;

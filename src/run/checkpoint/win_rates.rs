@@ -1,6 +1,7 @@
 //! The win rates of a run by step, which select the best checkpoint and decide whether a run has stopped improving.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::util::mutex::lock;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Win rates by step. Clones share the same list.
 #[derive(Debug, Clone, Default)]
@@ -66,7 +67,7 @@ impl WinRates {
     }
 
     fn lock(&self) -> MutexGuard<'_, History> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Measurements on this machine: runs the configured graph for a while, without writing files.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
@@ -20,6 +20,7 @@ use crate::run::controller::AdjustableLimits;
 use crate::tools::check;
 use crate::types::Rewarded;
 use crate::util::device;
+use crate::util::mutex::lock;
 use crate::util::process;
 use crate::util::signals::{self, Interrupted};
 
@@ -111,7 +112,7 @@ impl Machine for Live {
         let options = GraphOptions { restart: RestartPolicy::never(), ..GraphOptions::default() };
         let graph = {
             // The lock is held until the handle is set, so that no step is observed before.
-            let watching = watch.lock().unwrap_or_else(PoisonError::into_inner);
+            let watching = lock(&watch);
             let _runtime = self.runtime.enter();
             let graph = spawn_graph(options, move |builder| node.wire(builder));
             let _ = watching.graph.set(graph.clone());
@@ -131,7 +132,7 @@ impl Machine for Live {
         if let Outcome::Failed { stage, error, .. } = outcome {
             bail!("{stage} failed during the measurement: {error}");
         }
-        let watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
+        let watch = lock(&watch);
         watch.measured(plan.batch)
     }
 }

@@ -4,13 +4,14 @@
 //! terms of paged attention (Kwon et al. 2023, §4). A step gathers the rows that each of its sequences attends to.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::CachedPrompt;
 use crate::lm::model::ModelConfig;
 use crate::lm::model::attention::{Attend, Scope};
+use crate::util::mutex::lock;
 use kernels::{masked_softmax, softcap};
 
 /// Cache on a device.
@@ -41,7 +42,7 @@ pub(super) struct Rows {
 
 impl Drop for Rows {
     fn drop(&mut self) {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).append(&mut self.held);
+        lock(&self.free).append(&mut self.held);
     }
 }
 
@@ -86,7 +87,7 @@ impl Pool {
     }
 
     fn free(&self) -> MutexGuard<'_, Vec<u32>> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.free)
     }
 
     /// Returns the number of rows that can be taken without growing.

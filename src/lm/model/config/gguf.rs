@@ -43,24 +43,8 @@ impl ModelConfig {
                 Some(other) => bail!("GGUF key {} is of type {:?}, not a number", own(key), other.value_type()),
             }
         };
-        let kind = own("rope.scaling.type");
-        let kind = metadata.contains_key(&kind).then(|| text(metadata, &kind)).transpose()?;
-        // Older files have only the factor, which is then that of linear scaling.
         let factor = float("rope.scaling.factor")?.or(float("rope.scale_linear")?);
-        let rope_scaling = match kind {
-            Some("none") => Scaling::None,
-            None => factor.filter(|factor| *factor != 1.0).map_or(Scaling::None, Scaling::Linear),
-            Some("linear") => Scaling::Linear(factor.context("linear RoPE scaling needs a factor")?),
-            Some(kind) => bail!("RoPE scaling of type {kind} is not supported in GGUF; these are: none, linear"),
-        };
-        let id = |key: &str| {
-            let key = format!("tokenizer.ggml.{key}_token_id");
-            match metadata.get(&key) {
-                None => Ok(None),
-                Some(Value::U32(id)) => Ok(Some(*id)),
-                Some(other) => bail!("GGUF key {key} is of type {:?}, not a token's id", other.value_type()),
-            }
-        };
+        let rope_scaling = rope_scaling(metadata, &own("rope.scaling.type"), factor)?;
         let hidden_size = number("embedding_length")?;
         let heads = number("attention.head_count")?;
         let layers = checked_layers(number("block_count")?)?;
@@ -71,17 +55,7 @@ impl ModelConfig {
             "GGUF key {} = {rotated}, but a head has {head_dim} dimensions; a model that rotates a part of each head (partial rotary embedding) is not supported",
             own("rope.dimension_count")
         );
-        let mut eos: Vec<u32> = Vec::new();
-        for name in ["eos", "eot", "eom"] {
-            let Some(end) = id(name)? else { continue };
-            ensure!(
-                (end as usize) < vocab_size,
-                "GGUF key tokenizer.ggml.{name}_token_id = {end} is beyond the embedding of {vocab_size} rows, so that no completion could end with it; correct the key"
-            );
-            if !eos.contains(&end) {
-                eos.push(end);
-            }
-        }
+        let eos = end_tokens(metadata, vocab_size)?;
         let gemma = family.gemma.as_ref();
         let config = Self {
             family,
@@ -112,14 +86,51 @@ impl ModelConfig {
             rope_scaling,
             local_rope_theta: gemma.and_then(|gemma| gemma.local_rope_theta),
             tied,
-            bos: id("bos")?,
+            bos: token_id(metadata, "bos")?,
             eos,
-            pad: id("padding")?.filter(|pad| (*pad as usize) < vocab_size),
+            pad: token_id(metadata, "padding")?.filter(|pad| (*pad as usize) < vocab_size),
             ..Self::llama()
         };
         config.validate()?;
         Ok(config)
     }
+}
+
+/// Returns the RoPE scaling of the type at `key`. Older files have only a factor, which is then that of linear scaling.
+fn rope_scaling(metadata: &HashMap<String, Value>, key: &str, factor: Option<f64>) -> Result<Scaling> {
+    let kind = metadata.contains_key(key).then(|| text(metadata, key)).transpose()?;
+    Ok(match kind {
+        Some("none") => Scaling::None,
+        None => factor.filter(|factor| *factor != 1.0).map_or(Scaling::None, Scaling::Linear),
+        Some("linear") => Scaling::Linear(factor.context("linear RoPE scaling needs a factor")?),
+        Some(kind) => bail!("RoPE scaling of type {kind} is not supported in GGUF; these are: none, linear"),
+    })
+}
+
+/// Returns the id of the special token `name`, such as "bos"; `None` if the file does not define it.
+fn token_id(metadata: &HashMap<String, Value>, name: &str) -> Result<Option<u32>> {
+    let key = format!("tokenizer.ggml.{name}_token_id");
+    match metadata.get(&key) {
+        None => Ok(None),
+        Some(Value::U32(id)) => Ok(Some(*id)),
+        Some(other) => bail!("GGUF key {key} is of type {:?}, not a token's id", other.value_type()),
+    }
+}
+
+/// Returns the ids of the tokens that end a completion, each once.
+fn end_tokens(metadata: &HashMap<String, Value>, vocab_size: usize) -> Result<Vec<u32>> {
+    let mut eos: Vec<u32> = Vec::new();
+    for name in ["eos", "eot", "eom"] {
+        let Some(end) = token_id(metadata, name)? else { continue };
+        ensure!(
+            (end as usize) < vocab_size,
+            "GGUF key tokenizer.ggml.{name}_token_id = {end} is beyond the embedding of {vocab_size} rows, so that no completion could end with it; correct the key"
+        );
+        if !eos.contains(&end) {
+            eos.push(end);
+        }
+    }
+    Ok(eos)
 }
 
 fn text<'a>(metadata: &'a HashMap<String, Value>, key: &str) -> Result<&'a str> {

@@ -8,13 +8,14 @@
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, params};
 
 use super::Key;
+use crate::util::mutex::lock;
 use crate::util::process::{file_system, sqlite};
 
 /// Time that a write waits for another process's write.
@@ -287,10 +288,6 @@ impl File {
         let Some(writer) = &self.writer else { return Err(Fault::Closed) };
         run(&mut lock(writer), work)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, Fault> {

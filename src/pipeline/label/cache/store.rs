@@ -17,6 +17,7 @@ use super::database::{Fault, File, Keys, NewEntry, StoredEntry};
 use super::earlier;
 use super::entry::{Found, decode, encode};
 use crate::observe::telemetry;
+use crate::util::mutex::lock;
 
 /// Maximum size in bytes of the answers that wait to be written.
 const MAX_WAITING: usize = 64 << 20;
@@ -77,10 +78,6 @@ struct Health {
     again: Option<Instant>,
     last_logged: Option<Instant>,
     damaged: u64,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Store {
