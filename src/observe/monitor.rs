@@ -44,7 +44,7 @@ pub struct Monitor {
     graph: Mutex<Option<GraphHandle>>,
     device: OnceLock<Device>,
     weights: OnceLock<Arc<SnapshotCell<Decoder>>>,
-    book: OnceLock<SharedLedger>,
+    ledger: OnceLock<SharedLedger>,
     phase: Mutex<String>,
     last_step: Mutex<Value>,
     window: Mutex<Window>,
@@ -90,7 +90,7 @@ impl Monitor {
             graph: Mutex::default(),
             device: OnceLock::new(),
             weights: OnceLock::new(),
-            book: OnceLock::new(),
+            ledger: OnceLock::new(),
             phase: Mutex::new("starting".into()),
             last_step: Mutex::new(Value::Null),
             window: Mutex::default(),
@@ -142,9 +142,9 @@ impl Monitor {
     }
 
     /// Sets the published weights and the ledger. Later calls have no effect.
-    pub fn set_training(&self, weights: Arc<SnapshotCell<Decoder>>, book: SharedLedger) {
+    pub fn set_training(&self, weights: Arc<SnapshotCell<Decoder>>, ledger: SharedLedger) {
         // An error means that it is set already.
-        let _ = (self.weights.set(weights), self.book.set(book));
+        let _ = (self.weights.set(weights), self.ledger.set(ledger));
     }
 
     /// Adds the records of steps taken before this process began to the history.
@@ -299,7 +299,7 @@ impl Monitor {
             },
             "last_step": *lock(&self.last_step),
             "weights": self.weights.get().map(|cell| cell.acks()),
-            "ledger": self.book.get().map(|book| book.count()),
+            "ledger": self.ledger.get().map(|ledger| ledger.count()),
             "faults": {
                 "restarts": report.as_ref().map_or(0, |report| report.restarts),
                 "nonfinite_steps": count(&TOTALS.nonfinite),

@@ -80,7 +80,7 @@ impl RunDir {
     }
 
     fn lock(path: PathBuf) -> Result<Self> {
-        std::fs::create_dir_all(&path).map_err(|error| disk::cannot("make the run directory", &path, error))?;
+        std::fs::create_dir_all(&path).map_err(|error| disk::cannot("create the run directory", &path, error))?;
         let busy = || anyhow!("another process works on the run in {}; wait for it, or stop it", path.display());
         let lock = path.join(LOCK);
         disk::length(&lock)?;

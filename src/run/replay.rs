@@ -94,7 +94,7 @@ pub async fn replay(
 }
 
 fn write(dir: &Path, prepared: &Prepared, state: &Mutex<TrainState>) -> Result<()> {
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let state = state.lock().unwrap_or_else(PoisonError::into_inner);
     export::write(dir, state.config(), &state.published().merged()?, candle_core::DType::F32)?;
     prepared.tokenizer.save(dir)

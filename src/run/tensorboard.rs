@@ -27,7 +27,7 @@ impl EventFile {
     /// Names the file that cannot be written.
     pub fn open(dir: &Path, before: impl Iterator<Item = Map<String, Value>>) -> Result<Self> {
         let dir = dir.join("tensorboard");
-        std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         // One name for all processes of a run: TensorBoard follows a file that grows, and reads a file again that has
         // shrunk.
         let mut log = Log::open(&dir.join("events.out.tfevents.preceptor"), 0)?;

@@ -218,7 +218,7 @@ fn a_run_is_not_resumed_with_another_configuration() {
     std::fs::write(&about, text.replace("\"format\": 1", "\"format\": 7")).unwrap();
     let sums = run.join("checkpoints/step-000002/SHA256SUMS");
     let sealed = std::fs::read(&sums).unwrap();
-    preceptor::run::checkpoint::sums::seal(&run.join("checkpoints/step-000002")).unwrap();
+    preceptor::run::checkpoint::sums::write_sums(&run.join("checkpoints/step-000002")).unwrap();
     refused(&overrides, &["is in format 7, and this program reads format 1", "resume with preceptor 0.1.0"]);
     std::fs::write(&about, text).unwrap();
     std::fs::write(&sums, sealed).unwrap();
@@ -295,7 +295,7 @@ fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_
     assert!(description.as_object_mut().unwrap().remove("judge").is_some());
     std::fs::write(&about, description.to_string()).unwrap();
     std::fs::remove_file(checkpoint.join("SHA256SUMS")).unwrap();
-    preceptor::run::checkpoint::sums::seal(&checkpoint).unwrap();
+    preceptor::run::checkpoint::sums::write_sums(&checkpoint).unwrap();
     let output = run("b", 10, &["--resume"]);
     assert!(output.status.success(), "{}", stderr(&output));
 

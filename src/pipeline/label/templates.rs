@@ -16,7 +16,7 @@ use crate::util::template;
 use reading::{Mistakes, Reading, Section, Text};
 
 /// Template sets that are included in the program, by name.
-pub const SHIPPED: &[(&str, &str)] = &[
+pub const BUILT_IN: &[(&str, &str)] = &[
     ("summarization", include_str!("templates/summarization.toml")),
     ("helpful", include_str!("templates/helpful.toml")),
     ("harmless", include_str!("templates/harmless.toml")),
@@ -144,11 +144,11 @@ impl TemplateSet {
                 .extend(question.iter().flat_map(|question| set.missing_parts(question)).map(|message| (0, message)));
             Mistakes::unless(mistakes, set)
         };
-        if let Some((_, text)) = SHIPPED.iter().find(|(shipped, _)| *shipped == name) {
-            return checked(text).with_context(|| format!("the shipped template set {name} has"));
+        if let Some((_, text)) = BUILT_IN.iter().find(|(built_in, _)| *built_in == name) {
+            return checked(text).with_context(|| format!("the built-in template set {name} has"));
         }
         let path = Path::new(name);
-        let names: Vec<&str> = SHIPPED.iter().map(|(name, _)| *name).collect();
+        let names: Vec<&str> = BUILT_IN.iter().map(|(name, _)| *name).collect();
         let text = read_bounded::prose(path, read_bounded::WRITTEN).with_context(|| {
             format!("labeler.templates = {name:?} is neither one of {} nor a readable file", names.join(", "))
         })?;
@@ -162,8 +162,8 @@ impl TemplateSet {
     /// As for [`Self::find`].
     pub fn content_hash(name: &str) -> Result<u64> {
         Self::find(name)?;
-        let shipped = SHIPPED.iter().find(|(shipped, _)| *shipped == name).map(|(_, text)| (*text).to_owned());
-        let text = match shipped {
+        let built_in = BUILT_IN.iter().find(|(built_in, _)| *built_in == name).map(|(_, text)| (*text).to_owned());
+        let text = match built_in {
             Some(text) => text,
             None => read_bounded::prose(Path::new(name), read_bounded::WRITTEN)?,
         };

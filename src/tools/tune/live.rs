@@ -101,7 +101,7 @@ impl Machine for Live {
             state: Arc::new(Mutex::new(state)),
             cell: Arc::new(cell),
             observer: watch.clone(),
-            book: SharedLedger::default(),
+            ledger: SharedLedger::default(),
             limits: AdjustableLimits::default(),
             reward_model: reward_trainer(&config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer))),
             labelers: Box::new(labeler),
