@@ -125,7 +125,7 @@ impl Monitor {
         phase.clone_into(&mut lock(&self.phase));
     }
 
-    /// Sets the graph to observe.
+    /// Sets the graph of stages whose times and queues are observed.
     pub fn watch(&self, graph: GraphHandle) {
         lock(&self.window).clear();
         let mut tracer = lock(&self.tracer);
@@ -219,12 +219,13 @@ impl Monitor {
         }
     }
 
-    /// Sets the online controller.
+    /// Sets the online controller that [`Self::run_controller`] runs.
     pub fn set_controller(&self, controller: Controller) {
         *lock(&self.controller) = Some(Controlled { controller, window: Window::default(), exchanges: exchanges() });
     }
 
-    /// Runs the controller, if one is set and due, and returns its adjustments.
+    /// Lets the controller adjust the concurrency limits, if one is set and its interval has passed. Returns the
+    /// changes.
     pub fn run_controller(&self) -> Vec<Adjustment> {
         let mut controlled = lock(&self.controller);
         let Some(Controlled { controller, window, exchanges: before }) = controlled.as_mut() else { return Vec::new() };

@@ -56,7 +56,7 @@ pub enum LedgerError {
     OutOfOrder(u64),
 }
 
-/// Numbers of groups by state.
+/// Number of groups in each state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Count {
     /// Groups trained on since the run began.

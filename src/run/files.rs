@@ -134,11 +134,12 @@ pub struct RunFiles {
 }
 
 impl RunFiles {
-    /// Opens the files in `dir`, cuts them off after `lengths` and `step`, and writes the resolved configuration to
-    /// `config.toml`.
+    /// Opens the files in `dir`, truncates each to its length in `lengths`, and removes the lines of steps after `step`
+    /// from `samples.jsonl`, which is rotated. Writes the resolved configuration to `config.toml`, and TensorBoard's
+    /// file again from `metrics.jsonl`.
     ///
     /// # Errors
-    /// Names the file that cannot be opened or is shorter than its recorded length.
+    /// Names the file that cannot be opened or written, or is shorter than its recorded length.
     pub fn open(config: &Config, dir: RunDir, lengths: Lengths, step: u64) -> Result<Self> {
         let path = dir.path.join("config.toml");
         disk::replace(&path, config.to_toml().as_bytes())?;

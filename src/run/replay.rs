@@ -23,7 +23,7 @@ use crate::run::checkpoint::Identity;
 use crate::types::Rewarded;
 use crate::util::exit::before_work;
 
-/// Result of a replay.
+/// Result of a replay in which all weights were as recorded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replayed {
     /// Number of the last replayed step.

@@ -65,7 +65,7 @@ impl Questions for PairQuestions {
     }
 }
 
-/// A question with its labels.
+/// A question of a batch job with the labels that it received.
 pub struct Annotation {
     /// Index of the question.
     pub question: usize,

@@ -1,4 +1,4 @@
-//! Prompts for judges: template sets, shipped or the user's own, each identified by a hash.
+//! Prompts for judges: template sets, built-in or the user's own, each identified by a hash.
 
 mod reading;
 #[cfg(test)]
@@ -26,7 +26,7 @@ pub const BUILT_IN: &[(&str, &str)] = &[
 /// that no template contains.
 const PLACEHOLDERS: [&str; 3] = ["\u{e000}", "\u{e001}", "\u{e002}"];
 
-/// The prompt templates of one task. The shipped files in `src/pipeline/label/templates/` explain each key. A section
+/// The prompt templates of one task. The built-in files in `src/pipeline/label/templates/` explain each key. A section
 /// may be absent if no question needs it; building a question that needs an absent section is an error.
 #[derive(Debug, Clone)]
 pub struct TemplateSet {
@@ -120,10 +120,10 @@ pub enum Question {
 }
 
 impl TemplateSet {
-    /// Returns the shipped set named `name`, or reads the file at that path.
+    /// Returns the built-in set named `name`, or reads the file at that path.
     ///
     /// # Errors
-    /// If `name` is neither a shipped set nor a readable file, or the file has mistakes; the error lists all of them
+    /// If `name` is neither a built-in set nor a readable file, or the file has mistakes; the error lists all of them
     /// with their lines.
     pub fn find(name: &str) -> Result<Self> {
         Self::read(name, None)
@@ -155,7 +155,7 @@ impl TemplateSet {
         checked(&text).with_context(|| format!("the template set {} has", path.display()))
     }
 
-    /// Returns a hash of the content of the shipped set `name`, or of the file at that path; comments and layout do not
+    /// Returns a hash of the content of the built-in set `name`, or of the file at that path; comments and layout do not
     /// count.
     ///
     /// # Errors

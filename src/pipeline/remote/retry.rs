@@ -112,7 +112,7 @@ impl ExchangeOutcome {
         }
     }
 
-    /// Returns whether the status means that the server refuses this question, rather than all questions of this
+    /// Returns whether the outcome means that the server refuses this question, rather than all questions of this
     /// client.
     pub fn refuses_this_question(&self) -> bool {
         let about = [400, 413, 414, 422, 431, 451];

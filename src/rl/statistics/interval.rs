@@ -96,8 +96,8 @@ pub fn difference(right: &[(bool, bool)]) -> Difference {
     }
 }
 
-/// Returns the p-value of McNemar's exact test: twice the probability that a fair coin shows its rarer side at most
-/// this often, and at most 1.
+/// Returns the p-value of McNemar's exact test: twice the probability of at most as many successes as the smaller
+/// count in a binomial distribution with p = ½ over all discordant pairs, and at most 1.
 fn mcnemar(only_a: usize, only_b: usize) -> f64 {
     let (discordant, smaller) = ((only_a + only_b) as f64, only_a.min(only_b));
     // In logarithms, because 2^−n underflows from n = 1,075 on.

@@ -35,7 +35,7 @@ pub fn write_sums(dir: &Path) -> Result<u64> {
     Ok(bytes + text.len() as u64)
 }
 
-/// Error for a sealed directory that differs from its checksums.
+/// Error for a directory that differs from its checksums.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Damage(String);

@@ -78,7 +78,7 @@ impl Attack {
     }
 }
 
-/// Returns the words of the judge's template, or of a shipped template if the judge has none.
+/// Returns the words of the judge's template, or of a built-in template if the judge has none.
 pub(super) fn fields(config: &Config) -> Result<Fields> {
     let name = config.labeler.methods.first().map_or("summarization", |method| method.templates.as_str());
     Ok(TemplateSet::find(name)?.fields())

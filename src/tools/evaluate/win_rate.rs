@@ -31,7 +31,7 @@ pub struct AnswerPairs {
     pub chat: bool,
 }
 
-/// Result of a [`Contest`].
+/// Result of judging [`AnswerPairs`].
 pub struct WinRate {
     /// Outcome per prompt with a verdict: 1 for a win of A, 0 for a loss, ½ for a tie.
     pub outcomes: Vec<f64>,

@@ -29,7 +29,7 @@ const MIN_STEPS: usize = 2;
 /// Maximum share of the free memory that a plan is estimated to need, since the estimate is approximate.
 const SHARE: f64 = 0.8;
 
-/// The machine that the program runs on.
+/// The machine that the program runs on. It measures a plan by running the configured graph with it.
 pub struct Live {
     config: Config,
     prepared: Arc<Prepared>,
