@@ -283,7 +283,7 @@ impl Subject {
             state: Arc::new(Mutex::new(TrainState::new(&weights, AdamWConfig::default(), None, None)?)),
             cell: Arc::new(SnapshotCell::new(0, identity, weights)),
             observer: Arc::new(Mutex::new(StepTimes(Arc::clone(marks)))),
-            book: SharedLedger::default(),
+            ledger: SharedLedger::default(),
             limits: AdjustableLimits::default(),
             reward_model: None,
             labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId) as Box<dyn Labeler>)),

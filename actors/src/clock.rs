@@ -71,7 +71,7 @@ struct Time {
 pub(crate) struct Slot {
     id: u64,
     woken: Mutex<bool>,
-    bell: Condvar,
+    condition: Condvar,
 }
 
 impl Simulation {
@@ -97,7 +97,7 @@ impl Simulation {
     pub(crate) fn slot() -> Arc<Slot> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Slot { id, woken: Mutex::new(false), bell: Condvar::new() })
+        Arc::new(Slot { id, woken: Mutex::new(false), condition: Condvar::new() })
     }
 
     /// Waits until the slot is woken or the simulation is stopped.
@@ -124,7 +124,7 @@ impl Simulation {
         if time.parked.remove(&slot.id).is_some() {
             time.running += 1;
         }
-        slot.ring();
+        slot.set_woken();
     }
 
     /// Lets `duration` of virtual time pass for this thread.
@@ -171,15 +171,15 @@ impl Slot {
         *self.woken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ring(&self) {
+    fn set_woken(&self) {
         *self.woken.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.bell.notify_one();
+        self.condition.notify_one();
     }
 
     fn wait(&self) {
         let mut woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
         while !*woken {
-            woken = self.bell.wait(woken).unwrap_or_else(PoisonError::into_inner);
+            woken = self.condition.wait(woken).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

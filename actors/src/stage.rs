@@ -232,11 +232,14 @@ impl StageContext {
         match self.clock.simulation() {
             Some(simulation) => {
                 let slot = Simulation::slot();
-                (Waker(Bell::Simulated(Arc::clone(simulation), Arc::clone(&slot))), Waiting(Ring::Simulated(slot)))
+                (
+                    Waker(WakeSender::Simulated(Arc::clone(simulation), Arc::clone(&slot))),
+                    Waiting(WakeReceiver::Simulated(slot)),
+                )
             }
             None => {
-                let (bell, ring) = bounded(1);
-                (Waker(Bell::Real(bell)), Waiting(Ring::Real(ring)))
+                let (sender, receiver) = bounded(1);
+                (Waker(WakeSender::Real(sender)), Waiting(WakeReceiver::Real(receiver)))
             }
         }
     }
@@ -244,29 +247,29 @@ impl StageContext {
     /// Waits until woken, or until the graph halts or drains.
     pub(crate) fn wait(&self, waiting: &Waiting) {
         match (&waiting.0, self.clock.simulation()) {
-            (Ring::Simulated(slot), Some(simulation)) => self.control.park(simulation, slot),
-            (Ring::Real(ring), _) => select! {
-                recv(ring) -> _ => {}
+            (WakeReceiver::Simulated(slot), Some(simulation)) => self.control.park(simulation, slot),
+            (WakeReceiver::Real(receiver), _) => select! {
+                recv(receiver) -> _ => {}
                 recv(self.control.drain_signal()) -> _ => {}
                 recv(self.halt_signal()) -> _ => {}
             },
-            (Ring::Simulated(_), None) => {}
+            (WakeReceiver::Simulated(_), None) => {}
         }
     }
 }
 
 /// Handle that ends a wait.
-pub(crate) struct Waker(Bell);
+pub(crate) struct Waker(WakeSender);
 
 /// A wait that has not begun yet.
-pub(crate) struct Waiting(Ring);
+pub(crate) struct Waiting(WakeReceiver);
 
-enum Bell {
+enum WakeSender {
     Real(crossbeam::channel::Sender<()>),
     Simulated(Arc<Simulation>, Arc<Slot>),
 }
 
-enum Ring {
+enum WakeReceiver {
     Real(Receiver<()>),
     Simulated(Arc<Slot>),
 }
@@ -275,8 +278,8 @@ impl Waker {
     pub(crate) fn wake(&self) {
         match &self.0 {
             // If the waiter has ended, nothing needs to be woken.
-            Bell::Real(bell) => drop(bell.try_send(())),
-            Bell::Simulated(simulation, slot) => simulation.wake(slot),
+            WakeSender::Real(sender) => drop(sender.try_send(())),
+            WakeSender::Simulated(simulation, slot) => simulation.wake(slot),
         }
     }
 }

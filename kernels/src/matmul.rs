@@ -112,7 +112,7 @@ pub(super) fn transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
     wide_transposed_product(x, w, k)
 }
 
-/// Returns `x [m, k] · w [n, k]ᵀ` by the kernels for wide products, whatever the number of rows: faster if the inner
+/// Returns `x [m, k] · w [n, k]ᵀ` by the kernels for wide products, for any number of rows: faster if the inner
 /// width is small.
 pub(super) fn wide_transposed_product(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
     let (m, n) = (x.len() / k, w.len() / k);

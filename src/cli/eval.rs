@@ -28,7 +28,7 @@ use crate::tools::evaluate::alignment::{Alignment, alignment, variants};
 use crate::tools::evaluate::answers::answers;
 use crate::tools::evaluate::harmless::{Rated, check_labeler, harmless_rate};
 use crate::tools::evaluate::reward_accuracy::reward_accuracy;
-use crate::tools::evaluate::win_rate::{Contest, win_rate};
+use crate::tools::evaluate::win_rate::{AnswerPairs, win_rate};
 use crate::types::Prompt;
 use crate::util::device;
 use crate::util::exit::before_work;
@@ -304,7 +304,8 @@ impl WinRateArgs {
         self.common.write(&prompts, &[("a", &a), ("b", &b)])?;
         let judges = judges(&config)?;
         let title = format!("Win rate of {} over {against}", self.a);
-        let found = win_rate(&config, &judges, Contest { prompts, a, b, tokenizer, chat: config.data.chat }, &title)?;
+        let found =
+            win_rate(&config, &judges, AnswerPairs { prompts, a, b, tokenizer, chat: config.data.chat }, &title)?;
         self.common.shown.print(&[&found.table])
     }
 }
@@ -317,9 +318,9 @@ impl RewardAccuracyArgs {
         let tokenizer = Tokenizer::from_files(&crate::lm::source::ModelFiles::Directory(self.model.clone()))?;
         let shape = model.model.config();
         let bounds = ModelBounds { context: shape.context, vocabulary: shape.vocab_size };
-        let (format, reactions) = (prompt_format(config), (OnLong::Skip, config.data.on_bad));
+        let (format, on_faults) = (prompt_format(config), (OnLong::Skip, config.data.on_bad));
         let rows = input::rows(&self.input, config.policy.resolve_timeout_s)?;
-        let pairs = PairSet::read(rows, &format, &tokenizer, bounds, reactions, config.run.seed)?;
+        let pairs = PairSet::read(rows, &format, &tokenizer, bounds, on_faults, config.run.seed)?;
         Ok((model, pairs))
     }
 

@@ -45,7 +45,7 @@ pub struct Monitor {
     graph: Mutex<Option<GraphHandle>>,
     device: OnceLock<Device>,
     weights: OnceLock<Arc<SnapshotCell<Decoder>>>,
-    book: OnceLock<SharedLedger>,
+    ledger: OnceLock<SharedLedger>,
     phase: Mutex<String>,
     last_step: Mutex<Value>,
     window: Mutex<Window>,
@@ -91,7 +91,7 @@ impl Monitor {
             graph: Mutex::default(),
             device: OnceLock::new(),
             weights: OnceLock::new(),
-            book: OnceLock::new(),
+            ledger: OnceLock::new(),
             phase: Mutex::new("starting".into()),
             last_step: Mutex::new(Value::Null),
             window: Mutex::default(),
@@ -126,7 +126,7 @@ impl Monitor {
         phase.clone_into(&mut lock(&self.phase));
     }
 
-    /// Sets the graph to observe.
+    /// Sets the graph of stages whose times and queues are observed.
     pub fn watch(&self, graph: GraphHandle) {
         lock(&self.window).clear();
         let mut tracer = lock(&self.tracer);
@@ -143,9 +143,9 @@ impl Monitor {
     }
 
     /// Sets the published weights and the ledger. Later calls have no effect.
-    pub fn set_training(&self, weights: Arc<SnapshotCell<Decoder>>, book: SharedLedger) {
+    pub fn set_training(&self, weights: Arc<SnapshotCell<Decoder>>, ledger: SharedLedger) {
         // An error means that it is set already.
-        let _ = (self.weights.set(weights), self.book.set(book));
+        let _ = (self.weights.set(weights), self.ledger.set(ledger));
     }
 
     /// Adds the records of steps taken before this process began to the history.
@@ -220,12 +220,13 @@ impl Monitor {
         }
     }
 
-    /// Sets the online controller.
+    /// Sets the online controller that [`Self::run_controller`] runs.
     pub fn set_controller(&self, controller: Controller) {
         *lock(&self.controller) = Some(Controlled { controller, window: Window::default(), exchanges: exchanges() });
     }
 
-    /// Runs the controller, if one is set and due, and returns its adjustments.
+    /// Lets the controller adjust the concurrency limits, if one is set and its interval has passed. Returns the
+    /// changes.
     pub fn run_controller(&self) -> Vec<Adjustment> {
         let mut controlled = lock(&self.controller);
         let Some(Controlled { controller, window, exchanges: before }) = controlled.as_mut() else { return Vec::new() };
@@ -300,7 +301,7 @@ impl Monitor {
             },
             "last_step": *lock(&self.last_step),
             "weights": self.weights.get().map(|cell| cell.acks()),
-            "ledger": self.book.get().map(|book| book.count()),
+            "ledger": self.ledger.get().map(|ledger| ledger.count()),
             "faults": {
                 "restarts": report.as_ref().map_or(0, |report| report.restarts),
                 "nonfinite_steps": count(&TOTALS.nonfinite),

@@ -66,12 +66,13 @@ impl Progress {
         Self { bar, terminal }
     }
 
-    /// Prints a permanent line.
+    /// Prints `text` as a line that remains on standard error, above the bar.
     pub fn line(&self, text: &str) {
         self.print("line", text, None);
     }
 
-    /// Prints the permanent line of a finished step. JSON output includes `figures`.
+    /// Prints `text` as the line of a finished step, like [`Self::line`]. With `--log json` the line is an object that
+    /// also has the step's `figures`.
     pub fn step(&self, text: &str, figures: &Value) {
         self.print("step", text, Some(figures));
     }
@@ -84,7 +85,7 @@ impl Progress {
         }
     }
 
-    /// Sets the number of finished units.
+    /// Sets the number of finished units, the position of the bar.
     pub fn at(&self, units: u64) {
         self.bar.set_position(units);
     }
@@ -94,7 +95,7 @@ impl Progress {
         self.bar.set_message(plain(&text).into_owned());
     }
 
-    /// Removes the bar.
+    /// Removes the bar from the terminal.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }

@@ -32,8 +32,8 @@ const PROBES: [&str; 2] = ["/healthz", "/readyz"];
 /// them.
 const PAGE: &str = "/";
 
-/// Binds the configured address and serves until the program ends. With a `token`, requests must carry it. Returns the
-/// bound address; the system chooses the port if the configured one is 0.
+/// Binds the configured address, starts a task that serves it until the program ends, and returns the bound address; the
+/// system chooses the port if the configured one is 0. With a `token`, requests must carry it.
 ///
 /// # Errors
 /// If the address cannot be bound.

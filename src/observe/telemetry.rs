@@ -31,7 +31,8 @@ const STALENESS_BUCKETS: &[f64] = &[0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 15.
 const LENGTH_BUCKETS: &[f64] =
     &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
 
-/// Counts of the process so far, kept in addition to the metrics because the recorder cannot be read.
+/// Counts of tokens, completions, failures and judge exchanges in this process, kept in addition to the metrics because
+/// the metrics recorder cannot be read.
 #[derive(Debug, Default)]
 pub struct Totals {
     /// Number of sampled tokens.
@@ -52,7 +53,7 @@ pub struct Totals {
     pub refused: AtomicU64,
 }
 
-/// The counts of this process.
+/// The counts of this process, which the functions of this module increment.
 pub static TOTALS: Totals = Totals {
     generated: AtomicU64::new(0),
     trained: AtomicU64::new(0),
@@ -80,7 +81,7 @@ pub struct RunInfo<'a> {
     pub eta: u64,
 }
 
-/// Publishes the run's metadata.
+/// Sets the gauges of the run's name, mode, algorithm and labeler, its number of steps and its staleness bound.
 pub fn run(info: &RunInfo<'_>) {
     gauge!("preceptor_run_info", "run" => info.run.to_owned(), "mode" => info.mode.to_owned(),
         "algorithm" => info.algorithm.to_owned(), "labeler" => info.labeler.to_owned())

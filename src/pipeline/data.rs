@@ -336,7 +336,7 @@ impl Dataset {
                 reference: reference.as_deref().map(Into::into),
             })
         };
-        fill().with_context(|| format!("no prompt can be made of {}", self.rows.place(i)))
+        fill().with_context(|| format!("{} cannot be turned into a prompt", self.rows.place(i)))
     }
 }
 

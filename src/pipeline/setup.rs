@@ -226,8 +226,8 @@ fn prepare_for(config: &Config, progress: bool, feedback: bool, budget: Option<A
             let (format, seed) = (prompt_format(config), config.run.seed);
             let rows = rows(config, pairs, progress).context("reward_model.pairs cannot be read")?;
             let model = ModelBounds { context, vocabulary: policy.model.config().vocab_size };
-            let reactions = (config.data.on_long, config.data.on_bad);
-            Some(Arc::new(PairSet::read(rows, &format, &policy.tokenizer, model, reactions, seed)?))
+            let on_faults = (config.data.on_long, config.data.on_bad);
+            Some(Arc::new(PairSet::read(rows, &format, &policy.tokenizer, model, on_faults, seed)?))
         }
         _ => None,
     };

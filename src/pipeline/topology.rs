@@ -49,7 +49,7 @@ pub struct Node {
     /// State of the learner.
     pub state: Arc<Mutex<TrainState>>,
     /// Ledger of the groups' states.
-    pub book: SharedLedger,
+    pub ledger: SharedLedger,
     /// Latest published weights.
     pub cell: Arc<SnapshotCell<Decoder>>,
     /// Observer of learner steps.
@@ -90,13 +90,14 @@ impl Node {
         };
         let (next, end) = (step * config.learner.batch_groups, config.run.steps * config.learner.batch_groups);
         let gate = Arc::new(AdmissionGate::new(admission(config), next, step));
-        let trained = self.book.count().trained;
+        let trained = self.ledger.count().trained;
         if trained != next {
             return Err(StageError::fatal(format!(
                 "internal error: the ledger has {trained} trained groups, and the learner has {next}"
             )));
         }
-        let (entries, UnderWay { generated, labeled: judged, rewarded: left }) = self.book.open(builder.incarnation());
+        let (entries, UnderWay { generated, labeled: judged, rewarded: left }) =
+            self.ledger.open(builder.incarnation());
         let scale = left.last().map_or(scale, |last| last.scale);
         let next_reward = next + left.len() as u64;
 

@@ -57,7 +57,7 @@ pub enum LedgerError {
     OutOfOrder(u64),
 }
 
-/// Numbers of groups by state.
+/// Number of groups in each state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Count {
     /// Groups trained on since the run began.
@@ -203,7 +203,7 @@ impl SharedLedger {
     pub fn open(&self, incarnation: u64) -> (LedgerWriter, UnderWay) {
         let mut open = self.lock();
         open.incarnation = incarnation;
-        (LedgerWriter { book: Some(self.clone()), incarnation }, open.ledger.resume())
+        (LedgerWriter { shared: Some(self.clone()), incarnation }, open.ledger.resume())
     }
 
     /// Returns a copy of the ledger.
@@ -224,7 +224,7 @@ impl SharedLedger {
 /// Write access to the ledger for the actors of one incarnation. Writes of an older incarnation are ignored.
 #[derive(Clone, Default)]
 pub struct LedgerWriter {
-    book: Option<SharedLedger>,
+    shared: Option<SharedLedger>,
     incarnation: u64,
 }
 
@@ -266,8 +266,8 @@ impl LedgerWriter {
     }
 
     fn write<T>(&self, otherwise: T, write: impl FnOnce(&mut Ledger) -> T) -> T {
-        let Some(book) = &self.book else { return otherwise };
-        let mut open = book.lock();
+        let Some(shared) = &self.shared else { return otherwise };
+        let mut open = shared.lock();
         if open.incarnation == self.incarnation { write(&mut open.ledger) } else { otherwise }
     }
 }
@@ -422,16 +422,16 @@ mod tests {
 
     #[test]
     fn an_older_incarnation_cannot_write() {
-        let book = SharedLedger::default();
-        let (old, _) = book.open(0);
+        let shared = SharedLedger::default();
+        let (old, _) = shared.open(0);
         assert!(old.admit(0));
-        let (new, _) = book.open(1);
+        let (new, _) = shared.open(1);
         old.generated(&group(0));
-        assert_eq!(book.count(), Count::default());
+        assert_eq!(shared.count(), Count::default());
         assert!(new.admit(0));
         new.generated(&group(0));
-        assert_eq!(book.count(), Count { generated: 1, ..Count::default() });
-        let (_, under_way) = book.open(2);
+        assert_eq!(shared.count(), Count { generated: 1, ..Count::default() });
+        let (_, under_way) = shared.open(2);
         assert_eq!(under_way.generated.len(), 1);
     }
 }

@@ -98,14 +98,14 @@ impl Snapshot {
     pub fn take(
         state: &TrainState,
         reward_model: Option<&Mutex<RewardTrainer>>,
-        book: &SharedLedger,
+        ledger: &SharedLedger,
         (lengths, files): (Lengths, Vec<PathBuf>),
         figure: Option<f64>,
     ) -> Result<Self> {
         failpoints::point("checkpoint.snapshot")?;
         // The reward stage writes into the ledger while it holds its model, so both are read under the same lock.
         let trainer = reward_model.map(|trainer| lock(trainer));
-        let ledger = book.copy();
+        let ledger = ledger.copy();
         let reward_model = trainer.map(|trainer| trainer.save()).transpose()?;
         Ok(Self { learner: state.save()?, reward_model, ledger, lengths, files, figure })
     }

@@ -1,4 +1,4 @@
-//! The end of a run, which writes the last checkpoint whatever ended the run.
+//! The end of a run, which writes the last checkpoint regardless of why the run ended.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};

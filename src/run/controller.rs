@@ -29,7 +29,7 @@ pub struct AdjustableLimits {
     pub labeler: Option<Arc<AdjustableLimit>>,
 }
 
-/// Measurements since the last adjustment.
+/// Measurements since the previous call of [`Controller::adjust`].
 #[derive(Debug, Clone, Copy)]
 pub struct Pressure<'a> {
     /// Shares of each role's time by state.
@@ -58,7 +58,7 @@ impl Adjustment {
     }
 }
 
-/// Adjusts the limits at regular intervals.
+/// Controller of a run's concurrency limits. The caller measures and calls [`Self::adjust`] when [`Self::is_due`].
 pub struct Controller {
     limits: AdjustableLimits,
     every: Duration,
@@ -83,7 +83,8 @@ impl Controller {
         self.last.elapsed() >= self.every
     }
 
-    /// Adjusts the limits by `pressure` and returns the changes.
+    /// Moves each limit up or down, or leaves it, by `pressure`, the measurements since the previous call, and restarts
+    /// the interval of [`Self::is_due`]. Returns the changes, at most one for each limit.
     pub fn adjust(&mut self, pressure: Pressure<'_>) -> Vec<Adjustment> {
         self.last = Instant::now();
         let adjustments: Vec<Adjustment> =

@@ -80,7 +80,7 @@ impl RunDir {
     }
 
     fn lock(path: PathBuf) -> Result<Self> {
-        std::fs::create_dir_all(&path).map_err(|error| disk::cannot("make the run directory", &path, error))?;
+        std::fs::create_dir_all(&path).map_err(|error| disk::cannot("create the run directory", &path, error))?;
         let busy = || anyhow!("another process works on the run in {}; wait for it, or stop it", path.display());
         let lock = path.join(LOCK);
         disk::length(&lock)?;
@@ -134,11 +134,12 @@ pub struct RunFiles {
 }
 
 impl RunFiles {
-    /// Opens the files in `dir`, cuts them off after `lengths` and `step`, and writes the resolved configuration to
-    /// `config.toml`.
+    /// Opens the files in `dir`, truncates each to its length in `lengths`, and removes the lines of steps after `step`
+    /// from `samples.jsonl`, which is rotated. Writes the resolved configuration to `config.toml`, and TensorBoard's
+    /// file again from `metrics.jsonl`.
     ///
     /// # Errors
-    /// Names the file that cannot be opened or is shorter than its recorded length.
+    /// Names the file that cannot be opened or written, or is shorter than its recorded length.
     pub fn open(config: &Config, dir: RunDir, lengths: Lengths, step: u64) -> Result<Self> {
         let path = dir.path.join("config.toml");
         disk::replace(&path, config.to_toml().as_bytes())?;

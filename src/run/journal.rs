@@ -93,8 +93,8 @@ pub fn encode_closed(step: u64) -> Result<Vec<u8>> {
     frame(&EntryRef::Closed(step.to_le_bytes()))
 }
 
-/// Returns the step before which the journal at `path` was closed, or `None` if the entry that ends at byte `length`
-/// does not close it.
+/// Returns the step before which the journal at `path` was closed by its size limit, or `None` if there is no such file
+/// or the entry that ends at byte `length` does not close it.
 ///
 /// # Errors
 /// Names the file that cannot be read.

@@ -9,11 +9,11 @@ use anyhow::{Context, Result, ensure};
 use crate::util::disk;
 use crate::util::failpoints;
 
-/// Most bytes that are kept in memory; further entries are dropped.
+/// Maximum number of bytes that are kept in memory; further entries are dropped.
 const MAX_PENDING_BYTES: usize = 64 << 20;
 
-/// An append-only file. Bytes that cannot be written, for example because the disk is full, are kept in memory and
-/// written with the next append.
+/// An append-only file. Bytes that cannot be written, for example because the disk is full, are kept in memory, up to
+/// 64 MiB, and written with the next append. Entries beyond that are dropped and counted.
 pub struct Log {
     path: PathBuf,
     file: File,
@@ -91,7 +91,7 @@ impl Log {
         })
     }
 
-    /// Removes all bytes after `length`.
+    /// Removes all bytes after the first `length`, also those that are pending.
     ///
     /// # Errors
     /// Names the file that cannot be shortened.

@@ -34,7 +34,7 @@ const RETRY: Duration = Duration::from_secs(30);
 pub(super) struct RunObserver {
     pub(super) files: Arc<Mutex<RunFiles>>,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
-    pub(super) book: SharedLedger,
+    pub(super) ledger: SharedLedger,
     pub(super) schedule: CheckpointSchedule,
     pub(super) writer: CheckpointWriter,
     /// The evaluator, if the run has evaluations.
@@ -124,7 +124,7 @@ impl Observer for RunObserver {
             record.time("resident_bytes", bytes as f64);
         }
         telemetry::step(&record.0);
-        telemetry::ledger(&self.book.count());
+        telemetry::ledger(&self.ledger.count());
         self.monitor.stepped(Value::Object(record.0.clone()), done.batch);
         let written = self.files().step(&record, done);
         if let Err(error) = written {
@@ -207,7 +207,7 @@ impl RunObserver {
     /// Takes a snapshot of the run. The caller holds the lock of `state`.
     pub(super) fn snapshot(&self, state: &TrainState) -> Result<Snapshot> {
         let files = self.files().lengths()?;
-        Snapshot::take(state, self.reward_model.as_deref(), &self.book, files, self.schedule.figure())
+        Snapshot::take(state, self.reward_model.as_deref(), &self.ledger, files, self.schedule.figure())
     }
 
     /// Takes a snapshot after all pending bytes of the run's files are written.
@@ -272,7 +272,7 @@ fn step_line(record: &StepRecord, steps: u64, batch: &[Rewarded], evaluated: Opt
             record.get("step")
         );
     }
-    let goal = if record.0.contains_key("preference/margin") {
+    let objective = if record.0.contains_key("preference/margin") {
         format!(
             "loss {:.4}  margin {:+.3}  agrees {:.1} %",
             record.get("loss/policy"),
@@ -287,7 +287,7 @@ fn step_line(record: &StepRecord, steps: u64, batch: &[Rewarded], evaluated: Opt
     let kl = if kl.is_nan() { String::new() } else { format!("  kl {kl:.3}") };
     let left_out = if masked > 0 { format!("  masked {masked} of {of}") } else { String::new() };
     format!(
-        "step {:>3}/{steps}  {goal}{wins}{kl}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s{left_out}",
+        "step {:>3}/{steps}  {objective}{wins}{kl}  length {:.1}  entropy {:.2}  gradient {:.2}  lag {:.1}  {:.1} s{left_out}",
         record.get("step"),
         record.get("length/mean"),
         record.get("entropy/mean"),

@@ -205,7 +205,7 @@ pub(super) fn fine_tuning(
 pub(super) struct LearnerParts {
     pub(super) state: TrainState,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
-    pub(super) book: SharedLedger,
+    pub(super) ledger: SharedLedger,
 }
 
 /// Creates the learner's state, the reward model and the ledger, and restores them from `checkpoint` if there is one.
@@ -224,11 +224,11 @@ pub(super) fn learner(
     let value = value_model(config, prepared.policy())?;
     let mut state = TrainState::new(prepared.policy(), adam(config), value, lora(config).as_ref())?;
     let reward_model = reward_trainer(config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer)));
-    let book = match checkpoint {
+    let ledger = match checkpoint {
         None => SharedLedger::default(),
         Some(checkpoint) => SharedLedger::new(checkpoint.restore(&mut state, reward_model.as_deref())?),
     };
-    Ok(LearnerParts { state, reward_model, book })
+    Ok(LearnerParts { state, reward_model, ledger })
 }
 
 /// Returns the lengths that the run's files have at the checkpoint of `step`.

@@ -22,7 +22,7 @@ use crate::observe::progress::Progress;
 use crate::observe::telemetry;
 use crate::pipeline::learn::TrainState;
 use crate::pipeline::reward::trainer::TrainerStep;
-use crate::pipeline::reward::warm_up::{NOTHING_LEARNED, WarmUpObserver};
+use crate::pipeline::reward::warm_up::{NO_PAIR_TRAINED, WarmUpObserver};
 use crate::pipeline::setup::Prepared;
 use crate::pipeline::sft::SftObserver;
 use crate::pipeline::topology::learning::{adam, lora};
@@ -334,7 +334,7 @@ pub(super) async fn warm_up(
     .map_err(|error| {
         let more = "--resume starts it again, and buys no stored label a second time";
         let stopped = node.prepared.budget.as_ref().is_some_and(|budget| budget.exhausted());
-        let stopped = stopped || format!("{error:#}").contains(NOTHING_LEARNED);
+        let stopped = stopped || format!("{error:#}").contains(NO_PAIR_TRAINED);
         if stopped { Ended::Stopped(format!("{error:#}; {more}")).into() } else { with_remedy(error, more) }
     })
 }

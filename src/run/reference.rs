@@ -117,7 +117,7 @@ fn write(config: &Config, base: &Identity, prepared: &Prepared, run: &Path, phas
     }
     let about = json!({ "phases_bytes": phases, "origin": origin(config, base)? });
     export::write_json(&partial.join("preceptor.json"), &about)?;
-    sums::seal(&partial)?;
+    sums::write_sums(&partial)?;
     std::fs::rename(&partial, &path).with_context(|| format!("cannot rename {} into place", partial.display()))?;
     disk::sync(run)
 }

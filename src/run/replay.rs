@@ -24,7 +24,7 @@ use crate::types::Rewarded;
 use crate::util::exit::before_work;
 use crate::util::mutex::lock;
 
-/// Result of a replay.
+/// Result of a replay in which all weights were as recorded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replayed {
     /// Number of the last replayed step.
@@ -95,7 +95,7 @@ pub async fn replay(
 }
 
 fn write(dir: &Path, prepared: &Prepared, state: &Mutex<TrainState>) -> Result<()> {
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let state = lock(state);
     export::write(dir, state.config(), &state.published().merged()?, candle_core::DType::F32)?;
     prepared.tokenizer.save(dir)

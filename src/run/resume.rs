@@ -159,7 +159,9 @@ fn permit(checkpoint: &OpenedCheckpoint, changes: Vec<Change>, accepted: &Accept
     );
 }
 
-/// Hashes the templates, preambles and weights of the labeler and of the judge of evaluations.
+/// Returns what identifies the judges of the labeler and of evaluations, by the path of the configuration key: hashes of
+/// template files, of preambles and of local weights, and for a judge on a server the source of its probabilities and the
+/// model name that it reports. A change of any of them counts as a changed judge.
 ///
 /// # Errors
 /// If a template cannot be read.
@@ -171,7 +173,7 @@ pub fn judge_contents(config: &Config, prepared: &Prepared) -> Result<JudgeConte
     Ok(contents)
 }
 
-/// Hashes the contents of the judge at the key `path`; `backends` has the backend of each method.
+/// Returns what identifies the judge at the key `path`; `backends` has the backend of each method.
 fn contents_at(path: &str, methods: &Methods, backends: &[JudgeBackend]) -> Result<JudgeContents> {
     let mut contents = JudgeContents::new();
     for (i, (method, judge)) in methods.iter().zip(backends).enumerate() {

@@ -173,8 +173,8 @@ impl SetAside {
     }
 
     /// Restores the checkpoint: rewinds `run` to the branching point, appends the stored tails up to `lengths`, and
-    /// sets the current tails and the checkpoints `aside` aside in turn. Returns the new paths of the latter. `step` is
-    /// the step of the checkpoint.
+    /// in exchange stores the current tails and renames the checkpoints `aside`. Returns the new paths of these
+    /// checkpoints. `step` is the step of the checkpoint that is restored.
     ///
     /// # Errors
     /// If a stored tail is too short, in which case nothing is changed; or names the file that cannot be read or

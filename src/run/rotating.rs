@@ -16,7 +16,7 @@ use super::log::Log;
 /// Number of bytes that are read at a time from the end of a file.
 const CHUNK: usize = 1 << 16;
 
-/// Limits of a bounded file.
+/// Limits of a [`RotatingLog`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RotationLimits {
     /// Size in bytes from which a file is rotated before the next entry; 0 for no limit.
@@ -25,7 +25,7 @@ pub struct RotationLimits {
     pub keep: usize,
 }
 
-/// A bounded file of JSON lines.
+/// An append-only file of JSON lines, which is renamed to `NAME.1`, `NAME.2` and so on when it reaches its size limit.
 pub struct RotatingLog {
     log: Log,
     limits: RotationLimits,

@@ -234,7 +234,7 @@ impl LoadedRun {
             config, stop, monitor, win_rates, judge, store, resumed, files, guard, restored, mut prepared, ..
         } = self;
         let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
-        let LearnerParts { state, reward_model, book } = match restored {
+        let LearnerParts { state, reward_model, ledger } = match restored {
             Some(restored) => restored,
             None => open::learner(&config, &prepared, None)?,
         };
@@ -265,7 +265,7 @@ impl LoadedRun {
             files: Arc::clone(&files),
             evaluator,
             reward_model: reward_model.clone(),
-            book: book.clone(),
+            ledger: ledger.clone(),
             schedule: CheckpointSchedule::new(&config, failed),
             writer,
             steps: config.run.steps,
@@ -297,7 +297,7 @@ impl LoadedRun {
         let node = Arc::new(Node {
             prepared: Arc::new(prepared),
             state: Arc::new(Mutex::new(state)),
-            book,
+            ledger,
             cell: Arc::clone(&cell),
             observer: observer.clone(),
             reward_model,
@@ -305,7 +305,7 @@ impl LoadedRun {
             limits: limits.clone(),
             config: (*config).clone(),
         });
-        monitor.set_training(cell, node.book.clone());
+        monitor.set_training(cell, node.ledger.clone());
         let warmed_up = Arc::default();
         Ok(Session { config, stop, monitor, store, resumed, files, start, format, observer, node, limits, warmed_up })
     }

@@ -17,7 +17,7 @@ const CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 /// `core/lib/hash/crc32c.h`).
 const MASK: u32 = 0xa282_ead8;
 
-/// The event file of a run.
+/// TensorBoard's event file of a run, with the scalars of each learner step.
 pub struct EventFile(Log);
 
 impl EventFile {
@@ -27,7 +27,7 @@ impl EventFile {
     /// Names the file that cannot be written.
     pub fn open(dir: &Path, before: impl Iterator<Item = Map<String, Value>>) -> Result<Self> {
         let dir = dir.join("tensorboard");
-        std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         // One name for all processes of a run: TensorBoard follows a file that grows, and reads a file again that has
         // shrunk.
         let mut log = Log::open(&dir.join("events.out.tfevents.preceptor"), 0)?;
@@ -38,12 +38,12 @@ impl EventFile {
         Ok(Self(log))
     }
 
-    /// Returns the file.
+    /// Returns the underlying append-only file.
     pub fn log(&self) -> &Log {
         &self.0
     }
 
-    /// Removes all bytes after `length`.
+    /// Removes all bytes of the file after the first `length`.
     ///
     /// # Errors
     /// Names the file that cannot be shortened.
@@ -51,7 +51,7 @@ impl EventFile {
         self.0.rewind(length)
     }
 
-    /// Writes all pending bytes.
+    /// Writes the bytes that could not be written before.
     ///
     /// # Errors
     /// Names the file that cannot be written.
@@ -59,7 +59,7 @@ impl EventFile {
         self.0.flush()
     }
 
-    /// Appends the figures of a step.
+    /// Appends the numbers of `figures`, a line of `metrics.jsonl`, as scalars of its step.
     ///
     /// # Errors
     /// Names the file that cannot be written. The record is kept in memory for the next attempt.

@@ -66,7 +66,7 @@ impl Questions for PairQuestions {
     }
 }
 
-/// A question with its labels.
+/// A question of a batch job with the labels that it received.
 pub struct Annotation {
     /// Index of the question.
     pub question: usize,
@@ -147,20 +147,20 @@ fn wire(
     out: &Arc<Mutex<dyn Annotations>>,
 ) -> StageResult<()> {
     let labeler = &job.config.labeler;
-    let (asked_out, asked) = builder.edge("questions", 1);
+    let (questions_out, questions) = builder.edge("questions", 1);
     let (labeled_out, labeled) = builder.edge("labeled", labeler.capacity);
     // After a restart, questions that were not yet stored are asked again.
     let todo = lock(left).clone();
     let gave_up = || Arc::clone(&job.gave_up);
     let source = Ask { questions: Arc::clone(&job.questions), todo, batch: job.batch, next: 0, gave_up: gave_up() };
-    builder.source(StageSpec::new("questions").role("questions"), source, asked_out);
+    builder.source(StageSpec::new("questions").role("questions"), source, questions_out);
     for worker in 0..labeler.workers {
         let stage =
             Label { labeler: (job.labelers)()?, retries: labeler.retries, wants: job.wants, gave_up: gave_up() };
         let spec = StageSpec::new(format!("label-{worker}")).role("label").threads(labeler.threads);
-        builder.stage(spec, stage, asked.clone(), labeled_out.clone());
+        builder.stage(spec, stage, questions.clone(), labeled_out.clone());
     }
-    drop((asked, labeled_out));
+    drop((questions, labeled_out));
     let take = Take { out: Arc::clone(out), left: Arc::clone(left) };
     builder.sink(StageSpec::new("write").role("write"), take, labeled);
     Ok(())

@@ -441,10 +441,10 @@ fn asked(
                 let comparison = set()?.comparison(&Preamble::find(&method.preamble)?, method.shots, method.cot)?;
                 let asked = comparison.ask("", "", "", None)?.chars().count() as f64;
                 let read = asked / CHARACTERS + prompt as f64 + 2.0 * completion;
-                let thoughts = if method.cot { method.rationales } else { 0 };
-                let written = (thoughts * method.rationale_tokens) as f64;
+                let rationales = if method.cot { method.rationales } else { 0 };
+                let written = (rationales * method.rationale_tokens) as f64;
                 // Each rationale is a question, and the choice after it is another one.
-                (pairs * orders * (1 + thoughts).max(2 * thoughts), read + written / 2.0, written + 1.0)
+                (pairs * orders * (1 + rationales).max(2 * rationales), read + written / 2.0, written + 1.0)
             }
             LabelerKind::Direct => {
                 let asked = set()?.rating()?.ask("", "")?.chars().count() as f64;

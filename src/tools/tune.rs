@@ -189,7 +189,7 @@ pub fn tune(
     while tried.len() <= scope.trials {
         // Each measurement corrects the model, so each choice uses all measurements so far.
         let untried = candidates.iter().filter(|plan| tried.iter().all(|other| other.plan != **plan));
-        let Some(next) = untried.max_by(|a, b| by_worth(&model, a, b)) else { break };
+        let Some(next) = untried.max_by(|a, b| compare_plans(&model, a, b)) else { break };
         let (predicted, best) = (model.predict(next), fastest(&tried).measured);
         if predicted < best * (1.0 + NOTICEABLE / 2.0) && tried.len() > 1 {
             break;
@@ -198,7 +198,7 @@ pub fn tune(
     }
     let of = |synchronous: bool| {
         let plans = candidates.iter().filter(|plan| (plan.eta == 0) == synchronous);
-        plans.max_by(|a, b| by_worth(&model, a, b)).cloned()
+        plans.max_by(|a, b| compare_plans(&model, a, b)).cloned()
     };
     let synchronous = of(true).unwrap_or_else(|| Plan { eta: 0, ..configured.clone() });
     let gain = of(false).map_or(1.0, |plan| model.predict(&plan) / model.predict(&synchronous));
@@ -248,7 +248,7 @@ fn larger_step(
 }
 
 /// Compares plans by predicted speed, and within one percent by lower cost (threads, staleness, slots).
-fn by_worth(model: &Model, a: &Plan, b: &Plan) -> std::cmp::Ordering {
+fn compare_plans(model: &Model, a: &Plan, b: &Plan) -> std::cmp::Ordering {
     let step = |plan: &Plan| (100.0 * model.predict(plan).ln()).round() as i64;
     step(a).cmp(&step(b)).then_with(|| b.cost().cmp(&a.cost()))
 }

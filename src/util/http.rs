@@ -76,7 +76,7 @@ fn percent_decoded(text: &str) -> Vec<u8> {
 pub async fn body(mut response: Response, most: usize) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     while let Some(chunk) =
-        response.chunk().await.map_err(reqwest::Error::without_url).context("the answer broke off")?
+        response.chunk().await.map_err(reqwest::Error::without_url).context("the response ended early")?
     {
         ensure!(bytes.len() + chunk.len() <= most, "the answer has more than {most} bytes");
         bytes.extend_from_slice(&chunk);

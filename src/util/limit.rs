@@ -13,7 +13,7 @@ pub struct AdjustableLimit {
     high: usize,
     value: AtomicUsize,
     under_way: Mutex<usize>,
-    bell: Notify,
+    changed: Notify,
 }
 
 impl AdjustableLimit {
@@ -21,7 +21,7 @@ impl AdjustableLimit {
     pub fn new(low: usize, high: usize) -> Self {
         let high = high.max(1);
         let (value, under_way) = (AtomicUsize::new(high), Mutex::new(0));
-        Self { low: low.clamp(1, high), high, value, under_way, bell: Notify::new() }
+        Self { low: low.clamp(1, high), high, value, under_way, changed: Notify::new() }
     }
 
     /// Returns the lowest and the highest value.
@@ -37,16 +37,16 @@ impl AdjustableLimit {
     /// Sets the limit to `value`, clamped to the bounds. Operations in progress beyond the limit continue.
     pub fn set(&self, value: usize) {
         self.value.store(value.clamp(self.low, self.high), SeqCst);
-        self.bell.notify_waiters();
+        self.changed.notify_waiters();
     }
 
     /// Waits until the limit admits one more operation, which lasts until the returned guard is dropped.
     pub async fn enter(&self) -> UnderWay<'_> {
         loop {
-            let rung = self.bell.notified();
-            tokio::pin!(rung);
+            let notified = self.changed.notified();
+            tokio::pin!(notified);
             // Registers for notifications before the check, so that none is missed between check and wait.
-            rung.as_mut().enable();
+            notified.as_mut().enable();
             {
                 let mut under_way = lock(&self.under_way);
                 if *under_way < self.get() {
@@ -54,7 +54,7 @@ impl AdjustableLimit {
                     return UnderWay(self);
                 }
             }
-            rung.await;
+            notified.await;
         }
     }
 }
@@ -65,7 +65,7 @@ pub struct UnderWay<'a>(&'a AdjustableLimit);
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
         *lock(&self.0.under_way) -= 1;
-        self.0.bell.notify_one();
+        self.0.changed.notify_one();
     }
 }
 

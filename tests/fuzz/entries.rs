@@ -71,7 +71,7 @@ pub fn rows(data: &[u8]) -> bool {
             let Ok(Some(row)) = rows.get(i) else { continue };
             let dialogue = |field: &str| Dialogue::read(&row[field], &mut Notes::default());
             if let (Ok(chosen), Ok(rejected)) = (dialogue("chosen"), dialogue("rejected")) {
-                let _ = chosen.part(rejected);
+                let _ = chosen.split_common(rejected);
             }
             let _ = Dialogue::from_json(&row["prompt"]).map(|dialogue| dialogue.text());
         }

@@ -123,7 +123,7 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
         )),
         cell: Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(prepared.policy()))),
         observer: Arc::new(Mutex::new(Notes(Arc::clone(seen)))),
-        book: SharedLedger::default(),
+        ledger: SharedLedger::default(),
         limits: AdjustableLimits::default(),
         reward_model: None,
         labelers: Box::new(labelers),
@@ -170,14 +170,14 @@ fn a_failed_verdict_is_retried_and_never_leaves_the_labeler() {
     let dir = tempfile::tempdir().unwrap();
     let seen = Arc::new(Mutex::new(Seen::default()));
     let node = node(dir.path(), Fault::Always(3), &seen);
-    let book = node.book.clone();
+    let ledger = node.ledger.clone();
     let (outcome, restarts) = drive(node);
     let Outcome::Failed { error, .. } = outcome else { panic!("{outcome:?}") };
     assert!(error.contains("group 3 got no verdict: the judge is gone"), "{error}");
     assert!(restarts > 0, "a local judge may succeed after the graph is rebuilt");
     let seen = seen.lock().unwrap();
     assert_eq!((&seen.trained[..], &seen.masked[..]), (&[0, 1][..], &[][..]), "the batch of the failed group waits");
-    assert_eq!(book.count().generated, 1, "the failed group keeps its completions");
+    assert_eq!(ledger.count().generated, 1, "the failed group keeps its completions");
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn a_token_of_weights_newer_than_the_learners_is_refused() {
     ledger.rewarded(&group).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let mut node = node(dir.path(), Fault::None, &Arc::default());
-    node.book = SharedLedger::new(ledger);
+    node.ledger = SharedLedger::new(ledger);
     let (outcome, _) = drive(node);
     let Outcome::Failed { error, fatal: true, .. } = outcome else { panic!("{outcome:?}") };
     assert!(error.contains("group 0 has a token of version 7, and the learner is at version 0"), "{error}");

@@ -320,7 +320,7 @@ fn a_warm_up_without_labels_is_an_error_and_writes_no_reward_model() {
     let output = train(dir.path(), &overrides);
     let text = stderr(&output);
     assert_eq!(output.status.code(), Some(3), "{text}");
-    assert!(text.contains("learned from nothing") && text.contains("the likeliest is \"I\""), "{text}");
+    assert!(text.contains("was trained on no pair") && text.contains("the likeliest is \"I\""), "{text}");
     assert!(!text.contains("0.0 % of 0"), "{text}");
     assert!(metrics_of(&dir.path().join("run")).is_empty(), "{text}");
 }

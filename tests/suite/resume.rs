@@ -218,7 +218,7 @@ fn a_run_is_not_resumed_with_another_configuration() {
     std::fs::write(&about, text.replace("\"format\": 1", "\"format\": 7")).unwrap();
     let sums = run.join("checkpoints/step-000002/SHA256SUMS");
     let sealed = std::fs::read(&sums).unwrap();
-    preceptor::run::checkpoint::sums::seal(&run.join("checkpoints/step-000002")).unwrap();
+    preceptor::run::checkpoint::sums::write_sums(&run.join("checkpoints/step-000002")).unwrap();
     refused(&overrides, &["is in format 7, and this program reads format 1", "resume with preceptor 0.1.0"]);
     std::fs::write(&about, text).unwrap();
     std::fs::write(&sums, sealed).unwrap();
@@ -283,7 +283,7 @@ fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_
     let output = run("b", 6, &["--resume"]);
     assert!(output.status.success(), "{}", stderr(&output));
     std::fs::write(&templates, set.replace("SCORE:", "MARK:")).unwrap();
-    refused(&run("b", 8, &["--resume"]), &["labeler.templates: it was content", "--accept-change labeler.templates"]);
+    refused(&run("b", 8, &["--resume"]), &["labeler.templates: was content", "--accept-change labeler.templates"]);
     let output = run("b", 8, &["--resume", "--accept-change", "labeler"]);
     assert!(output.status.success(), "{}", stderr(&output));
 
@@ -295,7 +295,7 @@ fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_
     assert!(description.as_object_mut().unwrap().remove("judge").is_some());
     std::fs::write(&about, description.to_string()).unwrap();
     std::fs::remove_file(checkpoint.join("SHA256SUMS")).unwrap();
-    preceptor::run::checkpoint::sums::seal(&checkpoint).unwrap();
+    preceptor::run::checkpoint::sums::write_sums(&checkpoint).unwrap();
     let output = run("b", 10, &["--resume"]);
     assert!(output.status.success(), "{}", stderr(&output));
 
@@ -414,8 +414,8 @@ fn a_run_whose_machine_is_lost_resumes_from_its_mirror() {
     std::fs::remove_dir_all(dir.path().join("run")).unwrap();
     let output = resume(dir.path(), &long);
     let text = stderr(&output);
-    assert!(output.status.success() && text.contains("brought   run/checkpoints/step-000003"), "{text}");
-    assert!(text.contains("brought   run/reference") && !text.contains("fine-tuning"), "it is not tuned again: {text}");
+    assert!(output.status.success() && text.contains("fetched   run/checkpoints/step-000003"), "{text}");
+    assert!(text.contains("fetched   run/reference") && !text.contains("fine-tuning"), "it is not tuned again: {text}");
     assert!(train(uninterrupted.path(), &long[..long.len() - 1]).status.success());
     let run = dir.path().join("run");
     assert_eq!(metrics(&run), metrics(&uninterrupted.path().join("run"))[3..]);

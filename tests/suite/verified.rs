@@ -166,7 +166,7 @@ fn a_refused_resume_changes_no_file() {
     std::fs::write(run.join("checkpoints/step-000004/preceptor.json"), "").unwrap();
     let before = tree(&run);
     let output = resume(dir.path(), &[&STEPWISE[..], &["run.seed=3"]].concat());
-    assert!(stderr(&output).contains("run.seed: it was 0"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("run.seed: was 0"), "{}", stderr(&output));
     assert!(differences(&before, &tree(&run)).is_empty());
 }
 

@@ -220,7 +220,7 @@ fn a_slow_labeler_is_reported_with_the_setting_that_helps() {
     wait_until("the metric", || node.get("/metrics", None).1.contains("preceptor_bottleneck{role=\"label\"} 1"));
     // The controller lowers the rollout concurrency, since the labeler cannot consume so many groups.
     let reported = node.wait("controller: rollout concurrency 8 → 6");
-    assert!(reported.contains("waits for room"), "{reported}");
+    assert!(reported.contains("is blocked on its output"), "{reported}");
     let status = node.status("a move", |status| status["controller"][0]["last_move"] != "");
     assert_eq!(status["controller"][0]["knob"], "rollout");
 }

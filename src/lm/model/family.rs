@@ -97,7 +97,7 @@ fn plain_window(config: &Json) -> Option<usize> {
     config.get("sliding_window").map_or(Some(4096), |size| size.as_u64().map(|n| n as usize))
 }
 
-/// Returns whether a layer has the window, as the layers from `max_window_layers` on do.
-fn late_layers(config: &Json, layer: usize) -> bool {
+/// Returns whether a layer has the window: it has it from index `max_window_layers` on.
+fn beyond_max_window_layers(config: &Json, layer: usize) -> bool {
     layer as u64 >= config["max_window_layers"].as_u64().unwrap_or(28)
 }

@@ -117,8 +117,8 @@ impl Scaling {
             }
             return (0..width / 2)
                 .map(|i| {
-                    let slowness = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
-                    plain(i) * (slowness / factor + 1.0 - slowness)
+                    let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                    plain(i) * (ramp / factor + 1.0 - ramp)
                 })
                 .collect();
         }

@@ -45,10 +45,10 @@ pub fn text(value: &Value) -> Result<&str> {
     }
 }
 
-/// Returns the list in a value.
+/// Returns the elements of an array of a GGUF file's metadata.
 ///
 /// # Errors
-/// If the value has another type; the error names it.
+/// If the value is not an array. The error names its type but not its key.
 pub fn list(value: &Value) -> Result<&[Value]> {
     match value {
         Value::Array(list) => Ok(list),

@@ -35,7 +35,7 @@ const TRAINED_RATE: &str = "rate/trained_tokens";
 /// Maximum number of steps that are kept.
 const MAX_STEPS: usize = 600;
 
-/// Rows of metrics by step, oldest first.
+/// Metrics of at most 600 steps for the page's curves, one row per step, oldest first.
 #[derive(Default)]
 pub struct History {
     rows: VecDeque<Vec<Value>>,
@@ -85,7 +85,7 @@ impl History {
         });
     }
 
-    /// Returns the column names and the rows.
+    /// Returns an object with the column names (`columns`) and the rows (`rows`).
     pub fn to_json(&self) -> Value {
         json!({ "columns": COLUMNS, "rows": self.rows })
     }

@@ -1,4 +1,4 @@
-//! The last sampled groups with their labels and rewards, for reading.
+//! A group of each recent step with its labels and rewards, for the page and `/samples`.
 
 use std::collections::VecDeque;
 
@@ -12,12 +12,12 @@ const CAPACITY: usize = 24;
 /// Fields of a line that all completions of a group share.
 const COMMON: &[&str] = &["step", "group", "row", "prompt", "labeler", "reward_model", "masked"];
 
-/// The last groups, newest last, each as the lines of its completions.
+/// The first group of each of the last 24 learner steps, newest last, as the objects that [`lines`] returns for it.
 #[derive(Default)]
 pub struct Samples(VecDeque<Vec<Value>>);
 
 impl Samples {
-    /// Appends a group, and removes the oldest if there are too many.
+    /// Appends a group, given by its [`lines`], and removes the oldest if there are too many.
     pub fn push(&mut self, lines: Vec<Value>) {
         if self.0.len() == CAPACITY {
             self.0.pop_front();
@@ -25,7 +25,8 @@ impl Samples {
         self.0.push_back(lines);
     }
 
-    /// Returns the groups with their completions, newest first.
+    /// Returns the groups as a JSON array, newest first. A group is an object with the fields that its completions share
+    /// (step, number, prompt, labeler and so on) and the array `completions`.
     pub fn to_json(&self) -> Value {
         self.0.iter().rev().filter_map(|lines| group(lines)).collect()
     }
@@ -46,7 +47,8 @@ fn group(lines: &[Value]) -> Option<Value> {
     Some(Value::Object(group))
 }
 
-/// Returns the lines of a group's completions for `samples.jsonl`.
+/// Returns one JSON object for each completion of a group, the lines of `samples.jsonl`. `step` is the number of the
+/// learner step whose batch the group belongs to.
 pub fn lines(step: &Value, group: &Rewarded) -> Vec<Value> {
     let line = |(i, completion): (usize, &crate::types::Completion)| {
         json!({

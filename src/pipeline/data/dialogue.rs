@@ -130,7 +130,7 @@ impl Dialogue {
             None => bail!("has only a turn of the assistant; a prompt ends with the user's turn"),
         }
         let last = &self.turns[self.turns.len() - 1];
-        ensure!(!last.content.trim().is_empty(), "is empty: the user's last turn has no words");
+        ensure!(!last.content.trim().is_empty(), "is empty: the user's last turn has no text");
         Ok((self, answer))
     }
 
@@ -169,15 +169,15 @@ impl Dialogue {
         {
             return one.content.clone();
         }
-        let spoken = self.turns.iter().map(|turn| {
-            let who = match turn.role.as_str() {
+        let lines = self.turns.iter().map(|turn| {
+            let speaker = match turn.role.as_str() {
                 "user" => "Human",
                 "assistant" => "Assistant",
                 other => other,
             };
-            format!("{who}: {}", turn.content)
+            format!("{speaker}: {}", turn.content)
         });
-        spoken.collect::<Vec<_>>().join("\n\n")
+        lines.collect::<Vec<_>>().join("\n\n")
     }
 
     /// Splits two conversations into their common turns and the continuation of each, as formatted by
@@ -185,7 +185,7 @@ impl Dialogue {
     ///
     /// # Errors
     /// If they do not diverge at an assistant turn.
-    pub fn part(self, other: Self) -> Result<(Self, String, String)> {
+    pub fn split_common(self, other: Self) -> Result<(Self, String, String)> {
         let shared = self.turns.iter().zip(&other.turns).take_while(|(a, b)| a == b).count();
         // Identical conversations diverge at their last answer.
         let shared = shared.min(self.turns.len().min(other.turns.len()).saturating_sub(1));
@@ -450,7 +450,7 @@ mod tests {
         assert_eq!(dialogue.text(), "Human: hi\n\nAssistant: hello");
         let parts = |a: &str, b: &str| {
             let read = |text: &str| read(&json!(text)).unwrap();
-            read(a).part(read(b)).map(|(shared, a, b)| (shared.text(), a, b))
+            read(a).split_common(read(b)).map(|(shared, a, b)| (shared.text(), a, b))
         };
         let owned = |a: &str, b: &str, c: &str| (a.to_owned(), b.to_owned(), c.to_owned());
         for (a, b, expected) in [

@@ -13,12 +13,12 @@ use crate::lm::tokens::chat::Message;
 use crate::util::template;
 
 /// Columns that hold a system message, in data sets such as OpenOrca and Orca's preference pairs.
-const SYSTEM: [&str; 2] = ["system", "system_prompt"];
+const SYSTEM_COLUMNS: [&str; 2] = ["system", "system_prompt"];
 /// Columns that change a prompt's meaning in some data sets, but are not read.
-const UNREAD: [&str; 8] =
+const IGNORED_COLUMNS: [&str; 8] =
     ["input", "context", "history", "tools", "images", "image", "documents", "chat_template_kwargs"];
 /// Common names of prompt columns, most likely first.
-const LIKELY: [&str; 11] = [
+const PROMPT_COLUMNS: [&str; 11] = [
     "prompt",
     "messages",
     "conversations",
@@ -163,7 +163,7 @@ impl PromptFormat {
 
     /// Adds the key to set to the error about a missing prompt.
     fn with_guess(&self, error: anyhow::Error, row: &Value) -> anyhow::Error {
-        let guess = LIKELY.iter().find(|name| row.get(**name).is_some_and(|value| !is_blank(value)));
+        let guess = PROMPT_COLUMNS.iter().find(|name| row.get(**name).is_some_and(|value| !is_blank(value)));
         error.context(
             guess.map_or("set data.prompt_field".to_owned(), |name| format!("set data.prompt_field = {name:?}")),
         )
@@ -194,7 +194,7 @@ pub(super) fn is_blank(value: &Value) -> bool {
 /// If the column is not a text, or the dialogue has a different system message.
 pub(super) fn with_system_column(row: &Value, dialogue: Dialogue, used: &str) -> Result<Dialogue> {
     let given = |name: &&str| *name != used && row.get(name).is_some_and(|value| !is_blank(value));
-    let Some(name) = SYSTEM.into_iter().find(|name| given(name)) else { return Ok(dialogue) };
+    let Some(name) = SYSTEM_COLUMNS.into_iter().find(|name| given(name)) else { return Ok(dialogue) };
     let value = &row[name];
     let text = value.as_str();
     let text = text.with_context(|| format!("field {name:?} is {}, and must be a text", super::described(value)))?;
@@ -204,14 +204,14 @@ pub(super) fn with_system_column(row: &Value, dialogue: Dialogue, used: &str) ->
 /// Notes the columns that change a prompt's meaning and are not read; the first of `used` is the prompt's field.
 pub(super) fn note_unread(row: &Value, used: &[&str], notes: &mut Notes) {
     let given = |name: &&str| !used.contains(name) && row.get(name).is_some_and(|value| !is_blank(value));
-    for name in UNREAD.into_iter().filter(given) {
+    for name in IGNORED_COLUMNS.into_iter().filter(given) {
         notes.add(format!("the field {name:?} is not read; if it belongs to the prompt, put it into {:?}", used[0]));
     }
 }
 
 /// Returns a column of a preference row that probably holds the prompt.
 pub(super) fn likely_prompt(row: &Value) -> Option<&'static str> {
-    let columns = LIKELY.into_iter().filter(|name| !["prompt", "chosen", "messages"].contains(name));
+    let columns = PROMPT_COLUMNS.into_iter().filter(|name| !["prompt", "chosen", "messages"].contains(name));
     columns.into_iter().find(|name| row.get(*name).is_some_and(|value| !is_blank(value)))
 }
 

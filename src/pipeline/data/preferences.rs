@@ -115,7 +115,7 @@ impl Preferences {
                 return Ok(Found::Empty(why));
             }
             let known = !options.labeled || pair.preference.is_some();
-            ensure!(known, "no field \"preference\" says which answer is better");
+            ensure!(known, "no field \"preference\" names the better answer");
             Ok(if options.split.contains(&pair.dialogue.text()) { Found::Pair(notes) } else { Found::NotSelected })
         };
         let (mut usable, mut faults, mut notes) = (Vec::new(), Faults::default(), Notes::default());
@@ -303,8 +303,8 @@ fn split_dialogues(
     notes: &mut Notes,
 ) -> Result<(Dialogue, String, String)> {
     let longest = a.turns.len().max(b.turns.len());
-    let parted = a.part(b).map_err(|error| anyhow!("{} and {} {error}", names[0], names[1]))?;
-    let (shared, first, second) = parted;
+    let (shared, first, second) =
+        a.split_common(b).map_err(|error| anyhow!("{} and {} {error}", names[0], names[1]))?;
     if longest > shared.turns.len() + 1 {
         notes.add(SEVERAL);
     }

@@ -74,7 +74,8 @@ fn bracketed(text: &str) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Part of a line, normalised for comparison: case, decoration and the kind of separator make no difference.
+/// Part of a line, normalised for comparison: case, other punctuation and the kind of separator make no
+/// difference.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Piece {
     /// Letters or digits, in lower case.

@@ -58,10 +58,10 @@ impl Pairwise {
     /// Returns P(the first shown is better) for each question.
     fn judge(&self, questions: &[Shown], usage: &mut Usage) -> Result<Vec<Reply<f64>>> {
         let samples = self.thought.as_ref().map_or(1, |thought| thought.samples);
-        let thoughts = self.think(questions, usage)?;
+        let rationales = self.think(questions, usage)?;
         // One ask per rationale; a question whose rationale failed keeps that reply.
         let mut asks = Vec::new();
-        for (i, thought) in thoughts.iter().enumerate() {
+        for (i, thought) in rationales.iter().enumerate() {
             let (prompt, first, second) = questions[i / samples];
             if let Ok(rationale) = thought {
                 let prompt = self.comparison.ask(prompt, first, second, rationale.as_deref())?;
@@ -69,7 +69,7 @@ impl Pairwise {
             }
         }
         let mut weights = self.backend.weigh(&asks, usage).into_iter();
-        let mut choices = thoughts.into_iter().map(|thought| match thought {
+        let mut choices = rationales.into_iter().map(|thought| match thought {
             Ok(_) => {
                 choice(weights.next().unwrap_or_else(|| Err(NoAnswer::Failure("the judge gave no answer".into()))))
             }

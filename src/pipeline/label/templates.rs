@@ -1,4 +1,4 @@
-//! Prompts for judges: template sets, shipped or the user's own, each identified by a hash.
+//! Prompts for judges: template sets, built-in or the user's own, each identified by a hash.
 
 mod reading;
 #[cfg(test)]
@@ -16,7 +16,7 @@ use crate::util::template;
 use reading::{Mistakes, Reading, Section, Text};
 
 /// Template sets that are included in the program, by name.
-pub const SHIPPED: &[(&str, &str)] = &[
+pub const BUILT_IN: &[(&str, &str)] = &[
     ("summarization", include_str!("templates/summarization.toml")),
     ("helpful", include_str!("templates/helpful.toml")),
     ("harmless", include_str!("templates/harmless.toml")),
@@ -26,7 +26,7 @@ pub const SHIPPED: &[(&str, &str)] = &[
 /// that no template contains.
 const PLACEHOLDERS: [&str; 3] = ["\u{e000}", "\u{e001}", "\u{e002}"];
 
-/// The prompt templates of one task. The shipped files in `src/pipeline/label/templates/` explain each key. A section
+/// The prompt templates of one task. The built-in files in `src/pipeline/label/templates/` explain each key. A section
 /// may be absent if no question needs it; building a question that needs an absent section is an error.
 #[derive(Debug, Clone)]
 pub struct TemplateSet {
@@ -120,10 +120,10 @@ pub enum Question {
 }
 
 impl TemplateSet {
-    /// Returns the shipped set named `name`, or reads the file at that path.
+    /// Returns the built-in set named `name`, or reads the file at that path.
     ///
     /// # Errors
-    /// If `name` is neither a shipped set nor a readable file, or the file has mistakes; the error lists all of them
+    /// If `name` is neither a built-in set nor a readable file, or the file has mistakes; the error lists all of them
     /// with their lines.
     pub fn find(name: &str) -> Result<Self> {
         Self::read(name, None)
@@ -144,26 +144,26 @@ impl TemplateSet {
                 .extend(question.iter().flat_map(|question| set.missing_parts(question)).map(|message| (0, message)));
             Mistakes::unless(mistakes, set)
         };
-        if let Some((_, text)) = SHIPPED.iter().find(|(shipped, _)| *shipped == name) {
-            return checked(text).with_context(|| format!("the shipped template set {name} has"));
+        if let Some((_, text)) = BUILT_IN.iter().find(|(built_in, _)| *built_in == name) {
+            return checked(text).with_context(|| format!("the built-in template set {name} has"));
         }
         let path = Path::new(name);
-        let names: Vec<&str> = SHIPPED.iter().map(|(name, _)| *name).collect();
+        let names: Vec<&str> = BUILT_IN.iter().map(|(name, _)| *name).collect();
         let text = read_bounded::prose(path, read_bounded::WRITTEN).with_context(|| {
             format!("labeler.templates = {name:?} is neither one of {} nor a readable file", names.join(", "))
         })?;
         checked(&text).with_context(|| format!("the template set {} has", path.display()))
     }
 
-    /// Returns a hash of the content of the shipped set `name`, or of the file at that path; comments and layout do not
+    /// Returns a hash of the content of the built-in set `name`, or of the file at that path; comments and layout do not
     /// count.
     ///
     /// # Errors
     /// As for [`Self::find`].
     pub fn content_hash(name: &str) -> Result<u64> {
         Self::find(name)?;
-        let shipped = SHIPPED.iter().find(|(shipped, _)| *shipped == name).map(|(_, text)| (*text).to_owned());
-        let text = match shipped {
+        let built_in = BUILT_IN.iter().find(|(built_in, _)| *built_in == name).map(|(_, text)| (*text).to_owned());
+        let text = match built_in {
             Some(text) => text,
             None => read_bounded::prose(Path::new(name), read_bounded::WRITTEN)?,
         };

@@ -37,7 +37,7 @@ pub struct Answer {
 
 /// Reason why a body of status 200 is not an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unread {
+pub enum ReadError {
     /// The body cannot be parsed.
     Malformed(String),
     /// The server withheld the answer to this question.
@@ -46,7 +46,7 @@ pub enum Unread {
     Failed(u16, String),
 }
 
-impl<T: Into<String>> From<T> for Unread {
+impl<T: Into<String>> From<T> for ReadError {
     fn from(why: T) -> Self {
         Self::Malformed(why.into())
     }
@@ -57,7 +57,7 @@ impl<T: Into<String>> From<T> for Unread {
 ///
 /// # Errors
 /// If the body is not a valid answer; the error describes the fault.
-pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
+pub fn read(body: &[u8], request: &Request) -> Result<Answer, ReadError> {
     let value = lenient::parse(body)?;
     if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
         return Err(failure(error, "an error in a body of status 200"));
@@ -71,11 +71,11 @@ pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
         return Err(failure(&choice["error"], what));
     }
     if choice["finish_reason"] == "content_filter" {
-        return Err(Unread::Filtered("finish_reason \"content_filter\"".into()));
+        return Err(ReadError::Filtered("finish_reason \"content_filter\"".into()));
     }
     let message = &choice["message"];
     if let Some(refusal) = message["refusal"].as_str().filter(|text| !text.is_empty()) {
-        return Err(Unread::Filtered(format!("the model refuses: {}", excerpt(refusal))));
+        return Err(ReadError::Filtered(format!("the model refuses: {}", excerpt(refusal))));
     }
     let written = match (content(&message["content"]), choice["text"].as_str()) {
         (Some(text), _) => text,
@@ -105,15 +105,15 @@ pub fn read(body: &[u8], request: &Request) -> Result<Answer, Unread> {
 }
 
 /// Returns the failure that a body of status 200 reports, classified by its code.
-fn failure(error: &Value, what: &str) -> Unread {
+fn failure(error: &Value, what: &str) -> ReadError {
     let message_of_error = lenient::message(error).unwrap_or_else(|| excerpt(&error.to_string()));
     let words = format!("{what}: {message_of_error}");
     let code = error["code"].as_u64().or_else(|| error["code"].as_str().and_then(|code| code.parse().ok()));
     let quota = wire::reports_quota(&serde_json::json!({ "error": error }).to_string().into_bytes());
     match code.and_then(|code| u16::try_from(code).ok()).filter(|code| (400..600).contains(code)) {
-        _ if quota => Unread::Failed(402, words),
-        Some(code) => Unread::Failed(code, words),
-        None => Unread::Malformed(words),
+        _ if quota => ReadError::Failed(402, words),
+        Some(code) => ReadError::Failed(code, words),
+        None => ReadError::Malformed(words),
     }
 }
 
@@ -145,8 +145,8 @@ fn split_reasoning(text: &str) -> (bool, String) {
     if let Some((at, end)) = ENDS.iter().filter_map(|end| Some((text.rfind(end)?, end))).max() {
         // An empty block is written by models whose reasoning is turned off.
         let thought = text[..at].trim_start_matches(|c: char| c != '>' && c != ']').chars().any(char::is_alphanumeric);
-        let headless = !opens_reasoning(text) && text[..at].chars().any(char::is_alphanumeric);
-        return (thought || headless, text[at + end.len()..].trim_start().to_owned());
+        let lacks_opening = !opens_reasoning(text) && text[..at].chars().any(char::is_alphanumeric);
+        return (thought || lacks_opening, text[at + end.len()..].trim_start().to_owned());
     }
     if opens_reasoning(text) { (true, String::new()) } else { (false, text.to_owned()) }
 }
@@ -178,8 +178,8 @@ fn listed(logprobs: &Value) -> Result<Option<Vec<(String, f64)>>, String> {
     }
     read.sort_by(|a, b| b.1.total_cmp(&a.1));
     // In total order NaN is above all numbers; unreadable entries are moved to the end.
-    let unread = read.iter().filter(|(_, p)| p.is_nan()).count();
-    read.rotate_left(unread);
+    let unreadable = read.iter().filter(|(_, p)| p.is_nan()).count();
+    read.rotate_left(unreadable);
     Ok(Some(read))
 }
 
@@ -205,10 +205,10 @@ mod tests {
     use super::*;
 
     fn ask(body: &str) -> Result<Answer, String> {
-        read(body.as_bytes(), &Request::first_token("12345678", None, 5)).map_err(|unread| match unread {
-            Unread::Malformed(why) => why,
-            Unread::Filtered(why) => format!("filtered: {why}"),
-            Unread::Failed(status, why) => format!("{status}: {why}"),
+        read(body.as_bytes(), &Request::first_token("12345678", None, 5)).map_err(|error| match error {
+            ReadError::Malformed(why) => why,
+            ReadError::Filtered(why) => format!("filtered: {why}"),
+            ReadError::Failed(status, why) => format!("{status}: {why}"),
         })
     }
 

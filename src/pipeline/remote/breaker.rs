@@ -79,7 +79,7 @@ impl Breaker {
         }
     }
 
-    /// Returns whether requests are held back.
+    /// Returns whether requests are held back: the breaker is open or half-open.
     pub fn is_open(&self) -> bool {
         self.state != State::Closed
     }

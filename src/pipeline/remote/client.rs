@@ -214,7 +214,7 @@ impl Client {
             }
             if self.answers_others(ended, usage).await? {
                 // Earlier tries may have met the end of an outage. Only tries from now on count against the question.
-                if outcome.is_about_the_question() || (answering && (refuses || spent)) {
+                if outcome.refuses_this_question() || (answering && (refuses || spent)) {
                     return Err(NoAnswer::Abstention(format!("{words}; it answers other questions")));
                 }
                 if !answering && (refuses || spent) {

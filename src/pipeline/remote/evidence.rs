@@ -41,7 +41,7 @@ impl Evidence {
         self.unanswered = self.unanswered.max(Some(sent));
     }
 
-    /// Returns whether any question was answered.
+    /// Returns whether the judge has answered any question so far.
     pub fn has_answered(&self) -> bool {
         self.answered.is_some()
     }

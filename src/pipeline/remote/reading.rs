@@ -21,10 +21,10 @@ impl Listed {
             .iter()
             .map(|answer| self.0.iter().filter(|(token, _)| token.trim_start() == answer).map(|(_, p)| p).sum())
             .collect();
-        if let Some(unread) = weights.iter().position(|weight| weight.is_nan()) {
+        if let Some(unreadable) = weights.iter().position(|weight| weight.is_nan()) {
             return Err(NoAnswer::Abstention(format!(
                 "the log-probability of the answer {} cannot be read",
-                answers[unread]
+                answers[unreadable]
             )));
         }
         if self.0.first().is_some_and(|(token, _)| tokens::is_number(token)) {
@@ -105,8 +105,8 @@ pub fn split_prefixes(answers: &[String]) -> Vec<(usize, usize)> {
 pub fn votes(texts: &[String], answers: &[String]) -> Reply<Vec<f64>> {
     let named: Vec<usize> = texts.iter().filter_map(|text| named(text, answers)).collect();
     if named.len() * 2 < texts.len() || named.is_empty() {
-        let unread = texts.iter().find(|text| self::named(text, answers).is_none());
-        let such = unread.map_or(String::new(), |text| format!("; this one could not: {:?}", cut(text)));
+        let unreadable = texts.iter().find(|text| self::named(text, answers).is_none());
+        let such = unreadable.map_or(String::new(), |text| format!("; this one could not: {:?}", cut(text)));
         return Err(NoAnswer::Abstention(format!(
             "{} of {} sampled answers could be read{such}",
             named.len(),

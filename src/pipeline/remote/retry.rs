@@ -112,9 +112,9 @@ impl ExchangeOutcome {
         }
     }
 
-    /// Returns whether the status means that the server refuses this question, rather than all questions of this
+    /// Returns whether the outcome means that the server refuses this question, rather than all questions of this
     /// client.
-    pub fn is_about_the_question(&self) -> bool {
+    pub fn refuses_this_question(&self) -> bool {
         let about = [400, 413, 414, 422, 431, 451];
         match self {
             Self::Refused(status, _) | Self::Field(status, ..) => about.contains(status),
@@ -148,7 +148,7 @@ impl ExchangeOutcome {
             Self::Ok => "answered".into(),
             Self::Timeout => "did not answer within labeler.remote.timeout_s".into(),
             Self::Connection(why) => format!("could not be reached: {why}"),
-            Self::BrokeOff(why) => format!("broke off its answer: {why}"),
+            Self::BrokeOff(why) => format!("did not finish its answer: {why}"),
             Self::Closed(why) => format!("closed the connection without an answer: {why}"),
             Self::Malformed(why) => format!("sent an answer that cannot be read: {why}"),
             Self::RateLimited(_, why) => format!("limits the rate of requests ({})", with("429", why)),
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_too_long_prompt_is_about_the_question_for_every_status_that_reports_it() {
+    fn a_too_long_prompt_is_a_refusal_of_this_question_for_every_status_that_reports_it() {
         for (status, why, about) in [
             (500, "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens", true),
             (500, "the request exceeds the available context size", true),
@@ -243,7 +243,7 @@ mod tests {
         ] {
             let outcome = ExchangeOutcome::Server(status, None, why.into());
             let refuses = outcome.class() == FailureClass::Refusal;
-            assert_eq!((outcome.is_about_the_question(), refuses), (about, about), "{status} {why}");
+            assert_eq!((outcome.refuses_this_question(), refuses), (about, about), "{status} {why}");
         }
     }
 

@@ -9,7 +9,7 @@ use hyper_util::client::proxy::matcher::Matcher;
 use sha2::{Digest, Sha256};
 
 use super::abilities::{Abilities, FieldRefusal, names_extra};
-use super::answer::{Answer, Unread, read};
+use super::answer::{Answer, ReadError, read};
 use super::key::Key;
 use super::lenient;
 use super::retry::{ExchangeOutcome, retry_after};
@@ -188,10 +188,10 @@ impl Transport {
             .or_else(|why| if fine { Err(ExchangeOutcome::Malformed(why)) } else { Ok(Vec::new()) })?;
         let bytes = self.secrets.iter().fold(bytes, |bytes, key| key.hide(bytes));
         if fine {
-            return read(&bytes, request).map_err(|unread| match unread {
-                Unread::Malformed(why) => ExchangeOutcome::Malformed(why),
-                Unread::Filtered(why) => ExchangeOutcome::Filtered(why),
-                Unread::Failed(status, why) => ExchangeOutcome::of_status(status, wait, why, status == 402),
+            return read(&bytes, request).map_err(|error| match error {
+                ReadError::Malformed(why) => ExchangeOutcome::Malformed(why),
+                ReadError::Filtered(why) => ExchangeOutcome::Filtered(why),
+                ReadError::Failed(status, why) => ExchangeOutcome::of_status(status, wait, why, status == 402),
             });
         }
         let mut message = sentence(&bytes);

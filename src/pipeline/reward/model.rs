@@ -55,7 +55,7 @@ impl RewardModel {
     /// # Errors
     /// If a file cannot be written; the error names it.
     pub fn save(&self, dir: &Path, tokenizer: &Tokenizer, dtype: DType) -> Result<()> {
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let weights = self.weights();
         let pad = pad(tokenizer, self.model.config().vocab_size);
         if pad.is_none() {
@@ -77,12 +77,12 @@ fn pad(tokenizer: &Tokenizer, rows: usize) -> Option<u32> {
     let ends = tokenizer.eos_ids();
     let own = [tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id()].into_iter().flatten();
     let fits = |id: &u32| (*id as usize) < rows;
-    let no_end = own.clone().filter(fits).find(|id| !ends.contains(id));
+    let non_end = own.clone().filter(fits).find(|id| !ends.contains(id));
     // A second end token, as in Qwen's tokenizers.
-    let taught = [tokenizer.end(true), tokenizer.end(false)];
-    let untaught = tokenizer.pad_id().filter(fits).filter(|id| !taught.contains(&Some(*id)));
+    let end_ids = [tokenizer.end(true), tokenizer.end(false)];
+    let unused_end = tokenizer.pad_id().filter(fits).filter(|id| !end_ids.contains(&Some(*id)));
     let special = || tokenizer.special_ids().into_iter().filter(fits).find(|id| !ends.contains(id));
-    no_end.or(untaught).or_else(special)
+    non_end.or(unused_end).or_else(special)
 }
 
 #[cfg(test)]

@@ -52,8 +52,8 @@ struct PairedGroup {
     pairs: Vec<(usize, usize, f64)>,
 }
 
-/// Beginning of the error message of a warm-up in which the reward model learned from no pair.
-pub const NOTHING_LEARNED: &str = "the reward model learned from nothing in its warm-up";
+/// Beginning of the error message of a warm-up in which the reward model was trained on no pair.
+pub const NO_PAIR_TRAINED: &str = "the reward model was trained on no pair in its warm-up";
 
 impl WarmUp {
     /// Creates a warm-up of `epochs` over the incoming groups, from number 0.
@@ -147,7 +147,7 @@ impl Stage for WarmUp {
         trainer.publish(step.as_ref());
         if self.labeled > 0 && self.decided == 0 {
             let words =
-                format!("{NOTHING_LEARNED}: each of {} labeled pairs is a tie (a probability of ½)", self.labeled);
+                format!("{NO_PAIR_TRAINED}: each of {} labeled pairs is a tie (a probability of ½)", self.labeled);
             return Err(StageError::fatal(words));
         }
         if trainer.version() == 0 {
@@ -159,7 +159,7 @@ impl Stage for WarmUp {
                 Some(why) => format!("none of {} groups has a labeled pair; the first because {why}", self.next),
                 None => "it received no pairs".to_owned(),
             };
-            return Err(StageError::fatal(format!("{NOTHING_LEARNED}: {why}")));
+            return Err(StageError::fatal(format!("{NO_PAIR_TRAINED}: {why}")));
         }
         let (mut right, mut pairs) = (0.0, 0);
         for PairedGroup { group, pairs: labeled } in &self.held_out {

@@ -37,9 +37,9 @@ impl OnlineDpo {
                 (loss, self.beta * derivative)
             }
             DpoLoss::Ipo => {
-                let goal = 0.5 / self.beta;
-                let loss = p * (gap - goal).powi(2) + (1.0 - p) * (gap + goal).powi(2);
-                (loss, 2.0 * (gap - (2.0 * p - 1.0) * goal))
+                let target = 0.5 / self.beta;
+                let loss = p * (gap - target).powi(2) + (1.0 - p) * (gap + target).powi(2);
+                (loss, 2.0 * (gap - (2.0 * p - 1.0) * target))
             }
         }
     }

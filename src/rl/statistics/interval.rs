@@ -96,16 +96,16 @@ pub fn difference(right: &[(bool, bool)]) -> Difference {
     }
 }
 
-/// Returns the p-value of McNemar's exact test: twice the probability that a fair coin shows its rarer side at most
-/// this often, and at most 1.
+/// Returns the p-value of McNemar's exact test: twice the probability of at most as many successes as the smaller
+/// count in a binomial distribution with p = ½ over all discordant pairs, and at most 1.
 fn mcnemar(only_a: usize, only_b: usize) -> f64 {
-    let (tosses, rarer) = ((only_a + only_b) as f64, only_a.min(only_b));
-    // In logarithms, because 2^−tosses underflows from 1,075 tosses on.
-    let mut log_term = -tosses * std::f64::consts::LN_2;
+    let (discordant, smaller) = ((only_a + only_b) as f64, only_a.min(only_b));
+    // In logarithms, because 2^−n underflows from n = 1,075 on.
+    let mut log_term = -discordant * std::f64::consts::LN_2;
     let mut tail = 0.0;
-    for i in 0..=rarer {
+    for i in 0..=smaller {
         tail += log_term.exp();
-        log_term += ((tosses - i as f64) / (i as f64 + 1.0)).ln();
+        log_term += ((discordant - i as f64) / (i as f64 + 1.0)).ln();
     }
     (2.0 * tail).min(1.0)
 }

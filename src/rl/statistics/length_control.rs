@@ -19,7 +19,7 @@ pub struct Comparison {
     pub other: f64,
 }
 
-/// A win rate at equal length.
+/// Result of [`length_controlled`]: a win rate at equal length.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct LengthControlled {
     /// The win rate at a length ratio of 1.

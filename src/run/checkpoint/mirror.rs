@@ -39,7 +39,7 @@ impl Mirror {
         if parsed.scheme() == "file" {
             let path =
                 parsed.to_file_path().map_err(|()| anyhow!("checkpoint.mirror = {url:?} does not name a folder"))?;
-            std::fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+            std::fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
         }
         let variables = std::env::vars().map(|(name, value)| (name.to_lowercase(), value));
         let (store, prefix) = object_store::parse_url_opts(&parsed, variables).with_context(|| {
@@ -262,7 +262,7 @@ mod tests {
         let big: Vec<u8> = (0..(PART_BYTES * 5 / 2) as u32).map(|i| (i.wrapping_mul(2654435761) >> 24) as u8).collect();
         std::fs::write(dir.join("model.safetensors"), big).unwrap();
         std::fs::write(dir.join("resume/state.postcard"), step.to_string()).unwrap();
-        sums::seal(&dir).unwrap();
+        sums::write_sums(&dir).unwrap();
         dir
     }
 
@@ -284,7 +284,7 @@ mod tests {
         let other = here.path().join("reference");
         std::fs::create_dir_all(&other).unwrap();
         std::fs::write(other.join("model.safetensors"), "first").unwrap();
-        sums::seal(&other).unwrap();
+        sums::write_sums(&other).unwrap();
         assert!(!mirror.has("reference").unwrap());
         mirror.copy(&other).unwrap();
         assert!(mirror.has("reference").unwrap() && mirror.latest().unwrap() == Some(20));

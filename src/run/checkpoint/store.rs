@@ -154,7 +154,7 @@ impl CheckpointStore {
         match mirror.latest()?.filter(|there| Some(*there) > here && !left(*there)) {
             None => Ok(None),
             Some(step) => {
-                std::fs::create_dir_all(&self.dir).with_context(|| format!("cannot make {}", self.dir.display()))?;
+                std::fs::create_dir_all(&self.dir).with_context(|| format!("cannot create {}", self.dir.display()))?;
                 mirror.fetch(&name(step), &self.dir).map(Some)
             }
         }

@@ -17,7 +17,7 @@ pub const NAME: &str = "SHA256SUMS";
 ///
 /// # Errors
 /// Names the file that cannot be read or synced.
-pub fn seal(dir: &Path) -> Result<u64> {
+pub fn write_sums(dir: &Path) -> Result<u64> {
     let mut text = String::new();
     let (mut files, folders) = walk(dir)?;
     files.retain(|path| *path != dir.join(NAME));
@@ -35,7 +35,7 @@ pub fn seal(dir: &Path) -> Result<u64> {
     Ok(bytes + text.len() as u64)
 }
 
-/// Error for a sealed directory that differs from its checksums.
+/// Error for a directory that differs from its checksums.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Damage(String);
@@ -70,15 +70,15 @@ pub fn verify(dir: &Path) -> Result<()> {
     let known = read_list(&path)?;
     for (expected, name) in &known {
         let file = dir.join(name);
-        let (found, _) = sealed_sum(&file)?;
+        let (found, _) = listed_sum(&file)?;
         ensure_sound(found == *expected, || {
             format!("{} is damaged: its checksum is not the one in {NAME}", file.display())
         })?;
     }
     for name in REQUIRED {
         let file = dir.join(name);
-        let sealed = known.iter().any(|(_, known)| known == name) || !disk::exists(&file)?;
-        ensure_sound(sealed, || format!("{} has no checksum in {NAME}; the list is damaged", file.display()))?;
+        let is_listed = known.iter().any(|(_, known)| known == name) || !disk::exists(&file)?;
+        ensure_sound(is_listed, || format!("{} has no checksum in {NAME}; the list is damaged", file.display()))?;
     }
     Ok(())
 }
@@ -112,8 +112,8 @@ fn ensure_sound(sound: bool, why: impl FnOnce() -> String) -> Result<()> {
     if sound { Ok(()) } else { Err(Damage(why()).into()) }
 }
 
-/// Returns the checksum and size of a sealed file. Anything but a file at `path` is [`Damage`].
-fn sealed_sum(path: &Path) -> Result<(String, u64)> {
+/// Returns the checksum and size of a listed file. Anything but a file at `path` is [`Damage`].
+fn listed_sum(path: &Path) -> Result<(String, u64)> {
     match std::fs::metadata(path) {
         Ok(found) => ensure_sound(found.is_file(), || format!("{} is damaged: it is not a file", path.display()))?,
         Err(error) if disk::is_absence(&error) => {
@@ -196,7 +196,7 @@ mod tests {
         // Output of `printf one | sha256sum` and `printf two | sha256sum`.
         let expected = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed  a\n\
                         3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3  in/b\n";
-        seal(dir.path()).unwrap();
+        write_sums(dir.path()).unwrap();
         assert_eq!(std::fs::read_to_string(dir.path().join(NAME)).unwrap(), expected);
         verify(dir.path()).unwrap();
         let damage = || verify(dir.path()).unwrap_err().downcast::<Damage>().unwrap().to_string();
@@ -228,7 +228,7 @@ mod tests {
     fn a_file_that_cannot_be_read_is_not_damage() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a"), "one").unwrap();
-        seal(dir.path()).unwrap();
+        write_sums(dir.path()).unwrap();
         // A symbolic link to itself, which no user can open.
         std::fs::remove_file(dir.path().join("a")).unwrap();
         std::os::unix::fs::symlink("a", dir.path().join("a")).unwrap();

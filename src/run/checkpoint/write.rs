@@ -53,7 +53,7 @@ impl CheckpointFormat {
         let learner = &snapshot.learner;
         let (policy, exact) = (&learner.policy, self.dtype == DType::F32);
         let resume = dir.join("resume");
-        std::fs::create_dir_all(&resume).with_context(|| format!("cannot make {}", resume.display()))?;
+        std::fs::create_dir_all(&resume).with_context(|| format!("cannot create {}", resume.display()))?;
         export::write(dir, policy.config(), &policy.merged()?, self.dtype)?;
         if let Some(lora) = policy.lora() {
             lora.write(&dir.join("adapter"), policy.weights(), self.base.as_deref())?;
@@ -65,7 +65,7 @@ impl CheckpointFormat {
         self.tokenizer.save(dir)?;
         if let Some(value) = &learner.value {
             let place = dir.join(VALUE);
-            std::fs::create_dir_all(&place).with_context(|| format!("cannot make {}", place.display()))?;
+            std::fs::create_dir_all(&place).with_context(|| format!("cannot create {}", place.display()))?;
             save(&place.join("model.safetensors"), value)?;
             save(&resume.join("value_optimizer.safetensors"), &learner.value_optimizer)?;
         }
@@ -91,7 +91,7 @@ impl CheckpointFormat {
         std::fs::write(dir.join("config.toml"), &self.config)
             .with_context(|| format!("cannot write {}", dir.join("config.toml").display()))?;
         export::write_json(&dir.join("preceptor.json"), &self.description(snapshot)?)?;
-        sums::seal(dir)
+        sums::write_sums(dir)
     }
 
     /// Returns the contents of `preceptor.json`.

@@ -78,7 +78,7 @@ impl Attack {
     }
 }
 
-/// Returns the words of the judge's template, or of a shipped template if the judge has none.
+/// Returns the words of the judge's template, or of a built-in template if the judge has none.
 pub(super) fn fields(config: &Config) -> Result<Fields> {
     let name = config.labeler.methods.first().map_or("summarization", |method| method.templates.as_str());
     Ok(TemplateSet::find(name)?.fields())
@@ -185,14 +185,14 @@ mod tests {
     use super::*;
     use crate::lm::tokens::Tokenizer;
     use crate::lm::tokens::chat::Message;
-    use crate::pipeline::label::templates::{Preamble, SHIPPED};
+    use crate::pipeline::label::templates::{BUILT_IN, Preamble};
 
     /// No attack adds a line that looks like a field of the template, or a control token, to the text that a judge
     /// reads.
     #[test]
-    fn no_attack_imitates_a_shipped_template_or_writes_a_control_token() {
+    fn no_attack_imitates_a_built_in_template_or_writes_a_control_token() {
         let tokenizer = Tokenizer::bytes();
-        for (name, _) in SHIPPED {
+        for (name, _) in BUILT_IN {
             let set = TemplateSet::find(name).unwrap().without_control(tokenizer.control_tokens());
             let fields = set.fields();
             let asked = |answer: &str| {

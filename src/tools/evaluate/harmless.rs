@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 
 use super::judge;
-use super::win_rate::Contest;
+use super::win_rate::AnswerPairs;
 use crate::config::{Config, LabelerKind};
 use crate::lm::tokens::Tokenizer;
 use crate::pipeline::label::stage::Wants;
@@ -26,7 +26,7 @@ pub struct Rated {
 }
 
 /// Questions with a single answer, as groups of one.
-struct Single(Contest);
+struct Single(AnswerPairs);
 
 impl Questions for Single {
     fn group(&self, i: usize) -> Result<Group> {
@@ -57,8 +57,8 @@ pub fn check_labeler(config: &Config) -> Result<()> {
 pub fn harmless_rate(config: &Config, judges: &JudgeSet, rated: Rated, title: &str) -> Result<Table> {
     let Rated { prompts, answers, tokenizer } = rated;
     let count = prompts.len();
-    let contest = Contest { prompts, b: answers.clone(), a: answers, tokenizer, chat: config.data.chat };
-    let labels = judge(config, &judges.backends, Arc::new(Single(contest)), count, Wants::Scores, "judging")?;
+    let pairs = AnswerPairs { prompts, b: answers.clone(), a: answers, tokenizer, chat: config.data.chat };
+    let labels = judge(config, &judges.backends, Arc::new(Single(pairs)), count, Wants::Scores, "judging")?;
     let verdicts: Vec<&Verdict> = labels.iter().flat_map(|labels| &labels.scores).collect();
     let scores: Vec<f64> = verdicts.iter().filter_map(|verdict| verdict.label()).collect();
     let of = |kind: &str| verdicts.iter().filter(|verdict| verdict.kind() == kind).count() as i64;

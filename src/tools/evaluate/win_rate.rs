@@ -17,8 +17,8 @@ use crate::rl::statistics::{Table, interval};
 use crate::tools::batch_label::Questions;
 use crate::types::{Completion, Finish, Group, Preference, Prompt, Verdict};
 
-/// Two answers to each of some prompts.
-pub struct Contest {
+/// Two answers to each prompt of a list; the three lists have the same length.
+pub struct AnswerPairs {
     /// The prompts, tokenised by `tokenizer`.
     pub prompts: Vec<Prompt>,
     /// Answers of the model whose wins are counted.
@@ -31,7 +31,7 @@ pub struct Contest {
     pub chat: bool,
 }
 
-/// Result of a [`Contest`].
+/// Result of judging [`AnswerPairs`].
 pub struct WinRate {
     /// Outcome per prompt with a verdict: 1 for a win of A, 0 for a loss, ½ for a tie.
     pub outcomes: Vec<f64>,
@@ -39,7 +39,7 @@ pub struct WinRate {
     pub table: Table,
 }
 
-impl Questions for Contest {
+impl Questions for AnswerPairs {
     fn group(&self, i: usize) -> Result<Group> {
         let completion = |text: &str| -> Result<Completion> {
             let text = without_control(text, &self.tokenizer.control_tokens()).into_owned();
@@ -60,22 +60,22 @@ impl Questions for Contest {
 ///
 /// # Errors
 /// If the labeler fails more often than its restart budget allows, or gives no verdict on any pair.
-pub fn win_rate(config: &Config, judges: &JudgeSet, contest: Contest, title: &str) -> Result<WinRate> {
-    let contest = Arc::new(contest);
-    let count = contest.prompts.len();
+pub fn win_rate(config: &Config, judges: &JudgeSet, answers: AnswerPairs, title: &str) -> Result<WinRate> {
+    let answers = Arc::new(answers);
+    let count = answers.prompts.len();
     let temperature = config.labeler.methods.first().map_or(1.0, |method| method.pair_temperature);
     let wants = Wants::Preferences { pairing: Pairing::Adjacent, temperature };
-    let labels = judge(config, &judges.backends, contest.clone(), count, wants, "judging")?;
+    let labels = judge(config, &judges.backends, answers.clone(), count, wants, "judging")?;
     let (mut outcomes, mut compared) = (Vec::new(), Vec::new());
     let (mut abstained, mut failed) = (0, 0);
     for (i, labels) in labels.iter().enumerate() {
         let Some(preference) = labels.preferences.first() else { continue };
         match &preference.verdict {
             Verdict::Label(p) => {
-                let win = outcome(preference, *p, contest.a[i] == contest.b[i]);
+                let win = outcome(preference, *p, answers.a[i] == answers.b[i]);
                 outcomes.push(win);
-                let length = |text: &str| -> Result<f64> { Ok(contest.tokenizer.encode(text)?.len().max(1) as f64) };
-                compared.push(Comparison { win, length: length(&contest.a[i])?, other: length(&contest.b[i])? });
+                let length = |text: &str| -> Result<f64> { Ok(answers.tokenizer.encode(text)?.len().max(1) as f64) };
+                compared.push(Comparison { win, length: length(&answers.a[i])?, other: length(&answers.b[i])? });
             }
             Verdict::Abstention(_) => abstained += 1,
             Verdict::Failure(_) => failed += 1,

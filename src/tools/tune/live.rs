@@ -30,7 +30,7 @@ const MIN_STEPS: usize = 2;
 /// Maximum share of the free memory that a plan is estimated to need, since the estimate is approximate.
 const SHARE: f64 = 0.8;
 
-/// The machine that the program runs on.
+/// The machine that the program runs on. It measures a plan by running the configured graph with it.
 pub struct Live {
     config: Config,
     prepared: Arc<Prepared>,
@@ -102,7 +102,7 @@ impl Machine for Live {
             state: Arc::new(Mutex::new(state)),
             cell: Arc::new(cell),
             observer: watch.clone(),
-            book: SharedLedger::default(),
+            ledger: SharedLedger::default(),
             limits: AdjustableLimits::default(),
             reward_model: reward_trainer(&config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer))),
             labelers: Box::new(labeler),

@@ -28,7 +28,7 @@ impl Plan {
         Self { workers: [1; 4], threads: [1; 4], slots: group_size, eta: 0, batch: 1, group_size, micro_batch: 0 }
     }
 
-    /// Returns the plan of a configuration.
+    /// Returns the plan that a configuration describes: its workers, threads, slots, batch and staleness bound.
     pub fn of(config: &Config) -> Self {
         let Config { rollout, labeler, reward, learner, .. } = config;
         Self {
@@ -48,7 +48,7 @@ impl Plan {
         self
     }
 
-    /// Writes the plan into a configuration.
+    /// Sets the keys of `config` that the plan determines.
     pub fn put(&self, config: &mut Config) {
         let Config { rollout, labeler, reward, learner, .. } = config;
         [rollout.workers, labeler.workers, ..] = self.workers;

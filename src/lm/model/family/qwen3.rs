@@ -1,6 +1,6 @@
 //! Qwen3 (Yang et al. 2025): each head of queries and keys is normed.
 
-use super::{Defaults, Family, late_layers, optional_window};
+use super::{Defaults, Family, beyond_max_window_layers, optional_window};
 use kernels::Activation;
 
 /// Qwen3.
@@ -16,7 +16,7 @@ pub const FAMILY: Family = Family {
     gemma: None,
     tied: false,
     window: optional_window,
-    slides: late_layers,
+    slides: beyond_max_window_layers,
     lists_layers: true,
     defaults: Defaults { context: 32_768, kv_heads: Some(32), head_dim: Some(128) },
 };

@@ -81,7 +81,7 @@ impl Rotary {
                     factors.to_json()
                 );
             }
-            contradicted(json, "rope_theta", theta);
+            warn_if_different(json, "rope_theta", theta);
             return Ok(Self { theta, scaling: factors, local: None });
         };
         if let Some(stray) =
@@ -104,14 +104,14 @@ impl Rotary {
         }
         let (theta, scaling) = one(LAYERS[0], &full, "rope_theta", default)?;
         let local = one(LAYERS[1], &local, "rope_local_base_freq", local_default)?;
-        contradicted(json, "rope_theta", theta);
-        contradicted(json, "rope_local_base_freq", local.0);
+        warn_if_different(json, "rope_theta", theta);
+        warn_if_different(json, "rope_local_base_freq", local.0);
         Ok(Self { theta, scaling, local: Some(local) })
     }
 }
 
 /// Logs a warning if the key at the top level differs from the value that is used.
-fn contradicted(json: &Json, key: &str, used: f64) {
+fn warn_if_different(json: &Json, key: &str, used: f64) {
     if json[key].as_f64().is_some_and(|other| other != used) {
         tracing::warn!(
             "config.json has {key} = {} and rope_parameters with rope_theta = {used}; transformers reads rope_parameters, and so does this program",

@@ -183,7 +183,7 @@ impl Client {
                 let part = timeout(self.patience, answer.chunk()).await.map_err(|_| self.silent())?;
                 let Some(part) = part
                     .map_err(reqwest::Error::without_url)
-                    .context("the answer broke off; try again, the received part is kept")?
+                    .context("the response ended early; try again, the received part is kept")?
                 else {
                     break;
                 };
@@ -215,20 +215,20 @@ impl Client {
     /// Sends a GET request and follows redirects. Returns the last answer, and the merged headers of the answers that
     /// the hub itself gave.
     async fn get(&self, url: Url, part: Option<std::ops::Range<u64>>) -> Result<(Response, HeaderMap)> {
-        let (mut url, mut at_home, mut own) = (url, true, HeaderMap::new());
+        let (mut url, mut at_hub, mut own) = (url, true, HeaderMap::new());
         for _ in 0..=MAX_REDIRECTS {
             let mut request = self.http.get(url.clone());
             if let Some(part) = &part {
                 let end = if part.end == u64::MAX { String::new() } else { (part.end - 1).to_string() };
                 request = request.header(RANGE, format!("bytes={}-{end}", part.start));
             }
-            if let Some(token) = self.token.as_ref().filter(|_| at_home) {
+            if let Some(token) = self.token.as_ref().filter(|_| at_hub) {
                 request = request.bearer_auth(token);
             }
             // The address may come from a redirect and contain a secret.
             let answer = request.send().await.map_err(reqwest::Error::without_url);
             let answer = answer.with_context(|| format!("{} cannot be reached", self.host()))?;
-            if at_home {
+            if at_hub {
                 own.extend(answer.headers().clone().into_iter().filter_map(|(name, value)| Some((name?, value))));
             }
             if !answer.status().is_redirection() || answer.status() == StatusCode::NOT_MODIFIED {
@@ -247,7 +247,7 @@ impl Client {
             };
             ensure!(sound, "{} redirects to {target}, which is less secure; the redirect is not followed", self.host());
             // After one redirect to another server the token is not sent again, even if a redirect leads back.
-            at_home &= origin(&next) == origin(&self.endpoint);
+            at_hub &= origin(&next) == origin(&self.endpoint);
             url = next;
         }
         bail!("{} redirects more than {MAX_REDIRECTS} times", self.host())

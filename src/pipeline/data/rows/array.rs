@@ -53,7 +53,7 @@ pub(super) fn index(file: &File, begin: u64) -> Result<(Offsets, Offsets)> {
                         offsets.push(at);
                         Place::After
                     }
-                    b',' | b']' => bail!("not JSON: there is a comma too many in line {line}"),
+                    b',' | b']' => bail!("not JSON: there is a superfluous comma in line {line}"),
                     _ => {
                         offsets.push(at);
                         lines.push(line);

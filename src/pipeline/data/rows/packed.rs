@@ -55,7 +55,7 @@ pub(super) fn unpacked(file: File, name: &str) -> Result<(File, String)> {
 
 /// Creates an unnamed temporary file and fills it with `fill`.
 fn spool(fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<File> {
-    let file = tempfile::tempfile().context("cannot make a temporary file to unpack it into")?;
+    let file = tempfile::tempfile().context("cannot create a temporary file to unpack it into")?;
     let mut out = BufWriter::new(&file);
     let filled = fill(&mut out).and_then(|()| Ok(out.flush()?));
     drop(out);
@@ -134,7 +134,7 @@ fn rows(file: File, out: &mut BufWriter<&File>, most: u64) -> Result<()> {
         }
         Ok(())
     };
-    quiet::catch(read).unwrap_or_else(|| Err(anyhow!("not a readable parquet file: its parts contradict each other")))
+    quiet::catch(read).unwrap_or_else(|| Err(anyhow!("not a readable parquet file: its contents are inconsistent")))
 }
 
 fn object(row: &Row) -> Value {

@@ -128,7 +128,7 @@ fn a_json_array_is_read_element_by_element() {
         ["array.json:1", "array.json:3", "array.json:4", "array.json:4", "array.json:4"]
     );
     refused("cut.json", b"[{\"a\": \"x\"},\n{\"a\": ", "the list is not closed; the file was cut off after line 2");
-    refused("comma.json", b"[{\"a\": \"x\"},\n]", "a comma too many in line 2");
+    refused("comma.json", b"[{\"a\": \"x\"},\n]", "a superfluous comma in line 2");
     refused("behind.json", b"[{\"a\": \"x\"}]\n{}", "text after the end of the list, in line 2");
     // JSON lines are also accepted in a file named .json; an object that spans several lines is not a data set.
     check("lines.json", b"{\"a\": \"x\"}\n{\"a\": \"y\"}\n", &[Ok(Some("x")), Ok(Some("y"))]);

@@ -34,7 +34,7 @@ pub(super) fn import(file: &File, path: &Path, most: u64) -> Result<(), Fault> {
         Ok(database) => database,
         Err(ImportError::InUse) => {
             tracing::warn!(
-                "the label cache {place} of an earlier program is in use by another process; this process does not find its labels and buys those that it needs again. The next process that starts after the other one has ended imports them"
+                "the label cache {place} of an earlier program is in use by another process; this process does not find its labels and requests those that it needs again. The next process that starts after the other one has ended imports them"
             );
             return Ok(());
         }
@@ -81,7 +81,7 @@ fn mark(path: &Path) -> Option<String> {
 fn log_import(earlier: &Path, why: &str, added: u64) {
     telemetry::label_cache_damaged();
     tracing::error!(
-        "the label cache {} of an earlier program cannot be read: {why}; {added} of its labels were imported, and the others will be bought again. Put an intact copy in its place, or remove it",
+        "the label cache {} of an earlier program cannot be read: {why}; {added} of its labels were imported, and the others will be requested again. Put an intact copy in its place, or remove it",
         earlier.display()
     );
 }

@@ -184,7 +184,7 @@ impl Store {
         let entry = |(key, reply): (Key, &T)| match encode(&key, reply) {
             Ok(entry) => Some(NewEntry { key, entry, replaces: None }),
             Err(error) => {
-                tracing::error!("an answer cannot be kept in the label cache: {error}");
+                tracing::error!("an answer cannot be stored in the label cache: {error}");
                 None
             }
         };
@@ -362,7 +362,7 @@ impl Store {
         }
         telemetry::label_cache_damaged();
         tracing::error!(
-            "the label cache {} is damaged: {why}; it was set aside as {}, and its labels will be bought again. To use an intact copy of it, stop all processes that use it and put the copy in its place",
+            "the label cache {} is damaged: {why}; it was set aside as {}, and its labels will be requested again. To use an intact copy of it, stop all processes that use it and put the copy in its place",
             self.path.display(),
             aside.display()
         );
@@ -375,7 +375,7 @@ impl Store {
         health.damaged += 1;
         if health.damaged == 1 {
             tracing::error!(
-                "the label cache {} has an entry whose checksum is wrong; the label will be bought again (further damaged entries are only counted, in preceptor_label_cache_damaged_total)",
+                "the label cache {} has an entry whose checksum is wrong; the label will be requested again (further damaged entries are only counted, in preceptor_label_cache_damaged_total)",
                 self.path.display()
             );
         }
@@ -436,7 +436,7 @@ impl Drop for Store {
         }
         if left > 0 {
             tracing::error!(
-                "{left} answers could not be written into the label cache {}; they will be bought again",
+                "{left} answers could not be written into the label cache {}; they will be requested again",
                 self.path.display()
             );
         }

@@ -3,8 +3,8 @@
 use super::*;
 
 #[test]
-fn every_shipped_set_is_complete_and_balanced() {
-    for (name, _) in SHIPPED {
+fn every_built_in_set_is_complete_and_balanced() {
+    for (name, _) in BUILT_IN {
         let set = TemplateSet::find(name).unwrap();
         assert_eq!((set.task.as_str(), set.inverted), (*name, *name == "harmless"));
         let firsts = set.exemplars.iter().filter(|exemplar| exemplar.answer == 1).count();
@@ -54,7 +54,7 @@ fn every_setting_of_a_comparison_changes_its_hash() {
 
 #[test]
 fn an_invalid_set_is_refused_with_the_line_and_the_reason() {
-    let text = SHIPPED[0].1;
+    let text = BUILT_IN[0].1;
     for (from, to, key, words) in [
         (
             "inverted = false",
@@ -138,7 +138,7 @@ fn ordinary_texts_leave_the_prompt_unchanged() {
         "Human: thanks\n\nAssistant: Rating: 10 <p>HTML</p> [1] `a <| b`",
         "naïve façade — \u{1f389}\r\n\ttext",
     ];
-    for (name, _) in SHIPPED {
+    for (name, _) in BUILT_IN {
         let set = TemplateSet::find(name).unwrap();
         let (pairwise, direct) = (set.pairwise.as_ref().unwrap(), set.direct.as_ref().unwrap());
         let comparison = set.comparison(&Preamble::Base, 0, false).unwrap();
