@@ -426,7 +426,7 @@ const HELD: [Held; 5] = [
     },
     Held {
         point: "sft.step",
-        fault: "sleep(50)",
+        fault: "1*off->2*sleep(1500)",
         overrides: TUNED,
         line: "fine-tuning   1/3",
         file: "phases.jsonl",
@@ -453,7 +453,7 @@ const HELD: [Held; 5] = [
     },
     Held {
         point: "learn.forward",
-        fault: "sleep(20)",
+        fault: "4*off->sleep(250)",
         overrides: &[],
         line: "step   1/4",
         file: "metrics.jsonl",
