@@ -1,6 +1,7 @@
 //! Sampling of completions with a key/value cache, for many sequences concurrently.
 
 pub mod engine;
+pub mod local;
 pub mod sampler;
 pub mod stage;
 pub mod stop;

@@ -16,6 +16,7 @@ use crate::lm::model::{Decoder, DeviceReplicas};
 use crate::lm::tokens::Tokenizer;
 use crate::pipeline::data::pairs::PairSource;
 use crate::pipeline::data::source::{LeftOver, PromptSource};
+use crate::pipeline::generate::local::{LocalEngine, LocalPlan};
 use crate::pipeline::generate::sampler::Sampling;
 use crate::pipeline::generate::stage::{Rollout, RolloutPlan};
 use crate::pipeline::generate::stop::Stop;
@@ -233,11 +234,9 @@ impl Node {
 
     fn rollout(&self, worker: usize, name: &str, seed: u64, entries: &LedgerWriter) -> Rollout {
         let config = &self.config;
-        let plan = RolloutPlan {
-            sampling: sampling(config, &self.prepared.tokenizer),
+        let sampling = sampling(config, &self.prepared.tokenizer);
+        let local = LocalPlan {
             slots: config.rollout.slots,
-            slot_limit: self.limits.rollout.clone(),
-            group_size: config.rollout.group_size,
             in_flight: config.rollout.update == UpdateMode::InFlight,
             format: match config.rollout.weights {
                 RolloutWeights::F32 => None,
@@ -245,10 +244,16 @@ impl Node {
                 RolloutWeights::Q8 => Some(Format::Q8),
             },
             device: self.prepared.devices.rollout(worker).clone(),
+        };
+        let engine = LocalEngine::new(self.cell.reader(name), &sampling, local);
+        let plan = RolloutPlan {
+            stop: sampling.stop,
+            slot_limit: self.limits.rollout.clone(),
+            group_size: config.rollout.group_size,
             seed,
             entries: entries.clone(),
         };
-        Rollout::new(self.cell.reader(name), self.prepared.tokenizer.clone(), plan)
+        Rollout::new(Box::new(engine), self.prepared.tokenizer.clone(), plan)
     }
 }
 

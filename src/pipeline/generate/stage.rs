@@ -1,17 +1,14 @@
-//! The rollout actor, which samples groups of completions for prompts and acknowledges the weights that it uses.
+//! The rollout actor, which samples groups of completions for prompts.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
-use candle_core::Device;
-use preceptor_actors::{Emitter, Item, SnapshotReader, Stage, StageContext, StageResult};
+use preceptor_actors::{Emitter, Item, Stage, StageContext, StageResult};
 
-use super::sampler::Sampling;
+use super::Sampled;
 use super::stop::{self, Stop};
-use super::{Engine, Request, Sampled, WeightSource};
-use crate::lm::model::{Decoder, DeviceReplicas};
 use crate::lm::tokens::Tokenizer;
 use crate::observe::telemetry;
 use crate::rl::ledger::LedgerWriter;
@@ -19,21 +16,55 @@ use crate::types::{Completion, Group, Prompt};
 use crate::util::failpoints;
 use crate::util::limit::AdjustableLimit;
 use crate::util::seed;
-use kernels::Format;
+
+/// Sequence number of a prompt, and its completions.
+pub type SampledGroup = (u64, Vec<Sampled>);
+
+/// Engine that samples the completions of a rollout actor: [`super::local::LocalEngine`] in this process, or one behind
+/// servers. It takes up published weights by itself; each sampled token carries the version that sampled it.
+pub trait RolloutEngine: Send {
+    /// Called once, on the actor's thread, before the first prompt.
+    fn start(&mut self, ctx: &StageContext);
+
+    /// Returns whether a prompt may be submitted now. If not, it must wait until the engine is idle.
+    fn accepts(&self) -> bool;
+
+    /// Starts one completion of `prompt` for each seed.
+    ///
+    /// # Errors
+    /// If the prompt does not fit the model's context, or no weights are available.
+    fn submit(&mut self, prompt: &Prompt, seeds: Vec<u64>) -> Result<()>;
+
+    /// Works on the submitted prompts for a short time, and returns those whose completions have all ended.
+    ///
+    /// # Errors
+    /// If sampling failed, or the graph halts.
+    fn advance(&mut self) -> Result<Vec<SampledGroup>>;
+
+    /// Returns whether no completion is under way or waiting.
+    fn is_idle(&self) -> bool;
+
+    /// Returns the maximum number of concurrent completions.
+    fn slots(&self) -> usize;
+
+    /// Returns the number of completions under way.
+    fn used(&self) -> usize;
+
+    /// Returns the number of slots that no submitted completion needs.
+    fn free(&self) -> usize;
+
+    /// Limits the number of concurrent completions from now on; completions under way continue.
+    fn limit(&mut self, limit: usize);
+}
 
 /// Stage that samples `group_size` completions of each prompt, for several prompts concurrently.
 pub struct Rollout {
-    weights: LiveWeights,
-    engine: Engine<'static>,
-    slot_limit: Option<Arc<AdjustableLimit>>,
-    group_size: usize,
-    seed: u64,
+    engine: Box<dyn RolloutEngine>,
+    plan: RolloutPlan,
     tokenizer: Tokenizer,
-    stop: Option<Arc<Stop>>,
-    entries: LedgerWriter,
     /// Prompts under way, by sequence number.
     open: HashMap<u64, OpenGroup>,
-    /// A prompt that arrived while weights older than the latest had to be kept for sequences under way.
+    /// A prompt that the engine did not accept yet.
     held: Option<Item<Prompt>>,
     /// Gauge of used slots, set when the stage starts.
     slots: Option<telemetry::Slots>,
@@ -47,20 +78,12 @@ struct OpenGroup {
 
 /// Settings of a rollout actor.
 pub struct RolloutPlan {
-    /// Sampling settings.
-    pub sampling: Sampling,
-    /// Number of concurrent sequences.
-    pub slots: usize,
+    /// Stop strings, which the texts of completions omit.
+    pub stop: Option<Arc<Stop>>,
     /// Adjustable limit on used slots, if a controller sets it.
     pub slot_limit: Option<Arc<AdjustableLimit>>,
     /// Number of completions per prompt.
     pub group_size: usize,
-    /// True if weights may change between decode steps, false if only when no sequence is under way.
-    pub in_flight: bool,
-    /// Reduced-precision format of the matrices for sampling; `None` samples with them unchanged.
-    pub format: Option<Format>,
-    /// Device of the sampling.
-    pub device: Device,
     /// The run's seed.
     pub seed: u64,
     /// Ledger that records groups once they are sampled.
@@ -68,49 +91,23 @@ pub struct RolloutPlan {
 }
 
 impl Rollout {
-    /// Creates an actor that receives weights through `reader`; `tokenizer` decodes completions for judges.
-    pub fn new(reader: SnapshotReader<Decoder>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
-        let RolloutPlan { sampling, slots, slot_limit, group_size, in_flight, format, device, seed, entries } = plan;
-        Self {
-            weights: LiveWeights {
-                reader,
-                in_flight,
-                format,
-                copies: DeviceReplicas::new(device),
-                running: None,
-                pinned: false,
-                ctx: None,
-            },
-            engine: Engine::new(&sampling, slots),
-            slot_limit,
-            group_size,
-            seed,
-            tokenizer,
-            stop: sampling.stop,
-            entries,
-            open: HashMap::new(),
-            held: None,
-            slots: None,
-        }
+    /// Creates an actor that samples with `engine`; `tokenizer` decodes completions for judges.
+    pub fn new(engine: Box<dyn RolloutEngine>, tokenizer: Tokenizer, plan: RolloutPlan) -> Self {
+        Self { engine, plan, tokenizer, open: HashMap::new(), held: None, slots: None }
     }
 
     fn begin(&mut self, item: Item<Prompt>, at: Duration) -> Result<()> {
         failpoints::point("rollout.begin")?;
         let Item { seq, incarnation, body: prompt, .. } = item;
-        let seeds = (0..self.group_size).map(|k| seed::completion(self.seed, seq, k)).collect();
-        let request = Request::new(prompt.ids.to_vec(), seeds);
-        if self.engine.is_idle() {
-            self.weights.pinned = false;
-        }
-        let (_, model) = self.weights.latest()?;
-        self.engine.submit(seq, request, model.config())?;
+        let seeds = (0..self.plan.group_size).map(|k| seed::completion(self.plan.seed, seq, k)).collect();
+        self.engine.submit(&prompt, seeds)?;
         self.open.insert(seq, OpenGroup { prompt, incarnation, at });
         Ok(())
     }
 
     fn completion(&self, sampled: Sampled) -> Result<Completion> {
         Ok(Completion {
-            text: stop::text(&self.tokenizer, &sampled.ids, self.stop.as_deref())?,
+            text: stop::text(&self.tokenizer, &sampled.ids, self.plan.stop.as_deref())?,
             finish: sampled.finish.ok_or_else(|| anyhow!("a completion ended without a reason"))?,
             ids: sampled.ids,
             logprobs: sampled.logprobs,
@@ -124,14 +121,13 @@ impl Stage for Rollout {
     type Out = Group;
 
     fn start(&mut self, ctx: &StageContext) -> StageResult<()> {
-        self.weights.ctx = Some(ctx.clone());
+        self.engine.start(ctx);
         self.slots = Some(telemetry::Slots::new(ctx.name(), self.engine.slots()));
         Ok(())
     }
 
     fn process(&mut self, item: Item<Prompt>, out: &Emitter<'_, Group>) -> StageResult<()> {
-        // The prompt may have been admitted for newer weights than those kept for sequences under way.
-        if self.weights.is_behind() && !self.engine.is_idle() {
+        if !self.engine.accepts() {
             self.held = Some(item);
             return Ok(());
         }
@@ -153,10 +149,10 @@ impl Stage for Rollout {
         {
             self.begin(item, clock.now())?;
         }
-        if let Some(slot_limit) = &self.slot_limit {
+        if let Some(slot_limit) = &self.plan.slot_limit {
             self.engine.limit(slot_limit.get());
         }
-        let ended = match self.engine.step(&mut self.weights) {
+        let ended = match self.engine.advance() {
             Err(_) if out.ctx().halted() => return Ok(()),
             ended => ended?,
         };
@@ -171,59 +167,9 @@ impl Stage for Rollout {
             telemetry::generation_took(clock.now().saturating_sub(at));
             let version = completions.iter().map(Completion::oldest_version).min().unwrap_or(0);
             let body = Group { prompt, completions };
-            self.entries.generated(&body);
+            self.plan.entries.generated(&body);
             out.emit(Item { seq, incarnation, version, body })?;
         }
         Ok(())
-    }
-}
-
-/// Weights from the snapshot cell, refreshed at decode-step boundaries.
-struct LiveWeights {
-    reader: SnapshotReader<Decoder>,
-    in_flight: bool,
-    format: Option<Format>,
-    /// Copies of the weights on the sampling device.
-    copies: DeviceReplicas,
-    /// Weights in use, with their version.
-    running: Option<(u64, Arc<Decoder>)>,
-    /// True if the weights must be kept for sequences under way.
-    pinned: bool,
-    ctx: Option<StageContext>,
-}
-
-impl LiveWeights {
-    /// Returns whether newer weights exist that must not be used yet.
-    fn is_behind(&self) -> bool {
-        self.pinned && !self.in_flight && self.reader.refresh().is_some()
-    }
-
-    /// Returns the weights to use, after switching to new ones if that is allowed.
-    fn latest(&mut self) -> Result<(u64, Arc<Decoder>)> {
-        if (self.in_flight || !self.pinned)
-            && let Some(snapshot) = self.reader.refresh()
-        {
-            // The publisher computed a fingerprint, so all kernels that write the weights have completed.
-            let model = self.copies.of(&snapshot.value)?;
-            self.reader.acknowledge(&snapshot, model.weights().fingerprint()?);
-            let model = self.format.map_or(Ok(model.clone()), |format| model.quantized(format).map(Arc::new))?;
-            self.running = Some((snapshot.version, model));
-        }
-        self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))
-    }
-}
-
-impl WeightSource for LiveWeights {
-    fn weights(&mut self) -> Result<(u64, Arc<Decoder>)> {
-        if let Some(ctx) = &self.ctx {
-            ctx.beat();
-            if ctx.halted() {
-                return Err(anyhow!("halted"));
-            }
-        }
-        failpoints::point("rollout.step")?;
-        let weights = self.latest()?;
-        self.pinned = true;
-        Ok(weights)
     }
 }

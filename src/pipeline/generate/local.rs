@@ -1,0 +1,138 @@
+//! The engine of this process as the engine of a rollout actor, with weights from the learner's snapshot cell.
+
+use std::sync::Arc;
+
+use anyhow::{Result, anyhow};
+use candle_core::Device;
+use kernels::Format;
+use preceptor_actors::{SnapshotReader, StageContext};
+
+use super::sampler::Sampling;
+use super::stage::{RolloutEngine, SampledGroup};
+use super::{Engine, Request, WeightSource};
+use crate::lm::model::{Decoder, DeviceReplicas};
+use crate::types::Prompt;
+use crate::util::failpoints;
+
+/// Engine that samples in this process with the published weights.
+pub struct LocalEngine {
+    weights: LiveWeights,
+    engine: Engine<'static>,
+}
+
+/// Settings of a [`LocalEngine`].
+pub struct LocalPlan {
+    /// Number of concurrent sequences.
+    pub slots: usize,
+    /// True if weights may change between decode steps, false if only when no sequence is under way.
+    pub in_flight: bool,
+    /// Reduced-precision format of the matrices for sampling; `None` samples with them unchanged.
+    pub format: Option<Format>,
+    /// Device of the sampling.
+    pub device: Device,
+}
+
+impl LocalEngine {
+    /// Creates an engine that receives weights through `reader`.
+    pub fn new(reader: SnapshotReader<Decoder>, sampling: &Sampling, plan: LocalPlan) -> Self {
+        let LocalPlan { slots, in_flight, format, device } = plan;
+        let copies = DeviceReplicas::new(device);
+        Self {
+            weights: LiveWeights { reader, in_flight, format, copies, running: None, pinned: false, ctx: None },
+            engine: Engine::new(sampling, slots),
+        }
+    }
+}
+
+impl RolloutEngine for LocalEngine {
+    fn start(&mut self, ctx: &StageContext) {
+        self.weights.ctx = Some(ctx.clone());
+    }
+
+    fn accepts(&self) -> bool {
+        // The prompt may have been admitted for newer weights than those kept for sequences under way.
+        self.engine.is_idle() || !self.weights.is_behind()
+    }
+
+    fn submit(&mut self, prompt: &Prompt, seeds: Vec<u64>) -> Result<()> {
+        if self.engine.is_idle() {
+            self.weights.pinned = false;
+        }
+        let (_, model) = self.weights.latest()?;
+        self.engine.submit(prompt.seq, Request::new(prompt.ids.to_vec(), seeds), model.config())
+    }
+
+    fn advance(&mut self) -> Result<Vec<SampledGroup>> {
+        self.engine.step(&mut self.weights)
+    }
+
+    fn is_idle(&self) -> bool {
+        self.engine.is_idle()
+    }
+
+    fn slots(&self) -> usize {
+        self.engine.slots()
+    }
+
+    fn used(&self) -> usize {
+        self.engine.used()
+    }
+
+    fn free(&self) -> usize {
+        self.engine.free()
+    }
+
+    fn limit(&mut self, limit: usize) {
+        self.engine.limit(limit);
+    }
+}
+
+/// Weights from the snapshot cell, refreshed at decode-step boundaries.
+struct LiveWeights {
+    reader: SnapshotReader<Decoder>,
+    in_flight: bool,
+    format: Option<Format>,
+    /// Copies of the weights on the sampling device.
+    copies: DeviceReplicas,
+    /// Weights in use, with their version.
+    running: Option<(u64, Arc<Decoder>)>,
+    /// True if the weights must be kept for sequences under way.
+    pinned: bool,
+    ctx: Option<StageContext>,
+}
+
+impl LiveWeights {
+    /// Returns whether newer weights exist that must not be used yet.
+    fn is_behind(&self) -> bool {
+        self.pinned && !self.in_flight && self.reader.refresh().is_some()
+    }
+
+    /// Returns the weights to use, after switching to new ones if that is allowed.
+    fn latest(&mut self) -> Result<(u64, Arc<Decoder>)> {
+        if (self.in_flight || !self.pinned)
+            && let Some(snapshot) = self.reader.refresh()
+        {
+            // The publisher computed a fingerprint, so all kernels that write the weights have completed.
+            let model = self.copies.of(&snapshot.value)?;
+            self.reader.acknowledge(&snapshot, model.weights().fingerprint()?);
+            let model = self.format.map_or(Ok(model.clone()), |format| model.quantized(format).map(Arc::new))?;
+            self.running = Some((snapshot.version, model));
+        }
+        self.running.clone().ok_or_else(|| anyhow!("no weights were published yet"))
+    }
+}
+
+impl WeightSource for LiveWeights {
+    fn weights(&mut self) -> Result<(u64, Arc<Decoder>)> {
+        if let Some(ctx) = &self.ctx {
+            ctx.beat();
+            if ctx.halted() {
+                return Err(anyhow!("halted"));
+            }
+        }
+        failpoints::point("rollout.step")?;
+        let weights = self.latest()?;
+        self.pinned = true;
+        Ok(weights)
+    }
+}
