@@ -286,6 +286,7 @@ impl Subject {
             ledger: SharedLedger::default(),
             limits: AdjustableLimits::default(),
             reward_model: None,
+            fleet: None,
             labelers: Box::new(move |_: &Config, _: &Prepared| Ok(Box::new(MeanId) as Box<dyn Labeler>)),
             prepared: Arc::new(Prepared {
                 policy: None,

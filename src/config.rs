@@ -30,12 +30,13 @@ pub use labeling::{Evidence, Labeler, LabelerKind, Method, Methods, RemoteApi, R
 pub use learner::{AlgorithmKind, AverageKind, CorrectionKind, Learner, Schedule, ValueKind};
 pub use operation::{Checkpoint, Control, Evaluation, Guard, GuardAction, Serve, Supervision};
 pub use sections::{
-    Data, LabelForm, LoraConfig, MatmulPrecision, Mode, Policy, PolicyModel, Reward, RewardModel, RewardScaling,
-    Rollout, RolloutWeights, Run, Scratch, Sft, UpdateMode, WeightDtype,
+    Data, EngineKind, LabelForm, LoraConfig, MatmulPrecision, Mode, Policy, PolicyModel, Reward, RewardModel,
+    RewardScaling, Rollout, RolloutWeights, Run, Scratch, Sft, UpdateMode, WeightDtype,
 };
 
 use crate::util::read_bounded;
 use document::{Document, Kind, suggestion};
+use kernels::SMALL_BATCH_ROWS as MAX_CPU_SLOTS;
 use key::{Reader, Section};
 
 /// The value of `checkpoint.best` that chooses by the win rates of `[evaluation]`.
@@ -273,6 +274,7 @@ impl Config {
         self.check_off_policy(document);
         self.check_reference(document);
         self.check_devices(document);
+        self.check_engine(document);
     }
 
     /// Checks that the mode suits the algorithm and has the preferences that it needs.
@@ -402,6 +404,67 @@ impl Config {
             if let Some(why) = charged {
                 document.error("reward.reference", &format!("must be true: {why}"));
             }
+        }
+    }
+
+    /// Checks that servers are listed exactly if they sample, and refuses keys that they cannot follow.
+    fn check_engine(&self, document: &Document) {
+        let rollout = &self.rollout;
+        let served = rollout.engine != EngineKind::Local;
+        if document.sound(&["rollout.engine", "rollout.servers"]) && served == rollout.servers.is_empty() {
+            let message = match served {
+                true => format!("is missing; rollout.engine = \"{}\" samples on servers", rollout.engine.word()),
+                false => {
+                    "has no effect with rollout.engine = \"local\"; set engine to \"vllm\" or \"sglang\", or remove it"
+                        .to_owned()
+                }
+            };
+            document.error("rollout.servers", &message);
+        }
+        if !served {
+            let on_cpu = if rollout.devices.is_empty() {
+                self.policy.device == "cpu"
+            } else {
+                rollout.devices.iter().any(|device| device == "cpu")
+            };
+            if document.sound(&["rollout.slots", "rollout.devices", "policy.device"])
+                && on_cpu
+                && rollout.slots > MAX_CPU_SLOTS
+            {
+                document.error("rollout.slots", &format!("is {}, but a rollout actor on a CPU has at most {MAX_CPU_SLOTS}; lower it, or add rollout.workers", rollout.slots));
+            }
+            return;
+        }
+        let word = rollout.engine.word();
+        let restricted = [
+            ("rollout.top_k", rollout.top_k > 0),
+            ("rollout.top_p", rollout.top_p < 1.0),
+            ("rollout.min_p", rollout.min_p > 0.0),
+            ("rollout.repetition_penalty", rollout.repetition_penalty != 1.0),
+        ];
+        for (key, _) in restricted.iter().filter(|(key, set)| *set && document.sound(&[key])) {
+            document.error(key, &format!("is not available with rollout.engine = \"{word}\": the servers' log-probabilities would be those of the restricted distribution; remove it"));
+        }
+        let local = [
+            ("rollout.weights", rollout.weights != RolloutWeights::F32),
+            ("rollout.devices", !rollout.devices.is_empty()),
+            ("rollout.workers", rollout.workers > 1),
+        ];
+        for (key, _) in local.iter().filter(|(key, set)| *set && document.sound(&[key])) {
+            document
+                .error(key, &format!("has no effect with rollout.engine = \"{word}\": the servers sample; remove it"));
+        }
+        if document.sound(&["rollout.slots", "rollout.group_size"]) && rollout.slots < rollout.group_size {
+            document.error(
+                "rollout.slots",
+                &format!(
+                    "is {}, but a group of {} is sampled by one request; raise it",
+                    rollout.slots, rollout.group_size
+                ),
+            );
+        }
+        if document.sound(&["rollout.engine", "learner.correction"]) && !self.tolerates_off_policy() {
+            document.error("learner.correction", &format!("\"none\" with rollout.engine = \"{word}\" would ignore that servers compute other log-probabilities than the learner; set \"tis\""));
         }
     }
 

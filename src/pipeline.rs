@@ -6,6 +6,7 @@ pub mod label;
 pub mod learn;
 pub mod remote;
 pub mod reward;
+pub mod served;
 pub mod setup;
 pub mod sft;
 pub mod topology;

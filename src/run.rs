@@ -96,7 +96,8 @@ pub async fn train_with(
     let opened = OpenedRun::open(config, run_dir, from, accepted).await?;
     let loaded = opened.load().await?;
     let tuned = loaded.fine_tune().await?;
-    let session = tuned.assemble(labelers)?;
+    let mut session = tuned.assemble(labelers)?;
+    session.connect().await?;
     session.warm_up().await?;
     session.train().await
 }

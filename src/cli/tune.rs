@@ -8,6 +8,7 @@ use clap::Args;
 use toml_edit::{DocumentMut, Item, Table, value};
 
 use super::ConfigArgs;
+use crate::config::{Choice, EngineKind};
 use crate::out;
 use crate::pipeline::setup::prepare;
 use crate::rl::statistics::Table as Report;
@@ -45,6 +46,14 @@ impl Tune {
     pub fn run(self) -> Result<()> {
         ensure!(self.seconds > 0.0 && self.seconds < 86_400.0, "--seconds must be above 0 and below 86400");
         let config = self.config.load()?;
+        before_work(|| {
+            ensure!(
+                config.rollout.engine == EngineKind::Local,
+                "tune measures the work of this process, and rollout.engine = \"{}\" samples on servers; measure with --set rollout.engine=local --set rollout.servers=[]",
+                config.rollout.engine.word()
+            );
+            Ok(())
+        })?;
         let output = self.output.unwrap_or_else(|| self.config.config.with_extension("tuned.toml"));
         let priced = config.labeler.methods.iter().any(|method| method.remote.is_some());
         if priced {

@@ -12,6 +12,7 @@ use super::types::{KeyType, Shape, table};
 use crate::lm::source::{DataRef, ModelRef};
 use crate::pipeline::data::{OnBad, OnLong};
 use crate::rl::algo::kl::{Estimator, Place};
+use crate::util::endpoint::Endpoint;
 
 /// Upper bound of all numbers of tokens.
 pub(super) const TOKENS: f64 = (1 << 24) as f64;
@@ -379,12 +380,34 @@ section! {
         [Changeable] devices: Vec<String> = is(Vec::new()).example("[\"cuda:1\"]").check(|value| check_devices(value)),
         /// Number of threads of each rollout actor.
         [Changeable] threads: usize = pool(),
+        /// Place where completions are sampled. With `vllm` and `sglang`, one rollout actor sends groups to inference
+        /// servers, which are handed each new version of the weights while the run goes on: adapters with `policy.lora`,
+        /// else all weights. Their log-probabilities differ slightly from the learner's, so a correction is required
+        /// (`learner.correction`), and keys that restrict the sampled distribution are refused. See docs/served.md.
+        [Changeable] engine: EngineKind = is(EngineKind::Local),
+        /// Addresses of the inference servers: scheme, host and port.
+        [Changeable] servers: Vec<String> =
+            is(Vec::new()).example("[\"http://127.0.0.1:8000\"]").check(|value| check_servers(value)),
+        /// Environment variable that holds the servers' API key.
+        [Changeable, secret] api_key_env: Option<String> = unset("no key is sent").example("\"VLLM_API_KEY\""),
+        /// Folder for the weights that servers are handed; they must be able to read it.
+        [Changeable] weights_dir: Option<PathBuf> = unset("`served` in the run's directory").example("\"/dev/shm/weights\""),
+        /// Path under which servers see `weights_dir`, if it differs.
+        [Changeable] server_weights_dir: Option<PathBuf> = unset("the absolute path of `weights_dir`").example("\"/mnt/weights\""),
+        /// Time limit in seconds of a request for a group, in addition to `token_timeout_s` for each of `max_new_tokens`.
+        [Changeable] timeout_s: f64 = positive(60.0),
+        /// See `timeout_s`.
+        [Changeable] token_timeout_s: f64 = is(0.25).from(0),
+        /// Number of seconds without any usable server after which the run ends with a checkpoint.
+        [Changeable] outage_s: f64 = positive(600.0),
+        /// Refuses servers of versions that this program was not tested with.
+        [Changeable] check_version: bool = is(true),
         /// Completions per prompt (the group size).
         [Fixed] group_size: usize =
             is(8).from(2).to(4096).note(", because completions of a group are compared with each other"),
         /// Number of completions that one actor samples concurrently. A finished completion frees its slot for the
-        /// next.
-        [Changeable] slots: usize = is(32).from(1).to(64),
+        /// next. On a CPU at most 64; with servers this is the number of completions under way on all of them.
+        [Changeable] slots: usize = is(32).from(1).to((1 << 16) as f64),
         /// Maximum number of tokens of a completion.
         [Changeable] max_new_tokens: usize = count(64, TOKENS),
         /// Sampling temperature.
@@ -425,6 +448,30 @@ fn check_devices(names: &[String]) -> Result<(), String> {
 fn check_stop(stop: &[String]) -> Result<(), String> {
     let message = "contains an empty string, which would end every completion immediately";
     if stop.iter().any(String::is_empty) { Err(message.into()) } else { Ok(()) }
+}
+
+fn check_servers(servers: &[String]) -> Result<(), String> {
+    let mut origins = Vec::new();
+    for server in servers {
+        let origin = Endpoint::parse(server)?.origin().to_owned();
+        if origins.contains(&origin) {
+            return Err(format!("lists {origin} twice"));
+        }
+        origins.push(origin);
+    }
+    Ok(())
+}
+
+choice! {
+    /// Place where completions are sampled.
+    pub enum EngineKind {
+        /// In this process.
+        Local = "local",
+        /// On vLLM servers.
+        Vllm = "vllm",
+        /// On SGLang servers. Written from SGLang's documentation, and never run against a real server.
+        Sglang = "sglang",
+    }
 }
 
 choice! {

@@ -261,6 +261,29 @@ pub fn judge_outages() -> Vec<(String, Duration, String, bool)> {
     known.iter().map(|(url, (time, why, refuses))| (url.clone(), *time, why.clone(), *refuses)).collect()
 }
 
+/// Sets the state of a rollout server: whether it gets prompts, and the version of its weights.
+pub fn rollout_server(server: &str, ready: bool, version: Option<u64>) {
+    gauge!("preceptor_rollout_server_ready", "server" => server.to_owned()).set(f64::from(u8::from(ready)));
+    if let Some(version) = version {
+        gauge!("preceptor_rollout_server_version", "server" => server.to_owned()).set(version as f64);
+    }
+}
+
+/// Counts a request for a group to a rollout server, with its outcome and the number of tokens received.
+pub fn rollout_answer(server: &str, outcome: &'static str, tokens: u64) {
+    counter!("preceptor_rollout_server_answers_total", "server" => server.to_owned(), "outcome" => outcome)
+        .increment(1);
+    counter!("preceptor_rollout_server_tokens_total", "server" => server.to_owned()).increment(tokens);
+}
+
+/// Records a hand-over of weights to a rollout server: its duration, and the canary's share, if it was measured.
+pub fn handed_over(server: &str, took: Duration, share: Option<f64>) {
+    histogram!("preceptor_hand_over_duration_seconds", "server" => server.to_owned()).record(took.as_secs_f64());
+    if let Some(share) = share {
+        gauge!("preceptor_rollout_server_canary", "server" => server.to_owned()).set(share);
+    }
+}
+
 /// Sets whether the bound `name` of `[guard]` is exceeded.
 pub fn guard(name: &'static str, exceeded: bool) {
     gauge!("preceptor_guard_exceeded", "bound" => name).set(f64::from(u8::from(exceeded)));

@@ -4,21 +4,23 @@
 pub mod labelers;
 pub mod learning;
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, TryLockError};
+use std::time::Duration;
 
 use anyhow::Result;
 use preceptor_actors::{
     Admission, AdmissionGate, GraphBuilder, Inlet, Outlet, SnapshotCell, StageError, StageResult, StageSpec,
 };
 
-use crate::config::{Config, LabelForm, Mode, RewardScaling, RolloutWeights, UpdateMode};
+use crate::config::{Config, EngineKind, LabelForm, Mode, RewardScaling, RolloutWeights, UpdateMode};
 use crate::lm::model::{Decoder, DeviceReplicas};
 use crate::lm::tokens::Tokenizer;
 use crate::pipeline::data::pairs::PairSource;
 use crate::pipeline::data::source::{LeftOver, PromptSource};
 use crate::pipeline::generate::local::{LocalEngine, LocalPlan};
 use crate::pipeline::generate::sampler::Sampling;
-use crate::pipeline::generate::stage::{Rollout, RolloutPlan};
+use crate::pipeline::generate::stage::{Rollout, RolloutEngine, RolloutPlan};
 use crate::pipeline::generate::stop::Stop;
 use crate::pipeline::label::Labeler;
 use crate::pipeline::label::stage::{LabelStage, Wants};
@@ -28,6 +30,7 @@ use crate::pipeline::learn::publish::publish;
 use crate::pipeline::learn::stage::Learn;
 use crate::pipeline::reward::warm_up::{WarmUp, WarmUpObserver};
 use crate::pipeline::reward::{RewardRule, RewardStage, RewardTrainer, Scorer, TrainerPlan};
+use crate::pipeline::served::{Fleet, FleetPlan, ServedEngine};
 use crate::pipeline::setup::Prepared;
 use crate::pipeline::sft::{BatchSums, FineTune, SftObserver};
 use crate::rl::ledger::{LedgerWriter, SharedLedger, UnderWay};
@@ -59,6 +62,8 @@ pub struct Node {
     pub reward_model: Option<Arc<Mutex<RewardTrainer>>>,
     /// Concurrency limits that the online controller adjusts. Empty without a controller.
     pub limits: AdjustableLimits,
+    /// Servers that sample, if `rollout.engine` is not `local`.
+    pub fleet: Option<Arc<Fleet>>,
     /// Creates the labeler of each label stage: [`labelers::labeler`], or a scripted one in tests.
     pub labelers: Box<LabelerFactory>,
 }
@@ -90,7 +95,19 @@ impl Node {
             (state.step, state.scale)
         };
         let (next, end) = (step * config.learner.batch_groups, config.run.steps * config.learner.batch_groups);
-        let gate = Arc::new(AdmissionGate::new(admission(config), next, step));
+        let gate = match &self.fleet {
+            None => Arc::new(AdmissionGate::new(admission(config), next, step)),
+            Some(fleet) => {
+                // Prompts are admitted for versions that a server has taken, and not for those that the learner published.
+                let gate = Arc::new(AdmissionGate::new(admission(config), next, 0));
+                fleet.attach(&gate);
+                gate
+            }
+        };
+        let published = match &self.fleet {
+            None => Arc::clone(&gate),
+            Some(_) => open_gate(0),
+        };
         let trained = self.ledger.count().trained;
         if trained != next {
             return Err(StageError::fatal(format!(
@@ -113,7 +130,7 @@ impl Node {
             let spec = StageSpec::new("left-generated").role("left");
             builder.source(spec, LeftOver::new(generated), groups_out.clone());
         }
-        self.rollouts(builder, prompts, groups_out, config.run.seed, &entries);
+        self.rollouts(builder, prompts, groups_out, config.run.seed, &entries, false);
         let initial = || (Arc::clone(self.prepared.policy()), self.prepared.identity);
         let reference = config.reward.reference.then(initial);
         let scorer = match (&self.reward_model, config.run.mode) {
@@ -143,7 +160,7 @@ impl Node {
             learning::algorithm(config),
             learning::learn_plan(config),
             Arc::clone(&self.cell),
-            gate,
+            published,
             Arc::clone(&self.observer),
         );
         let learn = learn.continue_from(entries, left);
@@ -186,7 +203,7 @@ impl Node {
             builder.source(StageSpec::new("prompts").role("prompts"), source, prompts_out);
             // The seed differs from that of training, so that training does not repeat the completions of the warm-up.
             let seed = seed::mix(config.run.seed ^ seed::text("warm-up"));
-            self.rollouts(builder, prompts, groups_out, seed, &LedgerWriter::none());
+            self.rollouts(builder, prompts, groups_out, seed, &LedgerWriter::none(), true);
             self.label(builder, groups, labeled_out, &LedgerWriter::none())?;
         }
         builder.sink(spec, warm_up, labeled);
@@ -205,10 +222,17 @@ impl Node {
         groups: Outlet<Group>,
         seed: u64,
         entries: &LedgerWriter,
+        warm_up: bool,
     ) {
+        if let Some(fleet) = &self.fleet {
+            let engine = ServedEngine::new(Arc::clone(fleet), self.config.rollout.slots, warm_up);
+            let stage = self.rollout(Box::new(engine), seed, entries);
+            builder.stage(StageSpec::new("rollout-0").role("rollout"), stage, prompts, groups);
+            return;
+        }
         for worker in 0..self.config.rollout.workers {
             let name = format!("rollout-{worker}");
-            let stage = self.rollout(worker, &name, seed, entries);
+            let stage = self.rollout(Box::new(self.local_engine(worker, &name)), seed, entries);
             let spec = StageSpec::new(name).role("rollout").threads(self.config.rollout.threads);
             builder.stage(spec, stage, prompts.clone(), groups.clone());
         }
@@ -232,10 +256,9 @@ impl Node {
         Ok(())
     }
 
-    fn rollout(&self, worker: usize, name: &str, seed: u64, entries: &LedgerWriter) -> Rollout {
+    fn local_engine(&self, worker: usize, name: &str) -> LocalEngine {
         let config = &self.config;
-        let sampling = sampling(config, &self.prepared.tokenizer);
-        let local = LocalPlan {
+        let plan = LocalPlan {
             slots: config.rollout.slots,
             in_flight: config.rollout.update == UpdateMode::InFlight,
             format: match config.rollout.weights {
@@ -245,15 +268,19 @@ impl Node {
             },
             device: self.prepared.devices.rollout(worker).clone(),
         };
-        let engine = LocalEngine::new(self.cell.reader(name), &sampling, local);
+        LocalEngine::new(self.cell.reader(name), &sampling(config, &self.prepared.tokenizer), plan)
+    }
+
+    fn rollout(&self, engine: Box<dyn RolloutEngine>, seed: u64, entries: &LedgerWriter) -> Rollout {
+        let config = &self.config;
         let plan = RolloutPlan {
-            stop: sampling.stop,
+            stop: sampling(config, &self.prepared.tokenizer).stop,
             slot_limit: self.limits.rollout.clone(),
             group_size: config.rollout.group_size,
             seed,
             entries: entries.clone(),
         };
-        Rollout::new(Box::new(engine), self.prepared.tokenizer.clone(), plan)
+        Rollout::new(engine, self.prepared.tokenizer.clone(), plan)
     }
 }
 
@@ -271,6 +298,50 @@ pub fn sampling(config: &Config, tokenizer: &Tokenizer) -> Sampling {
         eos: tokenizer.eos_ids().iter().chain(&rollout.stop_ids).copied().collect(),
         stop: Stop::new(&rollout.stop, tokenizer).map(Arc::new),
     }
+}
+
+/// Returns the plan of the servers that sample for the run in the directory `run`; `None` if this process samples.
+///
+/// # Errors
+/// If the data were changed meanwhile.
+pub fn fleet_plan(config: &Config, prepared: &Prepared, run: &Path) -> Result<Option<FleetPlan>> {
+    let rollout = &config.rollout;
+    if rollout.engine == EngineKind::Local {
+        return Ok(None);
+    }
+    let place = run.canonicalize().unwrap_or_else(|_| run.to_owned());
+    let policy = prepared.policy();
+    Ok(Some(FleetPlan {
+        kind: rollout.engine,
+        servers: rollout.servers.clone(),
+        api_key_env: rollout.api_key_env.clone(),
+        sampling: sampling(config, &prepared.tokenizer),
+        rows: policy.config().vocab_size,
+        timeout: Duration::from_secs_f64(rollout.timeout_s),
+        token_timeout: Duration::from_secs_f64(rollout.token_timeout_s),
+        outage: Duration::from_secs_f64(rollout.outage_s),
+        in_flight: rollout.update == UpdateMode::InFlight,
+        run: seed::text(&place.to_string_lossy()) as u32,
+        admission: admission(config),
+        check_version: rollout.check_version,
+        longest_prompt: prepared.data.longest(),
+        example: example(prepared)?,
+    }))
+}
+
+/// Returns the token ids of the data's first prompts, as many as the longest prompt has at most, and at most 256.
+fn example(prepared: &Prepared) -> Result<Vec<u32>> {
+    let (data, order) = (&prepared.data, prepared.data.order(0));
+    let most = data.longest().clamp(2, 256);
+    let mut ids = Vec::new();
+    for seq in 0..order.len() as u64 {
+        ids.extend_from_slice(&data.prompt(seq, &order)?.ids);
+        if ids.len() >= most {
+            break;
+        }
+    }
+    ids.truncate(most);
+    Ok(ids)
 }
 
 /// Wires the graph of supervised fine-tuning, prompts → learn, which continues after the last step of `state`.

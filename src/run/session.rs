@@ -1,7 +1,7 @@
 //! A training run in six steps: open the directory, load models and data, fine-tune, assemble the parts of the graph,
 //! warm up the reward model, train. Each step consumes the result of the previous one.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -26,8 +26,9 @@ use crate::observe::serve::{Token, serve, upkeep};
 use crate::observe::telemetry;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::remote::budget::Budget;
+use crate::pipeline::served::{Fleet, FolderStore};
 use crate::pipeline::setup::{Prepared, budget, prepare_with_budget};
-use crate::pipeline::topology::{LabelerFactory, Node};
+use crate::pipeline::topology::{LabelerFactory, Node, fleet_plan};
 use crate::run::checkpoint::{
     CheckpointFormat, CheckpointStore, CheckpointWriter, Identity, JudgeContents, OpenedCheckpoint, WinRates,
 };
@@ -151,6 +152,14 @@ impl OpenedRun {
         })
         .await
         .map_err(refusal)?;
+        let dir = start.dir.path().to_owned();
+        let settings = Arc::clone(&config);
+        let (prepared, fleet) = run_interruptible("connecting to the rollout servers", move || {
+            let fleet = connect(&settings, &prepared, &dir)?;
+            Ok((prepared, fleet))
+        })
+        .await
+        .map_err(refusal)?;
         let (store, resumed) = (Arc::clone(&start.store), start.checkpoint.as_ref().map(OpenedCheckpoint::step));
         let mut files = start.files(&config, &fine_tuning)?;
         let mut guard = Guard::new(config.guard.clone(), config.learner.batch_groups);
@@ -176,8 +185,19 @@ impl OpenedRun {
             fine_tuning,
             restored,
             prepared,
+            fleet,
         })
     }
+}
+
+/// Connects to the servers that sample for the run in the directory `run`; `None` if this process samples.
+///
+/// # Errors
+/// If a server does not suit the run.
+fn connect(config: &Config, prepared: &Prepared, run: &Path) -> Result<Option<Arc<Fleet>>> {
+    let Some(plan) = fleet_plan(config, prepared, run)? else { return Ok(None) };
+    let tokenizer = &prepared.tokenizer;
+    Fleet::connect(plan, &|text| tokenizer.encode(text)).map(Some)
 }
 
 /// A run whose models and data are loaded, and whose files are open.
@@ -199,6 +219,8 @@ pub(super) struct LoadedRun {
     /// The learner's state, restored from the checkpoint.
     restored: Option<LearnerParts>,
     prepared: Prepared,
+    /// Servers that sample, if this process does not.
+    fleet: Option<Arc<Fleet>>,
 }
 
 impl LoadedRun {
@@ -231,7 +253,19 @@ impl LoadedRun {
     /// If the learner does not fit into memory, or a thread cannot be started.
     pub(super) fn assemble(self, labelers: Box<LabelerFactory>) -> Result<Session> {
         let Self {
-            config, stop, monitor, win_rates, judge, store, resumed, files, guard, restored, mut prepared, ..
+            config,
+            stop,
+            monitor,
+            win_rates,
+            judge,
+            store,
+            resumed,
+            files,
+            guard,
+            restored,
+            mut prepared,
+            fleet,
+            ..
         } = self;
         let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
         let LearnerParts { state, reward_model, ledger } = match restored {
@@ -303,11 +337,35 @@ impl LoadedRun {
             reward_model,
             labelers,
             limits: limits.clone(),
+            fleet,
             config: (*config).clone(),
         });
         monitor.set_training(cell, node.ledger.clone());
         let warmed_up = Arc::default();
-        Ok(Session { config, stop, monitor, store, resumed, files, start, format, observer, node, limits, warmed_up })
+        Ok(Session {
+            config,
+            stop,
+            monitor,
+            store,
+            resumed,
+            files,
+            start,
+            format,
+            observer,
+            node,
+            limits,
+            warmed_up,
+            hand_over: None,
+        })
+    }
+}
+
+/// Stops the hand-over of weights to servers when it is dropped.
+struct HandOver(Arc<Fleet>);
+
+impl Drop for HandOver {
+    fn drop(&mut self) {
+        self.0.stop();
     }
 }
 
@@ -328,9 +386,29 @@ pub(super) struct Session {
     limits: AdjustableLimits,
     /// Directory of the checkpoint after the warm-up, once it is written.
     warmed_up: Arc<OnceLock<PathBuf>>,
+    /// Hand-over of weights to servers, if they sample.
+    hand_over: Option<HandOver>,
 }
 
 impl Session {
+    /// Hands the current weights to the servers that sample, if any, and compares their log-probabilities with the policy's.
+    ///
+    /// # Errors
+    /// If a server does not take the weights, or has another model.
+    pub(super) async fn connect(&mut self) -> Result<()> {
+        let Some(fleet) = self.node.fleet.clone() else { return Ok(()) };
+        let rollout = &self.config.rollout;
+        let dir = lock(&self.files).dir().join("served");
+        let dir = rollout.weights_dir.clone().unwrap_or(dir);
+        let base = self.config.policy.model.name_at(&self.node.prepared.origin);
+        let dtype = precision::dtype(self.config.checkpoint.dtype);
+        let store = FolderStore::new(&dir, rollout.server_weights_dir.as_deref(), base, dtype)?;
+        self.hand_over = Some(HandOver(Arc::clone(&fleet)));
+        let cell = Arc::clone(&self.node.cell);
+        let start = move || fleet.start(&cell, Arc::new(store));
+        run_interruptible("handing the weights to the rollout servers", start).await.map_err(refusal)
+    }
+
     /// Warms up the reward model of a new run and writes a checkpoint, so that its labels are not paid for again.
     ///
     /// # Errors

@@ -126,6 +126,7 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
         ledger: SharedLedger::default(),
         limits: AdjustableLimits::default(),
         reward_model: None,
+        fleet: None,
         labelers: Box::new(labelers),
         prepared: Arc::new(prepared),
         config,

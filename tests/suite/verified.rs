@@ -2,16 +2,15 @@
 //! failures and signals lose nothing.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::common::{PATIENCE, config, copy, metrics, preceptor, resume, stderr, train, training};
+use crate::running::Running;
 
 fn resume_from(dir: &Path, overrides: &[&str], checkpoint: &str) -> Output {
     training(dir, overrides).arg(format!("--resume=run/checkpoints/{checkpoint}")).output().unwrap()
@@ -41,72 +40,6 @@ fn tree(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 /// Returns the names of the differences between two trees.
 fn differences(a: &BTreeMap<PathBuf, Vec<u8>>, b: &BTreeMap<PathBuf, Vec<u8>>) -> Vec<PathBuf> {
     a.keys().chain(b.keys()).filter(|name| a.get(*name) != b.get(*name)).cloned().collect()
-}
-
-/// A process whose standard error is read line by line.
-struct Running {
-    child: Child,
-    lines: Receiver<String>,
-    text: String,
-}
-
-impl Running {
-    fn start(mut command: Command) -> Self {
-        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let errors = BufReader::new(child.stderr.take().unwrap());
-        let (sender, lines) = sync_channel(100_000);
-        std::thread::spawn(move || errors.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
-        Self { child, lines, text: String::new() }
-    }
-
-    /// Waits for a line that contains `part`, and returns it.
-    fn says(&mut self, part: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let line = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now()));
-            let line = line.unwrap_or_else(|_| panic!("{part:?} is not printed: {}", self.text));
-            self.text.push_str(&format!("{line}\n"));
-            if line.contains(part) {
-                return line;
-            }
-        }
-    }
-
-    /// Waits until `holds` returns true.
-    fn until(&mut self, what: &str, holds: impl Fn() -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !holds() {
-            assert!(self.child.try_wait().unwrap().is_none() && Instant::now() < deadline, "{what}: {}", self.rest());
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-
-    fn signal(&self, signal: &str) {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
-    }
-
-    /// Waits for the process to end.
-    fn end(mut self) -> (ExitStatus, String) {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return (status, self.rest());
-            }
-            if Instant::now() > deadline {
-                self.child.kill().unwrap();
-                panic!("it does not end: {}", self.rest());
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    fn rest(&mut self) -> String {
-        while let Ok(line) = self.lines.recv_timeout(Duration::from_secs(1)) {
-            self.text.push_str(&format!("{line}\n"));
-        }
-        self.text.clone()
-    }
 }
 
 fn steps(dir: &Path) -> usize {

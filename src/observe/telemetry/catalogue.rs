@@ -194,6 +194,32 @@ pub const METRICS: &[(&str, &[Metric])] = &[
         ],
     ),
     (
+        "Rollout servers",
+        &[
+            metric(Gauge, "preceptor_rollout_server_ready", &["server"], "1 if the server gets prompts, 0 if not"),
+            metric(Gauge, "preceptor_rollout_server_version", &["server"], "Version of the weights on the server"),
+            metric(
+                Counter,
+                "preceptor_rollout_server_answers_total",
+                &["server", "outcome"],
+                "Requests for groups by outcome: ok, down, lost (the weights), refused, invalid (cannot be trained on)",
+            ),
+            metric(Counter, "preceptor_rollout_server_tokens_total", &["server"], "Tokens received from the server"),
+            metric(
+                Histogram,
+                "preceptor_hand_over_duration_seconds",
+                &["server"],
+                "Time of writing a version of the weights, loading it on the server, and checking it",
+            ),
+            metric(
+                Gauge,
+                "preceptor_rollout_server_canary",
+                &["server"],
+                "Share of the last change of the weights that the server's log-probabilities show; about 1",
+            ),
+        ],
+    ),
+    (
         "Generation",
         &[
             metric(Counter, "preceptor_generated_tokens_total", &[], "Tokens sampled by the rollout actors"),

@@ -81,12 +81,18 @@ impl<'a> Engine<'a> {
             sampling: sampling.clone(),
             slots: slots.clamp(1, MAX_SLOTS),
             is_large_batch: slots > kernels::LARGE_BATCH_ROWS,
-            limit: MAX_SLOTS,
+            limit: usize::MAX,
             cache: None,
             rows: Vec::new(),
             waiting: VecDeque::new(),
             open: HashMap::new(),
         }
+    }
+
+    /// Creates an idle engine for a model on `device`. On a GPU there may be more than [`MAX_SLOTS`] sequences.
+    pub fn on(device: &Device, sampling: &Sampling, slots: usize) -> Self {
+        let engine = Self::new(sampling, slots);
+        if device.is_cpu() { engine } else { Self { slots: slots.max(1), ..engine } }
     }
 
     /// Selects the kernels for few sequences, regardless of the number of slots.

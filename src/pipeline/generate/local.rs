@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, anyhow};
 use candle_core::Device;
 use kernels::Format;
-use preceptor_actors::{SnapshotReader, StageContext};
+use preceptor_actors::{SnapshotReader, StageContext, StageResult};
 
 use super::sampler::Sampling;
 use super::stage::{RolloutEngine, SampledGroup};
@@ -36,10 +36,11 @@ impl LocalEngine {
     /// Creates an engine that receives weights through `reader`.
     pub fn new(reader: SnapshotReader<Decoder>, sampling: &Sampling, plan: LocalPlan) -> Self {
         let LocalPlan { slots, in_flight, format, device } = plan;
+        let engine = Engine::on(&device, sampling, slots);
         let copies = DeviceReplicas::new(device);
         Self {
             weights: LiveWeights { reader, in_flight, format, copies, running: None, pinned: false, ctx: None },
-            engine: Engine::new(sampling, slots),
+            engine,
         }
     }
 }
@@ -62,8 +63,8 @@ impl RolloutEngine for LocalEngine {
         self.engine.submit(prompt.seq, Request::new(prompt.ids.to_vec(), seeds), model.config())
     }
 
-    fn advance(&mut self) -> Result<Vec<SampledGroup>> {
-        self.engine.step(&mut self.weights)
+    fn advance(&mut self) -> StageResult<Vec<SampledGroup>> {
+        Ok(self.engine.step(&mut self.weights)?)
     }
 
     fn is_idle(&self) -> bool {

@@ -39,7 +39,7 @@ pub trait RolloutEngine: Send {
     ///
     /// # Errors
     /// If sampling failed, or the graph halts.
-    fn advance(&mut self) -> Result<Vec<SampledGroup>>;
+    fn advance(&mut self) -> StageResult<Vec<SampledGroup>>;
 
     /// Returns whether no completion is under way or waiting.
     fn is_idle(&self) -> bool;

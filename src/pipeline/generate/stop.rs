@@ -21,6 +21,11 @@ impl Stop {
         Some(Self { strings: strings.to_vec(), tokenizer: tokenizer.clone(), window: longest + 4 })
     }
 
+    /// Returns the stop strings.
+    pub fn strings(&self) -> &[String] {
+        &self.strings
+    }
+
     /// Returns whether `ids` end with a stop string, or with a token that contains the end of one.
     pub fn ends(&self, ids: &[u32]) -> bool {
         let tail = &ids[ids.len().saturating_sub(self.window)..];

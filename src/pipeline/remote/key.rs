@@ -50,7 +50,7 @@ impl Key {
 
     /// Returns the value of an `Authorization` header with the key as a bearer token, marked as sensitive so that
     /// libraries do not print it.
-    pub(super) fn bearer(&self) -> Result<HeaderValue> {
+    pub(crate) fn bearer(&self) -> Result<HeaderValue> {
         sensitive(&format!("Bearer {}", self.value))
     }
 
@@ -66,7 +66,7 @@ impl Key {
 
     /// Returns a server's response with the key replaced. Error messages may repeat it, and are written to logs and
     /// samples.
-    pub(super) fn hide(&self, body: Vec<u8>) -> Vec<u8> {
+    pub(crate) fn hide(&self, body: Vec<u8>) -> Vec<u8> {
         let body = self.replace(body);
         // A key spelled with JSON escapes would become plain text when the body is parsed.
         match rewritten(&body) {

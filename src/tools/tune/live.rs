@@ -105,6 +105,7 @@ impl Machine for Live {
             ledger: SharedLedger::default(),
             limits: AdjustableLimits::default(),
             reward_model: reward_trainer(&config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer))),
+            fleet: None,
             labelers: Box::new(labeler),
             prepared: Arc::clone(prepared),
             config,

@@ -1,0 +1,330 @@
+//! Tests of rollouts on inference servers, with a fake server that samples with the weights it is handed.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::Duration;
+
+use candle_core::{DType, Device};
+use preceptor::lm::model::{ModelConfig, Weights, export};
+use preceptor::lm::tokens::Tokenizer;
+use serde_json::{Value, json};
+
+use crate::common::{preceptor, stderr, trained, training};
+use crate::fake_engine::{FakeEngine, Kind, Options, Versions};
+use crate::running::Running;
+
+/// Writes a byte-level model to `dir/policy`.
+fn policy(dir: &Path, seed: u64) -> PathBuf {
+    let tokenizer = Tokenizer::bytes();
+    let config = ModelConfig {
+        context: 1024,
+        bos: tokenizer.bos_id(),
+        eos: tokenizer.eos_ids().to_vec(),
+        ..ModelConfig::tiny(tokenizer.vocab_size())
+    };
+    let weights = Weights::scratch(&config, 0.2, seed, &Device::Cpu).unwrap();
+    let path = dir.join("policy");
+    std::fs::create_dir_all(&path).unwrap();
+    export::write(&path, &config, &weights, DType::F32).unwrap();
+    tokenizer.save(&path).unwrap();
+    path
+}
+
+fn server(model: &Path) -> FakeEngine {
+    FakeEngine::start(Options { max_model_len: 1024, ..Options::new(Kind::Vllm, model) })
+}
+
+/// Overrides of a run that samples on `servers`.
+fn served(dir: &Path, servers: &[&FakeEngine]) -> Vec<String> {
+    let urls: Vec<String> = servers.iter().map(|server| format!("\"{}\"", server.url())).collect();
+    vec![
+        format!("policy.model=\"{}\"", dir.join("policy").display()),
+        "rollout.engine=vllm".into(),
+        format!("rollout.servers=[{}]", urls.join(", ")),
+        "rollout.slots=16".into(),
+        "rollout.outage_s=20".into(),
+    ]
+}
+
+const LORA: &str = "policy.lora={ rank = 4 }";
+
+fn run(dir: &Path, overrides: &[String], more: &[&str]) -> Output {
+    let overrides: Vec<&str> = overrides.iter().map(String::as_str).chain(more.iter().copied()).collect();
+    training(dir, &overrides).output().unwrap()
+}
+
+/// Returns the groups of samples.jsonl and the records of metrics.jsonl.
+fn records(dir: &Path, file: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(dir.join("run").join(file)).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[track_caller]
+fn succeeded(dir: &Path, output: &Output) -> String {
+    let text = stderr(output);
+    assert!(output.status.success(), "{text}");
+    assert_eq!(records(dir, "metrics.jsonl").len(), 4, "{text}");
+    assert_eq!(trained(&dir.join("run")), (0..16).collect::<Vec<u64>>(), "each group is trained on once");
+    text
+}
+
+#[track_caller]
+fn replayed(dir: &Path) {
+    let output = preceptor(dir).args(["replay", "run"]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+#[test]
+fn adapters_are_handed_to_servers_and_the_run_is_replayed_exactly() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = policy(dir.path(), 1);
+    let (a, b) = (server(&model), server(&model));
+    let output = run(dir.path(), &served(dir.path(), &[&a, &b]), &[LORA]);
+    let text = succeeded(dir.path(), &output);
+    assert!(text.contains("has version 0; log-probabilities within"), "{text}");
+    for server in [&a, &b] {
+        assert!(server.generated_tokens() > 0, "both servers sample");
+        assert!(server.adapters().len() <= 3, "old adapters are unloaded: {:?}", server.adapters());
+    }
+    for record in records(dir.path(), "metrics.jsonl") {
+        assert!(record["staleness/max"].as_f64().unwrap_or(0.0) <= 1.0, "{record}");
+    }
+    replayed(dir.path());
+}
+
+#[test]
+fn all_weights_are_handed_to_a_server_in_the_middle_of_completions() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = policy(dir.path(), 1);
+    let a = server(&model);
+    let output = run(dir.path(), &served(dir.path(), &[&a]), &[]);
+    succeeded(dir.path(), &output);
+    assert!(a.weight_version().starts_with("policy-"), "{}", a.weight_version());
+    assert!(!a.is_paused());
+    replayed(dir.path());
+}
+
+#[test]
+fn a_server_that_ignores_new_weights_gets_no_prompts() {
+    for bf16 in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let model = policy(dir.path(), 1);
+        let (good, bad) = (server(&model), server(&model));
+        bad.faults(|faults| {
+            faults.bf16 = bf16;
+            faults.ignores_handover = false;
+        });
+        good.faults(|faults| faults.bf16 = bf16);
+        let settings = served(dir.path(), &[&good, &bad]);
+        let overrides: Vec<&str> = settings.iter().map(String::as_str).chain([LORA]).collect();
+        let mut running = Running::start(training(dir.path(), &overrides));
+        running.says("has version 0");
+        running.says("has version 0");
+        bad.faults(|faults| faults.ignores_handover = true);
+        let (status, text) = running.end();
+        assert!(status.success(), "{text}");
+        let line = format!("rollout server {} gets no prompts: it reports version 1", bad.url());
+        assert!(text.contains(&line), "bf16 {bf16}: {text}");
+        assert!(!text.contains(&format!("rollout server {} gets no prompts", good.url())), "bf16 {bf16}: {text}");
+    }
+}
+
+#[test]
+fn a_server_that_is_killed_loses_no_prompt() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = policy(dir.path(), 1);
+    let a = server(&model);
+    let settings = served(dir.path(), &[&a]);
+    let overrides: Vec<&str> = settings.iter().map(String::as_str).chain([LORA]).collect();
+    let mut running = Running::start(training(dir.path(), &overrides));
+    running.says("step   1/4");
+    a.kill();
+    running.says("is down");
+    a.restart();
+    let (status, text) = running.end();
+    assert!(status.success() && text.contains("answers again"), "{text}");
+    assert_eq!(records(dir.path(), "metrics.jsonl").len(), 4, "{text}");
+    replayed(dir.path());
+}
+
+#[test]
+fn a_run_without_any_server_ends_with_its_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = policy(dir.path(), 1);
+    let a = server(&model);
+    let settings = served(dir.path(), &[&a]);
+    let overrides: Vec<&str> = settings.iter().map(String::as_str).chain([LORA, "rollout.outage_s=2"]).collect();
+    let mut running = Running::start(training(dir.path(), &overrides));
+    running.says("step   1/4");
+    a.kill();
+    let (status, text) = running.end();
+    assert!(!status.success(), "{text}");
+    assert!(text.contains("no rollout server could be used for 2 s") && text.contains(&a.url()), "{text}");
+    a.restart();
+    let output = run(dir.path(), &settings, &[LORA, "rollout.outage_s=20"]);
+    assert!(!output.status.success(), "a run's directory is not used twice");
+    let mut resumed = training(dir.path(), &overrides);
+    let output = resumed.arg("--resume").output().unwrap();
+    succeeded(dir.path(), &output);
+}
+
+#[test]
+fn answers_that_cannot_be_trained_on_are_sampled_again() {
+    let old = |version: &str| Versions::Always(version.to_owned());
+    type Break = Box<dyn Fn(&mut crate::fake_engine::Faults)>;
+    let cases: Vec<(&str, &str, Break)> = vec![
+        ("log-probabilities of", LORA, Box::new(|faults| faults.short_logprobs = true)),
+        ("not a number", LORA, Box::new(|faults| faults.bad_logprob = Some(Value::Null))),
+        ("but the model has", LORA, Box::new(|faults| faults.foreign_ids = true)),
+        ("does not tell the versions", "", Box::new(|faults| faults.versions = Versions::Missing)),
+        ("spans of versions cover", "", Box::new(|faults| faults.versions = Versions::Gap)),
+        ("which are not of this run", "", Box::new(move |faults| faults.versions = old("default"))),
+        (
+            "which another run handed",
+            "",
+            Box::new(|faults| faults.versions = Versions::Always("policy-00000001-0-00000002".into())),
+        ),
+    ];
+    for (words, more, fault) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let model = policy(dir.path(), 1);
+        let a = server(&model);
+        let settings = served(dir.path(), &[&a]);
+        let overrides: Vec<&str> =
+            settings.iter().map(String::as_str).chain((!more.is_empty()).then_some(more)).collect();
+        let mut running = Running::start(training(dir.path(), &overrides));
+        running.says("has version 0");
+        a.faults(|faults| fault(faults));
+        running.says(words);
+        a.faults(|faults| *faults = crate::fake_engine::Faults::default());
+        let (status, text) = running.end();
+        assert!(status.success(), "{words}: {text}");
+        assert_eq!(records(dir.path(), "metrics.jsonl").len(), 4, "{words}: {text}");
+    }
+}
+
+#[test]
+fn a_resumed_run_forces_the_server_to_its_version() {
+    for more in [&[LORA][..], &[]] {
+        let dir = tempfile::tempdir().unwrap();
+        let model = policy(dir.path(), 1);
+        let a = server(&model);
+        let settings = served(dir.path(), &[&a]);
+        let short: Vec<&str> = more.iter().copied().chain(["run.steps=2", "checkpoint.every_steps=1"]).collect();
+        let output = run(dir.path(), &settings, &short);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let overrides: Vec<&str> = settings.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        let mut from = training(dir.path(), &overrides);
+        let output = from.arg("--resume=run/checkpoints/step-000001").output().unwrap();
+        let text = succeeded(dir.path(), &output);
+        assert!(text.contains("has version 1"), "{text}");
+        replayed(dir.path());
+    }
+}
+
+#[test]
+fn a_slow_hand_over_makes_no_token_older_than_the_bound() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = policy(dir.path(), 1);
+    let (quick, slow) = (server(&model), server(&model));
+    slow.faults(|faults| faults.handover_delay = Duration::from_millis(700));
+    let output = run(dir.path(), &served(dir.path(), &[&quick, &slow]), &[LORA, "learner.eta=2"]);
+    succeeded(dir.path(), &output);
+    for record in records(dir.path(), "metrics.jsonl") {
+        assert!(record["staleness/max"].as_f64().unwrap_or(0.0) <= 2.0, "{record}");
+    }
+}
+
+#[test]
+fn a_server_that_does_not_suit_the_run_is_refused_before_the_first_prompt() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = policy(dir.path(), 1);
+    let other = tempfile::tempdir().unwrap();
+    let foreign = policy(other.path(), 2);
+    type Break = fn(&mut crate::fake_engine::Faults);
+    let cases: [(&Path, &str, Break); 5] = [
+        (&model, "it is vLLM 0.31.2, and this program was tested with vLLM 0.32", |faults| {
+            faults.program_version = Some("0.31.2");
+        }),
+        (&model, "its tokenizer encodes", |faults| faults.tokens = Some(vec![1, 2])),
+        (&model, "--enable-scale-out", |faults| faults.no_scale_out = true),
+        (&model, "VLLM_ALLOW_RUNTIME_LORA_UPDATING", |faults| faults.no_lora_updates = true),
+        (&foreign, "log-probabilities differ from the policy's", |_| {}),
+    ];
+    for (model, words, fault) in cases {
+        let a = server(model);
+        a.faults(fault);
+        let output = run(dir.path(), &served(dir.path(), &[&a]), &[LORA]);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{words}: {text}");
+        assert!(text.contains(words) && text.contains(&a.url()), "{words}: {text}");
+        let _ = std::fs::remove_dir_all(dir.path().join("run"));
+    }
+    let short = FakeEngine::start(Options { max_model_len: 64, ..Options::new(Kind::Vllm, &model) });
+    let output = run(dir.path(), &served(dir.path(), &[&short]), &[LORA]);
+    assert!(stderr(&output).contains("--max-model-len"), "{}", stderr(&output));
+}
+
+#[test]
+fn the_key_is_sent_and_never_logged() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = policy(dir.path(), 1);
+    let options = Options {
+        max_model_len: 1024,
+        api_key: Some("a-secret-of-servers".into()),
+        ..Options::new(Kind::Vllm, &model)
+    };
+    let a = FakeEngine::start(options);
+    let settings = served(dir.path(), &[&a]);
+    let overrides: Vec<&str> =
+        settings.iter().map(String::as_str).chain([LORA, "rollout.api_key_env=SERVED_KEY"]).collect();
+    let output = training(dir.path(), &overrides).env("SERVED_KEY", "wrong").output().unwrap();
+    assert!(!output.status.success() && stderr(&output).contains("401"), "{}", stderr(&output));
+    let _ = std::fs::remove_dir_all(dir.path().join("run"));
+    let output = training(dir.path(), &overrides).env("SERVED_KEY", "a-secret-of-servers").output().unwrap();
+    let text = succeeded(dir.path(), &output);
+    assert!(!text.contains("a-secret-of-servers"), "{text}");
+    for file in walk(&dir.path().join("run")) {
+        let bytes = std::fs::read(&file).unwrap();
+        assert!(!bytes.windows(19).any(|part| part == b"a-secret-of-servers"), "{}", file.display());
+    }
+}
+
+fn walk(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn sglang_servers_sample_by_their_documented_protocol() {
+    for more in [&[LORA][..], &[]] {
+        let dir = tempfile::tempdir().unwrap();
+        let model = policy(dir.path(), 1);
+        let a = FakeEngine::start(Options { max_model_len: 1024, ..Options::new(Kind::Sglang, &model) });
+        let mut settings = served(dir.path(), &[&a]);
+        settings.push("rollout.engine=sglang".into());
+        let output = run(dir.path(), &settings, more);
+        succeeded(dir.path(), &output);
+        replayed(dir.path());
+    }
+}
+
+#[test]
+fn requests_name_what_the_run_needs() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = policy(dir.path(), 1);
+    let a = server(&model);
+    let output = run(dir.path(), &served(dir.path(), &[&a]), &[LORA, "rollout.stop=[\"\\n\\n\"]"]);
+    succeeded(dir.path(), &output);
+    let requests = a.requests();
+    let generated = requests.iter().filter(|request| request.path == "/inference/v1/generate");
+    let bodies: Vec<&Value> =
+        generated.map(|request| &request.body).filter(|body| body["sampling_params"]["n"] == 4).collect();
+    assert!(!bodies.is_empty());
+    for body in bodies {
+        let sampling = &body["sampling_params"];
+        assert_eq!((&sampling["logprobs"], &sampling["ignore_eos"]), (&json!(0), &json!(true)), "{body}");
+        assert_eq!((&sampling["stop"], &body["output_mode"]), (&json!(["\n\n"]), &json!("text")), "{body}");
+        assert!(body["cache_salt"].as_str().unwrap().starts_with("policy-"), "{body}");
+    }
+}
