@@ -9,6 +9,7 @@ mod configuration;
 mod cuda;
 mod data;
 mod evaluations;
+mod fake_engine;
 mod families;
 mod faults;
 mod formats;
