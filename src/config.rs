@@ -34,9 +34,9 @@ pub use sections::{
     RewardScaling, Rollout, RolloutWeights, Run, Scratch, Sft, UpdateMode, WeightDtype,
 };
 
+use crate::pipeline::generate::MAX_SLOTS;
 use crate::util::read_bounded;
 use document::{Document, Kind, suggestion};
-use kernels::SMALL_BATCH_ROWS as MAX_CPU_SLOTS;
 use key::{Reader, Section};
 
 /// The value of `checkpoint.best` that chooses by the win rates of `[evaluation]`.
@@ -429,9 +429,15 @@ impl Config {
             };
             if document.sound(&["rollout.slots", "rollout.devices", "policy.device"])
                 && on_cpu
-                && rollout.slots > MAX_CPU_SLOTS
+                && rollout.slots > MAX_SLOTS
             {
-                document.error("rollout.slots", &format!("is {}, but a rollout actor on a CPU has at most {MAX_CPU_SLOTS}; lower it, or add rollout.workers", rollout.slots));
+                document.error(
+                    "rollout.slots",
+                    &format!(
+                        "is {}, but a rollout actor on a CPU has at most {MAX_SLOTS}; lower it, or add rollout.workers",
+                        rollout.slots
+                    ),
+                );
             }
             return;
         }
@@ -453,6 +459,15 @@ impl Config {
         for (key, _) in local.iter().filter(|(key, set)| *set && document.sound(&[key])) {
             document
                 .error(key, &format!("has no effect with rollout.engine = \"{word}\": the servers sample; remove it"));
+        }
+        if document.sound(&["rollout.engine", "policy.lora", "sft.steps"])
+            && self.policy.lora.is_some()
+            && self.sft.steps > 0
+        {
+            let message = format!(
+                "fine-tunes the weights below the adapters, which the servers of rollout.engine = \"{word}\" do not have; fine-tune in another run, and serve and configure its checkpoint"
+            );
+            document.error("sft.steps", &message);
         }
         if document.sound(&["rollout.slots", "rollout.group_size"]) && rollout.slots < rollout.group_size {
             document.error(

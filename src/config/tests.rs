@@ -98,7 +98,7 @@ fn each_mistake_is_reported_with_its_place_and_remedy() {
             "x.toml:9: learner.algorithm: \"rlo\" is not one of rloo, reinforce, ppo, grpo, online-dpo; did you mean \"rloo\"?",
         ],
     );
-    check("[rollout]\nslots = 65\n", &["x.toml:9: rollout.slots: 65 is out of range; it must be from 1 to 64"]);
+    check("[rollout]\nslots = 65\n", &["x.toml:9: rollout.slots: is 65, but a rollout actor on a CPU has at most 64"]);
     check(
         "[learner]\n# off-policy\ncorrection = \"none\"\n",
         &["x.toml:10: learner.correction: \"none\" with learner.eta = 1"],
@@ -236,6 +236,7 @@ fn around(path: &str) -> Vec<&'static str> {
         "evaluation.labeler.rationales" => vec!["evaluation.labeler.rationale_temperature=0.5"],
         _ if path.starts_with("evaluation.labeler.") => vec!["evaluation.labeler={}"],
         "learner.minibatches" => vec!["learner.batch_groups=1000000"],
+        "rollout.servers" => vec!["rollout.engine=vllm"],
         "rollout.devices" => vec!["rollout.workers=8"],
         "evaluation.every_steps" => vec!["data.holdout=0.5"],
         "labeler.rationales" => vec!["labeler.rationale_temperature=0.5"],
@@ -494,4 +495,43 @@ fn a_mistake_is_reported_at_its_own_line() {
             "x.toml:14: labeler.members: [1].remote.url: \"h\" is not a URL",
         ],
     );
+}
+
+#[test]
+fn keys_that_servers_cannot_follow_are_refused() {
+    let errors = |rollout: &str, more: &str| {
+        read(&format!("{MINIMAL}{more}\n[rollout]\n{rollout}\n"), &[])
+            .err()
+            .map_or(String::new(), |errors| errors.to_string())
+    };
+    let served = "engine = \"vllm\"\nservers = [\"http://h:1\"]\n";
+    for (rollout, more, words) in [
+        ("top_k = 5", "", "rollout.top_k: is not available"),
+        ("top_p = 0.9", "", "rollout.top_p: is not available"),
+        ("min_p = 0.1", "", "rollout.min_p: is not available"),
+        ("repetition_penalty = 1.1", "", "rollout.repetition_penalty: is not available"),
+        ("weights = \"bf16\"", "", "rollout.weights: has no effect"),
+        ("workers = 2", "", "rollout.workers: has no effect"),
+        ("slots = 4", "", "rollout.slots: is 4, but a group of 8"),
+        ("", "lora = {}\n[sft]\nsteps = 2", "sft.steps: fine-tunes the weights below the adapters"),
+        (
+            "",
+            "[learner]\ncorrection = \"none\"\neta = 0\nclip = 0.0",
+            "learner.correction: \"none\" with rollout.engine",
+        ),
+    ] {
+        let errors = errors(&format!("{served}{rollout}"), more);
+        assert!(errors.contains(words), "{rollout} {more}: {errors}");
+    }
+    assert_eq!(errors(&format!("{served}slots = 512"), ""), "");
+    for (rollout, words) in [
+        ("slots = 65", "on a CPU has at most 64"),
+        ("servers = [\"http://h:1\"]", "rollout.servers: has no effect with rollout.engine = \"local\""),
+        ("engine = \"vllm\"", "rollout.servers: is missing"),
+        ("engine = \"vllm\"\nservers = [\"http://h:1\", \"http://h:1/v1\"]", "lists http://h:1 twice"),
+        ("engine = \"vllm\"\nservers = [\"h:1\"]", "must begin with http://"),
+    ] {
+        let errors = errors(rollout, "");
+        assert!(errors.contains(words), "{rollout}: {errors}");
+    }
 }

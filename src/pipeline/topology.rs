@@ -321,6 +321,7 @@ pub fn fleet_plan(config: &Config, prepared: &Prepared, run: &Path) -> Result<Op
         token_timeout: Duration::from_secs_f64(rollout.token_timeout_s),
         outage: Duration::from_secs_f64(rollout.outage_s),
         in_flight: rollout.update == UpdateMode::InFlight,
+        lora: learning::lora(config).map(|(lora, _)| lora),
         run: seed::text(&place.to_string_lossy()) as u32,
         admission: admission(config),
         check_version: rollout.check_version,

@@ -108,6 +108,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
         &[
             "lm::source",
             "pipeline::data",
+            "pipeline::generate",
             "pipeline::label",
             "rl::algo",
             "util::disk",

@@ -12,10 +12,10 @@ use tokio::sync::watch;
 
 use super::hand_over;
 use super::http::Fault;
-use super::server::{Condition, SamplingPlan, Server};
+use super::server::{Condition, Group, SamplingPlan, Server};
 use super::store::{Stored, WeightStore};
 use crate::config::EngineKind;
-use crate::lm::model::Decoder;
+use crate::lm::model::{Decoder, Lora};
 use crate::observe::telemetry;
 use crate::pipeline::generate::Sampled;
 use crate::pipeline::generate::sampler::Sampling;
@@ -48,6 +48,8 @@ pub struct FleetPlan {
     pub outage: Duration,
     /// True if weights may change while completions are under way.
     pub in_flight: bool,
+    /// Adapters, if they are trained, and not all weights.
+    pub lora: Option<Lora>,
     /// Identifier of the run in the names of versions.
     pub run: u32,
     /// Staleness bound and batch size, from which the oldest version that a group may start with follows.
@@ -98,6 +100,10 @@ pub struct Fleet {
     pub(super) stopped: AtomicBool,
     /// Time of the last answer that could be trained on.
     answered: Mutex<Instant>,
+    /// Time since which no server is ready.
+    unusable_since: Mutex<Option<Instant>>,
+    /// True if [`Self::end_waiting`] has acted on the present outage.
+    ended_waiting: AtomicBool,
 }
 
 impl Fleet {
@@ -137,6 +143,8 @@ impl Fleet {
             recent: Mutex::default(),
             stopped: AtomicBool::new(false),
             answered: Mutex::new(Instant::now()),
+            unusable_since: Mutex::new(None),
+            ended_waiting: AtomicBool::new(false),
         }))
     }
 
@@ -232,6 +240,11 @@ impl Fleet {
         if self.servers.iter().any(is_ready) { String::new() } else { format!("waits for servers: {}", self.reasons()) }
     }
 
+    /// Returns whether a ready server has a version that is only too old for a group, so that a hand-over ends the wait.
+    fn has_newer_to_come(&self) -> bool {
+        self.servers.iter().any(|server| server.state().condition == Condition::Ready)
+    }
+
     /// Returns the oldest version that group number `seq` may start with, so that no token is older than η versions when the
     /// group is trained on: ⌊seq/B⌋ − η.
     pub(super) fn min_version(&self, seq: u64) -> u64 {
@@ -261,7 +274,30 @@ impl Fleet {
                 status!("{line}");
             }
             self.observe(server);
+            let usable = self.servers.iter().any(|server| server.state().condition == Condition::Ready);
+            let mut since = lock(&self.unusable_since);
+            *since = if usable { None } else { since.or_else(|| Some(Instant::now())) };
+            drop(since);
+            if usable {
+                self.ended_waiting.store(false, Ordering::SeqCst);
+            }
             self.admit();
+        }
+    }
+
+    /// Returns whether no server has been usable for the outage limit.
+    fn is_out(&self) -> bool {
+        lock(&self.unusable_since).is_some_and(|since| since.elapsed() >= self.plan.outage)
+    }
+
+    /// After an outage, admits one batch more. Without that, a run that waits for admission would not learn of the outage:
+    /// the prompts find no server, and end the run with the reason.
+    pub(super) fn end_waiting(&self) {
+        if self.is_out()
+            && !self.ended_waiting.swap(true, Ordering::SeqCst)
+            && let Some(gate) = &*lock(&self.gate)
+        {
+            gate.set_version(gate.version() + 1);
         }
     }
 
@@ -285,7 +321,9 @@ impl Fleet {
         loop {
             changes.borrow_and_update();
             let Some((server, stored)) = self.reserve(n, min_version) else {
-                if began.max(*lock(&self.answered)).elapsed() >= self.plan.outage {
+                // A server that fails each request is ready again and again, but never answers.
+                let unanswered = began.max(*lock(&self.answered)).elapsed() >= self.plan.outage;
+                if self.is_out() || (unanswered && !self.has_newer_to_come()) {
                     let after = if last.is_empty() { String::new() } else { format!("; the last failure: {last}") };
                     anyhow::bail!(
                         "no rollout server could be used for {:.0} s (rollout.outage_s): {}{after}",
@@ -299,7 +337,9 @@ impl Fleet {
             };
             let guard = UnderWay { server: &server, version: stored.tag.version, n };
             // Repetitions have another seed, since the same one may give the same tokens, which cannot be trained on.
-            let sampled = server.generate(&stored, prompt, n, seed.wrapping_add(u64::from(invalid))).await;
+            let max_tokens = self.plan.sampling.max_new_tokens;
+            let group = Group { n, max_tokens, seed: seed.wrapping_add(u64::from(invalid)) };
+            let sampled = server.generate(&stored, prompt, group).await;
             drop(guard);
             let sampled = sampled.and_then(|sampled| {
                 let oldest = sampled.iter().flat_map(|one| &one.versions).min().copied().unwrap_or(0);

@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use preceptor_actors::{Snapshot, SnapshotCell, SnapshotReader};
 
 use super::canary::{Measured, Taken, Verdict, mean_square};
 use super::fleet::Fleet;
 use super::http::Fault;
-use super::server::{Condition, Server};
-use super::store::{Stored, Tag, WeightStore};
+use super::server::{Condition, Group, Server};
+use super::store::{Content, Stored, Tag, WeightStore};
 use crate::lm::model::{Decoder, Pack};
 use crate::observe::telemetry;
 use crate::pipeline::generate::Sampled;
@@ -29,11 +29,19 @@ const FIRST: f64 = 0.1;
 /// Difference above which the first comparison is logged as one of precision.
 const EXACT: f64 = 1e-3;
 
+/// Number of completions of each recent prompt that the canary samples from an adapter.
+const COMPLETIONS: usize = 4;
+/// Maximum number of tokens of each.
+const TOKENS: usize = 64;
+
+/// Prompts and completions.
+type Samples = Vec<(Vec<u32>, Vec<u32>)>;
+
 /// Weights that a server is known to compute with, and its log-probabilities under them.
 struct Verified {
     weights: Arc<Decoder>,
     version: u64,
-    samples: Vec<(Vec<u32>, Vec<u32>)>,
+    samples: Samples,
     /// Server's log-probabilities of the samples.
     server: Vec<f32>,
 }
@@ -58,18 +66,14 @@ pub(super) fn begin(
             }
         }
     });
-    let stored = store.put(tag(fleet, &snapshot), &snapshot.value)?;
+    let stored = stored(fleet, &snapshot, store)?;
     fleet.runtime.block_on(server.load(&stored, LOAD))?;
-    let samples = fleet.samples();
-    let theirs = score(fleet, server, &stored, &samples)?;
-    let ours = learner(&snapshot.value, &samples)?;
-    let distance = mean_square(&theirs, &ours).sqrt();
+    check_temperature(fleet, server, &stored, &snapshot.value)?;
+    let distance = distance(fleet, server, &stored, &snapshot.value)?;
     ensure!(
         distance <= FIRST,
-        "its log-probabilities differ from the policy's by {distance:.3} nats (root mean square over {} tokens): it has another base model, or did not take the weights; serve the model of policy.model",
-        ours.len()
+        "its log-probabilities differ from the policy's by {distance:.3} nats (root mean square): it has another base model, or did not take the weights; serve the model of policy.model"
     );
-    compare_sampling(fleet, server, &stored, &snapshot.value)?;
     let precision =
         if distance > EXACT { "; it computes with another precision, which the correction covers" } else { "" };
     status!(
@@ -82,24 +86,30 @@ pub(super) fn begin(
     Ok(())
 }
 
-/// Samples one completion, and compares its log-probabilities with the policy's at the run's temperature.
-fn compare_sampling(fleet: &Fleet, server: &Server, stored: &Stored, policy: &Decoder) -> Result<()> {
-    let prompt = &fleet.plan.example;
-    let sampled = fleet.runtime.block_on(server.generate(stored, prompt, 1, 0))?;
-    let Some(Sampled { ids, logprobs, .. }) = sampled.into_iter().next() else { bail!("it returned no completion") };
-    let pack = Pack::new(prompt, &[ids]);
-    let temperature = fleet.plan.sampling.temperature;
-    let ours = policy.score(&pack, &[temperature, 1.0])?;
-    let distances: Vec<f64> = ours.iter().map(|ours| mean_square(ours, &logprobs).sqrt()).collect();
-    ensure!(
-        distances[0] <= FIRST,
-        "the log-probabilities of its samples differ from the policy's by {:.3} nats at temperature {temperature}{}",
-        distances[0],
-        if distances[1] <= FIRST {
-            "; they are those at temperature 1: start vLLM with --logprobs-mode processed_logprobs"
-        } else {
-            ""
+/// Returns the distance of the server's log-probabilities from the policy's, as root mean square in nats.
+fn distance(fleet: &Fleet, server: &Server, stored: &Stored, policy: &Decoder) -> Result<f64> {
+    let (theirs, ours) = match stored.content {
+        Content::Adapters => {
+            let (samples, theirs) = sample(fleet, server, stored)?;
+            (theirs, learner(policy, &samples, fleet.plan.sampling.temperature)?)
         }
+        Content::Full => {
+            let samples = fleet.samples();
+            (score(fleet, server, stored, &samples)?, learner(policy, &samples, 1.0)?)
+        }
+    };
+    Ok(mean_square(&theirs, &ours).sqrt())
+}
+
+/// Checks that the log-probabilities of samples are not those at temperature 1 instead of the run's.
+fn check_temperature(fleet: &Fleet, server: &Server, stored: &Stored, policy: &Decoder) -> Result<()> {
+    let (samples, theirs) = sample(fleet, server, stored)?;
+    let temperature = fleet.plan.sampling.temperature;
+    let distance =
+        |temperature| -> Result<f64> { Ok(mean_square(&theirs, &learner(policy, &samples, temperature)?).sqrt()) };
+    ensure!(
+        distance(temperature)? <= FIRST || distance(1.0)? > FIRST,
+        "the log-probabilities of its samples are those at temperature 1, and not at rollout.temperature = {temperature}; start vLLM with --logprobs-mode processed_logprobs"
     );
     Ok(())
 }
@@ -116,6 +126,7 @@ pub(super) fn run(fleet: &Arc<Fleet>, server: &Server, cell: &Arc<SnapshotCell<D
             Some(Verified { weights: first.value, version: first.version, samples: Vec::new(), server: Vec::new() });
     }
     while !fleet.stopped.load(Ordering::SeqCst) {
+        fleet.end_waiting();
         let condition = server.state().condition.clone();
         if let Condition::Down(_) = condition {
             pause(fleet, RETRY);
@@ -138,6 +149,7 @@ pub(super) fn run(fleet: &Arc<Fleet>, server: &Server, cell: &Arc<SnapshotCell<D
         match hand_over(fleet, server, &snapshot, store, &mut verified) {
             Ok(()) => {
                 acknowledge(&mut reader, &snapshot);
+                unload_unused(fleet, server);
                 let used = |version: u64| {
                     fleet.servers.iter().any(|server| {
                         let state = server.state();
@@ -194,9 +206,10 @@ fn hand_over(
 ) -> Result<(), Failure> {
     let began = Instant::now();
     let before = server.state().loaded.clone();
-    let stored = store.put(tag(fleet, snapshot), &snapshot.value)?;
+    let stored = stored(fleet, snapshot, store)?;
     // The server is asked about the weights that it has before they are replaced.
     if let (Some(known), Some(before)) = (verified.as_mut(), &before)
+        && before.content == Content::Full
         && known.version == before.tag.version
     {
         known.samples = fleet.samples();
@@ -270,21 +283,32 @@ fn check(
     stored: &Stored,
     verified: Option<&Verified>,
 ) -> Result<Checked> {
-    let Some(known) = verified.filter(|known| !known.server.is_empty()) else {
+    let adapters = stored.content == Content::Adapters;
+    let Some(known) = verified.filter(|known| adapters || !known.server.is_empty()) else {
         // Nothing is known of the server: it has just started. Its log-probabilities themselves must be the policy's.
-        let samples = fleet.samples();
-        let distance =
-            mean_square(&score(fleet, server, stored, &samples)?, &learner(&snapshot.value, &samples)?).sqrt();
+        let distance = distance(fleet, server, stored, &snapshot.value)?;
         return Ok(match distance <= FIRST {
             true => Checked::Taken(1.0),
             false => Checked::NotTaken(format!("its log-probabilities differ from the policy's by {distance:.3} nats")),
         });
     };
+    // Some versions of vLLM fail if log-probabilities of prompts are asked of an adapter, so its own samples are compared.
+    let (samples, before, after, temperature) = match adapters {
+        true => {
+            let (samples, after) = sample(fleet, server, stored)?;
+            (samples, None, after, fleet.plan.sampling.temperature)
+        }
+        false => {
+            let after = score(fleet, server, stored, &known.samples)?;
+            (known.samples.clone(), Some(&known.server), after, 1.0)
+        }
+    };
+    let learner_before = learner(&known.weights, &samples, temperature)?;
     let measured = Measured {
-        learner_before: &learner(&known.weights, &known.samples)?,
-        learner_after: &learner(&snapshot.value, &known.samples)?,
-        server_before: &known.server,
-        server_after: &score(fleet, server, stored, &known.samples)?,
+        learner_before: &learner_before,
+        learner_after: &learner(&snapshot.value, &samples, temperature)?,
+        server_before: before.unwrap_or(&learner_before),
+        server_after: &after,
     };
     let Some(taken) = Taken::measure(&measured) else { return Ok(Checked::Taken(1.0)) };
     Ok(match taken.verdict() {
@@ -308,11 +332,26 @@ fn score(fleet: &Fleet, server: &Server, stored: &Stored, samples: &[(Vec<u32>, 
     Ok(all)
 }
 
-/// Returns the learner's log-probabilities of the samples' completions, at temperature 1.
-fn learner(weights: &Decoder, samples: &[(Vec<u32>, Vec<u32>)]) -> Result<Vec<f32>> {
+/// Samples completions of recent prompts with the version `stored`. Returns prompts and completions, and the server's
+/// log-probabilities at the run's temperature.
+fn sample(fleet: &Fleet, server: &Server, stored: &Stored) -> Result<(Samples, Vec<f32>)> {
+    let (mut samples, mut all) = (Vec::new(), Vec::new());
+    let max_tokens = fleet.plan.sampling.max_new_tokens.min(TOKENS);
+    for (prompt, _) in fleet.samples() {
+        let group = Group { n: COMPLETIONS, max_tokens, seed: 0 };
+        for Sampled { ids, logprobs, .. } in fleet.runtime.block_on(server.generate(stored, &prompt, group))? {
+            samples.push((prompt.clone(), ids));
+            all.extend(logprobs);
+        }
+    }
+    Ok((samples, all))
+}
+
+/// Returns the learner's log-probabilities of the samples' completions.
+fn learner(weights: &Decoder, samples: &[(Vec<u32>, Vec<u32>)], temperature: f64) -> Result<Vec<f32>> {
     let mut all = Vec::new();
     for (prompt, completion) in samples {
-        let scores = weights.score(&Pack::new(prompt, std::slice::from_ref(completion)), &[1.0])?;
+        let scores = weights.score(&Pack::new(prompt, std::slice::from_ref(completion)), &[temperature])?;
         all.extend(scores.into_iter().flatten());
     }
     Ok(all)
@@ -332,6 +371,16 @@ fn unload_unused(fleet: &Fleet, server: &Server) {
     };
     for tag in unused {
         fleet.runtime.block_on(server.unload(&tag.to_string()));
+    }
+}
+
+/// Stores the weights of `snapshot`. Weights without adapters get initial ones, which change nothing, if adapters are
+/// trained: a server's base model stays as it is.
+fn stored(fleet: &Fleet, snapshot: &Snapshot<Decoder>, store: &dyn WeightStore) -> Result<Stored> {
+    let tag = tag(fleet, snapshot);
+    match &fleet.plan.lora {
+        Some(lora) if snapshot.value.lora().is_none() => store.put(tag, &snapshot.value.adapted(lora, 0)?.0),
+        _ => store.put(tag, &snapshot.value),
     }
 }
 

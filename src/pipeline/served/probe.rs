@@ -89,6 +89,11 @@ fn parse(version: &str) -> Option<(u64, u64)> {
 
 /// Returns the name of the base model, and the context length if the server tells it.
 async fn model(kind: EngineKind, http: &Http) -> Result<(String, Option<usize>)> {
+    if kind == EngineKind::Sglang {
+        let info = http.get("/get_model_info", QUICK).await?;
+        let name = info["model_path"].as_str().context("it does not tell its model at /get_model_info")?;
+        return Ok((name.to_owned(), None));
+    }
     let list = http.get("/v1/models", QUICK).await?;
     let models = list["data"].as_array().map(Vec::as_slice).unwrap_or_default();
     let Some(base) = models.iter().find(|model| model["parent"].is_null()) else {
@@ -97,9 +102,7 @@ async fn model(kind: EngineKind, http: &Http) -> Result<(String, Option<usize>)>
     let name = base["id"].as_str().context("its model has no name")?.to_owned();
     let told = &base["max_model_len"];
     let context = told.as_u64().map(|context| context as usize);
-    if kind == EngineKind::Vllm {
-        ensure!(context.is_some(), "it does not tell its context length (max_model_len), as vLLM does");
-    }
+    ensure!(context.is_some(), "it does not tell its context length (max_model_len), as vLLM does");
     Ok((name, context))
 }
 

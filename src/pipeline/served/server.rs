@@ -8,7 +8,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::http::{Fault, Http};
-use super::store::{Stored, Tag};
+use super::store::{Content, Stored, Tag};
 use super::{sglang, vllm};
 use crate::config::EngineKind;
 use crate::pipeline::generate::Sampled;
@@ -30,6 +30,17 @@ pub(super) struct SamplingPlan {
     pub(super) timeout: Duration,
     /// True if weights may change while completions are under way.
     pub(super) in_flight: bool,
+}
+
+/// Completions to sample of one prompt.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Group {
+    /// Number of completions.
+    pub(super) n: usize,
+    /// Maximum number of tokens of each.
+    pub(super) max_tokens: usize,
+    /// Seed of their random stream.
+    pub(super) seed: u64,
 }
 
 /// A completion as a server reports it.
@@ -140,14 +151,8 @@ impl Server {
         true
     }
 
-    /// Samples `n` completions of `prompt` with the version `stored`.
-    pub(super) async fn generate(
-        &self,
-        stored: &Stored,
-        prompt: &[u32],
-        n: usize,
-        seed: u64,
-    ) -> Result<Vec<Sampled>, Fault> {
+    /// Samples completions of `prompt` with the version `stored`.
+    pub(super) async fn generate(&self, stored: &Stored, prompt: &[u32], group: Group) -> Result<Vec<Sampled>, Fault> {
         let plan = &*self.plan;
         let tag = stored.tag.to_string();
         let known = |name: &str| {
@@ -156,34 +161,34 @@ impl Server {
                 None => format!("tokens were sampled with weights called {name:?}, which are not of this run"),
             })
         };
-        let versions = match stored.adapters {
-            true => Versions::Adapter(stored.tag.version),
-            false => Versions::Told(&known),
+        let versions = match stored.content {
+            Content::Adapters => Versions::Adapter(stored.tag.version),
+            Content::Full => Versions::Told(&known),
         };
+        let adapter = (stored.content == Content::Adapters).then_some(tag.as_str());
         let choices = match self.kind {
             EngineKind::Sglang => {
-                let body = sglang::generate(plan, stored.adapters.then_some(tag.as_str()), prompt, n, seed);
+                let body = sglang::generate(plan, adapter, prompt, group);
                 let answer = self.http.post("/generate", &body, plan.timeout).await?;
                 self.checked(stored).await;
                 sglang::choices(&answer, &versions)?
             }
             _ => {
-                let model = if stored.adapters { &tag } else { &self.base };
-                let body = vllm::generate(plan, model, stored.tag, prompt, n, seed);
+                let body = vllm::generate(plan, adapter.unwrap_or(&self.base), stored.tag, prompt, group);
                 let answer = self.http.post("/inference/v1/generate", &body, plan.timeout).await?;
                 self.checked(stored).await;
                 vllm::choices(&answer, &versions)?
             }
         };
-        if choices.len() != n {
-            return Err(Fault::Invalid(format!("{} completions instead of {n}", choices.len())));
+        if choices.len() != group.n {
+            return Err(Fault::Invalid(format!("{} completions instead of {}", choices.len(), group.n)));
         }
-        choices.into_iter().map(|choice| plan.complete(choice)).collect()
+        choices.into_iter().map(|choice| plan.complete(choice, group.max_tokens)).collect()
     }
 
-    /// Waits until a version that is being handed over is checked, unless `stored` is an adapter, whose version is certain.
+    /// Waits until a version that is being handed over is checked, unless the request named an adapter, whose version is certain.
     async fn checked(&self, stored: &Stored) {
-        while !stored.adapters && self.state().unchecked {
+        while stored.content == Content::Full && self.state().unchecked {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
@@ -191,7 +196,7 @@ impl Server {
     /// Returns the log-probabilities of `ids` from the second on, at temperature 1, with the version `stored`, or with the
     /// base model's own weights.
     pub(super) async fn score(&self, stored: Option<&Stored>, ids: &[u32]) -> Result<Vec<f32>, Fault> {
-        let tag = stored.filter(|stored| stored.adapters).map(|stored| stored.tag.to_string());
+        let tag = stored.filter(|stored| stored.content == Content::Adapters).map(|stored| stored.tag.to_string());
         let timeout = self.plan.timeout;
         match self.kind {
             EngineKind::Sglang => {
@@ -209,9 +214,10 @@ impl Server {
         let name = stored.tag.to_string();
         // Tokens of the version may be reported as soon as the server has it.
         self.state().names.insert(name.clone(), stored.tag.version);
-        if stored.adapters {
+        if stored.content == Content::Adapters {
             let body = json!({ "lora_name": name, "lora_path": stored.location });
-            let loaded = match self.http.post("/v1/load_lora_adapter", &body, timeout).await {
+            let path = format!("{}/load_lora_adapter", self.adapter_routes());
+            let loaded = match self.http.post(&path, &body, timeout).await {
                 // vLLM refuses a name that is loaded already; the name stands for one content only.
                 Err(Fault::Refused(why)) if why.contains("already") => Ok(()),
                 Err(Fault::Lost(why)) if self.kind == EngineKind::Vllm => Err(Fault::Refused(format!(
@@ -279,10 +285,16 @@ impl Server {
         }
     }
 
+    /// Returns the path below which the server has the routes of adapters.
+    fn adapter_routes(&self) -> &'static str {
+        if self.kind == EngineKind::Sglang { "" } else { "/v1" }
+    }
+
     /// Removes an adapter from the server. A failure is logged: the adapter takes memory, and does no harm otherwise.
     pub(super) async fn unload(&self, name: &str) {
         let body = json!({ "lora_name": name });
-        if let Err(fault) = self.http.post("/v1/unload_lora_adapter", &body, QUICK).await {
+        let path = format!("{}/unload_lora_adapter", self.adapter_routes());
+        if let Err(fault) = self.http.post(&path, &body, QUICK).await {
             tracing::debug!("{} did not unload {name}: {fault}", self.name());
         }
     }
@@ -302,7 +314,7 @@ impl Server {
 
 impl SamplingPlan {
     /// Ends a completion where the run's own engine would end it, and checks that it can be trained on.
-    fn complete(&self, choice: Choice) -> Result<Sampled, Fault> {
+    fn complete(&self, choice: Choice, max_tokens: usize) -> Result<Sampled, Fault> {
         let Choice { mut ids, mut logprobs, mut versions, reason } = choice;
         let invalid = |why: String| Err(Fault::Invalid(why));
         if ids.is_empty() || ids.len() != logprobs.len() || ids.len() != versions.len() {
@@ -329,14 +341,14 @@ impl SamplingPlan {
             } else if sampling.stop.as_ref().is_some_and(|stop| stop.ends(&ids[..len])) {
                 Some((len, Finish::Stop))
             } else {
-                (len >= sampling.max_new_tokens).then_some((len, Finish::Length))
+                (len >= max_tokens).then_some((len, Finish::Length))
             }
         });
         let Some((len, finish)) = end else {
             return invalid(format!(
                 "a completion ended after {} of {} tokens for the reason {reason:?}, but with no end token and no stop string of this run",
                 ids.len(),
-                sampling.max_new_tokens
+                max_tokens
             ));
         };
         ids.truncate(len);

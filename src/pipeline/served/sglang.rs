@@ -3,18 +3,18 @@
 use serde_json::{Value, json};
 
 use super::http::Fault;
-use super::server::{Choice, SamplingPlan, Versions};
+use super::server::{Choice, Group, SamplingPlan, Versions};
 
-/// Returns the body of a request for `n` completions of `prompt` by the adapter called `adapter`, if set.
-pub(super) fn generate(plan: &SamplingPlan, adapter: Option<&str>, prompt: &[u32], n: usize, seed: u64) -> Value {
+/// Returns the body of a request for completions of `prompt` by the adapter called `adapter`, if set.
+pub(super) fn generate(plan: &SamplingPlan, adapter: Option<&str>, prompt: &[u32], group: Group) -> Value {
     let sampling = &plan.sampling;
     let mut body = json!({
         "input_ids": prompt,
         "sampling_params": {
-            "max_new_tokens": sampling.max_new_tokens,
+            "max_new_tokens": group.max_tokens,
             "temperature": sampling.temperature,
-            "n": n,
-            "sampling_seed": seed & (i64::MAX as u64),
+            "n": group.n,
+            "sampling_seed": group.seed & (i64::MAX as u64),
             "ignore_eos": true,
             "stop_token_ids": sampling.eos,
         },

@@ -1,6 +1,7 @@
 //! Storage of published weights where servers can read them.
 
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use anyhow::{Context, Result};
 use candle_core::DType;
@@ -8,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::lm::model::{Decoder, Weights, export};
 use crate::util::disk;
+use crate::util::mutex::lock;
 
 /// Name of a version of the weights of one run. It is never reused for other weights: the fingerprint is part of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -43,8 +45,17 @@ pub struct Stored {
     pub tag: Tag,
     /// Location of the weights as servers see it.
     pub location: String,
-    /// True if only adapters are stored, for the base model that the server has; false for all weights.
-    pub adapters: bool,
+    /// Form of the weights.
+    pub content: Content,
+}
+
+/// Form in which a server gets a version of the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Adapters for the server's base model.
+    Adapters,
+    /// All weights.
+    Full,
 }
 
 /// Place where published weights are written for servers, and for workers on other machines.
@@ -67,6 +78,8 @@ pub struct FolderStore {
     /// Name of the base model, for the configuration of adapters.
     base: Option<String>,
     dtype: DType,
+    /// Held while files are changed: each server has a thread that may store the same version.
+    changing: Mutex<()>,
 }
 
 /// File with the SHA-256 of each other file of a version. It is written last.
@@ -82,7 +95,7 @@ impl FolderStore {
         std::fs::create_dir_all(folder).with_context(place)?;
         let folder = folder.canonicalize().with_context(place)?;
         let seen_as = seen_as.map_or_else(|| folder.clone(), Path::to_owned);
-        Ok(Self { folder, seen_as, base, dtype })
+        Ok(Self { folder, seen_as, base, dtype, changing: Mutex::new(()) })
     }
 
     fn fill(&self, dir: &Path, weights: &Decoder) -> Result<()> {
@@ -111,6 +124,7 @@ impl FolderStore {
 
 impl WeightStore for FolderStore {
     fn put(&self, tag: Tag, weights: &Decoder) -> Result<Stored> {
+        let _guard = lock(&self.changing);
         let name = tag.to_string();
         let (dir, partial) = (self.folder.join(&name), self.folder.join(format!(".{name}.partial")));
         let write = || -> Result<()> {
@@ -130,10 +144,12 @@ impl WeightStore for FolderStore {
         };
         write().with_context(|| format!("cannot write the weights for servers to {}", dir.display()))?;
         let location = self.seen_as.join(&name).display().to_string();
-        Ok(Stored { tag, location, adapters: weights.lora().is_some() })
+        let content = if weights.lora().is_some() { Content::Adapters } else { Content::Full };
+        Ok(Stored { tag, location, content })
     }
 
     fn retain(&self, run: u32, is_used: &dyn Fn(u64) -> bool) {
+        let _guard = lock(&self.changing);
         let Ok(entries) = std::fs::read_dir(&self.folder) else { return };
         for entry in entries.flatten() {
             let name = entry.file_name();
@@ -171,7 +187,7 @@ mod tests {
         let store = FolderStore::new(&dir.path().join("w"), Some(Path::new("/seen")), None, DType::F32).unwrap();
         let tag = Tag { run: 1, version: 3, fingerprint: 9 };
         let stored = store.put(tag, &model).unwrap();
-        assert_eq!((stored.location.as_str(), stored.adapters), ("/seen/policy-00000001-3-00000009", false));
+        assert_eq!((stored.location.as_str(), stored.content), ("/seen/policy-00000001-3-00000009", Content::Full));
         let read = |file: &str| candle_core::safetensors::load(dir.path().join("w").join(file), &Device::Cpu).unwrap();
         let written = read("policy-00000001-3-00000009/model.safetensors");
         let flat = |tensor: &candle_core::Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -180,7 +196,7 @@ mod tests {
         let lora = Lora { rank: 2, alpha: 4.0, targets: vec!["q_proj".into()] };
         let (adapted, _) = model.adapted(&lora, 1).unwrap();
         let next = Tag { version: 4, ..tag };
-        assert!(store.put(next, &adapted).unwrap().adapters);
+        assert_eq!(store.put(next, &adapted).unwrap().content, Content::Adapters);
         let written = read("policy-00000001-4-00000009/adapter_model.safetensors");
         assert!(written.keys().all(|name| name.contains("lora_")), "{:?}", written.keys());
         store.retain(1, &|version| version == 4);

@@ -7,11 +7,11 @@
 use serde_json::{Value, json};
 
 use super::http::Fault;
-use super::server::{Choice, SamplingPlan, Versions};
+use super::server::{Choice, Group, SamplingPlan, Versions};
 use super::store::Tag;
 
-/// Returns the body of a request for `n` completions of `prompt`.
-pub(super) fn generate(plan: &SamplingPlan, model: &str, tag: Tag, prompt: &[u32], n: usize, seed: u64) -> Value {
+/// Returns the body of a request for completions of `prompt`.
+pub(super) fn generate(plan: &SamplingPlan, model: &str, tag: Tag, prompt: &[u32], group: Group) -> Value {
     let sampling = &plan.sampling;
     let mut body = json!({
         "model": model,
@@ -19,10 +19,10 @@ pub(super) fn generate(plan: &SamplingPlan, model: &str, tag: Tag, prompt: &[u32
         // Keys and values of other weights must not be found in the prefix cache.
         "cache_salt": tag.to_string(),
         "sampling_params": {
-            "max_tokens": sampling.max_new_tokens,
+            "max_tokens": group.max_tokens,
             "temperature": sampling.temperature,
-            "n": n,
-            "seed": seed & (i64::MAX as u64),
+            "n": group.n,
+            "seed": group.seed & (i64::MAX as u64),
             "logprobs": 0,
             // The end tokens are those of the run, and not those of the server's generation_config.json.
             "ignore_eos": true,
