@@ -69,10 +69,9 @@ impl RolloutEngine for ServedEngine {
     fn submit(&mut self, prompt: &Prompt, seeds: Vec<u64>) -> Result<()> {
         let (fleet, answers) = (Arc::clone(&self.fleet), self.answers.0.clone());
         let (seq, n, ids) = (prompt.seq, seeds.len(), Arc::clone(&prompt.ids));
-        let seed = seeds.first().copied().unwrap_or_default();
         let min_version = if self.any_version { 0 } else { fleet.min_version(seq) };
         let work = async move {
-            let sampled = fleet.sample(&ids, n, seed, min_version).await;
+            let sampled = fleet.sample(&ids, n, min_version).await;
             // If the engine was dropped, nobody needs the answer.
             let _ = answers.send((seq, sampled));
         };

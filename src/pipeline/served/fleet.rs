@@ -313,7 +313,7 @@ impl Fleet {
     ///
     /// # Errors
     /// If no server is usable for too long, or a server refuses the request.
-    pub(super) async fn sample(&self, prompt: &[u32], n: usize, seed: u64, min_version: u64) -> Result<Vec<Sampled>> {
+    pub(super) async fn sample(&self, prompt: &[u32], n: usize, min_version: u64) -> Result<Vec<Sampled>> {
         let mut changes = self.changes.subscribe();
         let began = Instant::now();
         let mut invalid = 0u32;
@@ -336,9 +336,8 @@ impl Fleet {
                 continue;
             };
             let guard = UnderWay { server: &server, version: stored.tag.version, n };
-            // Repetitions have another seed, since the same one may give the same tokens, which cannot be trained on.
             let max_tokens = self.plan.sampling.max_new_tokens;
-            let group = Group { n, max_tokens, seed: seed.wrapping_add(u64::from(invalid)) };
+            let group = Group { n, max_tokens };
             let sampled = server.generate(&stored, prompt, group).await;
             drop(guard);
             let sampled = sampled.and_then(|sampled| {

@@ -307,7 +307,7 @@ fn check(
     let measured = Measured {
         learner_before: &learner_before,
         learner_after: &learner(&snapshot.value, &samples, temperature)?,
-        server_before: before.unwrap_or(&learner_before),
+        server_before: before.map(Vec::as_slice),
         server_after: &after,
     };
     let Some(taken) = Taken::measure(&measured) else { return Ok(Checked::Taken(1.0)) };
@@ -338,7 +338,7 @@ fn sample(fleet: &Fleet, server: &Server, stored: &Stored) -> Result<(Samples, V
     let (mut samples, mut all) = (Vec::new(), Vec::new());
     let max_tokens = fleet.plan.sampling.max_new_tokens.min(TOKENS);
     for (prompt, _) in fleet.samples() {
-        let group = Group { n: COMPLETIONS, max_tokens, seed: 0 };
+        let group = Group { n: COMPLETIONS, max_tokens };
         for Sampled { ids, logprobs, .. } in fleet.runtime.block_on(server.generate(stored, &prompt, group))? {
             samples.push((prompt.clone(), ids));
             all.extend(logprobs);

@@ -39,8 +39,6 @@ pub(super) struct Group {
     pub(super) n: usize,
     /// Maximum number of tokens of each.
     pub(super) max_tokens: usize,
-    /// Seed of their random stream.
-    pub(super) seed: u64,
 }
 
 /// A completion as a server reports it.

@@ -14,7 +14,6 @@ pub(super) fn generate(plan: &SamplingPlan, adapter: Option<&str>, prompt: &[u32
             "max_new_tokens": group.max_tokens,
             "temperature": sampling.temperature,
             "n": group.n,
-            "sampling_seed": group.seed & (i64::MAX as u64),
             "ignore_eos": true,
             "stop_token_ids": sampling.eos,
         },

@@ -13,6 +13,8 @@ use super::store::Tag;
 /// Returns the body of a request for completions of `prompt`.
 pub(super) fn generate(plan: &SamplingPlan, model: &str, tag: Tag, prompt: &[u32], group: Group) -> Value {
     let sampling = &plan.sampling;
+    // No seed: a server's samples depend on its batches anyway, and seeded requests are slower and have ended vLLM's engine
+    // on a CPU.
     let mut body = json!({
         "model": model,
         "token_ids": prompt,
@@ -22,7 +24,6 @@ pub(super) fn generate(plan: &SamplingPlan, model: &str, tag: Tag, prompt: &[u32
             "max_tokens": group.max_tokens,
             "temperature": sampling.temperature,
             "n": group.n,
-            "seed": group.seed & (i64::MAX as u64),
             "logprobs": 0,
             // The end tokens are those of the run, and not those of the server's generation_config.json.
             "ignore_eos": true,
