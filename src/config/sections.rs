@@ -381,7 +381,7 @@ section! {
         /// Number of threads of each rollout actor.
         [Changeable] threads: usize = pool(),
         /// Place where completions are sampled. With `vllm` and `sglang`, one rollout actor sends groups to inference
-        /// servers, which are handed each new version of the weights while the run goes on: adapters with `policy.lora`,
+        /// servers, which are handed each new version of the weights during the run: adapters with `policy.lora`,
         /// else all weights. Their log-probabilities differ slightly from the learner's, so a correction is required
         /// (`learner.correction`), and keys that restrict the sampled distribution are refused. See docs/served.md.
         [Changeable] engine: EngineKind = is(EngineKind::Local),

@@ -4,7 +4,7 @@
 use preceptor_actors::RoleShare;
 use serde::Serialize;
 
-use crate::config::{Choice, Config, RolloutWeights};
+use crate::config::{Choice, Config, EngineKind, RolloutWeights};
 use crate::pipeline::generate::MAX_SLOTS;
 
 /// Minimum busy share of a bottleneck role. Below it, no single role limits throughput.
@@ -152,6 +152,9 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
         "learn" => learn_relief(config, spare),
         _ => Vec::new(),
     };
+    if role == "rollout" && config.rollout.engine != EngineKind::Local {
+        return settings;
+    }
     let may_narrow = config.tolerates_off_policy() && config.rollouts_on_cpu_f32();
     if role == "rollout" && config.rollout.weights == RolloutWeights::F32 && may_narrow {
         settings.push(Setting {
@@ -178,6 +181,10 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
 
 fn rollout_relief(config: &Config, spare: usize) -> Vec<Setting> {
     let rollout = &config.rollout;
+    if rollout.engine != EngineKind::Local {
+        let why = "more completions under way on the servers, if they have room for them; otherwise add servers";
+        return vec![change("rollout.slots", rollout.slots, 2 * rollout.slots, why)];
+    }
     let mut settings = Vec::new();
     if rollout.slots < MAX_SLOTS {
         let slots = (2 * rollout.slots).min(MAX_SLOTS);
