@@ -253,6 +253,10 @@ fn the_documented_default_of_each_key_is_the_reader_s_default() {
         let Some(default) = &key.default_value else { continue };
         let mut overrides = around(path);
         overrides.retain(|text| text.split('=').next() != Some(path.as_str()));
+        if path == "rollout.servers" {
+            // Without servers, this process samples.
+            overrides.clear();
+        }
         if path.starts_with("policy.lora.") {
             overrides.push("policy.lora={}");
         }
