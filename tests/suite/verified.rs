@@ -410,7 +410,9 @@ fn signals_are_handled_in_every_phase() {
         running.until("it is not held", || dir.path().join("run").join(file).exists());
         // The server must answer while the phase is held.
         assert!(healthy(&address), "{point}");
-        running.signal(["-TERM", "-HUP", "-INT"][i % 3]);
+        // Under `nohup` the tests ignore SIGHUP, and so does the program.
+        let hang_up = if ignores_hang_up() { "-TERM" } else { "-HUP" };
+        running.signal(["-TERM", hang_up, "-INT"][i % 3]);
         let (status, text) = running.end();
         assert!(text.contains(end), "{point}: {text}");
         assert!(status.code().is_some(), "{point}: it was killed by the signal: {text}");
@@ -418,6 +420,13 @@ fn signals_are_handled_in_every_phase() {
         assert!(output.status.success() && stderr(&output).contains(next), "{point}: {}", stderr(&output));
         assert_eq!(steps(dir.path()), 4, "{point}");
     }
+}
+
+/// Returns whether this process ignores SIGHUP, by `proc(5)`.
+fn ignores_hang_up() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    u64::from_str_radix(mask.trim(), 16).unwrap() & 1 == 1
 }
 
 fn healthy(address: &str) -> bool {
