@@ -395,7 +395,7 @@ section! {
         /// Path under which servers see `weights_dir`, if it differs.
         [Changeable] server_weights_dir: Option<PathBuf> = unset("the absolute path of `weights_dir`").example("\"/mnt/weights\""),
         /// Time limit in seconds of a request for a group, in addition to `token_timeout_s` for each of `max_new_tokens`.
-        [Changeable] timeout_s: f64 = positive(60.0),
+        [Changeable] timeout_s: f64 = positive(300.0),
         /// See `timeout_s`.
         [Changeable] token_timeout_s: f64 = is(0.25).from(0),
         /// Number of seconds without any usable server after which the run ends with a checkpoint.
