@@ -143,8 +143,10 @@ fn a_server_that_is_killed_loses_no_prompt() {
     running.says("is down");
     a.restart();
     let (status, text) = running.end();
-    assert!(status.success() && text.contains("answers again"), "{text}");
+    // A quick run may have needed the server only for prompts that it had answered already.
+    assert!(status.success(), "{text}");
     assert_eq!(records(dir.path(), "metrics.jsonl").len(), 4, "{text}");
+    assert_eq!(trained(&dir.path().join("run")), (0..16).collect::<Vec<u64>>(), "each group is trained on once");
     replayed(dir.path());
 }
 

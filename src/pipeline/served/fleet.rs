@@ -1,7 +1,7 @@
 //! The servers of a run: choice of a server for a group, retries, and the versions that the run may use.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,8 @@ use crate::util::mutex::lock;
 
 /// Number of recent groups whose tokens the canary uses.
 const RECENT: usize = 4;
+/// Longest wait for a hand-over under way at the end of a run.
+const LAST_HAND_OVER: Duration = Duration::from_secs(60);
 /// Number of answers in a row that cannot be trained on, after which a server counts as failed.
 const MAX_INVALID: u32 = 3;
 
@@ -98,6 +100,8 @@ pub struct Fleet {
     /// Prompts and completions of recent groups.
     recent: Mutex<VecDeque<(Vec<u32>, Vec<u32>)>>,
     pub(super) stopped: AtomicBool,
+    /// Number of threads that hand weights over.
+    threads: AtomicUsize,
     /// Time of the last answer that could be trained on.
     answered: Mutex<Instant>,
     /// Time since which no server is ready.
@@ -142,6 +146,7 @@ impl Fleet {
             gate: Mutex::new(None),
             recent: Mutex::default(),
             stopped: AtomicBool::new(false),
+            threads: AtomicUsize::new(0),
             answered: Mutex::new(Instant::now()),
             unusable_since: Mutex::new(None),
             ended_waiting: AtomicBool::new(false),
@@ -161,15 +166,24 @@ impl Fleet {
         for server in &self.servers {
             let (fleet, server) = (Arc::clone(self), Arc::clone(server));
             let (cell, store) = (Arc::clone(cell), Arc::clone(&store));
-            let work = move || hand_over::run(&fleet, &server, &cell, &*store);
+            self.threads.fetch_add(1, Ordering::SeqCst);
+            let work = move || {
+                hand_over::run(&fleet, &server, &cell, &*store);
+                fleet.threads.fetch_sub(1, Ordering::SeqCst);
+            };
             std::thread::Builder::new().name("hand-over".into()).spawn(work).context("cannot start a thread")?;
         }
         Ok(())
     }
 
-    /// Ends the threads that hand weights over, after their present step.
+    /// Ends the threads that hand weights over, and waits until a hand-over under way is complete, so that no server is left
+    /// paused. The wait has a limit, since a server may not answer.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
+        let end = Instant::now() + LAST_HAND_OVER;
+        while self.threads.load(Ordering::SeqCst) > 0 && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Returns the highest version that a server has taken.
