@@ -18,6 +18,7 @@ pub mod resume;
 mod retry;
 mod rewind;
 mod rotating;
+mod servers;
 mod session;
 mod supervise;
 mod systemd;

@@ -1,7 +1,7 @@
 //! A training run in six steps: open the directory, load models and data, fine-tune, assemble the parts of the graph,
 //! warm up the reward model, train. Each step consumes the result of the previous one.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ use super::guard::Guard;
 use super::observer::{CheckpointSchedule, RunObserver};
 use super::open::{self, FineTuning, LearnerParts, StartState};
 use super::resume::{self, AcceptedKeys, Change};
+use super::servers::{HandOver, connect};
 use super::supervise::{Stop, graph_options, run_abandonable, run_interruptible, supervise};
 use super::{StartFrom, Summary, announce, announce_evaluation, begin, phases, reference, systemd};
 use crate::config::{Config, Mode};
@@ -26,9 +27,9 @@ use crate::observe::serve::{Token, serve, upkeep};
 use crate::observe::telemetry;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::remote::budget::Budget;
-use crate::pipeline::served::{Fleet, FolderStore};
+use crate::pipeline::served::Fleet;
 use crate::pipeline::setup::{Prepared, budget, prepare_with_budget};
-use crate::pipeline::topology::{LabelerFactory, Node, fleet_plan};
+use crate::pipeline::topology::{LabelerFactory, Node};
 use crate::run::checkpoint::{
     CheckpointFormat, CheckpointStore, CheckpointWriter, Identity, JudgeContents, OpenedCheckpoint, WinRates,
 };
@@ -188,16 +189,6 @@ impl OpenedRun {
             fleet,
         })
     }
-}
-
-/// Connects to the servers that sample for the run in the directory `run`; `None` if this process samples.
-///
-/// # Errors
-/// If a server does not suit the run.
-fn connect(config: &Config, prepared: &Prepared, run: &Path) -> Result<Option<Arc<Fleet>>> {
-    let Some(plan) = fleet_plan(config, prepared, run)? else { return Ok(None) };
-    let tokenizer = &prepared.tokenizer;
-    Fleet::connect(plan, &|text| tokenizer.encode(text)).map(Some)
 }
 
 /// A run whose models and data are loaded, and whose files are open.
@@ -360,15 +351,6 @@ impl LoadedRun {
     }
 }
 
-/// Stops the hand-over of weights to servers when it is dropped.
-struct HandOver(Arc<Fleet>);
-
-impl Drop for HandOver {
-    fn drop(&mut self) {
-        self.0.stop();
-    }
-}
-
 /// A run that is ready to train.
 pub(super) struct Session {
     config: Arc<Config>,
@@ -396,17 +378,9 @@ impl Session {
     /// # Errors
     /// If a server does not take the weights, or has another model.
     pub(super) async fn connect(&mut self) -> Result<()> {
-        let Some(fleet) = self.node.fleet.clone() else { return Ok(()) };
-        let rollout = &self.config.rollout;
-        let dir = lock(&self.files).dir().join("served");
-        let dir = rollout.weights_dir.clone().unwrap_or(dir);
-        let base = self.config.policy.model.name_at(&self.node.prepared.origin);
-        let dtype = precision::dtype(self.config.checkpoint.dtype);
-        let store = FolderStore::new(&dir, rollout.server_weights_dir.as_deref(), base, dtype)?;
-        self.hand_over = Some(HandOver(Arc::clone(&fleet)));
-        let cell = Arc::clone(&self.node.cell);
-        let start = move || fleet.start(&cell, Arc::new(store));
-        run_interruptible("handing the weights to the rollout servers", start).await.map_err(refusal)
+        let dir = lock(&self.files).dir().to_owned();
+        self.hand_over = HandOver::start(&self.config, &self.node, &dir).await?;
+        Ok(())
     }
 
     /// Warms up the reward model of a new run and writes a checkpoint, so that its labels are not paid for again.
