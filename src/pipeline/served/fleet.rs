@@ -168,7 +168,11 @@ impl Fleet {
             let (cell, store) = (Arc::clone(cell), Arc::clone(&store));
             self.threads.fetch_add(1, Ordering::SeqCst);
             let work = move || {
-                hand_over::run(&fleet, &server, &cell, &*store);
+                let run = || hand_over::run(&fleet, &server, &cell, &*store);
+                if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
+                    let why = "internal error: the thread that hands weights to it panicked".to_owned();
+                    fleet.set(&server, Condition::Rejected(why));
+                }
                 fleet.threads.fetch_sub(1, Ordering::SeqCst);
             };
             std::thread::Builder::new().name("hand-over".into()).spawn(work).context("cannot start a thread")?;

@@ -19,8 +19,10 @@ use crate::status;
 
 /// Time between two looks for new weights.
 const LOOK: Duration = Duration::from_millis(10);
-/// Time before a server that is down is tried again.
+/// Time before a server that is down is tried again; it doubles with each failure in a row, up to [`MAX_RETRY`].
 const RETRY: Duration = Duration::from_secs(1);
+/// Longest time before a server is tried again, and the time after which one that did not take a version is handed it again.
+const MAX_RETRY: Duration = Duration::from_secs(15);
 /// Time limit of a hand-over.
 const LOAD: Duration = Duration::from_secs(600);
 /// Greatest difference, as root mean square in nats, of a server's first log-probabilities from the run's. bf16 gives about
@@ -125,11 +127,13 @@ pub(super) fn run(fleet: &Arc<Fleet>, server: &Server, cell: &Arc<SnapshotCell<D
         verified =
             Some(Verified { weights: first.value, version: first.version, samples: Vec::new(), server: Vec::new() });
     }
+    let (mut retry, mut rejected) = (RETRY, Instant::now());
     while !fleet.stopped.load(Ordering::SeqCst) {
         fleet.end_waiting();
         let condition = server.state().condition.clone();
         if let Condition::Down(_) = condition {
-            pause(fleet, RETRY);
+            pause(fleet, retry);
+            retry = (2 * retry).min(MAX_RETRY);
             if fleet.runtime.block_on(server.health()).is_ok() {
                 fleet.runtime.block_on(server.resume());
                 verified = None;
@@ -139,6 +143,8 @@ pub(super) fn run(fleet: &Arc<Fleet>, server: &Server, cell: &Arc<SnapshotCell<D
         }
         let news = match condition {
             Condition::Starting => Some(cell.latest()),
+            // Without another server, the learner publishes no further version until this one takes it.
+            Condition::Rejected(_) if rejected.elapsed() >= MAX_RETRY => Some(cell.latest()),
             _ => reader.refresh(),
         };
         let Some(snapshot) = news else {
@@ -148,6 +154,7 @@ pub(super) fn run(fleet: &Arc<Fleet>, server: &Server, cell: &Arc<SnapshotCell<D
         };
         match hand_over(fleet, server, &snapshot, store, &mut verified) {
             Ok(()) => {
+                retry = RETRY;
                 acknowledge(&mut reader, &snapshot);
                 unload_unused(fleet, server);
                 let used = |version: u64| {
@@ -161,8 +168,9 @@ pub(super) fn run(fleet: &Arc<Fleet>, server: &Server, cell: &Arc<SnapshotCell<D
             }
             Err(Failure::Server(fault)) => fleet.set(server, Condition::Down(fault.to_string())),
             Err(Failure::NotTaken(why)) => {
-                // The next version is tried again; until then the server gets no prompts.
+                // The server is handed the next version, or this one again; until it takes one it gets no prompts.
                 acknowledge(&mut reader, &snapshot);
+                rejected = Instant::now();
                 fleet.set(server, Condition::Rejected(why));
             }
             Err(Failure::Here(error)) => {
@@ -205,7 +213,9 @@ fn hand_over(
     verified: &mut Option<Verified>,
 ) -> Result<(), Failure> {
     let began = Instant::now();
-    let before = server.state().loaded.clone();
+    // After a hand-over that was not taken, it is unknown which weights the server has.
+    let before = Some(server.state()).filter(|state| state.condition == Condition::Ready);
+    let before = before.and_then(|state| state.loaded.clone());
     let stored = stored(fleet, snapshot, store)?;
     // The server is asked about the weights that it has before they are replaced.
     if let (Some(known), Some(before)) = (verified.as_mut(), &before)

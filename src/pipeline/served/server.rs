@@ -216,7 +216,7 @@ impl Server {
             let body = json!({ "lora_name": name, "lora_path": stored.location });
             let path = format!("{}/load_lora_adapter", self.adapter_routes());
             let loaded = match self.http.post(&path, &body, timeout).await {
-                // vLLM refuses a name that is loaded already; the name stands for one content only.
+                // vLLM refuses a name that is loaded already. A name is never reused for other weights.
                 Err(Fault::Refused(why)) if why.contains("already") => Ok(()),
                 Err(Fault::Lost(why)) if self.kind == EngineKind::Vllm => Err(Fault::Refused(format!(
                     "{why}; start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and let it read rollout.weights_dir"
@@ -224,7 +224,10 @@ impl Server {
                 other => other.map(drop),
             };
             loaded?;
-            self.state().adapters.push(stored.tag);
+            let mut state = self.state();
+            if !state.adapters.contains(&stored.tag) {
+                state.adapters.push(stored.tag);
+            }
             return Ok(());
         }
         match self.kind {
