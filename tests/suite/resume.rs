@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -537,16 +538,19 @@ fn a_checkpoint_that_never_ends_is_abandoned_at_the_second_signal() {
         assert!(child.try_wait().unwrap().is_none(), "it ended before its last checkpoint");
         metrics_lines(dir.path()) >= 3
     });
+    // A signal that arrives before the training has ended asks it to stop; only one during the checkpoint gets the offer.
+    // The process may end between a check and a signal.
     let end = |child: &Child| {
-        assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+        std::thread::sleep(Duration::from_millis(100));
+        let _ = Command::new("kill").args(["-TERM", &child.id().to_string()]).stderr(Stdio::null()).status();
     };
-    end(&child);
     wait_until("the offer to leave the checkpoint", || {
+        end(&child);
         said.lock().unwrap().contains("press Ctrl-C again to abandon it")
     });
-    end(&child);
     let mut status = None;
     wait_until("the end", || {
+        end(&child);
         status = child.try_wait().unwrap();
         status.is_some()
     });
