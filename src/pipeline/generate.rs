@@ -82,7 +82,7 @@ pub fn generate(
 /// Samples as [`generate`] does, with an idle engine.
 ///
 /// # Errors
-/// As for [`generate`].
+/// The same as for [`generate`].
 pub fn generate_with<'a>(
     mut engine: Engine<'a>,
     source: &mut dyn WeightSource,

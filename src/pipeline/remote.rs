@@ -58,7 +58,7 @@ impl Remote {
     /// Creates a client for `judge` that spends no more than `budget` allows. Nothing is sent yet.
     ///
     /// # Errors
-    /// As for [`Remote::new`].
+    /// The same as for [`Remote::new`].
     pub fn within(judge: RemoteJudge, budget: Option<Arc<Budget>>) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)

@@ -143,7 +143,7 @@ pub fn prepare(config: &Config, progress: bool) -> Result<Prepared> {
 /// Like [`prepare`], with `budget` as the budget of remote judges.
 ///
 /// # Errors
-/// As for [`prepare`].
+/// The same as for [`prepare`].
 pub fn prepare_with_budget(config: &Config, progress: bool, budget: Option<Arc<Budget>>) -> Result<Prepared> {
     prepare_for(config, progress, true, budget)
 }
@@ -160,7 +160,7 @@ pub fn budget(config: &Config, file: Option<PathBuf>) -> Result<Option<Arc<Budge
 /// Like [`prepare`], but loads no judge and no reward model. A replay needs neither.
 ///
 /// # Errors
-/// As for [`prepare`].
+/// The same as for [`prepare`].
 pub fn prepare_policy(config: &Config, progress: bool) -> Result<Prepared> {
     prepare_for(config, progress, false, None)
 }
@@ -318,7 +318,7 @@ pub struct JudgeSet {
 /// judge of a method.
 ///
 /// # Errors
-/// As for [`prepare`], or if the likelihood judges of a panel have different vocabularies.
+/// The same as for [`prepare`], or if the likelihood judges of a panel have different vocabularies.
 pub fn load_judges(config: &Config, progress: bool, budget: Option<Arc<Budget>>) -> Result<JudgeSet> {
     precision::set_matmul_precision(config.policy.matmul_precision);
     // Remote judges need no device.

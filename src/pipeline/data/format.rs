@@ -63,7 +63,7 @@ impl PromptFormat {
     /// tokenizer has neither.
     ///
     /// # Errors
-    /// As for [`Self::encode`].
+    /// The same as for [`Self::encode`].
     pub fn blank(&self, tokenizer: &Tokenizer) -> Result<Arc<[u32]>> {
         let ids = self.encode("", tokenizer)?;
         if !ids.is_empty() {
@@ -76,7 +76,7 @@ impl PromptFormat {
     /// Returns the policy's input token ids for `dialogue`.
     ///
     /// # Errors
-    /// As for [`Self::encode`]; also if an instruction is configured and the dialogue has several turns.
+    /// The same as for [`Self::encode`]; also if an instruction is configured and the dialogue has several turns.
     pub fn encode_dialogue(&self, dialogue: &Dialogue, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let mut messages = Vec::new();
         if let Some(system) = self.system.as_ref().filter(|_| !dialogue.has_system()) {

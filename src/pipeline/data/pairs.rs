@@ -26,7 +26,7 @@ impl PairSet {
     /// many tokens as the context of `model`.
     ///
     /// # Errors
-    /// As for [`Preferences::of`]; also if tokens are outside the model's vocabulary, or if pairs are too long, unless
+    /// The same as for [`Preferences::of`]; also if tokens are outside the model's vocabulary, or if pairs are too long, unless
     /// `on_long` skips them.
     pub fn read(
         rows: Rows,

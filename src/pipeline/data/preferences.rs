@@ -89,7 +89,7 @@ impl Preferences {
     /// Opens `path`, as [`Rows::open`] does, and reads every row once.
     ///
     /// # Errors
-    /// As for [`Self::of`].
+    /// The same as for [`Self::of`].
     pub fn read(path: &Path, options: &PairOptions) -> Result<Self> {
         Self::of(Rows::open(path)?, options)
     }

@@ -67,7 +67,7 @@ impl Rows {
     /// Opens `files` and numbers their rows consecutively.
     ///
     /// # Errors
-    /// As for [`Self::open`].
+    /// The same as for [`Self::open`].
     pub fn open_all(files: &[PathBuf]) -> Result<Self> {
         let mut rows = Self { parts: Vec::new(), starts: Vec::new(), len: 0 };
         for path in files {

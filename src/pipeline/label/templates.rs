@@ -132,7 +132,7 @@ impl TemplateSet {
     /// Returns the set as [`Self::find`] does, and checks that it can ask `question`.
     ///
     /// # Errors
-    /// As for [`Self::find`]. Sections that `question` needs and the set lacks are listed among the mistakes.
+    /// The same as for [`Self::find`]. Sections that `question` needs and the set lacks are listed among the mistakes.
     pub fn find_for(name: &str, question: &Question) -> Result<Self> {
         Self::read(name, Some(question))
     }
@@ -159,7 +159,7 @@ impl TemplateSet {
     /// count.
     ///
     /// # Errors
-    /// As for [`Self::find`].
+    /// The same as for [`Self::find`].
     pub fn content_hash(name: &str) -> Result<u64> {
         Self::find(name)?;
         let built_in = BUILT_IN.iter().find(|(built_in, _)| *built_in == name).map(|(_, text)| (*text).to_owned());

@@ -300,7 +300,7 @@ impl Client {
     /// that was sent later, or asks one that the server has answered before.
     ///
     /// # Errors
-    /// As for [`Client::paced`].
+    /// The same as for [`Client::paced`].
     async fn answers_others(&self, since: Duration, usage: &mut Usage) -> Reply<bool> {
         let _turn = self.turn.lock().await;
         let control = {
@@ -361,7 +361,7 @@ impl Client {
     /// Waits for `pause`, with signs of life if it is long.
     ///
     /// # Errors
-    /// As for [`Client::waiting`].
+    /// The same as for [`Client::waiting`].
     async fn rest(&self, pause: Duration) -> Reply<()> {
         const SLICE: Duration = Duration::from_secs(1);
         let until = self.now() + pause;
@@ -402,7 +402,7 @@ impl Client {
     /// Waits for the configured rate limits and for pauses that the server asked this or another process for.
     ///
     /// # Errors
-    /// As for [`Client::held`].
+    /// The same as for [`Client::held`].
     async fn paced(&self, request: &Request) -> Reply<()> {
         loop {
             let Err(hold) = self.turn(request).await? else { return Ok(()) };

@@ -235,7 +235,7 @@ impl RewardTrainer {
     /// better)) unless it is held out or was learned from before. The scores are those before any resulting step.
     ///
     /// # Errors
-    /// As for [`Self::score`].
+    /// The same as for [`Self::score`].
     pub fn observe(&mut self, group: &Group, preferences: &[(usize, usize, f64)]) -> Result<Observed> {
         ensure!(
             !self.stepping,
@@ -268,7 +268,7 @@ impl RewardTrainer {
     /// Learns from `preferences` even if the group was learned from before, for several epochs over the same pairs.
     ///
     /// # Errors
-    /// As for [`Self::score`].
+    /// The same as for [`Self::score`].
     pub fn learn(
         &mut self,
         group: &Group,

@@ -55,7 +55,7 @@ pub fn labeler(config: &Config, prepared: &Prepared) -> Result<Box<dyn Labeler>>
 /// Like [`labeler`], with `backends` as the judges, one per method.
 ///
 /// # Errors
-/// As for [`labeler`].
+/// The same as for [`labeler`].
 pub fn labeler_on(config: &Config, backends: &[JudgeBackend]) -> Result<Box<dyn Labeler>> {
     build(config, ("labeler", &config.labeler.methods), backends)
 }
@@ -63,7 +63,7 @@ pub fn labeler_on(config: &Config, backends: &[JudgeBackend]) -> Result<Box<dyn 
 /// Returns the labeler of evaluations: `evaluation.labeler` if set, else the configured labeler.
 ///
 /// # Errors
-/// As for [`labeler`].
+/// The same as for [`labeler`].
 pub fn evaluation_judge(config: &Config, prepared: &Prepared) -> Result<Box<dyn Labeler>> {
     let backends = if config.evaluation.labeler.is_some() { &prepared.evaluation_backends } else { &prepared.backends };
     build(config, config.evaluation_judge(), backends)

@@ -62,7 +62,7 @@ impl Mirror {
         Ok(Self { store, prefix, url: url.to_owned(), runtime: Some(runtime) })
     }
 
-    /// Copies the sealed directory `dir` under its own name.
+    /// Copies the directory `dir`, which has checksums, under its own name.
     ///
     /// # Errors
     /// Names the file and the store. An incomplete copy has no `SHA256SUMS` and does not count.

@@ -160,7 +160,7 @@ impl CheckpointStore {
         }
     }
 
-    /// Copies another sealed directory of the run to the mirror, unless there is no mirror or it already has a copy.
+    /// Copies another directory with checksums to the mirror, unless there is no mirror or it already has a copy.
     ///
     /// # Errors
     /// Names the file and the store.
