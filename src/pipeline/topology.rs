@@ -300,11 +300,21 @@ pub fn sampling(config: &Config, tokenizer: &Tokenizer) -> Sampling {
     }
 }
 
+/// Connects to the servers that sample for the run in the directory `run`, and checks them; `None` if this process samples.
+///
+/// # Errors
+/// If a server cannot be reached or does not suit the run.
+pub fn connect(config: &Config, prepared: &Prepared, run: &Path) -> Result<Option<Arc<Fleet>>> {
+    let Some(plan) = fleet_plan(config, prepared, run)? else { return Ok(None) };
+    let tokenizer = &prepared.tokenizer;
+    Fleet::connect(plan, &|text| tokenizer.encode(text)).map(Some)
+}
+
 /// Returns the plan of the servers that sample for the run in the directory `run`; `None` if this process samples.
 ///
 /// # Errors
 /// If the data were changed meanwhile.
-pub fn fleet_plan(config: &Config, prepared: &Prepared, run: &Path) -> Result<Option<FleetPlan>> {
+fn fleet_plan(config: &Config, prepared: &Prepared, run: &Path) -> Result<Option<FleetPlan>> {
     let rollout = &config.rollout;
     if rollout.engine == EngineKind::Local {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! The servers that sample for a run: connecting to them, and the hand-over of weights while the run trains.
+//! The hand-over of weights to servers that sample, while the run trains.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,19 +9,8 @@ use super::supervise::run_interruptible;
 use crate::config::Config;
 use crate::lm::precision;
 use crate::pipeline::served::{Fleet, FolderStore};
-use crate::pipeline::setup::Prepared;
-use crate::pipeline::topology::{Node, fleet_plan};
+use crate::pipeline::topology::Node;
 use crate::util::exit::refusal;
-
-/// Connects to the servers that sample for the run in the directory `run`; `None` if this process samples.
-///
-/// # Errors
-/// If a server does not suit the run.
-pub(super) fn connect(config: &Config, prepared: &Prepared, run: &Path) -> Result<Option<Arc<Fleet>>> {
-    let Some(plan) = fleet_plan(config, prepared, run)? else { return Ok(None) };
-    let tokenizer = &prepared.tokenizer;
-    Fleet::connect(plan, &|text| tokenizer.encode(text)).map(Some)
-}
 
 /// Stops the hand-over of weights to servers when it is dropped.
 pub(super) struct HandOver(Arc<Fleet>);

@@ -16,7 +16,7 @@ use super::guard::Guard;
 use super::observer::{CheckpointSchedule, RunObserver};
 use super::open::{self, FineTuning, LearnerParts, StartState};
 use super::resume::{self, AcceptedKeys, Change};
-use super::servers::{HandOver, connect};
+use super::servers::HandOver;
 use super::supervise::{Stop, graph_options, run_abandonable, run_interruptible, supervise};
 use super::{StartFrom, Summary, announce, announce_evaluation, begin, phases, reference, systemd};
 use crate::config::{Config, Mode};
@@ -29,7 +29,7 @@ use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::remote::budget::Budget;
 use crate::pipeline::served::Fleet;
 use crate::pipeline::setup::{Prepared, budget, prepare_with_budget};
-use crate::pipeline::topology::{LabelerFactory, Node};
+use crate::pipeline::topology::{LabelerFactory, Node, connect};
 use crate::run::checkpoint::{
     CheckpointFormat, CheckpointStore, CheckpointWriter, Identity, JudgeContents, OpenedCheckpoint, WinRates,
 };

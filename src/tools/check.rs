@@ -2,6 +2,8 @@
 
 mod growth;
 
+use std::path::Path;
+
 use anyhow::{Result, ensure};
 use candle_core::Device;
 
@@ -13,6 +15,7 @@ use crate::observe::serve::Token;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::templates::{Preamble, TemplateSet};
 use crate::pipeline::setup::{Prepared, prepare};
+use crate::pipeline::topology::connect;
 use crate::pipeline::topology::learning::lora;
 use crate::util::device;
 use crate::util::process;
@@ -59,6 +62,12 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     lines.extend(growth::growth(config, data)?);
     lines.extend(judges(config, mean_prompt(data)?)?);
     lines.extend(staleness(config));
+    if connect(config, &prepared, Path::new("."))?.is_some() {
+        lines.push(format!(
+            "servers     {} answer, with the tokenizer and context that the run needs; `train` compares their weights",
+            rollout.servers.len()
+        ));
+    }
     lines.extend(reasoning(config, &prepared));
     Ok(lines)
 }

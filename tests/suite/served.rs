@@ -263,6 +263,18 @@ fn a_server_that_does_not_suit_the_run_is_refused_before_the_first_prompt() {
         assert!(text.contains(words) && text.contains(&a.url()), "{words}: {text}");
         let _ = std::fs::remove_dir_all(dir.path().join("run"));
     }
+    let a = server(&model);
+    let settings = served(dir.path(), &[&a]);
+    let check = || {
+        let mut command = preceptor(dir.path());
+        command.arg("check").arg(crate::common::config("offline.toml"));
+        command.args(settings.iter().flat_map(|one| ["--set", one])).output().unwrap()
+    };
+    let output = check();
+    assert!(String::from_utf8_lossy(&output.stdout).contains("servers     1 answer"), "{}", stderr(&output));
+    a.kill();
+    let output = check();
+    assert!(output.status.code() == Some(2) && stderr(&output).contains("does not answer"), "{}", stderr(&output));
     let short = FakeEngine::start(Options { max_model_len: 64, ..Options::new(Kind::Vllm, &model) });
     let output = run(dir.path(), &served(dir.path(), &[&short]), &[LORA]);
     assert!(stderr(&output).contains("--max-model-len"), "{}", stderr(&output));
