@@ -87,7 +87,7 @@ fn adapters_are_handed_to_servers_and_the_run_is_replayed_exactly() {
         assert!(server.adapters().len() <= 4, "old adapters are unloaded: {:?}", server.adapters());
     }
     for record in records(dir.path(), "metrics.jsonl") {
-        assert!(record["staleness/max"].as_f64().unwrap_or(0.0) <= 1.0, "{record}");
+        assert!(record["staleness/max"].as_f64().unwrap() <= 1.0, "{record}");
     }
     replayed(dir.path());
 }
@@ -234,7 +234,7 @@ fn a_slow_hand_over_makes_no_token_older_than_the_bound() {
     let output = run(dir.path(), &served(dir.path(), &[&quick, &slow]), &[LORA, "learner.eta=2"]);
     succeeded(dir.path(), &output);
     for record in records(dir.path(), "metrics.jsonl") {
-        assert!(record["staleness/max"].as_f64().unwrap_or(0.0) <= 2.0, "{record}");
+        assert!(record["staleness/max"].as_f64().unwrap() <= 2.0, "{record}");
     }
 }
 
