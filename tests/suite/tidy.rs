@@ -92,3 +92,38 @@ fn every_guarantee_of_security_md_names_a_test_that_exists() {
         assert!(row.contains(".rs`: `"), "no test is named: {row}");
     }
 }
+
+/// `cargo test` succeeds without a test if a filter matches none.
+#[test]
+fn test_filters_in_documents_match_a_test() {
+    let suite = sources(&root().join("tests/suite"));
+    let names: String = suite
+        .iter()
+        .flat_map(|path| {
+            let text = std::fs::read_to_string(path).unwrap();
+            let module = path.file_stem().unwrap().to_string_lossy().into_owned();
+            let named = text.lines().filter_map(|line| line.strip_prefix("fn ")).map(str::to_owned).collect::<Vec<_>>();
+            named.into_iter().map(move |name| format!("{module}::{name}\n"))
+        })
+        .collect();
+    let documents =
+        ["CONTRIBUTING.md", "ARCHITECTURE.md", "SECURITY.md", "docs", "grafana/METRICS.md", "tests/fixtures/README.md"];
+    let mut checked = 0;
+    for document in documents {
+        let path = root().join(document);
+        let files = match path.is_dir() {
+            true => std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect(),
+            false => vec![path],
+        };
+        for file in files.into_iter().filter(|file| file.extension().is_some_and(|extension| extension == "md")) {
+            let text = std::fs::read_to_string(&file).unwrap();
+            for command in text.split("--test suite").skip(1) {
+                let words = command.split(['`', '\n', '#']).next().unwrap().split_whitespace();
+                let Some(filter) = words.into_iter().find(|word| !word.starts_with('-')) else { continue };
+                assert!(names.contains(filter), "{}: no test of the suite matches {filter:?}", file.display());
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked >= 6, "{checked}");
+}

@@ -71,7 +71,7 @@ fn docs_judges_md_matches_the_table() {
          log-probabilities it lists or whether answers are sampled and counted as votes, which fields it refuses, and whether \
          it reasons before it answers. Later only an explicit refusal of a field changes how it is asked.\n\n\
          This page is generated from `tests/suite/zoo/table.rs`; `PRECEPTOR_WRITE=1 cargo test --release --test suite \
-         the_page_of_judges` writes it again.\n\n\
+         docs_judges_md` writes it again.\n\n\
          | server | behaviour | settings of `labeler.remote` | outcome | source |\n|---|---|---|---|---|\n",
     );
     for row in rows() {

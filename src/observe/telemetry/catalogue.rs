@@ -573,7 +573,7 @@ pub fn reference() -> String {
     let mut page = String::from(
         "# Metrics\n\nThis page lists the metrics that a node exports at `/metrics`, in Prometheus' format. It is generated from \
          the table in `src/observe/telemetry/catalogue.rs`; \
-         `PRECEPTOR_WRITE=1 cargo test --release --test suite reference_page` regenerates it.\n",
+         `PRECEPTOR_WRITE=1 cargo test --release --test suite metrics_reference` regenerates it.\n",
     );
     for (title, metrics) in METRICS {
         page += &format!("\n## {title}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n");
