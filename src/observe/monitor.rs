@@ -15,13 +15,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use candle_core::Device;
 use metrics_exporter_prometheus::PrometheusHandle;
-use preceptor_actors::{GraphHandle, GraphReport, SnapshotCell};
+use preceptor_actors::{GraphHandle, GraphReport, RoleShare, SnapshotCell};
 use serde_json::{Map, Value, json};
 
 use crate::config::{Choice, Config};
 use crate::lm::model::Decoder;
 use crate::observe::telemetry::{self, RunInfo, TOTALS};
 use crate::observe::traces::Tracer;
+use crate::pipeline::served::{Fleet, ServerReport};
 use crate::rl::ledger::SharedLedger;
 use crate::run::controller::{Adjustment, Controller, Pressure};
 use crate::types::Rewarded;
@@ -46,6 +47,7 @@ pub struct Monitor {
     device: OnceLock<Device>,
     weights: OnceLock<Arc<SnapshotCell<Decoder>>>,
     ledger: OnceLock<SharedLedger>,
+    servers: OnceLock<Arc<Fleet>>,
     phase: Mutex<String>,
     last_step: Mutex<Value>,
     window: Mutex<Window>,
@@ -92,6 +94,7 @@ impl Monitor {
             device: OnceLock::new(),
             weights: OnceLock::new(),
             ledger: OnceLock::new(),
+            servers: OnceLock::new(),
             phase: Mutex::new("starting".into()),
             last_step: Mutex::new(Value::Null),
             window: Mutex::default(),
@@ -146,6 +149,21 @@ impl Monitor {
     pub fn set_training(&self, weights: Arc<SnapshotCell<Decoder>>, ledger: SharedLedger) {
         // An error means that it is set already.
         let _ = (self.weights.set(weights), self.ledger.set(ledger));
+    }
+
+    /// Sets the servers that sample for the run. Later calls have no effect.
+    pub fn set_servers(&self, servers: Arc<Fleet>) {
+        // An error means that they are set already.
+        let _ = self.servers.set(servers);
+    }
+
+    /// Returns the state of each server that samples. Empty if this process samples.
+    fn servers(&self) -> Vec<ServerReport> {
+        self.servers.get().map(|fleet| fleet.report()).unwrap_or_default()
+    }
+
+    fn diagnose(&self, shares: &[RoleShare]) -> Option<Diagnosis> {
+        diagnose(shares, &self.config, process::cores(), &self.servers())
     }
 
     /// Adds the records of steps taken before this process began to the history.
@@ -254,7 +272,8 @@ impl Monitor {
 
     /// Returns the bottleneck of the last minute, or `None` if it is not known yet.
     pub fn diagnosis(&self) -> Option<Diagnosis> {
-        diagnose(&lock(&self.window).shares(), &self.config, process::cores())
+        let shares = lock(&self.window).shares();
+        self.diagnose(&shares)
     }
 
     /// Returns the training rate and the bottleneck as a short text. Empty if the bottleneck is not known yet.
@@ -263,7 +282,7 @@ impl Monitor {
             let window = lock(&self.window);
             (window.shares(), window.rates())
         };
-        let Some(diagnosis) = diagnose(&shares, &self.config, process::cores()) else { return String::new() };
+        let Some(diagnosis) = self.diagnose(&shares) else { return String::new() };
         let bottleneck =
             diagnosis.role.map_or_else(|| "none".into(), |role| format!("{role} {:.0} %", 100.0 * diagnosis.share));
         format!("{:.0} tokens/s, bottleneck: {bottleneck}", rates.trained_tokens_per_s)
@@ -274,7 +293,7 @@ impl Monitor {
         let report = self.report();
         let acks = self.weights.get().map(|cell| cell.acks()).unwrap_or_default();
         let shares = lock(&self.window).shares();
-        let limiting = diagnose(&shares, &self.config, process::cores()).and_then(|diagnosis| diagnosis.role);
+        let limiting = self.diagnose(&shares).and_then(|diagnosis| diagnosis.role);
         let process = telemetry::graph::Process { usage: process::usage(), card: self.card() };
         let graph = telemetry::graph::render(report.as_ref(), &shares, limiting.as_deref(), &acks, process);
         format!("{}{graph}", self.metrics.render())
@@ -311,6 +330,7 @@ impl Monitor {
             "judges_away": telemetry::judge_outages().into_iter().map(|(url, time, why, refuses)| json!({
                 "url": url, "seconds": time.as_secs(), "why": why, "refuses": refuses,
             })).collect::<Vec<_>>(),
+            "servers": self.servers(),
             "health": {
                 "masked": lock(&self.health).masked.iter()
                     .map(|(why, count)| json!({ "why": why, "groups": count })).collect::<Vec<_>>(),
@@ -318,7 +338,7 @@ impl Monitor {
             },
             "graph": report,
             "window_s": window_s,
-            "diagnosis": diagnose(&shares, &self.config, process::cores()),
+            "diagnosis": self.diagnose(&shares),
             "roles": shares,
             "rates": rates,
             "checkpoint": lock(&self.checkpoint).as_ref().map(|last| json!({

@@ -269,6 +269,11 @@ pub fn rollout_server(server: &str, ready: bool, version: Option<u64>) {
     }
 }
 
+/// Sets the number of completions under way on a rollout server.
+pub fn rollout_under_way(server: &str, completions: usize) {
+    gauge!("preceptor_rollout_server_under_way", "server" => server.to_owned()).set(completions as f64);
+}
+
 /// Counts a request for a group to a rollout server, with its outcome and the number of tokens received.
 pub fn rollout_answer(server: &str, outcome: &'static str, tokens: u64) {
     counter!("preceptor_rollout_server_answers_total", "server" => server.to_owned(), "outcome" => outcome)

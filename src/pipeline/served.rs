@@ -2,11 +2,12 @@
 //! and the check that a server samples with them.
 //!
 //! A [`Fleet`] holds the servers of a run. Each server has a thread that hands it the latest published version of the
-//! weights (`hand_over`), checks with a canary that the server computes with them (`canary`), and only then opens the
+//! weights (`hand_over`), checks with a canary that the server computes with them (`compare`, `canary`), and only then opens the
 //! admission gate for the version. [`ServedEngine`] sends a group of completions to the server with the fewest, among
 //! those whose version is new enough for the group.
 
 mod canary;
+mod compare;
 mod engine;
 mod fleet;
 mod hand_over;

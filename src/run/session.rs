@@ -332,6 +332,9 @@ impl LoadedRun {
             config: (*config).clone(),
         });
         monitor.set_training(cell, node.ledger.clone());
+        if let Some(fleet) = &node.fleet {
+            monitor.set_servers(Arc::clone(fleet));
+        }
         let warmed_up = Arc::default();
         Ok(Session {
             config,

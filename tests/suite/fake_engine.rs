@@ -9,6 +9,7 @@ mod tests;
 mod vllm;
 mod weights;
 
+use std::collections::HashMap;
 use std::io::BufReader;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -106,6 +107,8 @@ pub struct Faults {
     pub bf16: bool,
     /// Number of tokens, counted as by [`FakeEngine::generated_tokens`], from which on no token is sampled.
     pub stalls_at: Option<u64>,
+    /// Answers a request for several completions as it answered the first one with as many of the same length.
+    pub repeats_answers: bool,
     /// Speed of the server; `None` for the speed of the machine.
     pub tokens_per_second: Option<f64>,
     /// Answers one log-probability fewer than tokens.
@@ -139,6 +142,8 @@ struct Server {
     faults: Mutex<Faults>,
     received: Mutex<Vec<Received>>,
     generated: AtomicU64,
+    /// Answers that [`Faults::repeats_answers`] repeats, by number and length of the completions.
+    repeated: Mutex<HashMap<[u64; 2], String>>,
     running: Mutex<Option<Running>>,
 }
 
@@ -154,7 +159,14 @@ impl FakeEngine {
     pub fn start(options: Options) -> Self {
         let faults = Mutex::new(Faults::default());
         let received = Mutex::default();
-        let server = Server { options, faults, received, generated: AtomicU64::new(0), running: Mutex::new(None) };
+        let server = Server {
+            options,
+            faults,
+            received,
+            generated: AtomicU64::new(0),
+            repeated: Mutex::default(),
+            running: Mutex::new(None),
+        };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let engine = Self { server: Arc::new(server), address, acceptor: Mutex::new(None) };

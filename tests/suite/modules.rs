@@ -257,6 +257,7 @@ const MODULES: &[(&str, &str, &[&str])] = &[
             "observe::telemetry",
             "observe::traces",
             "pipeline::generate",
+            "pipeline::served",
             "rl::ledger",
             "run::controller",
             "types",

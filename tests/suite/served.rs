@@ -105,19 +105,16 @@ fn all_weights_are_handed_to_a_server_in_the_middle_of_completions() {
 }
 
 #[test]
-fn a_server_that_ignores_new_weights_gets_no_prompts() {
-    for bf16 in [false, true] {
+fn a_server_that_ignores_new_weights_is_caught_by_its_first_hand_over() {
+    for (bf16, more) in [(false, &[LORA][..]), (true, &[LORA]), (false, &[]), (true, &[])] {
         let dir = tempfile::tempdir().unwrap();
         let model = policy(dir.path(), 1);
         let (good, bad) = (server(&model), server(&model));
-        bad.faults(|faults| {
-            faults.bf16 = bf16;
-            faults.ignores_handover = false;
-        });
-        good.faults(|faults| faults.bf16 = bf16);
+        for server in [&good, &bad] {
+            server.faults(|faults| faults.bf16 = bf16);
+        }
         let settings = served(dir.path(), &[&good, &bad]);
-        // In bf16 the change of a few steps is needed to see that the server does not show it.
-        let overrides: Vec<&str> = settings.iter().map(String::as_str).chain([LORA, "run.steps=12"]).collect();
+        let overrides: Vec<&str> = settings.iter().map(String::as_str).chain(more.iter().copied()).collect();
         let mut running = Running::start(training(dir.path(), &overrides));
         running.says("has version 0");
         running.says("has version 0");
@@ -125,7 +122,15 @@ fn a_server_that_ignores_new_weights_gets_no_prompts() {
         let (status, text) = running.end();
         assert!(status.success(), "{text}");
         let line = format!("rollout server {} gets no prompts: it reports version ", bad.url());
-        assert!(text.contains(&line), "bf16 {bf16}: {text}");
+        let caught = text.split(&line).nth(1).unwrap_or_else(|| panic!("bf16 {bf16}, {more:?}: {text}"));
+        let version = caught.split(',').next().unwrap();
+        // The first version after the initial one is caught.
+        let requests = bad.requests();
+        let handed = requests
+            .iter()
+            .filter(|request| ["/v1/load_lora_adapter", "/collective_rpc"].contains(&request.path.as_str()));
+        let second = handed.map(|request| request.body.to_string()).nth(1).unwrap();
+        assert!(second.contains(&format!("-{version}-")), "bf16 {bf16}, {more:?}: {second}: {text}");
         assert!(!text.contains(&format!("rollout server {} gets no prompts", good.url())), "bf16 {bf16}: {text}");
     }
 }

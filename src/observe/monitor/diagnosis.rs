@@ -6,12 +6,19 @@ use serde::Serialize;
 
 use crate::config::{Choice, Config, EngineKind, RolloutWeights};
 use crate::pipeline::generate::MAX_SLOTS;
+use crate::pipeline::served::ServerReport;
 
 /// Minimum busy share of a bottleneck role. Below it, no single role limits throughput.
 const MIN_BUSY: f64 = 0.6;
 
 /// Maximum ratio of the busy shares of two roles that limit throughput equally.
 const EVEN: f64 = 1.05;
+
+/// Minimum share of the time that prompts, rollout actors and the learner wait if hand-overs to servers limit throughput.
+const HAND_OVER_LIMITS: f64 = 0.3;
+
+/// Ratio of the speed of a completion on a server to that on the fastest one, below which the server counts as slow.
+const SLOW_SERVER: f64 = 0.5;
 
 /// The bottleneck of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -26,7 +33,7 @@ pub struct Diagnosis {
     pub next: Option<String>,
     /// Summary in one sentence.
     pub headline: String,
-    /// The other roles' main states with their time shares.
+    /// The rollout server that limits, if one does, and the other roles' main states with their time shares.
     pub detail: String,
     /// Proposed changes of the configuration, the most promising first.
     pub settings: Vec<Setting>,
@@ -46,15 +53,16 @@ pub struct Setting {
     pub why: String,
 }
 
-/// Returns the bottleneck of a run with the time shares `shares`, on a machine with `cores` cores. `None` before any
-/// role has worked.
-pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize) -> Option<Diagnosis> {
+/// Returns the bottleneck of a run with the time shares `shares`, on a machine with `cores` cores, whose completions come
+/// from `servers` if there are any. `None` before any role has worked.
+pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize, servers: &[ServerReport]) -> Option<Diagnosis> {
     let mut by_work: Vec<&RoleShare> = shares.iter().filter(|share| share.busy > 0.0).collect();
     by_work.sort_by(|a, b| b.busy.total_cmp(&a.busy));
     let (first, rest) = by_work.split_first()?;
     let next = rest.first();
     let gain = next.map_or(1.0 / first.busy, |next| first.busy / next.busy).max(1.0);
-    let detail: Vec<String> = shares.iter().filter(|share| share.role != first.role).map(waits).collect();
+    let waiting_roles = shares.iter().filter(|share| share.role != first.role).map(waits);
+    let detail: Vec<String> = limiting_server(servers, shares).into_iter().chain(waiting_roles).collect();
     let limits = first.busy >= MIN_BUSY;
     // The busy share is wall time. A role that shares cores with others would be busy for less time on its own cores.
     let used: f64 = shares.iter().map(|share| share.busy * (share.workers * threads(&share.role, config)) as f64).sum();
@@ -95,6 +103,39 @@ pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize) -> Option<D
         headline,
         detail: detail.join("; "),
         settings: if limits { relief(first, config, spare) } else { slack(config) },
+    })
+}
+
+/// Names the server that limits the rate of completions, with the reason: one that is not ready, one that is much slower
+/// than another, or the one to which the hand-over of weights takes longest while prompts wait for it.
+fn limiting_server(servers: &[ServerReport], shares: &[RoleShare]) -> Option<String> {
+    if let Some(out) = servers.iter().find(|server| server.condition != "ready") {
+        let why = if out.why.is_empty() { "it has no weights yet" } else { &out.why };
+        return Some(format!("the server {} is {} and samples nothing: {why}", out.url, out.condition));
+    }
+    let of = |role: &str| shares.iter().find(|share| share.role == role);
+    // Prompts wait for the staleness bound, which opens with a hand-over, and the learner waits for groups.
+    let waits = of("prompts").is_some_and(|share| share.admission >= HAND_OVER_LIMITS)
+        && of("learn").is_some_and(|share| share.idle >= HAND_OVER_LIMITS)
+        && of("rollout").is_some_and(|share| share.idle >= HAND_OVER_LIMITS);
+    let took = |server: &&ServerReport| server.hand_over_s.unwrap_or(0.0);
+    if let Some(slow) = servers.iter().max_by(|a, b| took(a).total_cmp(&took(b))).filter(|_| waits) {
+        return Some(format!(
+            "prompts wait for new weights on the servers: a hand-over to {} takes {:.1} s; raise learner.eta, train adapters (learner.lora), or give rollout.weights_dir a faster disk",
+            slow.url,
+            took(&slow)
+        ));
+    }
+    // A completion is under way for as long as its tokens take, so that this is the speed of one completion.
+    let speed = |server: &&ServerReport| server.tokens_per_s / server.under_way as f64;
+    let working = || servers.iter().filter(|server| server.under_way > 0 && server.tokens > 0);
+    let slow = working().min_by(|a, b| speed(a).total_cmp(&speed(b)))?;
+    let fast = working().max_by(|a, b| speed(a).total_cmp(&speed(b)))?;
+    (speed(&slow) < SLOW_SERVER * speed(&fast)).then(|| {
+        format!(
+            "the server {} is the slowest: {:.0} tokens/s with {} completions under way, and {} {:.0} tokens/s with {}",
+            slow.url, slow.tokens_per_s, slow.under_way, fast.url, fast.tokens_per_s, fast.under_way
+        )
     })
 }
 
@@ -291,7 +332,7 @@ mod tests {
             share("label", 0.96, 0.0, 0.0),
             share("learn", 0.4, 0.0, 0.0),
         ];
-        let found = diagnose(&shares, &config(&[]), 4).unwrap();
+        let found = diagnose(&shares, &config(&[]), 4, &[]).unwrap();
         assert_eq!((found.role.as_deref(), found.next.as_deref()), (Some("label"), Some("learn")));
         assert!((found.gain - 2.4).abs() < 1e-9);
         assert!(
@@ -303,15 +344,16 @@ mod tests {
         assert!(found.detail.contains("prompts waits for the staleness bound 90 %"), "{}", found.detail);
         assert_eq!((found.settings[0].key, found.settings[0].attempt.as_str()), ("labeler.workers", "2"));
         let even = [share("rollout", 0.95, 0.0, 0.0), share("learn", 0.93, 0.0, 0.0)];
-        let headline = diagnose(&even, &config(&[]), 4).unwrap().headline;
+        let headline = diagnose(&even, &config(&[]), 4, &[]).unwrap().headline;
         assert_eq!(headline, "rollout and learn are both bottlenecks: they work 95 % and 93 % of the time");
         // Two of two cores are used: more actors would only share them.
-        let full = diagnose(&[share("rollout", 0.95, 0.0, 0.0), share("learn", 0.9, 0.0, 0.0)], &config(&[]), 2);
+        let full = diagnose(&[share("rollout", 0.95, 0.0, 0.0), share("learn", 0.9, 0.0, 0.0)], &config(&[]), 2, &[]);
         let keys: Vec<&str> = full.unwrap().settings.iter().map(|setting| setting.key).collect();
         assert_eq!(keys, ["rollout.slots", "rollout.weights", "rollout.threads"]);
         // Settings that the configuration would refuse, or already has, are not proposed.
         for set in ["learner.correction=none", "policy.dtype=bf16", "rollout.weights=q8_0"] {
-            let settings = diagnose(&[share("rollout", 0.95, 0.0, 0.0)], &config(&["learner.eta=0", set]), 2).unwrap();
+            let settings =
+                diagnose(&[share("rollout", 0.95, 0.0, 0.0)], &config(&["learner.eta=0", set]), 2, &[]).unwrap();
             assert!(settings.settings.iter().all(|setting| setting.key != "rollout.weights"), "{set}");
         }
     }
@@ -320,7 +362,7 @@ mod tests {
     fn more_requests_to_a_server_are_proposed_regardless_of_cores() {
         let remote = ["labeler.type=direct", "labeler.remote={ url = \"http://127.0.0.1:1/v1\", model = \"m\" }"];
         let shares = [share("label", 0.99, 0.0, 0.0), share("rollout", 0.9, 0.0, 0.1), share("learn", 0.9, 0.0, 0.0)];
-        let keys: Vec<_> = diagnose(&shares, &config(&remote), 1).unwrap().settings;
+        let keys: Vec<_> = diagnose(&shares, &config(&remote), 1, &[]).unwrap().settings;
         let keys: Vec<&str> = keys.iter().map(|setting| setting.key).collect();
         assert_eq!(keys, ["labeler.workers", "labeler.remote.concurrency"]);
     }
@@ -328,10 +370,40 @@ mod tests {
     #[test]
     fn overlap_is_proposed_for_alternating_stages() {
         let shares = [share("rollout", 0.5, 0.0, 0.5), share("learn", 0.45, 0.0, 0.0)];
-        let found = diagnose(&shares, &config(&["learner.eta=0"]), 2).unwrap();
+        let found = diagnose(&shares, &config(&["learner.eta=0"]), 2, &[]).unwrap();
         assert_eq!((found.role, found.next), (None, None));
         assert_eq!((found.settings[0].key, found.settings[0].attempt.as_str()), ("learner.eta", "1"));
         assert!((found.gain - 2.0).abs() < 1e-9);
-        assert_eq!(diagnose(&[share("rollout", 0.0, 0.0, 0.0)], &config(&[]), 2), None);
+        assert_eq!(diagnose(&[share("rollout", 0.0, 0.0, 0.0)], &config(&[]), 2, &[]), None);
+    }
+
+    #[test]
+    fn the_server_that_limits_is_named() {
+        let server = |url: &str, tokens_per_s: f64, hand_over_s: f64| ServerReport {
+            url: url.into(),
+            condition: "ready",
+            why: String::new(),
+            version: Some(3),
+            under_way: 8,
+            completions: 80,
+            tokens: 800,
+            tokens_per_s,
+            canary: Some(1.0),
+            hand_over_s: Some(hand_over_s),
+        };
+        let busy = [share("rollout", 0.97, 0.0, 0.0), share("learn", 0.2, 0.0, 0.0)];
+        let detail =
+            |servers: &[ServerReport], shares: &[RoleShare]| diagnose(shares, &config(&[]), 2, servers).unwrap().detail;
+        let (fast, slow) = (server("http://a:1", 900.0, 0.5), server("http://b:1", 300.0, 9.25));
+        let named = detail(&[fast.clone(), slow.clone()], &busy);
+        assert!(named.contains("the server http://b:1 is the slowest: 300 tokens/s"), "{named}");
+        let even = detail(&[fast.clone(), server("http://c:1", 800.0, 0.5)], &busy);
+        assert_eq!(even, "learn waits for input 80 % of the time");
+        let waiting = [share("prompts", 0.0, 0.0, 0.9), share("rollout", 0.4, 0.0, 0.0), share("learn", 0.2, 0.0, 0.0)];
+        let named = detail(&[fast.clone(), slow.clone()], &waiting);
+        assert!(named.contains("a hand-over to http://b:1 takes 9.2 s"), "{named}");
+        let away = ServerReport { condition: "down", why: "connection refused".into(), ..slow };
+        let named = detail(&[fast, away], &busy);
+        assert!(named.contains("http://b:1 is down and samples nothing: connection refused"), "{named}");
     }
 }

@@ -204,6 +204,7 @@ pub const METRICS: &[(&str, &[Metric])] = &[
                 &["server", "outcome"],
                 "Requests for groups by outcome: ok, down, lost (the weights), refused, invalid (cannot be trained on)",
             ),
+            metric(Gauge, "preceptor_rollout_server_under_way", &["server"], "Completions under way on the server"),
             metric(Counter, "preceptor_rollout_server_tokens_total", &["server"], "Tokens received from the server"),
             metric(
                 Histogram,

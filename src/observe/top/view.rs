@@ -31,7 +31,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, status: &Value, history: &Value, error
 /// Returns the view as text, `width` columns wide.
 pub(super) fn text(status: &Value, history: &Value, width: u16) -> String {
     let stages = status["graph"]["stages"].as_array().map_or(0, Vec::len) as u16;
-    let area = Rect::new(0, 0, width, 30 + stages);
+    let area = Rect::new(0, 0, width, 30 + stages + servers_height(status));
     let mut buffer = Buffer::empty(area);
     render(area, &mut buffer, status, history, None, 0);
     let line = |y| (0..width).map(|x| buffer[(x, y)].symbol()).collect::<String>().trim_end().to_owned() + "\n";
@@ -44,10 +44,11 @@ fn render(area: Rect, buffer: &mut Buffer, status: &Value, history: &Value, erro
     let actors = actors(status);
     let edges = status["graph"]["edges"].as_array().map_or(0, Vec::len) as u16;
     let rows = actors.len() as u16 + 3;
-    let [head, what, middle, curves, foot] = Layout::vertical([
+    let [head, what, middle, below, curves, foot] = Layout::vertical([
         Constraint::Length(2),
         Constraint::Length(height(&limits, area.width) + 2),
         Constraint::Max(rows.max(edges + 3)),
+        Constraint::Max(servers_height(status)),
         Constraint::Min(3),
         Constraint::Length(1),
     ])
@@ -63,6 +64,7 @@ fn render(area: Rect, buffer: &mut Buffer, status: &Value, history: &Value, erro
     let widths = [11, 8, 9, 8].map(Constraint::Length);
     let titles = Row::new(["edge", "queue", "oldest", "items"]).bold();
     Table::new(queues(status), widths).header(titles).block(Block::bordered().title(" edges ")).render(right, buffer);
+    servers(below, buffer, status);
     sparklines(curves, buffer, history);
     let foot_line = match error {
         Some(text) => Line::from(format!(" {text}; retrying")).reversed(),
@@ -171,6 +173,40 @@ fn queues(status: &Value) -> Vec<Row<'static>> {
     status["graph"]["edges"].as_array().into_iter().flatten().map(row).collect()
 }
 
+/// Returns the height of the table of rollout servers, 0 without servers.
+fn servers_height(status: &Value) -> u16 {
+    status["servers"].as_array().filter(|list| !list.is_empty()).map_or(0, |list| list.len() as u16 + 3)
+}
+
+/// Draws the table of rollout servers. The reason why a server gets no prompts takes the place of its figures.
+fn servers(area: Rect, buffer: &mut Buffer, status: &Value) {
+    if area.height == 0 {
+        return;
+    }
+    let row = |server: &Value| {
+        let optional = |key: &str, words: &dyn Fn(f64) -> String| server[key].as_f64().map_or("–".into(), words);
+        let why = word(&server["why"]);
+        let ready = server["condition"] == "ready";
+        let row = Row::new([
+            word(&server["url"]),
+            word(&server["condition"]),
+            optional("version", &|version| format!("{version:.0}")),
+            optional("under_way", &|count| format!("{count:.0}")),
+            format!("{:.0}", figure(&server["tokens_per_s"])),
+            optional("canary", &|share| format!("{share:.2}")),
+            optional("hand_over_s", &time),
+            why,
+        ]);
+        if ready { row } else { row.style(Style::new().bold().reversed()) }
+    };
+    let rows = status["servers"].as_array().into_iter().flatten().map(row);
+    let [url, rest @ ..] = [28, 9, 8, 10, 9, 7, 10].map(Constraint::Length);
+    let widths = std::iter::once(url).chain(rest).chain([Constraint::Fill(1)]);
+    let titles = ["server", "state", "version", "under way", "tokens/s", "canary", "hand-over", ""];
+    let block = Block::bordered().title(" rollout servers ");
+    Widget::render(Table::new(rows, widths).header(Row::new(titles).bold()).block(block), area, buffer);
+}
+
 fn sparklines(area: Rect, buffer: &mut Buffer, history: &Value) {
     let columns = history["columns"].as_array().map_or(&[][..], Vec::as_slice);
     let rows = history["rows"].as_array().map_or(&[][..], Vec::as_slice);
@@ -269,6 +305,22 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn the_view_shows_rollout_servers_and_why_one_gets_no_prompts() {
+        let status = json!({ "servers": [
+            { "url": "http://10.0.0.1:8000", "condition": "ready", "why": "", "version": 12, "under_way": 48,
+              "tokens_per_s": 3210.4, "canary": 0.98, "hand_over_s": 1.25 },
+            { "url": "http://10.0.0.2:8000", "condition": "down", "why": "connection refused", "version": null,
+              "under_way": 0, "tokens_per_s": 0.0, "canary": null, "hand_over_s": null },
+        ] });
+        let shown = text(&status, &json!({}), 130);
+        for words in ["rollout servers", "http://10.0.0.1:8000", "3210", "0.98", "1.2 s", "down", "connection refused"]
+        {
+            assert!(shown.contains(words), "{words} is not in\n{shown}");
+        }
+        assert!(!text(&json!({}), &json!({}), 130).contains("rollout servers"));
+    }
 
     #[test]
     fn the_view_shows_the_bottleneck_the_gain_and_the_settings() {

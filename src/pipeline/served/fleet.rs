@@ -81,6 +81,8 @@ pub struct ServerReport {
     pub completions: u64,
     /// Number of tokens received.
     pub tokens: u64,
+    /// Tokens received in the last minute, per second.
+    pub tokens_per_s: f64,
     /// Share of the last change of the weights that the server's log-probabilities show, about 1.
     pub canary: Option<f64>,
     /// Duration of the last hand-over in seconds.
@@ -231,6 +233,7 @@ impl Fleet {
                 under_way: state.under_way.values().sum(),
                 completions: state.completions,
                 tokens: state.tokens,
+                tokens_per_s: state.recent.per_second(Instant::now()),
                 canary: state.canary,
                 hand_over_s: state.hand_over.map(|took| took.as_secs_f64()),
             }
@@ -375,6 +378,7 @@ impl Fleet {
                         let mut state = server.state();
                         state.completions += n as u64;
                         state.tokens += tokens;
+                        state.recent.push(Instant::now(), tokens);
                     }
                     telemetry::rollout_answer(server.name(), "ok", tokens);
                     if let Some(one) = sampled.first() {
@@ -433,7 +437,10 @@ impl Fleet {
                 .then(|| (state.under_way.values().sum::<usize>(), server, stored.clone()))
         });
         let (_, server, stored) = usable.min_by_key(|(load, ..)| *load)?;
-        *server.state().under_way.entry(stored.tag.version).or_default() += n;
+        let mut state = server.state();
+        *state.under_way.entry(stored.tag.version).or_default() += n;
+        telemetry::rollout_under_way(server.name(), state.under_way.values().sum());
+        drop(state);
         Some((Arc::clone(server), stored))
     }
 }
@@ -463,5 +470,6 @@ impl Drop for UnderWay<'_> {
                 state.under_way.remove(&self.version);
             }
         }
+        telemetry::rollout_under_way(self.server.name(), state.under_way.values().sum());
     }
 }

@@ -7,14 +7,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use preceptor_actors::{Snapshot, SnapshotCell, SnapshotReader};
 
-use super::canary::{Measured, Taken, Verdict, mean_square};
+use super::compare::{Asked, Checked, FIRST, Verified, ask, check, check_temperature, distance};
 use super::fleet::Fleet;
 use super::http::Fault;
-use super::server::{Condition, Group, Server};
-use super::store::{Content, Stored, Tag, WeightStore};
-use crate::lm::model::{Decoder, Pack};
+use super::server::{Condition, Server};
+use super::store::{Stored, Tag, WeightStore};
+use crate::lm::model::Decoder;
 use crate::observe::telemetry;
-use crate::pipeline::generate::Sampled;
 use crate::status;
 
 /// Time between two looks for new weights.
@@ -23,31 +22,11 @@ const LOOK: Duration = Duration::from_millis(10);
 const RETRY: Duration = Duration::from_secs(1);
 /// Longest time before a server is tried again, and the time after which one that did not take a version is handed it again.
 const MAX_RETRY: Duration = Duration::from_secs(15);
-/// Time limit of a hand-over.
-const LOAD: Duration = Duration::from_secs(600);
-/// Greatest difference, as root mean square in nats, of a server's first log-probabilities from the run's. bf16 gives about
-/// 0.02; another model gives more than 1.
-const FIRST: f64 = 0.1;
 /// Difference above which the first comparison is logged as one of precision.
 const EXACT: f64 = 1e-3;
 
-/// Number of completions of each recent prompt that the canary samples from an adapter.
-const COMPLETIONS: usize = 4;
-/// Maximum number of tokens of each.
-const TOKENS: usize = 64;
-
-/// Prompts and completions.
-type Samples = Vec<(Vec<u32>, Vec<u32>)>;
-
-/// Weights that a server is known to compute with, and its log-probabilities under them.
-struct Verified {
-    weights: Arc<Decoder>,
-    version: u64,
-    samples: Samples,
-    /// Server's log-probabilities of the samples.
-    server: Vec<f32>,
-}
-
+/// Time limit of a hand-over.
+const LOAD: Duration = Duration::from_secs(600);
 /// Hands the first version to `server`, and compares log-probabilities of a text of the data.
 ///
 /// # Errors
@@ -88,44 +67,20 @@ pub(super) fn begin(
     Ok(())
 }
 
-/// Returns the distance of the server's log-probabilities from the policy's, as root mean square in nats.
-fn distance(fleet: &Fleet, server: &Server, stored: &Stored, policy: &Decoder) -> Result<f64> {
-    let (theirs, ours) = match stored.content {
-        Content::Adapters => {
-            let (samples, theirs) = sample(fleet, server, stored)?;
-            (theirs, learner(policy, &samples, fleet.plan.sampling.temperature)?)
-        }
-        Content::Full => {
-            let samples = fleet.samples();
-            (score(fleet, server, stored, &samples)?, learner(policy, &samples, 1.0)?)
-        }
-    };
-    Ok(mean_square(&theirs, &ours).sqrt())
-}
-
-/// Checks that the log-probabilities of samples are not those at temperature 1 instead of the run's.
-fn check_temperature(fleet: &Fleet, server: &Server, stored: &Stored, policy: &Decoder) -> Result<()> {
-    let (samples, theirs) = sample(fleet, server, stored)?;
-    let temperature = fleet.plan.sampling.temperature;
-    let distance =
-        |temperature| -> Result<f64> { Ok(mean_square(&theirs, &learner(policy, &samples, temperature)?).sqrt()) };
-    ensure!(
-        distance(temperature)? <= FIRST || distance(1.0)? > FIRST,
-        "the log-probabilities of its samples are those at temperature 1, and not at rollout.temperature = {temperature}; start vLLM with --logprobs-mode processed_logprobs"
-    );
-    Ok(())
-}
-
 /// Hands new versions to `server` until the fleet stops.
-pub(super) fn run(fleet: &Arc<Fleet>, server: &Server, cell: &Arc<SnapshotCell<Decoder>>, store: &dyn WeightStore) {
+pub(super) fn run(
+    fleet: &Arc<Fleet>,
+    server: &Arc<Server>,
+    cell: &Arc<SnapshotCell<Decoder>>,
+    store: &dyn WeightStore,
+) {
     let mut reader = cell.reader(server.name());
     let first = cell.latest();
     let mut verified: Option<Verified> = None;
     // The first version was handed over and compared before this thread began.
     if server.state().loaded.as_ref().is_some_and(|stored| stored.tag == tag(fleet, &first)) {
         acknowledge(&mut reader, &first);
-        verified =
-            Some(Verified { weights: first.value, version: first.version, samples: Vec::new(), server: Vec::new() });
+        verified = Some(Verified { weights: first.value, version: first.version, asked: Asked::default() });
     }
     let (mut retry, mut rejected) = (RETRY, Instant::now());
     while !fleet.stopped.load(Ordering::SeqCst) {
@@ -207,7 +162,7 @@ impl From<anyhow::Error> for Failure {
 
 fn hand_over(
     fleet: &Fleet,
-    server: &Server,
+    server: &Arc<Server>,
     snapshot: &Snapshot<Decoder>,
     store: &dyn WeightStore,
     verified: &mut Option<Verified>,
@@ -219,11 +174,9 @@ fn hand_over(
     let stored = stored(fleet, snapshot, store)?;
     // The server is asked about the weights that it has before they are replaced.
     if let (Some(known), Some(before)) = (verified.as_mut(), &before)
-        && before.content == Content::Full
         && known.version == before.tag.version
     {
-        known.samples = fleet.samples();
-        known.server = score(fleet, server, before, &known.samples)?;
+        known.asked = ask(fleet, server, before)?;
     }
     server.state().unchecked = true;
     let loaded = fleet.runtime.block_on(server.load(&stored, LOAD)).map_err(anyhow::Error::from);
@@ -252,12 +205,8 @@ fn hand_over(
     if let Some(words) = words {
         tracing::info!("{words}");
     } else {
-        *verified = Some(Verified {
-            weights: Arc::clone(&snapshot.value),
-            version: snapshot.version,
-            samples: Vec::new(),
-            server: Vec::new(),
-        });
+        *verified =
+            Some(Verified { weights: Arc::clone(&snapshot.value), version: snapshot.version, asked: Asked::default() });
     }
     telemetry::handed_over(server.name(), took, share);
     {
@@ -273,98 +222,6 @@ fn hand_over(
     fleet.observe(server);
     fleet.admit();
     Ok(())
-}
-
-/// Result of the check of a hand-over.
-enum Checked {
-    /// With the share of the change that the server shows.
-    Taken(f64),
-    /// With the share, and the version that was compared with.
-    Undecidable(f64, u64),
-    /// With the reason.
-    NotTaken(String),
-}
-
-/// Checks that the server computes with the weights of `snapshot`.
-fn check(
-    fleet: &Fleet,
-    server: &Server,
-    snapshot: &Snapshot<Decoder>,
-    stored: &Stored,
-    verified: Option<&Verified>,
-) -> Result<Checked> {
-    let adapters = stored.content == Content::Adapters;
-    let Some(known) = verified.filter(|known| adapters || !known.server.is_empty()) else {
-        // Nothing is known of the server: it has just started. Its log-probabilities themselves must be the policy's.
-        let distance = distance(fleet, server, stored, &snapshot.value)?;
-        return Ok(match distance <= FIRST {
-            true => Checked::Taken(1.0),
-            false => Checked::NotTaken(format!("its log-probabilities differ from the policy's by {distance:.3} nats")),
-        });
-    };
-    // Some versions of vLLM fail if log-probabilities of prompts are asked of an adapter, so its own samples are compared.
-    let (samples, before, after, temperature) = match adapters {
-        true => {
-            let (samples, after) = sample(fleet, server, stored)?;
-            (samples, None, after, fleet.plan.sampling.temperature)
-        }
-        false => {
-            let after = score(fleet, server, stored, &known.samples)?;
-            (known.samples.clone(), Some(&known.server), after, 1.0)
-        }
-    };
-    let learner_before = learner(&known.weights, &samples, temperature)?;
-    let measured = Measured {
-        learner_before: &learner_before,
-        learner_after: &learner(&snapshot.value, &samples, temperature)?,
-        server_before: before.map(Vec::as_slice),
-        server_after: &after,
-    };
-    let Some(taken) = Taken::measure(&measured) else { return Ok(Checked::Taken(1.0)) };
-    Ok(match taken.verdict() {
-        Verdict::Taken => Checked::Taken(taken.share),
-        Verdict::Undecidable => Checked::Undecidable(taken.share, known.version),
-        Verdict::NotTaken => Checked::NotTaken(format!(
-            "it reports version {}, but its log-probabilities changed by {:.2} ± {:.2} of what they should have since version {}",
-            snapshot.version, taken.share, taken.error, known.version
-        )),
-    })
-}
-
-/// Returns the server's log-probabilities of the samples' completions, at temperature 1.
-fn score(fleet: &Fleet, server: &Server, stored: &Stored, samples: &[(Vec<u32>, Vec<u32>)]) -> Result<Vec<f32>> {
-    let mut all = Vec::new();
-    for (prompt, completion) in samples {
-        let ids = [prompt.as_slice(), completion].concat();
-        let scores = fleet.runtime.block_on(server.score(Some(stored), &ids))?;
-        all.extend_from_slice(&scores[prompt.len().saturating_sub(1)..]);
-    }
-    Ok(all)
-}
-
-/// Samples completions of recent prompts with the version `stored`. Returns prompts and completions, and the server's
-/// log-probabilities at the run's temperature.
-fn sample(fleet: &Fleet, server: &Server, stored: &Stored) -> Result<(Samples, Vec<f32>)> {
-    let (mut samples, mut all) = (Vec::new(), Vec::new());
-    let max_tokens = fleet.plan.sampling.max_new_tokens.min(TOKENS);
-    for (prompt, _) in fleet.samples() {
-        let group = Group { n: COMPLETIONS, max_tokens };
-        for Sampled { ids, logprobs, .. } in fleet.runtime.block_on(server.generate(stored, &prompt, group))? {
-            samples.push((prompt.clone(), ids));
-            all.extend(logprobs);
-        }
-    }
-    Ok((samples, all))
-}
-
-/// Returns the learner's log-probabilities of the samples' completions.
-fn learner(weights: &Decoder, samples: &[(Vec<u32>, Vec<u32>)], temperature: f64) -> Result<Vec<f32>> {
-    let mut all = Vec::new();
-    for (prompt, completion) in samples {
-        let scores = weights.score(&Pack::new(prompt, std::slice::from_ref(completion)), &[temperature])?;
-        all.extend(scores.into_iter().flatten());
-    }
-    Ok(all)
 }
 
 /// Removes adapters that no request uses and that are older than the server's version.

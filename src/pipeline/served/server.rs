@@ -1,6 +1,6 @@
 //! One inference server: what it holds, and the operations on it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -90,10 +90,42 @@ pub(super) struct State {
     /// Number of completions and tokens received.
     pub(super) completions: u64,
     pub(super) tokens: u64,
+    /// Tokens received in the last minute.
+    pub(super) recent: Recent,
     /// Result of the last canary: share of the weights' change that the server shows.
     pub(super) canary: Option<f64>,
     /// Duration of the last hand-over.
     pub(super) hand_over: Option<Duration>,
+}
+
+/// Numbers of tokens of the answers of the last minute, with their times.
+pub(super) struct Recent {
+    since: Instant,
+    answers: VecDeque<(Instant, u64)>,
+}
+
+impl Recent {
+    const LENGTH: Duration = Duration::from_secs(60);
+
+    fn new(since: Instant) -> Self {
+        Self { since, answers: VecDeque::new() }
+    }
+
+    /// Records an answer of `tokens` tokens.
+    pub(super) fn push(&mut self, now: Instant, tokens: u64) {
+        while self.answers.front().is_some_and(|(at, _)| now.duration_since(*at) > Self::LENGTH) {
+            self.answers.pop_front();
+        }
+        self.answers.push_back((now, tokens));
+    }
+
+    /// Returns the mean number of tokens per second of the last minute, or of the time since the start if that is shorter.
+    pub(super) fn per_second(&self, now: Instant) -> f64 {
+        let recent = self.answers.iter().filter(|(at, _)| now.duration_since(*at) <= Self::LENGTH);
+        let tokens: u64 = recent.map(|(_, tokens)| tokens).sum();
+        let length = now.duration_since(self.since).min(Self::LENGTH).as_secs_f64();
+        if length > 0.0 { tokens as f64 / length } else { 0.0 }
+    }
 }
 
 /// One inference server.
@@ -119,6 +151,7 @@ impl Server {
             under_way: BTreeMap::new(),
             completions: 0,
             tokens: 0,
+            recent: Recent::new(Instant::now()),
             canary: None,
             hand_over: None,
         };
@@ -205,6 +238,19 @@ impl Server {
                 vllm::scores(&self.http.post("/inference/v1/generate", &body, timeout).await?, ids)
             }
         }
+    }
+
+    /// Returns whether [`Self::score`] may be asked of the version `stored`. Some versions of vLLM fail if log-probabilities
+    /// of a prompt are asked of an adapter.
+    pub(super) fn scores_prompts(&self, stored: &Stored) -> bool {
+        stored.content == Content::Full || self.kind == EngineKind::Sglang
+    }
+
+    /// Returns the most likely tokens after `ids` with their log-probabilities, at temperature 1, with the adapter `stored`
+    /// of a vLLM server.
+    pub(super) async fn top(&self, stored: &Stored, ids: &[u32]) -> Result<Vec<(u32, f32)>, Fault> {
+        let body = vllm::top(&stored.tag.to_string(), stored.tag, ids);
+        vllm::tops(&self.http.post("/inference/v1/generate", &body, self.plan.timeout).await?)
     }
 
     /// Loads the version `stored`. The server answers requests for older adapters as before; other weights are replaced.
@@ -358,5 +404,25 @@ impl SamplingPlan {
         // Servers round: the log-probability of a certain token may be slightly above zero.
         logprobs.iter_mut().for_each(|logprob| *logprob = logprob.min(0.0));
         Ok(Sampled { ids, logprobs, versions, finish: Some(finish) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_of_a_server_is_that_of_the_last_minute() {
+        let start = Instant::now();
+        let at = |second| start + Duration::from_secs(second);
+        let mut recent = Recent::new(start);
+        for second in 1..=20 {
+            recent.push(at(second), 30);
+        }
+        assert_eq!(recent.per_second(at(20)), 30.0);
+        assert_eq!(recent.per_second(at(70)), 330.0 / 60.0);
+        recent.push(at(200), 60);
+        assert_eq!(recent.answers.len(), 1);
+        assert_eq!(recent.per_second(at(200)), 1.0);
     }
 }

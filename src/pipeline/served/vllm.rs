@@ -46,6 +46,30 @@ pub(super) fn score(model: &str, ids: &[u32]) -> Value {
     })
 }
 
+/// Number of tokens whose log-probabilities [`top`] asks for: the most that vLLM gives without an option.
+const TOP: usize = 20;
+
+/// Returns the body of a request for the log-probabilities of the most likely tokens after `ids`, at temperature 1.
+pub(super) fn top(model: &str, tag: Tag, ids: &[u32]) -> Value {
+    json!({
+        "model": model,
+        "token_ids": ids,
+        "cache_salt": tag.to_string(),
+        "sampling_params": { "max_tokens": 1, "temperature": 1.0, "logprobs": TOP, "ignore_eos": true },
+    })
+}
+
+/// Reads the tokens of an answer to [`top`], with their log-probabilities.
+pub(super) fn tops(answer: &Value) -> Result<Vec<(u32, f32)>, Fault> {
+    let list = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"].as_array();
+    let read = |token: &Value| {
+        let id = u32::try_from(token["token_id"].as_u64()?).ok()?;
+        token["logprob"].as_f64().filter(|logprob| logprob.is_finite()).map(|logprob| (id, logprob as f32))
+    };
+    let tops: Option<Vec<_>> = list.and_then(|list| list.iter().map(read).collect());
+    tops.ok_or_else(|| Fault::Invalid("/inference/v1/generate: the answer has no top_logprobs".into()))
+}
+
 /// Reads the choices of an answer to [`generate`], in order of their index. `versions` gives the versions of their tokens.
 pub(super) fn choices(answer: &Value, versions: &Versions<'_>) -> Result<Vec<Choice>, Fault> {
     let invalid = |what: &str| Fault::Invalid(format!("/inference/v1/generate: {what}"));

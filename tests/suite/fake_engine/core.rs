@@ -38,6 +38,8 @@ pub struct Request {
     /// Numbers that are added to the logits of tokens.
     pub bias: Vec<(u32, f32)>,
     pub wants_prompt_logprobs: bool,
+    /// Number of most likely tokens to report with each token.
+    pub top: usize,
 }
 
 /// Reason why a completion ended.
@@ -56,6 +58,8 @@ pub struct Sampled {
     pub ids: Vec<u32>,
     pub logprobs: Vec<f32>,
     pub ranks: Vec<usize>,
+    /// Most likely tokens with their log-probabilities, at each token.
+    pub tops: Vec<Vec<(u32, f32)>>,
     /// Weight version of each token.
     pub versions: Vec<String>,
     pub finish: Option<Finish>,
@@ -433,8 +437,22 @@ impl Row {
         self.sampled.ids.push(id);
         self.sampled.logprobs.push(logprob);
         self.sampled.ranks.push(rank(&logits, id));
+        self.sampled.tops.push(self.tops(&logits));
         self.sampled.versions.push(version.to_owned());
         self.sampled.finish = self.finish(id, max_model_len);
+    }
+
+    /// Returns the most likely tokens with their log-probabilities at the request's temperature.
+    fn tops(&self, logits: &[f32]) -> Vec<(u32, f32)> {
+        if self.request.top == 0 {
+            return Vec::new();
+        }
+        let temperature = if self.request.temperature > 0.0 { self.request.temperature as f32 } else { 1.0 };
+        let scaled: Vec<f32> = logits.iter().map(|logit| logit / temperature).collect();
+        let total = kernels::row_logsumexp(&scaled, 1.0);
+        let mut order: Vec<u32> = (0..scaled.len() as u32).collect();
+        order.sort_by(|a, b| scaled[*b as usize].total_cmp(&scaled[*a as usize]));
+        order.into_iter().take(self.request.top).map(|id| (id, scaled[id as usize] - total)).collect()
     }
 
     fn finish(&self, id: u32, max_model_len: usize) -> Option<Finish> {

@@ -39,6 +39,7 @@ pub fn answer(server: &Server, received: &Received, faults: &Faults, stream: &Tc
         ("POST", "/inference/v1/generate") if faults.no_scale_out => {
             Some(Reply::error(403, "ForbiddenError", "start the server with --enable-scale-out", ""))
         }
+        ("POST", "/inference/v1/generate") if faults.repeats_answers => repeat(server, received, faults, stream),
         ("POST", "/inference/v1/generate") => generate(server, received, faults, stream),
         ("POST", "/v1/completions") => complete(server, received, faults, stream),
         ("POST", "/v1/load_lora_adapter" | "/v1/unload_lora_adapter") if faults.no_lora_updates => {
@@ -143,6 +144,7 @@ fn parse(core: &Core, body: &Value, prompt: &Value, params: &Value, length: usiz
         stop,
         bias: bias.filter(|(id, _): &(u32, f32)| (*id as usize) < vocabulary).collect(),
         wants_prompt_logprobs: !params["prompt_logprobs"].is_null(),
+        top: number("logprobs", 0) as usize,
     };
     if request.max_tokens == 0 || request.seeds.is_empty() || request.temperature < 0.0 {
         return Err(bad("max_tokens and n must be at least 1, temperature must be non-negative", ""));
@@ -224,14 +226,23 @@ fn generate(server: &Server, received: &Received, faults: &Faults, stream: &TcpS
     let token = |id: u32| done.tokenizer.decode(&[id]).unwrap_or_default();
     let choices = done.answer.completions.iter().enumerate().map(|(index, sampled)| {
         let shown = Shown::of(sampled, faults, done.vocabulary);
-        let content = shown.logprobs.iter().zip(&shown.ids).zip(&shown.ranks).map(|((logprob, id), rank)| {
+        let most = params["logprobs"].as_u64().unwrap_or(0).max(1) as usize;
+        let content = shown.logprobs.iter().zip(&shown.ids).zip(&shown.ranks).enumerate();
+        let content = content.map(|(at, ((logprob, id), rank))| {
             let mut one = if text_mode {
                 let text = token(*id);
                 json!({ "token": text, "logprob": logprob, "bytes": text.as_bytes() })
             } else {
                 json!({ "token_id": id, "logprob": logprob, "rank": rank })
             };
-            one["top_logprobs"] = json!([one.clone()]);
+            // The sampled token is the first, and counts as one of them.
+            let mut tops = vec![one.clone()];
+            let others = sampled.tops[at].iter().enumerate().filter(|(_, (top, _))| top != id && !text_mode);
+            tops.extend(others.map(
+                |(rank, (top, logprob))| json!({ "token_id": top, "logprob": number(*logprob), "rank": rank + 1 }),
+            ));
+            tops.truncate(most);
+            one["top_logprobs"] = json!(tops);
             one
         });
         let (reason, stop) = finish(sampled);
@@ -265,6 +276,20 @@ fn generate(server: &Server, received: &Received, faults: &Faults, stream: &TcpS
         "mm_placeholders": null, "metrics": null, "kv_transfer_params": null, "ec_transfer_params": null,
         "output_mode": if text_mode { "text" } else { "tokens" }, "choices": choices,
     })))
+}
+
+/// Answers as before if a request for as many completions of the same length was answered.
+fn repeat(server: &Server, received: &Received, faults: &Faults, stream: &TcpStream) -> Option<Reply> {
+    let params = &received.body["sampling_params"];
+    let key = ["n", "max_tokens"].map(|name| params[name].as_u64().unwrap_or(1));
+    if let Some(answer) = server.repeated.lock().unwrap().get(&key).filter(|_| key[0] > 1) {
+        return Some(Reply::Text(200, answer.clone()));
+    }
+    let reply = generate(server, received, faults, stream);
+    if let Some(Reply::Json(200, body)) = &reply {
+        server.repeated.lock().unwrap().insert(key, body.to_string());
+    }
+    reply
 }
 
 /// Returns the text of a completion up to the stop string.
