@@ -27,12 +27,20 @@ NO_DATA = "no data"
 HISTOGRAM_PARTS = ("_bucket", "_sum", "_count")
 # Series that Prometheus generates.
 BUILT_IN = {"up", "ALERTS"}
+ONLY_SERVED = "only if rollout servers sample (rollout.engine)"
 # Metrics that may be missing, with the reason.
 ABSENT = {
     "ALERTS": "only while an alert is pending or firing",
     "preceptor_device_memory_used_bytes": "only if the policy is on a GPU",
+    "preceptor_hand_over_duration_seconds": ONLY_SERVED,
     "preceptor_labels_bought_again_total": "only if two labelers ask the same question at the same time",
     "preceptor_micro_batch": "only after the learner's device ran out of memory",
+    "preceptor_rollout_server_answers_total": ONLY_SERVED,
+    "preceptor_rollout_server_canary": ONLY_SERVED,
+    "preceptor_rollout_server_ready": ONLY_SERVED,
+    "preceptor_rollout_server_tokens_total": ONLY_SERVED,
+    "preceptor_rollout_server_under_way": ONLY_SERVED,
+    "preceptor_rollout_server_version": ONLY_SERVED,
     "preceptor_stage_failures_total": "only after a stage failed",
     "preceptor_stalled": "only while a stage blocks the run",
 }
@@ -126,8 +134,9 @@ def judge(source, known, options):
 def excuse(source, known):
     """Returns the reason why an expression may be empty, or None. One of its metrics must be missing and in ABSENT."""
     for name in sorted(metric_names(source)):
-        if name in ABSENT and (name in BUILT_IN or known is None or not is_known(name, known)):
-            return ABSENT[name]
+        reason = next((ABSENT[candidate] for candidate in names_of(name) if candidate in ABSENT), None)
+        if reason and (name in BUILT_IN or known is None or not is_known(name, known)):
+            return reason
     return None
 
 
@@ -181,10 +190,12 @@ def known_names(file):
 
 def is_known(name, known):
     """Returns whether a name, or the histogram to which it belongs, is known."""
-    if name in BUILT_IN:
-        return True
-    bases = [name[: -len(part)] for part in HISTOGRAM_PARTS if name.endswith(part)]
-    return any(candidate in known for candidate in [name, *bases])
+    return name in BUILT_IN or any(candidate in known for candidate in names_of(name))
+
+
+def names_of(name):
+    """Returns the name, and the name of the histogram to which it belongs, if it has the form of a part of one."""
+    return [name, *(name[: -len(part)] for part in HISTOGRAM_PARTS if name.endswith(part))]
 
 
 def ask(url, query):

@@ -59,8 +59,10 @@ def is_setting(name, sections):
 def texts():
     """Yields (place, text) of all texts of dashboards, alerts and README."""
     for file in sorted((GRAFANA / "dashboards").glob("*.json")):
-        for panel in json.loads(file.read_text(encoding="utf-8"))["panels"]:
-            yield f"{file.name}: {panel['title']}", panel.get("description", "")
+        for row_or_panel in json.loads(file.read_text(encoding="utf-8"))["panels"]:
+            # A collapsed row contains its panels.
+            for panel in [row_or_panel, *row_or_panel.get("panels", [])]:
+                yield f"{file.name}: {panel['title']}", panel.get("description", "")
     for file in (GRAFANA / "alerts.yml", GRAFANA / "README.md"):
         yield file.name, file.read_text(encoding="utf-8")
 

@@ -10,6 +10,10 @@ const REFUSED = /ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE|ERR_CONNECTION_RESET|
 const count = (node, path) => node.asked.filter((one) => one.path === path).length;
 const cards = (page, selector) => page.locator(selector).allInnerTexts();
 
+/** Returns the text of each row, with the name of each cell, which a phone shows instead of the table's head. */
+const namedCells = (rows) => rows.map((row) => [...row.children].map((cell) =>
+  `${cell.dataset.name ? `${cell.dataset.name}: ` : ""}${cell.textContent}`).join(", "));
+
 export const CHECKS = {
   "the page is one document of at most 88 KiB": async () => {
     const page = wholePage();
@@ -82,6 +86,47 @@ export const CHECKS = {
     assert.match(await page.title(), /is stalled/);
     node.world.stalled = false;
     await page.locator("#stalled").waitFor({ state: "hidden" });
+  },
+
+  "rollout servers are shown, and one that is not ready stands out": async (visit) => {
+    const without = await visit.open((await visit.node()).url);
+    await says(without, "#step", /step 7 of/);
+    for (const hidden of ["#servers", "#servers-link", "#unsampled"]) assert.equal(await without.locator(hidden).isVisible(), false, `${hidden} is hidden without servers`);
+    const node = await visit.node(SCENARIOS.served);
+    for (const options of [{}, { viewport: { width: 700, height: 740 } }, PHONE]) {
+      const page = await visit.open(node.url, options);
+      await says(page, "#servers-note", /^2 of 5 servers ready\. Canary: /);
+      const rows = (await page.locator("#servers-rows tr").evaluateAll(namedCells)).map((row) => row.replaceAll("\u00a0", " "));
+      assert.equal(rows[0], "http://10.0.0.1:8000, condition: ready, weights: 7, under way: 96, tokens/s: 8,412, canary: 0.980, last hand-over: 3.2 s");
+      assert.match(rows[1], /weights: 6, 1 behind, under way: 96/);
+      assert.equal(rows[2], "http://10.0.0.3:8000, condition: ⚠ has no weights yet, weights: –, under way: 0, tokens/s: 0, canary: –, last hand-over: –");
+      assert.match(rows[3], /condition: ⚠ down: cannot be reached: connection refused, /);
+      assert.match(rows[4], /condition: ⚠ gets no prompts: it reports version 7, but its log-probabilities changed by 0\.02/);
+      const colours = await page.locator("#servers-rows tr").evaluateAll((all) => all.map((row) => getComputedStyle(row).backgroundColor));
+      assert.equal(colours[0], colours[1]);
+      assert.equal(new Set(colours).size, 3, `ready, starting and failed servers differ: ${colours}`);
+      assert.equal(await page.locator("#unsampled").isVisible(), false, "some servers are ready");
+      await assertNoOverflow(page);
+      await page.close();
+    }
+    const page = await visit.open(node.url);
+    await page.click("#servers-link");
+    assert.equal(await page.evaluate(() => location.hash), "#servers");
+    node.world.behind = 3;
+    await says(page, "#servers-rows tr:nth-child(2)", /⚠ 4, 3 behind/);
+    node.world.servers = ["ready"];
+    await says(page, "#servers-note", /^1 of 1 server ready/);
+    node.world.servers = [];
+    await page.locator("#servers").waitFor({ state: "hidden" });
+    for (const colorScheme of ["light", "dark"]) {
+      const looked = await visit.open((await visit.node(SCENARIOS.unsampled)).url, { colorScheme });
+      await says(looked, "#unsampled", /No rollout server is ready, so no completions are sampled/);
+      assert.match(await looked.title(), /waits for its rollout servers/);
+      await assertAccessible(looked, colorScheme);
+      const mixed = await visit.open((await visit.node(SCENARIOS.served)).url, { colorScheme, ...PHONE });
+      await says(mixed, "#servers-note", /2 of 5/);
+      await assertAccessible(mixed, colorScheme);
+    }
   },
 
   "the graph shows busy and waiting actors, queues and weights": async (visit) => {
@@ -297,6 +342,7 @@ export const CHECKS = {
     for (const options of [{}, PHONE]) {
       const page = await visit.open(node.url, options);
       await says(page, "#sample-list", /<img src=x onerror=/);
+      await says(page, "#servers-rows tr:nth-child(2)", /down: <img src=x onerror=[^]*<b>bold<\/b>/);
       await page.click("#sample-more");
       for (const summary of await page.locator("#samples summary").all()) await summary.click();
       await says(page, "#sample-list", /<script>window\.owned = true<\/script> <b>bold<\/b>/);

@@ -11,7 +11,7 @@ const PAGE = new URL("../../src/observe/serve/page/", import.meta.url);
 /** The page's scripts, in the order in which the node concatenates them. */
 export const SCRIPTS = [
   "format.js", "dom.js", "client.js", "theme.js", "trend.js", "header.js", "diagnosis.js", "layout.js", "states.js",
-  "actor.js", "graph.js", "timeline.js", "tables.js", "chart.js", "curves.js", "completion.js", "samples.js", "page.js",
+  "actor.js", "graph.js", "timeline.js", "tables.js", "servers.js", "chart.js", "curves.js", "completion.js", "samples.js", "page.js",
 ];
 
 export const POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
@@ -30,11 +30,13 @@ export const SCENARIOS = {
   starting: { starting: true },
   unmeasured: { unmeasured: true },
   stalled: { stalled: true },
-  hostile: { hostile: true },
+  hostile: { hostile: true, servers: ["ready", "down", "rejected"] },
   many: { rollouts: 64, labelers: 12, controller: true, faulty: true },
   preference: { mode: "preference", algorithm: "online_dpo" },
   distilled: { mode: "distilled", algorithm: "ppo", rollouts: 3, labelers: 2, step: 4021, steps: 20000, faulty: true, winRate: true },
   left: { left: true },
+  served: { servers: ["ready", "behind", "starting", "down", "rejected"] },
+  unsampled: { servers: ["down", "rejected"] },
 };
 
 /** Returns the page as one document, assembled as by the node. */
@@ -91,7 +93,9 @@ function status(world) {
     phase: world.starting ? "loading models and data" : "training",
     incarnation_started: world.began - world.uptime,
     plan: { mode: world.mode, algorithm: world.algorithm, steps: world.steps, batch_groups: 4, group_size: 4, eta: 1 },
-    last_step: world.starting || world.step === 0 ? null : Object.fromEntries(COLUMNS.map((name, i) => [name, row(world, world.step)[i]])),
+    last_step: world.starting || world.step === 0 ? null : {
+      ...Object.fromEntries(COLUMNS.map((name, i) => [name, row(world, world.step)[i]])), version: world.step,
+    },
     weights: world.starting ? null : Array.from({ length: world.rollouts }, (_, i) => ({
       reader: `rollout-${i}`, version: world.step - (i % 3 === 1 ? 1 : 0), fingerprint: 123 + i, lag: i % 3 === 1 ? 1 : 0, fingerprint_matches: true,
     })),
@@ -112,9 +116,25 @@ function status(world) {
       ],
     } : null,
     checkpoint: world.starting ? null : { age_s: 35.2, took_s: 0.4, bytes: 1234567890 },
+    servers: (world.servers ?? []).map((kind, i) => server(world, kind, i)),
     faults: world.faulty ? { restarts: 2, nonfinite_steps: 1, masked_groups: 14, disk_errors: 0 } : { restarts: 0, nonfinite_steps: 0, masked_groups: 0, disk_errors: 0 },
     memory: { resident_bytes: 4261000000, device: [] },
     controller: world.controller ? [{ knob: "rollout", value: 24, low: 1, high: 32, last_move: "-8: rollout waits for room" }] : null,
+  };
+}
+
+/** Returns a rollout server that is ready, ready with old weights (`behind`), `starting`, `down` or `rejected`. */
+function server(world, kind, i) {
+  const why = {
+    down: "cannot be reached: connection refused",
+    rejected: `it reports version ${world.step}, but its log-probabilities changed by 0.02 ± 0.04 of what they should have since version ${world.step - 1}`,
+  }[kind] ?? "";
+  const samples = kind === "ready" || kind === "behind";
+  return {
+    url: `http://10.0.0.${i + 1}:8000`, condition: kind === "behind" ? "ready" : kind, why: world.hostile ? HOSTILE.join(" ") : why,
+    version: kind === "starting" ? null : kind === "behind" ? world.step - (world.behind ?? 1) : world.step,
+    under_way: samples ? 96 : 0, completions: kind === "starting" ? 0 : 12840, tokens: kind === "starting" ? 0 : 3081600,
+    tokens_per_s: samples ? 8412.4 : 0, canary: kind === "starting" ? null : 0.98, hand_over_s: kind === "starting" ? null : 3.2,
   };
 }
 

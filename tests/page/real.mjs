@@ -47,6 +47,13 @@ export const REAL_CHECKS = {
     const drawing = await page.locator("#graph").innerText();
     for (const role of new Set(graph.stages.filter(({ state }) => state !== "ended").map((stage) => stage.role))) assert.match(drawing, plainly(role));
   },
+  "rollout servers are shown if the run has any": async (visit) => {
+    const { servers } = await status(visit.url);
+    const page = await visit.open(visit.url);
+    await says(page, "#connection", /^live$/);
+    assert.equal(await page.locator("#servers").isVisible(), servers.length > 0);
+    for (const { url } of servers) await says(page, "#servers-rows", plainly(url));
+  },
   "curves and samples are shown": async (visit) => {
     const page = await visit.open(visit.url);
     await page.waitForFunction(() => document.querySelectorAll(".chart .line").length >= 5, null, { timeout: LONG });

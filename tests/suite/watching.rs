@@ -155,6 +155,7 @@ fn the_page_is_complete_and_its_data_is_available() {
     // The page loads nothing from elsewhere; XML namespace names are not addresses.
     let elsewhere: Vec<&str> = page.split("http").skip(1).filter(|rest| !rest.starts_with("://www.w3.org/")).collect();
     assert!(elsewhere.iter().all(|rest| !rest.starts_with("s://") && !rest.starts_with("://")), "{elsewhere:?}");
+    assert!(page.contains("id=\"servers\"") && page.contains("function showServers"));
 
     let history = node.json("/history");
     let columns = history["columns"].as_array().unwrap();
@@ -168,6 +169,7 @@ fn the_page_is_complete_and_its_data_is_available() {
     assert!(completions[0]["text"].is_string() && completions[0]["reward"].is_number(), "{}", completions[0]);
     let status = node.status("shares of time", |status| status["roles"].as_array().is_some_and(|all| all.len() >= 4));
     assert_eq!(status["plan"]["mode"], "direct");
+    assert!(status["servers"].as_array().is_some_and(Vec::is_empty), "{}", status["servers"]);
     for role in status["roles"].as_array().unwrap() {
         let sum: f64 = ["busy", "idle", "blocked", "admission"].iter().map(|part| role[part].as_f64().unwrap()).sum();
         assert!((sum - 1.0).abs() < 1e-6, "{role}");

@@ -26,6 +26,7 @@ static PAGE: LazyLock<String> = LazyLock::new(|| {
         include_str!("page/graph.js"),
         include_str!("page/timeline.js"),
         include_str!("page/tables.js"),
+        include_str!("page/servers.js"),
         include_str!("page/chart.js"),
         include_str!("page/curves.js"),
         include_str!("page/completion.js"),

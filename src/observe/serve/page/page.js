@@ -55,6 +55,7 @@ class Page {
     this.part("diagnosis", () => showDiagnosis(status));
     this.part("stalled", () => showStalled(status.graph?.stalled, status.run));
     this.part("waiting", () => showWaiting(status.judges_away ?? [], status.run));
+    this.part("servers", () => showServers(status));
     this.part("unhealthy", () => showUnhealthy(status.health));
     this.drawActors();
   }
@@ -78,6 +79,7 @@ class Page {
     this.part("samples", () => this.samples.show(groups));
     this.part("stalled", () => showStalled(status.graph?.stalled, status.run));
     this.part("waiting", () => showWaiting(status.judges_away ?? [], status.run));
+    this.part("servers", () => showServers(status));
     this.part("unhealthy", () => showUnhealthy(status.health));
   }
 
