@@ -39,6 +39,29 @@ impl Gradients {
         self.buffers.iter().try_for_each(|buffer| buffer.sum.zero_set())
     }
 
+    /// Adds the accumulators of `other`, which were created for copies of the same parameters, perhaps on another device.
+    ///
+    /// # Errors
+    /// If `other` has other parameters, or parameters of another shape.
+    pub fn add(&mut self, other: &Self) -> Result<()> {
+        if self.index.len() != other.index.len() {
+            bail!("cannot add the gradients of {} parameters to those of {}", other.index.len(), self.index.len());
+        }
+        for (name, &i) in &self.index {
+            let (buffer, addend) = (&mut self.buffers[i], other.get(name));
+            match addend {
+                Some(addend) if addend.dims() == buffer.sum.dims() => {
+                    buffer.add(&addend.to_device(buffer.sum.device())?)?;
+                }
+                Some(addend) => {
+                    bail!("the gradient of {name} has shape {:?}, not {:?}", addend.dims(), buffer.sum.dims())
+                }
+                None => bail!("there is no gradient of {name} to add"),
+            }
+        }
+        Ok(())
+    }
+
     /// Returns the Euclidean norm over all accumulators, summed in `f64`. It is not finite if any element is not.
     pub fn global_norm(&self) -> Result<f64> {
         let mut squares = 0.0;
@@ -276,6 +299,23 @@ fn sum_of_squares(values: &[f32]) -> f64 {
 mod tests {
     use super::super::testing::{assert_close, values};
     use super::*;
+
+    #[test]
+    fn sums_of_two_accumulators_are_added() {
+        let params = params();
+        let (mut sum, mut other) = (Gradients::new(&params).unwrap(), Gradients::new(&params).unwrap());
+        for (gradients, scale) in [(&mut sum, 1.0), (&mut other, 2.0)] {
+            let loss = params.iter().map(|(_, var)| (var.sum_all().unwrap() * scale).unwrap());
+            let loss = loss.reduce(|a, b| (a + b).unwrap()).unwrap();
+            backward(&loss, &mut [gradients]).unwrap();
+        }
+        sum.add(&other).unwrap();
+        for (name, var) in &params {
+            let all = sum.get(name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(all, vec![3.0; var.elem_count()], "{name}");
+        }
+        assert!(sum.add(&Gradients::new(&params[..2]).unwrap()).is_err());
+    }
 
     fn params() -> Vec<(String, Var)> {
         let var = |seed, shape: &[usize]| Var::from_tensor(&values(seed, shape)).unwrap();

@@ -59,8 +59,13 @@ section! {
         /// Staleness bound η: maximum number of policy versions by which the weights that sampled a token may lag
         /// behind the weights that are trained on it; 0 is synchronous training.
         [Changeable] eta: u64 = is(1).from(0).to(MANY),
-        /// Number of threads of the learner.
+        /// Number of threads of each replica of the learner.
         [Changeable] threads: usize = pool(),
+        /// Number of replicas of the learner on the CPU. Each computes the gradients of its part of a batch's groups, on
+        /// shared weights, with `learner.threads` threads; the gradients are added before the step. Two replicas of one
+        /// thread are faster than one with two threads. Each needs memory for its sums of gradients and for its
+        /// activations. The result depends on the number only by rounding.
+        [Changeable] replicas: usize = is(1).from(1).to(256),
         /// Peak learning rate.
         [Changeable] lr: f64 = positive(1e-5),
         /// Learning rate at the end of a `linear` or `cosine` schedule.

@@ -3,9 +3,11 @@
 mod pass;
 pub mod publish;
 pub mod record;
+pub mod replicas;
 pub mod stage;
 pub mod state;
 pub mod value;
+mod work;
 
 pub use publish::{Done, Observer};
 pub use record::{BatchStats, StepRecord};

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use kernels::clip_factor;
 use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResult};
 
@@ -10,6 +10,7 @@ use crate::lm::model::Pack;
 use crate::lm::tokens::Tokenizer;
 use crate::observe::telemetry;
 use crate::pipeline::learn::TrainState;
+use crate::pipeline::learn::replicas::{Job, Layout, Replicas, reduce};
 use crate::types::Prompt;
 use crate::util::failpoints;
 use crate::util::mutex::lock;
@@ -38,6 +39,10 @@ pub struct FineTune {
     pub max_grad_norm: f64,
     /// Observer that is called after each step.
     pub observer: Arc<Mutex<dyn SftObserver>>,
+    /// Number of replicas that compute gradients, and their threads.
+    pub layout: Layout,
+    /// Threads of the replicas, once the actor has started.
+    pub replicas: Option<Replicas<(f64, usize)>>,
     /// Sums over the present batch.
     pub sums: BatchSums,
 }
@@ -51,18 +56,33 @@ pub struct BatchSums {
 }
 
 impl FineTune {
-    /// Adds the gradient of one reference. Returns its summed loss and number of tokens.
-    fn learn(&self, state: &mut TrainState, prompt: &Prompt) -> Result<(f64, usize)> {
+    /// Returns the job that adds the gradient of one reference. Its result are the summed loss and the number of tokens.
+    fn job(&self, state: &TrainState, prompt: &Prompt) -> Result<Job<(f64, usize)>> {
         let text = prompt.reference.as_ref().ok_or_else(|| anyhow!("line {} has no reference", prompt.row + 1))?;
         let (kept, mut ids) = self.tokenizer.encode_after(&prompt.ids, text)?;
         ids.extend(self.tokenizer.end(self.chat));
         // A reference beyond the context is truncated to its beginning.
         ids.truncate(state.config().context.saturating_sub(kept));
         let pack = Pack::new(&prompt.ids[..kept], &[ids]);
-        let (logprobs, _) = state.model.logprobs(&pack, 1.0)?;
-        let loss = -logprobs.to_vec1::<f32>()?.iter().map(|p| f64::from(*p)).sum::<f64>();
-        kernels::backward(&logprobs.sum_all()?.neg()?, &mut [&mut state.gradients])?;
-        Ok((loss, pack.targets.len()))
+        let model = Arc::clone(&state.model);
+        Ok(Box::new(move |sums| {
+            let (logprobs, _) = model.logprobs(&pack, 1.0)?;
+            let loss = -logprobs.to_vec1::<f32>()?.iter().map(|p| f64::from(*p)).sum::<f64>();
+            kernels::backward(&logprobs.sum_all()?.neg()?, &mut [&mut sums[0]])?;
+            Ok((loss, pack.targets.len()))
+        }))
+    }
+
+    /// Adds the results of jobs until the replica `rank` is free, or all of them.
+    fn settle(&mut self, rank: Option<usize>) -> Result<()> {
+        let Some(replicas) = &mut self.replicas else { return Ok(()) };
+        while rank.is_none_or(|rank| replicas.is_busy(rank)) {
+            let Some(result) = replicas.next() else { break };
+            let (loss, tokens) = result?;
+            self.sums.loss += loss;
+            self.sums.tokens += tokens;
+        }
+        Ok(())
     }
 }
 
@@ -77,21 +97,27 @@ impl Stage for FineTune {
                 "fine-tuning failed while it was writing the weights; they are only partly updated and cannot be used",
             ));
         }
-        Ok(state.discard()?)
+        state.set_replicas(self.layout.replicas)?;
+        state.discard()?;
+        self.replicas = Some(Replicas::start(state.sums.clone(), self.layout.threads)?);
+        Ok(())
     }
 
     fn process(&mut self, item: Item<Prompt>, _out: &Emitter<'_, ()>) -> StageResult<()> {
         let shared = Arc::clone(&self.state);
         let mut state = lock(&shared);
-        let (loss, tokens) = self.learn(&mut state, &item.body)?;
+        let (job, place, count) = (self.job(&state, &item.body)?, self.sums.references as usize, self.layout.replicas);
+        let replicas = self.replicas.as_mut().context("internal error: fine-tuning has not started")?;
+        replicas.submit(place % count, job);
         self.sums.references += 1;
-        self.sums.loss += loss;
-        self.sums.tokens += tokens;
         if self.sums.references < self.batch {
+            self.settle(Some((place + 1) % count))?;
             return Ok(());
         }
+        self.settle(None)?;
         let BatchSums { loss, tokens, .. } = std::mem::take(&mut self.sums);
-        let norm = state.gradients.global_norm()? / tokens.max(1) as f64;
+        reduce(&state.sums)?;
+        let norm = state.gradient_norm()? / tokens.max(1) as f64;
         let loss = loss / tokens.max(1) as f64;
         if !norm.is_finite() || !loss.is_finite() {
             return Err(StageError::fatal(format!(

@@ -164,7 +164,7 @@ impl Node {
             Arc::clone(&self.observer),
         );
         let learn = learn.continue_from(entries, left);
-        let spec = StageSpec::new("learn").role("learn").threads(config.learner.threads);
+        let spec = StageSpec::new("learn").role("learn").threads(learning::threads(config));
         builder.sink(spec, learn, rewarded);
         Ok(())
     }
@@ -373,13 +373,15 @@ pub fn wire_fine_tuning(
         state: Arc::clone(state),
         chat: config.data.chat,
         batch,
+        layout: learning::layout(config),
+        replicas: None,
         sums: BatchSums::default(),
         tokenizer: prepared.tokenizer.clone(),
         lr: config.sft.lr,
         max_grad_norm: config.learner.max_grad_norm,
         observer: Arc::clone(observer),
     };
-    builder.sink(StageSpec::new("learn").role("learn").threads(config.learner.threads), learn, prompts);
+    builder.sink(StageSpec::new("learn").role("learn").threads(learning::threads(config)), learn, prompts);
 }
 
 /// Returns a gate that admits `groups` groups without waiting.

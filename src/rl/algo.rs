@@ -116,7 +116,7 @@ pub struct GroupLoss {
 }
 
 /// A learning algorithm: targets of a batch, and losses of its groups with their gradients.
-pub trait Algorithm: Send {
+pub trait Algorithm: Send + Sync {
     /// Returns whether [`GroupView::values`] is required.
     fn needs_values(&self) -> bool {
         false

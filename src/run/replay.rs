@@ -17,7 +17,7 @@ use crate::pipeline::learn::TrainState;
 use crate::pipeline::learn::stage::Learn;
 use crate::pipeline::learn::{Done, Observer};
 use crate::pipeline::setup::{Prepared, prepare_policy};
-use crate::pipeline::topology::learning::{adam, algorithm, learn_plan, lora, value_model};
+use crate::pipeline::topology::learning::{adam, algorithm, learn_plan, lora, threads, value_model};
 use crate::pipeline::topology::open_gate;
 use crate::run::checkpoint::Identity;
 use crate::types::Rewarded;
@@ -153,7 +153,7 @@ impl Replay {
                 open_gate(u64::MAX / 2),
                 progress.clone(),
             );
-            builder.sink(StageSpec::new("learn").threads(settings.learner.threads), learn, batches);
+            builder.sink(StageSpec::new("learn").threads(threads(&settings)), learn, batches);
             Ok(())
         };
         let options = preceptor_actors::GraphOptions {
@@ -218,7 +218,7 @@ impl Observer for ReplayProgress {
         ensure!(step == state.step, "step {} was taken where the journal has step {step}", state.step);
         ensure!(
             fingerprint == done.fingerprint,
-            "step {step} gives weights {:016x}, but the run recorded {fingerprint:016x}; a bit-identical replay needs the same program, kind of processor and learner.threads",
+            "step {step} gives weights {:016x}, but the run recorded {fingerprint:016x}; a bit-identical replay needs the same program, kind of processor, learner.threads and learner.replicas",
             done.fingerprint
         );
         self.replayed = Some(Replayed { steps: step, fingerprint });

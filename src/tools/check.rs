@@ -176,13 +176,17 @@ impl Sizes {
             || (own_judge && devices.labeler.same_device(policy));
         let start = if start_stays { self.parameters } else { 0.0 };
         // Trained parameters: weights, a group's gradient, and two published copies of the policy.
+        // Each further replica has sums of gradients in f32 and activations of its own.
+        let replicas = config.learner.replicas as f64;
+        let sums = 4.0 * (replicas - 1.0) * (self.trained + self.value_model);
         let learner = each * (start + 4.0 * self.trained + 2.0 * self.value_model)
-            + exact(policy) * (self.trained + self.value_model);
+            + exact(policy) * (self.trained + self.value_model)
+            + sums;
         let mut loads = vec![Load {
             name: home.clone(),
             device: policy.clone(),
             weights: learner,
-            activations: self.activation_bytes(config, prepared, policy),
+            activations: replicas * self.activation_bytes(config, prepared, policy),
         }];
         let mut add = |name: &Option<String>, device: &Device, weights: f64, activations: f64| {
             let name = name.as_ref().unwrap_or(home);
@@ -345,7 +349,7 @@ fn threads(config: &Config) -> String {
         ("rollout", config.rollout.workers, config.rollout.threads),
         ("labeler", if labels_here { config.labeler.workers } else { 0 }, config.labeler.threads),
         ("reward", 1, config.reward.threads),
-        ("learner", 1, config.learner.threads),
+        ("learner", config.learner.replicas, config.learner.threads),
     ];
     let cores = process::cores();
     let all: usize = stages.iter().map(|(_, workers, threads)| workers * threads).sum();

@@ -163,7 +163,7 @@ fn threads(role: &str, config: &Config) -> usize {
         "label" if is_remote(config) => 0,
         "label" => config.labeler.threads,
         "reward" => config.reward.threads,
-        "learn" => config.learner.threads,
+        "learn" => config.learner.threads * config.learner.replicas,
         _ => 0,
     }
 }

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use anyhow::Result;
 use candle_core::Tensor;
+use kernels::Gradients;
 
-use super::TrainState;
+use super::replicas::Sums;
 use crate::lm::model::Pack;
 use crate::rl::algo::{GroupLoss, GroupView};
 use crate::types::Rewarded;
@@ -57,9 +58,9 @@ pub(super) struct Pass {
     pub(super) values: Option<Tensor>,
 }
 
-/// Multiplies the loss's gradients for the completions `part` into the graph, runs the backward pass and accumulates
-/// the gradients.
-pub(super) fn accumulate(state: &mut TrainState, loss: &GroupLoss, pass: &Pass, part: Range<usize>) -> Result<()> {
+/// Multiplies the loss's gradients for the completions `part` into the graph, runs the backward pass and adds the gradients
+/// to `sums`.
+pub(super) fn accumulate(sums: &mut Sums, loss: &GroupLoss, pass: &Pass, part: Range<usize>) -> Result<()> {
     let shaped = |gradients: &[Vec<f32>]| {
         Tensor::from_vec(gradients[part.clone()].concat(), pass.logprobs.dims(), pass.logprobs.device())
     };
@@ -72,10 +73,11 @@ pub(super) fn accumulate(state: &mut TrainState, loss: &GroupLoss, pass: &Pass, 
         if !loss.d_entropy.is_empty() {
             sum = (sum + (&pass.entropy * shaped(&loss.d_entropy)?)?.sum_all()?)?;
         }
-        kernels::backward(&sum, &mut [&mut state.gradients])?;
+        kernels::backward(&sum, &mut [&mut sums[0]])?;
     }
-    if let (Some(values), Some(model)) = (&pass.values, &mut state.value) {
-        model.accumulate(values, &shaped(&loss.d_value)?)?;
+    if let Some(values) = &pass.values {
+        let mut parts: Vec<&mut Gradients> = sums[1..].iter_mut().collect();
+        kernels::backward(&(values * shaped(&loss.d_value)?)?.sum_all()?, &mut parts)?;
     }
     Ok(())
 }

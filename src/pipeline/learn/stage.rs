@@ -1,23 +1,24 @@
 //! The learner actor.
 
-use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use kernels::clip_factor;
 use preceptor_actors::{AdmissionGate, Emitter, Item, SnapshotCell, Stage, StageContext, StageError, StageResult};
 
-use super::pass::{Measured, Pass, accumulate};
+use super::pass::Measured;
 use super::publish::{Observer, PendingStep, publish};
-use super::value::ValueModel;
+use super::replicas::{Layout, Replicas, Sums, reduce};
+use super::work::{Nets, Outcome, Work};
 use super::{BatchStats, TrainState};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use crate::config::Schedule;
-use crate::lm::model::{Decoder, Pack};
+use crate::lm::model::Decoder;
 use crate::observe::telemetry;
 use crate::rl::algo::{Algorithm, GroupView, Targets};
 use crate::rl::ledger::LedgerWriter;
@@ -59,6 +60,8 @@ pub struct LearnPlan {
     pub max_nonfinite_steps: u32,
     /// Maximum number of completions per forward pass; 0 for complete groups.
     pub micro_batch: usize,
+    /// Number of replicas that compute gradients, and their threads.
+    pub layout: Layout,
 }
 
 impl LearnPlan {
@@ -87,7 +90,7 @@ impl LearnPlan {
 /// batch), and trained when the batch is complete. Weights change only then.
 pub struct Learn {
     state: Arc<Mutex<TrainState>>,
-    algorithm: Box<dyn Algorithm>,
+    work: Arc<Work>,
     plan: LearnPlan,
     cell: Arc<SnapshotCell<Decoder>>,
     gate: Arc<AdmissionGate>,
@@ -95,12 +98,12 @@ pub struct Learn {
     entries: LedgerWriter,
     /// Rewarded groups left over by an earlier graph, processed first.
     left: Vec<Arc<Rewarded>>,
+    /// Threads that compute gradients, once the actor has started.
+    replicas: Option<Replicas<Outcome>>,
     tally: BatchStats,
-    batch: Vec<Rewarded>,
-    measured: Vec<Measured>,
+    batch: Vec<Arc<Rewarded>>,
+    measured: Vec<Arc<Measured>>,
     began: Option<Duration>,
-    /// Maximum number of completions per forward pass. It is halved when the device runs out of memory.
-    micro_batch: usize,
 }
 
 impl Learn {
@@ -116,18 +119,22 @@ impl Learn {
         let micro_batch = if plan.micro_batch == 0 { usize::MAX } else { plan.micro_batch };
         Self {
             state,
-            algorithm,
+            work: Arc::new(Work {
+                algorithm,
+                temperature: plan.temperature,
+                micro_batch: AtomicUsize::new(micro_batch),
+            }),
             plan,
             cell,
             gate,
             observer,
             entries: LedgerWriter::none(),
             left: Vec::new(),
+            replicas: None,
             tally: BatchStats::default(),
             batch: Vec::new(),
             measured: Vec::new(),
             began: None,
-            micro_batch,
         }
     }
 
@@ -149,26 +156,28 @@ impl Stage for Learn {
                     "the learner failed while it was writing the weights; they are only partly updated and cannot be used",
                 ));
             }
+            state.set_replicas(self.plan.layout.replicas)?;
             state.discard()?;
+            self.replicas = Some(Replicas::start(state.sums.clone(), self.plan.layout.threads)?);
         }
         for rewarded in std::mem::take(&mut self.left) {
             if ctx.halted() {
                 break;
             }
             ctx.beat();
-            self.take(Arc::unwrap_or_clone(rewarded), ctx)?;
+            self.take(rewarded, ctx)?;
         }
         Ok(())
     }
 
     fn process(&mut self, item: Item<Rewarded>, out: &Emitter<'_, ()>) -> StageResult<()> {
-        self.take(item.body, out.ctx())
+        self.take(Arc::new(item.body), out.ctx())
     }
 }
 
 impl Learn {
     /// Adds the next group to the batch; makes the batch's step if it is the last one.
-    fn take(&mut self, rewarded: Rewarded, ctx: &StageContext) -> StageResult<()> {
+    fn take(&mut self, rewarded: Arc<Rewarded>, ctx: &StageContext) -> StageResult<()> {
         let clock = ctx.clock();
         self.began.get_or_insert(clock.now());
         let shared = Arc::clone(&self.state);
@@ -189,14 +198,10 @@ impl Learn {
             telemetry::masked_group();
         }
         self.batch.push(rewarded);
-        let mut from = self.batch.len() - 1;
-        while let Err(error) = (from..self.batch.len()).try_for_each(|place| self.arrive(&mut state, place)) {
-            self.halve_micro_batch(&error)?;
-            // The accumulated gradient may contain part of a failed pass: the batch is processed again.
-            state.discard()?;
-            (self.tally, self.measured, from) = (BatchStats::default(), Vec::new(), 0);
-        }
-        lock(&self.observer).group(self.batch.len() as u64, self.plan.batch_groups);
+        let mut replicas = self.replicas.take().context("internal error: the learner has not started")?;
+        let done = self.arrive(&mut replicas, &mut state, ctx);
+        self.replicas = Some(replicas);
+        done?;
         if self.batch.len() as u64 == self.plan.batch_groups {
             let began = self.began.take().unwrap_or_default();
             self.step(&mut state, ctx, || clock.now().saturating_sub(began))?;
@@ -204,20 +209,66 @@ impl Learn {
         Ok(())
     }
 
-    /// Processes group `place` of the batch on arrival: trains on it, or evaluates it if the batch must be complete
+    /// Gives the last group of the batch to a replica, and waits until the replica of the next group is free, or until all
+    /// are if the batch is complete.
+    fn arrive(
+        &mut self,
+        replicas: &mut Replicas<Outcome>,
+        state: &mut TrainState,
+        ctx: &StageContext,
+    ) -> StageResult<()> {
+        let (len, full) = (self.batch.len(), self.batch.len() as u64 == self.plan.batch_groups);
+        self.submit(replicas, state, len - 1);
+        while full || replicas.is_busy(len % replicas.count()) {
+            let Some(outcome) = replicas.next() else { break };
+            ctx.beat();
+            match outcome {
+                Ok(outcome) => self.settle(state.step, outcome),
+                Err(error) => {
+                    replicas.drain();
+                    self.halve_micro_batch(&error)?;
+                    // The sums may contain part of a failed pass: the batch is processed again.
+                    state.discard()?;
+                    (self.tally, self.measured) = (BatchStats::default(), Vec::new());
+                    (0..len).for_each(|place| self.submit(replicas, state, place));
+                }
+            }
+        }
+        lock(&self.observer).group(len as u64, self.plan.batch_groups);
+        Ok(())
+    }
+
+    /// Gives group `place` of the batch to its replica: to train on it, or to evaluate it if the batch must be complete
     /// first.
-    fn arrive(&mut self, state: &mut TrainState, place: usize) -> Result<()> {
-        let group = std::mem::take(&mut self.batch);
-        let done = if group[place].masked.is_some() {
+    fn submit(&mut self, replicas: &mut Replicas<Outcome>, state: &TrainState, place: usize) {
+        let (work, group) = (Arc::clone(&self.work), Arc::clone(&self.batch[place]));
+        if group.masked.is_some() {
             self.tally.masked += 1;
-            Ok(())
-        } else if self.trains_on_arrival() {
-            self.train_on_arrival(state, &group[place], place)
+            return;
+        }
+        let rank = place % replicas.count();
+        if self.trains_on_arrival() {
+            let nets = nets(state);
+            replicas.submit(rank, Box::new(move |sums| work.train(&nets, group, place, sums)));
         } else {
-            self.measure(state, &group[place], place).map(|measured| self.measured.push(measured))
+            // The published copy has the same weights, and no computation graph that would be kept needlessly.
+            let nets = Nets { policy: Arc::clone(state.published()), ..nets(state) };
+            replicas.submit(rank, Box::new(move |_| work.measure(&nets, &group, place)));
+        }
+    }
+
+    /// Records the result of the work on a group. The results arrive in the order of the groups.
+    fn settle(&mut self, step: u64, outcome: Outcome) {
+        let learned = match outcome {
+            Outcome::Measured(measured) => return self.measured.push(Arc::new(measured)),
+            Outcome::Trained { group, measured, targets, learned } => {
+                self.tally.arrived(&group, &targets, &measured.proximal, step, self.plan.truncation);
+                learned
+            }
+            Outcome::Again(learned) => learned,
         };
-        self.batch = group;
-        done
+        self.tally.passed(&learned.loss, &learned.entropy);
+        telemetry::trained(learned.entropy.len());
     }
 
     /// Halves the micro-batch after an out-of-memory error.
@@ -229,125 +280,34 @@ impl Learn {
         let words = text.to_lowercase();
         let memory = ["out of memory", "out_of_memory"].iter().any(|sign| words.contains(sign));
         let most = self.batch.iter().map(|rewarded| rewarded.group.completions.len()).max().unwrap_or(1);
-        let now = self.micro_batch.min(most);
+        let now = self.work.micro_batch.load(Ordering::SeqCst).min(most);
         if !memory || now <= 1 {
             return Err(anyhow!("{text}"));
         }
-        self.micro_batch = now / 2;
-        telemetry::out_of_memory(self.micro_batch);
+        self.work.micro_batch.store(now / 2, Ordering::SeqCst);
+        telemetry::out_of_memory(now / 2);
         tracing::warn!(
             "the device ran out of memory with {now} completions at a time; the batch continues with {} (learner.micro_batch): {text}",
-            self.micro_batch
+            now / 2
         );
         Ok(())
     }
 
     /// Returns whether a group can be trained before the rest of its batch has arrived.
     fn trains_on_arrival(&self) -> bool {
-        self.plan.epochs * self.plan.minibatches as u64 == 1 && !self.algorithm.needs_batch()
-    }
-
-    /// Runs the completions `part` of a group through `model`, with a computation graph if its tensors have one.
-    fn forward(
-        &self,
-        model: &Decoder,
-        value: Option<&ValueModel>,
-        group: &Rewarded,
-        part: Range<usize>,
-    ) -> Result<Pass> {
-        failpoints::point("learn.forward")?;
-        let completions = &group.group.completions[part];
-        let ids: Vec<&[u32]> = completions.iter().map(|completion| completion.ids.as_slice()).collect();
-        let pack = Pack::new(&group.group.prompt.ids, &ids);
-        let hidden = model.predicting(&pack)?;
-        let (logprobs, entropy) = model.logprobs_of(&hidden, &pack.targets, self.plan.temperature)?;
-        let values = value.map(|value| value.values(&hidden, &pack)).transpose()?;
-        Ok(Pass { pack, logprobs, entropy, values })
-    }
-
-    /// Returns the ranges of completions in which a group is processed.
-    fn parts(&self, group: &Rewarded) -> Vec<Range<usize>> {
-        let k = group.group.completions.len();
-        (0..k).step_by(self.micro_batch.min(k).max(1)).map(|i| i..(i.saturating_add(self.micro_batch)).min(k)).collect()
-    }
-
-    /// Evaluates a group under a model, without keeping a computation graph.
-    fn evaluate_batch(
-        &self,
-        model: &Decoder,
-        value: Option<&ValueModel>,
-        group: &Rewarded,
-        place: usize,
-    ) -> Result<Measured> {
-        let mut measured = Measured::new(place, group);
-        for part in self.parts(group) {
-            measured.add(&self.forward(model, value, group, part)?)?;
-        }
-        Ok(measured)
-    }
-
-    /// Runs forward and backward of one group; its gradient is added to the batch's.
-    fn train_on_arrival(&mut self, state: &mut TrainState, group: &Rewarded, place: usize) -> Result<()> {
-        // A single pass keeps its graph for the backward; several passes are run again one by one.
-        let (pass, measured) = if let [part] = self.parts(group).as_slice() {
-            let pass = self.forward(&state.model, state.value.as_ref(), group, part.clone())?;
-            let mut measured = Measured::new(place, group);
-            measured.add(&pass)?;
-            (Some(pass), measured)
-        } else {
-            (None, self.evaluate_batch(&state.model, state.value.as_ref(), group, place)?)
-        };
-        let view = measured.view(group);
-        let targets = self.algorithm.targets(&[view]).pop().unwrap_or_default();
-        self.tally.arrived(group, &targets, &measured.proximal, state.step, self.plan.truncation);
-        self.learn(state, pass, group, &view, &targets)
-    }
-
-    /// Evaluates a group under the proximal policy.
-    fn measure(&self, state: &TrainState, group: &Rewarded, place: usize) -> Result<Measured> {
-        // The published copy has the same weights, and no computation graph that would be kept needlessly.
-        let value = state.value.as_ref().filter(|_| self.algorithm.needs_values());
-        self.evaluate_batch(state.published(), value, group, place)
-    }
-
-    /// Computes the loss of one pass over one group with the given view, and adds its gradient to the next step's.
-    /// `pass` is the forward pass of the view, if the complete group was in one.
-    fn learn(
-        &mut self,
-        state: &mut TrainState,
-        pass: Option<Pass>,
-        group: &Rewarded,
-        view: &GroupView<'_>,
-        targets: &Targets,
-    ) -> Result<()> {
-        let loss = self.algorithm.loss(view, targets);
-        let mut entropy = Vec::new();
-        match pass {
-            Some(pass) => {
-                accumulate(state, &loss, &pass, 0..group.group.completions.len())?;
-                entropy = pass.entropy.to_vec1()?;
-            }
-            None => {
-                for part in self.parts(group) {
-                    let pass = self.forward(&state.model, state.value.as_ref(), group, part.clone())?;
-                    accumulate(state, &loss, &pass, part)?;
-                    entropy.extend(pass.entropy.to_vec1::<f32>()?);
-                }
-            }
-        }
-        self.tally.passed(&loss, &entropy);
-        telemetry::trained(entropy.len());
-        Ok(())
+        self.plan.epochs * self.plan.minibatches as u64 == 1 && !self.work.algorithm.needs_batch()
     }
 
     /// Runs the planned number of epochs over the batch, with an optimizer step after each minibatch.
-    fn passes(&mut self, state: &mut TrainState, batch: &[Rewarded], ctx: &StageContext) -> Result<()> {
+    fn passes(&mut self, state: &mut TrainState, ctx: &StageContext) -> Result<()> {
         let measured = std::mem::take(&mut self.measured);
-        let views: Vec<GroupView<'_>> = measured.iter().map(|group| group.view(&batch[group.place])).collect();
-        let targets = self.algorithm.targets(&views);
+        let views: Vec<GroupView<'_>> = measured.iter().map(|group| group.view(&self.batch[group.place])).collect();
+        let targets = self.work.algorithm.targets(&views);
         for ((group, targets), view) in measured.iter().zip(&targets).zip(&views) {
-            self.tally.arrived(&batch[group.place], targets, view.proximal, state.step, self.plan.truncation);
+            self.tally.arrived(&self.batch[group.place], targets, view.proximal, state.step, self.plan.truncation);
         }
+        drop(views);
+        let targets: Vec<Arc<Targets>> = targets.into_iter().map(Arc::new).collect();
         let mut order: Vec<usize> = (0..measured.len()).collect();
         let (count, parts) = (order.len(), self.plan.minibatches.min(order.len()));
         for epoch in 0..self.plan.epochs {
@@ -358,42 +318,44 @@ impl Learn {
             for part in 0..parts {
                 let part = &order[count * part / parts..count * (part + 1) / parts];
                 let before = self.tally.clone();
-                let gather = |this: &mut Self, state: &mut TrainState| -> Result<()> {
-                    for i in part {
-                        ctx.beat();
-                        this.train_again(state, &batch[measured[*i].place], &views[*i], &targets[*i])?;
-                    }
-                    Ok(())
-                };
-                while let Err(error) = gather(self, state) {
+                let mut replicas = self.replicas.take().context("internal error: the learner has not started")?;
+                let mut gathered = self.gather(&mut replicas, state, part, (&measured, &targets), ctx);
+                while let Err(error) = gathered {
+                    replicas.drain();
                     self.halve_micro_batch(&error)?;
                     state.discard()?;
                     self.tally = before.clone();
+                    gathered = self.gather(&mut replicas, state, part, (&measured, &targets), ctx);
                 }
+                self.replicas = Some(replicas);
                 self.apply(state)?;
             }
         }
         Ok(())
     }
 
-    /// Runs another pass, with the present weights, over a group that was evaluated on arrival.
-    fn train_again(
+    /// Adds the gradients of the groups `part` of a batch, whose evaluations and targets are in `known`.
+    fn gather(
         &mut self,
-        state: &mut TrainState,
-        group: &Rewarded,
-        view: &GroupView<'_>,
-        targets: &Targets,
+        replicas: &mut Replicas<Outcome>,
+        state: &TrainState,
+        part: &[usize],
+        known: (&[Arc<Measured>], &[Arc<Targets>]),
+        ctx: &StageContext,
     ) -> Result<()> {
-        let (pass, now) = if let [part] = self.parts(group).as_slice() {
-            let pass = self.forward(&state.model, state.value.as_ref(), group, part.clone())?;
-            let mut now = Measured::new(0, group);
-            now.add(&pass)?;
-            (Some(pass), now)
-        } else {
-            (None, self.evaluate_batch(&state.model, state.value.as_ref(), group, 0)?)
-        };
-        let view = GroupView { policy: &now.proximal, values: &now.values, ..*view };
-        self.learn(state, pass, group, &view, targets)
+        for (at, i) in part.iter().enumerate() {
+            let (measured, targets) = (Arc::clone(&known.0[*i]), Arc::clone(&known.1[*i]));
+            let (work, nets) = (Arc::clone(&self.work), nets(state));
+            let group = Arc::clone(&self.batch[measured.place]);
+            let again = move |sums: &mut Sums| work.train_again(&nets, &group, &measured, &targets, sums);
+            ctx.beat();
+            replicas.submit(at % replicas.count(), Box::new(again));
+        }
+        while let Some(outcome) = replicas.next() {
+            ctx.beat();
+            self.settle(state.step, outcome?);
+        }
+        Ok(())
     }
 
     /// Makes an optimizer step with the accumulated, clipped gradient; leaves the weights unchanged if it is not
@@ -401,7 +363,8 @@ impl Learn {
     fn apply(&mut self, state: &mut TrainState) -> Result<()> {
         let step = self.tally.close();
         let terms = step.terms.max(1) as f64;
-        let norm = state.gradients.global_norm()? / terms;
+        reduce(&state.sums)?;
+        let norm = state.gradient_norm()? / terms;
         let finite = norm.is_finite() && step.loss().is_finite();
         if finite && step.terms > 0 {
             let clip = clip_factor(norm, self.plan.max_grad_norm);
@@ -411,9 +374,7 @@ impl Learn {
             state.stepping = true;
             state.apply(lr, clip / terms)?;
             failpoints::point("learn.applied")?;
-            if let Some(value) = &mut state.value {
-                value.step(step.tokens, lr, self.plan.value_lr, self.plan.max_grad_norm)?;
-            }
+            state.apply_value(step.tokens, lr, self.plan.value_lr, self.plan.max_grad_norm)?;
         }
         self.tally.stepped(norm, finite, step.terms > 0);
         state.discard()
@@ -421,12 +382,12 @@ impl Learn {
 
     /// Makes the steps of a complete batch, publishes the weights and calls the observer.
     fn step(&mut self, state: &mut TrainState, ctx: &StageContext, took: impl Fn() -> Duration) -> StageResult<()> {
-        let batch = std::mem::take(&mut self.batch);
         if self.trains_on_arrival() {
             self.apply(state)?;
         } else {
-            self.passes(state, &batch, ctx)?;
+            self.passes(state, ctx)?;
         }
+        let batch: Vec<Rewarded> = std::mem::take(&mut self.batch).into_iter().map(Arc::unwrap_or_clone).collect();
         let (tally, lr) = (std::mem::take(&mut self.tally), self.plan.rate(state.step));
         state.step += 1;
         if let Some(last) = batch.last() {
@@ -459,6 +420,11 @@ impl Learn {
     }
 }
 
+/// Returns the model and the value baseline that are trained.
+fn nets(state: &TrainState) -> Nets {
+    Nets { policy: Arc::clone(&state.model), value: state.value.as_ref().map(|value| value.net().clone()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -481,6 +447,7 @@ mod tests {
             seed: 0,
             max_nonfinite_steps: 1,
             micro_batch: 0,
+            layout: Layout::SINGLE,
         };
         let rates: Vec<f64> = (0..7).map(|step| plan.rate(step)).collect();
         assert_eq!(rates, [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]);

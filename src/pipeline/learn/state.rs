@@ -1,16 +1,18 @@
 //! State that training changes, kept outside the actors so that it survives a restart of the graph.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::publish::PendingStep;
+use super::replicas::Sums;
 use super::value::ValueModel;
 use crate::lm::model::{Decoder, Lora, ModelConfig};
 use crate::types::RewardScale;
+use crate::util::mutex::lock;
 use kernels::{AdamW, AdamWConfig, Frozen, Gradients};
 
 /// Policy, optimizer, value head and counters. The state is consistent between steps; `stepping` marks it as
@@ -31,10 +33,10 @@ pub struct TrainState {
     pub nonfinite_in_row: u32,
     /// Mean length in tokens of the first batch's completions; the reference for the length drift.
     pub first_length: Option<f64>,
-    /// Trainable model; its tensors are private to the learner, and only copies leave it.
-    pub model: Decoder,
-    /// Gradient of the batch so far, as a sum.
-    pub gradients: Gradients,
+    /// Trainable model; its tensors are private to the learner and its replicas, and only copies leave it.
+    pub model: Arc<Decoder>,
+    /// Sums of the gradients of the batch so far, one entry for each replica of the learner.
+    pub sums: Vec<Arc<Mutex<Sums>>>,
     params: Vec<(String, Var)>,
     optimizer: AdamW,
     published: Arc<Decoder>,
@@ -99,7 +101,7 @@ impl TrainState {
             None => initial.trainable(true)?,
             Some((lora, seed)) => initial.adapted(lora, *seed)?,
         };
-        Ok(Self {
+        let mut state = Self {
             step: 0,
             scale: RewardScale::default(),
             value,
@@ -107,14 +109,33 @@ impl TrainState {
             unpublished: None,
             nonfinite_in_row: 0,
             first_length: None,
-            model,
-            gradients: Gradients::new(&params)?,
+            model: Arc::new(model),
+            sums: Vec::new(),
             optimizer: AdamW::new(params.clone(), adam)?,
             params,
             published: Arc::clone(initial),
             // The initial weights include no adapters, not even untrained ones.
             published_at: if lora.is_some() { u64::MAX } else { 0 },
-        })
+        };
+        state.set_replicas(1)?;
+        Ok(state)
+    }
+
+    /// Sets the number of replicas whose sums of gradients the state has. The sums are zero afterwards if the number changes.
+    ///
+    /// # Errors
+    /// If memory for the sums cannot be allocated.
+    pub fn set_replicas(&mut self, count: usize) -> Result<()> {
+        if self.sums.len() == count {
+            return Ok(());
+        }
+        let one = |_| {
+            let mut sums = vec![Gradients::new(&self.params)?];
+            sums.extend(self.value.as_ref().map_or(Ok(Vec::new()), ValueModel::accumulators)?);
+            Ok(Arc::new(Mutex::new(sums)))
+        };
+        self.sums = (0..count).map(one).collect::<Result<_>>()?;
+        Ok(())
     }
 
     /// Returns the present state between two steps, for a checkpoint. The policy and the optimizer's moments are
@@ -172,12 +193,30 @@ impl TrainState {
         self.model.config()
     }
 
-    /// Applies the batch's gradient, scaled by `scale`, with learning rate `lr`.
+    /// Returns the Euclidean norm of the policy's gradient in the first replica's sums.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn gradient_norm(&self) -> Result<f64> {
+        Ok(lock(&self.sums[0])[0].global_norm()?)
+    }
+
+    /// Applies the policy's gradient in the first replica's sums, scaled by `scale`, with learning rate `lr`.
     ///
     /// # Errors
     /// If a tensor operation fails.
     pub fn apply(&mut self, lr: f64, scale: f64) -> Result<()> {
-        Ok(self.optimizer.step(&self.gradients, lr, scale)?)
+        Ok(self.optimizer.step(&lock(&self.sums[0])[0], lr, scale)?)
+    }
+
+    /// Makes a step of the value baseline, if there is one, with the gradients in the first replica's sums; see
+    /// [`ValueModel::step`].
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn apply_value(&mut self, count: usize, lr: f64, head_lr: f64, max_norm: f64) -> Result<()> {
+        let sums = lock(&self.sums[0]);
+        self.value.as_mut().map_or(Ok(()), |value| value.step(&sums[1..], count, lr, head_lr, max_norm))
     }
 
     /// Clears the batch's gradient after a step, a skipped step or a restart.
@@ -185,8 +224,10 @@ impl TrainState {
     /// # Errors
     /// If a tensor operation fails.
     pub fn discard(&mut self) -> Result<()> {
-        self.gradients.zero()?;
-        self.value.as_mut().map_or(Ok(()), ValueModel::discard)
+        for sums in &self.sums {
+            lock(sums).iter_mut().try_for_each(Gradients::zero)?;
+        }
+        Ok(())
     }
 
     /// Returns an immutable copy of the present policy, which [`Self::published`] returns from then on.

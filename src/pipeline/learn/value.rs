@@ -1,6 +1,7 @@
 //! The value baseline: a linear head on the policy's hidden states or on those of a separate decoder.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
@@ -13,37 +14,54 @@ use kernels::{AdamW, AdamWConfig, Frozen, Gradients, clip_factor};
 /// features without affecting them. With a separate decoder it also learns its own features, at the cost of a second
 /// model.
 pub struct ValueModel {
-    trunk: Option<Trunk>,
-    weight: Var,
-    bias: Var,
+    net: ValueNet,
     head: Part,
+    /// Parameters of the separate decoder, if there is one.
+    trunk: Option<Part>,
 }
 
-/// Separate decoder of the baseline.
-struct Trunk {
-    model: Decoder,
-    part: Part,
+/// Weights of a baseline. A clone shares them.
+#[derive(Clone)]
+pub struct ValueNet {
+    trunk: Option<Arc<Decoder>>,
+    weight: Var,
+    bias: Var,
 }
 
 /// Parameters with one learning rate.
 struct Part {
     params: Vec<(String, Var)>,
-    gradients: Gradients,
     optimizer: AdamW,
 }
 
 impl Part {
     fn new(params: Vec<(String, Var)>, config: AdamWConfig) -> Result<Self> {
-        Ok(Self { gradients: Gradients::new(&params)?, optimizer: AdamW::new(params.clone(), config)?, params })
+        Ok(Self { optimizer: AdamW::new(params.clone(), config)?, params })
     }
 
-    /// Makes an optimizer step on the mean gradient over `count`, clipped to `max_norm`; skips a non-finite gradient.
-    fn step(&mut self, count: f64, lr: f64, max_norm: f64) -> Result<()> {
-        let norm = self.gradients.global_norm()? / count;
+    /// Makes an optimizer step on the mean of `sum` over `count`, clipped to `max_norm`; skips a non-finite gradient.
+    fn step(&mut self, sum: &Gradients, count: f64, lr: f64, max_norm: f64) -> Result<()> {
+        let norm = sum.global_norm()? / count;
         if norm.is_finite() {
-            self.optimizer.step(&self.gradients, lr, clip_factor(norm, max_norm) / count)?;
+            self.optimizer.step(sum, lr, clip_factor(norm, max_norm) / count)?;
         }
         Ok(())
+    }
+}
+
+impl ValueNet {
+    /// Returns the values `[N]` of the states before the targets of `pack`, whose hidden states in the policy are
+    /// `hidden` `[N, D]`.
+    ///
+    /// # Errors
+    /// If shapes do not match.
+    pub fn values(&self, hidden: &Tensor, pack: &Pack) -> Result<Tensor> {
+        let features = match &self.trunk {
+            None => hidden.detach(),
+            Some(trunk) => trunk.predicting(pack)?,
+        };
+        let features = features.to_dtype(DType::F32)?;
+        Ok(features.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?.squeeze(1)?)
     }
 }
 
@@ -59,57 +77,41 @@ impl ValueModel {
             vec![("value_head.weight".to_owned(), weight.clone()), ("value_head.bias".to_owned(), bias.clone())];
         let trunk = if decoder {
             let (model, params) = policy.trainable(false)?;
-            Some(Trunk { model, part: Part::new(params, adam)? })
+            Some((Arc::new(model), Part::new(params, adam)?))
         } else {
             None
         };
         let head = Part::new(params, AdamWConfig { weight_decay: 0.0, ..adam })?;
-        Ok(Self { trunk, weight, bias, head })
+        let (model, trunk) = trunk.unzip();
+        Ok(Self { net: ValueNet { trunk: model, weight, bias }, head, trunk })
     }
 
-    /// Returns the values `[N]` of the states before the targets of `pack`, whose hidden states in the policy are
-    /// `hidden` `[N, D]`.
+    /// Returns the weights, which [`Self::step`] changes.
+    pub fn net(&self) -> &ValueNet {
+        &self.net
+    }
+
+    /// Returns zeroed accumulators for the gradients of the baseline's parts.
     ///
     /// # Errors
-    /// If shapes do not match.
-    pub fn values(&self, hidden: &Tensor, pack: &Pack) -> Result<Tensor> {
-        let features = match &self.trunk {
-            None => hidden.detach(),
-            Some(trunk) => trunk.model.predicting(pack)?,
-        };
-        let features = features.to_dtype(DType::F32)?;
-        Ok(features.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?.squeeze(1)?)
+    /// If the device has insufficient memory.
+    pub fn accumulators(&self) -> Result<Vec<Gradients>> {
+        self.parts().map(|part| Ok(Gradients::new(&part.params)?)).collect()
     }
 
-    /// Adds the gradient of Σ slope·value to the batch's gradient.
-    ///
-    /// # Errors
-    /// If shapes do not match.
-    pub fn accumulate(&mut self, values: &Tensor, gradients: &Tensor) -> Result<()> {
-        let mut accumulators: Vec<&mut Gradients> = self.parts().map(|part| &mut part.gradients).collect();
-        kernels::backward(&(values * gradients)?.sum_all()?, &mut accumulators)?;
-        Ok(())
-    }
-
-    /// Makes one optimizer step on the mean over `count`: the head at `head_lr`, a separate decoder at `lr` with its
-    /// gradient clipped to `max_norm`.
+    /// Makes one optimizer step on the mean over `count` of `sums`, which are [`Self::accumulators`]: the head at `head_lr`, a
+    /// separate decoder at `lr` with its gradient clipped to `max_norm`.
     ///
     /// # Errors
     /// If a tensor operation fails.
-    pub fn step(&mut self, count: usize, lr: f64, head_lr: f64, max_norm: f64) -> Result<()> {
+    pub fn step(&mut self, sums: &[Gradients], count: usize, lr: f64, head_lr: f64, max_norm: f64) -> Result<()> {
         let count = count.max(1) as f64;
-        if let Some(trunk) = &mut self.trunk {
-            trunk.part.step(count, lr, max_norm)?;
+        let rates = [(head_lr, f64::INFINITY), (lr, max_norm)];
+        let parts = std::iter::once(&mut self.head).chain(&mut self.trunk);
+        for ((part, sum), (lr, max_norm)) in parts.zip(sums).zip(rates) {
+            part.step(sum, count, lr, max_norm)?;
         }
-        self.head.step(count, head_lr, f64::INFINITY)
-    }
-
-    /// Clears the batch's gradient.
-    ///
-    /// # Errors
-    /// If a tensor operation fails.
-    pub fn discard(&mut self) -> Result<()> {
-        self.parts().try_for_each(|part| Ok(part.gradients.zero()?))
+        Ok(())
     }
 
     /// Returns copies of the parameters by name; those of a separate decoder have the names of the policy's.
@@ -117,7 +119,7 @@ impl ValueModel {
     /// # Errors
     /// If memory for the copies cannot be allocated.
     pub fn copies(&self) -> Result<Vec<(String, Frozen)>> {
-        let params = self.shared_parts().flat_map(|part| &part.params);
+        let params = self.parts().flat_map(|part| &part.params);
         params.map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?.detach().into()))).collect()
     }
 
@@ -127,7 +129,7 @@ impl ValueModel {
     /// If a tensor operation fails.
     pub fn export(&self) -> Result<Vec<(String, Frozen)>> {
         let mut all = Vec::new();
-        for (part, place) in self.shared_parts().zip(["head", "trunk"]) {
+        for (part, place) in self.parts().zip(["head", "trunk"]) {
             let state = part.optimizer.export()?;
             all.extend(state.into_iter().map(|(name, tensor)| (format!("{place}/{name}"), tensor)));
         }
@@ -139,7 +141,7 @@ impl ValueModel {
     /// # Errors
     /// If a tensor is missing or has another shape; the error names it.
     pub fn restore(&mut self, params: &HashMap<String, Tensor>, optimizer: &HashMap<String, Tensor>) -> Result<()> {
-        let parts = std::iter::once(&mut self.head).chain(self.trunk.as_mut().map(|trunk| &mut trunk.part));
+        let parts = std::iter::once(&mut self.head).chain(&mut self.trunk);
         for (part, place) in parts.zip(["head/", "trunk/"]) {
             restore_params(&part.params, params)?;
             let own = optimizer
@@ -150,11 +152,7 @@ impl ValueModel {
         Ok(())
     }
 
-    fn shared_parts(&self) -> impl Iterator<Item = &Part> {
-        std::iter::once(&self.head).chain(self.trunk.as_ref().map(|trunk| &trunk.part))
-    }
-
-    fn parts(&mut self) -> impl Iterator<Item = &mut Part> {
-        self.trunk.as_mut().map(|trunk| &mut trunk.part).into_iter().chain([&mut self.head])
+    fn parts(&self) -> impl Iterator<Item = &Part> {
+        std::iter::once(&self.head).chain(&self.trunk)
     }
 }

@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use crate::config::{AlgorithmKind, AverageKind, Config, CorrectionKind, LabelForm, ValueKind};
 use crate::lm::model::{Decoder, Lora};
+use crate::pipeline::learn::replicas::Layout;
 use crate::pipeline::learn::stage::LearnPlan;
 use crate::pipeline::learn::value::ValueModel;
 use crate::rl::algo::Algorithm;
@@ -101,7 +102,19 @@ pub fn learn_plan(config: &Config) -> LearnPlan {
         seed: config.run.seed,
         max_nonfinite_steps: learner.max_nonfinite_steps,
         micro_batch: learner.micro_batch,
+        layout: layout(config),
     }
+}
+
+/// Returns the configured replicas of the learner.
+pub fn layout(config: &Config) -> Layout {
+    Layout { replicas: config.learner.replicas, threads: config.learner.threads }
+}
+
+/// Returns the number of threads of the learner actor itself, which adds gradients and makes the steps: those of all
+/// replicas, which wait meanwhile.
+pub fn threads(config: &Config) -> usize {
+    config.learner.threads * config.learner.replicas
 }
 
 /// Returns the policy's adapters and the seed of their initialisation, if LoRA is configured.
