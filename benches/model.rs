@@ -9,7 +9,7 @@
 #[path = "common/shapes.rs"]
 mod shapes;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use candle_core::Device;
@@ -18,6 +18,7 @@ use kernels::{AdamW, AdamWConfig, Format, Gradients, backward};
 use preceptor::lm::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, generate};
+use preceptor::pipeline::learn::replicas::{Replicas, Sums, reduce};
 use rayon::ThreadPool;
 
 #[global_allocator]
@@ -69,8 +70,9 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
         b.iter(|| pool.install(|| frozen.logprobs(&pack, 1.0).expect("log-probabilities").0.to_vec1::<f32>()));
     });
     let (model, params) = frozen.trainable(true).expect("variables");
+    let model = Arc::new(model);
     let mut gradients = Gradients::new(&params).expect("accumulators");
-    let mut optimizer = AdamW::new(params, AdamWConfig::default()).expect("moments");
+    let mut optimizer = AdamW::new(params.clone(), AdamWConfig::default()).expect("moments");
     group.bench_function("gradient", |b| {
         b.iter(|| {
             pool.install(|| {
@@ -80,6 +82,31 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
             })
         });
     });
+    // Two groups, on one replica and on two of one thread each.
+    group.throughput(Throughput::Elements((2 * GROUP * ANSWER) as u64));
+    for count in [1, 2] {
+        let sums = |_| Arc::new(Mutex::new(vec![Gradients::new(&params).expect("accumulators")]));
+        let sums: Vec<_> = (0..count).map(sums).collect();
+        let mut replicas = Replicas::start(sums.clone(), 1).expect("threads");
+        let learner = rayon::ThreadPoolBuilder::new().num_threads(count).build().expect("a pool");
+        let mut step = || {
+            for place in 0..2 {
+                let (model, pack) = (Arc::clone(&model), pack.clone());
+                let job = move |sums: &mut Sums| {
+                    let (logprobs, _) = model.logprobs(&pack, 1.0)?;
+                    Ok(backward(&logprobs.sum_all()?, &mut [&mut sums[0]])?)
+                };
+                replicas.submit(place % count, Box::new(job));
+            }
+            while let Some(result) = replicas.next() {
+                result.expect("a gradient");
+            }
+            reduce(&sums).expect("a sum");
+        };
+        group.bench_function(format!("gradients of two groups, {count} replicas"), |b| {
+            b.iter(|| learner.install(&mut step));
+        });
+    }
     group.throughput(Throughput::Elements(weights.parameters() as u64));
     group.bench_function("optimizer", |b| {
         b.iter(|| {

@@ -46,9 +46,9 @@ fn main() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let model = policy(dir.path());
+    let (model, decoder) = policy(dir.path());
     for tokens in [16, 64, 256] {
-        cost(dir.path(), &model, tokens, number("--completions", 4000));
+        cost(dir.path(), &model, &decoder, tokens, number("--completions", 4000));
     }
     share(dir.path(), &model, number("--steps", 60));
 }
@@ -60,8 +60,8 @@ fn number(name: &str, default: usize) -> usize {
     at.map_or(default, |at| arguments[at + 1].parse().unwrap())
 }
 
-/// Writes a byte-level model to `dir/policy`.
-fn policy(dir: &Path) -> PathBuf {
+/// Writes a byte-level model to `dir/policy`, and returns the path and the model.
+fn policy(dir: &Path) -> (PathBuf, Arc<Decoder>) {
     let tokenizer = Tokenizer::bytes();
     let config = ModelConfig {
         context: 1024,
@@ -74,7 +74,7 @@ fn policy(dir: &Path) -> PathBuf {
     std::fs::create_dir_all(&path).unwrap();
     export::write(&path, &config, &weights, DType::F32).unwrap();
     tokenizer.save(&path).unwrap();
-    path
+    (path, Arc::new(Decoder::new(&config, &weights).unwrap()))
 }
 
 fn server(model: &Path, slots: usize) -> FakeEngine {
@@ -82,10 +82,9 @@ fn server(model: &Path, slots: usize) -> FakeEngine {
 }
 
 /// Measures the processor time of a completion of `tokens` tokens.
-fn cost(dir: &Path, model: &Path, tokens: usize, completions: usize) {
+fn cost(dir: &Path, model: &Path, decoder: &Arc<Decoder>, tokens: usize, completions: usize) {
     const GROUP: usize = 8;
     let server = server(model, 64);
-    let decoder = Arc::new(Decoder::load(model, DType::F32, &Device::Cpu).unwrap());
     let tokenizer = Tokenizer::bytes();
     let prompt = tokenizer.encode("A prompt of a few words, as long as those of the tests are.").unwrap();
     let plan = FleetPlan {
@@ -98,7 +97,7 @@ fn cost(dir: &Path, model: &Path, tokens: usize, completions: usize) {
         token_timeout: Duration::ZERO,
         outage: Duration::from_secs(60),
         in_flight: true,
-        lora: Some(Lora::default()),
+        lora: Some(Lora { rank: 4, alpha: 8.0, targets: vec!["q_proj".into(), "v_proj".into()] }),
         run: 1,
         admission: Admission { eta: 1, batch: 8 },
         check_version: true,
@@ -106,7 +105,7 @@ fn cost(dir: &Path, model: &Path, tokens: usize, completions: usize) {
         example: prompt.clone(),
     };
     let fleet = Fleet::connect(plan, &|text| tokenizer.encode(text)).unwrap();
-    let cell = Arc::new(SnapshotCell::new(0, 1, decoder));
+    let cell = Arc::new(SnapshotCell::new(0, 1, Arc::clone(decoder)));
     let store = FolderStore::new(&dir.join("weights"), None, None, DType::F32).unwrap();
     fleet.start(&cell, Arc::new(store)).unwrap();
     server.faults(|faults| faults.repeats_answers = true);

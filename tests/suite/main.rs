@@ -26,6 +26,7 @@ mod optimum;
 mod rate_limits;
 mod refusals;
 mod remote;
+mod replicas;
 mod resume;
 mod reward_model;
 mod running;
