@@ -359,6 +359,7 @@ impl Fleet {
             let guard = UnderWay { server: &server, version: stored.tag.version, n };
             let max_tokens = self.plan.sampling.max_new_tokens;
             let group = Group { n, max_tokens };
+            let asked = Instant::now();
             let sampled = server.generate(&stored, prompt, group).await;
             drop(guard);
             let sampled = sampled.and_then(|sampled| {
@@ -373,6 +374,8 @@ impl Fleet {
             match sampled {
                 Ok(sampled) => {
                     *lock(&self.answered) = Instant::now();
+                    let longest = sampled.iter().map(|one| one.ids.len()).max().unwrap_or(0);
+                    server.took(longest, asked.elapsed());
                     let tokens = sampled.iter().map(|one| one.ids.len() as u64).sum();
                     {
                         let mut state = server.state();
@@ -427,16 +430,26 @@ impl Fleet {
         Ok(())
     }
 
-    /// Returns the usable server with the fewest completions under way whose version is at least `min_version`, with `n`
-    /// more under way.
+    /// Returns the usable server with the least load whose version is at least `min_version`, with `n` more completions under
+    /// way. The load of a server is the number of its completions times their time per token, so that a slow server gets
+    /// fewer, and a group does not wait for it for as long.
     fn reserve(&self, n: usize, min_version: u64) -> Option<(Arc<Server>, Stored)> {
-        let usable = self.servers.iter().filter_map(|server| {
-            let state = server.state();
-            let stored = state.loaded.as_ref().filter(|stored| stored.tag.version >= min_version)?;
-            (state.condition == Condition::Ready)
-                .then(|| (state.under_way.values().sum::<usize>(), server, stored.clone()))
-        });
-        let (_, server, stored) = usable.min_by_key(|(load, ..)| *load)?;
+        let usable: Vec<_> = self
+            .servers
+            .iter()
+            .filter_map(|server| {
+                let state = server.state();
+                let stored = state.loaded.as_ref().filter(|stored| stored.tag.version >= min_version)?;
+                (state.condition == Condition::Ready)
+                    .then(|| (state.under_way.values().sum::<usize>(), state.pace, server, stored.clone()))
+            })
+            .collect();
+        // A server that has not answered yet counts as fast as the fastest.
+        let fastest = usable.iter().filter_map(|(_, pace, ..)| *pace).fold(f64::INFINITY, f64::min).min(1.0);
+        let load = |(under_way, pace, ..): &(usize, Option<f64>, &Arc<Server>, Stored)| {
+            (under_way + n) as f64 * pace.unwrap_or(fastest)
+        };
+        let (.., server, stored) = usable.into_iter().min_by(|a, b| load(a).total_cmp(&load(b)))?;
         let mut state = server.state();
         *state.under_way.entry(stored.tag.version).or_default() += n;
         telemetry::rollout_under_way(server.name(), state.under_way.values().sum());

@@ -92,6 +92,8 @@ pub(super) struct State {
     pub(super) tokens: u64,
     /// Tokens received in the last minute.
     pub(super) recent: Recent,
+    /// Time per token of recent completions, in seconds: an exponential mean. `None` before the first answer.
+    pub(super) pace: Option<f64>,
     /// Result of the last canary: share of the weights' change that the server shows.
     pub(super) canary: Option<f64>,
     /// Duration of the last hand-over.
@@ -152,6 +154,7 @@ impl Server {
             completions: 0,
             tokens: 0,
             recent: Recent::new(Instant::now()),
+            pace: None,
             canary: None,
             hand_over: None,
         };
@@ -175,6 +178,7 @@ impl Server {
         if matches!(condition, Condition::Down(_)) {
             // A server that failed may have restarted without the run's weights.
             state.loaded = None;
+            state.pace = None;
             state.adapters.clear();
         }
         state.condition = condition;
@@ -351,6 +355,13 @@ impl Server {
         let list = self.http.get("/v1/models", QUICK).await?;
         let names = list["data"].as_array().into_iter().flatten();
         Ok(names.filter_map(|model| model["id"].as_str().map(str::to_owned)).collect())
+    }
+
+    /// Records that the longest completion of a group had `tokens` tokens and took `time`.
+    pub(super) fn took(&self, tokens: usize, time: Duration) {
+        let now = time.as_secs_f64() / tokens.max(1) as f64;
+        let mut state = self.state();
+        state.pace = Some(state.pace.map_or(now, |before| before + (now - before) / 8.0));
     }
 
     /// Checks that the server answers.
