@@ -2,7 +2,7 @@
 //! several servers.
 //!
 //! ```text
-//! cargo bench --bench served             # --completions 4000 --steps 60
+//! cargo bench --bench served             # --completions 4000 --steps 40
 //! ```
 //!
 //! The servers are the fake ones of the tests. For the cost, a server answers each request with an answer that it computed
@@ -38,7 +38,7 @@ mod suite {
 use suite::fake_engine::{FakeEngine, Kind, Options};
 
 /// Speeds of the servers of the second measurement, in tokens per second.
-const SPEEDS: [f64; 4] = [300.0, 600.0, 600.0, 1200.0];
+const SPEEDS: [f64; 4] = [100.0, 200.0, 200.0, 400.0];
 
 fn main() {
     // Only `cargo bench` measures; `cargo test --benches` has nothing to check here.
@@ -50,7 +50,7 @@ fn main() {
     for tokens in [16, 64, 256] {
         cost(dir.path(), &model, &decoder, tokens, number("--completions", 4000));
     }
-    share(dir.path(), &model, number("--steps", 60));
+    share(dir.path(), &model, number("--steps", 40));
 }
 
 /// Returns the value of a command-line option, or `default`.

@@ -56,7 +56,11 @@ fn recorded(dir: &Path, overrides: &[&str]) -> (Config, Vec<Rewarded>) {
         Entry::Step(Step { batch, .. }) => Some(batch),
         _ => None,
     });
-    let all: Vec<String> = small().chain(overrides.iter().copied()).map(str::to_owned).collect();
+    let all: Vec<String> = small()
+        .filter(|one| *one != "--set")
+        .map(str::to_owned)
+        .chain(overrides.iter().map(|one| (*one).to_owned()))
+        .collect();
     let config = preceptor::config::load(&config("offline.toml"), &all).unwrap_or_else(|errors| panic!("{errors}"));
     (config, groups.flatten().collect())
 }
@@ -143,7 +147,7 @@ fn training_with_replicas_leads_to_the_same_weights() {
     for variant in VARIANTS {
         let dir = tempfile::tempdir().unwrap();
         let more = ["learner.eta=0", "run.steps=20", "learner.lr=1e-5", "learner.warmup_steps=2"];
-        let (config, groups) = recorded(dir.path(), &[*variant, &more].concat());
+        let (config, groups) = recorded(dir.path(), &[variant, &more[..]].concat());
         let prepared = prepare(&config, false).unwrap();
         let change = |replicas| {
             let state = learn(&config, &prepared, &groups, 4, replicas);

@@ -175,6 +175,7 @@ fn hand_over(
     // The server is asked about the weights that it has before they are replaced.
     if let (Some(known), Some(before)) = (verified.as_mut(), &before)
         && known.version == before.tag.version
+        && known.asked.is_used_up()
     {
         known.asked = ask(fleet, server, before)?;
     }
@@ -184,36 +185,33 @@ fn hand_over(
     {
         let mut state = server.state();
         state.unchecked = false;
-        if !matches!(verdict, Ok(Checked::Taken(_) | Checked::Undecidable(..))) {
+        if !matches!(verdict, Ok(Checked::Taken(..) | Checked::Undecidable(..))) {
             state.names.remove(&stored.tag.to_string());
         }
     }
     let verdict = verdict?;
     let took = began.elapsed();
-    let (share, words) = match verdict {
-        Checked::Taken(share) => (Some(share), None),
-        Checked::Undecidable(share, version) => (
-            Some(share),
-            Some(format!(
+    let share = match verdict {
+        Checked::Taken(share, asked) => {
+            *verified = Some(Verified { weights: Arc::clone(&snapshot.value), version: snapshot.version, asked });
+            share
+        }
+        Checked::Undecidable(share, version) => {
+            tracing::info!(
                 "rollout server {}: the change of the weights from version {version} to {} is too small to see in its precision; the next versions are compared with {version}",
                 server.name(),
                 snapshot.version
-            )),
-        ),
+            );
+            share
+        }
         Checked::NotTaken(why) => return Err(Failure::NotTaken(why)),
     };
-    if let Some(words) = words {
-        tracing::info!("{words}");
-    } else {
-        *verified =
-            Some(Verified { weights: Arc::clone(&snapshot.value), version: snapshot.version, asked: Asked::default() });
-    }
-    telemetry::handed_over(server.name(), took, share);
+    telemetry::handed_over(server.name(), took, Some(share));
     {
         let mut state = server.state();
         state.loaded = Some(stored);
         state.hand_over = Some(took);
-        state.canary = share.or(state.canary);
+        state.canary = Some(share);
         // Names of versions that no completion can have any more.
         let oldest = snapshot.version.saturating_sub(64);
         state.names.retain(|_, version| *version >= oldest);
