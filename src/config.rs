@@ -271,6 +271,7 @@ impl Config {
         self.check_evaluation(document);
         self.check_data_and_labeler(document);
         self.check_minibatches(document);
+        self.check_replicas(document);
         self.check_off_policy(document);
         self.check_reference(document);
         self.check_devices(document);
@@ -341,6 +342,18 @@ impl Config {
     }
 
     /// Checks that each minibatch has a group.
+    fn check_replicas(&self, document: &Document) {
+        let (replicas, device) = (self.learner.replicas, &self.policy.device);
+        if document.sound(&["learner.replicas", "policy.device"]) && replicas > 1 && device != "cpu" {
+            document.error(
+                "learner.replicas",
+                &format!(
+                    "is {replicas}, but replicas share weights on a CPU, and policy.device is {device:?}; remove it"
+                ),
+            );
+        }
+    }
+
     fn check_minibatches(&self, document: &Document) {
         let steps = self.learner.minibatches as u64;
         if document.sound(&["learner.batch_groups", "learner.minibatches"]) && steps > self.learner.batch_groups {

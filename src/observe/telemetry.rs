@@ -281,6 +281,13 @@ pub fn rollout_answer(server: &str, outcome: &'static str, tokens: u64) {
     counter!("preceptor_rollout_server_tokens_total", "server" => server.to_owned()).increment(tokens);
 }
 
+/// Counts `completions` that were lost with a failed request to a rollout server, after about `tokens` tokens each.
+pub fn rollout_lost(server: &str, completions: usize, tokens: f64) {
+    counter!("preceptor_rollout_server_lost_total", "server" => server.to_owned()).increment(completions as u64);
+    counter!("preceptor_rollout_server_lost_tokens_total", "server" => server.to_owned())
+        .increment((tokens * completions as f64) as u64);
+}
+
 /// Records a hand-over of weights to a rollout server: its duration, and the canary's share, if it was measured.
 pub fn handed_over(server: &str, took: Duration, share: Option<f64>) {
     histogram!("preceptor_hand_over_duration_seconds", "server" => server.to_owned()).record(took.as_secs_f64());

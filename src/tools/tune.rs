@@ -76,6 +76,8 @@ pub struct Facts {
     pub labels: bool,
     /// Maximum number of slots of a rollout actor.
     pub max_slots: usize,
+    /// Largest useful number of replicas of the learner: the groups of a step, or 1 on a device.
+    pub max_replicas: usize,
     /// Largest micro-batch of the learner, in completions, that fits into memory; zero is a complete group.
     pub micro_batch: usize,
 }

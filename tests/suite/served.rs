@@ -156,6 +156,28 @@ fn a_server_that_is_killed_loses_no_prompt() {
 }
 
 #[test]
+fn two_runs_train_adapters_on_one_server() {
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let model = policy(one.path(), 1);
+    policy(two.path(), 1);
+    let a = server(&model);
+    let run = |dir: &Path, seed: &str| {
+        let settings = served(dir, &[&a]);
+        let overrides: Vec<&str> = settings.iter().map(String::as_str).chain([LORA, seed]).collect();
+        training(dir, &overrides).stderr(std::process::Stdio::piped()).spawn().unwrap()
+    };
+    let runs = [(one.path(), "run.seed=1"), (two.path(), "run.seed=2")].map(|(dir, seed)| (dir, run(dir, seed)));
+    for (dir, child) in runs {
+        succeeded(dir, &child.wait_with_output().unwrap());
+        replayed(dir);
+    }
+    let names = a.requests().into_iter().filter(|request| request.path == "/v1/load_lora_adapter");
+    let runs: std::collections::BTreeSet<String> =
+        names.map(|request| request.body["lora_name"].as_str().unwrap()[..15].to_owned()).collect();
+    assert_eq!(runs.len(), 2, "each run has names of its own: {runs:?}");
+}
+
+#[test]
 fn a_run_without_any_server_ends_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
     let model = policy(dir.path(), 1);
@@ -208,6 +230,7 @@ fn answers_that_cannot_be_trained_on_are_sampled_again() {
         let (status, text) = running.end();
         assert!(status.success(), "{words}: {text}");
         assert_eq!(records(dir.path(), "metrics.jsonl").len(), 4, "{words}: {text}");
+        assert!(text.contains("completions were lost with failed requests after about"), "{words}: {text}");
     }
 }
 

@@ -281,8 +281,15 @@ fn learn_relief(config: &Config, spare: usize) -> Vec<Setting> {
         settings.push(change("learner.micro_batch", learner.micro_batch, 0, why));
     }
     if spare > 0 {
-        let threads = learner.threads;
-        settings.push(change("learner.threads", threads, threads + spare, "the gradient has more threads"));
+        let (threads, replicas) = (learner.threads, learner.replicas);
+        let most = usize::try_from(learner.batch_groups).unwrap_or(usize::MAX);
+        if config.policy.device == "cpu" && replicas < most {
+            let more = (replicas + spare.div_ceil(threads)).min(most);
+            let why = "gradients of more groups are computed at the same time";
+            settings.push(change("learner.replicas", replicas, more, why));
+        } else {
+            settings.push(change("learner.threads", threads, threads + spare, "the gradient has more threads"));
+        }
     }
     settings
 }

@@ -207,6 +207,18 @@ pub const METRICS: &[(&str, &[Metric])] = &[
             metric(Gauge, "preceptor_rollout_server_under_way", &["server"], "Completions under way on the server"),
             metric(Counter, "preceptor_rollout_server_tokens_total", &["server"], "Tokens received from the server"),
             metric(
+                Counter,
+                "preceptor_rollout_server_lost_total",
+                &["server"],
+                "Completions lost with failed requests, which were sampled again",
+            ),
+            metric(
+                Counter,
+                "preceptor_rollout_server_lost_tokens_total",
+                &["server"],
+                "Estimated tokens of the lost completions, from the time of the request and the server's time per token",
+            ),
+            metric(
                 Histogram,
                 "preceptor_hand_over_duration_seconds",
                 &["server"],

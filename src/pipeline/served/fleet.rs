@@ -108,6 +108,8 @@ pub struct Fleet {
     answered: Mutex<Instant>,
     /// Time since which no server is ready.
     unusable_since: Mutex<Option<Instant>>,
+    /// Completions that were under way when a request failed.
+    lost: Mutex<Lost>,
     /// True if [`Self::end_waiting`] has acted on the present outage.
     ended_waiting: AtomicBool,
 }
@@ -151,6 +153,7 @@ impl Fleet {
             threads: AtomicUsize::new(0),
             answered: Mutex::new(Instant::now()),
             unusable_since: Mutex::new(None),
+            lost: Mutex::default(),
             ended_waiting: AtomicBool::new(false),
         }))
     }
@@ -190,6 +193,27 @@ impl Fleet {
         while self.threads.load(Ordering::SeqCst) > 0 && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(2));
         }
+        if let Some(line) = self.losses() {
+            status!("{line}");
+        }
+    }
+
+    /// Describes the completions that were lost with failed requests, and their length, since long completions are lost more
+    /// often than short ones. `None` if there were none.
+    fn losses(&self) -> Option<String> {
+        let Lost { completions: lost, tokens: lost_tokens } = *lock(&self.lost);
+        let kept = self.servers.iter().map(|server| {
+            let state = server.state();
+            (state.completions, state.tokens)
+        });
+        let (kept, tokens) = kept.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        (lost > 0).then(|| {
+            format!(
+                "servers   {lost} completions were lost with failed requests after about {:.0} tokens each, and were sampled again; {kept} were received, with {:.0} tokens on average",
+                lost_tokens / lost as f64,
+                tokens as f64 / kept.max(1) as f64
+            )
+        })
     }
 
     /// Returns the highest version that a server has taken.
@@ -394,12 +418,28 @@ impl Fleet {
                     return Ok(sampled);
                 }
                 Err(fault) => {
+                    self.count_lost(&server, &fault, n, asked.elapsed());
                     last = format!("{}: {fault}", server.name());
                     invalid += 1;
                     self.failed(&server, fault, &stored, invalid)?;
                 }
             }
         }
+    }
+
+    /// Counts the `n` completions of a request that failed after the time `after`, unless the server refused it. A server
+    /// tells no completion before its end, so that the number of tokens is estimated from the server's usual time per token.
+    fn count_lost(&self, server: &Server, fault: &Fault, n: usize, after: Duration) {
+        if matches!(fault, Fault::Refused(_) | Fault::Lost(_)) {
+            return;
+        }
+        let pace = server.state().pace;
+        let most = self.plan.sampling.max_new_tokens as f64;
+        let tokens = pace.filter(|pace| *pace > 0.0).map_or(0.0, |pace| (after.as_secs_f64() / pace).min(most));
+        let mut lost = lock(&self.lost);
+        lost.completions += n as u64;
+        lost.tokens += n as f64 * tokens;
+        telemetry::rollout_lost(server.name(), n, tokens);
     }
 
     /// Records a failed request of `server`.
@@ -465,6 +505,13 @@ impl Drop for Fleet {
             runtime.shutdown_background();
         }
     }
+}
+
+/// Completions that were lost, and the estimated number of their tokens.
+#[derive(Debug, Clone, Copy, Default)]
+struct Lost {
+    completions: u64,
+    tokens: f64,
 }
 
 /// Completions under way on a server, until the value is dropped.

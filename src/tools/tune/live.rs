@@ -71,6 +71,11 @@ impl Machine for Live {
             labels_here: methods.iter().any(|method| method.remote.is_none()),
             labels: self.config.needs_labels(),
             max_slots: MAX_SLOTS,
+            max_replicas: if self.prepared.policy().device().is_cpu() {
+                usize::try_from(self.config.learner.batch_groups).unwrap_or(usize::MAX)
+            } else {
+                1
+            },
             micro_batch: self.micro_batch(),
         }
     }

@@ -102,7 +102,10 @@ impl Model {
         let Plan { batch, group_size, .. } = *plan;
         let work = Role::ALL.map(|role| self.work(role, plan));
         // Seconds between two groups that leave a role.
-        let pace: [f64; 4] = std::array::from_fn(|i| work[i] / plan.workers[i] as f64);
+        let pace: [f64; 4] = std::array::from_fn(|i| {
+            let workers = if i == Role::Learn as usize { replicas(plan) } else { plan.workers[i] as f64 };
+            work[i] / workers
+        });
         // All computations on this machine share the cores, regardless of the allocation.
         let shared: f64 = Role::ALL
             .into_iter()
@@ -149,6 +152,12 @@ impl Model {
         let admitted = (plan.eta + 1) as f64 * plan.batch as f64 / plan.workers[0] as f64;
         room.min(admitted).max(room.min(1.0))
     }
+}
+
+/// Returns the number of groups of a step that the learner's replicas train on at the same time, on average: some have no
+/// group at the end of a step if their number does not divide it.
+pub fn replicas(plan: &Plan) -> f64 {
+    plan.batch as f64 / plan.batch.div_ceil(plan.workers[Role::Learn as usize] as u64) as f64
 }
 
 /// Returns the share of the time `one` of a single item that `n` concurrent items share, if each of them takes `each`.

@@ -6,7 +6,8 @@ use crate::config::Config;
 /// Workers and threads of each role, slots, staleness bound, and batch sizes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// Number of workers by role, in the order of [`Role::ALL`]; reward and learner have one each.
+    /// Number of workers by role, in the order of [`Role::ALL`]; the reward actor has one, and those of the learner are its
+    /// replicas.
     pub workers: [usize; 4],
     /// Number of threads per worker by role, in the same order.
     pub threads: [usize; 4],
@@ -32,7 +33,7 @@ impl Plan {
     pub fn of(config: &Config) -> Self {
         let Config { rollout, labeler, reward, learner, .. } = config;
         Self {
-            workers: [rollout.workers, labeler.workers, 1, 1],
+            workers: [rollout.workers, labeler.workers, 1, learner.replicas],
             threads: [rollout.threads, labeler.threads, reward.threads, learner.threads],
             slots: rollout.slots,
             eta: learner.eta,
@@ -51,7 +52,7 @@ impl Plan {
     /// Sets the keys of `config` that the plan determines.
     pub fn put(&self, config: &mut Config) {
         let Config { rollout, labeler, reward, learner, .. } = config;
-        [rollout.workers, labeler.workers, ..] = self.workers;
+        [rollout.workers, labeler.workers, _, learner.replicas] = self.workers;
         [rollout.threads, labeler.threads, reward.threads, learner.threads] = self.threads;
         rollout.slots = self.slots;
         learner.eta = self.eta;
@@ -61,7 +62,7 @@ impl Plan {
     }
 
     /// Returns the configuration keys of the plan with its values.
-    pub fn keys(&self) -> [(&'static str, u64); 11] {
+    pub fn keys(&self) -> [(&'static str, u64); 12] {
         [
             ("rollout.workers", self.workers[0] as u64),
             ("rollout.threads", self.threads[0] as u64),
@@ -70,6 +71,7 @@ impl Plan {
             ("labeler.threads", self.threads[1] as u64),
             ("reward.threads", self.threads[2] as u64),
             ("learner.threads", self.threads[3] as u64),
+            ("learner.replicas", self.workers[3] as u64),
             ("learner.eta", self.eta),
             ("learner.batch_groups", self.batch),
             ("rollout.group_size", self.group_size as u64),
@@ -150,18 +152,21 @@ impl Plan {
         let mut etas = vec![0, 1, 2, 4, configured.eta];
         etas.sort_unstable();
         etas.dedup();
+        // Several replicas of several threads each are hardly faster than as many of one thread.
+        let replicas = cores.iter().filter(|n| (2..=facts.max_replicas).contains(*n)).map(|n| (*n, 1));
+        let learners: Vec<(usize, usize)> = cores.iter().map(|threads| (1, *threads)).chain(replicas).collect();
         let mut plans = Vec::new();
         for rollout in divisions(&cores, facts.cores) {
             for label in label_workers.iter().flat_map(|w| label_threads.iter().map(move |t| (*w, *t))) {
                 if facts.labels && facts.labels_here && label.0 * label.1 > facts.cores {
                     continue;
                 }
-                for (reward, learn) in cores.iter().flat_map(|a| cores.iter().map(move |b| (*a, *b))) {
+                for (reward, learn) in cores.iter().flat_map(|a| learners.iter().map(move |b| (*a, *b))) {
                     for slots in &slots {
                         for eta in &etas {
                             plans.push(Self {
-                                workers: [rollout.0, label.0, 1, 1],
-                                threads: [rollout.1, label.1, reward, learn],
+                                workers: [rollout.0, label.0, 1, learn.0],
+                                threads: [rollout.1, label.1, reward, learn.1],
                                 slots: *slots,
                                 eta: *eta,
                                 batch: facts.batch,
