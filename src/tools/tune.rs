@@ -14,6 +14,9 @@ use anyhow::{Result, ensure};
 use model::Model;
 use plan::Plan;
 
+/// Maximum number of plans with several replicas of the learner to measure.
+const REPLICA_TRIALS: usize = 2;
+
 /// Smallest relative gain that justifies a change. Smaller ones are within the noise of two measurements of the same
 /// plan.
 pub const NOTICEABLE: f64 = 0.05;
@@ -142,7 +145,7 @@ impl Tuned {
 /// Extent of the search of [`tune`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SearchScope {
-    /// Maximum number of plans to measure, in addition to the configured one.
+    /// Maximum number of plans to measure, in addition to the configured one and to two with replicas of the learner.
     pub trials: usize,
     /// True if larger batches and groups are tried too.
     pub sizes: bool,
@@ -188,15 +191,20 @@ pub fn tune(
         Tried { plan: configured.clone(), predicted: model.predict(configured), measured: measured.groups_per_s };
     let mut tried = vec![before];
     let candidates = Plan::all(&facts, configured);
-    while tried.len() <= scope.trials {
-        // Each measurement corrects the model, so each choice uses all measurements so far.
-        let untried = candidates.iter().filter(|plan| tried.iter().all(|other| other.plan != **plan));
-        let Some(next) = untried.max_by(|a, b| compare_plans(&model, a, b)) else { break };
-        let (predicted, best) = (model.predict(next), fastest(&tried).measured);
-        if predicted < best * (1.0 + NOTICEABLE / 2.0) && tried.len() > 1 {
-            break;
+    // Plans with several replicas of the learner are tried last, with the model that the other measurements corrected.
+    for several in [false, true] {
+        let limit = if several { tried.len() + REPLICA_TRIALS } else { 1 + scope.trials };
+        while tried.len() < limit {
+            // Each measurement corrects the model, so each choice uses all measurements so far.
+            let untried = candidates.iter().filter(|plan| (plan.workers[Role::Learn as usize] > 1) == several);
+            let untried = untried.filter(|plan| tried.iter().all(|other| other.plan != **plan));
+            let Some(next) = untried.max_by(|a, b| compare_plans(&model, a, b)) else { break };
+            let (predicted, best) = (model.predict(next), fastest(&tried).measured);
+            if predicted < best * (1.0 + NOTICEABLE / 2.0) && (several || tried.len() > 1) {
+                break;
+            }
+            tried.push(attempt(machine, &mut model, next, &mut report)?);
         }
-        tried.push(attempt(machine, &mut model, next, &mut report)?);
     }
     let of = |synchronous: bool| {
         let plans = candidates.iter().filter(|plan| (plan.eta == 0) == synchronous);
@@ -249,7 +257,7 @@ fn larger_step(
     if next == plan { Ok(None) } else { attempt(machine, model, next, report).map(Some) }
 }
 
-/// Compares plans by predicted speed, and within one percent by lower cost (threads, staleness, slots).
+/// Compares plans by predicted speed, and within one percent by lower cost (threads, staleness, slots, replicas).
 fn compare_plans(model: &Model, a: &Plan, b: &Plan) -> std::cmp::Ordering {
     let step = |plan: &Plan| (100.0 * model.predict(plan).ln()).round() as i64;
     step(a).cmp(&step(b)).then_with(|| b.cost().cmp(&a.cost()))

@@ -95,8 +95,11 @@ impl Machine for Scripted {
         let reward = taking(size * self.alone(2, plan.threads[2]));
         // With micro-batches, the prompt is computed in each.
         let parts = plan.group_size.checked_div(plan.micro_batch).unwrap_or(1);
-        let learn = size * self.alone(3, plan.threads[3]) * (1.0 + (parts - 1) as f64 / 2.0) / replicas(&plan);
-        let learn = taking(learn + self.step / batch as f64);
+        let learn = size * self.alone(3, plan.threads[3]) * (1.0 + (parts - 1) as f64 / 2.0);
+        // Several replicas are modelled as that many workers before the one that makes the steps.
+        let lanes = plan.workers[3];
+        let alone = if lanes == 1 { learn } else { 0.0 };
+        let (gradient, learn) = (taking(learn), taking(alone + self.step / batch as f64));
         let clock = Clock::simulated();
         let options = GraphOptions { clock: clock.clone(), ..GraphOptions::default() };
         let workers = [plan.workers[0] * concurrent, plan.workers[1]];
@@ -117,7 +120,16 @@ impl Machine for Scripted {
                 builder.stage(spec("label", n), label.clone(), sampled.clone(), labeled_out.clone());
             }
             builder.stage(spec("reward", 0), reward.clone(), labeled, rewarded_out);
-            builder.sink(spec("learn", 0), ScriptedSink::new(learn.clone(), batch, Some(gate), |_, _| {}), rewarded);
+            let learned = if lanes == 1 {
+                rewarded
+            } else {
+                let (learned_out, learned) = builder.edge("gradients", 2);
+                for n in 0..lanes {
+                    builder.stage(spec("replica", n), gradient.clone(), rewarded.clone(), learned_out.clone());
+                }
+                learned
+            };
+            builder.sink(spec("learn", 0), ScriptedSink::new(learn.clone(), batch, Some(gate), |_, _| {}), learned);
             Ok(())
         };
         let report = self.runtime.block_on(async {
@@ -199,7 +211,11 @@ fn the_known_optimum_is_found_on_six_machines() {
         assert!((tuned.best.predicted / found - 1.0).abs() < 0.15, "{name}: {tuned:?}");
         let (plan, gain) = tuned.synchronous.clone();
         let synchronous = machine.measure(&plan).unwrap().groups_per_s;
-        println!("    asynchronous: {gain:.3} times expected, {:.3} measured", found / synchronous);
+        println!(
+            "    asynchronous: {gain:.3} times expected, {:.3} measured ({})",
+            found / synchronous,
+            plan.describe(&machine.facts)
+        );
         assert!(
             (gain / (found / synchronous) - 1.0).abs() < 0.15,
             "{name}: {gain}, {}: {tuned:?}",

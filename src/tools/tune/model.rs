@@ -119,10 +119,15 @@ impl Model {
         let side_by_side = (plan.slots / group_size).max(1) * plan.workers[0];
         let rounds = (batch as f64 / side_by_side as f64).ceil().max(1.0);
         let sampled = work[0] * (batch as f64 / plan.workers[0] as f64).max(1.0);
-        // The first group passes through all later stages; the others follow at the pace of the slowest stage.
-        let first: f64 = work[1..].iter().sum();
-        let slowest = pace[1..].iter().copied().fold(0.0, f64::max);
-        let after = |groups: f64| first + slowest * (groups - 1.0).max(0.0);
+        // The first group passes through all later stages; the others follow at the pace of the slowest stage. The replicas
+        // of the learner train on several groups at the same time, so that the step ends with the last of them, or when
+        // their rounds are complete.
+        let first = work[1] + work[2];
+        let slowest = pace[1].max(pace[2]);
+        let after = |groups: f64| {
+            let last_arrives = first + slowest * (groups - 1.0).max(0.0);
+            (last_arrives + work[3]).max(first + pace[3] * groups.max(1.0))
+        };
         let batch = batch as f64;
         let step = (sampled / rounds + after(batch)).max(sampled + after(batch / rounds));
         // The staleness bound admits η + 1 batches at the same time, each for the time of a step (Little 1961).
@@ -165,11 +170,15 @@ fn shared_part(one: f64, each: f64, n: f64) -> f64 {
     if one > 0.0 { ((one - each) / one / (1.0 - 1.0 / n)).clamp(0.0, 1.0) } else { 0.0 }
 }
 
-/// Returns the distance of two plans: the number of doublings between their values.
+/// Returns the distance of two plans: the number of doublings between their values. Replicas of the learner in place of
+/// threads are a small difference.
 fn distance(a: &Plan, b: &Plan) -> f64 {
     let doublings = |a: usize, b: usize| (a as f64 / b as f64).log2().abs();
-    let pairs = a.workers.iter().zip(&b.workers).chain(a.threads.iter().zip(&b.threads));
-    let sum: f64 = pairs.map(|(a, b)| doublings(*a, *b)).sum();
+    let learn = Role::Learn as usize;
+    let pairs = a.workers[..learn].iter().zip(&b.workers).chain(a.threads[..learn].iter().zip(&b.threads));
+    let cores = |plan: &Plan| plan.workers[learn] * plan.threads[learn];
+    let learner = doublings(cores(a), cores(b)) + doublings(a.workers[learn], b.workers[learn]) / 4.0;
+    let sum = pairs.map(|(a, b)| doublings(*a, *b)).sum::<f64>() + learner;
     let sizes = doublings(a.batch as usize, b.batch as usize) + doublings(a.group_size, b.group_size);
     sum + sizes + doublings(a.slots, b.slots) / 2.0 + doublings(1 + a.eta as usize, 1 + b.eta as usize)
 }

@@ -118,10 +118,11 @@ impl Plan {
         plans
     }
 
-    /// Returns the cost for choices among equally fast plans: total threads, then η, then slots.
-    pub(super) fn cost(&self) -> (usize, u64, usize) {
+    /// Returns the cost for choices among equally fast plans: total threads, then η, then slots, then replicas, which need
+    /// memory.
+    pub(super) fn cost(&self) -> (usize, u64, usize, usize) {
         let threads = self.workers.iter().zip(&self.threads).map(|(workers, threads)| workers * threads).sum();
-        (threads, self.eta, self.slots)
+        (threads, self.eta, self.slots, self.workers[3])
     }
 
     /// Returns the candidate plans for a machine: powers of two for every number, and the values of `configured`.
