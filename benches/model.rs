@@ -18,7 +18,8 @@ use kernels::{AdamW, AdamWConfig, Format, Gradients, backward};
 use preceptor::lm::model::{Decoder, ModelConfig, Pack, Weights};
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::{Fixed, Request, generate};
-use preceptor::pipeline::learn::replicas::{Replicas, Sums, reduce};
+use preceptor::pipeline::learn::collective::{Collective, SharedWeights};
+use preceptor::pipeline::learn::replicas::{Replicas, Sums};
 use rayon::ThreadPool;
 
 #[global_allocator]
@@ -101,7 +102,7 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
             while let Some(result) = replicas.next() {
                 result.expect("a gradient");
             }
-            reduce(&sums).expect("a sum");
+            SharedWeights.reduce(&sums).expect("a sum");
         };
         group.bench_function(format!("gradients of two groups, {count} replicas"), |b| {
             b.iter(|| learner.install(&mut step));

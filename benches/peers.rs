@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Alone: `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--eta E]
-//! [--learner-threads N] [--precision highest|high|medium] [--weights f32|bf16|q8_0]`; `--weights` applies to `generate`,
+//! [--replicas N] [--learner-threads N] [--precision highest|high|medium] [--weights f32|bf16|q8_0]`; `--weights` applies to `generate`,
 //! `grpo` and `overlap`.
 
 #[path = "common/shapes.rs"]
@@ -82,12 +82,12 @@ fn main() -> Result<()> {
         "generate-8" => pool.install(|| subject.generate(&weights, 8, repeats))?,
         "generate-32" => pool.install(|| subject.generate(&weights, 32, repeats))?,
         "label" => pool.install(|| subject.label(weights, repeats))?,
-        // With two threads the rollout and the learner work concurrently, and the learner uses both, because it has more
-        // work. With one thread they alternate.
+        // With two threads the rollout and the learner work concurrently, and the learner has two replicas, because it has
+        // more work. With one thread they alternate.
         "grpo" => {
-            let (eta, learner_threads) =
-                (number("--eta", u64::from(threads > 1))?, number("--learner-threads", threads)?);
-            subject.grpo(weights, eta, learner_threads, repeats)?
+            let eta = number("--eta", u64::from(threads > 1))?;
+            let learner = [number("--replicas", threads)?, number("--learner-threads", 1)?];
+            subject.grpo(weights, eta, learner, repeats)?
         }
         "overlap" => subject.overlap(&weights, repeats)?,
         _ => bail!("{work:?} is none of train, generate-1, generate-8, generate-32, label, grpo, overlap"),
@@ -182,9 +182,9 @@ impl Subject {
     }
 
     /// Measures GRPO steps of the node, each from the end of the previous step to its own end.
-    fn grpo(&self, weights: Arc<Decoder>, eta: u64, learner_threads: u64, repeats: u64) -> Result<Map<String, Value>> {
+    fn grpo(&self, weights: Arc<Decoder>, eta: u64, learner: [u64; 2], repeats: u64) -> Result<Map<String, Value>> {
         // η more steps follow, so that each timed step includes the generation of one batch.
-        let run = self.run(weights, eta, learner_threads, 1 + repeats + eta)?;
+        let run = self.run(weights, eta, learner, 1 + repeats + eta)?;
         let mut figures = Figures::new(BATCH * GROUP, "samples");
         run.steps.windows(2).take(repeats as usize).for_each(|pair| figures.add(&pair[0], &pair[1]));
         Ok(figures.done())
@@ -193,7 +193,7 @@ impl Subject {
     /// Measures complete runs of `steps` with one thread each for rollout and learner: at η = 1, where they work
     /// concurrently, and at η = 0, where each waits for the other, so that its busy time is the time of its work alone.
     fn overlap(&self, weights: &Arc<Decoder>, steps: u64) -> Result<Map<String, Value>> {
-        let run = |eta, steps| self.run(Arc::clone(weights), eta, 1, steps);
+        let run = |eta, steps| self.run(Arc::clone(weights), eta, [1, 1], steps);
         run(0, 1)?;
         let (alternating, concurrent) = (run(0, steps)?, run(1, steps)?);
         let mut figures = Figures::new(steps as usize * BATCH * GROUP, "samples");
@@ -217,11 +217,11 @@ impl Subject {
         Ok(figures)
     }
 
-    /// Runs the real node until it has taken all steps.
-    fn run(&self, weights: Arc<Decoder>, eta: u64, learner_threads: u64, steps: u64) -> Result<Run> {
+    /// Runs the real node until it has taken all steps, with a learner of `learner` replicas and threads of each.
+    fn run(&self, weights: Arc<Decoder>, eta: u64, learner: [u64; 2], steps: u64) -> Result<Run> {
         let dir = tempfile::tempdir()?;
         let marks = Arc::new(Mutex::new(Vec::new()));
-        let node = self.node(weights, dir.path(), [eta, learner_threads, steps], &marks)?;
+        let node = self.node(weights, dir.path(), [eta, learner[0], learner[1], steps], &marks)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let began = Mark::now()?;
         let (outcome, report) = runtime.block_on(async {
@@ -237,7 +237,7 @@ impl Subject {
         &self,
         weights: Arc<Decoder>,
         dir: &Path,
-        [eta, learner_threads, steps]: [u64; 3],
+        [eta, replicas, learner_threads, steps]: [u64; 4],
         marks: &Arc<Mutex<Vec<Mark>>>,
     ) -> Result<Node> {
         let tokenizer = self.tokenizer(dir)?;
@@ -253,6 +253,7 @@ impl Subject {
             "data.chat=false".into(),
             format!("run.steps={steps}"),
             format!("learner.eta={eta}"),
+            format!("learner.replicas={replicas}"),
             format!("learner.threads={learner_threads}"),
             "learner.algorithm=grpo".into(),
             "learner.lr=1e-6".into(),

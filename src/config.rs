@@ -342,14 +342,29 @@ impl Config {
     }
 
     /// Checks that each minibatch has a group.
+    /// Checks that the learner's replicas share weights on a CPU, or have devices of which the first is the policy's.
     fn check_replicas(&self, document: &Document) {
-        let (replicas, device) = (self.learner.replicas, &self.policy.device);
-        if document.sound(&["learner.replicas", "policy.device"]) && replicas > 1 && device != "cpu" {
+        if !document.sound(&["learner.replicas", "learner.devices", "policy.device"]) {
+            return;
+        }
+        let (replicas, devices, device) = (self.learner.replicas, &self.learner.devices, &self.policy.device);
+        if let Some(first) = devices.first() {
+            if first != device {
+                document.error(
+                    "learner.devices",
+                    &format!("begins with {first:?}, and policy.device is {device:?}; the first replica uses the policy's device"),
+                );
+            }
+            if replicas > 1 && replicas != devices.len() {
+                document.error(
+                    "learner.replicas",
+                    &format!("is {replicas}, but learner.devices lists {}; remove learner.replicas", devices.len()),
+                );
+            }
+        } else if replicas > 1 && device != "cpu" {
             document.error(
                 "learner.replicas",
-                &format!(
-                    "is {replicas}, but replicas share weights on a CPU, and policy.device is {device:?}; remove it"
-                ),
+                &format!("is {replicas}, but replicas share weights on a CPU, and policy.device is {device:?}; set learner.devices"),
             );
         }
     }

@@ -3,7 +3,7 @@
 use super::choice::{choice, words};
 use super::key::{by, depends, is};
 use super::section::section;
-use super::sections::{LabelForm, MANY, count, pool, positive};
+use super::sections::{LabelForm, MANY, check_devices, count, pool, positive};
 use crate::rl::algo::online_dpo::DpoLoss;
 
 section! {
@@ -66,6 +66,10 @@ section! {
         /// thread are faster than one with two threads. Each needs memory for its sums of gradients and for its
         /// activations. The result depends on the number only by rounding.
         [Changeable] replicas: usize = is(1).from(1).to(256),
+        /// Devices of the replicas of the learner, such as `["cuda:0", "cuda:1"]`; the first must be `policy.device`. Each
+        /// replica has a copy of the trained weights on its device and computes the gradients of its part of a batch's
+        /// groups. With an empty list, `learner.replicas` share the weights on the policy's device.
+        [Changeable] devices: Vec<String> = is(Vec::new()).example("[\"cuda:0\", \"cuda:1\"]").check(|value| check_devices(value)),
         /// Peak learning rate.
         [Changeable] lr: f64 = positive(1e-5),
         /// Learning rate at the end of a `linear` or `cosine` schedule.

@@ -441,7 +441,7 @@ section! {
     }
 }
 
-fn check_devices(names: &[String]) -> Result<(), String> {
+pub(super) fn check_devices(names: &[String]) -> Result<(), String> {
     names.iter().try_for_each(|name| check_device(name))
 }
 

@@ -1,5 +1,6 @@
 //! The learner: accumulates the gradient of a batch group by group, makes an optimizer step, and publishes the weights.
 
+pub mod collective;
 mod pass;
 pub mod publish;
 pub mod record;

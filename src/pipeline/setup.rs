@@ -78,13 +78,15 @@ impl Prepared {
     }
 }
 
-/// Devices of the actors except the learner, which uses the policy's device.
+/// Devices of the actors. The learner uses the policy's device, unless its replicas have devices of their own.
 #[derive(Debug, Clone)]
 pub struct Devices {
     /// Device of local judges.
     pub labeler: Device,
     /// Device of the reward model.
     pub reward_model: Device,
+    /// Devices of the learner's replicas, the first that of the policy. Empty if they share the weights.
+    pub learner: Vec<Device>,
     /// Devices of the rollout actors, assigned round-robin.
     rollout: Vec<Device>,
 }
@@ -92,7 +94,12 @@ pub struct Devices {
 impl Devices {
     /// Uses `device` for all actors.
     pub fn one(device: &Device) -> Self {
-        Self { labeler: device.clone(), reward_model: device.clone(), rollout: vec![device.clone()] }
+        Self {
+            labeler: device.clone(),
+            reward_model: device.clone(),
+            learner: Vec::new(),
+            rollout: vec![device.clone()],
+        }
     }
 
     /// Opens the devices that `config` names, each with a separate CUDA stream. An actor without a device uses `policy`.
@@ -103,7 +110,11 @@ impl Devices {
         let (rollout, names) = (&config.rollout, &config.rollout.devices);
         let workers = names.iter().cycle().take(if names.is_empty() { 0 } else { rollout.workers });
         let opened = workers.map(|name| device::open_as("rollout.devices", name)).collect::<Result<Vec<_>>>()?;
+        let others = config.learner.devices.iter().skip(1).map(|name| device::open_as("learner.devices", name));
+        let others = others.collect::<Result<Vec<_>>>()?;
+        let learner = if others.is_empty() { others } else { [vec![policy.clone()], others].concat() };
         Ok(Self {
+            learner,
             labeler: own("labeler.device", &config.labeler.device)?,
             reward_model: own("reward_model.device", &config.reward_model.device)?,
             rollout: if opened.is_empty() { vec![policy.clone()] } else { opened },

@@ -6,11 +6,11 @@ use anyhow::{Context, Result, anyhow};
 use kernels::clip_factor;
 use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResult};
 
-use crate::lm::model::Pack;
+use crate::lm::model::{Decoder, Pack};
 use crate::lm::tokens::Tokenizer;
 use crate::observe::telemetry;
 use crate::pipeline::learn::TrainState;
-use crate::pipeline::learn::replicas::{Job, Layout, Replicas, reduce};
+use crate::pipeline::learn::replicas::{Job, Layout, Replicas};
 use crate::types::Prompt;
 use crate::util::failpoints;
 use crate::util::mutex::lock;
@@ -56,15 +56,14 @@ pub struct BatchSums {
 }
 
 impl FineTune {
-    /// Returns the job that adds the gradient of one reference. Its result are the summed loss and the number of tokens.
-    fn job(&self, state: &TrainState, prompt: &Prompt) -> Result<Job<(f64, usize)>> {
+    /// Returns the job that adds the gradient of one reference to that of `model`. Its result are the summed loss and the number of tokens.
+    fn job(&self, model: Arc<Decoder>, prompt: &Prompt) -> Result<Job<(f64, usize)>> {
         let text = prompt.reference.as_ref().ok_or_else(|| anyhow!("line {} has no reference", prompt.row + 1))?;
         let (kept, mut ids) = self.tokenizer.encode_after(&prompt.ids, text)?;
         ids.extend(self.tokenizer.end(self.chat));
         // A reference beyond the context is truncated to its beginning.
-        ids.truncate(state.config().context.saturating_sub(kept));
+        ids.truncate(model.config().context.saturating_sub(kept));
         let pack = Pack::new(&prompt.ids[..kept], &[ids]);
-        let model = Arc::clone(&state.model);
         Ok(Box::new(move |sums| {
             let (logprobs, _) = model.logprobs(&pack, 1.0)?;
             let loss = -logprobs.to_vec1::<f32>()?.iter().map(|p| f64::from(*p)).sum::<f64>();
@@ -106,7 +105,8 @@ impl Stage for FineTune {
     fn process(&mut self, item: Item<Prompt>, _out: &Emitter<'_, ()>) -> StageResult<()> {
         let shared = Arc::clone(&self.state);
         let mut state = lock(&shared);
-        let (job, place, count) = (self.job(&state, &item.body)?, self.sums.references as usize, self.layout.replicas);
+        let (place, count) = (self.sums.references as usize, self.layout.replicas);
+        let job = self.job(state.policy(place % count), &item.body)?;
         let replicas = self.replicas.as_mut().context("internal error: fine-tuning has not started")?;
         replicas.submit(place % count, job);
         self.sums.references += 1;
@@ -116,7 +116,7 @@ impl Stage for FineTune {
         }
         self.settle(None)?;
         let BatchSums { loss, tokens, .. } = std::mem::take(&mut self.sums);
-        reduce(&state.sums)?;
+        state.reduce()?;
         let norm = state.gradient_norm()? / tokens.max(1) as f64;
         let loss = loss / tokens.max(1) as f64;
         if !norm.is_finite() || !loss.is_finite() {

@@ -223,6 +223,7 @@ pub(super) fn learner(
     }
     let value = value_model(config, prepared.policy())?;
     let mut state = TrainState::new(prepared.policy(), adam(config), value, lora(config).as_ref())?;
+    state.place(prepared.devices.learner.clone());
     let reward_model = reward_trainer(config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer)));
     let ledger = match checkpoint {
         None => SharedLedger::default(),

@@ -224,6 +224,7 @@ pub(super) async fn fine_tune(
     stop: &Stop,
 ) -> Result<Prepared> {
     let mut state = TrainState::new(prepared.policy(), adam(config), None, lora(config).as_ref())?;
+    state.place(prepared.devices.learner.clone());
     let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
     if let Some(unfinished) = unfinished {
         unfinished.restore(&mut state, None)?;

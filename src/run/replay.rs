@@ -64,12 +64,13 @@ pub async fn replay(
             prepared
         }
     };
-    let state = TrainState::new(
+    let mut state = TrainState::new(
         prepared.policy(),
         adam(&config),
         value_model(&config, prepared.policy())?,
         lora(&config).as_ref(),
     )?;
+    state.place(prepared.devices.learner.clone());
     let progress = Arc::new(Mutex::new(ReplayProgress { expected: None, replayed: None, report: Box::new(report) }));
     let session = Replay {
         state: Arc::new(Mutex::new(state)),

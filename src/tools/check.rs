@@ -16,7 +16,7 @@ use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::label::templates::{Preamble, TemplateSet};
 use crate::pipeline::setup::{Prepared, prepare};
 use crate::pipeline::topology::connect;
-use crate::pipeline::topology::learning::lora;
+use crate::pipeline::topology::learning::{lora, replicas};
 use crate::util::device;
 use crate::util::process;
 
@@ -206,6 +206,11 @@ impl Sizes {
         let is_separate = self.reward_model > 0.0 && !scorer.same_device(policy);
         let activations = if is_separate { self.activation_bytes(config, prepared, scorer) } else { 0.0 };
         add(&config.reward_model.device, scorer, (each + exact(scorer)) * self.reward_model, activations);
+        for (name, device) in config.learner.devices.iter().zip(&devices.learner).skip(1) {
+            // A replica's copy of the weights, its sums of gradients, and its activations.
+            let weights = each * (self.parameters + self.value_model) + 4.0 * (self.trained + self.value_model);
+            add(&Some(name.clone()), device, weights, self.activation_bytes(config, prepared, device));
+        }
         if config.rollout.devices.is_empty() {
             add(&None, policy, narrow * config.rollout.workers as f64, 0.0);
         }
@@ -349,7 +354,7 @@ fn threads(config: &Config) -> String {
         ("rollout", config.rollout.workers, config.rollout.threads),
         ("labeler", if labels_here { config.labeler.workers } else { 0 }, config.labeler.threads),
         ("reward", 1, config.reward.threads),
-        ("learner", config.learner.replicas, config.learner.threads),
+        ("learner", replicas(config), config.learner.threads),
     ];
     let cores = process::cores();
     let all: usize = stages.iter().map(|(_, workers, threads)| workers * threads).sum();

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use kernels::AdamWConfig;
 use preceptor::config::Config;
-use preceptor::pipeline::learn::replicas::{Layout, reduce};
+use preceptor::pipeline::learn::replicas::Layout;
 use preceptor::pipeline::learn::stage::{Learn, LearnPlan};
 use preceptor::pipeline::learn::{Done, Observer, TrainState};
 use preceptor::pipeline::setup::{Prepared, prepare};
@@ -35,6 +35,17 @@ impl Source for Recorded {
         Ok(self.0.next().map(item))
     }
 }
+
+/// Number of replicas of the learner.
+#[derive(Debug, Clone, Copy)]
+enum Replicas {
+    /// They share the weights.
+    Shared(usize),
+    /// Each has a copy, as on a device of its own.
+    Copies(usize),
+}
+
+use Replicas::{Copies, Shared};
 
 struct Silent;
 
@@ -66,10 +77,17 @@ fn recorded(dir: &Path, overrides: &[&str]) -> (Config, Vec<Rewarded>) {
 }
 
 /// Trains on `groups` with `replicas` replicas and `batch` groups per step, and returns the state.
-fn learn(config: &Config, prepared: &Prepared, groups: &[Rewarded], batch: u64, replicas: usize) -> TrainState {
+fn learn(config: &Config, prepared: &Prepared, groups: &[Rewarded], batch: u64, replicas: Replicas) -> TrainState {
     let policy = prepared.policy();
     let value = value_model(config, policy).unwrap();
-    let state = TrainState::new(policy, adam(config), value, lora(config).as_ref()).unwrap();
+    let mut state = TrainState::new(policy, adam(config), value, lora(config).as_ref()).unwrap();
+    let replicas = match replicas {
+        Replicas::Shared(count) => count,
+        Replicas::Copies(count) => {
+            state.place(vec![Device::Cpu; count]);
+            count
+        }
+    };
     let state = Arc::new(Mutex::new(state));
     let cell = Arc::new(SnapshotCell::new(0, prepared.identity, Arc::clone(policy)));
     let plan = LearnPlan { batch_groups: batch, layout: Layout { replicas, threads: 1 }, ..learn_plan(config) };
@@ -124,20 +142,20 @@ fn the_gradient_of_a_batch_does_not_depend_on_the_number_of_replicas() {
         let dir = tempfile::tempdir().unwrap();
         let (config, groups) = recorded(dir.path(), &[*variant, &["learner.eta=0", "run.steps=2"]].concat());
         let prepared = prepare(&config, false).unwrap();
-        let gradient = |replicas| {
+        let gradient = |replicas: Replicas| {
             // One group is missing, so that the step is not taken and the sums remain.
             let state = learn(&config, &prepared, &groups[..4], 5, replicas);
-            assert_eq!((state.step, state.sums.len()), (0, replicas));
-            reduce(&state.sums).unwrap();
+            assert_eq!(state.step, 0);
+            state.reduce().unwrap();
             let sums = state.sums[0].lock().unwrap();
             elements(sums[0].copies().unwrap())
         };
-        let one = gradient(1);
+        let one = gradient(Shared(1));
         assert!(one.iter().any(|value| *value != 0.0));
-        for replicas in [2, 3, 4] {
+        for replicas in [Shared(2), Shared(3), Shared(4), Copies(2)] {
             let apart = distance(&gradient(replicas), &one);
-            println!("{variant:?}, {replicas} replicas: the gradient differs by {apart:.1e}");
-            assert!(apart <= 1e-6, "{variant:?}, {replicas} replicas: {apart}");
+            println!("{variant:?}, {replicas:?}: the gradient differs by {apart:.1e}");
+            assert!(apart <= 1e-6, "{variant:?}, {replicas:?}: {apart}");
         }
     }
 }
@@ -149,7 +167,7 @@ fn training_with_replicas_leads_to_the_same_weights() {
         let more = ["learner.eta=0", "run.steps=20", "learner.lr=1e-5", "learner.warmup_steps=2"];
         let (config, groups) = recorded(dir.path(), &[variant, &more[..]].concat());
         let prepared = prepare(&config, false).unwrap();
-        let change = |replicas| {
+        let change = |replicas: Replicas| {
             let state = learn(&config, &prepared, &groups, 4, replicas);
             assert_eq!(state.step, 20);
             let before: HashMap<String, Tensor> = prepared.policy().weights().0.clone().into_iter().collect();
@@ -162,13 +180,13 @@ fn training_with_replicas_leads_to_the_same_weights() {
             });
             elements(change.collect::<Vec<_>>())
         };
-        let one = change(1);
-        for replicas in [2, 4] {
+        let one = change(Shared(1));
+        for replicas in [Shared(2), Shared(4), Copies(3)] {
             let several = change(replicas);
-            assert_eq!(several, change(replicas), "{replicas} replicas give the same bits each time");
+            assert_eq!(several, change(replicas), "{replicas:?} gives the same bits each time");
             let apart = distance(&several, &one);
-            println!("{variant:?}, {replicas} replicas: 20 steps differ by {apart:.1e}");
-            assert!(apart <= 1e-3, "{variant:?}, {replicas} replicas: {apart}");
+            println!("{variant:?}, {replicas:?}: 20 steps differ by {apart:.1e}");
+            assert!(apart <= 1e-3, "{variant:?}, {replicas:?}: {apart}");
         }
     }
 }
@@ -184,6 +202,25 @@ fn a_run_with_replicas_is_resumed_with_another_number_and_replayed_exactly() {
     let text = stderr(&output);
     assert!(output.status.success(), "{text}");
     assert!(text.contains("learner.replicas"), "the change is told: {text}");
+    let output = preceptor(dir.path()).args(["replay", "run"]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+#[test]
+fn devices_of_replicas_are_checked_and_a_run_on_copies_is_replayed_exactly() {
+    let dir = tempfile::tempdir().unwrap();
+    for (overrides, words) in [
+        (&["learner.devices=[\"cuda:0\", \"cuda:1\"]"][..], "the first replica uses the policy's device"),
+        (&["learner.devices=[\"cpu\", \"cpu\"]", "learner.replicas=3"], "remove learner.replicas"),
+        (&["policy.device=cuda:0", "learner.replicas=2"], "set learner.devices"),
+        (&["learner.devices=[\"cpu\", \"cuda:0\"]"], "learner.devices = \"cuda:0\""),
+    ] {
+        let output = train(dir.path(), overrides);
+        assert_eq!(output.status.code(), Some(2), "{overrides:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(words), "{overrides:?}: {}", stderr(&output));
+    }
+    let output = train(dir.path(), &["learner.devices=[\"cpu\", \"cpu\"]", "sft.steps=3", "sft.batch=3"]);
+    assert!(output.status.success(), "{}", stderr(&output));
     let output = preceptor(dir.path()).args(["replay", "run"]).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
 }

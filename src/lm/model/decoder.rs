@@ -121,6 +121,40 @@ impl Decoder {
         Ok((self.inherit_settings(Self::build(&self.config, &weights, Some(lora))?), params))
     }
 
+    /// Returns a copy of this model on `device`, which has variables of its own where this model has those of `params`, and
+    /// these variables by name. Other tensors are shared if they are on the device already.
+    ///
+    /// # Errors
+    /// If memory for the copy is not available.
+    pub fn trainable_on(
+        &self,
+        params: &[(String, Var)],
+        device: &Device,
+    ) -> anyhow::Result<(Self, Vec<(String, Var)>)> {
+        let mut copies = Vec::with_capacity(params.len());
+        let mut weights = self.weights.clone();
+        for (name, tensor) in &mut weights.0 {
+            if params.iter().any(|(param, _)| param == name) {
+                let var = Var::from_tensor(&tensor.to_device(device)?.copy()?.detach())?;
+                *tensor = var.as_tensor().clone();
+                copies.push((name.clone(), var));
+            } else {
+                *tensor = tensor.to_device(device)?.detach();
+            }
+        }
+        Ok((self.with_weights(&weights)?, copies))
+    }
+
+    /// Returns the model with the same tensors, but without a computation graph. It follows changes of the variables.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn detached(&self) -> anyhow::Result<Self> {
+        let mut weights = self.weights.clone();
+        weights.0.values_mut().for_each(|tensor| *tensor = tensor.detach());
+        self.with_weights(&weights)
+    }
+
     /// Returns an immutable copy of the model in its current state. Frozen tensors are shared.
     ///
     /// # Errors

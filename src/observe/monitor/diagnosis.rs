@@ -163,7 +163,7 @@ fn threads(role: &str, config: &Config) -> usize {
         "label" if is_remote(config) => 0,
         "label" => config.labeler.threads,
         "reward" => config.reward.threads,
-        "learn" => config.learner.threads * config.learner.replicas,
+        "learn" => config.learner.threads * config.learner.replicas.max(config.learner.devices.len()),
         _ => 0,
     }
 }
@@ -283,7 +283,7 @@ fn learn_relief(config: &Config, spare: usize) -> Vec<Setting> {
     if spare > 0 {
         let (threads, replicas) = (learner.threads, learner.replicas);
         let most = usize::try_from(learner.batch_groups).unwrap_or(usize::MAX);
-        if config.policy.device == "cpu" && replicas < most {
+        if config.policy.device == "cpu" && learner.devices.is_empty() && replicas < most {
             let more = (replicas + spare.div_ceil(threads)).min(most);
             let why = "gradients of more groups are computed at the same time";
             settings.push(change("learner.replicas", replicas, more, why));

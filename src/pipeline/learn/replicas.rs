@@ -140,25 +140,10 @@ impl<T> Drop for Replica<T> {
     }
 }
 
-/// Adds the sums of all replicas to those of the first, in the order of their ranks, so that the result does not depend on
-/// which replica ended first.
-///
-/// # Errors
-/// If a tensor operation fails.
-pub fn reduce(sums: &[Arc<Mutex<Sums>>]) -> Result<()> {
-    let Some((first, others)) = sums.split_first() else { return Ok(()) };
-    let mut total = lock(first);
-    for other in others {
-        for (sum, addend) in total.iter_mut().zip(lock(other).iter()) {
-            sum.add(addend)?;
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::learn::collective::{Collective, SharedWeights};
     use candle_core::{DType, Device, Var};
 
     fn sums(count: usize) -> (Var, Vec<Arc<Mutex<Sums>>>) {
@@ -183,7 +168,7 @@ mod tests {
             }
             let results: Vec<u64> = std::iter::from_fn(|| replicas.next()).map(Result::unwrap).collect();
             assert_eq!(results, (0..7).collect::<Vec<u64>>());
-            reduce(&sums).unwrap();
+            SharedWeights.reduce(&sums).unwrap();
             assert_eq!(lock(&sums[0])[0].get("w").unwrap().to_vec1::<f32>().unwrap(), [21.0; 3]);
         }
     }

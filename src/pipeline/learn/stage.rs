@@ -10,8 +10,8 @@ use preceptor_actors::{AdmissionGate, Emitter, Item, SnapshotCell, Stage, StageC
 
 use super::pass::Measured;
 use super::publish::{Observer, PendingStep, publish};
-use super::replicas::{Layout, Replicas, Sums, reduce};
-use super::work::{Nets, Outcome, Work};
+use super::replicas::{Layout, Replicas, Sums};
+use super::work::{Outcome, Work};
 use super::{BatchStats, TrainState};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -248,11 +248,10 @@ impl Learn {
         }
         let rank = place % replicas.count();
         if self.trains_on_arrival() {
-            let nets = nets(state);
+            let nets = state.nets(rank);
             replicas.submit(rank, Box::new(move |sums| work.train(&nets, group, place, sums)));
         } else {
-            // The published copy has the same weights, and no computation graph that would be kept needlessly.
-            let nets = Nets { policy: Arc::clone(state.published()), ..nets(state) };
+            let nets = state.frozen(rank);
             replicas.submit(rank, Box::new(move |_| work.measure(&nets, &group, place)));
         }
     }
@@ -345,11 +344,12 @@ impl Learn {
     ) -> Result<()> {
         for (at, i) in part.iter().enumerate() {
             let (measured, targets) = (Arc::clone(&known.0[*i]), Arc::clone(&known.1[*i]));
-            let (work, nets) = (Arc::clone(&self.work), nets(state));
+            let rank = at % replicas.count();
+            let (work, nets) = (Arc::clone(&self.work), state.nets(rank));
             let group = Arc::clone(&self.batch[measured.place]);
             let again = move |sums: &mut Sums| work.train_again(&nets, &group, &measured, &targets, sums);
             ctx.beat();
-            replicas.submit(at % replicas.count(), Box::new(again));
+            replicas.submit(rank, Box::new(again));
         }
         while let Some(outcome) = replicas.next() {
             ctx.beat();
@@ -363,7 +363,7 @@ impl Learn {
     fn apply(&mut self, state: &mut TrainState) -> Result<()> {
         let step = self.tally.close();
         let terms = step.terms.max(1) as f64;
-        reduce(&state.sums)?;
+        state.reduce()?;
         let norm = state.gradient_norm()? / terms;
         let finite = norm.is_finite() && step.loss().is_finite();
         if finite && step.terms > 0 {
@@ -418,11 +418,6 @@ impl Learn {
         }
         Ok(())
     }
-}
-
-/// Returns the model and the value baseline that are trained.
-fn nets(state: &TrainState) -> Nets {
-    Nets { policy: Arc::clone(&state.model), value: state.value.as_ref().map(|value| value.net().clone()) }
 }
 
 #[cfg(test)]

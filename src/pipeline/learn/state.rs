@@ -4,12 +4,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
+use super::collective::{Collective, DeviceCopies, Params, SharedWeights};
 use super::publish::PendingStep;
 use super::replicas::Sums;
 use super::value::ValueModel;
+use super::work::Nets;
 use crate::lm::model::{Decoder, Lora, ModelConfig};
 use crate::types::RewardScale;
 use crate::util::mutex::lock;
@@ -37,11 +39,24 @@ pub struct TrainState {
     pub model: Arc<Decoder>,
     /// Sums of the gradients of the batch so far, one entry for each replica of the learner.
     pub sums: Vec<Arc<Mutex<Sums>>>,
+    /// Devices of the replicas, the first that of [`Self::model`]. Empty if all replicas share the weights.
+    devices: Vec<Device>,
+    /// Copies of the weights for all replicas but the first, if they have devices of their own.
+    copies: Vec<Copied>,
+    collective: Box<dyn Collective>,
     params: Vec<(String, Var)>,
     optimizer: AdamW,
     published: Arc<Decoder>,
     /// Step of the published weights.
     published_at: u64,
+}
+
+/// Copy of the weights for a replica.
+struct Copied {
+    nets: Nets,
+    /// The same weights without a computation graph.
+    frozen: Arc<Decoder>,
+    params: Params,
 }
 
 /// Serialisable counters of a [`TrainState`].
@@ -111,6 +126,9 @@ impl TrainState {
             first_length: None,
             model: Arc::new(model),
             sums: Vec::new(),
+            devices: Vec::new(),
+            copies: Vec::new(),
+            collective: Box::new(SharedWeights),
             optimizer: AdamW::new(params.clone(), adam)?,
             params,
             published: Arc::clone(initial),
@@ -121,21 +139,107 @@ impl TrainState {
         Ok(state)
     }
 
-    /// Sets the number of replicas whose sums of gradients the state has. The sums are zero afterwards if the number changes.
+    /// Gives each replica a device, with a copy of the weights on it; the first is the device of the policy. Without this, all
+    /// replicas share the weights.
+    pub fn place(&mut self, devices: Vec<Device>) {
+        if devices.len() > 1 {
+            self.devices = devices;
+            self.collective = Box::new(DeviceCopies);
+            self.sums.clear();
+        }
+    }
+
+    /// Prepares for `count` replicas: their sums of gradients, which are zero afterwards if the number changes, and their
+    /// copies of the weights.
     ///
     /// # Errors
-    /// If memory for the sums cannot be allocated.
+    /// If there is not enough memory, or the devices of [`Self::place`] are not `count`.
     pub fn set_replicas(&mut self, count: usize) -> Result<()> {
-        if self.sums.len() == count {
+        ensure!(
+            self.devices.is_empty() || self.devices.len() == count,
+            "internal error: {count} replicas of the learner on {} devices",
+            self.devices.len()
+        );
+        if self.sums.len() != count {
+            let one = || -> Result<Sums> {
+                let mut sums = vec![Gradients::new(&self.params)?];
+                sums.extend(self.value.as_ref().map_or(Ok(Vec::new()), ValueModel::accumulators)?);
+                Ok(sums)
+            };
+            let mut all = Vec::with_capacity(count);
+            if self.devices.is_empty() {
+                (0..count).try_for_each(|_| anyhow::Ok(all.push(one()?)))?;
+            } else {
+                all.push(one()?);
+                self.copies.clear();
+                for device in &self.devices[1..] {
+                    let (copied, sums) = self.copy_on(device)?;
+                    self.copies.push(copied);
+                    all.push(sums);
+                }
+            }
+            self.sums = all.into_iter().map(|sums| Arc::new(Mutex::new(sums))).collect();
+        }
+        self.broadcast()
+    }
+
+    /// Returns a copy of the weights on `device`, and its sums of gradients.
+    fn copy_on(&self, device: &Device) -> Result<(Copied, Sums)> {
+        let (policy, mut params) = self.model.trainable_on(&self.params, device)?;
+        let mut sums = vec![Gradients::new(&params)?];
+        let mut value = None;
+        if let Some(model) = &self.value {
+            let (net, accumulators, vars) = model.copy_on(device)?;
+            value = Some(net);
+            sums.extend(accumulators);
+            params.extend(vars);
+        }
+        let frozen = Arc::new(policy.detached()?);
+        Ok((Copied { nets: Nets { policy: Arc::new(policy), value }, frozen, params }, sums))
+    }
+
+    /// Gives the present weights to the replicas with copies.
+    fn broadcast(&self) -> Result<()> {
+        if self.copies.is_empty() {
             return Ok(());
         }
-        let one = |_| {
-            let mut sums = vec![Gradients::new(&self.params)?];
-            sums.extend(self.value.as_ref().map_or(Ok(Vec::new()), ValueModel::accumulators)?);
-            Ok(Arc::new(Mutex::new(sums)))
+        let values = self.value.iter().flat_map(ValueModel::variables);
+        let from: Params = self.params.iter().chain(values).cloned().collect();
+        let to: Vec<Params> = self.copies.iter().map(|copied| copied.params.clone()).collect();
+        self.collective.broadcast(&from, &to)
+    }
+
+    /// Returns the weights that the replica `rank` trains.
+    pub(super) fn nets(&self, rank: usize) -> Nets {
+        match rank.checked_sub(1).and_then(|copy| self.copies.get(copy)) {
+            Some(copied) => copied.nets.clone(),
+            None => {
+                Nets { policy: Arc::clone(&self.model), value: self.value.as_ref().map(|value| value.net().clone()) }
+            }
+        }
+    }
+
+    /// Returns the policy that the replica `rank` trains.
+    pub fn policy(&self, rank: usize) -> Arc<Decoder> {
+        self.nets(rank).policy
+    }
+
+    /// Returns the weights of the replica `rank` between two steps, without a computation graph that would be kept needlessly.
+    pub(super) fn frozen(&self, rank: usize) -> Nets {
+        let policy = match rank.checked_sub(1).and_then(|copy| self.copies.get(copy)) {
+            Some(copied) => Arc::clone(&copied.frozen),
+            // The published copy has the same weights.
+            None => Arc::clone(&self.published),
         };
-        self.sums = (0..count).map(one).collect::<Result<_>>()?;
-        Ok(())
+        Nets { policy, ..self.nets(rank) }
+    }
+
+    /// Adds the sums of all replicas to those of the first.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn reduce(&self) -> Result<()> {
+        self.collective.reduce(&self.sums)
     }
 
     /// Returns the present state between two steps, for a checkpoint. The policy and the optimizer's moments are
@@ -201,7 +305,8 @@ impl TrainState {
         Ok(lock(&self.sums[0])[0].global_norm()?)
     }
 
-    /// Applies the policy's gradient in the first replica's sums, scaled by `scale`, with learning rate `lr`.
+    /// Applies the policy's gradient in the first replica's sums, scaled by `scale`, with learning rate `lr`. Replicas with
+    /// copies have the weights of before until [`Self::discard`].
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -219,7 +324,7 @@ impl TrainState {
         self.value.as_mut().map_or(Ok(()), |value| value.step(&sums[1..], count, lr, head_lr, max_norm))
     }
 
-    /// Clears the batch's gradient after a step, a skipped step or a restart.
+    /// Clears the batch's gradient after a step, a skipped step or a restart, and gives the present weights to all replicas.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -227,7 +332,7 @@ impl TrainState {
         for sums in &self.sums {
             lock(sums).iter_mut().try_for_each(Gradients::zero)?;
         }
-        Ok(())
+        self.broadcast()
     }
 
     /// Returns an immutable copy of the present policy, which [`Self::published`] returns from then on.

@@ -4,11 +4,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use anyhow::Result;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::state::restore_params;
 use crate::lm::model::{Decoder, Pack};
 use kernels::{AdamW, AdamWConfig, Frozen, Gradients, clip_factor};
+
+/// Names of the head's parameters.
+const WEIGHT: &str = "value_head.weight";
+const BIAS: &str = "value_head.bias";
 
 /// Value baseline V(s) = h·w + b. On the policy's hidden states, which are detached, the baseline uses the policy's
 /// features without affecting them. With a separate decoder it also learns its own features, at the cost of a second
@@ -50,6 +54,21 @@ impl Part {
 }
 
 impl ValueNet {
+    /// Returns a copy of the weights on `device`, and its variables by name. `params` are the variables of the separate
+    /// decoder, if there is one.
+    fn on(&self, params: &[(String, Var)], device: &Device) -> Result<(Self, Vec<(String, Var)>)> {
+        let copy = |var: &Var| -> Result<Var> { Ok(Var::from_tensor(&var.to_device(device)?.copy()?.detach())?) };
+        let (weight, bias) = (copy(&self.weight)?, copy(&self.bias)?);
+        let mut vars = vec![(WEIGHT.to_owned(), weight.clone()), (BIAS.to_owned(), bias.clone())];
+        let mut trunk = None;
+        if let Some(decoder) = &self.trunk {
+            let (model, own) = decoder.trainable_on(params, device)?;
+            trunk = Some(Arc::new(model));
+            vars.extend(own);
+        }
+        Ok((Self { trunk, weight, bias }, vars))
+    }
+
     /// Returns the values `[N]` of the states before the targets of `pack`, whose hidden states in the policy are
     /// `hidden` `[N, D]`.
     ///
@@ -73,8 +92,7 @@ impl ValueModel {
     pub fn new(policy: &Decoder, decoder: bool, adam: AdamWConfig) -> Result<Self> {
         let weight = Var::zeros((1, policy.config().hidden_size), DType::F32, policy.device())?;
         let bias = Var::zeros(1, DType::F32, policy.device())?;
-        let params =
-            vec![("value_head.weight".to_owned(), weight.clone()), ("value_head.bias".to_owned(), bias.clone())];
+        let params = vec![(WEIGHT.to_owned(), weight.clone()), (BIAS.to_owned(), bias.clone())];
         let trunk = if decoder {
             let (model, params) = policy.trainable(false)?;
             Some((Arc::new(model), Part::new(params, adam)?))
@@ -89,6 +107,27 @@ impl ValueModel {
     /// Returns the weights, which [`Self::step`] changes.
     pub fn net(&self) -> &ValueNet {
         &self.net
+    }
+
+    /// Returns a copy of the weights on `device`, zeroed accumulators for its gradients, and its variables, in the order of
+    /// [`Self::variables`].
+    ///
+    /// # Errors
+    /// If the device has insufficient memory.
+    pub fn copy_on(&self, device: &Device) -> Result<(ValueNet, Vec<Gradients>, Vec<(String, Var)>)> {
+        let trunk = self.trunk.as_ref().map_or(&[][..], |part| &part.params);
+        let (net, vars) = self.net.on(trunk, device)?;
+        let (head, trunk) = vars.split_at(self.head.params.len());
+        let mut sums = vec![Gradients::new(head)?];
+        if self.trunk.is_some() {
+            sums.push(Gradients::new(trunk)?);
+        }
+        Ok((net, sums, vars))
+    }
+
+    /// Returns the variables of the head, then those of a separate decoder, by name.
+    pub fn variables(&self) -> impl Iterator<Item = &(String, Var)> {
+        self.parts().flat_map(|part| &part.params)
     }
 
     /// Returns zeroed accumulators for the gradients of the baseline's parts.

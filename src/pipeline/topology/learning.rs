@@ -108,13 +108,18 @@ pub fn learn_plan(config: &Config) -> LearnPlan {
 
 /// Returns the configured replicas of the learner.
 pub fn layout(config: &Config) -> Layout {
-    Layout { replicas: config.learner.replicas, threads: config.learner.threads }
+    Layout { replicas: replicas(config), threads: config.learner.threads }
+}
+
+/// Returns the number of replicas of the learner.
+pub fn replicas(config: &Config) -> usize {
+    config.learner.replicas.max(config.learner.devices.len())
 }
 
 /// Returns the number of threads of the learner actor itself, which adds gradients and makes the steps: those of all
 /// replicas, which wait meanwhile.
 pub fn threads(config: &Config) -> usize {
-    config.learner.threads * config.learner.replicas
+    config.learner.threads * replicas(config)
 }
 
 /// Returns the policy's adapters and the seed of their initialisation, if LoRA is configured.

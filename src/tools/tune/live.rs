@@ -71,7 +71,7 @@ impl Machine for Live {
             labels_here: methods.iter().any(|method| method.remote.is_none()),
             labels: self.config.needs_labels(),
             max_slots: MAX_SLOTS,
-            max_replicas: if self.prepared.policy().device().is_cpu() {
+            max_replicas: if self.prepared.policy().device().is_cpu() && self.config.learner.devices.is_empty() {
                 usize::try_from(self.config.learner.batch_groups).unwrap_or(usize::MAX)
             } else {
                 1
@@ -96,7 +96,8 @@ impl Machine for Live {
         config.run.steps = u64::MAX / 2 / plan.batch;
         let prepared = &self.prepared;
         let value = value_model(&config, prepared.policy())?;
-        let state = TrainState::new(prepared.policy(), adam(&config), value, lora(&config).as_ref())?;
+        let mut state = TrainState::new(prepared.policy(), adam(&config), value, lora(&config).as_ref())?;
+        state.place(prepared.devices.learner.clone());
         let published = Arc::clone(state.published());
         let cell = SnapshotCell::new(0, published.weights().fingerprint()?, published);
         // The first steps are skipped, because their groups began while the pipeline was still empty.
