@@ -2,7 +2,7 @@
 //! several servers.
 //!
 //! ```text
-//! cargo bench --bench served             # --completions 4000 --steps 40
+//! cargo bench --bench served             # --completions 4000 --steps 30
 //! ```
 //!
 //! The servers are the fake ones of the tests. For the cost, a server answers each request with an answer that it computed
@@ -50,7 +50,7 @@ fn main() {
     for tokens in [16, 64, 256] {
         cost(dir.path(), &model, &decoder, tokens, number("--completions", 4000));
     }
-    share(dir.path(), &model, number("--steps", 40));
+    share(dir.path(), &model, number("--steps", 30));
 }
 
 /// Returns the value of a command-line option, or `default`.
@@ -161,7 +161,7 @@ fn processor_time() -> Duration {
 /// Runs a training on servers of [`SPEEDS`], and prints the share of the sum of their speeds that the run reaches.
 fn share(dir: &Path, model: &Path, steps: usize) {
     let servers = SPEEDS.map(|speed| {
-        let server = server(model, 16);
+        let server = server(model, 64);
         server.faults(|faults| faults.tokens_per_second = Some(speed));
         server
     });
@@ -174,8 +174,8 @@ fn share(dir: &Path, model: &Path, steps: usize) {
         "policy.lora={ rank = 4 }".into(),
         "rollout.engine=vllm".into(),
         format!("rollout.servers=[{}]", urls.join(", ")),
-        "rollout.slots=64".into(),
-        "rollout.group_size=4".into(),
+        "rollout.slots=128".into(),
+        "rollout.group_size=8".into(),
         "rollout.max_new_tokens=32".into(),
         "learner.batch_groups=8".into(),
         "learner.eta=4".into(),
