@@ -88,7 +88,7 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
     for count in [1, 2] {
         let sums = |_| Arc::new(Mutex::new(vec![Gradients::new(&params).expect("accumulators")]));
         let sums: Vec<_> = (0..count).map(sums).collect();
-        let mut replicas = Replicas::start(sums.clone(), 1).expect("threads");
+        let mut replicas = Replicas::start(sums.clone(), 1, 2).expect("threads");
         let learner = rayon::ThreadPoolBuilder::new().num_threads(count).build().expect("a pool");
         let mut step = || {
             for place in 0..2 {
@@ -99,7 +99,7 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
                 };
                 replicas.submit(place % count, Box::new(job));
             }
-            while let Some(result) = replicas.next() {
+            while let Some(result) = replicas.take() {
                 result.expect("a gradient");
             }
             SharedWeights.reduce(&sums).expect("a sum");

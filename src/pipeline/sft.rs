@@ -76,7 +76,7 @@ impl FineTune {
     fn settle(&mut self, rank: Option<usize>) -> Result<()> {
         let Some(replicas) = &mut self.replicas else { return Ok(()) };
         while rank.is_none_or(|rank| replicas.is_busy(rank)) {
-            let Some(result) = replicas.next() else { break };
+            let Some(result) = replicas.take() else { break };
             let (loss, tokens) = result?;
             self.sums.loss += loss;
             self.sums.tokens += tokens;
@@ -98,7 +98,8 @@ impl Stage for FineTune {
         }
         state.set_replicas(self.layout.replicas)?;
         state.discard()?;
-        self.replicas = Some(Replicas::start(state.sums.clone(), self.layout.threads)?);
+        let most = usize::try_from(self.batch).unwrap_or(usize::MAX);
+        self.replicas = Some(Replicas::start(state.sums.clone(), self.layout.threads, most)?);
         Ok(())
     }
 

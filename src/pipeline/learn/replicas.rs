@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow};
-use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam::channel::{Receiver, Sender, bounded};
 use kernels::Gradients;
 
 use crate::util::mutex::lock;
@@ -53,12 +53,14 @@ struct Replica<T> {
 }
 
 impl<T: Send + 'static> Replicas<T> {
-    /// Starts one replica for each of `sums`, with `threads` threads each.
+    /// Starts one replica for each of `sums`, with `threads` threads each. At most `most` jobs may be submitted whose results
+    /// were not taken; one more waits.
     ///
     /// # Errors
     /// If a thread cannot be started.
-    pub fn start(sums: Vec<Arc<Mutex<Sums>>>, threads: usize) -> Result<Self> {
-        let start = |(rank, sums): (usize, &Arc<Mutex<Sums>>)| Replica::start(rank, Arc::clone(sums), threads);
+    pub fn start(sums: Vec<Arc<Mutex<Sums>>>, threads: usize, most: usize) -> Result<Self> {
+        let each = most.div_ceil(sums.len().max(1));
+        let start = |(rank, sums): (usize, &Arc<Mutex<Sums>>)| Replica::start(rank, Arc::clone(sums), threads, each);
         let threads =
             if sums.len() > 1 { sums.iter().enumerate().map(start).collect::<Result<_>>()? } else { Vec::new() };
         Ok(Self { sums, threads, submitted: VecDeque::new(), done: VecDeque::new() })
@@ -76,7 +78,7 @@ impl<T: Send + 'static> Replicas<T> {
             None => self.done.push_back(job(&mut lock(&self.sums[rank]))),
             Some(replica) => {
                 replica.open += 1;
-                // If the thread has ended, `next` says so.
+                // If the thread has ended, `take` says so.
                 if let Some(jobs) = &replica.jobs {
                     let _ = jobs.send(job);
                 }
@@ -86,7 +88,7 @@ impl<T: Send + 'static> Replicas<T> {
 
     /// Waits for the result of the job that was submitted first among those whose results were not taken. `None` if there is
     /// none.
-    pub fn next(&mut self) -> Option<Result<T>> {
+    pub fn take(&mut self) -> Option<Result<T>> {
         let rank = self.submitted.pop_front()?;
         let Some(replica) = self.threads.get_mut(rank) else { return self.done.pop_front() };
         replica.open -= 1;
@@ -104,16 +106,16 @@ impl<T: Send + 'static> Replicas<T> {
 
     /// Waits for all jobs and drops their results.
     pub fn drain(&mut self) {
-        while let Some(result) = self.next() {
+        while let Some(result) = self.take() {
             drop(result);
         }
     }
 }
 
 impl<T: Send + 'static> Replica<T> {
-    fn start(rank: usize, sums: Arc<Mutex<Sums>>, threads: usize) -> Result<Self> {
-        let (jobs, inbox) = unbounded::<Job<T>>();
-        let (outbox, results) = unbounded();
+    fn start(rank: usize, sums: Arc<Mutex<Sums>>, threads: usize, most: usize) -> Result<Self> {
+        let (jobs, inbox) = bounded::<Job<T>>(most);
+        let (outbox, results) = bounded(most);
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(move |i| format!("learn-{rank}.{i}"))
@@ -156,7 +158,7 @@ mod tests {
     fn results_come_in_the_order_of_submission_and_sums_are_added() {
         for count in [1, 2, 3] {
             let (var, sums) = sums(count);
-            let mut replicas = Replicas::start(sums.clone(), 1).unwrap();
+            let mut replicas = Replicas::start(sums.clone(), 1, 7).unwrap();
             for job in 0..7 {
                 let var = var.clone();
                 let work = move |sums: &mut Sums| {
@@ -166,7 +168,7 @@ mod tests {
                 };
                 replicas.submit(job as usize % count, Box::new(work));
             }
-            let results: Vec<u64> = std::iter::from_fn(|| replicas.next()).map(Result::unwrap).collect();
+            let results: Vec<u64> = std::iter::from_fn(|| replicas.take()).map(Result::unwrap).collect();
             assert_eq!(results, (0..7).collect::<Vec<u64>>());
             SharedWeights.reduce(&sums).unwrap();
             assert_eq!(lock(&sums[0])[0].get("w").unwrap().to_vec1::<f32>().unwrap(), [21.0; 3]);
@@ -175,12 +177,12 @@ mod tests {
 
     #[test]
     fn an_error_of_a_job_is_its_result_and_a_panic_is_continued() {
-        let mut replicas: Replicas<()> = Replicas::start(sums(2).1, 1).unwrap();
+        let mut replicas: Replicas<()> = Replicas::start(sums(2).1, 1, 2).unwrap();
         replicas.submit(0, Box::new(|_| Err(anyhow!("out of memory"))));
         replicas.submit(1, Box::new(|_| panic!("a fault of the test")));
-        assert_eq!(replicas.next().unwrap().unwrap_err().to_string(), "out of memory");
-        let panic = catch_unwind(AssertUnwindSafe(|| replicas.next())).unwrap_err();
+        assert_eq!(replicas.take().unwrap().unwrap_err().to_string(), "out of memory");
+        let panic = catch_unwind(AssertUnwindSafe(|| replicas.take())).unwrap_err();
         assert_eq!(panic.downcast_ref::<&str>(), Some(&"a fault of the test"));
-        assert!(replicas.next().is_none());
+        assert!(replicas.take().is_none());
     }
 }

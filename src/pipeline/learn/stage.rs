@@ -158,7 +158,9 @@ impl Stage for Learn {
             }
             state.set_replicas(self.plan.layout.replicas)?;
             state.discard()?;
-            self.replicas = Some(Replicas::start(state.sums.clone(), self.plan.layout.threads)?);
+            // A batch is under way at most.
+            let most = usize::try_from(self.plan.batch_groups).unwrap_or(usize::MAX);
+            self.replicas = Some(Replicas::start(state.sums.clone(), self.plan.layout.threads, most)?);
         }
         for rewarded in std::mem::take(&mut self.left) {
             if ctx.halted() {
@@ -220,7 +222,7 @@ impl Learn {
         let (len, full) = (self.batch.len(), self.batch.len() as u64 == self.plan.batch_groups);
         self.submit(replicas, state, len - 1);
         while full || replicas.is_busy(len % replicas.count()) {
-            let Some(outcome) = replicas.next() else { break };
+            let Some(outcome) = replicas.take() else { break };
             ctx.beat();
             match outcome {
                 Ok(outcome) => self.settle(state.step, outcome),
@@ -351,7 +353,7 @@ impl Learn {
             ctx.beat();
             replicas.submit(rank, Box::new(again));
         }
-        while let Some(outcome) = replicas.next() {
+        while let Some(outcome) = replicas.take() {
             ctx.beat();
             self.settle(state.step, outcome?);
         }

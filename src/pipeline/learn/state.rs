@@ -168,7 +168,9 @@ impl TrainState {
             };
             let mut all = Vec::with_capacity(count);
             if self.devices.is_empty() {
-                (0..count).try_for_each(|_| anyhow::Ok(all.push(one()?)))?;
+                for _ in 0..count {
+                    all.push(one()?);
+                }
             } else {
                 all.push(one()?);
                 self.copies.clear();
@@ -189,10 +191,10 @@ impl TrainState {
         let mut sums = vec![Gradients::new(&params)?];
         let mut value = None;
         if let Some(model) = &self.value {
-            let (net, accumulators, vars) = model.copy_on(device)?;
-            value = Some(net);
-            sums.extend(accumulators);
-            params.extend(vars);
+            let copy = model.copy_on(device)?;
+            value = Some(copy.net);
+            sums.extend(copy.sums);
+            params.extend(copy.params);
         }
         let frozen = Arc::new(policy.detached()?);
         Ok((Copied { nets: Nets { policy: Arc::new(policy), value }, frozen, params }, sums))

@@ -32,6 +32,16 @@ pub struct ValueNet {
     bias: Var,
 }
 
+/// Copy of a baseline's weights on another device.
+pub struct ValueCopy {
+    /// The copied weights.
+    pub net: ValueNet,
+    /// Zeroed accumulators for the gradients of the copy, as [`ValueModel::accumulators`].
+    pub sums: Vec<Gradients>,
+    /// Variables of the copy, in the order of [`ValueModel::variables`].
+    pub params: Vec<(String, Var)>,
+}
+
 /// Parameters with one learning rate.
 struct Part {
     params: Vec<(String, Var)>,
@@ -109,20 +119,19 @@ impl ValueModel {
         &self.net
     }
 
-    /// Returns a copy of the weights on `device`, zeroed accumulators for its gradients, and its variables, in the order of
-    /// [`Self::variables`].
+    /// Returns a copy of the weights on `device`, for a replica of the learner.
     ///
     /// # Errors
     /// If the device has insufficient memory.
-    pub fn copy_on(&self, device: &Device) -> Result<(ValueNet, Vec<Gradients>, Vec<(String, Var)>)> {
+    pub fn copy_on(&self, device: &Device) -> Result<ValueCopy> {
         let trunk = self.trunk.as_ref().map_or(&[][..], |part| &part.params);
-        let (net, vars) = self.net.on(trunk, device)?;
-        let (head, trunk) = vars.split_at(self.head.params.len());
+        let (net, params) = self.net.on(trunk, device)?;
+        let (head, trunk) = params.split_at(self.head.params.len());
         let mut sums = vec![Gradients::new(head)?];
         if self.trunk.is_some() {
             sums.push(Gradients::new(trunk)?);
         }
-        Ok((net, sums, vars))
+        Ok(ValueCopy { net, sums, params })
     }
 
     /// Returns the variables of the head, then those of a separate decoder, by name.
