@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
+use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::quantised;
 use crate::util::read_bounded;
@@ -18,13 +18,22 @@ const LONGEST: u64 = 100_000_000;
 const READABLE: [Dtype; 9] =
     [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::I64, Dtype::I32, Dtype::I16, Dtype::U32, Dtype::U8];
 
-/// Checks that a file is as long as its header says, and that every tensor in it can be read. Returns the names of its
+/// Places of the tensors in a file.
+#[derive(Debug)]
+pub struct Layout {
+    /// Offset in the file of the first tensor's values, in bytes.
+    pub begin: u64,
+    /// The tensors by name, in the order of their values. Their offsets are relative to [`Self::begin`].
+    pub tensors: Vec<(String, TensorInfo)>,
+}
+
+/// Checks that a file is as long as its header says, and that every tensor in it can be read. Returns the places of its
 /// tensors.
 ///
 /// # Errors
 /// If the file is invalid; the error names the file and the tensor.
-pub fn check(path: &Path) -> Result<Vec<String>> {
-    let check = || -> Result<Vec<String>> {
+pub fn check(path: &Path) -> Result<Layout> {
+    let check = || -> Result<Layout> {
         let mut file = File::open(path)?;
         let size = file.metadata()?.len();
         let mut begin = Vec::new();
@@ -44,17 +53,17 @@ pub fn check(path: &Path) -> Result<Vec<String>> {
         );
         let mut header = vec![0; length as usize];
         file.read_exact(&mut header)?;
-        check_header(&header, size - 8 - length)
+        Ok(Layout { begin: 8 + length, tensors: check_header(&header, size - 8 - length)? })
     };
     check().with_context(|| format!("cannot read {}", path.display()))
 }
 
 /// Checks a header that is followed by `data` bytes of values.
-fn check_header(header: &[u8], data: u64) -> Result<Vec<String>> {
+fn check_header(header: &[u8], data: u64) -> Result<Vec<(String, TensorInfo)>> {
     // Parsing also checks that the tensors are contiguous and as long as their shapes.
     let metadata: Metadata =
         serde_json::from_slice(header).context("its header is invalid; is the download complete?")?;
-    let mut names = Vec::new();
+    let mut tensors = Vec::new();
     for (name, info) in metadata.tensors() {
         let short: String = name.chars().take(80).collect();
         quantised::check_tensor(&name, info.dtype)?;
@@ -62,14 +71,15 @@ fn check_header(header: &[u8], data: u64) -> Result<Vec<String>> {
         ensure!(known, "the tensor {short:?} holds values of type {:?}, which cannot be read", info.dtype);
         let (has_values, rank) = (info.shape.iter().all(|size| *size > 0), info.shape.len());
         ensure!(has_values && rank <= 8, "the tensor {short:?} has no values, or more than 8 dimensions");
-        names.push(name);
+        tensors.push((name, info.clone()));
     }
     let claimed = metadata.data_len() as u64;
     ensure!(
         claimed == data,
         "its header lists {claimed} bytes of values, and {data} follow; is the download complete?"
     );
-    Ok(names)
+    tensors.sort_by_key(|(_, info)| info.data_offsets);
+    Ok(tensors)
 }
 
 #[cfg(test)]

@@ -2,14 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::safetensors::Load;
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use safetensors::tensor::{TensorInfo, TensorView};
 use serde_json::Value as Json;
 
 use super::{LoadTarget, Weights, finite};
 use crate::lm::model::config::{Head, ModelConfig};
 use crate::lm::validate;
+use crate::lm::validate::safetensors::Layout;
 use crate::util::read_bounded;
 
 /// File of an unsharded model.
@@ -62,8 +69,10 @@ impl Weights {
             Some(places) => places.values().cloned().collect(),
         };
         let mut found: BTreeMap<String, String> = BTreeMap::new();
-        for file in &files {
-            for name in validate::safetensors::check(&dir.join(file))? {
+        let mut layouts = Vec::with_capacity(files.len());
+        for file in files {
+            let layout = validate::safetensors::check(&dir.join(&file))?;
+            for (name, _) in &layout.tensors {
                 if let Some(other) = found.insert(name.clone(), file.clone()) {
                     bail!(
                         "the tensor {name} is in {other} and in {file} of {}; delete the shards of another download or conversion",
@@ -71,6 +80,7 @@ impl Weights {
                     );
                 }
             }
+            layouts.push((file, layout));
         }
         for (name, file) in places.iter().flatten() {
             ensure!(
@@ -81,17 +91,37 @@ impl Weights {
             );
         }
         let mut weights = BTreeMap::new();
-        for file in files {
+        for (file, layout) in layouts {
             let path = dir.join(file);
-            let tensors = candle_core::safetensors::load(&path, device)
-                .with_context(|| format!("cannot read {}", path.display()))?;
-            for (name, tensor) in tensors {
-                let tensor = tensor.to_dtype(dtype)?;
-                finite(&name, &tensor).with_context(|| format!("in {}", path.display()))?;
-                weights.insert(name, tensor);
-            }
+            let tensors = read(&path, &layout, device, dtype);
+            weights.extend(tensors.with_context(|| format!("cannot read {}", path.display()))?);
         }
         Ok(Self(weights))
+    }
+}
+
+/// Reads the tensors of a file, in parallel on a CPU. Never more of the file is in memory than one tensor per thread, in
+/// addition to the result.
+fn read(path: &Path, layout: &Layout, device: &Device, dtype: DType) -> Result<Vec<(String, Tensor)>> {
+    let file = File::open(path)?;
+    let read = |(name, info): &(String, TensorInfo)| -> Result<(String, Tensor)> {
+        let (from, to) = info.data_offsets;
+        let mut bytes = vec![0; to - from];
+        file.read_exact_at(&mut bytes, layout.begin + from as u64)?;
+        let tensor = TensorView::new(info.dtype, info.shape.clone(), &bytes)?.load(&Device::Cpu)?;
+        drop(bytes);
+        finite(name, &tensor)?;
+        let tensor = tensor.to_dtype(dtype)?;
+        if info.dtype.bitsize() > 8 * dtype.size_in_bytes() {
+            // A narrower type may not hold the value.
+            finite(name, &tensor)?;
+        }
+        Ok((name.clone(), tensor.to_device(device)?))
+    };
+    if device.is_cpu() {
+        layout.tensors.par_iter().map(read).collect()
+    } else {
+        layout.tensors.iter().map(read).collect()
     }
 }
 
