@@ -2,15 +2,20 @@
 """Checks the links of all Markdown files of the repository, and the table of contents of the book.
 
     python3 docs/check_links.py [ROOT]
+    python3 docs/check_links.py --book DIR
 
 Every relative link and its anchor must resolve, every page in docs/ must be in docs/SUMMARY.md once, and every page in
 docs/SUMMARY.md must exist. Prints FILE:LINE and the reason for each fault; exit status 1 if there is any. Links with a
 scheme, such as https:, are not followed.
+
+With --book the HTML pages of a book that `mdbook build` wrote to DIR are checked instead: their links must resolve, and
+no element may be there that HTML does not have, such as <NAME>, which a browser does not show.
 """
 
 import os
 import re
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -121,8 +126,62 @@ def contents(root: Path) -> list[str]:
     return faults + [f"{page.relative_to(root)}:1: is not in {place}" for page in pages if page not in listed]
 
 
+class Page(HTMLParser):
+    """The links, anchors and unknown elements of an HTML page."""
+
+    # Elements that mdBook writes.
+    ELEMENTS = set(
+        "a aside b blockquote body br button code dd details div dl dt em fa-icon footer form h1 h2 h3 h4 h5 h6 head"
+        " header hr html i iframe img input kbd label li link main mdbook-sidebar-scrollbox meta nav noscript ol p path"
+        " pre script section span strong style sub summary sup svg table tbody td template th thead title tr ul".split()
+    )
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[tuple[int, str]] = []
+        self.anchors: set[str] = set()
+        self.unknown: list[tuple[int, str]] = []
+        self.base = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        line, values = self.getpos()[0], dict(attrs)
+        self.anchors.update(value for name in ("id", "name") if (value := values.get(name)))
+        self.links += [(line, value) for name in ("href", "src") if (value := values.get(name))]
+        if tag == "base":
+            self.base = True
+        elif tag not in self.ELEMENTS:
+            self.unknown.append((line, tag))
+
+
+def check_book(book: Path) -> int:
+    """Prints the faults of a rendered book. Returns the exit status."""
+    pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(book.rglob("*.html"))}
+    faults, count = [], 0
+    for path, page in pages.items():
+        # The page of unknown addresses has links relative to the address of the site.
+        for line, target in page.links if not page.base else []:
+            if SCHEME.match(target):
+                continue
+            count += 1
+            place, _, anchor = target.partition("#")
+            to = Path(os.path.normpath(path.parent / unquote(place))) if place else path
+            if not to.is_relative_to(book) or not to.is_file():
+                faults.append(f"{path.relative_to(book)}:{line}: {target} does not exist")
+            elif anchor and to in pages and unquote(anchor) not in pages[to].anchors:
+                faults.append(f"{path.relative_to(book)}:{line}: {target}: there is no such anchor")
+        faults += [f"{path.relative_to(book)}:{line}: <{tag}> is no element of HTML" for line, tag in page.unknown]
+    if not pages:
+        faults.append(f"{book} has no pages")
+    print(*faults, sep="\n", end="\n" if faults else "")
+    print(f"{len(pages)} pages, {count} links, {len(faults)} faults", file=sys.stderr)
+    return 1 if faults else 0
+
+
 def main() -> int:
     """Prints the faults. Returns the exit status."""
+    if sys.argv[1:2] == ["--book"]:
+        return check_book(Path(sys.argv[2]).resolve())
     root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent).resolve()
     anchors, faults, count = Anchors(), [], 0
     files = markdown_files(root)

@@ -348,6 +348,7 @@ fn random(key: &Key, rng: &mut ChaCha8Rng) -> Value {
 
 /// Builds each configuration key by key from random values, and keeps the accepted values.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_random_configuration_reads_back_unchanged() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut ever = std::collections::HashSet::new();

@@ -1,5 +1,5 @@
 //! Endurance tests of the complete program: random kills, faults, replays, a soak test, and misbehaving judges. Without
-//! arguments, runs a short round of each.
+//! arguments, runs a short round of each in a release build, and nothing in a debug build.
 
 mod faults;
 mod judges;
@@ -77,6 +77,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let known = ["kills", "faults", "replays", "judges", "soak", "help", "--help", "-h"];
     let trials = match arguments.first() {
+        None if cfg!(debug_assertions) => {
+            println!("skipped: the endurance trials are slow in a debug build; cargo test --release runs them");
+            return ExitCode::SUCCESS;
+        }
         None => vec![
             Trial::Kills { count: 10, seed: 1 },
             Trial::Faults { count: 34, seed: 1 },

@@ -218,6 +218,7 @@ fn with_fault(dir: &Path, fault: &str, overrides: &[&str]) -> std::process::Outp
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_device_that_runs_out_of_memory_continues_with_smaller_micro_batches() {
     // In the middle of the second step's groups, once with one step per batch and once within a batch of several steps.
     for (overrides, fault) in [
@@ -258,6 +259,7 @@ fn a_device_that_runs_out_of_memory_continues_with_smaller_micro_batches() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_reward_model_that_fails_between_learning_and_its_ledger_entry_learns_nothing_twice() {
     let overrides =
         ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];

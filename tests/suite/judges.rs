@@ -112,6 +112,7 @@ fn refusing(from: u64, act: &Act) -> (MockJudge, Arc<AtomicBool>) {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_run_whose_judge_refuses_keeps_its_groups_and_resumes_with_the_same_result() {
     let sound = MockJudge::start(|_, _, body| rating(body));
     let uninterrupted = tempfile::tempdir().unwrap();

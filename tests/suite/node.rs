@@ -34,6 +34,7 @@ fn a_synchronous_run_is_a_function_of_its_configuration() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_run_in_half_precision_is_near_one_in_single_precision() {
     let mode = ["run.mode=distilled", "learner.eta=0", "reward_model.batch_pairs=3", "reward_model.warm_up_groups=4"];
     let (single, half) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -65,6 +66,7 @@ fn a_run_in_half_precision_is_near_one_in_single_precision() {
 /// Sampling and training run matmuls at the configured precision. On a processor without a tile unit that is always
 /// full precision.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_run_with_reduced_matmul_precision_is_near_one_with_full_precision() {
     let mode = ["learner.eta=0", "rollout.slots=32"];
     let runs = ["highest", "high", "medium"].map(|precision| {
@@ -376,6 +378,7 @@ fn every_mode_runs_and_reports_its_training_data() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_panel_of_every_labeler_judges_a_run_and_reports_disagreements() {
     let dir = tempfile::tempdir().unwrap();
     let embedder = crate::common::fixture("bert");
@@ -422,6 +425,7 @@ fn fine_tuning_comes_first_and_produces_the_reference() {
 /// Micro-batches do not change a group: the first step's metrics agree within rounding, for every way of passing over a
 /// batch.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_smaller_micro_batch_changes_only_memory() {
     let batch =
         ["learner.algorithm=ppo", "learner.epochs=2", "learner.minibatches=2", "learner.whiten_advantages=true"];

@@ -311,6 +311,7 @@ fn entries() -> Vec<Entry> {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn every_algorithm_finds_the_best_policy_and_corrected_ones_find_it_from_stale_samples() {
     let mut table = String::from("| task | algorithm | η = 0 | η = 4 | η = 16 |\n|---|---|---|---|---|\n");
     let mut missed = Vec::new();

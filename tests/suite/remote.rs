@@ -70,6 +70,7 @@ fn ten_is_distinguished_from_one_with_any_tokens() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn each_misbehaviour_is_counted_and_retried() {
     for act in [
         Act::Status(500, "", "{}"),
@@ -187,6 +188,7 @@ fn a_judge_that_is_down_for_a_while_is_waited_for() {
 
 /// A judge is unavailable for longer than any question may take: the run pauses, reports it, and loses nothing.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_judge_that_is_down_for_some_time_pauses_the_run_and_masks_no_group() {
     let failed = std::sync::OnceLock::new();
     let mock = MockJudge::start(move |number, _, body| {
@@ -247,6 +249,7 @@ fn texts_are_generated_concurrently_and_returned_in_order() {
 
 /// A complete run with a judge that fails more than three times in ten and hangs once in a hundred.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_run_with_a_failing_judge_completes_and_its_counts_match_the_judges() {
     let mock = MockJudge::start(|number, _, _| {
         // A fixed pattern with the intended shares of faults.

@@ -48,6 +48,7 @@ fn tensors(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn at_eta_zero_a_killed_and_resumed_run_equals_an_uninterrupted_one() {
     let distilled = ["run.mode=distilled", "reward_model.batch_pairs=7", "reward_model.warm_up_groups=6"];
     let preference = ["run.mode=preference", "learner.algorithm=online-dpo", "labeler.pairs=all"];
@@ -87,6 +88,7 @@ fn at_eta_zero_a_killed_and_resumed_run_equals_an_uninterrupted_one() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_killed_asynchronous_run_trains_each_prompt_once_within_its_staleness_bound() {
     let dir = tempfile::tempdir().unwrap();
     let overrides = ["run.steps=12", "learner.eta=3", "checkpoint.every_steps=1", "rollout.workers=2"];
@@ -238,6 +240,7 @@ fn a_run_is_not_resumed_with_another_configuration() {
 
 /// Labels after the checkpoint must come from the same judge as before, unless the user accepts the change.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_change() {
     let dir = tempfile::tempdir().unwrap();
     let mock = MockJudge::start(|_, _, body| varied(body, "7", "2"));
@@ -321,6 +324,7 @@ fn a_changed_judge_is_refused_until_accepted_and_the_journal_replays_across_the_
 /// File size limits: samples are rotated, a full journal is closed and replays up to that step, and a resumed run
 /// truncates both at its checkpoint.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn size_limited_files_stay_within_limits_and_are_truncated_by_a_resumed_run() {
     let (dir, uninterrupted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let bounds = ["run.samples_max_bytes=6000", "run.samples_keep=2", "checkpoint.journal_max_bytes=9000"];
@@ -432,6 +436,7 @@ fn a_run_whose_machine_is_lost_resumes_from_its_mirror() {
 
 /// A step that takes longer than a service manager waits is abandoned, and its groups are in the checkpoint.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_step_that_outlasts_the_deadline_is_abandoned_without_losing_its_groups() {
     let (dir, uninterrupted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     // The step cannot end before the deadline, but its third group can be reached before it.
@@ -462,6 +467,7 @@ fn a_step_that_outlasts_the_deadline_is_abandoned_without_losing_its_groups() {
 
 /// Fine-tuning that is killed and then stopped does not repeat finished steps, and gives the same results.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn interrupted_fine_tuning_resumes_with_the_same_result() {
     for adapters in [&[][..], &["policy.lora={ rank = 4 }"]] {
         let tuned = ["sft.steps=60", "sft.batch=2", "sft.lr=1e-3", "run.steps=2", "learner.eta=0"];

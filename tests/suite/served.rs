@@ -105,6 +105,7 @@ fn all_weights_are_handed_to_a_server_in_the_middle_of_completions() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_server_that_ignores_new_weights_is_caught_by_its_first_hand_over() {
     for (bf16, more) in [(false, &[LORA][..]), (true, &[LORA]), (false, &[]), (true, &[])] {
         let dir = tempfile::tempdir().unwrap();
@@ -199,6 +200,7 @@ fn a_run_without_any_server_ends_with_its_reason() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn answers_that_cannot_be_trained_on_are_sampled_again() {
     let old = |version: &str| Versions::Always(version.to_owned());
     type Break = Box<dyn Fn(&mut crate::fake_engine::Faults)>;

@@ -127,3 +127,20 @@ fn test_filters_in_documents_match_a_test() {
     }
     assert!(checked >= 6, "{checked}");
 }
+
+/// The fast tier, `cargo test` in a debug build, has a test of each file of the suite.
+#[test]
+fn a_debug_build_runs_a_test_of_each_file_of_the_suite() {
+    // The tests of these files need hardware, a server or a download, or are one long test.
+    let without = ["cuda", "optimum", "smollm2", "templates"];
+    let slow = r#"#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]"#;
+    for path in sources(&root().join("tests/suite")) {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let count = |wanted: &dyn Fn(&str) -> bool| text.lines().filter(|line| wanted(line)).count();
+        let ignored = count(&|line| line.starts_with("#[cfg_attr(debug_assertions, ignore"));
+        assert_eq!(ignored, count(&|line| line == slow), "another reason in {}", path.display());
+        let tests = count(&|line| line == "#[test]");
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        assert!(tests == 0 || ignored < tests || without.contains(&name), "no test of {} is left", path.display());
+    }
+}

@@ -245,6 +245,7 @@ fn until<T>(mut what: impl FnMut() -> Result<T, String>) -> T {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn idle_connections_stop_neither_checkpoints_nor_scrapes() {
     preceptor::util::process::descriptors::raise_limit();
     let dir = tempfile::tempdir().unwrap();
@@ -292,6 +293,7 @@ fn a_node_answers_only_to_its_own_host_names() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_node_speaks_http_1_and_waits_for_no_client() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), 4096, &[]);
@@ -319,6 +321,7 @@ fn into(dir: &std::path::Path, arguments: &[&str], sink: &str) -> (i32, String) 
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_closed_pipe_ends_a_command_silently_and_a_full_disk_with_one_error() {
     let dir = tempfile::tempdir().unwrap();
     assert!(train(dir.path(), &["run.steps=1"]).status.success());
@@ -376,6 +379,7 @@ fn model_output_reaches_the_terminal_without_control_characters() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_log_that_is_not_a_terminal_has_no_colours() {
     let mock = MockJudge::start(|_, _, _| Act::Status(500, "", ""));
     let dir = tempfile::tempdir().unwrap();

@@ -171,6 +171,7 @@ fn mis_set() -> Plan {
 const REACH: SearchScope = SearchScope { trials: 6, sizes: false };
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn the_known_optimum_is_found_on_six_machines() {
     for (name, mut machine) in [
         ("a learner that wants threads", Scripted::new(facts(8), [0.1; 4], [0.8, 0.4, 0.2, 7.0], 0.3)),

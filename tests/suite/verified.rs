@@ -105,6 +105,7 @@ fn a_refused_resume_changes_no_file() {
 
 /// At whatever point the process was killed, the run can be resumed, and ends with the same results.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_process_killed_while_it_rewinds_a_run_leaves_a_run_that_can_be_resumed() {
     let uninterrupted = stepwise(&[]);
     let expected = metrics(&uninterrupted.path().join("run"));
@@ -151,6 +152,7 @@ fn a_process_killed_while_it_rewinds_a_run_leaves_a_run_that_can_be_resumed() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_checkpoint_that_was_set_aside_is_resumed_with_its_own_steps() {
     let dir = stepwise(&["evaluation.every_steps=1", "evaluation.prompts=2", "data.holdout=0.5"]);
     let evaluated = ["evaluation.every_steps=1", "evaluation.prompts=2", "data.holdout=0.5"];
@@ -178,6 +180,7 @@ fn a_checkpoint_that_was_set_aside_is_resumed_with_its_own_steps() {
 type Spoil<'a> = &'a dyn Fn(&Path);
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn only_a_wrong_checksum_is_damage() {
     let sound = stepwise(&[]);
     let spoiled = |spoil: &dyn Fn(&Path)| {
@@ -291,6 +294,7 @@ fn a_run_killed_before_its_first_checkpoint_starts_again() {
 
 /// All writes at the end of a run or of fine-tuning wait for disk space, including the logs.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn a_disk_that_is_full_at_the_end_is_waited_for() {
     let tuned = ["sft.steps=3", "sft.batch=2", "sft.lr=1e-3", "checkpoint.every_minutes=0"];
     for point in ["files.flush", "checkpoint.fill", "reference.fill"] {
@@ -396,6 +400,7 @@ const HELD: [Held; 5] = [
 ];
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn signals_are_handled_in_every_phase() {
     for (i, Held { point, fault, overrides, line, file, end, next }) in HELD.into_iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();
