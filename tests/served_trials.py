@@ -15,7 +15,7 @@ the script makes: a Hugging Face directory or a GGUF file, such as SmolLM2-135M.
     sharing     two runs that use one server with adapters at the same time
     resume      a run that is resumed from an older checkpoint, on a server that has later versions
     judge       a judge on the server that samples, with and without the prefix cache
-    gains       20 steps on the server and in the process, with two seeds each
+    gains       20 steps on the server and in the process, with four seeds each
     model       log-probabilities and hand-overs of MODEL, with adapters and with all weights
     model-gains 20 steps with MODEL, with two seeds each
 
@@ -388,18 +388,22 @@ def journal(run):
 
 
 def logprobs(model, prompt, completion, temperature):
-    """Returns transformers' log-probabilities of the tokens of a completion."""
+    """Returns transformers' log-probability of each token of a completion, and the mean and the variance that the log-probability of
+    a token sampled at its place has."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
     scores = torch.log_softmax(logits.double() / temperature, -1)
-    return scores.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
+    mean = (scores.exp() * scores).sum(-1)
+    variance = (scores.exp() * scores**2).sum(-1) - mean**2
+    return zip(scores.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist(), mean.tolist(), variance.tolist())
 
 
 def compare(run, temperature, other=None):
     """Compares recorded log-probabilities with transformers', for each token under the weights of its version.
 
-    Returns the largest difference, and the mean difference if the weights of the version before (of the version after the first one), or
-    those of the run `other`, take the place of the right ones: it shows that the comparison can distinguish the versions."""
+    Returns the largest difference; the mean difference if the weights of the version before, or those of the run `other`, take the
+    place of the right ones, which shows that the comparison can distinguish the versions; and the deviation of the mean
+    log-probability from its expectation in standard errors, which shows whether tokens were sampled from the distribution."""
     parts = {}
     for _, groups in journal(run):
         for group in groups:
@@ -407,23 +411,27 @@ def compare(run, temperature, other=None):
                 for version in set(one["versions"]):
                     parts.setdefault(version, []).append((group["prompt"], one))
     torch.set_num_threads(2)
-    worst, wrong, tokens, previous = 0.0, [], 0, None
+    worst, wrong, tokens, deviation, variance, previous = 0.0, [], 0, 0.0, 0.0, None
 
-    def differences(model, version):
+    def recorded(model, version):
+        """Yields the recorded log-probability of each token of a version, with the figures of `logprobs`."""
         for prompt, one in parts[version]:
             theirs = logprobs(model, prompt, one["ids"], temperature)
-            yield from (abs(a - b) for a, b, of in zip(one["logprobs"], theirs, one["versions"]) if of == version)
+            yield from ((a, *b) for a, b, of in zip(one["logprobs"], theirs, one["versions"]) if of == version)
 
     for version in sorted(parts):
         model = load(run.weights(version))
-        found = list(differences(model, version))
-        worst, tokens = max([worst, *found]), tokens + len(found)
-        if other:
-            wrong += differences(load(other.weights(version)), version) if version else []
-        elif previous:
-            wrong += differences(previous, version)
+        for ours, theirs, expected, spread in recorded(model, version):
+            worst, tokens = max(worst, abs(ours - theirs)), tokens + 1
+            deviation, variance = deviation + theirs - expected, variance + spread
+        another = (load(other.weights(version)) if version else None) if other else previous
+        if another:
+            wrong += [abs(ours - theirs) for ours, theirs, *_ in recorded(another, version)]
         previous = model
-    return {"worst": worst, "tokens": tokens, "versions": sorted(parts), "wrong": statistics.fmean(wrong) if wrong else math.nan}
+    return {
+        "worst": worst, "tokens": tokens, "versions": sorted(parts), "wrong": statistics.fmean(wrong) if wrong else math.nan,
+        "deviation": deviation / math.sqrt(variance),
+    }  # fmt: skip
 
 
 def load(directory):
@@ -443,9 +451,11 @@ def check(run, temperature=0.9, eta=1, other=None):
     found = compare(run, temperature, other)
     words = (
         f"{len(completions)} completions, {found['tokens']} tokens of {len(found['versions'])} versions, staleness at most {max(stale)},"
-        f" log-probabilities within {found['worst']:.1e} (mean {found['wrong']:.1e} under the weights of another {'run' if other else 'version'})"
+        f" log-probabilities within {found['worst']:.1e} (mean {found['wrong']:.1e} under the weights of another {'run' if other else 'version'}),"
+        f" their mean is {found['deviation']:+.1f} standard errors from its expectation"
     )
     assert found["worst"] <= TOLERANCE, words
+    assert abs(found["deviation"]) < 4.5, words
     assert math.isnan(found["wrong"]) or found["wrong"] > 10 * TOLERANCE, words
     return words, found
 
@@ -479,7 +489,7 @@ def compared(content, temperature):
 
 def handed_over(content, head):
     serve(tiny(head), content)
-    run = Run(f"{content}-{head}", tiny(head), content).start().end()
+    run = Run(f"{content}-{head}", tiny(head), content, steps=8).start().end()
     return f"{canaries(run, 5)}; {check(run)[0]}"
 
 
@@ -532,26 +542,29 @@ def sharing():
 
 def resume(content):
     server = serve(tiny("tied"), content)
-    run = Run(f"resume-{content}", tiny("tied"), content, steps=12).start().end()
-    before = [one["versions"][0] for _, groups in journal(run)[10:] for group in groups for one in group["completions"]]
+    run = Run(f"resume-{content}", tiny("tied"), content, steps=1000).start()
+    run.wait(12)
+    run.process.kill()
+    run.process.wait()
     held = server.adapters() if content == ADAPTERS else [json.loads(get(f"{SERVER}/weight_info"))["weight_version"]]
-    assert content == WEIGHTS or max(held) > 10, held
+    latest = max(held) if content == ADAPTERS else int(held[0].split("-")[2])
+    assert latest > 10, held
     run.sets.append("run.steps=16")
     run.steps = 16
     run.start("--resume=" + str(run.dir / "checkpoints/step-000010")).end()
     assert "has version 10" in run.text(), run.text()[-2500:]
     words = check(run)[0]
-    return f"the server held {held} and the run had sampled with versions up to {max(before)}; resumed at step 10, trained to 16; {words}"
+    return f"the run was killed after step 12, and the server held version {latest}; resumed at step 10, trained to 16; {words}"
 
 
 def judge():
-    rates, words = {}, ""
+    words = ""
     for cached in (True, False):
         flag = "--enable-prefix-caching" if cached else "--no-enable-prefix-caching"
         server = serve(tiny("tied"), ADAPTERS, flag)
         name = f"judge-{'with' if cached else 'without'}"
         # The judge is the server's base model, which no hand-over changes. Its answers are single bytes.
-        remote = f'{{ url = "{SERVER}/v1", model = "policy", api = "completions", concurrency = 8, top_logprobs = 260 }}'
+        remote = f'{{ url = "{SERVER}/v1", model = "policy", api = "completions", concurrency = 8, top_logprobs = 250 }}'
         sets = [
             "labeler.type=pairwise", f"labeler.remote={remote}", "labeler.chat=false", f'labeler.cache="{WORK}/runs/{name}-labels"',
             "data.max_prompt_tokens=400", "rollout.max_new_tokens=16", "labeler.preamble=base",
@@ -563,10 +576,11 @@ def judge():
         labels = [one for one in pairs if isinstance(one, float)]
         others = sorted({one[1] for one in pairs if not isinstance(one, float)})
         assert len(labels) > 0.9 * len(pairs), f"{len(labels)} labels of {len(pairs)} pairs: {others}"
-        # Groups of the first step were labeled before the clock of `seconds` starts.
-        rates[cached] = sum(isinstance(one, float) for _, groups in steps[1:] for group in groups for one in group["feedback"]["preferences"]) / seconds(run)
+        # The time begins with the end of the first step.
+        later = [one for _, groups in steps[1:] for group in groups for one in group["feedback"]["preferences"]]
+        rate = len(later) / seconds(run)
         assert server.process.poll() is None
-        words += f"; {flag}: {len(labels)} labels of {len(pairs)} pairs, {rates[cached]:.1f} labels/s; {check(run)[0]}"
+        words += f"; {flag}: {len(labels)} labels of {len(pairs)} pairs, {rate:.1f} labels/s; {check(run)[0]}"
     return words[2:]
 
 
@@ -578,33 +592,33 @@ def gain(run):
     return statistics.fmean(last) - statistics.fmean(first), error
 
 
-def gains(model, content, *sets):
-    """Compares the gain of the score of runs on the server and in the process, with 95 % intervals."""
-    words, intervals = [], []
+def gains(model, content, seeds, *sets):
+    """Compares the gain of the score of runs on the server and in the process. The 95 % intervals are of the mean over seeds; their width
+    comes from the spread between runs, which is larger than the error of each run's gain."""
+    words, found = [], {}
     for place in ("server", "process"):
-        found = []
-        for seed in (0, 1):
+        found[place] = []
+        for seed in range(seeds):
             name = f"gains-{model.name}-{place}-{seed}"
             if place == "server":
                 serve(model, content)
             run = Run(name, model, content, f"run.seed={seed}", *sets, steps=20, local=place == "process").start().end()
-            if place == "server":
-                assert "gets no prompts" not in run.text(), run.text()[-2500:]
-            check(run) if place == "server" else command([PROGRAM, "replay", run.dir], f"{name}-replay.log")
+            assert "gets no prompts" not in run.text(), run.text()[-2500:]
+            command([PROGRAM, "replay", run.dir], f"{name}-replay.log")
             value, error = gain(run)
-            found.append((value, error))
+            found[place].append(value)
             words.append(f"{place}, seed {seed}: {value:+.2f} ± {1.96 * error:.2f} in {seconds(run):.0f} s")
             print(f"    {words[-1]}", flush=True)
-        mean = statistics.fmean(value for value, _ in found)
-        half = 1.96 * math.sqrt(sum(error**2 for _, error in found)) / len(found)
-        words.append(f"{place}, both seeds: {mean:+.2f} ± {half:.2f}")
-        intervals.append((mean - half, mean + half))
-    text = "; ".join(words)
-    (a, b), (c, d) = intervals
-    assert a <= d and c <= b, f"the intervals do not overlap: {text}"
-    return f"{text}; the replays of the runs on the server are exact"
+    spread = math.sqrt(statistics.fmean(statistics.variance(values) for values in found.values()))
+    half = STUDENT[2 * (seeds - 1)] * spread / math.sqrt(seeds)
+    server, process = (statistics.fmean(found[place]) for place in ("server", "process"))
+    text = f"on the server {server:+.2f} ± {half:.2f}, in the process {process:+.2f} ± {half:.2f}; {'; '.join(words)}"
+    assert abs(server - process) <= 2 * half, f"the intervals do not overlap: {text}"
+    return f"{text}; the replays are exact"
 
 
+# 97.5 % quantiles of Student's t by degrees of freedom.
+STUDENT = {2: 4.303, 4: 2.776, 6: 2.447}
 REAL = ["data.max_prompt_tokens=200", "rollout.max_new_tokens=32", "data.instruction=Summarize the post in one short sentence.\n\nPost: {{ prompt }}"]
 
 
@@ -612,7 +626,7 @@ def served_model(content):
     serve(real(), content)
     # The learning rates of configs/served.toml and configs/quickstart.toml.
     rate = "learner.lr=2e-4" if content == ADAPTERS else "learner.lr=1e-5"
-    run = Run(f"model-{content}", real(), content, *REAL, rate).start().end()
+    run = Run(f"model-{content}", real(), content, *REAL, rate, steps=8).start().end()
     words = f"{canaries(run, 5)}; {check(run)[0]}"
     shutil.rmtree(run.dir)
     return words
@@ -620,7 +634,7 @@ def served_model(content):
 
 def model_gains():
     sets = [*REAL, "learner.lr=4e-4", "rollout.group_size=4", "checkpoint.every_steps=0"]
-    return gains(real(), ADAPTERS, *sets)
+    return gains(real(), ADAPTERS, 2, *sets)
 
 
 TRIALS = [
@@ -633,7 +647,7 @@ TRIALS = [
     ("weights tied", lambda: handed_over(WEIGHTS, "tied")),
     ("in-flight", in_flight),
     ("resume weights", lambda: resume(WEIGHTS)),
-    ("gains", lambda: gains(tiny("tied"), WEIGHTS, "learner.lr=1e-3")),
+    ("gains", lambda: gains(tiny("tied"), WEIGHTS, 4, "learner.lr=3e-4", "checkpoint.every_steps=0")),
     ("kills weights", lambda: kills(WEIGHTS)),
     ("weights untied", lambda: handed_over(WEIGHTS, "untied")),
     ("judge", judge),
