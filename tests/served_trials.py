@@ -344,10 +344,8 @@ class Postcard:
             return read | {"text": self.text()}
 
         def preference():
-            self.number(), self.number()
-            verdict = self.verdict()
-            self.option(lambda: (self.f64(), self.f64()))
-            return verdict
+            pair = (self.number(), self.number())
+            return pair, self.verdict(), self.option(lambda: (self.f64(), self.f64()))
 
         def feedback():
             self.text(), self.number(), self.number()
@@ -558,30 +556,48 @@ def resume(content):
 
 
 def judge():
-    words = ""
+    words = []
     for cached in (True, False):
         flag = "--enable-prefix-caching" if cached else "--no-enable-prefix-caching"
         server = serve(tiny("tied"), ADAPTERS, flag)
         name = f"judge-{'with' if cached else 'without'}"
-        # The judge is the server's base model, which no hand-over changes. Its answers are single bytes.
+        # The judge is the server's base model, which no hand-over changes. The model has 259 tokens.
         remote = f'{{ url = "{SERVER}/v1", model = "policy", api = "completions", concurrency = 8, top_logprobs = 250 }}'
-        sets = [
-            "labeler.type=pairwise", f"labeler.remote={remote}", "labeler.chat=false", f'labeler.cache="{WORK}/runs/{name}-labels"',
-            "data.max_prompt_tokens=400", "rollout.max_new_tokens=16", "labeler.preamble=base",
-        ]  # fmt: skip
-        shutil.rmtree(WORK / f"runs/{name}-labels", ignore_errors=True)
+        asked = ["labeler.type=pairwise", "labeler.chat=false", "labeler.preamble=base"]
+        cache = WORK / f"runs/{name}-labels"
+        shutil.rmtree(cache, ignore_errors=True)
+        sets = [*asked, f"labeler.remote={remote}", f'labeler.cache="{cache}"', "rollout.max_new_tokens=16"]
         run = Run(name, tiny("tied"), ADAPTERS, *sets, steps=8).start().end()
-        steps = journal(run)
-        pairs = [one for _, groups in steps for group in groups for one in group["feedback"]["preferences"]]
-        labels = [one for one in pairs if isinstance(one, float)]
-        others = sorted({one[1] for one in pairs if not isinstance(one, float)})
-        assert len(labels) > 0.9 * len(pairs), f"{len(labels)} labels of {len(pairs)} pairs: {others}"
+        assert server.process.poll() is None, "the server ended"
+        groups = [group for _, groups in journal(run) for group in groups]
+        verdicts = [verdict for group in groups for _, verdict, _ in group["feedback"]["preferences"]]
+        labels = [one for one in verdicts if isinstance(one, float)]
+        others = {one[1] for one in verdicts if not isinstance(one, float)}
+        assert len(labels) == len(verdicts), f"{len(labels)} labels of {len(verdicts)} pairs: {others}"
         # The time begins with the end of the first step.
-        later = [one for _, groups in steps[1:] for group in groups for one in group["feedback"]["preferences"]]
-        rate = len(later) / seconds(run)
-        assert server.process.poll() is None
-        words += f"; {flag}: {len(labels)} labels of {len(pairs)} pairs, {rate:.1f} labels/s; {check(run)[0]}"
-    return words[2:]
+        rate = (len(labels) - BATCH * len(groups[0]["feedback"]["preferences"])) / seconds(run)
+        words.append(f"{flag}: {len(labels)} labels, {rate:.1f} labels/s, {judged(run, groups, asked)}; {check(run)[0]}")
+    return "; ".join(words)
+
+
+def judged(run, groups, asked):
+    """Compares the probabilities in both orders with those of a judge with the same weights in the process. Returns words."""
+    rows, theirs = [], []
+    for group in groups[-8:]:
+        for (first, second), _, orders in group["feedback"]["preferences"]:
+            a, b = (group["completions"][i]["text"] for i in (first, second))
+            rows.append({"prompt": group["text"], "chosen": a, "rejected": b})
+            theirs.append(orders)
+    pairs, output = WORK / f"{run.name}-pairs.jsonl", WORK / f"{run.name}-here.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output.unlink(missing_ok=True)
+    sets = [f'policy.model="{run.model}"', *asked]
+    command([PROGRAM, "label", CONFIG, "--input", pairs, "--output", output, *flags(sets)], f"{run.name}-here.log")
+    ours = {row["pair"]: row["orders"] for row in map(json.loads, output.read_text().splitlines())}
+    differences = [abs(a - b) for i, orders in ours.items() for a, b in zip(orders, theirs[i])]
+    words = f"{len(ours)} labels within {max(differences):.1e} of a judge in the process"
+    assert len(ours) == len(rows) and max(differences) < 1e-3, words
+    return words
 
 
 def gain(run):
