@@ -134,6 +134,21 @@ pub(super) fn run(
             }
         }
     }
+    unload_all(fleet, server);
+}
+
+/// Removes the adapters of a run that ends, since the server may be used by other runs.
+fn unload_all(fleet: &Fleet, server: &Server) {
+    let adapters = {
+        let mut state = server.state();
+        if state.condition != Condition::Ready {
+            return;
+        }
+        std::mem::take(&mut state.adapters)
+    };
+    for tag in adapters {
+        fleet.runtime.block_on(server.unload(&tag.to_string()));
+    }
 }
 
 enum Failure {
