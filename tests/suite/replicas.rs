@@ -137,6 +137,7 @@ const VARIANTS: [&[&str]; 4] = [
 ];
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn the_gradient_of_a_batch_does_not_depend_on_the_number_of_replicas() {
     for variant in VARIANTS.iter().filter(|variant| !variant.contains(&"learner.epochs=2")) {
         let dir = tempfile::tempdir().unwrap();
@@ -161,6 +162,7 @@ fn the_gradient_of_a_batch_does_not_depend_on_the_number_of_replicas() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "slow in a debug build; cargo test --release runs it")]
 fn training_with_replicas_leads_to_the_same_weights() {
     for variant in VARIANTS {
         let dir = tempfile::tempdir().unwrap();
