@@ -238,6 +238,7 @@ fn around(path: &str) -> Vec<&'static str> {
         "learner.minibatches" => vec!["learner.batch_groups=1000000"],
         "rollout.servers" => vec!["rollout.engine=vllm"],
         "rollout.devices" => vec!["rollout.workers=8"],
+        "learner.devices" => vec!["policy.device=cuda:0"],
         "evaluation.every_steps" => vec!["data.holdout=0.5"],
         "labeler.rationales" => vec!["labeler.rationale_temperature=0.5"],
         "labeler.max_cost" => vec!["labeler.type=direct", REMOTE, "labeler.remote.price_prompt=1.0"],
