@@ -9,14 +9,14 @@
 //! before; measured is the processor time of the threads that send requests and read answers, from Linux's scheduler. For the
 //! share, `preceptor train` runs on four servers of known speeds.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use preceptor::config::EngineKind;
-use preceptor::lm::model::{Decoder, Lora, ModelConfig, Weights, export};
+use preceptor::lm::model::{Decoder, Lora};
 use preceptor::lm::tokens::Tokenizer;
 use preceptor::pipeline::generate::sampler::Sampling;
 use preceptor::pipeline::generate::stage::RolloutEngine;
@@ -46,7 +46,8 @@ fn main() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let (model, decoder) = policy(dir.path());
+    let (model, decoder) = common::byte_policy(dir.path(), 1);
+    let decoder = Arc::new(decoder);
     for tokens in [16, 64, 256] {
         cost(dir.path(), &model, &decoder, tokens, number("--completions", 4000));
     }
@@ -58,23 +59,6 @@ fn number(name: &str, default: usize) -> usize {
     let arguments: Vec<String> = std::env::args().collect();
     let at = arguments.iter().position(|argument| argument == name);
     at.map_or(default, |at| arguments[at + 1].parse().unwrap())
-}
-
-/// Writes a byte-level model to `dir/policy`, and returns the path and the model.
-fn policy(dir: &Path) -> (PathBuf, Arc<Decoder>) {
-    let tokenizer = Tokenizer::bytes();
-    let config = ModelConfig {
-        context: 1024,
-        bos: tokenizer.bos_id(),
-        eos: tokenizer.eos_ids().to_vec(),
-        ..ModelConfig::tiny(tokenizer.vocab_size())
-    };
-    let weights = Weights::scratch(&config, 0.2, 1, &Device::Cpu).unwrap();
-    let path = dir.join("policy");
-    std::fs::create_dir_all(&path).unwrap();
-    export::write(&path, &config, &weights, DType::F32).unwrap();
-    tokenizer.save(&path).unwrap();
-    (path, Arc::new(Decoder::new(&config, &weights).unwrap()))
 }
 
 fn server(model: &Path, slots: usize) -> FakeEngine {

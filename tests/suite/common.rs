@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use candle_core::{DType, Device};
+use preceptor::lm::model::{Decoder, ModelConfig, Weights, export};
+use preceptor::lm::tokens::Tokenizer;
 use serde_json::Value;
 
 /// Maximum time that a test waits for an event that must occur. No assertion depends on how soon it occurs.
@@ -20,6 +23,23 @@ pub fn config(name: &str) -> PathBuf {
 pub fn max_abs_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Writes a byte-level model of random weights to `dir/policy`. Returns its path and the model.
+pub fn byte_policy(dir: &Path, seed: u64) -> (PathBuf, Decoder) {
+    let tokenizer = Tokenizer::bytes();
+    let config = ModelConfig {
+        context: 1024,
+        bos: tokenizer.bos_id(),
+        eos: tokenizer.eos_ids().to_vec(),
+        ..ModelConfig::tiny(tokenizer.vocab_size())
+    };
+    let weights = Weights::scratch(&config, 0.2, seed, &Device::Cpu).unwrap();
+    let path = dir.join("policy");
+    std::fs::create_dir_all(&path).unwrap();
+    export::write(&path, &config, &weights, DType::F32).unwrap();
+    tokenizer.save(&path).unwrap();
+    (path, Decoder::new(&config, &weights).unwrap())
 }
 
 /// Returns the program's command, to be started in `dir`.

@@ -4,30 +4,15 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::Duration;
 
-use candle_core::{DType, Device};
-use preceptor::lm::model::{ModelConfig, Weights, export};
-use preceptor::lm::tokens::Tokenizer;
 use serde_json::{Value, json};
 
-use crate::common::{preceptor, stderr, trained, training};
+use crate::common::{byte_policy, preceptor, stderr, trained, training};
 use crate::fake_engine::{FakeEngine, Kind, Options, Versions};
 use crate::running::Running;
 
 /// Writes a byte-level model to `dir/policy`.
 fn policy(dir: &Path, seed: u64) -> PathBuf {
-    let tokenizer = Tokenizer::bytes();
-    let config = ModelConfig {
-        context: 1024,
-        bos: tokenizer.bos_id(),
-        eos: tokenizer.eos_ids().to_vec(),
-        ..ModelConfig::tiny(tokenizer.vocab_size())
-    };
-    let weights = Weights::scratch(&config, 0.2, seed, &Device::Cpu).unwrap();
-    let path = dir.join("policy");
-    std::fs::create_dir_all(&path).unwrap();
-    export::write(&path, &config, &weights, DType::F32).unwrap();
-    tokenizer.save(&path).unwrap();
-    path
+    byte_policy(dir, seed).0
 }
 
 fn server(model: &Path) -> FakeEngine {
