@@ -408,12 +408,12 @@ def compare(run, temperature, other=None):
             for one in group["completions"]:
                 for version in set(one["versions"]):
                     parts.setdefault(version, []).append((group["prompt"], one))
-    torch.set_num_threads(2)
     worst, wrong, tokens, deviation, variance, previous = 0.0, [], 0, 0.0, 0.0, None
 
-    def recorded(model, version):
-        """Yields the recorded log-probability of each token of a version, with the figures of `logprobs`."""
-        for prompt, one in parts[version]:
+    def recorded(model, version, most=None):
+        """Yields the recorded log-probability of each token of a version, with the figures of `logprobs`. Takes at most `most`
+        completions."""
+        for prompt, one in parts[version][:most]:
             theirs = logprobs(model, prompt, one["ids"], temperature)
             yield from ((a, *b) for a, b, of in zip(one["logprobs"], theirs, one["versions"]) if of == version)
 
@@ -424,7 +424,7 @@ def compare(run, temperature, other=None):
             deviation, variance = deviation + theirs - expected, variance + spread
         another = (load(other.weights(version)) if version else None) if other else previous
         if another:
-            wrong += [abs(ours - theirs) for ours, theirs, *_ in recorded(another, version)]
+            wrong += [abs(ours - theirs) for ours, theirs, *_ in recorded(another, version, 32)]
         previous = model
     return {
         "worst": worst, "tokens": tokens, "versions": sorted(parts), "wrong": statistics.fmean(wrong) if wrong else math.nan,
