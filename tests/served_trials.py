@@ -148,7 +148,7 @@ class Server:
         self.key = (model, content, *more)
         environment = {
             "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600",
         }  # fmt: skip
         parts = [
             VLLM, "serve", model, "--served-model-name", "policy", "--host", "127.0.0.1", "--port", PORT, "--dtype", "float32",
@@ -226,7 +226,7 @@ class Run:
             "checkpoint.every_steps=1", "checkpoint.keep=100", "checkpoint.dtype=f32", "run.tensorboard=false",
         ]  # fmt: skip
         if not local:
-            self.sets += ["rollout.engine=vllm", f'rollout.servers=["{SERVER}"]', "rollout.outage_s=600"]
+            self.sets += ["rollout.engine=vllm", f'rollout.servers=["{SERVER}"]', "rollout.outage_s=600", "rollout.timeout_s=3600"]
         if content == ADAPTERS:
             self.sets += ["policy.lora={ rank = 8 }", "learner.lr=5e-3"]
         self.sets += sets
@@ -676,8 +676,8 @@ TRIALS = [
 ]
 if ARGS.model:
     TRIALS += [
-        ("model weights", lambda: served_model(WEIGHTS)),
         ("model adapters", lambda: served_model(ADAPTERS)),
+        ("model weights", lambda: served_model(WEIGHTS)),
         ("model-gains", model_gains),
     ]
 
