@@ -61,8 +61,9 @@ fn concurrent_processes_share_the_cache_and_buy_no_label_twice() {
         let text = body["messages"].to_string();
         if text.contains("post 20.") && !all.load(Ordering::SeqCst) { Act::Hang } else { preference(body) }
     });
-    // It has labeled all pairs but the last one, and waits for the judge.
-    let hang = ", timeout_s = 1, retries = 20, backoff_s = 0.01, max_backoff_s = 0.1, hedge_after_s = 0.5";
+    // It has labeled all pairs but the last one, and waits for the judge. After its retries, two minutes later, it would ask a
+    // question again to learn whether the judge answers others.
+    let hang = ", timeout_s = 1, retries = 20, backoff_s = 5, max_backoff_s = 5";
     let mut first = label(dir, "all.jsonl", "a.jsonl", &mock.url, hang).stderr(Stdio::piped()).spawn().unwrap();
     wait_until("twenty pairs are labeled", || {
         assert!(first.try_wait().unwrap().is_none(), "it ended");
