@@ -559,7 +559,9 @@ def judge():
     words = []
     for cached in (True, False):
         flag = "--enable-prefix-caching" if cached else "--no-enable-prefix-caching"
-        server = serve(tiny("tied"), ADAPTERS, flag)
+        # On a CPU, vLLM 0.32 adds the adapter in its last slot to requests for the base model that are in a batch with requests for
+        # adapters (vllm-project/vllm#48421). The run has fewer versions than there are slots, so that the last one stays empty.
+        server = serve(tiny("tied"), ADAPTERS, flag, "--max-loras", "32", "--max-cpu-loras", "32")
         name = f"judge-{'with' if cached else 'without'}"
         # The judge is the server's base model, which no hand-over changes. The model has 259 tokens, all of which are listed.
         remote = f'{{ url = "{SERVER}/v1", model = "policy", api = "completions", concurrency = 8, top_logprobs = 259 }}'
@@ -583,7 +585,7 @@ def judge():
 def judged(run, groups, asked):
     """Compares the probabilities in both orders with those of a judge with the same weights in the process. Returns words."""
     rows, theirs = [], {}
-    for group in groups[-8:]:
+    for group in groups:
         for (first, second), _, orders in group["feedback"]["preferences"]:
             a, b = (group["completions"][i]["text"] for i in (first, second))
             # `preceptor label` leaves out pairs with an empty answer.
@@ -599,7 +601,7 @@ def judged(run, groups, asked):
     found = [(row["orders"], theirs[row["prompt"], row["first"], row["second"]]) for row in ours]
     differences = [abs(a - b) for pair in found for a, b in zip(*pair)]
     words = f"{len(ours)} labels within {max(differences):.1e} of a judge in the process"
-    assert len(ours) >= 0.9 * len(rows) and max(differences) < 1e-3, words
+    assert len(ours) >= 0.9 * len(rows) and max(differences) < 1e-4, words
     return words
 
 
