@@ -120,7 +120,7 @@ impl Bench {
             Ok(())
         })?;
         let (trained, params) = model.trainable(true)?;
-        let mut gradients = Gradients::new(&params)?;
+        let mut gradients = Gradients::new(&params);
         let mut optimizer = AdamW::new(params, AdamWConfig::default())?;
         let mut train = || {
             gradients.zero()?;

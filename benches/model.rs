@@ -72,7 +72,7 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
     });
     let (model, params) = frozen.trainable(true).expect("variables");
     let model = Arc::new(model);
-    let mut gradients = Gradients::new(&params).expect("accumulators");
+    let mut gradients = Gradients::new(&params);
     let mut optimizer = AdamW::new(params.clone(), AdamWConfig::default()).expect("moments");
     group.bench_function("gradient", |b| {
         b.iter(|| {
@@ -86,7 +86,7 @@ fn size(group: &mut BenchmarkGroup<'_, criterion::measurement::WallTime>, config
     // Two groups, on one replica and on two of one thread each.
     group.throughput(Throughput::Elements((2 * GROUP * ANSWER) as u64));
     for count in [1, 2] {
-        let sums = |_| Arc::new(Mutex::new(vec![Gradients::new(&params).expect("accumulators")]));
+        let sums = |_| Arc::new(Mutex::new(vec![Gradients::new(&params)]));
         let sums: Vec<_> = (0..count).map(sums).collect();
         let mut replicas = Replicas::start(sums.clone(), 1, 2).expect("threads");
         let learner = rayon::ThreadPoolBuilder::new().num_threads(count).build().expect("a pool");

@@ -128,7 +128,7 @@ impl Subject {
         let (model, params) = weights.trainable(true)?;
         let units = self.sequences * SEQUENCE;
         drop(weights);
-        let mut gradients = Gradients::new(&params)?;
+        let mut gradients = Gradients::new(&params);
         let mut optimizer = AdamW::new(params, AdamWConfig::default())?;
         repeat(repeats, units, "tokens", || {
             let (logprobs, _) = model.logprobs(&pack, 1.0)?;

@@ -6,12 +6,14 @@ use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, TensorI
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::sync::OnceLock;
 
 /// Number of elements whose squares are summed together. It is fixed, so that the norm does not depend on the thread
 /// count.
 const BLOCK: usize = 1 << 14;
 
-/// Gradient accumulators, one per parameter, in `f32` on the parameter's device.
+/// Gradient accumulators, one per parameter, in `f32` on the parameter's device. Their memory is allocated by the first
+/// backward pass.
 pub struct Gradients {
     buffers: Vec<Buffer>,
     index: HashMap<String, usize>,
@@ -19,24 +21,45 @@ pub struct Gradients {
 
 struct Buffer {
     param: Var,
-    sum: Tensor,
+    /// The sum; unset while it is zero and nothing has asked for it.
+    sum: OnceLock<Tensor>,
 }
 
 impl Gradients {
-    /// Creates zeroed accumulators for these named parameters.
-    pub fn new(params: &[(String, Var)]) -> Result<Self> {
-        let buffer = |(_, param): &(String, Var)| {
-            let sum = Tensor::zeros(param.shape(), DType::F32, param.device())?;
-            Ok(Buffer { param: param.clone(), sum })
-        };
-        let buffers = params.iter().map(buffer).collect::<Result<_>>()?;
+    /// Creates zero accumulators for these named parameters.
+    pub fn new(params: &[(String, Var)]) -> Self {
+        let buffer = |(_, param): &(String, Var)| Buffer { param: param.clone(), sum: OnceLock::new() };
         let index = params.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
-        Ok(Self { buffers, index })
+        Self { buffers: params.iter().map(buffer).collect(), index }
     }
 
     /// Sets every accumulator to zero, in place.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
     pub fn zero(&mut self) -> Result<()> {
-        self.buffers.iter().try_for_each(|buffer| buffer.sum.zero_set())
+        self.buffers.iter().filter_map(|buffer| buffer.sum.get()).try_for_each(Tensor::zero_set)
+    }
+
+    /// Makes these the accumulators of other variables for the same parameters. The sums stay as they are.
+    ///
+    /// # Errors
+    /// If a parameter is missing or has another shape; the error names it. Nothing has changed then.
+    pub fn follow(&mut self, params: &[(String, Var)]) -> Result<()> {
+        if params.len() != self.buffers.len() {
+            bail!("cannot use the gradients of {} parameters for {}", self.buffers.len(), params.len());
+        }
+        for (name, param) in params {
+            let own = &self.buffer(name)?.param;
+            if own.dims() != param.dims() {
+                bail!("the gradient of {name} has shape {:?}, not {:?}", own.dims(), param.dims());
+            }
+        }
+        for (name, param) in params {
+            let i = self.index[name];
+            self.buffers[i].param = param.clone();
+        }
+        Ok(())
     }
 
     /// Adds the accumulators of `other`, which were created for copies of the same parameters, perhaps on another device.
@@ -48,15 +71,12 @@ impl Gradients {
             bail!("cannot add the gradients of {} parameters to those of {}", other.index.len(), self.index.len());
         }
         for (name, &i) in &self.index {
-            let (buffer, addend) = (&mut self.buffers[i], other.get(name));
-            match addend {
-                Some(addend) if addend.dims() == buffer.sum.dims() => {
-                    buffer.add(&addend.to_device(buffer.sum.device())?)?;
-                }
-                Some(addend) => {
-                    bail!("the gradient of {name} has shape {:?}, not {:?}", addend.dims(), buffer.sum.dims())
-                }
-                None => bail!("there is no gradient of {name} to add"),
+            let (buffer, addend) = (&mut self.buffers[i], other.buffer(name)?);
+            if addend.param.dims() != buffer.param.dims() {
+                bail!("the gradient of {name} has shape {:?}, not {:?}", addend.param.dims(), buffer.param.dims());
+            }
+            if let Some(addend) = addend.sum.get() {
+                buffer.add(&addend.to_device(buffer.param.device())?)?;
             }
         }
         Ok(())
@@ -65,12 +85,12 @@ impl Gradients {
     /// Returns the Euclidean norm over all accumulators, summed in `f64`. It is not finite if any element is not.
     pub fn global_norm(&self) -> Result<f64> {
         let mut squares = 0.0;
-        for buffer in &self.buffers {
-            squares += if is_fused(&buffer.sum) {
-                let (storage, layout) = buffer.sum.storage_and_layout();
+        for sum in self.buffers.iter().filter_map(|buffer| buffer.sum.get()) {
+            squares += if is_fused(sum) {
+                let (storage, layout) = sum.storage_and_layout();
                 sum_of_squares(tensor_elements(&storage, layout)?)
             } else {
-                buffer.sum.sqr()?.sum_all()?.to_scalar::<f32>()? as f64
+                sum.sqr()?.sum_all()?.to_scalar::<f32>()? as f64
             };
         }
         Ok(squares.sqrt())
@@ -78,7 +98,7 @@ impl Gradients {
 
     /// Returns a copy of every accumulator, with the parameter's name.
     pub fn copies(&self) -> Result<Vec<(String, Tensor)>> {
-        let copy = |(name, &i): (&String, &usize)| Ok((name.clone(), self.buffers[i].sum.copy()?));
+        let copy = |(name, &i): (&String, &usize)| Ok((name.clone(), self.buffers[i].sum()?.copy()?));
         self.index.iter().map(copy).collect()
     }
 
@@ -88,10 +108,10 @@ impl Gradients {
     /// If a parameter has no copy, or one of another shape; the error names the parameter.
     pub fn restore(&mut self, copies: &HashMap<String, Tensor>) -> Result<()> {
         for (name, &i) in &self.index {
-            let sum = &mut self.buffers[i].sum;
+            let Buffer { param, sum } = &mut self.buffers[i];
             match copies.get(name) {
-                Some(copy) if copy.dims() == sum.dims() => *sum = copy.to_device(sum.device())?.copy()?,
-                Some(copy) => bail!("the gradient of {name} has shape {:?}, not {:?}", copy.dims(), sum.dims()),
+                Some(copy) if copy.dims() == param.dims() => *sum = copy.to_device(param.device())?.copy()?.into(),
+                Some(copy) => bail!("the gradient of {name} has shape {:?}, not {:?}", copy.dims(), param.dims()),
                 None => bail!("no saved gradient for {name}"),
             }
         }
@@ -100,8 +120,34 @@ impl Gradients {
 
     /// Returns the accumulator of a parameter. The tensor shares its storage: the next backward pass or `zero` changes
     /// its values.
-    pub fn get(&self, name: &str) -> Option<&Tensor> {
-        self.index.get(name).map(|&i| &self.buffers[i].sum)
+    ///
+    /// # Errors
+    /// If there is no such parameter, or memory for the accumulator is not available.
+    pub fn get(&self, name: &str) -> Result<&Tensor> {
+        self.buffer(name)?.sum()
+    }
+
+    /// Returns the shape of a parameter's accumulator; `None` if there is no such parameter.
+    pub(super) fn dims(&self, name: &str) -> Option<&[usize]> {
+        self.index.get(name).map(|&i| self.buffers[i].param.dims())
+    }
+
+    /// Returns the accumulator of a parameter, which is zero afterwards and has no memory.
+    ///
+    /// # Errors
+    /// The same as for [`Self::get`].
+    pub(super) fn take(&mut self, name: &str) -> Result<Tensor> {
+        let sum = self.get(name)?.clone();
+        let i = self.index[name];
+        self.buffers[i].sum.take();
+        Ok(sum)
+    }
+
+    fn buffer(&self, name: &str) -> Result<&Buffer> {
+        match self.index.get(name) {
+            Some(&i) => Ok(&self.buffers[i]),
+            None => bail!("there is no gradient of {name}"),
+        }
     }
 }
 
@@ -112,10 +158,15 @@ impl Gradients {
 /// # Errors
 /// Tensor errors; the accumulators then hold part of the pass.
 pub fn backward(loss: &Tensor, accumulators: &mut [&mut Gradients]) -> Result<usize> {
-    let buffers = || accumulators.iter().flat_map(|gradients| &gradients.buffers);
-    let sums = buffers().filter(|buffer| is_fused(&buffer.sum)).map(|buffer| (buffer.param.id(), buffer.sum.clone()));
-    let params = buffers().map(|buffer| buffer.param.clone()).collect();
-    let open = Open::with(Sinks { sums: sums.collect(), params, ..Sinks::default() });
+    let mut sinks = Sinks::default();
+    for buffer in accumulators.iter().flat_map(|gradients| &gradients.buffers) {
+        let sum = buffer.sum()?;
+        if is_fused(sum) {
+            sinks.sums.insert(buffer.param.id(), sum.clone());
+        }
+        sinks.params.push(buffer.param.clone());
+    }
+    let open = Open::with(sinks);
     let mut store = loss.backward()?;
     let Sinks { mut reached, mut absorbed, .. } = open.close();
     for buffer in accumulators.iter_mut().flat_map(|gradients| &mut gradients.buffers) {
@@ -129,11 +180,21 @@ pub fn backward(loss: &Tensor, accumulators: &mut [&mut Gradients]) -> Result<us
 }
 
 impl Buffer {
-    fn add(&mut self, grad: &Tensor) -> Result<()> {
-        if is_fused(&self.sum) && is_fused(grad) {
-            return add_in_place(&self.sum, &grad.contiguous()?);
+    /// Returns the sum, which this allocates if nothing did before.
+    fn sum(&self) -> Result<&Tensor> {
+        if let Some(sum) = self.sum.get() {
+            return Ok(sum);
         }
-        self.sum = (&self.sum + grad.detach().to_dtype(DType::F32)?)?;
+        let zeros = Tensor::zeros(self.param.shape(), DType::F32, self.param.device())?;
+        Ok(self.sum.get_or_init(|| zeros))
+    }
+
+    fn add(&mut self, grad: &Tensor) -> Result<()> {
+        let sum = self.sum()?;
+        if is_fused(sum) && is_fused(grad) {
+            return add_in_place(sum, &grad.contiguous()?);
+        }
+        self.sum = (sum + grad.detach().to_dtype(DType::F32)?)?.into();
         Ok(())
     }
 }
@@ -303,7 +364,7 @@ mod tests {
     #[test]
     fn sums_of_two_accumulators_are_added() {
         let params = params();
-        let (mut sum, mut other) = (Gradients::new(&params).unwrap(), Gradients::new(&params).unwrap());
+        let (mut sum, mut other) = (Gradients::new(&params), Gradients::new(&params));
         for (gradients, scale) in [(&mut sum, 1.0), (&mut other, 2.0)] {
             let loss = params.iter().map(|(_, var)| (var.sum_all().unwrap() * scale).unwrap());
             let loss = loss.reduce(|a, b| (a + b).unwrap()).unwrap();
@@ -314,7 +375,7 @@ mod tests {
             let all = sum.get(name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert_eq!(all, vec![3.0; var.elem_count()], "{name}");
         }
-        assert!(sum.add(&Gradients::new(&params[..2]).unwrap()).is_err());
+        assert!(sum.add(&Gradients::new(&params[..2])).is_err());
     }
 
     fn params() -> Vec<(String, Var)> {
@@ -330,7 +391,7 @@ mod tests {
     #[test]
     fn gradients_sum_over_micro_batches_and_can_be_zeroed() {
         let params = params();
-        let mut grads = Gradients::new(&params).unwrap();
+        let mut grads = Gradients::new(&params);
         for _ in 0..2 {
             for _ in 0..3 {
                 assert_eq!(backward(&loss(&params), &mut [&mut grads]).unwrap(), 2);
@@ -338,7 +399,7 @@ mod tests {
             assert_close("a", grads.get("a").unwrap(), &(params[0].1.as_tensor() * 6.0).unwrap(), 1e-6);
             assert_close("b", grads.get("b").unwrap(), &Tensor::full(9f32, 5, params[1].1.device()).unwrap(), 1e-6);
             assert_close("c", grads.get("c").unwrap(), &params[2].1.zeros_like().unwrap(), 0.0);
-            assert!(grads.get("d").is_none());
+            assert!(grads.get("d").is_err());
             grads.zero().unwrap();
             assert_eq!(grads.global_norm().unwrap(), 0.0);
         }
@@ -347,7 +408,7 @@ mod tests {
     #[test]
     fn the_norm_does_not_depend_on_the_pool_and_propagates_nan() {
         let params = params();
-        let mut grads = Gradients::new(&params).unwrap();
+        let mut grads = Gradients::new(&params);
         backward(&loss(&params), &mut [&mut grads]).unwrap();
         let norm = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

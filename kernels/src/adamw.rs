@@ -4,7 +4,7 @@ use super::accumulate::Gradients;
 use super::frozen::Frozen;
 use super::vector::vectorised;
 use super::{PARALLEL_FROM, elements, elements_mut, is_fused};
-use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Tensor, Var, bail};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, InplaceOp2, Layout, Result, Tensor, Var, bail};
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -35,8 +35,8 @@ impl Default for AdamWConfig {
 
 /// AdamW optimizer with moments in `f32`, and an `f32` master copy of each parameter of another dtype.
 ///
-/// A step writes into the parameters' own storage, so a tensor that shares it (a detached clone, a view) changes too.
-/// Copy tensors that must keep their values.
+/// [`AdamW::step`] writes into the parameters' own storage, so a tensor that shares it (a detached clone, a view) changes
+/// too; copy tensors that must keep their values. [`AdamW::replace`] leaves the old values as they are.
 pub struct AdamW {
     params: Vec<Param>,
     config: AdamWConfig,
@@ -104,18 +104,82 @@ impl AdamW {
     /// parameter whose gradient is zero still changes by weight decay and momentum. Fails, before any parameter
     /// changes, if `grads` lacks a parameter or has a gradient of another shape.
     pub fn step(&mut self, grads: &Gradients, lr: f64, clip_scale: f64) -> Result<()> {
-        let mut sums = Vec::with_capacity(self.params.len());
+        let (config, step) = (self.config, self.begin(grads, lr, clip_scale)?);
+        for Param { name, var, state } in &mut self.params {
+            let grad = grads.get(name)?;
+            match state {
+                State::Fused { m, v } => {
+                    // `make_mut` copies moments that a checkpoint still holds.
+                    let moments = Mutex::new((Arc::make_mut(m), Arc::make_mut(v)));
+                    var.inplace_op2(&grad.contiguous()?, &Update { step, moments })?;
+                }
+                State::Composite { .. } => var.set(&state.composite(grad, config, step)?.to_dtype(var.dtype())?)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes one step as [`Self::step`], but leaves the old values of the parameters as they are, so that tensors which
+    /// share their storage stay valid, and returns variables with the new values, in the order of the parameters. On the CPU
+    /// an `f32` parameter gets the memory of its gradient, so that a step needs no memory of its own. `grads` is zero
+    /// afterwards, belongs to the new variables, and has no memory until the next backward pass.
+    ///
+    /// # Errors
+    /// If `grads` lacks a parameter or has a gradient of another shape, before anything changes; or if a tensor operation
+    /// fails.
+    pub fn replace(&mut self, grads: &mut Gradients, lr: f64, clip_scale: f64) -> Result<Vec<(String, Var)>> {
+        let (config, step) = (self.config, self.begin(grads, lr, clip_scale)?);
+        for Param { name, var, state } in &mut self.params {
+            let grad = grads.take(name)?;
+            *var = match state {
+                State::Fused { m, v } => {
+                    let (m, v) = (Arc::make_mut(m), Arc::make_mut(v));
+                    let mut values = owned(grad)?;
+                    let (storage, layout) = var.storage_and_layout();
+                    let theta = super::tensor_elements(&storage, layout)?;
+                    in_blocks(&mut values, m, v, theta, |next, m, v, theta| moved_to(next, m, v, theta, step));
+                    Var::from_vec(values, var.shape(), var.device())?
+                }
+                State::Composite { .. } => {
+                    Var::from_tensor(&state.composite(&grad, config, step)?.to_dtype(var.dtype())?)?
+                }
+            };
+        }
+        let params: Vec<_> = self.params.iter().map(|param| (param.name.clone(), param.var.clone())).collect();
+        grads.follow(&params)?;
+        Ok(params)
+    }
+
+    /// Makes the optimizer train other variables for the same parameters. The moments stay as they are.
+    ///
+    /// # Errors
+    /// If a parameter is missing or has another shape; the error names it. Nothing has changed then.
+    pub fn follow(&mut self, params: &[(String, Var)]) -> Result<()> {
+        if params.len() != self.params.len() {
+            bail!("adamw: {} parameters in place of {}", params.len(), self.params.len());
+        }
+        for (own, (name, var)) in self.params.iter().zip(params) {
+            if (&own.name, own.var.dims()) != (name, var.dims()) {
+                bail!("adamw: {name} of shape {:?} in place of {} of shape {:?}", var.dims(), own.name, own.var.dims());
+            }
+        }
+        self.params.iter_mut().zip(params).for_each(|(own, (_, var))| own.var = var.clone());
+        Ok(())
+    }
+
+    /// Checks `grads` and counts a step.
+    fn begin(&mut self, grads: &Gradients, lr: f64, clip_scale: f64) -> Result<StepSizes> {
         for Param { name, var, .. } in &self.params {
-            match grads.get(name) {
-                Some(grad) if grad.dims() == var.dims() => sums.push(grad),
-                Some(grad) => bail!("adamw: the gradient of {name} has shape {:?}, not {:?}", grad.dims(), var.dims()),
+            match grads.dims(name) {
+                Some(dims) if dims == var.dims() => {}
+                Some(dims) => bail!("adamw: the gradient of {name} has shape {dims:?}, not {:?}", var.dims()),
                 None => bail!("adamw: no gradient accumulator for {name}; build both from the same parameters"),
             }
         }
         self.step += 1;
         let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
         let power = |beta: f64| 1.0 - beta.powf(self.step as f64);
-        let step = StepSizes {
+        Ok(StepSizes {
             beta1: beta1 as f32,
             beta2: beta2 as f32,
             eps: eps as f32,
@@ -123,26 +187,7 @@ impl AdamW {
             rate: (lr / power(beta1)) as f32,
             root_correction: power(beta2).sqrt().recip() as f32,
             clip: clip_scale as f32,
-        };
-        for (param, grad) in self.params.iter_mut().zip(sums) {
-            match &mut param.state {
-                State::Fused { m, v } => {
-                    // `make_mut` copies moments that a checkpoint still holds.
-                    let (m, v) = (Arc::make_mut(m), Arc::make_mut(v));
-                    param.var.inplace_op2(&grad.contiguous()?, &Update { step, moments: Mutex::new((m, v)) })?;
-                }
-                State::Composite { master, m, v } => {
-                    let grad = (grad.detach() * clip_scale)?;
-                    *m = ((&*m * beta1)? + (&grad * (1.0 - beta1))?)?;
-                    *v = ((&*v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
-                    let root = ((v.sqrt()? * step.root_correction as f64)? + eps)?;
-                    let change = ((&*m / root)? * step.rate as f64)?;
-                    *master = ((&*master * (1.0 - lr * weight_decay))? - change)?;
-                    param.var.set(&master.to_dtype(param.var.dtype())?)?;
-                }
-            }
-        }
-        Ok(())
+        })
     }
 
     /// Returns the current state, unaffected by later steps: `step` (a `u32` scalar), and for each parameter
@@ -211,6 +256,67 @@ impl AdamW {
     }
 }
 
+impl State {
+    /// Makes a step of a composite state with the gradient `grad`; returns the new master copy.
+    fn composite(&mut self, grad: &Tensor, config: AdamWConfig, step: StepSizes) -> Result<&Tensor> {
+        let Self::Composite { master, m, v } = self else { bail!("adamw: internal error: the state is not composite") };
+        let AdamWConfig { beta1, beta2, eps, .. } = config;
+        let StepSizes { keep, rate, root_correction, clip, .. } = step;
+        let grad = (grad.detach() * f64::from(clip))?;
+        *m = ((&*m * beta1)? + (&grad * (1.0 - beta1))?)?;
+        *v = ((&*v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
+        let root = ((v.sqrt()? * f64::from(root_correction))? + eps)?;
+        let change = ((&*m / root)? * f64::from(rate))?;
+        *master = ((&*master * f64::from(keep))? - change)?;
+        Ok(master)
+    }
+}
+
+/// Returns the elements of a contiguous CPU `f32` tensor, without a copy if it owns its storage alone. Other tensors that
+/// share the storage become unusable.
+fn owned(tensor: Tensor) -> Result<Vec<f32>> {
+    let taken = Taken(Mutex::new(Vec::new()));
+    tensor.inplace_op1(&taken)?;
+    taken.0.into_inner().map_err(candle_core::Error::wrap)
+}
+
+/// In-place operation that moves the elements out of a tensor.
+struct Taken(Mutex<Vec<f32>>);
+
+impl InplaceOp1 for Taken {
+    fn name(&self) -> &'static str {
+        "take-elements"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match (storage, layout.contiguous_offsets(), self.0.lock()) {
+            (CpuStorage::F32(values), Some((0, end)), Ok(mut taken)) if end == values.len() => {
+                *taken = std::mem::take(values);
+                Ok(())
+            }
+            _ => bail!("adamw: a gradient is not a contiguous f32 tensor"),
+        }
+    }
+}
+
+/// Runs `update` on blocks of `out`, `m`, `v` and `input`, in parallel for a large parameter.
+fn in_blocks(
+    out: &mut [f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    input: &[f32],
+    update: impl Fn(&mut [f32], &mut [f32], &mut [f32], &[f32]) + Sync,
+) {
+    if out.len() < PARALLEL_FROM || rayon::current_num_threads() == 1 {
+        return update(out, m, v, input);
+    }
+    out.par_chunks_mut(BLOCK)
+        .zip(m.par_chunks_mut(BLOCK))
+        .zip(v.par_chunks_mut(BLOCK))
+        .zip(input.par_chunks(BLOCK))
+        .for_each(|(((out, m), v), input)| update(out, m, v, input));
+}
+
 struct Update<'a> {
     step: StepSizes,
     /// An in-place operation changes one tensor and receives `&self`, so the moments are behind a lock, which is never
@@ -227,16 +333,7 @@ impl InplaceOp2 for Update<'_> {
         let (theta, grad) = (elements_mut(s1, l1)?, elements(s2, l2)?);
         let Ok(mut moments) = self.moments.lock() else { bail!("adamw: a step before this one panicked") };
         let (m, v) = &mut *moments;
-        if theta.len() < PARALLEL_FROM || rayon::current_num_threads() == 1 {
-            update(theta, m, v, grad, self.step);
-            return Ok(());
-        }
-        theta
-            .par_chunks_mut(BLOCK)
-            .zip(m.par_chunks_mut(BLOCK))
-            .zip(v.par_chunks_mut(BLOCK))
-            .zip(grad.par_chunks(BLOCK))
-            .for_each(|(((theta, m), v), grad)| update(theta, m, v, grad, self.step));
+        in_blocks(theta, m, v, grad, |theta, m, v, grad| update(theta, m, v, grad, self.step));
         Ok(())
     }
 }
@@ -244,12 +341,27 @@ impl InplaceOp2 for Update<'_> {
 vectorised! {
 fn update<FMA>(theta: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], step: StepSizes) {
     for (((theta, m), v), g) in theta.iter_mut().zip(m.iter_mut()).zip(v.iter_mut()).zip(grad) {
-        let g = g * step.clip;
-        *m = *m * step.beta1 + g * (1.0 - step.beta1);
-        *v = *v * step.beta2 + g * g * (1.0 - step.beta2);
-        *theta = *theta * step.keep - step.rate * *m / (v.sqrt() * step.root_correction + step.eps);
+        *theta = moved(*theta, m, v, *g, step);
     }
 }
+}
+
+vectorised! {
+/// Replaces each gradient by the new value of its parameter.
+fn moved_to<FMA>(grad: &mut [f32], m: &mut [f32], v: &mut [f32], theta: &[f32], step: StepSizes) {
+    for (((g, m), v), theta) in grad.iter_mut().zip(m.iter_mut()).zip(v.iter_mut()).zip(theta) {
+        *g = moved(*theta, m, v, *g, step);
+    }
+}
+}
+
+/// Updates the moments of one element with its gradient; returns the element's new value.
+#[inline(always)]
+fn moved(theta: f32, m: &mut f32, v: &mut f32, gradient: f32, step: StepSizes) -> f32 {
+    let g = gradient * step.clip;
+    *m = *m * step.beta1 + g * (1.0 - step.beta1);
+    *v = *v * step.beta2 + g * g * (1.0 - step.beta2);
+    theta * step.keep - step.rate * *m / (v.sqrt() * step.root_correction + step.eps)
 }
 
 #[cfg(test)]
@@ -275,7 +387,7 @@ mod tests {
 
     /// Runs a backward of `Σ θ·g`, so that the gradient is `g`.
     fn accumulate(params: &[(String, Var)], gradient: impl Fn(&str) -> Tensor) -> Gradients {
-        let mut grads = Gradients::new(params).unwrap();
+        let mut grads = Gradients::new(params);
         for (name, var) in params {
             let loss = (var.as_tensor() * gradient(name).to_dtype(var.dtype()).unwrap()).unwrap().sum_all().unwrap();
             backward(&loss, &mut [&mut grads]).unwrap();
@@ -329,6 +441,38 @@ mod tests {
         let want = Tensor::from_vec(theta, (131, 193), &Device::Cpu).unwrap();
         assert_close("single", params[0].1.as_tensor(), &want, 1e-5);
         assert_close("double", params[1].1.as_tensor(), &want, 1e-5);
+    }
+
+    /// The new variables have the values of a step in place, and the old ones keep theirs.
+    #[test]
+    fn a_step_into_the_gradients_leaves_the_old_values() {
+        let start = [values(1, &[131, 193]), values(2, &[9]).to_dtype(DType::BF16).unwrap(), values(3, &[4, 2])];
+        let params = || -> Vec<(String, Var)> {
+            let vars = start.iter().map(|tensor| Var::from_tensor(&tensor.copy().unwrap()).unwrap());
+            ["a", "b", "c"].map(String::from).into_iter().zip(vars).collect()
+        };
+        let gradient = |params: &[(String, Var)], seed| {
+            accumulate(params, |name| values(seed, params.iter().find(|(own, _)| own == name).unwrap().1.dims()))
+        };
+        let (in_place, mut replaced) = (params(), params());
+        let mut one = AdamW::new(in_place.clone(), CONFIG).unwrap();
+        let mut other = AdamW::new(replaced.clone(), CONFIG).unwrap();
+        for seed in 3..6 {
+            one.step(&gradient(&in_place, seed), 1e-2, 0.5).unwrap();
+            let mut grads = gradient(&replaced, seed);
+            let old: Vec<Tensor> = replaced.iter().map(|(_, var)| var.as_detached_tensor()).collect();
+            let before: Vec<_> = old.iter().map(flat).collect();
+            replaced = other.replace(&mut grads, 1e-2, 0.5).unwrap();
+            assert_eq!(old.iter().map(flat).collect::<Vec<_>>(), before);
+            for ((name, a), (same, b)) in in_place.iter().zip(&replaced) {
+                assert_eq!((name, flat(a)), (same, flat(b)));
+            }
+            // The accumulators belong to the new variables.
+            assert_eq!(grads.global_norm().unwrap(), 0.0);
+            let loss = replaced[0].1.sqr().unwrap().sum_all().unwrap();
+            assert_eq!(backward(&loss, &mut [&mut grads]).unwrap(), 1);
+        }
+        assert_eq!(flat(&tensors(&one)[1].1), flat(&tensors(&other)[1].1));
     }
 
     /// Steps smaller than the resolution of bf16 add up in the master copy.
@@ -385,7 +529,7 @@ mod tests {
         elsewhere.params[0].state = State::Composite { master: zeros.clone(), m: zeros.clone(), v: zeros };
         elsewhere.import(tensors(&AdamW::new(wide.clone(), CONFIG).unwrap())).unwrap();
         let before = flat(&wide[0].1);
-        elsewhere.step(&Gradients::new(&wide).unwrap(), 1e-3, 1.0).unwrap();
+        elsewhere.step(&Gradients::new(&wide), 1e-3, 1.0).unwrap();
         for (got, before) in flat(&wide[0].1).iter().zip(before) {
             assert!((got - before * (1.0 - 1e-3 * 0.01)).abs() < 1e-6, "{got} after {before}");
         }
@@ -398,7 +542,7 @@ mod tests {
         let mut adamw = AdamW::new(one.clone(), CONFIG).unwrap();
         let state = tensors(&AdamW::new(other.clone(), CONFIG).unwrap());
         assert!(adamw.import(state).unwrap_err().to_string().contains("no a.exp_avg"));
-        let error = adamw.step(&Gradients::new(&other).unwrap(), 1e-3, 1.0).unwrap_err();
+        let error = adamw.step(&Gradients::new(&other), 1e-3, 1.0).unwrap_err();
         assert!(error.to_string().contains("no gradient accumulator for a"), "{error}");
         assert_eq!(adamw.steps(), 0);
     }

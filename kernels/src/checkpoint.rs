@@ -68,7 +68,7 @@ mod tests {
         let params = params();
         let segment = segment(&params);
         let run = |through: &dyn Fn(&Tensor) -> Tensor| {
-            let mut sums = Gradients::new(&params).unwrap();
+            let mut sums = Gradients::new(&params);
             let out = through(&through(&params[0].1));
             let loss = (&out * values(9, out.dims())).unwrap().sum_all().unwrap();
             assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), 3);

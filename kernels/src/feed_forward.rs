@@ -158,7 +158,7 @@ mod tests {
             let run = |dtype| {
                 let params = params(rows, 12, 20, dtype);
                 let out = feed_forward(&params[0].1, &block(&tensors(&params), activation)).unwrap();
-                let mut sums = Gradients::new(&params).unwrap();
+                let mut sums = Gradients::new(&params);
                 let loss = (&out * values(9, out.dims()).to_dtype(dtype).unwrap()).unwrap().sum_all().unwrap();
                 assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), NAMES.len());
                 (out.detach(), sums)
@@ -181,7 +181,7 @@ mod tests {
         assert!(!plain.track_op());
         assert_eq!(flat(&plain), flat(&feed_forward(x, &trained).unwrap()));
         // Frozen weights pass the gradient on and receive none.
-        let mut sums = Gradients::new(&params).unwrap();
+        let mut sums = Gradients::new(&params);
         let loss = feed_forward(x, &frozen).unwrap().sum_all().unwrap();
         assert_eq!(backward(&loss, &mut [&mut sums]).unwrap(), 1);
         // If no path of the graph leads back to the weights, the composite runs.
@@ -194,7 +194,7 @@ mod tests {
     fn a_single_trained_weight_gets_the_same_gradient() {
         let params = params(70, 12, 20, DType::F32);
         let run = |tensors: &[Tensor]| {
-            let mut sums = Gradients::new(&params).unwrap();
+            let mut sums = Gradients::new(&params);
             let loss = feed_forward(&params[0].1, &block(tensors, Activation::Silu)).unwrap().sqr().unwrap();
             let reached = backward(&loss.sum_all().unwrap(), &mut [&mut sums]).unwrap();
             (reached, ["x", "down A", "down B"].map(|name| flat(sums.get(name).unwrap())))

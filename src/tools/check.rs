@@ -175,11 +175,12 @@ impl Sizes {
             || config.evaluation.every_steps > 0
             || (own_judge && devices.labeler.same_device(policy));
         let start = if start_stays { self.parameters } else { 0.0 };
-        // Trained parameters: weights, a group's gradient, and two published copies of the policy.
+        // Trained parameters: weights, which the published version shares, a group's gradient, and the version before,
+        // which rollouts may still use.
         // Each further replica has sums of gradients in f32 and activations of its own.
         let replicas = config.learner.replicas as f64;
         let sums = 4.0 * (replicas - 1.0) * (self.trained + self.value_model);
-        let learner = each * (start + 4.0 * self.trained + 2.0 * self.value_model)
+        let learner = each * (start + 3.0 * self.trained + 2.0 * self.value_model)
             + exact(policy) * (self.trained + self.value_model)
             + sums;
         let mut loads = vec![Load {

@@ -179,7 +179,7 @@ fn every_gradient_agrees_with_the_cpu() {
     for case in cases() {
         let [here, there] = [&Device::Cpu, &device].map(|device| {
             let (model, params) = case.trainable(device);
-            let mut gradients = Gradients::new(&params).unwrap();
+            let mut gradients = Gradients::new(&params);
             // Twice, as micro-batches add up.
             backward(&model, &params, &mut gradients);
             backward(&model, &params, &mut gradients);
@@ -204,7 +204,7 @@ fn adamw_steps_agree_with_the_cpu() {
         let [here, there] = [&Device::Cpu, &device].map(|device| {
             let (model, params) = case.trainable(device);
             let before: Vec<Tensor> = params.iter().map(|(_, var)| var.copy().unwrap()).collect();
-            let mut gradients = Gradients::new(&params).unwrap();
+            let mut gradients = Gradients::new(&params);
             let mut optimizer = AdamW::new(params.clone(), config).unwrap();
             for _ in 0..2 {
                 gradients.zero().unwrap();
@@ -313,7 +313,7 @@ fn a_snapshot_is_complete_in_another_thread() {
     let config = ModelConfig { hidden_size: 512, intermediate_size: 1024, head_dim: 128, layers: 4, ..tiny() };
     let weights = Weights::scratch(&config, 0.05, 3, &device).unwrap();
     let (model, params) = Decoder::new(&config, &weights).unwrap().trainable(true).unwrap();
-    let mut gradients = Gradients::new(&params).unwrap();
+    let mut gradients = Gradients::new(&params);
     let mut optimizer = AdamW::new(params.clone(), AdamWConfig::default()).unwrap();
     let read = |model: &Decoder| logits(model, &pack()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     for version in 0..20 {
@@ -337,7 +337,7 @@ fn a_copy_on_another_stream_is_complete() {
     let config = ModelConfig { hidden_size: 512, intermediate_size: 1024, head_dim: 128, layers: 4, ..tiny() };
     let weights = Weights::scratch(&config, 0.05, 3, &device).unwrap();
     let (model, params) = Decoder::new(&config, &weights).unwrap().trainable(true).unwrap();
-    let mut gradients = Gradients::new(&params).unwrap();
+    let mut gradients = Gradients::new(&params);
     let mut optimizer = AdamW::new(params.clone(), AdamWConfig::default()).unwrap();
     let mut copies = DeviceReplicas::new(other.clone());
     let read = |model: &Decoder| logits(model, &pack()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -376,7 +376,7 @@ fn steps_in_half_precision_are_near_those_in_single_precision() {
             let model = case.model(device, DType::F32).to_dtype(dtype).unwrap();
             let (model, params) =
                 case.lora.as_ref().map_or_else(|| model.trainable(true), |lora| model.adapted(lora, 0)).unwrap();
-            let mut gradients = Gradients::new(&params).unwrap();
+            let mut gradients = Gradients::new(&params);
             backward(&model, &params, &mut gradients);
             let norm = gradients.global_norm().unwrap();
             let before = model.logprobs(&pack(), 1.0).unwrap().0.detach();

@@ -110,7 +110,7 @@ fn gradients(algorithm: &dyn Algorithm, model: &Decoder, params: &[(String, Var)
     if !loss.d_entropy.is_empty() {
         sum = (sum + weigh(&entropy, &loss.d_entropy)).unwrap();
     }
-    let mut gradients = Gradients::new(params).unwrap();
+    let mut gradients = Gradients::new(params);
     assert_eq!(backward(&sum, &mut [&mut gradients]).unwrap(), params.len());
     gradients
 }

@@ -95,7 +95,7 @@ impl Decoder {
             .0
             .iter()
             .filter(|(name, _)| head || *name != "lm_head.weight")
-            .map(|(name, tensor)| Ok((name.clone(), Var::from_tensor(&tensor.copy()?)?)))
+            .map(|(name, tensor)| Ok((name.clone(), Var::from_tensor(&tensor.detach())?)))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let weights = Weights(params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
         Ok((self.inherit_settings(Self::build(&Arc::new(config), &weights, None)?), params))
@@ -114,7 +114,7 @@ impl Decoder {
         }
         let mut params = Vec::new();
         for (name, tensor) in weights.0.iter_mut().filter(|(name, _)| is_adapter(name)) {
-            let var = Var::from_tensor(&tensor.copy()?)?;
+            let var = Var::from_tensor(&tensor.detach())?;
             *tensor = var.as_tensor().clone();
             params.push((name.clone(), var));
         }
@@ -135,7 +135,7 @@ impl Decoder {
         let mut weights = self.weights.clone();
         for (name, tensor) in &mut weights.0 {
             if params.iter().any(|(param, _)| param == name) {
-                let var = Var::from_tensor(&tensor.to_device(device)?.copy()?.detach())?;
+                let var = Var::from_tensor(&tensor.to_device(device)?.detach())?;
                 *tensor = var.as_tensor().clone();
                 copies.push((name.clone(), var));
             } else {
@@ -143,6 +143,16 @@ impl Decoder {
             }
         }
         Ok((self.with_weights(&weights)?, copies))
+    }
+
+    /// Returns the model with other variables, by name, in place of its own.
+    ///
+    /// # Errors
+    /// If a variable has the wrong shape; the error names it.
+    pub fn with_variables(&self, params: &[(String, Var)]) -> anyhow::Result<Self> {
+        let mut weights = self.weights.clone();
+        weights.0.extend(params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())));
+        self.with_weights(&weights)
     }
 
     /// Returns the model with the same tensors, but without a computation graph. It follows changes of the variables.

@@ -35,7 +35,8 @@ pub struct TrainState {
     pub nonfinite_in_row: u32,
     /// Mean length in tokens of the first batch's completions; the reference for the length drift.
     pub first_length: Option<f64>,
-    /// Trainable model; its tensors are private to the learner and its replicas, and only copies leave it.
+    /// Trainable model. Its variables never change their values: a step replaces them, and the published policy shares
+    /// their memory.
     pub model: Arc<Decoder>,
     /// Sums of the gradients of the batch so far, one entry for each replica of the learner.
     pub sums: Vec<Arc<Mutex<Sums>>>,
@@ -161,18 +162,16 @@ impl TrainState {
             self.devices.len()
         );
         if self.sums.len() != count {
-            let one = || -> Result<Sums> {
-                let mut sums = vec![Gradients::new(&self.params)?];
-                sums.extend(self.value.as_ref().map_or(Ok(Vec::new()), ValueModel::accumulators)?);
-                Ok(sums)
+            let one = || -> Sums {
+                let mut sums = vec![Gradients::new(&self.params)];
+                sums.extend(self.value.iter().flat_map(ValueModel::accumulators));
+                sums
             };
             let mut all = Vec::with_capacity(count);
             if self.devices.is_empty() {
-                for _ in 0..count {
-                    all.push(one()?);
-                }
+                all.resize_with(count, one);
             } else {
-                all.push(one()?);
+                all.push(one());
                 self.copies.clear();
                 for device in &self.devices[1..] {
                     let (copied, sums) = self.copy_on(device)?;
@@ -188,7 +187,7 @@ impl TrainState {
     /// Returns a copy of the weights on `device`, and its sums of gradients.
     fn copy_on(&self, device: &Device) -> Result<(Copied, Sums)> {
         let (policy, mut params) = self.model.trainable_on(&self.params, device)?;
-        let mut sums = vec![Gradients::new(&params)?];
+        let mut sums = vec![Gradients::new(&params)];
         let mut value = None;
         if let Some(model) = &self.value {
             let copy = model.copy_on(device)?;
@@ -248,10 +247,10 @@ impl TrainState {
     /// shared, not copied.
     ///
     /// # Errors
-    /// If memory for a copy of the value baseline, or of adapters that were never published, cannot be allocated.
+    /// If memory for a copy of the value baseline cannot be allocated.
     pub fn save(&self) -> Result<Saved> {
         let policy =
-            if self.published_at == self.step { Arc::clone(&self.published) } else { Arc::new(self.model.snapshot()?) };
+            if self.published_at == self.step { Arc::clone(&self.published) } else { Arc::new(self.model.detached()?) };
         let weights = policy.weights();
         let params = self.params.iter().map(|(name, _)| {
             let tensor = weights.0.get(name).with_context(|| format!("the policy has no tensor {name}"))?;
@@ -277,7 +276,12 @@ impl TrainState {
     /// # Errors
     /// If a tensor is missing or has another shape; the error names it.
     pub fn restore(&mut self, counters: &Counters, tensors: Restored) -> Result<()> {
-        restore_params(&self.params, &tensors.params)?;
+        let restored = |(name, var): &(String, Var)| {
+            Ok((name.clone(), Var::from_tensor(&saved_value(name, var, &tensors.params)?)?))
+        };
+        self.params = self.params.iter().map(restored).collect::<Result<_>>()?;
+        self.optimizer.follow(&self.params)?;
+        self.follow()?;
         self.optimizer.import(tensors.optimizer)?;
         match (&mut self.value, tensors.value) {
             (Some(model), Some(params)) => model.restore(&params, &tensors.value_optimizer)?,
@@ -307,13 +311,22 @@ impl TrainState {
         Ok(lock(&self.sums[0])[0].global_norm()?)
     }
 
-    /// Applies the policy's gradient in the first replica's sums, scaled by `scale`, with learning rate `lr`. Replicas with
-    /// copies have the weights of before until [`Self::discard`].
+    /// Applies the policy's gradient in the first replica's sums, scaled by `scale`, with learning rate `lr`. The old weights
+    /// stay as they are for whoever still has them. Replicas with copies have them until [`Self::discard`].
     ///
     /// # Errors
     /// If a tensor operation fails.
     pub fn apply(&mut self, lr: f64, scale: f64) -> Result<()> {
-        Ok(self.optimizer.step(&lock(&self.sums[0])[0], lr, scale)?)
+        self.params = self.optimizer.replace(&mut lock(&self.sums[0])[0], lr, scale)?;
+        self.follow()
+    }
+
+    /// Makes the model and the sums those of the present variables.
+    fn follow(&mut self) -> Result<()> {
+        self.model = Arc::new(self.model.with_variables(&self.params)?);
+        // Replicas with copies have variables of their own.
+        let shared = if self.devices.is_empty() { self.sums.len() } else { self.sums.len().min(1) };
+        Ok(self.sums[..shared].iter().try_for_each(|sums| lock(sums)[0].follow(&self.params))?)
     }
 
     /// Makes a step of the value baseline, if there is one, with the gradients in the first replica's sums; see
@@ -337,12 +350,13 @@ impl TrainState {
         self.broadcast()
     }
 
-    /// Returns an immutable copy of the present policy, which [`Self::published`] returns from then on.
+    /// Returns the present policy, which [`Self::published`] returns from then on. It shares the memory of the learner's
+    /// variables, which no step changes.
     ///
     /// # Errors
-    /// If memory for the copy cannot be allocated.
+    /// If a tensor operation fails.
     pub fn snapshot(&mut self) -> Result<Arc<Decoder>> {
-        self.published = Arc::new(self.model.snapshot()?);
+        self.published = Arc::new(self.model.detached()?);
         self.published_at = self.step;
         Ok(Arc::clone(&self.published))
     }
@@ -359,9 +373,17 @@ impl TrainState {
 /// If a tensor is missing or has another shape; the error names it. Earlier parameters have then been written already.
 pub fn restore_params(params: &[(String, Var)], saved: &HashMap<String, Tensor>) -> Result<()> {
     for (name, var) in params {
-        let tensor = saved.get(name).with_context(|| format!("it has no tensor {name}"))?;
-        ensure!(tensor.dims() == var.dims(), "its {name} is {:?}, not {:?}", tensor.dims(), var.dims());
-        var.set(&tensor.to_device(var.device())?.to_dtype(var.dtype())?)?;
+        var.set(&saved_value(name, var, saved)?)?;
     }
     Ok(())
+}
+
+/// Returns the saved value of the parameter `name`, with the device and the dtype of `var`.
+///
+/// # Errors
+/// If it is missing or has another shape; the error names it.
+fn saved_value(name: &str, var: &Var, saved: &HashMap<String, Tensor>) -> Result<Tensor> {
+    let tensor = saved.get(name).with_context(|| format!("it has no tensor {name}"))?;
+    ensure!(tensor.dims() == var.dims(), "its {name} is {:?}, not {:?}", tensor.dims(), var.dims());
+    Ok(tensor.to_device(var.device())?.to_dtype(var.dtype())?)
 }

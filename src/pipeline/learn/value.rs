@@ -127,9 +127,9 @@ impl ValueModel {
         let trunk = self.trunk.as_ref().map_or(&[][..], |part| &part.params);
         let (net, params) = self.net.on(trunk, device)?;
         let (head, trunk) = params.split_at(self.head.params.len());
-        let mut sums = vec![Gradients::new(head)?];
+        let mut sums = vec![Gradients::new(head)];
         if self.trunk.is_some() {
-            sums.push(Gradients::new(trunk)?);
+            sums.push(Gradients::new(trunk));
         }
         Ok(ValueCopy { net, sums, params })
     }
@@ -139,12 +139,9 @@ impl ValueModel {
         self.parts().flat_map(|part| &part.params)
     }
 
-    /// Returns zeroed accumulators for the gradients of the baseline's parts.
-    ///
-    /// # Errors
-    /// If the device has insufficient memory.
-    pub fn accumulators(&self) -> Result<Vec<Gradients>> {
-        self.parts().map(|part| Ok(Gradients::new(&part.params)?)).collect()
+    /// Returns zero accumulators for the gradients of the baseline's parts.
+    pub fn accumulators(&self) -> Vec<Gradients> {
+        self.parts().map(|part| Gradients::new(&part.params)).collect()
     }
 
     /// Makes one optimizer step on the mean over `count` of `sums`, which are [`Self::accumulators`]: the head at `head_lr`, a
