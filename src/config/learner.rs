@@ -62,9 +62,9 @@ section! {
         /// Number of threads of each replica of the learner.
         [Changeable] threads: usize = pool(),
         /// Number of replicas of the learner on the CPU. Each computes the gradients of its part of a batch's groups, on
-        /// shared weights, with `learner.threads` threads; the gradients are added before the step. Two replicas of one
-        /// thread are faster than one with two threads. Each needs memory for its sums of gradients and for its
-        /// activations. The result depends on the number only by rounding.
+        /// shared weights, with `learner.threads` threads; the gradients are added before the step. The warm-up of a
+        /// reward model uses them too. Two replicas of one thread are faster than one with two threads. Each needs
+        /// memory for its sums of gradients and for its activations. The result depends on the number only by rounding.
         [Changeable] replicas: usize = is(1).from(1).to(256),
         /// Devices of the replicas of the learner, such as `["cuda:0", "cuda:1"]`; the first must be `policy.device`. Each
         /// replica has a copy of the trained weights on its device and computes the gradients of its part of a batch's

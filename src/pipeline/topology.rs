@@ -190,7 +190,8 @@ impl Node {
         let count = self.warm_up_groups();
         let gate = open_gate(count);
         let (trainer, observer) = (Arc::clone(trainer), Arc::clone(observer));
-        let warm_up = WarmUp::new(trainer, observer, config.reward_model.epochs, config.run.seed);
+        let layout = learning::warm_up_layout(config, &self.prepared.devices.reward_model);
+        let warm_up = WarmUp::new(trainer, observer, config.reward_model.epochs, config.run.seed, layout);
         let spec = StageSpec::new("reward").role("reward").threads(config.reward.threads);
         let (labeled_out, labeled) = builder.edge("labeled", config.labeler.capacity);
         if let Some(pairs) = &self.prepared.pairs {

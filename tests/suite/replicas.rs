@@ -242,3 +242,27 @@ fn fine_tuning_with_replicas_leads_to_the_same_loss() {
         assert!((a - b).abs() <= 1e-5 * b, "{a} against {b}");
     }
 }
+
+#[test]
+fn a_reward_model_warmed_up_with_replicas_has_the_same_loss() {
+    let pairs = format!("reward_model.pairs=\"{}\"", config("data/preferences-summaries.jsonl").display());
+    let losses = |replicas: &str| -> Vec<f64> {
+        let dir = tempfile::tempdir().unwrap();
+        let more = ["reward_model.epochs=2", "reward_model.batch_pairs=5", "reward_model.holdout=0.3", "run.steps=1"];
+        let output = train(dir.path(), &[&["run.mode=human", pairs.as_str(), replicas], &more[..]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        let phases = std::fs::read_to_string(dir.path().join("run/phases.jsonl")).unwrap();
+        let lines = phases.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.filter_map(|line| line["loss"].as_f64()).collect()
+    };
+    let one = losses("learner.replicas=1");
+    assert!(one.len() > 3, "{one:?}");
+    for replicas in ["learner.replicas=2", "learner.replicas=3"] {
+        let several = losses(replicas);
+        assert_eq!(several.len(), one.len());
+        assert!(
+            several.iter().zip(&one).all(|(a, b)| (a - b).abs() <= 1e-5 * b),
+            "{replicas}: {several:?} and {one:?}"
+        );
+    }
+}

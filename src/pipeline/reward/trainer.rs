@@ -1,6 +1,7 @@
 //! Training of a reward model on preference pairs.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor, Var};
@@ -9,8 +10,11 @@ use serde::{Deserialize, Serialize};
 use super::model::RewardModel;
 use crate::lm::model::Decoder;
 use crate::observe::telemetry;
+use crate::pipeline::learn::collective::{Collective, SharedWeights};
+use crate::pipeline::learn::replicas::{Job, Sums};
 use crate::rl::algo::preference::soft_label;
 use crate::types::{Group, Prompt};
+use crate::util::mutex::lock;
 use crate::util::seed::{self, mix};
 use kernels::{AdamW, AdamWConfig, Frozen, Gradients, clip_factor};
 
@@ -52,10 +56,10 @@ pub struct TrainerStep {
 /// A reward model in training. The loss is that of the soft label over (r₁ − r₂) ([`soft_label`]), averaged over pairs.
 pub struct RewardTrainer {
     plan: TrainerPlan,
-    model: RewardModel,
+    model: Arc<RewardModel>,
     params: Vec<(String, Var)>,
-    gradients: Gradients,
-    head_gradients: Gradients,
+    /// Gradients of the decoder and of the head under accumulation, one entry for each replica.
+    sums: Vec<Arc<Mutex<Sums>>>,
     optimizer: AdamW,
     head_optimizer: AdamW,
     counters: Counters,
@@ -88,6 +92,17 @@ pub struct Observed {
     /// Optimizer step that followed, if any.
     pub step: Option<TrainerStep>,
 }
+
+/// Result of the work on one group ([`RewardTrainer::work`]).
+pub struct Judged {
+    /// Scores of the group's completions.
+    pub scores: Vec<f64>,
+    /// Sums over the pairs whose gradient was added.
+    sums: Pending,
+}
+
+/// Labeled pairs of a group: two completions and P(first is better).
+pub type Pairs = [(usize, usize, f64)];
 
 /// Sums over the pairs of the optimizer step under accumulation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -126,19 +141,34 @@ impl RewardTrainer {
         // The language-model head is neither used nor trained.
         let (model, params) = initial.trainable(false)?;
         let zeros = Tensor::zeros((1, model.config().hidden_size), DType::F32, initial.device())?;
-        let head = Var::from_tensor(&head.unwrap_or(&zeros).copy()?)?;
+        let head = Var::from_tensor(&head.unwrap_or(&zeros).detach())?;
         let head_params = vec![(super::model::HEAD.to_owned(), head.clone())];
-        Ok(Self {
+        let mut trainer = Self {
             plan,
-            model: RewardModel { model, head: head.as_tensor().clone() },
-            gradients: Gradients::new(&params)?,
-            head_gradients: Gradients::new(&head_params)?,
+            model: Arc::new(RewardModel { model, head: head.as_tensor().clone() }),
+            sums: Vec::new(),
             optimizer: AdamW::new(params.clone(), adam)?,
             head_optimizer: AdamW::new(head_params.clone(), AdamWConfig { weight_decay: 0.0, ..adam })?,
             params: params.into_iter().chain(head_params).collect(),
             counters: Counters::default(),
             stepping: false,
-        })
+        };
+        trainer.set_replicas(1);
+        Ok(trainer)
+    }
+
+    /// Sets the number of replicas that compute gradients between two optimizer steps; returns their sums, which are zero if
+    /// the number changes.
+    pub fn set_replicas(&mut self, count: usize) -> &[Arc<Mutex<Sums>>] {
+        if self.sums.len() != count {
+            let (head, decoder) = self
+                .params
+                .split_last()
+                .map_or((&[][..], &[][..]), |(head, decoder)| (std::slice::from_ref(head), decoder));
+            let one = || Arc::new(Mutex::new(vec![Gradients::new(decoder), Gradients::new(head)]));
+            self.sums = std::iter::repeat_with(one).take(count).collect();
+        }
+        &self.sums
     }
 
     /// Returns the present state. The optimizers' moments are shared; the weights and a gradient under accumulation are
@@ -154,7 +184,8 @@ impl RewardTrainer {
         let mut state: Vec<(String, Frozen)> = named(decoder, self.optimizer.export()?).collect();
         state.extend(named(head, self.head_optimizer.export()?));
         if self.counters.pending.pairs > 0 {
-            for (part, gradients) in [(decoder_gradient, &self.gradients), (head_gradient, &self.head_gradients)] {
+            let sums = lock(&self.sums[0]);
+            for (part, gradients) in [decoder_gradient, head_gradient].into_iter().zip(&*sums) {
                 let copies = gradients.copies()?.into_iter().map(|(name, copy)| (name, copy.into()));
                 state.extend(named(part, copies.collect()));
             }
@@ -187,8 +218,10 @@ impl RewardTrainer {
         self.optimizer.import(decoder)?;
         self.head_optimizer.import(head)?;
         if counters.pending.pairs > 0 {
-            self.gradients.restore(&decoder_gradient)?;
-            self.head_gradients.restore(&head_gradient)?;
+            let mut sums = lock(&self.sums[0]);
+            for (gradients, saved) in sums.iter_mut().zip([decoder_gradient, head_gradient]) {
+                gradients.restore(&saved)?;
+            }
         }
         self.counters = counters;
         Ok(())
@@ -227,8 +260,7 @@ impl RewardTrainer {
     /// # Errors
     /// If a sequence exceeds the model's context.
     pub fn score(&self, group: &Group) -> Result<Vec<f64>> {
-        let ids: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
-        Ok(self.model.scores(&group.prompt.ids, &ids)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
+        Ok(values(&scores(&self.model, group)?)?)
     }
 
     /// Scores a group as [`Self::score`] does, and learns from its `preferences` (two completions and P(first is
@@ -236,11 +268,8 @@ impl RewardTrainer {
     ///
     /// # Errors
     /// The same as for [`Self::score`].
-    pub fn observe(&mut self, group: &Group, preferences: &[(usize, usize, f64)]) -> Result<Observed> {
-        ensure!(
-            !self.stepping,
-            "the reward model failed while its weights were being written; they are only partly updated and cannot be used"
-        );
+    pub fn observe(&mut self, group: &Group, preferences: &Pairs) -> Result<Observed> {
+        self.ensure_usable()?;
         let (seq, version) = (group.prompt.seq, self.counters.version);
         if let Some((_, version, scores)) = self.counters.last.as_ref().filter(|(last, ..)| *last == seq) {
             return Ok(Observed { scores: scores.clone(), version: *version, step: None });
@@ -251,12 +280,7 @@ impl RewardTrainer {
         self.counters.next = seq + 1;
         let (scores, step) = if self.holds_out(&group.prompt) || preferences.is_empty() {
             let scores = self.score(group)?;
-            for (first, second, p) in preferences.iter().filter(|(_, _, p)| *p != 0.5) {
-                self.counters.held_out.push_back(agreement(scores[*first] - scores[*second], *p));
-            }
-            while self.counters.held_out.len() > WINDOW {
-                self.counters.held_out.pop_front();
-            }
+            self.measure(&scores, preferences);
             (scores, None)
         } else {
             self.learn(group, preferences)?
@@ -265,42 +289,72 @@ impl RewardTrainer {
         Ok(Observed { scores, version, step })
     }
 
+    /// Counts which labeled pairs of a held-out group its `scores` rank as labeled.
+    pub fn measure(&mut self, scores: &[f64], preferences: &Pairs) {
+        for (first, second, p) in preferences.iter().filter(|(_, _, p)| *p != 0.5) {
+            self.counters.held_out.push_back(agreement(scores[*first] - scores[*second], *p));
+        }
+        while self.counters.held_out.len() > WINDOW {
+            self.counters.held_out.pop_front();
+        }
+    }
+
+    fn ensure_usable(&self) -> Result<()> {
+        ensure!(
+            !self.stepping,
+            "the reward model failed while its weights were being written; they are only partly updated and cannot be used"
+        );
+        Ok(())
+    }
+
     /// Learns from `preferences` even if the group was learned from before, for several epochs over the same pairs.
     ///
     /// # Errors
     /// The same as for [`Self::score`].
-    pub fn learn(
-        &mut self,
-        group: &Group,
-        preferences: &[(usize, usize, f64)],
-    ) -> Result<(Vec<f64>, Option<TrainerStep>)> {
-        let ids: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
-        let scores = self.model.scores(&group.prompt.ids, &ids)?;
-        let values: Vec<f64> = scores.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
-        let mut gradients = vec![0f64; values.len()];
-        for (first, second, p) in preferences {
-            if self.plan.hard && *p == 0.5 {
-                continue;
-            }
-            let p = if self.plan.hard { f64::from(u8::from(*p > 0.5)) } else { *p };
-            let margin = values[*first] - values[*second];
-            let (loss, gradient) = soft_label(margin, p);
-            gradients[*first] += gradient;
-            gradients[*second] -= gradient;
-            self.counters.pending.pairs += 1;
-            self.counters.pending.loss += loss;
-            self.counters.pending.right += agreement(margin, p);
-        }
-        if gradients.iter().any(|gradient| *gradient != 0.0) {
-            let gradients: Vec<f32> = gradients.iter().map(|gradient| *gradient as f32).collect();
-            let gradients = Tensor::from_vec(gradients, scores.dims(), scores.device())?;
-            let loss = (scores * gradients)?.sum_all()?;
-            self.stepping = true;
-            kernels::backward(&loss, &mut [&mut self.gradients, &mut self.head_gradients])?;
-            self.stepping = false;
-        }
-        let step = if self.counters.pending.pairs >= self.plan.batch_pairs { self.step()? } else { None };
-        Ok((values, step))
+    pub fn learn(&mut self, group: &Group, preferences: &Pairs) -> Result<(Vec<f64>, Option<TrainerStep>)> {
+        self.stepping = true;
+        let judged = judge(&self.model, group, preferences, self.plan.hard, &mut lock(&self.sums[0]))?;
+        self.stepping = false;
+        let step = self.settle(&judged)?;
+        Ok((judged.scores, step))
+    }
+
+    /// Returns the work on a group for a replica: it scores the group with the present weights, and adds the gradient of
+    /// its pairs, if any, to the replica's sums. [`Self::settle`] takes the result, before the next step.
+    ///
+    /// # Errors
+    /// If an earlier failure left the weights only partly updated.
+    pub fn work(&mut self, group: Arc<Group>, preferences: Arc<Pairs>) -> Result<Job<Judged>> {
+        self.ensure_usable()?;
+        let (model, hard) = (Arc::clone(&self.model), self.plan.hard);
+        Ok(Box::new(move |sums| judge(&model, &group, &preferences, hard, sums)))
+    }
+
+    /// Returns the number of pairs in `preferences` that would be trained on.
+    pub fn usable(&self, preferences: &Pairs) -> usize {
+        preferences.iter().filter(|(_, _, p)| is_usable(*p, self.plan.hard)).count()
+    }
+
+    /// Returns the number of pairs per optimizer step.
+    pub fn batch_pairs(&self) -> usize {
+        self.plan.batch_pairs
+    }
+
+    /// Returns the number of pairs that an optimizer step still lacks.
+    pub fn missing(&self) -> usize {
+        self.plan.batch_pairs.saturating_sub(self.counters.pending.pairs)
+    }
+
+    /// Adds the result of the work on a group to the step under accumulation, and makes the step if it is complete.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn settle(&mut self, judged: &Judged) -> Result<Option<TrainerStep>> {
+        let pending = &mut self.counters.pending;
+        pending.pairs += judged.sums.pairs;
+        pending.loss += judged.sums.loss;
+        pending.right += judged.sums.right;
+        if pending.pairs >= self.plan.batch_pairs { self.step() } else { Ok(None) }
     }
 
     /// Makes an optimizer step on the accumulated pairs; returns `None` without pairs, or if the gradient is not
@@ -314,19 +368,23 @@ impl RewardTrainer {
         if pending.pairs == 0 {
             return Ok(None);
         }
-        let norm = self.gradients.global_norm()?.hypot(self.head_gradients.global_norm()?) / pairs;
+        SharedWeights.reduce(&self.sums)?;
+        let mut sums = lock(&self.sums[0]);
+        let norm = sums[0].global_norm()?.hypot(sums[1].global_norm()?) / pairs;
         let finite = norm.is_finite() && pending.loss.is_finite();
         if finite {
             self.stepping = true;
             let scale = clip_factor(norm, self.plan.max_grad_norm) / pairs;
-            self.optimizer.step(&self.gradients, self.plan.lr, scale)?;
-            self.head_optimizer.step(&self.head_gradients, self.plan.head_lr, scale)?;
+            self.optimizer.step(&sums[0], self.plan.lr, scale)?;
+            self.head_optimizer.step(&sums[1], self.plan.head_lr, scale)?;
             self.stepping = false;
             self.counters.version += 1;
             self.counters.trained += pending.pairs as u64;
         }
-        self.gradients.zero()?;
-        self.head_gradients.zero()?;
+        sums.iter_mut().try_for_each(Gradients::zero)?;
+        for others in &self.sums[1..] {
+            lock(others).iter_mut().try_for_each(Gradients::zero)?;
+        }
         let (loss, accuracy) = (pending.loss / pairs, pending.right / pairs);
         Ok(finite.then_some(TrainerStep { version: self.counters.version, loss, accuracy, gradient_norm: norm }))
     }
@@ -337,6 +395,44 @@ impl RewardTrainer {
         self.counters.next = 0;
         self.counters.last = None;
     }
+}
+
+/// Returns whether a label P(first is better) = `p` can be trained on: a tie has no preferred completion.
+fn is_usable(p: f64, hard: bool) -> bool {
+    !(hard && p == 0.5)
+}
+
+/// Scores a group, and adds the gradient of its pairs to `sums`, those of the decoder and of the head.
+fn judge(model: &RewardModel, group: &Group, preferences: &Pairs, hard: bool, sums: &mut Sums) -> Result<Judged> {
+    let scores = scores(model, group)?;
+    let values = values(&scores)?;
+    let (mut gradients, mut counted) = (vec![0f64; values.len()], Pending::default());
+    for (first, second, p) in preferences.iter().filter(|(_, _, p)| is_usable(*p, hard)) {
+        let p = if hard { f64::from(u8::from(*p > 0.5)) } else { *p };
+        let margin = values[*first] - values[*second];
+        let (loss, gradient) = soft_label(margin, p);
+        gradients[*first] += gradient;
+        gradients[*second] -= gradient;
+        counted.pairs += 1;
+        counted.loss += loss;
+        counted.right += agreement(margin, p);
+    }
+    if gradients.iter().any(|gradient| *gradient != 0.0) {
+        let gradients: Vec<f32> = gradients.iter().map(|gradient| *gradient as f32).collect();
+        let gradients = Tensor::from_vec(gradients, scores.dims(), scores.device())?;
+        let loss = (scores * gradients)?.sum_all()?;
+        kernels::backward(&loss, &mut sums.iter_mut().collect::<Vec<_>>())?;
+    }
+    Ok(Judged { scores: values, sums: counted })
+}
+
+fn scores(model: &RewardModel, group: &Group) -> Result<Tensor> {
+    let ids: Vec<&[u32]> = group.completions.iter().map(|completion| completion.ids.as_slice()).collect();
+    model.scores(&group.prompt.ids, &ids)
+}
+
+fn values(scores: &Tensor) -> candle_core::Result<Vec<f64>> {
+    Ok(scores.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
 }
 
 /// Returns 1 if a margin ranks a pair as its label does, 0 if not, and ½ for a margin of zero, which ranks nothing.

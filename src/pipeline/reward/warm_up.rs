@@ -1,15 +1,17 @@
 //! Warm-up of a reward model before the policy is trained with it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
-use preceptor_actors::{Emitter, Item, Stage, StageError, StageResult};
+use anyhow::{Context, Result};
+use preceptor_actors::{Emitter, Item, Stage, StageContext, StageError, StageResult};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use super::stage::{labeled_pairs, refusal};
-use super::trainer::{RewardTrainer, TrainerStep, agreement};
+use super::trainer::{Judged, Pairs, RewardTrainer, TrainerStep, agreement};
+use crate::pipeline::learn::replicas::{Layout, Replicas};
 use crate::types::{Group, Labeled};
 use crate::util::mutex::lock;
 use crate::util::seed::mix;
@@ -27,12 +29,20 @@ pub trait WarmUpObserver: Send {
     fn done(&mut self, right: f64, pairs: u64);
 }
 
-/// Stage that learns from labeled groups in order, and repeats all of them in each further epoch.
+/// Stage that learns from labeled groups in order, and repeats all of them in each further epoch. The groups of an optimizer
+/// step are dealt out to replicas.
 pub struct WarmUp {
     trainer: Arc<Mutex<RewardTrainer>>,
     observer: Arc<Mutex<dyn WarmUpObserver>>,
     epochs: u64,
     seed: u64,
+    layout: Layout,
+    /// Threads that compute gradients, once the actor has started.
+    replicas: Option<Replicas<Judged>>,
+    /// Groups that are with the replicas, in order.
+    submitted: VecDeque<PairedGroup>,
+    /// Number of groups submitted since the last optimizer step.
+    place: usize,
     next: u64,
     done: u64,
     waiting: BTreeMap<u64, Labeled>,
@@ -46,28 +56,35 @@ pub struct WarmUp {
     unlabeled: Option<String>,
 }
 
-/// A group with its labeled pairs: two indices of completions and P(first is better).
+/// A group with its labeled pairs. A clone shares them.
+#[derive(Clone)]
 struct PairedGroup {
-    group: Group,
-    pairs: Vec<(usize, usize, f64)>,
+    group: Arc<Group>,
+    pairs: Arc<Pairs>,
+    held_out: bool,
 }
 
 /// Beginning of the error message of a warm-up in which the reward model was trained on no pair.
 pub const NO_PAIR_TRAINED: &str = "the reward model was trained on no pair in its warm-up";
 
 impl WarmUp {
-    /// Creates a warm-up of `epochs` over the incoming groups, from number 0.
+    /// Creates a warm-up of `epochs` over the incoming groups, from number 0. A single replica works on the actor's threads.
     pub fn new(
         trainer: Arc<Mutex<RewardTrainer>>,
         observer: Arc<Mutex<dyn WarmUpObserver>>,
         epochs: u64,
         seed: u64,
+        layout: Layout,
     ) -> Self {
         Self {
             trainer,
             observer,
             epochs,
             seed,
+            layout,
+            replicas: None,
+            submitted: VecDeque::new(),
+            place: 0,
             next: 0,
             done: 0,
             waiting: BTreeMap::new(),
@@ -89,7 +106,8 @@ impl WarmUp {
         }
     }
 
-    fn take(&mut self, labeled: Labeled) -> anyhow::Result<()> {
+    /// Takes the next labeled group.
+    fn take(&mut self, labeled: Labeled, ctx: &StageContext) -> Result<()> {
         let pairs = labeled_pairs(labeled.feedback.as_ref());
         self.labeled += pairs.len();
         self.decided += pairs.iter().filter(|(_, _, p)| *p != 0.5).count();
@@ -103,12 +121,47 @@ impl WarmUp {
         let shared = Arc::clone(&self.trainer);
         let mut trainer = lock(&shared);
         let held_out = trainer.holds_out(&labeled.group.prompt);
-        let step = trainer.observe(&labeled.group, &pairs)?.step;
-        self.report(&trainer, step.as_ref());
+        let paired = PairedGroup { group: Arc::new(labeled.group), pairs: pairs.into(), held_out };
         if held_out {
-            self.held_out.push(PairedGroup { group: labeled.group, pairs });
-        } else if self.epochs > 1 && !pairs.is_empty() {
-            self.trained_on.push(PairedGroup { group: labeled.group, pairs });
+            self.held_out.push(paired.clone());
+        } else if self.epochs > 1 && !paired.pairs.is_empty() {
+            self.trained_on.push(paired.clone());
+        }
+        self.submit(&mut trainer, paired, ctx)
+    }
+
+    /// Gives a group to the next replica, and waits until the replica after it is free, or until all are if the group
+    /// completes an optimizer step.
+    fn submit(&mut self, trainer: &mut RewardTrainer, paired: PairedGroup, ctx: &StageContext) -> Result<()> {
+        let replicas = self.replicas.as_mut().context("internal error: the warm-up has not started")?;
+        let trained_on = if paired.held_out { Arc::from([]) } else { Arc::clone(&paired.pairs) };
+        let work = trainer.work(Arc::clone(&paired.group), trained_on)?;
+        replicas.submit(self.place % self.layout.replicas, work);
+        self.place += 1;
+        self.submitted.push_back(paired);
+        let counted = self.submitted.iter().filter(|paired| !paired.held_out);
+        let complete = counted.map(|paired| trainer.usable(&paired.pairs)).sum::<usize>() >= trainer.missing();
+        let free = (!complete).then_some(self.place % self.layout.replicas);
+        self.settle(trainer, free, ctx)
+    }
+
+    /// Takes results until the replica `free` is free, or all of them.
+    fn settle(&mut self, trainer: &mut RewardTrainer, free: Option<usize>, ctx: &StageContext) -> Result<()> {
+        while let Some(replicas) = self.replicas.as_mut().filter(|all| free.is_none_or(|rank| all.is_busy(rank))) {
+            let Some(judged) = replicas.take() else { break };
+            ctx.beat();
+            let (judged, paired) =
+                (judged?, self.submitted.pop_front().context("internal error: a result of no group")?);
+            let step = if paired.held_out {
+                trainer.measure(&judged.scores, &paired.pairs);
+                None
+            } else {
+                trainer.settle(&judged)?
+            };
+            if step.is_some() {
+                self.place = 0;
+            }
+            self.report(trainer, step.as_ref());
         }
         Ok(())
     }
@@ -118,10 +171,17 @@ impl Stage for WarmUp {
     type In = Labeled;
     type Out = ();
 
-    fn process(&mut self, item: Item<Labeled>, _out: &Emitter<'_, ()>) -> StageResult<()> {
+    fn start(&mut self, _ctx: &StageContext) -> StageResult<()> {
+        let mut trainer = lock(&self.trainer);
+        let (most, sums) = (trainer.batch_pairs(), trainer.set_replicas(self.layout.replicas).to_vec());
+        self.replicas = Some(Replicas::start(sums, self.layout.threads, most)?);
+        Ok(())
+    }
+
+    fn process(&mut self, item: Item<Labeled>, out: &Emitter<'_, ()>) -> StageResult<()> {
         self.waiting.insert(item.seq, item.body);
         while let Some(labeled) = self.waiting.remove(&self.next) {
-            self.take(labeled)?;
+            self.take(labeled, out.ctx())?;
             self.next += 1;
         }
         Ok(())
@@ -138,11 +198,10 @@ impl Stage for WarmUp {
                 if out.ctx().halted() {
                     return Ok(());
                 }
-                let PairedGroup { group, pairs } = &self.trained_on[*i];
-                let (_, step) = trainer.learn(group, pairs)?;
-                self.report(&trainer, step.as_ref());
+                self.submit(&mut trainer, self.trained_on[*i].clone(), out.ctx())?;
             }
         }
+        self.settle(&mut trainer, None, out.ctx())?;
         let step = trainer.step()?;
         trainer.publish(step.as_ref());
         if self.labeled > 0 && self.decided == 0 {
@@ -162,7 +221,7 @@ impl Stage for WarmUp {
             return Err(StageError::fatal(format!("{NO_PAIR_TRAINED}: {why}")));
         }
         let (mut right, mut pairs) = (0.0, 0);
-        for PairedGroup { group, pairs: labeled } in &self.held_out {
+        for PairedGroup { group, pairs: labeled, .. } in &self.held_out {
             out.ctx().beat();
             let scores = trainer.score(group)?;
             for (first, second, p) in labeled.iter().filter(|(_, _, p)| *p != 0.5) {
@@ -171,6 +230,8 @@ impl Stage for WarmUp {
             }
         }
         trainer.begin_run();
+        // The run's groups come one by one.
+        trainer.set_replicas(1);
         lock(&self.observer).done(right, pairs);
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Construction of the algorithm, value model and optimizer settings from the configuration.
 
 use anyhow::Result;
+use candle_core::Device;
 
 use crate::config::{AlgorithmKind, AverageKind, Config, CorrectionKind, LabelForm, ValueKind};
 use crate::lm::model::{Decoder, Lora};
@@ -114,6 +115,12 @@ pub fn layout(config: &Config) -> Layout {
 /// Returns the number of replicas of the learner.
 pub fn replicas(config: &Config) -> usize {
     config.learner.replicas.max(config.learner.devices.len())
+}
+
+/// Returns the replicas that train the reward model in its warm-up, when the learner does not work. A single one has the
+/// threads of its actor.
+pub fn warm_up_layout(config: &Config, device: &Device) -> Layout {
+    if device.is_cpu() && config.learner.devices.is_empty() { layout(config) } else { Layout::SINGLE }
 }
 
 /// Returns the number of threads of the learner actor itself, which adds gradients and makes the steps: those of all
