@@ -1,5 +1,6 @@
 //! Stages of the training pipeline, in data-flow order from prompt to gradient, and their setup and connection.
 
+pub mod cluster;
 pub mod data;
 pub mod generate;
 pub mod label;

@@ -10,11 +10,12 @@
 //! - [`SnapshotCell`]: versions of a value, published by a pointer swap, acknowledged by fingerprint.
 //! - [`spawn_graph`], [`GraphHandle`]: a supervised graph. A failed stage takes the complete incarnation down; the
 //!   graph is rebuilt after a pause and refuses items of an older incarnation.
+//! - [`transport`]: queues with leases, between processes that come and go.
 //! - [`watchdog`], [`backoff`], [`report`]: pure policies, and the observable state of a graph.
 //! - [`scripted`]: stages that simulate devices; [`Clock::simulated`] gives them virtual time.
 //!
 //! Goals: every wait has an owner whose death ends it; an edge neither loses nor duplicates items; a person can see
-//! which stage waits for which. Non-goals: many machines, work stealing between stages, ordering across workers.
+//! which stage waits for which. Non-goals: work stealing between stages, ordering across workers.
 
 pub mod backoff;
 mod builder;
@@ -31,6 +32,7 @@ mod snapshot;
 mod stage;
 mod staleness;
 mod supervisor;
+pub mod transport;
 pub mod watchdog;
 
 pub use backoff::RestartPolicy;

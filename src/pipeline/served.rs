@@ -20,4 +20,4 @@ mod vllm;
 
 pub use engine::ServedEngine;
 pub use fleet::{Fleet, FleetPlan, ServerReport};
-pub use store::{Content, FolderStore, Stored, Tag, WeightStore};
+pub use store::{Content, FolderStore, Stored, Tag, WeightStore, verify};

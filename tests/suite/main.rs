@@ -3,6 +3,7 @@
 mod algorithms;
 mod annotate;
 mod bert;
+mod cluster;
 mod command_line;
 mod common;
 mod configuration;

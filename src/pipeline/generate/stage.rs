@@ -41,6 +41,9 @@ pub trait RolloutEngine: Send {
     /// If sampling failed, or the graph halts.
     fn advance(&mut self) -> StageResult<Vec<SampledGroup>>;
 
+    /// Called when the completions of group `seq` are recorded in the ledger.
+    fn recorded(&mut self, _seq: u64) {}
+
     /// Returns whether no completion is under way or waiting.
     fn is_idle(&self) -> bool;
 
@@ -168,6 +171,7 @@ impl Stage for Rollout {
             let version = completions.iter().map(Completion::oldest_version).min().unwrap_or(0);
             let body = Group { prompt, completions };
             self.plan.entries.generated(&body);
+            self.engine.recorded(seq);
             out.emit(Item { seq, incarnation, version, body })?;
         }
         Ok(())

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use sha2::{Digest, Sha256};
 
@@ -47,6 +47,8 @@ pub struct Stored {
     pub location: String,
     /// Form of the weights.
     pub content: Content,
+    /// SHA-256 of the list of checksums, in hexadecimal digits.
+    pub sha256: String,
 }
 
 /// Form in which a server gets a version of the weights.
@@ -85,6 +87,42 @@ pub struct FolderStore {
 /// File with the SHA-256 of each other file of a version. It is written last.
 const SUMS: &str = "SHA256SUMS";
 
+/// Returns the SHA-256 of `bytes` in hexadecimal digits.
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Writes the list of checksums of the files in `dir`, and makes all of them durable.
+fn seal(dir: &Path) -> Result<()> {
+    let mut sums = String::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        let hex = sha256(&std::fs::read(&path)?);
+        sums += &format!("{hex}  {}\n", path.file_name().unwrap_or_default().to_string_lossy());
+        std::fs::File::open(&path)?.sync_all()?;
+    }
+    disk::replace(&dir.join(SUMS), sums.as_bytes())
+}
+
+/// Checks the files of the folder `dir` of a store against its list of checksums, whose own SHA-256 must be `expected`.
+///
+/// # Errors
+/// If a file is missing or differs; the error names it.
+pub fn verify(dir: &Path, expected: &str) -> Result<()> {
+    let list = dir.join(SUMS);
+    let sums = std::fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
+    let found = sha256(sums.as_bytes());
+    ensure!(found == expected, "{} has the SHA-256 {found}, not {expected}", list.display());
+    for line in sums.lines() {
+        let (hex, name) = line.split_once("  ").with_context(|| format!("{} is damaged", list.display()))?;
+        ensure!(!name.contains('/') && name != "..", "{} names a file elsewhere: {name}", list.display());
+        let path = dir.join(name);
+        let found = sha256(&std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
+        ensure!(found == hex, "{} has the SHA-256 {found}, not {hex}", path.display());
+    }
+    Ok(())
+}
+
 impl FolderStore {
     /// Creates the folder if needed. Servers see it as `seen_as`. Full weights are written as `dtype`.
     ///
@@ -110,42 +148,48 @@ impl FolderStore {
                 export::write_tensors(&dir.join("model.safetensors"), &all, self.dtype)?;
             }
         }
-        let mut sums = String::new();
-        for entry in std::fs::read_dir(dir)? {
-            let path = entry?.path();
-            let digest = Sha256::digest(std::fs::read(&path)?);
-            let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-            sums += &format!("{hex}  {}\n", path.file_name().unwrap_or_default().to_string_lossy());
-            std::fs::File::open(&path)?.sync_all()?;
-        }
-        disk::replace(&dir.join(SUMS), sums.as_bytes())
+        Ok(())
+    }
+
+    /// Stores a folder that `fill` fills under `name`, unless it is there already. Returns the SHA-256 of its list of
+    /// checksums.
+    ///
+    /// # Errors
+    /// If the folder cannot be written completely; nothing is then visible under the name.
+    pub fn put_folder(&self, name: &str, fill: &dyn Fn(&Path) -> Result<()>) -> Result<String> {
+        let _guard = lock(&self.changing);
+        let (dir, partial) = (self.folder.join(name), self.folder.join(format!(".{name}.partial")));
+        let write = || -> Result<String> {
+            if !dir.join(SUMS).exists() {
+                for old in [&dir, &partial] {
+                    if old.exists() {
+                        std::fs::remove_dir_all(old)?;
+                    }
+                }
+                std::fs::create_dir_all(&partial)?;
+                fill(&partial)?;
+                seal(&partial)?;
+                std::fs::rename(&partial, &dir)?;
+                std::fs::File::open(&self.folder)?.sync_all()?;
+            }
+            Ok(sha256(&std::fs::read(dir.join(SUMS))?))
+        };
+        write().with_context(|| format!("cannot write {}", dir.display()))
+    }
+
+    /// Returns the path of the folder as servers and workers see it.
+    pub fn seen_as(&self) -> &Path {
+        &self.seen_as
     }
 }
 
 impl WeightStore for FolderStore {
     fn put(&self, tag: Tag, weights: &Decoder) -> Result<Stored> {
-        let _guard = lock(&self.changing);
         let name = tag.to_string();
-        let (dir, partial) = (self.folder.join(&name), self.folder.join(format!(".{name}.partial")));
-        let write = || -> Result<()> {
-            if dir.join(SUMS).exists() {
-                return Ok(());
-            }
-            for old in [&dir, &partial] {
-                if old.exists() {
-                    std::fs::remove_dir_all(old)?;
-                }
-            }
-            std::fs::create_dir_all(&partial)?;
-            self.fill(&partial, weights)?;
-            std::fs::rename(&partial, &dir)?;
-            std::fs::File::open(&self.folder)?.sync_all()?;
-            Ok(())
-        };
-        write().with_context(|| format!("cannot write the weights for servers to {}", dir.display()))?;
+        let sha256 = self.put_folder(&name, &|dir| self.fill(dir, weights))?;
         let location = self.seen_as.join(&name).display().to_string();
         let content = if weights.lora().is_some() { Content::Adapters } else { Content::Full };
-        Ok(Stored { tag, location, content })
+        Ok(Stored { tag, location, content, sha256 })
     }
 
     fn retain(&self, run: u32, is_used: &dyn Fn(u64) -> bool) {

@@ -1,0 +1,18 @@
+//! Workers on other machines that sample completions for a run: messages, the coordinator's side and the worker's side.
+//!
+//! The coordinator's process trains, and is the only one that changes the run's state. Workers pull prompts from a queue and
+//! put completions into another ([`preceptor_actors::transport`]); weights travel by a folder that all see, and are announced
+//! on a notice board ([`Notices`]). [`ClusterEngine`] makes this an engine of the rollout actor.
+
+pub mod coordinator;
+mod engine;
+mod nats;
+mod notices;
+pub mod protocol;
+pub mod worker;
+
+pub use coordinator::{Coordinator, CoordinatorPlan, put_base};
+pub use engine::ClusterEngine;
+pub use nats::{Nats, NatsPlan};
+pub use notices::{MemoryNotices, Notices};
+pub use worker::{WorkerPlan, work};

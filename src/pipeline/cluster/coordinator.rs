@@ -1,0 +1,607 @@
+//! The coordinator of a run whose completions are sampled by workers on other machines.
+//!
+//! The coordinator alone holds the gate, the ledger, the order of rewards and the learner. It offers work, takes results,
+//! and announces weights. Work carries the oldest version that it may begin with, ⌊n/B⌋ − η for group n, which is a function
+//! of the number alone: a repeated delivery, a repeated offer and a restore change nothing.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use crossbeam::channel::{Receiver, Sender, bounded};
+use preceptor_actors::transport::{Lease, QueueLimits, Transport, TransportError};
+use preceptor_actors::{Admission, SnapshotCell};
+
+use super::notices::Notices;
+use super::protocol::{
+    Bounds, Done, LoraNotice, MAX_MESSAGE, OLDEST_PROTOCOL, PROTOCOL, Pulse, RUN, RunNotice, SamplingNotice, WEIGHTS,
+    WeightsNotice, Work, decode, encode,
+};
+use crate::lm::model::config::Head;
+use crate::lm::model::{Decoder, export};
+use crate::lm::tokens::Tokenizer;
+use crate::pipeline::generate::Sampled;
+use crate::pipeline::served::{Content, FolderStore, Tag, WeightStore};
+use crate::status;
+use crate::util::mutex::lock;
+
+/// Time between two looks for new weights, and for results that can be taken no further.
+const LOOK: Duration = Duration::from_millis(10);
+/// Longest wait for a result before the coordinator looks for its end.
+const PULL: Duration = Duration::from_millis(500);
+/// Time without a sign of life after which a worker is no longer shown.
+const GONE: Duration = Duration::from_secs(30);
+/// Number of results that are taken at once.
+const MOST: usize = 16;
+/// Number of refused results after which a worker is shut out.
+const REFUSALS: u64 = 3;
+
+/// Settings of a [`Coordinator`].
+#[derive(Debug, Clone)]
+pub struct CoordinatorPlan {
+    /// Name of the run, which its workers join.
+    pub run: String,
+    /// Number of the run in the names of weights.
+    pub tag: u32,
+    /// Lineage of this start of the run.
+    pub lineage: u64,
+    /// Size of a batch, and how far work may run ahead.
+    pub admission: Admission,
+    /// Sampling of completions.
+    pub sampling: SamplingNotice,
+    /// Bounds of results.
+    pub bounds: Bounds,
+    /// Adapters that are trained, if not all weights are.
+    pub lora: Option<LoraNotice>,
+    /// Number of completions of a prompt.
+    pub group_size: usize,
+    /// Longest time without a sign of life of a worker.
+    pub lease: Duration,
+    /// Path of the store of weights.
+    pub store: String,
+    /// Folder below the store with the model's configuration and tokenizer, and the SHA-256 of its list of checksums.
+    pub base: (String, String),
+}
+
+/// Names of a lineage's queues.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QueueNames {
+    /// Queue of prompts.
+    pub work: String,
+    /// Queue of results.
+    pub results: String,
+}
+
+impl QueueNames {
+    /// Returns the names for a lineage of a run.
+    pub fn of(run: &str, lineage: u64) -> Self {
+        Self { work: format!("{run}.{lineage:016x}.rollout"), results: format!("{run}.{lineage:016x}.results") }
+    }
+}
+
+/// Stores what workers must have of `model` before its first version: its configuration and tokenizer, and its weights if
+/// only adapters are trained. Returns the name of the folder and the SHA-256 of its list of checksums.
+///
+/// # Errors
+/// If the folder cannot be written completely.
+pub fn put_base(
+    store: &FolderStore,
+    model: &Decoder,
+    tokenizer: &Tokenizer,
+    with_weights: bool,
+) -> Result<(String, String)> {
+    let name = format!("base-{:016x}", model.weights().fingerprint()?);
+    let fill = |dir: &Path| {
+        if with_weights {
+            export::write(dir, model.config(), model.weights(), model.dtype())?;
+        } else {
+            export::write_json(&dir.join("config.json"), &model.config().to_json(Head::Language))?;
+            export::write_json(&dir.join("generation_config.json"), &model.config().to_generation_json())?;
+        }
+        tokenizer.save(dir)
+    };
+    let sha256 = store.put_folder(&name, &fill)?;
+    Ok((name, sha256))
+}
+
+/// Returns the key of the notice that shuts a worker out.
+pub(super) fn shut_out(worker: &str) -> String {
+    format!("out-{worker}")
+}
+
+/// A worker as the coordinator sees it.
+#[derive(Debug, Clone, Default)]
+pub struct WorkerState {
+    /// Last sign of life.
+    pub pulse: Pulse,
+    /// Number of results taken.
+    pub results: u64,
+    /// Number of results refused.
+    pub refused: u64,
+    /// Time of the last sign of life.
+    heard: Option<Instant>,
+}
+
+/// Numbers of results since the coordinator started.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Results that were taken.
+    pub taken: AtomicU64,
+    /// Results of a group that was taken before.
+    pub repeated: AtomicU64,
+    /// Results that were refused as impossible, or of weights that this lineage does not have.
+    pub refused: AtomicU64,
+    /// Work that was offered again because the broker no longer had it.
+    pub offered_again: AtomicU64,
+}
+
+/// A result whose lease lasts until it is recorded.
+pub struct Arrived {
+    /// Number of the group.
+    pub seq: u64,
+    /// The completions.
+    pub sampled: Vec<Sampled>,
+    /// The lease of the result.
+    pub lease: Box<dyn Lease>,
+}
+
+/// Coordinator of a run.
+pub struct Coordinator {
+    pub(super) plan: CoordinatorPlan,
+    transport: Arc<dyn Transport>,
+    notices: Arc<dyn Notices>,
+    pub(super) names: QueueNames,
+    /// Fingerprints of the versions of this lineage.
+    versions: Mutex<BTreeMap<u64, u64>>,
+    /// Work that was offered and has no result yet.
+    open: Mutex<HashMap<u64, Open>>,
+    workers: Mutex<BTreeMap<String, WorkerState>>,
+    /// Numbers of results.
+    pub counts: Counts,
+    arrivals: (Sender<Arrived>, Receiver<Arrived>),
+    stopped: AtomicBool,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Last failure of the transport, while it lasts.
+    outage: Mutex<Option<String>>,
+}
+
+struct Open {
+    work: Work,
+    /// Number of times that the work was offered; 0 until the first offer succeeds.
+    offers: u64,
+    /// True if a result was taken that is not recorded yet.
+    taken: bool,
+}
+
+impl Coordinator {
+    /// Creates the queues of a new lineage and removes those of the lineage before, whose work and results do not count any
+    /// more.
+    ///
+    /// # Errors
+    /// If the transport is not available.
+    pub fn start(plan: CoordinatorPlan, transport: Arc<dyn Transport>, notices: Arc<dyn Notices>) -> Result<Arc<Self>> {
+        notices.open(&plan.run)?;
+        if let Some(earlier) = notices.get(&plan.run, RUN)? {
+            let earlier: RunNotice = serde_json::from_slice(&earlier)
+                .with_context(|| format!("the notice of the run {} on the broker is damaged", plan.run))?;
+            let names = QueueNames::of(&plan.run, earlier.lineage);
+            transport.remove(&names.work)?;
+            transport.remove(&names.results)?;
+        }
+        let names = QueueNames::of(&plan.run, plan.lineage);
+        let limits = QueueLimits { lease: plan.lease, messages: 100_000, bytes: MAX_MESSAGE };
+        transport.create(&names.work, limits)?;
+        transport.create(&names.results, limits)?;
+        Ok(Arc::new(Self {
+            plan,
+            transport,
+            notices,
+            names,
+            versions: Mutex::default(),
+            open: Mutex::default(),
+            workers: Mutex::default(),
+            counts: Counts::default(),
+            arrivals: bounded(4 * MOST),
+            stopped: AtomicBool::new(false),
+            threads: Mutex::default(),
+            outage: Mutex::default(),
+        }))
+    }
+
+    /// Announces the run and the weights in `cell`, and begins to take results and to announce each new version, which `store`
+    /// keeps for workers. `known` are the versions and fingerprints of restored groups.
+    ///
+    /// # Errors
+    /// If the weights cannot be stored, or the transport is not available.
+    pub fn open(
+        self: &Arc<Self>,
+        cell: &Arc<SnapshotCell<Decoder>>,
+        store: Arc<dyn WeightStore>,
+        known: impl IntoIterator<Item = (u64, u64)>,
+    ) -> Result<()> {
+        lock(&self.versions).extend(known);
+        let mut reader = cell.reader("workers");
+        self.announce(&cell.latest(), &*store)?;
+        self.notice(true)?;
+        let coordinator = Arc::clone(self);
+        let publish = move || {
+            while !coordinator.stopped.load(Ordering::SeqCst) {
+                let Some(snapshot) = reader.refresh() else {
+                    std::thread::sleep(LOOK);
+                    continue;
+                };
+                // A version that cannot be announced now is announced later, unless a newer one replaces it.
+                while let Err(error) = coordinator.announce(&snapshot, &*store) {
+                    coordinator.failed(&format!("cannot announce version {}: {error:#}", snapshot.version));
+                    std::thread::sleep(PULL);
+                    if coordinator.stopped.load(Ordering::SeqCst) {
+                        return;
+                    }
+                }
+                reader.acknowledge(&snapshot, snapshot.fingerprint);
+            }
+        };
+        let coordinator = Arc::clone(self);
+        let collect = move || coordinator.collect();
+        let mut threads = lock(&self.threads);
+        threads.push(std::thread::Builder::new().name("announce".into()).spawn(publish)?);
+        threads.push(std::thread::Builder::new().name("collect".into()).spawn(collect)?);
+        Ok(())
+    }
+
+    fn notice(&self, open: bool) -> Result<()> {
+        let plan = &self.plan;
+        let notice = RunNotice {
+            protocol: PROTOCOL,
+            oldest_protocol: OLDEST_PROTOCOL,
+            program: env!("CARGO_PKG_VERSION").to_owned(),
+            lineage: plan.lineage,
+            open,
+            base: plan.base.0.clone(),
+            base_sha256: plan.base.1.clone(),
+            store: plan.store.clone(),
+            sampling: plan.sampling.clone(),
+            lora: plan.lora.clone(),
+            group_size: plan.group_size,
+            lease_ms: u64::try_from(plan.lease.as_millis()).unwrap_or(u64::MAX),
+        };
+        Ok(self.notices.set(&plan.run, RUN, &serde_json::to_vec(&notice)?)?)
+    }
+
+    fn announce(&self, snapshot: &preceptor_actors::Snapshot<Decoder>, store: &dyn WeightStore) -> Result<()> {
+        let (version, fingerprint) = (snapshot.version, snapshot.fingerprint);
+        let stored = store.put(Tag { run: self.plan.tag, version, fingerprint }, &snapshot.value)?;
+        lock(&self.versions).insert(version, fingerprint);
+        let notice = WeightsNotice {
+            lineage: self.plan.lineage,
+            version,
+            fingerprint,
+            name: stored.tag.to_string(),
+            sha256: stored.sha256,
+            adapters: stored.content == Content::Adapters,
+        };
+        self.notices.set(&self.plan.run, WEIGHTS, &serde_json::to_vec(&notice)?)?;
+        // A worker may still be reading one of the two before.
+        store.retain(self.plan.tag, &|kept| kept + 2 >= version);
+        Ok(())
+    }
+
+    /// Ends the threads and tells workers that the run has ended.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        for thread in lock(&self.threads).drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("internal error: a thread of the coordinator panicked");
+            }
+        }
+        if let Err(error) = self.notice(false) {
+            tracing::warn!("cannot tell the workers that the run has ended: {error:#}");
+        }
+        for queue in [&self.names.work, &self.names.results] {
+            if let Err(error) = self.transport.remove(queue) {
+                tracing::warn!("cannot remove the queue {queue}: {error}");
+            }
+        }
+    }
+
+    /// Returns the oldest version that group `seq` may begin with: ⌊seq/B⌋ − η.
+    pub(super) fn min_version(&self, seq: u64) -> u64 {
+        (seq / self.plan.admission.batch.max(1)).saturating_sub(self.plan.admission.eta)
+    }
+
+    /// Offers the work on a group. If the transport is not available, it is offered later.
+    pub(super) fn submit(&self, work: Work) {
+        let seq = work.seq;
+        lock(&self.open).insert(seq, Open { work, offers: 0, taken: false });
+        self.offer_open();
+    }
+
+    /// Offers the work that could not be offered before.
+    pub(super) fn offer_open(&self) {
+        let mut open = lock(&self.open);
+        let mut waiting: Vec<&mut Open> = open.values_mut().filter(|open| open.offers == 0).collect();
+        waiting.sort_by_key(|open| open.work.seq);
+        for open in waiting {
+            if !self.offer(open) {
+                break;
+            }
+        }
+    }
+
+    fn offer(&self, open: &mut Open) -> bool {
+        let id = format!("{:016x}-{}-{}", self.plan.lineage, open.work.seq, open.offers);
+        let body = match encode(&open.work) {
+            Ok(body) => body,
+            Err(error) => {
+                self.failed(&format!("{error:#}"));
+                return false;
+            }
+        };
+        match self.transport.offer(&self.names.work, &id, &body) {
+            Ok(_) => {
+                open.offers += 1;
+                self.recovered();
+                true
+            }
+            Err(error) => {
+                self.failed(&error.to_string());
+                false
+            }
+        }
+    }
+
+    /// Returns the next result, waiting up to `wait`.
+    pub(super) fn next(&self, wait: Duration) -> Option<Arrived> {
+        self.arrivals.1.recv_timeout(wait).ok()
+    }
+
+    /// Removes a result whose group is recorded.
+    pub(super) fn recorded(&self, seq: u64, lease: Box<dyn Lease>) {
+        lock(&self.open).remove(&seq);
+        self.acknowledge(lease);
+    }
+
+    /// Forgets the work of an engine that ends.
+    pub(super) fn forget(&self, seqs: impl IntoIterator<Item = u64>) {
+        let mut open = lock(&self.open);
+        seqs.into_iter().for_each(|seq| drop(open.remove(&seq)));
+    }
+
+    /// Takes results until the coordinator stops.
+    fn collect(&self) {
+        let mut looked = Instant::now();
+        while !self.stopped.load(Ordering::SeqCst) {
+            self.hear();
+            match self.transport.pull(&self.names.results, MOST, PULL) {
+                Ok(leases) => {
+                    self.recovered();
+                    for lease in leases {
+                        self.take(lease);
+                    }
+                }
+                Err(error) => {
+                    self.failed(&error.to_string());
+                    std::thread::sleep(PULL);
+                    // A broker that lost its data has no queues.
+                    if let TransportError::Unknown(_) = error {
+                        self.create_again();
+                    }
+                }
+            }
+            if looked.elapsed() >= self.plan.lease {
+                looked = Instant::now();
+                self.offer_lost();
+            }
+        }
+    }
+
+    /// Creates the queues again after the broker has lost its data, unless another coordinator has taken the run over.
+    fn create_again(&self) {
+        match self.notices.get(&self.plan.run, RUN) {
+            Ok(Some(notice)) => {
+                let other = serde_json::from_slice::<RunNotice>(&notice)
+                    .is_ok_and(|notice| notice.lineage != self.plan.lineage);
+                if other {
+                    self.stopped.store(true, Ordering::SeqCst);
+                    return self
+                        .failed("another coordinator has taken the run over; this one takes no further results");
+                }
+            }
+            Ok(None) => {}
+            Err(error) => return self.failed(&error.to_string()),
+        }
+        let limits = QueueLimits { lease: self.plan.lease, messages: 100_000, bytes: MAX_MESSAGE };
+        for queue in [&self.names.work, &self.names.results] {
+            if let Err(error) = self.transport.create(queue, limits) {
+                self.failed(&error.to_string());
+                return;
+            }
+        }
+        if let Err(error) = self.notices.open(&self.plan.run).map_err(Into::into).and_then(|()| self.notice(true)) {
+            self.failed(&format!("{error:#}"));
+        }
+    }
+
+    /// Offers work again that neither of the queues has: the broker lost it. Work that a worker has is never offered again,
+    /// however long it takes, since a race between workers would favour short completions.
+    fn offer_lost(&self) {
+        let depth = |queue: &str| self.transport.depth(queue);
+        let (Ok(work), Ok(results)) = (depth(&self.names.work), depth(&self.names.results)) else { return };
+        if work.waiting + work.leased + results.waiting + results.leased > 0 || !self.arrivals.1.is_empty() {
+            return;
+        }
+        let mut open = lock(&self.open);
+        let lost: Vec<&mut Open> = open.values_mut().filter(|open| open.offers > 0 && !open.taken).collect();
+        if lost.is_empty() {
+            return;
+        }
+        status!("workers   the broker has lost the work on {} groups; it is offered again", lost.len());
+        for open in lost {
+            self.counts.offered_again.fetch_add(1, Ordering::Relaxed);
+            if !self.offer(open) {
+                break;
+            }
+        }
+    }
+
+    /// Takes one result: checks it, and passes it to the engine with its lease.
+    fn take(&self, lease: Box<dyn Lease>) {
+        let done = match decode::<Done>(lease.body()) {
+            Ok(done) => done,
+            Err(error) => return self.refuse(lease, "unknown", &format!("{error:#}")),
+        };
+        let (seq, worker) = (done.seq, done.worker.clone());
+        if lock(&self.workers).get(&worker).is_some_and(|state| state.refused >= REFUSALS) {
+            return self.refuse(lease, &worker, "it was shut out");
+        }
+        if done.lineage != self.plan.lineage {
+            return self.refuse(lease, &worker, &format!("group {seq}: it is of another lineage"));
+        }
+        let open = lock(&self.open).get(&seq).map(|open| (open.taken, open.work.clone()));
+        match open {
+            // It waits to be recorded. If that fails, the result is delivered again.
+            Some((true, _)) => return,
+            None => {
+                self.counts.repeated.fetch_add(1, Ordering::Relaxed);
+                return self.acknowledge(lease);
+            }
+            Some((false, work)) => {
+                let checked = done.check(&work, &self.plan.bounds).and_then(|()| self.check_versions(&done));
+                if let Err(error) = checked {
+                    return self.refuse(lease, &worker, &format!("group {seq}: {error:#}"));
+                }
+            }
+        }
+        if let Some(open) = lock(&self.open).get_mut(&seq) {
+            open.taken = true;
+        }
+        self.counts.taken.fetch_add(1, Ordering::Relaxed);
+        lock(&self.workers).entry(worker).or_default().results += 1;
+        let mut arrived = Arrived { seq, sampled: done.into_sampled(), lease };
+        while let Err(refused) = self.arrivals.0.send_timeout(arrived, PULL) {
+            arrived = refused.into_inner();
+            if self.stopped.load(Ordering::SeqCst) {
+                return;
+            }
+            // The engine is behind; the result stays ours meanwhile.
+            if let Err(error) = arrived.lease.extend() {
+                tracing::debug!("cannot extend the lease of a result: {error}");
+            }
+        }
+    }
+
+    fn check_versions(&self, done: &Done) -> Result<()> {
+        let versions = lock(&self.versions);
+        for (version, fingerprint) in &done.fingerprints {
+            let own = versions.get(version);
+            ensure!(
+                own == Some(fingerprint),
+                "its version {version} has the fingerprint {fingerprint:016x}, and this run's {}",
+                own.map_or("does not exist".to_owned(), |own| format!("{own:016x}"))
+            );
+        }
+        Ok(())
+    }
+
+    /// Refuses a result: it is removed, and its work is offered again.
+    fn refuse(&self, lease: Box<dyn Lease>, worker: &str, why: &str) {
+        self.counts.refused.fetch_add(1, Ordering::Relaxed);
+        let refused = {
+            let mut workers = lock(&self.workers);
+            let state = workers.entry(worker.to_owned()).or_default();
+            state.refused += 1;
+            state.refused
+        };
+        status!("workers   a result of {worker} is refused: {why}");
+        if refused == REFUSALS {
+            status!("workers   {worker} is shut out after {REFUSALS} refused results");
+            if let Err(error) = self.notices.set(&self.plan.run, &shut_out(worker), why.as_bytes()) {
+                self.failed(&error.to_string());
+            }
+        }
+        if let Ok(done) = decode::<Done>(lease.body())
+            && let Some(open) = lock(&self.open).get_mut(&done.seq)
+            && done.lineage == self.plan.lineage
+        {
+            self.offer(open);
+        }
+        self.acknowledge(lease);
+    }
+
+    fn acknowledge(&self, lease: Box<dyn Lease>) {
+        // A result that is delivered again is known then.
+        if let Err(error) = lease.acknowledge() {
+            tracing::debug!("cannot acknowledge a result: {error}");
+        }
+    }
+
+    /// Takes the workers' signs of life.
+    fn hear(&self) {
+        let Ok(told) = self.notices.heard(&self.plan.run) else { return };
+        let mut workers = lock(&self.workers);
+        for (name, pulse) in told {
+            let Ok(pulse) = serde_json::from_slice::<Pulse>(&pulse) else { continue };
+            let state = workers.entry(name.clone()).or_default();
+            if state.heard.is_none() {
+                status!("workers   {name} has joined: {} on {}, {} slots", pulse.role, pulse.host, pulse.slots);
+            }
+            (state.pulse, state.heard) = (pulse, Some(Instant::now()));
+        }
+        for (name, state) in workers.iter_mut() {
+            if state.heard.is_some_and(|heard| heard.elapsed() > GONE) {
+                status!("workers   {name} has given no sign of life for {} s", GONE.as_secs());
+                state.heard = None;
+            }
+        }
+    }
+
+    /// Returns the workers that gave a sign of life lately, by name.
+    pub fn workers(&self) -> Vec<(String, WorkerState)> {
+        let workers = lock(&self.workers);
+        workers
+            .iter()
+            .filter(|(_, state)| state.heard.is_some())
+            .map(|(name, state)| (name.clone(), state.clone()))
+            .collect()
+    }
+
+    /// Returns why no work is done, if that is so.
+    pub fn reasons_of_wait(&self) -> String {
+        if let Some(why) = &*lock(&self.outage) {
+            return why.clone();
+        }
+        let workers = self.workers();
+        if workers.is_empty() {
+            return format!(
+                "waits for workers; start one with: preceptor worker --join ADDRESS --run {}",
+                self.plan.run
+            );
+        }
+        if workers.iter().all(|(_, state)| !state.pulse.waits.is_empty()) {
+            return workers
+                .iter()
+                .map(|(name, state)| format!("{name} {}", state.pulse.waits))
+                .collect::<Vec<_>>()
+                .join("; ");
+        }
+        String::new()
+    }
+
+    fn failed(&self, why: &str) {
+        let mut outage = lock(&self.outage);
+        if outage.is_none() {
+            status!("workers   {why}; it is tried again");
+        }
+        *outage = Some(why.to_owned());
+    }
+
+    fn recovered(&self) {
+        if lock(&self.outage).take().is_some() {
+            status!("workers   the broker answers again");
+        }
+    }
+}

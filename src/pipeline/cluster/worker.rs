@@ -1,0 +1,596 @@
+//! A worker that samples completions for a run on another machine.
+//!
+//! A worker pulls work, samples with its own engine, puts the result into the results' queue and then acknowledges the work.
+//! It may join and leave at any moment: work that it does not finish is delivered to another worker.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::Device;
+use kernels::Format;
+use preceptor_actors::SnapshotCell;
+use preceptor_actors::transport::{Lease, Transport, TransportError};
+
+use super::coordinator::{QueueNames, shut_out};
+use super::notices::Notices;
+use super::protocol::{
+    Answer, Done, OLDEST_PROTOCOL, PROTOCOL, Pulse, RUN, RunNotice, WEIGHTS, WeightsNotice, Work, decode, encode,
+    is_compatible,
+};
+use crate::config::{Choice, RolloutWeights};
+use crate::lm::model::{Decoder, Lora, ModelConfig, Weights};
+use crate::lm::source::ModelFiles;
+use crate::lm::tokens::Tokenizer;
+use crate::pipeline::generate::local::{LocalEngine, LocalPlan};
+use crate::pipeline::generate::sampler::Sampling;
+use crate::pipeline::generate::stage::RolloutEngine;
+use crate::pipeline::generate::stop::Stop;
+use crate::pipeline::served::verify;
+use crate::status;
+use crate::types::Prompt;
+use crate::util::mutex::lock;
+
+/// Time between two signs of life.
+const PULSE: Duration = Duration::from_secs(5);
+/// Time between two looks for new weights and for the run.
+const LOOK: Duration = Duration::from_millis(200);
+/// Longest wait for work before the worker looks for anything else.
+const PULL: Duration = Duration::from_millis(500);
+/// Time without progress of the engine after which the worker gives no sign of life for its work.
+const STUCK: Duration = Duration::from_secs(120);
+
+/// Settings of a worker.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkerPlan {
+    /// Name of the run to work for.
+    pub run: String,
+    /// Name of this worker: letters, digits, `-` and `_`.
+    pub name: String,
+    /// Path of the store of weights here; `None` if it is that of the coordinator.
+    pub store: Option<PathBuf>,
+    /// Number of concurrent completions.
+    pub slots: usize,
+    /// Time to finish work after the worker is told to stop.
+    pub drain: Duration,
+    /// Time to wait for the run to be announced, after which the worker gives up.
+    pub patience: Duration,
+}
+
+/// What a worker did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Number of groups whose results were handed over.
+    pub groups: u64,
+    /// Number of tokens of these groups.
+    pub tokens: u64,
+    /// Number of groups given back unfinished.
+    pub given_back: u64,
+}
+
+/// Works for the run until it ends, or until `stop` is set and the work under way is finished or the time for that is over.
+///
+/// # Errors
+/// If the run's program or model cannot be used, its weights differ from what the coordinator announces, or the worker is
+/// shut out. Outages of the transport are waited for.
+pub fn work(
+    plan: &WorkerPlan,
+    device: &Device,
+    transport: &dyn Transport,
+    notices: &dyn Notices,
+    stop: &AtomicBool,
+) -> Result<Summary> {
+    let mut total = Summary::default();
+    let mut left = None;
+    loop {
+        let Some(notice) = wait_for_run(plan, notices, stop, left)? else { return Ok(total) };
+        status!("worker    {} works for {}, lineage {:016x}", plan.name, plan.run, notice.lineage);
+        let mut lineage = Lineage::open(plan, device, &notice)?;
+        let ended = lineage.work(transport, notices, stop);
+        total.groups += lineage.summary.groups;
+        total.tokens += lineage.summary.tokens;
+        total.given_back += lineage.summary.given_back;
+        match ended? {
+            Ended::Stopped => return Ok(total),
+            Ended::Replaced => left = Some(notice.lineage),
+        }
+    }
+}
+
+/// Reason why a worker stops working for a lineage.
+enum Ended {
+    /// The worker is told to stop, or the run has ended.
+    Stopped,
+    /// The run has another lineage.
+    Replaced,
+}
+
+/// Waits until the run is announced, with another lineage than `left`. `None` if the worker is told to stop or the run has
+/// ended.
+fn wait_for_run(
+    plan: &WorkerPlan,
+    notices: &dyn Notices,
+    stop: &AtomicBool,
+    left: Option<u64>,
+) -> Result<Option<RunNotice>> {
+    let began = Instant::now();
+    let mut told = false;
+    while !stop.load(Ordering::SeqCst) {
+        let found = match notices.get(&plan.run, RUN) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!("{error}");
+                None
+            }
+        };
+        if let Some(found) = found {
+            let notice: RunNotice = serde_json::from_slice(&found).with_context(|| {
+                format!("the notice of the run {} cannot be read; use programs of one version", plan.run)
+            })?;
+            if !is_compatible(&notice) {
+                bail!(
+                    "the coordinator of {} (version {}) understands the protocols {} to {}, and this program {OLDEST_PROTOCOL} to {PROTOCOL}; use programs of neighbouring versions",
+                    plan.run,
+                    notice.program,
+                    notice.oldest_protocol,
+                    notice.protocol
+                );
+            }
+            if !notice.open && left.is_some() {
+                return Ok(None);
+            }
+            if notice.open && Some(notice.lineage) != left {
+                return Ok(Some(notice));
+            }
+        }
+        ensure!(
+            began.elapsed() < plan.patience,
+            "no run {} was announced within {} s; start it with [cluster] in its configuration, or correct --run",
+            plan.run,
+            plan.patience.as_secs()
+        );
+        if !told {
+            status!("worker    waits for the run {}", plan.run);
+            told = true;
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(None)
+}
+
+/// Leases of the work of one worker, which another thread extends.
+#[derive(Default)]
+struct Leases {
+    held: Mutex<HashMap<u64, Box<dyn Lease>>>,
+    /// Time of the engine's last progress.
+    progress: Mutex<Option<Instant>>,
+    ended: AtomicBool,
+}
+
+impl Leases {
+    /// Extends all leases three times in each period of a lease while the engine makes progress.
+    fn keep(&self, lease: Duration) {
+        let mut last = Instant::now();
+        while !self.ended.load(Ordering::SeqCst) {
+            std::thread::sleep(LOOK.min(lease / 10));
+            let alive = lock(&self.progress).is_none_or(|at| at.elapsed() < STUCK);
+            if last.elapsed() < lease / 3 || !alive {
+                continue;
+            }
+            last = Instant::now();
+            for (seq, lease) in &*lock(&self.held) {
+                if let Err(error) = lease.extend() {
+                    tracing::debug!("the lease of group {seq} cannot be extended: {error}");
+                }
+            }
+        }
+    }
+}
+
+/// The work for one lineage of a run.
+struct Lineage<'a> {
+    plan: &'a WorkerPlan,
+    notice: RunNotice,
+    names: QueueNames,
+    device: Device,
+    config: ModelConfig,
+    /// Weights of the base model, for adapters.
+    base: Option<Weights>,
+    store: PathBuf,
+    cell: Option<Arc<SnapshotCell<Decoder>>>,
+    engine: Option<LocalEngine>,
+    sampling: Sampling,
+    /// Reduced-precision format of the weights for sampling.
+    format: Option<Format>,
+    /// Fingerprints of the versions that were used.
+    versions: HashMap<u64, u64>,
+    /// Work that needs newer weights than there are.
+    held: Vec<Work>,
+    /// Work under way.
+    open: HashMap<u64, Work>,
+    leases: Arc<Leases>,
+    summary: Summary,
+    completions: u64,
+    bytes: u64,
+}
+
+impl<'a> Lineage<'a> {
+    fn open(plan: &'a WorkerPlan, device: &Device, notice: &RunNotice) -> Result<Self> {
+        let store = plan.store.clone().unwrap_or_else(|| PathBuf::from(&notice.store));
+        let dir = store.join(&notice.base);
+        verify(&dir, &notice.base_sha256).with_context(|| {
+            format!(
+                "the model of the run cannot be read in {}; give the store's path on this machine with --weights",
+                store.display()
+            )
+        })?;
+        let config = ModelConfig::from_directory(&dir)?;
+        let tokenizer = Tokenizer::from_files(&ModelFiles::Directory(dir.clone()))?;
+        let base = notice.lora.is_some().then(|| read(&dir, &config, device)).transpose()?;
+        let given = &notice.sampling;
+        let sampling = Sampling {
+            repetition_penalty: given.repetition_penalty,
+            temperature: given.temperature,
+            top_k: given.top_k,
+            top_p: given.top_p,
+            min_p: given.min_p,
+            max_new_tokens: given.max_new_tokens,
+            vocabulary: given.vocabulary,
+            eos: given.eos.clone(),
+            stop: Stop::new(&given.stop, &tokenizer).map(Arc::new),
+        };
+        let word = RolloutWeights::WORDS.iter().find(|(word, _)| *word == given.weights);
+        let format = match word
+            .with_context(|| format!("this program does not know weights of the format {}", given.weights))?
+            .1
+        {
+            RolloutWeights::F32 => None,
+            RolloutWeights::Bf16 => Some(Format::Bf16),
+            RolloutWeights::Q8 => Some(Format::Q8),
+        };
+        ensure!(
+            plan.slots >= notice.group_size,
+            "--slots {} is less than a group of {} completions (rollout.group_size of the run)",
+            plan.slots,
+            notice.group_size
+        );
+        Ok(Self {
+            plan,
+            names: QueueNames::of(&plan.run, notice.lineage),
+            notice: notice.clone(),
+            device: device.clone(),
+            config,
+            base,
+            store,
+            cell: None,
+            engine: None,
+            sampling,
+            format,
+            versions: HashMap::new(),
+            held: Vec::new(),
+            open: HashMap::new(),
+            leases: Arc::default(),
+            summary: Summary::default(),
+            completions: 0,
+            bytes: 0,
+        })
+    }
+
+    fn work(&mut self, transport: &dyn Transport, notices: &dyn Notices, stop: &AtomicBool) -> Result<Ended> {
+        let (leases, lease) = (Arc::clone(&self.leases), Duration::from_millis(self.notice.lease_ms));
+        let keeper = std::thread::Builder::new().name("leases".into()).spawn(move || leases.keep(lease))?;
+        let ended = self.work_until_end(transport, notices, stop);
+        self.leases.ended.store(true, Ordering::SeqCst);
+        if keeper.join().is_err() {
+            tracing::error!("internal error: the thread that extends leases panicked");
+        }
+        for (_, lease) in lock(&self.leases.held).drain() {
+            self.summary.given_back += 1;
+            if let Err(error) = lease.give_back() {
+                tracing::debug!("work cannot be given back: {error}");
+            }
+        }
+        ended
+    }
+
+    fn work_until_end(&mut self, transport: &dyn Transport, notices: &dyn Notices, stop: &AtomicBool) -> Result<Ended> {
+        let (mut pulsed, mut looked) = (None::<Instant>, None::<Instant>);
+        let mut drain = None::<Instant>;
+        let mut results = Vec::new();
+        loop {
+            if drain.is_none() && stop.load(Ordering::SeqCst) {
+                status!("worker    finishes {} groups within {} s", self.open.len(), self.plan.drain.as_secs());
+                drain = Some(Instant::now());
+                self.held.clear();
+            }
+            if drain
+                .is_some_and(|began| self.open.is_empty() && results.is_empty() || began.elapsed() > self.plan.drain)
+            {
+                return Ok(Ended::Stopped);
+            }
+            if pulsed.is_none_or(|at| at.elapsed() > PULSE) {
+                pulsed = Some(Instant::now());
+                self.pulse(notices)?;
+                if let Some(ended) = self.is_over(notices)? {
+                    return Ok(ended);
+                }
+            }
+            let behind = !self.held.is_empty() || self.cell.is_none();
+            if looked.is_none_or(|at| at.elapsed() > if behind { LOOK / 4 } else { LOOK }) {
+                looked = Some(Instant::now());
+                self.follow(notices)?;
+                self.begin_held()?;
+            }
+            if drain.is_none() && self.cell.is_some() {
+                self.pull(transport)?;
+            }
+            results.extend(self.advance()?);
+            results = self.hand_over(transport, results)?;
+            if self.open.is_empty() && (self.cell.is_none() || !self.held.is_empty()) {
+                std::thread::sleep(LOOK / 4);
+            }
+        }
+    }
+
+    /// Returns whether the work for this lineage is over.
+    fn is_over(&self, notices: &dyn Notices) -> Result<Option<Ended>> {
+        let asked = notices
+            .get(&self.plan.run, &shut_out(&self.plan.name))
+            .and_then(|out| Ok((out, notices.get(&self.plan.run, RUN)?)));
+        let (out, run) = match asked {
+            Ok(answers) => answers,
+            Err(error) => {
+                tracing::warn!("{error}");
+                return Ok(None);
+            }
+        };
+        if let Some(why) = out {
+            bail!(
+                "the coordinator has shut this worker out: {}; restart it under another --name once the cause is mended",
+                String::from_utf8_lossy(&why)
+            );
+        }
+        let Some(run) = run else { return Ok(None) };
+        let notice: RunNotice = serde_json::from_slice(&run)?;
+        Ok(match (notice.open, notice.lineage == self.notice.lineage) {
+            (true, true) => None,
+            (false, true) => {
+                status!("worker    the run {} has ended", self.plan.run);
+                Some(Ended::Stopped)
+            }
+            (_, false) => Some(Ended::Replaced),
+        })
+    }
+
+    /// Loads the announced weights if they are newer than those in use.
+    fn follow(&mut self, notices: &dyn Notices) -> Result<()> {
+        let found = match notices.get(&self.plan.run, WEIGHTS) {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                tracing::warn!("{error}");
+                return Ok(());
+            }
+        };
+        let notice: WeightsNotice =
+            serde_json::from_slice(&found).context("the notice of the weights cannot be read")?;
+        let newest = self.cell.as_ref().map(|cell| cell.latest().version);
+        if notice.lineage != self.notice.lineage || newest.is_some_and(|newest| notice.version <= newest) {
+            return Ok(());
+        }
+        let model = match self.load(&notice) {
+            Ok(model) => model,
+            // A newer version may have replaced it meanwhile.
+            Err(error) if !self.store.join(&notice.name).exists() => {
+                tracing::warn!("version {} is no longer there: {error:#}", notice.version);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        self.versions.insert(notice.version, notice.fingerprint);
+        match &self.cell {
+            Some(cell) => cell.publish(notice.version, notice.fingerprint, Arc::new(model)),
+            None => {
+                let cell = Arc::new(SnapshotCell::new(notice.version, notice.fingerprint, Arc::new(model)));
+                let plan = LocalPlan {
+                    slots: self.plan.slots,
+                    in_flight: self.notice.sampling.in_flight,
+                    format: self.format,
+                    device: self.device.clone(),
+                };
+                self.engine = Some(LocalEngine::new(cell.reader(&self.plan.name), &self.sampling, plan));
+                self.cell = Some(cell);
+            }
+        }
+        Ok(())
+    }
+
+    fn load(&self, notice: &WeightsNotice) -> Result<Decoder> {
+        let dir = self.store.join(&notice.name);
+        verify(&dir, &notice.sha256)?;
+        let model = match (&self.base, &self.notice.lora) {
+            (Some(base), Some(lora)) if notice.adapters => {
+                let lora = Lora { rank: lora.rank, alpha: lora.alpha, targets: lora.targets.clone() };
+                let mut weights = base.clone();
+                weights.0.extend(Lora::read(&dir, &self.device)?.0);
+                Decoder::with_adapters(&self.config, &weights, Some(&lora))?
+            }
+            _ => Decoder::new(&self.config, &read(&dir, &self.config, &self.device)?)?,
+        };
+        let fingerprint = model.weights().fingerprint()?;
+        ensure!(
+            fingerprint == notice.fingerprint,
+            "the weights in {} have the fingerprint {fingerprint:016x}, and the coordinator announced {:016x}; use programs of one version",
+            dir.display(),
+            notice.fingerprint
+        );
+        Ok(model)
+    }
+
+    fn newest(&self) -> Option<u64> {
+        self.cell.as_ref().map(|cell| cell.latest().version)
+    }
+
+    /// Pulls as much work as there is room for.
+    fn pull(&mut self, transport: &dyn Transport) -> Result<()> {
+        let Some(engine) = &self.engine else { return Ok(()) };
+        let held: usize = self.held.iter().map(|work| work.seeds.len()).sum();
+        let room = engine.free().saturating_sub(held) / self.notice.group_size.max(1);
+        if room == 0 || !engine.accepts() {
+            return Ok(());
+        }
+        let wait = if engine.is_idle() && self.held.is_empty() { PULL } else { Duration::ZERO };
+        let leases = match transport.pull(&self.names.work, room, wait) {
+            Ok(leases) => leases,
+            Err(TransportError::Unavailable(why)) => {
+                tracing::warn!("{why}");
+                if wait > Duration::ZERO {
+                    std::thread::sleep(wait);
+                }
+                return Ok(());
+            }
+            // The coordinator removes the queue when the run ends.
+            Err(TransportError::Unknown(_)) => {
+                std::thread::sleep(LOOK);
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        for lease in leases {
+            let work = match decode::<Work>(lease.body()) {
+                Ok(work) if work.lineage == self.notice.lineage => work,
+                Ok(work) => bail!("internal error: group {} is of another lineage", work.seq),
+                Err(error) => bail!("work of the run cannot be read: {error:#}"),
+            };
+            // A second delivery of work that this worker has: the lease had expired.
+            let known = self.open.contains_key(&work.seq) || self.held.iter().any(|held| held.seq == work.seq);
+            lock(&self.leases.held).insert(work.seq, lease);
+            if !known {
+                self.held.push(work);
+            }
+        }
+        self.begin_held()
+    }
+
+    /// Begins the work for which the weights are new enough.
+    fn begin_held(&mut self) -> Result<()> {
+        let (Some(newest), Some(engine)) = (self.newest(), &mut self.engine) else { return Ok(()) };
+        for work in std::mem::take(&mut self.held) {
+            if work.min_version > newest || !engine.accepts() {
+                self.held.push(work);
+                continue;
+            }
+            engine.submit(&Prompt::new(work.seq, "", work.ids.clone()), work.seeds.clone())?;
+            self.open.insert(work.seq, work);
+        }
+        Ok(())
+    }
+
+    /// Runs the engine for a step; returns the completed groups' results.
+    fn advance(&mut self) -> Result<Vec<Done>> {
+        let Some(engine) = self.engine.as_mut().filter(|engine| !engine.is_idle()) else {
+            *lock(&self.leases.progress) = None;
+            return Ok(Vec::new());
+        };
+        let ended = engine.advance().map_err(|error| anyhow::anyhow!("{error}"))?;
+        *lock(&self.leases.progress) = Some(Instant::now());
+        let mut done = Vec::new();
+        for (seq, sampled) in ended {
+            self.open.remove(&seq);
+            let mut completions = Vec::with_capacity(sampled.len());
+            for one in sampled {
+                let finish = one.finish.context("internal error: a completion ended without a reason")?;
+                completions.push(Answer { ids: one.ids, logprobs: one.logprobs, versions: one.versions, finish });
+            }
+            let used = |version: &u64| completions.iter().any(|answer: &Answer| answer.versions.contains(version));
+            let mut fingerprints: Vec<_> =
+                self.versions.iter().filter(|(version, _)| used(version)).map(|(v, f)| (*v, *f)).collect();
+            fingerprints.sort_unstable();
+            done.push(Done {
+                lineage: self.notice.lineage,
+                seq,
+                worker: self.plan.name.clone(),
+                fingerprints,
+                completions,
+            });
+        }
+        Ok(done)
+    }
+
+    /// Hands results over, and acknowledges their work; returns those that must be handed over later.
+    fn hand_over(&mut self, transport: &dyn Transport, results: Vec<Done>) -> Result<Vec<Done>> {
+        let mut later = Vec::new();
+        for done in results {
+            let body = encode(&done)?;
+            let id = format!("{}-{}", done.seq, self.plan.name);
+            match transport.offer(&self.names.results, &id, &body) {
+                Ok(_) => {
+                    self.summary.groups += 1;
+                    self.completions += done.completions.len() as u64;
+                    self.summary.tokens += done.completions.iter().map(|answer| answer.ids.len() as u64).sum::<u64>();
+                    self.bytes += body.len() as u64;
+                    if let Some(lease) = lock(&self.leases.held).remove(&done.seq)
+                        && let Err(error) = lease.acknowledge()
+                    {
+                        // It is delivered again, and its second result is dropped.
+                        tracing::debug!("the work on group {} cannot be acknowledged: {error}", done.seq);
+                    }
+                }
+                Err(TransportError::Unavailable(why) | TransportError::Unknown(why)) => {
+                    tracing::warn!("the result of group {} is handed over later: {why}", done.seq);
+                    later.push(done);
+                }
+                Err(TransportError::Full { .. }) => later.push(done),
+                Err(error) => bail!("the result of group {} cannot be handed over: {error}", done.seq),
+            }
+        }
+        if !later.is_empty() {
+            std::thread::sleep(LOOK);
+        }
+        Ok(later)
+    }
+
+    fn pulse(&self, notices: &dyn Notices) -> Result<()> {
+        let waits = match (self.newest(), self.held.iter().map(|work| work.min_version).min()) {
+            (None, _) => "waits for weights".to_owned(),
+            (Some(newest), Some(needed)) if self.open.is_empty() && needed > newest => {
+                format!("waits for version {needed}")
+            }
+            _ => String::new(),
+        };
+        let pulse = Pulse {
+            role: "rollout".into(),
+            program: env!("CARGO_PKG_VERSION").into(),
+            host: host(),
+            version: self.newest(),
+            used: self.engine.as_ref().map_or(0, RolloutEngine::used),
+            slots: self.plan.slots,
+            completions: self.completions,
+            tokens: self.summary.tokens,
+            bytes: self.bytes,
+            waits,
+        };
+        if let Err(error) = notices.tell(&self.plan.run, &self.plan.name, &serde_json::to_vec(&pulse)?) {
+            tracing::warn!("{error}");
+        }
+        Ok(())
+    }
+}
+
+/// Reads all weights in `dir` that the model has.
+fn read(dir: &Path, config: &ModelConfig, device: &Device) -> Result<Weights> {
+    let mut weights = Weights::read_directory(dir, device)?;
+    if config.tied {
+        weights.0.remove("lm_head.weight");
+    }
+    Ok(weights)
+}
+
+/// Returns the name of this machine.
+pub fn host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    Some(name.trim().to_owned()).filter(|name| !name.is_empty()).unwrap_or_else(|| "unknown".into())
+}
