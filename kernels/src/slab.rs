@@ -266,10 +266,9 @@ mod tests {
                     };
                     let seen = hidden..first + second;
                     let total: f64 = seen.clone().map(score).sum();
-                    for i in 0..width {
+                    for (i, got) in out.iter().enumerate() {
                         let want: f64 = seen.clone().map(|token| score(token) / total * at(&vals, token, i)).sum();
-                        let got = f64::from(out[i]);
-                        assert!((got - want).abs() < 1e-5, "head {head}, {i}: {got} against {want}");
+                        assert!((f64::from(*got) - want).abs() < 1e-5, "head {head}, {i}: {got} against {want}");
                     }
                 }
             }
