@@ -129,7 +129,7 @@ def main():
     if not args.page:
         binary, python = build(), args.python or environment()
         commands = {"preceptor": [binary], "pytorch": [python, HERE / "peer.py"], "llama.cpp": [python, HERE / "llama.py"]}
-        commit = output("git", "describe", "--always", "--dirty", "--abbrev=10")
+        commit = measured_commit()
         versions = json.loads(output(python, "-c", VERSIONS))
         jobs, began = plan(args), time.monotonic()
         for done, job in enumerate(jobs):
@@ -264,6 +264,13 @@ def build():
     command = ["cargo", "bench", "--bench", "peers", "--no-run", "--message-format=json-render-diagnostics"]
     messages = [json.loads(line) for line in output(*command).splitlines()]
     return next(one["executable"] for one in messages if one.get("target", {}).get("name") == "peers")
+
+
+def measured_commit():
+    """Returns the commit of the working tree, marked if files other than the results differ from it."""
+    changed = output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benches/RESULTS.md",
+                     ":!benches/results.json")
+    return output("git", "rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
 
 
 def output(*command):
