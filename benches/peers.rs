@@ -1,24 +1,30 @@
-//! Preceptor's side of the comparison with PyTorch, transformers and TRL: one kind of work on random weights, with a
-//! warm-up and timed repeats, printed as one line of JSON. `benches/peers/run.py` runs it and its counterpart `peer.py`
-//! alternately and prints the table:
+//! Preceptor's side of the comparison with PyTorch, transformers, TRL and llama.cpp: one kind of work on random weights,
+//! with a warm-up and timed repeats, printed as one line of JSON. `benches/peers/run.py` runs it and its counterparts in
+//! turn and writes the page of results:
 //!
 //! ```text
 //! python3 benches/peers/run.py --help
 //! ```
 //!
-//! Alone: `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--eta E]
-//! [--replicas N] [--learner-threads N] [--precision highest|high|medium] [--weights f32|bf16|q8_0]`; `--weights` applies to `generate`,
-//! `grpo` and `overlap`.
+//! Alone: `cargo bench --bench peers -- WORK --model tiny|smollm2 [--threads N] [--repeats R] [--length L] [--eta E]
+//! [--replicas N] [--learner-threads N] [--precision highest|high|medium] [--weights f32|bf16|q8_0]`; `--length` applies to
+//! `sample`, `score-long` and `gradient-long`, `--weights` to all work that samples.
 
+#[path = "peers/figures.rs"]
+mod figures;
+#[path = "peers/length.rs"]
+mod length;
+#[path = "peers/limits.rs"]
+mod limits;
 #[path = "common/shapes.rs"]
 mod shapes;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::Device;
+use figures::{Figures, Mark, peak_rss_kib, repeat};
 use kernels::{AdamW, AdamWConfig, Format, Gradients, backward};
 use preceptor::config::{self, Choice, Config, MatmulPrecision};
 use preceptor::lm::model::{Decoder, ModelConfig, Pack, Weights};
@@ -30,8 +36,9 @@ use preceptor::pipeline::generate::{Fixed, Request, generate};
 use preceptor::pipeline::label::likelihood::Likelihood;
 use preceptor::pipeline::label::local::Judge;
 use preceptor::pipeline::label::{Labeler, Labels};
-use preceptor::pipeline::learn::TrainState;
-use preceptor::pipeline::learn::{Done, Observer};
+use preceptor::pipeline::learn::collective::{Collective, SharedWeights};
+use preceptor::pipeline::learn::replicas::{Replicas, Sums};
+use preceptor::pipeline::learn::{Done, Observer, TrainState};
 use preceptor::pipeline::setup::{Devices, Prepared, prompt_format};
 use preceptor::pipeline::topology::Node;
 use preceptor::rl::ledger::SharedLedger;
@@ -51,9 +58,6 @@ const BLANK: usize = 16;
 const SEQUENCE: usize = 128;
 /// Number of groups in a step of reinforcement learning, which are generated concurrently.
 const BATCH: usize = 4;
-/// Minimum seconds of a repeat, which does its work several times if necessary. The kernel counts CPU time in hundredths of
-/// a second.
-const MIN_SECONDS: f64 = 2.0;
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
@@ -76,11 +80,19 @@ fn main() -> Result<()> {
     let rollout_weights = options.get("--weights").and_then(Value::as_str).unwrap_or("f32").to_owned();
     let (subject, weights) = Subject::new(model, rollout_weights)?;
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads as usize).build()?;
+    let length = || Ok::<_, anyhow::Error>(number("--length", 1024)? as usize);
     let figures = match work.as_str() {
+        "products" => limits::products(threads as usize)?,
+        "memory" => limits::memory(threads as usize)?,
         "train" => pool.install(|| subject.train(weights, repeats))?,
+        "gradients" => pool.install(|| subject.gradients(weights, number("--replicas", threads)? as usize, repeats))?,
         "generate-1" => pool.install(|| subject.generate(&weights, 1, repeats))?,
         "generate-8" => pool.install(|| subject.generate(&weights, 8, repeats))?,
         "generate-32" => pool.install(|| subject.generate(&weights, 32, repeats))?,
+        "decode-1" => pool.install(|| length::decode(&*subject.sampled(&weights)?, 1, length()?, repeats))?,
+        "decode-8" => pool.install(|| length::decode(&*subject.sampled(&weights)?, 8, length()?, repeats))?,
+        "score-long" => pool.install(|| length::score(&weights, length()?, repeats))?,
+        "gradient-long" => pool.install(|| length::gradient(weights, length()?, repeats))?,
         "label" => pool.install(|| subject.label(weights, repeats))?,
         // With two threads the rollout and the learner work concurrently, and the learner has two replicas, because it has
         // more work. With one thread they alternate.
@@ -90,9 +102,9 @@ fn main() -> Result<()> {
             subject.grpo(weights, eta, learner, repeats)?
         }
         "overlap" => subject.overlap(&weights, repeats)?,
-        _ => bail!("{work:?} is none of train, generate-1, generate-8, generate-32, label, grpo, overlap"),
+        _ => bail!("there is no work {work:?}; run.py --help lists all works"),
     };
-    let mut line = json!({ "work": work, "model": model, "threads": threads, "peak_rss_kib": peak_rss_kib()? });
+    let mut line = json!({ "peak_rss_kib": peak_rss_kib()? });
     line.as_object_mut().context("an object")?.extend(figures);
     println!("{line}");
     Ok(())
@@ -139,15 +151,48 @@ impl Subject {
         })
     }
 
+    /// Measures the gradients of two groups, on `replicas` replicas of one thread each.
+    fn gradients(&self, weights: Arc<Decoder>, replicas: usize, repeats: u64) -> Result<Map<String, Value>> {
+        let packs = [0, 1].map(|place| {
+            let completions: Vec<Vec<u32>> = (0..GROUP).map(|k| self.words(1 + place * GROUP + k, ANSWER)).collect();
+            Pack::new(&self.words(place, PROMPT), &completions)
+        });
+        let (model, params) = weights.trainable(true)?;
+        drop(weights);
+        let model = Arc::new(model);
+        let sums = |_| Ok(Arc::new(Mutex::new(vec![Gradients::new(&params)?])));
+        let sums: Vec<_> = (0..replicas).map(sums).collect::<Result<_>>()?;
+        let mut learner = Replicas::start(sums.clone(), 1, packs.len())?;
+        repeat(repeats, packs.len() * GROUP * ANSWER, "tokens", || {
+            for (place, pack) in packs.iter().enumerate() {
+                let (model, pack) = (Arc::clone(&model), pack.clone());
+                let job = move |sums: &mut Sums| {
+                    let (logprobs, _) = model.logprobs(&pack, 1.0)?;
+                    Ok(backward(&logprobs.sum_all()?, &mut [&mut sums[0]])?)
+                };
+                learner.submit(place % replicas, Box::new(job));
+            }
+            while let Some(result) = learner.take() {
+                result?;
+            }
+            SharedWeights.reduce(&sums)?;
+            Ok(sums[0].lock().map_err(|_| anyhow!("a replica panicked"))?[0].zero()?)
+        })
+    }
+
+    /// Returns the model with its weights in the number format of sampling.
+    fn sampled(&self, weights: &Arc<Decoder>) -> Result<Arc<Decoder>> {
+        match self.rollout_weights.as_str() {
+            "f32" => Ok(Arc::clone(weights)),
+            "bf16" => Ok(Arc::new(weights.quantized(Format::Bf16)?)),
+            "q8_0" => Ok(Arc::new(weights.quantized(Format::Q8)?)),
+            other => bail!("{other:?} is none of f32, bf16, q8_0"),
+        }
+    }
+
     /// Measures the sampling of `width` completions, eight per prompt.
     fn generate(&self, weights: &Arc<Decoder>, width: usize, repeats: u64) -> Result<Map<String, Value>> {
-        let format = match self.rollout_weights.as_str() {
-            "f32" => None,
-            "bf16" => Some(Format::Bf16),
-            "q8_0" => Some(Format::Q8),
-            other => bail!("{other:?} is none of f32, bf16, q8_0"),
-        };
-        let weights = &format.map_or(Ok(Arc::clone(weights)), |format| weights.quantized(format).map(Arc::new))?;
+        let weights = &self.sampled(weights)?;
         let prompts: Vec<Vec<u32>> = (0..width.div_ceil(GROUP)).map(|k| self.words(k, PROMPT)).collect();
         let sampling = Sampling { temperature: 0.9, max_new_tokens: ANSWER, ..Sampling::default() };
         let requests = || -> Vec<Request> {
@@ -373,83 +418,4 @@ impl Observer for StepTimes {
     }
 
     fn nonfinite(&mut self, _step: u64, _batch: &[Rewarded]) {}
-}
-
-/// Time, and the process's resource usage until then.
-struct Mark {
-    at: Instant,
-    cpu_s: f64,
-    minor_faults: u64,
-}
-
-impl Mark {
-    fn now() -> Result<Self> {
-        let stat = std::fs::read_to_string("/proc/self/stat")?;
-        // The second field is the program's name in parentheses; the list begins with the third field of proc(5).
-        let (_, fields) = stat.rsplit_once(") ").context("/proc/self/stat has an unknown format")?;
-        let fields: Vec<&str> = fields.split(' ').collect();
-        let field = |number: usize| -> Result<u64> { Ok(fields.get(number - 3).context("a field")?.parse()?) };
-        let ticks = field(14)? + field(15)?;
-        Ok(Self { at: Instant::now(), cpu_s: ticks as f64 / 100.0, minor_faults: field(10)? })
-    }
-}
-
-fn peak_rss_kib() -> Result<u64> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM in /proc/self/status")?;
-    Ok(peak.trim().trim_end_matches(" kB").parse()?)
-}
-
-/// Measurements of the repeats.
-struct Figures {
-    units: usize,
-    unit: &'static str,
-    wall_s: Vec<f64>,
-    cpu_s: Vec<f64>,
-    minor_faults: Vec<u64>,
-}
-
-impl Figures {
-    fn new(units: usize, unit: &'static str) -> Self {
-        Self { units, unit, wall_s: vec![], cpu_s: vec![], minor_faults: vec![] }
-    }
-
-    fn add(&mut self, from: &Mark, to: &Mark) {
-        self.wall_s.push((to.at - from.at).as_secs_f64());
-        self.cpu_s.push(to.cpu_s - from.cpu_s);
-        self.minor_faults.push(to.minor_faults - from.minor_faults);
-    }
-
-    fn done(self) -> Map<String, Value> {
-        let Self { units, unit, wall_s, cpu_s, minor_faults } = self;
-        let fields: [(&str, Value); 5] = [
-            ("units", json!(units)),
-            ("unit", json!(unit)),
-            ("wall_s", json!(wall_s)),
-            ("cpu_s", json!(cpu_s)),
-            ("minor_faults", json!(minor_faults)),
-        ];
-        fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
-    }
-}
-
-/// Runs `work` twice as a warm-up, and then measures `repeats` repeats, each of which runs it for at least
-/// [`MIN_SECONDS`].
-fn repeat(
-    repeats: u64,
-    units: usize,
-    unit: &'static str,
-    mut work: impl FnMut() -> Result<()>,
-) -> Result<Map<String, Value>> {
-    work()?;
-    let warm = Instant::now();
-    work()?;
-    let times = (MIN_SECONDS / warm.elapsed().as_secs_f64()).ceil() as usize;
-    let mut figures = Figures::new(units * times, unit);
-    for _ in 0..repeats {
-        let from = Mark::now()?;
-        (0..times).try_for_each(|_| work())?;
-        figures.add(&from, &Mark::now()?);
-    }
-    Ok(figures.done())
 }

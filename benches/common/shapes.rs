@@ -18,7 +18,7 @@ pub fn shape(name: &str) -> Option<ModelConfig> {
         kv_heads,
         head_dim: 64,
         vocab_size,
-        context: 2048,
+        context: 16_384,
         ..llama
     })
 }

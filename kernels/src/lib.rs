@@ -44,7 +44,7 @@ pub use quantized::{Format, Quantized};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use self_attention::{SelfAttention, self_attention};
-pub use slab::{Slab, attend_slabs};
+pub use slab::{Continuation, Slab, attend_slabs};
 pub use softmax::masked_softmax;
 pub use tree_mask::TreeMask;
 

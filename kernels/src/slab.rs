@@ -1,32 +1,37 @@
-//! Keys and values of a sequence, laid out for attention of one new token at a time.
+//! Keys and values of sequences, laid out for attention of one new token of each sequence at a time.
+
+use std::iter::repeat_n;
 
 use super::softmax::softmax_in_place;
 use super::vector::{LANES, exp, fused, vectorised};
 
 /// Number of value columns that are summed in registers.
 const WIDE: usize = 64;
+/// Number of queries whose scores are in registers.
+const SCORED: usize = 4;
+/// Number of tokens whose values stay in the first-level cache while all queries read them.
+const TILE: usize = 32;
 
 /// Keys and values of consecutive tokens in one layer.
 ///
-/// Keys are stored in blocks of sixteen tokens, component by component with the sixteen tokens' values adjacent, so
-/// that sixteen scores are computed at once without a sum over lanes. Values are stored token by token.
+/// Those of a key head are contiguous. Keys are stored in blocks of sixteen tokens, component by component with the sixteen
+/// tokens' values adjacent, so that sixteen scores are computed at once without a sum over lanes. Values are stored token by
+/// token.
 #[derive(Debug, Clone)]
 pub struct Slab {
-    kv_heads: usize,
     width: usize,
     len: usize,
-    /// Keys, `[⌈len/16⌉, KV, hd, 16]`, zero beyond `len`.
-    keys: Vec<f32>,
-    /// Values, `[len, KV, hd]`.
-    values: Vec<f32>,
+    /// Keys of each head, `[⌈len/16⌉, hd, 16]`, zero beyond `len`.
+    keys: Vec<Vec<f32>>,
+    /// Values of each head, `[len, hd]`.
+    values: Vec<Vec<f32>>,
 }
 
 impl Slab {
     /// Creates an empty slab with capacity for `tokens` tokens.
     pub fn new(kv_heads: usize, width: usize, tokens: usize) -> Self {
-        let row = kv_heads * width;
-        let keys = Vec::with_capacity(tokens.next_multiple_of(LANES) * row);
-        Self { kv_heads, width, len: 0, keys, values: Vec::with_capacity(tokens * row) }
+        let heads = |tokens: usize| (0..kv_heads).map(|_| Vec::with_capacity(tokens * width)).collect();
+        Self { width, len: 0, keys: heads(tokens.next_multiple_of(LANES)), values: heads(tokens) }
     }
 
     /// Returns the number of tokens.
@@ -42,8 +47,7 @@ impl Slab {
     /// Removes all tokens and keeps the allocation.
     pub fn clear(&mut self) {
         self.len = 0;
-        self.keys.clear();
-        self.values.clear();
+        self.keys.iter_mut().chain(&mut self.values).for_each(Vec::clear);
     }
 
     /// Appends tokens: keys and values `[n, KV, hd]`.
@@ -51,111 +55,178 @@ impl Slab {
     /// # Panics
     /// If a length is not a multiple of `KV · hd`, or the two lengths differ.
     pub fn push(&mut self, keys: &[f32], values: &[f32]) {
-        let row = self.kv_heads * self.width;
+        let row = self.keys.len() * self.width;
         assert!(keys.len() == values.len() && keys.len().is_multiple_of(row), "complete tokens of keys and of values");
-        self.values.extend_from_slice(values);
-        for key in keys.chunks_exact(row) {
+        for (keys, values) in keys.chunks_exact(row).zip(values.chunks_exact(row)) {
             let lane = self.len % LANES;
-            if lane == 0 {
-                self.keys.resize(self.keys.len() + row * LANES, 0.0);
+            for (head, key) in self.keys.iter_mut().zip(keys.chunks_exact(self.width)) {
+                if lane == 0 {
+                    head.resize(head.len() + self.width * LANES, 0.0);
+                }
+                let block = head.len() - self.width * LANES;
+                for (place, key) in head[block + lane..].iter_mut().step_by(LANES).zip(key) {
+                    *place = *key;
+                }
             }
-            let start = self.len / LANES * row * LANES;
-            for (i, key) in key.iter().enumerate() {
-                self.keys[start + i * LANES + lane] = *key;
+            for (head, value) in self.values.iter_mut().zip(values.chunks_exact(self.width)) {
+                head.extend_from_slice(value);
             }
             self.len += 1;
         }
     }
 }
 
-/// Computes softmax(q·Kᵀ/√hd)·V for one token's queries `[H, hd]`, with scores capped if `cap` is set, over the tokens
-/// of both slabs without the first `hidden` ones. Writes `[H, hd]` to `out`; `scores` is a scratch buffer.
+/// A sequence of a decode step: the queries `[H, hd]` of its new token, and the tokens after its prompt.
+#[derive(Debug, Clone, Copy)]
+pub struct Continuation<'a> {
+    /// Queries of the new token.
+    pub queries: &'a [f32],
+    /// Keys and values of the tokens after the prompt, the new one included.
+    pub own: &'a Slab,
+}
+
+/// Computes softmax(q·Kᵀ/√hd)·V of sequences that continue `prompt`, for the query heads that read the key head `head`, with
+/// scores capped if `cap` is set, without the first `hidden` tokens of each sequence. Returns `[sequences, H/KV, hd]`.
+///
+/// Each key and value of the prompt is read once for all sequences. The result of a sequence does not depend on the others.
 ///
 /// # Panics
 /// If the sizes do not match.
 pub fn attend_slabs(
-    out: &mut [f32],
-    queries: &[f32],
-    slabs: [&Slab; 2],
+    prompt: &Slab,
+    sequences: &[Continuation<'_>],
+    head: usize,
     hidden: usize,
     cap: Option<f64>,
-    scores: &mut Vec<f32>,
-) {
-    let (width, kv_heads) = (slabs[0].width, slabs[0].kv_heads);
-    assert!(out.len() == queries.len() && queries.len().is_multiple_of(kv_heads * width), "sizes of queries");
-    let from = [hidden.min(slabs[0].len), hidden.saturating_sub(slabs[0].len)];
-    let scale = 1.0 / (width as f32).sqrt();
-    let repeats = queries.len() / width / kv_heads;
-    for (i, (out, query)) in out.chunks_exact_mut(width).zip(queries.chunks_exact(width)).enumerate() {
-        let head = i / repeats;
-        scores.clear();
-        for (slab, from) in slabs.iter().zip(from) {
-            if from < slab.len {
-                score(scores, query, slab, head, from, scale, cap.map(|cap| cap as f32));
-            }
-        }
+) -> Vec<f32> {
+    let (width, kv_heads) = (prompt.width, prompt.keys.len());
+    let Some(first) = sequences.first() else { return Vec::new() };
+    let repeats = first.queries.len() / width / kv_heads;
+    let sizes = |one: &Continuation<'_>| {
+        one.queries.len() == repeats * width * kv_heads && (one.own.width, one.own.keys.len()) == (width, kv_heads)
+    };
+    assert!(repeats > 0 && head < kv_heads && sequences.iter().all(sizes), "sizes of queries");
+    let queries: Vec<&[f32]> = sequences
+        .iter()
+        .flat_map(|one| one.queries[head * repeats * width..][..repeats * width].chunks_exact(width))
+        .collect();
+    let (from, own_from) = (hidden.min(prompt.len), hidden.saturating_sub(prompt.len));
+    let (shared, cap) = (prompt.len - from, cap.map(|cap| cap as f32));
+    let mut scores: Vec<Vec<f32>> = sequences
+        .iter()
+        .flat_map(|one| repeat_n(shared + one.own.len, repeats))
+        .map(|tokens| Vec::with_capacity(tokens + LANES))
+        .collect();
+    score(&mut scores, &queries, prompt, head, from, cap);
+    for ((scores, queries), one) in scores.chunks_exact_mut(repeats).zip(queries.chunks_exact(repeats)).zip(sequences) {
+        score(scores, queries, one.own, head, own_from, cap);
+    }
+    for scores in &mut scores {
         softmax_in_place(scores);
-        let (first, second) = scores.split_at(slabs[0].len - from[0]);
-        out.fill(0.0);
-        for ((slab, from), weights) in slabs.iter().zip(from).zip([first, second]) {
-            let values = &slab.values[from * kv_heads * width..];
-            mix(out, weights, values, head * width, kv_heads * width);
-        }
     }
+    let mut out = vec![0.0; queries.len() * width];
+    mix(&mut out, &scores, 0, prompt, head, from);
+    for ((out, scores), one) in out.chunks_exact_mut(repeats * width).zip(scores.chunks_exact(repeats)).zip(sequences) {
+        mix(out, scores, shared, one.own, head, own_from);
+    }
+    out
 }
 
 vectorised! {
-/// Appends one head's scores against a slab's tokens from `from` on.
-fn score<FMA>(
-    scores: &mut Vec<f32>,
-    query: &[f32],
-    slab: &Slab,
-    head: usize,
-    from: usize,
-    scale: f32,
-    cap: Option<f32>,
-) {
-    let block = slab.width * LANES;
+/// Appends to the list of each query its scores against a slab's tokens from `from` on.
+fn score<FMA>(scores: &mut [Vec<f32>], queries: &[&[f32]], slab: &Slab, head: usize, from: usize, cap: Option<f32>) {
+    let scale = 1.0 / (slab.width as f32).sqrt();
     for start in (from / LANES * LANES..slab.len).step_by(LANES) {
-        let keys = &slab.keys[(start / LANES * slab.kv_heads + head) * block..][..block];
-        let mut sums = [0.0f32; LANES];
-        for (q, keys) in query.iter().zip(keys.as_chunks::<LANES>().0) {
-            for i in 0..LANES {
-                sums[i] = fused::<FMA>(*q, keys[i], sums[i]);
+        let keys = &slab.keys[head][start * slab.width..];
+        prefetch(&keys[slab.width * LANES..], slab.width * LANES);
+        let keys = keys[..slab.width * LANES].as_chunks::<LANES>().0;
+        let seen = from.saturating_sub(start)..(slab.len - start).min(LANES);
+        for (scores, queries) in scores.chunks_mut(SCORED).zip(queries.chunks(SCORED)) {
+            let mut sums = [[0.0; LANES]; SCORED];
+            match *queries {
+                [a] => sums[..1].copy_from_slice(&products::<FMA, 1>([a], keys)),
+                [a, b] => sums[..2].copy_from_slice(&products::<FMA, 2>([a, b], keys)),
+                [a, b, c] => sums[..3].copy_from_slice(&products::<FMA, 3>([a, b, c], keys)),
+                [a, b, c, d] => sums = products::<FMA, 4>([a, b, c, d], keys),
+                _ => unreachable!("chunks of at most {SCORED} queries"),
+            }
+            for (scores, sums) in scores.iter_mut().zip(&mut sums) {
+                for sum in &mut *sums {
+                    *sum *= scale;
+                }
+                if let Some(cap) = cap {
+                    for sum in &mut *sums {
+                        *sum = cap * (1.0 - 2.0 / (exp::<FMA>(2.0 * *sum / cap) + 1.0));
+                    }
+                }
+                scores.extend_from_slice(&sums[seen.clone()]);
             }
         }
-        for sum in &mut sums {
-            *sum *= scale;
-        }
-        if let Some(cap) = cap {
-            for sum in &mut sums {
-                *sum = cap * (1.0 - 2.0 / (exp::<FMA>(2.0 * *sum / cap) + 1.0));
-            }
-        }
-        scores.extend_from_slice(&sums[from.saturating_sub(start)..(slab.len - start).min(LANES)]);
     }
 }
 }
 
+/// Returns the products of queries with a block of keys.
+#[inline(always)]
+fn products<const FMA: bool, const Q: usize>(queries: [&[f32]; Q], keys: &[[f32; LANES]]) -> [[f32; LANES]; Q] {
+    let queries = queries.map(|query| &query[..keys.len()]);
+    let mut sums = [[0.0; LANES]; Q];
+    for (i, keys) in keys.iter().enumerate() {
+        for q in 0..Q {
+            for lane in 0..LANES {
+                sums[q][lane] = fused::<FMA>(queries[q][i], keys[lane], sums[q][lane]);
+            }
+        }
+    }
+    sums
+}
+
+/// Computes `out += Σ weight · value` of each query `[queries, hd]` over a slab's tokens from `from` on. The weights of
+/// these tokens begin at `first` in each list.
+fn mix(out: &mut [f32], weights: &[Vec<f32>], first: usize, slab: &Slab, head: usize, from: usize) {
+    let width = slab.width;
+    for start in (from..slab.len).step_by(TILE) {
+        let (values, next) = slab.values[head][start * width..].split_at((slab.len - start).min(TILE) * width);
+        prefetch(next, TILE * width);
+        for (out, weights) in out.chunks_exact_mut(width).zip(weights) {
+            mix_tile(out, &weights[first + start - from..], values);
+        }
+    }
+}
+
 vectorised! {
-/// Computes `out += Σ weight · value`; each value is the `out.len()` columns from `offset` in a row of `stride`.
-fn mix<FMA>(out: &mut [f32], weights: &[f32], values: &[f32], offset: usize, stride: usize) {
+/// Computes `out += Σ weight · value`; values are `[tokens, hd]`.
+fn mix_tile<FMA>(out: &mut [f32], weights: &[f32], values: &[f32]) {
+    let width = out.len();
     let (wide, rest) = out.as_chunks_mut::<WIDE>();
     let done = wide.len() * WIDE;
     for (c, out) in wide.iter_mut().enumerate() {
-        for (weight, row) in weights.iter().zip(values.chunks_exact(stride)) {
-            let (value, _) = row[offset + c * WIDE..].as_chunks::<WIDE>();
+        for (weight, row) in weights.iter().zip(values.chunks_exact(width)) {
+            let (value, _) = row[c * WIDE..].as_chunks::<WIDE>();
             for i in 0..WIDE {
                 out[i] = fused::<FMA>(*weight, value[0][i], out[i]);
             }
         }
     }
-    for (weight, row) in weights.iter().zip(values.chunks_exact(stride)) {
-        for (out, value) in rest.iter_mut().zip(&row[offset + done..]) {
+    for (weight, row) in weights.iter().zip(values.chunks_exact(width)) {
+        for (out, value) in rest.iter_mut().zip(&row[done..]) {
             *out = fused::<FMA>(*weight, *value, *out);
         }
     }
 }
+}
+
+/// Makes the processor read the first `count` of the given numbers into its cache.
+#[inline(always)]
+fn prefetch(numbers: &[f32], count: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in numbers[..count.min(numbers.len())].chunks(16) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch may point anywhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (numbers, count);
 }
 
 #[cfg(test)]
@@ -179,11 +250,13 @@ mod tests {
                 for token in first..first + second {
                     slabs[1].push(&keys[token * row..][..row], &vals[token * row..][..row]);
                 }
-                let queries = values(heads * width, 3);
-                let mut out = vec![f32::NAN; heads * width];
-                attend_slabs(&mut out, &queries, [&slabs[0], &slabs[1]], hidden, cap, &mut Vec::new());
+                let repeats = heads / kv_heads;
                 for head in 0..heads {
-                    let offset = head / (heads / kv_heads) * width;
+                    let queries = values(heads * width, 3);
+                    let sequence = Continuation { queries: &queries, own: &slabs[1] };
+                    let out = attend_slabs(&slabs[0], &[sequence], head / repeats, hidden, cap);
+                    let out = &out[head % repeats * width..][..width];
+                    let offset = head / repeats * width;
                     let at = |of: &[f32], token: usize, i: usize| f64::from(of[token * row + offset + i]);
                     let score = |token: usize| {
                         let dot: f64 =
@@ -193,12 +266,34 @@ mod tests {
                     };
                     let seen = hidden..first + second;
                     let total: f64 = seen.clone().map(score).sum();
-                    for i in 0..width {
+                    for (i, got) in out.iter().enumerate() {
                         let want: f64 = seen.clone().map(|token| score(token) / total * at(&vals, token, i)).sum();
-                        let got = f64::from(out[head * width + i]);
-                        assert!((got - want).abs() < 1e-5, "head {head}, {i}: {got} against {want}");
+                        assert!((f64::from(*got) - want).abs() < 1e-5, "head {head}, {i}: {got} against {want}");
                     }
                 }
+            }
+        }
+    }
+
+    /// The sequences that share a prompt give the same numbers as each of them alone, to the last bit.
+    #[test]
+    fn a_sequence_does_not_depend_on_those_with_the_same_prompt() {
+        let (kv_heads, width, repeats, prompt) = (2, 72, 3, 150);
+        let row = kv_heads * width;
+        let slab = |tokens: usize, seed: usize| {
+            let mut slab = Slab::new(kv_heads, width, tokens);
+            slab.push(&values(tokens * row, seed), &values(tokens * row, seed + 1));
+            slab
+        };
+        let shared = slab(prompt, 1);
+        let own: Vec<Slab> = (0..5).map(|i| slab(1 + 7 * i, 10 + i)).collect();
+        let queries: Vec<Vec<f32>> = (0..5).map(|i| values(repeats * row, 20 + i)).collect();
+        let all: Vec<Continuation<'_>> =
+            queries.iter().zip(&own).map(|(queries, own)| Continuation { queries, own }).collect();
+        for (head, hidden) in [(0, 0), (1, 40), (1, prompt)] {
+            let together = attend_slabs(&shared, &all, head, hidden, None);
+            for (one, together) in all.iter().zip(together.chunks_exact(repeats * width)) {
+                assert_eq!(attend_slabs(&shared, &[*one], head, hidden, None), together);
             }
         }
     }

@@ -94,13 +94,14 @@ fn reasoning(config: &Config, prepared: &Prepared) -> Vec<String> {
     lines
 }
 
-/// Estimates the memory of a run on the policy's device in bytes: weights, optimizer, and peak activations.
+/// Estimates the memory of a run on the policy's device in bytes: weights, optimizer, peak activations, and the keys and
+/// values of sampling.
 ///
 /// # Errors
 /// If the configured adapters do not fit the model.
 pub(crate) fn memory_bytes(config: &Config, prepared: &Prepared) -> Result<f64> {
     let sizes = Sizes::of(config, prepared)?;
-    Ok(sizes.loads(config, prepared).first().map_or(0.0, |load| load.weights + load.activations))
+    Ok(sizes.loads(config, prepared).first().map_or(0.0, Load::total))
 }
 
 /// Returns lines about devices that have less free memory than a run needs.
@@ -112,9 +113,7 @@ pub(crate) fn shortages(config: &Config, prepared: &Prepared) -> Result<Vec<Stri
     for load in &loads {
         load.ensure_room(config)?;
     }
-    let short = |load: &&Load| {
-        device::available_bytes(&load.device).is_some_and(|there| load.weights + load.activations > there as f64)
-    };
+    let short = |load: &&Load| device::available_bytes(&load.device).is_some_and(|there| load.total() > there as f64);
     Ok(loads.iter().filter(short).map(|load| load.line(config)).collect())
 }
 
@@ -188,32 +187,37 @@ impl Sizes {
             device: policy.clone(),
             weights: learner,
             activations: replicas * self.activation_bytes(config, prepared, policy),
+            cache: 0.0,
         }];
-        let mut add = |name: &Option<String>, device: &Device, weights: f64, activations: f64| {
+        let mut add = |name: &Option<String>, device: &Device, weights: f64, activations: f64, cache: f64| {
             let name = name.as_ref().unwrap_or(home);
             match loads.iter_mut().find(|load| load.name == *name) {
                 Some(load) => {
                     load.weights += weights;
                     load.activations += activations;
+                    load.cache += cache;
                 }
-                None => loads.push(Load { name: name.clone(), device: device.clone(), weights, activations }),
+                None => loads.push(Load { name: name.clone(), device: device.clone(), weights, activations, cache }),
             }
         };
         let copy = if own_judge && !devices.labeler.same_device(policy) { self.parameters } else { 0.0 };
-        add(&config.labeler.device, &devices.labeler, each * (self.judges + copy), 0.0);
+        add(&config.labeler.device, &devices.labeler, each * (self.judges + copy), 0.0, 0.0);
         let scorer = &devices.reward_model;
         // On a separate device the reward model needs separate activations. On the policy's device it alternates with
         // the learner and mostly reuses its memory.
         let is_separate = self.reward_model > 0.0 && !scorer.same_device(policy);
         let activations = if is_separate { self.activation_bytes(config, prepared, scorer) } else { 0.0 };
-        add(&config.reward_model.device, scorer, (each + exact(scorer)) * self.reward_model, activations);
+        add(&config.reward_model.device, scorer, (each + exact(scorer)) * self.reward_model, activations, 0.0);
         for (name, device) in config.learner.devices.iter().zip(&devices.learner).skip(1) {
             // A replica's copy of the weights, its sums of gradients, and its activations.
             let weights = each * (self.parameters + self.value_model) + 4.0 * (self.trained + self.value_model);
-            add(&Some(name.clone()), device, weights, self.activation_bytes(config, prepared, device));
+            add(&Some(name.clone()), device, weights, self.activation_bytes(config, prepared, device), 0.0);
         }
+        // Rollout servers have caches of their own.
+        let cache = if config.rollout.servers.is_empty() { cache_bytes(config, prepared) } else { 0.0 };
         if config.rollout.devices.is_empty() {
-            add(&None, policy, narrow * config.rollout.workers as f64, 0.0);
+            let workers = config.rollout.workers as f64;
+            add(&None, policy, narrow * workers, 0.0, cache * workers);
         }
         for (worker, name) in (0..config.rollout.workers).zip(config.rollout.devices.iter().cycle()) {
             // The weights in use, and the next version while it is copied.
@@ -221,7 +225,7 @@ impl Sizes {
             let shared = if config.policy.lora.is_some() { self.parameters } else { 0.0 };
             let copies = each * (shared + 2.0 * self.trained);
             let copies = if device.same_device(policy) { 0.0 } else { copies };
-            add(&Some(name.clone()), device, copies + narrow, 0.0);
+            add(&Some(name.clone()), device, copies + narrow, 0.0, cache);
         }
         loads
     }
@@ -241,10 +245,20 @@ impl Sizes {
             // scores.
             layer += 32.0 * stream + (24 * shape.heads * tokens) as f64;
         }
+        // The backward pass of a layer needs about as much again for its intermediate gradients.
         let layers = shape.layers as f64;
-        let checkpointed = config.learner.activation_checkpointing;
-        tokens as f64 * if checkpointed { layers * each * stream + layer } else { layers * layer }
+        let kept =
+            if config.learner.activation_checkpointing { layers * each * stream + layer } else { layers * layer };
+        tokens as f64 * (kept + layer)
     }
+}
+
+/// Returns the bytes of the keys and values of a rollout actor, if all its slots hold completions of the greatest length.
+fn cache_bytes(config: &Config, prepared: &Prepared) -> f64 {
+    let (shape, rollout) = (prepared.policy().config(), &config.rollout);
+    let prompts = rollout.slots.div_ceil(rollout.group_size);
+    let tokens = rollout.slots * rollout.max_new_tokens + prompts * prepared.data.longest();
+    bytes(config) * (2 * shape.kv_heads * shape.head_dim * shape.layers * tokens) as f64
 }
 
 /// Returns whether models on `device` are computed by the fused operations.
@@ -267,6 +281,8 @@ struct Load {
     device: Device,
     weights: f64,
     activations: f64,
+    /// Keys and values of the sequences that are sampled.
+    cache: f64,
 }
 
 /// Share of the machine's memory above which a run is refused for its weights and optimizer state. Their size is known to
@@ -274,6 +290,10 @@ struct Load {
 const REFUSAL_RATIO: f64 = 1.1;
 
 impl Load {
+    fn total(&self) -> f64 {
+        self.weights + self.activations + self.cache
+    }
+
     /// Checks that the machine, or the control group, has as much memory as the weights and the optimizer's state take.
     fn ensure_room(&self, config: &Config) -> Result<()> {
         let Some(total) = process::total_bytes().filter(|_| self.device.is_cpu()) else { return Ok(()) };
@@ -288,14 +308,14 @@ impl Load {
     }
 
     fn line(&self, config: &Config) -> String {
-        let whole = self.weights + self.activations;
         format!(
-            "memory      about {} on {}: {} weights and optimizer, up to {} activations{}",
-            gib(whole),
+            "memory      about {} on {}: {} weights and optimizer, up to {} activations, up to {} keys and values of rollouts{}",
+            gib(self.total()),
             place(&self.name, config),
             gib(self.weights),
             gib(self.activations),
-            available(&self.device, whole, self.activations > 0.0),
+            gib(self.cache),
+            available(&self.device, self),
         )
     }
 }
@@ -324,14 +344,16 @@ fn gib(bytes: f64) -> String {
     if gib < 0.1 { format!("{:.2} MiB", 1024.0 * gib) } else { format!("{gib:.2} GiB") }
 }
 
-/// Describes the free memory of a device, with a remedy if it is less than `bytes`.
-fn available(device: &Device, bytes: f64, learns: bool) -> String {
+/// Describes the free memory of a device, with a remedy if it is less than `load` needs.
+fn available(device: &Device, load: &Load) -> String {
     match device::available_bytes(device) {
-        Some(there) if bytes > there as f64 => format!(
+        Some(there) if load.total() > there as f64 => format!(
             "; only {} are free{}; {}",
             gib(there as f64),
             limited(device),
-            if learns {
+            if load.cache > load.activations {
+                "lower rollout.slots or rollout.max_new_tokens"
+            } else if load.activations > 0.0 {
                 "set learner.activation_checkpointing = true, learner.micro_batch, or policy.lora"
             } else {
                 "place fewer actors there"

@@ -316,6 +316,17 @@ fn check_reports_the_resources_of_a_run() {
     ] {
         assert!(text.contains(words), "{words} is not in\n{text}");
     }
+    // 400 more tokens in each of 32 slots: keys and values of 2 layers with 2 heads of 16 numbers of 4 bytes.
+    let cache = |tokens: usize| -> f64 {
+        let mut command = preceptor(dir.path());
+        command.arg("check").arg(config("offline.toml"));
+        let output = command.arg("--set").arg(format!("rollout.max_new_tokens={tokens}")).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (before, _) = text.split_once(" MiB keys and values of rollouts").unwrap_or_else(|| panic!("{text}"));
+        before.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let more = cache(424) - cache(24);
+    assert!((more - 6.25).abs() < 0.03, "{more} MiB more of keys and values");
     // A custom preamble is processed with each question.
     let own = dir.path().join("preamble.txt");
     std::fs::write(&own, "Judge well. ".repeat(1000)).unwrap();

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::CachedPrompt;
 use crate::lm::model::ModelConfig;
 use crate::lm::model::attention::{Attend, Scope};
-use kernels::{Slab, attend_slabs};
+use kernels::{Continuation, Slab, attend_slabs};
 
 /// Cache for `f32` on the CPU. A sequence's results do not depend on the other sequences in the batch.
 pub(super) struct Slabs {
@@ -80,22 +80,39 @@ impl Attend for DecodeStep<'_> {
             let span = row * token..(row + 1) * token;
             self.cache.slots[*slot].layers[layer].push(&keys[span.clone()], &values[span]);
         }
-        let cache = &*self.cache;
-        let mut out = vec![0f32; rows * heads * hd];
-        let attend = |scores: &mut Vec<f32>, ((out, queries), slot): ((&mut [f32], &[f32]), &usize)| {
+        let (cache, kv_heads) = (&*self.cache, self.cache.kv_heads);
+        // Rows whose sequences share a prompt, of which the same tokens are visible to them.
+        let mut groups: Vec<(&Arc<CachedPrompt>, usize, Vec<usize>)> = Vec::new();
+        for (row, slot) in self.slots.iter().enumerate() {
             let slot = &cache.slots[*slot];
-            let prompt = slot.prompt.as_ref().expect("a slot that is stepped has a sequence").host();
-            let slabs = [&prompt.0[layer], &slot.layers[layer]];
-            let hidden = scope.window.map_or(0, |window| (slabs[0].len() + slabs[1].len()).saturating_sub(window));
-            attend_slabs(out, queries, slabs, hidden, scope.cap, scores);
+            let prompt = slot.prompt.as_ref().expect("a slot that is stepped has a sequence");
+            let tokens = prompt.host().0[layer].len() + slot.layers[layer].len();
+            let hidden = scope.window.map_or(0, |window| tokens.saturating_sub(window));
+            match groups.iter_mut().find(|(other, with, _)| Arc::ptr_eq(other, prompt) && *with == hidden) {
+                Some((_, _, rows)) => rows.push(row),
+                None => groups.push((prompt, hidden, vec![row])),
+            }
+        }
+        let threads = rayon::current_num_threads();
+        let parts = groups.iter().flat_map(|(prompt, hidden, rows)| {
+            rows.chunks(rows.len().div_ceil(threads)).map(move |rows| (*prompt, *hidden, rows))
+        });
+        let tasks: Vec<_> = parts.flat_map(|part| (0..kv_heads).map(move |head| (part, head))).collect();
+        let attend = |((prompt, hidden, rows), head): &((&Arc<CachedPrompt>, usize, &[usize]), usize)| {
+            let sequence = |row: &usize| Continuation {
+                queries: &queries[row * heads * hd..][..heads * hd],
+                own: &cache.slots[self.slots[*row]].layers[layer],
+            };
+            let sequences: Vec<Continuation<'_>> = rows.iter().map(sequence).collect();
+            attend_slabs(&prompt.host().0[layer], &sequences, *head, *hidden, scope.cap)
         };
-        if rayon::current_num_threads() == 1 {
-            let mut scores = Vec::new();
-            let rows = out.chunks_mut(heads * hd).zip(queries.chunks(heads * hd)).zip(self.slots);
-            rows.for_each(|row| attend(&mut scores, row));
-        } else {
-            let rows = out.par_chunks_mut(heads * hd).zip(queries.par_chunks(heads * hd)).zip(self.slots);
-            rows.for_each_init(Vec::new, attend);
+        let results: Vec<Vec<f32>> =
+            if threads == 1 { tasks.iter().map(attend).collect() } else { tasks.par_iter().map(attend).collect() };
+        let (mut out, span) = (vec![0f32; rows * heads * hd], heads / kv_heads * hd);
+        for (((_, _, rows), head), result) in tasks.iter().zip(&results) {
+            for (row, result) in rows.iter().zip(result.chunks_exact(span)) {
+                out[(row * kv_heads + head) * span..][..span].copy_from_slice(result);
+            }
         }
         Tensor::from_vec(out, (rows, heads * hd), q.device())
     }
