@@ -1,0 +1,120 @@
+"""Tables and plots from the results, as Markdown and SVG."""
+
+import gzip
+import json
+from pathlib import Path
+
+import intervals
+import plots
+import program
+
+SHOWN = [
+    ("rouge_l", "ROUGE-L", 100),
+    ("chrf", "chrF", 100),
+    ("cosine_reference", "cosine to the written summary", 100),
+    ("cosine_text", "cosine to the text", 100),
+]
+BESIDE = [("words", "words", 1), ("copied", "copied 4-grams, %", 100), ("repeated", "repeated words, %", 100)]
+
+
+def units(results):
+    """Returns the results of all finished units, by arm and seed."""
+    found = {}
+    for file in sorted(results.glob("*-[0-9]*.json")):
+        result = json.loads(file.read_text())
+        found.setdefault(result["arm"], {})[result["seed"]] = result
+    return found
+
+
+def scores(results, arm, seed, decoding):
+    """Returns the scores of a unit by prompt, or None if they are missing."""
+    file = results / f"{arm}-{seed}.scores-{decoding}.json.gz"
+    if not file.exists():
+        return None
+    with gzip.open(file, "rt") as text:
+        return json.load(text)
+
+
+def _cell(found, scale=100.0, digits=1, sign=False):
+    value, (low, high) = found
+    plus = "+" if sign else ""
+    return f"{value * scale:{plus}.{digits}f} [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+
+
+def _both(results, finished, arm, other, decoding):
+    """Returns the scores of two arms for the seeds that both have."""
+    pairs = []
+    for seed in sorted(set(finished.get(arm, {})) & set(finished.get(other, {}))):
+        a, b = (scores(results, name, seed, decoding) for name in (arm, other))
+        if a and b:
+            pairs.append((a, b))
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _column(rows, key):
+    return [[0.0 if value is None else value for value in row[key]] for row in rows]
+
+
+def win_rate(results, finished, arm, other, decoding, judge="cosine_reference"):
+    """Returns the win rate of an arm over another one, or None if they have no seed in common."""
+    a, b = _both(results, finished, arm, other, decoding)
+    if not a:
+        return None
+    return intervals.win_rate(_column(a, judge), _column(b, judge), _column(a, "words"), _column(b, "words"))
+
+
+def arms_table(results, finished, decoding):
+    """Returns the first table: every arm against its fine-tuned start."""
+    heads = ["arm", "seeds", "win rate over SFT, length-controlled, %", "raw, %", "ties, %"]
+    heads += [f"{name}, difference to SFT" for _, name, _ in SHOWN] + [name for _, name, _ in BESIDE] + ["KL"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for arm in finished:
+        a, b = _both(results, finished, arm, "sft", decoding)
+        if not a:
+            continue
+        cells = [arm, str(len(a))]
+        if arm == "sft":
+            cells += ["–", "–", "–"]
+            cells += [_cell(intervals.average(_column(a, key)), scale) for key, _, scale in SHOWN]
+        else:
+            found = win_rate(results, finished, arm, "sft", decoding)
+            cells += [_cell(found["controlled"]), _cell(found["raw"]), f"{100 * found['ties']:.0f}"]
+            cells += [_cell(intervals.difference(_column(a, key), _column(b, key)), scale, sign=True) for key, _, scale in SHOWN]
+        for key, _, scale in BESIDE:
+            values = [value for row in a for value in row[key] if value is not None]
+            cells.append(f"{scale * sum(values) / len(values):.1f}")
+        last = [unit["path"][-5:] for unit in finished[arm].values() if unit["path"]]
+        kl = [step["kl"] for steps in last for step in steps if "kl" in step]
+        cells.append(f"{sum(kl) / len(kl):.2f}" if kl else "0")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def between_table(results, finished, decoding):
+    """Returns the win rates of the arms over each other."""
+    names = [arm for arm in finished if arm != "sft"]
+    lines = ["| arm | over | seeds | length-controlled, % | raw, % |", "|---|---|---|---|---|"]
+    for i, arm in enumerate(names):
+        for other in names[:i]:
+            found = win_rate(results, finished, arm, other, decoding)
+            if found:
+                count = len(_both(results, finished, arm, other, decoding)[0])
+                lines.append(f"| {arm} | {other} | {count} | {_cell(found['controlled'])} | {_cell(found['raw'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def make(results, order, folder, decoding):
+    """Writes the tables and plots of one kind of answers, with the arms in the given order; returns the tables."""
+    finished = units(results)
+    if not finished:
+        raise program.StudyError(f"{results} has no finished unit; run `study.py run` first")
+    finished = dict(sorted(finished.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    folder.mkdir(parents=True, exist_ok=True)
+    minutes = sum(sum(unit["minutes"].values()) for seeds in finished.values() for unit in seeds.values())
+    text = f"# Results: {decoding} answers\n\n{arms_table(results, finished, decoding)}\n{between_table(results, finished, decoding)}\n"
+    text += f"Minutes of one core in all: {minutes:.0f}.\n"
+    Path(folder / f"{decoding}.md").write_text(text)
+    for name, key in (("quality", "cosine_reference"), ("rouge", "rouge_l"), ("copied", "copied")):
+        series = {arm: [step for unit in seeds.values() for step in unit["path"]] for arm, seeds in finished.items()}
+        (folder / f"{name}.svg").write_text(plots.over_kl(series, key))
+    return text
