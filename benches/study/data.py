@@ -10,9 +10,9 @@ import subprocess
 from pathlib import Path
 
 # Share of the sources in each split, by a hash of the source package's name. The rest is "train".
-SHARES = {"test": 0.13, "development": 0.05, "judge": 0.09}
+SHARES = {"test": 0.13, "development": 0.05, "judge": 0.09, "pairs": 0.05}
 # Number of rows of a split that are kept, the first by hash; None keeps all.
-LIMITS = {"test": 1000, "development": 300, "judge": 800, "train": None}
+LIMITS = {"test": 1000, "development": 300, "judge": 800, "pairs": None, "train": None}
 # Kinds of packages whose summary names the kind of files in the package instead of what the software does.
 PARTS = re.compile(
     r"-(dev|doc|docs|dbg|dbgsym|data|common|examples|tests|headers|locales|bin|utils|tools|perl|java|cil|ocaml|all|full|prof|l10n.*|i18n)$"
@@ -153,7 +153,7 @@ def split_of(row):
 
 
 def make(folder):
-    """Writes `train.jsonl`, `development.jsonl`, `judge.jsonl` and `test.jsonl` to `folder`; returns the counts."""
+    """Writes one file of JSON lines for each split to `folder`; returns the counts."""
     everything = list(packages(folder / "lists"))
     rows, copies, sources = select(everything)
     counts = {"packages": len(everything), "usable_sources": sources, "near_copies_left_out": copies}

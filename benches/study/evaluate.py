@@ -41,7 +41,7 @@ def answers(work, model, split, temperature, log, seed=0):
         "labeler.type": "embedding",
         "labeler.model": str(program.encoder(work)),
     }
-    arguments = ["eval", "win-rate", program.CONFIGS / "base.toml", "--a", model, "--limit", 1_000_000]
+    arguments = ["eval", "win-rate", program.config(work), "--a", model, "--limit", 1_000_000]
     arguments += ["--temperature", temperature, "--answers", file, "--format", "json"]
     program.run(arguments, log, settings)
     given = {row["prompt"]: row["a"] for row in read(file)}
@@ -63,7 +63,7 @@ def differences(work, name, pairs, settings, log, temperature=1.0):
     target.unlink(missing_ok=True)
     write(source, [pairs[i] for i in todo])
     settings = {"labeler.pair_temperature": temperature, "labeler.cache": str(work / "labels"), **settings}
-    program.run(["label", program.CONFIGS / "base.toml", "--input", source, "--output", target], log, settings)
+    program.run(["label", program.config(work), "--input", source, "--output", target], log, settings)
     labels = {(row["prompt"], row["first"], row["second"]): row.get("preference") for row in read(target)}
     for i in todo:
         pair = pairs[i]

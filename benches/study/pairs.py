@@ -12,6 +12,7 @@ KINDS = {
     "corrupted": "the written summary with one word exchanged for one from the most similar package's summary",
     "shuffled": "the words of the written summary in another order",
     "copy": "as many words from the beginning of the description",
+    "sample": "a summary that the fine-tuned policy sampled",
 }
 
 
@@ -69,12 +70,15 @@ def worse(kind, i, rows, near, random_):
     raise ValueError(kind)
 
 
-def make(rows, kinds, seed):
-    """Returns a pair of each row, of the kinds in turn; a row without a pair of its kind is left out."""
+def make(rows, kinds, seed, samples=None):
+    """Returns a pair of each row, of the kinds in turn; a row without a pair of its kind is left out.
+
+    The kind "sample" needs `samples`, one of each row.
+    """
     near, random_, pairs = nearest(rows), random.Random(seed), []
     for i, row in enumerate(rows):
         kind = kinds[i % len(kinds)]
-        rejected = worse(kind, i, rows, near, random_)
+        rejected = samples[i] if kind == "sample" else worse(kind, i, rows, near, random_)
         if rejected and rejected.lower() != row["reference"].lower():
             pairs.append({"prompt": row["prompt"], "chosen": row["reference"], "rejected": rejected, "kind": kind})
     return pairs

@@ -27,6 +27,14 @@ def binary():
     return str(path)
 
 
+def config(work):
+    """Returns the path of `base.toml` beside the data, to which its paths are relative."""
+    copy, text = work / "data" / "base.toml", (CONFIGS / "base.toml").read_text()
+    if not copy.exists() or copy.read_text() != text:
+        copy.write_text(text)
+    return copy
+
+
 def need_space(folder):
     """Refuses to go on if the disk of `folder` is nearly full."""
     free = shutil.disk_usage(folder).free / 2**30

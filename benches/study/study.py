@@ -14,6 +14,7 @@ from pathlib import Path
 import data
 import evaluate
 import program
+import techniques
 import units
 
 HERE = Path(__file__).resolve().parent
@@ -91,6 +92,18 @@ def score(arguments):
             print(name, evaluate.score_unit(arguments.work, RESULTS, name, arguments.split, log), flush=True)
 
 
+def align(arguments):
+    """Measures the labelers that have no result yet."""
+    make_data(arguments)
+    techniques.align(arguments.work, RESULTS, arguments.threads, arguments.harmless, arguments.only)
+
+
+def reward_models(arguments):
+    """Measures the reward models that have no result yet."""
+    make_data(arguments)
+    techniques.reward_models(arguments.work, RESULTS, arguments.threads, arguments.seed)
+
+
 def show_tables(arguments):
     """Writes tables and plots to `results/tables`, and prints the tables."""
     try:
@@ -123,6 +136,15 @@ def main():
     command.add_argument("--only")
     command.add_argument("--seeds")
     command.set_defaults(act=score)
+    command = commands.add_parser("labelers", help="measure the labelers by technique (table 2)")
+    command.add_argument("--harmless", type=Path, help="file of harmless pairs of Anthropic's HH; without it they are left out")
+    command.add_argument("--only", help="a part of the names of measurements, such as `smollm2-base`")
+    command.add_argument("--threads", type=int, default=1)
+    command.set_defaults(act=align)
+    command = commands.add_parser("reward-models", help="measure reward models by the number of labels (table 4)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--threads", type=int, default=1)
+    command.set_defaults(act=reward_models)
     command = commands.add_parser("tables", help="write tables and plots from the results")
     command.add_argument("--split", choices=list(evaluate.DECODINGS), default="development")
     command.set_defaults(act=show_tables)

@@ -11,7 +11,8 @@ import pairs
 import program
 from evaluate import read, write
 
-PAIRS = 1000
+PAIRS = 320
+KINDS = ["near", "corrupted", "copy", "sample"]
 
 
 def arms():
@@ -45,7 +46,7 @@ def common(work, seed, threads):
 
 def train(work, folder, settings, name, threads):
     """Trains until the run's last step; an interrupted run is resumed from its checkpoint."""
-    arguments = ["train", program.CONFIGS / "base.toml", "--run-dir", folder]
+    arguments = ["train", program.config(work), "--run-dir", folder]
     if folder.exists():
         if any((folder / "checkpoints").glob("step-*")):
             arguments.append("--resume")
@@ -55,20 +56,31 @@ def train(work, folder, settings, name, threads):
 
 
 def pair_file(work, kind, threads):
-    """Returns the file of pairs that reward models learn from; `labeled` has the AI labeler's probabilities."""
+    """Returns the file of pairs that reward models learn from: `people` has hard labels, other kinds are an AI labeler's."""
     people = work / "pairs" / "people.jsonl"
     if not people.exists():
-        rows = read(work / "data" / "train.jsonl")[-PAIRS:]
-        write(people, pairs.make(rows, ["near", "corrupted", "copy", "shuffled"], 0))
+        rows, log = read(work / "data" / "pairs.jsonl")[:PAIRS], work / "logs" / "pairs.log"
+        write(work / "data" / "paired.jsonl", rows)
+        samples = evaluate.answers(work, start(work, 0, threads), "paired", 0.9, log)
+        write(people, pairs.make(rows, KINDS, 0, samples))
     if kind == "people":
         return people
     labeled = work / "pairs" / f"{kind}.jsonl"
     if not labeled.exists():
         partial = labeled.with_suffix(".partial.jsonl")
-        settings = {"policy.model": str(start(work, 0, threads)), "labeler.threads": threads}
-        program.run(["label", program.CONFIGS / "base.toml", "--input", people, "--output", partial], work / "logs" / f"{kind}.log", settings)
+        settings = {"labeler.threads": threads, **labelers(work, threads)[kind]}
+        program.run(["label", program.config(work), "--input", people, "--output", partial], work / "logs" / f"{kind}.log", settings)
         partial.rename(labeled)
     return labeled
+
+
+def labelers(work, threads):
+    """Returns the settings of the AI labelers of pairs, by their names in `arms.toml`."""
+    return {
+        "labeled": {},
+        "labeled-by-start": {"labeler.model": str(start(work, 0, threads))},
+        "labeled-by-gemma": {"policy.model": str(program.gemma(work))},
+    }
 
 
 def run(work, results, arm, seed, threads):
