@@ -68,18 +68,17 @@ def pair_file(work, kind, threads):
     labeled = work / "pairs" / f"{kind}.jsonl"
     if not labeled.exists():
         partial = labeled.with_suffix(".partial.jsonl")
-        settings = {"labeler.threads": threads, **labelers(work, threads)[kind]}
+        settings = {"labeler.threads": threads, **labelers(work)[kind]}
         program.run(["label", program.config(work), "--input", people, "--output", partial], work / "logs" / f"{kind}.log", settings)
         partial.rename(labeled)
     return labeled
 
 
-def labelers(work, threads):
+def labelers(work):
     """Returns the settings of the AI labelers of pairs, by their names in `arms.toml`."""
     return {
-        "labeled": {},
-        "labeled-by-start": {"labeler.model": str(start(work, 0, threads))},
-        "labeled-by-gemma": {"policy.model": str(program.gemma(work))},
+        "labeled": {"labeler.length_normalise": True},
+        "labeled-by-gemma": {"labeler.length_normalise": True, "policy.model": str(program.gemma(work))},
     }
 
 
