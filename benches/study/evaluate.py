@@ -86,22 +86,24 @@ def cosines(work, name, prompts, given, anchors, log):
     return [None if d is None else 1.0 + d for d in found]
 
 
-def score_rows(work, name, rows, given, log):
-    """Returns the scores of an answer to each row."""
+def score_rows(work, name, rows, given, log, with_text=True):
+    """Returns the scores of an answer to each row; the cosine to the text, which takes longest, only `with_text`."""
     references, texts = [row["reference"] for row in rows], [row["prompt"] for row in rows]
     to_reference = cosines(work, f"{name}-reference", references, given, references, log)
-    to_text = cosines(work, f"{name}-text", texts, given, texts, log)
+    to_text = cosines(work, f"{name}-text", texts, given, texts, log) if with_text else None
     scored = []
     for i, (row, answer) in enumerate(zip(rows, given)):
-        scored.append({
+        scores = {
             "rouge_l": text.rouge_l(answer, row["reference"]),
             "chrf": text.chrf(answer, row["reference"]),
             "cosine_reference": to_reference[i] if to_reference[i] is not None else 0.0,
-            "cosine_text": to_text[i] if to_text[i] is not None else 0.0,
             "words": len(text.words(answer)),
             "copied": text.copied(answer, row["prompt"]),
             "repeated": text.repeated(answer),
-        })
+        }
+        if to_text is not None:
+            scores["cosine_text"] = to_text[i] if to_text[i] is not None else 0.0
+        scored.append(scores)
     return scored
 
 

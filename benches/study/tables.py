@@ -65,7 +65,7 @@ def win_rate(results, finished, arm, other, decoding, judge="cosine_reference"):
 
 def arms_table(results, finished, decoding):
     """Returns the first table: every arm against its fine-tuned start."""
-    heads = ["arm", "seeds", "win rate over SFT, length-controlled, %", "raw, %", "ties, %"]
+    heads = ["arm", "seeds", "win rate over SFT, length-controlled, %", "raw, %", "ties, %", "by chrF, length-controlled, %"]
     heads += [f"{name}, difference to SFT" for _, name, _ in SHOWN] + [name for _, name, _ in BESIDE] + ["KL"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for arm in finished:
@@ -74,11 +74,15 @@ def arms_table(results, finished, decoding):
             continue
         cells = [arm, str(len(a))]
         if arm == "sft":
-            cells += ["–", "–", "–"]
+            cells += ["–", "–", "–", "–"]
             cells += [_cell(intervals.average(_column(a, key)), scale) for key, _, scale in SHOWN]
         else:
-            found = win_rate(results, finished, arm, "sft", decoding)
-            cells += [_cell(found["controlled"]), _cell(found["raw"]), f"{100 * found['ties']:.0f}"]
+            if _is_judged(finished, arm):
+                found = win_rate(results, finished, arm, "sft", decoding)
+                cells += [_cell(found["controlled"]), _cell(found["raw"]), f"{100 * found['ties']:.0f}"]
+            else:
+                cells += ["the encoder labels", "–", "–"]
+            cells.append(_cell(win_rate(results, finished, arm, "sft", decoding, "chrf")["controlled"]))
             cells += [_cell(intervals.difference(_column(a, key), _column(b, key)), scale, sign=True) for key, _, scale in SHOWN]
         for key, _, scale in BESIDE:
             values = [value for row in a for value in row[key] if value is not None]
@@ -90,16 +94,22 @@ def arms_table(results, finished, decoding):
     return "\n".join(lines) + "\n"
 
 
+def _is_judged(finished, arm):
+    """Tells whether MiniLM may judge the arm, which it does not where it labels."""
+    return not any("minilm" in str(unit["set"]) or "embedding" in str(unit["set"]) for unit in finished[arm].values())
+
+
 def between_table(results, finished, decoding):
     """Returns the win rates of the arms over each other."""
     names = [arm for arm in finished if arm != "sft"]
-    lines = ["| arm | over | seeds | length-controlled, % | raw, % |", "|---|---|---|---|---|"]
+    lines = ["| arm | over | seeds | judge | length-controlled, % | raw, % |", "|---|---|---|---|---|---|"]
     for i, arm in enumerate(names):
         for other in names[:i]:
-            found = win_rate(results, finished, arm, other, decoding)
+            judged = _is_judged(finished, arm) and _is_judged(finished, other)
+            found = win_rate(results, finished, arm, other, decoding, "cosine_reference" if judged else "chrf")
             if found:
                 count = len(_both(results, finished, arm, other, decoding)[0])
-                lines.append(f"| {arm} | {other} | {count} | {_cell(found['controlled'])} | {_cell(found['raw'])} |")
+                lines.append(f"| {arm} | {other} | {count} | {'cosine' if judged else 'chrF'} | {_cell(found['controlled'])} | {_cell(found['raw'])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -118,13 +118,13 @@ def course(work, folder, log):
     references = {row["prompt"]: row["reference"] for row in read(work / "data" / "train.jsonl")}
     samples = read(folder / "samples.jsonl")
     rows = [{"prompt": row["prompt"], "reference": references[row["prompt"]]} for row in samples]
-    scored = evaluate.score_rows(work, folder.name, rows, [row["completion"] for row in samples], log)
+    scored = evaluate.score_rows(work, folder.name, rows, [row["completion"] for row in samples], log, with_text=False)
     metrics = {row["step"]: row for row in read(folder / "metrics.jsonl")}
     steps = []
     for step in sorted({row["step"] for row in samples}):
         found = [score for score, row in zip(scored, samples) if row["step"] == step]
         figures = {"step": step, **evaluate.summary(found)}
-        for short, key in (("score", "score/mean"), ("kl", "kl/sequence"), ("entropy", "entropy/mean")):
+        for short, key in (("score", "score/mean"), ("kl", "kl/mean"), ("entropy", "entropy/mean")):
             if metrics.get(step, {}).get(key) is not None:
                 figures[short] = round(metrics[step][key], 4)
         steps.append(figures)
