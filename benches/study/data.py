@@ -112,14 +112,16 @@ def _usable(row):
 
 def select(rows):
     """Returns one package of each source, without near-copies, in the order of the hashes of the sources' names."""
-    best = {}
+    best, summaries = {}, {}
     for row in filter(_usable, rows):
         source = row["source"]
+        summaries.setdefault(source, set()).add(row["summary"].rstrip("."))
         key = (row["package"] != source, len(row["package"]), row["package"])
         if source not in best or key < best[source][0]:
             best[source] = (key, row)
     chosen = []
     for _, row in best.values():
+        row["others"] = sorted(summaries[row["source"]] - {row["summary"].rstrip(".")})
         row["hash"] = hashlib.sha256(row["source"].encode()).hexdigest()
         chosen.append(row)
     chosen.sort(key=lambda row: row["hash"])
@@ -159,10 +161,11 @@ def make(folder):
     counts = {"packages": len(everything), "usable_sources": sources, "near_copies_left_out": copies}
     for name in [*SHARES, "train"]:
         part = [row for row in rows if split_of(row) == name][: LIMITS[name]]
-        lines = "".join(
-            json.dumps({"id": row["package"], "prompt": row["text"], "reference": row["summary"].rstrip(".")}) + "\n"
-            for row in part
-        )
+        lines = ""
+        for row in part:
+            fields = {"id": row["package"], "prompt": row["text"], "reference": row["summary"].rstrip(".")}
+            # Summaries that people wrote for other packages of the same source measure the judge that reads the reference.
+            lines += json.dumps(fields | ({"others": row["others"]} if name == "judge" else {})) + "\n"
         path = Path(folder) / f"{name}.jsonl"
         path.write_text(lines)
         counts[name] = len(part)

@@ -82,3 +82,19 @@ def make(rows, kinds, seed, samples=None):
         if rejected and rejected.lower() != row["reference"].lower():
             pairs.append({"prompt": row["prompt"], "chosen": row["reference"], "rejected": rejected, "kind": kind})
     return pairs
+
+
+def against_reference(rows, kind, seed):
+    """Returns pairs for a judge that reads the written summary instead of the text.
+
+    The better answer is what a person wrote for another package of the same source; the worse one is the summary of
+    another package (`near`), or the better one with a word exchanged (`corrupted`).
+    """
+    near, random_, found = nearest(rows), random.Random(seed), []
+    for i, row in enumerate(rows):
+        for other in row["others"][:1]:
+            donor = rows[near[i]]["reference"]
+            rejected = donor if kind == "near" else _corrupted(other, donor, row["reference"], random_)
+            if rejected and rejected != other:
+                found.append({"prompt": row["reference"], "chosen": other, "rejected": rejected, "kind": kind})
+    return found

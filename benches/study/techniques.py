@@ -23,7 +23,10 @@ def judge_pairs(work, kind):
     """Returns the file of one kind of pairs of the judge split."""
     file = work / "judge" / f"{kind}.jsonl"
     if not file.exists():
-        evaluate.write(file, pairs.make(evaluate.read(work / "data" / "judge.jsonl"), [kind], 0))
+        rows = evaluate.read(work / "data" / "judge.jsonl")
+        guided = kind.startswith("reference-")
+        found = pairs.against_reference(rows, kind.removeprefix("reference-"), 0) if guided else pairs.make(rows, [kind], 0)
+        evaluate.write(file, found)
     return file
 
 
@@ -45,6 +48,9 @@ def measurements(work, threads, harmless):
         for variant, limit in variants.items():
             for kind in KINDS:
                 yield f"{judge}-{variant}-{kind}", settings, judge_pairs(work, kind), variant, limit
+            if judge == "minilm":
+                for kind in ("reference-near", "reference-corrupted"):
+                    yield f"{judge}-{variant}-{kind}", settings, judge_pairs(work, kind), variant, limit
             if harmless and judge == "smollm2":
                 yield f"{judge}-{variant}-harmless", {**settings, "labeler.templates": "harmless"}, harmless, variant, limit
 
