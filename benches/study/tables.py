@@ -113,6 +113,51 @@ def between_table(results, finished, decoding):
     return "\n".join(lines) + "\n"
 
 
+PAPER = {  # Alignment on summaries in %, Lee et al. 2023, for the techniques of the same name.
+    "base-0": 76.1, "base-1": 76.0, "base-2": 75.7, "base-0-cot": 77.5, "detailed-0": 77.4, "detailed-2": 76.3,
+    "detailed-0-cot": 78.0, "detailed-2-cot": 76.8,
+}
+
+
+def labelers_table(results):
+    """Returns the second table: agreement of each labeler and technique with people's choices, by kind of pair."""
+    kinds = ["near", "corrupted", "shuffled", "copy", "reference-near", "reference-corrupted", "harmless"]
+    rows = {}
+    for file in sorted((results / "alignment").glob("*.json")):
+        kind = max((k for k in kinds if file.stem.endswith("-" + k)), key=len)
+        rows.setdefault(file.stem.removesuffix("-" + kind), {})[kind] = json.loads(file.read_text())
+    shown = [kind for kind in kinds if any(kind in row for row in rows.values())]
+    if not rows:
+        return ""
+    lines = ["| labeler and technique | " + " | ".join(shown) + " | same position in both orders, % | paper, summaries |"]
+    lines.append("|" + "---|" * (len(shown) + 3))
+    for name, row in rows.items():
+        cells = []
+        for kind in shown:
+            found = row.get(kind, {}).get("alignment")
+            cells.append(f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]" if found else "–")
+        flips = [f["same position"]["value"] for f in row.values() if isinstance(f["same position"], dict)]
+        cells.append(f"{100 * sum(flips) / len(flips):.0f}" if flips else "–")
+        cells.append(str(PAPER.get(name.split("-", 1)[1], "–")))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def reward_models_table(results):
+    """Returns the fourth table: accuracy of reward models by the number of labels that they were trained on."""
+    lines, rows = [], []
+    for file in (results / "reward-models").glob("*.json"):
+        kind, count, seed = file.stem.rsplit("-", 2)
+        rows.append((kind, int(count), int(seed), json.loads(file.read_text())))
+    for kind, count, seed, row in sorted(rows, key=lambda entry: entry[:3]):
+        if not lines:
+            lines = ["| labels of | labels | seed | " + " | ".join(row) + " |", "|" + "---|" * (3 + len(row))]
+        found = [measured["accuracy"] for measured in row.values()]
+        cells = [f"{100 * f['value']:.1f} [{100 * f['low']:.1f}, {100 * f['high']:.1f}]" for f in found]
+        lines.append(f"| {kind} | {count} | {seed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
 def make(results, order, folder, decoding):
     """Writes the tables and plots of one kind of answers, with the arms in the given order; returns the tables."""
     finished = units(results)
@@ -122,6 +167,9 @@ def make(results, order, folder, decoding):
     folder.mkdir(parents=True, exist_ok=True)
     minutes = sum(sum(unit["minutes"].values()) for seeds in finished.values() for unit in seeds.values())
     text = f"# Results: {decoding} answers\n\n{arms_table(results, finished, decoding)}\n{between_table(results, finished, decoding)}\n"
+    for title, table in (("Labelers by technique", labelers_table(results)), ("Reward models by number of labels", reward_models_table(results))):
+        if table:
+            text += f"## {title}\n\n{table}\n"
     text += f"Minutes of one core in all: {minutes:.0f}.\n"
     Path(folder / f"{decoding}.md").write_text(text)
     for name, key in (("quality", "cosine_reference"), ("rouge", "rouge_l"), ("copied", "copied")):
