@@ -1,0 +1,178 @@
+"""Tables and plots from the results, as Markdown and SVG."""
+
+import gzip
+import json
+from pathlib import Path
+
+import intervals
+import plots
+import program
+
+SHOWN = [
+    ("rouge_l", "ROUGE-L", 100),
+    ("chrf", "chrF", 100),
+    ("cosine_reference", "cosine to the written summary", 100),
+    ("cosine_text", "cosine to the text", 100),
+]
+BESIDE = [("words", "words", 1), ("copied", "copied 4-grams, %", 100), ("repeated", "repeated words, %", 100)]
+
+
+def units(results):
+    """Returns the results of all finished units, by arm and seed."""
+    found = {}
+    for file in sorted(results.glob("*-[0-9]*.json")):
+        result = json.loads(file.read_text())
+        found.setdefault(result["arm"], {})[result["seed"]] = result
+    return found
+
+
+def scores(results, arm, seed, decoding):
+    """Returns the scores of a unit by prompt, or None if they are missing."""
+    file = results / f"{arm}-{seed}.scores-{decoding}.json.gz"
+    if not file.exists():
+        return None
+    with gzip.open(file, "rt") as text:
+        return json.load(text)
+
+
+def _cell(found, scale=100.0, digits=1, sign=False):
+    value, (low, high) = found
+    plus = "+" if sign else ""
+    return f"{value * scale:{plus}.{digits}f} [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+
+
+def _both(results, finished, arm, other, decoding):
+    """Returns the scores of two arms for the seeds that both have."""
+    pairs = []
+    for seed in sorted(set(finished.get(arm, {})) & set(finished.get(other, {}))):
+        a, b = (scores(results, name, seed, decoding) for name in (arm, other))
+        if a and b:
+            pairs.append((a, b))
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _column(rows, key):
+    return [[0.0 if value is None else value for value in row[key]] for row in rows]
+
+
+def win_rate(results, finished, arm, other, decoding, judge="cosine_reference"):
+    """Returns the win rate of an arm over another one, or None if they have no seed in common."""
+    a, b = _both(results, finished, arm, other, decoding)
+    if not a:
+        return None
+    return intervals.win_rate(_column(a, judge), _column(b, judge), _column(a, "words"), _column(b, "words"))
+
+
+def arms_table(results, finished, decoding):
+    """Returns the first table: every arm against its fine-tuned start."""
+    heads = ["arm", "seeds", "win rate over SFT, length-controlled, %", "raw, %", "ties, %", "by chrF, length-controlled, %"]
+    heads += [f"{name}, difference to SFT" for _, name, _ in SHOWN] + [name for _, name, _ in BESIDE] + ["KL"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for arm in finished:
+        a, b = _both(results, finished, arm, "sft", decoding)
+        if not a:
+            continue
+        cells = [arm, str(len(a))]
+        if arm == "sft":
+            cells += ["–", "–", "–", "–"]
+            cells += [_cell(intervals.average(_column(a, key)), scale) for key, _, scale in SHOWN]
+        else:
+            if _is_judged(finished, arm):
+                found = win_rate(results, finished, arm, "sft", decoding)
+                cells += [_cell(found["controlled"]), _cell(found["raw"]), f"{100 * found['ties']:.0f}"]
+            else:
+                cells += ["the encoder labels", "–", "–"]
+            cells.append(_cell(win_rate(results, finished, arm, "sft", decoding, "chrf")["controlled"]))
+            cells += [_cell(intervals.difference(_column(a, key), _column(b, key)), scale, sign=True) for key, _, scale in SHOWN]
+        for key, _, scale in BESIDE:
+            values = [value for row in a for value in row[key] if value is not None]
+            cells.append(f"{scale * sum(values) / len(values):.1f}")
+        last = [unit["path"][-5:] for unit in finished[arm].values() if unit["path"]]
+        kl = [step["kl"] for steps in last for step in steps if "kl" in step]
+        cells.append(f"{sum(kl) / len(kl):.2f}" if kl else "0")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _is_judged(finished, arm):
+    """Tells whether MiniLM may judge the arm, which it does not where it labels."""
+    return not any("minilm" in str(unit["set"]) or "embedding" in str(unit["set"]) for unit in finished[arm].values())
+
+
+def between_table(results, finished, decoding):
+    """Returns the win rates of the arms over each other."""
+    names = [arm for arm in finished if arm != "sft"]
+    lines = ["| arm | over | seeds | judge | length-controlled, % | raw, % |", "|---|---|---|---|---|---|"]
+    for i, arm in enumerate(names):
+        for other in names[:i]:
+            judged = _is_judged(finished, arm) and _is_judged(finished, other)
+            found = win_rate(results, finished, arm, other, decoding, "cosine_reference" if judged else "chrf")
+            if found:
+                count = len(_both(results, finished, arm, other, decoding)[0])
+                lines.append(f"| {arm} | {other} | {count} | {'cosine' if judged else 'chrF'} | {_cell(found['controlled'])} | {_cell(found['raw'])} |")
+    return "\n".join(lines) + "\n"
+
+
+PAPER = {  # Alignment on summaries in %, Lee et al. 2023, for the techniques of the same name.
+    "base-0": 76.1, "base-1": 76.0, "base-2": 75.7, "base-0-cot": 77.5, "detailed-0": 77.4, "detailed-2": 76.3,
+    "detailed-0-cot": 78.0, "detailed-2-cot": 76.8,
+}
+
+
+def labelers_table(results):
+    """Returns the second table: agreement of each labeler and technique with people's choices, by kind of pair."""
+    kinds = ["near", "corrupted", "shuffled", "copy", "reference-near", "reference-corrupted", "harmless"]
+    rows = {}
+    for file in sorted((results / "alignment").glob("*.json")):
+        kind = max((k for k in kinds if file.stem.endswith("-" + k)), key=len)
+        rows.setdefault(file.stem.removesuffix("-" + kind), {})[kind] = json.loads(file.read_text())
+    shown = [kind for kind in kinds if any(kind in row for row in rows.values())]
+    if not rows:
+        return ""
+    lines = ["| labeler and technique | " + " | ".join(shown) + " | same position in both orders, % | paper, summaries |"]
+    lines.append("|" + "---|" * (len(shown) + 3))
+    for name, row in rows.items():
+        cells = []
+        for kind in shown:
+            found = row.get(kind, {}).get("alignment")
+            cells.append(f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]" if found else "–")
+        flips = [f["same position"]["value"] for f in row.values() if isinstance(f["same position"], dict)]
+        cells.append(f"{100 * sum(flips) / len(flips):.0f}" if flips else "–")
+        cells.append(str(PAPER.get(name.split("-", 1)[1], "–")))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def reward_models_table(results):
+    """Returns the fourth table: accuracy of reward models by the number of labels that they were trained on."""
+    lines, rows = [], []
+    for file in (results / "reward-models").glob("*.json"):
+        kind, count, seed = file.stem.rsplit("-", 2)
+        rows.append((kind, int(count), int(seed), json.loads(file.read_text())))
+    for kind, count, seed, row in sorted(rows, key=lambda entry: entry[:3]):
+        if not lines:
+            lines = ["| labels of | labels | seed | " + " | ".join(row) + " |", "|" + "---|" * (3 + len(row))]
+        found = [measured["accuracy"] for measured in row.values()]
+        cells = [f"{100 * f['value']:.1f} [{100 * f['low']:.1f}, {100 * f['high']:.1f}]" for f in found]
+        lines.append(f"| {kind} | {count} | {seed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def make(results, order, folder, decoding):
+    """Writes the tables and plots of one kind of answers, with the arms in the given order; returns the tables."""
+    finished = units(results)
+    if not finished:
+        raise program.StudyError(f"{results} has no finished unit; run `study.py run` first")
+    finished = dict(sorted(finished.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    folder.mkdir(parents=True, exist_ok=True)
+    minutes = sum(sum(unit["minutes"].values()) for seeds in finished.values() for unit in seeds.values())
+    text = f"# Results: {decoding} answers\n\n{arms_table(results, finished, decoding)}\n{between_table(results, finished, decoding)}\n"
+    for title, table in (("Labelers by technique", labelers_table(results)), ("Reward models by number of labels", reward_models_table(results))):
+        if table:
+            text += f"## {title}\n\n{table}\n"
+    text += f"Minutes of one core in all: {minutes:.0f}.\n"
+    Path(folder / f"{decoding}.md").write_text(text)
+    for name, key in (("quality", "cosine_reference"), ("rouge", "rouge_l"), ("copied", "copied")):
+        series = {arm: [step for unit in seeds.values() for step in unit["path"]] for arm, seeds in finished.items()}
+        (folder / f"{name}.svg").write_text(plots.over_kl(series, key))
+    return text

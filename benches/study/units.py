@@ -1,0 +1,131 @@
+"""A unit of the study: one arm with one seed, from the training to its answers and scores."""
+
+import gzip
+import json
+import shutil
+import time
+import tomllib
+
+import evaluate
+import pairs
+import program
+from evaluate import read, write
+
+PAIRS = 320
+KINDS = ["near", "corrupted", "copy", "sample"]
+
+
+def arms():
+    """Returns the arms of `configs/arms.toml`, in their order."""
+    return tomllib.loads((program.CONFIGS / "arms.toml").read_text())
+
+
+def result_file(results, arm, seed):
+    """Returns the path of a unit's result."""
+    return results / f"{arm}-{seed}.json"
+
+
+def start(work, seed, threads):
+    """Returns the folder of the fine-tuned policy that all arms of a seed start from, and trains it if it is not there."""
+    folder = work / "runs" / f"sft-{seed}"
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        settings = {**common(work, seed, threads), **arms()["sft"]["set"], "run.steps": 1, "learner.lr": 1e-12}
+        settings |= evaluate.encoder_settings(work)
+        train(work, folder, settings, f"sft-{seed}", threads)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / "done").touch()
+    return folder / "reference"
+
+
+def common(work, seed, threads):
+    """Returns the settings of every training run."""
+    keys = ("rollout.threads", "labeler.threads", "reward.threads", "learner.threads")
+    return {"data.path": str(work / "data" / "train.jsonl"), "run.seed": seed, **{key: threads for key in keys}}
+
+
+def train(work, folder, settings, name, threads):
+    """Trains until the run's last step; an interrupted run is resumed from its checkpoint."""
+    arguments = ["train", program.config(work), "--run-dir", folder]
+    if folder.exists():
+        if any((folder / "checkpoints").glob("step-*")):
+            arguments.append("--resume")
+        else:
+            shutil.rmtree(folder)
+    program.run(arguments, work / "logs" / f"{name}.log", settings, threads)
+
+
+def pair_file(work, kind, threads):
+    """Returns the file of pairs that reward models learn from: `people` has hard labels, other kinds are an AI labeler's."""
+    people = work / "pairs" / "people.jsonl"
+    if not people.exists():
+        rows, log = read(work / "data" / "pairs.jsonl")[:PAIRS], work / "logs" / "pairs.log"
+        write(work / "data" / "paired.jsonl", rows)
+        samples = evaluate.answers(work, start(work, 0, threads), "paired", 0.9, log)
+        write(people, pairs.make(rows, KINDS, 0, samples))
+    if kind == "people":
+        return people
+    labeled = work / "pairs" / f"{kind}.jsonl"
+    if not labeled.exists():
+        partial = labeled.with_suffix(".partial.jsonl")
+        settings = {"labeler.threads": threads, **labelers(work)[kind]}
+        program.run(["label", program.config(work), "--input", people, "--output", partial], work / "logs" / f"{kind}.log", settings)
+        partial.rename(labeled)
+    return labeled
+
+
+def labelers(work):
+    """Returns the settings of the AI labelers of pairs, by their names in `arms.toml`."""
+    return {
+        "labeled": {"labeler.length_normalise": True},
+        "labeled-by-gemma": {"labeler.length_normalise": True, "policy.model": str(program.gemma(work))},
+    }
+
+
+def run(work, results, arm, seed, threads):
+    """Trains one unit, answers the prompts of all splits, and writes its result with the scores of the development prompts."""
+    began, plan, name = time.time(), arms()[arm], f"{arm}-{seed}"
+    log, model, path = work / "logs" / f"{name}.log", start(work, seed, threads), []
+    if arm != "sft":
+        folder = work / "runs" / name
+        settings = {**common(work, seed, threads), "policy.model": str(model), **plan["set"]}
+        if "pairs" in plan:
+            settings["reward_model.pairs"] = str(pair_file(work, plan["pairs"], threads))
+        train(work, folder, settings, name, threads)
+        model, path = max((folder / "checkpoints").glob("step-*")), course(work, folder, log)
+    trained = time.time()
+    given = {
+        decoding: evaluate.answers(work, model, split, temperature, log, seed)
+        for decoding, (split, temperature) in evaluate.DECODINGS.items()
+    }
+    with gzip.open(results / f"{name}.answers.json.gz", "wt") as file:
+        json.dump(given, file)
+    result = {"arm": arm, "seed": seed, "set": plan["set"], "path": path}
+    result["development"] = evaluate.score_unit(work, results, name, "development", log)
+    result["minutes"] = {"training": round((trained - began) / 60, 1), "evaluation": round((time.time() - trained) / 60, 1)}
+    result_file(results, arm, seed).write_text(json.dumps(result) + "\n")
+    if arm != "sft":
+        shutil.rmtree(work / "runs" / name, ignore_errors=True)
+    return result
+
+
+def course(work, folder, log):
+    """Returns the course of a run: for each step the labeler's score, the KL divergence, and the quality of the samples.
+
+    A training prompt is sampled before the policy is trained on it, and each is used once, so that the samples of a step
+    measure the policy on prompts that it has not seen.
+    """
+    references = {row["prompt"]: row["reference"] for row in read(work / "data" / "train.jsonl")}
+    samples = read(folder / "samples.jsonl")
+    rows = [{"prompt": row["prompt"], "reference": references[row["prompt"]]} for row in samples]
+    scored = evaluate.score_rows(work, folder.name, rows, [row["completion"] for row in samples], log, with_text=False)
+    metrics = {row["step"]: row for row in read(folder / "metrics.jsonl")}
+    steps = []
+    for step in sorted({row["step"] for row in samples}):
+        found = [score for score, row in zip(scored, samples) if row["step"] == step]
+        figures = {"step": step, **evaluate.summary(found)}
+        for short, key in (("score", "score/mean"), ("kl", "kl/mean"), ("entropy", "entropy/mean")):
+            if metrics.get(step, {}).get(key) is not None:
+                figures[short] = round(metrics[step][key], 4)
+        steps.append(figures)
+    return steps
