@@ -160,8 +160,8 @@ impl Subject {
         let (model, params) = weights.trainable(true)?;
         drop(weights);
         let model = Arc::new(model);
-        let sums = |_| Ok(Arc::new(Mutex::new(vec![Gradients::new(&params)?])));
-        let sums: Vec<_> = (0..replicas).map(sums).collect::<Result<_>>()?;
+        let sums = |_| Arc::new(Mutex::new(vec![Gradients::new(&params)]));
+        let sums: Vec<_> = (0..replicas).map(sums).collect();
         let mut learner = Replicas::start(sums.clone(), 1, packs.len())?;
         repeat(repeats, packs.len() * GROUP * ANSWER, "tokens", || {
             for (place, pack) in packs.iter().enumerate() {

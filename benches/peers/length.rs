@@ -78,7 +78,7 @@ pub fn gradient(model: Arc<Decoder>, length: usize, repeats: u64) -> Result<Map<
     drop(model);
     let model = trained;
     let pack = pack(model.config(), length, COMPLETIONS);
-    let mut gradients = Gradients::new(&params)?;
+    let mut gradients = Gradients::new(&params);
     let mut work = |pack: &Pack| {
         let (logprobs, _) = model.logprobs(pack, 1.0)?;
         backward(&logprobs.sum_all()?, &mut [&mut gradients])?;
