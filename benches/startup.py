@@ -163,11 +163,12 @@ def start(args, folder):
     command = [args.binary, "train", folder / "run.toml", "--run-dir", run, *(f"--set={one}" for one in args.set)]
     began = time.monotonic()
     since = lambda: round(time.monotonic() - began, 3)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    os.set_blocking(process.stdout.fileno(), False)
-    printed, phases, address, tokens = "", {}, None, None
+    log = folder / "log.txt"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    phases, address, tokens = {}, None, None
     while tokens is None and process.poll() is None:
-        printed += process.stdout.read() or ""
+        printed = log.read_text()
         found = re.search(r"http://(\S+?)/", printed)
         if found and not address:
             address, phases["server answers"] = found[1], since()
@@ -182,7 +183,7 @@ def start(args, folder):
                 pass
         time.sleep(0.02)
     if tokens is None:
-        sys.exit(f"the run ended before its first token:\n{printed}{process.stdout.read() or ''}")
+        sys.exit(f"the run ended before its first token:\n{log.read_text()}")
     peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
     process.send_signal(signal.SIGKILL)
     process.wait()

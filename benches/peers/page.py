@@ -51,11 +51,11 @@ def latest(lines):
     return {tuple(line["job"].values()): line for line in lines}.values()
 
 
-def write(lines, folder):
-    """Writes both files."""
+def write(lines, folder, missing):
+    """Writes both files. `missing` are the jobs of the requested work that were not measured."""
     lines = list(latest(lines))
     figures = Figures(lines)
-    parts = [head(lines), limits(lines, figures), goals(figures), comparison(figures), decoding(figures), length(figures),
+    parts = [head(lines, missing), limits(lines, figures), goals(figures), comparison(figures), decoding(figures), length(figures),
              overlap(figures)]
     (folder / "RESULTS.md").write_text("\n\n".join(part for part in parts if part) + "\n")
     machine = lines[-1]["machine"] if lines else {}
@@ -74,7 +74,7 @@ def rounded(value):
     return [rounded(one) for one in value] if isinstance(value, list) else value
 
 
-def head(lines):
+def head(lines, missing):
     if not lines:
         return "# Results\n\nThere are no measurements yet."
     machine, versions = lines[-1]["machine"], lines[-1]["versions"]
@@ -92,7 +92,23 @@ the comparison and the goals that are not reached. The figures are also in [resu
 transformers {versions["transformers"]}, TRL {versions["trl"]}, llama.cpp of xllamacpp {versions["xllamacpp"]}.
 - **Method**: the same shapes, token ids and number of threads, random weights, `f32` unless another format is named. Each \
 measurement is a separate process; those of a row were made in turn, and the row has their median. Other processes used at \
-most {busiest:.1f} CPUs during a measurement."""
+most {busiest:.1f} CPUs during a measurement.{absent(lines, missing)}"""
+
+
+def absent(lines, missing):
+    """Returns a list item about the measurements that were not made."""
+    if not missing:
+        return ""
+    settings = lambda job: tuple(value for name, value in job.items() if name != "round")
+    known = {settings(line["job"]) for line in lines}
+    kinds = {}
+    for job in missing:
+        if settings(job) not in known:
+            length = f" at {job['length']:,}" if job["length"] >= 1024 else ""
+            kinds.setdefault(f"`{job['work']}` ({job['model']}{length})", set()).add(job["side"])
+    names = [name if "preceptor" in sides else f"{name} of {', '.join(sorted(sides))}" for name, sides in kinds.items()]
+    return (f"\n- **Missing**: {len(missing)} measurements of the complete comparison were not made, repetitions included."
+            + (f" Without any: {', '.join(names)}." if names else ""))
 
 
 def limits(lines, figures):

@@ -136,11 +136,12 @@ def main():
             if results.has(job):
                 continue
             if args.minutes and time.monotonic() - began > 60 * args.minutes:
-                sys.exit(f"{done} of {len(jobs)} measurements are in {args.results}; the same command makes the others")
+                print("the time is over; the same command makes the other measurements", file=sys.stderr)
+                break
             print(f"{done + 1}/{len(jobs)} {job.side} {' '.join(job.options(args.repeats))}", file=sys.stderr, flush=True)
             line = measure([*commands[job.side], *job.options(args.repeats)])
             results.add(job, line | {"commit": commit, "versions": versions, "machine": machine.fields})
-    page.write(results.lines, ROOT / "benches")
+    page.write(results.lines, ROOT / "benches", [vars(job) for job in plan(args) if not results.has(job)])
 
 
 def arguments():
@@ -217,6 +218,7 @@ class Results:
     def add(self, job, line):
         line = {"job": vars(job)} | line
         self.lines.append(line)
+        self.known[job] = line
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             print(json.dumps(line), file=file)
