@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
 use async_nats::jetstream::{AckKind, Context, Message};
@@ -103,9 +103,18 @@ impl Nats {
         let mut context = async_nats::jetstream::new(client);
         drop(guard);
         context.set_timeout(ANSWER);
-        runtime.block_on(context.query_account()).with_context(|| {
-            format!("NATS at {} does not offer JetStream to this account; start it with -js, or enable jetstream in its configuration", plan.url)
-        })?;
+        // The library's own query does not understand the answer of NATS 2.9.
+        let asked = runtime.block_on(context.client().request("$JS.API.INFO", Vec::new().into()));
+        let account: serde_json::Value = asked
+            .map_err(anyhow::Error::from)
+            .and_then(|answer| Ok(serde_json::from_slice(&answer.payload)?))
+            .with_context(|| format!("NATS at {} does not offer JetStream; start it with -js", plan.url))?;
+        ensure!(
+            account["error"].is_null(),
+            "NATS at {} does not offer JetStream to this account: {}; enable it in the broker's configuration",
+            plan.url,
+            account["error"]["description"]
+        );
         let inner = Inner { runtime: Some(runtime), context, queues: Mutex::default(), heard: Mutex::default() };
         Ok(Self(Arc::new(inner)))
     }
