@@ -78,7 +78,7 @@ def run(arguments):
         started = time.time()
         print(f"{arm} seed {seed} …", flush=True)
         result = units.run(arguments.work, RESULTS, arm, seed, arguments.threads)
-        print(f"{arm} seed {seed}: {(time.time() - started) / 60:.1f} min, development {result['development']}", flush=True)
+        print(f"{arm} seed {seed}: {(time.time() - started) / 60:.1f} min, development {result.get('development', 'not answered')}", flush=True)
 
 
 def score(arguments):

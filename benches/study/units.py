@@ -89,19 +89,22 @@ def run(work, results, arm, seed, threads):
     if arm != "sft":
         folder = work / "runs" / name
         settings = {**common(work, seed, threads), "policy.model": str(model), **plan["set"]}
+        if settings.get("labeler.model") == "minilm":
+            settings |= evaluate.encoder_settings(work)
         if "pairs" in plan:
             settings["reward_model.pairs"] = str(pair_file(work, plan["pairs"], threads))
         train(work, folder, settings, name, threads)
         model, path = max((folder / "checkpoints").glob("step-*")), course(work, folder, log)
     trained = time.time()
-    given = {
+    result = {"arm": arm, "seed": seed, "set": plan["set"], "path": path}
+    given = {} if not plan.get("answers", True) else {
         decoding: evaluate.answers(work, model, split, temperature, log, seed)
         for decoding, (split, temperature) in evaluate.DECODINGS.items()
     }
-    with gzip.open(results / f"{name}.answers.json.gz", "wt") as file:
-        json.dump(given, file)
-    result = {"arm": arm, "seed": seed, "set": plan["set"], "path": path}
-    result["development"] = evaluate.score_unit(work, results, name, "development", log)
+    if given:
+        with gzip.open(results / f"{name}.answers.json.gz", "wt") as file:
+            json.dump(given, file)
+        result["development"] = evaluate.score_unit(work, results, name, "development", log)
     result["minutes"] = {"training": round((trained - began) / 60, 1), "evaluation": round((time.time() - trained) / 60, 1)}
     result_file(results, arm, seed).write_text(json.dumps(result) + "\n")
     if arm != "sft":
