@@ -72,7 +72,8 @@ impl TransposedRows {
 }
 
 /// Defines the kernel of one instruction set. By the number of registers of rows it uses tiles of `$columns` rows of
-/// the matrix; sums stay in registers.
+/// the matrix. All sums and operands of a step must fit into the registers: a sum that the compiler moves to the stack
+/// takes half as long again, or twice as long where its place there crosses a cache line.
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $columns:expr, $zero:ident, $load:ident, $store:ident, $set:ident,
      $fma:ident) => {
@@ -127,14 +128,25 @@ macro_rules! kernel {
                 // SAFETY: all reads lie within the slices taken above; a prefetch may point anywhere.
                 unsafe {
                     let mut step = |at: usize| {
-                        let mut xs = [$zero(); V];
-                        for v in 0..V {
-                            xs[v] = $load(transposed.add((at * V + v) * $lanes));
-                        }
-                        for c in 0..C {
-                            let w = $set(*w.add(c * k + at));
+                        let x = |v: usize| $load(transposed.add((at * V + v) * $lanes));
+                        let w = |c: usize| $set(*w.add(c * k + at));
+                        // The fewer operands stay in registers, and the others follow one by one, so that no sum is
+                        // moved to the stack.
+                        if V <= C {
+                            let xs: [_; V] = std::array::from_fn(x);
+                            for c in 0..C {
+                                let w = w(c);
+                                for v in 0..V {
+                                    sums[c][v] = $fma(xs[v], w, sums[c][v]);
+                                }
+                            }
+                        } else {
+                            let ws: [_; C] = std::array::from_fn(w);
                             for v in 0..V {
-                                sums[c][v] = $fma(xs[v], w, sums[c][v]);
+                                let x = x(v);
+                                for c in 0..C {
+                                    sums[c][v] = $fma(x, ws[c], sums[c][v]);
+                                }
                             }
                         }
                     };
@@ -183,7 +195,7 @@ kernel!(
     avx2,
     "avx2,fma",
     8,
-    [6, 6, 4, 3],
+    [6, 6, 3, 3],
     _mm256_setzero_ps,
     _mm256_loadu_ps,
     _mm256_storeu_ps,
