@@ -33,7 +33,6 @@ import os
 import shutil
 import signal
 import statistics
-import struct
 import subprocess
 import sys
 import threading
@@ -45,6 +44,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
+
+import journal
 
 ARGUMENTS = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 ARGUMENTS.add_argument("program", type=Path)
@@ -289,99 +290,6 @@ class Run:
         return output
 
 
-# ---------------------------------------------------------------- journal
-
-
-class Postcard:
-    """Reader of the format in which the journal holds its entries."""
-
-    def __init__(self, data):
-        self.data, self.at = data, 0
-
-    def number(self):
-        value = shift = 0
-        while True:
-            byte = self.data[self.at]
-            self.at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    def raw(self, size):
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def f32(self):
-        return struct.unpack("<f", self.raw(4))[0]
-
-    def f64(self):
-        return struct.unpack("<d", self.raw(8))[0]
-
-    def text(self):
-        return self.raw(self.number()).decode()
-
-    def list(self, read):
-        return [read() for _ in range(self.number())]
-
-    def option(self, read):
-        return read() if self.raw(1) == b"\1" else None
-
-    def verdict(self):
-        kind = self.number()
-        return self.f64() if kind == 0 else (["abstention", "failure"][kind - 1], self.text())
-
-    def rewarded(self):
-        """Reads a group with its feedback and rewards."""
-        group = {"seq": self.number(), "epoch": self.number(), "row": self.number(), "text": self.text()}
-        group["prompt"] = self.list(self.number)
-        self.list(self.number)
-        self.option(self.text)
-
-        def completion():
-            read = {"ids": self.list(self.number), "logprobs": self.list(self.f32), "versions": self.list(self.number)}
-            self.number()
-            return read | {"text": self.text()}
-
-        def preference():
-            pair = (self.number(), self.number())
-            return pair, self.verdict(), self.option(lambda: (self.f64(), self.f64()))
-
-        def feedback():
-            self.text(), self.number(), self.number()
-            verdicts = self.list(self.verdict)
-            preferences = self.list(preference)
-            self.option(lambda: self.list(lambda: self.list(self.f32)))
-            self.f64()
-            return {"verdicts": verdicts, "preferences": preferences}
-
-        group["completions"] = self.list(completion)
-        group["feedback"] = self.option(feedback)
-        group["scores"] = self.list(self.f64)
-        self.list(self.f64)
-        self.list(lambda: (self.number(), self.number(), self.f64()))
-        self.list(lambda: self.list(self.f32))
-        self.option(self.number)
-        group["masked"] = self.option(self.text)
-        self.number(), self.f64(), self.f64()
-        return group
-
-
-def journal(run):
-    """Returns the groups of each step of a run, from its journal."""
-    data, at, steps = (run.dir / "journal.bin").read_bytes(), 0, []
-    while at + 8 <= len(data):
-        length = int.from_bytes(data[at : at + 4], "little")
-        body = Postcard(data[at + 8 : at + 8 + length])
-        at += 8 + length
-        if body.number() == 1:
-            step = body.number()
-            body.number()
-            steps.append((step, body.list(body.rewarded)))
-            assert body.at == length, f"step {step} of the journal has {length} bytes, and {body.at} were read"
-    return steps
-
-
 # ---------------------------------------------------------------- checks
 
 
@@ -403,7 +311,7 @@ def compare(run, temperature, other=None):
     place of the right ones, which shows that the comparison can distinguish the versions; and the deviation of the mean
     log-probability from its expectation in standard errors, which shows whether tokens were sampled from the distribution."""
     parts = {}
-    for _, groups in journal(run):
+    for _, groups in journal.steps(run.dir):
         for group in groups:
             for one in group["completions"]:
                 for version in set(one["versions"]):
@@ -438,7 +346,7 @@ def load(directory):
 
 def check(run, temperature=0.9, eta=1, other=None):
     """Performs the checks of every run on a server. Returns words with figures, and the comparison of log-probabilities."""
-    steps = journal(run)
+    steps = journal.steps(run.dir)
     assert [step for step, _ in steps] == list(range(1, run.steps + 1)), [step for step, _ in steps]
     trained = [group["seq"] for _, groups in steps for group in groups]
     assert trained == list(range(run.steps * BATCH)), f"groups in order of training: {trained}"
@@ -497,7 +405,7 @@ def in_flight():
     sets = ["rollout.max_new_tokens=200", "learner.eta=2", "rollout.slots=64", "learner.threads=1", "reward.missing_eos_penalty=0"]
     run = Run("in-flight", tiny("tied"), WEIGHTS, *sets, steps=10).start().end()
     words, _ = check(run, eta=2)
-    ones = [one for _, groups in journal(run) for group in groups for one in group["completions"]]
+    ones = [one for _, groups in journal.steps(run.dir) for group in groups for one in group["completions"]]
     mixed = [one for one in ones if len(set(one["versions"])) > 1]
     assert mixed, f"no completion has tokens of two versions; {words}"
     assert all(one["versions"] == sorted(one["versions"]) for one in ones), "the versions of a completion decrease"
@@ -571,7 +479,7 @@ def judge():
         sets = [*asked, f"labeler.remote={remote}", f'labeler.cache="{cache}"', "rollout.max_new_tokens=16"]
         run = Run(name, tiny("tied"), ADAPTERS, *sets, steps=8).start().end()
         assert server.process.poll() is None, "the server ended"
-        groups = [group for _, groups in journal(run) for group in groups]
+        groups = [group for _, groups in journal.steps(run.dir) for group in groups]
         verdicts = [verdict for group in groups for _, verdict, _ in group["feedback"]["preferences"]]
         labels = [one for one in verdicts if isinstance(one, float)]
         others = {one[1] for one in verdicts if not isinstance(one, float)}
@@ -607,7 +515,7 @@ def judged(run, groups, asked):
 
 def gain(run):
     """Returns the gain of the score from the first five steps to the last five, with its standard error over groups."""
-    scores = [[statistics.fmean(group["scores"]) for group in groups if group["scores"]] for _, groups in journal(run)]
+    scores = [[statistics.fmean(group["scores"]) for group in groups if group["scores"]] for _, groups in journal.steps(run.dir)]
     first, last = ([score for step in part for score in step] for part in (scores[:5], scores[-5:]))
     error = math.sqrt(statistics.variance(first) / len(first) + statistics.variance(last) / len(last))
     return statistics.fmean(last) - statistics.fmean(first), error
