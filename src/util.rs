@@ -5,6 +5,7 @@ pub mod disk;
 pub mod endpoint;
 pub mod exit;
 pub mod failpoints;
+pub mod frames;
 pub mod http;
 pub mod limit;
 pub mod mutex;

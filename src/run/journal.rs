@@ -1,23 +1,19 @@
 //! The journal: the learner's input in its original order, from which the steps of a run can be replayed.
 //!
-//! `journal.bin` is a sequence of entries. Each consists of its length and its CRC-32, both `u32` in little-endian
-//! order, and a body in postcard format. An entry that was not written completely can only be the last one, and is
-//! recognized by its length or checksum.
+//! `journal.bin` is a sequence of entries in the format of [`crate::util::frames`].
 
 use std::fs::File;
-use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::types::Rewarded;
+use crate::util::frames::{self, Frames};
 
 /// Name of the journal in a run's directory.
 pub const NAME: &str = "journal.bin";
-
-/// Largest size of an entry's body; a longer one is treated as damage.
-const MAX_ENTRY_BYTES: u32 = 1 << 30;
 
 /// An entry of the journal.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -124,22 +120,11 @@ pub fn encode_step(step: u64, fingerprint: u64, batch: &[Rewarded]) -> Result<Ve
 }
 
 fn frame(entry: &EntryRef<'_>) -> Result<Vec<u8>> {
-    let body = postcard::to_stdvec(entry)?;
-    let length = u32::try_from(body.len()).ok().filter(|length| *length <= MAX_ENTRY_BYTES);
-    let length = length.context("a step's groups take more than a gigabyte, the limit of a journal entry")?;
-    let mut bytes = Vec::with_capacity(body.len() + 8);
-    bytes.extend(length.to_le_bytes());
-    bytes.extend(crc32fast::hash(&body).to_le_bytes());
-    bytes.extend(body);
-    Ok(bytes)
+    frames::encode(entry)?.context("a step's groups take more than a gigabyte, the limit of a journal entry")
 }
 
 /// Reader of a journal, an iterator over its entries.
-pub struct Journal {
-    path: PathBuf,
-    file: BufReader<File>,
-    offset: u64,
-}
+pub struct Journal(Frames);
 
 impl Journal {
     /// Opens the journal of the run in `dir`.
@@ -151,45 +136,12 @@ impl Journal {
         let file = File::open(&path).with_context(|| {
             format!("cannot open {}; a run keeps one unless checkpoint.journal = false", path.display())
         })?;
-        Ok(Self { path, file: BufReader::with_capacity(1 << 20, file), offset: 0 })
+        Ok(Self(Frames::new(&path, file)))
     }
 
     /// Returns the byte offset at which the next entry begins.
     pub fn offset(&self) -> u64 {
-        self.offset
-    }
-
-    /// Reads the next entry. Returns `None` at the end of the file and before an incomplete entry.
-    ///
-    /// # Errors
-    /// If the file cannot be read, or a complete entry has a wrong checksum or content.
-    fn read(&mut self) -> Result<Option<Entry>> {
-        let mut head = [0; 8];
-        if !self.fill(&mut head)? {
-            return Ok(None);
-        }
-        let word = |i: usize| u32::from_le_bytes([head[i], head[i + 1], head[i + 2], head[i + 3]]);
-        let (length, sum) = (word(0), word(4));
-        let place = format!("{} at byte {}", self.path.display(), self.offset);
-        ensure!(length <= MAX_ENTRY_BYTES, "{place} has an entry of {length} bytes; it is damaged");
-        let mut body = Vec::new();
-        self.file.by_ref().take(length.into()).read_to_end(&mut body)?;
-        if body.len() < length as usize {
-            return Ok(None);
-        }
-        ensure!(crc32fast::hash(&body) == sum, "{place} has an entry whose checksum is wrong; it is damaged");
-        let entry = postcard::from_bytes(&body).map_err(|error| anyhow!("{place} cannot be decoded: {error}"))?;
-        self.offset += 8 + u64::from(length);
-        Ok(Some(entry))
-    }
-
-    /// Fills `buffer`. Returns false if the file ends first.
-    fn fill(&mut self, buffer: &mut [u8]) -> Result<bool> {
-        match self.file.read_exact(buffer) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
-            Err(error) => Err(error).with_context(|| format!("cannot read {}", self.path.display())),
-        }
+        self.0.offset()
     }
 }
 
@@ -197,7 +149,7 @@ impl Iterator for Journal {
     type Item = Result<Entry>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.read().transpose()
+        self.0.read().transpose()
     }
 }
 
