@@ -12,6 +12,7 @@ pub mod score;
 pub mod top;
 pub mod train;
 pub mod tune;
+pub mod worker;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -51,6 +52,8 @@ enum Command {
     Tune(tune::Tune),
     /// Shows a running node in the terminal: its bottleneck, its actors, its training curves.
     Top(top::Top),
+    /// Samples on this machine for a run on another one (rollout.engine = "workers").
+    Worker(worker::Worker),
     /// Repeats a run's learner steps from its journal, and compares the weights after each step with the run's.
     Replay(replay::Replay),
     /// Samples from a model or a checkpoint.
@@ -118,6 +121,7 @@ pub fn main() -> ExitCode {
         Command::Label(command) => command.run(),
         Command::Pairs(command) => command.run(),
         Command::Score(command) => command.run(),
+        Command::Worker(command) => command.run(),
     };
     // The panic hook has already printed message and place. A run's files can be resumed from after a panic at any
     // point.

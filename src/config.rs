@@ -28,7 +28,9 @@ pub use document::{ConfigError, ConfigErrors};
 pub use key::{Key, Resume};
 pub use labeling::{Evidence, Labeler, LabelerKind, Method, Methods, RemoteApi, RemoteJudge};
 pub use learner::{AlgorithmKind, AverageKind, CorrectionKind, Learner, Schedule, ValueKind};
-pub use operation::{Checkpoint, Control, Evaluation, Guard, GuardAction, Serve, Supervision};
+pub use operation::{
+    Checkpoint, Cluster, Control, Evaluation, Guard, GuardAction, Serve, Supervision, check_board, check_nats,
+};
 pub use sections::{
     Data, EngineKind, LabelForm, LoraConfig, MatmulPrecision, Mode, Policy, PolicyModel, Reward, RewardModel,
     RewardScaling, Rollout, RolloutWeights, Run, Scratch, Sft, UpdateMode, WeightDtype,
@@ -108,6 +110,8 @@ config! {
     serve: Serve,
     /// Reactions to failures and stalls.
     supervision: Supervision,
+    /// Workers on other machines.
+    cluster: Cluster,
 }
 
 /// Reads the file at `path` and applies `overrides` (`section.key=value`). Paths in the file are relative to its
@@ -438,16 +442,23 @@ impl Config {
     /// Checks that servers are listed exactly if they sample, and refuses keys that they cannot follow.
     fn check_engine(&self, document: &Document) {
         let rollout = &self.rollout;
-        let served = rollout.engine != EngineKind::Local;
+        let served = rollout.engine.is_served();
+        self.check_workers(document);
         if document.sound(&["rollout.engine", "rollout.servers"]) && served == rollout.servers.is_empty() {
             let message = match served {
                 true => format!("is missing; rollout.engine = \"{}\" samples on servers", rollout.engine.word()),
                 false => {
-                    "has no effect with rollout.engine = \"local\"; set engine to \"vllm\" or \"sglang\", or remove it"
-                        .to_owned()
+                    format!(
+                        "has no effect with rollout.engine = \"{}\"; set engine to \"vllm\" or \"sglang\", or remove it",
+                        rollout.engine.word()
+                    )
                 }
             };
             document.error("rollout.servers", &message);
+        }
+        if rollout.engine == EngineKind::Workers {
+            self.check_without_rollouts("the workers sample", document);
+            return;
         }
         if !served {
             let on_cpu = if rollout.devices.is_empty() {
@@ -479,15 +490,13 @@ impl Config {
         for (key, _) in restricted.iter().filter(|(key, set)| *set && document.sound(&[key])) {
             document.error(key, &format!("is not available with rollout.engine = \"{word}\": the servers' log-probabilities would be those of the restricted distribution; remove it"));
         }
-        let local = [
-            ("rollout.weights", rollout.weights != RolloutWeights::F32),
-            ("rollout.devices", !rollout.devices.is_empty()),
-            ("rollout.workers", rollout.workers > 1),
-        ];
-        for (key, _) in local.iter().filter(|(key, set)| *set && document.sound(&[key])) {
-            document
-                .error(key, &format!("has no effect with rollout.engine = \"{word}\": the servers sample; remove it"));
+        if document.sound(&["rollout.weights"]) && rollout.weights != RolloutWeights::F32 {
+            document.error(
+                "rollout.weights",
+                &format!("has no effect with rollout.engine = \"{word}\": the servers sample; remove it"),
+            );
         }
+        self.check_without_rollouts("the servers sample", document);
         if document.sound(&["rollout.engine", "policy.lora", "sft.steps"])
             && self.policy.lora.is_some()
             && self.sft.steps > 0
@@ -497,17 +506,50 @@ impl Config {
             );
             document.error("sft.steps", &message);
         }
+        if document.sound(&["rollout.engine", "learner.correction"]) && !self.tolerates_off_policy() {
+            document.error("learner.correction", &format!("\"none\" with rollout.engine = \"{word}\" would ignore that servers compute other log-probabilities than the learner; set \"tis\""));
+        }
+    }
+
+    /// Refuses keys of rollouts in this process, which does not sample because of `why`, and slots that no group fits in.
+    fn check_without_rollouts(&self, why: &str, document: &Document) {
+        let (rollout, word) = (&self.rollout, self.rollout.engine.word());
+        let local = [("rollout.devices", !rollout.devices.is_empty()), ("rollout.workers", rollout.workers > 1)];
+        for (key, _) in local.iter().filter(|(key, set)| *set && document.sound(&[key])) {
+            document.error(key, &format!("has no effect with rollout.engine = \"{word}\": {why}; remove it"));
+        }
         if document.sound(&["rollout.slots", "rollout.group_size"]) && rollout.slots < rollout.group_size {
             document.error(
                 "rollout.slots",
                 &format!(
-                    "is {}, but a group of {} is sampled by one request; raise it",
+                    "is {}, but the {} completions of a group are sampled together; raise it",
                     rollout.slots, rollout.group_size
                 ),
             );
         }
-        if document.sound(&["rollout.engine", "learner.correction"]) && !self.tolerates_off_policy() {
-            document.error("learner.correction", &format!("\"none\" with rollout.engine = \"{word}\" would ignore that servers compute other log-probabilities than the learner; set \"tis\""));
+    }
+
+    /// Checks that a NATS server is named exactly if workers sample, and that the run has a name there.
+    fn check_workers(&self, document: &Document) {
+        if !document.sound(&["rollout.engine", "cluster.nats", "cluster.run", "run.name"]) {
+            return;
+        }
+        let (workers, cluster) = (self.rollout.engine == EngineKind::Workers, &self.cluster);
+        if workers && cluster.nats.is_none() {
+            document.error("cluster.nats", "is missing; with rollout.engine = \"workers\" the node and its workers meet at a NATS server, for example \"nats://127.0.0.1:4222\"");
+        }
+        if !workers && let Some(nats) = &cluster.nats {
+            let message = format!(
+                "{nats:?} has no effect with rollout.engine = \"{}\"; set rollout.engine = \"workers\", or remove it",
+                self.rollout.engine.word()
+            );
+            document.error("cluster.nats", &message);
+        }
+        if workers
+            && cluster.run.is_none()
+            && let Err(error) = operation::check_board(&self.run.name)
+        {
+            document.error("cluster.run", &format!("is missing, and run.name cannot take its place: {error}"));
         }
     }
 

@@ -23,6 +23,7 @@ mod session;
 mod supervise;
 mod systemd;
 mod tensorboard;
+mod workers;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,6 +43,7 @@ use crate::util::signals;
 use evaluation::Evaluation;
 use resume::AcceptedKeys;
 use session::OpenedRun;
+use workers::CheckpointedLog;
 
 /// Point at which a run starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,17 +106,21 @@ pub async fn train_with(
 }
 
 /// Returns a callback for [`CheckpointWriter`](checkpoint::CheckpointWriter) that logs and counts each written
-/// checkpoint.
+/// checkpoint, and shortens the log of groups.
 fn announce(
     progress: &Arc<OnceLock<Progress>>,
     failed: &Arc<AtomicBool>,
     monitor: &Arc<Monitor>,
+    log: Option<CheckpointedLog>,
 ) -> impl Fn(&Result<WrittenCheckpoint>) + Send + 'static {
     let (progress, failed, monitor) = (Arc::clone(progress), Arc::clone(failed), Arc::clone(monitor));
     move |written| {
         let text = match written {
             Ok(written) => {
                 monitor.checkpointed(written.took, written.bytes);
+                if let Some(log) = &log {
+                    log.checkpointed();
+                }
                 format!("checkpoint {}", written.path.display())
             }
             Err(error) => {

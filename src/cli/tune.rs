@@ -49,7 +49,7 @@ impl Tune {
         before_work(|| {
             ensure!(
                 config.rollout.engine == EngineKind::Local,
-                "tune measures the work of this process, and rollout.engine = \"{}\" samples on servers; measure with --set rollout.engine=local --set rollout.servers=[]",
+                "tune measures the work of this process, and rollout.engine = \"{}\" samples elsewhere; measure a configuration with rollout.engine = \"local\"",
                 config.rollout.engine.word()
             );
             Ok(())

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::path::PathBuf;
 
 use super::choice::choice;
 use super::key::{Reader, Spec, is, unset};
@@ -148,6 +149,77 @@ fn hosts(names: Vec<String>, _: &Path) -> Result<Vec<String>, String> {
         }
     }
     Ok(names.iter().map(|name| name.trim_end_matches('.').to_ascii_lowercase()).collect())
+}
+
+section! {
+    /// Workers on other machines, which sample with `rollout.engine = "workers"`. The node and its workers meet at a NATS
+    /// server with JetStream. See docs/cluster.md.
+    pub struct Cluster checked by check_cluster {
+        /// Address of the NATS server; several of one NATS cluster are separated by commas.
+        [Changeable] nats: Option<String> =
+            unset("none; required with `rollout.engine = \"workers\"`").example("\"nats://broker:4222\"")
+                .check(|url| url.as_deref().map_or(Ok(()), check_nats)),
+        /// Name of the run at the NATS server, which workers give as `--run`: letters, digits, `-` and `_`. Two runs of
+        /// one name would take the workers from each other.
+        [Changeable] run: Option<String> =
+            unset("`run.name`").example("\"summaries\"").check(|name| name.as_deref().map_or(Ok(()), check_board)),
+        /// Folder for the weights, which all workers must be able to read: a file system that the machines share.
+        [Changeable] store: Option<PathBuf> = unset("`cluster` in the run's directory").example("\"/mnt/weights\""),
+        /// Seconds without a sign of life of a worker after which its work goes to another one. A worker that samples
+        /// gives signs of life, so that long completions need no long lease.
+        [Changeable] lease_s: f64 = is(30.0).from(2).below(1e5),
+        /// Certificate (PEM) of the authority that signed the NATS server's certificate. Setting it requires TLS.
+        [Changeable] tls_ca: Option<PathBuf> = unset("none").example("\"certs/ca.pem\""),
+        /// Certificate (PEM) that this node shows to the NATS server. Requires `tls_key`.
+        [Changeable] tls_certificate: Option<PathBuf> = unset("none").example("\"certs/node.pem\""),
+        /// Key (PEM) of `tls_certificate`.
+        [Changeable] tls_key: Option<PathBuf> = unset("none").example("\"certs/node.key\""),
+    }
+}
+
+/// Checks the form of NATS addresses.
+///
+/// # Errors
+/// Says what is wrong with them.
+pub fn check_nats(urls: &str) -> Result<(), String> {
+    for url in urls.split(',').map(str::trim) {
+        let host = ["nats://", "tls://"].iter().find_map(|scheme| url.strip_prefix(scheme));
+        let Some(host) = host else {
+            return Err("must begin with nats:// or tls://, for example nats://broker:4222".to_owned());
+        };
+        if host.contains('@') {
+            return Err(
+                "must not contain a password, because it is written into the run's files; use certificates (tls_certificate)"
+                    .to_owned(),
+            );
+        }
+        if host.is_empty() || host.starts_with(':') || host.contains(char::is_whitespace) {
+            return Err(format!("{url:?} has no host name"));
+        }
+    }
+    Ok(())
+}
+
+/// Checks the name of a run at a NATS server.
+///
+/// # Errors
+/// Says which characters are allowed.
+pub fn check_board(name: &str) -> Result<(), String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if !name.is_empty() && name.len() <= 100 && name.chars().all(allowed) {
+        return Ok(());
+    }
+    Err(format!("{name:?} must consist of 1 to 100 letters, digits, \"-\" and \"_\""))
+}
+
+fn check_cluster(cluster: &Cluster, reader: &Reader<'_>) {
+    if cluster.tls_certificate.is_some() != cluster.tls_key.is_some() {
+        let (missing, given) = match cluster.tls_key {
+            None => ("tls_key", "tls_certificate"),
+            Some(_) => ("tls_certificate", "tls_key"),
+        };
+        reader.error(missing, &format!("is missing; {given} requires it"));
+    }
 }
 
 section! {

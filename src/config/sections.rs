@@ -380,7 +380,8 @@ section! {
         [Changeable] devices: Vec<String> = is(Vec::new()).example("[\"cuda:1\"]").check(|value| check_devices(value)),
         /// Number of threads of each rollout actor.
         [Changeable] threads: usize = pool(),
-        /// Place where completions are sampled. With `vllm` and `sglang`, one rollout actor sends groups to inference
+        /// Place where completions are sampled. With `workers`, `preceptor worker` samples on other machines (section
+        /// `cluster`, docs/cluster.md). With `vllm` and `sglang`, one rollout actor sends groups to inference
         /// servers, which are handed each new version of the weights during the run: adapters with `policy.lora`,
         /// else all weights. Their log-probabilities differ slightly from the learner's, so a correction is required
         /// (`learner.correction`), and keys that restrict the sampled distribution are refused. See docs/served.md.
@@ -406,7 +407,7 @@ section! {
         [Fixed] group_size: usize =
             is(8).from(2).to(4096).note(", because completions of a group are compared with each other"),
         /// Number of completions that one actor samples concurrently. A finished completion frees its slot for the
-        /// next. On a CPU at most 64; with servers this is the number of completions under way on all of them.
+        /// next. On a CPU at most 64; with servers or workers this is the number of completions under way on all of them.
         [Changeable] slots: usize = is(32).from(1).to((1 << 16) as f64),
         /// Maximum number of tokens of a completion.
         [Changeable] max_new_tokens: usize = count(64, TOKENS),
@@ -462,6 +463,13 @@ fn check_servers(servers: &[String]) -> Result<(), String> {
     Ok(())
 }
 
+impl EngineKind {
+    /// Returns whether inference servers sample.
+    pub fn is_served(self) -> bool {
+        matches!(self, Self::Vllm | Self::Sglang)
+    }
+}
+
 choice! {
     /// Place where completions are sampled.
     pub enum EngineKind {
@@ -471,6 +479,8 @@ choice! {
         Vllm = "vllm",
         /// On SGLang servers. Written from SGLang's documentation, and never run against a real server.
         Sglang = "sglang",
+        /// On workers, which connect through the NATS server of `cluster.nats`.
+        Workers = "workers",
     }
 }
 

@@ -237,6 +237,9 @@ fn around(path: &str) -> Vec<&'static str> {
         _ if path.starts_with("evaluation.labeler.") => vec!["evaluation.labeler={}"],
         "learner.minibatches" => vec!["learner.batch_groups=1000000"],
         "rollout.servers" => vec!["rollout.engine=vllm"],
+        "cluster.nats" => vec!["rollout.engine=workers"],
+        "cluster.tls_certificate" => vec!["cluster.tls_key=key.pem"],
+        "cluster.tls_key" => vec!["cluster.tls_certificate=certificate.pem"],
         "rollout.devices" => vec!["rollout.workers=8"],
         "learner.devices" => vec!["policy.device=cuda:0"],
         "evaluation.every_steps" => vec!["data.holdout=0.5"],
@@ -353,7 +356,7 @@ fn random(key: &Key, rng: &mut ChaCha8Rng) -> Value {
 fn a_random_configuration_reads_back_unchanged() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut ever = std::collections::HashSet::new();
-    for round in 0..24 {
+    for round in 0..36 {
         let mut sets: Vec<String> = match round % 3 {
             0 => vec![],
             1 => vec![
@@ -361,6 +364,8 @@ fn a_random_configuration_reads_back_unchanged() {
                 REMOTE.into(),
                 "evaluation.labeler.type=\"pairwise\"".into(),
                 format!("evaluation.{REMOTE}"),
+                "rollout.engine=\"workers\"".into(),
+                "cluster={ nats = \"nats://h:1\", tls_certificate = \"c\", tls_key = \"k\" }".into(),
             ],
             _ => vec![
                 "labeler.type=\"panel\"".into(),
@@ -518,7 +523,7 @@ fn keys_that_servers_cannot_follow_are_refused() {
         ("repetition_penalty = 1.1", "", "rollout.repetition_penalty: is not available"),
         ("weights = \"bf16\"", "", "rollout.weights: has no effect"),
         ("workers = 2", "", "rollout.workers: has no effect"),
-        ("slots = 4", "", "rollout.slots: is 4, but a group of 8"),
+        ("slots = 4", "", "rollout.slots: is 4, but the 8 completions of a group"),
         ("", "lora = {}\n[sft]\nsteps = 2", "sft.steps: fine-tunes the weights below the adapters"),
         (
             "",
@@ -539,5 +544,32 @@ fn keys_that_servers_cannot_follow_are_refused() {
     ] {
         let errors = errors(rollout, "");
         assert!(errors.contains(words), "{rollout}: {errors}");
+    }
+}
+
+#[test]
+fn workers_require_a_nats_server_and_nothing_of_rollouts_here() {
+    let errors = |rollout: &str, cluster: &str| {
+        read(&format!("{MINIMAL}\n[rollout]\n{rollout}\n[cluster]\n{cluster}\n"), &[])
+            .err()
+            .map_or(String::new(), |errors| errors.to_string())
+    };
+    let (engine, nats) = ("engine = \"workers\"\n", "nats = \"nats://broker:4222\"\n");
+    assert_eq!(errors(&format!("{engine}slots = 512\nweights = \"bf16\"\ntop_k = 5"), nats), "");
+    for (rollout, cluster, words) in [
+        (engine, "", "cluster.nats: is missing"),
+        ("", nats, "cluster.nats: \"nats://broker:4222\" has no effect with rollout.engine = \"local\""),
+        (engine, "nats = \"broker:4222\"", "cluster.nats: must begin with nats://"),
+        (engine, "nats = \"nats://me:secret@broker\"", "cluster.nats: must not contain a password"),
+        (engine, "nats = \"nats://a:1,nats://:4\"", "has no host name"),
+        ("engine = \"workers\"\nworkers = 2", nats, "rollout.workers: has no effect"),
+        ("engine = \"workers\"\nslots = 4", nats, "rollout.slots: is 4"),
+        ("engine = \"workers\"\nservers = [\"http://h:1\"]", nats, "rollout.servers: has no effect"),
+        (engine, "nats = \"nats://b:1\"\nrun = \"a.b\"", "cluster.run: \"a.b\" must consist of"),
+        (engine, "nats = \"nats://b:1\"\ntls_key = \"k\"", "cluster.tls_certificate: is missing"),
+        (engine, "nats = \"nats://b:1\"\nlease_s = 1", "cluster.lease_s"),
+    ] {
+        let errors = errors(rollout, cluster);
+        assert!(errors.contains(words), "{rollout} {cluster}: {errors}");
     }
 }

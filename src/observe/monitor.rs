@@ -22,6 +22,7 @@ use crate::config::{Choice, Config};
 use crate::lm::model::Decoder;
 use crate::observe::telemetry::{self, RunInfo, TOTALS};
 use crate::observe::traces::Tracer;
+use crate::pipeline::cluster::Coordinator;
 use crate::pipeline::served::{Fleet, ServerReport};
 use crate::rl::ledger::SharedLedger;
 use crate::run::controller::{Adjustment, Controller, Pressure};
@@ -48,6 +49,7 @@ pub struct Monitor {
     weights: OnceLock<Arc<SnapshotCell<Decoder>>>,
     ledger: OnceLock<SharedLedger>,
     servers: OnceLock<Arc<Fleet>>,
+    workers: OnceLock<Arc<Coordinator>>,
     phase: Mutex<String>,
     last_step: Mutex<Value>,
     window: Mutex<Window>,
@@ -95,6 +97,7 @@ impl Monitor {
             weights: OnceLock::new(),
             ledger: OnceLock::new(),
             servers: OnceLock::new(),
+            workers: OnceLock::new(),
             phase: Mutex::new("starting".into()),
             last_step: Mutex::new(Value::Null),
             window: Mutex::default(),
@@ -157,9 +160,16 @@ impl Monitor {
         let _ = self.servers.set(servers);
     }
 
-    /// Returns the state of each server that samples. Empty if this process samples.
+    /// Sets the coordinator of the workers that sample for the run. Later calls have no effect.
+    pub fn set_workers(&self, coordinator: Arc<Coordinator>) {
+        // An error means that it is set already.
+        let _ = self.workers.set(coordinator);
+    }
+
+    /// Returns the state of each server or worker that samples. Empty if this process samples.
     fn servers(&self) -> Vec<ServerReport> {
-        self.servers.get().map(|fleet| fleet.report()).unwrap_or_default()
+        let workers = self.workers.get().map(|coordinator| coordinator.roster.report());
+        workers.or_else(|| self.servers.get().map(|fleet| fleet.report())).unwrap_or_default()
     }
 
     fn diagnose(&self, shares: &[RoleShare]) -> Option<Diagnosis> {
@@ -316,7 +326,7 @@ impl Monitor {
             "plan": {
                 "mode": run.mode.word(), "algorithm": learner.algorithm.word(), "labeler": self.labeler(),
                 "steps": run.steps, "batch_groups": learner.batch_groups, "group_size": rollout.group_size,
-                "eta": learner.eta,
+                "eta": learner.eta, "engine": rollout.engine.word(),
             },
             "last_step": *lock(&self.last_step),
             "weights": self.weights.get().map(|cell| cell.acks()),

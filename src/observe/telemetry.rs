@@ -114,6 +114,7 @@ pub fn install() -> Result<PrometheusHandle> {
         "preceptor_disk_errors_total",
         "preceptor_label_cache_damaged_total",
         "preceptor_out_of_memory_total",
+        "preceptor_labels_lost_total",
     ] {
         counter!(name).absolute(0);
     }
@@ -272,6 +273,40 @@ pub fn rollout_server(server: &str, ready: bool, version: Option<u64>) {
 /// Sets the number of completions under way on a rollout server.
 pub fn rollout_under_way(server: &str, completions: usize) {
     gauge!("preceptor_rollout_server_under_way", "server" => server.to_owned()).set(completions as f64);
+}
+
+/// Sets the state of a worker: its slots and version while it gives signs of life, and its totals.
+pub fn worker(name: &str, up: bool, slots: [usize; 2], version: Option<u64>, tokens: u64, bytes: u64) {
+    let label = || name.to_owned();
+    gauge!("preceptor_worker_up", "worker" => label()).set(f64::from(u8::from(up)));
+    for (state, count) in ["used", "free"].into_iter().zip(slots) {
+        gauge!("preceptor_worker_slots", "worker" => label(), "state" => state).set(count as f64);
+    }
+    if let Some(version) = version {
+        gauge!("preceptor_worker_version", "worker" => label()).set(version as f64);
+    }
+    counter!("preceptor_worker_tokens_total", "worker" => label()).absolute(tokens);
+    counter!("preceptor_worker_result_bytes_total", "worker" => label()).absolute(bytes);
+}
+
+/// Counts a result of a worker: taken, repeated or refused.
+pub fn worker_result(outcome: &'static str) {
+    counter!("preceptor_worker_results_total", "outcome" => outcome).increment(1);
+}
+
+/// Counts a group that is offered again because the broker lost it.
+pub fn offered_again() {
+    counter!("preceptor_work_offered_again_total").increment(1);
+}
+
+/// Sets whether the broker of the workers answers.
+pub fn broker(answers: bool) {
+    gauge!("preceptor_broker_ok").set(f64::from(u8::from(answers)));
+}
+
+/// Counts labels that a restored run cannot use.
+pub fn labels_lost(labels: u64) {
+    counter!("preceptor_labels_lost_total").increment(labels);
 }
 
 /// Counts a request for a group to a rollout server, with its outcome and the number of tokens received.

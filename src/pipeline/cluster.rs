@@ -6,13 +6,15 @@
 
 pub mod coordinator;
 mod engine;
+pub mod log;
 mod nats;
 mod notices;
 pub mod protocol;
+pub mod roster;
 pub mod worker;
 
 pub use coordinator::{Coordinator, CoordinatorPlan, put_base};
 pub use engine::ClusterEngine;
-pub use nats::{Nats, NatsPlan};
+pub use nats::{Nats, NatsPlan, NoConnection};
 pub use notices::{MemoryNotices, Notices};
 pub use worker::{WorkerPlan, work};

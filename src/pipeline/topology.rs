@@ -5,7 +5,7 @@ pub mod labelers;
 pub mod learning;
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -13,9 +13,10 @@ use preceptor_actors::{
     Admission, AdmissionGate, GraphBuilder, Inlet, Outlet, SnapshotCell, StageError, StageResult, StageSpec,
 };
 
-use crate::config::{Config, EngineKind, LabelForm, Mode, RewardScaling, RolloutWeights, UpdateMode};
+use crate::config::{Config, LabelForm, Mode, RewardScaling, RolloutWeights, UpdateMode};
 use crate::lm::model::{Decoder, DeviceReplicas};
 use crate::lm::tokens::Tokenizer;
+use crate::pipeline::cluster::{ClusterEngine, Coordinator};
 use crate::pipeline::data::pairs::PairSource;
 use crate::pipeline::data::source::{LeftOver, PromptSource};
 use crate::pipeline::generate::local::{LocalEngine, LocalPlan};
@@ -62,8 +63,10 @@ pub struct Node {
     pub reward_model: Option<Arc<Mutex<RewardTrainer>>>,
     /// Concurrency limits that the online controller adjusts. Empty without a controller.
     pub limits: AdjustableLimits,
-    /// Servers that sample, if `rollout.engine` is not `local`.
+    /// Servers that sample, if `rollout.engine` names any.
     pub fleet: Option<Arc<Fleet>>,
+    /// Coordinator of the workers that sample, with `rollout.engine = "workers"`; set before the first graph is wired.
+    pub coordinator: OnceLock<Arc<Coordinator>>,
     /// Creates the labeler of each label stage: [`labelers::labeler`], or a scripted one in tests.
     pub labelers: Box<LabelerFactory>,
 }
@@ -231,6 +234,12 @@ impl Node {
             builder.stage(StageSpec::new("rollout-0").role("rollout"), stage, prompts, groups);
             return;
         }
+        if let Some(coordinator) = self.coordinator.get() {
+            let engine = ClusterEngine::new(Arc::clone(coordinator), self.config.rollout.slots, warm_up);
+            let stage = self.rollout(Box::new(engine), seed, entries);
+            builder.stage(StageSpec::new("rollout-0").role("rollout"), stage, prompts, groups);
+            return;
+        }
         for worker in 0..self.config.rollout.workers {
             let name = format!("rollout-{worker}");
             let stage = self.rollout(Box::new(self.local_engine(worker, &name)), seed, entries);
@@ -317,7 +326,7 @@ pub fn connect(config: &Config, prepared: &Prepared, run: &Path) -> Result<Optio
 /// If the data were changed meanwhile.
 fn fleet_plan(config: &Config, prepared: &Prepared, run: &Path) -> Result<Option<FleetPlan>> {
     let rollout = &config.rollout;
-    if rollout.engine == EngineKind::Local {
+    if !rollout.engine.is_served() {
         return Ok(None);
     }
     let place = run.canonicalize().unwrap_or_else(|_| run.to_owned());

@@ -3,9 +3,10 @@
 //! The prompt of group `seq` and its random draws are functions of the seed and `seq` (see
 //! [`crate::pipeline::data::Dataset::order`], [`crate::util::seed::completion`]), so a group that is only admitted can
 //! be issued again exactly. Generated, labeled and rewarded groups are kept here until they are trained on, so that a
-//! restart of the graph or of the program continues with them and no label is paid for twice. This module does no I/O.
+//! restart of the graph or of the program continues with them and no label is paid for twice. This module does no I/O; a
+//! [`LedgerLog`] may write the data down.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
@@ -97,14 +98,14 @@ impl Ledger {
         matches!(self.groups.entry(seq).or_insert(GroupState::Admitted), GroupState::Admitted)
     }
 
-    /// Records the completions of a group.
-    pub fn generated(&mut self, group: &Group) {
-        self.advance(group.prompt.seq, || GroupState::Generated(Arc::new(group.clone())), 1);
+    /// Records the completions of a group. Returns false if the group is trained on or has them already.
+    pub fn generated(&mut self, group: &Group) -> bool {
+        self.advance(group.prompt.seq, || GroupState::Generated(Arc::new(group.clone())), 1)
     }
 
-    /// Records the labels of a group.
-    pub fn labeled(&mut self, labeled: &Labeled) {
-        self.advance(labeled.group.prompt.seq, || GroupState::Labeled(Arc::new(labeled.clone())), 2);
+    /// Records the labels of a group. Returns false if the group is trained on or has them already.
+    pub fn labeled(&mut self, labeled: &Labeled) -> bool {
+        self.advance(labeled.group.prompt.seq, || GroupState::Labeled(Arc::new(labeled.clone())), 2)
     }
 
     /// Records the rewards of a group.
@@ -136,11 +137,26 @@ impl Ledger {
         Ok(())
     }
 
-    /// Advances a group to `state`, whose rank is `rank`, unless it is trained on or in a later state already.
-    fn advance(&mut self, seq: u64, state: impl FnOnce() -> GroupState, rank: usize) {
-        if seq >= self.trained && self.groups.get(&seq).is_none_or(|known| known.rank() < rank) {
+    /// Advances a group to `state`, whose rank is `rank`, unless it is trained on or in a later state already. Returns
+    /// whether it did.
+    fn advance(&mut self, seq: u64, state: impl FnOnce() -> GroupState, rank: usize) -> bool {
+        let advances = seq >= self.trained && self.groups.get(&seq).is_none_or(|known| known.rank() < rank);
+        if advances {
             self.groups.insert(seq, state());
         }
+        advances
+    }
+
+    /// Forgets the data of the untrained groups `seqs`, so that they are generated again. Since rewards are assigned in
+    /// order, rewarded groups after the first of them are forgotten as well. Returns the number of forgotten groups that
+    /// had labels.
+    pub fn forget(&mut self, seqs: &BTreeSet<u64>) -> u64 {
+        let first = seqs.first().copied().unwrap_or(u64::MAX);
+        let before = self.count();
+        self.groups
+            .retain(|seq, state| !(seqs.contains(seq) || *seq > first && matches!(state, GroupState::Rewarded(_))));
+        let after = self.count();
+        (before.labeled + before.rewarded) - (after.labeled + after.rewarded)
     }
 
     /// Removes groups that are only admitted, and returns the groups that a new graph continues with.
@@ -185,17 +201,49 @@ impl Ledger {
 #[derive(Clone, Default)]
 pub struct SharedLedger(Arc<Mutex<Inner>>);
 
+/// Record of the data of groups outside this process, for example in a file. It is called in the order of the changes.
+pub trait LedgerLog: Send + Sync {
+    /// Writes the completions of a group down.
+    fn generated(&self, group: &Group);
+
+    /// Writes the labels of a group down, with its completions.
+    fn labeled(&self, labeled: &Labeled);
+}
+
 #[derive(Default)]
 struct Inner {
     ledger: Ledger,
     /// The incarnation that may write.
     incarnation: u64,
+    log: Option<Arc<dyn LedgerLog>>,
 }
 
 impl SharedLedger {
     /// Creates a handle that continues from `ledger`.
     pub fn new(ledger: Ledger) -> Self {
-        Self(Arc::new(Mutex::new(Inner { ledger, incarnation: 0 })))
+        Self(Arc::new(Mutex::new(Inner { ledger, incarnation: 0, log: None })))
+    }
+
+    /// Writes all completions and labels down in `log` from now on.
+    pub fn log_to(&self, log: Arc<dyn LedgerLog>) {
+        self.lock().log = Some(log);
+    }
+
+    /// Records groups that were generated or labeled before the program was restarted.
+    pub fn restore(&self, groups: &[GroupState]) {
+        let ledger = &mut self.lock().ledger;
+        for group in groups {
+            match group {
+                GroupState::Generated(group) => ledger.generated(group),
+                GroupState::Labeled(labeled) => ledger.labeled(labeled),
+                GroupState::Admitted | GroupState::Rewarded(_) => false,
+            };
+        }
+    }
+
+    /// Calls [`Ledger::forget`]. The graph must be wired again afterwards, since its actors may have the groups.
+    pub fn forget(&self, seqs: &BTreeSet<u64>) -> u64 {
+        self.lock().ledger.forget(seqs)
     }
 
     /// Grants write access to the actors of `incarnation` and revokes all others. Returns the groups that the new graph
@@ -239,14 +287,14 @@ impl LedgerWriter {
         self.write(true, |ledger| ledger.admit(seq))
     }
 
-    /// Calls [`Ledger::generated`].
+    /// Calls [`Ledger::generated`], and logs the group if it is new.
     pub fn generated(&self, group: &Group) {
-        self.write((), |ledger| ledger.generated(group));
+        self.write_and_log(|ledger| ledger.generated(group), |log| log.generated(group));
     }
 
-    /// Calls [`Ledger::labeled`].
+    /// Calls [`Ledger::labeled`], and logs the labels if they are new.
     pub fn labeled(&self, labeled: &Labeled) {
-        self.write((), |ledger| ledger.labeled(labeled));
+        self.write_and_log(|ledger| ledger.labeled(labeled), |log| log.labeled(labeled));
     }
 
     /// Calls [`Ledger::rewarded`].
@@ -263,6 +311,17 @@ impl LedgerWriter {
     /// See [`Ledger::train`].
     pub fn train(&self, end: u64) -> Result<(), LedgerError> {
         self.write(Ok(()), |ledger| ledger.train(end))
+    }
+
+    fn write_and_log(&self, write: impl FnOnce(&mut Ledger) -> bool, note: impl FnOnce(&dyn LedgerLog)) {
+        let Some(shared) = &self.shared else { return };
+        let mut open = shared.lock();
+        if open.incarnation == self.incarnation
+            && write(&mut open.ledger)
+            && let Some(log) = &open.log
+        {
+            note(&**log);
+        }
     }
 
     fn write<T>(&self, otherwise: T, write: impl FnOnce(&mut Ledger) -> T) -> T {
@@ -418,6 +477,20 @@ mod tests {
         ledger.labeled(&Labeled::from(group(1)));
         ledger.generated(&group(1));
         assert_eq!(ledger.count(), Count { trained: 1, labeled: 1, ..Count::default() });
+    }
+
+    #[test]
+    fn forgotten_groups_are_generated_again_and_rewards_stay_in_order() {
+        let mut ledger = Ledger::default();
+        for seq in 0..3 {
+            ledger.rewarded(&rewarded(seq)).unwrap();
+        }
+        ledger.labeled(&Labeled::from(group(3)));
+        ledger.generated(&group(4));
+        assert_eq!(ledger.forget(&BTreeSet::from([1, 4])), 2);
+        let left = ledger.count();
+        assert_eq!((left.rewarded, left.labeled, left.generated), (1, 1, 0));
+        assert!(ledger.admit(1) && ledger.admit(2) && ledger.admit(4) && !ledger.admit(3));
     }
 
     #[test]

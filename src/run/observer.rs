@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use preceptor_actors::GraphHandle;
 use serde_json::Value;
 
@@ -13,10 +13,12 @@ use super::evaluation::{Evaluator, Submission};
 use super::files::RunFiles;
 use super::guard::Guard;
 use super::supervise::Stop;
+use super::workers::report_lost;
 use crate::config::{Config, WIN_RATE};
 use crate::observe::monitor::Monitor;
 use crate::observe::progress::Progress;
 use crate::observe::telemetry;
+use crate::pipeline::cluster::log::GroupLog;
 use crate::pipeline::learn::{Done, Observer};
 use crate::pipeline::learn::{StepRecord, TrainState};
 use crate::pipeline::reward::RewardTrainer;
@@ -35,6 +37,8 @@ pub(super) struct RunObserver {
     pub(super) files: Arc<Mutex<RunFiles>>,
     pub(super) reward_model: Option<Arc<Mutex<RewardTrainer>>>,
     pub(super) ledger: SharedLedger,
+    /// Log of the workers' results, if workers sample.
+    pub(super) group_log: Option<Arc<GroupLog>>,
     pub(super) schedule: CheckpointSchedule,
     pub(super) writer: CheckpointWriter,
     /// The evaluator, if the run has evaluations.
@@ -117,6 +121,18 @@ impl Observer for RunObserver {
 
     fn step(&mut self, done: Done<'_>, state: &TrainState) -> Result<()> {
         self.step = state.step;
+        if let Some(log) = &self.group_log {
+            let void = log.published(state.step, done.fingerprint);
+            if !void.is_empty() {
+                let labels = self.ledger.forget(&void);
+                report_lost(void.len() as u64 - labels, labels);
+                bail!(
+                    "the weights of step {} differ from those of the process before, which sampled {} groups with them or later ones; the groups are sampled again",
+                    state.step,
+                    void.len()
+                );
+            }
+        }
         let mut record = done.record.clone();
         record.time("run_seconds", self.began.elapsed().as_secs_f64());
         record.time("unix_seconds", unix_seconds());

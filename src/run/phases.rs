@@ -237,7 +237,7 @@ pub(super) async fn fine_tune(
     let format = CheckpointFormat::new(config, policy, DType::F32, identity, JudgeContents::new());
     let format = Arc::new(format);
     let failed = Arc::new(AtomicBool::new(false));
-    let report = announce(&Arc::new(OnceLock::from(progress.clone())), &failed, monitor);
+    let report = announce(&Arc::new(OnceLock::from(progress.clone())), &failed, monitor, None);
     let writer = CheckpointWriter::start(Arc::clone(&store), Arc::clone(&format), report)?;
     let fine_tuning = FineTuningObserver {
         reporter,

@@ -18,6 +18,7 @@ use super::open::{self, FineTuning, LearnerParts, StartState};
 use super::resume::{self, AcceptedKeys, Change};
 use super::servers::HandOver;
 use super::supervise::{Stop, graph_options, run_abandonable, run_interruptible, supervise};
+use super::workers::{self, CheckpointedLog, Workers};
 use super::{StartFrom, Summary, announce, announce_evaluation, begin, phases, reference, systemd};
 use crate::config::{Config, Mode};
 use crate::lm::precision;
@@ -25,6 +26,8 @@ use crate::observe::monitor::Monitor;
 use crate::observe::progress::Progress;
 use crate::observe::serve::{Token, serve, upkeep};
 use crate::observe::telemetry;
+use crate::pipeline::cluster::Nats;
+use crate::pipeline::cluster::log::GroupLog;
 use crate::pipeline::label::judge::JudgeBackend;
 use crate::pipeline::remote::budget::Budget;
 use crate::pipeline::served::Fleet;
@@ -155,9 +158,10 @@ impl OpenedRun {
         .map_err(refusal)?;
         let dir = start.dir.path().to_owned();
         let settings = Arc::clone(&config);
-        let (prepared, fleet) = run_interruptible("connecting to the rollout servers", move || {
+        let (prepared, fleet, nats) = run_interruptible("connecting to the rollout servers", move || {
+            let nats = workers::connect(&settings)?;
             let fleet = connect(&settings, &prepared, &dir)?;
-            Ok((prepared, fleet))
+            Ok((prepared, fleet, nats))
         })
         .await
         .map_err(refusal)?;
@@ -187,6 +191,7 @@ impl OpenedRun {
             restored,
             prepared,
             fleet,
+            nats,
         })
     }
 }
@@ -210,8 +215,10 @@ pub(super) struct LoadedRun {
     /// The learner's state, restored from the checkpoint.
     restored: Option<LearnerParts>,
     prepared: Prepared,
-    /// Servers that sample, if this process does not.
+    /// Servers that sample, if any do.
     fleet: Option<Arc<Fleet>>,
+    /// Connection to the broker of the workers that sample, if any do.
+    nats: Option<Nats>,
 }
 
 impl LoadedRun {
@@ -256,6 +263,7 @@ impl LoadedRun {
             restored,
             mut prepared,
             fleet,
+            nats,
             ..
         } = self;
         let identity = Identity { reference: prepared.identity, data: prepared.data.identity() };
@@ -272,12 +280,19 @@ impl LoadedRun {
         let published = Arc::clone(state.published());
         let fingerprint = published.weights().fingerprint()?;
         let cell = Arc::new(SnapshotCell::new(start, fingerprint, published));
+        let group_log = workers::open_log(&config, lock(&files).dir(), start, fingerprint, &ledger).map_err(refusal)?;
         let dtype = precision::dtype(config.checkpoint.dtype);
         let policy = (prepared.tokenizer.clone(), prepared.origin.as_str());
         let format = Arc::new(CheckpointFormat::new(&config, policy, dtype, identity, judge));
         let (progress, failed) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
-        let writer =
-            CheckpointWriter::start(Arc::clone(&store), Arc::clone(&format), announce(&progress, &failed, &monitor))?;
+        let shortened = group_log.clone().map(|log| CheckpointedLog {
+            log,
+            store: Arc::clone(&store),
+            keep: config.checkpoint.keep,
+            batch: config.learner.batch_groups,
+        });
+        let report = announce(&progress, &failed, &monitor, shortened);
+        let writer = CheckpointWriter::start(Arc::clone(&store), Arc::clone(&format), report)?;
         let evaluator = {
             let (progress, monitor) = (Arc::clone(&progress), Arc::clone(&monitor));
             let dir = lock(&files).dir().to_owned();
@@ -291,6 +306,7 @@ impl LoadedRun {
             evaluator,
             reward_model: reward_model.clone(),
             ledger: ledger.clone(),
+            group_log: group_log.clone(),
             schedule: CheckpointSchedule::new(&config, failed),
             writer,
             steps: config.run.steps,
@@ -329,6 +345,7 @@ impl LoadedRun {
             labelers,
             limits: limits.clone(),
             fleet,
+            coordinator: OnceLock::new(),
             config: (*config).clone(),
         });
         monitor.set_training(cell, node.ledger.clone());
@@ -350,6 +367,9 @@ impl LoadedRun {
             limits,
             warmed_up,
             hand_over: None,
+            nats,
+            group_log,
+            workers: None,
         })
     }
 }
@@ -373,16 +393,29 @@ pub(super) struct Session {
     warmed_up: Arc<OnceLock<PathBuf>>,
     /// Hand-over of weights to servers, if they sample.
     hand_over: Option<HandOver>,
+    /// Connection to the workers' broker until the coordinator starts.
+    nats: Option<Nats>,
+    group_log: Option<Arc<GroupLog>>,
+    /// Coordinator of the workers that sample, if any do.
+    workers: Option<Workers>,
 }
 
 impl Session {
-    /// Hands the current weights to the servers that sample, if any, and compares their log-probabilities with the policy's.
+    /// Hands the current weights to the servers that sample, if any, and compares their log-probabilities with the policy's;
+    /// or announces them to the workers that sample.
     ///
     /// # Errors
-    /// If a server does not take the weights, or has another model.
+    /// If a server does not take the weights, or has another model; or if the workers' broker is not available.
     pub(super) async fn connect(&mut self) -> Result<()> {
         let dir = lock(&self.files).dir().to_owned();
         self.hand_over = HandOver::start(&self.config, &self.node, &dir).await?;
+        if let Some(nats) = self.nats.take() {
+            let log = self.group_log.clone();
+            self.workers = Some(Workers::start(&self.config, &self.node, nats, log, dir).await?);
+            if let Some(coordinator) = self.node.coordinator.get() {
+                self.monitor.set_workers(Arc::clone(coordinator));
+            }
+        }
         Ok(())
     }
 
@@ -413,6 +446,7 @@ impl Session {
     /// written.
     pub(super) async fn train(self) -> Result<Summary> {
         if lock(&self.observer).unimproved.is_some() {
+            self.end_workers();
             return self.conclusion(Arc::clone(&self.warmed_up)).conclude(Outcome::Finished).await;
         }
         if self.stop.is_requested() {
@@ -450,7 +484,17 @@ impl Session {
         if let Err(error) = lock(&self.files).write_final_metrics(&self.monitor.metrics_text()) {
             status!("{error:#}");
         }
+        if concluded.as_ref().is_ok_and(|summary| summary.interrupted.is_none()) {
+            self.end_workers();
+        }
         concluded
+    }
+
+    /// Tells the workers, if any, that the run needs them no more.
+    fn end_workers(&self) {
+        if let Some(workers) = &self.workers {
+            workers.end();
+        }
     }
 
     /// Returns the conclusion of the run. `written` holds the path of its last checkpoint, once that is written.

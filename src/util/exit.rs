@@ -14,6 +14,7 @@ use anyhow::Result;
 
 use crate::config::ConfigErrors;
 use crate::lm::source::Unavailable;
+use crate::pipeline::cluster::NoConnection;
 use crate::pipeline::remote::Unusable;
 use crate::util::signals::Interrupted;
 
@@ -90,8 +91,9 @@ fn by_cause(error: &anyhow::Error) -> Option<u8> {
         if let Some(Interrupted { signal, .. }) = cause.downcast_ref::<Interrupted>() {
             return Some(interrupted(*signal));
         }
-        let unusable = cause.downcast_ref::<Unusable>()?;
-        Some(if unusable.refuses { REFUSED } else { FAILED })
+        let unusable = cause.downcast_ref::<Unusable>().map(|judge| judge.refuses);
+        let refuses = unusable.or_else(|| cause.downcast_ref::<NoConnection>().map(|broker| broker.refuses))?;
+        Some(if refuses { REFUSED } else { FAILED })
     })
 }
 

@@ -12,7 +12,9 @@ use candle_core::{DType, Device, Tensor};
 use preceptor::lm::model::{Decoder, Lora, Weights};
 use preceptor::lm::tokens::Tokenizer;
 use preceptor::pipeline::cluster::coordinator::QueueNames;
-use preceptor::pipeline::cluster::protocol::{Bounds, Done, LoraNotice, SamplingNotice, Work, decode, encode};
+use preceptor::pipeline::cluster::protocol::{
+    Bounds, Done, LoraNotice, RunState, SamplingNotice, Work, decode, encode,
+};
 use preceptor::pipeline::cluster::worker::Summary;
 use preceptor::pipeline::cluster::{
     ClusterEngine, Coordinator, CoordinatorPlan, MemoryNotices, Nats, NatsPlan, Notices, WorkerPlan, put_base, work,
@@ -260,11 +262,11 @@ impl Cluster {
             store: store.seen_as().display().to_string(),
             base,
         };
-        let coordinator = Coordinator::start(plan, Arc::clone(&transport), Arc::clone(&notices)).unwrap();
+        let coordinator = Coordinator::start(plan, Arc::clone(&transport), Arc::clone(&notices), None).unwrap();
         let fingerprint = model.weights().fingerprint().unwrap();
         let cell = Arc::new(SnapshotCell::new(0, fingerprint, Arc::new(model.clone())));
-        coordinator.open(&cell, Arc::new(store), []).unwrap();
-        let engine = ClusterEngine::new(Arc::clone(&coordinator), 64);
+        coordinator.open(&cell, Arc::new(store)).unwrap();
+        let engine = ClusterEngine::new(Arc::clone(&coordinator), 64, false);
         Self { dir, model, transport, notices, cell, coordinator, engine }
     }
 
@@ -324,7 +326,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        self.coordinator.stop();
+        self.coordinator.stop(RunState::Ended);
     }
 }
 
@@ -518,7 +520,7 @@ fn workers_follow_a_restored_run_and_leave_when_it_ends() {
     );
     restored.submit([1]);
     assert_eq!(restored.take(1), expected(&restored.model, 0, [1]));
-    restored.coordinator.stop();
+    restored.coordinator.stop(RunState::Ended);
     assert!(worker.thread.join().unwrap().unwrap().groups >= 2);
     assert!(Path::new(restored.dir.path()).exists() && cluster.dir.path().exists());
 }

@@ -127,6 +127,7 @@ fn node(dir: &Path, fault: Fault, seen: &Arc<Mutex<Seen>>) -> Node {
         limits: AdjustableLimits::default(),
         reward_model: None,
         fleet: None,
+        coordinator: std::sync::OnceLock::new(),
         labelers: Box::new(labelers),
         prepared: Arc::new(prepared),
         config,

@@ -111,7 +111,7 @@ pub fn diagnose(shares: &[RoleShare], config: &Config, cores: usize, servers: &[
 fn limiting_server(servers: &[ServerReport], shares: &[RoleShare]) -> Option<String> {
     if let Some(out) = servers.iter().find(|server| server.condition != "ready") {
         let why = if out.why.is_empty() { "it has no weights yet" } else { &out.why };
-        return Some(format!("the server {} is {} and samples nothing: {why}", out.url, out.condition));
+        return Some(format!("{} is {} and samples nothing: {why}", out.name(), out.condition));
     }
     let of = |role: &str| shares.iter().find(|share| share.role == role);
     // Prompts wait for the staleness bound, which opens with a hand-over, and the learner waits for groups.
@@ -119,7 +119,8 @@ fn limiting_server(servers: &[ServerReport], shares: &[RoleShare]) -> Option<Str
         && of("learn").is_some_and(|share| share.idle >= HAND_OVER_LIMITS)
         && of("rollout").is_some_and(|share| share.idle >= HAND_OVER_LIMITS);
     let took = |server: &&ServerReport| server.hand_over_s.unwrap_or(0.0);
-    if let Some(slow) = servers.iter().max_by(|a, b| took(a).total_cmp(&took(b))).filter(|_| waits) {
+    let handed = servers.iter().filter(|server| server.hand_over_s.is_some());
+    if let Some(slow) = handed.max_by(|a, b| took(a).total_cmp(&took(b))).filter(|_| waits) {
         return Some(format!(
             "prompts wait for new weights on the servers: a hand-over to {} takes {:.1} s; raise learner.eta, train adapters (learner.lora), or give rollout.weights_dir a faster disk",
             slow.url,
@@ -133,8 +134,13 @@ fn limiting_server(servers: &[ServerReport], shares: &[RoleShare]) -> Option<Str
     let fast = working().max_by(|a, b| speed(a).total_cmp(&speed(b)))?;
     (speed(&slow) < SLOW_SERVER * speed(&fast)).then(|| {
         format!(
-            "the server {} is the slowest: {:.0} tokens/s with {} completions under way, and {} {:.0} tokens/s with {}",
-            slow.url, slow.tokens_per_s, slow.under_way, fast.url, fast.tokens_per_s, fast.under_way
+            "{} is the slowest: {:.0} tokens/s with {} completions under way, and {} {:.0} tokens/s with {}",
+            slow.name(),
+            slow.tokens_per_s,
+            slow.under_way,
+            fast.url,
+            fast.tokens_per_s,
+            fast.under_way
         )
     })
 }
@@ -223,7 +229,12 @@ fn relief(share: &RoleShare, config: &Config, spare: usize) -> Vec<Setting> {
 fn rollout_relief(config: &Config, spare: usize) -> Vec<Setting> {
     let rollout = &config.rollout;
     if rollout.engine != EngineKind::Local {
-        let why = "more completions under way on the servers, if they have room for them; otherwise add servers";
+        let why = match rollout.engine {
+            EngineKind::Workers => {
+                "more completions under way on the workers, if they have free slots; otherwise add workers"
+            }
+            _ => "more completions under way on the servers, if they have room for them; otherwise add servers",
+        };
         return vec![change("rollout.slots", rollout.slots, 2 * rollout.slots, why)];
     }
     let mut settings = Vec::new();

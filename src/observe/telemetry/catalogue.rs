@@ -233,6 +233,50 @@ pub const METRICS: &[(&str, &[Metric])] = &[
         ],
     ),
     (
+        "Workers",
+        &[
+            metric(
+                Gauge,
+                "preceptor_worker_up",
+                &["worker"],
+                "1 if the worker has given a sign of life in the last 30 s, 0 if not",
+            ),
+            metric(
+                Gauge,
+                "preceptor_worker_version",
+                &["worker"],
+                "Version of the weights that the worker samples with",
+            ),
+            metric(Gauge, "preceptor_worker_slots", &["worker", "state"], "Slots of the worker: used or free"),
+            metric(Counter, "preceptor_worker_tokens_total", &["worker"], "Tokens that the worker has sampled"),
+            metric(Counter, "preceptor_worker_result_bytes_total", &["worker"], "Bytes of the worker's results"),
+            metric(
+                Counter,
+                "preceptor_worker_results_total",
+                &["outcome"],
+                "Results of workers: taken, repeated (the group was taken before), refused (impossible or of other weights)",
+            ),
+            metric(
+                Counter,
+                "preceptor_work_offered_again_total",
+                &[],
+                "Groups that were offered again because the broker had lost them",
+            ),
+            metric(
+                Gauge,
+                "preceptor_broker_ok",
+                &[],
+                "1 if the NATS server answers the coordinator of the workers, 0 if not",
+            ),
+            metric(
+                Counter,
+                "preceptor_labels_lost_total",
+                &[],
+                "Labels that a restored run gave up because it does not have the weights that sampled their completions",
+            ),
+        ],
+    ),
+    (
         "Generation",
         &[
             metric(Counter, "preceptor_generated_tokens_total", &[], "Tokens sampled by the rollout actors"),

@@ -202,8 +202,18 @@ fn servers(area: Rect, buffer: &mut Buffer, status: &Value) {
     let rows = status["servers"].as_array().into_iter().flatten().map(row);
     let [url, rest @ ..] = [28, 9, 8, 10, 9, 7, 10].map(Constraint::Length);
     let widths = std::iter::once(url).chain(rest).chain([Constraint::Fill(1)]);
-    let titles = ["server", "state", "version", "under way", "tokens/s", "canary", "hand-over", ""];
-    let block = Block::bordered().title(" rollout servers ");
+    let workers = status["plan"]["engine"] == "workers";
+    let titles = [
+        if workers { "worker" } else { "server" },
+        "state",
+        "version",
+        "under way",
+        "tokens/s",
+        "canary",
+        "hand-over",
+        "",
+    ];
+    let block = Block::bordered().title(if workers { " workers " } else { " rollout servers " });
     Widget::render(Table::new(rows, widths).header(Row::new(titles).bold()).block(block), area, buffer);
 }
 

@@ -16,14 +16,17 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use preceptor_actors::transport::{Lease, QueueLimits, Transport, TransportError};
 use preceptor_actors::{Admission, SnapshotCell};
 
+use super::log::GroupLog;
 use super::notices::Notices;
 use super::protocol::{
-    Bounds, Done, LoraNotice, MAX_MESSAGE, OLDEST_PROTOCOL, PROTOCOL, Pulse, RUN, RunNotice, SamplingNotice, WEIGHTS,
-    WeightsNotice, Work, decode, encode,
+    Bounds, Done, LoraNotice, MAX_MESSAGE, OLDEST_PROTOCOL, PROTOCOL, RUN, RunNotice, RunState, SamplingNotice,
+    WEIGHTS, WeightsNotice, Work, decode, encode,
 };
+use super::roster::{REFUSALS, Roster};
 use crate::lm::model::config::Head;
 use crate::lm::model::{Decoder, export};
 use crate::lm::tokens::Tokenizer;
+use crate::observe::telemetry;
 use crate::pipeline::generate::Sampled;
 use crate::pipeline::served::{Content, FolderStore, Tag, WeightStore};
 use crate::status;
@@ -33,12 +36,8 @@ use crate::util::mutex::lock;
 const LOOK: Duration = Duration::from_millis(10);
 /// Longest wait for a result before the coordinator looks for its end.
 const PULL: Duration = Duration::from_millis(500);
-/// Time without a sign of life after which a worker is no longer shown.
-const GONE: Duration = Duration::from_secs(30);
 /// Number of results that are taken at once.
 const MOST: usize = 16;
-/// Number of refused results after which a worker is shut out.
-const REFUSALS: u64 = 3;
 
 /// Settings of a [`Coordinator`].
 #[derive(Debug, Clone)]
@@ -113,19 +112,6 @@ pub(super) fn shut_out(worker: &str) -> String {
     format!("out-{worker}")
 }
 
-/// A worker as the coordinator sees it.
-#[derive(Debug, Clone, Default)]
-pub struct WorkerState {
-    /// Last sign of life.
-    pub pulse: Pulse,
-    /// Number of results taken.
-    pub results: u64,
-    /// Number of results refused.
-    pub refused: u64,
-    /// Time of the last sign of life.
-    heard: Option<Instant>,
-}
-
 /// Numbers of results since the coordinator started.
 #[derive(Debug, Default)]
 pub struct Counts {
@@ -154,12 +140,15 @@ pub struct Coordinator {
     pub(super) plan: CoordinatorPlan,
     transport: Arc<dyn Transport>,
     notices: Arc<dyn Notices>,
+    /// Log in which groups are durable before their results are acknowledged.
+    log: Option<Arc<GroupLog>>,
     pub(super) names: QueueNames,
     /// Fingerprints of the versions of this lineage.
     versions: Mutex<BTreeMap<u64, u64>>,
     /// Work that was offered and has no result yet.
     open: Mutex<HashMap<u64, Open>>,
-    workers: Mutex<BTreeMap<String, WorkerState>>,
+    /// The workers that gave signs of life.
+    pub roster: Roster,
     /// Numbers of results.
     pub counts: Counts,
     arrivals: (Sender<Arrived>, Receiver<Arrived>),
@@ -179,11 +168,16 @@ struct Open {
 
 impl Coordinator {
     /// Creates the queues of a new lineage and removes those of the lineage before, whose work and results do not count any
-    /// more.
+    /// more. With `log`, results are acknowledged when their groups are durable in it.
     ///
     /// # Errors
     /// If the transport is not available.
-    pub fn start(plan: CoordinatorPlan, transport: Arc<dyn Transport>, notices: Arc<dyn Notices>) -> Result<Arc<Self>> {
+    pub fn start(
+        plan: CoordinatorPlan,
+        transport: Arc<dyn Transport>,
+        notices: Arc<dyn Notices>,
+        log: Option<Arc<GroupLog>>,
+    ) -> Result<Arc<Self>> {
         notices.open(&plan.run)?;
         if let Some(earlier) = notices.get(&plan.run, RUN)? {
             let earlier: RunNotice = serde_json::from_slice(&earlier)
@@ -200,10 +194,11 @@ impl Coordinator {
             plan,
             transport,
             notices,
+            log,
             names,
             versions: Mutex::default(),
             open: Mutex::default(),
-            workers: Mutex::default(),
+            roster: Roster::default(),
             counts: Counts::default(),
             arrivals: bounded(4 * MOST),
             stopped: AtomicBool::new(false),
@@ -213,20 +208,15 @@ impl Coordinator {
     }
 
     /// Announces the run and the weights in `cell`, and begins to take results and to announce each new version, which `store`
-    /// keeps for workers. `known` are the versions and fingerprints of restored groups.
+    /// keeps for workers.
     ///
     /// # Errors
     /// If the weights cannot be stored, or the transport is not available.
-    pub fn open(
-        self: &Arc<Self>,
-        cell: &Arc<SnapshotCell<Decoder>>,
-        store: Arc<dyn WeightStore>,
-        known: impl IntoIterator<Item = (u64, u64)>,
-    ) -> Result<()> {
-        lock(&self.versions).extend(known);
+    pub fn open(self: &Arc<Self>, cell: &Arc<SnapshotCell<Decoder>>, store: Arc<dyn WeightStore>) -> Result<()> {
         let mut reader = cell.reader("workers");
         self.announce(&cell.latest(), &*store)?;
-        self.notice(true)?;
+        self.notice(RunState::Open)?;
+        telemetry::broker(true);
         let coordinator = Arc::clone(self);
         let publish = move || {
             while !coordinator.stopped.load(Ordering::SeqCst) {
@@ -253,14 +243,14 @@ impl Coordinator {
         Ok(())
     }
 
-    fn notice(&self, open: bool) -> Result<()> {
+    fn notice(&self, state: RunState) -> Result<()> {
         let plan = &self.plan;
         let notice = RunNotice {
             protocol: PROTOCOL,
             oldest_protocol: OLDEST_PROTOCOL,
             program: env!("CARGO_PKG_VERSION").to_owned(),
             lineage: plan.lineage,
-            open,
+            state,
             base: plan.base.0.clone(),
             base_sha256: plan.base.1.clone(),
             store: plan.store.clone(),
@@ -290,16 +280,24 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Ends the threads and tells workers that the run has ended.
-    pub fn stop(&self) {
+    /// Ends the threads and tells workers that the run has ended, or that they are to wait for its next coordinator.
+    pub fn stop(&self, state: RunState) {
         self.stopped.store(true, Ordering::SeqCst);
-        for thread in lock(&self.threads).drain(..) {
+        let threads = std::mem::take(&mut *lock(&self.threads));
+        if threads.is_empty() {
+            // It was never open, or has stopped.
+            return;
+        }
+        for thread in threads {
             if thread.join().is_err() {
                 tracing::error!("internal error: a thread of the coordinator panicked");
             }
         }
-        if let Err(error) = self.notice(false) {
-            tracing::warn!("cannot tell the workers that the run has ended: {error:#}");
+        if self.is_replaced() {
+            return;
+        }
+        if let Err(error) = self.notice(state) {
+            tracing::warn!("cannot tell the workers how the run ended: {error:#}");
         }
         for queue in [&self.names.work, &self.names.results] {
             if let Err(error) = self.transport.remove(queue) {
@@ -359,10 +357,16 @@ impl Coordinator {
         self.arrivals.1.recv_timeout(wait).ok()
     }
 
-    /// Removes a result whose group is recorded.
-    pub(super) fn recorded(&self, seq: u64, lease: Box<dyn Lease>) {
+    /// Removes a result whose group is recorded, once the record is durable.
+    pub(super) fn recorded(self: &Arc<Self>, seq: u64, lease: Box<dyn Lease>) {
         lock(&self.open).remove(&seq);
-        self.acknowledge(lease);
+        match &self.log {
+            None => self.acknowledge(lease),
+            Some(log) => {
+                let coordinator = Arc::clone(self);
+                log.when_durable(Box::new(move || coordinator.acknowledge(lease)));
+            }
+        }
     }
 
     /// Forgets the work of an engine that ends.
@@ -375,7 +379,9 @@ impl Coordinator {
     fn collect(&self) {
         let mut looked = Instant::now();
         while !self.stopped.load(Ordering::SeqCst) {
-            self.hear();
+            if let Ok(told) = self.notices.heard(&self.plan.run) {
+                self.roster.hear(told);
+            }
             match self.transport.pull(&self.names.results, MOST, PULL) {
                 Ok(leases) => {
                     self.recovered();
@@ -401,18 +407,9 @@ impl Coordinator {
 
     /// Creates the queues again after the broker has lost its data, unless another coordinator has taken the run over.
     fn create_again(&self) {
-        match self.notices.get(&self.plan.run, RUN) {
-            Ok(Some(notice)) => {
-                let other = serde_json::from_slice::<RunNotice>(&notice)
-                    .is_ok_and(|notice| notice.lineage != self.plan.lineage);
-                if other {
-                    self.stopped.store(true, Ordering::SeqCst);
-                    return self
-                        .failed("another coordinator has taken the run over; this one takes no further results");
-                }
-            }
-            Ok(None) => {}
-            Err(error) => return self.failed(&error.to_string()),
+        if self.is_replaced() {
+            self.stopped.store(true, Ordering::SeqCst);
+            return self.failed("another coordinator has taken the run over; this one takes no further results");
         }
         let limits = QueueLimits { lease: self.plan.lease, messages: 100_000, bytes: MAX_MESSAGE };
         for queue in [&self.names.work, &self.names.results] {
@@ -421,8 +418,24 @@ impl Coordinator {
                 return;
             }
         }
-        if let Err(error) = self.notices.open(&self.plan.run).map_err(Into::into).and_then(|()| self.notice(true)) {
+        if let Err(error) =
+            self.notices.open(&self.plan.run).map_err(Into::into).and_then(|()| self.notice(RunState::Open))
+        {
             self.failed(&format!("{error:#}"));
+        }
+    }
+
+    /// Returns whether the notice of the run is that of another coordinator.
+    fn is_replaced(&self) -> bool {
+        match self.notices.get(&self.plan.run, RUN) {
+            Ok(Some(notice)) => {
+                serde_json::from_slice::<RunNotice>(&notice).is_ok_and(|notice| notice.lineage != self.plan.lineage)
+            }
+            Ok(None) => false,
+            Err(error) => {
+                self.failed(&error.to_string());
+                false
+            }
         }
     }
 
@@ -442,6 +455,7 @@ impl Coordinator {
         status!("workers   the broker has lost the work on {} groups; it is offered again", lost.len());
         for open in lost {
             self.counts.offered_again.fetch_add(1, Ordering::Relaxed);
+            telemetry::offered_again();
             if !self.offer(open) {
                 break;
             }
@@ -455,7 +469,7 @@ impl Coordinator {
             Err(error) => return self.refuse(lease, "unknown", &format!("{error:#}")),
         };
         let (seq, worker) = (done.seq, done.worker.clone());
-        if lock(&self.workers).get(&worker).is_some_and(|state| state.refused >= REFUSALS) {
+        if self.roster.is_shut_out(&worker) {
             return self.refuse(lease, &worker, "it was shut out");
         }
         if done.lineage != self.plan.lineage {
@@ -467,6 +481,7 @@ impl Coordinator {
             Some((true, _)) => return,
             None => {
                 self.counts.repeated.fetch_add(1, Ordering::Relaxed);
+                telemetry::worker_result("repeated");
                 return self.acknowledge(lease);
             }
             Some((false, work)) => {
@@ -480,7 +495,8 @@ impl Coordinator {
             open.taken = true;
         }
         self.counts.taken.fetch_add(1, Ordering::Relaxed);
-        lock(&self.workers).entry(worker).or_default().results += 1;
+        telemetry::worker_result("taken");
+        self.roster.taken(&worker);
         let mut arrived = Arrived { seq, sampled: done.into_sampled(), lease };
         while let Err(refused) = self.arrivals.0.send_timeout(arrived, PULL) {
             arrived = refused.into_inner();
@@ -510,14 +526,9 @@ impl Coordinator {
     /// Refuses a result: it is removed, and its work is offered again.
     fn refuse(&self, lease: Box<dyn Lease>, worker: &str, why: &str) {
         self.counts.refused.fetch_add(1, Ordering::Relaxed);
-        let refused = {
-            let mut workers = lock(&self.workers);
-            let state = workers.entry(worker.to_owned()).or_default();
-            state.refused += 1;
-            state.refused
-        };
+        telemetry::worker_result("refused");
         status!("workers   a result of {worker} is refused: {why}");
-        if refused == REFUSALS {
+        if self.roster.refused(worker, why) {
             status!("workers   {worker} is shut out after {REFUSALS} refused results");
             if let Err(error) = self.notices.set(&self.plan.run, &shut_out(worker), why.as_bytes()) {
                 self.failed(&error.to_string());
@@ -539,56 +550,17 @@ impl Coordinator {
         }
     }
 
-    /// Takes the workers' signs of life.
-    fn hear(&self) {
-        let Ok(told) = self.notices.heard(&self.plan.run) else { return };
-        let mut workers = lock(&self.workers);
-        for (name, pulse) in told {
-            let Ok(pulse) = serde_json::from_slice::<Pulse>(&pulse) else { continue };
-            let state = workers.entry(name.clone()).or_default();
-            if state.heard.is_none() {
-                status!("workers   {name} has joined: {} on {}, {} slots", pulse.role, pulse.host, pulse.slots);
-            }
-            (state.pulse, state.heard) = (pulse, Some(Instant::now()));
-        }
-        for (name, state) in workers.iter_mut() {
-            if state.heard.is_some_and(|heard| heard.elapsed() > GONE) {
-                status!("workers   {name} has given no sign of life for {} s", GONE.as_secs());
-                state.heard = None;
-            }
-        }
-    }
-
-    /// Returns the workers that gave a sign of life lately, by name.
-    pub fn workers(&self) -> Vec<(String, WorkerState)> {
-        let workers = lock(&self.workers);
-        workers
-            .iter()
-            .filter(|(_, state)| state.heard.is_some())
-            .map(|(name, state)| (name.clone(), state.clone()))
-            .collect()
-    }
-
     /// Returns why no work is done, if that is so.
     pub fn reasons_of_wait(&self) -> String {
         if let Some(why) = &*lock(&self.outage) {
             return why.clone();
         }
-        let workers = self.workers();
-        if workers.is_empty() {
-            return format!(
-                "waits for workers; start one with: preceptor worker --join ADDRESS --run {}",
-                self.plan.run
-            );
+        if let Some(why) = self.log.as_ref().and_then(|log| log.failure()) {
+            return why;
         }
-        if workers.iter().all(|(_, state)| !state.pulse.waits.is_empty()) {
-            return workers
-                .iter()
-                .map(|(name, state)| format!("{name} {}", state.pulse.waits))
-                .collect::<Vec<_>>()
-                .join("; ");
-        }
-        String::new()
+        self.roster.reason_of_wait().unwrap_or_else(|| {
+            format!("waits for workers; start one with: preceptor worker --join ADDRESS --run {}", self.plan.run)
+        })
     }
 
     fn failed(&self, why: &str) {
@@ -597,11 +569,13 @@ impl Coordinator {
             status!("workers   {why}; it is tried again");
         }
         *outage = Some(why.to_owned());
+        telemetry::broker(false);
     }
 
     fn recovered(&self) {
         if lock(&self.outage).take().is_some() {
             status!("workers   the broker answers again");
+            telemetry::broker(true);
         }
     }
 }

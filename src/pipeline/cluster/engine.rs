@@ -16,9 +16,14 @@ use crate::types::Prompt;
 /// Time to wait for a result before prompts are accepted again, and the same while none can be accepted.
 const WAIT: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)];
 
+/// Bit that distinguishes the numbers of groups of the warm-up.
+const WARM_UP: u64 = 1 << 63;
+
 /// Engine that gives each group to a worker.
 pub struct ClusterEngine {
     coordinator: Arc<Coordinator>,
+    /// True for the warm-up of the reward model.
+    warm_up: bool,
     slots: usize,
     limit: usize,
     used: usize,
@@ -30,14 +35,22 @@ pub struct ClusterEngine {
 }
 
 impl ClusterEngine {
-    /// Creates an engine with up to `slots` completions under way, which must be a group at least.
-    pub fn new(coordinator: Arc<Coordinator>, slots: usize) -> Self {
+    /// Creates an engine with up to `slots` completions under way, which must be a group at least. Groups of the warm-up
+    /// (`warm_up`) are sampled by any version, and their numbers are those of training with [`WARM_UP`] added.
+    pub fn new(coordinator: Arc<Coordinator>, slots: usize, warm_up: bool) -> Self {
         let (under_way, leases) = (HashMap::new(), HashMap::new());
-        Self { coordinator, slots, limit: slots, used: 0, under_way, leases, ctx: None }
+        Self { coordinator, warm_up, slots, limit: slots, used: 0, under_way, leases, ctx: None }
+    }
+
+    /// Returns the number of group `seq` among the workers.
+    fn number(&self, seq: u64) -> u64 {
+        if self.warm_up { seq | WARM_UP } else { seq }
     }
 
     fn take(&mut self, arrived: Arrived) -> Option<SampledGroup> {
         let Arrived { seq, sampled, lease } = arrived;
+        // A late result of the warm-up is not one of training.
+        let seq = if self.warm_up { seq.checked_sub(WARM_UP)? } else { seq };
         self.used -= self.under_way.remove(&seq)?;
         self.leases.insert(seq, lease);
         Some((seq, sampled))
@@ -55,8 +68,9 @@ impl RolloutEngine for ClusterEngine {
 
     fn submit(&mut self, prompt: &Prompt, seeds: Vec<u64>) -> Result<()> {
         let (seq, count) = (prompt.seq, seeds.len());
-        let (lineage, min_version) = (self.coordinator.plan.lineage, self.coordinator.min_version(seq));
-        self.coordinator.submit(Work { lineage, seq, min_version, ids: prompt.ids.to_vec(), seeds });
+        let min_version = if self.warm_up { 0 } else { self.coordinator.min_version(seq) };
+        let (lineage, ids) = (self.coordinator.plan.lineage, prompt.ids.to_vec());
+        self.coordinator.submit(Work { lineage, seq: self.number(seq), min_version, ids, seeds });
         self.used += count;
         self.under_way.insert(seq, count);
         Ok(())
@@ -81,7 +95,7 @@ impl RolloutEngine for ClusterEngine {
 
     fn recorded(&mut self, seq: u64) {
         if let Some(lease) = self.leases.remove(&seq) {
-            self.coordinator.recorded(seq, lease);
+            self.coordinator.recorded(self.number(seq), lease);
         }
     }
 
@@ -108,6 +122,7 @@ impl RolloutEngine for ClusterEngine {
 
 impl Drop for ClusterEngine {
     fn drop(&mut self) {
-        self.coordinator.forget(self.under_way.keys().chain(self.leases.keys()).copied());
+        let seqs = self.under_way.keys().chain(self.leases.keys());
+        self.coordinator.forget(seqs.map(|seq| self.number(*seq)));
     }
 }

@@ -6,19 +6,21 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy};
 use async_nats::jetstream::{AckKind, Context, Message};
-use async_nats::{ConnectOptions, HeaderMap, Subscriber};
+use async_nats::{ConnectError, ConnectErrorKind, ConnectOptions, HeaderMap, Subscriber};
 use futures_util::{FutureExt, StreamExt};
 use preceptor_actors::transport::{Depth, Lease, Offered, QueueLimits, Transport, TransportError};
 use tokio::runtime::Runtime;
 
 use super::notices::Notices;
+use crate::status;
 use crate::util::mutex::lock;
 
 /// Longest wait for an answer of the broker.
@@ -41,6 +43,15 @@ pub struct NatsPlan {
     pub certificate: Option<(PathBuf, PathBuf)>,
     /// Name that the broker shows for this connection.
     pub name: String,
+}
+
+/// Error of a connection to a NATS server that failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{words}")]
+pub struct NoConnection {
+    words: String,
+    /// True if the server refuses this process, so that a person has to act.
+    pub refuses: bool,
 }
 
 /// Connection to a NATS server with JetStream. A clone shares it.
@@ -92,12 +103,7 @@ impl Nats {
             options = options.add_client_certificate(certificate.clone(), key.clone());
         }
         let servers: Vec<&str> = plan.url.split(',').map(str::trim).collect();
-        let client = runtime.block_on(options.connect(servers)).with_context(|| {
-            format!(
-                "cannot connect to NATS at {}; start it with JetStream (nats-server -js), or correct the address",
-                plan.url
-            )
-        })?;
+        let client = runtime.block_on(options.connect(servers)).map_err(|error| refusal(&error, &plan.url))?;
         // The context starts a task.
         let guard = runtime.enter();
         let mut context = async_nats::jetstream::new(client);
@@ -119,16 +125,49 @@ impl Nats {
         Ok(Self(Arc::new(inner)))
     }
 
+    /// Connects like [`Nats::connect`], and tries again for as long as `patience` while the broker cannot be reached and
+    /// `stop` is not set.
+    ///
+    /// # Errors
+    /// See [`Nats::connect`].
+    pub fn connect_within(plan: &NatsPlan, patience: Duration, stop: &AtomicBool) -> Result<Self> {
+        let began = Instant::now();
+        let mut told = false;
+        loop {
+            let error = match Self::connect(plan) {
+                Ok(nats) => return Ok(nats),
+                Err(error) => error,
+            };
+            let waits = error.downcast_ref::<NoConnection>().is_some_and(|error| !error.refuses);
+            if !waits || began.elapsed() >= patience || stop.load(Ordering::SeqCst) {
+                return Err(error);
+            }
+            if !told {
+                status!("waiting   {error:#}; it is tried again for {} s", patience.as_secs());
+                told = true;
+            }
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    }
+
     /// Waits for `work` on the thread of the connection.
-    fn wait<T>(&self, work: impl Future<Output = Result<T, TransportError>>) -> Result<T, TransportError> {
+    fn wait<T: Send>(&self, work: impl Future<Output = Result<T, TransportError>> + Send) -> Result<T, TransportError> {
         let Some(runtime) = &self.0.runtime else {
             return Err(TransportError::Unavailable("the connection is closed".into()));
         };
-        runtime.block_on(async {
-            tokio::time::timeout(2 * ANSWER, work)
-                .await
-                .unwrap_or_else(|_| Err(TransportError::Unavailable("NATS does not answer".into())))
-        })
+        let wait = || {
+            runtime.block_on(async {
+                tokio::time::timeout(2 * ANSWER, work)
+                    .await
+                    .unwrap_or_else(|_| Err(TransportError::Unavailable("NATS does not answer".into())))
+            })
+        };
+        if tokio::runtime::Handle::try_current().is_err() {
+            return wait();
+        }
+        // A thread of another runtime must not wait for this one.
+        let waited = std::thread::scope(|scope| scope.spawn(wait).join());
+        waited.unwrap_or_else(|_| Err(TransportError::Unavailable("the connection panicked".into())))
     }
 
     fn queue(&self, queue: &str) -> Result<Queue, TransportError> {
@@ -159,6 +198,20 @@ impl Nats {
     }
 }
 
+/// Returns the error of a connection to `url` that failed. Only a server that refuses it does so for good.
+fn refusal(error: &ConnectError, url: &str) -> NoConnection {
+    let (refuses, remedy) = match error.kind() {
+        ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
+            (true, "it accepts only certificates or accounts that it knows; give one with tls_certificate and tls_key")
+        }
+        ConnectErrorKind::Tls => (true, "correct tls_ca, or the certificate of this process and its key"),
+        ConnectErrorKind::ServerParse => (true, "correct the address"),
+        _ => (false, "start it with JetStream (nats-server -js), or correct the address"),
+    };
+    let words = format!("cannot connect to NATS at {url}: {}; {remedy}", causes(error));
+    NoConnection { words, refuses }
+}
+
 /// Returns the name of the stream of a queue. It may not contain dots.
 fn stream_name(queue: &str) -> String {
     format!("PRECEPTOR_{}", queue.replace('.', "_"))
@@ -169,13 +222,18 @@ fn subject(queue: &str) -> String {
 }
 
 fn unavailable(error: &dyn std::error::Error) -> TransportError {
+    TransportError::Unavailable(format!("NATS: {}", causes(error)))
+}
+
+/// Returns the message of an error with its causes.
+fn causes(error: &dyn std::error::Error) -> String {
     let mut words = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
         words += &format!(": {cause}");
         source = cause.source();
     }
-    TransportError::Unavailable(format!("NATS: {words}"))
+    words
 }
 
 impl Transport for Nats {

@@ -36,8 +36,8 @@ pub struct RunNotice {
     pub program: String,
     /// Lineage: a coordinator that starts or restores the run begins another one.
     pub lineage: u64,
-    /// False after the end of the run: workers leave.
-    pub open: bool,
+    /// State of the run.
+    pub state: RunState,
     /// Folder below the store that has the model's configuration and tokenizer, and with adapters its weights.
     pub base: String,
     /// SHA-256 of the folder's list of checksums.
@@ -52,6 +52,18 @@ pub struct RunNotice {
     pub group_size: usize,
     /// Longest time in milliseconds without a sign of life of a worker.
     pub lease_ms: u64,
+}
+
+/// State of a run, as its workers must know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunState {
+    /// The coordinator offers work, or was killed: workers work.
+    Open,
+    /// The coordinator ended before the last step: workers wait for the next one.
+    Paused,
+    /// The run has all its steps: workers leave.
+    Ended,
 }
 
 /// Adapters, as in the key `policy.lora` of the configuration.
@@ -175,6 +187,9 @@ pub struct Pulse {
     pub bytes: u64,
     /// Reason why the worker does not work, if it does not.
     pub waits: String,
+    /// True for the last sign of life of a worker that leaves.
+    #[serde(default)]
+    pub leaves: bool,
 }
 
 /// Encodes work or a result.

@@ -18,8 +18,8 @@ use preceptor_actors::transport::{Lease, Transport, TransportError};
 use super::coordinator::{QueueNames, shut_out};
 use super::notices::Notices;
 use super::protocol::{
-    Answer, Done, OLDEST_PROTOCOL, PROTOCOL, Pulse, RUN, RunNotice, WEIGHTS, WeightsNotice, Work, decode, encode,
-    is_compatible,
+    Answer, Done, OLDEST_PROTOCOL, PROTOCOL, Pulse, RUN, RunNotice, RunState, WEIGHTS, WeightsNotice, Work, decode,
+    encode, is_compatible,
 };
 use crate::config::{Choice, RolloutWeights};
 use crate::lm::model::{Decoder, Lora, ModelConfig, Weights};
@@ -116,8 +116,7 @@ fn wait_for_run(
     stop: &AtomicBool,
     left: Option<u64>,
 ) -> Result<Option<RunNotice>> {
-    let began = Instant::now();
-    let mut told = false;
+    let (mut began, mut told) = (Instant::now(), false);
     while !stop.load(Ordering::SeqCst) {
         let found = match notices.get(&plan.run, RUN) {
             Ok(found) => found,
@@ -139,16 +138,18 @@ fn wait_for_run(
                     notice.protocol
                 );
             }
-            if !notice.open && left.is_some() {
-                return Ok(None);
-            }
-            if notice.open && Some(notice.lineage) != left {
-                return Ok(Some(notice));
+            match notice.state {
+                RunState::Open if Some(notice.lineage) != left => return Ok(Some(notice)),
+                // A worker that starts after the run waits for another one of its name.
+                RunState::Ended if left.is_some() => return Ok(None),
+                RunState::Open | RunState::Ended => {}
+                RunState::Paused => began = Instant::now(),
             }
         }
+        // A coordinator that was there comes back.
         ensure!(
-            began.elapsed() < plan.patience,
-            "no run {} was announced within {} s; start it with [cluster] in its configuration, or correct --run",
+            left.is_some() || began.elapsed() < plan.patience,
+            "no run {} was announced within {} s; start it with rollout.engine = \"workers\", or correct --run and --join",
             plan.run,
             plan.patience.as_secs()
         );
@@ -223,7 +224,7 @@ impl<'a> Lineage<'a> {
         let dir = store.join(&notice.base);
         verify(&dir, &notice.base_sha256).with_context(|| {
             format!(
-                "the model of the run cannot be read in {}; give the store's path on this machine with --weights",
+                "the model of the run cannot be read in {}; give its path on this machine with --store",
                 store.display()
             )
         })?;
@@ -293,6 +294,9 @@ impl<'a> Lineage<'a> {
                 tracing::debug!("work cannot be given back: {error}");
             }
         }
+        if matches!(ended, Ok(Ended::Stopped)) {
+            self.pulse(notices, true)?;
+        }
         ended
     }
 
@@ -313,7 +317,7 @@ impl<'a> Lineage<'a> {
             }
             if pulsed.is_none_or(|at| at.elapsed() > PULSE) {
                 pulsed = Some(Instant::now());
-                self.pulse(notices)?;
+                self.pulse(notices, false)?;
                 if let Some(ended) = self.is_over(notices)? {
                     return Ok(ended);
                 }
@@ -355,13 +359,13 @@ impl<'a> Lineage<'a> {
         }
         let Some(run) = run else { return Ok(None) };
         let notice: RunNotice = serde_json::from_slice(&run)?;
-        Ok(match (notice.open, notice.lineage == self.notice.lineage) {
-            (true, true) => None,
-            (false, true) => {
+        Ok(match notice.state {
+            RunState::Ended => {
                 status!("worker    the run {} has ended", self.plan.run);
                 Some(Ended::Stopped)
             }
-            (_, false) => Some(Ended::Replaced),
+            RunState::Open if notice.lineage == self.notice.lineage => None,
+            RunState::Open | RunState::Paused => Some(Ended::Replaced),
         })
     }
 
@@ -553,7 +557,8 @@ impl<'a> Lineage<'a> {
         Ok(later)
     }
 
-    fn pulse(&self, notices: &dyn Notices) -> Result<()> {
+    /// Gives a sign of life; the last one if the worker `leaves`.
+    fn pulse(&self, notices: &dyn Notices, leaves: bool) -> Result<()> {
         let waits = match (self.newest(), self.held.iter().map(|work| work.min_version).min()) {
             (None, _) => "waits for weights".to_owned(),
             (Some(newest), Some(needed)) if self.open.is_empty() && needed > newest => {
@@ -572,6 +577,7 @@ impl<'a> Lineage<'a> {
             tokens: self.summary.tokens,
             bytes: self.bytes,
             waits,
+            leaves,
         };
         if let Err(error) = notices.tell(&self.plan.run, &self.plan.name, &serde_json::to_vec(&pulse)?) {
             tracing::warn!("{error}");

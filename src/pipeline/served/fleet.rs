@@ -67,7 +67,7 @@ pub struct FleetPlan {
 /// State of a server, for the status page.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ServerReport {
-    /// Scheme, host and port.
+    /// Scheme, host and port; for a worker, its name and its machine.
     pub url: String,
     /// One of `starting`, `ready`, `down` and `rejected`.
     pub condition: &'static str,
@@ -87,6 +87,13 @@ pub struct ServerReport {
     pub canary: Option<f64>,
     /// Duration of the last hand-over in seconds.
     pub hand_over_s: Option<f64>,
+}
+
+impl ServerReport {
+    /// Returns the name for messages: `the server URL`, or `worker NAME`.
+    pub fn name(&self) -> String {
+        if self.url.contains("://") { format!("the server {}", self.url) } else { format!("worker {}", self.url) }
+    }
 }
 
 /// Servers that sample for a run.

@@ -112,6 +112,7 @@ impl Machine for Live {
             limits: AdjustableLimits::default(),
             reward_model: reward_trainer(&config, prepared)?.map(|trainer| Arc::new(Mutex::new(trainer))),
             fleet: None,
+            coordinator: std::sync::OnceLock::new(),
             labelers: Box::new(labeler),
             prepared: Arc::clone(prepared),
             config,

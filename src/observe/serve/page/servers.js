@@ -7,11 +7,14 @@ function showServers(status) {
   const servers = status.servers ?? [];
   for (const id of ["servers", "servers-link"]) setShown(byId(id), servers.length > 0);
   byId("servers-rows").replaceChildren(...servers.map((server) => serverRow(server, status)));
+  const word = status.plan?.engine === "workers" ? "worker" : "server";
+  setText(byId("servers-title"), word === "worker" ? "Workers" : "Rollout servers");
+  setText(byId("servers-link"), word === "worker" ? "Workers" : "Servers");
   const ready = servers.filter((server) => server.condition === "ready").length;
-  setText(byId("servers-note"), `${ready} of ${counted(servers.length, "server")} ready. Canary: the share of the last change of the weights `
-    + "that the server’s log-probabilities show, which is normally about 1.");
+  setText(byId("servers-note"), `${ready} of ${counted(servers.length, word)} ready.` + (word === "worker" ? "" : ` Canary: the share of the last change of the weights `
+    + "that the server’s log-probabilities show, which is normally about 1."));
   const failed = servers.some((server) => server.condition === "down" || server.condition === "rejected");
-  const out = ready === 0 && failed;
+  const out = ready === 0 && failed && word === "server";
   setOptional(byId("unsampled"), out ? "\u26a0 No rollout server is ready, so no completions are sampled. "
     + "The run continues when one is; after rollout.outage_s it ends with a checkpoint. The table below has the reasons." : null);
   if (out) document.title = `\u26a0 ${status.run} waits for its rollout servers`;

@@ -1,0 +1,131 @@
+//! `preceptor worker`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Result, anyhow};
+use clap::Args;
+
+use crate::config::{check_board, check_nats};
+use crate::pipeline::cluster::worker::host;
+use crate::pipeline::cluster::{Nats, NatsPlan, WorkerPlan, work};
+use crate::status;
+use crate::util::exit::{Ended, before_work};
+use crate::util::process::cores;
+use crate::util::{device, signals};
+
+/// Arguments of `preceptor worker`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example, on a machine that sees the run's folder of weights as /mnt/weights:
+  preceptor worker --join nats://broker:4222 --run summaries --store /mnt/weights
+
+A worker may join and leave at any moment, and any number of them may work for a run. SIGTERM and Ctrl-C let it finish its
+work within --drain; a second signal ends it at once, and its work goes to another worker after the run's cluster.lease_s.
+See docs/cluster.md.")]
+pub struct Worker {
+    /// Address of the NATS server at which the run's node and its workers meet; several are separated by commas.
+    #[arg(long, value_name = "URL", value_parser = |url: &str| check_nats(url).map(|()| url.to_owned()))]
+    join: String,
+    /// Name of the run: cluster.run or run.name of its configuration.
+    #[arg(long, value_name = "NAME", value_parser = |name: &str| check_board(name).map(|()| name.to_owned()))]
+    run: String,
+    /// Name of this worker, which no other worker of the run may have: letters, digits, `-` and `_`. The default is the
+    /// name of the machine and the number of the process.
+    #[arg(long, value_name = "NAME", value_parser = |name: &str| check_board(name).map(|()| name.to_owned()))]
+    name: Option<String>,
+    /// Path of the run's folder of weights (cluster.store) on this machine, if it is not the node's.
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
+    /// Number of completions that are sampled concurrently. On a CPU at most 64.
+    #[arg(long, default_value_t = 32)]
+    slots: usize,
+    /// Number of threads. The default is the number of cores.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Device that samples, such as cpu or cuda:0.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Time to finish the work under way after SIGTERM or Ctrl-C: seconds, or a number with a unit (90s, 2m).
+    #[arg(long, default_value = "60s", value_parser = seconds)]
+    drain: Duration,
+    /// Time to wait at the start for the NATS server, and then for the run's node, after which the worker gives up.
+    #[arg(long, default_value = "10m", value_parser = seconds)]
+    patience: Duration,
+    /// Certificate (PEM) of the authority that signed the NATS server's certificate. Setting it requires TLS.
+    #[arg(long, value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
+    /// Certificate (PEM) that this worker shows to the NATS server.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_certificate: Option<PathBuf>,
+    /// Key (PEM) of --tls-certificate.
+    #[arg(long, value_name = "FILE", requires = "tls_certificate")]
+    tls_key: Option<PathBuf>,
+}
+
+/// Parses a duration such as 90, 90s or 2m.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let parsed = text.parse().map(Duration::from_secs).ok().or_else(|| humantime::parse_duration(text).ok());
+    parsed.ok_or_else(|| "must be a number of seconds, or a number with a unit: 90, 90s, 2m".to_owned())
+}
+
+impl Worker {
+    /// Samples for the run until it ends, or until a signal.
+    ///
+    /// # Errors
+    /// If the broker cannot be reached, the run's model cannot be used here, or the coordinator shuts this worker out.
+    pub fn run(self) -> Result<()> {
+        let _deferred = signals::defer();
+        let refused = |text: String| Ended::Refused(anyhow!(text));
+        if self.device == "cpu" && self.slots > crate::pipeline::generate::MAX_SLOTS {
+            let most = crate::pipeline::generate::MAX_SLOTS;
+            return Err(
+                refused(format!("--slots {}: a CPU samples at most {most} completions at once", self.slots)).into()
+            );
+        }
+        let machine: String =
+            host().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(80).collect();
+        let name = self.name.unwrap_or_else(|| format!("{machine}-{}", std::process::id()));
+        let device = before_work(|| device::open(&self.device))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&stop);
+        std::thread::Builder::new().name("stop".into()).spawn(move || wait_for_signals(&flag))?;
+        let plan = NatsPlan {
+            url: self.join,
+            ca: self.tls_ca,
+            certificate: self.tls_certificate.zip(self.tls_key),
+            name: format!("worker {name}"),
+        };
+        let nats = Nats::connect_within(&plan, self.patience, &stop)?;
+        let plan = WorkerPlan {
+            run: self.run,
+            name,
+            store: self.store,
+            slots: self.slots,
+            drain: self.drain,
+            patience: self.patience,
+        };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.unwrap_or_else(cores).max(1)).build()?;
+        let summary = pool.install(|| work(&plan, &device, &nats, &nats, &stop))?;
+        status!(
+            "worker    sampled {} groups, {} tokens; gave {} back unfinished",
+            summary.groups,
+            summary.tokens,
+            summary.given_back
+        );
+        Ok(())
+    }
+}
+
+/// Sets `stop` after the first signal, and ends the process after the second.
+fn wait_for_signals(stop: &AtomicBool) {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().build() else { return };
+    runtime.block_on(async {
+        signals::after(0).await;
+        stop.store(true, Ordering::SeqCst);
+        let signal = signals::after(1).await;
+        status!("interrupted by {}; another worker gets the work", signals::name(signal));
+        std::process::exit(128 + signal);
+    });
+}

@@ -1,0 +1,199 @@
+//! The workers of a run: the connection to their broker, the log of their results, and the announcement of weights.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+
+use super::supervise::run_interruptible;
+use crate::config::{Choice, Config, EngineKind};
+use crate::pipeline::cluster::log::{GroupLog, Start};
+use crate::pipeline::cluster::protocol::{Bounds, LoraNotice, RunState, SamplingNotice};
+use crate::pipeline::cluster::{Coordinator, CoordinatorPlan, Nats, NatsPlan, put_base};
+use crate::pipeline::served::FolderStore;
+use crate::pipeline::topology::learning::lora;
+use crate::pipeline::topology::{Node, admission, sampling};
+use crate::rl::ledger::SharedLedger;
+use crate::run::checkpoint::{CheckpointStore, store};
+use crate::status;
+use crate::util::exit::refusal;
+use crate::util::seed;
+
+/// Time to wait for a broker that cannot be reached, such as one that starts at the same time.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Folder of a run with the log of its workers' results.
+const LOG: &str = "groups";
+
+/// Connects to the broker of the run's workers; `None` if the run has none.
+///
+/// # Errors
+/// If the broker cannot be used.
+pub(super) fn connect(config: &Config) -> Result<Option<Nats>> {
+    if config.rollout.engine != EngineKind::Workers {
+        return Ok(None);
+    }
+    let cluster = &config.cluster;
+    let plan = NatsPlan {
+        url: cluster.nats.clone().context("cluster.nats is missing")?,
+        ca: cluster.tls_ca.clone(),
+        certificate: cluster.tls_certificate.clone().zip(cluster.tls_key.clone()),
+        name: format!("coordinator of {}", run_name(config)),
+    };
+    Nats::connect_within(&plan, PATIENCE, &AtomicBool::new(false)).map(Some)
+}
+
+/// Opens the log of the workers' results in the directory `run`, and adds to `ledger` what it has for a run that begins at
+/// `step` with weights of this fingerprint. `None` if the run has no workers.
+///
+/// # Errors
+/// If the log cannot be read or written.
+pub(super) fn open_log(
+    config: &Config,
+    run: &Path,
+    step: u64,
+    fingerprint: u64,
+    ledger: &SharedLedger,
+) -> Result<Option<Arc<GroupLog>>> {
+    if config.rollout.engine != EngineKind::Workers {
+        return Ok(None);
+    }
+    let start = Start { step, fingerprint, batch: config.learner.batch_groups };
+    let (log, restored) = GroupLog::open(&run.join(LOG), start)?;
+    ledger.restore(&restored.groups);
+    if !restored.groups.is_empty() {
+        status!("workers   {} groups of {LOG}/ are continued", restored.groups.len());
+    }
+    if restored.labels_lost + restored.rollouts_lost > 0 {
+        report_lost(restored.rollouts_lost, restored.labels_lost);
+    }
+    let log = Arc::new(log);
+    ledger.log_to(Arc::clone(&log) as _);
+    Ok(Some(log))
+}
+
+/// Tells how many groups are given up, because weights sampled them that the run does not have any more.
+pub(super) fn report_lost(rollouts: u64, labels: u64) {
+    crate::observe::telemetry::labels_lost(labels);
+    status!(
+        "workers   {} groups are sampled again, {labels} of them with labels: weights sampled them that this run does not have",
+        rollouts + labels
+    );
+}
+
+/// A log that is shortened after each checkpoint.
+pub(super) struct CheckpointedLog {
+    pub(super) log: Arc<GroupLog>,
+    pub(super) store: Arc<CheckpointStore>,
+    /// Number of the latest checkpoints that are kept.
+    pub(super) keep: usize,
+    /// Number of groups in a step.
+    pub(super) batch: u64,
+}
+
+impl CheckpointedLog {
+    /// Keeps what a run needs that is restored from any of the latest checkpoints.
+    pub(super) fn checkpointed(&self) {
+        let kept = match self.store.all() {
+            Ok(kept) => kept,
+            Err(error) => return status!("warning: {error:#}; the log of groups grows until it can be shortened"),
+        };
+        let oldest = kept.iter().rev().take(self.keep).filter_map(|path| store::step(path)).min();
+        self.log.checkpointed(oldest.unwrap_or(0) * self.batch);
+    }
+}
+
+fn run_name(config: &Config) -> &str {
+    config.cluster.run.as_deref().unwrap_or(&config.run.name)
+}
+
+/// The workers' coordinator. It tells them to wait for the next one when it is dropped.
+pub(super) struct Workers(Arc<Coordinator>);
+
+impl Workers {
+    /// Announces the run and the published weights of `node` at the broker, and begins to take results. `run` is the run's
+    /// directory.
+    ///
+    /// # Errors
+    /// If the weights cannot be stored, or the broker is not available.
+    pub(super) async fn start(
+        config: &Arc<Config>,
+        node: &Arc<Node>,
+        nats: Nats,
+        log: Option<Arc<GroupLog>>,
+        run: PathBuf,
+    ) -> Result<Self> {
+        let (config, node) = (Arc::clone(config), Arc::clone(node));
+        let start = move || -> Result<Arc<Coordinator>> {
+            let (weights, name) = (&node.cell.latest().value, run_name(&config).to_owned());
+            let dir = config.cluster.store.clone().unwrap_or_else(|| run.join("cluster"));
+            let store = FolderStore::new(&dir, None, None, weights.dtype()).context("cluster.store")?;
+            let base = put_base(&store, weights, &node.prepared.tokenizer, weights.lora().is_some())?;
+            let place = run.canonicalize().unwrap_or(run);
+            let plan = CoordinatorPlan {
+                tag: seed::text(&place.to_string_lossy()) as u32,
+                lineage: new_lineage(),
+                admission: admission(&config),
+                sampling: notice(&config, &node),
+                bounds: Bounds { rows: weights.config().vocab_size, max_new_tokens: config.rollout.max_new_tokens },
+                lora: lora(&config).map(|(lora, _)| LoraNotice {
+                    rank: lora.rank,
+                    alpha: lora.alpha,
+                    targets: lora.targets.clone(),
+                }),
+                group_size: config.rollout.group_size,
+                lease: Duration::from_secs_f64(config.cluster.lease_s),
+                store: store.seen_as().display().to_string(),
+                base,
+                run: name,
+            };
+            status!(
+                "workers   start them with: preceptor worker --join {} --run {}",
+                config.cluster.nats.as_deref().unwrap_or_default(),
+                plan.run
+            );
+            let coordinator = Coordinator::start(plan, Arc::new(nats.clone()), Arc::new(nats), log)?;
+            coordinator.open(&node.cell, Arc::new(store))?;
+            // It is set here only.
+            let _ = node.coordinator.set(Arc::clone(&coordinator));
+            Ok(coordinator)
+        };
+        let coordinator = run_interruptible("announcing the run to its workers", start).await.map_err(refusal)?;
+        Ok(Self(coordinator))
+    }
+
+    /// Tells the workers that the run has all its steps.
+    pub(super) fn end(&self) {
+        self.0.stop(RunState::Ended);
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.0.stop(RunState::Paused);
+    }
+}
+
+fn notice(config: &Config, node: &Node) -> SamplingNotice {
+    let (own, rollout) = (sampling(config, &node.prepared.tokenizer), &config.rollout);
+    SamplingNotice {
+        temperature: own.temperature,
+        top_k: own.top_k,
+        top_p: own.top_p,
+        min_p: own.min_p,
+        repetition_penalty: own.repetition_penalty,
+        max_new_tokens: own.max_new_tokens,
+        vocabulary: own.vocabulary,
+        eos: own.eos,
+        stop: rollout.stop.clone(),
+        in_flight: rollout.update == crate::config::UpdateMode::InFlight,
+        weights: rollout.weights.word().to_owned(),
+    }
+}
+
+/// Returns the number of a lineage, which differs from those of earlier starts of the run.
+fn new_lineage() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+}

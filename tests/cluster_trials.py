@@ -1,0 +1,395 @@
+"""Trials of runs whose completions are sampled by workers, on this machine, with a real NATS server.
+
+    python3 tests/cluster_trials.py PROGRAM WORK [TRIAL…] [--kills N] [--seed S] [--steps N]
+
+PROGRAM is the program, WORK a folder for runs and logs. TRIAL is the name of a trial; without a name the script performs all.
+
+    plain   two workers sample for configs/offline.toml, and leave when the run ends
+    kills   N random SIGKILLs over two workers, the broker and the coordinator, with eta = 4, checkpoints 20 steps apart, and a
+            judge on a server that counts what it is asked
+    pause   a worker is stopped (SIGSTOP) for longer than its lease, and continued
+    links   three network namespaces (broker, coordinator, workers): a link that is cut for 25 s, then a link of 10 Mb/s; needs root
+
+Each trial checks from the journal that every group of every step was trained on exactly once, in order, that no token is staler
+than learner.eta, and that `preceptor replay` computes the same weights. `kills` also checks that no label was bought twice but
+for those in flight at a kill, and compares the lengths of the completions with those of an undisturbed run (Kolmogorov–Smirnov).
+The script prints a line for each trial and ends with status 1 if one failed.
+"""
+
+import argparse
+import collections
+import hashlib
+import http.server
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import journal
+
+ARGUMENTS = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+ARGUMENTS.add_argument("program", type=Path)
+ARGUMENTS.add_argument("work", type=Path)
+ARGUMENTS.add_argument("trials", nargs="*", metavar="TRIAL")
+ARGUMENTS.add_argument("--kills", type=int, default=10)
+ARGUMENTS.add_argument("--seed", type=int, default=0)
+ARGUMENTS.add_argument("--steps", type=int, default=0, help="number of steps of `kills`; the default suits --kills")
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, GROUP, NATS, JUDGE = 8, 8, 4377, 4378
+# Longest time without a new step before a trial fails.
+PATIENCE = 240
+
+
+class Judge:
+    """Server in the form of the OpenAI API, whose score is a function of the question, and which counts questions.
+
+    It never scores 1, after which the program asks whether 10 is meant."""
+
+    def __init__(self):
+        judge = self
+        self.asked = collections.Counter()
+        self.lock = threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                digest = hashlib.sha256(body).digest()
+                with judge.lock:
+                    judge.asked[digest] += 1
+                score = 2 + digest[0] % 7
+                top = [{"token": str(score), "logprob": math.log(0.9)}, {"token": str(score + 1), "logprob": math.log(0.1)}]
+                content = [{"token": str(score), "logprob": math.log(0.9), "top_logprobs": top}]
+                choice = {"message": {"role": "assistant", "content": str(score)}, "logprobs": {"content": content}}
+                answer = {"model": "judge", "choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 1}}
+                self.reply(answer)
+
+            def do_GET(self):
+                self.reply({"data": [{"id": "judge"}]})
+
+            def reply(self, answer):
+                answer = json.dumps(answer).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", JUDGE), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Cluster:
+    """Broker, coordinator and workers of one run."""
+
+    def __init__(self, name, sets, spaces=None):
+        self.dir = WORK / name
+        shutil.rmtree(self.dir, ignore_errors=True)
+        self.dir.mkdir(parents=True)
+        self.sets, self.processes, self.spaces = sets, {}, spaces or {}
+        self.address = f"nats://{self.spaces.get('address', '127.0.0.1')}:{NATS}"
+        self.start("broker")
+        time.sleep(1)
+
+    def run(self):
+        return self.dir / "run"
+
+    def start(self, name):
+        command = {
+            "broker": ["nats-server", "-a", self.spaces.get("address", "127.0.0.1"), "-p", str(NATS), "-js", "-sd", str(self.dir / "nats")],
+            "coordinator": [str(PROGRAM), "train", str(ROOT / "configs/offline.toml"), "--run-dir", str(self.run())],
+        }.get(name, [str(PROGRAM), "worker", "--join", self.address, "--run", "offline", "--name", name, "--threads", "1"])
+        if name == "coordinator":
+            sets = ["rollout.engine=workers", f"cluster.nats={self.address}", "cluster.lease_s=5", "serve.enabled=false", *self.sets]
+            command += [part for one in sets for part in ("--set", one)]
+            if (self.run() / "config.toml").exists():
+                command.append("--resume")
+        if name in self.spaces:
+            command = ["ip", "netns", "exec", self.spaces[name], *command]
+        log = open(self.dir / f"{name}.log", "ab")
+        self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.dir)
+
+    def kill(self, name):
+        self.processes[name].kill()
+        self.processes[name].wait()
+
+    def steps(self):
+        path = self.run() / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def wait(self, done):
+        """Waits until `done()`, and fails if there is no new step for a long time, or if the coordinator fails."""
+        best, at = -1, time.monotonic()
+        while not done():
+            steps = self.steps()
+            if steps != best:
+                best, at = steps, time.monotonic()
+            status = self.processes["coordinator"].poll() if "coordinator" in self.processes else None
+            assert status in (None, 0), f"the coordinator ended with status {status}; {self.tail('coordinator')}"
+            assert time.monotonic() - at < PATIENCE, f"no step after {best} for {PATIENCE} s; {self.tail('coordinator')}"
+            time.sleep(0.05)
+
+    def tail(self, name):
+        return f"{name}.log ends:\n" + (self.dir / f"{name}.log").read_text(errors="replace")[-1500:]
+
+    def ended(self):
+        return self.processes["coordinator"].poll() is not None
+
+    def leave(self):
+        """Waits until the workers have left by themselves."""
+        for name, process in self.processes.items():
+            if name.startswith("worker"):
+                status = process.wait(60)
+                assert status == 0, f"{name} ended with status {status}; {self.tail(name)}"
+
+    def close(self):
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.wait()
+
+
+def check(cluster, steps, eta):
+    """Performs the checks of every run, and returns its groups in order."""
+    found = journal.steps(cluster.run())
+    assert [step for step, _ in found] == list(range(1, steps + 1)), [step for step, _ in found]
+    groups = [(step, group) for step, groups in found for group in groups]
+    seqs = [group["seq"] for _, group in groups]
+    assert seqs == list(range(steps * BATCH)), f"{len(seqs)} groups, the first that is out of place: {[(i, seq) for i, seq in enumerate(seqs) if i != seq][:3]}"
+    stale = [step - 1 - version for step, group in groups for one in group["completions"] for version in one["versions"]]
+    assert 0 <= min(stale) and max(stale) <= eta, f"staleness from {min(stale)} to {max(stale)}"
+    replay = subprocess.run([str(PROGRAM), "replay", str(cluster.run())], capture_output=True, text=True)
+    assert replay.returncode == 0, f"replay ended with status {replay.returncode}: {replay.stderr[-1500:]}"
+    return [group for _, group in groups], max(stale)
+
+
+def lengths(groups):
+    return [len(one["ids"]) for group in groups for one in group["completions"]]
+
+
+def kolmogorov_smirnov(a, b):
+    """Returns the largest distance of two empirical distributions, and the p-value of its asymptotic distribution."""
+    values = sorted(set(a) | set(b))
+    share = lambda sample, x: sum(value <= x for value in sample) / len(sample)
+    distance = max(abs(share(a, x) - share(b, x)) for x in values)
+    n = math.sqrt(len(a) * len(b) / (len(a) + len(b)))
+    t = (n + 0.12 + 0.11 / n) * distance
+    p = 2 * sum((-1) ** (k - 1) * math.exp(-2 * k * k * t * t) for k in range(1, 101)) if t > 0.2 else 1.0
+    return distance, min(max(p, 0.0), 1.0)
+
+
+def plain():
+    cluster = Cluster("plain", ["learner.eta=1"])
+    try:
+        for name in ["worker-1", "worker-2", "coordinator"]:
+            cluster.start(name)
+        cluster.wait(cluster.ended)
+        cluster.leave()
+        groups, stale = check(cluster, 60, 1)
+        return f"{len(groups)} groups, staleness at most {stale}"
+    finally:
+        cluster.close()
+
+
+def direct(steps, eta):
+    return [
+        f"run.steps={steps}", f"learner.eta={eta}", "learner.lr=1e-4", "checkpoint.every_steps=20", "checkpoint.every_minutes=0", "run.mode=direct",
+        "labeler.type=direct", "labeler.cache_entries=1", f"labeler.cache={WORK / 'labels'}", "labeler.workers=2",
+        f'labeler.remote={{ url = "http://127.0.0.1:{JUDGE}/v1", model = "judge", concurrency = 4 }}',
+    ]
+
+
+def kills():
+    chance = random.Random(ARGS.seed)
+    steps = ARGS.steps or 60 + 12 * ARGS.kills
+    judge = Judge()
+    cluster = Cluster("kills", direct(steps, 4))
+    try:
+        for name in ["worker-1", "worker-2", "coordinator"]:
+            cluster.start(name)
+        killed, largest = collections.Counter(), collections.Counter()
+        cluster.wait(lambda: cluster.steps() > 2)
+        while sum(killed.values()) < ARGS.kills and not cluster.ended():
+            name = chance.choices(["worker-1", "worker-2", "coordinator", "broker"], [3, 3, 3, 1])[0]
+            measure(cluster, largest)
+            cluster.kill(name)
+            killed[name.split("-")[0]] += 1
+            time.sleep(chance.choice([0, 0, 0.5, 2]))
+            cluster.start(name)
+            at, more = time.monotonic() + chance.uniform(0.2, 3), cluster.steps() + chance.choice([0, 1, 3, 8])
+            cluster.wait(lambda: cluster.ended() or time.monotonic() > at and cluster.steps() >= min(more, steps))
+        cluster.wait(cluster.ended)
+        cluster.leave()
+        groups, stale = check(cluster, steps, 4)
+        log = (cluster.dir / "coordinator.log").read_text(errors="replace")
+        again = sum(int(n) for n in re.findall(r"(\d+) groups are sampled again", log))
+        lost = sum(int(n) for n in re.findall(r"sampled again, (\d+) of them with labels", log))
+        # A probe asks the same questions at each start.
+        starts = 1 + killed["coordinator"]
+        asked = collections.Counter(judge.asked)
+        probes = {question for question, count in asked.items() if count == starts}
+        needed = steps * BATCH * GROUP
+        (cluster.dir / "asked.json").write_text(json.dumps(sorted(asked.values())))
+        bought = sum(count for question, count in asked.items() if question not in probes)
+        # Two groups are labeled at a time, and a label counts when its group has all.
+        in_flight = killed["coordinator"] * 2 * GROUP
+        words = (
+            f"{dict(killed)} killed, {len(groups)} groups, staleness at most {stale}, {bought} labels bought for {needed} needed,"
+            f" at most {in_flight} in flight at kills; {again} groups given up, {lost} with labels; largest memory "
+            + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in sorted(largest.items()))
+        )
+        assert sum(killed.values()) == ARGS.kills, f"the run ended early: {words}"
+        assert needed <= bought <= needed + in_flight + lost * GROUP, words
+        assert lost == 0, words
+        print(f"      undisturbed run of {steps} steps for comparison", flush=True)
+    finally:
+        cluster.close()
+        judge.close()
+    judge = Judge()
+    calm = Cluster("calm", direct(steps, 4))
+    try:
+        for name in ["worker-1", "worker-2", "coordinator"]:
+            calm.start(name)
+        calm.wait(calm.ended)
+        calm.leave()
+        undisturbed, _ = check(calm, steps, 4)
+    finally:
+        calm.close()
+        judge.close()
+    distance, p = kolmogorov_smirnov(lengths(groups), lengths(undisturbed))
+    words += f"; lengths: D = {distance:.4f}, p = {p:.2f}"
+    assert p > 0.001, words
+    return words
+
+
+def measure(cluster, largest):
+    """Records the resident memory of broker and coordinator in MiB."""
+    for name in ["broker", "coordinator"]:
+        try:
+            text = Path(f"/proc/{cluster.processes[name].pid}/status").read_text()
+        except OSError:
+            continue
+        found = re.search(r"VmRSS:\s+(\d+)", text)
+        if found:
+            largest[name] = max(largest[name], int(found[1]) / 1024)
+
+
+def pause():
+    cluster = Cluster("pause", ["learner.eta=4", "run.steps=120"])
+    try:
+        for name in ["worker-1", "worker-2", "coordinator"]:
+            cluster.start(name)
+        cluster.wait(lambda: cluster.steps() > 5)
+        cluster.processes["worker-1"].send_signal(signal.SIGSTOP)
+        at = cluster.steps()
+        began = time.monotonic()
+        cluster.wait(lambda: cluster.steps() > at + 8)
+        took = time.monotonic() - began
+        cluster.processes["worker-1"].send_signal(signal.SIGCONT)
+        cluster.wait(cluster.ended)
+        cluster.leave()
+        groups, stale = check(cluster, 120, 4)
+        return f"{len(groups)} groups, staleness at most {stale}; the 9 steps after the stop took {took:.1f} s with a lease of 5 s"
+    finally:
+        cluster.close()
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+def links():
+    names = {role: f"preceptor-{role}" for role in ["broker", "node", "workers"]}
+    cluster = None
+    try:
+        for name in names.values():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        # The broker's namespace has a bridge to which the two others are connected.
+        ip("-n", names["broker"], "link", "add", "bridge", "type", "bridge")
+        ip("-n", names["broker"], "addr", "add", "10.77.0.1/24", "dev", "bridge")
+        ip("-n", names["broker"], "link", "set", "bridge", "up")
+        for i, role in enumerate(["node", "workers"], 2):
+            ip("link", "add", f"pv{i}", "type", "veth", "peer", "name", "eth0", "netns", names[role])
+            ip("link", "set", f"pv{i}", "netns", names["broker"])
+            ip("-n", names["broker"], "link", "set", f"pv{i}", "master", "bridge", "up")
+            ip("-n", names[role], "addr", "add", f"10.77.0.{i}/24", "dev", "eth0")
+            ip("-n", names[role], "link", "set", "eth0", "up")
+        spaces = {"address": "10.77.0.1", "broker": names["broker"], "coordinator": names["node"]}
+        spaces |= {"worker-1": names["workers"], "worker-2": names["workers"]}
+        cluster = Cluster("links", ["learner.eta=4", "run.steps=240"], spaces)
+        for name in ["worker-1", "worker-2", "coordinator"]:
+            cluster.start(name)
+        cluster.wait(lambda: cluster.steps() > 5)
+        ip("-n", names["broker"], "link", "set", "pv3", "down")
+        time.sleep(25)
+        ip("-n", names["broker"], "link", "set", "pv3", "up")
+        at = cluster.steps()
+        cluster.wait(lambda: cluster.steps() > at + 20)
+        words = f"{at} steps when the link came back; "
+        shaped = subprocess.run(
+            ["ip", "netns", "exec", names["workers"], "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "10mbit", "burst", "32k", "latency", "400ms"],
+            capture_output=True, text=True,
+        )
+        words += "then 10 Mb/s" if shaped.returncode == 0 else f"no slow link: {shaped.stderr.strip()}"
+        cluster.wait(cluster.ended)
+        cluster.leave()
+        groups, stale = check(cluster, 240, 4)
+        return f"{len(groups)} groups, staleness at most {stale}; {words}"
+    finally:
+        if cluster:
+            cluster.close()
+        for name in names.values():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+TRIALS = {"plain": plain, "kills": kills, "pause": pause, "links": links}
+
+
+def main():
+    unknown = [name for name in ARGS.trials if name not in TRIALS]
+    if unknown:
+        ARGUMENTS.error(f"there is no trial {unknown[0]}; the trials are {', '.join(TRIALS)}")
+    if not shutil.which("nats-server"):
+        sys.exit("nats-server is not installed: apt-get install nats-server")
+    failed = 0
+    for name in ARGS.trials or TRIALS:
+        if name == "links" and os.geteuid() != 0:
+            print("skip  links: needs root")
+            continue
+        began = time.monotonic()
+        try:
+            words = TRIALS[name]()
+            print(f"ok    {name}: {words} ({time.monotonic() - began:.0f} s)", flush=True)
+        except Exception as error:
+            failed += 1
+            if not isinstance(error, AssertionError):
+                traceback.print_exc()
+            print(f"FAIL  {name}: {error}", flush=True)
+    sys.exit(min(failed, 1))
+
+
+if __name__ == "__main__":
+    ARGS = ARGUMENTS.parse_args()
+    PROGRAM, WORK = ARGS.program.resolve(), ARGS.work.resolve()
+    main()
