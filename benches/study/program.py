@@ -1,5 +1,7 @@
 """Runs the program `preceptor`, and fetches the models of the study."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +35,23 @@ def config(work):
     if not copy.exists() or copy.read_text() != text:
         copy.write_text(text)
     return copy
+
+
+@contextlib.contextmanager
+def lock(work, name, wait=True):
+    """Holds the lock `name` of a work folder, so that several processes can share it; yields False if it is taken.
+
+    The system releases the lock of a process that ends.
+    """
+    path = work / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def need_space(folder):

@@ -75,10 +75,15 @@ def run(arguments):
             print(f"stopped after {hours:.2f} hours; the same command continues")
             return
         program.need_space(arguments.work)
-        started = time.time()
-        print(f"{arm} seed {seed} …", flush=True)
-        result = units.run(arguments.work, RESULTS, arm, seed, arguments.threads)
-        print(f"{arm} seed {seed}: {(time.time() - started) / 60:.1f} min, development {result.get('development', 'not answered')}", flush=True)
+        # Another process may train this unit, or may have finished it since the list was made.
+        with program.lock(arguments.work, f"{arm}-{seed}", wait=False) as mine:
+            if not mine or units.result_file(RESULTS, arm, seed).exists():
+                continue
+            started = time.time()
+            print(f"{arm} seed {seed} …", flush=True)
+            result = units.run(arguments.work, RESULTS, arm, seed, arguments.threads)
+            minutes = (time.time() - started) / 60
+            print(f"{arm} seed {seed}: {minutes:.1f} min, development {result.get('development', 'not answered')}", flush=True)
 
 
 def score(arguments):
