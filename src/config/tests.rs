@@ -93,6 +93,11 @@ fn each_mistake_is_reported_with_its_place_and_remedy() {
     }
     check("[labeler]\ntype = \"direct\"\nlength_normalise = true\n", &["x.toml:10: labeler.length_normalise"]);
     check(
+        "[labeler]\ntype = \"direct\"\nunconditional_weight = 0\n",
+        &["x.toml:10: labeler.unconditional_weight: serves type = \"likelihood\" only"],
+    );
+    check("[labeler]\nunconditional_weight = 1.5\n", &["x.toml:9: labeler.unconditional_weight: 1.5 is out of range"]);
+    check(
         "[learner]\nalgorithm = \"rlo\"\n",
         &[
             "x.toml:9: learner.algorithm: \"rlo\" is not one of rloo, reinforce, ppo, grpo, online-dpo; did you mean \"rloo\"?",
