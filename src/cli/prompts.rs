@@ -7,7 +7,6 @@ use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use clap::Args;
 
-use crate::config::Config;
 use crate::lm::model::{Decoder, LoadTarget};
 use crate::lm::source::ModelRef;
 use crate::lm::tokens::Tokenizer;
@@ -83,7 +82,7 @@ impl PromptArgs {
             None => std::io::read_to_string(std::io::stdin()).context("cannot read the prompt from standard input")?,
         };
         if let Some(path) = &self.like {
-            let config: Config = crate::config::load(path, &[])?;
+            let config = super::load_judge(path, &[])?;
             let tokenizer = tokenizer.clone().with_variables(setup::template_variables(&config));
             return setup::prompt_format(&config).encode(&text, &tokenizer);
         }

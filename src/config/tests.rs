@@ -546,3 +546,17 @@ fn keys_that_servers_cannot_follow_are_refused() {
         assert!(errors.contains(words), "{rollout}: {errors}");
     }
 }
+
+/// A command that does not read the prompts accepts a configuration whose data are missing, and still refuses a value
+/// that names no data.
+#[test]
+fn data_that_a_command_does_not_use_may_be_missing() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |more: &str, unused| parse_partial(&format!("{MINIMAL}{more}"), ("x.toml", folder), &[], unused);
+    let pairs = "[reward_model]\npairs = \"none.jsonl\"\n";
+    let error = read(pairs, &[]).unwrap_err().to_string();
+    assert!(error.contains("reward_model.pairs: there is no file or folder"), "{error}");
+    let config = read(pairs, &["data.path", "reward_model.pairs"]).unwrap();
+    assert_eq!(config.reward_model.pairs.unwrap().to_string(), folder.join("none.jsonl").display().to_string());
+    assert!(read("[reward_model]\npairs = 1\n", &["reward_model.pairs"]).is_err());
+}

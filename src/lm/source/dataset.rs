@@ -99,11 +99,12 @@ impl DataRef {
         Self::from_toml(&table["data"])
     }
 
-    /// Makes paths relative to `folder`, and replaces a leading `~` by the home directory.
+    /// Makes paths relative to `folder`, and replaces a leading `~` by the home directory. A path may have no data only
+    /// if `must_exist` is false.
     ///
     /// # Errors
     /// If a path has no data, or begins with `~` and no home directory is known.
-    pub fn below(mut self, folder: &Path) -> Result<Self, String> {
+    pub fn below(mut self, folder: &Path, must_exist: bool) -> Result<Self, String> {
         for place in &mut self.0 {
             if let DataPlace::Path(path) = place {
                 let given = expand_home(path)?;
@@ -111,7 +112,9 @@ impl DataRef {
                 // The folder's own name must not be interpreted as a pattern.
                 let pattern = || Path::new(&glob::Pattern::escape(&folder.to_string_lossy())).join(&given);
                 *path = if joined.exists() { joined } else { pattern() };
-                expand(path).map_err(|error| format!("{error:#}"))?;
+                if must_exist {
+                    expand(path).map_err(|error| format!("{error:#}"))?;
+                }
             }
         }
         Ok(self)
