@@ -232,6 +232,18 @@ fn a_completion_ends_at_a_stop_string() {
     assert!(stopped > 0, "{samples}");
 }
 
+/// A step has four groups of four completions.
+#[test]
+fn samples_have_as_many_groups_of_each_step_as_configured() {
+    for (groups, lines) in [("1", 8), ("3", 24), ("0", 32), ("9", 32)] {
+        let dir = tempfile::tempdir().unwrap();
+        let output = train(dir.path(), &["run.steps=2", &format!("run.samples_groups={groups}")]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let samples = std::fs::read_to_string(dir.path().join("run/samples.jsonl")).unwrap();
+        assert_eq!(samples.lines().count(), lines, "{groups}");
+    }
+}
+
 #[test]
 fn the_last_checkpoint_generates_and_scores() {
     let dir = tempfile::tempdir().unwrap();
