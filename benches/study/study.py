@@ -118,6 +118,13 @@ def show_tables(arguments):
     print(tables.make(RESULTS, list(units.arms()), RESULTS / "tables", arguments.split))
 
 
+def write_page(arguments):
+    """Writes the study's page of the documentation, from the test answers."""
+    import tables
+
+    tables.page(RESULTS, list(units.arms()), program.ROOT / "docs", arguments.split)
+
+
 def show_left(arguments):
     """Lists the units that have no result yet."""
     for arm, seed in left(arguments):
@@ -153,6 +160,9 @@ def main():
     command = commands.add_parser("tables", help="write tables and plots from the results")
     command.add_argument("--split", choices=list(evaluate.DECODINGS), default="development")
     command.set_defaults(act=show_tables)
+    command = commands.add_parser("page", help="write the page in docs/ from the results")
+    command.add_argument("--split", choices=list(evaluate.DECODINGS), default="test")
+    command.set_defaults(act=write_page)
     arguments = parser.parse_args()
     try:
         arguments.work = arguments.work.resolve()

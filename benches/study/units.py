@@ -12,6 +12,9 @@ import program
 from evaluate import read, write
 
 PAIRS = 320
+# Added to a unit's seed after fine-tuning: with the same seed, the arms would be trained on the prompts whose written
+# summaries their start was fine-tuned on, in the same order.
+AFTER_FINE_TUNING = 1000
 KINDS = ["near", "corrupted", "copy", "sample"]
 
 
@@ -109,7 +112,7 @@ def run(work, results, arm, seed, threads):
     log, model, path = work / "logs" / f"{name}.log", start(work, seed, threads), []
     if arm != "sft":
         folder = work / "runs" / name
-        settings = {**common(work, seed, threads), "policy.model": str(model), **plan["set"]}
+        settings = {**common(work, AFTER_FINE_TUNING + seed, threads), "policy.model": str(model), **plan["set"]}
         if settings.get("labeler.model") == "minilm":
             settings |= evaluate.encoder_settings(work)
         if "pairs" in plan:
@@ -117,7 +120,8 @@ def run(work, results, arm, seed, threads):
         train(work, folder, settings, name, threads)
         model, path = max((folder / "checkpoints").glob("step-*")), course(work, folder, log)
     trained = time.time()
-    result = {"arm": arm, "seed": seed, "set": plan["set"], "path": path}
+    base = tomllib.loads((program.CONFIGS / "base.toml").read_text())
+    result = {"arm": arm, "seed": seed, "set": plan["set"], "pairs": plan.get("pairs"), "base": base, "path": path}
     given = {} if not plan.get("answers", True) else {
         decoding: evaluate.answers(work, model, split, temperature, log, seed)
         for decoding, (split, temperature) in evaluate.DECODINGS.items()
@@ -131,6 +135,9 @@ def run(work, results, arm, seed, threads):
     if arm != "sft":
         shutil.rmtree(work / "runs" / name, ignore_errors=True)
     return result
+
+
+RECORDED = {"score": "score/mean", "kl": "kl/mean", "entropy": "entropy/mean", "seconds": "time/step_seconds"}
 
 
 def course(work, folder, log):
@@ -148,7 +155,7 @@ def course(work, folder, log):
     for step in sorted({row["step"] for row in samples}):
         found = [score for score, row in zip(scored, samples) if row["step"] == step]
         figures = {"step": step, **evaluate.summary(found)}
-        for short, key in (("score", "score/mean"), ("kl", "kl/mean"), ("entropy", "entropy/mean")):
+        for short, key in RECORDED.items():
             if metrics.get(step, {}).get(key) is not None:
                 figures[short] = round(metrics[step][key], 4)
         steps.append(figures)
