@@ -226,7 +226,7 @@ mod tests {
         std::fs::create_dir(&folder).unwrap();
         std::fs::write(folder.join("a.jsonl"), "{}\n").unwrap();
         for text in ["'a.jsonl'", "'*.jsonl'"] {
-            let files = read(text).unwrap().below(&folder).unwrap().files(&ResolveOptions::default()).unwrap();
+            let files = read(text).unwrap().below(&folder, true).unwrap().files(&ResolveOptions::default()).unwrap();
             assert_eq!(files, [folder.join("a.jsonl")]);
         }
     }
@@ -235,9 +235,9 @@ mod tests {
     fn a_file_that_is_named_twice_is_rejected() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a.jsonl"), "{}\n").unwrap();
-        let data = read("['a.jsonl', '*.jsonl']").unwrap().below(dir.path()).unwrap();
+        let data = read("['a.jsonl', '*.jsonl']").unwrap().below(dir.path(), true).unwrap();
         let error = data.files(&ResolveOptions::default()).unwrap_err().to_string();
         assert!(error.contains("a.jsonl is named twice"), "{error}");
-        assert!(read("'none.jsonl'").unwrap().below(dir.path()).unwrap_err().contains("none.jsonl"));
+        assert!(read("'none.jsonl'").unwrap().below(dir.path(), true).unwrap_err().contains("none.jsonl"));
     }
 }
