@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -27,6 +28,11 @@ def binary():
     if not path.is_file():
         raise StudyError(f"{path} does not exist; run `cargo build --release`, or set PRECEPTOR to the program's path")
     return str(path)
+
+
+def base():
+    """Returns the settings that all arms share."""
+    return tomllib.loads((CONFIGS / "base.toml").read_text())
 
 
 def config(work):

@@ -120,8 +120,7 @@ def run(work, results, arm, seed, threads):
         train(work, folder, settings, name, threads)
         model, path = max((folder / "checkpoints").glob("step-*")), course(work, folder, log)
     trained = time.time()
-    base = tomllib.loads((program.CONFIGS / "base.toml").read_text())
-    result = {"arm": arm, "seed": seed, "set": plan["set"], "pairs": plan.get("pairs"), "base": base, "path": path}
+    result = {"arm": arm, "seed": seed, "set": plan["set"], "pairs": plan.get("pairs"), "base": program.base(), "path": path}
     given = {} if not plan.get("answers", True) else {
         decoding: evaluate.answers(work, model, split, temperature, log, seed)
         for decoding, (split, temperature) in evaluate.DECODINGS.items()
