@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::json;
 
@@ -20,7 +20,6 @@ use crate::pipeline::generate::{Fixed, Request, generate};
 use crate::status;
 use crate::tools::evaluate::answers::completions;
 use crate::types::{Completion, Prompt};
-use crate::util::disk;
 use crate::util::exit::before_work;
 use crate::util::seed;
 
@@ -151,7 +150,7 @@ impl Generate {
                 lines.push_str(&format!("{line}\n"));
             }
         }
-        disk::replace(output, lines.as_bytes())
+        std::fs::write(output, lines).with_context(|| format!("cannot write {}", output.display()))
     }
 
     /// Completes one prompt and prints the completions.
