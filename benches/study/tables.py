@@ -96,7 +96,8 @@ def arms_table(results, finished, decoding):
 
 def _is_judged(finished, arm):
     """Tells whether MiniLM may judge the arm, which it does not where it labels."""
-    return not any("minilm" in str(unit["set"]) or "embedding" in str(unit["set"]) for unit in finished[arm].values())
+    settings = [str(unit["set"]) + str(unit.get("pairs")) for unit in finished[arm].values()]
+    return not any(word in text for text in settings for word in ("minilm", "embedding", "encoder"))
 
 
 def between_table(results, finished, decoding):
